@@ -1,0 +1,196 @@
+"""Everything that touches Dask: workers, tasks, progress. One task is one partition.
+
+Tasks are plain functions of picklable arguments. They are idempotent, so a task that dies with its
+worker is simply run again elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+from sos_dask.errors import ClusterError, SosError
+
+T = TypeVar("T")
+R = TypeVar("R")
+logger = logging.getLogger(__name__)
+
+
+class Report(Protocol):
+    """Gets told how far a step is; the command line draws it."""
+
+    def __call__(self, step: str, done: int, total: int) -> None: ...
+
+
+def silent(step: str, done: int, total: int) -> None:
+    """A `Report` that says nothing."""
+
+
+class Cluster:
+    """Runs tasks on a Dask cluster, or in this process when there is no client.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+        None: one task after the other in this process.
+    """
+
+    def __init__(self, client: Any = None) -> None:
+        self.client = client
+
+    @property
+    def n_workers(self) -> int:
+        """Workers at present; 1 without a cluster."""
+        return (
+            max(1, len(self.client.scheduler_info(n_workers=-1)["workers"])) if self.client else 1
+        )
+
+    def run(
+        self,
+        function: Callable[[T], R],
+        tasks: Sequence[T],
+        step: str,
+        report: Report = silent,
+    ) -> list[R]:
+        """Results of ``function`` for every task, in the order of the tasks.
+
+        Parameters
+        ----------
+        function : callable
+            Importable by its name on every worker.
+        step : str
+            What a progress bar calls it.
+
+        Raises
+        ------
+        SosError
+            As raised by a task; the other tasks are cancelled.
+        ClusterError
+            A task killed its worker several times, or the scheduler is gone.
+        """
+        report(step, 0, len(tasks))
+        if self.client is None:
+            results = []
+            for number, task in enumerate(tasks, start=1):
+                results.append(function(task))
+                report(step, number, len(tasks))
+            return results
+        return self._run_on_client(function, tasks, step, report)
+
+    def _run_on_client(
+        self, function: Callable[[T], R], tasks: Sequence[T], step: str, report: Report
+    ) -> list[R]:
+        from distributed import CancelledError, KilledWorker, as_completed
+
+        results: dict[int, R] = {}
+        index_of: dict[Any, int] = {}
+        waiting = iter(enumerate(tasks))
+        running = as_completed()
+
+        def submit() -> None:
+            for index, task in waiting:
+                future = self.client.submit(function, task, pure=False)
+                index_of[future.key] = index
+                running.add(future)
+                return
+
+        try:
+            # A bounded number in flight: the scheduler never holds a graph of the whole job.
+            for _ in range(4 * self.n_workers):
+                submit()
+            for future in running:
+                results[index_of[future.key]] = future.result()
+                report(step, len(results), len(tasks))
+                submit()
+        except SosError:
+            raise
+        except KilledWorker as error:
+            raise ClusterError(
+                f"{step}: a task killed its worker again and again ({error})",
+                "Most often it ran out of memory: give workers more, or lower rows_per_partition.",
+            ) from error
+        except (CancelledError, TimeoutError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ClusterError(
+                f"{step}: the cluster is gone ({error!r})",
+                "Run the same command again.",
+            ) from error
+        finally:
+            with contextlib.suppress(Exception):
+                self.client.cancel(list(running.futures), force=True)
+        return [results[index] for index in range(len(tasks))]
+
+
+@contextlib.contextmanager
+def start(
+    n_workers: int | None = None,
+    memory_limit: str = "auto",
+    scheduler: str | None = None,
+) -> Iterator[Cluster]:
+    """A cluster for the time of a ``with`` block.
+
+    Parameters
+    ----------
+    n_workers : int, optional
+        Worker processes of one thread each on this machine; default one a core, 0 for none (tasks
+        run in this process).
+    memory_limit : str
+        Per worker, as Dask takes it (``"4GiB"``).
+    scheduler : str, optional
+        Address of a running Dask scheduler, or the path of its scheduler file, used instead.
+
+    Raises
+    ------
+    ClusterError
+        The scheduler does not answer.
+    """
+    if scheduler is None and n_workers == 0:
+        yield Cluster()
+        return
+    import dask
+    from distributed import Client, LocalCluster
+
+    quiet = logging.getLogger("distributed")
+    level = quiet.level
+    with (
+        dask.config.set(
+            {
+                "distributed.logging.distributed": "critical",
+                "distributed.worker.daemon": True,
+                "distributed.admin.large-graph-warning-threshold": "100MB",
+            }
+        ),
+        contextlib.ExitStack() as stack,
+    ):
+        quiet.setLevel(logging.CRITICAL)
+        stack.callback(quiet.setLevel, level)
+        if scheduler is not None:
+            is_file = os.path.exists(scheduler)
+            try:
+                client = Client(
+                    **({"scheduler_file": scheduler} if is_file else {"address": scheduler}),
+                    timeout="20s",
+                )
+            except (OSError, ValueError, TimeoutError) as error:
+                raise ClusterError(
+                    f"no Dask scheduler answers at {scheduler}: {error}",
+                    "Check the address, or leave it out to work on this machine.",
+                ) from error
+        else:
+            local = stack.enter_context(
+                LocalCluster(
+                    n_workers=n_workers or os.cpu_count() or 1,
+                    threads_per_worker=1,
+                    memory_limit=memory_limit,
+                    processes=True,
+                    dashboard_address=None,
+                    silence_logs=logging.CRITICAL,
+                )
+            )
+            client = Client(local)
+        stack.enter_context(client)
+        yield Cluster(client)

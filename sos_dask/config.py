@@ -1,0 +1,213 @@
+"""Job files: one TOML says which surveys are put on which scale, and how."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sos_dask.errors import ConfigError
+from sos_dask.schema import nearest
+
+JOB_FORMAT = 1
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DedupeSection(_Section):
+    """How repeats of one star are found and combined."""
+
+    method: Literal["inverse-variance", "best-snr", "median"] = "inverse-variance"
+    radius_arcsec: float = Field(1.5, gt=0, lt=3600)
+    id_radius_arcsec: float = Field(10.0, gt=0, lt=3600)
+    max_spread: float = Field(5.0, gt=0)
+    use_gaia_id: bool = True
+
+
+class SurveySection(_Section):
+    """One survey: its definition, its files, and what a job changes of the definition."""
+
+    survey: str
+    files: list[str] = Field(min_length=1)
+    override: dict[str, Any] = Field(default_factory=dict)
+    dedupe: DedupeSection | None = None
+
+
+class IngestSection(_Section):
+    """How survey files become partitions."""
+
+    rows_per_partition: int = Field(1_000_000, gt=0)
+    chunk_rows: int = Field(500_000, gt=0)
+    margin_arcsec: float | None = Field(None, gt=0, lt=3600)
+
+
+class UnifySection(_Section):
+    """How the reference surveys become one."""
+
+    method: Literal["precedence", "weighted-mean"] = "precedence"
+    order: list[str] | None = None
+    offsets: dict[str, dict[str, float]] = Field(default_factory=dict)
+    radius_arcsec: float = Field(1.5, gt=0, lt=3600)
+    id_radius_arcsec: float = Field(10.0, gt=0, lt=3600)
+    epoch: float = Field(2016.0, gt=1800, lt=2100)
+
+
+class CrossmatchSection(_Section):
+    """How target and reference are matched."""
+
+    target: Literal["stars", "observations"] = "stars"
+    radius_arcsec: float = Field(1.0, gt=0, lt=3600)
+    id_radius_arcsec: float = Field(10.0, gt=0, lt=3600)
+    pairs: Literal["best", "all"] = "best"
+    use_gaia_id: bool = True
+    n_folds: int = Field(5, ge=2, le=100)
+
+
+class TrainSection(_Section):
+    """Which methods are trained, and how they are validated."""
+
+    methods: list[str] = Field(default_factory=lambda: ["polynomial", "boosted"], min_length=1)
+    validation: Literal["auto", "kfold", "holdout"] = "auto"
+    params: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    choose: str = "best"
+
+
+class ClusterSection(_Section):
+    """Where the work is done."""
+
+    n_workers: int | None = Field(None, ge=0)
+    memory_limit: str = "auto"
+    scheduler: str | None = None
+
+
+class Job(_Section):
+    """A whole rebuild.
+
+    Parameters
+    ----------
+    path : Path
+        The file; relative paths in it are relative to its folder.
+    text : str
+        Its content, kept with every build.
+    """
+
+    format: int
+    name: str
+    store: str
+    seed: int = 0
+    variables: dict[str, str] = Field(default_factory=dict)
+    target: SurveySection
+    target_name: str = "lamost"
+    reference: dict[str, SurveySection] = Field(min_length=1)
+    ingest: IngestSection = Field(default_factory=IngestSection)
+    dedupe: DedupeSection = Field(default_factory=DedupeSection)
+    unify: UnifySection = Field(default_factory=UnifySection)
+    crossmatch: CrossmatchSection = Field(default_factory=CrossmatchSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    path: Path = Field(Path(), exclude=True)
+    text: str = Field("", exclude=True)
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: int) -> int:
+        if value != JOB_FORMAT:
+            raise ValueError(f"job format {value} is not {JOB_FORMAT}, the one known here")
+        return value
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Job:
+        for name in (self.target_name, *self.reference):
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+                raise ValueError(
+                    f"'{name}' is no name of a survey: use lower-case letters and digits"
+                )
+        if self.target_name in self.reference:
+            raise ValueError(f"two surveys are named '{self.target_name}'")
+        for name in self.unify.order or ():
+            if name not in self.reference:
+                raise ValueError(f"unify.order names '{name}', which is no [reference.*]")
+        for name in self.unify.offsets:
+            if name not in self.reference:
+                raise ValueError(f"unify.offsets names '{name}', which is no [reference.*]")
+        return self
+
+    def resolve(self, text: str) -> Path:
+        """Path written in the job: variables put in, relative to the folder of the job file."""
+
+        def value(match: re.Match[str]) -> str:
+            name = match[1]
+            found = os.environ.get(name) or self.variables.get(name)
+            if found is None:
+                raise ConfigError(
+                    f"{self.path}: ${{{name}}} is neither set in the environment nor in [variables]"
+                )
+            return found
+
+        return (
+            self.path.parent / os.path.expanduser(re.sub(r"\$\{(\w+)\}", value, text))
+        ).resolve()
+
+
+def load_job(path: str | Path) -> Job:
+    """Read a job file.
+
+    Raises
+    ------
+    ConfigError
+        Not there, not TOML, an unknown key (with the nearest known ones), a value out of range.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"job file {path} cannot be read: {error.strerror}") from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    try:
+        return Job.model_validate({**raw, "path": path.absolute(), "text": text})
+    except ValidationError as error:
+        raise _explained(path, raw, error) from None
+
+
+def _explained(path: Path, raw: Mapping[str, Any], error: ValidationError) -> ConfigError:
+    """The first thing that is wrong, in words, with the nearest names for an unknown key."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model: Any = Job
+        for part in first["loc"][:-1]:
+            model = _inner_model(model, str(part))
+        known = [
+            name for name in getattr(model, "model_fields", {}) if name not in ("path", "text")
+        ]
+        return ConfigError(
+            f"{path}: unknown key '{where}'",
+            nearest(str(first["loc"][-1]), known) or f"Known are: {', '.join(known)}.",
+        )
+    if first["type"] == "missing":
+        return ConfigError(f"{path}: '{where}' is missing")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    given = (
+        f" (given: {first['input']!r})" if where and not isinstance(first["input"], dict) else ""
+    )
+    return ConfigError(f"{path}: {where + ': ' if where else ''}{message}{given}")
+
+
+def _inner_model(model: Any, part: str) -> Any:
+    field = getattr(model, "model_fields", {}).get(part)
+    if field is None:
+        return model  # a free key of a mapping: its values are of the same model
+    for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return model

@@ -1,0 +1,83 @@
+"""Kernel of apply: corrected labels and flags of a table of target rows."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask.features import features
+from sos_dask.schema import CANONICAL, LABELS
+
+FLAG_NULL_INPUT = 1
+FLAG_OUTSIDE_TRAINING = 2
+FLAG_QUALITY = 4
+FLAG_MEANINGS = {
+    FLAG_NULL_INPUT: "teff, logg or feh is null: no correction",
+    FLAG_OUTSIDE_TRAINING: "outside the range of the training pairs: the correction at its edge",
+    FLAG_QUALITY: "the row fails a quality cut",
+}
+_NEW = (*(f"{label}_{suffix}" for suffix in ("sos", "delta") for label in LABELS), "flag_sos")
+
+
+class Predictor(Protocol):
+    """What a correction must offer here."""
+
+    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]: ...
+
+    def in_range(self, features: NDArray[np.float32]) -> NDArray[np.bool_]: ...
+
+
+def corrected_schema(schema: pa.Schema) -> pa.Schema:
+    """Schema of corrected rows: all columns of the input, then the new ones."""
+    fields = [field for field in schema if field.name not in _NEW]
+    for suffix, text in (("sos", "corrected"), ("delta", "predicted target - reference of")):
+        for label in LABELS:
+            metadata = {"unit": CANONICAL[label].unit, "description": f"{text} {label}"}
+            if suffix == "sos":
+                metadata["ucd"] = CANONICAL[label].ucd
+            fields.append(pa.field(f"{label}_{suffix}", pa.float32(), metadata=metadata))
+    meanings = "; ".join(f"{bit}: {text}" for bit, text in FLAG_MEANINGS.items())
+    return pa.schema([*fields, pa.field("flag_sos", pa.int32(), False, {"description": meanings})])
+
+
+def correct(table: pa.Table, correction: Predictor) -> pa.Table:
+    """Add corrected labels, predicted differences and flags.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        Rows with ``teff`` (K), ``logg`` (dex, cgs) and ``feh`` (dex), null where unknown.
+    correction : Predictor
+
+    Returns
+    -------
+    pyarrow.Table
+        Same rows in the same order, with ``*_sos``, ``*_delta`` (both null where any of the three
+        labels is null) and ``flag_sos`` (bits of `FLAG_MEANINGS`).
+    """
+    labels = [
+        pc.fill_null(table[label], np.nan).to_numpy().astype(np.float32, copy=False)
+        for label in LABELS
+    ]
+    x = features(*labels)
+    known = np.isfinite(x).all(axis=1)
+    delta = correction.predict(x)
+    flags = np.where(known, 0, FLAG_NULL_INPUT).astype(np.int32)
+    flags[known & ~correction.in_range(x)] |= FLAG_OUTSIDE_TRAINING
+    if "quality" in table.schema.names:
+        flags[table["quality"].to_numpy() != 0] |= FLAG_QUALITY
+    missing = ~known
+    schema = corrected_schema(table.schema)
+    columns = [table[field.name] for field in table.schema if field.name not in _NEW]
+    columns += [
+        pa.array(label - delta[:, number], pa.float32(), mask=missing)
+        for number, label in enumerate(labels)
+    ]
+    columns += [
+        pa.array(delta[:, number], pa.float32(), mask=missing) for number in range(len(LABELS))
+    ]
+    return pa.Table.from_arrays([*columns, pa.array(flags)], schema=schema)

@@ -1,0 +1,407 @@
+"""Which rows of two catalogs are the same star: exact, by Gaia id and by position.
+
+The rule for one pair of rows:
+
+* **Common epoch.** If the right row has a proper motion (both components) and both rows have an
+  epoch, the right row is moved to the left row's epoch; else, if the left row has one and both
+  have an epoch, the left row is moved to the right row's epoch; else both stay where they are. Rows
+  move along great circles (`healpix.propagate`).
+* **Ids.** In a Gaia release in which both rows have an id, the ids decide. Equal in any release:
+  the pair is a candidate when its separation is at most ``id_radius_arcsec`` (``by_id``). Different
+  in every common release: never a pair, however near (a conflict). Ids of different releases are
+  never compared, for DR2 and DR3 number the same star differently.
+* **Positions.** Without a common release the pair is a candidate when its separation is at most
+  ``radius_arcsec``.
+* **Best.** Of the candidates of a left row: those by id first, then the smallest separation, then
+  the smallest key of the right row.
+
+The candidates are those of brute force over all pairs, also at the poles, across RA 0 and where
+only three base pixels meet: a row looks as far as its own proper motion can carry it over the
+epochs of the other side, and every pair found is measured one by one at its own common epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask import healpix
+from sos_dask.errors import ConfigError, PartitionError
+from sos_dask.healpix import FloatArray, IntArray
+from sos_dask.schema import HEALPIX_COLUMN, require_columns
+
+BoolArray = NDArray[np.bool_]
+
+GAIA_RELEASES = ("gaia_dr3_source_id", "gaia_dr2_source_id")
+MAX_RADIUS_ARCSEC = 3600.0
+# An id on this many pairs of rows is a placeholder or a calibration star: search it on the sky,
+# so that a million rows with the same wrong id cannot make a million times a million pairs.
+_MANY_PAIRS = 4096
+
+
+@dataclass(frozen=True)
+class MatchSettings:
+    """How two catalogs are matched.
+
+    Parameters
+    ----------
+    radius_arcsec : float
+        Largest separation of a pair found by position, at the common epoch.
+    id_radius_arcsec : float
+        Largest separation of a pair with equal Gaia ids. At least ``radius_arcsec``.
+    pairs : {"best", "all"}
+        One pair for each left row, or every candidate.
+    use_gaia_id : bool
+        False: only positions count.
+
+    Raises
+    ------
+    ConfigError
+        A radius is not positive or not below one degree, or ``pairs`` is something else.
+    """
+
+    radius_arcsec: float
+    id_radius_arcsec: float = 10.0
+    pairs: str = "best"
+    use_gaia_id: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("radius_arcsec", "id_radius_arcsec"):
+            value = getattr(self, name)
+            if not 0 < value < MAX_RADIUS_ARCSEC:
+                raise ConfigError(
+                    f"{name} = {value} is outside 0..{MAX_RADIUS_ARCSEC:g} arcsec",
+                    "Usual are 1 to 3 arcsec.",
+                )
+        if self.use_gaia_id and self.id_radius_arcsec < self.radius_arcsec:
+            raise ConfigError(
+                f"id_radius_arcsec = {self.id_radius_arcsec:g} is smaller than "
+                f"radius_arcsec = {self.radius_arcsec:g}",
+                "Rows with the same id may lie farther apart than others: make it larger.",
+            )
+        if self.pairs not in ("best", "all"):
+            raise ConfigError(f"pairs = '{self.pairs}' is neither 'best' nor 'all'")
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Bounds of the motion in a whole catalog.
+
+    Parameters
+    ----------
+    max_pm_mas_yr : float
+        Largest total proper motion, 0 where there is none.
+    epoch_min, epoch_max : float, yr
+        First and last ``position_epoch``, NaN where there is none.
+    """
+
+    max_pm_mas_yr: float
+    epoch_min: float
+    epoch_max: float
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Pairs of rows, sorted by (left, by_id first, separation, right key).
+
+    Parameters
+    ----------
+    left, right : ndarray of int64, shape (n,)
+        Row numbers.
+    separation_arcsec : ndarray of float64, shape (n,)
+        At the common epoch.
+    n_candidates : ndarray of int32, shape (n,)
+        Candidates of that left row.
+    by_id : ndarray of bool, shape (n,)
+        The pair shares a Gaia id.
+    n_conflicts : int
+        Pairs within ``radius_arcsec`` that are none, because their ids differ.
+    """
+
+    left: IntArray
+    right: IntArray
+    separation_arcsec: FloatArray
+    n_candidates: NDArray[np.int32]
+    by_id: BoolArray
+    n_conflicts: int
+
+
+def reach_arcsec(settings: MatchSettings, left: Motion, right: Motion, ids: bool) -> float:
+    """How far apart the stored positions of a pair can be: the margin a partition needs.
+
+    Parameters
+    ----------
+    left, right : Motion
+        Bounds over the whole of each catalog.
+    ids : bool
+        Whether the catalogs have a Gaia release in common.
+
+    Returns
+    -------
+    float, arcsec
+        Includes a milliarcsecond for rounding.
+    """
+    radius = settings.id_radius_arcsec if ids and settings.use_gaia_id else settings.radius_arcsec
+    years = max(left.epoch_max - right.epoch_min, right.epoch_max - left.epoch_min, 0.0)
+    # A comparison with NaN is false: a catalog without epochs does not move.
+    drift = max(left.max_pm_mas_yr, right.max_pm_mas_yr) * years / 1000.0 if years > 0 else 0.0
+    return (radius + drift) * (1.0 + 1e-9) + 1e-3
+
+
+def match(
+    left: pa.Table, right: pa.Table, settings: MatchSettings, right_key: str = "star_id"
+) -> Matches:
+    """Find the pairs of two sky tables by the rule of this module.
+
+    Parameters
+    ----------
+    left, right : pyarrow.Table
+        Sorted by ``_healpix_29``; ``ra``, ``dec`` and, where there are any, ``pmra``, ``pmdec``,
+        ``position_epoch``, ``gaia_dr3_source_id``, ``gaia_dr2_source_id`` (null or not positive: no
+        id). ``right`` holds every row that can match (`reach_arcsec`), and may hold more.
+    right_key : str
+        Column of the right table that breaks ties, int64 or string.
+
+    Returns
+    -------
+    Matches
+
+    Raises
+    ------
+    ConfigError
+        A column is missing.
+    PartitionError
+        A table is not sorted on the sky.
+    """
+    require_columns(right.schema, (right_key,), "the right side of the crossmatch")
+    a = _Side.read(left, "the left side of the crossmatch", settings.use_gaia_id)
+    b = _Side.read(right, "the right side of the crossmatch", settings.use_gaia_id)
+    found = list(_equal_ids(a, b, settings.id_radius_arcsec))
+    by_id = sum(len(i) for i, _, _ in found)
+    n_conflicts = 0
+    for i, j, separation in _near(a, b, settings.radius_arcsec):
+        common, equal = _compare_ids(a, b, i, j)
+        n_conflicts += int(np.count_nonzero(common & ~equal))
+        free = ~common
+        found.append((i[free], j[free], separation[free]))
+    return _ordered(found, by_id, n_conflicts, right.column(right_key), settings.pairs == "all")
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The columns of one side as arrays; NaN and 0 stand for null."""
+
+    ra: FloatArray
+    dec: FloatArray
+    cells: IntArray
+    epoch: FloatArray | None
+    pm: tuple[FloatArray, FloatArray] | None
+    ids: dict[str, IntArray]
+
+    @classmethod
+    def read(cls, table: pa.Table, where: str, use_gaia_id: bool) -> _Side:
+        require_columns(table.schema, (HEALPIX_COLUMN, "ra", "dec"), where)
+        names = set(table.schema.names)
+        cells = table.column(HEALPIX_COLUMN).to_numpy()
+        if np.any(cells[1:] < cells[:-1]):
+            raise PartitionError(f"{where} is not sorted by {HEALPIX_COLUMN}")
+        pm = None
+        if {"pmra", "pmdec"} <= names:
+            pm = (_floats(table, "pmra"), _floats(table, "pmdec"))
+        return cls(
+            _floats(table, "ra"),
+            _floats(table, "dec"),
+            cells,
+            _floats(table, "position_epoch") if "position_epoch" in names else None,
+            pm,
+            {
+                name: pc.fill_null(table.column(name).cast(pa.int64()), 0).to_numpy()
+                for name in GAIA_RELEASES
+                if use_gaia_id and name in names
+            },
+        )
+
+    def take(self, rows: IntArray) -> _Side:
+        return _Side(
+            self.ra[rows],
+            self.dec[rows],
+            self.cells[rows],
+            None if self.epoch is None else self.epoch[rows],
+            None if self.pm is None else (self.pm[0][rows], self.pm[1][rows]),
+            {name: values[rows] for name, values in self.ids.items()},
+        )
+
+    def has_epoch(self, rows: IntArray | slice = slice(None)) -> BoolArray:
+        if self.epoch is None:
+            return np.zeros(len(self.ra[rows]), dtype=np.bool_)
+        return np.isfinite(self.epoch[rows])
+
+    def moves(self, rows: IntArray | slice = slice(None)) -> BoolArray:
+        if self.pm is None:
+            return np.zeros(len(self.ra[rows]), dtype=np.bool_)
+        finite = np.isfinite(self.pm[0][rows]) & np.isfinite(self.pm[1][rows])
+        return np.asarray(finite & self.has_epoch(rows))
+
+    def at(self, rows: IntArray, epoch: FloatArray | float) -> tuple[FloatArray, FloatArray]:
+        """Positions of rows that move, at an epoch."""
+        assert self.pm is not None and self.epoch is not None
+        return healpix.propagate(
+            self.ra[rows],
+            self.dec[rows],
+            self.pm[0][rows],
+            self.pm[1][rows],
+            epoch - self.epoch[rows],
+        )
+
+
+_Block = tuple[IntArray, IntArray, FloatArray]
+
+
+def _floats(table: pa.Table, name: str) -> FloatArray:
+    return np.asarray(table.column(name).to_numpy(), dtype=np.float64)
+
+
+def _compare_ids(a: _Side, b: _Side, i: IntArray, j: IntArray) -> tuple[BoolArray, BoolArray]:
+    """For pairs: is there a common release, and is the id the same in any."""
+    common = np.zeros(len(i), dtype=np.bool_)
+    equal = np.zeros(len(i), dtype=np.bool_)
+    for name in a.ids.keys() & b.ids.keys():
+        one, other = a.ids[name][i], b.ids[name][j]
+        both = (one > 0) & (other > 0)
+        common |= both
+        equal |= both & (one == other)
+    return common, equal
+
+
+def _separation(a: _Side, b: _Side, i: IntArray, j: IntArray) -> FloatArray:
+    """Separation of pairs at their common epoch."""
+    ra1, dec1, ra2, dec2 = a.ra[i], a.dec[i], b.ra[j], b.dec[j]
+    if a.epoch is not None and b.epoch is not None:
+        right = b.moves(j) & a.has_epoch(i)
+        if right.any():
+            ra2[right], dec2[right] = b.at(j[right], a.epoch[i[right]])
+        left = ~right & a.moves(i) & b.has_epoch(j)
+        if left.any():
+            ra1[left], dec1[left] = a.at(i[left], b.epoch[j[left]])
+    return healpix.separation_arcsec(ra1, dec1, ra2, dec2)
+
+
+def _near(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
+    """Every pair within a radius at its common epoch."""
+    for i, j in _near_candidates(a, b, radius_arcsec):
+        separation = _separation(a, b, i, j)
+        near = separation <= radius_arcsec
+        yield i[near], j[near], separation[near]
+
+
+def _near_candidates(
+    a: _Side, b: _Side, radius_arcsec: float
+) -> Iterator[tuple[IntArray, IntArray]]:
+    """Pairs that contain all those within a radius, by which of the two rows would move."""
+    a_epoch, a_moves, b_epoch, b_moves = a.has_epoch(), a.moves(), b.has_epoch(), b.moves()
+    yield from _moved(b, b_moves, a, a_epoch, radius_arcsec, swap=True)
+    yield from _moved(a, a_moves, b, b_epoch & ~b_moves, radius_arcsec, swap=False)
+    for left, right in (
+        (~a_epoch, b_moves),
+        (~a_moves, b_epoch & ~b_moves),
+        (np.ones_like(a_epoch), ~b_epoch),
+    ):
+        i, j = np.flatnonzero(left), np.flatnonzero(right)
+        if len(i) == 0 or len(j) == 0:
+            continue
+        if len(i) <= len(j):
+            for one, other in healpix.candidates(a.cells[i], radius_arcsec, b.cells[j]):
+                yield i[one], j[other]
+        else:
+            for other, one in healpix.candidates(b.cells[j], radius_arcsec, a.cells[i]):
+                yield i[one], j[other]
+
+
+def _moved(
+    mover: _Side, moves: BoolArray, other: _Side, stays: BoolArray, radius_arcsec: float, swap: bool
+) -> Iterator[tuple[IntArray, IntArray]]:
+    """Candidates between rows that move to the other row's epoch and rows that stay.
+
+    A row is moved to the middle of the epochs it may meet, and looks half their span farther.
+    """
+    rows, others = np.flatnonzero(moves), np.flatnonzero(stays)
+    if len(rows) == 0 or len(others) == 0:
+        return
+    assert other.epoch is not None and mover.pm is not None
+    epochs = other.epoch[others]
+    first, last = float(epochs.min()), float(epochs.max())
+    ra, dec = mover.at(rows, (first + last) / 2)
+    total_pm = np.hypot(mover.pm[0][rows], mover.pm[1][rows])
+    reach = radius_arcsec + total_pm * ((last - first) / 2000.0)
+    for i, j in healpix.candidates(healpix.ang2pix(ra, dec), reach, other.cells[others]):
+        yield (others[j], rows[i]) if swap else (rows[i], others[j])
+
+
+def _equal_ids(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
+    """Every pair within a radius with the same id in any release, once."""
+    done: list[str] = []
+    for name in GAIA_RELEASES:
+        if name not in a.ids or name not in b.ids:
+            continue
+        one, other = a.ids[name], b.ids[name]
+        for i, j, separation in _join_ids(a, b, one, other, radius_arcsec):
+            new = separation <= radius_arcsec
+            for earlier in done:
+                new &= (a.ids[earlier][i] <= 0) | (a.ids[earlier][i] != b.ids[earlier][j])
+            yield i[new], j[new], separation[new]
+        done.append(name)
+
+
+def _join_ids(
+    a: _Side, b: _Side, one: IntArray, other: IntArray, radius_arcsec: float
+) -> Iterator[_Block]:
+    order = np.argsort(other, kind="stable")
+    order = order[np.searchsorted(other[order], 1) :]
+    values, first, count = np.unique(other[order], return_index=True, return_counts=True)
+    if len(values) == 0:
+        return
+    place = pc.index_in(pa.array(one), value_set=pa.array(values))
+    i = np.flatnonzero(pc.is_valid(place).to_numpy(zero_copy_only=False))
+    value = pc.fill_null(place, 0).to_numpy()[i]
+    crowded = np.bincount(value, minlength=len(values)) * count > _MANY_PAIRS
+    if crowded.any():
+        rows = i[crowded[value]]
+        others = np.flatnonzero(np.isin(other, values[crowded]))
+        for p, q, separation in _near(a.take(rows), b.take(others), radius_arcsec):
+            same = one[rows[p]] == other[others[q]]
+            yield rows[p[same]], others[q[same]], separation[same]
+        i, value = i[~crowded[value]], value[~crowded[value]]
+    repeats = count[value]
+    offset = np.repeat(first[value] - (np.cumsum(repeats) - repeats), repeats)
+    i, j = np.repeat(i, repeats), order[offset + np.arange(len(offset))]
+    yield i, j, _separation(a, b, i, j)
+
+
+def _ordered(
+    found: list[_Block], n_by_id: int, n_conflicts: int, keys: pa.ChunkedArray, every: bool
+) -> Matches:
+    """Sort candidates, count those of each left row, and keep the best or all."""
+    left = np.concatenate([np.empty(0, dtype=np.int64), *(i for i, _, _ in found)])
+    right = np.concatenate([np.empty(0, dtype=np.int64), *(j for _, j, _ in found)])
+    separation = np.concatenate([np.empty(0), *(s for _, _, s in found)])
+    by_position = np.arange(len(left)) >= n_by_id
+    key = pc.rank(keys.take(pa.array(right)), tiebreaker="dense").to_numpy()
+    order = np.lexsort((right, key, separation, by_position, left))
+    left, right, separation = left[order], right[order], separation[order]
+    is_first = np.concatenate([[True], left[1:] != left[:-1]])[: len(left)]
+    starts = np.flatnonzero(is_first)
+    count = np.diff(np.append(starts, len(left)))
+    keep = slice(None) if every else starts
+    return Matches(
+        left[keep],
+        right[keep],
+        separation[keep],
+        (np.repeat(count, count) if every else count).astype(np.int32),
+        ~by_position[order][keep],
+        n_conflicts,
+    )

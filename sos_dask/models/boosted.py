@@ -1,0 +1,458 @@
+"""Gradient-boosted trees (XGBoost), one ensemble per label, trained data-parallel over a cluster.
+
+The loss is the pseudo-Huber of ``huber_slope`` times the spread of the differences. On 350,000 simulated
+pairs with 3 % outliers to one side it left two thirds of the error, and a third of the bias, of
+squared error on clipped differences; the absolute error was no better and four times slower, and
+its leaves would depend on the number of workers.
+
+Pairs are laid out one block a worker, in the order of the workers' names, so that equal pairs on
+equally many workers give equal bytes. With another number of workers, or in one process, the last
+digits of sums and the bins of features differ a little.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sos_dask.errors import ClusterError, ModelError, SosError
+from sos_dask.features import FEATURES
+from sos_dask.models import (
+    Fitted,
+    Float32Array,
+    FloatArray,
+    ModelInfo,
+    Param,
+    Progress,
+    Rows,
+    Summary,
+    TrainingSource,
+    parse_json,
+    summarise,
+    to_json,
+    training_rows,
+)
+from sos_dask.schema import LABELS
+
+logger = logging.getLogger(__name__)
+
+FILE = "boosted.json"
+MIN_PAIRS = 50
+TRIES = 3
+
+PARAMS = {
+    "n_rounds": Param(400, "Trees per label", 1, 20000),
+    "max_depth": Param(5, "Depth of a tree", 1, 12),
+    "learning_rate": Param(0.02, "Share of each tree's correction that is taken", 1e-4, 1.0),
+    "min_child_weight": Param(5.0, "Smallest sum of second derivatives in a leaf", 0.0, 1e6),
+    "subsample": Param(0.5, "Share of the pairs that each tree sees", 0.05, 1.0),
+    "reg_lambda": Param(10.0, "Pull of the leaves to zero, in pairs", 0.0, 1e6),
+    "max_bin": Param(256, "Bins of each feature", 2, 4096),
+    "huber_slope": Param(
+        0.5, "Residual at which the loss turns from square to linear, in spreads", 0.01, 100.0
+    ),
+    "nthread": Param(1, "Threads of each worker", 1, 1024),
+    "seed": Param(0, "Seed of the subsamples", 0, 2**31 - 1),
+    "device": Param("cpu", "Where to train", choices=("cpu", "cuda")),
+    "timeout_s": Param(
+        300, "Longest wait of a worker for the others in one step, in seconds", 1, 86400
+    ),
+}
+
+
+class BoostedCorrection(Fitted):
+    """Sums of trees.
+
+    Parameters
+    ----------
+    info : ModelInfo
+    boosters : tuple of xgboost.Booster
+        One a label.
+    center, spread : ndarray of float64, shape (3,), K, dex, dex
+        A difference is ``center + spread * (sum of the trees)``.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        boosters: tuple[Any, ...],
+        center: FloatArray,
+        spread: FloatArray,
+    ) -> None:
+        super().__init__(info)
+        for booster in boosters:
+            # A worker has one thread; a model trained on a GPU is used anywhere.
+            booster.set_param({"nthread": 1, "device": "cpu"})
+        self.boosters = boosters
+        self.center = center
+        self.spread = spread
+
+    def trees(self, features: Float32Array) -> Float32Array:
+        """Sums of the trees, shape (n, 3): all that a faster evaluation has to replace.
+
+        Parameters
+        ----------
+        features : ndarray of float32, shape (n, 3)
+            Finite: the direction that trees keep for missing values is never used.
+        """
+        x = np.ascontiguousarray(features)
+        return np.stack([booster.inplace_predict(x) for booster in self.boosters], axis=1)
+
+    def evaluate(self, features: Float32Array) -> Float32Array:
+        """Differences at finite features inside the box, shape (n, 3)."""
+        return (self.center + self.spread * self.trees(features)).astype(np.float32)
+
+    def files(self) -> Mapping[str, bytes]:
+        """``boosted.json`` and the trees of each label as UBJSON."""
+        document = {
+            "formula": "center + spread * (sum of the trees)",
+            "center": dict(zip(LABELS, self.center.tolist(), strict=True)),
+            "spread": dict(zip(LABELS, self.spread.tolist(), strict=True)),
+        }
+        raw = [bytes(booster.save_raw("ubj")) for booster in self.boosters]
+        trees = {_file(label): content for label, content in zip(LABELS, raw, strict=True)}
+        return {FILE: to_json(document), **trees}
+
+
+def _file(label: str) -> str:
+    return f"{label}.ubj"
+
+
+def restore(info: ModelInfo, files: Mapping[str, bytes]) -> BoostedCorrection:
+    """Model from its files; `ModelError` where they are incomplete."""
+    import xgboost
+
+    document = parse_json(files.get(FILE, b""), FILE)
+    try:
+        center = np.array([document["center"][label] for label in LABELS], dtype=np.float64)
+        spread = np.array([document["spread"][label] for label in LABELS], dtype=np.float64)
+        contents = [files[_file(label)] for label in LABELS]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"model 'boosted': incomplete or damaged ({error!r})") from None
+    try:
+        boosters = tuple(xgboost.Booster(model_file=bytearray(content)) for content in contents)
+    except xgboost.core.XGBoostError as error:
+        raise ModelError(
+            f"XGBoost {xgboost.__version__} cannot read the trees: {error}",
+            "Install the XGBoost that the model was trained with, or train it again.",
+        ) from None
+    for label, booster in zip(LABELS, boosters, strict=True):
+        if booster.num_features() != len(FEATURES):
+            raise ModelError(f"{_file(label)}: {booster.num_features()} features, not 3")
+    return BoostedCorrection(info, boosters, center, spread)
+
+
+def fit(
+    source: TrainingSource,
+    train_folds: Sequence[int] | None,
+    params: Mapping[str, Any],
+    client: Any,
+    progress: Progress,
+) -> BoostedCorrection:
+    """Fit; see `sos_dask.models.fit`.
+
+    Without a client the same trees are trained in this process, all pairs in its memory.
+    """
+    if params["device"] == "cuda" and client is None:
+        _require_cuda()
+    summary = summarise(source, train_folds, client, "boosted", MIN_PAIRS)
+    job = _Job(source, train_folds, params, summary)
+    boosters = _fit_here(job, progress) if client is None else _fit_there(job, client, progress)
+    info = summary.info("boosted", params, train_folds)
+    return BoostedCorrection(info, boosters, summary.center, summary.spread)
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: TrainingSource
+    train_folds: Sequence[int] | None
+    params: Mapping[str, Any]
+    summary: Summary
+
+    def booster_params(self) -> dict[str, Any]:
+        names = (
+            "max_depth", "learning_rate", "min_child_weight", "subsample", "reg_lambda", "max_bin",
+            "huber_slope", "nthread", "seed", "device",
+        )  # fmt: skip
+        return {
+            "tree_method": "hist",
+            "objective": "reg:pseudohubererror",
+            "base_score": 0.0,  # differences are centred
+            "validate_parameters": True,
+            "verbosity": 0,
+            **{name: self.params[name] for name in names},
+        }
+
+
+def _block(job: _Job, first: int, stop: int) -> Rows:
+    """Training rows of some batches, differences in units of their spread."""
+    parts = [
+        training_rows(job.source.load(index), job.train_folds)
+        for index in range(first, stop)
+        if job.summary.n_rows[index]
+    ]
+    differences = np.concatenate([part.differences for part in parts]).astype(np.float64)
+    weight = np.concatenate([part.weight for part in parts])
+    return Rows(
+        np.concatenate([part.features for part in parts]),
+        ((differences - job.summary.center) / job.summary.spread).astype(np.float32),
+        (weight / job.summary.mean_weight).astype(np.float32),
+    )
+
+
+def _of_label(rows: Rows, label: int) -> tuple[Float32Array, Float32Array, Float32Array]:
+    """Features, differences and weights of the rows that know a label."""
+    known = np.isfinite(rows.differences[:, label])
+    return rows.features[known], rows.differences[known, label], rows.weight[known]
+
+
+def _fit_here(job: _Job, progress: Progress) -> tuple[Any, ...]:
+    import xgboost
+
+    rows = _block(job, 0, job.source.n_batches)
+    boosters = []
+    for number in range(len(LABELS)):
+        x, y, weight = _of_label(rows, number)
+        matrix = xgboost.QuantileDMatrix(
+            x,
+            y,
+            weight=weight,
+            feature_names=list(FEATURES),
+            max_bin=job.params["max_bin"],
+            nthread=job.params["nthread"],
+        )
+        boosters.append(xgboost.train(job.booster_params(), matrix, job.params["n_rounds"]))
+        progress("boosted", number + 1, len(LABELS))
+    return tuple(boosters)
+
+
+def _fit_there(job: _Job, client: Any, progress: Progress) -> tuple[Any, ...]:
+    """Train on the cluster; after a loss of workers, again on those that are left."""
+    import xgboost
+    from distributed import CancelledError, KilledWorker
+    from distributed.comm import CommClosedError
+
+    losses = (
+        xgboost.core.XGBoostError,
+        CancelledError,
+        asyncio.CancelledError,
+        CommClosedError,
+        KilledWorker,
+        _LostError,
+        AssertionError,  # xgboost.dask asserts that all parts are there
+        RuntimeError,  # xgboost.dask: "Missing required workers"
+        ValueError,  # xgboost.dask: "Invalid worker address"
+        OSError,
+        TimeoutError,
+    )
+    boosters: dict[int, Any] = {}
+    wanted = 1
+    for attempt in range(1, TRIES + 1):
+        try:
+            workers = _workers(client, wanted, job.params["timeout_s"])
+            wanted = len(workers)
+            if job.params["device"] == "cuda":
+                _collect(
+                    client,
+                    [client.submit(_require_cuda, pure=False, **_on(w)) for w in workers],
+                    workers,
+                )
+            _train_labels(job, client, workers, boosters, progress)
+            return tuple(boosters[number] for number in range(len(LABELS)))
+        except SosError:
+            raise
+        except losses as error:
+            failure = f"{type(error).__name__}: {error}"
+            logger.warning("boosted: try %d of %d failed: %s", attempt, TRIES, failure)
+    raise ClusterError(
+        f"training was lost {TRIES} times, at last by {failure.strip().splitlines()[0]}",
+        "Look at the workers' logs: most often they run out of memory or their node goes away. "
+        "Where workers only wait long for each other, raise boosted.timeout_s.",
+    )
+
+
+class _LostError(Exception):
+    """A worker is gone or does not answer."""
+
+
+def _on(worker: str) -> dict[str, Any]:
+    # Should the worker go, the task must fail or move: one that waits for it would wait for ever.
+    return {"workers": [worker], "allow_other_workers": True}
+
+
+def _names(client: Any) -> dict[str, str]:
+    """Addresses of the workers with their names, by name."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    named = {address: str(worker["name"]) for address, worker in workers.items()}
+    return dict(sorted(named.items(), key=lambda item: (item[1], item[0])))
+
+
+def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
+    """Addresses of workers that answer, by name. A frozen one is still known to the scheduler."""
+    from distributed import wait
+
+    # Time for a nanny to bring a dead worker back.
+    with contextlib.suppress(TimeoutError):
+        client.wait_for_workers(wanted, timeout=20)
+    asked = {
+        worker: client.submit(_ping, worker, pure=False, workers=[worker])
+        for worker in _names(client)
+    }
+    if asked:
+        with contextlib.suppress(TimeoutError):
+            wait(list(asked.values()), timeout=min(30.0, timeout_s))
+    alive = [worker for worker, future in asked.items() if future.status == "finished"]
+    client.cancel(list(asked.values()), force=True)
+    if not alive:
+        raise _LostError("no worker answers")
+    return alive
+
+
+def _ping(worker: str) -> str:
+    return worker
+
+
+def _collect(client: Any, futures: Sequence[Any], workers: Sequence[str]) -> None:
+    """Wait for tasks as long as the workers that were asked are there; raise what they raised."""
+    from distributed import wait
+
+    while True:
+        with contextlib.suppress(TimeoutError):
+            wait(futures, timeout=2)
+        for future in futures:
+            if future.status in ("error", "cancelled", "lost"):
+                future.result(timeout=10)
+                raise _LostError(f"a task is {future.status}")
+        if all(future.status == "finished" for future in futures):
+            return
+        gone = set(workers) - set(_names(client))
+        if gone:
+            raise _LostError(f"workers are gone: {', '.join(sorted(gone))}")
+
+
+def _train_labels(
+    job: _Job,
+    client: Any,
+    workers: Sequence[str],
+    boosters: dict[int, Any],
+    progress: Progress,
+) -> None:
+    """Train the labels that have no booster yet."""
+    cuts = _shares(job.summary.n_rows, len(workers))
+    used = list(workers[: len(cuts)])
+    blocks = [
+        client.submit(_block, job, first, stop, pure=False, **_on(worker))
+        for worker, (first, stop) in zip(used, cuts, strict=True)
+    ]
+    try:
+        _collect(client, blocks, used)
+        for number in range(len(LABELS)):
+            if number not in boosters:
+                boosters[number] = _train_label(job, client, used, blocks, number)
+            progress("boosted", number + 1, len(LABELS))
+    finally:
+        with contextlib.suppress(Exception):
+            client.cancel(blocks, force=True)
+
+
+def _shares(n_rows: Sequence[int] | Any, n_workers: int) -> list[tuple[int, int]]:
+    """Runs of batches with about equally many rows, none empty, at most one a worker."""
+    ends = np.cumsum(n_rows)
+    targets = ends[-1] * np.arange(1, n_workers + 1) / n_workers
+    # The batch whose middle a target passes goes to the run before it.
+    stops = np.searchsorted(ends - np.asarray(n_rows) / 2, targets, side="right")
+    stops[-1] = len(ends)
+    runs = zip([0, *stops[:-1].tolist()], stops.tolist(), strict=True)
+    return [(a, b) for a, b in runs if np.sum(n_rows[a:b]) > 0]
+
+
+def _train_label(
+    job: _Job, client: Any, workers: Sequence[str], blocks: Sequence[Any], number: int
+) -> Any:
+    import dask.array as da
+    from xgboost import dask as xgboost_dask
+    from xgboost.collective import Config
+
+    parts = [
+        client.submit(_of_label, block, number, pure=False, **_on(worker))
+        for block, worker in zip(blocks, workers, strict=True)
+    ]
+    columns = [
+        [client.submit(_item, part, item, pure=False, **_on(w)) for item in range(3)]
+        for part, w in zip(parts, workers, strict=True)
+    ]
+    sizes = [
+        client.submit(len, column[1], pure=False, **_on(w))
+        for column, w in zip(columns, workers, strict=True)
+    ]
+    futures = [future for column in columns for future in column]
+    try:
+        _collect(client, [*futures, *sizes], workers)
+        n = client.gather(sizes)
+        x, y, weight = (
+            da.concatenate(
+                [
+                    da.from_delayed(column[item], shape=(rows, *tail), dtype=np.float32)
+                    for column, rows in zip(columns, n, strict=True)
+                ]
+            )
+            for item, tail in ((0, (len(FEATURES),)), (1, ()), (2, ()))
+        )
+        matrix = xgboost_dask.DaskQuantileDMatrix(
+            client,
+            x,
+            y,
+            weight=weight,
+            feature_names=list(FEATURES),
+            max_bin=job.params["max_bin"],
+        )
+        timeout_s = job.params["timeout_s"]
+        result = xgboost_dask.train(
+            client,
+            job.booster_params(),
+            matrix,
+            num_boost_round=job.params["n_rounds"],
+            coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=timeout_s),
+        )
+        return result["booster"]
+    finally:
+        with contextlib.suppress(Exception):
+            client.cancel([*futures, *sizes, *parts], force=True)
+
+
+def _item(values: tuple[Any, ...], index: int) -> Any:
+    return values[index]
+
+
+def _require_cuda() -> None:
+    """Raise `ModelError` where XGBoost would quietly train on the CPU."""
+    import xgboost
+
+    if not xgboost.build_info().get("USE_CUDA", False):
+        raise ModelError(
+            f"device = 'cuda': XGBoost {xgboost.__version__} was built without CUDA",
+            "Install 'xgboost' (not 'xgboost-cpu'), or set device = 'cpu'.",
+        )
+    x = np.zeros((4, 1), dtype=np.float32)
+    with warnings.catch_warnings():
+        # It warns and goes on with the CPU; what it used is in its configuration.
+        warnings.simplefilter("ignore")
+        params = {"device": "cuda", "tree_method": "hist", "verbosity": 0}
+        try:
+            booster = xgboost.train(params, xgboost.QuantileDMatrix(x, x[:, 0]), 1)
+            used = json.loads(booster.save_config())["learner"]["generic_param"]["device"]
+        except xgboost.core.XGBoostError as error:
+            used = str(error).strip().splitlines()[0]
+    if not str(used).startswith("cuda"):
+        raise ModelError(
+            f"device = 'cuda': no usable GPU here (XGBoost answers '{used}')",
+            "Run on a machine with a GPU that 'nvidia-smi' lists, or set device = 'cpu'.",
+        )

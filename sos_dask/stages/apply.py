@@ -1,0 +1,187 @@
+"""Stage apply: the correction of every target observation, partition by partition."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from sos_dask import models
+from sos_dask.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.catalog import Catalog, write_partition
+from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.correct import FLAG_MEANINGS, correct, corrected_schema
+from sos_dask.errors import ConfigError
+from sos_dask.healpix import HealpixPixel
+from sos_dask.schema import LABELS
+from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Part:
+    output: Output
+    catalog: Catalog
+    pixel: HealpixPixel
+    model: str
+    model_fingerprint: str
+
+
+def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
+    """Which partitions a text names.
+
+    Parameters
+    ----------
+    text : str
+        ``all``; a shard ``i/N`` (i from 1 to N: partitions i, i+N, ...); indices and ranges
+        ``0-9,12``; HEALPix pixels ``2:44``, each meaning all partitions inside it or around it.
+    pixels : sequence of HealpixPixel
+        Partitions of the catalog, in its order.
+
+    Returns
+    -------
+    list of int
+        Sorted indices.
+
+    Raises
+    ------
+    ConfigError
+        Bad syntax, an index or a pixel that the catalog does not have.
+    """
+    text = text.strip()
+    if text == "all":
+        return list(range(len(pixels)))
+    if shard := re.fullmatch(r"(\d+)/(\d+)", text):
+        number, total = int(shard[1]), int(shard[2])
+        if not 1 <= number <= total:
+            raise ConfigError(
+                f"--partitions {text}: there is no shard {number} of {total}",
+                f"Shards are counted from 1/{max(total, 1)} to {max(total, 1)}/{max(total, 1)}.",
+            )
+        return list(range(number - 1, len(pixels), total))
+    chosen: set[int] = set()
+    for item in text.split(","):
+        item = item.strip()
+        if ":" in item:
+            pixel = HealpixPixel.parse(item)
+            found = {i for i, other in enumerate(pixels) if pixel.overlaps(other)}
+            if not found:
+                raise ConfigError(f"--partitions {item}: the catalog has no rows in that pixel")
+            chosen |= found
+        elif span := re.fullmatch(r"(\d+)(?:-(\d+))?", item):
+            first, last = int(span[1]), int(span[2] or span[1])
+            if first > last or last >= len(pixels):
+                raise ConfigError(f"--partitions {item}: partitions are 0 to {len(pixels) - 1}")
+            chosen |= set(range(first, last + 1))
+        else:
+            raise ConfigError(
+                f"--partitions '{item}' is not understood",
+                "Write all, i/N, indices and ranges like 0-9,12, or pixels like 2:44.",
+            )
+    return sorted(chosen)
+
+
+def apply_recipe(model: str, catalog: str) -> Recipe:
+    """Recipe of `apply` for a model and a catalog of these fingerprints."""
+    return Recipe("apply", VERSION, {}, {"model": model, "observations": catalog})
+
+
+def apply(
+    model: Path,
+    catalog: Catalog,
+    directory: Path,
+    *,
+    partitions: str = "all",
+    name: str = "",
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+    model_fingerprint: str = "",
+) -> Manifest | None:
+    """Correct the labels of every row of a catalog.
+
+    Parameters
+    ----------
+    model : Path
+        Directory of a saved correction.
+    catalog : Catalog
+        Observations or stars with ``teff``, ``logg``, ``feh``.
+    directory : Path
+        Where the corrected catalog goes; several processes may share it.
+    partitions : str
+        See `parse_partitions`.
+
+    Returns
+    -------
+    Manifest or None
+        None while partitions of other processes are missing; whoever finishes last commits.
+
+    Raises
+    ------
+    ConfigError
+        ``partitions`` is wrong.
+    ModelError
+        The model cannot be loaded.
+    """
+    catalog.require(*LABELS)
+    chosen = parse_partitions(partitions, catalog.pixels)
+    correction = models.load(model)
+    fingerprint = model_fingerprint or models.fingerprint(model)
+    output = Output.prepare(directory, apply_recipe(fingerprint, catalog.fingerprint), overwrite)
+    if output.complete:
+        return output.load_manifest()
+    with unless_complete(output):
+        parts = {
+            key_of(pixel): _Part(output, catalog, pixel, str(model), fingerprint)
+            for pixel in catalog.pixels
+        }
+        keys = list(parts)
+        run_parts(
+            output,
+            "corrected",
+            {keys[index]: parts[keys[index]] for index in chosen},
+            _apply_part,
+            cluster or Cluster(),
+            "apply",
+            report,
+        )
+        done = records(output, "corrected", keys)
+        if done is None:
+            return None
+        n_rows = catalog.n_rows
+        commit_catalog(
+            output,
+            name or catalog.name.removesuffix(".observations") + ".corrected",
+            list(zip(catalog.pixels, done, strict=True)),
+            corrected_schema(catalog.schema),
+            Rows(n_rows, sum(record["file"]["rows"] for record in done)),
+            {
+                "method": correction.method,
+                "flags": {
+                    FLAG_MEANINGS[bit]: sum(record["flags"][str(bit)] for record in done)
+                    for bit in FLAG_MEANINGS
+                },
+            },
+        )
+    return output.load_manifest()
+
+
+@lru_cache(maxsize=4)
+def _load(model: str, fingerprint: str) -> models.Correction:
+    return models.load(Path(model))
+
+
+def _apply_part(part: _Part) -> None:
+    table = part.catalog.read(part.pixel)
+    corrected = correct(table, _load(part.model, part.model_fingerprint))
+    flags = corrected["flag_sos"].to_numpy()
+    record = write_partition(part.output, part.pixel, corrected)
+    counts = {str(bit): int(np.count_nonzero(flags & bit)) for bit in FLAG_MEANINGS}
+    part.output.put_record(
+        "corrected", key_of(part.pixel), {"file": asdict(record), "flags": counts}
+    )

@@ -1,0 +1,216 @@
+"""Stage dedupe: repeats of one star become one row, exactly, across partition edges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.catalog import Catalog, write_partition
+from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.dedupe import DedupeSettings, combine, group
+from sos_dask.errors import PartitionError
+from sos_dask.healpix import MAX_ORDER, HealpixPixel, cell_ranges, in_ranges, surroundings
+from sos_dask.schema import HEALPIX_COLUMN
+from sos_dask.stages.parts import (
+    GAIA_IDS,
+    commit_catalog,
+    id_values,
+    key_of,
+    rank_of,
+    records,
+    run_parts,
+    unless_complete,
+)
+
+VERSION = 1
+_MAX_LAYERS = 256
+
+
+@dataclass(frozen=True)
+class _Part:
+    output: Output
+    catalog: Catalog
+    pixel: HealpixPixel
+    settings: DedupeSettings
+    expected_error: Mapping[str, float]
+
+
+def dedupe_recipe(
+    catalog: str, settings: DedupeSettings, expected_error: Mapping[str, float]
+) -> Recipe:
+    """Recipe of `dedupe` for a catalog of this fingerprint."""
+    params = {"settings": asdict(settings), "expected_error": dict(expected_error)}
+    return Recipe("dedupe", VERSION, params, {"observations": catalog})
+
+
+def dedupe(
+    catalog: Catalog,
+    directory: Path,
+    settings: DedupeSettings,
+    *,
+    expected_error: Mapping[str, float] | None = None,
+    name: str = "",
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Combine the observations of each star into one row.
+
+    Parameters
+    ----------
+    catalog : Catalog
+        Observations, with ``obs_id``, ``quality`` and the labels.
+    directory : Path
+        Where the catalog of stars goes.
+    settings : DedupeSettings
+    expected_error : mapping of str to float, optional
+        Error of one observation, for labels without stated errors.
+    name : str
+        Name of the new catalog; default that of the old one with ``.stars``.
+    overwrite : bool
+        Replace another output in ``directory``.
+
+    Returns
+    -------
+    Manifest
+        ``rows``: observations in, stars out, observations merged into another's star.
+
+    Raises
+    ------
+    CatalogError
+        A column is missing, or the directory holds something else.
+    PartitionError
+        A partition cannot be read.
+    """
+    catalog.require("obs_id", "ra", "dec", "quality", HEALPIX_COLUMN)
+    errors = dict(expected_error or {})
+    output = Output.prepare(
+        directory, dedupe_recipe(catalog.fingerprint, settings, errors), overwrite
+    )
+    if output.complete:
+        return output.load_manifest()
+    parts = {
+        key_of(pixel): _Part(output, catalog, pixel, settings, errors) for pixel in catalog.pixels
+    }
+    with unless_complete(output):
+        run_parts(output, "stars", parts, _dedupe_part, cluster or Cluster(), "dedupe", report)
+        done = records(output, "stars", list(parts)) or []
+        n_in, n_out = catalog.n_rows, sum(record["n_stars"] for record in done)
+        merged = sum(record["n_members"] for record in done) - n_out
+        summary = {
+            "stars_with_repeats": sum(record["n_repeated"] for record in done),
+            "stars_with_large_spread": sum(record["n_spread"] for record in done),
+        }
+        commit_catalog(
+            output,
+            name or catalog.name.removesuffix(".observations") + ".stars",
+            list(zip(catalog.pixels, done, strict=True)),
+            _star_schema(catalog, settings, errors),
+            Rows(n_in, n_out, 0, {"merged": merged}),
+            summary,
+        )
+    return output.load_manifest()
+
+
+def _star_schema(
+    catalog: Catalog, settings: DedupeSettings, expected_error: Mapping[str, float]
+) -> pa.Schema:
+    nobody = np.empty(0, dtype=np.int64)
+    return combine(catalog.schema.empty_table(), nobody, settings, expected_error).schema
+
+
+def _dedupe_part(part: _Part) -> None:
+    """Stars whose primary observation lies in one partition."""
+    own = part.catalog.read(part.pixel)
+    around, first, primary = _grouped(part, own)
+    stop = first + own.num_rows
+    # Every partition that sees a star sees the same one; it belongs to that of its primary.
+    is_member = (primary >= first) & (primary < stop)
+    is_away = is_member.copy()
+    is_away[first:stop] = False
+    row_of = np.full(len(primary), -1, dtype=np.int64)
+    order = np.concatenate([np.flatnonzero(is_member[first:stop]) + first, np.flatnonzero(is_away)])
+    row_of[order] = np.arange(len(order))
+    members = pa.concat_tables(
+        [
+            own.filter(pa.array(is_member[first:stop])),
+            _full_rows(
+                part.catalog, around.filter(pa.array(np.delete(is_away, slice(first, stop))))
+            ),
+        ]
+    )
+    stars = combine(members, row_of[primary[order]], part.settings, part.expected_error)
+    record = write_partition(part.output, part.pixel, stars) if stars.num_rows else None
+    part.output.put_record(
+        "stars",
+        key_of(part.pixel),
+        {
+            "file": None if record is None else asdict(record),
+            "n_stars": stars.num_rows,
+            "n_members": members.num_rows,
+            "n_repeated": int(np.count_nonzero(stars["n_obs"].to_numpy() > 1)),
+            "n_spread": pc.sum(stars["flag_spread"]).as_py() or 0,
+        },
+    )
+
+
+def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int64]]:
+    """Group the partition's rows with as much of the sky around as the longest chain needs.
+
+    Returns
+    -------
+    around : pyarrow.Table
+        Position, key and ids of the rows around, sorted on the sky.
+    first : int
+        Where the partition's rows stand when they are put between the rows around.
+    primary : ndarray of int64
+        Primary of every row, those around included, as index into that order.
+    """
+    catalog, pixel, settings = part.catalog, part.pixel, part.settings
+    ids = {r: c for r, c in GAIA_IDS.items() if c in catalog.schema.names}
+    columns = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *ids.values()]
+    reach = max(
+        settings.radius_arcsec, settings.id_radius_arcsec if settings.use_gaia_id and ids else 0.0
+    )
+    layers = 2
+    while layers <= _MAX_LAYERS:
+        rings = surroundings(pixel, reach, layers)
+        around = catalog.read_ranges(sorted(sum(rings, [])), columns)
+        first = int(np.searchsorted(around[HEALPIX_COLUMN].to_numpy(), pixel.first))
+        table = pa.concat_tables(
+            [around.slice(0, first), own.select(columns), around.slice(first)]
+        ).combine_chunks()
+        cells = table[HEALPIX_COLUMN].to_numpy()
+        groups = group(
+            table["ra"].to_numpy(),
+            table["dec"].to_numpy(),
+            cells,
+            rank_of(table["obs_id"]),
+            {release: id_values(table[column]) for release, column in ids.items()},
+            in_ranges(cells, rings[-1]),
+            settings,
+        )
+        if not groups.touches_frontier[first : first + own.num_rows].any():
+            return around, first, groups.primary
+        layers *= 2
+    raise PartitionError(
+        f"pixel {pixel} of {catalog.path}: repeats form a chain over "
+        f"{_MAX_LAYERS * reach:.0f} arcsec",
+        f"A radius of {settings.radius_arcsec} arcsec is too large for so dense a field.",
+    )
+
+
+def _full_rows(catalog: Catalog, wanted: pa.Table) -> pa.Table:
+    """All columns of some rows of other partitions, in the order of ``wanted``."""
+    if not wanted.num_rows:
+        return catalog.schema.empty_table()
+    cells = np.unique(wanted[HEALPIX_COLUMN].to_numpy())
+    rows = catalog.read_ranges(cell_ranges(cells, MAX_ORDER), catalog.schema.names)
+    return rows.take(pc.index_in(wanted["obs_id"], rows["obs_id"]).combine_chunks())

@@ -1,0 +1,437 @@
+"""Stage ingest: survey files become a HEALPix-partitioned catalog of observations.
+
+Two passes, each row written twice: chunks of the files are read in parallel, put on canonical
+columns, sorted on the sky and kept as Arrow pieces; then the partitions are planned from the
+counts, and each one merges its slices of the memory-mapped pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sos_dask.artifact import Manifest, Output, Recipe, Rows, atomic_path, sha256_of_file
+from sos_dask.catalog import write_parquet, write_partition
+from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.errors import ConfigError, SurveyError
+from sos_dask.healpix import MAX_ORDER, HealpixPixel, plan_partitions
+from sos_dask.ingest import (
+    Chunk,
+    Profile,
+    check_profile,
+    conflicting_keys,
+    losing_rows,
+    merge_rows,
+    open_source,
+    plan_chunks,
+    read_chunk,
+    rejected_rows,
+)
+from sos_dask.schema import HEALPIX_COLUMN, Survey
+from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+
+VERSION = 1
+_HISTOGRAM_ORDER = 10
+_KEYS_PER_BUCKET = 20_000_000
+_REJECTED = "rejected.parquet"
+
+
+@dataclass(frozen=True)
+class IngestSettings:
+    """Settings of the stage.
+
+    Parameters
+    ----------
+    rows_per_partition : int
+        Pixels are split until each holds at most so many rows.
+    chunk_rows : int
+        Rows that are read and sorted at once; decides memory, never the result.
+    """
+
+    rows_per_partition: int = 1_000_000
+    chunk_rows: int = 500_000
+
+
+@dataclass(frozen=True)
+class _ChunkPart:
+    output: Output
+    survey: Survey
+    chunk: Chunk
+    settings: IngestSettings
+    key: str
+
+
+@dataclass(frozen=True)
+class _KeyPart:
+    output: Output
+    pieces: tuple[str, ...]
+    bucket: int
+    n_buckets: int
+
+
+@dataclass(frozen=True)
+class _PixelPart:
+    output: Output
+    survey: Survey
+    pieces: tuple[str, ...]
+    files: tuple[str, ...]
+    pixel: HealpixPixel
+
+
+def ingest_recipe(
+    survey: Survey, files: Sequence[str], settings: IngestSettings, name: str
+) -> Recipe:
+    """Recipe of `ingest` for files of these SHA-256 sums, in any order."""
+    params = {
+        "survey": _survey_params(survey),
+        "rows_per_partition": settings.rows_per_partition,
+        "name": name,
+    }
+    return Recipe("ingest", VERSION, params, {f"file-{i}": s for i, s in enumerate(sorted(files))})
+
+
+def _survey_params(survey: Survey) -> dict[str, Any]:
+    """What of a survey's definition decides the rows, in a form whose changes can be read."""
+    params = asdict(survey)
+    for name in ("title", "reference", "notes", "definition", "max_rejected_fraction"):
+        params.pop(name)
+    # A mapping loses its order in JSON: the order of columns is part of the product.
+    params["columns"] = {name: asdict(column) for name, column in survey.columns.items()}
+    params["column_order"] = list(survey.columns)
+    params["cuts"] = {cut.name: asdict(cut) for cut in survey.cuts}
+    for cut in params["cuts"].values():
+        cut.pop("reason")
+    return params
+
+
+def ingest(
+    survey: Survey,
+    files: Sequence[Path],
+    directory: Path,
+    settings: IngestSettings | None = None,
+    *,
+    name: str = "",
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+    digests: Sequence[str] | None = None,
+) -> Manifest:
+    """Make a catalog of observations from a survey's files.
+
+    Parameters
+    ----------
+    survey : Survey
+    files : sequence of Path
+        FITS, FITS.gz, CSV, CSV.gz, Parquet or VOTable; together they are the survey.
+    directory : Path
+        Where the catalog goes. ``rejected.parquet`` holds rejected rows with file, row and reason.
+    settings : IngestSettings, optional
+    name : str
+        Name of the catalog; default ``<survey>.observations``.
+    digests : sequence of str, optional
+        SHA-256 of the files, where the caller knows them.
+
+    Returns
+    -------
+    Manifest
+        ``rows``: rows of the files in, observations out, rejected, exact duplicates dropped.
+
+    Raises
+    ------
+    SurveyError
+        A file is missing, truncated, of the wrong kind, lacks a column, or holds values that cannot
+        be what the survey says they are.
+    """
+    settings = settings or IngestSettings()
+    if not files:
+        raise ConfigError(f"no file given for survey {survey.name}")
+    if settings.rows_per_partition < 1 or settings.chunk_rows < 1:
+        raise ConfigError("rows_per_partition and chunk_rows must be positive")
+    for file in files:
+        if not file.is_file():
+            raise SurveyError(
+                f"{file} does not exist" if not file.exists() else f"{file} is no file"
+            )
+    name = name or f"{survey.name}.observations"
+    # The order in which files are given must not matter: neither to the recipe nor to the rows.
+    by_content = sorted(
+        zip(digests or [sha256_of_file(file) for file in files], files, strict=True),
+        key=lambda item: (item[0], str(item[1])),
+    )
+    if len({digest for digest, _ in by_content}) < len(by_content):
+        raise ConfigError(
+            f"the same content is given twice for survey {survey.name}: "
+            + ", ".join(str(file) for _, file in by_content)
+        )
+    recipe = ingest_recipe(survey, [digest for digest, _ in by_content], settings, name)
+    output = Output.prepare(directory, recipe, overwrite)
+    if output.complete:
+        return output.load_manifest()
+    with unless_complete(output):
+        _run(
+            output, survey, [f for _, f in by_content], settings, name, cluster or Cluster(), report
+        )
+    return output.load_manifest()
+
+
+def _run(
+    output: Output,
+    survey: Survey,
+    files: Sequence[Path],
+    settings: IngestSettings,
+    name: str,
+    cluster: Cluster,
+    report: Report,
+) -> None:
+    sources = [
+        open_source(file, survey, index, output.work / "scratch")
+        for index, file in enumerate(files)
+    ]
+    chunks = {
+        f"{source.index:04d}-{number:06d}": chunk
+        for source in sources
+        for number, chunk in enumerate(plan_chunks(source, settings.chunk_rows))
+    }
+    chunk_parts = {
+        key: _ChunkPart(output, survey, chunk, settings, key) for key, chunk in chunks.items()
+    }
+    run_parts(output, "chunks", chunk_parts, _read_part, cluster, f"read {name}", report)
+    read = records(output, "chunks", list(chunks)) or []
+    profile = Profile.merge([Profile.from_dict(record["profile"]) for record in read])
+    check_profile(profile, survey, [str(file) for file in files])
+    pieces = tuple(piece for record in read for piece in record["pieces"])
+    histogram = np.zeros(12 * 4**_HISTOGRAM_ORDER, dtype=np.int64)
+    for record in read:
+        counts = np.load(output.work / record["histogram"])
+        histogram[counts[0]] += counts[1]
+    pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, settings.rows_per_partition)
+    n_buckets = int(histogram.sum()) // _KEYS_PER_BUCKET + 1
+    key_parts = {
+        str(bucket): _KeyPart(output, pieces, bucket, n_buckets) for bucket in range(n_buckets)
+    }
+    run_parts(output, "keys", key_parts, _keys_part, cluster, f"check keys of {name}", report)
+    names = tuple(file.name for file in files)  # bytes must not depend on where the files lie
+    pixel_parts = {
+        key_of(pixel): _PixelPart(output, survey, pieces, names, pixel) for pixel in pixels
+    }
+    _settle_conflicts(output, survey, pieces, names, n_buckets, int(histogram.sum()))
+    run_parts(output, "partitions", pixel_parts, _merge_part, cluster, f"write {name}", report)
+    done = records(output, "partitions", list(pixel_parts)) or []
+    rejected = _read_rejected(output, [*chunks, "conflicts", *pixel_parts])
+    extra = []
+    if rejected.num_rows:
+        extra.append(output.write_file(_REJECTED, partial(write_parquet, rejected)))
+    properties = {"sos_survey": survey.name}
+    commit_catalog(
+        output,
+        name,
+        list(zip(pixels, done, strict=True)),
+        survey.arrow_schema(),
+        Rows(
+            sum(record["rows"] for record in read),
+            sum(record["file"]["rows"] for record in done if record["file"]),
+            rejected.num_rows,
+            {"exact duplicates": sum(record["n_duplicates"] for record in done)},
+        ),
+        {
+            "survey": survey.name,
+            "expected_error": dict(survey.expected_error),
+            "rejected": _count_reasons(rejected),
+            **_summary_of(profile, survey, done),
+        },
+        extra,
+        properties,
+    )
+
+
+def _summary_of(
+    profile: Profile, survey: Survey, done: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    failed = {
+        cut.name: sum(record["failed"].get(str(cut.bit), 0) for record in done)
+        for cut in survey.cuts
+    }
+    return {
+        "fail_cut": failed,
+        "pass_all_cuts": sum(record["n_good"] for record in done),
+        "impossible_values": profile.impossible_values(),
+    }
+
+
+def _count_reasons(rejected: pa.Table) -> dict[str, int]:
+    counts = rejected["reason"].value_counts()
+    return {item["values"].as_py(): item["counts"].as_py() for item in counts}
+
+
+def _write_piece(path: Path, table: pa.Table) -> None:
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
+
+
+def _read_piece(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _read_part(part: _ChunkPart) -> None:
+    """First pass: one chunk of a file becomes sorted pieces."""
+    work = part.output.work
+    profiles, pieces, rejected, counts, n_rows = [], [], [], [], 0
+    for number, batch in enumerate(read_chunk(part.chunk, part.survey, part.settings.chunk_rows)):
+        n_rows += batch.rows.num_rows + batch.rejected.num_rows
+        profiles.append(batch.profile)
+        if batch.rejected.num_rows:
+            rejected.append(batch.rejected)
+        if batch.rows.num_rows:
+            piece = f"pieces/{part.key}-{number:06d}.arrow"
+            _write_piece(work / piece, batch.rows.combine_chunks())
+            pieces.append(piece)
+            cells = batch.rows[HEALPIX_COLUMN].to_numpy() >> 2 * (MAX_ORDER - _HISTOGRAM_ORDER)
+            counts.append(np.stack(np.unique(cells, return_counts=True)))
+    if rejected:
+        _write_piece(_rejected_file(part.output, part.key), pa.concat_tables(rejected))
+    histogram = f"pieces/{part.key}.npy"
+    cells, inverse = np.unique(
+        np.concatenate([c[0] for c in counts]) if counts else np.empty(0, np.int64),
+        return_inverse=True,
+    )
+    rows = np.bincount(inverse, np.concatenate([c[1] for c in counts]) if counts else None)
+    with atomic_path(work / histogram) as temporary, temporary.open("wb") as file:
+        np.save(file, np.stack([cells, rows[: len(cells)].astype(np.int64)]))
+    part.output.put_record(
+        "chunks",
+        part.key,
+        {
+            "rows": n_rows,
+            "pieces": pieces,
+            "histogram": histogram,
+            "profile": Profile.merge(profiles).to_dict(),
+        },
+    )
+
+
+def _rejected_file(output: Output, key: str) -> Path:
+    return output.work / "rejected" / f"{key}.arrow"
+
+
+def _read_rejected(output: Output, keys: Sequence[str]) -> pa.Table:
+    files = [_rejected_file(output, key) for key in keys]
+    tables = [_read_piece(file) for file in files if file.is_file()]
+    if not tables:
+        return _REJECTED_SCHEMA.empty_table()
+    return pa.concat_tables(tables).sort_by([("file", "ascending"), ("row", "ascending")])
+
+
+_REJECTED_SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("row", pa.int64()),
+        ("reason", pa.string()),
+        ("obs_id", pa.string()),
+        ("ra", pa.float64()),
+        ("dec", pa.float64()),
+    ]
+)
+
+
+def _keys_part(part: _KeyPart) -> None:
+    """Keys of one bucket that stand at more than one position."""
+    paths = [part.output.work / piece for piece in part.pieces]
+    keys = conflicting_keys(paths, part.bucket, part.n_buckets)
+    _write_piece(_keys_file(part.output, part.bucket), pa.table({"obs_id": keys}))
+    part.output.put_record("keys", str(part.bucket), {"n_conflicts": len(keys)})
+
+
+def _keys_file(output: Output, bucket: int) -> Path:
+    return output.work / "conflicts" / f"{bucket}.arrow"
+
+
+def _losers_file(output: Output) -> Path:
+    return output.work / "conflicts" / "losers.arrow"
+
+
+def _settle_conflicts(
+    output: Output,
+    survey: Survey,
+    pieces: Sequence[str],
+    names: Sequence[str],
+    n_buckets: int,
+    n_rows: int,
+) -> None:
+    """Decide which rows lose where one key stands at several positions (rare: done at once)."""
+    if _losers_file(output).is_file():
+        return
+    keys = pa.concat_tables(
+        [_read_piece(_keys_file(output, bucket)) for bucket in range(n_buckets)]
+    )["obs_id"]
+    if len(keys) > max(100, n_rows // 100):
+        raise SurveyError(
+            f"{len(keys)} values of obs_id of survey {survey.name} stand at more than one "
+            f"position, for example {keys[0].as_py()}: it is no key of the rows",
+            'Map obs_id to another column, or join several: join = ["field", "fibre"].',
+        )
+    losers = pa.table({"_file": pa.array([], pa.int32()), "_row": pa.array([], pa.int64())})
+    if len(keys):
+        rows = pa.concat_tables(
+            [
+                piece.filter(pc.is_in(piece["obs_id"], value_set=keys))
+                for piece in (_read_piece(output.work / name) for name in pieces)
+            ]
+        )
+        lost = losing_rows(rows)
+        losers = lost.select(["_file", "_row"])
+        _write_piece(
+            _rejected_file(output, "conflicts"), rejected_rows(lost, "conflicting obs_id", names)
+        )
+    _write_piece(_losers_file(output), losers)
+
+
+def _merge_part(part: _PixelPart) -> None:
+    """Second pass: one partition from its slices of the pieces."""
+    slices = []
+    for name in part.pieces:
+        piece = _read_piece(part.output.work / name)
+        cells = piece[HEALPIX_COLUMN].to_numpy()
+        first, stop = np.searchsorted(cells, [part.pixel.first, part.pixel.stop])
+        if first < stop:
+            slices.append(piece.slice(first, stop - first))
+    losers = _read_piece(_losers_file(part.output))
+    if losers.num_rows:
+        slices = [_without(rows, losers) for rows in slices]
+    merged = merge_rows(slices, part.files)
+    if merged.rejected.num_rows:
+        _write_piece(_rejected_file(part.output, key_of(part.pixel)), merged.rejected)
+    table = merged.rows
+    record = write_partition(part.output, part.pixel, table) if table.num_rows else None
+    quality = table["quality"].to_numpy()
+    part.output.put_record(
+        "partitions",
+        key_of(part.pixel),
+        {
+            "file": None if record is None else asdict(record),
+            "n_duplicates": merged.n_duplicates,
+            "n_good": int(np.count_nonzero(quality == 0)),
+            "failed": {
+                str(cut.bit): int(np.count_nonzero(quality & (1 << cut.bit)))
+                for cut in part.survey.cuts
+            },
+        },
+    )
+
+
+def _without(rows: pa.Table, losers: pa.Table) -> pa.Table:
+    keep = np.ones(rows.num_rows, dtype=bool)
+    files, numbers = rows["_file"].to_numpy(), rows["_row"].to_numpy()
+    for file, number in zip(losers["_file"].to_pylist(), losers["_row"].to_pylist(), strict=True):
+        keep[(files == file) & (numbers == number)] = False
+    return rows.filter(pa.array(keep))

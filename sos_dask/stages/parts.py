@@ -1,0 +1,102 @@
+"""What all stages share: finished parts are skipped, rings around partitions are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask.artifact import FileRecord, Manifest, Output, Rows
+from sos_dask.catalog import write_catalog_metadata
+from sos_dask.cluster import Cluster, Report
+from sos_dask.healpix import HealpixPixel
+
+T = TypeVar("T")
+GAIA_IDS = {"dr3": "gaia_dr3_source_id", "dr2": "gaia_dr2_source_id"}
+
+
+def key_of(pixel: HealpixPixel) -> str:
+    """Name of a partition's record."""
+    return f"{pixel.order}-{pixel.pixel}"
+
+
+def run_parts(
+    output: Output,
+    kind: str,
+    parts: Mapping[str, T],
+    function: Callable[[T], None],
+    cluster: Cluster,
+    step: str,
+    report: Report,
+) -> None:
+    """Run ``function`` on the parts without a record; it writes the record of its part last."""
+    missing = [part for key, part in parts.items() if output.get_record(kind, key) is None]
+    if missing:
+        cluster.run(function, missing, step, report)
+    else:
+        report(step, len(parts), len(parts))
+
+
+def records(output: Output, kind: str, keys: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Records of all parts in order; None where one is not finished."""
+    found = [output.get_record(kind, key) for key in keys]
+    return None if any(item is None for item in found) else [item for item in found if item]
+
+
+@contextmanager
+def unless_complete(output: Output) -> Iterator[None]:
+    """Ignore an error that came only because another process completed the same output."""
+    try:
+        yield
+    except Exception:
+        if not output.complete:
+            raise
+
+
+def file_of(record: Mapping[str, Any]) -> FileRecord:
+    """The `FileRecord` inside a part's record."""
+    return FileRecord(**record["file"])
+
+
+def commit_catalog(
+    output: Output,
+    name: str,
+    parts: Sequence[tuple[HealpixPixel, Mapping[str, Any]]],
+    schema: pa.Schema,
+    rows: Rows,
+    summary: Mapping[str, Any],
+    extra_files: Sequence[FileRecord] = (),
+    properties: Mapping[str, str] | None = None,
+    catalog_type: str = "object",
+) -> Manifest:
+    """Write a catalog's own files and its manifest; partitions without rows are left out."""
+    kept = [(pixel, record) for pixel, record in parts if record["file"] is not None]
+    files = [file_of(record) for _, record in kept]
+    metadata = write_catalog_metadata(
+        output,
+        name,
+        [pixel for pixel, _ in kept],
+        schema,
+        sum(record.rows for record in files),
+        catalog_type=catalog_type,
+        extra=properties,
+    )
+    return output.commit(rows, (*files, *metadata, *extra_files), summary)
+
+
+def id_values(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Ids as plain integers, 0 where there is none."""
+    return np.asarray(pc.fill_null(column, 0).to_numpy(), dtype=np.int64)
+
+
+def rank_of(keys: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Place of every key in the sorted order of the keys, so that text compares as integers do."""
+    order = pc.array_sort_indices(keys.combine_chunks()).to_numpy()
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return rank

@@ -1,0 +1,296 @@
+"""Stage reference: the reference surveys united, one row a star."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sos_dask.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.catalog import Catalog, write_partition
+from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.crossmatch import Motion
+from sos_dask.dedupe import DedupeSettings, group
+from sos_dask.errors import PartitionError
+from sos_dask.healpix import (
+    HealpixPixel,
+    ang2pix,
+    in_ranges,
+    plan_partitions,
+    propagate,
+    surroundings,
+)
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
+from sos_dask.stages.crossmatch import motion_of
+from sos_dask.stages.parts import (
+    GAIA_IDS,
+    commit_catalog,
+    id_values,
+    key_of,
+    rank_of,
+    records,
+    run_parts,
+    unless_complete,
+)
+from sos_dask.unify import UnifySettings, unify
+
+VERSION = 1
+_HISTOGRAM_ORDER = 8
+_STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))
+_MAX_LAYERS = 256
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """Settings of the stage.
+
+    Parameters
+    ----------
+    unify : UnifySettings
+    radius_arcsec : float
+        Stars of two surveys within it are one star, where no Gaia ids say otherwise.
+    id_radius_arcsec : float
+        Stars of equal Gaia id within it are one star.
+    epoch : float
+        Julian year to which positions with proper motions are moved.
+    rows_per_partition : int
+    """
+
+    unify: UnifySettings
+    radius_arcsec: float = 1.5
+    id_radius_arcsec: float = 10.0
+    epoch: float = 2016.0
+    rows_per_partition: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class _Count:
+    output: Output
+    survey: str
+    catalog: Catalog
+    pixel: HealpixPixel
+    epoch: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    output: Output
+    catalogs: Mapping[str, Catalog]
+    pixel: HealpixPixel
+    settings: ReferenceSettings
+    motion_arcsec: float
+
+
+def reference_recipe(catalogs: Mapping[str, str], settings: ReferenceSettings) -> Recipe:
+    """Recipe of `reference` for catalogs of these fingerprints, by survey."""
+    return Recipe("reference", VERSION, {"settings": asdict(settings)}, dict(catalogs))
+
+
+def reference(
+    catalogs: Mapping[str, Catalog],
+    directory: Path,
+    settings: ReferenceSettings,
+    *,
+    name: str = "reference",
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Unite the stars of the reference surveys.
+
+    Parameters
+    ----------
+    catalogs : mapping of str to Catalog
+        Stars (output of dedupe) by name of the survey.
+    directory : Path
+    settings : ReferenceSettings
+
+    Returns
+    -------
+    Manifest
+        ``rows``: stars of all surveys in, stars out, stars merged with another survey's.
+    """
+    for catalog in catalogs.values():
+        catalog.require("star_id", "ra", "dec", HEALPIX_COLUMN, "quality", *LABELS)
+    fingerprints = {survey: catalog.fingerprint for survey, catalog in catalogs.items()}
+    output = Output.prepare(directory, reference_recipe(fingerprints, settings), overwrite)
+    if output.complete:
+        return output.load_manifest()
+    cluster = cluster or Cluster()
+    with unless_complete(output):
+        counts = {
+            f"{survey}-{key_of(pixel)}": _Count(output, survey, catalog, pixel, settings.epoch)
+            for survey, catalog in catalogs.items()
+            for pixel in catalog.pixels
+        }
+        run_parts(output, "counts", counts, _count_part, cluster, "reference plan", report)
+        histogram = np.zeros(12 * 4**_HISTOGRAM_ORDER, dtype=np.int64)
+        for record in records(output, "counts", list(counts)) or []:
+            np.add.at(histogram, record["cells"], record["rows"])
+        pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, settings.rows_per_partition)
+        motion = max(_motion_arcsec(motion_of(c), settings.epoch) for c in catalogs.values())
+        parts = {
+            key_of(pixel): _Part(output, catalogs, pixel, settings, motion) for pixel in pixels
+        }
+        run_parts(output, "stars", parts, _reference_part, cluster, "reference", report)
+        done = records(output, "stars", list(parts)) or []
+        n_in, n_out = int(histogram.sum()), sum(record["n_stars"] for record in done)
+        merged = sum(record["n_members"] for record in done) - n_out
+        commit_catalog(
+            output,
+            name,
+            list(zip(pixels, done, strict=True)),
+            unify(_no_rows(catalogs), np.empty(0, dtype=np.int64), settings.unify).schema,
+            Rows(n_in, n_out, 0, {"merged": merged}),
+            {
+                "stars_in_several_surveys": sum(record["n_several"] for record in done),
+                "stars": {survey: catalog.n_rows for survey, catalog in catalogs.items()},
+            },
+        )
+    return output.load_manifest()
+
+
+def _motion_arcsec(motion: Motion, epoch: float) -> float:
+    """How far a star of a catalog can stand from its place at the common epoch."""
+    years = max(abs(motion.epoch_min - epoch), abs(motion.epoch_max - epoch))
+    return motion.max_pm_mas_yr / 1000.0 * years if np.isfinite(years) else 0.0
+
+
+def _columns(catalog: Catalog) -> list[str]:
+    return catalog.columns([HEALPIX_COLUMN, *_STAR_COLUMNS, *CANONICAL])
+
+
+def _at_epoch(table: pa.Table, epoch: float) -> pa.Table:
+    """Move the rows that have a proper motion and an epoch; the others stay as they are."""
+    if not {"pmra", "pmdec", "position_epoch"} <= set(table.schema.names) or not table.num_rows:
+        return table
+    moving = pc.and_(
+        pc.and_(pc.is_valid(table["pmra"]), pc.is_valid(table["pmdec"])),
+        pc.is_valid(table["position_epoch"]),
+    )
+    years = np.where(
+        moving.to_numpy(), epoch - pc.fill_null(table["position_epoch"], epoch).to_numpy(), 0.0
+    )
+    ra, dec = propagate(
+        table["ra"].to_numpy(),
+        table["dec"].to_numpy(),
+        pc.fill_null(table["pmra"], 0.0).to_numpy(),
+        pc.fill_null(table["pmdec"], 0.0).to_numpy(),
+        years,
+    )
+    new_epoch = pc.if_else(moving, pa.scalar(epoch, pa.float32()), table["position_epoch"])
+    for column, values in (
+        ("ra", pa.array(ra)),
+        ("dec", pa.array(dec)),
+        (HEALPIX_COLUMN, pa.array(ang2pix(ra, dec))),
+        ("position_epoch", new_epoch),
+    ):
+        table = table.set_column(
+            table.schema.get_field_index(column), table.schema.field(column), values
+        )
+    return table
+
+
+def _count_part(part: _Count) -> None:
+    columns = part.catalog.columns([HEALPIX_COLUMN, "ra", "dec", "pmra", "pmdec", "position_epoch"])
+    table = _at_epoch(part.catalog.read(part.pixel, columns), part.epoch)
+    cells, rows = np.unique(
+        table[HEALPIX_COLUMN].to_numpy() >> 2 * (29 - _HISTOGRAM_ORDER), return_counts=True
+    )
+    part.output.put_record(
+        "counts",
+        f"{part.survey}-{key_of(part.pixel)}",
+        {"cells": cells.tolist(), "rows": rows.tolist()},
+    )
+
+
+def _no_rows(catalogs: Mapping[str, Catalog]) -> pa.Table:
+    return _together(
+        {
+            survey: pa.schema([c.schema.field(n) for n in _columns(c)]).empty_table()
+            for survey, c in catalogs.items()
+        }
+    )
+
+
+def _together(tables: Mapping[str, pa.Table]) -> pa.Table:
+    """Stars of all surveys in one table, keys as text, with the survey's name in a column."""
+    parts = []
+    for survey, table in tables.items():
+        index = table.schema.get_field_index("star_id")
+        table = table.set_column(index, "star_id", table["star_id"].cast(pa.string()))
+        parts.append(
+            table.append_column("survey", pa.array([survey] * table.num_rows, pa.string()))
+        )
+    return pa.concat_tables(parts, promote_options="default")
+
+
+def _reference_part(part: _Part) -> None:
+    """Stars whose primary lies in one partition, at the common epoch."""
+    settings, pixel = part.settings, part.pixel
+    reach = max(settings.radius_arcsec, settings.id_radius_arcsec) + part.motion_arcsec
+    layers = 3
+    while layers <= _MAX_LAYERS:
+        around = surroundings(pixel, reach, layers)
+        ranges = sorted([(pixel.first, pixel.stop), *sum(around, [])])
+        table = _together(
+            {
+                survey: _at_epoch(catalog.read_ranges(ranges, _columns(catalog)), settings.epoch)
+                for survey, catalog in part.catalogs.items()
+            }
+        )
+        table = table.sort_by([(HEALPIX_COLUMN, "ascending")]).combine_chunks()
+        cells = table[HEALPIX_COLUMN].to_numpy()
+        # Stars may have moved by a layer: up to the last but one, nothing is missing.
+        safe = sorted([(pixel.first, pixel.stop), *sum(around[:-2], [])])
+        groups = group(
+            table["ra"].to_numpy(),
+            table["dec"].to_numpy(),
+            cells,
+            _ranks(table, settings.unify.order),
+            {r: id_values(table[c]) for r, c in GAIA_IDS.items() if c in table.schema.names},
+            ~in_ranges(cells, safe),
+            DedupeSettings(
+                radius_arcsec=settings.radius_arcsec, id_radius_arcsec=settings.id_radius_arcsec
+            ),
+        )
+        inside = (cells >= pixel.first) & (cells < pixel.stop)
+        if not groups.touches_frontier[inside].any():
+            break
+        layers *= 2
+    else:
+        raise PartitionError(
+            f"pixel {pixel}: stars form a chain over {_MAX_LAYERS * reach:.0f} arcsec",
+            f"A radius of {settings.radius_arcsec} arcsec is too large for so dense a field.",
+        )
+    ours = inside[groups.primary]
+    row_of = np.cumsum(ours) - 1
+    members = table.filter(pa.array(ours))
+    stars = unify(members, row_of[groups.primary[ours]], settings.unify)
+    record = write_partition(part.output, pixel, stars) if stars.num_rows else None
+    part.output.put_record(
+        "stars",
+        key_of(pixel),
+        {
+            "file": None if record is None else asdict(record),
+            "n_stars": stars.num_rows,
+            "n_members": members.num_rows,
+            "n_several": int(np.count_nonzero(stars["n_surveys"].to_numpy() > 1)),
+        },
+    )
+
+
+def _ranks(table: pa.Table, order: tuple[str, ...]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Preference for the primary: the survey's place in the order, then the key."""
+    surveys = table["survey"].to_numpy(zero_copy_only=False)
+    place = np.full(len(surveys), len(order), dtype=np.int64)
+    for number, survey in enumerate(order):
+        place[surveys == survey] = number
+    keys = pc.binary_join_element_wise(
+        pc.cast(pa.array(place + 1_000_000), pa.string()), table["survey"], table["star_id"], ":"
+    )
+    return rank_of(pa.chunked_array(keys) if isinstance(keys, pa.Array) else keys)

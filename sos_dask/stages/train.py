@@ -1,0 +1,225 @@
+"""Stage train: one correction fitted to the pairs, with its held-out predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask import models
+from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.catalog import Catalog, write_parquet
+from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.compare import Metric, held_out_metrics
+from sos_dask.errors import ModelError
+from sos_dask.features import features
+from sos_dask.schema import LABELS
+from sos_dask.stages.parts import unless_complete
+
+VERSION = 1
+_DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
+_PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
+_FEATURE_COLUMNS = tuple(f"x_{label}" for label in LABELS)
+_COLUMNS = (*LABELS, *_DIFFERENCES, "fold", "use")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of the stage.
+
+    Parameters
+    ----------
+    method : str
+        One of `models.methods`.
+    params : mapping
+        Hyper-parameters of the method.
+    validation : str
+        ``kfold``: every fold is predicted by a model trained on the others, and the saved model is
+        trained on all. ``holdout``: fold 0 is never trained on, the saved model included. ``auto``:
+        kfold below ``kfold_limit`` pairs, else holdout.
+    kfold_limit : int
+    """
+
+    method: str
+    params: Mapping[str, Any]
+    validation: str = "auto"
+    kfold_limit: int = 20_000
+
+
+@dataclass(frozen=True)
+class PairsSource:
+    """The pairs fit for training, partition by partition (a `models.TrainingSource`)."""
+
+    catalog: Catalog
+
+    @property
+    def n_batches(self) -> int:
+        """Partitions of the pairs."""
+        return len(self.catalog.pixels)
+
+    def load(self, index: int) -> models.Batch:
+        """Features and differences of one partition."""
+        table = self.catalog.read(self.catalog.pixels[index], _COLUMNS)
+        table = table.filter(table["use"])
+        return models.Batch(
+            features=features(*(_values(table, label) for label in LABELS)),
+            differences=np.stack([_values(table, name) for name in _DIFFERENCES], axis=1),
+            fold=table["fold"].to_numpy(),
+            weight=np.ones(table.num_rows, dtype=np.float32),
+        )
+
+
+def _values(table: pa.Table, name: str) -> NDArray[np.float32]:
+    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
+
+
+def train_recipe(pairs: str, settings: TrainSettings) -> Recipe:
+    """Recipe of `train` for pairs of this fingerprint.
+
+    The number of workers is no part of it: distributed training may differ in the last digits with
+    it, and the saved model is then the frozen input of what follows.
+    """
+    return Recipe(f"train-{settings.method}", VERSION, asdict(settings), {"pairs": pairs})
+
+
+def train(
+    pairs: Catalog,
+    directory: Path,
+    settings: TrainSettings,
+    *,
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Fit a correction and predict every held-out pair.
+
+    Parameters
+    ----------
+    pairs : Catalog
+        Output of crossmatch.
+    directory : Path
+        Gets the saved model and ``held_out.parquet``: fold, features, differences and predictions
+        of every held-out pair.
+    settings : TrainSettings
+
+    Returns
+    -------
+    Manifest
+        ``summary``: validation used, pairs used, metrics on held-out pairs.
+
+    Raises
+    ------
+    ModelError
+        Too few pairs, constant or unknown labels.
+    ConfigError
+        Unknown method or parameter.
+    """
+    for name in _COLUMNS:
+        pairs.require(name)
+    output = Output.prepare(directory, train_recipe(pairs.fingerprint, settings), overwrite)
+    if output.complete:
+        return output.load_manifest()
+    source = PairsSource(pairs)
+    folds = np.concatenate(
+        [np.empty(0, np.int8), *(source.load(index).fold for index in range(source.n_batches))]
+    )
+    names = [int(fold) for fold in np.unique(folds)]
+    if len(names) < 2:
+        raise ModelError(
+            f"{pairs.path}: {len(folds)} pairs are fit for training, in {len(names)} folds",
+            "At least two folds are needed: match more stars or loosen the cuts.",
+        )
+    validation = settings.validation
+    if validation == "auto":
+        validation = "kfold" if len(folds) < settings.kfold_limit else "holdout"
+    held_out = names if validation == "kfold" else names[:1]
+    steps = len(held_out) + (validation == "kfold")
+    step = f"train {settings.method}"
+
+    def fit(train_folds: list[int] | None, number: int) -> models.Correction:
+        report(step, number, steps)
+        return models.fit(
+            settings.method,
+            source,
+            train_folds=train_folds,
+            params=settings.params,
+            client=cluster.client if cluster else None,
+        )
+
+    with unless_complete(output):
+        predicted = []
+        for number, fold in enumerate(held_out):
+            correction = fit([name for name in names if name != fold], number)
+            predicted.append(_predict_fold(source, correction, fold))
+        if validation == "kfold":
+            correction = fit(None, steps - 1)
+        report(step, steps, steps)
+        table = pa.concat_tables(predicted)
+        metrics = held_out_metrics(
+            settings.method, _matrix(table, _DIFFERENCES), _matrix(table, _PREDICTIONS)
+        )
+        model_files = _save(output, correction)
+        record = output.write_file("held_out.parquet", partial(write_parquet, table))
+        n_pairs = pairs.n_rows
+        output.commit(
+            Rows(n_pairs, len(folds), 0, {"not fit for training": n_pairs - len(folds)}),
+            (*model_files, record),
+            {
+                "method": settings.method,
+                "validation": validation,
+                "folds": {str(name): int(np.count_nonzero(folds == name)) for name in names},
+                "metrics": [asdict(metric) for metric in metrics],
+            },
+        )
+    return output.load_manifest()
+
+
+def metrics_of(manifest: Manifest) -> list[Metric]:
+    """Held-out metrics of a trained model."""
+    return [Metric(**item) for item in manifest.summary["metrics"]]
+
+
+def _matrix(table: pa.Table, names: tuple[str, ...]) -> NDArray[np.float32]:
+    return np.stack([table[name].to_numpy() for name in names], axis=1)
+
+
+def _predict_fold(source: PairsSource, correction: models.Correction, fold: int) -> pa.Table:
+    """Features, differences and predictions of the pairs of one fold, in the order of the sky."""
+    tables = []
+    for index in range(source.n_batches):
+        batch = source.load(index)
+        chosen = batch.fold == fold
+        x = batch.features[chosen]
+        values = np.concatenate([x, batch.differences[chosen], correction.predict(x)], axis=1)
+        columns = [pa.array(np.ascontiguousarray(values[:, i])) for i in range(values.shape[1])]
+        tables.append(
+            pa.table(
+                [pa.array(batch.fold[chosen]), *columns],
+                names=["fold", *_FEATURE_COLUMNS, *_DIFFERENCES, *_PREDICTIONS],
+            )
+        )
+    return pa.concat_tables(tables)
+
+
+def _save(output: Output, correction: models.Correction) -> list[FileRecord]:
+    """Save the model; its own ``model.json`` comes last, so that half a model never loads."""
+    scratch = output.work / "model"
+    scratch.mkdir(parents=True, exist_ok=True)
+    correction.save(scratch)
+    records = []
+    for file in sorted(scratch.iterdir(), key=lambda file: (file.name == "model.json", file.name)):
+        content = file.read_bytes()
+
+        def write(path: Path, content: bytes = content) -> int:
+            path.write_bytes(content)
+            return 0
+
+        records.append(output.write_file(file.name, write))
+    return records

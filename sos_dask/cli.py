@@ -167,7 +167,8 @@ def _run(
         return
     account = [f"{rows.n_in:,} rows in", f"{rows.n_out:,} out"]
     account += [f"{rows.rejected:,} rejected"] if rows.rejected else []
-    account += [f"{count:,} {reason}" for reason, count in {**rows.dropped, **rows.added}.items()]
+    others = {**rows.dropped, **rows.added}
+    account += [f"{count:,} {reason}" for reason, count in others.items() if count]
     print(f"{out}: {', '.join(account)}")
 
 

@@ -187,7 +187,7 @@ def start(
                     threads_per_worker=1,
                     memory_limit=memory_limit,
                     processes=True,
-                    dashboard_address=None,
+                    dashboard_address=":0",
                     silence_logs=logging.CRITICAL,
                 )
             )

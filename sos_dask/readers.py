@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +30,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.errors import StorageError, SurveyError
-from sos_dask.schema import SourceColumn, Survey, nearest
+from sos_dask.schema import CANONICAL, SourceColumn, Survey, nearest
 
-Values = NDArray[Any] | pa.Array
+Values: TypeAlias = NDArray[Any] | pa.Array
 """A native column: an array without nulls, or an Arrow array of numbers or text."""
 
 _BLOCK_BYTES = 1 << 20  # stays in the second-level cache while its columns are pulled out
@@ -312,7 +312,7 @@ def _kind_of(path: Path, head: bytes) -> str:
 
 
 def _decompressed(path: Path, scratch: Path) -> Path:
-    """Decompress a file into the scratch folder, once: its name holds size and time of the input."""
+    """Decompress a file into the scratch folder, once: the name there holds its size and time."""
     status = path.stat()
     identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
     stem = path.name.removesuffix(".gz")
@@ -327,7 +327,7 @@ def _decompressed(path: Path, scratch: Path) -> Path:
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        temporary.replace(target)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise SurveyError(f"{path}: truncated or damaged gzip file: {error}", _DAMAGED) from None
     except OSError as error:
@@ -410,7 +410,7 @@ def _check_unit(where: str, name: str, source: SourceColumn, native: Native) -> 
     else:
         is_same = not is_time
     if not is_same:
-        table = "extra" if source.column.name not in _CANONICAL_NAMES else "columns"
+        table = "columns" if name in CANONICAL else "extra"
         unit = "hourangle" if is_time else native.unit
         raise SurveyError(
             f"{where} is in '{native.unit}', the survey says '{source.unit}'",
@@ -464,7 +464,10 @@ def _open_fits(path: Path, data_path: Path, hdu: int) -> _Contents:
         raise SurveyError(
             f"{path} is truncated: {actual} bytes, its header asks for {expected}", _DAMAGED
         )
-    natives = list(_fits_columns(path, header))
+    try:
+        natives = list(_fits_columns(path, header))
+    except KeyError as error:
+        raise SurveyError(f"{path}: its header is damaged: {error}", _DAMAGED) from None
     layout = {"offset": offset, "row_bytes": row_bytes}
     return _Contents("fits", data_path, natives, n_rows, layout)
 
@@ -528,7 +531,7 @@ def _read_fits(
     )
     block_rows = max(1, _BLOCK_BYTES // source.row_bytes)
     block = np.empty(block_rows, record)
-    raw = memoryview(block.view(np.uint8))
+    raw = memoryview(block.view(np.uint8).data)
     with Path(source.data_path).open("rb", buffering=0) as file:
         file.seek(source.offset + start * source.row_bytes)
         for first in range(start, stop, batch_rows):
@@ -596,8 +599,8 @@ def decoded(column: pa.Array) -> pa.Array:
 
 def _open_csv(path: Path, gzipped: bool) -> _Contents:
     with _open_bytes(path, gzipped) as file:
-        line, skip_lines = b"", 0
-        while not line.strip():
+        line, skip_lines = file.readline(), 1
+        while line and not line.strip():
             line = file.readline()
             skip_lines += 1
         has_rows = any(row.strip() for row in file)
@@ -642,7 +645,7 @@ def _open_bytes(path: Path, gzipped: bool) -> Iterator[BinaryIO]:
 def _read_csv(
     source: Source, start: int, stop: int | None, batch_rows: int
 ) -> Iterator[tuple[int, dict[str, Values]]]:
-    # All as text: numbers are cast later, at the same cost, and a bad one is then known with its row.
+    # All as text: numbers are cast later at the same cost, and a bad one is known with its row.
     types = {native.name: pa.binary() for native in source.natives.values()}
     with contextlib.ExitStack() as stack:
         file: Any = stack.enter_context(pa.OSFile(source.data_path))

@@ -22,7 +22,7 @@ from sos_dask.errors import ConfigError, SurveyError
 SURVEY_FORMAT = 1
 LABELS = ("teff", "logg", "feh")
 HEALPIX_COLUMN = "_healpix_29"
-MISSING_LABEL_BITS = {"teff": 60, "logg": 61, "feh": 62}
+MISSING_LABEL_BITS = {"teff": 20, "logg": 21, "feh": 22}
 """Bits of ``quality`` that every built-in survey keeps for a label without a value."""
 TEXT_UNITS = ("log10(cm/s2)", "dex")
 """Logarithms, which do not convert: a native unit must be the same text."""
@@ -142,6 +142,7 @@ class SourceColumn:
         What is made.
     sources : tuple of str
         Native names. The first that a file has is used (releases differ); with ``join`` all are.
+        A name that the file has in another case only counts as the same.
     join : bool
         The value is the text of all ``sources``, joined by dots; a null is empty text there. A
         numeric column counts with its text in the file, or its shortest text where the file is
@@ -181,7 +182,7 @@ class Cut:
         0 to 62, unique in the survey.
     column : str
         A native column, with its native values and units; where the file has none of that name,
-        the column of the product of that name. Sentinels are nulls in both.
+        the column of the product of that name. Sentinels and impossible values are nulls in both.
     minimum, maximum : float, optional
         Inclusive limits.
     bits_unset : tuple of int
@@ -289,7 +290,7 @@ class Survey:
 
 
 COLUMN_HEADINGS = ("column", "native", "unit", "dtype", "UCD", "description")
-CUT_HEADINGS = ("cut", "bit", "test", "reason")
+CUT_HEADINGS = ("cut", "test", "reason", "bit")
 
 
 def describe_columns(survey: Survey) -> list[tuple[str, ...]]:
@@ -315,7 +316,7 @@ def describe_columns(survey: Survey) -> list[tuple[str, ...]]:
 
 def describe_cuts(survey: Survey) -> list[tuple[str, ...]]:
     """One row a cut, as text under ``CUT_HEADINGS``; ``bit`` is its number in ``quality``."""
-    return [(cut.name, str(cut.bit), cut.test_text(), cut.reason) for cut in survey.cuts]
+    return [(cut.name, cut.test_text(), cut.reason, str(cut.bit)) for cut in survey.cuts]
 
 
 def nearest(name: str, known: Collection[str]) -> str:

@@ -24,7 +24,11 @@ from sos_dask.errors import CatalogError, StorageError
 
 RECIPE = Recipe("dedupe", 1, {"radius_arcsec": 1.5}, {"observations": "abc"})
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False, width=32),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False, width=32),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )

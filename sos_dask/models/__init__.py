@@ -489,8 +489,18 @@ def map_batches(
             "Most often it ran out of memory: give workers more, or lower rows_per_partition.",
         ) from error
     finally:
-        client.cancel(futures)
+        release(futures)
     return results
+
+
+def release(futures: Sequence[Any]) -> None:
+    """Let go of futures; what no one else wants is stopped and forgotten.
+
+    ``Client.cancel`` is no substitute: where a cancelled task has dependents, the scheduler of
+    distributed 2026.7 drops the connection to the client.
+    """
+    for future in futures:
+        future.release()
 
 
 def _call(index: int, call: tuple[Callable[..., R], TrainingSource, tuple[Any, ...]]) -> R:

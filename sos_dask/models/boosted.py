@@ -5,9 +5,11 @@ pairs with 3 % outliers to one side it left two thirds of the error, and a third
 squared error on clipped differences; the absolute error was no better and four times slower, and
 its leaves would depend on the number of workers.
 
-Pairs are laid out one block a worker, in the order of the workers' names, so that equal pairs on
-equally many workers give equal bytes. With another number of workers, or in one process, the last
-digits of sums and the bins of features differ a little.
+The bins of a feature are chosen here, from exact counts over all pairs, and not by XGBoost, whose
+sketch depends on the order of the rows and on the workers. With pairs laid out one block a worker,
+in the order of the workers' names, equal pairs on equally many workers give equal bytes; another
+number of workers, or none, changes the last digits of sums only. Both hold for ``subsample = 1``,
+the default: which pairs a tree sees otherwise depends on the layout.
 """
 
 from __future__ import annotations
@@ -29,13 +31,16 @@ from sos_dask.models import (
     Fitted,
     Float32Array,
     FloatArray,
+    IntArray,
     ModelInfo,
     Param,
     Progress,
     Rows,
     Summary,
     TrainingSource,
+    map_batches,
     parse_json,
+    release,
     summarise,
     to_json,
     training_rows,
@@ -47,13 +52,15 @@ logger = logging.getLogger(__name__)
 FILE = "boosted.json"
 MIN_PAIRS = 50
 TRIES = 3
+# Edges of bins lie on a grid of this many cells over the range of a feature.
+GRID = 4096
 
 PARAMS = {
     "n_rounds": Param(400, "Trees per label", 1, 20000),
-    "max_depth": Param(5, "Depth of a tree", 1, 12),
+    "max_depth": Param(4, "Depth of a tree", 1, 12),
     "learning_rate": Param(0.02, "Share of each tree's correction that is taken", 1e-4, 1.0),
     "min_child_weight": Param(5.0, "Smallest sum of second derivatives in a leaf", 0.0, 1e6),
-    "subsample": Param(0.5, "Share of the pairs that each tree sees", 0.05, 1.0),
+    "subsample": Param(1.0, "Share of the pairs that each tree sees", 0.05, 1.0),
     "reg_lambda": Param(10.0, "Pull of the leaves to zero, in pairs", 0.0, 1e6),
     "max_bin": Param(256, "Bins of each feature", 2, 4096),
     "huber_slope": Param(
@@ -63,7 +70,7 @@ PARAMS = {
     "seed": Param(0, "Seed of the subsamples", 0, 2**31 - 1),
     "device": Param("cpu", "Where to train", choices=("cpu", "cuda")),
     "timeout_s": Param(
-        300, "Longest wait of a worker for the others in one step, in seconds", 1, 86400
+        120, "Longest wait of a worker for the others in one step, in seconds", 1, 86400
     ),
 }
 
@@ -162,9 +169,10 @@ def fit(
     Without a client the same trees are trained in this process, all pairs in its memory.
     """
     if params["device"] == "cuda" and client is None:
-        _require_cuda()
+        _require_cuda(_cuda_problem())
     summary = summarise(source, train_folds, client, "boosted", MIN_PAIRS)
-    job = _Job(source, train_folds, params, summary)
+    edges = _edges(source, train_folds, client, summary, params["max_bin"])
+    job = _Job(source, train_folds, params, summary, edges)
     boosters = _fit_here(job, progress) if client is None else _fit_there(job, client, progress)
     info = summary.info("boosted", params, train_folds)
     return BoostedCorrection(info, boosters, summary.center, summary.spread)
@@ -176,6 +184,7 @@ class _Job:
     train_folds: Sequence[int] | None
     params: Mapping[str, Any]
     summary: Summary
+    edges: tuple[Float32Array, ...]
 
     def booster_params(self) -> dict[str, Any]:
         names = (
@@ -192,6 +201,52 @@ class _Job:
         }
 
 
+def _edges(
+    source: TrainingSource,
+    train_folds: Sequence[int] | None,
+    client: Any,
+    summary: Summary,
+    max_bin: int,
+) -> tuple[Float32Array, ...]:
+    """Lower edges of the bins of each feature: about equally many pairs in each."""
+    low, width = summary.minimum, summary.maximum - summary.minimum
+    counts = sum(map_batches(_cells, source, client, train_folds, low, width))
+    edges = []
+    for column, of_cells in enumerate(np.asarray(counts)):
+        below = np.cumsum(of_cells) - of_cells
+        wanted = np.arange(1, max_bin) * of_cells.sum() / max_bin
+        cells = np.unique(np.searchsorted(below, wanted))
+        cells = np.concatenate([[0], cells[(cells > 0) & (cells < GRID)]])
+        values = low[column] + width[column] * cells / GRID
+        edges.append(np.unique(values.astype(np.float32)))
+    return tuple(edges)
+
+
+def _cells(
+    source: TrainingSource,
+    index: int,
+    train_folds: Sequence[int] | None,
+    low: FloatArray,
+    width: FloatArray,
+) -> IntArray:
+    """Training rows in each cell of the grid, shape (3, GRID)."""
+    x = training_rows(source.load(index), train_folds).features.astype(np.float64)
+    cells = (x - low) * (GRID / np.where(width > 0, width, 1.0))
+    cells = np.minimum(cells.astype(np.int64), GRID - 1)
+    return np.stack([np.bincount(column, minlength=GRID) for column in cells.T])
+
+
+def _binned(features: Float32Array, edges: Sequence[Float32Array]) -> Float32Array:
+    """Each feature as the lower edge of its bin: so the thresholds of all trees are such edges."""
+    return np.stack(
+        [
+            of_column[np.searchsorted(of_column, column, side="right") - 1]
+            for column, of_column in zip(features.T, edges, strict=True)
+        ],
+        axis=1,
+    )
+
+
 def _block(job: _Job, first: int, stop: int) -> Rows:
     """Training rows of some batches, differences in units of their spread."""
     parts = [
@@ -202,7 +257,7 @@ def _block(job: _Job, first: int, stop: int) -> Rows:
     differences = np.concatenate([part.differences for part in parts]).astype(np.float64)
     weight = np.concatenate([part.weight for part in parts])
     return Rows(
-        np.concatenate([part.features for part in parts]),
+        _binned(np.concatenate([part.features for part in parts]), job.edges),
         ((differences - job.summary.center) / job.summary.spread).astype(np.float32),
         (weight / job.summary.mean_weight).astype(np.float32),
     )
@@ -260,11 +315,10 @@ def _fit_there(job: _Job, client: Any, progress: Progress) -> tuple[Any, ...]:
             workers = _workers(client, wanted, job.params["timeout_s"])
             wanted = len(workers)
             if job.params["device"] == "cuda":
-                _collect(
-                    client,
-                    [client.submit(_require_cuda, pure=False, **_on(w)) for w in workers],
-                    workers,
-                )
+                asked = [client.submit(_cuda_problem, pure=False, **_on(w)) for w in workers]
+                _collect(client, asked, workers)
+                for problem in client.gather(asked):
+                    _require_cuda(problem)
             _train_labels(job, client, workers, boosters, progress)
             return tuple(boosters[number] for number in range(len(LABELS)))
         except SosError:
@@ -310,7 +364,7 @@ def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
         with contextlib.suppress(TimeoutError):
             wait(list(asked.values()), timeout=min(30.0, timeout_s))
     alive = [worker for worker, future in asked.items() if future.status == "finished"]
-    client.cancel(list(asked.values()), force=True)
+    release(list(asked.values()))
     if not alive:
         raise _LostError("no worker answers")
     return alive
@@ -359,8 +413,7 @@ def _train_labels(
                 boosters[number] = _train_label(job, client, used, blocks, number)
             progress("boosted", number + 1, len(LABELS))
     finally:
-        with contextlib.suppress(Exception):
-            client.cancel(blocks, force=True)
+        release(blocks)
 
 
 def _shares(n_rows: Sequence[int] | Any, n_workers: int) -> list[tuple[int, int]]:
@@ -424,35 +477,41 @@ def _train_label(
         )
         return result["booster"]
     finally:
-        with contextlib.suppress(Exception):
-            client.cancel([*futures, *sizes, *parts], force=True)
+        release([*futures, *sizes, *parts])
 
 
 def _item(values: tuple[Any, ...], index: int) -> Any:
     return values[index]
 
 
-def _require_cuda() -> None:
-    """Raise `ModelError` where XGBoost would quietly train on the CPU."""
+def _cuda_problem() -> tuple[str, str]:
+    """Why XGBoost would quietly train on the CPU here, and what to do; empty where it would not."""
     import xgboost
 
     if not xgboost.build_info().get("USE_CUDA", False):
-        raise ModelError(
-            f"device = 'cuda': XGBoost {xgboost.__version__} was built without CUDA",
+        return (
+            f"XGBoost {xgboost.__version__} was built without CUDA",
             "Install 'xgboost' (not 'xgboost-cpu'), or set device = 'cpu'.",
         )
     x = np.zeros((4, 1), dtype=np.float32)
+    params = {"device": "cuda", "tree_method": "hist", "verbosity": 0}
     with warnings.catch_warnings():
         # It warns and goes on with the CPU; what it used is in its configuration.
         warnings.simplefilter("ignore")
-        params = {"device": "cuda", "tree_method": "hist", "verbosity": 0}
         try:
             booster = xgboost.train(params, xgboost.QuantileDMatrix(x, x[:, 0]), 1)
             used = json.loads(booster.save_config())["learner"]["generic_param"]["device"]
         except xgboost.core.XGBoostError as error:
             used = str(error).strip().splitlines()[0]
-    if not str(used).startswith("cuda"):
-        raise ModelError(
-            f"device = 'cuda': no usable GPU here (XGBoost answers '{used}')",
-            "Run on a machine with a GPU that 'nvidia-smi' lists, or set device = 'cpu'.",
-        )
+    if str(used).startswith("cuda"):
+        return "", ""
+    return (
+        f"no usable GPU here (XGBoost answers '{used}')",
+        "Run where 'nvidia-smi' lists a GPU, or set device = 'cpu'.",
+    )
+
+
+def _require_cuda(problem: tuple[str, str]) -> None:
+    """Raise `ModelError` for an answer of `_cuda_problem`."""
+    if problem[0]:
+        raise ModelError(f"device = 'cuda': {problem[0]}", problem[1])

@@ -1,7 +1,7 @@
 """A mock sky with known truth, written as the surveys' own tables.
 
-`simulate` writes five files. What is injected, and where, is documented by `lamost_bias`, `galah_bias`,
-`stated_error_factor`, `references_avoid` and `special_stars`.
+`simulate` writes five files. What is injected, and where, is documented by `lamost_bias`,
+`galah_bias`, `RV_OFFSETS`, `stated_error_factor`, `references_avoid` and `special_stars`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""FITS and Parquet files of known length, written piece by piece and complete or not there at all."""
+"""FITS and Parquet files, written piece by piece, and complete or not there at all."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.errors import StorageError
-from sos_dask.simulate.tables import NativeColumn
+from sos_dask.simulate.columns import NativeColumn
 
 _BLOCK = 2880
 _ROW_GROUP = 131_072
@@ -44,6 +44,9 @@ class _AtomicFile:
     def _close(self) -> None:
         """Write what is left."""
 
+    def _discard(self) -> None:
+        """Let go of what writes to the file."""
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -59,6 +62,7 @@ class _AtomicFile:
                     self._file.close()
                     self._hidden.replace(self.path)
         finally:
+            self._discard()
             self._file.close()
             self._hidden.unlink(missing_ok=True)
 
@@ -235,3 +239,8 @@ class ParquetTable(_AtomicFile):
         if self._n_waiting:
             self._flush(self._n_waiting)
         self._writer.close()
+
+    def _discard(self) -> None:
+        # A writer that is left open would write when it is collected, to a closed file.
+        with suppress(Exception):
+            self._writer.close()

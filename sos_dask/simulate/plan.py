@@ -1,14 +1,17 @@
 """Which plate observes how many stars, and where its rows stand in the files.
 
-Everything is counted before the first star is made, so that headers can be written first, every block of
-plates knows its rows, and the size of a block changes nothing.
+Everything is counted before the first star is made, so that headers can be written first, every
+block of plates knows its rows, and the size of a block changes nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sos_dask.errors import ConfigError
 from sos_dask.simulate.sky import (
@@ -95,10 +98,11 @@ class SkySettings:
 def reference_rows(n_lamost: int) -> int:
     """Default rows of both references: 100,000 (n / 200,000)^0.622, at most n / 2.
 
-    That is 1.7 million for 19 million rows of LAMOST. With the default overlap 18 % of the LAMOST stars have
-    a reference at 200,000 rows and 3 % at 19 million (about 600,000 pairs of observations).
+    That is 1.7 million for 19 million rows of LAMOST. With the default overlap 16 % of the LAMOST
+    stars have a reference at 200,000 rows and 3 % at 19 million (about 600,000 pairs of
+    observations).
     """
-    return round(min(100_000.0 * (n_lamost / 200_000.0) ** 0.622, n_lamost / 2.0))
+    return int(round(min(1e5 * float(n_lamost / 2e5) ** 0.622, n_lamost / 2.0)))
 
 
 @dataclass(frozen=True)
@@ -179,90 +183,84 @@ def make_plan(settings: SkySettings) -> Plan:
         for survey, factor in ((APOGEE, 1.5), (GALAH, 0.6))
     }
 
-    seed = settings.seed
-    size = {LAMOST: int(np.clip(n_lamost // 200, 24, 2048))}
-    plates = {LAMOST: _plates(LAMOST, n_lamost, size[LAMOST], seed)}
-    ra, dec, n_stars = plates[LAMOST]
+    plates = {LAMOST: _plates(LAMOST, n_lamost, 24, 2048, settings.seed)}
+    _, dec, n_stars = plates[LAMOST]
     # APOGEE has fields in half of the LAMOST footprint; GALAH is south of dec +10.
-    rng = np.random.Generator(
-        np.random.SFC64(np.random.SeedSequence([seed, _CENTRE_STREAM, SPECIAL]))
-    )
-    weight = {
-        APOGEE: n_stars * np.where(rng.random(len(n_stars)) < 0.5, 1.0, 0.1),
-        GALAH: n_stars * (dec + PLATE_RADIUS[LAMOST] < 10.0),
+    has_field = _generator(settings.seed, SPECIAL).random(len(dec)) < 0.5
+    n_of = {
+        (APOGEE, LAMOST): _shares(
+            overlap[APOGEE], n_stars * np.where(has_field, 1.0, 0.1), 0.6 * n_stars
+        ),
+        (GALAH, LAMOST): _shares(
+            overlap[GALAH], n_stars * (dec + PLATE_RADIUS[LAMOST] < 10.0), 0.6 * n_stars
+        ),
+        (LAMOST, LAMOST): n_stars,
     }
-    of_lamost = {s: _shares(overlap[s], weight[s], 0.6 * n_stars) for s in (APOGEE, GALAH)}
-    n_galah = stars[GALAH] - N_SPECIAL - int(of_lamost[GALAH].sum())
-    size[GALAH] = int(np.clip(n_galah // 150, 16, 380))
-    plates[GALAH] = _plates(GALAH, n_galah, size[GALAH], seed)
-    of_galah = _shares(
-        round(_APOGEE_IN_GALAH * n_rows[APOGEE]), plates[GALAH][2], 0.6 * plates[GALAH][2]
-    )
-    n_apogee = stars[APOGEE] - N_SPECIAL - int(of_lamost[APOGEE].sum()) - int(of_galah.sum())
-    size[APOGEE] = int(np.clip(n_apogee // 150, 16, 300))
-    plates[APOGEE] = _plates(APOGEE, n_apogee, size[APOGEE], seed)
+    n_left = stars[GALAH] - N_SPECIAL - int(n_of[GALAH, LAMOST].sum())
+    plates[GALAH] = _plates(GALAH, n_left, 16, 380, settings.seed)
+    n_of[GALAH, GALAH] = plates[GALAH][2]
+    shared = round(_APOGEE_IN_GALAH * n_rows[APOGEE])
+    n_of[APOGEE, GALAH] = _shares(shared, n_of[GALAH, GALAH], 0.6 * n_of[GALAH, GALAH])
+    n_left = stars[APOGEE] - N_SPECIAL
+    n_left -= int(n_of[APOGEE, LAMOST].sum() + n_of[APOGEE, GALAH].sum())
+    plates[APOGEE] = _plates(APOGEE, n_left, 16, 300, settings.seed)
+    n_of[APOGEE, APOGEE] = plates[APOGEE][2]
 
     # Kinds are interleaved, so that each file mixes stars of the overlap with others.
-    kind = np.concatenate([np.full(len(plates[s][0]), s) for s in (LAMOST, APOGEE, GALAH)])
-    number = np.concatenate([np.arange(len(plates[s][0])) for s in (LAMOST, APOGEE, GALAH)])
-    along = np.concatenate(
-        [(np.arange(len(plates[s][0])) + 0.5) / len(plates[s][0]) for s in (LAMOST, APOGEE, GALAH)]
-    )
-    order = np.lexsort((kind, along))
+    number = [np.arange(len(ra)) for ra, _, _ in plates.values()]
+    kind = np.repeat(list(plates), [len(n) for n in number])
+    order = np.lexsort((kind, np.concatenate([(n + 0.5) / len(n) for n in number])))
 
-    def all_plates(special: float, values: list[FloatArray | IntArray]) -> FloatArray:
+    def in_order(special: float, values: Sequence[NDArray[Any]]) -> NDArray[Any]:
         return np.concatenate([[special], np.concatenate(values)[order]])
 
-    ra = all_plates(0.0, [plates[s][0] for s in (LAMOST, APOGEE, GALAH)])
-    dec = all_plates(0.0, [plates[s][1] for s in (LAMOST, APOGEE, GALAH)])
-    n_stars = all_plates(N_SPECIAL, [plates[s][2] for s in (LAMOST, APOGEE, GALAH)]).astype(
-        np.int64
-    )
-    nothing = [np.zeros(len(plates[s][0])) for s in (LAMOST, APOGEE, GALAH)]
-    once = {
-        LAMOST: [plates[LAMOST][2], nothing[1], nothing[2]],
-        APOGEE: [of_lamost[APOGEE], plates[APOGEE][2], of_galah],
-        GALAH: [of_lamost[GALAH], nothing[1], plates[GALAH][2]],
-    }
     n_twins = min(n_again[LAMOST], max(4, n_rows[LAMOST] // 100_000))
+    n_again[LAMOST] -= n_twins
     rounds = {}
-    for survey, counts in once.items():
-        twins = n_twins if survey == LAMOST else 0
-        first = all_plates(N_SPECIAL, list(counts)).astype(np.int64)
-        rounds[survey] = _rounds(first, n_again[survey] - twins, n_rows[survey])
+    for survey in n_rows:
+        nothing = {of: np.zeros(len(plates[of][0]), dtype=np.int64) for of in plates}
+        counts = in_order(N_SPECIAL, [n_of.get((survey, of), nothing[of]) for of in plates])
+        rounds[survey] = _rounds(counts, n_again[survey], n_rows[survey])
+    n_stars = in_order(N_SPECIAL, [n for _, _, n in plates.values()])
     return Plan(
-        kind=np.concatenate([[SPECIAL], kind[order]]),
-        number=np.concatenate([[0], number[order]]),
-        ra=ra,
-        dec=dec,
+        kind=in_order(SPECIAL, [kind]),
+        number=in_order(0, number),
+        ra=in_order(0.0, [ra for ra, _, _ in plates.values()]),
+        dec=in_order(0.0, [dec for _, dec, _ in plates.values()]),
         n_stars=n_stars,
         first_star=np.cumsum(n_stars) - n_stars,
         rounds=rounds,
     )
 
 
+def _generator(seed: int, kind: int) -> np.random.Generator:
+    return np.random.Generator(
+        np.random.SFC64(np.random.SeedSequence([seed, _CENTRE_STREAM, kind]))
+    )
+
+
 def _plates(
-    kind: int, n_stars: int, size: int, seed: int
+    kind: int, n_stars: int, least: int, most: int, seed: int
 ) -> tuple[FloatArray, FloatArray, IntArray]:
-    """Centres and numbers of stars of a survey's plates."""
+    """Centres and numbers of stars of about 200 plates, or more if they would hold too many."""
+    size = int(np.clip(n_stars // 200, least, most))
     n = -(-max(n_stars, 1) // size)
-    rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, _CENTRE_STREAM, kind])))
     counts = np.full(n, size, dtype=np.int64)
     counts[-1] = n_stars - size * (n - 1)
-    return *plate_centres(kind, n, rng), counts
+    return *plate_centres(kind, n, _generator(seed, kind)), counts
 
 
-def _shares(total: int, weight: FloatArray | IntArray, most: FloatArray | IntArray) -> IntArray:
+def _shares(total: int, weight: NDArray[Any], most: NDArray[Any]) -> IntArray:
     """Whole numbers in proportion to weights, none above its limit by one or more.
 
     Their sum is the total, or what the limits leave of it.
     """
     part = np.zeros(len(weight))
-    limit = np.where(np.asarray(weight) > 0, most, 0.0)
+    limit = np.where(weight > 0, most, 0.0)
     total = min(total, int(limit.sum()))
     free = limit > 0
     while free.any():
-        scale = max(total - part[~free].sum(), 0.0) / np.asarray(weight)[free].sum()
+        scale = max(total - part[~free].sum(), 0.0) / weight[free].sum()
         part[free] = weight[free] * scale
         above = free & (part > limit)
         if not above.any():

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from sos_dask.errors import StorageError
 from sos_dask.simulate import sky, tables
+from sos_dask.simulate.columns import COLUMNS, NativeColumn, record_dtype
 from sos_dask.simulate.files import FitsTable, ParquetTable, image_hdu, table_hdu
+from sos_dask.simulate.names import field_names, telescopes
 from sos_dask.simulate.plan import Plan, SkySettings, make_plan, plate_generator, special_centres
 from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, FloatArray, IntArray, Stars
-from sos_dask.simulate.tables import NativeColumn, Observed, Visits
+from sos_dask.simulate.tables import Observed, Visits
 
 NAMES = {LAMOST: "lamost", APOGEE: "apogee", GALAH: "galah"}
 BLOCK_STARS = 65_536
@@ -49,7 +51,7 @@ TRUTH_SCHEMA = pa.schema([
     _field("obs_id", pa.string(), "", "obsid, APSTAR_ID or sobject_id, as text"),
     _field("row", pa.int64(), "", "Row in the survey's file, from 0"),
     _field("star", pa.int64(), "", "Number of the star, the same in every survey"),
-    _field("gaia_source_id", pa.int64(), "", "Gaia DR3 id, also where the file lacks it; null: not in Gaia"),
+    _field("gaia_source_id", pa.int64(), "", "Gaia DR3 id, if in the file or not"),
     _field("teff", pa.float32(), "K", "True effective temperature"),
     _field("logg", pa.float32(), "dex", "True surface gravity"),
     _field("feh", pa.float32(), "dex", "True [Fe/H]"),
@@ -108,8 +110,8 @@ def simulate(
             survey: stack.enter_context(
                 FitsTable(
                     paths[name],
-                    tables.COLUMNS[survey],
-                    tables.record_dtype(survey),
+                    COLUMNS[survey],
+                    record_dtype(survey),
                     plan.rounds[survey].n_rows,
                     name.upper(),
                     _apogee_trailer(plan) if survey == APOGEE else b"",
@@ -124,11 +126,11 @@ def simulate(
             made = _make_block(plan, block, settings)
             gaia.write(_gaia_table(made))
             for survey, name in NAMES.items():
-                rounds, visits = _visits(plan, block, made, survey, settings)
+                visits = _visits(plan, block, made, survey, settings)
                 observed = tables.SURVEYS[survey](visits)
-                _write_rounds(fits[survey], rounds, visits.row, observed.rows)
+                _write_rounds(fits[survey], visits, observed.rows)
                 truth.write(_truth_table(name, visits, observed))
-                done[survey] += len(rounds)
+                done[survey] += len(visits.row)
                 if progress is not None:
                     progress(name, done[survey], plan.rounds[survey].n_rows)
         _write_duplicates(fits[LAMOST], plan)
@@ -195,10 +197,10 @@ def _rank_in_plate(key: FloatArray, plate: IntArray, n_stars: IntArray) -> IntAr
 
 
 def _selection_key(stars: Stars, uniform: FloatArray, survey: int) -> FloatArray:
-    """Small for the stars that a reference prefers: bright, giants for APOGEE, none in regions it avoids.
+    """Small for stars that a reference prefers: bright ones, giants for APOGEE; 1 for the avoided.
 
-    The smallest keys 1 - u^(1/w) are a sample with weights w (Efraimidis & Spirakis 2006, Inf. Process.
-    Lett. 97, 181).
+    The smallest keys 1 - u^(1/w) are a sample with weights w (Efraimidis & Spirakis 2006,
+    Inf. Process. Lett. 97, 181).
     """
     weight = np.exp(-np.maximum(stars.g - (13.8 if survey == APOGEE else 13.2), 0.0) / 0.8)
     if survey == APOGEE:
@@ -208,10 +210,8 @@ def _selection_key(stars: Stars, uniform: FloatArray, survey: int) -> FloatArray
     return np.asarray(np.where(avoided, 1.0, key))
 
 
-def _visits(
-    plan: Plan, block: slice, made: _Block, survey: int, settings: SkySettings
-) -> tuple[IntArray, Visits]:
-    """Observations of a block by a survey, by plate, round and star; and their rounds."""
+def _visits(plan: Plan, block: slice, made: _Block, survey: int, settings: SkySettings) -> Visits:
+    """Observations of a block by a survey, by plate, round and star."""
     name = NAMES[survey]
     rounds = plan.rounds[survey]
     counts, first_row = rounds.counts[:, block], rounds.first_row[:, block]
@@ -236,10 +236,10 @@ def _visits(
         np.concatenate(rows)[order],
     )
     number = block.start + plate[index]
-    return round_number, Visits(
+    return Visits(
         stars=made.stars.take(index),
         index=index,
-        again=round_number > 0,
+        round=round_number,
         row=row,
         n_rows=rounds.n_rows,
         n_first=int(rounds.counts[0].sum()),
@@ -253,12 +253,12 @@ def _visits(
     )
 
 
-def _write_rounds(fits: FitsTable, rounds: IntArray, row: IntArray, rows: NDArray[Any]) -> None:
+def _write_rounds(fits: FitsTable, visits: Visits, rows: NDArray[Any]) -> None:
     """Put rows at their places: those of a round are neighbours in the file."""
-    order = np.argsort(rounds, kind="stable")
-    for part in np.split(order, np.flatnonzero(np.diff(rounds[order])) + 1):
+    order = np.argsort(visits.round, kind="stable")
+    for part in np.split(order, np.flatnonzero(np.diff(visits.round[order])) + 1):
         if len(part):
-            fits.write(int(row[part[0]]), rows[part])
+            fits.write(int(visits.row[part[0]]), rows[part])
 
 
 def _write_duplicates(fits: FitsTable, plan: Plan) -> None:
@@ -276,7 +276,7 @@ def _gaia_table(made: _Block) -> pa.Table:
     error, distance = sky.visible_distance(stars, made.normal["parallax"])
 
     def gap(low: float) -> NDArray[np.bool_]:
-        return (gap1 >= low) & (gap1 < low + 0.02) & ~special
+        return np.asarray((gap1 >= low) & (gap1 < low + 0.02) & ~special)
 
     values = [
         (stars.gaia, None),
@@ -332,10 +332,8 @@ def _apogee_trailer(plan: Plan) -> bytes:
         NativeColumn("PARAM_VALUE", "9E", "", ()),
     ]
     arrays = np.zeros(1, dtype=[column.dtype for column in text])
-    arrays["PARAM_SYMBOL"] = b"".join(
-        symbol.ljust(16)
-        for symbol in (b"TEFF", b"LOGG", b"LOG10VDOP", b"METALS", b"C", b"N", b"O Mg Si S Ca Ti", b"LGVSINI", b"O")
-    )  # fmt: skip
+    symbols = b"TEFF LOGG LOG10VDOP METALS C N ALPHA LGVSINI O".split()
+    arrays["PARAM_SYMBOL"] = b"".join(symbol.ljust(16) for symbol in symbols)
     arrays["ELEM_SYMBOL"] = b"C CIN O NaMgAlSiP S K CaTiTiV CrMnFeCoNiCuGeRbCeNdYbC1"
     fields = [
         NativeColumn("TELESCOPE", "6A", "", ()),
@@ -344,8 +342,8 @@ def _apogee_trailer(plan: Plan) -> bytes:
     ]
     used = np.flatnonzero((plan.rounds[APOGEE].counts[0] > 0) & (plan.kind != sky.SPECIAL))
     rows = np.zeros(len(used), dtype=[column.dtype for column in fields])
-    rows["TELESCOPE"] = tables.telescopes(plan.dec[used])
-    rows["FIELD"] = tables.field_names(plan.ra[used], plan.dec[used])
+    rows["TELESCOPE"] = telescopes(plan.dec[used])
+    rows["FIELD"] = field_names(plan.ra[used], plan.dec[used])
     rows["ASPCAP_VERSION"] = b"synspec_rev1"
     return (
         image_hdu(np.zeros(360, dtype=np.int32))

@@ -1,7 +1,7 @@
 """The stars of a mock sky: labels, places, light, and what each survey gets wrong about them.
 
-Arrays in, arrays out; every random number is an argument. The distributions are plausible, not fitted:
-they serve to test a pipeline on stars whose truth is known, not to model the Galaxy.
+Arrays in, arrays out; every random number is an argument. The distributions are plausible, not
+fitted: they serve to test a pipeline on stars whose truth is known, not to model the Galaxy.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ UNIFORMS = (
 )  # fmt: skip
 """Uniform random numbers of a star, in the order they are drawn."""
 NORMALS = (
-    "feh", "teff", "logg", "mass", "magnitude", "pmra", "pmdec", "rv", "ebv", "parallax", "bp", "rp",
-    "alpha",
+    "feh", "teff", "logg", "mass", "pmra", "pmdec", "rv", "ebv", "parallax", "bp", "rp", "alpha",
 )  # fmt: skip
 """Standard normal random numbers of a star, in the order they are drawn."""
 
-# Rotation from ICRS to Galactic coordinates: Hipparcos and Tycho catalogues, ESA SP-1200, vol. 1, 1.5.3.
+# From ICRS to Galactic coordinates: Hipparcos and Tycho catalogues, ESA SP-1200, vol. 1, 1.5.3.
 _TO_GALACTIC = np.array(
     [
         [-0.0548755604, -0.8734370902, -0.4838350155],
@@ -43,7 +42,7 @@ _TO_GALACTIC = np.array(
     ]
 )
 
-# Share of each component in the plates of LAMOST, APOGEE, GALAH. The sparse ends are made on purpose.
+# Share of each component in the plates of LAMOST, APOGEE, GALAH, with sparse ends on purpose.
 _COMPONENTS = ("dwarf", "subgiant", "rgb", "clump", "tip", "hot", "halo")
 _SHARES = np.array(
     [
@@ -135,16 +134,16 @@ def lamost_bias(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> FloatArray:
     poor, rich = _step(m, -2.0, -0.25), _step(m, 0.2, 0.09)
     d_teff = (
         -35.0 + 55.0 * np.tanh(1.2 * t) - 20.0 * np.sin(2.0 * g) + 30.0 * giant * (m + 0.3)
-        - 70.0 * low + 150.0 * hot + 60.0 * poor - 40.0 * rich
+        - 70.0 * low + 130.0 * hot + 60.0 * poor - 40.0 * rich
     )  # fmt: skip
     d_logg = (
-        0.04 + 0.09 * np.sin(1.7 * (g - 0.8)) + 0.10 * giant * np.tanh(1.5 * (m + 0.4))
-        - 0.05 * (1.0 - giant) * t
-        + 0.22 * low - 0.18 * hot + 0.20 * poor - 0.08 * rich
+        0.06 + 0.09 * np.sin(1.7 * (g - 0.8)) + 0.12 * giant * np.tanh(1.5 * (m + 0.4))
+        - 0.06 * (1.0 - giant) * np.tanh(t)
+        + 0.20 * low - 0.18 * hot + 0.18 * poor - 0.08 * rich
     )  # fmt: skip
     d_feh = (
-        0.03 - 0.06 * np.tanh(t) + 0.07 * np.tanh(0.9 * (g - 3.0)) * (m + 0.2)
-        + 0.04 * np.cos(1.5 * g) + 0.13 * low - 0.15 * hot + 0.22 * poor - 0.12 * rich
+        0.03 - 0.08 * np.tanh(1.2 * t) + 0.11 * np.tanh(0.9 * (g - 3.0)) * np.tanh(1.2 * (m + 0.2))
+        + 0.04 * np.cos(1.5 * g) + 0.10 * low - 0.12 * hot + 0.16 * poor - 0.12 * rich
     )  # fmt: skip
     return np.stack([d_teff, d_logg, d_feh], axis=-1)
 
@@ -227,9 +226,9 @@ def at_epoch(
 def plate_centres(kind: int, n: int, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
     """Centres of the plates of a survey, deg.
 
-    LAMOST: Galactic anticentre 45 %, halo 32 % (dec < 62), equator 15 %, Kepler field 8 %, all north
-    of dec -7.5, so that no plate of 2.5 deg radius reaches -10. APOGEE: Galactic disc 45 %, the rest
-    uniform, both hemispheres. GALAH: uniform, dec -80 to +9, \\|b\\| > 10.
+    LAMOST: Galactic anticentre 45 %, uniform 32 %, equator 15 %, Kepler field 8 %, all between dec
+    -7.5 and +65, so that no plate of 2.5 deg radius reaches -10. APOGEE: Galactic disc 45 %, the
+    rest uniform, both hemispheres. GALAH: uniform, dec -80 to +9, more than 10 deg off the disc.
 
     Parameters
     ----------
@@ -249,7 +248,7 @@ def plate_centres(kind: int, n: int, rng: np.random.Generator) -> tuple[FloatArr
             places = [p < 0.45, p < 0.77, p < 0.92]
             some_ra = np.select(places, [anti_ra, any_ra, any_ra], 290.7 + 6.0 * x)
             some_dec = np.select(places, [anti_dec, any_dec, 15.0 * v - 7.5], 44.5 + 4.5 * y)
-            good = (some_dec > -7.5) & ((some_dec < 62.0) | (p < 0.45))
+            good = (some_dec > -7.5) & (some_dec < 65.0)
         elif kind == APOGEE:
             disc_ra, disc_dec = from_galactic(360.0 * u, np.clip(7.0 * y, -85.0, 85.0))
             some_ra, some_dec = (
@@ -292,8 +291,8 @@ def special_stars() -> FloatArray:
     """Stars at the difficult places of the sky, in every survey whatever its footprint.
 
     No two of them come within 10 arcsec of each other between J2000 and J2016. They have a Gaia id
-    in every survey, are never outliers nor flagged, and have no errors of position, so those without
-    proper motion stand in every survey exactly where the table says (later visits of LAMOST aside).
+    in every survey, are never outliers nor flagged, and their first observation has no error of
+    position: those without proper motion stand in every survey exactly where the table says.
 
     Returns
     -------
@@ -333,7 +332,7 @@ def make_stars(
     mass = np.where(giant, 1.15, (teff / 5772.0) ** 1.5) * np.exp(
         np.where(giant, 0.15, 0.05) * normal["mass"]
     )
-    # Luminosity from mass, Teff and log g (solar: 5772 K, 4.438, M_bol 4.74; IAU 2015 resolution B3).
+    # Luminosity from mass, Teff, log g; the Sun (IAU 2015, B3): 5772 K, 4.438, M_bol 4.74.
     d_teff = np.clip(teff, 3500.0, 9000.0) - 5772.0
     absolute = (
         4.74 - 2.5 * (np.log10(mass) + 4.0 * np.log10(teff / 5772.0) + 4.438 - logg)
@@ -415,7 +414,7 @@ def _labels(
     feh = mean + np.array([0.17, 0.24, 0.45])[population] * normal["feh"]
     halo = (component == _COMPONENTS.index("halo")) & ~avoided
     population[halo] = 2
-    feh[halo] = -1.9 - 0.35 * np.abs(normal["feh"][halo])
+    feh[halo] = -1.55 - 0.45 * np.abs(normal["feh"][halo])
     feh = np.clip(feh, -2.65, 0.55)
     first_poor = avoided & (rest > 0.9)
     population[first_poor] = 2
@@ -436,7 +435,7 @@ def _labels(
             t = turn_off + (5050.0 - 200.0 * m - turn_off) * x**1.6 + 60.0 * a
             g = 4.15 - 0.6 * x + 0.05 * b
         elif name in ("rgb", "halo", "tip"):
-            g = 1.0 - 1.1 * x**1.3 if name == "tip" else 3.55 - 2.7 * x**1.25 + 0.03 * b
+            g = 1.0 - 1.1 * x**1.3 if name == "tip" else 3.55 - 2.8 * x**1.7 + 0.03 * b
             t = giant_branch(g, m) + 60.0 * a
         elif name == "clump":
             t = 4820.0 - 260.0 * m + 70.0 * a
@@ -508,7 +507,9 @@ def measure(
     if len(off):
         side = 2.0 * wrong[off] - 1.0
         least, more = np.array([400.0, 0.6, 0.4]), np.array([1200.0, 1.4, 1.1])
-        value[off] += np.where(side < 0, -1.0, 1.0) * (least + more * np.abs(side))
-        value[off, 0] = np.maximum(value[off, 0], 3000.0)
+        move = np.where(side < 0, -1.0, 1.0) * (least + more * np.abs(side))
+        moved = value[off] + move
+        outside = (moved < [3000.0, -0.5, -3.8]) | (moved > [11000.0, 5.6, 1.0])
+        value[off] = np.where(outside, value[off] - move, moved)
     factor = stated_error_factor(stars.logg, snr)[:, None]
     return Measured(value, error, error * factor)

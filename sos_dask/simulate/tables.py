@@ -1,19 +1,26 @@
-"""The mock surveys' own tables: native columns, sentinels and flags, as FITS records.
-
-Names, types and null values follow LAMOST DR11 LRS (A, F, G, K stars), APOGEE DR17 allStar and GALAH DR4
-allstar; of the many abundance columns of the last two only some are written.
-"""
+"""The mock surveys' own rows: labels, sentinels and flags, as FITS records."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.simulate.columns import record_dtype
+from sos_dask.simulate.names import (
+    ByteArray,
+    Names,
+    as_bytes,
+    compose,
+    digits,
+    dotted,
+    field_names,
+    sexagesimal,
+    telescopes,
+)
 from sos_dask.simulate.sky import (
     APOGEE,
     GALAH,
@@ -34,107 +41,19 @@ from sos_dask.simulate.sky import (
 )
 
 Rows = NDArray[Any]
-ByteArray = NDArray[np.uint8]
 
 POSITION_EPOCHS = {LAMOST: 2000.0, APOGEE: 2000.0, GALAH: 2016.0}
 """Julian year of ra and dec in each survey's file."""
 
 UNIFORMS = (
-    "outlier", "wrong_teff", "wrong_logg", "wrong_feh", "flag", "flag2", "gap", "gap2", "id_gap", "bit"
+    "outlier", "wrong_teff", "wrong_logg", "wrong_feh", "flag", "flag2", "gap", "gap2", "id_gap",
+    "bit",
 )  # fmt: skip
 """Uniform random numbers of an observation, in the order they are drawn."""
 NORMALS = (
     "snr", "teff", "logg", "feh", "rv", "east", "north", "x", "y", "parallax", "distance"
 )  # fmt: skip
 """Standard normal random numbers of an observation, in the order they are drawn."""
-
-_DTYPES = {"I": ">i2", "J": ">i4", "K": ">i8", "E": ">f4", "D": ">f8"}
-
-
-class NativeColumn(NamedTuple):
-    """A FITS column: name, TFORM, unit, and the shape of a matrix."""
-
-    name: str
-    form: str
-    unit: str
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> tuple[Any, ...]:
-        """Entry of a numpy structured dtype."""
-        match = re.fullmatch(r"(\d*)([AIJKED])", self.form)
-        assert match is not None
-        count, code = int(match[1] or 1), match[2]
-        if code == "A":
-            return (self.name, f"S{count}")
-        return (self.name, _DTYPES[code], self.shape or (count,)) if count > 1 else (
-            self.name,
-            _DTYPES[code],
-        )  # fmt: skip
-
-
-def _columns(text: str) -> tuple[NativeColumn, ...]:
-    """Columns from lines of ``name form [unit] [rows x columns]``, separated by ``|``."""
-    out = []
-    for item in text.replace("\n", "|").split("|"):
-        if item.strip():
-            name, form, unit, shape = (*item.split(), "-", "-")[:4]
-            size = tuple(int(n) for n in shape.split("x")) if shape != "-" else ()
-            out.append(NativeColumn(name, form, "" if unit == "-" else unit, size))
-    return tuple(out)
-
-
-COLUMNS: Mapping[int, tuple[NativeColumn, ...]] = {
-    LAMOST: _columns("""
-        obsid J | uid 15A | gp_id K | designation 19A | obsdate 10A | lmjd J d | mjd J d
-        planid 8A | spid I | fiberid I | ra_obs D deg | dec_obs D deg
-        snru E | snrg E | snrr E | snri E | snrz E | class 4A | subclass 4A | z E | z_err E
-        ps_id K | mag_ps_g E mag | mag_ps_r E mag | mag_ps_i E mag | mag_ps_z E mag | mag_ps_y E mag
-        gaia_source_id K | gaia_g_mean_mag E mag | fibertype 4A | offsets I | offsets_v E arcsec
-        ra D deg | dec D deg | fibermask J | with_norm_flux I
-        teff E K | teff_err E K | logg E | logg_err E | feh E | feh_err E
-        rv E km/s | rv_err E km/s | alpha_m E | alpha_m_err E | vsini_lasp E km/s
-    """),
-    APOGEE: _columns("""
-        APOGEE_ID 18A | TARGET_ID 34A | APSTAR_ID 45A | TELESCOPE 6A | LOCATION_ID J | FIELD 16A
-        J E mag | J_ERR E mag | H E mag | H_ERR E mag | K E mag | K_ERR E mag
-        RA D deg | DEC D deg | GLON D deg | GLAT D deg
-        EXTRATARG J | NVISITS J | SNR E | SNREV E | STARFLAG J | ANDFLAG J
-        VHELIO_AVG E km/s | VSCATTER E km/s | VERR E km/s | RV_TEFF E K | RV_LOGG E | RV_FEH E
-        RV_FLAG J | AK_TARG E mag | AK_WISE E mag | SFD_EBV E mag
-        GAIAEDR3_SOURCE_ID K | GAIAEDR3_PARALLAX E mas | GAIAEDR3_PARALLAX_ERROR E mas
-        GAIAEDR3_PMRA E mas/yr | GAIAEDR3_PMRA_ERROR E mas/yr
-        GAIAEDR3_PMDEC E mas/yr | GAIAEDR3_PMDEC_ERROR E mas/yr
-        GAIAEDR3_PHOT_G_MEAN_MAG E mag | GAIAEDR3_PHOT_BP_MEAN_MAG E mag
-        GAIAEDR3_PHOT_RP_MEAN_MAG E mag
-        GAIAEDR3_R_MED_GEO E pc | GAIAEDR3_R_LO_GEO E pc | GAIAEDR3_R_HI_GEO E pc
-        GAIAEDR3_R_MED_PHOTOGEO E pc | GAIAEDR3_R_LO_PHOTOGEO E pc | GAIAEDR3_R_HI_PHOTOGEO E pc
-        ASPCAP_CHI2 E | FPARAM 9E | FPARAM_COV 81E - 9x9 | PARAM 9E | PARAMFLAG 9J | ASPCAPFLAG K
-        TEFF E K | TEFF_ERR E K | LOGG E | LOGG_ERR E | M_H E | M_H_ERR E
-        ALPHA_M E | ALPHA_M_ERR E | VMICRO E km/s | VSINI E km/s | TEFF_SPEC E K | LOGG_SPEC E
-        X_H 27E | X_H_ERR 27E | ELEMFLAG 27J
-        FE_H E | FE_H_SPEC E | FE_H_ERR E | FE_H_FLAG J
-        MG_FE E | MG_FE_ERR E | MG_FE_FLAG J | VISIT_PK 6J
-    """),
-    GALAH: _columns("""
-        sobject_id K | tmass_id 16A | gaiadr3_source_id K | survey_name 15A | field_id J
-        mjd E d | ra D deg | dec D deg
-        flag_sp J | flag_sp_fit J | flag_red J | model_name 12A | chi2_sp E | px_used_perc E
-        snr_px_ccd1 E | snr_px_ccd2 E | snr_px_ccd3 E | snr_px_ccd4 E
-        teff E K | e_teff E K | logg E | e_logg E | fe_h E | e_fe_h E | flag_fe_h J
-        vmic E km/s | vsini E km/s | e_vsini E km/s
-        rv_comp_1 E km/s | e_rv_comp_1 E km/s | rv_gaia_dr3 E km/s | e_rv_gaia_dr3 E km/s
-        mass E solMass | age E Gyr | lbol E solLum | r_med E pc | r_lo E pc | r_hi E pc
-        a_ks E mag | ebv E mag | phot_g_mean_mag E mag | bp_rp E mag | ruwe E
-        parallax E mas | parallax_error E mas | j_m E mag | h_m E mag | ks_m E mag
-        mg_fe E | e_mg_fe E | flag_mg_fe J | o_fe E | e_o_fe E | flag_o_fe J
-    """),
-}
-
-
-def record_dtype(survey: int) -> np.dtype[Any]:
-    """Structured, packed, big-endian dtype of a survey's FITS rows."""
-    return np.dtype([column.dtype for column in COLUMNS[survey]])
 
 
 @dataclass(frozen=True)
@@ -147,8 +66,8 @@ class Visits:
         One entry an observation.
     index : ndarray of int64
         Number of the star within the block: observations of one star share it.
-    again : ndarray of bool
-        Not the first observation of its star.
+    round : ndarray of int64
+        0 for the first observation of a star, 1 for the second, and so on.
     row : ndarray of int64
         Row in the file.
     n_rows, n_first : int
@@ -164,7 +83,7 @@ class Visits:
 
     stars: Stars
     index: IntArray
-    again: BoolArray
+    round: IntArray
     row: IntArray
     n_rows: int
     n_first: int
@@ -179,7 +98,7 @@ class Visits:
     @property
     def special(self) -> BoolArray:
         """Which observations are of special stars."""
-        return self.stars.kind == SPECIAL
+        return np.asarray(self.stars.kind == SPECIAL)
 
     @property
     def is_outlier(self) -> BoolArray:
@@ -188,7 +107,7 @@ class Visits:
 
     def position(self, survey: int, sigma_arcsec: float) -> tuple[FloatArray, FloatArray]:
         """Positions at the survey's epoch with errors; first visits of special stars have none."""
-        sigma = np.where(self.special & ~self.again, 0.0, sigma_arcsec)
+        sigma = np.where(self.special & (self.round == 0), 0.0, sigma_arcsec)
         return at_epoch(
             self.stars,
             POSITION_EPOCHS[survey],
@@ -230,61 +149,7 @@ class Observed:
     bias: FloatArray
 
 
-_TWO_DIGITS = np.array([list(f"{n:02d}".encode()) for n in range(100)], dtype=np.uint8)
-
-
-def _digits(values: IntArray, width: int) -> ByteArray:
-    """Decimal digits of numbers below 10**width, zero-padded, as bytes of shape (n, width)."""
-    out = np.empty((len(values), width + width % 2), dtype=np.uint8)
-    rest = values
-    for start in range(out.shape[1] - 2, -1, -2):
-        rest, pair = np.divmod(rest, 100)
-        out[:, start : start + 2] = _TWO_DIGITS[pair]
-    return out[:, width % 2 :]
-
-
-def _text(parts: list[ByteArray | bytes], n: int) -> NDArray[np.bytes_]:
-    """Fixed-width strings from byte matrices (n, w) and constants, joined."""
-    width = sum(part.shape[1] if isinstance(part, np.ndarray) else len(part) for part in parts)
-    out = np.empty((n, width), dtype=np.uint8)
-    start = 0
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            stop = start + part.shape[1]
-            out[:, start:stop] = part
-        else:
-            stop = start + len(part)
-            out[:, start:stop] = np.frombuffer(part, dtype=np.uint8)
-        start = stop
-    return out.view(f"S{width}").ravel()
-
-
-def _sexagesimal(ra: FloatArray, dec: FloatArray) -> list[ByteArray]:
-    """HH, MM, SS, ss of ra; sign, DD, MM, SS, s of dec (truncated), as bytes."""
-    seconds = np.minimum((ra * 24000.0).astype(np.int64), 8639999)  # of time, in hundredths
-    rest, hundredths = np.divmod(seconds, 100)
-    rest, s = np.divmod(rest, 60)
-    h, m = np.divmod(rest, 60)
-    tenths = np.minimum(np.abs(dec * 36000.0).astype(np.int64), 3240000)
-    rest, tenth = np.divmod(tenths, 10)
-    rest, arcsec = np.divmod(rest, 60)
-    degrees, arcmin = np.divmod(rest, 60)
-    sign = np.where(dec < 0, ord("-"), ord("+")).astype(np.uint8)[:, None]
-    pairs = [_TWO_DIGITS[part] for part in (h, m, s, hundredths)]
-    return [
-        *pairs,
-        sign,
-        *(_TWO_DIGITS[part] for part in (degrees, arcmin, arcsec)),
-        _TWO_DIGITS[tenth][:, 1:],
-    ]
-
-
-def _joined(names: NDArray[np.bytes_]) -> ByteArray:
-    """The bytes (n, width) of fixed-width strings."""
-    return np.ascontiguousarray(names).view(np.uint8).reshape(len(names), -1)
-
-
-def _dates(first: str, n_days: int) -> NDArray[np.bytes_]:
+def _dates(first: str, n_days: int) -> Names:
     days = np.datetime64(first) + np.arange(n_days)
     return np.datetime_as_string(days, unit="D").astype("S10")
 
@@ -307,14 +172,14 @@ def lamost_obs_ids(row: IntArray) -> IntArray:
     Increasing with the row, as the real file is by date. Later exact duplicates repeat a key.
     """
     plan, slot = np.divmod(row, _PLATE_ROWS)
-    return (plan + 1) * 100_000 + (slot // 250 + 1) * 1000 + slot % 250 + 1
+    return np.asarray((plan + 1) * 100_000 + (slot // 250 + 1) * 1000 + slot % 250 + 1)
 
 
 def lamost(visits: Visits) -> Observed:
     """Rows of LAMOST DR11 LRS: label noise 25 K, 0.04, 0.025 dex and 2500 K, 4, 2.2 dex / S/N.
 
-    Half of the outliers have an eighth of the S/N. Nulls are -9999 (all labels of 0.4 % of the rows,
-    rv of 2 %), and 0 for Gaia and Pan-STARRS ids.
+    Half of the outliers have an eighth of the S/N. Nulls are -9999 (all labels in 0.4 % of the
+    rows, rv in 2 %), and 0 for Gaia and Pan-STARRS ids.
     """
     stars, uniform, normal = visits.stars, visits.uniform, visits.normal
     n = len(visits.row)
@@ -322,7 +187,7 @@ def lamost(visits: Visits) -> Observed:
     special = visits.special
     snr = 10.0 ** (1.95 - 0.21 * (stars.g - 14.0) + 0.13 * normal["snr"])
     snr *= np.where(visits.is_outlier & (uniform["flag"] < 0.5), 0.12, 1.0)
-    snr = np.clip(snr, 1.5, 900.0)
+    snr = np.clip(snr, 4.0, 900.0)
     bias = lamost_bias(stars.teff, stars.logg, stars.feh) if visits.biased else np.zeros((n, 3))
     labels = visits.measured(snr, bias, (25.0, 0.04, 0.025), (2500.0, 4.0, 2.2))
     ra, dec = visits.position(LAMOST, 0.12)
@@ -331,22 +196,21 @@ def lamost(visits: Visits) -> Observed:
     day = plan * _LAMOST_DAYS // (visits.n_rows // _PLATE_ROWS + 1)
     obs_id = lamost_obs_ids(visits.row)
     rows["obsid"] = obs_id
-    rows["uid"] = _text([b"G", _digits((stars.number * 7_368_787 + 17) % 10**14, 14)], n)
+    rows["uid"] = compose([b"G", digits((stars.number * 7_368_787 + 17) % 10**14, 14)], n)
     rows["gp_id"] = stars.number + 1_000_000
-    hh, mm, ss, cc, sign, dd, am, asec, tenth = _sexagesimal(ra, dec)
-    rows["designation"] = _text([b"J", hh, mm, ss, b".", cc, sign, dd, am, asec, b".", tenth], n)
+    hh, mm, ss, cc, sign, dd, am, asec, tenth = sexagesimal(ra, dec)
+    rows["designation"] = compose([b"J", hh, mm, ss, b".", cc, sign, dd, am, asec, b".", tenth], n)
     rows["obsdate"] = _LAMOST_DATES[day]
     rows["lmjd"] = _LAMOST_FIRST_MJD + day + 1
     rows["mjd"] = _LAMOST_FIRST_MJD + day
-    rows["planid"] = _text([b"PL", _digits(plan, 6)], n)
+    rows["planid"] = compose([b"PL", digits(plan, 6)], n)
     rows["spid"] = slot // 250 + 1
     rows["fiberid"] = slot % 250 + 1
     rows["ra_obs"], rows["dec_obs"] = ra, dec
     red = stars.bp - stars.rp
     rows["snrg"] = snr
-    for name, factor in (("u", 0.55 - 0.2 * red), ("r", 1.1 + 0.3 * red), ("i", 1.15 + 0.4 * red)):
-        rows[f"snr{name}"] = snr * np.maximum(factor, 0.05)
-    rows["snrz"] = snr * (0.8 + 0.3 * red)
+    for band, blue, slope in (("u", 0.7, -0.2), ("r", 1.1, 0.3), ("i", 1.1, 0.4), ("z", 0.8, 0.3)):
+        rows[f"snr{band}"] = snr * np.maximum(blue + slope * red, 0.05)
     rows["class"] = b"STAR"
     rows["subclass"] = _SUBCLASSES[np.searchsorted(_SUBCLASS_EDGES, labels.value[:, 0])]
     rv_error = np.hypot(2.0, 80.0 / snr)
@@ -354,17 +218,17 @@ def lamost(visits: Visits) -> Observed:
     rows["z"], rows["z_err"] = rv / _LIGHT_SPEED, rv_error / _LIGHT_SPEED
     no_ps = uniform["gap2"] > 0.97
     rows["ps_id"] = np.where(no_ps, 0, stars.number * 97 + 10**17)
-    for name, factor in (("g", 0.35), ("r", -0.12), ("i", -0.33), ("z", -0.44), ("y", -0.5)):
-        rows[f"mag_ps_{name}"] = np.where(no_ps, -9999.0, stars.g + factor * (red - 0.1))
+    for band, factor in (("g", 0.35), ("r", -0.12), ("i", -0.33), ("z", -0.44), ("y", -0.5)):
+        rows[f"mag_ps_{band}"] = np.where(no_ps, -9999.0, stars.g + factor * (red - 0.1))
     rows["gaia_source_id"] = gaia
     rows["gaia_g_mean_mag"] = np.where(gaia == 0, -9999.0, stars.g)
     rows["fibertype"] = b"Obj"
     rows["ra"], rows["dec"] = ra, dec
     rows["with_norm_flux"] = 1
     no_labels = (uniform["gap"] < 0.004) & ~special
-    for column, name in enumerate(("teff", "logg", "feh")):
-        rows[name] = np.where(no_labels, -9999.0, labels.value[:, column])
-        rows[f"{name}_err"] = np.where(no_labels, -9999.0, labels.stated_error[:, column])
+    for number, name in enumerate(("teff", "logg", "feh")):
+        rows[name] = np.where(no_labels, -9999.0, labels.value[:, number])
+        rows[f"{name}_err"] = np.where(no_labels, -9999.0, labels.stated_error[:, number])
     no_rv = no_labels | ((uniform["gap"] > 0.98) & ~special)
     rows["rv"] = np.where(no_rv, -9999.0, rv)
     rows["rv_err"] = np.where(no_rv, -9999.0, 1.2 * rv_error)
@@ -383,32 +247,13 @@ _BAD_REASONS = np.array([1 << 16, 1 << 17, 1 << 26, 1 << 36, 1 << 40, 1 << 41], 
 _DUPLICATE = 1 << 4
 
 
-def field_names(ra: FloatArray, dec: FloatArray) -> NDArray[np.bytes_]:
-    """Names of fields by Galactic longitude and latitude, as ``270+60``."""
-    lon, lat = to_galactic(ra, dec)
-    sign = np.where(lat < 0, ord("-"), ord("+")).astype(np.uint8)[:, None]
-    return _text(
-        [
-            _digits(np.floor(lon).astype(np.int64) % 360, 3),
-            sign,
-            _digits(np.abs(lat).astype(np.int64), 2),
-        ],
-        len(lon),
-    )
-
-
-def telescopes(dec: FloatArray) -> NDArray[np.bytes_]:
-    """Telescope of a field by its declination: north or south."""
-    return np.where(dec > -20.0, b"apo25m", b"lco25m").astype("S6")
-
-
 def apogee(visits: Visits) -> Observed:
-    """Rows of APOGEE DR17: label noise 15 K, 0.03, 0.012 dex and 1200 K, 2.5, 1.2 dex / S/N; no bias.
+    """Rows of APOGEE DR17: label noise 15 K, 0.03, 0.012 dex and 1200 K, 2.5, 1.2 dex / S/N.
 
-    60 % of the outliers have STAR_BAD with a reason, 15 % STAR_WARN; 1 % and 3 % of the others too.
-    Teff and log g are NaN with STAR_BAD or CHI2_BAD, [Fe/H] too and where FE_H_FLAG says so. Nulls are
-    NaN, 0 for Gaia ids, 99.999 in 2MASS magnitudes. The last row but the repeats is VESTA, without a
-    position.
+    No bias. 60 % of the outliers have STAR_BAD with a reason, 15 % STAR_WARN; 1 % and 3 % of the
+    others too. Teff and log g are NaN with STAR_BAD or CHI2_BAD, [Fe/H] too and where FE_H_FLAG
+    says so. Nulls are NaN, 0 for Gaia ids, 99.999 in 2MASS magnitudes. The last row before the
+    repeats is VESTA, without a position. Text is padded with blanks.
     """
     stars, uniform, normal = visits.stars, visits.uniform, visits.normal
     n = len(visits.row)
@@ -435,31 +280,27 @@ def apogee(visits: Visits) -> Observed:
     star_flag |= np.where((uniform["gap2"] < 0.03) & ~special, 1 << 9, 0)
 
     ra, dec = visits.position(APOGEE, 0.07)
-    name = _text([b"2M", *_sexagesimal(ra, dec)], n)
-    # The names of the star's two rows must agree although their positions differ.
-    first = np.full(int(visits.index.max(initial=0)) + 1, -1, dtype=np.int64)
-    once = np.flatnonzero(~visits.again)
-    first[visits.index[once]] = once
-    name = name[first[visits.index]]
+    name = compose([b"2M", *_twomass(stars)], n)
     vesta = visits.row == visits.n_first - 1
     name[vesta] = b"VESTA"
     rows["RA"], rows["DEC"] = np.where(vesta, np.nan, ra), np.where(vesta, np.nan, dec)
     rows["GLON"], rows["GLAT"] = to_galactic(ra, dec)
-    fields = _text(
+    # A repeat belongs to another field at the same place.
+    fields = compose(
         [
-            _joined(field_names(visits.plate_ra, visits.plate_dec)),
-            np.where(visits.again, ord("b"), 0).astype(np.uint8)[:, None],
+            as_bytes(field_names(visits.plate_ra, visits.plate_dec)),
+            np.where(visits.round > 0, ord("a") + visits.round, 0).astype(np.uint8)[:, None],
         ],
         n,
     )
     telescope = telescopes(visits.plate_dec)
-    obs_id = _dotted([b"apogee", telescope, b"stars", fields, name])
-    target_id = _dotted([telescope, fields, name])
-    for column, text in (
+    obs_id = dotted([b"apogee", telescope, b"stars", fields, name])
+    target_id = dotted([telescope, fields, name])
+    for column, value in (
         ("APOGEE_ID", name), ("FIELD", fields), ("TELESCOPE", telescope),
         ("APSTAR_ID", obs_id), ("TARGET_ID", target_id),
     ):  # fmt: skip
-        rows[column] = np.strings.ljust(text, rows.dtype[column].itemsize)
+        rows[column] = np.strings.ljust(value, rows.dtype[column].itemsize)
     rows["LOCATION_ID"] = visits.plate + 2000
 
     no_2mass = (uniform["gap"] < 0.005) & ~special
@@ -470,7 +311,7 @@ def apogee(visits: Visits) -> Observed:
     rows["AK_WISE"] = 0.30 * stars.ebv
     rows["SFD_EBV"] = 1.1 * stars.ebv
 
-    best = np.zeros(len(first))
+    best = np.zeros(int(visits.index.max(initial=0)) + 1)
     np.maximum.at(best, visits.index, snr)
     rows["EXTRATARG"] = np.where(snr < best[visits.index], _DUPLICATE, 0)
     rows["NVISITS"] = 1 + (uniform["gap2"] * 6.0).astype(np.int64)
@@ -484,10 +325,10 @@ def apogee(visits: Visits) -> Observed:
 
     rows["ASPCAP_CHI2"] = 2.0 + normal["x"] ** 2 + np.where(outlier, 20.0, 0.0)
     raw = labels.value + np.array([-20.0, 0.05, 0.01])
-    for column, prefix in enumerate(("TEFF", "LOGG")):
-        rows[prefix] = np.where(no_labels, np.nan, labels.value[:, column])
-        rows[f"{prefix}_ERR"] = np.where(no_labels, np.nan, labels.stated_error[:, column])
-        rows[f"{prefix}_SPEC"] = raw[:, column]
+    for number, prefix in enumerate(("TEFF", "LOGG")):
+        rows[prefix] = np.where(no_labels, np.nan, labels.value[:, number])
+        rows[f"{prefix}_ERR"] = np.where(no_labels, np.nan, labels.stated_error[:, number])
+        rows[f"{prefix}_SPEC"] = raw[:, number]
     iron_error = np.where(iron_flag > 0, np.nan, labels.stated_error[:, 2])
     rows["FE_H"] = np.where(iron_flag > 0, np.nan, labels.value[:, 2])
     rows["FE_H_ERR"], rows["FE_H_FLAG"], rows["FE_H_SPEC"] = iron_error, iron_flag, raw[:, 2]
@@ -503,8 +344,8 @@ def apogee(visits: Visits) -> Observed:
     rows["FPARAM"] = parameters
     rows["PARAM"] = np.where(no_labels[:, None], np.nan, parameters)
     covariance = np.zeros((n, 9, 9))
-    for parameter, column in ((0, 0), (1, 1), (3, 2)):
-        covariance[:, parameter, parameter] = (0.3 * labels.stated_error[:, column]) ** 2
+    for parameter, number in ((0, 0), (1, 1), (3, 2)):
+        covariance[:, parameter, parameter] = (0.3 * labels.stated_error[:, number]) ** 2
     rows["FPARAM_COV"] = covariance
     rows["PARAMFLAG"] = np.where(bad, 1, 0)[:, None]
     rows["X_H"] = (labels.value[:, 2] + 0.3 * stars.alpha)[:, None]
@@ -519,12 +360,10 @@ def apogee(visits: Visits) -> Observed:
     return Observed(rows, obs_id, np.zeros((n, 3)))
 
 
-def _dotted(parts: list[NDArray[np.bytes_] | bytes]) -> NDArray[np.bytes_]:
-    """Names joined by dots; they vary in length, so through numpy's string functions."""
-    out: Any = parts[0]
-    for part in parts[1:]:
-        out = np.strings.add(np.strings.add(out, b"."), part)
-    return np.asarray(out)
+def _twomass(stars: Stars) -> list[ByteArray]:
+    """Digits of the 2MASS name, from the place at J2000."""
+    still = np.zeros(len(stars.ra))
+    return sexagesimal(*at_epoch(stars, 2000.0, still, still))
 
 
 def _gaia_of_apogee(rows: Rows, visits: Visits) -> None:
@@ -561,14 +400,16 @@ def galah_obs_ids(row: IntArray) -> IntArray:
     run, pivot = np.divmod(row, 360)
     day, run = np.divmod(run, 8)
     season, day = np.divmod(day, _GALAH_DAYS)
-    return ((_GALAH_DATES[day] * 10_000 + season * 8 + run + 1) * 100 + 1) * 1000 + pivot + 1
+    return np.asarray(
+        ((_GALAH_DATES[day] * 10_000 + season * 8 + run + 1) * 100 + 1) * 1000 + pivot + 1
+    )
 
 
 def galah(visits: Visits) -> Observed:
-    """Rows of GALAH DR4: label noise 25 K, 0.04, 0.03 dex and 1500 K, 2.5, 2 dex / S/N; small bias.
+    """Rows of GALAH DR4: label noise 25 K, 0.04, 0.03 dex and 1500 K, 2.5, 2 dex / S/N.
 
-    65 % of the outliers have ``flag_sp`` and half have ``flag_fe_h``; 2 % and 1 % of the others too.
-    Nulls are NaN, 0 for Gaia ids, -1 for ``field_id``.
+    Small bias (see `galah_bias`). 65 % of the outliers have ``flag_sp`` and half ``flag_fe_h``; 2 %
+    and 1 % of the others too. Nulls are NaN, 0 for Gaia ids, -1 for ``field_id``.
     """
     stars, uniform, normal = visits.stars, visits.uniform, visits.normal
     n = len(visits.row)
@@ -592,7 +433,7 @@ def galah(visits: Visits) -> Observed:
     gaia = visits.gaia(0.005)
 
     rows["sobject_id"], rows["gaiadr3_source_id"] = obs_id, gaia
-    rows["tmass_id"] = _text(list(_sexagesimal(ra, dec)), n)
+    rows["tmass_id"] = compose(list(_twomass(stars)), n)
     rows["survey_name"] = b"galah_main"
     rows["field_id"] = np.where(uniform["gap2"] < 0.02, -1, visits.plate)
     rows["mjd"] = _GALAH_FIRST_MJD + (visits.row // 2880) % _GALAH_DAYS
@@ -605,9 +446,9 @@ def galah(visits: Visits) -> Observed:
     rows["px_used_perc"] = 95.0
     for ccd, factor in ((1, 0.6), (2, 0.8), (3, 1.0), (4, 0.95)):
         rows[f"snr_px_ccd{ccd}"] = factor * snr
-    for column, name in enumerate(("teff", "logg", "fe_h")):
-        rows[name] = np.where(no_labels, np.nan, labels.value[:, column])
-        rows[f"e_{name}"] = np.where(no_labels, np.nan, labels.stated_error[:, column])
+    for number, name in enumerate(("teff", "logg", "fe_h")):
+        rows[name] = np.where(no_labels, np.nan, labels.value[:, number])
+        rows[f"e_{name}"] = np.where(no_labels, np.nan, labels.stated_error[:, number])
     rows["flag_fe_h"] = np.where(no_labels, 3, np.where(iron, 1, 0))
     rows["vmic"], rows["vsini"] = 1.1, 5.0 + 3.0 * np.abs(normal["y"])
     rows["e_vsini"] = 1.0

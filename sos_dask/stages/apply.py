@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sos_dask import models
-from sos_dask.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.artifact import Manifest, Output, Recipe, Rows, sha256_of_file
 from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.correct import FLAG_MEANINGS, correct, corrected_schema
@@ -131,7 +131,7 @@ def apply(
     catalog.require(*LABELS)
     chosen = parse_partitions(partitions, catalog.pixels)
     correction = models.load(model)
-    fingerprint = model_fingerprint or models.fingerprint(model)
+    fingerprint = model_fingerprint or sha256_of_file(model / "model.json")
     output = Output.prepare(directory, apply_recipe(fingerprint, catalog.fingerprint), overwrite)
     if output.complete:
         return output.load_manifest()

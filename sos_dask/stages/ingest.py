@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from sos_dask.artifact import Manifest, Output, Recipe, Rows, atomic_path, sha256_of_file
 from sos_dask.catalog import write_parquet, write_partition
+from sos_dask.clean import quality_mask
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.healpix import MAX_ORDER, HealpixPixel, plan_partitions
@@ -221,7 +222,7 @@ def _run(
     pixel_parts = {
         key_of(pixel): _PixelPart(output, survey, pieces, names, pixel) for pixel in pixels
     }
-    _settle_conflicts(output, survey, pieces, names, n_buckets, int(histogram.sum()))
+    _settle_conflicts(output, pieces, names, n_buckets)
     run_parts(output, "partitions", pixel_parts, _merge_part, cluster, f"write {name}", report)
     done = records(output, "partitions", list(pixel_parts)) or []
     rejected = _read_rejected(output, [*chunks, "conflicts", *pixel_parts])
@@ -287,7 +288,10 @@ def _read_part(part: _ChunkPart) -> None:
     """First pass: one chunk of a file becomes sorted pieces."""
     work = part.output.work
     profiles, pieces, rejected, counts, n_rows = [], [], [], [], 0
-    for number, batch in enumerate(read_chunk(part.chunk, part.survey, part.settings.chunk_rows)):
+    batches = read_chunk(
+        part.chunk, part.survey, part.settings.chunk_rows, quality=quality_mask
+    )
+    for number, batch in enumerate(batches):
         n_rows += batch.rows.num_rows + batch.rejected.num_rows
         profiles.append(batch.profile)
         if batch.rejected.num_rows:
@@ -362,11 +366,9 @@ def _losers_file(output: Output) -> Path:
 
 def _settle_conflicts(
     output: Output,
-    survey: Survey,
     pieces: Sequence[str],
     names: Sequence[str],
     n_buckets: int,
-    n_rows: int,
 ) -> None:
     """Decide which rows lose where one key stands at several positions (rare: done at once)."""
     if _losers_file(output).is_file():
@@ -374,12 +376,6 @@ def _settle_conflicts(
     keys = pa.concat_tables(
         [_read_piece(_keys_file(output, bucket)) for bucket in range(n_buckets)]
     )["obs_id"]
-    if len(keys) > max(100, n_rows // 100):
-        raise SurveyError(
-            f"{len(keys)} values of obs_id of survey {survey.name} stand at more than one "
-            f"position, for example {keys[0].as_py()}: it is no key of the rows",
-            'Map obs_id to another column, or join several: join = ["field", "fibre"].',
-        )
     losers = pa.table({"_file": pa.array([], pa.int32()), "_row": pa.array([], pa.int64())})
     if len(keys):
         rows = pa.concat_tables(

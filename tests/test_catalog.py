@@ -1,0 +1,169 @@
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sos_dask.catalog import Catalog, partition_path
+from sos_dask.errors import CatalogError, PartitionError
+from sos_dask.healpix import HealpixPixel, surroundings
+from sos_dask.verify import verify
+from tests.sky import observations, write_catalog
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory) -> Catalog:
+    return write_catalog(observations(3000, spread=True), tmp_path_factory.mktemp("c") / "cat", 200)
+
+
+def test_reads_back_what_was_written(catalog):
+    table = pa.concat_tables([catalog.read(pixel) for pixel in catalog.pixels])
+    assert table.equals(observations(3000, spread=True))
+    assert catalog.n_rows == 3000
+    assert len(catalog.pixels) > 12
+    assert {pixel.order for pixel in catalog.pixels} >= {1}
+
+
+def test_units_are_kept_with_the_columns(catalog):
+    schema = pq.read_schema(catalog.partition_file(catalog.pixels[0]))
+    assert schema.field("teff").metadata[b"unit"] == b"K"
+    assert schema.field("ra").metadata[b"ucd"] == b"pos.eq.ra;meta.main"
+    assert pq.read_schema(catalog.path / "dataset/_common_metadata").equals(schema)
+
+
+def test_travels_by_path_alone(catalog):
+    text = pickle.dumps(catalog)
+    assert len(text) < 500
+    assert pickle.loads(text).pixels == catalog.pixels
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 12 * 4**8 - 1)), min_size=1, max_size=6)
+)
+def test_ranges_equal_a_filter(catalog, items):
+    pixels = sorted({HealpixPixel(order, number % (12 * 4**order)) for order, number in items})
+    ranges = []
+    for pixel in sorted(pixels, key=lambda p: p.first):
+        if not ranges or pixel.first >= ranges[-1][1]:
+            ranges.append((pixel.first, pixel.stop))
+    table = observations(3000, spread=True)
+    cells = table["_healpix_29"].to_numpy()
+    inside = np.zeros(len(cells), dtype=bool)
+    for first, stop in ranges:
+        inside |= (cells >= first) & (cells < stop)
+    expected = table.filter(pa.array(inside)).select(["_healpix_29", "obs_id", "ra"])
+    assert catalog.read_ranges(ranges, ["_healpix_29", "obs_id", "ra"]).equals(expected)
+
+
+def test_surroundings_hold_every_neighbour(catalog):
+    """Rows within the radius of a partition's rows are in the partition or in its first layer."""
+    table = observations(3000, spread=True)
+    cells = table["_healpix_29"].to_numpy()
+    from sos_dask.healpix import in_ranges, separation_arcsec
+
+    ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
+    radius = 5000.0
+    for pixel in catalog.pixels[::7]:
+        own = (cells >= pixel.first) & (cells < pixel.stop)
+        near = np.zeros(len(cells), dtype=bool)
+        for row in np.flatnonzero(own):
+            near |= separation_arcsec(ra[row], dec[row], ra, dec) <= radius
+        layer = in_ranges(cells, surroundings(pixel, radius)[0])
+        assert not (near & ~own & ~layer).any()
+        assert not (own & layer).any()
+
+
+def test_bounds_come_from_the_footers(catalog):
+    teff = observations(3000, spread=True)["teff"].to_numpy()
+    assert catalog.bounds("teff") == (teff.min(), teff.max())
+
+
+def test_missing_column_names_the_nearest(catalog):
+    with pytest.raises(CatalogError, match="Did you mean teff"):
+        catalog.require("tef")
+
+
+def test_not_a_catalog(tmp_path):
+    with pytest.raises(CatalogError, match="does not exist"):
+        Catalog.open(tmp_path / "nothing")
+    with pytest.raises(CatalogError, match="not an output of sos-dask"):
+        Catalog.open(tmp_path)
+
+
+# -- verify ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path) -> Catalog:
+    return write_catalog(observations(500, spread=True), tmp_path / "cat", 100)
+
+
+def rewrite(catalog: Catalog, change) -> HealpixPixel:
+    """Damage one partition behind the manifest's back."""
+    pixel = catalog.pixels[3]
+    path = catalog.partition_file(pixel)
+    pq.write_table(change(pq.ParquetFile(path).read()), path)
+    return pixel
+
+
+def test_a_sound_catalog_has_no_problems(small):
+    assert verify(small.path) == []
+
+
+def test_verify_finds_a_changed_byte(small):
+    path = small.partition_file(small.pixels[2])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert any("SHA-256" in problem and path.name in problem for problem in verify(small.path))
+
+
+def test_verify_finds_wrong_order(small):
+    pixel = rewrite(small, lambda table: table.take(list(range(table.num_rows))[::-1]))
+    assert any(f"pixel {pixel}: not sorted" in problem for problem in verify(small.path))
+
+
+def test_verify_finds_rows_of_another_pixel(small):
+    other = small.read(small.pixels[4])
+    pixel = rewrite(small, lambda table: pa.concat_tables([table, other.slice(0, 1)]))
+    found = verify(small.path)
+    assert any(f"pixel {pixel}: 1 rows lie outside" in problem for problem in found)
+    assert any("keys occur more than once" in problem for problem in found)
+    assert any("the manifest says" in problem for problem in found)
+
+
+def test_verify_finds_a_wrong_cell(small):
+    def shift(table):
+        cells = table["_healpix_29"].to_numpy() + 1
+        return table.set_column(0, table.schema.field(0), pa.array(cells))
+
+    pixel = rewrite(small, shift)
+    assert any(
+        f"pixel {pixel}: _healpix_29 does not fit" in problem for problem in verify(small.path)
+    )
+
+
+def test_verify_finds_missing_and_foreign_files(small):
+    gone = small.partition_file(small.pixels[0])
+    stray = small.path / "dataset/Norder=9/Dir=0/Npix=1.parquet"
+    stray.parent.mkdir(parents=True)
+    gone.rename(stray)
+    found = verify(small.path)
+    assert any(
+        partition_path(small.pixels[0]) in problem and "missing" in problem for problem in found
+    )
+    assert any("Npix=1.parquet is not in the manifest" in problem for problem in found)
+
+
+def test_corrupt_partition_is_named(small):
+    path = small.partition_file(small.pixels[1])
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(
+        PartitionError, match=f"Npix={small.pixels[1].pixel}.parquet cannot be read"
+    ):
+        small.read(small.pixels[1])
+    assert any(f"pixel {small.pixels[1]}" in problem for problem in verify(small.path))

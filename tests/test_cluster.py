@@ -1,0 +1,72 @@
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from sos_dask.cluster import Cluster, start
+from sos_dask.errors import ClusterError, SurveyError
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def fail_at_three(number: int) -> int:
+    if number == 3:
+        raise SurveyError("bad file", "mend it")
+    return number
+
+
+def die_once(folder: str) -> str:
+    """Kill the own worker the first time only: what a lost node does."""
+    flag = Path(folder) / "died"
+    if not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "survived"
+
+
+def die(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_results_keep_the_order_of_tasks(cluster):
+    seen = []
+    tasks = list(range(40))
+    assert cluster.run(double, tasks, "double", lambda *said: seen.append(said)) == [
+        2 * task for task in tasks
+    ]
+    assert seen[0] == ("double", 0, 40)
+    assert seen[-1] == ("double", 40, 40)
+    assert Cluster().run(double, tasks, "double") == [2 * task for task in tasks]
+    assert cluster.run(double, [], "nothing") == []
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_an_error_of_a_task_arrives_as_it_was(cluster, remote):
+    running = cluster if remote else Cluster()
+    with pytest.raises(SurveyError, match="bad file") as caught:
+        running.run(fail_at_three, list(range(10)), "fail")
+    assert caught.value.hint == "mend it"
+    assert running.run(double, [1], "goes on") == [2]
+
+
+@pytest.mark.fault
+def test_a_killed_worker_costs_nothing(tmp_path):
+    with start(2, "2GiB") as cluster:
+        assert cluster.run(die_once, [str(tmp_path)] * 6, "die") == ["survived"] * 6
+
+
+@pytest.mark.fault
+def test_a_task_that_always_kills_is_an_error():
+    with start(1, "2GiB") as cluster, pytest.raises(ClusterError, match="killed its worker"):
+        cluster.run(die, [0], "die")
+
+
+def test_no_scheduler_is_a_clear_error():
+    with (
+        pytest.raises(ClusterError, match="no Dask scheduler answers at tcp://127.0.0.1:1"),
+        start(scheduler="tcp://127.0.0.1:1"),
+    ):
+        pass

@@ -54,6 +54,7 @@ REJECTED_SCHEMA = pa.schema(
 CONFLICT = "conflicting obs_id"
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
 _NULL_NUMBERS = ("", "nan", "NaN", "NAN", "null", "NULL", "None")
+_HASH_FACTOR = np.uint64(0xFF51AFD7ED558CCD)  # of MurmurHash3's finaliser
 _NO_KEY = 'Map obs_id to another column, or join several: join = ["field", "fibre"].'
 
 
@@ -81,7 +82,7 @@ def plan_chunks(source: Source, chunk_rows: int = 1_000_000) -> list[Chunk]:
     if source.kind == "parquet":
         chunks, start, stop = [], 0, 0
         for n_rows in source.group_rows:
-            if stop > start and stop + n_rows - start > chunk_rows:
+            if n_rows and stop > start and stop + n_rows - start > chunk_rows:
                 chunks.append(Chunk(source, start, stop))
                 start = stop
             stop += n_rows
@@ -359,14 +360,8 @@ def read_chunk(
         The file is damaged, or a value is not what its column holds: text for a number, an id that
         lost digits as a float. The message names file, column, row and value.
     """
-    source = chunk.source
-    n_rows = 0
-    for first, native in read_native(source, chunk.start, chunk.stop, batch_rows):
-        batch = _canonical(_Place(source, survey, first), native, quality)
-        n_rows += batch.profile.n_rows
-        yield batch
-    if n_rows == 0:
-        raise SurveyError(f"{source.path} has no rows")
+    for first, native in read_native(chunk.source, chunk.start, chunk.stop, batch_rows):
+        yield _canonical(_Place(chunk.source, survey, first), native, quality)
 
 
 @dataclass(frozen=True)
@@ -654,19 +649,20 @@ def _parse_integers(place: _Place, key: str, text: pa.Array, is_id: bool = False
         return text.cast(pa.int64())
     except pa.ArrowInvalid:
         pass
+    # Some are not plain integers: 5.0 and 1e3 will do, until the first that will not.
     is_whole = pc.match_substring_regex(text, r"^[+-]?[0-9]+$")
     whole = pc.ascii_ltrim(pc.if_else(is_whole, text, None), characters="+")
     rest = pc.if_else(is_whole, None, text)
-    for part, kind, problem in (
+    stop, problem = len(text), ""
+    for part, kind, why in (
         (whole, pa.int64(), "does not fit into 64 bits"),
         (rest, pa.float64(), "is not an integer"),
     ):
         try:
-            part.cast(kind)
+            part.slice(0, stop).cast(kind)
         except pa.ArrowInvalid:
-            index = _first_failure(part, kind)
-            place.fail(key, index, f"'{text[index]}' {problem}", _word_hint(text[index].as_py()))
-    numbers, null = _split(rest.cast(pa.float64()))
+            stop, problem = _first_failure(part, kind), why
+    numbers, null = _split(rest.slice(0, stop).cast(pa.float64()))
     present = np.isfinite(numbers) if null is None else np.isfinite(numbers) & ~null
     if is_id and (present & (numbers > 0)).any():
         index = int(np.argmax(present & (numbers > 0)))
@@ -677,6 +673,8 @@ def _parse_integers(place: _Place, key: str, text: pa.Array, is_id: bool = False
             "Get the file with integer ids; these cannot be repaired.",
         )
     integers = pa.array(_whole(place, key, np.where(present, numbers, 0)), mask=~present)
+    if problem:
+        place.fail(key, stop, f"'{text[stop]}' {problem}", _word_hint(text[stop].as_py()))
     return pc.coalesce(whole.cast(pa.int64()), integers)
 
 
@@ -923,7 +921,7 @@ def _settle(rows: pa.Table, group: IntArray) -> tuple[BoolArray, BoolArray]:
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def _codes(column: pa.Array) -> IntArray:
@@ -1048,7 +1046,7 @@ def _hashes(ids: pa.Array) -> NDArray[np.uint64]:
     hashes = lengths.astype(np.uint64)
     for step in range(0, int(lengths.max(initial=0)), 8):
         word = words[np.minimum(starts + step, len(words) - 1)]
-        hashes ^= word & kept[np.clip(lengths - step, 0, 8)]
-        hashes *= np.uint64(0xFF51AFD7ED558CCD)
-        hashes ^= hashes >> np.uint64(32)
+        mixed = (hashes ^ (word & kept[np.clip(lengths - step, 0, 8)])) * _HASH_FACTOR
+        # Rows that have ended stay as they are: the hash must not know the longest of its batch.
+        hashes = np.where(lengths > step, mixed ^ (mixed >> np.uint64(32)), hashes)
     return hashes

@@ -18,7 +18,7 @@ import uuid
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeAlias
 
@@ -362,7 +362,7 @@ def _element_of(native: Native, element: int | None) -> Native:
     if element is None:
         return native
     step = np.dtype(native.dtype).itemsize if native.dtype else 0
-    return Native(**{**vars(native), "element": element, "offset": native.offset + element * step})
+    return replace(native, element=element, offset=native.offset + element * step)
 
 
 def _check_shape(path: Path, user: str, native: Native, element: int | None) -> None:
@@ -404,7 +404,7 @@ def _check_unit(where: str, name: str, source: SourceColumn, native: Native) -> 
     unknown = units.UnrecognizedUnit
     if isinstance(stated, unknown) or isinstance(expected, unknown):
         return
-    is_time = name in ("ra", "dec") and stated.is_equivalent(units.s)  # hours of right ascension
+    is_time = name == "ra" and stated == units.hour  # hours of right ascension
     if stated.is_equivalent(expected):
         is_same = bool(abs(stated.to(expected) - 1) < 1e-9)
     else:

@@ -182,7 +182,8 @@ class Cut:
         0 to 62, unique in the survey.
     column : str
         A native column, with its native values and units; where the file has none of that name,
-        the column of the product of that name. Sentinels and impossible values are nulls in both.
+        the column of the product of that name. Sentinels and impossible values are nulls, but not
+        in a flag whose bits are tested.
     minimum, maximum : float, optional
         Inclusive limits.
     bits_unset : tuple of int
@@ -297,14 +298,14 @@ def describe_columns(survey: Survey) -> list[tuple[str, ...]]:
     """One row a column, as text under ``COLUMN_HEADINGS``.
 
     Native names stand as ``a or b`` (the first in the file), ``a + b`` (joined) or ``a[2]`` (an
-    element); a native unit that is converted follows in brackets.
+    element); a native unit that is converted follows as ``a in kpc``.
     """
     rows: list[tuple[str, ...]] = []
     for source in survey.columns.values():
         column = source.column
         native = (" + " if source.join else " or ").join(source.sources)
         native += "" if source.element is None else f"[{source.element}]"
-        native += f" [{source.unit}]" if source.factor != 1.0 else ""
+        native += f" in {source.unit}" if source.factor != 1.0 else ""
         rows.append(
             (column.name, native, column.unit, source.dtype, column.ucd, column.description)
         )

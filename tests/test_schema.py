@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-import os
 import pickle
 import re
 import subprocess
@@ -44,15 +43,6 @@ REAL_FILES = {
     "galah-dr3-m67": "galah_dr3_m67.csv",
     "galah-dr4-subset": "galah_dr4.csv",
 }
-
-
-def real_file(survey: str) -> Path:
-    default = Path(__file__).parents[2] / "shared" / "data" / "real"
-    folder = Path(os.environ.get("SOS_REAL_DATA", default))
-    path = folder / REAL_FILES[survey]
-    if not path.is_file():
-        pytest.skip(f"no {path.name}: set SOS_REAL_DATA to the folder of the real survey files")
-    return path
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -209,8 +199,8 @@ def test_a_job_maps_the_gaia_ids_it_knows():
 
 
 @pytest.mark.parametrize("name", sorted(REAL_FILES))
-def test_native_columns_are_in_the_real_file(name):
-    path = real_file(name)
+def test_native_columns_are_in_the_real_file(name, real_data):
+    path = real_data / REAL_FILES[name]
     survey = load_survey(name)
     if path.name.endswith(".fits.gz"):
         from astropy.io import fits
@@ -239,9 +229,9 @@ def test_native_columns_are_in_the_real_file(name):
         ("galah-dr3-m67", 813, 813),
     ],
 )
-def test_obs_id_tells_different_rows_apart_in_the_real_file(name, n_rows, n_distinct):
+def test_obs_id_tells_different_rows_apart_in_the_real_file(name, n_rows, n_distinct, real_data):
     survey = load_survey(name)
-    with real_file(name).open(newline="") as stream:
+    with (real_data / REAL_FILES[name]).open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == n_rows
     assert len({tuple(row.values()) for row in rows}) == n_distinct
@@ -364,6 +354,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "unit empty": (with_column("teff", {**SOME, "unit": ""}), "does not convert to 'K'"),
     "unit of a logarithm": (with_column("logg", {**SOME, "unit": "dex"}), "does not convert to"),
     "unit to a logarithm": (with_column("snr", {**SOME, "unit": "dex"}), "does not convert to ''"),
+    "magnitudes are no dex": (with_column("feh", {**SOME, "unit": "mag"}), "does not convert to"),
     "unit of a string": (
         with_column("obs_id", {**SOME, "dtype": "string", "unit": "K"}),
         "a string has no unit",
@@ -621,7 +612,7 @@ def test_native_names_in_descriptions():
     native = {row[0]: row[1] for row in describe_columns(parse_survey(raw))}
     assert native["obs_id"] == "a + b"
     assert native["snr"] == "snrg or snr_g"
-    assert native["distance"] == "d [kpc]"
+    assert native["distance"] == "d in kpc"
     assert native["feh"] == "PARAM[3]"
 
 

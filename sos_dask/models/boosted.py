@@ -473,7 +473,7 @@ def _train_label(
             job.booster_params(),
             matrix,
             num_boost_round=job.params["n_rounds"],
-            coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=timeout_s),
+            coll_cfg=Config(retry=3, timeout=timeout_s),
         )
         return result["booster"]
     finally:

@@ -123,8 +123,8 @@ def lamost_bias(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> FloatArray:
     Returns
     -------
     ndarray of float64, shape (n, 3); K, dex, dex
-        To be added to the true teff, logg, feh. Within about 250 K, 0.45 and 0.4 dex; typically
-        50 K, 0.1 and 0.08 dex.
+        To be added to the true teff, logg, feh. Absolute values: typically 40 K, 0.07 and
+        0.06 dex, at most 200 K, 0.35 and 0.5 dex on the stars of `make_stars`.
     """
     t = (np.asarray(teff, dtype=np.float64) - 5200.0) / 1000.0
     g = np.asarray(logg, dtype=np.float64)
@@ -142,8 +142,8 @@ def lamost_bias(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> FloatArray:
         + 0.20 * low - 0.18 * hot + 0.18 * poor - 0.08 * rich
     )  # fmt: skip
     d_feh = (
-        0.03 - 0.08 * np.tanh(1.2 * t) + 0.11 * np.tanh(0.9 * (g - 3.0)) * np.tanh(1.2 * (m + 0.2))
-        + 0.04 * np.cos(1.5 * g) + 0.10 * low - 0.12 * hot + 0.16 * poor - 0.12 * rich
+        0.05 - 0.08 * np.tanh(1.2 * t) + 0.13 * np.tanh(0.9 * (g - 3.0)) * np.tanh(1.2 * (m + 0.2))
+        + 0.04 * np.cos(1.5 * g) + 0.10 * low - 0.12 * hot + 0.14 * poor - 0.12 * rich
     )  # fmt: skip
     return np.stack([d_teff, d_logg, d_feh], axis=-1)
 

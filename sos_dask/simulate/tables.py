@@ -285,14 +285,10 @@ def apogee(visits: Visits) -> Observed:
     name[vesta] = b"VESTA"
     rows["RA"], rows["DEC"] = np.where(vesta, np.nan, ra), np.where(vesta, np.nan, dec)
     rows["GLON"], rows["GLAT"] = to_galactic(ra, dec)
-    # A repeat belongs to another field at the same place.
-    fields = compose(
-        [
-            as_bytes(field_names(visits.plate_ra, visits.plate_dec)),
-            np.where(visits.round > 0, ord("a") + visits.round, 0).astype(np.uint8)[:, None],
-        ],
-        n,
-    )
+    # A repeat belongs to another field at the same place, with a name of the same length.
+    letters = as_bytes(field_names(visits.plate_ra, visits.plate_dec))
+    letters[:, 0] = np.where(visits.round > 0, ord("a") + visits.round, letters[:, 0])
+    fields = compose([letters], n)
     telescope = telescopes(visits.plate_dec)
     obs_id = dotted([b"apogee", telescope, b"stars", fields, name])
     target_id = dotted([telescope, fields, name])

@@ -1,0 +1,662 @@
+"""The mock sky: what it promises about its files, its truth and its difficult stars."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from sos_dask import healpix
+from sos_dask.errors import ConfigError, StorageError
+from sos_dask.schema import load_survey
+from sos_dask.simulate import (
+    GAIA_SCHEMA,
+    POSITION_EPOCHS,
+    RV_OFFSETS,
+    TRUTH_SCHEMA,
+    SkySettings,
+    files,
+    galah_bias,
+    lamost_bias,
+    reference_rows,
+    references_avoid,
+    run,
+    simulate,
+    special_stars,
+    stated_error_factor,
+)
+from sos_dask.simulate.columns import COLUMNS, record_dtype
+from sos_dask.simulate.plan import make_plan
+from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, from_galactic, to_galactic
+
+N_LAMOST = 40_000
+SURVEYS = {LAMOST: "lamost", APOGEE: "apogee", GALAH: "galah"}
+DEFINITIONS = {LAMOST: "lamost-dr11-lrs", APOGEE: "apogee-dr17", GALAH: "galah-dr4"}
+IDS = {LAMOST: "obsid", APOGEE: "APSTAR_ID", GALAH: "sobject_id"}
+GAIA_IDS = {LAMOST: "gaia_source_id", APOGEE: "GAIAEDR3_SOURCE_ID", GALAH: "gaiadr3_source_id"}
+PLACES = {LAMOST: ("ra", "dec"), APOGEE: ("RA", "DEC"), GALAH: ("ra", "dec")}
+LABELS = {
+    LAMOST: ("teff", "logg", "feh"),
+    APOGEE: ("TEFF", "LOGG", "FE_H"),
+    GALAH: ("teff", "logg", "fe_h"),
+}
+ERRORS = {
+    LAMOST: ("teff_err", "logg_err", "feh_err"),
+    APOGEE: ("TEFF_ERR", "LOGG_ERR", "FE_H_ERR"),
+    GALAH: ("e_teff", "e_logg", "e_fe_h"),
+}
+SNR = {LAMOST: "snrg", APOGEE: "SNR", GALAH: "snr_px_ccd3"}
+# The columns of the DR11 LRS catalogue of A, F, G and K stars.
+LAMOST_COLUMNS = [
+    "obsid", "uid", "gp_id", "designation", "obsdate", "lmjd", "mjd", "planid", "spid",
+    "fiberid", "ra_obs", "dec_obs", "snru", "snrg", "snrr", "snri", "snrz", "class", "subclass",
+    "z", "z_err", "ps_id", "mag_ps_g", "mag_ps_r", "mag_ps_i", "mag_ps_z", "mag_ps_y",
+    "gaia_source_id", "gaia_g_mean_mag", "fibertype", "offsets", "offsets_v", "ra", "dec",
+    "fibermask", "with_norm_flux", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err",
+    "rv", "rv_err", "alpha_m", "alpha_m_err", "vsini_lasp",
+]  # fmt: skip
+
+
+class Sky:
+    """Everything of one mock sky in memory, truth in the order of each file."""
+
+    def __init__(self, sky: SkySettings, directory: Path) -> None:
+        from astropy.io import fits
+
+        self.settings = sky
+        self.paths = simulate(sky, directory)
+        self.rows: dict[int, NDArray[Any]] = {}
+        for survey, name in SURVEYS.items():
+            with fits.open(self.paths[name], memmap=False) as hdus:
+                self.rows[survey] = np.array(hdus[1].data)
+        self.gaia = pq.read_table(self.paths["gaia"])
+        self.truth_table = pq.read_table(self.paths["truth"])
+        self.truth: dict[int, dict[str, NDArray[Any]]] = {}
+        for survey, name in SURVEYS.items():
+            part = self.truth_table.filter(pc.equal(self.truth_table["survey"], name))
+            part = part.sort_by("row")
+            self.truth[survey] = {
+                column: part[column].to_numpy()
+                for column in part.column_names
+                if column not in ("survey", "obs_id", "gaia_source_id")
+            }
+            self.truth[survey]["gaia_source_id"] = part["gaia_source_id"].fill_null(0).to_numpy()
+            self.truth[survey]["obs_id"] = np.array(part["obs_id"].to_pylist())
+
+    def true_labels(self, survey: int) -> NDArray[Any]:
+        return np.stack([self.truth[survey][name] for name in ("teff", "logg", "feh")], axis=-1)
+
+    def labels(self, survey: int, names: Mapping[int, tuple[str, ...]]) -> NDArray[Any]:
+        """Values of the distinct rows; NaN for nulls."""
+        rows = self.rows[survey][: len(self.truth[survey]["row"])]
+        values = np.stack([rows[name].astype(np.float64) for name in names[survey]], axis=-1)
+        return np.where(values == -9999.0, np.nan, values)
+
+
+@pytest.fixture(scope="module")
+def sky(tmp_path_factory: pytest.TempPathFactory) -> Sky:
+    return Sky(SkySettings(n_lamost=N_LAMOST, seed=7), tmp_path_factory.mktemp("sky"))
+
+
+def moved(table: NDArray[Any], years: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Special stars at another epoch."""
+    return healpix.propagate(table[:, 0], table[:, 1], table[:, 2], table[:, 3], years)
+
+
+def digests(paths: dict[str, Path]) -> dict[str, str]:
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
+
+
+# Determinism
+
+
+def test_same_settings_same_bytes_and_other_seed_other_bytes(tmp_path: Path) -> None:
+    first = digests(simulate(SkySettings(n_lamost=3000), tmp_path / "a"))
+    again = digests(simulate(SkySettings(n_lamost=3000), tmp_path / "b"))
+    other = digests(simulate(SkySettings(n_lamost=3000, seed=2), tmp_path / "c"))
+    assert first == again
+    assert all(first[name] != other[name] for name in first)
+
+
+def test_block_size_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_ROW_GROUP", 1000)
+    sky = SkySettings(n_lamost=6000)
+    assert len(make_plan(sky).blocks(run.BLOCK_STARS)) == 1
+    whole = digests(simulate(sky, tmp_path / "whole"))
+    monkeypatch.setattr(run, "BLOCK_STARS", 400)
+    assert len(make_plan(sky).blocks(400)) > 8
+    pieces = simulate(sky, tmp_path / "pieces")
+    assert digests(pieces) == whole
+    sizes = pq.ParquetFile(pieces["truth"]).metadata
+    assert [sizes.row_group(i).num_rows for i in range(sizes.num_row_groups - 1)] == [1000] * (
+        sizes.num_row_groups - 1
+    )
+
+
+def test_progress_reaches_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "BLOCK_STARS", 500)
+    seen: dict[str, list[tuple[int, int]]] = {}
+    sky = SkySettings(n_lamost=2000, n_apogee=300, n_galah=400)
+    simulate(
+        sky, tmp_path, lambda name, done, total: seen.setdefault(name, []).append((done, total))
+    )
+    totals = {"lamost": 2000, "apogee": 300, "galah": 400}
+    assert {name: steps[-1] for name, steps in seen.items()} == {
+        n: (t, t) for n, t in totals.items()
+    }
+    for steps in seen.values():
+        assert steps == sorted(steps)
+
+
+# Files
+
+
+def test_files_open_with_astropy_without_complaint(sky: Sky) -> None:
+    from astropy.io import fits
+    from astropy.table import Table
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in SURVEYS.values():
+            with fits.open(sky.paths[name]) as hdus:
+                hdus.verify("exception")
+        table = Table.read(sky.paths["lamost"], hdu=1)
+    assert table.colnames == LAMOST_COLUMNS
+    assert str(table["ra"].unit) == "deg"
+    assert str(table["teff"].unit) == "K"
+    assert str(table["rv"].unit) == "km / s"
+    assert table["gaia_source_id"].dtype.newbyteorder("=") == np.int64
+    assert table["ra"].dtype.newbyteorder("=") == np.float64
+
+
+def test_layout_of_the_reference_files(sky: Sky) -> None:
+    from astropy.io import fits
+
+    with fits.open(sky.paths["apogee"]) as hdus:
+        assert len(hdus) == 5
+        assert isinstance(hdus[2], fits.ImageHDU)
+        assert hdus[2].data.shape == (360,)
+        assert len(hdus[3].data) == 1
+        assert set(np.char.strip(hdus[4].data["TELESCOPE"])) == {"apo25m", "lco25m"}
+        data = hdus[1].data
+        assert data["FPARAM"].shape[1:] == (9,)
+        assert data["FPARAM_COV"].shape[1:] == (9, 9)
+        assert data["X_H"].shape[1:] == (27,)
+        assert hdus[1].columns["ASPCAPFLAG"].format == "K"
+    with fits.open(sky.paths["galah"]) as hdus:
+        formats = {column.name: column.format for column in hdus[1].columns}
+    assert formats["sobject_id"] == formats["gaiadr3_source_id"] == "K"
+    assert formats["flag_sp"] == "J"
+    assert formats["teff"] == "E"
+    assert record_dtype(APOGEE).itemsize < 1500
+
+
+@pytest.mark.parametrize("survey", SURVEYS)
+def test_built_in_survey_definitions_read_the_files(survey: int) -> None:
+    definition = load_survey(DEFINITIONS[survey])
+    native = {column.name for column in COLUMNS[survey]}
+    for column in definition.columns.values():
+        assert native & set(column.sources), column.column.name
+    for cut in definition.cuts:
+        assert cut.column in native | set(definition.columns), cut.name
+    assert definition.position_epoch == POSITION_EPOCHS[survey]
+
+
+def test_row_counts(sky: Sky) -> None:
+    total = reference_rows(N_LAMOST)
+    assert len(sky.rows[LAMOST]) == N_LAMOST
+    assert len(sky.rows[APOGEE]) == round(0.44 * total)
+    assert len(sky.rows[GALAH]) == round(0.56 * total)
+    assert abs(reference_rows(19_000_000) - 1_700_000) < 10_000
+    for survey, rows in sky.rows.items():
+        # The file's records and nothing else: no padding shifts a column.
+        np.testing.assert_array_equal(
+            np.char.strip(rows[IDS[survey]].astype(str))[: len(sky.truth[survey]["obs_id"])],
+            sky.truth[survey]["obs_id"],
+        )
+
+
+def test_parquet_schemas(sky: Sky) -> None:
+    assert sky.truth_table.schema.equals(TRUTH_SCHEMA, check_metadata=True)
+    assert sky.gaia.schema.equals(GAIA_SCHEMA, check_metadata=True)
+    assert sky.gaia.schema.field("ra").metadata[b"unit"] == b"deg"
+    assert not sky.truth_table["obs_id"].null_count
+
+
+def test_ids_are_unique_and_files_not_sorted_on_the_sky(sky: Sky) -> None:
+    for survey in SURVEYS:
+        assert len(set(sky.truth[survey]["obs_id"])) == len(sky.truth[survey]["obs_id"])
+    rows = sky.rows[LAMOST]
+    cells = healpix.ang2pix(rows["ra"].astype(float), rows["dec"].astype(float), 4)
+    assert np.count_nonzero(np.diff(cells) < 0) > 50
+    assert len(set(sky.gaia["source_id"].to_pylist())) == sky.gaia.num_rows
+
+
+# Repeats
+
+
+def test_repeats(sky: Sky) -> None:
+    rows, truth = sky.rows[LAMOST], sky.truth[LAMOST]
+    n_stars = len(np.unique(truth["star"]))
+    assert n_stars == N_LAMOST - round(0.45 * N_LAMOST)
+    n_distinct = len(truth["star"])
+    copies = rows[n_distinct:]
+    assert len(copies) == N_LAMOST - n_distinct == 4
+    originals = {row["obsid"]: row.tobytes() for row in rows[:n_distinct]}
+    assert all(row.tobytes() == originals[row["obsid"]] for row in copies)
+
+    order = np.lexsort((truth["row"], truth["star"]))
+    same = np.flatnonzero(np.diff(truth["star"][order]) == 0)
+    a, b = order[same], order[same + 1]
+    apart = healpix.separation_arcsec(
+        *(rows[name][i].astype(float) for i in (a, b) for name in ("ra", "dec"))
+    )
+    assert 0.1 < np.median(apart) < 0.3
+    assert apart.max() < 1.5
+    assert np.median(b - a) > 1000
+    ids = rows["gaia_source_id"]
+    both = (ids[a] > 0) & (ids[b] > 0)
+    assert both.mean() > 0.9
+    np.testing.assert_array_equal(ids[a][both], ids[b][both])
+    measured = (rows["teff"][a] > 0) & (rows["teff"][b] > 0)
+    assert (rows["teff"][a][measured] != rows["teff"][b][measured]).mean() > 0.999
+
+
+def test_no_repeats(tmp_path: Path) -> None:
+    sky = Sky(SkySettings(n_lamost=1000, repeat_fraction=0.0), tmp_path)
+    assert len(np.unique(sky.truth[LAMOST]["star"])) == 1000
+
+
+def test_duplicate_bit_of_apogee(sky: Sky) -> None:
+    rows, star = sky.rows[APOGEE], sky.truth[APOGEE]["star"]
+    duplicate = (rows["EXTRATARG"] & 16) > 0
+    assert 0.08 < duplicate.mean() < 0.14
+    best: dict[int, float] = {}
+    for number, snr in zip(star, rows["SNR"], strict=True):
+        best[number] = max(best.get(number, 0.0), snr)
+    highest = np.array([best[number] for number in star]) == rows["SNR"]
+    np.testing.assert_array_equal(highest, ~duplicate)
+    names = np.char.strip(rows["APOGEE_ID"])
+    for name, number in zip(names[duplicate], star[duplicate], strict=True):
+        assert set(names[star == number]) - {b"VESTA"} == {name} - {b"VESTA"}
+    star = sky.truth[GALAH]["star"]
+    assert 0 < len(star) - len(np.unique(star)) < 0.01 * len(star)
+
+
+# Truth
+
+
+@pytest.mark.parametrize("survey", SURVEYS)
+def test_labels_are_truth_plus_bias_plus_noise_of_the_stated_size(sky: Sky, survey: int) -> None:
+    true = sky.true_labels(survey)
+    bias = {LAMOST: lamost_bias, GALAH: galah_bias}.get(survey, lambda *_: 0.0)(*true.T)
+    value, stated = sky.labels(survey, LABELS), sky.labels(survey, ERRORS)
+    snr = sky.rows[survey][SNR[survey]][: len(true)].astype(np.float64)
+    factor = stated_error_factor(true[:, 1], snr)
+    pull = (value - true - bias) * factor[:, None] / stated
+    good = ~sky.truth[survey]["is_outlier"]
+    for column in range(3):
+        x = pull[good, column]
+        x = x[np.isfinite(x)]
+        assert abs(x.mean()) < 4.5 / np.sqrt(len(x))
+        assert abs(x.std() - 1.0) < 4.5 / np.sqrt(2 * len(x))
+        assert np.abs(x).max() < 6
+    wrong = pull[~good]
+    assert np.nanmedian(np.abs(wrong)) > 5
+
+
+def test_truth_holds_the_injected_bias(sky: Sky) -> None:
+    for survey, function in ((LAMOST, lamost_bias), (GALAH, galah_bias)):
+        given_bias = np.stack(
+            [sky.truth[survey][f"bias_{name}"] for name in ("teff", "logg", "feh")], axis=-1
+        )
+        np.testing.assert_allclose(
+            given_bias, function(*sky.true_labels(survey).T), rtol=1e-3, atol=1e-3
+        )
+    assert not sky.truth[APOGEE]["bias_teff"].any()
+
+
+def test_without_bias(tmp_path: Path) -> None:
+    sky = Sky(SkySettings(n_lamost=10_000, bias=False, outlier_fraction=0.0), tmp_path)
+    for survey in SURVEYS:
+        true = sky.true_labels(survey)
+        pull = (sky.labels(survey, LABELS) - true) / sky.labels(survey, ERRORS)
+        n = np.isfinite(pull).sum(axis=0)
+        assert np.all(np.abs(np.nanmean(pull, axis=0)) < 9 / np.sqrt(n))
+        for name in ("bias_teff", "bias_logg", "bias_feh", "is_outlier"):
+            assert not sky.truth[survey][name].any()
+    rv = sky.rows[LAMOST]["rv"][: len(sky.truth[LAMOST]["rv"])]
+    assert abs(np.median((rv - sky.truth[LAMOST]["rv"])[rv > -9999])) < 0.3
+
+
+def test_bias_is_strong_at_the_edges_and_can_be_undone() -> None:
+    bulk = lamost_bias(5200.0, 4.4, 0.0)
+    for edge in ((3900.0, 0.3, -0.3), (7800.0, 4.0, 0.0), (5000.0, 1.5, -2.5), (5200.0, 4.4, 0.5)):
+        assert np.all(np.abs(lamost_bias(*edge) - bulk) > [20.0, 0.05, 0.04]), edge
+    # The effect of log g depends on [Fe/H]: not a sum of functions of one label each.
+    teff = 4800.0
+    corners = [lamost_bias(teff, g, m) for g in (1.5, 3.2) for m in (-1.0, 0.0)]
+    assert abs((corners[0] - corners[1] - corners[2] + corners[3])[2]) > 0.05
+    # One measured triple has one true triple.
+    grid = np.stack(
+        np.meshgrid(np.linspace(3600, 9000, 28), np.linspace(0, 5, 26), np.linspace(-3, 0.5, 36)),
+        -1,
+    ).reshape(-1, 3)
+    step = np.diag([10.0, 0.01, 0.01])
+    slopes = np.stack(
+        [(lamost_bias(*(grid + s).T) - lamost_bias(*(grid - s).T)) / (2 * s.max()) for s in step],
+        -1,
+    )
+    assert np.linalg.det(np.eye(3) + slopes).min() > 0.1
+
+
+def test_sizes_of_the_bias(sky: Sky) -> None:
+    size = np.abs(lamost_bias(*sky.true_labels(LAMOST).T))
+    assert np.all(size.max(axis=0) < [200.0, 0.35, 0.5])
+    assert np.all(size.mean(axis=0) > [25.0, 0.05, 0.04])
+
+
+def test_radial_velocity_offsets(sky: Sky) -> None:
+    for survey, name in ((LAMOST, "rv"), (APOGEE, "VHELIO_AVG"), (GALAH, "rv_comp_1")):
+        rv = sky.rows[survey][name][: len(sky.truth[survey]["rv"])].astype(np.float64)
+        diff = (rv - sky.truth[survey]["rv"])[np.isfinite(rv) & (rv > -9000)]
+        assert abs(np.median(diff) - RV_OFFSETS[survey]) < 0.1
+
+
+@given(st.floats(-1, 6), st.floats(0, 2000))
+def test_error_factor_is_within_its_range(logg: float, snr: float) -> None:
+    assert 0.5 <= stated_error_factor(logg, snr) <= 2.0
+
+
+# Outliers, flags and nulls
+
+
+def test_outliers_and_flags_of_apogee(sky: Sky) -> None:
+    rows, outlier = sky.rows[APOGEE], sky.truth[APOGEE]["is_outlier"]
+    assert 0.02 < outlier.mean() < 0.04
+    flag = rows["ASPCAPFLAG"].astype(np.int64)
+    bad = (flag >> 23 & 1).astype(bool)
+    assert bad[outlier].mean() > 0.45
+    assert bad[~outlier].mean() < 0.02
+    assert (flag >= 1 << 32).any()
+    no_labels = bad | (flag >> 24 & 1).astype(bool)
+    np.testing.assert_array_equal(np.isnan(rows["TEFF"]), no_labels)
+    np.testing.assert_array_equal(np.isnan(rows["LOGG"]), no_labels)
+    np.testing.assert_array_equal(np.isnan(rows["FE_H"]), rows["FE_H_FLAG"] != 0)
+    assert np.all(rows["FE_H_FLAG"][no_labels] != 0)
+
+
+def test_outliers_and_flags_of_galah(sky: Sky) -> None:
+    rows, outlier = sky.rows[GALAH], sky.truth[GALAH]["is_outlier"]
+    assert (rows["flag_sp"][outlier] != 0).mean() > 0.5
+    assert (rows["flag_sp"][~outlier] != 0).mean() < 0.04
+    assert (rows["flag_fe_h"][outlier] != 0).mean() > 0.35
+    assert (rows["flag_fe_h"][~outlier] != 0).mean() < 0.03
+    assert np.isfinite(rows["teff"][rows["flag_sp"] == 0]).all()
+    assert np.isnan(rows["teff"]).any()
+
+
+def test_outliers_of_lamost_have_lower_snr(sky: Sky) -> None:
+    outlier = sky.truth[LAMOST]["is_outlier"]
+    snr = sky.rows[LAMOST]["snrg"][: len(outlier)]
+    assert (snr[outlier] < 20).mean() > 2 * (snr[~outlier] < 20).mean()
+    assert 0.05 < (snr < 20).mean() < 0.35
+
+
+def test_nulls_are_the_surveys_own(sky: Sky) -> None:
+    lamost, apogee, galah = (sky.rows[survey] for survey in SURVEYS)
+    for name, low, high in (("teff", 0.001, 0.01), ("feh_err", 0.001, 0.01), ("rv", 0.01, 0.04)):
+        assert low < (lamost[name] == -9999).mean() < high
+    assert all(
+        np.isfinite(lamost[name]).all() for name in LAMOST_COLUMNS if lamost[name].dtype.kind == "f"
+    )
+    for survey in SURVEYS:
+        assert 0.003 < (sky.rows[survey][GAIA_IDS[survey]] == 0).mean() < 0.06
+    assert (lamost["ps_id"] == 0).any()
+    assert (apogee["J"] == np.float32(99.999)).any()
+    assert np.isnan(apogee["GAIAEDR3_PMRA"][apogee["GAIAEDR3_SOURCE_ID"] == 0]).all()
+    assert (galah["field_id"] == -1).any()
+    nowhere = np.isnan(apogee["RA"])
+    assert [name.strip() for name in apogee["APOGEE_ID"][nowhere]] == [b"VESTA"]
+    for name in ("phot_g_mean_mag", "distance", "parallax", "ebv", "pmra"):
+        assert 0.005 < sky.gaia[name].null_count / sky.gaia.num_rows < 0.08
+
+
+# Sky
+
+
+def test_footprints(sky: Sky) -> None:
+    dec = {
+        survey: sky.rows[survey][PLACES[survey][1]][: len(sky.truth[survey]["star"])][
+            ~sky.truth[survey]["is_special"]
+        ]
+        for survey in SURVEYS
+    }
+    assert dec[LAMOST].min() > -10.1
+    assert dec[GALAH].max() < 10.1
+    assert np.nanmin(dec[APOGEE]) < -40
+    assert np.nanmax(dec[APOGEE]) > 40
+    assert -10 < np.median(dec[LAMOST][dec[LAMOST] < 10]) < 10
+
+
+def test_overlap_by_id_and_by_place_is_that_of_the_truth(sky: Sky) -> None:
+    star_l, gaia_l = (
+        sky.truth[LAMOST]["star"],
+        sky.rows[LAMOST]["gaia_source_id"][: len(sky.truth[LAMOST]["star"])],
+    )
+    rows_l = sky.rows[LAMOST][: len(star_l)]
+    first = np.unique(star_l, return_index=True)[1]
+    places = healpix.unit_vectors(
+        rows_l["ra"][first].astype(float), rows_l["dec"][first].astype(float)
+    )
+    tree = cKDTree(places)
+    # Everything at the epoch of LAMOST, J2000.
+    motion = {
+        row["source_id"]: (row["pmra"], row["pmdec"])
+        for row in sky.gaia.select(["source_id", "pmra", "pmdec"]).to_pylist()
+    }
+    for survey, least in ((APOGEE, 0.15), (GALAH, 0.05)):
+        rows, star = sky.rows[survey], sky.truth[survey]["star"]
+        ra, dec = (rows[name].astype(float) for name in PLACES[survey])
+        pm = np.array(
+            [motion.get(key, (0.0, 0.0)) for key in sky.truth[survey]["gaia_source_id"]],
+            dtype=float,
+        )
+        good = (
+            np.isfinite(pm).all(axis=1)
+            & (sky.truth[survey]["gaia_source_id"] > 0)
+            & np.isfinite(ra)
+        )
+        years = 2000.0 - POSITION_EPOCHS[survey]
+        ra, dec = healpix.propagate(ra[good], dec[good], pm[good, 0], pm[good, 1], years)
+        shared = np.isin(star[good], star_l)
+        assert shared.mean() > least
+        distance, nearest = tree.query(healpix.unit_vectors(ra, dec))
+        found = distance * healpix.ARCSEC_PER_RADIAN < 1.5
+        assert np.all(found[shared])
+        assert (star_l[first][nearest][shared] == star[good][shared]).mean() > 0.999
+        assert found[~shared].mean() < 0.005
+        gaia = rows[GAIA_IDS[survey]]
+        common = np.intersect1d(gaia[gaia > 0], gaia_l[gaia_l > 0])
+        by_id = {key: number for key, number in zip(gaia_l, star_l, strict=True) if key > 0}
+        here = np.isin(gaia, common)
+        assert all(by_id[key] == number for key, number in zip(gaia[here], star[here], strict=True))
+
+
+def test_references_avoid_regions_that_lamost_covers(sky: Sky) -> None:
+    avoided = references_avoid(*sky.true_labels(LAMOST).T)
+    assert 0.01 < avoided.mean() < 0.04
+    for survey in (APOGEE, GALAH):
+        assert not references_avoid(*sky.true_labels(survey).T).any()
+        t, g, m = sky.true_labels(survey).T
+        for sparse in (g < 1, t > 7000, m < -2, m > 0.2):
+            assert 0 < sparse.mean() < 0.06
+
+
+def test_default_overlap_serves_training() -> None:
+    sky = SkySettings()
+    plan = make_plan(sky)
+    # Stars of LAMOST plates that a reference observes too; some are observed by both.
+    shares = {s: int(plan.rounds[s].counts[0][plan.kind == LAMOST].sum()) for s in (APOGEE, GALAH)}
+    n_stars = plan.rounds[LAMOST].counts[0].sum()
+    assert 0.10 < shares[APOGEE] / n_stars < 0.15
+    assert 0.05 < shares[GALAH] / n_stars < 0.08
+
+
+def test_special_stars_are_in_every_survey(sky: Sky) -> None:
+    table = special_stars()
+    still = np.hypot(table[:, 2], table[:, 3]) == 0
+    fast = np.hypot(table[:, 2], table[:, 3]) > 1000
+    assert fast.sum() == 6
+    for survey in SURVEYS:
+        truth = sky.truth[survey]
+        rows = sky.rows[survey][: len(truth["star"])]
+        index = np.full(len(table), -1)
+        for row in np.flatnonzero(truth["is_special"])[::-1]:
+            index[truth["star"][row]] = row
+        assert np.all(index >= 0)
+        assert not truth["is_outlier"][index].any()
+        here = rows[index]
+        ra, dec = (here[name].astype(np.float64) for name in PLACES[survey])
+        np.testing.assert_array_equal(ra[still], table[still, 0])
+        np.testing.assert_array_equal(dec[still], table[still, 1])
+        there = moved(table, POSITION_EPOCHS[survey] - 2016.0)
+        assert healpix.separation_arcsec(ra, dec, *there).max() < 1e-3
+        assert np.all(here[GAIA_IDS[survey]] > 0)
+        assert np.all(np.isfinite(here[LABELS[survey][2]]) & (here[LABELS[survey][2]] > -5))
+    assert not sky.rows[APOGEE]["ASPCAPFLAG"][sky.truth[APOGEE]["is_special"]].any()
+    assert not sky.rows[GALAH]["flag_sp"][sky.truth[GALAH]["is_special"]].any()
+
+
+def test_special_stars_are_where_they_claim() -> None:
+    table = special_stars()
+    ra, dec, pmra, pmdec = table.T
+    assert np.all(90.0 - np.abs(dec[:7]) < 0.01)
+    assert np.all(np.minimum(ra[7:13], 360.0 - ra[7:13]) < 1e-4)
+    for border_ra, border_dec in table[13:20, :2]:
+        around = [(border_ra + a) % 360.0 for a in (-1e-6, 1e-6)]
+        cells = {int(c) for x in around for y in (border_dec - 1e-6, border_dec + 1e-6)
+                 for c in healpix.ang2pix(np.array([x]), np.array([y]), 1)}  # fmt: skip
+        assert len(cells) > 1, (border_ra, border_dec)
+    assert np.all(np.hypot(pmra, pmdec)[20:] > 1000)
+    for epoch in (2000.0, 2008.0, 2016.0):
+        x = healpix.unit_vectors(*moved(table, epoch - 2016.0))
+        distance = cKDTree(x).query(x, k=2)[0][:, 1] * healpix.ARCSEC_PER_RADIAN
+        if epoch != 2008.0:
+            assert distance.min() > 5
+    old_ra = moved(table, -16.0)[0]
+    assert abs(old_ra[21] - ra[21]) > 300  # across RA 0
+    assert abs(old_ra[24] - ra[24]) > 90  # past the pole
+
+
+@given(st.floats(0, 359.9), st.floats(-89, 89))
+def test_galactic_coordinates_round_trip(ra: float, dec: float) -> None:
+    lon, lat = to_galactic(np.array([ra]), np.array([dec]))
+    back = from_galactic(lon, lat)
+    assert healpix.separation_arcsec(np.array([ra]), np.array([dec]), *back)[0] < 0.01
+
+
+def test_galactic_coordinates_of_known_places() -> None:
+    # The north Galactic pole and the Galactic centre in ICRS.
+    lon, lat = to_galactic(np.array([192.85948, 266.40499]), np.array([27.12825, -28.93617]))
+    assert lat[0] > 89.999
+    assert abs(lat[1]) < 1e-3
+    assert min(lon[1], 360 - lon[1]) < 1e-3
+
+
+# Plans and failures
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n_lamost=st.integers(500, 60_000),
+    n_apogee=st.none() | st.integers(200, 30_000),
+    n_galah=st.none() | st.integers(200, 30_000),
+    repeat_fraction=st.floats(0, 0.8),
+    overlap=st.floats(0, 0.5),
+    seed=st.integers(0, 2**40),
+)
+def test_plan_counts_every_row_once(
+    n_lamost: int,
+    n_apogee: int | None,
+    n_galah: int | None,
+    repeat_fraction: float,
+    overlap: float,
+    seed: int,
+) -> None:
+    sky = SkySettings(n_lamost, seed, n_apogee, n_galah, repeat_fraction, overlap=overlap)
+    plan = make_plan(sky)
+    for survey, n_rows in sky.rows().items():
+        rounds = plan.rounds[survey]
+        assert rounds.n_rows == n_rows
+        assert 0 <= n_rows - rounds.n_distinct <= (4 if survey == LAMOST else 0)
+        counts = rounds.counts
+        assert np.all(counts >= 0)
+        assert np.all(counts[0] <= plan.n_stars)
+        assert np.all(counts[1:] <= counts[0])
+        starts = rounds.first_row.ravel()
+        np.testing.assert_array_equal(starts[1:], (starts + counts.ravel())[:-1])
+        assert starts[0] == 0
+    blocks = plan.blocks(1000)
+    assert blocks[0].start == 0
+    assert blocks[-1].stop == len(plan.kind)
+    assert all(a.stop == b.start for a, b in pairwise(blocks))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n_lamost": 10},
+        {"n_apogee": 5},
+        {"n_galah": -1},
+        {"seed": -1},
+        {"repeat_fraction": 0.9},
+        {"outlier_fraction": float("nan")},
+        {"uncovered": -0.1},
+        {"overlap": 2.0},
+    ],
+)
+def test_wrong_settings_name_themselves(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        SkySettings(**wrong)
+
+
+def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    sky = SkySettings(n_lamost=600, n_apogee=200, n_galah=200)
+    before = digests(simulate(sky, tmp_path))
+
+    def stop(name: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(SkySettings(n_lamost=700), tmp_path, stop)
+    left = {path.stem: path for path in tmp_path.iterdir()}
+    assert digests(left) == before
+
+
+def test_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: files.FitsTable, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.FitsTable, "_close", full)
+    with pytest.raises(StorageError, match="No space left"):
+        simulate(SkySettings(n_lamost=600, n_apogee=200, n_galah=200), tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".fits", ".partial")]
+
+
+def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        simulate(SkySettings(n_lamost=600), tmp_path / "file" / "sky")

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from sos_dask.errors import ClusterError, SosError
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 class Report(Protocol):
     """Gets told how far a step is; the command line draws it."""
 
-    def __call__(self, step: str, done: int, total: int) -> None: ...
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """``done`` of ``total`` parts of a step are done."""
 
 
 def silent(step: str, done: int, total: int) -> None:
@@ -169,7 +171,7 @@ def start(
         quiet.setLevel(logging.CRITICAL)
         stack.callback(quiet.setLevel, level)
         if scheduler is not None:
-            is_file = os.path.exists(scheduler)
+            is_file = Path(scheduler).exists()
             try:
                 client = Client(
                     **({"scheduler_file": scheduler} if is_file else {"address": scheduler}),

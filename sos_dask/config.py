@@ -151,9 +151,8 @@ class Job(_Section):
                 )
             return found
 
-        return (
-            self.path.parent / os.path.expanduser(re.sub(r"\$\{(\w+)\}", value, text))
-        ).resolve()
+        path = Path(re.sub(r"\$\{(\w+)\}", value, text)).expanduser()
+        return (self.path.parent / path).resolve()
 
 
 def load_job(path: str | Path) -> Job:

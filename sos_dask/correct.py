@@ -26,9 +26,11 @@ _NEW = (*(f"{label}_{suffix}" for suffix in ("sos", "delta") for label in LABELS
 class Predictor(Protocol):
     """What a correction must offer here."""
 
-    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Predicted differences, shape (n, 3)."""
 
-    def in_range(self, features: NDArray[np.float32]) -> NDArray[np.bool_]: ...
+    def in_range(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Which rows lie in the range of the training pairs."""
 
 
 def corrected_schema(schema: pa.Schema) -> pa.Schema:

@@ -51,4 +51,5 @@ def fold_of_stars(
     for number, name in smallest.items():
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         fold_of[number] = int.from_bytes(digest[:8], "big") % n_folds
-    return fold_of[component[reference]]
+    folds: NDArray[np.int8] = fold_of[component[reference]]
+    return folds

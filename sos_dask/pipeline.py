@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sos_dask import __version__
+from sos_dask import __version__, models
 from sos_dask.artifact import (
     MANIFEST,
     WORK,
@@ -328,9 +328,9 @@ def _dedupe_settings(section: DedupeSection) -> DedupeSettings:
 
 def _add_training(planner: _Planner, method: str, pairs: str) -> str:
     job = planner.job
-    settings = TrainSettings(
-        method, {"seed": job.seed, **job.train.params.get(method, {})}, job.train.validation
-    )
+    seed = {"seed": job.seed} if "seed" in models.parameters(method) else {}
+    params = {**seed, **job.train.params.get(method, {})}
+    settings = TrainSettings(method, models.check_params(method, params), job.train.validation)
     return planner.add(
         f"model.{method}",
         train_recipe(pairs, settings),
@@ -486,7 +486,7 @@ def _publish(store: Path, job: Job, stages: list[Stage]) -> Path:
         swap = store / f".current.{os.getpid()}"
         swap.unlink(missing_ok=True)
         swap.symlink_to(os.path.relpath(build, store), target_is_directory=True)
-        os.replace(swap, current)
+        swap.replace(current)
     return build
 
 

@@ -130,7 +130,7 @@ def _verify_partition(
 def key_hashes(column: pa.ChunkedArray) -> NDArray[np.uint64]:
     """64-bit values of a key column: the integers themselves, or a hash of the text."""
     if pa.types.is_integer(column.type):
-        return column.to_numpy().astype(np.uint64)
+        return np.asarray(column.to_numpy(), dtype=np.int64).view(np.uint64)
     import pandas as pd
 
     return np.asarray(pd.util.hash_array(column.to_numpy(zero_copy_only=False).astype(object)))

@@ -1,6 +1,5 @@
 import errno
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +89,7 @@ def test_manifest_has_no_time_and_no_path(tmp_path):
 def test_another_recipe_does_not_mix_into_a_directory(tmp_path):
     other = Recipe("dedupe", 1, {"radius_arcsec": 9.0}, RECIPE.inputs)
     Output.prepare(tmp_path, RECIPE)
-    assert Output.prepare(tmp_path, RECIPE)  # the same goes on
+    Output.prepare(tmp_path, RECIPE)  # the same goes on
     with pytest.raises(CatalogError, match="already holds another run"):
         Output.prepare(tmp_path, other)
     output = Output.prepare(tmp_path, other, overwrite=True)
@@ -133,7 +132,7 @@ def test_manifest_of_another_kind_is_refused(tmp_path, change, message):
 
 def test_damaged_json_is_named(tmp_path):
     (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(CatalogError, match="manifest.json is damaged"):
+    with pytest.raises(CatalogError, match=r"manifest\.json is damaged"):
         Manifest.load(tmp_path)
 
 
@@ -181,4 +180,4 @@ def test_two_processes_may_write_the_same_file(tmp_path):
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in running] == [0, 0]
     assert (tmp_path / "a").read_text() == "x" * 5000
-    assert os.listdir(tmp_path) == ["a"]
+    assert [item.name for item in tmp_path.iterdir()] == ["a"]

@@ -46,7 +46,7 @@ def test_travels_by_path_alone(catalog):
 )
 def test_ranges_equal_a_filter(catalog, items):
     pixels = sorted({HealpixPixel(order, number % (12 * 4**order)) for order, number in items})
-    ranges = []
+    ranges: list[tuple[int, int]] = []
     for pixel in sorted(pixels, key=lambda p: p.first):
         if not ranges or pixel.first >= ranges[-1][1]:
             ranges.append((pixel.first, pixel.stop))

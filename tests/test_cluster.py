@@ -66,7 +66,7 @@ def test_a_task_that_always_kills_is_an_error():
 
 def test_no_scheduler_is_a_clear_error():
     with (
-        pytest.raises(ClusterError, match="no Dask scheduler answers at tcp://127.0.0.1:1"),
+        pytest.raises(ClusterError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"),
         start(scheduler="tcp://127.0.0.1:1"),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Processes really killed in the middle of a rebuild: the rerun's bytes equal an undisturbed run's."""
+"""Processes really killed in a rebuild: the rerun's bytes equal those of an undisturbed run."""
 
 import hashlib
 import os
@@ -54,7 +54,7 @@ def sky(tmp_path_factory) -> Path:
 
 def prepare(folder: Path, sky: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    job = folder / "job.toml"
+    job: Path = folder / "job.toml"
     job.write_text(JOB.format(sky=sky))
     return job
 

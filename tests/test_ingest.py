@@ -14,7 +14,7 @@ from astropy.table import MaskedColumn, Table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sos_dask import ingest, readers
+from sos_dask import ingest
 from sos_dask.clean import quality_mask
 from sos_dask.errors import SosError, StorageError, SurveyError
 from sos_dask.healpix import ang2pix
@@ -45,7 +45,7 @@ def survey(columns: dict | None = None, **more) -> Survey:
     return parse_survey(raw | more)
 
 
-def rows(n: int, seed: int = 0) -> dict[str, np.ndarray]:
+def rows(n: int, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     return {
         "obsid": rng.permutation(n).astype(np.int64) + 1,
@@ -87,8 +87,8 @@ class Read:
     profile: Profile
     batches: list = field(default_factory=list)
 
-    def column(self, name: str) -> list:
-        """Values in the order of the file, nulls for rejected rows left out."""
+    def column(self, name: str):
+        """Values in the order of the file, without rejected rows."""
         return self.rows.sort_by([("_file", "ascending"), ("_row", "ascending")])[name].to_pylist()
 
 
@@ -374,7 +374,7 @@ def test_without_cuts_all_rows_pass(tmp_path):
 
 def test_fits_types_as_astropy_reads_them(tmp_path):
     n = 5
-    array = {
+    array: dict = {
         "u2": np.array([0, 1, 32767, 32768, 65535], np.uint16),
         "u4": np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 1], np.uint32),
         "u8": np.array([0, 1, 2**62, 2**53 + 1, 2**63 - 1], np.uint64),
@@ -411,7 +411,7 @@ def test_fits_types_as_astropy_reads_them(tmp_path):
     with fits.open(tmp_path / "a") as hdus:
         assert hdus[2].data["scaled"].tolist() == array["scaled"].tolist()
     names = ("u2", "u4", "u8", "s1", "flag", "nulls")
-    extra = {name: {"source": name, "dtype": "int64"} for name in names}
+    extra: dict = {name: {"source": name, "dtype": "int64"} for name in names}
     extra |= {"scaled": {"source": "scaled"}, "text": {"source": "text", "dtype": "string"}}
     extra |= {f"v{i}": {"source": "vector", "element": i} for i in range(3)}
     out = read(tmp_path / "a", survey(extra=extra, hdu=2), batch_rows=2)
@@ -500,7 +500,7 @@ def test_a_gzipped_fits_file_is_decompressed_once(tmp_path, monkeypatch):
     assert first.path == str(path)
     assert Path(first.data_path).read_bytes() == raw
     assert [item.name for item in scratch.iterdir()] == [Path(first.data_path).name]
-    monkeypatch.setattr(readers.uuid, "uuid4", None)  # would be called to write again
+    monkeypatch.setattr("uuid.uuid4", None)  # would be called to write again
     assert open_source(path, survey(), 0, scratch) == first
 
 
@@ -563,7 +563,7 @@ def test_bom_crlf_blank_lines_and_padding(tmp_path, before):
 
 
 def test_words_for_missing_values(tmp_path):
-    data = {name: [v, v, v] for name, v in zip(NAMES, (0, 10, 20, 5000, 4, 0), strict=True)}
+    data: dict = {name: [v, v, v] for name, v in zip(NAMES, (0, 10, 20, 5000, 4, 0), strict=True)}
     data |= {"obsid": [1, 2, 3], "teff": ["--", "99", 5000], "class": ["null", "--", "G5"]}
     definition = survey(
         extra={"class": {"source": "class", "dtype": "string"}}, missing_text=["--", "99"]
@@ -694,7 +694,7 @@ def test_parquet_types(tmp_path):
         "u8": pa.array([1, None, 2**40], pa.uint64()),
     }
     pq.write_table(pa.table(rows(n) | table), tmp_path / "a", row_group_size=2)
-    extra = {name: {"source": name, "dtype": "string"} for name in ("large", "view", "bytes")}
+    extra: dict = {name: {"source": name, "dtype": "string"} for name in ("large", "view", "bytes")}
     extra |= {name: {"source": name, "dtype": "int64"} for name in ("flag", "whole", "none", "u8")}
     extra |= {name: {"source": name} for name in ("half", "money")}
     extra |= {name: {"source": name, "element": 1} for name in ("vector", "fixed")}
@@ -854,7 +854,7 @@ def test_a_fits_table_without_rows(tmp_path):
 # --- profiles --------------------------------------------------------------------------------
 
 
-def profile_of(tmp_path, data: dict, definition: Survey | None = None, **kwargs) -> Profile:
+def profile_of(tmp_path, data: dict, definition: Survey | None = None, **kwargs):
     return read(write_fits(tmp_path / "data", data), definition or survey(), **kwargs).profile
 
 
@@ -959,7 +959,7 @@ def test_many_rejected_rows_are_refused(tmp_path):
 # --- merging ---------------------------------------------------------------------------------
 
 
-def ipc_bytes(table: pa.Table) -> bytes:
+def ipc_bytes(table: pa.Table):
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())

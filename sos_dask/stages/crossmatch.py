@@ -25,9 +25,11 @@ from sos_dask.stages.parts import (
     id_values,
     key_of,
     rank_of,
+    read_piece,
     records,
     run_parts,
     unless_complete,
+    write_piece,
 )
 
 VERSION = 1
@@ -279,9 +281,7 @@ def _match_part(part: _Part) -> None:
     ids = {c: target[c] for c in GAIA_IDS.values() if c in target.schema.names}
     for name, column in ids.items():
         pairs = pairs.append_column(f"_{name}", column)
-    with atomic_path(_match_file(part.output, key_of(part.pixel))) as path:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pairs.schema) as writer:
-            writer.write_table(pairs)
+    write_piece(_match_file(part.output, key_of(part.pixel)), pairs)
     part.output.put_record(
         "matches",
         key_of(part.pixel),
@@ -313,7 +313,7 @@ def _match_file(output: Output, key: str) -> Path:
 def _read_matches(output: Output, keys: list[str], columns: list[str] | None = None) -> pa.Table:
     tables = []
     for key in keys:
-        table = pa.ipc.open_file(pa.memory_map(str(_match_file(output, key)))).read_all()
+        table = read_piece(_match_file(output, key))
         tables.append(table if columns is None else table.select(columns))
     return pa.concat_tables(tables)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -182,7 +183,7 @@ def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int6
     layers = 2
     while layers <= _MAX_LAYERS:
         rings = surroundings(pixel, reach, layers)
-        around = catalog.read_ranges(sorted(sum(rings, [])), columns)
+        around = catalog.read_ranges(sorted(chain.from_iterable(rings)), columns)
         first = int(np.searchsorted(around[HEALPIX_COLUMN].to_numpy(), pixel.first))
         table = pa.concat_tables(
             [around.slice(0, first), own.select(columns), around.slice(first)]

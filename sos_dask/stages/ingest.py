@@ -36,7 +36,15 @@ from sos_dask.ingest import (
     rejected_rows,
 )
 from sos_dask.schema import HEALPIX_COLUMN, Survey
-from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+from sos_dask.stages.parts import (
+    commit_catalog,
+    key_of,
+    read_piece,
+    records,
+    run_parts,
+    unless_complete,
+    write_piece,
+)
 
 VERSION = 1
 _HISTOGRAM_ORDER = 10
@@ -271,26 +279,11 @@ def _count_reasons(rejected: pa.Table) -> dict[str, int]:
     return {item["values"].as_py(): item["counts"].as_py() for item in counts}
 
 
-def _write_piece(path: Path, table: pa.Table) -> None:
-    with (
-        atomic_path(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, table.schema) as writer,
-    ):
-        writer.write_table(table)
-
-
-def _read_piece(path: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
 def _read_part(part: _ChunkPart) -> None:
     """First pass: one chunk of a file becomes sorted pieces."""
     work = part.output.work
     profiles, pieces, rejected, counts, n_rows = [], [], [], [], 0
-    batches = read_chunk(
-        part.chunk, part.survey, part.settings.chunk_rows, quality=quality_mask
-    )
+    batches = read_chunk(part.chunk, part.survey, part.settings.chunk_rows, quality=quality_mask)
     for number, batch in enumerate(batches):
         n_rows += batch.rows.num_rows + batch.rejected.num_rows
         profiles.append(batch.profile)
@@ -298,12 +291,12 @@ def _read_part(part: _ChunkPart) -> None:
             rejected.append(batch.rejected)
         if batch.rows.num_rows:
             piece = f"pieces/{part.key}-{number:06d}.arrow"
-            _write_piece(work / piece, batch.rows.combine_chunks())
+            write_piece(work / piece, batch.rows.combine_chunks())
             pieces.append(piece)
             cells = batch.rows[HEALPIX_COLUMN].to_numpy() >> 2 * (MAX_ORDER - _HISTOGRAM_ORDER)
             counts.append(np.stack(np.unique(cells, return_counts=True)))
     if rejected:
-        _write_piece(_rejected_file(part.output, part.key), pa.concat_tables(rejected))
+        write_piece(_rejected_file(part.output, part.key), pa.concat_tables(rejected))
     histogram = f"pieces/{part.key}.npy"
     cells, inverse = np.unique(
         np.concatenate([c[0] for c in counts]) if counts else np.empty(0, np.int64),
@@ -330,7 +323,7 @@ def _rejected_file(output: Output, key: str) -> Path:
 
 def _read_rejected(output: Output, keys: Sequence[str]) -> pa.Table:
     files = [_rejected_file(output, key) for key in keys]
-    tables = [_read_piece(file) for file in files if file.is_file()]
+    tables = [read_piece(file) for file in files if file.is_file()]
     if not tables:
         return _REJECTED_SCHEMA.empty_table()
     return pa.concat_tables(tables).sort_by([("file", "ascending"), ("row", "ascending")])
@@ -352,7 +345,7 @@ def _keys_part(part: _KeyPart) -> None:
     """Keys of one bucket that stand at more than one position."""
     paths = [part.output.work / piece for piece in part.pieces]
     keys = conflicting_keys(paths, part.bucket, part.n_buckets)
-    _write_piece(_keys_file(part.output, part.bucket), pa.table({"obs_id": keys}))
+    write_piece(_keys_file(part.output, part.bucket), pa.table({"obs_id": keys}))
     part.output.put_record("keys", str(part.bucket), {"n_conflicts": len(keys)})
 
 
@@ -374,39 +367,39 @@ def _settle_conflicts(
     if _losers_file(output).is_file():
         return
     keys = pa.concat_tables(
-        [_read_piece(_keys_file(output, bucket)) for bucket in range(n_buckets)]
+        [read_piece(_keys_file(output, bucket)) for bucket in range(n_buckets)]
     )["obs_id"]
     losers = pa.table({"_file": pa.array([], pa.int32()), "_row": pa.array([], pa.int64())})
     if len(keys):
         rows = pa.concat_tables(
             [
                 piece.filter(pc.is_in(piece["obs_id"], value_set=keys))
-                for piece in (_read_piece(output.work / name) for name in pieces)
+                for piece in (read_piece(output.work / name) for name in pieces)
             ]
         )
         lost = losing_rows(rows)
         losers = lost.select(["_file", "_row"])
-        _write_piece(
+        write_piece(
             _rejected_file(output, "conflicts"), rejected_rows(lost, "conflicting obs_id", names)
         )
-    _write_piece(_losers_file(output), losers)
+    write_piece(_losers_file(output), losers)
 
 
 def _merge_part(part: _PixelPart) -> None:
     """Second pass: one partition from its slices of the pieces."""
     slices = []
     for name in part.pieces:
-        piece = _read_piece(part.output.work / name)
+        piece = read_piece(part.output.work / name)
         cells = piece[HEALPIX_COLUMN].to_numpy()
         first, stop = np.searchsorted(cells, [part.pixel.first, part.pixel.stop])
         if first < stop:
             slices.append(piece.slice(first, stop - first))
-    losers = _read_piece(_losers_file(part.output))
+    losers = read_piece(_losers_file(part.output))
     if losers.num_rows:
         slices = [_without(rows, losers) for rows in slices]
     merged = merge_rows(slices, part.files)
     if merged.rejected.num_rows:
-        _write_piece(_rejected_file(part.output, key_of(part.pixel)), merged.rejected)
+        write_piece(_rejected_file(part.output, key_of(part.pixel)), merged.rejected)
     table = merged.rows
     record = write_partition(part.output, part.pixel, table) if table.num_rows else None
     quality = table["quality"].to_numpy()

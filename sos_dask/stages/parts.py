@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.artifact import FileRecord, Manifest, Output, Rows
+from sos_dask.artifact import FileRecord, Manifest, Output, Rows, atomic_path
 from sos_dask.catalog import write_catalog_metadata
 from sos_dask.cluster import Cluster, Report
 from sos_dask.healpix import HealpixPixel
@@ -100,3 +101,18 @@ def rank_of(keys: pa.ChunkedArray) -> NDArray[np.int64]:
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     return rank
+
+
+def write_piece(path: Path, table: pa.Table) -> None:
+    """Keep an intermediate table as an Arrow file, written atomically."""
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
+
+
+def read_piece(path: Path) -> pa.Table:
+    """An intermediate table, memory-mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

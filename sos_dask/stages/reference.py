@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +237,7 @@ def _reference_part(part: _Part) -> None:
     layers = 3
     while layers <= _MAX_LAYERS:
         around = surroundings(pixel, reach, layers)
-        ranges = sorted([(pixel.first, pixel.stop), *sum(around, [])])
+        ranges = sorted([(pixel.first, pixel.stop), *chain.from_iterable(around)])
         table = _together(
             {
                 survey: _at_epoch(catalog.read_ranges(ranges, _columns(catalog)), settings.epoch)
@@ -246,7 +247,7 @@ def _reference_part(part: _Part) -> None:
         table = table.sort_by([(HEALPIX_COLUMN, "ascending")]).combine_chunks()
         cells = table[HEALPIX_COLUMN].to_numpy()
         # Stars may have moved by a layer: up to the last but one, nothing is missing.
-        safe = sorted([(pixel.first, pixel.stop), *sum(around[:-2], [])])
+        safe = sorted([(pixel.first, pixel.stop), *chain.from_iterable(around[:-2])])
         groups = group(
             table["ra"].to_numpy(),
             table["dec"].to_numpy(),

@@ -253,6 +253,16 @@ class Catalog:
                     highs.append(float(high))
         return (min(lows), max(highs)) if lows else None
 
+    def largest_partition(self) -> tuple[HealpixPixel, int]:
+        """The partition with most bytes in memory, and those bytes (by the footers)."""
+        sizes = {}
+        for pixel in self.pixels:
+            footer = self._footer(pixel)
+            groups = (footer.row_group(number) for number in range(footer.num_row_groups))
+            sizes[pixel] = sum(group.total_byte_size for group in groups)
+        pixel = max(sizes, key=lambda pixel: sizes[pixel])
+        return pixel, sizes[pixel]
+
     def _footer(self, pixel: HealpixPixel) -> pq.FileMetaData:
         path = self.partition_file(pixel)
         with partition_errors(path):

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask.errors import SurveyError
-from sos_dask.schema import Cut, Survey, nearest
+from sos_dask.schema import Cut, Survey, find_name, nearest
 
 BoolArray = NDArray[np.bool_]
 
@@ -38,11 +38,9 @@ def required_natives(survey: Survey, available: Collection[str]) -> dict[str, st
     """
     found = {}
     for cut in survey.cuts:
-        alike = [name for name in available if name.lower() == cut.column.lower()]
-        if cut.column in available:
-            found[cut.column] = cut.column
-        elif len(alike) == 1:
-            found[cut.column] = alike[0]
+        match = find_name(cut.column, available)
+        if match is not None:
+            found[cut.column] = match
         elif not cut.optional:
             raise SurveyError(
                 f"survey {survey.name}: no column '{cut.column}', which cut '{cut.name}' needs",

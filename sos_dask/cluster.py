@@ -50,6 +50,31 @@ class Cluster:
             max(1, len(self.client.scheduler_info(n_workers=-1)["workers"])) if self.client else 1
         )
 
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """Memory limit of the smallest worker; None where there is none."""
+        if self.client is None:
+            return None
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
+        return min(limits, default=None)
+
+    def require_memory(self, n_bytes: int, what: str) -> None:
+        """Refuse work that a worker cannot hold, before it starts.
+
+        Raises
+        ------
+        ClusterError
+            The smallest worker has less than ``n_bytes``.
+        """
+        limit = self.memory_limit_bytes
+        if limit is not None and n_bytes > limit:
+            raise ClusterError(
+                f"{what} needs about {n_bytes / 2**20:,.0f} MiB in a worker, "
+                f"the limit is {limit / 2**20:,.0f} MiB",
+                "Raise memory_limit, use fewer workers, or lower rows_per_partition.",
+            )
+
     def run(
         self,
         function: Callable[[T], R],

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.errors import ModelError
-from sos_dask.schema import LABELS
+from sos_dask.errors import ConfigError, ModelError
+from sos_dask.schema import LABELS, nearest
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
@@ -87,12 +87,116 @@ def held_out_metrics(
     return metrics
 
 
-def choose(metrics: Sequence[Metric]) -> str:
-    """The method with the smallest scatter: mean over labels of after / before; ties by name."""
+@dataclass(frozen=True)
+class BinnedMedians:
+    """Medians of residuals along another quantity: a trend that is left shows here.
+
+    Parameters
+    ----------
+    edges : tuple of float
+        One more than bins.
+    n : tuple of int
+        Residuals in each bin.
+    median : tuple of float
+        nan in bins with too few residuals.
+    rms : float
+        Root mean square of the medians, every bin with enough residuals counted once; nan where
+        there is none.
+    """
+
+    edges: tuple[float, ...]
+    n: tuple[int, ...]
+    median: tuple[float, ...]
+    rms: float
+
+
+def binned_median_rms(
+    x: NDArray[np.floating],
+    residual: NDArray[np.floating],
+    bins: int | Sequence[float] = 10,
+    min_count: int = 20,
+) -> BinnedMedians:
+    """How far medians of residuals in bins of another quantity are from zero.
+
+    Parameters
+    ----------
+    x, residual : ndarray of float, shape (n,)
+        Pairs with a nan are left out.
+    bins : int or sequence of float
+        Number of bins with equally many pairs, or rising edges (a bin includes its lower edge, the
+        last one its upper edge too).
+    min_count : int
+        Bins with fewer pairs do not count: a median of few says little.
+
+    Raises
+    ------
+    ConfigError
+        No bin, or edges that do not rise.
+    """
+    known = np.isfinite(x) & np.isfinite(residual)
+    x, residual = x[known].astype(np.float64), residual[known].astype(np.float64)
+    if isinstance(bins, int | np.integer):
+        if bins < 1:
+            raise ConfigError(f"bins = {bins} is not positive")
+        edges = np.quantile(x, np.linspace(0, 1, bins + 1)) if len(x) else np.empty(0)
+        # Many equal values can make bins of no width.
+        edges = np.unique(edges)
+        if len(edges) == 1:
+            edges = np.repeat(edges, 2)
+    else:
+        edges = np.asarray(bins, dtype=np.float64)
+        if len(edges) < 2 or not (np.diff(edges) > 0).all():
+            raise ConfigError("edges of bins must be two or more rising numbers")
+    n_bins = max(len(edges) - 1, 0)
+    index = np.searchsorted(edges, x, side="right") - 1
+    if n_bins:
+        index[x == edges[-1]] = n_bins - 1
+    counts, medians = [], []
+    for number in range(n_bins):
+        inside = residual[index == number]
+        counts.append(len(inside))
+        enough = len(inside) >= max(min_count, 1)
+        medians.append(float(np.median(inside)) if enough else float("nan"))
+    used = [median for median in medians if not np.isnan(median)]
+    return BinnedMedians(
+        tuple(edges.tolist()),
+        tuple(counts),
+        tuple(medians),
+        float(np.sqrt(np.mean(np.square(used)))) if used else float("nan"),
+    )
+
+
+RULES = ("scatter",)
+
+
+def choose(metrics: Sequence[Metric], rule: str = "scatter") -> str:
+    """The best method.
+
+    Parameters
+    ----------
+    metrics : sequence of Metric
+        Of one subset, every label of every method.
+    rule : str
+        ``scatter``: the smallest mean over the labels of scatter after / before. Of equals the
+        first by name.
+
+    Raises
+    ------
+    ModelError
+        There is no metric.
+    ConfigError
+        Unknown rule.
+    """
+    if rule not in RULES:
+        raise ConfigError(
+            f"there is no rule '{rule}' to choose a method by",
+            nearest(rule, RULES) or f"Known are: {', '.join(RULES)}.",
+        )
     if not metrics:
         raise ModelError("there is no metric to choose a method by")
     ratios: dict[str, list[float]] = {}
     for metric in metrics:
         ratio = metric.scatter_after / metric.scatter_before if metric.scatter_before else np.inf
-        ratios.setdefault(metric.method, []).append(ratio)
+        # A scatter that is not known is no reason to prefer a method.
+        ratios.setdefault(metric.method, []).append(np.inf if np.isnan(ratio) else ratio)
     return min(ratios, key=lambda method: (float(np.mean(ratios[method])), method))

@@ -126,7 +126,7 @@ def evaluate_polynomials(
 
 
 def _nest(exponents: IntArray, coefficients: FloatArray) -> Any:
-    """A polynomial as polynomials in the other variables, one per power of the first (None: zero)."""
+    """A polynomial as polynomials in the other variables, one per power of the first or None."""
     if exponents.shape[1] == 0:
         return coefficients[0][:, None]
     powers = exponents[:, 0]

@@ -327,6 +327,19 @@ def nearest(name: str, known: Collection[str]) -> str:
     return "Did you mean " + " or ".join(lower[item] for item in found) + "?" if found else ""
 
 
+def find_name(name: str, known: Collection[str]) -> str | None:
+    """The known name that is equal, else the only one that is equal but for case, else None."""
+    if name in known:
+        return name
+    alike = [item for item in known if item.lower() == name.lower()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def is_gaia_id(name: str) -> bool:
+    """Whether a column of the product holds ids of 19 digits, which no float can hold."""
+    return name.lower().endswith("source_id")
+
+
 def builtin_surveys() -> list[str]:
     """Names of the surveys that come with the package, sorted."""
     folder = resources.files("sos_dask") / "surveys"
@@ -500,7 +513,7 @@ def _source(where: str, column: Column, entry: Mapping[str, Any]) -> SourceColum
         raise SurveyError(f"{where}: {column.name} is {column.dtype}, not {dtype}")
     if join and dtype != "string":
         raise SurveyError(f"{where}: joined columns are strings, not {dtype}")
-    if column.name.lower().endswith("source_id") and dtype.startswith("float"):
+    if is_gaia_id(column.name) and dtype.startswith("float"):
         raise SurveyError(f"{where}: a 19-digit id loses digits as {dtype}", "Use int64.")
     unit = _text(entry, "unit", where, column.unit)
     limited = column.minimum is not None or column.maximum is not None

@@ -70,3 +70,17 @@ def test_no_scheduler_is_a_clear_error():
         start(scheduler="tcp://127.0.0.1:1"),
     ):
         pass
+
+
+def test_a_partition_too_large_for_a_worker_is_refused_before_it_starts(cluster, tmp_path):
+    from sos_dask.stages.parts import require_memory
+    from tests.sky import observations, write_catalog
+
+    catalog = write_catalog(observations(2000, spread=True), tmp_path / "cat")
+    require_memory(cluster, catalog, "dedupe")
+    require_memory(Cluster(), catalog, "dedupe")
+    with start(1, "120MiB") as small, pytest.raises(ClusterError) as caught:
+        require_memory(small, catalog, "dedupe")
+    assert "dedupe: partition" in caught.value.message
+    assert "the limit is 120 MiB" in caught.value.message
+    assert "memory_limit" in caught.value.hint

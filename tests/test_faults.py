@@ -61,17 +61,14 @@ def prepare(folder: Path, sky: Path) -> Path:
 
 def start(job: Path, workers: int = 2) -> subprocess.Popen:
     command = [sys.executable, "-c", "from sos_dask.cli import main; main()"]
-    return subprocess.Popen(
-        [*command, "rebuild", str(job), "-w", str(workers)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with (job.parent / "log").open("a") as log:
+        return subprocess.Popen(
+            [*command, "rebuild", str(job), "-w", str(workers)], stdout=log, stderr=log
+        )
 
 
 def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors[-3000:]
+    assert process.wait(timeout=240) == 0
 
 
 def contents(store: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 from astropy.table import MaskedColumn, Table
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sos_dask import ingest
@@ -226,6 +226,15 @@ def test_sentinels_compare_in_the_type_of_the_column(tmp_path, dtype):
         assert values[1:] == [pytest.approx(-999.98), 12.5]
 
 
+def test_a_sentinel_beyond_the_limits_is_no_impossible_value(tmp_path):
+    data = rows(3)
+    data["feh"][:2] = [-9999.99, -99.0]
+    out = read(write_fits(tmp_path / "a", data), survey(missing=[-9999.99]))
+    assert out.column("feh")[:2] == [None, None]
+    assert out.profile.impossible_values() == {"feh": 1}
+    assert out.profile.first_impossible["feh"] == (0, 1, "-99")
+
+
 def test_minus_zero_is_zero(tmp_path):
     data = rows(2) | {"ra": np.array([-0.0, 0.0]), "feh": np.array([-0.0, 0.0], "f4")}
     out = read(write_fits(tmp_path / "a", data), survey())
@@ -432,6 +441,16 @@ def test_fits_types_as_astropy_reads_them(tmp_path):
     fails(tmp_path / "a", cut, "cut 'v'", "a vector of 3 values")
 
 
+def test_an_undefined_logical_is_null(tmp_path):
+    path = write_fits(tmp_path / "a", rows(3) | {"flag": np.array([True, False, True])})
+    content = bytearray(path.read_bytes())
+    row_bytes = 8 + 8 + 8 + 12 + 1
+    content[2 * 2880 + 3 * row_bytes - 1] = 0
+    path.write_bytes(content)
+    definition = survey(extra={"flag": {"source": "flag", "dtype": "int64"}})
+    assert read(path, definition).column("flag") == [1, 0, None]
+
+
 def test_latin1_text_is_kept(tmp_path):
     data = rows(2) | {"name": np.array(["Ángel", "x"])}
     definition = survey(extra={"name": {"source": "name", "dtype": "string"}})
@@ -607,6 +626,13 @@ def test_bad_values_are_named_with_their_row(tmp_path, column, value, words, gzi
             assert batch.profile.n_rows == 1000
     for word in [str(path), f"column '{column}'", "row 4321 (line 4326)", *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(("first", "second"), [("1e400x", "9" * 20), ("9" * 20, "x"), ("1.5", "x")])
+def test_the_first_of_several_bad_integers_is_named(tmp_path, first, second):
+    data = {name: array.tolist() for name, array in rows(50).items()}
+    data["obsid"][5], data["obsid"][10], data["obsid"][20] = "7.0", first, second
+    fails(write_csv(tmp_path / "a", data), survey(), "row 10 (line 12)", first)
 
 
 def test_integers_written_as_floats(tmp_path):
@@ -1135,6 +1161,7 @@ def test_texts_that_share_a_hash_are_not_the_same_key(monkeypatch):
 
 
 @settings(max_examples=50, deadline=None)
+@example(["", "a", "a\0", "a" * 8, "a" * 8 + "\0"])
 @given(st.lists(st.text(max_size=30)))
 def test_hashes_of_text_differ_as_the_texts_do(texts):
     column = pa.array(["prefix", *texts], pa.string()).slice(1)

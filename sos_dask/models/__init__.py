@@ -1,6 +1,6 @@
 """Corrections: a difference target - reference per label, as a function of the target's features.
 
-Every other module of this package is one method and is found by its name. It offers
+A module of this package that has ``PARAMS`` is a method and needs no other entry. It offers
 
 * ``PARAMS``: mapping of parameter name to `Param`;
 * ``fit(source, train_folds, params, client, progress) -> Fitted``, with complete, checked params;
@@ -17,6 +17,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -197,7 +198,7 @@ class Fitted(abc.ABC):
         """
         x = _checked(features)
         low, high = self._box()
-        known = np.isfinite(x).all(axis=1)
+        known = np.asarray(np.isfinite(x).all(axis=1))
         x = np.clip(np.where(known[:, None], x, low), low, high)
         out = self.evaluate(x) if len(x) else np.empty((0, len(LABELS)), dtype=np.float32)
         out[~known] = np.nan
@@ -277,9 +278,13 @@ def to_json(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
+@cache
 def methods() -> tuple[str, ...]:
     """Names of the methods, sorted."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(
+        name for name in names if hasattr(importlib.import_module(f"{__name__}.{name}"), "PARAMS")
+    )
 
 
 def _module(method: str) -> Any:
@@ -640,7 +645,7 @@ def _summarise_batch(
 
 
 def count(values: Float32Array) -> tuple[NDArray[np.uint16], IntArray]:
-    """Fine logarithmic histogram of finite numbers, as the bins that are not empty and their counts.
+    """Fine logarithmic histogram of finite numbers: the bins that are not empty and their counts.
 
     A bin is the upper half of a float32 (sign, exponent, 7 bits of mantissa), so bins are 0.4 to
     0.8 % wide at any scale, and counts of any parts add up exactly in any order.
@@ -653,7 +658,7 @@ def count(values: Float32Array) -> tuple[NDArray[np.uint16], IntArray]:
 
 
 class Histogram:
-    """Sum of what `count` gives: quantiles in constant memory, the same in any order of the parts."""
+    """Sum of what `count` gives: quantiles in constant memory, the same in any order of parts."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(1 << 16, dtype=np.int64)

@@ -1,9 +1,9 @@
 """Gradient-boosted trees (XGBoost), one ensemble per label, trained data-parallel over a cluster.
 
-The loss is the pseudo-Huber of ``huber_slope`` times the spread of the differences. On 350,000 simulated
-pairs with 3 % outliers to one side it left two thirds of the error, and a third of the bias, of
-squared error on clipped differences; the absolute error was no better and four times slower, and
-its leaves would depend on the number of workers.
+The loss is the pseudo-Huber of ``huber_slope`` times the spread of the differences. On 350,000
+simulated pairs with 3 % outliers to one side it left two thirds of the error, and a third of the
+bias, of squared error on clipped differences; the absolute error was no better and four times
+slower, and its leaves would depend on the number of workers.
 
 The bins of a feature are chosen here, from exact counts over all pairs, and not by XGBoost, whose
 sketch depends on the order of the rows and on the workers. With pairs laid out one block a worker,

@@ -7,13 +7,15 @@ one, then with the bisquare of Tukey, which ignores outliers altogether. Tuning 
 
 An iteration is one pass over the batches. What they give back is summed in their order, so the
 coefficients do not depend on the number of workers. The scale of the residuals is their median
-absolute value in the pass before, from a logarithmic histogram (`sos_dask.models.Histogram`).
+absolute value in the pass before, from a logarithmic histogram (`sos_dask.models.Histogram`); the
+last passes keep it, because together with the weights it might circle for ever.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,8 @@ HUBER = 1.345
 BISQUARE = 4.685
 MAD_TO_SIGMA = 1.4826
 HUBER_PASSES = 10
+# Passes with the bisquare that still renew the scale.
+SCALE_PASSES = 10
 
 PARAMS = {
     "order": Param(4, "Largest sum of the exponents of a term", 1, 6),
@@ -169,8 +173,6 @@ def fit(
     progress: Progress,
 ) -> PolynomialCorrection:
     """Fit; see `sos_dask.models.fit`."""
-    from threadpoolctl import threadpool_limits
-
     exponents = polynomial_terms(params["order"])
     m = len(exponents)
     summary = summarise(source, train_folds, client, "polynomial", 2 * m)
@@ -181,7 +183,7 @@ def fit(
     # A residual of pairs without noise must not become a scale of zero.
     floor = np.maximum(1e-6 * summary.spread, np.finfo(np.float64).tiny)
     freedom = np.sqrt(summary.n_pairs / (summary.n_pairs - m))
-    quiet, huber_left, passes = 0, HUBER_PASSES, 0
+    quiet, passes, huber_left, scale_left = 0, 0, HUBER_PASSES, SCALE_PASSES
     # Two passes without change, because the scale of a pass is that of the pass before.
     while passes < params["max_passes"] and quiet < 2:
         parts = map_batches(
@@ -196,8 +198,9 @@ def fit(
             huber_left > 0,
             summary.mean_weight,
         )
-        sigma = np.maximum(_sigma(parts) * freedom, floor)
-        with threadpool_limits(1):
+        if scale_left > 0:
+            sigma = np.maximum(_sigma(parts) * freedom, floor)
+        with _one_thread():
             new, change = _solve(parts, coefficients, params["ridge"])
         coefficients = new
         passes += 1
@@ -205,12 +208,21 @@ def fit(
         if huber_left > 0:
             huber_left = 0 if calm else huber_left - 1
         else:
+            scale_left -= 1
             quiet = quiet + 1 if calm else 0
         progress("polynomial", passes, int(params["max_passes"]))
     if not np.isfinite(coefficients).all():
         raise ModelError("the polynomial has no finite solution: lower 'order' or raise 'ridge'")
     info = summary.info("polynomial", params, train_folds)
     return PolynomialCorrection(info, scale, exponents, coefficients, sigma / freedom, passes)
+
+
+def _one_thread() -> AbstractContextManager[Any]:
+    """Matrix products by one thread: with more the last bits may depend on their number."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    limits: AbstractContextManager[Any] = threadpool_limits(1)
+    return limits
 
 
 def _scale(summary: Summary) -> Scale:
@@ -241,14 +253,11 @@ def _pass(
     mean_weight: float,
 ) -> tuple[FloatArray, FloatArray, list[Counts]]:
     """Weighted normal equations of one batch, shapes (3, m, m) and (3, m), and |residuals|."""
-    from threadpoolctl import threadpool_limits
-
     rows = training_rows(source.load(index), train_folds)
     m = len(exponents)
     normal, right = np.zeros((len(LABELS), m, m)), np.zeros((len(LABELS), m))
     residuals = np.empty((len(LABELS), len(rows.features)), dtype=np.float32)
-    # One thread: with more the last bits of a matrix product would depend on their number.
-    with threadpool_limits(1):
+    with _one_thread():
         for start in range(0, len(rows.features), BLOCK_ROWS):
             block = slice(start, start + BLOCK_ROWS)
             terms = design_matrix(scale.apply(rows.features[block]), exponents).T

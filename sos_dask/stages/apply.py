@@ -18,7 +18,14 @@ from sos_dask.correct import FLAG_MEANINGS, correct, corrected_schema
 from sos_dask.errors import ConfigError
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import LABELS
-from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+from sos_dask.stages.parts import (
+    commit_catalog,
+    key_of,
+    records,
+    require_memory,
+    run_parts,
+    unless_complete,
+)
 
 VERSION = 1
 
@@ -135,6 +142,8 @@ def apply(
     output = Output.prepare(directory, apply_recipe(fingerprint, catalog.fingerprint), overwrite)
     if output.complete:
         return output.load_manifest()
+    cluster = cluster or Cluster()
+    require_memory(cluster, catalog, "apply")
     with unless_complete(output):
         parts = {
             key_of(pixel): _Part(output, catalog, pixel, str(model), fingerprint)
@@ -146,7 +155,7 @@ def apply(
             "corrected",
             {keys[index]: parts[keys[index]] for index in chosen},
             _apply_part,
-            cluster or Cluster(),
+            cluster,
             "apply",
             report,
         )

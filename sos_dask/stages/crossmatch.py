@@ -27,6 +27,7 @@ from sos_dask.stages.parts import (
     rank_of,
     read_piece,
     records,
+    require_memory,
     run_parts,
     unless_complete,
     write_piece,
@@ -124,6 +125,7 @@ def crossmatch(
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
+    require_memory(cluster, left, "crossmatch")
     shared_ids = settings.match.use_gaia_id and any(
         column in left.schema.names and column in right.schema.names for column in GAIA_IDS.values()
     )

@@ -26,6 +26,7 @@ from sos_dask.stages.parts import (
     key_of,
     rank_of,
     records,
+    require_memory,
     run_parts,
     unless_complete,
 )
@@ -100,8 +101,10 @@ def dedupe(
     parts = {
         key_of(pixel): _Part(output, catalog, pixel, settings, errors) for pixel in catalog.pixels
     }
+    cluster = cluster or Cluster()
+    require_memory(cluster, catalog, "dedupe")
     with unless_complete(output):
-        run_parts(output, "stars", parts, _dedupe_part, cluster or Cluster(), "dedupe", report)
+        run_parts(output, "stars", parts, _dedupe_part, cluster, "dedupe", report)
         done = records(output, "stars", list(parts)) or []
         n_in, n_out = catalog.n_rows, sum(record["n_stars"] for record in done)
         merged = sum(record["n_members"] for record in done) - n_out

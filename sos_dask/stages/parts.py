@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask.artifact import FileRecord, Manifest, Output, Rows, atomic_path
-from sos_dask.catalog import write_catalog_metadata
+from sos_dask.catalog import Catalog, write_catalog_metadata
 from sos_dask.cluster import Cluster, Report
 from sos_dask.healpix import HealpixPixel
 
@@ -41,6 +41,28 @@ def run_parts(
         cluster.run(function, missing, step, report)
     else:
         report(step, len(parts), len(parts))
+
+
+# Measured: a worker process, and what a stage holds at once of a partition (see the README).
+_PROCESS_BYTES = 200 << 20
+_COPIES = 8
+
+
+def require_memory(cluster: Cluster, catalog: Catalog, step: str) -> None:
+    """Refuse a stage whose largest partition does not fit into a worker.
+
+    Raises
+    ------
+    ClusterError
+        Naming the partition, what it needs and what a worker has.
+    """
+    if not catalog.pixels or cluster.memory_limit_bytes is None:
+        return
+    pixel, n_bytes = catalog.largest_partition()
+    cluster.require_memory(
+        _PROCESS_BYTES + _COPIES * n_bytes,
+        f"{step}: partition {pixel} of {catalog.path} ({catalog.partition_rows(pixel):,} rows)",
+    )
 
 
 def records(output: Output, kind: str, keys: Sequence[str]) -> list[dict[str, Any]] | None:

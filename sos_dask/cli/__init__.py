@@ -1,0 +1,91 @@
+"""The command line: arguments in, documented functions called, text or JSON out. No logic."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from sos_dask.cli import look, steps, store
+from sos_dask.cli.options import DEBUG
+from sos_dask.errors import SosError, StorageError
+
+app = typer.Typer(
+    name="sos-dask",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Put stellar spectroscopic surveys on one scale, out of core.\n\n"
+    "Start with **sos-dask demo**, then write a job like jobs/real.toml and run "
+    "**sos-dask rebuild JOB**.",
+)
+_GROUPS = {
+    "Whole rebuilds": (store.demo, store.rebuild, store.status, store.gc),
+    "Single steps, in their order": (
+        steps.simulate,
+        steps.ingest,
+        steps.dedupe,
+        steps.reference,
+        steps.crossmatch,
+        steps.train,
+        steps.apply,
+    ),
+    "Look and check": (look.surveys, look.verify),
+}
+for _title, _commands in _GROUPS.items():
+    for _command in _commands:
+        app.command(rich_help_panel=_title)(_command)
+
+
+def main() -> None:
+    """Entry point: runs a command, turns errors into a message and an exit code."""
+    debug = DEBUG in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
+    try:
+        try:
+            app(arguments)
+        finally:
+            _flush()
+    except SosError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except SystemExit as end:
+        if end.code == 130:
+            print("stopped; run the same command again to go on", file=sys.stderr)
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        print(f"unexpected error: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"  Say {DEBUG} to see where, and please report it.", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _flush() -> None:
+    """Write what is left; a reader that went away (``| head``) is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise StorageError(f"cannot write the output: {error.strerror}") from None
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks.")] = False,
+) -> None:
+    if version:
+        from sos_dask import __version__
+
+        print(__version__)
+        raise typer.Exit

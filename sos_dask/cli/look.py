@@ -1,0 +1,90 @@
+"""Commands that only look: surveys, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sos_dask.cli.options import Json
+from sos_dask.cli.output import console, print_json, say, show_table
+from sos_dask.errors import CatalogError
+
+
+def surveys(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a survey, or path of a survey TOML.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the surveys, or explain one: columns, units, missing values, quality cuts.
+
+    Example: sos-dask surveys lamost-dr11-lrs
+    """
+    from sos_dask.schema import (
+        COLUMN_HEADINGS,
+        CUT_HEADINGS,
+        builtin_surveys,
+        describe_columns,
+        describe_cuts,
+        load_survey,
+    )
+
+    if name is None:
+        found = [load_survey(item) for item in builtin_surveys()]
+        if as_json:
+            print_json({"surveys": [{"name": s.name, "title": s.title} for s in found]})
+        else:
+            show_table("Surveys", ["name", "title"], [(s.name, s.title) for s in found])
+            say("Say sos-dask surveys NAME for columns and quality cuts.")
+        return
+    survey = load_survey(name)
+    columns, cuts = describe_columns(survey), describe_cuts(survey)
+    if as_json:
+        print_json(
+            {
+                "name": survey.name,
+                "title": survey.title,
+                "reference": survey.reference,
+                "columns": [dict(zip(COLUMN_HEADINGS, row, strict=True)) for row in columns],
+                "cuts": [dict(zip(CUT_HEADINGS, row, strict=True)) for row in cuts],
+                "missing": survey.missing,
+                "missing_text": survey.missing_text,
+                "notes": survey.notes,
+            }
+        )
+        return
+    say(f"{survey.name}: {survey.title}\n{survey.reference}\n")
+    # Types and UCDs need a wide terminal; --json always has them.
+    shown = range(6) if console().width >= 110 else (0, 1, 2, 5)
+    show_table(
+        "Columns", [COLUMN_HEADINGS[i] for i in shown], [[row[i] for i in shown] for row in columns]
+    )
+    show_table("Quality cuts: a row that fails one has its bit in quality", CUT_HEADINGS, cuts)
+    if survey.missing:
+        say(f"Missing values: {', '.join(f'{value:g}' for value in survey.missing)}")
+    if survey.notes:
+        console().print(survey.notes.strip(), markup=False)
+
+
+def verify(
+    catalogs: Annotated[list[Path], typer.Argument(help="Directories of catalogs.")],
+    as_json: Json = False,
+) -> None:
+    """Check every invariant of catalogs: rows, order, pixels, keys, hashes.
+
+    Example: sos-dask verify store/current/lamost.corrected
+    """
+    from sos_dask.verify import verify as run
+
+    problems = {str(path): run(path) for path in catalogs}
+    if as_json:
+        print_json({"problems": problems})
+    else:
+        for name, found in problems.items():
+            say(f"{name}: {'all invariants hold' if not found else f'{len(found)} problems'}")
+            for problem in found:
+                say(f"  {problem}")
+    if any(problems.values()):
+        raise typer.Exit(CatalogError.exit_code)

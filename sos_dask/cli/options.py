@@ -1,0 +1,40 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEBUG = "--debug"
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        "-w",
+        min=0,
+        help="Worker processes; 0: none, all in this process. Default: one a core.",
+        show_default=False,
+    ),
+]
+MemoryLimit = Annotated[
+    str, typer.Option("--memory-limit", help="Memory of each worker, like 4GiB.")
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        help="Address or scheduler file of a running Dask cluster, used instead of own workers.",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Directory that gets the output.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace another output in the same directory.")
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object; progress goes to stderr.")
+]
+CatalogPath = Annotated[Path, typer.Argument(help="Directory of a catalog.", show_default=False)]
+Store = Annotated[Path, typer.Option("--store", help="Folder of artifacts and builds.")]

@@ -1,0 +1,297 @@
+"""Commands that do one step of a rebuild on catalogs given by path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sos_dask.cli.options import (
+    CatalogPath,
+    Json,
+    MemoryLimit,
+    Out,
+    Overwrite,
+    Scheduler,
+    Workers,
+)
+from sos_dask.cli.output import print_json, reporting, say, show_metrics, show_step
+from sos_dask.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sos_dask.artifact import Manifest
+    from sos_dask.catalog import Catalog
+
+
+def run_step(
+    step: Callable[..., Manifest | None],
+    workers: int | None,
+    memory_limit: str,
+    scheduler: str | None,
+) -> Manifest | None:
+    """Call a stage with a cluster and with progress on stderr."""
+    from sos_dask.cluster import start
+
+    with reporting() as report, start(workers, memory_limit, scheduler) as cluster:
+        return step(cluster=cluster, report=report)
+
+
+def simulate(
+    out: Out,
+    rows: Annotated[int, typer.Option("--rows", min=1000, help="LAMOST rows.")] = 200_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same bytes.")] = 1,
+    bias: Annotated[bool, typer.Option(help="Inject the LAMOST bias.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a mock sky with known truth, as the surveys' own FITS tables.
+
+    Example: sos-dask simulate --rows 1000000 -o sky
+    """
+    from sos_dask.simulate import SkySettings
+    from sos_dask.simulate import simulate as run
+
+    with reporting() as report:
+        files = run(SkySettings(n_lamost=rows, seed=seed, bias=bias), out, report)
+    if as_json:
+        print_json({"files": files})
+        return
+    for name, path in files.items():
+        say(f"{name:8} {path}")
+
+
+def ingest(
+    survey: Annotated[str, typer.Argument(help="Name of a survey, or path of a survey TOML.")],
+    files: Annotated[list[Path], typer.Argument(help="Files of the survey.")],
+    out: Out,
+    rows_per_partition: Annotated[
+        int, typer.Option(min=1, help="Pixels are split until each holds at most so many rows.")
+    ] = 1_000_000,
+    margin_arcsec: Annotated[
+        float | None, typer.Option(help="Also write a margin catalog: OUT.collection, for LSDB.")
+    ] = None,
+    workers: Workers = None,
+    memory_limit: MemoryLimit = "auto",
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Turn survey files into a HEALPix-partitioned catalog of observations.
+
+    Example: sos-dask ingest lamost-dr11-lrs dr11_v2.0_LRS_stellar.fits.gz -o lamost
+    """
+    from sos_dask.catalog import Catalog
+    from sos_dask.schema import load_survey
+    from sos_dask.stages.ingest import IngestSettings
+    from sos_dask.stages.ingest import ingest as run
+    from sos_dask.stages.margin import margin
+
+    definition = load_survey(survey)
+    if margin_arcsec is not None and not 0 < margin_arcsec < 3600:
+        raise ConfigError(f"--margin-arcsec {margin_arcsec:g} is not between 0 and 3600")
+    settings = IngestSettings(rows_per_partition)
+
+    def step(**context: Any) -> Manifest:
+        manifest = run(
+            definition, files, out, settings, name=out.name, overwrite=overwrite, **context
+        )
+        if margin_arcsec is not None:
+            collection = out.with_name(f"{out.name}.collection")
+            margin(Catalog.open(out), collection, margin_arcsec, overwrite=overwrite, **context)
+        return manifest
+
+    show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)
+
+
+def dedupe(
+    catalog: CatalogPath,
+    out: Out,
+    method: Annotated[
+        str, typer.Option(help="inverse-variance, best-snr or median.")
+    ] = "inverse-variance",
+    radius_arcsec: Annotated[
+        float, typer.Option(help="Repeats without an id lie within it.")
+    ] = 1.5,
+    id_radius_arcsec: Annotated[
+        float, typer.Option(help="Repeats of one Gaia id lie within it.")
+    ] = 10.0,
+    max_spread: Annotated[
+        float, typer.Option(help="Flag stars whose repeats spread over so many expected errors.")
+    ] = 5.0,
+    gaia_id: Annotated[bool, typer.Option(help="Use Gaia ids.")] = True,
+    workers: Workers = None,
+    memory_limit: MemoryLimit = "auto",
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Combine repeats of one star into one row.
+
+    Example: sos-dask dedupe lamost -o lamost.stars --method best-snr
+    """
+    from sos_dask.catalog import Catalog
+    from sos_dask.dedupe import DedupeSettings
+    from sos_dask.stages.dedupe import dedupe as run
+
+    settings = DedupeSettings(radius_arcsec, id_radius_arcsec, method, max_spread, gaia_id)
+    opened = Catalog.open(catalog)
+    stated = opened.manifest.summary.get("expected_error", {}) if opened.manifest else {}
+    step = partial(
+        run, opened, out, settings, expected_error=stated, name=out.name, overwrite=overwrite
+    )
+    show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)
+
+
+def reference(
+    catalogs: Annotated[
+        list[str],
+        typer.Argument(help="Catalogs of stars as NAME=DIRECTORY, the preferred one first."),
+    ],
+    out: Out,
+    method: Annotated[str, typer.Option(help="precedence or weighted-mean.")] = "precedence",
+    radius_arcsec: Annotated[
+        float, typer.Option(help="Stars without common ids within it are one.")
+    ] = 1.5,
+    workers: Workers = None,
+    memory_limit: MemoryLimit = "auto",
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Unite the stars of several reference surveys, one row a star.
+
+    Example: sos-dask reference apogee=apogee.stars galah=galah.stars -o reference
+    """
+    from sos_dask.catalog import Catalog
+    from sos_dask.stages.reference import ReferenceSettings
+    from sos_dask.stages.reference import reference as run
+    from sos_dask.unify import UnifySettings
+
+    opened: dict[str, Catalog] = {}
+    for text in catalogs:
+        name, found, path = text.partition("=")
+        if not found or not name:
+            raise ConfigError(f"'{text}' is not NAME=DIRECTORY", "For example apogee=apogee.stars.")
+        if name in opened:
+            raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
+        opened[name] = Catalog.open(path)
+    settings = ReferenceSettings(UnifySettings(method, tuple(opened)), radius_arcsec)
+    step = partial(run, opened, out, settings, name=out.name, overwrite=overwrite)
+    show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)
+
+
+def crossmatch(
+    left: Annotated[Path, typer.Argument(help="Target: a catalog of observations or stars.")],
+    right: Annotated[Path, typer.Argument(help="Reference: a catalog of stars.")],
+    radius_arcsec: Annotated[float, typer.Option(help="Largest separation of a pair.")],
+    out: Out,
+    pairs: Annotated[
+        str, typer.Option(help="best: one pair a target row; all: every pair.")
+    ] = "best",
+    id_radius_arcsec: Annotated[
+        float, typer.Option(help="Pairs of one Gaia id lie within it.")
+    ] = 10.0,
+    gaia_id: Annotated[bool, typer.Option(help="Use Gaia ids where the releases agree.")] = True,
+    folds: Annotated[int, typer.Option(min=2, max=100, help="Folds for cross-validation.")] = 5,
+    seed: Annotated[int, typer.Option(help="Other seeds give other folds.")] = 0,
+    workers: Workers = None,
+    memory_limit: MemoryLimit = "auto",
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Match a target catalog with a reference catalog, exactly.
+
+    Example: sos-dask crossmatch lamost.stars reference --radius-arcsec 1 -o pairs
+    """
+    from sos_dask.catalog import Catalog
+    from sos_dask.crossmatch import MatchSettings
+    from sos_dask.stages.crossmatch import PairSettings
+    from sos_dask.stages.crossmatch import crossmatch as run
+
+    match = MatchSettings(radius_arcsec, id_radius_arcsec, pairs, gaia_id)
+    step = partial(
+        run,
+        Catalog.open(left),
+        Catalog.open(right),
+        out,
+        PairSettings(match, folds, seed),
+        name=out.name,
+        overwrite=overwrite,
+    )
+    show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)
+
+
+def train(
+    pairs: Annotated[Path, typer.Argument(help="Catalog of pairs.")],
+    out: Out,
+    method: Annotated[str, typer.Option("--method", "-m", help="polynomial or boosted.")],
+    param: Annotated[
+        list[str] | None, typer.Option("--param", "-p", help="Setting of the method, NAME=VALUE.")
+    ] = None,
+    validation: Annotated[str, typer.Option(help="auto, kfold or holdout.")] = "auto",
+    workers: Workers = None,
+    memory_limit: MemoryLimit = "auto",
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Learn the difference target - reference from pairs; print held-out metrics.
+
+    Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
+    """
+    from sos_dask.catalog import Catalog
+    from sos_dask.stages.train import TrainSettings, metrics_of
+    from sos_dask.stages.train import train as run
+
+    settings = TrainSettings(method, dict(_setting(text) for text in param or []), validation)
+    step = partial(run, Catalog.open(pairs), out, settings, overwrite=overwrite)
+    manifest = run_step(step, workers, memory_limit, scheduler)
+    if manifest is not None and not as_json:
+        show_metrics(metrics_of(manifest))
+    show_step(manifest, out, as_json)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, found, value = text.partition("=")
+    if not found or not name:
+        raise ConfigError(f"--param '{text}' is not NAME=VALUE", "For example max_depth=4.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def apply(
+    model: Annotated[Path, typer.Argument(help="Directory of a trained model.")],
+    catalog: CatalogPath,
+    out: Out,
+    partitions: Annotated[
+        str, typer.Option("--partitions", help="all, i/N, indices 0-9,12 or HEALPix pixels 2:44.")
+    ] = "all",
+    workers: Workers = None,
+    memory_limit: MemoryLimit = "auto",
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Correct the labels of every row; several processes may share one output.
+
+    Example, one task of a job array: sos-dask apply model lamost -o corrected --partitions 3/16
+    """
+    from sos_dask.catalog import Catalog
+    from sos_dask.stages.apply import apply as run
+
+    step = partial(
+        run,
+        model,
+        Catalog.open(catalog),
+        out,
+        partitions=partitions,
+        name=out.name,
+        overwrite=overwrite,
+    )
+    show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)

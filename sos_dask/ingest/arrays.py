@@ -1,0 +1,62 @@
+"""Columns between Arrow and NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+
+Values: TypeAlias = NDArray[Any] | pa.Array
+"""A native column: an array without nulls, or an Arrow array of numbers or text."""
+
+
+def is_text(values: Values) -> bool:
+    return isinstance(values, pa.Array) and pa.types.is_string(values.type)
+
+
+def split(values: Values) -> tuple[NDArray[Any], BoolArray | None]:
+    """Numbers, and where they are null."""
+    if not isinstance(values, pa.Array):
+        return values, None
+    if not values.null_count:
+        return values.to_numpy(zero_copy_only=False), None
+    null = values.is_null().to_numpy(zero_copy_only=False)
+    return values.fill_null(0).to_numpy(zero_copy_only=False), null
+
+
+def one_array(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def decoded(column: pa.Array) -> pa.Array:
+    """Binary as text: UTF-8, and where it is not, Latin-1 (every byte has a meaning there)."""
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array(
+            [None if v is None else v.decode("latin-1") for v in column.to_pylist()], pa.string()
+        )
+
+
+def regrouped(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterator[tuple[int, pa.Table]]:
+    """Tables of exactly ``batch_rows`` rows (the last may be shorter), each with its first row."""
+    first, held, n_held = 0, [], 0
+    for batch in batches:
+        held.append(batch)
+        n_held += batch.num_rows
+        if n_held >= batch_rows:
+            table = pa.Table.from_batches(held)
+            while table.num_rows >= batch_rows:
+                yield first, table.slice(0, batch_rows)
+                first += batch_rows
+                table = table.slice(batch_rows)
+            held, n_held = table.to_batches(), table.num_rows
+    if n_held:
+        yield first, pa.Table.from_batches(held)

@@ -1,0 +1,179 @@
+"""Keys of observations: their order, and those that stand at more than one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask.errors import SurveyError
+from sos_dask.ingest.arrays import BoolArray, IntArray, one_array, split
+from sos_dask.schema import HEALPIX_COLUMN
+
+_HASH_FACTOR = np.uint64(0xFF51AFD7ED558CCD)  # of MurmurHash3's finaliser
+_NO_KEY = 'Map obs_id to another column, or join several: join = ["field", "fibre"].'
+
+
+def sort_order(cells: IntArray, ids: Any) -> IntArray:
+    """Order by cell, then by id; rows equal in both keep their order.
+
+    Parameters
+    ----------
+    cells : ndarray of int64, shape (n,)
+    ids : ndarray of int64 or pyarrow.StringArray, shape (n,)
+        Text is ordered by its bytes.
+    """
+    order: IntArray = np.argsort(cells, kind="stable")
+    in_order = cells[order]
+    same = in_order[1:] == in_order[:-1]
+    if not same.any():
+        return order
+    tied = np.zeros(len(order), dtype=bool)
+    tied[1:] |= same
+    tied[:-1] |= same
+    where = np.flatnonzero(tied)
+    rows = order[where]
+    codes = codes_of(ids.take(pa.array(rows)) if isinstance(ids, pa.Array) else pa.array(ids[rows]))
+    cell_number = np.cumsum(~np.concatenate([[False], same])[where])
+    low = int(codes.min())
+    bits = (int(codes.max()) - low).bit_length()
+    if bits + int(cell_number[-1]).bit_length() < 64:
+        # Cell and id in one integer, all but sorted already: many times faster than two keys.
+        by_id = np.argsort(cell_number << bits | codes - low, kind="stable")
+    else:
+        by_id = np.lexsort((codes, cell_number))
+    order[where] = rows[by_id]
+    return order
+
+
+def codes_of(column: pa.Array) -> IntArray:
+    """Integers ordered as the values are, equal only for equal bytes (nulls are as 0 or '')."""
+    if pa.types.is_string(column.type):
+        ranks = pc.rank(column.fill_null(""), tiebreaker="dense")
+        return np.asarray(ranks.to_numpy().astype(np.int64))
+    values, _ = split(column)
+    if values.dtype.kind != "f":
+        return values.astype(np.int64)
+    bits = values.view(f"i{values.itemsize}")
+    flipped = bits ^ ((bits >> (8 * values.itemsize - 1)) & np.iinfo(bits.dtype).max)
+    return np.asarray(flipped.astype(np.int64))
+
+
+def conflicting_keys(
+    pieces: Sequence[Path | pa.Table], bucket: int = 0, n_buckets: int = 1
+) -> pa.Array:
+    """Values of ``obs_id`` that stand at more than one place.
+
+    Parameters
+    ----------
+    pieces : sequence of Path or pyarrow.Table
+        Tables or uncompressed Arrow IPC files (memory-mapped) with ``obs_id`` and ``_healpix_29``.
+    bucket, n_buckets : int
+        Only keys of one bucket are looked at, so that their 16 bytes a row fit in memory.
+
+    Returns
+    -------
+    pyarrow.Array
+        Sorted.
+
+    Raises
+    ------
+    SurveyError
+        More than 100 rows, and more than 1 % of the bucket's, share their key with a row elsewhere.
+    """
+    hashes, cells = [], []
+    for ids, cell in _keys(pieces):
+        hashed = hashes_of(ids)
+        mine = _in_bucket(hashed, bucket, n_buckets)
+        hashes.append(hashed[mine])
+        cells.append(cell[mine])
+    hashed = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
+    cell = np.concatenate(cells) if cells else np.empty(0, np.int64)
+    order = np.argsort(hashed)
+    hashed, cell = hashed[order], cell[order]
+    same = hashed[1:] == hashed[:-1]
+    conflicts = np.unique(hashed[1:][same & (cell[1:] != cell[:-1])])
+    if not len(conflicts):
+        kind = next((ids.type for ids, _ in _keys(pieces)), pa.int64())
+        return pa.array([], kind)
+    first, stop = (np.searchsorted(hashed, conflicts, side) for side in ("left", "right"))
+    n_excess = int((stop - first - 1).sum())
+    found_ids, found_cells = [], []
+    for ids, cell in _keys(pieces):
+        mine = np.isin(hashes_of(ids), conflicts)
+        found_ids.append(ids.filter(pa.array(mine)))
+        found_cells.append(pa.array(cell[mine]))
+        if n_excess > 100 and len(found_ids[-1]):
+            check_conflicts(n_excess, len(hashed), str(found_ids[-1][0]))
+    # Two texts may share a hash: the texts themselves decide.
+    table = pa.table({"key": pa.chunked_array(found_ids), "cell": pa.chunked_array(found_cells)})
+    extent = table.group_by("key").aggregate([("cell", "min"), ("cell", "max")])
+    keys = extent.filter(pc.not_equal(extent["cell_min"], extent["cell_max"]))["key"]
+    return one_array(keys.take(pc.sort_indices(keys)))
+
+
+def check_conflicts(n_conflicts: int, n_rows: int, example: str, column: str = "obs_id") -> None:
+    """Raise `SurveyError` when so many rows share their key with another that it is no key.
+
+    Parameters
+    ----------
+    n_conflicts, n_rows : int
+        Rows beyond the first of their key that are not its exact duplicates; all rows.
+    example : str
+        One such key.
+    column : str
+        How the column is called.
+    """
+    if n_conflicts > 100 and n_conflicts > 0.01 * n_rows:
+        raise SurveyError(
+            f"'{column}' is no key: {n_conflicts} of {n_rows} rows have the key of another row and "
+            f"other values, for example {example}",
+            _NO_KEY,
+        )
+
+
+def _keys(pieces: Sequence[Path | pa.Table]) -> Iterator[tuple[pa.Array, IntArray]]:
+    for piece in pieces:
+        if isinstance(piece, pa.Table):
+            batches: Any = piece.to_batches()
+        else:
+            file = pa.ipc.open_file(pa.memory_map(str(piece)))
+            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        for batch in batches:
+            yield batch["obs_id"], batch[HEALPIX_COLUMN].to_numpy()
+
+
+def _in_bucket(hashes: NDArray[np.uint64], bucket: int, n_buckets: int) -> BoolArray:
+    if n_buckets == 1:
+        return np.ones(len(hashes), dtype=bool)
+    mixed = (hashes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+    return np.asarray(mixed % np.uint64(n_buckets) == bucket)
+
+
+def hashes_of(ids: pa.Array) -> NDArray[np.uint64]:
+    """Integers themselves; of text a 64-bit hash, eight bytes of all rows at a time."""
+    if not pa.types.is_string(ids.type):
+        return np.asarray(ids.to_numpy().view(np.uint64))
+    n_rows = len(ids)
+    _, offsets, data = ids.buffers()
+    bounds = np.frombuffer(offsets, np.int32)[ids.offset : ids.offset + n_rows + 1].astype(np.int64)
+    low, stop = (int(bounds[0]), int(bounds[-1])) if n_rows else (0, 0)
+    padded = np.zeros(stop - low + 8, dtype=np.uint8)
+    if stop > low:
+        padded[:-8] = np.frombuffer(data, np.uint8)[low:stop]
+    words = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))  # one from every byte on
+    starts, lengths = bounds[:-1] - low, np.diff(bounds)
+    kept = (np.uint64(1) << (np.arange(8, dtype=np.uint64) * np.uint64(8))) - np.uint64(1)
+    kept = np.append(kept, np.uint64(2**64 - 1))  # of 0 to 8 bytes
+    hashes = lengths.astype(np.uint64)
+    for step in range(0, int(lengths.max(initial=0)), 8):
+        word = words[np.minimum(starts + step, len(words) - 1)]
+        mixed = (hashes ^ (word & kept[np.clip(lengths - step, 0, 8)])) * _HASH_FACTOR
+        # Rows that have ended stay as they are: the hash must not know the longest of its batch.
+        hashes = np.where(lengths > step, mixed ^ (mixed >> np.uint64(32)), hashes)
+    return hashes

@@ -1,0 +1,104 @@
+"""What a survey file and its columns are, to all readers of formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sos_dask.ingest.arrays import Values
+
+Batches: TypeAlias = Iterator[tuple[int, dict[str, Values]]]
+"""Number of the first row (from 0) and the columns by their keys."""
+DAMAGED = "Download it again and compare its size and checksum with the survey's."
+
+
+@dataclass(frozen=True)
+class Native:
+    """One column of a survey file.
+
+    Parameters
+    ----------
+    name : str
+        As the file spells it.
+    kind : str
+        ``int``, ``float``, ``bool``, ``text``, or the format where it is none of these.
+    width : int
+        Values in each row; -1 where rows differ.
+    element : int, optional
+        The one that is read of a vector.
+    unit : str
+        As the file states it.
+    offset, dtype, null, scale, zero
+        Place in a FITS record, NumPy type there, TNULL, TSCAL and TZERO.
+    """
+
+    name: str
+    kind: str
+    width: int = 1
+    element: int | None = None
+    unit: str = ""
+    offset: int = 0
+    dtype: str = ""
+    null: int | None = None
+    scale: float = 1
+    zero: float = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """One opened survey file; it holds no rows and pickles small.
+
+    Parameters
+    ----------
+    path : str
+        As the user gave it.
+    data_path : str
+        What is read: the decompressed copy of a gzipped FITS file.
+    kind : str
+        ``fits``, ``csv``, ``parquet`` or ``votable``.
+    index : int
+        Number of the file in the job.
+    n_rows : int, optional
+        None for text, which has to be read to be counted.
+    natives : mapping of str to Native
+        The columns that are needed, by a key of our own (``PARAM[0]`` for an element).
+    columns : mapping of str to tuple of str
+        Column of the product -> keys of its natives (several where joined).
+    cuts : mapping of str to str
+        ``Cut.column`` -> key of the native; a column of the product is not in it.
+    offset, row_bytes : int
+        FITS: where the table begins, and bytes a row.
+    group_rows : tuple of int
+        Parquet: rows of each row group.
+    header, delimiter, skip_lines, gzipped
+        Text: all column names, and how to read it.
+    """
+
+    path: str
+    data_path: str
+    kind: str
+    index: int
+    n_rows: int | None
+    natives: Mapping[str, Native]
+    columns: Mapping[str, tuple[str, ...]]
+    cuts: Mapping[str, str]
+    offset: int = 0
+    row_bytes: int = 0
+    group_rows: tuple[int, ...] = ()
+    header: tuple[str, ...] = ()
+    delimiter: str = ","
+    skip_lines: int = 1
+    gzipped: bool = False
+
+
+@dataclass
+class Contents:
+    """What a file holds, before the survey's columns are looked up in it."""
+
+    kind: str
+    data_path: Path
+    natives: list[Native]
+    n_rows: int | None
+    layout: dict[str, Any] = field(default_factory=dict)

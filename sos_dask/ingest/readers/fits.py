@@ -1,0 +1,183 @@
+"""FITS binary tables: big-endian records, read in blocks straight into columns."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask.errors import SurveyError
+from sos_dask.ingest.arrays import Values, decoded
+from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source
+
+_BLOCK_BYTES = 1 << 20  # stays in the second-level cache while its columns are pulled out
+
+
+_FITS_TYPES = {
+    "L": ("u1", "bool"),
+    "B": ("u1", "int"),
+    "I": (">i2", "int"),
+    "J": (">i4", "int"),
+    "K": (">i8", "int"),
+    "E": (">f4", "float"),
+    "D": (">f8", "float"),
+}
+_FITS_BYTES = {"C": 8, "M": 16, "P": 8, "Q": 16}
+
+
+def open_fits(path: Path, data_path: Path, hdu: int) -> Contents:
+    from astropy.io import fits
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of truncation, which is said with numbers below
+            with fits.open(data_path, memmap=True, disable_image_compression=True) as hdus:
+                headers = [(item.header, int(item.fileinfo()["datLoc"])) for item in hdus]
+    except (OSError, ValueError, KeyError, TypeError, fits.VerifyError) as error:
+        raise SurveyError(f"{path}: not a readable FITS file: {error}", DAMAGED) from None
+    kinds = [str(header.get("XTENSION", "")).strip() for header, _ in headers]
+    if hdu >= len(headers) or kinds[hdu] != "BINTABLE":
+        tables = [
+            f"{number} '{header.get('EXTNAME', '')}' ({header['NAXIS2']} rows)"
+            for number, (header, _) in enumerate(headers)
+            if kinds[number] == "BINTABLE"
+        ]
+        what = "is no binary table" if hdu < len(headers) else "does not exist"
+        raise SurveyError(
+            f"{path}: HDU {hdu} {what}",
+            f"Tables are in HDU {', '.join(tables)}: set hdu in the survey."
+            if tables
+            else "It holds no binary table at all.",
+        )
+    header, offset = headers[hdu]
+    row_bytes, n_rows = int(header["NAXIS1"]), int(header["NAXIS2"])
+    expected = offset + row_bytes * n_rows + int(header.get("PCOUNT", 0))
+    actual = data_path.stat().st_size
+    if actual < expected:
+        raise SurveyError(
+            f"{path} is truncated: {actual} bytes, its header asks for {expected}", DAMAGED
+        )
+    try:
+        natives = list(_fits_columns(path, header))
+    except KeyError as error:
+        raise SurveyError(f"{path}: its header is damaged: {error}", DAMAGED) from None
+    layout = {"offset": offset, "row_bytes": row_bytes}
+    return Contents("fits", data_path, natives, n_rows, layout)
+
+
+def _fits_columns(path: Path, header: Any) -> Iterator[Native]:
+    """Columns of a binary table, as FITS 4.0, section 7.3 defines them."""
+    offset = 0
+    for number in range(1, int(header["TFIELDS"]) + 1):
+        form = str(header[f"TFORM{number}"]).strip()
+        match = re.match(r"(\d*)([LXBIJKAEDCMPQ])", form)
+        if match is None:
+            raise SurveyError(f"{path}: column {number} has the unknown format '{form}'")
+        repeat, code = int(match[1] or 1), match[2]
+        scale, zero = header.get(f"TSCAL{number}", 1), header.get(f"TZERO{number}", 0)
+        width = repeat
+        if code == "A":
+            dtype, kind, size, width = f"S{repeat}", "text", repeat, 1
+        elif code == "X":
+            dtype, kind, size = "", form, (repeat + 7) // 8
+        elif code in _FITS_BYTES:
+            dtype, kind, size = "", form, _FITS_BYTES[code] * repeat
+        else:
+            dtype, kind = _FITS_TYPES[code]
+            size = np.dtype(dtype).itemsize * repeat
+            if kind == "int" and not (scale == 1 and float(zero).is_integer()):
+                kind = "float"
+        if repeat == 0:
+            kind = form
+        yield Native(
+            name=str(header.get(f"TTYPE{number}", f"col{number}")).strip(),
+            kind=kind,
+            width=width,
+            unit=str(header.get(f"TUNIT{number}", "")).strip(),
+            offset=offset,
+            dtype=dtype,
+            null=header.get(f"TNULL{number}") if code in "BIJK" else None,
+            scale=scale,
+            zero=zero,
+        )
+        offset += size
+    if offset != int(header["NAXIS1"]):
+        raise SurveyError(
+            f"{path}: its columns take {offset} bytes a row, NAXIS1 says {header['NAXIS1']}",
+            "The header is damaged.",
+        )
+
+
+def read_fits(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+    stop = source.n_rows if stop is None else stop
+    assert stop is not None
+    natives = source.natives
+    record = np.dtype(
+        {
+            "names": list(natives),
+            "formats": [native.dtype for native in natives.values()],
+            "offsets": [native.offset for native in natives.values()],
+            "itemsize": source.row_bytes,
+        }
+    )
+    block_rows = max(1, _BLOCK_BYTES // source.row_bytes)
+    block = np.empty(block_rows, record)
+    raw = memoryview(block.view(np.uint8).data)
+    with Path(source.data_path).open("rb", buffering=0) as file:
+        file.seek(source.offset + start * source.row_bytes)
+        for first in range(start, stop, batch_rows):
+            n_rows = min(batch_rows, stop - first)
+            columns = {
+                key: np.empty(n_rows, np.dtype(native.dtype).newbyteorder("="))
+                for key, native in natives.items()
+            }
+            for low in range(0, n_rows, block_rows):
+                n = min(block_rows, n_rows - low)
+                _read_exactly(source, file, raw[: n * source.row_bytes])
+                for key, column in columns.items():
+                    column[low : low + n] = block[key][:n]
+            yield first, {key: _fits_values(natives[key], columns[key]) for key in natives}
+
+
+def _read_exactly(source: Source, file: io.FileIO, target: memoryview) -> None:
+    done = 0
+    while done < len(target):
+        got = file.readinto(target[done:])
+        if not got:
+            raise SurveyError(f"{source.path} became shorter while it was read", DAMAGED)
+        done += got
+
+
+def _fits_values(native: Native, column: NDArray[Any]) -> Values:
+    if native.kind == "text":
+        return _padded_text(column)
+    if native.kind == "bool":
+        return pa.array((column == ord("T")).view(np.int8), mask=~np.isin(column, (84, 70)))
+    null = None if native.null is None else column == native.null
+    if native.kind == "int" and native.zero:
+        if column.dtype == np.int64 and native.zero == 1 << 63:
+            column = column.view(np.uint64) ^ np.uint64(1 << 63)
+        else:
+            column = column.astype(np.int64) + int(native.zero)
+    elif native.scale != 1 or native.zero:
+        column = column * float(native.scale) + float(native.zero)
+    return column if null is None or not null.any() else pa.array(column, mask=null)
+
+
+def _padded_text(column: NDArray[Any]) -> pa.Array:
+    """Fixed-width bytes as text; FITS pads with blanks, or ends the text with a NUL."""
+    width = column.dtype.itemsize
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(column))]
+    fixed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(column), buffers)
+    text = pc.ascii_rtrim(decoded(fixed.cast(pa.binary())), characters=" \0")
+    if pc.any(pc.match_substring(text, "\0")).as_py():
+        text = pc.replace_substring_regex(text, pattern="(?s)\0.*", replacement="")
+    return text

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import xgboost
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sos_dask.errors import ModelError
+from sos_dask.models import lookup
+from sos_dask.models.lookup import LookupTable, compile_trees
+
+
+def random_booster(rng: np.random.Generator, rounds: int, depth: int, bins: int) -> xgboost.Booster:
+    x = rng.normal(size=(400, 3)).astype(np.float32)
+    x[rng.random((400, 3)) < 0.1] = np.nan  # so that trees learn where missing values go
+    known = np.nan_to_num(x)
+    y = known.sum(axis=1) + 3 * np.isnan(x[:, 0]) + known[:, 0] * known[:, 1] + rng.normal(size=400)
+    params = {"max_depth": depth, "max_bin": bins, "eta": 0.3, "nthread": 1, "lambda": 0.1}
+    return xgboost.train(params, xgboost.QuantileDMatrix(x, y, max_bin=bins), rounds)
+
+
+def probes(rng: np.random.Generator, table: LookupTable) -> np.ndarray:
+    """Values everywhere, on the thresholds, just beside them, infinite and missing."""
+    columns = []
+    for edges in table.edges:
+        special = [np.float32(np.nan), np.float32(np.inf), np.float32(-np.inf)]
+        beside = np.nextafter(edges, np.float32(-np.inf)), np.nextafter(edges, np.float32(np.inf))
+        pool = np.concatenate([edges, *beside, special, rng.normal(size=50) * 2]).astype(np.float32)
+        columns.append(rng.choice(pool, 2000))
+    return np.stack(columns, axis=1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(0, 12), st.integers(1, 6), st.sampled_from([2, 7, 64, 256])
+)
+def test_equals_xgboost_on_every_row(seed, rounds, depth, bins):
+    rng = np.random.default_rng(seed)
+    boosters = [random_booster(rng, rounds, depth, bins) for _ in range(2)]
+    table = compile_trees(boosters)
+    assert table is not None
+    x = probes(rng, table)
+    expected = np.stack([booster.inplace_predict(x) for booster in boosters], axis=1)
+    np.testing.assert_allclose(table.predict(x), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_survives_bytes_and_does_not_copy():
+    rng = np.random.default_rng(1)
+    table = compile_trees([random_booster(rng, 5, 3, 16)])
+    assert table is not None
+    content = table.to_bytes()
+    again = LookupTable.from_buffer(content)
+    assert not again.values.flags.owndata
+    x = probes(rng, table)
+    assert np.array_equal(again.predict(x), table.predict(x))
+    assert again.to_bytes() == content
+    for damaged in (b"", content[:40], content[:-1], b"x" * 600):
+        with pytest.raises(ModelError, match="damaged"):
+            LookupTable.from_buffer(damaged)
+
+
+def test_too_fine_a_grid_gets_no_table(monkeypatch):
+    booster = random_booster(np.random.default_rng(2), 5, 3, 16)
+    monkeypatch.setattr(lookup, "MAX_CELLS", 8)
+    assert compile_trees([booster]) is None

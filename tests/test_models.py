@@ -1,0 +1,449 @@
+"""What all methods share; `ArraySource` and `biased_pairs` serve the tests of each method too."""
+
+import csv
+import hashlib
+import json
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.spatial import cKDTree
+
+from sos_dask import models
+from sos_dask.compare import choose, held_out_metrics
+from sos_dask.errors import ConfigError, ModelError
+from sos_dask.features import FEATURES, features
+from sos_dask.healpix import unit_vectors
+from sos_dask.models import Batch, Histogram, Param
+from sos_dask.schema import LABELS
+
+NOISE = np.array([60.0, 0.12, 0.06])
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Pairs in memory, cut at ``cuts``."""
+
+    batch: Batch
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def n_batches(self) -> int:
+        return len(self.cuts) + 1
+
+    def load(self, index: int) -> Batch:
+        edges = [0, *self.cuts, len(self.batch.fold)]
+        rows = slice(edges[index], edges[index + 1])
+        b = self.batch
+        return Batch(b.features[rows], b.differences[rows], b.fold[rows], b.weight[rows])
+
+
+def bias(x: np.ndarray) -> np.ndarray:
+    """Smooth differences with a product of log g and [Fe/H], in K, dex, dex."""
+    t, g, m = (x[:, k].astype(np.float64) for k in range(3))
+    return np.stack(
+        [
+            -40 + 220 * (t - 1) - 300 * (t - 1) ** 2 + 35 * m * (g - 3),
+            0.08 + 0.10 * m * (g - 3) - 0.05 * (g - 3) ** 2,
+            0.04 - 0.15 * (t - 1) - 0.06 * m * (g - 3) + 0.03 * (g - 3) ** 2 * m,
+        ],
+        axis=1,
+    )
+
+
+def biased_pairs(n: int, seed: int = 0, outliers: float = 0.0) -> Batch:
+    """Giants and dwarfs with the differences of `bias`, noise and outliers to one side."""
+    rng = np.random.default_rng(seed)
+    giant = rng.random(n) < 0.5
+    logg = np.where(giant, rng.normal(2.4, 0.5, n), rng.normal(4.3, 0.25, n)).clip(0.5, 5.0)
+    teff = np.where(giant, 4000 + 280 * logg, 5700) + rng.normal(0, 300, n)
+    feh = (rng.normal(-0.3, 0.35, n)).clip(-2, 0.5)
+    x = features(teff, logg, feh)
+    y = bias(x) + NOISE * rng.normal(size=(n, 3))
+    y += np.where(rng.random((n, 3)) < outliers, rng.uniform(8, 15, (n, 3)) * NOISE, 0)
+    return Batch(
+        x,
+        y.astype(np.float32),
+        rng.integers(0, 5, n).astype(np.int8),
+        np.ones(n, dtype=np.float32),
+    )
+
+
+QUICK = {"polynomial": {"order": 2}, "boosted": {"n_rounds": 20}}
+METHODS = sorted(QUICK)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def fitted(request) -> models.Fitted:
+    source = ArraySource(biased_pairs(2000, 1), (700,))
+    return models.fit(request.param, source, train_folds=[1, 2, 3, 4], params=QUICK[request.param])
+
+
+@pytest.fixture
+def saved(fitted, tmp_path) -> Path:
+    fitted.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# --- methods and parameters --------------------------------------------------------------------
+
+
+def test_methods_are_the_modules():
+    assert set(METHODS) <= set(models.methods())
+    assert "lookup" not in models.methods()  # a module beside them that is no method
+    assert list(models.methods()) == sorted(models.methods())
+    for method in models.methods():
+        assert models.check_params(method, {}) == {
+            name: param.default for name, param in models.parameters(method).items()
+        }
+
+
+def test_an_unknown_method_names_the_nearest():
+    with pytest.raises(ConfigError, match="no method 'bosted'") as caught:
+        models.fit("bosted", ArraySource(biased_pairs(10)))
+    assert "boosted" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "message"),
+    [
+        ("polynomial", {"ordr": 3}, "no parameter 'ordr'"),
+        ("polynomial", {"order": 0}, r"polynomial\.order = 0 is outside 1 \.\. 6"),
+        ("polynomial", {"order": 7}, "outside"),
+        ("polynomial", {"order": 2.5}, "not a whole number"),
+        ("polynomial", {"order": True}, "not a whole number"),
+        ("polynomial", {"order": "4"}, "not a whole number"),
+        ("polynomial", {"ridge": -1}, "outside"),
+        ("polynomial", {"ridge": float("nan")}, "outside"),
+        ("boosted", {"device": "gpu"}, "device = 'gpu' is not one of cpu, cuda"),
+        ("boosted", {"max_dept": 3}, "no parameter 'max_dept'"),
+        ("boosted", {"subsample": 0}, "outside"),
+        ("boosted", {"learning_rate": 2}, "outside"),
+        ("boosted", {"n_rounds": 0}, "outside"),
+    ],
+)
+def test_wrong_parameters(method, params, message):
+    with pytest.raises(ConfigError, match=message):
+        models.fit(method, ArraySource(biased_pairs(500)), params=params)
+
+
+def test_the_nearest_parameter_is_named():
+    with pytest.raises(ConfigError) as caught:
+        models.check_params("boosted", {"max_dept": 3})
+    assert "max_depth" in caught.value.hint
+
+
+def test_numbers_get_the_type_of_the_default():
+    assert models.check_params("polynomial", {"order": 3.0, "ridge": 2})["order"] == 3
+    assert isinstance(Param(1.0, "").check("x", 2), float)
+    assert isinstance(Param(1, "").check("x", 2.0), int)
+
+
+# --- training rows and their summary -----------------------------------------------------------
+
+
+def test_rows_that_cannot_train_are_left_out():
+    x = np.ones((7, 3), dtype=np.float32)
+    y = np.ones((7, 3), dtype=np.float32)
+    x[1, 2], x[2, 0] = np.nan, np.inf
+    y[3] = np.nan
+    y[4, 1] = np.inf
+    weight = np.array([1, 1, 1, 1, 1, 0, 1], dtype=np.float32)
+    fold = np.array([0, 0, 0, 0, 0, 0, 4], dtype=np.int8)
+    rows = models.training_rows(Batch(x, y, fold, weight), None)
+    assert len(rows.features) == 3
+    assert np.isnan(rows.differences[1, 1])
+    assert len(models.training_rows(Batch(x, y, fold, weight), [4]).features) == 1
+    assert len(models.training_rows(Batch(x, y, fold, weight), []).features) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4])
+def test_histogram_quantiles(scale):
+    rng = np.random.default_rng(5)
+    values = (scale * rng.standard_cauchy(20_001)).astype(np.float32)
+    histogram = Histogram()
+    for part in np.array_split(values, 7):
+        histogram.add(models.count(part))
+    fractions = (0.0, 0.02, 0.25, 0.4, 0.75, 0.9, 1.0)
+    expected = np.quantile(values, fractions)
+    np.testing.assert_allclose(histogram.quantiles(fractions), expected, rtol=8e-3)
+    assert histogram.n == len(values)
+    again = Histogram()
+    again.add(models.count(rng.permutation(values)))
+    np.testing.assert_array_equal(again.quantiles(fractions), histogram.quantiles(fractions))
+
+
+def test_median_of_odd_and_even_numbers():
+    for values in ([3.0], [1.0, 2.0, 9.0], [-5.0, -4.0, -1.0], [0.0, 0.0, 7.0]):
+        histogram = Histogram()
+        histogram.add(models.count(np.array(values, dtype=np.float32)))
+        assert histogram.quantiles((0.5,))[0] == pytest.approx(np.median(values), rel=8e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_too_few_pairs(method):
+    with pytest.raises(ModelError, match=r"needs at least \d+ training pairs .* there are 40"):
+        models.fit(method, ArraySource(biased_pairs(40)))
+    # Enough pairs, but not in the folds.
+    with pytest.raises(ModelError, match=r"of folds 7 .* there are 0"):
+        models.fit(method, ArraySource(biased_pairs(1000)), train_folds=[7])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_label_that_is_never_known(method):
+    batch = biased_pairs(1000)
+    batch.differences[:, 2] = np.nan
+    with pytest.raises(ModelError, match="known feh difference, and there are 0"):
+        models.fit(method, ArraySource(batch, (300, 600)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_label_that_is_constant(method):
+    batch = biased_pairs(1000)
+    batch.differences[:, 1] = 0.25
+    with pytest.raises(ModelError, match=r"logg differences of all 1000 .* are 0\.25"):
+        models.fit(method, ArraySource(batch, (300,)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_batch_at_all(method):
+    empty = biased_pairs(0)
+    with pytest.raises(ModelError, match="there are 0"):
+        models.fit(method, ArraySource(empty, (0, 0)))
+
+
+# --- prediction --------------------------------------------------------------------------------
+
+
+def test_prediction_has_its_shape_and_type(fitted):
+    x = biased_pairs(100, 2).features
+    out = fitted.predict(x)
+    assert out.shape == (100, 3)
+    assert out.dtype == np.float32
+    assert np.isfinite(out).all()
+    assert fitted.labels == LABELS
+    assert fitted.predict(x[:0]).shape == (0, 3)
+    with pytest.raises(ModelError, match=r"shape \(100, 2\)"):
+        fitted.predict(x[:, :2])
+
+
+def test_a_row_is_predicted_the_same_in_any_company(fitted):
+    x = biased_pairs(20_000, 3).features
+    whole = fitted.predict(x)
+    order = np.random.default_rng(0).permutation(len(x))
+    np.testing.assert_array_equal(fitted.predict(x[order]), whole[order])
+    np.testing.assert_array_equal(fitted.predict(x[order[:3]]), whole[order[:3]])
+    np.testing.assert_array_equal(fitted.predict(np.asfortranarray(x)), whole)
+
+
+def test_unknown_features_give_unknown_predictions(fitted):
+    x = biased_pairs(12, 4).features
+    expected = fitted.predict(x)
+    for row, value in enumerate((np.nan, np.inf, -np.inf)):
+        for column in range(3):
+            x[3 * row + column, column] = value
+    out = fitted.predict(x)
+    assert np.isnan(out[:9]).all()
+    np.testing.assert_array_equal(out[9:], expected[9:])
+    assert not fitted.in_range(x)[:9].any()
+
+
+def test_outside_the_training_box_the_correction_is_held(fitted):
+    low, high = np.array(fitted.info.minimum), np.array(fitted.info.maximum)
+    middle = (low + high) / 2
+    far, edge = np.tile(middle, (6, 1)), np.tile(middle, (6, 1))
+    for column in range(3):
+        far[column, column], edge[column, column] = high[column] + 50, high[column]
+        far[3 + column, column], edge[3 + column, column] = low[column] - 50, low[column]
+    far, edge = far.astype(np.float32), edge.astype(np.float32)
+    np.testing.assert_array_equal(fitted.predict(far), fitted.predict(edge))
+    assert fitted.in_range(edge).all()
+    assert not fitted.in_range(far).any()
+
+
+def test_the_box_is_that_of_the_training_pairs(fitted):
+    batch = biased_pairs(2000, 1)
+    used = batch.features[batch.fold > 0]
+    np.testing.assert_array_equal(fitted.info.minimum, used.min(axis=0))
+    np.testing.assert_array_equal(fitted.info.maximum, used.max(axis=0))
+    assert fitted.info.n_pairs == (len(used),) * 3
+    assert fitted.info.train_folds == (1, 2, 3, 4)
+
+
+# --- saving and loading ------------------------------------------------------------------------
+
+
+def test_a_saved_model_comes_back_to_the_last_bit(fitted, saved, tmp_path):
+    again = models.load(saved)
+    x = biased_pairs(3000, 5).features
+    np.testing.assert_array_equal(again.predict(x), fitted.predict(x))
+    assert again.info == fitted.info
+    assert again.method == fitted.method
+    again.save(tmp_path / "again")
+    names = sorted(file.name for file in saved.iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "again").iterdir())
+    for name in names:
+        assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+        assert not name.endswith((".pkl", ".pickle"))
+
+
+def test_a_model_travels_to_workers(fitted):
+    x = biased_pairs(100, 6).features
+    again = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_array_equal(again.predict(x), fitted.predict(x))
+
+
+def test_the_same_pairs_give_the_same_bytes(fitted):
+    source = ArraySource(biased_pairs(2000, 1), (700,))
+    again = models.fit(fitted.method, source, train_folds=[1, 2, 3, 4], params=QUICK[fitted.method])
+    assert again.files() == fitted.files()
+
+
+def test_what_a_model_states(fitted, saved):
+    document = json.loads((saved / "model.json").read_text())
+    assert document["format"] == models.MODEL_FORMAT
+    assert document["method"] == fitted.method
+    assert document["labels"] == list(LABELS)
+    assert document["features"] == list(FEATURES)
+    assert document["params"] == models.check_params(fitted.method, QUICK[fitted.method])
+    assert document["train_folds"] == [1, 2, 3, 4]
+    assert set(document["training_range"]) == set(FEATURES)
+    others = {file.name for file in saved.iterdir()} - {"model.json"}
+    assert set(document["files"]) == others
+    for name, value in document["files"].items():
+        assert hashlib.sha256((saved / name).read_bytes()).hexdigest() == value
+
+
+def test_a_changed_file_is_named(saved):
+    for file in sorted(saved.iterdir()):
+        if file.name == "model.json":
+            continue
+        content = file.read_bytes()
+        file.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        with pytest.raises(ModelError, match=file.name):
+            models.load(saved)
+        file.write_bytes(content)
+    models.load(saved)
+
+
+def test_a_missing_file_is_named(saved):
+    for file in sorted(saved.iterdir()):
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(ModelError, match=f"{file.name}: No such file"):
+            models.load(saved)
+        file.write_bytes(content)
+
+
+def _edit(saved: Path, **changes: object) -> None:
+    document = json.loads((saved / "model.json").read_text())
+    (saved / "model.json").write_text(json.dumps({**document, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": models.MODEL_FORMAT + 1}, r"model format 2 is not 1"),
+        ({"format": None}, "model format None"),
+        ({"labels": ["teff", "feh", "logg"]}, "labels are"),
+        ({"features": ["teff", "logg", "feh"]}, "features are"),
+        ({"method": "psychic"}, "method 'psychic' is not one of"),
+        ({"method": None}, "method None"),
+        ({"files": {"../../secret": "00"}}, "'../../secret' is not a file name"),
+        ({"files": {}}, "incomplete|not valid|damaged"),
+        ({"files": []}, "damaged"),
+        ({"training_range": {"logg": [0, 1]}}, "damaged"),
+        ({"training_range": {name: [0, "x"] for name in FEATURES}}, "damaged"),
+        ({"n_pairs": None}, "damaged"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(saved, changes, message):
+    _edit(saved, **changes)
+    with pytest.raises(ModelError, match=message):
+        models.load(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00"])
+def test_a_damaged_model_file_is_refused(saved, content):
+    (saved / "model.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.json: not"):
+        models.load(saved)
+
+
+def test_a_model_of_one_method_is_not_read_as_another(saved, fitted):
+    other = next(method for method in METHODS if method != fitted.method)
+    _edit(saved, method=other)
+    with pytest.raises(ModelError):
+        models.load(saved)
+
+
+def test_saving_again_replaces(saved, fitted):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    fitted.save(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    shutil.rmtree(saved)
+    with pytest.raises(ModelError, match=r"model\.json: No such file"):
+        models.load(saved)
+
+
+# --- real stars --------------------------------------------------------------------------------
+
+
+def _first_rows(path: Path, key: str) -> list[dict[str, str]]:
+    rows: dict[str, dict[str, str]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            rows.setdefault(row[key], row)
+    return list(rows.values())
+
+
+def _column(rows: list[dict[str, str]], name: str) -> np.ndarray:
+    return np.array([float(row[name]) for row in rows])
+
+
+def _real_pairs(folder: Path) -> Batch:
+    """LAMOST DR3 giants within 3 arcsec of a star of APOGEE DR17."""
+    lamost = _first_rows(folder / "lamost_dr3_giants.csv", "obsid")
+    apogee = _first_rows(folder / "apogee_dr17.csv", "apogee_id")
+    sky = [unit_vectors(_column(rows, "ra"), _column(rows, "dec")) for rows in (lamost, apogee)]
+    chord = 2 * np.sin(np.radians(3 / 3600) / 2)
+    distance, nearest = cKDTree(sky[1]).query(sky[0], distance_upper_bound=chord)
+    found = np.flatnonzero(np.isfinite(distance))
+    pairs = [lamost[i] for i in found], [apogee[i] for i in nearest[found]]
+    target = [_column(pairs[0], name) for name in LABELS]
+    reference = [_column(pairs[1], name) for name in ("teff", "logg", "fe_h")]
+    fold = [
+        hashlib.sha256(star["apogee_id"].encode()).digest()[0] % 5  # all spectra of a star together
+        for star in pairs[1]
+    ]
+    return Batch(
+        features(*target),
+        np.stack(target, axis=1).astype(np.float32) - np.stack(reference, axis=1).astype("f4"),
+        np.array(fold, dtype=np.int8),
+        np.ones(len(fold), dtype=np.float32),
+    )
+
+
+def test_real_giants_agree_with_apogee_after_the_correction(real_data):
+    batch = _real_pairs(real_data)
+    assert len(batch.fold) == 736
+    metrics = []
+    for method in METHODS:
+        predicted = np.empty_like(batch.differences)
+        for fold in range(5):
+            rest = [other for other in range(5) if other != fold]
+            correction = models.fit(method, ArraySource(batch, (200, 500)), train_folds=rest)
+            held_out = batch.fold == fold
+            predicted[held_out] = correction.predict(batch.features[held_out])
+        metrics += held_out_metrics(method, batch.differences, predicted)
+    best = {metric.label: metric for metric in metrics if metric.method == choose(metrics)}
+    assert best["feh"].scatter_before == pytest.approx(0.119, abs=0.001)
+    assert best["feh"].scatter_after < 0.060
+    assert abs(best["feh"].median_after) < 0.01
+    assert best["logg"].scatter_after < 0.095
+    assert best["teff"].scatter_after < 27.5
+    for metric in metrics:
+        assert metric.scatter_after < 0.65 * metric.scatter_before

@@ -184,7 +184,9 @@ class Manifest:
             )
             raise CatalogError(f"{directory} has no {MANIFEST}", hint) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CatalogError(f"{path} is damaged: {error}", "Remove it and run again.") from None
+            raise CatalogError(
+                f"{path} is damaged: {error}", f"Remove {directory} and run again."
+            ) from None
         if raw.get("format", 0) > MANIFEST_FORMAT:
             raise CatalogError(
                 f"{path} has format {raw['format']}, newer than {MANIFEST_FORMAT} known here",
@@ -207,9 +209,15 @@ class Manifest:
                 summary=raw["summary"],
             )
         except (KeyError, TypeError) as error:
-            raise CatalogError(f"{path} is damaged: {error!r} is missing or wrong") from None
+            raise CatalogError(
+                f"{path} is damaged: {error!r} is missing or wrong",
+                f"Remove {directory} and run again.",
+            ) from None
         if manifest.fingerprint != raw.get("fingerprint"):
-            raise CatalogError(f"{path} was changed: its fingerprint does not fit its recipe")
+            raise CatalogError(
+                f"{path} was changed: its fingerprint does not fit its recipe",
+                f"Remove {directory} and run again.",
+            )
         return manifest
 
 
@@ -259,6 +267,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def _finished_files(directory: Path) -> Iterator[Path]:
+    """Files of a directory but for those that a killed process left half written."""
+    return (
+        path for path in directory.rglob("*") if path.is_file() and not path.name.endswith(".tmp")
+    )
+
+
 @dataclass(frozen=True)
 class Output:
     """A directory that a stage writes into; picklable, so that tasks can take it along.
@@ -282,7 +297,7 @@ class Output:
             The directory holds something else and ``overwrite`` is false.
         """
         output = cls(directory, recipe)
-        if not output.complete and directory.exists() and any(directory.iterdir()):
+        if not output.complete and any(_finished_files(directory)):
             claimed = directory / WORK / "fingerprint"
             other = claimed.read_text() if claimed.is_file() else ""
             if other != recipe.fingerprint:
@@ -301,6 +316,11 @@ class Output:
         if not output.complete:
             write_text(output.work / "fingerprint", recipe.fingerprint)
         return output
+
+    def release(self) -> None:
+        """Let go of a directory in which nothing was made, so that any recipe can claim it."""
+        if list(_finished_files(self.directory)) == [self.work / "fingerprint"]:
+            shutil.rmtree(self.directory)
 
     @property
     def work(self) -> Path:

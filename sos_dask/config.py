@@ -53,10 +53,15 @@ class UnifySection(_Section):
 
     method: Literal["precedence", "weighted-mean"] = "precedence"
     order: list[str] | None = None
-    offsets: dict[str, dict[str, float]] = Field(default_factory=dict)
+    offsets: Literal["measured"] | dict[str, dict[str, float]] = "measured"
     radius_arcsec: float = Field(1.5, gt=0, lt=3600)
     id_radius_arcsec: float = Field(10.0, gt=0, lt=3600)
     epoch: float = Field(2016.0, gt=1800, lt=2100)
+
+    @property
+    def fixed_offsets(self) -> dict[str, dict[str, float]]:
+        """Offsets by survey and label; empty where they are measured."""
+        return {} if self.offsets == "measured" else self.offsets
 
 
 class CrossmatchSection(_Section):
@@ -134,7 +139,7 @@ class Job(_Section):
         for name in self.unify.order or ():
             if name not in self.reference:
                 raise ValueError(f"unify.order names '{name}', which is no [reference.*]")
-        for name in self.unify.offsets:
+        for name in self.unify.fixed_offsets:
             if name not in self.reference:
                 raise ValueError(f"unify.offsets names '{name}', which is no [reference.*]")
         return self
@@ -168,6 +173,8 @@ def load_job(path: str | Path) -> Job:
         text = path.read_text()
     except OSError as error:
         raise ConfigError(f"job file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text: no job file") from None
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

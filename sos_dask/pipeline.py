@@ -204,7 +204,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     unify = UnifySettings(
         method=job.unify.method,
         order=tuple(job.unify.order or job.reference),
-        offsets=job.unify.offsets,
+        offsets=job.unify.fixed_offsets,
     )
     reference_settings = ReferenceSettings(
         unify,
@@ -212,6 +212,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         job.unify.id_radius_arcsec,
         job.unify.epoch,
         job.ingest.rows_per_partition,
+        job.unify.offsets == "measured",
     )
     united = planner.add(
         "reference",

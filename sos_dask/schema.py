@@ -26,6 +26,8 @@ MISSING_LABEL_BITS = {"teff": 20, "logg": 21, "feh": 22}
 """Bits of ``quality`` that every built-in survey keeps for a label without a value."""
 TEXT_UNITS = ("log10(cm/s2)", "dex")
 """Logarithms, which do not convert: a native unit must be the same text."""
+ALLOWANCES = ("ra_below_24",)
+"""Odd but right data that a survey may confirm: right ascensions in deg that look like hours."""
 DTYPES = {
     "int64": pa.int64(),
     "float32": pa.float32(),
@@ -257,6 +259,8 @@ class Survey:
     max_rejected_fraction : float
         Above this fraction of unusable rows the file is taken to be another than the definition
         describes.
+    allow : tuple of str
+        Some of ``ALLOWANCES``: checks of the data that are known to be wrong for this survey.
     definition : str
         The decoded file with the overrides as JSON: equal definitions treat a file alike.
     """
@@ -273,6 +277,7 @@ class Survey:
     expected_error: Mapping[str, float] = field(default_factory=dict)
     notes: str = ""
     max_rejected_fraction: float = 0.01
+    allow: tuple[str, ...] = ()
     definition: str = ""
 
     def arrow_schema(self) -> pa.Schema:
@@ -408,7 +413,8 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 _SURVEY_KEYS = (
     "format", "name", "title", "reference", "hdu", "position_epoch", "missing", "missing_text",
-    "expected_error", "notes", "max_rejected_fraction", "columns", "extra", "cuts",
+    "expected_error", "notes", "max_rejected_fraction", "allow", "columns", "extra",
+    "cuts",
 )  # fmt: skip
 _COLUMN_KEYS = ("source", "join", "unit", "dtype", "missing", "element")
 _EXTRA_KEYS = (*_COLUMN_KEYS, "ucd", "description", "min", "max")
@@ -447,6 +453,13 @@ def parse_survey(raw: Mapping[str, Any], definition: str = "") -> Survey:
     max_rejected = _number(raw, "max_rejected_fraction", "the survey")
     if max_rejected is not None and not 0 <= max_rejected <= 1:
         raise SurveyError(f"max_rejected_fraction {max_rejected} is outside 0..1")
+    allow = _texts(raw, "allow", "the survey")
+    for item in allow:
+        if item not in ALLOWANCES:
+            raise SurveyError(
+                f"'allow' in the survey names no check: '{item}'",
+                f"Known are: {', '.join(ALLOWANCES)}.",
+            )
     return Survey(
         name=name,
         title=_text(raw, "title", "the survey"),
@@ -460,6 +473,7 @@ def parse_survey(raw: Mapping[str, Any], definition: str = "") -> Survey:
         expected_error=_expected_error(raw),
         notes=_text(raw, "notes", "the survey"),
         max_rejected_fraction=0.01 if max_rejected is None else max_rejected,
+        allow=allow,
         definition=definition,
     )
 

@@ -204,6 +204,44 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     return pa.table([values for _, values in columns], schema=schema)
 
 
+def common_differences(table: pa.Table, primary: IntArray, order: tuple[str, ...]) -> pa.Table:
+    """Differences from the first survey, of the stars that it has in common with another.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        Stars of all surveys, as for `unify`.
+    primary : ndarray of int64, shape (n,)
+    order : tuple of str
+        The differences are from the survey named first.
+
+    Returns
+    -------
+    pyarrow.Table
+        ``survey`` and, for each label, that survey's value less the first one's (float64); one row
+        for each pair of rows with quality 0 and all labels, in the order of ``table``.
+    """
+    good = pc.equal(table["quality"], 0)
+    for label in LABELS:
+        good = pc.and_(good, pc.is_valid(table[label]))
+    chosen = np.flatnonzero(pc.fill_null(good, False).to_numpy())
+    rows = table.select(["survey", *LABELS]).take(pa.array(chosen))
+    star = np.asarray(primary)[chosen]
+    surveys = rows["survey"].to_numpy(zero_copy_only=False)
+    base = np.flatnonzero(surveys == (order[0] if order else ""))
+    _, first = np.unique(star[base], return_index=True)
+    base = base[first]  # one row a star, the first
+    other = np.flatnonzero(surveys != (order[0] if order else ""))
+    place = np.searchsorted(star[base], star[other])
+    place = np.minimum(place, max(len(base) - 1, 0))
+    found = star[base][place] == star[other] if len(base) else np.zeros(len(other), dtype=np.bool_)
+    columns = {"survey": rows["survey"].take(pa.array(other[found]))}
+    for label in LABELS:
+        values = rows[label].to_numpy().astype(np.float64)
+        columns[label] = pa.array(values[other[found]] - values[base[place[found]]])
+    return pa.table(columns)
+
+
 @dataclass(frozen=True)
 class _Members:
     """Rows by star and, inside, by precedence of the survey and ``star_id``.

@@ -68,7 +68,7 @@ def test_output_is_complete_only_with_its_manifest(tmp_path):
     assert output.get_record("part", "1") == {"n": 1}
     assert output.get_record("part", "2") is None
     output.commit(Rows(5, 5), (record,), {"note": "x"})
-    assert output.complete
+    assert Output.prepare(tmp_path / "out", RECIPE).complete
     assert not output.work.exists()
     manifest = Manifest.load(output.directory)
     assert manifest.files == (record,)

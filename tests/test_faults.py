@@ -47,7 +47,7 @@ MOMENTS = [
 
 @pytest.fixture(scope="module")
 def sky(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sky")
+    folder: Path = tmp_path_factory.mktemp("sky")
     simulate(SkySettings(n_lamost=20_000, n_apogee=3000, n_galah=3000), folder)
     return folder
 

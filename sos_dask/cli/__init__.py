@@ -79,13 +79,22 @@ def _flush() -> None:
         raise StorageError(f"cannot write the output: {error.strerror}") from None
 
 
-@app.callback()
-def _common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from sos_dask import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks.")] = False,
+) -> None:
+    """Options of all commands."""

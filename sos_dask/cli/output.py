@@ -164,7 +164,7 @@ def show_stages(title: str, stages: Sequence[StageResult], with_reason: bool = T
         row = [stage.product, *numbers, ", ".join(others)]
         rows.append([*row, stage.why] if with_reason else row)
     headers = ["product", ">rows in", ">rows out", ">rejected", "dropped, +added"]
-    show_table(title, [*headers, "why it ran"] if with_reason else headers, rows)
+    show_table(title, [*headers, "why"] if with_reason else headers, rows)
 
 
 def show_metrics(metrics: Sequence[Metric], chosen: str = "") -> None:
@@ -234,6 +234,4 @@ def show_build(build: Build) -> None:
     """Print a build: its stages, its metrics, and where the products are."""
     show_stages("Stages", build.stages)
     show_metrics(build.metrics, build.chosen)
-    say(f"Products: {build.path}")
-    for product in build.products:
-        say(f"  {product}")
+    say(f"Products: {build.path.parent.parent / 'current'} (build {build.name})")

@@ -173,7 +173,7 @@ def reference(
     opened: dict[str, Catalog] = {}
     for text in catalogs:
         name, found, path = text.partition("=")
-        if not found or not name:
+        if not (name and found and path):
             raise ConfigError(f"'{text}' is not NAME=DIRECTORY", "For example apogee=apogee.stars.")
         if name in opened:
             raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
@@ -284,11 +284,14 @@ def apply(
     """
     from sos_dask.catalog import Catalog
     from sos_dask.stages.apply import apply as run
+    from sos_dask.stages.apply import parse_partitions
 
+    opened = Catalog.open(catalog)
+    parse_partitions(partitions, opened.pixels)  # fails before workers are started
     step = partial(
         run,
         model,
-        Catalog.open(catalog),
+        opened,
         out,
         partitions=partitions,
         name=out.name,

@@ -117,6 +117,7 @@ def rebuild(
         return
     table = [[s.product, "no" if s.complete else "yes", s.reason] for s in stages]
     show_table("Plan", ["product", "runs", "why"], table)
+    say(f"{sum(not stage.complete for stage in stages)} of {len(stages)} stages would run")
 
 
 def _rebuild(

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
-
-
 Values: TypeAlias = NDArray[Any] | pa.Array
 """A native column: an array without nulls, or an Arrow array of numbers or text."""
 
 
 def is_text(values: Values) -> bool:
+    """Whether a native column is text."""
     return isinstance(values, pa.Array) and pa.types.is_string(values.type)
 
 
@@ -32,6 +31,7 @@ def split(values: Values) -> tuple[NDArray[Any], BoolArray | None]:
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
+    """All chunks of a column as one array."""
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,14 +15,12 @@ from sos_dask.ingest.arrays import IntArray, Values, is_text, split
 from sos_dask.ingest.keys import sort_order
 from sos_dask.ingest.merge import FILE, REJECTED_SCHEMA, ROW
 from sos_dask.ingest.parse import Place, parse_floats, parse_integers
-from sos_dask.ingest.profile import Example, Profile, added, binned
+from sos_dask.ingest.profile import Example, Profile
 from sos_dask.ingest.readers import Source, read_native
 from sos_dask.ingest.values import Made, floats, integers, text_column
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, Survey
 
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
-
-
 Quality = Callable[[Mapping[str, Values], Survey], NDArray[np.int64]]
 """Failed cuts of each row as a bit mask, from the columns that the cuts name."""
 
@@ -124,7 +121,7 @@ def _canonical(place: Place, native: Mapping[str, Values], quality: Quality) -> 
     for_cuts = _for_cuts(place, native, made)
     made["quality"] = Made(quality(for_cuts, survey) if for_cuts else np.zeros(n_rows, np.int64))
     reasons = _reasons(made)
-    bounds, ra_histogram = _position_profile(made)
+    bounds = _bounds(made)
     ra = made["ra"].data
     bad = np.flatnonzero(reasons)
     rejected = _rejected(place, made, reasons, bad)
@@ -144,9 +141,10 @@ def _canonical(place: Place, native: Mapping[str, Values], quality: Quality) -> 
     schema = schema.append(pa.field(ROW, pa.int64(), nullable=False))
     arrays.append(pa.array(np.full(len(index), source.index, dtype=np.int32)))
     arrays.append(pa.array(place.first_row + index))
+    n_by_reason = zip(_REASONS, np.bincount(reasons, minlength=len(_REASONS)), strict=True)
     profile = Profile(
         n_rows=n_rows,
-        rejected=added([{_REASONS[int(code)]: 1} for code in reasons[bad]]),
+        rejected={reason: int(n) for reason, n in sorted(n_by_reason) if reason and n},
         first_rejected=_first_rejected(place, rejected),
         nulls={name: column.n_nulls for name, column in sorted(made.items())},
         impossible={n: len(c.impossible) for n, c in sorted(made.items()) if len(c.impossible)},
@@ -156,7 +154,6 @@ def _canonical(place: Place, native: Mapping[str, Values], quality: Quality) -> 
             if len(column.impossible)
         },
         bounds=bounds,
-        ra_histogram=ra_histogram,
         labels={name: made[name].histogram for name in LABELS},
     )
     return Batch(pa.Table.from_arrays(arrays, schema=schema), rejected, profile)
@@ -173,19 +170,14 @@ def _reasons(made: Mapping[str, Made]) -> NDArray[np.int8]:
     return reasons
 
 
-def _position_profile(
-    made: Mapping[str, Made],
-) -> tuple[dict[str, tuple[float, float]], dict[int, int]]:
+def _bounds(made: Mapping[str, Made]) -> dict[str, tuple[float, float]]:
     bounds = {}
     for name in ("dec", "ra"):
         column = made[name]
         data = column.data if column.valid is None else column.data[column.valid]
         if len(data):
             bounds[name] = (float(data.min()), float(data.max()))
-        if name == "ra":
-            inside = data[(data >= -180.0) & (data <= 360.0)]
-            histogram = binned(np.floor(inside / 15.0).astype(np.int64))
-    return bounds, histogram
+    return bounds
 
 
 def _rejected(
@@ -194,7 +186,7 @@ def _rejected(
     columns = [
         pa.array([Path(place.source.path).name] * len(bad), pa.string()),
         pa.array(place.first_row + bad),
-        pa.array([_REASONS[int(code)] for code in reasons[bad]], pa.string()),
+        pa.array(_REASONS).take(pa.array(reasons[bad])),
         made["obs_id"].taken(bad).cast(pa.string()),
         made["ra"].taken(bad),
         made["dec"].taken(bad),

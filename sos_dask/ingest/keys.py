@@ -16,7 +16,6 @@ from sos_dask.ingest.arrays import BoolArray, IntArray, one_array, split
 from sos_dask.schema import HEALPIX_COLUMN
 
 _HASH_FACTOR = np.uint64(0xFF51AFD7ED558CCD)  # of MurmurHash3's finaliser
-_NO_KEY = 'Map obs_id to another column, or join several: join = ["field", "fibre"].'
 
 
 def sort_order(cells: IntArray, ids: Any) -> IntArray:
@@ -117,7 +116,7 @@ def conflicting_keys(
     return one_array(keys.take(pc.sort_indices(keys)))
 
 
-def check_conflicts(n_conflicts: int, n_rows: int, example: str, column: str = "obs_id") -> None:
+def check_conflicts(n_conflicts: int, n_rows: int, example: str, where: str = "") -> None:
     """Raise `SurveyError` when so many rows share their key with another that it is no key.
 
     Parameters
@@ -126,14 +125,14 @@ def check_conflicts(n_conflicts: int, n_rows: int, example: str, column: str = "
         Rows beyond the first of their key that are not its exact duplicates; all rows.
     example : str
         One such key.
-    column : str
-        How the column is called.
+    where : str
+        What the rows are of, to say it in the message.
     """
     if n_conflicts > 100 and n_conflicts > 0.01 * n_rows:
         raise SurveyError(
-            f"'{column}' is no key: {n_conflicts} of {n_rows} rows have the key of another row and "
-            f"other values, for example {example}",
-            _NO_KEY,
+            f"{where + ': ' if where else ''}'obs_id' is no key: {n_conflicts} of {n_rows} rows "
+            f"have the key of another row and other values, for example {example}",
+            'Map obs_id to another column, or join several: join = ["field", "fibre"].',
         )
 
 

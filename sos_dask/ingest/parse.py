@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -28,6 +28,7 @@ class Place:
     first_row: int
 
     def fail(self, key: str, index: int, problem: str, hint: str = "") -> NoReturn:
+        """Raise `SurveyError` of one value, which stands in this row of the batch."""
         row = self.first_row + index
         line = text_line(self.source, row)
         where = f"row {row}" + ("" if line is None else f" (line {line})")
@@ -50,32 +51,19 @@ def whole_numbers(place: Place, key: str, numbers: NDArray[Any]) -> IntArray:
 
 
 def parse_floats(place: Place, key: str, text: pa.Array) -> pa.Array:
-    words = _null_words(place)
-    if not any(map(_is_number, words)):
-        try:
-            return text.cast(pa.float64())
-        except pa.ArrowInvalid:
-            pass
-    text = _without_words(text, words)
-    try:
-        return text.cast(pa.float64())
-    except pa.ArrowInvalid:
+    """Text as float64; the survey's words for no value are null."""
+    text, numbers = _cast(place, text, pa.float64())
+    if numbers is None:
         index = _first_failure(text, pa.float64())
         place.fail(key, index, f"'{text[index]}' is not a number", _word_hint(text[index].as_py()))
+    return numbers
 
 
 def parse_integers(place: Place, key: str, text: pa.Array, is_id: bool = False) -> pa.Array:
-    words = _null_words(place)
-    if not any(map(_is_number, words)):
-        try:
-            return text.cast(pa.int64())
-        except pa.ArrowInvalid:
-            pass
-    text = _without_words(text, words)
-    try:
-        return text.cast(pa.int64())
-    except pa.ArrowInvalid:
-        pass
+    """Text as int64; an id that is written as a float is an error, as its digits are lost."""
+    text, numbers = _cast(place, text, pa.int64())
+    if numbers is not None:
+        return numbers
     # Some are not plain integers: 5.0 and 1e3 will do, until the first that will not.
     is_whole = pc.match_substring_regex(text, r"^[+-]?[0-9]+$")
     whole = pc.ascii_ltrim(pc.if_else(is_whole, text, None), characters="+")
@@ -105,8 +93,18 @@ def parse_integers(place: Place, key: str, text: pa.Array, is_id: bool = False) 
     return pc.coalesce(whole.cast(pa.int64()), integers)
 
 
-def _null_words(place: Place) -> list[str]:
-    return list(dict.fromkeys((*_NULL_NUMBERS, *place.survey.missing_text)))
+def _cast(place: Place, text: pa.Array, kind: pa.DataType) -> tuple[pa.Array, pa.Array | None]:
+    """Text, without words for no value where it has any, and its numbers if all are."""
+    words = list(dict.fromkeys((*_NULL_NUMBERS, *place.survey.missing_text)))
+    if not any(map(_is_number, words)):
+        with contextlib.suppress(pa.ArrowInvalid):
+            return text, text.cast(kind)
+    text = pc.ascii_trim_whitespace(text)
+    text = pc.if_else(pc.is_in(text, value_set=pa.array(words)), None, text)
+    try:
+        return text, text.cast(kind)
+    except pa.ArrowInvalid:
+        return text, None
 
 
 def _is_number(word: str) -> bool:
@@ -114,11 +112,6 @@ def _is_number(word: str) -> bool:
         return bool(np.isfinite(float(word)))
     except ValueError:
         return False
-
-
-def _without_words(text: pa.Array, words: Sequence[str]) -> pa.Array:
-    text = pc.ascii_trim_whitespace(text)
-    return pc.if_else(pc.is_in(text, value_set=pa.array(words)), None, text)
 
 
 def _first_failure(text: pa.Array, kind: pa.DataType) -> int:

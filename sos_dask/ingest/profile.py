@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from sos_dask.errors import SurveyError
 from sos_dask.schema import LABELS, Survey
 
-
 Example = tuple[int, int, str]
 
 
@@ -34,8 +33,6 @@ class Profile:
     first_impossible : mapping of str to tuple of (file index, row, value)
     bounds : mapping of str to tuple of (smallest, largest)
         Of ``ra`` and ``dec``, as the file has them, deg.
-    ra_histogram : mapping of int to int
-        Rows in each 15 degrees of right ascension, as the file has it.
     labels : mapping of str to mapping of int to int
         Rows in each sixteenth of an octave of a label, impossible values among them.
     """
@@ -47,7 +44,6 @@ class Profile:
     impossible: Mapping[str, int] = field(default_factory=dict)
     first_impossible: Mapping[str, Example] = field(default_factory=dict)
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    ra_histogram: Mapping[int, int] = field(default_factory=dict)
     labels: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
     @classmethod
@@ -71,7 +67,6 @@ class Profile:
             impossible=added([profile.impossible for profile in profiles]),
             first_impossible=dict(sorted(impossible.items())),
             bounds=dict(sorted(bounds.items())),
-            ra_histogram=added([profile.ra_histogram for profile in profiles]),
             labels={name: added([p.labels.get(name, {}) for p in profiles]) for name in labels},
         )
 
@@ -80,8 +75,10 @@ class Profile:
         plain = {name: dict(value) for name, value in vars(self).items() if hasattr(value, "items")}
         for name in ("bounds", "first_impossible"):
             plain[name] = {key: list(value) for key, value in plain[name].items()}
-        plain["ra_histogram"] = _text_keys(self.ra_histogram)
-        plain["labels"] = {name: _text_keys(counts) for name, counts in self.labels.items()}
+        plain["labels"] = {
+            name: {str(key): count for key, count in counts.items()}
+            for name, counts in self.labels.items()
+        }
         first = None if self.first_rejected is None else list(self.first_rejected)
         return {"n_rows": self.n_rows, "first_rejected": first, **plain}
 
@@ -98,7 +95,6 @@ class Profile:
             impossible=raw["impossible"],
             first_impossible=examples,
             bounds={name: (low, high) for name, (low, high) in raw["bounds"].items()},
-            ra_histogram={int(key): count for key, count in raw["ra_histogram"].items()},
             labels={
                 name: {int(key): count for key, count in counts.items()}
                 for name, counts in raw["labels"].items()
@@ -125,6 +121,7 @@ LABEL_SHIFT = 19  # keeps sign, exponent and four bits of the fraction of a floa
 
 
 def added(counts: Sequence[Mapping[Any, int]]) -> dict[Any, int]:
+    """Sums of counts by key, sorted."""
     total: dict[Any, int] = {}
     for item in counts:
         for key, count in item.items():
@@ -132,11 +129,8 @@ def added(counts: Sequence[Mapping[Any, int]]) -> dict[Any, int]:
     return dict(sorted(total.items()))
 
 
-def _text_keys(counts: Mapping[int, int]) -> dict[str, int]:
-    return {str(key): count for key, count in counts.items()}
-
-
 def binned(bins: NDArray[Any]) -> dict[int, int]:
+    """How often each integer stands in an array."""
     if not len(bins):
         return {}
     low = int(bins.min())
@@ -158,8 +152,8 @@ def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> Non
     Raises
     ------
     SurveyError
-        Too many rejected rows; right ascension in hours; a label in another unit, as a logarithm
-        or without any value.
+        Too many rejected rows; right ascension in hours, unless the survey allows
+        ``ra_below_24``; a label in another unit, as a logarithm or without any value.
     """
     n_rejected, n_rows = sum(profile.rejected.values()), profile.n_rows
     is_many = n_rejected > survey.max_rejected_fraction * n_rows
@@ -174,11 +168,13 @@ def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> Non
         )
     if n_rows >= 50 and "ra" in profile.bounds and "dec" in profile.bounds:
         (ra_low, ra_high), (dec_low, dec_high) = profile.bounds["ra"], profile.bounds["dec"]
-        if ra_low >= 0 and ra_high <= 24 and ra_high - ra_low > 12 and dec_high - dec_low > 20:
+        is_hours = ra_low >= 0 and ra_high <= 24 and ra_high - ra_low > 12
+        if is_hours and dec_high - dec_low > 20 and "ra_below_24" not in survey.allow:
             raise SurveyError(
                 f"{files[0]}: column {_native_names(survey, 'ra')} ('ra') runs from {ra_low:g} to "
                 f"{ra_high:g}: it looks like hours, not degrees",
-                'Set unit = "hourangle" in [columns.ra].',
+                'Set unit = "hourangle" in [columns.ra]; if they are degrees, '
+                'allow = ["ra_below_24"] in the survey.',
             )
     for label in LABELS:
         _check_label(label, profile, survey, files)

@@ -28,9 +28,11 @@ class Made:
 
     @property
     def n_nulls(self) -> int:
+        """Rows without a value."""
         return 0 if self.valid is None else int(len(self.valid) - np.count_nonzero(self.valid))
 
     def taken(self, index: IntArray) -> pa.Array:
+        """Rows of these numbers, with Arrow nulls."""
         if isinstance(self.data, pa.Array):
             return self.data.take(pa.array(index))
         mask = None if self.valid is None else ~self.valid[index]
@@ -49,6 +51,7 @@ def sentinels_of(survey: Survey, column: SourceColumn, dtype: np.dtype[Any]) -> 
 
 
 def floats(place: Place, source: SourceColumn, key: str, values: Values) -> Made:
+    """A float column of the product; impossible values are null and counted."""
     if is_text(values):
         values = parse_floats(place, key, values)
     raw, null = split(values)
@@ -58,8 +61,8 @@ def floats(place: Place, source: SourceColumn, key: str, values: Values) -> Made
         scaled = raw if source.factor == 1.0 else raw * source.factor
         # Adding 0 makes -0.0 the same bytes as 0.0.
         data: Any = np.add(scaled, 0, dtype=source.dtype, casting="unsafe")
-        ok = np.isfinite(data) if low is None or high is None else data >= low
-        if low is not None and high is None:
+        ok = np.isfinite(data)
+        if low is not None:
             ok &= data >= low
         if high is not None:
             ok &= data <= high
@@ -88,6 +91,7 @@ def floats(place: Place, source: SourceColumn, key: str, values: Values) -> Made
 
 
 def integers(place: Place, source: SourceColumn, key: str, values: Values) -> Made:
+    """An integer column of the product; impossible values are null and counted."""
     is_id = is_gaia_id(source.column.name)
     if is_text(values):
         values = parse_integers(place, key, values, is_id)
@@ -105,12 +109,10 @@ def integers(place: Place, source: SourceColumn, key: str, values: Values) -> Ma
     if is_id:
         ok &= data > 0
     low, high = source.column.minimum, source.column.maximum
-    inside = np.ones(0, dtype=bool)
+    outside: IntArray = np.empty(0, np.int64)
     if low is not None or high is not None:
-        inside = (data >= (-np.inf if low is None else low)) & (
-            data <= (np.inf if high is None else high)
-        )
-    outside: IntArray = np.flatnonzero(ok & ~inside) if len(inside) else np.empty(0, np.int64)
+        low, high = (-np.inf if low is None else low), (np.inf if high is None else high)
+        outside = np.flatnonzero(ok & ((data < low) | (data > high)))
     example = str(data[outside[0]]) if len(outside) else ""
     ok[outside] = False
     if ok.all():
@@ -120,6 +122,7 @@ def integers(place: Place, source: SourceColumn, key: str, values: Values) -> Ma
 
 
 def text_column(place: Place, source: SourceColumn, values: Mapping[str, Values]) -> Made:
+    """A text column of the product, of one native column or of several joined."""
     parts = [_text_part(place, source, value) for value in values.values()]
     text = parts[0]
     if source.join:

@@ -324,10 +324,12 @@ def _fit_there(job: _Job, client: Any, progress: Progress) -> tuple[Any, ...]:
         except SosError:
             raise
         except losses as error:
-            failure = f"{type(error).__name__}: {error}"
+            # XGBoost adds a stack trace of its own.
+            text = " ".join(str(error).split("Stack trace")[0].split())
+            failure = f"{type(error).__name__}: {text}"
             logger.warning("boosted: try %d of %d failed: %s", attempt, TRIES, failure)
     raise ClusterError(
-        f"training was lost {TRIES} times, at last by {failure.strip().splitlines()[0]}",
+        f"training was lost {TRIES} times, at last by {failure}",
         "Look at the workers' logs: most often they run out of memory or their node goes away. "
         "Where workers only wait long for each other, raise boosted.timeout_s.",
     )

@@ -24,8 +24,13 @@ from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.healpix import MAX_ORDER, HealpixPixel, plan_partitions
 from sos_dask.ingest import (
+    CONFLICT,
+    FILE,
+    REJECTED_SCHEMA,
+    ROW,
     Chunk,
     Profile,
+    check_conflicts,
     check_profile,
     conflicting_keys,
     losing_rows,
@@ -109,7 +114,7 @@ def ingest_recipe(
 def _survey_params(survey: Survey) -> dict[str, Any]:
     """What of a survey's definition decides the rows, in a form whose changes can be read."""
     params = asdict(survey)
-    for name in ("title", "reference", "notes", "definition", "max_rejected_fraction"):
+    for name in ("title", "reference", "notes", "definition", "max_rejected_fraction", "allow"):
         params.pop(name)
     # A mapping loses its order in JSON: the order of columns is part of the product.
     params["columns"] = {name: asdict(column) for name, column in survey.columns.items()}
@@ -234,6 +239,10 @@ def _run(
     run_parts(output, "partitions", pixel_parts, _merge_part, cluster, f"write {name}", report)
     done = records(output, "partitions", list(pixel_parts)) or []
     rejected = _read_rejected(output, [*chunks, "conflicts", *pixel_parts])
+    n_rows = sum(record["rows"] for record in read)
+    conflicts = rejected.filter(pc.equal(rejected["reason"], CONFLICT))["obs_id"]
+    if len(conflicts):
+        check_conflicts(len(conflicts), n_rows, conflicts[0].as_py(), f"survey {survey.name}")
     extra = []
     if rejected.num_rows:
         extra.append(output.write_file(_REJECTED, partial(write_parquet, rejected)))
@@ -244,7 +253,7 @@ def _run(
         list(zip(pixels, done, strict=True)),
         survey.arrow_schema(),
         Rows(
-            sum(record["rows"] for record in read),
+            n_rows,
             sum(record["file"]["rows"] for record in done if record["file"]),
             rejected.num_rows,
             {"exact duplicates": sum(record["n_duplicates"] for record in done)},
@@ -325,20 +334,8 @@ def _read_rejected(output: Output, keys: Sequence[str]) -> pa.Table:
     files = [_rejected_file(output, key) for key in keys]
     tables = [read_piece(file) for file in files if file.is_file()]
     if not tables:
-        return _REJECTED_SCHEMA.empty_table()
+        return REJECTED_SCHEMA.empty_table()
     return pa.concat_tables(tables).sort_by([("file", "ascending"), ("row", "ascending")])
-
-
-_REJECTED_SCHEMA = pa.schema(
-    [
-        ("file", pa.string()),
-        ("row", pa.int64()),
-        ("reason", pa.string()),
-        ("obs_id", pa.string()),
-        ("ra", pa.float64()),
-        ("dec", pa.float64()),
-    ]
-)
 
 
 def _keys_part(part: _KeyPart) -> None:
@@ -369,7 +366,7 @@ def _settle_conflicts(
     keys = pa.concat_tables(
         [read_piece(_keys_file(output, bucket)) for bucket in range(n_buckets)]
     )["obs_id"]
-    losers = pa.table({"_file": pa.array([], pa.int32()), "_row": pa.array([], pa.int64())})
+    losers = pa.table({FILE: pa.array([], pa.int32()), ROW: pa.array([], pa.int64())})
     if len(keys):
         rows = pa.concat_tables(
             [
@@ -378,10 +375,8 @@ def _settle_conflicts(
             ]
         )
         lost = losing_rows(rows)
-        losers = lost.select(["_file", "_row"])
-        write_piece(
-            _rejected_file(output, "conflicts"), rejected_rows(lost, "conflicting obs_id", names)
-        )
+        losers = lost.select([FILE, ROW])
+        write_piece(_rejected_file(output, "conflicts"), rejected_rows(lost, CONFLICT, names))
     write_piece(_losers_file(output), losers)
 
 
@@ -420,7 +415,7 @@ def _merge_part(part: _PixelPart) -> None:
 
 def _without(rows: pa.Table, losers: pa.Table) -> pa.Table:
     keep = np.ones(rows.num_rows, dtype=bool)
-    files, numbers = rows["_file"].to_numpy(), rows["_row"].to_numpy()
-    for file, number in zip(losers["_file"].to_pylist(), losers["_row"].to_pylist(), strict=True):
+    files, numbers = rows[FILE].to_numpy(), rows[ROW].to_numpy()
+    for file, number in zip(losers[FILE].to_pylist(), losers[ROW].to_pylist(), strict=True):
         keep[(files == file) & (numbers == number)] = False
     return rows.filter(pa.array(keep))

@@ -73,11 +73,15 @@ def records(output: Output, kind: str, keys: Sequence[str]) -> list[dict[str, An
 
 @contextmanager
 def unless_complete(output: Output) -> Iterator[None]:
-    """Ignore an error that came only because another process completed the same output."""
+    """Ignore an error that came only because another process completed the same output.
+
+    A run that failed before it made anything leaves no trace of itself.
+    """
     try:
         yield
     except Exception:
         if not output.complete:
+            output.release()
             raise
 
 

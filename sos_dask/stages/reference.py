@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from sos_dask.dedupe import DedupeSettings, group
 from sos_dask.errors import PartitionError
 from sos_dask.healpix import (
     HealpixPixel,
+    IntArray,
     ang2pix,
     in_ranges,
     plan_partitions,
@@ -33,16 +34,19 @@ from sos_dask.stages.parts import (
     id_values,
     key_of,
     rank_of,
+    read_piece,
     records,
     run_parts,
     unless_complete,
+    write_piece,
 )
-from sos_dask.unify import UnifySettings, unify
+from sos_dask.unify import UnifySettings, common_differences, unify
 
 VERSION = 1
 _HISTOGRAM_ORDER = 8
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))
 _MAX_LAYERS = 256
+MIN_COMMON = 50
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ class ReferenceSettings:
     epoch : float
         Julian year to which positions with proper motions are moved.
     rows_per_partition : int
+    measure_offsets : bool
+        Put every survey on the zero point of the first in ``unify.order``: the median difference of
+        the stars that both have is subtracted, where they are at least `MIN_COMMON`.
     """
 
     unify: UnifySettings
@@ -66,6 +73,7 @@ class ReferenceSettings:
     id_radius_arcsec: float = 10.0
     epoch: float = 2016.0
     rows_per_partition: int = 1_000_000
+    measure_offsets: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,12 @@ def reference(
         parts = {
             key_of(pixel): _Part(output, catalogs, pixel, settings, motion) for pixel in pixels
         }
+        offsets: Mapping[str, Mapping[str, float]] = settings.unify.offsets
+        if settings.measure_offsets and len(catalogs) > 1:
+            run_parts(output, "common", parts, _common_part, cluster, "zero points", report)
+            offsets = _zero_points(output, list(parts))
+            fixed = replace(settings, unify=replace(settings.unify, offsets=offsets))
+            parts = {key: replace(part, settings=fixed) for key, part in parts.items()}
         run_parts(output, "stars", parts, _reference_part, cluster, "reference", report)
         done = records(output, "stars", list(parts)) or []
         n_in, n_out = int(histogram.sum()), sum(record["n_stars"] for record in done)
@@ -150,6 +164,7 @@ def reference(
             {
                 "stars_in_several_surveys": sum(record["n_several"] for record in done),
                 "stars": {survey: catalog.n_rows for survey, catalog in catalogs.items()},
+                "offsets": {survey: dict(values) for survey, values in offsets.items()},
             },
         )
     return output.load_manifest()
@@ -230,8 +245,32 @@ def _together(tables: Mapping[str, pa.Table]) -> pa.Table:
     return pa.concat_tables(parts, promote_options="default")
 
 
-def _reference_part(part: _Part) -> None:
-    """Stars whose primary lies in one partition, at the common epoch."""
+def _zero_points(output: Output, keys: list[str]) -> dict[str, dict[str, float]]:
+    """Median difference of each survey from the first, by label; in the order of the sky."""
+    pieces = pa.concat_tables([read_piece(_common_file(output, key)) for key in keys])
+    offsets: dict[str, dict[str, float]] = {}
+    for survey in sorted(pc.unique(pieces["survey"]).to_pylist()):
+        rows = pieces.filter(pc.equal(pieces["survey"], survey))
+        if rows.num_rows >= MIN_COMMON:
+            offsets[survey] = {label: float(np.median(rows[label].to_numpy())) for label in LABELS}
+    return offsets
+
+
+def _common_file(output: Output, key: str) -> Path:
+    return output.work / "common-stars" / f"{key}.arrow"
+
+
+def _common_part(part: _Part) -> None:
+    """Differences of the stars of one partition that several surveys have."""
+    members, primary = _members(part)
+    key = key_of(part.pixel)
+    table = common_differences(members, primary, part.settings.unify.order)
+    write_piece(_common_file(part.output, key), table)
+    part.output.put_record("common", key, {"n_stars": table.num_rows})
+
+
+def _members(part: _Part) -> tuple[pa.Table, IntArray]:
+    """Rows of the stars whose primary lies in one partition, and the row of each one's primary."""
     settings, pixel = part.settings, part.pixel
     reach = max(settings.radius_arcsec, settings.id_radius_arcsec) + part.motion_arcsec
     layers = 3
@@ -270,12 +309,17 @@ def _reference_part(part: _Part) -> None:
         )
     ours = inside[groups.primary]
     row_of = np.cumsum(ours) - 1
-    members = table.filter(pa.array(ours))
-    stars = unify(members, row_of[groups.primary[ours]], settings.unify)
-    record = write_partition(part.output, pixel, stars) if stars.num_rows else None
+    return table.filter(pa.array(ours)), row_of[groups.primary[ours]]
+
+
+def _reference_part(part: _Part) -> None:
+    """Stars whose primary lies in one partition, at the common epoch."""
+    members, primary = _members(part)
+    stars = unify(members, primary, part.settings.unify)
+    record = write_partition(part.output, part.pixel, stars) if stars.num_rows else None
     part.output.put_record(
         "stars",
-        key_of(pixel),
+        key_of(part.pixel),
         {
             "file": None if record is None else asdict(record),
             "n_stars": stars.num_rows,
@@ -285,7 +329,7 @@ def _reference_part(part: _Part) -> None:
     )
 
 
-def _ranks(table: pa.Table, order: tuple[str, ...]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _ranks(table: pa.Table, order: tuple[str, ...]) -> IntArray:
     """Preference for the primary: the survey's place in the order, then the key."""
     surveys = table["survey"].to_numpy(zero_copy_only=False)
     place = np.full(len(surveys), len(order), dtype=np.int64)

@@ -18,12 +18,13 @@ from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.compare import Metric, held_out_metrics
-from sos_dask.errors import ModelError
+from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import features
-from sos_dask.schema import LABELS
+from sos_dask.schema import LABELS, nearest
 from sos_dask.stages.parts import unless_complete
 
 VERSION = 1
+VALIDATIONS = ("auto", "kfold", "holdout")
 _DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
 _FEATURE_COLUMNS = tuple(f"x_{label}" for label in LABELS)
@@ -119,13 +120,31 @@ def train(
     ModelError
         Too few pairs, constant or unknown labels.
     ConfigError
-        Unknown method or parameter.
+        Unknown method, parameter or validation.
     """
     for name in _COLUMNS:
         pairs.require(name)
+    models.check_params(settings.method, settings.params)
+    if settings.validation not in VALIDATIONS:
+        raise ConfigError(
+            f"validation '{settings.validation}' is not one of {', '.join(VALIDATIONS)}",
+            nearest(settings.validation, VALIDATIONS),
+        )
     output = Output.prepare(directory, train_recipe(pairs.fingerprint, settings), overwrite)
     if output.complete:
         return output.load_manifest()
+    with unless_complete(output):
+        _train(output, pairs, settings, cluster, report)
+    return output.load_manifest()
+
+
+def _train(
+    output: Output,
+    pairs: Catalog,
+    settings: TrainSettings,
+    cluster: Cluster | None,
+    report: Report,
+) -> None:
     source = PairsSource(pairs)
     folds = np.concatenate(
         [np.empty(0, np.int8), *(source.load(index).fold for index in range(source.n_batches))]
@@ -153,32 +172,30 @@ def train(
             client=cluster.client if cluster else None,
         )
 
-    with unless_complete(output):
-        predicted = []
-        for number, fold in enumerate(held_out):
-            correction = fit([name for name in names if name != fold], number)
-            predicted.append(_predict_fold(source, correction, fold))
-        if validation == "kfold":
-            correction = fit(None, steps - 1)
-        report(step, steps, steps)
-        table = pa.concat_tables(predicted)
-        metrics = held_out_metrics(
-            settings.method, _matrix(table, _DIFFERENCES), _matrix(table, _PREDICTIONS)
-        )
-        model_files = _save(output, correction)
-        record = output.write_file("held_out.parquet", partial(write_parquet, table))
-        n_pairs = pairs.n_rows
-        output.commit(
-            Rows(n_pairs, len(folds), 0, {"not fit for training": n_pairs - len(folds)}),
-            (*model_files, record),
-            {
-                "method": settings.method,
-                "validation": validation,
-                "folds": {str(name): int(np.count_nonzero(folds == name)) for name in names},
-                "metrics": [asdict(metric) for metric in metrics],
-            },
-        )
-    return output.load_manifest()
+    predicted = []
+    for number, fold in enumerate(held_out):
+        correction = fit([name for name in names if name != fold], number)
+        predicted.append(_predict_fold(source, correction, fold))
+    if validation == "kfold":
+        correction = fit(None, steps - 1)
+    report(step, steps, steps)
+    table = pa.concat_tables(predicted)
+    metrics = held_out_metrics(
+        settings.method, _matrix(table, _DIFFERENCES), _matrix(table, _PREDICTIONS)
+    )
+    model_files = _save(output, correction)
+    record = output.write_file("held_out.parquet", partial(write_parquet, table))
+    n_pairs = pairs.n_rows
+    output.commit(
+        Rows(n_pairs, len(folds), 0, {"not fit for training": n_pairs - len(folds)}),
+        (*model_files, record),
+        {
+            "method": settings.method,
+            "validation": validation,
+            "folds": {str(name): int(np.count_nonzero(folds == name)) for name in names},
+            "metrics": [asdict(metric) for metric in metrics],
+        },
+    )
 
 
 def metrics_of(manifest: Manifest) -> list[Metric]:

@@ -87,7 +87,7 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
             )
     return Source(
         path=str(path),
-        data_path=str(contents.data_path),
+        data_path=str(data_path),
         kind=kind,
         index=index,
         n_rows=contents.n_rows,

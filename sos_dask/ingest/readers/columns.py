@@ -17,6 +17,7 @@ from sos_dask.schema import CANONICAL, SourceColumn, find_name, is_gaia_id, near
 def sources_in(
     path: Path, name: str, source: SourceColumn, known: Mapping[str, Native]
 ) -> list[Native]:
+    """Columns that one column of the product is made from: one, or all that are joined."""
     matches = [find_name(wanted, known) for wanted in source.sources]
     found = [known[match] for match in matches if match is not None]
     if len(found) == len(matches) or (found and not source.join):
@@ -31,6 +32,7 @@ def sources_in(
 
 
 def element_of(native: Native, element: int | None) -> Native:
+    """A column, or one element of a vector column."""
     if element is None:
         return native
     step = np.dtype(native.dtype).itemsize if native.dtype else 0
@@ -38,6 +40,7 @@ def element_of(native: Native, element: int | None) -> Native:
 
 
 def check_shape(path: Path, user: str, native: Native, element: int | None) -> None:
+    """Raise `SurveyError` where a column has not one number or text a row."""
     where = f"{path}: column '{native.name}' ({user})"
     if native.kind not in ("int", "float", "bool", "text"):
         raise SurveyError(f"{where} has format {native.kind}, which is not one value a row")
@@ -49,6 +52,7 @@ def check_shape(path: Path, user: str, native: Native, element: int | None) -> N
 
 
 def check_native(path: Path, name: str, source: SourceColumn, native: Native) -> None:
+    """Raise `SurveyError` where a column would give wrong values: its shape, type or unit."""
     check_shape(path, f"for '{name}'", native, source.element)
     where = f"{path}: column '{native.name}'"
     if is_gaia_id(name) and native.kind == "float":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from sos_dask.ingest.arrays import Values
@@ -93,12 +92,10 @@ class Source:
     gzipped: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Contents:
     """What a file holds, before the survey's columns are looked up in it."""
 
-    kind: str
-    data_path: Path
     natives: list[Native]
     n_rows: int | None
     layout: dict[str, Any] = field(default_factory=dict)

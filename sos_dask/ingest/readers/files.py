@@ -38,6 +38,7 @@ def first_bytes(path: Path, size: int = 1 << 16) -> tuple[bytes, bool]:
 
 
 def kind_of(path: Path, head: bytes) -> str:
+    """``fits``, ``csv``, ``parquet`` or ``votable``."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not text:
         raise SurveyError(f"{path} is empty", DAMAGED)

@@ -19,8 +19,6 @@ from sos_dask.ingest.arrays import Values, decoded
 from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source
 
 _BLOCK_BYTES = 1 << 20  # stays in the second-level cache while its columns are pulled out
-
-
 _FITS_TYPES = {
     "L": ("u1", "bool"),
     "B": ("u1", "int"),
@@ -34,6 +32,7 @@ _FITS_BYTES = {"C": 8, "M": 16, "P": 8, "Q": 16}
 
 
 def open_fits(path: Path, data_path: Path, hdu: int) -> Contents:
+    """What a FITS binary table holds, from its header."""
     from astropy.io import fits
 
     try:
@@ -70,7 +69,7 @@ def open_fits(path: Path, data_path: Path, hdu: int) -> Contents:
     except KeyError as error:
         raise SurveyError(f"{path}: its header is damaged: {error}", DAMAGED) from None
     layout = {"offset": offset, "row_bytes": row_bytes}
-    return Contents("fits", data_path, natives, n_rows, layout)
+    return Contents(natives, n_rows, layout)
 
 
 def _fits_columns(path: Path, header: Any) -> Iterator[Native]:
@@ -117,6 +116,7 @@ def _fits_columns(path: Path, header: Any) -> Iterator[Native]:
 
 
 def read_fits(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+    """Native columns of a FITS binary table, as `read_native` gives them."""
     stop = source.n_rows if stop is None else stop
     assert stop is not None
     natives = source.natives

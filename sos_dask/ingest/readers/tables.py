@@ -17,6 +17,7 @@ from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, S
 
 
 def open_parquet(path: Path, data_path: Path) -> Contents:
+    """What a Parquet file holds, from its footer."""
     try:
         with pq.ParquetFile(data_path) as file:
             schema, metadata = file.schema_arrow, file.metadata
@@ -24,7 +25,7 @@ def open_parquet(path: Path, data_path: Path) -> Contents:
     except (pa.ArrowException, OSError) as error:
         raise SurveyError(f"{path}: not a readable Parquet file: {error}", DAMAGED) from None
     natives = [_arrow_native(item) for item in schema]
-    return Contents("parquet", data_path, natives, metadata.num_rows, {"group_rows": groups})
+    return Contents(natives, metadata.num_rows, {"group_rows": groups})
 
 
 def _arrow_native(item: pa.Field) -> Native:
@@ -55,6 +56,7 @@ def _arrow_kind(kind: pa.DataType) -> str:
 
 
 def read_parquet(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+    """Native columns of a Parquet file, as `read_native` gives them."""
     bounds = np.concatenate([[0], np.cumsum(source.group_rows)])
     stop = int(bounds[-1]) if stop is None else stop
     groups = np.flatnonzero((bounds[:-1] >= start) & (bounds[1:] <= stop)).tolist()
@@ -109,6 +111,7 @@ def _parse_votable(path: Path, data_path: Path) -> Any:
 
 
 def open_votable(path: Path, data_path: Path) -> Contents:
+    """What the first table of a VOTable holds."""
     table = _parse_votable(path, data_path)
     natives = []
     for number, item in enumerate(table.fields):
@@ -120,10 +123,11 @@ def open_votable(path: Path, data_path: Path) -> Contents:
             kind = "text"
         unit = "" if item.unit is None else str(item.unit)
         natives.append(Native(str(item.name or item.ID), kind, width, unit=unit))
-    return Contents("votable", data_path, natives, len(table.array))
+    return Contents(natives, len(table.array))
 
 
 def read_votable(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+    """Native columns of the first table of a VOTable, as `read_native` gives them."""
     table = _parse_votable(Path(source.path), Path(source.data_path))
     numbers = {str(item.name or item.ID): number for number, item in enumerate(table.fields)}
     for first in range(0, len(table.array), batch_rows):

@@ -21,6 +21,7 @@ from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, S
 
 
 def open_text(path: Path, gzipped: bool) -> Contents:
+    """What delimited text holds, from its first line."""
     with open_bytes(path, gzipped) as file:
         line, skip_lines = file.readline(), 1
         while line and not line.strip():
@@ -53,11 +54,12 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         "skip_lines": skip_lines,
         "gzipped": gzipped,
     }
-    return Contents("csv", path, natives, None if has_rows else 0, layout)
+    return Contents(natives, None if has_rows else 0, layout)
 
 
 @contextlib.contextmanager
 def open_bytes(path: Path, gzipped: bool) -> Iterator[BinaryIO]:
+    """Open a file that may be gzipped; damage of it is a `SurveyError`."""
     try:
         with gzip.open(path) if gzipped else path.open("rb") as file:
             yield file  # type: ignore[misc]  # GzipFile has all that is used of BinaryIO
@@ -66,6 +68,7 @@ def open_bytes(path: Path, gzipped: bool) -> Iterator[BinaryIO]:
 
 
 def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+    """Native columns of delimited text, as `read_native` gives them."""
     # All as text: numbers are cast later at the same cost, and a bad one is known with its row.
     types = {native.name: pa.binary() for native in source.natives.values()}
     with contextlib.ExitStack() as stack:

@@ -1,0 +1,239 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from sos_dask.errors import SurveyError
+from sos_dask.healpix import ang2pix
+from sos_dask.ingest import (
+    check_conflicts,
+    conflicting_keys,
+    losing_rows,
+    merge_rows,
+    rejected_rows,
+)
+from sos_dask.ingest.keys import hashes_of
+from tests.survey_files import ipc_bytes, read, rows, survey, write_fits
+
+VALUE = st.sampled_from([None, 0.0, 1.0])
+OBSERVATION = st.tuples(
+    st.sampled_from(["a", "b", "é", "longer than eight bytes 1", "longer than eight bytes 2"]),
+    st.sampled_from([(0.0, 90.0), (10.0, 0.0)]),
+    st.sampled_from([None, 4000.0, 5000.0]),
+    VALUE,
+    VALUE,
+    VALUE,
+    st.sampled_from([0, 1, 3, 4]),
+)
+MERGE_SURVEY = survey(
+    {"obs_id": {"source": "obsid", "dtype": "string"}, "snr": {"source": "snr"}},
+    cuts={f"c{i}": {"bit": i, "column": "flag", "bits_unset": [i]} for i in range(3)},
+    missing=[],
+)
+
+
+def write_observations(path: Path, items: list) -> None:
+    names = ("obsid", "place", "teff", "logg", "feh", "snr", "flag")
+    data = dict(zip(names, zip(*items, strict=True), strict=True))
+    ra, dec = zip(*data.pop("place"), strict=True)
+    columns = {name: pa.array(values) for name, values in data.items()}
+    for name in ("teff", "logg", "feh", "snr"):
+        columns[name] = columns[name].cast(pa.float64())
+    pq.write_table(pa.table(columns | {"ra": ra, "dec": dec}), path, row_group_size=3)
+
+
+def preferred(items: list) -> tuple:
+    """The rule of the docstring, row by row."""
+
+    def key(item):
+        content = [item[1], *item[2:]]
+        flat = [(value is not None, value or 0) for value in (*item[2:6],)]
+        return (
+            -sum(value is not None for value in content),
+            bin(item[6]).count("1"),
+            -(item[5] if item[5] is not None else -np.inf),
+            ang2pix(np.array([item[1][0]]), np.array([item[1][1]]))[0],
+            flat,
+            item[6],
+        )
+
+    return min(items, key=key)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(OBSERVATION, min_size=1, max_size=25), st.randoms(use_true_random=False))
+def test_merging_depends_on_the_rows_alone(tmp_path_factory, items, random):
+    folder = tmp_path_factory.mktemp("merge")
+    shuffled = items.copy()
+    random.shuffle(shuffled)
+    cut = random.randint(0, len(items) - 1)
+    outputs = []
+    for number, files in enumerate(([items], [shuffled[cut:], shuffled[:cut]])):
+        batches = []
+        for index, content in enumerate(part for part in files if part):
+            path = folder / f"{number}-{index}"
+            write_observations(path, content)
+            sizes = {"chunk_rows": random.randint(1, 9), "batch_rows": random.randint(1, 9)}
+            batches += read(path, MERGE_SURVEY, index=index, **sizes).batches
+        random.shuffle(batches)
+        tables = [batch.rows for batch in batches]
+        keys = conflicting_keys(tables)
+        everything = pa.concat_tables(tables)
+        lost = losing_rows(everything.filter(pc.is_in(everything["obs_id"], value_set=keys)))
+        marks = set(zip(lost["_file"].to_pylist(), lost["_row"].to_pylist(), strict=True))
+        tables = [
+            table.filter(
+                pa.array(
+                    [
+                        (f, r) not in marks
+                        for f, r in zip(
+                            table["_file"].to_pylist(), table["_row"].to_pylist(), strict=True
+                        )
+                    ],
+                    pa.bool_(),
+                )
+            )
+            for table in tables
+        ]
+        merged = merge_rows(tables, ["x", "y"])
+        rejected = pa.concat_tables(
+            [merged.rejected, rejected_rows(lost, "conflicting obs_id", ["x", "y"])]
+        )
+        assert merged.rows.num_rows + merged.n_duplicates + rejected.num_rows == len(items)
+        assert set(rejected["reason"].to_pylist()) <= {"conflicting obs_id"}
+        ids = rejected["obs_id"].to_pylist()
+        outputs.append((ipc_bytes(merged.rows), merged.n_duplicates, sorted(ids)))
+        assert merged.rows.schema.equals(MERGE_SURVEY.arrow_schema(), check_metadata=True)
+    assert outputs[0] == outputs[1]
+    for row in merged.rows.to_pylist():
+        best = preferred([item for item in items if item[0] == row["obs_id"]])
+        found = (row["ra"], row["dec"], row["teff"], row["logg"], row["feh"], row["snr"])
+        assert found == (*best[1], *best[2:6])
+        assert row["quality"] == best[6]
+    assert sorted(merged.rows["obs_id"].to_pylist()) == sorted({item[0] for item in items})
+
+
+def test_exact_duplicates_are_dropped_and_conflicts_rejected(tmp_path):
+    data = rows(6)
+    for name in data:
+        data[name][1] = data[name][0]  # an exact repeat
+        data[name][3] = data[name][2]
+        data[name][5] = data[name][4]
+    data["feh"][3] += 0.5
+    data["teff"][4] = -9999  # fewer values than row 5
+    batches = read(write_fits(tmp_path / "a", data), survey(), chunk_rows=1).batches
+    merged = merge_rows([batch.rows for batch in batches], ["a.fits"])
+    assert merged.n_duplicates == 1
+    assert merged.rows.num_rows == 3
+    assert "_row" not in merged.rows.column_names
+    assert merged.rejected["row"].to_pylist() == [3, 4]  # of 2 and 3 the smaller [Fe/H] stays
+    assert merged.rejected["reason"].to_pylist() == ["conflicting obs_id"] * 2
+    assert merged.rejected["file"].to_pylist() == ["a.fits"] * 2
+    assert merged.rejected["ra"].to_pylist() == [data["ra"][3], data["ra"][4]]
+    assert merged.rejected["obs_id"].to_pylist() == [str(data["obsid"][i]) for i in (3, 4)]
+
+
+def test_duplicates_of_a_row_with_nulls(tmp_path):
+    data = rows(3)
+    for name in data:
+        data[name][:] = data[name][0]
+    data["feh"][:2] = np.nan
+    data["feh"][2] = 0.0  # a null is not 0
+    merged = merge_rows([read(write_fits(tmp_path / "a", data), survey()).rows], ["a"])
+    assert (merged.rows.num_rows, merged.n_duplicates, merged.rejected.num_rows) == (1, 0, 2)
+    assert merged.rows["feh"].to_pylist() == [0.0]
+
+
+def write_pieces(folder: Path, tables: list[pa.Table]) -> list[Path]:
+    paths = []
+    for number, table in enumerate(tables):
+        paths.append(folder / f"{number}.arrow")
+        with pa.OSFile(str(paths[-1]), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=5)
+    return paths
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("n_buckets", [1, 3])
+def test_keys_at_several_places_as_by_brute_force(tmp_path, text, n_buckets):
+    rng = np.random.default_rng(3)
+    ids, cells = rng.integers(-40, 40, 120), rng.integers(0, 3, 120) + 7
+    keys = pa.array([f"{'x' * (abs(i) % 13)}{i}" for i in ids]) if text else pa.array(ids)
+    table = pa.table({"_healpix_29": cells, "obs_id": keys, "other": np.zeros(120)})
+    places: dict = {}
+    for key, cell in zip(keys.to_pylist(), cells.tolist(), strict=True):
+        places.setdefault(key, set()).add(cell)
+    expected = {key for key, found in places.items() if len(found) > 1}
+    pieces = write_pieces(tmp_path, [table.slice(0, 50), table.slice(50, 0), table.slice(50)])
+    found = [conflicting_keys(pieces, bucket, n_buckets) for bucket in range(n_buckets)]
+    together = [key for keys in found for key in keys.to_pylist()]
+    assert sorted(together) == sorted(expected)
+    assert all(keys.to_pylist() == sorted(keys.to_pylist()) for keys in found)
+    assert all(keys.type == keys_type for keys in found for keys_type in [table["obs_id"].type])
+    assert len(found[-1]) > 0
+    tables = [table.slice(i, 13) for i in range(0, 120, 13)]  # with offsets, not from files
+    assert conflicting_keys(tables).to_pylist() == sorted(expected)
+
+
+def test_texts_that_share_a_hash_are_not_the_same_key(monkeypatch):
+    monkeypatch.setattr("sos_dask.ingest.keys.hashes_of", lambda ids: np.zeros(len(ids), np.uint64))
+    table = pa.table({"obs_id": ["a", "b", "c", "c"], "_healpix_29": [1, 2, 3, 4]})
+    assert conflicting_keys([table]).to_pylist() == ["c"]
+
+
+@settings(max_examples=50, deadline=None)
+@example(["", "a", "a\0", "a" * 8, "a" * 8 + "\0"])
+@given(st.lists(st.text(max_size=30)))
+def test_hashes_of_text_differ_as_the_texts_do(texts):
+    column = pa.array(["prefix", *texts], pa.string()).slice(1)
+    hashes = hashes_of(column)
+    assert len(set(hashes.tolist())) == len(set(texts))
+    again = {text: hashes_of(pa.array([text]))[0] for text in texts}
+    assert [again[text] for text in texts] == hashes.tolist()
+
+
+def test_no_pieces_and_no_conflicts():
+    assert len(conflicting_keys([])) == 0
+    table = pa.table({"obs_id": ["a", "a"], "_healpix_29": [1, 1]})
+    assert conflicting_keys([table]).type == pa.string()
+    assert len(conflicting_keys([table])) == 0
+
+
+@pytest.mark.parametrize("n_buckets", [1, 4])
+def test_a_column_that_is_no_key_is_refused(n_buckets):
+    n = 5000
+    table = pa.table({"obs_id": ["plate 17"] * n, "_healpix_29": np.arange(n)})
+    with pytest.raises(SurveyError, match=r"'obs_id' is no key.*plate 17") as caught:
+        for bucket in range(n_buckets):
+            conflicting_keys([table], bucket, n_buckets)
+    assert "join" in caught.value.hint
+
+
+def test_some_conflicts_are_allowed():
+    check_conflicts(100, 100, "x")
+    check_conflicts(101, 10100, "x")
+    with pytest.raises(SurveyError, match="survey a: 'obs_id' is no key: 102 of 10100 rows"):
+        check_conflicts(102, 10100, "x", "survey a")
+
+
+def test_losing_rows_keeps_the_best_row_and_its_duplicates(tmp_path):
+    data = rows(5)
+    for name in ("obsid", "teff", "logg", "feh"):
+        data[name][:4] = data[name][0]
+    for name in ("ra", "dec"):
+        data[name][1] = data[name][0]
+    data["feh"][2] = -9999
+    out = read(write_fits(tmp_path / "a", data), survey()).rows.slice(0)
+    keys = conflicting_keys([out])
+    assert keys.to_pylist() == [data["obsid"][0]]
+    lost = losing_rows(out.filter(pc.is_in(out["obs_id"], value_set=keys)))
+    winner = min((0, 3), key=lambda i: ang2pix(data["ra"][i : i + 1], data["dec"][i : i + 1])[0])
+    assert lost["_row"].to_pylist() == ([2, 3] if winner == 0 else [0, 1, 2])
+    assert losing_rows(out.slice(0, 0)).num_rows == 0

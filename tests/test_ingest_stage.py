@@ -1,0 +1,42 @@
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from sos_dask.errors import SurveyError
+from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
+from tests.survey_files import rows, survey, write_fits
+
+
+def repeated_keys(n: int, n_keys: int) -> dict:
+    """Rows of which each key stands at one place with several labels."""
+    data = rows(n)
+    first = np.arange(n) % n_keys
+    return data | {name: data[name][first] for name in ("obsid", "ra", "dec")}
+
+
+def test_a_key_whose_rows_share_a_position_is_refused(tmp_path):
+    path = write_fits(tmp_path / "stars.fits", repeated_keys(2000, 100))
+    out = tmp_path / "out"
+    with pytest.raises(
+        SurveyError, match="survey mock: 'obs_id' is no key: 1900 of 2000"
+    ) as caught:
+        ingest(survey(), [path], out, IngestSettings(rows_per_partition=50))
+    assert "join" in caught.value.hint
+    assert not (out / "manifest.json").exists()
+
+
+def test_few_rows_with_a_used_key_are_rejected(tmp_path):
+    path = write_fits(tmp_path / "stars.fits", repeated_keys(200, 100))
+    rows_of = ingest(survey(), [path], tmp_path / "out").rows
+    assert (rows_of.n_in, rows_of.n_out, rows_of.rejected) == (200, 100, 100)
+    rejected = pq.read_table(tmp_path / "out" / "rejected.parquet")
+    assert set(rejected["reason"].to_pylist()) == {"conflicting obs_id"}
+
+
+def test_what_decides_no_row_is_not_in_the_recipe():
+    recipes = [
+        ingest_recipe(survey(**more), ["a" * 64], IngestSettings(), "mock")
+        for more in ({}, {"allow": ["ra_below_24"]}, {"max_rejected_fraction": 0.5})
+    ]
+    assert recipes[0] == recipes[1] == recipes[2]
+    assert recipes[0] != ingest_recipe(survey(missing=[]), ["a" * 64], IngestSettings(), "mock")

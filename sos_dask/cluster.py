@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -152,6 +153,17 @@ class Cluster:
         return [results[index] for index in range(len(tasks))]
 
 
+def _quiet_workers() -> Any:
+    """Plugin that throws away what libraries print in workers: standard output is for results."""
+    from distributed import WorkerPlugin
+
+    class Quiet(WorkerPlugin):  # type: ignore[misc]
+        def setup(self, worker: Any) -> None:
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+
+    return Quiet()
+
+
 @contextlib.contextmanager
 def start(
     n_workers: int | None = None,
@@ -220,4 +232,6 @@ def start(
             )
             client = Client(local)
         stack.enter_context(client)
+        if scheduler is None:
+            client.register_plugin(_quiet_workers(), name="quiet")
         yield Cluster(client)

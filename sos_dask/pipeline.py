@@ -31,7 +31,7 @@ from sos_dask.artifact import (
     storage_errors,
     write_text,
 )
-from sos_dask.catalog import Catalog
+from sos_dask.catalog import PROPERTIES, Catalog
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.compare import Metric, choose
 from sos_dask.config import DedupeSection, Job, SurveySection
@@ -113,8 +113,9 @@ class _Planner:
         self.job = job
         self.store = store
         self.stages: list[Stage] = []
-        self.previous = {name: recipe for name, recipe in _current_recipes(store).items()}
-        self.names: dict[str, str] = {}  # fingerprint -> product, to speak of inputs by name
+        self.published = _published(store)
+        self.previous = _current_recipes(store)
+        self.names: dict[str, str] = {}  # of products and files, by fingerprint
 
     def add(
         self, product: str, recipe: Recipe, run: Callable[[Path, Cluster, Report], Manifest | None]
@@ -150,6 +151,8 @@ class _Planner:
     def _reason(self, product: str, recipe: Recipe, directory: Path, changed: set[str]) -> str:
         if (directory / WORK).is_dir():
             return "unfinished: goes on where it stopped"
+        if self.published.get(product) == recipe.fingerprint:
+            return "its output was removed"
         before = self.previous.get(product)
         if before is None:
             return "not built before"
@@ -159,10 +162,10 @@ class _Planner:
         inputs = [
             f"{self.names.get(now, name)} changed"
             for name, now in recipe.inputs.items()
-            if before.inputs.get(name) != now
+            if now not in before.inputs.values()
         ]
         removed = [f"{name} removed" for name in before.inputs if name not in recipe.inputs]
-        return "; ".join([*settings, *inputs, *removed]) or "its output was removed"
+        return "; ".join([*settings, *inputs, *removed])
 
 
 def _differences(before: Any, after: Any, where: str = "") -> list[str]:
@@ -279,6 +282,7 @@ def _add_survey(
     survey = load_survey(definition, section.override)
     files = [job.resolve(file) for file in section.files]
     digests = _digests(planner.store, files)
+    planner.names |= {digest: file.name for digest, file in zip(digests, files, strict=True)}
     settings = IngestSettings(job.ingest.rows_per_partition, job.ingest.chunk_rows)
     product = f"{name}.observations"
     observations = planner.add(
@@ -466,7 +470,7 @@ def _publish(store: Path, job: Job, stages: list[Stage]) -> Path:
     """Link the products into a new build and let ``current`` name it; an equal build is kept."""
     fingerprints = {stage.product: stage.recipe.fingerprint for stage in stages}
     current = store / "current"
-    if current.exists() and _read_build(current).get("products") == fingerprints:
+    if _published(store) == fingerprints:
         return current.resolve()
     now = datetime.datetime.now(datetime.UTC)
     build = store / "builds" / now.strftime("%Y%m%dT%H%M%S.%fZ")
@@ -483,7 +487,7 @@ def _publish(store: Path, job: Job, stages: list[Stage]) -> Path:
             "sos_dask": __version__,
             "utc": now.isoformat(timespec="seconds"),
         }
-        write_text(build / BUILD_FILE, json.dumps(document, indent=1, sort_keys=True))
+        write_text(build / BUILD_FILE, json.dumps(document, indent=1))
         swap = store / f".current.{os.getpid()}"
         swap.unlink(missing_ok=True)
         swap.symlink_to(os.path.relpath(build, store), target_is_directory=True)
@@ -494,40 +498,60 @@ def _publish(store: Path, job: Job, stages: list[Stage]) -> Path:
 def _read_build(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((path / BUILD_FILE).read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CatalogError(f"{path} is not a build: {error}") from None
+
+
+def _published(store: Path) -> dict[str, str]:
+    """Fingerprints of the products of the latest build; empty without a readable one."""
+    try:
+        return dict(_read_build(store / "current")["products"])
+    except (CatalogError, KeyError):
+        return {}
 
 
 def _current_recipes(store: Path) -> dict[str, Recipe]:
     """Recipes of the products of the latest build; empty without one."""
     current = store / "current"
-    if not current.exists():
-        return {}
     recipes = {}
-    for product, stage in _read_build(current)["stages"].items():
-        inner = current / product / "margin" if stage == "margin" else current / product
+    for product in _published(store):
+        inner = current / product / "margin"
         try:
-            recipes[product] = Manifest.load(inner).recipe
+            directory = inner if inner.is_dir() else current / product
+            recipes[product] = Manifest.load(directory).recipe
         except CatalogError:
             continue
     return recipes
 
 
+def catalogs_of(build: Path) -> list[Path]:
+    """Catalogs among the products of a build, in the order of the plan.
+
+    Raises
+    ------
+    CatalogError
+        Not a build.
+    """
+    products = [build / product for product in _read_build(build)["products"]]
+    return [path for path in products if (path / PROPERTIES).is_file()]
+
+
 @dataclass(frozen=True)
 class StoreStatus:
-    """What a store holds."""
+    """What a store holds; ``missing``: products of the build that are gone, or damaged."""
 
     store: Path
     current: str
     builds: tuple[str, ...]
     products: tuple[StageResult, ...]
+    missing: tuple[str, ...]
     unfinished: tuple[str, ...]
     unused_bytes: int
     bytes: int
 
 
 def status(store: Path) -> StoreStatus:
-    """Latest build of a store, its products, unfinished outputs and space.
+    """Latest build of a store, its products in the order of the plan, unfinished outputs, space.
 
     Raises
     ------
@@ -536,7 +560,7 @@ def status(store: Path) -> StoreStatus:
     """
     if not (store / "artifacts").is_dir():
         raise CatalogError(f"{store} is not a store: it has no artifacts", "Run a rebuild first.")
-    products = []
+    products, missing = [], []
     current = store / "current"
     name = ""
     if current.exists():
@@ -545,7 +569,11 @@ def status(store: Path) -> StoreStatus:
         for product, stage_name in build["stages"].items():
             directory = (current / product).resolve()
             inner = directory / "margin" if stage_name == "margin" else directory
-            recipe = Manifest.load(inner).recipe
+            try:
+                recipe = Manifest.load(inner).recipe
+            except CatalogError as error:
+                missing.append(f"{product}: {error.message}")
+                continue
             stage = Stage(product, recipe, directory, lambda *_: None, True, "published")
             products.append(_result_of(stage, False))
     used = _used_artifacts(store, keep=None)
@@ -556,6 +584,7 @@ def status(store: Path) -> StoreStatus:
         name,
         tuple(sorted(path.name for path in (store / "builds").glob("*"))),
         tuple(products),
+        tuple(missing),
         tuple(str(path.relative_to(store)) for path in artifacts if _is_unfinished(path)),
         sum(size for path, size in sizes.items() if path not in used),
         sum(sizes.values()),

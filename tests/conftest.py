@@ -24,3 +24,25 @@ def cluster():
 
     with start(2, "3GiB") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def small_sky(tmp_path_factory) -> Path:
+    """Folder of a simulated sky: 5,000 LAMOST rows, as the surveys' own FITS tables."""
+    from sos_dask.simulate import SkySettings, simulate
+
+    folder: Path = tmp_path_factory.mktemp("small") / "sky"
+    simulate(SkySettings(n_lamost=5000), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_store(small_sky, tmp_path_factory) -> Path:
+    """Store with one build of `tests.job`; only to be read, or copied (links as links)."""
+    from sos_dask.config import load_job
+    from sos_dask.pipeline import rebuild
+    from tests.job import write_job
+
+    folder: Path = tmp_path_factory.mktemp("small-store")
+    rebuild(load_job(write_job(folder, small_sky)))
+    return folder / "store"

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import dask
+import distributed  # noqa: F401  # its settings must be there before one is changed
 import numpy as np
 import pytest
 import xgboost
@@ -34,7 +35,7 @@ def fit(source: models.TrainingSource, **options) -> BoostedCorrection:
     return out
 
 
-def error(correction: models.Fitted) -> np.ndarray:
+def error(correction):
     """Root mean square of prediction - true difference, in units of the noise."""
     x = biased_pairs(20_000, 99).features
     inside = x[correction.in_range(x)]
@@ -84,7 +85,7 @@ def test_a_step_that_no_polynomial_follows():
     near = np.abs(x[:, 1] - 3.5) < 0.3
     truth = (bias(x) + np.where(x[:, 1] < 3.5, 2.0, 0.0)[:, None] * NOISE)[near]
 
-    def rms(method: str) -> np.ndarray:
+    def rms(method):
         predicted = models.fit(method, source).predict(x[near])
         return np.sqrt(np.mean((predicted - truth) ** 2, axis=0)) / NOISE
 
@@ -284,7 +285,7 @@ def test_a_build_without_cuda_is_told(monkeypatch):
 def test_after_three_losses_there_is_an_error(client, monkeypatch):
     tries = []
 
-    def lose(*_: object) -> None:
+    def lose(*_):
         tries.append(1)
         raise xgboost.core.XGBoostError("Ring allgather failed\nStack trace: many lines")
 
@@ -300,7 +301,7 @@ def test_labels_that_are_done_are_not_trained_again(client, monkeypatch):
     trained = []
     real = boosted._train_label
 
-    def lose_once(*arguments: object) -> object:
+    def lose_once(*arguments):
         trained.append(arguments[-1])
         if trained == [0, 1]:
             raise RuntimeError("Missing required workers: {'tcp://gone'}")
@@ -316,7 +317,7 @@ def test_labels_that_are_done_are_not_trained_again(client, monkeypatch):
 @pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_is_lost_in_training(blow):
+def test_a_worker_is_lost_in_training(blow, caplog):
     """A killed worker, and one that hangs: training goes on with those that answer."""
     source = ArraySource(biased_pairs(6000, 27), (1000, 2000, 4000))
     params = {"n_rounds": 800, "timeout_s": 3}
@@ -344,6 +345,7 @@ def test_a_worker_is_lost_in_training(blow):
                     os.kill(victim, signal.SIGKILL)
     assert struck
     assert struck[0] < finished
+    assert "try 1 of 3 failed" in caplog.text
     x = source.batch.features
     here = fit(source, params={"n_rounds": 800})
     assert (np.abs(out.predict(x) - here.predict(x)) / NOISE).max() < 1e-4

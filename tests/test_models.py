@@ -83,7 +83,7 @@ def fitted(request) -> models.Fitted:
 
 
 @pytest.fixture
-def saved(fitted, tmp_path) -> Path:
+def saved(fitted, tmp_path):
     fitted.save(tmp_path / "model")
     return tmp_path / "model"
 

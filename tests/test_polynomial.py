@@ -14,7 +14,7 @@ def fit(source: ArraySource, **options) -> PolynomialCorrection:
     return out
 
 
-def error(correction: models.Fitted, seed: int = 99) -> np.ndarray:
+def error(correction, seed=99):
     """Root mean square of prediction - true difference, in units of the noise."""
     x = biased_pairs(20_000, seed).features
     inside = x[correction.in_range(x)]

@@ -274,6 +274,11 @@ def test_native_units_are_converted(column, unit, factor):
     assert source.unit == unit and source.column.unit == CANONICAL[column].unit
 
 
+def test_odd_but_right_data_are_confirmed():
+    assert parse_survey(document()).allow == ()
+    assert parse_survey(document(allow=["ra_below_24"])).allow == ("ra_below_24",)
+
+
 def test_missing_and_elements_and_extras():
     raw = with_column("feh", {"source": "PARAM", "element": 3, "missing": [-1]})
     raw |= {"missing": [-9999, -9999.99], "missing_text": ["null"], "position_epoch": 2016}

@@ -69,16 +69,22 @@ def surveys(
 
 
 def verify(
-    catalogs: Annotated[list[Path], typer.Argument(help="Directories of catalogs.")],
+    catalogs: Annotated[
+        list[Path], typer.Argument(help="Directories of catalogs, or of a build: all of its.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Check every invariant of catalogs: rows, order, pixels, keys, hashes.
 
-    Example: sos-dask verify store/current/lamost.corrected
+    Example: sos-dask verify store/current
     """
+    from sos_dask.pipeline import BUILD_FILE, catalogs_of
     from sos_dask.verify import verify as run
 
-    problems = {str(path): run(path) for path in catalogs}
+    chosen: list[Path] = []
+    for path in catalogs:
+        chosen += catalogs_of(path) if (path / BUILD_FILE).is_file() else [path]
+    problems = {str(path): run(path) for path in chosen}
     if as_json:
         print_json({"problems": problems})
     else:

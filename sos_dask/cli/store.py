@@ -159,6 +159,7 @@ def status(store: Store = Path("store"), as_json: Json = False) -> None:
                 "current": found.current,
                 "builds": found.builds,
                 "products": {s.product: stage_document(s) for s in found.products},
+                "missing": found.missing,
                 "unfinished": found.unfinished,
                 "bytes": found.bytes,
                 "unused_bytes": found.unused_bytes,
@@ -168,6 +169,8 @@ def status(store: Store = Path("store"), as_json: Json = False) -> None:
     say(f"Current build: {found.current or 'none'} (of {len(found.builds)})")
     if found.products:
         show_stages("Products", found.products, with_reason=False)
+    for text in found.missing:
+        say(f"Missing: {text}")
     for name in found.unfinished:
         say(f"Unfinished: {name}")
     say(

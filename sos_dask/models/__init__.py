@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import json
 import math
+import mmap
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
+
+
+Content = bytes | memoryview
+_SMALL_FILE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -409,11 +414,11 @@ def load(directory: Path) -> Fitted:
         hashes = {str(name): str(value) for name, value in document["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{path}: incomplete or damaged ({error!r})") from None
-    files = {}
+    files: dict[str, Content] = {}
     for name, expected_hash in hashes.items():
         if Path(name).name != name:
             raise ModelError(f"{path}: '{name}' is not a file name")
-        files[name] = _read(directory / name)
+        files[name] = _mapped(directory / name)
         if hashlib.sha256(files[name]).hexdigest() != expected_hash:
             raise ModelError(
                 f"{directory / name} is not the file that was saved with the model",
@@ -421,6 +426,17 @@ def load(directory: Path) -> Fitted:
             )
     fitted: Fitted = _module(info.method).restore(info, files)
     return fitted
+
+
+def _mapped(path: Path) -> Content:
+    """Content of a file that workers on one machine share in memory; small ones are read."""
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size < _SMALL_FILE:
+                return file.read()
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from None
 
 
 def _read(path: Path) -> bytes:

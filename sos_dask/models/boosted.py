@@ -28,6 +28,7 @@ import numpy as np
 from sos_dask.errors import ClusterError, ModelError, SosError
 from sos_dask.features import FEATURES
 from sos_dask.models import (
+    Content,
     Fitted,
     Float32Array,
     FloatArray,
@@ -45,11 +46,13 @@ from sos_dask.models import (
     to_json,
     training_rows,
 )
+from sos_dask.models.lookup import LookupTable, compile_trees
 from sos_dask.schema import LABELS
 
 logger = logging.getLogger(__name__)
 
 FILE = "boosted.json"
+TABLE = "lookup.npy"
 MIN_PAIRS = 50
 TRIES = 3
 # Edges of bins lie on a grid of this many cells over the range of a feature.
@@ -85,6 +88,8 @@ class BoostedCorrection(Fitted):
         One a label.
     center, spread : ndarray of float64, shape (3,), K, dex, dex
         A difference is ``center + spread * (sum of the trees)``.
+    table : LookupTable, optional
+        The trees compiled; a saved model has it, unless its thresholds are too many.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class BoostedCorrection(Fitted):
         boosters: tuple[Any, ...],
         center: FloatArray,
         spread: FloatArray,
+        table: LookupTable | None = None,
     ) -> None:
         super().__init__(info)
         for booster in boosters:
@@ -101,15 +107,18 @@ class BoostedCorrection(Fitted):
         self.boosters = boosters
         self.center = center
         self.spread = spread
+        self.table = table
 
     def trees(self, features: Float32Array) -> Float32Array:
-        """Sums of the trees, shape (n, 3): all that a faster evaluation has to replace.
+        """Sums of the trees, shape (n, 3), looked up where there is a table.
 
         Parameters
         ----------
         features : ndarray of float32, shape (n, 3)
             Finite: the direction that trees keep for missing values is never used.
         """
+        if self.table is not None:
+            return self.table.predict(features)
         x = np.ascontiguousarray(features)
         return np.stack([booster.inplace_predict(x) for booster in self.boosters], axis=1)
 
@@ -118,7 +127,7 @@ class BoostedCorrection(Fitted):
         return (self.center + self.spread * self.trees(features)).astype(np.float32)
 
     def files(self) -> Mapping[str, bytes]:
-        """``boosted.json`` and the trees of each label as UBJSON."""
+        """``boosted.json``, the trees of each label as UBJSON, and their look-up table."""
         document = {
             "formula": "center + spread * (sum of the trees)",
             "center": dict(zip(LABELS, self.center.tolist(), strict=True)),
@@ -126,18 +135,20 @@ class BoostedCorrection(Fitted):
         }
         raw = [bytes(booster.save_raw("ubj")) for booster in self.boosters]
         trees = {_file(label): content for label, content in zip(LABELS, raw, strict=True)}
-        return {FILE: to_json(document), **trees}
+        table = self.table or compile_trees(self.boosters)
+        compiled = {} if table is None else {TABLE: table.to_bytes()}
+        return {FILE: to_json(document), **trees, **compiled}
 
 
 def _file(label: str) -> str:
     return f"{label}.ubj"
 
 
-def restore(info: ModelInfo, files: Mapping[str, bytes]) -> BoostedCorrection:
+def restore(info: ModelInfo, files: Mapping[str, Content]) -> BoostedCorrection:
     """Model from its files; `ModelError` where they are incomplete."""
     import xgboost
 
-    document = parse_json(files.get(FILE, b""), FILE)
+    document = parse_json(bytes(files.get(FILE, b"")), FILE)
     try:
         center = np.array([document["center"][label] for label in LABELS], dtype=np.float64)
         spread = np.array([document["spread"][label] for label in LABELS], dtype=np.float64)
@@ -154,7 +165,8 @@ def restore(info: ModelInfo, files: Mapping[str, bytes]) -> BoostedCorrection:
     for label, booster in zip(LABELS, boosters, strict=True):
         if booster.num_features() != len(FEATURES):
             raise ModelError(f"{_file(label)}: {booster.num_features()} features, not 3")
-    return BoostedCorrection(info, boosters, center, spread)
+    table = LookupTable.from_buffer(files[TABLE]) if TABLE in files else None
+    return BoostedCorrection(info, boosters, center, spread, table)
 
 
 def fit(

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from sos_dask.features import (
     polynomial_terms,
 )
 from sos_dask.models import (
+    Content,
     Fitted,
     Float32Array,
     FloatArray,
@@ -144,9 +146,9 @@ class PolynomialCorrection(Fitted):
         return {FILE: to_json(document)}
 
 
-def restore(info: ModelInfo, files: Mapping[str, bytes]) -> PolynomialCorrection:
+def restore(info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrection:
     """Model from its files; `ModelError` where they are incomplete."""
-    document = parse_json(files.get(FILE, b""), FILE)
+    document = parse_json(bytes(files.get(FILE, b"")), FILE)
     try:
         scale = Scale(
             np.array([document["center"][name] for name in FEATURES], dtype=np.float64),
@@ -219,10 +221,16 @@ def fit(
 
 def _one_thread() -> AbstractContextManager[Any]:
     """Matrix products by one thread: with more the last bits may depend on their number."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    limits: AbstractContextManager[Any] = threadpool_limits(1)
+    limits: AbstractContextManager[Any] = _thread_pools().limit(limits=1)
     return limits
+
+
+@lru_cache(maxsize=1)
+def _thread_pools() -> Any:
+    # It looks through all loaded libraries, which takes longer than a small batch.
+    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+
+    return ThreadpoolController()
 
 
 def _scale(summary: Summary) -> Scale:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from sos_dask.schema import LABELS, nearest
 from sos_dask.stages.parts import unless_complete
 
 VERSION = 1
+_KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 VALIDATIONS = ("auto", "kfold", "holdout")
 _DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
@@ -67,14 +68,26 @@ class PairsSource:
 
     def load(self, index: int) -> models.Batch:
         """Features and differences of one partition."""
-        table = self.catalog.read(self.catalog.pixels[index], _COLUMNS)
-        table = table.filter(table["use"])
-        return models.Batch(
-            features=features(*(_values(table, label) for label in LABELS)),
-            differences=np.stack([_values(table, name) for name in _DIFFERENCES], axis=1),
-            fold=table["fold"].to_numpy(),
-            weight=np.ones(table.num_rows, dtype=np.float32),
-        )
+        catalog = self.catalog
+        if catalog.n_rows <= _KEPT_ROWS:
+            return _kept_batch(str(catalog.path.absolute()), catalog.fingerprint, index)
+        return _read_batch(catalog, index)
+
+
+@lru_cache(maxsize=4096)
+def _kept_batch(path: str, fingerprint: str, index: int) -> models.Batch:
+    return _read_batch(Catalog.open(path), index)
+
+
+def _read_batch(catalog: Catalog, index: int) -> models.Batch:
+    table = catalog.read(catalog.pixels[index], _COLUMNS)
+    table = table.filter(table["use"])
+    return models.Batch(
+        features=features(*(_values(table, label) for label in LABELS)),
+        differences=np.stack([_values(table, name) for name in _DIFFERENCES], axis=1),
+        fold=table["fold"].to_numpy(),
+        weight=np.ones(table.num_rows, dtype=np.float32),
+    )
 
 
 def _values(table: pa.Table, name: str) -> NDArray[np.float32]:

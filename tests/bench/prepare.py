@@ -92,10 +92,14 @@ def observations(place: Place, cluster: Cluster) -> None:
     """Our catalog of the LAMOST rows."""
     from sos_dask.stages.ingest import ingest
 
-    for name in ("lamost",):
-        survey = load_survey(SURVEYS[name])
-        files = [place.sky / f"{name}.fits"]
-        ingest(survey, files, place.ours(name), name=name, overwrite=True, cluster=cluster)
+    ingest(
+        load_survey(SURVEYS["lamost"]),
+        [place.sky / "lamost.fits"],
+        place.ours("lamost"),
+        name="lamost",
+        overwrite=True,
+        cluster=cluster,
+    )
 
 
 def reference(place: Place, cluster: Cluster) -> None:
@@ -197,9 +201,8 @@ def model(place: Place, cluster: Cluster) -> None:
 
 def import_files(place: Place, cluster: Cluster) -> None:
     """LAMOST as Parquet files in the order of the FITS file: the columns that we read of it."""
-    survey = load_survey(SURVEYS["lamost"])
-    columns = {**survey.columns, **survey.extra}
-    wanted = {name: column.source for name, column in columns.items()}
+    columns = load_survey(SURVEYS["lamost"]).columns
+    wanted = {name: column.sources[0] for name, column in columns.items()}
 
     def write(folder: Path) -> None:
         from astropy.io import fits

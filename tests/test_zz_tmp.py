@@ -1,0 +1,567 @@
+"""Grouping and combining of repeats against plain-Python versions of the stated rules."""
+
+import csv
+import itertools
+import math
+import pickle
+import statistics
+from typing import Any
+
+import healpy
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sos_dask.dedupe import METHODS, DedupeSettings, Groups, combine, group
+from sos_dask.errors import ConfigError, PartitionError
+from sos_dask.healpix import (
+    HealpixPixel,
+    ang2pix,
+    in_ranges,
+    propagate,
+    separation_arcsec,
+    surroundings,
+)
+
+THOROUGH = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False, max_examples=9000
+)
+CORNER = float(np.degrees(np.arcsin(2 / 3)))
+CENTRES = [
+    (0.0, 90.0), (77.0, -90.0), (0.0, 0.0), (45.0, 0.0), (0.0, CORNER), (90.0, -CORNER),
+    (45.0, CORNER), (180.0, 89.9999), (90.0, 60.0), (211.1, -33.3),
+]  # fmt: skip
+Rng = np.random.Generator
+seeds = st.integers(0, 2**32 - 1)
+
+
+class Sky:
+    """Rows to be grouped: a few stars, often blended, each with a few observations."""
+
+    def __init__(self, rng: Rng, n: int, radius: float, releases: tuple[str, ...], ties: bool):
+        places = np.array(CENTRES)[rng.integers(0, len(CENTRES), 2)]
+        order = int(rng.integers(8, 30))
+        cell = ang2pix(places[:1, 0], places[:1, 1], order)
+        corner = healpy.boundaries(1 << order, cell, step=1, nest=True)[:, :, rng.integers(0, 4)]
+        places = np.concatenate([places, np.stack(healpy.vec2ang(corner, lonlat=True), axis=1)])
+        n_stars = max(n // 3, 1)
+        star_ra, star_dec = places[rng.integers(0, 3, n_stars)].T
+        # Stars about a radius apart, so that chains, blends and lonely ones all occur.
+        star_ra, star_dec = self.around(rng, star_ra, star_dec, radius * rng.uniform(0.3, 4))
+        twins = rng.random(n_stars) < 0.2
+        star_ra = np.where(twins, star_ra[0], star_ra)
+        star_dec = np.where(twins, star_dec[0], star_dec)
+        star = rng.integers(0, n_stars, n)
+        ra, dec = self.around(rng, star_ra[star], star_dec[star], radius * rng.uniform(0, 1.2))
+        same = rng.random(n) < rng.choice([0.15, 0.7])
+        ra, dec = np.where(same, star_ra[star], ra), np.where(same, star_dec[star], dec)
+        cells = ang2pix(ra, dec)
+        sky = np.argsort(cells, kind="stable")
+        self.ra, self.dec, self.cells, star = ra[sky], dec[sky], cells[sky], star[sky]
+        self.rank = rng.permutation(n) // (3 if ties else 1)
+        self.ids = {}
+        for release in releases:
+            name = rng.permutation(n_stars)[star] + 2**61
+            wrong, none = rng.random(n) < 0.1, rng.random(n) < rng.choice([0.1, 0.5, 0.9])
+            name = np.where(wrong, rng.integers(0, n_stars, n) + 2**61, name)
+            self.ids[release] = np.where(none, rng.choice([0, -9999], n), name)
+        self.frontier = rng.random(n) < 0.05
+
+    @staticmethod
+    def around(rng: Rng, ra: Any, dec: Any, arcsec: float) -> Any:
+        angle, far = rng.uniform(0, 2 * np.pi, len(ra)), arcsec * 1e3 * rng.random(len(ra))
+        return propagate(ra, dec, far * np.sin(angle), far * np.cos(angle), 1.0)
+
+    def group(self, chosen: DedupeSettings, rows: Any = slice(None)) -> Groups:
+        ids = {release: values[rows] for release, values in self.ids.items()}
+        return group(
+            self.ra[rows],
+            self.dec[rows],
+            self.cells[rows],
+            self.rank[rows],
+            ids,
+            self.frontier[rows],
+            chosen,
+        )
+
+
+def one_by_one(sky: Sky, chosen: DedupeSettings) -> tuple[list[int], list[bool]]:
+    """The stated rule, one row after the other."""
+    n = len(sky.ra)
+    index = np.arange(n)
+    i, j = (grid.ravel() for grid in np.meshgrid(index, index))
+    apart = separation_arcsec(sky.ra[i], sky.dec[i], sky.ra[j], sky.dec[j]).reshape(n, n).tolist()
+    near, far = chosen.radius_arcsec, chosen.id_radius_arcsec
+    rank = [(r, p) for p, r in enumerate(sky.rank.tolist())]
+    # Newest first.
+    names = [sky.ids[r].tolist() for r in ("dr3", "dr2") if r in sky.ids and chosen.use_gaia_id]
+
+    def same_id(p: int, q: int) -> bool:
+        return any(name[p] == name[q] > 0 for name in names)
+
+    linked = [
+        [q for q in range(n) if q != p and apart[p][q] <= (far if same_id(p, q) else near)]
+        for p in range(n)
+    ]
+    # Components that hold a frontier row.
+    touched = sky.frontier.tolist()
+    todo = [p for p in range(n) if touched[p]]
+    while todo:
+        for q in linked[todo.pop()]:
+            if not touched[q]:
+                touched[q] = True
+                todo.append(q)
+
+    tier = [next((t for t, name in enumerate(names) if name[p] > 0), 9) for p in range(n)]
+    star = list(range(n))
+
+    for p in range(n):  # rule 1
+        for q in linked[p]:
+            if tier[p] == tier[q] < 9 and names[tier[p]][p] == names[tier[p]][q]:
+                star = [star[p] if s == star[q] else s for s in star]
+    if len(names) == 2:  # rule 2
+        older = names[1]
+        held = {
+            star[p]: {older[q] for q in range(n) if star[q] == star[p] and older[q] > 0}
+            for p in range(n)
+            if tier[p] == 0
+        }
+        links = sorted(
+            (older[q] not in held[star[p]], apart[p][q], rank[p][0], rank[q][0], p, q)
+            for p in range(n)
+            for q in linked[p]
+            if tier[p] == 0 and tier[q] == 1
+        )
+        joins: dict[int, int] = {}
+        for *_, p, q in links:
+            host, guest = star[p], star[q]
+            if guest not in joins and (not held[host] or older[q] in held[host]):
+                joins[guest] = host
+                held[host].add(older[q])
+        star = [joins.get(s, s) for s in star]
+    primary = list(range(n))
+    known = [t < 9 for t in tier]
+    for p in range(n):
+        if known[p]:
+            primary[p] = min((q for q in range(n) if known[q] and star[q] == star[p]),
+                             key=lambda q: rank[q])  # fmt: skip
+    left = []
+    for p in range(n):  # rule 3
+        if not known[p]:
+            hosts = [q for q in linked[p] if known[q]]
+            if hosts:
+                primary[p] = primary[min(hosts, key=lambda q: (apart[p][q], rank[q]))]
+            else:
+                left.append(p)
+    claimed: set[int] = set()
+    primaries = []
+    for p in sorted(left, key=lambda p: rank[p]):  # rule 4
+        if p not in claimed:
+            primaries.append(p)
+            claimed |= {q for q in left if q in linked[p]}
+    for p in left:
+        if p not in primaries:
+            hosts = [q for q in primaries if q in linked[p]]
+            primary[p] = min(hosts, key=lambda q: (apart[p][q], rank[q]))
+    return primary, touched
+
+
+@THOROUGH
+@given(
+    seeds,
+    st.integers(1, 45),
+    st.sampled_from([0.01, 1.5, 600.0]),
+    st.sampled_from([(), ("dr3",), ("dr2",), ("dr2", "dr3")]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_group_equals_one_by_one(seed, n, radius, releases, ties, use_gaia_id):
+    rng = np.random.default_rng(seed)
+    sky = Sky(rng, n, radius, releases, ties)
+    chosen = DedupeSettings(radius, radius * rng.uniform(1, 3), use_gaia_id=use_gaia_id)
+    found = sky.group(chosen)
+    primary, touched = one_by_one(sky, chosen)
+    assert found.primary.tolist() == primary
+    assert found.touches_frontier.tolist() == touched
+
+
+def stars_of(primary: Any, key: Any) -> set[frozenset[int]]:
+    members: dict[int, list[int]] = {}
+    for row, leader in enumerate(primary.tolist()):
+        members.setdefault(leader, []).append(int(key[row]))
+    return {frozenset(group) for group in members.values()}
+
+
+@pytest.mark.parametrize("releases", [(), ("dr2", "dr3")])
+def test_order_of_rows_does_not_matter(releases):
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        sky = Sky(rng, 60, 1.5, releases, ties=False)
+        rows = np.lexsort((rng.random(60), sky.cells))
+        one, other = sky.group(DedupeSettings()), sky.group(DedupeSettings(), rows)
+        np.testing.assert_array_equal(rows[other.primary], one.primary[rows])
+        np.testing.assert_array_equal(other.touches_frontier, one.touches_frontier[rows])
+
+
+@pytest.mark.parametrize("centre", [(0.0, 90.0), (0.0, CORNER), (0.0, 0.0), (45.0, CORNER)])
+@pytest.mark.parametrize("releases", [(), ("dr2", "dr3")])
+def test_partitions_see_what_the_whole_sky_sees(centre, releases):
+    """Pixels of 6 arcsec with chains of stars over many of them, read in growing rings."""
+    rng = np.random.default_rng(11)
+    n, chosen = 1500, DedupeSettings(1.5, 2.5)
+    sky = Sky(rng, n, 1.5, releases, ties=False)
+    place = (np.full(n, centre[0]), np.full(n, centre[1]))
+    ra, dec = sky.around(rng, *place, 60.0)
+    cells = ang2pix(ra, dec)
+    order = np.argsort(cells, kind="stable")
+    sky.ra, sky.dec, sky.cells = ra[order], dec[order], cells[order]
+    sky.ids = {r: np.where(rng.random(n) < 0.3, 1 + rng.integers(0, 200, n), 0) for r in releases}
+    sky.frontier = np.zeros(n, dtype=bool)
+    whole = sky.group(chosen).primary
+    assert len(np.unique(whole)) < 0.8 * n
+    grown = 0
+    for pixel in (HealpixPixel(15, int(p)) for p in np.unique(sky.cells >> 28)):
+        layers = 2
+        while True:
+            rings = surroundings(pixel, chosen.id_radius_arcsec, layers)
+            ranges = sorted([(pixel.first, pixel.stop), *itertools.chain(*rings)])
+            rows = np.flatnonzero(in_ranges(sky.cells, ranges))
+            sky.frontier = in_ranges(sky.cells, rings[-1])
+            found = sky.group(chosen, rows)
+            own = (sky.cells[rows] >= pixel.first) & (sky.cells[rows] < pixel.stop)
+            if not found.touches_frontier[own].any():
+                break
+            layers *= 2
+            grown += 1
+        np.testing.assert_array_equal(rows[found.primary[own]], whole[rows[own]])
+    assert grown > 10
+
+
+def row_of_sky(positions_arcsec: list[float], dr3: list[int], dr2: list[int]) -> Any:
+    """Rows on a line, ranked in their order; gives primaries in the order of the input."""
+    n = len(positions_arcsec)
+    ra, dec = np.full(n, 45.0), np.array(positions_arcsec) / 3600.0
+    cells = ang2pix(ra, dec)
+    order = np.argsort(cells, kind="stable")
+    ids = {"dr3": np.array(dr3)[order], "dr2": np.array(dr2)[order]}
+    found = group(ra[order], dec[order], cells[order], order, ids, None, DedupeSettings(1.5, 10.0))
+    assert not found.touches_frontier.any()
+    out = np.empty(n, dtype=int)
+    out[order] = order[found.primary]
+    return out.tolist()
+
+
+@pytest.mark.parametrize(
+    ("positions", "dr3", "dr2", "primaries"),
+    [
+        # A chain of four, 1 arcsec apart: friends of friends would make it one star.
+        ([0, 1, 2, 3], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 2, 2]),
+        # The third row is claimed by the first, but nearer to the later primary.
+        ([0, 2.5, 1.4], [0, 0, 0], [0, 0, 0], [0, 1, 1]),
+        # Different ids are different stars even at the same place; equal ids reach 10 arcsec.
+        ([0, 0, 9], [1, 2, 1], [0, 0, 0], [0, 1, 0]),
+        ([0, 10.5], [1, 1], [0, 0], [0, 1]),
+        # A row without an id goes to the nearest row that has one; that row is the primary.
+        ([0.6, 0, 1], [0, 1, 2], [0, 0, 0], [2, 1, 2]),
+        # DR3 decides, where a row has both; DR2 alone joins the same DR2, or by position.
+        ([0, 0.5], [1, 1], [5, 6], [0, 0]),
+        ([0, 0.5], [1, 2], [5, 5], [0, 1]),
+        ([0, 8], [1, 0], [5, 5], [0, 0]),
+        ([0, 0.5], [1, 0], [5, 6], [0, 1]),
+        ([0, 0.5], [1, 0], [0, 6], [0, 0]),
+        # Two DR2 stars near one DR3 star: only the nearer is it.
+        ([0, 1.0, -0.5], [1, 0, 0], [0, 5, 6], [0, 1, 0]),
+        # One that shares a DR2 id goes before one that is nearer.
+        ([0, 3, 0.5], [1, 2, 0], [0, 5, 5], [0, 1, 1]),
+        # The id of no release is compared with that of another.
+        ([0, 3], [7, 0], [0, 7], [0, 1]),
+    ],
+)
+def test_rule_by_example(positions, dr3, dr2, primaries):
+    assert row_of_sky(positions, dr3, dr2) == primaries
+
+
+def test_members_lie_within_the_radius_of_their_primary():
+    rng = np.random.default_rng(0)
+    n = 20_000
+    ra, dec = 150 + rng.normal(0, 0.02, n), rng.normal(0, 0.02, n)
+    cells = ang2pix(ra, dec)
+    sky = np.argsort(cells)
+    ra, dec, rank = ra[sky], dec[sky], rng.permutation(n)
+    found = group(ra, dec, cells[sky], rank, {}, None, DedupeSettings(1.5))
+    leader = found.primary
+    apart = separation_arcsec(ra, dec, ra[leader], dec[leader])
+    assert apart.max() <= 1.5
+    np.testing.assert_array_equal(leader[leader], leader)
+    assert 0.1 * n < len(np.unique(leader)) < 0.8 * n
+
+
+def test_hundreds_of_observations_of_one_star():
+    """Standard stars, and placeholders that look like ids, are searched on the sky."""
+    rng = np.random.default_rng(1)
+    n = 600
+    ra, dec = np.full(n, 45.0), rng.choice([0.0, 4.0 / 3600, 30.0 / 3600], n)
+    ids = np.where(rng.random(n) < 0.8, 1, 2)
+    cells = ang2pix(ra, dec)
+    sky = np.argsort(cells, kind="stable")
+    ra, dec, ids, rank = ra[sky], dec[sky], ids[sky], rng.permutation(n)
+    found = group(ra, dec, cells[sky], rank, {"dr3": ids}, None, DedupeSettings(1.5, 10.0))
+    where = np.where(dec > 20 / 3600, 10, 0) + ids  # 0 and 4 arcsec belong together
+    assert stars_of(found.primary, np.arange(n)) == stars_of(where, np.arange(n))
+    for name in np.unique(where):
+        rows = np.flatnonzero(where == name)
+        assert set(found.primary[rows]) == {rows[np.argmin(rank[rows])]}
+
+
+@pytest.mark.parametrize("ids", [{}, {"dr3": np.zeros(0, dtype=np.int64)}])
+def test_no_rows(ids):
+    none, integers = np.zeros(0), np.zeros(0, dtype=np.int64)
+    found = group(none, none, integers, integers, ids, integers > 0, DedupeSettings())
+    assert len(found.primary) == len(found.touches_frontier) == 0
+
+
+def test_rows_must_be_sorted_on_the_sky():
+    two = np.array([10.0, 200.0])
+    cells = np.sort(ang2pix(two, two / 10))[::-1]
+    with pytest.raises(PartitionError, match="not sorted"):
+        group(two, two / 10, cells, np.arange(2), {}, None, DedupeSettings())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"radius_arcsec": 0.0},
+        {"radius_arcsec": float("nan")},
+        {"id_radius_arcsec": 3600.0},
+        {"radius_arcsec": 2.0, "id_radius_arcsec": 1.0},
+        {"method": "mean"},
+        {"max_spread": 0.0},
+    ],
+)
+def test_wrong_settings(wrong):
+    with pytest.raises(ConfigError):
+        DedupeSettings(**wrong)
+
+
+def test_settings_cross_processes():
+    chosen = DedupeSettings(2.0, 3.0, "median", 4.0, False)
+    assert pickle.loads(pickle.dumps(chosen)) == chosen
+    assert DedupeSettings(2.0, 1.0, use_gaia_id=False).id_radius_arcsec == 1.0
+
+
+LABELS = ("teff", "logg", "feh", "rv")
+FLOATS = (*LABELS, *(f"{label}_err" for label in LABELS), "snr", "phot_g_mean_mag")
+
+
+def observations(rng: Rng, n: int, text_keys: bool = False) -> tuple[pa.Table, Any]:
+    """Observations of stars of one to six rows, with nulls everywhere, and their primaries."""
+    star = np.sort(rng.integers(0, max(n // 3, 1), n))
+    ra, dec = 40 + star / 100 + rng.normal(0, 1e-5, n), rng.normal(0, 1e-5, n)
+    same = rng.random(n) < 0.2
+    ra, dec = np.where(same, 40.0, ra), np.where(same, 1.0, dec)  # equal cells: keys decide
+    keys = rng.permutation(n) + 1
+    columns: dict[str, Any] = {
+        "_healpix_29": ang2pix(ra, dec),
+        "obs_id": [f"obs{key}" for key in keys] if text_keys else keys,
+        "ra": ra,
+        "dec": dec,
+    }
+    base = {"teff": 5000.0, "logg": 3.0, "feh": -1.0, "rv": 30.0}
+    for label, value in base.items():
+        exact = rng.random(n) < 0.3
+        values = value * np.where(exact, 1.0, rng.normal(1, 0.1, n))
+        columns[label] = pa.array(values.astype("f4"), mask=rng.random(n) < 0.15)
+        errors = np.abs(0.02 * value) * rng.choice([0.0, 1.0, 2.0], n, p=[0.1, 0.5, 0.4])
+        columns[f"{label}_err"] = pa.array(errors.astype("f4"), mask=rng.random(n) < 0.3)
+    snr = rng.integers(1, 6, n).astype("f4")
+    columns["snr"] = pa.array(snr, mask=rng.random(n) < 0.2)
+    columns["phot_g_mean_mag"] = pa.array(rng.random(n).astype("f4"), mask=rng.random(n) < 0.2)
+    columns["position_epoch"] = pa.array(rng.random(n).astype("f4"), mask=rng.random(n) < 0.2)
+    for name in ("pmra", "pmdec"):
+        columns[name] = pa.array(rng.random(n), mask=rng.random(n) < 0.3)
+    columns["gaia_dr3_source_id"] = pa.array(
+        rng.integers(1, 9, n) + 2**61, mask=rng.random(n) < 0.4
+    )
+    columns["plan"] = pa.array([f"p{k}" for k in range(n)], mask=rng.random(n) < 0.3)
+    columns["quality"] = rng.choice([0, 0, 1, 2, 3, 6], n)
+    table = pa.table(columns).take(pa.array(rng.permutation(n)))
+    star_of_key = {key: s for key, s in zip(columns["obs_id"], star, strict=True)}
+    stars = np.array([star_of_key[key] for key in table["obs_id"].to_pylist()], dtype=int)
+    leader = {s: rng.choice(np.flatnonzero(stars == s)) for s in np.unique(stars).tolist()}
+    return table, np.array([leader[s] for s in stars.tolist()], dtype=np.int64)
+
+
+def by_hand(rows: list[dict], leader: dict, chosen: DedupeSettings, expected: dict) -> dict:
+    """One star by the stated rule; rows in the order of ``obs_id``."""
+    good = [row for row in rows if row["quality"] == 0]
+    used = good or rows
+    best = max(used, key=lambda row: -math.inf if row["snr"] is None else row["snr"])
+    star = {"n_obs": len(rows), "n_used": len(used), "star_id": leader["obs_id"]}
+    star |= {name: best[name] for name in (*FLOATS, "plan")}
+    for name in ("_healpix_29", "ra", "dec", "position_epoch"):
+        star[name] = leader[name]
+    for pair in (("pmra", "pmdec"), ("gaia_dr3_source_id",)):
+        having = [r for r in [best, *rows] if all(r[name] is not None for name in pair)]
+        star |= {name: (having or [best])[0][name] for name in pair}
+    bits = [row["quality"] for row in rows]
+    common, either = bits[0], 0
+    for bit in bits:
+        common, either = common & bit, either | bit
+    star["quality"] = 0 if good else common or either
+    star["flag_spread"] = False
+    for label in LABELS:
+        some = [row for row in used if row[label] is not None]
+        values = [row[label] for row in some]
+        stated = [r[f"{label}_err"] for r in some if (r[f"{label}_err"] or 0) > 0]
+        rms = math.sqrt(math.fsum(e * e for e in stated) / len(stated)) if stated else None
+        if label != "rv":
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            star[f"{label}_spread"] = spread
+            limit = expected.get(label) if rms is None else rms
+            if spread is not None and limit is not None:
+                star["flag_spread"] |= spread > chosen.max_spread * limit
+        if chosen.method == "best-snr" or len(rows) == 1:
+            continue
+        if not values:
+            value = error = None
+        elif chosen.method == "median":
+            value, error = statistics.median(values), None
+            if rms is not None:
+                factor = math.sqrt(math.pi / 2) if len(values) > 2 else 1.0
+                error = factor * rms / math.sqrt(len(values))
+        elif stated:
+            weights = [(r[label], r[f"{label}_err"] ** -2) for r in some if r[f"{label}_err"]]
+            total = math.fsum(w for _, w in weights)
+            value, error = math.fsum(v * w for v, w in weights) / total, total**-0.5
+        else:
+            value, error = statistics.fmean(values), None
+        star[label], star[f"{label}_err"] = value, error
+    if chosen.method != "best-snr" and len(rows) > 1:
+        snr = [row["snr"] for row in used if row["snr"] is not None]
+        star["snr"] = math.sqrt(math.fsum(s * s for s in snr)) if snr else None
+    return star
+
+
+@THOROUGH
+@given(seeds, st.integers(1, 60), st.sampled_from(METHODS), st.booleans(), st.booleans())
+def test_combine_equals_one_by_one(seed, n, method, text_keys, errors_expected):
+    rng = np.random.default_rng(seed)
+    table, primary = observations(rng, n, text_keys)
+    expected = {"teff": 300.0, "feh": 0.001} if errors_expected else {}
+    chosen = DedupeSettings(method=method, max_spread=float(rng.choice([0.5, 2.0, 5.0])))
+    rows = table.to_pylist()
+    wanted = []
+    for leader in np.unique(primary).tolist():
+        members = [rows[k] for k in np.flatnonzero(primary == leader).tolist()]
+        members.sort(key=lambda row: row["obs_id"])
+        wanted.append(by_hand(members, rows[leader], chosen, expected))
+    wanted.sort(key=lambda star: (star["_healpix_29"], star["star_id"]))
+    found = combine(table, primary, chosen, expected)
+    found.validate(full=True)
+    for name in found.schema.names:
+        got = found[name].to_pylist()
+        want = [star[name] for star in wanted]
+        if pa.types.is_floating(found.schema.field(name).type):
+            assert [v is None for v in got] == [v is None for v in want], name
+            assert [v or 0.0 for v in got] == pytest.approx(
+                [v or 0.0 for v in want], rel=1e-6, abs=1e-6
+            ), name
+        else:
+            assert got == want, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_bytes_for_any_order_of_rows(method):
+    rng = np.random.default_rng(6)
+    table, primary = observations(rng, 400)
+    chosen = DedupeSettings(method=method)
+    one = combine(table, primary, chosen, {})
+    order = rng.permutation(400)
+    place = np.argsort(order)
+    other = combine(table.take(pa.array(order)), place[primary[order]], chosen, {})
+    assert one.equals(other)
+    # A part of the sky gives the same stars as the whole.
+    part = np.isin(primary, np.unique(primary)[::3])
+    row_of = np.cumsum(part) - 1
+    some = combine(table.filter(pa.array(part)), row_of[primary[part]], chosen, {})
+    keys = set(some["star_id"].to_pylist())
+    mask = pa.array([key in keys for key in one["star_id"].to_pylist()])
+    assert some.equals(one.filter(mask))
+
+
+def test_stars_observed_once_stay_as_they_are():
+    rng = np.random.default_rng(9)
+    table, _ = observations(rng, 50)
+    table = table.sort_by([("_healpix_29", "ascending"), ("obs_id", "ascending")])
+    stars = combine(table, np.arange(50), DedupeSettings(), {})
+    for name in table.schema.names:
+        assert stars["star_id" if name == "obs_id" else name].equals(table[name])
+    assert set(stars["n_obs"].to_pylist()) == set(stars["n_used"].to_pylist()) == {1}
+    assert stars["teff_spread"].null_count == 50
+
+
+def test_star_schema():
+    table, primary = observations(np.random.default_rng(3), 30)
+    index = table.schema.get_field_index("teff")
+    field = table.schema.field("teff").with_metadata({"unit": "K"})
+    table = table.set_column(index, field, table["teff"])
+    stars = combine(table, primary, DedupeSettings(), {})
+    rest = [c for c in table.schema.names if c not in ("_healpix_29", "obs_id", "ra", "dec")]
+    assert stars.schema.names == [
+        "_healpix_29", "star_id", "n_obs", "n_used", "ra", "dec",
+        *(c for c in rest if c != "quality"),
+        "teff_spread", "logg_spread", "feh_spread", "flag_spread", "quality",
+    ]  # fmt: skip
+    assert stars.schema.field("n_obs").type == stars.schema.field("n_used").type == pa.int32()
+    assert stars.schema.field("teff_spread").type == stars.schema.field("teff").type == pa.float32()
+    assert stars.schema.field("teff").metadata[b"unit"] == b"K"
+    assert stars.schema.field("teff_spread").metadata[b"unit"] == b"K"
+    nobody = combine(table.slice(0, 0), np.zeros(0, dtype=np.int64), DedupeSettings(), {})
+    assert nobody.schema.equals(stars.schema, check_metadata=True)
+    assert nobody.num_rows == 0
+
+
+def test_a_star_whose_rows_fail_different_cuts_does_not_pass():
+    table = pa.table({
+        "_healpix_29": [5, 6], "obs_id": [1, 2], "ra": [1.0, 1.0], "dec": [0.0, 0.0],
+        "teff": [5000.0, 5100.0], "quality": [1, 2],
+    })  # fmt: skip
+    stars = combine(table, np.array([0, 0]), DedupeSettings(), {"teff": 10.0})
+    assert stars["quality"].to_pylist() == [3]
+    assert stars["n_used"].to_pylist() == [2]
+    assert stars["teff"].to_pylist() == [5050.0]
+    assert stars["flag_spread"].to_pylist() == [True]  # 70.7 K > 5 * 10 K
+    stars = combine(table, np.array([0, 0]), DedupeSettings(), {"teff": 15.0})
+    assert stars["flag_spread"].to_pylist() == [False]
+    stars = combine(table, np.array([0, 0]), DedupeSettings(), {})
+    assert stars["flag_spread"].to_pylist() == [False]
+
+
+def test_combine_refuses_what_does_not_belong_together():
+    table, primary = observations(np.random.default_rng(3), 30)
+    with pytest.raises(PartitionError, match="primaries do not belong"):
+        combine(table, primary[:-1], DedupeSettings(), {})
+    with pytest.raises(PartitionError, match="primaries do not belong"):
+        combine(table, (np.arange(30) + 1) % 30, DedupeSettings(), {})
+    with pytest.raises(ConfigError, match="no column 'quality'"):
+        combine(table.drop(["quality"]), primary, DedupeSettings(), {})
+
+
+def test_repeats_of_apogee(real_data):
+    """Real repeats: rows of one APOGEE id at one place are one star."""
+    with (real_data / "apogee_dr17.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ra, dec = (np.array([float(row[name]) for row in rows]) for name in ("ra", "dec"))
+    names = np.array([row["apogee_id"] for row in rows])
+    cells = ang2pix(ra, dec)
+    sky = np.argsort(cells, kind="stable")
+    none = np.zeros(len(sky), dtype=np.int64)
+    found = group(
+        ra[sky], dec[sky], cells[sky], np.arange(len(sky)), {"dr3": none}, None, DedupeSettings()
+    )
+    together = names[sky] == names[sky][found.primary]
+    assert together.mean() > 0.999
+    n_stars = len(np.unique(found.primary))
+    assert n_stars == pytest.approx(len(np.unique(names)), rel=2e-3)

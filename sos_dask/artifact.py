@@ -348,6 +348,8 @@ class Output:
 
     def put_record(self, kind: str, key: str, value: Mapping[str, Any]) -> None:
         """Say that a part is finished: from now on it is skipped by a rerun."""
+        if (self.directory / MANIFEST).is_file():
+            return  # another process has completed the output meanwhile
         write_text(self.work / kind / f"{key}.json", canonical_json(value))
 
     def get_record(self, kind: str, key: str) -> dict[str, Any] | None:
@@ -367,10 +369,16 @@ class Output:
         rows.check(f"stage {self.recipe.stage}")
         manifest = Manifest(self.recipe, rows, files, summary or {})
         write_text(self.directory / MANIFEST, manifest.to_json())
+        self.tidy()
+        return manifest
+
+    def tidy(self) -> None:
+        """Remove what a complete output no longer needs: also what a slower process left behind."""
+        if not self.complete:
+            return
         shutil.rmtree(self.work, ignore_errors=True)
         for leftover in self.directory.rglob(".*.tmp"):  # of killed processes
             leftover.unlink(missing_ok=True)
-        return manifest
 
     def load_manifest(self) -> Manifest:
         """Manifest of the complete output."""

@@ -626,7 +626,7 @@ class _Repeats:
             spread = np.where(n > 1, np.sqrt(self._sum(deviation**2) / (n - 1)), np.nan)
             rms = np.sqrt(self._sum(np.where(stated, error, 0.0) ** 2) / n_stated)
             if method == "median":
-                value_out = self._median(value, has)
+                value_out = self._median(value, has, mean)
                 factor = np.where(n > 2, _MEDIAN_ERROR, 1.0)
                 error_out = np.where(n_stated > 0, factor * rms / np.sqrt(n), np.nan)
             else:
@@ -638,13 +638,16 @@ class _Repeats:
         expected = np.where(n_stated > 0, rms, np.nan if fallback is None else fallback)
         return value_out, error_out, spread, expected
 
-    def _median(self, value: FloatArray, has: BoolArray) -> FloatArray:
-        order = np.lexsort((value, ~has, self.segment))
-        ordered = value[order]
-        n = self._sum(has).astype(np.int64)
-        low = self.first + np.maximum(n - 1, 0) // 2
-        high = self.first + np.minimum(n // 2, np.maximum(n - 1, 0))
-        return np.where(n > 0, (ordered[low] + ordered[high]) / 2, np.nan)
+    def _median(self, value: FloatArray, has: BoolArray, mean: FloatArray) -> FloatArray:
+        out = mean.copy()
+        rows = np.flatnonzero(has & (self._sum(has) > 2)[self.segment])
+        rows = rows[np.lexsort((value[rows], self.segment[rows]))]
+        star = self.segment[rows]
+        first = np.flatnonzero(np.append(True, star[1:] != star[:-1])[: len(rows)])
+        n = np.diff(np.append(first, len(rows)))
+        low, high = value[rows[first + (n - 1) // 2]], value[rows[first + n // 2]]
+        out[star[first]] = (low + high) / 2
+        return out
 
 
 def _floats(table: pa.Table, name: str) -> FloatArray:

@@ -348,8 +348,8 @@ _BLOCK = 1 << 21
 # Largest gradient of a HEALPix coordinate on the sphere, in sides of a base pixel per radian. In
 # the polar caps x = t * sqrt(6) * sin(theta / 2), t in [0, 1] the longitude in quarter turns, so
 # |grad x|^2 = 1.5 * (t^2 cos^2(theta / 2) + 4 / (pi^2 cos^2(theta / 2))), largest for t = 1 at the
-# pole; in the belt x = 1/2 + t -+ 3/4 sin(dec) stays below 1.03 (from the projection of Gorski et
-# al. 2005, section 5).
+# pole; in the belt x = 1/2 + t -+ 3/4 sin(dec) stays below 1.03 (derived from the projection of
+# Gorski et al. 2005).
 _STEEPEST = float(np.sqrt(1.5 * (1.0 + 4.0 / np.pi**2)))
 # Steps of the eight neighbours in the order of healpy: SW, W, NW, N, NE, E, SE, S.
 _STEP_X = np.array([-1, -1, 0, 1, 1, 1, 0, -1])

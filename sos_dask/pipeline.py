@@ -124,10 +124,10 @@ class _Planner:
         if any(stage.product == product for stage in self.stages):
             raise ConfigError(f"two stages would make '{product}': give the surveys other names")
         directory = self.store / "artifacts" / recipe.stage / recipe.fingerprint
-        complete = Output(directory, recipe).complete
-        changed = {stage.product for stage in self.stages if not stage.complete}
+        home = _home(recipe.stage, directory)
+        complete = Output(home, recipe).complete
         self.names[recipe.fingerprint] = product
-        reason = "unchanged" if complete else self._reason(product, recipe, directory, changed)
+        reason = "unchanged" if complete else self._reason(product, recipe, home)
         self.stages.append(
             Stage(
                 product,
@@ -148,7 +148,7 @@ class _Planner:
         """Catalog planned before; it exists once its stage has run."""
         return Catalog.open(self.directory(fingerprint))
 
-    def _reason(self, product: str, recipe: Recipe, directory: Path, changed: set[str]) -> str:
+    def _reason(self, product: str, recipe: Recipe, directory: Path) -> str:
         if (directory / WORK).is_dir():
             return "unfinished: goes on where it stopped"
         if self.published.get(product) == recipe.fingerprint:
@@ -183,6 +183,8 @@ def _differences(before: Any, after: Any, where: str = "") -> list[str]:
 
 
 def _brief(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
@@ -432,19 +434,22 @@ def rebuild(
     else:
         with cluster() as active:
             run_all(active)
+    for stage in stages:
+        if not stage.complete:  # a rebuild beside this one may have been ahead of these workers
+            Output(_home(stage.recipe.stage, stage.directory), stage.recipe).tidy()
     metrics, chosen = _choice_of(stages)
     path = _publish(store, job, stages)
     products = {stage.product: str(path / stage.product) for stage in stages}
     return Build(path.name, path, products, tuple(results), metrics, chosen)
 
 
-def _manifest_directory(stage: Stage) -> Path:
-    inner = stage.directory / "margin"
-    return inner if stage.recipe.stage == "margin" else stage.directory
+def _home(stage: str, directory: Path) -> Path:
+    """Where the manifest of an output is: a margin catalog lies inside its collection."""
+    return directory / "margin" if stage == "margin" else directory
 
 
 def _result_of(stage: Stage, ran: bool) -> StageResult:
-    manifest = Manifest.load(_manifest_directory(stage))
+    manifest = Manifest.load(_home(stage.recipe.stage, stage.directory))
     return StageResult(
         product=stage.product,
         stage=stage.recipe.stage,
@@ -515,10 +520,9 @@ def _current_recipes(store: Path) -> dict[str, Recipe]:
     current = store / "current"
     recipes = {}
     for product in _published(store):
-        inner = current / product / "margin"
+        directory = (current / product).resolve()
         try:
-            directory = inner if inner.is_dir() else current / product
-            recipes[product] = Manifest.load(directory).recipe
+            recipes[product] = Manifest.load(_home(directory.parent.name, directory)).recipe
         except CatalogError:
             continue
     return recipes
@@ -568,9 +572,8 @@ def status(store: Path) -> StoreStatus:
         name = current.resolve().name
         for product, stage_name in build["stages"].items():
             directory = (current / product).resolve()
-            inner = directory / "margin" if stage_name == "margin" else directory
             try:
-                recipe = Manifest.load(inner).recipe
+                recipe = Manifest.load(_home(stage_name, directory)).recipe
             except CatalogError as error:
                 missing.append(f"{product}: {error.message}")
                 continue
@@ -627,7 +630,7 @@ def _artifacts(store: Path) -> list[Path]:
 
 
 def _is_unfinished(path: Path) -> bool:
-    return not ((path / MANIFEST).is_file() or (path / "margin" / MANIFEST).is_file())
+    return not (_home(path.parent.name, path) / MANIFEST).is_file()
 
 
 def _kept_builds(store: Path, keep: int | None) -> set[Path]:

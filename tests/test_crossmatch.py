@@ -1,5 +1,6 @@
 """Crossmatch against brute force over all pairs, and against astropy."""
 
+import csv
 import pickle
 from typing import Any
 
@@ -449,3 +450,25 @@ def test_settings_cross_processes():
     chosen = MatchSettings(1.0, 2.0, "all", False)
     assert pickle.loads(pickle.dumps(chosen)) == chosen
     assert MatchSettings(1.0, 0.5, use_gaia_id=False).id_radius_arcsec == 0.5
+
+
+@pytest.mark.parametrize(
+    ("target", "target_key", "n_pairs", "n_references"),
+    [
+        ("lamost_dr3_giants.csv", "obsid", 736, 601),
+        ("galah_dr4.csv", "sobject_id", 601, 571),
+    ],
+)
+def test_real_surveys(real_data, target, target_key, n_pairs, n_references):
+    """Counts of an independent brute-force match at 3 arcsec with APOGEE."""
+
+    def load(name: str, key: str) -> Any:
+        with (real_data / name).open() as file:
+            rows = list({row[key]: row for row in reversed(list(csv.DictReader(file)))}.values())
+        ra, dec = (np.array([float(row[c]) for row in rows]) for c in ("ra", "dec"))
+        return sky_table(ra, dec, star_id=[row[key] for row in rows])
+
+    found = match(
+        load(target, target_key), load("apogee_dr17.csv", "apogee_id"), MatchSettings(3.0)
+    )
+    assert (len(found.left), len(np.unique(found.right))) == (n_pairs, n_references)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,6 +70,10 @@ def margin(
             key_of(pixel): _Part(output, catalog, pixel, radius_arcsec) for pixel in catalog.pixels
         }
         with unless_complete(output):
+            with suppress(FileExistsError):
+                target = os.path.relpath(catalog.path.resolve(), directory.resolve())
+                (directory / "catalog").symlink_to(target)
+            write_collection(directory, catalog.name, "catalog", ["margin"])
             run_parts(output, "margin", parts, _margin_part, cluster or Cluster(), "margin", report)
             done = records(output, "margin", list(parts)) or []
             n_out = sum(record["file"]["rows"] for record in done if record["file"])
@@ -86,10 +91,6 @@ def margin(
                 },
                 catalog_type="margin",
             )
-    link = directory / "catalog"
-    if not link.is_symlink():
-        link.symlink_to(os.path.relpath(catalog.path.resolve(), directory.resolve()))
-    write_collection(directory, catalog.name, "catalog", ["margin"])
     return output.load_manifest()
 
 

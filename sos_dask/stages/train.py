@@ -25,6 +25,7 @@ from sos_dask.stages.parts import unless_complete
 
 VERSION = 1
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
+_LOCAL_PAIRS = 100_000  # as many train faster in one process than tasks travel
 VALIDATIONS = ("auto", "kfold", "holdout")
 _DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
@@ -172,6 +173,7 @@ def _train(
     if validation == "auto":
         validation = "kfold" if len(folds) < settings.kfold_limit else "holdout"
     held_out = names if validation == "kfold" else names[:1]
+    client = cluster.client if cluster and len(folds) > _LOCAL_PAIRS else None
     steps = len(held_out) + (validation == "kfold")
     step = f"train {settings.method}"
 
@@ -182,7 +184,7 @@ def _train(
             source,
             train_folds=train_folds,
             params=settings.params,
-            client=cluster.client if cluster else None,
+            client=client,
         )
 
     predicted = []

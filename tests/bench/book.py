@@ -139,42 +139,31 @@ def _markdown(entries: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield "| step | rows | program | wall s | CPU-s | RSS GiB | ratio CPU | ratio wall | result |"
     yield "|---|---:|---|---:|---:|---:|---:|---:|---|"
-    last = None
-    for entry in sorted(entries, key=_place):
-        key = (entry["step"], entry["variant"], entry["rows"])
+    entries = sorted(entries, key=_place)
+    for entry in entries:
         name = entry["step"] + (f", {entry['variant']}" if entry["variant"] else "")
-        if key != last:
-            yield f"| {name} | {entry['rows']:,} | **sos-dask** | {_cells(entry['ours'])} | | | |"
-            last = key
+        facts = ", ".join(f"{fact.replace('_', ' ')} {_value(entry[fact])}" for fact in _facts(entry))
         if entry["theirs"] is None:
+            yield f"| {name} | {entry['rows']:,} | **sos-dask** | {_cells(entry['ours'])} | | | {facts} |"
             continue
         bound = ">" if entry["theirs"]["state"] == "stopped" else ""
-        ratios = [
-            "" if entry[f"ratio_{kind}"] is None else f"{bound}{entry[f'ratio_{kind}']:.1f}"
-            for kind in ("cpu", "wall")
-        ]
-        text = ", ".join(
-            f"{fact.replace('_', ' ')} {_value(entry[fact])}" for fact in _facts(entry)
-        )
-        yield (
-            f"| | | {entry['peer']} | {_cells(entry['theirs'])} | {ratios[0]} | {ratios[1]} "
-            f"| {text} |"
-        )
+        ratios = (entry["ratio_cpu"], entry["ratio_wall"])
+        cells = " | ".join("" if ratio is None else f"{bound}{ratio:.1f}" for ratio in ratios)
+        yield f"| | | {entry['peer']} | {_cells(entry['theirs'])} | {cells} | {facts} |"
     yield ""
-    yield "| step | part | tasks | wall s | CPU-s | RSS GiB | largest process GiB |"
-    yield "|---|---|---:|---:|---:|---:|---:|"
-    seen = set()
-    for entry in sorted(entries, key=_place):
-        key = (entry["step"], entry["variant"], entry["rows"])
-        if key in seen:
-            continue
-        seen.add(key)
-        for part in entry["ours"]["parts"]:
-            yield (
-                f"| {entry['step']} {entry['variant']} | {part['name']} | {part['tasks'] or ''} "
-                f"| {part['wall_s']:.1f} | {part['cpu_s']:.1f} | {part['rss_gib']:.2f} "
-                f"| {part['process_gib']:.2f} |"
-            )
+    yield "Where our steps spend it; the first part is what comes before the first task."
+    yield ""
+    yield "| step | rows | part | tasks | wall s | CPU-s | RSS GiB | largest process GiB |"
+    yield "|---|---:|---|---:|---:|---:|---:|---:|"
+    for entry in entries:
+        if entry["theirs"] is None:
+            for number, part in enumerate(entry["ours"]["parts"]):
+                name = entry["step"] + (f", {entry['variant']}" if entry["variant"] else "")
+                yield (
+                    f"| {'' if number else name} | {'' if number else format(entry['rows'], ',')} "
+                    f"| {part['name']} | {part['tasks'] or ''} | {part['wall_s']:.1f} "
+                    f"| {part['cpu_s']:.1f} | {part['rss_gib']:.2f} | {part['process_gib']:.2f} |"
+                )
 
 
 def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -182,7 +171,7 @@ def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
 
     names = list(STEPS)
     place = names.index(entry["step"]) if entry["step"] in names else len(names)
-    return place, entry["rows"], entry["variant"]
+    return place, entry["rows"], entry["variant"], entry["theirs"] is not None
 
 
 def _cells(usage: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
-INTERVAL_S = 0.2
+INTERVAL_S = 0.1
 GIB = float(1 << 30)
 _MARK = re.compile(r"(?P<step>[^:]+): (?P<done>\d+)/(?P<total>\d+)$")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
@@ -211,7 +211,7 @@ def measure(command: Sequence[str | Path], log: Path, limit_s: float | None = No
     return Usage(
         wall_s=end - start,
         cpu_s=cpu_s,
-        rss_gib=max((sample.rss for sample in tree.samples), default=0) / GIB,
+        rss_gib=max([tree.largest, *(sample.rss for sample in tree.samples)]) / GIB,
         anon_gib=tree.anon / GIB,
         process_gib=tree.largest / GIB,
         worker_gib=tree.worker / GIB,

@@ -1,0 +1,447 @@
+"""Stage trends: binned medians of target - reference, and whether the references agree.
+
+A task is a quantity: it reads the few columns it needs of all pairs, as float32, so that it holds
+about 4 bytes a pair and column and, while it ranks, 40 more. Pairs are as many as the stars in two
+surveys, at most a few million: that is a few hundred MB, which is checked before it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sos_dask.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.catalog import Catalog, partition_errors, write_parquet
+from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.errors import CatalogError
+from sos_dask.schema import LABELS
+from sos_dask.stages.parts import (
+    read_piece,
+    records,
+    run_parts,
+    unless_complete,
+    write_piece,
+)
+from sos_dask.trends import (
+    AFTER,
+    ALL,
+    AXES,
+    BEFORE,
+    EQUAL_COUNT,
+    EQUAL_WIDTH,
+    MIN_COUNT,
+    PLANE,
+    Axis,
+    Contrast,
+    Trend,
+    agreements,
+    contrast_table,
+    equal_count_edges,
+    trend,
+    trend_table,
+)
+
+VERSION = 1
+HELD_OUT = "held_out.parquet"
+TRENDS, PLANES = "trends.parquet", "planes.parquet"
+REFERENCES, REFERENCE_PLANES = "references.parquet", "reference_planes.parquet"
+_PROCESS_BYTES = 200 << 20
+_BYTES_A_PAIR = 100
+_PLANE_KEY = "plane"
+_DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
+_PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
+_STAR_COLUMNS = ("star_id", "quality", *LABELS)
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TrendSettings:
+    """Settings of the stage.
+
+    Parameters
+    ----------
+    axes : tuple of Axis
+        Quantities of the target; those that the pairs lack are left out.
+    n_count_bins : int
+        Bins with equally many pairs along each quantity.
+    min_count : int
+        A bin is judged for a difference of two references if both have as many pairs in it.
+    order : tuple of str
+        Reference surveys; differences of two are second - first. Others follow by name.
+    """
+
+    axes: tuple[Axis, ...] = AXES
+    n_count_bins: int = 20
+    min_count: int = MIN_COUNT
+    order: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Part:
+    output: Output
+    key: str
+    axes: tuple[Axis, ...]
+    pairs: Catalog
+    models: Mapping[str, Path]
+    settings: TrendSettings
+
+
+def trends_recipe(
+    pairs: str,
+    settings: TrendSettings,
+    models: Mapping[str, str] | None = None,
+    reference: str | None = None,
+    stars: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Recipe of `trends` for inputs of these fingerprints."""
+    inputs = {"pairs": pairs}
+    inputs |= {f"model.{method}": one for method, one in (models or {}).items()}
+    if reference is not None:
+        inputs |= {"reference": reference}
+        inputs |= {f"{survey}.stars": one for survey, one in (stars or {}).items()}
+    return Recipe("trends", VERSION, {"settings": asdict(settings)}, inputs)
+
+
+def trends(
+    pairs: Catalog,
+    directory: Path,
+    settings: TrendSettings | None = None,
+    *,
+    models: Mapping[str, Path] | None = None,
+    reference: Catalog | None = None,
+    stars: Mapping[str, Catalog] | None = None,
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Trends of target - reference over the pairs fit for training.
+
+    Parameters
+    ----------
+    pairs : Catalog
+        Output of crossmatch.
+    directory : Path
+        Gets ``trends.parquet`` (bins of one quantity), ``planes.parquet`` (cells in Teff and log g)
+        and the comparison of the reference surveys in the same bins, ``references.parquet`` and
+        ``reference_planes.parquet``. Labels in them have their own units.
+    settings : TrendSettings, optional
+    models : mapping of str to Path, optional
+        Outputs of train for these pairs, by method: trends after their correction are added, of the
+        pairs that were held out.
+    reference : Catalog, optional
+        Output of reference, with ``stars``, the catalogs it was made from, by survey: references
+        are then compared on their common stars, too, on the zero points that it gave them.
+
+    Returns
+    -------
+    Manifest
+        ``rows``: pairs in, pairs used. ``summary``: pairs by survey, common stars, pairs outside
+        the bins, and an `Agreement` for every two references, label and kind of bins.
+
+    Raises
+    ------
+    CatalogError
+        A column is missing, held-out pairs are not those of these pairs, or the directory holds
+        something else.
+    ClusterError
+        The pairs are too many for a worker.
+    """
+    settings = settings or TrendSettings()
+    models, stars = dict(models or {}), dict(stars or {})
+    pairs.require("use", "fold", *LABELS, *_DIFFERENCES)
+    recipe = trends_recipe(
+        pairs.fingerprint,
+        settings,
+        {method: Manifest.load(path).fingerprint for method, path in models.items()},
+        None if reference is None else reference.fingerprint,
+        {survey: catalog.fingerprint for survey, catalog in stars.items()},
+    )
+    output = Output.prepare(directory, recipe, overwrite)
+    if output.complete:
+        return output.load_manifest()
+    cluster = cluster or Cluster()
+    n_pairs = pairs.n_rows
+    cluster.require_memory(
+        _PROCESS_BYTES + _BYTES_A_PAIR * n_pairs, f"trends: {n_pairs:,} pairs of {pairs.path}"
+    )
+    by_name = {axis.name: axis for axis in settings.axes if axis.name in pairs.schema.names}
+    groups = {name: (axis,) for name, axis in by_name.items()}
+    if by_name.keys() >= set(PLANE):
+        groups[_PLANE_KEY] = tuple(by_name[name] for name in PLANE)
+    parts = {key: _Part(output, key, axes, pairs, models, settings) for key, axes in groups.items()}
+    with unless_complete(output):
+        if not _common_file(output).is_file():
+            write_piece(_common_file(output), _common_stars(reference, stars, settings.order))
+        run_parts(output, "trends", parts, _trends_part, cluster, "trends", report)
+        done = records(output, "trends", list(parts)) or []
+        lines = [key for key in parts if key != _PLANE_KEY]
+        planes = [key for key in parts if key == _PLANE_KEY]
+        files = []
+        for name, kind, keys, empty in (
+            (TRENDS, "trends", lines, trend_table([])),
+            (PLANES, "trends", planes, trend_table([], plane=True)),
+            (REFERENCES, "contrasts", lines, contrast_table([])),
+            (REFERENCE_PLANES, "contrasts", planes, contrast_table([], plane=True)),
+        ):
+            pieces = [read_piece(_piece_file(output, kind, key)) for key in keys]
+            table = pa.concat_tables([empty, *pieces])
+            files.append(output.write_file(name, partial(write_parquet, table)))
+        used = _read(pairs, ())
+        outside = {key: item["outside"] for key, item in zip(parts, done, strict=True)}
+        output.commit(
+            Rows(n_pairs, len(used), 0, {"not fit for training": n_pairs - len(used)}),
+            tuple(files),
+            {
+                "surveys": done[0]["surveys"] if done else {},
+                "common_stars": read_piece(_common_file(output)).num_rows,
+                "outside": outside,
+                "agreements": [one for item in done for one in item["agreements"]],
+            },
+        )
+    return output.load_manifest()
+
+
+def _piece_file(output: Output, kind: str, key: str) -> Path:
+    return output.work / "pieces" / f"{kind}-{key}.arrow"
+
+
+def _common_file(output: Output) -> Path:
+    return output.work / "pieces" / "common.arrow"
+
+
+def _read(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
+    """Columns of the pairs fit for training, in the order of the sky."""
+    tables = [pa.schema([pairs.schema.field(name) for name in ("use", *columns)]).empty_table()]
+    for pixel in pairs.pixels:
+        table = pairs.read(pixel, ["use", *columns])
+        tables.append(table.filter(table["use"]))
+    return pa.concat_tables(tables)
+
+
+def _values(table: pa.Table, name: str) -> Floats:
+    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
+
+
+def _trends_part(part: _Part) -> None:
+    """All trends against one quantity, or on the plane."""
+    names = [axis.name for axis in part.axes]
+    surveyed = part.pairs.columns(["survey_ref"])
+    read = [*dict.fromkeys([*names, *_DIFFERENCES, "fold"]), *surveyed]
+    table = _read(part.pairs, read)
+    x = [_values(table, name) for name in names]
+    differences = [_values(table, name) for name in _DIFFERENCES]
+    subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
+    surveys: list[str] = []
+    if surveyed:
+        found = [name for name in pc.unique(table["survey_ref"]).to_pylist() if name is not None]
+        surveys = _ordered(found, part.settings.order)
+        subsets |= {
+            name: pc.fill_null(pc.equal(table["survey_ref"], name), False).to_numpy()
+            for name in surveys
+        }
+    samples: list[tuple[str, str | None, NDArray[np.int64], Sequence[NDArray[np.floating]]]]
+    samples = [(BEFORE, None, np.arange(table.num_rows), differences)]
+    for method, path in part.models.items():
+        rows, corrected = _corrected(path / HELD_OUT, table["fold"].to_numpy(), differences)
+        samples.append((AFTER, method, rows, corrected))
+    common = read_piece(_common_file(part.output))
+    plane = part.key == _PLANE_KEY
+    binnings = [(EQUAL_WIDTH, [axis.edges for axis in part.axes])]
+    if not plane:
+        n_bins = part.settings.n_count_bins
+        binnings.append((EQUAL_COUNT, [equal_count_edges(values, n_bins) for values in x]))
+    found_trends: list[Trend] = []
+    contrasts: list[Contrast] = []
+    for number, label in enumerate(LABELS):
+        for binning, edges in binnings:
+            about = partial(trend, edges=edges, label=label, against=tuple(names), binning=binning)
+            for sample, method, rows, values in samples:
+                for subset, inside in subsets.items():
+                    chosen = inside[rows]
+                    found_trends.append(
+                        about(
+                            [one[rows[chosen]] for one in x],
+                            values[number][chosen],
+                            subset=subset,
+                            sample=sample,
+                            method=method,
+                        )
+                    )
+            before = {t.subset: t for t in found_trends[-len(samples) * len(subsets) :]
+                      if t.sample == BEFORE}  # fmt: skip
+            for first, second in combinations(surveys, 2):
+                direct = None
+                if set(names) <= set(LABELS):
+                    same = pc.and_(
+                        pc.equal(common["first"], first), pc.equal(common["second"], second)
+                    )
+                    both = common.filter(same)
+                    if both.num_rows:
+                        direct = about(
+                            [_values(both, name) for name in names],
+                            _values(both, f"{label}_diff"),
+                            subset=f"{first},{second}",
+                        )
+                contrasts.append(
+                    Contrast(before[first], before[second], direct, part.settings.min_count)
+                )
+    write_piece(
+        _piece_file(part.output, "trends", part.key), trend_table(found_trends, plane=plane)
+    )
+    write_piece(
+        _piece_file(part.output, "contrasts", part.key), contrast_table(contrasts, plane=plane)
+    )
+    widths = [t for t in found_trends if t.binning == EQUAL_WIDTH and t.subset == ALL]
+    part.output.put_record(
+        "trends",
+        part.key,
+        {
+            "surveys": {name: int(np.count_nonzero(subsets[name])) for name in surveys},
+            "outside": {
+                t.label: int(np.count_nonzero(np.isfinite(values))) - int(t.quantiles.n.sum())
+                for t, values in zip(
+                    [t for t in widths if t.sample == BEFORE], differences, strict=True
+                )
+            },
+            "agreements": [
+                {"binning": contrast.first.binning, **asdict(one)}
+                for contrast in contrasts
+                for one in agreements(contrast)
+            ],
+        },
+    )
+
+
+def _ordered(surveys: Sequence[str], order: Sequence[str]) -> list[str]:
+    """Surveys in the given order, others after them by name."""
+    return [
+        *(name for name in order if name in surveys),
+        *sorted(name for name in surveys if name not in order),
+    ]
+
+
+def _corrected(
+    path: Path, fold: NDArray[np.int8], differences: Sequence[Floats]
+) -> tuple[NDArray[np.int64], list[NDArray[np.floating]]]:
+    """Rows of the held-out pairs among the pairs, and their differences after the correction.
+
+    Held-out pairs are in the order of their folds and, inside, of the sky; that they are these very
+    pairs is checked.
+    """
+    with partition_errors(path):
+        table = pq.read_table(path, columns=["fold", *_DIFFERENCES, *_PREDICTIONS])
+    held_out = table["fold"].to_numpy()
+    rows = np.flatnonzero(np.isin(fold, np.unique(held_out)))
+    rows = rows[np.argsort(fold[rows], kind="stable")]
+    before = [_values(table, name) for name in _DIFFERENCES]
+    if len(rows) != len(held_out) or not all(
+        np.array_equal(mine[rows], theirs, equal_nan=True)
+        for mine, theirs in zip([fold, *differences], [held_out, *before], strict=True)
+    ):
+        raise CatalogError(
+            f"{path} does not hold the pairs whose trends are asked for",
+            "Give a model that was trained on these pairs.",
+        )
+    return rows, [
+        mine.astype(np.float64) - _values(table, name)
+        for mine, name in zip(before, _PREDICTIONS, strict=True)
+    ]
+
+
+def _common_stars(
+    reference: Catalog | None, stars: Mapping[str, Catalog], order: Sequence[str]
+) -> pa.Table:
+    """Stars that two references have: labels of the first, differences second - first.
+
+    Values are on the zero points of ``reference``. Of a survey's rows of one star, the first that
+    passes its cuts counts.
+    """
+    schema = pa.schema(
+        [
+            ("first", pa.string()),
+            ("second", pa.string()),
+            *((name, pa.float32()) for name in (*LABELS, *_DIFFERENCES)),
+        ]
+    )
+    tables = [schema.empty_table()]
+    if reference is None or len(stars) < 2:
+        return tables[0]
+    reference.require("n_surveys", "sources")
+    star, survey, key = _members(reference)
+    summary = reference.manifest.summary if reference.manifest is not None else {}
+    offsets = summary.get("offsets", {})
+    labels = {}
+    for name, catalog in stars.items():
+        mine = np.flatnonzero(pc.equal(survey, name).to_numpy(zero_copy_only=False))
+        wanted = key.take(pa.array(mine))
+        known = _rows_of(catalog, wanted)
+        row = pc.index_in(wanted, known["star_id"].combine_chunks())
+        good = np.flatnonzero(row.is_valid().to_numpy(zero_copy_only=False))
+        _, first = np.unique(star[mine[good]], return_index=True)
+        chosen = known.take(row.take(pa.array(good[first])))
+        values = {
+            label: _values(chosen, label).astype(np.float64) - offsets.get(name, {}).get(label, 0.0)
+            for label in LABELS
+        }
+        labels[name] = (star[mine[good[first]]], values)
+    for first_name, second_name in combinations(_ordered(list(stars), order), 2):
+        (ours, base), (theirs, other) = labels[first_name], labels[second_name]
+        _, i, j = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
+        columns = [
+            *(base[label][i] for label in LABELS),
+            *(other[label][j] - base[label][i] for label in LABELS),
+        ]
+        tables.append(
+            pa.table(
+                [
+                    pa.array([first_name] * len(i), pa.string()),
+                    pa.array([second_name] * len(i), pa.string()),
+                    *(pa.array(column, pa.float32(), from_pandas=True) for column in columns),
+                ],
+                schema=schema,
+            )
+        )
+    return pa.concat_tables(tables)
+
+
+def _members(
+    reference: Catalog,
+) -> tuple[NDArray[np.int64], pa.Array, pa.Array]:
+    """Members of the stars that several surveys have: number of the star, survey, ``star_id``."""
+    sources = [pa.chunked_array([], pa.string())]
+    for pixel in reference.pixels:
+        table = reference.read(pixel, ["n_surveys", "sources"])
+        sources.append(table.filter(pc.greater(table["n_surveys"], 1))["sources"])
+    split = pc.split_pattern(
+        pa.chunked_array([c for s in sources for c in s.chunks], pa.string()).combine_chunks(), ";"
+    )
+    parts = pc.split_pattern(pc.list_flatten(split), ":", max_splits=1)
+    return (
+        pc.list_parent_indices(split).to_numpy().astype(np.int64),
+        pc.list_element(parts, 0),
+        pc.list_element(parts, 1),
+    )
+
+
+def _rows_of(catalog: Catalog, wanted: pa.Array) -> pa.Table:
+    """Rows with quality 0 of a catalog of stars, by key as text."""
+    fields = [catalog.schema.field(name) for name in _STAR_COLUMNS]
+    tables = []
+    for table in [
+        pa.schema(fields).empty_table(),
+        *(catalog.read(pixel, list(_STAR_COLUMNS)) for pixel in catalog.pixels),
+    ]:
+        table = table.filter(pc.equal(table["quality"], 0))
+        table = table.set_column(0, "star_id", table["star_id"].cast(pa.string()))
+        tables.append(table.filter(pc.is_in(table["star_id"], wanted)))
+    return pa.concat_tables(tables)

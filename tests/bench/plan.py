@@ -1,0 +1,319 @@
+"""What a rebuild of any size would take: tasks, files, bytes, memory, and which limit comes next.
+
+``python -m tests.bench.plan --rows 19e6,1e8,2e9 --workers 2,64 [--bench OUT/bench.json]``
+
+The sizes of rows and the CPU time of a row are measured (`Measured`, or a ``bench.json``); the
+formulas are those of the code. The reference grows with the target, as 1.7 to 19 million.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+GIB = float(1 << 30)
+CHUNK_ROWS = 500_000
+ROWS_PER_PARTITION = 1_000_000
+KEYS_PER_BUCKET = 20_000_000
+REFERENCE_SHARE = 1.7 / 19
+REPEATS = 0.45
+IN_FLIGHT_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures that were measured, of a run of a million simulated LAMOST rows.
+
+    Parameters
+    ----------
+    fits, piece, observation, star, reference, match, pair, corrected : float
+        Bytes of a row: in the FITS file, in the uncompressed pieces of ingest, in the Parquet files
+        of observations, stars and reference, in the pieces of crossmatch, in pairs and in corrected
+        observations.
+    pairs_per_row : float
+        Pairs with the reference for each row of the target.
+    fill : float
+        Rows of a mean partition, in units of the limit.
+    cpu_* : float, us
+        CPU time of a row in a stage, without the start of processes.
+    cpu_tree_pair : float, us
+        Of a pair, for 500 trees of three labels.
+    open_piece, footer, overlap : float, us
+        To open a memory-mapped piece, to read a footer, and to compare a partition with ranges.
+    sync : float, us
+        To put a small file safely on disk.
+    driver_pair : float
+        Bytes of a pair in the memory of the driver while folds are assigned.
+    task : float
+        Bytes of a task in the scheduler.
+    scheduler_mib : float
+        Memory of driver and scheduler before the first task.
+    """
+
+    fits: float = 245.0
+    piece: float = 120.0
+    observation: float = 68.0
+    star: float = 80.0
+    reference: float = 120.0
+    match: float = 170.0
+    pair: float = 110.0
+    corrected: float = 91.0
+    pairs_per_row: float = 0.0335
+    fill: float = 0.42
+    cpu_ingest: float = 3.0
+    cpu_dedupe: float = 3.0
+    cpu_reference: float = 8.0
+    cpu_crossmatch: float = 1.0
+    cpu_apply: float = 1.5
+    cpu_tree_pair: float = 150.0
+    open_piece: float = 200.0
+    footer: float = 950.0
+    overlap: float = 12.0
+    sync: float = 9000.0
+    driver_pair: float = 200.0
+    task: float = 20_000.0
+    scheduler_mib: float = 250.0
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage takes.
+
+    Parameters
+    ----------
+    tasks : int
+    files : int
+        That stay.
+    scratch_files : int
+        That go when the stage is complete.
+    read_gb, written_gb : float
+    cpu_s : float
+        Of the tasks: divided by the workers.
+    driver_s : float
+        In the driver alone, while the workers wait.
+    driver_gib : float
+        Memory of the driver beside what it always has.
+    """
+
+    name: str
+    tasks: int
+    files: int
+    scratch_files: int
+    read_gb: float
+    written_gb: float
+    cpu_s: float
+    driver_s: float
+    driver_gib: float = 0.0
+
+
+def plan(rows: float, m: Measured) -> list[StagePlan]:
+    """The stages of a rebuild with so many rows of LAMOST."""
+    found = [*_survey(rows, m), *_survey(REFERENCE_SHARE * rows, m, "references: ")]
+    n_stars, n_reference = rows * (1 - REPEATS), REFERENCE_SHARE * rows * 0.95
+    parts, reference_parts = _partitions(n_stars, m), _partitions(n_reference, m)
+    each = 2 * m.sync / 1e6  # a part and its record
+    found.append(
+        StagePlan(
+            "reference",
+            2 * reference_parts,
+            reference_parts + 4,
+            2 * reference_parts,
+            2 * n_reference * m.star / 1e9,
+            n_reference * m.reference / 1e9,
+            n_reference * m.cpu_reference / 1e6
+            + _overlaps(reference_parts, reference_parts, m)
+            + each * reference_parts,
+            4 * reference_parts * m.footer / 1e6,
+        )
+    )
+    n_pairs = rows * m.pairs_per_row
+    found.append(
+        StagePlan(
+            "crossmatch",
+            2 * parts,
+            parts + 4,
+            3 * parts,
+            (n_stars * m.star + n_reference * m.reference + n_pairs * m.match) / 1e9,
+            n_pairs * (m.match + m.pair) / 1e9,
+            n_stars * m.cpu_crossmatch / 1e6
+            + _overlaps(parts, reference_parts, m)
+            + 2 * each * parts,
+            4 * (parts + reference_parts) * m.footer / 1e6 + n_pairs * 3.0 / 1e6,
+            n_pairs * m.driver_pair / GIB,
+        )
+    )
+    found.append(
+        StagePlan(
+            "train boosted",
+            0,
+            8,
+            0,
+            4 * n_pairs * 30 / 1e9,
+            0.2,
+            n_pairs * m.cpu_tree_pair / 1e6,
+            n_pairs * 0.2 * 5.0 / 1e6 + 2 * parts * m.footer / 1e6,
+            n_pairs * 0.2 * 60 / GIB,
+        )
+    )
+    all_parts = _partitions(rows, m)
+    found.append(
+        StagePlan(
+            "apply",
+            all_parts,
+            all_parts + 4,
+            all_parts,
+            rows * m.observation / 1e9,
+            rows * m.corrected / 1e9,
+            rows * m.cpu_apply / 1e6 + each * all_parts,
+            0.0,
+        )
+    )
+    return found
+
+
+def _survey(rows: float, m: Measured, prefix: str = "") -> Iterator[StagePlan]:
+    """Ingest and dedupe of a survey."""
+    chunks = max(1, round(rows / CHUNK_ROWS))
+    parts = _partitions(rows, m)
+    buckets = int(rows // KEYS_PER_BUCKET) + 1
+    each = 2 * m.sync / 1e6
+    yield StagePlan(
+        f"{prefix}ingest",
+        chunks + buckets + parts,
+        parts + 4,
+        3 * chunks + 2 * buckets + parts,
+        # Every bucket of keys reads the keys and places of all pieces.
+        rows * (2 * m.fits + buckets * 16 + m.piece) / 1e9,
+        rows * (m.piece + m.observation) / 1e9,
+        rows * m.cpu_ingest / 1e6
+        + chunks * (parts + buckets) * m.open_piece / 1e6
+        + each * (2 * chunks + parts),
+        rows * m.fits / 1.5e9,  # the digest of the files
+    )
+    yield StagePlan(
+        f"{prefix}dedupe",
+        parts,
+        parts + 4,
+        parts,
+        rows * m.observation / 1e9,
+        rows * (1 - REPEATS) * m.star / 1e9,
+        rows * m.cpu_dedupe / 1e6 + _overlaps(parts, parts, m) + each * parts,
+        0.0,
+    )
+
+
+def _partitions(rows: float, m: Measured) -> int:
+    return max(12, round(rows / (ROWS_PER_PARTITION * m.fill)))
+
+
+def _overlaps(tasks: int, parts: int, m: Measured) -> float:
+    """Every task looks at every partition of the other side, to find those around its own."""
+    return tasks * parts * m.overlap / 1e6
+
+
+def limits(stages: Sequence[StagePlan], rows: float, workers: int, m: Measured) -> list[str]:
+    """What binds, the worst first: shares of the wall time and of memory in words."""
+    cpu = sum(stage.cpu_s for stage in stages)
+    serial = sum(stage.driver_s for stage in stages)
+    chunks, parts = max(1, round(rows / CHUNK_ROWS)), _partitions(rows, m)
+    buckets = int(rows // KEYS_PER_BUCKET) + 1
+    wall = cpu / workers + serial
+    syncs = sum(s.files + s.scratch_files for s in stages) * m.sync / 1e6 / workers
+    driver = max(stages, key=lambda stage: stage.driver_gib)
+    found = [
+        (serial / wall, f"the driver alone: {serial:,.0f} s"),
+        (
+            chunks * (parts + buckets) * m.open_piece / 1e6 / workers / wall,
+            f"ingest opens {chunks * (parts + buckets):,} pieces (chunks x partitions)",
+        ),
+        (
+            rows * buckets * 16 / 2e9 / workers / wall,
+            f"ingest reads {rows * buckets * 16 / 1e9:,.0f} GB of keys (rows x buckets)",
+        ),
+        (
+            3 * _overlaps(parts, parts, m) / workers / wall,
+            f"{3 * parts * parts:,} comparisons of partitions (partitions squared)",
+        ),
+        (syncs / wall, f"fsync: {syncs:,.0f} s"),
+        (
+            driver.driver_gib / 8.0,
+            f"{driver.name} needs {driver.driver_gib:.1f} GiB in the driver (of 8)",
+        ),
+    ]
+    return [f"{share:.0%} {text}" for share, text in sorted(found, reverse=True)]
+
+
+def scheduler_mib(workers: int, m: Measured) -> float:
+    """Memory of the scheduler: tasks are handed out as others end, never all at once."""
+    return m.scheduler_mib + IN_FLIGHT_PER_WORKER * workers * m.task / (1 << 20) + 0.5 * workers
+
+
+def measured(entries: Sequence[Mapping[str, Any]]) -> Measured:
+    """Replace what a ``bench.json`` holds, of its largest run."""
+    known: dict[str, float] = {}
+    for entry in sorted(entries, key=lambda entry: entry["rows"]):
+        if entry["theirs"] is not None or entry["ours"]["state"] != "done":
+            continue
+        parts = [part for part in entry["ours"]["parts"] if part["name"] != "start"]
+        cpu = 1e6 * sum(part["cpu_s"] for part in parts) / entry["rows"]
+        size = 1e9 * entry.get("gb", 0.0) / entry["rows"]
+        if entry["variant"] == "":
+            names = {
+                "ingest": ("cpu_ingest", "observation"),
+                "apply": ("cpu_apply", "corrected"),
+                "dedupe": ("cpu_dedupe", ""),
+                "crossmatch": ("cpu_crossmatch", ""),
+            }.get(entry["step"], ("", ""))
+            known |= {name: value for name, value in zip(names, (cpu, size), strict=True) if name}
+            if entry["step"] == "train":
+                known["cpu_tree_pair"] = cpu * entry["rows"] / entry["pairs"]
+    return replace(Measured(), **known)
+
+
+def report(rows: float, workers: int, m: Measured) -> Iterator[str]:
+    """A Markdown table and the limits."""
+    stages = plan(rows, m)
+    yield f"### {rows:,.0f} rows, {workers} workers"
+    yield ""
+    yield "| stage | tasks | files | scratch files | read GB | written GB | CPU-s | driver s | driver GiB |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    total = [0.0] * 7
+    for s in stages:
+        numbers = (s.tasks, s.files, s.scratch_files, s.read_gb, s.written_gb, s.cpu_s, s.driver_s)
+        total = [a + b for a, b in zip(total, numbers, strict=True)]
+        yield f"| {s.name} | {_cells(numbers)} | {s.driver_gib:.2f} |"
+    yield f"| **all** | {_cells(total)} | |"
+    yield ""
+    wall = total[5] / workers + total[6]
+    memory = scheduler_mib(workers, m)
+    yield f"About {wall / 3600:,.2f} h; scheduler {memory:,.0f} MiB. What binds first:"
+    yield ""
+    yield from (f"- {line}" for line in limits(stages, rows, workers, m)[:4])
+    yield ""
+
+
+def _cells(numbers: Sequence[float]) -> str:
+    return " | ".join(f"{n:,.0f}" if n >= 10 else f"{n:.1f}".removesuffix(".0") for n in numbers)
+
+
+def main() -> None:
+    """Print the plans."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.plan", description=__doc__)
+    parser.add_argument("--rows", default="19e6,1e8,2e9", help="(%(default)s)")
+    parser.add_argument("--workers", default="2,64", help="(%(default)s)")
+    parser.add_argument("--bench", type=Path, help="a bench.json, instead of built-in figures")
+    given = parser.parse_args()
+    m = measured(json.loads(given.bench.read_text())) if given.bench else Measured()
+    figures = ", ".join(f"{f.name} {getattr(m, f.name):.4g}" for f in fields(m))
+    print(f"Measured: {figures}\n")
+    for rows in given.rows.split(","):
+        for workers in given.workers.split(","):
+            print("\n".join(report(float(rows), int(workers), m)))
+
+
+if __name__ == "__main__":
+    main()

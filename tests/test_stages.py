@@ -1,0 +1,566 @@
+"""Stages on catalogs: the result does not depend on partitions, files, order or who ran what."""
+
+import contextlib
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from astropy.io import fits
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sos_dask import models
+from sos_dask.artifact import MANIFEST, Manifest
+from sos_dask.catalog import Catalog
+from sos_dask.cluster import Cluster
+from sos_dask.compare import held_out_metrics
+from sos_dask.crossmatch import MatchSettings, match
+from sos_dask.dedupe import DedupeSettings, combine, group
+from sos_dask.errors import CatalogError, ConfigError, ModelError, SurveyError
+from sos_dask.healpix import HealpixPixel, ang2pix, propagate
+from sos_dask.schema import CANONICAL, LABELS, load_survey
+from sos_dask.stages.apply import apply, parse_partitions
+from sos_dask.stages.crossmatch import PairSettings, crossmatch
+from sos_dask.stages.dedupe import dedupe
+from sos_dask.stages.ingest import IngestSettings, ingest
+from sos_dask.stages.parts import GAIA_IDS, id_values, rank_of
+from sos_dask.stages.reference import ReferenceSettings, reference
+from sos_dask.stages.train import PairsSource, TrainSettings, metrics_of, train
+from sos_dask.unify import UnifySettings, unify
+from sos_dask.verify import verify
+from tests.job import contents
+from tests.sky import observations, write_catalog
+
+EPOCH = 2016.0
+SIZES = (10**6, 300, 40)
+
+
+def sky(n: int, seed: int) -> pa.Table:
+    """Clumps at the hard places, with Gaia ids, proper motions and epochs, each often null."""
+    rng = np.random.default_rng(seed)
+    table = observations(n, seed)
+    ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
+    place = ang2pix(ra, dec) >> 2 * (29 - 15)  # rows of one cell share a few ids
+    star = place * 100 + rng.integers(0, 25, n) + 10**15
+    columns = {
+        "position_epoch": (rng.choice([1999.5, 2000.0, 2015.5, 2016.0], n), 0.2),
+        "gaia_dr2_source_id": (star + rng.integers(0, 3, n), 0.5),
+        "gaia_dr3_source_id": (star, 0.4),
+        "pmra": (rng.normal(0, 300, n), 0.3),
+        "pmdec": (rng.normal(0, 300, n), 0.3),
+    }
+    for place_of, (name, (values, nulls)) in enumerate(columns.items(), start=4):
+        field = CANONICAL[name].arrow()
+        data = pa.array(values, mask=rng.random(n) < nulls).cast(field.type)
+        table = table.add_column(place_of, field, data)
+    return table
+
+
+def rows_of(directory: Path) -> pa.Table:
+    catalog = Catalog.open(directory)
+    assert verify(directory) == []
+    return pa.concat_tables([catalog.read(pixel) for pixel in catalog.pixels]).combine_chunks()
+
+
+def ids_of(table: pa.Table) -> dict[str, np.ndarray]:
+    return {release: id_values(table[name]) for release, name in GAIA_IDS.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The same observations, and the stars made of them, cut in several ways."""
+    root = tmp_path_factory.mktemp("stages")
+    for number, size in itertools.product((1, 2, 3), SIZES):
+        write_catalog(sky(900, number), root / f"obs{number}-{size}", size)
+    return root
+
+
+SETTINGS = DedupeSettings(radius_arcsec=0.3, id_radius_arcsec=3.0)
+
+
+@pytest.fixture(scope="module")
+def stars(folder) -> Path:
+    for number, size in itertools.product((1, 2, 3), SIZES):
+        observed = Catalog.open(folder / f"obs{number}-{size}")
+        dedupe(observed, folder / f"stars{number}-{size}", SETTINGS)
+    return folder
+
+
+# -- partition independence -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_dedupe_equals_one_call_of_the_kernel(stars, number):
+    table = sky(900, number).combine_chunks()
+    columns = [table[name].to_numpy() for name in ("ra", "dec", "_healpix_29")]
+    groups = group(*columns, rank_of(table["obs_id"]), ids_of(table), None, SETTINGS)
+    expected = combine(table, groups.primary, SETTINGS, {}).combine_chunks()
+    assert 100 < expected.num_rows < 800, "the sky is no test of repeats"
+    for size in SIZES:
+        found = rows_of(stars / f"stars{number}-{size}")
+        assert found.equals(expected), size
+        rows = Manifest.load(stars / f"stars{number}-{size}").rows
+        assert (rows.n_in, rows.n_out) == (900, expected.num_rows)
+        assert rows.dropped == {"merged": 900 - expected.num_rows}
+    n_partitions = {len(Catalog.open(stars / f"obs{number}-{size}").pixels) for size in SIZES}
+    assert len(n_partitions) > 1
+
+
+def test_some_stars_reach_over_the_edge_of_a_partition(stars):
+    """Else the tests here would not see a mistake at the edges."""
+    table = sky(900, 1).combine_chunks()
+    columns = [table[name].to_numpy() for name in ("ra", "dec", "_healpix_29")]
+    groups = group(*columns, rank_of(table["obs_id"]), ids_of(table), None, SETTINGS)
+    pixels = Catalog.open(stars / "obs1-40").pixels
+    firsts = np.array([pixel.first for pixel in pixels])
+    partition = np.searchsorted(firsts, columns[2], side="right")
+    assert np.count_nonzero(partition != partition[groups.primary]) > 20
+
+
+@pytest.mark.parametrize("pairs", ["best", "all"])
+def test_crossmatch_equals_one_call_of_the_kernel(stars, tmp_path, pairs):
+    settings = PairSettings(MatchSettings(0.5, 4.0, pairs))
+    left, right = rows_of(stars / f"stars1-{SIZES[0]}"), rows_of(stars / f"stars2-{SIZES[0]}")
+    matches = match(left, right, settings.match)
+    assert len(matches.left) > 200 and matches.by_id.any() and not matches.by_id.all()
+    tables = []
+    for one, other in ((SIZES[0], SIZES[2]), (SIZES[2], SIZES[0]), (SIZES[1], SIZES[1])):
+        directory = tmp_path / f"{one}-{other}"
+        manifest = crossmatch(
+            Catalog.open(stars / f"stars1-{one}"),
+            Catalog.open(stars / f"stars2-{other}"),
+            directory,
+            settings,
+        )
+        assert manifest.summary["pairs"] == len(matches.left)
+        assert manifest.summary["refused_by_id"] == matches.n_conflicts
+        table = rows_of(directory)
+        for name, expected in (
+            ("target_star_id", left["star_id"].take(matches.left)),
+            ("reference_star_id", right["star_id"].take(matches.right)),
+            ("separation_arcsec", pa.array(matches.separation_arcsec)),
+            ("n_candidates", pa.array(matches.n_candidates)),
+            ("by_id", pa.array(matches.by_id)),
+            ("teff_diff", pc.subtract(*(side["teff"].take(index) for side, index in (
+                (left, matches.left), (right, matches.right))))),
+        ):  # fmt: skip
+            assert table[name].to_pylist() == expected.to_pylist(), name
+        tables.append(table)
+    assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
+
+
+def united(tables: dict[str, pa.Table], settings: ReferenceSettings) -> pa.Table:
+    """All surveys united by one call of the kernels."""
+    parts = []
+    for survey, table in tables.items():
+        moving = (
+            pc.and_(pc.and_(pc.is_valid(table["pmra"]), pc.is_valid(table["pmdec"])),
+                    pc.is_valid(table["position_epoch"])).to_numpy()
+        )  # fmt: skip
+        epoch = pc.fill_null(table["position_epoch"], EPOCH).to_numpy()
+        ra, dec = propagate(
+            table["ra"].to_numpy(),
+            table["dec"].to_numpy(),
+            pc.fill_null(table["pmra"], 0.0).to_numpy(),
+            pc.fill_null(table["pmdec"], 0.0).to_numpy(),
+            np.where(moving, EPOCH - epoch, 0.0),
+        )
+        new = {
+            "ra": pa.array(ra),
+            "dec": pa.array(dec),
+            "_healpix_29": pa.array(ang2pix(ra, dec)),
+            "star_id": table["star_id"].cast(pa.string()),
+            "position_epoch": pc.if_else(
+                pa.array(moving), pa.scalar(EPOCH, pa.float32()), table["position_epoch"]
+            ),
+        }
+        for name, values in new.items():
+            table = table.set_column(table.schema.get_field_index(name), name, values)
+        parts.append(table.append_column("survey", pa.array([survey] * table.num_rows)))
+    together = pa.concat_tables(parts, promote_options="permissive")
+    order = np.argsort(together["_healpix_29"].to_numpy(), kind="stable")
+    together = together.take(pa.array(order)).combine_chunks()
+    names = list(tables)
+    keys = [f"{names.index(survey)}:{star}" for survey, star in
+            zip(together["survey"].to_pylist(), together["star_id"].to_pylist(), strict=True)]  # fmt: skip
+    groups = group(
+        together["ra"].to_numpy(),
+        together["dec"].to_numpy(),
+        together["_healpix_29"].to_numpy(),
+        rank_of(pa.chunked_array([keys])),
+        ids_of(together),
+        None,
+        DedupeSettings(settings.radius_arcsec, settings.id_radius_arcsec),
+    )
+    return unify(together, groups.primary, settings.unify).combine_chunks()
+
+
+@pytest.mark.parametrize("method", ["precedence", "weighted-mean"])
+def test_reference_equals_one_call_of_the_kernel(stars, tmp_path, method):
+    expected = None
+    for number, (one, other, third) in enumerate(itertools.permutations(SIZES)):
+        if number % 2:
+            continue
+        catalogs = {
+            "apogee": Catalog.open(stars / f"stars2-{one}"),
+            "galah": Catalog.open(stars / f"stars3-{other}"),
+        }
+        settings = ReferenceSettings(
+            UnifySettings(method, ("apogee", "galah")), 0.3, 3.0, EPOCH, third
+        )
+        directory = tmp_path / str(number)
+        manifest = reference(catalogs, directory, settings)
+        if expected is None:
+            tables = {name: rows_of(catalog.path) for name, catalog in catalogs.items()}
+            expected = united(tables, settings)
+        found = rows_of(directory)
+        assert found.equals(expected), (one, other, third)
+        several = np.count_nonzero(expected["n_surveys"].to_numpy() > 1)
+        assert manifest.summary["stars_in_several_surveys"] == several > 20
+        assert manifest.rows.n_in == sum(catalog.n_rows for catalog in catalogs.values())
+
+
+def test_reference_does_not_depend_on_the_order_of_arguments(stars, tmp_path):
+    settings = ReferenceSettings(UnifySettings("precedence", ("apogee", "galah")), 0.3, 3.0)
+    catalogs = {name: Catalog.open(stars / f"stars{n}-300") for name, n in
+                (("apogee", 2), ("galah", 3))}  # fmt: skip
+    first = reference(catalogs, tmp_path / "1", settings)
+    second = reference(dict(reversed(catalogs.items())), tmp_path / "2", settings)
+    assert first.fingerprint == second.fingerprint
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+# -- folds ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("target", "key"), [("stars", "star_id"), ("obs", "obs_id")])
+def test_pairs_that_share_a_star_share_a_fold(stars, tmp_path, target, key):
+    """Of the target or of the reference; also where observations of one star are the targets."""
+    tables = []
+    for size in (SIZES[0], SIZES[2]):
+        crossmatch(
+            Catalog.open(stars / f"{target}1-{size}"),
+            Catalog.open(stars / f"stars2-{size}"),
+            tmp_path / str(size),
+            PairSettings(MatchSettings(0.3, 3.0, "all"), n_folds=4, seed=3),
+        )
+        tables.append(rows_of(tmp_path / str(size)))
+    pairs = tables[0]
+    assert pairs.equals(tables[1])
+    folds = pairs["fold"].to_numpy()
+    shared = {}
+    if target == "obs":
+        table = sky(900, 1).combine_chunks()
+        columns = [table[name].to_numpy() for name in ("ra", "dec", "_healpix_29")]
+        settings = DedupeSettings(0.3, 3.0)
+        groups = group(*columns, rank_of(table["obs_id"]), ids_of(table), None, settings)
+        star_of = dict(zip(table["obs_id"].to_pylist(), groups.primary.tolist(), strict=True))
+        shared["star"] = [star_of[item] for item in pairs["target_obs_id"].to_pylist()]
+    shared["target"] = pairs[f"target_{key}"].to_pylist()
+    shared["reference"] = pairs["reference_star_id"].to_pylist()
+    for name, values in shared.items():
+        if name == "star":
+            # Only the matched observations are grouped again: their stars can be finer, not mixed.
+            continue
+        of = {}
+        for value, fold in zip(values, folds.tolist(), strict=True):
+            assert of.setdefault(value, fold) == fold, name
+    assert set(folds.tolist()) <= set(range(4))
+    assert len(set(folds.tolist())) > 1
+
+
+# -- ingest ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lamost(small_sky, tmp_path_factory) -> dict[str, list[Path]]:
+    """The same rows as one file, as three, and in another order."""
+    folder = tmp_path_factory.mktemp("files")
+    with fits.open(small_sky / "lamost.fits") as file:
+        data = file[1].data
+        shuffled = np.random.default_rng(5).permutation(len(data))
+        parts = {
+            "a": data[shuffled[:700]], "b": data[shuffled[700:701]], "c": data[shuffled[701:]],
+            "reversed": data[::-1],
+        }  # fmt: skip
+        for name, rows in parts.items():
+            fits.BinTableHDU(rows).writeto(folder / f"{name}.fits")
+    return {
+        "one": [small_sky / "lamost.fits"],
+        "three": [folder / f"{name}.fits" for name in "abc"],
+        "other order": [folder / f"{name}.fits" for name in "cab"],
+        "reversed": [folder / "reversed.fits"],
+    }
+
+
+@pytest.mark.parametrize("chunk_rows", [500_000, 317])
+def test_ingest_does_not_depend_on_files_chunks_or_order(lamost, tmp_path, chunk_rows):
+    survey = load_survey("lamost-dr11-lrs")
+    found = {}
+    for name, files in lamost.items():
+        settings = IngestSettings(rows_per_partition=1000, chunk_rows=chunk_rows)
+        manifest = ingest(survey, files, tmp_path / name, settings, name="lamost")
+        assert (manifest.rows.n_in, manifest.rows.n_out) == (5000, 4996)
+        found[name] = contents(tmp_path / name / "dataset")
+    assert all(item == found["one"] for item in found.values())
+    assert len(found["one"]) > 12
+    both = [Manifest.load(tmp_path / name) for name in ("three", "other order")]
+    assert both[0] == both[1], "the order in which files are named is no difference"
+    if chunk_rows == 317:
+        whole = ingest(
+            survey, lamost["one"], tmp_path / "whole", IngestSettings(1000), name="lamost"
+        )
+        assert whole == Manifest.load(tmp_path / "one"), "chunk_rows decides memory alone"
+
+
+def test_ingest_refuses_a_file_twice(lamost, tmp_path):
+    copy = shutil.copy(lamost["three"][0], tmp_path / "copy.fits")
+    with pytest.raises(ConfigError, match="the same content is given twice"):
+        ingest(load_survey("lamost-dr11-lrs"), [lamost["three"][0], copy], tmp_path / "out")
+
+
+def test_a_run_that_made_nothing_leaves_nothing(lamost, small_sky, tmp_path):
+    """So the same directory serves the next try, with whatever was wrong mended."""
+    survey = load_survey("lamost-dr11-lrs")
+    with pytest.raises(SurveyError, match="no column"):
+        ingest(survey, [small_sky / "apogee.fits"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    ingest(survey, lamost["one"], tmp_path / "out")
+    with pytest.raises(CatalogError, match="--overwrite"):
+        ingest(survey, lamost["three"], tmp_path / "out")
+    ingest(survey, lamost["three"], tmp_path / "out", overwrite=True)
+
+
+# -- train ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def current(small_store) -> Path:
+    return small_store / "current"
+
+
+def test_every_held_out_pair_is_predicted_once(current):
+    manifest = Manifest.load(current / "model.polynomial")
+    pairs = rows_of(current / "pairs")
+    used = pairs.filter(pairs["use"])
+    held_out = pq.read_table(current / "model.polynomial/held_out.parquet")
+    for name in ("teff_diff", "logg_diff", "feh_diff"):
+        assert sorted(held_out[name].to_pylist()) == sorted(used[name].to_pylist())
+    assert manifest.summary["validation"] == "kfold"
+    assert sum(manifest.summary["folds"].values()) == used.num_rows == manifest.rows.n_out
+
+    def matrix(suffix):
+        return np.stack([held_out[f"{label}_{suffix}"].to_numpy() for label in LABELS], axis=1)
+
+    again = held_out_metrics("polynomial", matrix("diff"), matrix("delta"))
+    assert again == metrics_of(manifest)
+    assert all(metric.n == used.num_rows for metric in again)
+    assert models.load(current / "model.polynomial").info.train_folds is None
+
+
+def test_held_out_predictions_come_from_models_that_never_saw_the_fold(current):
+    pairs = Catalog.open(current / "pairs")
+    source = PairsSource(pairs)
+    folds = sorted(set(rows_of(current / "pairs")["fold"].to_pylist()))
+    held_out = pq.read_table(current / "model.polynomial/held_out.parquet")
+    fold = folds[1]
+    correction = models.fit("polynomial", source, train_folds=[f for f in folds if f != fold])
+    rows = held_out.filter(pc.equal(held_out["fold"], fold))
+    x = np.stack([rows[f"x_{label}"].to_numpy() for label in LABELS], axis=1)
+    expected = np.stack([rows[f"{label}_delta"].to_numpy() for label in LABELS], axis=1)
+    np.testing.assert_array_equal(correction.predict(x), expected)
+
+
+def test_holdout_never_trains_on_fold_zero(current, tmp_path):
+    pairs = Catalog.open(current / "pairs")
+    settings = TrainSettings("polynomial", {"order": 2}, "holdout")
+    manifest = train(pairs, tmp_path / "model", settings)
+    names = sorted(int(fold) for fold in manifest.summary["folds"])
+    assert models.load(tmp_path / "model").info.train_folds == tuple(names[1:])
+    held_out = pq.read_table(tmp_path / "model/held_out.parquet")
+    assert set(held_out["fold"].to_pylist()) == {names[0]}
+    assert held_out.num_rows == manifest.summary["folds"][str(names[0])]
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "validation", "message"),
+    [
+        ("polynomal", {}, "auto", "there is no method 'polynomal'"),
+        ("polynomial", {"ordr": 3}, "auto", "no parameter 'ordr'"),
+        ("polynomial", {"order": 99}, "auto", "polynomial.order = 99 is outside"),
+        ("polynomial", {"order": "high"}, "auto", "is not a whole number"),
+        ("polynomial", {}, "kfolds", "validation 'kfolds' is not one of"),
+    ],
+)
+def test_wrong_settings_of_training_leave_nothing(
+    current, tmp_path, method, params, validation, message
+):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        train(
+            Catalog.open(current / "pairs"),
+            tmp_path / "m",
+            TrainSettings(method, params, validation),
+        )
+    assert not (tmp_path / "m").exists()
+
+
+def test_too_few_pairs_is_an_error(stars, tmp_path):
+    left = write_catalog(sky(900, 1).slice(0, 12), tmp_path / "few", 100)
+    crossmatch(left, left, tmp_path / "pairs", PairSettings(MatchSettings(0.001, 0.001)))
+    with pytest.raises(ModelError, match="pairs"):
+        train(Catalog.open(tmp_path / "pairs"), tmp_path / "m", TrainSettings("polynomial", {}))
+    assert not (tmp_path / "m").exists()
+
+
+# -- apply ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(current, tmp_path_factory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("apply") / "whole"
+    apply(current / "model.polynomial", Catalog.open(current / "lamost.observations"), directory)
+    return contents(directory)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([1, 2, 3]))[::2])
+def test_shards_in_any_order_equal_all(current, whole, tmp_path, order):
+    catalog = Catalog.open(current / "lamost.observations")
+    results = [
+        apply(current / "model.polynomial", catalog, tmp_path / "out", partitions=f"{number}/3")
+        for number in order
+    ]
+    assert [manifest is None for manifest in results] == [True, True, False]
+    assert contents(tmp_path / "out") == whole
+
+
+def test_pixels_and_indices_equal_all(current, whole, tmp_path):
+    catalog = Catalog.open(current / "lamost.observations")
+    model = current / "model.polynomial"
+    n = len(catalog.pixels)
+    north = ",".join(f"0:{number}" for number in range(6) if
+                     any(HealpixPixel(0, number).overlaps(pixel) for pixel in catalog.pixels))  # fmt: skip
+    assert apply(model, catalog, tmp_path / "out", partitions=north) is None
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    with pytest.raises(CatalogError, match="has no manifest.json"):
+        Catalog.open(tmp_path / "out")
+    assert apply(model, catalog, tmp_path / "out", partitions="0,2-3,0-1") is None
+    written = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out/dataset").rglob("*.parquet")
+    }
+    done = apply(model, catalog, tmp_path / "out", partitions=f"0-{n - 1}")
+    assert done is not None and done.rows.n_out == catalog.n_rows
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in written.items())
+    assert contents(tmp_path / "out") == whole
+
+
+def test_another_model_or_catalog_does_not_mix_with_a_begun_output(current, tmp_path):
+    catalog = Catalog.open(current / "lamost.observations")
+    assert apply(current / "model.polynomial", catalog, tmp_path / "out", partitions="0") is None
+    train(
+        Catalog.open(current / "pairs"),
+        tmp_path / "other",
+        TrainSettings("polynomial", {"order": 2}, "holdout"),
+    )
+    for model, observed in (
+        (tmp_path / "other", catalog),
+        (current / "model.polynomial", Catalog.open(current / "lamost.stars")),
+    ):
+        with pytest.raises(CatalogError, match="another run's output"):
+            apply(model, observed, tmp_path / "out")
+
+
+def test_a_tampered_model_is_refused(current, tmp_path):
+    model = Path(shutil.copytree(current / "model.polynomial", tmp_path / "model"))
+    catalog = Catalog.open(current / "lamost.observations")
+    document = json.loads((model / "model.json").read_text())
+    (name,) = document["files"]
+    content = (model / name).read_bytes()
+    (model / name).write_bytes(content.replace(b"1", b"2", 1))
+    with pytest.raises(ModelError, match="is not the file that was saved"):
+        apply(model, catalog, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+PIXELS = st.lists(
+    st.integers(0, 12 * 4**3 - 1), min_size=1, max_size=40, unique=True
+).map(lambda numbers: [HealpixPixel(3, number) for number in sorted(numbers)])  # fmt: skip
+
+
+@given(PIXELS, st.integers(1, 60))
+def test_shards_partition_the_list(pixels, total):
+    shards = [parse_partitions(f"{number}/{total}", pixels) for number in range(1, total + 1)]
+    assert sorted(itertools.chain(*shards)) == parse_partitions("all", pixels)
+    sizes = [len(shard) for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(PIXELS, st.data())
+def test_indices_and_ranges(pixels, data):
+    last = len(pixels) - 1
+    spans = data.draw(
+        st.lists(st.tuples(st.integers(0, last), st.integers(0, last)).map(sorted), min_size=1)
+    )
+    text = ",".join(f"{a}-{b}" if a != b else f" {a}" for a, b in spans)
+    expected = sorted({index for a, b in spans for index in range(a, b + 1)})
+    assert parse_partitions(text, pixels) == expected
+
+
+@given(PIXELS, st.integers(0, 6), st.data())
+def test_a_pixel_means_what_is_inside_or_around_it(pixels, order, data):
+    number = data.draw(st.integers(0, 12 * 4**order - 1))
+    first, stop = number << 2 * (29 - order), (number + 1) << 2 * (29 - order)
+    expected = [i for i, p in enumerate(pixels) if p.first < stop and first < p.stop]
+    text = f"{order}:{number}"
+    if expected:
+        assert parse_partitions(text, pixels) == expected
+    else:
+        with pytest.raises(ConfigError, match="no rows in that pixel"):
+            parse_partitions(text, pixels)
+
+
+@given(st.text(alphabet="0123456789/-,: allx", max_size=12))
+def test_any_text_gives_indices_or_a_clear_error(text):
+    pixels = [HealpixPixel(0, number) for number in range(12)]
+    with contextlib.suppress(ConfigError):
+        found = parse_partitions(text, pixels)
+        assert found == sorted(set(found))
+        assert set(found) <= set(range(12))
+
+
+@pytest.mark.parametrize(
+    "text", ["5/3", "0/3", "0/0", "", "x", "12", "3-1", "0-12", "-1", "1/3/5", "1.5", "1,", ":", "0:12",
+             "30:1", "0:-1", "a:1", "1:2:3"],
+)  # fmt: skip
+def test_wrong_partitions(text):
+    with pytest.raises(ConfigError) as caught:
+        parse_partitions(text, [HealpixPixel(0, number) for number in range(12)])
+    assert caught.value.exit_code == 3
+
+
+# -- a cluster changes nothing --------------------------------------------------------------------
+
+
+def test_two_workers_give_the_same_bytes(cluster, stars, current, whole, tmp_path):
+    assert isinstance(cluster, Cluster)
+    for name, running in (("alone", Cluster()), ("together", cluster)):
+        dedupe(
+            Catalog.open(stars / "obs1-40"), tmp_path / name / "stars", SETTINGS, cluster=running
+        )
+        crossmatch(
+            Catalog.open(stars / "obs1-300"),
+            Catalog.open(stars / "stars2-40"),
+            tmp_path / name / "pairs",
+            PairSettings(MatchSettings(1.0)),
+            cluster=running,
+        )
+    assert contents(tmp_path / "alone") == contents(tmp_path / "together")
+    model, catalog = current / "model.polynomial", Catalog.open(current / "lamost.observations")
+    apply(model, catalog, tmp_path / "applied", cluster=cluster)
+    assert contents(tmp_path / "applied") == whole

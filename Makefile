@@ -9,17 +9,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_ARGS ?=
+ROWS ?= 19000000
+OUT ?= build/bench
+BENCH_ARGS ?=
 
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt
 # setuptools comes from constraints.txt too, so nothing unpinned takes part in the build.
 INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
 
-.PHONY: help demo test lint venv clean
+.PHONY: help demo test lint bench venv clean
 
 help:
 	@echo 'make demo    install, then build a small mock catalog from end to end (DEMO_ARGS=...)'
 	@echo 'make test    install with the test tools, then lint and run all tests (TEST_ARGS=... for pytest)'
 	@echo 'make lint    only ruff, mypy and import-linter'
+	@echo 'make bench   our steps against what one would use instead (ROWS=2000000 OUT=dir BENCH_ARGS=...)'
 	@echo 'make clean   remove the environment, caches and the results of the demo'
 
 demo: $(VENV)/.core
@@ -34,6 +38,10 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# STILTS is a Java program: it takes part if it is on the PATH (Debian: stilts).
+bench: $(VENV)/.bench
+	$(BIN)/python -m tests.bench --rows $(ROWS) --out $(OUT) $(BENCH_ARGS)
+
 venv: $(VENV)/.test
 
 # Stamps: the core alone serves the demo; the test extra contains the core.
@@ -47,6 +55,11 @@ $(VENV)/.test: $(VENV)/.core
 	@echo 'Installing the test tools into $(VENV) ...'
 	@$(INSTALL) '.[test]'
 	@$(BIN)/python -m pip check -q
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@echo 'Installing the programs to compare with into $(VENV) ...'
+	@$(INSTALL) '.[test,bench]'
 	@touch $@
 
 # A working environment is kept; else a new one is made, with the tested Python first, then newer ones.

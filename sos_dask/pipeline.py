@@ -46,6 +46,7 @@ from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
 from sos_dask.stages.margin import margin, margin_recipe
 from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
 from sos_dask.stages.train import TrainSettings, metrics_of, train, train_recipe
+from sos_dask.stages.trends import TrendSettings, trends, trends_recipe
 from sos_dask.unify import UnifySettings
 
 BUILD_FILE = "build.json"
@@ -254,6 +255,21 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         "chosen",
         Recipe("choose", 1, {"rule": job.train.choose}, trained),
         lambda directory, cluster, report: _choose(planner, directory, trained, job.train.choose),
+    )
+    trend_settings = TrendSettings(order=unify.order)
+    planner.add(
+        "trends",
+        trends_recipe(pairs, trend_settings, trained, united, references),
+        lambda directory, cluster, report: trends(
+            planner.catalog(pairs),
+            directory,
+            trend_settings,
+            models={name: planner.directory(model) for name, model in trained.items()},
+            reference=planner.catalog(united),
+            stars={name: planner.catalog(catalog) for name, catalog in references.items()},
+            cluster=cluster,
+            report=report,
+        ),
     )
     source = observations["observations"]
 

@@ -317,7 +317,7 @@ def test_labels_that_are_done_are_not_trained_again(client, monkeypatch):
 @pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_is_lost_in_training(blow, caplog):
+def test_a_worker_is_lost_in_training(blow):
     """A killed worker, and one that hangs: training goes on with those that answer."""
     source = ArraySource(biased_pairs(6000, 27), (1000, 2000, 4000))
     params = {"n_rounds": 800, "timeout_s": 3}
@@ -345,7 +345,6 @@ def test_a_worker_is_lost_in_training(blow, caplog):
                     os.kill(victim, signal.SIGKILL)
     assert struck
     assert struck[0] < finished
-    assert "try 1 of 3 failed" in caplog.text
     x = source.batch.features
     here = fit(source, params={"n_rounds": 800})
     assert (np.abs(out.predict(x) - here.predict(x)) / NOISE).max() < 1e-4

@@ -39,7 +39,8 @@ from tests.job import contents
 from tests.sky import observations, write_catalog
 
 EPOCH = 2016.0
-SIZES = (10**6, 300, 40)
+SIZES = (10**6, 40)
+N_ROWS = 600
 
 
 def sky(n: int, seed: int) -> pa.Table:
@@ -78,11 +79,11 @@ def folder(tmp_path_factory) -> Path:
     """The same observations, and the stars made of them, cut in several ways."""
     root = tmp_path_factory.mktemp("stages")
     for number, size in itertools.product((1, 2, 3), SIZES):
-        write_catalog(sky(900, number), root / f"obs{number}-{size}", size)
+        write_catalog(sky(N_ROWS, number), root / f"obs{number}-{size}", size)
     return root
 
 
-SETTINGS = DedupeSettings(radius_arcsec=0.3, id_radius_arcsec=3.0)
+SETTINGS = DedupeSettings(radius_arcsec=0.8, id_radius_arcsec=5.0)
 
 
 @pytest.fixture(scope="module")
@@ -98,24 +99,24 @@ def stars(folder) -> Path:
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_dedupe_equals_one_call_of_the_kernel(stars, number):
-    table = sky(900, number).combine_chunks()
+    table = sky(N_ROWS, number).combine_chunks()
     columns = [table[name].to_numpy() for name in ("ra", "dec", "_healpix_29")]
     groups = group(*columns, rank_of(table["obs_id"]), ids_of(table), None, SETTINGS)
     expected = combine(table, groups.primary, SETTINGS, {}).combine_chunks()
-    assert 100 < expected.num_rows < 800, "the sky is no test of repeats"
+    assert N_ROWS / 6 < expected.num_rows < 0.9 * N_ROWS, "the sky is no test of repeats"
     for size in SIZES:
         found = rows_of(stars / f"stars{number}-{size}")
         assert found.equals(expected), size
         rows = Manifest.load(stars / f"stars{number}-{size}").rows
-        assert (rows.n_in, rows.n_out) == (900, expected.num_rows)
-        assert rows.dropped == {"merged": 900 - expected.num_rows}
+        assert (rows.n_in, rows.n_out) == (N_ROWS, expected.num_rows)
+        assert rows.dropped == {"merged": N_ROWS - expected.num_rows}
     n_partitions = {len(Catalog.open(stars / f"obs{number}-{size}").pixels) for size in SIZES}
     assert len(n_partitions) > 1
 
 
 def test_some_stars_reach_over_the_edge_of_a_partition(stars):
     """Else the tests here would not see a mistake at the edges."""
-    table = sky(900, 1).combine_chunks()
+    table = sky(N_ROWS, 1).combine_chunks()
     columns = [table[name].to_numpy() for name in ("ra", "dec", "_healpix_29")]
     groups = group(*columns, rank_of(table["obs_id"]), ids_of(table), None, SETTINGS)
     pixels = Catalog.open(stars / "obs1-40").pixels
@@ -131,7 +132,7 @@ def test_crossmatch_equals_one_call_of_the_kernel(stars, tmp_path, pairs):
     matches = match(left, right, settings.match)
     assert len(matches.left) > 200 and matches.by_id.any() and not matches.by_id.all()
     tables = []
-    for one, other in ((SIZES[0], SIZES[2]), (SIZES[2], SIZES[0]), (SIZES[1], SIZES[1])):
+    for one, other in itertools.product(SIZES, SIZES):
         directory = tmp_path / f"{one}-{other}"
         manifest = crossmatch(
             Catalog.open(stars / f"stars1-{one}"),
@@ -153,7 +154,7 @@ def test_crossmatch_equals_one_call_of_the_kernel(stars, tmp_path, pairs):
         ):  # fmt: skip
             assert table[name].to_pylist() == expected.to_pylist(), name
         tables.append(table)
-    assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
+    assert all(table.equals(tables[0]) for table in tables)
 
 
 def united(tables: dict[str, pa.Table], settings: ReferenceSettings) -> pa.Table:
@@ -182,14 +183,18 @@ def united(tables: dict[str, pa.Table], settings: ReferenceSettings) -> pa.Table
             ),
         }
         for name, values in new.items():
-            table = table.set_column(table.schema.get_field_index(name), name, values)
+            field = table.schema.field(name).with_type(values.type)
+            table = table.set_column(table.schema.get_field_index(name), field, values)
         parts.append(table.append_column("survey", pa.array([survey] * table.num_rows)))
     together = pa.concat_tables(parts, promote_options="permissive")
     order = np.argsort(together["_healpix_29"].to_numpy(), kind="stable")
     together = together.take(pa.array(order)).combine_chunks()
     names = list(tables)
-    keys = [f"{names.index(survey)}:{star}" for survey, star in
-            zip(together["survey"].to_pylist(), together["star_id"].to_pylist(), strict=True)]  # fmt: skip
+    of_survey = together["survey"].to_pylist()
+    keys = [
+        f"{names.index(survey)}:{star}"
+        for survey, star in zip(of_survey, together["star_id"].to_pylist(), strict=True)
+    ]
     groups = group(
         together["ra"].to_numpy(),
         together["dec"].to_numpy(),
@@ -205,9 +210,10 @@ def united(tables: dict[str, pa.Table], settings: ReferenceSettings) -> pa.Table
 @pytest.mark.parametrize("method", ["precedence", "weighted-mean"])
 def test_reference_equals_one_call_of_the_kernel(stars, tmp_path, method):
     expected = None
-    for number, (one, other, third) in enumerate(itertools.permutations(SIZES)):
-        if number % 2:
-            continue
+    big, small = SIZES
+    for number, (one, other, third) in enumerate(
+        ((big, big, big), (big, small, small), (small, big, 200), (small, small, big))
+    ):
         catalogs = {
             "apogee": Catalog.open(stars / f"stars2-{one}"),
             "galah": Catalog.open(stars / f"stars3-{other}"),
@@ -229,7 +235,7 @@ def test_reference_equals_one_call_of_the_kernel(stars, tmp_path, method):
 
 def test_reference_does_not_depend_on_the_order_of_arguments(stars, tmp_path):
     settings = ReferenceSettings(UnifySettings("precedence", ("apogee", "galah")), 0.3, 3.0)
-    catalogs = {name: Catalog.open(stars / f"stars{n}-300") for name, n in
+    catalogs = {name: Catalog.open(stars / f"stars{n}-40") for name, n in
                 (("apogee", 2), ("galah", 3))}  # fmt: skip
     first = reference(catalogs, tmp_path / "1", settings)
     second = reference(dict(reversed(catalogs.items())), tmp_path / "2", settings)
@@ -244,7 +250,7 @@ def test_reference_does_not_depend_on_the_order_of_arguments(stars, tmp_path):
 def test_pairs_that_share_a_star_share_a_fold(stars, tmp_path, target, key):
     """Of the target or of the reference; also where observations of one star are the targets."""
     tables = []
-    for size in (SIZES[0], SIZES[2]):
+    for size in SIZES:
         crossmatch(
             Catalog.open(stars / f"{target}1-{size}"),
             Catalog.open(stars / f"stars2-{size}"),
@@ -257,9 +263,9 @@ def test_pairs_that_share_a_star_share_a_fold(stars, tmp_path, target, key):
     folds = pairs["fold"].to_numpy()
     shared = {}
     if target == "obs":
-        table = sky(900, 1).combine_chunks()
+        table = sky(N_ROWS, 1).combine_chunks()
         columns = [table[name].to_numpy() for name in ("ra", "dec", "_healpix_29")]
-        settings = DedupeSettings(0.3, 3.0)
+        settings = SETTINGS
         groups = group(*columns, rank_of(table["obs_id"]), ids_of(table), None, settings)
         star_of = dict(zip(table["obs_id"].to_pylist(), groups.primary.tolist(), strict=True))
         shared["star"] = [star_of[item] for item in pairs["target_obs_id"].to_pylist()]
@@ -291,7 +297,7 @@ def lamost(small_sky, tmp_path_factory) -> dict[str, list[Path]]:
             "reversed": data[::-1],
         }  # fmt: skip
         for name, rows in parts.items():
-            fits.BinTableHDU(rows).writeto(folder / f"{name}.fits")
+            fits.BinTableHDU(rows.copy()).writeto(folder / f"{name}.fits")
     return {
         "one": [small_sky / "lamost.fits"],
         "three": [folder / f"{name}.fits" for name in "abc"],
@@ -412,7 +418,7 @@ def test_wrong_settings_of_training_leave_nothing(
 
 
 def test_too_few_pairs_is_an_error(stars, tmp_path):
-    left = write_catalog(sky(900, 1).slice(0, 12), tmp_path / "few", 100)
+    left = write_catalog(sky(N_ROWS, 1).slice(0, 12), tmp_path / "few", 100)
     crossmatch(left, left, tmp_path / "pairs", PairSettings(MatchSettings(0.001, 0.001)))
     with pytest.raises(ModelError, match="pairs"):
         train(Catalog.open(tmp_path / "pairs"), tmp_path / "m", TrainSettings("polynomial", {}))
@@ -444,11 +450,11 @@ def test_pixels_and_indices_equal_all(current, whole, tmp_path):
     catalog = Catalog.open(current / "lamost.observations")
     model = current / "model.polynomial"
     n = len(catalog.pixels)
-    north = ",".join(f"0:{number}" for number in range(6) if
-                     any(HealpixPixel(0, number).overlaps(pixel) for pixel in catalog.pixels))  # fmt: skip
-    assert apply(model, catalog, tmp_path / "out", partitions=north) is None
+    north = [HealpixPixel(0, number) for number in range(4)]
+    seen = [str(p) for p in north if any(p.overlaps(pixel) for pixel in catalog.pixels)]
+    assert apply(model, catalog, tmp_path / "out", partitions=",".join(seen)) is None
     assert not (tmp_path / "out" / MANIFEST).exists()
-    with pytest.raises(CatalogError, match="has no manifest.json"):
+    with pytest.raises(CatalogError, match=r"has no manifest\.json"):
         Catalog.open(tmp_path / "out")
     assert apply(model, catalog, tmp_path / "out", partitions="0,2-3,0-1") is None
     written = {
@@ -535,8 +541,8 @@ def test_any_text_gives_indices_or_a_clear_error(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["5/3", "0/3", "0/0", "", "x", "12", "3-1", "0-12", "-1", "1/3/5", "1.5", "1,", ":", "0:12",
-             "30:1", "0:-1", "a:1", "1:2:3"],
+    "text", ["5/3", "0/3", "0/0", "", "x", "12", "3-1", "0-12", "-1", "1/3/5", "1.5", "1,", ":",
+             "0:12", "30:1", "0:-1", "a:1", "1:2:3"],
 )  # fmt: skip
 def test_wrong_partitions(text):
     with pytest.raises(ConfigError) as caught:
@@ -554,7 +560,7 @@ def test_two_workers_give_the_same_bytes(cluster, stars, current, whole, tmp_pat
             Catalog.open(stars / "obs1-40"), tmp_path / name / "stars", SETTINGS, cluster=running
         )
         crossmatch(
-            Catalog.open(stars / "obs1-300"),
+            Catalog.open(stars / "obs1-40"),
             Catalog.open(stars / "stars2-40"),
             tmp_path / name / "pairs",
             PairSettings(MatchSettings(1.0)),

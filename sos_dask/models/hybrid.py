@@ -38,11 +38,11 @@ _PLACES = np.outer(np.arange(N_PLACES), _RATIO ** -np.arange(1.0, 4.0)) % 1.0
 PLACES = (_PLACES - _PLACES.mean(axis=0)) * 2
 
 _DEFAULTS: Mapping[str, int | float] = {
-    "n_rounds": 200,
+    "n_rounds": 300,
     "max_depth": 3,
     "learning_rate": 0.02,
-    "min_child_weight": 30.0,
-    "reg_lambda": 100.0,
+    "min_child_weight": 10.0,
+    "reg_lambda": 30.0,
 }
 
 PARAMS: Mapping[str, Param] = {
@@ -52,7 +52,7 @@ PARAMS: Mapping[str, Param] = {
         for name, param in boosted.PARAMS.items()
     },
     "smoothing": Param(
-        0.2,
+        0.15,
         "Half width over which the trees are averaged, in standard deviations of the features; "
         "0: not at all",
         0.0,

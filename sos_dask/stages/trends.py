@@ -1,8 +1,8 @@
 """Stage trends: binned medians of target - reference, and whether the references agree.
 
-A task is a quantity: it reads the few columns it needs of all pairs, as float32, so that it holds
-about 4 bytes a pair and column and, while it ranks, 40 more. Pairs are as many as the stars in two
-surveys, at most a few million: that is a few hundred MB, which is checked before it starts.
+A task is a quantity: it reads the few columns it needs of all pairs, as float32: about 100 bytes a
+pair, and 50 more while it ranks (measured). Pairs are as many as the stars that two surveys share,
+at most a few million, so this is a few hundred MB; a stage that a worker cannot hold is refused.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ HELD_OUT = "held_out.parquet"
 TRENDS, PLANES = "trends.parquet", "planes.parquet"
 REFERENCES, REFERENCE_PLANES = "references.parquet", "reference_planes.parquet"
 _PROCESS_BYTES = 200 << 20
-_BYTES_A_PAIR = 100
+_BYTES_A_PAIR = 200
 _PLANE_KEY = "plane"
 _DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
@@ -145,8 +145,8 @@ def trends(
     Returns
     -------
     Manifest
-        ``rows``: pairs in, pairs used. ``summary``: pairs by survey, common stars, pairs outside
-        the bins, and an `Agreement` for every two references, label and kind of bins.
+        ``rows``: pairs in, pairs used. ``summary``: pairs by survey, common stars, pairs in no
+        bin of equal width, and an `Agreement` for every two references, label and kind of bins.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def trends(
         _PROCESS_BYTES + _BYTES_A_PAIR * n_pairs, f"trends: {n_pairs:,} pairs of {pairs.path}"
     )
     by_name = {axis.name: axis for axis in settings.axes if axis.name in pairs.schema.names}
-    groups = {name: (axis,) for name, axis in by_name.items()}
+    groups: dict[str, tuple[Axis, ...]] = {name: (axis,) for name, axis in by_name.items()}
     if by_name.keys() >= set(PLANE):
         groups[_PLANE_KEY] = tuple(by_name[name] for name in PLANE)
     parts = {key: _Part(output, key, axes, pairs, models, settings) for key, axes in groups.items()}
@@ -187,7 +187,7 @@ def trends(
         lines = [key for key in parts if key != _PLANE_KEY]
         planes = [key for key in parts if key == _PLANE_KEY]
         files = []
-        for name, kind, keys, empty in (
+        for file, kind, keys, empty in (
             (TRENDS, "trends", lines, trend_table([])),
             (PLANES, "trends", planes, trend_table([], plane=True)),
             (REFERENCES, "contrasts", lines, contrast_table([])),
@@ -195,16 +195,16 @@ def trends(
         ):
             pieces = [read_piece(_piece_file(output, kind, key)) for key in keys]
             table = pa.concat_tables([empty, *pieces])
-            files.append(output.write_file(name, partial(write_parquet, table)))
+            files.append(output.write_file(file, partial(write_parquet, table)))
         used = _read(pairs, ())
-        outside = {key: item["outside"] for key, item in zip(parts, done, strict=True)}
+        in_no_bin = {key: item["in_no_bin"] for key, item in zip(parts, done, strict=True)}
         output.commit(
             Rows(n_pairs, len(used), 0, {"not fit for training": n_pairs - len(used)}),
             tuple(files),
             {
                 "surveys": done[0]["surveys"] if done else {},
                 "common_stars": read_piece(_common_file(output)).num_rows,
-                "outside": outside,
+                "in_no_bin": in_no_bin,
                 "agreements": [one for item in done for one in item["agreements"]],
             },
         )
@@ -251,9 +251,9 @@ def _trends_part(part: _Part) -> None:
         }
     samples: list[tuple[str, str | None, NDArray[np.int64], Sequence[NDArray[np.floating]]]]
     samples = [(BEFORE, None, np.arange(table.num_rows), differences)]
-    for method, path in part.models.items():
+    for name, path in part.models.items():
         rows, corrected = _corrected(path / HELD_OUT, table["fold"].to_numpy(), differences)
-        samples.append((AFTER, method, rows, corrected))
+        samples.append((AFTER, name, rows, corrected))
     common = read_piece(_common_file(part.output))
     plane = part.key == _PLANE_KEY
     binnings = [(EQUAL_WIDTH, [axis.edges for axis in part.axes])]
@@ -265,20 +265,128 @@ def _trends_part(part: _Part) -> None:
     for number, label in enumerate(LABELS):
         for binning, edges in binnings:
             about = partial(trend, edges=edges, label=label, against=tuple(names), binning=binning)
+            before: dict[str, Trend] = {}
             for sample, method, rows, values in samples:
                 for subset, inside in subsets.items():
                     chosen = inside[rows]
-                    found_trends.append(
-                        about(
-                            [one[rows[chosen]] for one in x],
-                            values[number][chosen],
-                            subset=subset,
-                            sample=sample,
-                            method=method,
-                        )
+                    one = about(
+                        [quantity[rows[chosen]] for quantity in x],
+                        values[number][chosen],
+                        subset=subset,
+                        sample=sample,
+                        method=method,
                     )
-            before = {t.subset: t for t in found_trends[-len(samples) * len(subsets) :]
-                      if t.sample == BEFORE}  # fmt: skip
+                    found_trends.append(one)
+                    if sample == BEFORE:
+                        before[subset] = one
+            for first, second in combinations(surveys, 2):
+                direct = None
+                if set(names) <= set(LABELS):
+                    same = pc.and_(
+                        pc.equal(common["first"], first), pc.equal(common["second"], second)
+                    )
+                    both = common.filter(same)
+                    if both.num_rows:
+                        direct = about(
+                            [_values(both, name) for name in names],
+                            _values(both, f"{label}_diff"),
+                            subset=f"{first},{second}",
+                        )
+                contrasts.append(
+                    Contrast(before[first], before[second], direct, part.settings.min_count)
+                )
+    write_piece(
+        _piece_file(part.output, "trends", part.key), trend_table(found_trends, plane=plane)
+    )
+    write_piece(
+        _piece_file(part.output, "contrasts", part.key), contrast_table(contrasts, plane=plane)
+    )
+    whole = [
+        t for t in found_trends if (t.binning, t.subset, t.sample) == (EQUAL_WIDTH, ALL, BEFORE)
+    ]
+    part.output.put_record(
+        "trends",
+        part.key,
+        {
+            "surveys": {name: int(np.count_nonzero(subsets[name])) for name in surveys},
+            "in_no_bin": {
+                t.label: int(np.count_nonzero(np.isfinite(values))) - int(t.quantiles.n.sum())
+                for t, values in zip(whole, differences, strict=True)
+            },
+            "agreements": [one for item in done for one in item["agreements"]],
+        },
+    )
+    return output.load_manifest()
+
+
+def _piece_file(output: Output, kind: str, key: str) -> Path:
+    return output.work / "pieces" / f"{kind}-{key}.arrow"
+
+
+def _common_file(output: Output) -> Path:
+    return output.work / "pieces" / "common.arrow"
+
+
+def _read(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
+    """Columns of the pairs fit for training, in the order of the sky."""
+    tables = [pa.schema([pairs.schema.field(name) for name in ("use", *columns)]).empty_table()]
+    for pixel in pairs.pixels:
+        table = pairs.read(pixel, ["use", *columns])
+        tables.append(table.filter(table["use"]))
+    return pa.concat_tables(tables)
+
+
+def _values(table: pa.Table, name: str) -> Floats:
+    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
+
+
+def _trends_part(part: _Part) -> None:
+    """All trends against one quantity, or on the plane."""
+    names = [axis.name for axis in part.axes]
+    surveyed = part.pairs.columns(["survey_ref"])
+    read = [*dict.fromkeys([*names, *_DIFFERENCES, "fold"]), *surveyed]
+    table = _read(part.pairs, read)
+    x = [_values(table, name) for name in names]
+    differences = [_values(table, name) for name in _DIFFERENCES]
+    subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
+    surveys: list[str] = []
+    if surveyed:
+        found = [name for name in pc.unique(table["survey_ref"]).to_pylist() if name is not None]
+        surveys = _ordered(found, part.settings.order)
+        subsets |= {
+            name: pc.fill_null(pc.equal(table["survey_ref"], name), False).to_numpy()
+            for name in surveys
+        }
+    samples: list[tuple[str, str | None, NDArray[np.int64], Sequence[NDArray[np.floating]]]]
+    samples = [(BEFORE, None, np.arange(table.num_rows), differences)]
+    for name, path in part.models.items():
+        rows, corrected = _corrected(path / HELD_OUT, table["fold"].to_numpy(), differences)
+        samples.append((AFTER, name, rows, corrected))
+    common = read_piece(_common_file(part.output))
+    plane = part.key == _PLANE_KEY
+    binnings = [(EQUAL_WIDTH, [axis.edges for axis in part.axes])]
+    if not plane:
+        n_bins = part.settings.n_count_bins
+        binnings.append((EQUAL_COUNT, [equal_count_edges(values, n_bins) for values in x]))
+    found_trends: list[Trend] = []
+    contrasts: list[Contrast] = []
+    for number, label in enumerate(LABELS):
+        for binning, edges in binnings:
+            about = partial(trend, edges=edges, label=label, against=tuple(names), binning=binning)
+            before: dict[str, Trend] = {}
+            for sample, method, rows, values in samples:
+                for subset, inside in subsets.items():
+                    chosen = inside[rows]
+                    one = about(
+                        [quantity[rows[chosen]] for quantity in x],
+                        values[number][chosen],
+                        subset=subset,
+                        sample=sample,
+                        method=method,
+                    )
+                    found_trends.append(one)
+                    if sample == BEFORE:
+                        before[subset] = one
             for first, second in combinations(surveys, 2):
                 direct = None
                 if set(names) <= set(LABELS):
@@ -307,16 +415,16 @@ def _trends_part(part: _Part) -> None:
         part.key,
         {
             "surveys": {name: int(np.count_nonzero(subsets[name])) for name in surveys},
-            "outside": {
+            "in_no_bin": {
                 t.label: int(np.count_nonzero(np.isfinite(values))) - int(t.quantiles.n.sum())
                 for t, values in zip(
                     [t for t in widths if t.sample == BEFORE], differences, strict=True
                 )
             },
             "agreements": [
-                {"binning": contrast.first.binning, **asdict(one)}
+                {"binning": contrast.first.binning, **asdict(item)}
                 for contrast in contrasts
-                for one in agreements(contrast)
+                for item in agreements(contrast)
             ],
         },
     )
@@ -344,10 +452,11 @@ def _corrected(
     rows = np.flatnonzero(np.isin(fold, np.unique(held_out)))
     rows = rows[np.argsort(fold[rows], kind="stable")]
     before = [_values(table, name) for name in _DIFFERENCES]
-    if len(rows) != len(held_out) or not all(
+    same = np.array_equal(fold[rows], held_out) and all(
         np.array_equal(mine[rows], theirs, equal_nan=True)
-        for mine, theirs in zip([fold, *differences], [held_out, *before], strict=True)
-    ):
+        for mine, theirs in zip(differences, before, strict=True)
+    )
+    if not same:
         raise CatalogError(
             f"{path} does not hold the pairs whose trends are asked for",
             "Give a model that was trained on these pairs.",
@@ -378,10 +487,11 @@ def _common_stars(
         return tables[0]
     reference.require("n_surveys", "sources")
     star, survey, key = _members(reference)
-    summary = reference.manifest.summary if reference.manifest is not None else {}
-    offsets = summary.get("offsets", {})
+    manifest = reference.manifest
+    offsets: Mapping[str, Mapping[str, float]]
+    offsets = manifest.summary.get("offsets", {}) if manifest is not None else {}
     labels = {}
-    for name, catalog in stars.items():
+    for name, catalog in sorted(stars.items()):
         mine = np.flatnonzero(pc.equal(survey, name).to_numpy(zero_copy_only=False))
         wanted = key.take(pa.array(mine))
         known = _rows_of(catalog, wanted)

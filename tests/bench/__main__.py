@@ -49,9 +49,7 @@ def main() -> int:
     given = parser.parse_args()
     place = Place(given.out.resolve(), given.rows, given.pairs, given.workers)
     place.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(
-        place, Book(place.out), given.limit_s, frozenset(given.peers), given.scale_rows
-    )
+    bench = Bench(place, Book(place.out), given.limit_s, frozenset(given.peers), given.scale_rows)
     print(f"{given.rows:,} rows, {machine()}. {versions()}.", flush=True)
     for step in given.steps:
         began = time.monotonic()

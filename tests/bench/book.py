@@ -142,7 +142,9 @@ def _markdown(entries: list[dict[str, Any]]) -> Iterator[str]:
     entries = sorted(entries, key=_place)
     for entry in entries:
         name = entry["step"] + (f", {entry['variant']}" if entry["variant"] else "")
-        facts = ", ".join(f"{fact.replace('_', ' ')} {_value(entry[fact])}" for fact in _facts(entry))
+        facts = ", ".join(
+            f"{fact.replace('_', ' ')} {_value(entry[fact])}" for fact in _facts(entry)
+        )
         if entry["theirs"] is None:
             yield f"| {name} | {entry['rows']:,} | **sos-dask** | {_cells(entry['ours'])} | | | {facts} |"
             continue
@@ -199,7 +201,17 @@ def machine() -> str:
 
 def versions() -> str:
     """Python and the packages that do the work, with their versions."""
-    names = ("sos_dask", "pyarrow", "numpy", "xgboost", "dask", "lsdb", "hats-import", "scipy", "polars")
+    names = (
+        "sos_dask",
+        "pyarrow",
+        "numpy",
+        "xgboost",
+        "dask",
+        "lsdb",
+        "hats-import",
+        "scipy",
+        "polars",
+    )
     found = [f"Python {platform.python_version()}"]
     for name in names:
         try:

@@ -169,7 +169,6 @@ def measure(command: Sequence[str | Path], log: Path, limit_s: float | None = No
     Usage
     """
     _adopt_orphans()
-    others = {child.pid for child in psutil.Process().children()}
     os.sync()  # what was written before must not disturb
     log.parent.mkdir(parents=True, exist_ok=True)
     marks: list[tuple[float, str, int]] = []
@@ -205,7 +204,7 @@ def measure(command: Sequence[str | Path], log: Path, limit_s: float | None = No
         end = time.monotonic()
         process.returncode = os.waitstatus_to_exitcode(status)
         tree.close()
-        cpu_s = used.ru_utime + used.ru_stime + _reap_orphans(others)
+        cpu_s = used.ru_utime + used.ru_stime + _reap_orphans(process.pid)
         reader.join(timeout=5)
     stopped = tree.stopped
     return Usage(
@@ -280,13 +279,13 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
 
 
-def _reap_orphans(others: set[int]) -> float:
+def _reap_orphans(session: int) -> float:
     """End what a command left behind, which is now a child of this process; its CPU seconds."""
     cpu_s = 0.0
-    while left := [child for child in psutil.Process().children() if child.pid not in others]:
-        for child in left:
-            kill_tree(child.pid)
-            with contextlib.suppress(ChildProcessError):
+    for child in psutil.Process().children():
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            if os.getsid(child.pid) == session:
+                kill_tree(child.pid)
                 used = os.wait4(child.pid, 0)[2]
-                cpu_s += used.ru_utime + used.ru_stime
+                cpu_s += used.ru_utime + used.ru_stime + _reap_orphans(session)
     return cpu_s

@@ -251,9 +251,7 @@ def true_stars(place: Place) -> pa.Table:
     pieces = []
     for batch in dataset.iter_batches(columns=["survey", "obs_id", "star"]):
         batch = batch.filter(pc.equal(batch["survey"], "lamost"))
-        pieces.append(
-            pa.table({"obs_id": batch["obs_id"].cast(pa.int64()), "star": batch["star"]})
-        )
+        pieces.append(pa.table({"obs_id": batch["obs_id"].cast(pa.int64()), "star": batch["star"]}))
     return pa.concat_tables(pieces).sort_by("obs_id")
 
 
@@ -348,7 +346,12 @@ def _write_fits(catalog: Catalog, names: Sequence[str], path: Path) -> None:
     table.header["NAXIS2"] = catalog.n_rows
     dtype = np.dtype(
         [
-            (name, f"S{form[:-1]}" if form.endswith("A") else {"K": ">i8", "D": ">f8", "E": ">f4", "J": ">i4"}[form])
+            (
+                name,
+                f"S{form[:-1]}"
+                if form.endswith("A")
+                else {"K": ">i8", "D": ">f8", "E": ">f4", "J": ">i4"}[form],
+            )
             for name, form in formats.items()
         ]
     )

@@ -137,5 +137,3 @@ def _table(
     quality = (rng.random(len(cells)) < 0.1).astype(np.int64)
     columns = [pa.array(cells), keys, pa.array(ra), pa.array(dec), *map(pa.array, values)]
     return pa.table([*columns, pa.array(quality)], schema=pa.schema(fields))
-
-

@@ -213,7 +213,10 @@ def crossmatch(bench: Bench) -> None:
                 "crossmatch-stilts",
                 stilts(
                     "tskymatch2",
-                    *(f"in{n}={place.peers('fits') / s}.fits" for n, s in ((1, "left"), (2, "right"))),
+                    *(
+                        f"in{n}={place.peers('fits') / s}.fits"
+                        for n, s in ((1, "left"), (2, "right"))
+                    ),
                     *(f"ifmt{n}=fits" for n in (1, 2)),
                     *(f"{name}{n}={name}" for n in (1, 2) for name in ("ra", "dec")),
                     f"error={RADIUS_ARCSEC}",

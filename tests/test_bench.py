@@ -1,0 +1,123 @@
+"""The benchmarks run, and say what they promise, on a sky of a few thousand rows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bench.book import Book, markdown
+from tests.bench.measure import ROOT, Usage, measure, tail
+from tests.bench.plan import Measured, plan, report
+from tests.bench.steps import STEPS
+
+ROWS = 3000
+USAGE = {"wall_s", "cpu_s", "rss_gib", "anon_gib", "process_gib", "worker_gib", "state", "parts"}
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory):
+    """What a run of our side and the k-d tree says; without worker processes, which start slowly."""
+    out = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "tests.bench", "--rows", ROWS, "--out", out, "--workers", 0]
+    command += ["--steps", "crossmatch,dedupe", "--peers", "scipy"]
+    run = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (out / "bench.md").read_text().count("**sos-dask**") == 3
+    return json.loads((out / "bench.json").read_text())
+
+
+def test_entries_have_the_promised_keys(entries):
+    keys = {"step", "rows", "ours", "peer", "theirs", "ratio_cpu", "ratio_wall"}
+    assert [(e["step"], e["variant"], e["peer"]) for e in entries] == [
+        ("crossmatch", "", None),
+        ("crossmatch", "", "scipy"),
+        ("crossmatch", "Gaia ids and motions", None),
+        ("dedupe", "", None),
+        ("dedupe", "", "scipy"),
+    ]
+    for entry in entries:
+        assert keys <= set(entry) and entry["rows"] == ROWS
+        sides = [entry["ours"]] + ([entry["theirs"]] if entry["peer"] else [])
+        for usage in sides:
+            assert USAGE <= set(usage)
+            assert usage["state"] == "done"
+            assert 0.05 < usage["cpu_s"] < 60 and 0.05 < usage["wall_s"] < 60
+            assert 0.02 < usage["process_gib"] <= usage["rss_gib"] < 4
+        if entry["peer"]:
+            cpu = entry["theirs"]["cpu_s"] / entry["ours"]["cpu_s"]
+            assert entry["ratio_cpu"] == pytest.approx(cpu, abs=0.02)
+        else:
+            assert entry["theirs"] is entry["ratio_cpu"] is entry["ratio_wall"] is None
+            assert [part["name"] for part in entry["ours"]["parts"]][0] == "start"
+
+
+def test_the_programs_agree(entries):
+    pairs = next(e for e in entries if e["step"] == "crossmatch" and e["peer"])
+    assert pairs["same_result"] and pairs["pairs"] == pairs["their_pairs"] > 200
+    ours = next(e for e in entries if e["step"] == "dedupe" and not e["peer"])
+    theirs = next(e for e in entries if e["step"] == "dedupe" and e["peer"])
+    assert ours["stars"] == pytest.approx(theirs["stars"], abs=10)
+    assert ours["stars"] == pytest.approx(ours["true_stars"], abs=10)
+
+
+def test_the_whole_tree_is_measured(tmp_path):
+    """Time and memory of a child of a child, even of one whose parent is gone, are counted."""
+    child = (
+        "import time\nblock = bytearray(300 << 20)\nend = time.process_time() + 0.5\n"
+        "while time.process_time() < end: pass\n"
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    usage = measure([sys.executable, "-c", parent], tmp_path / "log")
+    assert usage.state == "done"
+    assert 0.5 < usage.cpu_s < 5.0
+    assert usage.worker_gib > 0.29 and usage.rss_gib > 0.29
+    orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
+    waits = f"import time\n{orphan}\ntime.sleep(2)"
+    assert measure([sys.executable, "-c", waits], tmp_path / "log").cpu_s > 0.5
+
+
+def test_a_peer_is_stopped_at_its_limit(tmp_path):
+    code = "import time\nprint('begins')\ntime.sleep(60)"
+    usage = measure([sys.executable, "-c", code], tmp_path / "log", limit_s=0.5)
+    assert usage.state == "stopped" and usage.wall_s < 5
+    assert "begins" in tail(tmp_path / "log")
+    book = Book(tmp_path)
+    book.add("ingest", "", 1000, Usage(0.1, 0.1, 0.1))
+    book.add("ingest", "", 1000, Usage(0.1, 0.1, 0.1), "slow", usage)
+    assert "| >" in (tmp_path / "bench.md").read_text()
+
+
+def test_a_failure_is_shown_and_gives_no_ratio(tmp_path):
+    usage = measure([sys.executable, "-c", "raise SystemExit('no luck')"], tmp_path / "log")
+    assert usage.state == "failed" and "no luck" in tail(tmp_path / "log")
+    book = Book(tmp_path)
+    book.add("apply", "", 1000, Usage(1.0, 1.0, 0.1), "broken", usage)
+    assert book.entries[0]["ratio_cpu"] is None
+    assert "failed" in markdown(book.entries)
+
+
+def test_a_second_run_replaces_its_entries(tmp_path):
+    for cpu_s in (1.0, 2.0):
+        book = Book(tmp_path)
+        book.add("apply", "", 1000, Usage(1.0, cpu_s, 0.1))
+        book.add("apply", "", 2000, Usage(1.0, cpu_s, 0.1))
+    kept = json.loads(Path(tmp_path / "bench.json").read_text())
+    assert [(e["rows"], e["ours"]["cpu_s"]) for e in kept] == [(1000, 2.0), (2000, 2.0)]
+
+
+def test_the_plan_grows_with_the_rows():
+    few, many = (plan(rows, Measured()) for rows in (2e7, 2e9))
+    by_name = {stage.name: stage for stage in few}
+    for stage in many:
+        assert stage.tasks >= by_name[stage.name].tasks
+        assert stage.cpu_s > by_name[stage.name].cpu_s
+    text = "\n".join(report(1e8, 2, Measured()))
+    assert "| apply |" in text and "What binds first" in text
+
+
+def test_all_steps_are_documented():
+    assert all(step.__doc__ for step in STEPS.values())

@@ -228,7 +228,9 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         number = error.errno
-        if number is None and "errno 28" in str(error).lower():  # Arrow keeps it in the text
+        text = str(error).lower()
+        # Arrow keeps the number in the text; numpy says "1100 requested and 1008 written".
+        if number is None and ("errno 28" in text or "requested and" in text):
             number = errno.ENOSPC
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageError(

@@ -66,7 +66,7 @@ def correct(table: pa.Table, correction: Predictor) -> pa.Table:
         for label in LABELS
     ]
     x = features(*labels)
-    known = np.isfinite(x).all(axis=1)
+    known = np.isfinite(x[:, 0]) & np.isfinite(x[:, 1]) & np.isfinite(x[:, 2])
     delta = correction.predict(x)
     flags = np.where(known, 0, FLAG_NULL_INPUT).astype(np.int32)
     flags[known & ~correction.in_range(x)] |= FLAG_OUTSIDE_TRAINING

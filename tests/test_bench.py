@@ -18,7 +18,7 @@ USAGE = {"wall_s", "cpu_s", "rss_gib", "anon_gib", "process_gib", "worker_gib", 
 
 @pytest.fixture(scope="module")
 def entries(tmp_path_factory):
-    """What a run of our side and the k-d tree says; without worker processes, which start slowly."""
+    """What a run of our side and the k-d tree says; without workers, which start slowly."""
     out = tmp_path_factory.mktemp("bench")
     command = [sys.executable, "-m", "tests.bench", "--rows", ROWS, "--out", out, "--workers", 0]
     command += ["--steps", "crossmatch,dedupe", "--peers", "scipy"]
@@ -34,7 +34,7 @@ def test_entries_have_the_promised_keys(entries):
     keys = {"step", "rows", "ours", "peer", "theirs", "ratio_cpu", "ratio_wall"}
     assert [(e["step"], e["variant"], e["peer"]) for e in entries] == [
         ("crossmatch", "", None),
-        ("crossmatch", "", "scipy"),
+        ("crossmatch", "", "scipy: keys only"),
         ("crossmatch", "Gaia ids and motions", None),
         ("dedupe", "", None),
         ("dedupe", "", "scipy"),
@@ -43,7 +43,7 @@ def test_entries_have_the_promised_keys(entries):
         assert keys <= set(entry) and entry["rows"] == ROWS
         sides = [entry["ours"]] + ([entry["theirs"]] if entry["peer"] else [])
         for usage in sides:
-            assert USAGE <= set(usage)
+            assert set(usage) >= USAGE
             assert usage["state"] == "done"
             assert 0.05 < usage["cpu_s"] < 60 and 0.05 < usage["wall_s"] < 60
             assert 0.02 < usage["process_gib"] <= usage["rss_gib"] < 4
@@ -52,7 +52,7 @@ def test_entries_have_the_promised_keys(entries):
             assert entry["ratio_cpu"] == pytest.approx(cpu, abs=0.02)
         else:
             assert entry["theirs"] is entry["ratio_cpu"] is entry["ratio_wall"] is None
-            assert [part["name"] for part in entry["ours"]["parts"]][0] == "start"
+            assert entry["ours"]["parts"][0]["name"] == "start"
 
 
 def test_the_programs_agree(entries):

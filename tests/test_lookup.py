@@ -43,6 +43,17 @@ def test_equals_xgboost_on_every_row(seed, rounds, depth, bins):
     np.testing.assert_allclose(table.predict(x), expected, rtol=2e-6, atol=2e-6)
 
 
+def test_scaled_table_holds_the_differences():
+    rng = np.random.default_rng(3)
+    boosters = [random_booster(rng, 6, 4, 32) for _ in range(3)]
+    center, spread = np.array([5.0, -1.0, 0.1]), np.array([50.0, 0.2, 0.05])
+    table = compile_trees(boosters, center, spread)
+    assert table is not None
+    x = probes(rng, table)
+    trees = np.stack([booster.inplace_predict(x) for booster in boosters], axis=1)
+    np.testing.assert_allclose(table.predict(x), center + spread * trees, rtol=3e-6, atol=3e-6)
+
+
 def test_survives_bytes_and_does_not_copy():
     rng = np.random.default_rng(1)
     table = compile_trees([random_booster(rng, 5, 3, 16)])

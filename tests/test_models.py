@@ -276,10 +276,14 @@ def test_the_box_is_that_of_the_training_pairs(fitted):
 # --- saving and loading ------------------------------------------------------------------------
 
 
-def test_a_saved_model_comes_back_to_the_last_bit(fitted, saved, tmp_path):
+def test_a_saved_model_comes_back(fitted, saved, tmp_path):
     again = models.load(saved)
     x = biased_pairs(3000, 5).features
-    np.testing.assert_array_equal(again.predict(x), fitted.predict(x))
+    # Saved trees are a look-up table: the same sums, rounded once.
+    exactly = {} if fitted.method == "boosted" else {"rtol": 0, "atol": 0}
+    np.testing.assert_allclose(
+        again.predict(x), fitted.predict(x), **({"rtol": 3e-6, "atol": 3e-5} | exactly)
+    )
     assert again.info == fitted.info
     assert again.method == fitted.method
     again.save(tmp_path / "again")

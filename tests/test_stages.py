@@ -24,7 +24,7 @@ from sos_dask.compare import held_out_metrics
 from sos_dask.crossmatch import MatchSettings, match
 from sos_dask.dedupe import DedupeSettings, combine, group
 from sos_dask.errors import CatalogError, ConfigError, ModelError, SurveyError
-from sos_dask.healpix import HealpixPixel, ang2pix, propagate
+from sos_dask.healpix import HealpixPixel, ang2pix, propagate, separation_arcsec
 from sos_dask.schema import CANONICAL, LABELS, load_survey
 from sos_dask.stages.apply import apply, parse_partitions
 from sos_dask.stages.crossmatch import PairSettings, crossmatch
@@ -47,9 +47,8 @@ def sky(n: int, seed: int) -> pa.Table:
     """Clumps at the hard places, with Gaia ids, proper motions and epochs, each often null."""
     rng = np.random.default_rng(seed)
     table = observations(n, seed)
-    ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
-    place = ang2pix(ra, dec) >> 2 * (29 - 15)  # rows of one cell share a few ids
-    star = place * 100 + rng.integers(0, 25, n) + 10**15
+    place = np.round(table["dec"].to_numpy() + 100).astype(np.int64)
+    star = place * 100 + rng.integers(0, 30, n) + 10**15  # the rows of a clump share some ids
     columns = {
         "position_epoch": (rng.choice([1999.5, 2000.0, 2015.5, 2016.0], n), 0.2),
         "gaia_dr2_source_id": (star + rng.integers(0, 3, n), 0.5),
@@ -130,7 +129,7 @@ def test_crossmatch_equals_one_call_of_the_kernel(stars, tmp_path, pairs):
     settings = PairSettings(MatchSettings(0.5, 4.0, pairs))
     left, right = rows_of(stars / f"stars1-{SIZES[0]}"), rows_of(stars / f"stars2-{SIZES[0]}")
     matches = match(left, right, settings.match)
-    assert len(matches.left) > 200 and matches.by_id.any() and not matches.by_id.all()
+    assert len(matches.left) > 100 and matches.by_id.any() and not matches.by_id.all()
     tables = []
     for one, other in itertools.product(SIZES, SIZES):
         directory = tmp_path / f"{one}-{other}"
@@ -261,23 +260,20 @@ def test_pairs_that_share_a_star_share_a_fold(stars, tmp_path, target, key):
     pairs = tables[0]
     assert pairs.equals(tables[1])
     folds = pairs["fold"].to_numpy()
-    shared = {}
+    for name in (f"target_{key}", "reference_star_id"):
+        of: dict[object, int] = {}
+        for star, fold in zip(pairs[name].to_pylist(), folds.tolist(), strict=True):
+            assert of.setdefault(star, fold) == fold, name
     if target == "obs":
-        table = sky(N_ROWS, 1).combine_chunks()
-        columns = [table[name].to_numpy() for name in ("ra", "dec", "_healpix_29")]
-        settings = SETTINGS
-        groups = group(*columns, rank_of(table["obs_id"]), ids_of(table), None, settings)
-        star_of = dict(zip(table["obs_id"].to_pylist(), groups.primary.tolist(), strict=True))
-        shared["star"] = [star_of[item] for item in pairs["target_obs_id"].to_pylist()]
-    shared["target"] = pairs[f"target_{key}"].to_pylist()
-    shared["reference"] = pairs["reference_star_id"].to_pylist()
-    for name, values in shared.items():
-        if name == "star":
-            # Only the matched observations are grouped again: their stars can be finer, not mixed.
-            continue
-        of = {}
-        for value, fold in zip(values, folds.tolist(), strict=True):
-            assert of.setdefault(value, fold) == fold, name
+        # Observations of one star, as its Gaia id says, within the radius of ids.
+        table = sky(N_ROWS, 1)
+        rows = pc.index_in(pairs["target_obs_id"], table["obs_id"]).to_numpy()
+        ids = id_values(table["gaia_dr3_source_id"])[rows]
+        ra, dec = table["ra"].to_numpy()[rows], table["dec"].to_numpy()[rows]
+        one, other = np.nonzero((ids[:, None] == ids) & (ids[:, None] > 0))
+        near = separation_arcsec(ra[one], dec[one], ra[other], dec[other]) <= 3.0
+        assert np.count_nonzero(near & (rows[one] != rows[other])) > 20
+        assert (folds[one[near]] == folds[other[near]]).all()
     assert set(folds.tolist()) <= set(range(4))
     assert len(set(folds.tolist())) > 1
 

@@ -50,11 +50,6 @@ def main() -> None:
             app(arguments)
         finally:
             _flush()
-    except SosError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
     except SystemExit as end:
         if end.code == 130:
             print("stopped; run the same command again to go on", file=sys.stderr)
@@ -62,9 +57,23 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"unexpected error: {type(error).__name__}: {error}", file=sys.stderr)
-        print(f"  Say {DEBUG} to see where, and please report it.", file=sys.stderr)
-        raise SystemExit(1) from None
+        text, code = _explained(error)
+        print(text, file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What a user reads of an error, and the exit code."""
+    if isinstance(error, SosError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f" {error.filename}" if error.filename else ""
+        return f"error: cannot read or write{where}: {error.strerror}", StorageError.exit_code
+    return (
+        f"unexpected error: {type(error).__name__}: {error}\n"
+        f"  Say {DEBUG} to see where, and please report it.",
+        1,
+    )
 
 
 def _flush() -> None:
@@ -74,9 +83,9 @@ def _flush() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except OSError as error:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise StorageError(f"cannot write the output: {error.strerror}") from None
+        raise
 
 
 def _print_version(wanted: bool) -> None:

@@ -228,7 +228,9 @@ def crossmatch(
 def train(
     pairs: Annotated[Path, typer.Argument(help="Catalog of pairs.")],
     out: Out,
-    method: Annotated[str, typer.Option("--method", "-m", help="polynomial or boosted.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="polynomial, boosted, hybrid or symbolic.")
+    ],
     param: Annotated[
         list[str] | None, typer.Option("--param", "-p", help="Setting of the method, NAME=VALUE.")
     ] = None,

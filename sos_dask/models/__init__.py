@@ -203,8 +203,10 @@ class Fitted(abc.ABC):
         """
         x = _checked(features)
         low, high = self._box()
-        known = np.asarray(np.isfinite(x).all(axis=1))
-        x = np.clip(np.where(known[:, None], x, low), low, high)
+        known = _in_all_columns(np.isfinite(x))
+        if not known.all():
+            x = np.where(known[:, None], x, low)
+        x = np.clip(x, low, high)
         out = self.evaluate(x) if len(x) else np.empty((0, len(LABELS)), dtype=np.float32)
         out[~known] = np.nan
         return out
@@ -222,7 +224,7 @@ class Fitted(abc.ABC):
         """
         x = _checked(features)
         low, high = self._box()
-        return np.asarray(((x >= low) & (x <= high)).all(axis=1))
+        return _in_all_columns((x >= low) & (x <= high))
 
     def _box(self) -> tuple[Float32Array, Float32Array]:
         return (
@@ -269,6 +271,11 @@ class Fitted(abc.ABC):
             },
         }
         (directory / MODEL_FILE).write_bytes(to_json(document))
+
+
+def _in_all_columns(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    # Several times faster than a reduction over so short an axis.
+    return np.asarray(mask[:, 0] & mask[:, 1] & mask[:, 2])
 
 
 def _checked(features: Float32Array) -> Float32Array:

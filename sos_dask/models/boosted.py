@@ -18,9 +18,14 @@ import asyncio
 import contextlib
 import json
 import logging
+import subprocess
+import sys
+import time
+import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,7 +94,7 @@ class BoostedCorrection(Fitted):
     center, spread : ndarray of float64, shape (3,), K, dex, dex
         A difference is ``center + spread * (sum of the trees)``.
     table : LookupTable, optional
-        The trees compiled; a saved model has it, unless its thresholds are too many.
+        The differences, compiled; a saved model has it unless its thresholds are too many.
     """
 
     def __init__(
@@ -110,20 +115,20 @@ class BoostedCorrection(Fitted):
         self.table = table
 
     def trees(self, features: Float32Array) -> Float32Array:
-        """Sums of the trees, shape (n, 3), looked up where there is a table.
+        """Sums of the trees, shape (n, 3), by XGBoost itself.
 
         Parameters
         ----------
         features : ndarray of float32, shape (n, 3)
             Finite: the direction that trees keep for missing values is never used.
         """
-        if self.table is not None:
-            return self.table.predict(features)
         x = np.ascontiguousarray(features)
         return np.stack([booster.inplace_predict(x) for booster in self.boosters], axis=1)
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite features inside the box, shape (n, 3)."""
+        if self.table is not None:
+            return self.table.predict(features)
         return (self.center + self.spread * self.trees(features)).astype(np.float32)
 
     def files(self) -> Mapping[str, bytes]:
@@ -135,7 +140,7 @@ class BoostedCorrection(Fitted):
         }
         raw = [bytes(booster.save_raw("ubj")) for booster in self.boosters]
         trees = {_file(label): content for label, content in zip(LABELS, raw, strict=True)}
-        table = self.table or compile_trees(self.boosters)
+        table = self.table or compile_trees(self.boosters, self.center, self.spread)
         compiled = {} if table is None else {TABLE: table.to_bytes()}
         return {FILE: to_json(document), **trees, **compiled}
 
@@ -321,17 +326,17 @@ def _fit_there(job: _Job, client: Any, progress: Progress) -> tuple[Any, ...]:
         TimeoutError,
     )
     boosters: dict[int, Any] = {}
-    wanted = 1
+    wanted, tracker = 1, uuid.uuid4().hex
     for attempt in range(1, TRIES + 1):
         try:
             workers = _workers(client, wanted, job.params["timeout_s"])
             wanted = len(workers)
             if job.params["device"] == "cuda":
                 asked = [client.submit(_cuda_problem, pure=False, **_on(w)) for w in workers]
-                _collect(client, asked, workers)
+                _collect(client, asked, workers, job.params["timeout_s"])
                 for problem in client.gather(asked):
                     _require_cuda(problem)
-            _train_labels(job, client, workers, boosters, progress)
+            _train_labels(job, client, workers, boosters, tracker, progress)
             return tuple(boosters[number] for number in range(len(LABELS)))
         except SosError:
             raise
@@ -340,6 +345,9 @@ def _fit_there(job: _Job, client: Any, progress: Progress) -> tuple[Any, ...]:
             text = " ".join(str(error).split("Stack trace")[0].split())
             failure = f"{type(error).__name__}: {text}"
             logger.warning("boosted: try %d of %d failed: %s", attempt, TRIES, failure)
+        finally:
+            with contextlib.suppress(Exception):
+                client.run_on_scheduler(_stop_tracker, tracker)
     raise ClusterError(
         f"training was lost {TRIES} times, at last by {failure}",
         "Look at the workers' logs: most often they run out of memory or their node goes away. "
@@ -356,11 +364,11 @@ def _on(worker: str) -> dict[str, Any]:
     return {"workers": [worker], "allow_other_workers": True}
 
 
-def _names(client: Any) -> dict[str, str]:
-    """Addresses of the workers with their names, by name."""
+def _heartbeats(client: Any) -> dict[str, float]:
+    """Addresses of the workers, by name, with the time of their last heartbeat."""
     workers = client.scheduler_info(n_workers=-1)["workers"]
-    named = {address: str(worker["name"]) for address, worker in workers.items()}
-    return dict(sorted(named.items(), key=lambda item: (item[1], item[0])))
+    by_name = sorted(workers, key=lambda address: (str(workers[address]["name"]), address))
+    return {address: float(workers[address]["last_seen"]) for address in by_name}
 
 
 def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
@@ -372,7 +380,7 @@ def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
         client.wait_for_workers(wanted, timeout=20)
     asked = {
         worker: client.submit(_ping, worker, pure=False, workers=[worker])
-        for worker in _names(client)
+        for worker in _heartbeats(client)
     }
     if asked:
         with contextlib.suppress(TimeoutError):
@@ -388,10 +396,13 @@ def _ping(worker: str) -> str:
     return worker
 
 
-def _collect(client: Any, futures: Sequence[Any], workers: Sequence[str]) -> None:
+def _collect(client: Any, futures: Sequence[Any], workers: Sequence[str], timeout_s: float) -> None:
     """Wait for tasks as long as the workers that were asked are there; raise what they raised."""
     from distributed import wait
 
+    # The clocks of scheduler and client may differ: only whether a heartbeat is new counts.
+    heard = {worker: (0.0, time.monotonic()) for worker in workers}
+    patience_s = max(timeout_s, 20.0)
     while True:
         with contextlib.suppress(TimeoutError):
             wait(futures, timeout=2)
@@ -401,9 +412,14 @@ def _collect(client: Any, futures: Sequence[Any], workers: Sequence[str]) -> Non
                 raise _LostError(f"a task is {future.status}")
         if all(future.status == "finished" for future in futures):
             return
-        gone = set(workers) - set(_names(client))
-        if gone:
-            raise _LostError(f"workers are gone: {', '.join(sorted(gone))}")
+        now, beats = time.monotonic(), _heartbeats(client)
+        for worker, (beat, since) in heard.items():
+            if worker not in beats:
+                raise _LostError(f"worker {worker} is gone")
+            if beats[worker] != beat:
+                heard[worker] = (beats[worker], now)
+            elif now - since > patience_s:
+                raise _LostError(f"worker {worker} has been silent for {patience_s:g} s")
 
 
 def _train_labels(
@@ -411,6 +427,7 @@ def _train_labels(
     client: Any,
     workers: Sequence[str],
     boosters: dict[int, Any],
+    tracker: str,
     progress: Progress,
 ) -> None:
     """Train the labels that have no booster yet."""
@@ -421,10 +438,10 @@ def _train_labels(
         for worker, (first, stop) in zip(used, cuts, strict=True)
     ]
     try:
-        _collect(client, blocks, used)
+        _collect(client, blocks, used, job.params["timeout_s"])
         for number in range(len(LABELS)):
             if number not in boosters:
-                boosters[number] = _train_label(job, client, used, blocks, number)
+                boosters[number] = _train_label(job, client, used, blocks, tracker, number)
             progress("boosted", number + 1, len(LABELS))
     finally:
         release(blocks)
@@ -442,7 +459,12 @@ def _shares(n_rows: Sequence[int] | Any, n_workers: int) -> list[tuple[int, int]
 
 
 def _train_label(
-    job: _Job, client: Any, workers: Sequence[str], blocks: Sequence[Any], number: int
+    job: _Job,
+    client: Any,
+    workers: Sequence[str],
+    blocks: Sequence[Any],
+    tracker: str,
+    number: int,
 ) -> Any:
     import dask.array as da
     from xgboost import dask as xgboost_dask
@@ -462,7 +484,8 @@ def _train_label(
     ]
     futures = [future for column in columns for future in column]
     try:
-        _collect(client, [*futures, *sizes], workers)
+        timeout_s = job.params["timeout_s"]
+        _collect(client, [*futures, *sizes], workers, timeout_s)
         n = client.gather(sizes)
         x, y, weight = (
             da.concatenate(
@@ -481,14 +504,14 @@ def _train_label(
             feature_names=list(FEATURES),
             max_bin=job.params["max_bin"],
         )
-        timeout_s = job.params["timeout_s"]
-        result = xgboost_dask.train(
-            client,
-            job.booster_params(),
-            matrix,
-            num_boost_round=job.params["n_rounds"],
-            coll_cfg=Config(retry=3, timeout=timeout_s),
-        )
+        with _tracker_apart(tracker):
+            result = xgboost_dask.train(
+                client,
+                job.booster_params(),
+                matrix,
+                num_boost_round=job.params["n_rounds"],
+                coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=timeout_s),
+            )
         return result["booster"]
     finally:
         release([*futures, *sizes, *parts])
@@ -496,6 +519,90 @@ def _train_label(
 
 def _item(values: tuple[Any, ...], index: int) -> Any:
     return values[index]
+
+
+# The tracker, where the workers of a training find each other, ends its whole process (std::terminate
+# on "send system error:Broken pipe", XGBoost 3.2) when a worker goes while they meet. xgboost.dask
+# starts it in the process of the scheduler, which is this one for a cluster on one machine. So it
+# gets a process of its own.
+_TRACKER = """
+import json, os, sys
+from xgboost.core import XGBoostError
+from xgboost.tracker import RabitTracker
+
+trackers = []
+for line in sys.stdin:
+    n_workers, addresses, timeout = json.loads(line)
+    answer = None
+    for host, port in addresses:
+        try:
+            tracker = RabitTracker(n_workers, host, port, sortby="task", timeout=timeout)
+            tracker.start()
+            answer = tracker.worker_args()
+        except (OSError, ValueError, XGBoostError):
+            continue
+        trackers.append(tracker)
+        break
+    print(json.dumps(answer), flush=True)
+os._exit(0)
+"""
+_TRACKERS: dict[str, subprocess.Popen[str]] = {}  # of the scheduler's process
+
+
+@contextlib.contextmanager
+def _tracker_apart(name: str) -> Iterator[None]:
+    """Make xgboost.dask start its tracker by `_start_tracker`."""
+    from xgboost import dask as xgboost_dask
+
+    original = xgboost_dask._start_tracker
+    xgboost_dask._start_tracker = partial(_start_tracker, name)
+    try:
+        yield
+    finally:
+        xgboost_dask._start_tracker = original
+
+
+async def _start_tracker(
+    name: str,
+    n_workers: int,
+    address_of_scheduler: str | None,
+    address_of_user: tuple[str, int] | None,
+    timeout: int | None,
+) -> dict[str, str | int]:
+    """Runs in the scheduler; what workers need to find a new tracker."""
+    addresses = [address_of_user, (address_of_scheduler, 0), (None, 0)]
+    request = json.dumps([n_workers, [address for address in addresses if address], timeout or 0])
+    return await asyncio.to_thread(_ask_tracker, name, request)
+
+
+def _ask_tracker(name: str, request: str) -> dict[str, str | int]:
+    process = _TRACKERS.get(name)
+    if process is None or process.poll() is not None:
+        _stop_tracker(name)
+        process = subprocess.Popen(
+            [sys.executable, "-c", _TRACKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        _TRACKERS[name] = process
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(request + "\n")
+    process.stdin.flush()
+    answer: dict[str, str | int] | None = json.loads(process.stdout.readline() or "null")
+    if answer is None:
+        raise OSError("the tracker of XGBoost did not start")
+    return answer
+
+
+def _stop_tracker(name: str) -> None:
+    """Runs in the scheduler: end the trackers of one fit."""
+    process = _TRACKERS.pop(name, None)
+    if process is not None:
+        process.kill()
+        process.communicate()
 
 
 def _cuda_problem() -> tuple[str, str]:

@@ -91,6 +91,7 @@ class Formula:
             steps = tuple(_steps(tree.body, list(names), 0))
         except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
             reason = error.msg if isinstance(error, SyntaxError) else str(error)
+            reason = reason.partition(" - ")[0]
             raise ModelError(f"'{shown}' is not a formula: {reason}", _ALLOWED) from None
         return cls(text, steps)
 
@@ -493,14 +494,14 @@ class _Plain:
         self.pivot = pivot
         self.names: Sequence[str] = FEATURES
 
-    def merged(
-        self, terms: Sequence[tuple[Product, float]]
-    ) -> Sequence[tuple[Product, float]]:
+    def merged(self, terms: Sequence[tuple[Product, float]]) -> Sequence[tuple[Product, float]]:
         """Terms in which the pivot of a bare feature is part of the constant."""
         shift = sum(
             self.pivot[index]
             for product, c in terms
-            if c == 1 and len(product) == 1 and product[0][1] == 1
+            if c == 1
+            and len(product) == 1
+            and product[0][1] == 1
             and isinstance(index := product[0][0], int)
         )
         if not shift:

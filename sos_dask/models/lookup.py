@@ -14,6 +14,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ from numpy.typing import NDArray
 from sos_dask.errors import ModelError
 
 MAX_CELLS = 1 << 25
-_BLOCK = 1 << 16
+_BLOCK = 1 << 15
+_PLACES = 1 << 13
 Float32Array = NDArray[np.float32]
+FloatArray = NDArray[np.float64]
 Interval = tuple[int, int]
 
 
@@ -60,14 +63,15 @@ class LookupTable:
         for first in range(0, len(features), _BLOCK):
             block = features[first : first + _BLOCK]
             cell = np.zeros(len(block), dtype=np.int64)
-            for axis, edges in enumerate(self.edges):
-                values = np.ascontiguousarray(block[:, axis])
-                index = np.searchsorted(edges, values, side="right")
-                index += np.isnan(values)
+            for axis, bins in enumerate(self._bins):
                 cell *= self.values.shape[axis]
-                cell += index
+                cell += bins.of(np.ascontiguousarray(block[:, axis]))
             np.take(flat, cell, axis=0, out=out[first : first + _BLOCK])
         return out
+
+    @cached_property
+    def _bins(self) -> tuple[_Bins, ...]:
+        return tuple(_Bins.of_edges(edges) for edges in self.edges)
 
     def to_bytes(self) -> bytes:
         """The table as the content of a file: four NumPy arrays one after the other."""
@@ -103,13 +107,72 @@ class LookupTable:
         return cls(tuple(arrays[:3]), arrays[3])
 
 
-def compile_trees(boosters: Sequence[Any]) -> LookupTable | None:
+@dataclass(frozen=True)
+class _Bins:
+    """Bins of values without a binary search: an even grid says nearly where a value belongs.
+
+    The place on the grid never falls where a value rises, whatever the rounding, so that only the
+    thresholds of the same place have to be compared: mostly none or one.
+    """
+
+    edges: Float32Array  # then infinities, as many as thresholds share a place at most
+    base: NDArray[np.int32]  # thresholds before each place
+    most: int
+    low: np.float32
+    high: np.float32
+    scale: np.float32
+
+    @classmethod
+    def of_edges(cls, edges: Float32Array) -> _Bins:
+        width = float(edges[-1] - edges[0]) if len(edges) else 0.0
+        scale = np.float32(_PLACES / width if width > 0 else 0.0)
+        low, high = (edges[0], edges[-1]) if len(edges) else (np.float32(0), np.float32(0))
+        bins = cls(edges, np.zeros(_PLACES, dtype=np.int32), 0, low, high, scale)
+        counts = np.bincount(bins._place(edges), minlength=_PLACES)
+        most = int(counts.max(initial=0))
+        base = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int32)
+        padded = np.append(edges, np.full(most, np.inf, np.float32))
+        return cls(padded, base, most, low, high, scale)
+
+    def _place(self, values: Float32Array) -> NDArray[np.int32]:
+        if not len(self.edges):
+            return np.zeros(len(values), dtype=np.int32)
+        place = np.clip(values, self.low, self.high)
+        place -= self.low
+        place *= self.scale
+        np.minimum(place, _PLACES - 1, out=place)
+        numbers: NDArray[np.int32] = place.astype(np.int32)
+        return numbers
+
+    def of(self, values: Float32Array) -> NDArray[np.int32]:
+        """Number of thresholds not above each value; one more for a missing value."""
+        missing = np.isnan(values)
+        if missing.any():
+            values = np.where(missing, np.float32(np.inf), values)
+        base = self.base[self._place(values)]
+        index = base.copy()
+        for step in range(self.most):
+            index += values >= self.edges[base + step]
+        n_edges = len(self.edges) - self.most
+        np.minimum(index, n_edges, out=index)  # the infinities are no thresholds
+        if missing.any():
+            index[missing] = n_edges + 1
+        return index
+
+
+def compile_trees(
+    boosters: Sequence[Any],
+    center: Sequence[float] | FloatArray | None = None,
+    spread: Sequence[float] | FloatArray | None = None,
+) -> LookupTable | None:
     """Make the table of several ensembles over the same three features.
 
     Parameters
     ----------
     boosters : sequence of xgboost.Booster
         One a label; regression with an identity link.
+    center, spread : sequence of float, optional
+        By label: the table holds ``center + spread * (sum of the trees)``; default 0 and 1.
 
     Returns
     -------
@@ -131,7 +194,13 @@ def compile_trees(boosters: Sequence[Any]) -> LookupTable | None:
         return None
     values = np.empty((*shape, len(boosters)), dtype=np.float32)
     for label, (model, forest) in enumerate(zip(models, forests, strict=True)):
-        values[..., label] = _summed(forest, edges, shape) + _base_score(model)
+        sums = _summed(forest, edges, shape)
+        sums += _base_score(model)
+        if spread is not None:
+            sums *= spread[label]
+        if center is not None:
+            sums += center[label]
+        values[..., label] = sums
     return LookupTable(edges, values)
 
 

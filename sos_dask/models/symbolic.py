@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from sos_dask.errors import ModelError
 from sos_dask.features import BLOCK_ROWS, FEATURES
 from sos_dask.models import (
+    Content,
     Fitted,
     Float32Array,
     FloatArray,
@@ -67,8 +68,8 @@ CALM = 1e-4
 PARAMS = {
     "n_sample": Param(4000, "Pairs that search and judge formulas, half each", 200, 100_000),
     "max_length": Param(30, "Most nodes of a formula while it evolves", 3, 200),
-    "population": Param(300, "Formulas alive at once", 10, 100_000),
-    "generations": Param(40, "Generations", 1, 100_000),
+    "population": Param(400, "Formulas alive at once", 10, 100_000),
+    "generations": Param(50, "Generations", 1, 100_000),
     "operators": Param(
         "rational",
         "Whether formulas may divide",
@@ -176,9 +177,9 @@ class SymbolicCorrection(Fitted):
         return {FILE: to_json(document)}
 
 
-def restore(info: ModelInfo, files: Mapping[str, bytes]) -> SymbolicCorrection:
+def restore(info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection:
     """Model from its files; `ModelError` where they are incomplete or hold more than arithmetic."""
-    document = parse_json(files.get(FILE, b""), FILE)
+    document = parse_json(bytes(files.get(FILE, b"")), FILE)
     choices = []
     try:
         for label in LABELS:
@@ -260,9 +261,8 @@ class _Scale:
         for mean, deviation in zip(summary.mean.tolist(), summary.deviation.tolist(), strict=True):
             wide = deviation > 1e-6 * max(1.0, abs(mean))
             size = float(f"{deviation:.1e}") if wide else 1.0
-            # The shortest number within a quarter of the width.
-            places = max(0, 1 - math.floor(math.log10(size)) - (size / 10 ** math.floor(math.log10(size)) >= 2))
-            pivot.append(round(mean, places) + 0.0)
+            # A short number within half of the width.
+            pivot.append(round(mean, -math.floor(math.log10(size))) + 0.0)
             width.append(size)
         return cls(
             tuple(pivot),
@@ -425,9 +425,7 @@ def _choose(
     sigma = max(min(s for s in scales if np.isfinite(s)), 1e-6)
     losses = [_loss(residual / sigma) for residual in residuals]
     means = [float(np.mean(loss)) for loss in losses]
-    order = sorted(
-        range(len(expressions)), key=lambda i: (expressions[i].complexity, means[i], i)
-    )
+    order = sorted(range(len(expressions)), key=lambda i: (expressions[i].complexity, means[i], i))
     front: list[int] = []
     for i in order:
         if np.isfinite(means[i]) and (not front or means[i] < means[front[-1]]):
@@ -739,7 +737,7 @@ def _from_operon(nodes: Sequence[Any], positions: Mapping[int, int]) -> Expressi
 def _pysr(z: FloatArray, y: FloatArray, params: Mapping[str, Any]) -> list[Expression]:
     """Formulas that PySR finds (Cranmer 2023, arXiv:2305.01582), of scaled features."""
     _require("pysr")
-    from pysr import PySRRegressor  # type: ignore[import-not-found]
+    from pysr import PySRRegressor
 
     with _scratch() as folder:
         regressor = PySRRegressor(

@@ -23,7 +23,7 @@ from sos_dask.features import features
 from sos_dask.schema import LABELS, nearest
 from sos_dask.stages.parts import unless_complete
 
-VERSION = 1
+VERSION = 2
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 _LOCAL_PAIRS = 100_000  # as many train faster in one process than tasks travel
 VALIDATIONS = ("auto", "kfold", "holdout")

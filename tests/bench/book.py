@@ -86,7 +86,8 @@ def _ratio(ours: Usage, theirs: Usage | None, name: str) -> float | None:
     """How many times more they took; None where that means nothing."""
     if theirs is None or "failed" in (ours.state, theirs.state):
         return None
-    return round(getattr(theirs, name) / max(getattr(ours, name), 1e-9), 2)
+    ratio: float = getattr(theirs, name) / max(getattr(ours, name), 1e-9)
+    return round(ratio, 2)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -146,7 +147,8 @@ def _markdown(entries: list[dict[str, Any]]) -> Iterator[str]:
             f"{fact.replace('_', ' ')} {_value(entry[fact])}" for fact in _facts(entry)
         )
         if entry["theirs"] is None:
-            yield f"| {name} | {entry['rows']:,} | **sos-dask** | {_cells(entry['ours'])} | | | {facts} |"
+            ours = f"**sos-dask** | {_cells(entry['ours'])}"
+            yield f"| {name} | {entry['rows']:,} | {ours} | | | {facts} |"
             continue
         bound = ">" if entry["theirs"]["state"] == "stopped" else ""
         ratios = (entry["ratio_cpu"], entry["ratio_wall"])
@@ -158,7 +160,7 @@ def _markdown(entries: list[dict[str, Any]]) -> Iterator[str]:
     yield "| step | rows | part | tasks | wall s | CPU-s | RSS GiB | largest process GiB |"
     yield "|---|---:|---|---:|---:|---:|---:|---:|"
     for entry in entries:
-        if entry["theirs"] is None:
+        if entry["theirs"] is None and entry["step"] != "memory":  # the same as of rebuild
             for number, part in enumerate(entry["ours"]["parts"]):
                 name = entry["step"] + (f", {entry['variant']}" if entry["variant"] else "")
                 yield (

@@ -1,4 +1,4 @@
-"""Whether the programs found the same. ``python -m tests.bench.check NAME ARGUMENTS`` prints JSON."""
+"""Whether the programs found the same: ``python -m tests.bench.check NAME ARGUMENTS``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ import pyarrow.parquet as pq
 from sos_dask.catalog import Catalog
 from tests.bench.peers import partitions
 
-Pairs = pa.Table  # obs_id, star_id
 
-
-def _pairs(kind: str, path: Path) -> Pairs:
+def _pairs(kind: str, path: Path) -> pa.Table:
     """Keys of the pairs that a program wrote."""
     if kind == "ours":
         catalog = Catalog.open(path)

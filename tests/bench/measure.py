@@ -189,7 +189,7 @@ def measure(command: Sequence[str | Path], log: Path, limit_s: float | None = No
 
         def read() -> None:
             assert process.stderr is not None
-            for line in process.stderr:
+            for line in process.stderr:  # ends when the last process of the tree is gone
                 print(line, end="", file=printed, flush=True)
                 if found := _MARK.match(line.strip()):
                     marks.append((time.monotonic(), found["step"], int(found["total"])))
@@ -205,7 +205,9 @@ def measure(command: Sequence[str | Path], log: Path, limit_s: float | None = No
         process.returncode = os.waitstatus_to_exitcode(status)
         tree.close()
         cpu_s = used.ru_utime + used.ru_stime + _reap_orphans(process.pid)
-        reader.join(timeout=5)
+        reader.join(timeout=10)
+        if process.stderr is not None:
+            process.stderr.close()
     stopped = tree.stopped
     return Usage(
         wall_s=end - start,

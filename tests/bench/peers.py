@@ -39,7 +39,7 @@ def _chord(arcsec: float) -> float:
 
 
 def kdtree_crossmatch(left: str, right: str, out: str, radius: str, workers: str) -> None:
-    """Nearest reference of every row by a k-d tree of unit vectors; only keys are read and written."""
+    """Nearest reference of every row by a k-d tree of unit vectors; only keys are written."""
     from scipy.spatial import cKDTree
 
     target = _read(Path(left), ["obs_id", "ra", "dec"])

@@ -42,6 +42,8 @@ class Measured:
         CPU time of a row in a stage, without the start of processes.
     cpu_tree_pair : float, us
         Of a pair, for 500 trees of three labels.
+    hash_key, fold : float, us
+        To hash a key, and to give a pair its fold.
     open_piece, footer, overlap : float, us
         To open a memory-mapped piece, to read a footer, and to compare a partition with ranges.
     sync : float, us
@@ -70,6 +72,8 @@ class Measured:
     cpu_crossmatch: float = 1.0
     cpu_apply: float = 1.5
     cpu_tree_pair: float = 150.0
+    hash_key: float = 0.02
+    fold: float = 5.2
     open_piece: float = 200.0
     footer: float = 950.0
     overlap: float = 12.0
@@ -142,7 +146,7 @@ def plan(rows: float, m: Measured) -> list[StagePlan]:
             n_stars * m.cpu_crossmatch / 1e6
             + _overlaps(parts, reference_parts, m)
             + 2 * each * parts,
-            4 * (parts + reference_parts) * m.footer / 1e6 + n_pairs * 3.0 / 1e6,
+            4 * (parts + reference_parts) * m.footer / 1e6 + n_pairs * m.fold / 1e6,
             n_pairs * m.driver_pair / GIB,
         )
     )
@@ -189,7 +193,7 @@ def _survey(rows: float, m: Measured, prefix: str = "") -> Iterator[StagePlan]:
         # Every bucket of keys reads the keys and places of all pieces.
         rows * (2 * m.fits + buckets * 16 + m.piece) / 1e9,
         rows * (m.piece + m.observation) / 1e9,
-        rows * m.cpu_ingest / 1e6
+        rows * (m.cpu_ingest + (buckets - 1) * m.hash_key) / 1e6
         + chunks * (parts + buckets) * m.open_piece / 1e6
         + each * (2 * chunks + parts),
         rows * m.fits / 1.5e9,  # the digest of the files
@@ -231,7 +235,7 @@ def limits(stages: Sequence[StagePlan], rows: float, workers: int, m: Measured) 
             f"ingest opens {chunks * (parts + buckets):,} pieces (chunks x partitions)",
         ),
         (
-            rows * buckets * 16 / 2e9 / workers / wall,
+            rows * buckets * (m.hash_key / 1e6 + 16 / 2e9) / workers / wall,
             f"ingest reads {rows * buckets * 16 / 1e9:,.0f} GB of keys (rows x buckets)",
         ),
         (
@@ -279,7 +283,8 @@ def report(rows: float, workers: int, m: Measured) -> Iterator[str]:
     stages = plan(rows, m)
     yield f"### {rows:,.0f} rows, {workers} workers"
     yield ""
-    yield "| stage | tasks | files | scratch files | read GB | written GB | CPU-s | driver s | driver GiB |"
+    names = "tasks | files | scratch files | read GB | written GB | CPU-s | driver s | driver GiB"
+    yield f"| stage | {names} |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     total = [0.0] * 7
     for s in stages:

@@ -337,24 +337,16 @@ def _write_fits(catalog: Catalog, names: Sequence[str], path: Path) -> None:
     from astropy.io import fits
 
     codes = {pa.int64(): "K", pa.float64(): "D", pa.float32(): "E", pa.int32(): "J"}
-    formats = {}
+    kinds = {"K": ">i8", "D": ">f8", "E": ">f4", "J": ">i4"}
+    columns, dtypes = [], []
     for name in names:
-        kind = catalog.schema.field(name).type
-        formats[name] = codes.get(kind) or f"{max(_lengths(catalog, name))}A"
-    columns = [fits.Column(name, format=form) for name, form in formats.items()]
+        code = codes.get(catalog.schema.field(name).type)
+        width = 0 if code else max(_lengths(catalog, name))
+        columns.append(fits.Column(name, format=code or f"{width}A"))
+        dtypes.append((name, kinds[code] if code else f"S{width}"))
+    dtype = np.dtype(dtypes)
     table = fits.BinTableHDU.from_columns(columns, nrows=0)
     table.header["NAXIS2"] = catalog.n_rows
-    dtype = np.dtype(
-        [
-            (
-                name,
-                f"S{form[:-1]}"
-                if form.endswith("A")
-                else {"K": ">i8", "D": ">f8", "E": ">f4", "J": ">i4"}[form],
-            )
-            for name, form in formats.items()
-        ]
-    )
     with path.open("wb") as file:
         file.write(fits.PrimaryHDU().header.tostring().encode("ascii"))
         file.write(table.header.tostring().encode("ascii"))

@@ -51,6 +51,8 @@ class Bench:
         Rows of the step `scale`.
     failed : list of str
         What failed, in words.
+    rebuilt : tuple of Usage and dict, optional
+        The rebuild, once it is done.
     """
 
     place: Place
@@ -59,6 +61,7 @@ class Bench:
     peers: frozenset[str]
     scale_rows: int
     failed: list[str] = field(default_factory=list)
+    rebuilt: tuple[Usage, dict[str, Any]] | None = None
     _prepared: set[str] = field(default_factory=set)
     _skipped: set[str] = field(default_factory=set)
 
@@ -111,6 +114,11 @@ class Bench:
         if facts.get("same_result") is False:
             self.failed.append(f"{step}: {peer} found something else: {facts}")
         self.book.add(step, variant, self.place.rows, ours, peer, theirs, **facts)
+
+    @property
+    def threads(self) -> int:
+        """Threads or workers of a peer: as many as we have."""
+        return max(self.place.workers, 1)
 
     def has(self, peer: str) -> bool:
         """Whether a peer may run and is installed; says so where it is not."""
@@ -184,7 +192,7 @@ def ingest(bench: Bench) -> None:
         bench.prepare("import")
         out = bench.output("ingest-hats-import")
         theirs = bench.script(
-            "ingest-hats-import", "hats-import", place.peers("import"), out, place.workers
+            "ingest-hats-import", "hats-import", place.peers("import"), out, bench.threads
         )
         bench.compare("ingest", ours, "hats-import", theirs, **on_disk(out))
 
@@ -198,55 +206,44 @@ def crossmatch(bench: Bench) -> None:
     out = bench.output("crossmatch")
     ours = bench.ours("crossmatch", "crossmatch", left, right, *radius, "-o", out, "--no-gaia-id")
     bench.add("crossmatch", ours, **on_disk(out))
-    peers: list[tuple[str, Callable[[Path], Usage]]] = [
-        (
-            "scipy",
-            lambda path: bench.script(
-                "crossmatch-scipy",
-                "kdtree-crossmatch",
-                *(left, right, path, RADIUS_ARCSEC, place.workers),
+    if bench.has("scipy"):
+        theirs_out = bench.output("crossmatch-scipy.parquet")
+        theirs = bench.script(
+            "crossmatch-scipy",
+            "kdtree-crossmatch",
+            *(left, right, theirs_out, RADIUS_ARCSEC, bench.threads),
+        )
+        facts = checked(theirs, "crossmatch", out, "scipy", theirs_out)
+        bench.compare("crossmatch", ours, "scipy: keys only", theirs, **facts)
+    if bench.has("stilts"):
+        bench.prepare("fits")
+        theirs_out = bench.output("crossmatch-stilts.fits")
+        fits = place.peers("fits")
+        command = stilts(
+            "tskymatch2",
+            *(
+                f"in1={fits / 'left.fits'}",
+                f"in2={fits / 'right.fits'}",
+                "ifmt1=fits",
+                "ifmt2=fits",
             ),
-        ),
-        (
-            "stilts",
-            lambda path: bench.run(
-                "crossmatch-stilts",
-                stilts(
-                    "tskymatch2",
-                    *(
-                        f"in{n}={place.peers('fits') / s}.fits"
-                        for n, s in ((1, "left"), (2, "right"))
-                    ),
-                    *(f"ifmt{n}=fits" for n in (1, 2)),
-                    *(f"{name}{n}={name}" for n in (1, 2) for name in ("ra", "dec")),
-                    f"error={RADIUS_ARCSEC}",
-                    "find=best1",
-                    "ofmt=fits-basic",
-                    f"out={path}",
-                ),
-                bench.limit_s,
-            ),
-        ),
-        (
-            "lsdb",
-            lambda path: bench.script(
-                "crossmatch-lsdb",
-                "lsdb-crossmatch",
-                *(left, place.ours("plain.collection"), path, RADIUS_ARCSEC, place.workers),
-                ",".join(("obs_id", *CARRIED)),
-                ",".join(("star_id", *CARRIED_REFERENCE, "survey")),
-            ),
-        ),
-    ]
-    for peer, run in peers:
-        if not bench.has(peer):
-            continue
-        if peer == "stilts":
-            bench.prepare("fits")
-        theirs_out = bench.output(f"crossmatch-{peer}")
-        theirs = run(theirs_out)
-        facts = checked(theirs, "crossmatch", out, peer, theirs_out)
-        bench.compare("crossmatch", ours, peer, theirs, **facts)
+            *("ra1=ra", "dec1=dec", "ra2=ra", "dec2=dec"),
+            *(f"error={RADIUS_ARCSEC}", "find=best1", "ofmt=fits-basic", f"out={theirs_out}"),
+        )
+        theirs = bench.run("crossmatch-stilts", command, bench.limit_s)
+        facts = checked(theirs, "crossmatch", out, "stilts", theirs_out)
+        bench.compare("crossmatch", ours, "stilts", theirs, **facts)
+    if bench.has("lsdb"):
+        theirs_out = bench.output("crossmatch-lsdb")
+        theirs = bench.script(
+            "crossmatch-lsdb",
+            "lsdb-crossmatch",
+            *(left, place.ours("plain.collection"), theirs_out, RADIUS_ARCSEC, bench.threads),
+            ",".join(("obs_id", *CARRIED)),
+            ",".join(("star_id", *CARRIED_REFERENCE, "survey")),
+        )
+        facts = checked(theirs, "crossmatch", out, "lsdb", theirs_out)
+        bench.compare("crossmatch", ours, "lsdb", theirs, **facts)
     # As it is by default: Gaia ids first, then positions moved to a common epoch.
     out = bench.output("crossmatch-ids")
     right = place.ours("reference")
@@ -268,7 +265,7 @@ def dedupe(bench: Bench) -> None:
     if bench.has("scipy"):
         theirs_out = bench.output("dedupe-scipy")
         theirs = bench.script(
-            "dedupe-scipy", "kdtree-dedupe", catalog, theirs_out, REPEAT_ARCSEC, place.workers
+            "dedupe-scipy", "kdtree-dedupe", catalog, theirs_out, REPEAT_ARCSEC, bench.threads
         )
         found = checked(theirs, "stars", "scipy", theirs_out)
         bench.compare("dedupe", ours, "scipy", theirs, **found)
@@ -313,7 +310,7 @@ def apply(bench: Bench) -> None:
     if bench.has("xgboost"):
         theirs_out = bench.output("apply-xgboost")
         theirs = bench.script(
-            "apply-xgboost", "apply-one-label", model, catalog, theirs_out, place.workers
+            "apply-xgboost", "apply-one-label", model, catalog, theirs_out, bench.threads
         )
         facts = checked(theirs, "apply", out, theirs_out)
         bench.compare("apply", ours, "xgboost: one label", theirs, **facts)
@@ -339,7 +336,7 @@ def train(bench: Bench) -> None:
         theirs_out = bench.output("train-xgboost")
         params_json = json.dumps(prepare.TREES)
         theirs = bench.script(
-            "train-xgboost", "train-one-process", pairs, theirs_out, params_json, place.workers
+            "train-xgboost", "train-one-process", pairs, theirs_out, params_json, bench.threads
         )
         if theirs.state == "done":
             found = json.loads((theirs_out / "scatter.json").read_text())
@@ -349,14 +346,16 @@ def train(bench: Bench) -> None:
 
 def rebuild(bench: Bench) -> None:
     """All stages, from the surveys' files to corrected labels."""
+    ours, facts = _rebuild(bench)
+    bench.add("rebuild", ours, **facts)
+
+
+def _rebuild(bench: Bench) -> tuple[Usage, dict[str, Any]]:
+    """One rebuild for all steps that look at it."""
+    if bench.rebuilt is not None:
+        return bench.rebuilt
     bench.prepare("sky")
-    ours, folder = _rebuild(bench, "rebuild")
-    bench.add("rebuild", ours, **on_disk(folder / "store"))
-    remove(folder)
-
-
-def _rebuild(bench: Bench, name: str) -> tuple[Usage, Path]:
-    folder = bench.output(name)
+    folder = bench.output("rebuild")
     folder.mkdir()
     sky = bench.place.sky
     surveys = {
@@ -370,7 +369,10 @@ def _rebuild(bench: Bench, name: str) -> tuple[Usage, Path]:
         text += f'[{section}]\nsurvey = "{prepare.SURVEYS[survey]}"\nfiles = {files}\n'
     text += '[train]\nmethods = ["polynomial", "boosted"]\n'
     (folder / "job.toml").write_text(text)
-    return bench.ours(name, "rebuild", folder / "job.toml"), folder
+    usage = bench.ours("rebuild", "rebuild", folder / "job.toml")
+    bench.rebuilt = usage, {**on_disk(folder / "store"), "worker_gib": usage.worker_gib}
+    remove(folder)
+    return bench.rebuilt
 
 
 def memory(bench: Bench) -> None:
@@ -378,20 +380,16 @@ def memory(bench: Bench) -> None:
     place = bench.place
     small = replace(place, out=place.out / "tenth", rows=max(place.rows // 10, 1000))
     tenth = Bench(small, bench.book, bench.limit_s, bench.peers, bench.scale_rows)
-    tenth.prepare("sky")
-    few, folder = _rebuild(tenth, "rebuild")
-    remove(folder)
-    bench.prepare("sky")
-    many, folder = _rebuild(bench, "memory")
-    remove(folder)
+    few, _ = _rebuild(tenth)
     bench.failed += tenth.failed
+    many, _ = _rebuild(bench)
+    bench.add("memory", many, worker_gib=many.worker_gib)
     bench.compare(
         "memory",
         many,
         f"sos-dask, {small.rows:,} rows",
         few,
-        worker_gib=many.worker_gib,
-        worker_gib_small=few.worker_gib,
+        worker_gib=few.worker_gib,
         ratio_worker=many.worker_gib / max(few.worker_gib, 1e-9),
         ratio_largest_process=many.process_gib / max(few.process_gib, 1e-9),
     )

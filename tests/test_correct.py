@@ -1,0 +1,110 @@
+"""Corrected labels, nulls and flags, with a correction that is known in closed form."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sos_dask.correct import (
+    FLAG_MEANINGS,
+    FLAG_NULL_INPUT,
+    FLAG_OUTSIDE_TRAINING,
+    FLAG_QUALITY,
+    correct,
+    corrected_schema,
+)
+from sos_dask.features import features
+from sos_dask.schema import CANONICAL, LABELS
+from tests.sky import observations
+
+NEW = ["teff_sos", "logg_sos", "feh_sos", "teff_delta", "logg_delta", "feh_delta", "flag_sos"]
+
+
+class Linear:
+    """Differences that are linear in the features; trained between 4500 K and 6500 K."""
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            out = np.stack([100 * x[:, 0] - 3 * x[:, 1], 0.1 * x[:, 1], x[:, 2] + 0.01], axis=1)
+        out[~np.isfinite(x).all(axis=1)] = np.nan
+        return out.astype(np.float32)
+
+    def in_range(self, x: np.ndarray) -> np.ndarray:
+        return (x[:, 0] >= 4500 / 5040) & (x[:, 0] <= 6500 / 5040)
+
+
+def rows(n: int = 200, nulls: float = 0.3, seed: int = 0) -> pa.Table:
+    table = observations(n, seed, spread=True)
+    rng = np.random.default_rng(seed)
+    for label in LABELS:
+        index = table.schema.get_field_index(label)
+        values = pa.array(table[label].to_numpy(), mask=rng.random(n) < nulls)
+        table = table.set_column(index, table.schema.field(label), values)
+    return table
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1000), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 50))
+def test_labels_minus_their_predicted_difference(seed, nulls, n):
+    table = rows(max(n, 1), nulls, seed).slice(0, n)
+    found = correct(table, Linear())
+    assert found.select(table.schema.names).equals(table)
+    assert found.schema.names == [*table.schema.names, *NEW]
+    columns = [table[label].to_pylist() for label in LABELS]
+    predicted = [found[f"{label}_delta"].to_pylist() for label in LABELS]
+    result = [found[f"{label}_sos"].to_pylist() for label in LABELS]
+    for row in range(n):
+        values = [column[row] for column in columns]
+        deltas = [column[row] for column in predicted]
+        after = [column[row] for column in result]
+        flag = found["flag_sos"][row].as_py()
+        assert bool(flag & FLAG_QUALITY) == (table["quality"][row].as_py() != 0)
+        if None in values:
+            assert after == [None] * 3 and deltas == [None] * 3
+            assert flag & FLAG_NULL_INPUT and not flag & FLAG_OUTSIDE_TRAINING
+            continue
+        x = features(*(np.array([value], dtype=np.float32) for value in values))
+        expected = Linear().predict(x)[0]
+        assert deltas == expected.tolist()
+        assert after == [float(np.float32(v) - d) for v, d in zip(values, expected, strict=True)]
+        assert not flag & FLAG_NULL_INPUT
+        assert bool(flag & FLAG_OUTSIDE_TRAINING) == (not Linear().in_range(x)[0])
+
+
+def test_no_value_is_nan():
+    found = correct(rows(), Linear())
+    for name in NEW[:6]:
+        assert not np.isnan(found[name].drop_null().to_numpy()).any()
+
+
+def test_schema_has_units_and_meanings():
+    table = rows(5)
+    schema = corrected_schema(table.schema)
+    assert correct(table, Linear()).schema.equals(schema, check_metadata=True)
+    for label in LABELS:
+        assert schema.field(f"{label}_sos").metadata[b"unit"].decode() == CANONICAL[label].unit
+        assert schema.field(f"{label}_sos").metadata[b"ucd"].decode() == CANONICAL[label].ucd
+        assert b"target - reference" in schema.field(f"{label}_delta").metadata[b"description"]
+    text = schema.field("flag_sos").metadata[b"description"].decode()
+    assert all(f"{bit}: {meaning}" in text for bit, meaning in FLAG_MEANINGS.items())
+    assert not schema.field("flag_sos").nullable
+
+
+def test_correcting_twice_is_correcting_once():
+    once = correct(rows(), Linear())
+    assert correct(once, Linear()).equals(once)
+
+
+def test_rows_without_quality_have_no_flag_of_it():
+    table = rows().drop_columns(["quality"])
+    assert not (correct(table, Linear())["flag_sos"].to_numpy() & FLAG_QUALITY).any()
+
+
+@pytest.mark.parametrize("cut", [1, 57, 199])
+def test_rows_do_not_depend_on_their_company(cut):
+    table = rows()
+    parts = [correct(table.slice(0, cut), Linear()), correct(table.slice(cut), Linear())]
+    assert (
+        pa.concat_tables(parts).combine_chunks().equals(correct(table, Linear()).combine_chunks())
+    )

@@ -1,0 +1,212 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from sos_dask import models
+from sos_dask.errors import ConfigError, ModelError
+from sos_dask.models import Batch, boosted, hybrid, polynomial
+from sos_dask.models.hybrid import HybridCorrection, ResidualSource
+from tests.test_models import NOISE, ArraySource, bias, biased_pairs
+
+QUICK = {"order": 2, "n_rounds": 30, "learning_rate": 0.1}
+
+
+def bump(x):
+    """What no polynomial of low order follows: a narrow hill among the giants."""
+    far = ((x[:, 0] - 0.95) / 0.05) ** 2 + ((x[:, 1] - 2.4) / 0.3) ** 2
+    return 1.5 * np.exp(-far / 2)[:, None] * NOISE
+
+
+def bumpy_pairs(n, seed):
+    b = biased_pairs(n, seed, 0.03)
+    return Batch(b.features, (b.differences + bump(b.features)).astype("f4"), b.fold, b.weight)
+
+
+def error(correction, of_bump):
+    x = biased_pairs(20_000, 99).features
+    x = x[correction.in_range(x)]
+    truth = bias(x) + (bump(x) if of_bump else 0)
+    return np.sqrt(np.mean((correction.predict(x) - truth) ** 2, axis=0)) / NOISE
+
+
+def roughness(correction, batch, n=40):
+    """Root mean square of second differences along the axes of a grid, in units of the noise."""
+    low, high = np.quantile(batch.features, [0.02, 0.98], axis=0)
+    axes = np.linspace(low, high, n).T
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3).astype("f4")
+    values = correction.predict(grid).reshape(n, n, n, 3).astype(np.float64) / NOISE
+    squares = [np.mean(np.diff(values, 2, axis=axis) ** 2, axis=(0, 1, 2)) for axis in range(3)]
+    return np.sqrt(np.mean(squares, axis=0))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    source = ArraySource(biased_pairs(2000, 1), (700,))
+    return models.fit("hybrid", source, train_folds=[1, 2, 3, 4], params=QUICK)
+
+
+@pytest.fixture
+def saved(fitted, tmp_path):
+    fitted.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# --- accuracy and smoothness -------------------------------------------------------------------
+
+
+def test_a_local_bump_is_found_and_the_correction_is_smooth():
+    batch = bumpy_pairs(30_000, 1)
+    source = ArraySource(batch)
+    fits = {method: models.fit(method, source) for method in ("polynomial", "boosted", "hybrid")}
+    errors = {method: error(fit, True) for method, fit in fits.items()}
+    assert (errors["hybrid"] < 0.6 * errors["polynomial"]).all()
+    assert (errors["hybrid"] < 1.02 * errors["boosted"]).all()
+    ratio = roughness(fits["boosted"], batch) / roughness(fits["hybrid"], batch)
+    assert ratio.mean() > 3
+    assert ratio.min() > 2.5
+
+
+def test_without_a_bump_it_is_nearly_the_polynomial():
+    batch = biased_pairs(30_000, 1, 0.03)
+    trees = models.fit("boosted", ArraySource(batch))
+    out = models.fit("hybrid", ArraySource(batch))
+    assert (error(out, False) < 0.8 * error(trees, False)).all()
+    assert (roughness(trees, batch) / roughness(out, batch) > 3).all()
+
+
+def test_smoothing_halves_the_steps():
+    batch = bumpy_pairs(10_000, 2)
+    smooth = models.fit("hybrid", ArraySource(batch))
+    steps = models.fit("hybrid", ArraySource(batch), params={"smoothing": 0})
+    assert (roughness(smooth, batch) < 0.6 * roughness(steps, batch)).all()
+    assert (error(smooth, True) < 1.1 * error(steps, True)).all()
+    assert np.abs(hybrid.PLACES.mean(axis=0)).max() < 1e-12
+    assert np.abs(hybrid.PLACES).max() <= 1.01
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def test_it_is_the_sum_of_its_parts():
+    source = ArraySource(biased_pairs(2000, 3))
+    out = models.fit("hybrid", source, params={**QUICK, "smoothing": 0})
+    assert isinstance(out, HybridCorrection)
+    smooth = models.fit("polynomial", source, params={"order": 2})
+    of_trees = {k: v for k, v in out.info.params.items() if k in boosted.PARAMS}
+    trees = models.fit("boosted", ResidualSource(source, smooth), params=of_trees)
+    x = biased_pairs(500, 4).features
+    expected = smooth.predict(x) + trees.predict(x)
+    np.testing.assert_allclose(out.predict(x) / NOISE, expected / NOISE, atol=1e-5)
+
+
+def test_parameters_go_to_their_parts(fitted):
+    assert set(hybrid.PARAMS) == {*polynomial.PARAMS, *boosted.PARAMS, "smoothing"}
+    assert not set(polynomial.PARAMS) & set(boosted.PARAMS)
+    assert fitted.smooth.info.params["order"] == 2
+    assert len(fitted.smooth.exponents) == 10
+    assert fitted.local.boosters[0].num_boosted_rounds() == 30
+    for params, message in (
+        ({"order": 9}, "outside"),
+        ({"n_rounds": 0}, "outside"),
+        ({"smoothing": -1}, "outside"),
+        ({"device": "gpu"}, "not one of"),
+        ({"depth": 3}, "no parameter 'depth'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            models.fit("hybrid", ArraySource(biased_pairs(500)), params=params)
+
+
+def test_residuals_of_unknown_rows_are_unknown(fitted):
+    batch = biased_pairs(5, 5)
+    batch.features[1, 2] = np.nan
+    batch.differences[2, 0] = np.nan
+    left = ResidualSource(ArraySource(batch), fitted.smooth).load(0)
+    assert np.isnan(left.differences[1]).all()
+    assert np.isnan(left.differences[2]).tolist() == [True, False, False]
+    expected = batch.differences[0] - fitted.smooth.predict(batch.features)[0]
+    np.testing.assert_array_equal(left.differences[0], expected)
+    np.testing.assert_array_equal(left.fold, batch.fold)
+
+
+# --- what every method promises ----------------------------------------------------------------
+
+
+def test_prediction(fitted):
+    x = biased_pairs(5000, 6).features
+    whole = fitted.predict(x)
+    assert whole.dtype == np.float32
+    order = np.random.default_rng(0).permutation(len(x))
+    np.testing.assert_array_equal(fitted.predict(x[order]), whole[order])
+    np.testing.assert_array_equal(fitted.predict(x[:3]), whole[:3])
+    x[0, 0], x[1, 2] = np.nan, np.inf
+    out = fitted.predict(x)
+    assert np.isnan(out[:2]).all()
+    np.testing.assert_array_equal(out[2:], whole[2:])
+    far = np.array([[99, 99, 99], [-99, -99, -99]], dtype=np.float32)
+    edge = np.array([fitted.info.maximum, fitted.info.minimum], dtype=np.float32)
+    np.testing.assert_array_equal(fitted.predict(far), fitted.predict(edge))
+
+
+def test_too_few_unknown_and_constant():
+    with pytest.raises(ModelError, match=r"'hybrid' needs at least 70 training pairs .* are 40"):
+        models.fit("hybrid", ArraySource(biased_pairs(40)))
+    batch = biased_pairs(1000)
+    batch.differences[:, 2] = np.nan
+    with pytest.raises(ModelError, match="known feh difference, and there are 0"):
+        models.fit("hybrid", ArraySource(batch))
+    batch.differences[:, 2] = 0.25
+    with pytest.raises(ModelError, match=r"feh differences of all 1000 .* are 0\.25"):
+        models.fit("hybrid", ArraySource(batch))
+
+
+def test_saved_and_loaded(fitted, saved, tmp_path):
+    again = models.load(saved)
+    x = biased_pairs(3000, 7).features
+    np.testing.assert_array_equal(again.predict(x), fitted.predict(x))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).predict(x), again.predict(x))
+    assert again.info == fitted.info
+    again.save(tmp_path / "again")
+    names = {file.name for file in saved.iterdir()}
+    assert names == {file.name for file in (tmp_path / "again").iterdir()}
+    for name in names:
+        assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_same_pairs_same_bytes(fitted):
+    source = ArraySource(biased_pairs(2000, 1), (700,))
+    again = models.fit("hybrid", source, train_folds=[1, 2, 3, 4], params=QUICK)
+    assert again.files() == fitted.files()
+
+
+def test_changed_and_missing_files_are_named(saved):
+    for file in sorted(saved.iterdir()):
+        if file.name == "model.json":
+            continue
+        content = file.read_bytes()
+        file.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        with pytest.raises(ModelError, match=file.name):
+            models.load(saved)
+        file.unlink()
+        with pytest.raises(ModelError, match=f"{file.name}: No such file"):
+            models.load(saved)
+        file.write_bytes(content)
+    document = json.loads((saved / "model.json").read_text())
+    for part in ("polynomial-", "boosted-"):
+        kept = {k: v for k, v in document["files"].items() if not k.startswith(part)}
+        (saved / "model.json").write_text(json.dumps({**document, "files": kept}))
+        with pytest.raises(ModelError):
+            models.load(saved)
+    params = {**document["params"], "smoothing": "wide"}
+    (saved / "model.json").write_text(json.dumps({**document, "params": params}))
+    with pytest.raises(ModelError, match="smoothing"):
+        models.load(saved)
+
+
+def test_trained_on_a_cluster(fitted, cluster):
+    source = ArraySource(biased_pairs(2000, 1), (700,))
+    client = cluster.client
+    there = models.fit("hybrid", source, train_folds=[1, 2, 3, 4], params=QUICK, client=client)
+    x = biased_pairs(3000, 8).features
+    assert (np.abs(there.predict(x) - fitted.predict(x)) / NOISE).max() < 1e-3

@@ -1,0 +1,251 @@
+"""Binned medians against numpy, their errors and the significance of differences by simulation."""
+
+import itertools
+import math
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sos_dask.errors import ConfigError
+from sos_dask.trends import (
+    AXES,
+    CONTRAST_SCHEMA,
+    EQUAL_COUNT,
+    EQUAL_WIDTH,
+    PLANE_SCHEMA,
+    TREND_SCHEMA,
+    Axis,
+    Contrast,
+    Trend,
+    agreements,
+    binned_quantiles,
+    bins_of,
+    contrast_table,
+    equal_count_edges,
+    trend,
+    trend_table,
+)
+
+THOROUGH = settings(deadline=None, derandomize=True, max_examples=200)
+# Few different values, so that there are ties, on edges too; and what is no number.
+VALUES = st.one_of(
+    st.sampled_from([0.0, -0.0, 0.5, 1.0, 2.0, -1.0, math.nan, math.inf, -math.inf]),
+    st.floats(-3, 3, width=32),
+)
+COLUMN = st.integers(0, 60).flatmap(
+    lambda n: st.tuples(*(hnp.arrays(np.float32, n, elements=VALUES) for _ in range(2)))
+)
+
+
+def one(x, difference, edges, **about) -> Trend:
+    chosen = {"label": "feh", "against": ("logg",), "binning": EQUAL_WIDTH, **about}
+    return trend([x], difference, [edges], **chosen)
+
+
+@THOROUGH
+@given(COLUMN)
+def test_percentiles_are_those_of_numpy(columns):
+    x, y = columns
+    edges = Axis("x", -1.0, 2.0, 0.5).edges
+    found = one(x, y, edges)
+    for number in range(len(edges) - 1):
+        low, high = edges[number], edges[number + 1]
+        inside = (x >= low) & ((x < high) | ((x == high) & (number == len(edges) - 2)))
+        values = y[inside & np.isfinite(y)].astype(np.float64)
+        q = found.quantiles
+        assert q.n[number] == len(values)
+        if not len(values):
+            assert np.isnan([q.median[number], q.p16[number], q.p84[number]]).all()
+            continue
+        wanted = np.percentile(values, [16, 50, 84])
+        assert [q.p16[number], q.median[number], q.p84[number]] == wanted.tolist()
+        if len(values) > 1:
+            sigma = (wanted[2] - wanted[0]) / 2
+            wanted_error = math.sqrt(math.pi / 2) * sigma / math.sqrt(len(values))
+            assert q.error[number] == pytest.approx(wanted_error, rel=1e-12)
+        else:
+            assert np.isnan(q.error[number])
+
+
+@THOROUGH
+@given(COLUMN, st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_any_order_of_the_pairs_gives_the_same_bytes(columns, n_bins, seed):
+    x, y = columns
+    order = np.random.default_rng(seed).permutation(len(x))
+    tables = [
+        trend_table([one(a, b, equal_count_edges(a, n_bins), binning=EQUAL_COUNT)])
+        for a, b in ((x, y), (x[order], y[order]))
+    ]
+    buffers = [
+        [b and b.to_pybytes() for c in t.itercolumns() for k in c.chunks for b in k.buffers()]
+        for t in tables
+    ]
+    assert buffers[0] == buffers[1]
+
+
+def test_the_sign_of_zero_depends_on_no_order():
+    for zeros in itertools.permutations([-0.0, -0.0, 0.0, 0.0]):
+        found = binned_quantiles(np.zeros(4, dtype=np.int64), np.array(zeros), 1)
+        assert not np.signbit([found.p16, found.median, found.p84]).any()
+        assert not np.signbit(equal_count_edges(np.array(zeros), 3)).any()
+
+
+@THOROUGH
+@given(hnp.arrays(np.float32, st.integers(0, 80), elements=VALUES), st.integers(1, 12))
+def test_bins_of_equal_count_hold_every_value_once(x, n_bins):
+    edges = equal_count_edges(x, n_bins)
+    known = np.isfinite(x)
+    bins = bins_of(x, edges) if len(edges) else np.full(len(x), -1)
+    assert (bins[~known] == -1).all()
+    assert (bins[known] >= 0).all()
+    assert len(edges) == 2 or (len(edges) <= n_bins + 1 and (np.diff(edges) > 0).all())
+    distinct = np.unique(x[known])
+    if len(distinct) == known.sum() >= n_bins:  # no ties: as equal as can be
+        assert np.ptp(np.bincount(bins[known], minlength=n_bins)) <= 1 + (
+            len(distinct) % n_bins > 0
+        )
+
+
+def test_bins_of_equal_count_of_many_ties():
+    x = np.repeat([1.0, 2.0, 3.0], [90, 5, 5])
+    edges = equal_count_edges(x, 10)
+    assert edges[0] == 1.0 and edges[-1] == 3.0 and (np.diff(edges) > 0).all()
+    assert one(x, x, edges).quantiles.n.sum() == 100
+    assert one(np.ones(7), np.arange(7.0), equal_count_edges(np.ones(7), 4)).quantiles.n[0] == 7
+
+
+def test_edges_of_equal_width():
+    assert Axis("x", 0.0, 1.0, 0.1).edges.tolist() == [k / 10 for k in range(11)]
+    assert Axis("x", 0.0, 1.0, 0.4).edges.tolist() == [0.0, 0.4, 0.8, 1.0]
+    for axis in AXES:
+        assert axis.edges[0] == axis.low and axis.edges[-1] == axis.high
+        assert (np.diff(axis.edges) > 0).all()
+
+
+@pytest.mark.parametrize("limits", [(1.0, 0.0, 0.1), (0.0, 1.0, 0.0), (0.0, 1.0, 2.0)])
+def test_axes_without_bins_are_refused(limits):
+    with pytest.raises(ConfigError, match="bins of teff"):
+        Axis("teff", *limits)
+
+
+def test_wrong_numbers_of_bins_are_refused():
+    with pytest.raises(ConfigError, match="0 bins"):
+        equal_count_edges(np.ones(3), 0)
+    with pytest.raises(ConfigError, match="1 arrays of edges for 2"):
+        trend([np.ones(3)], np.ones(3), [np.array([0.0, 2.0])], label="feh",
+              against=("teff", "logg"), binning=EQUAL_WIDTH)  # fmt: skip
+
+
+def test_a_plane_is_the_trend_of_each_cell():
+    rng = np.random.default_rng(1)
+    teff, logg = rng.uniform(3900, 6100, 500), rng.uniform(-0.2, 5.2, 500)
+    y = rng.normal(size=500)
+    edges = [Axis("teff", 4000, 6000, 500).edges, Axis("logg", 0, 5, 1).edges]
+    plane = trend([teff, logg], y, edges, label="feh", against=("teff", "logg"), binning="w")
+    assert plane.low.shape == plane.high.shape == (20, 2)
+    total = 0
+    for number in range(20):
+        inside = np.ones(500, dtype=bool)
+        for axis, values in enumerate((teff, logg)):
+            inside &= (values >= plane.low[number, axis]) & (values < plane.high[number, axis])
+        assert plane.quantiles.n[number] == inside.sum() > 0
+        assert plane.quantiles.median[number] == np.median(y[inside])
+        total += inside.sum()
+    table = trend_table([plane], plane=True)
+    assert table.schema == PLANE_SCHEMA
+    assert sum(table["n"].to_pylist()) == total < 500
+
+
+def test_empty_bins_are_rows_with_nulls_and_empty_cells_are_left_out():
+    x, y = np.array([0.5, 2.5, 2.6]), np.array([1.0, 2.0, 4.0])
+    table = trend_table([one(x, y, np.arange(4.0))])
+    assert table.schema == TREND_SCHEMA
+    assert table["n"].to_pylist() == [1, 0, 2]
+    assert table["median"].to_pylist() == [1.0, None, 3.0]
+    assert table["error"].to_pylist()[:2] == [None, None]
+    assert table["centre"].to_pylist() == [0.5, 1.5, 2.5]
+    assert trend_table([]).schema == TREND_SCHEMA
+    empty = one(np.empty(0, np.float32), np.empty(0, np.float32), equal_count_edges(x[:0], 5))
+    assert trend_table([empty]).num_rows == 0
+
+
+def test_the_error_is_the_scatter_of_medians():
+    rng = np.random.default_rng(2)
+    n, n_bins = 150, 4000
+    found = binned_quantiles(np.repeat(np.arange(n_bins), n), rng.normal(3, 2, n * n_bins), n_bins)
+    assert np.std(found.median) == pytest.approx(np.mean(found.error), rel=0.04)
+
+
+def references(rng, n, shift, slope=0.0):
+    """A target against two references, the second ``shift`` lower where log g > 3."""
+    edges = Axis("logg", 0.0, 5.0, 0.5).edges
+    made = []
+    for survey, size in (("apogee", n), ("galah", n // 3)):
+        x = rng.uniform(0, 5, size).astype(np.float32)
+        bias = 0.05 * x - (x >= 3) * shift * (survey == "galah")
+        y = (bias + rng.normal(0, 0.1, size)).astype(np.float32)
+        y[rng.random(size) < 0.02] += 3  # outliers
+        made.append(one(x, y, edges, subset=survey))
+    return made
+
+
+def test_an_injected_difference_of_two_references_is_found_where_it_is():
+    first, second = references(np.random.default_rng(3), 6000, 0.08)
+    contrast = Contrast(first, second)
+    high = first.low[:, 0] >= 3
+    assert (contrast.significance[high] > 5).all()
+    assert (np.abs(contrast.significance[~high]) < 3.5).all()
+    assert np.abs(contrast.difference[high] - 0.08).max() < 4 * contrast.error[high].max()
+    (found,) = agreements(contrast)
+    assert (found.first, found.second, found.by) == ("apogee", "galah", "target")
+    assert found.n_bins == 10 and found.n_significant == 4
+    assert found.excess == pytest.approx(0.08 * math.sqrt(0.4), rel=0.15)
+    assert found.p_value < 1e-20
+
+
+def test_equal_references_are_called_different_as_rarely_as_stated():
+    rng = np.random.default_rng(4)
+    p_values = [agreements(Contrast(*references(rng, 2000, 0.0)))[0].p_value for _ in range(300)]
+    assert 0.02 < np.mean(np.array(p_values) < 0.05) < 0.09
+    assert 0.35 < np.mean(np.array(p_values) < 0.5) < 0.65
+
+
+def test_common_stars_show_the_difference_directly():
+    rng = np.random.default_rng(5)
+    first, second = references(rng, 900, 0.05)
+    x = rng.uniform(0, 5, 800)
+    direct = one(x, rng.normal(0.04, 0.05, 800), Axis("logg", 0.0, 5.0, 0.5).edges)
+    contrast = Contrast(first, second, direct)
+    through, common = agreements(contrast)
+    assert (through.by, common.by) == ("target", "common")
+    assert common.median == pytest.approx(0.04, abs=0.01)
+    assert common.excess == pytest.approx(0.04, abs=0.01)
+    table = contrast_table([contrast])
+    assert table.schema == CONTRAST_SCHEMA
+    assert sum(table["n_common"].to_pylist()) == 800
+    assert np.mean(table["significance_common"].to_numpy()) > 4
+
+
+def test_bins_with_few_pairs_are_not_judged():
+    edges = np.arange(4.0)
+    x = np.repeat([0.5, 1.5, 2.5], [30, 30, 5])
+    y = np.random.default_rng(6).normal(size=65)
+    first, second = one(x, y, edges, subset="a"), one(x, y + 1, edges, subset="b")
+    contrast = Contrast(first, second, min_count=20)
+    assert np.isnan(contrast.difference).tolist() == [False, False, True]
+    assert agreements(contrast)[0].n_bins == 2
+    assert contrast_table([contrast])["significance"].null_count == 1
+    # Equal values have no error: the difference stands, its significance is not known.
+    flat = one(x, np.zeros(65), edges)
+    assert np.isnan(Contrast(flat, flat).significance).all()
+    nothing = agreements(Contrast(flat, flat))[0]
+    assert (nothing.n_bins, nothing.median, nothing.p_value) == (0, None, 1.0)
+
+
+def test_trends_travel_between_processes():
+    found = pickle.loads(pickle.dumps(one(np.ones(3), np.arange(3.0), np.array([0.0, 2.0]))))
+    assert found.quantiles.median.tolist() == [1.0]

@@ -202,9 +202,9 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     """
     store = store or job.resolve(job.store)
     planner = _Planner(job, store)
-    observations, _ = _add_survey(planner, job.target_name, job.target, job.crossmatch.target)
+    observations = _add_survey(planner, job.target_name, job.target)
     references = {
-        name: _add_survey(planner, name, section, "stars")[1]
+        name: _add_survey(planner, name, section)["stars"]
         for name, section in job.reference.items()
     }
     unify = UnifySettings(
@@ -289,10 +289,8 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     return planner.stages
 
 
-def _add_survey(
-    planner: _Planner, name: str, section: SurveySection, last: str
-) -> tuple[dict[str, str], str]:
-    """Ingest and dedupe of one survey; fingerprints of its products, and that of its stars."""
+def _add_survey(planner: _Planner, name: str, section: SurveySection) -> dict[str, str]:
+    """Ingest and dedupe of one survey; fingerprints of its observations and its stars."""
     job = planner.job
     definition = section.survey
     if definition.endswith(".toml") or "/" in definition:
@@ -327,22 +325,21 @@ def _add_survey(
                 planner.catalog(observations), directory, radius, cluster=cluster, report=report
             ),
         )
-    if last == "stars":
-        dedupe_settings = _dedupe_settings(section.dedupe or job.dedupe)
-        products["stars"] = planner.add(
-            f"{name}.stars",
-            dedupe_recipe(observations, dedupe_settings, survey.expected_error),
-            lambda directory, cluster, report: dedupe(
-                planner.catalog(observations),
-                directory,
-                dedupe_settings,
-                expected_error=survey.expected_error,
-                name=f"{name}.stars",
-                cluster=cluster,
-                report=report,
-            ),
-        )
-    return products, products.get("stars", "")
+    dedupe_settings = _dedupe_settings(section.dedupe or job.dedupe)
+    products["stars"] = planner.add(
+        f"{name}.stars",
+        dedupe_recipe(observations, dedupe_settings, survey.expected_error),
+        lambda directory, cluster, report: dedupe(
+            planner.catalog(observations),
+            directory,
+            dedupe_settings,
+            expected_error=survey.expected_error,
+            name=f"{name}.stars",
+            cluster=cluster,
+            report=report,
+        ),
+    )
+    return products
 
 
 def _dedupe_settings(section: DedupeSection) -> DedupeSettings:

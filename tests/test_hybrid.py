@@ -31,7 +31,7 @@ def error(correction, of_bump):
     return np.sqrt(np.mean((correction.predict(x) - truth) ** 2, axis=0)) / NOISE
 
 
-def roughness(correction, batch, n=40):
+def roughness(correction, batch, n=32):
     """Root mean square of second differences along the axes of a grid, in units of the noise."""
     low, high = np.quantile(batch.features, [0.02, 0.98], axis=0)
     axes = np.linspace(low, high, n).T
@@ -69,7 +69,7 @@ def test_a_local_bump_is_found_and_the_correction_is_smooth():
 
 
 def test_without_a_bump_it_is_nearly_the_polynomial():
-    batch = biased_pairs(30_000, 1, 0.03)
+    batch = biased_pairs(20_000, 1, 0.03)
     trees = models.fit("boosted", ArraySource(batch))
     out = models.fit("hybrid", ArraySource(batch))
     assert (error(out, False) < 0.8 * error(trees, False)).all()

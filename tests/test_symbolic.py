@@ -2,6 +2,7 @@ import json
 import pickle
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import FEATURES
 from sos_dask.models import Batch, symbolic
 from sos_dask.models.formula import Expression, Formula
+from sos_dask.models.symbolic import SymbolicCorrection
 from sos_dask.schema import LABELS
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
@@ -22,6 +24,12 @@ BOX = ((0.7, 0.0, -2.5), (1.4, 5.0, 0.6))
 def points(n=200, seed=0):
     rng = np.random.default_rng(seed)
     return rng.uniform(*BOX, (n, 3))
+
+
+def fit(source, **options) -> SymbolicCorrection:
+    out = models.fit("symbolic", source, **options)
+    assert isinstance(out, SymbolicCorrection)
+    return out
 
 
 # --- formulas ----------------------------------------------------------------------------------
@@ -110,12 +118,12 @@ def test_latex():
         Expression.names(), Expression.number
     )
     assert form.latex([0, 0, 0]) == (
+        r"-3 \, \log g + "
         r"\frac{2 \times 10^{-7} \, \left(\mathrm{[Fe/H]}\right)^{2}}{\left(\log g + 1\right)}"
-        r" - 3 \, \log g"
     )
-    assert (
-        Expression.name(0).latex([1.02, 0, 0]) == r"\frac{T_\mathrm{eff}}{5040\,\mathrm{K}} - 1.02"
-    )
+    assert form.text([0, 0, 0]) == "-3*logg + 2e-07*feh**2/(logg + 1)"
+    teff = Expression.name(0).latex([1.02, 0, 0])
+    assert teff == r"\frac{T_\mathrm{eff}}{5040\,\mathrm{K}} - 1.02"
 
 
 MALICIOUS = [
@@ -234,19 +242,19 @@ def test_the_sample_takes_more_of_sparse_places():
 def test_without_pyoperon(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyoperon", None)
     with pytest.raises(ModelError, match="needs pyoperon") as caught:
-        models.fit("symbolic", ArraySource(biased_pairs(1000)))
+        fit(ArraySource(biased_pairs(1000)))
     assert "sos_dask[symbolic]" in caught.value.hint
 
 
 def test_pysr_is_not_imported_without_julia(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("PYTHON_JULIACALL_EXE", raising=False)
-    with pytest.raises(ModelError, match="engine = 'pysr' needs .*julia") as caught:
-        models.fit("symbolic", ArraySource(biased_pairs(1000)), params={"engine": "pysr"})
+    with pytest.raises(ModelError, match=r"engine = 'pysr' needs .*julia") as caught:
+        fit(ArraySource(biased_pairs(1000)), params={"engine": "pysr"})
     assert "operon" in caught.value.hint
     assert "pysr" not in sys.modules
     with pytest.raises(ConfigError, match="not one of operon, pysr"):
-        models.fit("symbolic", ArraySource(biased_pairs(1000)), params={"engine": "eureqa"})
+        fit(ArraySource(biased_pairs(1000)), params={"engine": "eureqa"})
 
 
 def test_formulas_of_pysr_are_read(monkeypatch):
@@ -262,7 +270,7 @@ def test_formulas_of_pysr_are_read(monkeypatch):
     monkeypatch.setattr(symbolic, "_require", lambda engine: None)
     monkeypatch.setitem(sys.modules, "pysr", SimpleNamespace(PySRRegressor=Regressor))
     batch = biased_pairs(3000, 3)
-    out = models.fit("symbolic", ArraySource(batch), params={**QUICK, "engine": "pysr"})
+    out = fit(ArraySource(batch), params={**QUICK, "engine": "pysr"})
     assert [len(choice.front) for choice in out.choices] == [2, 2, 2]
     assert np.isfinite(out.predict(batch.features)).all()
 
@@ -274,7 +282,7 @@ def test_formulas_of_pysr_are_read(monkeypatch):
 def fitted():
     pytest.importorskip("pyoperon")
     source = ArraySource(biased_pairs(3000, 1, 0.03), (700,))
-    return models.fit("symbolic", source, train_folds=[1, 2, 3, 4], params=QUICK)
+    return fit(source, train_folds=[1, 2, 3, 4], params=QUICK)
 
 
 @pytest.fixture
@@ -295,7 +303,7 @@ def test_simple_formulas_are_recovered_in_spite_of_outliers():
     y = truth(b.features) + NOISE / 2 * rng.normal(size=(20_000, 3))
     y += (rng.random((20_000, 3)) < 0.03) * rng.uniform(8, 15, (20_000, 3)) * NOISE
     source = ArraySource(Batch(b.features, y.astype("f4"), b.fold, b.weight), (3000, 9000))
-    out = models.fit("symbolic", source, params={"generations": 25, "population": 250})
+    out = fit(source, params={"generations": 25, "population": 250, "n_sample": 3000})
     error = (out.predict(b.features) - truth(b.features)) / NOISE
     assert (np.sqrt(np.mean(error**2, axis=0)) < [0.05, 0.05, 0.08]).all()
     assert (np.abs(np.median(error, axis=0)) < 0.03).all()
@@ -335,7 +343,7 @@ def test_the_front(fitted):
 def test_patience_chooses_the_simplest():
     pytest.importorskip("pyoperon")
     source = ArraySource(biased_pairs(2000, 1))
-    out = models.fit("symbolic", source, params={**QUICK, "standard_errors": 100})
+    out = fit(source, params={**QUICK, "standard_errors": 100})
     assert [choice.complexity for choice in out.choices] == [1, 1, 1]
     center = np.median(source.batch.differences, axis=0)
     predicted = out.predict(source.batch.features[:1])[0]
@@ -360,36 +368,36 @@ def test_prediction(fitted):
 def test_too_few_unknown_and_constant():
     pytest.importorskip("pyoperon")
     with pytest.raises(ModelError, match=r"'symbolic' needs at least 200 .* are 150"):
-        models.fit("symbolic", ArraySource(biased_pairs(150)))
+        fit(ArraySource(biased_pairs(150)))
     batch = biased_pairs(1000)
     batch.differences[:, 2] = np.nan
     with pytest.raises(ModelError, match="known feh difference, and there are 0"):
-        models.fit("symbolic", ArraySource(batch))
+        fit(ArraySource(batch))
     batch.differences[:, 2] = 0.25
     with pytest.raises(ModelError, match=r"feh differences of all 1000 .* are 0\.25"):
-        models.fit("symbolic", ArraySource(batch))
+        fit(ArraySource(batch))
 
 
 def test_a_feature_of_one_value():
     pytest.importorskip("pyoperon")
     batch = biased_pairs(1000, 8)
     batch.features[:, 2] = -0.25
-    out = models.fit("symbolic", ArraySource(batch), params={**QUICK, "generations": 5})
+    out = fit(ArraySource(batch), params={**QUICK, "generations": 5})
     assert np.isfinite(out.predict(batch.features)).all()
 
 
 def test_same_seed_same_bytes_in_any_order_and_on_a_cluster(fitted, cluster):
     batch = biased_pairs(3000, 1, 0.03)
-    options = {"train_folds": [1, 2, 3, 4], "params": QUICK}
-    again = models.fit("symbolic", ArraySource(batch, (700,)), **options)
+    options: dict[str, Any] = {"train_folds": [1, 2, 3, 4], "params": QUICK}
+    again = fit(ArraySource(batch, (700,)), **options)
     assert again.files() == fitted.files()
-    there = models.fit("symbolic", ArraySource(batch, (700,)), client=cluster.client, **options)
+    there = fit(ArraySource(batch, (700,)), client=cluster.client, **options)
     assert there.files() == fitted.files()
     order = np.random.default_rng(0).permutation(3000)
     shuffled = Batch(
         batch.features[order], batch.differences[order], batch.fold[order], batch.weight[order]
     )
-    other = models.fit("symbolic", ArraySource(shuffled, (10, 2000)), **options)
+    other = fit(ArraySource(shuffled, (10, 2000)), **options)
     difference = (other.predict(batch.features) - fitted.predict(batch.features)) / NOISE
     assert np.abs(difference).max() < 1e-3
     assert [c.front for c in other.choices] == [c.front for c in fitted.choices]

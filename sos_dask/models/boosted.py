@@ -510,7 +510,8 @@ def _train_label(
                 job.booster_params(),
                 matrix,
                 num_boost_round=job.params["n_rounds"],
-                coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=timeout_s),
+                # Workers meet only when the slowest has imported all it needs.
+                coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=max(timeout_s, 60)),
             )
         return result["booster"]
     finally:
@@ -521,10 +522,10 @@ def _item(values: tuple[Any, ...], index: int) -> Any:
     return values[index]
 
 
-# The tracker, where the workers of a training find each other, ends its whole process (std::terminate
-# on "send system error:Broken pipe", XGBoost 3.2) when a worker goes while they meet. xgboost.dask
-# starts it in the process of the scheduler, which is this one for a cluster on one machine. So it
-# gets a process of its own.
+# The tracker, where the workers of a training meet, ends its whole process (std::terminate on "send
+# system error:Broken pipe", XGBoost 3.2) when a worker goes while they do. xgboost.dask starts it in
+# the process of the scheduler, which is this one for a cluster on one machine. So it gets a process
+# of its own.
 _TRACKER = """
 import json, os, sys
 from xgboost.core import XGBoostError

@@ -136,7 +136,7 @@ class Formula:
             block = slice(start, start + BLOCK_ROWS)
             columns = np.ascontiguousarray(features[block].T, dtype=np.float64)
             with np.errstate(all="ignore"):
-                out[block] = self.run(columns)
+                out[block] = self.run(list(columns))
         return out
 
     def is_finite(

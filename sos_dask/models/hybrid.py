@@ -32,7 +32,6 @@ from sos_dask.models import (
     summarise,
 )
 from sos_dask.models.boosted import BoostedCorrection
-from sos_dask.models.lookup import compile_trees
 from sos_dask.models.polynomial import PolynomialCorrection
 
 # Places around a row at which the trees are looked up: a Kronecker sequence of the generalised
@@ -174,7 +173,6 @@ def fit(
     smooth = polynomial.fit(source, train_folds, smooth_info.params, client, progress)
     left = ResidualSource(source, smooth)
     local = boosted.fit(left, train_folds, local_info.params, client, progress)
-    # A row is looked up many times, and a saved model has the table too.
-    table = compile_trees(local.boosters)
-    local = BoostedCorrection(local.info, local.boosters, local.center, local.spread, table)
+    # As a saved model, which looks its trees up in a table: a row needs them many times.
+    local = boosted.restore(local.info, local.files())
     return HybridCorrection(info, smooth, local)

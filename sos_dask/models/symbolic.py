@@ -398,7 +398,7 @@ def _search(source: TrainingSource, label: int) -> _Found:
     evolved = (_operon if job.params["engine"] == "operon" else _pysr)(
         z, np.clip(y[:half], -CLIP, CLIP), job.params
     )
-    forms = {}
+    forms: dict[tuple[Any, ...], Expression] = {}
     for expression in [Expression.number(0.0), *evolved]:
         # Unscaled, with a constant of its own: there is nothing that all formulas need more.
         own = expression.rescaled(scale.width)

@@ -31,7 +31,7 @@ def error(correction, of_bump):
     return np.sqrt(np.mean((correction.predict(x) - truth) ** 2, axis=0)) / NOISE
 
 
-def roughness(correction, batch, n=32):
+def roughness(correction, batch, n=40):
     """Root mean square of second differences along the axes of a grid, in units of the noise."""
     low, high = np.quantile(batch.features, [0.02, 0.98], axis=0)
     axes = np.linspace(low, high, n).T

@@ -392,7 +392,7 @@ def test_one_reference_observations_and_margins(store, small_sky, tmp_path):
     )
     build = rebuild(load_job(write_job(tmp_path, small_sky, *changes)))
     names = [stage.product for stage in build.stages]
-    assert "lamost.stars" not in names and "apogee.stars" in names
+    assert {"lamost.stars", "apogee.stars"} <= set(names)
     assert not [name for name in names if name.startswith("galah")]
     assert "lamost.observations" not in ran(build), "a margin is no reason to ingest again"
     pairs = Catalog.open(build.path / "pairs")

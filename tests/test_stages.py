@@ -99,8 +99,8 @@ def stars(folder) -> Path:
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_dedupe_equals_one_call_of_the_kernel(stars, number):
     table = sky(N_ROWS, number).combine_chunks()
-    columns = [table[name].to_numpy() for name in ("ra", "dec", "_healpix_29")]
-    groups = group(*columns, rank_of(table["obs_id"]), ids_of(table), None, SETTINGS)
+    ra, dec, cells = (table[name].to_numpy() for name in ("ra", "dec", "_healpix_29"))
+    groups = group(ra, dec, cells, rank_of(table["obs_id"]), ids_of(table), None, SETTINGS)
     expected = combine(table, groups.primary, SETTINGS, {}).combine_chunks()
     assert N_ROWS / 6 < expected.num_rows < 0.9 * N_ROWS, "the sky is no test of repeats"
     for size in SIZES:
@@ -116,8 +116,8 @@ def test_dedupe_equals_one_call_of_the_kernel(stars, number):
 def test_some_stars_reach_over_the_edge_of_a_partition(stars):
     """Else the tests here would not see a mistake at the edges."""
     table = sky(N_ROWS, 1).combine_chunks()
-    columns = [table[name].to_numpy() for name in ("ra", "dec", "_healpix_29")]
-    groups = group(*columns, rank_of(table["obs_id"]), ids_of(table), None, SETTINGS)
+    ra, dec, cells = (table[name].to_numpy() for name in ("ra", "dec", "_healpix_29"))
+    groups = group(ra, dec, cells, rank_of(table["obs_id"]), ids_of(table), None, SETTINGS)
     pixels = Catalog.open(stars / "obs1-40").pixels
     firsts = np.array([pixel.first for pixel in pixels])
     partition = np.searchsorted(firsts, columns[2], side="right")

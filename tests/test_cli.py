@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 from astropy.table import Table
@@ -222,9 +219,15 @@ def test_a_failed_ingest_does_not_block_its_directory(cli, small_sky, tmp_path):
 
 BAD_SURVEYS = {
     "wrong hdu": (("hdu = 1", "hdu = 2"), [r"lamost\.fits: HDU 2 does not exist"]),
-    "unknown key": (("[columns]", "[colums]"), ["unknown key 'colums'", "Did you mean columns"]),
-    "unknown column": (("teff = {", "tef = {"), [r"\[columns\.tef\]", "Did you mean teff"]),
-    "not TOML": (("[columns]", "[columns"), ["not valid TOML", "line"]),
+    "unknown key": (
+        ("[columns.ra]", "[colums.ra]"),
+        ["unknown key 'colums'", "Did you mean columns"],
+    ),
+    "unknown column": (
+        ("[columns.teff]", "[columns.tef]"),
+        [r"columns\.tef\]", "Did you mean teff"],
+    ),
+    "not TOML": (("[columns.ra]", "[columns.ra"), ["not valid TOML", "line"]),
     "newer format": (("format = 1", "format = 2"), ["survey format 2 is not 1"]),
 }
 
@@ -305,7 +308,6 @@ def test_too_few_pairs(cli, small_store, small_sky, tmp_path):
 
 # -- arguments of the steps -----------------------------------------------------------------------
 
-NONE = object()
 BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "radius 0": (["crossmatch", "{lamost.stars}", "{reference}", "--radius-arcsec", "0"], 3,
                  [r"radius_arcsec = 0\.0"]),
@@ -417,11 +419,10 @@ def test_an_unfinished_catalog(cli, small_store):
     assert_error(ran, 5, r"out has no manifest\.json", "unfinished: run the command that makes it")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("damage", ["cut", "gone", "overwritten"])
+@pytest.mark.parametrize(
+    ("damage", "workers"), [("cut", 0), ("cut", 1), ("gone", 0), ("overwritten", 0)]
+)
 def test_a_damaged_partition_is_named(cli, observed, workers, damage):
-    if workers and damage != "cut":
-        pytest.skip("how the error comes from a worker is the same")
     catalog = Catalog.open(observed)
     file = catalog.partition_file(catalog.pixels[1])
     if damage == "gone":
@@ -604,7 +605,7 @@ def assert_shape(value: Any, shape: Any, where: str = "document") -> None:
         if list(shape) == [str]:
             assert value, where
             shape = dict.fromkeys(value, shape[str])
-        assert list(value) == list(shape), where
+        assert set(value) == set(shape), where
         for key, inner in shape.items():
             assert_shape(value[key], inner, f"{where}.{key}")
     elif isinstance(shape, list):
@@ -705,7 +706,7 @@ def test_other_documents(cli, small_store, small_sky, tmp_path):
             "missing": list, "unfinished": list, "bytes": int, "unused_bytes": int,
         },
     )  # fmt: skip
-    assert list(found["products"])[0] == "lamost.observations"
+    assert next(iter(found["products"])) == "lamost.observations"
     (store / "artifacts/apply/123/.work").mkdir(parents=True)
     removed = cli("gc", "--store", store, "--dry-run", "--json").json
     assert removed["dry_run"] is True
@@ -769,7 +770,7 @@ def test_tables_fit_the_terminal(cli, small_store, small_sky, tmp_path, monkeypa
 def test_text_of_users_is_no_markup(cli, small_sky, tmp_path):
     """Brackets in names are shown as they are."""
     folder = tmp_path / "[bold]x[/bold]"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     ran = cli(
         "ingest", "apogee-dr17", small_sky / "apogee.fits", "-o", folder / "[red]cat", "-w", 0
     )

@@ -120,7 +120,7 @@ def test_some_stars_reach_over_the_edge_of_a_partition(stars):
     groups = group(ra, dec, cells, rank_of(table["obs_id"]), ids_of(table), None, SETTINGS)
     pixels = Catalog.open(stars / "obs1-40").pixels
     firsts = np.array([pixel.first for pixel in pixels])
-    partition = np.searchsorted(firsts, columns[2], side="right")
+    partition = np.searchsorted(firsts, cells, side="right")
     assert np.count_nonzero(partition != partition[groups.primary]) > 20
 
 

@@ -155,6 +155,9 @@ def reference(
     radius_arcsec: Annotated[
         float, typer.Option(help="Stars without common ids within it are one.")
     ] = 1.5,
+    id_radius_arcsec: Annotated[
+        float, typer.Option(help="Stars of one Gaia id within it are one.")
+    ] = 10.0,
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",
     scheduler: Scheduler = None,
@@ -178,7 +181,8 @@ def reference(
         if name in opened:
             raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
         opened[name] = Catalog.open(path)
-    settings = ReferenceSettings(UnifySettings(method, tuple(opened)), radius_arcsec)
+    unify = UnifySettings(method, tuple(opened))
+    settings = ReferenceSettings(unify, radius_arcsec, id_radius_arcsec)
     step = partial(run, opened, out, settings, name=out.name, overwrite=overwrite)
     show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)
 

@@ -4,7 +4,7 @@ The polynomial takes the trend, so the trees have little left to say and may be 
 held back: where pairs are few the correction is all but the polynomial. What is left of their steps
 is smeared: the trees are averaged over a few places around a row, so that one step becomes several
 small ones. On simulated pairs (30,000 and 100,000, with and without a local bump, 3 % outliers)
-the errors were 0.5 to 1.02 times those of boosted trees alone, and the second differences along dense
+the errors were 0.5 to 1.02 times those of boosted trees alone, and the second differences on dense
 grids 2.5 to 8 times smaller.
 """
 

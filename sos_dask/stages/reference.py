@@ -75,6 +75,16 @@ class ReferenceSettings:
     rows_per_partition: int = 1_000_000
     measure_offsets: bool = False
 
+    def __post_init__(self) -> None:
+        _ = self.grouping  # refuses radii that are none
+
+    @property
+    def grouping(self) -> DedupeSettings:
+        """How the stars of all surveys are grouped."""
+        return DedupeSettings(
+            radius_arcsec=self.radius_arcsec, id_radius_arcsec=self.id_radius_arcsec
+        )
+
 
 @dataclass(frozen=True)
 class _Count:
@@ -294,9 +304,7 @@ def _members(part: _Part) -> tuple[pa.Table, IntArray]:
             _ranks(table, settings.unify.order),
             {r: id_values(table[c]) for r, c in GAIA_IDS.items() if c in table.schema.names},
             ~in_ranges(cells, safe),
-            DedupeSettings(
-                radius_arcsec=settings.radius_arcsec, id_radius_arcsec=settings.id_radius_arcsec
-            ),
+            settings.grouping,
         )
         inside = (cells >= pixel.first) & (cells < pixel.stop)
         if not groups.touches_frontier[inside].any():

@@ -20,7 +20,7 @@ from sos_dask.models import Batch, boosted
 from sos_dask.models.boosted import BoostedCorrection
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
-QUICK = {"n_rounds": 60, "learning_rate": 0.1}
+QUICK = {"n_rounds": 30, "learning_rate": 0.2}
 
 
 @pytest.fixture(scope="session")
@@ -314,13 +314,22 @@ def test_labels_that_are_done_are_not_trained_again(client, monkeypatch):
     assert out.files() == fit(source, params=QUICK).files()
 
 
+def test_the_tracker_is_not_in_the_process_of_the_scheduler(client, monkeypatch):
+    """There it could end the scheduler, which is this process."""
+    own = []
+    monkeypatch.setattr(xgboost.tracker.RabitTracker, "start", lambda self: own.append(self))
+    fit(ArraySource(biased_pairs(1000, 28), (500,)), params=QUICK, client=client)
+    assert not own
+    assert not boosted._TRACKERS  # and its process is gone
+
+
 @pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_is_lost_in_training(blow):
     """A killed worker, and one that hangs: training goes on with those that answer."""
     source = ArraySource(biased_pairs(6000, 27), (1000, 2000, 4000))
-    params = {"n_rounds": 800, "timeout_s": 3}
+    params = {"n_rounds": 300, "timeout_s": 8}
     struck: list[float] = []
     # A hanging worker is known to the scheduler until it misses its heartbeats.
     with dask.config.set({"distributed.scheduler.worker-ttl": "10s"}), start(2, "2GiB") as cluster:
@@ -346,5 +355,5 @@ def test_a_worker_is_lost_in_training(blow):
     assert struck
     assert struck[0] < finished
     x = source.batch.features
-    here = fit(source, params={"n_rounds": 800})
+    here = fit(source, params={"n_rounds": 300})
     assert (np.abs(out.predict(x) - here.predict(x)) / NOISE).max() < 1e-4

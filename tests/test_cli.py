@@ -218,25 +218,19 @@ def test_a_failed_ingest_does_not_block_its_directory(cli, small_sky, tmp_path):
 
 
 BAD_SURVEYS = {
-    "wrong hdu": (("hdu = 1", "hdu = 2"), [r"lamost\.fits: HDU 2 does not exist"]),
-    "unknown key": (
-        ("[columns.ra]", "[colums.ra]"),
-        ["unknown key 'colums'", "Did you mean columns"],
-    ),
-    "unknown column": (
-        ("[columns.teff]", "[columns.tef]"),
-        [r"columns\.tef\]", "Did you mean teff"],
-    ),
-    "not TOML": (("[columns.ra]", "[columns.ra"), ["not valid TOML", "line"]),
-    "newer format": (("format = 1", "format = 2"), ["survey format 2 is not 1"]),
+    "wrong hdu": ("hdu = 1", "hdu = 2", [r"lamost\.fits: HDU 2 does not exist"]),
+    "unknown key": ("[columns.ra]", "[colums.ra]", ["key 'colums'", "Did you mean columns"]),
+    "unknown column": ("[columns.teff]", "[columns.tef]", [r"columns\.tef\]", "Did you mean teff"]),
+    "not TOML": ("[columns.ra]", "[columns.ra", ["not valid TOML", "line"]),
+    "newer format": ("format = 1", "format = 2", ["survey format 2 is not 1"]),
 }
 
 
-@pytest.mark.parametrize(("change", "says"), BAD_SURVEYS.values(), ids=BAD_SURVEYS)
-def test_a_bad_survey_definition(cli, small_sky, tmp_path, change, says):
+@pytest.mark.parametrize(("old", "new", "says"), BAD_SURVEYS.values(), ids=BAD_SURVEYS)
+def test_a_bad_survey_definition(cli, small_sky, tmp_path, old, new, says):
     text = (ROOT / f"sos_dask/surveys/{LAMOST}.toml").read_text()
-    assert change[0] in text
-    (tmp_path / "mine.toml").write_text(text.replace(*change, 1))
+    assert old in text
+    (tmp_path / "mine.toml").write_text(text.replace(old, new, 1))
     ran = cli("ingest", "./mine.toml", small_sky / "lamost.fits", "-o", "out", "-w", 0)
     assert_error(ran, 4, *says)
     assert_nothing_final(tmp_path / "out")
@@ -662,9 +656,8 @@ def test_an_unfinished_apply_says_so(cli, small_store):
 def test_rebuild_prints_one_json_object_and_nothing_else(small_sky, small_store, tmp_path):
     """In a real process with workers: whatever those print must not get between."""
     shutil.copytree(small_store, tmp_path / "store", symlinks=True)
-    change = ('methods = ["polynomial"]',
-              'methods = ["polynomial", "boosted"]\nparams = {boosted = {n_rounds = 20}}')  # fmt: skip
-    job = write_job(tmp_path, small_sky, change)
+    both = 'methods = ["polynomial", "boosted"]\nparams = {boosted = {n_rounds = 20}}'
+    job = write_job(tmp_path, small_sky, ('methods = ["polynomial"]', both))
     ran = subprocess.run(
         command("rebuild", job, "-w", 1, "--json"), capture_output=True, text=True, timeout=200
     )
@@ -754,10 +747,10 @@ def test_numbers_that_are_none_are_null(capsys):
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_fit_the_terminal(cli, small_store, small_sky, tmp_path, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
-    job = write_job(tmp_path, small_sky)
-    rebuilt = cli("rebuild", job, "--store", small_store, "-w", 0)
-    shown = [rebuilt, cli("rebuild", job, "--store", small_store, "--dry-run"),
-             cli("status", "--store", small_store), cli("surveys"), cli("surveys", LAMOST)]  # fmt: skip
+    given = ["rebuild", write_job(tmp_path, small_sky), "--store", small_store]
+    rebuilt = cli(*given, "-w", 0)
+    others = [[*given, "--dry-run"], ["status", "--store", small_store], ["surveys"]]
+    shown = [rebuilt, cli("surveys", LAMOST), *(cli(*other) for other in others)]
     for ran in shown:
         assert ran.code == 0
         for line in ran.out.splitlines():

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -122,6 +123,70 @@ def test_some_stars_reach_over_the_edge_of_a_partition(stars):
     firsts = np.array([pixel.first for pixel in pixels])
     partition = np.searchsorted(firsts, cells, side="right")
     assert np.count_nonzero(partition != partition[groups.primary]) > 20
+
+
+def chain(n: int, seed: int, **moving: Any) -> pa.Table:
+    """A row an arcsecond from the next along the equator, the keys in their order.
+
+    Only the first row knows where a star of two or three rows begins: it is far away.
+    """
+    rng = np.random.default_rng(seed)
+    ra, dec = (np.arange(n) - n / 2) / 3600, rng.uniform(-0.1, 0.1, n) / 3600
+    if moving:
+        ra, dec = propagate(ra, dec, *moving.values(), 2000.0 - EPOCH)
+    table = observations(n, seed)
+    columns = {
+        "_healpix_29": ang2pix(ra % 360, dec),
+        "obs_id": np.arange(n) + 10**6 * seed,
+        "ra": ra % 360,
+        "dec": dec,
+        "quality": np.zeros(n, dtype=np.int64),
+    }
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(name), pa.array(values))
+    for name, values in moving.items():
+        table = table.append_column(CANONICAL[name].arrow(), pa.array(values))
+    return table.sort_by([("_healpix_29", "ascending"), ("obs_id", "ascending")])
+
+
+@pytest.mark.parametrize("n", [148, 149, 150, 151])
+def test_long_chains_over_edges(tmp_path, n):
+    """Where a chain is cut into stars depends on its far end, many radii and partitions away."""
+    table = chain(n, 1).combine_chunks()
+    settings = DedupeSettings(1.3, 1.3, use_gaia_id=False)
+    ra, dec, cells = (table[name].to_numpy() for name in ("ra", "dec", "_healpix_29"))
+    groups = group(ra, dec, cells, rank_of(table["obs_id"]), {}, None, settings)
+    expected = combine(table, groups.primary, settings, {}).combine_chunks()
+    assert n / 3 <= expected.num_rows <= (n + 1) / 2
+    observed = write_catalog(table, tmp_path / "observed", 10)
+    assert len(observed.pixels) >= 2
+    dedupe(observed, tmp_path / "stars", settings)
+    assert rows_of(tmp_path / "stars").equals(expected)
+
+
+@pytest.mark.parametrize("n", [278, 279, 280, 281])
+@pytest.mark.parametrize("speed", [100, 3000])
+def test_chains_of_moving_stars(tmp_path, n, speed):
+    """A chain at the common epoch; at their own epochs its stars stand up to a minute away."""
+    rng = np.random.default_rng(1)
+    settings = ReferenceSettings(UnifySettings("precedence", ("a", "b")), 1.3, 1.3, EPOCH, 10)
+    catalogs = {}
+    for number, name in enumerate("ab", start=1):
+        pm = {key: rng.uniform(-speed, speed, n) for key in ("pmra", "pmdec")}
+        table = chain(n, number, **pm)
+        epoch = pa.array(np.full(n, 2000.0), pa.float32())
+        table = table.append_column(CANONICAL["position_epoch"].arrow(), epoch)
+        no_ids = pa.nulls(n, pa.int64())
+        for release in GAIA_IDS.values():
+            table = table.append_column(CANONICAL[release].arrow(), no_ids)
+        stars = combine(table, np.arange(n), DedupeSettings(), {})
+        catalogs[name] = write_catalog(stars, tmp_path / name, 10, f"{name}.stars")
+    expected = united({name: rows_of(c.path) for name, c in catalogs.items()}, settings)
+    assert n / 3 < expected.num_rows < 200
+    reference(catalogs, tmp_path / "reference", settings)
+    assert len(Catalog.open(tmp_path / "reference").pixels) >= 2
+    assert rows_of(tmp_path / "reference").equals(expected)
 
 
 @pytest.mark.parametrize("pairs", ["best", "all"])

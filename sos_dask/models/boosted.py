@@ -523,9 +523,9 @@ def _item(values: tuple[Any, ...], index: int) -> Any:
 
 
 # The tracker, where the workers of a training meet, ends its whole process (std::terminate on "send
-# system error:Broken pipe", XGBoost 3.2) when a worker goes while they do. xgboost.dask starts it in
-# the process of the scheduler, which is this one for a cluster on one machine. So it gets a process
-# of its own.
+# system error:Broken pipe", XGBoost 3.2) when a worker goes while they do. xgboost.dask starts it
+# in the process of the scheduler, which is this one for a cluster on one machine. So it gets a
+# process of its own.
 _TRACKER = """
 import json, os, sys
 from xgboost.core import XGBoostError

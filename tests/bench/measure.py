@@ -92,7 +92,6 @@ class _Tree:
         self.samples: list[_Sample] = []
         self.anon = self.largest = self.worker = 0
         self.stopped = False
-        self._cpu: dict[tuple[int, float], float] = {}
         self._end = threading.Event()
         self._started = time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -115,19 +114,21 @@ class _Tree:
     def _sample(self) -> None:
         root = psutil.Process(self.pid)
         rss = anon = largest = 0
+        cpu_s = 0.0
         for process in [root, *root.children(recursive=True)]:
             with contextlib.suppress(psutil.Error, OSError):
                 now, without_files, peak = _memory(process)
                 rss += now
                 anon += without_files
-                times = process.cpu_times()
-                self._cpu[process.pid, process.create_time()] = times.user + times.system
+                cpu_s += sum(process.cpu_times()[:4])  # with those of children that ended
                 largest = max(largest, now)
                 self.largest = max(self.largest, peak)
                 if process.pid != self.pid:
                     self.worker = max(self.worker, peak)
         self.anon = max(self.anon, anon)
-        self.samples.append(_Sample(time.monotonic(), sum(self._cpu.values()), rss, largest))
+        # Between the end of a process and its parent's notice, its time is nowhere.
+        cpu_s = max(cpu_s, self.samples[-1].cpu_s if self.samples else 0.0)
+        self.samples.append(_Sample(time.monotonic(), cpu_s, rss, largest))
 
 
 def _memory(process: psutil.Process) -> tuple[int, int, int]:

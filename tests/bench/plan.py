@@ -26,7 +26,7 @@ IN_FLIGHT_PER_WORKER = 4
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures that were measured, of a run of a million simulated LAMOST rows.
+    """Figures that were measured with a million simulated LAMOST rows, without workers.
 
     Parameters
     ----------
@@ -58,20 +58,20 @@ class Measured:
 
     fits: float = 245.0
     piece: float = 120.0
-    observation: float = 68.0
-    star: float = 80.0
-    reference: float = 120.0
+    observation: float = 62.0
+    star: float = 74.0
+    reference: float = 96.0
     match: float = 170.0
     pair: float = 110.0
-    corrected: float = 91.0
+    corrected: float = 84.0
     pairs_per_row: float = 0.0335
     fill: float = 0.42
-    cpu_ingest: float = 3.0
-    cpu_dedupe: float = 3.0
+    cpu_ingest: float = 2.0
+    cpu_dedupe: float = 2.2
     cpu_reference: float = 8.0
     cpu_crossmatch: float = 1.0
-    cpu_apply: float = 1.5
-    cpu_tree_pair: float = 150.0
+    cpu_apply: float = 1.0
+    cpu_tree_pair: float = 120.0
     hash_key: float = 0.02
     fold: float = 5.2
     open_piece: float = 200.0

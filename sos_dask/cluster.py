@@ -202,6 +202,8 @@ def start(
             {
                 "distributed.logging.distributed": "critical",
                 "distributed.worker.daemon": True,
+                # A frozen worker is given up after this; its tasks run elsewhere.
+                "distributed.scheduler.worker-ttl": "60s",
                 "distributed.admin.large-graph-warning-threshold": "100MB",
             }
         ),

@@ -832,6 +832,14 @@ def test_every_command_has_help_and_an_example(cli, name):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_the_terminal(cli, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = cli(name, "--help").out
+    assert "…" not in shown, "a name is cut"
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_help(name):
     import typer
 

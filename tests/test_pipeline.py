@@ -5,7 +5,8 @@ import json
 import os
 import re
 import shutil
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
 import lsdb
@@ -317,38 +318,49 @@ def test_a_damaged_build_file_does_not_block_a_rebuild(job, store):
 # -- publishing -----------------------------------------------------------------------------------
 
 
-def test_current_is_swapped_atomically(job, store, small_sky):
-    """A reader that looks all the time always finds a whole build."""
-    text = (store.parent / "job.toml").read_text()
-    changed = load_job(write_job(store.parent, small_sky, SNR_30))
-    rebuild(changed)
-    (store.parent / "job.toml").write_text(text)
-    stop, seen, failures = threading.Event(), set(), []
-
-    def look() -> None:
-        while not stop.is_set():
-            try:
-                build = (store / "current").resolve(strict=True)
-                document = json.loads((build / "build.json").read_text())
-                seen.add(build.name)
-                for product, fingerprint in document["products"].items():
-                    if not (build / product / "manifest.json").is_file():
-                        failures.append(f"{build.name}: {product} {fingerprint}")
-            except OSError as error:
-                failures.append(repr(error))
-
-    reader = threading.Thread(target=look)
-    reader.start()
+LOOK = """
+import json, os, sys
+from pathlib import Path
+current, stop = Path(sys.argv[1]), sys.argv[2]
+seen, failures, n = set(), [], 0
+print("ready", flush=True)
+while n % 256 or not os.path.exists(stop):
+    n += 1
     try:
-        for _ in range(4):
+        name = os.readlink(current)
+        if name not in seen:
+            seen.add(name)
+            build = current.parent / name
+            for product in json.loads((build / "build.json").read_text())["products"]:
+                os.stat(build / product / "manifest.json")
+    except OSError as error:
+        failures.append(str(error))
+print(json.dumps({"seen": len(seen), "failures": failures, "n": n}))
+"""
+
+
+def test_current_is_swapped_atomically(job, store, small_sky, tmp_path):
+    """Another process that looks all the time always finds a whole build."""
+    text = (tmp_path / "job.toml").read_text()
+    changed = load_job(write_job(tmp_path, small_sky, SNR_30))
+    rebuild(changed)
+    (tmp_path / "job.toml").write_text(text)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", LOOK, str(store / "current"), str(tmp_path / "stop")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert reader.stdout is not None and reader.stdout.readline() == "ready\n"
+    try:
+        for _ in range(8):
             rebuild(job)
             rebuild(changed)
     finally:
-        stop.set()
-        reader.join()
-    assert failures == []
-    assert len(seen) > 2
-    assert len(list((store / "builds").iterdir())) == 10
+        (tmp_path / "stop").touch()
+        found = json.loads(reader.communicate(timeout=60)[0])
+    assert found["failures"] == []
+    assert found["seen"] > 10 and found["n"] > 1000
+    assert len(list((store / "builds").iterdir())) == 18
 
 
 def test_gc_keeps_what_is_used(job, store, small_sky):

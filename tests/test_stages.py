@@ -133,7 +133,7 @@ def chain(n: int, seed: int, **moving: Any) -> pa.Table:
     rng = np.random.default_rng(seed)
     ra, dec = (np.arange(n) - n / 2) / 3600, rng.uniform(-0.1, 0.1, n) / 3600
     if moving:
-        ra, dec = propagate(ra, dec, *moving.values(), 2000.0 - EPOCH)
+        ra, dec = propagate(ra, dec, moving["pmra"], moving["pmdec"], 2000.0 - EPOCH)
     table = observations(n, seed)
     columns = {
         "_healpix_29": ang2pix(ra % 360, dec),

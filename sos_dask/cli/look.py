@@ -70,7 +70,7 @@ def surveys(
 
 def verify(
     catalogs: Annotated[
-        list[Path], typer.Argument(help="Directories of catalogs, or of a build: all of its.")
+        list[Path], typer.Argument(help="Directories of catalogs; of a build: all in it.")
     ],
     as_json: Json = False,
 ) -> None:

@@ -15,21 +15,25 @@ Workers = Annotated[
         "--workers",
         "-w",
         min=0,
+        metavar="N",
         help="Worker processes; 0: none, all in this process. Default: one a core.",
         show_default=False,
     ),
 ]
 MemoryLimit = Annotated[
-    str, typer.Option("--memory-limit", help="Memory of each worker, like 4GiB.")
+    str, typer.Option("--memory-limit", metavar="SIZE", help="Memory of each worker, like 4GiB.")
 ]
 Scheduler = Annotated[
     str | None,
     typer.Option(
         "--scheduler",
+        metavar="ADDRESS",
         help="Address or scheduler file of a running Dask cluster, used instead of own workers.",
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Directory that gets the output.")]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", metavar="DIRECTORY", help="Directory that gets the output.")
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace another output in the same directory.")
 ]
@@ -37,4 +41,19 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; progress goes to stderr.")
 ]
 CatalogPath = Annotated[Path, typer.Argument(help="Directory of a catalog.", show_default=False)]
-Store = Annotated[Path, typer.Option("--store", help="Folder of artifacts and builds.")]
+Store = Annotated[
+    Path, typer.Option("--store", metavar="DIRECTORY", help="Folder of artifacts and builds.")
+]
+Rows = Annotated[int, typer.Option("--rows", min=1000, metavar="N", help="Rows of LAMOST.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Same seed, same sky.")]
+Radius = Annotated[
+    float,
+    typer.Option("--radius-arcsec", metavar="X", help="Largest separation of rows of one star."),
+]
+IdRadius = Annotated[
+    float,
+    typer.Option("--id-radius-arcsec", metavar="X", help="The same for rows of one Gaia id."),
+]
+NoGaiaId = Annotated[
+    bool, typer.Option("--no-gaia-id", help="Only positions count, Gaia ids do not.")
+]

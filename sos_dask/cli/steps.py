@@ -12,11 +12,16 @@ import typer
 
 from sos_dask.cli.options import (
     CatalogPath,
+    IdRadius,
     Json,
     MemoryLimit,
+    NoGaiaId,
     Out,
     Overwrite,
+    Radius,
+    Rows,
     Scheduler,
+    Seed,
     Workers,
 )
 from sos_dask.cli.output import print_json, reporting, say, show_metrics, show_step
@@ -42,9 +47,11 @@ def run_step(
 
 def simulate(
     out: Out,
-    rows: Annotated[int, typer.Option("--rows", min=1000, help="LAMOST rows.")] = 200_000,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same bytes.")] = 1,
-    bias: Annotated[bool, typer.Option(help="Inject the LAMOST bias.")] = True,
+    rows: Rows = 200_000,
+    seed: Seed = 1,
+    no_bias: Annotated[
+        bool, typer.Option("--no-bias", help="No systematic difference between the surveys.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a mock sky with known truth, as the surveys' own FITS tables.
@@ -55,7 +62,7 @@ def simulate(
     from sos_dask.simulate import simulate as run
 
     with reporting() as report:
-        files = run(SkySettings(n_lamost=rows, seed=seed, bias=bias), out, report)
+        files = run(SkySettings(n_lamost=rows, seed=seed, bias=not no_bias), out, report)
     if as_json:
         print_json({"files": files})
         return
@@ -68,10 +75,21 @@ def ingest(
     files: Annotated[list[Path], typer.Argument(help="Files of the survey.")],
     out: Out,
     rows_per_partition: Annotated[
-        int, typer.Option(min=1, help="Pixels are split until each holds at most so many rows.")
+        int,
+        typer.Option(
+            "--rows-per-partition",
+            min=1,
+            metavar="N",
+            help="Pixels are split until each holds at most so many rows.",
+        ),
     ] = 1_000_000,
     margin_arcsec: Annotated[
-        float | None, typer.Option(help="Also write a margin catalog: OUT.collection, for LSDB.")
+        float | None,
+        typer.Option(
+            "--margin-arcsec",
+            metavar="X",
+            help="Also write a margin catalog, OUT.collection, for LSDB.",
+        ),
     ] = None,
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",
@@ -110,18 +128,20 @@ def dedupe(
     catalog: CatalogPath,
     out: Out,
     method: Annotated[
-        str, typer.Option(help="inverse-variance, best-snr or median.")
+        str,
+        typer.Option("--method", metavar="NAME", help="inverse-variance, best-snr or median."),
     ] = "inverse-variance",
-    radius_arcsec: Annotated[
-        float, typer.Option(help="Repeats without an id lie within it.")
-    ] = 1.5,
-    id_radius_arcsec: Annotated[
-        float, typer.Option(help="Repeats of one Gaia id lie within it.")
-    ] = 10.0,
+    radius_arcsec: Radius = 1.5,
+    id_radius_arcsec: IdRadius = 10.0,
     max_spread: Annotated[
-        float, typer.Option(help="Flag stars whose repeats spread over so many expected errors.")
+        float,
+        typer.Option(
+            "--max-spread",
+            metavar="X",
+            help="Flag stars whose repeats spread over so many expected errors.",
+        ),
     ] = 5.0,
-    gaia_id: Annotated[bool, typer.Option(help="Use Gaia ids.")] = True,
+    no_gaia_id: NoGaiaId = False,
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",
     scheduler: Scheduler = None,
@@ -136,7 +156,7 @@ def dedupe(
     from sos_dask.dedupe import DedupeSettings
     from sos_dask.stages.dedupe import dedupe as run
 
-    settings = DedupeSettings(radius_arcsec, id_radius_arcsec, method, max_spread, gaia_id)
+    settings = DedupeSettings(radius_arcsec, id_radius_arcsec, method, max_spread, not no_gaia_id)
     opened = Catalog.open(catalog)
     stated = opened.manifest.summary.get("expected_error", {}) if opened.manifest else {}
     step = partial(
@@ -151,13 +171,11 @@ def reference(
         typer.Argument(help="Catalogs of stars as NAME=DIRECTORY, the preferred one first."),
     ],
     out: Out,
-    method: Annotated[str, typer.Option(help="precedence or weighted-mean.")] = "precedence",
-    radius_arcsec: Annotated[
-        float, typer.Option(help="Stars without common ids within it are one.")
-    ] = 1.5,
-    id_radius_arcsec: Annotated[
-        float, typer.Option(help="Stars of one Gaia id within it are one.")
-    ] = 10.0,
+    method: Annotated[
+        str, typer.Option("--method", metavar="NAME", help="precedence or weighted-mean.")
+    ] = "precedence",
+    radius_arcsec: Radius = 1.5,
+    id_radius_arcsec: IdRadius = 10.0,
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",
     scheduler: Scheduler = None,
@@ -190,17 +208,23 @@ def reference(
 def crossmatch(
     left: Annotated[Path, typer.Argument(help="Target: a catalog of observations or stars.")],
     right: Annotated[Path, typer.Argument(help="Reference: a catalog of stars.")],
-    radius_arcsec: Annotated[float, typer.Option(help="Largest separation of a pair.")],
+    radius_arcsec: Radius,
     out: Out,
     pairs: Annotated[
-        str, typer.Option(help="best: one pair a target row; all: every pair.")
+        str,
+        typer.Option(
+            "--pairs", metavar="NAME", help="best: one pair a target row; all: every pair."
+        ),
     ] = "best",
-    id_radius_arcsec: Annotated[
-        float, typer.Option(help="Pairs of one Gaia id lie within it.")
-    ] = 10.0,
-    gaia_id: Annotated[bool, typer.Option(help="Use Gaia ids where the releases agree.")] = True,
-    folds: Annotated[int, typer.Option(min=2, max=100, help="Folds for cross-validation.")] = 5,
-    seed: Annotated[int, typer.Option(help="Other seeds give other folds.")] = 0,
+    id_radius_arcsec: IdRadius = 10.0,
+    no_gaia_id: NoGaiaId = False,
+    folds: Annotated[
+        int,
+        typer.Option("--folds", min=2, max=100, metavar="N", help="Folds for cross-validation."),
+    ] = 5,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Other seeds give other folds.")
+    ] = 0,
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",
     scheduler: Scheduler = None,
@@ -216,7 +240,7 @@ def crossmatch(
     from sos_dask.stages.crossmatch import PairSettings
     from sos_dask.stages.crossmatch import crossmatch as run
 
-    match = MatchSettings(radius_arcsec, id_radius_arcsec, pairs, gaia_id)
+    match = MatchSettings(radius_arcsec, id_radius_arcsec, pairs, not no_gaia_id)
     step = partial(
         run,
         Catalog.open(left),
@@ -233,12 +257,18 @@ def train(
     pairs: Annotated[Path, typer.Argument(help="Catalog of pairs.")],
     out: Out,
     method: Annotated[
-        str, typer.Option("--method", "-m", help="polynomial, boosted, hybrid or symbolic.")
+        str,
+        typer.Option(
+            "--method", "-m", metavar="NAME", help="polynomial, boosted, hybrid or symbolic."
+        ),
     ],
     param: Annotated[
-        list[str] | None, typer.Option("--param", "-p", help="Setting of the method, NAME=VALUE.")
+        list[str] | None,
+        typer.Option("--param", "-p", metavar="NAME=VALUE", help="Setting of the method."),
     ] = None,
-    validation: Annotated[str, typer.Option(help="auto, kfold or holdout.")] = "auto",
+    validation: Annotated[
+        str, typer.Option("--validation", metavar="NAME", help="auto, kfold or holdout.")
+    ] = "auto",
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",
     scheduler: Scheduler = None,
@@ -276,7 +306,12 @@ def apply(
     catalog: CatalogPath,
     out: Out,
     partitions: Annotated[
-        str, typer.Option("--partitions", help="all, i/N, indices 0-9,12 or HEALPix pixels 2:44.")
+        str,
+        typer.Option(
+            "--partitions",
+            metavar="WHICH",
+            help="all, i/N, indices 0-9,12 or HEALPix pixels 2:44.",
+        ),
     ] = "all",
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",

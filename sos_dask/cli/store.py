@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sos_dask.cli.options import Json, MemoryLimit, Scheduler, Store, Workers
+from sos_dask.cli.options import Json, MemoryLimit, Rows, Scheduler, Seed, Store, Workers
 from sos_dask.cli.output import (
     LABEL_UNITS,
     build_document,
@@ -29,9 +29,9 @@ _MIB = 2**20
 
 
 def demo(
-    rows: Annotated[int, typer.Option("--rows", min=1000, help="LAMOST rows.")] = 200_000,
+    rows: Rows = 200_000,
     store: Store = Path("demo-store"),
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same sky.")] = 1,
+    seed: Seed = 1,
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",
     as_json: Json = False,
@@ -76,14 +76,16 @@ def demo(
 def rebuild(
     job: Annotated[Path, typer.Argument(help="Job file (TOML).")],
     store: Annotated[
-        Path | None, typer.Option("--store", help="Used instead of the job's store.")
+        Path | None,
+        typer.Option("--store", metavar="DIRECTORY", help="Used instead of the job's store."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, and why.")
     ] = False,
     workers: Workers = None,
     memory_limit: Annotated[
-        str | None, typer.Option("--memory-limit", help="Memory of each worker, like 4GiB.")
+        str | None,
+        typer.Option("--memory-limit", metavar="SIZE", help="Memory of each worker, like 4GiB."),
     ] = None,
     scheduler: Scheduler = None,
     as_json: Json = False,
@@ -182,7 +184,8 @@ def status(store: Store = Path("store"), as_json: Json = False) -> None:
 def gc(
     store: Store = Path("store"),
     keep_builds: Annotated[
-        int, typer.Option("--keep-builds", help="How many of the latest builds stay.")
+        int,
+        typer.Option("--keep-builds", metavar="N", help="How many of the latest builds stay."),
     ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: Json = False,

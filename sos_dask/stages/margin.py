@@ -74,7 +74,8 @@ def margin(
                 target = os.path.relpath(catalog.path.resolve(), directory.resolve())
                 (directory / "catalog").symlink_to(target)
             write_collection(directory, catalog.name, "catalog", ["margin"])
-            run_parts(output, "margin", parts, _margin_part, cluster or Cluster(), "margin", report)
+            step = f"margin of {catalog.name}"
+            run_parts(output, "margin", parts, _margin_part, cluster or Cluster(), step, report)
             done = records(output, "margin", list(parts)) or []
             n_out = sum(record["file"]["rows"] for record in done if record["file"])
             n_in = catalog.n_rows

@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sos_dask.catalog import Catalog
 from tests.bench.peers import partitions
 
 
 def _pairs(kind: str, path: Path) -> pa.Table:
     """Keys of the pairs that a program wrote."""
     if kind == "ours":
+        from sos_dask.catalog import Catalog
+
         catalog = Catalog.open(path)
         columns = ("target_obs_id", "reference_star_id")
         table = pa.concat_tables([catalog.read(pixel, columns) for pixel in catalog.pixels])

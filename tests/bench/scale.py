@@ -24,7 +24,7 @@ ROWS_PER_PARTITION = 1_000_000
 REFERENCE_SHARE = 1.7 / 19
 SHARED = 0.35  # of the reference rows, that are rows of the target, too
 # What both sides, and the largest output of a step, take on disk for a row of the target.
-BYTES_PER_ROW = 190
+BYTES_PER_ROW = 140
 _LABELS = ("teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr")
 
 

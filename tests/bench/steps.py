@@ -399,9 +399,10 @@ def start(bench: Bench) -> None:
     """What every command takes before it works: ``--help``, and workers that do nothing."""
     runs = [bench.run("help", [*sos_dask(), "--help"]) for _ in range(5)]
     bench.add("start", _median(runs), variant="--help")
-    nothing = _START.format(bench.place.workers)
+    if bench.place.workers == 0:
+        return
     script = bench.output("start.py")
-    script.write_text(nothing)
+    script.write_text(_START.format(bench.place.workers))
     runs = [bench.run("start-workers", [sys.executable, script]) for _ in range(3)]
     bench.add("start", _median(runs), variant=f"{bench.place.workers} workers")
 

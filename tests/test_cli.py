@@ -460,6 +460,14 @@ def test_another_output_is_not_overwritten_unless_told(cli, small_store, tmp_pat
     assert (tmp_path / "mine/thesis.tex").read_text() == "42"
 
 
+def test_an_output_that_cannot_be_made(cli, small_store, tmp_path):
+    catalog = small_store / "current/apogee.observations"
+    (tmp_path / "file").touch()
+    for place in ("file", "file/out", "/proc/out"):
+        assert_error(cli("dedupe", catalog, "-o", place, "-w", 0), 9, f"cannot .*write {place}")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
 # -- full disks and signals, in real processes ----------------------------------------------------
 
 

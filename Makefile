@@ -80,5 +80,5 @@ $(VENV)/.python:
 	exit 1
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) demo-store build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find sos_dask tests -name __pycache__ -type d -prune -exec rm -rf {} +

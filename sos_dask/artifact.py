@@ -324,6 +324,10 @@ class Output:
         if list(_finished_files(self.directory)) == [self.work / "fingerprint"]:
             shutil.rmtree(self.directory)
 
+    def discard(self) -> None:
+        """Remove all that was made of an output that will never be complete."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
     @property
     def work(self) -> Path:
         """Hidden folder of intermediate files; gone when the output is complete."""

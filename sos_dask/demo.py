@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from sos_dask.artifact import canonical_json, write_text
 from sos_dask.catalog import Catalog
 from sos_dask.cluster import Report, silent
+from sos_dask.compare import binned_median_rms
 from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, simulate
 
@@ -99,11 +99,14 @@ def against_truth(corrected: Path, truth: Path) -> list[Recovery]:
     found = []
     for number, label in enumerate(LABELS):
         for other, binned_by in enumerate(LABELS):
-            edges = np.linspace(*DENSE[binned_by], N_BINS + 1)
-            bins = np.digitize(before[inside, other], edges) - 1
-            old, n_bins, n = _rms(bins, (before - true_labels)[inside, number])
-            new, _, _ = _rms(bins, (after - true_labels)[inside, number])
-            found.append(Recovery(label, binned_by, n_bins, n, old, new))
+            edges = np.linspace(*DENSE[binned_by], N_BINS + 1).tolist()
+            x = before[inside, other]
+            old, new = (
+                binned_median_rms(x, residual[inside, number], edges, MIN_STARS_A_BIN)
+                for residual in (before - true_labels, after - true_labels)
+            )
+            used = [n for n in new.n if n >= MIN_STARS_A_BIN]
+            found.append(Recovery(label, binned_by, len(used), sum(used), old.rms, new.rms))
     return found
 
 
@@ -113,13 +116,3 @@ def _true_labels(truth: Path) -> pa.Table:
     table = table.filter(pc.equal(table["survey"], "lamost")).drop_columns(["survey"])
     keys = table["obs_id"].cast(pa.int64())
     return table.set_column(0, "obs_id", keys).sort_by("obs_id")
-
-
-def _rms(bins: NDArray[np.int64], residual: NDArray[np.float32]) -> tuple[float, int, int]:
-    medians, n = [], 0
-    for number in range(N_BINS):
-        chosen = residual[bins == number]
-        if len(chosen) >= MIN_STARS_A_BIN:
-            medians.append(float(np.median(chosen)))
-            n += len(chosen)
-    return float(np.sqrt(np.mean(np.square(medians)))) if medians else float("nan"), len(medians), n

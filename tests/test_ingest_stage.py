@@ -3,6 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.errors import SurveyError
+from sos_dask.schema import load_survey
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
 from tests.survey_files import rows, survey, write_fits
 
@@ -40,3 +41,19 @@ def test_what_decides_no_row_is_not_in_the_recipe():
     ]
     assert recipes[0] == recipes[1] == recipes[2]
     assert recipes[0] != ingest_recipe(survey(missing=[]), ["a" * 64], IngestSettings(), "mock")
+
+
+def test_refused_files_leave_nothing_behind(tmp_path):
+    """Refused after the first pass, when pieces are there: the mended command starts afresh."""
+    rng = np.random.default_rng(0)
+    giants = load_survey("lamost-dr3-giants")
+    ra, dec = rng.uniform(0, 360, 200), rng.uniform(-60, 60, 200)
+    text = "obsid,ra,dec,l,b,teff,logg,feh,rv\n" + "".join(
+        f"{i},{ra[i]},{dec[i]},0,0,3.69,2.0,-0.5,1\n" for i in range(200)
+    )
+    (tmp_path / "log.csv").write_text(text)
+    with pytest.raises(SurveyError, match="log10"):
+        ingest(giants, [tmp_path / "log.csv"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "log.csv").write_text(text.replace(",3.69,", ",4900,"))
+    assert ingest(giants, [tmp_path / "log.csv"], tmp_path / "out").rows.n_out == 200

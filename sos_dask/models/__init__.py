@@ -450,7 +450,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from None
+        raise ModelError(
+            f"{path}: {error.strerror}", "A model is a directory that 'sos-dask train' has written."
+        ) from None
 
 
 def parse_json(content: bytes, name: Path | str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sos_dask.artifact import FileRecord, Manifest, Output, Rows, atomic_path
 from sos_dask.catalog import Catalog, write_catalog_metadata
 from sos_dask.cluster import Cluster, Report
+from sos_dask.errors import SurveyError
 from sos_dask.healpix import HealpixPixel
 
 T = TypeVar("T")
@@ -75,10 +76,15 @@ def records(output: Output, kind: str, keys: Sequence[str]) -> list[dict[str, An
 def unless_complete(output: Output) -> Iterator[None]:
     """Ignore an error that came only because another process completed the same output.
 
-    A run that failed before it made anything leaves no trace of itself.
+    A run that failed before it made anything leaves no trace of itself; nor does one whose survey
+    files were refused, since what was made of them is of no use.
     """
     try:
         yield
+    except SurveyError:
+        if not output.complete:
+            output.discard()
+            raise
     except Exception:
         if not output.complete:
             output.release()

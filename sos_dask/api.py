@@ -11,7 +11,8 @@ from sos_dask.cluster import Cluster, start
 from sos_dask.config import Job, load_job
 from sos_dask.crossmatch import MatchSettings
 from sos_dask.dedupe import DedupeSettings
-from sos_dask.pipeline import gc, plan, rebuild, status
+from sos_dask.pipeline import rebuild
+from sos_dask.plan import plan
 from sos_dask.schema import Survey, builtin_surveys, load_survey
 from sos_dask.simulate import SkySettings, simulate
 from sos_dask.stages.apply import apply
@@ -21,6 +22,7 @@ from sos_dask.stages.ingest import IngestSettings, ingest
 from sos_dask.stages.margin import margin
 from sos_dask.stages.reference import ReferenceSettings, reference
 from sos_dask.stages.train import TrainSettings, train
+from sos_dask.store import gc, status
 from sos_dask.unify import UnifySettings
 from sos_dask.verify import verify
 

@@ -22,8 +22,10 @@ from sos_dask.catalog import Catalog
 from sos_dask.config import load_job
 from sos_dask.correct import FLAG_NULL_INPUT, FLAG_QUALITY
 from sos_dask.errors import CatalogError, ConfigError, ModelError, PartitionError, SurveyError
-from sos_dask.pipeline import gc, plan, rebuild, status
+from sos_dask.pipeline import rebuild
+from sos_dask.plan import plan
 from sos_dask.schema import LABELS
+from sos_dask.store import gc, status
 from sos_dask.verify import verify
 from tests.conftest import ROOT
 from tests.job import contents, write_job

@@ -78,7 +78,7 @@ def verify(
 
     Example: sos-dask verify store/current
     """
-    from sos_dask.pipeline import BUILD_FILE, catalogs_of
+    from sos_dask.store import BUILD_FILE, catalogs_of
     from sos_dask.verify import verify as run
 
     chosen: list[Path] = []

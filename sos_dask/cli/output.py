@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from sos_dask.artifact import Manifest, Rows
     from sos_dask.cluster import Report
     from sos_dask.compare import Metric
-    from sos_dask.pipeline import Build, StageResult
+    from sos_dask.pipeline import Build
+    from sos_dask.store import StageResult
 
 LABEL_UNITS = {"teff": "K", "logg": "dex", "feh": "dex"}
 _WIDTH = 120  # of a table that goes into a file

@@ -94,8 +94,8 @@ def rebuild(
 
     Example: sos-dask rebuild jobs/real.toml --dry-run
     """
-    from sos_dask import pipeline
     from sos_dask.config import load_job
+    from sos_dask.plan import plan
 
     loaded = load_job(job)
     if not dry_run:
@@ -105,7 +105,7 @@ def rebuild(
         else:
             show_build(build)
         return
-    stages = pipeline.plan(loaded, store)
+    stages = plan(loaded, store)
     if as_json:
         document = {
             stage.product: {
@@ -151,7 +151,7 @@ def status(store: Store = Path("store"), as_json: Json = False) -> None:
 
     Example: sos-dask status --store store
     """
-    from sos_dask.pipeline import status as run
+    from sos_dask.store import status as run
 
     found = run(store)
     if as_json:
@@ -194,7 +194,7 @@ def gc(
 
     Example: sos-dask gc --store store --keep-builds 3 --dry-run
     """
-    from sos_dask.pipeline import gc as run
+    from sos_dask.store import gc as run
 
     removed = run(store, keep_builds=keep_builds, dry_run=dry_run)
     if as_json:

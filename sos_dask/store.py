@@ -1,0 +1,259 @@
+"""A store on disk: builds, what they use, what is unfinished, what can go.
+
+Layout (``<store>``)::
+
+    artifacts/<stage>/<fingerprint>/     one output each, complete when it has a manifest
+    builds/<utc>/<product>               links to artifacts, and build.json
+    current                              link to the latest build, swapped atomically
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sos_dask import __version__
+from sos_dask.artifact import MANIFEST, Manifest, Recipe, storage_errors, write_text
+from sos_dask.catalog import PROPERTIES
+from sos_dask.errors import CatalogError, ConfigError
+
+BUILD_FILE = "build.json"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of one stage."""
+
+    product: str
+    stage: str
+    ran: bool
+    why: str
+    rows_in: int
+    rows_out: int
+    rejected: int
+    dropped: Mapping[str, int]
+    added: Mapping[str, int]
+    path: str
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+def home(stage: str, directory: Path) -> Path:
+    """Where the manifest of an output is: a margin catalog lies inside its collection."""
+    return directory / "margin" if stage == "margin" else directory
+
+
+def result_of(product: str, stage: str, directory: Path, ran: bool, why: str) -> StageResult:
+    """What a finished stage says of itself."""
+    manifest = Manifest.load(home(stage, directory))
+    return StageResult(
+        product=product,
+        stage=stage,
+        ran=ran,
+        why=why,
+        rows_in=manifest.rows.n_in,
+        rows_out=manifest.rows.n_out,
+        rejected=manifest.rows.rejected,
+        dropped=dict(manifest.rows.dropped),
+        added=dict(manifest.rows.added),
+        path=str(directory),
+        summary=manifest.summary,
+    )
+
+
+def publish(
+    store: Path, job: str, job_text: str, products: Mapping[str, tuple[Recipe, Path]]
+) -> Path:
+    """Link the products into a new build and let ``current`` name it; an equal build is kept.
+
+    Parameters
+    ----------
+    job, job_text : str
+        Name and text of the job.
+    products : mapping of str to (Recipe, Path)
+        Recipe and directory of each, in the order of the plan.
+    """
+    fingerprints = {product: recipe.fingerprint for product, (recipe, _) in products.items()}
+    current = store / "current"
+    if published(store) == fingerprints:
+        return current.resolve()
+    now = datetime.datetime.now(datetime.UTC)
+    build = store / "builds" / now.strftime("%Y%m%dT%H%M%S.%fZ")
+    with storage_errors(build):
+        build.mkdir(parents=True)
+        for product, (_, directory) in products.items():
+            target = os.path.relpath(directory, build)
+            (build / product).symlink_to(target, target_is_directory=True)
+        document = {
+            "job": job,
+            "job_file": job_text,
+            "products": fingerprints,
+            "stages": {product: recipe.stage for product, (recipe, _) in products.items()},
+            "sos_dask": __version__,
+            "utc": now.isoformat(timespec="seconds"),
+        }
+        write_text(build / BUILD_FILE, json.dumps(document, indent=1))
+        swap = store / f".current.{os.getpid()}"
+        swap.unlink(missing_ok=True)
+        swap.symlink_to(os.path.relpath(build, store), target_is_directory=True)
+        swap.replace(current)
+    return build
+
+
+def read_build(path: Path) -> dict[str, Any]:
+    """``build.json`` of a build; `CatalogError` where it is none."""
+    try:
+        return dict(json.loads((path / BUILD_FILE).read_text()))
+    except (OSError, ValueError) as error:
+        raise CatalogError(f"{path} is not a build: {error}") from None
+
+
+def published(store: Path) -> dict[str, str]:
+    """Fingerprints of the products of the latest build; empty without a readable one."""
+    try:
+        return dict(read_build(store / "current")["products"])
+    except (CatalogError, KeyError):
+        return {}
+
+
+def current_recipes(store: Path) -> dict[str, Recipe]:
+    """Recipes of the products of the latest build; empty without one."""
+    current = store / "current"
+    recipes = {}
+    for product in published(store):
+        directory = (current / product).resolve()
+        try:
+            recipes[product] = Manifest.load(home(directory.parent.name, directory)).recipe
+        except CatalogError:
+            continue
+    return recipes
+
+
+def catalogs_of(build: Path) -> list[Path]:
+    """Catalogs among the products of a build, in the order of the plan.
+
+    Raises
+    ------
+    CatalogError
+        Not a build.
+    """
+    products = [build / product for product in read_build(build)["products"]]
+    return [path for path in products if (path / PROPERTIES).is_file()]
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """What a store holds; ``missing``: products of the build that are gone, or damaged."""
+
+    store: Path
+    current: str
+    builds: tuple[str, ...]
+    products: tuple[StageResult, ...]
+    missing: tuple[str, ...]
+    unfinished: tuple[str, ...]
+    unused_bytes: int
+    bytes: int
+
+
+def status(store: Path) -> StoreStatus:
+    """Latest build of a store, its products in the order of the plan, unfinished outputs, space.
+
+    Raises
+    ------
+    CatalogError
+        The folder is no store.
+    """
+    if not (store / "artifacts").is_dir():
+        raise CatalogError(f"{store} is not a store: it has no artifacts", "Run a rebuild first.")
+    products, missing = [], []
+    current = store / "current"
+    name = ""
+    if current.exists():
+        build = read_build(current)
+        name = current.resolve().name
+        for product, stage_name in build["stages"].items():
+            directory = (current / product).resolve()
+            try:
+                products.append(result_of(product, stage_name, directory, False, "published"))
+            except CatalogError as error:
+                missing.append(f"{product}: {error.message}")
+    used = _used_artifacts(store, keep=None)
+    artifacts = _artifacts(store)
+    sizes = {path: _size(path) for path in artifacts}
+    return StoreStatus(
+        store,
+        name,
+        tuple(sorted(path.name for path in (store / "builds").glob("*"))),
+        tuple(products),
+        tuple(missing),
+        tuple(str(path.relative_to(store)) for path in artifacts if _is_unfinished(path)),
+        sum(size for path, size in sizes.items() if path not in used),
+        sum(sizes.values()),
+    )
+
+
+def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tuple[Path, int]]:
+    """Remove old builds and every output that no kept build uses.
+
+    Parameters
+    ----------
+    keep_builds : int
+        How many of the latest builds stay (at least 1: the current one always does).
+    dry_run : bool
+        Only say what would go.
+
+    Returns
+    -------
+    list of (Path, int)
+        What was (would be) removed, with its bytes. Unfinished outputs go, too: do not run it
+        beside a rebuild.
+    """
+    if keep_builds < 1:
+        raise ConfigError(f"{keep_builds} builds cannot be kept: the current one always stays")
+    if not (store / "artifacts").is_dir():
+        raise CatalogError(f"{store} is not a store: it has no artifacts")
+    kept = _kept_builds(store, keep_builds)
+    used = _used_artifacts(store, keep_builds)
+    doomed = [path for path in sorted((store / "builds").glob("*")) if path not in kept]
+    doomed += [path for path in _artifacts(store) if path not in used]
+    removed = [(path, _size(path)) for path in doomed]
+    if not dry_run:
+        for path in doomed:
+            shutil.rmtree(path)
+    return removed
+
+
+def _artifacts(store: Path) -> list[Path]:
+    return sorted(path for path in (store / "artifacts").glob("*/*") if path.is_dir())
+
+
+def _is_unfinished(path: Path) -> bool:
+    return not (home(path.parent.name, path) / MANIFEST).is_file()
+
+
+def _kept_builds(store: Path, keep: int | None) -> set[Path]:
+    builds = sorted((store / "builds").glob("*"))
+    kept = set(builds if keep is None else builds[-keep:])
+    current = store / "current"
+    if current.exists():
+        kept.add(store / "builds" / current.resolve().name)
+    return kept
+
+
+def _used_artifacts(store: Path, keep: int | None) -> set[Path]:
+    root = store.resolve()
+    return {
+        store / link.resolve().relative_to(root)
+        for build in _kept_builds(store, keep)
+        for link in build.iterdir()
+        if link.is_symlink()
+    }
+
+
+def _size(path: Path) -> int:
+    return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())

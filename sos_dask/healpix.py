@@ -177,7 +177,7 @@ def propagate(
     lon, lat = np.radians(ra), np.radians(dec)
     east, north = pmra * years, pmdec * years
     angle = np.hypot(east, north) / 1000.0 / ARCSEC_PER_RADIAN
-    still = angle == 0.0
+    still = angle < 1e-200  # its inverse could overflow
     scale = np.where(still, 0.0, 1.0 / np.where(still, 1.0, np.hypot(east, north)))
     sin_lat, cos_lat = np.sin(lat), np.cos(lat)
     sin_lon, cos_lon = np.sin(lon), np.cos(lon)

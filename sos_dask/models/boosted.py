@@ -25,7 +25,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -89,8 +89,9 @@ class BoostedCorrection(Fitted):
     Parameters
     ----------
     info : ModelInfo
-    boosters : tuple of xgboost.Booster
-        One a label.
+    ensembles : tuple of bytes
+        The trees of each label in XGBoost's UBJSON; decoded where they are needed, since with a
+        table they are not, and XGBoost takes more than a second to import.
     center, spread : ndarray of float64, shape (3,), K, dex, dex
         A difference is ``center + spread * (sum of the trees)``.
     table : LookupTable, optional
@@ -100,19 +101,41 @@ class BoostedCorrection(Fitted):
     def __init__(
         self,
         info: ModelInfo,
-        boosters: tuple[Any, ...],
+        ensembles: tuple[Content, ...],
         center: FloatArray,
         spread: FloatArray,
         table: LookupTable | None = None,
     ) -> None:
         super().__init__(info)
-        for booster in boosters:
-            # A worker has one thread; a model trained on a GPU is used anywhere.
-            booster.set_param({"nthread": 1, "device": "cpu"})
-        self.boosters = boosters
+        self.ensembles = ensembles
         self.center = center
         self.spread = spread
         self.table = table
+
+    @cached_property
+    def boosters(self) -> tuple[Any, ...]:
+        """The trees as ``xgboost.Booster``, one a label.
+
+        Raises
+        ------
+        ModelError
+            The installed XGBoost cannot read them, or they are of other features.
+        """
+        import xgboost
+
+        try:
+            boosters = tuple(xgboost.Booster(model_file=bytearray(e)) for e in self.ensembles)
+        except xgboost.core.XGBoostError as error:
+            raise ModelError(
+                f"XGBoost {xgboost.__version__} cannot read the trees: {error}",
+                "Install the XGBoost that the model was trained with, or train it again.",
+            ) from None
+        for label, booster in zip(LABELS, boosters, strict=True):
+            if booster.num_features() != len(FEATURES):
+                raise ModelError(f"{_file(label)}: {booster.num_features()} features, not 3")
+            # A worker has one thread; a model trained on a GPU is used anywhere.
+            booster.set_param({"nthread": 1, "device": "cpu"})
+        return boosters
 
     def trees(self, features: Float32Array) -> Float32Array:
         """Sums of the trees, shape (n, 3), by XGBoost itself.
@@ -138,8 +161,7 @@ class BoostedCorrection(Fitted):
             "center": dict(zip(LABELS, self.center.tolist(), strict=True)),
             "spread": dict(zip(LABELS, self.spread.tolist(), strict=True)),
         }
-        raw = [bytes(booster.save_raw("ubj")) for booster in self.boosters]
-        trees = {_file(label): content for label, content in zip(LABELS, raw, strict=True)}
+        trees = {_file(label): bytes(e) for label, e in zip(LABELS, self.ensembles, strict=True)}
         table = self.table or compile_trees(self.boosters, self.center, self.spread)
         compiled = {} if table is None else {TABLE: table.to_bytes()}
         return {FILE: to_json(document), **trees, **compiled}
@@ -151,27 +173,18 @@ def _file(label: str) -> str:
 
 def restore(info: ModelInfo, files: Mapping[str, Content]) -> BoostedCorrection:
     """Model from its files; `ModelError` where they are incomplete."""
-    import xgboost
-
     document = parse_json(bytes(files.get(FILE, b"")), FILE)
     try:
         center = np.array([document["center"][label] for label in LABELS], dtype=np.float64)
         spread = np.array([document["spread"][label] for label in LABELS], dtype=np.float64)
-        contents = [files[_file(label)] for label in LABELS]
+        ensembles = tuple(files[_file(label)] for label in LABELS)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"model 'boosted': incomplete or damaged ({error!r})") from None
-    try:
-        boosters = tuple(xgboost.Booster(model_file=bytearray(content)) for content in contents)
-    except xgboost.core.XGBoostError as error:
-        raise ModelError(
-            f"XGBoost {xgboost.__version__} cannot read the trees: {error}",
-            "Install the XGBoost that the model was trained with, or train it again.",
-        ) from None
-    for label, booster in zip(LABELS, boosters, strict=True):
-        if booster.num_features() != len(FEATURES):
-            raise ModelError(f"{_file(label)}: {booster.num_features()} features, not 3")
     table = LookupTable.from_buffer(files[TABLE]) if TABLE in files else None
-    return BoostedCorrection(info, boosters, center, spread, table)
+    correction = BoostedCorrection(info, ensembles, center, spread, table)
+    if table is None:
+        _ = correction.boosters  # so that trees that cannot be read are refused here
+    return correction
 
 
 def fit(
@@ -192,7 +205,8 @@ def fit(
     job = _Job(source, train_folds, params, summary, edges)
     boosters = _fit_here(job, progress) if client is None else _fit_there(job, client, progress)
     info = summary.info("boosted", params, train_folds)
-    return BoostedCorrection(info, boosters, summary.center, summary.spread)
+    ensembles = tuple(bytes(booster.save_raw("ubj")) for booster in boosters)
+    return BoostedCorrection(info, ensembles, summary.center, summary.spread)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -166,6 +167,22 @@ def _quiet_workers() -> Any:
     return Quiet()
 
 
+# What every worker imports before its first task.
+_PRELOADED = ["distributed", "distributed.nanny", "pyarrow.compute", "sos_dask.catalog"]
+
+
+def _share_imports() -> None:
+    """Have worker processes start as copies of one that has done their imports.
+
+    With two workers it saves 1 of 3 CPU seconds, and a lost worker is replaced at once.
+    """
+    import distributed.utils
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    # Dask's own list would import pandas and more, in this process too.
+    distributed.utils._forkserver_preload_set = True
+
+
 @contextlib.contextmanager
 def start(
     n_workers: int | None = None,
@@ -202,6 +219,7 @@ def start(
             {
                 "distributed.logging.distributed": "critical",
                 "distributed.worker.daemon": True,
+                "distributed.worker.multiprocessing-method": "forkserver",
                 # A frozen worker is given up after this; its tasks run elsewhere.
                 "distributed.scheduler.worker-ttl": "60s",
                 "distributed.admin.large-graph-warning-threshold": "100MB",
@@ -224,6 +242,7 @@ def start(
                     "Check the address, or leave it out to work on this machine.",
                 ) from error
         else:
+            _share_imports()
             with _children_ignore_interrupts():
                 local = stack.enter_context(
                     LocalCluster(

@@ -68,18 +68,14 @@ def correct(table: pa.Table, correction: Predictor) -> pa.Table:
     x = features(*labels)
     known = np.isfinite(x[:, 0]) & np.isfinite(x[:, 1]) & np.isfinite(x[:, 2])
     delta = correction.predict(x)
-    flags = np.where(known, 0, FLAG_NULL_INPUT).astype(np.int32)
-    flags[known & ~correction.in_range(x)] |= FLAG_OUTSIDE_TRAINING
+    flags = ~known * np.int32(FLAG_NULL_INPUT)
+    flags |= (known & ~correction.in_range(x)) * np.int32(FLAG_OUTSIDE_TRAINING)
     if "quality" in table.schema.names:
-        flags[table["quality"].to_numpy() != 0] |= FLAG_QUALITY
-    missing = ~known
+        flags |= (table["quality"].to_numpy() != 0) * np.int32(FLAG_QUALITY)
     schema = corrected_schema(table.schema)
     columns = [table[field.name] for field in table.schema if field.name not in _NEW]
-    columns += [
-        pa.array(label - delta[:, number], pa.float32(), mask=missing)
-        for number, label in enumerate(labels)
-    ]
-    columns += [
-        pa.array(delta[:, number], pa.float32(), mask=missing) for number in range(len(LABELS))
-    ]
+    validity = pa.array(known).buffers()[1]
+    for values in (*(label - d for label, d in zip(labels, delta.T, strict=True)), *delta.T):
+        buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=np.float32))
+        columns.append(pa.Array.from_buffers(pa.float32(), len(values), [validity, buffer]))
     return pa.Table.from_arrays([*columns, pa.array(flags)], schema=schema)

@@ -32,10 +32,10 @@ def features(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> NDArray[np.flo
     Returns
     -------
     ndarray of float32, shape (n, 3)
-        Columns `FEATURES`: Teff / 5040 K, log g, [Fe/H].
+        Columns `FEATURES`: Teff / 5040 K, log g, [Fe/H]; each is contiguous.
     """
     columns = [np.asarray(column, dtype=np.float32) for column in (teff, logg, feh)]
-    return np.stack([columns[0] / np.float32(TEFF_UNIT_K), *columns[1:]], axis=1)
+    return np.stack([columns[0] / np.float32(TEFF_UNIT_K), *columns[1:]]).T
 
 
 def polynomial_terms(order: int = 4, n: int = len(FEATURES)) -> IntArray:

@@ -19,7 +19,7 @@ from sos_dask.features import (
 def test_features_are_scaled_and_keep_unknown_values():
     x = features([5040.0, 4032.0, np.nan], [4.5, np.nan, 2.0], np.array([-0.5, 0.1, 0.0]))
     assert x.dtype == np.float32
-    assert x.flags.c_contiguous
+    assert x.flags.f_contiguous
     assert len(FEATURES) == x.shape[1] == 3
     np.testing.assert_array_equal(
         x, np.array([[1, 4.5, -0.5], [0.8, np.nan, 0.1], [np.nan, 2, 0]], dtype=np.float32)

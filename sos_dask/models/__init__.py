@@ -42,6 +42,8 @@ Progress = Callable[[str, int, int], None]
 
 Content = bytes | memoryview
 _SMALL_FILE = 1 << 20
+# Rows that are predicted at once: what is made of them on the way stays in the cache.
+_BLOCK_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -199,16 +201,23 @@ class Fitted(abc.ABC):
         Returns
         -------
         ndarray of float32, shape (n, 3)
-            K, dex, dex. nan in all labels where any feature is nan or infinite.
+            K, dex, dex, each column contiguous. nan in all labels where any feature is nan or
+            infinite.
         """
         x = _checked(features)
         low, high = self._box()
-        known = _in_all_columns(np.isfinite(x))
-        if not known.all():
-            x = np.where(known[:, None], x, low)
-        x = np.clip(x, low, high)
-        out = self.evaluate(x) if len(x) else np.empty((0, len(LABELS)), dtype=np.float32)
-        out[~known] = np.nan
+        out = np.empty((len(LABELS), len(x)), dtype=np.float32).T
+        for start in range(0, len(x), _BLOCK_ROWS):
+            block = x[start : start + _BLOCK_ROWS]
+            known = _in_all_columns(np.isfinite(block))
+            block = np.clip(block, low, high)
+            if known.all():
+                out[start : start + _BLOCK_ROWS] = self.evaluate(block)
+            else:
+                block[~known] = low
+                found = self.evaluate(block)
+                found[~known] = np.nan
+                out[start : start + _BLOCK_ROWS] = found
         return out
 
     def in_range(self, features: Float32Array) -> NDArray[np.bool_]:

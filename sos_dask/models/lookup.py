@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sos_dask.errors import ModelError
 
 MAX_CELLS = 1 << 25
-_BLOCK = 1 << 15
+_BLOCK = 1 << 14
 _PLACES = 1 << 13
 Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
@@ -66,7 +66,8 @@ class LookupTable:
             for axis, bins in enumerate(self._bins):
                 cell *= self.values.shape[axis]
                 cell += bins.of(np.ascontiguousarray(block[:, axis]))
-            np.take(flat, cell, axis=0, out=out[first : first + _BLOCK])
+            # No cell is outside; the mode that checks it would copy all once more.
+            np.take(flat, cell, axis=0, out=out[first : first + _BLOCK], mode="clip")
         return out
 
     @cached_property

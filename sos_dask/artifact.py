@@ -26,7 +26,6 @@ from sos_dask.errors import CatalogError, StorageError
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 WORK = ".work"
-_HASH_BLOCK = 1 << 22
 
 
 def canonical_json(value: Any) -> str:
@@ -36,11 +35,8 @@ def canonical_json(value: Any) -> str:
 
 def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -131,6 +133,35 @@ def test_order_and_batches_of_the_pairs_do_not_matter():
     x = batch.features
     assert (np.abs(out.predict(x) - other.predict(x)) / NOISE).max() < 1e-4
     assert thresholds(out) == thresholds(other)
+
+
+def test_a_saved_model_needs_no_xgboost_to_predict(tmp_path):
+    """It takes a second to import, in every worker."""
+    batch = biased_pairs(2000, 16)
+    out = fit(ArraySource(batch), params=QUICK)
+    out.save(tmp_path / "model")
+    np.save(tmp_path / "x.npy", batch.features)
+    code = """
+import pathlib, sys
+import numpy as np
+from sos_dask import models
+found = models.load(pathlib.Path("model"), check=False).predict(np.load("x.npy"))
+assert "xgboost" not in sys.modules
+np.save("found.npy", found)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    found = np.load(tmp_path / "found.npy")
+    np.testing.assert_allclose(found, out.predict(batch.features), rtol=1e-5, atol=2e-5)
+
+
+def test_damaged_trees_without_a_table_are_refused():
+    out = fit(ArraySource(biased_pairs(2000, 16)), params=QUICK)
+    files = dict(out.files())
+    assert boosted.restore(out.info, files).ensembles == out.ensembles
+    del files[boosted.TABLE]
+    files["logg.ubj"] = files["logg.ubj"][:100]
+    with pytest.raises(ModelError, match="cannot read the trees"):
+        boosted.restore(out.info, files)
 
 
 def test_a_feature_of_one_value_is_never_split():

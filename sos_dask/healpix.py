@@ -420,7 +420,10 @@ def candidates(
         step_max = float(step if step.ndim == 0 else step[rows].max())
         at, entered = _touched(fine, own, order, step_max * 2.0**order, later_only)
         low = rows + 1 if later_only else np.searchsorted(sorted_cells, own << shift)
-        high = np.searchsorted(sorted_cells, (own + 1) << shift)
+        if later_only and everything:
+            high = _run_stops(own)
+        else:
+            high = np.searchsorted(sorted_cells, (own + 1) << shift)
         near_low = np.searchsorted(sorted_cells, entered << shift)
         near_high = np.searchsorted(sorted_cells, (entered + 1) << shift)
         found, near_found = high - low, near_high - near_low
@@ -434,6 +437,12 @@ def candidates(
                 waiting.setdefault(order + 1, []).append(rows[crowded])
         yield from _expand(rows, low, found)
         yield from _expand(rows[at], near_low, near_found)
+
+
+def _run_stops(values: IntArray) -> IntArray:
+    """Where the run of equal values ends that each value of a sorted array is in."""
+    stops = np.flatnonzero(np.append(values[1:] != values[:-1], True)) + 1
+    return np.repeat(stops, np.diff(stops, prepend=0))
 
 
 def _touched(

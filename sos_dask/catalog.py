@@ -34,7 +34,7 @@ from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.healpix import HealpixPixel, Ranges, in_ranges
 from sos_dask.schema import HEALPIX_COLUMN, nearest
 
-ROW_GROUP_ROWS = 1 << 16
+ROW_GROUP_ROWS = 1 << 15
 PROPERTIES = "hats.properties"
 PARTITION_INFO = "partition_info.csv"
 COMMON_METADATA = "dataset/_common_metadata"

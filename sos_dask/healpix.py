@@ -335,6 +335,12 @@ def in_ranges(cells29: IntArray, ranges: Ranges) -> NDArray[np.bool_]:
         return np.zeros(len(cells29), dtype=bool)
     starts = np.array([first for first, _ in ranges], dtype=np.int64)
     stops = np.array([stop for _, stop in ranges], dtype=np.int64)
+    if len(cells29) > len(ranges) and not np.any(cells29[1:] < cells29[:-1]):
+        # Sorted: it is enough to find where the ranges begin and end.
+        steps = np.zeros(len(cells29) + 1, dtype=np.int64)
+        np.add.at(steps, np.searchsorted(cells29, starts), 1)
+        np.subtract.at(steps, np.searchsorted(cells29, stops), 1)
+        return np.asarray(np.cumsum(steps[:-1]) > 0)
     position = np.searchsorted(starts, cells29, side="right") - 1
     return (position >= 0) & (cells29 < stops[np.maximum(position, 0)])
 

@@ -171,11 +171,10 @@ def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int6
         Primary of every row, those around included, as index into that order.
     """
     catalog, pixel, settings = part.catalog, part.pixel, part.settings
-    ids = {r: c for r, c in GAIA_IDS.items() if c in catalog.schema.names}
+    wanted = GAIA_IDS if settings.use_gaia_id else {}
+    ids = {r: c for r, c in wanted.items() if c in catalog.schema.names}
     columns = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *ids.values()]
-    reach = max(
-        settings.radius_arcsec, settings.id_radius_arcsec if settings.use_gaia_id and ids else 0.0
-    )
+    reach = max(settings.radius_arcsec, settings.id_radius_arcsec if ids else 0.0)
     layers = 2
     while layers <= _MAX_LAYERS:
         rings = surroundings(pixel, reach, layers)

@@ -24,6 +24,21 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 
+# Dask lets a worker give every freed 64 KiB back to the system. Tasks that go from array to array
+# then spend a third of their time on fresh pages, and keep no less memory at their peak. One arena,
+# because a task runs in a thread of its own: memory is used again only within an arena.
+_KEPT_BYTES = 256 << 20
+_WORKER_ENVIRONMENT = {
+    "MALLOC_TRIM_THRESHOLD_": _KEPT_BYTES,
+    "MALLOC_MMAP_THRESHOLD_": _KEPT_BYTES,
+    "MALLOC_ARENA_MAX": 1,
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "OMP_NUM_THREADS": 1,
+    "MKL_NUM_THREADS": 1,
+    "OPENBLAS_NUM_THREADS": 1,
+}
+
+
 class Report(Protocol):
     """Gets told how far a step is; the command line draws it."""
 
@@ -223,6 +238,7 @@ def start(
                 # A frozen worker is given up after this; its tasks run elsewhere.
                 "distributed.scheduler.worker-ttl": "60s",
                 "distributed.admin.large-graph-warning-threshold": "100MB",
+                "distributed.nanny.pre-spawn-environ": _WORKER_ENVIRONMENT,
             }
         ),
         contextlib.ExitStack() as stack,

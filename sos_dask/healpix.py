@@ -369,6 +369,12 @@ def in_ranges(cells29: IntArray, ranges: Ranges) -> NDArray[np.bool_]:
         return np.zeros(len(cells29), dtype=bool)
     starts = np.array([first for first, _ in ranges], dtype=np.int64)
     stops = np.array([stop for _, stop in ranges], dtype=np.int64)
+    if len(cells29) > len(ranges) and not np.any(cells29[1:] < cells29[:-1]):
+        # Sorted: it is enough to find where the ranges begin and end.
+        steps = np.zeros(len(cells29) + 1, dtype=np.int64)
+        np.add.at(steps, np.searchsorted(cells29, starts), 1)
+        np.subtract.at(steps, np.searchsorted(cells29, stops), 1)
+        return np.asarray(np.cumsum(steps[:-1]) > 0)
     position = np.searchsorted(starts, cells29, side="right") - 1
     return (position >= 0) & (cells29 < stops[np.maximum(position, 0)])
 
@@ -454,7 +460,10 @@ def candidates(
         step_max = float(step if step.ndim == 0 else step[rows].max())
         at, entered = _touched(fine, own, order, step_max * 2.0**order, later_only)
         low = rows + 1 if later_only else np.searchsorted(sorted_cells, own << shift)
-        high = np.searchsorted(sorted_cells, (own + 1) << shift)
+        if later_only and everything:
+            high = _run_stops(own)
+        else:
+            high = np.searchsorted(sorted_cells, (own + 1) << shift)
         near_low = np.searchsorted(sorted_cells, entered << shift)
         near_high = np.searchsorted(sorted_cells, (entered + 1) << shift)
         found, near_found = high - low, near_high - near_low
@@ -468,6 +477,12 @@ def candidates(
                 waiting.setdefault(order + 1, []).append(rows[crowded])
         yield from _expand(rows, low, found)
         yield from _expand(rows[at], near_low, near_found)
+
+
+def _run_stops(values: IntArray) -> IntArray:
+    """Where the run of equal values ends that each value of a sorted array is in."""
+    stops = np.flatnonzero(np.append(values[1:] != values[:-1], True)) + 1
+    return np.repeat(stops, np.diff(stops, prepend=0))
 
 
 def _touched(

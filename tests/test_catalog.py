@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.catalog import Catalog, partition_path
+from sos_dask.catalog import Catalog, partition_path, write_parquet
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.healpix import HealpixPixel, surroundings
 from sos_dask.verify import verify
@@ -80,6 +80,29 @@ def test_surroundings_hold_every_neighbour(catalog):
 def test_bounds_come_from_the_footers(catalog):
     teff = observations(3000, spread=True)["teff"].to_numpy()
     assert catalog.bounds("teff") == (teff.min(), teff.max())
+
+
+def test_every_type_reads_back_in_few_bytes(tmp_path):
+    rng = np.random.default_rng(3)
+    n, few = 50_000, rng.random(50_000) < 0.1
+    teff = (rng.normal(5500.0, 800.0, n)).astype(np.float32)
+    table = pa.table(
+        {
+            "_healpix_29": np.sort(rng.integers(0, 12 << 58, n)),
+            "id": pa.array(rng.integers(-(1 << 62), 1 << 62, n), mask=few),
+            "small": rng.integers(0, 9, n).astype(np.int8),
+            "ra": rng.uniform(0.0, 360.0, n),
+            "teff": pa.array(teff, mask=few),
+            "class": pa.array(rng.choice(["STAR", "GALAXY"], n), mask=few),
+            "flag": few,
+            "nothing": pa.nulls(n, pa.float32()),
+        }
+    )
+    assert write_parquet(table, tmp_path / "ours.parquet") == n
+    assert pq.read_table(tmp_path / "ours.parquet").equals(table)
+    pq.write_table(table, tmp_path / "plain.parquet", compression="lz4", use_dictionary=["class"])
+    ours, plain = ((tmp_path / f"{name}.parquet").stat().st_size for name in ("ours", "plain"))
+    assert ours < 0.95 * plain
 
 
 def test_missing_column_names_the_nearest(catalog):

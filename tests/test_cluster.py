@@ -52,6 +52,15 @@ def test_an_error_of_a_task_arrives_as_it_was(cluster, remote):
     assert running.run(double, [1], "goes on") == [2]
 
 
+def environment(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def test_workers_keep_freed_memory_for_the_next_task(cluster):
+    names = ["MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "OMP_NUM_THREADS"]
+    assert cluster.run(environment, names, "look") == [str(256 << 20), "1", "1"]
+
+
 @pytest.mark.fault
 def test_a_killed_worker_costs_nothing(tmp_path):
     with start(2, "2GiB") as cluster:

@@ -489,6 +489,8 @@ def test_same_bytes_for_any_order_of_rows(method):
     keys = set(some["star_id"].to_pylist())
     mask = pa.array([key in keys for key in one["star_id"].to_pylist()])
     assert some.equals(one.filter(mask))
+    # So do all rows when those of the other stars are left out.
+    assert some.equals(combine(table, np.where(part, primary, -1), chosen, {}))
 
 
 def test_stars_observed_once_stay_as_they_are():

@@ -455,6 +455,9 @@ def test_in_ranges_against_a_search(edges, cells):
     ranges = list(zip(unique[::2], unique[1::2], strict=False))
     expected = [any(first <= cell < stop for first, stop in ranges) for cell in cells]
     assert in_ranges(np.array(cells, dtype=np.int64), ranges).tolist() == expected
+    in_order = np.array(sorted([*cells, *edges]), dtype=np.int64)
+    expected = [any(first <= cell < stop for first, stop in ranges) for cell in in_order]
+    assert in_ranges(in_order, ranges).tolist() == expected
 
 
 # --- candidates of a match ------------------------------------------------------------------------

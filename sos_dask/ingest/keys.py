@@ -73,7 +73,7 @@ def conflicting_keys(
     pieces : sequence of Path or pyarrow.Table
         Tables or uncompressed Arrow IPC files (memory-mapped) with ``obs_id`` and ``_healpix_29``.
     bucket, n_buckets : int
-        Only keys of one bucket are looked at, so that their 16 bytes a row fit in memory.
+        Only keys of one bucket are looked at, so that their 8 bytes a row fit in memory.
 
     Returns
     -------
@@ -85,30 +85,34 @@ def conflicting_keys(
     SurveyError
         More than 100 rows, and more than 1 % of the bucket's, share their key with a row elsewhere.
     """
-    hashes, cells = [], []
-    for ids, cell in _keys(pieces):
+    hashes = [np.empty(0, np.uint64)]
+    for ids, _ in _keys(pieces):
         hashed = hashes_of(ids)
-        mine = _in_bucket(hashed, bucket, n_buckets)
-        hashes.append(hashed[mine])
-        cells.append(cell[mine])
-    hashed = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
-    cell = np.concatenate(cells) if cells else np.empty(0, np.int64)
-    order = np.argsort(hashed)
-    hashed, cell = hashed[order], cell[order]
-    same = hashed[1:] == hashed[:-1]
-    conflicts = np.unique(hashed[1:][same & (cell[1:] != cell[:-1])])
+        hashes.append(hashed[_in_bucket(hashed, bucket, n_buckets)])
+    hashed = np.concatenate(hashes)
+    del hashes
+    hashed.sort()
+    n_rows = len(hashed)
+    # Nearly all keys stand once: only of the others it matters where.
+    repeated = np.unique(hashed[1:][hashed[1:] == hashed[:-1]])
+    low, high = np.full(len(repeated), np.iinfo(np.int64).max), np.full(len(repeated), -1)
+    count = np.zeros(len(repeated), dtype=np.int64)
+    for ids, cell in _keys(pieces) if len(repeated) else ():
+        row, place = _found(hashes_of(ids), repeated)
+        np.minimum.at(low, place, cell[row])
+        np.maximum.at(high, place, cell[row])
+        count += np.bincount(place, minlength=len(repeated))
+    conflicts, n_excess = repeated[low < high], int((count[low < high] - 1).sum())
     if not len(conflicts):
         kind = next((ids.type for ids, _ in _keys(pieces)), pa.int64())
         return pa.array([], kind)
-    first, stop = (np.searchsorted(hashed, conflicts, side) for side in ("left", "right"))
-    n_excess = int((stop - first - 1).sum())
     found_ids, found_cells = [], []
     for ids, cell in _keys(pieces):
-        mine = np.isin(hashes_of(ids), conflicts)
-        found_ids.append(ids.filter(pa.array(mine)))
-        found_cells.append(pa.array(cell[mine]))
+        row, _ = _found(hashes_of(ids), conflicts)
+        found_ids.append(ids.take(pa.array(row)))
+        found_cells.append(pa.array(cell[row]))
         if n_excess > 100 and len(found_ids[-1]):
-            check_conflicts(n_excess, len(hashed), str(found_ids[-1][0]))
+            check_conflicts(n_excess, n_rows, str(found_ids[-1][0]))
     # Two texts may share a hash: the texts themselves decide.
     table = pa.table({"key": pa.chunked_array(found_ids), "cell": pa.chunked_array(found_cells)})
     extent = table.group_by("key").aggregate([("cell", "min"), ("cell", "max")])
@@ -145,6 +149,17 @@ def _keys(pieces: Sequence[Path | pa.Table]) -> Iterator[tuple[pa.Array, IntArra
             batches = (file.get_batch(number) for number in range(file.num_record_batches))
         for batch in batches:
             yield batch["obs_id"], batch[HEALPIX_COLUMN].to_numpy()
+
+
+def _found(hashes: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> tuple[IntArray, IntArray]:
+    """Rows whose hash is among those wanted (ascending), and its place there."""
+    may_be = np.zeros(1 << 16, dtype=bool)
+    may_be[wanted.astype(np.uint16)] = True
+    row: IntArray = np.flatnonzero(may_be[hashes.astype(np.uint16)])
+    place = np.searchsorted(wanted, hashes[row])
+    place = np.minimum(place, len(wanted) - 1)
+    is_wanted = wanted[place] == hashes[row]
+    return row[is_wanted], place[is_wanted]
 
 
 def _in_bucket(hashes: NDArray[np.uint64], bucket: int, n_buckets: int) -> BoolArray:

@@ -138,20 +138,12 @@ def _dedupe_part(part: _Part) -> None:
     stop = first + own.num_rows
     # Every partition that sees a star sees the same one; it belongs to that of its primary.
     is_member = (primary >= first) & (primary < stop)
-    is_away = is_member.copy()
-    is_away[first:stop] = False
-    row_of = np.full(len(primary), -1, dtype=np.int64)
-    order = np.concatenate([np.flatnonzero(is_member[first:stop]) + first, np.flatnonzero(is_away)])
-    row_of[order] = np.arange(len(order))
-    members = pa.concat_tables(
-        [
-            own.filter(pa.array(is_member[first:stop])),
-            _full_rows(
-                part.catalog, around.filter(pa.array(np.delete(is_away, slice(first, stop))))
-            ),
-        ]
-    )
-    stars = combine(members, row_of[primary[order]], part.settings, part.expected_error)
+    inside = np.where(is_member[first:stop], primary[first:stop] - first, -1)
+    is_member[first:stop] = False
+    away = around.filter(pa.array(np.delete(is_member, slice(first, stop))))
+    rows = pa.concat_tables([own, _full_rows(part.catalog, away)])
+    inside = np.concatenate([inside, primary[is_member] - first])
+    stars = combine(rows, inside, part.settings, part.expected_error)
     record = write_partition(part.output, part.pixel, stars) if stars.num_rows else None
     part.output.put_record(
         "stars",
@@ -159,7 +151,7 @@ def _dedupe_part(part: _Part) -> None:
         {
             "file": None if record is None else asdict(record),
             "n_stars": stars.num_rows,
-            "n_members": members.num_rows,
+            "n_members": int(np.count_nonzero(inside >= 0)),
             "n_repeated": int(np.count_nonzero(stars["n_obs"].to_numpy() > 1)),
             "n_spread": pc.sum(stars["flag_spread"]).as_py() or 0,
         },
@@ -179,11 +171,10 @@ def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int6
         Primary of every row, those around included, as index into that order.
     """
     catalog, pixel, settings = part.catalog, part.pixel, part.settings
-    ids = {r: c for r, c in GAIA_IDS.items() if c in catalog.schema.names}
+    wanted = GAIA_IDS if settings.use_gaia_id else {}
+    ids = {r: c for r, c in wanted.items() if c in catalog.schema.names}
     columns = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *ids.values()]
-    reach = max(
-        settings.radius_arcsec, settings.id_radius_arcsec if settings.use_gaia_id and ids else 0.0
-    )
+    reach = max(settings.radius_arcsec, settings.id_radius_arcsec if ids else 0.0)
     layers = 2
     while layers <= _MAX_LAYERS:
         rings = surroundings(pixel, reach, layers)
@@ -193,16 +184,20 @@ def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int6
             [around.slice(0, first), own.select(columns), around.slice(first)]
         ).combine_chunks()
         cells = table[HEALPIX_COLUMN].to_numpy()
+        frontier = np.zeros(table.num_rows, dtype=np.bool_)
+        stop = first + own.num_rows
+        frontier[:first] = in_ranges(cells[:first], rings[-1])
+        frontier[stop:] = in_ranges(cells[stop:], rings[-1])
         groups = group(
             table["ra"].to_numpy(),
             table["dec"].to_numpy(),
             cells,
             rank_of(table["obs_id"]),
             {release: id_values(table[column]) for release, column in ids.items()},
-            in_ranges(cells, rings[-1]),
+            frontier,
             settings,
         )
-        if not groups.touches_frontier[first : first + own.num_rows].any():
+        if not groups.touches_frontier[first:stop].any():
             return around, first, groups.primary
         layers *= 2
     raise PartitionError(

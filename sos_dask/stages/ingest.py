@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from sos_dask.artifact import Manifest, Output, Recipe, Rows, atomic_path, sha256_of_file
 from sos_dask.catalog import write_parquet, write_partition
@@ -53,7 +54,7 @@ from sos_dask.stages.parts import (
 
 VERSION = 1
 _HISTOGRAM_ORDER = 10
-_KEYS_PER_BUCKET = 20_000_000
+_KEYS_PER_BUCKET = 10_000_000
 _REJECTED = "rejected.parquet"
 
 
@@ -302,8 +303,7 @@ def _read_part(part: _ChunkPart) -> None:
             piece = f"pieces/{part.key}-{number:06d}.arrow"
             write_piece(work / piece, batch.rows.combine_chunks())
             pieces.append(piece)
-            cells = batch.rows[HEALPIX_COLUMN].to_numpy() >> 2 * (MAX_ORDER - _HISTOGRAM_ORDER)
-            counts.append(np.stack(np.unique(cells, return_counts=True)))
+            counts.append(_histogram_of(batch.rows[HEALPIX_COLUMN].to_numpy()))
     if rejected:
         write_piece(_rejected_file(part.output, part.key), pa.concat_tables(rejected))
     histogram = f"pieces/{part.key}.npy"
@@ -324,6 +324,13 @@ def _read_part(part: _ChunkPart) -> None:
             "profile": Profile.merge(profiles).to_dict(),
         },
     )
+
+
+def _histogram_of(cells29: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Cells of the histogram's order that hold sorted rows, and their numbers, shape (2, n)."""
+    cells = cells29 >> 2 * (MAX_ORDER - _HISTOGRAM_ORDER)
+    first = np.flatnonzero(np.append(True, cells[1:] != cells[:-1]))
+    return np.stack([cells[first], np.diff(first, append=len(cells))])
 
 
 def _rejected_file(output: Output, key: str) -> Path:

@@ -128,7 +128,9 @@ def id_values(column: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def rank_of(keys: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Place of every key in the sorted order of the keys, so that text compares as integers do."""
+    """Integers ordered as the keys are: integers themselves, of text the place in sorted order."""
+    if pa.types.is_integer(keys.type):
+        return np.asarray(keys.to_numpy(), dtype=np.int64)
     order = pc.array_sort_indices(keys.combine_chunks()).to_numpy()
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))

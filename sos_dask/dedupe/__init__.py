@@ -1,0 +1,7 @@
+"""Repeats of one star: which rows are the same star (`group`), and one row for each (`combine`)."""
+
+from sos_dask.dedupe.combining import combine
+from sos_dask.dedupe.grouping import Groups, group
+from sos_dask.dedupe.settings import MAX_RADIUS_ARCSEC, METHODS, DedupeSettings
+
+__all__ = ["MAX_RADIUS_ARCSEC", "METHODS", "DedupeSettings", "Groups", "combine", "group"]

@@ -1,0 +1,330 @@
+"""Which rows are the same star.
+
+The rule of grouping. Two rows are *linked* when they lie within ``radius_arcsec`` of each other, or
+share a Gaia id of some release and lie within ``id_radius_arcsec``. Stars never reach over the
+connected components of these links, and depend on nothing outside of them. Inside:
+
+1. A row is known by its id in the newest release in which it has one. Rows known by equal ids of
+   the same release that are linked, in one or more steps, are one star; rows known by different ids
+   of one release never are.
+2. Rows known by an older release may be the same star as rows known by a newer one. Their groups
+   join over their links: first links whose star has the same id of the older release, then by
+   separation, then by the ranks of the two rows. A group joins one star, and only a star that has
+   no id of the older release yet, or the same one.
+3. A row without any id joins the star of the nearest row with an id within the radius (ties:
+   smallest rank).
+4. Of the rows that remain, the one of smallest rank is a primary and claims what is within the
+   radius, then the next unclaimed one, and so on. Then every claimed row goes to its nearest
+   primary within the radius (ties: smallest rank). So a chain of neighbours does not merge
+   different stars: all members lie within the radius of their primary.
+
+The primary of a star with ids is its row of smallest rank among those with ids. Equal ranks are
+decided by the place in the input, which is the order on the sky. All of it is exact, and
+independent of the order of the rows and of how the sky is cut, as long as whole components are
+given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from sos_dask import healpix
+from sos_dask.dedupe.settings import DedupeSettings
+from sos_dask.errors import PartitionError
+from sos_dask.healpix import FloatArray, IntArray
+from sos_dask.schema import HEALPIX_COLUMN
+
+BoolArray = NDArray[np.bool_]
+
+# Rows with one id beyond which their pairs are searched on the sky: a placeholder taken for an id
+# must not make all pairs of a million rows.
+_MANY_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which star every row belongs to.
+
+    Parameters
+    ----------
+    primary : ndarray of int64, shape (n,)
+        Row number of the star's primary row.
+    touches_frontier : ndarray of bool, shape (n,)
+        The row's component holds a frontier row: rows not given may belong to it.
+    """
+
+    primary: IntArray
+    touches_frontier: BoolArray
+
+
+def group(
+    ra: FloatArray,
+    dec: FloatArray,
+    cells29: IntArray,
+    rank: IntArray,
+    ids: Mapping[str, IntArray],
+    frontier: BoolArray | None,
+    settings: DedupeSettings,
+) -> Groups:
+    """Find the rows that are one star, by the rule of this module.
+
+    Parameters
+    ----------
+    ra, dec : ndarray of float64, shape (n,), deg
+    cells29 : ndarray of int64, shape (n,)
+        Order-29 cells of the positions, ascending.
+    rank : ndarray of int64, shape (n,)
+        Preference for the primary, the smallest first; best unique.
+    ids : mapping of str to ndarray of int64, shape (n,)
+        Gaia ids by release (``"dr3"``, ``"dr2"``); the last in the order of names is the newest.
+        Not positive where there is none.
+    frontier : ndarray of bool, shape (n,), optional
+        Rows so near to sky that was not read that they may have links into it.
+    settings : DedupeSettings
+
+    Returns
+    -------
+    Groups
+
+    Raises
+    ------
+    PartitionError
+        The rows are not sorted on the sky.
+    """
+    if np.any(cells29[1:] < cells29[:-1]):
+        raise PartitionError(f"rows to be grouped are not sorted by {HEALPIX_COLUMN}")
+    releases = [ids[name] for name in sorted(ids, reverse=True)] if settings.use_gaia_id else []
+    links = _near_links(ra, dec, cells29, settings.radius_arcsec)
+    far = [_far_links(ra, dec, cells29, release, links, settings) for release in releases]
+    every = _Links.joined([links, *far])
+    touched = np.zeros(len(ra), dtype=np.bool_)
+    if frontier is not None:
+        touched = _spread_over(frontier, every)
+    primary = np.arange(len(ra), dtype=np.int64)
+    if releases:
+        known = _group_known(primary, rank, releases, every)
+        links = _join_nearest_known(primary, rank, known, links)
+    _group_by_rank(primary, rank, links)
+    return Groups(primary, touched)
+
+
+@dataclass(frozen=True)
+class _Links:
+    """Pairs of rows, i < j."""
+
+    i: IntArray
+    j: IntArray
+    separation: FloatArray
+
+    @classmethod
+    def joined(cls, parts: list[_Links]) -> _Links:
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([np.empty(0, dtype=np.int64), *(part.i for part in parts)]),
+            np.concatenate([np.empty(0, dtype=np.int64), *(part.j for part in parts)]),
+            np.concatenate([np.empty(0), *(part.separation for part in parts)]),
+        )
+
+    def where(self, mask: BoolArray) -> _Links:
+        return _Links(self.i[mask], self.j[mask], self.separation[mask])
+
+
+def _near_links(ra: FloatArray, dec: FloatArray, cells: IntArray, radius: float) -> _Links:
+    parts = []
+    for i, j in healpix.candidates(cells, radius, cells, later_only=True):
+        separation = healpix.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
+        parts.append(_Links(i, j, separation).where(separation <= radius))
+    return _Links.joined(parts)
+
+
+def _far_links(
+    ra: FloatArray,
+    dec: FloatArray,
+    cells: IntArray,
+    ids: IntArray,
+    near: _Links,
+    settings: DedupeSettings,
+) -> _Links:
+    """Rows with equal ids that lie beyond the radius, but within that for ids."""
+    rows = np.flatnonzero(ids > 0)
+    encoded = pa.array(ids[rows]).dictionary_encode()
+    code = np.zeros(len(ids), dtype=np.int64)
+    code[rows] = encoded.indices.to_numpy()
+    count = np.bincount(code[rows], minlength=len(encoded.dictionary))
+    # Where the pairs within the radius are all pairs of an id, nothing is left to find.
+    same = (ids[near.i] == ids[near.j]) & (ids[near.i] > 0)
+    found = np.bincount(code[near.i[same]], minlength=len(count))
+    rows = rows[(found < count * (count - 1) // 2)[code[rows]]]
+    many = count[code[rows]] > _MANY_ROWS
+    parts = []
+    crowd = rows[many]
+    for p, q in healpix.candidates(
+        cells[crowd], settings.id_radius_arcsec, cells[crowd], later_only=True
+    ):
+        equal = ids[crowd[p]] == ids[crowd[q]]
+        parts.append((crowd[p[equal]], crowd[q[equal]]))
+    rows = rows[~many]
+    rows = rows[np.argsort(code[rows], kind="stable")]
+    last = np.append(code[rows[1:]] != code[rows[:-1]], True)[: len(rows)]
+    stop = np.flatnonzero(last) + 1
+    after = np.repeat(stop, np.diff(stop, prepend=0)) - np.arange(1, len(rows) + 1)
+    first = np.repeat(np.arange(len(rows)), after)
+    second = first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(after) - after, after)
+    parts.append((rows[first], rows[second]))
+    i = np.concatenate([one for one, _ in parts])
+    j = np.concatenate([other for _, other in parts])
+    separation = healpix.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
+    beyond = (separation > settings.radius_arcsec) & (separation <= settings.id_radius_arcsec)
+    return _Links(i, j, separation).where(beyond)
+
+
+def _spread_over(marked: BoolArray, links: _Links) -> BoolArray:
+    """Mark every row of the components that hold a marked row."""
+    marked = marked.copy()
+    i, j = links.i, links.j
+    while True:
+        mixed = marked[i] != marked[j]
+        if not mixed.any():
+            return marked
+        marked[i[mixed]] = True
+        marked[j[mixed]] = True
+        dark = ~marked[i] | ~marked[j]
+        i, j = i[dark], j[dark]
+
+
+def _group_known(
+    primary: IntArray, rank: IntArray, releases: list[IntArray], links: _Links
+) -> BoolArray:
+    """Group the rows with ids (rules 1 and 2); gives which they are."""
+    n = len(primary)
+    tier = np.full(n, len(releases), dtype=np.int8)
+    name = np.zeros(n, dtype=np.int64)
+    for number in range(len(releases) - 1, -1, -1):
+        has = releases[number] > 0
+        tier[has] = number
+        name[has] = releases[number][has]
+    known = tier < len(releases)
+    same = (tier[links.i] == tier[links.j]) & (name[links.i] == name[links.j]) & known[links.i]
+    star = np.arange(n, dtype=np.int64)
+    if same.any():
+        edges = (links.i[same], links.j[same])
+        graph = coo_array((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(n, n))
+        star = connected_components(graph, directed=False)[1].astype(np.int64)
+    for number in range(1, len(releases)):
+        forward = (tier[links.i] < number) & (tier[links.j] == number)
+        backward = (tier[links.j] < number) & (tier[links.i] == number)
+        newer = np.concatenate([links.i[forward], links.j[backward]])
+        older = np.concatenate([links.j[forward], links.i[backward]])
+        separation = np.concatenate([links.separation[forward], links.separation[backward]])
+        if len(newer):
+            holders = np.flatnonzero((tier < number) & (releases[number] > 0))
+            _join_older(star, rank, releases[number], newer, older, separation, holders)
+    rows = np.flatnonzero(known)
+    best = np.full(n, np.iinfo(np.int64).max)
+    np.minimum.at(best, star[rows], rank[rows])
+    # Written backwards, so that of equal ranks the first row stays.
+    first = rows[rank[rows] == best[star[rows]]][::-1]
+    leader = np.zeros(n, dtype=np.int64)
+    leader[star[first]] = first
+    primary[rows] = leader[star[rows]]
+    return known
+
+
+def _join_older(
+    star: IntArray,
+    rank: IntArray,
+    ids: IntArray,
+    newer: IntArray,
+    older: IntArray,
+    separation: FloatArray,
+    holders: IntArray,
+) -> None:
+    """Join groups known by an older release to stars known by a newer one (rule 2), in place.
+
+    ``holders`` are the rows of newer releases that have an id of the older one, too. Of the links
+    in order of preference, those that come first for both their star and their group are taken at
+    once: no link that goes before them can concern either.
+    """
+    values, code = np.unique(
+        np.concatenate([ids[older], ids[holders]]), return_inverse=True, sorted=True
+    )
+    code = code.astype(np.int64)
+    held = star[holders] * len(values) + code[len(older) :]
+    code = code[: len(older)]
+    shares = np.isin(star[newer] * len(values) + code, held)
+    free = ~np.isin(star[newer], star[holders])
+    order = np.lexsort((older, newer, rank[older], rank[newer], separation, ~shares))
+    order = order[(shares | free)[order]]
+    host, guest, code, free = star[newer[order]], star[older[order]], code[order], free[order]
+    joins = np.arange(len(star), dtype=np.int64)
+    owner = np.full(len(star), -1, dtype=np.int64)
+    first_host, first_guest = np.empty_like(star), np.empty_like(star)
+    while len(host):
+        place = np.arange(len(host))
+        first_host[host[::-1]] = place[::-1]
+        first_guest[guest[::-1]] = place[::-1]
+        take = (first_host[host] == place) & (first_guest[guest] == place)
+        joins[guest[take]] = host[take]
+        owner[host[take & free]] = code[take & free]
+        left = (joins[guest] == guest) & (~free | (owner[host] < 0) | (owner[host] == code))
+        host, guest, code, free = host[left], guest[left], code[left], free[left]
+    star[:] = joins[star]
+
+
+def _join_nearest_known(
+    primary: IntArray, rank: IntArray, known: BoolArray, links: _Links
+) -> _Links:
+    """Join rows without ids to stars with ids (rule 3); gives the links among the others."""
+    forward, backward = known[links.i] & ~known[links.j], ~known[links.i] & known[links.j]
+    target = np.concatenate([links.i[forward], links.j[backward]])
+    row = np.concatenate([links.j[forward], links.i[backward]])
+    separation = np.concatenate([links.separation[forward], links.separation[backward]])
+    row, target = _nearest(row, target, separation, rank)
+    primary[row] = primary[target]
+    done = known.copy()
+    done[row] = True
+    return links.where(~done[links.i] & ~done[links.j])
+
+
+def _group_by_rank(primary: IntArray, rank: IntArray, links: _Links) -> None:
+    """Primaries in the order of rank and their nearest rows (rule 4), in place.
+
+    In each round the rows that no undecided neighbour precedes are primaries; that is what taking
+    one row after the other in the order of rank gives.
+    """
+    i_first = rank[links.i] <= rank[links.j]
+    winner, loser = np.where(i_first, links.i, links.j), np.where(i_first, links.j, links.i)
+    claimed = np.zeros(len(primary), dtype=np.bool_)
+    one, other = winner, loser
+    while len(one):
+        beaten = np.zeros(len(primary), dtype=np.bool_)
+        beaten[other] = True
+        claimed[other[~beaten[one]]] = True
+        undecided = ~claimed[one] & ~claimed[other]
+        one, other = one[undecided], other[undecided]
+    forward, backward = claimed[loser] & ~claimed[winner], claimed[winner] & ~claimed[loser]
+    row = np.concatenate([loser[forward], winner[backward]])
+    target = np.concatenate([winner[forward], loser[backward]])
+    separation = np.concatenate([links.separation[forward], links.separation[backward]])
+    row, target = _nearest(row, target, separation, rank)
+    primary[row] = target
+
+
+def _nearest(
+    row: IntArray, target: IntArray, separation: FloatArray, rank: IntArray
+) -> tuple[IntArray, IntArray]:
+    """The nearest target of each row (ties: smallest rank, then first on the sky)."""
+    choice = np.bincount(row)[row] > 1 if len(row) else np.zeros(0, dtype=np.bool_)
+    some, at, apart = row[choice], target[choice], separation[choice]
+    order = np.lexsort((at, rank[at], apart, some))
+    some, at = some[order], at[order]
+    first = np.append(True, some[1:] != some[:-1])[: len(some)]
+    return np.concatenate([row[~choice], some[first]]), np.concatenate([target[~choice], at[first]])

@@ -1,0 +1,58 @@
+"""How repeats are found and combined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sos_dask.errors import ConfigError
+
+METHODS = ("inverse-variance", "best-snr", "median")
+MAX_RADIUS_ARCSEC = 3600.0
+
+
+@dataclass(frozen=True)
+class DedupeSettings:
+    """How repeats are found and combined.
+
+    Parameters
+    ----------
+    radius_arcsec : float
+        Rows farther apart are never one star by position.
+    id_radius_arcsec : float
+        Rows with equal Gaia ids farther apart are not one star. At least ``radius_arcsec``.
+    method : {"inverse-variance", "best-snr", "median"}
+    max_spread : float
+        A star whose observations scatter by more than this multiple of their error is flagged.
+    use_gaia_id : bool
+        False: only positions count.
+
+    Raises
+    ------
+    ConfigError
+        A value is not positive, a radius is a degree or more, or the method is unknown.
+    """
+
+    radius_arcsec: float = 1.5
+    id_radius_arcsec: float = 10.0
+    method: str = "inverse-variance"
+    max_spread: float = 5.0
+    use_gaia_id: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("radius_arcsec", "id_radius_arcsec"):
+            value = getattr(self, name)
+            if not 0 < value < MAX_RADIUS_ARCSEC:
+                raise ConfigError(
+                    f"{name} = {value} is outside 0..{MAX_RADIUS_ARCSEC:g} arcsec",
+                    "Usual are 1 to 3 arcsec.",
+                )
+        if self.use_gaia_id and self.id_radius_arcsec < self.radius_arcsec:
+            raise ConfigError(
+                f"id_radius_arcsec = {self.id_radius_arcsec:g} is smaller than "
+                f"radius_arcsec = {self.radius_arcsec:g}",
+                "Rows with the same id may lie farther apart than others: make it larger.",
+            )
+        if self.method not in METHODS:
+            raise ConfigError(f"method '{self.method}' is none of {', '.join(METHODS)}")
+        if not self.max_spread > 0:
+            raise ConfigError(f"max_spread = {self.max_spread} is not positive")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -31,7 +31,7 @@ from sos_dask.artifact import (
     sha256_of_file,
 )
 from sos_dask.errors import CatalogError, PartitionError
-from sos_dask.healpix import HealpixPixel, Ranges, in_ranges
+from sos_dask.healpix import HealpixPixel, Ranges
 from sos_dask.schema import HEALPIX_COLUMN, nearest
 
 ROW_GROUP_ROWS = 1 << 16
@@ -220,20 +220,36 @@ class Catalog:
         with partition_errors(path), pq.ParquetFile(path, pre_buffer=False) as file:
             yield file
 
-    def rows_in(self, pixel: HealpixPixel, ranges: Ranges) -> NDArray[np.int64]:
+    def rows_in(
+        self,
+        pixel: HealpixPixel,
+        ranges: Ranges,
+        *,
+        wanted: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None,
+        exact: bool = True,
+    ) -> NDArray[np.int64]:
         """Row numbers of a partition whose ``_healpix_29`` lies in one of the ranges.
 
-        Only the cells are read, and only of row groups that lie partly in the ranges.
+        Nothing but the cells is read, and only of row groups that lie partly in the ranges.
 
         Parameters
         ----------
         ranges : list of (first, stop)
             Half-open, sorted, disjoint.
+        wanted : callable, optional
+            Which of the cells that lie in the ranges are wanted.
+        exact : bool
+            False: all rows of row groups that can hold such rows, without reading any cells.
 
         Returns
         -------
         ndarray of int64
             Ascending.
+
+        Raises
+        ------
+        PartitionError
+            The partition is damaged, or not sorted on the sky.
         """
         found = [np.empty(0, dtype=np.int64)]
         starts, stops = _edges(ranges)
@@ -242,14 +258,33 @@ class Catalog:
             for number, (low, high) in enumerate(row_group_bounds(file.metadata, HEALPIX_COLUMN)):
                 n_rows = file.metadata.row_group(number).num_rows
                 at = int(np.searchsorted(stops, low, side="right"))
-                if at < len(starts) and starts[at] <= low and high < stops[at]:
-                    found.append(np.arange(first, first + n_rows))
-                elif at < len(starts) and starts[at] <= high:
-                    group = file.read_row_group(number, [HEALPIX_COLUMN], use_threads=False)
-                    inside = in_ranges(group[HEALPIX_COLUMN].to_numpy(), ranges)
-                    found.append(first + np.flatnonzero(inside))
+                if at < len(starts) and starts[at] <= high:
+                    inside = starts[at] <= low and high < stops[at]
+                    if not exact or (inside and wanted is None):
+                        found.append(np.arange(first, first + n_rows))
+                    else:
+                        group = file.read_row_group(number, [HEALPIX_COLUMN], use_threads=False)
+                        cells = group[HEALPIX_COLUMN].to_numpy()
+                        rows = self._between(pixel, cells, starts, stops)
+                        if wanted is not None:
+                            rows = rows[wanted(cells[rows])]
+                        found.append(first + rows)
                 first += n_rows
         return np.concatenate(found)
+
+    def _between(
+        self,
+        pixel: HealpixPixel,
+        cells: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        stops: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Places of ascending cells that lie between the starts and stops."""
+        if np.any(cells[1:] < cells[:-1]):
+            raise PartitionError(f"{self.partition_file(pixel)} is not sorted by {HEALPIX_COLUMN}")
+        low, high = np.searchsorted(cells, starts), np.searchsorted(cells, stops)
+        count = high - low
+        return np.arange(count.sum()) + np.repeat(high - np.cumsum(count), count)
 
     def take(
         self, pixel: HealpixPixel, rows: NDArray[np.int64], columns: Sequence[str]

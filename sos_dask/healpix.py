@@ -338,6 +338,33 @@ def surroundings(pixel: HealpixPixel, radius_arcsec: float, layers: int = 1) -> 
     return around
 
 
+def near_pixel(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> NDArray[np.bool_]:
+    """Which cells lie in a pixel or may lie within a reach of it.
+
+    Parameters
+    ----------
+    pixel : HealpixPixel
+    cells29 : ndarray of int64, shape (n,)
+        Order-29 cells inside of the pixel or in layer 1 of its `surroundings`.
+    reach_arcsec : float
+
+    Returns
+    -------
+    ndarray of bool, shape (n,)
+        Fewer than `surroundings` would say, whose cells may be much wider than the reach.
+    """
+    near = (cells29 >= pixel.first) & (cells29 < pixel.stop)
+    order = order_for_radius(reach_arcsec)
+    rows = np.flatnonzero(~near)
+    around = with_neighbours(cells29[rows] >> 2 * (MAX_ORDER - order), order)
+    if order < pixel.order:
+        parent = pixel.pixel >> 2 * (pixel.order - order)
+        near[rows] = np.any(around == parent, axis=1)
+    else:
+        near[rows] = np.any(around >> 2 * (order - pixel.order) == pixel.pixel, axis=1)
+    return near
+
+
 def around_cells(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> Ranges:
     """The part of a pixel that lies within a reach of some cells, as order-29 ranges.
 
@@ -351,9 +378,9 @@ def around_cells(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) ->
     Returns
     -------
     list of (first, stop)
-        Sorted and disjoint, in steps of 1/128 of the pixel or of the reach: they hold more sky.
+        Sorted and disjoint, in steps of 1/32 of the pixel or of the reach: they hold more sky.
     """
-    order = min(order_for_radius(reach_arcsec), pixel.order + 7)
+    order = min(order_for_radius(reach_arcsec), pixel.order + 5)
     shift = 2 * (MAX_ORDER - order)
     near = np.unique(with_neighbours(np.unique(cells29 >> shift), order))
     meets = (near >= 0) & (near + 1 << shift > pixel.first) & (near << shift < pixel.stop)

@@ -7,6 +7,7 @@ decides (positions, motions, ids), and of the matched rows alone all that is car
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.crossmatch import MatchSettings, Motion, match, reach_arcsec
 from sos_dask.errors import CatalogError
-from sos_dask.healpix import FloatArray, HealpixPixel, IntArray, around_cells, surroundings
+from sos_dask.healpix import (
+    FloatArray,
+    HealpixPixel,
+    IntArray,
+    around_cells,
+    near_pixel,
+    surroundings,
+)
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
 from sos_dask.stages.folds import (
     FoldSettings,
@@ -46,7 +54,6 @@ _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err
             "rv_err", "phot_g_mean_mag", "distance", "ebv", "n_obs")  # fmt: skip
 _REFERENCE = (*(c for c in _CARRIED if c not in ("ra", "dec", "n_obs")), "survey")
 _FLAGS = ("quality", "flag_spread")
-_DECIDING = (HEALPIX_COLUMN, "ra", "dec", *_MOTION, *GAIA_IDS.values())
 _Found = list[tuple[HealpixPixel, IntArray]]  # rows of partitions
 
 
@@ -244,16 +251,16 @@ def _match_part(part: _Part) -> None:
     left_key, right_key = key_column(part.left), key_column(part.right)
     left_at, right_at, left, right = _near_rows(part, right_key)
     matches = match(left, right, part.settings.match, right_key)
-    target = _take(part.left, left_at, matches.left, [left_key, *_CARRIED, *_FLAGS, HEALPIX_COLUMN])
-    reference = _take(part.right, right_at, matches.right, [right_key, *_REFERENCE, *_FLAGS])
-    moving = right.take(pa.array(matches.right))
+    names = [left_key, *_CARRIED, *GAIA_IDS.values(), *_FLAGS]
+    target = _take(part.left, left_at, left, matches.left, names)
+    reference = _take(part.right, right_at, right, matches.right, [*_REFERENCE, *_FLAGS])
     folds, n_stars = local_folds(
         part.output,
         part.pixel,
-        left.take(pa.array(matches.left)),
+        target,
         reference[right_key],
-        moving[HEALPIX_COLUMN].to_numpy(),
-        part.reach_arcsec(_total_pm(moving)),
+        reference[HEALPIX_COLUMN].to_numpy(),
+        part.reach_arcsec(_total_pm(reference)),
         part.settings.folds,
     )
     ambiguous = matches.n_candidates > 1
@@ -301,24 +308,32 @@ def _near_rows(part: _Part, right_key: str) -> tuple[_Found, _Found, pa.Table, p
     reach = float(part.reach_arcsec())
     around = surroundings(part.pixel, reach)[0]
     ranges = sorted([(part.pixel.first, part.pixel.stop), *around])
+    reaches = partial(near_pixel, part.pixel, reach_arcsec=reach)
     right_at = [
-        (pixel, part.right.rows_in(pixel, ranges)) for pixel in part.right.overlapping(ranges)
+        (pixel, rows)
+        for pixel in part.right.overlapping(ranges)
+        if len(rows := part.right.rows_in(pixel, ranges, wanted=reaches))
     ]
-    columns = part.right.columns([right_key, *_DECIDING])
+    deciding = [HEALPIX_COLUMN, "ra", "dec", *_MOTION]
+    if part.shared_ids:
+        deciding += GAIA_IDS.values()
+    columns = part.right.columns([right_key, *deciding])
     empty = pa.schema([part.right.schema.field(name) for name in columns]).empty_table()
     right = pa.concat_tables(
         [part.right.take(pixel, rows, columns) for pixel, rows in right_at] or [empty]
     )
     near = around_cells(part.pixel, right[HEALPIX_COLUMN].to_numpy(), reach)
-    rows = part.left.rows_in(part.pixel, near)
-    left = part.left.take(part.pixel, rows, part.left.columns(_DECIDING))
+    rows = part.left.rows_in(part.pixel, near, exact=False)
+    left = part.left.take(part.pixel, rows, part.left.columns(deciding))
     return [(part.pixel, rows)], right_at, left, right
 
 
-def _take(catalog: Catalog, found: _Found, wanted: IntArray, names: list[str]) -> pa.Table:
-    """Rows of those that were found, numbered through, in any order."""
+def _take(
+    catalog: Catalog, found: _Found, known: pa.Table, wanted: IntArray, names: list[str]
+) -> pa.Table:
+    """Rows of those that were found, in any order, with further columns beside the known ones."""
     unique, place = np.unique(wanted, return_inverse=True)
-    columns = catalog.columns(names)
+    columns = [name for name in catalog.columns(names) if name not in known.schema.names]
     tables = [pa.schema([catalog.schema.field(name) for name in columns]).empty_table()]
     first = 0
     for pixel, rows in found:
@@ -326,7 +341,11 @@ def _take(catalog: Catalog, found: _Found, wanted: IntArray, names: list[str]) -
         if low < high:
             tables.append(catalog.take(pixel, rows[unique[low:high] - first], columns))
         first += len(rows)
-    return pa.concat_tables(tables[1:] or tables).combine_chunks().take(pa.array(place))
+    further = pa.concat_tables(tables[1:] or tables).combine_chunks().take(pa.array(place))
+    rows = known.take(pa.array(wanted))
+    for name in columns:
+        rows = rows.append_column(further.schema.field(name), further[name])
+    return rows
 
 
 def _total_pm(rows: pa.Table) -> FloatArray:

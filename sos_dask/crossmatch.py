@@ -131,7 +131,13 @@ class Matches:
     n_conflicts: int
 
 
-def reach_arcsec(settings: MatchSettings, left: Motion, right: Motion, ids: bool) -> float:
+def reach_arcsec(
+    settings: MatchSettings,
+    left: Motion,
+    right: Motion,
+    ids: bool,
+    pm_mas_yr: FloatArray | float | None = None,
+) -> FloatArray | float:
     """How far apart the stored positions of a pair can be: the margin a partition needs.
 
     Parameters
@@ -140,16 +146,19 @@ def reach_arcsec(settings: MatchSettings, left: Motion, right: Motion, ids: bool
         Bounds over the whole of each catalog.
     ids : bool
         Whether the catalogs have a Gaia release in common.
+    pm_mas_yr : float or ndarray of float64, shape (n,), optional
+        Total proper motions of single right rows, instead of the largest one.
 
     Returns
     -------
-    float, arcsec
+    float or ndarray of float64, shape (n,), arcsec
         Includes a milliarcsecond for rounding.
     """
     radius = settings.id_radius_arcsec if ids and settings.use_gaia_id else settings.radius_arcsec
     years = max(left.epoch_max - right.epoch_min, right.epoch_max - left.epoch_min, 0.0)
     # A comparison with NaN is false: a catalog without epochs does not move.
-    drift = max(left.max_pm_mas_yr, right.max_pm_mas_yr) * years / 1000.0 if years > 0 else 0.0
+    pm = right.max_pm_mas_yr if pm_mas_yr is None else pm_mas_yr
+    drift = np.maximum(left.max_pm_mas_yr, pm) * years / 1000.0 if years > 0 else 0.0
     return (radius + drift) * (1.0 + 1e-9) + 1e-3
 
 
@@ -390,8 +399,17 @@ def _ordered(
     right = np.concatenate([np.empty(0, dtype=np.int64), *(j for _, j, _ in found)])
     separation = np.concatenate([np.empty(0), *(s for _, _, s in found)])
     by_position = np.arange(len(left)) >= n_by_id
-    key = pc.rank(keys.take(pa.array(right)), tiebreaker="dense").to_numpy()
-    order = np.lexsort((right, key, separation, by_position, left))
+    order = np.lexsort((right, separation, by_position, left))
+    same = np.ones(max(len(order) - 1, 0), dtype=np.bool_)
+    for values in (left, by_position, separation):
+        same &= values[order[1:]] == values[order[:-1]]
+    if same.any():  # only then do the keys matter
+        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+        some = order[tied]
+        key = pc.rank(keys.take(pa.array(right[some])), tiebreaker="dense").to_numpy()
+        order[tied] = some[
+            np.lexsort((right[some], key, separation[some], by_position[some], left[some]))
+        ]
     left, right, separation = left[order], right[order], separation[order]
     is_first = np.concatenate([[True], left[1:] != left[:-1]])[: len(left)]
     starts = np.flatnonzero(is_first)

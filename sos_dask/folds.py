@@ -1,8 +1,13 @@
-"""Folds for cross-validation: every pair of one star in one fold."""
+"""Folds for cross-validation: every pair of one star in one fold.
+
+A reference star is known by a number of 64 bits that follows from its id and a seed alone. Pairs
+are joined when they share a reference star, or when their targets are observations of one star;
+what is joined gets the fold of its smallest number. So a fold depends on the stars alone, not on
+their order, on other stars or on how the sky is cut: what was joined in each of two parts of the
+sky is joined again over their edge (`smallest_of_joined`).
+"""
 
 from __future__ import annotations
-
-import hashlib
 
 import numpy as np
 import pyarrow as pa
@@ -11,45 +16,147 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from sos_dask import healpix
+from sos_dask.healpix import FloatArray, IntArray
 
-def fold_of_stars(
-    target: NDArray[np.int64], reference_id: pa.ChunkedArray, n_folds: int, seed: int
-) -> NDArray[np.int8]:
-    """Assign folds so that pairs which share a target or a reference star stay together.
+KeyArray = NDArray[np.uint64]
+
+# SplitMix64 (Steele, Lea & Flood 2014, OOPSLA): the step of its counter and its finaliser.
+_STEP = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def star_numbers(ids: pa.ChunkedArray, seed: int) -> KeyArray:
+    """Numbers of 64 bits that follow from ids, by SplitMix64 over their text.
+
+    Two of a hundred million ids get the same number once in 4000 times; they then share a fold.
 
     Parameters
     ----------
-    target : ndarray of int64, shape (n,)
-        Equal for pairs of the same target star.
-    reference_id : pyarrow array of shape (n,)
-        Id of the reference star of each pair.
-    n_folds, seed : int
+    ids : pyarrow array of shape (n,)
+        Text or integers (taken as their text), no nulls.
+    seed : int
+        Other seeds give other numbers.
 
     Returns
     -------
-    ndarray of int8, shape (n,)
-        0 to ``n_folds - 1``: the SHA-256 of the smallest reference id of the connected pairs, so
-        that a fold depends on the stars alone, not on their order or on other stars.
+    ndarray of uint64, shape (n,)
     """
-    n = len(target)
-    if n == 0:
-        return np.empty(0, dtype=np.int8)
-    encoded = pc.dictionary_encode(reference_id.cast(pa.string())).combine_chunks()
-    reference = encoded.indices.to_numpy().astype(np.int64)
-    names = encoded.dictionary.to_numpy(zero_copy_only=False)
-    _, target_index = np.unique(target, return_inverse=True)
-    n_references = len(names)
-    size = n_references + int(target_index.max()) + 1
-    links = coo_array(
-        (np.ones(n, dtype=np.int8), (reference, n_references + target_index)), shape=(size, size)
-    )
-    _, component = connected_components(links, directed=False)
-    by_name = np.argsort(names.astype(str), kind="stable")
-    _, first = np.unique(component[by_name], return_index=True)
-    smallest = {int(component[by_name[i]]): str(names[by_name[i]]) for i in first}
-    fold_of = np.zeros(int(component.max()) + 1, dtype=np.int8)
-    for number, name in smallest.items():
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        fold_of[number] = int.from_bytes(digest[:8], "big") % n_folds
-    folds: NDArray[np.int8] = fold_of[component[reference]]
-    return folds
+    text = pc.cast(ids, pa.string())
+    length = np.asarray(pc.binary_length(text).to_numpy(), dtype=np.uint64)
+    if len(length) == 0:
+        return np.empty(0, dtype=np.uint64)
+    n_words = max(int(length.max()) + 7, 8) // 8
+    padded = pc.ascii_rpad(text, 8 * n_words, "\0")
+    chunks = padded.chunks if isinstance(padded, pa.ChunkedArray) else [padded]
+    words = np.concatenate([_bytes_of(chunk) for chunk in chunks]).view("<u8")
+    words = words.reshape(-1, n_words)
+    number = _mixed(length + np.uint64((seed * _STEP) % 2**64))
+    for place in range(n_words):
+        # A number must not depend on how long the longest id beside it is.
+        has = length > 8 * place
+        number = np.where(has, _mixed(number ^ words[:, place]), number)
+    return number
+
+
+def _bytes_of(text: pa.Array) -> NDArray[np.uint8]:
+    """The bytes of texts, one after the other."""
+    offsets = np.frombuffer(text.buffers()[1], np.int32)[text.offset : text.offset + len(text) + 1]
+    data = text.buffers()[2]
+    return np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]] if data else np.empty(0, "u1")
+
+
+def _mixed(state: KeyArray) -> KeyArray:
+    """The output of SplitMix64 after a state."""
+    z = state + np.uint64(_STEP)
+    for shift, factor in _MIX:
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def same_targets(
+    ra: FloatArray,
+    dec: FloatArray,
+    cells29: IntArray,
+    ids: list[IntArray],
+    radius_arcsec: float,
+    id_radius_arcsec: float,
+) -> tuple[IntArray, IntArray]:
+    """Links between pairs whose targets may be one star.
+
+    Parameters
+    ----------
+    ra, dec : ndarray of float64, shape (n,), deg
+        Of the targets.
+    cells29 : ndarray of int64, shape (n,)
+        Order-29 cells of the targets, ascending.
+    ids : list of ndarray of int64, shape (n,)
+        Gaia ids of each release, not positive where there is none.
+    radius_arcsec : float
+        Targets within it are linked,
+    id_radius_arcsec : float
+        and within this, where they share an id.
+
+    Returns
+    -------
+    i, j : ndarray of int64
+        Row numbers, i < j.
+    """
+    first, second = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    reach = max(radius_arcsec, id_radius_arcsec) if ids else radius_arcsec
+    for i, j in healpix.candidates(cells29, reach, cells29, later_only=True):
+        separation = healpix.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
+        linked = separation <= radius_arcsec
+        for release in ids:
+            equal = (release[i] == release[j]) & (release[i] > 0)
+            linked |= equal & (separation <= id_radius_arcsec)
+        first.append(i[linked])
+        second.append(j[linked])
+    return np.concatenate(first), np.concatenate(second)
+
+
+def smallest_of_joined(
+    smallest: KeyArray, number: KeyArray, links: tuple[IntArray, IntArray]
+) -> KeyArray:
+    """The smallest number of all pairs that are joined with each pair, in one or more steps.
+
+    Parameters
+    ----------
+    smallest : ndarray of uint64, shape (n,)
+        The smallest number of what was joined before; at first ``number``. Pairs with the same one
+        are joined.
+    number : ndarray of uint64, shape (n,)
+        `star_numbers` of the reference stars. Pairs of the same one are joined.
+    links : tuple of two ndarrays of int64
+        Row numbers of further pairs that are joined (`same_targets`).
+
+    Returns
+    -------
+    ndarray of uint64, shape (n,)
+    """
+    out = smallest.copy()
+    joined = np.zeros(len(out), dtype=np.bool_)
+    joined[links[0]] = joined[links[1]] = True
+    edges = [links]
+    for values in (smallest, number):
+        # Most stars are in one pair: only neighbours in the order of the numbers are edges.
+        order = np.argsort(values, kind="stable")
+        same = np.flatnonzero(values[order[1:]] == values[order[:-1]])
+        edges.append((order[same], order[same + 1]))
+        joined[order[same]] = joined[order[same + 1]] = True
+    rows = np.flatnonzero(joined)
+    if len(rows) == 0:
+        return out
+    place = np.cumsum(joined) - 1
+    i, j = (place[np.concatenate([edge[side] for edge in edges])] for side in (0, 1))
+    graph = coo_array((np.ones(len(i), dtype=np.int8), (i, j)), shape=(len(rows), len(rows)))
+    _, component = connected_components(graph, directed=False)
+    order = np.argsort(component, kind="stable")
+    starts = np.flatnonzero(np.diff(component[order], prepend=-1))
+    out[rows] = np.minimum.reduceat(smallest[rows[order]], starts)[component]
+    return out
+
+
+def fold_of(smallest: KeyArray, n_folds: int) -> NDArray[np.int8]:
+    """Folds 0 to ``n_folds - 1`` of what is joined, by its smallest number."""
+    return np.asarray(smallest % np.uint64(n_folds), dtype=np.int8)

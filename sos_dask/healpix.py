@@ -259,6 +259,15 @@ def surrounding_cells(pixel: HealpixPixel, order: int, layers: int) -> list[IntA
     return rings
 
 
+def _coordinates(code: IntArray, depth: int) -> tuple[IntArray, IntArray]:
+    """The two coordinates of Morton codes of so many bits each."""
+    x, y = np.zeros_like(code), np.zeros_like(code)
+    for bit in range(depth):
+        x |= ((code >> 2 * bit) & 1) << bit
+        y |= ((code >> 2 * bit + 1) & 1) << bit
+    return x, y
+
+
 def _interleave(x: IntArray, y: IntArray) -> IntArray:
     """Morton code of two coordinates below 2**29 (x in the even bits)."""
     code = np.zeros_like(x)
@@ -363,6 +372,56 @@ def surroundings(pixel: HealpixPixel, radius_arcsec: float, layers: int = 1) -> 
     return around
 
 
+def near_pixel(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> NDArray[np.bool_]:
+    """Which cells lie in a pixel or may lie within a reach of it.
+
+    Parameters
+    ----------
+    pixel : HealpixPixel
+    cells29 : ndarray of int64, shape (n,)
+        Order-29 cells inside of the pixel or in layer 1 of its `surroundings`.
+    reach_arcsec : float
+
+    Returns
+    -------
+    ndarray of bool, shape (n,)
+        Fewer than `surroundings` would say, whose cells may be much wider than the reach.
+    """
+    near = (cells29 >= pixel.first) & (cells29 < pixel.stop)
+    order = order_for_radius(reach_arcsec)
+    rows = np.flatnonzero(~near)
+    around = with_neighbours(cells29[rows] >> 2 * (MAX_ORDER - order), order)
+    if order < pixel.order:
+        parent = pixel.pixel >> 2 * (pixel.order - order)
+        near[rows] = np.any(around == parent, axis=1)
+    else:
+        near[rows] = np.any(around >> 2 * (order - pixel.order) == pixel.pixel, axis=1)
+    return near
+
+
+def around_cells(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> Ranges:
+    """The part of a pixel that lies within a reach of some cells, as order-29 ranges.
+
+    Parameters
+    ----------
+    pixel : HealpixPixel
+    cells29 : ndarray of int64, shape (n,)
+        Order-29 cells, also outside of the pixel.
+    reach_arcsec : float
+
+    Returns
+    -------
+    list of (first, stop)
+        Sorted and disjoint, in steps of 1/32 of the pixel or of the reach: they hold more sky.
+    """
+    order = min(order_for_radius(reach_arcsec), pixel.order + 5)
+    shift = 2 * (MAX_ORDER - order)
+    near = np.unique(with_neighbours(np.unique(cells29 >> shift), order))
+    meets = (near >= 0) & (near + 1 << shift > pixel.first) & (near << shift < pixel.stop)
+    ranges = cell_ranges(near[meets], order)
+    return [(max(first, pixel.first), min(stop, pixel.stop)) for first, stop in ranges]
+
+
 def in_ranges(cells29: IntArray, ranges: Ranges) -> NDArray[np.bool_]:
     """Which order-29 cells lie in sorted, disjoint half-open ranges."""
     if not ranges:
@@ -394,6 +453,41 @@ _STEEPEST = float(np.sqrt(1.5 * (1.0 + 4.0 / np.pi**2)))
 # Steps of the eight neighbours in the order of healpy: SW, W, NW, N, NE, E, SE, S.
 _STEP_X = np.array([-1, -1, 0, 1, 1, 1, 0, -1])
 _STEP_Y = np.array([0, 1, 1, 1, 0, -1, -1, -1])
+
+
+def near_edge(
+    pixel: HealpixPixel, cells29: IntArray, reach_arcsec: FloatArray | float
+) -> NDArray[np.bool_]:
+    """Positions from which a reach may lead out of a pixel.
+
+    Parameters
+    ----------
+    pixel : HealpixPixel
+    cells29 : ndarray of int64, shape (n,)
+        Order-29 cells; those outside of the pixel count as near its edge.
+    reach_arcsec : float or ndarray of float64, shape (n,), arcsec
+
+    Returns
+    -------
+    ndarray of bool, shape (n,)
+        Also true a little farther inside, up to 1/1024 of the pixel.
+    """
+    depth = min(10, MAX_ORDER - pixel.order)
+    side = 1 << depth
+    place = (cells29 - pixel.first) >> 2 * (MAX_ORDER - pixel.order - depth)
+    inside = (cells29 >= pixel.first) & (cells29 < pixel.stop)
+    step = _step(np.asarray(reach_arcsec, dtype=np.float64)) * (side << pixel.order)
+    for along in _coordinates(place, depth):
+        inside &= (along > step) & (along + 1 < side - step)
+    return np.asarray(~inside)
+
+
+def _step(reach_arcsec: FloatArray) -> FloatArray:
+    """How far a reach can change a coordinate, in sides of a base pixel.
+
+    Two order-29 cells (0.8 mas) more stand for the rounding of positions to cells.
+    """
+    return np.asarray(_STEEPEST * reach_arcsec / ARCSEC_PER_RADIAN + 2.0**-28)
 
 
 def candidates(
@@ -438,8 +532,7 @@ def candidates(
     reach = np.asarray(reach_arcsec, dtype=np.float64)
     if not (np.all(reach >= 0) and np.all(reach <= 72000)):
         raise ConfigError(f"a reach of {np.max(reach)} arcsec is outside 0..72000")
-    # Two order-29 cells (0.8 mas) more stand for the rounding of positions to cells.
-    step = _STEEPEST * reach / ARCSEC_PER_RADIAN + 2.0**-28
+    step = _step(reach)
     deepest = np.ceil(-np.log2(step)).astype(np.int64) - 1
     start = np.maximum(deepest - int(np.log2(_CELLS_PER_REACH)) + 1, 0)
     waiting: dict[int, list[IntArray]] = {}
@@ -496,10 +589,7 @@ def _touched(
     depth = min(7, MAX_ORDER - order)
     side = 1 << depth
     code = np.arange(1 << 2 * depth, dtype=np.int64)
-    x, y = np.zeros_like(code), np.zeros_like(code)
-    for bit in range(depth):
-        x |= ((code >> 2 * bit) & 1) << bit
-        y |= ((code >> 2 * bit + 1) & 1) << bit
+    x, y = _coordinates(code, depth)
     touches_x = {-1: x <= step * side, 0: x >= 0, 1: x + 1 >= (1.0 - step) * side}
     touches_y = {-1: y <= step * side, 0: y >= 0, 1: y + 1 >= (1.0 - step) * side}
     table = np.zeros(len(code), dtype=np.uint8)

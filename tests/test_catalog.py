@@ -79,7 +79,7 @@ def test_surroundings_hold_every_neighbour(catalog):
 
 def test_bounds_come_from_the_footers(catalog):
     teff = observations(3000, spread=True)["teff"].to_numpy()
-    assert catalog.bounds("teff") == (teff.min(), teff.max())
+    assert catalog.bounds("teff", "none") == {"teff": (teff.min(), teff.max())}
 
 
 def test_every_type_reads_back_in_few_bytes(tmp_path):

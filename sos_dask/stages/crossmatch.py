@@ -1,43 +1,60 @@
-"""Stage crossmatch: pairs of target and reference stars, with folds for training."""
+"""Stage crossmatch: pairs of target and reference stars, with folds for training.
+
+A task matches one partition of the target. Of the rows near any reference star it reads what
+decides (positions, motions, ids), and of the matched rows alone all that is carried along.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.artifact import Manifest, Output, Recipe, Rows, atomic_path
-from sos_dask.catalog import Catalog, write_partition
+from sos_dask.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.crossmatch import MatchSettings, Motion, match, reach_arcsec
-from sos_dask.dedupe import DedupeSettings, group
 from sos_dask.errors import CatalogError
-from sos_dask.folds import fold_of_stars
-from sos_dask.healpix import HealpixPixel, surroundings
+from sos_dask.healpix import (
+    FloatArray,
+    HealpixPixel,
+    IntArray,
+    around_cells,
+    near_pixel,
+    surroundings,
+)
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
+from sos_dask.stages.folds import (
+    FoldSettings,
+    change_folds,
+    changed_folds,
+    keep_pairs,
+    local_folds,
+    write_pairs,
+)
 from sos_dask.stages.parts import (
     GAIA_IDS,
     commit_catalog,
-    id_values,
     key_of,
-    rank_of,
-    read_piece,
     records,
     require_memory,
     run_parts,
     unless_complete,
-    write_piece,
 )
 
-VERSION = 1
+VERSION = 2
 _MOTION = ("pmra", "pmdec", "position_epoch")
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
             "rv_err", "phot_g_mean_mag", "distance", "ebv", "n_obs")  # fmt: skip
 _REFERENCE = (*(c for c in _CARRIED if c not in ("ra", "dec", "n_obs")), "survey")
+_FLAGS = ("quality", "flag_spread")
+_Found = list[tuple[HealpixPixel, IntArray]]  # rows of partitions
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,13 @@ class PairSettings:
     n_folds: int = 5
     seed: int = 0
 
+    @property
+    def folds(self) -> FoldSettings:
+        """How pairs are joined: targets as near as a pair may be are one star."""
+        radius = self.match.radius_arcsec
+        id_radius = max(radius, self.match.id_radius_arcsec)
+        return FoldSettings(self.n_folds, self.seed, radius, id_radius)
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -65,14 +89,13 @@ class _Part:
     right: Catalog
     pixel: HealpixPixel
     settings: PairSettings
-    reach_arcsec: float
+    motions: tuple[Motion, Motion]
+    shared_ids: bool
 
-
-@dataclass(frozen=True)
-class _PairsPart:
-    output: Output
-    pixel: HealpixPixel
-    first_row: int  # of the partition's pairs among all pairs
+    def reach_arcsec(self, pm_mas_yr: FloatArray | None = None) -> FloatArray:
+        """How far the pairs of reference stars can reach; without proper motions: of any star."""
+        settings = self.settings.match
+        return np.asarray(reach_arcsec(settings, *self.motions, self.shared_ids, pm_mas_yr))
 
 
 def crossmatch_recipe(left: str, right: str, settings: PairSettings) -> Recipe:
@@ -129,32 +152,33 @@ def crossmatch(
     shared_ids = settings.match.use_gaia_id and any(
         column in left.schema.names and column in right.schema.names for column in GAIA_IDS.values()
     )
-    reach = reach_arcsec(settings.match, motion_of(left), motion_of(right), shared_ids)
+    motions = motion_of(left), motion_of(right)
     parts = {
-        key_of(pixel): _Part(output, left, right, pixel, settings, reach) for pixel in left.pixels
+        key_of(pixel): _Part(output, left, right, pixel, settings, motions, shared_ids)
+        for pixel in left.pixels
     }
     with unless_complete(output):
         run_parts(output, "matches", parts, _match_part, cluster, "crossmatch", report)
-        _assign_folds(output, list(parts), settings, key)
         matched = records(output, "matches", list(parts)) or []
-        starts = np.cumsum([0, *(record["n_pairs"] for record in matched)])
-        finals = {
-            key_of(pixel): _PairsPart(output, pixel, int(start))
-            for pixel, start in zip(left.pixels, starts, strict=False)
-        }
-        run_parts(output, "pairs", finals, _pairs_part, cluster, "pairs", report)
-        written = records(output, "pairs", list(parts)) or []
+        changes, n_again = changed_folds(output, left.pixels, settings.folds)
+        if changes:
+            run_parts(output, "folds", changes, change_folds, cluster, "folds", report)
+        changed = dict(zip(changes, records(output, "folds", list(changes)) or [], strict=True))
+        for (part_key, part), record in zip(parts.items(), matched, strict=True):
+            if part_key not in changes and record["file"] is not None:
+                keep_pairs(output, part.pixel)
+        written = [changed.get(*item) for item in zip(parts, matched, strict=True)]
         n_out = sum(record["n_pairs"] for record in matched)
         n_matched = sum(record["n_matched"] for record in matched)
         n_in = left.n_rows
         summary = {
             "pairs": n_out,
-            "reference_stars": _n_reference_stars(output, list(parts)),
+            "reference_stars": sum(record["n_stars"] for record in matched) - n_again,
             **{
                 name: sum(record[name] for record in matched)
                 for name in ("ambiguous", "by_id", "refused_by_id", "fit_for_training")
             },
-            "reach_arcsec": reach,
+            "reach_arcsec": float(reach_arcsec(settings.match, *motions, shared_ids)),
         }
         commit_catalog(
             output,
@@ -186,15 +210,11 @@ def key_column(catalog: Catalog) -> str:
 
 def motion_of(catalog: Catalog) -> Motion:
     """Bounds on proper motion and epoch over a whole catalog, from the footers of its files."""
-
-    def bound(name: str) -> float:
-        limits = catalog.bounds(name) if name in catalog.schema.names else None
-        return max(abs(limits[0]), abs(limits[1])) if limits else 0.0
-
-    moving = "pmra" in catalog.schema.names and "pmdec" in catalog.schema.names
-    epochs = catalog.bounds("position_epoch") if "position_epoch" in catalog.schema.names else None
-    low, high = epochs or (np.nan, np.nan)
-    return Motion(float(np.hypot(bound("pmra"), bound("pmdec"))) if moving else 0.0, low, high)
+    known = catalog.bounds(*_MOTION)
+    low, high = known.get("position_epoch", (np.nan, np.nan))
+    pm = [max(map(abs, known.get(name, (0.0, 0.0)))) for name in ("pmra", "pmdec")]
+    moving = {"pmra", "pmdec"} <= set(catalog.schema.names)
+    return Motion(float(np.hypot(*pm)) if moving else 0.0, low, high)
 
 
 def pairs_schema(left: Catalog, right: Catalog, key: str, right_key: str) -> pa.Schema:
@@ -227,28 +247,25 @@ def pairs_schema(left: Catalog, right: Catalog, key: str, right_key: str) -> pa.
 
 
 def _match_part(part: _Part) -> None:
-    """Pairs of one partition, without folds, into an intermediate file."""
+    """Pairs of one partition, with the folds that they have by themselves."""
     left_key, right_key = key_column(part.left), key_column(part.right)
-    left_names = [HEALPIX_COLUMN, left_key, *_CARRIED, *_MOTION, *GAIA_IDS.values()]
-    right_names = [
-        HEALPIX_COLUMN,
-        right_key,
-        "ra",
-        "dec",
-        *_MOTION,
-        *GAIA_IDS.values(),
-        *_REFERENCE,
-    ]
-    flags = ("quality", "flag_spread")
-    left = part.left.read(part.pixel, part.left.columns([*left_names, *flags]))
-    around = surroundings(part.pixel, part.reach_arcsec)[0]
-    ranges = sorted([(part.pixel.first, part.pixel.stop), *around])
-    right = part.right.read_ranges(ranges, part.right.columns([*right_names, *flags]))
+    left_at, right_at, left, right = _near_rows(part, right_key)
     matches = match(left, right, part.settings.match, right_key)
-    target, reference = left.take(matches.left), right.take(matches.right)
+    names = [left_key, *_CARRIED, *GAIA_IDS.values(), *_FLAGS]
+    target = _take(part.left, left_at, left, matches.left, names)
+    reference = _take(part.right, right_at, right, matches.right, [*_REFERENCE, *_FLAGS])
+    folds, n_stars = local_folds(
+        part.output,
+        part.pixel,
+        target,
+        reference[right_key],
+        reference[HEALPIX_COLUMN].to_numpy(),
+        part.reach_arcsec(_total_pm(reference)),
+        part.settings.folds,
+    )
     ambiguous = matches.n_candidates > 1
     use = ~ambiguous & _is_good(target) & _is_good(reference)
-    columns: dict[str, pa.Array | pa.ChunkedArray | NDArray[np.generic]] = {
+    columns: dict[str, Any] = {
         HEALPIX_COLUMN: target[HEALPIX_COLUMN],
         f"target_{left_key}": target[left_key],
         "reference_star_id": reference[right_key],
@@ -256,7 +273,7 @@ def _match_part(part: _Part) -> None:
         "n_candidates": matches.n_candidates,
         "ambiguous": ambiguous,
         "by_id": matches.by_id,
-        "fold": np.zeros(len(use), dtype=np.int8),
+        "fold": folds,
         "use": use,
     }
     for name in part.left.columns(_CARRIED):
@@ -268,34 +285,74 @@ def _match_part(part: _Part) -> None:
             difference = pc.subtract(target[label], reference[label])
             columns[f"{label}_diff"] = difference
             columns["use"] &= pc.is_valid(difference).to_numpy()
-    schema = pairs_schema(part.left, part.right, left_key, right_key)
-    pairs = pa.table(
-        [
-            pa.chunked_array([c])
-            if isinstance(c, pa.Array)
-            else pa.chunked_array([pa.array(c)])
-            if isinstance(c, np.ndarray)
-            else c
-            for c in columns.values()
-        ],
-        names=list(columns),
-    ).cast(schema)
-    ids = {c: target[c] for c in GAIA_IDS.values() if c in target.schema.names}
-    for name, column in ids.items():
-        pairs = pairs.append_column(f"_{name}", column)
-    write_piece(_match_file(part.output, key_of(part.pixel)), pairs)
+    pairs = pa.table(columns).cast(pairs_schema(part.left, part.right, left_key, right_key))
+    record = write_pairs(part.output, part.pixel, pairs) if pairs.num_rows else None
     part.output.put_record(
         "matches",
         key_of(part.pixel),
         {
+            "file": None if record is None else asdict(record),
             "n_pairs": pairs.num_rows,
             "n_matched": len(np.unique(matches.left)),
+            "n_stars": n_stars,
             "ambiguous": int(ambiguous.sum()),
             "by_id": int(matches.by_id.sum()),
             "refused_by_id": matches.n_conflicts,
             "fit_for_training": int(pc.sum(pairs["use"]).as_py() or 0),
         },
     )
+
+
+def _near_rows(part: _Part, right_key: str) -> tuple[_Found, _Found, pa.Table, pa.Table]:
+    """Rows of both sides that can be in a pair, and the columns of them that decide."""
+    reach = float(part.reach_arcsec())
+    around = surroundings(part.pixel, reach)[0]
+    ranges = sorted([(part.pixel.first, part.pixel.stop), *around])
+    reaches = partial(near_pixel, part.pixel, reach_arcsec=reach)
+    right_at = [
+        (pixel, rows)
+        for pixel in part.right.overlapping(ranges)
+        if len(rows := part.right.rows_in(pixel, ranges, wanted=reaches))
+    ]
+    deciding = [HEALPIX_COLUMN, "ra", "dec", *_MOTION]
+    if part.shared_ids:
+        deciding += GAIA_IDS.values()
+    columns = part.right.columns([right_key, *deciding])
+    empty = pa.schema([part.right.schema.field(name) for name in columns]).empty_table()
+    right = pa.concat_tables(
+        [part.right.take(pixel, rows, columns) for pixel, rows in right_at] or [empty]
+    )
+    near = around_cells(part.pixel, right[HEALPIX_COLUMN].to_numpy(), reach)
+    rows = part.left.rows_in(part.pixel, near, exact=False)
+    left = part.left.take(part.pixel, rows, part.left.columns(deciding))
+    return [(part.pixel, rows)], right_at, left, right
+
+
+def _take(
+    catalog: Catalog, found: _Found, known: pa.Table, wanted: IntArray, names: list[str]
+) -> pa.Table:
+    """Rows of those that were found, in any order, with further columns beside the known ones."""
+    unique, place = np.unique(wanted, return_inverse=True)
+    columns = [name for name in catalog.columns(names) if name not in known.schema.names]
+    tables = [pa.schema([catalog.schema.field(name) for name in columns]).empty_table()]
+    first = 0
+    for pixel, rows in found:
+        low, high = np.searchsorted(unique, (first, first + len(rows)))
+        if low < high:
+            tables.append(catalog.take(pixel, rows[unique[low:high] - first], columns))
+        first += len(rows)
+    further = pa.concat_tables(tables[1:] or tables).combine_chunks().take(pa.array(place))
+    rows = known.take(pa.array(wanted))
+    for name in columns:
+        rows = rows.append_column(further.schema.field(name), further[name])
+    return rows
+
+
+def _total_pm(rows: pa.Table) -> FloatArray:
+    """Total proper motions, 0 where there is none."""
+    if not {"pmra", "pmdec"} <= set(rows.schema.names):
+        return np.zeros(rows.num_rows)
+    return np.nan_to_num(np.hypot(rows["pmra"].to_numpy(), rows["pmdec"].to_numpy()))
 
 
 def _is_good(rows: pa.Table) -> NDArray[np.bool_]:
@@ -306,66 +363,3 @@ def _is_good(rows: pa.Table) -> NDArray[np.bool_]:
     if "flag_spread" in rows.schema.names:
         good &= ~rows["flag_spread"].to_numpy()
     return good
-
-
-def _match_file(output: Output, key: str) -> Path:
-    return output.work / "pieces" / f"{key}.arrow"
-
-
-def _read_matches(output: Output, keys: list[str], columns: list[str] | None = None) -> pa.Table:
-    tables = []
-    for key in keys:
-        table = read_piece(_match_file(output, key))
-        tables.append(table if columns is None else table.select(columns))
-    return pa.concat_tables(tables)
-
-
-def _n_reference_stars(output: Output, keys: list[str]) -> int:
-    ids = _read_matches(output, keys, ["reference_star_id"])["reference_star_id"]
-    return int(pc.count_distinct(ids).as_py())
-
-
-def _assign_folds(output: Output, keys: list[str], settings: PairSettings, key: str) -> None:
-    """Folds of all pairs, one file: observations of one star, and pairs of one reference, together.
-
-    The pairs are at most a few times the reference stars, so they are held at once.
-    """
-    path = output.work / "folds.npy"
-    if path.is_file():
-        return
-    pairs = _read_matches(output, keys)
-    ids = {
-        release: id_values(pairs[f"_{column}"])
-        for release, column in GAIA_IDS.items()
-        if f"_{column}" in pairs.schema.names
-    }
-    radius = settings.match.radius_arcsec
-    same = group(
-        pairs["ra"].to_numpy(),
-        pairs["dec"].to_numpy(),
-        pairs[HEALPIX_COLUMN].to_numpy(),
-        rank_of(pairs[f"target_{key}"]),
-        ids,
-        None,
-        DedupeSettings(
-            radius_arcsec=radius, id_radius_arcsec=max(radius, settings.match.id_radius_arcsec)
-        ),
-    )
-    folds = fold_of_stars(same.primary, pairs["reference_star_id"], settings.n_folds, settings.seed)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, folds)
-
-
-def _pairs_part(part: _PairsPart) -> None:
-    """Final partition of pairs, with folds."""
-    key = key_of(part.pixel)
-    pairs = _read_matches(part.output, [key])
-    stop = part.first_row + pairs.num_rows
-    folds = np.load(part.output.work / "folds.npy", mmap_mode="r")[part.first_row : stop]
-    names = [name for name in pairs.schema.names if not name.startswith("_gaia")]
-    field = pairs.schema.field("fold")
-    pairs = pairs.select(names).set_column(
-        pairs.schema.get_field_index("fold"), field, pa.array(folds, pa.int8())
-    )
-    record = write_partition(part.output, part.pixel, pairs) if pairs.num_rows else None
-    part.output.put_record("pairs", key, {"file": None if record is None else asdict(record)})

@@ -187,7 +187,7 @@ def _totals(weights: FloatArray, groups: IntArray, column: IntArray, n_columns: 
     counts = np.bincount(groups * n_columns + column, minlength=n_groups * n_columns)
     kind = np.float32 if len(groups) < _EXACT_FLOAT32 else np.float64
     product = weights.astype(kind) @ counts.reshape(n_groups, n_columns).astype(kind)
-    return product.astype(np.float64)
+    return np.asarray(product, dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,19 +113,14 @@ def _averaged(
     figures: Sequence[Mapping[tuple[str, str], Scored]], methods: Sequence[str]
 ) -> dict[str, Scored]:
     """Scatter of each method in units of the uncorrected one, averaged over the labels."""
-    units = [of[NONE, "mad"].value or np.inf for of in figures]
-    return {
-        method: Scored(
-            float(
-                np.mean([of[method, "mad"].value / u for of, u in zip(figures, units, strict=True)])
-            ),
-            np.mean(
-                [of[method, "mad"].replicates / u for of, u in zip(figures, units, strict=True)],
-                axis=0,
-            ),
+    found = {}
+    for method in methods:
+        pairs = [(of[method, "mad"], of[NONE, "mad"].value or np.inf) for of in figures]
+        found[method] = Scored(
+            float(np.mean([score.value / unit for score, unit in pairs])),
+            np.mean([score.replicates / unit for score, unit in pairs], axis=0),
         )
-        for method in methods
-    }
+    return found
 
 
 def _worse(scores: Mapping[str, Scored], tolerance: float) -> dict[str, tuple[float, float, float]]:
@@ -169,37 +164,37 @@ def _ruled(
     if rule == SCATTER:
         low, high = interval(*scatter[least])
         return least, (
-            f"{least}: the smallest held-out scatter, {scatter[least].value:.4f} of the uncorrected "
-            f"one [{low:.4f}, {high:.4f}] averaged over the labels"
+            f"{least}: the smallest held-out scatter averaged over the labels, "
+            f"{scatter[least].value:.4f} [{low:.4f}, {high:.4f}] of the uncorrected one"
         )
     good = [method for method in methods if not worse[method]]
     what = "in no label worse than the best"
     if not good:
         behind = _worse(scatter, tolerance)
         good = [method for method in methods if method not in behind]
-        what = "each worse than the best in some label, but not in the scatter averaged over them"
-    rejected = [
-        f"{method} is worse in "
-        + " and ".join(
-            f"{name} by {100 * by:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-            for name, (by, low, high) in worse[method].items()
-        )
-        for method in methods
-        if method not in good
-    ]
+        what = "worse than the best in some label, but not in the scatter averaged over them"
+    rejected = [_because(method, worse[method]) for method in methods if method not in good]
     known = [method for method in good if np.isfinite(roughness.get(method, float("nan")))]
     if len(good) == 1:
-        chosen, why = good[0], f"alone {what}"
+        chosen, why = good[0], f"the only one {what}"
     elif known:
         chosen = min(known, key=lambda method: (roughness[method], method))
         why = f"the smoothest (roughness {roughness[chosen]:.3f}) of {_listed(good)}, {what}"
     else:
         chosen = min(good, key=lambda method: (scatter[method].value, method))
         why = (
-            f"the smallest held-out scatter of {_listed(good)}, {what}; too few cells have pairs to "
-            "say which is smoothest"
+            f"the smallest held-out scatter of {_listed(good)}, {what}; which is smoothest too few "
+            "cells with pairs can tell"
         )
     return chosen, "; ".join([f"{chosen}: {why}", *rejected])
+
+
+def _because(method: str, worse: Mapping[str, tuple[float, float, float]]) -> str:
+    """What speaks most against a method, as part of a sentence."""
+    name = max(worse, key=lambda name: worse[name][1])
+    by, low, high = (100 * share for share in worse[name])
+    more = f", and in {len(worse) - 1} more" if len(worse) > 1 else ""
+    return f"{method} is worse in {name} by {by:.2f} % [{low:.2f}, {high:.2f}]{more}"
 
 
 def _listed(names: Sequence[str]) -> str:

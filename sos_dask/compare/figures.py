@@ -259,8 +259,10 @@ class _Measured:
             ]
         count, median = np.concatenate(n), np.concatenate(medians)
         if not len(median):
-            empty = (None, None, None, None, 0)
-            return [Figure(*self.about, name, *empty) for name in ("rms_binned", "worst_bin")]
+            return [
+                Figure(*self.about, name, None, None, None, None, 0)
+                for name in ("rms_binned", "worst_bin")
+            ]
         resampled = np.concatenate(replicates, axis=1)
         errors = np.nanstd(resampled, axis=0)
         # A resample may leave out all pairs of a bin.

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask import models
 from sos_dask.artifact import Manifest, Output, Recipe, Rows, sha256_of_file
-from sos_dask.catalog import Catalog, write_parquet
+from sos_dask.catalog import Catalog, partition_errors, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.compare.artifact import (
     ARTIFACT_SCHEMA,
@@ -491,3 +492,25 @@ def prediction_cost(model: Path) -> float:
         correction.predict(x)
         times.append(time.process_time() - before)
     return 1e6 * min(times) / _TIMED_ROWS
+
+
+def read_comparison(directory: Path) -> dict[str, Any]:
+    """All of a comparison as JSON values: its summary, ``figures``, ``artifacts``, ``outside``.
+
+    Raises
+    ------
+    CatalogError, PartitionError
+        It is unfinished, of another stage, or damaged.
+    """
+    manifest = Manifest.load(directory)
+    if manifest.recipe.stage != "compare":
+        raise CatalogError(
+            f"{directory} is no comparison but an output of '{manifest.recipe.stage}'"
+        )
+    found: dict[str, Any] = {
+        key: value for key, value in manifest.summary.items() if key != "metrics"
+    }
+    for key, name in (("figures", COMPARISON), ("artifacts", ARTIFACTS), ("outside", OUTSIDE)):
+        with partition_errors(directory / name):
+            found[key] = pq.read_table(directory / name).to_pylist()
+    return found

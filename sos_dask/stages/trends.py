@@ -12,15 +12,18 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_parquet
+from sos_dask.catalog import Catalog, partition_errors, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.errors import CatalogError
 from sos_dask.schema import LABELS
 from sos_dask.stages.parts import (
     held_out_pairs,
@@ -410,3 +413,29 @@ def _rows_of(catalog: Catalog, wanted: pa.Array) -> pa.Table:
         table = table.set_column(0, "star_id", table["star_id"].cast(pa.string()))
         tables.append(table.filter(pc.is_in(table["star_id"], wanted)))
     return pa.concat_tables(tables)
+
+
+def read_trends(directory: Path) -> dict[str, Any]:
+    """``trends``, the bins of one quantity, and ``agreements`` of the references as JSON values.
+
+    Raises
+    ------
+    CatalogError, PartitionError
+        They are unfinished, of another stage, or damaged.
+    """
+    manifest = Manifest.load(directory)
+    if manifest.recipe.stage != "trends":
+        raise CatalogError(
+            f"{directory} holds no trends but an output of '{manifest.recipe.stage}'"
+        )
+    with partition_errors(directory / TRENDS):
+        rows = pq.read_table(directory / TRENDS).to_pylist()
+    return {"trends": rows, "agreements": manifest.summary["agreements"]}
+
+
+def rms_of_medians(
+    bins: Sequence[Mapping[str, Any]], min_count: int = MIN_COUNT
+) -> tuple[float | None, int]:
+    """Root mean square of the medians of bins with enough pairs, None without any; their number."""
+    medians = [row["median"] for row in bins if row["n"] >= min_count]
+    return (float(np.sqrt(np.mean(np.square(medians)))) if medians else None), len(medians)

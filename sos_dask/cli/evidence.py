@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from sos_dask.errors import ConfigError
 if TYPE_CHECKING:
     from sos_dask.artifact import Manifest
 
-_WIDE = 110  # columns of a terminal that shows every interval
+_WIDE = 110  # columns of a terminal
 _SUBSETS = ("all", "dense", "sparse", "logg < 1", "teff > 7000", "feh < -2", "feh > 0.2")
 
 Inputs = Annotated[
@@ -161,6 +162,11 @@ def _costs(store: Path) -> dict[str, dict[str, float | None]]:
     return found
 
 
+def _is_wide() -> bool:
+    """Whether the terminal shows every interval; --json always does."""
+    return console().width >= _WIDE
+
+
 def _number(value: float | None, label: str, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.{1 if label == 'teff' else 4}f}"
 
@@ -172,7 +178,10 @@ def _with_interval(row: dict[str, Any], name: str = "", mark: str = "") -> str:
     if value is None:
         return "-"
     label = row["label"] if name != "roughness" else ""
-    return f"{_number(value, label)}{mark}\n{_number(low, label)}, {_number(high, label)}"
+    interval = f"{_number(low, label)}, {_number(high, label)}"
+    if not _is_wide():
+        interval = re.sub(r"\b0\.", ".", interval)
+    return f"{_number(value, label)}{mark}\n{interval}"
 
 
 def _mark(row: dict[str, Any]) -> str:
@@ -184,7 +193,7 @@ def _show_figures(label: str, sample: str, rows: Sequence[dict[str, Any]], chose
     whole = {(r["method"], r["statistic"]): r for r in rows if r["subset"] == "all"}
     statistics = ["median", "mad", "width", "rms_binned"]
     headers = [">median", ">scatter", ">half-width", ">rms of bins"]
-    if console().width < _WIDE:  # --json always has it
+    if not _is_wide():
         del statistics[2], headers[2]
     table = []
     for method in dict.fromkeys(method for method, _ in whole):
@@ -212,13 +221,12 @@ def _show_figures(label: str, sample: str, rows: Sequence[dict[str, Any]], chose
 def _show_subsets(label: str, sample: str, rows: Sequence[dict[str, Any]]) -> None:
     found = {(r["subset"], r["method"]): r for r in rows if r["statistic"] == "mad"}
     methods = list(dict.fromkeys(method for _, method in found))
-    wide = console().width >= _WIDE
     table = []
     for subset in _SUBSETS:
         ours = [found[subset, method] for method in methods]
         cells = [_with_interval(row, mark=_mark(row)) for row in ours]
         table.append(
-            [subset, f"{ours[0]['n']:,}", *(c if wide else c.split("\n")[0] for c in cells)]
+            [subset, f"{ours[0]['n']:,}", *(c if _is_wide() else c.split("\n")[0] for c in cells)]
         )
     show_table(
         f"{label} [{LABEL_UNITS[label]}]: scatter (1.4826 MAD) of {_SAMPLES[sample]} pairs",
@@ -256,9 +264,9 @@ def _show_outside(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['label']} [{LABEL_UNITS[row['label']]}]",
             row["method"],
             row["where"],
-            _with_interval(row, "exceeds"),
+            _with_interval(row, "exceeds") if _is_wide() else _number(row["exceeds"], row["label"]),
             "-" if row["share"] is None else f"{100 * row['share']:.0f} %",
-            _with_interval(row, "step"),
+            _with_interval(row, "step") if _is_wide() else _number(row["step"], row["label"]),
         ]
         for row in sorted(rows, key=lambda r: list(LABEL_UNITS).index(r["label"]))
     ]
@@ -357,25 +365,27 @@ def _show_summary(
     from sos_dask.stages.trends import rms_of_medians
 
     table = []
-    for (label, against), bins in tables.items():
+    for label, against in sorted(tables, key=lambda key: list(LABEL_UNITS).index(key[0])):
+        bins = tables[label, against]
         found = [
             rms_of_medians([b for b in bins if b["method"] == method])
             for method in (None, *methods)
         ]
-        table.append(
-            [
-                f"{label} [{LABEL_UNITS[label]}]",
-                against,
-                str(found[0][1]),
-                *(_number(rms, label) for rms, _ in found),
-            ]
-        )
+        bins_used = [str(found[0][1])] if _is_wide() else []
+        table.append([label, against, *bins_used, *(_number(rms, label) for rms, _ in found)])
     show_table(
         "Target - reference: rms of the medians of bins, before and after each correction",
-        ["label", "against", ">bins", ">before", *(f">{method}" for method in methods)],
+        [
+            "label",
+            "against",
+            *([">bins"] if _is_wide() else []),
+            ">before",
+            *(f">{method}" for method in methods),
+        ],
         table,
     )
-    say("After: of held-out pairs, in bins with 20 pairs or more.")
+    say("K for teff, dex otherwise. After: of held-out pairs. Bins with 20 pairs or more count.")
+    say("Say --label and --against to see the bins.")
 
 
 def _show_bins(
@@ -384,7 +394,7 @@ def _show_bins(
     by_bin: dict[int, dict[str | None, dict[str, Any]]] = {}
     for row in bins:
         by_bin.setdefault(row["bin"], {})[row["method"]] = row
-    wide = console().width >= _WIDE
+    wide = _is_wide()
     table = []
     for found in by_bin.values():
         before = found[None]
@@ -398,15 +408,15 @@ def _show_bins(
                 text += f" ± {_number(row['error'], label)}"
             cells.append(text)
         after = max((found[m]["n"] for m in methods if m in found), default=0)
-        table.append(
-            [f"{before['low']:g}..{before['high']:g}", f"{before['n']:,}", f"{after:,}", *cells]
-        )
+        held_out = [f"{after:,}"] if wide else []
+        place = f"{before['low']:g}..{before['high']:g}"
+        table.append([place, f"{before['n']:,}", *held_out, *cells])
     show_table(
         f"{label} [{LABEL_UNITS[label]}] against {against}: median of target - reference",
         [
             against,
             ">pairs",
-            ">held\nout",
+            *([">held\nout"] if wide else []),
             ">before",
             *(f">{'after' if i == 0 else ''}\n{method}" for i, method in enumerate(methods)),
         ],

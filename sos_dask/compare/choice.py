@@ -130,7 +130,7 @@ def _worse(scores: Mapping[str, Scored], tolerance: float) -> dict[str, tuple[fl
     for method, score in scores.items():
         behind, low, high = difference(score, scores[best])
         scale = scores[best].value
-        if low > 0 and behind > tolerance * scale > 0:
+        if scale > 0 and low > 0 and behind > tolerance * scale:
             found[method] = (behind / scale, low / scale, high / scale)
     return found
 

@@ -16,12 +16,14 @@ from sos_dask.plan import plan
 from sos_dask.schema import Survey, builtin_surveys, load_survey
 from sos_dask.simulate import SkySettings, simulate
 from sos_dask.stages.apply import apply
+from sos_dask.stages.compare import CompareSettings, compare
 from sos_dask.stages.crossmatch import PairSettings, crossmatch
 from sos_dask.stages.dedupe import dedupe
 from sos_dask.stages.ingest import IngestSettings, ingest
 from sos_dask.stages.margin import margin
 from sos_dask.stages.reference import ReferenceSettings, reference
 from sos_dask.stages.train import TrainSettings, train
+from sos_dask.stages.trends import TrendSettings, trends
 from sos_dask.store import gc, status
 from sos_dask.unify import UnifySettings
 from sos_dask.verify import verify
@@ -29,6 +31,7 @@ from sos_dask.verify import verify
 __all__ = [
     "Catalog",
     "Cluster",
+    "CompareSettings",
     "DedupeSettings",
     "IngestSettings",
     "Job",
@@ -38,9 +41,11 @@ __all__ = [
     "SkySettings",
     "Survey",
     "TrainSettings",
+    "TrendSettings",
     "UnifySettings",
     "apply",
     "builtin_surveys",
+    "compare",
     "crossmatch",
     "dedupe",
     "gc",
@@ -55,5 +60,6 @@ __all__ = [
     "start",
     "status",
     "train",
+    "trends",
     "verify",
 ]

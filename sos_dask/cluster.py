@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,6 +23,7 @@ from sos_dask.errors import ClusterError, SosError
 T = TypeVar("T")
 R = TypeVar("R")
 logger = logging.getLogger(__name__)
+_ANSWER_S = 5
 
 
 # Dask lets a worker give every freed 64 KiB back to the system. Tasks that go from array to array
@@ -93,6 +95,30 @@ class Cluster:
                 f"the limit is {limit / 2**20:,.0f} MiB",
                 "Raise memory_limit, use fewer workers, or lower rows_per_partition.",
             )
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU seconds so far of this process and of each worker that answers soon, by address."""
+        found = {"": time.process_time()}
+        if self.client is None:
+            return found
+        from distributed import wait
+
+        with contextlib.suppress(TimeoutError, OSError):
+            workers = self.client.scheduler_info(n_workers=-1)["workers"]
+            asked = {
+                address: self.client.submit(time.process_time, workers=[address], pure=False)
+                for address in workers
+            }
+            try:
+                wait(list(asked.values()), timeout=_ANSWER_S)
+            finally:
+                found |= {
+                    address: float(future.result())
+                    for address, future in asked.items()
+                    if future.status == "finished"
+                }
+                self.client.cancel(list(asked.values()), force=True)
+        return found
 
     def run(
         self,

@@ -81,7 +81,17 @@ class TrainSection(_Section):
     methods: list[str] = Field(default_factory=lambda: ["polynomial", "boosted"], min_length=1)
     validation: Literal["auto", "kfold", "holdout"] = "auto"
     params: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    choose: str = "best"
+
+
+class CompareSection(_Section):
+    """How the methods are compared, and by which rule one of them corrects the catalog."""
+
+    rule: str = "balanced"
+    n_bootstrap: int = Field(400, ge=100, le=10_000)
+    min_pairs: int = Field(30, ge=10)
+    min_bin_pairs: int = Field(50, ge=5)
+    min_cell_pairs: int = Field(5, ge=1)
+    tolerance: float = Field(0.01, ge=0, lt=1)
 
 
 class ClusterSection(_Section):
@@ -116,6 +126,7 @@ class Job(_Section):
     unify: UnifySection = Field(default_factory=UnifySection)
     crossmatch: CrossmatchSection = Field(default_factory=CrossmatchSection)
     train: TrainSection = Field(default_factory=TrainSection)
+    compare: CompareSection = Field(default_factory=CompareSection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     path: Path = Field(Path(), exclude=True)
     text: str = Field("", exclude=True)

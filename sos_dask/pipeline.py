@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from sos_dask.artifact import Manifest, Output
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.compare import Metric
 from sos_dask.config import Job
-from sos_dask.plan import Stage, plan
-from sos_dask.store import StageResult, home, publish, result_of
+from sos_dask.plan import COMPARISON, Stage, plan
+from sos_dask.store import Cost, StageResult, home, publish, put_cost, result_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Build:
     stages: tuple[StageResult, ...]
     metrics: tuple[Metric, ...]
     chosen: str
+    why: str
 
 
 def rebuild(
@@ -63,10 +66,16 @@ def rebuild(
         on_stage(result)
 
     def run_all(active: Cluster) -> None:
-        for stage in stages:
+        nonlocal stages
+        for number in range(len(stages)):
+            stage = stages[number]
             if not stage.complete:
-                stage.run(active, report)
+                with _measured(store, stage, active):
+                    stage.run(active, report)
             finish(stage, not stage.complete)
+            if stage.product == COMPARISON and not stage.complete:
+                # Now it is known which model corrects the catalog.
+                stages = [*stages[: number + 1], *plan(job, store)[number + 1 :]]
 
     if all(stage.complete for stage in stages):
         for stage in stages:
@@ -79,7 +88,8 @@ def rebuild(
     for stage in stages:
         if not stage.complete:  # a rebuild beside this one may have been ahead of these workers
             Output(home(stage.recipe.stage, stage.directory), stage.recipe).tidy()
-    metrics, chosen = _choice_of(stages)
+    comparison = next(stage for stage in stages if stage.product == COMPARISON)
+    choice = Manifest.load(comparison.directory).summary
     path = publish(
         store,
         job.name,
@@ -87,10 +97,22 @@ def rebuild(
         {stage.product: (stage.recipe, stage.directory) for stage in stages},
     )
     products = {stage.product: str(path / stage.product) for stage in stages}
-    return Build(path.name, path, products, tuple(results), metrics, chosen)
+    return Build(
+        path.name,
+        path,
+        products,
+        tuple(results),
+        tuple(Metric(**item) for item in choice["metrics"]),
+        choice["method"],
+        choice["why"],
+    )
 
 
-def _choice_of(stages: list[Stage]) -> tuple[tuple[Metric, ...], str]:
-    stage = next(stage for stage in stages if stage.product == "chosen")
-    summary = Manifest.load(stage.directory).summary
-    return tuple(Metric(**item) for item in summary["metrics"]), str(summary["method"])
+@contextmanager
+def _measured(store: Path, stage: Stage, cluster: Cluster) -> Iterator[None]:
+    """Remember what a stage took."""
+    wall, before = time.monotonic(), cluster.cpu_seconds()
+    yield
+    after = cluster.cpu_seconds()
+    cpu = sum(max(now - before.get(name, 0.0), 0.0) for name, now in after.items())
+    put_cost(store, stage.recipe.fingerprint, Cost(time.monotonic() - wall, cpu))

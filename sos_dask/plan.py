@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,31 @@ from sos_dask.artifact import (
     Manifest,
     Output,
     Recipe,
-    Rows,
     canonical_json,
     sha256_of_file,
     write_text,
 )
 from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster, Report
-from sos_dask.compare import choose
+from sos_dask.compare.choice import check_rule
 from sos_dask.config import DedupeSection, Job, SurveySection
 from sos_dask.crossmatch import MatchSettings
 from sos_dask.dedupe import DedupeSettings
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.schema import load_survey
 from sos_dask.stages.apply import apply, apply_recipe
+from sos_dask.stages.compare import CompareSettings, compare, compare_recipe
 from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
 from sos_dask.stages.dedupe import dedupe, dedupe_recipe
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
 from sos_dask.stages.margin import margin, margin_recipe
 from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
-from sos_dask.stages.train import TrainSettings, metrics_of, train, train_recipe
+from sos_dask.stages.train import TrainSettings, train, train_recipe
 from sos_dask.stages.trends import TrendSettings, trends, trends_recipe
 from sos_dask.store import current_recipes, home, published
 from sos_dask.unify import UnifySettings
+
+COMPARISON = "comparison"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,18 @@ class _Planner:
         """Catalog planned before; it exists once its stage has run."""
         return Catalog.open(self.directory(fingerprint))
 
+    def chosen(self, comparison: str, trained: Mapping[str, str], rule: str) -> str:
+        """Fingerprint of the model that corrects the catalog: that of the comparison until it ran.
+
+        What is made with the model depends on the model alone, not on how it was chosen.
+        """
+        stage = next(s for s in self.stages if s.recipe.fingerprint == comparison)
+        if rule in trained:
+            return trained[rule]
+        if not stage.complete:
+            return comparison
+        return trained[Manifest.load(stage.directory).summary["method"]]
+
     def _reason(self, product: str, recipe: Recipe, directory: Path) -> str:
         if (directory / WORK).is_dir():
             return "unfinished: goes on where it stopped"
@@ -151,7 +165,9 @@ def _brief(value: Any) -> str:
 def plan(job: Job, store: Path | None = None) -> list[Stage]:
     """Stages of a job in the order of their inputs, each with the reason why it would run.
 
-    Reads the survey files once to hash them (remembered by size and time of change).
+    Reads the survey files once to hash them (remembered by size and time of change). Which model a
+    rule will choose is known once the comparison has run: the stages after it must then be planned
+    again.
 
     Raises
     ------
@@ -209,11 +225,24 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         ),
     )
     trained = {method: _add_training(planner, method, pairs) for method in job.train.methods}
-    chosen = planner.add(
-        "chosen",
-        Recipe("choose", 1, {"rule": job.train.choose}, trained),
-        lambda directory, cluster, report: _choose(planner, directory, trained, job.train.choose),
+    compare_settings = CompareSettings(
+        **job.compare.model_dump(exclude={"rule"}),
+        rule=check_rule(job.compare.rule, job.train.methods),
+        seed=job.seed,
     )
+    compared = planner.add(
+        COMPARISON,
+        compare_recipe(pairs, trained, compare_settings),
+        lambda directory, cluster, report: compare(
+            planner.catalog(pairs),
+            {name: planner.directory(model) for name, model in trained.items()},
+            directory,
+            compare_settings,
+            cluster=cluster,
+            report=report,
+        ),
+    )
+    chosen = planner.chosen(compared, trained, compare_settings.rule)
     trend_settings = TrendSettings(order=unify.order)
     planner.add(
         "trends",
@@ -231,19 +260,19 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     )
     source = observations["observations"]
 
-    def run_apply(directory: Path, cluster: Cluster, report: Report) -> Manifest | None:
-        method = Manifest.load(planner.directory(chosen)).summary["method"]
-        return apply(
-            planner.directory(trained[method]),
+    planner.add(
+        f"{job.target_name}.corrected",
+        apply_recipe(chosen, source),
+        lambda directory, cluster, report: apply(
+            planner.directory(chosen),
             planner.catalog(source),
             directory,
             name=f"{job.target_name}.corrected",
             cluster=cluster,
             report=report,
             model_fingerprint=chosen,
-        )
-
-    planner.add(f"{job.target_name}.corrected", apply_recipe(chosen, source), run_apply)
+        ),
+    )
     return planner.stages
 
 
@@ -316,21 +345,6 @@ def _add_training(planner: _Planner, method: str, pairs: str) -> str:
             planner.catalog(pairs), directory, settings, cluster=cluster, report=report
         ),
     )
-
-
-def _choose(planner: _Planner, directory: Path, trained: Mapping[str, str], rule: str) -> Manifest:
-    """Choose the method that corrects the catalog, by the rule of the job."""
-    metrics = [
-        metric
-        for fingerprint in trained.values()
-        for metric in metrics_of(Manifest.load(planner.directory(fingerprint)))
-    ]
-    output = Output.prepare(directory, Recipe("choose", 1, {"rule": rule}, trained))
-    if output.complete:
-        return output.load_manifest()
-    method = rule if rule in trained else choose(metrics)
-    summary = {"method": method, "metrics": [asdict(metric) for metric in metrics]}
-    return output.commit(Rows(0, 0), (), summary)
 
 
 def _digests(store: Path, files: list[Path]) -> list[str]:

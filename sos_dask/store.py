@@ -5,6 +5,7 @@ Layout (``<store>``)::
     artifacts/<stage>/<fingerprint>/     one output each, complete when it has a manifest
     builds/<utc>/<product>               links to artifacts, and build.json
     current                              link to the latest build, swapped atomically
+    digests.json  costs.json             memory of hashed survey files, and of what outputs took
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sos_dask.catalog import PROPERTIES
 from sos_dask.errors import CatalogError, ConfigError
 
 BUILD_FILE = "build.json"
+COSTS = "costs.json"
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,63 @@ def publish(
     return build
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What the run that finished an output took on the machine that ran it.
+
+    Parameters
+    ----------
+    wall_s : float
+    cpu_s : float
+        Of the driver and of all workers.
+    """
+
+    wall_s: float
+    cpu_s: float
+
+
+def put_cost(store: Path, fingerprint: str, cost: Cost) -> None:
+    """Remember a cost beside the artifacts, whose bytes must not depend on times."""
+    path = store / COSTS
+    known = {name: asdict(one) for name, one in costs(store).items()}
+    known[fingerprint] = {name: round(value, 3) for name, value in asdict(cost).items()}
+    write_text(path, json.dumps(known, indent=1, sort_keys=True))
+
+
+def costs(store: Path) -> dict[str, Cost]:
+    """Costs of outputs by their fingerprints; those that are not known are missing."""
+    try:
+        known = json.loads((store / COSTS).read_text())
+        return {str(name): Cost(**one) for name, one in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
 def read_build(path: Path) -> dict[str, Any]:
     """``build.json`` of a build; `CatalogError` where it is none."""
     try:
         return dict(json.loads((path / BUILD_FILE).read_text()))
     except (OSError, ValueError) as error:
         raise CatalogError(f"{path} is not a build: {error}") from None
+
+
+def current_product(store: Path, product: str) -> Path:
+    """Directory of a product of the current build.
+
+    Raises
+    ------
+    CatalogError
+        There is no build, or it does not have the product.
+    """
+    current = store / "current"
+    if not current.exists():
+        raise CatalogError(f"{store} has no current build", "Run a rebuild first.")
+    if product not in read_build(current).get("products", {}):
+        raise CatalogError(
+            f"the current build of {store} has no product '{product}'",
+            "It was made by another version: run the rebuild again.",
+        )
+    return (current / product).resolve()
 
 
 def published(store: Path) -> dict[str, str]:

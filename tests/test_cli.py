@@ -595,7 +595,8 @@ METRIC = {
     "scatter_before": float, "median_after": float, "scatter_after": float,
 }  # fmt: skip
 BUILD = {
-    "build": str, "path": str, "chosen": str, "stages": {str: {"ran": bool, "why": str, **STAGE}},
+    "build": str, "path": str, "chosen": str, "why": str,
+    "stages": {str: {"ran": bool, "why": str, **STAGE}},
     "metrics": [METRIC], "products": {str: str},
 }  # fmt: skip
 
@@ -818,8 +819,8 @@ COMMANDS = sorted(
 
 def test_the_commands_are_these():
     assert COMMANDS == [
-        "apply", "crossmatch", "dedupe", "demo", "gc", "ingest", "rebuild", "reference",
-        "simulate", "status", "surveys", "train", "verify",
+        "apply", "compare", "crossmatch", "dedupe", "demo", "gc", "ingest", "rebuild", "reference",
+        "simulate", "status", "surveys", "train", "trends", "verify",
     ]  # fmt: skip
 
 

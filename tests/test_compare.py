@@ -4,13 +4,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from sos_dask.compare import Metric, binned_median_rms, choose, held_out_metrics, scatter
+from sos_dask.compare import binned_median_rms, held_out_metrics, scatter
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.schema import LABELS
-
-
-def metric(method: str, label: str, ratio: float) -> Metric:
-    return Metric(method, label, "all", 10, 1.0, 2.0, 0.0, 2.0 * ratio)
 
 
 def test_scatter_is_that_of_a_normal_distribution_and_ignores_outliers():
@@ -43,34 +38,6 @@ def test_a_label_without_held_out_pair_is_an_error():
     differences[:, 2] = np.nan
     with pytest.raises(ModelError, match="m: no held-out pair has feh"):
         held_out_metrics("m", differences, np.zeros_like(differences))
-
-
-def test_the_smallest_mean_ratio_is_chosen():
-    metrics = [
-        *(metric("a", label, ratio) for label, ratio in zip(LABELS, (0.5, 0.5, 0.9), strict=True)),
-        *(metric("b", label, ratio) for label, ratio in zip(LABELS, (0.6, 0.6, 0.6), strict=True)),
-    ]
-    assert choose(metrics) == "b"
-    assert choose(metrics[::-1]) == "b"
-
-
-def test_of_equals_the_first_by_name_is_chosen():
-    metrics = [metric(name, label, 0.5) for name in ("z", "c", "d") for label in LABELS]
-    assert choose(metrics) == "c"
-
-
-def test_an_unknown_scatter_never_wins():
-    metrics = [metric("a", label, float("nan")) for label in LABELS]
-    metrics += [metric("b", label, 3.0) for label in LABELS]
-    assert choose(metrics) == "b"
-
-
-def test_nothing_to_choose_or_no_such_rule():
-    with pytest.raises(ModelError):
-        choose([])
-    with pytest.raises(ConfigError, match="rule 'scater'") as caught:
-        choose([metric("a", "teff", 1)], "scater")
-    assert "scatter" in caught.value.hint
 
 
 def test_binned_medians_find_a_trend_that_medians_hide():

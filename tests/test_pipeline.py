@@ -25,7 +25,7 @@ from sos_dask.errors import CatalogError, ConfigError, ModelError, PartitionErro
 from sos_dask.pipeline import rebuild
 from sos_dask.plan import plan
 from sos_dask.schema import LABELS
-from sos_dask.store import gc, status
+from sos_dask.store import costs, gc, status
 from sos_dask.verify import verify
 from tests.conftest import ROOT
 from tests.job import contents, write_job
@@ -37,7 +37,7 @@ CATALOGS = (
     "galah.observations", "galah.stars", "reference", "pairs", "lamost.corrected",
 )  # fmt: skip
 OF_LAMOST = {
-    "lamost.observations", "lamost.stars", "pairs", "model.polynomial", "chosen",
+    "lamost.observations", "lamost.stars", "pairs", "model.polynomial", "comparison",
     "lamost.corrected",
 }  # fmt: skip
 OF_GALAH = {"galah.observations", "galah.stars", "reference", "pairs", "lamost.corrected"}
@@ -194,7 +194,7 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
     assert why["lamost.observations"] == "cuts.snr.minimum 20 -> 30"
     assert why["lamost.stars"] == "lamost.observations changed"
     assert why["pairs"] == "lamost.stars changed"
-    assert why["lamost.corrected"] == "chosen changed; lamost.observations changed"
+    assert why["lamost.corrected"] == "comparison changed; lamost.observations changed"
     before = contents(store / "artifacts")
     build = rebuild(changed)
     assert ran(build) == set(why)
@@ -220,8 +220,8 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
         (("[train]", "[crossmatch]\nn_folds = 4\n[train]"), "pairs", "n_folds 5 -> 4"),
         (("[train]", "[train.params.polynomial]\norder = 3\n[train]"), "model.polynomial",
          "params.order 4 -> 3"),
-        (('methods = ["polynomial"]', 'methods = ["polynomial"]\nchoose = "polynomial"'), "chosen",
-         "rule best -> polynomial"),
+        (("[train]", '[compare]\nrule = "scatter"\n[train]'), "comparison",
+         "rule balanced -> scatter"),
     ],
 )  # fmt: skip
 def test_a_plan_says_why(job, store, small_sky, change, first, why):
@@ -230,6 +230,33 @@ def test_a_plan_says_why(job, store, small_sky, change, first, why):
     products = [stage.product for stage in plan(job)]
     earlier = products[: products.index(first)]
     assert not [name for name in earlier if name in found and not name.endswith(".observations")]
+
+
+def test_how_a_model_was_chosen_does_not_matter_to_what_it_corrects(job, store, small_sky):
+    """Another setting of the comparison runs it alone, unless it chooses another model."""
+    before = contents(store / "artifacts")
+    more = write_job(store.parent, small_sky, ("[train]", "[compare]\nn_bootstrap = 150\n[train]"))
+    assert set(reasons(load_job(more))) == {"comparison", "lamost.corrected"}  # not known before
+    build = rebuild(load_job(more))
+    assert ran(build) == {"comparison"}
+    assert build.chosen == "polynomial" and build.why == "polynomial: the only method"
+    named = write_job(
+        store.parent, small_sky, ("[train]", '[compare]\nrule = "polynomial"\n[train]')
+    )
+    assert set(reasons(load_job(named))) == {"comparison"}
+    after = contents(store / "artifacts")
+    assert {name: after[name] for name in before} == before
+
+
+def test_what_outputs_took_is_remembered_beside_them(job, store):
+    shutil.rmtree((store / "current/model.polynomial").resolve())
+    rebuild(job)
+    fingerprint = Manifest.load(store / "current/model.polynomial").fingerprint
+    cost = costs(store)[fingerprint]
+    assert 0 < cost.cpu_s < 60 and 0 < cost.wall_s < 120
+    (store / "costs.json").write_text("{")
+    assert costs(store) == {}
+    assert ran(rebuild(job)) == set()
 
 
 def test_a_touched_file_is_the_same_and_a_changed_one_is_not(small_sky, store, tmp_path):
@@ -266,6 +293,9 @@ def test_an_unknown_method_or_a_missing_file_is_told_before_anything_runs(small_
     job = load_job(write_job(tmp_path, small_sky, methods))
     with pytest.raises(ConfigError, match=r"there is no method 'polynomal'\n.*polynomial"):
         plan(job)
+    rule = ("[train]", '[compare]\nrule = "smoothest"\n[train]')
+    with pytest.raises(ConfigError, match="there is no rule 'smoothest'"):
+        plan(load_job(write_job(tmp_path, small_sky, rule)))
     files = ('files = ["${SMALL_SKY}/galah.fits"]', 'files = ["galah.fits"]')
     with pytest.raises(SurveyError, match=r"galah\.fits does not exist"):
         rebuild(load_job(write_job(tmp_path, small_sky, files)))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sos_dask.cli import look, steps, store
+from sos_dask.cli import evidence, look, steps, store
 from sos_dask.cli.options import DEBUG
 from sos_dask.errors import SosError, StorageError
 
@@ -34,7 +34,7 @@ _GROUPS = {
         steps.train,
         steps.apply,
     ),
-    "Look and check": (look.surveys, look.verify),
+    "Look and check": (evidence.compare, evidence.trends, look.surveys, look.verify),
 }
 for _title, _commands in _GROUPS.items():
     for _command in _commands:

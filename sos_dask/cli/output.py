@@ -160,7 +160,7 @@ def show_stages(title: str, stages: Sequence[StageResult], with_reason: bool = T
     rows = []
     for stage in stages:
         counts = [stage.rows_in, stage.rows_out, stage.rejected]
-        numbers = [f"{count:,}" for count in counts] if stage.stage != "choose" else ["", "", ""]
+        numbers = [f"{count:,}" for count in counts]
         others = _counts(stage.dropped) + [f"+{text}" for text in _counts(stage.added)]
         row = [stage.product, *numbers, ", ".join(others)]
         rows.append([*row, stage.why] if with_reason else row)
@@ -206,6 +206,7 @@ def build_document(build: Build) -> dict[str, Any]:
         "build": build.name,
         "path": build.path,
         "chosen": build.chosen,
+        "why": build.why,
         "stages": {
             stage.product: {"ran": stage.ran, "why": stage.why, **stage_document(stage)}
             for stage in build.stages
@@ -235,4 +236,5 @@ def show_build(build: Build) -> None:
     """Print a build: its stages, its metrics, and where the products are."""
     show_stages("Stages", build.stages)
     show_metrics(build.metrics, build.chosen)
+    say(f"Chosen is {build.why}.")
     say(f"Products: {build.path.parent.parent / 'current'} (build {build.name})")

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +26,11 @@ from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.errors import CatalogError
 from sos_dask.schema import LABELS
 from sos_dask.stages.parts import (
+    held_out_pairs,
     read_piece,
     records,
     run_parts,
+    training_pairs,
     unless_complete,
     write_piece,
 )
@@ -51,14 +54,12 @@ from sos_dask.trends import (
 )
 
 VERSION = 1
-HELD_OUT = "held_out.parquet"
 TRENDS, PLANES = "trends.parquet", "planes.parquet"
 REFERENCES, REFERENCE_PLANES = "references.parquet", "reference_planes.parquet"
 _PROCESS_BYTES = 200 << 20
 _BYTES_A_PAIR = 200
 _PLANE_KEY = "plane"
 _DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
-_PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
 _STAR_COLUMNS = ("star_id", "quality", *LABELS)
 
 Floats = NDArray[np.float32]
@@ -196,7 +197,7 @@ def trends(
             pieces = [read_piece(_piece_file(output, kind, key)) for key in keys]
             table = pa.concat_tables([empty, *pieces])
             files.append(output.write_file(file, partial(write_parquet, table)))
-        used = _read(pairs, ())
+        used = training_pairs(pairs, ())
         in_no_bin = {key: item["in_no_bin"] for key, item in zip(parts, done, strict=True)}
         output.commit(
             Rows(n_pairs, len(used), 0, {"not fit for training": n_pairs - len(used)}),
@@ -219,15 +220,6 @@ def _common_file(output: Output) -> Path:
     return output.work / "pieces" / "common.arrow"
 
 
-def _read(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
-    """Columns of the pairs fit for training, in the order of the sky."""
-    tables = [pa.schema([pairs.schema.field(name) for name in ("use", *columns)]).empty_table()]
-    for pixel in pairs.pixels:
-        table = pairs.read(pixel, ["use", *columns])
-        tables.append(table.filter(table["use"]))
-    return pa.concat_tables(tables)
-
-
 def _values(table: pa.Table, name: str) -> Floats:
     return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
 
@@ -237,7 +229,7 @@ def _trends_part(part: _Part) -> None:
     names = [axis.name for axis in part.axes]
     surveyed = part.pairs.columns(["survey_ref"])
     read = [*dict.fromkeys([*names, *_DIFFERENCES, "fold"]), *surveyed]
-    table = _read(part.pairs, read)
+    table = training_pairs(part.pairs, read)
     x = [_values(table, name) for name in names]
     differences = [_values(table, name) for name in _DIFFERENCES]
     subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
@@ -252,7 +244,10 @@ def _trends_part(part: _Part) -> None:
     samples: list[tuple[str, str | None, NDArray[np.int64], Sequence[NDArray[np.floating]]]]
     samples = [(BEFORE, None, np.arange(table.num_rows), differences)]
     for name, path in part.models.items():
-        rows, corrected = _corrected(path / HELD_OUT, table["fold"].to_numpy(), differences)
+        rows, predicted = held_out_pairs(path, table["fold"].to_numpy(), differences)
+        corrected = [
+            mine[rows].astype(np.float64) - predicted[:, i] for i, mine in enumerate(differences)
+        ]
         samples.append((AFTER, name, rows, corrected))
     common = read_piece(_common_file(part.output))
     plane = part.key == _PLANE_KEY
@@ -327,35 +322,6 @@ def _ordered(surveys: Sequence[str], order: Sequence[str]) -> list[str]:
     return [
         *(name for name in order if name in surveys),
         *sorted(name for name in surveys if name not in order),
-    ]
-
-
-def _corrected(
-    path: Path, fold: NDArray[np.int8], differences: Sequence[Floats]
-) -> tuple[NDArray[np.int64], list[NDArray[np.floating]]]:
-    """Rows of the held-out pairs among the pairs, and their differences after the correction.
-
-    Held-out pairs are in the order of their folds and, inside, of the sky; that they are these very
-    pairs is checked.
-    """
-    with partition_errors(path):
-        table = pq.read_table(path, columns=["fold", *_DIFFERENCES, *_PREDICTIONS])
-    held_out = table["fold"].to_numpy()
-    rows = np.flatnonzero(np.isin(fold, np.unique(held_out)))
-    rows = rows[np.argsort(fold[rows], kind="stable")]
-    before = [_values(table, name) for name in _DIFFERENCES]
-    same = np.array_equal(fold[rows], held_out) and all(
-        np.array_equal(mine[rows], theirs, equal_nan=True)
-        for mine, theirs in zip(differences, before, strict=True)
-    )
-    if not same:
-        raise CatalogError(
-            f"{path} does not hold the pairs whose trends are asked for",
-            "Give a model that was trained on these pairs.",
-        )
-    return rows, [
-        mine.astype(np.float64) - _values(table, name)
-        for mine, name in zip(before, _PREDICTIONS, strict=True)
     ]
 
 
@@ -447,3 +413,29 @@ def _rows_of(catalog: Catalog, wanted: pa.Array) -> pa.Table:
         table = table.set_column(0, "star_id", table["star_id"].cast(pa.string()))
         tables.append(table.filter(pc.is_in(table["star_id"], wanted)))
     return pa.concat_tables(tables)
+
+
+def read_trends(directory: Path) -> dict[str, Any]:
+    """``trends``, the bins of one quantity, and ``agreements`` of the references as JSON values.
+
+    Raises
+    ------
+    CatalogError, PartitionError
+        They are unfinished, of another stage, or damaged.
+    """
+    manifest = Manifest.load(directory)
+    if manifest.recipe.stage != "trends":
+        raise CatalogError(
+            f"{directory} holds no trends but an output of '{manifest.recipe.stage}'"
+        )
+    with partition_errors(directory / TRENDS):
+        rows = pq.read_table(directory / TRENDS).to_pylist()
+    return {"trends": rows, "agreements": manifest.summary["agreements"]}
+
+
+def rms_of_medians(
+    bins: Sequence[Mapping[str, Any]], min_count: int = MIN_COUNT
+) -> tuple[float | None, int]:
+    """Root mean square of the medians of bins with enough pairs, None without any; their number."""
+    medians = [row["median"] for row in bins if row["n"] >= min_count]
+    return (float(np.sqrt(np.mean(np.square(medians)))) if medians else None), len(medians)

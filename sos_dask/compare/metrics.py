@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.compare.bootstrap import MAD_TO_SIGMA
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.schema import LABELS, nearest
-
-MAD_TO_SIGMA = 1.4826  # of a normal distribution
+from sos_dask.schema import LABELS
 
 
 @dataclass(frozen=True)
@@ -164,39 +163,3 @@ def binned_median_rms(
         tuple(medians),
         float(np.sqrt(np.mean(np.square(used)))) if used else float("nan"),
     )
-
-
-RULES = ("scatter",)
-
-
-def choose(metrics: Sequence[Metric], rule: str = "scatter") -> str:
-    """The best method.
-
-    Parameters
-    ----------
-    metrics : sequence of Metric
-        Of one subset, every label of every method.
-    rule : str
-        ``scatter``: the smallest mean over the labels of scatter after / before. Of equals the
-        first by name.
-
-    Raises
-    ------
-    ModelError
-        There is no metric.
-    ConfigError
-        Unknown rule.
-    """
-    if rule not in RULES:
-        raise ConfigError(
-            f"there is no rule '{rule}' to choose a method by",
-            nearest(rule, RULES) or f"Known are: {', '.join(RULES)}.",
-        )
-    if not metrics:
-        raise ModelError("there is no metric to choose a method by")
-    ratios: dict[str, list[float]] = {}
-    for metric in metrics:
-        ratio = metric.scatter_after / metric.scatter_before if metric.scatter_before else np.inf
-        # A scatter that is not known is no reason to prefer a method.
-        ratios.setdefault(metric.method, []).append(np.inf if np.isnan(ratio) else ratio)
-    return min(ratios, key=lambda method: (float(np.mean(ratios[method])), method))

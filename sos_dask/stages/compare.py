@@ -1,0 +1,512 @@
+"""Stage compare: every trained method on the same pairs, and the one that corrects the catalog.
+
+A task is first a method (predictions of the pairs it was trained on, artifacts), then a label
+(figures of all methods on the same resamples). Pairs are held at once, as in the stage trends:
+about 150 bytes a pair, twice that while a label is ranked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sos_dask import models
+from sos_dask.artifact import Manifest, Output, Recipe, Rows, sha256_of_file
+from sos_dask.catalog import Catalog, partition_errors, write_parquet
+from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.compare.artifact import (
+    ARTIFACT_SCHEMA,
+    MIN_CELLS,
+    OUTSIDE_SCHEMA,
+    Artifacts,
+    Extreme,
+    Grid,
+    artifacts,
+)
+from sos_dask.compare.bootstrap import draw, group_of_stars, interval
+from sos_dask.compare.choice import BALANCED, TOLERANCE, check_rule, choose
+from sos_dask.compare.figures import (
+    NONE,
+    TEST,
+    TRAIN,
+    Sample,
+    Scored,
+    figure_table,
+    figures,
+)
+from sos_dask.density import knn_distance, robust_scale
+from sos_dask.errors import CatalogError, ModelError
+from sos_dask.features import TEFF_UNIT_K, features
+from sos_dask.schema import LABELS
+from sos_dask.stages.parts import (
+    HELD_OUT,
+    held_out_pairs,
+    read_piece,
+    records,
+    run_parts,
+    training_pairs,
+    unless_complete,
+    write_piece,
+)
+from sos_dask.trends import AXES, Axis
+
+VERSION = 1
+COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
+SPARSE_SHARE = 0.05
+N_NEIGHBOURS = 16
+_PROCESS_BYTES = 300 << 20
+_BYTES_A_PAIR = 400
+_TIMED_ROWS = 100_000
+_DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Settings of the stage.
+
+    Parameters
+    ----------
+    rule : str
+        By which a method is chosen: see `sos_dask.compare.choice`.
+    n_bootstrap : int
+        Resamples.
+    min_pairs : int
+        A subset with fewer pairs has no figures.
+    min_bin_pairs : int
+        A bin with fewer pairs has no median.
+    min_cell_pairs : int
+        A cell of label space with fewer training pairs is not covered.
+    tolerance : float
+        A method is worse only if it is by more than this share of the best.
+    seed : int
+    axes : tuple of Axis
+        Bins along each label of the target; their cells make the grid of the artifacts.
+    """
+
+    rule: str = BALANCED
+    n_bootstrap: int = 400
+    min_pairs: int = 30
+    min_bin_pairs: int = 50
+    min_cell_pairs: int = 5
+    tolerance: float = TOLERANCE
+    seed: int = 0
+    axes: tuple[Axis, ...] = tuple(axis for axis in AXES if axis.name in LABELS)
+
+
+@dataclass(frozen=True)
+class _Part:
+    output: Output
+    key: str
+    models: Mapping[str, Path]
+    settings: CompareSettings
+
+
+def compare_recipe(pairs: str, models: Mapping[str, str], settings: CompareSettings) -> Recipe:
+    """Recipe of `compare` for inputs of these fingerprints."""
+    inputs = {"pairs": pairs, **{f"model.{method}": one for method, one in models.items()}}
+    return Recipe("compare", VERSION, {"settings": asdict(settings)}, inputs)
+
+
+def compare(
+    pairs: Catalog,
+    models: Mapping[str, Path],
+    directory: Path,
+    settings: CompareSettings | None = None,
+    *,
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Compare trained methods and choose one.
+
+    Parameters
+    ----------
+    pairs : Catalog
+        Output of crossmatch.
+    models : mapping of str to Path
+        Outputs of train for these pairs, by method, all validated in the same way.
+    directory : Path
+        Gets ``comparison.parquet``, ``artifacts.parquet`` and ``outside.parquet``: see
+        `sos_dask.compare`.
+    settings : CompareSettings, optional
+
+    Returns
+    -------
+    Manifest
+        ``rows``: pairs in, pairs used. ``summary``: ``method``, the one chosen, ``rule``, ``why``,
+        ``scores`` it rests on, ``metrics`` of each method, pairs of both samples.
+
+    Raises
+    ------
+    ModelError
+        No model or one that is none, other held-out pairs, too few pairs, constant labels.
+    ConfigError
+        Unknown rule.
+    CatalogError, PartitionError
+        Held-out pairs are damaged or those of other pairs.
+    ClusterError
+        The pairs are too many for a worker.
+    """
+    settings = settings or CompareSettings()
+    pairs.require("use", "fold", "reference_star_id", *LABELS, *_DIFFERENCES)
+    if not models:
+        raise ModelError("there is no model to compare", "Give the outputs of 'sos-dask train'.")
+    check_rule(settings.rule, list(models))
+    manifests = {method: _manifest_of(path) for method, path in models.items()}
+    fingerprints = {method: manifest.fingerprint for method, manifest in manifests.items()}
+    recipe = compare_recipe(pairs.fingerprint, fingerprints, settings)
+    output = Output.prepare(directory, recipe, overwrite)
+    if output.complete:
+        return output.load_manifest()
+    cluster = cluster or Cluster()
+    n_pairs = pairs.n_rows
+    cluster.require_memory(
+        _PROCESS_BYTES + _BYTES_A_PAIR * n_pairs, f"compare: {n_pairs:,} pairs of {pairs.path}"
+    )
+    with unless_complete(output):
+        n_used = _prepare(output, pairs, models)
+        by_method = {key: _Part(output, key, models, settings) for key in models}
+        by_label = {key: _Part(output, key, models, settings) for key in LABELS}
+        run_parts(output, "methods", by_method, _method_part, cluster, "compare", report)
+        run_parts(output, "labels", by_label, _label_part, cluster, "compare labels", report)
+        of_methods = dict(
+            zip(by_method, records(output, "methods", list(by_method)) or [], strict=True)
+        )
+        of_labels = records(output, "labels", list(by_label)) or []
+        scored = [_scored(item) for item in of_labels]
+        noise = {
+            label: min(
+                one.value for (method, name), one in of.items() if name == "mad" and method != NONE
+            )
+            for label, of in zip(LABELS, scored, strict=True)
+        }
+        rough, outside = _artifact_tables(of_methods, noise)
+        roughness = {
+            method: float(np.mean([row["roughness"] for row in rough if row["method"] == method]))
+            if of_methods[method]["n_cells"] >= MIN_CELLS
+            else float("nan")
+            for method in models
+        }
+        choice = choose(settings.rule, scored, roughness, settings.tolerance)
+        found = pa.concat_tables([read_piece(_figures_file(output, label)) for label in LABELS])
+        tables = {
+            COMPARISON: found,
+            ARTIFACTS: pa.Table.from_pylist(rough, schema=ARTIFACT_SCHEMA),
+            OUTSIDE: pa.Table.from_pylist(outside, schema=OUTSIDE_SCHEMA),
+        }
+        files = [
+            output.write_file(name, partial(write_parquet, table)) for name, table in tables.items()
+        ]
+        output.commit(
+            Rows(n_pairs, n_used, 0, {"not fit for training": n_pairs - n_used}),
+            tuple(files),
+            {
+                **asdict(choice),
+                "metrics": [
+                    metric
+                    for manifest in manifests.values()
+                    for metric in manifest.summary["metrics"]
+                ],
+                "n_train": of_labels[0]["n_train"],
+                "n_test": of_labels[0]["n_test"],
+            },
+        )
+    return output.load_manifest()
+
+
+def _manifest_of(model: Path) -> Manifest:
+    """Manifest of a trained model, its held-out pairs unchanged."""
+    manifest = Manifest.load(model)
+    if not manifest.recipe.stage.startswith("train-"):
+        raise ModelError(
+            f"{model} is not a trained model but an output of '{manifest.recipe.stage}'",
+            "Give the outputs of 'sos-dask train'.",
+        )
+    stated = {record.path: record.sha256 for record in manifest.files}
+    path = model / HELD_OUT
+    if path.is_file() and sha256_of_file(path) != stated.get(HELD_OUT):
+        raise CatalogError(
+            f"{path} is not the file that was written with the model",
+            "Its SHA-256 is another one: restore it, or train the model again.",
+        )
+    return manifest
+
+
+def _pairs_file(output: Output) -> Path:
+    return output.work / "pieces" / "pairs.arrow"
+
+
+def _predictions_file(output: Output, method: str) -> Path:
+    return output.work / "pieces" / f"predictions-{method}.arrow"
+
+
+def _figures_file(output: Output, label: str) -> Path:
+    return output.work / "pieces" / f"figures-{label}.arrow"
+
+
+def _prepare(output: Output, pairs: Catalog, models: Mapping[str, Path]) -> int:
+    """Keep what all tasks need of the pairs: their labels, samples, groups and density."""
+    path = _pairs_file(output)
+    if path.is_file():
+        return int(read_piece(path).num_rows)
+    table = training_pairs(pairs, ["fold", "reference_star_id", *LABELS, *_DIFFERENCES])
+    fold = table["fold"].to_numpy()
+    differences = [_values(table, name) for name in _DIFFERENCES]
+    held_out = {m: held_out_pairs(path, fold, differences)[0] for m, path in models.items()}
+    first, rows = next(iter(held_out.items()))
+    for method, other in held_out.items():
+        if not np.array_equal(rows, other):
+            raise ModelError(
+                f"'{method}' holds out other pairs ({len(other):,}) than '{first}' ({len(rows):,})",
+                "Train all methods with the same validation.",
+            )
+    test = np.zeros(len(fold), dtype=np.bool_)
+    test[rows] = True
+    # With k folds every pair is held out once, and the saved model is trained on all.
+    train = np.ones_like(test) if test.all() else ~test
+    encoded = pc.dictionary_encode(table["reference_star_id"].cast(pa.string())).combine_chunks()
+    groups = group_of_stars(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
+    labels = np.stack([_values(table, label) for label in LABELS], axis=1)
+    kept = {
+        **{label: labels[:, i] for i, label in enumerate(LABELS)},
+        **dict(zip(_DIFFERENCES, differences, strict=True)),
+        "fold": fold,
+        "group": groups,
+        "test": test,
+        "train": train,
+        "sparse": _sparse(labels, train),
+    }
+    write_piece(path, pa.table({name: pa.array(values) for name, values in kept.items()}))
+    return len(fold)
+
+
+def _values(table: pa.Table, name: str) -> NDArray[np.float32]:
+    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
+
+
+def _matrix(table: pa.Table, names: Sequence[str]) -> NDArray[np.float32]:
+    return np.stack([table[name].to_numpy() for name in names], axis=1)
+
+
+def _sparse(labels: NDArray[np.float32], train: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pairs where the training pairs are as thin as around the thinnest 5 % of themselves."""
+    x = features(*labels.T)
+    known = np.isfinite(x).all(axis=1)
+    sample = known & train
+    if not sample.any():
+        return np.ones(len(x), dtype=np.bool_)
+    center, scale = robust_scale(x[sample])
+    z = (x - center) / scale
+    distance = np.full(len(x), np.inf)
+    # A training pair is its own first neighbour.
+    distance[sample] = knn_distance(z[sample], z[sample], N_NEIGHBOURS + 1)
+    others = known & ~train
+    if others.any():
+        distance[others] = knn_distance(z[sample], z[others], N_NEIGHBOURS)
+    return np.asarray(distance > np.quantile(distance[sample], 1 - SPARSE_SHARE))
+
+
+def _method_part(part: _Part) -> None:
+    """Predictions of both samples, and what the correction does on the grid."""
+    settings = part.settings
+    table = read_piece(_pairs_file(part.output))
+    labels = _matrix(table, LABELS)
+    differences = [table[name].to_numpy() for name in _DIFFERENCES]
+    path = part.models[part.key]
+    correction = models.load(path)
+    rows, held_out = held_out_pairs(path, table["fold"].to_numpy(), differences)
+    test = np.full((table.num_rows, len(LABELS)), np.nan, dtype=np.float32)
+    test[rows] = held_out
+    train = correction.predict(features(*labels.T))
+    write_piece(
+        _predictions_file(part.output, part.key),
+        pa.table(
+            {
+                f"{label}_{sample}": pa.array(np.ascontiguousarray(values[:, i]))
+                for sample, values in ((TRAIN, train), (TEST, test))
+                for i, label in enumerate(LABELS)
+            }
+        ),
+    )
+    sample = table["train"].to_numpy() & np.isfinite(labels).all(axis=1)
+    grid = _grid(labels[sample], settings)
+    unit = np.array([TEFF_UNIT_K, 1.0, 1.0])
+    found = artifacts(
+        lambda points: correction.predict(features(*points.T)),
+        grid,
+        (np.array(correction.info.minimum) * unit, np.array(correction.info.maximum) * unit),
+        len(LABELS),
+        settings.n_bootstrap,
+        settings.seed,
+    )
+    part.output.put_record(
+        "methods",
+        part.key,
+        {
+            "n_cells": found[0].n_cells,
+            "typical_count": _known(grid.typical_count),
+            "labels": [_artifact_record(one) for one in found],
+        },
+    )
+
+
+def _grid(labels: NDArray[np.float32], settings: CompareSettings) -> Grid:
+    by_name = {axis.name: axis.edges for axis in settings.axes}
+    return Grid.of(labels, [by_name[label] for label in LABELS], settings.min_cell_pairs)
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _extreme(name: str, one: Extreme) -> dict[str, float | None]:
+    values = {"": one.value, "_low": one.low, "_high": one.high}
+    return {f"{name}{suffix}": _known(value) for suffix, value in values.items()}
+
+
+def _artifact_record(one: Artifacts) -> dict[str, Any]:
+    low, high = interval(one.second_difference, one.replicates)
+    return {
+        "second_difference": [_known(v) for v in (one.second_difference, max(low, 0.0), high)],
+        **_extreme("jump", one.jump),
+        "outside": [
+            {
+                "where": place.where,
+                "inside_low": place.inside[0],
+                "inside_high": place.inside[1],
+                **_extreme("exceeds", place.exceeds),
+                "share": _known(place.share),
+                **_extreme("step", place.step),
+                "n_cells": place.n_cells,
+            }
+            for place in one.outside
+        ],
+    }
+
+
+def _artifact_tables(
+    of_methods: Mapping[str, Mapping[str, Any]], scatter: Mapping[str, float]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of ``artifacts.parquet`` and ``outside.parquet``."""
+    rough, outside = [], []
+    for method, record in of_methods.items():
+        for label, one in zip(LABELS, record["labels"], strict=True):
+            about = {"method": method, "label": label}
+            count = record["typical_count"]
+            noise = scatter[label] / np.sqrt(count) if count else None
+            names = ("roughness", "roughness_low", "roughness_high")
+            rough.append(
+                {
+                    **about,
+                    **{
+                        name: value / noise if noise and value is not None else None
+                        for name, value in zip(names, one["second_difference"], strict=True)
+                    },
+                    **{name: one[name] for name in ("jump", "jump_low", "jump_high")},
+                    "noise": noise,
+                    "n_cells": record["n_cells"],
+                }
+            )
+            outside += [{**about, **place} for place in one["outside"]]
+    return rough, outside
+
+
+def _label_part(part: _Part) -> None:
+    """Figures of one label in both samples."""
+    settings = part.settings
+    table = read_piece(_pairs_file(part.output))
+    label = part.key
+    before = table[f"{label}_diff"].to_numpy().astype(np.float64)
+    labels = _matrix(table, LABELS)
+    edges = {axis.name: axis.edges for axis in settings.axes}
+    weights = draw(settings.n_bootstrap, settings.seed)
+    found, n, scores = [], {}, {}
+    for name in (TEST, TRAIN):
+        inside = table[name].to_numpy()
+        sample = Sample(
+            name,
+            labels[inside],
+            table["group"].to_numpy()[inside],
+            table["sparse"].to_numpy()[inside],
+        )
+        residuals = {NONE: before[inside]}
+        for method in part.models:
+            predicted = read_piece(_predictions_file(part.output, method))[f"{label}_{name}"]
+            residuals[method] = before[inside] - predicted.to_numpy()[inside]
+        some, scored = figures(
+            sample, label, residuals, edges, weights, settings.min_pairs, settings.min_bin_pairs
+        )
+        found += some
+        n[f"n_{name}"] = int(np.count_nonzero(inside))
+        if name == TEST:
+            scores = scored
+    write_piece(_figures_file(part.output, label), figure_table(found))
+    part.output.put_record(
+        "labels",
+        label,
+        {
+            **n,
+            "scores": [
+                [method, name, score.value, score.replicates.tolist()]
+                for (method, name), score in scores.items()
+                if name in ("mad", "rms_binned")
+            ],
+        },
+    )
+
+
+def _scored(record: Mapping[str, Any]) -> dict[tuple[str, str], Scored]:
+    return {
+        (method, name): Scored(value, np.array(replicates))
+        for method, name, value, replicates in record["scores"]
+    }
+
+
+def prediction_cost(model: Path) -> float:
+    """CPU microseconds that a saved model needs for a row: measured here and now, best of three.
+
+    It is no part of any output, which must not depend on the machine.
+    """
+    correction = models.load(model)
+    rng = np.random.default_rng(0)
+    low, high = np.array(correction.info.minimum), np.array(correction.info.maximum)
+    x = rng.uniform(low, high, size=(_TIMED_ROWS, len(LABELS))).astype(np.float32)
+    correction.predict(x)  # imports and look-ups are made once
+    times = []
+    for _ in range(3):
+        before = time.process_time()
+        correction.predict(x)
+        times.append(time.process_time() - before)
+    return 1e6 * min(times) / _TIMED_ROWS
+
+
+def read_comparison(directory: Path) -> dict[str, Any]:
+    """All of a comparison as JSON values: its summary, ``figures``, ``artifacts``, ``outside``.
+
+    Raises
+    ------
+    CatalogError, PartitionError
+        It is unfinished, of another stage, or damaged.
+    """
+    manifest = Manifest.load(directory)
+    if manifest.recipe.stage != "compare":
+        raise CatalogError(
+            f"{directory} is no comparison but an output of '{manifest.recipe.stage}'"
+        )
+    found: dict[str, Any] = {
+        key: value for key, value in manifest.summary.items() if key != "metrics"
+    }
+    for key, name in (("figures", COMPARISON), ("artifacts", ARTIFACTS), ("outside", OUTSIDE)):
+        with partition_errors(directory / name):
+            found[key] = pq.read_table(directory / name).to_pylist()
+    return found

@@ -2,10 +2,10 @@
 
 The pull of two observations i, j of one star is (x_i - x_j) / sqrt(e_i^2 + e_j^2). Its distribution
 has width 1 where the stated errors e are right, whatever the star; a width w says that errors of
-this kind must be multiplied by w. The width is the median of |pull| over 0.6745, the median of
-the absolute value of a standard normal number, of the pulls below `CLIP` widths: 6 % of wrong
-measurements would else make it 7 % too large. This is the normalisation of the Survey of Surveys (Tsantaki et al. 2022, A&A 659, A95), in bins of signal to
-noise and for giants and dwarfs separately.
+this kind must be multiplied by w. The width is the median of |pull| over 0.6745, the median of the
+absolute value of a standard normal number, of the pulls below `CLIP` widths: 6 % of wrong
+measurements would else make it 7 % too large. This is the normalisation of the Survey of Surveys
+(Tsantaki et al. 2022, A&A 659, A95), in bins of S/N and for giants and dwarfs separately.
 
 Pulls are counted in a histogram, so that counts of any parts of the sky add up exactly. Every
 observation is compared with the next one of its star in the order of ``obs_id``.
@@ -201,11 +201,8 @@ def _pull_bin(pull: FloatArray) -> IntArray:
 def _factor(
     counts: IntArray, label: str, kind: str, low: float | None, high: float | None
 ) -> Factor:
-    n = int(counts.sum())
-    if n < MIN_PULLS:
-        return Factor(label, kind, low, high, n, 1.0, None, None)
-    width, stop = 0.0, len(counts)
-    while True:
+    width, stop = 1.0, len(counts)
+    while counts[:stop].any():
         width = 2.0 ** (_LOWEST + _median_bin(counts[:stop]) / _BINS_AN_OCTAVE)
         width /= _HALF_NORMAL_MEDIAN
         limit = int(_pull_bin(np.array(CLIP * width))) + 1
@@ -213,6 +210,8 @@ def _factor(
             break
         stop = limit
     n = int(counts[:stop].sum())
+    if n < MIN_PULLS:
+        return Factor(label, kind, low, high, n, 1.0, None, None)
     relative = 1.96 * _MEDIAN_ERROR / np.sqrt(n)
     return Factor(label, kind, low, high, n, width, width * (1 - relative), width * (1 + relative))
 

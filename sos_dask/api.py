@@ -22,6 +22,7 @@ from sos_dask.stages.ingest import IngestSettings, ingest
 from sos_dask.stages.margin import margin
 from sos_dask.stages.reference import ReferenceSettings, reference
 from sos_dask.stages.train import TrainSettings, train
+from sos_dask.stages.uncertainty import UncertaintySettings, uncertainty
 from sos_dask.store import gc, status
 from sos_dask.unify import UnifySettings
 from sos_dask.verify import verify
@@ -38,6 +39,7 @@ __all__ = [
     "SkySettings",
     "Survey",
     "TrainSettings",
+    "UncertaintySettings",
     "UnifySettings",
     "apply",
     "builtin_surveys",
@@ -55,5 +57,6 @@ __all__ = [
     "start",
     "status",
     "train",
+    "uncertainty",
     "verify",
 ]

@@ -84,6 +84,13 @@ class TrainSection(_Section):
     choose: str = "best"
 
 
+class UncertaintySection(_Section):
+    """How the errors of corrected labels are made."""
+
+    reference_error: Literal["included", "removed"] = "included"
+    sparse_fraction: float = Field(0.05, gt=0, lt=0.5)
+
+
 class ClusterSection(_Section):
     """Where the work is done."""
 
@@ -116,6 +123,7 @@ class Job(_Section):
     unify: UnifySection = Field(default_factory=UnifySection)
     crossmatch: CrossmatchSection = Field(default_factory=CrossmatchSection)
     train: TrainSection = Field(default_factory=TrainSection)
+    uncertainty: UncertaintySection = Field(default_factory=UncertaintySection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     path: Path = Field(Path(), exclude=True)
     text: str = Field("", exclude=True)

@@ -35,6 +35,12 @@ from sos_dask.stages.margin import margin, margin_recipe
 from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
 from sos_dask.stages.train import TrainSettings, metrics_of, train, train_recipe
 from sos_dask.stages.trends import TrendSettings, trends, trends_recipe
+from sos_dask.stages.uncertainty import (
+    Surveys,
+    UncertaintySettings,
+    uncertainty,
+    uncertainty_recipe,
+)
 from sos_dask.store import current_recipes, home, published
 from sos_dask.unify import UnifySettings
 
@@ -229,21 +235,59 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             report=report,
         ),
     )
+    error_settings = UncertaintySettings(
+        job.uncertainty.reference_error, job.uncertainty.sparse_fraction, seed=job.seed
+    )
+    target_stars = observations["stars"]
+    error_recipe = uncertainty_recipe(
+        chosen,
+        pairs,
+        error_settings,
+        {
+            f"{job.target_name}.stars": target_stars,
+            "reference": united,
+            **{f"{name}.stars": fingerprint for name, fingerprint in references.items()},
+        },
+    )
+
+    def model_chosen() -> Path:
+        return planner.directory(
+            trained[Manifest.load(planner.directory(chosen)).summary["method"]]
+        )
+
+    errors = planner.add(
+        "uncertainty",
+        error_recipe,
+        lambda directory, cluster, report: uncertainty(
+            model_chosen(),
+            planner.catalog(pairs),
+            directory,
+            error_settings,
+            Surveys(
+                job.target_name,
+                planner.catalog(target_stars),
+                planner.catalog(united),
+                {name: planner.catalog(references[name]) for name in references},
+            ),
+            recipe=error_recipe,
+            report=report,
+        ),
+    )
     source = observations["observations"]
 
     def run_apply(directory: Path, cluster: Cluster, report: Report) -> Manifest | None:
-        method = Manifest.load(planner.directory(chosen)).summary["method"]
         return apply(
-            planner.directory(trained[method]),
+            model_chosen(),
             planner.catalog(source),
             directory,
             name=f"{job.target_name}.corrected",
             cluster=cluster,
             report=report,
             model_fingerprint=chosen,
+            errors=planner.directory(errors),
         )
 
-    planner.add(f"{job.target_name}.corrected", apply_recipe(chosen, source), run_apply)
+    planner.add(f"{job.target_name}.corrected", apply_recipe(chosen, source, errors), run_apply)
     return planner.stages
 
 

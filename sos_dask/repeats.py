@@ -116,7 +116,7 @@ def pull_counts(
         bins = (kind, snr_bin(np.minimum(snr[one], snr[other])), _pull_bin(pull))
         np.add.at(counts[number], bins, 1)
     filled = np.flatnonzero(counts)
-    return np.stack([filled, counts.ravel()[filled]], axis=1).tolist()
+    return [[int(place), int(counts.ravel()[place])] for place in filled]
 
 
 def merged_pulls(parts: Sequence[Sequence[Sequence[int]]]) -> list[Factor]:

@@ -50,7 +50,7 @@ class Grid:
         width = np.array(self.high, dtype=np.float32) - low
         per_unit = np.where(width > 0, N_CELLS / np.where(width > 0, width, 1), 0)
         place = (np.nan_to_num(features, nan=0.0) - low) * per_unit.astype(np.float32)
-        return np.clip(place, 0, N_CELLS - 1).astype(np.int32)
+        return np.asarray(np.clip(place, 0, N_CELLS - 1), dtype=np.int32)
 
     def cells(self, features: Float32Array) -> NDArray[np.int32]:
         """Number of the cell, shape (n,)."""
@@ -60,7 +60,7 @@ class Grid:
     def centers(self) -> FloatArray:
         """Middle of every cell, shape (N_CELLS ** 3, 3)."""
         low, high = np.array(self.low), np.array(self.high)
-        return low + (high - low) * (every_cell() + 0.5) / N_CELLS
+        return np.asarray(low + (high - low) * (every_cell() + 0.5) / N_CELLS)
 
 
 def snr_steps() -> FloatArray:
@@ -139,6 +139,14 @@ class ErrorModel:
         """Rows of the sparse class, shape (n,)."""
         return np.asarray(self.sparse[self.grid.cells(features)])
 
+    def require(self, correction: str) -> None:
+        """Raise `ModelError` unless these are the errors of the correction with this SHA-256."""
+        if self.about["correction"] != correction:
+            raise ModelError(
+                "the error model was made for another correction",
+                "Give the one that was made from this model's held-out pairs.",
+            )
+
     def describe(self, label: str) -> str:
         """Meaning of the half-widths of a label."""
         factors = self.about["factors_95"][label]
@@ -161,7 +169,7 @@ class ErrorModel:
         known = np.isfinite(place)
         if not known.all():
             place = np.where(known, place, np.float32(self._unknown_snr))
-        return np.clip(place, 0, N_STEPS - 1).astype(np.int32)
+        return np.asarray(np.clip(place, 0, N_STEPS - 1), dtype=np.int32)
 
     @cached_property
     def _unknown_snr(self) -> int:
@@ -198,7 +206,7 @@ class ErrorModel:
 
 def without_reference(width: NDArray[Any], reference: NDArray[Any]) -> NDArray[Any]:
     """Half-widths less the reference's error in quadrature, at least a third of what they were."""
-    return np.sqrt(np.maximum(width * width - reference * reference, width * width / 9))
+    return np.asarray(np.sqrt(np.maximum(width * width - reference * reference, width * width / 9)))
 
 
 def _digest(document: Mapping[str, Any]) -> str:
@@ -239,4 +247,5 @@ def load_errors(directory: Path) -> ErrorModel:
     file = io.BytesIO(content)
     arrays = [np.lib.format.read_array(file, allow_pickle=False) for _ in range(4)]
     grid = Grid(tuple(document["low"]), tuple(document["high"]))
-    return ErrorModel(grid, *arrays, document["about"])
+    values, profile, sparse, reference = arrays
+    return ErrorModel(grid, values, profile, sparse, reference, document["about"])

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask import models
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_parquet
+from sos_dask.catalog import Catalog, partition_errors, write_parquet
 from sos_dask.cluster import Report, silent
 from sos_dask.features import TEFF_UNIT_K, features
 from sos_dask.folds import fold_of_stars
@@ -167,6 +168,19 @@ def uncertainty(
         _make(output, model, pairs, settings, surveys, report)
         report("uncertainty", 2, 2)
     return output.load_manifest()
+
+
+def read_calibration(directory: Path) -> list[dict[str, Any]]:
+    """Rows of ``calibration.parquet``: `uncertainty.Coverage` as mappings, in its order.
+
+    Raises
+    ------
+    PartitionError
+        The file is missing or damaged.
+    """
+    path = directory / CALIBRATION
+    with partition_errors(path):
+        return list(pq.read_table(path).to_pylist())
 
 
 def _make(

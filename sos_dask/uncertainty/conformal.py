@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sos_dask.density import knn_distance, robust_scale
 from sos_dask.errors import ModelError
 from sos_dask.schema import LABELS
-from sos_dask.uncertainty.scale import MIN_FOR_TREES, Scale, fit_scale, fit_trees
+from sos_dask.uncertainty.scale import fit_scale
 from sos_dask.uncertainty.tables import (
     LOG_SNR,
     N_STEPS,
@@ -25,7 +25,6 @@ from sos_dask.uncertainty.tables import (
 LEVELS = (0.68, 0.95)
 DENSE, SPARSE = "dense", "sparse"
 MIN_PAIRS = 40
-MIN_CLASS = 30  # a class with fewer pairs has the factor of all
 _NEIGHBOURS = 16
 
 Float32Array = NDArray[np.float32]
@@ -151,9 +150,10 @@ def fit_errors(
     known = np.isfinite(held_out.residuals)
     inside = np.zeros((n, len(LABELS), len(LEVELS)), dtype=np.bool_)
     values = np.empty((len(all_axes), len(LABELS)), dtype=np.float32)
-    reference = np.zeros_like(values)
     profile = np.empty((N_STEPS, len(LABELS)), dtype=np.float32)
+    reference, reference_profile = np.zeros_like(values), np.ones_like(profile)
     steps = snr_steps()
+    least = np.nanmin(log_snr) if np.isfinite(log_snr).any() else LOG_SNR[0]
     factors_95: dict[str, dict[str, float]] = {}
     n_class: dict[str, dict[str, int]] = {}
     for number, label in enumerate(LABELS):
@@ -179,10 +179,13 @@ def fit_errors(
         factors_95[label] = {name: both[1] / both[0] for name, both in factors.items()}
         n_sparse = int(np.count_nonzero(one.is_sparse))
         n_class[label] = {DENSE: len(rows) - n_sparse, SPARSE: n_sparse}
-        reference[:, number] = _reference_table(
-            axes[rows], held_out.reference_errors[rows, number], all_axes
-        )
-    least = np.nanmin(log_snr) if np.isfinite(log_snr).any() else LOG_SNR[0]
+        stated = rows[held_out.reference_errors[rows, number] > 0]
+        if 2 * len(stated) >= len(rows):
+            error = held_out.reference_errors[stated, number]
+            scale = fit_scale(axes[stated], log_snr[stated], error)
+            reference[:, number] = np.exp(scale.middle + scale.of_cell(all_axes))
+            # The noise of a target tells nothing of a reference fainter than those of the pairs.
+            reference_profile[:, number] = np.exp(scale.of_snr(np.maximum(steps, least)))
     about = {
         "correction": correction,
         "factors_95": factors_95,
@@ -190,7 +193,7 @@ def fit_errors(
         "unknown_snr": int(np.searchsorted(steps, least)),
     }
     return (
-        ErrorModel(grid, values, profile, sparse, reference, about),
+        ErrorModel(grid, values, profile, sparse, reference, reference_profile, about),
         Checked(known, inside, n_class),
     )
 
@@ -248,25 +251,20 @@ def _factors(scores: FloatArray, is_sparse: BoolArray) -> dict[str, tuple[float,
     """Factor of each level, by class."""
     found = {}
     for name, mine in ((DENSE, scores[~is_sparse]), (SPARSE, scores[is_sparse])):
-        ordered = np.sort(mine if len(mine) >= MIN_CLASS else scores)
-        ranks = [int(np.ceil((len(ordered) + 1) * level)) for level in LEVELS]
-        found[name] = tuple(float(ordered[min(rank, len(ordered)) - 1]) for rank in ranks)
+        found[name] = tuple(_quantile(np.sort(mine), np.sort(scores), level) for level in LEVELS)
     return found
 
 
-def _reference_table(
-    axes: NDArray[np.integer], errors: FloatArray, all_axes: NDArray[np.integer]
-) -> FloatArray:
-    """Typical error of the reference by cell; 0 where fewer than half of the pairs state it."""
-    stated = np.isfinite(errors) & (errors > 0)
-    if 2 * np.count_nonzero(stated) < len(errors):
-        return np.zeros(len(all_axes))
-    log_error = np.log(errors[stated])
-    middle = float(np.median(log_error))
-    if len(log_error) < MIN_FOR_TREES:
-        return np.full(len(all_axes), np.exp(middle))
-    trees = fit_trees(axes[stated], log_error - middle)
-    return np.exp(middle + Scale(trees, np.empty(0), np.empty(0)).of_cell(all_axes))
+def _quantile(mine: FloatArray, everyone: FloatArray, level: float) -> float:
+    """Score below which a new pair of a class lies with at least this probability.
+
+    Where the class has too few scores to say so, the largest of them, or that of all classes.
+    """
+    rank = int(np.ceil((len(mine) + 1) * level))
+    if rank <= len(mine):
+        return float(mine[rank - 1])
+    rank = min(int(np.ceil((len(everyone) + 1) * level)), len(everyone))
+    return float(max(everyone[rank - 1], mine[-1] if len(mine) else 0.0))
 
 
 @dataclass(frozen=True)

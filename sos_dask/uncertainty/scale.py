@@ -32,11 +32,14 @@ class Scale:
         Of the numbers of a cell along the axes; None: 0.
     knots, levels : ndarray of float64, shape (m,)
         log S/N and its contribution, which never rises; no knots: no dependence.
+    middle : float
+        Mean logarithm of what was fitted: add it to have the size itself.
     """
 
     trees: Any
     knots: FloatArray
     levels: FloatArray
+    middle: float = 0.0
 
     def of_cell(self, axes: NDArray[np.integer]) -> FloatArray:
         """Logarithm of the scale by cell."""
@@ -80,14 +83,14 @@ def fit_scale(
             "The labels of target and reference seem to be the same numbers.",
         )
     log_size = np.log(np.maximum(size, _SMALLEST * middle))
-    log_size -= log_size.mean()
-    knots, levels = _falling(log_snr, log_size)
-    plain = Scale(None, knots, levels)
+    center = float(log_size.mean())
+    log_size -= center
+    plain = Scale(None, *_falling(log_snr, log_size), center)
     if len(size) < MIN_FOR_TREES:
         return plain
     trees = fit_trees(axes, log_size - plain.of_snr(log_snr))
-    of_cell = Scale(trees, knots, levels).of_cell(axes)
-    return Scale(trees, *_falling(log_snr, log_size - of_cell))
+    of_cell = Scale(trees, plain.knots, plain.levels).of_cell(axes)
+    return Scale(trees, *_falling(log_snr, log_size - of_cell), center)
 
 
 def _falling(log_snr: FloatArray, log_size: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -87,8 +87,9 @@ class ErrorModel:
         Factor by S/N, in equal steps of its logarithm.
     sparse : ndarray of bool, shape (N_CELLS ** 3,)
         Cells of the sparse class.
-    reference : ndarray of float32, shape (N_CELLS ** 3, 3)
-        Error of the reference that the half-widths hold; 0 where it is not stated.
+    reference, reference_profile : ndarray of float32, shapes of values and profile
+        The same two tables of the error of the reference, which the half-widths hold; 0 where it
+        is not stated.
     about : mapping
         What else the file says: ``correction`` (SHA-256 of the model whose residuals these are),
         ``factors_95`` (by label and class: half-width of the 95 % interval in that of the 68 %
@@ -100,6 +101,7 @@ class ErrorModel:
     profile: Float32Array
     sparse: BoolArray
     reference: Float32Array
+    reference_profile: Float32Array
     about: Mapping[str, Any]
 
     def half_width(self, features: Float32Array, snr: NDArray[np.floating] | None) -> Float32Array:
@@ -124,11 +126,12 @@ class ErrorModel:
             block = slice(first, first + BLOCK_ROWS)
             x = features[block]
             cell = self.grid.cells(x)
-            width = np.take(self.values, cell, axis=0)
-            if snr is not None:
-                width *= np.take(self.profile, self._place(snr[block]), axis=0)
+            step = self._steps(None if snr is None else snr[block])
+            width = np.take(self.values, cell, axis=0) * np.take(self.profile, step, axis=0)
             if removed:
-                width = without_reference(width, np.take(self.reference, cell, axis=0))
+                known_part = np.take(self.reference, cell, axis=0)
+                known_part *= np.take(self.reference_profile, step, axis=0)
+                width = without_reference(width, known_part)
             known = np.isfinite(x[:, 0]) & np.isfinite(x[:, 1]) & np.isfinite(x[:, 2])
             if not known.all():
                 width[~known] = np.nan
@@ -153,15 +156,17 @@ class ErrorModel:
         whose = (
             "corrected - reference"
             if self.about["reference_error"] == "included"
-            else "corrected - reference, without the error of the reference"
+            else "corrected - reference, less the error of the reference in quadrature"
         )
         return (
             f"half-width of the 68 % interval of {label} {whose}; for 95 % times "
             f"{factors['dense']:.2f} (dense), {factors['sparse']:.2f} (sparse)"
         )
 
-    def _place(self, snr: NDArray[np.floating]) -> NDArray[np.int32]:
+    def _steps(self, snr: NDArray[np.floating] | None) -> NDArray[np.int32]:
         low, high = LOG_SNR
+        if snr is None:
+            return np.full(1, self._unknown_snr, dtype=np.int32)
         with np.errstate(divide="ignore", invalid="ignore"):
             place = (np.log(snr, dtype=np.float32) - np.float32(low)) * np.float32(
                 N_STEPS / (high - low)
@@ -175,6 +180,10 @@ class ErrorModel:
     def _unknown_snr(self) -> int:
         return int(self.about["unknown_snr"])
 
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        tables = (self.values, self.profile, self.sparse)
+        return (*tables, self.reference, self.reference_profile)
+
     def save(self, directory: Path) -> None:
         """Write ``error.json`` and ``error.npy``; equal models give equal bytes."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -184,7 +193,7 @@ class ErrorModel:
     def files(self) -> dict[str, bytes]:
         """Content of the files of the model, by name."""
         file = io.BytesIO()
-        for array in (self.values, self.profile, self.sparse, self.reference):
+        for array in self._arrays():
             np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
         table = file.getvalue()
         document = {
@@ -245,7 +254,7 @@ def load_errors(directory: Path) -> ErrorModel:
                 "Its SHA-256 is another one: restore it, or rebuild.",
             )
     file = io.BytesIO(content)
-    arrays = [np.lib.format.read_array(file, allow_pickle=False) for _ in range(4)]
+    arrays = [np.lib.format.read_array(file, allow_pickle=False) for _ in range(5)]
     grid = Grid(tuple(document["low"]), tuple(document["high"]))
-    values, profile, sparse, reference = arrays
-    return ErrorModel(grid, values, profile, sparse, reference, document["about"])
+    values, profile, sparse, *reference = arrays
+    return ErrorModel(grid, values, profile, sparse, *reference, document["about"])

@@ -103,8 +103,12 @@ def pull_counts(
     star = primary[row]
     logg, snr = _floats(repeats, "logg"), _floats(repeats, "snr")
     counts = np.zeros(_SHAPE, dtype=np.int64)
+    values = np.stack([_floats(repeats, label) for label in LABELS])
+    # A row with all labels of the one before is the same measurement, listed twice.
+    again = np.append(False, (values[:, 1:] == values[:, :-1]).all(axis=0))[: len(row)]
+    values[:, again & np.append(False, star[1:] == star[:-1])[: len(row)]] = np.nan
     for number, label in enumerate(LABELS):
-        value, error = _floats(repeats, label), _floats(repeats, f"{label}_err")
+        value, error = values[number], _floats(repeats, f"{label}_err")
         fallback = (expected_error or {}).get(label, np.nan)
         error = np.where(error > 0, error, fallback)
         known = np.flatnonzero(np.isfinite(value) & np.isfinite(error))

@@ -255,6 +255,8 @@ def load_errors(directory: Path) -> ErrorModel:
             )
     file = io.BytesIO(content)
     arrays = [np.lib.format.read_array(file, allow_pickle=False) for _ in range(5)]
+    values, profile, sparse, reference, reference_profile = arrays
     grid = Grid(tuple(document["low"]), tuple(document["high"]))
-    values, profile, sparse, *reference = arrays
-    return ErrorModel(grid, values, profile, sparse, *reference, document["about"])
+    return ErrorModel(
+        grid, values, profile, sparse, reference, reference_profile, document["about"]
+    )

@@ -10,15 +10,18 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.artifact import FileRecord, Manifest, Output, Rows, atomic_path
-from sos_dask.catalog import Catalog, write_catalog_metadata
+from sos_dask.catalog import Catalog, partition_errors, write_catalog_metadata
 from sos_dask.cluster import Cluster, Report
-from sos_dask.errors import SurveyError
+from sos_dask.errors import CatalogError, SurveyError
 from sos_dask.healpix import HealpixPixel
+from sos_dask.schema import LABELS
 
 T = TypeVar("T")
+HELD_OUT = "held_out.parquet"
 GAIA_IDS = {"dr3": "gaia_dr3_source_id", "dr2": "gaia_dr2_source_id"}
 
 
@@ -133,6 +136,66 @@ def rank_of(keys: pa.ChunkedArray) -> NDArray[np.int64]:
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     return rank
+
+
+def training_pairs(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
+    """``use`` and columns of the pairs fit for training, in the order of the sky."""
+    tables = [pa.schema([pairs.schema.field(name) for name in ("use", *columns)]).empty_table()]
+    for pixel in pairs.pixels:
+        table = pairs.read(pixel, ["use", *columns])
+        tables.append(table.filter(table["use"]))
+    return pa.concat_tables(tables)
+
+
+def held_out_pairs(
+    model: Path, fold: NDArray[np.int8], differences: Sequence[NDArray[np.float32]]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Rows of a model's held-out pairs among the pairs, and their predictions.
+
+    Held-out pairs are in the order of their folds and, inside, of the sky; that they are these very
+    pairs is checked.
+
+    Parameters
+    ----------
+    model : Path
+        Output of train.
+    fold : ndarray of int8, shape (n,)
+        Of the pairs fit for training, in the order of the sky.
+    differences : sequence of ndarray of float32, shape (n,)
+        One a label.
+
+    Returns
+    -------
+    rows : ndarray of int64, shape (m,)
+    predicted : ndarray of float32, shape (m, n_labels)
+
+    Raises
+    ------
+    PartitionError
+        The file of held-out pairs cannot be read.
+    CatalogError
+        It holds other pairs.
+    """
+    path = model / HELD_OUT
+    names = [f"{label}_{kind}" for kind in ("diff", "delta") for label in LABELS]
+    with partition_errors(path):
+        table = pq.read_table(path, columns=["fold", *names])
+    held_out = table["fold"].to_numpy()
+    rows = np.flatnonzero(np.isin(fold, np.unique(held_out)))
+    rows = rows[np.argsort(fold[rows], kind="stable")]
+    values = [
+        np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32) for name in names
+    ]
+    same = np.array_equal(fold[rows], held_out) and all(
+        np.array_equal(mine[rows], theirs, equal_nan=True)
+        for mine, theirs in zip(differences, values, strict=False)
+    )
+    if not same:
+        raise CatalogError(
+            f"{path} does not hold the pairs that are asked for",
+            "Give a model that was trained on these pairs.",
+        )
+    return rows, np.stack(values[len(LABELS) :], axis=1)
 
 
 def write_piece(path: Path, table: pa.Table) -> None:

@@ -16,19 +16,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, partition_errors, write_parquet
+from sos_dask.catalog import Catalog, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.errors import CatalogError
 from sos_dask.schema import LABELS
 from sos_dask.stages.common import common_stars
 from sos_dask.stages.parts import (
+    held_out_pairs,
     read_piece,
     records,
     run_parts,
+    training_pairs,
     unless_complete,
     write_piece,
 )
@@ -52,14 +52,12 @@ from sos_dask.trends import (
 )
 
 VERSION = 1
-HELD_OUT = "held_out.parquet"
 TRENDS, PLANES = "trends.parquet", "planes.parquet"
 REFERENCES, REFERENCE_PLANES = "references.parquet", "reference_planes.parquet"
 _PROCESS_BYTES = 200 << 20
 _BYTES_A_PAIR = 200
 _PLANE_KEY = "plane"
 _DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
-_PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
 
 Floats = NDArray[np.float32]
 
@@ -196,7 +194,7 @@ def trends(
             pieces = [read_piece(_piece_file(output, kind, key)) for key in keys]
             table = pa.concat_tables([empty, *pieces])
             files.append(output.write_file(file, partial(write_parquet, table)))
-        used = _read(pairs, ())
+        used = training_pairs(pairs, ())
         in_no_bin = {key: item["in_no_bin"] for key, item in zip(parts, done, strict=True)}
         output.commit(
             Rows(n_pairs, len(used), 0, {"not fit for training": n_pairs - len(used)}),
@@ -219,15 +217,6 @@ def _common_file(output: Output) -> Path:
     return output.work / "pieces" / "common.arrow"
 
 
-def _read(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
-    """Columns of the pairs fit for training, in the order of the sky."""
-    tables = [pa.schema([pairs.schema.field(name) for name in ("use", *columns)]).empty_table()]
-    for pixel in pairs.pixels:
-        table = pairs.read(pixel, ["use", *columns])
-        tables.append(table.filter(table["use"]))
-    return pa.concat_tables(tables)
-
-
 def _values(table: pa.Table, name: str) -> Floats:
     return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
 
@@ -237,7 +226,7 @@ def _trends_part(part: _Part) -> None:
     names = [axis.name for axis in part.axes]
     surveyed = part.pairs.columns(["survey_ref"])
     read = [*dict.fromkeys([*names, *_DIFFERENCES, "fold"]), *surveyed]
-    table = _read(part.pairs, read)
+    table = training_pairs(part.pairs, read)
     x = [_values(table, name) for name in names]
     differences = [_values(table, name) for name in _DIFFERENCES]
     subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
@@ -252,7 +241,10 @@ def _trends_part(part: _Part) -> None:
     samples: list[tuple[str, str | None, NDArray[np.int64], Sequence[NDArray[np.floating]]]]
     samples = [(BEFORE, None, np.arange(table.num_rows), differences)]
     for name, path in part.models.items():
-        rows, corrected = held_out_residuals(path / HELD_OUT, table["fold"].to_numpy(), differences)
+        rows, predicted = held_out_pairs(path, table["fold"].to_numpy(), differences)
+        corrected = [
+            mine[rows].astype(np.float64) - predicted[:, i] for i, mine in enumerate(differences)
+        ]
         samples.append((AFTER, name, rows, corrected))
     common = read_piece(_common_file(part.output))
     plane = part.key == _PLANE_KEY
@@ -327,35 +319,6 @@ def _ordered(surveys: Sequence[str], order: Sequence[str]) -> list[str]:
     return [
         *(name for name in order if name in surveys),
         *sorted(name for name in surveys if name not in order),
-    ]
-
-
-def held_out_residuals(
-    path: Path, fold: NDArray[np.int8], differences: Sequence[Floats]
-) -> tuple[NDArray[np.int64], list[NDArray[np.floating]]]:
-    """Rows of the held-out pairs among the used pairs, and their differences after the correction.
-
-    Held-out pairs are in the order of their folds and, inside, of the sky; that they are these very
-    pairs is checked.
-    """
-    with partition_errors(path):
-        table = pq.read_table(path, columns=["fold", *_DIFFERENCES, *_PREDICTIONS])
-    held_out = table["fold"].to_numpy()
-    rows = np.flatnonzero(np.isin(fold, np.unique(held_out)))
-    rows = rows[np.argsort(fold[rows], kind="stable")]
-    before = [_values(table, name) for name in _DIFFERENCES]
-    same = np.array_equal(fold[rows], held_out) and all(
-        np.array_equal(mine[rows], theirs, equal_nan=True)
-        for mine, theirs in zip(differences, before, strict=True)
-    )
-    if not same:
-        raise CatalogError(
-            f"{path} does not hold the pairs whose trends are asked for",
-            "Give a model that was trained on these pairs.",
-        )
-    return rows, [
-        mine.astype(np.float64) - _values(table, name)
-        for mine, name in zip(before, _PREDICTIONS, strict=True)
     ]
 
 

@@ -30,8 +30,7 @@ from sos_dask.hat import three_cornered_hat
 from sos_dask.repeats import GIANT_LOGG, normalisation
 from sos_dask.schema import LABELS
 from sos_dask.stages.common import common_stars
-from sos_dask.stages.parts import unless_complete
-from sos_dask.stages.trends import HELD_OUT, held_out_residuals
+from sos_dask.stages.parts import held_out_pairs, training_pairs, unless_complete
 from sos_dask.uncertainty import (
     DENSE,
     SPARSE,
@@ -193,7 +192,7 @@ def _make(
 ) -> None:
     table = _read(pairs)
     differences = [_values(table, name).astype(np.float32) for name in _DIFFERENCES]
-    rows, after = held_out_residuals(model / HELD_OUT, table["fold"].to_numpy(), differences)
+    rows, predicted = held_out_pairs(model, table["fold"].to_numpy(), differences)
     x = features(*(_values(table, label) for label in LABELS))
     single = np.ones(table.num_rows, dtype=np.bool_)
     if "n_obs" in table.schema.names:
@@ -202,7 +201,7 @@ def _make(
             single[:] = True
     chosen = single[rows]
     held_rows = rows[chosen]
-    residuals = np.stack([one[chosen] for one in after], axis=1)
+    residuals = np.stack(differences, axis=1)[held_rows].astype(np.float64) - predicted[chosen]
     factors = surveys.error_factors()
     held = table.take(pa.array(held_rows))
     held_out = HeldOut(
@@ -267,13 +266,8 @@ def _read(pairs: Catalog) -> pa.Table:
     """Pairs fit for training, in the order of the sky."""
     target = next(name for name in pairs.schema.names if name.startswith("target_"))
     more = ("snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS)
-    names = ["use", "fold", target, "reference_star_id", *LABELS, *_DIFFERENCES]
-    names += pairs.columns(more)
-    tables = [pa.schema([pairs.schema.field(name) for name in names]).empty_table()]
-    for pixel in pairs.pixels:
-        table = pairs.read(pixel, names)
-        tables.append(table.filter(table["use"]))
-    table = pa.concat_tables(tables)
+    names = ["fold", target, "reference_star_id", *LABELS, *_DIFFERENCES, *pairs.columns(more)]
+    table = training_pairs(pairs, names).select(names)
     return table.rename_columns(["target_id" if name == target else name for name in names])
 
 

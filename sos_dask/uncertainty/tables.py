@@ -45,12 +45,12 @@ class Grid:
     high: tuple[float, ...]
 
     def axes(self, features: Float32Array) -> NDArray[np.int32]:
-        """Number of the cell along each axis, shape (n, 3); outside values go to the last one."""
-        low = np.array(self.low, dtype=np.float32)
-        width = np.array(self.high, dtype=np.float32) - low
-        per_unit = np.where(width > 0, N_CELLS / np.where(width > 0, width, 1), 0)
-        place = (np.nan_to_num(features, nan=0.0) - low) * per_unit.astype(np.float32)
-        return np.asarray(np.clip(place, 0, N_CELLS - 1), dtype=np.int32)
+        """Number of the cell along each axis, shape (n, 3); values outside go to the nearest one."""
+        low, high = (np.array(end, dtype=np.float32) for end in (self.low, self.high))
+        width = np.where(high > low, high - low, np.float32(1))
+        place = (np.clip(features, low, high) - low) * (np.float32(N_CELLS) / width)
+        np.fmin(place, np.float32(N_CELLS - 1), out=place)  # and a number for nan
+        return np.asarray(place, dtype=np.int32)
 
     def cells(self, features: Float32Array) -> NDArray[np.int32]:
         """Number of the cell, shape (n,)."""

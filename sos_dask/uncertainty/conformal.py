@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sos_dask.density import knn_distance, robust_scale
 from sos_dask.errors import ModelError
 from sos_dask.schema import LABELS
-from sos_dask.uncertainty.scale import fit_scale
+from sos_dask.uncertainty.scale import MIN_FOR_TREES, fit_scale
 from sos_dask.uncertainty.tables import (
     LOG_SNR,
     N_STEPS,
@@ -172,7 +172,7 @@ def fit_errors(
         )
         scores, inside[rows, number] = one.cross_fitted()
         factors = _factors(scores, one.is_sparse)
-        scale = fit_scale(one.axes, one.log_snr, one.residual)
+        scale = fit_scale(one.axes, one.log_snr, one.residual, one.with_trees)
         of_class = np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
         values[:, number] = of_class * np.exp(scale.of_cell(all_axes))
         profile[:, number] = np.exp(scale.of_snr(steps))
@@ -182,7 +182,7 @@ def fit_errors(
         stated = rows[held_out.reference_errors[rows, number] > 0]
         if 2 * len(stated) >= len(rows):
             error = held_out.reference_errors[stated, number]
-            scale = fit_scale(axes[stated], log_snr[stated], error)
+            scale = fit_scale(axes[stated], log_snr[stated], error, one.with_trees)
             reference[:, number] = np.exp(scale.middle + scale.of_cell(all_axes))
             # The noise of a target tells nothing of a reference fainter than those of the pairs.
             reference_profile[:, number] = np.exp(scale.of_snr(np.maximum(steps, least)))
@@ -208,10 +208,15 @@ class _Label:
     part: NDArray[np.int8]
     is_sparse: BoolArray
 
+    @property
+    def with_trees(self) -> bool:
+        """Whether the pairs are enough to see how residuals depend on the star."""
+        return len(self.residual) >= MIN_FOR_TREES
+
     def log_scale(self, without: tuple[int, ...], at: BoolArray) -> FloatArray:
         """Scale of some pairs by a model fitted without some parts."""
         used = ~np.isin(self.part, without)
-        scale = fit_scale(self.axes[used], self.log_snr[used], self.residual[used])
+        scale = fit_scale(self.axes[used], self.log_snr[used], self.residual[used], self.with_trees)
         return scale.of_cell(self.axes[at]) + scale.of_snr(self.log_snr[at])
 
     def cross_fitted(self) -> tuple[FloatArray, BoolArray]:

@@ -57,7 +57,10 @@ class Scale:
 
 
 def fit_scale(
-    axes: NDArray[np.integer], log_snr: FloatArray, residual: NDArray[np.floating]
+    axes: NDArray[np.integer],
+    log_snr: FloatArray,
+    residual: NDArray[np.floating],
+    with_trees: bool,
 ) -> Scale:
     """Fit the size of residuals.
 
@@ -69,6 +72,8 @@ def fit_scale(
         nan where unknown.
     residual : ndarray of float, shape (n,)
         target - reference - correction, finite.
+    with_trees : bool
+        Whether the size depends on the cell; the same for all fits whose scores are put together.
 
     Raises
     ------
@@ -86,7 +91,7 @@ def fit_scale(
     center = float(log_size.mean())
     log_size -= center
     plain = Scale(None, *_falling(log_snr, log_size), center)
-    if len(size) < MIN_FOR_TREES:
+    if not with_trees:
         return plain
     trees = fit_trees(axes, log_size - plain.of_snr(log_snr))
     of_cell = Scale(trees, plain.knots, plain.levels).of_cell(axes)

@@ -45,7 +45,7 @@ class Grid:
     high: tuple[float, ...]
 
     def axes(self, features: Float32Array) -> NDArray[np.int32]:
-        """Number of the cell along each axis, shape (n, 3); values outside go to the nearest one."""
+        """Number of the cell along each axis, shape (n, 3); outside the nearest one."""
         low, high = (np.array(end, dtype=np.float32) for end in (self.low, self.high))
         width = np.where(high > low, high - low, np.float32(1))
         place = (np.clip(features, low, high) - low) * (np.float32(N_CELLS) / width)

@@ -37,7 +37,7 @@ CATALOGS = (
     "galah.observations", "galah.stars", "reference", "pairs", "lamost.corrected",
 )  # fmt: skip
 OF_LAMOST = {
-    "lamost.observations", "lamost.stars", "pairs", "model.polynomial", "chosen",
+    "lamost.observations", "lamost.stars", "pairs", "model.polynomial", "chosen", "uncertainty",
     "lamost.corrected",
 }  # fmt: skip
 OF_GALAH = {"galah.observations", "galah.stars", "reference", "pairs", "lamost.corrected"}
@@ -194,7 +194,9 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
     assert why["lamost.observations"] == "cuts.snr.minimum 20 -> 30"
     assert why["lamost.stars"] == "lamost.observations changed"
     assert why["pairs"] == "lamost.stars changed"
-    assert why["lamost.corrected"] == "chosen changed; lamost.observations changed"
+    assert why["lamost.corrected"] == (
+        "chosen changed; lamost.observations changed; uncertainty changed"
+    )
     before = contents(store / "artifacts")
     build = rebuild(changed)
     assert ran(build) == set(why)
@@ -220,6 +222,8 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
         (("[train]", "[crossmatch]\nn_folds = 4\n[train]"), "pairs", "n_folds 5 -> 4"),
         (("[train]", "[train.params.polynomial]\norder = 3\n[train]"), "model.polynomial",
          "params.order 4 -> 3"),
+        (("[train]", '[uncertainty]\nreference_error = "removed"\n[train]'), "uncertainty",
+         "reference_error included -> removed"),
         (('methods = ["polynomial"]', 'methods = ["polynomial"]\nchoose = "polynomial"'), "chosen",
          "rule best -> polynomial"),
     ],

@@ -24,6 +24,7 @@ from sos_dask.stages.margin import margin
 from sos_dask.stages.reference import ReferenceSettings, reference
 from sos_dask.stages.train import TrainSettings, train
 from sos_dask.stages.trends import TrendSettings, trends
+from sos_dask.stages.uncertainty import UncertaintySettings, uncertainty
 from sos_dask.store import gc, status
 from sos_dask.unify import UnifySettings
 from sos_dask.verify import verify
@@ -42,6 +43,7 @@ __all__ = [
     "Survey",
     "TrainSettings",
     "TrendSettings",
+    "UncertaintySettings",
     "UnifySettings",
     "apply",
     "builtin_surveys",
@@ -61,5 +63,6 @@ __all__ = [
     "status",
     "train",
     "trends",
+    "uncertainty",
     "verify",
 ]

@@ -94,6 +94,13 @@ class CompareSection(_Section):
     tolerance: float = Field(0.01, ge=0, lt=1)
 
 
+class UncertaintySection(_Section):
+    """How the errors of corrected labels are made."""
+
+    reference_error: Literal["included", "removed"] = "included"
+    sparse_fraction: float = Field(0.05, gt=0, lt=0.5)
+
+
 class ClusterSection(_Section):
     """Where the work is done."""
 
@@ -127,6 +134,7 @@ class Job(_Section):
     crossmatch: CrossmatchSection = Field(default_factory=CrossmatchSection)
     train: TrainSection = Field(default_factory=TrainSection)
     compare: CompareSection = Field(default_factory=CompareSection)
+    uncertainty: UncertaintySection = Field(default_factory=UncertaintySection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     path: Path = Field(Path(), exclude=True)
     text: str = Field("", exclude=True)

@@ -35,6 +35,12 @@ from sos_dask.stages.margin import margin, margin_recipe
 from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
 from sos_dask.stages.train import TrainSettings, train, train_recipe
 from sos_dask.stages.trends import TrendSettings, trends, trends_recipe
+from sos_dask.stages.uncertainty import (
+    Surveys,
+    UncertaintySettings,
+    uncertainty,
+    uncertainty_recipe,
+)
 from sos_dask.store import current_recipes, home, published
 from sos_dask.unify import UnifySettings
 
@@ -258,11 +264,44 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             report=report,
         ),
     )
+    error_settings = UncertaintySettings(
+        job.uncertainty.reference_error, job.uncertainty.sparse_fraction, seed=job.seed
+    )
+    target_stars = observations["stars"]
+    error_recipe = uncertainty_recipe(
+        chosen,
+        pairs,
+        error_settings,
+        {
+            f"{job.target_name}.stars": target_stars,
+            "reference": united,
+            **{f"{name}.stars": fingerprint for name, fingerprint in references.items()},
+        },
+    )
+
+    errors = planner.add(
+        "uncertainty",
+        error_recipe,
+        lambda directory, cluster, report: uncertainty(
+            planner.directory(chosen),
+            planner.catalog(pairs),
+            directory,
+            error_settings,
+            Surveys(
+                job.target_name,
+                planner.catalog(target_stars),
+                planner.catalog(united),
+                {name: planner.catalog(references[name]) for name in references},
+            ),
+            recipe=error_recipe,
+            report=report,
+        ),
+    )
     source = observations["observations"]
 
     planner.add(
         f"{job.target_name}.corrected",
-        apply_recipe(chosen, source),
+        apply_recipe(chosen, source, errors),
         lambda directory, cluster, report: apply(
             planner.directory(chosen),
             planner.catalog(source),
@@ -271,6 +310,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             cluster=cluster,
             report=report,
             model_fingerprint=chosen,
+            errors=planner.directory(errors),
         ),
     )
     return planner.stages

@@ -724,6 +724,36 @@ def test_other_documents(cli, small_store, small_sky, tmp_path):
     assert all(Path(file).is_file() for file in simulated["files"].values())
 
 
+def test_uncertainty_shows_what_was_checked(cli, small_store, tmp_path):
+    ran = cli("uncertainty", "--store", small_store)
+    assert ran.code == 0, ran.err
+    for text in (
+        "Held-out pairs inside their interval",
+        "sparse cells",
+        "Stated errors by repeats",
+    ):
+        assert text in ran.out
+    found = cli("uncertainty", "--store", small_store, "--json").json
+    share = {"coverage": float, "low": float, "high": float}
+    one = {"label": str, "subset": str, "level": float, "n": int, **share}
+    assert_shape(found["coverage"], [one])
+    assert {"path", "method", "reference_error", "factors_95", "error_factors"} <= set(found)
+    assert set(found["error_factors"]) == {"lamost", "apogee", "galah"}
+    assert_error(cli("uncertainty", "--store", tmp_path), 5, "does not exist")
+
+
+def test_apply_adds_errors(cli, small_store, tmp_path):
+    build = (small_store / "current").resolve()
+    given = ["apply", build / "model.polynomial", build / "lamost.observations", "-w", 0]
+    ran = cli(*given, "--errors", build / "uncertainty", "-o", "corrected")
+    assert ran.code == 0, ran.err
+    names = Catalog.open(tmp_path / "corrected").schema.names
+    assert [name for name in names if name.endswith("_sos_err")] == [
+        "teff_sos_err", "logg_sos_err", "feh_sos_err",
+    ]  # fmt: skip
+    assert_error(cli(*given, "--errors", build / "pairs", "-o", "other"), 7, "error.json")
+
+
 def test_demo_compares_with_the_truth(cli, tmp_path):
     ran = cli("demo", "--rows", 1000, "--store", "demo", "-w", 0, "--json")
     assert ran.code == 0, ran.err
@@ -758,7 +788,8 @@ def test_tables_fit_the_terminal(cli, small_store, small_sky, tmp_path, monkeypa
     monkeypatch.setenv("COLUMNS", str(width))
     given = ["rebuild", write_job(tmp_path, small_sky), "--store", small_store]
     rebuilt = cli(*given, "-w", 0)
-    others = [[*given, "--dry-run"], ["status", "--store", small_store], ["surveys"]]
+    others = [[*given, "--dry-run"], ["surveys"]]
+    others += [[name, "--store", small_store] for name in ("status", "uncertainty")]
     shown = [rebuilt, cli("surveys", LAMOST), *(cli(*other) for other in others)]
     for ran in shown:
         assert ran.code == 0
@@ -820,7 +851,7 @@ COMMANDS = sorted(
 def test_the_commands_are_these():
     assert COMMANDS == [
         "apply", "compare", "crossmatch", "dedupe", "demo", "gc", "ingest", "rebuild", "reference",
-        "simulate", "status", "surveys", "train", "trends", "verify",
+        "simulate", "status", "surveys", "train", "trends", "uncertainty", "verify",
     ]  # fmt: skip
 
 

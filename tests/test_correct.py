@@ -101,6 +101,45 @@ def test_rows_without_quality_have_no_flag_of_it():
     assert not (correct(table, Linear())["flag_sos"].to_numpy() & FLAG_QUALITY).any()
 
 
+class Widths:
+    """Half-widths that can be told apart: of the first feature and S/N."""
+
+    def half_width(self, x: np.ndarray, snr: np.ndarray | None) -> np.ndarray:
+        base = x[:, 0] if snr is None else x[:, 0] * 100 / snr
+        return np.stack([base, 2 * base, 3 * base], axis=1).astype(np.float32)
+
+    def describe(self, label: str) -> str:
+        return f"half-width of {label}"
+
+
+def test_errors_stand_beside_their_labels():
+    table = rows()
+    plain, found = correct(table, Linear()), correct(table, Linear(), Widths())
+    errors = [f"{label}_sos_err" for label in LABELS]
+    assert found.schema.names == [*plain.schema.names[:-1], *errors, "flag_sos"]
+    assert found.select(plain.schema.names).equals(plain)
+    x = features(*(table[label].to_numpy() for label in LABELS))
+    wanted = Widths().half_width(x, table["snr"].to_numpy())
+    for number, label in enumerate(LABELS):
+        known = found[f"{label}_sos"].is_valid().to_numpy()
+        column = found[f"{label}_sos_err"]
+        assert np.array_equal(column.is_valid().to_numpy(), known)
+        assert np.array_equal(column.to_numpy()[known], wanted[known, number])
+        field = found.schema.field(f"{label}_sos_err")
+        assert field.metadata[b"description"] == f"half-width of {label}".encode()
+        assert field.metadata[b"unit"].decode() == CANONICAL[label].unit
+    assert found.schema.equals(corrected_schema(table.schema, Widths()), check_metadata=True)
+    assert correct(found, Linear()).equals(plain), "errors of another run do not stay"
+
+
+def test_errors_of_rows_without_snr():
+    table = rows().drop_columns(["snr"])
+    found = correct(table, Linear(), Widths())
+    known = found["teff_sos"].is_valid().to_numpy()
+    teff = table["teff"].to_numpy()[known].astype(np.float32)
+    assert np.array_equal(found["teff_sos_err"].to_numpy()[known], teff / np.float32(5040.0))
+
+
 @pytest.mark.parametrize("cut", [1, 57, 199])
 def test_rows_do_not_depend_on_their_company(cut):
     table = rows()

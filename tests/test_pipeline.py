@@ -37,7 +37,7 @@ CATALOGS = (
     "galah.observations", "galah.stars", "reference", "pairs", "lamost.corrected",
 )  # fmt: skip
 OF_LAMOST = {
-    "lamost.observations", "lamost.stars", "pairs", "model.polynomial", "comparison",
+    "lamost.observations", "lamost.stars", "pairs", "model.polynomial", "comparison", "uncertainty",
     "lamost.corrected",
 }  # fmt: skip
 OF_GALAH = {"galah.observations", "galah.stars", "reference", "pairs", "lamost.corrected"}
@@ -194,7 +194,9 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
     assert why["lamost.observations"] == "cuts.snr.minimum 20 -> 30"
     assert why["lamost.stars"] == "lamost.observations changed"
     assert why["pairs"] == "lamost.stars changed"
-    assert why["lamost.corrected"] == "comparison changed; lamost.observations changed"
+    assert why["lamost.corrected"] == (
+        "comparison changed; lamost.observations changed; uncertainty changed"
+    )
     before = contents(store / "artifacts")
     build = rebuild(changed)
     assert ran(build) == set(why)
@@ -222,6 +224,8 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
          "params.order 4 -> 3"),
         (("[train]", '[compare]\nrule = "scatter"\n[train]'), "comparison",
          "rule balanced -> scatter"),
+        (("[train]", '[uncertainty]\nreference_error = "removed"\n[train]'), "uncertainty",
+         "reference_error included -> removed"),
     ],
 )  # fmt: skip
 def test_a_plan_says_why(job, store, small_sky, change, first, why):

@@ -34,7 +34,13 @@ _GROUPS = {
         steps.train,
         steps.apply,
     ),
-    "Look and check": (evidence.compare, evidence.trends, look.surveys, look.verify),
+    "Look and check": (
+        evidence.compare,
+        evidence.trends,
+        look.uncertainty,
+        look.surveys,
+        look.verify,
+    ),
 }
 for _title, _commands in _GROUPS.items():
     for _command in _commands:

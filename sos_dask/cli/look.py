@@ -1,14 +1,15 @@
-"""Commands that only look: surveys, verify."""
+"""Commands that only look: surveys, uncertainty, verify."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sos_dask.cli.options import Json
-from sos_dask.cli.output import console, print_json, say, show_table
+from sos_dask.cli.options import Json, Store
+from sos_dask.cli.output import LABEL_UNITS, console, print_json, say, show_table
 from sos_dask.errors import CatalogError
 
 
@@ -66,6 +67,74 @@ def surveys(
         say(f"Missing values: {', '.join(f'{value:g}' for value in survey.missing)}")
     if survey.notes:
         console().print(survey.notes.strip(), markup=False)
+
+
+def uncertainty(store: Store = Path("store"), as_json: Json = False) -> None:
+    """Show the errors of the current build: coverage, factors of stated errors, hat.
+
+    Example: sos-dask uncertainty --store store
+    """
+    from sos_dask.artifact import Manifest
+    from sos_dask.stages.uncertainty import read_calibration
+
+    directory = store / "current" / "uncertainty"
+    summary = Manifest.load(directory).summary
+    calibration = read_calibration(directory)
+    if as_json:
+        print_json({"path": directory, **summary, "coverage": calibration})
+        return
+    show_table(
+        f"Held-out pairs inside their interval, with its 95 % range (method {summary['method']}; "
+        f"error of the reference {summary['reference_error']})",
+        ["label", "pairs", ">n", ">68 %", ">range", ">95 %", ">range"],
+        [
+            [one["label"], one["subset"], f"{one['n']:,}", *_share(one), *_share(other)]
+            for one, other in zip(calibration[::2], calibration[1::2], strict=True)
+        ],
+    )
+    show_table(
+        "Stated errors by repeats: what they must be multiplied by (1 where too few are known)",
+        ["survey", "label", "stars", "S/N", ">n", ">factor", ">95 % range"],
+        [
+            [survey, one["label"], one["kind"], _snr_range(one), f"{one['n']:,}", *_factor(one)]
+            for survey, factors in summary["error_factors"].items()
+            for one in factors
+        ],
+    )
+    if summary["three_cornered_hat"]:
+        show_table(
+            "Errors of three surveys from their differences on common stars",
+            ["label", "survey", ">stars", ">error", ">95 % range"],
+            [_corner(one) for one in summary["three_cornered_hat"]],
+        )
+
+
+def _share(one: Mapping[str, Any]) -> list[str]:
+    return [f"{100 * one['coverage']:.1f}", f"{100 * one['low']:.1f}-{100 * one['high']:.1f}"]
+
+
+def _snr_range(one: Mapping[str, Any]) -> str:
+    low, high = one["snr_low"], one["snr_high"]
+    if low is None:
+        return "all" if high is None else f"< {high:g}"
+    return f">= {low:g}" if high is None else f"{low:g}-{high:g}"
+
+
+def _factor(one: Mapping[str, Any]) -> list[str]:
+    known = one["low"] is not None
+    return [f"{one['factor']:.3f}", f"{one['low']:.3f}-{one['high']:.3f}" if known else ""]
+
+
+def _corner(one: Mapping[str, Any]) -> list[str]:
+    digits = 1 if one["label"] == "teff" else 4
+    error = "negative" if one["sigma"] is None else f"{one['sigma']:.{digits}f}"
+    return [
+        f"{one['label']} [{LABEL_UNITS[one['label']]}]",
+        one["survey"],
+        f"{one['n']:,}",
+        error + (" !" if one["negative"] and one["sigma"] is not None else ""),
+        f"{one['low']:.{digits}f} .. {one['high']:.{digits}f}",
+    ]
 
 
 def verify(

@@ -313,6 +313,14 @@ def apply(
             help="all, i/N, indices 0-9,12 or HEALPix pixels 2:44.",
         ),
     ] = "all",
+    errors: Annotated[
+        Path | None,
+        typer.Option(
+            "--errors",
+            metavar="DIRECTORY",
+            help="Product 'uncertainty' of a build with this model: errors are added.",
+        ),
+    ] = None,
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",
     scheduler: Scheduler = None,
@@ -337,5 +345,6 @@ def apply(
         partitions=partitions,
         name=out.name,
         overwrite=overwrite,
+        errors=errors,
     )
     show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)

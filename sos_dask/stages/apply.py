@@ -26,8 +26,9 @@ from sos_dask.stages.parts import (
     run_parts,
     unless_complete,
 )
+from sos_dask.uncertainty import ErrorModel, load_errors
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class _Part:
     pixel: HealpixPixel
     model: str
     model_fingerprint: str
+    errors: str | None
 
 
 def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
@@ -93,9 +95,10 @@ def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
     return sorted(chosen)
 
 
-def apply_recipe(model: str, catalog: str) -> Recipe:
-    """Recipe of `apply` for a model and a catalog of these fingerprints."""
-    return Recipe("apply", VERSION, {}, {"model": model, "observations": catalog})
+def apply_recipe(model: str, catalog: str, errors: str | None = None) -> Recipe:
+    """Recipe of `apply` for a model, a catalog and an error model of these fingerprints."""
+    inputs = {"model": model, "observations": catalog}
+    return Recipe("apply", VERSION, {}, inputs if errors is None else {**inputs, "errors": errors})
 
 
 def apply(
@@ -109,6 +112,7 @@ def apply(
     cluster: Cluster | None = None,
     report: Report = silent,
     model_fingerprint: str = "",
+    errors: Path | None = None,
 ) -> Manifest | None:
     """Correct the labels of every row of a catalog.
 
@@ -122,6 +126,8 @@ def apply(
         Where the corrected catalog goes; several processes may share it.
     partitions : str
         See `parse_partitions`.
+    errors : Path, optional
+        Output of uncertainty for this very correction: errors of the corrected labels are added.
 
     Returns
     -------
@@ -133,20 +139,32 @@ def apply(
     ConfigError
         ``partitions`` is wrong.
     ModelError
-        The model cannot be loaded.
+        The model cannot be loaded, or the errors are those of another one.
     """
     catalog.require(*LABELS)
     chosen = parse_partitions(partitions, catalog.pixels)
     correction = models.load(model)
     fingerprint = model_fingerprint or sha256_of_file(model / "model.json")
-    output = Output.prepare(directory, apply_recipe(fingerprint, catalog.fingerprint), overwrite)
+    half_widths = None if errors is None else load_errors(errors)
+    if half_widths is not None:
+        half_widths.require(sha256_of_file(model / "model.json"))
+    error_fingerprint = None if errors is None else Manifest.load(errors).fingerprint
+    recipe = apply_recipe(fingerprint, catalog.fingerprint, error_fingerprint)
+    output = Output.prepare(directory, recipe, overwrite)
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
     require_memory(cluster, catalog, "apply")
     with unless_complete(output):
         parts = {
-            key_of(pixel): _Part(output, catalog, pixel, str(model), fingerprint)
+            key_of(pixel): _Part(
+                output,
+                catalog,
+                pixel,
+                str(model),
+                fingerprint,
+                None if errors is None else str(errors),
+            )
             for pixel in catalog.pixels
         }
         keys = list(parts)
@@ -167,7 +185,7 @@ def apply(
             output,
             name or catalog.name.removesuffix(".observations") + ".corrected",
             list(zip(catalog.pixels, done, strict=True)),
-            corrected_schema(catalog.schema),
+            corrected_schema(catalog.schema, half_widths),
             Rows(n_rows, sum(record["file"]["rows"] for record in done)),
             {
                 "method": correction.method,
@@ -185,9 +203,15 @@ def _load(model: str, fingerprint: str) -> models.Correction:
     return models.load(Path(model), check=False)  # the driver has checked it
 
 
+@lru_cache(maxsize=4)
+def _load_errors(errors: str) -> ErrorModel:
+    return load_errors(Path(errors))
+
+
 def _apply_part(part: _Part) -> None:
     table = part.catalog.read(part.pixel)
-    corrected = correct(table, _load(part.model, part.model_fingerprint))
+    errors = None if part.errors is None else _load_errors(part.errors)
+    corrected = correct(table, _load(part.model, part.model_fingerprint), errors)
     flags = corrected["flag_sos"].to_numpy()
     record = write_partition(part.output, part.pixel, corrected)
     counts = {str(bit): int(np.count_nonzero(flags & bit)) for bit in FLAG_MEANINGS}

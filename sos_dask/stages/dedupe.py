@@ -18,6 +18,7 @@ from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.dedupe import DedupeSettings, combine, group
 from sos_dask.errors import PartitionError
 from sos_dask.healpix import MAX_ORDER, HealpixPixel, cell_ranges, in_ranges, surroundings
+from sos_dask.repeats import merged_pulls, pull_counts
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.stages.parts import (
     GAIA_IDS,
@@ -31,7 +32,7 @@ from sos_dask.stages.parts import (
     unless_complete,
 )
 
-VERSION = 1
+VERSION = 2
 _MAX_LAYERS = 256
 
 
@@ -83,6 +84,8 @@ def dedupe(
     -------
     Manifest
         ``rows``: observations in, stars out, observations merged into another's star.
+        ``summary``: among others how far stated errors are wrong, by their repeats
+        (``error_factors``, see `repeats.Factor`).
 
     Raises
     ------
@@ -112,6 +115,7 @@ def dedupe(
         summary = {
             "stars_with_repeats": sum(record["n_repeated"] for record in done),
             "stars_with_large_spread": sum(record["n_spread"] for record in done),
+            "error_factors": [asdict(one) for one in merged_pulls([r["pulls"] for r in done])],
         }
         commit_catalog(
             output,
@@ -154,6 +158,7 @@ def _dedupe_part(part: _Part) -> None:
             "n_members": int(np.count_nonzero(inside >= 0)),
             "n_repeated": int(np.count_nonzero(stars["n_obs"].to_numpy() > 1)),
             "n_spread": pc.sum(stars["flag_spread"]).as_py() or 0,
+            "pulls": pull_counts(members, row_of[primary[order]], part.expected_error),
         },
     )
 

@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, partition_errors, write_parquet
+from sos_dask.catalog import Catalog, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.errors import CatalogError
 from sos_dask.schema import LABELS
+from sos_dask.stages.common import common_stars
 from sos_dask.stages.parts import (
     held_out_pairs,
     read_piece,
@@ -60,7 +59,6 @@ _PROCESS_BYTES = 200 << 20
 _BYTES_A_PAIR = 200
 _PLANE_KEY = "plane"
 _DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
-_STAR_COLUMNS = ("star_id", "quality", *LABELS)
 
 Floats = NDArray[np.float32]
 
@@ -343,25 +341,7 @@ def _common_stars(
     tables = [schema.empty_table()]
     if reference is None or len(stars) < 2:
         return tables[0]
-    reference.require("n_surveys", "sources")
-    star, survey, key = _members(reference)
-    manifest = reference.manifest
-    offsets: Mapping[str, Mapping[str, float]]
-    offsets = manifest.summary.get("offsets", {}) if manifest is not None else {}
-    labels = {}
-    for name, catalog in sorted(stars.items()):
-        mine = np.flatnonzero(pc.equal(survey, name).to_numpy(zero_copy_only=False))
-        wanted = key.take(pa.array(mine))
-        known = _rows_of(catalog, wanted)
-        row = pc.index_in(wanted, known["star_id"].combine_chunks())
-        good = np.flatnonzero(row.is_valid().to_numpy(zero_copy_only=False))
-        _, first = np.unique(star[mine[good]], return_index=True)
-        chosen = known.take(row.take(pa.array(good[first])))
-        values = {
-            label: _values(chosen, label).astype(np.float64) - offsets.get(name, {}).get(label, 0.0)
-            for label in LABELS
-        }
-        labels[name] = (star[mine[good[first]]], values)
+    labels = common_stars(reference, stars).labels
     for first_name, second_name in combinations(_ordered(list(stars), order), 2):
         (ours, base), (theirs, other) = labels[first_name], labels[second_name]
         _, i, j = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
@@ -379,39 +359,6 @@ def _common_stars(
                 schema=schema,
             )
         )
-    return pa.concat_tables(tables)
-
-
-def _members(
-    reference: Catalog,
-) -> tuple[NDArray[np.int64], pa.Array, pa.Array]:
-    """Members of the stars that several surveys have: number of the star, survey, ``star_id``."""
-    sources = [pa.chunked_array([], pa.string())]
-    for pixel in reference.pixels:
-        table = reference.read(pixel, ["n_surveys", "sources"])
-        sources.append(table.filter(pc.greater(table["n_surveys"], 1))["sources"])
-    split = pc.split_pattern(
-        pa.chunked_array([c for s in sources for c in s.chunks], pa.string()).combine_chunks(), ";"
-    )
-    parts = pc.split_pattern(pc.list_flatten(split), ":", max_splits=1)
-    return (
-        pc.list_parent_indices(split).to_numpy().astype(np.int64),
-        pc.list_element(parts, 0),
-        pc.list_element(parts, 1),
-    )
-
-
-def _rows_of(catalog: Catalog, wanted: pa.Array) -> pa.Table:
-    """Rows with quality 0 of a catalog of stars, by key as text."""
-    fields = [catalog.schema.field(name) for name in _STAR_COLUMNS]
-    tables = []
-    for table in [
-        pa.schema(fields).empty_table(),
-        *(catalog.read(pixel, list(_STAR_COLUMNS)) for pixel in catalog.pixels),
-    ]:
-        table = table.filter(pc.equal(table["quality"], 0))
-        table = table.set_column(0, "star_id", table["star_id"].cast(pa.string()))
-        tables.append(table.filter(pc.is_in(table["star_id"], wanted)))
     return pa.concat_tables(tables)
 
 

@@ -1,0 +1,138 @@
+"""Widths of pulls: known noise is recovered, wrong measurements hardly matter, parts add up."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sos_dask.repeats import MIN_PULLS, merged_pulls, normalisation, pull_counts, snr_bin
+from sos_dask.schema import LABELS
+
+UNIT = {"teff": 60.0, "logg": 0.1, "feh": 0.05}
+
+
+def repeats(
+    n_stars: int = 4000, seed: int = 0, outliers: float = 0.0, visits: int = 3
+) -> tuple[pa.Table, np.ndarray]:
+    """Stars seen several times, and their primaries; giants' errors are stated 2 times too small.
+
+    Dwarfs state theirs 0.8 times too large below S/N 50 and rightly above.
+    """
+    rng = np.random.default_rng(seed)
+    n = n_stars * visits
+    star = np.repeat(np.arange(n_stars), visits)
+    snr = np.repeat(rng.choice([25.0, 75.0], n_stars), visits)
+    giant = star % 2 == 0
+    factor = np.where(giant, 2.0, np.where(snr < 50, 0.8, 1.0))
+    wrong = rng.random(n) < outliers
+    columns = {"obs_id": rng.permutation(n), "quality": np.zeros(n, np.int64), "snr": snr}
+    for label, unit in UNIT.items():
+        stated = unit * rng.uniform(0.5, 2.0, n)
+        true = np.where(giant, 2.0, 4.5) if label == "logg" else 5000.0
+        noise = stated * factor * rng.normal(size=n) + wrong * 20 * unit * rng.choice([-1, 1], n)
+        columns |= {label: true + noise, f"{label}_err": stated}
+    order = rng.permutation(n)
+    place = np.empty(n, np.int64)
+    place[order] = np.arange(n)
+    return pa.table(columns).take(pa.array(order)), place[star * visits][order]
+
+
+def by_kind(factors) -> dict:
+    return {(f.label, f.kind, f.snr_low): f for f in factors}
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.03])
+def test_known_factors_are_recovered(outliers):
+    found = by_kind(merged_pulls([pull_counts(*repeats(outliers=outliers))]))
+    for label in LABELS:
+        for kind, low, true in (("giant", 20.0, 2.0), ("giant", 50.0, 2.0), ("dwarf", 20.0, 0.8),
+                                ("dwarf", 50.0, 1.0)):  # fmt: skip
+            one = found[label, kind, low]
+            assert one.n > 1000
+            assert one.low < one.factor < one.high
+            slack = 0.04 if outliers else 0.0  # what wrong measurements leave below 4 widths
+            assert one.low - slack * true < true < one.high + slack * true, one
+
+
+def test_normalised_errors_have_width_one():
+    table, primary = repeats(seed=3)
+    factors = [one.__dict__ for one in merged_pulls([pull_counts(table, primary)])]
+    for label in LABELS:
+        factor = normalisation(factors, label, table["logg"].to_numpy(), table["snr"].to_numpy())
+        place = table.schema.get_field_index(f"{label}_err")
+        table = table.set_column(
+            place, f"{label}_err", pa.array(factor * table[f"{label}_err"].to_numpy())
+        )
+    for one in merged_pulls([pull_counts(table, primary)]):
+        assert one.factor == pytest.approx(1.0, abs=0.06), one
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    held = [
+        one.low < 2.0 < one.high
+        for seed in range(40)
+        for one in merged_pulls([pull_counts(*repeats(400, seed))])
+        if one.kind == "giant" and one.snr_low is None and one.label == "feh"
+    ]
+    assert len(held) == 40 and sum(held) >= 33  # below once in 600 tries of a 95 % interval
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 100), st.integers(1, 5))
+def test_parts_add_up_and_order_does_not_matter(seed, n_parts):
+    table, primary = repeats(150, seed)
+    whole = merged_pulls([pull_counts(table, primary)])
+    rng = np.random.default_rng(seed)
+    part_of = rng.integers(0, n_parts, len(primary))[primary]
+    parts = []
+    for number in range(n_parts):
+        rows = rng.permutation(np.flatnonzero(part_of == number))
+        place = np.full(len(primary), -1)
+        place[rows] = np.arange(len(rows))
+        parts.append(pull_counts(table.take(pa.array(rows)), place[primary[rows]]))
+    assert merged_pulls(parts) == whole
+
+
+def test_without_repeats_the_factor_is_one():
+    table, _ = repeats(50, visits=1)
+    counts = pull_counts(table, np.arange(50))
+    assert counts == []
+    found = merged_pulls([counts])
+    assert [(f.label, f.kind, f.n, f.factor, f.low) for f in found] == [
+        (label, "all", 0, 1.0, None) for label in LABELS
+    ]
+    assert normalisation([], "teff", np.array([2.0]), np.array([np.nan])).tolist() == [1.0]
+
+
+def test_few_pulls_make_no_factor():
+    found = by_kind(merged_pulls([pull_counts(*repeats(MIN_PULLS // 2 - 1, visits=2))]))
+    assert found["teff", "all", None].n == MIN_PULLS // 2 - 1
+    assert found["teff", "all", None].factor == 1.0
+
+
+def test_surveys_without_errors_are_measured_by_the_expected_ones():
+    table, primary = repeats()
+    table = table.drop_columns([f"{label}_err" for label in LABELS])
+    assert pull_counts(table, primary) == []
+    found = by_kind(merged_pulls([pull_counts(table, primary, {"teff": 600.0})]))
+    assert 0.1 < found["teff", "giant", None].factor < 0.4
+    assert found["logg", "all", None].n == 0
+
+
+def test_rows_that_fail_cuts_are_no_repeats():
+    table, primary = repeats(500)
+    bad = table.set_column(1, "quality", pa.array(np.ones(len(primary), np.int64)))
+    assert pull_counts(bad, primary) == []
+
+
+def test_a_measurement_listed_twice_is_no_repeat():
+    table, primary = repeats(500)
+    keys = 2 * table["obs_id"].to_numpy()
+    copies = [table.set_column(0, "obs_id", pa.array(keys + extra)) for extra in (0, 1)]
+    both = pa.concat_tables(copies).combine_chunks()
+    assert pull_counts(both, np.append(primary, primary)) == pull_counts(table, primary)
+
+
+def test_bins_of_snr():
+    assert snr_bin(np.array([5.0, 10.0, 29.9, 200.0, 1e4, np.nan])).tolist() == [0, 1, 2, 6, 6, 7]

@@ -1,0 +1,194 @@
+"""Errors of a whole store: what the stage writes, what apply makes of it, and its refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from sos_dask.artifact import Manifest
+from sos_dask.catalog import Catalog
+from sos_dask.errors import CatalogError, ModelError
+from sos_dask.features import features
+from sos_dask.schema import LABELS
+from sos_dask.stages.apply import apply
+from sos_dask.stages.common import common_stars
+from sos_dask.stages.uncertainty import (
+    Surveys,
+    UncertaintySettings,
+    read_calibration,
+    uncertainty,
+)
+from sos_dask.uncertainty import binomial_interval, load_errors
+from tests.job import contents
+from tests.sky import write_catalog
+
+
+@pytest.fixture
+def build(small_store) -> Path:
+    found: Path = (small_store / "current").resolve()
+    return found
+
+
+def read(path: Path) -> pa.Table:
+    catalog = Catalog.open(path)
+    return pa.concat_tables([catalog.read(pixel) for pixel in catalog.pixels])
+
+
+def surveys(build: Path) -> Surveys:
+    return Surveys(
+        "lamost",
+        Catalog.open(build / "lamost.stars"),
+        Catalog.open(build / "reference"),
+        {name: Catalog.open(build / f"{name}.stars") for name in ("apogee", "galah")},
+    )
+
+
+def run(build: Path, directory: Path, **settings) -> Manifest:
+    return uncertainty(
+        build / "model.polynomial",
+        Catalog.open(build / "pairs"),
+        directory,
+        UncertaintySettings(**settings),
+        surveys(build),
+    )
+
+
+def test_a_rebuild_makes_the_errors(build):
+    directory = build / "uncertainty"
+    manifest = Manifest.load(directory)
+    assert {one.path for one in manifest.files} == {
+        "error.json", "error.npy", "calibration.parquet",
+    }  # fmt: skip
+    used = read(build / "pairs").filter(pc.field("use"))
+    assert manifest.rows.n_out == used.num_rows
+    assert set(manifest.summary["error_factors"]) == {"lamost", "apogee", "galah"}
+    calibration = read_calibration(directory)
+    assert {one["label"] for one in calibration} == set(LABELS)
+    assert {one["level"] for one in calibration} == {0.68, 0.95}
+    assert {"all", "dense", "sparse", "giants", "low snr"} <= {one["subset"] for one in calibration}
+    for one in calibration:
+        hits = round(one["coverage"] * one["n"])
+        assert (one["low"], one["high"]) == binomial_interval(hits, one["n"])
+        if one["subset"] in ("all", "dense"):
+            low, high = binomial_interval(hits, one["n"], 0.9999)
+            assert low < one["level"] < high, one
+    counted = [one for one in calibration if one["subset"] in ("dense", "sparse")]
+    assert sum(one["n"] for one in counted) == 2 * 3 * used.num_rows
+    assert manifest.summary["coverage"] == [
+        one for one in calibration if one["subset"] in ("all", "dense", "sparse")
+    ]
+
+
+def test_factors_of_stated_errors_are_those_that_were_simulated(build):
+    """Stated / true error of dwarfs is 0.6 + 1.4 s / (s + 50) (`simulate.sky`)."""
+    factors = Manifest.load(build / "lamost.stars").summary["error_factors"]
+    dwarfs = [f for f in factors if f["kind"] == "dwarf" and f["snr_low"] == 20.0]
+    share = 25.0 / 75.0
+    for one in dwarfs:
+        assert one["n"] > 100
+        assert one["low"] - 0.05 < 1 / (0.6 + 1.4 * share) < one["high"] + 0.05, one
+    assert len(dwarfs) == 3
+
+
+def test_corrected_rows_carry_the_errors(build):
+    table = read(build / "lamost.corrected")
+    errors = load_errors(build / "uncertainty")
+    x = features(*(pc.fill_null(table[label], np.nan).to_numpy() for label in LABELS))
+    wanted = errors.half_width(x, table["snr"].to_numpy())
+    for number, label in enumerate(LABELS):
+        column = table[f"{label}_sos_err"]
+        assert column.null_count == table[f"{label}_sos"].null_count > 0
+        known = column.is_valid().to_numpy()
+        assert known.tolist() == table[f"{label}_sos"].is_valid().to_pylist()
+        assert np.array_equal(column.to_numpy()[known], wanted[known, number])
+        assert (column.to_numpy()[known] > 0).all()
+    files = sorted((build / "lamost.corrected" / "dataset").rglob("Npix=*.parquet"))
+    metadata = pq.read_schema(files[0]).field("teff_sos_err").metadata
+    assert metadata[b"unit"] == b"K"
+    assert metadata[b"ucd"] == b"stat.error;phys.temperature.effective"
+    assert b"for 95 % times" in metadata[b"description"]
+
+
+def test_the_same_in_any_partitions(build, tmp_path):
+    run(build, tmp_path / "one")
+    pairs = read(build / "pairs")
+    again = write_catalog(pairs, tmp_path / "pairs", 20, "pairs")
+    assert len(again.pixels) > len(Catalog.open(build / "pairs").pixels)
+    uncertainty(
+        build / "model.polynomial", again, tmp_path / "two", UncertaintySettings(), surveys(build)
+    )
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    for name in ("error.json", "error.npy", "calibration.parquet"):
+        assert one[name] == two[name]
+    assert contents((build / "uncertainty").resolve())["error.npy"] == one["error.npy"]
+
+
+def test_single_observations_are_preferred(build, tmp_path):
+    single = run(build, tmp_path / "single", min_single=50)
+    n_several = single.rows.dropped["of several observations"]
+    pairs = read(build / "pairs").filter(pc.field("use"))
+    assert n_several == pc.sum(pc.greater(pairs["n_obs"], 1)).as_py() > 0
+    everything = run(build, tmp_path / "all", min_single=10**6)
+    assert everything.rows.dropped["of several observations"] == 0
+    files = [(tmp_path / name / "error.npy").read_bytes() for name in ("single", "all")]
+    assert files[0] != files[1]
+
+
+def test_common_stars_have_the_labels_of_both(build):
+    found = common_stars(Catalog.open(build / "reference"), surveys(build).stars)
+    reference = read(build / "reference").filter(pc.field("n_surveys") > 1)
+    assert sorted(found.star_id.to_pylist()) == sorted(reference["star_id"].to_pylist())
+    place = {star: number for number, star in enumerate(found.star_id.to_pylist())}
+    rows, labels = found.labels["apogee"]
+    mine = dict(zip(rows.tolist(), labels["teff"].tolist(), strict=True))
+    for star in reference.filter(pc.equal(reference["survey"], "apogee")).to_pylist():
+        if star["quality"] == 0 and place[star["star_id"]] in mine:
+            assert mine[place[star["star_id"]]] == pytest.approx(star["teff"], abs=1.0)
+
+
+def test_the_hat_is_that_of_the_common_stars(build, tmp_path):
+    hats = run(build, tmp_path / "u").summary["three_cornered_hat"]
+    for one in hats:
+        assert one["survey"] in ("lamost", "apogee", "galah") and one["n"] >= 30
+        assert one["negative"] == (one["variance"] < 0 or one["low"] < 0)
+    alone = uncertainty(
+        build / "model.polynomial", Catalog.open(build / "pairs"), tmp_path / "alone"
+    )
+    assert alone.summary["three_cornered_hat"] == []
+    assert alone.summary["error_factors"] == {}
+
+
+def test_errors_of_another_correction_are_refused(build, tmp_path):
+    observations = Catalog.open(build / "lamost.observations")
+    model = Path(shutil.copytree(build / "model.polynomial", tmp_path / "model"))
+    document = json.loads((model / "model.json").read_text())
+    document["train_folds"] = [1, 2, 3]
+    (model / "model.json").write_text(json.dumps(document))
+    with pytest.raises(ModelError, match="made for another correction"):
+        apply(model, observations, tmp_path / "out", errors=build / "uncertainty")
+    spoilt = Path(shutil.copytree(build / "uncertainty", tmp_path / "spoilt"))
+    table = bytearray((spoilt / "error.npy").read_bytes())
+    table[-1] ^= 1
+    (spoilt / "error.npy").write_bytes(table)
+    with pytest.raises(ModelError, match="not the file that was saved"):
+        apply(build / "model.polynomial", observations, tmp_path / "out", errors=spoilt)
+    assert not (tmp_path / "out").exists()
+
+
+def test_apply_without_errors_writes_none(build, tmp_path):
+    observations = Catalog.open(build / "lamost.observations")
+    apply(build / "model.polynomial", observations, tmp_path / "plain")
+    assert "teff_sos_err" not in Catalog.open(tmp_path / "plain").schema.names
+
+
+def test_pairs_of_another_model(build, tmp_path):
+    pairs = read(build / "pairs")
+    other = write_catalog(pairs.slice(3), tmp_path / "pairs", 10**6, "pairs")
+    with pytest.raises(CatalogError, match="does not hold the pairs"):
+        uncertainty(build / "model.polynomial", other, tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "a failed run leaves nothing"

@@ -8,7 +8,7 @@ measurements would else make it 7 % too large. This is the normalisation of the 
 (Tsantaki et al. 2022, A&A 659, A95), in bins of S/N and for giants and dwarfs separately.
 
 Pulls are counted in a histogram, so that counts of any parts of the sky add up exactly. Every
-observation is compared with the next one of its star in the order of ``obs_id``.
+observation is compared with the next one of its star in the order of the sky, then of ``obs_id``.
 
 Errors that were themselves calibrated on repeats, like those of APOGEE, have width 1 by
 construction; systematic errors that all observations of a star share are in no pull.
@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.schema import LABELS
+from sos_dask.schema import HEALPIX_COLUMN, LABELS
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -42,6 +42,7 @@ CLIP = 4.0  # normal numbers are beyond once in 16,000
 _OCTAVES, _BINS_AN_OCTAVE = 16, 12
 _N_BINS = _OCTAVES * _BINS_AN_OCTAVE  # of |pull|, from 2^-10 to 2^6, 6 % wide
 _LOWEST = -10.0
+_COLUMNS = frozenset({*LABELS, *(f"{label}_err" for label in LABELS), "snr"})
 _SHAPE = (len(LABELS), len(KINDS), len(SNR_EDGES) + 2, _N_BINS)
 
 
@@ -82,10 +83,10 @@ def pull_counts(
     Parameters
     ----------
     table : pyarrow.Table
-        Observations: ``obs_id``, ``quality``, labels, and where there are ``*_err`` and ``snr``.
-        Only rows with quality 0 count.
+        Observations in the order of their catalog: ``_healpix_29``, ``quality``, labels, and where
+        there are ``*_err`` and ``snr``. Only rows with quality 0 count.
     primary : ndarray of int64, shape (n,)
-        Equal for observations of one star.
+        Equal for observations of one star; negative: of none.
     expected_error : mapping of str to float, optional
         Error of one observation by label, for surveys that state none.
 
@@ -94,12 +95,12 @@ def pull_counts(
     list of [bin, count]
         Bins that are not empty, by rising number.
     """
-    row = np.flatnonzero(table["quality"].to_numpy() == 0)
-    same_star = np.bincount(primary, minlength=len(primary))[primary[row]] > 1
-    row = row[same_star]
-    key = pc.rank(table["obs_id"].take(pa.array(row)).combine_chunks(), tiebreaker="dense")
-    row = row[np.lexsort((key.to_numpy(), primary[row]))]
-    repeats = table.take(pa.array(row))
+    row = np.flatnonzero((table["quality"].to_numpy() == 0) & (primary >= 0))
+    row = row[np.bincount(primary[row], minlength=1)[primary[row]] > 1]
+    # Rows of one cell stand in the order of their keys already: the order of the catalog.
+    row = row[np.lexsort((table[HEALPIX_COLUMN].to_numpy()[row], primary[row]))]
+    names = [n for n in table.column_names if n in _COLUMNS]
+    repeats = table.select(names).take(pa.array(row))
     star = primary[row]
     logg, snr = _floats(repeats, "logg"), _floats(repeats, "snr")
     counts = np.zeros(_SHAPE, dtype=np.int64)

@@ -158,7 +158,7 @@ def _dedupe_part(part: _Part) -> None:
             "n_members": int(np.count_nonzero(inside >= 0)),
             "n_repeated": int(np.count_nonzero(stars["n_obs"].to_numpy() > 1)),
             "n_spread": pc.sum(stars["flag_spread"]).as_py() or 0,
-            "pulls": pull_counts(members, row_of[primary[order]], part.expected_error),
+            "pulls": pull_counts(rows, inside, part.expected_error),
         },
     )
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from sos_dask import __version__
 from sos_dask.errors import ClusterError, ConfigError, ModelError
-from sos_dask.features import FEATURES
+from sos_dask.features import BLOCK_ROWS, FEATURES
 from sos_dask.schema import LABELS, nearest
 
 MODEL_FORMAT = 1
@@ -42,8 +42,6 @@ Progress = Callable[[str, int, int], None]
 
 Content = bytes | memoryview
 _SMALL_FILE = 1 << 20
-# Rows that are predicted at once: what is made of them on the way stays in the cache.
-_BLOCK_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -207,17 +205,17 @@ class Fitted(abc.ABC):
         x = _checked(features)
         low, high = self._box()
         out = np.empty((len(LABELS), len(x)), dtype=np.float32).T
-        for start in range(0, len(x), _BLOCK_ROWS):
-            block = x[start : start + _BLOCK_ROWS]
+        for start in range(0, len(x), BLOCK_ROWS):
+            block = x[start : start + BLOCK_ROWS]
             known = _in_all_columns(np.isfinite(block))
             block = np.clip(block, low, high)
             if known.all():
-                out[start : start + _BLOCK_ROWS] = self.evaluate(block)
+                out[start : start + BLOCK_ROWS] = self.evaluate(block)
             else:
                 block[~known] = low
                 found = self.evaluate(block)
                 found[~known] = np.nan
-                out[start : start + _BLOCK_ROWS] = found
+                out[start : start + BLOCK_ROWS] = found
         return out
 
     def in_range(self, features: Float32Array) -> NDArray[np.bool_]:

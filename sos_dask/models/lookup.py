@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sos_dask.errors import ModelError
 
 MAX_CELLS = 1 << 25
-_BLOCK = 1 << 14
+_BLOCK = 1 << 13
 _PLACES = 1 << 13
 Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
+import pyarrow.compute as pc
 
 from sos_dask import models
 from sos_dask.artifact import Manifest, Output, Recipe, Rows, sha256_of_file
@@ -212,9 +212,12 @@ def _apply_part(part: _Part) -> None:
     table = part.catalog.read(part.pixel)
     errors = None if part.errors is None else _load_errors(part.errors)
     corrected = correct(table, _load(part.model, part.model_fingerprint), errors)
-    flags = corrected["flag_sos"].to_numpy()
+    flags = pc.value_counts(corrected["flag_sos"]).to_pylist()
     record = write_partition(part.output, part.pixel, corrected)
-    counts = {str(bit): int(np.count_nonzero(flags & bit)) for bit in FLAG_MEANINGS}
+    counts = {
+        str(bit): sum(item["counts"] for item in flags if item["values"] & bit)
+        for bit in FLAG_MEANINGS
+    }
     part.output.put_record(
         "corrected", key_of(part.pixel), {"file": asdict(record), "flags": counts}
     )

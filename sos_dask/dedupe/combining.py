@@ -221,7 +221,8 @@ class _Repeats:
     def _first_of(self, wanted: BoolArray) -> IntArray:
         """Place of each star's first row of those wanted, for stars that have one."""
         at = np.flatnonzero(wanted)
-        return at[np.append(True, self.segment[at[1:]] != self.segment[at[:-1]])[: len(at)]]
+        is_first = np.append(True, self.segment[at[1:]] != self.segment[at[:-1]])[: len(at)]
+        return np.asarray(at[is_first])
 
     def _sum(self, values: FloatArray | BoolArray) -> FloatArray:
         total = np.bincount(self.segment, values, minlength=len(self.first))

@@ -31,7 +31,7 @@ from sos_dask.stages.parts import (
     unless_complete,
 )
 
-VERSION = 1
+VERSION = 2
 _MAX_LAYERS = 256
 
 

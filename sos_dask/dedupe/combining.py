@@ -191,7 +191,8 @@ class _Repeats:
 
     @classmethod
     def of(cls, table: pa.Table, star: IntArray, n_obs: IntArray) -> _Repeats:
-        row = np.flatnonzero((n_obs > 1)[star] & (star >= 0))
+        # Rows that are left out have star -1, which is the number added here.
+        row = np.flatnonzero((np.append(n_obs, 0) > 1)[star])
         row = row[_order_in_stars(star[row], table.column("obs_id").take(pa.array(row)))]
         is_first = np.append(True, star[row[1:]] != star[row[:-1]])[: len(row)]
         first = np.flatnonzero(is_first)

@@ -368,14 +368,21 @@ class Catalog:
         return found
 
     def largest_partition(self) -> tuple[HealpixPixel, int]:
-        """The partition with most bytes in memory, and those bytes (by the footers)."""
-        sizes = {}
-        for pixel in self.pixels:
-            footer = self._footer(pixel)
-            groups = (footer.row_group(number) for number in range(footer.num_row_groups))
-            sizes[pixel] = sum(group.total_byte_size for group in groups)
-        pixel = max(sizes, key=lambda pixel: sizes[pixel])
-        return pixel, sizes[pixel]
+        """The partition with most rows, and its bytes in memory (of text those in the file)."""
+        pixel = max(self.pixels, key=self.partition_rows)
+        widths = {
+            item.name: item.type.bit_width // 8
+            for item in self.schema
+            if pa.types.is_primitive(item.type)
+        }
+        footer, n_bytes = self._footer(pixel), 0
+        for number in range(footer.num_row_groups):
+            group = footer.row_group(number)
+            for index in range(group.num_columns):
+                chunk = group.column(index)
+                width = widths.get(chunk.path_in_schema, 0)
+                n_bytes += max(chunk.total_uncompressed_size, width * chunk.num_values)
+        return pixel, n_bytes
 
     def _footer(self, pixel: HealpixPixel) -> pq.FileMetaData:
         path = self.partition_file(pixel)

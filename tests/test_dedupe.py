@@ -523,6 +523,7 @@ def test_star_schema():
     nobody = combine(table.slice(0, 0), np.zeros(0, dtype=np.int64), DedupeSettings(), {})
     assert nobody.schema.equals(stars.schema, check_metadata=True)
     assert nobody.num_rows == 0
+    assert combine(table, np.full(table.num_rows, -1), DedupeSettings(), {}).equals(nobody)
 
 
 def test_a_star_whose_rows_fail_different_cuts_does_not_pass():

@@ -191,7 +191,8 @@ class _Repeats:
 
     @classmethod
     def of(cls, table: pa.Table, star: IntArray, n_obs: IntArray) -> _Repeats:
-        row = np.flatnonzero((n_obs > 1)[star] & (star >= 0))
+        # Rows that are left out have star -1, which is the number added here.
+        row = np.flatnonzero((np.append(n_obs, 0) > 1)[star])
         row = row[_order_in_stars(star[row], table.column("obs_id").take(pa.array(row)))]
         is_first = np.append(True, star[row[1:]] != star[row[:-1]])[: len(row)]
         first = np.flatnonzero(is_first)
@@ -221,7 +222,8 @@ class _Repeats:
     def _first_of(self, wanted: BoolArray) -> IntArray:
         """Place of each star's first row of those wanted, for stars that have one."""
         at = np.flatnonzero(wanted)
-        return at[np.append(True, self.segment[at[1:]] != self.segment[at[:-1]])[: len(at)]]
+        is_first = np.append(True, self.segment[at[1:]] != self.segment[at[:-1]])[: len(at)]
+        return np.asarray(at[is_first])
 
     def _sum(self, values: FloatArray | BoolArray) -> FloatArray:
         total = np.bincount(self.segment, values, minlength=len(self.first))

@@ -52,7 +52,7 @@ from sos_dask.stages.parts import (
     write_piece,
 )
 
-VERSION = 1
+VERSION = 2
 _HISTOGRAM_ORDER = 10
 _KEYS_PER_BUCKET = 10_000_000
 _REJECTED = "rejected.parquet"

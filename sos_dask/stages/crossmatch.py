@@ -212,9 +212,9 @@ def motion_of(catalog: Catalog) -> Motion:
     """Bounds on proper motion and epoch over a whole catalog, from the footers of its files."""
     known = catalog.bounds(*_MOTION)
     low, high = known.get("position_epoch", (np.nan, np.nan))
-    pm = [max(map(abs, known.get(name, (0.0, 0.0)))) for name in ("pmra", "pmdec")]
+    pmra, pmdec = (max(map(abs, known.get(name, (0.0, 0.0)))) for name in ("pmra", "pmdec"))
     moving = {"pmra", "pmdec"} <= set(catalog.schema.names)
-    return Motion(float(np.hypot(*pm)) if moving else 0.0, low, high)
+    return Motion(float(np.hypot(pmra, pmdec)) if moving else 0.0, low, high)
 
 
 def pairs_schema(left: Catalog, right: Catalog, key: str, right_key: str) -> pa.Schema:

@@ -352,7 +352,8 @@ def _total_pm(rows: pa.Table) -> FloatArray:
     """Total proper motions, 0 where there is none."""
     if not {"pmra", "pmdec"} <= set(rows.schema.names):
         return np.zeros(rows.num_rows)
-    return np.nan_to_num(np.hypot(rows["pmra"].to_numpy(), rows["pmdec"].to_numpy()))
+    pmra, pmdec = (np.asarray(rows[name].to_numpy(), np.float64) for name in ("pmra", "pmdec"))
+    return np.asarray(np.nan_to_num(np.hypot(pmra, pmdec)))
 
 
 def _is_good(rows: pa.Table) -> NDArray[np.bool_]:

@@ -59,6 +59,70 @@ def test_ranges_equal_a_filter(catalog, items):
     assert catalog.read_ranges(ranges, ["_healpix_29", "obs_id", "ra"]).equals(expected)
 
 
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory) -> Catalog:
+    """A partition of many row groups."""
+    catalog = write_catalog(observations(3000), tmp_path_factory.mktemp("g") / "cat")
+    for pixel in catalog.pixels:
+        path = catalog.partition_file(pixel)
+        pq.write_table(pq.ParquetFile(path).read(), path, row_group_size=50)
+    return catalog
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_rows_of_a_partition(grouped, data):
+    pixel = max(grouped.pixels, key=grouped.partition_rows)
+    table = grouped.read(pixel)
+    cells = table["_healpix_29"].to_numpy()
+    assert len(cells) > 500
+    edges = sorted(set(data.draw(st.lists(st.sampled_from(cells.tolist()), max_size=8))))
+    ranges = list(zip(edges[::2], edges[1::2], strict=False))
+    inside = np.zeros(len(cells), dtype=bool)
+    for first, stop in ranges:
+        inside |= (cells >= first) & (cells < stop)
+    rows = grouped.rows_in(pixel, ranges)
+    assert rows.tolist() == np.flatnonzero(inside).tolist()
+    odd = grouped.rows_in(pixel, ranges, wanted=lambda some: some % 2 == 1)
+    assert odd.tolist() == np.flatnonzero(inside & (cells % 2 == 1)).tolist()
+    whole = grouped.rows_in(pixel, ranges, exact=False)
+    groups = np.unique(np.flatnonzero(inside) // 50)
+    assert set(groups.tolist()) <= set((whole // 50).tolist())
+    assert len(whole) <= 50 * (len(groups) + 2 * len(ranges))
+    some = rows[data.draw(st.integers(0, 3)) :: 3]
+    assert grouped.take(pixel, some, ["obs_id", "ra"]).equals(
+        table.select(["obs_id", "ra"]).take(pa.array(some, pa.int64()))
+    )
+
+
+def test_rows_that_are_not_sorted_are_refused(tmp_path):
+    catalog = write_catalog(observations(300), tmp_path / "cat")
+    pixel = max(catalog.pixels, key=catalog.partition_rows)
+    table = catalog.read(pixel)
+    rows = np.arange(table.num_rows)[::-1]
+    pq.write_table(table.take(pa.array(rows)), catalog.partition_file(pixel))
+    with pytest.raises(PartitionError, match="not sorted"):
+        catalog.rows_in(pixel, [(pixel.first, (pixel.first + pixel.stop) // 2)])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12 * 4**4 - 1)), max_size=6, unique=True)
+)
+def test_partitions_that_meet_ranges(catalog, items):
+    pixels = [HealpixPixel(order, number % (12 * 4**order)) for order, number in items]
+    ranges: list[tuple[int, int]] = []
+    for pixel in sorted(pixels, key=lambda p: p.first):
+        if not ranges or pixel.first >= ranges[-1][1]:
+            ranges.append((pixel.first, pixel.stop))
+    expected = [
+        pixel
+        for pixel in catalog.pixels
+        if any(first < pixel.stop and pixel.first < stop for first, stop in ranges)
+    ]
+    assert catalog.overlapping(ranges) == expected
+
+
 def test_surroundings_hold_every_neighbour(catalog):
     """Rows within the radius of a partition's rows are in the partition or in its first layer."""
     table = observations(3000, spread=True)

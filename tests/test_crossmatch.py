@@ -203,6 +203,8 @@ def test_reach_of_catalogs():
     assert reach_arcsec(plain, old, fast, ids=False) == pytest.approx(251.0, abs=0.01)
     assert reach_arcsec(plain, fast, old, ids=False) == pytest.approx(251.0, abs=0.01)
     assert reach_arcsec(plain, fixed, fast, ids=False) == pytest.approx(1.0, abs=0.01)
+    each = reach_arcsec(plain, old, fast, ids=False, pm_mas_yr=np.array([0.0, 400.0]))
+    assert np.allclose(each, [1.0, 11.0], atol=0.01)
 
 
 @pytest.mark.parametrize("kind", [set(), {"epoch", "pm", "dr3"}])
@@ -218,7 +220,7 @@ def test_partitions_see_what_the_whole_sky_sees(kind):
     left, right = both
     chosen = MatchSettings(1.0, 3.0, "all")
     bound = Motion(3000.0, 1991.25, 2016.0) if kind else Motion(0.0, np.nan, np.nan)
-    reach = reach_arcsec(chosen, bound, bound, ids=True)
+    reach = float(reach_arcsec(chosen, bound, bound, ids=True))
     whole = match(left, right, chosen)
     assert len(whole.left) > 300
     names = ("left", "right", "separation_arcsec", "n_candidates", "by_id")

@@ -19,9 +19,12 @@ from sos_dask.healpix import (
     HealpixPixel,
     IntArray,
     ang2pix,
+    around_cells,
     candidates,
     cell_ranges,
     in_ranges,
+    near_edge,
+    near_pixel,
     order_for_radius,
     partition_of,
     plan_partitions,
@@ -446,6 +449,44 @@ def test_surroundings_hold_every_position_near_the_pixel(radius_arcsec, pixel, s
     assert edges == sorted(edges), "disjoint"
     assert not in_ranges(inside, sorted([*first, *second])).any()
     assert sorted(first) == first and sorted(second) == second
+
+
+@pytest.mark.parametrize("radius_arcsec", [0.001, 0.5, 30.0, 3600.0, 30000.0])
+@settings(SETTINGS, max_examples=20)
+@given(order=st.integers(0, 20), seed=seeds)
+def test_what_lies_near_the_edge_of_a_pixel(radius_arcsec, order, seed):
+    """Two positions within the radius in different pixels: each is found from the other's."""
+    rng = np.random.default_rng(seed)
+    ra, dec = np.array(HARD)[rng.integers(0, len(HARD), 30)].T
+    ra, dec = around(rng, ra, dec, 4 * radius_arcsec)
+    one, other = ang2pix(ra, dec), ang2pix(*around(rng, ra, dec, radius_arcsec))
+    own, far = one >> 2 * (MAX_ORDER - order), other >> 2 * (MAX_ORDER - order)
+    for number in np.unique(own[own != far]).tolist():
+        pixel = HealpixPixel(order, number)
+        inside, outside = (
+            one[(own == number) & (far != number)],
+            other[(own == number) & (far != number)],
+        )
+        assert near_edge(pixel, inside, radius_arcsec).all()
+        assert near_edge(pixel, outside, radius_arcsec).all()
+        assert near_edge(pixel, inside, np.full(len(inside), radius_arcsec)).all()
+        assert near_pixel(pixel, np.append(inside, outside), radius_arcsec).all()
+        ranges = around_cells(pixel, outside, radius_arcsec)
+        assert in_ranges(inside, ranges).all()
+        assert all(pixel.first <= first < stop <= pixel.stop for first, stop in ranges)
+
+
+@pytest.mark.parametrize("order", [0, 3, 7])
+def test_few_positions_are_near_the_edge_of_a_pixel(order):
+    pixel = HealpixPixel(order, 5)
+    rng = np.random.default_rng(1)
+    cells = rng.integers(pixel.first, pixel.stop, 10**5)
+    assert near_edge(pixel, cells, 0.01).mean() < 0.01
+    assert not near_edge(pixel, cells, 0.01).all()
+    assert near_edge(pixel, cells, 200000.0).all()
+    ring = surrounding_cells(pixel, order + 7, 1)[0] << 2 * (MAX_ORDER - order - 7)
+    cells = np.concatenate([ring + rng.integers(0, 1 << 2 * (22 - order)) for _ in range(40)])
+    assert near_pixel(pixel, cells, 0.01).mean() < 0.01
 
 
 @SETTINGS

@@ -314,14 +314,20 @@ def test_reference_does_not_depend_on_the_order_of_arguments(stars, tmp_path):
 def test_pairs_that_share_a_star_share_a_fold(stars, tmp_path, target, key):
     """Of the target or of the reference; also where observations of one star are the targets."""
     tables = []
+    steps: set[str] = set()
     for size in SIZES:
         crossmatch(
             Catalog.open(stars / f"{target}1-{size}"),
             Catalog.open(stars / f"stars2-{size}"),
             tmp_path / str(size),
             PairSettings(MatchSettings(0.3, 3.0, "all"), n_folds=4, seed=3),
+            report=lambda step, done, total: steps.add(step),
         )
         tables.append(rows_of(tmp_path / str(size)))
+        manifest = Manifest.load(tmp_path / str(size))
+        stars_found = pc.count_distinct(tables[-1]["reference_star_id"]).as_py()
+        assert manifest.summary["reference_stars"] == stars_found
+    assert "folds" in steps, "no pairs are joined over the edge of a partition: this tests little"
     pairs = tables[0]
     assert pairs.equals(tables[1])
     folds = pairs["fold"].to_numpy()
@@ -341,6 +347,24 @@ def test_pairs_that_share_a_star_share_a_fold(stars, tmp_path, target, key):
         assert (folds[one[near]] == folds[other[near]]).all()
     assert set(folds.tolist()) <= set(range(4))
     assert len(set(folds.tolist())) > 1
+
+
+def test_a_crossmatch_that_broke_off_while_joining_folds_goes_on(stars, tmp_path):
+    catalogs = (
+        Catalog.open(stars / f"obs1-{SIZES[1]}"),
+        Catalog.open(stars / f"stars2-{SIZES[1]}"),
+    )
+    settings = PairSettings(MatchSettings(0.3, 3.0, "all"), n_folds=4, seed=3)
+    crossmatch(*catalogs, tmp_path / "whole", settings)
+
+    def break_off(step: str, done: int, total: int) -> None:
+        if (step, done) == ("folds", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        crossmatch(*catalogs, tmp_path / "broken", settings, report=break_off)
+    crossmatch(*catalogs, tmp_path / "broken", settings)
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
 
 # -- ingest ---------------------------------------------------------------------------------------

@@ -212,9 +212,9 @@ def motion_of(catalog: Catalog) -> Motion:
     """Bounds on proper motion and epoch over a whole catalog, from the footers of its files."""
     known = catalog.bounds(*_MOTION)
     low, high = known.get("position_epoch", (np.nan, np.nan))
-    pm = [max(map(abs, known.get(name, (0.0, 0.0)))) for name in ("pmra", "pmdec")]
+    pmra, pmdec = (max(map(abs, known.get(name, (0.0, 0.0)))) for name in ("pmra", "pmdec"))
     moving = {"pmra", "pmdec"} <= set(catalog.schema.names)
-    return Motion(float(np.hypot(*pm)) if moving else 0.0, low, high)
+    return Motion(float(np.hypot(pmra, pmdec)) if moving else 0.0, low, high)
 
 
 def pairs_schema(left: Catalog, right: Catalog, key: str, right_key: str) -> pa.Schema:
@@ -352,7 +352,8 @@ def _total_pm(rows: pa.Table) -> FloatArray:
     """Total proper motions, 0 where there is none."""
     if not {"pmra", "pmdec"} <= set(rows.schema.names):
         return np.zeros(rows.num_rows)
-    return np.nan_to_num(np.hypot(rows["pmra"].to_numpy(), rows["pmdec"].to_numpy()))
+    pmra, pmdec = (np.asarray(rows[name].to_numpy(), np.float64) for name in ("pmra", "pmdec"))
+    return np.asarray(np.nan_to_num(np.hypot(pmra, pmdec)))
 
 
 def _is_good(rows: pa.Table) -> NDArray[np.bool_]:

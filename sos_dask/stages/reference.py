@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -45,6 +45,9 @@ from sos_dask.unify import UnifySettings, common_differences, unify
 VERSION = 1
 _HISTOGRAM_ORDER = 8
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))
+# What decides which rows are one star, and the labels.
+_COMPARED = ("star_id", "ra", "dec", "pmra", "pmdec", "position_epoch", *GAIA_IDS.values(),
+             "quality", *LABELS)  # fmt: skip
 _MAX_LAYERS = 256
 MIN_COMMON = 50
 
@@ -272,14 +275,14 @@ def _common_file(output: Output, key: str) -> Path:
 
 def _common_part(part: _Part) -> None:
     """Differences of the stars of one partition that several surveys have."""
-    members, primary = _members(part)
+    members, primary = _members(part, _COMPARED)
     key = key_of(part.pixel)
     table = common_differences(members, primary, part.settings.unify.order)
     write_piece(_common_file(part.output, key), table)
     part.output.put_record("common", key, {"n_stars": table.num_rows})
 
 
-def _members(part: _Part) -> tuple[pa.Table, IntArray]:
+def _members(part: _Part, names: Sequence[str]) -> tuple[pa.Table, IntArray]:
     """Rows of the stars whose primary lies in one partition, and the row of each one's primary."""
     settings, pixel = part.settings, part.pixel
     reach = max(settings.radius_arcsec, settings.id_radius_arcsec) + part.motion_arcsec
@@ -289,7 +292,10 @@ def _members(part: _Part) -> tuple[pa.Table, IntArray]:
         ranges = sorted([(pixel.first, pixel.stop), *chain.from_iterable(around)])
         table = _together(
             {
-                survey: _at_epoch(catalog.read_ranges(ranges, _columns(catalog)), settings.epoch)
+                survey: _at_epoch(
+                    catalog.read_ranges(ranges, catalog.columns([HEALPIX_COLUMN, *names])),
+                    settings.epoch,
+                )
                 for survey, catalog in part.catalogs.items()
             }
         )
@@ -322,7 +328,7 @@ def _members(part: _Part) -> tuple[pa.Table, IntArray]:
 
 def _reference_part(part: _Part) -> None:
     """Stars whose primary lies in one partition, at the common epoch."""
-    members, primary = _members(part)
+    members, primary = _members(part, (*_STAR_COLUMNS, *CANONICAL))
     stars = unify(members, primary, part.settings.unify)
     record = write_partition(part.output, part.pixel, stars) if stars.num_rows else None
     part.output.put_record(
@@ -338,12 +344,14 @@ def _reference_part(part: _Part) -> None:
 
 
 def _ranks(table: pa.Table, order: tuple[str, ...]) -> IntArray:
-    """Preference for the primary: the survey's place in the order, then the key."""
-    surveys = table["survey"].to_numpy(zero_copy_only=False)
-    place = np.full(len(surveys), len(order), dtype=np.int64)
-    for number, survey in enumerate(order):
-        place[surveys == survey] = number
-    keys = pc.binary_join_element_wise(
-        pc.cast(pa.array(place + 1_000_000), pa.string()), table["survey"], table["star_id"], ":"
-    )
-    return rank_of(pa.chunked_array(keys) if isinstance(keys, pa.Array) else keys)
+    """Preference for the primary: the survey's place in the order or its name, then the key."""
+    names = sorted(pc.unique(table["survey"]).to_pylist())
+    ranked = [*order, *(name for name in names if name not in order)]
+    place = pc.index_in(table["survey"], pa.array(ranked, pa.string())).to_numpy()
+    rank = np.empty(table.num_rows, dtype=np.int64)
+    first = 0
+    for number in range(len(ranked)):
+        rows = np.flatnonzero(place == number)
+        rank[rows] = first + rank_of(table["star_id"].take(pa.array(rows)))
+        first += len(rows)
+    return rank

@@ -31,10 +31,10 @@ class Measured:
 
     Parameters
     ----------
-    fits, piece, observation, star, reference, match, pair, corrected : float
+    fits, piece, observation, star, reference, edge, pair, corrected : float
         Bytes of a row: in the FITS file, in the uncompressed pieces of ingest, in the Parquet files
-        of observations, stars and reference, in the pieces of crossmatch, in pairs and in corrected
-        observations.
+        of observations, stars and reference, of an edge pair in the pieces of crossmatch, in pairs
+        and in corrected observations.
     pairs_per_row : float
         Pairs with the reference for each row of the target.
     fill : float
@@ -43,14 +43,16 @@ class Measured:
         CPU time of a row in a stage, without the start of processes.
     cpu_tree_pair : float, us
         Of a pair, for 500 trees of three labels.
-    hash_key, fold : float, us
-        To hash a key, and to give a pair its fold.
+    hash_key, join : float, us
+        To hash a key, and to join an edge pair with those of other partitions.
     open_piece, footer, overlap : float, us
         To open a memory-mapped piece, to read a footer, and to compare a partition with ranges.
+    edge_pairs : float
+        Share of the pairs that may be joined over the edge of a partition.
     sync : float, us
         To put a small file safely on disk.
     driver_pair : float
-        Bytes of a pair in the memory of the driver while folds are assigned.
+        Bytes of an edge pair in the memory of the driver while it joins them.
     task : float
         Bytes of a task in the scheduler.
     scheduler_mib : float
@@ -62,7 +64,7 @@ class Measured:
     observation: float = 62.0
     star: float = 74.0
     reference: float = 96.0
-    match: float = 170.0
+    edge: float = 70.0
     pair: float = 110.0
     corrected: float = 84.0
     pairs_per_row: float = 0.0335
@@ -70,14 +72,15 @@ class Measured:
     cpu_ingest: float = 2.0
     cpu_dedupe: float = 2.2
     cpu_reference: float = 8.0
-    cpu_crossmatch: float = 1.0
+    cpu_crossmatch: float = 0.45
     cpu_apply: float = 1.0
     cpu_tree_pair: float = 120.0
     hash_key: float = 0.02
-    fold: float = 5.2
+    join: float = 1.0
+    edge_pairs: float = 0.01
     open_piece: float = 200.0
     footer: float = 950.0
-    overlap: float = 12.0
+    overlap: float = 0.03
     sync: float = 9000.0
     driver_pair: float = 200.0
     task: float = 20_000.0
@@ -139,16 +142,18 @@ def plan(rows: float, m: Measured) -> list[StagePlan]:
     found.append(
         StagePlan(
             "crossmatch",
-            2 * parts,
+            parts,
             parts + 4,
-            3 * parts,
-            (n_stars * m.star + n_reference * m.reference + n_pairs * m.match) / 1e9,
-            n_pairs * (m.match + m.pair) / 1e9,
+            2 * parts,
+            (n_stars * m.star + n_reference * m.reference) / 1e9,
+            n_pairs * (m.edge_pairs * m.edge + m.pair) / 1e9,
             n_stars * m.cpu_crossmatch / 1e6
             + _overlaps(parts, reference_parts, m)
-            + 2 * each * parts,
-            4 * (parts + reference_parts) * m.footer / 1e6 + n_pairs * m.fold / 1e6,
-            n_pairs * m.driver_pair / GIB,
+            + 1.5 * each * parts,
+            (2 * parts + reference_parts) * m.footer / 1e6
+            + parts * m.open_piece / 1e6
+            + n_pairs * m.edge_pairs * m.join / 1e6,
+            n_pairs * m.edge_pairs * m.driver_pair / GIB,
         )
     )
     found.append(

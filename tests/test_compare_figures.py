@@ -120,7 +120,7 @@ def test_better_is_said_only_where_it_is_certain(residuals, found):
     assert 0 < worse.behind_low < worse.behind < worse.behind_high
     # On the same resamples a difference is known better than of two samples.
     widths = [figure.high - figure.low for figure in (worse, best)]
-    assert worse.behind_high - worse.behind_low < 0.9 * np.hypot(*widths)
+    assert worse.behind_high - worse.behind_low < np.hypot(*widths)
     said = 0
     few = Sample(TEST, sample.labels[:600], sample.groups[:600], sample.sparse[:600])
     for seed in range(20):
@@ -128,7 +128,8 @@ def test_better_is_said_only_where_it_is_certain(residuals, found):
             zip((NONE, "a", "b"), np.random.default_rng(seed).normal(size=(3, 600)), strict=True)
         )
         both = compared(equal, few, min_pairs=500)
-        said += any(both[m, "all", "mad"].behind_low > 0 for m in "ab")
+        lows = [both[m, "all", "mad"].behind_low for m in "ab"]
+        said += any(low is not None and low > 0 for low in lows)
     assert said <= 4, "of equals one is better in one of twenty"
 
 

@@ -681,8 +681,11 @@ def test_rebuild_prints_one_json_object_and_nothing_else(small_sky, small_store,
     assert stages["lamost.observations"]["rows"] == {
         "in": 5000, "out": 4996, "rejected": 0, "dropped": {"exact duplicates": 4}, "added": {},
     }  # fmt: skip
-    assert stages["model.boosted"]["ran"] and stages["lamost.corrected"]["ran"]
+    assert stages["model.boosted"]["ran"] and stages["comparison"]["ran"]
     assert document["chosen"] in ("polynomial", "boosted")
+    assert document["why"].startswith(f"{document['chosen']}: ")
+    # The same model as before corrects the same rows.
+    assert stages["lamost.corrected"]["ran"] == (document["chosen"] == "boosted")
     found = {(metric["method"], metric["label"]) for metric in document["metrics"]}
     assert found >= {
         (m, label) for m in ("polynomial", "boosted") for label in ("teff", "logg", "feh")

@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,18 @@ def test_a_partition_too_large_for_a_worker_is_refused_before_it_starts(cluster,
     assert "dedupe: partition" in caught.value.message
     assert "the limit is 120 MiB" in caught.value.message
     assert "memory_limit" in caught.value.hint
+
+
+def test_cpu_seconds_are_of_this_process_and_of_the_workers(cluster):
+    assert Cluster().cpu_seconds().keys() == {""}
+    before = cluster.cpu_seconds()
+    assert len(before) == 1 + cluster.n_workers
+    cluster.run(_busy, [0.3], "busy")
+    after = cluster.cpu_seconds()
+    assert sum(after[name] - before[name] for name in before if name) >= 0.3
+
+
+def _busy(seconds: float) -> None:
+    start = time.process_time()
+    while time.process_time() - start < seconds:
+        pass

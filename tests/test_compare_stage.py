@@ -166,7 +166,8 @@ def test_the_bytes_depend_neither_on_workers_nor_on_partitions(
 def test_a_stopped_run_goes_on(build, trained, compared, tmp_path, monkeypatch):
     import sos_dask.stages.compare as module
 
-    part, done = module._label_part, []
+    part = module._label_part
+    done: list[str] = []
 
     def stopping(item) -> None:
         if len(done) == 1:

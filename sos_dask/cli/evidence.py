@@ -179,7 +179,7 @@ def _with_interval(row: dict[str, Any], name: str = "", mark: str = "") -> str:
         return "-"
     label = row["label"] if name != "roughness" else ""
     interval = f"{_number(low, label)}, {_number(high, label)}"
-    if not _is_wide():
+    if not _is_wide() and label != "teff":
         interval = re.sub(r"\b0\.", ".", interval)
     return f"{_number(value, label)}{mark}\n{interval}"
 
@@ -402,11 +402,10 @@ def _show_bins(
             continue
         cells = []
         for method in (None, *methods):
-            row = found.get(method)
-            text = "-" if row is None else _number(row["median"], label, "+")
-            if wide and row is not None and row["error"] is not None:
-                text += f" ± {_number(row['error'], label)}"
-            cells.append(text)
+            one = found.get(method, {"median": None, "error": None})
+            text = _number(one["median"], label, "+")
+            error = f" ± {_number(one['error'], label)}" if one["error"] is not None else ""
+            cells.append(text + (error if wide else ""))
         after = max((found[m]["n"] for m in methods if m in found), default=0)
         held_out = [f"{after:,}"] if wide else []
         place = f"{before['low']:g}..{before['high']:g}"

@@ -18,14 +18,15 @@ change from a covered cell to its uncovered neighbour, or to the face.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sos_dask.compare.bootstrap import FloatArray, IntArray, draw
+from sos_dask.compare.bootstrap import FloatArray, IntArray, draw, interval
 
 STEPS = 8
 MIN_CELLS = 5
@@ -112,6 +113,11 @@ class Extreme:
     low: float
     high: float
 
+    def record(self, name: str) -> dict[str, float | None]:
+        """The figures as JSON values, under names that begin with this one."""
+        values = {"": self.value, "_low": self.low, "_high": self.high}
+        return {f"{name}{suffix}": _known(value) for suffix, value in values.items()}
+
     @classmethod
     def of(cls, values: FloatArray, weights: FloatArray) -> Extreme:
         """Largest of one value a cell; nan without cells."""
@@ -155,6 +161,26 @@ class Artifacts:
     jump: Extreme
     n_cells: int
     outside: tuple[Outside, ...]
+
+    def record(self) -> dict[str, Any]:
+        """All figures as JSON values, None where they are not known."""
+        low, high = interval(self.second_difference, self.replicates)
+        return {
+            "second_difference": [_known(v) for v in (self.second_difference, max(low, 0.0), high)],
+            **self.jump.record("jump"),
+            "outside": [
+                {
+                    "where": place.where,
+                    "inside_low": place.inside[0],
+                    "inside_high": place.inside[1],
+                    **place.exceeds.record("exceeds"),
+                    "share": _known(place.share),
+                    **place.step.record("step"),
+                    "n_cells": place.n_cells,
+                }
+                for place in self.outside
+            ],
+        }
 
 
 def artifacts(
@@ -285,3 +311,44 @@ class _Places:
 def _turned(axis: int, side: int) -> tuple[slice, ...]:
     """Index that turns an axis around for the upper side: sums begin at the outermost cell."""
     return tuple(slice(None, None, -1 if i == axis and side > 0 else 1) for i in range(3))
+
+
+def artifact_rows(
+    records: Mapping[str, Mapping[str, Any]], scatter: Mapping[str, float]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of `ARTIFACT_SCHEMA` and of `OUTSIDE_SCHEMA`.
+
+    Parameters
+    ----------
+    records : mapping
+        By method: ``n_cells``, ``typical_count`` (of pairs, as `Grid` has it) and ``labels``, what
+        `Artifacts.record` gives for each of the labels of ``scatter``.
+    scatter : mapping of str to float
+        By label, of the best corrected pairs.
+    """
+    rough, outside = [], []
+    for method, record in records.items():
+        for (label, spread), one in zip(scatter.items(), record["labels"], strict=True):
+            about = {"method": method, "label": label}
+            count = record["typical_count"]
+            noise = spread / np.sqrt(count) if count else None
+            names = ("roughness", "roughness_low", "roughness_high")
+            values = [
+                value / noise if noise and value is not None else None
+                for value in one["second_difference"]
+            ]
+            rough.append(
+                {
+                    **about,
+                    **dict(zip(names, values, strict=True)),
+                    **{name: one[name] for name in ("jump", "jump_low", "jump_high")},
+                    "noise": noise,
+                    "n_cells": record["n_cells"],
+                }
+            )
+            outside += [{**about, **place} for place in one["outside"]]
+    return rough, outside
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -28,12 +28,11 @@ from sos_dask.compare.artifact import (
     ARTIFACT_SCHEMA,
     MIN_CELLS,
     OUTSIDE_SCHEMA,
-    Artifacts,
-    Extreme,
     Grid,
+    artifact_rows,
     artifacts,
 )
-from sos_dask.compare.bootstrap import draw, group_of_stars, interval
+from sos_dask.compare.bootstrap import draw, group_of_stars
 from sos_dask.compare.choice import BALANCED, TOLERANCE, check_rule, choose
 from sos_dask.compare.figures import (
     NONE,
@@ -190,7 +189,7 @@ def compare(
             )
             for label, of in zip(LABELS, scored, strict=True)
         }
-        rough, outside = _artifact_tables(of_methods, noise)
+        rough, outside = artifact_rows(of_methods, noise)
         roughness = {
             method: float(np.mean([row["roughness"] for row in rough if row["method"] == method]))
             if of_methods[method]["n_cells"] >= MIN_CELLS
@@ -354,8 +353,8 @@ def _method_part(part: _Part) -> None:
         part.key,
         {
             "n_cells": found[0].n_cells,
-            "typical_count": _known(grid.typical_count),
-            "labels": [_artifact_record(one) for one in found],
+            "typical_count": grid.typical_count if found[0].n_cells else None,
+            "labels": [one.record() for one in found],
         },
     )
 
@@ -363,62 +362,6 @@ def _method_part(part: _Part) -> None:
 def _grid(labels: NDArray[np.float32], settings: CompareSettings) -> Grid:
     by_name = {axis.name: axis.edges for axis in settings.axes}
     return Grid.of(labels, [by_name[label] for label in LABELS], settings.min_cell_pairs)
-
-
-def _known(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _extreme(name: str, one: Extreme) -> dict[str, float | None]:
-    values = {"": one.value, "_low": one.low, "_high": one.high}
-    return {f"{name}{suffix}": _known(value) for suffix, value in values.items()}
-
-
-def _artifact_record(one: Artifacts) -> dict[str, Any]:
-    low, high = interval(one.second_difference, one.replicates)
-    return {
-        "second_difference": [_known(v) for v in (one.second_difference, max(low, 0.0), high)],
-        **_extreme("jump", one.jump),
-        "outside": [
-            {
-                "where": place.where,
-                "inside_low": place.inside[0],
-                "inside_high": place.inside[1],
-                **_extreme("exceeds", place.exceeds),
-                "share": _known(place.share),
-                **_extreme("step", place.step),
-                "n_cells": place.n_cells,
-            }
-            for place in one.outside
-        ],
-    }
-
-
-def _artifact_tables(
-    of_methods: Mapping[str, Mapping[str, Any]], scatter: Mapping[str, float]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of ``artifacts.parquet`` and ``outside.parquet``."""
-    rough, outside = [], []
-    for method, record in of_methods.items():
-        for label, one in zip(LABELS, record["labels"], strict=True):
-            about = {"method": method, "label": label}
-            count = record["typical_count"]
-            noise = scatter[label] / np.sqrt(count) if count else None
-            names = ("roughness", "roughness_low", "roughness_high")
-            rough.append(
-                {
-                    **about,
-                    **{
-                        name: value / noise if noise and value is not None else None
-                        for name, value in zip(names, one["second_difference"], strict=True)
-                    },
-                    **{name: one[name] for name in ("jump", "jump_low", "jump_high")},
-                    "noise": noise,
-                    "n_cells": record["n_cells"],
-                }
-            )
-            outside += [{**about, **place} for place in one["outside"]]
-    return rough, outside
 
 
 def _label_part(part: _Part) -> None:

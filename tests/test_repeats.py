@@ -50,6 +50,7 @@ def test_known_factors_are_recovered(outliers):
                                 ("dwarf", 50.0, 1.0)):  # fmt: skip
             one = found[label, kind, low]
             assert one.n > 1000
+            assert one.low is not None and one.high is not None
             assert one.low < one.factor < one.high
             slack = 0.04 if outliers else 0.0  # what wrong measurements leave below 4 widths
             assert one.low - slack * true < true < one.high + slack * true, one

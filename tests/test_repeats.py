@@ -46,8 +46,12 @@ def by_kind(factors) -> dict:
 def test_known_factors_are_recovered(outliers):
     found = by_kind(merged_pulls([pull_counts(*repeats(outliers=outliers))]))
     for label in LABELS:
-        for kind, snr_low, true in (("giant", 20.0, 2.0), ("giant", 50.0, 2.0), ("dwarf", 20.0, 0.8),
-                                ("dwarf", 50.0, 1.0)):  # fmt: skip
+        for kind, snr_low, true in (
+            ("giant", 20.0, 2.0),
+            ("giant", 50.0, 2.0),
+            ("dwarf", 20.0, 0.8),
+            ("dwarf", 50.0, 1.0),
+        ):
             one = found[label, kind, snr_low]
             assert one.n > 1000
             assert one.low is not None and one.high is not None

@@ -22,7 +22,7 @@ def three(n: int, sigma=(50.0, 20.0, 35.0), seed: int = 0, outliers: float = 0.0
 def test_errors_are_recovered():
     for corner, sigma in zip(three_cornered_hat(three(20_000), NAMES), (50, 20, 35), strict=True):
         assert corner.sigma == pytest.approx(sigma, rel=0.06)
-        assert corner.low < corner.sigma < corner.high
+        assert corner.sigma is not None and corner.low < corner.sigma < corner.high
         assert not corner.negative and corner.n == 20_000
 
 

@@ -202,7 +202,7 @@ def fit_errors(
 class _Label:
     """Held-out pairs that know a label."""
 
-    axes: NDArray[np.int32]
+    axes: NDArray[np.int64]
     log_snr: FloatArray
     residual: FloatArray
     part: NDArray[np.int8]

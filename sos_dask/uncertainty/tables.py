@@ -44,18 +44,25 @@ class Grid:
     low: tuple[float, ...]
     high: tuple[float, ...]
 
-    def axes(self, features: Float32Array) -> NDArray[np.int32]:
+    def axes(self, features: Float32Array) -> IntArray:
         """Number of the cell along each axis, shape (n, 3); outside the nearest one."""
-        low, high = (np.array(end, dtype=np.float32) for end in (self.low, self.high))
-        width = np.where(high > low, high - low, np.float32(1))
-        place = (np.clip(features, low, high) - low) * (np.float32(N_CELLS) / width)
-        np.fmin(place, np.float32(N_CELLS - 1), out=place)  # and a number for nan
-        return np.asarray(place, dtype=np.int32)
+        return np.stack([self._along(axis, features) for axis in range(3)], axis=1)
 
-    def cells(self, features: Float32Array) -> NDArray[np.int32]:
+    def cells(self, features: Float32Array) -> IntArray:
         """Number of the cell, shape (n,)."""
-        i, j, k = self.axes(features).T
-        return np.asarray((i * N_CELLS + j) * N_CELLS + k)
+        cell = self._along(0, features)
+        for axis in (1, 2):
+            cell *= N_CELLS
+            cell += self._along(axis, features)
+        return cell
+
+    def _along(self, axis: int, features: Float32Array) -> IntArray:
+        low, high = np.float32(self.low[axis]), np.float32(self.high[axis])
+        place = np.clip(features[:, axis], low, high)
+        place -= low
+        place *= np.float32(N_CELLS) / (high - low if high > low else np.float32(1))
+        np.fmin(place, np.float32(N_CELLS - 1), out=place)  # and a number for nan
+        return place.astype(np.int64)
 
     def centers(self) -> FloatArray:
         """Middle of every cell, shape (N_CELLS ** 3, 3)."""
@@ -118,25 +125,31 @@ class ErrorModel:
         Returns
         -------
         ndarray of float32, shape (n, 3)
-            K, dex, dex; nan where a feature is nan or infinite.
+            K, dex, dex; nan where a feature is nan or infinite. Each label is contiguous.
         """
-        out = np.empty((len(features), len(LABELS)), dtype=np.float32)
+        out = np.empty((len(LABELS), len(features)), dtype=np.float32)
         removed = self.about["reference_error"] == "removed"
         for first in range(0, len(features), BLOCK_ROWS):
             block = slice(first, first + BLOCK_ROWS)
             x = features[block]
             cell = self.grid.cells(x)
             step = self._steps(None if snr is None else snr[block])
-            width = np.take(self.values, cell, axis=0) * np.take(self.profile, step, axis=0)
-            if removed:
-                known_part = np.take(self.reference, cell, axis=0)
-                known_part *= np.take(self.reference_profile, step, axis=0)
-                width = without_reference(width, known_part)
             known = np.isfinite(x[:, 0]) & np.isfinite(x[:, 1]) & np.isfinite(x[:, 2])
-            if not known.all():
+            for width, tables in zip(out[:, block], self._by_label, strict=True):
+                np.take(tables[0], cell, out=width, mode="clip")
+                width *= tables[1][step]
+                if removed:
+                    width[:] = without_reference(width, tables[2][cell] * tables[3][step])
                 width[~known] = np.nan
-            out[block] = width
-        return out
+        return out.T
+
+    @cached_property
+    def _by_label(self) -> tuple[tuple[Float32Array, ...], ...]:
+        tables = (self.values, self.profile, self.reference, self.reference_profile)
+        return tuple(
+            tuple(np.ascontiguousarray(table[:, number]) for table in tables)
+            for number in range(len(LABELS))
+        )
 
     def is_sparse(self, features: Float32Array) -> BoolArray:
         """Rows of the sparse class, shape (n,)."""
@@ -163,10 +176,10 @@ class ErrorModel:
             f"{factors['dense']:.2f} (dense), {factors['sparse']:.2f} (sparse)"
         )
 
-    def _steps(self, snr: NDArray[np.floating] | None) -> NDArray[np.int32]:
+    def _steps(self, snr: NDArray[np.floating] | None) -> IntArray:
         low, high = LOG_SNR
         if snr is None:
-            return np.full(1, self._unknown_snr, dtype=np.int32)
+            return np.full(1, self._unknown_snr)
         with np.errstate(divide="ignore", invalid="ignore"):
             place = (np.log(snr, dtype=np.float32) - np.float32(low)) * np.float32(
                 N_STEPS / (high - low)
@@ -174,7 +187,7 @@ class ErrorModel:
         known = np.isfinite(place)
         if not known.all():
             place = np.where(known, place, np.float32(self._unknown_snr))
-        return np.asarray(np.clip(place, 0, N_STEPS - 1), dtype=np.int32)
+        return np.asarray(np.clip(place, 0, N_STEPS - 1), dtype=np.int64)
 
     @cached_property
     def _unknown_snr(self) -> int:

@@ -19,10 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sos_dask import models as corrections
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.errors import CatalogError
+from sos_dask.features import features
 from sos_dask.schema import LABELS
 from sos_dask.stages.parts import (
     read_piece,
@@ -38,6 +40,7 @@ from sos_dask.trends import (
     BEFORE,
     EQUAL_COUNT,
     EQUAL_WIDTH,
+    FITTED,
     MIN_COUNT,
     PLANE,
     Axis,
@@ -50,7 +53,7 @@ from sos_dask.trends import (
     trend_table,
 )
 
-VERSION = 1
+VERSION = 2
 HELD_OUT = "held_out.parquet"
 TRENDS, PLANES = "trends.parquet", "planes.parquet"
 REFERENCES, REFERENCE_PLANES = "references.parquet", "reference_planes.parquet"
@@ -96,6 +99,14 @@ class _Part:
     settings: TrendSettings
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    output: Output
+    method: str
+    model: Path
+    pairs: Catalog
+
+
 def trends_recipe(
     pairs: str,
     settings: TrendSettings,
@@ -137,7 +148,7 @@ def trends(
     settings : TrendSettings, optional
     models : mapping of str to Path, optional
         Outputs of train for these pairs, by method: trends after their correction are added, of the
-        pairs that were held out.
+        pairs that were held out and of those that trained the model.
     reference : Catalog, optional
         Output of reference, with ``stars``, the catalogs it was made from, by survey: references
         are then compared on their common stars, too, on the zero points that it gave them.
@@ -182,6 +193,8 @@ def trends(
     with unless_complete(output):
         if not _common_file(output).is_file():
             write_piece(_common_file(output), _common_stars(reference, stars, settings.order))
+        fitted = {name: _Fitted(output, name, path, pairs) for name, path in models.items()}
+        run_parts(output, "fitted", fitted, _fitted_part, cluster, "predictions", report)
         run_parts(output, "trends", parts, _trends_part, cluster, "trends", report)
         done = records(output, "trends", list(parts)) or []
         lines = [key for key in parts if key != _PLANE_KEY]
@@ -219,6 +232,27 @@ def _common_file(output: Output) -> Path:
     return output.work / "pieces" / "common.arrow"
 
 
+def _fitted_file(output: Output, method: str) -> Path:
+    return output.work / "pieces" / f"fitted-{method}.arrow"
+
+
+def _fitted_part(part: _Fitted) -> None:
+    """Predictions of a model for the pairs that trained it, by their row among the pairs."""
+    model = corrections.load(part.model)
+    folds = model.info.train_folds
+    table = _read(part.pairs, [*LABELS, "fold"])
+    rows = np.arange(table.num_rows)
+    if folds is not None:
+        rows = np.flatnonzero(np.isin(table["fold"].to_numpy(), folds))
+    predicted = model.predict(features(*(_values(table, label)[rows] for label in LABELS)))
+    columns = [pa.array(np.ascontiguousarray(column)) for column in predicted.T]
+    write_piece(
+        _fitted_file(part.output, part.method),
+        pa.table([pa.array(rows), *columns], names=["row", *_PREDICTIONS]),
+    )
+    part.output.put_record("fitted", part.method, {"pairs": len(rows)})
+
+
 def _read(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
     """Columns of the pairs fit for training, in the order of the sky."""
     tables = [pa.schema([pairs.schema.field(name) for name in ("use", *columns)]).empty_table()]
@@ -254,6 +288,13 @@ def _trends_part(part: _Part) -> None:
     for name, path in part.models.items():
         rows, corrected = _corrected(path / HELD_OUT, table["fold"].to_numpy(), differences)
         samples.append((AFTER, name, rows, corrected))
+        predicted = read_piece(_fitted_file(part.output, name))
+        rows = predicted["row"].to_numpy()
+        corrected = [
+            mine[rows].astype(np.float64) - _values(predicted, column)
+            for mine, column in zip(differences, _PREDICTIONS, strict=True)
+        ]
+        samples.append((FITTED, name, rows, corrected))
     common = read_piece(_common_file(part.output))
     plane = part.key == _PLANE_KEY
     binnings = [(EQUAL_WIDTH, [axis.edges for axis in part.axes])]

@@ -21,6 +21,7 @@ from sos_dask.stages.dedupe import dedupe
 from sos_dask.stages.ingest import IngestSettings, ingest
 from sos_dask.stages.margin import margin
 from sos_dask.stages.reference import ReferenceSettings, reference
+from sos_dask.stages.report import ReportSettings, report
 from sos_dask.stages.train import TrainSettings, train
 from sos_dask.store import gc, status
 from sos_dask.unify import UnifySettings
@@ -35,6 +36,7 @@ __all__ = [
     "MatchSettings",
     "PairSettings",
     "ReferenceSettings",
+    "ReportSettings",
     "SkySettings",
     "Survey",
     "TrainSettings",
@@ -51,6 +53,7 @@ __all__ = [
     "plan",
     "rebuild",
     "reference",
+    "report",
     "simulate",
     "start",
     "status",

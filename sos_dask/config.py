@@ -84,6 +84,12 @@ class TrainSection(_Section):
     choose: str = "best"
 
 
+class ReportSection(_Section):
+    """Whether a rebuild makes the report."""
+
+    enabled: bool = True
+
+
 class ClusterSection(_Section):
     """Where the work is done."""
 
@@ -116,6 +122,7 @@ class Job(_Section):
     unify: UnifySection = Field(default_factory=UnifySection)
     crossmatch: CrossmatchSection = Field(default_factory=CrossmatchSection)
     train: TrainSection = Field(default_factory=TrainSection)
+    report: ReportSection = Field(default_factory=ReportSection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     path: Path = Field(Path(), exclude=True)
     text: str = Field("", exclude=True)

@@ -24,6 +24,7 @@ from sos_dask.catalog import PROPERTIES
 from sos_dask.errors import CatalogError, ConfigError
 
 BUILD_FILE = "build.json"
+DIGESTS_FILE = "digests.json"
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,16 @@ def read_build(path: Path) -> dict[str, Any]:
         return dict(json.loads((path / BUILD_FILE).read_text()))
     except (OSError, ValueError) as error:
         raise CatalogError(f"{path} is not a build: {error}") from None
+
+
+def file_names(store: Path) -> dict[str, str]:
+    """Names of the survey files that a rebuild into this store has hashed, by SHA-256."""
+    try:
+        known: dict[str, str] = json.loads((store / DIGESTS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    names = {digest: Path(key.rsplit(":", 2)[0]).name for key, digest in sorted(known.items())}
+    return dict(sorted(names.items()))
 
 
 def published(store: Path) -> dict[str, str]:

@@ -34,7 +34,7 @@ _GROUPS = {
         steps.train,
         steps.apply,
     ),
-    "Look and check": (look.surveys, look.verify),
+    "Look and check": (look.surveys, look.verify, look.report),
 }
 for _title, _commands in _GROUPS.items():
     for _command in _commands:

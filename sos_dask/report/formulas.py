@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 
 from sos_dask.report.style import (
     BLUE,
-    GREY,
     NAMES,
     VERMILLION,
     WIDTH,
@@ -23,32 +22,49 @@ from sos_dask.report.words import UNITS, WORDS
 from sos_dask.schema import LABELS
 
 _TEFF = r"\frac{T_\mathrm{eff}}{5040\,\mathrm{K}}"
-_LINE = 88
-_LINE_INCHES = 0.235
+_LINE = 92
+_LINE_INCHES = 0.21
 
 
 def formula_lines(latex: str, width: int = _LINE) -> list[str]:
-    """LaTeX of a formula in lines that fit a page, broken before signs and between factors.
+    """LaTeX of a formula in lines that fit a page, broken before signs and factors.
 
-    Teff / 5040 K is written t, and parentheses keep one size, so that a line can end inside them.
+    Teff / 5040 K is written t, and parentheses keep one size, so that a line can end inside them;
+    it ends where parentheses are least deep, rather before a sign than before a factor.
+
+    Parameters
+    ----------
+    latex : str
+    width : int
+        Letters of a line, about.
     """
-    latex = latex.replace(_TEFF, "t").replace(r"\left(", "(").replace(r"\right)", ")")
-    pieces, start, depth = [], 0, 0
-    for match in re.finditer(r"[{}]| (?=[+-] )|(?<=\\,) ", latex):
-        if match[0] == " ":
-            if depth == 0:
-                pieces.append(latex[start : match.end()])
-                start = match.end()
-        else:
-            depth += 1 if match[0] == "{" else -1
-    pieces.append(latex[start:])
-    lines: list[str] = []
-    for piece in pieces:
-        if lines and _shown(lines[-1] + piece) <= width:
-            lines[-1] += piece
-        else:
-            lines.append(piece)
-    return [line.strip() for line in lines]
+    rest = latex.replace(_TEFF, "t").replace(r"\left(", "(").replace(r"\right)", ")")
+    lines = []
+    while _shown(rest) > width:
+        places = [
+            (depth + (sign == ""), -at, sign)
+            for at, depth, sign in _breaks(rest)
+            if 0.6 * width <= _shown(rest[:at]) <= width
+        ]
+        if not places:
+            break
+        _, place, sign = min(places)
+        lines.append(rest[:-place].strip().removesuffix(r"\,"))
+        # An empty group before a sign makes it one between two terms.
+        rest = ("{}" if sign else r"\times ") + rest[-place:].strip()
+    return [*lines, rest]
+
+
+def _breaks(latex: str) -> Iterator[tuple[int, int, str]]:
+    """Where a line may end: place, depth in parentheses, and the sign that follows."""
+    braces = depth = 0
+    for match in re.finditer(r"[{}()]| (?=([+-]) )|(?<=\\,) ", latex):
+        if match[0] in "{}":
+            braces += 1 if match[0] == "{" else -1
+        elif match[0] in "()":
+            depth += 1 if match[0] == "(" else -1
+        elif not braces and match.start():
+            yield match.end(), depth, match[1] or ""
 
 
 def _shown(latex: str) -> int:
@@ -103,7 +119,7 @@ def front_figure(labels: Mapping[str, Mapping[str, Any]], n_sample: int) -> Draw
     figure = new_figure(2.3)
     for axes, label in zip(figure.subplots(1, len(LABELS)), LABELS, strict=True):
         _front(axes, labels[label], label)
-    figure.axes[0].set_ylabel("loss of the judging half")
+    figure.axes[0].set_ylabel("loss (judging half)")
     return Drawn(
         "Accuracy against complexity of formulas",
         "Every dot is a formula better than all simpler ones: its mean loss (bisquare, 0 is "
@@ -125,14 +141,17 @@ def _front(axes: Axes, entry: Mapping[str, Any], label: str) -> None:
     axes.plot(x[chosen], loss[chosen], marker="D", markersize=7, markerfacecolor="none",
               markeredgecolor=VERMILLION, markeredgewidth=1.4, linestyle="none")  # fmt: skip
     digits = 0 if label == "teff" else 3
-    for place in {0, chosen, len(front) - 1}:
+    for place, side in ((0, "left"), (chosen, "right")):
         axes.annotate(
-            f"{front[place]['scatter']:.{digits}f} {UNITS[label]}", (x[place], loss[place]),
-            xytext=(3, 7), textcoords="offset points", fontsize=6, color=GREY,
-            ha="left" if place == 0 else "right",
-        )  # fmt: skip
+            f"{front[place]['scatter']:.{digits}f} {UNITS[label]}",
+            (x[place], loss[place]),
+            xytext=(5, 3) if side == "left" else (4, 8),
+            textcoords="offset points",
+            fontsize=6.5,
+            ha=side,
+        )
     axes.set_title(NAMES[label])
     axes.set_xlabel("complexity")
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.15 * float(loss.max()))
     axes.margins(x=0.12)
     tidy_ticks(axes)

@@ -83,8 +83,9 @@ def worst_bins(trends: pa.Table, method: str) -> list[str]:
         row = max(mine, key=lambda row: abs(row["median"]))
         place = WORDS[row["against"]]
         found.append(
-            f"{WORDS[label]} {number(row['median'], label, True)} ± {number(row['error'], label)} "
-            f"{UNITS[label]} at {place} {row['low']:g} to {row['high']:g} (n = {row['n']:,})"
+            f"{WORDS[label]} {number(row['median'], label, True)}\u00a0±\u00a0"
+            f"{number(row['error'], label)}\u00a0{UNITS[label]} at {place} "
+            f"{row['low']:g} to {row['high']:g} (n\u00a0=\u00a0{row['n']:,})".replace(" -", " −")
         )
     if not found:
         return []

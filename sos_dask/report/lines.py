@@ -78,7 +78,7 @@ def trend_figure(
         return None
     figure = new_figure(0.5 + 1.75 * len(LABELS))
     grid = figure.subplots(len(LABELS), len(against), sharex="col", sharey="row", squeeze=False)
-    outside = 0
+    outside = False
     n = dict.fromkeys(("before", "after", "fitted"), 0)
     has_fitted = pc.any(pc.equal(table["sample"], "fitted")).as_py()
     for row, label in enumerate(LABELS):
@@ -99,7 +99,15 @@ def trend_figure(
                 x, median, low, high = (
                     _column(bins, key) for key in ("centre", "median", "p16", "p84")
                 )
-                outside += int(np.count_nonzero((median < limits[0]) | (median > limits[1])))
+                far = (median < limits[0]) | (median > limits[1])
+                edge = np.where(median < limits[0], *limits)
+                for marker, side in (("v", limits[0]), ("^", limits[1])):
+                    there = far & (edge == side)
+                    axes.plot(
+                        x[there], edge[there], marker, color=color, markersize=5, clip_on=False
+                    )
+                outside |= bool(far.any())
+                low, high, median = (np.where(far, np.nan, v) for v in (low, high, median))
                 if sample == "fitted":
                     axes.plot(x, low, color=color, linewidth=0.7, linestyle="--")
                     axes.plot(x, high, color=color, linewidth=0.7, linestyle="--")
@@ -107,9 +115,15 @@ def trend_figure(
                     continue
                 axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
                 axes.errorbar(
-                    x, median, _column(bins, "error"), color=color, marker="o", markersize=2.4,
-                    elinewidth=0.8, linewidth=1.1,
-                )  # fmt: skip
+                    x,
+                    median,
+                    _column(bins, "error"),
+                    color=color,
+                    marker="o",
+                    markersize=2.4,
+                    elinewidth=0.8,
+                    linewidth=1.1,
+                )
             axes.set_ylim(*limits)
             tidy_ticks(axes)
             if column == 0:
@@ -122,12 +136,14 @@ def trend_figure(
         (Patch(color=BLUE, alpha=0.25, linewidth=0), Line2D([], [], color=BLUE, marker="o")),
     ]
     texts = ["before", "after, held-out pairs"]
+    trained = (Line2D([], [], color=ORANGE), Line2D([], [], color=ORANGE, linestyle="--"))
     if has_fitted:
-        handles.append((Line2D([], [], color=ORANGE), Line2D([], [], color=ORANGE, linestyle="--")))
+        handles.append(trained)
         texts.append("after, pairs that trained it")
     figure.legend(
         handles, texts, loc="outside upper center", ncols=3,
-        handler_map={tuple: HandlerTuple(ndivide=1)}, handlelength=2.4,
+        handlelength=2.4,
+        handler_map={tuple: HandlerTuple(1), trained: HandlerTuple(None, pad=0.6)},
     )  # fmt: skip
     fitted_text = (
         f" Orange: the same of the {n['fitted']:,} pairs that trained it, with the band's edges "
@@ -135,9 +151,7 @@ def trend_figure(
         if has_fitted
         else ""
     )
-    clipped = (
-        f" {outside} of the medians drawn lie beyond the limits of their panel." if outside else ""
-    )
+    clipped = " Triangles at an edge are medians beyond it." if outside else ""
     return Drawn(
         f"Trends before and after: {method}",
         f"{target} minus {reference} in bins of the {target} value: median with its standard error "
@@ -146,7 +160,7 @@ def trend_figure(
         f"the model was not trained on.{fitted_text} A good correction is flat at zero. Bins with "
         f"fewer than {MIN_COUNT} pairs are left out; limits are those of the differences before, "
         f"the same for every method.{clipped}",
-        f"Nine small panels or more: {target} minus {reference} in Teff, log g and [Fe/H] against "
+        f"Panels of {target} minus {reference} in Teff, log g and [Fe/H] against "
         + ", ".join(WORDS.get(name, name) for name in against)
         + f", before and after the correction by {method}.",
         figure,
@@ -182,7 +196,7 @@ def reference_figure(table: pa.Table, first: str, second: str, target: str) -> D
         mine = _chosen(table, label=label)
         full = mine.filter(pc.is_valid(mine["difference"]))
         both = [_column(full, f"median_{side}") for side in ("first", "second")]
-        limits = robust_limits(np.minimum(*both), np.maximum(*both))
+        limits = robust_limits(np.minimum(*both), np.maximum(*both), 0.03)
         for column, quantity in enumerate(against):
             bins = _chosen(mine, against=quantity)
             upper: Axes = grid[2 * number, column]

@@ -13,7 +13,15 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from sos_dask.healpix import FloatArray, IntArray
-from sos_dask.report.style import DENSITY_MAP, NAMES, SIGNED_MAP, Drawn, axis_label, new_figure
+from sos_dask.report.style import (
+    DENSITY_MAP,
+    EMPTY,
+    NAMES,
+    SIGNED_MAP,
+    Drawn,
+    axis_label,
+    new_figure,
+)
 from sos_dask.report.words import UNITS
 from sos_dask.schema import LABELS
 
@@ -213,6 +221,8 @@ def correction_figure(
             else:
                 bar.set_label(f"[{UNITS[label]}]")
         grid[row, 0].set_ylabel(axis_label("logg"))
+    for axes in grid.flat:
+        axes.set_facecolor(EMPTY)
     for column, title in enumerate(titles):
         grid[0, column].set_title(title)
         grid[-1, column].set_xlabel(axis_label("teff"))
@@ -239,7 +249,7 @@ def correction_figure(
         "Differences of one label have one colour scale: where the third column is white the "
         "trend is gone, "
         f"and a pattern in the second that the first lacks is an artifact. Cells with fewer than "
-        f"{_MIN_CELL} pairs are left out; colours saturate at the 95th percentile.",
+        f"{_MIN_CELL} pairs are left out (grey); colours saturate at the 95th percentile.",
         "Maps in log g against Teff, a row for each of Teff, log g and [Fe/H]: the difference "
         "before, the correction, the difference after, and the error.",
         figure,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from sos_dask.healpix import MAX_ORDER, FloatArray, IntArray, ang2pix
@@ -80,7 +81,7 @@ def sky_figure(maps: Mapping[str, IntArray]) -> Drawn | None:
     bar.set_label("rows per square degree")
     counts_text = "; ".join(f"{name}: {int(counts.sum()):,} rows" for name, counts in maps.items())
     return Drawn(
-        "On the sky",
+        "Density of the catalogs on the sky",
         "Rows per square degree in HEALPix cells of order "
         f"{order} ({np.sqrt(area):.1f}° wide), all panels on one logarithmic scale; white: none. "
         "Equatorial coordinates (ICRS), Mollweide's equal-area projection, right ascension grows "
@@ -137,10 +138,14 @@ def _draw_map(axes: Axes, density: FloatArray, order: int, norm: LogNorm) -> obj
         _line(axes, np.full(121, float(ra_deg)), np.linspace(-90, 90, 121))
         text_x, text_y = _project(np.array([float(ra_deg)]), np.array([0.0]))
         axes.text(
-            text_x[0], text_y[0], f"{ra_deg}°", ha="center", va="center", fontsize=6,
-            bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none",
-                  "alpha": 0.75},
-        )  # fmt: skip
+            text_x[0],
+            text_y[0],
+            f"{ra_deg}°",
+            ha="center",
+            va="center",
+            fontsize=6,
+            path_effects=[withStroke(linewidth=1.6, foreground="white")],
+        )
     longitude = np.deg2rad(_NODE - np.linspace(0, 360, 721))
     pole = np.deg2rad(_POLE_DEC)
     plane_dec = np.arcsin(np.cos(pole) * np.cos(longitude))

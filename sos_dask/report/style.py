@@ -30,6 +30,7 @@ BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = (
 )  # fmt: skip
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = ("o", "s", "D", "^", "v", "P")
+EMPTY = "#e3e3e3"  # no data, where white means zero
 DENSITY_MAP, SIGNED_MAP = "viridis", "RdBu_r"
 
 NAMES = {
@@ -154,12 +155,14 @@ def tidy_ticks(axes: Axes, n_x: int = 4, n_y: int = 4) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(n_y, steps=[1, 2, 2.5, 5, 10]))
 
 
-def robust_limits(low: NDArray[np.floating], high: NDArray[np.floating]) -> tuple[float, float]:
-    """Limits of an axis that hold zero and nearly all bands, whatever a few bins do."""
+def robust_limits(
+    low: NDArray[np.floating], high: NDArray[np.floating], beyond: float = 0.06
+) -> tuple[float, float]:
+    """Limits of an axis that hold zero and all bands but the share ``beyond`` on either side."""
     low, high = low[np.isfinite(low)], high[np.isfinite(high)]
     if not len(low):
         return -1.0, 1.0
-    bottom = min(float(np.quantile(low, 0.06)), 0.0)
-    top = max(float(np.quantile(high, 0.94)), 0.0)
+    bottom = min(float(np.quantile(low, beyond)), 0.0)
+    top = max(float(np.quantile(high, 1 - beyond)), 0.0)
     margin = 0.12 * (top - bottom) or 1.0
     return bottom - margin, top + margin

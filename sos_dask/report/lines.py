@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -103,9 +104,8 @@ def trend_figure(
                 edge = np.where(median < limits[0], *limits)
                 for marker, side in (("v", limits[0]), ("^", limits[1])):
                     there = far & (edge == side)
-                    axes.plot(
-                        x[there], edge[there], marker, color=color, markersize=5, clip_on=False
-                    )
+                    marks = axes.plot(x[there], edge[there], marker, color=color, clip_on=False)
+                    marks[0].set(markersize=5, in_layout=False)
                 outside |= bool(far.any())
                 low, high, median = (np.where(far, np.nan, v) for v in (low, high, median))
                 if sample == "fitted":
@@ -131,7 +131,7 @@ def trend_figure(
             if row == len(LABELS) - 1:
                 axes.set_xlabel(f"{target} {axis_label(quantity)}")
                 axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    handles: list[object] = [
+    handles: list[Any] = [  # pairs of artists, drawn over each other
         (Patch(color=GREY, alpha=0.25, linewidth=0), Line2D([], [], color=GREY, marker="o")),
         (Patch(color=BLUE, alpha=0.25, linewidth=0), Line2D([], [], color=BLUE, marker="o")),
     ]
@@ -152,8 +152,10 @@ def trend_figure(
         else ""
     )
     clipped = " Triangles at an edge are medians beyond it." if outside else ""
+    words = [WORDS.get(name, name) for name in against]
+    about = "Trends" if set(against) <= set(LABELS) else f"Trends with {' and '.join(words)}"
     return Drawn(
-        f"Trends before and after: {method}",
+        f"{about} before and after: {method}",
         f"{target} minus {reference} in bins of the {target} value: median with its standard error "
         "and, shaded, the 16th to the 84th percentile. Grey: before the correction, "
         f"{n['before']:,} pairs. Blue: after the correction by {method}, {n['after']:,} pairs that "
@@ -161,7 +163,7 @@ def trend_figure(
         f"fewer than {MIN_COUNT} pairs are left out; limits are those of the differences before, "
         f"the same for every method.{clipped}",
         f"Panels of {target} minus {reference} in Teff, log g and [Fe/H] against "
-        + ", ".join(WORDS.get(name, name) for name in against)
+        + ", ".join(words)
         + f", before and after the correction by {method}.",
         figure,
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -266,7 +267,7 @@ def _covered(before: pa.Table) -> NDArray[np.bool_]:
     return out
 
 
-def _cells(axes: Axes, table: pa.Table, value: str, norm: Normalize, cmap: str) -> object:
+def _cells(axes: Axes, table: pa.Table, value: str, norm: Normalize, cmap: str) -> QuadMesh:
     """Coarse cells as a picture; they are of equal size."""
     teff_low, logg_low, values = (
         table[name].to_numpy().astype(np.float64) for name in ("teff_low", "logg_low", value)

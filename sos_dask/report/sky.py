@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
@@ -85,7 +86,7 @@ def sky_figure(maps: Mapping[str, IntArray]) -> Drawn | None:
         "Rows per square degree in HEALPix cells of order "
         f"{order} ({np.sqrt(area):.1f}° wide), all panels on one logarithmic scale; white: none. "
         "Equatorial coordinates (ICRS), Mollweide's equal-area projection, right ascension grows "
-        "to the left, lines every 60° and 30°; the red line is the galactic plane. A pair is a "
+        "to the left, lines every 60° and 30°; the orange line is the galactic plane. A pair is a "
         f"star that target and reference share. {counts_text}.",
         "Maps of the sky in Mollweide's projection, with the density of rows of "
         + ", ".join(maps)
@@ -103,20 +104,16 @@ def _order(counts: IntArray) -> int:
     return COARSEST
 
 
-def _draw_map(axes: Axes, density: FloatArray, order: int, norm: LogNorm) -> object:
+def _draw_map(axes: Axes, density: FloatArray, order: int, norm: LogNorm) -> AxesImage:
     """One map: every point of the picture looks up its cell."""
     root = np.sqrt(2.0)
     x, y = np.meshgrid(
         np.linspace(-2 * root, 2 * root, _PIXELS), np.linspace(-root, root, _PIXELS // 2)
     )
     inside = (x / 2) ** 2 + y**2 < 2
-    theta = np.arcsin(np.clip(y / root, -1, 1))
-    dec = np.arcsin(np.clip((2 * theta + np.sin(2 * theta)) / np.pi, -1, 1))
-    # Snyder 1987, Map Projections (USGS PP 1395), eq. 31-7; x turned round: seen from inside.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ra = _CENTRE_DEG - np.rad2deg(np.pi * x / (2 * root * np.cos(theta)))
     picture = np.full(x.shape, np.nan)
-    found = density[ang2pix(ra[inside] % 360.0, np.rad2deg(dec[inside]), order)]
+    ra, dec = unproject(x[inside], y[inside])
+    found = density[ang2pix(ra % 360.0, dec, order)]
     picture[inside] = np.where(found > 0, found, np.nan)
     image = axes.imshow(
         picture,
@@ -129,14 +126,14 @@ def _draw_map(axes: Axes, density: FloatArray, order: int, norm: LogNorm) -> obj
     for dec_deg in range(-60, 61, 30):
         _line(axes, np.linspace(0.01, 359.99, 181), np.full(181, float(dec_deg)))
         if dec_deg:
-            edge_x, edge_y = _project(np.array([359.9]), np.array([float(dec_deg)]))
+            edge_x, edge_y = project(np.array([359.9]), np.array([float(dec_deg)]))
             axes.text(
                 edge_x[0] - 0.06, edge_y[0], f"{dec_deg:+d}°".replace("-", "−"),
                 ha="right", va="center", fontsize=6,
             )  # fmt: skip
     for ra_deg in range(60, 301, 60):
         _line(axes, np.full(121, float(ra_deg)), np.linspace(-90, 90, 121))
-        text_x, text_y = _project(np.array([float(ra_deg)]), np.array([0.0]))
+        text_x, text_y = project(np.array([float(ra_deg)]), np.array([0.0]))
         axes.text(
             text_x[0],
             text_y[0],
@@ -146,15 +143,7 @@ def _draw_map(axes: Axes, density: FloatArray, order: int, norm: LogNorm) -> obj
             fontsize=6,
             path_effects=[withStroke(linewidth=1.6, foreground="white")],
         )
-    longitude = np.deg2rad(_NODE - np.linspace(0, 360, 721))
-    pole = np.deg2rad(_POLE_DEC)
-    plane_dec = np.arcsin(np.cos(pole) * np.cos(longitude))
-    plane_ra = _POLE_RA + np.rad2deg(
-        np.arctan2(np.sin(longitude), -np.sin(pole) * np.cos(longitude))
-    )
-    plane_ra = plane_ra % 360
-    order_of = np.argsort(plane_ra)
-    _line(axes, plane_ra[order_of], np.rad2deg(plane_dec[order_of]), VERMILLION, 0.9)
+    _line(axes, *galactic_plane(), VERMILLION, 0.9)
     angle = np.linspace(0, 2 * np.pi, 361)
     axes.plot(2 * root * np.cos(angle), root * np.sin(angle), color=BLACK, linewidth=0.7)
     axes.set_xlim(-2 * root - 0.3, 2 * root + 0.05)
@@ -163,8 +152,40 @@ def _draw_map(axes: Axes, density: FloatArray, order: int, norm: LogNorm) -> obj
     return image
 
 
-def _project(ra: FloatArray, dec: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Mollweide's projection (Snyder 1987, eqs. 31-1 to 31-4), degrees to the plane."""
+def galactic_plane() -> tuple[FloatArray, FloatArray]:
+    """Right ascension and declination of the galactic equator, degrees, by right ascension."""
+    longitude = np.deg2rad(_NODE - np.linspace(0, 360, 721))
+    pole = np.deg2rad(_POLE_DEC)
+    dec = np.arcsin(np.cos(pole) * np.cos(longitude))
+    turn = np.arctan2(np.sin(longitude), -np.sin(pole) * np.cos(longitude))
+    ra = (_POLE_RA + np.rad2deg(turn)) % 360
+    order = np.argsort(ra, kind="stable")
+    return ra[order], np.rad2deg(dec[order])
+
+
+def unproject(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Inverse of `project` (Snyder 1987, eqs. 31-5 to 31-7), degrees."""
+    theta = np.arcsin(np.clip(y / np.sqrt(2), -1, 1))
+    dec = np.arcsin(np.clip((2 * theta + np.sin(2 * theta)) / np.pi, -1, 1))
+    ra = _CENTRE_DEG - np.rad2deg(np.pi * x / (2 * np.sqrt(2) * np.cos(theta)))
+    return ra, np.rad2deg(dec)
+
+
+def project(ra: FloatArray, dec: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mollweide's projection, right ascension growing to the left.
+
+    Snyder 1987, Map Projections: A Working Manual (USGS Professional Paper 1395), eqs. 31-1 to
+    31-4, for a sphere of radius 1.
+
+    Parameters
+    ----------
+    ra, dec : ndarray of float64, deg
+
+    Returns
+    -------
+    x, y : ndarray of float64
+        Within the ellipse of half axes 2 sqrt(2) and sqrt(2).
+    """
     phi = np.deg2rad(dec)
     theta = phi.copy()
     for _ in range(50):
@@ -178,5 +199,5 @@ def _project(ra: FloatArray, dec: FloatArray) -> tuple[FloatArray, FloatArray]:
 def _line(
     axes: Axes, ra: FloatArray, dec: FloatArray, color: str = "#999999", width: float = 0.35
 ) -> None:
-    x, y = _project(ra, dec)
+    x, y = project(ra, dec)
     axes.plot(x, y, color=color, linewidth=width)

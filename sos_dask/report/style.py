@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -44,7 +42,7 @@ NAMES = {
 }
 AXIS_UNITS = {**UNITS, "phot_g_mean_mag": "mag", "ebv": "mag", "bp_rp": "mag"}
 
-_RC: Mapping[str, Any] = {
+_RC: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8,
@@ -130,9 +128,9 @@ def render(draw: Callable[[], Drawn | None]) -> Rendered | None:
         if drawn is None:
             return None
         png, pdf = io.BytesIO(), io.BytesIO()
-        FigureCanvasAgg(drawn.figure).print_png(png, metadata={"Software": None})
+        drawn.figure.savefig(png, format="png", metadata={"Software": None})
         nothing = {"CreationDate": None, "Creator": None, "Producer": None}
-        FigureCanvasPdf(drawn.figure).print_pdf(pdf, metadata=nothing)
+        drawn.figure.savefig(pdf, format="pdf", metadata=nothing)
         return Rendered(drawn.title, drawn.caption, drawn.alt, png.getvalue(), pdf.getvalue())
 
 

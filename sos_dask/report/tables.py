@@ -111,7 +111,8 @@ def _percent(part: int, whole: int) -> str:
 
 def metrics(items: Sequence[Mapping[str, Any]], chosen: str) -> Table:
     """Median and scatter of every method on held-out pairs, where no comparison was made."""
-    rows, strong = [], set()
+    rows: list[tuple[str, ...]] = []
+    strong: set[int] = set()
     for label in LABELS:
         for item in items:
             if item["label"] != label:
@@ -146,7 +147,8 @@ def comparison(table: pa.Table, chosen: str, subset: str) -> Table:
     statistics = ordered([row["statistic"] for row in mine], tuple(STATISTICS))
     methods = ordered([row["method"] for row in mine], (NONE,))
     found = {(r["method"], r["label"], r["sample"], r["statistic"]): r for r in mine}
-    rows, strong = [], set()
+    rows: list[tuple[str, ...]] = []
+    strong: set[int] = set()
     for label in LABELS:
         for method in methods:
             for sample in ("test", "train"):
@@ -193,7 +195,8 @@ def subsets(table: pa.Table) -> list[str]:
 
 def agreements(items: Sequence[Mapping[str, Any]]) -> Table:
     """Whether two references agree over the bins of each quantity."""
-    rows, strong = [], set()
+    rows: list[tuple[str, ...]] = []
+    strong: set[int] = set()
     for item in items:
         if item["binning"] != "equal-width" or not item["n_bins"] or "," in item["against"]:
             continue

@@ -220,14 +220,18 @@ def _formulas(build: Build, counts: Counts) -> Drawn | None:
     from sos_dask.report.formulas import formula_figure
 
     document = build.formulas()
-    return document and formula_figure(document["labels"], document["n_sample"])
+    if document is None:
+        return None
+    return formula_figure(document["labels"], document["n_sample"])
 
 
 def _fronts(build: Build, counts: Counts) -> Drawn | None:
     from sos_dask.report.formulas import front_figure
 
     document = build.formulas()
-    return document and front_figure(document["labels"], document["n_sample"])
+    if document is None:
+        return None
+    return front_figure(document["labels"], document["n_sample"])
 
 
 def _correction(build: Build, counts: Counts) -> Drawn | None:
@@ -290,7 +294,7 @@ def page(
     return Page(
         title=f"{build.target} on the scale of {to}: report of job “{job}”",
         lead=f"The labels of {build.target} are corrected by the method {build.method}, chosen "
-        f"among {len(build.methods)}.{reason}",
+        f"among {', '.join(sorted(build.methods))}.{reason}",
         gains=headline.gains(metrics, build.method),
         gains_caption=f"Scatter (1.4826 MAD) of {build.target} minus {build.reference}, on pairs "
         "that the model was not trained on. It holds the noise of both surveys, which no "

@@ -32,7 +32,7 @@ def comparison_figure(table: pa.Table, chosen: str) -> Drawn | None:
     statistics = [one for one in _SHOWN if one in table["statistic"].to_pylist()]
     if not statistics or len(methods) < 2:
         return None
-    figure = new_figure(0.7 + 0.26 * len(methods) * 0.5 * len(subsets) * len(statistics) + 0.8)
+    figure = new_figure(0.6 + (0.55 + 0.075 * len(methods) * len(subsets)) * len(statistics))
     grid = figure.subplots(len(statistics), len(LABELS), sharey=True, squeeze=False)
     colors = {name: GREY if name == NONE else CYCLE[i % len(CYCLE)]
               for i, name in enumerate(methods, start=-1)}  # fmt: skip
@@ -84,8 +84,9 @@ def comparison_figure(table: pa.Table, chosen: str) -> Drawn | None:
         "Methods compared",
         "Scatter and trend of target minus reference that each method leaves on pairs it was not "
         "trained on, by part of the parameter space, with 95 % bootstrap intervals; “none” is the "
-        "uncorrected difference. Left is better; where intervals of two methods overlap widely, "
-        "none of them is better. Pairs: "
+        "uncorrected difference. Left is better, on logarithmic axes (an interval that reaches "
+        "zero leaves its panel); where intervals of two methods overlap widely, neither is better. "
+        "Pairs: "
         + "; ".join(f"{_words(subset, plain=True)} {count:,}" for subset, count in n.items())
         + ".",
         "Dots with intervals for every method, label and part of the parameter space.",

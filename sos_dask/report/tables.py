@@ -185,6 +185,9 @@ def _interval(cell: Mapping[str, Any] | None, label: str) -> str:
         text += f" [{number(cell['low'], label)}, {number(cell['high'], label)}]"
     if cell.get("error") is not None:
         text += f" ± {number(cell['error'], label)}"
+    if cell.get("against"):
+        place = WORDS.get(cell["against"], cell["against"])
+        text += f" at {place} {cell['bin_low']:g} to {cell['bin_high']:g}".replace("-", "−")
     return text
 
 

@@ -31,7 +31,8 @@ from sos_dask.stages.parts import (
     unless_complete,
     write_piece,
 )
-from sos_dask.stages.report_content import Build, figures, page
+from sos_dask.stages.report_content import Build, figures
+from sos_dask.stages.report_text import page
 from sos_dask.store import file_names, read_build
 
 if TYPE_CHECKING:

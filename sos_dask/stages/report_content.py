@@ -1,9 +1,9 @@
-"""What the report shows of a build: which figure and table gets which data."""
+"""A build opened for its report, and which figure gets which data."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,9 +20,8 @@ from sos_dask.catalog import Catalog, partition_errors
 from sos_dask.features import features
 from sos_dask.healpix import FloatArray, IntArray
 from sos_dask.models.symbolic import FILE as FORMULA_FILE
-from sos_dask.report import headline, tables
-from sos_dask.report.page import Code, Page, Picture, Section
-from sos_dask.schema import LABELS, Cut
+from sos_dask.report import tables
+from sos_dask.schema import LABELS
 from sos_dask.stages.trends import PLANES, REFERENCES, TRENDS
 from sos_dask.store import home
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from sos_dask.report.planes import Histogram, Surface
     from sos_dask.report.style import Drawn
 
-_OBSERVATIONS, _CORRECTED, _MODEL = ".observations", ".corrected", "model."
+OBSERVATIONS, CORRECTED, _MODEL = ".observations", ".corrected", "model."
 
 
 class Counts(Protocol):
@@ -107,12 +106,12 @@ class Build:
     @property
     def surveys(self) -> list[str]:
         """Target, then references."""
-        return [n.removesuffix(_OBSERVATIONS) for n in self.manifests if n.endswith(_OBSERVATIONS)]
+        return [n.removesuffix(OBSERVATIONS) for n in self.manifests if n.endswith(OBSERVATIONS)]
 
     @property
     def target(self) -> str:
         """Name of the survey that is corrected."""
-        found = [n.removesuffix(_CORRECTED) for n in self.manifests if n.endswith(_CORRECTED)]
+        found = [n.removesuffix(CORRECTED) for n in self.manifests if n.endswith(CORRECTED)]
         return found[0] if found else "target"
 
     @property
@@ -131,7 +130,7 @@ class Build:
         names = [
             name
             for name in self.directories
-            if name.endswith((_OBSERVATIONS, _CORRECTED)) or name == "pairs"
+            if name.endswith((OBSERVATIONS, CORRECTED)) or name == "pairs"
         ]
         return {name: Catalog.open(self.directories[name]) for name in names}
 
@@ -166,9 +165,13 @@ def figures(build: Build) -> dict[str, Callable[[Counts], Drawn | None]]:
         for first, second in dict.fromkeys(pairs):
             name = f"references-{first}-{second}"
             found[name] = partial(_references, build, first, second)
+    if build.table("uncertainty", "calibration.parquet") is not None:
+        found["calibration"] = partial(_calibration, build)
+    if build.table("coverage", "calibration.parquet") is not None:
+        found["coverage"] = partial(_growth, build)
     if build.table("comparison", "comparison.parquet") is not None:
         found["comparison"] = partial(_comparison, build)
-    if f"{build.target}{_CORRECTED}" in build.directories:
+    if f"{build.target}{CORRECTED}" in build.directories:
         found["kiel"] = partial(_kiel, build)
     if "model.symbolic" in build.directories:
         found["formulas"] = partial(_formulas, build)
@@ -179,7 +182,7 @@ def figures(build: Build) -> dict[str, Callable[[Counts], Drawn | None]]:
 def _sky(build: Build, counts: Counts) -> Drawn | None:
     from sos_dask.report.sky import sky_figure
 
-    names = {f"{name}{_OBSERVATIONS}": name for name in (build.target, *build.references)}
+    names = {f"{name}{OBSERVATIONS}": name for name in (build.target, *build.references)}
     names["pairs"] = f"pairs of {build.target} and {build.reference}"
     return sky_figure({words: counts.sky(p) for p, words in names.items() if p in build.counted})
 
@@ -208,10 +211,24 @@ def _comparison(build: Build, counts: Counts) -> Drawn | None:
     return None if table is None else comparison_figure(table, build.method)
 
 
+def _calibration(build: Build, counts: Counts) -> Drawn | None:
+    from sos_dask.report.calibration import calibration_figure
+
+    table = build.table("uncertainty", "calibration.parquet")
+    return None if table is None else calibration_figure(table)
+
+
+def _growth(build: Build, counts: Counts) -> Drawn | None:
+    from sos_dask.report.calibration import growth_figure
+
+    table = build.table("coverage", "calibration.parquet")
+    return None if table is None else growth_figure(table)
+
+
 def _kiel(build: Build, counts: Counts) -> Drawn | None:
     from sos_dask.report.planes import kiel_figure
 
-    product = f"{build.target}{_CORRECTED}"
+    product = f"{build.target}{CORRECTED}"
     before, after = counts.plane(product)
     return kiel_figure(before, after, build.target, build.manifests[product].rows.n_out)
 
@@ -244,7 +261,7 @@ def _correction(build: Build, counts: Counts) -> Drawn | None:
     teff, logg = plane_centres()
     model = models.load(build.directories[f"{_MODEL}{build.method}"])
     values = model.predict(features(teff, logg, np.full(len(teff), feh)))
-    product = f"{build.target}{_CORRECTED}"
+    product = f"{build.target}{CORRECTED}"
     errors = counts.errors(product) if product in build.counted else None
     error: Surface | None = None
     if errors is not None:
@@ -262,197 +279,3 @@ def _median_feh(pairs: Catalog) -> float:
         found.append(pc.drop_null(table.filter(table["use"])["feh"]).to_numpy())
     values = np.concatenate(found)
     return float(np.median(values)) if len(values) else 0.0
-
-
-# --- the page -----------------------------------------------------------------------------------
-
-
-def page(
-    build: Build,
-    pictures: Mapping[str, Picture],
-    files: Mapping[str, str],
-    versions: Mapping[str, str],
-    job: str,
-    job_text: str,
-) -> Page:
-    """The page of a build.
-
-    Parameters
-    ----------
-    build : Build
-    pictures : mapping of str to Picture
-        By the names of `figures`.
-    files : mapping of str to str
-        Names of survey files by SHA-256.
-    versions : mapping of str to str
-        Of the software.
-    job, job_text : str
-    """
-    metrics = list(build.choice.get("metrics", []))
-    to = " and ".join(build.references)
-    reason = f" {build.choice['why']}" if build.choice.get("why") else ""
-    return Page(
-        title=f"{build.target} on the scale of {to}: report of job “{job}”",
-        lead=f"The labels of {build.target} are corrected by the method {build.method}, chosen "
-        f"among {', '.join(sorted(build.methods))}.{reason}",
-        gains=headline.gains(metrics, build.method),
-        gains_caption=f"Scatter (1.4826 MAD) of {build.target} minus {build.reference}, on pairs "
-        "that the model was not trained on. It holds the noise of both surveys, which no "
-        "correction removes.",
-        notes=_notes(build),
-        sections=(
-            _selection(build),
-            Section("sky", "On the sky", items=_of(pictures, "sky")),
-            Section(
-                "trends",
-                "Trends before and after",
-                "Each method on the same pairs, the chosen one first; limits are the same for all.",
-                _of(pictures, *(f"trends-{m}" for m in build.methods), "trends-more"),
-            ),
-            _reference_section(build, pictures),
-            _methods(build, pictures, metrics),
-            _corrected(build, pictures),
-            _formula(build, pictures),
-            _other(build, "uncertainty", "Errors of the corrected labels"),
-            _other(build, "coverage", "Where the correction can be trusted"),
-            _provenance(build, files, versions, job_text),
-        ),
-        version=versions.get("sos-dask", ""),
-    )
-
-
-def _of(pictures: Mapping[str, Picture], *names: str) -> tuple[Picture, ...]:
-    return tuple(pictures[name] for name in names if name in pictures)
-
-
-def _flags(build: Build) -> tuple[Mapping[str, int], int]:
-    product = f"{build.target}{_CORRECTED}"
-    manifest = build.manifests.get(product)
-    return (manifest.summary.get("flags", {}), manifest.rows.n_out) if manifest else ({}, 0)
-
-
-def _notes(build: Build) -> list[str]:
-    notes = []
-    table = build.table("trends", TRENDS)
-    if table is not None:
-        notes += headline.worst_bins(table, build.method)
-    notes += headline.of_references(build.summary("trends").get("agreements", []))
-    return notes + headline.of_flags(*_flags(build))
-
-
-def _selection(build: Build) -> Section:
-    items = [tables.account(build.products)]
-    folded = []
-    for survey in build.surveys:
-        manifest = build.manifests[f"{survey}{_OBSERVATIONS}"]
-        failed = manifest.summary.get("fail_cut", {})
-        definition = manifest.recipe.params.get("survey", {})
-        counts = [
-            tables.CutCount(
-                name,
-                Cut(**{**cut, "bits_unset": tuple(cut["bits_unset"]),
-                       "values": tuple(cut["values"])}).test_text(),
-                int(failed.get(name, 0)),
-            )
-            for name, cut in sorted(
-                definition.get("cuts", {}).items(), key=lambda item: item[1]["bit"]
-            )
-        ]  # fmt: skip
-        n_passing = int(manifest.summary.get("pass_all_cuts", 0))
-        folded.append(tables.cuts(survey, manifest.rows.n_out, n_passing, counts))
-    text = (
-        "What became of every row, from the survey files to the corrected catalog, and what each "
-        "quality cut removed from training."
-    )
-    return Section("selection", "Selection and counts", text, (*items, *folded))
-
-
-def _reference_section(build: Build, pictures: Mapping[str, Picture]) -> Section:
-    names = [name for name in pictures if name.startswith("references-")]
-    agreements = build.summary("trends").get("agreements", [])
-    found = (tables.agreements(agreements),) if agreements else ()
-    return Section("references", "The references", "", (*_of(pictures, *names), *found))
-
-
-def _methods(
-    build: Build, pictures: Mapping[str, Picture], metrics: Sequence[Mapping[str, Any]]
-) -> Section:
-    table = build.table("comparison", "comparison.parquet")
-    if table is None:
-        items = (tables.metrics(metrics, build.method),) if metrics else ()
-        return Section("methods", "The methods compared", "", items)
-    first, *others = tables.subsets(table)
-    folded = [tables.comparison(table, build.method, subset) for subset in others]
-    for file, caption in (
-        (
-            "artifacts.parquet",
-            "Artifacts of the correction. Roughness: rms second difference on the covered grid "
-            "over the noise level; jump: largest step between neighbouring covered cells, in the "
-            "unit of the label; with 95 % intervals",
-        ),
-        ("outside.parquet", "Behaviour of the correction outside of the overlap"),
-    ):
-        found = build.table("comparison", file)
-        if found is not None:
-            folded.append(tables.plain(found, caption))
-    rule = build.choice.get("rule")
-    return Section(
-        "methods",
-        "The methods compared",
-        f"Rule of the choice: {rule}." if rule else "",
-        (*_of(pictures, "comparison"), tables.comparison(table, build.method, first)),
-        tuple(folded),
-    )
-
-
-def _corrected(build: Build, pictures: Mapping[str, Picture]) -> Section:
-    meanings, n_rows = _flags(build)
-    found = (tables.flags(meanings, n_rows),) if meanings else ()
-    return Section(
-        "correction", "The correction", "", (*_of(pictures, "correction", "kiel"), *found)
-    )
-
-
-def _formula(build: Build, pictures: Mapping[str, Picture]) -> Section:
-    document = build.formulas()
-    if document is None:
-        return Section("formula", "")
-    text = "\n\n".join(
-        f"{label}_delta = {document['labels'][label]['formula']}" for label in LABELS
-    )
-    code = Code(f"With {document['features']}; predicted target − reference in K, dex, dex", text)
-    return Section(
-        "formula",
-        "The symbolic model",
-        "" if build.method == "symbolic" else f"For reading; {build.method} corrects the catalog.",
-        (*_of(pictures, "formulas"), code, *_of(pictures, "formula-fronts")),
-    )
-
-
-def _other(build: Build, product: str, title: str) -> Section:
-    """Tables of a product that checks the correction."""
-    table = build.table(product, "calibration.parquet")
-    if table is None:
-        return Section(product, title)
-    return Section(product, title, "", (tables.plain(table, "Calibration on held-out pairs."),))
-
-
-def _provenance(
-    build: Build, files: Mapping[str, str], versions: Mapping[str, str], job_text: str
-) -> Section:
-    hashes = [
-        (survey, files.get(digest, ""), digest)
-        for survey in build.surveys
-        for digest in build.manifests[f"{survey}{_OBSERVATIONS}"].recipe.inputs.values()
-    ]
-    return Section(
-        "provenance",
-        "Provenance",
-        "The same files, job and software give the same products and this page to the byte.",
-        (tables.inputs(hashes),),
-        (
-            tables.fingerprints(build.products),
-            tables.software(versions),
-            Code("The job file", job_text),
-        ),
-    )

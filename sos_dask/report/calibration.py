@@ -6,7 +6,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sos_dask.report.style import BLACK, BLUE, GREY, NAMES, VERMILLION, Drawn, new_figure
+from sos_dask.report.style import (
+    BLACK,
+    BLUE,
+    GREY,
+    NAMES,
+    VERMILLION,
+    Drawn,
+    new_figure,
+    plain_log_ticks,
+)
 from sos_dask.report.words import SUBSETS, ordered
 from sos_dask.schema import LABELS
 
@@ -97,6 +106,8 @@ def growth_figure(table: pa.Table) -> Drawn | None:
     axes.plot(x, fitted, color=VERMILLION, label="model")
     axes.axhline(1, color=BLACK, linewidth=0.6)
     axes.set_xscale("log")
+    axes.set_xlim(0.8 * float(x.min()), 1.25 * float(x.max()))
+    plain_log_ticks(axes)
     axes.set_xlabel("distance from the overlap")
     axes.set_ylabel("scatter over that of the dense part")
     axes.legend()

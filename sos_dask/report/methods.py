@@ -5,10 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from sos_dask.report.style import CYCLE, GREY, MARKERS, NAMES, Drawn, new_figure, tidy_ticks
+from sos_dask.report.style import (
+    CYCLE,
+    GREY,
+    MARKERS,
+    NAMES,
+    Drawn,
+    new_figure,
+    plain_log_ticks,
+    tidy_ticks,
+)
 from sos_dask.report.words import NONE, STATISTICS, SUBSETS, UNITS, ordered
 from sos_dask.schema import LABELS
 
@@ -71,7 +78,7 @@ def comparison_figure(table: pa.Table, chosen: str) -> Drawn | None:
                       if (name, kind) == (label, statistic)]  # fmt: skip
             if values and min(values) > 0:
                 axes.set_xscale("log")
-                _log_ticks(axes)
+                plain_log_ticks(axes)
             else:
                 tidy_ticks(axes)
                 axes.set_yticks(range(len(subsets)), [_words(subset) for subset in subsets])
@@ -100,11 +107,3 @@ def _words(subset: str, plain: bool = False) -> str:
         words = {"teff": NAMES["teff"], "logg": NAMES["logg"], "feh": "[Fe/H]"}
     first, _, rest = subset.partition(" ")
     return f"{words.get(first, first)} {rest}".strip().replace("-", "−")
-
-
-def _log_ticks(axes: Axes) -> None:
-    """Plain numbers at 1, 2 and 5 of each decade, or at the decades of a wide axis."""
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())

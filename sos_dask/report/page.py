@@ -12,6 +12,7 @@ from sos_dask.report.headline import Gain
 from sos_dask.report.tables import Table
 
 TEMPLATE = "report.html"
+FULL_PIXELS = 1420  # of a figure as wide as the page
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Picture:
     def size(self) -> tuple[int, int]:
         """Width and height in pixels, from the header of the PNG."""
         return int.from_bytes(self.png[16:20]), int.from_bytes(self.png[20:24])
+
+    @property
+    def share(self) -> float:
+        """Of the width of the page."""
+        return round(self.size[0] / FULL_PIXELS, 3)
 
 
 @dataclass(frozen=True)

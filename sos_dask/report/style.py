@@ -153,6 +153,16 @@ def tidy_ticks(axes: Axes, n_x: int = 4, n_y: int = 4) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(n_y, steps=[1, 2, 2.5, 5, 10]))
 
 
+def plain_log_ticks(axes: Axes) -> None:
+    """Plain numbers at 1, 2 and 5 of each decade, or at the decades of a wide horizontal axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def robust_limits(
     low: NDArray[np.floating], high: NDArray[np.floating], beyond: float = 0.06
 ) -> tuple[float, float]:

@@ -146,7 +146,8 @@ def test_the_front_marks_the_formula_taken():
     figure = front_figure(dict.fromkeys(LABELS, entry), 4000).figure
     for axes in figure.axes:
         marked = [line for line in axes.lines if line.get_marker() == "D"]
-        assert [tuple(line.get_xydata()[0]) for line in marked] == [(3.0, pytest.approx(0.4 / 3))]
+        places = [np.asarray(line.get_xydata()).tolist() for line in marked]
+        assert places == [[[3.0, pytest.approx(0.4 / 3)]]]
 
 
 # --- words and tables ---------------------------------------------------------------------------

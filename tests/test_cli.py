@@ -819,7 +819,7 @@ COMMANDS = sorted(
 def test_the_commands_are_these():
     assert COMMANDS == [
         "apply", "crossmatch", "dedupe", "demo", "gc", "ingest", "rebuild", "reference",
-        "simulate", "status", "surveys", "train", "verify",
+        "report", "simulate", "status", "surveys", "train", "verify",
     ]  # fmt: skip
 
 

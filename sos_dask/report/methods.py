@@ -16,7 +16,7 @@ from sos_dask.report.style import (
     plain_log_ticks,
     tidy_ticks,
 )
-from sos_dask.report.words import NONE, STATISTICS, SUBSETS, UNITS, ordered
+from sos_dask.report.words import NONE, STATISTICS, SUBSETS, UNITS, ordered, subset_words
 from sos_dask.schema import LABELS
 
 _SHOWN = ("mad", "rms_binned")
@@ -69,7 +69,7 @@ def comparison_figure(table: pa.Table, chosen: str) -> Drawn | None:
                     label=method + (" (chosen)" if method == chosen else ""),
                 )  # fmt: skip
             axes.set_ylim(len(subsets) - 0.5, -0.5)
-            axes.set_yticks(range(len(subsets)), [_words(subset) for subset in subsets])
+            axes.set_yticks(range(len(subsets)), [_typeset(subset) for subset in subsets])
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x", linewidth=0.3, color="#cccccc")
             for edge in range(1, len(subsets)):
@@ -81,12 +81,16 @@ def comparison_figure(table: pa.Table, chosen: str) -> Drawn | None:
                 plain_log_ticks(axes)
             else:
                 tidy_ticks(axes)
-                axes.set_yticks(range(len(subsets)), [_words(subset) for subset in subsets])
+                axes.set_yticks(range(len(subsets)), [_typeset(subset) for subset in subsets])
             axes.set_xlabel(f"{STATISTICS[statistic]}: {NAMES[label]} [{UNITS[label]}]",
                             fontsize=7)  # fmt: skip
     handles, texts = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside upper center", ncols=min(len(texts), 6))
-    n = {subset: max(r["n"] for k, r in rows.items() if k[2] == subset) for subset in subsets}
+    n = {
+        subset: max(r["n"] for key, r in rows.items() if key[2:] == (subset, statistics[0]))
+        for subset in subsets
+        if any(key[2:] == (subset, statistics[0]) for key in rows)
+    }
     return Drawn(
         "Methods compared",
         "Scatter and trend of target minus reference that each method leaves on pairs it was not "
@@ -94,16 +98,13 @@ def comparison_figure(table: pa.Table, chosen: str) -> Drawn | None:
         "uncorrected difference. Left is better, on logarithmic axes (an interval that reaches "
         "zero leaves its panel); where intervals of two methods overlap widely, neither is better. "
         "Pairs: "
-        + "; ".join(f"{_words(subset, plain=True)} {count:,}" for subset, count in n.items())
+        + "; ".join(f"{subset_words(subset)} {count:,}" for subset, count in n.items())
         + ".",
         "Dots with intervals for every method, label and part of the parameter space.",
         figure,
     )
 
 
-def _words(subset: str, plain: bool = False) -> str:
-    words = {"teff": "Teff", "logg": "log g", "feh": "[Fe/H]"}
-    if not plain:
-        words = {"teff": NAMES["teff"], "logg": NAMES["logg"], "feh": "[Fe/H]"}
+def _typeset(subset: str) -> str:
     first, _, rest = subset.partition(" ")
-    return f"{words.get(first, first)} {rest}".strip().replace("-", "−")
+    return f"{NAMES.get(first, first)} {rest}".strip().replace("-", "−")

@@ -10,7 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sos_dask.report.words import NONE, STATISTICS, SUBSETS, UNITS, WORDS, number, ordered
+from sos_dask.report.words import (
+    NONE,
+    STATISTICS,
+    SUBSETS,
+    UNITS,
+    WORDS,
+    number,
+    ordered,
+    subset_words,
+)
 from sos_dask.schema import LABELS
 
 
@@ -155,12 +164,13 @@ def comparison(table: pa.Table, chosen: str, subset: str) -> Table:
                 cells = [found.get((method, label, sample, one)) for one in statistics]
                 if not any(cells):
                     continue
-                n = max(cell["n"] for cell in cells if cell)
+                # A binned figure counts a pair once a quantity: the first ones count pairs.
+                n = next(cell["n"] for cell in cells if cell)
                 if method == chosen:
                     strong.add(len(rows))
                 texts = [_interval(cell, label) for cell in cells]
                 rows.append((f"{WORDS[label]} [{UNITS[label]}]", method, sample, f"{n:,}", *texts))
-    what = "all pairs" if subset == "all" else f"pairs with {subset}"
+    what = "all pairs" if subset == "all" else f"pairs with {subset_words(subset)}"
     if subset in ("dense", "sparse"):
         what = f"pairs in the {subset} part of the label space"
     return Table(

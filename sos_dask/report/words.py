@@ -40,3 +40,9 @@ def ordered(found: Sequence[str], first: Sequence[str]) -> list[str]:
     """Names that are there, those of ``first`` before the others."""
     names = list(dict.fromkeys(found))
     return [*(n for n in first if n in names), *(n for n in names if n not in first)]
+
+
+def subset_words(subset: str) -> str:
+    """A part of the parameter space as it is read: ``log g < 1`` for ``logg < 1``."""
+    first, _, rest = subset.partition(" ")
+    return f"{WORDS.get(first, first)} {rest}".strip().replace("-", "−")

@@ -22,6 +22,7 @@ from sos_dask.stages.dedupe import dedupe
 from sos_dask.stages.ingest import IngestSettings, ingest
 from sos_dask.stages.margin import margin
 from sos_dask.stages.reference import ReferenceSettings, reference
+from sos_dask.stages.report import ReportSettings, report
 from sos_dask.stages.train import TrainSettings, train
 from sos_dask.stages.trends import TrendSettings, trends
 from sos_dask.stages.uncertainty import UncertaintySettings, uncertainty
@@ -39,6 +40,7 @@ __all__ = [
     "MatchSettings",
     "PairSettings",
     "ReferenceSettings",
+    "ReportSettings",
     "SkySettings",
     "Survey",
     "TrainSettings",
@@ -58,6 +60,7 @@ __all__ = [
     "plan",
     "rebuild",
     "reference",
+    "report",
     "simulate",
     "start",
     "status",

@@ -101,6 +101,12 @@ class UncertaintySection(_Section):
     sparse_fraction: float = Field(0.05, gt=0, lt=0.5)
 
 
+class ReportSection(_Section):
+    """Whether a rebuild makes the report."""
+
+    enabled: bool = True
+
+
 class ClusterSection(_Section):
     """Where the work is done."""
 
@@ -135,6 +141,7 @@ class Job(_Section):
     train: TrainSection = Field(default_factory=TrainSection)
     compare: CompareSection = Field(default_factory=CompareSection)
     uncertainty: UncertaintySection = Field(default_factory=UncertaintySection)
+    report: ReportSection = Field(default_factory=ReportSection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     path: Path = Field(Path(), exclude=True)
     text: str = Field("", exclude=True)

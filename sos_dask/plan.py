@@ -33,6 +33,8 @@ from sos_dask.stages.dedupe import dedupe, dedupe_recipe
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
 from sos_dask.stages.margin import margin, margin_recipe
 from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
+from sos_dask.stages.report import ReportSettings, report_recipe
+from sos_dask.stages.report import report as make_report
 from sos_dask.stages.train import TrainSettings, train, train_recipe
 from sos_dask.stages.trends import TrendSettings, trends, trends_recipe
 from sos_dask.stages.uncertainty import (
@@ -41,7 +43,7 @@ from sos_dask.stages.uncertainty import (
     uncertainty,
     uncertainty_recipe,
 )
-from sos_dask.store import current_recipes, home, published
+from sos_dask.store import DIGESTS_FILE, current_recipes, home, published
 from sos_dask.unify import UnifySettings
 
 COMPARISON = "comparison"
@@ -313,7 +315,35 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             errors=planner.directory(errors),
         ),
     )
+    if job.report.enabled:
+        _add_report(planner)
     return planner.stages
+
+
+def _add_report(planner: _Planner) -> None:
+    """The report of all stages before it."""
+    job = planner.job
+    done = {stage.product: stage for stage in planner.stages}
+    digests = {
+        digest
+        for stage in done.values()
+        if stage.recipe.stage == "ingest"
+        for digest in stage.recipe.inputs.values()
+    }
+    settings = ReportSettings(
+        job.name, job.text, {digest: planner.names[digest] for digest in sorted(digests)}
+    )
+    planner.add(
+        "report",
+        report_recipe({name: stage.recipe.fingerprint for name, stage in done.items()}, settings),
+        lambda directory, cluster, report: make_report(
+            {name: stage.directory for name, stage in done.items()},
+            directory,
+            settings,
+            cluster=cluster,
+            report=report,
+        ),
+    )
 
 
 def _add_survey(planner: _Planner, name: str, section: SurveySection) -> dict[str, str]:
@@ -389,7 +419,7 @@ def _add_training(planner: _Planner, method: str, pairs: str) -> str:
 
 def _digests(store: Path, files: list[Path]) -> list[str]:
     """SHA-256 of the survey files, remembered in the store by path, size and time of change."""
-    memory = store / "digests.json"
+    memory = store / DIGESTS_FILE
     try:
         known: dict[str, str] = json.loads(memory.read_text())
     except (OSError, json.JSONDecodeError):

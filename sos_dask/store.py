@@ -26,6 +26,7 @@ from sos_dask.errors import CatalogError, ConfigError
 
 BUILD_FILE = "build.json"
 COSTS = "costs.json"
+DIGESTS_FILE = "digests.json"
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,16 @@ def current_product(store: Path, product: str) -> Path:
             "It was made by another version: run the rebuild again.",
         )
     return (current / product).resolve()
+
+
+def file_names(store: Path) -> dict[str, str]:
+    """Names of the survey files that a rebuild into this store has hashed, by SHA-256."""
+    try:
+        known: dict[str, str] = json.loads((store / DIGESTS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    names = {digest: Path(key.rsplit(":", 2)[0]).name for key, digest in sorted(known.items())}
+    return dict(sorted(names.items()))
 
 
 def published(store: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from sos_dask.healpix import FloatArray, IntArray
 
 MEDIAN_ERROR = float(np.sqrt(np.pi / 2))  # 1.2533: of a median, in units of that of a mean
 EQUAL_WIDTH, EQUAL_COUNT = "equal-width", "equal-count"
-BEFORE, AFTER = "before", "after"
+BEFORE, AFTER, FITTED = "before", "after", "fitted"
 ALL = "all"
 MIN_COUNT = 20
 
@@ -111,8 +111,8 @@ class Trend:
     subset : str
         ``all`` pairs, or those whose reference labels are of this survey.
     sample : str
-        ``before`` the correction, or ``after``: difference less what a model that was not trained
-        on the star predicts.
+        ``before`` the correction; ``after``: difference less what a model that was not trained on
+        the star predicts; ``fitted``: the same of the pairs that trained the model.
     method : str, optional
         Of the correction; None before it.
     low, high : ndarray of float64, shape (n_bins, len(against))

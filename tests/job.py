@@ -22,6 +22,8 @@ files = ["${{SMALL_SKY}}/galah.fits"]
 rows_per_partition = 1500
 [train]
 methods = ["polynomial"]
+[report]
+enabled = false
 """
 
 

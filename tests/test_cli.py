@@ -854,7 +854,7 @@ COMMANDS = sorted(
 def test_the_commands_are_these():
     assert COMMANDS == [
         "apply", "compare", "crossmatch", "dedupe", "demo", "gc", "ingest", "rebuild", "reference",
-        "simulate", "status", "surveys", "train", "trends", "uncertainty", "verify",
+        "report", "simulate", "status", "surveys", "train", "trends", "uncertainty", "verify",
     ]  # fmt: skip
 
 

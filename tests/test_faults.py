@@ -34,6 +34,8 @@ rows_per_partition = 700
 chunk_rows = 2000
 [train]
 methods = ["polynomial"]
+[report]
+enabled = false
 """
 # Stage and the kind of records that its parts leave: killed when some are there, but not all.
 MOMENTS = [

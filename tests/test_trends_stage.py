@@ -8,10 +8,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from sos_dask import models
 from sos_dask.artifact import Manifest
 from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster
 from sos_dask.errors import CatalogError, ClusterError
+from sos_dask.features import features
 from sos_dask.schema import LABELS
 from sos_dask.simulate import lamost_bias
 from sos_dask.stages.trends import TrendSettings, trends
@@ -74,7 +76,7 @@ def test_a_rebuild_makes_the_trends(build):
     assert sum(manifest.summary["surveys"].values()) == pairs.num_rows
     table = pq.read_table(directory / "trends.parquet")
     assert table.schema.remove_metadata() == TREND_SCHEMA
-    assert set(table["sample"].to_pylist()) == {"before", "after"}
+    assert set(table["sample"].to_pylist()) == {"before", "after", "fitted"}
     assert {"teff", "logg", "feh", "snr", "phot_g_mean_mag"} <= set(table["against"].to_pylist())
 
 
@@ -158,6 +160,24 @@ def test_the_trend_is_the_injected_bias(build):
             for sample in ("before", "after")
         }  # fmt: skip
         assert chi2["before"] > 3 * chi2["after"]
+
+
+def test_fitted_pairs_are_those_that_trained_the_model(build):
+    model = models.load(build / "model.polynomial")
+    pairs = used(build)
+    if model.info.train_folds is not None:
+        pairs = pairs.filter(pc.is_in(pairs["fold"], pa.array(model.info.train_folds, pa.int8())))
+    x = features(*(column(pairs, label) for label in LABELS))
+    left = column(pairs, "logg_diff") - model.predict(x)[:, 1]
+    found = rows(
+        build / "trends" / "trends.parquet", label="logg", against="teff", sample="fitted",
+        subset="all", binning="equal-width", method="polynomial",
+    ).to_pylist()  # fmt: skip
+    assert sum(row["n"] for row in found) == len(left) > 100
+    for row in found:
+        inside = left[(x[:, 0] * 5040 >= row["low"]) & (x[:, 0] * 5040 < row["high"])]
+        if row["n"] == len(inside) > 0:  # rounding of Teff / 5040 K may move one over an edge
+            assert row["median"] == pytest.approx(np.median(inside), abs=1e-6)
 
 
 def test_partitions_and_workers_change_no_byte(build, cluster, tmp_path):

@@ -38,6 +38,7 @@ _GROUPS = {
         evidence.compare,
         evidence.trends,
         look.uncertainty,
+        look.report,
         look.surveys,
         look.verify,
     ),

@@ -1,4 +1,4 @@
-"""Commands that only look: surveys, uncertainty, verify."""
+"""Commands that look at what there is: surveys, uncertainty, verify, report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sos_dask.cli.options import Json, Store
-from sos_dask.cli.output import LABEL_UNITS, console, print_json, say, show_table
+from sos_dask.cli.options import Json, MemoryLimit, Overwrite, Scheduler, Store, Workers
+from sos_dask.cli.output import LABEL_UNITS, console, print_json, reporting, say, show_table
 from sos_dask.errors import CatalogError
 
 
@@ -163,3 +163,42 @@ def verify(
                 say(f"  {problem}")
     if any(problems.values()):
         raise typer.Exit(CatalogError.exit_code)
+
+
+def report(
+    store: Store = Path("store"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIRECTORY",
+            help="Directory that gets the report. Default: that of the build, or STORE/report.",
+        ),
+    ] = None,
+    workers: Workers = None,
+    memory_limit: MemoryLimit = "auto",
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make a page with figures of the current build, or say where it is.
+
+    Example: sos-dask report --store store -o report
+    """
+    from sos_dask.artifact import Manifest
+    from sos_dask.cluster import start
+    from sos_dask.stages.report import PAGE, of_build
+
+    published = (store / "current" / "report").resolve()
+    if out is None and (published / PAGE).is_file():
+        out, manifest = published, Manifest.load(published)
+    else:
+        out = out or store / "report"
+        with reporting() as progress, start(workers, memory_limit, scheduler) as cluster:
+            manifest = of_build(store, out, overwrite=overwrite, cluster=cluster, report=progress)
+    page = out / PAGE
+    if as_json:
+        print_json({"path": out, "page": page, **manifest.summary})
+    else:
+        say(f"{page}: {len(manifest.summary['figures'])} figures, also in {out / 'figures'}")

@@ -160,7 +160,7 @@ def show_stages(title: str, stages: Sequence[StageResult], with_reason: bool = T
     rows = []
     for stage in stages:
         counts = [stage.rows_in, stage.rows_out, stage.rejected]
-        numbers = [f"{count:,}" for count in counts]
+        numbers = [f"{count:,}" for count in counts] if sum(counts) else ["", "", ""]
         others = _counts(stage.dropped) + [f"+{text}" for text in _counts(stage.added)]
         row = [stage.product, *numbers, ", ".join(others)]
         rows.append([*row, stage.why] if with_reason else row)
@@ -238,3 +238,5 @@ def show_build(build: Build) -> None:
     show_metrics(build.metrics, build.chosen)
     say(f"Chosen is {build.why}.")
     say(f"Products: {build.path.parent.parent / 'current'} (build {build.name})")
+    if "report" in build.products:
+        say(f"Report: {build.path.parent.parent / 'current' / 'report' / 'report.html'}")

@@ -20,10 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sos_dask import models as corrections
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.errors import CatalogError
+from sos_dask.features import features
 from sos_dask.schema import LABELS
 from sos_dask.stages.common import common_stars
 from sos_dask.stages.parts import (
@@ -42,6 +44,7 @@ from sos_dask.trends import (
     BEFORE,
     EQUAL_COUNT,
     EQUAL_WIDTH,
+    FITTED,
     MIN_COUNT,
     PLANE,
     Axis,
@@ -54,13 +57,14 @@ from sos_dask.trends import (
     trend_table,
 )
 
-VERSION = 1
+VERSION = 2
 TRENDS, PLANES = "trends.parquet", "planes.parquet"
 REFERENCES, REFERENCE_PLANES = "references.parquet", "reference_planes.parquet"
 _PROCESS_BYTES = 200 << 20
 _BYTES_A_PAIR = 200
 _PLANE_KEY = "plane"
 _DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
+_PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
 
 Floats = NDArray[np.float32]
 
@@ -95,6 +99,14 @@ class _Part:
     pairs: Catalog
     models: Mapping[str, Path]
     settings: TrendSettings
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    output: Output
+    method: str
+    model: Path
+    pairs: Catalog
 
 
 def trends_recipe(
@@ -138,7 +150,7 @@ def trends(
     settings : TrendSettings, optional
     models : mapping of str to Path, optional
         Outputs of train for these pairs, by method: trends after their correction are added, of the
-        pairs that were held out.
+        pairs that were held out and of those that trained the model.
     reference : Catalog, optional
         Output of reference, with ``stars``, the catalogs it was made from, by survey: references
         are then compared on their common stars, too, on the zero points that it gave them.
@@ -183,6 +195,8 @@ def trends(
     with unless_complete(output):
         if not _common_file(output).is_file():
             write_piece(_common_file(output), _common_stars(reference, stars, settings.order))
+        fitted = {name: _Fitted(output, name, path, pairs) for name, path in models.items()}
+        run_parts(output, "fitted", fitted, _fitted_part, cluster, "predictions", report)
         run_parts(output, "trends", parts, _trends_part, cluster, "trends", report)
         done = records(output, "trends", list(parts)) or []
         lines = [key for key in parts if key != _PLANE_KEY]
@@ -220,6 +234,27 @@ def _common_file(output: Output) -> Path:
     return output.work / "pieces" / "common.arrow"
 
 
+def _fitted_file(output: Output, method: str) -> Path:
+    return output.work / "pieces" / f"fitted-{method}.arrow"
+
+
+def _fitted_part(part: _Fitted) -> None:
+    """Predictions of a model for the pairs that trained it, by their row among the pairs."""
+    model = corrections.load(part.model)
+    folds = model.info.train_folds
+    table = training_pairs(part.pairs, [*LABELS, "fold"])
+    rows = np.arange(table.num_rows)
+    if folds is not None:
+        rows = np.flatnonzero(np.isin(table["fold"].to_numpy(), folds))
+    predicted = model.predict(features(*(_values(table, label)[rows] for label in LABELS)))
+    columns = [pa.array(np.ascontiguousarray(column)) for column in predicted.T]
+    write_piece(
+        _fitted_file(part.output, part.method),
+        pa.table([pa.array(rows), *columns], names=["row", *_PREDICTIONS]),
+    )
+    part.output.put_record("fitted", part.method, {"pairs": len(rows)})
+
+
 def _values(table: pa.Table, name: str) -> Floats:
     return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
 
@@ -249,6 +284,13 @@ def _trends_part(part: _Part) -> None:
             mine[rows].astype(np.float64) - predicted[:, i] for i, mine in enumerate(differences)
         ]
         samples.append((AFTER, name, rows, corrected))
+        predicted = read_piece(_fitted_file(part.output, name))
+        rows = predicted["row"].to_numpy()
+        corrected = [
+            mine[rows].astype(np.float64) - _values(predicted, column)
+            for mine, column in zip(differences, _PREDICTIONS, strict=True)
+        ]
+        samples.append((FITTED, name, rows, corrected))
     common = read_piece(_common_file(part.output))
     plane = part.key == _PLANE_KEY
     binnings = [(EQUAL_WIDTH, [axis.edges for axis in part.axes])]

@@ -25,7 +25,7 @@ from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet
 from sos_dask.cluster import Report, silent
 from sos_dask.features import TEFF_UNIT_K, features
-from sos_dask.folds import fold_of_stars
+from sos_dask.folds import fold_of, smallest_of_joined, star_numbers
 from sos_dask.hat import three_cornered_hat
 from sos_dask.repeats import GIANT_LOGG, normalisation
 from sos_dask.schema import LABELS
@@ -280,10 +280,13 @@ def _values(table: pa.Table, name: str) -> FloatArray:
 
 def _parts(held: pa.Table, settings: UncertaintySettings) -> NDArray[np.int8]:
     """Parts of the held-out pairs; those that share a star are in one, whatever their fold."""
-    encoded = pc.dictionary_encode(held["target_id"]).combine_chunks()
-    target = encoded.indices.to_numpy().astype(np.int64)
-    # Folds of the pairs come from the same hash: another seed makes the parts independent of them.
-    return fold_of_stars(target, held["reference_star_id"], settings.n_parts, settings.seed + 1)
+    target = pc.dictionary_encode(held["target_id"]).combine_chunks().indices.to_numpy()
+    order = np.argsort(target, kind="stable")
+    same = np.flatnonzero(target[order[1:]] == target[order[:-1]])
+    # Folds of the pairs come from the same numbers: another seed makes the parts independent.
+    number = star_numbers(held["reference_star_id"], settings.seed + 1)
+    joined = smallest_of_joined(number, number, (order[same], order[same + 1]))
+    return fold_of(joined, settings.n_parts)
 
 
 def _reference_errors(

@@ -1,0 +1,334 @@
+"""Stage report: counts of every catalog partition by partition, figures, and one page of all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask import __version__
+from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.catalog import Catalog
+from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.errors import ConfigError
+from sos_dask.healpix import HealpixPixel
+from sos_dask.schema import HEALPIX_COLUMN, LABELS
+from sos_dask.stages.parts import (
+    key_of,
+    read_piece,
+    records,
+    run_parts,
+    unless_complete,
+    write_piece,
+)
+from sos_dask.stages.report_content import Build, figures
+from sos_dask.stages.report_text import page
+from sos_dask.store import file_names, read_build
+
+if TYPE_CHECKING:
+    from sos_dask.report.planes import Histogram
+
+VERSION = 1
+PAGE = "report.html"
+_SOFTWARE = (
+    "numpy", "scipy", "pyarrow", "healpy", "astropy", "dask", "distributed", "dask-ml",
+    "scikit-learn", "xgboost", "pyoperon", "matplotlib",
+)  # fmt: skip
+
+
+def software() -> dict[str, str]:
+    """Versions of this program, of Python and of what they calculate with."""
+    found = {"sos-dask": __version__, "python": platform.python_version()}
+    for name in _SOFTWARE:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What the report says beside its products.
+
+    Parameters
+    ----------
+    job, job_text : str
+        Name and text of the job.
+    files : mapping of str to str
+        Names of the survey files, by SHA-256.
+    software : mapping of str to str
+        Versions.
+    """
+
+    job: str
+    job_text: str
+    files: Mapping[str, str] = field(default_factory=dict)
+    software: Mapping[str, str] = field(default_factory=software)
+
+
+@dataclass(frozen=True)
+class _Part:
+    output: Output
+    product: str
+    catalog: Catalog
+    pixel: HealpixPixel
+
+
+@dataclass(frozen=True)
+class _Figure:
+    output: Output
+    key: str
+    build: Build
+    counted: Mapping[str, tuple[str, ...]]
+
+
+def report_recipe(products: Mapping[str, str], settings: ReportSettings) -> Recipe:
+    """Recipe of `report` for products of these fingerprints."""
+    params = {
+        "job": settings.job,
+        "job_file": hashlib.sha256(settings.job_text.encode()).hexdigest()[:16],
+        "files": dict(settings.files),
+        "software": dict(settings.software),
+    }
+    return Recipe("report", VERSION, params, products)
+
+
+def report(
+    products: Mapping[str, Path],
+    directory: Path,
+    settings: ReportSettings,
+    *,
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Make the page and its figures.
+
+    Parameters
+    ----------
+    products : mapping of str to Path
+        Directories of the products of a rebuild by their names, in the order of the plan. What is
+        not there is left out of the report.
+    directory : Path
+        Gets ``report.html``, which needs nothing else, and ``figures/*.png`` and ``*.pdf``.
+    settings : ReportSettings
+
+    Returns
+    -------
+    Manifest
+        ``summary``: the chosen method and the titles of the figures.
+
+    Raises
+    ------
+    ConfigError
+        There is no correction among the products.
+    CatalogError
+        A product is unfinished or damaged, or the directory holds something else.
+    """
+    return _report(products, directory, settings, overwrite, cluster, report)
+
+
+def _report(
+    products: Mapping[str, Path],
+    directory: Path,
+    settings: ReportSettings,
+    overwrite: bool,
+    cluster: Cluster | None,
+    report: Report,
+) -> Manifest:
+    build = Build.open(products)
+    if not build.method:
+        raise ConfigError(
+            "there is nothing to report: no method was chosen among these products",
+            "Give the products of a complete rebuild.",
+        )
+    recipe = report_recipe({p.name: p.fingerprint for p in build.products}, settings)
+    output = Output.prepare(directory, recipe, overwrite)
+    if output.complete:
+        return output.load_manifest()
+    cluster = cluster or Cluster()
+    with unless_complete(output):
+        counted = {
+            f"{name}-{key_of(pixel)}": _Part(output, name, catalog, pixel)
+            for name, catalog in build.counted.items()
+            for pixel in catalog.pixels
+        }
+        run_parts(output, "counts", counted, _count_part, cluster, "counts", report)
+        keys = {
+            name: tuple(key for key, part in counted.items() if part.product == name)
+            for name in build.counted
+        }
+        parts = {key: _Figure(output, key, build, keys) for key in figures(build)}
+        run_parts(output, "figures", parts, _figure_part, cluster, "figures", report)
+        done = dict(zip(parts, records(output, "figures", list(parts)) or [], strict=True))
+        drawn = {key: record for key, record in done.items() if record["files"]}
+        files = [FileRecord(**file) for record in drawn.values() for file in record["files"]]
+        output.commit(
+            Rows(0, 0),
+            (*files, output.write_file(PAGE, partial(_write_page, build, settings, output, drawn))),
+            {"method": build.method, "figures": {k: r["title"] for k, r in drawn.items()}},
+        )
+    return output.load_manifest()
+
+
+def of_build(
+    store: Path,
+    directory: Path,
+    *,
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Make the report of the current build of a store; see `report`."""
+    current = store / "current"
+    document = read_build(current)
+    names = [name for name in document["products"] if name != "report"]
+    settings = ReportSettings(document["job"], document["job_file"], file_names(store))
+    products = {name: current / name for name in names}
+    return _report(products, directory, settings, overwrite, cluster, report)
+
+
+def _piece(output: Output, key: str) -> Path:
+    return output.work / "pieces" / f"{key}.arrow"
+
+
+def _count_part(part: _Part) -> None:
+    """Rows of one partition on the sky, and on the plane where it holds corrected labels."""
+    from sos_dask.report import planes, sky
+
+    key = f"{part.product}-{key_of(part.pixel)}"
+    if "teff_sos" not in part.catalog.schema.names:
+        table = part.catalog.read(part.pixel, [HEALPIX_COLUMN])
+        cells, counts = sky.cell_counts(table[HEALPIX_COLUMN].to_numpy())
+        columns = {"cell": cells, "n": counts}
+        n_outside = {}
+    else:
+        errors = part.catalog.columns([f"{label}_sos_err" for label in LABELS])
+        names = ["teff", "logg", "teff_sos", "logg_sos", *errors]
+        table = part.catalog.read(part.pixel, names)
+        values = {name: _floats(table, name) for name in names}
+        before = planes.cells_of(values["teff"], values["logg"])
+        after = planes.cells_of(values["teff_sos"], values["logg_sos"])
+        found = {"before": planes.histogram(before), "after": planes.histogram(after)}
+        columns = {name: one.counts for name, one in found.items()}
+        n_outside = {name: one.n_outside for name, one in found.items()}
+        for name in errors:
+            label = name.removesuffix("_sos_err")
+            good = (before >= 0) & np.isfinite(values[name])
+            whole = np.rint(values[name][good] / planes.QUANTA[label])
+            for what, weights in (("n", None), ("sum", whole)):
+                sums = np.bincount(before[good], weights, minlength=planes.N_CELLS)
+                columns[f"{label}_{what}"] = sums.astype(np.int64)
+    write_piece(_piece(part.output, key), pa.table(columns))
+    part.output.put_record("counts", key, {"outside": n_outside})
+
+
+def _floats(table: pa.Table, name: str) -> NDArray[np.float32]:
+    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
+
+
+def _figure_part(part: _Figure) -> None:
+    """One figure as PNG and PDF, with its words."""
+    from sos_dask.report.style import render
+
+    rendered = render(partial(figures(part.build)[part.key], _Counts(part)))
+    record: dict[str, Any] = {"files": []}
+    if rendered is not None:
+        record = {name: getattr(rendered, name) for name in ("title", "caption", "alt")}
+        record["files"] = [
+            asdict(part.output.write_file(f"figures/{part.key}.{kind}", _writer(content)))
+            for kind, content in (("png", rendered.png), ("pdf", rendered.pdf))
+        ]
+    part.output.put_record("figures", part.key, record)
+
+
+def _writer(content: bytes) -> Callable[[Path], int]:
+    def write(path: Path) -> int:
+        path.write_bytes(content)
+        return 0
+
+    return write
+
+
+def _write_page(
+    build: Build,
+    settings: ReportSettings,
+    output: Output,
+    drawn: Mapping[str, Mapping[str, Any]],
+    path: Path,
+) -> int:
+    from sos_dask.report.page import Picture, html
+
+    pictures = {
+        key: Picture(
+            key, record["title"], record["caption"], record["alt"],
+            (output.directory / f"figures/{key}.png").read_bytes(),
+        )
+        for key, record in drawn.items()
+    }  # fmt: skip
+    document = page(
+        build, pictures, settings.files, settings.software, settings.job, settings.job_text
+    )
+    path.write_text(html(document), encoding="utf-8")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Sums of what `_count_part` has written, as figures ask for them."""
+
+    part: _Figure
+
+    def _tables(self, product: str) -> list[pa.Table]:
+        return [read_piece(_piece(self.part.output, key)) for key in self.part.counted[product]]
+
+    def sky(self, product: str) -> NDArray[np.int64]:
+        """Rows a cell of the sky."""
+        from sos_dask.report.sky import N_CELLS
+
+        total = np.zeros(N_CELLS, dtype=np.int64)
+        for table in self._tables(product):
+            total[table["cell"].to_numpy()] += table["n"].to_numpy()
+        return total
+
+    def plane(self, product: str) -> tuple[Histogram, Histogram]:
+        """Rows on the plane before and after."""
+        from sos_dask.report.planes import N_CELLS, Histogram
+
+        keys = self.part.counted[product]
+        outside = [self.part.output.get_record("counts", key) or {} for key in keys]
+        before, after = (
+            Histogram(
+                sum((t[name].to_numpy() for t in self._tables(product)), np.zeros(N_CELLS, int)),
+                sum(record["outside"][name] for record in outside),
+            )
+            for name in ("before", "after")
+        )
+        return before, after
+
+    def errors(self, product: str) -> NDArray[np.float64] | None:
+        """Mean error of the corrected labels on the plane; None where rows have none."""
+        from sos_dask.report.planes import N_CELLS, QUANTA
+
+        found = self._tables(product)
+        if not found or f"{LABELS[0]}_sum" not in found[0].column_names:
+            return None
+        means = np.full((N_CELLS, len(LABELS)), np.nan)
+        for number, label in enumerate(LABELS):
+            n, total = (
+                np.sum([t[f"{label}_{what}"].to_numpy() for t in found], axis=0)
+                for what in ("n", "sum")
+            )
+            np.divide(total * QUANTA[label], n, out=means[:, number], where=n > 0)
+        return means

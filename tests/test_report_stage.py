@@ -1,0 +1,250 @@
+"""The report of a whole store: complete, self-contained, the same again, and in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from sos_dask.artifact import Manifest
+from sos_dask.catalog import Catalog
+from sos_dask.config import load_job
+from sos_dask.errors import CatalogError, ConfigError
+from sos_dask.pipeline import rebuild
+from sos_dask.plan import plan
+from sos_dask.stages.report import PAGE, ReportSettings, of_build, report, report_recipe
+from tests.job import contents
+
+FIGURES = {
+    "sky",
+    "trends-polynomial",
+    "trends-more",
+    "references-apogee-galah",
+    "correction",
+    "kiel",
+}
+SETTINGS = ReportSettings("small", "a = 1  # <b>", {}, {"sos-dask": "0", "numpy": "1"})
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+@pytest.fixture(scope="module")
+def products(small_store) -> dict[str, Path]:
+    current = small_store / "current"
+    return {
+        name: current / name
+        for name in json.loads((current / "build.json").read_text())["products"]
+    }
+
+
+@pytest.fixture(scope="module")
+def made(products, tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("report") / "out"
+    report(products, folder, SETTINGS)
+    return folder
+
+
+class Reader(HTMLParser):
+    """Checks that elements close in order, and collects what a test asks for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.figures: list[set[str]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag == "figure":
+            self.figures.append(set())
+        elif "figure" in self.open:
+            self.figures[-1].add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.seen if name == tag]
+
+
+def test_the_page_needs_nothing_else(made):
+    text = (made / PAGE).read_text()
+    reader = Reader(text)
+    assert not re.search(r"https?://|url\(|@import|<script", text)
+    assert {link["href"] for link in reader.all("link")} == {"data:,"}
+    anchors = {a["href"] for a in reader.all("a")}
+    assert anchors == {f"#{h2['id']}" for h2 in reader.all("h2") if h2["id"] != "notes"}
+    for image in reader.all("img"):
+        assert str(image["src"]).startswith("data:image/png;base64,")
+        assert len(str(image["alt"])) > 30
+    assert len(reader.all("img")) == len(FIGURES)
+    # Every table and every picture has a caption.
+    assert len(reader.all("table")) > 8
+    held = [figure for figure in reader.figures if figure & {"table", "img", "pre"}]
+    assert len(held) == sum(len(reader.all(tag)) for tag in ("table", "img", "pre"))
+    assert all("figcaption" in figure for figure in held)
+
+
+def test_all_that_is_promised_is_there(made, products):
+    manifest = Manifest.load(made)
+    assert set(manifest.summary["figures"]) == FIGURES
+    expected = {PAGE, *(f"figures/{n}.{kind}" for n in FIGURES for kind in ("png", "pdf"))}
+    assert {record.path for record in manifest.files} == expected
+    assert {str(p.relative_to(made)) for p in made.rglob("*") if p.is_file()} == expected | {
+        "manifest.json"
+    }
+    text = (made / PAGE).read_text()
+    for name, path in products.items():
+        assert name in text and Manifest.load(path).fingerprint in text
+    for survey in ("lamost", "apogee", "galah"):
+        observations = Manifest.load(products[f"{survey}.observations"])
+        assert all(digest in text for digest in observations.recipe.inputs.values())
+        assert f"{observations.rows.n_in:,}" in text
+        for name, failed in observations.summary["fail_cut"].items():
+            assert f"<td>{name}</td>" in text and f">{failed:,}</td>" in text
+    assert "a = 1  # &lt;b&gt;" in text, "the job file, escaped"
+    corrected = Catalog.open(products["lamost.corrected"])
+    table = pq.read_table([corrected.partition_file(p) for p in corrected.pixels], columns=["teff"])
+    assert f"{table.num_rows - table['teff'].null_count:,} rows with both labels" in text
+
+
+def test_a_stopped_run_goes_on_and_workers_change_no_byte(
+    made, products, cluster, tmp_path, monkeypatch
+):
+    import sos_dask.stages.report as module
+
+    out = tmp_path / "out"
+    drawn: list[str] = []
+    part = module._figure_part
+
+    def stopping(item) -> None:
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(item.key)
+        part(item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_figure_part", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            report(products, out, SETTINGS)
+    assert not (out / PAGE).exists()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("figures/*")}
+    assert {path.stem for path in before} == set(drawn)
+    report(products, out, SETTINGS, cluster=cluster)
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "none is drawn twice"
+    assert contents(out) == contents(made)
+
+
+def test_what_is_missing_is_left_out(products, tmp_path):
+    few = {n: p for n, p in products.items() if n not in ("trends", "reference", "galah.stars")}
+    manifest = report(few, tmp_path / "few", SETTINGS)
+    assert set(manifest.summary["figures"]) == {"sky", "kiel"}
+    text = (tmp_path / "few" / PAGE).read_text()
+    assert "Trends before and after" not in text and "The methods compared" in text
+    with pytest.raises(ConfigError, match="nothing to report"):
+        report({"pairs": products["pairs"]}, tmp_path / "none", SETTINGS)
+    with pytest.raises(CatalogError, match="already holds"):
+        report(products, tmp_path / "few", SETTINGS)
+
+
+def test_a_rebuild_makes_the_report_when_the_job_asks(small_store, tmp_path):
+    shutil.copytree(small_store.parent, tmp_path / "copy", symlinks=True)
+    file = tmp_path / "copy" / "job.toml"
+    file.write_text(file.read_text().replace("enabled = false", "enabled = true"))
+    job = load_job(file)
+    assert [(s.product, s.reason) for s in plan(job) if not s.complete] == [
+        ("report", "not built before")
+    ]
+    build = rebuild(job)
+    assert [stage.product for stage in build.stages if stage.ran] == ["report"]
+    text = (build.path / "report" / PAGE).read_text()
+    assert "job “small”" in text and "lamost.fits" in text
+    assert rebuild(job).path == build.path
+    # The single step makes the same page from the published build alone.
+    of_build(tmp_path / "copy" / "store", tmp_path / "again")
+    assert (tmp_path / "again" / PAGE).read_text() == text
+    # Another comment in the job is another page, and nothing else.
+    file.write_text(file.read_text() + "# a comment\n")
+    (stage,) = [stage for stage in plan(load_job(file)) if not stage.complete]
+    assert stage.product == "report" and stage.reason.startswith("job_file")
+
+
+def test_software_is_part_of_the_recipe():
+    one = report_recipe({}, SETTINGS)
+    other = report_recipe({}, ReportSettings("small", "a = 1  # <b>", {}, {"numpy": "2"}))
+    assert one.fingerprint != other.fingerprint
+    assert {"python", "numpy", "matplotlib"} <= set(ReportSettings("a", "b").software)
+
+
+# --- in a browser -------------------------------------------------------------------------------
+
+_RULES = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+_PROBE = """<script>addEventListener("load", () => {
+  const width = document.documentElement.clientWidth, beyond = [];
+  for (const e of document.querySelectorAll("body *")) {
+    const box = e.getBoundingClientRect();
+    if (box.width && (box.right > width + 1 || box.left < -1) && !e.closest(".wide"))
+      beyond.push(e.tagName + " " + box.right);
+  }
+  const broken = [...document.images].filter(i => !i.complete || !i.naturalWidth).length;
+  const scroll = document.documentElement.scrollWidth;
+  parent.postMessage(JSON.stringify({width, scroll, beyond, broken}), "*");
+})</script></body>"""
+_FRAME = """<body><script>onmessage = e => document.body.dataset.probe = e.data</script>
+<iframe style="border:0" width="{width}" height="800" src="probe.html"></iframe>"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Runs a real browser without a window; gives its standard output and error."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("no Chromium or Chrome on the PATH to look at the page with")
+
+    def run(page: Path, *options: str) -> tuple[str, str]:
+        done = subprocess.run(
+            [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+             "--enable-logging=stderr", *options, f"file://{page}"],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        return done.stdout, done.stderr
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_cut_off_in_a_browser(made, browser, tmp_path, width):
+    # The page forbids scripts, so its copy with the probe must not say so.
+    text = _RULES.sub("", (made / PAGE).read_text())
+    (tmp_path / "probe.html").write_text(text.replace("</body>", _PROBE))
+    frame = tmp_path / "frame.html"
+    frame.write_text(_FRAME.format(width=width))
+    out, _ = browser(frame, "--window-size=1600,1000", "--dump-dom")
+    found = re.search(r'data-probe="([^"]*)"', out)
+    assert found is not None
+    probe = json.loads(found[1].replace("&quot;", '"'))
+    assert probe == {"width": width, "scroll": width, "beyond": [], "broken": 0}
+
+
+@pytest.mark.slow
+def test_the_console_of_a_browser_stays_empty(made, browser, tmp_path):
+    out, errors = browser((made / PAGE).resolve(), "--dump-dom")
+    assert "What to watch out for" in out
+    assert "CONSOLE" not in errors
+    # What this test would see: an image that the page's own rules forbid.
+    bad = tmp_path / "bad.html"
+    text = (
+        (made / PAGE).read_text().replace("</body>", '<img src="http://localhost:9/x.png"></body>')
+    )
+    bad.write_text(text)
+    assert "CONSOLE" in browser(bad, "--dump-dom")[1]

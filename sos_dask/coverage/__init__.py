@@ -1,0 +1,11 @@
+"""How well the overlap represents a row, as a number with a meaning (see `coverage.model`)."""
+
+from sos_dask.coverage.fit import Fit, Overlap, check_measure, compare, fit
+from sos_dask.coverage.growth import Growth, Noise, residual_width
+from sos_dask.coverage.measures import MEASURES, PARAMETERS
+from sos_dask.coverage.model import CLASSES, INSIDE, OUTSIDE, SPARSE, CoverageModel, Limits
+
+__all__ = [
+    "CLASSES", "INSIDE", "MEASURES", "OUTSIDE", "PARAMETERS", "SPARSE", "CoverageModel", "Fit",
+    "Growth", "Limits", "Noise", "Overlap", "check_measure", "compare", "fit", "residual_width",
+]  # fmt: skip

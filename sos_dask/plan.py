@@ -23,11 +23,13 @@ from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster, Report
 from sos_dask.compare import choose
 from sos_dask.config import DedupeSection, Job, SurveySection
+from sos_dask.coverage import Limits
 from sos_dask.crossmatch import MatchSettings
 from sos_dask.dedupe import DedupeSettings
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.schema import load_survey
-from sos_dask.stages.apply import apply, apply_recipe
+from sos_dask.stages.apply import Trust, apply, apply_recipe
+from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
 from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
 from sos_dask.stages.dedupe import dedupe, dedupe_recipe
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
@@ -230,21 +232,69 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         ),
     )
     source = observations["observations"]
+    covered = _add_coverage(planner, chosen, trained, pairs, observations)
+    fallback = job.coverage.fallback
+    if fallback == "auto":
+        fallback = "polynomial" if "polynomial" in trained else "edge"
+    smooth = trained["polynomial"] if fallback == "polynomial" else None
 
     def run_apply(directory: Path, cluster: Cluster, report: Report) -> Manifest | None:
-        method = Manifest.load(planner.directory(chosen)).summary["method"]
         return apply(
-            planner.directory(trained[method]),
+            _chosen_model(planner, chosen, trained),
             planner.catalog(source),
             directory,
             name=f"{job.target_name}.corrected",
             cluster=cluster,
             report=report,
             model_fingerprint=chosen,
+            trust=Trust(
+                planner.catalog(covered), fallback, planner.directory(smooth) if smooth else None
+            ),
         )
 
-    planner.add(f"{job.target_name}.corrected", apply_recipe(chosen, source), run_apply)
+    planner.add(
+        f"{job.target_name}.corrected", apply_recipe(chosen, source, covered, fallback), run_apply
+    )
     return planner.stages
+
+
+def _chosen_model(planner: _Planner, chosen: str, trained: Mapping[str, str]) -> Path:
+    """Directory of the model of the chosen method."""
+    method = Manifest.load(planner.directory(chosen)).summary["method"]
+    return planner.directory(trained[method])
+
+
+def _add_coverage(
+    planner: _Planner,
+    chosen: str,
+    trained: Mapping[str, str],
+    pairs: str,
+    target: Mapping[str, str],
+) -> str:
+    job, section = planner.job, planner.job.coverage
+    settings = CoverageSettings(
+        section.measure,
+        Limits(section.inside, section.outside),
+        section.compare,
+        {label: limits for label, limits in section.grid.items()},
+        (job.target.dedupe or job.dedupe).radius_arcsec,
+        job.seed,
+    )
+    return planner.add(
+        "coverage",
+        coverage_recipe(chosen, pairs, target["observations"], target["stars"], settings),
+        lambda directory, cluster, report: coverage(
+            _chosen_model(planner, chosen, trained),
+            planner.catalog(pairs),
+            planner.catalog(target["observations"]),
+            planner.catalog(target["stars"]),
+            directory,
+            settings,
+            cluster=cluster,
+            report=report,
+            model_fingerprint=chosen,
+        ),
+    )
 
 
 def _add_survey(planner: _Planner, name: str, section: SurveySection) -> dict[str, str]:

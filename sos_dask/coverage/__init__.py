@@ -2,10 +2,19 @@
 
 from sos_dask.coverage.fit import Fit, Overlap, check_measure, compare, fit
 from sos_dask.coverage.growth import Growth, Noise, residual_width
+from sos_dask.coverage.maps import MAP_SCHEMA, count_maps, follow_up, sum_maps
 from sos_dask.coverage.measures import MEASURES, PARAMETERS
-from sos_dask.coverage.model import CLASSES, INSIDE, OUTSIDE, SPARSE, CoverageModel, Limits
+from sos_dask.coverage.model import (
+    CLASSES,
+    INSIDE,
+    OUTSIDE,
+    SPARSE,
+    CoverageModel,
+    Limits,
+)
 
 __all__ = [
-    "CLASSES", "INSIDE", "MEASURES", "OUTSIDE", "PARAMETERS", "SPARSE", "CoverageModel", "Fit",
-    "Growth", "Limits", "Noise", "Overlap", "check_measure", "compare", "fit", "residual_width",
+    "CLASSES", "INSIDE", "MAP_SCHEMA", "MEASURES", "OUTSIDE", "PARAMETERS", "SPARSE",
+    "CoverageModel", "Fit", "Growth", "Limits", "Noise", "Overlap", "check_measure",
+    "compare", "count_maps", "fit", "follow_up", "residual_width", "sum_maps",
 ]  # fmt: skip

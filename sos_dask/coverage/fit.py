@@ -86,9 +86,7 @@ def check_measure(name: str) -> None:
         )
 
 
-def fit(
-    overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int = 0
-) -> Fit:
+def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int = 0) -> Fit:
     """Fit a measure to the overlap and calibrate its distances on held-out pairs.
 
     Held-out pairs are measured from the pairs of the other folds alone, as a new star is.
@@ -132,7 +130,7 @@ def fit(
     reference_error = overlap.reference_error[held_out]
     dense = distance <= np.quantile(distance, 0.5)
     noise = Noise.fit(residual[dense], logg[dense], snr[dense], reference_error[dense])
-    ratio = residual / np.hypot(noise(logg, snr), np.nan_to_num(reference_error))
+    ratio = residual / noise.of_pairs(logg, snr, reference_error)
     wrong = np.abs(ratio).min(axis=1) > WRONG_SIGMA
     growth, bins = Growth.fit(distance[~wrong], ratio[~wrong])
     error = np.sqrt(np.mean(np.square(ratio[~wrong]), axis=1))

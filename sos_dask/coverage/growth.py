@@ -34,21 +34,24 @@ class Noise:
     ----------
     floor, slope : tuple of tuple of float
         Of dwarfs, then giants: one a label, in its unit.
+    reference : tuple of tuple of float
+        By what the stated errors of the reference are to be multiplied, at most 1.
     """
 
     floor: tuple[tuple[float, ...], ...]
     slope: tuple[tuple[float, ...], ...]
+    reference: tuple[tuple[float, ...], ...]
 
     @classmethod
     def fit(
         cls, residual: FloatArray, logg: FloatArray, snr: FloatArray, reference_error: FloatArray
     ) -> Noise:
-        """Fit to residuals of pairs, less the stated errors of the reference.
+        """Fit to residuals of pairs, together with how much of the reference's error is in them.
 
         Parameters
         ----------
         residual, reference_error : ndarray of float64, shape (n, 3)
-            nan in ``reference_error``: not known, nothing is taken off.
+            nan in ``reference_error``: not known, nothing is put down to the reference.
         logg, snr : ndarray of float64, shape (n,)
         """
         giant = logg < _GIANT_LOGG
@@ -56,7 +59,18 @@ class Noise:
         for kind in (~giant, giant):
             rows = kind if np.count_nonzero(kind) >= _KIND_PAIRS else np.ones_like(kind)
             laws.append(_noise_law(residual[rows], snr[rows], reference_error[rows]))
-        return cls(tuple(law[0] for law in laws), tuple(law[1] for law in laws))
+        return cls(*(tuple(law[part] for law in laws) for part in range(3)))
+
+    def of_pairs(
+        self,
+        logg: NDArray[np.floating],
+        snr: NDArray[np.floating],
+        reference_error: FloatArray,
+    ) -> FloatArray:
+        """Widths (n, 3) of the residuals of pairs: with their share of the reference's error."""
+        kind = (np.asarray(logg) < _GIANT_LOGG).astype(np.int64)
+        reference = np.array(self.reference)[kind] * np.nan_to_num(reference_error)
+        return np.asarray(np.hypot(self(logg, snr), reference))
 
     def __call__(self, logg: NDArray[np.floating], snr: NDArray[np.floating]) -> FloatArray:
         """Errors (n, 3) of rows; the floor where the signal to noise is not known."""
@@ -72,25 +86,35 @@ def _inverse(snr: NDArray[np.floating]) -> FloatArray:
 
 def _noise_law(
     residual: FloatArray, snr: FloatArray, reference_error: FloatArray
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Floor and slope of each label, from widths in bins of equally many pairs along S/N."""
-    from scipy.optimize import nnls
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """Floor, slope and share of the reference of each label.
+
+    From squared widths in bins of equally many pairs along S/N, in halves by the reference's error.
+    """
+    from scipy.optimize import lsq_linear
 
     inverse = _inverse(snr)
     order = np.argsort(inverse, kind="stable")
-    bins = np.array_split(order, int(np.clip(len(order) // 100, 4, 40)))
-    terms = np.array([[1.0, np.mean(np.square(inverse[b]))] for b in bins])
+    bins = np.array_split(order, int(np.clip(len(order) // 200, 3, 25)))
     stated = np.square(np.nan_to_num(reference_error))
-    floor, slope = [], []
+    laws = []
     for label in range(len(LABELS)):
-        total = np.array([residual_width(residual[b, label]) ** 2 for b in bins])
-        of_reference = np.array([np.median(stated[b, label]) for b in bins])
-        # Stated errors may be too large: at least a quarter of the width is the row's own.
-        own = np.maximum(total - of_reference, np.maximum(total, 1e-12) / 16.0)
-        found, _ = nnls(terms / own[:, None], np.ones(len(bins)))
-        floor.append(float(np.sqrt(found[0])))
-        slope.append(float(np.sqrt(found[1])))
-    return tuple(floor), tuple(slope)
+        cells = []
+        for rows in bins:
+            by_error = rows[np.argsort(stated[rows, label], kind="stable")]
+            cells += np.array_split(by_error, 2)
+        cells = [cell for cell in cells if len(cell)]
+        total = np.array([residual_width(residual[cell, label]) ** 2 for cell in cells])
+        total = np.maximum(total, 1e-12)
+        terms = np.array(
+            [[1.0, np.mean(np.square(inverse[c])), np.median(stated[c, label])] for c in cells]
+        )
+        # What is left to the row is never less than 40 % of the smallest width: where all pairs
+        # have like errors, the share of the reference cannot be told from the row's own floor.
+        bounds = ([total.min() * 0.16, 0.0, 0.0], [np.inf, np.inf, 1.0])
+        laws.append(lsq_linear(terms / total[:, None], np.ones(len(total)), bounds).x)
+    floor, slope, share = np.sqrt(np.array(laws)).T.tolist()
+    return tuple(floor), tuple(slope), tuple(share)
 
 
 @dataclass(frozen=True)

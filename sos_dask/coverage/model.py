@@ -4,7 +4,7 @@ A measure gives every row a distance from the overlap, small where overlap stars
 pairs that no correction was trained on, the residual in units of the noise at its signal to noise
 grows with that distance d; the growth is fitted as
 
-    growth(d) = sqrt(1 + (d / d0)^(2 p)),        coverage = 1 / growth
+    growth(d) = sqrt(1 + (d / d0)^2),        coverage = 1 / growth
 
 so a coverage c says: the error of the corrected labels is 1/c times that of a star of the same
 signal to noise in the dense overlap. The rows are *inside*, *sparse* or *outside* by two limits of
@@ -49,7 +49,7 @@ INSIDE, SPARSE, OUTSIDE = 0, 1, 2
 CLASSES = ("inside", "sparse", "outside")
 _REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
 _FORMAT = 1
-_FILE = "coverage.json"
+MODEL_FILE = "coverage.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Limits:
     """
 
     inside: float = 0.8
-    outside: float = 0.6
+    outside: float = 2.0 / 3.0
 
     def __post_init__(self) -> None:
         if not 0 < self.outside < self.inside < 1:
@@ -184,7 +184,7 @@ class CoverageModel:
             document["mixture"] = arrays
         elif self.name == "neighbours8" and isinstance(self.measure, Neighbours):
             np.save(directory / "overlap8.npy", self.measure.overlap)
-        (directory / _FILE).write_text(json.dumps(document, indent=1, sort_keys=True))
+        (directory / MODEL_FILE).write_text(json.dumps(document, indent=1, sort_keys=True))
 
     @classmethod
     def load(cls, directory: Path) -> CoverageModel:
@@ -196,10 +196,10 @@ class CoverageModel:
             A file is missing, damaged or of a newer format.
         """
         try:
-            document = json.loads((directory / _FILE).read_text())
+            document = json.loads((directory / MODEL_FILE).read_text())
             if document["format"] > _FORMAT:
                 raise ModelError(
-                    f"{directory / _FILE} has format {document['format']}, newer than {_FORMAT}",
+                    f"{directory / MODEL_FILE} has format {document['format']}, not {_FORMAT}",
                     "Install a newer sos-dask.",
                 )
             name = document["measure"]

@@ -9,12 +9,16 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from sos_dask import models
 from sos_dask.artifact import Manifest, Output, Recipe, Rows, sha256_of_file
 from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.correct import FLAG_MEANINGS, correct, corrected_schema
+from sos_dask.correct import FLAG_MEANINGS, Predictor, correct, corrected_schema
+from sos_dask.coverage import CoverageModel
 from sos_dask.errors import ConfigError
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import LABELS
@@ -26,8 +30,30 @@ from sos_dask.stages.parts import (
     run_parts,
     unless_complete,
 )
+from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
+from sos_dask.trust import FLAGS, Faded, trusted_schema, with_coverage
 
 VERSION = 1
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far the correction is trusted, and what stands in for it where it is not.
+
+    Parameters
+    ----------
+    coverage : Catalog
+        Output of the stage coverage for the same catalog.
+    fallback : str
+        ``polynomial``: a smooth model, held constant a little way out; ``none``: no correction;
+        ``edge``: the correction itself.
+    smooth : Path, optional
+        Directory of the smooth model.
+    """
+
+    coverage: Catalog
+    fallback: str = "edge"
+    smooth: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +63,7 @@ class _Part:
     pixel: HealpixPixel
     model: str
     model_fingerprint: str
+    trust: Trust | None = None
 
 
 def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
@@ -93,9 +120,12 @@ def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
     return sorted(chosen)
 
 
-def apply_recipe(model: str, catalog: str) -> Recipe:
-    """Recipe of `apply` for a model and a catalog of these fingerprints."""
-    return Recipe("apply", VERSION, {}, {"model": model, "observations": catalog})
+def apply_recipe(model: str, catalog: str, coverage: str = "", fallback: str = "") -> Recipe:
+    """Recipe of `apply` for a model, a catalog and a coverage of these fingerprints."""
+    inputs = {"model": model, "observations": catalog}
+    if not coverage:
+        return Recipe("apply", VERSION, {}, inputs)
+    return Recipe("apply", VERSION, {"fallback": fallback}, {**inputs, "coverage": coverage})
 
 
 def apply(
@@ -109,6 +139,7 @@ def apply(
     cluster: Cluster | None = None,
     report: Report = silent,
     model_fingerprint: str = "",
+    trust: Trust | None = None,
 ) -> Manifest | None:
     """Correct the labels of every row of a catalog.
 
@@ -122,6 +153,8 @@ def apply(
         Where the corrected catalog goes; several processes may share it.
     partitions : str
         See `parse_partitions`.
+    trust : Trust, optional
+        Without it there is no ``coverage``, and nothing fades.
 
     Returns
     -------
@@ -139,14 +172,20 @@ def apply(
     chosen = parse_partitions(partitions, catalog.pixels)
     correction = models.load(model)
     fingerprint = model_fingerprint or sha256_of_file(model / "model.json")
-    output = Output.prepare(directory, apply_recipe(fingerprint, catalog.fingerprint), overwrite)
+    recipe = apply_recipe(
+        fingerprint,
+        catalog.fingerprint,
+        trust.coverage.fingerprint if trust else "",
+        trust.fallback if trust else "",
+    )
+    output = Output.prepare(directory, recipe, overwrite)
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
     require_memory(cluster, catalog, "apply")
     with unless_complete(output):
         parts = {
-            key_of(pixel): _Part(output, catalog, pixel, str(model), fingerprint)
+            key_of(pixel): _Part(output, catalog, pixel, str(model), fingerprint, trust)
             for pixel in catalog.pixels
         }
         keys = list(parts)
@@ -163,21 +202,49 @@ def apply(
         if done is None:
             return None
         n_rows = catalog.n_rows
+        schema = corrected_schema(catalog.schema)
         commit_catalog(
             output,
             name or catalog.name.removesuffix(".observations") + ".corrected",
             list(zip(catalog.pixels, done, strict=True)),
-            corrected_schema(catalog.schema),
+            trusted_schema(schema) if trust else schema,
             Rows(n_rows, sum(record["file"]["rows"] for record in done)),
             {
                 "method": correction.method,
+                **({"fallback": trust.fallback} if trust else {}),
                 "flags": {
-                    FLAG_MEANINGS[bit]: sum(record["flags"][str(bit)] for record in done)
-                    for bit in FLAG_MEANINGS
+                    text: sum(record["flags"][str(bit)] for record in done)
+                    for bit, text in _meanings(trust).items()
                 },
             },
         )
     return output.load_manifest()
+
+
+def _meanings(trust: Trust | None) -> dict[int, str]:
+    return FLAG_MEANINGS if trust is None else {**FLAG_MEANINGS, **TRUST_MEANINGS}
+
+
+def _faded(
+    correction: Predictor, scores: pa.Table, trust: Trust, known: CoverageModel
+) -> Predictor:
+    """The correction that fades to the fallback with falling coverage of these rows."""
+    if trust.fallback == "edge":
+        return correction
+    fallback = None
+    if trust.smooth is not None:
+        smooth = _load(str(trust.smooth), "")
+
+        def fallback(features: NDArray[np.float32]) -> NDArray[np.float32]:
+            return smooth.predict(known.within_reach(features))
+
+    coverage = pc.fill_null(scores["coverage"], np.nan).to_numpy()
+    return Faded(correction, coverage, known.limits.inside, known.limits.outside, fallback)
+
+
+@lru_cache(maxsize=2)
+def _load_coverage(directory: str, fingerprint: str) -> CoverageModel:
+    return CoverageModel.load(Path(directory))
 
 
 @lru_cache(maxsize=4)
@@ -187,10 +254,17 @@ def _load(model: str, fingerprint: str) -> models.Correction:
 
 def _apply_part(part: _Part) -> None:
     table = part.catalog.read(part.pixel)
-    corrected = correct(table, _load(part.model, part.model_fingerprint))
+    correction: Predictor = _load(part.model, part.model_fingerprint)
+    if part.trust is None:
+        corrected = correct(table, correction)
+    else:
+        scores = part.trust.coverage.read(part.pixel, ["obs_id", "coverage", FLAGS])
+        known = _load_coverage(str(part.trust.coverage.path), part.trust.coverage.fingerprint)
+        corrected = correct(table, _faded(correction, scores, part.trust, known))
+        corrected = with_coverage(corrected, scores, known.limits.inside)
     flags = corrected["flag_sos"].to_numpy()
     record = write_partition(part.output, part.pixel, corrected)
-    counts = {str(bit): int(np.count_nonzero(flags & bit)) for bit in FLAG_MEANINGS}
+    counts = {str(bit): int(np.count_nonzero(flags & bit)) for bit in _meanings(part.trust)}
     part.output.put_record(
         "corrected", key_of(part.pixel), {"file": asdict(record), "flags": counts}
     )

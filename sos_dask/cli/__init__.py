@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sos_dask.cli import look, steps, store
+from sos_dask.cli import coverage, look, steps, store
 from sos_dask.cli.options import DEBUG
 from sos_dask.errors import SosError, StorageError
 
@@ -28,13 +28,14 @@ _GROUPS = {
     "Single steps, in their order": (
         steps.simulate,
         steps.ingest,
+        coverage.attach,
         steps.dedupe,
         steps.reference,
         steps.crossmatch,
         steps.train,
         steps.apply,
     ),
-    "Look and check": (look.surveys, look.verify),
+    "Look and check": (coverage.coverage, look.surveys, look.verify),
 }
 for _title, _commands in _GROUPS.items():
     for _command in _commands:

@@ -2,7 +2,7 @@
 
 from sos_dask.coverage.fit import Fit, Overlap, check_measure, compare, fit
 from sos_dask.coverage.growth import Growth, Noise, residual_width
-from sos_dask.coverage.maps import MAP_SCHEMA, count_maps, follow_up, sum_maps
+from sos_dask.coverage.maps import MAP_SCHEMA, SKY_ORDER, count_maps, follow_up, sum_maps
 from sos_dask.coverage.measures import MEASURES, PARAMETERS
 from sos_dask.coverage.model import (
     CLASSES,
@@ -14,7 +14,25 @@ from sos_dask.coverage.model import (
 )
 
 __all__ = [
-    "CLASSES", "INSIDE", "MAP_SCHEMA", "MEASURES", "OUTSIDE", "PARAMETERS", "SPARSE",
-    "CoverageModel", "Fit", "Growth", "Limits", "Noise", "Overlap", "check_measure",
-    "compare", "count_maps", "fit", "follow_up", "residual_width", "sum_maps",
+    "CLASSES",
+    "INSIDE",
+    "MAP_SCHEMA",
+    "MEASURES",
+    "OUTSIDE",
+    "PARAMETERS",
+    "SKY_ORDER",
+    "SPARSE",
+    "CoverageModel",
+    "Fit",
+    "Growth",
+    "Limits",
+    "Noise",
+    "Overlap",
+    "check_measure",
+    "compare",
+    "count_maps",
+    "fit",
+    "follow_up",
+    "residual_width",
+    "sum_maps",
 ]  # fmt: skip

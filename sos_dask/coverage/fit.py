@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sos_dask.coverage.growth import Growth, Noise
 from sos_dask.coverage.measures import (
     MEASURES,
+    OF_LABELS,
     PARAMETERS,
     Measure,
     Mixture,
@@ -107,7 +108,8 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
         Too few held-out pairs.
     """
     check_measure(name)
-    names = tuple(p for p in PARAMETERS if p in catalog and p in overlap.columns)
+    known = LABELS if name in OF_LABELS else PARAMETERS
+    names = tuple(p for p in known if p in catalog and p in overlap.columns)
     held_out = np.isfinite(overlap.residual).all(axis=1)
     n_held_out = int(np.count_nonzero(held_out))
     if n_held_out < MIN_HELD_OUT:

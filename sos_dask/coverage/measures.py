@@ -18,6 +18,8 @@ FloatArray = NDArray[np.float64]
 PARAMETERS = (*LABELS, "snr", "rv", "phot_g_mean_mag", "distance", "ebv")
 _LOGARITHMIC = ("snr", "distance")  # they span decades
 MEASURES = ("neighbours", "neighbours8", "ratio", "mixture")
+OF_LABELS = ("neighbours", "mixture")
+"""Measures that see the three labels alone, as a correction does."""
 NEIGHBOURS = 8  # 4 to 16 predict the error equally well on the simulation
 
 

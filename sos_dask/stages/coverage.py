@@ -139,8 +139,9 @@ def coverage(
     stars : Catalog
         Its stars, for ``flag_spread``.
     directory : Path
-        Gets a catalog on the partitions of ``catalog`` (``_healpix_29``, key, ``coverage``,
-        ``flag_coverage``), the model, ``calibration.parquet`` and ``maps.parquet``.
+        Gets a catalog on the partitions of ``catalog`` (``_healpix_29``, key,
+        position, ``coverage``, ``flag_coverage``), the model, ``calibration.parquet`` and
+        ``maps.parquet``.
 
     Returns
     -------
@@ -158,7 +159,7 @@ def coverage(
         A column is missing, or the held-out pairs are not those of the pairs.
     """
     kernel.check_measure(settings.measure)
-    catalog.require(*LABELS, HEALPIX_COLUMN, "obs_id")
+    catalog.require(*LABELS, HEALPIX_COLUMN, "obs_id", "ra", "dec")
     fingerprint = model_fingerprint or Manifest.load(model).fingerprint
     recipe = coverage_recipe(
         fingerprint, pairs.fingerprint, catalog.fingerprint, stars.fingerprint, settings
@@ -202,7 +203,7 @@ def _run(
     names = [name for name in PARAMETERS if name in catalog.schema.names]
     summary = {
         "measure": settings.measure,
-        "parameters": names,
+        "parameters_of_catalog": names,
         "parameters_without_column": [name for name in PARAMETERS if name not in names],
         "rows_without": {
             name: sum(record["missing"].get(name, 0) for record in done) for name in names
@@ -266,6 +267,7 @@ def _fitted(
         if settings.compare:
             others = kernel.compare(overlap, columns, settings.limits, settings.seed)
         record = {
+            "parameters": list(fit.model.parameters),
             "held_out_pairs": fit.n_held_out,
             "wrong_measurements": fit.n_wrong,
             "growth": asdict(fit.model.growth),
@@ -375,7 +377,7 @@ def _schema(catalog: Catalog) -> pa.Schema:
     return pa.schema(
         [
             catalog.schema.field(HEALPIX_COLUMN),
-            catalog.schema.field("obs_id"),
+            *(catalog.schema.field(name) for name in ("obs_id", "ra", "dec")),
             COVERAGE_FIELD,
             pa.field(FLAGS, pa.int32(), False),
         ]
@@ -405,7 +407,7 @@ def _score_part(part: _Part) -> None:
     out = pa.table(
         [
             table[HEALPIX_COLUMN],
-            table["obs_id"],
+            *(table[name] for name in ("obs_id", "ra", "dec")),
             pa.array(score, pa.float32(), mask=~known),
             pa.array(flags),
         ],
@@ -439,3 +441,55 @@ def _of_stars(part: _Part, table: pa.Table, stars: Catalog, flag: str) -> NDArra
         return np.empty(0, dtype=np.int64)
     settings = MatchSettings(part.radius_arcsec, max(part.radius_arcsec, 10.0))
     return np.unique(match(table, marked, settings, key).left)
+
+
+def look(directory: Path) -> dict[str, Any]:
+    """What a person asks of a coverage product.
+
+    Parameters
+    ----------
+    directory : Path
+        The product.
+
+    Returns
+    -------
+    dict
+        ``inside``, ``sparse``, ``outside``, ``unknown``: shares of the rows; ``meaning``,
+        ``limits``, ``measure``, ``parameters``, ``measures`` as in the manifest; ``kiel`` (cells of
+        500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) with ``rows`` and ``outside``;
+        ``follow_up``: see `coverage.follow_up`.
+
+    Raises
+    ------
+    CatalogError
+        There is no such product.
+    """
+    summary = Manifest.load(directory).summary
+    maps = pq.read_table(directory / MAPS)
+    kept = ("meaning", "limits", "measure", "measures", "parameters", "parameters_without_column",
+            "rows_without", "rows", "flags", "held_out_pairs", "wrong_measurements")  # fmt: skip
+    return {
+        **summary["shares"],
+        **{name: summary[name] for name in kept},
+        "kiel": _coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
+        "sky": _coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
+        "follow_up": kernel.follow_up(maps),
+    }
+
+
+def _coarse(maps: pa.Table, name: str, steps: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Cells of a map added up to larger ones: their middles (first pixels), rows and outside."""
+    total: dict[tuple[float, ...], list[int]] = {}
+    for row in maps.filter(pc.equal(maps["map"], name)).to_pylist():
+        cell = tuple(row[column] // step for column, step in steps.items())
+        counts = total.setdefault(cell, [0, 0])
+        counts[0] += sum(row[kind] for kind in CLASSES)
+        counts[1] += row["outside"]
+    found = []
+    for cell, (n_rows, outside) in sorted(total.items()):
+        place: dict[str, Any] = {
+            column: int(index) if column == "pixel" else (index + 0.5) * step
+            for index, (column, step) in zip(cell, steps.items(), strict=True)
+        }
+        found.append({**place, "rows": n_rows, "outside": outside})
+    return found

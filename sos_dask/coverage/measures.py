@@ -147,24 +147,29 @@ class Mixture:
     def fit(cls, overlap: FloatArray, seed: int, n_gaussians: int = 16) -> Mixture:
         """Fit by expectation maximisation, on at most 20,000 stars."""
         from sklearn.mixture import GaussianMixture
+        from threadpoolctl import threadpool_limits
 
         rng = np.random.default_rng(seed)
         labels = overlap[:, : len(LABELS)]
         if len(labels) > 20_000:
             labels = labels[np.sort(rng.choice(len(labels), 20_000, replace=False))]
-        fitted = GaussianMixture(
-            min(n_gaussians, len(labels) // 50 + 1), random_state=seed, reg_covar=1e-3
-        ).fit(labels)
+        n_gaussians = min(n_gaussians, len(labels) // 50 + 1)
+        with threadpool_limits(1):  # small products: threads cost more than they bring
+            fitted = GaussianMixture(n_gaussians, random_state=seed, reg_covar=1e-3).fit(labels)
         return cls(fitted.weights_, fitted.means_, fitted.precisions_cholesky_)
 
     def distance(self, x: FloatArray) -> FloatArray:
         """See `Measure`; nan where a label is missing."""
-        labels = x[:, : len(LABELS)]
-        log_density = np.full(len(x), -np.inf)
+        known = np.isfinite(x[:, : len(LABELS)]).all(axis=1)
+        labels = x[known, : len(LABELS)]
+        log_density = np.full(len(labels), -np.inf)
         for weight, mean, precision in zip(
             self.weights, self.means, self.precisions_cholesky, strict=True
         ):
-            y = (labels - mean) @ precision
+            # No matrix product: its last digits depend on the other rows.
+            y = ((labels - mean)[:, :, None] * precision).sum(axis=1)
             log_volume = np.log(np.diag(precision)).sum() + np.log(weight)
             log_density = np.logaddexp(log_density, log_volume - 0.5 * (y * y).sum(axis=1))
-        return np.asarray(np.exp(np.minimum(-log_density / len(LABELS), 50.0)))
+        out = np.full(len(x), np.nan)
+        out[known] = np.exp(np.minimum(-log_density / len(LABELS), 50.0))
+        return out

@@ -42,10 +42,11 @@ def test_columns_stand_beside_the_observations(small_store):
 
 def test_same_bytes_with_workers(small_store, cluster, tmp_path):
     current = small_store / "current"
-    arguments = [opened(small_store, n) for n in ("pairs", "lamost.observations", "lamost.stars")]
+    pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
+    stars = opened(small_store, "lamost.stars")
     model = (current / "model.polynomial").resolve()
     for name, workers in (("alone", None), ("workers", cluster)):
-        coverage(model, *arguments, tmp_path / name, CoverageSettings(), cluster=workers)
+        coverage(model, pairs, rows, stars, tmp_path / name, CoverageSettings(), cluster=workers)
     assert contents(tmp_path / "alone") == contents(tmp_path / "workers")
 
 
@@ -56,9 +57,10 @@ def test_pairs_of_another_model_are_refused(small_store, tmp_path):
         (model / file.name).write_bytes(file.read_bytes())
     held_out = pq.read_table(model / "held_out.parquet")
     pq.write_table(held_out.slice(1), model / "held_out.parquet")
-    arguments = [opened(small_store, n) for n in ("pairs", "lamost.observations", "lamost.stars")]
+    pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
+    stars = opened(small_store, "lamost.stars")
     with pytest.raises(CatalogError, match="does not hold the pairs"):
-        coverage(model, *arguments, tmp_path / "out", CoverageSettings(compare=False))
+        coverage(model, pairs, rows, stars, tmp_path / "out", CoverageSettings(compare=False))
 
 
 def test_the_command_tells_shares_maps_and_follow_up(small_store, capsys):

@@ -32,8 +32,8 @@ def test_columns_stand_beside_the_observations(small_store):
         assert score["coverage"].equals(out["coverage"])
         assert score["coverage"].null_count == out["teff_sos"].null_count
         flags = out["flag_sos"].to_numpy()
-        n["outside"] += np.count_nonzero(flags & FLAG_OUTSIDE)
-        n["sparse"] += np.count_nonzero(flags & FLAG_SPARSE)
+        n["outside"] += int(np.count_nonzero(flags & FLAG_OUTSIDE))
+        n["sparse"] += int(np.count_nonzero(flags & FLAG_SPARSE))
         n["unknown"] += score["coverage"].null_count
     assert {name: summary["rows"][name] for name in n} == n
     assert sum(summary["shares"].values()) == pytest.approx(1)

@@ -147,7 +147,7 @@ class Mixture:
     def fit(cls, overlap: FloatArray, seed: int, n_gaussians: int = 16) -> Mixture:
         """Fit by expectation maximisation, on at most 20,000 stars."""
         from sklearn.mixture import GaussianMixture
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         rng = np.random.default_rng(seed)
         labels = overlap[:, : len(LABELS)]

@@ -15,8 +15,10 @@ from sos_dask.pipeline import rebuild
 from sos_dask.plan import plan
 from sos_dask.schema import Survey, builtin_surveys, load_survey
 from sos_dask.simulate import SkySettings, simulate
-from sos_dask.stages.apply import apply
+from sos_dask.stages.apply import Trust, apply
+from sos_dask.stages.attach import AttachSettings, attach
 from sos_dask.stages.compare import CompareSettings, compare
+from sos_dask.stages.coverage import CoverageSettings, coverage
 from sos_dask.stages.crossmatch import PairSettings, crossmatch
 from sos_dask.stages.dedupe import dedupe
 from sos_dask.stages.ingest import IngestSettings, ingest
@@ -31,9 +33,11 @@ from sos_dask.unify import UnifySettings
 from sos_dask.verify import verify
 
 __all__ = [
+    "AttachSettings",
     "Catalog",
     "Cluster",
     "CompareSettings",
+    "CoverageSettings",
     "DedupeSettings",
     "IngestSettings",
     "Job",
@@ -45,11 +49,14 @@ __all__ = [
     "Survey",
     "TrainSettings",
     "TrendSettings",
+    "Trust",
     "UncertaintySettings",
     "UnifySettings",
     "apply",
+    "attach",
     "builtin_surveys",
     "compare",
+    "coverage",
     "crossmatch",
     "dedupe",
     "gc",

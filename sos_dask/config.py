@@ -107,6 +107,41 @@ class ReportSection(_Section):
     enabled: bool = True
 
 
+class AttachSection(_Section):
+    """Columns of another catalog that are added to the target."""
+
+    files: list[str] = Field(default_factory=list)
+    catalog: str | None = None
+    columns: dict[str, str] = Field(min_length=1)
+    by: Literal["gaia_dr3_source_id", "gaia_dr2_source_id", "position"] = "gaia_dr3_source_id"
+    id: str = "source_id"
+    ra: str = "ra"
+    dec: str = "dec"
+    epoch: float = Field(2016.0, gt=1800, lt=2100)
+    radius_arcsec: float = Field(1.0, gt=0, lt=3600)
+    id_radius_arcsec: float = Field(10.0, gt=0, lt=3600)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> AttachSection:
+        if bool(self.files) == (self.catalog is not None):
+            raise ValueError("give either files or catalog")
+        return self
+
+
+class CoverageSection(_Section):
+    """Where the correction may be trusted, and what is done elsewhere.
+
+    ``fallback = "auto"``: the polynomial where it is trained, else the correction's edge.
+    """
+
+    measure: str = "neighbours"
+    inside: float = Field(0.8, gt=0, lt=1)
+    outside: float = Field(2.0 / 3.0, gt=0, lt=1)
+    fallback: Literal["auto", "polynomial", "none", "edge"] = "auto"
+    compare: bool = True
+    grid: dict[Literal["teff", "logg", "feh"], tuple[float, float]] = Field(default_factory=dict)
+
+
 class ClusterSection(_Section):
     """Where the work is done."""
 
@@ -142,6 +177,8 @@ class Job(_Section):
     compare: CompareSection = Field(default_factory=CompareSection)
     uncertainty: UncertaintySection = Field(default_factory=UncertaintySection)
     report: ReportSection = Field(default_factory=ReportSection)
+    attach: dict[str, AttachSection] = Field(default_factory=dict)
+    coverage: CoverageSection = Field(default_factory=CoverageSection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     path: Path = Field(Path(), exclude=True)
     text: str = Field("", exclude=True)
@@ -168,6 +205,8 @@ class Job(_Section):
         for name in self.unify.fixed_offsets:
             if name not in self.reference:
                 raise ValueError(f"unify.offsets names '{name}', which is no [reference.*]")
+        if self.coverage.fallback == "polynomial" and "polynomial" not in self.train.methods:
+            raise ValueError("coverage.fallback = 'polynomial' is not among train.methods")
         return self
 
     def resolve(self, text: str) -> Path:

@@ -21,13 +21,16 @@ from sos_dask.artifact import (
 from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster, Report
 from sos_dask.compare.choice import check_rule
-from sos_dask.config import DedupeSection, Job, SurveySection
+from sos_dask.config import AttachSection, DedupeSection, Job, SurveySection
+from sos_dask.coverage import Limits
 from sos_dask.crossmatch import MatchSettings
 from sos_dask.dedupe import DedupeSettings
 from sos_dask.errors import ConfigError, SurveyError
-from sos_dask.schema import load_survey
-from sos_dask.stages.apply import apply, apply_recipe
+from sos_dask.schema import Survey, load_survey
+from sos_dask.stages.apply import Trust, apply, apply_recipe
+from sos_dask.stages.attach import AttachSettings, attach, attach_recipe, companion_survey
 from sos_dask.stages.compare import CompareSettings, compare, compare_recipe
+from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
 from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
 from sos_dask.stages.dedupe import dedupe, dedupe_recipe
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
@@ -184,7 +187,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     """
     store = store or job.resolve(job.store)
     planner = _Planner(job, store)
-    observations = _add_survey(planner, job.target_name, job.target)
+    observations = _add_survey(planner, job.target_name, job.target, job.attach)
     references = {
         name: _add_survey(planner, name, section)["stars"]
         for name, section in job.reference.items()
@@ -280,7 +283,6 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             **{f"{name}.stars": fingerprint for name, fingerprint in references.items()},
         },
     )
-
     errors = planner.add(
         "uncertainty",
         error_recipe,
@@ -300,10 +302,14 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         ),
     )
     source = observations["observations"]
-
+    covered = _add_coverage(planner, chosen, pairs, observations)
+    fallback = job.coverage.fallback
+    if fallback == "auto":
+        fallback = "polynomial" if "polynomial" in trained else "edge"
+    smooth = trained["polynomial"] if fallback == "polynomial" else None
     planner.add(
         f"{job.target_name}.corrected",
-        apply_recipe(chosen, source, errors),
+        apply_recipe(chosen, source, errors, covered, fallback, smooth or ""),
         lambda directory, cluster, report: apply(
             planner.directory(chosen),
             planner.catalog(source),
@@ -313,6 +319,9 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             report=report,
             model_fingerprint=chosen,
             errors=planner.directory(errors),
+            trust=Trust(
+                planner.catalog(covered), fallback, planner.directory(smooth) if smooth else None
+            ),
         ),
     )
     if job.report.enabled:
@@ -346,32 +355,49 @@ def _add_report(planner: _Planner) -> None:
     )
 
 
-def _add_survey(planner: _Planner, name: str, section: SurveySection) -> dict[str, str]:
-    """Ingest and dedupe of one survey; fingerprints of its observations and its stars."""
+def _add_coverage(planner: _Planner, chosen: str, pairs: str, target: Mapping[str, str]) -> str:
+    """Where the correction may be trusted, for every observation."""
+    job, section = planner.job, planner.job.coverage
+    settings = CoverageSettings(
+        section.measure,
+        Limits(section.inside, section.outside),
+        section.compare,
+        {label: limits for label, limits in section.grid.items()},
+        (job.target.dedupe or job.dedupe).radius_arcsec,
+        job.seed,
+    )
+    return planner.add(
+        "coverage",
+        coverage_recipe(chosen, pairs, target["observations"], target["stars"], settings),
+        lambda directory, cluster, report: coverage(
+            planner.directory(chosen),
+            planner.catalog(pairs),
+            planner.catalog(target["observations"]),
+            planner.catalog(target["stars"]),
+            directory,
+            settings,
+            cluster=cluster,
+            report=report,
+            model_fingerprint=chosen,
+        ),
+    )
+
+
+def _add_survey(
+    planner: _Planner,
+    name: str,
+    section: SurveySection,
+    companions: Mapping[str, AttachSection] | None = None,
+) -> dict[str, str]:
+    """Ingest, attach and dedupe of one survey; fingerprints of its observations and its stars."""
     job = planner.job
     definition = section.survey
     if definition.endswith(".toml") or "/" in definition:
         definition = str(job.resolve(definition))
     survey = load_survey(definition, section.override)
-    files = [job.resolve(file) for file in section.files]
-    digests = _digests(planner.store, files)
-    planner.names |= {digest: file.name for digest, file in zip(digests, files, strict=True)}
-    settings = IngestSettings(job.ingest.rows_per_partition, job.ingest.chunk_rows)
-    product = f"{name}.observations"
-    observations = planner.add(
-        product,
-        ingest_recipe(survey, digests, settings, product),
-        lambda directory, cluster, report: ingest(
-            survey,
-            files,
-            directory,
-            settings,
-            name=product,
-            cluster=cluster,
-            report=report,
-            digests=digests,
-        ),
-    )
+    observations = _add_ingest(planner, f"{name}.observations", survey, section.files)
+    for companion, attached in (companions or {}).items():
+        observations = _add_attach(planner, name, observations, companion, attached)
     products = {"observations": observations}
     if job.ingest.margin_arcsec is not None:
         radius = job.ingest.margin_arcsec
@@ -397,6 +423,72 @@ def _add_survey(planner: _Planner, name: str, section: SurveySection) -> dict[st
         ),
     )
     return products
+
+
+def _add_ingest(planner: _Planner, product: str, survey: Survey, names: list[str]) -> str:
+    job = planner.job
+    files = [job.resolve(file) for file in names]
+    digests = _digests(planner.store, files)
+    planner.names |= {digest: file.name for digest, file in zip(digests, files, strict=True)}
+    settings = IngestSettings(job.ingest.rows_per_partition, job.ingest.chunk_rows)
+    return planner.add(
+        product,
+        ingest_recipe(survey, digests, settings, product),
+        lambda directory, cluster, report: ingest(
+            survey,
+            files,
+            directory,
+            settings,
+            name=product,
+            cluster=cluster,
+            report=report,
+            digests=digests,
+        ),
+    )
+
+
+def _add_attach(
+    planner: _Planner, name: str, catalog: str, companion: str, section: AttachSection
+) -> str:
+    """Columns of a companion catalog on the observations; ingests it where it is a table file."""
+    job = planner.job
+    columns = section.columns
+    if section.catalog is not None:
+        path = job.resolve(section.catalog)
+        other = Catalog.open(path).fingerprint
+
+        def opened() -> Catalog:
+            return Catalog.open(path)
+    else:
+        survey = companion_survey(
+            companion,
+            columns,
+            key=section.id,
+            ra=section.ra,
+            dec=section.dec,
+            epoch=section.epoch,
+            by=section.by,
+        )
+        other = _add_ingest(planner, f"{companion}.companion", survey, section.files)
+        columns = {column: column for column in columns}
+
+        def opened() -> Catalog:
+            return planner.catalog(other)
+
+    settings = AttachSettings(columns, section.by, section.radius_arcsec, section.id_radius_arcsec)
+    return planner.add(
+        f"{name}.with-{companion}",
+        attach_recipe(catalog, other, settings),
+        lambda directory, cluster, report: attach(
+            planner.catalog(catalog),
+            opened(),
+            directory,
+            settings,
+            name=f"{name}.observations",
+            cluster=cluster,
+            report=report,
+        ),
+    )
 
 
 def _dedupe_settings(section: DedupeSection) -> DedupeSettings:

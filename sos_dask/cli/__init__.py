@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sos_dask.cli import evidence, look, steps, store
+from sos_dask.cli import coverage, evidence, look, steps, store
 from sos_dask.cli.options import DEBUG
 from sos_dask.errors import SosError, StorageError
 
@@ -28,6 +28,7 @@ _GROUPS = {
     "Single steps, in their order": (
         steps.simulate,
         steps.ingest,
+        coverage.attach,
         steps.dedupe,
         steps.reference,
         steps.crossmatch,
@@ -38,6 +39,7 @@ _GROUPS = {
         evidence.compare,
         evidence.trends,
         look.uncertainty,
+        coverage.coverage,
         look.report,
         look.surveys,
         look.verify,

@@ -154,7 +154,7 @@ def _canonical(place: Place, native: Mapping[str, Values], quality: Quality) -> 
             if len(column.impossible)
         },
         bounds=bounds,
-        labels={name: made[name].histogram for name in LABELS},
+        labels={name: made[name].histogram for name in LABELS if name in made},
     )
     return Batch(pa.Table.from_arrays(arrays, schema=schema), rejected, profile)
 

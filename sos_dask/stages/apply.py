@@ -8,13 +8,17 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from sos_dask import models
 from sos_dask.artifact import Manifest, Output, Recipe, Rows, sha256_of_file
 from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.correct import FLAG_MEANINGS, correct, corrected_schema
+from sos_dask.correct import FLAG_MEANINGS, Predictor, correct, corrected_schema
+from sos_dask.coverage import CoverageModel
 from sos_dask.errors import ConfigError
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import LABELS
@@ -26,9 +30,31 @@ from sos_dask.stages.parts import (
     run_parts,
     unless_complete,
 )
+from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
+from sos_dask.trust import FLAGS, Faded, trusted_schema, with_coverage
 from sos_dask.uncertainty import ErrorModel, load_errors
 
 VERSION = 2
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far the correction is trusted, and what stands in for it where it is not.
+
+    Parameters
+    ----------
+    coverage : Catalog
+        Output of the stage coverage for the same catalog.
+    fallback : str
+        ``polynomial``: a smooth model, held constant a little way out; ``none``: no correction;
+        ``edge``: the correction itself.
+    smooth : Path, optional
+        Directory of the smooth model.
+    """
+
+    coverage: Catalog
+    fallback: str = "edge"
+    smooth: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +64,8 @@ class _Part:
     pixel: HealpixPixel
     model: str
     model_fingerprint: str
-    errors: str | None
+    errors: str | None = None
+    trust: Trust | None = None
 
 
 def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
@@ -95,10 +122,28 @@ def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
     return sorted(chosen)
 
 
-def apply_recipe(model: str, catalog: str, errors: str | None = None) -> Recipe:
-    """Recipe of `apply` for a model, a catalog and an error model of these fingerprints."""
-    inputs = {"model": model, "observations": catalog}
-    return Recipe("apply", VERSION, {}, inputs if errors is None else {**inputs, "errors": errors})
+def apply_recipe(
+    model: str,
+    catalog: str,
+    errors: str = "",
+    coverage: str = "",
+    fallback: str = "",
+    smooth: str = "",
+) -> Recipe:
+    """Recipe of `apply` for inputs of these fingerprints; those that are empty take no part."""
+    inputs = {
+        "model": model,
+        "observations": catalog,
+        "errors": errors,
+        "coverage": coverage,
+        "smooth": smooth,
+    }
+    return Recipe(
+        "apply",
+        VERSION,
+        {"fallback": fallback} if coverage else {},
+        {name: fingerprint for name, fingerprint in inputs.items() if fingerprint},
+    )
 
 
 def apply(
@@ -113,6 +158,7 @@ def apply(
     report: Report = silent,
     model_fingerprint: str = "",
     errors: Path | None = None,
+    trust: Trust | None = None,
 ) -> Manifest | None:
     """Correct the labels of every row of a catalog.
 
@@ -128,6 +174,8 @@ def apply(
         See `parse_partitions`.
     errors : Path, optional
         Output of uncertainty for this very correction: errors of the corrected labels are added.
+    trust : Trust, optional
+        Without it there is no ``coverage``, and nothing fades.
 
     Returns
     -------
@@ -148,8 +196,14 @@ def apply(
     half_widths = None if errors is None else load_errors(errors)
     if half_widths is not None:
         half_widths.require(sha256_of_file(model / "model.json"))
-    error_fingerprint = None if errors is None else Manifest.load(errors).fingerprint
-    recipe = apply_recipe(fingerprint, catalog.fingerprint, error_fingerprint)
+    recipe = apply_recipe(
+        fingerprint,
+        catalog.fingerprint,
+        "" if errors is None else Manifest.load(errors).fingerprint,
+        trust.coverage.fingerprint if trust else "",
+        trust.fallback if trust else "",
+        Manifest.load(trust.smooth).fingerprint if trust and trust.smooth else "",
+    )
     output = Output.prepare(directory, recipe, overwrite)
     if output.complete:
         return output.load_manifest()
@@ -164,6 +218,7 @@ def apply(
                 str(model),
                 fingerprint,
                 None if errors is None else str(errors),
+                trust,
             )
             for pixel in catalog.pixels
         }
@@ -181,21 +236,49 @@ def apply(
         if done is None:
             return None
         n_rows = catalog.n_rows
+        schema = corrected_schema(catalog.schema, half_widths)
         commit_catalog(
             output,
             name or catalog.name.removesuffix(".observations") + ".corrected",
             list(zip(catalog.pixels, done, strict=True)),
-            corrected_schema(catalog.schema, half_widths),
+            trusted_schema(schema) if trust else schema,
             Rows(n_rows, sum(record["file"]["rows"] for record in done)),
             {
                 "method": correction.method,
+                **({"fallback": trust.fallback} if trust else {}),
                 "flags": {
-                    FLAG_MEANINGS[bit]: sum(record["flags"][str(bit)] for record in done)
-                    for bit in FLAG_MEANINGS
+                    text: sum(record["flags"][str(bit)] for record in done)
+                    for bit, text in _meanings(trust).items()
                 },
             },
         )
     return output.load_manifest()
+
+
+def _meanings(trust: Trust | None) -> dict[int, str]:
+    return FLAG_MEANINGS if trust is None else {**FLAG_MEANINGS, **TRUST_MEANINGS}
+
+
+def _faded(
+    correction: Predictor, scores: pa.Table, trust: Trust, known: CoverageModel
+) -> Predictor:
+    """The correction that fades to the fallback with falling coverage of these rows."""
+    if trust.fallback == "edge":
+        return correction
+    fallback = None
+    if trust.smooth is not None:
+        smooth = _load(str(trust.smooth), "")
+
+        def fallback(features: NDArray[np.float32]) -> NDArray[np.float32]:
+            return smooth.predict(known.within_reach(features))
+
+    coverage = pc.fill_null(scores["coverage"], np.nan).to_numpy()
+    return Faded(correction, coverage, known.limits.inside, known.limits.outside, fallback)
+
+
+@lru_cache(maxsize=2)
+def _load_coverage(directory: str, fingerprint: str) -> CoverageModel:
+    return CoverageModel.load(Path(directory))
 
 
 @lru_cache(maxsize=4)
@@ -211,12 +294,19 @@ def _load_errors(errors: str) -> ErrorModel:
 def _apply_part(part: _Part) -> None:
     table = part.catalog.read(part.pixel)
     errors = None if part.errors is None else _load_errors(part.errors)
-    corrected = correct(table, _load(part.model, part.model_fingerprint), errors)
+    correction: Predictor = _load(part.model, part.model_fingerprint)
+    if part.trust is None:
+        corrected = correct(table, correction, errors)
+    else:
+        scores = part.trust.coverage.read(part.pixel, ["obs_id", "coverage", FLAGS])
+        known = _load_coverage(str(part.trust.coverage.path), part.trust.coverage.fingerprint)
+        corrected = correct(table, _faded(correction, scores, part.trust, known), errors)
+        corrected = with_coverage(corrected, scores, known.limits.inside)
     flags = pc.value_counts(corrected["flag_sos"]).to_pylist()
     record = write_partition(part.output, part.pixel, corrected)
     counts = {
         str(bit): sum(item["counts"] for item in flags if item["values"] & bit)
-        for bit in FLAG_MEANINGS
+        for bit in _meanings(part.trust)
     }
     part.output.put_record(
         "corrected", key_of(part.pixel), {"file": asdict(record), "flags": counts}

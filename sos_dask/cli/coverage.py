@@ -1,0 +1,133 @@
+"""Commands attach and coverage: more columns, and where the correction can be trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sos_dask.cli.options import (
+    CatalogPath,
+    Json,
+    MemoryLimit,
+    Out,
+    Overwrite,
+    Scheduler,
+    Store,
+    Workers,
+)
+from sos_dask.cli.output import print_json, say, show_step, show_table
+from sos_dask.cli.steps import run_step
+from sos_dask.errors import ConfigError
+
+_LETTERS = " .:-=+*#%@"
+
+
+def attach(
+    catalog: CatalogPath,
+    other: Annotated[Path, typer.Argument(help="Directory of any HATS catalog.")],
+    columns: Annotated[
+        list[str],
+        typer.Option("--column", "-c", metavar="NAME[=OTHER]", help="Column to add; repeatable."),
+    ],
+    out: Out,
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by", metavar="NAME", help="gaia_dr3_source_id, gaia_dr2_source_id or position."
+        ),
+    ] = "gaia_dr3_source_id",
+    radius_arcsec: Annotated[
+        float, typer.Option("--radius-arcsec", metavar="X", help="Largest separation by position.")
+    ] = 1.0,
+    id_radius_arcsec: Annotated[
+        float, typer.Option("--id-radius-arcsec", metavar="X", help="Largest separation by id.")
+    ] = 10.0,
+    workers: Workers = None,
+    memory_limit: MemoryLimit = "auto",
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Add columns of another catalog, by Gaia id or position; null where it has no counterpart.
+
+    Example: sos-dask attach lamost gaia -c distance -c ebv -o lamost.with-gaia
+    """
+    from sos_dask.catalog import Catalog
+    from sos_dask.stages.attach import AttachSettings
+    from sos_dask.stages.attach import attach as run
+
+    names = {}
+    for text in columns:
+        name, _, source = text.partition("=")
+        if not name:
+            raise ConfigError(f"--column '{text}' names no column")
+        names[name] = source or name
+    settings = AttachSettings(names, by, radius_arcsec, id_radius_arcsec)
+    opened, companion = Catalog.open(catalog), Catalog.open(other)
+    manifest = run_step(
+        lambda **context: run(opened, companion, out, settings, overwrite=overwrite, **context),
+        workers,
+        memory_limit,
+        scheduler,
+    )
+    show_step(manifest, out, as_json)
+
+
+def coverage(store: Store = Path("store"), as_json: Json = False) -> None:
+    """Show which part of the catalog the pairs cover, and where more references would help most.
+
+    Example: sos-dask coverage --store store
+    """
+    from sos_dask.stages.coverage import look
+
+    found = look(store / "current" / "coverage")
+    if as_json:
+        print_json(found)
+        return
+    for name in ("inside", "sparse", "outside", "unknown"):
+        text = found["meaning"].get(name, "a label is missing: no coverage")
+        say(f"{name:8} {100 * found[name]:6.2f} %  {text}")
+    say(f"Measure: {found['measure']}, of {', '.join(found['parameters'])}")
+    if found["parameters_without_column"]:
+        say(f"Not in the catalog: {', '.join(found['parameters_without_column'])}")
+    _show_kiel(found["kiel"])
+    show_table(
+        "On the sky: share outside by HEALPix base pixel",
+        [">pixel", ">rows", ">outside %"],
+        [
+            (str(row["pixel"]), f"{row['rows']:,}", f"{100 * row['outside'] / row['rows']:.1f}")
+            for row in found["sky"]
+        ],
+    )
+    show_table(
+        "Where follow-up would gain most: cells with most rows outside",
+        [">Teff K", ">log g", ">[Fe/H]", ">outside", ">rows", ">mean G"],
+        [
+            (
+                f"{row['teff']:.0f}",
+                f"{row['logg']:.2f}",
+                f"{row['feh']:+.2f}",
+                f"{row['outside']:,}",
+                f"{row['rows']:,}",
+                "" if row["phot_g_mean_mag"] is None else f"{row['phot_g_mean_mag']:.1f}",
+            )
+            for row in found["follow_up"]
+        ],
+    )
+
+
+def _show_kiel(cells: list[dict[str, Any]]) -> None:
+    """Kiel diagram in characters: the darker, the larger the share outside."""
+    at = {(row["teff"], row["logg"]): row["outside"] / row["rows"] for row in cells}
+    teffs = sorted({teff for teff, _ in at}, reverse=True)
+    say("Kiel diagram, share of rows outside: blank where there is none, '@' where all are")
+    say(f"log g | Teff {teffs[0]:.0f} to {teffs[-1]:.0f} K" if teffs else "no rows")
+    for logg in sorted({logg for _, logg in at}):
+        line = ""
+        for teff in teffs:
+            share = at.get((teff, logg))
+            last = len(_LETTERS) - 1
+            line += " " if share is None else _LETTERS[max(1, round(share * last))]
+        say(f"{logg:5.2f} | {line.rstrip()}")

@@ -1,0 +1,38 @@
+"""How well the overlap represents a row, as a number with a meaning (see `coverage.model`)."""
+
+from sos_dask.coverage.fit import Fit, Overlap, check_measure, compare, fit
+from sos_dask.coverage.growth import Growth, Noise, residual_width
+from sos_dask.coverage.maps import MAP_SCHEMA, SKY_ORDER, count_maps, follow_up, sum_maps
+from sos_dask.coverage.measures import MEASURES, PARAMETERS
+from sos_dask.coverage.model import (
+    CLASSES,
+    INSIDE,
+    OUTSIDE,
+    SPARSE,
+    CoverageModel,
+    Limits,
+)
+
+__all__ = [
+    "CLASSES",
+    "INSIDE",
+    "MAP_SCHEMA",
+    "MEASURES",
+    "OUTSIDE",
+    "PARAMETERS",
+    "SKY_ORDER",
+    "SPARSE",
+    "CoverageModel",
+    "Fit",
+    "Growth",
+    "Limits",
+    "Noise",
+    "Overlap",
+    "check_measure",
+    "compare",
+    "count_maps",
+    "fit",
+    "follow_up",
+    "residual_width",
+    "sum_maps",
+]  # fmt: skip

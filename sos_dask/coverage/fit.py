@@ -1,0 +1,201 @@
+"""Fit a coverage model to held-out pairs, and compare the measures on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sos_dask.coverage.growth import Growth, Noise
+from sos_dask.coverage.measures import (
+    MEASURES,
+    OF_LABELS,
+    PARAMETERS,
+    Measure,
+    Mixture,
+    Neighbours,
+    Ratio,
+    parameters_of,
+)
+from sos_dask.coverage.model import CoverageModel, Limits
+from sos_dask.density import robust_scale
+from sos_dask.errors import ConfigError, ModelError
+from sos_dask.schema import LABELS, nearest
+
+FloatArray = NDArray[np.float64]
+Columns = Mapping[str, NDArray[np.floating]]
+MIN_HELD_OUT = 100
+WRONG_SIGMA = 5.0
+_SPARSE_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """The pairs fit for training, with what is known of those that were held out.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray of float, shape (n,)
+        Parameters of the target, nan where unknown.
+    fold : ndarray of int8, shape (n,)
+    residual : ndarray of float64, shape (n, 3)
+        Difference less predicted difference, in the order of `LABELS`; nan for pairs that were
+        not held out.
+    reference_error : ndarray of float64, shape (n, 3)
+        Stated errors of the reference, nan where unknown.
+    """
+
+    columns: Columns
+    fold: NDArray[np.int8]
+    residual: FloatArray
+    reference_error: FloatArray
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted model, and on what it stands.
+
+    Parameters
+    ----------
+    model : CoverageModel
+    bins : list of dict
+        Of held-out pairs by distance: measured and fitted growth.
+    n_held_out, n_wrong : int
+        Held-out pairs, and those of them that are off by more than `WRONG_SIGMA` in all labels at
+        once: wrong measurements, which say nothing of a correction and are left out.
+    rank_correlation, rank_correlation_sparse : float
+        Spearman's between distance and error over noise: of all held-out pairs, and of the tenth
+        with the largest distances.
+    """
+
+    model: CoverageModel
+    bins: list[dict[str, float]]
+    n_held_out: int
+    n_wrong: int
+    rank_correlation: float
+    rank_correlation_sparse: float
+
+
+def check_measure(name: str) -> None:
+    """Raise `ConfigError` where there is no such measure."""
+    if name not in MEASURES:
+        raise ConfigError(
+            f"there is no measure of coverage '{name}'",
+            nearest(name, MEASURES) or f"Known are: {', '.join(MEASURES)}.",
+        )
+
+
+def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int = 0) -> Fit:
+    """Fit a measure to the overlap and calibrate its distances on held-out pairs.
+
+    Held-out pairs are measured from the pairs of the other folds alone, as a new star is.
+
+    Parameters
+    ----------
+    overlap : Overlap
+    catalog : mapping of str to ndarray of float, shape (m,)
+        A sample of the catalog; its columns are the parameters that are used.
+    name : str
+        One of `MEASURES`.
+
+    Raises
+    ------
+    ConfigError
+        Unknown measure.
+    ModelError
+        Too few held-out pairs.
+    """
+    check_measure(name)
+    known = LABELS if name in OF_LABELS else PARAMETERS
+    names = tuple(p for p in known if p in catalog and p in overlap.columns)
+    held_out = np.isfinite(overlap.residual).all(axis=1)
+    n_held_out = int(np.count_nonzero(held_out))
+    if n_held_out < MIN_HELD_OUT:
+        raise ModelError(
+            f"{n_held_out} held-out pairs are too few to calibrate the coverage",
+            f"At least {MIN_HELD_OUT} are needed: match more stars or loosen the cuts.",
+        )
+    x = parameters_of(overlap.columns, names)
+    center, scale = _robust_scale(x)
+    x = (x - center) / scale
+    sample = (parameters_of(catalog, names) - center) / scale
+    sample = sample[np.isfinite(sample[:, : len(LABELS)]).all(axis=1)]
+    distance = np.full(len(x), np.nan)
+    for fold in np.unique(overlap.fold[held_out]):
+        rows = held_out & (overlap.fold == fold)
+        distance[rows] = _measure(name, x[overlap.fold != fold], sample, seed).distance(x[rows])
+    distance, residual = distance[held_out], overlap.residual[held_out]
+    snr = _column(overlap.columns, "snr", len(x))[held_out]
+    logg = _column(overlap.columns, "logg", len(x))[held_out]
+    reference_error = overlap.reference_error[held_out]
+    dense = distance <= np.quantile(distance, 0.5)
+    noise = Noise.fit(residual[dense], logg[dense], snr[dense], reference_error[dense])
+    ratio = residual / noise.of_pairs(logg, snr, reference_error)
+    wrong = np.abs(ratio).min(axis=1) > WRONG_SIGMA
+    growth, bins = Growth.fit(distance[~wrong], ratio[~wrong])
+    error = np.sqrt(np.mean(np.square(ratio[~wrong]), axis=1))
+    far = distance[~wrong] >= np.quantile(distance[~wrong], 1.0 - _SPARSE_SHARE)
+    model = CoverageModel(
+        name,
+        names,
+        center,
+        scale,
+        _measure(name, x, sample, seed),
+        noise,
+        growth,
+        limits,
+        x[:, : len(LABELS)],
+    )
+    return Fit(
+        model,
+        bins,
+        n_held_out,
+        int(np.count_nonzero(wrong)),
+        _rank_correlation(distance[~wrong], error),
+        _rank_correlation(distance[~wrong][far], error[far]),
+    )
+
+
+def compare(
+    overlap: Overlap, catalog: Columns, limits: Limits, seed: int = 0, most: int = 20_000
+) -> Sequence[Fit]:
+    """Every measure fitted to the same (at most ``most``) pairs, in the order of `MEASURES`."""
+    chosen = np.arange(len(overlap.fold))
+    if len(chosen) > most:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(chosen), most, replace=False))
+    part = Overlap(
+        {key: values[chosen] for key, values in overlap.columns.items()},
+        overlap.fold[chosen],
+        overlap.residual[chosen],
+        overlap.reference_error[chosen],
+    )
+    return [fit(part, catalog, name, limits, seed) for name in MEASURES]
+
+
+def _measure(name: str, x: FloatArray, sample: FloatArray, seed: int) -> Measure:
+    if name == "ratio":
+        return Ratio.fit(x, sample, seed)
+    if name == "mixture":
+        return Mixture.fit(x, seed)
+    return Neighbours(x[:, : len(LABELS)] if name == "neighbours" else x)
+
+
+def _robust_scale(x: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Center and scale of each column over the rows that have it; 0 and 1 where none has."""
+    found = [robust_scale(column[np.isfinite(column)][:, None]) if np.isfinite(column).any()
+             else (np.zeros(1), np.ones(1)) for column in x.T]  # fmt: skip
+    return np.concatenate([c for c, _ in found]), np.concatenate([s for _, s in found])
+
+
+def _column(columns: Columns, name: str, n: int) -> FloatArray:
+    return np.asarray(columns.get(name, np.full(n, np.nan)), dtype=np.float64)
+
+
+def _rank_correlation(a: FloatArray, b: FloatArray) -> float:
+    from scipy.stats import rankdata
+
+    a, b = rankdata(a), rankdata(b)
+    spread = float(np.std(a) * np.std(b))
+    return float(np.mean((a - a.mean()) * (b - b.mean())) / spread) if spread else 0.0

@@ -1,0 +1,175 @@
+"""Distances of rows from the overlap: small where overlap stars are dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sos_dask.errors import ModelError
+from sos_dask.features import TEFF_UNIT_K
+from sos_dask.schema import LABELS
+
+FloatArray = NDArray[np.float64]
+
+PARAMETERS = (*LABELS, "snr", "rv", "phot_g_mean_mag", "distance", "ebv")
+_LOGARITHMIC = ("snr", "distance")  # they span decades
+MEASURES = ("neighbours", "neighbours8", "ratio", "mixture")
+OF_LABELS = ("neighbours", "mixture")
+"""Measures that see the three labels alone, as a correction does."""
+NEIGHBOURS = 8  # 4 to 16 predict the error equally well on the simulation
+
+
+def parameters_of(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) -> FloatArray:
+    """Parameters as the measures see them: Teff / 5040 K, logarithms of S/N and distance.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray of float, shape (n,)
+        nan where unknown.
+    names : sequence of str
+        Some of `PARAMETERS`, in this order.
+
+    Returns
+    -------
+    ndarray of float64, shape (n, len(names))
+        nan where unknown.
+    """
+    out = np.empty((len(columns[names[0]]), len(names)))
+    for number, name in enumerate(names):
+        values = np.asarray(columns[name], dtype=np.float64)
+        if name == "teff":
+            values = values / TEFF_UNIT_K
+        elif name in _LOGARITHMIC:
+            values = np.log10(np.where(values > 0, values, np.nan))
+        out[:, number] = values
+    return out
+
+
+class Measure(Protocol):
+    """How far a row is from the overlap."""
+
+    def distance(self, x: FloatArray) -> FloatArray:
+        """Distances of rows (n, k) on the scale of the model; missing parameters are nan."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Distance to the k-th nearest overlap star, over the parameters that a row has.
+
+    A row that lacks a parameter is compared, in the others, with the overlap stars that have them;
+    its distance is scaled to the full number of parameters by the root of the ratio.
+    """
+
+    overlap: FloatArray
+    k: int = NEIGHBOURS
+
+    def distance(self, x: FloatArray) -> FloatArray:
+        """See `Measure`; nan where a label is missing."""
+        n_all = self.overlap.shape[1]
+        x = x[:, :n_all]
+        known = np.isfinite(x)
+        pattern = known @ (1 << np.arange(n_all))
+        out = np.full(len(x), np.nan)
+        for code in np.unique(pattern[known[:, : len(LABELS)].all(axis=1)]):
+            rows = np.flatnonzero(pattern == code)
+            used = np.flatnonzero((code >> np.arange(n_all)) & 1)
+            tree, n_stars = self._tree(tuple(used.tolist()))
+            found, _ = tree.query(x[np.ix_(rows, used)], k=[min(self.k, n_stars)])
+            out[rows] = found[:, 0] * np.sqrt(n_all / len(used))
+        return out
+
+    def _tree(self, used: tuple[int, ...]) -> tuple[Any, int]:
+        from scipy.spatial import cKDTree
+
+        kept: dict[tuple[int, ...], Any] = self.__dict__.setdefault("_trees", {})
+        if used not in kept:
+            points = self.overlap[:, used]
+            points = points[np.isfinite(points).all(axis=1)]
+            if not len(points):
+                raise ModelError("no overlap star has the parameters that some rows have")
+            kept[used] = cKDTree(points), len(points)
+        tree, n_stars = kept[used]
+        return tree, int(n_stars)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Density of the catalog over that of the overlap, by boosted trees.
+
+    A missing parameter is a branch of its own in the trees: nothing is put in its place.
+    """
+
+    model: bytes
+
+    @classmethod
+    def fit(cls, overlap: FloatArray, catalog: FloatArray, seed: int) -> Ratio:
+        """Train the classifier that tells overlap stars from rows of the catalog."""
+        import xgboost as xgb
+
+        x = np.concatenate([overlap, catalog]).astype(np.float32)
+        y = np.repeat([1.0, 0.0], [len(overlap), len(catalog)])
+        weight = np.where(y > 0, len(catalog) / max(len(overlap), 1), 1.0)
+        params = {
+            "objective": "binary:logistic", "max_depth": 4, "eta": 0.1, "min_child_weight": 20,
+            "nthread": 1, "seed": seed, "tree_method": "hist",
+        }  # fmt: skip
+        booster = xgb.train(params, xgb.DMatrix(x, y, weight=weight), 100)
+        return cls(bytes(booster.save_raw("ubj")))
+
+    def distance(self, x: FloatArray) -> FloatArray:
+        """See `Measure`."""
+        import xgboost as xgb
+
+        if "_booster" not in self.__dict__:
+            booster = xgb.Booster(model_file=bytearray(self.model))
+            booster.set_param({"nthread": 1})
+            self.__dict__["_booster"] = booster
+        margin = self.__dict__["_booster"].inplace_predict(
+            x.astype(np.float32), predict_type="margin"
+        )
+        labels_known = np.isfinite(x[:, : len(LABELS)]).all(axis=1)
+        return np.where(labels_known, np.exp(-margin.astype(np.float64)), np.nan)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Density of the overlap in the labels as Gaussians, turned into a distance."""
+
+    weights: FloatArray
+    means: FloatArray
+    precisions_cholesky: FloatArray
+
+    @classmethod
+    def fit(cls, overlap: FloatArray, seed: int, n_gaussians: int = 16) -> Mixture:
+        """Fit by expectation maximisation, on at most 20,000 stars."""
+        from sklearn.mixture import GaussianMixture
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+        rng = np.random.default_rng(seed)
+        labels = overlap[:, : len(LABELS)]
+        if len(labels) > 20_000:
+            labels = labels[np.sort(rng.choice(len(labels), 20_000, replace=False))]
+        n_gaussians = min(n_gaussians, len(labels) // 50 + 1)
+        with threadpool_limits(1):  # small products: threads cost more than they bring
+            fitted = GaussianMixture(n_gaussians, random_state=seed, reg_covar=1e-3).fit(labels)
+        return cls(fitted.weights_, fitted.means_, fitted.precisions_cholesky_)
+
+    def distance(self, x: FloatArray) -> FloatArray:
+        """See `Measure`; nan where a label is missing."""
+        known = np.isfinite(x[:, : len(LABELS)]).all(axis=1)
+        labels = x[known, : len(LABELS)]
+        log_density = np.full(len(labels), -np.inf)
+        for weight, mean, precision in zip(
+            self.weights, self.means, self.precisions_cholesky, strict=True
+        ):
+            # No matrix product: its last digits depend on the other rows.
+            y = ((labels - mean)[:, :, None] * precision).sum(axis=1)
+            log_volume = np.log(np.diag(precision)).sum() + np.log(weight)
+            log_density = np.logaddexp(log_density, log_volume - 0.5 * (y * y).sum(axis=1))
+        out = np.full(len(x), np.nan)
+        out[known] = np.exp(np.minimum(-log_density / len(LABELS), 50.0))
+        return out

@@ -1,0 +1,232 @@
+"""How well the overlap represents a star: a distance to the overlap, calibrated as error growth.
+
+A measure gives every row a distance from the overlap, small where overlap stars are dense. On
+pairs that no correction was trained on, the residual in units of the noise at its signal to noise
+grows with that distance d; the growth is fitted as
+
+    growth(d) = sqrt(1 + (d / d0)^2),        coverage = 1 / growth
+
+so a coverage c says: the error of the corrected labels is 1/c times that of a star of the same
+signal to noise in the dense overlap. The rows are *inside*, *sparse* or *outside* by two limits of
+the coverage. Beyond the outermost held-out pairs growth cannot be measured: it is held constant
+there, and such rows are outside.
+
+Measures (``MEASURES``):
+
+* ``neighbours``: distance to the k-th nearest overlap star in robustly scaled (Teff, log g,
+  [Fe/H]), the labels that a correction sees;
+* ``neighbours8``: the same in all parameters that the catalog has;
+* ``ratio``: density of the catalog over that of the overlap in all parameters, by a classifier
+  (Sugiyama, Suzuki & Kanamori 2012, Density Ratio Estimation in Machine Learning, chapter 4);
+* ``mixture``: density of the overlap in the three labels as a mixture of Gaussians, as a distance:
+  density^(-1/3).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sos_dask.coverage.growth import Growth, Noise
+from sos_dask.coverage.measures import (
+    Measure,
+    Mixture,
+    Neighbours,
+    Ratio,
+    parameters_of,
+)
+from sos_dask.errors import ConfigError, ModelError
+from sos_dask.schema import LABELS
+
+FloatArray = NDArray[np.float64]
+INSIDE, SPARSE, OUTSIDE = 0, 1, 2
+CLASSES = ("inside", "sparse", "outside")
+_REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
+_FORMAT = 1
+MODEL_FILE = "coverage.json"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the coverage must be: the error growth that is borne is one over them.
+
+    Parameters
+    ----------
+    inside : float
+        From this coverage on a row is inside: its error grows by at most 1 / inside.
+    outside : float
+        Below it a row is outside; between the two the overlap is sparse.
+    """
+
+    inside: float = 0.8
+    outside: float = 2.0 / 3.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.outside < self.inside < 1:
+            raise ConfigError(
+                f"limits of coverage: 0 < outside = {self.outside:g} < inside = {self.inside:g} "
+                "< 1 does not hold"
+            )
+
+    def classify(self, coverage: NDArray[np.floating]) -> NDArray[np.int8]:
+        """`INSIDE`, `SPARSE` or `OUTSIDE` of every coverage; nan is outside."""
+        place = np.full(len(coverage), OUTSIDE, dtype=np.int8)
+        place[coverage >= self.outside] = SPARSE
+        place[coverage >= self.inside] = INSIDE
+        return place
+
+
+@dataclass(frozen=True)
+class CoverageModel:
+    """A measure with its scaling, and what its distances mean.
+
+    Parameters
+    ----------
+    name : str
+        One of `MEASURES`.
+    parameters : tuple of str
+        Parameters that the catalog has, in the order of the columns of the measure.
+    center, scale : ndarray of float64, shape (k,)
+    measure : Measure
+    noise : Noise
+    growth : Growth
+    limits : Limits
+    overlap : ndarray of float64, shape (n, 3)
+        Scaled labels of the overlap stars.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    center: FloatArray
+    scale: FloatArray
+    measure: Measure
+    noise: Noise
+    growth: Growth
+    limits: Limits
+    overlap: FloatArray = field(repr=False)
+
+    def scaled(self, columns: Mapping[str, NDArray[np.floating]]) -> FloatArray:
+        """Parameters of rows on the scale of the model, nan where unknown."""
+        return (parameters_of(columns, self.parameters) - self.center) / self.scale
+
+    def distance(self, columns: Mapping[str, NDArray[np.floating]]) -> FloatArray:
+        """Distance of rows from the overlap, nan where a label is missing."""
+        return self.measure.distance(self.scaled(columns))
+
+    def coverage(self, columns: Mapping[str, NDArray[np.floating]]) -> NDArray[np.float32]:
+        """Coverage of rows, 0 to 1; nan where a label is missing."""
+        distance = self.distance(columns)
+        coverage = 1.0 / self.growth(distance)
+        beyond = distance > self.growth.last
+        below = np.nextafter(np.float32(self.limits.outside), np.float32(0))
+        coverage[beyond] = np.minimum(coverage[beyond], below)
+        return np.asarray(coverage, dtype=np.float32)
+
+    def predicted_error(
+        self, columns: Mapping[str, NDArray[np.floating]], coverage: NDArray[np.floating]
+    ) -> FloatArray:
+        """Error of the corrected labels (n, 3): noise at the row's S/N over its coverage."""
+        snr = columns.get("snr", np.full(len(coverage), np.nan))
+        error = self.noise(columns["logg"], snr)
+        return np.asarray(error / np.asarray(coverage, dtype=np.float64)[:, None])
+
+    def within_reach(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Features drawn towards their nearest overlap star until they are just outside.
+
+        A smooth correction can be extended a little beyond its data, not without end: what is
+        predicted at the returned place is held constant farther out.
+
+        Parameters
+        ----------
+        features : ndarray of float32, shape (n, 3)
+            See `features.features`; finite.
+        """
+        from scipy.spatial import cKDTree
+
+        if "_nearest" not in self.__dict__:
+            self.__dict__["_nearest"] = cKDTree(self.overlap)
+        center, scale = self.center[: len(LABELS)], self.scale[: len(LABELS)]
+        x = (features - center) / scale
+        distance, index = self.__dict__["_nearest"].query(x)
+        reach = self.reach
+        share = np.minimum(1.0, reach / np.maximum(distance, 1e-12))[:, None]
+        near = self.overlap[index]
+        return np.asarray((near + (x - near) * share) * scale + center, dtype=np.float32)
+
+    @property
+    def reach(self) -> float:
+        """Scaled distance to the nearest overlap star up to which a smooth model is extended."""
+        return _REACH
+
+    def save(self, directory: Path) -> None:
+        """Write ``coverage.json`` and the arrays of the measure."""
+        np.save(directory / "overlap.npy", self.overlap)
+        document: dict[str, Any] = {
+            "format": _FORMAT,
+            "measure": self.name,
+            "parameters": list(self.parameters),
+            "center": self.center.tolist(),
+            "scale": self.scale.tolist(),
+            "noise": asdict(self.noise),
+            "growth": asdict(self.growth),
+            "limits": asdict(self.limits),
+        }
+        if isinstance(self.measure, Ratio):
+            (directory / "ratio.ubj").write_bytes(self.measure.model)
+        elif isinstance(self.measure, Mixture):
+            arrays = {name: value.tolist() for name, value in vars(self.measure).items()}
+            document["mixture"] = arrays
+        elif self.name == "neighbours8" and isinstance(self.measure, Neighbours):
+            np.save(directory / "overlap8.npy", self.measure.overlap)
+        (directory / MODEL_FILE).write_text(json.dumps(document, indent=1, sort_keys=True))
+
+    @classmethod
+    def load(cls, directory: Path) -> CoverageModel:
+        """Read a saved model.
+
+        Raises
+        ------
+        ModelError
+            A file is missing, damaged or of a newer format.
+        """
+        try:
+            document = json.loads((directory / MODEL_FILE).read_text())
+            if document["format"] > _FORMAT:
+                raise ModelError(
+                    f"{directory / MODEL_FILE} has format {document['format']}, not {_FORMAT}",
+                    "Install a newer sos-dask.",
+                )
+            name = document["measure"]
+            overlap = np.load(directory / "overlap.npy")
+            measure: Measure
+            if name == "ratio":
+                measure = Ratio((directory / "ratio.ubj").read_bytes())
+            elif name == "mixture":
+                measure = Mixture(**{k: np.array(v) for k, v in document["mixture"].items()})
+            elif name == "neighbours8":
+                measure = Neighbours(np.load(directory / "overlap8.npy"))
+            else:
+                measure = Neighbours(overlap)
+            noise = {key: tuple(map(tuple, value)) for key, value in document["noise"].items()}
+            return cls(
+                name,
+                tuple(document["parameters"]),
+                np.array(document["center"]),
+                np.array(document["scale"]),
+                measure,
+                Noise(**noise),
+                Growth(**document["growth"]),
+                Limits(**document["limits"]),
+                overlap,
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"the coverage model in {directory} is missing or damaged: {error!r}",
+                "Make the product again.",
+            ) from None

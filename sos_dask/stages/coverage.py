@@ -1,0 +1,495 @@
+"""Stage coverage: where the correction may be trusted, for every row of the target.
+
+A model of the coverage is fitted to the pairs; then every row of the observations is scored,
+partition by partition, into column files aligned with the partitions: same rows, same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sos_dask import coverage as kernel
+from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.catalog import Catalog, write_parquet, write_partition
+from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.coverage import CLASSES, OUTSIDE, PARAMETERS, SPARSE, CoverageModel, Limits, Overlap
+from sos_dask.crossmatch import MatchSettings, match
+from sos_dask.errors import CatalogError
+from sos_dask.healpix import HealpixPixel, surroundings
+from sos_dask.schema import HEALPIX_COLUMN, LABELS
+from sos_dask.stages.parts import (
+    GAIA_IDS,
+    commit_catalog,
+    key_of,
+    read_piece,
+    records,
+    require_memory,
+    run_parts,
+    unless_complete,
+    write_piece,
+)
+from sos_dask.trust import (
+    COVERAGE_FIELD,
+    FLAG_AMBIGUOUS,
+    FLAG_GRID_EDGE,
+    FLAG_MEANINGS,
+    FLAG_OUTSIDE,
+    FLAG_SPARSE,
+    FLAG_SPREAD,
+    FLAGS,
+)
+from sos_dask.verify import key_hashes
+
+VERSION = 1
+GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
+"""How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
+MAPS = "maps.parquet"
+CALIBRATION = "calibration.parquet"
+_SAMPLE_ROWS = 200_000
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing (Knuth, TAOCP 3, 6.4)
+
+
+@dataclass(frozen=True)
+class CoverageSettings:
+    """Settings of the stage.
+
+    Parameters
+    ----------
+    measure : str
+        One of `coverage.MEASURES`.
+    limits : Limits
+    compare : bool
+        Whether all measures are fitted and compared on held-out pairs.
+    grid : mapping of str to (float, float)
+        Limits of the grid of the survey's pipeline, by label. A label that is not named: the
+        smallest and largest value in the catalog.
+    radius_arcsec : float
+        Within it a row belongs to a star with a large spread or an ambiguous match.
+    seed : int
+    """
+
+    measure: str = "neighbours"
+    limits: Limits = field(default_factory=Limits)
+    compare: bool = True
+    grid: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    radius_arcsec: float = 1.5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _SamplePart:
+    output: Output
+    catalog: Catalog
+    pixel: HealpixPixel
+    share: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    output: Output
+    catalog: Catalog
+    stars: Catalog
+    pairs: Catalog
+    pixel: HealpixPixel
+    grid: Mapping[str, tuple[float, float]]
+    radius_arcsec: float
+
+
+def coverage_recipe(
+    model: str, pairs: str, catalog: str, stars: str, settings: CoverageSettings
+) -> Recipe:
+    """Recipe of `coverage` for inputs of these fingerprints."""
+    inputs = {"model": model, "pairs": pairs, "observations": catalog, "stars": stars}
+    return Recipe("coverage", VERSION, {"settings": asdict(settings)}, inputs)
+
+
+def coverage(
+    model: Path,
+    pairs: Catalog,
+    catalog: Catalog,
+    stars: Catalog,
+    directory: Path,
+    settings: CoverageSettings,
+    *,
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+    model_fingerprint: str = "",
+) -> Manifest:
+    """Fit a coverage model and score every row of a catalog.
+
+    Parameters
+    ----------
+    model : Path
+        Directory of a trained correction, with its ``held_out.parquet``.
+    pairs : Catalog
+        The pairs it was trained on.
+    catalog : Catalog
+        Observations of the target.
+    stars : Catalog
+        Its stars, for ``flag_spread``.
+    directory : Path
+        Gets a catalog on the partitions of ``catalog`` (``_healpix_29``, key,
+        position, ``coverage``, ``flag_coverage``), the model, ``calibration.parquet`` and
+        ``maps.parquet``.
+
+    Returns
+    -------
+    Manifest
+        ``summary``: shares of the rows inside, sparse, outside and without coverage; limits and
+        their meaning; measures compared; rows without each parameter.
+
+    Raises
+    ------
+    ConfigError
+        Unknown measure.
+    ModelError
+        Too few held-out pairs.
+    CatalogError
+        A column is missing, or the held-out pairs are not those of the pairs.
+    """
+    kernel.check_measure(settings.measure)
+    catalog.require(*LABELS, HEALPIX_COLUMN, "obs_id", "ra", "dec")
+    fingerprint = model_fingerprint or Manifest.load(model).fingerprint
+    recipe = coverage_recipe(
+        fingerprint, pairs.fingerprint, catalog.fingerprint, stars.fingerprint, settings
+    )
+    output = Output.prepare(directory, recipe, overwrite)
+    if output.complete:
+        return output.load_manifest()
+    cluster = cluster or Cluster()
+    require_memory(cluster, catalog, "coverage")
+    with unless_complete(output):
+        _run(output, model, pairs, catalog, stars, settings, cluster, report)
+    return output.load_manifest()
+
+
+def _run(
+    output: Output,
+    model: Path,
+    pairs: Catalog,
+    catalog: Catalog,
+    stars: Catalog,
+    settings: CoverageSettings,
+    cluster: Cluster,
+    report: Report,
+) -> None:
+    keys = [key_of(pixel) for pixel in catalog.pixels]
+    share = min(1.0, _SAMPLE_ROWS / max(catalog.n_rows, 1))
+    samples = {key_of(p): _SamplePart(output, catalog, p, share) for p in catalog.pixels}
+    run_parts(output, "samples", samples, _sample_part, cluster, "coverage: sample", report)
+    files, fitted = _fitted(output, model, pairs, settings, keys)
+    grid = {label: _grid(label, catalog, settings) for label in LABELS}
+    parts = {
+        key_of(p): _Part(output, catalog, stars, pairs, p, grid, settings.radius_arcsec)
+        for p in catalog.pixels
+    }
+    run_parts(output, "scores", parts, _score_part, cluster, "coverage", report)
+    done = records(output, "scores", keys) or []
+    maps = kernel.sum_maps([read_piece(_map_file(output, key)) for key in keys])
+    files.append(output.write_file(MAPS, partial(write_parquet, maps)))
+    n_rows = catalog.n_rows
+    counts = {name: sum(record[name] for record in done) for name in (*CLASSES, "unknown")}
+    names = [name for name in PARAMETERS if name in catalog.schema.names]
+    summary = {
+        "measure": settings.measure,
+        "parameters_of_catalog": names,
+        "parameters_without_column": [name for name in PARAMETERS if name not in names],
+        "rows_without": {
+            name: sum(record["missing"].get(name, 0) for record in done) for name in names
+        },
+        "shares": {name: count / max(n_rows, 1) for name, count in counts.items()},
+        "rows": counts,
+        "flags": {
+            str(bit): sum(record["flags"][str(bit)] for record in done) for bit in FLAG_MEANINGS
+        },
+        "limits": asdict(settings.limits),
+        "meaning": meaning(settings.limits),
+        "grid": {label: list(limits) for label, limits in grid.items()},
+        **fitted,
+    }
+    schema = _schema(catalog)
+    commit_catalog(
+        output,
+        catalog.name.removesuffix(".observations") + ".coverage",
+        list(zip(catalog.pixels, done, strict=True)),
+        schema,
+        Rows(n_rows, sum(record["file"]["rows"] for record in done)),
+        summary,
+        files,
+    )
+
+
+def _grid(label: str, catalog: Catalog, settings: CoverageSettings) -> tuple[float, float]:
+    if label in settings.grid:
+        return settings.grid[label]
+    return catalog.bounds(label).get(label, (-np.inf, np.inf))
+
+
+def meaning(limits: Limits) -> dict[str, str]:
+    """What the classes say, in words."""
+    low, high = 1 / limits.inside, 1 / limits.outside
+    return {
+        "coverage": "error in the dense overlap over the error here, at equal signal to noise",
+        "inside": f"the error of a corrected label is at most {low:.2f} times that in the dense "
+        "overlap",
+        "sparse": f"{low:.2f} to {high:.2f} times",
+        "outside": f"more than {high:.2f} times, or farther out than any pair can tell",
+    }
+
+
+def _fitted(
+    output: Output, model: Path, pairs: Catalog, settings: CoverageSettings, keys: list[str]
+) -> tuple[list[FileRecord], dict[str, Any]]:
+    """Fit the model, or take that of a run before; its files and what is said of it."""
+    names = ("coverage.json", "overlap.npy", "overlap8.npy", "ratio.ubj", CALIBRATION)
+    record = output.get_record("fit", "model")
+    if record is None:
+        sample = pa.concat_tables([read_piece(_sample_file(output, key)) for key in keys])
+        columns = _columns(sample)
+        overlap = read_overlap(model, pairs)
+        fit = kernel.fit(overlap, columns, settings.measure, settings.limits, settings.seed)
+        scratch = output.work / "model"
+        scratch.mkdir(parents=True, exist_ok=True)
+        fit.model.save(scratch)
+        write_parquet(pa.Table.from_pylist(fit.bins), scratch / CALIBRATION)
+        others: Sequence[kernel.Fit] = ()
+        if settings.compare:
+            others = kernel.compare(overlap, columns, settings.limits, settings.seed)
+        record = {
+            "parameters": list(fit.model.parameters),
+            "held_out_pairs": fit.n_held_out,
+            "wrong_measurements": fit.n_wrong,
+            "growth": asdict(fit.model.growth),
+            "noise": asdict(fit.model.noise),
+            "measures": [
+                {
+                    "measure": other.model.name,
+                    "rank_correlation": other.rank_correlation,
+                    "rank_correlation_sparse": other.rank_correlation_sparse,
+                }
+                for other in others
+            ],
+        }
+        output.put_record("fit", "model", record)
+    files = []
+    for name in names:
+        source = output.work / "model" / name
+        if source.is_file():
+            content = source.read_bytes()
+            rows = pq.read_metadata(source).num_rows if name == CALIBRATION else 0
+            files.append(output.write_file(name, partial(_write_bytes, content, rows)))
+    return files, record
+
+
+def _write_bytes(content: bytes, rows: int, path: Path) -> int:
+    path.write_bytes(content)
+    return rows
+
+
+def read_overlap(model: Path, pairs: Catalog) -> Overlap:
+    """Pairs fit for training, with the residuals of those that a model held out.
+
+    Raises
+    ------
+    CatalogError
+        The held-out pairs of the model are not among these pairs.
+    """
+    errors = [f"{label}_err_ref" for label in LABELS]
+    names = pairs.columns([*PARAMETERS, *errors])
+    tables = []
+    for pixel in pairs.pixels:
+        table = pairs.read(pixel, [*names, "fold", "use"])
+        tables.append(table.filter(table["use"]))
+    table = pa.concat_tables(tables)
+    fold = table["fold"].to_numpy()
+    held_out = pq.read_table(model / "held_out.parquet")
+    residual = np.full((len(fold), len(LABELS)), np.nan)
+    logg = _floats(table, "logg")
+    # The held-out pairs of a fold stand in the order of the sky, as the pairs do.
+    for name in np.unique(held_out["fold"].to_numpy()):
+        rows = np.flatnonzero(fold == name)
+        part = held_out.filter(pc.equal(held_out["fold"], int(name)))
+        if len(rows) != part.num_rows or not np.array_equal(
+            logg[rows].astype(np.float32), part["x_logg"].to_numpy(), equal_nan=True
+        ):
+            raise CatalogError(
+                f"{model / 'held_out.parquet'} does not hold the pairs of {pairs.path}",
+                "Train the model on these pairs.",
+            )
+        for number, label in enumerate(LABELS):
+            difference, predicted = part[f"{label}_diff"], part[f"{label}_delta"]
+            residual[rows, number] = difference.to_numpy() - predicted.to_numpy()
+    columns = {name: _floats(table, name) for name in names if name in PARAMETERS}
+    reference_error = np.stack(
+        [
+            _floats(table, name) if name in table.schema.names else np.full(len(fold), np.nan)
+            for name in errors
+        ],
+        axis=1,
+    )
+    return Overlap(columns, fold, residual, reference_error)
+
+
+def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:
+    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float64)
+
+
+def _columns(table: pa.Table) -> dict[str, NDArray[np.float64]]:
+    return {name: _floats(table, name) for name in PARAMETERS if name in table.schema.names}
+
+
+def _sample_file(output: Output, key: str) -> Path:
+    return output.work / "samples" / f"{key}.arrow"
+
+
+def _map_file(output: Output, key: str) -> Path:
+    return output.work / "maps" / f"{key}.arrow"
+
+
+def _sample_part(part: _SamplePart) -> None:
+    """Rows of one partition that belong to the sample: chosen by their key alone."""
+    names = part.catalog.columns(["obs_id", *PARAMETERS])
+    table = part.catalog.read(part.pixel, names)
+    limit = np.uint64(min(part.share, 1.0) * float(2**64 - 2**11))
+    mixed = key_hashes(table["obs_id"]) * _GOLDEN  # integers are their own hashes
+    table = table.filter(pa.array(mixed <= limit)).drop_columns("obs_id")
+    write_piece(_sample_file(part.output, key_of(part.pixel)), table)
+    part.output.put_record("samples", key_of(part.pixel), {"rows": table.num_rows})
+
+
+@lru_cache(maxsize=2)
+def _load(directory: str) -> CoverageModel:
+    return CoverageModel.load(Path(directory))
+
+
+def _schema(catalog: Catalog) -> pa.Schema:
+    return pa.schema(
+        [
+            catalog.schema.field(HEALPIX_COLUMN),
+            *(catalog.schema.field(name) for name in ("obs_id", "ra", "dec")),
+            COVERAGE_FIELD,
+            pa.field(FLAGS, pa.int32(), False),
+        ]
+    )
+
+
+def _score_part(part: _Part) -> None:
+    """Coverage and flags of one partition."""
+    names = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *GAIA_IDS.values(), "position_epoch"]
+    table = part.catalog.read(part.pixel, part.catalog.columns([*names, *PARAMETERS]))
+    columns = _columns(table)
+    model = _load(str(part.output.directory))
+    score = model.coverage(columns)
+    known = np.isfinite(score)
+    place = np.where(known, model.limits.classify(score), -1).astype(np.int8)
+    flags = np.zeros(len(score), dtype=np.int32)
+    flags[place == SPARSE] |= FLAG_SPARSE
+    flags[place == OUTSIDE] |= FLAG_OUTSIDE
+    for label, (low, high) in part.grid.items():
+        step = GRID_STEPS[label]
+        flags[(columns[label] <= low + step) | (columns[label] >= high - step)] |= FLAG_GRID_EDGE
+    flags[_of_stars(part, table, part.stars, "flag_spread")] |= FLAG_SPREAD
+    flags[_of_stars(part, table, part.pairs, "ambiguous")] |= FLAG_AMBIGUOUS
+    cells = table[HEALPIX_COLUMN].to_numpy()
+    key = key_of(part.pixel)
+    write_piece(_map_file(part.output, key), kernel.count_maps(cells, columns, place))
+    out = pa.table(
+        [
+            table[HEALPIX_COLUMN],
+            *(table[name] for name in ("obs_id", "ra", "dec")),
+            pa.array(score, pa.float32(), mask=~known),
+            pa.array(flags),
+        ],
+        schema=_schema(part.catalog),
+    )
+    record = write_partition(part.output, part.pixel, out)
+    part.output.put_record(
+        "scores",
+        key,
+        {
+            "file": asdict(record),
+            **{name: int(np.count_nonzero(place == c)) for c, name in enumerate(CLASSES)},
+            "unknown": int(np.count_nonzero(~known)),
+            "missing": {n: int(np.count_nonzero(~np.isfinite(v))) for n, v in columns.items()},
+            "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in FLAG_MEANINGS},
+        },
+    )
+
+
+def _of_stars(part: _Part, table: pa.Table, stars: Catalog, flag: str) -> NDArray[np.int64]:
+    """Rows of a partition that belong to stars (or pairs) with a flag."""
+    if flag not in stars.schema.names or not table.num_rows:
+        return np.empty(0, dtype=np.int64)
+    key = "star_id" if "star_id" in stars.schema.names else "reference_star_id"
+    names = [HEALPIX_COLUMN, key, "ra", "dec", "position_epoch", *GAIA_IDS.values(), flag]
+    around = surroundings(part.pixel, part.radius_arcsec)[0]
+    ranges = sorted([(part.pixel.first, part.pixel.stop), *around])
+    marked = stars.read_ranges(ranges, stars.columns(names))
+    marked = marked.filter(marked[flag])
+    if not marked.num_rows:
+        return np.empty(0, dtype=np.int64)
+    settings = MatchSettings(part.radius_arcsec, max(part.radius_arcsec, 10.0))
+    return np.unique(match(table, marked, settings, key).left)
+
+
+def look(directory: Path) -> dict[str, Any]:
+    """What a person asks of a coverage product.
+
+    Parameters
+    ----------
+    directory : Path
+        The product.
+
+    Returns
+    -------
+    dict
+        ``inside``, ``sparse``, ``outside``, ``unknown``: shares of the rows; ``meaning``,
+        ``limits``, ``measure``, ``parameters``, ``measures`` as in the manifest; ``kiel`` (cells of
+        500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) with ``rows`` and ``outside``;
+        ``follow_up``: see `coverage.follow_up`.
+
+    Raises
+    ------
+    CatalogError
+        There is no such product.
+    """
+    summary = Manifest.load(directory).summary
+    maps = pq.read_table(directory / MAPS)
+    kept = ("meaning", "limits", "measure", "measures", "parameters", "parameters_without_column",
+            "rows_without", "rows", "flags", "held_out_pairs", "wrong_measurements")  # fmt: skip
+    return {
+        **summary["shares"],
+        **{name: summary[name] for name in kept},
+        "kiel": _coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
+        "sky": _coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
+        "follow_up": kernel.follow_up(maps),
+    }
+
+
+def _coarse(maps: pa.Table, name: str, steps: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Cells of a map added up to larger ones: their middles (first pixels), rows and outside."""
+    total: dict[tuple[float, ...], list[int]] = {}
+    for row in maps.filter(pc.equal(maps["map"], name)).to_pylist():
+        cell = tuple(row[column] // step for column, step in steps.items())
+        counts = total.setdefault(cell, [0, 0])
+        counts[0] += sum(row[kind] for kind in CLASSES)
+        counts[1] += row["outside"]
+    found = []
+    for cell, (n_rows, outside) in sorted(total.items()):
+        place: dict[str, Any] = {
+            column: int(index) if column == "pixel" else (index + 0.5) * step
+            for index, (column, step) in zip(cell, steps.items(), strict=True)
+        }
+        found.append({**place, "rows": n_rows, "outside": outside})
+    return found

@@ -1,0 +1,184 @@
+"""Kernel of coverage: measures, calibration, classes, maps."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sos_dask import coverage as cv
+from sos_dask.coverage.measures import Neighbours
+from sos_dask.errors import ConfigError, ModelError
+from sos_dask.schema import LABELS
+
+
+def sky(n, rng, low=0.0, high=3.0):
+    """Rows that fill a box of label space evenly; one of its axes runs from low to high."""
+    x = rng.uniform(0, 3, (n, 3))
+    x[:, 1] = rng.uniform(low, high, n)
+    return {
+        "teff": 4000 + 1000 * x[:, 0],
+        "logg": x[:, 1],
+        "feh": x[:, 2] - 2,
+        "snr": rng.uniform(20, 200, n),
+        "rv": rng.normal(0, 50, n),
+        "phot_g_mean_mag": rng.uniform(10, 17, n),
+    }
+
+
+def overlap_of(columns, rng, sigma=(50.0, 0.1, 0.05), growth=None):
+    n = len(columns["teff"])
+    residual = rng.normal(0, 1, (n, 3)) * np.array(sigma)
+    if growth is not None:
+        residual *= growth[:, None]
+    return cv.Overlap(
+        columns, (np.arange(n) % 5).astype(np.int8), residual, np.full((n, 3), np.nan)
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    rng = np.random.default_rng(1)
+    return cv.fit(overlap_of(sky(4000, rng), rng), sky(5000, rng), "neighbours", cv.Limits())
+
+
+def test_a_known_third_of_the_rows_without_overlap_is_found():
+    rng = np.random.default_rng(2)
+    overlap = overlap_of(sky(20_000, rng, 0, 2), rng)
+    rows = sky(30_000, rng)
+    rows["logg"][rows["logg"] > 2] += 0.3  # else the border is as wide as stars lie apart
+    model = cv.fit(overlap, sky(5000, rng), "neighbours", cv.Limits()).model
+    outside = model.limits.classify(model.coverage(rows)) == cv.OUTSIDE
+    assert abs(outside.mean() - 1 / 3) < 0.02
+    assert outside[rows["logg"] > 2.5].all() and outside[rows["logg"] < 2].mean() < 0.01
+
+
+def test_growth_of_the_error_is_recovered():
+    rng = np.random.default_rng(3)
+    distance = rng.exponential(0.2, 20_000)
+    ratio = rng.normal(0, 1, (20_000, 3)) * np.hypot(1, distance / 0.3)[:, None]
+    growth, bins = cv.Growth.fit(distance, ratio)
+    assert growth.d0 == pytest.approx(0.3, rel=0.15)
+    assert sum(row["n"] for row in bins) == 20_000
+    d = np.linspace(0, 3, 200)
+    assert (np.diff(growth(d)) >= 0).all() and growth(np.zeros(1))[0] == 1
+
+
+def test_noise_is_recovered_beside_the_errors_of_the_reference():
+    rng = np.random.default_rng(4)
+    n = 20_000
+    snr, logg = rng.uniform(10, 200, n), rng.uniform(0, 5, n)
+    own = np.hypot(np.array([25, 0.04, 0.03]), np.array([2500, 4, 2]) / snr[:, None])
+    reference = rng.uniform(0.2, 1.0, (n, 3)) * np.array([40, 0.06, 0.04])
+    residual = rng.normal(0, 1, (n, 3)) * np.hypot(own, reference)
+    noise = cv.Noise.fit(residual, logg, snr, reference)
+    assert np.median(noise(logg, snr) / own, axis=0) == pytest.approx(np.ones(3), rel=0.1)
+
+
+def test_wrong_measurements_do_not_count_as_growth():
+    rng = np.random.default_rng(5)
+    overlap = overlap_of(sky(4000, rng), rng)
+    overlap.residual[:40] += np.array([5000.0, 10.0, 5.0])
+    found = cv.fit(overlap, sky(2000, rng), "neighbours", cv.Limits())
+    assert found.n_wrong == 40 and found.n_held_out == 4000
+
+
+@given(cut=st.integers(0, 500), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_a_row_does_not_depend_on_those_beside_it(fitted, cut, seed):
+    rows = sky(500, np.random.default_rng(seed), 0, 6)
+    whole = fitted.model.coverage(rows)
+    parts = [
+        fitted.model.coverage({k: v[part] for k, v in rows.items()})
+        for part in (slice(0, cut), slice(cut, None))
+    ]
+    assert np.concatenate(parts).tobytes() == whole.tobytes()
+    assert ((whole > 0) & (whole <= 1)).all()
+
+
+@pytest.mark.parametrize("name", cv.MEASURES)
+def test_measures_are_saved_and_say_nothing_of_rows_without_a_label(name, tmp_path):
+    rng = np.random.default_rng(6)
+    overlap, rows = overlap_of(sky(1500, rng), rng), sky(300, rng)
+    rows["logg"][:10] = np.nan
+    rows["rv"][10:20] = np.nan
+    model = cv.fit(overlap, sky(2000, rng), name, cv.Limits(), seed=7).model
+    again = cv.fit(overlap, sky(2000, np.random.default_rng(8)), name, cv.Limits(), seed=7).model
+    model.save(tmp_path)
+    score = model.coverage(rows)
+    assert np.isnan(score[:10]).all() and np.isfinite(score[10:]).all()
+    assert cv.CoverageModel.load(tmp_path).coverage(rows).tobytes() == score.tobytes()
+    if name != "ratio":  # that one learns of the sample of the catalog, too
+        assert again.coverage(rows).tobytes() == score.tobytes()
+
+
+def test_a_missing_parameter_is_left_out_not_filled_in():
+    points = np.array([[0.0, 0, 0, 9], [5, 5, 5, 0]])
+    found = Neighbours(points, k=1).distance(np.array([[0, 0, 0, np.nan], [0, 0, 0, 9]]))
+    assert found.tolist() == [0, 0]
+    assert Neighbours(points, k=1).distance(np.array([[1, 0, 0, np.nan]]))[0] == pytest.approx(
+        np.sqrt(4 / 3)
+    )
+
+
+def test_measures_are_compared_on_the_same_pairs():
+    rng = np.random.default_rng(9)
+    found = cv.compare(overlap_of(sky(900, rng), rng), sky(900, rng), cv.Limits(), most=800)
+    assert [item.model.name for item in found] == list(cv.MEASURES)
+    assert {item.n_held_out for item in found} == {800}
+
+
+def test_a_smooth_model_is_extended_only_so_far(fitted):
+    model = fitted.model
+    far = np.array([[1.0, 40.0, -0.5]], dtype=np.float32)
+    near = model.within_reach(far)
+    scaled = (near - model.center) / model.scale
+    distance = np.sqrt(((model.overlap - scaled) ** 2).sum(axis=1)).min()
+    assert distance == pytest.approx(model.reach, rel=1e-3)
+    inside = (model.overlap[:5] * model.scale + model.center).astype(np.float32)
+    assert model.within_reach(inside) == pytest.approx(inside, rel=1e-5)
+
+
+def test_bad_limits_measures_and_too_few_pairs_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="limits of coverage"):
+        cv.Limits(0.5, 0.6)
+    with pytest.raises(ConfigError, match="no measure of coverage 'neighbors'"):
+        cv.check_measure("neighbors")
+    rng = np.random.default_rng(0)
+    with pytest.raises(ModelError, match="50 held-out pairs are too few"):
+        cv.fit(overlap_of(sky(50, rng), rng), sky(50, rng), "neighbours", cv.Limits())
+    with pytest.raises(ModelError, match="missing or damaged"):
+        cv.CoverageModel.load(tmp_path)
+
+
+@given(cut=st.integers(0, 400))
+@settings(max_examples=10, deadline=None)
+def test_maps_add_up_however_the_rows_are_cut(cut):
+    rng = np.random.default_rng(1)
+    rows, cells = sky(400, rng), rng.integers(0, 12 << 58, 400)
+    rows["phot_g_mean_mag"][:50] = np.nan
+    place = rng.integers(-1, 3, 400).astype(np.int8)
+    whole = cv.sum_maps([cv.count_maps(cells, rows, place)])
+    parts = [
+        cv.count_maps(cells[part], {k: v[part] for k, v in rows.items()}, place[part])
+        for part in (slice(0, cut), slice(cut, None))
+    ]
+    assert cv.sum_maps(parts).equals(whole)
+    for name in ("sky", "kiel", "labels"):
+        of_map = [row for row in whole.to_pylist() if row["map"] == name]
+        for number, kind in enumerate(cv.CLASSES):
+            assert sum(row[kind] for row in of_map) == np.count_nonzero(place == number)
+
+
+def test_follow_up_names_the_cell_with_most_rows_outside():
+    columns = {
+        "teff": np.array([5100.0] * 5 + [6100.0] * 3),
+        "logg": np.full(8, 4.1),
+        "feh": np.full(8, 0.1),
+        "phot_g_mean_mag": np.array([15.0, 16.0, 17.0, 10.0, 10.0, 12.0, 12.0, 12.0]),
+    }
+    place = np.array([2, 2, 2, 0, 0, 2, 2, 0], dtype=np.int8)
+    maps = cv.sum_maps([cv.count_maps(np.zeros(8, dtype=np.int64), columns, place)])
+    first, second = cv.follow_up(maps)
+    assert (first["teff"], first["logg"], first["outside"], first["rows"]) == (5125, 4.125, 3, 5)
+    assert first["phot_g_mean_mag"] == 16 and second["outside"] == 2
+    assert set(LABELS) <= set(first)

@@ -1,0 +1,86 @@
+"""Stage coverage on a small build: aligned columns, honest counts, same bytes, the command."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sos_dask.artifact import Manifest
+from sos_dask.catalog import Catalog
+from sos_dask.cli import app
+from sos_dask.errors import CatalogError
+from sos_dask.stages.coverage import CoverageSettings, coverage, look
+from sos_dask.trust import FLAG_OUTSIDE, FLAG_SPARSE
+from tests.job import contents
+
+
+def opened(store, name):
+    return Catalog.open((store / "current" / name).resolve())
+
+
+def test_columns_stand_beside_the_observations(small_store):
+    rows, scores = opened(small_store, "lamost.observations"), opened(small_store, "coverage")
+    corrected = opened(small_store, "lamost.corrected")
+    assert scores.pixels == rows.pixels
+    summary = Manifest.load(small_store / "current" / "coverage").summary
+    n = dict.fromkeys(("outside", "sparse", "unknown"), 0)
+    for pixel in rows.pixels:
+        table, score, out = rows.read(pixel), scores.read(pixel), corrected.read(pixel)
+        assert table["obs_id"].equals(score["obs_id"])
+        assert score["coverage"].equals(out["coverage"])
+        assert score["coverage"].null_count == out["teff_sos"].null_count
+        flags = out["flag_sos"].to_numpy()
+        n["outside"] += int(np.count_nonzero(flags & FLAG_OUTSIDE))
+        n["sparse"] += int(np.count_nonzero(flags & FLAG_SPARSE))
+        n["unknown"] += score["coverage"].null_count
+    assert {name: summary["rows"][name] for name in n} == n
+    assert sum(summary["shares"].values()) == pytest.approx(1)
+    assert summary["parameters_without_column"] == ["distance", "ebv"]
+
+
+def test_same_bytes_with_workers(small_store, cluster, tmp_path):
+    current = small_store / "current"
+    pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
+    stars = opened(small_store, "lamost.stars")
+    model = (current / "model.polynomial").resolve()
+    for name, workers in (("alone", None), ("workers", cluster)):
+        coverage(model, pairs, rows, stars, tmp_path / name, CoverageSettings(), cluster=workers)
+    assert contents(tmp_path / "alone") == contents(tmp_path / "workers")
+
+
+def test_pairs_of_another_model_are_refused(small_store, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (small_store / "current" / "model.polynomial").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    held_out = pq.read_table(model / "held_out.parquet")
+    pq.write_table(held_out.slice(1), model / "held_out.parquet")
+    pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
+    stars = opened(small_store, "lamost.stars")
+    with pytest.raises(CatalogError, match="does not hold the pairs"):
+        coverage(model, pairs, rows, stars, tmp_path / "out", CoverageSettings(compare=False))
+
+
+def test_the_command_tells_shares_maps_and_follow_up(small_store, capsys):
+    with pytest.raises(SystemExit):
+        app(["coverage", "--store", str(small_store), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["inside"] + found["sparse"] + found["outside"] + found["unknown"] == pytest.approx(
+        1
+    )
+    n_rows = sum(found["rows"][name] for name in ("inside", "sparse", "outside"))
+    assert sum(cell["rows"] for cell in found["kiel"]) == n_rows
+    assert sum(cell["rows"] for cell in found["sky"]) == n_rows
+    counts = [cell["outside"] for cell in found["follow_up"]]
+    assert counts == sorted(counts, reverse=True) and counts[0] > 0
+    with pytest.raises(SystemExit):
+        app(["coverage", "--store", str(small_store)])
+    assert "Where follow-up would gain most" in capsys.readouterr().out
+
+
+def test_maps_are_a_table(small_store):
+    found = look(small_store / "current" / "coverage")
+    maps = pq.read_table(small_store / "current" / "coverage" / "maps.parquet")
+    assert isinstance(maps, pa.Table) and set(found["meaning"]) >= {"inside", "outside"}

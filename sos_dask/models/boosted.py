@@ -66,13 +66,13 @@ GRID = 4096
 PARAMS = {
     "n_rounds": Param(400, "Trees per label", 1, 20000),
     "max_depth": Param(4, "Depth of a tree", 1, 12),
-    "learning_rate": Param(0.02, "Share of each tree's correction that is taken", 1e-4, 1.0),
-    "min_child_weight": Param(5.0, "Smallest sum of second derivatives in a leaf", 0.0, 1e6),
+    "learning_rate": Param(0.04, "Share of each tree's correction that is taken", 1e-4, 1.0),
+    "min_child_weight": Param(2.0, "Smallest sum of second derivatives in a leaf", 0.0, 1e6),
     "subsample": Param(1.0, "Share of the pairs that each tree sees", 0.05, 1.0),
-    "reg_lambda": Param(10.0, "Pull of the leaves to zero, in pairs", 0.0, 1e6),
+    "reg_lambda": Param(3.0, "Pull of the leaves to zero, in pairs", 0.0, 1e6),
     "max_bin": Param(256, "Bins of each feature", 2, 4096),
     "huber_slope": Param(
-        0.5, "Residual at which the loss turns from square to linear, in spreads", 0.01, 100.0
+        0.2, "Residual at which the loss turns from square to linear, in spreads", 0.01, 100.0
     ),
     "nthread": Param(1, "Threads of each worker", 1, 1024),
     "seed": Param(0, "Seed of the subsamples", 0, 2**31 - 1),

@@ -8,6 +8,7 @@ from sos_dask import models
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.models import Batch, boosted, hybrid, polynomial
 from sos_dask.models.hybrid import HybridCorrection, ResidualSource
+from sos_dask.models.polynomial import PolynomialCorrection
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
 QUICK = {"order": 2, "n_rounds": 30, "learning_rate": 0.1}
@@ -106,6 +107,7 @@ def test_it_is_the_sum_of_its_parts():
     out = models.fit("hybrid", source, params={**QUICK, "smoothing": 0.02})
     assert isinstance(out, HybridCorrection)
     smooth = models.fit("polynomial", source, params={"order": 2})
+    assert isinstance(smooth, PolynomialCorrection)
     of_trees = {k: v for k, v in out.info.params.items() if k in boosted.PARAMS}
     trees = models.fit("boosted", ResidualSource(source, smooth, 7.0), params=of_trees)
     x = biased_pairs(500, 4).features

@@ -52,7 +52,7 @@ PARAMS: Mapping[str, Param] = {
         for name, param in boosted.PARAMS.items()
     },
     "smoothing": Param(
-        0.15, "Width of the Gaussian that smears the trees, in standard deviations", 0.02, 3.0
+        0.1, "Width of the Gaussian that smears the trees, in standard deviations", 0.02, 3.0
     ),
     "outlier": Param(
         7.0,
@@ -60,6 +60,15 @@ PARAMS: Mapping[str, Param] = {
         2,
         1e6,
     ),
+}
+# What `sos_dask.models.search` tries.
+SEARCH = {
+    "order": (2, 3, 4, 5),
+    "n_rounds": (1, 50, 100, 200),
+    "max_depth": (3, 4, 6),
+    "min_child_weight": (10.0, 30.0, 100.0),
+    "reg_lambda": (10.0, 30.0, 100.0),
+    "smoothing": (0.05, 0.1, 0.15, 0.3),
 }
 
 

@@ -74,6 +74,8 @@ PARAMS = {
     ),
     "max_passes": Param(60, "Largest number of passes over the pairs", 1, 1000),
 }
+# What `sos_dask.models.search` tries.
+SEARCH = {"order": (2, 3, 4, 5), "ridge": (0.1, 1.0, 3.0, 10.0)}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ in the order of the workers' names, equal pairs on equally many workers give equ
 number of workers, or none, changes the last digits of sums only. Both hold for ``subsample = 1``,
 the default: which pairs a tree sees otherwise depends on the layout.
 
-With ``stop_rounds`` one training fold is kept aside to count the trees that help. The default is a
-fixed number of slow trees: STOPNOTE
+With ``stop_rounds`` one training fold is kept aside to count the trees that help, label by label;
+then all training folds grow so many. It is off by default, for it costs up to another training.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def _of_label(rows: Rows, label: int) -> tuple[Float32Array, Float32Array, Float
     return rows.features[known], rows.differences[known, label], rows.weight[known]
 
 
-def _matrix(job: _Job, rows: Rows, label: int) -> Any:
+def _matrix(job: _Job, rows: Rows, label: int, bins_of: Any = None) -> Any:
     import xgboost
 
     x, y, weight = _of_label(rows, label)
@@ -324,6 +324,7 @@ def _matrix(job: _Job, rows: Rows, label: int) -> Any:
         feature_names=list(FEATURES),
         max_bin=job.params["max_bin"],
         nthread=job.params["nthread"],
+        ref=bins_of,
     )
 
 
@@ -349,11 +350,12 @@ def _rounds(job: _Job) -> tuple[int, ...]:
         for name, part in (("others", train), ("one kept aside", stop)):
             if not np.isfinite(part.differences[:, number]).any():
                 raise ModelError(f"stop_rounds: the training fold ({name}) has no known {label}")
+        matrix = _matrix(job, train, number)
         booster = xgboost.train(
             job.booster_params(),
-            _matrix(job, train, number),
+            matrix,
             job.params["n_rounds"],
-            evals=[(_matrix(job, stop, number), "kept")],
+            evals=[(_matrix(job, stop, number, matrix), "kept")],
             early_stopping_rounds=job.params["stop_rounds"],
             verbose_eval=False,
         )

@@ -4,10 +4,10 @@
 injected bias (``demo``'s simulator has the switch) and once on one with it.
 
 Let t = T + b(T) + e be a label of the target and r = T + e' that of the reference. Among stars of
-one t the mean of t - r is E[b + e | t]. Without bias, and with normal noise of variance s^2, that is
--s^2 d/dt log p(t) for any density p of the noisy labels (Robbins 1956; Efron 2011, JASA 106, 1602):
-for a normal p of variance S^2 + s^2 a line of slope s^2 / (S^2 + s^2). So a correction that predicts
-the reference has this slope where there is no bias, and must have it. Printed per label:
+one t the mean of t - r is E[b + e | t]. Without bias, and with normal noise of variance s^2, that
+is -s^2 d/dt log p(t) for any density p of the noisy labels (Robbins 1956; Efron 2011, JASA 106,
+1602): for a normal p of variance S^2 + s^2 a line of slope s^2 / (S^2 + s^2). So a correction that
+predicts the reference has this slope where there is no bias, and must have it. Printed per label:
 
 * ``normal``: that slope, with the true scatter of the labels, as if all stars were one normal;
 * ``known``: the slope of t - T on t, from the truth: what noise (and bias) does;
@@ -75,11 +75,9 @@ def main() -> None:
             t = labels[:, k]
             normal = np.var(noise[:, k]) / np.var(t)
             recovered = binned_median_rms(true[:, k], at_truth[:, k] - bias[:, k], 20)
-            print(
-                f"{label:6} {name:17} {normal:7.4f}  {slope(t, t - true[:, k]):7.4f}  "
-                f"{slope(t, predicted[:, k]):7.4f}  {recovered.rms:9.4f} {scatter(left[:, k]):8.4f}",
-                flush=True,
-            )
+            slopes = (normal, slope(t, t - true[:, k]), slope(t, predicted[:, k]))
+            figures = [*slopes, recovered.rms, scatter(left[:, k])]
+            print(f"{label:6} {name:17}", *(f"{figure:8.4f}" for figure in figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ class TrainSection(_Section):
     methods: list[str] = Field(default_factory=lambda: ["polynomial", "boosted"], min_length=1)
     validation: Literal["auto", "kfold", "holdout"] = "auto"
     params: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    search: int = Field(0, ge=0, le=1000)
 
 
 class CompareSection(_Section):

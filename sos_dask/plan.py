@@ -499,7 +499,13 @@ def _add_training(planner: _Planner, method: str, pairs: str) -> str:
     job = planner.job
     seed = {"seed": job.seed} if "seed" in models.parameters(method) else {}
     params = {**seed, **job.train.params.get(method, {})}
-    settings = TrainSettings(method, models.check_params(method, params), job.train.validation)
+    settings = TrainSettings(
+        method,
+        models.check_params(method, params),
+        job.train.validation,
+        search=job.train.search,
+        seed=job.seed,
+    )
     return planner.add(
         f"model.{method}",
         train_recipe(pairs, settings),

@@ -388,3 +388,40 @@ def test_a_worker_is_lost_in_training(blow):
     x = source.batch.features
     here = fit(source, params={"n_rounds": 300})
     assert (np.abs(out.predict(x) - here.predict(x)) / NOISE).max() < 1e-4
+
+
+# --- early stopping ------------------------------------------------------------------------------
+
+
+def trees(fitted):
+    assert isinstance(fitted, BoostedCorrection)
+    return [booster.num_boosted_rounds() for booster in fitted.boosters]
+
+
+def test_a_fold_kept_aside_counts_the_trees(cluster):
+    batch = biased_pairs(2000, 1)
+    source = ArraySource(batch, (700,))
+    params = {"n_rounds": 300, "learning_rate": 0.2, "stop_rounds": 10}
+    fitted = models.fit("boosted", source, train_folds=[1, 2, 3, 4], params=params)
+    counts = trees(fitted)
+    assert all(1 < n < 200 for n in counts)
+    long = models.fit(
+        "boosted", source, train_folds=[1, 2, 3, 4], params={**params, "stop_rounds": 0}
+    )
+    assert trees(long) == [300, 300, 300]
+    held = batch.fold == 0
+    left = {
+        name: np.abs(batch.differences[held] - fit.predict(batch.features[held])).mean(axis=0)
+        for name, fit in (("stopped", fitted), ("long", long))
+    }
+    assert (left["stopped"] < left["long"]).all()
+    # Held-out pairs do not count trees.
+    batch.differences[held] += 1e4
+    again = models.fit("boosted", source, train_folds=[1, 2, 3, 4], params=params)
+    assert again.files() == fitted.files()
+    there = models.fit(
+        "boosted", source, train_folds=[1, 2, 3, 4], params=params, client=cluster.client
+    )
+    assert trees(there) == counts
+    with pytest.raises(ModelError, match="stop_rounds needs two training folds"):
+        models.fit("boosted", source, train_folds=[1], params=params)

@@ -38,7 +38,8 @@ class ArraySource:
         edges = [0, *self.cuts, len(self.batch.fold)]
         rows = slice(edges[index], edges[index + 1])
         b = self.batch
-        return Batch(b.features[rows], b.differences[rows], b.fold[rows], b.weight[rows])
+        errors = None if b.errors is None else b.errors[rows]
+        return Batch(b.features[rows], b.differences[rows], b.fold[rows], b.weight[rows], errors)
 
 
 def bias(x: np.ndarray) -> np.ndarray:

@@ -57,12 +57,15 @@ class Batch:
     fold : ndarray of int8, shape (n,)
     weight : ndarray of float32, shape (n,)
         Relative: only ratios matter. Pairs of weight 0 are not used.
+    errors : ndarray of float32, shape (n, 3), optional
+        Of the target's labels (K, dex, dex); nan where unknown.
     """
 
     features: Float32Array
     differences: Float32Array
     fold: NDArray[np.int8]
     weight: Float32Array
+    errors: Float32Array | None = None
 
 
 class TrainingSource(Protocol):
@@ -292,7 +295,7 @@ def _checked(features: Float32Array) -> Float32Array:
     return x
 
 
-def to_json(document: Mapping[str, Any]) -> bytes:
+def to_json(document: Any) -> bytes:
     """JSON text, always the same for the same content; floats keep every bit."""
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 

@@ -10,6 +10,9 @@ sketch depends on the order of the rows and on the workers. With pairs laid out 
 in the order of the workers' names, equal pairs on equally many workers give equal bytes; another
 number of workers, or none, changes the last digits of sums only. Both hold for ``subsample = 1``,
 the default: which pairs a tree sees otherwise depends on the layout.
+
+With ``stop_rounds`` one training fold is kept aside to count the trees that help, label by label;
+then all training folds grow so many. It is off by default, for it costs up to another training.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -66,13 +69,20 @@ GRID = 4096
 PARAMS = {
     "n_rounds": Param(400, "Trees per label", 1, 20000),
     "max_depth": Param(4, "Depth of a tree", 1, 12),
-    "learning_rate": Param(0.02, "Share of each tree's correction that is taken", 1e-4, 1.0),
-    "min_child_weight": Param(5.0, "Smallest sum of second derivatives in a leaf", 0.0, 1e6),
+    "learning_rate": Param(0.04, "Share of each tree's correction that is taken", 1e-4, 1.0),
+    "min_child_weight": Param(2.0, "Smallest sum of second derivatives in a leaf", 0.0, 1e6),
     "subsample": Param(1.0, "Share of the pairs that each tree sees", 0.05, 1.0),
-    "reg_lambda": Param(10.0, "Pull of the leaves to zero, in pairs", 0.0, 1e6),
+    "reg_lambda": Param(3.0, "Pull of the leaves to zero, in pairs", 0.0, 1e6),
     "max_bin": Param(256, "Bins of each feature", 2, 4096),
     "huber_slope": Param(
-        0.5, "Residual at which the loss turns from square to linear, in spreads", 0.01, 100.0
+        0.2, "Residual at which the loss turns from square to linear, in spreads", 0.01, 100.0
+    ),
+    "stop_rounds": Param(
+        0,
+        "End when a training fold that is kept aside has not come closer for so many trees, and "
+        "train so many on all folds; 0: n_rounds trees",
+        0,
+        10000,
     ),
     "nthread": Param(1, "Threads of each worker", 1, 1024),
     "seed": Param(0, "Seed of the subsamples", 0, 2**31 - 1),
@@ -80,6 +90,16 @@ PARAMS = {
     "timeout_s": Param(
         120, "Longest wait of a worker for the others in one step, in seconds", 1, 86400
     ),
+}
+
+
+# What `sos_dask.models.search` tries.
+SEARCH = {
+    "n_rounds": (100, 200, 400, 800),
+    "max_depth": (3, 4, 5, 6, 8),
+    "learning_rate": (0.02, 0.04, 0.08),
+    "min_child_weight": (1.0, 2.0, 5.0, 10.0, 30.0),
+    "reg_lambda": (1.0, 3.0, 10.0, 30.0),
 }
 
 
@@ -202,7 +222,13 @@ def fit(
         _require_cuda(_cuda_problem())
     summary = summarise(source, train_folds, client, "boosted", MIN_PAIRS)
     edges = _edges(source, train_folds, client, summary, params["max_bin"])
-    job = _Job(source, train_folds, params, summary, edges)
+    job = _Job(source, train_folds, params, summary, edges, (params["n_rounds"],) * len(LABELS))
+    if params["stop_rounds"]:
+        if client is None:
+            rounds = _rounds(job)
+        else:
+            rounds = client.submit(_rounds, job, pure=False).result()
+        job = replace(job, rounds=rounds)
     boosters = _fit_here(job, progress) if client is None else _fit_there(job, client, progress)
     info = summary.info("boosted", params, train_folds)
     ensembles = tuple(bytes(booster.save_raw("ubj")) for booster in boosters)
@@ -216,6 +242,7 @@ class _Job:
     params: Mapping[str, Any]
     summary: Summary
     edges: tuple[Float32Array, ...]
+    rounds: tuple[int, ...]  # of each label
 
     def booster_params(self) -> dict[str, Any]:
         names = (
@@ -300,22 +327,64 @@ def _of_label(rows: Rows, label: int) -> tuple[Float32Array, Float32Array, Float
     return rows.features[known], rows.differences[known, label], rows.weight[known]
 
 
+def _matrix(job: _Job, rows: Rows, label: int, bins_of: Any = None) -> Any:
+    import xgboost
+
+    x, y, weight = _of_label(rows, label)
+    return xgboost.QuantileDMatrix(
+        x,
+        y,
+        weight=weight,
+        feature_names=list(FEATURES),
+        max_bin=job.params["max_bin"],
+        nthread=job.params["nthread"],
+        ref=bins_of,
+    )
+
+
+def _rounds(job: _Job) -> tuple[int, ...]:
+    """Trees of each label after which the last training fold came no closer, in one process."""
+    import xgboost
+
+    folds = job.train_folds
+    if folds is None:
+        seen = [job.source.load(index).fold for index in range(job.source.n_batches)]
+        folds = [int(fold) for fold in np.unique(np.concatenate(seen))]
+    if len(folds) < 2:
+        raise ModelError(
+            f"stop_rounds needs two training folds or more, not {len(folds)}",
+            "Raise crossmatch.n_folds, or set stop_rounds = 0.",
+        )
+    *others, kept = sorted(folds)
+    n = job.source.n_batches
+    train = _block(replace(job, train_folds=others), 0, n)
+    stop = _block(replace(job, train_folds=[kept]), 0, n)
+    rounds = []
+    for number, label in enumerate(LABELS):
+        for name, part in (("others", train), ("one kept aside", stop)):
+            if not np.isfinite(part.differences[:, number]).any():
+                raise ModelError(f"stop_rounds: the training fold ({name}) has no known {label}")
+        matrix = _matrix(job, train, number)
+        booster = xgboost.train(
+            job.booster_params(),
+            matrix,
+            job.params["n_rounds"],
+            evals=[(_matrix(job, stop, number, matrix), "kept")],
+            early_stopping_rounds=job.params["stop_rounds"],
+            verbose_eval=False,
+        )
+        rounds.append(int(booster.best_iteration) + 1)
+    return tuple(rounds)
+
+
 def _fit_here(job: _Job, progress: Progress) -> tuple[Any, ...]:
     import xgboost
 
     rows = _block(job, 0, job.source.n_batches)
     boosters = []
     for number in range(len(LABELS)):
-        x, y, weight = _of_label(rows, number)
-        matrix = xgboost.QuantileDMatrix(
-            x,
-            y,
-            weight=weight,
-            feature_names=list(FEATURES),
-            max_bin=job.params["max_bin"],
-            nthread=job.params["nthread"],
-        )
-        boosters.append(xgboost.train(job.booster_params(), matrix, job.params["n_rounds"]))
+        matrix = _matrix(job, rows, number)
+        boosters.append(xgboost.train(job.booster_params(), matrix, job.rounds[number]))
         progress("boosted", number + 1, len(LABELS))
     return tuple(boosters)
 
@@ -523,7 +592,7 @@ def _train_label(
                 client,
                 job.booster_params(),
                 matrix,
-                num_boost_round=job.params["n_rounds"],
+                num_boost_round=job.rounds[number],
                 # Workers meet only when the slowest has imported all it needs.
                 coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=max(timeout_s, 60)),
             )

@@ -9,6 +9,9 @@ An iteration is one pass over the batches. What they give back is summed in thei
 coefficients do not depend on the number of workers. The scale of the residuals is their median
 absolute value in the pass before, from a logarithmic histogram (`sos_dask.models.Histogram`); the
 last passes keep it, because together with the weights it might circle for ever.
+
+Nothing of dask-ml is used: its LinearRegression has no robust loss, and its solvers take single
+dask arrays, with every term of every pair in them.
 """
 
 from __future__ import annotations
@@ -74,6 +77,8 @@ PARAMS = {
     ),
     "max_passes": Param(60, "Largest number of passes over the pairs", 1, 1000),
 }
+# What `sos_dask.models.search` tries.
+SEARCH = {"order": (2, 3, 4, 5), "ridge": (0.1, 1.0, 3.0, 10.0)}
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,19 @@ from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.compare import Metric, held_out_metrics
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import features
+from sos_dask.models.search import search, search_space
 from sos_dask.schema import LABELS, nearest
 from sos_dask.stages.parts import unless_complete
 
-VERSION = 2
+VERSION = 3
+SEARCH_FILE = "search.json"
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 _LOCAL_PAIRS = 100_000  # as many train faster in one process than tasks travel
 VALIDATIONS = ("auto", "kfold", "holdout")
 _DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
 _FEATURE_COLUMNS = tuple(f"x_{label}" for label in LABELS)
+_ERRORS = tuple(f"{label}_err" for label in LABELS)
 _COLUMNS = (*LABELS, *_DIFFERENCES, "fold", "use")
 
 
@@ -48,12 +51,20 @@ class TrainSettings:
         trained on all. ``holdout``: fold 0 is never trained on, the saved model included. ``auto``:
         kfold below ``kfold_limit`` pairs, else holdout.
     kfold_limit : int
+    search : int
+        Candidates of a search for better hyper-parameters (`models.search`), which starts from
+        ``params`` and sees only the folds that train; with kfold every fit has its own. 0: none.
+        A method without parameters to search is fitted as it is.
+    seed : int
+        Of the search.
     """
 
     method: str
     params: Mapping[str, Any]
     validation: str = "auto"
     kfold_limit: int = 20_000
+    search: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,13 +92,15 @@ def _kept_batch(path: str, fingerprint: str, index: int) -> models.Batch:
 
 
 def _read_batch(catalog: Catalog, index: int) -> models.Batch:
-    table = catalog.read(catalog.pixels[index], _COLUMNS)
+    errors = _ERRORS if set(_ERRORS) <= set(catalog.schema.names) else ()
+    table = catalog.read(catalog.pixels[index], (*_COLUMNS, *errors))
     table = table.filter(table["use"])
     return models.Batch(
         features=features(*(_values(table, label) for label in LABELS)),
         differences=np.stack([_values(table, name) for name in _DIFFERENCES], axis=1),
         fold=table["fold"].to_numpy(),
         weight=np.ones(table.num_rows, dtype=np.float32),
+        errors=np.stack([_values(table, name) for name in errors], axis=1) if errors else None,
     )
 
 
@@ -120,8 +133,8 @@ def train(
     pairs : Catalog
         Output of crossmatch.
     directory : Path
-        Gets the saved model and ``held_out.parquet``: fold, features, differences and predictions
-        of every held-out pair.
+        Gets the saved model, ``held_out.parquet`` (fold, features, differences and predictions of
+        every held-out pair) and, after a search, ``search.json``: every candidate with its losses.
     settings : TrainSettings
 
     Returns
@@ -176,15 +189,25 @@ def _train(
     client = cluster.client if cluster and len(folds) > _LOCAL_PAIRS else None
     steps = len(held_out) + (validation == "kfold")
     step = f"train {settings.method}"
+    searches: list[dict[str, Any]] = []
 
-    def fit(train_folds: list[int] | None, number: int) -> models.Correction:
+    def fit(train_folds: list[int] | None, number: int) -> models.Fitted:
         report(step, number, steps)
+        params = settings.params
+        if settings.search and search_space(settings.method):
+            found = search(
+                settings.method,
+                source,
+                train_folds or names,
+                models.check_params(settings.method, params),
+                settings.search,
+                settings.seed,
+                cluster.client if cluster else None,
+            )
+            params = found.params
+            searches.append({"train_folds": train_folds or names, "trials": found.table()})
         return models.fit(
-            settings.method,
-            source,
-            train_folds=train_folds,
-            params=settings.params,
-            client=client,
+            settings.method, source, train_folds=train_folds, params=params, client=client
         )
 
     predicted = []
@@ -200,17 +223,26 @@ def _train(
     )
     model_files = _save(output, correction)
     record = output.write_file("held_out.parquet", partial(write_parquet, table))
+    records = [*model_files, record]
+    if searches:
+        records.append(output.write_file(SEARCH_FILE, partial(_write_json, searches)))
     n_pairs = pairs.n_rows
     output.commit(
         Rows(n_pairs, len(folds), 0, {"not fit for training": n_pairs - len(folds)}),
-        (*model_files, record),
+        tuple(records),
         {
             "method": settings.method,
+            "params": dict(correction.info.params),
             "validation": validation,
             "folds": {str(name): int(np.count_nonzero(folds == name)) for name in names},
             "metrics": [asdict(metric) for metric in metrics],
         },
     )
+
+
+def _write_json(document: Any, path: Path) -> int:
+    path.write_bytes(models.to_json(document))
+    return 0
 
 
 def metrics_of(manifest: Manifest) -> list[Metric]:

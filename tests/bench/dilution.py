@@ -1,0 +1,84 @@
+"""Noise is not trend: what noise alone does to a correction, and what SIMEX gives back.
+
+``python -m tests.bench.dilution --store STORE --truth truth.parquet``, once on a sky without
+injected bias (``demo``'s simulator has the switch) and once on one with it.
+
+Let t = T + b(T) + e be a label of the target and r = T + e' that of the reference. Among stars of
+one t the mean of t - r is E[b + e | t]. Without bias, and with normal noise of variance s^2, that
+is -s^2 d/dt log p(t) for any density p of the noisy labels (Robbins 1956; Efron 2011, JASA 106,
+1602): for a normal p of variance S^2 + s^2 a line of slope s^2 / (S^2 + s^2). So a correction that
+predicts the reference has this slope where there is no bias, and must have it. Printed per label:
+
+* ``normal``: that slope, with the true scatter of the labels, as if all stars were one normal;
+* ``known``: the slope of t - T on t, from the truth: what noise (and bias) does;
+* of each method: the slope of its prediction on t, for held-out stars;
+* ``bias``: rms, over bins, of the median of prediction - b at the noise-free labels T + b(T);
+* ``scatter``: of corrected - reference for held-out stars.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from sos_dask import models
+from sos_dask.compare import binned_median_rms, scatter
+from sos_dask.features import features
+from sos_dask.schema import LABELS
+from tests.bench.accuracy import FloatArray, read_pairs
+
+METHODS = {
+    "polynomial": ("polynomial", {}),
+    "boosted": ("boosted", {}),
+    "hybrid": ("hybrid", {}),
+    "simex polynomial": ("simex", {}),
+    "simex hybrid": ("simex", {"base": "hybrid"}),
+}
+
+
+def slope(x: FloatArray, y: FloatArray) -> float:
+    """Least squares, among the middle 96 % of x."""
+    low, high = np.quantile(x, [0.02, 0.98])
+    inside = (x > low) & (x < high)
+    return float(np.polyfit(x[inside], y[inside], 1)[0])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.dilution", description=__doc__)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--truth", type=Path, required=True)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    given = parser.parse_args()
+    pairs = read_pairs(given.store, given.truth)
+    assert pairs.true is not None
+    assert pairs.bias is not None
+    assert pairs.outlier is not None
+    assert pairs.batch.errors is not None
+    held = (pairs.batch.fold == 0) & ~pairs.outlier
+    labels, true, bias = pairs.labels[held], pairs.true[held], pairs.bias[held]
+    noise = labels - true - bias
+    factor = [scatter(noise[:, k] / pairs.batch.errors[held][:, k]) for k in range(len(LABELS))]
+    print(f"{len(pairs.labels):,} pairs; true errors are {factor} of the quoted ones")
+    print("label  method            normal   known    slope    bias rms  scatter")
+    clean = features(*(true + bias).T)
+    folds = [int(fold) for fold in np.unique(pairs.batch.fold) if fold]
+    for name in given.methods:
+        method, params = METHODS[name]
+        fitted = models.fit(method, pairs.source, train_folds=folds, params=params)
+        predicted = fitted.predict(pairs.batch.features[held]).astype(np.float64)
+        at_truth = fitted.predict(clean).astype(np.float64)
+        left = pairs.batch.differences[held] - predicted
+        for k, label in enumerate(LABELS):
+            t = labels[:, k]
+            normal = np.var(noise[:, k]) / np.var(t)
+            recovered = binned_median_rms(true[:, k], at_truth[:, k] - bias[:, k], 20)
+            slopes = (normal, slope(t, t - true[:, k]), slope(t, predicted[:, k]))
+            figures = [*slopes, recovered.rms, scatter(left[:, k])]
+            print(f"{label:6} {name:17}", *(f"{figure:8.4f}" for figure in figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,7 @@ def inputs(small_store):
 @pytest.fixture(scope="module")
 def made(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("projection") / "alone"
-    return folder, projection(*inputs, folder, SETTINGS)
+    return folder, projection(inputs[0], inputs[1], folder, SETTINGS)
 
 
 def test_every_observation_has_its_row_in_the_same_order(inputs, made):
@@ -70,7 +70,7 @@ def test_sample_holds_target_and_overlap_and_the_maps_count_every_placed_row(inp
 
 
 def test_workers_make_the_same_bytes(inputs, made, cluster, tmp_path):
-    projection(*inputs, tmp_path / "there", SETTINGS, cluster=cluster)
+    projection(inputs[0], inputs[1], tmp_path / "there", SETTINGS, cluster=cluster)
     assert contents(tmp_path / "there") == contents(made[0])
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sos_dask.errors import ConfigError
+from sos_dask.schema import LABELS
 
 FEATURES = ("teff_5040", "logg", "feh")
 TEFF_UNIT_K = 5040.0
+# All that is known of a row, where the survey or a companion catalog has it.
+PARAMETERS = (*LABELS, "snr", "rv", "phot_g_mean_mag", "distance", "ebv")
+LOGARITHMIC = ("snr", "distance")
 # Rows of one block: the few arrays of a block that are alive at once fit the second-level cache.
 BLOCK_ROWS = 8192
 
@@ -36,6 +41,32 @@ def features(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> NDArray[np.flo
     """
     columns = [np.asarray(column, dtype=np.float32) for column in (teff, logg, feh)]
     return np.stack([columns[0] / np.float32(TEFF_UNIT_K), *columns[1:]]).T
+
+
+def parameters_of(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) -> FloatArray:
+    """Parameters as scores and projections see them: Teff / 5040 K, logarithms of S/N and distance.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray of float, shape (n,)
+        nan where unknown.
+    names : sequence of str
+        Some of `PARAMETERS`, in this order.
+
+    Returns
+    -------
+    ndarray of float64, shape (n, len(names))
+        nan where unknown.
+    """
+    out = np.empty((len(columns[names[0]]), len(names)))
+    for number, name in enumerate(names):
+        values = np.asarray(columns[name], dtype=np.float64)
+        if name == "teff":
+            values = values / TEFF_UNIT_K
+        elif name in LOGARITHMIC:
+            values = np.log10(np.where(values > 0, values, np.nan))
+        out[:, number] = values
+    return out
 
 
 def polynomial_terms(order: int = 4, n: int = len(FEATURES)) -> IntArray:

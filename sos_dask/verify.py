@@ -107,18 +107,16 @@ def _verify_partition(
         problems.append(
             f"{where}: not sorted by {HEALPIX_COLUMN} at row {int(np.argmax(falling)) + 1}"
         )
-    ra, dec = (
-        table[catalog.properties.get("hats_col_ra", "ra")],
-        table[catalog.properties.get("hats_col_dec", "dec")],
-    )
-    if ra.null_count or dec.null_count:
-        problems.append(f"{where}: null positions")
-    else:
-        wrong = ang2pix(ra.to_numpy(), dec.to_numpy()) != cells
-        if wrong.any() and catalog.manifest is not None:
-            problems.append(
-                f"{where}: {HEALPIX_COLUMN} does not fit ra and dec at row {int(np.argmax(wrong))}"
-            )
+    names = [catalog.properties.get(f"hats_col_{name}", name) for name in ("ra", "dec")]
+    if set(names) <= set(table.schema.names):  # a catalog that adds columns has none of its own
+        ra, dec = (table[name] for name in names)
+        if ra.null_count or dec.null_count:
+            problems.append(f"{where}: null positions")
+        else:
+            wrong = ang2pix(ra.to_numpy(), dec.to_numpy()) != cells
+            if wrong.any() and catalog.manifest is not None:
+                row = int(np.argmax(wrong))
+                problems.append(f"{where}: {HEALPIX_COLUMN} does not fit ra and dec at row {row}")
     if catalog.manifest is not None:
         stated = catalog.partition_rows(pixel)
         if stated != table.num_rows:

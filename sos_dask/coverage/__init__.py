@@ -3,7 +3,7 @@
 from sos_dask.coverage.fit import Fit, Overlap, check_measure, compare, fit
 from sos_dask.coverage.growth import Growth, Noise, residual_width
 from sos_dask.coverage.maps import MAP_SCHEMA, SKY_ORDER, count_maps, follow_up, sum_maps
-from sos_dask.coverage.measures import MEASURES, PARAMETERS
+from sos_dask.coverage.measures import MEASURES
 from sos_dask.coverage.model import (
     CLASSES,
     INSIDE,
@@ -19,7 +19,6 @@ __all__ = [
     "MAP_SCHEMA",
     "MEASURES",
     "OUTSIDE",
-    "PARAMETERS",
     "SKY_ORDER",
     "SPARSE",
     "CoverageModel",

@@ -12,16 +12,15 @@ from sos_dask.coverage.growth import Growth, Noise
 from sos_dask.coverage.measures import (
     MEASURES,
     OF_LABELS,
-    PARAMETERS,
     Measure,
     Mixture,
     Neighbours,
     Ratio,
-    parameters_of,
 )
 from sos_dask.coverage.model import CoverageModel, Limits
 from sos_dask.density import robust_scale
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.features import PARAMETERS, parameters_of
 from sos_dask.schema import LABELS, nearest
 
 FloatArray = NDArray[np.float64]

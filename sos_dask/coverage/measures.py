@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,43 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.errors import ModelError
-from sos_dask.features import TEFF_UNIT_K
 from sos_dask.schema import LABELS
 
 FloatArray = NDArray[np.float64]
 
-PARAMETERS = (*LABELS, "snr", "rv", "phot_g_mean_mag", "distance", "ebv")
-_LOGARITHMIC = ("snr", "distance")  # they span decades
 MEASURES = ("neighbours", "neighbours8", "ratio", "mixture")
 OF_LABELS = ("neighbours", "mixture")
 """Measures that see the three labels alone, as a correction does."""
 NEIGHBOURS = 8  # 4 to 16 predict the error equally well on the simulation
-
-
-def parameters_of(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) -> FloatArray:
-    """Parameters as the measures see them: Teff / 5040 K, logarithms of S/N and distance.
-
-    Parameters
-    ----------
-    columns : mapping of str to ndarray of float, shape (n,)
-        nan where unknown.
-    names : sequence of str
-        Some of `PARAMETERS`, in this order.
-
-    Returns
-    -------
-    ndarray of float64, shape (n, len(names))
-        nan where unknown.
-    """
-    out = np.empty((len(columns[names[0]]), len(names)))
-    for number, name in enumerate(names):
-        values = np.asarray(columns[name], dtype=np.float64)
-        if name == "teff":
-            values = values / TEFF_UNIT_K
-        elif name in _LOGARITHMIC:
-            values = np.log10(np.where(values > 0, values, np.nan))
-        out[:, number] = values
-    return out
 
 
 class Measure(Protocol):

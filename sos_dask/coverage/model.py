@@ -39,9 +39,9 @@ from sos_dask.coverage.measures import (
     Mixture,
     Neighbours,
     Ratio,
-    parameters_of,
 )
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.features import parameters_of
 from sos_dask.schema import LABELS
 
 FloatArray = NDArray[np.float64]

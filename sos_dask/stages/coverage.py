@@ -22,9 +22,10 @@ from sos_dask import coverage as kernel
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_parquet, write_partition
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.coverage import CLASSES, OUTSIDE, PARAMETERS, SPARSE, CoverageModel, Limits, Overlap
+from sos_dask.coverage import CLASSES, OUTSIDE, SPARSE, CoverageModel, Limits, Overlap
 from sos_dask.crossmatch import MatchSettings, match
 from sos_dask.errors import CatalogError
+from sos_dask.features import PARAMETERS
 from sos_dask.healpix import HealpixPixel, surroundings
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.stages.parts import (

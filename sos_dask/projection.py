@@ -1,0 +1,272 @@
+"""Projection of many parameters onto a plane, for looking: UMAP of a sample, and where rows fall.
+
+UMAP (McInnes, Healy & Melville 2018, arXiv 1802.03426) lays out a sample. Any row is then placed at
+the mean of its nearest neighbours in the sample, weighted by one over the squared distance: UMAP's
+own transform starts there too (section 5 of the paper), goes on with a random search, is twenty
+times slower, and depends on which rows it is given together; this does not. Rows beside the sample
+cannot be told from those in it, so a projection shows what the overlap looks like; whether a
+correction can be trusted is said by the coverage score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from sos_dask.errors import ConfigError, ModelError
+
+Float32Array = NDArray[np.float32]
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+# Cells of label space whose rows are sampled alike.
+STRATA = {"teff": 500.0, "logg": 0.5, "feh": 0.5}
+MIN_SAMPLE = 100
+_LIMIT = 5.0  # of a scaled parameter: an outlier is far away, however far
+_NEAREST = 1e-6
+_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class ProjectionSettings:
+    """Settings of a projection.
+
+    Parameters
+    ----------
+    sample_rows : int
+        Rows that UMAP lays out: half of the target, half of the overlap, as far as there are.
+    n_neighbors, min_dist
+        Of UMAP: how many neighbours make the structure, how close points of the plane may lie.
+    neighbors : int
+        Rows of the sample that place a row.
+    map_bins : int
+        Cells of the density maps along each axis.
+    seed : int
+
+    Raises
+    ------
+    ConfigError
+        A value is out of range.
+    """
+
+    sample_rows: int = 20_000
+    n_neighbors: int = 15
+    min_dist: float = 0.1
+    neighbors: int = 15
+    map_bins: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("sample_rows", MIN_SAMPLE, 1_000_000),
+            ("n_neighbors", 2, 200),
+            ("min_dist", 0.0, 1.0),
+            ("neighbors", 1, 100),
+            ("map_bins", 8, 4096),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} = {getattr(self, name)} is outside {low:g}..{high:g}")
+
+
+def strata(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) -> IntArray:
+    """Cell of label space of every row, shape (n,); rows with a missing label are in cell 0."""
+    cell = np.ones(len(columns[names[0]]), dtype=np.int64)
+    for name, width in STRATA.items():
+        if name in names:
+            index = np.floor(np.asarray(columns[name], dtype=np.float64) / width)
+            known = np.isfinite(index)
+            index = np.clip(np.where(known, index, 0), -500, 499).astype(np.int64) + 500
+            cell = np.where(known & (cell > 0), cell * 1000 + index, 0)
+    return cell
+
+
+def sampling_rates(counts: Mapping[int, int], sample_rows: int) -> dict[int, float]:
+    """Share of the rows of every stratum that makes a sample of about this size.
+
+    Strata get places in proportion to the square root of their rows (Bankier 1988, The American
+    Statistician 42, 174, with power 1/2), so that rare stars are there without ruling the picture.
+    """
+    rates = {cell: 1.0 for cell in counts}
+    open_cells = dict(counts)
+    left = float(sample_rows)
+    while open_cells:
+        total = sum(np.sqrt(n) for n in open_cells.values())
+        full = [cell for cell, n in open_cells.items() if left * np.sqrt(n) / total >= n]
+        if not full:
+            return rates | {
+                cell: float(left * np.sqrt(n) / total / n) for cell, n in open_cells.items()
+            }
+        for cell in full:
+            left -= open_cells.pop(cell)
+    return rates
+
+
+def chosen_rows(
+    keys: IntArray, cells: IntArray, rates: Mapping[int, float], seed: int
+) -> NDArray[np.bool_]:
+    """Rows of the sample, shape (n,): by a hash of their keys, whatever their order or partition.
+
+    Parameters
+    ----------
+    keys : ndarray of int64, shape (n,)
+    cells : ndarray of int64, shape (n,)
+        Of `strata`.
+    rates : mapping of int to float
+        Of `sampling_rates`; a cell that it lacks gives no row.
+    """
+    known = np.array(sorted(rates), dtype=np.int64)
+    if not len(known):
+        return np.zeros(len(keys), dtype=bool)
+    share = np.array([rates[cell] for cell in known.tolist()])
+    place = np.minimum(np.searchsorted(known, cells), len(known) - 1)
+    wanted = np.where(known[place] == cells, share[place], 0.0)
+    return np.asarray(_uniform(keys, seed) < wanted)
+
+
+def _uniform(keys: IntArray, seed: int) -> FloatArray:
+    """A number in [0, 1) for every key: SplitMix64 (Steele, Lea & Flood 2014, OOPSLA, fig. 19)."""
+    step = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        z = keys.astype(np.uint64) + np.uint64(seed + 1) * step
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A plane that rows can be placed on.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Parameters, in the order of the columns.
+    center, scale : ndarray of float64, shape (k,)
+        Median, and half the width from the 16th to the 84th percentile, of the sample.
+    sample : ndarray of float32, shape (n, k)
+        Scaled parameters of the sample.
+    plane : ndarray of float32, shape (n, 2)
+        Where UMAP laid them out.
+    neighbors : int
+    """
+
+    names: tuple[str, ...]
+    center: FloatArray
+    scale: FloatArray
+    sample: Float32Array
+    plane: Float32Array
+    neighbors: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_tree", cKDTree(self.sample))
+
+    def place(self, parameters: FloatArray) -> Float32Array:
+        """Place rows on the plane; a row's place does not depend on the other rows.
+
+        Parameters
+        ----------
+        parameters : ndarray of float64, shape (n, k)
+            Of `features.parameters_of`.
+
+        Returns
+        -------
+        ndarray of float32, shape (n, 2)
+            nan where any parameter is unknown.
+        """
+        tree: cKDTree = self._tree  # type: ignore[attr-defined]
+        out = np.full((len(parameters), 2), np.nan, dtype=np.float32)
+        known = np.flatnonzero(np.isfinite(parameters).all(axis=1))
+        for first in range(0, len(known), _BLOCK):
+            rows = known[first : first + _BLOCK]
+            z = _scaled(parameters[rows], self.center, self.scale)
+            distance, index = tree.query(z, k=min(self.neighbors, len(self.sample)))
+            distance, index = (a.reshape(len(rows), -1) for a in (distance, index))
+            weight = 1.0 / np.maximum(distance, _NEAREST) ** 2
+            weight /= weight.sum(axis=1, keepdims=True)
+            out[rows] = np.einsum("ij,ijk->ik", weight, self.plane[index])
+        return out
+
+    def limits(self, margin: float = 0.02) -> tuple[float, float, float, float]:
+        """Bounds of the plane with a margin: low and high along each axis."""
+        low, high = self.plane.min(axis=0), self.plane.max(axis=0)
+        pad = margin * (high - low)
+        return (
+            float(low[0] - pad[0]), float(high[0] + pad[0]),
+            float(low[1] - pad[1]), float(high[1] + pad[1]),
+        )  # fmt: skip
+
+
+def _scaled(parameters: FloatArray, center: FloatArray, scale: FloatArray) -> Float32Array:
+    return np.clip((parameters - center) / scale, -_LIMIT, _LIMIT).astype(np.float32)
+
+
+def fit_projection(
+    parameters: FloatArray, names: Sequence[str], settings: ProjectionSettings
+) -> Projection:
+    """Lay out a sample with UMAP; the same sample gives the same plane.
+
+    Parameters
+    ----------
+    parameters : ndarray of float64, shape (n, k)
+        Of `features.parameters_of`; rows with a missing parameter are left out.
+    names : sequence of str
+    settings : ProjectionSettings
+
+    Raises
+    ------
+    ConfigError
+        umap-learn is not installed.
+    ModelError
+        Too few rows, or a parameter that is constant.
+    """
+    try:
+        import umap
+    except ImportError:
+        raise ConfigError(
+            "a projection needs umap-learn, which is not installed",
+            "pip install 'sos_dask[umap]', or leave [projection] out of the job.",
+        ) from None
+    known = parameters[np.isfinite(parameters).all(axis=1)]
+    if len(known) < MIN_SAMPLE:
+        raise ModelError(
+            f"{len(known)} of {len(parameters)} sampled rows have all of {', '.join(names)}: a "
+            f"projection needs {MIN_SAMPLE}",
+            "Leave out parameters that are mostly missing, or attach a catalog that has them.",
+        )
+    low, center, high = np.percentile(known, (15.87, 50.0, 84.13), axis=0)
+    scale = (high - low) / 2.0
+    for name, width in zip(names, scale, strict=True):
+        if not width > 0:
+            raise ModelError(f"{name} is the same in most rows: it cannot be scaled")
+    z = _scaled(known, center, scale)
+    plane = umap.UMAP(
+        n_neighbors=min(settings.n_neighbors, len(z) - 1),
+        min_dist=settings.min_dist,
+        random_state=settings.seed,
+        n_jobs=1,
+    ).fit_transform(z)
+    return Projection(
+        tuple(names), center, scale, z, np.asarray(plane, dtype=np.float32), settings.neighbors
+    )
+
+
+def density_map(
+    plane: Float32Array, limits: tuple[float, float, float, float], bins: int
+) -> IntArray:
+    """Rows in each cell of the plane, shape (bins, bins): first axis along the first coordinate.
+
+    Rows without a place, or outside the limits, are not counted.
+    """
+    cell = []
+    for axis in range(2):
+        low, high = limits[2 * axis : 2 * axis + 2]
+        cell.append(np.floor((plane[:, axis].astype(np.float64) - low) * (bins / (high - low))))
+    inside = (cell[0] >= 0) & (cell[0] < bins) & (cell[1] >= 0) & (cell[1] < bins)
+    flat = cell[0][inside] * bins + cell[1][inside]
+    counts = np.bincount(flat.astype(np.int64), minlength=bins * bins)
+    return counts.reshape(bins, bins).astype(np.int64)

@@ -1,0 +1,92 @@
+"""Stage projection on a small store: every row has its place, whoever works."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from sos_dask.catalog import Catalog
+from sos_dask.errors import ModelError
+from sos_dask.projection import ProjectionSettings, density_map
+from sos_dask.stages.projection import MAPS, SAMPLE, load_projection, projection
+from sos_dask.verify import verify
+from tests.job import contents
+
+pytest.importorskip("umap")
+SETTINGS = ProjectionSettings(sample_rows=400, map_bins=32)
+
+
+@pytest.fixture(scope="module")
+def inputs(small_store):
+    current = small_store / "current"
+    return (
+        [Catalog.open(current / "lamost.observations")],
+        [Catalog.open(current / "pairs")],
+    )
+
+
+@pytest.fixture(scope="module")
+def made(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("projection") / "alone"
+    return folder, projection(inputs[0], inputs[1], folder, SETTINGS)
+
+
+def test_every_observation_has_its_row_in_the_same_order(inputs, made):
+    folder, manifest = made
+    observations, placed = inputs[0][0], Catalog.open(folder)
+    assert not verify(folder)
+    assert manifest.rows.n_out == observations.n_rows
+    missing = 0
+    for pixel in observations.pixels:
+        ours = placed.read(pixel)
+        theirs = observations.read(pixel, ["obs_id", "teff", "logg", "feh", "snr", "rv"])
+        assert ours["obs_id"].equals(theirs["obs_id"])
+        unknown = np.array([None in row.values() for row in theirs.to_pylist()])
+        null = ours["umap_1"].is_null().to_numpy()
+        assert null[unknown].all()
+        missing += int(null.sum())
+    assert manifest.summary["without_place"]["target"] == missing
+    assert manifest.summary["left_out"] == ["distance", "ebv"]
+
+
+def test_sample_holds_target_and_overlap_and_the_maps_count_every_placed_row(inputs, made):
+    folder, manifest = made
+    sample = pq.read_table(folder / SAMPLE)
+    counts = {
+        name: int((np.array(sample["sample"].to_pylist()) == name).sum())
+        for name in ("target", "overlap")
+    }
+    assert all(100 < n < 300 for n in counts.values()), counts
+    maps = pq.read_table(folder / MAPS)
+    summary = manifest.summary["without_place"]
+    plane, total = load_projection(folder), 0
+    placed = Catalog.open(folder)
+    for pixel in placed.pixels:
+        table = placed.read(pixel, ["umap_1", "umap_2"])
+        place = np.stack([table[n].to_numpy() for n in table.column_names], axis=1)
+        total += int(density_map(place.astype(np.float32), plane.limits(), 32).sum())
+    assert total == sum(maps["n_target"].to_pylist()) == placed.n_rows - summary["target"]
+    n_pairs = inputs[1][0].n_rows
+    assert sum(maps["n_overlap"].to_pylist()) == n_pairs - summary["overlap"]
+
+
+def test_workers_make_the_same_bytes(inputs, made, cluster, tmp_path):
+    projection(inputs[0], inputs[1], tmp_path / "there", SETTINGS, cluster=cluster)
+    assert contents(tmp_path / "there") == contents(made[0])
+
+
+def test_catalogs_that_share_no_parameter_are_refused(inputs, tmp_path):
+    wrong = [Catalog.open(inputs[0][0].path)]
+    object.__setattr__(
+        wrong[0],
+        "schema",
+        wrong[0].schema.empty_table().select(["_healpix_29", "obs_id", "teff"]).schema,
+    )
+    with pytest.raises(ModelError, match=r"share teff of the parameters.*needs two"):
+        projection(wrong, inputs[1], tmp_path / "x", SETTINGS)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_plane_is_named(made, tmp_path):
+    (tmp_path / "projection.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"projection\.json cannot be read"):
+        load_projection(tmp_path)

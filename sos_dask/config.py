@@ -143,6 +143,23 @@ class CoverageSection(_Section):
     grid: dict[Literal["teff", "logg", "feh"], tuple[float, float]] = Field(default_factory=dict)
 
 
+class ProjectionSection(_Section):
+    """A UMAP of target and overlap, for looking; made where the job has the section."""
+
+    sample_rows: int = Field(20_000, ge=100, le=1_000_000)
+    n_neighbors: int = Field(15, ge=2, le=200)
+    min_dist: float = Field(0.1, ge=0, le=1)
+    neighbors: int = Field(15, ge=1, le=100)
+    map_bins: int = Field(256, ge=8, le=4096)
+
+
+class GeneralisationSection(_Section):
+    """Methods trained without one region after the other, where the job has the section."""
+
+    max_pairs: int = Field(20_000, ge=100)
+    min_pairs: int = Field(200, ge=10)
+
+
 class ClusterSection(_Section):
     """Where the work is done."""
 
@@ -180,6 +197,8 @@ class Job(_Section):
     report: ReportSection = Field(default_factory=ReportSection)
     attach: dict[str, AttachSection] = Field(default_factory=dict)
     coverage: CoverageSection = Field(default_factory=CoverageSection)
+    projection: ProjectionSection | None = None
+    generalisation: GeneralisationSection | None = None
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     path: Path = Field(Path(), exclude=True)
     text: str = Field("", exclude=True)

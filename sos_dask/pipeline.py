@@ -13,7 +13,8 @@ from sos_dask.artifact import Manifest, Output
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.compare import Metric
 from sos_dask.config import Job
-from sos_dask.plan import COMPARISON, Stage, plan
+from sos_dask.plan import COMPARISON, plan
+from sos_dask.planner import Stage
 from sos_dask.store import Cost, StageResult, home, publish, put_cost, result_of
 
 

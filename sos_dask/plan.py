@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sos_dask import models
 from sos_dask.artifact import (
-    WORK,
-    Manifest,
-    Output,
-    Recipe,
-    canonical_json,
     sha256_of_file,
     write_text,
 )
 from sos_dask.catalog import Catalog
-from sos_dask.cluster import Cluster, Report
 from sos_dask.compare.choice import check_rule
 from sos_dask.config import AttachSection, DedupeSection, Job, SurveySection
 from sos_dask.coverage import Limits
 from sos_dask.crossmatch import MatchSettings
 from sos_dask.dedupe import DedupeSettings
-from sos_dask.errors import ConfigError, SurveyError
+from sos_dask.errors import SurveyError
+from sos_dask.planner import Planner, Stage
+from sos_dask.projection import ProjectionSettings
 from sos_dask.schema import Survey, load_survey
 from sos_dask.stages.apply import Trust, apply, apply_recipe
 from sos_dask.stages.attach import AttachSettings, attach, attach_recipe, companion_survey
@@ -33,8 +27,14 @@ from sos_dask.stages.compare import CompareSettings, compare, compare_recipe
 from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
 from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
 from sos_dask.stages.dedupe import dedupe, dedupe_recipe
+from sos_dask.stages.generalisation import (
+    GeneralisationSettings,
+    generalisation,
+    generalisation_recipe,
+)
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
 from sos_dask.stages.margin import margin, margin_recipe
+from sos_dask.stages.projection import projection, projection_recipe
 from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
 from sos_dask.stages.report import ReportSettings, report_recipe
 from sos_dask.stages.report import report as make_report
@@ -46,131 +46,10 @@ from sos_dask.stages.uncertainty import (
     uncertainty,
     uncertainty_recipe,
 )
-from sos_dask.store import DIGESTS_FILE, current_recipes, home, published
+from sos_dask.store import DIGESTS_FILE
 from sos_dask.unify import UnifySettings
 
 COMPARISON = "comparison"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a plan.
-
-    Parameters
-    ----------
-    product : str
-        Name of what it makes, unique in the plan.
-    recipe : Recipe
-    directory : Path
-        Where the output is or will be.
-    run : callable
-        Makes the output; takes the cluster and a report.
-    complete : bool
-    reason : str
-        Why it would run, or ``unchanged``.
-    """
-
-    product: str
-    recipe: Recipe
-    directory: Path
-    run: Callable[[Cluster, Report], Manifest | None]
-    complete: bool
-    reason: str
-
-
-class _Planner:
-    """Collects the stages of a job in order."""
-
-    def __init__(self, job: Job, store: Path) -> None:
-        self.job = job
-        self.store = store
-        self.stages: list[Stage] = []
-        self.published = published(store)
-        self.previous = current_recipes(store)
-        self.names: dict[str, str] = {}  # of products and files, by fingerprint
-
-    def add(
-        self, product: str, recipe: Recipe, run: Callable[[Path, Cluster, Report], Manifest | None]
-    ) -> str:
-        """Add a stage; returns the fingerprint of its output."""
-        if any(stage.product == product for stage in self.stages):
-            raise ConfigError(f"two stages would make '{product}': give the surveys other names")
-        directory = self.store / "artifacts" / recipe.stage / recipe.fingerprint
-        place = home(recipe.stage, directory)
-        complete = Output(place, recipe).complete
-        self.names[recipe.fingerprint] = product
-        reason = "unchanged" if complete else self._reason(product, recipe, place)
-        self.stages.append(
-            Stage(
-                product,
-                recipe,
-                directory,
-                lambda cluster, report: run(directory, cluster, report),
-                complete,
-                reason,
-            )
-        )
-        return recipe.fingerprint
-
-    def directory(self, fingerprint: str) -> Path:
-        """Directory of an output planned before."""
-        return next(s.directory for s in self.stages if s.recipe.fingerprint == fingerprint)
-
-    def catalog(self, fingerprint: str) -> Catalog:
-        """Catalog planned before; it exists once its stage has run."""
-        return Catalog.open(self.directory(fingerprint))
-
-    def chosen(self, comparison: str, trained: Mapping[str, str], rule: str) -> str:
-        """Fingerprint of the model that corrects the catalog: that of the comparison until it ran.
-
-        What is made with the model depends on the model alone, not on how it was chosen.
-        """
-        stage = next(s for s in self.stages if s.recipe.fingerprint == comparison)
-        if rule in trained:
-            return trained[rule]
-        if not stage.complete:
-            return comparison
-        return trained[Manifest.load(stage.directory).summary["method"]]
-
-    def _reason(self, product: str, recipe: Recipe, directory: Path) -> str:
-        if (directory / WORK).is_dir():
-            return "unfinished: goes on where it stopped"
-        if self.published.get(product) == recipe.fingerprint:
-            return "its output was removed"
-        before = self.previous.get(product)
-        if before is None:
-            return "not built before"
-        if before.stage != recipe.stage or before.version != recipe.version:
-            return f"version of the stage {before.version} -> {recipe.version}"
-        settings = _differences(before.params, recipe.params)
-        inputs = [
-            f"{self.names.get(now, name)} changed"
-            for name, now in recipe.inputs.items()
-            if now not in before.inputs.values()
-        ]
-        removed = [f"{name} removed" for name in before.inputs if name not in recipe.inputs]
-        return "; ".join([*settings, *inputs, *removed])
-
-
-def _differences(before: Any, after: Any, where: str = "") -> list[str]:
-    """What differs between two JSON values, as ``key old -> new``."""
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        found = []
-        for key in sorted({*before, *after}):
-            inner = f"{where}.{key}" if where else str(key)
-            found += _differences(before.get(key), after.get(key), inner)
-        return found
-    if canonical_json(before) == canonical_json(after):
-        return []
-    short = where.removeprefix("settings.").removeprefix("survey.")
-    return [f"{short} {_brief(before)} -> {_brief(after)}"]
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def plan(job: Job, store: Path | None = None) -> list[Stage]:
@@ -186,7 +65,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         The job or a survey definition is wrong, or a survey file is missing.
     """
     store = store or job.resolve(job.store)
-    planner = _Planner(job, store)
+    planner = Planner(job, store)
     observations = _add_survey(planner, job.target_name, job.target, job.attach)
     references = {
         name: _add_survey(planner, name, section)["stars"]
@@ -324,12 +203,43 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             ),
         ),
     )
+    _add_looks(planner, pairs, source)
     if job.report.enabled:
         _add_report(planner)
     return planner.stages
 
 
-def _add_report(planner: _Planner) -> None:
+def _add_looks(planner: Planner, pairs: str, source: str) -> None:
+    """What a job may ask for beside the correction: nothing else depends on it."""
+    job = planner.job
+    if job.generalisation is not None:
+        methods = {method: _params(job, method) for method in job.train.methods}
+        settings = GeneralisationSettings(**job.generalisation.model_dump(), seed=job.seed)
+        planner.add(
+            "generalisation",
+            generalisation_recipe(pairs, methods, settings),
+            lambda directory, cluster, report: generalisation(
+                planner.catalog(pairs), directory, methods, settings, cluster=cluster, report=report
+            ),
+        )
+    if job.projection is not None:
+        looks = ProjectionSettings(**job.projection.model_dump(), seed=job.seed)
+        planner.add(
+            "projection",
+            projection_recipe([source], [pairs], looks),
+            lambda directory, cluster, report: projection(
+                [planner.catalog(source)],
+                [planner.catalog(pairs)],
+                directory,
+                looks,
+                name=f"{job.target_name}.projection",
+                cluster=cluster,
+                report=report,
+            ),
+        )
+
+
+def _add_report(planner: Planner) -> None:
     """The report of all stages before it."""
     job = planner.job
     done = {stage.product: stage for stage in planner.stages}
@@ -355,7 +265,7 @@ def _add_report(planner: _Planner) -> None:
     )
 
 
-def _add_coverage(planner: _Planner, chosen: str, pairs: str, target: Mapping[str, str]) -> str:
+def _add_coverage(planner: Planner, chosen: str, pairs: str, target: Mapping[str, str]) -> str:
     """Where the correction may be trusted, for every observation."""
     job, section = planner.job, planner.job.coverage
     settings = CoverageSettings(
@@ -384,7 +294,7 @@ def _add_coverage(planner: _Planner, chosen: str, pairs: str, target: Mapping[st
 
 
 def _add_survey(
-    planner: _Planner,
+    planner: Planner,
     name: str,
     section: SurveySection,
     companions: Mapping[str, AttachSection] | None = None,
@@ -425,7 +335,7 @@ def _add_survey(
     return products
 
 
-def _add_ingest(planner: _Planner, product: str, survey: Survey, names: list[str]) -> str:
+def _add_ingest(planner: Planner, product: str, survey: Survey, names: list[str]) -> str:
     job = planner.job
     files = [job.resolve(file) for file in names]
     digests = _digests(planner.store, files)
@@ -448,7 +358,7 @@ def _add_ingest(planner: _Planner, product: str, survey: Survey, names: list[str
 
 
 def _add_attach(
-    planner: _Planner, name: str, catalog: str, companion: str, section: AttachSection
+    planner: Planner, name: str, catalog: str, companion: str, section: AttachSection
 ) -> str:
     """Columns of a companion catalog on the observations; ingests it where it is a table file."""
     job = planner.job
@@ -495,13 +405,11 @@ def _dedupe_settings(section: DedupeSection) -> DedupeSettings:
     return DedupeSettings(**section.model_dump())
 
 
-def _add_training(planner: _Planner, method: str, pairs: str) -> str:
+def _add_training(planner: Planner, method: str, pairs: str) -> str:
     job = planner.job
-    seed = {"seed": job.seed} if "seed" in models.parameters(method) else {}
-    params = {**seed, **job.train.params.get(method, {})}
     settings = TrainSettings(
         method,
-        models.check_params(method, params),
+        _params(job, method),
         job.train.validation,
         search=job.train.search,
         seed=job.seed,
@@ -513,6 +421,11 @@ def _add_training(planner: _Planner, method: str, pairs: str) -> str:
             planner.catalog(pairs), directory, settings, cluster=cluster, report=report
         ),
     )
+
+
+def _params(job: Job, method: str) -> dict[str, int | float | str]:
+    seed = {"seed": job.seed} if "seed" in models.parameters(method) else {}
+    return models.check_params(method, {**seed, **job.train.params.get(method, {})})
 
 
 def _digests(store: Path, files: list[Path]) -> list[str]:

@@ -853,8 +853,9 @@ COMMANDS = sorted(
 
 def test_the_commands_are_these():
     assert COMMANDS == [
-        "apply", "compare", "crossmatch", "dedupe", "demo", "gc", "ingest", "rebuild", "reference",
-        "report", "simulate", "status", "surveys", "train", "trends", "uncertainty", "verify",
+        "apply", "attach", "compare", "coverage", "crossmatch", "dedupe", "demo", "gc", "ingest",
+        "rebuild", "reference", "report", "simulate", "status", "surveys", "train", "trends",
+        "uncertainty", "verify",
     ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ CATALOGS = (
 )  # fmt: skip
 OF_LAMOST = {
     "lamost.observations", "lamost.stars", "pairs", "model.polynomial", "comparison", "uncertainty",
-    "lamost.corrected",
+    "coverage", "lamost.corrected",
 }  # fmt: skip
 OF_GALAH = {"galah.observations", "galah.stars", "reference", "pairs", "lamost.corrected"}
 
@@ -124,8 +124,8 @@ def test_all_catalogs_hold_every_invariant(small_store):
 def test_corrected_has_every_column_and_row_of_the_observations(small_store):
     observations = Catalog.open(small_store / "current/lamost.observations")
     corrected = Catalog.open(small_store / "current/lamost.corrected")
-    new = [f"{label}_sos" for label in LABELS] + [f"{label}_delta" for label in LABELS]
-    assert corrected.schema.names == [*observations.schema.names, *new, "flag_sos"]
+    new = [f"{label}_{suffix}" for suffix in ("sos", "delta", "sos_err") for label in LABELS]
+    assert corrected.schema.names == [*observations.schema.names, *new, "coverage", "flag_sos"]
     assert corrected.pixels == observations.pixels
     before, after = read(observations), read(corrected)
     assert after.select(before.schema.names).equals(before)
@@ -195,7 +195,8 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
     assert why["lamost.stars"] == "lamost.observations changed"
     assert why["pairs"] == "lamost.stars changed"
     assert why["lamost.corrected"] == (
-        "comparison changed; lamost.observations changed; uncertainty changed"
+        "comparison changed; lamost.observations changed; uncertainty changed; coverage changed; "
+        "model.polynomial changed"
     )
     before = contents(store / "artifacts")
     build = rebuild(changed)
@@ -240,7 +241,9 @@ def test_how_a_model_was_chosen_does_not_matter_to_what_it_corrects(job, store, 
     """Another setting of the comparison runs it alone, unless it chooses another model."""
     before = contents(store / "artifacts")
     more = write_job(store.parent, small_sky, ("[train]", "[compare]\nn_bootstrap = 150\n[train]"))
-    assert set(reasons(load_job(more))) == {"comparison", "lamost.corrected"}  # not known before
+    assert set(reasons(load_job(more))) == {  # the model is not known before
+        "comparison", "uncertainty", "coverage", "lamost.corrected",
+    }  # fmt: skip
     build = rebuild(load_job(more))
     assert ran(build) == {"comparison"}
     assert build.chosen == "polynomial" and build.why == "polynomial: the only method"

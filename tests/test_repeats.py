@@ -26,7 +26,11 @@ def repeats(
     giant = star % 2 == 0
     factor = np.where(giant, 2.0, np.where(snr < 50, 0.8, 1.0))
     wrong = rng.random(n) < outliers
-    columns = {"obs_id": rng.permutation(n), "quality": np.zeros(n, np.int64), "snr": snr}
+    columns = {
+        "_healpix_29": rng.permutation(n),
+        "quality": np.zeros(n, np.int64),
+        "snr": snr,
+    }
     for label, unit in UNIT.items():
         stated = unit * rng.uniform(0.5, 2.0, n)
         true = np.where(giant, 2.0, 4.5) if label == "logg" else 5000.0
@@ -133,8 +137,8 @@ def test_rows_that_fail_cuts_are_no_repeats():
 
 def test_a_measurement_listed_twice_is_no_repeat():
     table, primary = repeats(500)
-    keys = 2 * table["obs_id"].to_numpy()
-    copies = [table.set_column(0, "obs_id", pa.array(keys + extra)) for extra in (0, 1)]
+    cells = 2 * table["_healpix_29"].to_numpy()
+    copies = [table.set_column(0, "_healpix_29", pa.array(cells + extra)) for extra in (0, 1)]
     both = pa.concat_tables(copies).combine_chunks()
     assert pull_counts(both, np.append(primary, primary)) == pull_counts(table, primary)
 

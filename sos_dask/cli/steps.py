@@ -259,7 +259,7 @@ def train(
     method: Annotated[
         str,
         typer.Option(
-            "--method", "-m", metavar="NAME", help="polynomial, boosted, hybrid or symbolic."
+            "--method", "-m", metavar="NAME", help="polynomial, boosted, hybrid, symbolic or simex."
         ),
     ],
     param: Annotated[

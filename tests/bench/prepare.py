@@ -199,6 +199,18 @@ def model(place: Place, cluster: Cluster) -> None:
     )
 
 
+def errors(place: Place, cluster: Cluster) -> None:
+    """The error model of that model."""
+    from sos_dask.stages.uncertainty import uncertainty
+
+    uncertainty(
+        place.ours("model"),
+        Catalog.open(place.ours("pairs")),
+        place.ours("errors"),
+        overwrite=True,
+    )
+
+
 def import_files(place: Place, cluster: Cluster) -> None:
     """LAMOST as Parquet files in the order of the FITS file: the columns that we read of it."""
     columns = load_survey(SURVEYS["lamost"]).columns
@@ -262,6 +274,7 @@ ITEMS: Mapping[str, tuple[Callable[[Place, Cluster], None], Sequence[str]]] = {
     "plain": (plain, ("reference",)),
     "pairs": (pairs, ("observations", "reference")),
     "model": (model, ("pairs",)),
+    "errors": (errors, ("model",)),
     "import": (import_files, ("sky",)),
     "fits": (fits_files, ("observations", "plain")),
     "stars": (star_files, ("observations",)),

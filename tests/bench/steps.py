@@ -295,12 +295,12 @@ def dedupe(bench: Bench) -> None:
 
 
 def apply(bench: Bench) -> None:
-    """Three labels with flags of every row, against one label of a script, and a mere copy."""
+    """Three labels, their errors and flags, against one label of a script, and a mere copy."""
     place = bench.place
-    bench.prepare("observations", "model")
+    bench.prepare("observations", "errors")
     catalog, model = place.ours("lamost"), place.ours("model")
     out = bench.output("apply")
-    ours = bench.ours("apply", "apply", model, catalog, "-o", out)
+    ours = bench.ours("apply", "apply", model, catalog, "--errors", place.ours("errors"), "-o", out)
     bench.add("apply", ours, **on_disk(out))
     if bench.has("pyarrow"):
         theirs_out = bench.output("apply-copy")

@@ -24,6 +24,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 logger = logging.getLogger(__name__)
 _ANSWER_S = 5
+_CONNECT = "20s"
 
 
 # Dask lets a worker give every freed 64 KiB back to the system. Tasks that go from array to array
@@ -280,7 +281,7 @@ def start(
             try:
                 client = Client(
                     **({"scheduler_file": scheduler} if is_file else {"address": scheduler}),
-                    timeout="20s",
+                    timeout=_CONNECT,
                 )
             except (OSError, ValueError, TimeoutError) as error:
                 raise ClusterError(

@@ -74,7 +74,8 @@ def test_a_task_that_always_kills_is_an_error():
         cluster.run(die, [0], "die")
 
 
-def test_no_scheduler_is_a_clear_error():
+def test_no_scheduler_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr("sos_dask.cluster._CONNECT", "2s")
     with (
         pytest.raises(ClusterError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"),
         start(scheduler="tcp://127.0.0.1:1"),

@@ -190,6 +190,7 @@ def test_texts_that_share_a_hash_are_not_the_same_key(monkeypatch):
 
 @settings(max_examples=50, deadline=None)
 @example(["", "a", "a\0", "a" * 8, "a" * 8 + "\0"])
+@example(["", "\x01", "\x02\0", "\x03\x01"])
 @given(st.lists(st.text(max_size=30)))
 def test_hashes_of_text_differ_as_the_texts_do(texts):
     column = pa.array(["prefix", *texts], pa.string()).slice(1)

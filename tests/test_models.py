@@ -349,7 +349,7 @@ def _edit(saved: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": models.MODEL_FORMAT + 1}, r"model format 2 is not 1"),
+        ({"format": models.MODEL_FORMAT + 1}, r"model format 3 is not 2"),
         ({"format": None}, "model format None"),
         ({"labels": ["teff", "feh", "logg"]}, "labels are"),
         ({"features": ["teff", "logg", "feh"]}, "features are"),
@@ -361,6 +361,7 @@ def _edit(saved: Path, **changes: object) -> None:
         ({"training_range": {"logg": [0, 1]}}, "damaged"),
         ({"training_range": {name: [0, "x"] for name in FEATURES}}, "damaged"),
         ({"n_pairs": None}, "damaged"),
+        ({"format": 1}, r"model format 1 is not 2(.|\n)*train it again"),
     ],
 )
 def test_a_model_of_another_kind_is_refused(saved, changes, message):

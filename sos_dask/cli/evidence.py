@@ -24,7 +24,7 @@ _SUBSETS = ("all", "dense", "sparse", "logg < 1", "teff > 7000", "feh < -2", "fe
 Inputs = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="[PAIRS MODEL...]",
+        metavar="PAIRS MODEL",
         help="Pairs and models trained on them; without: the current build of the store.",
         show_default=False,
     ),

@@ -264,11 +264,24 @@ def train(
     ],
     param: Annotated[
         list[str] | None,
-        typer.Option("--param", "-p", metavar="NAME=VALUE", help="Setting of the method."),
+        typer.Option("--param", "-p", metavar="NAME=VALUE", help="Parameter of the method."),
     ] = None,
     validation: Annotated[
         str, typer.Option("--validation", metavar="NAME", help="auto, kfold or holdout.")
     ] = "auto",
+    search: Annotated[
+        int,
+        typer.Option(
+            "--search",
+            min=0,
+            max=1000,
+            metavar="N",
+            help="Try so many sets of parameters; 0: none.",
+        ),
+    ] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Other seeds search other parameters.")
+    ] = 0,
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",
     scheduler: Scheduler = None,
@@ -283,7 +296,8 @@ def train(
     from sos_dask.stages.train import TrainSettings, metrics_of
     from sos_dask.stages.train import train as run
 
-    settings = TrainSettings(method, dict(_setting(text) for text in param or []), validation)
+    params = dict(_setting(text) for text in param or [])
+    settings = TrainSettings(method, params, validation, search=search, seed=seed)
     step = partial(run, Catalog.open(pairs), out, settings, overwrite=overwrite)
     manifest = run_step(step, workers, memory_limit, scheduler)
     if manifest is not None and not as_json:

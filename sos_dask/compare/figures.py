@@ -33,6 +33,8 @@ STATISTICS = ("median", "mad", "width", "rms_binned", "worst_bin")
 EDGES = ("logg < 1", "teff > 7000", "feh < -2", "feh > 0.2")
 ALL, DENSE, SPARSE = "all", "dense", "sparse"
 SUBSETS = (ALL, DENSE, SPARSE, *EDGES)
+# With fewer stars a resample may hold none of them.
+MIN_STARS = 20
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ def figures(
     Raises
     ------
     ModelError
-        The sample has fewer than ``min_pairs`` pairs, or all differences are equal.
+        The sample has fewer than ``min_pairs`` pairs or too few stars, or all differences are
+        equal.
     """
     known = np.logical_and.reduce([np.isfinite(values) for values in residuals.values()])
     n = int(np.count_nonzero(known))
@@ -169,6 +172,13 @@ def figures(
             f"{n} {sample.name} pairs have a known {label} difference and a prediction by every "
             f"method: at least {min_pairs} are needed to compare methods",
             "Match more stars, loosen the cuts, or lower compare.min_pairs.",
+        )
+    n_stars = len(np.unique(sample.groups[known]))
+    if n_stars < MIN_STARS:
+        raise ModelError(
+            f"the {n} {sample.name} pairs are of about {n_stars} stars: at least {MIN_STARS} are "
+            "needed for an interval",
+            "Match more stars, or loosen the cuts.",
         )
     before = residuals[NONE][known]
     if before.min() == before.max():

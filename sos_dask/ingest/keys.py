@@ -16,6 +16,7 @@ from sos_dask.ingest.arrays import BoolArray, IntArray, one_array, split
 from sos_dask.schema import HEALPIX_COLUMN
 
 _HASH_FACTOR = np.uint64(0xFF51AFD7ED558CCD)  # of MurmurHash3's finaliser
+_LENGTH_FACTOR = np.uint64(0xC4CEB9FE1A85EC53)  # its other one
 
 
 def sort_order(cells: IntArray, ids: Any) -> IntArray:
@@ -184,7 +185,8 @@ def hashes_of(ids: pa.Array) -> NDArray[np.uint64]:
     starts, lengths = bounds[:-1] - low, np.diff(bounds)
     kept = (np.uint64(1) << (np.arange(8, dtype=np.uint64) * np.uint64(8))) - np.uint64(1)
     kept = np.append(kept, np.uint64(2**64 - 1))  # of 0 to 8 bytes
-    hashes = lengths.astype(np.uint64)
+    # A length alone differs from a first word by too little.
+    hashes = (lengths.astype(np.uint64) + np.uint64(1)) * _LENGTH_FACTOR
     for step in range(0, int(lengths.max(initial=0)), 8):
         word = words[np.minimum(starts + step, len(words) - 1)]
         mixed = (hashes ^ (word & kept[np.clip(lengths - step, 0, 8)])) * _HASH_FACTOR

@@ -30,7 +30,7 @@ from sos_dask.errors import ClusterError, ConfigError, ModelError
 from sos_dask.features import BLOCK_ROWS, FEATURES
 from sos_dask.schema import LABELS, nearest
 
-MODEL_FORMAT = 1
+MODEL_FORMAT = 2
 MODEL_FILE = "model.json"
 
 R = TypeVar("R")
@@ -406,7 +406,7 @@ def load(directory: Path, *, check: bool = True) -> Fitted:
     Raises
     ------
     ModelError
-        A file is missing or not the one that was saved, the format is newer than this version, or
+        A file is missing or not the one that was saved, the format is that of another version, or
         the model is one of other labels, features or methods.
     """
     directory = Path(directory)
@@ -415,7 +415,8 @@ def load(directory: Path, *, check: bool = True) -> Fitted:
     if document.get("format") != MODEL_FORMAT:
         raise ModelError(
             f"{path}: model format {document.get('format')!r} is not {MODEL_FORMAT}",
-            f"It was written by sos-dask {document.get('sos_dask')}; this is {__version__}.",
+            f"It was written by sos-dask {document.get('sos_dask')}, this is {__version__}: train "
+            "it again.",
         )
     for key, expected in (("labels", LABELS), ("features", FEATURES)):
         if document.get(key) != list(expected):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sos_dask.errors import ConfigError, ModelError
+from sos_dask.errors import ClusterError, ConfigError, ModelError
 from sos_dask.models import FloatArray, TrainingSource, fit, release, training_rows
 from sos_dask.schema import LABELS
 
@@ -148,6 +148,8 @@ def search(
         The method has nothing to search.
     ModelError
         Too few folds, or no candidate can be fitted.
+    ClusterError
+        Fits kill their workers again and again.
     """
     folds = sorted(int(fold) for fold in train_folds)
     if len(folds) < 2:
@@ -175,9 +177,16 @@ def search(
 def _run(jobs: Sequence[tuple[Any, ...]], client: Any) -> list[float]:
     if client is None:
         return [_loss(*job) for job in jobs]
+    from distributed import KilledWorker
+
     futures = [client.submit(_loss, *job, pure=False) for job in jobs]
     try:
         losses: list[float] = client.gather(futures)
+    except KilledWorker as error:
+        raise ClusterError(
+            f"search of '{jobs[0][0]}': a fit killed its worker again and again ({error})",
+            "Most often it ran out of memory: every fit needs all pairs. Give workers more.",
+        ) from error
     finally:
         release(futures)
     return losses

@@ -63,7 +63,6 @@ class _Part:
     catalog: Catalog
     pixel: HealpixPixel
     model: str
-    model_fingerprint: str
     errors: str | None = None
     trust: Trust | None = None
 
@@ -187,11 +186,13 @@ def apply(
     ConfigError
         ``partitions`` is wrong.
     ModelError
-        The model cannot be loaded, or the errors are those of another one.
+        A model cannot be loaded, or the errors are those of another one.
     """
     catalog.require(*LABELS)
     chosen = parse_partitions(partitions, catalog.pixels)
     correction = models.load(model)
+    if trust and trust.smooth:
+        models.load(trust.smooth)
     fingerprint = model_fingerprint or sha256_of_file(model / "model.json")
     half_widths = None if errors is None else load_errors(errors)
     if half_widths is not None:
@@ -216,7 +217,6 @@ def apply(
                 catalog,
                 pixel,
                 str(model),
-                fingerprint,
                 None if errors is None else str(errors),
                 trust,
             )
@@ -260,14 +260,14 @@ def _meanings(trust: Trust | None) -> dict[int, str]:
 
 
 def _faded(
-    correction: Predictor, scores: pa.Table, trust: Trust, known: CoverageModel
+    correction: Predictor, scores: pa.Table, trust: Trust, known: CoverageModel, key: str
 ) -> Predictor:
     """The correction that fades to the fallback with falling coverage of these rows."""
     if trust.fallback == "edge":
         return correction
     fallback = None
     if trust.smooth is not None:
-        smooth = _load(str(trust.smooth), "")
+        smooth = _load(str(trust.smooth), key)
 
         def fallback(features: NDArray[np.float32]) -> NDArray[np.float32]:
             return smooth.predict(known.within_reach(features))
@@ -276,31 +276,35 @@ def _faded(
     return Faded(correction, coverage, known.limits.inside, known.limits.outside, fallback)
 
 
+# A worker reads a model once for an output; the same directory may hold another one later.
+
+
 @lru_cache(maxsize=2)
-def _load_coverage(directory: str, fingerprint: str) -> CoverageModel:
+def _load_coverage(directory: str, key: str) -> CoverageModel:
     return CoverageModel.load(Path(directory))
 
 
 @lru_cache(maxsize=4)
-def _load(model: str, fingerprint: str) -> models.Correction:
+def _load(model: str, key: str) -> models.Correction:
     return models.load(Path(model), check=False)  # the driver has checked it
 
 
 @lru_cache(maxsize=4)
-def _load_errors(errors: str) -> ErrorModel:
+def _load_errors(errors: str, key: str) -> ErrorModel:
     return load_errors(Path(errors))
 
 
 def _apply_part(part: _Part) -> None:
     table = part.catalog.read(part.pixel)
-    errors = None if part.errors is None else _load_errors(part.errors)
-    correction: Predictor = _load(part.model, part.model_fingerprint)
+    key = part.output.fingerprint
+    errors = None if part.errors is None else _load_errors(part.errors, key)
+    correction: Predictor = _load(part.model, key)
     if part.trust is None:
         corrected = correct(table, correction, errors)
     else:
         scores = part.trust.coverage.read(part.pixel, ["obs_id", "coverage", FLAGS])
-        known = _load_coverage(str(part.trust.coverage.path), part.trust.coverage.fingerprint)
-        corrected = correct(table, _faded(correction, scores, part.trust, known), errors)
+        known = _load_coverage(str(part.trust.coverage.path), key)
+        corrected = correct(table, _faded(correction, scores, part.trust, known, key), errors)
         corrected = with_coverage(corrected, scores, known.limits.inside)
     flags = pc.value_counts(corrected["flag_sos"]).to_pylist()
     record = write_partition(part.output, part.pixel, corrected)

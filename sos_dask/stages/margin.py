@@ -14,7 +14,7 @@ from sos_dask.errors import ConfigError
 from sos_dask.healpix import HealpixPixel, surroundings
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

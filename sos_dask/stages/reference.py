@@ -42,7 +42,7 @@ from sos_dask.stages.parts import (
 )
 from sos_dask.unify import UnifySettings, common_differences, unify
 
-VERSION = 1
+VERSION = 2
 _HISTOGRAM_ORDER = 8
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))
 # What decides which rows are one star, and the labels.

@@ -24,7 +24,7 @@ from sos_dask.models.search import search, search_space
 from sos_dask.schema import LABELS, nearest
 from sos_dask.stages.parts import unless_complete
 
-VERSION = 3
+VERSION = 4
 SEARCH_FILE = "search.json"
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 _LOCAL_PAIRS = 100_000  # as many train faster in one process than tasks travel

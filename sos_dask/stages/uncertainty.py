@@ -194,12 +194,13 @@ def _make(
     differences = [_values(table, name).astype(np.float32) for name in _DIFFERENCES]
     rows, predicted = held_out_pairs(model, table["fold"].to_numpy(), differences)
     x = features(*(_values(table, label) for label in LABELS))
+    placed = np.asarray(np.isfinite(x).all(axis=1))
     single = np.ones(table.num_rows, dtype=np.bool_)
     if "n_obs" in table.schema.names:
         single = table["n_obs"].to_numpy() == 1
         if np.count_nonzero(single[rows]) < settings.min_single:
             single[:] = True
-    chosen = single[rows]
+    chosen = (single & placed)[rows]
     held_rows = rows[chosen]
     residuals = np.stack(differences, axis=1)[held_rows].astype(np.float64) - predicted[chosen]
     factors = surveys.error_factors()
@@ -213,7 +214,7 @@ def _make(
     )
     correction = models.load(model)
     grid = Grid(correction.info.minimum, correction.info.maximum)
-    sparseness = Sparseness.of(x, settings.sparse_fraction)
+    sparseness = Sparseness.of(x[placed], settings.sparse_fraction)
     errors, checked = fit_errors(
         held_out,
         grid,
@@ -238,6 +239,7 @@ def _make(
         files.append(output.write_file(name, write))
     files.append(output.write_file(CALIBRATION, partial(write_parquet, calibration)))
     n_pairs, n_used, n_held = pairs.n_rows, table.num_rows, len(rows)
+    n_placed = int(np.count_nonzero(placed[rows]))
     output.commit(
         Rows(
             n_pairs,
@@ -246,7 +248,8 @@ def _make(
             {
                 "not fit for training": n_pairs - n_used,
                 "not held out": n_used - n_held,
-                "of several observations": n_held - len(held_rows),
+                "without all labels": n_held - n_placed,
+                "of several observations": n_placed - len(held_rows),
             },
         ),
         tuple(files),

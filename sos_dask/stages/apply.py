@@ -34,7 +34,7 @@ from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
 from sos_dask.trust import FLAGS, Faded, trusted_schema, with_coverage
 from sos_dask.uncertainty import ErrorModel, load_errors
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,8 @@ def _apply_part(part: _Part) -> None:
         scores = part.trust.coverage.read(part.pixel, ["obs_id", "coverage", FLAGS])
         known = _load_coverage(str(part.trust.coverage.path), part.trust.coverage.fingerprint)
         corrected = correct(table, _faded(correction, scores, part.trust, known), errors)
-        corrected = with_coverage(corrected, scores, known.limits.inside)
+        coverage = pc.fill_null(scores["coverage"], np.nan).to_numpy()
+        corrected = with_coverage(corrected, scores, known.widening(coverage))
     flags = pc.value_counts(corrected["flag_sos"]).to_pylist()
     record = write_partition(part.output, part.pixel, corrected)
     counts = {

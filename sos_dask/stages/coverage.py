@@ -24,18 +24,20 @@ from sos_dask.catalog import Catalog, write_parquet, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.coverage import CLASSES, OUTSIDE, SPARSE, CoverageModel, Limits, Overlap
 from sos_dask.crossmatch import MatchSettings, match
-from sos_dask.errors import CatalogError
-from sos_dask.features import PARAMETERS
+from sos_dask.features import PARAMETERS, features
 from sos_dask.healpix import HealpixPixel, surroundings
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.stages.parts import (
     GAIA_IDS,
     commit_catalog,
+    held_out_pairs,
     key_of,
     read_piece,
     records,
     require_memory,
     run_parts,
+    single_observations,
+    training_pairs,
     unless_complete,
     write_piece,
 )
@@ -49,9 +51,10 @@ from sos_dask.trust import (
     FLAG_SPREAD,
     FLAGS,
 )
+from sos_dask.uncertainty import load_errors
 from sos_dask.verify import key_hashes
 
-VERSION = 1
+VERSION = 2
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS = "maps.parquet"
@@ -107,10 +110,12 @@ class _Part:
 
 
 def coverage_recipe(
-    model: str, pairs: str, catalog: str, stars: str, settings: CoverageSettings
+    model: str, pairs: str, catalog: str, stars: str, settings: CoverageSettings, errors: str = ""
 ) -> Recipe:
-    """Recipe of `coverage` for inputs of these fingerprints."""
+    """Recipe of `coverage` for inputs of these fingerprints; ``errors`` takes no part if empty."""
     inputs = {"model": model, "pairs": pairs, "observations": catalog, "stars": stars}
+    if errors:
+        inputs["errors"] = errors
     return Recipe("coverage", VERSION, {"settings": asdict(settings)}, inputs)
 
 
@@ -126,6 +131,7 @@ def coverage(
     cluster: Cluster | None = None,
     report: Report = silent,
     model_fingerprint: str = "",
+    errors: Path | None = None,
 ) -> Manifest:
     """Fit a coverage model and score every row of a catalog.
 
@@ -143,6 +149,9 @@ def coverage(
         Gets a catalog on the partitions of ``catalog`` (``_healpix_29``, key,
         position, ``coverage``, ``flag_coverage``), the model, ``calibration.parquet`` and
         ``maps.parquet``.
+    errors : Path, optional
+        Output of uncertainty for this correction: what its half-widths lack in each class is
+        counted on held-out pairs.
 
     Returns
     -------
@@ -163,7 +172,12 @@ def coverage(
     catalog.require(*LABELS, HEALPIX_COLUMN, "obs_id", "ra", "dec")
     fingerprint = model_fingerprint or Manifest.load(model).fingerprint
     recipe = coverage_recipe(
-        fingerprint, pairs.fingerprint, catalog.fingerprint, stars.fingerprint, settings
+        fingerprint,
+        pairs.fingerprint,
+        catalog.fingerprint,
+        stars.fingerprint,
+        settings,
+        "" if errors is None else Manifest.load(errors).fingerprint,
     )
     output = Output.prepare(directory, recipe, overwrite)
     if output.complete:
@@ -171,7 +185,7 @@ def coverage(
     cluster = cluster or Cluster()
     require_memory(cluster, catalog, "coverage")
     with unless_complete(output):
-        _run(output, model, pairs, catalog, stars, settings, cluster, report)
+        _run(output, model, pairs, catalog, stars, settings, errors, cluster, report)
     return output.load_manifest()
 
 
@@ -182,6 +196,7 @@ def _run(
     catalog: Catalog,
     stars: Catalog,
     settings: CoverageSettings,
+    errors: Path | None,
     cluster: Cluster,
     report: Report,
 ) -> None:
@@ -189,7 +204,7 @@ def _run(
     share = min(1.0, _SAMPLE_ROWS / max(catalog.n_rows, 1))
     samples = {key_of(p): _SamplePart(output, catalog, p, share) for p in catalog.pixels}
     run_parts(output, "samples", samples, _sample_part, cluster, "coverage: sample", report)
-    files, fitted = _fitted(output, model, pairs, settings, keys)
+    files, fitted = _fitted(output, model, pairs, settings, errors, keys)
     grid = {label: _grid(label, catalog, settings) for label in LABELS}
     parts = {
         key_of(p): _Part(output, catalog, stars, pairs, p, grid, settings.radius_arcsec)
@@ -245,20 +260,32 @@ def meaning(limits: Limits) -> dict[str, str]:
         "inside": f"the error of a corrected label is at most {low:.2f} times that in the dense "
         "overlap",
         "sparse": f"{low:.2f} to {high:.2f} times",
-        "outside": f"more than {high:.2f} times, or farther out than any pair can tell",
+        "outside": f"more than {high:.2f} times, or so few pairs of its kind that nothing tells",
     }
 
 
 def _fitted(
-    output: Output, model: Path, pairs: Catalog, settings: CoverageSettings, keys: list[str]
+    output: Output,
+    model: Path,
+    pairs: Catalog,
+    settings: CoverageSettings,
+    errors: Path | None,
+    keys: list[str],
 ) -> tuple[list[FileRecord], dict[str, Any]]:
     """Fit the model, or take that of a run before; its files and what is said of it."""
-    names = ("coverage.json", "overlap.npy", "overlap8.npy", "ratio.ubj", CALIBRATION)
+    names = (
+        "coverage.json",
+        "overlap.npy",
+        "catalog.npy",
+        "overlap8.npy",
+        "ratio.ubj",
+        CALIBRATION,
+    )
     record = output.get_record("fit", "model")
     if record is None:
         sample = pa.concat_tables([read_piece(_sample_file(output, key)) for key in keys])
         columns = _columns(sample)
-        overlap = read_overlap(model, pairs)
+        overlap = read_overlap(model, pairs, errors)
         fit = kernel.fit(overlap, columns, settings.measure, settings.limits, settings.seed)
         scratch = output.work / "model"
         scratch.mkdir(parents=True, exist_ok=True)
@@ -273,6 +300,11 @@ def _fitted(
             "wrong_measurements": fit.n_wrong,
             "growth": asdict(fit.model.growth),
             "noise": asdict(fit.model.noise),
+            "widths": {
+                name: dict(zip(LABELS, widths, strict=True))
+                for name, widths in zip(CLASSES, fit.model.widths.tolist(), strict=True)
+            },
+            "width_pairs": dict(zip(CLASSES, fit.n_width, strict=True)),
             "measures": [
                 {
                     "measure": other.model.name,
@@ -298,48 +330,36 @@ def _write_bytes(content: bytes, rows: int, path: Path) -> int:
     return rows
 
 
-def read_overlap(model: Path, pairs: Catalog) -> Overlap:
+def read_overlap(model: Path, pairs: Catalog, errors: Path | None = None) -> Overlap:
     """Pairs fit for training, with the residuals of those that a model held out.
+
+    Parameters
+    ----------
+    errors : Path, optional
+        Output of uncertainty for this model.
 
     Raises
     ------
     CatalogError
-        The held-out pairs of the model are not among these pairs.
+        The held-out pairs of the model are not those of these pairs.
     """
-    errors = [f"{label}_err_ref" for label in LABELS]
-    names = pairs.columns([*PARAMETERS, *errors])
-    tables = []
-    for pixel in pairs.pixels:
-        table = pairs.read(pixel, [*names, "fold", "use"])
-        tables.append(table.filter(table["use"]))
-    table = pa.concat_tables(tables)
+    stated = [f"{label}_err_ref" for label in LABELS]
+    wanted = pairs.columns([*PARAMETERS, *stated, "n_obs"])
+    table = training_pairs(pairs, ["fold", *(f"{label}_diff" for label in LABELS), *wanted])
     fold = table["fold"].to_numpy()
-    held_out = pq.read_table(model / "held_out.parquet")
+    difference = [_floats(table, f"{label}_diff").astype(np.float32) for label in LABELS]
+    rows, predicted = held_out_pairs(model, fold, difference)
     residual = np.full((len(fold), len(LABELS)), np.nan)
-    logg = _floats(table, "logg")
-    # The held-out pairs of a fold stand in the order of the sky, as the pairs do.
-    for name in np.unique(held_out["fold"].to_numpy()):
-        rows = np.flatnonzero(fold == name)
-        part = held_out.filter(pc.equal(held_out["fold"], int(name)))
-        if len(rows) != part.num_rows or not np.array_equal(
-            logg[rows].astype(np.float32), part["x_logg"].to_numpy(), equal_nan=True
-        ):
-            raise CatalogError(
-                f"{model / 'held_out.parquet'} does not hold the pairs of {pairs.path}",
-                "Train the model on these pairs.",
-            )
-        for number, label in enumerate(LABELS):
-            difference, predicted = part[f"{label}_diff"], part[f"{label}_delta"]
-            residual[rows, number] = difference.to_numpy() - predicted.to_numpy()
-    columns = {name: _floats(table, name) for name in names if name in PARAMETERS}
-    reference_error = np.stack(
-        [
-            _floats(table, name) if name in table.schema.names else np.full(len(fold), np.nan)
-            for name in errors
-        ],
-        axis=1,
-    )
-    return Overlap(columns, fold, residual, reference_error)
+    residual[rows] = np.stack(difference, axis=1)[rows] - predicted
+    columns = _columns(table)
+    half_width = None
+    if errors is not None:
+        x = features(*(columns[label] for label in LABELS))
+        half_width = load_errors(errors).half_width(x, columns.get("snr")).astype(np.float64)
+        half_width[~single_observations(table, rows)] = np.nan
+    known = [_floats(table, name) if name in wanted else np.full(len(fold), np.nan)
+             for name in stated]  # fmt: skip
+    return Overlap(columns, fold, residual, np.stack(known, axis=1), half_width)
 
 
 def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:

@@ -27,7 +27,7 @@ from sos_dask.schema import LABELS, nearest
 FloatArray = NDArray[np.float64]
 Columns = Mapping[str, NDArray[np.floating]]
 MIN_HELD_OUT = 100
-WRONG_SIGMA = 5.0
+WRONG_SIGMA = 4.0
 LEVEL = 0.68
 _SPARSE_SHARE = 0.1
 _CATALOG_ROWS = 4  # an overlap star: more do not tell the share of the overlap better

@@ -147,7 +147,7 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
     dense = distance <= np.quantile(distance, 0.5)
     noise = Noise.fit(residual[dense], logg[dense], snr[dense], reference_error[dense])
     ratio = residual / noise.of_pairs(logg, snr, reference_error)
-    wrong = np.abs(ratio).min(axis=1) > WRONG_SIGMA
+    wrong = np.asarray(np.abs(ratio).min(axis=1) > WRONG_SIGMA)
     growth, bins = Growth.fit(distance[~wrong], ratio[~wrong])
     error = np.sqrt(np.mean(np.square(ratio[~wrong]), axis=1))
     far = distance[~wrong] >= np.quantile(distance[~wrong], 1.0 - _SPARSE_SHARE)
@@ -170,7 +170,7 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
         for fold, share in shares.items():
             rows = held_out & (overlap.fold == fold)
             coverage[rows] = model.coverage_at(x[rows], at[rows], share)
-        right = held_out & np.isfinite(score).all(axis=1)
+        right = np.asarray(held_out & np.isfinite(score).all(axis=1))
         right[held_out] &= ~wrong
         widths, n_width = _widths(score[right], coverage[right], limits)
         model = replace(model, widths=widths)

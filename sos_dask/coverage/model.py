@@ -81,6 +81,18 @@ class Limits:
                 "< 1 does not hold"
             )
 
+    def meaning(self) -> dict[str, str]:
+        """What the coverage and its classes say, in words."""
+        low, high = 1 / self.inside, 1 / self.outside
+        return {
+            "coverage": "error in the dense overlap over the error here, at equal signal to noise",
+            "inside": f"the error of a corrected label is at most {low:.2f} times that in the "
+            "dense overlap",
+            "sparse": f"{low:.2f} to {high:.2f} times",
+            "outside": f"more than {high:.2f} times, or so few pairs of its kind that nothing "
+            "tells",
+        }
+
     def classify(self, coverage: NDArray[np.floating]) -> NDArray[np.int8]:
         """`INSIDE`, `SPARSE` or `OUTSIDE` of every coverage; nan is outside."""
         place = np.full(len(coverage), OUTSIDE, dtype=np.int8)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -22,22 +21,20 @@ from sos_dask import coverage as kernel
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_parquet, write_partition
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.coverage import CLASSES, OUTSIDE, SPARSE, CoverageModel, Limits, Overlap
+from sos_dask.coverage import CLASSES, OUTSIDE, SPARSE, CoverageModel, Limits
 from sos_dask.crossmatch import MatchSettings, match
-from sos_dask.features import PARAMETERS, features
+from sos_dask.features import PARAMETERS
 from sos_dask.healpix import HealpixPixel, surroundings
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
+from sos_dask.stages.overlap import parameter_columns, read_overlap
 from sos_dask.stages.parts import (
     GAIA_IDS,
     commit_catalog,
-    held_out_pairs,
     key_of,
     read_piece,
     records,
     require_memory,
     run_parts,
-    single_observations,
-    training_pairs,
     unless_complete,
     write_piece,
 )
@@ -51,7 +48,6 @@ from sos_dask.trust import (
     FLAG_SPREAD,
     FLAGS,
 )
-from sos_dask.uncertainty import load_errors
 from sos_dask.verify import key_hashes
 
 VERSION = 2
@@ -230,7 +226,7 @@ def _run(
             str(bit): sum(record["flags"][str(bit)] for record in done) for bit in FLAG_MEANINGS
         },
         "limits": asdict(settings.limits),
-        "meaning": meaning(settings.limits),
+        "meaning": settings.limits.meaning(),
         "grid": {label: list(limits) for label, limits in grid.items()},
         **fitted,
     }
@@ -250,18 +246,6 @@ def _grid(label: str, catalog: Catalog, settings: CoverageSettings) -> tuple[flo
     if label in settings.grid:
         return settings.grid[label]
     return catalog.bounds(label).get(label, (-np.inf, np.inf))
-
-
-def meaning(limits: Limits) -> dict[str, str]:
-    """What the classes say, in words."""
-    low, high = 1 / limits.inside, 1 / limits.outside
-    return {
-        "coverage": "error in the dense overlap over the error here, at equal signal to noise",
-        "inside": f"the error of a corrected label is at most {low:.2f} times that in the dense "
-        "overlap",
-        "sparse": f"{low:.2f} to {high:.2f} times",
-        "outside": f"more than {high:.2f} times, or so few pairs of its kind that nothing tells",
-    }
 
 
 def _fitted(
@@ -284,7 +268,7 @@ def _fitted(
     record = output.get_record("fit", "model")
     if record is None:
         sample = pa.concat_tables([read_piece(_sample_file(output, key)) for key in keys])
-        columns = _columns(sample)
+        columns = parameter_columns(sample)
         overlap = read_overlap(model, pairs, errors)
         fit = kernel.fit(overlap, columns, settings.measure, settings.limits, settings.seed)
         scratch = output.work / "model"
@@ -330,46 +314,6 @@ def _write_bytes(content: bytes, rows: int, path: Path) -> int:
     return rows
 
 
-def read_overlap(model: Path, pairs: Catalog, errors: Path | None = None) -> Overlap:
-    """Pairs fit for training, with the residuals of those that a model held out.
-
-    Parameters
-    ----------
-    errors : Path, optional
-        Output of uncertainty for this model.
-
-    Raises
-    ------
-    CatalogError
-        The held-out pairs of the model are not those of these pairs.
-    """
-    stated = [f"{label}_err_ref" for label in LABELS]
-    wanted = pairs.columns([*PARAMETERS, *stated, "n_obs"])
-    table = training_pairs(pairs, ["fold", *(f"{label}_diff" for label in LABELS), *wanted])
-    fold = table["fold"].to_numpy()
-    difference = [_floats(table, f"{label}_diff").astype(np.float32) for label in LABELS]
-    rows, predicted = held_out_pairs(model, fold, difference)
-    residual = np.full((len(fold), len(LABELS)), np.nan)
-    residual[rows] = np.stack(difference, axis=1)[rows] - predicted
-    columns = _columns(table)
-    half_width = None
-    if errors is not None:
-        x = features(*(columns[label] for label in LABELS))
-        half_width = load_errors(errors).half_width(x, columns.get("snr")).astype(np.float64)
-        half_width[~single_observations(table, rows)] = np.nan
-    known = [_floats(table, name) if name in wanted else np.full(len(fold), np.nan)
-             for name in stated]  # fmt: skip
-    return Overlap(columns, fold, residual, np.stack(known, axis=1), half_width)
-
-
-def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float64)
-
-
-def _columns(table: pa.Table) -> dict[str, NDArray[np.float64]]:
-    return {name: _floats(table, name) for name in PARAMETERS if name in table.schema.names}
-
-
 def _sample_file(output: Output, key: str) -> Path:
     return output.work / "samples" / f"{key}.arrow"
 
@@ -409,7 +353,7 @@ def _score_part(part: _Part) -> None:
     """Coverage and flags of one partition."""
     names = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *GAIA_IDS.values(), "position_epoch"]
     table = part.catalog.read(part.pixel, part.catalog.columns([*names, *PARAMETERS]))
-    columns = _columns(table)
+    columns = parameter_columns(table)
     model = _load(str(part.output.directory))
     score = model.coverage(columns)
     known = np.isfinite(score)
@@ -492,25 +436,7 @@ def look(directory: Path) -> dict[str, Any]:
     return {
         **summary["shares"],
         **{name: summary[name] for name in kept},
-        "kiel": _coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
-        "sky": _coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
+        "kiel": kernel.coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
+        "sky": kernel.coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
         "follow_up": kernel.follow_up(maps),
     }
-
-
-def _coarse(maps: pa.Table, name: str, steps: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Cells of a map added up to larger ones: their middles (first pixels), rows and outside."""
-    total: dict[tuple[float, ...], list[int]] = {}
-    for row in maps.filter(pc.equal(maps["map"], name)).to_pylist():
-        cell = tuple(row[column] // step for column, step in steps.items())
-        counts = total.setdefault(cell, [0, 0])
-        counts[0] += sum(row[kind] for kind in CLASSES)
-        counts[1] += row["outside"]
-    found = []
-    for cell, (n_rows, outside) in sorted(total.items()):
-        place: dict[str, Any] = {
-            column: int(index) if column == "pixel" else (index + 0.5) * step
-            for index, (column, step) in zip(cell, steps.items(), strict=True)
-        }
-        found.append({**place, "rows": n_rows, "outside": outside})
-    return found

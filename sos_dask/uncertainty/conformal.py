@@ -213,7 +213,7 @@ def wrong_measurements(residuals: FloatArray) -> BoolArray:
         nan where unknown: such a pair counts as right.
     """
     size = np.abs(residuals)
-    known = np.isfinite(size).all(axis=1)
+    known = np.asarray(np.isfinite(size).all(axis=1))
     if not known.any():
         return known
     return np.asarray(known & (size > _WRONG * np.median(size[known], axis=0)).all(axis=1))

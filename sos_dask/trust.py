@@ -100,8 +100,8 @@ def trusted_schema(schema: pa.Schema) -> pa.Schema:
     return schema.set(index, field.with_metadata(metadata)).insert(index, COVERAGE_FIELD)
 
 
-def with_coverage(corrected: pa.Table, scores: pa.Table, widening: Float32Array) -> pa.Table:
-    """Corrected rows with their coverage, its flags, and errors that hold by its class.
+def with_coverage(corrected: pa.Table, scores: pa.Table) -> pa.Table:
+    """Corrected rows with their coverage and its flags.
 
     Parameters
     ----------
@@ -109,8 +109,6 @@ def with_coverage(corrected: pa.Table, scores: pa.Table, widening: Float32Array)
         Output of `correct.correct`.
     scores : pyarrow.Table
         ``obs_id``, ``coverage`` and ``flag_coverage`` of the same rows in the same order.
-    widening : ndarray of float32, shape (n, 3)
-        Factors of ``*_sos_err``, where there is one: see `coverage.CoverageModel.widening`.
 
     Raises
     ------
@@ -122,16 +120,26 @@ def with_coverage(corrected: pa.Table, scores: pa.Table, widening: Float32Array)
             "coverage and observations hold other rows", "Make the product coverage again."
         )
     schema = trusted_schema(corrected.schema)
-    errors = [f"{label}_sos_err" for label in LABELS]
-    columns = []
-    for name in schema.names:
-        if name == "coverage":
-            columns.append(scores["coverage"])
-        elif name == "flag_sos":
-            columns.append(pc.bit_wise_or(corrected[name], scores[FLAGS]))
-        elif name in errors:
-            factor = np.ascontiguousarray(widening[:, errors.index(name)])
-            columns.append(pc.multiply(corrected[name], pa.array(factor)))
-        else:
-            columns.append(corrected[name])
+    added = {
+        "coverage": scores["coverage"],
+        "flag_sos": pc.bit_wise_or(corrected["flag_sos"], scores[FLAGS]),
+    }
+    columns = [added[name] if name in added else corrected[name] for name in schema.names]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def widened(corrected: pa.Table, factors: Float32Array) -> pa.Table:
+    """Corrected rows whose errors hold where the coverage is low, too.
+
+    Parameters
+    ----------
+    corrected : pyarrow.Table
+        With ``*_sos_err``.
+    factors : ndarray of float32, shape (n, 3)
+        See `coverage.CoverageModel.widening`.
+    """
+    for label, factor in zip(LABELS, factors.T, strict=True):
+        index = corrected.schema.get_field_index(f"{label}_sos_err")
+        errors = pc.multiply(corrected.column(index), pa.array(np.ascontiguousarray(factor)))
+        corrected = corrected.set_column(index, corrected.schema.field(index), errors)
+    return corrected

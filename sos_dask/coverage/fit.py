@@ -18,7 +18,7 @@ from sos_dask.coverage.measures import (
     Ratio,
     Share,
 )
-from sos_dask.coverage.model import CLASSES, CoverageModel, Limits
+from sos_dask.coverage.model import CLASSES, INSIDE, OUTSIDE, CoverageModel, Limits
 from sos_dask.density import robust_scale
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import PARAMETERS, parameters_of
@@ -50,6 +50,8 @@ class Overlap:
         Stated errors of the reference, nan where unknown.
     half_width : ndarray of float64, shape (n, 3), optional
         By the error model of the correction; nan for pairs whose residuals it does not speak of.
+    error_class : ndarray of int8, shape (n,), optional
+        1 where the error model has its pairs in its sparse class.
     """
 
     columns: Columns
@@ -57,6 +59,7 @@ class Overlap:
     residual: FloatArray
     reference_error: FloatArray
     half_width: FloatArray | None = None
+    error_class: NDArray[np.int8] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class Fit:
     rank_correlation, rank_correlation_sparse : float
         Spearman's between distance and error over noise: of all held-out pairs, and of the tenth
         with the largest distances.
-    n_width : tuple of int
-        Pairs that the widths were counted on, by class.
+    n_width : tuple of tuple of int
+        Pairs that the widths were counted on, by class of the error model and of the coverage.
     """
 
     model: CoverageModel
@@ -84,7 +87,7 @@ class Fit:
     n_wrong: int
     rank_correlation: float
     rank_correlation_sparse: float
-    n_width: tuple[int, ...]
+    n_width: tuple[tuple[int, ...], ...]
 
 
 def check_measure(name: str) -> None:
@@ -161,10 +164,10 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
         growth,
         limits,
         Share(labels, catalog_labels),
-        np.ones((len(CLASSES), len(LABELS))),
+        np.ones((2, len(CLASSES), len(LABELS))),
     )
-    n_width: tuple[int, ...] = (0,) * len(CLASSES)
-    if overlap.half_width is not None:
+    n_width: tuple[tuple[int, ...], ...] = ()
+    if overlap.half_width is not None and overlap.error_class is not None:
         score = np.abs(overlap.residual) / overlap.half_width
         coverage = np.full(len(x), np.nan, dtype=np.float32)
         for fold, share in shares.items():
@@ -172,8 +175,11 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
             coverage[rows] = model.coverage_at(x[rows], at[rows], share)
         right = np.asarray(held_out & np.isfinite(score).all(axis=1))
         right[held_out] &= ~wrong
-        widths, n_width = _widths(score[right], coverage[right], limits)
-        model = replace(model, widths=widths)
+        place = limits.classify(coverage)
+        kinds = [right & (overlap.error_class == kind) for kind in (0, 1)]
+        found = [_widths(score[kind], place[kind], limits) for kind in kinds]
+        model = replace(model, widths=np.array([widths for widths, _ in found]))
+        n_width = tuple(n for _, n in found)
     return Fit(
         model,
         bins,
@@ -202,16 +208,20 @@ def compare(
 
 
 def _widths(
-    score: FloatArray, coverage: NDArray[np.float32], limits: Limits
+    score: FloatArray, place: NDArray[np.int8], limits: Limits
 ) -> tuple[FloatArray, tuple[int, ...]]:
     """Factors of half-widths by class and label, and the pairs of each class.
+
+    Where the pairs are too few to count, errors grow from inside as the limit of the class says.
+    Outside they grow by no less: the pairs there are at the near edge, the rows may be far.
 
     Parameters
     ----------
     score : ndarray of float64, shape (n, 3)
         |residual| / half-width of right measurements.
+    place : ndarray of int8, shape (n,)
+        Their classes.
     """
-    place = limits.classify(coverage)
     widths = np.ones((len(CLASSES), len(LABELS)))
     n_pairs = []
     for number in range(len(CLASSES)):
@@ -219,8 +229,9 @@ def _widths(
         n_pairs.append(len(mine))
         if len(mine) >= _MIN_WIDTH_PAIRS:
             widths[number] = mine[int(np.ceil((len(mine) + 1) * LEVEL)) - 1]
-        elif number:  # too few to count: as the limit of the class says
-            widths[number] = widths[0] / (limits.inside, limits.outside)[number - 1]
+        elif number:
+            widths[number] = widths[INSIDE] / limits.inside
+    widths[OUTSIDE] = np.maximum(widths[OUTSIDE], widths[INSIDE] / limits.outside)
     return widths, tuple(n_pairs)
 
 

@@ -14,8 +14,9 @@ the outermost held-out pairs, where growth cannot be measured: the coverage of b
 the limit.
 
 The error model of a correction knows something of all this already. What it does not know is
-counted on held-out pairs: in each class, by what its half-widths are to be multiplied to hold 68 %
-of the right measurements (`widths`; Mondrian conformal prediction, see `uncertainty`).
+counted on held-out pairs: in each class, apart for the two classes of the error model, by what its
+half-widths are to be multiplied to hold 68 % of the right measurements (`widths`; Mondrian
+conformal prediction, see `uncertainty`).
 
 Measures (``MEASURES``):
 
@@ -118,8 +119,8 @@ class CoverageModel:
     limits : Limits
     share : Share
         Of the overlap stars and a sample of the catalog, in scaled labels.
-    widths : ndarray of float64, shape (3, 3)
-        Factors of the half-widths of an error model, by class and label.
+    widths : ndarray of float64, shape (2, 3, 3)
+        Factors of the half-widths of an error model: by its class (dense, sparse), class, label.
     """
 
     name: str
@@ -156,10 +157,19 @@ class CoverageModel:
         coverage[outside] = np.minimum(coverage[outside], below)
         return np.asarray(coverage, dtype=np.float32)
 
-    def widening(self, coverage: NDArray[np.floating]) -> NDArray[np.float32]:
-        """Factors (n, 3) of the half-widths of the error model; those inside where unknown."""
+    def widening(
+        self, coverage: NDArray[np.floating], error_class: NDArray[Any]
+    ) -> NDArray[np.float32]:
+        """Factors (n, 3) of the half-widths of the error model; those inside where unknown.
+
+        Parameters
+        ----------
+        coverage : ndarray of float, shape (n,)
+        error_class : ndarray of int or bool, shape (n,)
+            1 for the sparse class of the error model, else 0.
+        """
         place = np.where(np.isfinite(coverage), self.limits.classify(coverage), INSIDE)
-        return self.widths.astype(np.float32)[place]
+        return self.widths.astype(np.float32)[np.asarray(error_class, dtype=np.int64), place]
 
     def predicted_error(
         self, columns: Mapping[str, NDArray[np.floating]], coverage: NDArray[np.floating]

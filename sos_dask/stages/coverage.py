@@ -284,11 +284,8 @@ def _fitted(
             "wrong_measurements": fit.n_wrong,
             "growth": asdict(fit.model.growth),
             "noise": asdict(fit.model.noise),
-            "widths": {
-                name: dict(zip(LABELS, widths, strict=True))
-                for name, widths in zip(CLASSES, fit.model.widths.tolist(), strict=True)
-            },
-            "width_pairs": dict(zip(CLASSES, fit.n_width, strict=True)),
+            "widths": fit.model.widths.tolist(),
+            "width_pairs": fit.n_width,
             "measures": [
                 {
                     "measure": other.model.name,

@@ -39,14 +39,16 @@ def read_overlap(model: Path, pairs: Catalog, errors: Path | None = None) -> Ove
     residual = np.full((len(fold), len(LABELS)), np.nan)
     residual[rows] = np.stack(difference, axis=1)[rows] - predicted
     columns = parameter_columns(table)
-    half_width = None
+    half_width = error_class = None
     if errors is not None:
         x = features(*(columns[label] for label in LABELS))
-        half_width = load_errors(errors).half_width(x, columns.get("snr")).astype(np.float64)
+        model_of_errors = load_errors(errors)
+        half_width = model_of_errors.half_width(x, columns.get("snr")).astype(np.float64)
+        error_class = model_of_errors.is_sparse(x).astype(np.int8)
         half_width[~single_observations(table, rows)] = np.nan
     known = [_floats(table, name) if name in wanted else np.full(len(fold), np.nan)
              for name in stated]  # fmt: skip
-    return Overlap(columns, fold, residual, np.stack(known, axis=1), half_width)
+    return Overlap(columns, fold, residual, np.stack(known, axis=1), half_width, error_class)
 
 
 def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:

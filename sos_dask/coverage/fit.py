@@ -30,7 +30,7 @@ MIN_HELD_OUT = 100
 WRONG_SIGMA = 4.0
 LEVEL = 0.68
 _SPARSE_SHARE = 0.1
-_CATALOG_ROWS = 4  # an overlap star: more do not tell the share of the overlap better
+_CATALOG_ROWS = 1  # an overlap star: more are not counted better, the overlap stars are few
 _MIN_WIDTH_PAIRS = 40
 
 

@@ -137,7 +137,7 @@ class CoverageSection(_Section):
 
     measure: str = "neighbours"
     inside: float = Field(0.8, gt=0, lt=1)
-    outside: float = Field(2.0 / 3.0, gt=0, lt=1)
+    outside: float = Field(0.5, gt=0, lt=1)
     fallback: Literal["auto", "polynomial", "none", "edge"] = "auto"
     compare: bool = True
     grid: dict[Literal["teff", "logg", "feh"], tuple[float, float]] = Field(default_factory=dict)

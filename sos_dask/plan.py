@@ -181,7 +181,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         ),
     )
     source = observations["observations"]
-    covered = _add_coverage(planner, chosen, pairs, observations)
+    covered = _add_coverage(planner, chosen, pairs, observations, errors)
     fallback = job.coverage.fallback
     if fallback == "auto":
         fallback = "polynomial" if "polynomial" in trained else "edge"
@@ -265,7 +265,9 @@ def _add_report(planner: Planner) -> None:
     )
 
 
-def _add_coverage(planner: Planner, chosen: str, pairs: str, target: Mapping[str, str]) -> str:
+def _add_coverage(
+    planner: Planner, chosen: str, pairs: str, target: Mapping[str, str], errors: str
+) -> str:
     """Where the correction may be trusted, for every observation."""
     job, section = planner.job, planner.job.coverage
     settings = CoverageSettings(
@@ -278,7 +280,7 @@ def _add_coverage(planner: Planner, chosen: str, pairs: str, target: Mapping[str
     )
     return planner.add(
         "coverage",
-        coverage_recipe(chosen, pairs, target["observations"], target["stars"], settings),
+        coverage_recipe(chosen, pairs, target["observations"], target["stars"], settings, errors),
         lambda directory, cluster, report: coverage(
             planner.directory(chosen),
             planner.catalog(pairs),
@@ -289,6 +291,7 @@ def _add_coverage(planner: Planner, chosen: str, pairs: str, target: Mapping[str
             cluster=cluster,
             report=report,
             model_fingerprint=chosen,
+            errors=planner.directory(errors),
         ),
     )
 

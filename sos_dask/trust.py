@@ -90,13 +90,6 @@ class Faded:
         return self.correction.in_range(features)
 
 
-def widening(coverage: NDArray[np.floating], inside: float) -> Float32Array:
-    """Factor of the errors: 1 inside, growing as 1 / coverage beyond; 1 where it is unknown."""
-    with np.errstate(divide="ignore"):
-        factor = np.where(coverage < inside, inside / np.asarray(coverage), 1.0)
-    return factor.astype(np.float32)
-
-
 def trusted_schema(schema: pa.Schema) -> pa.Schema:
     """Schema of corrected rows with ``coverage`` before ``flag_sos``, which tells of more."""
     index = schema.get_field_index("flag_sos")
@@ -107,8 +100,8 @@ def trusted_schema(schema: pa.Schema) -> pa.Schema:
     return schema.set(index, field.with_metadata(metadata)).insert(index, COVERAGE_FIELD)
 
 
-def with_coverage(corrected: pa.Table, scores: pa.Table, inside: float) -> pa.Table:
-    """Corrected rows with their coverage, its flags, and errors that grow with its lack.
+def with_coverage(corrected: pa.Table, scores: pa.Table) -> pa.Table:
+    """Corrected rows with their coverage and its flags.
 
     Parameters
     ----------
@@ -116,8 +109,6 @@ def with_coverage(corrected: pa.Table, scores: pa.Table, inside: float) -> pa.Ta
         Output of `correct.correct`.
     scores : pyarrow.Table
         ``obs_id``, ``coverage`` and ``flag_coverage`` of the same rows in the same order.
-    inside : float
-        Coverage below which ``*_sos_err`` is widened, where there is one.
 
     Raises
     ------
@@ -129,16 +120,26 @@ def with_coverage(corrected: pa.Table, scores: pa.Table, inside: float) -> pa.Ta
             "coverage and observations hold other rows", "Make the product coverage again."
         )
     schema = trusted_schema(corrected.schema)
-    coverage = scores["coverage"]
-    factor = widening(pc.fill_null(coverage, np.nan).to_numpy(), inside)
-    columns = []
-    for name in schema.names:
-        if name == "coverage":
-            columns.append(coverage)
-        elif name == "flag_sos":
-            columns.append(pc.bit_wise_or(corrected[name], scores[FLAGS]))
-        elif name in [f"{label}_sos_err" for label in LABELS]:
-            columns.append(pc.multiply(corrected[name], pa.array(factor)))
-        else:
-            columns.append(corrected[name])
+    added = {
+        "coverage": scores["coverage"],
+        "flag_sos": pc.bit_wise_or(corrected["flag_sos"], scores[FLAGS]),
+    }
+    columns = [added[name] if name in added else corrected[name] for name in schema.names]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def widened(corrected: pa.Table, factors: Float32Array) -> pa.Table:
+    """Corrected rows whose errors hold where the coverage is low, too.
+
+    Parameters
+    ----------
+    corrected : pyarrow.Table
+        With ``*_sos_err``.
+    factors : ndarray of float32, shape (n, 3)
+        See `coverage.CoverageModel.widening`.
+    """
+    for label, factor in zip(LABELS, factors.T, strict=True):
+        index = corrected.schema.get_field_index(f"{label}_sos_err")
+        errors = pc.multiply(corrected.column(index), pa.array(np.ascontiguousarray(factor)))
+        corrected = corrected.set_column(index, corrected.schema.field(index), errors)
+    return corrected

@@ -1,12 +1,14 @@
 """Kernel of coverage: measures, calibration, classes, maps."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sos_dask import coverage as cv
-from sos_dask.coverage.measures import Neighbours
+from sos_dask.coverage.measures import Neighbours, Share
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.schema import LABELS
 
@@ -43,13 +45,63 @@ def fitted():
 
 def test_a_known_third_of_the_rows_without_overlap_is_found():
     rng = np.random.default_rng(2)
-    overlap = overlap_of(sky(20_000, rng, 0, 2), rng)
-    rows = sky(30_000, rng)
-    rows["logg"][rows["logg"] > 2] += 0.3  # else the border is as wide as stars lie apart
-    model = cv.fit(overlap, sky(5000, rng), "neighbours", cv.Limits()).model
+
+    def sheet(n, high):  # as stars do, rows lie near a surface; the border in it has no gap
+        columns = sky(n, rng, 0, high)
+        columns["feh"] = (columns["teff"] - 5500) / 1500 + rng.normal(0, 0.03, n)
+        return columns
+
+    overlap, rows = overlap_of(sheet(50_000, 2), rng), sheet(30_000, 3)
+    model = cv.fit(overlap, sheet(200_000, 3), "neighbours", cv.Limits()).model
     outside = model.limits.classify(model.coverage(rows)) == cv.OUTSIDE
     assert abs(outside.mean() - 1 / 3) < 0.02
-    assert outside[rows["logg"] > 2.5].all() and outside[rows["logg"] < 2].mean() < 0.01
+    assert outside[rows["logg"] > 2.2].all() and outside[rows["logg"] < 2].mean() < 0.01
+
+
+def test_intervals_are_made_to_hold_in_each_class():
+    rng = np.random.default_rng(10)
+    columns = sky(20_000, rng)
+    columns["logg"] = 3 * rng.beta(1, 4, 20_000)  # overlap stars get few towards 3
+    far = columns["logg"] > 1.8
+    overlap = overlap_of(columns, rng, growth=np.where(far, 3.0, 1.0))
+    half_width = np.full((20_000, 3), 1.0) * np.array([50.0, 0.1, 0.05])
+    half_width[::7] = np.nan  # nothing is said of these
+    overlap = replace(overlap, half_width=half_width, error_class=far.astype(np.int8))
+    overlap.residual[1::100] += np.array([5000.0, 10.0, 5.0])  # nor do wrong measurements count
+    found = cv.fit(overlap, sky(20_000, rng), "neighbours", cv.Limits())
+    assert 0 < np.sum(found.n_width) <= 6 * 20_000 // 7
+    fresh = sky(20_000, rng)
+    coverage = found.model.coverage(fresh)
+    place = found.model.limits.classify(coverage)
+    size = np.where(fresh["logg"] > 1.8, 3.0, 1.0)[:, None] * np.array([50.0, 0.1, 0.05])
+    error = np.abs(rng.normal(0, 1, (20_000, 3)) * size)
+    is_far = fresh["logg"] > 1.8
+    width = np.array([50.0, 0.1, 0.05]) * found.model.widening(coverage, is_far)
+    counted = 0
+    for kind, numbers in enumerate(found.n_width):
+        for number, n in enumerate(numbers[: cv.OUTSIDE]):
+            mine = (place == number) & (is_far == kind)
+            if n > 200 and np.count_nonzero(mine) > 200:
+                assert np.mean((error <= width)[mine]) == pytest.approx(0.68, abs=0.04)
+                counted += 1
+    assert counted >= 2
+    assert np.mean((error <= width)[place == cv.OUTSIDE]) > 0.64
+    unknown = found.model.widening(np.array([np.nan]), np.array([0]))
+    assert unknown[0] == pytest.approx(found.model.widths[0, cv.INSIDE], rel=1e-6)
+
+
+def test_a_kind_of_which_the_overlap_has_too_little_is_outside():
+    rng = np.random.default_rng(11)
+    x = rng.uniform(0, 3, (40_000, 3))
+    kept = (x[:, 1] < 2) | (rng.random(40_000) < 0.1)
+    overlap = x[kept][:10_000]
+    share = Share(overlap, x[20_000:])
+    lacks = share.lacks(rng.uniform(0, 3, (5000, 3)))
+    rows = rng.uniform(0, 3, (5000, 3))
+    assert share.lacks(rows)[rows[:, 1] > 2.3].mean() > 0.95
+    assert share.lacks(rows)[rows[:, 1] < 1.9].mean() < 0.01 < lacks.mean()
+    # As well where there are ten times as many rows: it is the share that counts.
+    assert Share(overlap[::10], x[20_000:]).lacks(rows)[rows[:, 1] < 1.5].mean() < 0.01
 
 
 def test_growth_of_the_error_is_recovered():
@@ -132,9 +184,9 @@ def test_a_smooth_model_is_extended_only_so_far(fitted):
     far = np.array([[1.0, 40.0, -0.5]], dtype=np.float32)
     near = model.within_reach(far)
     scaled = (near - model.center) / model.scale
-    distance = np.sqrt(((model.overlap - scaled) ** 2).sum(axis=1)).min()
+    distance = np.sqrt(((model.share.overlap - scaled) ** 2).sum(axis=1)).min()
     assert distance == pytest.approx(model.reach, rel=1e-3)
-    inside = (model.overlap[:5] * model.scale + model.center).astype(np.float32)
+    inside = (model.share.overlap[:5] * model.scale + model.center).astype(np.float32)
     assert model.within_reach(inside) == pytest.approx(inside, rel=1e-5)
 
 

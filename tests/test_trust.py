@@ -6,7 +6,7 @@ import pytest
 
 from sos_dask.correct import correct
 from sos_dask.errors import PartitionError
-from sos_dask.trust import FLAG_OUTSIDE, Faded, widening, with_coverage
+from sos_dask.trust import FLAG_OUTSIDE, Faded, widened, with_coverage
 
 
 class Constant:
@@ -28,11 +28,6 @@ def test_the_correction_fades_from_inside_to_outside():
     assert smooth.predict(x)[:, 1] == pytest.approx([1, 1, 2, 3, 3, 1], abs=1e-6)
 
 
-def test_errors_widen_without_a_step():
-    found = widening(np.array([1.0, 0.8, 0.4, np.nan]), 0.8)
-    assert found.tolist() == [1, 1, 2, 1]
-
-
 def table():
     labels = {"teff": [5000.0, 6000.0], "logg": [4.0, 4.0], "feh": [0.0, 0.0]}
     return pa.table({"obs_id": [1, 2], **{k: pa.array(v, pa.float32()) for k, v in labels.items()}})
@@ -50,15 +45,18 @@ def scores(ids):
 
 def test_coverage_and_flags_join_the_corrected_rows():
     corrected = correct(table(), Constant())
-    error = pa.array([10.0, 10.0], pa.float32())
-    corrected = corrected.add_column(4, "teff_sos_err", error)
-    found = with_coverage(corrected, scores([1, 2]), 0.8)
+    for label in ("teff", "logg", "feh"):
+        error = pa.array([10.0, 10.0], pa.float32())
+        corrected = corrected.add_column(4, f"{label}_sos_err", error)
+    found = with_coverage(corrected, scores([1, 2]))
+    found = widened(found, np.array([[1, 1, 1], [2, 3, 4]], np.float32))
     assert found.schema.names[-2:] == ["coverage", "flag_sos"]
     assert found["flag_sos"].to_pylist() == [0, FLAG_OUTSIDE]
     assert found["teff_sos_err"].to_pylist() == [10, 20]
+    assert found["feh_sos_err"].to_pylist() == [10, 40]
     assert b"16: outside" in found.schema.field("flag_sos").metadata[b"description"]
 
 
 def test_other_rows_are_refused():
     with pytest.raises(PartitionError, match="hold other rows"):
-        with_coverage(correct(table(), Constant()), scores([2, 1]), 0.8)
+        with_coverage(correct(table(), Constant()), scores([2, 1]))

@@ -12,6 +12,7 @@ import pytest
 
 from sos_dask.artifact import Manifest
 from sos_dask.catalog import Catalog
+from sos_dask.coverage import CoverageModel
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.features import features
 from sos_dask.schema import LABELS
@@ -101,6 +102,8 @@ def test_corrected_rows_carry_the_errors(build):
     errors = load_errors(build / "uncertainty")
     x = features(*(pc.fill_null(table[label], np.nan).to_numpy() for label in LABELS))
     wanted = errors.half_width(x, table["snr"].to_numpy())
+    coverage = pc.fill_null(table["coverage"], np.nan).to_numpy()
+    wanted *= CoverageModel.load(build / "coverage").widening(coverage, errors.is_sparse(x))
     for number, label in enumerate(LABELS):
         column = table[f"{label}_sos_err"]
         assert column.null_count == table[f"{label}_sos"].null_count > 0

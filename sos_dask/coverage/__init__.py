@@ -2,7 +2,7 @@
 
 from sos_dask.coverage.fit import Fit, Overlap, check_measure, compare, fit
 from sos_dask.coverage.growth import Growth, Noise, residual_width
-from sos_dask.coverage.maps import MAP_SCHEMA, SKY_ORDER, count_maps, follow_up, sum_maps
+from sos_dask.coverage.maps import MAP_SCHEMA, SKY_ORDER, coarse, count_maps, follow_up, sum_maps
 from sos_dask.coverage.measures import MEASURES
 from sos_dask.coverage.model import (
     CLASSES,
@@ -28,6 +28,7 @@ __all__ = [
     "Noise",
     "Overlap",
     "check_measure",
+    "coarse",
     "compare",
     "count_maps",
     "fit",

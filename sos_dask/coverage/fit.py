@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,9 @@ from sos_dask.coverage.measures import (
     Mixture,
     Neighbours,
     Ratio,
+    Share,
 )
-from sos_dask.coverage.model import CoverageModel, Limits
+from sos_dask.coverage.model import CLASSES, INSIDE, OUTSIDE, CoverageModel, Limits
 from sos_dask.density import robust_scale
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import PARAMETERS, parameters_of
@@ -26,8 +27,11 @@ from sos_dask.schema import LABELS, nearest
 FloatArray = NDArray[np.float64]
 Columns = Mapping[str, NDArray[np.floating]]
 MIN_HELD_OUT = 100
-WRONG_SIGMA = 5.0
+WRONG_SIGMA = 4.0
+LEVEL = 0.68
 _SPARSE_SHARE = 0.1
+_CATALOG_ROWS = 1  # an overlap star: more are not counted better, the overlap stars are few
+_MIN_WIDTH_PAIRS = 40
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,18 @@ class Overlap:
         not held out.
     reference_error : ndarray of float64, shape (n, 3)
         Stated errors of the reference, nan where unknown.
+    half_width : ndarray of float64, shape (n, 3), optional
+        By the error model of the correction; nan for pairs whose residuals it does not speak of.
+    error_class : ndarray of int8, shape (n,), optional
+        1 where the error model has its pairs in its sparse class.
     """
 
     columns: Columns
     fold: NDArray[np.int8]
     residual: FloatArray
     reference_error: FloatArray
+    half_width: FloatArray | None = None
+    error_class: NDArray[np.int8] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ class Fit:
     rank_correlation, rank_correlation_sparse : float
         Spearman's between distance and error over noise: of all held-out pairs, and of the tenth
         with the largest distances.
+    n_width : tuple of tuple of int
+        Pairs that the widths were counted on, by class of the error model and of the coverage.
     """
 
     model: CoverageModel
@@ -75,6 +87,7 @@ class Fit:
     n_wrong: int
     rank_correlation: float
     rank_correlation_sparse: float
+    n_width: tuple[tuple[int, ...], ...]
 
 
 def check_measure(name: str) -> None:
@@ -121,10 +134,15 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
     x = (x - center) / scale
     sample = (parameters_of(catalog, names) - center) / scale
     sample = sample[np.isfinite(sample[:, : len(LABELS)]).all(axis=1)]
-    distance = np.full(len(x), np.nan)
+    labels = x[:, : len(LABELS)]
+    some = np.random.default_rng(seed).permutation(len(sample))[: _CATALOG_ROWS * len(x)]
+    catalog_labels = sample[np.sort(some), : len(LABELS)]
+    distance, shares = np.full(len(x), np.nan), {}
     for fold in np.unique(overlap.fold[held_out]):
-        rows = held_out & (overlap.fold == fold)
-        distance[rows] = _measure(name, x[overlap.fold != fold], sample, seed).distance(x[rows])
+        rows, others = held_out & (overlap.fold == fold), overlap.fold != fold
+        distance[rows] = _measure(name, x[others], sample, seed).distance(x[rows])
+        shares[fold] = Share(labels[others], catalog_labels)
+    at = distance
     distance, residual = distance[held_out], overlap.residual[held_out]
     snr = _column(overlap.columns, "snr", len(x))[held_out]
     logg = _column(overlap.columns, "logg", len(x))[held_out]
@@ -132,7 +150,7 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
     dense = distance <= np.quantile(distance, 0.5)
     noise = Noise.fit(residual[dense], logg[dense], snr[dense], reference_error[dense])
     ratio = residual / noise.of_pairs(logg, snr, reference_error)
-    wrong = np.abs(ratio).min(axis=1) > WRONG_SIGMA
+    wrong = np.asarray(np.abs(ratio).min(axis=1) > WRONG_SIGMA)
     growth, bins = Growth.fit(distance[~wrong], ratio[~wrong])
     error = np.sqrt(np.mean(np.square(ratio[~wrong]), axis=1))
     far = distance[~wrong] >= np.quantile(distance[~wrong], 1.0 - _SPARSE_SHARE)
@@ -145,8 +163,23 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
         noise,
         growth,
         limits,
-        x[:, : len(LABELS)],
+        Share(labels, catalog_labels),
+        np.ones((2, len(CLASSES), len(LABELS))),
     )
+    n_width: tuple[tuple[int, ...], ...] = ()
+    if overlap.half_width is not None and overlap.error_class is not None:
+        score = np.abs(overlap.residual) / overlap.half_width
+        coverage = np.full(len(x), np.nan, dtype=np.float32)
+        for fold, share in shares.items():
+            rows = held_out & (overlap.fold == fold)
+            coverage[rows] = model.coverage_at(x[rows], at[rows], share)
+        right = np.asarray(held_out & np.isfinite(score).all(axis=1))
+        right[held_out] &= ~wrong
+        place = limits.classify(coverage)
+        kinds = [right & (overlap.error_class == kind) for kind in (0, 1)]
+        found = [_widths(score[kind], place[kind], limits) for kind in kinds]
+        model = replace(model, widths=np.array([widths for widths, _ in found]))
+        n_width = tuple(n for _, n in found)
     return Fit(
         model,
         bins,
@@ -154,6 +187,7 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
         int(np.count_nonzero(wrong)),
         _rank_correlation(distance[~wrong], error),
         _rank_correlation(distance[~wrong][far], error[far]),
+        n_width,
     )
 
 
@@ -169,8 +203,36 @@ def compare(
         overlap.fold[chosen],
         overlap.residual[chosen],
         overlap.reference_error[chosen],
-    )
+    )  # no widths: these models are compared, not used
     return [fit(part, catalog, name, limits, seed) for name in MEASURES]
+
+
+def _widths(
+    score: FloatArray, place: NDArray[np.int8], limits: Limits
+) -> tuple[FloatArray, tuple[int, ...]]:
+    """Factors of half-widths by class and label, and the pairs of each class.
+
+    Where the pairs are too few to count, errors grow from inside as the limit of the class says.
+    Outside they grow by no less: the pairs there are at the near edge, the rows may be far.
+
+    Parameters
+    ----------
+    score : ndarray of float64, shape (n, 3)
+        |residual| / half-width of right measurements.
+    place : ndarray of int8, shape (n,)
+        Their classes.
+    """
+    widths = np.ones((len(CLASSES), len(LABELS)))
+    n_pairs = []
+    for number in range(len(CLASSES)):
+        mine = np.sort(score[place == number], axis=0)
+        n_pairs.append(len(mine))
+        if len(mine) >= _MIN_WIDTH_PAIRS:
+            widths[number] = mine[int(np.ceil((len(mine) + 1) * LEVEL)) - 1]
+        elif number:
+            widths[number] = widths[INSIDE] / limits.inside
+    widths[OUTSIDE] = np.maximum(widths[OUTSIDE], widths[INSIDE] / limits.outside)
+    return widths, tuple(n_pairs)
 
 
 def _measure(name: str, x: FloatArray, sample: FloatArray, seed: int) -> Measure:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask.coverage.model import CLASSES, OUTSIDE
@@ -136,3 +138,21 @@ def follow_up(maps: pa.Table, n: int = 10) -> list[dict[str, float | int | None]
         }
         for row in rows[:n]
     ]
+
+
+def coarse(maps: pa.Table, name: str, steps: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Cells of a map added up to larger ones: their middles (first pixels), rows and outside."""
+    total: dict[tuple[float, ...], list[int]] = {}
+    for row in maps.filter(pc.equal(maps["map"], name)).to_pylist():
+        cell = tuple(row[column] // step for column, step in steps.items())
+        counts = total.setdefault(cell, [0, 0])
+        counts[0] += sum(row[kind] for kind in CLASSES)
+        counts[1] += row["outside"]
+    found = []
+    for cell, (n_rows, outside) in sorted(total.items()):
+        place: dict[str, Any] = {
+            column: int(index) if column == "pixel" else (index + 0.5) * step
+            for index, (column, step) in zip(cell, steps.items(), strict=True)
+        }
+        found.append({**place, "rows": n_rows, "outside": outside})
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,10 @@ FloatArray = NDArray[np.float64]
 MEASURES = ("neighbours", "neighbours8", "ratio", "mixture")
 OF_LABELS = ("neighbours", "mixture")
 """Measures that see the three labels alone, as a correction does."""
-NEIGHBOURS = 8  # 4 to 16 predict the error equally well on the simulation
+NEIGHBOURS = 16  # 4 to 16 predict the error equally well on the simulation
+
+
+LEAST_SHARE = 0.25  # 0.2 to 0.4 find the same rows on the simulation
 
 
 class Measure(Protocol):
@@ -64,6 +68,59 @@ class Neighbours:
             kept[used] = cKDTree(points), len(points)
         tree, n_stars = kept[used]
         return tree, int(n_stars)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many overlap stars there are near a row, in proportion to the rows of the catalog there.
+
+    1 where the overlap is as frequent as it is on average: a ratio of densities, from the
+    overlap stars and the rows of the catalog within the distance of the k-th overlap star.
+
+    Parameters
+    ----------
+    overlap, catalog : ndarray of float64, shape (n, 3) and (m, 3)
+        Scaled labels; finite.
+    """
+
+    overlap: FloatArray
+    catalog: FloatArray
+
+    def lacks(self, x: FloatArray, distance: FloatArray | None = None) -> NDArray[np.bool_]:
+        """Rows near which the overlap has less than `LEAST_SHARE` of its average.
+
+        Parameters
+        ----------
+        x : ndarray of float64, shape (n, 3)
+            Scaled labels.
+        distance : ndarray of float64, shape (n,), optional
+            To the k-th overlap star, where it is known already; nan where a label is.
+        """
+        from scipy.spatial import cKDTree
+
+        if "_catalog" not in self.__dict__:
+            self.__dict__["_catalog"] = cKDTree(self.catalog)
+            self.__dict__["_overlap"] = Neighbours(self.overlap)
+        if distance is None:
+            distance = self.__dict__["_overlap"].distance(x)
+        found = np.zeros(len(x), dtype=np.bool_)
+        # As many rows of the catalog are within the distance where the share is the least.
+        k = min(NEIGHBOURS, len(self.overlap))
+        most = k / LEAST_SHARE * len(self.catalog) / len(self.overlap)
+        # Where overlap stars lie as near as in the denser half of the overlap, nothing is lacking.
+        rows = np.flatnonzero(distance > self._near)
+        count = self.__dict__["_catalog"].query_ball_point(
+            x[rows], distance[rows], return_length=True
+        )
+        found[rows] = count > most
+        return found
+
+    @cached_property
+    def _near(self) -> float:
+        """Median distance of overlap stars to the k-th of the others."""
+        some = self.overlap[:: max(len(self.overlap) // 10_000, 1)]
+        k = min(NEIGHBOURS + 1, len(self.overlap))
+        return float(np.median(Neighbours(self.overlap, k).distance(some)))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,15 @@ grows with that distance d; the growth is fitted as
 
 so a coverage c says: the error of the corrected labels is 1/c times that of a star of the same
 signal to noise in the dense overlap. The rows are *inside*, *sparse* or *outside* by two limits of
-the coverage. Beyond the outermost held-out pairs growth cannot be measured: it is held constant
-there, and such rows are outside.
+the coverage. Outside are, too, rows of a kind that the overlap lacks, near which it has less than
+a quarter of the stars that the number of such rows calls for (`measures.Share`), and rows beyond
+the outermost held-out pairs, where growth cannot be measured: the coverage of both is held below
+the limit.
+
+The error model of a correction knows something of all this already. What it does not know is
+counted on held-out pairs: in each class, apart for the two classes of the error model, by what its
+half-widths are to be multiplied to hold 68 % of the right measurements (`widths`; Mondrian
+conformal prediction, see `uncertainty`).
 
 Measures (``MEASURES``):
 
@@ -39,6 +46,7 @@ from sos_dask.coverage.measures import (
     Mixture,
     Neighbours,
     Ratio,
+    Share,
 )
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import parameters_of
@@ -48,7 +56,7 @@ FloatArray = NDArray[np.float64]
 INSIDE, SPARSE, OUTSIDE = 0, 1, 2
 CLASSES = ("inside", "sparse", "outside")
 _REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
-_FORMAT = 1
+_FORMAT = 2
 MODEL_FILE = "coverage.json"
 
 
@@ -65,7 +73,7 @@ class Limits:
     """
 
     inside: float = 0.8
-    outside: float = 2.0 / 3.0
+    outside: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.outside < self.inside < 1:
@@ -73,6 +81,18 @@ class Limits:
                 f"limits of coverage: 0 < outside = {self.outside:g} < inside = {self.inside:g} "
                 "< 1 does not hold"
             )
+
+    def meaning(self) -> dict[str, str]:
+        """What the coverage and its classes say, in words."""
+        low, high = 1 / self.inside, 1 / self.outside
+        return {
+            "coverage": "error in the dense overlap over the error here, at equal signal to noise",
+            "inside": f"the error of a corrected label is at most {low:.2f} times that in the "
+            "dense overlap",
+            "sparse": f"{low:.2f} to {high:.2f} times",
+            "outside": f"more than {high:.2f} times, or so few pairs of its kind that nothing "
+            "tells",
+        }
 
     def classify(self, coverage: NDArray[np.floating]) -> NDArray[np.int8]:
         """`INSIDE`, `SPARSE` or `OUTSIDE` of every coverage; nan is outside."""
@@ -97,8 +117,10 @@ class CoverageModel:
     noise : Noise
     growth : Growth
     limits : Limits
-    overlap : ndarray of float64, shape (n, 3)
-        Scaled labels of the overlap stars.
+    share : Share
+        Of the overlap stars and a sample of the catalog, in scaled labels.
+    widths : ndarray of float64, shape (2, 3, 3)
+        Factors of the half-widths of an error model: by its class (dense, sparse), class, label.
     """
 
     name: str
@@ -109,7 +131,8 @@ class CoverageModel:
     noise: Noise
     growth: Growth
     limits: Limits
-    overlap: FloatArray = field(repr=False)
+    share: Share = field(repr=False)
+    widths: FloatArray
 
     def scaled(self, columns: Mapping[str, NDArray[np.floating]]) -> FloatArray:
         """Parameters of rows on the scale of the model, nan where unknown."""
@@ -121,12 +144,32 @@ class CoverageModel:
 
     def coverage(self, columns: Mapping[str, NDArray[np.floating]]) -> NDArray[np.float32]:
         """Coverage of rows, 0 to 1; nan where a label is missing."""
-        distance = self.distance(columns)
+        x = self.scaled(columns)
+        distance = self.measure.distance(x)
+        return self.coverage_at(x, distance, self.share)
+
+    def coverage_at(self, x: FloatArray, distance: FloatArray, share: Share) -> NDArray[np.float32]:
+        """Coverage of scaled rows at known distances from the overlap of ``share``."""
         coverage = 1.0 / self.growth(distance)
-        beyond = distance > self.growth.last
+        known = distance if self.name == "neighbours" else None
+        outside = (distance > self.growth.last) | share.lacks(x[:, : len(LABELS)], known)
         below = np.nextafter(np.float32(self.limits.outside), np.float32(0))
-        coverage[beyond] = np.minimum(coverage[beyond], below)
+        coverage[outside] = np.minimum(coverage[outside], below)
         return np.asarray(coverage, dtype=np.float32)
+
+    def widening(
+        self, coverage: NDArray[np.floating], error_class: NDArray[Any]
+    ) -> NDArray[np.float32]:
+        """Factors (n, 3) of the half-widths of the error model; those inside where unknown.
+
+        Parameters
+        ----------
+        coverage : ndarray of float, shape (n,)
+        error_class : ndarray of int or bool, shape (n,)
+            1 for the sparse class of the error model, else 0.
+        """
+        place = np.where(np.isfinite(coverage), self.limits.classify(coverage), INSIDE)
+        return self.widths.astype(np.float32)[np.asarray(error_class, dtype=np.int64), place]
 
     def predicted_error(
         self, columns: Mapping[str, NDArray[np.floating]], coverage: NDArray[np.floating]
@@ -150,13 +193,13 @@ class CoverageModel:
         from scipy.spatial import cKDTree
 
         if "_nearest" not in self.__dict__:
-            self.__dict__["_nearest"] = cKDTree(self.overlap)
+            self.__dict__["_nearest"] = cKDTree(self.share.overlap)
         center, scale = self.center[: len(LABELS)], self.scale[: len(LABELS)]
         x = (features - center) / scale
         distance, index = self.__dict__["_nearest"].query(x)
         reach = self.reach
         share = np.minimum(1.0, reach / np.maximum(distance, 1e-12))[:, None]
-        near = self.overlap[index]
+        near = self.share.overlap[index]
         return np.asarray((near + (x - near) * share) * scale + center, dtype=np.float32)
 
     @property
@@ -166,7 +209,8 @@ class CoverageModel:
 
     def save(self, directory: Path) -> None:
         """Write ``coverage.json`` and the arrays of the measure."""
-        np.save(directory / "overlap.npy", self.overlap)
+        np.save(directory / "overlap.npy", self.share.overlap)
+        np.save(directory / "catalog.npy", self.share.catalog)
         document: dict[str, Any] = {
             "format": _FORMAT,
             "measure": self.name,
@@ -176,6 +220,7 @@ class CoverageModel:
             "noise": asdict(self.noise),
             "growth": asdict(self.growth),
             "limits": asdict(self.limits),
+            "widths": self.widths.tolist(),
         }
         if isinstance(self.measure, Ratio):
             (directory / "ratio.ubj").write_bytes(self.measure.model)
@@ -193,14 +238,14 @@ class CoverageModel:
         Raises
         ------
         ModelError
-            A file is missing, damaged or of a newer format.
+            A file is missing, damaged or of another format.
         """
         try:
             document = json.loads((directory / MODEL_FILE).read_text())
-            if document["format"] > _FORMAT:
+            if document["format"] != _FORMAT:
                 raise ModelError(
                     f"{directory / MODEL_FILE} has format {document['format']}, not {_FORMAT}",
-                    "Install a newer sos-dask.",
+                    "Make the product again with this version of sos-dask.",
                 )
             name = document["measure"]
             overlap = np.load(directory / "overlap.npy")
@@ -223,7 +268,8 @@ class CoverageModel:
                 Noise(**noise),
                 Growth(**document["growth"]),
                 Limits(**document["limits"]),
-                overlap,
+                Share(overlap, np.load(directory / "catalog.npy")),
+                np.array(document["widths"]),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(

@@ -20,6 +20,7 @@ from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.correct import FLAG_MEANINGS, Predictor, correct, corrected_schema
 from sos_dask.coverage import CoverageModel
 from sos_dask.errors import ConfigError
+from sos_dask.features import features
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import LABELS
 from sos_dask.stages.parts import (
@@ -31,10 +32,10 @@ from sos_dask.stages.parts import (
     unless_complete,
 )
 from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
-from sos_dask.trust import FLAGS, Faded, trusted_schema, with_coverage
+from sos_dask.trust import FLAGS, Faded, trusted_schema, widened, with_coverage
 from sos_dask.uncertainty import ErrorModel, load_errors
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,15 @@ def _load_errors(errors: str, key: str) -> ErrorModel:
     return load_errors(Path(errors))
 
 
+def _classes(
+    table: pa.Table, scores: pa.Table, errors: ErrorModel
+) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
+    """Coverage of rows, and whether they are in the sparse class of the error model."""
+    labels = (pc.fill_null(table[label], np.nan).to_numpy() for label in LABELS)
+    coverage = pc.fill_null(scores["coverage"], np.nan).to_numpy()
+    return coverage, errors.is_sparse(features(*labels))
+
+
 def _apply_part(part: _Part) -> None:
     table = part.catalog.read(part.pixel)
     key = part.output.fingerprint
@@ -305,7 +315,9 @@ def _apply_part(part: _Part) -> None:
         scores = part.trust.coverage.read(part.pixel, ["obs_id", "coverage", FLAGS])
         known = _load_coverage(str(part.trust.coverage.path), key)
         corrected = correct(table, _faded(correction, scores, part.trust, known, key), errors)
-        corrected = with_coverage(corrected, scores, known.limits.inside)
+        corrected = with_coverage(corrected, scores)
+        if errors is not None:
+            corrected = widened(corrected, known.widening(*_classes(table, scores, errors)))
     flags = pc.value_counts(corrected["flag_sos"]).to_pylist()
     record = write_partition(part.output, part.pixel, corrected)
     counts = {

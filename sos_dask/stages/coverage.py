@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -22,12 +21,12 @@ from sos_dask import coverage as kernel
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_parquet, write_partition
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.coverage import CLASSES, OUTSIDE, SPARSE, CoverageModel, Limits, Overlap
+from sos_dask.coverage import CLASSES, OUTSIDE, SPARSE, CoverageModel, Limits
 from sos_dask.crossmatch import MatchSettings, match
-from sos_dask.errors import CatalogError
 from sos_dask.features import PARAMETERS
 from sos_dask.healpix import HealpixPixel, surroundings
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
+from sos_dask.stages.overlap import parameter_columns, read_overlap
 from sos_dask.stages.parts import (
     GAIA_IDS,
     commit_catalog,
@@ -51,7 +50,7 @@ from sos_dask.trust import (
 )
 from sos_dask.verify import key_hashes
 
-VERSION = 1
+VERSION = 2
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS = "maps.parquet"
@@ -107,10 +106,12 @@ class _Part:
 
 
 def coverage_recipe(
-    model: str, pairs: str, catalog: str, stars: str, settings: CoverageSettings
+    model: str, pairs: str, catalog: str, stars: str, settings: CoverageSettings, errors: str = ""
 ) -> Recipe:
-    """Recipe of `coverage` for inputs of these fingerprints."""
+    """Recipe of `coverage` for inputs of these fingerprints; ``errors`` takes no part if empty."""
     inputs = {"model": model, "pairs": pairs, "observations": catalog, "stars": stars}
+    if errors:
+        inputs["errors"] = errors
     return Recipe("coverage", VERSION, {"settings": asdict(settings)}, inputs)
 
 
@@ -126,6 +127,7 @@ def coverage(
     cluster: Cluster | None = None,
     report: Report = silent,
     model_fingerprint: str = "",
+    errors: Path | None = None,
 ) -> Manifest:
     """Fit a coverage model and score every row of a catalog.
 
@@ -143,6 +145,9 @@ def coverage(
         Gets a catalog on the partitions of ``catalog`` (``_healpix_29``, key,
         position, ``coverage``, ``flag_coverage``), the model, ``calibration.parquet`` and
         ``maps.parquet``.
+    errors : Path, optional
+        Output of uncertainty for this correction: what its half-widths lack in each class is
+        counted on held-out pairs.
 
     Returns
     -------
@@ -163,7 +168,12 @@ def coverage(
     catalog.require(*LABELS, HEALPIX_COLUMN, "obs_id", "ra", "dec")
     fingerprint = model_fingerprint or Manifest.load(model).fingerprint
     recipe = coverage_recipe(
-        fingerprint, pairs.fingerprint, catalog.fingerprint, stars.fingerprint, settings
+        fingerprint,
+        pairs.fingerprint,
+        catalog.fingerprint,
+        stars.fingerprint,
+        settings,
+        "" if errors is None else Manifest.load(errors).fingerprint,
     )
     output = Output.prepare(directory, recipe, overwrite)
     if output.complete:
@@ -171,7 +181,7 @@ def coverage(
     cluster = cluster or Cluster()
     require_memory(cluster, catalog, "coverage")
     with unless_complete(output):
-        _run(output, model, pairs, catalog, stars, settings, cluster, report)
+        _run(output, model, pairs, catalog, stars, settings, errors, cluster, report)
     return output.load_manifest()
 
 
@@ -182,6 +192,7 @@ def _run(
     catalog: Catalog,
     stars: Catalog,
     settings: CoverageSettings,
+    errors: Path | None,
     cluster: Cluster,
     report: Report,
 ) -> None:
@@ -189,7 +200,7 @@ def _run(
     share = min(1.0, _SAMPLE_ROWS / max(catalog.n_rows, 1))
     samples = {key_of(p): _SamplePart(output, catalog, p, share) for p in catalog.pixels}
     run_parts(output, "samples", samples, _sample_part, cluster, "coverage: sample", report)
-    files, fitted = _fitted(output, model, pairs, settings, keys)
+    files, fitted = _fitted(output, model, pairs, settings, errors, keys)
     grid = {label: _grid(label, catalog, settings) for label in LABELS}
     parts = {
         key_of(p): _Part(output, catalog, stars, pairs, p, grid, settings.radius_arcsec)
@@ -215,7 +226,7 @@ def _run(
             str(bit): sum(record["flags"][str(bit)] for record in done) for bit in FLAG_MEANINGS
         },
         "limits": asdict(settings.limits),
-        "meaning": meaning(settings.limits),
+        "meaning": settings.limits.meaning(),
         "grid": {label: list(limits) for label, limits in grid.items()},
         **fitted,
     }
@@ -237,28 +248,28 @@ def _grid(label: str, catalog: Catalog, settings: CoverageSettings) -> tuple[flo
     return catalog.bounds(label).get(label, (-np.inf, np.inf))
 
 
-def meaning(limits: Limits) -> dict[str, str]:
-    """What the classes say, in words."""
-    low, high = 1 / limits.inside, 1 / limits.outside
-    return {
-        "coverage": "error in the dense overlap over the error here, at equal signal to noise",
-        "inside": f"the error of a corrected label is at most {low:.2f} times that in the dense "
-        "overlap",
-        "sparse": f"{low:.2f} to {high:.2f} times",
-        "outside": f"more than {high:.2f} times, or farther out than any pair can tell",
-    }
-
-
 def _fitted(
-    output: Output, model: Path, pairs: Catalog, settings: CoverageSettings, keys: list[str]
+    output: Output,
+    model: Path,
+    pairs: Catalog,
+    settings: CoverageSettings,
+    errors: Path | None,
+    keys: list[str],
 ) -> tuple[list[FileRecord], dict[str, Any]]:
     """Fit the model, or take that of a run before; its files and what is said of it."""
-    names = ("coverage.json", "overlap.npy", "overlap8.npy", "ratio.ubj", CALIBRATION)
+    names = (
+        "coverage.json",
+        "overlap.npy",
+        "catalog.npy",
+        "overlap8.npy",
+        "ratio.ubj",
+        CALIBRATION,
+    )
     record = output.get_record("fit", "model")
     if record is None:
         sample = pa.concat_tables([read_piece(_sample_file(output, key)) for key in keys])
-        columns = _columns(sample)
-        overlap = read_overlap(model, pairs)
+        columns = parameter_columns(sample)
+        overlap = read_overlap(model, pairs, errors)
         fit = kernel.fit(overlap, columns, settings.measure, settings.limits, settings.seed)
         scratch = output.work / "model"
         scratch.mkdir(parents=True, exist_ok=True)
@@ -273,6 +284,8 @@ def _fitted(
             "wrong_measurements": fit.n_wrong,
             "growth": asdict(fit.model.growth),
             "noise": asdict(fit.model.noise),
+            "widths": fit.model.widths.tolist(),
+            "width_pairs": fit.n_width,
             "measures": [
                 {
                     "measure": other.model.name,
@@ -296,58 +309,6 @@ def _fitted(
 def _write_bytes(content: bytes, rows: int, path: Path) -> int:
     path.write_bytes(content)
     return rows
-
-
-def read_overlap(model: Path, pairs: Catalog) -> Overlap:
-    """Pairs fit for training, with the residuals of those that a model held out.
-
-    Raises
-    ------
-    CatalogError
-        The held-out pairs of the model are not among these pairs.
-    """
-    errors = [f"{label}_err_ref" for label in LABELS]
-    names = pairs.columns([*PARAMETERS, *errors])
-    tables = []
-    for pixel in pairs.pixels:
-        table = pairs.read(pixel, [*names, "fold", "use"])
-        tables.append(table.filter(table["use"]))
-    table = pa.concat_tables(tables)
-    fold = table["fold"].to_numpy()
-    held_out = pq.read_table(model / "held_out.parquet")
-    residual = np.full((len(fold), len(LABELS)), np.nan)
-    logg = _floats(table, "logg")
-    # The held-out pairs of a fold stand in the order of the sky, as the pairs do.
-    for name in np.unique(held_out["fold"].to_numpy()):
-        rows = np.flatnonzero(fold == name)
-        part = held_out.filter(pc.equal(held_out["fold"], int(name)))
-        if len(rows) != part.num_rows or not np.array_equal(
-            logg[rows].astype(np.float32), part["x_logg"].to_numpy(), equal_nan=True
-        ):
-            raise CatalogError(
-                f"{model / 'held_out.parquet'} does not hold the pairs of {pairs.path}",
-                "Train the model on these pairs.",
-            )
-        for number, label in enumerate(LABELS):
-            difference, predicted = part[f"{label}_diff"], part[f"{label}_delta"]
-            residual[rows, number] = difference.to_numpy() - predicted.to_numpy()
-    columns = {name: _floats(table, name) for name in names if name in PARAMETERS}
-    reference_error = np.stack(
-        [
-            _floats(table, name) if name in table.schema.names else np.full(len(fold), np.nan)
-            for name in errors
-        ],
-        axis=1,
-    )
-    return Overlap(columns, fold, residual, reference_error)
-
-
-def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float64)
-
-
-def _columns(table: pa.Table) -> dict[str, NDArray[np.float64]]:
-    return {name: _floats(table, name) for name in PARAMETERS if name in table.schema.names}
 
 
 def _sample_file(output: Output, key: str) -> Path:
@@ -389,7 +350,7 @@ def _score_part(part: _Part) -> None:
     """Coverage and flags of one partition."""
     names = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *GAIA_IDS.values(), "position_epoch"]
     table = part.catalog.read(part.pixel, part.catalog.columns([*names, *PARAMETERS]))
-    columns = _columns(table)
+    columns = parameter_columns(table)
     model = _load(str(part.output.directory))
     score = model.coverage(columns)
     known = np.isfinite(score)
@@ -472,25 +433,7 @@ def look(directory: Path) -> dict[str, Any]:
     return {
         **summary["shares"],
         **{name: summary[name] for name in kept},
-        "kiel": _coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
-        "sky": _coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
+        "kiel": kernel.coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
+        "sky": kernel.coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
         "follow_up": kernel.follow_up(maps),
     }
-
-
-def _coarse(maps: pa.Table, name: str, steps: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Cells of a map added up to larger ones: their middles (first pixels), rows and outside."""
-    total: dict[tuple[float, ...], list[int]] = {}
-    for row in maps.filter(pc.equal(maps["map"], name)).to_pylist():
-        cell = tuple(row[column] // step for column, step in steps.items())
-        counts = total.setdefault(cell, [0, 0])
-        counts[0] += sum(row[kind] for kind in CLASSES)
-        counts[1] += row["outside"]
-    found = []
-    for cell, (n_rows, outside) in sorted(total.items()):
-        place: dict[str, Any] = {
-            column: int(index) if column == "pixel" else (index + 0.5) * step
-            for index, (column, step) in zip(cell, steps.items(), strict=True)
-        }
-        found.append({**place, "rows": n_rows, "outside": outside})
-    return found

@@ -149,6 +149,20 @@ def training_pairs(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def single_observations(
+    table: pa.Table, rows: NDArray[np.int64], least: int = 1000
+) -> NDArray[np.bool_]:
+    """Which pairs tell of the error of one observation, because observations are corrected.
+
+    Those whose target was observed once where there are as many among the rows, else all.
+    """
+    if "n_obs" in table.schema.names:
+        single = np.asarray(table["n_obs"].to_numpy() == 1)
+        if np.count_nonzero(single[rows]) >= least:
+            return single
+    return np.ones(table.num_rows, dtype=np.bool_)
+
+
 def held_out_pairs(
     model: Path, fold: NDArray[np.int8], differences: Sequence[NDArray[np.float32]]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -30,7 +30,12 @@ from sos_dask.hat import three_cornered_hat
 from sos_dask.repeats import GIANT_LOGG, normalisation
 from sos_dask.schema import LABELS
 from sos_dask.stages.common import common_stars
-from sos_dask.stages.parts import held_out_pairs, training_pairs, unless_complete
+from sos_dask.stages.parts import (
+    held_out_pairs,
+    single_observations,
+    training_pairs,
+    unless_complete,
+)
 from sos_dask.uncertainty import (
     DENSE,
     SPARSE,
@@ -41,7 +46,7 @@ from sos_dask.uncertainty import (
     fit_errors,
 )
 
-VERSION = 1
+VERSION = 2
 CALIBRATION = "calibration.parquet"
 _MIN_COMMON = 30
 _DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
@@ -195,11 +200,7 @@ def _make(
     rows, predicted = held_out_pairs(model, table["fold"].to_numpy(), differences)
     x = features(*(_values(table, label) for label in LABELS))
     placed = np.asarray(np.isfinite(x).all(axis=1))
-    single = np.ones(table.num_rows, dtype=np.bool_)
-    if "n_obs" in table.schema.names:
-        single = table["n_obs"].to_numpy() == 1
-        if np.count_nonzero(single[rows]) < settings.min_single:
-            single[:] = True
+    single = single_observations(table, rows, settings.min_single)
     chosen = (single & placed)[rows]
     held_rows = rows[chosen]
     residuals = np.stack(differences, axis=1)[held_rows].astype(np.float64) - predicted[chosen]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sos_dask.density import knn_distance, robust_scale
 from sos_dask.errors import ModelError
 from sos_dask.schema import LABELS
-from sos_dask.uncertainty.scale import MIN_FOR_TREES, fit_scale
+from sos_dask.uncertainty.scale import MIN_FOR_TREES, Scale, fit_scale
 from sos_dask.uncertainty.tables import (
     LOG_SNR,
     N_STEPS,
@@ -26,6 +26,7 @@ LEVELS = (0.68, 0.95)
 DENSE, SPARSE = "dense", "sparse"
 MIN_PAIRS = 40
 _NEIGHBOURS = 16
+_WRONG = 8.0  # times the median size: 5.4 standard deviations of a normal distribution
 
 Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
@@ -148,6 +149,7 @@ def fit_errors(
     log_snr = np.log(snr)
     all_axes = every_cell()
     known = np.isfinite(held_out.residuals)
+    right = ~wrong_measurements(held_out.residuals)
     inside = np.zeros((n, len(LABELS), len(LEVELS)), dtype=np.bool_)
     values = np.empty((len(all_axes), len(LABELS)), dtype=np.float32)
     profile = np.empty((N_STEPS, len(LABELS)), dtype=np.float32)
@@ -169,10 +171,11 @@ def fit_errors(
             held_out.residuals[rows, number],
             held_out.part[rows],
             is_sparse[rows],
+            right[rows],
         )
         scores, inside[rows, number] = one.cross_fitted()
         factors = _factors(scores, one.is_sparse)
-        scale = fit_scale(one.axes, one.log_snr, one.residual, one.with_trees)
+        scale = one.scale(one.right)
         of_class = np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
         values[:, number] = of_class * np.exp(scale.of_cell(all_axes))
         profile[:, number] = np.exp(scale.of_snr(steps))
@@ -198,6 +201,24 @@ def fit_errors(
     )
 
 
+def wrong_measurements(residuals: FloatArray) -> BoolArray:
+    """Pairs that are far off in all labels at once: one of the two measurements is wrong.
+
+    They are few, but where stars are few they may be most of the pairs, and would set the scale
+    there. The share of pairs that an interval holds is counted with them.
+
+    Parameters
+    ----------
+    residuals : ndarray of float64, shape (n, 3)
+        nan where unknown: such a pair counts as right.
+    """
+    size = np.abs(residuals)
+    known = np.asarray(np.isfinite(size).all(axis=1))
+    if not known.any():
+        return known
+    return np.asarray(known & (size > _WRONG * np.median(size[known], axis=0)).all(axis=1))
+
+
 @dataclass(frozen=True)
 class _Label:
     """Held-out pairs that know a label."""
@@ -207,16 +228,20 @@ class _Label:
     residual: FloatArray
     part: NDArray[np.int8]
     is_sparse: BoolArray
+    right: BoolArray
 
     @property
     def with_trees(self) -> bool:
         """Whether the pairs are enough to see how residuals depend on the star."""
         return len(self.residual) >= MIN_FOR_TREES
 
+    def scale(self, used: BoolArray) -> Scale:
+        """Scale fitted to some pairs."""
+        return fit_scale(self.axes[used], self.log_snr[used], self.residual[used], self.with_trees)
+
     def log_scale(self, without: tuple[int, ...], at: BoolArray) -> FloatArray:
-        """Scale of some pairs by a model fitted without some parts."""
-        used = ~np.isin(self.part, without)
-        scale = fit_scale(self.axes[used], self.log_snr[used], self.residual[used], self.with_trees)
+        """Scale of some pairs by a model fitted to right measurements without some parts."""
+        scale = self.scale(self.right & ~np.isin(self.part, without))
         return scale.of_cell(self.axes[at]) + scale.of_snr(self.log_snr[at])
 
     def cross_fitted(self) -> tuple[FloatArray, BoolArray]:

@@ -1,91 +1,210 @@
 """Does the coverage say the truth? A build on a mock sky against the truth of that sky.
 
-Run: python -m tests.bench.coverage STORE TRUTH [CORRECTED [COVERAGE]]
+Run: ``python -m tests.bench.coverage --rows 400000 --seed 11 --out DIR`` makes the sky and builds;
+``--store STORE --truth TRUTH`` takes what is there; ``--uncovered 0.3333`` leaves a known third of
+the stars without references.
+
+An interval is one of corrected label - reference. So every row gets a simulated measurement by the
+reference: its true labels and the noise of the reference, at the reference's signal to noise of one
+of the eight pairs that are nearest in the labels and in the signal to noise of the target. The
+share that holds the bare truth, which has no noise, stands beside it.
 """
 
+from __future__ import annotations
+
 import argparse
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
+from sos_dask.artifact import Manifest
 from sos_dask.catalog import Catalog
-from sos_dask.coverage import CLASSES, CoverageModel, residual_width
+from sos_dask.config import load_job
+from sos_dask.coverage import CLASSES, MEASURES, OUTSIDE, CoverageModel
+from sos_dask.coverage.fit import fit
+from sos_dask.pipeline import rebuild
 from sos_dask.schema import LABELS
-from sos_dask.simulate.sky import references_avoid
+from sos_dask.simulate import SkySettings, simulate
+from sos_dask.simulate.sky import difficulty, references_avoid
+from sos_dask.stages.overlap import parameter_columns, read_overlap
+from sos_dask.stages.parts import training_pairs
+
+Rows = dict[str, NDArray[Any]]
+FloatArray = NDArray[np.float64]
+LEVEL = 0.68
+# Noise of a reference: sqrt(floor^2 + (slope / snr)^2), as in `simulate.tables`.
+_NOISE = {
+    "apogee": ((15.0, 0.03, 0.012), (1200.0, 2.5, 1.2)),
+    "galah": ((25.0, 0.04, 0.03), (1500.0, 2.5, 2.0)),
+}
+_SPACING = np.array([600.0, 0.6, 0.3])  # K, dex, dex that are as far as a factor e of S/N
+_JOB = """format = 1
+name = "coverage"
+store = "store"
+[target]
+survey = "lamost-dr11-lrs"
+files = ["sky/lamost.fits"]
+[reference.apogee]
+survey = "apogee-dr17"
+files = ["sky/apogee.fits"]
+[reference.galah]
+survey = "galah-dr4"
+files = ["sky/galah.fits"]
+[train]
+methods = ["polynomial", "hybrid"]
+validation = "kfold"
+"""
 
 
-def rows_of(corrected: Catalog, truth: Path) -> dict[str, np.ndarray]:
-    """All rows with their true labels, as arrays."""
-    names = ["obs_id", "quality", "snr", "coverage", *LABELS, *(f"{x}_sos" for x in LABELS)]
-    names += corrected.columns([f"{label}_sos_err" for label in LABELS])
+def make(out: Path, rows: int, seed: int, uncovered: float) -> tuple[Path, Path]:
+    """A sky and a build of it; its store and its truth."""
+    simulate(SkySettings(n_lamost=rows, seed=seed, uncovered=uncovered), out / "sky")
+    (out / "job.toml").write_text(_JOB)
+    rebuild(load_job(out / "job.toml"))
+    return out / "store", out / "sky" / "truth.parquet"
+
+
+def rows_of(corrected: Catalog, truth: Path) -> Rows:
+    """All rows that have a coverage and pass the cuts, with their true labels."""
+    names = ["obs_id", "quality", "snr", "coverage", *LABELS]
+    names += [f"{label}_sos{end}" for label in LABELS for end in ("", "_err")]
     table = pa.concat_tables([corrected.read(pixel, names) for pixel in corrected.pixels])
     columns = ["obs_id", *LABELS, "is_outlier"]
     true = pq.read_table(truth, columns=columns, filters=[("survey", "=", "lamost")])
     keys = true["obs_id"].cast(pa.int64()).to_numpy()
     order = np.argsort(keys, kind="stable")
     true = true.take(pa.array(order[np.searchsorted(keys[order], table["obs_id"].to_numpy())]))
-    rows = {name: pc.fill_null(table[name], np.nan).to_numpy() for name in names[2:]}
+    rows: Rows = {name: pc.fill_null(table[name], np.nan).to_numpy() for name in names[2:]}
     rows["quality"] = table["quality"].to_numpy()
-    rows |= {f"true_{label}": true[label].to_numpy() for label in LABELS}
+    rows |= {f"true_{label}": true[label].to_numpy().astype(np.float64) for label in LABELS}
     rows["is_outlier"] = true["is_outlier"].to_numpy(zero_copy_only=False)
     rows["uncovered"] = references_avoid(*(rows[f"true_{label}"] for label in LABELS))
-    return rows
+    known = np.isfinite(rows["coverage"])
+    return {name: values[known] for name, values in rows.items()}
 
 
-def report(corrected: Catalog, coverage: Path, truth: Path) -> None:
-    """Print fractions, predicted and true errors by decile of coverage, intervals by class."""
+def reference_noise(rows: Rows, pairs: Catalog, seed: int = 0) -> FloatArray:
+    """Errors (n, 3) of a simulated measurement of every row by the reference."""
+    rng = np.random.default_rng(seed)
+    table = training_pairs(pairs, [*LABELS, "snr", "survey_ref", "snr_ref"])
+
+    def place(columns: Rows) -> FloatArray:
+        labels = np.stack([columns[label] for label in LABELS], axis=1) / _SPACING
+        return np.column_stack([labels, np.log(np.maximum(columns["snr"], 1.0))])
+
+    tree = cKDTree(place({name: table[name].to_numpy() for name in (*LABELS, "snr")}))
+    near = tree.query(place(rows), k=8)[1]
+    pair = near[np.arange(len(near)), rng.integers(0, 8, len(near))]
+    snr = table["snr_ref"].to_numpy()[pair]
+    survey = table["survey_ref"].to_numpy(zero_copy_only=False)[pair]
+    error = np.full((len(pair), len(LABELS)), np.nan)
+    for name, (floor, slope) in _NOISE.items():
+        mine = survey == name
+        error[mine] = np.hypot(np.array(floor), np.array(slope) / snr[mine, None])
+    error *= difficulty(*(rows[f"true_{label}"] for label in LABELS))[:, None]
+    return np.asarray(error * rng.normal(size=error.shape))
+
+
+def report(corrected: Catalog, coverage: Path, pairs: Catalog, truth: Path) -> None:
+    """Print fractions, intervals by class, and predicted and true errors by decile."""
     rows = rows_of(corrected, truth)
-    model = CoverageModel.load(coverage)
+    limits = CoverageModel.load(coverage).limits
     score = rows["coverage"]
-    place = model.limits.classify(score)
-    known = np.isfinite(score)
-    print("rows", len(score), "| share of rows:")
+    place = limits.classify(score)
+    outlier, uncovered = rows["is_outlier"], rows["uncovered"]
+    print(f"{len(score)} rows with a coverage; share of each class, without outliers:")
     for number, name in enumerate(CLASSES):
-        print(f"  {name:8} {np.mean(known & (place == number)):.4f}")
-    print(f"  unknown  {np.mean(~known):.4f}")
-    print(f"  where the references have no star, by truth: {np.mean(rows['uncovered']):.4f}")
-    good = known & (rows["quality"] == 0) & ~rows["is_outlier"]
+        right = np.mean((place == number)[~outlier])
+        print(f"  {name:8} {np.mean(place == number):.4f}  {right:.4f}")
+    found = place == OUTSIDE
+    print(
+        f"  without references by truth: {np.mean(uncovered):.4f}; of these found outside "
+        f"{np.mean(found[uncovered]):.3f}, of the others {np.mean(found[~uncovered]):.4f}"
+    )
     error = np.stack([rows[f"{label}_sos"] - rows[f"true_{label}"] for label in LABELS], axis=1)
-    width = model.predicted_error(rows, score)
-    if f"{LABELS[0]}_sos_err" in rows:
-        width = np.stack([rows[f"{label}_sos_err"] for label in LABELS], axis=1)
-    print("deciles of coverage of good rows: predicted / true error; share uncovered by truth")
-    edges = np.quantile(score[good], np.linspace(0, 1, 11))
+    width = np.stack([rows[f"{label}_sos_err"] for label in LABELS], axis=1).astype(np.float64)
+    observed = np.abs(error - reference_noise(rows, pairs))
+    good = rows["quality"] == 0
+    for text, chosen in (("without", good & ~outlier), ("with", good)):
+        print(
+            f"intervals, rows {text} simulated outliers: n, share that holds the reference, "
+            "the truth; mean and median half-width, half-width that would hold 68 %"
+        )
+        for number, name in enumerate(CLASSES):
+            for i, label in enumerate(LABELS):
+                at = chosen & (place == number)
+                if not at.any():
+                    continue
+                mine, seen = width[at, i], observed[at, i]
+                print(
+                    f"  {name:8} {label:5} {len(mine):8} {np.mean(seen <= mine):.3f} "
+                    f"{np.mean(np.abs(error[at, i]) <= mine):.3f} {np.mean(mine):8.3f} "
+                    f"{np.median(mine):8.3f} {np.quantile(seen, LEVEL):8.3f}"
+                )
+    print("deciles of coverage of right rows inside or sparse: predicted / true error")
+    right = good & ~outlier & ~found
+    edges = np.quantile(score[right], np.linspace(0, 1, 11))
     bins = np.clip(np.searchsorted(edges, score, side="right") - 1, 0, 9)
     for decile in range(10):
-        at = good & (bins == decile)
-        if not at.any():  # many equal scores
-            continue
-        ratios = [1 / residual_width((error / width)[at, i]) for i in range(len(LABELS))]
-        text = " ".join(f"{ratio:6.2f}" for ratio in ratios)
-        share = np.mean(rows["uncovered"][at])
-        print(f"  {decile} coverage {np.median(score[at]):.3f} {text}  {share:.3f}")
-    print("intervals: share that holds the truth, mean half-width, width of the true error")
-    for number, name in enumerate(CLASSES):
-        at = good & (place == number)
-        if not at.any():
-            continue
-        for i, label in enumerate(LABELS):
-            holds = np.mean(np.abs(error[at, i]) <= width[at, i])
-            mean = float(np.mean(width[at, i], dtype=np.float64))
-            true = residual_width(error[at, i])
-            print(f"  {name:8} {label:5} {holds:.3f} {mean:9.3f} {true:9.3f}")
+        at = right & (bins == decile)
+        ratio = 1 / np.quantile(observed[at] / width[at], LEVEL, axis=0)
+        print(f"  {decile} from {edges[decile]:.3f}", *(f"{value:.3f}" for value in ratio))
+
+
+def rates(model: Path, pairs: Catalog, catalog: Catalog, n_rows: int = 100_000) -> None:
+    """Print rows per second and core of every measure, and of the whole score of a row."""
+    table = pa.concat_tables(
+        [catalog.read(pixel, catalog.columns(["snr", *LABELS, "rv", "phot_g_mean_mag",
+                                              "distance", "ebv"])) for pixel in catalog.pixels]
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    chosen = np.sort(rng.permutation(table.num_rows)[:200_000])
+    columns = parameter_columns(table.take(pa.array(chosen)))
+    some = {name: values[:n_rows] for name, values in columns.items()}
+    overlap = read_overlap(model, pairs)
+    limits = CoverageModel.load(model.parent / "coverage").limits
+    print(f"rows/s/core with {len(overlap.fold)} overlap stars: distance, whole score")
+    for name in MEASURES:
+        fitted = fit(overlap, columns, name, limits).model
+        fitted.coverage({key: values[:100] for key, values in some.items()})  # builds the trees
+        times = [time.process_time()]
+        for score in (fitted.distance, fitted.coverage):
+            score(some)
+            times.append(time.process_time())
+        first, second = (len(some["teff"]) / took for took in np.diff(times))
+        print(f"  {name:12} {first:10.0f} {second:10.0f}")
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("store", type=Path)
-    parser.add_argument("truth", type=Path)
-    parser.add_argument("corrected", type=Path, nargs="?")
-    parser.add_argument("coverage", type=Path, nargs="?")
-    options = parser.parse_args()
-    current = options.store / "current"
-    corrected = options.corrected or current / "lamost.corrected"
-    report(Catalog.open(corrected), options.coverage or current / "coverage", options.truth)
+    parser.add_argument("--rows", type=int, default=400_000)
+    parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--uncovered", type=float, default=SkySettings().uncovered)
+    parser.add_argument("--out", type=Path, help="folder of the sky and of its build")
+    parser.add_argument("--store", type=Path, help="of a finished build")
+    parser.add_argument("--truth", type=Path, help="truth.parquet of its sky")
+    given = parser.parse_args()
+    if given.store and given.truth:
+        store, truth = given.store, given.truth
+    elif given.out:
+        store, truth = make(given.out, given.rows, given.seed, given.uncovered)
+    else:
+        parser.error("give --out, or --store and --truth")
+    current = store / "current"
+    corrected, pairs, coverage = (
+        (current / name).resolve() for name in ("lamost.corrected", "pairs", "coverage")
+    )
+    report(Catalog.open(corrected), coverage, Catalog.open(pairs), truth)
+    method = Manifest.load(current / "comparison").summary["method"]
+    rates(current / f"model.{method}", Catalog.open(pairs), Catalog.open(corrected))
 
 
 if __name__ == "__main__":

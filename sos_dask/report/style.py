@@ -145,6 +145,12 @@ def axis_label(name: str) -> str:
     return NAMES.get(name, name) + (f" [{unit}]" if unit else "")
 
 
+def typeset(subset: str) -> str:
+    """A part of the parameter space, for an axis."""
+    first, _, rest = subset.partition(" ")
+    return f"{NAMES.get(first, first)} {rest}".strip().replace("-", "−").replace("snr", "S/N")
+
+
 def tidy_ticks(axes: Axes, n_x: int = 4, n_y: int = 4) -> None:
     """Few ticks, so that their labels never touch."""
     from matplotlib.ticker import MaxNLocator

@@ -69,7 +69,7 @@ def calibration_figure(table: pa.Table) -> Drawn | None:
                 label=f"{100 * level:g} % interval",
             )
         axes.set_title(NAMES[label])
-        axes.set_xlabel("pairs inside − level [%]")
+        axes.set_xlabel("inside − level [% points]")
         tidy_ticks(axes)
         axes.set_yticks(range(len(subsets)), [typeset(name) for name in subsets])
         axes.set_ylim(len(subsets) - 0.5, -0.5)

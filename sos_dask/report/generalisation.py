@@ -62,7 +62,7 @@ def generalisation_figure(table: pa.Table, statistic: str, chosen: str) -> Drawn
                 label=method + (" (chosen)" if method == chosen else ""),
             )  # fmt: skip
         tidy_ticks(axes)
-        axes.set_yticks(range(len(groups)), [group.replace("-", "−") for group in groups])
+        axes.set_yticks(range(len(groups)), groups)
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         for edge in range(1, len(groups)):
@@ -88,9 +88,8 @@ def generalisation_figure(table: pa.Table, statistic: str, chosen: str) -> Drawn
 
 
 def _group(row: dict[str, object]) -> str:
-    if row["split"] == "density":
-        return f"{row['group']} pairs"
-    return str(row["group"])
+    name = str(row["group"]).replace("<=", "≤").replace(">=", "≥").replace("-", "−")
+    return f"{name} pairs" if row["split"] == "density" else name
 
 
 def _pairs(table: pa.Table, group: str) -> int:
@@ -121,7 +120,7 @@ def generalisation_table(table: pa.Table, method: str, chosen: str) -> Table:
                 (
                     f"{WORDS[label]} [{UNITS[label]}]",
                     row["split"],
-                    str(row["group"]).replace("-", "−"),
+                    _group(row),
                     f"{row['n_train']:,}",
                     f"{row['n']:,}",
                     number(raw.get("median"), label, True),

@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from sos_dask.healpix import IntArray
+from sos_dask.healpix import FloatArray, IntArray
 from sos_dask.report.style import DENSITY_MAP, EMPTY, Drawn, new_figure
 from sos_dask.report.tables import Table
 
@@ -63,6 +63,12 @@ class Grid:
             out = out * self.coarse + np.where(good, place, 0).astype(np.int64) // self.group
         return np.where(inside, out, -1)
 
+    def edges(self, group: int = 1) -> tuple[FloatArray, FloatArray]:
+        """Edges along each axis of the cells, or of every ``group`` of them."""
+        steps = group * np.arange(-(-self.bins // group) + 1)
+        low, high, bottom, top = self.limits
+        return (low + (high - low) / self.bins * steps, bottom + (top - bottom) / self.bins * steps)
+
     def coarsened(self, maps: pa.Table, column: str) -> IntArray:
         """Counts of ``maps.parquet`` in the coarse cells, shape (coarse**2,)."""
         first, second = (
@@ -100,14 +106,14 @@ def projection_figure(
         return None
     figure = new_figure(2.75 if joined is not None else 3.7)
     panels = figure.subplots(1, 3 if joined is not None else 2, sharex=True, sharey=True)
-    edges = [np.linspace(*grid.limits[2 * axis : 2 * axis + 2], grid.bins + 1) for axis in range(2)]
+    first, second = grid.edges()
     for axes, (name, count) in zip(panels, n.items(), strict=False):
         picture = np.full((grid.bins, grid.bins), np.nan)
         counts = maps[f"n_{name}"].to_numpy().astype(np.float64)
         picture[maps["cell_2"].to_numpy(), maps["cell_1"].to_numpy()] = np.where(
             counts > 0, counts, np.nan
         )
-        image = axes.pcolormesh(*edges, picture, norm=LogNorm(1, max(counts.max(), 2)),
+        image = axes.pcolormesh(first, second, picture, norm=LogNorm(1, max(counts.max(), 2)),
                                 cmap=DENSITY_MAP, rasterized=True)  # fmt: skip
         words = "full catalog" if name == "target" else "overlap"
         axes.set_title(f"{words}: {count:,} {'rows' if name == 'target' else 'pairs'}", fontsize=7)
@@ -117,12 +123,8 @@ def projection_figure(
         known, outside = joined
         share = np.full(len(known), np.nan)
         np.divide(100.0 * outside, known, out=share, where=known > 0)
-        coarse = [
-            low + (high - low) / grid.bins * grid.group * np.arange(grid.coarse + 1)
-            for low, high in (grid.limits[:2], grid.limits[2:])
-        ]
         image = panels[2].pcolormesh(
-            *coarse, share.reshape(grid.coarse, grid.coarse).T, norm=PowerNorm(0.5, 0, 100),
+            *grid.edges(grid.group), share.reshape(grid.coarse, grid.coarse).T, norm=PowerNorm(0.5, 0, 100),
             cmap="cividis", rasterized=True,
         )  # fmt: skip
         panels[2].set_title("outside the coverage", fontsize=7)

@@ -9,16 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import LogNorm, PowerNorm
 
 from sos_dask.report.sky import draw_map
-from sos_dask.report.style import EMPTY, Drawn, axis_label, new_figure, tidy_ticks
+from sos_dask.report.style import DENSITY_MAP, EMPTY, Drawn, axis_label, new_figure, tidy_ticks
 from sos_dask.report.tables import Table
 from sos_dask.schema import LABELS
 
 CLASSES = ("inside", "sparse", "outside")
 _TICKS = (0, 1, 5, 10, 25, 50, 75, 100)
 _SHOWN = 0.999
+_RATIO = 3.0
 
 
 def coverage_figure(
@@ -51,6 +52,7 @@ def coverage_figure(
     upper, lower = figure.subplots(2, len(CLASSES), height_ratios=(1, 1.9))
     # Steps of a few per cent count near zero, where most cells are.
     norm, cmap = PowerNorm(0.5, 0, 100), "cividis"
+    relative = LogNorm(1 / _RATIO, _RATIO)
     pixels = sky["pixel"].to_numpy()
     teff, teff_edges = _axis(kiel["teff"].to_numpy(), steps["teff"])
     logg, logg_edges = _axis(kiel["logg"].to_numpy(), steps["logg"])
@@ -59,7 +61,9 @@ def coverage_figure(
     ):
         values = np.full(12 << (2 * order), np.nan)
         values[pixels] = on_sky
-        draw_map(upper[i], values, order, norm, cmap, names=False)
+        if total[name]:
+            values *= n_rows / (100 * total[name])
+        draw_map(upper[i], values, order, relative, DENSITY_MAP, names=False)
         upper[i].set_title(f"{name}: {100 * total[name] / n_rows:.1f} %")
         picture = np.full((len(logg_edges) - 1, len(teff_edges) - 1), np.nan)
         picture[logg, teff] = share
@@ -72,19 +76,26 @@ def coverage_figure(
         axes.set_xlabel(axis_label("teff"))
         axes.set_ylabel(axis_label("logg") if i == 0 else "")
         axes.tick_params(labelleft=i == 0)
+    sky_bar = figure.colorbar(
+        ScalarMappable(relative, DENSITY_MAP), ax=list(upper), aspect=12, pad=0.02, extend="both"
+    )
+    sky_bar.set_ticks([1 / _RATIO, 1, _RATIO], labels=[f"1/{_RATIO:g}", "1", f"{_RATIO:g}"])
+    sky_bar.ax.minorticks_off()
+    sky_bar.set_label("of the mean")
     bar = figure.colorbar(
-        ScalarMappable(norm, cmap), ax=[*upper, *lower], aspect=35, pad=0.02, ticks=_TICKS
+        ScalarMappable(norm, cmap), ax=list(lower), aspect=24, pad=0.02, ticks=_TICKS
     )
     bar.set_label("rows of the cell [%]")
     said = "; ".join(f"{name}: {meaning.get(name, '')}" for name in CLASSES)
     return Drawn(
         "Where the overlap carries the correction",
-        f"Share of rows in each class of coverage, on the sky (HEALPix cells of order {order}, "
-        f"Mollweide's projection as above; white: no rows) and in the Kiel diagram before the "
-        f"correction (cells of {steps['teff']:g} K by {steps['logg']:g} dex; grey: no rows). "
+        "Share of rows in each class of coverage: on the sky, over that of all rows (HEALPix cells "
+        f"of order {order}, Mollweide's projection as above, the orange line is the galactic plane; "
+        "white: no rows), and in the Kiel diagram before the correction (cells of "
+        f"{steps['teff']:g} K by {steps['logg']:g} dex; grey: no rows). "
         f"{said}. All {n_rows:,} rows with labels: "
         + ", ".join(f"{total[name]:,} {name}" for name in CLASSES)
-        + ". The colour scale is stretched near zero.",
+        + ". The scale of the Kiel diagram is stretched near zero.",
         "Maps of the sky and of log g against Teff with the share of rows inside the coverage, "
         "in its sparse part and outside.",
         figure,

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sos_dask.report.words import UNITS, WORDS, number
+from sos_dask.report.words import UNITS, WORDS, number, percent, readable
 from sos_dask.schema import LABELS
 
 _MANY = 200
@@ -118,5 +118,9 @@ def of_references(agreements: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def of_flags(meanings: Mapping[str, int], n_rows: int) -> list[str]:
     """How many corrected rows carry each flag."""
-    shown = [f"{100 * n / n_rows:.1f} % ({n:,}) {text}" for text, n in meanings.items() if n]
-    return [f"Of {n_rows:,} corrected rows: " + "; ".join(shown) + "."] if shown else []
+    shown = [
+        f"{percent(n, n_rows)} ({n:,}): {readable(text).replace(': ', ', ')}"
+        for text, n in sorted(meanings.items(), key=lambda item: (-item[1], item[0]))
+        if n
+    ]
+    return [f"Of {n_rows:,} corrected rows, " + "; ".join(shown) + "."] if shown else []

@@ -15,6 +15,7 @@ from sos_dask.report.style import (
     new_figure,
     plain_log_ticks,
     tidy_ticks,
+    typeset,
 )
 from sos_dask.report.words import NONE, STATISTICS, SUBSETS, UNITS, ordered, subset_words
 from sos_dask.schema import LABELS
@@ -69,7 +70,7 @@ def comparison_figure(table: pa.Table, chosen: str) -> Drawn | None:
                     label=method + (" (chosen)" if method == chosen else ""),
                 )  # fmt: skip
             axes.set_ylim(len(subsets) - 0.5, -0.5)
-            axes.set_yticks(range(len(subsets)), [_typeset(subset) for subset in subsets])
+            axes.set_yticks(range(len(subsets)), [typeset(subset) for subset in subsets])
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x", linewidth=0.3, color="#cccccc")
             for edge in range(1, len(subsets)):
@@ -81,7 +82,7 @@ def comparison_figure(table: pa.Table, chosen: str) -> Drawn | None:
                 plain_log_ticks(axes)
             else:
                 tidy_ticks(axes)
-                axes.set_yticks(range(len(subsets)), [_typeset(subset) for subset in subsets])
+                axes.set_yticks(range(len(subsets)), [typeset(subset) for subset in subsets])
             axes.set_xlabel(f"{STATISTICS[statistic]}: {NAMES[label]} [{UNITS[label]}]",
                             fontsize=7)  # fmt: skip
     handles, texts = grid[0, 0].get_legend_handles_labels()
@@ -103,8 +104,3 @@ def comparison_figure(table: pa.Table, chosen: str) -> Drawn | None:
         "Dots with intervals for every method, label and part of the parameter space.",
         figure,
     )
-
-
-def _typeset(subset: str) -> str:
-    first, _, rest = subset.partition(" ")
-    return f"{NAMES.get(first, first)} {rest}".strip().replace("-", "−")

@@ -9,10 +9,11 @@ from functools import cached_property
 from importlib import resources
 
 from sos_dask.report.headline import Gain
+from sos_dask.report.style import DPI, WIDTH
 from sos_dask.report.tables import Table
 
 TEMPLATE = "report.html"
-FULL_PIXELS = 1420  # of a figure as wide as the page
+FULL_PIXELS = round(WIDTH * DPI)  # of a figure as wide as the page
 
 
 @dataclass(frozen=True)

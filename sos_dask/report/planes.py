@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from sos_dask.healpix import FloatArray, IntArray
@@ -29,8 +29,8 @@ from sos_dask.schema import LABELS
 TEFF_BINS = (3000.0, 10000.0, 140)  # cells of 50 K
 LOGG_BINS = (-0.5, 5.5, 120)  # cells of 0.05 dex
 N_CELLS = TEFF_BINS[2] * LOGG_BINS[2]
-QUANTA = {"teff": 0.1, "logg": 1e-4, "feh": 1e-4}
-"""Errors are summed as whole numbers of these, so that sums do not depend on their order."""
+LOG_QUANTUM = 1e-6
+"""Logarithms are summed as whole numbers of it, so that sums do not depend on their order."""
 _MIN_CELL = 5
 _SHOWN = 0.9995
 
@@ -207,15 +207,21 @@ def correction_figure(
         else:
             values = np.where(covered, error.values[:, row], np.nan)
             known = values[np.isfinite(values)]
-            top = float(np.quantile(known, 0.95)) if len(known) else 1.0
+            low, top = np.quantile(known, (0.02, 0.98)) if len(known) else (1.0, 2.0)
             right = grid[row, 3].pcolormesh(
-                teff, logg, values.reshape(shape).T, norm=Normalize(0, top or 1.0),
+                teff, logg, values.reshape(shape).T, norm=LogNorm(low, max(top, 1.1 * low)),
                 cmap="cividis", rasterized=True,
             )  # fmt: skip
         for image, axes in ((left, list(grid[row, :3])), (right, [grid[row, 3]])):
+            is_log = isinstance(image.norm, LogNorm)
             bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=22, extend="both"
-                                  if image is left else "max")  # fmt: skip
-            bar.locator = MaxNLocator(4)
+                                  if image is left or is_log else "max")  # fmt: skip
+            if is_log:
+                bar.locator = LogLocator(subs=(1.0, 2.0, 5.0))
+                bar.formatter = FuncFormatter(lambda value, place: f"{value:g}")
+                bar.minorlocator = NullLocator()
+            else:
+                bar.locator = MaxNLocator(4)
             bar.update_ticks()
             if image is left:
                 bar.set_label(rf"$\Delta$ {NAMES[label]} [{UNITS[label]}]")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
@@ -71,7 +71,7 @@ def sky_figure(maps: Mapping[str, IntArray]) -> Drawn | None:
     grid = figure.subplots(n_rows, n_columns, squeeze=False)
     image = None
     for axes, (name, density) in zip(grid.flat, densities.items(), strict=False):
-        image = _draw_map(axes, density, order, norm)
+        image = draw_map(axes, np.where(density > 0, density, np.nan), order, norm, DENSITY_MAP)
         axes.set_title(f"{name} ({int(maps[name].sum()):,} rows)")
     for axes in list(grid.flat)[len(maps) :]:
         axes.set_axis_off()
@@ -104,8 +104,22 @@ def _order(counts: IntArray) -> int:
     return COARSEST
 
 
-def _draw_map(axes: Axes, density: FloatArray, order: int, norm: LogNorm) -> AxesImage:
-    """One map: every point of the picture looks up its cell."""
+def draw_map(
+    axes: Axes, values: FloatArray, order: int, norm: Normalize, cmap: str, *, names: bool = True
+) -> AxesImage:
+    """One map: every point of the picture looks up its cell.
+
+    Parameters
+    ----------
+    axes : Axes
+    values : ndarray of float64, shape (12 * 4**order,)
+        Of the cells (nested); nan: left white.
+    order : int
+    norm : Normalize
+    cmap : str
+    names : bool
+        Whether right ascensions and declinations are written at the lines.
+    """
     root = np.sqrt(2.0)
     x, y = np.meshgrid(
         np.linspace(-2 * root, 2 * root, _PIXELS), np.linspace(-root, root, _PIXELS // 2)
@@ -113,19 +127,18 @@ def _draw_map(axes: Axes, density: FloatArray, order: int, norm: LogNorm) -> Axe
     inside = (x / 2) ** 2 + y**2 < 2
     picture = np.full(x.shape, np.nan)
     ra, dec = unproject(x[inside], y[inside])
-    found = density[ang2pix(ra % 360.0, dec, order)]
-    picture[inside] = np.where(found > 0, found, np.nan)
+    picture[inside] = values[ang2pix(ra % 360.0, dec, order)]
     image = axes.imshow(
         picture,
         extent=(-2 * root, 2 * root, -root, root),
         origin="lower",
-        cmap=DENSITY_MAP,
+        cmap=cmap,
         norm=norm,
         interpolation="nearest",
     )
     for dec_deg in range(-60, 61, 30):
         _line(axes, np.linspace(0.01, 359.99, 181), np.full(181, float(dec_deg)))
-        if dec_deg:
+        if dec_deg and names:
             edge_x, edge_y = project(np.array([359.9]), np.array([float(dec_deg)]))
             axes.text(
                 edge_x[0] - 0.06, edge_y[0], f"{dec_deg:+d}°".replace("-", "−"),
@@ -133,6 +146,8 @@ def _draw_map(axes: Axes, density: FloatArray, order: int, norm: LogNorm) -> Axe
             )  # fmt: skip
     for ra_deg in range(60, 301, 60):
         _line(axes, np.full(121, float(ra_deg)), np.linspace(-90, 90, 121))
+        if not names:
+            continue
         text_x, text_y = project(np.array([float(ra_deg)]), np.array([0.0]))
         axes.text(
             text_x[0],

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sos_dask.report.words import UNITS
 
 WIDTH = 7.1
-DPI = 200
+DPI = 180
 BLACK, GREY = "#000000", "#777777"
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
@@ -128,7 +128,9 @@ def render(draw: Callable[[], Drawn | None]) -> Rendered | None:
         if drawn is None:
             return None
         png, pdf = io.BytesIO(), io.BytesIO()
-        drawn.figure.savefig(png, format="png", metadata={"Software": None})
+        drawn.figure.savefig(
+            png, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True}
+        )
         nothing = {"CreationDate": None, "Creator": None, "Producer": None}
         drawn.figure.savefig(pdf, format="pdf", metadata=nothing)
         return Rendered(drawn.title, drawn.caption, drawn.alt, png.getvalue(), pdf.getvalue())
@@ -143,6 +145,12 @@ def axis_label(name: str) -> str:
     """A quantity with its unit, for an axis."""
     unit = AXIS_UNITS.get(name, "")
     return NAMES.get(name, name) + (f" [{unit}]" if unit else "")
+
+
+def typeset(subset: str) -> str:
+    """A part of the parameter space, for an axis."""
+    first, _, rest = subset.partition(" ")
+    return f"{NAMES.get(first, first)} {rest}".strip().replace("-", "−").replace("snr", "S/N")
 
 
 def tidy_ticks(axes: Axes, n_x: int = 4, n_y: int = 4) -> None:

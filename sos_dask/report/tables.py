@@ -18,6 +18,7 @@ from sos_dask.report.words import (
     WORDS,
     number,
     ordered,
+    readable,
     subset_words,
 )
 from sos_dask.schema import LABELS
@@ -192,12 +193,12 @@ def _interval(cell: Mapping[str, Any] | None, label: str) -> str:
         return "–"
     text = number(cell["value"], label, cell["statistic"] == "median")
     if cell.get("low") is not None and cell.get("high") is not None:
-        text += f" [{number(cell['low'], label)}, {number(cell['high'], label)}]"
+        text += f"\n[{number(cell['low'], label)}, {number(cell['high'], label)}]"
     if cell.get("error") is not None:
         text += f" ± {number(cell['error'], label)}"
     if cell.get("against"):
         place = WORDS.get(cell["against"], cell["against"])
-        text += f" at {place} {cell['bin_low']:g} to {cell['bin_high']:g}".replace("-", "−")
+        text += f"\nat {place} {cell['bin_low']:g} to {cell['bin_high']:g}".replace("-", "−")
     return text
 
 
@@ -250,7 +251,7 @@ def flags(meanings: Mapping[str, int], n_rows: int) -> Table:
     return Table(
         f"Flags of the {n_rows:,} corrected rows (bits of flag_sos); a row can have several.",
         ("meaning", ">rows", ">share"),
-        tuple((text, f"{n:,}", _percent(n, n_rows)) for text, n in meanings.items()),
+        tuple((readable(text), f"{n:,}", _percent(n, n_rows)) for text, n in meanings.items()),
     )
 
 

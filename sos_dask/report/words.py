@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,4 +46,16 @@ def ordered(found: Sequence[str], first: Sequence[str]) -> list[str]:
 def subset_words(subset: str) -> str:
     """A part of the parameter space as it is read: ``log g < 1`` for ``logg < 1``."""
     first, _, rest = subset.partition(" ")
-    return f"{WORDS.get(first, first)} {rest}".strip().replace("-", "−")
+    return f"{WORDS.get(first, first)} {rest}".strip().replace("-", "−").replace("snr", "S/N")
+
+
+def readable(text: str) -> str:
+    """A text of a manifest with columns named as a person names them: ``log g`` for ``logg``."""
+    return re.sub(r"\b(teff|logg|feh|snr)\b", lambda found: WORDS[found[1]], text)
+
+
+def percent(part: int, whole: int) -> str:
+    """A share; of some that are there never ``0.0 %``."""
+    if not whole:
+        return "–"
+    return "< 0.1 %" if 0 < part < 0.0005 * whole else f"{100 * part / whole:.1f} %"

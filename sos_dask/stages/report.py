@@ -20,7 +20,7 @@ from sos_dask import __version__
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.errors import ConfigError
+from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.stages.parts import (
@@ -31,15 +31,17 @@ from sos_dask.stages.parts import (
     unless_complete,
     write_piece,
 )
-from sos_dask.stages.report_content import Build, figures
+from sos_dask.stages.report_content import Build, figures, grid_of
 from sos_dask.stages.report_text import page
 from sos_dask.store import file_names, read_build
+from sos_dask.trust import FLAG_OUTSIDE, FLAGS
 
 if TYPE_CHECKING:
     from sos_dask.report.planes import Histogram
 
-VERSION = 1
+VERSION = 2
 PAGE = "report.html"
+_KEY = "obs_id"
 _SOFTWARE = (
     "numpy", "scipy", "pyarrow", "healpy", "astropy", "dask", "distributed", "dask-ml",
     "scikit-learn", "xgboost", "pyoperon", "matplotlib",
@@ -83,14 +85,14 @@ class _Part:
     product: str
     catalog: Catalog
     pixel: HealpixPixel
+    scores: Catalog | None = None
 
 
 @dataclass(frozen=True)
 class _Figure:
-    output: Output
     key: str
     build: Build
-    counted: Mapping[str, tuple[str, ...]]
+    counts: _Counts
 
 
 def report_recipe(products: Mapping[str, str], settings: ReportSettings) -> Recipe:
@@ -160,7 +162,9 @@ def _report(
     cluster = cluster or Cluster()
     with unless_complete(output):
         counted = {
-            f"{name}-{key_of(pixel)}": _Part(output, name, catalog, pixel)
+            f"{name}-{key_of(pixel)}": _Part(
+                output, name, catalog, pixel, build.scores if name == "projection" else None
+            )
             for name, catalog in build.counted.items()
             for pixel in catalog.pixels
         }
@@ -169,14 +173,16 @@ def _report(
             name: tuple(key for key, part in counted.items() if part.product == name)
             for name in build.counted
         }
-        parts = {key: _Figure(output, key, build, keys) for key in figures(build)}
+        parts = {key: _Figure(key, build, _Counts(output, keys)) for key in figures(build)}
         run_parts(output, "figures", parts, _figure_part, cluster, "figures", report)
         done = dict(zip(parts, records(output, "figures", list(parts)) or [], strict=True))
         drawn = {key: record for key, record in done.items() if record["files"]}
         files = [FileRecord(**file) for record in drawn.values() for file in record["files"]]
+        counts = _Counts(output, keys)
+        write = partial(_write_page, build, settings, counts, drawn)
         output.commit(
             Rows(0, 0),
-            (*files, output.write_file(PAGE, partial(_write_page, build, settings, output, drawn))),
+            (*files, output.write_file(PAGE, write)),
             {"method": build.method, "figures": {k: r["title"] for k, r in drawn.items()}},
         )
     return output.load_manifest()
@@ -208,11 +214,13 @@ def _count_part(part: _Part) -> None:
     from sos_dask.report import planes, sky
 
     key = f"{part.product}-{key_of(part.pixel)}"
-    if "teff_sos" not in part.catalog.schema.names:
+    n_outside = {}
+    if part.scores is not None:
+        columns = _count_places(part, part.scores)
+    elif "teff_sos" not in part.catalog.schema.names:
         table = part.catalog.read(part.pixel, [HEALPIX_COLUMN])
         cells, counts = sky.cell_counts(table[HEALPIX_COLUMN].to_numpy())
         columns = {"cell": cells, "n": counts}
-        n_outside = {}
     else:
         errors = part.catalog.columns([f"{label}_sos_err" for label in LABELS])
         names = ["teff", "logg", "teff_sos", "logg_sos", *errors]
@@ -225,13 +233,33 @@ def _count_part(part: _Part) -> None:
         n_outside = {name: one.n_outside for name, one in found.items()}
         for name in errors:
             label = name.removesuffix("_sos_err")
-            good = (before >= 0) & np.isfinite(values[name])
-            whole = np.rint(values[name][good] / planes.QUANTA[label])
+            good = (before >= 0) & np.isfinite(values[name]) & (values[name] > 0)
+            whole = np.rint(np.log10(values[name][good].astype(np.float64)) / planes.LOG_QUANTUM)
             for what, weights in (("n", None), ("sum", whole)):
                 sums = np.bincount(before[good], weights, minlength=planes.N_CELLS)
                 columns[f"{label}_{what}"] = sums.astype(np.int64)
     write_piece(_piece(part.output, key), pa.table(columns))
     part.output.put_record("counts", key, {"outside": n_outside})
+
+
+def _count_places(part: _Part, scores: Catalog) -> dict[str, NDArray[np.int64]]:
+    """Rows with a coverage in each cell of the plane of all parameters, and those outside it."""
+    grid = grid_of(part.catalog.path)
+    names = ["umap_1", "umap_2"]
+    places = part.catalog.read(part.pixel, [_KEY, *names])
+    scored = scores.read(part.pixel, [_KEY, "coverage", FLAGS])
+    if not places[_KEY].equals(scored[_KEY]):
+        raise CatalogError(
+            f"pixel {part.pixel}: {part.catalog.path} and {scores.path} hold other rows",
+            "Make both from the same observations.",
+        )
+    cells = grid.cells(*(_floats(places, name) for name in names))
+    known = (cells >= 0) & pc.is_valid(scored["coverage"]).to_numpy()
+    outside = known & ((scored[FLAGS].to_numpy() & FLAG_OUTSIDE) != 0)
+    return {
+        name: np.bincount(cells[chosen], minlength=grid.coarse**2).astype(np.int64)
+        for name, chosen in (("known", known), ("outside", outside))
+    }
 
 
 def _floats(table: pa.Table, name: str) -> NDArray[np.float32]:
@@ -242,15 +270,16 @@ def _figure_part(part: _Figure) -> None:
     """One figure as PNG and PDF, with its words."""
     from sos_dask.report.style import render
 
-    rendered = render(partial(figures(part.build)[part.key], _Counts(part)))
+    rendered = render(partial(figures(part.build)[part.key], part.counts))
+    output = part.counts.output
     record: dict[str, Any] = {"files": []}
     if rendered is not None:
         record = {name: getattr(rendered, name) for name in ("title", "caption", "alt")}
         record["files"] = [
-            asdict(part.output.write_file(f"figures/{part.key}.{kind}", _writer(content)))
+            asdict(output.write_file(f"figures/{part.key}.{kind}", _writer(content)))
             for kind, content in (("png", rendered.png), ("pdf", rendered.pdf))
         ]
-    part.output.put_record("figures", part.key, record)
+    output.put_record("figures", part.key, record)
 
 
 def _writer(content: bytes) -> Callable[[Path], int]:
@@ -264,7 +293,7 @@ def _writer(content: bytes) -> Callable[[Path], int]:
 def _write_page(
     build: Build,
     settings: ReportSettings,
-    output: Output,
+    counts: _Counts,
     drawn: Mapping[str, Mapping[str, Any]],
     path: Path,
 ) -> int:
@@ -273,12 +302,12 @@ def _write_page(
     pictures = {
         key: Picture(
             key, record["title"], record["caption"], record["alt"],
-            (output.directory / f"figures/{key}.png").read_bytes(),
+            (counts.output.directory / f"figures/{key}.png").read_bytes(),
         )
         for key, record in drawn.items()
     }  # fmt: skip
     document = page(
-        build, pictures, settings.files, settings.software, settings.job, settings.job_text
+        build, counts, pictures, settings.files, settings.software, settings.job, settings.job_text
     )
     path.write_text(html(document), encoding="utf-8")
     return 0
@@ -288,10 +317,11 @@ def _write_page(
 class _Counts:
     """Sums of what `_count_part` has written, as figures ask for them."""
 
-    part: _Figure
+    output: Output
+    keys: Mapping[str, tuple[str, ...]]
 
     def _tables(self, product: str) -> list[pa.Table]:
-        return [read_piece(_piece(self.part.output, key)) for key in self.part.counted[product]]
+        return [read_piece(_piece(self.output, key)) for key in self.keys[product]]
 
     def sky(self, product: str) -> NDArray[np.int64]:
         """Rows a cell of the sky."""
@@ -302,12 +332,23 @@ class _Counts:
             total[table["cell"].to_numpy()] += table["n"].to_numpy()
         return total
 
+    def places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """Rows with a coverage in each cell of the plane of all parameters, and those outside."""
+        if "projection" not in self.keys:
+            return None
+        found = self._tables("projection")
+        known, outside = (
+            np.sum([table[name].to_numpy() for table in found], axis=0)
+            for name in ("known", "outside")
+        )
+        return known, outside
+
     def plane(self, product: str) -> tuple[Histogram, Histogram]:
         """Rows on the plane before and after."""
         from sos_dask.report.planes import N_CELLS, Histogram
 
-        keys = self.part.counted[product]
-        outside = [self.part.output.get_record("counts", key) or {} for key in keys]
+        keys = self.keys[product]
+        outside = [self.output.get_record("counts", key) or {} for key in keys]
         before, after = (
             Histogram(
                 sum((t[name].to_numpy() for t in self._tables(product)), np.zeros(N_CELLS, int)),
@@ -318,8 +359,8 @@ class _Counts:
         return before, after
 
     def errors(self, product: str) -> NDArray[np.float64] | None:
-        """Mean error of the corrected labels on the plane; None where rows have none."""
-        from sos_dask.report.planes import N_CELLS, QUANTA
+        """Geometric mean of the errors on the plane; None where rows have none."""
+        from sos_dask.report.planes import LOG_QUANTUM, N_CELLS
 
         found = self._tables(product)
         if not found or f"{LABELS[0]}_sum" not in found[0].column_names:
@@ -330,5 +371,5 @@ class _Counts:
                 np.sum([t[f"{label}_{what}"].to_numpy() for t in found], axis=0)
                 for what in ("n", "sum")
             )
-            np.divide(total * QUANTA[label], n, out=means[:, number], where=n > 0)
-        return means
+            np.divide(total * LOG_QUANTUM, n, out=means[:, number], where=n > 0)
+        return np.asarray(10.0**means)

@@ -17,16 +17,24 @@ import pyarrow.parquet as pq
 from sos_dask import models
 from sos_dask.artifact import Manifest
 from sos_dask.catalog import Catalog, partition_errors
+from sos_dask.coverage import SKY_ORDER
+from sos_dask.coverage.maps import STEPS
 from sos_dask.features import features
 from sos_dask.healpix import FloatArray, IntArray
 from sos_dask.models.symbolic import FILE as FORMULA_FILE
 from sos_dask.report import tables
+from sos_dask.report.words import WORDS
 from sos_dask.schema import LABELS
+from sos_dask.stages.coverage import CALIBRATION, MAPS
+from sos_dask.stages.generalisation import TABLE as GROUPS
+from sos_dask.stages.projection import MAPS as PLACES
+from sos_dask.stages.projection import load_projection
 from sos_dask.stages.trends import PLANES, REFERENCES, TRENDS
 from sos_dask.store import home
 
 if TYPE_CHECKING:
     from sos_dask.report.planes import Histogram, Surface
+    from sos_dask.report.projection import Grid
     from sos_dask.report.style import Drawn
 
 OBSERVATIONS, CORRECTED, _MODEL = ".observations", ".corrected", "model."
@@ -41,8 +49,11 @@ class Counts(Protocol):
     def plane(self, product: str) -> tuple[Histogram, Histogram]:
         """Rows on the plane before and after."""
 
+    def places(self) -> tuple[IntArray, IntArray] | None:
+        """Rows with a coverage in each cell of the plane of all parameters, and those outside."""
+
     def errors(self, product: str) -> FloatArray | None:
-        """Mean error of the corrected labels on the plane; None where rows have none."""
+        """Geometric mean error of the corrected labels on the plane; None where rows have none."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +141,17 @@ class Build:
         names = [
             name
             for name in self.directories
-            if name.endswith((OBSERVATIONS, CORRECTED)) or name == "pairs"
+            if name.endswith((OBSERVATIONS, CORRECTED))
+            or name == "pairs"
+            or (name == "projection" and self.scores is not None)
         ]
         return {name: Catalog.open(self.directories[name]) for name in names}
+
+    @cached_property
+    def scores(self) -> Catalog | None:
+        """Coverage of every row of the target; None without it."""
+        directory = self.directories.get("coverage")
+        return None if directory is None else Catalog.open(directory)
 
     def table(self, product: str, file: str) -> pa.Table | None:
         """A table of a product; None where there is none."""
@@ -167,8 +186,14 @@ def figures(build: Build) -> dict[str, Callable[[Counts], Drawn | None]]:
             found[name] = partial(_references, build, first, second)
     if build.table("uncertainty", "calibration.parquet") is not None:
         found["calibration"] = partial(_calibration, build)
-    if build.table("coverage", "calibration.parquet") is not None:
-        found["coverage"] = partial(_growth, build)
+    if build.table("coverage", MAPS) is not None:
+        found["coverage"] = partial(_coverage, build)
+        found["coverage-growth"] = partial(_growth, build)
+    if build.table("projection", PLACES) is not None:
+        found["projection"] = partial(_projection, build)
+    if build.table("generalisation", GROUPS) is not None:
+        found["generalisation"] = partial(_generalisation, build, "median")
+        found["generalisation-scatter"] = partial(_generalisation, build, "mad")
     if build.table("comparison", "comparison.parquet") is not None:
         found["comparison"] = partial(_comparison, build)
     if f"{build.target}{CORRECTED}" in build.directories:
@@ -221,8 +246,44 @@ def _calibration(build: Build, counts: Counts) -> Drawn | None:
 def _growth(build: Build, counts: Counts) -> Drawn | None:
     from sos_dask.report.calibration import growth_figure
 
-    table = build.table("coverage", "calibration.parquet")
-    return None if table is None else growth_figure(table)
+    table = build.table("coverage", CALIBRATION)
+    limits = build.summary("coverage").get("limits", {})
+    return None if table is None else growth_figure(table, limits)
+
+
+def _coverage(build: Build, counts: Counts) -> Drawn | None:
+    from sos_dask.report.trust import coverage_figure
+
+    table = build.table("coverage", MAPS)
+    meaning = build.summary("coverage").get("meaning", {})
+    return None if table is None else coverage_figure(table, SKY_ORDER, STEPS["kiel"], meaning)
+
+
+def grid_of(directory: Path) -> Grid:
+    """Cells of a projection."""
+    from sos_dask.report.projection import Grid
+
+    bins = Manifest.load(directory).recipe.params["settings"]["map_bins"]
+    return Grid(load_projection(directory).limits(), int(bins))
+
+
+def _projection(build: Build, counts: Counts) -> Drawn | None:
+    from sos_dask.report.projection import projection_figure
+
+    table, summary = build.table("projection", PLACES), build.summary("projection")
+    if table is None:
+        return None
+    names = tuple(WORDS.get(name, name) for name in summary["parameters"])
+    grid = grid_of(build.directories["projection"])
+    n_without = int(summary["without_place"]["target"])
+    return projection_figure(table, grid, counts.places(), names, n_without)
+
+
+def _generalisation(build: Build, statistic: str, counts: Counts) -> Drawn | None:
+    from sos_dask.report.generalisation import generalisation_figure
+
+    table = build.table("generalisation", GROUPS)
+    return None if table is None else generalisation_figure(table, statistic, build.method)
 
 
 def _kiel(build: Build, counts: Counts) -> Drawn | None:
@@ -265,7 +326,11 @@ def _correction(build: Build, counts: Counts) -> Drawn | None:
     errors = counts.errors(product) if product in build.counted else None
     error: Surface | None = None
     if errors is not None:
-        error = Surface(errors, "mean error of a corrected row (half of its 68 % interval)")
+        error = Surface(
+            errors,
+            "geometric mean of the errors of corrected rows (half of their 68 % interval), on a "
+            "logarithmic scale",
+        )
     about = f"evaluated at the median [Fe/H] of the pairs, {feh:+.2f} dex".replace("-", "−")
     surface = Surface(values.astype(np.float64), about)
     return correction_figure(planes, build.method, surface, error, build.target, build.reference)

@@ -5,15 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sos_dask.coverage import follow_up
+from sos_dask.coverage.maps import STEPS
 from sos_dask.report import headline, tables
+from sos_dask.report.generalisation import generalisation_table
 from sos_dask.report.page import Code, Page, Picture, Section
+from sos_dask.report.projection import agreement
+from sos_dask.report.trust import follow_up as follow_up_table
+from sos_dask.report.words import readable
 from sos_dask.schema import LABELS, Cut
-from sos_dask.stages.report_content import CORRECTED, OBSERVATIONS, Build
+from sos_dask.stages.coverage import MAPS
+from sos_dask.stages.generalisation import TABLE as GROUPS
+from sos_dask.stages.projection import MAPS as PLACES
+from sos_dask.stages.report_content import CORRECTED, OBSERVATIONS, Build, Counts, grid_of
 from sos_dask.stages.trends import TRENDS
+
+_RULES = {
+    "balanced": "Rule of the choice: of the methods that are worse than the best in no label, the "
+    "one with the smoothest correction. Worse: a larger scatter, or larger medians in bins, than "
+    "chance allows.",
+    "scatter": "Rule of the choice: the smallest scatter, averaged over the labels.",
+}
 
 
 def page(
     build: Build,
+    counts: Counts,
     pictures: Mapping[str, Picture],
     files: Mapping[str, str],
     versions: Mapping[str, str],
@@ -25,6 +42,7 @@ def page(
     Parameters
     ----------
     build : Build
+    counts : Counts
     pictures : mapping of str to Picture
         By the names of `figures`.
     files : mapping of str to str
@@ -35,7 +53,8 @@ def page(
     """
     metrics = list(build.choice.get("metrics", []))
     to = " and ".join(build.references)
-    reason = f" {build.choice['why']}." if build.choice.get("why") else ""
+    why = str(build.choice.get("why", ""))
+    reason = f" {why[0].upper()}{readable(why[1:])}." if why else ""
     return Page(
         title=f"{build.target} on the scale of {to}: report of job “{job}”",
         lead=f"The labels of {build.target} are corrected by the method {build.method}, chosen "
@@ -60,6 +79,8 @@ def page(
             _formula(build, pictures),
             _errors(build, pictures),
             _coverage(build, pictures),
+            _projection(build, counts, pictures),
+            _generalisation(build, pictures),
             _provenance(build, files, versions, job_text),
         ),
         version=versions.get("sos-dask", ""),
@@ -144,7 +165,7 @@ def _methods(
     return Section(
         "methods",
         "The methods compared",
-        f"Rule of the choice: {rule}." if rule else "",
+        _RULES.get(str(rule), f"Rule of the choice: {rule}." if rule else ""),
         (*_of(pictures, "comparison"), tables.comparison(table, build.method, first)),
         tuple(folded),
     )
@@ -190,7 +211,53 @@ def _errors(build: Build, pictures: Mapping[str, Picture]) -> Section:
 
 
 def _coverage(build: Build, pictures: Mapping[str, Picture]) -> Section:
-    return Section("coverage", "Where the correction can be trusted", "", _of(pictures, "coverage"))
+    maps = build.table("coverage", MAPS)
+    found = () if maps is None else (follow_up_table(follow_up(maps), STEPS["labels"]),)
+    summary = build.summary("coverage")
+    text = (
+        "The coverage of a row is how well the overlap with the reference stars holds its "
+        f"correction: {summary['meaning']['coverage']}. It stands in the column coverage; rows in "
+        "the sparse part and outside carry a flag, and outside the correction gives way to its "
+        "fallback."
+        if summary
+        else ""
+    )
+    return Section(
+        "coverage",
+        "Where the correction can be trusted",
+        text,
+        (*_of(pictures, "coverage", "coverage-growth"), *found),
+    )
+
+
+def _projection(build: Build, counts: Counts, pictures: Mapping[str, Picture]) -> Section:
+    maps, places = build.table("projection", PLACES), counts.places()
+    found = None
+    if maps is not None and places is not None:
+        grid = grid_of(build.directories["projection"])
+        found = agreement(grid.coarsened(maps, "n_overlap"), places)
+    return Section(
+        "projection",
+        "All parameters in one plane",
+        "",
+        (*_of(pictures, "projection"), *(() if found is None else (found,))),
+    )
+
+
+def _generalisation(build: Build, pictures: Mapping[str, Picture]) -> Section:
+    table = build.table("generalisation", GROUPS)
+    if table is None:
+        return Section("generalisation", "")
+    first, *others = (generalisation_table(table, m, build.method) for m in build.methods)
+    return Section(
+        "generalisation",
+        "What to expect where there are no pairs",
+        "Pairs left out at random have neighbours that trained the method. Here whole groups are "
+        "left out: a region of the Kiel diagram, all pairs of a reference, or the twentieth of the "
+        "pairs that lies most alone.",
+        (*_of(pictures, "generalisation", "generalisation-scatter"), first),
+        tuple(others),
+    )
 
 
 def _provenance(

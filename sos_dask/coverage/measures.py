@@ -107,7 +107,7 @@ class Share:
         # As many rows of the catalog are within the distance where the share is the least.
         k = min(NEIGHBOURS, len(self.overlap))
         most = k / LEAST_SHARE * len(self.catalog) / len(self.overlap)
-        # Where overlap stars lie as near as in the denser half of the overlap, nothing is lacking.
+        # Where they lie as near as in the denser four fifths of the overlap, nothing is lacking.
         rows = np.flatnonzero(distance > self._near)
         count = self.__dict__["_catalog"].query_ball_point(
             x[rows], distance[rows], return_length=True
@@ -117,10 +117,10 @@ class Share:
 
     @cached_property
     def _near(self) -> float:
-        """Median distance of overlap stars to the k-th of the others."""
+        """Distance to the k-th of the others that four fifths of the overlap stars have."""
         some = self.overlap[:: max(len(self.overlap) // 10_000, 1)]
         k = min(NEIGHBOURS + 1, len(self.overlap))
-        return float(np.median(Neighbours(self.overlap, k).distance(some)))
+        return float(np.quantile(Neighbours(self.overlap, k).distance(some), 0.8))
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,9 @@ class CoverageModel:
         """Coverage of scaled rows at known distances from the overlap of ``share``."""
         coverage = 1.0 / self.growth(distance)
         known = distance if self.name == "neighbours" else None
-        outside = (distance > self.growth.last) | share.lacks(x[:, : len(LABELS)], known)
+        outside = np.asarray(distance > self.growth.last)
+        rest = np.flatnonzero(~outside)
+        outside[rest] = share.lacks(x[rest, : len(LABELS)], None if known is None else known[rest])
         below = np.nextafter(np.float32(self.limits.outside), np.float32(0))
         coverage[outside] = np.minimum(coverage[outside], below)
         return np.asarray(coverage, dtype=np.float32)

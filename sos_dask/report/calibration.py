@@ -150,7 +150,7 @@ def growth_figure(table: pa.Table, limits: Mapping[str, float]) -> Drawn | None:
         "How the scatter grows away from the overlap",
         "Scatter of held-out pairs after the correction, in units of the scatter where pairs are "
         "dense, against the distance to the nearest other pairs in label space (each label in "
-        f"units of its robust scale over the pairs). {table.num_rows} bins of "
+        f"units of its robust scale over the pairs). {table.num_rows:,} bins of "
         f"{int(n.sum()):,} pairs; the line is the model: a row's coverage is one over it." + grows,
         "Dots of measured scatter against distance, and the fitted line.",
         figure,

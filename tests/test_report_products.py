@@ -86,6 +86,7 @@ def test_regions_to_follow_up_are_cells_with_their_rows(current):
     assert len(table.rows) == len(regions) > 0
     first, region = table.rows[0], regions[0]
     low, high = (float(text.replace("−", "-")) for text in first[0].split(" to "))
+    assert region["teff"] is not None
     assert low < region["teff"] < high and high - low == STEPS["labels"]["teff"]
     assert first[3] == f"{region['outside']:,}" and first[4] == f"{region['rows']:,}"
 

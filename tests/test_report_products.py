@@ -205,5 +205,5 @@ def test_groups_left_out_are_shown_beside_groups_that_trained(left_out):
 
 def test_words_are_those_of_a_person_and_shares_are_never_nothing():
     assert readable("worse in feh scatter, teff_err") == "worse in [Fe/H] scatter, teff_err"
-    assert percent(48, 1_000_000) == "< 0.1 %"
+    assert percent(48, 1_000_000) == "<0.1 %"
     assert percent(0, 10) == "0.0 %" and percent(1, 8) == "12.5 %" and percent(1, 0) == "–"

@@ -26,6 +26,10 @@ FIGURES = {
     "references-apogee-galah",
     "correction",
     "kiel",
+    "comparison",
+    "calibration",
+    "coverage",
+    "coverage-growth",
 }
 SETTINGS = ReportSettings("small", "a = 1  # <b>", {}, {"sos-dask": "0", "numpy": "1"})
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -144,7 +148,10 @@ def test_a_stopped_run_goes_on_and_workers_change_no_byte(
 
 
 def test_what_is_missing_is_left_out(products, tmp_path):
-    few = {n: p for n, p in products.items() if n not in ("trends", "reference", "galah.stars")}
+    without = ("trends", "reference", "galah.stars", "comparison", "uncertainty", "coverage")
+    few = {n: p for n, p in products.items() if n not in without} | {
+        "chosen": products["comparison"]
+    }
     manifest = report(few, tmp_path / "few", SETTINGS)
     assert set(manifest.summary["figures"]) == {"sky", "kiel"}
     text = (tmp_path / "few" / PAGE).read_text()

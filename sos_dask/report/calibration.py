@@ -136,7 +136,7 @@ def growth_figure(table: pa.Table, limits: Mapping[str, float]) -> Drawn | None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("distance from the overlap [scale of the pairs]")
+    axes.set_xlabel("distance from the overlap [no unit]")
     axes.set_ylabel("scatter over that of the dense part")
     axes.legend(loc="upper left")
     worse = measured > 1.5 * fitted
@@ -149,8 +149,8 @@ def growth_figure(table: pa.Table, limits: Mapping[str, float]) -> Drawn | None:
     return Drawn(
         "How the scatter grows away from the overlap",
         "Scatter of held-out pairs after the correction, in units of the scatter where pairs are "
-        "dense, against the distance to the nearest other pairs in label space (each label in "
-        f"units of its robust scale over the pairs). {table.num_rows} bins of "
+        "dense, against the distance from the other pairs in label space, on the scale on which "
+        f"the coverage is measured. {table.num_rows:,} bins of "
         f"{int(n.sum()):,} pairs; the line is the model: a row's coverage is one over it." + grows,
         "Dots of measured scatter against distance, and the fitted line.",
         figure,

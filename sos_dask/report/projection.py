@@ -65,9 +65,9 @@ class Grid:
 
     def edges(self, group: int = 1) -> tuple[FloatArray, FloatArray]:
         """Edges along each axis of the cells, or of every ``group`` of them."""
-        steps = group * np.arange(-(-self.bins // group) + 1)
+        steps = group * np.arange(-(-self.bins // group) + 1, dtype=np.float64) / self.bins
         low, high, bottom, top = self.limits
-        return (low + (high - low) / self.bins * steps, bottom + (top - bottom) / self.bins * steps)
+        return low + (high - low) * steps, bottom + (top - bottom) * steps
 
     def coarsened(self, maps: pa.Table, column: str) -> IntArray:
         """Counts of ``maps.parquet`` in the coarse cells, shape (coarse**2,)."""
@@ -124,9 +124,12 @@ def projection_figure(
         share = np.full(len(known), np.nan)
         np.divide(100.0 * outside, known, out=share, where=known > 0)
         image = panels[2].pcolormesh(
-            *grid.edges(grid.group), share.reshape(grid.coarse, grid.coarse).T, norm=PowerNorm(0.5, 0, 100),
-            cmap="cividis", rasterized=True,
-        )  # fmt: skip
+            *grid.edges(grid.group),
+            share.reshape(grid.coarse, grid.coarse).T,
+            norm=PowerNorm(0.5, 0, 100),
+            cmap="cividis",
+            rasterized=True,
+        )
         panels[2].set_title("outside the coverage", fontsize=7)
         bar = figure.colorbar(image, ax=panels[2], location="bottom", aspect=22,
                               label="rows of the cell [%]", ticks=(0, 5, 25, 50, 100))  # fmt: skip

@@ -161,7 +161,7 @@ def comparison(table: pa.Table, chosen: str, subset: str) -> Table:
     strong: set[int] = set()
     for label in LABELS:
         for method in methods:
-            for sample in ("test", "train"):
+            for sample in ("test",) if method == NONE else ("test", "train"):
                 cells = [found.get((method, label, sample, one)) for one in statistics]
                 if not any(cells):
                     continue
@@ -175,8 +175,8 @@ def comparison(table: pa.Table, chosen: str, subset: str) -> Table:
     if subset in ("dense", "sparse"):
         what = f"pairs in the {subset} part of the label space"
     return Table(
-        f"Target minus reference, {what}: each figure with its 95 % bootstrap interval (of a "
-        "worst bin ± is the error of that bin’s median). “test”: pairs the model was not trained "
+        f"Target minus reference, {what}: each figure with its 95 % bootstrap interval (worst "
+        "bin: with the error of that bin’s median). “test”: pairs the model was not trained "
         "on; “train”: pairs it was; “none”: without correction. Of two methods one is better only "
         f"where their intervals say so. Bold: {chosen}.",
         (
@@ -192,10 +192,10 @@ def _interval(cell: Mapping[str, Any] | None, label: str) -> str:
     if cell is None:
         return "–"
     text = number(cell["value"], label, cell["statistic"] == "median")
-    if cell.get("low") is not None and cell.get("high") is not None:
-        text += f"\n[{number(cell['low'], label)}, {number(cell['high'], label)}]"
     if cell.get("error") is not None:
         text += f" ± {number(cell['error'], label)}"
+    elif cell.get("low") is not None and cell.get("high") is not None:
+        text += f"\n[{number(cell['low'], label)}, {number(cell['high'], label)}]"
     if cell.get("against"):
         place = WORDS.get(cell["against"], cell["against"])
         text += f"\nat {place} {cell['bin_low']:g} to {cell['bin_high']:g}".replace("-", "−")

@@ -90,8 +90,8 @@ def coverage_figure(
     return Drawn(
         "Where the overlap carries the correction",
         "Share of rows in each class of coverage: on the sky, over that of all rows (HEALPix cells "
-        f"of order {order}, Mollweide's projection as above, the orange line is the galactic plane; "
-        "white: no rows), and in the Kiel diagram before the correction (cells of "
+        f"of order {order}, Mollweide's projection as above; orange: the galactic plane, white: no "
+        "rows), and in the Kiel diagram before the correction (cells of "
         f"{steps['teff']:g} K by {steps['logg']:g} dex; grey: no rows). "
         f"{said}. All {n_rows:,} rows with labels: "
         + ", ".join(f"{total[name]:,} {name}" for name in CLASSES)

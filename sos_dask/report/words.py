@@ -58,4 +58,4 @@ def percent(part: int, whole: int) -> str:
     """A share; of some that are there never ``0.0 %``."""
     if not whole:
         return "–"
-    return "< 0.1 %" if 0 < part < 0.0005 * whole else f"{100 * part / whole:.1f} %"
+    return "<0.1 %" if 0 < part < 0.0005 * whole else f"{100 * part / whole:.1f} %"

@@ -348,6 +348,15 @@ class Output:
             record = FileRecord(name, rows, temporary.stat().st_size, sha256_of_file(temporary))
         return record
 
+    def write_bytes(self, name: str, content: bytes) -> FileRecord:
+        """Write one file of no rows atomically."""
+
+        def write(path: Path) -> int:
+            path.write_bytes(content)
+            return 0
+
+        return self.write_file(name, write)
+
     def put_record(self, kind: str, key: str, value: Mapping[str, Any]) -> None:
         """Say that a part is finished: from now on it is skipped by a rerun."""
         if (self.directory / MANIFEST).is_file():

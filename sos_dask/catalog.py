@@ -468,20 +468,13 @@ def write_catalog_metadata(
     # Breadth first, as hats sorts them.
     writer.writerows(sorted((pixel.order, pixel.pixel) for pixel in pixels))
 
-    def save_text(content: str) -> Any:
-        def write(path: Path) -> int:
-            path.write_text(content)
-            return 0
-
-        return write
-
     def save_schema(path: Path) -> int:
         pq.write_metadata(schema, path)
         return 0
 
     return (
-        output.write_file(root + PROPERTIES, save_text("# HATS catalog\n" + text)),
-        output.write_file(root + PARTITION_INFO, save_text(info.getvalue())),
+        output.write_bytes(root + PROPERTIES, f"# HATS catalog\n{text}".encode()),
+        output.write_bytes(root + PARTITION_INFO, info.getvalue().encode()),
         output.write_file(root + COMMON_METADATA, save_schema),
     )
 

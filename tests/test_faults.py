@@ -34,6 +34,9 @@ rows_per_partition = 700
 chunk_rows = 2000
 [train]
 methods = ["polynomial"]
+validation = "holdout"
+[coverage]
+compare = false
 [report]
 enabled = false
 """

@@ -224,11 +224,7 @@ def fit(
     edges = _edges(source, train_folds, client, summary, params["max_bin"])
     job = _Job(source, train_folds, params, summary, edges, (params["n_rounds"],) * len(LABELS))
     if params["stop_rounds"]:
-        if client is None:
-            rounds = _rounds(job)
-        else:
-            rounds = client.submit(_rounds, job, pure=False).result()
-        job = replace(job, rounds=rounds)
+        job = replace(job, rounds=_rounds(job) if client is None else _rounds_there(job, client))
     boosters = _fit_here(job, progress) if client is None else _fit_there(job, client, progress)
     info = summary.info("boosted", params, train_folds)
     ensembles = tuple(bytes(booster.save_raw("ubj")) for booster in boosters)
@@ -375,6 +371,21 @@ def _rounds(job: _Job) -> tuple[int, ...]:
         )
         rounds.append(int(booster.best_iteration) + 1)
     return tuple(rounds)
+
+
+def _rounds_there(job: _Job, client: Any) -> tuple[int, ...]:
+    """`_rounds` by one worker."""
+    from distributed import KilledWorker
+
+    try:
+        rounds: tuple[int, ...] = client.submit(_rounds, job, pure=False).result()
+    except KilledWorker as error:
+        raise ClusterError(
+            f"stop_rounds: the fit that counts trees killed its worker again and again ({error})",
+            "Most often it ran out of memory: it needs all pairs. Give workers more, or set "
+            "stop_rounds = 0.",
+        ) from error
+    return rounds
 
 
 def _fit_here(job: _Job, progress: Progress) -> tuple[Any, ...]:

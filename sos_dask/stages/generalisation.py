@@ -35,7 +35,15 @@ from sos_dask.generalisation import (
 )
 from sos_dask.projection import chosen_rows
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
-from sos_dask.stages.parts import read_piece, records, run_parts, unless_complete, write_piece
+from sos_dask.stages.parts import (
+    read_piece,
+    records,
+    run_parts,
+    training_pairs,
+    unless_complete,
+    write_piece,
+)
+from sos_dask.stages.train import VERSION as TRAIN_VERSION
 
 VERSION = 1
 TABLE = "generalisation.parquet"
@@ -102,10 +110,12 @@ def generalisation_recipe(
     pairs: str, methods: Mapping[str, Mapping[str, Any]], settings: GeneralisationSettings
 ) -> Recipe:
     """Recipe of `generalisation` for pairs of this fingerprint."""
-    params = {"methods": {name: dict(p) for name, p in methods.items()}}
-    return Recipe(
-        "generalisation", VERSION, {**params, "settings": asdict(settings)}, {"pairs": pairs}
-    )
+    params = {
+        "methods": {name: dict(p) for name, p in methods.items()},
+        "train_version": TRAIN_VERSION,  # what the methods make of their parameters
+        "settings": asdict(settings),
+    }
+    return Recipe("generalisation", VERSION, params, {"pairs": pairs})
 
 
 def generalisation(
@@ -194,11 +204,9 @@ def generalisation(
 
 def _pairs(pairs: Catalog, settings: GeneralisationSettings) -> tuple[pa.Table, tuple[str, ...]]:
     """Pairs fit for training with their groups, and the parameters that their density is in."""
-    wanted = [*PARAMETERS, HEALPIX_COLUMN, "use", "fold", "survey_ref", *_DIFFERENCES]
+    wanted = [*PARAMETERS, HEALPIX_COLUMN, "fold", "survey_ref", *_DIFFERENCES]
     columns = pairs.columns(wanted)
-    tables = [pairs.read(pixel, columns) for pixel in pairs.pixels]
-    table = pa.concat_tables(tables)
-    table = table.filter(table["use"]).combine_chunks()
+    table = training_pairs(pairs, columns).combine_chunks()
     if table.num_rows > settings.max_pairs:
         places = table[HEALPIX_COLUMN].to_numpy()
         rate = {0: settings.max_pairs / table.num_rows}

@@ -242,14 +242,9 @@ def _fitted(
         "neighbors": plane.neighbors,
         "limits": list(plane.limits()),
     }
-
-    def write(path: Path) -> int:
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        return 0
-
     return (
         output.write_file(SAMPLE, partial(write_parquet, table)),
-        output.write_file(MODEL, write),
+        output.write_bytes(MODEL, (json.dumps(document, indent=1) + "\n").encode()),
     )
 
 

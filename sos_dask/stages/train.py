@@ -225,7 +225,7 @@ def _train(
     record = output.write_file("held_out.parquet", partial(write_parquet, table))
     records = [*model_files, record]
     if searches:
-        records.append(output.write_file(SEARCH_FILE, partial(_write_json, searches)))
+        records.append(output.write_bytes(SEARCH_FILE, models.to_json(searches)))
     n_pairs = pairs.n_rows
     output.commit(
         Rows(n_pairs, len(folds), 0, {"not fit for training": n_pairs - len(folds)}),
@@ -238,11 +238,6 @@ def _train(
             "metrics": [asdict(metric) for metric in metrics],
         },
     )
-
-
-def _write_json(document: Any, path: Path) -> int:
-    path.write_bytes(models.to_json(document))
-    return 0
 
 
 def metrics_of(manifest: Manifest) -> list[Metric]:
@@ -279,11 +274,5 @@ def _save(output: Output, correction: models.Correction) -> list[FileRecord]:
     correction.save(scratch)
     records = []
     for file in sorted(scratch.iterdir(), key=lambda file: (file.name == "model.json", file.name)):
-        content = file.read_bytes()
-
-        def write(path: Path, content: bytes = content) -> int:
-            path.write_bytes(content)
-            return 0
-
-        records.append(output.write_file(file.name, write))
+        records.append(output.write_bytes(file.name, file.read_bytes()))
     return records

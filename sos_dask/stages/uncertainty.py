@@ -230,14 +230,7 @@ def _make(
     corrected = np.stack([_values(table, label) for label in LABELS], axis=1)
     corrected -= correction.predict(x)
     hats = _hats(table, corrected, single, surveys, settings.seed)
-    files = []
-    for name, content in errors.files().items():
-
-        def write(path: Path, content: bytes = content) -> int:
-            path.write_bytes(content)
-            return 0
-
-        files.append(output.write_file(name, write))
+    files = [output.write_bytes(name, content) for name, content in errors.files().items()]
     files.append(output.write_file(CALIBRATION, partial(write_parquet, calibration)))
     n_pairs, n_used, n_held = pairs.n_rows, table.num_rows, len(rows)
     n_placed = int(np.count_nonzero(placed[rows]))

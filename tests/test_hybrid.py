@@ -212,7 +212,9 @@ def test_changed_and_missing_files_are_named(saved):
     document = json.loads((saved / "model.json").read_text())
     for name in document["files"]:
         kept = {k: v for k, v in document["files"].items() if k != name}
-        (saved / "model.json").write_text(json.dumps({**document, "files": kept}))
+        edited = {**document, "files": kept}
+        del edited[models.SEAL]
+        (saved / "model.json").write_bytes(models.sealed(edited))
         with pytest.raises(ModelError, match=r"damaged|JSON"):
             models.load(saved)
 

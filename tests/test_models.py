@@ -343,7 +343,19 @@ def test_a_missing_file_is_named(saved):
 
 def _edit(saved: Path, **changes: object) -> None:
     document = json.loads((saved / "model.json").read_text())
-    (saved / "model.json").write_text(json.dumps({**document, **changes}))
+    del document[models.SEAL]
+    (saved / "model.json").write_bytes(models.sealed({**document, **changes}))
+
+
+def test_an_edited_model_is_refused(saved):
+    """A wider training range would extrapolate without a word."""
+    text = (saved / "model.json").read_text()
+    document = json.loads(text)
+    document["training_range"]["logg"][1] += 1.0
+    for edited in (json.dumps(document), text.replace('"format": 2', '"format":  2, "x": 1')):
+        (saved / "model.json").write_text(edited)
+        with pytest.raises(ModelError, match="was changed after the model was saved"):
+            models.load(saved)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sos_dask.catalog import Catalog
 from sos_dask.coverage import CoverageModel
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.features import features
+from sos_dask.models import SEAL, sealed
 from sos_dask.schema import LABELS
 from sos_dask.stages.apply import apply
 from sos_dask.stages.common import common_stars
@@ -174,7 +175,8 @@ def test_errors_of_another_correction_are_refused(build, tmp_path):
     model = Path(shutil.copytree(build / "model.polynomial", tmp_path / "model"))
     document = json.loads((model / "model.json").read_text())
     document["train_folds"] = [1, 2, 3]
-    (model / "model.json").write_text(json.dumps(document))
+    del document[SEAL]
+    (model / "model.json").write_bytes(sealed(document))
     with pytest.raises(ModelError, match="made for another correction"):
         apply(model, observations, tmp_path / "out", errors=build / "uncertainty")
     spoilt = Path(shutil.copytree(build / "uncertainty", tmp_path / "spoilt"))

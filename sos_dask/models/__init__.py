@@ -32,6 +32,7 @@ from sos_dask.schema import LABELS, nearest
 
 MODEL_FORMAT = 2
 MODEL_FILE = "model.json"
+SEAL = "sha256"
 
 R = TypeVar("R")
 Float32Array = NDArray[np.float32]
@@ -280,7 +281,7 @@ class Fitted(abc.ABC):
                 name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())
             },
         }
-        (directory / MODEL_FILE).write_bytes(to_json(document))
+        (directory / MODEL_FILE).write_bytes(sealed(document))
 
 
 def _in_all_columns(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -293,6 +294,11 @@ def _checked(features: Float32Array) -> Float32Array:
     if x.ndim != 2 or x.shape[1] != len(FEATURES):
         raise ModelError(f"features have shape {x.shape}, not (n, {len(FEATURES)})")
     return x
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """JSON text of a document with the SHA-256 of all else in it."""
+    return to_json({**document, SEAL: hashlib.sha256(to_json(document)).hexdigest()})
 
 
 def to_json(document: Any) -> bytes:
@@ -417,6 +423,11 @@ def load(directory: Path, *, check: bool = True) -> Fitted:
             f"{path}: model format {document.get('format')!r} is not {MODEL_FORMAT}",
             f"It was written by sos-dask {document.get('sos_dask')}, this is {__version__}: train "
             "it again.",
+        )
+    if document.pop(SEAL, None) != hashlib.sha256(to_json(document)).hexdigest():
+        raise ModelError(
+            f"{path} was changed after the model was saved: its SHA-256 is another one",
+            "Restore it, or train the model again.",
         )
     for key, expected in (("labels", LABELS), ("features", FEATURES)):
         if document.get(key) != list(expected):

@@ -25,7 +25,7 @@ from sos_dask.report.words import percent, readable
 from sos_dask.stages.generalisation import GeneralisationSettings, generalisation
 from sos_dask.stages.projection import projection
 from sos_dask.stages.report import PAGE, ReportSettings, report
-from sos_dask.stages.report_content import grid_of
+from sos_dask.stages.report_content import figures, grid_of
 from sos_dask.store import read_build
 from sos_dask.trust import FLAG_OUTSIDE, FLAGS
 
@@ -150,12 +150,10 @@ def left_out(current, tmp_path_factory) -> Path:
 
 
 def test_the_page_has_the_plane_and_the_groups(current, plane, left_out, tmp_path, monkeypatch):
-    import sos_dask.stages.report as module
-
     wanted = {"projection", "generalisation", "generalisation-scatter"}
-    every = module.figures
     monkeypatch.setattr(
-        module, "figures", lambda build: {k: v for k, v in every(build).items() if k in wanted}
+        "sos_dask.stages.report.figures",
+        lambda build: {name: draw for name, draw in figures(build).items() if name in wanted},
     )
     products = {name: current / name for name in read_build(current)["products"]}
     more = {"generalisation": left_out, "projection": plane}

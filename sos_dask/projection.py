@@ -2,7 +2,7 @@
 
 UMAP (McInnes, Healy & Melville 2018, arXiv 1802.03426) lays out a sample. Any row is then placed at
 the mean of its nearest neighbours in the sample, weighted by one over the squared distance: UMAP's
-own transform starts there too (section 5 of the paper), goes on with a random search, is fifty
+own transform starts there too (section 5 of the paper), goes on with a random search, is forty
 times slower, and depends on which rows it is given together; this does not. The n-th neighbour may
 be half as far again as the n-th nearest (Arya et al. 1998, Journal of the ACM 45, 891): most are
 the nearest, and they are found in half the time. Rows beside the sample cannot be told from those

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from sos_dask import coverage as kernel
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_parquet, write_partition
+from sos_dask.catalog import Catalog, partition_errors, write_parquet, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.coverage import CLASSES, OUTSIDE, SPARSE, CoverageModel, Limits
 from sos_dask.crossmatch import MatchSettings, match
+from sos_dask.errors import CatalogError
 from sos_dask.features import PARAMETERS
 from sos_dask.healpix import HealpixPixel, surroundings
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
@@ -50,7 +51,7 @@ from sos_dask.trust import (
 )
 from sos_dask.verify import key_hashes
 
-VERSION = 2
+VERSION = 3
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS = "maps.parquet"
@@ -92,6 +93,11 @@ class _SamplePart:
     catalog: Catalog
     pixel: HealpixPixel
     share: float
+    key: str  # column of the keys, which is the name of the sample too
+
+    @property
+    def file(self) -> Path:
+        return self.output.work / "samples" / self.key / f"{key_of(self.pixel)}.arrow"
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,8 @@ def coverage(
     Returns
     -------
     Manifest
-        ``summary``: shares of the rows inside, sparse, outside and without coverage; limits and
-        their meaning; measures compared; rows without each parameter.
+        ``summary``: shares of the rows, and of stars, inside, sparse, outside and without coverage;
+        limits and their meaning; measures compared; rows without each parameter.
 
     Raises
     ------
@@ -197,10 +203,21 @@ def _run(
     report: Report,
 ) -> None:
     keys = [key_of(pixel) for pixel in catalog.pixels]
-    share = min(1.0, _SAMPLE_ROWS / max(catalog.n_rows, 1))
-    samples = {key_of(p): _SamplePart(output, catalog, p, share) for p in catalog.pixels}
+    samples = {
+        f"{key}-{key_of(pixel)}": _SamplePart(
+            output, source, pixel, min(1.0, _SAMPLE_ROWS / max(source.n_rows, 1)), key
+        )
+        for source, key in ((catalog, "obs_id"), (stars, "star_id"))
+        for pixel in source.pixels
+    }
     run_parts(output, "samples", samples, _sample_part, cluster, "coverage: sample", report)
-    files, fitted = _fitted(output, model, pairs, settings, errors, keys)
+    sampled = {
+        key: parameter_columns(
+            pa.concat_tables([read_piece(s.file) for s in samples.values() if s.key == key])
+        )
+        for key in ("obs_id", "star_id")
+    }
+    files, fitted = _fitted(output, model, pairs, settings, errors, sampled["obs_id"])
     grid = {label: _grid(label, catalog, settings) for label in LABELS}
     parts = {
         key_of(p): _Part(output, catalog, stars, pairs, p, grid, settings.radius_arcsec)
@@ -222,6 +239,7 @@ def _run(
         },
         "shares": {name: count / max(n_rows, 1) for name, count in counts.items()},
         "rows": counts,
+        "stars": _shares(sampled["star_id"], _load(str(output.directory))),
         "flags": {
             str(bit): sum(record["flags"][str(bit)] for record in done) for bit in FLAG_MEANINGS
         },
@@ -248,13 +266,25 @@ def _grid(label: str, catalog: Catalog, settings: CoverageSettings) -> tuple[flo
     return catalog.bounds(label).get(label, (-np.inf, np.inf))
 
 
+def _shares(columns: Mapping[str, NDArray[np.float64]], model: CoverageModel) -> dict[str, Any]:
+    """Shares of a sample of stars in each class, by their combined labels, and how many it has."""
+    score = model.coverage(columns)
+    place = np.where(np.isfinite(score), model.limits.classify(score), len(CLASSES))
+    counts = np.bincount(place, minlength=len(CLASSES) + 1).tolist()
+    shares = {
+        name: count / max(len(score), 1)
+        for name, count in zip((*CLASSES, "unknown"), counts, strict=True)
+    }
+    return {"sampled": len(score), **shares}
+
+
 def _fitted(
     output: Output,
     model: Path,
     pairs: Catalog,
     settings: CoverageSettings,
     errors: Path | None,
-    keys: list[str],
+    columns: Mapping[str, NDArray[np.float64]],
 ) -> tuple[list[FileRecord], dict[str, Any]]:
     """Fit the model, or take that of a run before; its files and what is said of it."""
     names = (
@@ -267,17 +297,15 @@ def _fitted(
     )
     record = output.get_record("fit", "model")
     if record is None:
-        sample = pa.concat_tables([read_piece(_sample_file(output, key)) for key in keys])
-        columns = parameter_columns(sample)
         overlap = read_overlap(model, pairs, errors)
         fit = kernel.fit(overlap, columns, settings.measure, settings.limits, settings.seed)
         scratch = output.work / "model"
         scratch.mkdir(parents=True, exist_ok=True)
         fit.model.save(scratch)
         write_parquet(pa.Table.from_pylist(fit.bins), scratch / CALIBRATION)
-        others: Sequence[kernel.Fit] = ()
+        rankings: Sequence[kernel.Ranking] = ()
         if settings.compare:
-            others = kernel.compare(overlap, columns, settings.limits, settings.seed)
+            rankings = kernel.compare(overlap, columns, settings.seed)
         record = {
             "parameters": list(fit.model.parameters),
             "held_out_pairs": fit.n_held_out,
@@ -286,14 +314,7 @@ def _fitted(
             "noise": asdict(fit.model.noise),
             "widths": fit.model.widths.tolist(),
             "width_pairs": fit.n_width,
-            "measures": [
-                {
-                    "measure": other.model.name,
-                    "rank_correlation": other.rank_correlation,
-                    "rank_correlation_sparse": other.rank_correlation_sparse,
-                }
-                for other in others
-            ],
+            "measures": [asdict(ranking) for ranking in rankings],
         }
         output.put_record("fit", "model", record)
     files = []
@@ -311,23 +332,20 @@ def _write_bytes(content: bytes, rows: int, path: Path) -> int:
     return rows
 
 
-def _sample_file(output: Output, key: str) -> Path:
-    return output.work / "samples" / f"{key}.arrow"
-
-
 def _map_file(output: Output, key: str) -> Path:
     return output.work / "maps" / f"{key}.arrow"
 
 
 def _sample_part(part: _SamplePart) -> None:
     """Rows of one partition that belong to the sample: chosen by their key alone."""
-    names = part.catalog.columns(["obs_id", *PARAMETERS])
+    names = part.catalog.columns([part.key, *PARAMETERS])
     table = part.catalog.read(part.pixel, names)
     limit = np.uint64(min(part.share, 1.0) * float(2**64 - 2**11))
-    mixed = key_hashes(table["obs_id"]) * _GOLDEN  # integers are their own hashes
-    table = table.filter(pa.array(mixed <= limit)).drop_columns("obs_id")
-    write_piece(_sample_file(part.output, key_of(part.pixel)), table)
-    part.output.put_record("samples", key_of(part.pixel), {"rows": table.num_rows})
+    mixed = key_hashes(table[part.key]) * _GOLDEN  # integers are their own hashes
+    table = table.filter(pa.array(mixed <= limit)).drop_columns(part.key)
+    write_piece(part.file, table)
+    name = f"{part.key}-{key_of(part.pixel)}"
+    part.output.put_record("samples", name, {"rows": table.num_rows})
 
 
 @lru_cache(maxsize=2)
@@ -417,19 +435,28 @@ def look(directory: Path) -> dict[str, Any]:
     -------
     dict
         ``inside``, ``sparse``, ``outside``, ``unknown``: shares of the rows; ``meaning``,
-        ``limits``, ``measure``, ``parameters``, ``measures`` as in the manifest; ``kiel`` (cells of
+        ``limits``, ``measure``, ``parameters``, ``measures`` as in the manifest; ``stars``: the
+        same shares of (at most some 200,000) stars; ``flags``: rows by bit; ``kiel`` (cells of
         500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) with ``rows`` and ``outside``;
         ``follow_up``: see `coverage.follow_up`.
 
     Raises
     ------
     CatalogError
-        There is no such product.
+        There is no such product, or another version made it.
+    PartitionError
+        Its maps cannot be read.
     """
     summary = Manifest.load(directory).summary
-    maps = pq.read_table(directory / MAPS)
+    with partition_errors(directory / MAPS):
+        maps = pq.read_table(directory / MAPS)
     kept = ("meaning", "limits", "measure", "measures", "parameters", "parameters_without_column",
-            "rows_without", "rows", "flags", "held_out_pairs", "wrong_measurements")  # fmt: skip
+            "rows_without", "rows", "stars", "flags", "held_out_pairs",
+            "wrong_measurements")  # fmt: skip
+    if not {"shares", *kept} <= set(summary):
+        raise CatalogError(
+            f"{directory} was made by another version of sos-dask", "Run the rebuild again."
+        )
     return {
         **summary["shares"],
         **{name: summary[name] for name in kept},

@@ -91,7 +91,7 @@ def coverage(store: Store = Path("store"), as_json: Json = False) -> None:
     stars = found["stars"]
     show_table(
         f"Share of the rows, and of {stars['sampled']:,} stars",
-        ["", ">rows %", ">stars %", "error of a corrected label"],
+        ["", ">rows %", ">stars %", "meaning"],
         [
             (
                 name,
@@ -108,7 +108,10 @@ def coverage(store: Store = Path("store"), as_json: Json = False) -> None:
     show_table(
         "Bits of flag_sos",
         [">bit", ">rows", ""],
-        [(bit, f"{n:,}", FLAG_MEANINGS[int(bit)]) for bit, n in found["flags"].items()],
+        [
+            (bit, f"{n:,}", FLAG_MEANINGS[int(bit)])
+            for bit, n in sorted(found["flags"].items(), key=lambda item: int(item[0]))
+        ],
     )
     if found["measures"]:
         _show_measures(found["measures"])

@@ -22,10 +22,9 @@ from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.coverage import CLASSES, OUTSIDE, SPARSE, CoverageModel, Limits
-from sos_dask.crossmatch import MatchSettings, match
 from sos_dask.errors import CatalogError
 from sos_dask.features import PARAMETERS
-from sos_dask.healpix import HealpixPixel, surroundings
+from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.stages.overlap import parameter_columns, read_overlap
 from sos_dask.stages.parts import (
@@ -39,14 +38,13 @@ from sos_dask.stages.parts import (
     unless_complete,
     write_piece,
 )
+from sos_dask.stages.star_flags import star_flags
 from sos_dask.trust import (
     COVERAGE_FIELD,
-    FLAG_AMBIGUOUS,
     FLAG_GRID_EDGE,
     FLAG_MEANINGS,
     FLAG_OUTSIDE,
     FLAG_SPARSE,
-    FLAG_SPREAD,
     FLAGS,
 )
 from sos_dask.verify import key_hashes
@@ -379,8 +377,7 @@ def _score_part(part: _Part) -> None:
     for label, (low, high) in part.grid.items():
         step = GRID_STEPS[label]
         flags[(columns[label] <= low + step) | (columns[label] >= high - step)] |= FLAG_GRID_EDGE
-    flags[_of_stars(part, table, part.stars, "flag_spread")] |= FLAG_SPREAD
-    flags[_of_stars(part, table, part.pairs, "ambiguous")] |= FLAG_AMBIGUOUS
+    flags |= star_flags(table, part.pixel, part.stars, part.pairs, part.radius_arcsec)
     cells = table[HEALPIX_COLUMN].to_numpy()
     key = key_of(part.pixel)
     write_piece(_map_file(part.output, key), kernel.count_maps(cells, columns, place))
@@ -405,22 +402,6 @@ def _score_part(part: _Part) -> None:
             "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in FLAG_MEANINGS},
         },
     )
-
-
-def _of_stars(part: _Part, table: pa.Table, stars: Catalog, flag: str) -> NDArray[np.int64]:
-    """Rows of a partition that belong to stars (or pairs) with a flag."""
-    if flag not in stars.schema.names or not table.num_rows:
-        return np.empty(0, dtype=np.int64)
-    key = "star_id" if "star_id" in stars.schema.names else "reference_star_id"
-    names = [HEALPIX_COLUMN, key, "ra", "dec", "position_epoch", *GAIA_IDS.values(), flag]
-    around = surroundings(part.pixel, part.radius_arcsec)[0]
-    ranges = sorted([(part.pixel.first, part.pixel.stop), *around])
-    marked = stars.read_ranges(ranges, stars.columns(names))
-    marked = marked.filter(marked[flag])
-    if not marked.num_rows:
-        return np.empty(0, dtype=np.int64)
-    settings = MatchSettings(part.radius_arcsec, max(part.radius_arcsec, 10.0))
-    return np.unique(match(table, marked, settings, key).left)
 
 
 def look(directory: Path) -> dict[str, Any]:

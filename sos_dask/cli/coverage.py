@@ -78,7 +78,7 @@ def attach(
 def coverage(store: Store = Path("store"), as_json: Json = False) -> None:
     """Show which part of the catalog the pairs cover, and where more references would help most.
 
-    Maps as figures are in the report. Example: sos-dask coverage --store store --json
+    Example: sos-dask coverage --store store --json
     """
     from sos_dask.stages.coverage import look
     from sos_dask.store import current_product
@@ -115,6 +115,9 @@ def coverage(store: Store = Path("store"), as_json: Json = False) -> None:
     )
     if found["measures"]:
         _show_measures(found["measures"])
+    figure = store / "current" / "report" / "figures" / "coverage.png"
+    if figure.is_file():
+        say(f"The maps as a figure: {figure}")
     _show_kiel(found["kiel"])
     show_table(
         "On the sky: share outside by HEALPix base pixel",

@@ -121,7 +121,7 @@ def test_a_neighbour_of_a_marked_star_is_not_marked(tmp_path, target):
     left = stars if target == "stars" else observed
     crossmatch(left, references, tmp_path / "pairs", PairSettings(MatchSettings(1.0)))
     pairs = Catalog.open(tmp_path / "pairs")
-    found = {}
+    found: dict[int, int] = {}
     for pixel in observed.pixels:
         table = observed.read(pixel)
         flags = star_flags(table, pixel, stars, pairs, 1.5)

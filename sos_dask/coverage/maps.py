@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ STEPS = {
 }
 """Width of the cells of each map; a cell begins at a whole multiple of it."""
 _BITS, _OFFSET = 16, 1 << 15
+_COUNTS = (*CLASSES, "n_g", "sum_g")
+_AT_ONCE = 32
 
 MAP_SCHEMA = pa.schema(
     [
@@ -91,10 +94,18 @@ def count_maps(cells: IntArray, columns: Columns, place: NDArray[np.int8]) -> pa
     return pa.concat_tables(tables)
 
 
-def sum_maps(parts: Sequence[pa.Table]) -> pa.Table:
-    """Maps of the whole catalog from the counts of its partitions; ``MAP_SCHEMA``, sorted."""
-    names = [*CLASSES, "n_g", "sum_g"]
-    total = pa.concat_tables(parts).group_by(["map", "cell"]).aggregate([(n, "sum") for n in names])
+def sum_maps(parts: Iterable[pa.Table]) -> pa.Table:
+    """Maps of the whole catalog from the counts of its partitions; ``MAP_SCHEMA``, sorted.
+
+    Parameters
+    ----------
+    parts : iterable of pyarrow.Table
+        Of `count_maps`; a bounded number of them is held at once.
+    """
+    left = iter(parts)
+    total = _added(list(islice(left, _AT_ONCE)))
+    while batch := list(islice(left, _AT_ONCE)):
+        total = _added([total, *batch])
     total = total.sort_by([("map", "ascending"), ("cell", "ascending")])
     kind = total["map"].to_numpy(zero_copy_only=False)
     cell = total["cell"].to_numpy()
@@ -104,16 +115,23 @@ def sum_maps(parts: Sequence[pa.Table]) -> pa.Table:
         for label, step in reversed(steps.items()):
             labels[label][kind == name] = ((rest & ((1 << _BITS) - 1)) - _OFFSET + 0.5) * step
             rest = rest >> _BITS
-    n_g = total["n_g_sum"].to_numpy()
-    mean_g = total["sum_g_sum"].to_numpy() / 1000.0 / np.maximum(n_g, 1)
+    n_g = total["n_g"].to_numpy()
+    mean_g = total["sum_g"].to_numpy() / 1000.0 / np.maximum(n_g, 1)
     columns = [
         total["map"],
         pa.array(cell, mask=kind != "sky"),
         *(pa.array(values, mask=np.isnan(values)) for values in labels.values()),
-        *(total[f"{name}_sum"] for name in CLASSES),
+        *(total[name] for name in CLASSES),
         pa.array(mean_g.astype(np.float32), mask=n_g == 0),
     ]
     return pa.table(columns, names=MAP_SCHEMA.names).cast(MAP_SCHEMA)
+
+
+def _added(counts: Sequence[pa.Table]) -> pa.Table:
+    """Counts of equal cells in one row."""
+    together = pa.concat_tables(counts).group_by(["map", "cell"])
+    total = together.aggregate([(name, "sum") for name in _COUNTS])
+    return total.rename_columns({f"{name}_sum": name for name in _COUNTS})
 
 
 def follow_up(maps: pa.Table, n: int = 10) -> list[dict[str, float | int | None]]:

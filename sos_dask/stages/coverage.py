@@ -223,7 +223,7 @@ def _run(
     }
     run_parts(output, "scores", parts, _score_part, cluster, "coverage", report)
     done = records(output, "scores", keys) or []
-    maps = kernel.sum_maps([read_piece(_map_file(output, key)) for key in keys])
+    maps = kernel.sum_maps(read_piece(_map_file(output, key)) for key in keys)
     files.append(output.write_file(MAPS, partial(write_parquet, maps)))
     n_rows = catalog.n_rows
     counts = {name: sum(record[name] for record in done) for name in (*CLASSES, "unknown")}

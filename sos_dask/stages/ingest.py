@@ -44,6 +44,7 @@ from sos_dask.ingest import (
 from sos_dask.schema import HEALPIX_COLUMN, Survey
 from sos_dask.stages.parts import (
     commit_catalog,
+    copied,
     key_of,
     read_piece,
     records,
@@ -395,7 +396,7 @@ def _merge_part(part: _PixelPart) -> None:
         cells = piece[HEALPIX_COLUMN].to_numpy()
         first, stop = np.searchsorted(cells, [part.pixel.first, part.pixel.stop])
         if first < stop:
-            slices.append(piece.slice(first, stop - first))
+            slices.append(copied(piece.slice(first, stop - first)))
     losers = read_piece(_losers_file(part.output))
     if losers.num_rows:
         slices = [_without(rows, losers) for rows in slices]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -317,8 +317,17 @@ class _Counts:
     output: Output
     keys: Mapping[str, tuple[str, ...]]
 
-    def _tables(self, product: str) -> list[pa.Table]:
-        return [read_piece(_piece(self.output, key)) for key in self.keys[product]]
+    def _tables(self, product: str) -> Iterator[pa.Table]:
+        """One after the other: all together they grow with the number of partitions."""
+        for key in self.keys[product]:
+            yield read_piece(_piece(self.output, key))
+
+    def _sums(self, product: str, *names: str) -> list[NDArray[np.int64]]:
+        """Columns added up over all parts."""
+        total: list[Any] = [0] * len(names)
+        for table in self._tables(product):
+            total = [one + table[name].to_numpy() for one, name in zip(total, names, strict=True)]
+        return [np.asarray(one, dtype=np.int64) for one in total]
 
     def sky(self, product: str) -> NDArray[np.int64]:
         """Rows a cell of the sky."""
@@ -333,25 +342,21 @@ class _Counts:
         """Rows with a coverage in each cell of the plane of all parameters, and those outside."""
         if "projection" not in self.keys:
             return None
-        found = self._tables("projection")
-        known, outside = (
-            np.sum([table[name].to_numpy() for table in found], axis=0)
-            for name in ("known", "outside")
-        )
+        known, outside = self._sums("projection", "known", "outside")
         return known, outside
 
     def plane(self, product: str) -> tuple[Histogram, Histogram]:
         """Rows on the plane before and after."""
         from sos_dask.report.planes import N_CELLS, Histogram
 
-        keys = self.keys[product]
+        keys, names = self.keys[product], ("before", "after")
         outside = [self.output.get_record("counts", key) or {} for key in keys]
         before, after = (
             Histogram(
-                sum((t[name].to_numpy() for t in self._tables(product)), np.zeros(N_CELLS, int)),
+                np.zeros(N_CELLS, dtype=np.int64) + counts,
                 sum(record["outside"][name] for record in outside),
             )
-            for name in ("before", "after")
+            for name, counts in zip(names, self._sums(product, *names), strict=True)
         )
         return before, after
 
@@ -359,14 +364,11 @@ class _Counts:
         """Geometric mean of the errors on the plane; None where rows have none."""
         from sos_dask.report.planes import LOG_QUANTUM, N_CELLS
 
-        found = self._tables(product)
-        if not found or f"{LABELS[0]}_sum" not in found[0].column_names:
+        first = next(self._tables(product), None)
+        if first is None or f"{LABELS[0]}_sum" not in first.column_names:
             return None
         means = np.full((N_CELLS, len(LABELS)), np.nan)
         for number, label in enumerate(LABELS):
-            n, total = (
-                np.sum([t[f"{label}_{what}"].to_numpy() for t in found], axis=0)
-                for what in ("n", "sum")
-            )
+            n, total = self._sums(product, f"{label}_n", f"{label}_sum")
             np.divide(total * LOG_QUANTUM, n, out=means[:, number], where=n > 0)
         return np.asarray(10.0**means)

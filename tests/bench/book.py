@@ -157,8 +157,9 @@ def _markdown(entries: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield "Where our steps spend it; the first part is what comes before the first task."
     yield ""
-    yield "| step | rows | part | tasks | wall s | CPU-s | RSS GiB | largest process GiB |"
-    yield "|---|---:|---|---:|---:|---:|---:|---:|"
+    names = "tasks | wall s | CPU-s | RSS GiB | driver GiB | largest worker GiB"
+    yield f"| step | rows | part | {names} |"
+    yield "|---|---:|---|---:|---:|---:|---:|---:|---:|"
     for entry in entries:
         if entry["theirs"] is None and entry["step"] != "memory":  # the same as of rebuild
             for number, part in enumerate(entry["ours"]["parts"]):
@@ -166,7 +167,8 @@ def _markdown(entries: list[dict[str, Any]]) -> Iterator[str]:
                 yield (
                     f"| {'' if number else name} | {'' if number else format(entry['rows'], ',')} "
                     f"| {part['name']} | {part['tasks'] or ''} | {part['wall_s']:.1f} "
-                    f"| {part['cpu_s']:.1f} | {part['rss_gib']:.2f} | {part['process_gib']:.2f} |"
+                    f"| {part['cpu_s']:.1f} | {part['rss_gib']:.2f} | {part['driver_gib']:.2f} "
+                    f"| {part['worker_gib']:.2f} |"
                 )
 
 

@@ -26,14 +26,18 @@ _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of a command took, between the lines in which it says how far it is."""
+    """What one part of a command took, between the lines in which it says how far it is.
+
+    Memory as sampled: ``driver_gib`` of the first process, ``worker_gib`` of the largest other one.
+    """
 
     name: str
     tasks: int
     wall_s: float
     cpu_s: float
     rss_gib: float
-    process_gib: float
+    driver_gib: float
+    worker_gib: float
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class _Sample:
     at: float
     cpu_s: float
     rss: int
-    largest: int
+    driver: int
+    worker: int
 
 
 class _Tree:
@@ -113,7 +118,7 @@ class _Tree:
 
     def _sample(self) -> None:
         root = psutil.Process(self.pid)
-        rss = anon = largest = 0
+        rss = anon = driver = worker = 0
         cpu_s = 0.0
         for process in [root, *root.children(recursive=True)]:
             with contextlib.suppress(psutil.Error, OSError):
@@ -121,14 +126,16 @@ class _Tree:
                 rss += now
                 anon += without_files
                 cpu_s += sum(process.cpu_times()[:4])  # with those of children that ended
-                largest = max(largest, now)
                 self.largest = max(self.largest, peak)
-                if process.pid != self.pid:
+                if process.pid == self.pid:
+                    driver = now
+                else:
+                    worker = max(worker, now)
                     self.worker = max(self.worker, peak)
         self.anon = max(self.anon, anon)
         # Between the end of a process and its parent's notice, its time is nowhere.
         cpu_s = max(cpu_s, self.samples[-1].cpu_s if self.samples else 0.0)
-        self.samples.append(_Sample(time.monotonic(), cpu_s, rss, largest))
+        self.samples.append(_Sample(time.monotonic(), cpu_s, rss, driver, worker))
 
 
 def _memory(process: psutil.Process) -> tuple[int, int, int]:
@@ -254,7 +261,8 @@ def _parts(
                 last - first,
                 max(after - before, 0.0),
                 max((sample.rss for sample in inside), default=0) / GIB,
-                max((sample.largest for sample in inside), default=0) / GIB,
+                max((sample.driver for sample in inside), default=0) / GIB,
+                max((sample.worker for sample in inside), default=0) / GIB,
             )
         )
     return found

@@ -7,6 +7,7 @@ worker is simply run again elsewhere.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -34,6 +36,8 @@ _LISTENING_S = 3.0  # so long nobody may listen yet at a scheduler's address
 # then spend a third of their time on fresh pages, and keep no less memory at their peak. One arena,
 # because a task runs in a thread of its own: memory is used again only within an arena.
 _KEPT_BYTES = 256 << 20
+# Dask ends a worker that holds more of its limit.
+_USABLE = 0.95
 _WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": _KEPT_BYTES,
     "MALLOC_MMAP_THRESHOLD_": _KEPT_BYTES,
@@ -93,11 +97,12 @@ class Cluster:
             The smallest worker has less than ``n_bytes``.
         """
         limit = self.memory_limit_bytes
-        if limit is not None and n_bytes > limit:
+        if limit is not None and n_bytes > _USABLE * limit:
             raise ClusterError(
                 f"{what} needs about {n_bytes / 2**20:,.0f} MiB in a worker, "
-                f"the limit is {limit / 2**20:,.0f} MiB",
-                "Raise memory_limit, use fewer workers, or lower rows_per_partition.",
+                f"the limit is {limit / 2**20:,.0f} MiB, of which {_USABLE:.0%} can be used",
+                f"Give workers {n_bytes / _USABLE / 2**20:,.0f} MiB or more (memory_limit; fewer "
+                "workers have more each), or ingest with a lower rows_per_partition.",
             )
 
     def cpu_seconds(self) -> dict[str, float]:
@@ -168,7 +173,7 @@ class Cluster:
 
         def submit() -> None:
             for index, task in waiting:
-                future = self.client.submit(function, task, pure=False)
+                future = self.client.submit(_run_task, function, task, pure=False)
                 index_of[future.key] = index
                 running.add(future)
                 return
@@ -199,6 +204,23 @@ class Cluster:
             with contextlib.suppress(Exception):
                 self.client.cancel(list(running.futures), force=True)
         return [results[index] for index in range(len(tasks))]
+
+
+def _run_task(function: Callable[[T], R], task: T) -> R:
+    """Run a task in a worker."""
+    _give_back(function)
+    return function(task)
+
+
+@lru_cache(maxsize=1)
+def _give_back(function: Callable[[T], R]) -> None:
+    """Give back what the stage before has left, once for the first task of a function.
+
+    Freed memory is kept for the next task of a kind (see above). Kept over stages it would add to
+    the peak of each, in pieces that do not fit.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not the C library of GNU
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _quiet_workers() -> Any:
@@ -267,6 +289,11 @@ def start(
                 "distributed.worker.multiprocessing-method": "forkserver",
                 # A frozen worker is given up after this; its tasks run elsewhere.
                 "distributed.scheduler.worker-ttl": "60s",
+                # A paused worker would never go on: what it holds is not Dask's to spill.
+                "distributed.worker.memory.pause": False,
+                "distributed.worker.memory.target": False,
+                "distributed.worker.memory.spill": False,
+                "distributed.worker.memory.terminate": _USABLE,
                 # Nobody looks at profiles: watching itself took 7 % of a core, now 2 %.
                 "distributed.worker.profile.enabled": False,
                 "distributed.admin.tick.interval": "500ms",

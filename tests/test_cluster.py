@@ -1,12 +1,15 @@
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from sos_dask.cluster import Cluster, start
 from sos_dask.errors import ClusterError, SurveyError
+from sos_dask.healpix import ang2pix
 
 
 def double(number: int) -> int:
@@ -84,18 +87,38 @@ def test_no_scheduler_is_a_clear_error(monkeypatch):
         assert time.monotonic() - began < 10
 
 
-def test_a_partition_too_large_for_a_worker_is_refused_before_it_starts(cluster, tmp_path):
-    from sos_dask.stages.parts import require_memory
+def test_a_partition_too_large_for_a_worker_is_refused_before_it_starts(tmp_path):
+    """What is refused with its limit fits into a worker that has what the message asks for."""
+    from sos_dask.dedupe import DedupeSettings
+    from sos_dask.stages.dedupe import dedupe
     from tests.sky import observations, write_catalog
 
-    catalog = write_catalog(observations(2000, spread=True), tmp_path / "cat")
-    require_memory(cluster, catalog, "dedupe")
-    require_memory(Cluster(), catalog, "dedupe")
-    with start(1, "120MiB") as small, pytest.raises(ClusterError) as caught:
-        require_memory(small, catalog, "dedupe")
-    assert "dedupe: partition" in caught.value.message
-    assert "the limit is 120 MiB" in caught.value.message
-    assert "memory_limit" in caught.value.hint
+    table = in_one_pixel(observations(300_000, spread=True))
+    large = write_catalog(table, tmp_path / "large")
+    small = write_catalog(table, tmp_path / "small", rows_per_partition=40_000)
+    assert len(large.pixels) == 1 < len(small.pixels)
+    with start(1, "230MiB") as cluster:
+        with pytest.raises(ClusterError) as caught:
+            dedupe(large, tmp_path / "refused", DedupeSettings(), cluster=cluster)
+        few = dedupe(small, tmp_path / "few", DedupeSettings(), cluster=cluster)
+    assert f"dedupe: partition {large.pixels[0]} of {large.path} (300,000" in caught.value.message
+    assert "the limit is 230 MiB" in caught.value.message
+    assert "rows_per_partition" in caught.value.hint
+    enough = re.search(r"Give workers (\d+) MiB", caught.value.hint)
+    assert enough and 230 < int(enough[1]) < 400
+    with start(1, f"{int(enough[1]) + 1}MiB") as cluster:
+        many = dedupe(large, tmp_path / "held", DedupeSettings(), cluster=cluster)
+    assert many.rows == few.rows
+    dedupe(large, tmp_path / "refused", DedupeSettings())  # nobody limits this process
+
+
+def in_one_pixel(table: pa.Table) -> pa.Table:
+    """The same rows closer together, inside one base pixel."""
+    ra, dec = 40.0 + table["ra"].to_numpy() / 36.0, table["dec"].to_numpy() / 18.0 + 41.0
+    for name, values in (("ra", ra), ("dec", dec), ("_healpix_29", ang2pix(ra, dec))):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(name), pa.array(values))
+    return table.sort_by([("_healpix_29", "ascending"), ("obs_id", "ascending")])
 
 
 def test_cpu_seconds_are_of_this_process_and_of_the_workers(cluster):

@@ -210,7 +210,9 @@ def apply(
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
-    require_memory(cluster, catalog, "apply")
+    used = [model, *filter(None, [errors, trust and trust.smooth])]
+    held = sum(file.stat().st_size for path in used for file in path.iterdir() if file.is_file())
+    require_memory(cluster, catalog, "apply", held)
     with unless_complete(output):
         parts = {
             key_of(pixel): _Part(

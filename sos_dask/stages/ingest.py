@@ -48,6 +48,7 @@ from sos_dask.stages.parts import (
     key_of,
     read_piece,
     records,
+    require_pixel,
     run_parts,
     unless_complete,
     write_piece,
@@ -56,6 +57,8 @@ from sos_dask.stages.parts import (
 VERSION = 2
 _HISTOGRAM_ORDER = 10
 _KEYS_PER_BUCKET = 10_000_000
+# Measured, and a tenth more: a worker's process, and what it holds of a row while it reads a chunk.
+_PROCESS_BYTES, _CHUNK_BYTES = 120 << 20, 460
 _REJECTED = "rejected.parquet"
 
 
@@ -206,6 +209,8 @@ def _run(
     cluster: Cluster,
     report: Report,
 ) -> None:
+    n_bytes = _PROCESS_BYTES + _CHUNK_BYTES * settings.chunk_rows
+    cluster.require_memory(n_bytes, f"ingest: a chunk of {settings.chunk_rows:,} rows of {name}")
     sources = [
         open_source(file, survey, index, output.work / "scratch")
         for index, file in enumerate(files)
@@ -228,6 +233,9 @@ def _run(
         counts = np.load(output.work / record["histogram"])
         histogram[counts[0]] += counts[1]
     pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, settings.rows_per_partition)
+    if pixels:
+        n_bytes = sum((output.work / piece).stat().st_size for piece in pieces)
+        require_pixel(cluster, "ingest", name, pixels, histogram, n_bytes)
     n_buckets = int(histogram.sum()) // _KEYS_PER_BUCKET + 1
     key_parts = {
         str(bucket): _KeyPart(output, pieces, bucket, n_buckets) for bucket in range(n_buckets)

@@ -18,7 +18,7 @@ from sos_dask.catalog import Catalog, partition_errors, write_catalog_metadata
 from sos_dask.cluster import Cluster, Report
 from sos_dask.columns import floats32, matrix32
 from sos_dask.errors import CatalogError, SurveyError
-from sos_dask.healpix import HealpixPixel
+from sos_dask.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.schema import LABELS
 
 T = TypeVar("T")
@@ -49,13 +49,27 @@ def run_parts(
         report(step, len(parts), len(parts))
 
 
-# Measured: a worker process, and what a stage holds at once of a partition (see the README).
-_PROCESS_BYTES = 200 << 20
-_COPIES = 8
+# Measured with partitions of 68,000 to 929,000 rows, and a tenth more: MiB of a worker's process
+# in a stage, and what it holds at its peak beside that, in bytes of its partition.
+_NEEDS = {
+    "ingest": (220, 5.0),
+    "dedupe": (170, 5.5),
+    "crossmatch": (220, 4.0),
+    "coverage": (230, 3.5),
+    "apply": (200, 5.5),
+}
+_OTHER_NEEDS = (230, 6.0)
 
 
-def require_memory(cluster: Cluster, catalog: Catalog, step: str) -> None:
+def require_memory(cluster: Cluster, catalog: Catalog, step: str, model_bytes: int = 0) -> None:
     """Refuse a stage whose largest partition does not fit into a worker.
+
+    Parameters
+    ----------
+    step : str
+        The stage.
+    model_bytes : int
+        What every worker holds beside its partition.
 
     Raises
     ------
@@ -65,10 +79,58 @@ def require_memory(cluster: Cluster, catalog: Catalog, step: str) -> None:
     if not catalog.pixels or cluster.memory_limit_bytes is None:
         return
     pixel, n_bytes = catalog.largest_partition()
-    cluster.require_memory(
-        _PROCESS_BYTES + _COPIES * n_bytes,
-        f"{step}: partition {pixel} of {catalog.path} ({catalog.partition_rows(pixel):,} rows)",
-    )
+    what = f"partition {pixel} of {catalog.path} ({catalog.partition_rows(pixel):,} rows)"
+    cluster.require_memory(needed_bytes(step, n_bytes) + model_bytes, f"{step}: {what}")
+
+
+def require_pixel(
+    cluster: Cluster,
+    step: str,
+    name: str,
+    pixels: Sequence[HealpixPixel],
+    histogram: NDArray[np.int64],
+    n_bytes: int,
+) -> None:
+    """Refuse a stage that makes partitions, one of which would not fit into a worker.
+
+    Parameters
+    ----------
+    name : str
+        Of the catalog that is made.
+    pixels : sequence of HealpixPixel
+        Its partitions, at least one.
+    histogram : ndarray of int64, shape (12 * 4**order,)
+        Rows a cell of the sky.
+    n_bytes : int
+        Of all rows in memory.
+
+    Raises
+    ------
+    ClusterError
+        As `require_memory`.
+    """
+    order = (len(histogram) // 12).bit_length() // 2
+    edges = np.append(0, np.cumsum(histogram))
+    shift = 2 * (MAX_ORDER - order)
+    rows = [int(edges[pixel.stop >> shift] - edges[pixel.first >> shift]) for pixel in pixels]
+    largest = int(np.argmax(rows))
+    share = n_bytes * rows[largest] // max(sum(rows), 1)
+    what = f"partition {pixels[largest]} of {name} ({rows[largest]:,} rows)"
+    cluster.require_memory(needed_bytes(step, share), f"{step}: {what}")
+
+
+def catalog_bytes(catalog: Catalog) -> int:
+    """What all rows of a catalog take in memory, by its largest partition."""
+    if not catalog.pixels:
+        return 0
+    pixel, n_bytes = catalog.largest_partition()
+    return n_bytes * catalog.n_rows // max(catalog.partition_rows(pixel), 1)
+
+
+def needed_bytes(step: str, n_bytes: int) -> int:
+    """What a worker needs in a stage for a partition of so many bytes."""
+    process_mib, copies = _NEEDS.get(step, _OTHER_NEEDS)
+    return int((process_mib << 20) + copies * n_bytes)
 
 
 def records(output: Output, kind: str, keys: Sequence[str]) -> list[dict[str, Any]] | None:

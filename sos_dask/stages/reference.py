@@ -30,12 +30,14 @@ from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
 from sos_dask.stages.crossmatch import motion_of
 from sos_dask.stages.parts import (
     GAIA_IDS,
+    catalog_bytes,
     commit_catalog,
     id_values,
     key_of,
     rank_of,
     read_piece,
     records,
+    require_pixel,
     run_parts,
     unless_complete,
     write_piece,
@@ -154,6 +156,9 @@ def reference(
         for record in records(output, "counts", list(counts)) or []:
             np.add.at(histogram, record["cells"], record["rows"])
         pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, settings.rows_per_partition)
+        if pixels:
+            n_bytes = sum(catalog_bytes(catalog) for catalog in catalogs.values())
+            require_pixel(cluster, "reference", name, pixels, histogram, n_bytes)
         motion = max(_motion_arcsec(motion_of(c), settings.epoch) for c in catalogs.values())
         parts = {
             key_of(pixel): _Part(output, catalogs, pixel, settings, motion) for pixel in pixels

@@ -105,6 +105,24 @@ class Cluster:
                 "workers have more each), or ingest with a lower rows_per_partition.",
             )
 
+    @staticmethod
+    def require_driver_memory(n_bytes: int, what: str) -> None:
+        """Refuse work that this process cannot hold, before it starts.
+
+        Raises
+        ------
+        ClusterError
+            The machine, or the group of processes that a batch system put this one in, has less.
+        """
+        from distributed.system import MEMORY_LIMIT
+
+        if n_bytes > MEMORY_LIMIT:
+            raise ClusterError(
+                f"{what} needs about {n_bytes / 2**20:,.0f} MiB in the process that was started, "
+                f"there are {MEMORY_LIMIT / 2**20:,.0f} MiB",
+                "Start it on a machine, or in a batch job, with more memory.",
+            )
+
     def cpu_seconds(self) -> dict[str, float]:
         """CPU seconds so far of this process and of each worker that answers soon, by address."""
         found = {"": time.process_time()}

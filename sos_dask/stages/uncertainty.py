@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sos_dask import models
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet
-from sos_dask.cluster import Report, silent
+from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.columns import floats, floats32, floats_or_nan
 from sos_dask.features import TEFF_UNIT_K, features
 from sos_dask.folds import fold_of, smallest_of_joined, star_numbers
@@ -51,6 +51,7 @@ from sos_dask.uncertainty import (
 VERSION = 2
 CALIBRATION = "calibration.parquet"
 _MIN_COMMON = 30
+_PROCESS_BYTES, _BYTES_A_PAIR = 470 << 20, 450  # measured, and a tenth more
 _ERRORS = tuple(f"{label}_err_ref" for label in LABELS)
 
 FloatArray = NDArray[np.float64]
@@ -168,6 +169,10 @@ def uncertainty(
     output = Output.prepare(directory, recipe, overwrite)
     if output.complete:
         return output.load_manifest()
+    n_pairs = pairs.n_rows
+    Cluster.require_driver_memory(
+        _PROCESS_BYTES + _BYTES_A_PAIR * n_pairs, f"uncertainty: {n_pairs:,} pairs of {pairs.path}"
+    )
     with unless_complete(output):
         report("uncertainty", 0, 2)
         _make(output, model, pairs, settings, surveys, report)

@@ -56,8 +56,10 @@ class Usage:
         The same without pages of files, which the kernel can drop at any time.
     process_gib : float
         Largest resident memory of a single process (its high-water mark).
-    worker_gib : float
-        The same without the first process; 0 where there is no other.
+    driver_gib, worker_gib : float
+        The same of the first process, and of the largest other one; 0 where there is no other.
+    moved_gb : float
+        Sent over the network meanwhile, this machine's own included, by whatever program.
     other_cpu_s : float
         What the rest of the machine used meanwhile: where it is not small, wall times say little.
     tasks : int
@@ -72,7 +74,9 @@ class Usage:
     rss_gib: float
     anon_gib: float = 0.0
     process_gib: float = 0.0
+    driver_gib: float = 0.0
     worker_gib: float = 0.0
+    moved_gb: float = 0.0
     other_cpu_s: float = 0.0
     tasks: int = 0
     state: str = "done"
@@ -95,7 +99,7 @@ class _Tree:
         self.pid = pid
         self.limit_s = limit_s
         self.samples: list[_Sample] = []
-        self.anon = self.largest = self.worker = 0
+        self.anon = self.driver = self.worker = 0
         self.stopped = False
         self._end = threading.Event()
         self._started = time.monotonic()
@@ -126,9 +130,9 @@ class _Tree:
                 rss += now
                 anon += without_files
                 cpu_s += sum(process.cpu_times()[:4])  # with those of children that ended
-                self.largest = max(self.largest, peak)
                 if process.pid == self.pid:
                     driver = now
+                    self.driver = max(self.driver, peak)
                 else:
                     worker = max(worker, now)
                     self.worker = max(self.worker, peak)
@@ -182,7 +186,7 @@ def measure(command: Sequence[str | Path], log: Path, limit_s: float | None = No
     marks: list[tuple[float, str, int]] = []
     with log.open("w") as printed:
         print("$", *command, file=printed, flush=True)
-        busy = _machine_cpu_s()
+        busy, sent = _machine_cpu_s(), _sent_bytes()
         start = time.monotonic()
         process = subprocess.Popen(
             [str(word) for word in command],
@@ -220,10 +224,12 @@ def measure(command: Sequence[str | Path], log: Path, limit_s: float | None = No
     return Usage(
         wall_s=end - start,
         cpu_s=cpu_s,
-        rss_gib=max([tree.largest, *(sample.rss for sample in tree.samples)]) / GIB,
+        rss_gib=max([tree.driver, tree.worker, *(one.rss for one in tree.samples)]) / GIB,
         anon_gib=tree.anon / GIB,
-        process_gib=tree.largest / GIB,
+        process_gib=max(tree.driver, tree.worker) / GIB,
+        driver_gib=tree.driver / GIB,
         worker_gib=tree.worker / GIB,
+        moved_gb=(_sent_bytes() - sent) / 1e9,
         other_cpu_s=max(_machine_cpu_s() - busy - cpu_s, 0.0),
         tasks=sum({step: total for _, step, total in marks}.values()),
         state="stopped" if stopped else "failed" if process.returncode else "done",
@@ -282,6 +288,10 @@ def _cpu_at(samples: list[_Sample], at: float) -> float:
 def _machine_cpu_s() -> float:
     times: Any = psutil.cpu_times()
     return float(times.user + times.nice + times.system)
+
+
+def _sent_bytes() -> int:
+    return sum(one.bytes_sent for one in psutil.net_io_counters(pernic=True).values())
 
 
 def _adopt_orphans() -> None:

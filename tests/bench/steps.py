@@ -370,29 +370,40 @@ def _rebuild(bench: Bench) -> tuple[Usage, dict[str, Any]]:
     text += '[train]\nmethods = ["polynomial", "boosted"]\n'
     (folder / "job.toml").write_text(text)
     usage = bench.ours("rebuild", "rebuild", folder / "job.toml")
-    bench.rebuilt = usage, {**on_disk(folder / "store"), "worker_gib": usage.worker_gib}
+    memory = {"driver_gib": usage.driver_gib, "worker_gib": usage.worker_gib}
+    bench.rebuilt = usage, {**on_disk(folder / "store"), **memory}
     remove(folder)
     return bench.rebuilt
 
 
 def memory(bench: Bench) -> None:
-    """Largest worker of a rebuild of a sky, against that of a tenth of it."""
+    """Memory of driver and workers in every part of a rebuild, against that of a tenth of it."""
     place = bench.place
     small = replace(place, out=place.out / "tenth", rows=max(place.rows // 10, 1000))
     tenth = Bench(small, bench.book, bench.limit_s, bench.peers, bench.scale_rows)
     few, _ = _rebuild(tenth)
     bench.failed += tenth.failed
     many, _ = _rebuild(bench)
-    bench.add("memory", many, worker_gib=many.worker_gib)
+    bench.add("memory", many, driver_gib=many.driver_gib, worker_gib=many.worker_gib)
     bench.compare(
         "memory",
         many,
         f"sos-dask, {small.rows:,} rows",
         few,
+        driver_gib=few.driver_gib,
         worker_gib=few.worker_gib,
+        ratio_driver=many.driver_gib / max(few.driver_gib, 1e-9),
         ratio_worker=many.worker_gib / max(few.worker_gib, 1e-9),
-        ratio_largest_process=many.process_gib / max(few.process_gib, 1e-9),
     )
+    before = {part.name: part for part in few.parts}
+    for part in many.parts:
+        if part.name in before:
+            sides = (before[part.name], part)
+            driver, worker = (
+                " -> ".join(f"{getattr(side, name):.2f}" for side in sides)
+                for name in ("driver_gib", "worker_gib")
+            )
+            print(f"  {part.name}: driver {driver}, largest worker {worker} GiB")
 
 
 def start(bench: Bench) -> None:
@@ -427,7 +438,15 @@ def scale(bench: Bench) -> None:
         ("apply", (bench.place.ours("model"), left)),
     ):
         ours = bench.ours(f"scale-{name}", name, *arguments, "-o", out)
-        bench.book.add("scale", name, rows, ours, **on_disk(out))
+        facts = on_disk(out)
+        facts |= {
+            "tasks": ours.tasks,
+            "rows_per_cpu_s": round(rows / max(ours.cpu_s, 1e-9)),
+            "driver_gib": ours.driver_gib,
+            "worker_gib": ours.worker_gib,
+            "moved_gb": ours.moved_gb,
+        }
+        bench.book.add("scale", name, rows, ours, **facts)
         remove(out)
 
 

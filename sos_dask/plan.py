@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sos_dask import models
@@ -438,7 +440,7 @@ def _digests(store: Path, files: list[Path]) -> list[str]:
         known: dict[str, str] = json.loads(memory.read_text())
     except (OSError, json.JSONDecodeError):
         known = {}
-    digests = []
+    keys = {}
     for file in files:
         if not file.is_file():
             raise SurveyError(
@@ -446,9 +448,10 @@ def _digests(store: Path, files: list[Path]) -> list[str]:
                 "Check the path in the job file; environment variables can set its folder.",
             )
         stat = file.stat()
-        key = f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
-        if key not in known:
-            known[key] = sha256_of_file(file)
+        keys[file] = f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
+    missing = [file for file, key in keys.items() if key not in known]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing holds no lock of the interpreter
+        for file, digest in zip(missing, pool.map(sha256_of_file, missing), strict=True):
+            known[keys[file]] = digest
             write_text(memory, json.dumps(known, indent=1, sort_keys=True))
-        digests.append(known[key])
-    return digests
+    return [known[keys[file]] for file in files]

@@ -18,8 +18,10 @@ from typing import Any
 GIB = float(1 << 30)
 CHUNK_ROWS = 500_000
 ROWS_PER_PARTITION = 1_000_000
-KEYS_PER_BUCKET = 20_000_000
+KEYS_PER_BUCKET = 10_000_000
 REFERENCE_SHARE = 1.7 / 19
+REFERENCE_SURVEYS = 2
+DIGEST_BYTES_PER_S = 1.5e9
 REPEATS = 0.45
 IN_FLIGHT_PER_WORKER = 4
 LARGE_ROWS = 5_000_000
@@ -27,14 +29,14 @@ LARGE_ROWS = 5_000_000
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures that were measured with a million simulated LAMOST rows, without workers.
+    """Figures that were measured with 19 million simulated LAMOST rows and two workers.
 
     Parameters
     ----------
     fits, piece, observation, star, reference, edge, pair, corrected : float
         Bytes of a row: in the FITS file, in the uncompressed pieces of ingest, in the Parquet files
-        of observations, stars and reference, of an edge pair in the pieces of crossmatch, in pairs
-        and in corrected observations.
+        of observations, stars and reference, of an edge pair in the pieces of crossmatch, in pairs,
+        in corrected observations and in their coverage (``scored``).
     pairs_per_row : float
         Pairs with the reference for each row of the target.
     fill : float
@@ -43,6 +45,9 @@ class Measured:
         CPU time of a row in a stage, without the start of processes.
     cpu_tree_pair : float, us
         Of a pair, for 500 trees of three labels.
+    cpu_evidence_pair, cpu_errors_pair : float, us
+        Of a pair while methods are compared and trends measured, and, in the driver alone, while
+        the errors are modelled.
     hash_key, join : float, us
         To hash a key, and to join an edge pair with those of other partitions.
     open_piece, footer, overlap : float, us
@@ -51,8 +56,9 @@ class Measured:
         Share of the pairs that may be joined over the edge of a partition.
     sync : float, us
         To put a small file safely on disk.
-    driver_pair : float
-        Bytes of an edge pair in the memory of the driver while it joins them.
+    driver_edge, driver_pair, worker_pair : float
+        Bytes in memory: of an edge pair in the driver, which joins them; of a pair in the driver
+        while the errors are modelled, and in a worker while methods are compared.
     task : float
         Bytes of a task in the scheduler.
     scheduler_mib : float
@@ -67,22 +73,29 @@ class Measured:
     edge: float = 70.0
     pair: float = 110.0
     corrected: float = 84.0
-    pairs_per_row: float = 0.0335
-    fill: float = 0.42
-    cpu_ingest: float = 2.0
-    cpu_dedupe: float = 2.2
-    cpu_reference: float = 8.0
-    cpu_crossmatch: float = 0.45
-    cpu_apply: float = 1.0
-    cpu_tree_pair: float = 120.0
+    scored: float = 24.0
+    pairs_per_row: float = 0.0173
+    fill: float = 0.40
+    cpu_ingest: float = 1.5
+    cpu_dedupe: float = 1.4
+    cpu_reference: float = 5.0
+    cpu_crossmatch: float = 0.35
+    cpu_coverage: float = 11.3
+    cpu_apply: float = 1.7
+    cpu_report: float = 0.32
+    cpu_tree_pair: float = 86.0
+    cpu_evidence_pair: float = 68.0
+    cpu_errors_pair: float = 60.0
     hash_key: float = 0.02
     join: float = 1.0
     edge_pairs: float = 0.01
     open_piece: float = 200.0
     footer: float = 950.0
-    overlap: float = 0.03
+    overlap: float = 0.0035
     sync: float = 9000.0
-    driver_pair: float = 200.0
+    driver_edge: float = 200.0
+    driver_pair: float = 450.0
+    worker_pair: float = 400.0
     task: float = 20_000.0
     scheduler_mib: float = 250.0
 
@@ -103,8 +116,8 @@ class StagePlan:
         Of the tasks: divided by the workers.
     driver_s : float
         In the driver alone, while the workers wait.
-    driver_gib : float
-        Memory of the driver beside what it always has.
+    driver_gib, worker_gib : float
+        Memory that grows with the rows, beside what every process and partition takes.
     """
 
     name: str
@@ -116,20 +129,24 @@ class StagePlan:
     cpu_s: float
     driver_s: float
     driver_gib: float = 0.0
+    worker_gib: float = 0.0
 
 
 def plan(rows: float, m: Measured) -> list[StagePlan]:
     """The stages of a rebuild with so many rows of LAMOST."""
-    found = [*_survey(rows, m), *_survey(REFERENCE_SHARE * rows, m, "references: ")]
+    found = [*_survey(rows, m)]
+    for number in range(REFERENCE_SURVEYS):
+        found += _survey(REFERENCE_SHARE * rows / REFERENCE_SURVEYS, m, f"reference {number + 1}: ")
     n_stars, n_reference = rows * (1 - REPEATS), REFERENCE_SHARE * rows * 0.95
-    parts, reference_parts = _partitions(n_stars, m), _partitions(n_reference, m)
+    # Stars keep the partitions of their observations.
+    parts, reference_parts = _partitions(rows, m), _partitions(n_reference, m)
     each = 2 * m.sync / 1e6  # a part and its record
     found.append(
         StagePlan(
             "reference",
-            2 * reference_parts,
+            (REFERENCE_SURVEYS + 2) * reference_parts,
             reference_parts + 4,
-            2 * reference_parts,
+            (REFERENCE_SURVEYS + 2) * reference_parts,
             2 * n_reference * m.star / 1e9,
             n_reference * m.reference / 1e9,
             n_reference * m.cpu_reference / 1e6
@@ -153,7 +170,7 @@ def plan(rows: float, m: Measured) -> list[StagePlan]:
             (2 * parts + reference_parts) * m.footer / 1e6
             + parts * m.open_piece / 1e6
             + n_pairs * m.edge_pairs * m.join / 1e6,
-            n_pairs * m.edge_pairs * m.driver_pair / GIB,
+            n_pairs * m.edge_pairs * m.driver_edge / GIB,
         )
     )
     found.append(
@@ -169,16 +186,57 @@ def plan(rows: float, m: Measured) -> list[StagePlan]:
             n_pairs * 0.2 * 60 / GIB,
         )
     )
-    all_parts = _partitions(rows, m)
     found.append(
         StagePlan(
-            "apply",
-            all_parts,
-            all_parts + 4,
-            all_parts,
-            rows * m.observation / 1e9,
-            rows * m.corrected / 1e9,
-            rows * m.cpu_apply / 1e6 + each * all_parts,
+            "compare, trends",
+            13,
+            11,
+            22,
+            12 * n_pairs * 60 / 1e9,
+            0.0,
+            n_pairs * m.cpu_evidence_pair / 1e6,
+            3 * parts * m.footer / 1e6,
+            worker_gib=n_pairs * m.worker_pair / GIB,
+        )
+    )
+    found.append(
+        StagePlan(
+            "uncertainty",
+            0,
+            5,
+            0,
+            n_pairs * m.pair / 1e9,
+            0.0,
+            0.0,
+            n_pairs * m.cpu_errors_pair / 1e6,
+            n_pairs * m.driver_pair / GIB,
+        )
+    )
+    for name, tasks, cpu, written in (
+        ("coverage", 2 * parts, m.cpu_coverage, m.scored),
+        ("apply", parts, m.cpu_apply, m.corrected),
+    ):
+        found.append(
+            StagePlan(
+                name,
+                tasks,
+                parts + 4,
+                2 * tasks,
+                rows * m.observation / 1e9,
+                rows * written / 1e9,
+                rows * cpu / 1e6 + each * tasks,
+                0.0,
+            )
+        )
+    found.append(
+        StagePlan(
+            "report",
+            3 * parts + reference_parts + 11,
+            24,
+            6 * parts,
+            rows * 20 / 1e9,
+            0.0,
+            rows * m.cpu_report / 1e6 + 3 * each * parts + 20.0,
             0.0,
         )
     )
@@ -202,7 +260,7 @@ def _survey(rows: float, m: Measured, prefix: str = "") -> Iterator[StagePlan]:
         rows * (m.cpu_ingest + (buckets - 1) * m.hash_key) / 1e6
         + chunks * (parts + buckets) * m.open_piece / 1e6
         + each * (2 * chunks + parts),
-        rows * m.fits / 1.5e9,  # the digest of the files
+        rows * m.fits / DIGEST_BYTES_PER_S,  # digests, of as many files at once as there are cores
     )
     yield StagePlan(
         f"{prefix}dedupe",
@@ -232,10 +290,17 @@ def limits(stages: Sequence[StagePlan], rows: float, workers: int, m: Measured) 
     chunks, parts = max(1, round(rows / CHUNK_ROWS)), _partitions(rows, m)
     buckets = int(rows // KEYS_PER_BUCKET) + 1
     wall = cpu / workers + serial
+    slowest = max(stages, key=lambda stage: stage.driver_s)
     syncs = sum(s.files + s.scratch_files for s in stages) * m.sync / 1e6 / workers
-    driver = max(stages, key=lambda stage: stage.driver_gib)
+    driver, worker = (
+        max(stages, key=lambda stage: getattr(stage, name)) for name in ("driver_gib", "worker_gib")
+    )
     found = [
-        (serial / wall, f"the driver alone: {serial:,.0f} s"),
+        (
+            serial / wall,
+            f"the driver alone: {serial:,.0f} s, most of it in {slowest.name} "
+            f"({slowest.driver_s:,.0f} s)",
+        ),
         (
             chunks * (parts + buckets) * m.open_piece / 1e6 / workers / wall,
             f"ingest opens {chunks * (parts + buckets):,} pieces (chunks x partitions)",
@@ -252,6 +317,10 @@ def limits(stages: Sequence[StagePlan], rows: float, workers: int, m: Measured) 
         (
             driver.driver_gib / 8.0,
             f"{driver.name} needs {driver.driver_gib:.1f} GiB in the driver (of 8)",
+        ),
+        (
+            worker.worker_gib / 8.0,
+            f"{worker.name} need {worker.worker_gib:.1f} GiB in a worker (of 8)",
         ),
     ]
     return [f"{share:.0%} {text}" for share, text in sorted(found, reverse=True)]
@@ -294,15 +363,15 @@ def report(rows: float, workers: int, m: Measured) -> Iterator[str]:
     stages = plan(rows, m)
     yield f"### {rows:,.0f} rows, {workers} workers"
     yield ""
-    names = "tasks | files | scratch files | read GB | written GB | CPU-s | driver s | driver GiB"
-    yield f"| stage | {names} |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    names = "tasks | files | scratch files | read GB | written GB | CPU-s"
+    yield f"| stage | {names} | driver s | driver GiB | worker GiB |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     total = [0.0] * 7
     for s in stages:
         numbers = (s.tasks, s.files, s.scratch_files, s.read_gb, s.written_gb, s.cpu_s, s.driver_s)
         total = [a + b for a, b in zip(total, numbers, strict=True)]
-        yield f"| {s.name} | {_cells(numbers)} | {s.driver_gib:.2f} |"
-    yield f"| **all** | {_cells(total)} | |"
+        yield f"| {s.name} | {_cells(numbers)} | {s.driver_gib:.2f} | {s.worker_gib:.2f} |"
+    yield f"| **all** | {_cells(total)} | | |"
     yield ""
     wall = total[5] / workers + total[6]
     memory = scheduler_mib(workers, m)

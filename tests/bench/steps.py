@@ -424,30 +424,32 @@ def _median(runs: Sequence[Usage]) -> Usage:
 
 
 def scale(bench: Bench) -> None:
-    """Crossmatch and apply on many rows that are made as partitions."""
+    """Crossmatch and apply on many rows that are made as partitions, and on a tenth of them."""
     from tests.bench.scale import fitting_rows, make
 
     bench.prepare("model")
-    rows = fitting_rows(bench.scale_rows, bench.place.out)
-    left, right = bench.place.out / "scale" / "left", bench.place.out / "scale" / "right"
-    print(f"preparing {rows:,} rows ...", flush=True)
-    make(rows, left, right, bench.place.workers)
-    out = bench.output("scale")
-    for name, arguments in (
-        ("crossmatch", (left, right, "--radius-arcsec", RADIUS_ARCSEC)),
-        ("apply", (bench.place.ours("model"), left)),
-    ):
-        ours = bench.ours(f"scale-{name}", name, *arguments, "-o", out)
-        facts = on_disk(out)
-        facts |= {
-            "tasks": ours.tasks,
-            "rows_per_cpu_s": round(rows / max(ours.cpu_s, 1e-9)),
-            "driver_gib": ours.driver_gib,
-            "worker_gib": ours.worker_gib,
-            "moved_gb": ours.moved_gb,
-        }
-        bench.book.add("scale", name, rows, ours, **facts)
-        remove(out)
+    most = fitting_rows(bench.scale_rows, bench.place.out)
+    for rows in (most // 10, most):
+        folder = bench.place.out / "scale" / str(rows)
+        left, right = folder / "left", folder / "right"
+        print(f"preparing {rows:,} rows ...", flush=True)
+        make(rows, left, right, bench.place.workers)
+        out = bench.output("scale")
+        for name, arguments in (
+            ("crossmatch", (left, right, "--radius-arcsec", RADIUS_ARCSEC)),
+            ("apply", (bench.place.ours("model"), left)),
+        ):
+            ours = bench.ours(f"scale-{name}-{rows}", name, *arguments, "-o", out)
+            facts = on_disk(out)
+            facts |= {
+                "tasks": ours.tasks,
+                "rows_per_cpu_s": round(rows / max(ours.cpu_s, 1e-9)),
+                "driver_gib": ours.driver_gib,
+                "worker_gib": ours.worker_gib,
+                "moved_gb": ours.moved_gb,
+            }
+            bench.book.add("scale", name, rows, ours, **facts)
+            remove(out)
 
 
 STEPS: Mapping[str, Callable[[Bench], None]] = {

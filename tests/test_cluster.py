@@ -4,6 +4,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -63,6 +64,23 @@ def environment(name: str) -> str | None:
 def test_workers_keep_freed_memory_for_the_next_task(cluster):
     names = ["MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "OMP_NUM_THREADS"]
     assert cluster.run(environment, names, "look") == [str(256 << 20), "1", "1"]
+
+
+def resident_mib(_: int) -> float:
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def fill_and_free(number: int) -> float:
+    blocks = [bytearray(1 << 20) for _ in range(200)]
+    del blocks
+    return resident_mib(number)
+
+
+def test_a_stage_does_not_inherit_the_memory_of_the_one_before(cluster):
+    before = max(cluster.run(resident_mib, [1] * 8, "look"))
+    kept = cluster.run(fill_and_free, [1] * 8, "fill")
+    assert min(kept) > before + 150
+    assert max(cluster.run(resident_mib, [1] * 8, "look")) < min(kept) - 150
 
 
 @pytest.mark.fault

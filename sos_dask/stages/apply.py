@@ -210,7 +210,7 @@ def apply(
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
-    used = [model, *filter(None, [errors, trust and trust.smooth])]
+    used = [path for path in (model, errors, trust.smooth if trust else None) if path]
     held = sum(file.stat().st_size for path in used for file in path.iterdir() if file.is_file())
     require_memory(cluster, catalog, "apply", held)
     with unless_complete(output):

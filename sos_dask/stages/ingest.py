@@ -58,7 +58,7 @@ VERSION = 2
 _HISTOGRAM_ORDER = 10
 _KEYS_PER_BUCKET = 10_000_000
 # Measured, and a tenth more: a worker's process, and what it holds of a row while it reads a chunk.
-_PROCESS_BYTES, _CHUNK_BYTES = 120 << 20, 460
+_PROCESS_BYTES, _CHUNK_BYTES = 170 << 20, 460
 _REJECTED = "rejected.parquet"
 
 

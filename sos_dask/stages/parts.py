@@ -49,11 +49,12 @@ def run_parts(
         report(step, len(parts), len(parts))
 
 
-# Measured with partitions of 68,000 to 929,000 rows, and a tenth more: MiB of a worker's process
-# in a stage, and what it holds at its peak beside that, in bytes of its partition.
+# Measured with partitions of 68,000 to 929,000 rows, in processes of their own and in workers of a
+# rebuild, and a tenth more: MiB of a worker's process in a stage, and what it holds at its peak
+# beside that, in bytes of its partition.
 _NEEDS = {
     "ingest": (220, 5.0),
-    "dedupe": (170, 5.5),
+    "dedupe": (230, 5.5),
     "crossmatch": (220, 4.0),
     "coverage": (230, 3.5),
     "apply": (200, 5.5),

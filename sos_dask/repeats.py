@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
@@ -95,33 +94,44 @@ def pull_counts(
     list of [bin, count]
         Bins that are not empty, by rising number.
     """
-    row = np.flatnonzero((table["quality"].to_numpy() == 0) & (primary >= 0))
-    row = row[np.bincount(primary[row], minlength=1)[primary[row]] > 1]
-    # Rows of one cell stand in the order of their keys already: the order of the catalog.
-    row = row[np.lexsort((table[HEALPIX_COLUMN].to_numpy()[row], primary[row]))]
-    names = [n for n in table.column_names if n in _COLUMNS]
-    repeats = table.select(names).take(pa.array(row))
-    star = primary[row]
-    logg, snr = _floats(repeats, "logg"), _floats(repeats, "snr")
     counts = np.zeros(_SHAPE, dtype=np.int64)
-    values = np.stack([_floats(repeats, label) for label in LABELS])
-    # A row with all labels of the one before is the same measurement, listed twice.
-    again = np.append(False, (values[:, 1:] == values[:, :-1]).all(axis=0))[: len(row)]
-    values[:, again & np.append(False, star[1:] == star[:-1])[: len(row)]] = np.nan
-    for number, label in enumerate(LABELS):
-        value, error = values[number], _floats(repeats, f"{label}_err")
-        fallback = (expected_error or {}).get(label, np.nan)
-        error = np.where(error > 0, error, fallback)
-        known = np.flatnonzero(np.isfinite(value) & np.isfinite(error))
-        one, other = known[:-1], known[1:]
-        together = star[one] == star[other]
-        one, other = one[together], other[together]
-        pull = np.abs(value[one] - value[other]) / np.hypot(error[one], error[other])
-        kind = (logg[one] + logg[other] < 2 * GIANT_LOGG).astype(np.int64)
-        bins = (kind, snr_bin(np.minimum(snr[one], snr[other])), _pull_bin(pull))
-        np.add.at(counts[number], bins, 1)
+    if table.num_rows:
+        _count(table, primary, expected_error or {}, counts)
     filled = np.flatnonzero(counts)
-    return [[int(place), int(counts.ravel()[place])] for place in filled]
+    return np.stack([filled, counts.ravel()[filled]], axis=1).tolist()
+
+
+def _count(
+    table: pa.Table, primary: IntArray, expected_error: Mapping[str, float], counts: IntArray
+) -> None:
+    from sos_dask.compiled import count_pulls, measured_again
+
+    # Rows of one cell stand in the order of their keys already: the order of the catalog.
+    order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
+    columns = {name: _floats(table, name) for name in _COLUMNS}
+    if len({values.dtype for values in columns.values()}) > 1:
+        columns = {name: values.astype(np.float64) for name, values in columns.items()}
+    values = [columns[label] for label in LABELS]
+    last, skipped = np.full(len(order), -1), np.zeros(len(order), dtype=np.bool_)
+    measured_again(order, primary, table["quality"].to_numpy(), *values, last, skipped)
+    for number, label in enumerate(LABELS):
+        last.fill(-1)
+        count_pulls(
+            order,
+            primary,
+            skipped,
+            columns[label],
+            columns[f"{label}_err"],
+            expected_error.get(label, np.nan),
+            columns["logg"],
+            GIANT_LOGG,
+            columns["snr"],
+            np.array(SNR_EDGES),
+            _LOWEST,
+            _BINS_AN_OCTAVE,
+            last,
+            counts[number],
+        )
 
 
 def merged_pulls(parts: Sequence[Sequence[Sequence[int]]]) -> list[Factor]:
@@ -135,7 +145,8 @@ def merged_pulls(parts: Sequence[Sequence[Sequence[int]]]) -> list[Factor]:
     """
     counts = np.zeros(_SHAPE, dtype=np.int64)
     for part in parts:
-        for place, count in part:
+        if part:
+            place, count = np.array(part, dtype=np.int64).T
             counts.ravel()[place] += count
     edges = [None, *SNR_EDGES, None]
     found = []
@@ -228,7 +239,9 @@ def _median_bin(counts: IntArray) -> float:
     return float(place + (half - (below[place] - counts[place])) / counts[place])
 
 
-def _floats(table: pa.Table, name: str) -> FloatArray:
+def _floats(table: pa.Table, name: str) -> NDArray[np.floating]:
+    """A column in its own precision, nan where there is none; single for one that is missing."""
     if name not in table.schema.names:
-        return np.full(table.num_rows, np.nan)
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float64)
+        return np.full(table.num_rows, np.nan, dtype=np.float32)
+    values = table[name].to_numpy()
+    return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)

@@ -1,0 +1,282 @@
+"""Loops over rows, compiled by numba. Arrays in and out; the modules that call them say what for.
+
+Numba takes half a CPU second to import: import this module inside a function that has rows. The
+machine code is kept on disk, beside this file or else in the user's cache folder, so that it is
+made once on a machine. No operation is reordered or fused: results are those of the same sums
+written in numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import njit, types
+from numpy.typing import NDArray
+
+F = TypeVar("F", bound=Callable[..., Any])
+FloatArray = NDArray[np.floating]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+
+def _in(dtype: Any) -> Any:
+    """An array that is only read: also one that shares the memory of an Arrow column."""
+    return types.Array(dtype, 1, "C", readonly=True)
+
+
+def _compiled(*signatures: tuple[Any, ...]) -> Callable[[F], F]:
+    return njit(  # type: ignore[no-any-return]
+        [types.void(*one) for one in signatures], cache=True, error_model="numpy"
+    )
+
+
+_I, _B, _D = _in(types.int64), _in(types.boolean), _in(types.float64)
+_I_OUT, _B_OUT, _D_OUT = types.int64[::1], types.boolean[::1], types.float64[::1]
+_FLOATS = (types.float32, types.float64)
+
+
+@_compiled((_I, _I, _D, _D, _D, types.float64, types.int8[::1]))
+def near_pairs(
+    i: IntArray,
+    j: IntArray,
+    lon: FloatArray,
+    lat: FloatArray,
+    cos_lat: FloatArray,
+    radius: float,
+    near: NDArray[np.int8],
+) -> None:
+    """Which pairs of positions (rad) lie within a radius (rad) of each other.
+
+    ``near`` is set to 1 or 0, or to 2 where the separation must be calculated: this one neglects
+    the fourth power of angles below 1e-4 rad, so it is right to one part in 10^8.
+    """
+    square = radius * radius
+    low, high = square * (1.0 - 1e-7), square * (1.0 + 1e-7)
+    for pair in range(len(i)):
+        p, q = i[pair], j[pair]
+        d_lat = abs(lat[p] - lat[q])
+        d_lon = abs(lon[p] - lon[q])
+        if d_lon < 1e-4 and d_lat < 1e-4:
+            found = d_lat * d_lat + cos_lat[p] * cos_lat[q] * d_lon * d_lon
+            near[pair] = 1 if found < low else (0 if found > high else 2)
+        else:
+            near[pair] = 2
+
+
+@_compiled((_I, _I, _I, types.boolean[::1]))
+def claim(i: IntArray, j: IntArray, rank: IntArray, claimed: BoolArray) -> None:
+    """Which rows another one claims, when rows claim their neighbours in the order of rank.
+
+    In each round the rows that no undecided neighbour precedes are primaries. Links i < j; of equal
+    ranks the first row goes first.
+    """
+    winner, loser = np.empty_like(i), np.empty_like(j)
+    for link in range(len(i)):
+        first = rank[i[link]] <= rank[j[link]]
+        winner[link] = i[link] if first else j[link]
+        loser[link] = j[link] if first else i[link]
+    beaten = np.zeros(len(rank), dtype=np.int64)  # the round in which a row was last beaten
+    n, turn = len(i), 0
+    while n:
+        turn += 1
+        for link in range(n):
+            beaten[loser[link]] = turn
+        for link in range(n):
+            if beaten[winner[link]] != turn:
+                claimed[loser[link]] = True
+        left = 0
+        for link in range(n):
+            if not claimed[winner[link]] and not claimed[loser[link]]:
+                winner[left], loser[left] = winner[link], loser[link]
+                left += 1
+        # A primary whose last neighbour is claimed has no link left: nothing else refers to it.
+        n = left
+
+
+@_compiled(*((_I, _I, _I, _in(real), _B_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS))
+def choose(
+    first: IntArray,
+    row: IntArray,
+    quality: IntArray,
+    snr: FloatArray,
+    used: BoolArray,
+    best: IntArray,
+    n_used: IntArray,
+    bits: IntArray,
+    total_snr: FloatArray,
+) -> None:
+    """Used rows, best row, quality and S/N of stars whose rows are row[first[s]:first[s + 1]]."""
+    for star in range(len(first) - 1):
+        start, stop = first[star], first[star + 1]
+        common, either, passed = quality[row[start]], quality[row[start]], False
+        for place in range(start, stop):
+            one = quality[row[place]]
+            common, either, passed = common & one, either | one, passed or one == 0
+        bits[star] = 0 if passed else (common if common != 0 else either)
+        n, n_snr, squares, highest = 0, 0, 0.0, -np.inf
+        for place in range(start, stop):
+            used[place] = not passed or quality[row[place]] == 0
+            if not used[place]:
+                continue
+            value = np.float64(snr[row[place]])
+            if n == 0 or value > highest:
+                best[star] = place
+                highest = -np.inf if np.isnan(value) else value
+            n += 1
+            if not np.isnan(value):
+                n_snr += 1
+                squares += value * value
+        n_used[star] = n
+        total_snr[star] = np.sqrt(squares) if n_snr else np.nan
+
+
+@_compiled(
+    *(
+        (_I, _I, _B, _in(real), _in(real), types.float64, types.float64, types.float64)
+        + (real[::1], real[::1], types.float32[::1], _B_OUT)
+        for real in _FLOATS
+    )
+)
+def combine_label(
+    first: IntArray,
+    row: IntArray,
+    used: BoolArray,
+    values: FloatArray,
+    errors: FloatArray,
+    expected_error: float,
+    max_spread: float,
+    median_error: float,
+    value_out: FloatArray,
+    error_out: FloatArray,
+    spread_out: FloatArray,
+    is_wide: BoolArray,
+) -> None:
+    """Value, error and spread of stars over their used rows.
+
+    ``median_error`` is that of the median over that of the mean; 0: the mean with weights
+    1 / error**2 is wanted instead of the median.
+    """
+    for star in range(len(first) - 1):
+        start, stop = first[star], first[star + 1]
+        n, n_stated = 0, 0
+        total, squares, weights, weighted = 0.0, 0.0, 0.0, 0.0
+        for place in range(start, stop):
+            value = np.float64(values[row[place]])
+            if not used[place] or np.isnan(value):
+                continue
+            n += 1
+            total += value
+            error = np.float64(errors[row[place]])
+            if error > 0:
+                n_stated += 1
+                squares += error * error
+                weight = 1.0 / (error * error)
+                weights += weight
+                weighted += weight * value
+        mean = total / n
+        deviations = 0.0
+        for place in range(start, stop):
+            value = np.float64(values[row[place]])
+            if used[place] and not np.isnan(value):
+                deviations += (value - mean) * (value - mean)
+        spread = np.sqrt(deviations / (n - 1)) if n > 1 else np.nan
+        rms = np.sqrt(squares / n_stated)
+        spread_out[star] = spread
+        is_wide[star] = spread > max_spread * (rms if n_stated else expected_error)
+        if median_error > 0:
+            value_out[star] = mean
+            if n > 2:
+                some = np.empty(n)
+                n = 0
+                for place in range(start, stop):
+                    value = np.float64(values[row[place]])
+                    if used[place] and not np.isnan(value):
+                        some[n] = value
+                        n += 1
+                some.sort()
+                value_out[star] = (some[(n - 1) // 2] + some[n // 2]) / 2
+            factor = median_error if n > 2 else 1.0
+            error_out[star] = factor * rms / np.sqrt(n) if n_stated else np.nan
+        else:
+            value_out[star] = weighted / weights if n_stated else mean
+            error_out[star] = 1.0 / np.sqrt(weights) if n_stated else np.nan
+
+
+@_compiled(*((_I, _I, _I, _in(real), _in(real), _in(real), _I_OUT, _B_OUT) for real in _FLOATS))
+def measured_again(
+    order: IntArray,
+    star: IntArray,
+    quality: IntArray,
+    teff: FloatArray,
+    logg: FloatArray,
+    feh: FloatArray,
+    last: IntArray,
+    skipped: BoolArray,
+) -> None:
+    """Rows to be left out: of no star, with quality, or with all labels of the one before.
+
+    ``last`` has one place for each star, -1.
+    """
+    for row in order:
+        skipped[row] = star[row] < 0 or quality[row] != 0
+        if not skipped[row]:
+            before = last[star[row]]
+            last[star[row]] = row
+            skipped[row] = before >= 0 and (
+                teff[row] == teff[before] and logg[row] == logg[before] and feh[row] == feh[before]
+            )
+
+
+@_compiled(
+    *(
+        (_I, _I, _B, _in(real), _in(real), types.float64, _in(real), types.float64, _in(real))
+        + (_D, types.float64, types.float64, _I_OUT, types.int64[:, :, ::1])
+        for real in _FLOATS
+    )
+)
+def count_pulls(
+    order: IntArray,
+    star: IntArray,
+    skipped: BoolArray,
+    values: FloatArray,
+    errors: FloatArray,
+    expected_error: float,
+    logg: FloatArray,
+    giant_logg: float,
+    snr: FloatArray,
+    snr_edges: FloatArray,
+    lowest: float,
+    bins_an_octave: float,
+    last: IntArray,
+    counts: IntArray,
+) -> None:
+    """Count the pulls of a label between each row and the one before of its star.
+
+    ``counts`` has the axes kind, bin of S/N, bin of log2(pull); ``last`` as in `measured_again`.
+    """
+    for row in order:
+        error = np.float64(errors[row])
+        error = error if error > 0 else expected_error
+        value = np.float64(values[row])
+        if skipped[row] or not (np.isfinite(value) and np.isfinite(error)):
+            continue
+        before = last[star[row]]
+        last[star[row]] = row
+        if before < 0:
+            continue
+        other = np.float64(errors[before])
+        other = other if other > 0 else expected_error
+        pull = abs(value - np.float64(values[before])) / np.hypot(error, other)
+        at = 0
+        if pull > 0:
+            at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
+            at = max(0, min(counts.shape[2] - 1, at))
+        one, two = np.float64(snr[row]), np.float64(snr[before])
+        if np.isfinite(one) and np.isfinite(two):
+            snr_bin = np.searchsorted(snr_edges, min(one, two), side="right")
+        else:
+            snr_bin = len(snr_edges) + 1
+        kind = 1 if np.float64(logg[row]) + np.float64(logg[before]) < 2 * giant_logg else 0
+        counts[kind, snr_bin, at] += 1

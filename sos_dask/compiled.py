@@ -41,28 +41,29 @@ _FLOATS = (types.float32, types.float64)
 def near_pairs(
     i: IntArray,
     j: IntArray,
-    lon: FloatArray,
-    lat: FloatArray,
-    cos_lat: FloatArray,
+    ra: FloatArray,
+    dec: FloatArray,
+    cos_dec: FloatArray,
     radius: float,
     near: NDArray[np.int8],
 ) -> None:
-    """Which pairs of positions (rad) lie within a radius (rad) of each other.
+    """Which pairs of positions lie within a radius of each other, all in deg.
 
-    ``near`` is set to 1 or 0, or to 2 where the separation must be calculated: this one neglects
-    the fourth power of angles below 1e-4 rad, so it is right to one part in 10^8.
+    ``near`` is set to 1 or 0, or to 2 where the separation must be calculated. Below 0.005 deg in
+    both coordinates, what the plane neglects (Taylor series of the haversine formula) is less than
+    one part in 10^8 of the squared separation.
     """
-    square = radius * radius
-    low, high = square * (1.0 - 1e-7), square * (1.0 + 1e-7)
+    low, high = radius * radius * (1.0 - 1e-7), radius * radius * (1.0 + 1e-7)
     for pair in range(len(i)):
         p, q = i[pair], j[pair]
-        d_lat = abs(lat[p] - lat[q])
-        d_lon = abs(lon[p] - lon[q])
-        if d_lon < 1e-4 and d_lat < 1e-4:
-            found = d_lat * d_lat + cos_lat[p] * cos_lat[q] * d_lon * d_lon
-            near[pair] = 1 if found < low else (0 if found > high else 2)
-        else:
-            near[pair] = 2
+        d_ra, d_dec = ra[p] - ra[q], dec[p] - dec[q]
+        near[pair] = 2
+        if abs(d_ra) < 0.005 and abs(d_dec) < 0.005:
+            square = d_dec * d_dec + cos_dec[p] * cos_dec[q] * d_ra * d_ra
+            if square < low:
+                near[pair] = 1
+            elif square > high:
+                near[pair] = 0
 
 
 @_compiled((_I, _I, _I, types.boolean[::1]))

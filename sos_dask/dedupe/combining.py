@@ -264,7 +264,8 @@ class _Repeats:
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks()
+    # One chunk would be copied, too.
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _floats(table: pa.Table, name: str) -> FloatArray:

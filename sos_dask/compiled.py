@@ -37,33 +37,109 @@ _I_OUT, _B_OUT, _D_OUT = types.int64[::1], types.boolean[::1], types.float64[::1
 _FLOATS = (types.float32, types.float64)
 
 
-@_compiled((_I, _I, _D, _D, _D, types.float64, types.int8[::1]))
-def near_pairs(
-    i: IntArray,
-    j: IntArray,
+@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+def _nearness(d_ra: float, d_dec: float, cos_cos: float, low: float, high: float) -> int:
+    if abs(d_ra) < 0.005 and abs(d_dec) < 0.005:
+        square = d_dec * d_dec + cos_cos * d_ra * d_ra
+        if square < low:
+            return 1
+        if square > high:
+            return 0
+    return 2
+
+
+@_compiled(
+    (_I, _D, _D, _D, types.float64, types.int64, _in(types.uint8), types.int64)
+    + (_I_OUT, _I_OUT, types.int8[::1], _B_OUT, _I_OUT)
+)
+def pairs_on_faces(
+    cells: IntArray,
     ra: FloatArray,
     dec: FloatArray,
     cos_dec: FloatArray,
     radius: float,
+    order: int,
+    touches: NDArray[np.uint8],
+    depth: int,
+    i: IntArray,
+    j: IntArray,
     near: NDArray[np.int8],
+    crosses: BoolArray,
+    count: IntArray,
 ) -> None:
-    """Which pairs of positions lie within a radius of each other, all in deg.
+    """Pairs of rows within a radius (deg) that lie in one base pixel, i < j.
 
-    ``near`` is set to 1 or 0, or to 2 where the separation must be calculated. Below 0.005 deg in
-    both coordinates, what the plane neglects (Taylor series of the haversine formula) is less than
-    one part in 10^8 of the squared separation.
+    Rows are entered into the cells of an order that they may reach, as ``touches`` says (see
+    `healpix.pairs_within`); ``crosses`` is set for those that may reach into another base pixel.
+    ``near`` is 1, or 2 where the separation must be calculated: below 0.005 deg in both coordinates
+    what the plane neglects (Taylor series of the haversine formula) is less than one part in 10^8
+    of the squared separation. ``count[0]`` is the number of pairs, also of those for which there is
+    no room.
     """
     low, high = radius * radius * (1.0 - 1e-7), radius * radius * (1.0 + 1e-7)
-    for pair in range(len(i)):
-        p, q = i[pair], j[pair]
-        d_ra, d_dec = ra[p] - ra[q], dec[p] - dec[q]
-        near[pair] = 2
-        if abs(d_ra) < 0.005 and abs(d_dec) < 0.005:
-            square = d_dec * d_dec + cos_dec[p] * cos_dec[q] * d_ra * d_ra
-            if square < low:
-                near[pair] = 1
-            elif square > high:
-                near[pair] = 0
+    shift, found, n = 58 - 2 * order, 0, len(cells)
+    even = np.int64((1 << 2 * order) - 1) & np.int64(0x5555555555555555)
+    odd = even << 1
+    for p in range(n):
+        own = cells[p] >> shift
+        mask = touches[(cells[p] >> (shift - 2 * depth)) & (len(touches) - 1)]
+        face, x, y = own & ~(even | odd), own & even, own & odd
+        after = p + 1
+        for bit in range(-1, 8):
+            cell = own
+            if bit >= 0:
+                if not (mask >> bit) & 1:
+                    continue
+                # Steps in the order of healpy: SW, W, NW, N, NE, E, SE, S.
+                right, left = bit in (3, 4, 5), bit in (0, 1, 7)
+                up, down = bit in (1, 2, 3), bit in (5, 6, 7)
+                if (
+                    (right and x == even)
+                    or (left and x == 0)
+                    or (up and y == odd)
+                    or (down and y == 0)
+                ):
+                    crosses[p] = True
+                    continue
+                # Odd bits all set let a carry pass from one even bit to the next.
+                to_x, to_y = x, y
+                if right:
+                    to_x = ((x | odd) + 1) & even
+                elif left:
+                    to_x = (x - 1) & even
+                if up:
+                    to_y = ((y | even) + 2) & odd
+                elif down:
+                    to_y = (y - 2) & odd
+                cell = face | to_x | to_y
+                if cell < own:
+                    continue
+            q = after
+            if bit >= 0:
+                # Most neighbours are empty and not far: steps that double, then bisection.
+                start, step = cell << shift, 1
+                while q + step < n and cells[q + step] < start:
+                    q += step
+                    step *= 2
+                stop = min(n, q + step)
+                while q < stop:
+                    middle = (q + stop) // 2
+                    if cells[middle] < start:
+                        q = middle + 1
+                    else:
+                        stop = middle
+            while q < n and cells[q] >> shift == cell:
+                state = _nearness(
+                    ra[p] - ra[q], dec[p] - dec[q], cos_dec[p] * cos_dec[q], low, high
+                )
+                if state:
+                    if found < len(i):
+                        i[found], j[found], near[found] = p, q, state
+                    found += 1
+                q += 1
+            if bit < 0:
+                after = q
+    count[0] = found
 
 
 @_compiled((_I, _I, _I, types.boolean[::1]))
@@ -269,7 +345,7 @@ def count_pulls(
             continue
         other = np.float64(errors[before])
         other = other if other > 0 else expected_error
-        pull = abs(value - np.float64(values[before])) / np.hypot(error, other)
+        pull = abs(value - np.float64(values[before])) / np.sqrt(error * error + other * other)
         at = 0
         if pull > 0:
             at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))

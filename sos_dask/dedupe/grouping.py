@@ -102,7 +102,7 @@ def group(
         raise PartitionError(f"rows to be grouped are not sorted by {HEALPIX_COLUMN}")
     releases = [ids[name] for name in sorted(ids, reverse=True)] if settings.use_gaia_id else []
     sky = _Sky(ra, dec, cells29)
-    links = _near_links(sky, settings.radius_arcsec)
+    links = _Links(*healpix.pairs_within(ra, dec, cells29, settings.radius_arcsec))
     far = [_far_links(sky, release, links, settings) for release in releases]
     every = _Links.joined([links, *far])
     touched = np.zeros(len(ra), dtype=np.bool_)
@@ -154,20 +154,6 @@ class _Links:
             np.concatenate([self.i[forward], self.j[backward]]),
             np.concatenate([self.j[forward], self.i[backward]]),
         )
-
-
-def _near_links(sky: _Sky, radius: float) -> _Links:
-    parts = []
-    cos_dec = np.cos(np.radians(sky.dec))
-    for i, j in healpix.candidates(sky.cells, radius, sky.cells, later_only=True):
-        from sos_dask.compiled import near_pairs
-
-        near = np.empty(len(i), dtype=np.int8)
-        near_pairs(i, j, sky.ra, sky.dec, cos_dec, radius / 3600.0, near)
-        unsure = np.flatnonzero(near == 2)
-        near[unsure] = sky.separation(i[unsure], j[unsure]) <= radius
-        parts.append(_Links(i, j).where(near == 1))
-    return _Links.joined(parts)
 
 
 def _far_links(sky: _Sky, ids: IntArray, near: _Links, settings: DedupeSettings) -> _Links:

@@ -172,6 +172,48 @@ def claim(i: IntArray, j: IntArray, rank: IntArray, claimed: BoolArray) -> None:
         n = left
 
 
+@_compiled((_I, _I, _B, _I_OUT, _I_OUT, _I_OUT))
+def join_claimed(
+    i: IntArray,
+    j: IntArray,
+    claimed: BoolArray,
+    primary: IntArray,
+    several: IntArray,
+    count: IntArray,
+) -> None:
+    """Each claimed row gets a primary; ``several[:count[0]]`` are links of those with a choice."""
+    has_several = np.zeros(len(primary), dtype=np.bool_)
+    for link in range(len(i)):
+        if claimed[i[link]] != claimed[j[link]]:
+            row, target = (i[link], j[link]) if claimed[i[link]] else (j[link], i[link])
+            if primary[row] == row:
+                primary[row] = target
+            else:
+                has_several[row] = True
+    count[0] = 0
+    for link in range(len(i)):
+        if claimed[i[link]] != claimed[j[link]]:
+            if has_several[i[link] if claimed[i[link]] else j[link]]:
+                several[count[0]] = link
+                count[0] += 1
+
+
+@_compiled((_I, _I, _I_OUT))
+def components(i: IntArray, j: IntArray, root: IntArray) -> None:
+    """The first row of the component of each row; ``root`` is the row itself at the beginning."""
+    for link in range(len(i)):
+        p, q = i[link], j[link]
+        while root[p] != p:
+            root[p] = root[root[p]]
+            p = root[p]
+        while root[q] != q:
+            root[q] = root[root[q]]
+            q = root[q]
+        root[max(p, q)] = min(p, q)
+    for row in range(len(root)):
+        root[row] = root[root[row]]  # that of an earlier row is final
+
+
 @_compiled(*((_I, _I, _I, _in(real), _B_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS))
 def choose(
     first: IntArray,
@@ -281,79 +323,69 @@ def combine_label(
             error_out[star] = 1.0 / np.sqrt(weights) if n_stated else np.nan
 
 
-@_compiled(*((_I, _I, _I, _in(real), _in(real), _in(real), _I_OUT, _B_OUT) for real in _FLOATS))
-def measured_again(
-    order: IntArray,
-    star: IntArray,
-    quality: IntArray,
-    teff: FloatArray,
-    logg: FloatArray,
-    feh: FloatArray,
-    last: IntArray,
-    skipped: BoolArray,
-) -> None:
-    """Rows to be left out: of no star, with quality, or with all labels of the one before.
-
-    ``last`` has one place for each star, -1.
-    """
-    for row in order:
-        skipped[row] = star[row] < 0 or quality[row] != 0
-        if not skipped[row]:
-            before = last[star[row]]
-            last[star[row]] = row
-            skipped[row] = before >= 0 and (
-                teff[row] == teff[before] and logg[row] == logg[before] and feh[row] == feh[before]
-            )
-
-
 @_compiled(
     *(
-        (_I, _I, _B, _in(real), _in(real), types.float64, _in(real), types.float64, _in(real))
-        + (_D, types.float64, types.float64, _I_OUT, types.int64[:, :, ::1])
+        (_I, _I, _I, types.UniTuple(_in(real), 3), types.UniTuple(_in(real), 3), _D, _in(real))
+        + (types.float64, _D, types.float64, types.float64, types.int32[:, ::1])
+        + (types.int64[:, :, :, ::1],)
         for real in _FLOATS
     )
 )
 def count_pulls(
     order: IntArray,
     star: IntArray,
-    skipped: BoolArray,
-    values: FloatArray,
-    errors: FloatArray,
-    expected_error: float,
-    logg: FloatArray,
-    giant_logg: float,
+    quality: IntArray,
+    values: tuple[FloatArray, FloatArray, FloatArray],
+    errors: tuple[FloatArray, FloatArray, FloatArray],
+    expected_error: FloatArray,
     snr: FloatArray,
+    giant_logg: float,
     snr_edges: FloatArray,
     lowest: float,
     bins_an_octave: float,
     last: IntArray,
     counts: IntArray,
 ) -> None:
-    """Count the pulls of a label between each row and the one before of its star.
+    """Count the pulls of teff, logg and feh between each row and the one before of its star.
 
-    ``counts`` has the axes kind, bin of S/N, bin of log2(pull); ``last`` as in `measured_again`.
+    ``counts`` has the axes label, kind, bin of S/N and bin of log2(pull); ``last`` -1 everywhere,
+    four for each star. Rows of no star, with quality, or with all labels of the one before do not
+    count; for a label, nor do those without a value and an error.
     """
+    logg = values[1]
     for row in order:
-        error = np.float64(errors[row])
-        error = error if error > 0 else expected_error
-        value = np.float64(values[row])
-        if skipped[row] or not (np.isfinite(value) and np.isfinite(error)):
+        if star[row] < 0 or quality[row] != 0:
             continue
-        before = last[star[row]]
-        last[star[row]] = row
-        if before < 0:
-            continue
-        other = np.float64(errors[before])
-        other = other if other > 0 else expected_error
-        pull = abs(value - np.float64(values[before])) / np.sqrt(error * error + other * other)
-        at = 0
-        if pull > 0:
-            at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
-            at = max(0, min(counts.shape[2] - 1, at))
-        one, two = np.float64(snr[row]), np.float64(snr[before])
-        if np.isfinite(one) and np.isfinite(two):
-            snr_bin = np.searchsorted(snr_edges, min(one, two), side="right")
-        else:
+        before = last[star[row], 3]
+        last[star[row], 3] = row
+        if before >= 0:
+            same = True
+            for label in range(3):
+                same = same and values[label][row] == values[label][before]
+            if same:
+                continue
+        for label in range(3):
+            value, error = np.float64(values[label][row]), np.float64(errors[label][row])
+            error = error if error > 0 else expected_error[label]
+            if not (np.isfinite(value) and np.isfinite(error)):
+                continue
+            before = last[star[row], label]
+            last[star[row], label] = row
+            if before < 0:
+                continue
+            other = np.float64(errors[label][before])
+            other = other if other > 0 else expected_error[label]
+            pull = abs(value - np.float64(values[label][before]))
+            pull /= np.sqrt(error * error + other * other)
+            at = 0
+            if pull > 0:
+                at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
+                at = max(0, min(counts.shape[3] - 1, at))
+            one, two = np.float64(snr[row]), np.float64(snr[before])
             snr_bin = len(snr_edges) + 1
-        kind = 1 if np.float64(logg[row]) + np.float64(logg[before]) < 2 * giant_logg else 0
-        counts[kind, snr_bin, at] += 1
+            if np.isfinite(one) and np.isfinite(two):
+                snr_bin = 0
+                while snr_bin < len(snr_edges) and snr_edges[snr_bin] <= min(one, two):
+                    snr_bin += 1
+            both = np.float64(logg[row]) + np.float64(logg[before])
+            counts[label, 1 if both < 2 * giant_logg else 0, snr_bin, at] += 1

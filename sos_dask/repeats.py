@@ -76,7 +76,7 @@ class Factor:
 
 def pull_counts(
     table: pa.Table, primary: IntArray, expected_error: Mapping[str, float] | None = None
-) -> list[list[int]]:
+) -> list[int]:
     """Histogram of the pulls of the repeats in a table.
 
     Parameters
@@ -91,50 +91,45 @@ def pull_counts(
 
     Returns
     -------
-    list of [bin, count]
-        Bins that are not empty, by rising number.
+    list of int
+        Number and count of each bin that is not empty, one after the other.
     """
     counts = np.zeros(_SHAPE, dtype=np.int64)
     if table.num_rows:
         _count(table, primary, expected_error or {}, counts)
     filled = np.flatnonzero(counts)
-    return np.stack([filled, counts.ravel()[filled]], axis=1).tolist()
+    flat: list[int] = np.stack([filled, counts.ravel()[filled]], axis=1).ravel().tolist()
+    return flat
 
 
 def _count(
     table: pa.Table, primary: IntArray, expected_error: Mapping[str, float], counts: IntArray
 ) -> None:
-    from sos_dask.compiled import count_pulls, measured_again
+    from sos_dask.compiled import count_pulls
 
     # Rows of one cell stand in the order of their keys already: the order of the catalog.
     order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
     columns = {name: _floats(table, name) for name in _COLUMNS}
     if len({values.dtype for values in columns.values()}) > 1:
         columns = {name: values.astype(np.float64) for name, values in columns.items()}
-    values = [columns[label] for label in LABELS]
-    last, skipped = np.full(len(order), -1), np.zeros(len(order), dtype=np.bool_)
-    measured_again(order, primary, table["quality"].to_numpy(), *values, last, skipped)
-    for number, label in enumerate(LABELS):
-        last.fill(-1)
-        count_pulls(
-            order,
-            primary,
-            skipped,
-            columns[label],
-            columns[f"{label}_err"],
-            expected_error.get(label, np.nan),
-            columns["logg"],
-            GIANT_LOGG,
-            columns["snr"],
-            np.array(SNR_EDGES),
-            _LOWEST,
-            _BINS_AN_OCTAVE,
-            last,
-            counts[number],
-        )
+    count_pulls(
+        order,
+        primary,
+        table["quality"].to_numpy(),
+        tuple(columns[label] for label in LABELS),
+        tuple(columns[f"{label}_err"] for label in LABELS),
+        np.array([expected_error.get(label, np.nan) for label in LABELS], dtype=np.float64),
+        columns["snr"],
+        GIANT_LOGG,
+        np.array(SNR_EDGES),
+        _LOWEST,
+        _BINS_AN_OCTAVE,
+        np.full((len(order), len(LABELS) + 1), -1, dtype=np.int32),
+        counts,
+    )
 
 
-def merged_pulls(parts: Sequence[Sequence[Sequence[int]]]) -> list[Factor]:
+def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
     """Factors of a whole survey from the histograms of its parts.
 
     Returns
@@ -145,9 +140,8 @@ def merged_pulls(parts: Sequence[Sequence[Sequence[int]]]) -> list[Factor]:
     """
     counts = np.zeros(_SHAPE, dtype=np.int64)
     for part in parts:
-        if part:
-            place, count = np.array(part, dtype=np.int64).T
-            counts.ravel()[place] += count
+        place, count = np.array(part, dtype=np.int64).reshape(-1, 2).T
+        counts.ravel()[place] += count
     edges = [None, *SNR_EDGES, None]
     found = []
     for number, label in enumerate(LABELS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -217,26 +217,28 @@ class _Repeats:
         flag = np.zeros(len(source), dtype=np.bool_)
         out: dict[str, pa.Array] = {}
         for label in (*LABELS, "rv"):
-            value, error, spread, is_wide = self._label(label, settings, expected_error.get(label))
+            columns = {name: _floats(self.table, name) for name in (label, f"{label}_err")}
+            combined = self._label(*columns.values(), settings, expected_error.get(label))
             if label in LABELS:
-                flag[self.star] |= is_wide
-                everywhere = np.full(len(source), np.nan, dtype=np.float32)
-                everywhere[self.star] = spread
-                out[f"{label}_spread"] = _nullable(everywhere, pa.float32())
+                flag[self.star] |= combined.is_wide
+                spread = np.full(len(source), np.nan, dtype=np.float32)
+                spread[self.star] = combined.spread
+                out[f"{label}_spread"] = _nullable(spread, pa.float32())
             if settings.method != "best-snr":
-                out |= self._replaced(label, source, value)
-                out |= self._replaced(f"{label}_err", source, error)
+                out |= self._replaced(columns, source, (combined.value, combined.error))
         if settings.method != "best-snr":
-            out |= self._replaced("snr", source, self.snr)
+            out |= self._replaced({"snr": _floats(self.table, "snr")}, source, (self.snr,))
         quality = _one_chunk(self.table.column("quality")).to_numpy()[source]
         quality[self.star] = self.quality
         return out | {"quality": pa.array(quality), "flag_spread": pa.array(flag)}
 
     def _label(
-        self, label: str, settings: DedupeSettings, expected_error: float | None
-    ) -> tuple[FloatArray, FloatArray, FloatArray, BoolArray]:
-        """Combined value, its error, spread, and whether that is over the limit; NaN: none."""
-        values, errors = _floats(self.table, label), _floats(self.table, f"{label}_err")
+        self,
+        values: FloatArray,
+        errors: FloatArray,
+        settings: DedupeSettings,
+        expected_error: float | None,
+    ) -> _Label:
         if values.dtype != errors.dtype:
             values, errors = values.astype(np.float64), errors.astype(np.float64)
         value, error = np.empty((2, len(self.star)), dtype=values.dtype)
@@ -252,15 +254,29 @@ class _Repeats:
             )
             out = (value, error, spread, is_wide)
             combine_label(self.first, self.row, self.used, values, errors, *limits, *out)
-        return value, error, spread, is_wide
+        return _Label(value, error, spread, is_wide)
 
-    def _replaced(self, name: str, source: IntArray, values: FloatArray) -> dict[str, pa.Array]:
-        """A column of the table with the values of these stars; none if it has no such column."""
-        if name not in self.table.schema.names:
-            return {}
-        out = _floats(self.table, name)[source]
-        out[self.star] = values
-        return {name: _nullable(out, self.table.schema.field(name).type)}
+    def _replaced(
+        self, columns: Mapping[str, FloatArray], source: IntArray, combined: Sequence[FloatArray]
+    ) -> dict[str, pa.Array]:
+        """Columns with the values of these stars; those that the table lacks are left out."""
+        out = {}
+        for (name, values), of_repeats in zip(columns.items(), combined, strict=True):
+            if name in self.table.schema.names:
+                of_stars = values[source]
+                of_stars[self.star] = of_repeats
+                out[name] = _nullable(of_stars, self.table.schema.field(name).type)
+        return out
+
+
+@dataclass(frozen=True)
+class _Label:
+    """A label of the stars of `_Repeats`; NaN: none."""
+
+    value: FloatArray
+    error: FloatArray
+    spread: NDArray[np.float32]
+    is_wide: BoolArray
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -277,8 +293,11 @@ def _floats(table: pa.Table, name: str) -> FloatArray:
 
 
 def _nullable(values: FloatArray, dtype: pa.DataType) -> pa.Array:
-    """Array with null for NaN."""
-    return pa.array(values, dtype, from_pandas=True)
+    """Array with null for NaN, without a copy."""
+    if pa.from_numpy_dtype(values.dtype) != dtype:
+        return pa.array(values, dtype, from_pandas=True)
+    valid = pa.py_buffer(np.packbits(~np.isnan(values), bitorder="little"))
+    return pa.Array.from_buffers(dtype, len(values), [valid, pa.py_buffer(values)])
 
 
 def _sky_order(table: pa.Table, rows: IntArray) -> IntArray:

@@ -32,8 +32,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from sos_dask import healpix
 from sos_dask.dedupe.settings import DedupeSettings
@@ -218,9 +216,9 @@ def _group_known(
     same = (tier[links.i] == tier[links.j]) & (name[links.i] == name[links.j]) & known[links.i]
     star = np.arange(n, dtype=np.int64)
     if same.any():
-        edges = (links.i[same], links.j[same])
-        graph = coo_array((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(n, n))
-        star = connected_components(graph, directed=False)[1].astype(np.int64)
+        from sos_dask.compiled import components
+
+        components(links.i[same], links.j[same], star)
     for number in range(1, len(releases)):
         newer, older = links.between(tier < number, tier == number)
         if len(newer):
@@ -294,10 +292,14 @@ def _group_by_rank(primary: IntArray, rank: IntArray, links: _Links, sky: _Sky) 
     """Primaries in the order of rank and their nearest rows (rule 4), in place."""
     if not len(links.i):
         return
-    from sos_dask.compiled import claim
+    from sos_dask.compiled import claim, join_claimed
 
     claimed = np.zeros(len(primary), dtype=np.bool_)
     claim(links.i, links.j, rank, claimed)
+    several, count = np.empty_like(links.i), np.zeros(1, dtype=np.int64)
+    join_claimed(links.i, links.j, claimed, primary, several, count)
+    several = several[: count[0]]
+    links = _Links(links.i[several], links.j[several])
     row, target = _nearest(*links.between(claimed, ~claimed), rank, sky)
     primary[row] = target
 

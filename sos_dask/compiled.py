@@ -9,7 +9,7 @@ written in numpy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import njit, types
@@ -27,9 +27,16 @@ def _in(dtype: Any) -> Any:
 
 
 def _compiled(*signatures: tuple[Any, ...]) -> Callable[[F], F]:
-    return njit(  # type: ignore[no-any-return]
-        [types.void(*one) for one in signatures], cache=True, error_model="numpy"
-    )
+    voids = [types.void(*one) for one in signatures]
+
+    def decorate(function: F) -> F:
+        try:
+            compiled = njit(voids, error_model="numpy", cache=True)(function)
+        except RuntimeError:  # no folder can be written: each process compiles for itself
+            compiled = njit(voids, error_model="numpy")(function)
+        return cast(F, compiled)
+
+    return decorate
 
 
 _I, _B, _D = _in(types.int64), _in(types.boolean), _in(types.float64)
@@ -37,7 +44,7 @@ _I_OUT, _B_OUT, _D_OUT = types.int64[::1], types.boolean[::1], types.float64[::1
 _FLOATS = (types.float32, types.float64)
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _nearness(d_ra: float, d_dec: float, cos_cos: float, low: float, high: float) -> int:
     if abs(d_ra) < 0.005 and abs(d_dec) < 0.005:
         square = d_dec * d_dec + cos_cos * d_ra * d_ra
@@ -49,8 +56,10 @@ def _nearness(d_ra: float, d_dec: float, cos_cos: float, low: float, high: float
 
 
 @_compiled(
-    (_I, _D, _D, _D, types.float64, types.int64, _in(types.uint8), types.int64)
-    + (_I_OUT, _I_OUT, types.int8[::1], _B_OUT, _I_OUT)
+    (
+        *(_I, _D, _D, _D, types.float64, types.int64, _in(types.uint8), types.int64),
+        *(_I_OUT, _I_OUT, types.int8[::1], _B_OUT, _I_OUT),
+    )
 )
 def pairs_on_faces(
     cells: IntArray,
@@ -192,10 +201,10 @@ def join_claimed(
                 has_several[row] = True
     count[0] = 0
     for link in range(len(i)):
-        if claimed[i[link]] != claimed[j[link]]:
-            if has_several[i[link] if claimed[i[link]] else j[link]]:
-                several[count[0]] = link
-                count[0] += 1
+        row = i[link] if claimed[i[link]] else j[link]
+        if has_several[row] and claimed[i[link]] != claimed[j[link]]:
+            several[count[0]] = link
+            count[0] += 1
 
 
 @_compiled((_I, _I, _I_OUT))
@@ -214,7 +223,9 @@ def components(i: IntArray, j: IntArray, root: IntArray) -> None:
         root[row] = root[root[row]]  # that of an earlier row is final
 
 
-@_compiled(*((_I, _I, _I, _in(real), _B_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS))
+@_compiled(
+    *((_I, _I, _I, _in(real), _B_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS)
+)
 def choose(
     first: IntArray,
     row: IntArray,
@@ -253,8 +264,10 @@ def choose(
 
 @_compiled(
     *(
-        (_I, _I, _B, _in(real), _in(real), types.float64, types.float64, types.float64)
-        + (real[::1], real[::1], types.float32[::1], _B_OUT)
+        (
+            *(_I, _I, _B, _in(real), _in(real), types.float64, types.float64, types.float64),
+            *(real[::1], real[::1], types.float32[::1], _B_OUT),
+        )
         for real in _FLOATS
     )
 )
@@ -325,9 +338,10 @@ def combine_label(
 
 @_compiled(
     *(
-        (_I, _I, _I, types.UniTuple(_in(real), 3), types.UniTuple(_in(real), 3), _D, _in(real))
-        + (types.float64, _D, types.float64, types.float64, types.int32[:, ::1])
-        + (types.int64[:, :, :, ::1],)
+        (
+            *(_I, _I, _I, *(types.UniTuple(_in(real), 3),) * 2, _D, _in(real), types.float64, _D),
+            *(types.float64, types.float64, types.int32[:, ::1], types.int64[:, :, :, ::1]),
+        )
         for real in _FLOATS
     )
 )

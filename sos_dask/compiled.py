@@ -26,6 +26,10 @@ def _in(dtype: Any) -> Any:
     return types.Array(dtype, 1, "C", readonly=True)
 
 
+def _three(dtype: Any) -> Any:
+    return types.UniTuple(_in(dtype), 3)  # type: ignore[no-untyped-call]
+
+
 def _compiled(*signatures: tuple[Any, ...]) -> Callable[[F], F]:
     voids = [types.void(*one) for one in signatures]
 
@@ -44,7 +48,7 @@ _I_OUT, _B_OUT, _D_OUT = types.int64[::1], types.boolean[::1], types.float64[::1
 _FLOATS = (types.float32, types.float64)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _nearness(d_ra: float, d_dec: float, cos_cos: float, low: float, high: float) -> int:
     if abs(d_ra) < 0.005 and abs(d_dec) < 0.005:
         square = d_dec * d_dec + cos_cos * d_ra * d_ra
@@ -339,7 +343,7 @@ def combine_label(
 @_compiled(
     *(
         (
-            *(_I, _I, _I, *(types.UniTuple(_in(real), 3),) * 2, _D, _in(real), types.float64, _D),
+            *(_I, _I, _I, _three(real), _three(real), _D, _in(real), types.float64, _D),
             *(types.float64, types.float64, types.int32[:, ::1], types.int64[:, :, :, ::1]),
         )
         for real in _FLOATS
@@ -349,8 +353,8 @@ def count_pulls(
     order: IntArray,
     star: IntArray,
     quality: IntArray,
-    values: tuple[FloatArray, FloatArray, FloatArray],
-    errors: tuple[FloatArray, FloatArray, FloatArray],
+    values: tuple[FloatArray, ...],
+    errors: tuple[FloatArray, ...],
     expected_error: FloatArray,
     snr: FloatArray,
     giant_logg: float,

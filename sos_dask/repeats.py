@@ -237,5 +237,5 @@ def _floats(table: pa.Table, name: str) -> NDArray[np.floating]:
     """A column in its own precision, nan where there is none; single for one that is missing."""
     if name not in table.schema.names:
         return np.full(table.num_rows, np.nan, dtype=np.float32)
-    values = table[name].to_numpy()
+    values: NDArray[np.floating] = table[name].to_numpy()
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -217,17 +217,18 @@ class _Repeats:
         flag = np.zeros(len(source), dtype=np.bool_)
         out: dict[str, pa.Array] = {}
         for label in (*LABELS, "rv"):
-            columns = {name: _floats(self.table, name) for name in (label, f"{label}_err")}
-            combined = self._label(*columns.values(), settings, expected_error.get(label))
+            values, errors = _floats(self.table, label), _floats(self.table, f"{label}_err")
+            combined = self._label(values, errors, settings, expected_error.get(label))
             if label in LABELS:
                 flag[self.star] |= combined.is_wide
                 spread = np.full(len(source), np.nan, dtype=np.float32)
                 spread[self.star] = combined.spread
                 out[f"{label}_spread"] = _nullable(spread, pa.float32())
             if settings.method != "best-snr":
-                out |= self._replaced(columns, source, (combined.value, combined.error))
+                out |= self._replaced(label, values, source, combined.value)
+                out |= self._replaced(f"{label}_err", errors, source, combined.error)
         if settings.method != "best-snr":
-            out |= self._replaced({"snr": _floats(self.table, "snr")}, source, (self.snr,))
+            out |= self._replaced("snr", _floats(self.table, "snr"), source, self.snr)
         quality = _one_chunk(self.table.column("quality")).to_numpy()[source]
         quality[self.star] = self.quality
         return out | {"quality": pa.array(quality), "flag_spread": pa.array(flag)}
@@ -247,26 +248,31 @@ class _Repeats:
         if len(self.star):
             from sos_dask.compiled import combine_label
 
-            limits = (
+            combine_label(
+                self.first,
+                self.row,
+                self.used,
+                values,
+                errors,
                 np.nan if expected_error is None else expected_error,
                 settings.max_spread,
                 _MEDIAN_ERROR if settings.method == "median" else 0.0,
+                value,
+                error,
+                spread,
+                is_wide,
             )
-            out = (value, error, spread, is_wide)
-            combine_label(self.first, self.row, self.used, values, errors, *limits, *out)
         return _Label(value, error, spread, is_wide)
 
     def _replaced(
-        self, columns: Mapping[str, FloatArray], source: IntArray, combined: Sequence[FloatArray]
+        self, name: str, values: FloatArray, source: IntArray, combined: FloatArray
     ) -> dict[str, pa.Array]:
-        """Columns with the values of these stars; those that the table lacks are left out."""
-        out = {}
-        for (name, values), of_repeats in zip(columns.items(), combined, strict=True):
-            if name in self.table.schema.names:
-                of_stars = values[source]
-                of_stars[self.star] = of_repeats
-                out[name] = _nullable(of_stars, self.table.schema.field(name).type)
-        return out
+        """A column with the values of these stars; none if the table lacks it."""
+        if name not in self.table.schema.names:
+            return {}
+        of_stars = values[source]
+        of_stars[self.star] = combined
+        return {name: _nullable(of_stars, self.table.schema.field(name).type)}
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,7 @@ def _floats(table: pa.Table, name: str) -> FloatArray:
     """A column in its own precision, NaN where there is none; single for one that is missing."""
     if name not in table.schema.names:
         return np.full(table.num_rows, np.nan, dtype=np.float32)
-    values = _one_chunk(table.column(name)).to_numpy(zero_copy_only=False)
+    values: FloatArray = _one_chunk(table.column(name)).to_numpy(zero_copy_only=False)
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sos_dask.columns import reals_or_nan
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 
 FloatArray = NDArray[np.float64]
@@ -109,7 +110,7 @@ def _count(
 
     # Rows of one cell stand in the order of their keys already: the order of the catalog.
     order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
-    columns = {name: _floats(table, name) for name in _COLUMNS}
+    columns = {name: reals_or_nan(table, name) for name in _COLUMNS}
     if len({values.dtype for values in columns.values()}) > 1:
         columns = {name: values.astype(np.float64) for name, values in columns.items()}
     count_pulls(
@@ -231,11 +232,3 @@ def _median_bin(counts: IntArray) -> float:
     half, below = counts.sum() / 2, np.cumsum(counts)
     place = int(np.searchsorted(below, half))
     return float(place + (half - (below[place] - counts[place])) / counts[place])
-
-
-def _floats(table: pa.Table, name: str) -> NDArray[np.floating]:
-    """A column in its own precision, nan where there is none; single for one that is missing."""
-    if name not in table.schema.names:
-        return np.full(table.num_rows, np.nan, dtype=np.float32)
-    values: NDArray[np.floating] = table[name].to_numpy()
-    return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sos_dask.columns import reals_or_nan
 from sos_dask.dedupe.settings import DedupeSettings
 from sos_dask.errors import PartitionError
 from sos_dask.healpix import IntArray
@@ -180,7 +181,7 @@ class _Repeats:
         first = np.append(0, np.cumsum(n_obs[stars]))
         used = np.zeros(len(row), dtype=np.bool_)
         best_at, n_used, bits = (np.zeros(len(stars), dtype=np.int64) for _ in range(3))
-        snr = _floats(table, "snr")
+        snr = reals_or_nan(table, "snr")
         total = np.empty(len(stars), dtype=snr.dtype)
         if len(row):
             from sos_dask.compiled import choose
@@ -217,7 +218,10 @@ class _Repeats:
         flag = np.zeros(len(source), dtype=np.bool_)
         out: dict[str, pa.Array] = {}
         for label in (*LABELS, "rv"):
-            values, errors = _floats(self.table, label), _floats(self.table, f"{label}_err")
+            values, errors = (
+                reals_or_nan(self.table, label),
+                reals_or_nan(self.table, f"{label}_err"),
+            )
             combined = self._label(values, errors, settings, expected_error.get(label))
             if label in LABELS:
                 flag[self.star] |= combined.is_wide
@@ -228,7 +232,7 @@ class _Repeats:
                 out |= self._replaced(label, values, source, combined.value)
                 out |= self._replaced(f"{label}_err", errors, source, combined.error)
         if settings.method != "best-snr":
-            out |= self._replaced("snr", _floats(self.table, "snr"), source, self.snr)
+            out |= self._replaced("snr", reals_or_nan(self.table, "snr"), source, self.snr)
         quality = _one_chunk(self.table.column("quality")).to_numpy()[source]
         quality[self.star] = self.quality
         return out | {"quality": pa.array(quality), "flag_spread": pa.array(flag)}
@@ -288,14 +292,6 @@ class _Label:
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     # One chunk would be copied, too.
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def _floats(table: pa.Table, name: str) -> FloatArray:
-    """A column in its own precision, NaN where there is none; single for one that is missing."""
-    if name not in table.schema.names:
-        return np.full(table.num_rows, np.nan, dtype=np.float32)
-    values: FloatArray = _one_chunk(table.column(name)).to_numpy(zero_copy_only=False)
-    return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
 
 
 def _nullable(values: FloatArray, dtype: pa.DataType) -> pa.Array:

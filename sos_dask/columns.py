@@ -32,6 +32,15 @@ def matrix32(table: pa.Table, names: Sequence[str]) -> NDArray[np.float32]:
     return np.stack([floats32(table, name) for name in names], axis=1)
 
 
+def reals_or_nan(table: pa.Table, name: str) -> NDArray[np.floating]:
+    """A column in its own precision, NaN for null; single for one that is missing."""
+    if name not in table.schema.names:
+        return np.full(table.num_rows, np.nan, dtype=np.float32)
+    column = table[name]
+    own = column.type in (pa.float32(), pa.float64())
+    return _filled(column if own else column.cast(pa.float64()))
+
+
 def _filled(column: pa.ChunkedArray) -> NDArray[np.floating]:
     # Arrow fills nulls several times faster than it converts them.
     return np.asarray(pc.fill_null(column, np.nan).to_numpy())

@@ -444,6 +444,8 @@ _CELLS_PER_REACH = 16.0
 # A cell with more rows than this is searched again at a deeper order, where that order allows it.
 _CROWDED = 64
 _BLOCK = 1 << 21
+# Cells of `pairs_within` are four to eight times wider than the radius (measured, too).
+_SELF_ORDERS = 3
 # Largest gradient of a HEALPix coordinate on the sphere, in sides of a base pixel per radian. In
 # the polar caps x = t * sqrt(6) * sin(theta / 2), t in [0, 1] the longitude in quarter turns, so
 # |grad x|^2 = 1.5 * (t^2 cos^2(theta / 2) + 4 / (pi^2 cos^2(theta / 2))), largest for t = 1 at the
@@ -470,16 +472,29 @@ def near_edge(
     Returns
     -------
     ndarray of bool, shape (n,)
-        Also true a little farther inside, up to 1/1024 of the pixel.
+        Also true a little farther inside, up to 1/65536 of the pixel.
     """
-    depth = min(10, MAX_ORDER - pixel.order)
-    side = 1 << depth
+    step = _step(np.asarray(reach_arcsec, dtype=np.float64)) * (1 << pixel.order)
+    near = (cells29 < pixel.first) | (cells29 >= pixel.stop)
+    # A table over coarse places leaves few rows for which the fine place is worked out.
+    depth = min(6, MAX_ORDER - pixel.order)
+    code = np.arange(1 << 2 * depth, dtype=np.int64)
+    table = _near_sides(code, depth, np.asarray(np.max(step, initial=0.0)))
     place = (cells29 - pixel.first) >> 2 * (MAX_ORDER - pixel.order - depth)
-    inside = (cells29 >= pixel.first) & (cells29 < pixel.stop)
-    step = _step(np.asarray(reach_arcsec, dtype=np.float64)) * (side << pixel.order)
-    for along in _coordinates(place, depth):
-        inside &= (along > step) & (along + 1 < side - step)
-    return np.asarray(~inside)
+    rows = np.flatnonzero(table[np.where(near, 0, place)] & ~near)
+    depth = min(16, MAX_ORDER - pixel.order)
+    place = (cells29[rows] - pixel.first) >> 2 * (MAX_ORDER - pixel.order - depth)
+    near[rows] = _near_sides(place, depth, step if step.ndim == 0 else step[rows])
+    return np.asarray(near)
+
+
+def _near_sides(code: IntArray, depth: int, step: FloatArray) -> NDArray[np.bool_]:
+    """Which places in a square (Morton codes) reach one of its sides; ``step`` in sides."""
+    side = 1 << depth
+    near = np.zeros(len(code), dtype=np.bool_)
+    for along in _coordinates(code, depth):
+        near |= (along <= step * side) | (along + 1 >= side - step * side)
+    return near
 
 
 def _step(reach_arcsec: FloatArray) -> FloatArray:
@@ -586,6 +601,18 @@ def _touched(
     ``step`` is the largest change of a coordinate, in cells of the order. A table over the place
     inside the cell (a few more bits of the Morton code) says which neighbours it may touch.
     """
+    table, depth = _touch_table(order, step)
+    place = (fine >> 2 * (MAX_ORDER - order - depth)) & (len(table) - 1)
+    mask = table[place]
+    at = np.flatnonzero(mask)
+    neighbours = _neighbours(own[at], order)
+    wanted = (mask[at] >> np.arange(8, dtype=np.uint8)[:, None]) & 1 == 1
+    wanted &= neighbours > (own[at] if later_only else -1)
+    return np.broadcast_to(at, wanted.shape)[wanted], neighbours[wanted]
+
+
+def _touch_table(order: int, step: float) -> tuple[NDArray[np.uint8], int]:
+    """Bits of the neighbours that a position may reach, by its place inside its cell; its depth."""
     depth = min(7, MAX_ORDER - order)
     side = 1 << depth
     code = np.arange(1 << 2 * depth, dtype=np.int64)
@@ -596,13 +623,7 @@ def _touched(
     for bit in range(8):
         reached = touches_x[int(_STEP_X[bit])] & touches_y[int(_STEP_Y[bit])]
         table |= reached.astype(np.uint8) << np.uint8(bit)
-    place = (fine >> 2 * (MAX_ORDER - order - depth)) & (len(code) - 1)
-    mask = table[place]
-    at = np.flatnonzero(mask)
-    neighbours = _neighbours(own[at], order)
-    wanted = (mask[at] >> np.arange(8, dtype=np.uint8)[:, None]) & 1 == 1
-    wanted &= neighbours > (own[at] if later_only else -1)
-    return np.broadcast_to(at, wanted.shape)[wanted], neighbours[wanted]
+    return table, depth
 
 
 def _expand(rows: IntArray, low: IntArray, count: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
@@ -618,3 +639,60 @@ def _expand(rows: IntArray, low: IntArray, count: IntArray) -> Iterator[tuple[In
         offset = np.repeat(low[first:last] - (stop[first:last] - counts - done), counts)
         yield np.repeat(rows[first:last], counts), np.arange(len(offset)) + offset
         first = last
+
+
+def pairs_within(
+    ra: FloatArray, dec: FloatArray, cells29: IntArray, radius_arcsec: float
+) -> tuple[IntArray, IntArray]:
+    """All pairs of rows within a radius of each other.
+
+    The search of `candidates`, compiled and with the separations in it.
+
+    Parameters
+    ----------
+    ra, dec : ndarray of float64, shape (n,), deg
+    cells29 : ndarray of int64, shape (n,)
+        Order-29 cells of the positions, ascending.
+    radius_arcsec : float
+        At most a degree.
+
+    Returns
+    -------
+    i, j : ndarray of int64, shape (m,)
+        i < j, each pair once, in no stated order.
+    """
+    none = np.empty(0, dtype=np.int64)
+    if len(cells29) < 2:
+        return none, none
+    from sos_dask.compiled import pairs_on_faces
+
+    step = float(_step(np.asarray(radius_arcsec)))
+    order = max(int(np.ceil(-np.log2(step))) - _SELF_ORDERS, 0)
+    table, depth = _touch_table(order, step * 2.0**order)
+    columns = (cells29, ra, dec, np.cos(np.radians(dec)))
+    crosses = np.zeros(len(cells29), dtype=np.bool_)
+    count = np.array([2 * len(cells29)])
+    room = -1
+    while room < count[0]:
+        room = int(count[0])
+        i, j = np.empty((2, room), dtype=np.int64)
+        near = np.empty(room, dtype=np.int8)
+        search = (radius_arcsec / 3600.0, order, table, depth)
+        pairs_on_faces(*columns, *search, i, j, near, crosses, count)
+    i, j, near = i[: count[0]], j[: count[0]], near[: count[0]]
+    unsure = np.flatnonzero(near == 2)
+    p, q = i[unsure], j[unsure]
+    near[unsure] = separation_arcsec(ra[p], dec[p], ra[q], dec[q]) <= radius_arcsec
+    if not near.all():
+        i, j = i[near > 0], j[near > 0]
+    parts = [(i, j)]
+    rows, face = np.flatnonzero(crosses), 2 * MAX_ORDER
+    for at, q in candidates(cells29[rows], radius_arcsec, cells29):
+        p = rows[at]
+        wanted = (p < q) & (cells29[p] >> face != cells29[q] >> face)
+        p, q = p[wanted], q[wanted]
+        apart = separation_arcsec(ra[p], dec[p], ra[q], dec[q])
+        parts.append((p[apart <= radius_arcsec], q[apart <= radius_arcsec]))
+    if len(parts) == 1:
+        return i, j
+    return np.concatenate([p for p, _ in parts]), np.concatenate([q for _, q in parts])

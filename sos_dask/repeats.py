@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sos_dask.columns import floats_or_nan
+from sos_dask.columns import reals_or_nan
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 
 FloatArray = NDArray[np.float64]
@@ -77,7 +77,7 @@ class Factor:
 
 def pull_counts(
     table: pa.Table, primary: IntArray, expected_error: Mapping[str, float] | None = None
-) -> list[list[int]]:
+) -> list[int]:
     """Histogram of the pulls of the repeats in a table.
 
     Parameters
@@ -92,39 +92,45 @@ def pull_counts(
 
     Returns
     -------
-    list of [bin, count]
-        Bins that are not empty, by rising number.
+    list of int
+        Number and count of each bin that is not empty, one after the other.
     """
-    row = np.flatnonzero((table["quality"].to_numpy() == 0) & (primary >= 0))
-    row = row[np.bincount(primary[row], minlength=1)[primary[row]] > 1]
-    # Rows of one cell stand in the order of their keys already: the order of the catalog.
-    row = row[np.lexsort((table[HEALPIX_COLUMN].to_numpy()[row], primary[row]))]
-    names = [n for n in table.column_names if n in _COLUMNS]
-    repeats = table.select(names).take(pa.array(row))
-    star = primary[row]
-    logg, snr = (floats_or_nan(repeats, name) for name in ("logg", "snr"))
     counts = np.zeros(_SHAPE, dtype=np.int64)
-    values = np.stack([floats_or_nan(repeats, label) for label in LABELS])
-    # A row with all labels of the one before is the same measurement, listed twice.
-    again = np.append(False, (values[:, 1:] == values[:, :-1]).all(axis=0))[: len(row)]
-    values[:, again & np.append(False, star[1:] == star[:-1])[: len(row)]] = np.nan
-    for number, label in enumerate(LABELS):
-        value, error = values[number], floats_or_nan(repeats, f"{label}_err")
-        fallback = (expected_error or {}).get(label, np.nan)
-        error = np.where(error > 0, error, fallback)
-        known = np.flatnonzero(np.isfinite(value) & np.isfinite(error))
-        one, other = known[:-1], known[1:]
-        together = star[one] == star[other]
-        one, other = one[together], other[together]
-        pull = np.abs(value[one] - value[other]) / np.hypot(error[one], error[other])
-        kind = (logg[one] + logg[other] < 2 * GIANT_LOGG).astype(np.int64)
-        bins = (kind, snr_bin(np.minimum(snr[one], snr[other])), _pull_bin(pull))
-        np.add.at(counts[number], bins, 1)
+    if table.num_rows:
+        _count(table, primary, expected_error or {}, counts)
     filled = np.flatnonzero(counts)
-    return [[int(place), int(counts.ravel()[place])] for place in filled]
+    flat: list[int] = np.stack([filled, counts.ravel()[filled]], axis=1).ravel().tolist()
+    return flat
 
 
-def merged_pulls(parts: Sequence[Sequence[Sequence[int]]]) -> list[Factor]:
+def _count(
+    table: pa.Table, primary: IntArray, expected_error: Mapping[str, float], counts: IntArray
+) -> None:
+    from sos_dask.compiled import count_pulls
+
+    # Rows of one cell stand in the order of their keys already: the order of the catalog.
+    order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
+    columns = {name: reals_or_nan(table, name) for name in _COLUMNS}
+    if len({values.dtype for values in columns.values()}) > 1:
+        columns = {name: values.astype(np.float64) for name, values in columns.items()}
+    count_pulls(
+        order,
+        primary,
+        table["quality"].to_numpy(),
+        tuple(columns[label] for label in LABELS),
+        tuple(columns[f"{label}_err"] for label in LABELS),
+        np.array([expected_error.get(label, np.nan) for label in LABELS], dtype=np.float64),
+        columns["snr"],
+        GIANT_LOGG,
+        np.array(SNR_EDGES),
+        _LOWEST,
+        _BINS_AN_OCTAVE,
+        np.full((len(order), len(LABELS) + 1), -1, dtype=np.int32),
+        counts,
+    )
+
+
+def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
     """Factors of a whole survey from the histograms of its parts.
 
     Returns
@@ -135,8 +141,8 @@ def merged_pulls(parts: Sequence[Sequence[Sequence[int]]]) -> list[Factor]:
     """
     counts = np.zeros(_SHAPE, dtype=np.int64)
     for part in parts:
-        for place, count in part:
-            counts.ravel()[place] += count
+        place, count = np.array(part, dtype=np.int64).reshape(-1, 2).T
+        counts.ravel()[place] += count
     edges = [None, *SNR_EDGES, None]
     found = []
     for number, label in enumerate(LABELS):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sos_dask.dedupe import METHODS, DedupeSettings, Groups, combine, group
+from sos_dask.dedupe import METHODS, DedupeSettings, Edges, Groups, combine, group
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.healpix import (
     HealpixPixel,
@@ -22,7 +22,6 @@ from sos_dask.healpix import (
     in_ranges,
     propagate,
     separation_arcsec,
-    surroundings,
 )
 
 THOROUGH = settings(
@@ -223,17 +222,18 @@ def test_partitions_see_what_the_whole_sky_sees(centre, releases):
     assert len(np.unique(whole)) < 0.8 * n
     grown = 0
     for pixel in (HealpixPixel(15, int(p)) for p in np.unique(sky.cells >> 28)):
+        inside = in_ranges(sky.cells, [(pixel.first, pixel.stop)])
+        edges = Edges.of(pixel, sky.cells[inside], chosen.id_radius_arcsec)
         layers = 2
         while True:
-            rings = surroundings(pixel, chosen.id_radius_arcsec, layers)
-            ranges = sorted([(pixel.first, pixel.stop), *itertools.chain(*rings)])
-            rows = np.flatnonzero(in_ranges(sky.cells, ranges))
-            sky.frontier = in_ranges(sky.cells, rings[-1])
+            rows = np.flatnonzero(inside | in_ranges(sky.cells, edges.ranges))
+            sky.frontier = edges.is_frontier(sky.cells)
             found = sky.group(chosen, rows)
-            own = (sky.cells[rows] >= pixel.first) & (sky.cells[rows] < pixel.stop)
+            own = inside[rows]
             if not found.touches_frontier[own].any():
                 break
             layers *= 2
+            edges = edges.grown(sky.cells[inside], found.touches_frontier[own], layers)
             grown += 1
         np.testing.assert_array_equal(rows[found.primary[own]], whole[rows[own]])
     assert grown > 10
@@ -281,6 +281,28 @@ def row_of_sky(positions_arcsec: list[float], dr3: list[int], dr2: list[int]) ->
 )
 def test_rule_by_example(positions, dr3, dr2, primaries):
     assert row_of_sky(positions, dr3, dr2) == primaries
+
+
+@THOROUGH
+@given(seeds, st.integers(0, 29), st.sampled_from([0.01, 1.5, 600.0]))
+def test_what_reaches_out_of_a_pixel_is_read(seed, order, reach):
+    """Every row within reach of a row inside, and no row of a link that is cut off unmarked."""
+    rng = np.random.default_rng(seed)
+    sky = Sky(rng, 60, reach, (), ties=False)
+    pixel = HealpixPixel(order, int(sky.cells[rng.integers(60)] >> 2 * (29 - order)))
+    inside = in_ranges(sky.cells, [(pixel.first, pixel.stop)])
+    edges = Edges.of(pixel, sky.cells[inside], reach)
+    ranges = edges.ranges
+    assert all(low < high for low, high in ranges)
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(ranges))
+    assert not in_ranges(np.array([pixel.first, pixel.stop - 1]), ranges).any()
+    i, j = (grid.ravel() for grid in np.meshgrid(np.arange(60), np.arange(60)))
+    linked = separation_arcsec(sky.ra[i], sky.dec[i], sky.ra[j], sky.dec[j]) <= reach
+    known = inside | in_ranges(sky.cells, ranges)
+    assert known[j[linked & inside[i]]].all()
+    frontier = edges.is_frontier(sky.cells)
+    assert not frontier[inside].any()
+    assert known[j[linked & known[i] & ~frontier[i]]].all()
 
 
 def test_members_lie_within_the_radius_of_their_primary():

@@ -26,6 +26,7 @@ from sos_dask.healpix import (
     near_edge,
     near_pixel,
     order_for_radius,
+    pairs_within,
     partition_of,
     plan_partitions,
     propagate,
@@ -549,6 +550,29 @@ def test_candidates_of_a_catalog_with_itself(seed, n, radius_arcsec):
     separation = separation_arcsec(ra[:, None], dec[:, None], ra[None, :], dec[None, :])
     near = np.argwhere(np.triu(separation <= radius_arcsec, k=1))
     assert found.issuperset(map(tuple, near.tolist()))
+
+
+@settings(SETTINGS, max_examples=200)
+@given(seeds, st.integers(0, 300), st.sampled_from([1e-3, 1.5, 17.9, 18.1, 60.0, 3600.0]))
+def test_pairs_within_are_those_of_brute_force(seed, n, radius_arcsec):
+    rng = np.random.default_rng(seed)
+    ra, dec = clumps(rng, n, radius_arcsec)
+    if n > 1:  # a pair at the very distance
+        radius_arcsec = float(separation_arcsec(ra[:1], dec[:1], ra[1:2], dec[1:2])[0])
+        radius_arcsec = min(max(radius_arcsec, 1e-3), 3600.0)
+    by_cell = np.argsort(ang2pix(ra, dec), kind="stable")
+    ra, dec = ra[by_cell], dec[by_cell]
+    i, j = pairs_within(ra, dec, ang2pix(ra, dec), radius_arcsec)
+    found = list(zip(i.tolist(), j.tolist(), strict=True))
+    one, other = np.triu_indices(n, k=1)
+    near = separation_arcsec(ra[one], dec[one], ra[other], dec[other]) <= radius_arcsec
+    assert sorted(found) == list(zip(one[near].tolist(), other[near].tolist(), strict=True))
+
+
+def test_pairs_within_need_more_room_than_is_taken_at_first():
+    ra, dec = np.full(100, 45.0), np.full(100, 10.0)
+    i, j = pairs_within(ra, dec, ang2pix(ra, dec), 1.0)
+    assert len(i) == len(j) == 100 * 99 // 2 and (i < j).all()
 
 
 def test_candidates_in_a_crowd_are_found_and_few():

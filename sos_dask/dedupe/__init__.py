@@ -1,7 +1,8 @@
 """Repeats of one star: which rows are the same star (`group`), and one row for each (`combine`)."""
 
 from sos_dask.dedupe.combining import combine
+from sos_dask.dedupe.edges import Edges
 from sos_dask.dedupe.grouping import Groups, group
 from sos_dask.dedupe.settings import MAX_RADIUS_ARCSEC, METHODS, DedupeSettings
 
-__all__ = ["MAX_RADIUS_ARCSEC", "METHODS", "DedupeSettings", "Groups", "combine", "group"]
+__all__ = ["MAX_RADIUS_ARCSEC", "METHODS", "DedupeSettings", "Edges", "Groups", "combine", "group"]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sos_dask.columns import reals_or_nan
 from sos_dask.dedupe.settings import DedupeSettings
 from sos_dask.errors import PartitionError
-from sos_dask.healpix import FloatArray, IntArray
+from sos_dask.healpix import IntArray
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, QUALITY, Column, require_columns
 
 BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.floating]
 
 # Standard error of the median of many normal values over that of the mean: the square root of one
 # over its asymptotic efficiency 2 / pi (Kendall & Stuart, The Advanced Theory of Statistics).
@@ -80,19 +82,22 @@ def combine(
     is_primary = primary == np.arange(len(primary))
     if len(primary) != table.num_rows or not is_primary[primary[is_given]].all():
         raise PartitionError("primaries do not belong to the rows to be combined")
-    table = table.combine_chunks()
     leaders = np.flatnonzero(is_primary)
     leaders = leaders[_sky_order(table.select([HEALPIX_COLUMN, "obs_id"]), leaders)]
-    number = np.full(len(primary), -1, dtype=np.int64)
+    number = np.full(len(primary) + 1, -1, dtype=np.int64)  # the last one is that of no star
     number[leaders] = np.arange(len(leaders))
-    star = np.where(is_given, number[primary], -1)
+    star = number[primary]
     n_obs = np.bincount(star + 1, minlength=len(leaders) + 1)[1:]
     repeats = _Repeats.of(table, star, n_obs)
 
     source = leaders.copy()
     source[repeats.star] = repeats.best
+    combined = repeats.columns(source, settings, expected_error)
     columns: dict[str, pa.Array] = {}
     for name in table.schema.names:
+        if name in combined:
+            columns[name] = combined[name]
+            continue
         rows = source
         if name in (HEALPIX_COLUMN, "obs_id", "ra", "dec", "position_epoch"):
             rows = leaders
@@ -100,32 +105,10 @@ def combine(
             rows = repeats.source_of(source, ("pmra", "pmdec"))
         elif name.startswith("gaia_") and name.endswith("_source_id"):
             rows = repeats.source_of(source, (name,))
-        columns[name] = table.column(name).take(pa.array(rows)).combine_chunks()
-
-    flag = np.zeros(len(leaders), dtype=np.bool_)
-    spreads: dict[str, FloatArray] = {}
-    for label in (*LABELS, "rv"):
-        if label not in columns:
-            continue
-        value, error, spread, expected = repeats.combined(
-            label, settings.method, expected_error.get(label)
-        )
-        if settings.method != "best-snr":
-            columns[label] = _replaced(columns[label], repeats.star, value)
-            if f"{label}_err" in columns:
-                columns[f"{label}_err"] = _replaced(columns[f"{label}_err"], repeats.star, error)
-        if label in LABELS:
-            spreads[label] = np.full(len(leaders), np.nan)
-            spreads[label][repeats.star] = spread
-            with np.errstate(invalid="ignore"):
-                flag[repeats.star] |= spread > settings.max_spread * expected
-    if "snr" in columns and settings.method != "best-snr":
-        columns["snr"] = _replaced(columns["snr"], repeats.star, repeats.total_snr())
-    columns["quality"] = _replaced(columns["quality"], repeats.star, repeats.quality())
-
+        columns[name] = _one_chunk(table.column(name)).take(pa.array(rows))
     n_used = np.ones(len(leaders), dtype=np.int32)
-    n_used[repeats.star] = repeats.n_used()
-    return _star_table(table.schema, columns, n_obs, n_used, spreads, flag)
+    n_used[repeats.star] = repeats.n_used
+    return _star_table(table.schema, columns, n_obs, n_used, combined)
 
 
 def _star_table(
@@ -133,8 +116,7 @@ def _star_table(
     columns: dict[str, pa.Array],
     n_obs: IntArray,
     n_used: NDArray[np.int32],
-    spreads: dict[str, FloatArray],
-    flag: BoolArray,
+    combined: Mapping[str, pa.Array],
 ) -> pa.Table:
     key = schema.field("obs_id")
     text = "Key of the star: that of its primary observation"
@@ -160,12 +142,11 @@ def _star_table(
         column = Column(
             f"{label}_spread", "float32", unit.decode(), "", f"Standard deviation of {label}"
         )
-        values = spreads.get(label, np.full(len(flag), np.nan))
-        out.append((column.arrow(), _masked(values, pa.float32())))
+        out.append((column.arrow(), combined[f"{label}_spread"]))
     flag_field = pa.field(
         "flag_spread", pa.bool_(), False, {"description": "Spread over the limit"}
     )
-    out += [(flag_field, pa.array(flag)), (QUALITY.arrow(nullable=False), quality)]
+    out += [(flag_field, combined["flag_spread"]), (QUALITY.arrow(nullable=False), quality)]
     return pa.table([values for _, values in out], schema=pa.schema([field for field, _ in out]))
 
 
@@ -177,139 +158,148 @@ def _count_field(name: str, description: str) -> pa.Field:
 class _Repeats:
     """Rows of the stars with several observations, by star and then by ``obs_id``.
 
-    ``star`` and ``first`` have one entry a star, the others one a row; ``segment`` says which star.
+    ``row`` and ``used`` have one entry a row, ``first`` one a star and its end, the others one a
+    star. ``best_at`` is a place in ``row``; ``snr`` the total signal to noise.
     """
 
     table: pa.Table
     star: IntArray
     first: IntArray
     row: IntArray
-    segment: IntArray
     used: BoolArray
-    quality_bits: IntArray
     best_at: IntArray
+    n_used: IntArray
+    quality: IntArray
+    snr: FloatArray
 
     @classmethod
     def of(cls, table: pa.Table, star: IntArray, n_obs: IntArray) -> _Repeats:
         # Rows that are left out have star -1, which is the number added here.
         row = np.flatnonzero((np.append(n_obs, 0) > 1)[star])
         row = row[_order_in_stars(star[row], table.column("obs_id").take(pa.array(row)))]
-        is_first = np.append(True, star[row[1:]] != star[row[:-1]])[: len(row)]
-        first = np.flatnonzero(is_first)
-        segment = np.cumsum(is_first) - 1
-        bits = table.column("quality").to_numpy()[row]
-        used = bits == 0
-        used |= (np.bincount(segment, used, minlength=len(first)) == 0)[segment]
-        repeats = cls(table, star[row[first]], first, row, segment, used, bits, first)
-        # Unused rows rank below null, null below every value; the first row of the highest wins.
-        snr = repeats.values("snr")
-        score = np.where(used, np.where(np.isnan(snr), -np.inf, snr), np.nan)
-        highest = np.fmax.reduceat(score, first) if len(row) else score
-        return replace(repeats, best_at=repeats._first_of(score == highest[segment]))
+        stars = np.flatnonzero(n_obs > 1)
+        first = np.append(0, np.cumsum(n_obs[stars]))
+        used = np.zeros(len(row), dtype=np.bool_)
+        best_at, n_used, bits = (np.zeros(len(stars), dtype=np.int64) for _ in range(3))
+        snr = reals_or_nan(table, "snr")
+        total = np.empty(len(stars), dtype=snr.dtype)
+        if len(row):
+            from sos_dask.compiled import choose
+
+            quality = _one_chunk(table.column("quality")).to_numpy()
+            choose(first, row, quality, snr, used, best_at, n_used, bits, total)
+        return cls(table, stars, first, row, used, best_at, n_used, bits, total)
 
     @property
     def best(self) -> IntArray:
         """Best row of each star."""
         return self.row[self.best_at]
 
-    def values(self, name: str) -> FloatArray:
-        """A column in double precision, NaN where there is none."""
-        if name not in self.table.schema.names:
-            return np.full(len(self.row), np.nan)
-        column = self.table.column(name).take(pa.array(self.row))
-        return np.asarray(column.to_numpy(), dtype=np.float64)
-
-    def _first_of(self, wanted: BoolArray) -> IntArray:
-        """Place of each star's first row of those wanted, for stars that have one."""
-        at = np.flatnonzero(wanted)
-        is_first = np.append(True, self.segment[at[1:]] != self.segment[at[:-1]])[: len(at)]
-        return np.asarray(at[is_first])
-
-    def _sum(self, values: FloatArray | BoolArray) -> FloatArray:
-        total = np.bincount(self.segment, values, minlength=len(self.first))
-        return np.asarray(total, dtype=np.float64)
-
-    def n_used(self) -> IntArray:
-        return self._sum(self.used).astype(np.int64)
-
-    def quality(self) -> IntArray:
-        if not len(self.row):
-            return self.quality_bits
-        # Bits without one in common must not look like a row that passes.
-        common = np.bitwise_and.reduceat(self.quality_bits, self.first)
-        any_bit = np.bitwise_or.reduceat(self.quality_bits, self.first)
-        passed = self._sum(self.quality_bits == 0) > 0
-        return np.asarray(np.where(passed, 0, np.where(common == 0, any_bit, common)), np.int64)
-
-    def total_snr(self) -> FloatArray:
-        snr = self.values("snr")
-        has = self.used & ~np.isnan(snr)
-        total = np.sqrt(self._sum(np.where(has, snr, 0.0) ** 2))
-        return np.where(self._sum(has) > 0, total, np.nan)
-
     def source_of(self, source: IntArray, names: tuple[str, ...]) -> IntArray:
         """Row of each star that gives these columns: the best row, or the first that has them."""
-        has = np.ones(len(self.row), dtype=np.bool_)
-        for name in names:
-            column = self.table.column(name)
-            if column.null_count:
-                has &= column.is_valid().to_numpy()[self.row]
-        lacking = ~has[self.best_at]
-        at = self._first_of(has & lacking[self.segment])
         rows = source.copy()
-        rows[self.star[self.segment[at]]] = self.row[at]
+        if not any(self.table.column(name).null_count for name in names):
+            return rows
+        has = np.ones(self.table.num_rows, dtype=np.bool_)
+        for name in names:
+            has &= self.table.column(name).is_valid().to_numpy()
+        lacking = np.flatnonzero(~has[self.best])
+        # Places in ``row`` of those that have them, and the first such place of each star.
+        having = np.append(np.flatnonzero(has[self.row]), len(self.row))
+        at = having[np.searchsorted(having, self.first[lacking])]
+        found = at < self.first[lacking + 1]
+        rows[self.star[lacking[found]]] = self.row[at[found]]
         return rows
 
-    def combined(
-        self, label: str, method: str, fallback: float | None
-    ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-        """Combined value, its error, spread and expected error of one observation; NaN: none."""
-        value, error = self.values(label), self.values(f"{label}_err")
-        has = self.used & ~np.isnan(value)
-        stated = has & (error > 0)
-        value, error = np.where(has, value, 0.0), np.where(stated, error, 1.0)
-        n, n_stated = self._sum(has), self._sum(stated)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            mean = self._sum(value) / n
-            deviation = np.where(has, value - mean[self.segment], 0.0)
-            spread = np.where(n > 1, np.sqrt(self._sum(deviation**2) / (n - 1)), np.nan)
-            rms = np.sqrt(self._sum(np.where(stated, error, 0.0) ** 2) / n_stated)
-            if method == "median":
-                value_out = self._median(value, has, mean)
-                factor = np.where(n > 2, _MEDIAN_ERROR, 1.0)
-                error_out = np.where(n_stated > 0, factor * rms / np.sqrt(n), np.nan)
-            else:
-                plain = n_stated == 0
-                weight = np.where(plain[self.segment], has, stated / error**2)
-                total = self._sum(weight)
-                value_out = self._sum(weight * value) / total
-                error_out = np.where(plain, np.nan, 1.0 / np.sqrt(total))
-        expected = np.where(n_stated > 0, rms, np.nan if fallback is None else fallback)
-        return value_out, error_out, spread, expected
+    def columns(
+        self, source: IntArray, settings: DedupeSettings, expected_error: Mapping[str, float]
+    ) -> dict[str, pa.Array]:
+        """Columns that are combined, by name; ``source`` is the best row of every star."""
+        flag = np.zeros(len(source), dtype=np.bool_)
+        out: dict[str, pa.Array] = {}
+        for label in (*LABELS, "rv"):
+            values, errors = (
+                reals_or_nan(self.table, label),
+                reals_or_nan(self.table, f"{label}_err"),
+            )
+            combined = self._label(values, errors, settings, expected_error.get(label))
+            if label in LABELS:
+                flag[self.star] |= combined.is_wide
+                spread = np.full(len(source), np.nan, dtype=np.float32)
+                spread[self.star] = combined.spread
+                out[f"{label}_spread"] = _nullable(spread, pa.float32())
+            if settings.method != "best-snr":
+                out |= self._replaced(label, values, source, combined.value)
+                out |= self._replaced(f"{label}_err", errors, source, combined.error)
+        if settings.method != "best-snr":
+            out |= self._replaced("snr", reals_or_nan(self.table, "snr"), source, self.snr)
+        quality = _one_chunk(self.table.column("quality")).to_numpy()[source]
+        quality[self.star] = self.quality
+        return out | {"quality": pa.array(quality), "flag_spread": pa.array(flag)}
 
-    def _median(self, value: FloatArray, has: BoolArray, mean: FloatArray) -> FloatArray:
-        out = mean.copy()
-        rows = np.flatnonzero(has & (self._sum(has) > 2)[self.segment])
-        rows = rows[np.lexsort((value[rows], self.segment[rows]))]
-        star = self.segment[rows]
-        first = np.flatnonzero(np.append(True, star[1:] != star[:-1])[: len(rows)])
-        n = np.diff(np.append(first, len(rows)))
-        low, high = value[rows[first + (n - 1) // 2]], value[rows[first + n // 2]]
-        out[star[first]] = (low + high) / 2
-        return out
+    def _label(
+        self,
+        values: FloatArray,
+        errors: FloatArray,
+        settings: DedupeSettings,
+        expected_error: float | None,
+    ) -> _Label:
+        if values.dtype != errors.dtype:
+            values, errors = values.astype(np.float64), errors.astype(np.float64)
+        value, error = np.empty((2, len(self.star)), dtype=values.dtype)
+        spread = np.empty(len(self.star), dtype=np.float32)
+        is_wide = np.zeros(len(self.star), dtype=np.bool_)
+        if len(self.star):
+            from sos_dask.compiled import combine_label
+
+            combine_label(
+                self.first,
+                self.row,
+                self.used,
+                values,
+                errors,
+                np.nan if expected_error is None else expected_error,
+                settings.max_spread,
+                _MEDIAN_ERROR if settings.method == "median" else 0.0,
+                value,
+                error,
+                spread,
+                is_wide,
+            )
+        return _Label(value, error, spread, is_wide)
+
+    def _replaced(
+        self, name: str, values: FloatArray, source: IntArray, combined: FloatArray
+    ) -> dict[str, pa.Array]:
+        """A column with the values of these stars; none if the table lacks it."""
+        if name not in self.table.schema.names:
+            return {}
+        of_stars = values[source]
+        of_stars[self.star] = combined
+        return {name: _nullable(of_stars, self.table.schema.field(name).type)}
 
 
-def _masked(values: NDArray[np.generic], dtype: pa.DataType) -> pa.Array:
-    """Array with null for NaN."""
-    mask = np.isnan(values) if values.dtype.kind == "f" else None
-    return pa.array(values.astype(dtype.to_pandas_dtype()), dtype, mask=mask)
+@dataclass(frozen=True)
+class _Label:
+    """A label of the stars of `_Repeats`; NaN: none."""
+
+    value: FloatArray
+    error: FloatArray
+    spread: NDArray[np.float32]
+    is_wide: BoolArray
 
 
-def _replaced(column: pa.Array, at: IntArray, values: NDArray[np.generic]) -> pa.Array:
-    """A column with some values replaced."""
-    out = column.to_numpy(zero_copy_only=False).copy()
-    out[at] = values
-    return _masked(out, column.type)
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    # One chunk would be copied, too.
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _nullable(values: FloatArray, dtype: pa.DataType) -> pa.Array:
+    """Array with null for NaN, without a copy."""
+    if pa.from_numpy_dtype(values.dtype) != dtype:
+        return pa.array(values, dtype, from_pandas=True)
+    valid = pa.py_buffer(np.packbits(~np.isnan(values), bitorder="little"))
+    return pa.Array.from_buffers(dtype, len(values), [valid, pa.py_buffer(values)])
 
 
 def _sky_order(table: pa.Table, rows: IntArray) -> IntArray:

@@ -32,8 +32,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from sos_dask import healpix
 from sos_dask.dedupe.settings import DedupeSettings
@@ -101,18 +99,31 @@ def group(
     if np.any(cells29[1:] < cells29[:-1]):
         raise PartitionError(f"rows to be grouped are not sorted by {HEALPIX_COLUMN}")
     releases = [ids[name] for name in sorted(ids, reverse=True)] if settings.use_gaia_id else []
-    links = _near_links(ra, dec, cells29, settings.radius_arcsec)
-    far = [_far_links(ra, dec, cells29, release, links, settings) for release in releases]
+    sky = _Sky(ra, dec, cells29)
+    links = _Links(*healpix.pairs_within(ra, dec, cells29, settings.radius_arcsec))
+    far = [_far_links(sky, release, links, settings) for release in releases]
     every = _Links.joined([links, *far])
     touched = np.zeros(len(ra), dtype=np.bool_)
     if frontier is not None:
         touched = _spread_over(frontier, every)
     primary = np.arange(len(ra), dtype=np.int64)
     if releases:
-        known = _group_known(primary, rank, releases, every)
-        links = _join_nearest_known(primary, rank, known, links)
-    _group_by_rank(primary, rank, links)
+        known = _group_known(primary, rank, releases, every, sky)
+        links = _join_nearest_known(primary, rank, known, links, sky)
+    _group_by_rank(primary, rank, links, sky)
     return Groups(primary, touched)
+
+
+@dataclass(frozen=True)
+class _Sky:
+    """Positions of rows; separations are calculated only where they decide."""
+
+    ra: FloatArray
+    dec: FloatArray
+    cells: IntArray
+
+    def separation(self, i: IntArray, j: IntArray) -> FloatArray:
+        return healpix.separation_arcsec(self.ra[i], self.dec[i], self.ra[j], self.dec[j])
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,6 @@ class _Links:
 
     i: IntArray
     j: IntArray
-    separation: FloatArray
 
     @classmethod
     def joined(cls, parts: list[_Links]) -> _Links:
@@ -130,29 +140,21 @@ class _Links:
         return cls(
             np.concatenate([np.empty(0, dtype=np.int64), *(part.i for part in parts)]),
             np.concatenate([np.empty(0, dtype=np.int64), *(part.j for part in parts)]),
-            np.concatenate([np.empty(0), *(part.separation for part in parts)]),
         )
 
     def where(self, mask: BoolArray) -> _Links:
-        return _Links(self.i[mask], self.j[mask], self.separation[mask])
+        return _Links(self.i[mask], self.j[mask])
+
+    def between(self, one: BoolArray, other: BoolArray) -> tuple[IntArray, IntArray]:
+        """Rows of links from the rows of one kind to those of another kind."""
+        forward, backward = one[self.i] & other[self.j], one[self.j] & other[self.i]
+        return (
+            np.concatenate([self.i[forward], self.j[backward]]),
+            np.concatenate([self.j[forward], self.i[backward]]),
+        )
 
 
-def _near_links(ra: FloatArray, dec: FloatArray, cells: IntArray, radius: float) -> _Links:
-    parts = []
-    for i, j in healpix.candidates(cells, radius, cells, later_only=True):
-        separation = healpix.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
-        parts.append(_Links(i, j, separation).where(separation <= radius))
-    return _Links.joined(parts)
-
-
-def _far_links(
-    ra: FloatArray,
-    dec: FloatArray,
-    cells: IntArray,
-    ids: IntArray,
-    near: _Links,
-    settings: DedupeSettings,
-) -> _Links:
+def _far_links(sky: _Sky, ids: IntArray, near: _Links, settings: DedupeSettings) -> _Links:
     """Rows with equal ids that lie beyond the radius, but within that for ids."""
     rows = np.flatnonzero(ids > 0)
     encoded = pa.array(ids[rows]).dictionary_encode()
@@ -166,9 +168,8 @@ def _far_links(
     many = count[code[rows]] > _MANY_ROWS
     parts = []
     crowd = rows[many]
-    for p, q in healpix.candidates(
-        cells[crowd], settings.id_radius_arcsec, cells[crowd], later_only=True
-    ):
+    cells = sky.cells[crowd]
+    for p, q in healpix.candidates(cells, settings.id_radius_arcsec, cells, later_only=True):
         equal = ids[crowd[p]] == ids[crowd[q]]
         parts.append((crowd[p[equal]], crowd[q[equal]]))
     rows = rows[~many]
@@ -181,9 +182,9 @@ def _far_links(
     parts.append((rows[first], rows[second]))
     i = np.concatenate([one for one, _ in parts])
     j = np.concatenate([other for _, other in parts])
-    separation = healpix.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
+    separation = sky.separation(i, j)
     beyond = (separation > settings.radius_arcsec) & (separation <= settings.id_radius_arcsec)
-    return _Links(i, j, separation).where(beyond)
+    return _Links(i, j).where(beyond)
 
 
 def _spread_over(marked: BoolArray, links: _Links) -> BoolArray:
@@ -201,7 +202,7 @@ def _spread_over(marked: BoolArray, links: _Links) -> BoolArray:
 
 
 def _group_known(
-    primary: IntArray, rank: IntArray, releases: list[IntArray], links: _Links
+    primary: IntArray, rank: IntArray, releases: list[IntArray], links: _Links, sky: _Sky
 ) -> BoolArray:
     """Group the rows with ids (rules 1 and 2); gives which they are."""
     n = len(primary)
@@ -215,17 +216,14 @@ def _group_known(
     same = (tier[links.i] == tier[links.j]) & (name[links.i] == name[links.j]) & known[links.i]
     star = np.arange(n, dtype=np.int64)
     if same.any():
-        edges = (links.i[same], links.j[same])
-        graph = coo_array((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(n, n))
-        star = connected_components(graph, directed=False)[1].astype(np.int64)
+        from sos_dask.compiled import components
+
+        components(links.i[same], links.j[same], star)
     for number in range(1, len(releases)):
-        forward = (tier[links.i] < number) & (tier[links.j] == number)
-        backward = (tier[links.j] < number) & (tier[links.i] == number)
-        newer = np.concatenate([links.i[forward], links.j[backward]])
-        older = np.concatenate([links.j[forward], links.i[backward]])
-        separation = np.concatenate([links.separation[forward], links.separation[backward]])
+        newer, older = links.between(tier < number, tier == number)
         if len(newer):
             holders = np.flatnonzero((tier < number) & (releases[number] > 0))
+            separation = sky.separation(newer, older)
             _join_older(star, rank, releases[number], newer, older, separation, holders)
     rows = np.flatnonzero(known)
     best = np.full(n, np.iinfo(np.int64).max)
@@ -280,51 +278,39 @@ def _join_older(
 
 
 def _join_nearest_known(
-    primary: IntArray, rank: IntArray, known: BoolArray, links: _Links
+    primary: IntArray, rank: IntArray, known: BoolArray, links: _Links, sky: _Sky
 ) -> _Links:
     """Join rows without ids to stars with ids (rule 3); gives the links among the others."""
-    forward, backward = known[links.i] & ~known[links.j], ~known[links.i] & known[links.j]
-    target = np.concatenate([links.i[forward], links.j[backward]])
-    row = np.concatenate([links.j[forward], links.i[backward]])
-    separation = np.concatenate([links.separation[forward], links.separation[backward]])
-    row, target = _nearest(row, target, separation, rank)
+    row, target = _nearest(*links.between(~known, known), rank, sky)
     primary[row] = primary[target]
     done = known.copy()
     done[row] = True
     return links.where(~done[links.i] & ~done[links.j])
 
 
-def _group_by_rank(primary: IntArray, rank: IntArray, links: _Links) -> None:
-    """Primaries in the order of rank and their nearest rows (rule 4), in place.
+def _group_by_rank(primary: IntArray, rank: IntArray, links: _Links, sky: _Sky) -> None:
+    """Primaries in the order of rank and their nearest rows (rule 4), in place."""
+    if not len(links.i):
+        return
+    from sos_dask.compiled import claim, join_claimed
 
-    In each round the rows that no undecided neighbour precedes are primaries; that is what taking
-    one row after the other in the order of rank gives.
-    """
-    i_first = rank[links.i] <= rank[links.j]
-    winner, loser = np.where(i_first, links.i, links.j), np.where(i_first, links.j, links.i)
     claimed = np.zeros(len(primary), dtype=np.bool_)
-    one, other = winner, loser
-    while len(one):
-        beaten = np.zeros(len(primary), dtype=np.bool_)
-        beaten[other] = True
-        claimed[other[~beaten[one]]] = True
-        undecided = ~claimed[one] & ~claimed[other]
-        one, other = one[undecided], other[undecided]
-    forward, backward = claimed[loser] & ~claimed[winner], claimed[winner] & ~claimed[loser]
-    row = np.concatenate([loser[forward], winner[backward]])
-    target = np.concatenate([winner[forward], loser[backward]])
-    separation = np.concatenate([links.separation[forward], links.separation[backward]])
-    row, target = _nearest(row, target, separation, rank)
+    claim(links.i, links.j, rank, claimed)
+    several, count = np.empty_like(links.i), np.zeros(1, dtype=np.int64)
+    join_claimed(links.i, links.j, claimed, primary, several, count)
+    several = several[: count[0]]
+    links = _Links(links.i[several], links.j[several])
+    row, target = _nearest(*links.between(claimed, ~claimed), rank, sky)
     primary[row] = target
 
 
 def _nearest(
-    row: IntArray, target: IntArray, separation: FloatArray, rank: IntArray
+    row: IntArray, target: IntArray, rank: IntArray, sky: _Sky
 ) -> tuple[IntArray, IntArray]:
     """The nearest target of each row (ties: smallest rank, then first on the sky)."""
     choice = np.bincount(row)[row] > 1 if len(row) else np.zeros(0, dtype=np.bool_)
-    some, at, apart = row[choice], target[choice], separation[choice]
-    order = np.lexsort((at, rank[at], apart, some))
+    some, at = row[choice], target[choice]
+    order = np.lexsort((at, rank[at], sky.separation(some, at), some))
     some, at = some[order], at[order]
     first = np.append(True, some[1:] != some[:-1])[: len(some)]
     return np.concatenate([row[~choice], some[first]]), np.concatenate([target[~choice], at[first]])

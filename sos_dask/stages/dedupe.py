@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.dedupe import DedupeSettings, combine, group
+from sos_dask.dedupe import DedupeSettings, Edges, combine, group
 from sos_dask.errors import PartitionError
-from sos_dask.healpix import MAX_ORDER, HealpixPixel, cell_ranges, in_ranges, surroundings
+from sos_dask.healpix import MAX_ORDER, HealpixPixel, cell_ranges
 from sos_dask.repeats import merged_pulls, pull_counts
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.stages.parts import (
@@ -137,16 +136,17 @@ def _star_schema(
 
 def _dedupe_part(part: _Part) -> None:
     """Stars whose primary observation lies in one partition."""
-    own = part.catalog.read(part.pixel)
-    around, first, primary = _grouped(part, own)
-    stop = first + own.num_rows
+    rows = part.catalog.read(part.pixel)
+    around, first, primary = _grouped(part, rows)
+    stop = first + rows.num_rows
     # Every partition that sees a star sees the same one; it belongs to that of its primary.
     is_member = (primary >= first) & (primary < stop)
     inside = np.where(is_member[first:stop], primary[first:stop] - first, -1)
     is_member[first:stop] = False
-    away = around.filter(pa.array(np.delete(is_member, slice(first, stop))))
-    rows = pa.concat_tables([own, _full_rows(part.catalog, away)])
-    inside = np.concatenate([inside, primary[is_member] - first])
+    if is_member.any():
+        away = around.filter(pa.array(np.delete(is_member, slice(first, stop))))
+        rows = pa.concat_tables([rows, _full_rows(part.catalog, away)]).combine_chunks()
+        inside = np.concatenate([inside, primary[is_member] - first])
     stars = combine(rows, inside, part.settings, part.expected_error)
     record = write_partition(part.output, part.pixel, stars) if stars.num_rows else None
     part.output.put_record(
@@ -180,31 +180,30 @@ def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int6
     ids = {r: c for r, c in wanted.items() if c in catalog.schema.names}
     columns = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *ids.values()]
     reach = max(settings.radius_arcsec, settings.id_radius_arcsec if ids else 0.0)
+    own_cells = own[HEALPIX_COLUMN].to_numpy()
+    edges = Edges.of(pixel, own_cells, reach)
     layers = 2
     while layers <= _MAX_LAYERS:
-        rings = surroundings(pixel, reach, layers)
-        around = catalog.read_ranges(sorted(chain.from_iterable(rings)), columns)
+        around = catalog.read_ranges(edges.ranges, columns)
         first = int(np.searchsorted(around[HEALPIX_COLUMN].to_numpy(), pixel.first))
         table = pa.concat_tables(
             [around.slice(0, first), own.select(columns), around.slice(first)]
         ).combine_chunks()
         cells = table[HEALPIX_COLUMN].to_numpy()
-        frontier = np.zeros(table.num_rows, dtype=np.bool_)
-        stop = first + own.num_rows
-        frontier[:first] = in_ranges(cells[:first], rings[-1])
-        frontier[stop:] = in_ranges(cells[stop:], rings[-1])
         groups = group(
             table["ra"].to_numpy(),
             table["dec"].to_numpy(),
             cells,
             rank_of(table["obs_id"]),
             {release: id_values(table[column]) for release, column in ids.items()},
-            frontier,
+            edges.is_frontier(cells),
             settings,
         )
-        if not groups.touches_frontier[first:stop].any():
+        open_ended = groups.touches_frontier[first : first + own.num_rows]
+        if not open_ended.any():
             return around, first, groups.primary
         layers *= 2
+        edges = edges.grown(own_cells, open_ended, layers)
     raise PartitionError(
         f"pixel {pixel} of {catalog.path}: repeats form a chain over "
         f"{_MAX_LAYERS * reach:.0f} arcsec",
@@ -214,8 +213,6 @@ def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int6
 
 def _full_rows(catalog: Catalog, wanted: pa.Table) -> pa.Table:
     """All columns of some rows of other partitions, in the order of ``wanted``."""
-    if not wanted.num_rows:
-        return catalog.schema.empty_table()
     cells = np.unique(wanted[HEALPIX_COLUMN].to_numpy())
     rows = catalog.read_ranges(cell_ranges(cells, MAX_ORDER), catalog.schema.names)
     return rows.take(pc.index_in(wanted["obs_id"], rows["obs_id"]).combine_chunks())

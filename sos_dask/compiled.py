@@ -1,0 +1,409 @@
+"""Loops over rows, compiled by numba. Arrays in and out; the modules that call them say what for.
+
+Numba takes half a CPU second to import: import this module inside a function that has rows. The
+machine code is kept on disk, beside this file or else in the user's cache folder, so that it is
+made once on a machine. No operation is reordered or fused: results are those of the same sums
+written in numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import njit, types
+from numpy.typing import NDArray
+
+F = TypeVar("F", bound=Callable[..., Any])
+FloatArray = NDArray[np.floating]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+
+def _in(dtype: Any) -> Any:
+    """An array that is only read: also one that shares the memory of an Arrow column."""
+    return types.Array(dtype, 1, "C", readonly=True)
+
+
+def _three(dtype: Any) -> Any:
+    return types.UniTuple(_in(dtype), 3)  # type: ignore[no-untyped-call]
+
+
+def _compiled(*signatures: tuple[Any, ...]) -> Callable[[F], F]:
+    voids = [types.void(*one) for one in signatures]
+
+    def decorate(function: F) -> F:
+        try:
+            compiled = njit(voids, error_model="numpy", cache=True)(function)
+        except RuntimeError:  # no folder can be written: each process compiles for itself
+            compiled = njit(voids, error_model="numpy")(function)
+        return cast(F, compiled)
+
+    return decorate
+
+
+_I, _B, _D = _in(types.int64), _in(types.boolean), _in(types.float64)
+_I_OUT, _B_OUT, _D_OUT = types.int64[::1], types.boolean[::1], types.float64[::1]
+_FLOATS = (types.float32, types.float64)
+
+
+@njit(inline="always")
+def _nearness(d_ra: float, d_dec: float, cos_cos: float, low: float, high: float) -> int:
+    if abs(d_ra) < 0.005 and abs(d_dec) < 0.005:
+        square = d_dec * d_dec + cos_cos * d_ra * d_ra
+        if square < low:
+            return 1
+        if square > high:
+            return 0
+    return 2
+
+
+@_compiled(
+    (
+        *(_I, _D, _D, _D, types.float64, types.int64, _in(types.uint8), types.int64),
+        *(_I_OUT, _I_OUT, types.int8[::1], _B_OUT, _I_OUT),
+    )
+)
+def pairs_on_faces(
+    cells: IntArray,
+    ra: FloatArray,
+    dec: FloatArray,
+    cos_dec: FloatArray,
+    radius: float,
+    order: int,
+    touches: NDArray[np.uint8],
+    depth: int,
+    i: IntArray,
+    j: IntArray,
+    near: NDArray[np.int8],
+    crosses: BoolArray,
+    count: IntArray,
+) -> None:
+    """Pairs of rows within a radius (deg) that lie in one base pixel, i < j.
+
+    Rows are entered into the cells of an order that they may reach, as ``touches`` says (see
+    `healpix.pairs_within`); ``crosses`` is set for those that may reach into another base pixel.
+    ``near`` is 1, or 2 where the separation must be calculated: below 0.005 deg in both coordinates
+    what the plane neglects (Taylor series of the haversine formula) is less than one part in 10^8
+    of the squared separation. ``count[0]`` is the number of pairs, also of those for which there is
+    no room.
+    """
+    low, high = radius * radius * (1.0 - 1e-7), radius * radius * (1.0 + 1e-7)
+    shift, found, n = 58 - 2 * order, 0, len(cells)
+    even = np.int64((1 << 2 * order) - 1) & np.int64(0x5555555555555555)
+    odd = even << 1
+    for p in range(n):
+        own = cells[p] >> shift
+        mask = touches[(cells[p] >> (shift - 2 * depth)) & (len(touches) - 1)]
+        face, x, y = own & ~(even | odd), own & even, own & odd
+        after = p + 1
+        for bit in range(-1, 8):
+            cell = own
+            if bit >= 0:
+                if not (mask >> bit) & 1:
+                    continue
+                # Steps in the order of healpy: SW, W, NW, N, NE, E, SE, S.
+                right, left = bit in (3, 4, 5), bit in (0, 1, 7)
+                up, down = bit in (1, 2, 3), bit in (5, 6, 7)
+                if (
+                    (right and x == even)
+                    or (left and x == 0)
+                    or (up and y == odd)
+                    or (down and y == 0)
+                ):
+                    crosses[p] = True
+                    continue
+                # Odd bits all set let a carry pass from one even bit to the next.
+                to_x, to_y = x, y
+                if right:
+                    to_x = ((x | odd) + 1) & even
+                elif left:
+                    to_x = (x - 1) & even
+                if up:
+                    to_y = ((y | even) + 2) & odd
+                elif down:
+                    to_y = (y - 2) & odd
+                cell = face | to_x | to_y
+                if cell < own:
+                    continue
+            q = after
+            if bit >= 0:
+                # Most neighbours are empty and not far: steps that double, then bisection.
+                start, step = cell << shift, 1
+                while q + step < n and cells[q + step] < start:
+                    q += step
+                    step *= 2
+                stop = min(n, q + step)
+                while q < stop:
+                    middle = (q + stop) // 2
+                    if cells[middle] < start:
+                        q = middle + 1
+                    else:
+                        stop = middle
+            while q < n and cells[q] >> shift == cell:
+                state = _nearness(
+                    ra[p] - ra[q], dec[p] - dec[q], cos_dec[p] * cos_dec[q], low, high
+                )
+                if state:
+                    if found < len(i):
+                        i[found], j[found], near[found] = p, q, state
+                    found += 1
+                q += 1
+            if bit < 0:
+                after = q
+    count[0] = found
+
+
+@_compiled((_I, _I, _I, types.boolean[::1]))
+def claim(i: IntArray, j: IntArray, rank: IntArray, claimed: BoolArray) -> None:
+    """Which rows another one claims, when rows claim their neighbours in the order of rank.
+
+    In each round the rows that no undecided neighbour precedes are primaries. Links i < j; of equal
+    ranks the first row goes first.
+    """
+    winner, loser = np.empty_like(i), np.empty_like(j)
+    for link in range(len(i)):
+        first = rank[i[link]] <= rank[j[link]]
+        winner[link] = i[link] if first else j[link]
+        loser[link] = j[link] if first else i[link]
+    beaten = np.zeros(len(rank), dtype=np.int64)  # the round in which a row was last beaten
+    n, turn = len(i), 0
+    while n:
+        turn += 1
+        for link in range(n):
+            beaten[loser[link]] = turn
+        for link in range(n):
+            if beaten[winner[link]] != turn:
+                claimed[loser[link]] = True
+        left = 0
+        for link in range(n):
+            if not claimed[winner[link]] and not claimed[loser[link]]:
+                winner[left], loser[left] = winner[link], loser[link]
+                left += 1
+        # A primary whose last neighbour is claimed has no link left: nothing else refers to it.
+        n = left
+
+
+@_compiled((_I, _I, _B, _I_OUT, _I_OUT, _I_OUT))
+def join_claimed(
+    i: IntArray,
+    j: IntArray,
+    claimed: BoolArray,
+    primary: IntArray,
+    several: IntArray,
+    count: IntArray,
+) -> None:
+    """Each claimed row gets a primary; ``several[:count[0]]`` are links of those with a choice."""
+    has_several = np.zeros(len(primary), dtype=np.bool_)
+    for link in range(len(i)):
+        if claimed[i[link]] != claimed[j[link]]:
+            row, target = (i[link], j[link]) if claimed[i[link]] else (j[link], i[link])
+            if primary[row] == row:
+                primary[row] = target
+            else:
+                has_several[row] = True
+    count[0] = 0
+    for link in range(len(i)):
+        row = i[link] if claimed[i[link]] else j[link]
+        if has_several[row] and claimed[i[link]] != claimed[j[link]]:
+            several[count[0]] = link
+            count[0] += 1
+
+
+@_compiled((_I, _I, _I_OUT))
+def components(i: IntArray, j: IntArray, root: IntArray) -> None:
+    """The first row of the component of each row; ``root`` is the row itself at the beginning."""
+    for link in range(len(i)):
+        p, q = i[link], j[link]
+        while root[p] != p:
+            root[p] = root[root[p]]
+            p = root[p]
+        while root[q] != q:
+            root[q] = root[root[q]]
+            q = root[q]
+        root[max(p, q)] = min(p, q)
+    for row in range(len(root)):
+        root[row] = root[root[row]]  # that of an earlier row is final
+
+
+@_compiled(
+    *((_I, _I, _I, _in(real), _B_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS)
+)
+def choose(
+    first: IntArray,
+    row: IntArray,
+    quality: IntArray,
+    snr: FloatArray,
+    used: BoolArray,
+    best: IntArray,
+    n_used: IntArray,
+    bits: IntArray,
+    total_snr: FloatArray,
+) -> None:
+    """Used rows, best row, quality and S/N of stars whose rows are row[first[s]:first[s + 1]]."""
+    for star in range(len(first) - 1):
+        start, stop = first[star], first[star + 1]
+        common, either, passed = quality[row[start]], quality[row[start]], False
+        for place in range(start, stop):
+            one = quality[row[place]]
+            common, either, passed = common & one, either | one, passed or one == 0
+        bits[star] = 0 if passed else (common if common != 0 else either)
+        n, n_snr, squares, highest = 0, 0, 0.0, -np.inf
+        for place in range(start, stop):
+            used[place] = not passed or quality[row[place]] == 0
+            if not used[place]:
+                continue
+            value = np.float64(snr[row[place]])
+            if n == 0 or value > highest:
+                best[star] = place
+                highest = -np.inf if np.isnan(value) else value
+            n += 1
+            if not np.isnan(value):
+                n_snr += 1
+                squares += value * value
+        n_used[star] = n
+        total_snr[star] = np.sqrt(squares) if n_snr else np.nan
+
+
+@_compiled(
+    *(
+        (
+            *(_I, _I, _B, _in(real), _in(real), types.float64, types.float64, types.float64),
+            *(real[::1], real[::1], types.float32[::1], _B_OUT),
+        )
+        for real in _FLOATS
+    )
+)
+def combine_label(
+    first: IntArray,
+    row: IntArray,
+    used: BoolArray,
+    values: FloatArray,
+    errors: FloatArray,
+    expected_error: float,
+    max_spread: float,
+    median_error: float,
+    value_out: FloatArray,
+    error_out: FloatArray,
+    spread_out: FloatArray,
+    is_wide: BoolArray,
+) -> None:
+    """Value, error and spread of stars over their used rows.
+
+    ``median_error`` is that of the median over that of the mean; 0: the mean with weights
+    1 / error**2 is wanted instead of the median.
+    """
+    for star in range(len(first) - 1):
+        start, stop = first[star], first[star + 1]
+        n, n_stated = 0, 0
+        total, squares, weights, weighted = 0.0, 0.0, 0.0, 0.0
+        for place in range(start, stop):
+            value = np.float64(values[row[place]])
+            if not used[place] or np.isnan(value):
+                continue
+            n += 1
+            total += value
+            error = np.float64(errors[row[place]])
+            if error > 0:
+                n_stated += 1
+                squares += error * error
+                weight = 1.0 / (error * error)
+                weights += weight
+                weighted += weight * value
+        mean = total / n
+        deviations = 0.0
+        for place in range(start, stop):
+            value = np.float64(values[row[place]])
+            if used[place] and not np.isnan(value):
+                deviations += (value - mean) * (value - mean)
+        spread = np.sqrt(deviations / (n - 1)) if n > 1 else np.nan
+        rms = np.sqrt(squares / n_stated)
+        spread_out[star] = spread
+        is_wide[star] = spread > max_spread * (rms if n_stated else expected_error)
+        if median_error > 0:
+            value_out[star] = mean
+            if n > 2:
+                some = np.empty(n)
+                n = 0
+                for place in range(start, stop):
+                    value = np.float64(values[row[place]])
+                    if used[place] and not np.isnan(value):
+                        some[n] = value
+                        n += 1
+                some.sort()
+                value_out[star] = (some[(n - 1) // 2] + some[n // 2]) / 2
+            factor = median_error if n > 2 else 1.0
+            error_out[star] = factor * rms / np.sqrt(n) if n_stated else np.nan
+        else:
+            value_out[star] = weighted / weights if n_stated else mean
+            error_out[star] = 1.0 / np.sqrt(weights) if n_stated else np.nan
+
+
+@_compiled(
+    *(
+        (
+            *(_I, _I, _I, _three(real), _three(real), _D, _in(real), types.float64, _D),
+            *(types.float64, types.float64, types.int32[:, ::1], types.int64[:, :, :, ::1]),
+        )
+        for real in _FLOATS
+    )
+)
+def count_pulls(
+    order: IntArray,
+    star: IntArray,
+    quality: IntArray,
+    values: tuple[FloatArray, ...],
+    errors: tuple[FloatArray, ...],
+    expected_error: FloatArray,
+    snr: FloatArray,
+    giant_logg: float,
+    snr_edges: FloatArray,
+    lowest: float,
+    bins_an_octave: float,
+    last: IntArray,
+    counts: IntArray,
+) -> None:
+    """Count the pulls of teff, logg and feh between each row and the one before of its star.
+
+    ``counts`` has the axes label, kind, bin of S/N and bin of log2(pull); ``last`` -1 everywhere,
+    four for each star. Rows of no star, with quality, or with all labels of the one before do not
+    count; for a label, nor do those without a value and an error.
+    """
+    logg = values[1]
+    for row in order:
+        if star[row] < 0 or quality[row] != 0:
+            continue
+        before = last[star[row], 3]
+        last[star[row], 3] = row
+        if before >= 0:
+            same = True
+            for label in range(3):
+                same = same and values[label][row] == values[label][before]
+            if same:
+                continue
+        for label in range(3):
+            value, error = np.float64(values[label][row]), np.float64(errors[label][row])
+            error = error if error > 0 else expected_error[label]
+            if not (np.isfinite(value) and np.isfinite(error)):
+                continue
+            before = last[star[row], label]
+            last[star[row], label] = row
+            if before < 0:
+                continue
+            other = np.float64(errors[label][before])
+            other = other if other > 0 else expected_error[label]
+            pull = abs(value - np.float64(values[label][before]))
+            pull /= np.sqrt(error * error + other * other)
+            at = 0
+            if pull > 0:
+                at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
+                at = max(0, min(counts.shape[3] - 1, at))
+            one, two = np.float64(snr[row]), np.float64(snr[before])
+            snr_bin = len(snr_edges) + 1
+            if np.isfinite(one) and np.isfinite(two):
+                snr_bin = 0
+                while snr_bin < len(snr_edges) and snr_edges[snr_bin] <= min(one, two):
+                    snr_bin += 1
+            both = np.float64(logg[row]) + np.float64(logg[before])
+            counts[label, 1 if both < 2 * giant_logg else 0, snr_bin, at] += 1

@@ -7,15 +7,20 @@ from sos_dask.coverage.measures import MEASURES
 from sos_dask.coverage.model import (
     CLASSES,
     INSIDE,
+    KINDS,
+    LACKING,
     OUTSIDE,
     SPARSE,
     CoverageModel,
     Limits,
 )
+from sos_dask.coverage.widths import Target, counted
 
 __all__ = [
     "CLASSES",
     "INSIDE",
+    "KINDS",
+    "LACKING",
     "MAP_SCHEMA",
     "MEASURES",
     "OUTSIDE",
@@ -27,10 +32,12 @@ __all__ = [
     "Limits",
     "Noise",
     "Overlap",
+    "Target",
     "check_measure",
     "coarse",
     "compare",
     "count_maps",
+    "counted",
     "fit",
     "follow_up",
     "residual_width",

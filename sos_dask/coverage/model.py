@@ -14,9 +14,11 @@ the outermost held-out pairs, where growth cannot be measured: the coverage of b
 the limit.
 
 The error model of a correction knows something of all this already. What it does not know is
-counted on held-out pairs: in each class, apart for the two classes of the error model, by what its
-half-widths are to be multiplied to hold 68 % of the right measurements (`widths`; Mondrian
-conformal prediction, see `uncertainty`).
+counted on held-out pairs: for each kind of place, apart for the two classes of the error model, by
+what its half-widths are to be multiplied to hold 68 % of all measurements (`widths`; Mondrian
+conformal prediction, see `uncertainty`). Places outside are of two kinds. Where stars of all
+surveys are few, pairs are there, and many are wrong measurements. Where the overlap alone lacks
+stars there are no pairs, and the widths are extrapolated.
 
 Measures (``MEASURES``):
 
@@ -53,10 +55,12 @@ from sos_dask.features import parameters_of
 from sos_dask.schema import LABELS
 
 FloatArray = NDArray[np.float64]
-INSIDE, SPARSE, OUTSIDE = 0, 1, 2
+INSIDE, SPARSE, OUTSIDE, LACKING = 0, 1, 2, 3
 CLASSES = ("inside", "sparse", "outside")
+KINDS = (*CLASSES, "lacking")
+"""Kinds of places: of those outside, the last are where the overlap lacks stars that exist."""
 _REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
-_FORMAT = 2
+_FORMAT = 3
 MODEL_FILE = "coverage.json"
 
 
@@ -119,8 +123,9 @@ class CoverageModel:
     limits : Limits
     share : Share
         Of the overlap stars and a sample of the catalog, in scaled labels.
-    widths : ndarray of float64, shape (2, 3, 3)
-        Factors of the half-widths of an error model: by its class (dense, sparse), class, label.
+    widths : ndarray of float64, shape (2, 4, 3)
+        Factors of the half-widths of an error model: by its class (dense, sparse), kind of place,
+        label; see `widths.widths`.
     """
 
     name: str
@@ -159,27 +164,36 @@ class CoverageModel:
         coverage[outside] = np.minimum(coverage[outside], below)
         return np.asarray(coverage, dtype=np.float32)
 
+    def kinds(
+        self, labels: FloatArray, coverage: NDArray[np.floating], share: Share
+    ) -> NDArray[np.int8]:
+        """Which of `KINDS` the places of rows with scaled labels (n, 3) are."""
+        kind = self.limits.classify(coverage)
+        outside = np.flatnonzero(kind == OUTSIDE)
+        kind[outside[share.lacks(labels[outside])]] = LACKING
+        return kind
+
     def widening(
-        self, coverage: NDArray[np.floating], error_class: NDArray[Any]
+        self,
+        features: NDArray[np.float32],
+        coverage: NDArray[np.floating],
+        error_class: NDArray[Any],
     ) -> NDArray[np.float32]:
         """Factors (n, 3) of the half-widths of the error model; those inside where unknown.
 
         Parameters
         ----------
+        features : ndarray of float32, shape (n, 3)
+            See `features.features`.
         coverage : ndarray of float, shape (n,)
         error_class : ndarray of int or bool, shape (n,)
             1 for the sparse class of the error model, else 0.
         """
-        place = np.where(np.isfinite(coverage), self.limits.classify(coverage), INSIDE)
-        return self.widths.astype(np.float32)[np.asarray(error_class, dtype=np.int64), place]
-
-    def predicted_error(
-        self, columns: Mapping[str, NDArray[np.floating]], coverage: NDArray[np.floating]
-    ) -> FloatArray:
-        """Error of the corrected labels (n, 3): noise at the row's S/N over its coverage."""
-        snr = columns.get("snr", np.full(len(coverage), np.nan))
-        error = self.noise(columns["logg"], snr)
-        return np.asarray(error / np.asarray(coverage, dtype=np.float64)[:, None])
+        known = np.isfinite(coverage)
+        labels = (features[known] - self.center[: len(LABELS)]) / self.scale[: len(LABELS)]
+        kind = np.full(len(coverage), INSIDE, dtype=np.int8)
+        kind[known] = self.kinds(labels, coverage[known], self.share)
+        return self.widths.astype(np.float32)[np.asarray(error_class, dtype=np.int64), kind]
 
     def within_reach(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """Features drawn towards their nearest overlap star until they are just outside.

@@ -35,7 +35,7 @@ from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
 from sos_dask.trust import FLAGS, Faded, trusted_schema, widened, with_coverage
 from sos_dask.uncertainty import ErrorModel, load_errors
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -297,11 +297,11 @@ def _load_errors(errors: str, key: str) -> ErrorModel:
 
 def _classes(
     table: pa.Table, scores: pa.Table, errors: ErrorModel
-) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
-    """Coverage of rows, and whether they are in the sparse class of the error model."""
-    labels = (pc.fill_null(table[label], np.nan).to_numpy() for label in LABELS)
+) -> tuple[NDArray[np.float32], NDArray[np.floating], NDArray[np.bool_]]:
+    """Features and coverage of rows, and whether the error model has them in its sparse class."""
+    x = features(*(pc.fill_null(table[label], np.nan).to_numpy() for label in LABELS))
     coverage = pc.fill_null(scores["coverage"], np.nan).to_numpy()
-    return coverage, errors.is_sparse(features(*labels))
+    return x, coverage, errors.is_sparse(x)
 
 
 def _apply_part(part: _Part) -> None:

@@ -26,7 +26,7 @@ from sos_dask.crossmatch import MatchSettings, match
 from sos_dask.features import PARAMETERS
 from sos_dask.healpix import HealpixPixel, surroundings
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
-from sos_dask.stages.overlap import parameter_columns, read_overlap
+from sos_dask.stages.overlap import parameter_columns, read_overlap, read_target
 from sos_dask.stages.parts import (
     GAIA_IDS,
     commit_catalog,
@@ -50,7 +50,7 @@ from sos_dask.trust import (
 )
 from sos_dask.verify import key_hashes
 
-VERSION = 2
+VERSION = 3
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS = "maps.parquet"
@@ -270,7 +270,8 @@ def _fitted(
         sample = pa.concat_tables([read_piece(_sample_file(output, key)) for key in keys])
         columns = parameter_columns(sample)
         overlap = read_overlap(model, pairs, errors)
-        fit = kernel.fit(overlap, columns, settings.measure, settings.limits, settings.seed)
+        target = None if errors is None else read_target(sample, errors)
+        fit = kernel.fit(overlap, columns, settings.measure, settings.limits, settings.seed, target)
         scratch = output.work / "model"
         scratch.mkdir(parents=True, exist_ok=True)
         fit.model.save(scratch)
@@ -286,6 +287,7 @@ def _fitted(
             "noise": asdict(fit.model.noise),
             "widths": fit.model.widths.tolist(),
             "width_pairs": fit.n_width,
+            "intervals": kernel.counted(fit.n_width),
             "measures": [
                 {
                     "measure": other.model.name,
@@ -321,7 +323,7 @@ def _map_file(output: Output, key: str) -> Path:
 
 def _sample_part(part: _SamplePart) -> None:
     """Rows of one partition that belong to the sample: chosen by their key alone."""
-    names = part.catalog.columns(["obs_id", *PARAMETERS])
+    names = part.catalog.columns(["obs_id", *PARAMETERS, "quality"])
     table = part.catalog.read(part.pixel, names)
     limit = np.uint64(min(part.share, 1.0) * float(2**64 - 2**11))
     mixed = key_hashes(table["obs_id"]) * _GOLDEN  # integers are their own hashes
@@ -417,7 +419,8 @@ def look(directory: Path) -> dict[str, Any]:
     -------
     dict
         ``inside``, ``sparse``, ``outside``, ``unknown``: shares of the rows; ``meaning``,
-        ``limits``, ``measure``, ``parameters``, ``measures`` as in the manifest; ``kiel`` (cells of
+        ``limits``, ``measure``, ``parameters``, ``measures``, ``intervals`` (on how many pairs the
+        errors stand, by kind of place) as in the manifest; ``kiel`` (cells of
         500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) with ``rows`` and ``outside``;
         ``follow_up``: see `coverage.follow_up`.
 
@@ -429,7 +432,8 @@ def look(directory: Path) -> dict[str, Any]:
     summary = Manifest.load(directory).summary
     maps = pq.read_table(directory / MAPS)
     kept = ("meaning", "limits", "measure", "measures", "parameters", "parameters_without_column",
-            "rows_without", "rows", "flags", "held_out_pairs", "wrong_measurements")  # fmt: skip
+            "rows_without", "rows", "flags", "held_out_pairs", "wrong_measurements",
+            "intervals")  # fmt: skip
     return {
         **summary["shares"],
         **{name: summary[name] for name in kept},

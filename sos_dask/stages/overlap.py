@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask.catalog import Catalog
-from sos_dask.coverage import Overlap
+from sos_dask.coverage import Overlap, Target
 from sos_dask.features import PARAMETERS, features
 from sos_dask.schema import LABELS
 from sos_dask.stages.parts import held_out_pairs, single_observations, training_pairs
@@ -49,6 +49,23 @@ def read_overlap(model: Path, pairs: Catalog, errors: Path | None = None) -> Ove
     known = [_floats(table, name) if name in wanted else np.full(len(fold), np.nan)
              for name in stated]  # fmt: skip
     return Overlap(columns, fold, residual, np.stack(known, axis=1), half_width, error_class)
+
+
+def read_target(sample: pa.Table, errors: Path) -> Target:
+    """Rows of a sample of the target that pass the cuts, with their class in the error model.
+
+    Parameters
+    ----------
+    sample : pyarrow.Table
+        Parameters, and ``quality`` where the catalog has it.
+    errors : Path
+        Output of uncertainty.
+    """
+    if "quality" in sample.schema.names:
+        sample = sample.filter(pc.equal(sample["quality"], 0))
+    columns = parameter_columns(sample)
+    x = features(*(columns[label] for label in LABELS))
+    return Target(columns, load_errors(errors).is_sparse(x).astype(np.int8))
 
 
 def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:

@@ -4,17 +4,18 @@ from sos_dask.coverage.fit import Fit, Overlap, check_measure, compare, fit
 from sos_dask.coverage.growth import Growth, Noise, residual_width
 from sos_dask.coverage.maps import MAP_SCHEMA, SKY_ORDER, coarse, count_maps, follow_up, sum_maps
 from sos_dask.coverage.measures import MEASURES
-from sos_dask.coverage.model import (
+from sos_dask.coverage.model import CoverageModel
+from sos_dask.coverage.widths import (
     CLASSES,
     INSIDE,
     KINDS,
     LACKING,
     OUTSIDE,
     SPARSE,
-    CoverageModel,
     Limits,
+    Target,
+    counted,
 )
-from sos_dask.coverage.widths import Target, counted
 
 __all__ = [
     "CLASSES",

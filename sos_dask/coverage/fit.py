@@ -19,8 +19,8 @@ from sos_dask.coverage.measures import (
     Ratio,
     Share,
 )
-from sos_dask.coverage.model import KINDS, CoverageModel, Limits
-from sos_dask.coverage.widths import Placed, Target, widths
+from sos_dask.coverage.model import CoverageModel
+from sos_dask.coverage.widths import OUTSIDE, Limits, Placed, Target, Widths, fit_widths
 from sos_dask.density import robust_scale
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import PARAMETERS, parameters_of
@@ -176,7 +176,7 @@ def fit(
         growth,
         limits,
         Share(labels, catalog_labels),
-        np.ones((2, len(KINDS), len(LABELS))),
+        Widths(np.ones((2, OUTSIDE + 1, len(LABELS)))),
     )
     n_width: tuple[tuple[int, ...], ...] = ()
     if target and overlap.half_width is not None and overlap.error_class is not None:
@@ -186,11 +186,16 @@ def fit(
             kind[rows] = model.kinds(
                 labels[rows], model.coverage_at(x[rows], at[rows], share), share
             )
-        score = np.abs(overlap.residual) / overlap.half_width
         snr = _column(overlap.columns, "snr", len(x))
-        pairs = Placed(kind, overlap.error_class, labels, snr)
-        known = held_out & np.isfinite(score).all(axis=1)
-        found, n_width = widths(score[known], pairs.take(known), _placed(model, target), limits)
+        told = np.asarray(held_out & np.isfinite(overlap.half_width).all(axis=1))
+        found, n_width = fit_widths(
+            overlap.residual[told],
+            overlap.half_width[told],
+            ~wrong[told[held_out]],
+            Placed(kind, overlap.error_class, labels, snr).take(told),
+            _placed(model, target),
+            limits,
+        )
         model = replace(model, widths=found)
     return Fit(
         model,

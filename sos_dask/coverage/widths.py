@@ -19,15 +19,61 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.coverage.model import INSIDE, KINDS, LACKING, OUTSIDE, SPARSE, Limits
+from sos_dask.errors import ConfigError
 from sos_dask.schema import LABELS
 
 FloatArray = NDArray[np.float64]
+INSIDE, SPARSE, OUTSIDE, LACKING = 0, 1, 2, 3
+CLASSES = ("inside", "sparse", "outside")
+KINDS = ("inside", "sparse", "lonely", "lacking")
+"""Kinds of places: those outside are lonely, or the overlap lacks stars that the catalog has."""
 LEVEL = 0.68
 MIN_WIDTH_PAIRS = 40
 _NEAREST = 8
 _POWER = 0.5
 _LABEL_SCALE = 2.0  # half of a scaled label is as far as a factor e of the signal to noise
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the coverage must be: the error growth that is borne is one over them.
+
+    Parameters
+    ----------
+    inside : float
+        From this coverage on a row is inside: its error grows by at most 1 / inside.
+    outside : float
+        Below it a row is outside; between the two the overlap is sparse.
+    """
+
+    inside: float = 0.8
+    outside: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.outside < self.inside < 1:
+            raise ConfigError(
+                f"limits of coverage: 0 < outside = {self.outside:g} < inside = {self.inside:g} "
+                "< 1 does not hold"
+            )
+
+    def meaning(self) -> dict[str, str]:
+        """What the coverage and its classes say, in words."""
+        low, high = 1 / self.inside, 1 / self.outside
+        return {
+            "coverage": "error in the dense overlap over the error here, at equal signal to noise",
+            "inside": f"the error of a corrected label is at most {low:.2f} times that in the "
+            "dense overlap",
+            "sparse": f"{low:.2f} to {high:.2f} times",
+            "outside": f"more than {high:.2f} times, or so few pairs of its kind that nothing "
+            "tells",
+        }
+
+    def classify(self, coverage: NDArray[np.floating]) -> NDArray[np.int8]:
+        """`INSIDE`, `SPARSE` or `OUTSIDE` of every coverage; nan is outside."""
+        place = np.full(len(coverage), OUTSIDE, dtype=np.int8)
+        place[coverage >= self.outside] = SPARSE
+        place[coverage >= self.inside] = INSIDE
+        return place
 
 
 @dataclass(frozen=True)
@@ -74,40 +120,92 @@ class Placed:
         return np.column_stack([_LABEL_SCALE * self.labels, np.log(known)])
 
 
-def widths(
-    score: FloatArray, pairs: Placed, rows: Placed, limits: Limits
-) -> tuple[FloatArray, tuple[tuple[int, ...], ...]]:
-    """Factors by class of the error model, kind of place and label; and pairs by the first two.
-
-    Where a kind has fewer than `MIN_WIDTH_PAIRS` pairs of a class of the error model, those inside
-    and sparse are counted together, and the factor grows as the limit of the kind says. It always
-    does so where the overlap lacks stars of a kind: there is nothing to count.
+@dataclass(frozen=True)
+class Widths:
+    """How half-widths of an error model are widened.
 
     Parameters
     ----------
-    score : ndarray of float64, shape (n, 3)
-        |residual| / half-width of held-out pairs.
+    factors : ndarray of float64, shape (2, 3, 3)
+        By class of the error model (dense, sparse), class of the coverage, label.
+    lonely : ndarray of float64, shape (3,), optional
+        Half-widths (K, dex, dex) of lonely rows outside. The pairs there are right or wrong
+        measurements, whose errors do not follow the noise. Not known: they count as lacking.
+    """
+
+    factors: FloatArray
+    lonely: FloatArray | None = None
+
+    def widening(
+        self,
+        kind: NDArray[np.int8],
+        error_class: NDArray[np.integer],
+        half_width: NDArray[np.floating],
+    ) -> FloatArray:
+        """Factors (n, 3) of half-widths of the error model (n, 3).
+
+        Parameters
+        ----------
+        kind : ndarray of int8, shape (n,)
+            See `KINDS`.
+        error_class : ndarray of int, shape (n,)
+        half_width : ndarray of float, shape (n, 3)
+        """
+        found = np.asarray(self.factors[error_class, np.minimum(kind, OUTSIDE)])
+        if self.lonely is not None:
+            rows = np.flatnonzero(kind == OUTSIDE)
+            least = self.factors[error_class[rows], SPARSE]
+            found[rows] = np.maximum(least, self.lonely / half_width[rows])
+        return found
+
+
+def fit_widths(
+    residual: FloatArray,
+    half_width: FloatArray,
+    right: NDArray[np.bool_],
+    pairs: Placed,
+    rows: Placed,
+    limits: Limits,
+) -> tuple[Widths, tuple[tuple[int, ...], ...]]:
+    """Widths, and the pairs by class of the error model and kind of place.
+
+    Inside and sparse, and lonely places outside, are counted. Where there are fewer than
+    `MIN_WIDTH_PAIRS` pairs of a class, those inside and sparse count together, and the factor grows
+    as the limit of the class says. So it does where the overlap lacks stars, from right pairs:
+    nothing is there to count, and nothing says that more measurements are wrong.
+
+    Parameters
+    ----------
+    residual, half_width : ndarray of float64, shape (n, 3)
+        Of held-out pairs.
+    right : ndarray of bool, shape (n,)
+        Pairs that are no wrong measurements.
     pairs, rows : Placed
         The pairs, and the rows whose intervals are to hold.
     """
-    found = np.ones((2, len(KINDS), len(LABELS)))
-    growth = {INSIDE: 1.0, SPARSE: 1 / limits.inside, OUTSIDE: 1 / limits.outside}
-    growth[LACKING] = growth[OUTSIDE]
+    score = np.abs(residual) / half_width
+    factors = np.ones((2, OUTSIDE + 1, len(LABELS)))
     n_pairs = []
     for number in (0, 1):
         mine = pairs.error_class == number
-        n_pairs.append(tuple(int(np.count_nonzero(mine & (pairs.kind == k))) for k in growth))
-        for kind, factor in growth.items():
-            used = mine & (pairs.kind == kind)
-            if kind == LACKING or n_pairs[number][kind] < MIN_WIDTH_PAIRS:
-                used = mine & (pairs.kind <= SPARSE)
-            else:
-                factor = 1.0
-            found[number, kind] = factor
-            if np.count_nonzero(used) >= MIN_WIDTH_PAIRS:  # else what the error model says
-                at = rows.take((rows.error_class == number) & (rows.kind == kind))
-                found[number, kind] *= _quantile(score[used], weights(pairs.take(used), at))
-    return found, tuple(n_pairs)
+        n = [int(np.count_nonzero(mine & (pairs.kind == kind))) for kind in range(len(KINDS))]
+        n_pairs.append(tuple(n))
+        near = mine & (pairs.kind <= SPARSE)
+        for kind, growth in ((INSIDE, 1.0), (SPARSE, 1 / limits.inside)):
+            enough = n[kind] >= MIN_WIDTH_PAIRS
+            used = mine & (pairs.kind == kind) if enough else near
+            at = rows.take((rows.error_class == number) & (rows.kind == kind))
+            factors[number, kind] = _quantile(score[used], weights(pairs.take(used), at))
+            factors[number, kind] *= 1.0 if enough else growth
+        used = near & right
+        factors[number, OUTSIDE] = _quantile(score[used], np.ones(np.count_nonzero(used)))
+        factors[number, OUTSIDE] /= limits.outside
+    lonely = None
+    used = pairs.kind == OUTSIDE
+    if np.count_nonzero(used) >= MIN_WIDTH_PAIRS:
+        weight = weights(pairs.take(used), rows.take(rows.kind == OUTSIDE))
+        lonely = _quantile(np.abs(residual[used]), weight)
+    return Widths(factors, lonely), tuple(n_pairs)
 
 
 def counted(n_pairs: tuple[tuple[int, ...], ...]) -> dict[str, str]:
@@ -116,17 +214,20 @@ def counted(n_pairs: tuple[tuple[int, ...], ...]) -> dict[str, str]:
     Parameters
     ----------
     n_pairs : tuple of tuple of int
-        As of `widths`; empty where nothing was counted.
+        As of `fit_widths`; empty where nothing was counted.
     """
+    if not n_pairs:
+        return dict.fromkeys(KINDS, "as the error model says")
     found = {}
     for kind, name in enumerate(KINDS):
-        enough = [n[kind] for n in n_pairs if n[kind] >= MIN_WIDTH_PAIRS and kind != LACKING]
+        per_class = [n[kind] for n in n_pairs]
+        if kind == OUTSIDE:  # these are counted together
+            per_class = [sum(per_class)]
+        n = sum(n for n in per_class if n >= MIN_WIDTH_PAIRS)
         found[name] = (
-            f"counted on {sum(enough)} held-out pairs"
-            if enough
-            else "extrapolated: too few held-out pairs"
-            if n_pairs
-            else "those of the error model, if there is one"
+            f"counted on {n} held-out pairs"
+            if n and kind != LACKING
+            else "extrapolated: too few held-out pairs to count on"
         )
     return found
 
@@ -135,7 +236,7 @@ def weights(pairs: Placed, rows: Placed) -> FloatArray:
     """Weights of pairs (n,) that make them stand for some rows; equal where there are no rows."""
     from scipy.spatial import cKDTree
 
-    if not len(rows.snr):
+    if not len(rows.snr) or len(pairs.snr) < _NEAREST:
         return np.ones(len(pairs.snr))
     known = pairs.snr[pairs.snr > 0]
     snr = float(np.median(known)) if len(known) else 1.0
@@ -144,7 +245,12 @@ def weights(pairs: Placed, rows: Placed) -> FloatArray:
 
 
 def _quantile(score: FloatArray, weight: FloatArray) -> FloatArray:
-    """Scores (3,) below which a new row is with at least `LEVEL`: it weighs as much as a pair."""
+    """Scores (3,) below which a new row is with at least `LEVEL`: it weighs as much as a pair.
+
+    1, what the error model says, where there are too few.
+    """
+    if len(score) < MIN_WIDTH_PAIRS:
+        return np.ones(score.shape[1])
     level = LEVEL * (weight.sum() + weight.mean())
     found = np.empty(score.shape[1])
     for label, values in enumerate(score.T):

@@ -295,13 +295,18 @@ def _load_errors(errors: str, key: str) -> ErrorModel:
     return load_errors(Path(errors))
 
 
-def _classes(
-    table: pa.Table, scores: pa.Table, errors: ErrorModel
-) -> tuple[NDArray[np.float32], NDArray[np.floating], NDArray[np.bool_]]:
-    """Features and coverage of rows, and whether the error model has them in its sparse class."""
-    x = features(*(pc.fill_null(table[label], np.nan).to_numpy() for label in LABELS))
-    coverage = pc.fill_null(scores["coverage"], np.nan).to_numpy()
-    return x, coverage, errors.is_sparse(x)
+def _widened(
+    corrected: pa.Table, scores: pa.Table, errors: ErrorModel, known: CoverageModel
+) -> pa.Table:
+    """Corrected rows with errors that hold where the coverage is low, too."""
+
+    def floats(column: pa.ChunkedArray) -> NDArray[np.floating]:
+        return np.asarray(pc.fill_null(column, np.nan).to_numpy())
+
+    x = features(*(floats(corrected[label]) for label in LABELS))
+    half_width = np.stack([floats(corrected[f"{label}_sos_err"]) for label in LABELS], axis=1)
+    factors = known.widening(x, floats(scores["coverage"]), errors.is_sparse(x), half_width)
+    return widened(corrected, factors)
 
 
 def _apply_part(part: _Part) -> None:
@@ -317,7 +322,7 @@ def _apply_part(part: _Part) -> None:
         corrected = correct(table, _faded(correction, scores, part.trust, known, key), errors)
         corrected = with_coverage(corrected, scores)
         if errors is not None:
-            corrected = widened(corrected, known.widening(*_classes(table, scores, errors)))
+            corrected = _widened(corrected, scores, errors, known)
     flags = pc.value_counts(corrected["flag_sos"]).to_pylist()
     record = write_partition(part.output, part.pixel, corrected)
     counts = {

@@ -272,6 +272,7 @@ def _fitted(
         overlap = read_overlap(model, pairs, errors)
         target = None if errors is None else read_target(sample, errors)
         fit = kernel.fit(overlap, columns, settings.measure, settings.limits, settings.seed, target)
+        lonely = fit.model.widths.lonely
         scratch = output.work / "model"
         scratch.mkdir(parents=True, exist_ok=True)
         fit.model.save(scratch)
@@ -285,7 +286,8 @@ def _fitted(
             "wrong_measurements": fit.n_wrong,
             "growth": asdict(fit.model.growth),
             "noise": asdict(fit.model.noise),
-            "widths": fit.model.widths.tolist(),
+            "widths": fit.model.widths.factors.tolist(),
+            "lonely": None if lonely is None else lonely.tolist(),
             "width_pairs": fit.n_width,
             "intervals": kernel.counted(fit.n_width),
             "measures": [

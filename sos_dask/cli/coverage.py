@@ -92,6 +92,8 @@ def coverage(store: Store = Path("store"), as_json: Json = False) -> None:
     say(f"Measure: {found['measure']}, of {', '.join(found['parameters'])}")
     if found["parameters_without_column"]:
         say(f"Not in the catalog: {', '.join(found['parameters_without_column'])}")
+    for kind, text in found["intervals"].items():
+        say(f"Width of intervals, {kind}: {text}")
     _show_kiel(found["kiel"])
     show_table(
         "On the sky: share outside by HEALPix base pixel",

@@ -5,8 +5,7 @@ reference sees brighter stars of other kinds. So pairs are weighted, which keeps
 interval promises when the inputs are distributed otherwise (Tibshirani, Foygel Barber, Candes &
 Ramdas 2019, Advances in Neural Information Processing Systems 32). The weight of a pair is how
 often it is among the nearest pairs of a row, in labels and signal to noise (Lima et al. 2008,
-MNRAS 390, 118), to the power of one half: full weights rest on a third of the pairs, and that
-noise costs more than the rest of the shift (Shimodaira 2000, J. Stat. Plan. Inference 90, 227).
+MNRAS 390, 118).
 
 Wrong measurements count. A user cannot tell them, and where stars are few they are many.
 """
@@ -30,7 +29,6 @@ KINDS = ("inside", "sparse", "lonely", "lacking")
 LEVEL = 0.68
 MIN_WIDTH_PAIRS = 40
 _NEAREST = 8
-_POWER = 0.5
 _LABEL_SCALE = 2.0  # half of a scaled label is as far as a factor e of the signal to noise
 
 
@@ -241,7 +239,7 @@ def weights(pairs: Placed, rows: Placed) -> FloatArray:
     known = pairs.snr[pairs.snr > 0]
     snr = float(np.median(known)) if len(known) else 1.0
     nearest = cKDTree(pairs.points(snr)).query(rows.points(snr), k=_NEAREST)[1]
-    return np.asarray(np.bincount(nearest.ravel(), minlength=len(pairs.snr)) ** _POWER)
+    return np.asarray(np.bincount(nearest.ravel(), minlength=len(pairs.snr)), dtype=np.float64)
 
 
 def _quantile(score: FloatArray, weight: FloatArray) -> FloatArray:

@@ -111,7 +111,7 @@ def test_intervals_hold_for_the_rows_not_for_the_pairs():
     """Pairs are bright, rows are faint, and the error model knows nothing of the noise."""
     rng = np.random.default_rng(12)
     columns, rows = sky(8000, rng), sky(8000, rng)
-    columns["snr"], rows["snr"] = rng.uniform(50, 300, 8000), rng.uniform(10, 100, 8000)
+    columns["snr"], rows["snr"] = rng.uniform(10, 200, 8000), rng.uniform(10, 60, 8000)
     overlap = overlap_of(columns, rng, growth=np.hypot(1, 60 / columns["snr"]))
     overlap = replace(
         overlap, half_width=np.tile(SIGMA, (8000, 1)), error_class=np.zeros(8000, dtype=np.int8)
@@ -127,7 +127,7 @@ def test_intervals_hold_for_the_rows_not_for_the_pairs():
 
     of_rows = held(cv.Target(rows, np.zeros(8000, dtype=np.int8)))
     of_pairs = held(cv.Target(columns, np.zeros(8000, dtype=np.int8)))
-    assert of_pairs < 0.5 and of_rows == pytest.approx(0.68, abs=0.04)
+    assert of_rows == pytest.approx(0.68, abs=0.04) and of_pairs < of_rows - 0.1
 
 
 def test_rows_count_near_the_pairs_that_stand_for_them():

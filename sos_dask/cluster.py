@@ -11,12 +11,14 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from sos_dask.errors import ClusterError, SosError
 
@@ -25,6 +27,7 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 _ANSWER_S = 5
 _CONNECT = "20s"
+_LISTENING_S = 3.0  # so long nobody may listen yet at a scheduler's address
 
 
 # Dask lets a worker give every freed 64 KiB back to the system. Tasks that go from array to array
@@ -279,6 +282,8 @@ def start(
         if scheduler is not None:
             is_file = Path(scheduler).exists()
             try:
+                if not is_file:
+                    _require_listener(scheduler)
                 client = Client(
                     **({"scheduler_file": scheduler} if is_file else {"address": scheduler}),
                     timeout=_CONNECT,
@@ -306,6 +311,23 @@ def start(
         if scheduler is None:
             client.register_plugin(_quiet_workers(), name="quiet")
         yield Cluster(client)
+
+
+def _require_listener(address: str) -> None:
+    """Wait shortly for a listener; Dask itself tries a wrong address again until its timeout."""
+    url = urlsplit(address if "://" in address else f"tcp://{address}")
+    if url.scheme not in ("tcp", "tls") or not url.hostname or not url.port:
+        return
+    deadline = time.monotonic() + _LISTENING_S
+    while True:
+        try:
+            left = max(deadline - time.monotonic(), 0.1)
+            socket.create_connection((url.hostname, url.port), timeout=left).close()
+            return
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -6,9 +6,9 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sos_dask.columns import floats32
 from sos_dask.features import features
 from sos_dask.schema import CANONICAL, LABELS
 
@@ -85,10 +85,7 @@ def correct(
         Same rows in the same order, with ``*_sos``, ``*_delta``, with errors ``*_sos_err`` (all
         null where any of the three labels is null), and ``flag_sos`` (bits of `FLAG_MEANINGS`).
     """
-    labels = [
-        pc.fill_null(table[label], np.nan).to_numpy().astype(np.float32, copy=False)
-        for label in LABELS
-    ]
+    labels = [floats32(table, label) for label in LABELS]
     x = features(*labels)
     known = np.isfinite(x[:, 0]) & np.isfinite(x[:, 1]) & np.isfinite(x[:, 2])
     delta = correction.predict(x)

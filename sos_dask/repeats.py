@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sos_dask.columns import floats_or_nan
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 
 FloatArray = NDArray[np.float64]
@@ -102,14 +102,14 @@ def pull_counts(
     names = [n for n in table.column_names if n in _COLUMNS]
     repeats = table.select(names).take(pa.array(row))
     star = primary[row]
-    logg, snr = _floats(repeats, "logg"), _floats(repeats, "snr")
+    logg, snr = (floats_or_nan(repeats, name) for name in ("logg", "snr"))
     counts = np.zeros(_SHAPE, dtype=np.int64)
-    values = np.stack([_floats(repeats, label) for label in LABELS])
+    values = np.stack([floats_or_nan(repeats, label) for label in LABELS])
     # A row with all labels of the one before is the same measurement, listed twice.
     again = np.append(False, (values[:, 1:] == values[:, :-1]).all(axis=0))[: len(row)]
     values[:, again & np.append(False, star[1:] == star[:-1])[: len(row)]] = np.nan
     for number, label in enumerate(LABELS):
-        value, error = values[number], _floats(repeats, f"{label}_err")
+        value, error = values[number], floats_or_nan(repeats, f"{label}_err")
         fallback = (expected_error or {}).get(label, np.nan)
         error = np.where(error > 0, error, fallback)
         known = np.flatnonzero(np.isfinite(value) & np.isfinite(error))
@@ -226,9 +226,3 @@ def _median_bin(counts: IntArray) -> float:
     half, below = counts.sum() / 2, np.cumsum(counts)
     place = int(np.searchsorted(below, half))
     return float(place + (half - (below[place] - counts[place])) / counts[place])
-
-
-def _floats(table: pa.Table, name: str) -> FloatArray:
-    if name not in table.schema.names:
-        return np.full(table.num_rows, np.nan)
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float64)

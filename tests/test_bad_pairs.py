@@ -38,10 +38,10 @@ def same(table: pa.Table, name: str, value: object) -> pa.Table:
     return put(table, name, pa.array([value] * table.num_rows))
 
 
-def with_gaps(table: pa.Table, value: float) -> pa.Table:
+def with_gaps(table: pa.Table, value: float, first: int = 0) -> pa.Table:
     """Every tenth Teff is no number."""
     teff = pc.fill_null(table["teff"], np.nan).to_numpy().copy()
-    teff[::10] = value
+    teff[first::10] = value
     return put(table, "teff", teff)
 
 
@@ -81,14 +81,12 @@ def test_pairs_that_cannot_train(
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda t: with_gaps(t, float("nan")),
-        lambda t: with_gaps(t, float("inf")),
+        lambda t: with_gaps(with_gaps(t, float("nan")), float("inf"), 5),
         lambda t: same(t, "feh", -0.1),
-        lambda t: t.filter(pc.less(t["logg"], 3.5)),
-        lambda t: same(t, "snr", None),
+        lambda t: same(t.filter(pc.less(t["logg"], 3.5)), "snr", None),
         lambda t: t.drop_columns(["snr", "n_obs"]),
     ],
-    ids=["nan", "inf", "one feh", "giants", "null snr", "no snr"],
+    ids=["nan and inf", "one feh", "giants without snr", "no snr"],
 )
 def test_pairs_that_can(
     pairs: pa.Table, tmp_path: Path, spoil: Callable[[pa.Table], pa.Table]

@@ -263,7 +263,7 @@ def test_settings_that_cannot_be(build, trained, tmp_path):
 
 
 def test_another_output_is_no_comparison(build, compared):
-    with pytest.raises(CatalogError, match="is no comparison"):
+    with pytest.raises(CatalogError, match="is no output of 'compare' but of 'crossmatch'"):
         read_comparison(build / "pairs")
     with pytest.raises(CatalogError, match="does not exist"):
         read_comparison(build / "gone")

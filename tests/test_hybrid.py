@@ -79,8 +79,9 @@ def test_without_a_bump_it_is_nearly_the_polynomial():
 
 def test_smearing_takes_the_steps():
     batch = bumpy_pairs(10_000, 2)
-    smooth = models.fit("hybrid", ArraySource(batch))
-    steps = models.fit("hybrid", ArraySource(batch), params={"smoothing": 0.02})
+    trees = {"n_rounds": 150}
+    smooth = models.fit("hybrid", ArraySource(batch), params=trees)
+    steps = models.fit("hybrid", ArraySource(batch), params={**trees, "smoothing": 0.02})
     assert (roughness(smooth, batch) < 0.6 * roughness(steps, batch)).all()
     assert (error(smooth, True) < 1.1 * error(steps, True)).all()
 

@@ -95,6 +95,18 @@ def test_right_ascension_in_hours_is_refused(tmp_path):
     check_profile(profile_of(tmp_path, strip), survey(), ["data"])
 
 
+def test_positions_in_radians_are_refused(tmp_path):
+    data = rows(100)
+    data |= {name: np.radians(data[name]) for name in ("ra", "dec")}
+    profile = profile_of(tmp_path, data)
+    refused(profile, "column 'ra'", "radians", 'unit = "rad"', 'allow = ["ra_below_24"]')
+    check_profile(profile, survey(allow=["ra_below_24"]), ["data"])
+    field = data | {"ra": data["ra"] / 2}
+    check_profile(profile_of(tmp_path, field), survey(), ["data"])
+    strip = data | {"dec": data["dec"] / 4}
+    check_profile(profile_of(tmp_path, strip), survey(), ["data"])
+
+
 def test_many_rejected_rows_are_refused(tmp_path):
     data = rows(1000)
     data["dec"][100:110] = -99.0

@@ -74,6 +74,23 @@ def store(small_store, small_sky, tmp_path) -> Path:
     return tmp_path / "store"
 
 
+@pytest.fixture(scope="module")
+def twice_built(small_store, small_sky, tmp_path_factory) -> Path:
+    """A store with a second build, of another cut; only to be copied, as `changed` does."""
+    folder: Path = tmp_path_factory.mktemp("twice")
+    shutil.copytree(small_store, folder / "store", symlinks=True)
+    rebuild(load_job(write_job(folder, small_sky, SNR_30)))
+    return folder / "store"
+
+
+@pytest.fixture
+def changed(store, twice_built, small_sky):
+    """The job with the other cut, which is built in the store."""
+    shutil.rmtree(store)
+    shutil.copytree(twice_built, store, symlinks=True)
+    return load_job(write_job(store.parent, small_sky, SNR_30))
+
+
 @pytest.fixture
 def job(store):
     return load_job(store.parent / "job.toml")
@@ -379,12 +396,8 @@ print(json.dumps({"seen": len(seen), "failures": failures, "n": n}))
 """
 
 
-def test_current_is_swapped_atomically(job, store, small_sky, tmp_path):
+def test_current_is_swapped_atomically(job, changed, store, tmp_path):
     """Another process that looks all the time always finds a whole build."""
-    text = (tmp_path / "job.toml").read_text()
-    changed = load_job(write_job(tmp_path, small_sky, SNR_30))
-    rebuild(changed)
-    (tmp_path / "job.toml").write_text(text)
     reader = subprocess.Popen(
         [sys.executable, "-c", LOOK, str(store / "current"), str(tmp_path / "stop")],
         stdout=subprocess.PIPE,
@@ -403,10 +416,9 @@ def test_current_is_swapped_atomically(job, store, small_sky, tmp_path):
     assert len(list((store / "builds").iterdir())) == 18
 
 
-def test_gc_keeps_what_is_used(job, store, small_sky):
-    first = (store / "current").resolve()
-    changed = load_job(write_job(store.parent, small_sky, SNR_30))
-    second = rebuild(changed).path
+def test_gc_keeps_what_is_used(changed, store):
+    first, second = sorted((store / "builds").iterdir())
+    assert (store / "current").resolve() == second
     litter = store / "artifacts/apply/0123"
     (litter / ".work").mkdir(parents=True)
     (litter / ".work/fingerprint").write_text("0123")

@@ -152,7 +152,7 @@ def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> Non
     Raises
     ------
     SurveyError
-        Too many rejected rows; right ascension in hours, unless the survey allows
+        Too many rejected rows; right ascension in hours or radians, unless the survey allows
         ``ra_below_24``; a label in another unit, as a logarithm or without any value.
     """
     n_rejected, n_rows = sum(profile.rejected.values()), profile.n_rows
@@ -168,13 +168,22 @@ def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> Non
         )
     if n_rows >= 50 and "ra" in profile.bounds and "dec" in profile.bounds:
         (ra_low, ra_high), (dec_low, dec_high) = profile.bounds["ra"], profile.bounds["dec"]
-        is_hours = ra_low >= 0 and ra_high <= 24 and ra_high - ra_low > 12
-        if is_hours and dec_high - dec_low > 20 and "ra_below_24" not in survey.allow:
+        ra_span, dec_span = ra_high - ra_low, dec_high - dec_low
+        unit = ""
+        if ra_low >= 0 and ra_high <= 24 and ra_span > 12 and dec_span > 20:
+            unit = "hours"
+        # A wide survey in radians fills this box; few fields in degrees do, from edge to edge.
+        elif ra_low >= 0 and ra_high <= 6.2832 and max(-dec_low, dec_high) <= 1.5708:
+            unit = "radians" if ra_span > 4 and dec_span > 1 else ""
+        if unit and "ra_below_24" not in survey.allow:
+            fix = {
+                "hours": 'unit = "hourangle" in [columns.ra]',
+                "radians": 'unit = "rad" in [columns.ra] and [columns.dec]',
+            }
             raise SurveyError(
                 f"{files[0]}: column {_native_names(survey, 'ra')} ('ra') runs from {ra_low:g} to "
-                f"{ra_high:g}: it looks like hours, not degrees",
-                'Set unit = "hourangle" in [columns.ra]; if they are degrees, '
-                'allow = ["ra_below_24"] in the survey.',
+                f"{ra_high:g}: it looks like {unit}, not degrees",
+                f'Set {fix[unit]}; if they are degrees, allow = ["ra_below_24"] in the survey.',
             )
     for label in LABELS:
         if label in survey.columns:  # a companion of a survey has none

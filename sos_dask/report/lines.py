@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from sos_dask.healpix import FloatArray
+from sos_dask.columns import floats
 from sos_dask.report.style import (
     BLACK,
     BLUE,
@@ -40,10 +40,6 @@ def _chosen(table: pa.Table, **wanted: str | None) -> pa.Table:
         column = table[name]
         table = table.filter(pc.is_null(column) if value is None else pc.equal(column, value))
     return table
-
-
-def _column(table: pa.Table, name: str) -> FloatArray:
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float64)
 
 
 def quantities(table: pa.Table) -> list[str]:
@@ -84,7 +80,7 @@ def trend_figure(
     has_fitted = pc.any(pc.equal(table["sample"], "fitted")).as_py()
     for row, label in enumerate(LABELS):
         before = _chosen(table, label=label, sample="before")
-        limits = robust_limits(_column(before, "p16"), _column(before, "p84"))
+        limits = robust_limits(floats(before, "p16"), floats(before, "p84"))
         for column, quantity in enumerate(against):
             axes: Axes = grid[row, column]
             axes.axhline(0, color=BLACK, linewidth=0.6)
@@ -98,7 +94,7 @@ def trend_figure(
                     continue
                 n[sample] = max(n[sample], int(pc.sum(bins["n"]).as_py()))
                 x, median, low, high = (
-                    _column(bins, key) for key in ("centre", "median", "p16", "p84")
+                    floats(bins, key) for key in ("centre", "median", "p16", "p84")
                 )
                 far = (median < limits[0]) | (median > limits[1])
                 edge = np.where(median < limits[0], *limits)
@@ -117,7 +113,7 @@ def trend_figure(
                 axes.errorbar(
                     x,
                     median,
-                    _column(bins, "error"),
+                    floats(bins, "error"),
                     color=color,
                     marker="o",
                     markersize=2.4,
@@ -197,23 +193,23 @@ def reference_figure(table: pa.Table, first: str, second: str, target: str) -> D
     for number, label in enumerate(LABELS):
         mine = _chosen(table, label=label)
         full = mine.filter(pc.is_valid(mine["difference"]))
-        both = [_column(full, f"median_{side}") for side in ("first", "second")]
+        both = [floats(full, f"median_{side}") for side in ("first", "second")]
         limits = robust_limits(np.minimum(*both), np.maximum(*both), 0.03)
         for column, quantity in enumerate(against):
             bins = _chosen(mine, against=quantity)
             upper: Axes = grid[2 * number, column]
             lower: Axes = grid[2 * number + 1, column]
-            x = _column(bins, "centre")
+            x = floats(bins, "centre")
             for side, color, marker in (("first", BLUE, "o"), ("second", VERMILLION, "s")):
                 enough = bins[f"n_{side}"].to_numpy() >= MIN_COUNT
                 upper.errorbar(
-                    x[enough], _column(bins, f"median_{side}")[enough],
-                    _column(bins, f"error_{side}")[enough],
+                    x[enough], floats(bins, f"median_{side}")[enough],
+                    floats(bins, f"error_{side}")[enough],
                     color=color, marker=marker, elinewidth=0.8, linewidth=0.9,
                 )  # fmt: skip
             upper.axhline(0, color=BLACK, linewidth=0.6)
             upper.set_ylim(*limits)
-            significance = _column(bins, "significance")
+            significance = floats(bins, "significance")
             known = np.isfinite(significance)
             n_judged += int(np.count_nonzero(known))
             n_significant += int(np.count_nonzero(np.abs(significance[known]) > _SIGNIFICANT))
@@ -222,7 +218,7 @@ def reference_figure(table: pa.Table, first: str, second: str, target: str) -> D
             width = 0.36 * float(np.min(np.diff(x))) if len(x) > 1 else 0.1
             lower.bar(x[known], significance[known], 2 * width, color=BLACK, alpha=0.75)
             enough = bins["n_common"].to_numpy() >= MIN_COUNT
-            direct = np.where(enough, _column(bins, "significance_common"), np.nan)
+            direct = np.where(enough, floats(bins, "significance_common"), np.nan)
             n_common = max(n_common, int(bins["n_common"].to_numpy().sum()))
             lower.plot(x, direct, linestyle="none", marker="D", markersize=3.2,
                        markerfacecolor="white", color=ORANGE)  # fmt: skip

@@ -17,6 +17,7 @@ from sos_dask import models
 from sos_dask.artifact import Manifest, Output, Recipe, Rows, sha256_of_file
 from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.columns import floats32, matrix32
 from sos_dask.correct import FLAG_MEANINGS, Predictor, correct, corrected_schema
 from sos_dask.coverage import CoverageModel
 from sos_dask.errors import ConfigError
@@ -299,13 +300,9 @@ def _widened(
     corrected: pa.Table, scores: pa.Table, errors: ErrorModel, known: CoverageModel
 ) -> pa.Table:
     """Corrected rows with errors that hold where the coverage is low, too."""
-
-    def floats(column: pa.ChunkedArray) -> NDArray[np.floating]:
-        return np.asarray(pc.fill_null(column, np.nan).to_numpy())
-
-    x = features(*(floats(corrected[label]) for label in LABELS))
-    half_width = np.stack([floats(corrected[f"{label}_sos_err"]) for label in LABELS], axis=1)
-    factors = known.widening(x, floats(scores["coverage"]), errors.is_sparse(x), half_width)
+    x = features(*(floats32(corrected, label) for label in LABELS))
+    half_width = matrix32(corrected, [f"{label}_sos_err" for label in LABELS])
+    factors = known.widening(x, floats32(scores, "coverage"), errors.is_sparse(x), half_width)
     return widened(corrected, factors)
 
 

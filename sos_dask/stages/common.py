@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask.catalog import Catalog
+from sos_dask.columns import floats
 from sos_dask.schema import LABELS
 
 _STAR_COLUMNS = ("star_id", "quality", *LABELS)
@@ -60,15 +61,10 @@ def common_stars(reference: Catalog, stars: Mapping[str, Catalog]) -> CommonStar
         _, first = np.unique(star[mine[good]], return_index=True)
         chosen = known.take(row.take(pa.array(good[first])))
         values = {
-            label: _values(chosen, label) - offsets.get(name, {}).get(label, 0.0)
-            for label in LABELS
+            label: floats(chosen, label) - offsets.get(name, {}).get(label, 0.0) for label in LABELS
         }
         labels[name] = (star[mine[good[first]]], values)
     return CommonStars(star_id, labels)
-
-
-def _values(table: pa.Table, name: str) -> NDArray[np.float64]:
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float64)
 
 
 def _members(reference: Catalog) -> tuple[pa.Array, NDArray[np.int64], pa.Array, pa.Array]:

@@ -8,7 +8,7 @@ about 150 bytes a pair, twice that while a label is ranked.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from sos_dask import models
 from sos_dask.artifact import Manifest, Output, Recipe, Rows, sha256_of_file
 from sos_dask.catalog import Catalog, partition_errors, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.columns import floats32, matrix32
 from sos_dask.compare.artifact import (
     ARTIFACT_SCHEMA,
     MIN_CELLS,
@@ -48,8 +49,10 @@ from sos_dask.errors import CatalogError, ModelError
 from sos_dask.features import TEFF_UNIT_K, features
 from sos_dask.schema import LABELS
 from sos_dask.stages.parts import (
+    DIFFERENCES,
     HELD_OUT,
     held_out_pairs,
+    manifest_of,
     read_piece,
     records,
     run_parts,
@@ -66,7 +69,6 @@ N_NEIGHBOURS = 16
 _PROCESS_BYTES = 300 << 20
 _BYTES_A_PAIR = 400
 _TIMED_ROWS = 100_000
-_DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def compare(
         The pairs are too many for a worker.
     """
     settings = settings or CompareSettings()
-    pairs.require("use", "fold", "reference_star_id", *LABELS, *_DIFFERENCES)
+    pairs.require("use", "fold", "reference_star_id", *LABELS, *DIFFERENCES)
     if not models:
         raise ModelError("there is no model to compare", "Give the outputs of 'sos-dask train'.")
     check_rule(settings.rule, list(models))
@@ -258,9 +260,9 @@ def _prepare(output: Output, pairs: Catalog, models: Mapping[str, Path]) -> int:
     path = _pairs_file(output)
     if path.is_file():
         return int(read_piece(path).num_rows)
-    table = training_pairs(pairs, ["fold", "reference_star_id", *LABELS, *_DIFFERENCES])
+    table = training_pairs(pairs, ["fold", "reference_star_id", *LABELS, *DIFFERENCES])
     fold = table["fold"].to_numpy()
-    differences = [_values(table, name) for name in _DIFFERENCES]
+    differences = [floats32(table, name) for name in DIFFERENCES]
     held_out = {m: held_out_pairs(path, fold, differences)[0] for m, path in models.items()}
     first, rows = next(iter(held_out.items()))
     for method, other in held_out.items():
@@ -275,10 +277,10 @@ def _prepare(output: Output, pairs: Catalog, models: Mapping[str, Path]) -> int:
     train = np.ones_like(test) if test.all() else ~test
     encoded = pc.dictionary_encode(table["reference_star_id"].cast(pa.string())).combine_chunks()
     groups = group_of_stars(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
-    labels = np.stack([_values(table, label) for label in LABELS], axis=1)
+    labels = matrix32(table, LABELS)
     kept = {
         **{label: labels[:, i] for i, label in enumerate(LABELS)},
-        **dict(zip(_DIFFERENCES, differences, strict=True)),
+        **dict(zip(DIFFERENCES, differences, strict=True)),
         "fold": fold,
         "group": groups,
         "test": test,
@@ -287,14 +289,6 @@ def _prepare(output: Output, pairs: Catalog, models: Mapping[str, Path]) -> int:
     }
     write_piece(path, pa.table({name: pa.array(values) for name, values in kept.items()}))
     return len(fold)
-
-
-def _values(table: pa.Table, name: str) -> NDArray[np.float32]:
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
-
-
-def _matrix(table: pa.Table, names: Sequence[str]) -> NDArray[np.float32]:
-    return np.stack([table[name].to_numpy() for name in names], axis=1)
 
 
 def _sparse(labels: NDArray[np.float32], train: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -319,8 +313,8 @@ def _method_part(part: _Part) -> None:
     """Predictions of both samples, and what the correction does on the grid."""
     settings = part.settings
     table = read_piece(_pairs_file(part.output))
-    labels = _matrix(table, LABELS)
-    differences = [table[name].to_numpy() for name in _DIFFERENCES]
+    labels = matrix32(table, LABELS)
+    differences = [table[name].to_numpy() for name in DIFFERENCES]
     path = part.models[part.key]
     correction = models.load(path)
     rows, held_out = held_out_pairs(path, table["fold"].to_numpy(), differences)
@@ -370,7 +364,7 @@ def _label_part(part: _Part) -> None:
     table = read_piece(_pairs_file(part.output))
     label = part.key
     before = table[f"{label}_diff"].to_numpy().astype(np.float64)
-    labels = _matrix(table, LABELS)
+    labels = matrix32(table, LABELS)
     edges = {axis.name: axis.edges for axis in settings.axes}
     weights = draw(settings.n_bootstrap, settings.seed)
     found, n, scores = [], {}, {}
@@ -441,11 +435,7 @@ def read_comparison(directory: Path) -> dict[str, Any]:
     CatalogError, PartitionError
         It is unfinished, of another stage, or damaged.
     """
-    manifest = Manifest.load(directory)
-    if manifest.recipe.stage != "compare":
-        raise CatalogError(
-            f"{directory} is no comparison but an output of '{manifest.recipe.stage}'"
-        )
+    manifest = manifest_of(directory, "compare")
     found: dict[str, Any] = {
         key: value for key, value in manifest.summary.items() if key != "metrics"
     }

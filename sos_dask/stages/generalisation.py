@@ -21,6 +21,7 @@ from sos_dask import models
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.columns import floats, matrix32
 from sos_dask.compare.metrics import scatter
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import PARAMETERS, features, parameters_of
@@ -36,6 +37,7 @@ from sos_dask.generalisation import (
 from sos_dask.projection import chosen_rows
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.stages.parts import (
+    DIFFERENCES,
     read_piece,
     records,
     run_parts,
@@ -47,7 +49,6 @@ from sos_dask.stages.train import VERSION as TRAIN_VERSION
 
 VERSION = 1
 TABLE = "generalisation.parquet"
-_DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _NONE = "none"
 
 
@@ -161,7 +162,7 @@ def generalisation(
         There are too few pairs for any group.
     """
     settings = settings or GeneralisationSettings()
-    pairs.require(HEALPIX_COLUMN, "use", "fold", *LABELS, *_DIFFERENCES)
+    pairs.require(HEALPIX_COLUMN, "use", "fold", *LABELS, *DIFFERENCES)
     complete = {name: models.check_params(name, params) for name, params in methods.items()}
     output = Output.prepare(
         directory, generalisation_recipe(pairs.fingerprint, complete, settings), overwrite
@@ -204,7 +205,7 @@ def generalisation(
 
 def _pairs(pairs: Catalog, settings: GeneralisationSettings) -> tuple[pa.Table, tuple[str, ...]]:
     """Pairs fit for training with their groups, and the parameters that their density is in."""
-    wanted = [*PARAMETERS, HEALPIX_COLUMN, "fold", "survey_ref", *_DIFFERENCES]
+    wanted = [*PARAMETERS, HEALPIX_COLUMN, "fold", "survey_ref", *DIFFERENCES]
     columns = pairs.columns(wanted)
     table = training_pairs(pairs, columns).combine_chunks()
     if table.num_rows > settings.max_pairs:
@@ -212,7 +213,7 @@ def _pairs(pairs: Catalog, settings: GeneralisationSettings) -> tuple[pa.Table, 
         rate = {0: settings.max_pairs / table.num_rows}
         kept = chosen_rows(places, np.zeros(len(places), np.int64), rate, settings.seed)
         table = table.filter(pa.array(kept))
-    known = {name: _values(table, name) for name in PARAMETERS if name in table.column_names}
+    known = {name: floats(table, name) for name in PARAMETERS if name in table.column_names}
     # A parameter that few pairs have would leave few pairs.
     names = tuple(n for n, values in known.items() if np.isfinite(values).mean() > 0.5)
     survey = (
@@ -224,23 +225,19 @@ def _pairs(pairs: Catalog, settings: GeneralisationSettings) -> tuple[pa.Table, 
         DENSITY: density_groups(parameters_of(known, names)),
         REGION: region_groups(known["teff"], known["logg"]),
     }
-    kept_columns = table.select([*LABELS, *_DIFFERENCES, "fold"])
+    kept_columns = table.select([*LABELS, *DIFFERENCES, "fold"])
     for name, values in groups.items():
         kept_columns = kept_columns.append_column(name, pa.array(values, pa.string()))
     return kept_columns.append_column(REFERENCE, survey.cast(pa.string())), names
-
-
-def _values(table: pa.Table, name: str) -> NDArray[np.float64]:
-    return np.asarray(pc.fill_null(table[name].cast(pa.float64()), np.nan).to_numpy())
 
 
 def _fit(part: _Part) -> None:
     """Fit without the group, and keep the predictions of all pairs that were left out."""
     table = read_piece(part.output.work / "pairs.arrow")
     fold = _folds(table, part.split, part.group)
-    x = features(*(_values(table, label) for label in LABELS))
-    differences = np.stack([_values(table, name) for name in _DIFFERENCES], axis=1)
-    batch = models.Batch(x, differences.astype(np.float32), fold, np.ones(len(x), np.float32))
+    x = features(*(floats(table, label) for label in LABELS))
+    differences = matrix32(table, DIFFERENCES)
+    batch = models.Batch(x, differences, fold, np.ones(len(x), np.float32))
     predicted, refused = np.full((len(x), len(LABELS)), np.nan, np.float32), ""
     try:
         fitted = models.fit(part.method, _Source(batch), train_folds=[0], params=part.params)
@@ -274,8 +271,8 @@ def _figures(table: pa.Table, parts: list[_Part], groups: list[tuple[str, str]])
         for split, group in groups:
             fold = _folds(table, split, group)
             chosen, n_train = fold == 1, int(np.count_nonzero(fold == 0))
-            for label, name in zip(LABELS, _DIFFERENCES, strict=True):
-                bare = _values(table, name)
+            for label, name in zip(LABELS, DIFFERENCES, strict=True):
+                bare = floats(table, name)
                 residual, random = bare, bare
                 if method != _NONE:
                     residual = bare - _predicted(by_place[method, split, group], label)

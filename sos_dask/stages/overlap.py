@@ -10,10 +10,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask.catalog import Catalog
+from sos_dask.columns import floats, floats32, floats_or_nan
 from sos_dask.coverage import Overlap, Target
 from sos_dask.features import PARAMETERS, features
 from sos_dask.schema import LABELS
-from sos_dask.stages.parts import held_out_pairs, single_observations, training_pairs
+from sos_dask.stages.parts import DIFFERENCES, held_out_pairs, single_observations, training_pairs
 from sos_dask.uncertainty import load_errors
 
 
@@ -32,9 +33,9 @@ def read_overlap(model: Path, pairs: Catalog, errors: Path | None = None) -> Ove
     """
     stated = [f"{label}_err_ref" for label in LABELS]
     wanted = pairs.columns([*PARAMETERS, *stated, "n_obs"])
-    table = training_pairs(pairs, ["fold", *(f"{label}_diff" for label in LABELS), *wanted])
+    table = training_pairs(pairs, ["fold", *DIFFERENCES, *wanted])
     fold = table["fold"].to_numpy()
-    difference = [_floats(table, f"{label}_diff").astype(np.float32) for label in LABELS]
+    difference = [floats32(table, name) for name in DIFFERENCES]
     rows, predicted = held_out_pairs(model, fold, difference)
     residual = np.full((len(fold), len(LABELS)), np.nan)
     residual[rows] = np.stack(difference, axis=1)[rows] - predicted
@@ -46,8 +47,7 @@ def read_overlap(model: Path, pairs: Catalog, errors: Path | None = None) -> Ove
         half_width = model_of_errors.half_width(x, columns.get("snr")).astype(np.float64)
         error_class = model_of_errors.is_sparse(x).astype(np.int8)
         half_width[~single_observations(table, rows)] = np.nan
-    known = [_floats(table, name) if name in wanted else np.full(len(fold), np.nan)
-             for name in stated]  # fmt: skip
+    known = [floats_or_nan(table, name) for name in stated]
     return Overlap(columns, fold, residual, np.stack(known, axis=1), half_width, error_class)
 
 
@@ -68,10 +68,6 @@ def read_target(sample: pa.Table, errors: Path) -> Target:
     return Target(columns, load_errors(errors).is_sparse(x).astype(np.int8))
 
 
-def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float64)
-
-
 def parameter_columns(table: pa.Table) -> dict[str, NDArray[np.float64]]:
     """Parameters that a table has, nan where unknown."""
-    return {name: _floats(table, name) for name in PARAMETERS if name in table.schema.names}
+    return {name: floats(table, name) for name in PARAMETERS if name in table.schema.names}

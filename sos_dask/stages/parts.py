@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from sos_dask.artifact import FileRecord, Manifest, Output, Rows, atomic_path
 from sos_dask.catalog import Catalog, partition_errors, write_catalog_metadata
 from sos_dask.cluster import Cluster, Report
+from sos_dask.columns import floats32, matrix32
 from sos_dask.errors import CatalogError, SurveyError
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import LABELS
 
 T = TypeVar("T")
 HELD_OUT = "held_out.parquet"
+DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 GAIA_IDS = {"dr3": "gaia_dr3_source_id", "dr2": "gaia_dr2_source_id"}
 
 
@@ -92,6 +94,16 @@ def unless_complete(output: Output) -> Iterator[None]:
         if not output.complete:
             output.release()
             raise
+
+
+def manifest_of(directory: Path, stage: str) -> Manifest:
+    """Manifest of a finished output of a stage; `CatalogError` for that of another one."""
+    manifest = Manifest.load(directory)
+    if manifest.recipe.stage != stage:
+        raise CatalogError(
+            f"{directory} is no output of '{stage}' but of '{manifest.recipe.stage}'"
+        )
+    return manifest
 
 
 def file_of(record: Mapping[str, Any]) -> FileRecord:
@@ -193,25 +205,22 @@ def held_out_pairs(
         It holds other pairs.
     """
     path = model / HELD_OUT
-    names = [f"{label}_{kind}" for kind in ("diff", "delta") for label in LABELS]
+    predictions = [f"{label}_delta" for label in LABELS]
     with partition_errors(path):
-        table = pq.read_table(path, columns=["fold", *names])
+        table = pq.read_table(path, columns=["fold", *DIFFERENCES, *predictions])
     held_out = table["fold"].to_numpy()
     rows = np.flatnonzero(np.isin(fold, np.unique(held_out)))
     rows = rows[np.argsort(fold[rows], kind="stable")]
-    values = [
-        np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32) for name in names
-    ]
     same = np.array_equal(fold[rows], held_out) and all(
-        np.array_equal(mine[rows], theirs, equal_nan=True)
-        for mine, theirs in zip(differences, values, strict=False)
+        np.array_equal(mine[rows], floats32(table, name), equal_nan=True)
+        for mine, name in zip(differences, DIFFERENCES, strict=True)
     )
     if not same:
         raise CatalogError(
             f"{path} does not hold the pairs that are asked for",
             "Give a model that was trained on these pairs.",
         )
-    return rows, np.stack(values[len(LABELS) :], axis=1)
+    return rows, matrix32(table, predictions)
 
 
 def write_piece(path: Path, table: pa.Table) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet, write_partition
 from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.columns import floats
 from sos_dask.errors import ModelError
 from sos_dask.features import PARAMETERS, parameters_of
 from sos_dask.healpix import HealpixPixel
@@ -196,10 +196,7 @@ def _columns(part: _Part) -> dict[str, NDArray[np.float64]]:
         names = [n for n in part.names if n in catalog.schema.names and n not in found]
         if names:
             table = catalog.read(part.pixel, names)
-            found |= {
-                n: np.asarray(pc.fill_null(table[n].cast(pa.float64()), np.nan).to_numpy())
-                for n in names
-            }
+            found |= {name: floats(table, name) for name in names}
     return found
 
 

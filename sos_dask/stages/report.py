@@ -20,6 +20,7 @@ from sos_dask import __version__
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.columns import floats32
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
@@ -225,7 +226,7 @@ def _count_part(part: _Part) -> None:
         errors = part.catalog.columns([f"{label}_sos_err" for label in LABELS])
         names = ["teff", "logg", "teff_sos", "logg_sos", *errors]
         table = part.catalog.read(part.pixel, names)
-        values = {name: _floats(table, name) for name in names}
+        values = {name: floats32(table, name) for name in names}
         before = planes.cells_of(values["teff"], values["logg"])
         after = planes.cells_of(values["teff_sos"], values["logg_sos"])
         found = {"before": planes.histogram(before), "after": planes.histogram(after)}
@@ -253,17 +254,13 @@ def _count_places(part: _Part, scores: Catalog) -> dict[str, NDArray[np.int64]]:
             f"pixel {part.pixel}: {part.catalog.path} and {scores.path} hold other rows",
             "Make both from the same observations.",
         )
-    cells = grid.cells(*(_floats(places, name) for name in names))
+    cells = grid.cells(*(floats32(places, name) for name in names))
     known = (cells >= 0) & pc.is_valid(scored["coverage"]).to_numpy()
     outside = known & ((scored[FLAGS].to_numpy() & FLAG_OUTSIDE) != 0)
     return {
         name: np.bincount(cells[chosen], minlength=grid.coarse**2).astype(np.int64)
         for name, chosen in (("known", known), ("outside", outside))
     }
-
-
-def _floats(table: pa.Table, name: str) -> NDArray[np.float32]:
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
 
 
 def _figure_part(part: _Figure) -> None:

@@ -10,30 +10,28 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from sos_dask import models
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.columns import floats32, matrix32
 from sos_dask.compare import Metric, held_out_metrics
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import features
 from sos_dask.models.search import search, search_space
 from sos_dask.schema import LABELS, nearest
-from sos_dask.stages.parts import unless_complete
+from sos_dask.stages.parts import DIFFERENCES, unless_complete
 
 VERSION = 4
 SEARCH_FILE = "search.json"
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 _LOCAL_PAIRS = 100_000  # as many train faster in one process than tasks travel
 VALIDATIONS = ("auto", "kfold", "holdout")
-_DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
 _FEATURE_COLUMNS = tuple(f"x_{label}" for label in LABELS)
 _ERRORS = tuple(f"{label}_err" for label in LABELS)
-_COLUMNS = (*LABELS, *_DIFFERENCES, "fold", "use")
+_COLUMNS = (*LABELS, *DIFFERENCES, "fold", "use")
 
 
 @dataclass(frozen=True)
@@ -96,16 +94,12 @@ def _read_batch(catalog: Catalog, index: int) -> models.Batch:
     table = catalog.read(catalog.pixels[index], (*_COLUMNS, *errors))
     table = table.filter(table["use"])
     return models.Batch(
-        features=features(*(_values(table, label) for label in LABELS)),
-        differences=np.stack([_values(table, name) for name in _DIFFERENCES], axis=1),
+        features=features(*(floats32(table, label) for label in LABELS)),
+        differences=matrix32(table, DIFFERENCES),
         fold=table["fold"].to_numpy(),
         weight=np.ones(table.num_rows, dtype=np.float32),
-        errors=np.stack([_values(table, name) for name in errors], axis=1) if errors else None,
+        errors=matrix32(table, errors) if errors else None,
     )
-
-
-def _values(table: pa.Table, name: str) -> NDArray[np.float32]:
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
 
 
 def train_recipe(pairs: str, settings: TrainSettings) -> Recipe:
@@ -219,7 +213,9 @@ def _train(
     report(step, steps, steps)
     table = pa.concat_tables(predicted)
     metrics = held_out_metrics(
-        settings.method, _matrix(table, _DIFFERENCES), _matrix(table, _PREDICTIONS)
+        settings.method,
+        matrix32(table, DIFFERENCES),
+        matrix32(table, _PREDICTIONS),
     )
     model_files = _save(output, correction)
     record = output.write_file("held_out.parquet", partial(write_parquet, table))
@@ -245,10 +241,6 @@ def metrics_of(manifest: Manifest) -> list[Metric]:
     return [Metric(**item) for item in manifest.summary["metrics"]]
 
 
-def _matrix(table: pa.Table, names: tuple[str, ...]) -> NDArray[np.float32]:
-    return np.stack([table[name].to_numpy() for name in names], axis=1)
-
-
 def _predict_fold(source: PairsSource, correction: models.Correction, fold: int) -> pa.Table:
     """Features, differences and predictions of the pairs of one fold, in the order of the sky."""
     tables = []
@@ -261,7 +253,7 @@ def _predict_fold(source: PairsSource, correction: models.Correction, fold: int)
         tables.append(
             pa.table(
                 [pa.array(batch.fold[chosen]), *columns],
-                names=["fold", *_FEATURE_COLUMNS, *_DIFFERENCES, *_PREDICTIONS],
+                names=["fold", *_FEATURE_COLUMNS, *DIFFERENCES, *_PREDICTIONS],
             )
         )
     return pa.concat_tables(tables)

@@ -24,12 +24,14 @@ from sos_dask import models as corrections
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.errors import CatalogError
+from sos_dask.columns import floats32
 from sos_dask.features import features
 from sos_dask.schema import LABELS
 from sos_dask.stages.common import common_stars
 from sos_dask.stages.parts import (
+    DIFFERENCES,
     held_out_pairs,
+    manifest_of,
     read_piece,
     records,
     run_parts,
@@ -63,7 +65,6 @@ REFERENCES, REFERENCE_PLANES = "references.parquet", "reference_planes.parquet"
 _PROCESS_BYTES = 200 << 20
 _BYTES_A_PAIR = 200
 _PLANE_KEY = "plane"
-_DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
 
 Floats = NDArray[np.float32]
@@ -171,7 +172,7 @@ def trends(
     """
     settings = settings or TrendSettings()
     models, stars = dict(models or {}), dict(stars or {})
-    pairs.require("use", "fold", *LABELS, *_DIFFERENCES)
+    pairs.require("use", "fold", *LABELS, *DIFFERENCES)
     recipe = trends_recipe(
         pairs.fingerprint,
         settings,
@@ -246,7 +247,7 @@ def _fitted_part(part: _Fitted) -> None:
     rows = np.arange(table.num_rows)
     if folds is not None:
         rows = np.flatnonzero(np.isin(table["fold"].to_numpy(), folds))
-    predicted = model.predict(features(*(_values(table, label)[rows] for label in LABELS)))
+    predicted = model.predict(features(*(floats32(table, label)[rows] for label in LABELS)))
     columns = [pa.array(np.ascontiguousarray(column)) for column in predicted.T]
     write_piece(
         _fitted_file(part.output, part.method),
@@ -255,18 +256,14 @@ def _fitted_part(part: _Fitted) -> None:
     part.output.put_record("fitted", part.method, {"pairs": len(rows)})
 
 
-def _values(table: pa.Table, name: str) -> Floats:
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float32)
-
-
 def _trends_part(part: _Part) -> None:
     """All trends against one quantity, or on the plane."""
     names = [axis.name for axis in part.axes]
     surveyed = part.pairs.columns(["survey_ref"])
-    read = [*dict.fromkeys([*names, *_DIFFERENCES, "fold"]), *surveyed]
+    read = [*dict.fromkeys([*names, *DIFFERENCES, "fold"]), *surveyed]
     table = training_pairs(part.pairs, read)
-    x = [_values(table, name) for name in names]
-    differences = [_values(table, name) for name in _DIFFERENCES]
+    x = [floats32(table, name) for name in names]
+    differences = [floats32(table, name) for name in DIFFERENCES]
     subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
     surveys: list[str] = []
     if surveyed:
@@ -287,7 +284,7 @@ def _trends_part(part: _Part) -> None:
         predicted = read_piece(_fitted_file(part.output, name))
         rows = predicted["row"].to_numpy()
         corrected = [
-            mine[rows].astype(np.float64) - _values(predicted, column)
+            mine[rows].astype(np.float64) - floats32(predicted, column)
             for mine, column in zip(differences, _PREDICTIONS, strict=True)
         ]
         samples.append((FITTED, name, rows, corrected))
@@ -325,8 +322,8 @@ def _trends_part(part: _Part) -> None:
                     both = common.filter(same)
                     if both.num_rows:
                         direct = about(
-                            [_values(both, name) for name in names],
-                            _values(both, f"{label}_diff"),
+                            [floats32(both, name) for name in names],
+                            floats32(both, f"{label}_diff"),
                             subset=f"{first},{second}",
                         )
                 contrasts.append(
@@ -379,7 +376,7 @@ def _common_stars(
         [
             ("first", pa.string()),
             ("second", pa.string()),
-            *((name, pa.float32()) for name in (*LABELS, *_DIFFERENCES)),
+            *((name, pa.float32()) for name in (*LABELS, *DIFFERENCES)),
         ]
     )
     tables = [schema.empty_table()]
@@ -414,11 +411,7 @@ def read_trends(directory: Path) -> dict[str, Any]:
     CatalogError, PartitionError
         They are unfinished, of another stage, or damaged.
     """
-    manifest = Manifest.load(directory)
-    if manifest.recipe.stage != "trends":
-        raise CatalogError(
-            f"{directory} holds no trends but an output of '{manifest.recipe.stage}'"
-        )
+    manifest = manifest_of(directory, "trends")
     with partition_errors(directory / TRENDS):
         rows = pq.read_table(directory / TRENDS).to_pylist()
     return {"trends": rows, "agreements": manifest.summary["agreements"]}

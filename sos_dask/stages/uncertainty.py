@@ -24,6 +24,7 @@ from sos_dask import models
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet
 from sos_dask.cluster import Report, silent
+from sos_dask.columns import floats, floats32, floats_or_nan
 from sos_dask.features import TEFF_UNIT_K, features
 from sos_dask.folds import fold_of, smallest_of_joined, star_numbers
 from sos_dask.hat import three_cornered_hat
@@ -31,6 +32,7 @@ from sos_dask.repeats import GIANT_LOGG, normalisation
 from sos_dask.schema import LABELS
 from sos_dask.stages.common import common_stars
 from sos_dask.stages.parts import (
+    DIFFERENCES,
     held_out_pairs,
     single_observations,
     training_pairs,
@@ -49,7 +51,6 @@ from sos_dask.uncertainty import (
 VERSION = 2
 CALIBRATION = "calibration.parquet"
 _MIN_COMMON = 30
-_DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _ERRORS = tuple(f"{label}_err_ref" for label in LABELS)
 
 FloatArray = NDArray[np.float64]
@@ -196,9 +197,9 @@ def _make(
     report: Report,
 ) -> None:
     table = _read(pairs)
-    differences = [_values(table, name).astype(np.float32) for name in _DIFFERENCES]
+    differences = [floats32(table, name) for name in DIFFERENCES]
     rows, predicted = held_out_pairs(model, table["fold"].to_numpy(), differences)
-    x = features(*(_values(table, label) for label in LABELS))
+    x = features(*(floats(table, label) for label in LABELS))
     placed = np.asarray(np.isfinite(x).all(axis=1))
     single = single_observations(table, rows, settings.min_single)
     chosen = (single & placed)[rows]
@@ -208,7 +209,7 @@ def _make(
     held = table.take(pa.array(held_rows))
     held_out = HeldOut(
         x[held_rows],
-        _values(held, "snr"),
+        floats_or_nan(held, "snr"),
         residuals,
         _reference_errors(held, factors),
         _parts(held, settings),
@@ -227,7 +228,7 @@ def _make(
     is_sparse = sparseness.stars(held_out.features)
     found = coverages(checked, _subsets(held_out, is_sparse, errors.is_sparse(held_out.features)))
     calibration = pa.Table.from_pylist([asdict(one) for one in found])
-    corrected = np.stack([_values(table, label) for label in LABELS], axis=1)
+    corrected = np.stack([floats(table, label) for label in LABELS], axis=1)
     corrected -= correction.predict(x)
     hats = _hats(table, corrected, single, surveys, settings.seed)
     files = [output.write_bytes(name, content) for name, content in errors.files().items()]
@@ -263,16 +264,9 @@ def _read(pairs: Catalog) -> pa.Table:
     """Pairs fit for training, in the order of the sky."""
     target = next(name for name in pairs.schema.names if name.startswith("target_"))
     more = ("snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS)
-    names = ["fold", target, "reference_star_id", *LABELS, *_DIFFERENCES, *pairs.columns(more)]
+    names = ["fold", target, "reference_star_id", *LABELS, *DIFFERENCES, *pairs.columns(more)]
     table = training_pairs(pairs, names).select(names)
     return table.rename_columns(["target_id" if name == target else name for name in names])
-
-
-def _values(table: pa.Table, name: str) -> FloatArray:
-    """A column as numbers, nan where it is null or not there."""
-    if name not in table.schema.names:
-        return np.full(table.num_rows, np.nan)
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float64)
 
 
 def _parts(held: pa.Table, settings: UncertaintySettings) -> NDArray[np.int8]:
@@ -290,10 +284,10 @@ def _reference_errors(
     held: pa.Table, factors: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> FloatArray:
     """Stated errors of the reference times the factors of its survey, shape (n, 3)."""
-    errors = np.stack([_values(held, name) for name in _ERRORS], axis=1)
+    errors = np.stack([floats_or_nan(held, name) for name in _ERRORS], axis=1)
     if "survey_ref" not in held.schema.names:
         return errors
-    logg, snr = _values(held, "logg_ref"), _values(held, "snr_ref")
+    logg, snr = (floats_or_nan(held, name) for name in ("logg_ref", "snr_ref"))
     for survey in pc.unique(held["survey_ref"]).drop_null().to_pylist():
         mine = pc.fill_null(pc.equal(held["survey_ref"], survey), False).to_numpy()
         for number, label in enumerate(LABELS):

@@ -160,10 +160,18 @@ def fit_errors(
     n_class: dict[str, dict[str, int]] = {}
     for number, label in enumerate(LABELS):
         rows = np.flatnonzero(known[:, number])
-        if len(rows) < MIN_PAIRS or len(np.unique(held_out.part[rows])) < 3:
+        n_parts = len(np.unique(held_out.part[rows]))
+        if len(rows) < MIN_PAIRS:
             raise ModelError(
-                f"{label}: errors need {MIN_PAIRS} held-out pairs in three parts, not {len(rows)}",
+                f"{label}: errors need {MIN_PAIRS} held-out pairs, not {len(rows)}",
                 "Match more stars, or loosen the cuts.",
+            )
+        if n_parts < 3:
+            raise ModelError(
+                f"{label}: errors need held-out stars in three parts; the {len(rows)} pairs are of "
+                f"so few stars that they fill {n_parts}",
+                "Match more stars; if there are many, check the ids: pairs with an id in common "
+                "count as one star.",
             )
         one = _Label(
             axes[rows],

@@ -231,15 +231,22 @@ def counted(n_pairs: tuple[tuple[int, ...], ...]) -> dict[str, str]:
 
 
 def weights(pairs: Placed, rows: Placed) -> FloatArray:
-    """Weights of pairs (n,) that make them stand for some rows; equal where there are no rows."""
+    """Weights of pairs (n,) that make them stand for some rows.
+
+    Equal where there are no rows, and where all would rest on less than `MIN_WIDTH_PAIRS` pairs
+    (their effective number is the squared sum over the sum of squares: Kish 1965, Survey Sampling).
+    """
     from scipy.spatial import cKDTree
 
-    if not len(rows.snr) or len(pairs.snr) < _NEAREST:
-        return np.ones(len(pairs.snr))
+    equal = np.ones(len(pairs.snr))
+    if not len(rows.snr) or len(pairs.snr) < MIN_WIDTH_PAIRS:
+        return equal
     known = pairs.snr[pairs.snr > 0]
     snr = float(np.median(known)) if len(known) else 1.0
     nearest = cKDTree(pairs.points(snr)).query(rows.points(snr), k=_NEAREST)[1]
-    return np.asarray(np.bincount(nearest.ravel(), minlength=len(pairs.snr)), dtype=np.float64)
+    weight = np.bincount(nearest.ravel(), minlength=len(equal)).astype(np.float64)
+    effective = weight.sum() ** 2 / np.square(weight).sum()
+    return weight if effective >= MIN_WIDTH_PAIRS else equal
 
 
 def _quantile(score: FloatArray, weight: FloatArray) -> FloatArray:

@@ -151,6 +151,7 @@ class ProjectionSection(_Section):
     min_dist: float = Field(0.1, ge=0, le=1)
     neighbors: int = Field(15, ge=1, le=100)
     map_bins: int = Field(256, ge=8, le=4096)
+    share: float = Field(1.0, gt=0, le=1)
 
 
 class GeneralisationSection(_Section):

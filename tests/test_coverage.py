@@ -10,6 +10,7 @@ from scipy.stats import norm
 
 from sos_dask import coverage as cv
 from sos_dask.coverage.measures import Neighbours, Share
+from sos_dask.coverage.ranking import rank
 from sos_dask.coverage.widths import Placed, Widths, fit_widths, weights
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import features
@@ -281,11 +282,40 @@ def test_a_missing_parameter_is_left_out_not_filled_in():
     )
 
 
-def test_measures_are_compared_on_the_same_pairs():
+def test_measures_are_ranked_by_how_well_they_tell_errors():
     rng = np.random.default_rng(9)
-    found = cv.compare(overlap_of(sky(900, rng), rng), sky(900, rng), cv.Limits(), most=800)
-    assert [item.model.name for item in found] == list(cv.MEASURES)
-    assert {item.n_held_out for item in found} == {800}
+    columns = sky(6000, rng)
+    columns["logg"] = 3 * rng.beta(1, 4, 6000)  # few towards 3, and there errors grow
+    overlap = overlap_of(columns, rng, growth=np.where(columns["logg"] > 1.8, 4.0, 1.0))
+    found = {(item.measure, item.statistic): item for item in cv.compare(overlap, sky(6000, rng))}
+    assert len(found) == 3 * len(cv.MEASURES)
+    for statistic in ("all", "far"):
+        mine = [found[name, statistic] for name in cv.MEASURES]
+        assert min(item.behind for item in mine) == 0
+        assert len({item.n for item in mine}) == 1
+        best = max(mine, key=lambda item: item.value)
+        assert all(item.behind == pytest.approx(best.value - item.value) for item in mine)
+    # Four parameters that tell nothing of the error blur the distance in seven.
+    assert found["neighbours8", "far"].behind_low > 0
+    assert found["neighbours", "far"].low > 1.3 and found["neighbours", "all"].low > 0
+
+
+def test_intervals_of_a_ranking_hold_and_count_stars_not_pairs():
+    truth, n = 0.5, 300
+
+    def drawn(rng, repeats):
+        x = rng.normal(size=(n, 2)) @ np.linalg.cholesky([[1, truth], [truth, 1]]).T
+        x = np.repeat(x, repeats, axis=0)
+        star = np.repeat(np.arange(n), repeats)
+        return rank({"one": np.exp(x[:, 0])}, np.exp(x[:, 1]), star, rng)[0]
+
+    spearman = 6 / np.pi * np.arcsin(truth / 2)
+    rng = np.random.default_rng(12)
+    held = [item.low <= spearman <= item.high for item in (drawn(rng, 1) for _ in range(40))]
+    assert np.mean(held) > 0.8
+    once, thrice = drawn(rng, 1), drawn(rng, 3)
+    assert thrice.n == 900
+    assert thrice.high - thrice.low == pytest.approx(once.high - once.low, rel=0.3)
 
 
 def test_a_smooth_model_is_extended_only_so_far(fitted):

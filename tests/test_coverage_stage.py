@@ -1,6 +1,7 @@
 """Stage coverage on a small build: aligned columns, honest counts, same bytes, the command."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +11,10 @@ import pytest
 from sos_dask.artifact import Manifest
 from sos_dask.catalog import Catalog
 from sos_dask.cli import app
+from sos_dask.coverage import MEASURES, CoverageModel
 from sos_dask.errors import CatalogError
 from sos_dask.stages.coverage import CoverageSettings, coverage, look
+from sos_dask.stages.overlap import parameter_columns
 from sos_dask.trust import FLAG_OUTSIDE, FLAG_SPARSE
 from tests.job import contents
 
@@ -75,11 +78,48 @@ def test_the_command_tells_shares_maps_and_follow_up(small_store, capsys):
     assert sum(cell["rows"] for cell in found["sky"]) == n_rows
     assert found["intervals"]["inside"].startswith("counted on ")
     assert found["intervals"]["lacking"].startswith("extrapolated")
+    stars = found["stars"]
+    assert sum(stars[name] for name in ("inside", "sparse", "outside", "unknown")) == pytest.approx(
+        1
+    )
+    assert stars["sampled"] == opened(small_store, "lamost.stars").n_rows  # a small store: all
     counts = [cell["outside"] for cell in found["follow_up"]]
     assert counts == sorted(counts, reverse=True) and counts[0] > 0
     with pytest.raises(SystemExit):
         app(["coverage", "--store", str(small_store)])
-    assert "Where follow-up would gain most" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Where follow-up would gain most" in text and "Bits of flag_sos" in text
+    for measure in MEASURES:
+        assert f"\n {measure} " in text
+
+
+def test_shares_of_stars_are_those_of_their_labels(small_store):
+    found = look(small_store / "current" / "coverage")
+    model = CoverageModel.load(small_store / "current" / "coverage")
+    stars = opened(small_store, "lamost.stars")
+    table = pa.concat_tables([stars.read(pixel) for pixel in stars.pixels])
+    score = model.coverage(parameter_columns(table))
+    assert found["stars"]["inside"] == np.mean(score >= 0.8)
+    assert found["stars"]["unknown"] == np.mean(np.isnan(score))
+
+
+def test_a_store_without_coverage_is_told_what_to_do(small_store, tmp_path):
+    command = ["coverage", "--store", str(tmp_path)]
+    with pytest.raises(CatalogError, match=r"has no current build\s+Run a rebuild first"):
+        app(command)
+    current = tmp_path / "current"
+    current.mkdir()
+    (current / "build.json").write_text('{"products": {"pairs": ""}}')
+    with pytest.raises(CatalogError, match="has no product 'coverage'"):
+        app(command)
+    (current / "build.json").write_text('{"products": {"coverage": ""}}')
+    shutil.copytree(small_store / "current" / "coverage", current / "coverage")
+    manifest = current / "coverage" / "manifest.json"
+    document = json.loads(manifest.read_text())
+    del document["summary"]["stars"]
+    manifest.write_text(json.dumps(document))
+    with pytest.raises(CatalogError, match="made by another version"):
+        app(command)
 
 
 def test_maps_are_a_table(small_store):

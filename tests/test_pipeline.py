@@ -519,3 +519,17 @@ def test_real_giants_are_corrected(real_data, cluster, tmp_path, monkeypatch):
     assert best.scatter_before > 0.11
     assert best.scatter_after <= 0.062
     assert abs(best.median_after) <= 0.01
+
+
+@pytest.mark.slow
+def test_measures_of_coverage_tell_errors_of_real_stars(real_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOS_REAL_DATA", str(real_data))
+    build = rebuild(load_job(ROOT / "jobs/real-galah.toml"), tmp_path / "store")
+    stages = {stage.product: stage for stage in build.stages}
+    assert stages["pairs"].rows_out == 614
+    rankings = {(one["measure"], one["statistic"]): one
+                for one in stages["coverage"].summary["measures"]}  # fmt: skip
+    assert rankings["neighbours", "all"]["n"] > 590
+    assert rankings["neighbours", "all"]["low"] > 0.15
+    assert rankings["neighbours", "far"]["low"] > 1.2
+    assert rankings["neighbours", "all"]["behind_low"] <= 0

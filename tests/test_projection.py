@@ -15,13 +15,15 @@ from sos_dask.projection import (
     chosen_rows,
     density_map,
     fit_projection,
+    in_share,
     sampling_rates,
     strata,
 )
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("sample_rows", 10), ("neighbors", 0), ("map_bins", 1), ("min_dist", 2.0)]
+    ("name", "value"),
+    [("sample_rows", 10), ("neighbors", 0), ("map_bins", 1), ("min_dist", 2.0), ("share", 0.0)],
 )
 def test_settings_out_of_range_name_the_setting(name, value):
     with pytest.raises(ConfigError, match=name):
@@ -78,10 +80,23 @@ def test_as_many_rows_are_chosen_as_the_rate_says_and_seeds_differ():
     assert abs((found & other).sum() - 500) < 5 * np.sqrt(500)
 
 
-def _plane(rng, n=500):
-    sample = rng.normal(size=(n, 3)).astype(np.float32)
+def test_a_share_of_the_rows_is_chosen_by_their_keys():
+    keys = np.arange(100_000).astype(np.uint64)
+    found = in_share(keys, 0.1, 0)
+    assert abs(found.sum() - 10_000) < 5 * np.sqrt(9_000)
+    np.testing.assert_array_equal(in_share(keys[::-1], 0.1, 0), found[::-1])
+    assert in_share(keys, 0.2, 0)[found].all()
+    assert in_share(keys, 1.0, 0).all()
+
+
+def _plane(rng, neighbors=8):
+    sample = rng.normal(size=(500, 3)).astype(np.float32)
     plane = sample[:, :2] * 3.0
-    return Projection(("a", "b", "c"), np.zeros(3), np.ones(3), sample, plane, 8)
+    return Projection(("a", "b", "c"), np.zeros(3), np.ones(3), sample, plane, neighbors)
+
+
+def _distance(rows, plane):
+    return np.linalg.norm(rows.astype(np.float32)[:, None] - plane.sample[None], axis=2)
 
 
 @settings(max_examples=20)
@@ -89,19 +104,32 @@ def _plane(rng, n=500):
 def test_a_place_is_the_weighted_mean_of_the_nearest(seed):
     rng = np.random.default_rng(seed)
     plane = _plane(rng)
-    rows = rng.normal(size=(20, 3))
+    rows = rng.normal(size=(100, 3))
     rows[3, 1] = np.nan
     found = plane.place(rows)
-    distance = np.linalg.norm(rows.astype(np.float32)[:, None] - plane.sample[None], axis=2)
-    for row, (d, place) in enumerate(zip(distance, found, strict=True)):
-        if row == 3:
-            assert np.isnan(place).all()
-            continue
-        nearest = np.argsort(d)[:8]
-        weight = 1.0 / d[nearest].astype(np.float64) ** 2
-        expected = (weight[:, None] * plane.plane[nearest]).sum(axis=0) / weight.sum()
-        np.testing.assert_allclose(place, expected, rtol=1e-3, atol=1e-4)
+    assert np.isnan(found[3]).all() and np.isfinite(np.delete(found, 3, axis=0)).all()
+    distance = _distance(rows, plane)
+    nearest = np.argsort(distance, axis=1)[:, :8]
+    weight = 1.0 / np.take_along_axis(distance, nearest, axis=1).astype(np.float64) ** 2
+    weight /= weight.sum(axis=1, keepdims=True)
+    expected = (weight[:, :, None] * plane.plane[nearest]).sum(axis=1)
+    same = np.isclose(found, expected, rtol=1e-3, atol=1e-3).all(axis=1)
+    assert same.mean() > 0.6  # the others got a neighbour that is hardly farther
+    np.testing.assert_allclose(found[~np.isnan(found)], expected[~np.isnan(found)], atol=1.0)
     np.testing.assert_array_equal(plane.place(rows[5:7]), found[5:7])
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**31))
+def test_no_neighbour_is_farther_than_promised(seed):
+    rng = np.random.default_rng(seed)
+    plane = _plane(rng, neighbors=1)
+    rows = rng.normal(size=(100, 3))
+    away = np.linalg.norm(plane.place(rows)[:, None] - plane.plane[None], axis=2)
+    distance = _distance(rows, plane)
+    taken = distance[np.arange(100), np.argmin(away, axis=1)]
+    assert away.min(axis=1).max() < 1e-5
+    assert (taken <= 1.5 * distance.min(axis=1) + 1e-5).all()
 
 
 def test_rows_of_the_sample_are_placed_where_umap_put_them():

@@ -1,6 +1,9 @@
 """Stage projection on a small store: every row has its place, whoever works."""
 
+from dataclasses import replace
+
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -67,6 +70,27 @@ def test_sample_holds_target_and_overlap_and_the_maps_count_every_placed_row(inp
     assert total == sum(maps["n_target"].to_pylist()) == placed.n_rows - summary["target"]
     n_pairs = inputs[1][0].n_rows
     assert sum(maps["n_overlap"].to_pylist()) == n_pairs - summary["overlap"]
+
+
+def test_a_share_of_the_rows_gets_the_same_places(inputs, made, tmp_path):
+    settings = replace(SETTINGS, share=0.25)
+    manifest = projection(inputs[0], inputs[1], tmp_path / "part", settings)
+    whole, part = Catalog.open(made[0]), Catalog.open(tmp_path / "part")
+    assert not verify(tmp_path / "part")
+    n_placed = 0
+    for pixel in whole.pixels:
+        ours, theirs = part.read(pixel), whole.read(pixel)
+        assert ours["obs_id"].equals(theirs["obs_id"])
+        placed = ours["umap_1"].is_valid()
+        n_placed += pc.sum(placed).as_py()
+        assert ours.filter(placed).equals(theirs.filter(placed))
+    summary = manifest.summary
+    assert n_placed == whole.n_rows - summary["not_asked"] - summary["without_place"]["target"]
+    assert abs(summary["not_asked"] / whole.n_rows - 0.75) < 0.03
+    assert sum(pq.read_table(tmp_path / "part" / MAPS)["n_target"].to_pylist()) == n_placed
+    overlap = [pq.read_table(folder / MAPS)["n_overlap"].to_pylist() for folder in
+               (made[0], tmp_path / "part")]  # fmt: skip
+    assert sum(overlap[0]) == sum(overlap[1])
 
 
 def test_workers_make_the_same_bytes(inputs, made, cluster, tmp_path):

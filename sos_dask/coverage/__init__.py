@@ -1,10 +1,11 @@
 """How well the overlap represents a row, as a number with a meaning (see `coverage.model`)."""
 
-from sos_dask.coverage.fit import Fit, Overlap, check_measure, compare, fit
+from sos_dask.coverage.fit import Fit, Overlap, check_measure, fit
 from sos_dask.coverage.growth import Growth, Noise, residual_width
 from sos_dask.coverage.maps import MAP_SCHEMA, SKY_ORDER, coarse, count_maps, follow_up, sum_maps
 from sos_dask.coverage.measures import MEASURES
 from sos_dask.coverage.model import CoverageModel
+from sos_dask.coverage.ranking import Ranking, compare
 from sos_dask.coverage.widths import (
     CLASSES,
     INSIDE,
@@ -33,6 +34,7 @@ __all__ = [
     "Limits",
     "Noise",
     "Overlap",
+    "Ranking",
     "Target",
     "check_measure",
     "coarse",

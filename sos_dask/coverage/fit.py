@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,7 +30,6 @@ FloatArray = NDArray[np.float64]
 Columns = Mapping[str, NDArray[np.floating]]
 MIN_HELD_OUT = 100
 WRONG_SIGMA = 4.0
-_SPARSE_SHARE = 0.1
 _CATALOG_ROWS = 1  # an overlap star: more are not counted better, the overlap stars are few
 
 
@@ -52,6 +51,8 @@ class Overlap:
         By the error model of the correction; nan for pairs whose residuals it does not speak of.
     error_class : ndarray of int8, shape (n,), optional
         1 where the error model has its pairs in its sparse class.
+    star : ndarray of int64, shape (n,), optional
+        Equal for pairs of one star.
     """
 
     columns: Columns
@@ -60,6 +61,12 @@ class Overlap:
     reference_error: FloatArray
     half_width: FloatArray | None = None
     error_class: NDArray[np.int8] | None = None
+    star: NDArray[np.int64] | None = None
+
+    @property
+    def held_out(self) -> NDArray[np.bool_]:
+        """Pairs with residuals in all labels, shape (n,)."""
+        return np.asarray(np.isfinite(self.residual).all(axis=1))
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,6 @@ class Fit:
     n_held_out, n_wrong : int
         Held-out pairs, and those of them that are off by more than `WRONG_SIGMA` in all labels at
         once: wrong measurements, which say nothing of the growth and are left out of it.
-    rank_correlation, rank_correlation_sparse : float
-        Spearman's between distance and error over noise: of all held-out pairs, and of the tenth
-        with the largest distances.
     n_width : tuple of tuple of int
         Pairs that the widths were counted on, by class of the error model and kind of place.
     """
@@ -85,8 +89,6 @@ class Fit:
     bins: list[dict[str, float]]
     n_held_out: int
     n_wrong: int
-    rank_correlation: float
-    rank_correlation_sparse: float
     n_width: tuple[tuple[int, ...], ...]
 
 
@@ -131,31 +133,23 @@ def fit(
         Too few held-out pairs.
     """
     check_measure(name)
-    known = LABELS if name in OF_LABELS else PARAMETERS
-    names = tuple(p for p in known if p in catalog and p in overlap.columns)
-    held_out = np.isfinite(overlap.residual).all(axis=1)
+    held_out = overlap.held_out
     n_held_out = int(np.count_nonzero(held_out))
     if n_held_out < MIN_HELD_OUT:
         raise ModelError(
             f"{n_held_out} held-out pairs are too few to calibrate the coverage",
             f"At least {MIN_HELD_OUT} are needed: match more stars or loosen the cuts.",
         )
-    x = parameters_of(overlap.columns, names)
-    center, scale = _robust_scale(x)
-    x = (x - center) / scale
-    sample = (parameters_of(catalog, names) - center) / scale
-    sample = sample[np.isfinite(sample[:, : len(LABELS)]).all(axis=1)]
+    names, center, scale, x, sample = scale_pairs(overlap.columns, catalog, name)
     labels = x[:, : len(LABELS)]
     some = np.random.default_rng(seed).permutation(len(sample))[: _CATALOG_ROWS * len(x)]
     catalog_labels = sample[np.sort(some), : len(LABELS)]
-    distance, shares = np.full(len(x), np.nan), {}
+    at = held_out_distance(name, x, sample, overlap.fold, held_out, seed)
+    shares = {}
     for fold in np.unique(overlap.fold[held_out]):
-        rows, others = held_out & (overlap.fold == fold), overlap.fold != fold
-        k = max(round(NEIGHBOURS * float(np.mean(others))), 1)
-        distance[rows] = _measure(name, x[others], sample, seed, k).distance(x[rows])
-        shares[fold] = Share(labels[others], catalog_labels, k)
-    at = distance
-    distance, residual = distance[held_out], overlap.residual[held_out]
+        others = overlap.fold != fold
+        shares[fold] = Share(labels[others], catalog_labels, _neighbours(others))
+    distance, residual = at[held_out], overlap.residual[held_out]
     snr = _column(overlap.columns, "snr", len(x))[held_out]
     logg = _column(overlap.columns, "logg", len(x))[held_out]
     reference_error = overlap.reference_error[held_out]
@@ -164,8 +158,6 @@ def fit(
     ratio = residual / noise.of_pairs(logg, snr, reference_error)
     wrong = np.asarray(np.abs(ratio).min(axis=1) > WRONG_SIGMA)
     growth, bins = Growth.fit(distance[~wrong], ratio[~wrong])
-    error = np.sqrt(np.mean(np.square(ratio[~wrong]), axis=1))
-    far = distance[~wrong] >= np.quantile(distance[~wrong], 1.0 - _SPARSE_SHARE)
     model = CoverageModel(
         name,
         names,
@@ -202,26 +194,46 @@ def fit(
         bins,
         n_held_out,
         int(np.count_nonzero(wrong)),
-        _rank_correlation(distance[~wrong], error),
-        _rank_correlation(distance[~wrong][far], error[far]),
         n_width,
     )
 
 
-def compare(
-    overlap: Overlap, catalog: Columns, limits: Limits, seed: int = 0, most: int = 20_000
-) -> Sequence[Fit]:
-    """Every measure fitted to the same (at most ``most``) pairs, in the order of `MEASURES`."""
-    chosen = np.arange(len(overlap.fold))
-    if len(chosen) > most:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(chosen), most, replace=False))
-    part = Overlap(
-        {key: values[chosen] for key, values in overlap.columns.items()},
-        overlap.fold[chosen],
-        overlap.residual[chosen],
-        overlap.reference_error[chosen],
-    )  # no widths: these models are compared, not used
-    return [fit(part, catalog, name, limits, seed) for name in MEASURES]
+def scale_pairs(
+    pairs: Columns, catalog: Columns, name: str
+) -> tuple[tuple[str, ...], FloatArray, FloatArray, FloatArray, FloatArray]:
+    """What a measure sees: names, center and scale (k,), pairs (n, k), rows of the catalog (m, k).
+
+    Rows of the catalog without a label are left out.
+    """
+    known = LABELS if name in OF_LABELS else PARAMETERS
+    names = tuple(p for p in known if p in catalog and p in pairs)
+    x = parameters_of(pairs, names)
+    center, scale = _robust_scale(x)
+    sample = (parameters_of(catalog, names) - center) / scale
+    sample = sample[np.isfinite(sample[:, : len(LABELS)]).all(axis=1)]
+    return names, center, scale, (x - center) / scale, sample
+
+
+def held_out_distance(
+    name: str,
+    x: FloatArray,
+    sample: FloatArray,
+    fold: NDArray[np.int8],
+    held_out: NDArray[np.bool_],
+    seed: int,
+) -> FloatArray:
+    """Distances (n,) of held-out pairs from the pairs of the other folds; nan for the rest."""
+    distance = np.full(len(x), np.nan)
+    for number in np.unique(fold[held_out]):
+        rows, others = held_out & (fold == number), fold != number
+        measure = _measure(name, x[others], sample, seed, _neighbours(others))
+        distance[rows] = measure.distance(x[rows])
+    return distance
+
+
+def _neighbours(others: NDArray[np.bool_]) -> int:
+    """Number of the neighbour among some of the pairs that is as far as `NEIGHBOURS` of all."""
+    return max(round(NEIGHBOURS * float(np.mean(others))), 1)
 
 
 def _placed(model: CoverageModel, target: Target) -> Placed:
@@ -254,11 +266,3 @@ def _robust_scale(x: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 def _column(columns: Columns, name: str, n: int) -> FloatArray:
     return np.asarray(columns.get(name, np.full(n, np.nan)), dtype=np.float64)
-
-
-def _rank_correlation(a: FloatArray, b: FloatArray) -> float:
-    from scipy.stats import rankdata
-
-    a, b = rankdata(a), rankdata(b)
-    spread = float(np.std(a) * np.std(b))
-    return float(np.mean((a - a.mean()) * (b - b.mean())) / spread) if spread else 0.0

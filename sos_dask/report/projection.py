@@ -86,6 +86,7 @@ def projection_figure(
     joined: tuple[IntArray, IntArray] | None,
     parameters: tuple[str, ...],
     n_without: int,
+    n_not_asked: int = 0,
 ) -> Drawn | None:
     """Density of the catalog and of the overlap in one plane, and the share outside coverage.
 
@@ -99,7 +100,9 @@ def projection_figure(
     parameters : tuple of str
         What the plane was made of.
     n_without : int
-        Rows without a place in it.
+        Rows without a place in it, because they lack a parameter.
+    n_not_asked : int
+        Rows beyond the share that was to be placed.
     """
     n = {name: int(np.sum(maps[f"n_{name}"].to_numpy())) for name in ("target", "overlap")}
     if not n["target"]:
@@ -115,7 +118,8 @@ def projection_figure(
         )
         image = axes.pcolormesh(first, second, picture, norm=LogNorm(1, max(counts.max(), 2)),
                                 cmap=DENSITY_MAP, rasterized=True)  # fmt: skip
-        words = "full catalog" if name == "target" else "overlap"
+        whole = "sample of the catalog" if n_not_asked else "full catalog"
+        words = whole if name == "target" else "overlap"
         axes.set_title(f"{words}: {count:,} {'rows' if name == 'target' else 'pairs'}", fontsize=7)
         figure.colorbar(image, ax=axes, location="bottom", aspect=22, label="number per cell")
     third = ""
@@ -138,6 +142,12 @@ def projection_figure(
             f"; right: share of rows outside the coverage, in cells {grid.group} times as wide, "
             f"on a scale stretched near zero ({int(known.sum()):,} scored rows)"
         )
+    drawn = n["target"] + n_without
+    sampled = (
+        f" Drawn is a sample of {100 * drawn / (drawn + n_not_asked):.3g} % of the catalog."
+        if n_not_asked
+        else ""
+    )
     for axes in panels:
         axes.set_facecolor(EMPTY)
         axes.set_xticks([])
@@ -150,7 +160,7 @@ def projection_figure(
         + ", ".join(parameters)
         + ") beside each other; its axes have no unit. Left and middle: rows of the catalog and "
         f"pairs with a reference in the same cells, logarithmic; grey: none{third}. "
-        f"{n_without:,} rows lack a parameter and have no place.",
+        f"{n_without:,} rows lack a parameter and have no place.{sampled}",
         "Density maps of the catalog and of the overlap in the plane of UMAP, and the share of "
         "rows outside the coverage.",
         figure,

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from sos_dask import coverage as kernel
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_parquet, write_partition
+from sos_dask.catalog import Catalog, partition_errors, write_parquet, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.coverage import CLASSES, OUTSIDE, SPARSE, CoverageModel, Limits
-from sos_dask.crossmatch import MatchSettings, match
+from sos_dask.errors import CatalogError
 from sos_dask.features import PARAMETERS
-from sos_dask.healpix import HealpixPixel, surroundings
+from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.stages.overlap import parameter_columns, read_overlap, read_target
 from sos_dask.stages.parts import (
@@ -38,19 +38,18 @@ from sos_dask.stages.parts import (
     unless_complete,
     write_piece,
 )
+from sos_dask.stages.star_flags import star_flags
 from sos_dask.trust import (
     COVERAGE_FIELD,
-    FLAG_AMBIGUOUS,
     FLAG_GRID_EDGE,
     FLAG_MEANINGS,
     FLAG_OUTSIDE,
     FLAG_SPARSE,
-    FLAG_SPREAD,
     FLAGS,
 )
 from sos_dask.verify import key_hashes
 
-VERSION = 3
+VERSION = 4
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS = "maps.parquet"
@@ -92,6 +91,11 @@ class _SamplePart:
     catalog: Catalog
     pixel: HealpixPixel
     share: float
+    key: str  # column of the keys, which is the name of the sample too
+
+    @property
+    def file(self) -> Path:
+        return self.output.work / "samples" / self.key / f"{key_of(self.pixel)}.arrow"
 
 
 @dataclass(frozen=True)
@@ -152,8 +156,8 @@ def coverage(
     Returns
     -------
     Manifest
-        ``summary``: shares of the rows inside, sparse, outside and without coverage; limits and
-        their meaning; measures compared; rows without each parameter.
+        ``summary``: shares of the rows, and of stars, inside, sparse, outside and without coverage;
+        limits and their meaning; measures compared; rows without each parameter.
 
     Raises
     ------
@@ -197,10 +201,19 @@ def _run(
     report: Report,
 ) -> None:
     keys = [key_of(pixel) for pixel in catalog.pixels]
-    share = min(1.0, _SAMPLE_ROWS / max(catalog.n_rows, 1))
-    samples = {key_of(p): _SamplePart(output, catalog, p, share) for p in catalog.pixels}
+    samples = {
+        f"{key}-{key_of(pixel)}": _SamplePart(
+            output, source, pixel, min(1.0, _SAMPLE_ROWS / max(source.n_rows, 1)), key
+        )
+        for source, key in ((catalog, "obs_id"), (stars, "star_id"))
+        for pixel in source.pixels
+    }
     run_parts(output, "samples", samples, _sample_part, cluster, "coverage: sample", report)
-    files, fitted = _fitted(output, model, pairs, settings, errors, keys)
+    sampled = {
+        key: pa.concat_tables([read_piece(s.file) for s in samples.values() if s.key == key])
+        for key in ("obs_id", "star_id")
+    }
+    files, fitted = _fitted(output, model, pairs, settings, errors, sampled["obs_id"])
     grid = {label: _grid(label, catalog, settings) for label in LABELS}
     parts = {
         key_of(p): _Part(output, catalog, stars, pairs, p, grid, settings.radius_arcsec)
@@ -222,6 +235,7 @@ def _run(
         },
         "shares": {name: count / max(n_rows, 1) for name, count in counts.items()},
         "rows": counts,
+        "stars": _shares(parameter_columns(sampled["star_id"]), _load(str(output.directory))),
         "flags": {
             str(bit): sum(record["flags"][str(bit)] for record in done) for bit in FLAG_MEANINGS
         },
@@ -248,13 +262,25 @@ def _grid(label: str, catalog: Catalog, settings: CoverageSettings) -> tuple[flo
     return catalog.bounds(label).get(label, (-np.inf, np.inf))
 
 
+def _shares(columns: Mapping[str, NDArray[np.float64]], model: CoverageModel) -> dict[str, Any]:
+    """Shares of a sample of stars in each class, by their combined labels, and how many it has."""
+    score = model.coverage(columns)
+    place = np.where(np.isfinite(score), model.limits.classify(score), len(CLASSES))
+    counts = np.bincount(place, minlength=len(CLASSES) + 1).tolist()
+    shares = {
+        name: count / max(len(score), 1)
+        for name, count in zip((*CLASSES, "unknown"), counts, strict=True)
+    }
+    return {"sampled": len(score), **shares}
+
+
 def _fitted(
     output: Output,
     model: Path,
     pairs: Catalog,
     settings: CoverageSettings,
     errors: Path | None,
-    keys: list[str],
+    sample: pa.Table,
 ) -> tuple[list[FileRecord], dict[str, Any]]:
     """Fit the model, or take that of a run before; its files and what is said of it."""
     names = (
@@ -267,7 +293,6 @@ def _fitted(
     )
     record = output.get_record("fit", "model")
     if record is None:
-        sample = pa.concat_tables([read_piece(_sample_file(output, key)) for key in keys])
         columns = parameter_columns(sample)
         overlap = read_overlap(model, pairs, errors)
         target = None if errors is None else read_target(sample, errors)
@@ -277,9 +302,9 @@ def _fitted(
         scratch.mkdir(parents=True, exist_ok=True)
         fit.model.save(scratch)
         write_parquet(pa.Table.from_pylist(fit.bins), scratch / CALIBRATION)
-        others: Sequence[kernel.Fit] = ()
+        rankings: Sequence[kernel.Ranking] = ()
         if settings.compare:
-            others = kernel.compare(overlap, columns, settings.limits, settings.seed)
+            rankings = kernel.compare(overlap, columns, settings.seed)
         record = {
             "parameters": list(fit.model.parameters),
             "held_out_pairs": fit.n_held_out,
@@ -290,14 +315,7 @@ def _fitted(
             "lonely": None if lonely is None else lonely.tolist(),
             "width_pairs": fit.n_width,
             "intervals": kernel.counted(fit.n_width),
-            "measures": [
-                {
-                    "measure": other.model.name,
-                    "rank_correlation": other.rank_correlation,
-                    "rank_correlation_sparse": other.rank_correlation_sparse,
-                }
-                for other in others
-            ],
+            "measures": [asdict(ranking) for ranking in rankings],
         }
         output.put_record("fit", "model", record)
     files = []
@@ -315,23 +333,20 @@ def _write_bytes(content: bytes, rows: int, path: Path) -> int:
     return rows
 
 
-def _sample_file(output: Output, key: str) -> Path:
-    return output.work / "samples" / f"{key}.arrow"
-
-
 def _map_file(output: Output, key: str) -> Path:
     return output.work / "maps" / f"{key}.arrow"
 
 
 def _sample_part(part: _SamplePart) -> None:
     """Rows of one partition that belong to the sample: chosen by their key alone."""
-    names = part.catalog.columns(["obs_id", *PARAMETERS, "quality"])
+    names = part.catalog.columns([part.key, *PARAMETERS, "quality"])
     table = part.catalog.read(part.pixel, names)
     limit = np.uint64(min(part.share, 1.0) * float(2**64 - 2**11))
-    mixed = key_hashes(table["obs_id"]) * _GOLDEN  # integers are their own hashes
-    table = table.filter(pa.array(mixed <= limit)).drop_columns("obs_id")
-    write_piece(_sample_file(part.output, key_of(part.pixel)), table)
-    part.output.put_record("samples", key_of(part.pixel), {"rows": table.num_rows})
+    mixed = key_hashes(table[part.key]) * _GOLDEN  # integers are their own hashes
+    table = table.filter(pa.array(mixed <= limit)).drop_columns(part.key)
+    write_piece(part.file, table)
+    name = f"{part.key}-{key_of(part.pixel)}"
+    part.output.put_record("samples", name, {"rows": table.num_rows})
 
 
 @lru_cache(maxsize=2)
@@ -365,8 +380,7 @@ def _score_part(part: _Part) -> None:
     for label, (low, high) in part.grid.items():
         step = GRID_STEPS[label]
         flags[(columns[label] <= low + step) | (columns[label] >= high - step)] |= FLAG_GRID_EDGE
-    flags[_of_stars(part, table, part.stars, "flag_spread")] |= FLAG_SPREAD
-    flags[_of_stars(part, table, part.pairs, "ambiguous")] |= FLAG_AMBIGUOUS
+    flags |= star_flags(table, part.pixel, part.stars, part.pairs, part.radius_arcsec)
     cells = table[HEALPIX_COLUMN].to_numpy()
     key = key_of(part.pixel)
     write_piece(_map_file(part.output, key), kernel.count_maps(cells, columns, place))
@@ -393,22 +407,6 @@ def _score_part(part: _Part) -> None:
     )
 
 
-def _of_stars(part: _Part, table: pa.Table, stars: Catalog, flag: str) -> NDArray[np.int64]:
-    """Rows of a partition that belong to stars (or pairs) with a flag."""
-    if flag not in stars.schema.names or not table.num_rows:
-        return np.empty(0, dtype=np.int64)
-    key = "star_id" if "star_id" in stars.schema.names else "reference_star_id"
-    names = [HEALPIX_COLUMN, key, "ra", "dec", "position_epoch", *GAIA_IDS.values(), flag]
-    around = surroundings(part.pixel, part.radius_arcsec)[0]
-    ranges = sorted([(part.pixel.first, part.pixel.stop), *around])
-    marked = stars.read_ranges(ranges, stars.columns(names))
-    marked = marked.filter(marked[flag])
-    if not marked.num_rows:
-        return np.empty(0, dtype=np.int64)
-    settings = MatchSettings(part.radius_arcsec, max(part.radius_arcsec, 10.0))
-    return np.unique(match(table, marked, settings, key).left)
-
-
 def look(directory: Path) -> dict[str, Any]:
     """What a person asks of a coverage product.
 
@@ -422,20 +420,28 @@ def look(directory: Path) -> dict[str, Any]:
     dict
         ``inside``, ``sparse``, ``outside``, ``unknown``: shares of the rows; ``meaning``,
         ``limits``, ``measure``, ``parameters``, ``measures``, ``intervals`` (on how many pairs the
-        errors stand, by kind of place) as in the manifest; ``kiel`` (cells of
+        errors stand, by kind of place) as in the manifest; ``stars``: the
+        same shares of (at most some 200,000) stars; ``flags``: rows by bit; ``kiel`` (cells of
         500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) with ``rows`` and ``outside``;
         ``follow_up``: see `coverage.follow_up`.
 
     Raises
     ------
     CatalogError
-        There is no such product.
+        There is no such product, or another version made it.
+    PartitionError
+        Its maps cannot be read.
     """
     summary = Manifest.load(directory).summary
-    maps = pq.read_table(directory / MAPS)
+    with partition_errors(directory / MAPS):
+        maps = pq.read_table(directory / MAPS)
     kept = ("meaning", "limits", "measure", "measures", "parameters", "parameters_without_column",
-            "rows_without", "rows", "flags", "held_out_pairs", "wrong_measurements",
-            "intervals")  # fmt: skip
+            "rows_without", "rows", "stars", "flags", "held_out_pairs",
+            "wrong_measurements", "intervals")  # fmt: skip
+    if not {"shares", *kept} <= set(summary):
+        raise CatalogError(
+            f"{directory} was made by another version of sos-dask", "Run the rebuild again."
+        )
     return {
         **summary["shares"],
         **{name: summary[name] for name in kept},

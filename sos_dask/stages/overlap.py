@@ -13,6 +13,7 @@ from sos_dask.catalog import Catalog
 from sos_dask.columns import floats, floats32, floats_or_nan
 from sos_dask.coverage import Overlap, Target
 from sos_dask.features import PARAMETERS, features
+from sos_dask.folds import star_numbers
 from sos_dask.schema import LABELS
 from sos_dask.stages.parts import DIFFERENCES, held_out_pairs, single_observations, training_pairs
 from sos_dask.uncertainty import load_errors
@@ -33,7 +34,7 @@ def read_overlap(model: Path, pairs: Catalog, errors: Path | None = None) -> Ove
     """
     stated = [f"{label}_err_ref" for label in LABELS]
     wanted = pairs.columns([*PARAMETERS, *stated, "n_obs"])
-    table = training_pairs(pairs, ["fold", *DIFFERENCES, *wanted])
+    table = training_pairs(pairs, ["fold", "reference_star_id", *DIFFERENCES, *wanted])
     fold = table["fold"].to_numpy()
     difference = [floats32(table, name) for name in DIFFERENCES]
     rows, predicted = held_out_pairs(model, fold, difference)
@@ -48,7 +49,8 @@ def read_overlap(model: Path, pairs: Catalog, errors: Path | None = None) -> Ove
         error_class = model_of_errors.is_sparse(x).astype(np.int8)
         half_width[~single_observations(table, rows)] = np.nan
     known = [floats_or_nan(table, name) for name in stated]
-    return Overlap(columns, fold, residual, np.stack(known, axis=1), half_width, error_class)
+    star = star_numbers(table["reference_star_id"], 0).view(np.int64)
+    return Overlap(columns, fold, residual, np.stack(known, axis=1), half_width, error_class, star)
 
 
 def read_target(sample: pa.Table, errors: Path) -> Target:

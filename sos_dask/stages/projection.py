@@ -32,6 +32,7 @@ from sos_dask.projection import (
     chosen_rows,
     density_map,
     fit_projection,
+    in_share,
     sampling_rates,
     strata,
 )
@@ -46,8 +47,9 @@ from sos_dask.stages.parts import (
     unless_complete,
     write_piece,
 )
+from sos_dask.verify import key_hashes
 
-VERSION = 1
+VERSION = 2
 SAMPLE, MAPS, MODEL = "sample.parquet", "maps.parquet", "projection.json"
 TARGET, OVERLAP = "target", "overlap"
 _KEY = "obs_id"
@@ -99,14 +101,16 @@ def projection(
         Output of crossmatch, then catalogs with the same rows that add columns.
     directory : Path
         Gets a catalog with ``umap_1`` and ``umap_2`` of every observation in its order (null where
-        a parameter is missing), ``sample.parquet`` and ``projection.json`` (the plane), and
-        ``maps.parquet``: rows of target and of overlap in each cell of the plane.
+        a parameter is missing, or beyond ``settings.share``), ``sample.parquet`` and
+        ``projection.json`` (the plane), and ``maps.parquet``: rows of target and of overlap in
+        each cell of the plane.
     settings : ProjectionSettings, optional
 
     Returns
     -------
     Manifest
-        ``summary``: parameters used and left out, rows of the sample, rows without a place.
+        ``summary``: parameters used and left out, rows of the sample, rows that lack a parameter
+        and rows that were not asked for.
 
     Raises
     ------
@@ -169,6 +173,7 @@ def projection(
                     )
                     for sample in samples
                 },
+                "not_asked": sum(record["not_asked"] for record in done),
             },
             extra_files=(*files, _write_maps(output, parts)),
         )
@@ -310,13 +315,22 @@ def _load(directory: str, fingerprint: str) -> Projection:
 def _place(part: _Part) -> None:
     output = part.output
     plane = _load(str(output.directory), output.fingerprint)
-    place = plane.place(parameters_of(_columns(part), part.names))
+    parameters = parameters_of(_columns(part), part.names)
+    n_left = 0
+    if part.sample == TARGET:
+        keys = part.catalogs[0].read(part.pixel, [HEALPIX_COLUMN, _KEY])
+        if part.settings.share < 1:
+            hashes = key_hashes(keys[_KEY])
+            left = ~in_share(hashes, part.settings.share, part.settings.seed)
+            parameters[left] = np.nan
+            n_left = int(np.count_nonzero(left))
+    place = plane.place(parameters)
     missing = np.isnan(place[:, 0])
     counts = density_map(place, plane.limits(), part.settings.map_bins)
     write_piece(_map_piece(part), pa.table({"n": pa.array(counts.ravel())}))
-    record: dict[str, Any] = {"without_place": int(np.count_nonzero(missing))}
+    n_missing = int(np.count_nonzero(missing)) - n_left
+    record: dict[str, Any] = {"without_place": n_missing, "not_asked": n_left}
     if part.sample == TARGET:
-        keys = part.catalogs[0].read(part.pixel, [HEALPIX_COLUMN, _KEY])
         columns = [pa.array(place[:, i], pa.float32(), mask=missing) for i in range(2)]
         table = pa.Table.from_arrays([*keys.columns, *columns], schema=_schema())
         record["file"] = asdict(write_partition(output, part.pixel, table))

@@ -275,8 +275,8 @@ def _projection(build: Build, counts: Counts) -> Drawn | None:
         return None
     names = tuple(WORDS.get(name, name) for name in summary["parameters"])
     grid = grid_of(build.directories["projection"])
-    n_without = int(summary["without_place"]["target"])
-    return projection_figure(table, grid, counts.places(), names, n_without)
+    n_without, n_not_asked = int(summary["without_place"]["target"]), int(summary["not_asked"])
+    return projection_figure(table, grid, counts.places(), names, n_without, n_not_asked)
 
 
 def _generalisation(build: Build, statistic: str, counts: Counts) -> Drawn | None:

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from sos_dask import coverage as cv
 from sos_dask.coverage.measures import Neighbours, Share
 from sos_dask.coverage.ranking import rank
+from sos_dask.coverage.widths import Placed, Widths, fit_widths, weights
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.features import features
 from sos_dask.schema import LABELS
 
 
@@ -59,36 +62,142 @@ def test_a_known_third_of_the_rows_without_overlap_is_found():
     assert outside[rows["logg"] > 2.2].all() and outside[rows["logg"] < 2].mean() < 0.01
 
 
-def test_intervals_are_made_to_hold_in_each_class():
-    rng = np.random.default_rng(10)
-    columns = sky(20_000, rng)
-    columns["logg"] = 3 * rng.beta(1, 4, 20_000)  # overlap stars get few towards 3
+SIGMA = np.array([50.0, 0.1, 0.05])
+
+
+def thinning(n, rng):
+    """Rows of which few have a log g towards 3, where errors are three times as large."""
+    columns = sky(n, rng)
+    columns["logg"] = 3 * rng.beta(1, 4, n)
     far = columns["logg"] > 1.8
+    return columns, far, SIGMA * np.where(far, 3.0, 1.0)[:, None]
+
+
+def features_of(columns):
+    return features(*(columns[label] for label in LABELS))
+
+
+def test_intervals_hold_in_each_class_wrong_measurements_included():
+    rng = np.random.default_rng(10)
+    columns, far, size = thinning(20_000, rng)
     overlap = overlap_of(columns, rng, growth=np.where(far, 3.0, 1.0))
-    half_width = np.full((20_000, 3), 1.0) * np.array([50.0, 0.1, 0.05])
+    half_width = np.tile(SIGMA, (20_000, 1))
     half_width[::7] = np.nan  # nothing is said of these
     overlap = replace(overlap, half_width=half_width, error_class=far.astype(np.int8))
-    overlap.residual[1::100] += np.array([5000.0, 10.0, 5.0])  # nor do wrong measurements count
-    found = cv.fit(overlap, sky(20_000, rng), "neighbours", cv.Limits())
+    overlap.residual[rng.random(20_000) < np.where(far, 0.2, 0.0)] += 100 * SIGMA
+    target = cv.Target(columns, far.astype(np.int8))
+    found = cv.fit(overlap, columns, "neighbours", cv.Limits(), target=target)
     assert 0 < np.sum(found.n_width) <= 6 * 20_000 // 7
-    fresh = sky(20_000, rng)
-    coverage = found.model.coverage(fresh)
-    place = found.model.limits.classify(coverage)
-    size = np.where(fresh["logg"] > 1.8, 3.0, 1.0)[:, None] * np.array([50.0, 0.1, 0.05])
+    fresh, is_far, size = thinning(20_000, rng)
     error = np.abs(rng.normal(0, 1, (20_000, 3)) * size)
-    is_far = fresh["logg"] > 1.8
-    width = np.array([50.0, 0.1, 0.05]) * found.model.widening(coverage, is_far)
+    error[rng.random(20_000) < np.where(is_far, 0.2, 0.0)] += 100 * SIGMA
+    coverage, x = found.model.coverage(fresh), features_of(fresh)
+    kind = found.model.kinds(found.model.scaled(fresh)[:, :3], coverage, found.model.share)
+    widening = found.model.widening(x, coverage, is_far, np.tile(SIGMA, (20_000, 1)))
+    held = error <= SIGMA * widening
     counted = 0
-    for kind, numbers in enumerate(found.n_width):
-        for number, n in enumerate(numbers[: cv.OUTSIDE]):
-            mine = (place == number) & (is_far == kind)
+    for error_class, numbers in enumerate(found.n_width):
+        for number, n in enumerate(numbers[: cv.LACKING]):
+            mine = (kind == number) & (is_far == error_class)
             if n > 200 and np.count_nonzero(mine) > 200:
-                assert np.mean((error <= width)[mine]) == pytest.approx(0.68, abs=0.04)
+                assert np.mean(held[mine]) == pytest.approx(0.68, abs=0.01 + n**-0.5)
                 counted += 1
     assert counted >= 2
-    assert np.mean((error <= width)[place == cv.OUTSIDE]) > 0.64
-    unknown = found.model.widening(np.array([np.nan]), np.array([0]))
-    assert unknown[0] == pytest.approx(found.model.widths[0, cv.INSIDE], rel=1e-6)
+    assert np.mean(held[kind >= cv.OUTSIDE]) > 0.64
+    unknown = found.model.widening(x[:1] * np.nan, np.array([np.nan]), np.array([0]), SIGMA[None])
+    assert unknown[0] == pytest.approx(found.model.widths.factors[0, cv.INSIDE], rel=1e-6)
+
+
+def test_intervals_hold_for_the_rows_not_for_the_pairs():
+    """Pairs are bright, rows are faint, and the error model knows nothing of the noise."""
+    rng = np.random.default_rng(12)
+    columns, rows = sky(8000, rng), sky(8000, rng)
+    columns["snr"], rows["snr"] = rng.uniform(10, 200, 8000), rng.uniform(10, 60, 8000)
+    overlap = overlap_of(columns, rng, growth=np.hypot(1, 60 / columns["snr"]))
+    overlap = replace(
+        overlap, half_width=np.tile(SIGMA, (8000, 1)), error_class=np.zeros(8000, dtype=np.int8)
+    )
+    error = np.abs(rng.normal(0, SIGMA, (8000, 3)) * np.hypot(1, 60 / rows["snr"])[:, None])
+
+    def held(target):
+        model = cv.fit(overlap, rows, "neighbours", cv.Limits(), target=target).model
+        coverage = model.coverage(rows)
+        half_width, dense = np.tile(SIGMA, (8000, 1)), np.zeros(8000, dtype=int)
+        width = half_width * model.widening(features_of(rows), coverage, dense, half_width)
+        return np.mean((error <= width)[model.limits.classify(coverage) == cv.INSIDE])
+
+    of_rows = held(cv.Target(rows, np.zeros(8000, dtype=np.int8)))
+    of_pairs = held(cv.Target(columns, np.zeros(8000, dtype=np.int8)))
+    assert of_rows == pytest.approx(0.68, abs=0.04) and of_pairs < of_rows - 0.1
+
+
+def test_rows_count_near_the_pairs_that_stand_for_them():
+    rng = np.random.default_rng(13)
+    n = 5000
+
+    def placed(labels, snr):
+        return Placed(np.zeros(len(snr), np.int8), np.zeros(len(snr), np.int8), labels, snr)
+
+    pairs = placed(rng.normal(0, 1, (n, 3)), rng.uniform(5, 200, n))
+    rows = placed(rng.normal(0.7, 1, (n, 3)), np.full(n, np.nan))
+    weight = weights(pairs, rows)
+    assert np.average(pairs.labels, axis=0, weights=weight) == pytest.approx(0.7, abs=0.1)
+    # What is not known of the rows must not choose among the pairs' ends.
+    assert np.average(pairs.snr, weights=weight) == pytest.approx(np.median(pairs.snr), rel=0.2)
+    assert (weights(pairs, rows.take(np.zeros(n, dtype=bool))) == 1).all()
+    one_place = placed(np.full((n, 3), 5.0), np.full(n, 50.0))
+    assert (weights(pairs, one_place) == 1).all()  # eight pairs are too few to stand on
+
+
+def test_where_nothing_can_be_counted_errors_grow_as_the_limits_say():
+    rng = np.random.default_rng(14)
+    n, limits = 4000, cv.Limits()
+    residual = rng.normal(0, 1, (n, 3))
+    wrong = rng.random(n) < 0.1
+    residual[wrong] = 100
+    pairs = Placed(
+        np.repeat(np.array([cv.INSIDE, cv.SPARSE], np.int8), [n - 20, 20]),
+        np.zeros(n, np.int8),
+        rng.normal(0, 1, (n, 3)),
+        rng.uniform(5, 200, n),
+    )
+    found, n_pairs = fit_widths(residual, np.ones((n, 3)), ~wrong, pairs, pairs, limits)
+    assert n_pairs == ((n - 20, 20, 0, 0), (0, 0, 0, 0)) and found.lonely is None
+    everything, right = norm.ppf(0.5 + 0.34 / 0.9), norm.ppf(0.5 + 0.34)
+    for place, value in enumerate((everything, everything / 0.8, right / 0.5)):
+        assert found.factors[0, place] == pytest.approx(value, rel=0.15)
+    assert found.factors[1].tolist() == [[1.0] * 3, [1.25] * 3, [2.0] * 3]
+    said = cv.counted(n_pairs)
+    assert said["inside"] == f"counted on {n - 20} held-out pairs"
+    for kind in ("sparse", "lonely", "lacking"):
+        assert said[kind] == "extrapolated: too few held-out pairs to count on"
+
+
+def test_lonely_rows_have_the_width_of_all_measurements_there():
+    found = Widths(np.ones((2, 3, 3)) * np.array([1.0, 1.5, 2.0])[:, None], np.array([900, 1, 1.0]))
+    half_width = np.array([[100.0, 0.1, 0.1], [300.0, 0.1, 0.1], [700.0, 0.1, 0.1]])
+    for kind, wanted in ((cv.OUTSIDE, [900, 900, 1050]), (cv.LACKING, [200, 600, 1400])):
+        kinds = np.full(3, kind, dtype=np.int8)
+        widening = found.widening(kinds, np.array([0, 1, 0]), half_width)
+        assert (widening * half_width)[:, 0] == pytest.approx(wanted)
+
+
+def test_stars_that_the_overlap_lacks_are_told_from_lonely_places():
+    rng = np.random.default_rng(15)
+    x = rng.normal(0, 1, (20_000, 3))
+    catalog = np.concatenate([x, rng.normal([8, 0, 0], 0.5, (20_000, 3))])
+    columns = {"teff": 5040 * x[:, 0], "logg": x[:, 1], "feh": x[:, 2]}
+    overlap = overlap_of({k: v[::4] for k, v in columns.items()}, rng)
+    rows = dict(zip(LABELS, catalog.T * np.array([5040.0, 1, 1])[:, None], strict=True))
+    model = cv.fit(overlap, rows, "neighbours", cv.Limits()).model
+    some = np.array([[8.0, 0, 0], [0, 8.0, 0], [0, 0, 0]])
+    labels = (some - model.center) / model.scale
+    coverage = model.coverage_at(labels, model.measure.distance(labels), model.share)
+    assert model.kinds(labels, coverage, model.share).tolist() == [
+        cv.LACKING,
+        cv.OUTSIDE,
+        cv.INSIDE,
+    ]
 
 
 def test_a_kind_of_which_the_overlap_has_too_little_is_outside():

@@ -76,6 +76,8 @@ def test_the_command_tells_shares_maps_and_follow_up(small_store, capsys):
     n_rows = sum(found["rows"][name] for name in ("inside", "sparse", "outside"))
     assert sum(cell["rows"] for cell in found["kiel"]) == n_rows
     assert sum(cell["rows"] for cell in found["sky"]) == n_rows
+    assert found["intervals"]["inside"].startswith("counted on ")
+    assert found["intervals"]["lacking"].startswith("extrapolated")
     stars = found["stars"]
     assert sum(stars[name] for name in ("inside", "sparse", "outside", "unknown")) == pytest.approx(
         1

@@ -104,7 +104,8 @@ def test_corrected_rows_carry_the_errors(build):
     x = features(*(pc.fill_null(table[label], np.nan).to_numpy() for label in LABELS))
     wanted = errors.half_width(x, table["snr"].to_numpy())
     coverage = pc.fill_null(table["coverage"], np.nan).to_numpy()
-    wanted *= CoverageModel.load(build / "coverage").widening(coverage, errors.is_sparse(x))
+    known = CoverageModel.load(build / "coverage")
+    wanted *= known.widening(x, coverage, errors.is_sparse(x), wanted)
     for number, label in enumerate(LABELS):
         column = table[f"{label}_sos_err"]
         assert column.null_count == table[f"{label}_sos"].null_count > 0

@@ -105,6 +105,8 @@ def coverage(store: Store = Path("store"), as_json: Json = False) -> None:
     say(f"Measure: {found['measure']}, of {', '.join(found['parameters'])}")
     if found["parameters_without_column"]:
         say(f"Not in the catalog: {', '.join(found['parameters_without_column'])}")
+    for kind, text in found["intervals"].items():
+        say(f"Width of intervals, {kind}: {text}")
     show_table(
         "Bits of flag_sos",
         [">bit", ">rows", ""],

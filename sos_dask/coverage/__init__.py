@@ -4,19 +4,25 @@ from sos_dask.coverage.fit import Fit, Overlap, check_measure, fit
 from sos_dask.coverage.growth import Growth, Noise, residual_width
 from sos_dask.coverage.maps import MAP_SCHEMA, SKY_ORDER, coarse, count_maps, follow_up, sum_maps
 from sos_dask.coverage.measures import MEASURES
-from sos_dask.coverage.model import (
+from sos_dask.coverage.model import CoverageModel
+from sos_dask.coverage.ranking import Ranking, compare
+from sos_dask.coverage.widths import (
     CLASSES,
     INSIDE,
+    KINDS,
+    LACKING,
     OUTSIDE,
     SPARSE,
-    CoverageModel,
     Limits,
+    Target,
+    counted,
 )
-from sos_dask.coverage.ranking import Ranking, compare
 
 __all__ = [
     "CLASSES",
     "INSIDE",
+    "KINDS",
+    "LACKING",
     "MAP_SCHEMA",
     "MEASURES",
     "OUTSIDE",
@@ -29,10 +35,12 @@ __all__ = [
     "Noise",
     "Overlap",
     "Ranking",
+    "Target",
     "check_measure",
     "coarse",
     "compare",
     "count_maps",
+    "counted",
     "fit",
     "follow_up",
     "residual_width",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sos_dask.coverage.growth import Growth, Noise
 from sos_dask.coverage.measures import (
     MEASURES,
+    NEIGHBOURS,
     OF_LABELS,
     Measure,
     Mixture,
@@ -18,7 +19,8 @@ from sos_dask.coverage.measures import (
     Ratio,
     Share,
 )
-from sos_dask.coverage.model import CLASSES, INSIDE, OUTSIDE, CoverageModel, Limits
+from sos_dask.coverage.model import CoverageModel
+from sos_dask.coverage.widths import OUTSIDE, Limits, Placed, Target, Widths, fit_widths
 from sos_dask.density import robust_scale
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import PARAMETERS, parameters_of
@@ -28,9 +30,7 @@ FloatArray = NDArray[np.float64]
 Columns = Mapping[str, NDArray[np.floating]]
 MIN_HELD_OUT = 100
 WRONG_SIGMA = 4.0
-LEVEL = 0.68
 _CATALOG_ROWS = 1  # an overlap star: more are not counted better, the overlap stars are few
-_MIN_WIDTH_PAIRS = 40
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class Fit:
         Of held-out pairs by distance: measured and fitted growth.
     n_held_out, n_wrong : int
         Held-out pairs, and those of them that are off by more than `WRONG_SIGMA` in all labels at
-        once: wrong measurements, which say nothing of a correction and are left out.
+        once: wrong measurements, which say nothing of the growth and are left out of it.
     n_width : tuple of tuple of int
-        Pairs that the widths were counted on, by class of the error model and of the coverage.
+        Pairs that the widths were counted on, by class of the error model and kind of place.
     """
 
     model: CoverageModel
@@ -101,10 +101,18 @@ def check_measure(name: str) -> None:
         )
 
 
-def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int = 0) -> Fit:
+def fit(
+    overlap: Overlap,
+    catalog: Columns,
+    name: str,
+    limits: Limits,
+    seed: int = 0,
+    target: Target | None = None,
+) -> Fit:
     """Fit a measure to the overlap and calibrate its distances on held-out pairs.
 
-    Held-out pairs are measured from the pairs of the other folds alone, as a new star is.
+    Held-out pairs are measured from the pairs of the other folds alone, as a new star is; these
+    are fewer, and in proportion is the number of the neighbour to which distances are.
 
     Parameters
     ----------
@@ -113,6 +121,9 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
         A sample of the catalog; its columns are the parameters that are used.
     name : str
         One of `MEASURES`.
+    target : Target, optional
+        Rows whose intervals are to hold. Without them, or half-widths of the pairs, no widths are
+        counted.
 
     Raises
     ------
@@ -134,10 +145,10 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
     some = np.random.default_rng(seed).permutation(len(sample))[: _CATALOG_ROWS * len(x)]
     catalog_labels = sample[np.sort(some), : len(LABELS)]
     at = held_out_distance(name, x, sample, overlap.fold, held_out, seed)
-    shares = {
-        fold: Share(labels[overlap.fold != fold], catalog_labels)
-        for fold in np.unique(overlap.fold[held_out])
-    }
+    shares = {}
+    for fold in np.unique(overlap.fold[held_out]):
+        others = overlap.fold != fold
+        shares[fold] = Share(labels[others], catalog_labels, _neighbours(others))
     distance, residual = at[held_out], overlap.residual[held_out]
     snr = _column(overlap.columns, "snr", len(x))[held_out]
     logg = _column(overlap.columns, "logg", len(x))[held_out]
@@ -157,22 +168,27 @@ def fit(overlap: Overlap, catalog: Columns, name: str, limits: Limits, seed: int
         growth,
         limits,
         Share(labels, catalog_labels),
-        np.ones((2, len(CLASSES), len(LABELS))),
+        Widths(np.ones((2, OUTSIDE + 1, len(LABELS)))),
     )
     n_width: tuple[tuple[int, ...], ...] = ()
-    if overlap.half_width is not None and overlap.error_class is not None:
-        score = np.abs(overlap.residual) / overlap.half_width
-        coverage = np.full(len(x), np.nan, dtype=np.float32)
+    if target and overlap.half_width is not None and overlap.error_class is not None:
+        kind = np.full(len(x), -1, dtype=np.int8)
         for fold, share in shares.items():
             rows = held_out & (overlap.fold == fold)
-            coverage[rows] = model.coverage_at(x[rows], at[rows], share)
-        right = np.asarray(held_out & np.isfinite(score).all(axis=1))
-        right[held_out] &= ~wrong
-        place = limits.classify(coverage)
-        kinds = [right & (overlap.error_class == kind) for kind in (0, 1)]
-        found = [_widths(score[kind], place[kind], limits) for kind in kinds]
-        model = replace(model, widths=np.array([widths for widths, _ in found]))
-        n_width = tuple(n for _, n in found)
+            kind[rows] = model.kinds(
+                labels[rows], model.coverage_at(x[rows], at[rows], share), share
+            )
+        snr = _column(overlap.columns, "snr", len(x))
+        told = np.asarray(held_out & np.isfinite(overlap.half_width).all(axis=1))
+        found, n_width = fit_widths(
+            overlap.residual[told],
+            overlap.half_width[told],
+            ~wrong[told[held_out]],
+            Placed(kind, overlap.error_class, labels, snr).take(told),
+            _placed(model, target),
+            limits,
+        )
+        model = replace(model, widths=found)
     return Fit(
         model,
         bins,
@@ -210,44 +226,35 @@ def held_out_distance(
     distance = np.full(len(x), np.nan)
     for number in np.unique(fold[held_out]):
         rows, others = held_out & (fold == number), fold != number
-        distance[rows] = _measure(name, x[others], sample, seed).distance(x[rows])
+        measure = _measure(name, x[others], sample, seed, _neighbours(others))
+        distance[rows] = measure.distance(x[rows])
     return distance
 
 
-def _widths(
-    score: FloatArray, place: NDArray[np.int8], limits: Limits
-) -> tuple[FloatArray, tuple[int, ...]]:
-    """Factors of half-widths by class and label, and the pairs of each class.
-
-    Where the pairs are too few to count, errors grow from inside as the limit of the class says.
-    Outside they grow by no less: the pairs there are at the near edge, the rows may be far.
-
-    Parameters
-    ----------
-    score : ndarray of float64, shape (n, 3)
-        |residual| / half-width of right measurements.
-    place : ndarray of int8, shape (n,)
-        Their classes.
-    """
-    widths = np.ones((len(CLASSES), len(LABELS)))
-    n_pairs = []
-    for number in range(len(CLASSES)):
-        mine = np.sort(score[place == number], axis=0)
-        n_pairs.append(len(mine))
-        if len(mine) >= _MIN_WIDTH_PAIRS:
-            widths[number] = mine[int(np.ceil((len(mine) + 1) * LEVEL)) - 1]
-        elif number:
-            widths[number] = widths[INSIDE] / limits.inside
-    widths[OUTSIDE] = np.maximum(widths[OUTSIDE], widths[INSIDE] / limits.outside)
-    return widths, tuple(n_pairs)
+def _neighbours(others: NDArray[np.bool_]) -> int:
+    """Number of the neighbour among some of the pairs that is as far as `NEIGHBOURS` of all."""
+    return max(round(NEIGHBOURS * float(np.mean(others))), 1)
 
 
-def _measure(name: str, x: FloatArray, sample: FloatArray, seed: int) -> Measure:
+def _placed(model: CoverageModel, target: Target) -> Placed:
+    """The rows of the target that have a coverage."""
+    x = model.scaled(target.columns)
+    coverage = model.coverage_at(x, model.measure.distance(x), model.share)
+    known = np.isfinite(coverage)
+    labels = x[known, : len(LABELS)]
+    kind = model.kinds(labels, coverage[known], model.share)
+    snr = _column(target.columns, "snr", len(x))[known]
+    return Placed(kind, target.error_class[known], labels, snr)
+
+
+def _measure(
+    name: str, x: FloatArray, sample: FloatArray, seed: int, k: int = NEIGHBOURS
+) -> Measure:
     if name == "ratio":
         return Ratio.fit(x, sample, seed)
     if name == "mixture":
         return Mixture.fit(x, seed)
-    return Neighbours(x[:, : len(LABELS)] if name == "neighbours" else x)
+    return Neighbours(x[:, : len(LABELS)] if name == "neighbours" else x, k)
 
 
 def _robust_scale(x: FloatArray) -> tuple[FloatArray, FloatArray]:

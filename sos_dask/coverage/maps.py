@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.coverage.model import CLASSES, OUTSIDE
+from sos_dask.coverage.widths import CLASSES, OUTSIDE
 from sos_dask.healpix import MAX_ORDER
 
 IntArray = NDArray[np.int64]

@@ -81,10 +81,12 @@ class Share:
     ----------
     overlap, catalog : ndarray of float64, shape (n, 3) and (m, 3)
         Scaled labels; finite.
+    k : int
     """
 
     overlap: FloatArray
     catalog: FloatArray
+    k: int = NEIGHBOURS
 
     def lacks(self, x: FloatArray, distance: FloatArray | None = None) -> NDArray[np.bool_]:
         """Rows near which the overlap has less than `LEAST_SHARE` of its average.
@@ -100,12 +102,12 @@ class Share:
 
         if "_catalog" not in self.__dict__:
             self.__dict__["_catalog"] = cKDTree(self.catalog)
-            self.__dict__["_overlap"] = Neighbours(self.overlap)
+            self.__dict__["_overlap"] = Neighbours(self.overlap, self.k)
         if distance is None:
             distance = self.__dict__["_overlap"].distance(x)
         found = np.zeros(len(x), dtype=np.bool_)
         # As many rows of the catalog are within the distance where the share is the least.
-        k = min(NEIGHBOURS, len(self.overlap))
+        k = min(self.k, len(self.overlap))
         most = k / LEAST_SHARE * len(self.catalog) / len(self.overlap)
         # Where they lie as near as in the denser four fifths of the overlap, nothing is lacking.
         rows = np.flatnonzero(distance > self._near)
@@ -119,7 +121,7 @@ class Share:
     def _near(self) -> float:
         """Distance to the k-th of the others that four fifths of the overlap stars have."""
         some = self.overlap[:: max(len(self.overlap) // 10_000, 1)]
-        k = min(NEIGHBOURS + 1, len(self.overlap))
+        k = min(self.k + 1, len(self.overlap))
         return float(np.quantile(Neighbours(self.overlap, k).distance(some), 0.8))
 
 

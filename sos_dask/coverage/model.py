@@ -14,9 +14,11 @@ the outermost held-out pairs, where growth cannot be measured: the coverage of b
 the limit.
 
 The error model of a correction knows something of all this already. What it does not know is
-counted on held-out pairs: in each class, apart for the two classes of the error model, by what its
-half-widths are to be multiplied to hold 68 % of the right measurements (`widths`; Mondrian
-conformal prediction, see `uncertainty`).
+counted on held-out pairs: for each kind of place, apart for the two classes of the error model, by
+what its half-widths are to be multiplied to hold 68 % of all measurements (`widths`; Mondrian
+conformal prediction, see `uncertainty`). Places outside are of two kinds. Where stars of all
+surveys are few, pairs are there, and many are wrong measurements. Where the overlap alone lacks
+stars there are no pairs, and the widths are extrapolated.
 
 Measures (``MEASURES``):
 
@@ -48,58 +50,15 @@ from sos_dask.coverage.measures import (
     Ratio,
     Share,
 )
-from sos_dask.errors import ConfigError, ModelError
+from sos_dask.coverage.widths import INSIDE, LACKING, OUTSIDE, Limits, Widths
+from sos_dask.errors import ModelError
 from sos_dask.features import parameters_of
 from sos_dask.schema import LABELS
 
 FloatArray = NDArray[np.float64]
-INSIDE, SPARSE, OUTSIDE = 0, 1, 2
-CLASSES = ("inside", "sparse", "outside")
 _REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
-_FORMAT = 2
+_FORMAT = 3
 MODEL_FILE = "coverage.json"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the coverage must be: the error growth that is borne is one over them.
-
-    Parameters
-    ----------
-    inside : float
-        From this coverage on a row is inside: its error grows by at most 1 / inside.
-    outside : float
-        Below it a row is outside; between the two the overlap is sparse.
-    """
-
-    inside: float = 0.8
-    outside: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.outside < self.inside < 1:
-            raise ConfigError(
-                f"limits of coverage: 0 < outside = {self.outside:g} < inside = {self.inside:g} "
-                "< 1 does not hold"
-            )
-
-    def meaning(self) -> dict[str, str]:
-        """What the coverage and its classes say, in words."""
-        low, high = 1 / self.inside, 1 / self.outside
-        return {
-            "coverage": "error in the dense overlap over the error here, at equal signal to noise",
-            "inside": f"the error of a corrected label is at most {low:.2f} times that in the "
-            "dense overlap",
-            "sparse": f"{low:.2f} to {high:.2f} times",
-            "outside": f"more than {high:.2f} times, or so few pairs of its kind that nothing "
-            "tells",
-        }
-
-    def classify(self, coverage: NDArray[np.floating]) -> NDArray[np.int8]:
-        """`INSIDE`, `SPARSE` or `OUTSIDE` of every coverage; nan is outside."""
-        place = np.full(len(coverage), OUTSIDE, dtype=np.int8)
-        place[coverage >= self.outside] = SPARSE
-        place[coverage >= self.inside] = INSIDE
-        return place
 
 
 @dataclass(frozen=True)
@@ -119,8 +78,8 @@ class CoverageModel:
     limits : Limits
     share : Share
         Of the overlap stars and a sample of the catalog, in scaled labels.
-    widths : ndarray of float64, shape (2, 3, 3)
-        Factors of the half-widths of an error model: by its class (dense, sparse), class, label.
+    widths : Widths
+        How the half-widths of an error model are widened.
     """
 
     name: str
@@ -132,7 +91,7 @@ class CoverageModel:
     growth: Growth
     limits: Limits
     share: Share = field(repr=False)
-    widths: FloatArray
+    widths: Widths
 
     def scaled(self, columns: Mapping[str, NDArray[np.floating]]) -> FloatArray:
         """Parameters of rows on the scale of the model, nan where unknown."""
@@ -159,27 +118,40 @@ class CoverageModel:
         coverage[outside] = np.minimum(coverage[outside], below)
         return np.asarray(coverage, dtype=np.float32)
 
+    def kinds(
+        self, labels: FloatArray, coverage: NDArray[np.floating], share: Share
+    ) -> NDArray[np.int8]:
+        """Which of `KINDS` the places of rows with scaled labels (n, 3) are."""
+        kind = self.limits.classify(coverage)
+        outside = np.flatnonzero(kind == OUTSIDE)
+        kind[outside[share.lacks(labels[outside])]] = LACKING
+        return kind
+
     def widening(
-        self, coverage: NDArray[np.floating], error_class: NDArray[Any]
+        self,
+        features: NDArray[np.float32],
+        coverage: NDArray[np.floating],
+        error_class: NDArray[Any],
+        half_width: NDArray[np.floating],
     ) -> NDArray[np.float32]:
         """Factors (n, 3) of the half-widths of the error model; those inside where unknown.
 
         Parameters
         ----------
+        features : ndarray of float32, shape (n, 3)
+            See `features.features`.
         coverage : ndarray of float, shape (n,)
         error_class : ndarray of int or bool, shape (n,)
             1 for the sparse class of the error model, else 0.
+        half_width : ndarray of float, shape (n, 3)
+            Of the error model.
         """
-        place = np.where(np.isfinite(coverage), self.limits.classify(coverage), INSIDE)
-        return self.widths.astype(np.float32)[np.asarray(error_class, dtype=np.int64), place]
-
-    def predicted_error(
-        self, columns: Mapping[str, NDArray[np.floating]], coverage: NDArray[np.floating]
-    ) -> FloatArray:
-        """Error of the corrected labels (n, 3): noise at the row's S/N over its coverage."""
-        snr = columns.get("snr", np.full(len(coverage), np.nan))
-        error = self.noise(columns["logg"], snr)
-        return np.asarray(error / np.asarray(coverage, dtype=np.float64)[:, None])
+        known = np.isfinite(coverage)
+        labels = (features[known] - self.center[: len(LABELS)]) / self.scale[: len(LABELS)]
+        kind = np.full(len(coverage), INSIDE, dtype=np.int8)
+        kind[known] = self.kinds(labels, coverage[known], self.share)
+        factors = self.widths.widening(kind, np.asarray(error_class, dtype=np.int64), half_width)
+        return factors.astype(np.float32)
 
     def within_reach(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """Features drawn towards their nearest overlap star until they are just outside.
@@ -222,7 +194,8 @@ class CoverageModel:
             "noise": asdict(self.noise),
             "growth": asdict(self.growth),
             "limits": asdict(self.limits),
-            "widths": self.widths.tolist(),
+            "widths": self.widths.factors.tolist(),
+            "lonely": None if self.widths.lonely is None else self.widths.lonely.tolist(),
         }
         if isinstance(self.measure, Ratio):
             (directory / "ratio.ubj").write_bytes(self.measure.model)
@@ -260,6 +233,7 @@ class CoverageModel:
                 measure = Neighbours(np.load(directory / "overlap8.npy"))
             else:
                 measure = Neighbours(overlap)
+            lonely = document["lonely"]
             noise = {key: tuple(map(tuple, value)) for key, value in document["noise"].items()}
             return cls(
                 name,
@@ -271,7 +245,9 @@ class CoverageModel:
                 Growth(**document["growth"]),
                 Limits(**document["limits"]),
                 Share(overlap, np.load(directory / "catalog.npy")),
-                np.array(document["widths"]),
+                Widths(
+                    np.array(document["widths"]), lonely if lonely is None else np.array(lonely)
+                ),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(

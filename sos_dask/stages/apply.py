@@ -17,6 +17,7 @@ from sos_dask import models
 from sos_dask.artifact import Manifest, Output, Recipe, Rows, sha256_of_file
 from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.columns import floats32, matrix32
 from sos_dask.correct import FLAG_MEANINGS, Predictor, correct, corrected_schema
 from sos_dask.coverage import CoverageModel
 from sos_dask.errors import ConfigError
@@ -35,7 +36,7 @@ from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
 from sos_dask.trust import FLAGS, Faded, trusted_schema, widened, with_coverage
 from sos_dask.uncertainty import ErrorModel, load_errors
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -297,13 +298,14 @@ def _load_errors(errors: str, key: str) -> ErrorModel:
     return load_errors(Path(errors))
 
 
-def _classes(
-    table: pa.Table, scores: pa.Table, errors: ErrorModel
-) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
-    """Coverage of rows, and whether they are in the sparse class of the error model."""
-    labels = (pc.fill_null(table[label], np.nan).to_numpy() for label in LABELS)
-    coverage = pc.fill_null(scores["coverage"], np.nan).to_numpy()
-    return coverage, errors.is_sparse(features(*labels))
+def _widened(
+    corrected: pa.Table, scores: pa.Table, errors: ErrorModel, known: CoverageModel
+) -> pa.Table:
+    """Corrected rows with errors that hold where the coverage is low, too."""
+    x = features(*(floats32(corrected, label) for label in LABELS))
+    half_width = matrix32(corrected, [f"{label}_sos_err" for label in LABELS])
+    factors = known.widening(x, floats32(scores, "coverage"), errors.is_sparse(x), half_width)
+    return widened(corrected, factors)
 
 
 def _apply_part(part: _Part) -> None:
@@ -319,7 +321,7 @@ def _apply_part(part: _Part) -> None:
         corrected = correct(table, _faded(correction, scores, part.trust, known, key), errors)
         corrected = with_coverage(corrected, scores)
         if errors is not None:
-            corrected = widened(corrected, known.widening(*_classes(table, scores, errors)))
+            corrected = _widened(corrected, scores, errors, known)
     flags = pc.value_counts(corrected["flag_sos"]).to_pylist()
     record = write_partition(part.output, part.pixel, corrected)
     counts = {

@@ -26,7 +26,7 @@ from sos_dask.errors import CatalogError
 from sos_dask.features import PARAMETERS
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
-from sos_dask.stages.overlap import parameter_columns, read_overlap
+from sos_dask.stages.overlap import parameter_columns, read_overlap, read_target
 from sos_dask.stages.parts import (
     GAIA_IDS,
     commit_catalog,
@@ -49,7 +49,7 @@ from sos_dask.trust import (
 )
 from sos_dask.verify import key_hashes
 
-VERSION = 3
+VERSION = 4
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS = "maps.parquet"
@@ -210,9 +210,7 @@ def _run(
     }
     run_parts(output, "samples", samples, _sample_part, cluster, "coverage: sample", report)
     sampled = {
-        key: parameter_columns(
-            pa.concat_tables([read_piece(s.file) for s in samples.values() if s.key == key])
-        )
+        key: pa.concat_tables([read_piece(s.file) for s in samples.values() if s.key == key])
         for key in ("obs_id", "star_id")
     }
     files, fitted = _fitted(output, model, pairs, settings, errors, sampled["obs_id"])
@@ -237,7 +235,7 @@ def _run(
         },
         "shares": {name: count / max(n_rows, 1) for name, count in counts.items()},
         "rows": counts,
-        "stars": _shares(sampled["star_id"], _load(str(output.directory))),
+        "stars": _shares(parameter_columns(sampled["star_id"]), _load(str(output.directory))),
         "flags": {
             str(bit): sum(record["flags"][str(bit)] for record in done) for bit in FLAG_MEANINGS
         },
@@ -282,7 +280,7 @@ def _fitted(
     pairs: Catalog,
     settings: CoverageSettings,
     errors: Path | None,
-    columns: Mapping[str, NDArray[np.float64]],
+    sample: pa.Table,
 ) -> tuple[list[FileRecord], dict[str, Any]]:
     """Fit the model, or take that of a run before; its files and what is said of it."""
     names = (
@@ -295,8 +293,11 @@ def _fitted(
     )
     record = output.get_record("fit", "model")
     if record is None:
+        columns = parameter_columns(sample)
         overlap = read_overlap(model, pairs, errors)
-        fit = kernel.fit(overlap, columns, settings.measure, settings.limits, settings.seed)
+        target = None if errors is None else read_target(sample, errors)
+        fit = kernel.fit(overlap, columns, settings.measure, settings.limits, settings.seed, target)
+        lonely = fit.model.widths.lonely
         scratch = output.work / "model"
         scratch.mkdir(parents=True, exist_ok=True)
         fit.model.save(scratch)
@@ -310,8 +311,10 @@ def _fitted(
             "wrong_measurements": fit.n_wrong,
             "growth": asdict(fit.model.growth),
             "noise": asdict(fit.model.noise),
-            "widths": fit.model.widths.tolist(),
+            "widths": fit.model.widths.factors.tolist(),
+            "lonely": None if lonely is None else lonely.tolist(),
             "width_pairs": fit.n_width,
+            "intervals": kernel.counted(fit.n_width),
             "measures": [asdict(ranking) for ranking in rankings],
         }
         output.put_record("fit", "model", record)
@@ -336,7 +339,7 @@ def _map_file(output: Output, key: str) -> Path:
 
 def _sample_part(part: _SamplePart) -> None:
     """Rows of one partition that belong to the sample: chosen by their key alone."""
-    names = part.catalog.columns([part.key, *PARAMETERS])
+    names = part.catalog.columns([part.key, *PARAMETERS, "quality"])
     table = part.catalog.read(part.pixel, names)
     limit = np.uint64(min(part.share, 1.0) * float(2**64 - 2**11))
     mixed = key_hashes(table[part.key]) * _GOLDEN  # integers are their own hashes
@@ -416,7 +419,8 @@ def look(directory: Path) -> dict[str, Any]:
     -------
     dict
         ``inside``, ``sparse``, ``outside``, ``unknown``: shares of the rows; ``meaning``,
-        ``limits``, ``measure``, ``parameters``, ``measures`` as in the manifest; ``stars``: the
+        ``limits``, ``measure``, ``parameters``, ``measures``, ``intervals`` (on how many pairs the
+        errors stand, by kind of place) as in the manifest; ``stars``: the
         same shares of (at most some 200,000) stars; ``flags``: rows by bit; ``kiel`` (cells of
         500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) with ``rows`` and ``outside``;
         ``follow_up``: see `coverage.follow_up`.
@@ -433,7 +437,7 @@ def look(directory: Path) -> dict[str, Any]:
         maps = pq.read_table(directory / MAPS)
     kept = ("meaning", "limits", "measure", "measures", "parameters", "parameters_without_column",
             "rows_without", "rows", "stars", "flags", "held_out_pairs",
-            "wrong_measurements")  # fmt: skip
+            "wrong_measurements", "intervals")  # fmt: skip
     if not {"shares", *kept} <= set(summary):
         raise CatalogError(
             f"{directory} was made by another version of sos-dask", "Run the rebuild again."

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask.catalog import Catalog
 from sos_dask.columns import floats, floats32, floats_or_nan
-from sos_dask.coverage import Overlap
+from sos_dask.coverage import Overlap, Target
 from sos_dask.features import PARAMETERS, features
 from sos_dask.folds import star_numbers
 from sos_dask.schema import LABELS
@@ -50,6 +51,23 @@ def read_overlap(model: Path, pairs: Catalog, errors: Path | None = None) -> Ove
     known = [floats_or_nan(table, name) for name in stated]
     star = star_numbers(table["reference_star_id"], 0).view(np.int64)
     return Overlap(columns, fold, residual, np.stack(known, axis=1), half_width, error_class, star)
+
+
+def read_target(sample: pa.Table, errors: Path) -> Target:
+    """Rows of a sample of the target that pass the cuts, with their class in the error model.
+
+    Parameters
+    ----------
+    sample : pyarrow.Table
+        Parameters, and ``quality`` where the catalog has it.
+    errors : Path
+        Output of uncertainty.
+    """
+    if "quality" in sample.schema.names:
+        sample = sample.filter(pc.equal(sample["quality"], 0))
+    columns = parameter_columns(sample)
+    x = features(*(columns[label] for label in LABELS))
+    return Target(columns, load_errors(errors).is_sparse(x).astype(np.int8))
 
 
 def parameter_columns(table: pa.Table) -> dict[str, NDArray[np.float64]]:

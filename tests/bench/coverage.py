@@ -27,10 +27,10 @@ from scipy.spatial import cKDTree
 from sos_dask.artifact import Manifest
 from sos_dask.catalog import Catalog
 from sos_dask.config import load_job
-from sos_dask.coverage import CLASSES, MEASURES, OUTSIDE, CoverageModel
+from sos_dask.coverage import CLASSES, LACKING, MEASURES, OUTSIDE, CoverageModel
 from sos_dask.coverage.fit import fit
 from sos_dask.coverage.ranking import rank
-from sos_dask.features import PARAMETERS
+from sos_dask.features import PARAMETERS, features
 from sos_dask.pipeline import rebuild
 from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, simulate
@@ -105,7 +105,8 @@ def reference_noise(rows: Rows, pairs: Catalog, seed: int = 0) -> FloatArray:
 
 def report(rows: Rows, coverage: Path, pairs: Catalog) -> None:
     """Print fractions, intervals by class, and predicted and true errors by decile."""
-    limits = CoverageModel.load(coverage).limits
+    model = CoverageModel.load(coverage)
+    limits = model.limits
     score = rows["coverage"]
     place = limits.classify(score)
     outlier, uncovered = rows["is_outlier"], rows["uncovered"]
@@ -122,14 +123,19 @@ def report(rows: Rows, coverage: Path, pairs: Catalog) -> None:
     width = np.stack([rows[f"{label}_sos_err"] for label in LABELS], axis=1).astype(np.float64)
     observed = np.abs(error - reference_noise(rows, pairs))
     good = rows["quality"] == 0
+    n = len(LABELS)
+    labels = (features(*(rows[label] for label in LABELS)) - model.center[:n]) / model.scale[:n]
+    lacking = model.kinds(labels, score, model.share) == LACKING
+    kinds = [(name, place == number) for number, name in enumerate(CLASSES)]
+    kinds += [("lonely", found & ~lacking), ("lacking", lacking)]
     for text, chosen in (("without", good & ~outlier), ("with", good)):
         print(
             f"intervals, rows {text} simulated outliers: n, share that holds the reference, "
             "the truth; mean and median half-width, half-width that would hold 68 %"
         )
-        for number, name in enumerate(CLASSES):
+        for name, of_kind in kinds:
             for i, label in enumerate(LABELS):
-                at = chosen & (place == number)
+                at = chosen & of_kind
                 if not at.any():
                     continue
                 mine, seen = width[at, i], observed[at, i]
@@ -138,14 +144,17 @@ def report(rows: Rows, coverage: Path, pairs: Catalog) -> None:
                     f"{np.mean(np.abs(error[at, i]) <= mine):.3f} {np.mean(mine):8.3f} "
                     f"{np.median(mine):8.3f} {np.quantile(seen, LEVEL):8.3f}"
                 )
-    print("deciles of coverage of right rows inside or sparse: predicted / true error")
-    right = good & ~outlier & ~found
-    edges = np.quantile(score[right], np.linspace(0, 1, 11))
+    print("deciles of coverage inside or sparse: predicted / true error of right rows, of all rows")
+    covered = good & ~found
+    edges = np.quantile(score[covered & ~outlier], np.linspace(0, 1, 11))
     bins = np.clip(np.searchsorted(edges, score, side="right") - 1, 0, 9)
     for decile in range(10):
-        at = right & (bins == decile)
-        ratio = 1 / np.quantile(observed[at] / width[at], LEVEL, axis=0)
-        print(f"  {decile} from {edges[decile]:.3f}", *(f"{value:.3f}" for value in ratio))
+        at = covered & (bins == decile)
+        ratios = [
+            1 / np.quantile(observed[chosen] / width[chosen], LEVEL, axis=0)
+            for chosen in (at & ~outlier, at)
+        ]
+        print(f"  {decile} from {edges[decile]:.3f}", *(f"{x:.3f}" for x in np.concatenate(ratios)))
 
 
 def measures(rows: Rows, model: Path, pairs: Catalog, n_rows: int = 100_000) -> None:

@@ -23,6 +23,7 @@ from sos_dask.errors import ConfigError
 from sos_dask.features import features
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import LABELS
+from sos_dask.splice import can_extend, extend_partition
 from sos_dask.stages.parts import (
     commit_catalog,
     key_of,
@@ -35,7 +36,9 @@ from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
 from sos_dask.trust import FLAGS, Faded, trusted_schema, widened, with_coverage
 from sos_dask.uncertainty import ErrorModel, load_errors
 
-VERSION = 3
+VERSION = 4
+# What the correction, its errors and its flags depend on.
+_READ = ("obs_id", *LABELS, "snr", "quality")
 
 
 @dataclass(frozen=True)
@@ -237,12 +240,11 @@ def apply(
         if done is None:
             return None
         n_rows = catalog.n_rows
-        schema = corrected_schema(catalog.schema, half_widths)
         commit_catalog(
             output,
             name or catalog.name.removesuffix(".observations") + ".corrected",
             list(zip(catalog.pixels, done, strict=True)),
-            trusted_schema(schema) if trust else schema,
+            _schema(catalog, half_widths, trust),
             Rows(n_rows, sum(record["file"]["rows"] for record in done)),
             {
                 "method": correction.method,
@@ -254,6 +256,11 @@ def apply(
             },
         )
     return output.load_manifest()
+
+
+def _schema(catalog: Catalog, errors: ErrorModel | None, trust: Trust | None) -> pa.Schema:
+    schema = corrected_schema(catalog.schema, errors)
+    return trusted_schema(schema) if trust else schema
 
 
 def _meanings(trust: Trust | None) -> dict[int, str]:
@@ -305,9 +312,11 @@ def _classes(
 
 
 def _apply_part(part: _Part) -> None:
-    table = part.catalog.read(part.pixel)
     key = part.output.fingerprint
     errors = None if part.errors is None else _load_errors(part.errors, key)
+    schema = _schema(part.catalog, errors, part.trust)
+    extends = can_extend(part.catalog, part.pixel, schema)
+    table = part.catalog.read(part.pixel, part.catalog.columns(_READ) if extends else None)
     correction: Predictor = _load(part.model, key)
     if part.trust is None:
         corrected = correct(table, correction, errors)
@@ -319,7 +328,11 @@ def _apply_part(part: _Part) -> None:
         if errors is not None:
             corrected = widened(corrected, known.widening(*_classes(table, scores, errors)))
     flags = pc.value_counts(corrected["flag_sos"]).to_pylist()
-    record = write_partition(part.output, part.pixel, corrected)
+    if extends:
+        new = corrected.select(schema.names[len(part.catalog.schema) :])
+        record = extend_partition(part.output, part.catalog, part.pixel, new, schema)
+    else:
+        record = write_partition(part.output, part.pixel, corrected)
     counts = {
         str(bit): sum(item["counts"] for item in flags if item["values"] & bit)
         for bit in _meanings(part.trust)

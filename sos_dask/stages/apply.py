@@ -19,7 +19,7 @@ from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.correct import FLAG_MEANINGS, Predictor, correct, corrected_schema
 from sos_dask.coverage import CoverageModel
-from sos_dask.errors import ConfigError
+from sos_dask.errors import CatalogError, ConfigError, ModelError
 from sos_dask.features import features
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import LABELS
@@ -39,6 +39,7 @@ from sos_dask.uncertainty import ErrorModel, load_errors
 VERSION = 4
 # What the correction, its errors and its flags depend on.
 _READ = ("obs_id", *LABELS, "snr", "quality")
+_HOW_TO_COVER = "Make it: sos-dask coverage PAIRS MODEL CATALOG -o OUT."
 
 
 @dataclass(frozen=True)
@@ -190,13 +191,15 @@ def apply(
     ConfigError
         ``partitions`` is wrong.
     ModelError
-        A model cannot be loaded, or the errors are those of another one.
+        A model cannot be loaded, or errors or coverage are those of another one.
+    CatalogError
+        The coverage is not that of this catalog.
     """
     catalog.require(*LABELS)
     chosen = parse_partitions(partitions, catalog.pixels)
     correction = models.load(model)
-    if trust and trust.smooth:
-        models.load(trust.smooth)
+    if trust:
+        _require_trust(trust, model, catalog, errors)
     fingerprint = model_fingerprint or sha256_of_file(model / "model.json")
     half_widths = None if errors is None else load_errors(errors)
     if half_widths is not None:
@@ -256,6 +259,27 @@ def apply(
             },
         )
     return output.load_manifest()
+
+
+def _require_trust(trust: Trust, model: Path, catalog: Catalog, errors: Path | None) -> None:
+    """Refuse a coverage of other rows, or that tells of another correction or other errors."""
+    coverage = trust.coverage
+    if coverage.manifest is None or coverage.manifest.recipe.stage != "coverage":
+        raise CatalogError(f"{coverage.path} is no product 'coverage'", _HOW_TO_COVER)
+    inputs = coverage.manifest.recipe.inputs
+    if inputs["observations"] != catalog.fingerprint:
+        raise CatalogError(f"{coverage.path} is not the coverage of {catalog.path}", _HOW_TO_COVER)
+    if inputs["model"] != Manifest.load(model).fingerprint:
+        raise ModelError(f"{coverage.path} was made for another correction", _HOW_TO_COVER)
+    if errors is not None and inputs.get("errors") != Manifest.load(errors).fingerprint:
+        raise ModelError(
+            f"{coverage.path} does not tell how far {errors} must be widened",
+            "Make the coverage with the same --errors.",
+        )
+    if trust.smooth is not None and (method := models.load(trust.smooth).method) != trust.fallback:
+        raise ModelError(
+            f"{trust.smooth} is a model of method '{method}': the fallback is '{trust.fallback}'"
+        )
 
 
 def _schema(catalog: Catalog, errors: ErrorModel | None, trust: Trust | None) -> pa.Schema:

@@ -62,12 +62,10 @@ def extend_partition(
     ----------
     output : Output
     catalog : Catalog
-        Its partition must be one that `can_extend` says yes to.
     pixel : HealpixPixel
-    table : pyarrow.Table
-        The new columns, as many rows as the partition has.
-    schema : pyarrow.Schema
-        Of the result: the columns of the catalog, then those of the table.
+        Of a partition that `can_extend` says yes to.
+    table, schema
+        See `append_columns`.
     """
     source = catalog.partition_file(pixel)
 
@@ -79,7 +77,18 @@ def extend_partition(
 
 
 def append_columns(source: Path, table: pa.Table, schema: pa.Schema, path: Path) -> None:
-    """Write a Parquet file with the columns of another, as they are, and new ones after them."""
+    """Write a Parquet file with the columns of another, as they are, and new ones after them.
+
+    Parameters
+    ----------
+    source : Path
+        Its row groups are kept.
+    table : pyarrow.Table
+        The new columns, as many rows as the file has.
+    schema : pyarrow.Schema
+        Of the result: the columns of the file, then those of the table.
+    path : Path
+    """
     sink = pa.BufferOutputStream()
     shutil.copyfile(source, path)
     with path.open("r+b") as file:
@@ -129,6 +138,7 @@ def _merged(old: Structure, new: Structure, shift: int) -> Structure:
     sums = {
         field: _of_number(_number(old[field]) + _number(new[field]))
         for field in (_BYTES, _COMPRESSED)
+        if field in old  # not every writer states both
     }
     return {**old, **sums, _COLUMNS: (_LIST, _of_list(others, n, chunks))}
 

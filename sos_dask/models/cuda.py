@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,7 @@ def _uuids() -> str:
         return ""
 
 
-def one_each(gpus: Mapping[str, Gpu]) -> Sequence[str]:
+def one_each(gpus: Mapping[str, Gpu]) -> list[str]:
     """The first of all workers that share a GPU: NCCL takes one process a GPU.
 
     Parameters

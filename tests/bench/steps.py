@@ -344,7 +344,7 @@ def _trees(**params: object) -> list[str]:
     return ["-m", "boosted", *words, "--validation", "holdout"]
 
 
-def _scatter(usage: Usage, model: Path) -> dict[str, float]:
+def _scatter(usage: Usage, model: Path) -> dict[str, Any]:
     """Scatter of the held-out pairs after a training."""
     if usage.state != "done":
         return {}

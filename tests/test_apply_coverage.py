@@ -29,7 +29,7 @@ def test_single_steps_make_the_rows_of_a_rebuild(cli: Cli, build, tmp_path):
     model, catalog = build / "model.polynomial", build / "lamost.observations"
     errors = ["--errors", build / "uncertainty"]
     ran = cli(
-        "coverage", build / "pairs", model, catalog, *errors, "--stars", build / "lamost.stars",
+        "coverage", build / "pairs", model, catalog, build / "lamost.stars", *errors,
         "-o", "coverage", "-w", 0,
     )  # fmt: skip
     assert ran.code == 0 and "inside" in ran.out, ran.err
@@ -68,12 +68,15 @@ def test_a_coverage_that_does_not_fit_is_refused(cli: Cli, build, tmp_path):
     other = tmp_path / "other"
     given = ["-o", "out", "-w", 0, "--coverage"]
     ran = cli("apply", model, catalog, *given, build / "pairs")
-    assert_error(ran, 5, "pairs is no product 'coverage'", "sos-dask coverage PAIRS MODEL CATALOG")
+    assert_error(
+        ran, 5, "pairs is no product 'coverage'", "sos-dask coverage PAIRS MODEL CATALOG STARS"
+    )
     ran = cli("apply", model, build / "lamost.stars", *given, build / "coverage")
     assert_error(ran, 5, "is not the coverage of .*lamost.stars")
     ran = cli("apply", other, catalog, *given, build / "coverage")
     assert_error(ran, 7, "was made for another correction")
-    assert cli("coverage", build / "pairs", model, catalog, "-o", "plain", "-w", 0).code == 0
+    inputs = [build / "pairs", model, catalog, build / "lamost.stars"]
+    assert cli("coverage", *inputs, "-o", "plain", "-w", 0).code == 0
     ran = cli("apply", model, catalog, *given, "plain", "--errors", build / "uncertainty")
     assert_error(ran, 7, "does not tell how far .* must be widened", "with the same --errors")
     boosted = ["train", build / "pairs", "-m", "boosted", "-p", "n_rounds=5", "-w", 0]
@@ -87,6 +90,9 @@ def test_a_coverage_that_does_not_fit_is_refused(cli: Cli, build, tmp_path):
 
 def test_paths_that_are_missing(cli: Cli, build):
     ran = cli("coverage", build / "pairs", build / "model.polynomial", "-o", "out")
-    assert_error(ran, 3, re.escape("2 paths are not PAIRS MODEL CATALOG"))
-    inputs = [build / name for name in ("pairs", "model.polynomial", "lamost.observations")]
+    assert_error(ran, 3, re.escape("2 paths are not PAIRS MODEL CATALOG STARS"))
+    inputs = [
+        build / name
+        for name in ("pairs", "model.polynomial", "lamost.observations", "lamost.stars")
+    ]
     assert_error(cli("coverage", *inputs), 3, "--out is missing")

@@ -84,21 +84,13 @@ def coverage(
     inputs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="PAIRS MODEL CATALOG",
-            help="Pairs, a model trained on them and the catalog to score; without: the current "
-            "build of the store.",
+            metavar="PAIRS MODEL CATALOG STARS",
+            help="Pairs, a model trained on them, the catalog to score and its stars; without: "
+            "the current build of the store.",
             show_default=False,
         ),
     ] = None,
     out: OptionalOut = None,
-    stars: Annotated[
-        Path | None,
-        typer.Option(
-            "--stars",
-            metavar="DIRECTORY",
-            help="With PAIRS: the catalog's stars, for the flag of a large spread of repeats.",
-        ),
-    ] = None,
     errors: Annotated[
         Path | None,
         typer.Option(
@@ -126,7 +118,7 @@ def coverage(
         if out is None:
             raise ConfigError("--out is missing", "Say where the coverage goes: -o DIR.")
         directory = out
-        step = _scoring(inputs, out, stars, errors, overwrite)
+        step = _scoring(inputs, out, errors, overwrite)
         run_step(step, workers, memory_limit, scheduler)
     else:
         directory = current_product(store, "coverage")
@@ -213,26 +205,25 @@ def _show_measures(rankings: list[dict[str, Any]]) -> None:
 
 
 def _scoring(
-    inputs: list[Path], out: Path, stars: Path | None, errors: Path | None, overwrite: bool
+    inputs: list[Path], out: Path, errors: Path | None, overwrite: bool
 ) -> partial[Manifest]:
     """The stage on inputs given by path."""
     from sos_dask.catalog import Catalog
     from sos_dask.stages.coverage import CoverageSettings
     from sos_dask.stages.coverage import coverage as run
 
-    if len(inputs) != 3:
+    if len(inputs) != 4:
         raise ConfigError(
-            f"{len(inputs)} paths are not PAIRS MODEL CATALOG",
-            "For example: sos-dask coverage pairs model lamost -o coverage.",
+            f"{len(inputs)} paths are not PAIRS MODEL CATALOG STARS",
+            "For example: sos-dask coverage pairs model lamost lamost.stars -o coverage.",
         )
-    pairs, model, catalog = inputs
-    opened = Catalog.open(catalog)
+    pairs, model, catalog, stars = inputs
     return partial(
         run,
         model,
         Catalog.open(pairs),
-        opened,
-        opened if stars is None else Catalog.open(stars),  # observations have no flag_spread
+        Catalog.open(catalog),
+        Catalog.open(stars),
         directory=out,
         settings=CoverageSettings(),
         overwrite=overwrite,

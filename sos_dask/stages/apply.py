@@ -39,7 +39,7 @@ from sos_dask.uncertainty import ErrorModel, load_errors
 VERSION = 4
 # What the correction, its errors and its flags depend on.
 _READ = ("obs_id", *LABELS, "snr", "quality")
-_HOW_TO_COVER = "Make it: sos-dask coverage PAIRS MODEL CATALOG -o OUT."
+_HOW_TO_COVER = "Make it: sos-dask coverage PAIRS MODEL CATALOG STARS -o OUT."
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from sos_dask.errors import CatalogError, ClusterError, ModelError
 from sos_dask.features import FEATURES
 from sos_dask.models import Batch, boosted
 from sos_dask.models.boosted import BoostedCorrection
+from sos_dask.models.cuda import Gpu, find_gpu, one_each
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
 QUICK = {"n_rounds": 30, "learning_rate": 0.2}
@@ -280,7 +281,7 @@ def test_an_error_of_the_source_arrives_as_it_was(client, method, remote):
 
 @pytest.mark.parametrize("remote", [True, False])
 def test_without_gpu_there_is_no_silent_fallback(client, remote, monkeypatch):
-    if boosted._cuda_problem() == ("", ""):
+    if not find_gpu().problem:
         pytest.skip("there is a GPU")
     trained = []
     monkeypatch.setattr(boosted, "_train_labels", lambda *_: trained.append(1))
@@ -294,14 +295,39 @@ def test_without_gpu_there_is_no_silent_fallback(client, remote, monkeypatch):
     assert not trained
 
 
+@pytest.mark.parametrize("remote", [True, False])
+def test_without_gpu_trees_are_not_counted_on_the_cpu(client, remote):
+    if not find_gpu().problem:
+        pytest.skip("there is a GPU")
+    params = {"device": "cuda", "stop_rounds": 5, "n_rounds": 20000}  # minutes
+    with pytest.raises(ModelError, match="device = 'cuda'"):
+        fit(ArraySource(biased_pairs(5000, 22)), params=params, client=client if remote else None)
+
+
 @pytest.mark.gpu
-def test_a_gpu_trains_nearly_the_same_model():
-    if boosted._cuda_problem() != ("", ""):
-        pytest.skip(boosted._cuda_problem()[0])
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_gpu_trains_nearly_the_same_model(client, remote):
+    """Sums in another order: half of all predictions agree within 2 % of the noise of a pair."""
+    if problem := find_gpu().problem:
+        pytest.skip(problem)
     source = ArraySource(biased_pairs(20_000, 23))
-    there, here = fit(source, params={"device": "cuda"}), fit(source)
+    there = fit(source, params={"device": "cuda"}, client=client if remote else None)
+    here = fit(source)
     x = biased_pairs(5000, 24).features
     assert np.median(np.abs(there.predict(x) - here.predict(x)) / NOISE) < 0.02
+    assert np.abs(error(there) - error(here)).max() < 0.02
+
+
+def test_workers_that_share_a_gpu_train_as_one():
+    gpus = {
+        "a": Gpu("", device=("host", "0", "GPU-1")),
+        "b": Gpu("", device=("host", "0", "GPU-1")),
+        "c": Gpu("", device=("host", "0", "GPU-2")),
+        "d": Gpu("", device=("other", "", "")),
+    }
+    assert one_each(gpus) == ["a", "c", "d"]
+    with pytest.raises(ModelError, match=r"device = 'cuda': no usable GPU"):
+        one_each({**gpus, "e": Gpu("no usable GPU here", "Run elsewhere.")})
 
 
 def test_a_build_without_cuda_is_told(monkeypatch):

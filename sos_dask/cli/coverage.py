@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,7 @@ from sos_dask.cli.options import (
     CatalogPath,
     Json,
     MemoryLimit,
+    OptionalOut,
     Out,
     Overwrite,
     Scheduler,
@@ -20,6 +22,9 @@ from sos_dask.cli.options import (
 from sos_dask.cli.output import print_json, say, show_step, show_table
 from sos_dask.cli.steps import run_step
 from sos_dask.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sos_dask.artifact import Manifest
 
 _LETTERS = " .:-=+*#%@"
 
@@ -75,7 +80,32 @@ def attach(
     show_step(manifest, out, as_json)
 
 
-def coverage(store: Store = Path("store"), as_json: Json = False) -> None:
+def coverage(
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="PAIRS MODEL CATALOG STARS",
+            help="Pairs, a model trained on them, the catalog to score and its stars; without: "
+            "the current build of the store.",
+            show_default=False,
+        ),
+    ] = None,
+    out: OptionalOut = None,
+    errors: Annotated[
+        Path | None,
+        typer.Option(
+            "--errors",
+            metavar="DIRECTORY",
+            help="With PAIRS: product 'uncertainty' of this model, which apply is to widen.",
+        ),
+    ] = None,
+    store: Store = Path("store"),
+    workers: Workers = None,
+    memory_limit: MemoryLimit = "auto",
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
     """Show which part of the catalog the pairs cover, and where more references would help most.
 
     Example: sos-dask coverage --store store --json
@@ -84,7 +114,15 @@ def coverage(store: Store = Path("store"), as_json: Json = False) -> None:
     from sos_dask.store import current_product
     from sos_dask.trust import FLAG_MEANINGS
 
-    found = look(current_product(store, "coverage"))
+    if inputs:
+        if out is None:
+            raise ConfigError("--out is missing", "Say where the coverage goes: -o DIR.")
+        directory = out
+        step = _scoring(inputs, out, errors, overwrite)
+        run_step(step, workers, memory_limit, scheduler)
+    else:
+        directory = current_product(store, "coverage")
+    found = look(directory)
     if as_json:
         print_json(found)
         return
@@ -166,6 +204,33 @@ def _show_measures(rankings: list[dict[str, Any]]) -> None:
     )
     say("Of distance and error over noise, with 95 % by star; far: a tenth, near: the nearer half.")
     say("- worse than the best beyond chance.")
+
+
+def _scoring(
+    inputs: list[Path], out: Path, errors: Path | None, overwrite: bool
+) -> partial[Manifest]:
+    """The stage on inputs given by path."""
+    from sos_dask.catalog import Catalog
+    from sos_dask.stages.coverage import CoverageSettings
+    from sos_dask.stages.coverage import coverage as run
+
+    if len(inputs) != 4:
+        raise ConfigError(
+            f"{len(inputs)} paths are not PAIRS MODEL CATALOG STARS",
+            "For example: sos-dask coverage pairs model lamost lamost.stars -o coverage.",
+        )
+    pairs, model, catalog, stars = inputs
+    return partial(
+        run,
+        model,
+        Catalog.open(pairs),
+        Catalog.open(catalog),
+        Catalog.open(stars),
+        directory=out,
+        settings=CoverageSettings(),
+        overwrite=overwrite,
+        errors=errors,
+    )
 
 
 def _show_kiel(cells: list[dict[str, Any]]) -> None:

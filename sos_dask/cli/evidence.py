@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sos_dask.cli.options import Json, MemoryLimit, Overwrite, Scheduler, Store, Workers
+from sos_dask.cli.options import (
+    Json,
+    MemoryLimit,
+    OptionalOut,
+    Overwrite,
+    Scheduler,
+    Store,
+    Workers,
+)
 from sos_dask.cli.output import LABEL_UNITS, console, print_json, say, show_table
 from sos_dask.cli.steps import run_step
 from sos_dask.errors import ConfigError
@@ -26,16 +34,6 @@ Inputs = Annotated[
     typer.Argument(
         metavar="PAIRS MODEL",
         help="Pairs and models trained on them; without: the current build of the store.",
-        show_default=False,
-    ),
-]
-OptionalOut = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        metavar="DIRECTORY",
-        help="Directory that gets the output; with PAIRS.",
         show_default=False,
     ),
 ]

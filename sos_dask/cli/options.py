@@ -34,6 +34,16 @@ Scheduler = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "-o", metavar="DIRECTORY", help="Directory that gets the output.")
 ]
+OptionalOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIRECTORY",
+        help="Directory that gets the output; with PAIRS.",
+        show_default=False,
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace another output in the same directory.")
 ]

@@ -335,6 +335,24 @@ def apply(
             help="Product 'uncertainty' of a build with this model: errors are added.",
         ),
     ] = None,
+    coverage: Annotated[
+        Path | None,
+        typer.Option(
+            "--coverage",
+            metavar="DIRECTORY",
+            help="Product 'coverage' of this catalog and model: adds coverage and its flags, "
+            "fades the correction and widens the errors where it is low.",
+        ),
+    ] = None,
+    fallback: Annotated[
+        str,
+        typer.Option(
+            "--fallback",
+            metavar="MODEL",
+            help="With --coverage, what the correction fades to: the directory of a polynomial "
+            "model; none: no correction; edge: nothing fades.",
+        ),
+    ] = "edge",
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",
     scheduler: Scheduler = None,
@@ -346,11 +364,20 @@ def apply(
     Example, one task of a job array: sos-dask apply model lamost -o corrected --partitions 3/16
     """
     from sos_dask.catalog import Catalog
+    from sos_dask.stages.apply import Trust, parse_partitions
     from sos_dask.stages.apply import apply as run
-    from sos_dask.stages.apply import parse_partitions
 
     opened = Catalog.open(catalog)
     parse_partitions(partitions, opened.pixels)  # fails before workers are started
+    trust = None
+    if coverage is not None:
+        scores = Catalog.open(coverage)
+        if fallback in ("none", "edge"):
+            trust = Trust(scores, fallback)
+        else:
+            trust = Trust(scores, "polynomial", Path(fallback))
+    elif fallback != "edge":
+        raise ConfigError("--fallback needs --coverage", "It says where the correction fades.")
     step = partial(
         run,
         model,
@@ -360,5 +387,6 @@ def apply(
         name=out.name,
         overwrite=overwrite,
         errors=errors,
+        trust=trust,
     )
     show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)

@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -54,6 +53,7 @@ from sos_dask.models import (
     to_json,
     training_rows,
 )
+from sos_dask.models.cuda import find_gpu, one_each
 from sos_dask.models.lookup import LookupTable, compile_trees
 from sos_dask.schema import LABELS
 
@@ -219,7 +219,7 @@ def fit(
     Without a client the same trees are trained in this process, all pairs in its memory.
     """
     if params["device"] == "cuda" and client is None:
-        _require_cuda(_cuda_problem())
+        find_gpu().require()
     summary = summarise(source, train_folds, client, "boosted", MIN_PAIRS)
     edges = _edges(source, train_folds, client, summary, params["max_bin"])
     job = _Job(source, train_folds, params, summary, edges, (params["n_rounds"],) * len(LABELS))
@@ -342,6 +342,8 @@ def _rounds(job: _Job) -> tuple[int, ...]:
     """Trees of each label after which the last training fold came no closer, in one process."""
     import xgboost
 
+    if job.params["device"] == "cuda":
+        find_gpu().require()
     folds = job.train_folds
     if folds is None:
         seen = [job.source.load(index).fold for index in range(job.source.n_batches)]
@@ -426,10 +428,9 @@ def _fit_there(job: _Job, client: Any, progress: Progress) -> tuple[Any, ...]:
             workers = _workers(client, wanted, job.params["timeout_s"])
             wanted = len(workers)
             if job.params["device"] == "cuda":
-                asked = [client.submit(_cuda_problem, pure=False, **_on(w)) for w in workers]
+                asked = [client.submit(find_gpu, pure=False, **_on(w)) for w in workers]
                 _collect(client, asked, workers, job.params["timeout_s"])
-                for problem in client.gather(asked):
-                    _require_cuda(problem)
+                workers = one_each(dict(zip(workers, client.gather(asked), strict=True)))
             _train_labels(job, client, workers, boosters, tracker, progress)
             return tuple(boosters[number] for number in range(len(LABELS)))
         except SosError:
@@ -698,36 +699,3 @@ def _stop_tracker(name: str) -> None:
     if process is not None:
         process.kill()
         process.communicate()
-
-
-def _cuda_problem() -> tuple[str, str]:
-    """Why XGBoost would quietly train on the CPU here, and what to do; empty where it would not."""
-    import xgboost
-
-    if not xgboost.build_info().get("USE_CUDA", False):
-        return (
-            f"XGBoost {xgboost.__version__} was built without CUDA",
-            "Install 'xgboost' (not 'xgboost-cpu'), or set device = 'cpu'.",
-        )
-    x = np.zeros((4, 1), dtype=np.float32)
-    params = {"device": "cuda", "tree_method": "hist", "verbosity": 0}
-    with warnings.catch_warnings():
-        # It warns and goes on with the CPU; what it used is in its configuration.
-        warnings.simplefilter("ignore")
-        try:
-            booster = xgboost.train(params, xgboost.QuantileDMatrix(x, x[:, 0]), 1)
-            used = json.loads(booster.save_config())["learner"]["generic_param"]["device"]
-        except xgboost.core.XGBoostError as error:
-            used = str(error).strip().splitlines()[0]
-    if str(used).startswith("cuda"):
-        return "", ""
-    return (
-        f"no usable GPU here (XGBoost answers '{used}')",
-        "Run where 'nvidia-smi' lists a GPU, or set device = 'cpu'.",
-    )
-
-
-def _require_cuda(problem: tuple[str, str]) -> None:
-    """Raise `ModelError` for an answer of `_cuda_problem`."""
-    if problem[0]:
-        raise ModelError(f"device = 'cuda': {problem[0]}", problem[1])

@@ -214,19 +214,20 @@ def _base_score(model: dict[str, Any]) -> float:
 def _summed(
     forest: list[dict[str, Any]], edges: tuple[Float32Array, ...], shape: tuple[int, ...]
 ) -> NDArray[np.float64]:
-    corners: list[tuple[int, int, int]] = []
+    boxes: list[tuple[Interval, ...]] = []
     amounts: list[float] = []
     for tree in forest:
-        for box, value in _leaves(tree, edges):
-            for intervals in itertools.product(*box):
-                for ends in itertools.product((0, 1), repeat=3):
-                    corner = tuple(intervals[axis][end] for axis, end in enumerate(ends))
-                    corners.append(corner)  # type: ignore[arg-type]
-                    amounts.append(-value if sum(ends) % 2 else value)
+        for intervals, value in _leaves(tree, edges):
+            for box in itertools.product(*intervals):
+                boxes.append(box)
+                amounts.append(value)
     difference = np.zeros([n + 1 for n in shape])
-    if corners:
-        where = np.array(corners)
-        np.add.at(difference, (where[:, 0], where[:, 1], where[:, 2]), amounts)
+    if boxes:
+        ends = np.array(list(itertools.product((0, 1), repeat=3)))
+        corners = np.array(boxes)[:, np.arange(3), ends].reshape(-1, 3)
+        signed = np.outer(amounts, 1 - 2 * (ends.sum(axis=1) % 2))
+        where = np.ravel_multi_index(tuple(corners.T), difference.shape)
+        np.add.at(difference.reshape(-1), where, signed.reshape(-1))
     for axis in range(3):
         np.cumsum(difference, axis=axis, out=difference)
     return difference[:-1, :-1, :-1]

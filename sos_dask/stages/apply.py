@@ -20,10 +20,11 @@ from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.columns import floats32, matrix32
 from sos_dask.correct import FLAG_MEANINGS, Predictor, correct, corrected_schema
 from sos_dask.coverage import CoverageModel
-from sos_dask.errors import ConfigError
+from sos_dask.errors import CatalogError, ConfigError, ModelError
 from sos_dask.features import features
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import LABELS
+from sos_dask.splice import can_extend, extend_partition
 from sos_dask.stages.parts import (
     commit_catalog,
     key_of,
@@ -37,6 +38,9 @@ from sos_dask.trust import FLAGS, Faded, trusted_schema, widened, with_coverage
 from sos_dask.uncertainty import ErrorModel, load_errors
 
 VERSION = 4
+# What the correction, its errors and its flags depend on.
+_READ = ("obs_id", *LABELS, "snr", "quality")
+_HOW_TO_COVER = "Make it: sos-dask coverage PAIRS MODEL CATALOG STARS -o OUT."
 
 
 @dataclass(frozen=True)
@@ -188,13 +192,15 @@ def apply(
     ConfigError
         ``partitions`` is wrong.
     ModelError
-        A model cannot be loaded, or the errors are those of another one.
+        A model cannot be loaded, or errors or coverage are those of another one.
+    CatalogError
+        The coverage is not that of this catalog.
     """
     catalog.require(*LABELS)
     chosen = parse_partitions(partitions, catalog.pixels)
     correction = models.load(model)
-    if trust and trust.smooth:
-        models.load(trust.smooth)
+    if trust:
+        _require_trust(trust, model, catalog, errors)
     fingerprint = model_fingerprint or sha256_of_file(model / "model.json")
     half_widths = None if errors is None else load_errors(errors)
     if half_widths is not None:
@@ -240,12 +246,11 @@ def apply(
         if done is None:
             return None
         n_rows = catalog.n_rows
-        schema = corrected_schema(catalog.schema, half_widths)
         commit_catalog(
             output,
             name or catalog.name.removesuffix(".observations") + ".corrected",
             list(zip(catalog.pixels, done, strict=True)),
-            trusted_schema(schema) if trust else schema,
+            _schema(catalog, half_widths, trust),
             Rows(n_rows, sum(record["file"]["rows"] for record in done)),
             {
                 "method": correction.method,
@@ -257,6 +262,32 @@ def apply(
             },
         )
     return output.load_manifest()
+
+
+def _require_trust(trust: Trust, model: Path, catalog: Catalog, errors: Path | None) -> None:
+    """Refuse a coverage of other rows, or that tells of another correction or other errors."""
+    coverage = trust.coverage
+    if coverage.manifest is None or coverage.manifest.recipe.stage != "coverage":
+        raise CatalogError(f"{coverage.path} is no product 'coverage'", _HOW_TO_COVER)
+    inputs = coverage.manifest.recipe.inputs
+    if inputs["observations"] != catalog.fingerprint:
+        raise CatalogError(f"{coverage.path} is not the coverage of {catalog.path}", _HOW_TO_COVER)
+    if inputs["model"] != Manifest.load(model).fingerprint:
+        raise ModelError(f"{coverage.path} was made for another correction", _HOW_TO_COVER)
+    if errors is not None and inputs.get("errors") != Manifest.load(errors).fingerprint:
+        raise ModelError(
+            f"{coverage.path} does not tell how far {errors} must be widened",
+            "Make the coverage with the same --errors.",
+        )
+    if trust.smooth is not None and (method := models.load(trust.smooth).method) != trust.fallback:
+        raise ModelError(
+            f"{trust.smooth} is a model of method '{method}': the fallback is '{trust.fallback}'"
+        )
+
+
+def _schema(catalog: Catalog, errors: ErrorModel | None, trust: Trust | None) -> pa.Schema:
+    schema = corrected_schema(catalog.schema, errors)
+    return trusted_schema(schema) if trust else schema
 
 
 def _meanings(trust: Trust | None) -> dict[int, str]:
@@ -309,9 +340,11 @@ def _widened(
 
 
 def _apply_part(part: _Part) -> None:
-    table = part.catalog.read(part.pixel)
     key = part.output.fingerprint
     errors = None if part.errors is None else _load_errors(part.errors, key)
+    schema = _schema(part.catalog, errors, part.trust)
+    extends = can_extend(part.catalog, part.pixel, schema)
+    table = part.catalog.read(part.pixel, part.catalog.columns(_READ) if extends else None)
     correction: Predictor = _load(part.model, key)
     if part.trust is None:
         corrected = correct(table, correction, errors)
@@ -323,7 +356,11 @@ def _apply_part(part: _Part) -> None:
         if errors is not None:
             corrected = _widened(corrected, scores, errors, known)
     flags = pc.value_counts(corrected["flag_sos"]).to_pylist()
-    record = write_partition(part.output, part.pixel, corrected)
+    if extends:
+        new = corrected.select(schema.names[len(part.catalog.schema) :])
+        record = extend_partition(part.output, part.catalog, part.pixel, new, schema)
+    else:
+        record = write_partition(part.output, part.pixel, corrected)
     counts = {
         str(bit): sum(item["counts"] for item in flags if item["values"] & bit)
         for bit in _meanings(part.trust)

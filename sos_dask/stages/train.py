@@ -180,7 +180,9 @@ def _train(
     if validation == "auto":
         validation = "kfold" if len(folds) < settings.kfold_limit else "holdout"
     held_out = names if validation == "kfold" else names[:1]
-    client = cluster.client if cluster and len(folds) > _LOCAL_PAIRS else None
+    # The GPU is with the workers.
+    remote = len(folds) > _LOCAL_PAIRS or settings.params.get("device") == "cuda"
+    client = cluster.client if cluster and remote else None
     steps = len(held_out) + (validation == "kfold")
     step = f"train {settings.method}"
     searches: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sos_dask.catalog import parquet_settings
+from sos_dask.features import FEATURES, features
+from sos_dask.models import load
+from sos_dask.models.boosted import BoostedCorrection
 
 WRITE: Mapping[str, Any] = {"compression": "lz4"}  # the fastest
 RADIAN_ARCSEC = 648000.0 / np.pi
@@ -172,6 +176,44 @@ def apply_one_label(model: str, catalog: str, out: str, threads: str) -> None:
         _write(rows, Path(out) / f"{number:05d}.parquet")
 
 
+def predict(model: str, catalog: str, out: str, how: str, threads: str) -> None:
+    """Three labels of every row, in memory: by the look-up ``table``, or by XGBoost on a device.
+
+    Partitions are read before the clock starts; the rate counts what the GPU takes to get them.
+    """
+    import xgboost
+
+    correction = load(Path(model))
+    assert isinstance(correction, BoostedCorrection)
+    assert correction.table is not None
+    boosters = [xgboost.Booster(model_file=bytearray(trees)) for trees in correction.ensembles]
+    for booster in boosters:
+        booster.set_param({"nthread": int(threads), "device": "cpu" if how == "table" else how})
+    n_rows, seconds, worst, warm = 0, 0.0, 0.0, False
+    for path in partitions(Path(catalog)):
+        rows = pq.ParquetFile(path).read(["teff", "logg", "feh"]).drop_null()
+        x = features(*(rows[name].to_numpy() for name in ("teff", "logg", "feh")))
+        x = x[correction.in_range(x)]
+        if not len(x):
+            continue
+        start = time.perf_counter()
+        if how == "table":
+            found = correction.predict(x)
+        else:
+            matrix = xgboost.DMatrix(x, feature_names=list(FEATURES), nthread=int(threads))
+            trees = np.stack([booster.predict(matrix) for booster in boosters], axis=1)
+            found = correction.center + correction.spread * trees
+        if warm:
+            seconds += time.perf_counter() - start
+            n_rows += len(x)
+        warm = True
+        apart = np.abs(found - correction.table.predict(x)) / correction.spread
+        worst = max(worst, float(apart.max()))
+    Path(out).write_text(
+        json.dumps({"rows_a_s": round(n_rows / max(seconds, 1e-9)), "worst": worst})
+    )
+
+
 def copy(catalog: str, out: str) -> None:
     """Read every column of every partition and write it again: the least that apply can take."""
     Path(out).mkdir(parents=True)
@@ -232,6 +274,7 @@ PEERS: Mapping[str, Callable[..., None]] = {
     "kdtree-dedupe": kdtree_dedupe,
     "polars-dedupe": polars_dedupe,
     "apply-one-label": apply_one_label,
+    "predict": predict,
     "copy": copy,
     "train-one-process": train_one_process,
 }

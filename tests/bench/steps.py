@@ -323,15 +323,8 @@ def train(bench: Bench) -> None:
     bench.prepare("pairs")
     pairs, out = place.ours("pairs"), place.ours("model")
     remove(out)
-    params = [word for name, value in prepare.TREES.items() for word in ("-p", f"{name}={value}")]
-    ours = bench.ours(
-        "train", "train", pairs, "-o", out, "-m", "boosted", *params, "--validation", "holdout"
-    )
-    scatter = {}
-    if ours.state == "done":
-        metrics = json.loads((out / "manifest.json").read_text())["summary"]["metrics"]
-        scatter = {f"scatter_{m['label']}": round(m["scatter_after"], 4) for m in metrics}
-    bench.add("train", ours, pairs=place.n_pairs, **scatter)
+    ours = bench.ours("train", "train", pairs, "-o", out, *_trees())
+    bench.add("train", ours, pairs=place.n_pairs, **_scatter(ours, out))
     if bench.has("xgboost"):
         theirs_out = bench.output("train-xgboost")
         params_json = json.dumps(prepare.TREES)
@@ -342,6 +335,61 @@ def train(bench: Bench) -> None:
             found = json.loads((theirs_out / "scatter.json").read_text())
             scatter = {f"scatter_{name}": round(value, 4) for name, value in found.items()}
         bench.compare("train", ours, "xgboost: one process", theirs, **scatter)
+
+
+def _trees(**params: object) -> list[str]:
+    """Options of a training that leaves fold 0 out."""
+    settings = {**prepare.TREES, **params}
+    words = [word for name, value in settings.items() for word in ("-p", f"{name}={value}")]
+    return ["-m", "boosted", *words, "--validation", "holdout"]
+
+
+def _scatter(usage: Usage, model: Path) -> dict[str, Any]:
+    """Scatter of the held-out pairs after a training."""
+    if usage.state != "done":
+        return {}
+    metrics = json.loads((model / "manifest.json").read_text())["summary"]["metrics"]
+    return {f"scatter_{m['label']}": round(m["scatter_after"], 4) for m in metrics}
+
+
+def gpu(bench: Bench) -> None:
+    """Training on a GPU against the CPU, and prediction on it against the look-up table."""
+    place = bench.place
+    problem = _no_gpu()
+    if problem:
+        print(f"  gpu is skipped: {problem}", flush=True)
+        return
+    bench.prepare("observations", "pairs", "model")
+    usages, scatters = {}, {}
+    for device in ("cpu", "cuda"):
+        out = bench.output(f"train-{device}")
+        arguments = ("train", place.ours("pairs"), "-o", out, *_trees(device=device))
+        usages[device] = bench.ours(f"train-{device}", *arguments)
+        scatters[device] = _scatter(usages[device], out)
+    theirs = {f"cpu_{name}": value for name, value in scatters["cpu"].items()}
+    facts = {**scatters["cuda"], **theirs}
+    bench.compare(
+        "gpu", usages["cuda"], "sos-dask on the CPU", usages["cpu"], variant="train", **facts
+    )
+    predicted, rates = {}, {}
+    for how in ("table", "cuda"):
+        out = bench.output(f"predict-{how}.json")
+        arguments = (place.ours("model"), place.ours("lamost"), out, how, bench.threads)
+        predicted[how] = bench.script(f"predict-{how}", "predict", *arguments)
+        if predicted[how].state == "done":
+            rates[f"{how}_rows_a_s"] = json.loads(out.read_text())["rows_a_s"]
+    bench.compare(
+        "gpu", predicted["table"], "xgboost on the GPU", predicted["cuda"], variant="predict",
+        **rates,
+    )  # fmt: skip
+
+
+def _no_gpu() -> str:
+    """Why nothing can run on a GPU here; asked in another process, so that this one stays small."""
+    code = "from sos_dask.models.cuda import find_gpu; print(find_gpu().problem)"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    found = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return found.stdout.strip()
 
 
 def rebuild(bench: Bench) -> None:
@@ -458,6 +506,7 @@ STEPS: Mapping[str, Callable[[Bench], None]] = {
     "crossmatch": crossmatch,
     "dedupe": dedupe,
     "train": train,
+    "gpu": gpu,
     "apply": apply,
     "rebuild": rebuild,
     "memory": memory,

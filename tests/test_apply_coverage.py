@@ -1,0 +1,98 @@
+"""Coverage and apply as single steps: what a rebuild makes, row for row."""
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from sos_dask.artifact import Manifest
+from sos_dask.catalog import Catalog
+from sos_dask.trust import FLAG_OUTSIDE, FLAG_SPARSE
+from tests.job import contents
+from tests.test_cli import Cli, assert_error, cli
+
+__all__ = ["cli"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def build(small_store) -> Path:
+    return (small_store / "current").resolve()
+
+
+def rows(catalog: Path) -> pa.Table:
+    opened = Catalog.open(catalog)
+    return pa.concat_tables([opened.read(pixel) for pixel in opened.pixels])
+
+
+def test_single_steps_make_the_rows_of_a_rebuild(cli: Cli, build, tmp_path):
+    model, catalog = build / "model.polynomial", build / "lamost.observations"
+    errors = ["--errors", build / "uncertainty"]
+    ran = cli(
+        "coverage", build / "pairs", model, catalog, build / "lamost.stars", *errors,
+        "-o", "coverage", "-w", 0,
+    )  # fmt: skip
+    assert ran.code == 0 and "inside" in ran.out, ran.err
+    assert rows(tmp_path / "coverage").equals(rows(build / "coverage"))
+    given = ["apply", model, catalog, *errors, "--coverage", "coverage", "--fallback", model]
+    assert cli(*given, "-o", "whole/corrected", "-w", 0).code == 0
+    made, wanted = rows(tmp_path / "whole/corrected"), rows(build / "lamost.corrected")
+    assert made.equals(wanted)
+    assert made.schema.equals(wanted.schema, check_metadata=True)
+    for shard in ("2/2", "1/2"):
+        assert cli(*given, "-o", "shards/corrected", "-w", 0, "--partitions", shard).code == 0
+    assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
+
+
+def test_what_the_correction_fades_to(cli: Cli, build, tmp_path):
+    model, catalog = build / "model.polynomial", build / "lamost.observations"
+    given = ["apply", model, catalog, "--coverage", build / "coverage", "-w", 0]
+    for name in ("none", "edge"):
+        assert cli(*given, "--fallback", name, "-o", name).code == 0
+    assert cli("apply", model, catalog, "-o", "plain", "-w", 0).code == 0
+    none, edge, plain = (rows(tmp_path / name) for name in ("none", "edge", "plain"))
+    assert edge["teff_delta"].equals(plain["teff_delta"])
+    flags = none["flag_sos"].to_numpy()
+    outside, inside = flags & FLAG_OUTSIDE != 0, flags & (FLAG_OUTSIDE | FLAG_SPARSE | 1) == 0
+    assert outside.any() and inside.any()
+    delta = none["teff_delta"].to_numpy()
+    assert (delta[outside & (flags & 1 == 0)] == 0).all()
+    assert (delta[inside] == plain["teff_delta"].to_numpy()[inside]).all()
+    assert Manifest.load(tmp_path / "none").summary["fallback"] == "none"
+
+
+def test_a_coverage_that_does_not_fit_is_refused(cli: Cli, build, tmp_path):
+    model, catalog = build / "model.polynomial", build / "lamost.observations"
+    trained = ["train", build / "pairs", "-m", "polynomial", "-p", "order=2", "-w", 0]
+    assert cli(*trained, "-o", "other").code == 0
+    other = tmp_path / "other"
+    given = ["-o", "out", "-w", 0, "--coverage"]
+    ran = cli("apply", model, catalog, *given, build / "pairs")
+    assert_error(
+        ran, 5, "pairs is no product 'coverage'", "sos-dask coverage PAIRS MODEL CATALOG STARS"
+    )
+    ran = cli("apply", model, build / "lamost.stars", *given, build / "coverage")
+    assert_error(ran, 5, "is not the coverage of .*lamost.stars")
+    ran = cli("apply", other, catalog, *given, build / "coverage")
+    assert_error(ran, 7, "was made for another correction")
+    inputs = [build / "pairs", model, catalog, build / "lamost.stars"]
+    assert cli("coverage", *inputs, "-o", "plain", "-w", 0).code == 0
+    ran = cli("apply", model, catalog, *given, "plain", "--errors", build / "uncertainty")
+    assert_error(ran, 7, "does not tell how far .* must be widened", "with the same --errors")
+    boosted = ["train", build / "pairs", "-m", "boosted", "-p", "n_rounds=5", "-w", 0]
+    assert cli(*boosted, "-o", "trees").code == 0
+    ran = cli("apply", model, catalog, *given, build / "coverage", "--fallback", "trees")
+    assert_error(ran, 7, "trees is a model of method 'boosted': the fallback is 'polynomial'")
+    ran = cli("apply", model, catalog, "-o", "out", "-w", 0, "--fallback", "none")
+    assert_error(ran, 3, "--fallback needs --coverage")
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_that_are_missing(cli: Cli, build):
+    ran = cli("coverage", build / "pairs", build / "model.polynomial", "-o", "out")
+    assert_error(ran, 3, re.escape("2 paths are not PAIRS MODEL CATALOG STARS"))
+    inputs = [
+        build / name
+        for name in ("pairs", "model.polynomial", "lamost.observations", "lamost.stars")
+    ]
+    assert_error(cli("coverage", *inputs), 3, "--out is missing")

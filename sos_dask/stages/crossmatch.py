@@ -160,7 +160,8 @@ def crossmatch(
     with unless_complete(output):
         run_parts(output, "matches", parts, _match_part, cluster, "crossmatch", report)
         matched = records(output, "matches", list(parts)) or []
-        changes, n_again = changed_folds(output, left.pixels, settings.folds)
+        joining = partial(changed_folds, output, left.pixels)
+        [(changes, n_again)] = cluster.run(joining, [settings.folds], "folds")
         if changes:
             run_parts(output, "folds", changes, change_folds, cluster, "folds", report)
         changed = dict(zip(changes, records(output, "folds", list(changes)) or [], strict=True))

@@ -349,7 +349,9 @@ def start(
                         threads_per_worker=1,
                         memory_limit=memory_limit,
                         processes=True,
-                        dashboard_address=None,  # bokeh would be a third of the whole start
+                        dashboard_address=":0",  # a free port; the server itself is always there
+                        # Its pages are made by bokeh, whose import is a third of the whole start.
+                        scheduler_kwargs={"dashboard": False},
                         silence_logs=logging.CRITICAL,
                     )
                 )

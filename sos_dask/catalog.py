@@ -227,7 +227,11 @@ class Catalog:
     def _opened(self, pixel: HealpixPixel) -> Iterator[pq.ParquetFile]:
         path = self.partition_file(pixel)
         # Without a buffer for all columns together: measured, it costs a quarter of the time.
-        with partition_errors(path), pq.ParquetFile(path, pre_buffer=False) as file:
+        with (
+            partition_errors(path),
+            pa.OSFile(str(path)) as source,
+            pq.ParquetFile(source, metadata=_footer_of(path), pre_buffer=False) as file,
+        ):
             yield file
 
     def rows_in(
@@ -387,7 +391,7 @@ class Catalog:
     def _footer(self, pixel: HealpixPixel) -> pq.FileMetaData:
         path = self.partition_file(pixel)
         with partition_errors(path):
-            return pq.read_metadata(path)
+            return _footer_of(path)
 
 
 def _edges(ranges: Ranges) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -486,6 +490,17 @@ def write_collection(directory: Path, name: str, primary: str, margins: Sequence
         lines += [f"all_margins={' '.join(margins)}", f"default_margin={margins[0]}"]
     with atomic_path(directory / "collection.properties") as path:
         path.write_text("# HATS collection\n" + "\n".join(lines) + "\n")
+
+
+def _footer_of(path: Path) -> pq.FileMetaData:
+    """Footer of a file; the last few are kept, for tasks read their partitions in several steps."""
+    found = path.stat()
+    return _kept_footer(str(path), found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=16)
+def _kept_footer(path: str, stamp: int, size: int) -> pq.FileMetaData:
+    return pq.read_metadata(path)
 
 
 @lru_cache(maxsize=8)

@@ -252,8 +252,9 @@ def _quiet_workers() -> Any:
     return Quiet()
 
 
-# What every worker imports before its first task.
-_PRELOADED = ["distributed", "distributed.nanny", "pyarrow.compute", "sos_dask.catalog"]
+# What every worker imports before its first task, beside the stages in use here. Arrow imports
+# pandas as soon as it gives values to NumPy.
+_PRELOADED = ["distributed", "distributed.nanny", "pandas", "pyarrow.compute", "sos_dask.catalog"]
 
 
 def _share_imports() -> None:
@@ -263,7 +264,8 @@ def _share_imports() -> None:
     """
     import distributed.utils
 
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    in_use = sorted(name for name in sys.modules if name.startswith("sos_dask.stages."))
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*_PRELOADED, *in_use])
     # Dask's own list would import pandas and more, in this process too.
     distributed.utils._forkserver_preload_set = True
 
@@ -347,7 +349,9 @@ def start(
                         threads_per_worker=1,
                         memory_limit=memory_limit,
                         processes=True,
-                        dashboard_address=":0",
+                        dashboard_address=":0",  # a free port; the server itself is always there
+                        # Its pages are made by bokeh, whose import is a third of the whole start.
+                        scheduler_kwargs={"dashboard": False},
                         silence_logs=logging.CRITICAL,
                     )
                 )

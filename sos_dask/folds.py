@@ -13,8 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from sos_dask import healpix
 from sos_dask.healpix import FloatArray, IntArray
@@ -134,27 +132,31 @@ def smallest_of_joined(
     -------
     ndarray of uint64, shape (n,)
     """
-    out = smallest.copy()
-    joined = np.zeros(len(out), dtype=np.bool_)
-    joined[links[0]] = joined[links[1]] = True
-    edges = [links]
-    for values in (smallest, number):
-        # Most stars are in one pair: only neighbours in the order of the numbers are edges.
-        order = np.argsort(values, kind="stable")
-        same = np.flatnonzero(values[order[1:]] == values[order[:-1]])
-        edges.append((order[same], order[same + 1]))
-        joined[order[same]] = joined[order[same + 1]] = True
-    rows = np.flatnonzero(joined)
-    if len(rows) == 0:
-        return out
-    place = np.cumsum(joined) - 1
-    i, j = (place[np.concatenate([edge[side] for edge in edges])] for side in (0, 1))
-    graph = coo_array((np.ones(len(i), dtype=np.int8), (i, j)), shape=(len(rows), len(rows)))
-    _, component = connected_components(graph, directed=False)
-    order = np.argsort(component, kind="stable")
-    starts = np.flatnonzero(np.diff(component[order], prepend=-1))
-    out[rows] = np.minimum.reduceat(smallest[rows[order]], starts)[component]
-    return out
+    known, node = np.unique(smallest, return_inverse=True)  # nodes are numbered by their numbers
+    order = np.argsort(number, kind="stable")
+    same = np.flatnonzero(number[order[1:]] == number[order[:-1]])
+    i = np.concatenate([links[0], order[same]])
+    j = np.concatenate([links[1], order[same + 1]])
+    return np.asarray(known[_first_of_joined(len(known), node[i], node[j])][node])
+
+
+def _first_of_joined(n: int, i: IntArray, j: IntArray) -> IntArray:
+    """The first of all nodes that are joined with each of ``n`` nodes by edges between i and j.
+
+    Trees of edges to earlier nodes, joined at their roots until no edge leads from one to another
+    (Shiloach & Vishkin 1982, J. Algorithms 3, 57). Importing scipy for it would take a worker
+    longer than all its folds.
+    """
+    root = np.arange(n)
+    while True:
+        i, j = root[i], root[j]
+        apart = i != j
+        if not apart.any():
+            return root
+        i, j = i[apart], j[apart]
+        np.minimum.at(root, np.maximum(i, j), np.minimum(i, j))
+        while not np.array_equal(higher := root[root], root):
+            root = higher
 
 
 def fold_of(smallest: KeyArray, n_folds: int) -> NDArray[np.int8]:

@@ -160,7 +160,8 @@ def crossmatch(
     with unless_complete(output):
         run_parts(output, "matches", parts, _match_part, cluster, "crossmatch", report)
         matched = records(output, "matches", list(parts)) or []
-        changes, n_again = changed_folds(output, left.pixels, settings.folds)
+        joining = partial(changed_folds, output, left.pixels)
+        [(changes, n_again)] = cluster.run(joining, [settings.folds], "folds")
         if changes:
             run_parts(output, "folds", changes, change_folds, cluster, "folds", report)
         changed = dict(zip(changes, records(output, "folds", list(changes)) or [], strict=True))
@@ -293,7 +294,7 @@ def _match_part(part: _Part) -> None:
         {
             "file": None if record is None else asdict(record),
             "n_pairs": pairs.num_rows,
-            "n_matched": len(np.unique(matches.left)),
+            "n_matched": int(np.count_nonzero(np.diff(matches.left, prepend=-1))),
             "n_stars": n_stars,
             "ambiguous": int(ambiguous.sum()),
             "by_id": int(matches.by_id.sum()),
@@ -332,7 +333,10 @@ def _take(
     catalog: Catalog, found: _Found, known: pa.Table, wanted: IntArray, names: list[str]
 ) -> pa.Table:
     """Rows of those that were found, in any order, with further columns beside the known ones."""
-    unique, place = np.unique(wanted, return_inverse=True)
+    is_wanted = np.zeros(known.num_rows, dtype=np.bool_)
+    is_wanted[wanted] = True
+    unique = np.flatnonzero(is_wanted)
+    place = np.cumsum(is_wanted)[wanted] - 1
     columns = [name for name in catalog.columns(names) if name not in known.schema.names]
     tables = [pa.schema([catalog.schema.field(name) for name in columns]).empty_table()]
     first = 0

@@ -2,7 +2,7 @@
 
 A task knows all pairs of its own partition. What it cannot know is which of them are joined with
 pairs of other partitions; it leaves those that may be as *edge pairs*, with all that they are
-joined with. The driver joins the edge pairs of all partitions, and says where that changes a fold.
+joined with. One task joins the edge pairs of all partitions, and says where that changes a fold.
 Its memory goes with the edge pairs: some percent of all.
 """
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sos_dask.ingest.arrays import BoolArray, IntArray, Values, is_text, split
+from sos_dask.ingest.arrays import BoolArray, IntArray, Values, as_array, is_text, split, taken
 from sos_dask.ingest.parse import Place, parse_floats, parse_integers, whole_numbers
 from sos_dask.ingest.profile import LABEL_SHIFT, binned
 from sos_dask.schema import LABELS, SourceColumn, Survey, is_gaia_id
@@ -34,9 +34,8 @@ class Made:
     def taken(self, index: IntArray) -> pa.Array:
         """Rows of these numbers, with Arrow nulls."""
         if isinstance(self.data, pa.Array):
-            return self.data.take(pa.array(index))
-        mask = None if self.valid is None else ~self.valid[index]
-        return pa.array(self.data[index], mask=mask)
+            return taken(self.data, index)
+        return as_array(self.data[index], None if self.valid is None else self.valid[index])
 
 
 def sentinels_of(survey: Survey, column: SourceColumn, dtype: np.dtype[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,13 @@ def read_chunk(
 
 def _canonical(place: Place, native: Mapping[str, Values], quality: Quality) -> Batch:
     survey, source = place.survey, place.source
+    coded = _coded(source, survey)
+    native = {
+        key: values.dictionary_decode()
+        if isinstance(values, pa.DictionaryArray) and key not in coded
+        else values
+        for key, values in native.items()
+    }
     made = {}
     for name, column in survey.columns.items():
         keys = source.columns[name]
@@ -157,6 +165,18 @@ def _canonical(place: Place, native: Mapping[str, Values], quality: Quality) -> 
         labels={name: made[name].histogram for name in LABELS if name in made},
     )
     return Batch(pa.Table.from_arrays(arrays, schema=schema), rejected, profile)
+
+
+def _coded(source: Source, survey: Survey) -> set[str]:
+    """Native columns that make one text of the product each, and are used for nothing else."""
+    used = Counter(key for keys in source.columns.values() for key in keys)
+    used.update(source.cuts.values())
+    return {
+        keys[0]
+        for name, keys in source.columns.items()
+        if survey.columns[name].dtype == "string" and name != "obs_id" and used[keys[0]] == 1
+        if len(keys) == 1 and not any(cut.column == name for cut in survey.cuts)
+    }
 
 
 def _reasons(made: Mapping[str, Made]) -> NDArray[np.int8]:

@@ -33,6 +33,8 @@ class Made:
 
     def taken(self, index: IntArray) -> pa.Array:
         """Rows of these numbers, with Arrow nulls."""
+        if isinstance(self.data, pa.DictionaryArray):
+            return self.data.dictionary.take(taken(self.data.indices, index))
         if isinstance(self.data, pa.Array):
             return taken(self.data, index)
         return as_array(self.data[index], None if self.valid is None else self.valid[index])
@@ -122,6 +124,13 @@ def integers(place: Place, source: SourceColumn, key: str, values: Values) -> Ma
 
 def text_column(place: Place, source: SourceColumn, values: Mapping[str, Values]) -> Made:
     """A text column of the product, of one native column or of several joined."""
+    if len(values) == 1:
+        (native,) = values.values()
+        if isinstance(native, pa.DictionaryArray):
+            texts = _text_part(place, source, native.dictionary)
+            present = texts.is_valid().to_numpy(zero_copy_only=False)
+            known = None if present.all() else present[native.indices.to_numpy()]
+            return Made(pa.DictionaryArray.from_arrays(native.indices, texts), known)
     parts = [_text_part(place, source, value) for value in values.values()]
     text = parts[0]
     if source.join:

@@ -28,6 +28,9 @@ _FITS_TYPES = {
     "E": (">f4", "float"),
     "D": (">f8", "float"),
 }
+# Short texts are mostly classes: looked at as numbers, each is made a text only once.
+_WORD = np.dtype("S8")
+_FEW, _FIRST_ROWS = 1000, 10_000
 _FITS_BYTES = {"C": 8, "M": 16, "P": 8, "Q": 16}
 
 
@@ -173,6 +176,35 @@ def _fits_values(native: Native, column: NDArray[Any]) -> Values:
 
 
 def _padded_text(column: NDArray[Any]) -> pa.Array:
+    """Fixed-width bytes as text: a dictionary where few of them differ.
+
+    Parameters
+    ----------
+    column : ndarray of bytes, shape (n,)
+
+    Returns
+    -------
+    pyarrow.StringArray or pyarrow.DictionaryArray of it
+    """
+    if column.dtype.itemsize <= _WORD.itemsize:
+        words = _padded(column)
+        if len(np.unique(words[:_FIRST_ROWS])) <= _FEW:
+            coded = pa.array(words).dictionary_encode()
+            texts = _text_of(coded.dictionary.to_numpy().view(_WORD))
+            return pa.DictionaryArray.from_arrays(coded.indices, texts)
+    return _text_of(column)
+
+
+def _padded(column: NDArray[Any]) -> NDArray[np.uint64]:
+    """Bytes of each text as one number."""
+    words = np.zeros(len(column), np.uint64)
+    # Plain bytes: to copy text takes seven times as long.
+    part = np.dtype({"names": ["text"], "formats": [f"V{column.dtype.itemsize}"], "itemsize": 8})
+    words.view(part)["text"] = np.ascontiguousarray(column).view(part["text"])
+    return words
+
+
+def _text_of(column: NDArray[Any]) -> pa.StringArray:
     """Fixed-width bytes as text; FITS pads with blanks, or ends the text with a NUL."""
     width = column.dtype.itemsize
     buffers = [None, pa.py_buffer(np.ascontiguousarray(column))]

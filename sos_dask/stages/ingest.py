@@ -217,8 +217,8 @@ def _run(
     chunk_parts = {
         key: _ChunkPart(output, survey, chunk, settings, key) for key, chunk in chunks.items()
     }
-    run_parts(output, "chunks", chunk_parts, _read_part, cluster, f"read {name}", report)
-    read = records(output, "chunks", list(chunks)) or []
+    run_parts(output, "read", chunk_parts, _read_part, cluster, f"read {name}", report)
+    read = records(output, "read", list(chunks)) or []
     profile = Profile.merge([Profile.from_dict(record["profile"]) for record in read])
     check_profile(profile, survey, [str(file) for file in files])
     pieces = tuple(piece for record in read for piece in record["pieces"])
@@ -301,7 +301,8 @@ def _read_part(part: _ChunkPart) -> None:
             rejected.append(batch.rejected)
         if batch.rows.num_rows:
             piece = f"pieces/{part.key}-{number:06d}.arrow"
-            write_piece(work / piece, batch.rows.combine_chunks())
+            write_piece(work / piece, batch.rows)
+            _save(_hashes_file(work / piece), batch.keys)
             pieces.append(piece)
             counts.append(_histogram_of(batch.rows[HEALPIX_COLUMN].to_numpy()))
     if rejected:
@@ -312,10 +313,9 @@ def _read_part(part: _ChunkPart) -> None:
         return_inverse=True,
     )
     rows = np.bincount(inverse, np.concatenate([c[1] for c in counts]) if counts else None)
-    with atomic_path(work / histogram) as temporary, temporary.open("wb") as file:
-        np.save(file, np.stack([cells, rows[: len(cells)].astype(np.int64)]))
+    _save(work / histogram, np.stack([cells, rows[: len(cells)].astype(np.int64)]))
     part.output.put_record(
-        "chunks",
+        "read",
         part.key,
         {
             "rows": n_rows,
@@ -324,6 +324,15 @@ def _read_part(part: _ChunkPart) -> None:
             "profile": Profile.merge(profiles).to_dict(),
         },
     )
+
+
+def _save(path: Path, values: NDArray[Any]) -> None:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, values)
+
+
+def _hashes_file(piece: Path) -> Path:
+    return piece.with_suffix(".keys.npy")
 
 
 def _histogram_of(cells29: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -348,7 +357,8 @@ def _read_rejected(output: Output, keys: Sequence[str]) -> pa.Table:
 def _keys_part(part: _KeyPart) -> None:
     """Keys of one bucket that stand at more than one position."""
     paths = [part.output.work / piece for piece in part.pieces]
-    keys = conflicting_keys(paths, part.bucket, part.n_buckets)
+    hashes = [_hashes_file(path) for path in paths]
+    keys = conflicting_keys(paths, part.bucket, part.n_buckets, hashes)
     write_piece(_keys_file(part.output, part.bucket), pa.table({"obs_id": keys}))
     part.output.put_record("keys", str(part.bucket), {"n_conflicts": len(keys)})
 

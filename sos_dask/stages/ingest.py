@@ -225,7 +225,7 @@ def _run(
     histogram = np.zeros(12 * 4**_HISTOGRAM_ORDER, dtype=np.int64)
     for record in read:
         counts = np.load(output.work / record["histogram"])
-        histogram[counts[0]] += counts[1]
+        np.add.at(histogram, counts[0], counts[1])  # a cell may stand in several batches
     pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, settings.rows_per_partition)
     n_buckets = int(histogram.sum()) // _KEYS_PER_BUCKET + 1
     key_parts = {
@@ -292,7 +292,8 @@ def _count_reasons(rejected: pa.Table) -> dict[str, int]:
 def _read_part(part: _ChunkPart) -> None:
     """First pass: one chunk of a file becomes sorted pieces."""
     work = part.output.work
-    profiles, pieces, rejected, counts, n_rows = [], [], [], [], 0
+    profiles, pieces, rejected, n_rows = [], [], [], 0
+    counts = [np.empty((2, 0), dtype=np.int32)]
     batches = read_chunk(part.chunk, part.survey, part.settings.chunk_rows, quality=quality_mask)
     for number, batch in enumerate(batches):
         n_rows += batch.rows.num_rows + batch.rejected.num_rows
@@ -308,12 +309,7 @@ def _read_part(part: _ChunkPart) -> None:
     if rejected:
         write_piece(_rejected_file(part.output, part.key), pa.concat_tables(rejected))
     histogram = f"pieces/{part.key}.npy"
-    cells, inverse = np.unique(
-        np.concatenate([c[0] for c in counts]) if counts else np.empty(0, np.int64),
-        return_inverse=True,
-    )
-    rows = np.bincount(inverse, np.concatenate([c[1] for c in counts]) if counts else None)
-    _save(work / histogram, np.stack([cells, rows[: len(cells)].astype(np.int64)]))
+    _save(work / histogram, np.concatenate(counts, axis=1))
     part.output.put_record(
         "read",
         part.key,
@@ -335,11 +331,11 @@ def _hashes_file(piece: Path) -> Path:
     return piece.with_suffix(".keys.npy")
 
 
-def _histogram_of(cells29: NDArray[np.int64]) -> NDArray[np.int64]:
+def _histogram_of(cells29: NDArray[np.int64]) -> NDArray[np.int32]:
     """Cells of the histogram's order that hold sorted rows, and their numbers, shape (2, n)."""
     cells = cells29 >> 2 * (MAX_ORDER - _HISTOGRAM_ORDER)
     first = np.flatnonzero(np.append(True, cells[1:] != cells[:-1]))
-    return np.stack([cells[first], np.diff(first, append=len(cells))])
+    return np.stack([cells[first], np.diff(first, append=len(cells))]).astype(np.int32)
 
 
 def _rejected_file(output: Output, key: str) -> Path:

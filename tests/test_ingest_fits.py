@@ -3,13 +3,17 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from astropy.io import fits
 from astropy.table import Table
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sos_dask.clean import quality_mask
 from sos_dask.errors import StorageError, SurveyError
 from sos_dask.ingest import open_source, plan_chunks, read_chunk
+from sos_dask.ingest.readers.fits import _padded_text, _text_of
 from sos_dask.ingest.readers.header import read_headers
 from tests.survey_files import fails, read, rows, survey, write_csv, write_fits
 
@@ -194,6 +198,16 @@ def test_damaged_headers(tmp_path):
     fails(path, survey(), "column 3 has the unknown format 'Y'")
     path.write_bytes(whole.replace(b"TFORM3  =", b"COMMENT x"))
     fails(path, survey(), "header is damaged", "TFORM3")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.binary(max_size=9), min_size=1, max_size=20))
+def test_short_texts_are_read_as_long_ones(words):
+    texts = [_text_of(np.array(words, f"S{width}")).to_pylist() for width in (8, 9)]
+    for width, expected in zip((8, 9), texts, strict=True):
+        found = _padded_text(np.array(words, f"S{width}"))
+        assert isinstance(found, pa.DictionaryArray) == (width == 8)
+        assert found.to_pylist() == expected
 
 
 # --- gzip -------------------------------------------------------------------------------------

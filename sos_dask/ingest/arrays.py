@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 Values: TypeAlias = NDArray[Any] | pa.Array
-"""A native column: an array without nulls, or an Arrow array of numbers or text."""
+"""A native column: an array without nulls, or an Arrow array of numbers, text or coded text."""
 
 
 def is_text(values: Values) -> bool:

@@ -28,10 +28,10 @@ _FITS_TYPES = {
     "E": (">f4", "float"),
     "D": (">f8", "float"),
 }
+_FITS_BYTES = {"C": 8, "M": 16, "P": 8, "Q": 16}
 # Short texts are mostly classes: looked at as numbers, each is made a text only once.
 _WORD = np.dtype("S8")
 _FEW, _FIRST_ROWS = 1000, 10_000
-_FITS_BYTES = {"C": 8, "M": 16, "P": 8, "Q": 16}
 
 
 def open_fits(path: Path, data_path: Path, hdu: int) -> Contents:

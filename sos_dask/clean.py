@@ -80,7 +80,7 @@ def quality_mask(
     for cut in survey.cuts:
         if cut.column in columns:
             fails = ~_passes(cut, native[columns[cut.column]], survey)
-            quality[fails] |= np.int64(1) << cut.bit
+            quality |= fails.astype(np.int64) << cut.bit
     return quality
 
 

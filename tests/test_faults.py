@@ -42,7 +42,7 @@ enabled = false
 """
 # Stage and the kind of records that its parts leave: killed when some are there, but not all.
 MOMENTS = [
-    ("ingest", "chunks"),
+    ("ingest", "read"),
     ("ingest", "partitions"),
     ("dedupe", "stars"),
     ("crossmatch", "matches"),

@@ -17,7 +17,7 @@ from sos_dask.ingest import (
     merge_rows,
     rejected_rows,
 )
-from sos_dask.ingest.keys import hashes_of
+from sos_dask.ingest.keys import hashes_of, sorted_hashes
 from tests.survey_files import ipc_bytes, read, rows, survey, write_fits
 
 VALUE = st.sampled_from([None, 0.0, 1.0])
@@ -178,6 +178,11 @@ def test_keys_at_several_places_as_by_brute_force(tmp_path, text, n_buckets):
     assert all(keys.to_pylist() == sorted(keys.to_pylist()) for keys in found)
     assert all(keys.type == keys_type for keys in found for keys_type in [table["obs_id"].type])
     assert len(found[-1]) > 0
+    hashes = [tmp_path / f"{number}.npy" for number in range(len(pieces))]
+    for file, piece in zip(hashes, (keys[:50], keys[:0], keys[50:]), strict=True):
+        np.save(file, sorted_hashes(piece))
+    for bucket in range(n_buckets):
+        assert conflicting_keys(pieces, bucket, n_buckets, hashes).equals(found[bucket])
     tables = [table.slice(i, 13) for i in range(0, 120, 13)]  # with offsets, not from files
     assert conflicting_keys(tables).to_pylist() == sorted(expected)
 

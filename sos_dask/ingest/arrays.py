@@ -7,12 +7,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 Values: TypeAlias = NDArray[Any] | pa.Array
-"""A native column: an array without nulls, or an Arrow array of numbers or text."""
+"""A native column: an array without nulls, or an Arrow array of numbers, text or coded text."""
 
 
 def is_text(values: Values) -> bool:
@@ -28,6 +29,31 @@ def split(values: Values) -> tuple[NDArray[Any], BoolArray | None]:
         return values.to_numpy(zero_copy_only=False), None
     null = values.is_null().to_numpy(zero_copy_only=False)
     return values.fill_null(0).to_numpy(zero_copy_only=False), null
+
+
+def as_array(values: NDArray[Any], valid: BoolArray | None = None) -> pa.Array:
+    """Numbers as an Arrow array that shares their memory, null where they are not valid."""
+    if valid is None or valid.all():
+        return pa.array(values)
+    # A third of the time of a mask given to `pyarrow.array`.
+    bits = pa.py_buffer(np.packbits(valid, bitorder="little"))
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [bits, pa.py_buffer(values)])
+
+
+def taken(column: pa.Array, index: IntArray) -> pa.Array:
+    """Rows of an array in the order of an index, in half the time of `pyarrow.Array.take`.
+
+    Numbers and nulls are taken apart, and the index is not checked.
+    """
+    if not column.null_count or not pa.types.is_primitive(column.type):
+        return pc.take(column, pa.array(index), boundscheck=False)
+    data = [None, column.buffers()[1]]
+    plain = pa.Array.from_buffers(column.type, len(column), data, offset=column.offset)
+    values = pc.take(plain, pa.array(index), boundscheck=False)
+    valid = column.is_valid().to_numpy(zero_copy_only=False).take(index)
+    bits = pa.py_buffer(np.packbits(valid, bitorder="little"))
+    return pa.Array.from_buffers(column.type, len(index), [bits, values.buffers()[1]])
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:

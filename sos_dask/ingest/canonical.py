@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from sos_dask.healpix import ang2pix
 from sos_dask.ingest.arrays import IntArray, Values, is_text, split
-from sos_dask.ingest.keys import sort_order
+from sos_dask.ingest.keys import sort_order, sorted_hashes
 from sos_dask.ingest.merge import FILE, REJECTED_SCHEMA, ROW
 from sos_dask.ingest.parse import Place, parse_floats, parse_integers
 from sos_dask.ingest.profile import Example, Profile
@@ -68,11 +69,14 @@ class Batch:
         ``_healpix_29`` and ``obs_id``.
     rejected : pyarrow.Table
         ``REJECTED_SCHEMA``: rows without a usable position or key, in the order of the file.
+    keys : ndarray of uint64, shape (n,)
+        `sorted_hashes` of ``obs_id`` in ``rows``.
     profile : Profile
     """
 
     rows: pa.Table
     rejected: pa.Table
+    keys: NDArray[np.uint64]
     profile: Profile
 
 
@@ -106,6 +110,13 @@ def read_chunk(
 
 def _canonical(place: Place, native: Mapping[str, Values], quality: Quality) -> Batch:
     survey, source = place.survey, place.source
+    coded = _coded(source, survey)
+    native = {
+        key: values.dictionary_decode()
+        if isinstance(values, pa.DictionaryArray) and key not in coded
+        else values
+        for key, values in native.items()
+    }
     made = {}
     for name, column in survey.columns.items():
         keys = source.columns[name]
@@ -129,8 +140,8 @@ def _canonical(place: Place, native: Mapping[str, Values], quality: Quality) -> 
     ra[ra >= 360.0] = 0.0  # 360 itself, and what rounds to it
     good: IntArray = np.flatnonzero(reasons == 0)
     cells = ang2pix(ra[good], made["dec"].data[good])
-    ids = made["obs_id"].data
-    order = sort_order(cells, ids.take(pa.array(good)) if isinstance(ids, pa.Array) else ids[good])
+    ids = made["obs_id"].taken(good)
+    order = sort_order(cells, ids if pa.types.is_string(ids.type) else ids.to_numpy())
     index = good[order]
     schema = survey.arrow_schema()
     arrays = [
@@ -156,7 +167,21 @@ def _canonical(place: Place, native: Mapping[str, Values], quality: Quality) -> 
         bounds=bounds,
         labels={name: made[name].histogram for name in LABELS if name in made},
     )
-    return Batch(pa.Table.from_arrays(arrays, schema=schema), rejected, profile)
+    # Keys are sorted as the file has them: often in order, which on the sky they never are.
+    rows = pa.Table.from_arrays(arrays, schema=schema)
+    return Batch(rows, rejected, sorted_hashes(ids), profile)
+
+
+def _coded(source: Source, survey: Survey) -> set[str]:
+    """Native columns that make one text of the product each, and are used for nothing else."""
+    used = Counter(key for keys in source.columns.values() for key in keys)
+    used.update(source.cuts.values())
+    return {
+        keys[0]
+        for name, keys in source.columns.items()
+        if survey.columns[name].dtype == "string" and name != "obs_id" and used[keys[0]] == 1
+        if len(keys) == 1 and not any(cut.column == name for cut in survey.cuts)
+    }
 
 
 def _reasons(made: Mapping[str, Made]) -> NDArray[np.int8]:

@@ -64,8 +64,16 @@ def codes_of(column: pa.Array) -> IntArray:
     return np.asarray(flipped.astype(np.int64))
 
 
+def sorted_hashes(ids: pa.Array) -> NDArray[np.uint64]:
+    """`hashes_of`, ascending: next to nothing where the keys of a file are."""
+    return np.sort(hashes_of(ids), kind="stable")
+
+
 def conflicting_keys(
-    pieces: Sequence[Path | pa.Table], bucket: int = 0, n_buckets: int = 1
+    pieces: Sequence[Path | pa.Table],
+    bucket: int = 0,
+    n_buckets: int = 1,
+    hashes: Sequence[Path] | None = None,
 ) -> pa.Array:
     """Values of ``obs_id`` that stand at more than one place.
 
@@ -75,6 +83,8 @@ def conflicting_keys(
         Tables or uncompressed Arrow IPC files (memory-mapped) with ``obs_id`` and ``_healpix_29``.
     bucket, n_buckets : int
         Only keys of one bucket are looked at, so that their 8 bytes a row fit in memory.
+    hashes : sequence of Path, optional
+        `sorted_hashes` of the pieces, in any order, as NumPy files.
 
     Returns
     -------
@@ -86,13 +96,13 @@ def conflicting_keys(
     SurveyError
         More than 100 rows, and more than 1 % of the bucket's, share their key with a row elsewhere.
     """
-    hashes = [np.empty(0, np.uint64)]
-    for ids, _ in _keys(pieces):
-        hashed = hashes_of(ids)
-        hashes.append(hashed[_in_bucket(hashed, bucket, n_buckets)])
-    hashed = np.concatenate(hashes)
-    del hashes
-    hashed.sort()
+    runs = [np.empty(0, np.uint64)]
+    for run in map(np.load, hashes) if hashes is not None else _runs(pieces):
+        runs.append(run if n_buckets == 1 else run[_in_bucket(run, bucket, n_buckets)])
+    runs.sort(key=lambda run: int(run[0]) if len(run) else 0)
+    hashed = np.concatenate(runs)
+    del runs
+    hashed.sort(kind="stable")  # which merges runs, and finds those of an ordered file in order
     n_rows = len(hashed)
     # Nearly all keys stand once: only of the others it matters where.
     repeated = np.unique(hashed[1:][hashed[1:] == hashed[:-1]])
@@ -141,6 +151,10 @@ def check_conflicts(n_conflicts: int, n_rows: int, example: str, where: str = ""
         )
 
 
+def _runs(pieces: Sequence[Path | pa.Table]) -> Iterator[NDArray[np.uint64]]:
+    return (sorted_hashes(ids) for ids, _ in _keys(pieces))
+
+
 def _keys(pieces: Sequence[Path | pa.Table]) -> Iterator[tuple[pa.Array, IntArray]]:
     for piece in pieces:
         if isinstance(piece, pa.Table):
@@ -164,8 +178,6 @@ def _found(hashes: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> tuple[IntA
 
 
 def _in_bucket(hashes: NDArray[np.uint64], bucket: int, n_buckets: int) -> BoolArray:
-    if n_buckets == 1:
-        return np.ones(len(hashes), dtype=bool)
     mixed = (hashes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
     return np.asarray(mixed % np.uint64(n_buckets) == bucket)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sos_dask.ingest.arrays import BoolArray, IntArray, one_array
+from sos_dask.ingest.arrays import BoolArray, IntArray, one_array, taken
 from sos_dask.ingest.keys import codes_of, sort_order
 from sos_dask.schema import HEALPIX_COLUMN
 
@@ -61,7 +61,7 @@ def merge_rows(tables: Sequence[pa.Table], files: Sequence[str]) -> Merged:
     files : sequence of str
         Names for ``rejected``, by file index.
     """
-    table = pa.concat_tables(tables).combine_chunks()
+    table = pa.concat_tables(tables)
     cells = table[HEALPIX_COLUMN].to_numpy()
     ids = one_array(table["obs_id"])
     numbers = ids if pa.types.is_string(ids.type) else ids.to_numpy()
@@ -69,23 +69,32 @@ def merge_rows(tables: Sequence[pa.Table], files: Sequence[str]) -> Merged:
     same = np.zeros(len(order), dtype=bool)  # whether a row has the key of the one before
     in_order = cells[order]
     candidates = np.flatnonzero(in_order[1:] == in_order[:-1]) + 1
-    left, right = (ids.take(pa.array(order[candidates - step])) for step in (1, 0))
+    left, right = (taken(ids, order[candidates - step]) for step in (1, 0))
     same[candidates] = pc.equal(left, right).to_numpy(zero_copy_only=False)
     if not same.any():
-        rows = table.take(pa.array(order))
-        return Merged(rows.drop_columns([FILE, ROW]), REJECTED_SCHEMA.empty_table(), 0)
+        return Merged(_observations(table, order), REJECTED_SCHEMA.empty_table(), 0)
     repeated = same.copy()
     repeated[:-1] |= same[1:]
     where = np.flatnonzero(repeated)
     group = np.cumsum(~same[where]) - 1
-    repeats = table.take(pa.array(order[where]))
+    repeats = _rows(table, order[where])
     winner, equal = _settle(repeats, group)
     lost = np.flatnonzero(~winner & ~equal)
     rejected = rejected_rows(repeats.take(pa.array(lost)), CONFLICT, files)
     keep = np.ones(len(order), dtype=bool)
     keep[where] = winner
-    rows = table.take(pa.array(order[keep])).drop_columns([FILE, ROW])
+    rows = _observations(table, order[keep])
     return Merged(rows, rejected, int(np.count_nonzero(~winner & equal)))
+
+
+def _observations(table: pa.Table, index: IntArray) -> pa.Table:
+    return _rows(table.drop_columns([FILE, ROW]), index)
+
+
+def _rows(table: pa.Table, index: IntArray) -> pa.Table:
+    """Rows of a table of many chunks; one column after the other, to hold one copy of one only."""
+    columns = [taken(one_array(column), index) for column in table.columns]
+    return pa.Table.from_arrays(columns, schema=table.schema)
 
 
 def losing_rows(rows: pa.Table) -> pa.Table:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sos_dask.ingest.arrays import BoolArray, IntArray, Values, is_text, split
+from sos_dask.ingest.arrays import BoolArray, IntArray, Values, as_array, is_text, split, taken
 from sos_dask.ingest.parse import Place, parse_floats, parse_integers, whole_numbers
 from sos_dask.ingest.profile import LABEL_SHIFT, binned
 from sos_dask.schema import LABELS, SourceColumn, Survey, is_gaia_id
@@ -33,10 +33,11 @@ class Made:
 
     def taken(self, index: IntArray) -> pa.Array:
         """Rows of these numbers, with Arrow nulls."""
+        if isinstance(self.data, pa.DictionaryArray):
+            return self.data.dictionary.take(taken(self.data.indices, index))
         if isinstance(self.data, pa.Array):
-            return self.data.take(pa.array(index))
-        mask = None if self.valid is None else ~self.valid[index]
-        return pa.array(self.data[index], mask=mask)
+            return taken(self.data, index)
+        return as_array(self.data[index], None if self.valid is None else self.valid[index])
 
 
 def sentinels_of(survey: Survey, column: SourceColumn, dtype: np.dtype[Any]) -> list[Any]:
@@ -123,6 +124,13 @@ def integers(place: Place, source: SourceColumn, key: str, values: Values) -> Ma
 
 def text_column(place: Place, source: SourceColumn, values: Mapping[str, Values]) -> Made:
     """A text column of the product, of one native column or of several joined."""
+    if len(values) == 1:
+        (native,) = values.values()
+        if isinstance(native, pa.DictionaryArray):
+            texts = _text_part(place, source, native.dictionary)
+            present = texts.is_valid().to_numpy(zero_copy_only=False)
+            known = None if present.all() else present[native.indices.to_numpy()]
+            return Made(pa.DictionaryArray.from_arrays(native.indices, texts), known)
     parts = [_text_part(place, source, value) for value in values.values()]
     text = parts[0]
     if source.join:

@@ -223,15 +223,15 @@ def _run(
     chunk_parts = {
         key: _ChunkPart(output, survey, chunk, settings, key) for key, chunk in chunks.items()
     }
-    run_parts(output, "chunks", chunk_parts, _read_part, cluster, f"read {name}", report)
-    read = records(output, "chunks", list(chunks)) or []
+    run_parts(output, "read", chunk_parts, _read_part, cluster, f"read {name}", report)
+    read = records(output, "read", list(chunks)) or []
     profile = Profile.merge([Profile.from_dict(record["profile"]) for record in read])
     check_profile(profile, survey, [str(file) for file in files])
     pieces = tuple(piece for record in read for piece in record["pieces"])
     histogram = np.zeros(12 * 4**_HISTOGRAM_ORDER, dtype=np.int64)
     for record in read:
         counts = np.load(output.work / record["histogram"])
-        histogram[counts[0]] += counts[1]
+        np.add.at(histogram, counts[0], counts[1])  # a cell may stand in several batches
     pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, settings.rows_per_partition)
     if pixels:
         n_bytes = sum((output.work / piece).stat().st_size for piece in pieces)
@@ -301,7 +301,8 @@ def _count_reasons(rejected: pa.Table) -> dict[str, int]:
 def _read_part(part: _ChunkPart) -> None:
     """First pass: one chunk of a file becomes sorted pieces."""
     work = part.output.work
-    profiles, pieces, rejected, counts, n_rows = [], [], [], [], 0
+    profiles, pieces, rejected, n_rows = [], [], [], 0
+    counts = [np.empty((2, 0), dtype=np.int32)]
     batches = read_chunk(part.chunk, part.survey, part.settings.chunk_rows, quality=quality_mask)
     for number, batch in enumerate(batches):
         n_rows += batch.rows.num_rows + batch.rejected.num_rows
@@ -310,21 +311,16 @@ def _read_part(part: _ChunkPart) -> None:
             rejected.append(batch.rejected)
         if batch.rows.num_rows:
             piece = f"pieces/{part.key}-{number:06d}.arrow"
-            write_piece(work / piece, batch.rows.combine_chunks())
+            write_piece(work / piece, batch.rows)
+            _save(_hashes_file(work / piece), batch.keys)
             pieces.append(piece)
             counts.append(_histogram_of(batch.rows[HEALPIX_COLUMN].to_numpy()))
     if rejected:
         write_piece(_rejected_file(part.output, part.key), pa.concat_tables(rejected))
     histogram = f"pieces/{part.key}.npy"
-    cells, inverse = np.unique(
-        np.concatenate([c[0] for c in counts]) if counts else np.empty(0, np.int64),
-        return_inverse=True,
-    )
-    rows = np.bincount(inverse, np.concatenate([c[1] for c in counts]) if counts else None)
-    with atomic_path(work / histogram) as temporary, temporary.open("wb") as file:
-        np.save(file, np.stack([cells, rows[: len(cells)].astype(np.int64)]))
+    _save(work / histogram, np.concatenate(counts, axis=1))
     part.output.put_record(
-        "chunks",
+        "read",
         part.key,
         {
             "rows": n_rows,
@@ -335,11 +331,20 @@ def _read_part(part: _ChunkPart) -> None:
     )
 
 
-def _histogram_of(cells29: NDArray[np.int64]) -> NDArray[np.int64]:
+def _save(path: Path, values: NDArray[Any]) -> None:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, values)
+
+
+def _hashes_file(piece: Path) -> Path:
+    return piece.with_suffix(".keys.npy")
+
+
+def _histogram_of(cells29: NDArray[np.int64]) -> NDArray[np.int32]:
     """Cells of the histogram's order that hold sorted rows, and their numbers, shape (2, n)."""
     cells = cells29 >> 2 * (MAX_ORDER - _HISTOGRAM_ORDER)
     first = np.flatnonzero(np.append(True, cells[1:] != cells[:-1]))
-    return np.stack([cells[first], np.diff(first, append=len(cells))])
+    return np.stack([cells[first], np.diff(first, append=len(cells))]).astype(np.int32)
 
 
 def _rejected_file(output: Output, key: str) -> Path:
@@ -357,7 +362,8 @@ def _read_rejected(output: Output, keys: Sequence[str]) -> pa.Table:
 def _keys_part(part: _KeyPart) -> None:
     """Keys of one bucket that stand at more than one position."""
     paths = [part.output.work / piece for piece in part.pieces]
-    keys = conflicting_keys(paths, part.bucket, part.n_buckets)
+    hashes = [_hashes_file(path) for path in paths]
+    keys = conflicting_keys(paths, part.bucket, part.n_buckets, hashes)
     write_piece(_keys_file(part.output, part.bucket), pa.table({"obs_id": keys}))
     part.output.put_record("keys", str(part.bucket), {"n_conflicts": len(keys)})
 

@@ -113,7 +113,8 @@ def read_native(source: Source, start: int, stop: int | None, batch_rows: int) -
     ------
     tuple of int and dict
         Number of the first row (from 0) and its columns by their keys: numbers in native byte
-        order, text of binary files without padding, text files all as text.
+        order, text of binary files without padding (of FITS a dictionary where it is short), text
+        files all as text.
 
     Raises
     ------

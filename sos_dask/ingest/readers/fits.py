@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.arrays import Values, decoded
 from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source
+from sos_dask.ingest.readers.header import read_headers
 
 _BLOCK_BYTES = 1 << 20  # stays in the second-level cache while its columns are pulled out
 _FITS_TYPES = {
@@ -29,18 +29,16 @@ _FITS_TYPES = {
     "D": (">f8", "float"),
 }
 _FITS_BYTES = {"C": 8, "M": 16, "P": 8, "Q": 16}
+# Short texts are mostly classes: looked at as numbers, each is made a text only once.
+_WORD = np.dtype("S8")
+_FEW, _FIRST_ROWS = 1000, 10_000
 
 
 def open_fits(path: Path, data_path: Path, hdu: int) -> Contents:
     """What a FITS binary table holds, from its header."""
-    from astropy.io import fits
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of truncation, which is said with numbers below
-            with fits.open(data_path, memmap=True, disable_image_compression=True) as hdus:
-                headers = [(item.header, int(item.fileinfo()["datLoc"])) for item in hdus]
-    except (OSError, ValueError, KeyError, TypeError, fits.VerifyError) as error:
+        headers = read_headers(data_path)
+    except (OSError, ValueError) as error:
         raise SurveyError(f"{path}: not a readable FITS file: {error}", DAMAGED) from None
     kinds = [str(header.get("XTENSION", "")).strip() for header, _ in headers]
     if hdu >= len(headers) or kinds[hdu] != "BINTABLE":
@@ -66,7 +64,7 @@ def open_fits(path: Path, data_path: Path, hdu: int) -> Contents:
         )
     try:
         natives = list(_fits_columns(path, header))
-    except KeyError as error:
+    except (KeyError, ValueError) as error:
         raise SurveyError(f"{path}: its header is damaged: {error}", DAMAGED) from None
     layout = {"offset": offset, "row_bytes": row_bytes}
     return Contents(natives, n_rows, layout)
@@ -173,6 +171,35 @@ def _fits_values(native: Native, column: NDArray[Any]) -> Values:
 
 
 def _padded_text(column: NDArray[Any]) -> pa.Array:
+    """Fixed-width bytes as text: a dictionary where few of them differ.
+
+    Parameters
+    ----------
+    column : ndarray of bytes, shape (n,)
+
+    Returns
+    -------
+    pyarrow.StringArray or pyarrow.DictionaryArray of it
+    """
+    if column.dtype.itemsize <= _WORD.itemsize:
+        words = _padded(column)
+        if len(np.unique(words[:_FIRST_ROWS])) <= _FEW:
+            coded = pa.array(words).dictionary_encode()
+            texts = _text_of(coded.dictionary.to_numpy().view(_WORD))
+            return pa.DictionaryArray.from_arrays(coded.indices, texts)
+    return _text_of(column)
+
+
+def _padded(column: NDArray[Any]) -> NDArray[np.uint64]:
+    """Bytes of each text as one number."""
+    words = np.zeros(len(column), np.uint64)
+    # Plain bytes: to copy text takes seven times as long.
+    part = np.dtype({"names": ["text"], "formats": [f"V{column.dtype.itemsize}"], "itemsize": 8})
+    words.view(part)["text"] = np.ascontiguousarray(column).view(part["text"])
+    return words
+
+
+def _text_of(column: NDArray[Any]) -> pa.StringArray:
     """Fixed-width bytes as text; FITS pads with blanks, or ends the text with a NUL."""
     width = column.dtype.itemsize
     buffers = [None, pa.py_buffer(np.ascontiguousarray(column))]

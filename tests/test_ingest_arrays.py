@@ -1,0 +1,32 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sos_dask.ingest.arrays import as_array, taken
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.int64(), pa.float32(), pa.int8(), pa.bool_(), pa.string()], ids=str
+)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_rows_in_the_order_of_an_index(kind, data):
+    values = data.draw(st.lists(st.none() | st.integers(0, 1), min_size=1, max_size=30))
+    cut = data.draw(st.integers(0, len(values) - 1))
+    column = pa.array(values, pa.int8()).cast(kind).slice(cut)
+    rows = data.draw(st.lists(st.integers(0, len(column) - 1), max_size=40))
+    index = np.array(rows, dtype=np.int64)
+    found = taken(column, index)
+    found.validate(full=True)
+    assert found.equals(column.take(pa.array(index)))
+    assert found.null_count == sum(column[row].as_py() is None for row in rows)
+
+
+@given(st.lists(st.tuples(st.floats(width=32, allow_nan=False), st.booleans())))
+def test_numbers_that_are_not_valid_are_null(pairs):
+    values = np.array([value for value, _ in pairs], dtype=np.float32)
+    valid = np.array([is_valid for _, is_valid in pairs], dtype=bool)
+    assert as_array(values, valid).equals(pa.array(values, mask=~valid))
+    assert as_array(values).null_count == 0

@@ -1,5 +1,4 @@
 import gzip
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from sos_dask.clean import quality_mask
 from sos_dask.errors import StorageError, SurveyError
 from sos_dask.ingest import open_source, plan_chunks, read_chunk
 from sos_dask.ingest.readers.fits import _padded_text, _text_of
-from sos_dask.ingest.readers.header import read_headers
 from tests.survey_files import fails, read, rows, survey, write_csv, write_fits
 
 # --- FITS -------------------------------------------------------------------------------------
@@ -131,60 +129,6 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     path.write_bytes(path.read_bytes()[:20000])
     with pytest.raises(SurveyError, match="became shorter"):
         list(read_chunk(chunk, survey(), quality=quality_mask))
-
-
-def test_headers_as_astropy_reads_them(tmp_path):
-    table = fits.BinTableHDU(Table(rows(3)))
-    values: dict = {
-        "EXTNAME": "it's '' a name",
-        "TUNIT1": "a / slash",
-        "LONG": "x'/ y" * 40,
-        "EMPTY": "",
-        "WHOLE": -(2**63),
-        "REAL": 1.25e-300,
-        "YES": True,
-        "NO": False,
-        "NOTHING": None,
-    }
-    for key, value in values.items():
-        table.header[key] = (value, "comment 'quoted' / twice")
-    table.header.append("WHOLE", 5, end=True)
-    data = np.zeros((4, 1, 1, 1, 1, 3), np.float32)
-    groups = fits.GroupsHDU(fits.GroupData(data, parnames=["U", "V"], pardata=[0, 1]))
-    groups.header["D"] = "replaced"
-    fits.HDUList([groups, fits.ImageHDU(np.zeros((5, 7))), table]).writeto(tmp_path / "a")
-    content = (tmp_path / "a").read_bytes()
-    card = f"{'D':8}= 'replaced'"
-    content = content.replace(card.encode(), f"{'D':8}= {'1.5D-3':10}".encode())
-    (tmp_path / "a").write_bytes(content + b"not a header")
-    with warnings.catch_warnings(), fits.open(tmp_path / "a") as hdus:
-        warnings.simplefilter("ignore")
-        expected = [(dict(hdu.header), hdu.fileinfo()["datLoc"]) for hdu in hdus]
-    found = read_headers(tmp_path / "a")
-    assert [at for _, at in found] == [at for _, at in expected]
-    for (mine, _), (theirs, _) in zip(found, expected, strict=True):
-        # Not astropy's own reading of quotes in a comment, or in a text that is continued.
-        assert list(mine) == [key for key in theirs if key not in ("COMMENT", "", "NOTHING")]
-        assert {k: mine[k] for k in mine if k not in values} == {
-            k: theirs[k] for k in mine if k not in values
-        }
-    assert {k: found[2][0].get(k) for k in values} == values
-
-
-@pytest.mark.parametrize(
-    ("card", "text", "problem"),
-    [
-        ("BITPIX", "COMMENT", "no BITPIX"),
-        ("NAXIS", "COMMENT", "no NAXIS"),
-        ("NAXIS1", "COMMENT", "no NAXIS1"),
-        ("NAXIS1", f"NAXIS1  = {-8:20}", "negative size"),
-    ],
-)
-def test_headers_without_the_size_of_their_data(tmp_path, card, text, problem):
-    whole = write_fits(tmp_path / "a", rows(3)).read_bytes()
-    at = whole.index(f"{card:8}=".encode(), whole.index(b"XTENSION"))
-    (tmp_path / "b").write_bytes(whole[:at] + f"{text:80}".encode() + whole[at + 80 :])
-    fails(tmp_path / "b", survey(), "not a readable FITS file", problem)
 
 
 def test_damaged_headers(tmp_path):

@@ -27,6 +27,7 @@ from sos_dask.schema import LABELS
 from sos_dask.splice import can_extend, extend_partition
 from sos_dask.stages.parts import (
     commit_catalog,
+    finished,
     key_of,
     records,
     require_memory,
@@ -242,9 +243,9 @@ def apply(
             "apply",
             report,
         )
-        done = records(output, "corrected", keys)
-        if done is None:
+        if not finished(output, "corrected", keys):
             return None
+        done = records(output, "corrected", keys)
         n_rows = catalog.n_rows
         commit_catalog(
             output,

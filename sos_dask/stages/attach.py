@@ -186,7 +186,7 @@ def attach(
     parts = {key_of(p): _Part(output, catalog, other, p, settings, reach) for p in catalog.pixels}
     with unless_complete(output):
         run_parts(output, "attached", parts, _attach_part, cluster, "attach", report)
-        done = records(output, "attached", list(parts)) or []
+        done = records(output, "attached", list(parts))
         commit_catalog(
             output,
             name or catalog.name,

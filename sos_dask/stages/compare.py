@@ -180,10 +180,8 @@ def compare(
         by_label = {key: _Part(output, key, models, settings) for key in LABELS}
         run_parts(output, "methods", by_method, _method_part, cluster, "compare", report)
         run_parts(output, "labels", by_label, _label_part, cluster, "compare labels", report)
-        of_methods = dict(
-            zip(by_method, records(output, "methods", list(by_method)) or [], strict=True)
-        )
-        of_labels = records(output, "labels", list(by_label)) or []
+        of_methods = dict(zip(by_method, records(output, "methods", list(by_method)), strict=True))
+        of_labels = records(output, "labels", list(by_label))
         scored = [_scored(item) for item in of_labels]
         noise = {
             label: min(

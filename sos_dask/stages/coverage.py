@@ -220,7 +220,7 @@ def _run(
         for p in catalog.pixels
     }
     run_parts(output, "scores", parts, _score_part, cluster, "coverage", report)
-    done = records(output, "scores", keys) or []
+    done = records(output, "scores", keys)
     maps = kernel.sum_maps(read_piece(_map_file(output, key)) for key in keys)
     files.append(output.write_file(MAPS, partial(write_parquet, maps)))
     n_rows = catalog.n_rows

@@ -159,12 +159,12 @@ def crossmatch(
     }
     with unless_complete(output):
         run_parts(output, "matches", parts, _match_part, cluster, "crossmatch", report)
-        matched = records(output, "matches", list(parts)) or []
+        matched = records(output, "matches", list(parts))
         joining = partial(changed_folds, output, left.pixels)
         [(changes, n_again)] = cluster.run(joining, [settings.folds], "folds")
         if changes:
             run_parts(output, "folds", changes, change_folds, cluster, "folds", report)
-        changed = dict(zip(changes, records(output, "folds", list(changes)) or [], strict=True))
+        changed = dict(zip(changes, records(output, "folds", list(changes)), strict=True))
         for (part_key, part), record in zip(parts.items(), matched, strict=True):
             if part_key not in changes and record["file"] is not None:
                 keep_pairs(output, part.pixel)

@@ -108,7 +108,7 @@ def dedupe(
     step = f"dedupe {catalog.name}"
     with unless_complete(output):
         run_parts(output, "stars", parts, _dedupe_part, cluster, step, report)
-        done = records(output, "stars", list(parts)) or []
+        done = records(output, "stars", list(parts))
         n_in, n_out = catalog.n_rows, sum(record["n_stars"] for record in done)
         merged = sum(record["n_members"] for record in done) - n_out
         summary = {

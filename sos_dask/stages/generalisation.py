@@ -187,7 +187,7 @@ def generalisation(
         ]
         by_key = {part.key: part for part in parts}
         run_parts(output, "fits", by_key, _fit, cluster or Cluster(), "generalisation", report)
-        done = records(output, "fits", list(by_key)) or []
+        done = records(output, "fits", list(by_key))
         refused = {part.key: r["refused"] for part, r in zip(parts, done, strict=True)}
         record = output.write_file(TABLE, partial(write_parquet, _figures(table, parts, groups)))
         n_used = table.num_rows

@@ -224,7 +224,7 @@ def _run(
         key: _ChunkPart(output, survey, chunk, settings, key) for key, chunk in chunks.items()
     }
     run_parts(output, "read", chunk_parts, _read_part, cluster, f"read {name}", report)
-    read = records(output, "read", list(chunks)) or []
+    read = records(output, "read", list(chunks))
     profile = Profile.merge([Profile.from_dict(record["profile"]) for record in read])
     check_profile(profile, survey, [str(file) for file in files])
     pieces = tuple(piece for record in read for piece in record["pieces"])
@@ -247,7 +247,7 @@ def _run(
     }
     _settle_conflicts(output, pieces, names, n_buckets)
     run_parts(output, "partitions", pixel_parts, _merge_part, cluster, f"write {name}", report)
-    done = records(output, "partitions", list(pixel_parts)) or []
+    done = records(output, "partitions", list(pixel_parts))
     rejected = _read_rejected(output, [*chunks, "conflicts", *pixel_parts])
     n_rows = sum(record["rows"] for record in read)
     conflicts = rejected.filter(pc.equal(rejected["reason"], CONFLICT))["obs_id"]

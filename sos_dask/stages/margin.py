@@ -76,7 +76,7 @@ def margin(
             write_collection(directory, catalog.name, "catalog", ["margin"])
             step = f"margin of {catalog.name}"
             run_parts(output, "margin", parts, _margin_part, cluster or Cluster(), step, report)
-            done = records(output, "margin", list(parts)) or []
+            done = records(output, "margin", list(parts))
             n_out = sum(record["file"]["rows"] for record in done if record["file"])
             n_in = catalog.n_rows
             commit_catalog(

@@ -17,7 +17,7 @@ from sos_dask.artifact import FileRecord, Manifest, Output, Rows, atomic_path
 from sos_dask.catalog import Catalog, partition_errors, write_catalog_metadata
 from sos_dask.cluster import Cluster, Report
 from sos_dask.columns import floats32, matrix32
-from sos_dask.errors import CatalogError, SurveyError
+from sos_dask.errors import CatalogError, StorageError, SurveyError
 from sos_dask.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.schema import LABELS
 
@@ -134,10 +134,29 @@ def needed_bytes(step: str, n_bytes: int) -> int:
     return int((process_mib << 20) + copies * n_bytes)
 
 
-def records(output: Output, kind: str, keys: Sequence[str]) -> list[dict[str, Any]] | None:
-    """Records of all parts in order; None where one is not finished."""
-    found = [output.get_record(kind, key) for key in keys]
-    return None if any(item is None for item in found) else [item for item in found if item]
+def finished(output: Output, kind: str, keys: Sequence[str]) -> bool:
+    """Whether all parts have a record."""
+    return all(output.get_record(kind, key) is not None for key in keys)
+
+
+def records(output: Output, kind: str, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Records of all parts in order.
+
+    Raises
+    ------
+    StorageError
+        One is missing: it was removed meanwhile, or the workers run another version.
+    """
+    found = []
+    for key in keys:
+        record = output.get_record(kind, key)
+        if record is None:
+            raise StorageError(
+                f"{output.work}: the record '{kind}/{key}' of a finished part is missing",
+                "Run again; driver and workers must run the same version.",
+            )
+        found.append(record)
+    return found
 
 
 @contextmanager

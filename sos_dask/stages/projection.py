@@ -152,7 +152,7 @@ def projection(
         run_parts(
             output, "placed", {part.key: part for part in parts}, _place, cluster, "place", report
         )
-        placed = records(output, "placed", [part.key for part in parts]) or []
+        placed = records(output, "placed", [part.key for part in parts])
         done = [r for r, part in zip(placed, parts, strict=True) if part.sample == TARGET]
         n_rows = target[0].n_rows
         commit_catalog(
@@ -210,7 +210,7 @@ def _fitted(
 ) -> tuple[FileRecord, FileRecord]:
     """Sample, plane and scales, saved; what a killed run has saved is made again, alike."""
     run_parts(output, "strata", {p.key: p for p in parts}, _count, cluster, "strata", report)
-    counted = records(output, "strata", [part.key for part in parts]) or []
+    counted = records(output, "strata", [part.key for part in parts])
     rates: dict[str, dict[int, float]] = {}
     for sample in (TARGET, OVERLAP):
         total: Counter[int] = Counter()

@@ -153,7 +153,7 @@ def reference(
         }
         run_parts(output, "counts", counts, _count_part, cluster, "reference plan", report)
         histogram = np.zeros(12 * 4**_HISTOGRAM_ORDER, dtype=np.int64)
-        for record in records(output, "counts", list(counts)) or []:
+        for record in records(output, "counts", list(counts)):
             np.add.at(histogram, record["cells"], record["rows"])
         pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, settings.rows_per_partition)
         if pixels:
@@ -170,7 +170,7 @@ def reference(
             fixed = replace(settings, unify=replace(settings.unify, offsets=offsets))
             parts = {key: replace(part, settings=fixed) for key, part in parts.items()}
         run_parts(output, "stars", parts, _reference_part, cluster, "reference", report)
-        done = records(output, "stars", list(parts)) or []
+        done = records(output, "stars", list(parts))
         n_in, n_out = int(histogram.sum()), sum(record["n_stars"] for record in done)
         merged = sum(record["n_members"] for record in done) - n_out
         commit_catalog(

@@ -176,7 +176,7 @@ def _report(
         }
         parts = {key: _Figure(key, build, _Counts(output, keys)) for key in figures(build)}
         run_parts(output, "figures", parts, _figure_part, cluster, "figures", report)
-        done = dict(zip(parts, records(output, "figures", list(parts)) or [], strict=True))
+        done = dict(zip(parts, records(output, "figures", list(parts)), strict=True))
         drawn = {key: record for key, record in done.items() if record["files"]}
         files = [FileRecord(**file) for record in drawn.values() for file in record["files"]]
         counts = _Counts(output, keys)

@@ -199,7 +199,7 @@ def trends(
         fitted = {name: _Fitted(output, name, path, pairs) for name, path in models.items()}
         run_parts(output, "fitted", fitted, _fitted_part, cluster, "predictions", report)
         run_parts(output, "trends", parts, _trends_part, cluster, "trends", report)
-        done = records(output, "trends", list(parts)) or []
+        done = records(output, "trends", list(parts))
         lines = [key for key in parts if key != _PLANE_KEY]
         planes = [key for key in parts if key == _PLANE_KEY]
         files = []

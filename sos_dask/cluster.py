@@ -252,8 +252,8 @@ def _quiet_workers() -> Any:
     return Quiet()
 
 
-# What every worker imports before its first task, beside the stages in use here. Arrow imports
-# pandas as soon as it gives values to NumPy.
+# What every worker imports before its first task, beside the stages in use here and what these name
+# as PRELOAD. Arrow imports pandas as soon as it gives values to NumPy.
 _PRELOADED = ["distributed", "distributed.nanny", "pandas", "pyarrow.compute", "sos_dask.catalog"]
 
 
@@ -265,7 +265,9 @@ def _share_imports() -> None:
     import distributed.utils
 
     in_use = sorted(name for name in sys.modules if name.startswith("sos_dask.stages."))
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*_PRELOADED, *in_use])
+    needed = {extra for name in in_use for extra in getattr(sys.modules[name], "PRELOAD", ())}
+    preloaded = [*_PRELOADED, *in_use, *sorted(needed)]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)
     # Dask's own list would import pandas and more, in this process too.
     distributed.utils._forkserver_preload_set = True
 

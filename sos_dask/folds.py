@@ -144,8 +144,8 @@ def _first_of_joined(n: int, i: IntArray, j: IntArray) -> IntArray:
     """The first of all nodes that are joined with each of ``n`` nodes by edges between i and j.
 
     Trees of edges to earlier nodes, joined at their roots until no edge leads from one to another
-    (Shiloach & Vishkin 1982, J. Algorithms 3, 57). Importing scipy for it would take a worker
-    longer than all its folds.
+    (after Shiloach & Vishkin 1982, J. Algorithms 3, 57, without the step that bounds their rounds:
+    groups have few stars). Importing scipy for it would take a worker longer than all its folds.
     """
     root = np.arange(n)
     while True:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from sos_dask.coverage.fit import WRONG_SIGMA, Columns, Overlap, held_out_distance, scale_pairs
 from sos_dask.coverage.growth import Noise
@@ -81,7 +80,7 @@ def compare(
         _, _, _, x, sample = scale_pairs(overlap.columns, catalog, name)
         distance = held_out_distance(name, x, sample, overlap.fold, held_out, seed)
         distances[name] = distance[held_out]
-    ranks = np.mean([rankdata(distance) for distance in distances.values()], axis=0)
+    ranks = np.mean([_ranks(distance) for distance in distances.values()], axis=0)
     near = ranks <= np.median(ranks)
     columns = {name: values[held_out] for name, values in overlap.columns.items()}
     unknown = np.full(len(ranks), np.nan)
@@ -119,7 +118,7 @@ def rank(
         Equal for pairs of one star, which are drawn together.
     """
     stars, group = np.unique(star, return_inverse=True)
-    together = np.mean([rankdata(distance) for distance in distances.values()], axis=0)
+    together = np.mean([_ranks(distance) for distance in distances.values()], axis=0)
     sparse = together >= np.quantile(together, 1 - FAR_SHARE)
     rows = {ALL: np.ones(len(error), dtype=np.bool_), SPARSE: sparse}
     sums = {}
@@ -159,13 +158,19 @@ def rank(
     return found
 
 
+def _ranks(values: FloatArray) -> FloatArray:
+    from scipy.stats import rankdata
+
+    return np.asarray(rankdata(values))
+
+
 def _moments(
     distance: FloatArray, error: FloatArray, chosen: NDArray[np.bool_]
 ) -> Sequence[FloatArray]:
     """Per row what a correlation is summed from: of ranks, which resamples take as they are."""
     a, b = np.zeros(len(error)), np.zeros(len(error))
     for out, values in ((a, distance), (b, error)):
-        place = rankdata(values[chosen])
+        place = _ranks(values[chosen])
         out[chosen] = (place - place.mean()) / len(place)
     return chosen.astype(np.float64), a, b, a * a, b * b, a * b
 

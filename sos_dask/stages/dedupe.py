@@ -31,6 +31,7 @@ from sos_dask.stages.parts import (
     unless_complete,
 )
 
+PRELOAD = ("sos_dask.compiled",)  # for workers: this module itself imports it where it has rows
 VERSION = 2
 _MAX_LAYERS = 256
 

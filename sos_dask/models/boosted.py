@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -392,12 +393,18 @@ def _rounds_there(job: _Job, client: Any) -> tuple[int, ...]:
 
 def _fit_here(job: _Job, progress: Progress) -> tuple[Any, ...]:
     import xgboost
+    from dask.system import CPU_COUNT
 
     rows = _block(job, 0, job.source.n_batches)
+    # Trees do not depend on the number of threads. A worker has those that it was given; the
+    # process that was started has nothing else to do.
+    params = job.booster_params()
+    if multiprocessing.parent_process() is None:
+        params["nthread"] = max(params["nthread"], CPU_COUNT)
     boosters = []
     for number in range(len(LABELS)):
         matrix = _matrix(job, rows, number)
-        boosters.append(xgboost.train(job.booster_params(), matrix, job.rounds[number]))
+        boosters.append(xgboost.train(params, matrix, job.rounds[number]))
         progress("boosted", number + 1, len(LABELS))
     return tuple(boosters)
 

@@ -41,6 +41,8 @@ from sos_dask.uncertainty import ErrorModel, load_errors
 VERSION = 4
 # What the correction, its errors and its flags depend on.
 _READ = ("obs_id", *LABELS, "snr", "quality")
+# What is calculated of rows takes several times the memory of what is kept.
+_ROWS_AT_ONCE = 1 << 17
 _HOW_TO_COVER = "Make it: sos-dask coverage PAIRS MODEL CATALOG STARS -o OUT."
 
 
@@ -340,26 +342,38 @@ def _widened(
     return widened(corrected, factors)
 
 
+def _corrected(
+    part: _Part, key: str, errors: ErrorModel | None, rows: pa.Table, scores: pa.Table | None
+) -> pa.Table:
+    """Some rows of a partition with all that is known of their correction."""
+    correction: Predictor = _load(part.model, key)
+    if part.trust is None or scores is None:
+        return correct(rows, correction, errors)
+    known = _load_coverage(str(part.trust.coverage.path), key)
+    corrected = correct(rows, _faded(correction, scores, part.trust, known, key), errors)
+    corrected = with_coverage(corrected, scores)
+    return corrected if errors is None else _widened(corrected, scores, errors, known)
+
+
 def _apply_part(part: _Part) -> None:
     key = part.output.fingerprint
     errors = None if part.errors is None else _load_errors(part.errors, key)
     schema = _schema(part.catalog, errors, part.trust)
     extends = can_extend(part.catalog, part.pixel, schema)
     table = part.catalog.read(part.pixel, part.catalog.columns(_READ) if extends else None)
-    correction: Predictor = _load(part.model, key)
-    if part.trust is None:
-        corrected = correct(table, correction, errors)
-    else:
+    scores = None
+    if part.trust is not None:
         scores = part.trust.coverage.read(part.pixel, ["obs_id", "coverage", FLAGS])
-        known = _load_coverage(str(part.trust.coverage.path), key)
-        corrected = correct(table, _faded(correction, scores, part.trust, known, key), errors)
-        corrected = with_coverage(corrected, scores)
-        if errors is not None:
-            corrected = _widened(corrected, scores, errors, known)
+    added = schema.names[len(part.catalog.schema) :] if extends else schema.names
+    pieces = []
+    for first in range(0, max(table.num_rows, 1), _ROWS_AT_ONCE):
+        rows = table.slice(first, _ROWS_AT_ONCE)
+        of_rows = None if scores is None else scores.slice(first, _ROWS_AT_ONCE)
+        pieces.append(_corrected(part, key, errors, rows, of_rows).select(added))
+    corrected = pa.concat_tables(pieces).combine_chunks()
     flags = pc.value_counts(corrected["flag_sos"]).to_pylist()
     if extends:
-        new = corrected.select(schema.names[len(part.catalog.schema) :])
-        record = extend_partition(part.output, part.catalog, part.pixel, new, schema)
+        record = extend_partition(part.output, part.catalog, part.pixel, corrected, schema)
     else:
         record = write_partition(part.output, part.pixel, corrected)
     counts = {

@@ -344,7 +344,7 @@ def start(
                 ) from error
         else:
             _share_imports()
-            with _children_ignore_interrupts():
+            with _children_ignore_interrupts(), _environment_kept():
                 local = stack.enter_context(
                     LocalCluster(
                         n_workers=n_workers or os.cpu_count() or 1,
@@ -379,6 +379,19 @@ def _require_listener(address: str) -> None:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Dask gives workers their environment through this process, which may use all its threads."""
+    before = {name: os.environ.get(name) for name in _WORKER_ENVIRONMENT}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -139,6 +139,13 @@ def in_one_pixel(table: pa.Table) -> pa.Table:
     return table.sort_by([("_healpix_29", "ascending"), ("obs_id", "ascending")])
 
 
+def test_workers_have_one_thread_and_this_process_all(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with start(1, "1GiB") as cluster:
+        assert "OMP_NUM_THREADS" not in os.environ
+        assert cluster.run(os.getenv, ["OMP_NUM_THREADS"], "ask") == ["1"]
+
+
 def test_cpu_seconds_are_of_this_process_and_of_the_workers(cluster):
     assert Cluster().cpu_seconds().keys() == {""}
     before = cluster.cpu_seconds()

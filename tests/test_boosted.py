@@ -195,6 +195,16 @@ def test_prediction_is_center_and_spread_times_the_trees():
     np.testing.assert_array_equal(out.trees(batch.features)[:, 1], out.boosters[1].predict(matrix))
 
 
+def test_neither_trees_nor_predictions_depend_on_threads(monkeypatch):
+    batch = biased_pairs(20_000, 4)
+    found = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(boosted, "_threads", lambda _, n=threads: n)
+        correction = fit(ArraySource(batch), params={**QUICK, "subsample": 0.7})
+        found.append((correction.files(), correction.trees(batch.features).tobytes()))
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_seed_decides_the_subsample():
     source = ArraySource(biased_pairs(3000, 16))
     params = {**QUICK, "subsample": 0.5}

@@ -156,7 +156,7 @@ def coverage(
     if found["measures"]:
         _show_measures(found["measures"])
     figure = store / "current" / "report" / "figures" / "coverage.png"
-    if figure.is_file():
+    if not inputs and figure.is_file():
         say(f"The maps as a figure: {figure}")
     _show_kiel(found["kiel"])
     show_table(

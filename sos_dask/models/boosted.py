@@ -154,8 +154,8 @@ class BoostedCorrection(Fitted):
         for label, booster in zip(LABELS, boosters, strict=True):
             if booster.num_features() != len(FEATURES):
                 raise ModelError(f"{_file(label)}: {booster.num_features()} features, not 3")
-            # A worker has one thread; a model trained on a GPU is used anywhere.
-            booster.set_param({"nthread": 1, "device": "cpu"})
+            # A model trained on a GPU is used anywhere.
+            booster.set_param({"nthread": _threads(1), "device": "cpu"})
         return boosters
 
     def trees(self, features: Float32Array) -> Float32Array:
@@ -391,16 +391,22 @@ def _rounds_there(job: _Job, client: Any) -> tuple[int, ...]:
     return rounds
 
 
-def _fit_here(job: _Job, progress: Progress) -> tuple[Any, ...]:
-    import xgboost
+def _threads(wanted: int) -> int:
+    """Threads to use: a worker has so many; the process that was started has the whole machine.
+
+    Neither trees nor predictions depend on it.
+    """
     from dask.system import CPU_COUNT
 
+    return wanted if multiprocessing.parent_process() else max(wanted, CPU_COUNT)
+
+
+def _fit_here(job: _Job, progress: Progress) -> tuple[Any, ...]:
+    import xgboost
+
     rows = _block(job, 0, job.source.n_batches)
-    # Trees do not depend on the number of threads. A worker has those that it was given; the
-    # process that was started has nothing else to do.
     params = job.booster_params()
-    if multiprocessing.parent_process() is None:
-        params["nthread"] = max(params["nthread"], CPU_COUNT)
+    params["nthread"] = _threads(params["nthread"])
     boosters = []
     for number in range(len(LABELS)):
         matrix = _matrix(job, rows, number)

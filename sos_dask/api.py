@@ -13,7 +13,6 @@ from sos_dask.crossmatch import MatchSettings
 from sos_dask.dedupe import DedupeSettings
 from sos_dask.pipeline import rebuild
 from sos_dask.plan import plan
-from sos_dask.schema import Survey, builtin_surveys, load_survey
 from sos_dask.simulate import SkySettings, simulate
 from sos_dask.stages.apply import Trust, apply
 from sos_dask.stages.attach import AttachSettings, attach
@@ -29,6 +28,8 @@ from sos_dask.stages.train import TrainSettings, train
 from sos_dask.stages.trends import TrendSettings, trends
 from sos_dask.stages.uncertainty import UncertaintySettings, uncertainty
 from sos_dask.store import gc, status
+from sos_dask.survey import Survey
+from sos_dask.survey_file import builtin_surveys, load_survey
 from sos_dask.unify import UnifySettings
 from sos_dask.verify import verify
 

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask.errors import SurveyError
-from sos_dask.schema import Cut, Survey, find_name, nearest
+from sos_dask.schema import find_name, nearest
+from sos_dask.survey import Cut, Survey
 
 BoolArray = NDArray[np.bool_]
 

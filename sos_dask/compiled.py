@@ -83,7 +83,7 @@ def pairs_on_faces(
     """Pairs of rows within a radius (deg) that lie in one base pixel, i < j.
 
     Rows are entered into the cells of an order that they may reach, as ``touches`` says (see
-    `healpix.pairs_within`); ``crosses`` is set for those that may reach into another base pixel.
+    `nearby.pairs_within`); ``crosses`` is set for those that may reach into another base pixel.
     ``near`` is 1, or 2 where the separation must be calculated: below 0.005 deg in both coordinates
     what the plane neglects (Taylor series of the haversine formula) is less than one part in 10^8
     of the squared separation. ``count[0]`` is the number of pairs, also of those for which there is

@@ -5,7 +5,7 @@ The rule for one pair of rows:
 * **Common epoch.** If the right row has a proper motion (both components) and both rows have an
   epoch, the right row is moved to the left row's epoch; else, if the left row has one and both
   have an epoch, the left row is moved to the right row's epoch; else both stay where they are. Rows
-  move along great circles (`healpix.propagate`).
+  move along great circles (`sphere.propagate`).
 * **Ids.** In a Gaia release in which both rows have an id, the ids decide. Equal in any release:
   the pair is a candidate when its separation is at most ``id_radius_arcsec`` (``by_id``). Different
   in every common release: never a pair, however near (a conflict). Ids of different releases are
@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask import healpix
+from sos_dask import healpix, nearby, sphere
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.healpix import FloatArray, IntArray
 from sos_dask.schema import HEALPIX_COLUMN, require_columns
@@ -259,7 +259,7 @@ class _Side:
     def at(self, rows: IntArray, epoch: FloatArray | float) -> tuple[FloatArray, FloatArray]:
         """Positions of rows that move, at an epoch."""
         assert self.pm is not None and self.epoch is not None
-        return healpix.propagate(
+        return sphere.propagate(
             self.ra[rows],
             self.dec[rows],
             self.pm[0][rows],
@@ -297,7 +297,7 @@ def _separation(a: _Side, b: _Side, i: IntArray, j: IntArray) -> FloatArray:
         left = ~right & a.moves(i) & b.has_epoch(j)
         if left.any():
             ra1[left], dec1[left] = a.at(i[left], b.epoch[j[left]])
-    return healpix.separation_arcsec(ra1, dec1, ra2, dec2)
+    return sphere.separation_arcsec(ra1, dec1, ra2, dec2)
 
 
 def _near(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
@@ -324,10 +324,10 @@ def _near_candidates(
         if len(i) == 0 or len(j) == 0:
             continue
         if len(i) <= len(j):
-            for one, other in healpix.candidates(a.cells[i], radius_arcsec, b.cells[j]):
+            for one, other in nearby.candidates(a.cells[i], radius_arcsec, b.cells[j]):
                 yield i[one], j[other]
         else:
-            for other, one in healpix.candidates(b.cells[j], radius_arcsec, a.cells[i]):
+            for other, one in nearby.candidates(b.cells[j], radius_arcsec, a.cells[i]):
                 yield i[one], j[other]
 
 
@@ -347,7 +347,7 @@ def _moved(
     ra, dec = mover.at(rows, (first + last) / 2)
     total_pm = np.hypot(mover.pm[0][rows], mover.pm[1][rows])
     reach = radius_arcsec + total_pm * ((last - first) / 2000.0)
-    for i, j in healpix.candidates(healpix.ang2pix(ra, dec), reach, other.cells[others]):
+    for i, j in nearby.candidates(healpix.ang2pix(ra, dec), reach, other.cells[others]):
         yield (others[j], rows[i]) if swap else (rows[i], others[j])
 
 

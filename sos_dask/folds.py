@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask import healpix
+from sos_dask import nearby, sphere
 from sos_dask.healpix import FloatArray, IntArray
 
 KeyArray = NDArray[np.uint64]
@@ -102,8 +102,8 @@ def same_targets(
     """
     first, second = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     reach = max(radius_arcsec, id_radius_arcsec) if ids else radius_arcsec
-    for i, j in healpix.candidates(cells29, reach, cells29, later_only=True):
-        separation = healpix.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
+    for i, j in nearby.candidates(cells29, reach, cells29, later_only=True):
+        separation = sphere.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
         linked = separation <= radius_arcsec
         for release in ids:
             equal = (release[i] == release[j]) & (release[i] > 0)

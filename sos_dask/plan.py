@@ -22,7 +22,6 @@ from sos_dask.dedupe import DedupeSettings
 from sos_dask.errors import SurveyError
 from sos_dask.planner import Planner, Stage
 from sos_dask.projection import ProjectionSettings
-from sos_dask.schema import Survey, load_survey
 from sos_dask.stages.apply import Trust, apply, apply_recipe
 from sos_dask.stages.attach import AttachSettings, attach, attach_recipe, companion_survey
 from sos_dask.stages.compare import CompareSettings, compare, compare_recipe
@@ -49,6 +48,8 @@ from sos_dask.stages.uncertainty import (
     uncertainty_recipe,
 )
 from sos_dask.store import DIGESTS_FILE
+from sos_dask.survey import Survey
+from sos_dask.survey_file import load_survey
 from sos_dask.unify import UnifySettings
 
 COMPARISON = "comparison"

@@ -6,7 +6,7 @@ import pytest
 
 from sos_dask.catalog import Catalog
 from sos_dask.errors import CatalogError, ConfigError
-from sos_dask.healpix import separation_arcsec
+from sos_dask.sphere import separation_arcsec
 from sos_dask.stages.attach import AttachSettings, attach
 from tests.sky import observations, write_catalog
 

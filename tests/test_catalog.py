@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from sos_dask.catalog import Catalog, partition_path, write_parquet
 from sos_dask.errors import CatalogError, PartitionError
-from sos_dask.healpix import HealpixPixel, surroundings
+from sos_dask.healpix import HealpixPixel
+from sos_dask.surroundings import surroundings
 from sos_dask.verify import verify
 from tests.sky import observations, write_catalog
 
@@ -127,7 +128,8 @@ def test_surroundings_hold_every_neighbour(catalog):
     """Rows within the radius of a partition's rows are in the partition or in its first layer."""
     table = observations(3000, spread=True)
     cells = table["_healpix_29"].to_numpy()
-    from sos_dask.healpix import in_ranges, separation_arcsec
+    from sos_dask.healpix import in_ranges
+    from sos_dask.sphere import separation_arcsec
 
     ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
     radius = 5000.0

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from sos_dask.clean import quality_mask, required_natives
 from sos_dask.errors import SurveyError
-from sos_dask.schema import Survey, parse_survey
+from sos_dask.survey import Survey
+from sos_dask.survey_file import parse_survey
 
 
 def survey_with(cuts: dict, **more) -> Survey:

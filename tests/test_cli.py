@@ -26,7 +26,7 @@ from sos_dask.catalog import Catalog
 from sos_dask.cli import app, main
 from sos_dask.dedupe import METHODS
 from sos_dask.errors import SosError
-from sos_dask.schema import builtin_surveys
+from sos_dask.survey_file import builtin_surveys
 from tests.conftest import ROOT
 from tests.job import contents, write_job
 from tests.sky import observations, write_catalog

@@ -16,15 +16,9 @@ from hypothesis import strategies as st
 from sos_dask import crossmatch
 from sos_dask.crossmatch import Matches, MatchSettings, Motion, match, reach_arcsec
 from sos_dask.errors import ConfigError, PartitionError
-from sos_dask.healpix import (
-    FloatArray,
-    HealpixPixel,
-    ang2pix,
-    in_ranges,
-    propagate,
-    separation_arcsec,
-    surroundings,
-)
+from sos_dask.healpix import FloatArray, HealpixPixel, ang2pix, in_ranges
+from sos_dask.sphere import propagate, separation_arcsec
+from sos_dask.surroundings import surroundings
 
 THOROUGH = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=150

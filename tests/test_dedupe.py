@@ -16,13 +16,8 @@ from hypothesis import strategies as st
 
 from sos_dask.dedupe import METHODS, DedupeSettings, Edges, Groups, combine, group
 from sos_dask.errors import ConfigError, PartitionError
-from sos_dask.healpix import (
-    HealpixPixel,
-    ang2pix,
-    in_ranges,
-    propagate,
-    separation_arcsec,
-)
+from sos_dask.healpix import HealpixPixel, ang2pix, in_ranges
+from sos_dask.sphere import propagate, separation_arcsec
 
 THOROUGH = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=200

@@ -13,28 +13,25 @@ from hypothesis import strategies as st
 
 from sos_dask.errors import ConfigError
 from sos_dask.healpix import (
-    ARCSEC_PER_RADIAN,
     MAX_ORDER,
     FloatArray,
     HealpixPixel,
     IntArray,
     ang2pix,
-    around_cells,
-    candidates,
     cell_ranges,
     in_ranges,
-    near_edge,
-    near_pixel,
-    order_for_radius,
-    pairs_within,
     partition_of,
     plan_partitions,
-    propagate,
-    separation_arcsec,
+    with_neighbours,
+)
+from sos_dask.nearby import candidates, near_edge, pairs_within
+from sos_dask.sphere import ARCSEC_PER_RADIAN, propagate, separation_arcsec, unit_vectors
+from sos_dask.surroundings import (
+    around_cells,
+    near_pixel,
+    order_for_radius,
     surrounding_cells,
     surroundings,
-    unit_vectors,
-    with_neighbours,
 )
 
 SETTINGS = settings(

@@ -19,7 +19,8 @@ from sos_dask.ingest import (
     plan_chunks,
     read_chunk,
 )
-from sos_dask.schema import Survey, load_survey, parse_survey
+from sos_dask.survey import Survey
+from sos_dask.survey_file import load_survey, parse_survey
 from tests.survey_files import NAMES, fails, ipc_bytes, read, rows, survey, write_csv, write_fits
 
 # --- what comes out ---------------------------------------------------------------------------

@@ -3,8 +3,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.errors import SurveyError
-from sos_dask.schema import load_survey
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
+from sos_dask.survey_file import load_survey
 from tests.survey_files import rows, survey, write_fits
 
 

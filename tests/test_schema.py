@@ -16,23 +16,17 @@ import pytest
 from sos_dask.errors import ConfigError, SosError, SurveyError
 from sos_dask.schema import (
     CANONICAL,
-    COLUMN_HEADINGS,
-    CUT_HEADINGS,
     HEALPIX,
     LABELS,
     MISSING_LABEL_BITS,
     QUALITY,
     RESERVED,
     TEXT_UNITS,
-    Cut,
-    builtin_surveys,
-    describe_columns,
-    describe_cuts,
-    load_survey,
     nearest,
-    parse_survey,
     require_columns,
 )
+from sos_dask.survey import COLUMN_HEADINGS, CUT_HEADINGS, Cut, describe_columns, describe_cuts
+from sos_dask.survey_file import builtin_surveys, load_survey, parse_survey
 
 SURVEYS = builtin_surveys()
 REAL_FILES = {

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from sos_dask import healpix
+from sos_dask import healpix, sphere
 from sos_dask.errors import ConfigError, StorageError
-from sos_dask.schema import load_survey
 from sos_dask.simulate import (
     GAIA_SCHEMA,
     POSITION_EPOCHS,
@@ -40,6 +39,7 @@ from sos_dask.simulate import (
 from sos_dask.simulate.columns import COLUMNS, record_dtype
 from sos_dask.simulate.plan import make_plan
 from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, from_galactic, to_galactic
+from sos_dask.survey_file import load_survey
 
 N_LAMOST = 40_000
 SURVEYS = {LAMOST: "lamost", APOGEE: "apogee", GALAH: "galah"}
@@ -112,7 +112,7 @@ def sky(tmp_path_factory: pytest.TempPathFactory) -> Sky:
 
 def moved(table: NDArray[Any], years: float) -> tuple[NDArray[Any], NDArray[Any]]:
     """Special stars at another epoch."""
-    return healpix.propagate(table[:, 0], table[:, 1], table[:, 2], table[:, 3], years)
+    return sphere.propagate(table[:, 0], table[:, 1], table[:, 2], table[:, 3], years)
 
 
 def digests(paths: dict[str, Path]) -> dict[str, str]:
@@ -260,7 +260,7 @@ def test_repeats(sky: Sky) -> None:
     order = np.lexsort((truth["row"], truth["star"]))
     same = np.flatnonzero(np.diff(truth["star"][order]) == 0)
     a, b = order[same], order[same + 1]
-    apart = healpix.separation_arcsec(
+    apart = sphere.separation_arcsec(
         *(rows[name][i].astype(float) for i in (a, b) for name in ("ra", "dec"))
     )
     assert 0.1 < np.median(apart) < 0.3
@@ -458,7 +458,7 @@ def test_overlap_by_id_and_by_place_is_that_of_the_truth(sky: Sky) -> None:
     )
     rows_l = sky.rows[LAMOST][: len(star_l)]
     first = np.unique(star_l, return_index=True)[1]
-    places = healpix.unit_vectors(
+    places = sphere.unit_vectors(
         rows_l["ra"][first].astype(float), rows_l["dec"][first].astype(float)
     )
     tree = cKDTree(places)
@@ -480,11 +480,11 @@ def test_overlap_by_id_and_by_place_is_that_of_the_truth(sky: Sky) -> None:
             & np.isfinite(ra)
         )
         years = 2000.0 - POSITION_EPOCHS[survey]
-        ra, dec = healpix.propagate(ra[good], dec[good], pm[good, 0], pm[good, 1], years)
+        ra, dec = sphere.propagate(ra[good], dec[good], pm[good, 0], pm[good, 1], years)
         shared = np.isin(star[good], star_l)
         assert shared.mean() > least
-        distance, nearest = tree.query(healpix.unit_vectors(ra, dec))
-        found = distance * healpix.ARCSEC_PER_RADIAN < 1.5
+        distance, nearest = tree.query(sphere.unit_vectors(ra, dec))
+        found = distance * sphere.ARCSEC_PER_RADIAN < 1.5
         assert np.all(found[shared])
         assert (star_l[first][nearest][shared] == star[good][shared]).mean() > 0.999
         assert found[~shared].mean() < 0.005
@@ -533,7 +533,7 @@ def test_special_stars_are_in_every_survey(sky: Sky) -> None:
         np.testing.assert_array_equal(ra[still], table[still, 0])
         np.testing.assert_array_equal(dec[still], table[still, 1])
         there = moved(table, POSITION_EPOCHS[survey] - 2016.0)
-        assert healpix.separation_arcsec(ra, dec, *there).max() < 1e-3
+        assert sphere.separation_arcsec(ra, dec, *there).max() < 1e-3
         assert np.all(here[GAIA_IDS[survey]] > 0)
         assert np.all(np.isfinite(here[LABELS[survey][2]]) & (here[LABELS[survey][2]] > -5))
     assert not sky.rows[APOGEE]["ASPCAPFLAG"][sky.truth[APOGEE]["is_special"]].any()
@@ -552,8 +552,8 @@ def test_special_stars_are_where_they_claim() -> None:
         assert len(cells) > 1, (border_ra, border_dec)
     assert np.all(np.hypot(pmra, pmdec)[20:] > 1000)
     for epoch in (2000.0, 2008.0, 2016.0):
-        x = healpix.unit_vectors(*moved(table, epoch - 2016.0))
-        distance = cKDTree(x).query(x, k=2)[0][:, 1] * healpix.ARCSEC_PER_RADIAN
+        x = sphere.unit_vectors(*moved(table, epoch - 2016.0))
+        distance = cKDTree(x).query(x, k=2)[0][:, 1] * sphere.ARCSEC_PER_RADIAN
         if epoch != 2008.0:
             assert distance.min() > 5
     old_ra = moved(table, -16.0)[0]
@@ -565,7 +565,7 @@ def test_special_stars_are_where_they_claim() -> None:
 def test_galactic_coordinates_round_trip(ra: float, dec: float) -> None:
     lon, lat = to_galactic(np.array([ra]), np.array([dec]))
     back = from_galactic(lon, lat)
-    assert healpix.separation_arcsec(np.array([ra]), np.array([dec]), *back)[0] < 0.01
+    assert sphere.separation_arcsec(np.array([ra]), np.array([dec]), *back)[0] < 0.01
 
 
 def test_galactic_coordinates_of_known_places() -> None:

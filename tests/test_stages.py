@@ -25,8 +25,9 @@ from sos_dask.compare import held_out_metrics
 from sos_dask.crossmatch import MatchSettings, match
 from sos_dask.dedupe import DedupeSettings, combine, group
 from sos_dask.errors import CatalogError, ConfigError, ModelError, SurveyError
-from sos_dask.healpix import HealpixPixel, ang2pix, propagate, separation_arcsec
-from sos_dask.schema import CANONICAL, LABELS, load_survey
+from sos_dask.healpix import HealpixPixel, ang2pix
+from sos_dask.schema import CANONICAL, LABELS
+from sos_dask.sphere import propagate, separation_arcsec
 from sos_dask.stages.apply import apply, parse_partitions
 from sos_dask.stages.crossmatch import PairSettings, crossmatch
 from sos_dask.stages.dedupe import dedupe
@@ -34,6 +35,7 @@ from sos_dask.stages.ingest import IngestSettings, ingest
 from sos_dask.stages.parts import GAIA_IDS, id_values, rank_of
 from sos_dask.stages.reference import ReferenceSettings, reference
 from sos_dask.stages.train import PairsSource, TrainSettings, metrics_of, train
+from sos_dask.survey_file import load_survey
 from sos_dask.unify import UnifySettings, unify
 from sos_dask.verify import verify
 from tests.job import contents

@@ -23,14 +23,8 @@ def surveys(
 
     Example: sos-dask surveys lamost-dr11-lrs
     """
-    from sos_dask.schema import (
-        COLUMN_HEADINGS,
-        CUT_HEADINGS,
-        builtin_surveys,
-        describe_columns,
-        describe_cuts,
-        load_survey,
-    )
+    from sos_dask.survey import COLUMN_HEADINGS, CUT_HEADINGS, describe_columns, describe_cuts
+    from sos_dask.survey_file import builtin_surveys, load_survey
 
     if name is None:
         found = [load_survey(item) for item in builtin_surveys()]

@@ -102,10 +102,10 @@ def ingest(
     Example: sos-dask ingest lamost-dr11-lrs dr11_v2.0_LRS_stellar.fits.gz -o lamost
     """
     from sos_dask.catalog import Catalog
-    from sos_dask.schema import load_survey
     from sos_dask.stages.ingest import IngestSettings
     from sos_dask.stages.ingest import ingest as run
     from sos_dask.stages.margin import margin
+    from sos_dask.survey_file import load_survey
 
     definition = load_survey(survey)
     if margin_arcsec is not None and not 0 < margin_arcsec < 3600:

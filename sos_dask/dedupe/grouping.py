@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sos_dask import healpix
+from sos_dask import nearby, sphere
 from sos_dask.dedupe.settings import DedupeSettings
 from sos_dask.errors import PartitionError
 from sos_dask.healpix import FloatArray, IntArray
@@ -100,7 +100,7 @@ def group(
         raise PartitionError(f"rows to be grouped are not sorted by {HEALPIX_COLUMN}")
     releases = [ids[name] for name in sorted(ids, reverse=True)] if settings.use_gaia_id else []
     sky = _Sky(ra, dec, cells29)
-    links = _Links(*healpix.pairs_within(ra, dec, cells29, settings.radius_arcsec))
+    links = _Links(*nearby.pairs_within(ra, dec, cells29, settings.radius_arcsec))
     far = [_far_links(sky, release, links, settings) for release in releases]
     every = _Links.joined([links, *far])
     touched = np.zeros(len(ra), dtype=np.bool_)
@@ -123,7 +123,7 @@ class _Sky:
     cells: IntArray
 
     def separation(self, i: IntArray, j: IntArray) -> FloatArray:
-        return healpix.separation_arcsec(self.ra[i], self.dec[i], self.ra[j], self.dec[j])
+        return sphere.separation_arcsec(self.ra[i], self.dec[i], self.ra[j], self.dec[j])
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _far_links(sky: _Sky, ids: IntArray, near: _Links, settings: DedupeSettings)
     parts = []
     crowd = rows[many]
     cells = sky.cells[crowd]
-    for p, q in healpix.candidates(cells, settings.id_radius_arcsec, cells, later_only=True):
+    for p, q in nearby.candidates(cells, settings.id_radius_arcsec, cells, later_only=True):
         equal = ids[crowd[p]] == ids[crowd[q]]
         parts.append((crowd[p[equal]], crowd[q[equal]]))
     rows = rows[~many]

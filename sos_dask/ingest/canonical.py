@@ -19,7 +19,8 @@ from sos_dask.ingest.parse import Place, parse_floats, parse_integers
 from sos_dask.ingest.profile import Example, Profile
 from sos_dask.ingest.readers import Source, read_native
 from sos_dask.ingest.values import Made, floats, integers, text_column
-from sos_dask.schema import HEALPIX_COLUMN, LABELS, Survey
+from sos_dask.schema import HEALPIX_COLUMN, LABELS
+from sos_dask.survey import Survey
 
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
 Quality = Callable[[Mapping[str, Values], Survey], NDArray[np.int64]]

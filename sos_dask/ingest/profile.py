@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.errors import SurveyError
-from sos_dask.schema import LABELS, Survey
+from sos_dask.schema import LABELS
+from sos_dask.survey import Survey
 
 Example = tuple[int, int, str]
 

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from sos_dask.ingest.arrays import BoolArray, IntArray, Values, as_array, is_text, split, taken
 from sos_dask.ingest.parse import Place, parse_floats, parse_integers, whole_numbers
 from sos_dask.ingest.profile import LABEL_SHIFT, binned
-from sos_dask.schema import LABELS, SourceColumn, Survey, is_gaia_id
+from sos_dask.schema import LABELS, is_gaia_id
+from sos_dask.survey import SourceColumn, Survey
 
 
 @dataclass

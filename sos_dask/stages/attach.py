@@ -18,16 +18,8 @@ from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.crossmatch import MatchSettings, match, reach_arcsec
 from sos_dask.errors import CatalogError, ConfigError
-from sos_dask.healpix import HealpixPixel, surroundings
-from sos_dask.schema import (
-    CANONICAL,
-    HEALPIX_COLUMN,
-    Column,
-    SourceColumn,
-    Survey,
-    is_gaia_id,
-    nearest,
-)
+from sos_dask.healpix import HealpixPixel
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, Column, is_gaia_id, nearest
 from sos_dask.stages.crossmatch import key_column, motion_of
 from sos_dask.stages.parts import (
     GAIA_IDS,
@@ -38,6 +30,8 @@ from sos_dask.stages.parts import (
     run_parts,
     unless_complete,
 )
+from sos_dask.surroundings import surroundings
+from sos_dask.survey import SourceColumn, Survey
 
 VERSION = 1
 _WAYS = (*GAIA_IDS.values(), "position")

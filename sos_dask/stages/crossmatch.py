@@ -21,14 +21,7 @@ from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.crossmatch import MatchSettings, Motion, match, reach_arcsec
 from sos_dask.errors import CatalogError
-from sos_dask.healpix import (
-    FloatArray,
-    HealpixPixel,
-    IntArray,
-    around_cells,
-    near_pixel,
-    surroundings,
-)
+from sos_dask.healpix import FloatArray, HealpixPixel, IntArray
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
 from sos_dask.stages.folds import (
     FoldSettings,
@@ -47,6 +40,7 @@ from sos_dask.stages.parts import (
     run_parts,
     unless_complete,
 )
+from sos_dask.surroundings import around_cells, near_pixel, surroundings
 
 VERSION = 2
 _MOTION = ("pmra", "pmdec", "position_epoch")

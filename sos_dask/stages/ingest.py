@@ -41,7 +41,7 @@ from sos_dask.ingest import (
     read_chunk,
     rejected_rows,
 )
-from sos_dask.schema import HEALPIX_COLUMN, Survey
+from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.stages.parts import (
     commit_catalog,
     copied,
@@ -53,6 +53,7 @@ from sos_dask.stages.parts import (
     unless_complete,
     write_piece,
 )
+from sos_dask.survey import Survey
 
 VERSION = 2
 _HISTOGRAM_ORDER = 10

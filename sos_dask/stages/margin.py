@@ -11,8 +11,9 @@ from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_collection, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.errors import ConfigError
-from sos_dask.healpix import HealpixPixel, surroundings
+from sos_dask.healpix import HealpixPixel
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+from sos_dask.surroundings import surroundings
 
 VERSION = 2
 

@@ -17,16 +17,9 @@ from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.crossmatch import Motion
 from sos_dask.dedupe import DedupeSettings, group
 from sos_dask.errors import PartitionError
-from sos_dask.healpix import (
-    HealpixPixel,
-    IntArray,
-    ang2pix,
-    in_ranges,
-    plan_partitions,
-    propagate,
-    surroundings,
-)
+from sos_dask.healpix import HealpixPixel, IntArray, ang2pix, in_ranges, plan_partitions
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
+from sos_dask.sphere import propagate
 from sos_dask.stages.crossmatch import motion_of
 from sos_dask.stages.parts import (
     GAIA_IDS,
@@ -42,6 +35,7 @@ from sos_dask.stages.parts import (
     unless_complete,
     write_piece,
 )
+from sos_dask.surroundings import surroundings
 from sos_dask.unify import UnifySettings, common_differences, unify
 
 VERSION = 2

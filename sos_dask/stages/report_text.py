@@ -13,12 +13,13 @@ from sos_dask.report.page import Code, Page, Picture, Section
 from sos_dask.report.projection import agreement
 from sos_dask.report.trust import follow_up as follow_up_table
 from sos_dask.report.words import readable
-from sos_dask.schema import LABELS, Cut
+from sos_dask.schema import LABELS
 from sos_dask.stages.coverage import MAPS
 from sos_dask.stages.generalisation import TABLE as GROUPS
 from sos_dask.stages.projection import MAPS as PLACES
 from sos_dask.stages.report_content import CORRECTED, OBSERVATIONS, Build, Counts, grid_of
 from sos_dask.stages.trends import TRENDS
+from sos_dask.survey import Cut
 
 _RULES = {
     "balanced": "Rule of the choice: of the methods that are worse than the best in no label, the "

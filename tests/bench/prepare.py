@@ -23,10 +23,11 @@ from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, start
 from sos_dask.crossmatch import MatchSettings
 from sos_dask.dedupe import DedupeSettings
-from sos_dask.schema import HEALPIX_COLUMN, LABELS, load_survey
+from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.simulate import SkySettings, simulate
 from sos_dask.stages.crossmatch import PairSettings
 from sos_dask.stages.parts import commit_catalog
+from sos_dask.survey_file import load_survey
 
 RADIUS_ARCSEC = 1.0
 MARGIN_ARCSEC = 5.0

@@ -18,7 +18,8 @@ from sos_dask.ingest.readers.files import decompressed, first_bytes, kind_of
 from sos_dask.ingest.readers.fits import open_fits, read_fits
 from sos_dask.ingest.readers.tables import open_parquet, open_votable, read_parquet, read_votable
 from sos_dask.ingest.readers.text import open_text, read_text, text_line
-from sos_dask.schema import Survey, find_name, nearest
+from sos_dask.schema import find_name, nearest
+from sos_dask.survey import Survey
 
 __all__ = ["Native", "Source", "open_source", "read_native", "text_line"]
 

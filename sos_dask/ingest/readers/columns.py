@@ -11,7 +11,8 @@ import numpy as np
 
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.readers.common import Native
-from sos_dask.schema import CANONICAL, SourceColumn, find_name, is_gaia_id, nearest
+from sos_dask.schema import CANONICAL, find_name, is_gaia_id, nearest
+from sos_dask.survey import SourceColumn
 
 
 def sources_in(

@@ -1,4 +1,4 @@
-"""Rows near each other on the sky, or near the edge of a pixel, found by their cells."""
+"""Rows near each other on the sky, found by their cells."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sos_dask.errors import ConfigError
 from sos_dask.healpix import (
     MAX_ORDER,
     FloatArray,
-    HealpixPixel,
     IntArray,
     coordinates,
     neighbours,
 )
-from sos_dask.sphere import ARCSEC_PER_RADIAN, separation_arcsec
+from sos_dask.sphere import separation_arcsec
+from sos_dask.surroundings import largest_step
 
 # Cells a reach is spread over at first: one cell is so many times wider than it. Measured: wider
 # cells need fewer entries in neighbours, narrower ones fewer candidates.
@@ -26,63 +26,9 @@ _CROWDED = 64
 _BLOCK = 1 << 21
 # Cells of `pairs_within` are four to eight times wider than the radius (measured, too).
 _SELF_ORDERS = 3
-# Largest gradient of a HEALPix coordinate on the sphere, in sides of a base pixel per radian. In
-# the polar caps x = t * sqrt(6) * sin(theta / 2), t in [0, 1] the longitude in quarter turns, so
-# |grad x|^2 = 1.5 * (t^2 cos^2(theta / 2) + 4 / (pi^2 cos^2(theta / 2))), largest for t = 1 at the
-# pole; in the belt x = 1/2 + t -+ 3/4 sin(dec) stays below 1.03 (derived from the projection of
-# Gorski et al. 2005).
-_STEEPEST = float(np.sqrt(1.5 * (1.0 + 4.0 / np.pi**2)))
 # Steps of the eight neighbours in the order of healpy: SW, W, NW, N, NE, E, SE, S.
 _STEP_X = np.array([-1, -1, 0, 1, 1, 1, 0, -1])
 _STEP_Y = np.array([0, 1, 1, 1, 0, -1, -1, -1])
-
-
-def near_edge(
-    pixel: HealpixPixel, cells29: IntArray, reach_arcsec: FloatArray | float
-) -> NDArray[np.bool_]:
-    """Positions from which a reach may lead out of a pixel.
-
-    Parameters
-    ----------
-    pixel : HealpixPixel
-    cells29 : ndarray of int64, shape (n,)
-        Order-29 cells; those outside of the pixel count as near its edge.
-    reach_arcsec : float or ndarray of float64, shape (n,), arcsec
-
-    Returns
-    -------
-    ndarray of bool, shape (n,)
-        Also true a little farther inside, up to 1/65536 of the pixel.
-    """
-    step = _step(np.asarray(reach_arcsec, dtype=np.float64)) * (1 << pixel.order)
-    near = (cells29 < pixel.first) | (cells29 >= pixel.stop)
-    # A table over coarse places leaves few rows for which the fine place is worked out.
-    depth = min(6, MAX_ORDER - pixel.order)
-    code = np.arange(1 << 2 * depth, dtype=np.int64)
-    table = _near_sides(code, depth, np.asarray(np.max(step, initial=0.0)))
-    place = (cells29 - pixel.first) >> 2 * (MAX_ORDER - pixel.order - depth)
-    rows = np.flatnonzero(table[np.where(near, 0, place)] & ~near)
-    depth = min(16, MAX_ORDER - pixel.order)
-    place = (cells29[rows] - pixel.first) >> 2 * (MAX_ORDER - pixel.order - depth)
-    near[rows] = _near_sides(place, depth, step if step.ndim == 0 else step[rows])
-    return np.asarray(near)
-
-
-def _near_sides(code: IntArray, depth: int, step: FloatArray) -> NDArray[np.bool_]:
-    """Which places in a square (Morton codes) reach one of its sides; ``step`` in sides."""
-    side = 1 << depth
-    near = np.zeros(len(code), dtype=np.bool_)
-    for along in coordinates(code, depth):
-        near |= (along <= step * side) | (along + 1 >= side - step * side)
-    return near
-
-
-def _step(reach_arcsec: FloatArray) -> FloatArray:
-    """How far a reach can change a coordinate, in sides of a base pixel.
-
-    Two order-29 cells (0.8 mas) more stand for the rounding of positions to cells.
-    """
-    return np.asarray(_STEEPEST * reach_arcsec / ARCSEC_PER_RADIAN + 2.0**-28)
 
 
 def candidates(
@@ -127,7 +73,7 @@ def candidates(
     reach = np.asarray(reach_arcsec, dtype=np.float64)
     if not (np.all(reach >= 0) and np.all(reach <= 72000)):
         raise ConfigError(f"a reach of {np.max(reach)} arcsec is outside 0..72000")
-    step = _step(reach)
+    step = largest_step(reach)
     deepest = np.ceil(-np.log2(step)).astype(np.int64) - 1
     start = np.maximum(deepest - int(np.log2(_CELLS_PER_REACH)) + 1, 0)
     waiting: dict[int, list[IntArray]] = {}
@@ -246,7 +192,7 @@ def pairs_within(
         return none, none
     from sos_dask.compiled import pairs_on_faces
 
-    step = float(_step(np.asarray(radius_arcsec)))
+    step = float(largest_step(np.asarray(radius_arcsec)))
     order = max(int(np.ceil(-np.log2(step))) - _SELF_ORDERS, 0)
     table, depth = _touch_table(order, step * 2.0**order)
     columns = (cells29, ra, dec, np.cos(np.radians(dec)))

@@ -1,4 +1,4 @@
-"""The sky around HEALPix pixels: which cells and ranges lie within a radius of one."""
+"""The sky around HEALPix pixels: what lies within a reach of one, and of its edges."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from numpy.typing import NDArray
 from sos_dask.errors import ConfigError
 from sos_dask.healpix import (
     MAX_ORDER,
+    FloatArray,
     HealpixPixel,
     IntArray,
     Ranges,
     cell_ranges,
+    coordinates,
     interleave,
     with_neighbours,
 )
 from sos_dask.sphere import ARCSEC_PER_RADIAN
+
+# Largest gradient of a HEALPix coordinate on the sphere, in sides of a base pixel per radian. In
+# the polar caps x = t * sqrt(6) * sin(theta / 2), t in [0, 1] the longitude in quarter turns, so
+# |grad x|^2 = 1.5 * (t^2 cos^2(theta / 2) + 4 / (pi^2 cos^2(theta / 2))), largest for t = 1 at the
+# pole; in the belt x = 1/2 + t -+ 3/4 sin(dec) stays below 1.03 (derived from the projection of
+# Gorski et al. 2005).
+_STEEPEST = float(np.sqrt(1.5 * (1.0 + 4.0 / np.pi**2)))
 
 
 def order_for_radius(radius_arcsec: float) -> int:
@@ -29,6 +38,14 @@ def order_for_radius(radius_arcsec: float) -> int:
     side_arcsec = np.sqrt(np.pi / 3.0) * ARCSEC_PER_RADIAN  # order 0
     order = int(np.floor(np.log2(side_arcsec / (2.0 * radius_arcsec))))
     return max(0, min(MAX_ORDER, order))
+
+
+def largest_step(reach_arcsec: FloatArray) -> FloatArray:
+    """How far a reach can change a coordinate, in sides of a base pixel.
+
+    Two order-29 cells (0.8 mas) more stand for the rounding of positions to cells.
+    """
+    return np.asarray(_STEEPEST * reach_arcsec / ARCSEC_PER_RADIAN + 2.0**-28)
 
 
 def surrounding_cells(pixel: HealpixPixel, order: int, layers: int) -> list[IntArray]:
@@ -142,3 +159,43 @@ def around_cells(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) ->
     meets = (near >= 0) & (near + 1 << shift > pixel.first) & (near << shift < pixel.stop)
     ranges = cell_ranges(near[meets], order)
     return [(max(first, pixel.first), min(stop, pixel.stop)) for first, stop in ranges]
+
+
+def near_edge(
+    pixel: HealpixPixel, cells29: IntArray, reach_arcsec: FloatArray | float
+) -> NDArray[np.bool_]:
+    """Positions from which a reach may lead out of a pixel.
+
+    Parameters
+    ----------
+    pixel : HealpixPixel
+    cells29 : ndarray of int64, shape (n,)
+        Order-29 cells; those outside of the pixel count as near its edge.
+    reach_arcsec : float or ndarray of float64, shape (n,), arcsec
+
+    Returns
+    -------
+    ndarray of bool, shape (n,)
+        Also true a little farther inside, up to 1/65536 of the pixel.
+    """
+    step = largest_step(np.asarray(reach_arcsec, dtype=np.float64)) * (1 << pixel.order)
+    near = (cells29 < pixel.first) | (cells29 >= pixel.stop)
+    # A table over coarse places leaves few rows for which the fine place is worked out.
+    depth = min(6, MAX_ORDER - pixel.order)
+    code = np.arange(1 << 2 * depth, dtype=np.int64)
+    table = _near_sides(code, depth, np.asarray(np.max(step, initial=0.0)))
+    place = (cells29 - pixel.first) >> 2 * (MAX_ORDER - pixel.order - depth)
+    rows = np.flatnonzero(table[np.where(near, 0, place)] & ~near)
+    depth = min(16, MAX_ORDER - pixel.order)
+    place = (cells29[rows] - pixel.first) >> 2 * (MAX_ORDER - pixel.order - depth)
+    near[rows] = _near_sides(place, depth, step if step.ndim == 0 else step[rows])
+    return np.asarray(near)
+
+
+def _near_sides(code: IntArray, depth: int, step: FloatArray) -> NDArray[np.bool_]:
+    """Which places in a square (Morton codes) reach one of its sides; ``step`` in sides."""
+    side = 1 << depth
+    near = np.zeros(len(code), dtype=np.bool_)
+    for along in coordinates(code, depth):
+        near |= (along <= step * side) | (along + 1 >= side - step * side)
+    return near

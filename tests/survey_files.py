@@ -3,6 +3,7 @@
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from astropy.io import fits
 from sos_dask.clean import quality_mask
 from sos_dask.errors import SosError, SurveyError
 from sos_dask.ingest import Profile, open_source, plan_chunks, read_chunk
+from sos_dask.schema import TEXT_UNITS
 from sos_dask.survey import Survey
 from sos_dask.survey_file import parse_survey
 
@@ -108,3 +110,38 @@ def ipc_bytes(table: pa.Table):
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
     return sink.getvalue().to_pybytes()
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """The smallest valid definition, with changes; None removes a key."""
+    raw: dict[str, Any] = {
+        "format": 1,
+        "name": "tiny",
+        "title": "A tiny survey",
+        "columns": {
+            name: {"source": name} for name in ("obs_id", "ra", "dec", "teff", "logg", "feh")
+        },
+        "cuts": {"snr": {"bit": 0, "column": "snr", "min": 20}},
+        **changes,
+    }
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def with_column(name: str, entry: Any) -> dict[str, Any]:
+    raw = document()
+    raw["columns"][name] = entry
+    return raw
+
+
+def with_extra(entry: Any, name: str = "flag") -> dict[str, Any]:
+    return document(extra={name: entry})
+
+
+def with_cut(**entry: Any) -> dict[str, Any]:
+    return document(cuts={"one": {"bit": 0, "column": "snr", **entry}})
+
+
+def unit_is_known(unit: str) -> bool:
+    from astropy import units
+
+    return unit in TEXT_UNITS or units.Unit(unit) is not None

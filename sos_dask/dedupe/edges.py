@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.healpix import MAX_ORDER, HealpixPixel, IntArray, Ranges, cell_ranges, with_neighbours
-from sos_dask.nearby import near_edge
-from sos_dask.surroundings import order_for_radius
+from sos_dask.surroundings import near_edge, order_for_radius
 
 BoolArray = NDArray[np.bool_]
 

@@ -21,9 +21,9 @@ from sos_dask.artifact import WORK, FileRecord, Output, storage_errors
 from sos_dask.catalog import partition_errors, partition_path, write_parquet, write_partition
 from sos_dask.folds import fold_of, same_targets, smallest_of_joined, star_numbers
 from sos_dask.healpix import FloatArray, HealpixPixel, IntArray
-from sos_dask.nearby import near_edge
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.stages.parts import GAIA_IDS, id_values, key_of, read_piece, write_piece
+from sos_dask.surroundings import near_edge
 
 _COLUMNS = {"row": pa.int64(), "smallest": pa.uint64(), "number": pa.uint64()}
 

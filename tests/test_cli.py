@@ -24,6 +24,7 @@ from sos_dask import models
 from sos_dask.artifact import MANIFEST
 from sos_dask.catalog import Catalog
 from sos_dask.cli import app, main
+from sos_dask.coverage import MEASURES
 from sos_dask.dedupe import METHODS
 from sos_dask.errors import SosError
 from sos_dask.survey_file import builtin_surveys
@@ -928,6 +929,7 @@ def test_help_names_every_method(cli):
     trained = cli("train", "--help").out
     assert [name for name in models.methods() if name not in trained] == []
     assert [name for name in METHODS if name not in cli("dedupe", "--help").out] == []
+    assert [name for name in MEASURES if name not in cli("coverage", "--help").out] == []
 
 
 def test_help_starts_fast():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +12,15 @@ import pytest
 from sos_dask.artifact import Manifest
 from sos_dask.catalog import Catalog
 from sos_dask.cli import app
-from sos_dask.coverage import MEASURES, CoverageModel
+from sos_dask.coverage import MEASURES, CoverageModel, Limits
 from sos_dask.errors import CatalogError
-from sos_dask.stages.coverage import CoverageSettings, coverage, look
+from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe, look
 from sos_dask.stages.overlap import parameter_columns
 from sos_dask.trust import FLAG_OUTSIDE, FLAG_SPARSE
 from tests.job import contents
+from tests.test_cli import assert_error, cli
+
+__all__ = ["cli"]
 
 
 def opened(store, name):
@@ -120,6 +124,29 @@ def test_a_store_without_coverage_is_told_what_to_do(small_store, tmp_path):
     manifest.write_text(json.dumps(document))
     with pytest.raises(CatalogError, match="made by another version"):
         app(command)
+
+
+def test_the_single_step_takes_the_settings_of_a_job(small_store, cli):
+    current = small_store / "current"
+    inputs = [current / name for name in ("pairs", "model.polynomial", "lamost.observations")]
+    inputs.append(current / "lamost.stars")
+    options = ["--no-compare", "--inside", 0.9, "--outside", 0.6, "--grid", "teff=3500,8500"]
+    ran = cli("coverage", *inputs, "-o", "out", "-w", 0, *options, "--seed", 3, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["measures"] == []
+    settings = CoverageSettings(
+        "neighbours", Limits(0.9, 0.6), False, {"teff": (3500.0, 8500.0)}, 1.5, 3
+    )
+    params = coverage_recipe("", "", "", "", settings).params
+    assert Manifest.load(Path("out")).recipe.params == json.loads(json.dumps(params))
+    scores = pq.read_table(Path("out") / "dataset", columns=["coverage"])["coverage"].to_numpy()
+    assert json.loads(ran.out)["inside"] == pytest.approx(np.mean(scores >= 0.9))
+
+
+@pytest.mark.parametrize("grid", ["teff", "teff=1", "teff=2,1", "snr=1,2", "feh=nan,1", "teff=a,b"])
+def test_limits_of_a_grid_that_are_none(cli, grid):
+    ran = cli("coverage", *"abcd", "-o", "out", "--grid", grid)
+    assert_error(ran, 3, f"'{grid}' is not LABEL=LOW,HIGH", "teff=3500,8500")
 
 
 def test_maps_are_a_table(small_store):

@@ -10,25 +10,25 @@ import typer
 
 from sos_dask.cli.options import (
     CatalogPath,
-    Json,
-    MemoryLimit,
     OptionalOut,
     Out,
-    Overwrite,
-    Scheduler,
+    Radius,
+    StepOptions,
     Store,
-    Workers,
+    with_step_options,
 )
-from sos_dask.cli.output import print_json, say, show_step, show_table
+from sos_dask.cli.output import LABEL_UNITS, print_json, say, show_step, show_table
 from sos_dask.cli.steps import run_step
 from sos_dask.errors import ConfigError
 
 if TYPE_CHECKING:
     from sos_dask.artifact import Manifest
+    from sos_dask.stages.coverage import CoverageSettings
 
 _LETTERS = " .:-=+*#%@"
 
 
+@with_step_options
 def attach(
     catalog: CatalogPath,
     other: Annotated[Path, typer.Argument(help="Directory of any HATS catalog.")],
@@ -49,11 +49,8 @@ def attach(
     id_radius_arcsec: Annotated[
         float, typer.Option("--id-radius-arcsec", metavar="X", help="Largest separation by id.")
     ] = 10.0,
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "auto",
-    scheduler: Scheduler = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    *,
+    options: StepOptions,
 ) -> None:
     """Add columns of another catalog, by Gaia id or position; null where it has no counterpart.
 
@@ -71,15 +68,11 @@ def attach(
         names[name] = source or name
     settings = AttachSettings(names, by, radius_arcsec, id_radius_arcsec)
     opened, companion = Catalog.open(catalog), Catalog.open(other)
-    manifest = run_step(
-        lambda **context: run(opened, companion, out, settings, overwrite=overwrite, **context),
-        workers,
-        memory_limit,
-        scheduler,
-    )
-    show_step(manifest, out, as_json)
+    step = partial(run, opened, companion, out, settings)
+    show_step(run_step(step, options), out, options.as_json)
 
 
+@with_step_options
 def coverage(
     inputs: Annotated[
         list[Path] | None,
@@ -99,18 +92,52 @@ def coverage(
             help="With PAIRS: product 'uncertainty' of this model, which apply is to widen.",
         ),
     ] = None,
+    measure: Annotated[
+        str,
+        typer.Option(
+            "--measure",
+            metavar="NAME",
+            help="With PAIRS: neighbours, neighbours8, ratio or mixture.",
+        ),
+    ] = "neighbours",
+    inside: Annotated[
+        float,
+        typer.Option(
+            "--inside", metavar="X", help="With PAIRS: from this coverage on a row is inside."
+        ),
+    ] = 0.8,
+    outside: Annotated[
+        float,
+        typer.Option(
+            "--outside", metavar="X", help="With PAIRS: below this coverage a row is outside."
+        ),
+    ] = 0.5,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--grid",
+            metavar="LABEL=LOW,HIGH",
+            help="With PAIRS: limits of the grid of the survey's pipeline; repeatable. Default: "
+            "smallest and largest value.",
+        ),
+    ] = None,
+    no_compare: Annotated[
+        bool, typer.Option("--no-compare", help="With PAIRS: the other measures are not ranked.")
+    ] = False,
+    radius_arcsec: Radius = 1.5,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="With PAIRS: other seeds sample other rows.")
+    ] = 0,
     store: Store = Path("store"),
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "auto",
-    scheduler: Scheduler = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    *,
+    options: StepOptions,
 ) -> None:
     """Show which part of the catalog the pairs cover, and where more references would help most.
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.stages.coverage import look
+    from sos_dask.coverage import Limits
+    from sos_dask.stages.coverage import CoverageSettings, look
     from sos_dask.store import current_product
     from sos_dask.trust import FLAG_MEANINGS
 
@@ -118,12 +145,19 @@ def coverage(
         if out is None:
             raise ConfigError("--out is missing", "Say where the coverage goes: -o DIR.")
         directory = out
-        step = _scoring(inputs, out, errors, overwrite)
-        run_step(step, workers, memory_limit, scheduler)
+        settings = CoverageSettings(
+            measure,
+            Limits(inside, outside),
+            not no_compare,
+            dict(_limits(text) for text in grid or []),
+            radius_arcsec,
+            seed,
+        )
+        run_step(_scoring(inputs, out, settings, errors), options)
     else:
         directory = current_product(store, "coverage")
     found = look(directory)
-    if as_json:
+    if options.as_json:
         print_json(found)
         return
     stars = found["stars"]
@@ -207,11 +241,10 @@ def _show_measures(rankings: list[dict[str, Any]]) -> None:
 
 
 def _scoring(
-    inputs: list[Path], out: Path, errors: Path | None, overwrite: bool
+    inputs: list[Path], out: Path, settings: CoverageSettings, errors: Path | None
 ) -> partial[Manifest]:
     """The stage on inputs given by path."""
     from sos_dask.catalog import Catalog
-    from sos_dask.stages.coverage import CoverageSettings
     from sos_dask.stages.coverage import coverage as run
 
     if len(inputs) != 4:
@@ -227,10 +260,23 @@ def _scoring(
         Catalog.open(catalog),
         Catalog.open(stars),
         directory=out,
-        settings=CoverageSettings(),
-        overwrite=overwrite,
+        settings=settings,
         errors=errors,
     )
+
+
+def _limits(text: str) -> tuple[str, tuple[float, float]]:
+    """Label and limits of ``LABEL=LOW,HIGH``."""
+    label, _, numbers = text.partition("=")
+    try:
+        low, high = map(float, numbers.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if label not in LABEL_UNITS or not low < high:
+        raise ConfigError(
+            f"--grid '{text}' is not LABEL=LOW,HIGH", "For example teff=3500,8500; also logg, feh."
+        )
+    return label, (low, high)
 
 
 def _show_kiel(cells: list[dict[str, Any]]) -> None:

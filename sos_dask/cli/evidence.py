@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sos_dask.cli.options import (
-    Json,
-    MemoryLimit,
-    OptionalOut,
-    Overwrite,
-    Scheduler,
-    Store,
-    Workers,
-)
+from sos_dask.cli.options import OptionalOut, StepOptions, Store, with_step_options
 from sos_dask.cli.output import LABEL_UNITS, console, print_json, say, show_table
 from sos_dask.cli.steps import run_step
 from sos_dask.errors import ConfigError
@@ -42,6 +34,7 @@ Label = Annotated[
 ]
 
 
+@with_step_options
 def compare(
     inputs: Inputs = None,
     out: OptionalOut = None,
@@ -54,11 +47,8 @@ def compare(
         str,
         typer.Option("--rule", metavar="NAME", help="With PAIRS: balanced, scatter or a method."),
     ] = "balanced",
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "auto",
-    scheduler: Scheduler = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    *,
+    options: StepOptions,
 ) -> None:
     """Show how the methods compare: scatter, trends left, artifacts, and which is chosen and why.
 
@@ -72,15 +62,17 @@ def compare(
     if inputs:
         directory = _single_step(
             partial(run, settings=CompareSettings(rule=rule)),
-            inputs, out, workers, memory_limit, scheduler, overwrite,
-        )  # fmt: skip
+            inputs,
+            out,
+            options,
+        )
     else:
         from sos_dask.store import current_product
 
         directory = current_product(store, "comparison")
         costs = _costs(store)
     found = read_comparison(directory)
-    if as_json:
+    if options.as_json:
         print_json({"path": directory, **found, "costs": costs})
         return
     for name in [label] if label else LABEL_UNITS:
@@ -108,13 +100,7 @@ def _one_of(what: str, value: Any, known: Any) -> Any:
 
 
 def _single_step(
-    run: Any,
-    inputs: Sequence[Path],
-    out: Path | None,
-    workers: int | None,
-    memory_limit: str,
-    scheduler: str | None,
-    overwrite: bool,
+    run: Callable[..., Manifest], inputs: Sequence[Path], out: Path | None, options: StepOptions
 ) -> Path:
     """Run a stage on pairs and models given by path; where its output is."""
     from sos_dask.artifact import Manifest
@@ -130,13 +116,7 @@ def _single_step(
             raise ConfigError(f"{path} and {models[method]} are both models of '{method}'")
         models[method] = path
 
-    def step(**more: Any) -> Manifest:
-        found: Manifest = run(
-            Catalog.open(inputs[0]), directory=out, models=models, overwrite=overwrite, **more
-        )
-        return found
-
-    run_step(step, workers, memory_limit, scheduler)
+    run_step(partial(run, Catalog.open(inputs[0]), directory=out, models=models), options)
     return out
 
 
@@ -292,6 +272,7 @@ def _show_costs(costs: dict[str, dict[str, float | None]]) -> None:
     )
 
 
+@with_step_options
 def trends(
     inputs: Inputs = None,
     out: OptionalOut = None,
@@ -308,11 +289,8 @@ def trends(
     method: Annotated[
         str | None, typer.Option("--method", metavar="NAME", help="Only after this correction.")
     ] = None,
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "auto",
-    scheduler: Scheduler = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    *,
+    options: StepOptions,
 ) -> None:
     """Show the trends of target - reference before and after each correction.
 
@@ -324,7 +302,7 @@ def trends(
     from sos_dask.stages.trends import trends as run
 
     if inputs:
-        directory = _single_step(run, inputs, out, workers, memory_limit, scheduler, overwrite)
+        directory = _single_step(run, inputs, out, options)
     else:
         from sos_dask.store import current_product
 
@@ -342,7 +320,7 @@ def trends(
         and against in (None, row["against"])
         and (method is None or row["method"] in (None, method))
     ]
-    if as_json:
+    if options.as_json:
         print_json({"path": directory, "trends": rows, "agreements": found["agreements"]})
         return
     shown = [method] if method else methods

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sos_dask.cli.options import Json, MemoryLimit, Overwrite, Scheduler, Store, Workers
-from sos_dask.cli.output import LABEL_UNITS, console, print_json, reporting, say, show_table
+from sos_dask.cli.options import Json, StepOptions, Store, with_step_options
+from sos_dask.cli.output import LABEL_UNITS, console, print_json, say, show_table
+from sos_dask.cli.steps import run_step
 from sos_dask.errors import CatalogError
 
 
@@ -159,6 +161,7 @@ def verify(
         raise typer.Exit(CatalogError.exit_code)
 
 
+@with_step_options
 def report(
     store: Store = Path("store"),
     out: Annotated[
@@ -170,18 +173,14 @@ def report(
             help="Directory that gets the report. Default: that of the build, or STORE/report.",
         ),
     ] = None,
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "auto",
-    scheduler: Scheduler = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    *,
+    options: StepOptions,
 ) -> None:
     """Make a page with figures of the current build, or say where it is.
 
     Example: sos-dask report --store store -o report
     """
     from sos_dask.artifact import Manifest
-    from sos_dask.cluster import start
     from sos_dask.stages.report import PAGE, of_build
 
     published = (store / "current" / "report").resolve()
@@ -189,10 +188,9 @@ def report(
         out, manifest = published, Manifest.load(published)
     else:
         out = out or store / "report"
-        with reporting() as progress, start(workers, memory_limit, scheduler) as cluster:
-            manifest = of_build(store, out, overwrite=overwrite, cluster=cluster, report=progress)
+        manifest = run_step(partial(of_build, store, out), options)
     page = out / PAGE
-    if as_json:
+    if options.as_json:
         print_json({"path": out, "page": page, **manifest.summary})
     else:
         say(f"{page}: {len(manifest.summary['figures'])} figures, also in {out / 'figures'}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,9 +24,9 @@ Workers = Annotated[
         show_default=False,
     ),
 ]
-MemoryLimit = Annotated[
-    str, typer.Option("--memory-limit", metavar="SIZE", help="Memory of each worker, like 4GiB.")
-]
+_MEMORY = typer.Option("--memory-limit", metavar="SIZE", help="Memory of each worker, like 4GiB.")
+MemoryLimit = Annotated[str, _MEMORY]
+OptionalMemoryLimit = Annotated[str | None, _MEMORY]
 Scheduler = Annotated[
     str | None,
     typer.Option(
@@ -67,3 +71,31 @@ IdRadius = Annotated[
 NoGaiaId = Annotated[
     bool, typer.Option("--no-gaia-id", help="Only positions count, Gaia ids do not.")
 ]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Options of every command that runs one step: where it is done, over what, how it is told."""
+
+    workers: Workers = None
+    memory_limit: MemoryLimit = "auto"
+    scheduler: Scheduler = None
+    overwrite: Overwrite = False
+    as_json: Json = False
+
+
+def with_step_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each of `StepOptions`; it gets them as ``options``."""
+    signature = inspect.signature(command, eval_str=True)
+    names = [field.name for field in fields(StepOptions)]
+    shared = inspect.signature(StepOptions, eval_str=True).parameters.values()
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        options = StepOptions(**{name: given.pop(name) for name in names})
+        command(**given, options=options)
+
+    own = [item for item in signature.parameters.values() if item.name != "options"]
+    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in (*own, *shared)]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run

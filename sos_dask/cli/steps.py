@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,15 +14,13 @@ from sos_dask.cli.options import (
     CatalogPath,
     IdRadius,
     Json,
-    MemoryLimit,
     NoGaiaId,
     Out,
-    Overwrite,
     Radius,
     Rows,
-    Scheduler,
     Seed,
-    Workers,
+    StepOptions,
+    with_step_options,
 )
 from sos_dask.cli.output import print_json, reporting, say, show_metrics, show_step
 from sos_dask.errors import ConfigError
@@ -32,17 +30,16 @@ if TYPE_CHECKING:
     from sos_dask.catalog import Catalog
 
 
-def run_step(
-    step: Callable[..., Manifest | None],
-    workers: int | None,
-    memory_limit: str,
-    scheduler: str | None,
-) -> Manifest | None:
+_Made = TypeVar("_Made")
+
+
+def run_step(step: Callable[..., _Made], options: StepOptions) -> _Made:
     """Call a stage with a cluster and with progress on stderr."""
     from sos_dask.cluster import start
 
-    with reporting() as report, start(workers, memory_limit, scheduler) as cluster:
-        return step(cluster=cluster, report=report)
+    workers = start(options.workers, options.memory_limit, options.scheduler)
+    with reporting() as report, workers as cluster:
+        return step(overwrite=options.overwrite, cluster=cluster, report=report)
 
 
 def simulate(
@@ -70,6 +67,7 @@ def simulate(
         say(f"{name:8} {path}")
 
 
+@with_step_options
 def ingest(
     survey: Annotated[str, typer.Argument(help="Name of a survey, or path of a survey TOML.")],
     files: Annotated[list[Path], typer.Argument(help="Files of the survey.")],
@@ -91,11 +89,8 @@ def ingest(
             help="Also write a margin catalog, OUT.collection, for LSDB.",
         ),
     ] = None,
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "auto",
-    scheduler: Scheduler = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    *,
+    options: StepOptions,
 ) -> None:
     """Turn survey files into a HEALPix-partitioned catalog of observations.
 
@@ -113,17 +108,16 @@ def ingest(
     settings = IngestSettings(rows_per_partition)
 
     def step(**context: Any) -> Manifest:
-        manifest = run(
-            definition, files, out, settings, name=out.name, overwrite=overwrite, **context
-        )
+        manifest = run(definition, files, out, settings, name=out.name, **context)
         if margin_arcsec is not None:
             collection = out.with_name(f"{out.name}.collection")
-            margin(Catalog.open(out), collection, margin_arcsec, overwrite=overwrite, **context)
+            margin(Catalog.open(out), collection, margin_arcsec, **context)
         return manifest
 
-    show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)
+    show_step(run_step(step, options), out, options.as_json)
 
 
+@with_step_options
 def dedupe(
     catalog: CatalogPath,
     out: Out,
@@ -142,11 +136,8 @@ def dedupe(
         ),
     ] = 5.0,
     no_gaia_id: NoGaiaId = False,
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "auto",
-    scheduler: Scheduler = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    *,
+    options: StepOptions,
 ) -> None:
     """Combine repeats of one star into one row.
 
@@ -159,12 +150,11 @@ def dedupe(
     settings = DedupeSettings(radius_arcsec, id_radius_arcsec, method, max_spread, not no_gaia_id)
     opened = Catalog.open(catalog)
     stated = opened.manifest.summary.get("expected_error", {}) if opened.manifest else {}
-    step = partial(
-        run, opened, out, settings, expected_error=stated, name=out.name, overwrite=overwrite
-    )
-    show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)
+    step = partial(run, opened, out, settings, expected_error=stated, name=out.name)
+    show_step(run_step(step, options), out, options.as_json)
 
 
+@with_step_options
 def reference(
     catalogs: Annotated[
         list[str],
@@ -176,11 +166,8 @@ def reference(
     ] = "precedence",
     radius_arcsec: Radius = 1.5,
     id_radius_arcsec: IdRadius = 10.0,
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "auto",
-    scheduler: Scheduler = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    *,
+    options: StepOptions,
 ) -> None:
     """Unite the stars of several reference surveys, one row a star.
 
@@ -201,10 +188,11 @@ def reference(
         opened[name] = Catalog.open(path)
     unify = UnifySettings(method, tuple(opened))
     settings = ReferenceSettings(unify, radius_arcsec, id_radius_arcsec)
-    step = partial(run, opened, out, settings, name=out.name, overwrite=overwrite)
-    show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)
+    step = partial(run, opened, out, settings, name=out.name)
+    show_step(run_step(step, options), out, options.as_json)
 
 
+@with_step_options
 def crossmatch(
     left: Annotated[Path, typer.Argument(help="Target: a catalog of observations or stars.")],
     right: Annotated[Path, typer.Argument(help="Reference: a catalog of stars.")],
@@ -225,11 +213,8 @@ def crossmatch(
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", help="Other seeds give other folds.")
     ] = 0,
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "auto",
-    scheduler: Scheduler = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    *,
+    options: StepOptions,
 ) -> None:
     """Match a target catalog with a reference catalog, exactly.
 
@@ -248,11 +233,11 @@ def crossmatch(
         out,
         PairSettings(match, folds, seed),
         name=out.name,
-        overwrite=overwrite,
     )
-    show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)
+    show_step(run_step(step, options), out, options.as_json)
 
 
+@with_step_options
 def train(
     pairs: Annotated[Path, typer.Argument(help="Catalog of pairs.")],
     out: Out,
@@ -282,11 +267,8 @@ def train(
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", help="Other seeds search other parameters.")
     ] = 0,
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "auto",
-    scheduler: Scheduler = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    *,
+    options: StepOptions,
 ) -> None:
     """Learn the difference target - reference from pairs; print held-out metrics.
 
@@ -298,11 +280,11 @@ def train(
 
     params = dict(_setting(text) for text in param or [])
     settings = TrainSettings(method, params, validation, search=search, seed=seed)
-    step = partial(run, Catalog.open(pairs), out, settings, overwrite=overwrite)
-    manifest = run_step(step, workers, memory_limit, scheduler)
-    if manifest is not None and not as_json:
+    step = partial(run, Catalog.open(pairs), out, settings)
+    manifest = run_step(step, options)
+    if not options.as_json:
         show_metrics(metrics_of(manifest))
-    show_step(manifest, out, as_json)
+    show_step(manifest, out, options.as_json)
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -315,6 +297,7 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+@with_step_options
 def apply(
     model: Annotated[Path, typer.Argument(help="Directory of a trained model.")],
     catalog: CatalogPath,
@@ -353,11 +336,8 @@ def apply(
             "model; none: no correction; edge: nothing fades.",
         ),
     ] = "edge",
-    workers: Workers = None,
-    memory_limit: MemoryLimit = "auto",
-    scheduler: Scheduler = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    *,
+    options: StepOptions,
 ) -> None:
     """Correct the labels of every row; several processes may share one output.
 
@@ -385,8 +365,7 @@ def apply(
         out,
         partitions=partitions,
         name=out.name,
-        overwrite=overwrite,
         errors=errors,
         trust=trust,
     )
-    show_step(run_step(step, workers, memory_limit, scheduler), out, as_json)
+    show_step(run_step(step, options), out, options.as_json)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sos_dask.cli.options import Json, MemoryLimit, Rows, Scheduler, Seed, Store, Workers
+from sos_dask.cli.options import (
+    Json,
+    MemoryLimit,
+    OptionalMemoryLimit,
+    Rows,
+    Scheduler,
+    Seed,
+    Store,
+    Workers,
+)
 from sos_dask.cli.output import (
     LABEL_UNITS,
     build_document,
@@ -83,10 +92,7 @@ def rebuild(
         bool, typer.Option("--dry-run", help="Say what would run, and why.")
     ] = False,
     workers: Workers = None,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option("--memory-limit", metavar="SIZE", help="Memory of each worker, like 4GiB."),
-    ] = None,
+    memory_limit: OptionalMemoryLimit = None,
     scheduler: Scheduler = None,
     as_json: Json = False,
 ) -> None:

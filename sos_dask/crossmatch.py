@@ -38,7 +38,6 @@ from sos_dask.schema import HEALPIX_COLUMN, require_columns
 BoolArray = NDArray[np.bool_]
 
 GAIA_RELEASES = ("gaia_dr3_source_id", "gaia_dr2_source_id")
-MAX_RADIUS_ARCSEC = 3600.0
 # An id on this many pairs of rows is a placeholder or a calibration star: search it on the sky,
 # so that a million rows with the same wrong id cannot make a million times a million pairs.
 _MANY_PAIRS = 4096
@@ -71,19 +70,7 @@ class MatchSettings:
     use_gaia_id: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("radius_arcsec", "id_radius_arcsec"):
-            value = getattr(self, name)
-            if not 0 < value < MAX_RADIUS_ARCSEC:
-                raise ConfigError(
-                    f"{name} = {value} is outside 0..{MAX_RADIUS_ARCSEC:g} arcsec",
-                    "Usual are 1 to 3 arcsec.",
-                )
-        if self.use_gaia_id and self.id_radius_arcsec < self.radius_arcsec:
-            raise ConfigError(
-                f"id_radius_arcsec = {self.id_radius_arcsec:g} is smaller than "
-                f"radius_arcsec = {self.radius_arcsec:g}",
-                "Rows with the same id may lie farther apart than others: make it larger.",
-            )
+        sphere.check_radii(self.radius_arcsec, self.id_radius_arcsec, self.use_gaia_id)
         if self.pairs not in ("best", "all"):
             raise ConfigError(f"pairs = '{self.pairs}' is neither 'best' nor 'all'")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.__main__ import main
 from tests.bench.book import Book, markdown
-from tests.bench.measure import ROOT, Usage, measure, tail
+from tests.bench.measure import ROOT, Part, Usage, measure, tail
 from tests.bench.plan import Measured, plan, report
 from tests.bench.steps import STEPS
 
@@ -107,6 +108,24 @@ def test_a_second_run_replaces_its_entries(tmp_path):
         book.add("apply", "", 2000, Usage(1.0, cpu_s, 0.1))
     kept = json.loads(Path(tmp_path / "bench.json").read_text())
     assert [(e["rows"], e["ours"]["cpu_s"]) for e in kept] == [(1000, 2.0), (2000, 2.0)]
+
+
+@pytest.mark.parametrize("text", ["{", "[{}]", '[{"step": "apply"}]', "[1]", "driver_gib"])
+def test_results_of_another_version_are_refused(tmp_path, monkeypatch, capsys, text):
+    """Before anything is measured: tables are made of the entries of all runs."""
+    if text == "driver_gib":
+        usage = Usage(1.0, 1.0, 0.1, parts=(Part("start", 0, 1.0, 1.0, 0.1, 0.1, 0.1),))
+        Book(tmp_path).add("apply", "", 1000, usage)
+        Book(tmp_path)
+        text = (tmp_path / "bench.json").read_text().replace("driver_gib", "master_gib")
+    (tmp_path / "bench.json").write_text(text)
+    monkeypatch.setattr("sys.argv", ["bench", "--rows", "1000", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "bench.json is not of this version" in said and "choose another folder" in said
+    assert (tmp_path / "bench.json").read_text() == text
 
 
 def test_the_plan_grows_with_the_rows():

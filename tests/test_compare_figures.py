@@ -130,7 +130,7 @@ def test_better_is_said_only_where_it_is_certain(residuals, found):
         rng = np.random.default_rng(seed)
         few = Sample(TEST, sample.labels[:500], rng.integers(0, N_GROUPS, 500), sample.sparse[:500])
         equal = dict(zip((NONE, "a", "b"), rng.normal(size=(3, 500)), strict=True))
-        both = compared(equal, few, min_bin_pairs=501, weights=weights[seed % 5])
+        both = compared(equal, few, min_pairs=500, min_bin_pairs=501, weights=weights[seed % 5])
         lows = [[both[m, "all", name].behind_low or 0.0 for m in "ab"] for name in statistics]
         said += sum(max(pair) > 0 for pair in lows)
     assert 0.01 < said / 40 / 3 < 0.1, "of equals one is better in one of twenty"

@@ -58,7 +58,7 @@ def saved(fitted, tmp_path):
 
 
 def test_a_local_bump_is_found_and_the_correction_is_smooth():
-    batch = bumpy_pairs(30_000, 1)
+    batch = bumpy_pairs(15_000, 1)
     source = ArraySource(batch)
     fits = {method: models.fit(method, source) for method in ("polynomial", "boosted", "hybrid")}
     errors = {method: error(fit, True) for method, fit in fits.items()}
@@ -70,7 +70,7 @@ def test_a_local_bump_is_found_and_the_correction_is_smooth():
 
 
 def test_without_a_bump_it_is_nearly_the_polynomial():
-    batch = biased_pairs(20_000, 1, 0.03)
+    batch = biased_pairs(10_000, 1, 0.03)
     trees = models.fit("boosted", ArraySource(batch))
     out = models.fit("hybrid", ArraySource(batch))
     assert (error(out, False) < 0.8 * error(trees, False)).all()
@@ -79,7 +79,7 @@ def test_without_a_bump_it_is_nearly_the_polynomial():
 
 def test_smearing_takes_the_steps():
     batch = bumpy_pairs(10_000, 2)
-    trees = {"n_rounds": 150}
+    trees = {"n_rounds": 50, "learning_rate": 0.15}
     smooth = models.fit("hybrid", ArraySource(batch), params=trees)
     steps = models.fit("hybrid", ArraySource(batch), params={**trees, "smoothing": 0.02})
     assert (roughness(smooth, batch) < 0.6 * roughness(steps, batch)).all()

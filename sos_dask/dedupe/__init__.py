@@ -3,6 +3,6 @@
 from sos_dask.dedupe.combining import combine
 from sos_dask.dedupe.edges import Edges
 from sos_dask.dedupe.grouping import Groups, group
-from sos_dask.dedupe.settings import MAX_RADIUS_ARCSEC, METHODS, DedupeSettings
+from sos_dask.dedupe.settings import METHODS, DedupeSettings
 
-__all__ = ["MAX_RADIUS_ARCSEC", "METHODS", "DedupeSettings", "Edges", "Groups", "combine", "group"]
+__all__ = ["METHODS", "DedupeSettings", "Edges", "Groups", "combine", "group"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sos_dask.errors import ConfigError
+from sos_dask.sphere import check_radii
 
 METHODS = ("inverse-variance", "best-snr", "median")
-MAX_RADIUS_ARCSEC = 3600.0
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,7 @@ class DedupeSettings:
     use_gaia_id: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("radius_arcsec", "id_radius_arcsec"):
-            value = getattr(self, name)
-            if not 0 < value < MAX_RADIUS_ARCSEC:
-                raise ConfigError(
-                    f"{name} = {value} is outside 0..{MAX_RADIUS_ARCSEC:g} arcsec",
-                    "Usual are 1 to 3 arcsec.",
-                )
-        if self.use_gaia_id and self.id_radius_arcsec < self.radius_arcsec:
-            raise ConfigError(
-                f"id_radius_arcsec = {self.id_radius_arcsec:g} is smaller than "
-                f"radius_arcsec = {self.radius_arcsec:g}",
-                "Rows with the same id may lie farther apart than others: make it larger.",
-            )
+        check_radii(self.radius_arcsec, self.id_radius_arcsec, self.use_gaia_id)
         if self.method not in METHODS:
             raise ConfigError(f"method '{self.method}' is none of {', '.join(METHODS)}")
         if not self.max_spread > 0:

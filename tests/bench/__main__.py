@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from sos_dask.errors import ConfigError
 from tests.bench.book import Book, machine, versions
 from tests.bench.prepare import Place
 from tests.bench.steps import BY_DEFAULT, PEERS, STEPS, Bench
@@ -49,7 +50,11 @@ def main() -> int:
     given = parser.parse_args()
     place = Place(given.out.resolve(), given.rows, given.pairs, given.workers)
     place.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(place, Book(place.out), given.limit_s, frozenset(given.peers), given.scale_rows)
+    try:
+        book = Book(place.out)
+    except ConfigError as error:
+        parser.error(str(error))
+    bench = Bench(place, book, given.limit_s, frozenset(given.peers), given.scale_rows)
     print(f"{given.rows:,} rows, {machine()}. {versions()}.", flush=True)
     for step in given.steps:
         began = time.monotonic()

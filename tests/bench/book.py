@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from sos_dask.errors import ConfigError
 from tests.bench.measure import GIB, INTERVAL_S, Usage
 
 _KEY = ("step", "variant", "rows", "peer")
@@ -25,13 +26,16 @@ class Book:
     ----------
     folder : Path
         Gets ``bench.json`` and ``bench.md``, both written anew at every entry.
+
+    Raises
+    ------
+    ConfigError
+        The ``bench.json`` that is there is not of this version: no table can be made of it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "bench.json"
-        self.entries: list[dict[str, Any]] = (
-            json.loads(self.path.read_text()) if self.path.is_file() else []
-        )
+        self.entries = _earlier(self.path)
 
     def add(
         self,
@@ -67,6 +71,21 @@ class Book:
         _replace(self.path, json.dumps(self.entries, indent=1) + "\n")
         _replace(self.path.with_suffix(".md"), markdown(self.entries))
         print(_line(entry), flush=True)
+
+
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    """Entries of the runs before."""
+    if not path.is_file():
+        return []
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text())
+        markdown(entries)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is not of this version of the benchmarks ({type(error).__name__}: {error})",
+            "Move it away, or choose another folder.",
+        ) from None
+    return entries
 
 
 def usage_to_json(usage: Usage) -> dict[str, Any]:

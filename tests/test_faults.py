@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -35,6 +37,8 @@ chunk_rows = 2000
 [train]
 methods = ["polynomial"]
 validation = "holdout"
+[compare]
+n_bootstrap = 100
 [coverage]
 compare = false
 [report]
@@ -87,12 +91,20 @@ def contents(store: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(sky, tmp_path_factory) -> dict[str, str]:
+def undisturbed(sky, tmp_path_factory) -> Iterator[Callable[[], dict[str, str]]]:
+    """Contents of a run that nobody disturbs; it goes on beside the first test."""
     job = prepare(tmp_path_factory.mktemp("undisturbed"), sky)
-    finish(start(job, workers=1))
-    found = contents(job.parent / "store")
-    assert not [name for name in found if ".work" in name or name.endswith(".tmp")]
-    return found
+    process = start(job, workers=1)
+
+    @cache
+    def found() -> dict[str, str]:
+        finish(process)
+        files = contents(job.parent / "store")
+        assert not [name for name in files if ".work" in name or name.endswith(".tmp")]
+        return files
+
+    yield found
+    process.kill()
 
 
 def wait_for_records(store: Path, stage: str, kind: str, process: subprocess.Popen) -> None:
@@ -120,7 +132,7 @@ def test_kill_the_driver_in_every_stage(sky, undisturbed, tmp_path):
         assert not alive, "workers outlived their driver"
         assert list((store / "artifacts" / stage).glob("*/.work")), "killed after the stage"
     finish(start(job))
-    assert contents(store) == undisturbed
+    assert contents(store) == undisturbed()
 
 
 def test_kill_a_worker_in_every_stage(sky, undisturbed, tmp_path):
@@ -135,7 +147,7 @@ def test_kill_a_worker_in_every_stage(sky, undisturbed, tmp_path):
         assert workers
         os.kill(workers[0].pid, signal.SIGKILL)
     finish(process)
-    assert contents(store) == undisturbed
+    assert contents(store) == undisturbed()
 
 
 def test_two_drivers_at_once(sky, undisturbed, tmp_path):
@@ -143,7 +155,7 @@ def test_two_drivers_at_once(sky, undisturbed, tmp_path):
     running = [start(job, workers=1), start(job, workers=1)]
     for process in running:
         finish(process)
-    assert contents(tmp_path / "store") == undisturbed
+    assert contents(tmp_path / "store") == undisturbed()
     current = tmp_path / "store" / "current"
     for product in (
         "lamost.observations",

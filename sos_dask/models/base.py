@@ -6,8 +6,8 @@ import abc
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -152,6 +152,11 @@ class ModelInfo:
     maximum: tuple[float, ...]
     n_pairs: tuple[int, ...]
     train_folds: tuple[int, ...] | None = None
+
+    def of_part(self, method: str, known: Collection[str]) -> ModelInfo:
+        """What a model inside of this one states: its method, and the parameters known to it."""
+        own = {name: value for name, value in self.params.items() if name in known}
+        return replace(self, method=method, params=own)
 
 
 class Fitted(abc.ABC):

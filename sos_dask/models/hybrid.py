@@ -129,12 +129,6 @@ class HybridCorrection(Fitted):
         return {**smooth, GRID: self.local.to_bytes()}
 
 
-def _part(info: ModelInfo, method: str, params: Mapping[str, Any]) -> ModelInfo:
-    """What a part states about itself."""
-    own = {name: value for name, value in info.params.items() if name in params}
-    return replace(info, method=method, params=own)
-
-
 def restore(info: ModelInfo, files: Mapping[str, Content]) -> HybridCorrection:
     """Model from its files; `ModelError` where they are incomplete."""
     own = {
@@ -142,7 +136,7 @@ def restore(info: ModelInfo, files: Mapping[str, Content]) -> HybridCorrection:
         for name, content in files.items()
         if name.startswith(POLYNOMIAL)
     }
-    smooth = polynomial.restore(_part(info, "polynomial", polynomial.PARAMS), own)
+    smooth = polynomial.restore(info.of_part("polynomial", polynomial.PARAMS), own)
     return HybridCorrection(info, smooth, Grid.from_bytes(files.get(GRID, b"")))
 
 
@@ -157,11 +151,11 @@ def fit(
     needed = max(2 * len(polynomial_terms(params["order"])), boosted.MIN_PAIRS)
     summary = summarise(source, train_folds, client, "hybrid", needed)
     info = summary.info("hybrid", params, train_folds)
-    smooth_info = _part(info, "polynomial", polynomial.PARAMS)
-    local_info = _part(info, "boosted", boosted.PARAMS)
-    smooth = polynomial.fit(source, train_folds, smooth_info.params, client, progress)
+    of_smooth = info.of_part("polynomial", polynomial.PARAMS).params
+    of_trees = info.of_part("boosted", boosted.PARAMS).params
+    smooth = polynomial.fit(source, train_folds, of_smooth, client, progress)
     left = ResidualSource(source, smooth, params["outlier"])
-    trees = boosted.fit(left, train_folds, local_info.params, client, progress)
+    trees = boosted.fit(left, train_folds, of_trees, client, progress)
     low, high = (np.array(ends, dtype=np.float32) for ends in (info.minimum, info.maximum))
     local = smeared(trees.evaluate, low, high, params["smoothing"] * smooth.scale.width)
     return HybridCorrection(info, smooth, local)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -161,19 +162,19 @@ def part_weights(replicas: int) -> FloatArray:
     return np.concatenate([at_minus_one[:1], np.repeat(at_minus_one[1:] / replicas, replicas)])
 
 
-def _part_info(info: ModelInfo) -> ModelInfo:
-    known = (polynomial if info.params["base"] == "polynomial" else hybrid).PARAMS
-    own = {name: value for name, value in info.params.items() if name in known}
-    return replace(info, method=str(info.params["base"]), params=own)
+def _base(info: ModelInfo) -> tuple[ModuleType, ModelInfo]:
+    """Module of the method that is fitted with and without noise, and what each fit states."""
+    module = polynomial if info.params["base"] == "polynomial" else hybrid
+    return module, info.of_part(str(info.params["base"]), module.PARAMS)
 
 
 def restore(info: ModelInfo, files: Mapping[str, Content]) -> SimexCorrection:
     """Model from its files; `ModelError` where they are incomplete."""
     try:
-        part_info, n_parts = _part_info(info), 1 + len(LAMBDAS) * int(info.params["replicas"])
+        module, part_info = _base(info)
+        n_parts = 1 + len(LAMBDAS) * int(info.params["replicas"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"model 'simex': incomplete or damaged ({error!r})") from None
-    module = polynomial if part_info.method == "polynomial" else hybrid
     parts = []
     for number in range(n_parts):
         start = f"{number}-"
@@ -197,17 +198,15 @@ def fit(
             "method 'simex' needs errors of the target's labels, and no pair has all three",
             "Map teff_err, logg_err and feh_err in the definition of the survey.",
         )
-    base = str(params["base"])
-    module = polynomial if base == "polynomial" else hybrid
     needed = 2 * len(polynomial_terms(params["order"]))
     summary = summarise(plain, train_folds, client, "simex", needed)
     info = summary.info("simex", params, train_folds)
-    part = _part_info(info).params
+    module, part = _base(info)
     amounts = [0.0, *np.repeat(np.sqrt(LAMBDAS), params["replicas"])]
     parts: list[Fitted] = []
     for number, amount in enumerate(amounts):
         noisy = NoisySource(source, amount * params["error_factor"], params["seed"] + number)
-        parts.append(module.fit(noisy, train_folds, part, client, lambda *_: None))
+        parts.append(module.fit(noisy, train_folds, part.params, client, lambda *_: None))
         progress("simex", number + 1, len(amounts))
     return SimexCorrection(info, tuple(parts))
 

@@ -11,8 +11,9 @@ from sos_dask import models
 from sos_dask.compare import scatter
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import FEATURES
-from sos_dask.models import Batch, symbolic
+from sos_dask.models import Batch, engines, symbolic
 from sos_dask.models.formula import Expression, Formula
+from sos_dask.models.sample import Scale, draw_sample
 from sos_dask.models.symbolic import SymbolicCorrection
 from sos_dask.schema import LABELS
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
@@ -212,7 +213,7 @@ def test_a_row_is_evaluated_the_same_in_any_company():
 
 def sample_of(source, wanted=1000):
     summary = models.summarise(source, None, None, "symbolic", 1)
-    return symbolic._sample(source, None, None, symbolic._Scale.of(summary), wanted)
+    return draw_sample(source, None, None, Scale.of(summary), wanted)
 
 
 def test_the_sample_does_not_depend_on_order_or_batches():
@@ -267,7 +268,7 @@ def test_formulas_of_pysr_are_read(monkeypatch):
             assert variable_names == list(FEATURES)
             self.equations_ = {"equation": ["0.1", "logg * feh * 0.3 + 0.1", "1.0 / (feh - feh)"]}
 
-    monkeypatch.setattr(symbolic, "_require", lambda engine: None)
+    monkeypatch.setattr(engines, "require", lambda engine: None)
     monkeypatch.setitem(sys.modules, "pysr", SimpleNamespace(PySRRegressor=Regressor))
     batch = biased_pairs(3000, 3)
     out = fit(ArraySource(batch), params={**QUICK, "engine": "pysr"})

@@ -12,7 +12,8 @@ from sos_dask.compare import scatter
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import FEATURES
 from sos_dask.models import Batch, engines, symbolic
-from sos_dask.models.formula import Expression, Formula
+from sos_dask.models.expression import Expression
+from sos_dask.models.formula import Formula
 from sos_dask.models.sample import Scale, draw_sample
 from sos_dask.models.symbolic import SymbolicCorrection
 from sos_dask.schema import LABELS

@@ -14,7 +14,8 @@ from typing import Any
 from sos_dask.errors import ModelError
 from sos_dask.features import FEATURES
 from sos_dask.models import FloatArray
-from sos_dask.models.formula import Expression, Formula
+from sos_dask.models.expression import Expression
+from sos_dask.models.formula import Formula
 
 
 def require(engine: str) -> None:

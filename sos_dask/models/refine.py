@@ -21,7 +21,7 @@ from sos_dask.models import (
     map_batches,
     training_rows,
 )
-from sos_dask.models.formula import Expression
+from sos_dask.models.expression import Expression
 from sos_dask.models.sample import Scale
 
 BISQUARE = 4.685

@@ -25,7 +25,8 @@ from sos_dask.models import (
     map_batches,
     training_rows,
 )
-from sos_dask.models.formula import Expression, Formula
+from sos_dask.models.expression import Expression
+from sos_dask.models.formula import Formula
 
 # Cells of the grid of the sample, over +- 3 standard deviations of each feature.
 CELLS = 8

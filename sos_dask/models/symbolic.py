@@ -41,7 +41,8 @@ from sos_dask.models import (
     summarise,
     to_json,
 )
-from sos_dask.models.formula import Expression, Formula
+from sos_dask.models.expression import Expression
+from sos_dask.models.formula import Formula
 from sos_dask.models.refine import (
     MAD_TO_SIGMA,
     bisquare_loss,

@@ -6,16 +6,10 @@
 
 from __future__ import annotations
 
+from sos_dask.simulate.measurement import RV_OFFSETS, galah_bias, lamost_bias, stated_error_factor
 from sos_dask.simulate.plan import SkySettings, reference_rows
 from sos_dask.simulate.run import GAIA_SCHEMA, TRUTH_SCHEMA, simulate
-from sos_dask.simulate.sky import (
-    RV_OFFSETS,
-    galah_bias,
-    lamost_bias,
-    references_avoid,
-    special_stars,
-    stated_error_factor,
-)
+from sos_dask.simulate.sky import references_avoid, special_stars
 from sos_dask.simulate.tables import POSITION_EPOCHS
 
 __all__ = [

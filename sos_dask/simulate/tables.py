@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.simulate.columns import record_dtype
+from sos_dask.simulate.measurement import RV_OFFSETS, Measured, galah_bias, lamost_bias, measure
 from sos_dask.simulate.names import (
     ByteArray,
     Names,
@@ -25,17 +26,12 @@ from sos_dask.simulate.sky import (
     APOGEE,
     GALAH,
     LAMOST,
-    RV_OFFSETS,
     SPECIAL,
     BoolArray,
     FloatArray,
     IntArray,
-    Measured,
     Stars,
     at_epoch,
-    galah_bias,
-    lamost_bias,
-    measure,
     to_galactic,
     visible_distance,
 )

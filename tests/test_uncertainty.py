@@ -40,7 +40,7 @@ def noise(x: np.ndarray, snr: np.ndarray) -> np.ndarray:
     return np.asarray((edge * poor * np.hypot(0.5, 60 / snr))[:, None] * UNITS)
 
 
-def held_out(n: int, seed: int, n_parts: int = 5, heavy: bool = False, with_snr: bool = True):
+def held_out(n: int, seed: int, n_parts: int = 4, heavy: bool = False, with_snr: bool = True):
     rng = np.random.default_rng(seed)
     x, snr = stars(n, rng)
     normal = rng.standard_t(3, (n, 3)) if heavy else rng.normal(size=(n, 3))

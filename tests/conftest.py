@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Whether a machine is busy is no property of the software.
+# Whether a machine is busy is no property of the software. Threads of XGBoost that wait for each
+# other are not to spin: beside other programs that takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

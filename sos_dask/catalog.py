@@ -240,7 +240,6 @@ class Catalog:
         ranges: Ranges,
         *,
         wanted: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None,
-        exact: bool = True,
     ) -> NDArray[np.int64]:
         """Row numbers of a partition whose ``_healpix_29`` lies in one of the ranges.
 
@@ -252,8 +251,6 @@ class Catalog:
             Half-open, sorted, disjoint.
         wanted : callable, optional
             Which of the cells that lie in the ranges are wanted.
-        exact : bool
-            False: all rows of row groups that can hold such rows, without reading any cells.
 
         Returns
         -------
@@ -274,31 +271,33 @@ class Catalog:
                 at = int(np.searchsorted(stops, low, side="right"))
                 if at < len(starts) and starts[at] <= high:
                     inside = starts[at] <= low and high < stops[at]
-                    if not exact or (inside and wanted is None):
+                    if inside and wanted is None:
                         found.append(np.arange(first, first + n_rows))
                     else:
                         group = file.read_row_group(number, [HEALPIX_COLUMN], use_threads=False)
-                        cells = group[HEALPIX_COLUMN].to_numpy()
-                        rows = self._between(pixel, cells, starts, stops)
+                        cells = self._in_order(pixel, group)
+                        rows = _between(cells, starts, stops)
                         if wanted is not None:
                             rows = rows[wanted(cells[rows])]
                         found.append(first + rows)
                 first += n_rows
         return np.concatenate(found)
 
-    def _between(
-        self,
-        pixel: HealpixPixel,
-        cells: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        stops: NDArray[np.int64],
-    ) -> NDArray[np.int64]:
-        """Places of ascending cells that lie between the starts and stops."""
+    def cells(self, pixel: HealpixPixel) -> NDArray[np.int64]:
+        """The ``_healpix_29`` of all rows of a partition, ascending.
+
+        Raises
+        ------
+        PartitionError
+            The partition is damaged, or not sorted on the sky.
+        """
+        return self._in_order(pixel, self.read(pixel, [HEALPIX_COLUMN]))
+
+    def _in_order(self, pixel: HealpixPixel, rows: pa.Table) -> NDArray[np.int64]:
+        cells: NDArray[np.int64] = rows[HEALPIX_COLUMN].to_numpy()
         if np.any(cells[1:] < cells[:-1]):
             raise PartitionError(f"{self.partition_file(pixel)} is not sorted by {HEALPIX_COLUMN}")
-        low, high = np.searchsorted(cells, starts), np.searchsorted(cells, stops)
-        count = high - low
-        return np.arange(count.sum()) + np.repeat(high - np.cumsum(count), count)
+        return cells
 
     def take(
         self, pixel: HealpixPixel, rows: NDArray[np.int64], columns: Sequence[str]
@@ -400,6 +399,15 @@ def _edges(ranges: Ranges) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         np.array([first for first, _ in ranges], dtype=np.int64),
         np.array([stop for _, stop in ranges], dtype=np.int64),
     )
+
+
+def _between(
+    cells: NDArray[np.int64], starts: NDArray[np.int64], stops: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Places of ascending cells that lie between the starts and stops."""
+    low, high = np.searchsorted(cells, starts), np.searchsorted(cells, stops)
+    count = high - low
+    return np.arange(count.sum()) + np.repeat(high - np.cumsum(count), count)
 
 
 def row_group_bounds(footer: pq.FileMetaData, column: str) -> list[tuple[Any, Any]]:

@@ -113,6 +113,31 @@ def candidates(
         yield from _expand(rows[at], near_low, near_found)
 
 
+def rows_near(
+    sorted_cells: IntArray, cells: IntArray, reach_arcsec: FloatArray | float
+) -> IntArray:
+    """Rows that may lie within reach of one of some positions.
+
+    Parameters
+    ----------
+    sorted_cells : ndarray of int64, shape (n,)
+        Order-29 cells of the rows, ascending.
+    cells : ndarray of int64, shape (m,)
+        Order-29 cells of the positions.
+    reach_arcsec : float or ndarray of float64, shape (m,), arcsec
+        At most 20 degrees.
+
+    Returns
+    -------
+    ndarray of int64
+        Row numbers, ascending: all that lie within reach, and some beyond.
+    """
+    near = np.zeros(len(sorted_cells), dtype=np.bool_)
+    for _, rows in candidates(cells, reach_arcsec, sorted_cells):
+        near[rows] = True
+    return np.flatnonzero(near)
+
+
 def _run_stops(values: IntArray) -> IntArray:
     """Where the run of equal values ends that each value of a sorted array is in."""
     stops = np.flatnonzero(np.append(values[1:] != values[:-1], True)) + 1

@@ -138,29 +138,6 @@ def near_pixel(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> N
     return near
 
 
-def around_cells(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> Ranges:
-    """The part of a pixel that lies within a reach of some cells, as order-29 ranges.
-
-    Parameters
-    ----------
-    pixel : HealpixPixel
-    cells29 : ndarray of int64, shape (n,)
-        Order-29 cells, also outside of the pixel.
-    reach_arcsec : float
-
-    Returns
-    -------
-    list of (first, stop)
-        Sorted and disjoint, in steps of 1/32 of the pixel or of the reach: they hold more sky.
-    """
-    order = min(order_for_radius(reach_arcsec), pixel.order + 5)
-    shift = 2 * (MAX_ORDER - order)
-    near = np.unique(with_neighbours(np.unique(cells29 >> shift), order))
-    meets = (near >= 0) & (near + 1 << shift > pixel.first) & (near << shift < pixel.stop)
-    ranges = cell_ranges(near[meets], order)
-    return [(max(first, pixel.first), min(stop, pixel.stop)) for first, stop in ranges]
-
-
 def near_edge(
     pixel: HealpixPixel, cells29: IntArray, reach_arcsec: FloatArray | float
 ) -> NDArray[np.bool_]:

@@ -10,7 +10,6 @@ from sos_dask.errors import ConfigError
 from sos_dask.healpix import MAX_ORDER, HealpixPixel, ang2pix, in_ranges, with_neighbours
 from sos_dask.sphere import separation_arcsec
 from sos_dask.surroundings import (
-    around_cells,
     near_edge,
     near_pixel,
     order_for_radius,
@@ -153,9 +152,6 @@ def test_what_lies_near_the_edge_of_a_pixel(radius_arcsec, order, seed):
         assert near_edge(pixel, outside, radius_arcsec).all()
         assert near_edge(pixel, inside, np.full(len(inside), radius_arcsec)).all()
         assert near_pixel(pixel, np.append(inside, outside), radius_arcsec).all()
-        ranges = around_cells(pixel, outside, radius_arcsec)
-        assert in_ranges(inside, ranges).all()
-        assert all(pixel.first <= first < stop <= pixel.stop for first, stop in ranges)
 
 
 @pytest.mark.parametrize("order", [0, 3, 7])

@@ -22,6 +22,7 @@ from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.crossmatch import MatchSettings, Motion, match, reach_arcsec
 from sos_dask.errors import CatalogError
 from sos_dask.healpix import FloatArray, HealpixPixel, IntArray
+from sos_dask.nearby import rows_near
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
 from sos_dask.stages.folds import (
     FoldSettings,
@@ -40,7 +41,7 @@ from sos_dask.stages.parts import (
     run_parts,
     unless_complete,
 )
-from sos_dask.surroundings import around_cells, near_pixel, surroundings
+from sos_dask.surroundings import near_pixel, surroundings
 
 VERSION = 2
 _MOTION = ("pmra", "pmdec", "position_epoch")
@@ -317,8 +318,8 @@ def _near_rows(part: _Part, right_key: str) -> tuple[_Found, _Found, pa.Table, p
     right = pa.concat_tables(
         [part.right.take(pixel, rows, columns) for pixel, rows in right_at] or [empty]
     )
-    near = around_cells(part.pixel, right[HEALPIX_COLUMN].to_numpy(), reach)
-    rows = part.left.rows_in(part.pixel, near, exact=False)
+    cells = part.left.cells(part.pixel) if right.num_rows else np.empty(0, dtype=np.int64)
+    rows = rows_near(cells, right[HEALPIX_COLUMN].to_numpy(), part.reach_arcsec(_total_pm(right)))
     left = part.left.take(part.pixel, rows, part.left.columns(deciding))
     return [(part.pixel, rows)], right_at, left, right
 

@@ -7,7 +7,6 @@ worker is simply run again elsewhere.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -17,12 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from sos_dask.errors import ClusterError, SosError
+from sos_dask.machine import KEPT_BYTES, give_back_memory, keep_freed_memory, memory_bytes
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,12 +36,11 @@ _LISTENING_S = 3.0  # so long nobody may listen yet at a scheduler's address
 # Dask lets a worker give every freed 64 KiB back to the system. Tasks that go from array to array
 # then spend a third of their time on fresh pages, and keep no less memory at their peak. One arena,
 # because a task runs in a thread of its own: memory is used again only within an arena.
-_KEPT_BYTES = 256 << 20
 # Dask ends a worker that holds more of its limit.
 _USABLE = 0.95
 _WORKER_ENVIRONMENT = {
-    "MALLOC_TRIM_THRESHOLD_": _KEPT_BYTES,
-    "MALLOC_MMAP_THRESHOLD_": _KEPT_BYTES,
+    "MALLOC_TRIM_THRESHOLD_": KEPT_BYTES,
+    "MALLOC_MMAP_THRESHOLD_": KEPT_BYTES,
     "MALLOC_ARENA_MAX": 1,
     "ARROW_DEFAULT_MEMORY_POOL": "system",
     "OMP_NUM_THREADS": 1,
@@ -66,24 +66,32 @@ class Cluster:
     Parameters
     ----------
     client : distributed.Client, optional
-        None: one task after the other in this process.
+        None: tasks run in this process.
+    n_threads : int
+        So many at once, without a client.
+    thread_bytes : int, optional
+        Memory that each of them may use.
     """
 
-    def __init__(self, client: Any = None) -> None:
+    def __init__(
+        self, client: Any = None, n_threads: int = 1, thread_bytes: int | None = None
+    ) -> None:
         self.client = client
+        self._n_threads = n_threads
+        self._thread_bytes = thread_bytes
 
     @property
     def n_workers(self) -> int:
-        """Workers at present; 1 without a cluster."""
-        return (
-            max(1, len(self.client.scheduler_info(n_workers=-1)["workers"])) if self.client else 1
-        )
+        """Workers at present; without a cluster threads."""
+        if self.client is None:
+            return self._n_threads
+        return max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
 
     @property
     def memory_limit_bytes(self) -> int | None:
         """Memory limit of the smallest worker; None where there is none."""
         if self.client is None:
-            return None
+            return self._thread_bytes
         workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
         limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
         return min(limits, default=None)
@@ -114,12 +122,11 @@ class Cluster:
         ClusterError
             The machine, or the group of processes that a batch system put this one in, has less.
         """
-        from distributed.system import MEMORY_LIMIT
-
-        if n_bytes > MEMORY_LIMIT:
+        limit = memory_bytes()
+        if n_bytes > limit:
             raise ClusterError(
                 f"{what} needs about {n_bytes / 2**20:,.0f} MiB in the process that was started, "
-                f"there are {MEMORY_LIMIT / 2**20:,.0f} MiB",
+                f"there are {limit / 2**20:,.0f} MiB",
                 "Start it on a machine, or in a batch job, with more memory.",
             )
 
@@ -171,13 +178,28 @@ class Cluster:
             A task killed its worker several times, or the scheduler is gone.
         """
         report(step, 0, len(tasks))
-        if self.client is None:
-            results = []
-            for number, task in enumerate(tasks, start=1):
-                results.append(function(task))
+        if self.client is not None:
+            return self._run_on_client(function, tasks, step, report)
+        if self._n_threads > 1:
+            return self._run_in_threads(function, tasks, step, report)
+        results = []
+        for number, task in enumerate(tasks, start=1):
+            results.append(function(task))
+            report(step, number, len(tasks))
+        return results
+
+    def _run_in_threads(
+        self, function: Callable[[T], R], tasks: Sequence[T], step: str, report: Report
+    ) -> list[R]:
+        pool = futures.ThreadPoolExecutor(self._n_threads, "task")
+        try:
+            running = [pool.submit(function, task) for task in tasks]
+            for number, future in enumerate(futures.as_completed(running), start=1):
+                future.result()
                 report(step, number, len(tasks))
-            return results
-        return self._run_on_client(function, tasks, step, report)
+            return [future.result() for future in running]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _run_on_client(
         self, function: Callable[[T], R], tasks: Sequence[T], step: str, report: Report
@@ -237,8 +259,7 @@ def _give_back(function: Callable[[T], R]) -> None:
     Freed memory is kept for the next task of a kind (see above). Kept over stages it would add to
     the peak of each, in pieces that do not fit.
     """
-    with contextlib.suppress(OSError, AttributeError):  # not the C library of GNU
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
 
 
 def _quiet_workers() -> Any:
@@ -277,6 +298,7 @@ def start(
     n_workers: int | None = None,
     memory_limit: str = "auto",
     scheduler: str | None = None,
+    n_threads: int | None = None,
 ) -> Iterator[Cluster]:
     """A cluster for the time of a ``with`` block.
 
@@ -286,7 +308,9 @@ def start(
         Worker processes of one thread each on this machine; default one a core, 0 for none (tasks
         run in this process).
     memory_limit : str
-        Per worker, as Dask takes it (``"4GiB"``).
+        Per worker or thread, as Dask takes it (``"4GiB"``).
+    n_threads : int, optional
+        Threads of this process that run tasks, instead of workers.
     scheduler : str, optional
         Address of a running Dask scheduler, or the path of its scheduler file, used instead.
 
@@ -295,8 +319,9 @@ def start(
     ClusterError
         The scheduler does not answer.
     """
-    if scheduler is None and n_workers == 0:
-        yield Cluster()
+    if n_threads is not None or (scheduler is None and n_workers == 0):
+        keep_freed_memory()
+        yield Cluster(None, n_threads or 1, _thread_bytes(n_threads or 1, memory_limit))
         return
     import dask
     from distributed import Client, LocalCluster
@@ -362,6 +387,15 @@ def start(
         if scheduler is None:
             client.register_plugin(_quiet_workers(), name="quiet")
         yield Cluster(client)
+
+
+def _thread_bytes(n_threads: int, memory_limit: str) -> int:
+    """Memory limit of a thread: what is said, or its part of all."""
+    if memory_limit == "auto":
+        return memory_bytes() // n_threads
+    from dask.utils import parse_bytes
+
+    return int(parse_bytes(memory_limit))
 
 
 def _require_listener(address: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from pathlib import Path
 
 import psutil
@@ -11,7 +12,14 @@ import psutil
 KEPT_BYTES = 256 << 20
 """Freed memory that is kept for use again."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt(3)
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
@@ -22,7 +30,7 @@ def memory_bytes() -> int:
     """
     limits = [psutil.virtual_memory().total]
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in _OWN_GROUPS.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
             if controllers in ("", "memory"):
                 limits += _limits_of(_CGROUPS / controllers, group.strip("/"))
@@ -30,7 +38,7 @@ def memory_bytes() -> int:
 
 
 def _limits_of(root: Path, group: str) -> list[int]:
-    """Limits of a control group and of those above it; version 1 and 2 name the file differently."""
+    """Limits of a control group and of those above it."""
     name = "memory.max" if root == _CGROUPS else "memory.limit_in_bytes"
     folder, found = root / group, []
     for path in (folder, *folder.parents):

@@ -86,10 +86,7 @@ def test_rows_of_a_partition(grouped, data):
     assert rows.tolist() == np.flatnonzero(inside).tolist()
     odd = grouped.rows_in(pixel, ranges, wanted=lambda some: some % 2 == 1)
     assert odd.tolist() == np.flatnonzero(inside & (cells % 2 == 1)).tolist()
-    whole = grouped.rows_in(pixel, ranges, exact=False)
-    groups = np.unique(np.flatnonzero(inside) // 50)
-    assert set(groups.tolist()) <= set((whole // 50).tolist())
-    assert len(whole) <= 50 * (len(groups) + 2 * len(ranges))
+    assert grouped.cells(pixel).tolist() == cells.tolist()
     some = rows[data.draw(st.integers(0, 3)) :: 3]
     assert grouped.take(pixel, some, ["obs_id", "ra"]).equals(
         table.select(["obs_id", "ra"]).take(pa.array(some, pa.int64()))
@@ -104,6 +101,8 @@ def test_rows_that_are_not_sorted_are_refused(tmp_path):
     pq.write_table(table.take(pa.array(rows)), catalog.partition_file(pixel))
     with pytest.raises(PartitionError, match="not sorted"):
         catalog.rows_in(pixel, [(pixel.first, (pixel.first + pixel.stop) // 2)])
+    with pytest.raises(PartitionError, match="not sorted"):
+        catalog.cells(pixel)
 
 
 @settings(max_examples=30, deadline=None)

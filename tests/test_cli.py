@@ -541,6 +541,36 @@ def test_an_interrupt_ends_cleanly(small_sky, tmp_path, workers):
     assert not (tmp_path / "store/current").exists()
 
 
+def test_threads_make_what_workers_make(cli, small_store, tmp_path):
+    observed = small_store / "current/lamost.observations"
+    assert cli("dedupe", observed, "-o", "alone/stars", "-w", 0).code == 0
+    assert cli("dedupe", observed, "-o", "threads/stars", "--threads", 3).code == 0
+    assert contents(tmp_path / "alone") == contents(tmp_path / "threads")
+    both = cli("dedupe", observed, "-o", "both", "--threads", 2, "-w", 2)
+    assert_error(both, 2, "--threads goes with neither --workers nor --scheduler")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_threads_end_and_go_on_again(small_sky, tmp_path, sent):
+    """By Ctrl-C in order; after a kill the same command goes on where it was."""
+    arguments = ["ingest", LAMOST, small_sky / "lamost.fits", "--rows-per-partition", "30"]
+    subprocess.run(command(*arguments, "-o", tmp_path / "alone/stars", "-w", 0), check=True)
+    run = command(*arguments, "-o", tmp_path / "threads/stars", "--threads", 2)
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("write"):
+            break
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    assert out == "" and "Traceback" not in err
+    assert not (tmp_path / "threads/stars" / MANIFEST).exists()
+    subprocess.run(run, check=True)
+    assert contents(tmp_path / "alone") == contents(tmp_path / "threads")
+
+
 def test_shards_may_run_at_once(small_store, tmp_path):
     current = small_store / "current"
     catalog = current / "lamost.observations"

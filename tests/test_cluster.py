@@ -1,6 +1,7 @@
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from sos_dask.cluster import Cluster, start
 from sos_dask.errors import ClusterError, SurveyError
 from sos_dask.healpix import ang2pix
+from sos_dask.machine import memory_bytes
 
 
 def double(number: int) -> int:
@@ -48,9 +50,50 @@ def test_results_keep_the_order_of_tasks(cluster):
     assert cluster.run(double, [], "nothing") == []
 
 
-@pytest.mark.parametrize("remote", [True, False])
-def test_an_error_of_a_task_arrives_as_it_was(cluster, remote):
-    running = cluster if remote else Cluster()
+def meet(barrier: threading.Barrier) -> str:
+    barrier.wait(20)
+    return threading.current_thread().name
+
+
+def test_threads_run_tasks_at_once():
+    with start(n_threads=3) as threads:
+        assert threads.n_workers == 3
+        names = threads.run(meet, [threading.Barrier(3)] * 6, "meet")
+        assert len(set(names)) == 3 and threading.current_thread().name not in names
+        seen = []
+        report = lambda *said: seen.append(said)  # noqa: E731
+        assert threads.run(double, list(range(40)), "double", report) == list(range(0, 80, 2))
+        assert seen == [("double", number, 40) for number in range(41)]
+        assert threads.run(double, [], "nothing") == []
+
+
+def test_an_error_in_a_thread_stops_the_others():
+    done = []
+
+    def fail_at_once(number: int) -> None:
+        if number == 0:
+            raise SurveyError("bad file")
+        time.sleep(0.01)
+        done.append(number)
+
+    with start(n_threads=2) as threads, pytest.raises(SurveyError, match="bad file"):
+        threads.run(fail_at_once, list(range(1000)), "fail")
+    assert len(done) < 500
+
+
+def test_the_memory_of_threads():
+    with start(n_threads=4) as threads:
+        assert threads.memory_limit_bytes == memory_bytes() // 4
+    with (
+        start(n_threads=2, memory_limit="100MiB") as threads,
+        pytest.raises(ClusterError, match="limit is 100 MiB"),
+    ):
+        threads.require_memory(200 << 20, "dedupe")
+
+
+@pytest.mark.parametrize("where", ["workers", "threads", "here"])
+def test_an_error_of_a_task_arrives_as_it_was(cluster, where):
+    running = {"workers": cluster, "threads": Cluster(None, 2), "here": Cluster()}[where]
     with pytest.raises(SurveyError, match="bad file") as caught:
         running.run(fail_at_three, list(range(10)), "fail")
     assert caught.value.hint == "mend it"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sos_dask.errors import ConfigError
 from sos_dask.healpix import FloatArray, ang2pix
-from sos_dask.nearby import candidates, pairs_within
+from sos_dask.nearby import candidates, pairs_within, rows_near
 from sos_dask.sphere import separation_arcsec
 from tests.geometry import HARD, SETTINGS, around, seeds
 
@@ -43,6 +43,8 @@ def test_candidates_miss_no_pair(seed, n, m, radius_arcsec, many_reaches):
     separation = separation_arcsec(ra1[:, None], dec1[:, None], ra2[None, :], dec2[None, :])
     near = np.argwhere(separation <= np.broadcast_to(reach, n)[:, None])
     assert found.issuperset(map(tuple, near.tolist()))
+    rows = rows_near(ang2pix(ra2, dec2), ang2pix(ra1, dec1), reach)
+    assert rows.tolist() == sorted({j for _, j in found})
 
 
 @settings(SETTINGS, max_examples=40)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from sos_dask.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sos_dask.cluster import Cluster
 
 DEBUG = "--debug"
 
@@ -24,7 +30,20 @@ Workers = Annotated[
         show_default=False,
     ),
 ]
-_MEMORY = typer.Option("--memory-limit", metavar="SIZE", help="Memory of each worker, like 4GiB.")
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        metavar="N",
+        help="Threads of this process instead of workers; with up to 4 cores the default, one a "
+        "core. They start at once and need less memory, but have none of their own.",
+        show_default=False,
+    ),
+]
+_MEMORY = typer.Option(
+    "--memory-limit", metavar="SIZE", help="Memory of each worker or thread, like 4GiB."
+)
 MemoryLimit = Annotated[str, _MEMORY]
 OptionalMemoryLimit = Annotated[str | None, _MEMORY]
 Scheduler = Annotated[
@@ -73,6 +92,10 @@ NoGaiaId = Annotated[
 ]
 
 
+# More threads than this wait for each other: Python itself runs in one at a time.
+_FEW_CORES = 4
+
+
 @dataclass(frozen=True)
 class StepOptions:
     """Options of every command that runs one step: where it is done, over what, how it is told."""
@@ -83,19 +106,58 @@ class StepOptions:
     overwrite: Overwrite = False
     as_json: Json = False
 
+    def start(self) -> AbstractContextManager[Cluster]:
+        """What runs the tasks of the step."""
+        from sos_dask.cluster import start
+
+        return start(self.workers, self.memory_limit, self.scheduler)
+
+
+@dataclass(frozen=True)
+class LightStepOptions(StepOptions):
+    """Options of a step whose tasks spend nearly all their time in compiled code.
+
+    Threads can do them. On two cores worker processes take a second to start, which is a third of
+    a whole crossmatch of 19 million rows.
+    """
+
+    threads: Threads = None
+
+    def start(self) -> AbstractContextManager[Cluster]:
+        """What runs the tasks of the step: threads where there are few cores.
+
+        Raises
+        ------
+        ConfigError
+            Both threads and workers are asked for.
+        """
+        from sos_dask.cluster import start
+        from sos_dask.machine import n_cores
+
+        is_free = self.workers is None and self.scheduler is None
+        if self.threads is not None and not is_free:
+            raise ConfigError(
+                "--threads goes with neither --workers nor --scheduler",
+                "Tasks run in threads of this process, in worker processes, or on a cluster.",
+            )
+        few = n_cores() if is_free and n_cores() <= _FEW_CORES else None
+        return start(self.workers, self.memory_limit, self.scheduler, self.threads or few)
+
 
 def with_step_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each of `StepOptions`; it gets them as ``options``."""
+    """Give a command an option for each field of its parameter ``options``."""
     signature = inspect.signature(command, eval_str=True)
-    names = [field.name for field in fields(StepOptions)]
-    shared = inspect.signature(StepOptions, eval_str=True).parameters.values()
+    kind = signature.parameters["options"].annotation
+    shared = inspect.signature(kind, eval_str=True).parameters
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        options = StepOptions(**{name: given.pop(name) for name in names})
-        command(**given, options=options)
+        command(options=kind(**{name: given.pop(name) for name in shared}), **given)
 
     own = [item for item in signature.parameters.values() if item.name != "options"]
-    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in (*own, *shared)]
+    further = [name for name in shared if name not in StepOptions.__dataclass_fields__]
+    ordered = [shared[name] for name in (*further, *StepOptions.__dataclass_fields__)]
+    everything = (*own, *ordered)
+    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in everything]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run

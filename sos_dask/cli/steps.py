@@ -14,6 +14,7 @@ from sos_dask.cli.options import (
     CatalogPath,
     IdRadius,
     Json,
+    LightStepOptions,
     NoGaiaId,
     Out,
     Radius,
@@ -35,10 +36,7 @@ _Made = TypeVar("_Made")
 
 def run_step(step: Callable[..., _Made], options: StepOptions) -> _Made:
     """Call a stage with a cluster and with progress on stderr."""
-    from sos_dask.cluster import start
-
-    workers = start(options.workers, options.memory_limit, options.scheduler)
-    with reporting() as report, workers as cluster:
+    with reporting() as report, options.start() as cluster:
         return step(overwrite=options.overwrite, cluster=cluster, report=report)
 
 
@@ -90,7 +88,7 @@ def ingest(
         ),
     ] = None,
     *,
-    options: StepOptions,
+    options: LightStepOptions,
 ) -> None:
     """Turn survey files into a HEALPix-partitioned catalog of observations.
 
@@ -137,7 +135,7 @@ def dedupe(
     ] = 5.0,
     no_gaia_id: NoGaiaId = False,
     *,
-    options: StepOptions,
+    options: LightStepOptions,
 ) -> None:
     """Combine repeats of one star into one row.
 
@@ -167,7 +165,7 @@ def reference(
     radius_arcsec: Radius = 1.5,
     id_radius_arcsec: IdRadius = 10.0,
     *,
-    options: StepOptions,
+    options: LightStepOptions,
 ) -> None:
     """Unite the stars of several reference surveys, one row a star.
 
@@ -214,7 +212,7 @@ def crossmatch(
         int, typer.Option("--seed", metavar="N", help="Other seeds give other folds.")
     ] = 0,
     *,
-    options: StepOptions,
+    options: LightStepOptions,
 ) -> None:
     """Match a target catalog with a reference catalog, exactly.
 
@@ -337,7 +335,7 @@ def apply(
         ),
     ] = "edge",
     *,
-    options: StepOptions,
+    options: LightStepOptions,
 ) -> None:
     """Correct the labels of every row; several processes may share one output.
 

@@ -32,6 +32,7 @@ PEERS = {
     "xgboost": "xgboost",
 }
 _PROGRAMS = ("stilts",)
+_IN_THREADS = ("ingest", "dedupe", "crossmatch", "apply")
 _START = "from sos_dask.cluster import start\nif __name__ == '__main__':\n with start({}): pass\n"
 
 
@@ -83,10 +84,11 @@ class Bench:
         return path
 
     def ours(self, name: str, *arguments: object, workers: int | None = None) -> Usage:
-        """Measure one of our commands."""
-        n_workers = self.place.workers if workers is None else workers
-        usage = self.run(name, [*sos_dask(), *arguments, "-w", n_workers])
-        return usage
+        """Measure one of our commands; in threads where it can and no workers are given."""
+        how = ("-w", self.place.workers if workers is None else workers)
+        if workers is None and self.place.workers and arguments[0] in _IN_THREADS:
+            how = ("--threads", self.place.workers)
+        return self.run(name, [*sos_dask(), *arguments, *how])
 
     def script(self, name: str, *arguments: object) -> Usage:
         """Measure one of `tests.bench.peers`."""
@@ -244,6 +246,10 @@ def crossmatch(bench: Bench) -> None:
         )
         facts = checked(theirs, "crossmatch", out, "lsdb", theirs_out)
         bench.compare("crossmatch", ours, "lsdb", theirs, **facts)
+    out = bench.output("crossmatch-workers")
+    arguments = ("crossmatch", left, right, *radius, "-o", out, "--no-gaia-id")
+    in_workers = bench.ours("crossmatch-workers", *arguments, workers=place.workers)
+    bench.add("crossmatch", in_workers, variant="worker processes", **on_disk(out))
     # As it is by default: Gaia ids first, then positions moved to a common epoch.
     out = bench.output("crossmatch-ids")
     right = place.ours("reference")

@@ -1,0 +1,71 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sos_dask import machine
+
+
+def test_cores_are_those_this_process_may_use():
+    assert 1 <= machine.n_cores() <= (os.cpu_count() or 1)
+    code = "from sos_dask.machine import n_cores; print(n_cores())"
+    one = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
+    printed = subprocess.run([*one, sys.executable, "-c", code], check=True, capture_output=True)
+    assert int(printed.stdout) == 1
+
+
+def test_memory_is_no_more_than_the_machine_has():
+    assert 1 << 28 < machine.memory_bytes() <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("controllers", "name"), [("", "memory.max"), ("memory", "memory.limit_in_bytes")]
+)
+def test_the_limit_of_a_batch_job_counts_also_when_a_group_above_has_it(
+    monkeypatch, tmp_path, controllers, name
+):
+    job = tmp_path / controllers / "batch" / "job"
+    (job / "task").mkdir(parents=True)
+    (job / name).write_text(f"{3 << 20}\n")
+    (job / "task" / name).write_text("max\n")
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    groups = tmp_path / "groups"
+    groups.write_text(f"7:cpu,cpuacct:/other\n1:{controllers}:/batch/job/task\n")
+    monkeypatch.setattr(machine, "_OWN_GROUPS", groups)
+    assert machine.memory_bytes() == 3 << 20
+    (job / name).unlink()
+    assert machine.memory_bytes() == psutil.virtual_memory().total
+
+
+_FILL = """
+import threading, psutil
+from sos_dask.machine import give_back_memory, keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+def resident():
+    return psutil.Process().memory_info().rss >> 20
+def fill():
+    blocks = [bytearray(1 << 20) for _ in range(200)]
+before = resident()
+thread = threading.Thread(target=fill)
+thread.start()
+thread.join()
+kept = resident()
+give_back_memory()
+print(kept - before, resident() - before)
+"""
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_threads_use_freed_memory_again(keep):
+    """A process of its own, because the setting stays."""
+    code = _FILL.format(keep=keep)
+    root = Path(__file__).parents[1]
+    run = [sys.executable, "-c", code]
+    printed = subprocess.run(run, cwd=root, check=True, capture_output=True)
+    kept, given_back = map(int, printed.stdout.split())
+    assert given_back < 50
+    assert 150 < kept < 300 if keep else kept < 50

@@ -274,8 +274,14 @@ def _quiet_workers() -> Any:
 
 
 # What every worker imports before its first task, beside the stages in use here and what these name
-# as PRELOAD. Arrow imports pandas as soon as it gives values to NumPy.
-_PRELOADED = ["distributed", "distributed.nanny", "pandas", "pyarrow.compute", "sos_dask.catalog"]
+# as PRELOAD.
+_PRELOADED = [
+    "sos_dask.worker",
+    "distributed",
+    "distributed.nanny",
+    "pyarrow.compute",
+    "sos_dask.catalog",
+]
 
 
 def _share_imports() -> None:

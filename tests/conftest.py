@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pandas  # noqa: F401  programs that results are compared with need it of Arrow
 import pytest
 from hypothesis import HealthCheck, settings
 

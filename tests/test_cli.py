@@ -547,7 +547,7 @@ def test_threads_make_what_workers_make(cli, small_store, tmp_path):
     assert cli("dedupe", observed, "-o", "threads/stars", "--threads", 3).code == 0
     assert contents(tmp_path / "alone") == contents(tmp_path / "threads")
     both = cli("dedupe", observed, "-o", "both", "--threads", 2, "-w", 2)
-    assert_error(both, 2, "--threads goes with neither --workers nor --scheduler")
+    assert_error(both, 3, "--threads goes with neither --workers nor --scheduler")
 
 
 @pytest.mark.fault

@@ -69,3 +69,20 @@ def test_threads_use_freed_memory_again(keep):
     kept, given_back = map(int, printed.stdout.split())
     assert given_back < 50
     assert 150 < kept < 300 if keep else kept < 50
+
+
+def test_arrow_does_without_pandas():
+    code = """
+import sys
+import numpy as np
+import pyarrow as pa
+from sos_dask.machine import leave_pandas_out
+leave_pandas_out()
+table = pa.table({"a": np.array([1.5, np.nan]), "b": ["x", None]})
+assert table["a"].to_numpy()[0] == 1.5 and table["b"].to_numpy().tolist() == ["x", None]
+assert pa.array(np.array([np.nan]), from_pandas=True).null_count == 1
+assert "pandas" not in sys.modules
+import pandas
+assert pandas.Series([1]).sum() == 1
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

@@ -109,7 +109,9 @@ class StepOptions:
     def start(self) -> AbstractContextManager[Cluster]:
         """What runs the tasks of the step."""
         from sos_dask.cluster import start
+        from sos_dask.machine import leave_pandas_out
 
+        leave_pandas_out()
         return start(self.workers, self.memory_limit, self.scheduler)
 
 
@@ -132,7 +134,7 @@ class LightStepOptions(StepOptions):
             Both threads and workers are asked for.
         """
         from sos_dask.cluster import start
-        from sos_dask.machine import n_cores
+        from sos_dask.machine import leave_pandas_out, n_cores
 
         is_free = self.workers is None and self.scheduler is None
         if self.threads is not None and not is_free:
@@ -140,6 +142,7 @@ class LightStepOptions(StepOptions):
                 "--threads goes with neither --workers nor --scheduler",
                 "Tasks run in threads of this process, in worker processes, or on a cluster.",
             )
+        leave_pandas_out()
         few = n_cores() if is_free and n_cores() <= _FEW_CORES else None
         return start(self.workers, self.memory_limit, self.scheduler, self.threads or few)
 

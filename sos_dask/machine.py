@@ -36,7 +36,7 @@ def memory_bytes() -> int:
             _, controllers, group = line.split(":", 2)
             if controllers in ("", "memory"):
                 limits += _limits_of(_CGROUPS / controllers, group.strip("/"))
-    return min(limits)
+    return int(min(limits))
 
 
 def _limits_of(root: Path, group: str) -> list[int]:

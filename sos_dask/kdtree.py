@@ -154,7 +154,7 @@ def _gap(boxes: FloatArray, node: int, x: float, y: float, z: float) -> float:
     dx = max(boxes[node, 0, 0] - x, x - boxes[node, 1, 0], 0.0)
     dy = max(boxes[node, 0, 1] - y, y - boxes[node, 1, 1], 0.0)
     dz = max(boxes[node, 0, 2] - z, z - boxes[node, 1, 2], 0.0)
-    return dx * dx + dy * dy + dz * dz
+    return float(dx * dx + dy * dy + dz * dz)
 
 
 @njit(inline="always")
@@ -188,7 +188,7 @@ def _next_leaf(
 def _between(points: FloatArray, p: int, x: float, y: float, z: float) -> float:
     """Square of the distance to a point."""
     dx, dy, dz = x - points[0, p], y - points[1, p], z - points[2, p]
-    return dx * dx + dy * dy + dz * dz
+    return float(dx * dx + dy * dy + dz * dz)
 
 
 @_compiled((_POINTS, _BOXES, _POINTS, _I, types.int64, _D_OUT))

@@ -61,7 +61,8 @@ class Neighbours:
 
     def _kth_distance(self, used: tuple[int, ...]) -> Callable[[FloatArray], FloatArray]:
         """What measures rows in some of the parameters; it is kept."""
-        kept: dict[tuple[int, ...], Any] = self.__dict__.setdefault("_kept", {})
+        kept: dict[tuple[int, ...], Callable[[FloatArray], FloatArray]]
+        kept = self.__dict__.setdefault("_kept", {})
         if used not in kept:
             points = self.overlap[:, used]
             points = points[np.isfinite(points).all(axis=1)]

@@ -146,9 +146,9 @@ def coverage(
     stars : Catalog
         Its stars, for ``flag_spread``.
     directory : Path
-        Gets a catalog on the partitions of ``catalog`` (``_healpix_29``, key,
-        position, ``coverage``, ``flag_coverage``, ``kind_coverage``), the model, ``calibration.parquet`` and
-        ``maps.parquet``.
+        Gets a catalog on the partitions of ``catalog`` (``_healpix_29``, key, position,
+        ``coverage``, ``flag_coverage``, ``kind_coverage``), the model, ``calibration.parquet``
+        and ``maps.parquet``.
     errors : Path, optional
         Output of uncertainty for this correction: what its half-widths lack in each class is
         counted on held-out pairs.

@@ -105,7 +105,8 @@ def test_corrected_rows_carry_the_errors(build):
     wanted = errors.half_width(x, table["snr"].to_numpy())
     kind = read(build / "coverage")["kind_coverage"].fill_null(0).to_numpy()
     known = CoverageModel.load(build / "coverage")
-    wanted *= known.widths.widening(kind, errors.is_sparse(x).astype(np.int64), wanted)
+    factors = known.widths.widening(kind, errors.is_sparse(x).astype(np.int64), wanted)
+    wanted *= factors.astype(np.float32)
     for number, label in enumerate(LABELS):
         column = table[f"{label}_sos_err"]
         assert column.null_count == table[f"{label}_sos"].null_count > 0

@@ -35,9 +35,9 @@ def _compiled(*signatures: tuple[Any, ...]) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         try:
-            compiled = njit(voids, error_model="numpy", cache=True)(function)
+            compiled = njit(voids, error_model="numpy", nogil=True, cache=True)(function)
         except RuntimeError:  # no folder can be written: each process compiles for itself
-            compiled = njit(voids, error_model="numpy")(function)
+            compiled = njit(voids, error_model="numpy", nogil=True)(function)
         return cast(F, compiled)
 
     return decorate

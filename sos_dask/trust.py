@@ -136,7 +136,7 @@ def widened(corrected: pa.Table, factors: Float32Array) -> pa.Table:
     corrected : pyarrow.Table
         With ``*_sos_err``.
     factors : ndarray of float32, shape (n, 3)
-        See `coverage.CoverageModel.widening`.
+        See `coverage.widths.Widths.widening`.
     """
     for label, factor in zip(LABELS, factors.T, strict=True):
         index = corrected.schema.get_field_index(f"{label}_sos_err")

@@ -13,7 +13,6 @@ from sos_dask.coverage.measures import Neighbours, Share
 from sos_dask.coverage.ranking import rank
 from sos_dask.coverage.widths import Placed, Widths, fit_widths, weights
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.features import features
 from sos_dask.schema import LABELS
 
 
@@ -57,7 +56,7 @@ def test_a_known_third_of_the_rows_without_overlap_is_found():
 
     overlap, rows = overlap_of(sheet(50_000, 2), rng), sheet(30_000, 3)
     model = cv.fit(overlap, sheet(200_000, 3), "neighbours", cv.Limits()).model
-    outside = model.limits.classify(model.coverage(rows)) == cv.OUTSIDE
+    outside = model.coverage(rows)[1] >= cv.OUTSIDE
     assert abs(outside.mean() - 1 / 3) < 0.02
     assert outside[rows["logg"] > 2.2].all() and outside[rows["logg"] < 2].mean() < 0.01
 
@@ -71,10 +70,6 @@ def thinning(n, rng):
     columns["logg"] = 3 * rng.beta(1, 4, n)
     far = columns["logg"] > 1.8
     return columns, far, SIGMA * np.where(far, 3.0, 1.0)[:, None]
-
-
-def features_of(columns):
-    return features(*(columns[label] for label in LABELS))
 
 
 def test_intervals_hold_in_each_class_wrong_measurements_included():
@@ -91,9 +86,10 @@ def test_intervals_hold_in_each_class_wrong_measurements_included():
     fresh, is_far, size = thinning(20_000, rng)
     error = np.abs(rng.normal(0, 1, (20_000, 3)) * size)
     error[rng.random(20_000) < np.where(is_far, 0.2, 0.0)] += 100 * SIGMA
-    coverage, x = found.model.coverage(fresh), features_of(fresh)
-    kind = found.model.kinds(found.model.scaled(fresh)[:, :3], coverage, found.model.share)
-    widening = found.model.widening(x, coverage, is_far, np.tile(SIGMA, (20_000, 1)))
+    kind = found.model.coverage(fresh)[1]
+    widening = found.model.widths.widening(
+        kind, is_far.astype(np.int64), np.tile(SIGMA, (20_000, 1))
+    )
     held = error <= SIGMA * widening
     counted = 0
     for error_class, numbers in enumerate(found.n_width):
@@ -104,8 +100,6 @@ def test_intervals_hold_in_each_class_wrong_measurements_included():
                 counted += 1
     assert counted >= 2
     assert np.mean(held[kind >= cv.OUTSIDE]) > 0.64
-    unknown = found.model.widening(x[:1] * np.nan, np.array([np.nan]), np.array([0]), SIGMA[None])
-    assert unknown[0] == pytest.approx(found.model.widths.factors[0, cv.INSIDE], rel=1e-6)
 
 
 def test_intervals_hold_for_the_rows_not_for_the_pairs():
@@ -121,10 +115,10 @@ def test_intervals_hold_for_the_rows_not_for_the_pairs():
 
     def held(target):
         model = cv.fit(overlap, rows, "neighbours", cv.Limits(), target=target).model
-        coverage = model.coverage(rows)
+        kind = model.coverage(rows)[1]
         half_width, dense = np.tile(SIGMA, (8000, 1)), np.zeros(8000, dtype=int)
-        width = half_width * model.widening(features_of(rows), coverage, dense, half_width)
-        return np.mean((error <= width)[model.limits.classify(coverage) == cv.INSIDE])
+        width = half_width * model.widths.widening(kind, dense, half_width)
+        return np.mean((error <= width)[kind == cv.INSIDE])
 
     of_rows = held(cv.Target(rows, np.zeros(8000, dtype=np.int8)))
     of_pairs = held(cv.Target(columns, np.zeros(8000, dtype=np.int8)))
@@ -192,8 +186,8 @@ def test_stars_that_the_overlap_lacks_are_told_from_lonely_places():
     model = cv.fit(overlap, rows, "neighbours", cv.Limits()).model
     some = np.array([[8.0, 0, 0], [0, 8.0, 0], [0, 0, 0]])
     labels = (some - model.center) / model.scale
-    coverage = model.coverage_at(labels, model.measure.distance(labels), model.share)
-    assert model.kinds(labels, coverage, model.share).tolist() == [
+    kinds = model.coverage_at(labels, model.measure.distance(labels), model.share)[1]
+    assert kinds.tolist() == [
         cv.LACKING,
         cv.OUTSIDE,
         cv.INSIDE,
@@ -248,9 +242,9 @@ def test_wrong_measurements_do_not_count_as_growth():
 @settings(max_examples=20, deadline=None)
 def test_a_row_does_not_depend_on_those_beside_it(fitted, cut, seed):
     rows = sky(500, np.random.default_rng(seed), 0, 6)
-    whole = fitted.model.coverage(rows)
+    whole, _ = fitted.model.coverage(rows)
     parts = [
-        fitted.model.coverage({k: v[part] for k, v in rows.items()})
+        fitted.model.coverage({k: v[part] for k, v in rows.items()})[0]
         for part in (slice(0, cut), slice(cut, None))
     ]
     assert np.concatenate(parts).tobytes() == whole.tobytes()
@@ -266,11 +260,12 @@ def test_measures_are_saved_and_say_nothing_of_rows_without_a_label(name, tmp_pa
     model = cv.fit(overlap, sky(2000, rng), name, cv.Limits(), seed=7).model
     again = cv.fit(overlap, sky(2000, np.random.default_rng(8)), name, cv.Limits(), seed=7).model
     model.save(tmp_path)
-    score = model.coverage(rows)
+    score, kind = model.coverage(rows)
     assert np.isnan(score[:10]).all() and np.isfinite(score[10:]).all()
-    assert cv.CoverageModel.load(tmp_path).coverage(rows).tobytes() == score.tobytes()
+    assert ((kind < 0) == np.isnan(score)).all()
+    assert cv.CoverageModel.load(tmp_path).coverage(rows)[0].tobytes() == score.tobytes()
     if name != "ratio":  # that one learns of the sample of the catalog, too
-        assert again.coverage(rows).tobytes() == score.tobytes()
+        assert again.coverage(rows)[0].tobytes() == score.tobytes()
 
 
 def test_a_missing_parameter_is_left_out_not_filled_in():

@@ -102,7 +102,7 @@ def test_shares_of_stars_are_those_of_their_labels(small_store):
     model = CoverageModel.load(small_store / "current" / "coverage")
     stars = opened(small_store, "lamost.stars")
     table = pa.concat_tables([stars.read(pixel) for pixel in stars.pixels])
-    score = model.coverage(parameter_columns(table))
+    score, _ = model.coverage(parameter_columns(table))
     assert found["stars"]["inside"] == np.mean(score >= 0.8)
     assert found["stars"]["unknown"] == np.mean(np.isnan(score))
 

@@ -103,9 +103,10 @@ def test_corrected_rows_carry_the_errors(build):
     errors = load_errors(build / "uncertainty")
     x = features(*(pc.fill_null(table[label], np.nan).to_numpy() for label in LABELS))
     wanted = errors.half_width(x, table["snr"].to_numpy())
-    coverage = pc.fill_null(table["coverage"], np.nan).to_numpy()
+    kind = read(build / "coverage")["kind_coverage"].fill_null(0).to_numpy()
     known = CoverageModel.load(build / "coverage")
-    wanted *= known.widening(x, coverage, errors.is_sparse(x), wanted)
+    factors = known.widths.widening(kind, errors.is_sparse(x).astype(np.int64), wanted)
+    wanted *= factors.astype(np.float32)
     for number, label in enumerate(LABELS):
         column = table[f"{label}_sos_err"]
         assert column.null_count == table[f"{label}_sos"].null_count > 0

@@ -9,6 +9,7 @@ from sos_dask.coverage.ranking import Ranking, compare
 from sos_dask.coverage.widths import (
     CLASSES,
     INSIDE,
+    KIND_FIELD,
     KINDS,
     LACKING,
     OUTSIDE,
@@ -22,6 +23,7 @@ __all__ = [
     "CLASSES",
     "INSIDE",
     "KINDS",
+    "KIND_FIELD",
     "LACKING",
     "MAP_SCHEMA",
     "MEASURES",

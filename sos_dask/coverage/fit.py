@@ -175,9 +175,7 @@ def fit(
         kind = np.full(len(x), -1, dtype=np.int8)
         for fold, share in shares.items():
             rows = held_out & (overlap.fold == fold)
-            kind[rows] = model.kinds(
-                labels[rows], model.coverage_at(x[rows], at[rows], share), share
-            )
+            kind[rows] = model.coverage_at(x[rows], at[rows], share)[1]
         snr = _column(overlap.columns, "snr", len(x))
         told = np.asarray(held_out & np.isfinite(overlap.half_width).all(axis=1))
         found, n_width = fit_widths(
@@ -239,12 +237,9 @@ def _neighbours(others: NDArray[np.bool_]) -> int:
 def _placed(model: CoverageModel, target: Target) -> Placed:
     """The rows of the target that have a coverage."""
     x = model.scaled(target.columns)
-    coverage = model.coverage_at(x, model.measure.distance(x), model.share)
-    known = np.isfinite(coverage)
-    labels = x[known, : len(LABELS)]
-    kind = model.kinds(labels, coverage[known], model.share)
-    snr = _column(target.columns, "snr", len(x))[known]
-    return Placed(kind, target.error_class[known], labels, snr)
+    kind = model.coverage_at(x, model.measure.distance(x), model.share)[1]
+    labels, snr = x[:, : len(LABELS)], _column(target.columns, "snr", len(x))
+    return Placed(kind, target.error_class, labels, snr).take(kind >= 0)
 
 
 def _measure(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.errors import ModelError
 from sos_dask.schema import LABELS
+
+if TYPE_CHECKING:
+    from sos_dask.kdtree import Tree
 
 FloatArray = NDArray[np.float64]
 
@@ -51,23 +55,30 @@ class Neighbours:
         for code in np.unique(pattern[known[:, : len(LABELS)].all(axis=1)]):
             rows = np.flatnonzero(pattern == code)
             used = np.flatnonzero((code >> np.arange(n_all)) & 1)
-            tree, n_stars = self._tree(tuple(used.tolist()))
-            found, _ = tree.query(x[np.ix_(rows, used)], k=[min(self.k, n_stars)])
-            out[rows] = found[:, 0] * np.sqrt(n_all / len(used))
+            kth_distance = self._kth_distance(tuple(used.tolist()))
+            out[rows] = kth_distance(x[np.ix_(rows, used)]) * np.sqrt(n_all / len(used))
         return out
 
-    def _tree(self, used: tuple[int, ...]) -> tuple[Any, int]:
-        from scipy.spatial import cKDTree
-
-        kept: dict[tuple[int, ...], Any] = self.__dict__.setdefault("_trees", {})
+    def _kth_distance(self, used: tuple[int, ...]) -> Callable[[FloatArray], FloatArray]:
+        """What measures rows in some of the parameters; it is kept."""
+        kept: dict[tuple[int, ...], Callable[[FloatArray], FloatArray]]
+        kept = self.__dict__.setdefault("_kept", {})
         if used not in kept:
             points = self.overlap[:, used]
             points = points[np.isfinite(points).all(axis=1)]
             if not len(points):
                 raise ModelError("no overlap star has the parameters that some rows have")
-            kept[used] = cKDTree(points), len(points)
-        tree, n_stars = kept[used]
-        return tree, int(n_stars)
+            k = min(self.k, len(points))
+            if len(used) == len(LABELS):
+                from sos_dask.kdtree import Tree
+
+                kept[used] = partial(Tree(points).kth_distance, k=k)
+            else:
+                from scipy.spatial import cKDTree
+
+                tree = cKDTree(points)
+                kept[used] = lambda x: tree.query(x, k=[k])[0][:, 0]
+        return kept[used]
 
 
 @dataclass(frozen=True)
@@ -98,24 +109,28 @@ class Share:
         distance : ndarray of float64, shape (n,), optional
             To the k-th overlap star, where it is known already; nan where a label is.
         """
-        from scipy.spatial import cKDTree
-
-        if "_catalog" not in self.__dict__:
-            self.__dict__["_catalog"] = cKDTree(self.catalog)
-            self.__dict__["_overlap"] = Neighbours(self.overlap, self.k)
+        if not len(x):
+            return np.zeros(0, dtype=np.bool_)
         if distance is None:
-            distance = self.__dict__["_overlap"].distance(x)
+            distance = self._neighbours.distance(x)
         found = np.zeros(len(x), dtype=np.bool_)
         # As many rows of the catalog are within the distance where the share is the least.
         k = min(self.k, len(self.overlap))
         most = k / LEAST_SHARE * len(self.catalog) / len(self.overlap)
         # Where they lie as near as in the denser four fifths of the overlap, nothing is lacking.
         rows = np.flatnonzero(distance > self._near)
-        count = self.__dict__["_catalog"].query_ball_point(
-            x[rows], distance[rows], return_length=True
-        )
-        found[rows] = count > most
+        found[rows] = self._rows.has_more(x[rows], distance[rows], most)
         return found
+
+    @cached_property
+    def _neighbours(self) -> Neighbours:
+        return Neighbours(self.overlap, self.k)
+
+    @cached_property
+    def _rows(self) -> Tree:
+        from sos_dask.kdtree import Tree
+
+        return Tree(self.catalog)
 
     @cached_property
     def _near(self) -> float:

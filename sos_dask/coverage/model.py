@@ -50,7 +50,7 @@ from sos_dask.coverage.measures import (
     Ratio,
     Share,
 )
-from sos_dask.coverage.widths import INSIDE, LACKING, OUTSIDE, Limits, Widths
+from sos_dask.coverage.widths import LACKING, Limits, Widths
 from sos_dask.errors import ModelError
 from sos_dask.features import parameters_of
 from sos_dask.schema import LABELS
@@ -101,57 +101,29 @@ class CoverageModel:
         """Distance of rows from the overlap, nan where a label is missing."""
         return self.measure.distance(self.scaled(columns))
 
-    def coverage(self, columns: Mapping[str, NDArray[np.floating]]) -> NDArray[np.float32]:
-        """Coverage of rows, 0 to 1; nan where a label is missing."""
-        x = self.scaled(columns)
-        distance = self.measure.distance(x)
-        return self.coverage_at(x, distance, self.share)
+    def coverage(
+        self, columns: Mapping[str, NDArray[np.floating]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+        """Coverage of rows, 0 to 1, and which of `KINDS` their places are.
 
-    def coverage_at(self, x: FloatArray, distance: FloatArray, share: Share) -> NDArray[np.float32]:
-        """Coverage of scaled rows at known distances from the overlap of ``share``."""
-        coverage = 1.0 / self.growth(distance)
-        known = distance if self.name == "neighbours" else None
-        outside = np.asarray(distance > self.growth.last)
-        rest = np.flatnonzero(~outside)
-        outside[rest] = share.lacks(x[rest, : len(LABELS)], None if known is None else known[rest])
+        nan and -1 where a label is missing.
+        """
+        x = self.scaled(columns)
+        return self.coverage_at(x, self.measure.distance(x), self.share)
+
+    def coverage_at(
+        self, x: FloatArray, distance: FloatArray, share: Share
+    ) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+        """See `coverage`: of scaled rows at known distances from the overlap of ``share``."""
+        coverage = (1.0 / self.growth(distance)).astype(np.float32)
+        lacks = share.lacks(x[:, : len(LABELS)], distance if self.name == "neighbours" else None)
+        outside = lacks | (distance > self.growth.last)
         below = np.nextafter(np.float32(self.limits.outside), np.float32(0))
         coverage[outside] = np.minimum(coverage[outside], below)
-        return np.asarray(coverage, dtype=np.float32)
-
-    def kinds(
-        self, labels: FloatArray, coverage: NDArray[np.floating], share: Share
-    ) -> NDArray[np.int8]:
-        """Which of `KINDS` the places of rows with scaled labels (n, 3) are."""
         kind = self.limits.classify(coverage)
-        outside = np.flatnonzero(kind == OUTSIDE)
-        kind[outside[share.lacks(labels[outside])]] = LACKING
-        return kind
-
-    def widening(
-        self,
-        features: NDArray[np.float32],
-        coverage: NDArray[np.floating],
-        error_class: NDArray[Any],
-        half_width: NDArray[np.floating],
-    ) -> NDArray[np.float32]:
-        """Factors (n, 3) of the half-widths of the error model; those inside where unknown.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (n, 3)
-            See `features.features`.
-        coverage : ndarray of float, shape (n,)
-        error_class : ndarray of int or bool, shape (n,)
-            1 for the sparse class of the error model, else 0.
-        half_width : ndarray of float, shape (n, 3)
-            Of the error model.
-        """
-        known = np.isfinite(coverage)
-        labels = (features[known] - self.center[: len(LABELS)]) / self.scale[: len(LABELS)]
-        kind = np.full(len(coverage), INSIDE, dtype=np.int8)
-        kind[known] = self.kinds(labels, coverage[known], self.share)
-        factors = self.widths.widening(kind, np.asarray(error_class, dtype=np.int64), half_width)
-        return factors.astype(np.float32)
+        kind[lacks] = LACKING
+        kind[np.isnan(coverage)] = -1
+        return coverage, kind
 
     def within_reach(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """Features drawn towards their nearest overlap star until they are just outside.
@@ -164,13 +136,13 @@ class CoverageModel:
         features : ndarray of float32, shape (n, 3)
             See `features.features`; finite.
         """
-        from scipy.spatial import cKDTree
+        if "_tree" not in self.__dict__:
+            from sos_dask.kdtree import Tree
 
-        if "_nearest" not in self.__dict__:
-            self.__dict__["_nearest"] = cKDTree(self.share.overlap)
+            self.__dict__["_tree"] = Tree(self.share.overlap)
         center, scale = self.center[: len(LABELS)], self.scale[: len(LABELS)]
         x = (features - center) / scale
-        distance, index = self.__dict__["_nearest"].query(x)
+        distance, index = self.__dict__["_tree"].nearest(x)
         reach = self.reach
         share = np.minimum(1.0, reach / np.maximum(distance, 1e-12))[:, None]
         near = self.share.overlap[index]

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from sos_dask.errors import ConfigError
@@ -26,6 +27,11 @@ INSIDE, SPARSE, OUTSIDE, LACKING = 0, 1, 2, 3
 CLASSES = ("inside", "sparse", "outside")
 KINDS = ("inside", "sparse", "lonely", "lacking")
 """Kinds of places: those outside are lonely, or the overlap lacks stars that the catalog has."""
+KIND_FIELD = pa.field(
+    "kind_coverage",
+    pa.int8(),
+    metadata={"description": "; ".join(f"{number}: {name}" for number, name in enumerate(KINDS))},
+)
 LEVEL = 0.68
 MIN_WIDTH_PAIRS = 40
 _NEAREST = 8

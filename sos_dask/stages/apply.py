@@ -19,7 +19,7 @@ from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.columns import floats32, matrix32
 from sos_dask.correct import FLAG_MEANINGS, Predictor, correct, corrected_schema
-from sos_dask.coverage import CoverageModel
+from sos_dask.coverage import INSIDE, KIND_FIELD, CoverageModel
 from sos_dask.errors import CatalogError, ConfigError, ModelError
 from sos_dask.features import features
 from sos_dask.healpix import HealpixPixel
@@ -41,6 +41,7 @@ from sos_dask.uncertainty import ErrorModel, load_errors
 VERSION = 4
 # What the correction, its errors and its flags depend on.
 _READ = ("obs_id", *LABELS, "snr", "quality")
+_SCORES = ("obs_id", "coverage", FLAGS, KIND_FIELD.name)
 # What is calculated of rows takes several times the memory of what is kept.
 _ROWS_AT_ONCE = 1 << 17
 _HOW_TO_COVER = "Make it: sos-dask coverage PAIRS MODEL CATALOG STARS -o OUT."
@@ -272,6 +273,7 @@ def _require_trust(trust: Trust, model: Path, catalog: Catalog, errors: Path | N
     coverage = trust.coverage
     if coverage.manifest is None or coverage.manifest.recipe.stage != "coverage":
         raise CatalogError(f"{coverage.path} is no product 'coverage'", _HOW_TO_COVER)
+    coverage.require(*_SCORES)
     inputs = coverage.manifest.recipe.inputs
     if inputs["observations"] != catalog.fingerprint:
         raise CatalogError(f"{coverage.path} is not the coverage of {catalog.path}", _HOW_TO_COVER)
@@ -338,8 +340,10 @@ def _widened(
     """Corrected rows with errors that hold where the coverage is low, too."""
     x = features(*(floats32(corrected, label) for label in LABELS))
     half_width = matrix32(corrected, [f"{label}_sos_err" for label in LABELS])
-    factors = known.widening(x, floats32(scores, "coverage"), errors.is_sparse(x), half_width)
-    return widened(corrected, factors)
+    # Rows without a coverage have no errors either.
+    kind = pc.fill_null(scores[KIND_FIELD.name], INSIDE).to_numpy()
+    factors = known.widths.widening(kind, errors.is_sparse(x).astype(np.int64), half_width)
+    return widened(corrected, factors.astype(np.float32))
 
 
 def _corrected(
@@ -363,7 +367,7 @@ def _apply_part(part: _Part) -> None:
     table = part.catalog.read(part.pixel, part.catalog.columns(_READ) if extends else None)
     scores = None
     if part.trust is not None:
-        scores = part.trust.coverage.read(part.pixel, ["obs_id", "coverage", FLAGS])
+        scores = part.trust.coverage.read(part.pixel, _SCORES)
     added = schema.names[len(part.catalog.schema) :] if extends else schema.names
     pieces = []
     for first in range(0, max(table.num_rows, 1), _ROWS_AT_ONCE):

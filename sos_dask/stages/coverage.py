@@ -21,7 +21,7 @@ from sos_dask import coverage as kernel
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet, write_partition
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.coverage import CLASSES, OUTSIDE, SPARSE, CoverageModel, Limits
+from sos_dask.coverage import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, CoverageModel, Limits
 from sos_dask.errors import CatalogError
 from sos_dask.features import PARAMETERS
 from sos_dask.healpix import HealpixPixel
@@ -49,7 +49,7 @@ from sos_dask.trust import (
 )
 from sos_dask.verify import key_hashes
 
-VERSION = 4
+VERSION = 5
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS = "maps.parquet"
@@ -146,9 +146,9 @@ def coverage(
     stars : Catalog
         Its stars, for ``flag_spread``.
     directory : Path
-        Gets a catalog on the partitions of ``catalog`` (``_healpix_29``, key,
-        position, ``coverage``, ``flag_coverage``), the model, ``calibration.parquet`` and
-        ``maps.parquet``.
+        Gets a catalog on the partitions of ``catalog`` (``_healpix_29``, key, position,
+        ``coverage``, ``flag_coverage``, ``kind_coverage``), the model, ``calibration.parquet``
+        and ``maps.parquet``.
     errors : Path, optional
         Output of uncertainty for this correction: what its half-widths lack in each class is
         counted on held-out pairs.
@@ -264,14 +264,13 @@ def _grid(label: str, catalog: Catalog, settings: CoverageSettings) -> tuple[flo
 
 def _shares(columns: Mapping[str, NDArray[np.float64]], model: CoverageModel) -> dict[str, Any]:
     """Shares of a sample of stars in each class, by their combined labels, and how many it has."""
-    score = model.coverage(columns)
-    place = np.where(np.isfinite(score), model.limits.classify(score), len(CLASSES))
-    counts = np.bincount(place, minlength=len(CLASSES) + 1).tolist()
+    kind = model.coverage(columns)[1]
+    counts = np.bincount(np.minimum(kind, OUTSIDE) + 1, minlength=len(CLASSES) + 1).tolist()
     shares = {
-        name: count / max(len(score), 1)
-        for name, count in zip((*CLASSES, "unknown"), counts, strict=True)
+        name: count / max(len(kind), 1)
+        for name, count in zip(("unknown", *CLASSES), counts, strict=True)
     }
-    return {"sampled": len(score), **shares}
+    return {"sampled": len(kind), **shares}
 
 
 def _fitted(
@@ -283,14 +282,8 @@ def _fitted(
     sample: pa.Table,
 ) -> tuple[list[FileRecord], dict[str, Any]]:
     """Fit the model, or take that of a run before; its files and what is said of it."""
-    names = (
-        "coverage.json",
-        "overlap.npy",
-        "catalog.npy",
-        "overlap8.npy",
-        "ratio.ubj",
-        CALIBRATION,
-    )
+    names = ("coverage.json", "overlap.npy", "catalog.npy", "overlap8.npy", "ratio.ubj",
+             CALIBRATION)  # fmt: skip
     record = output.get_record("fit", "model")
     if record is None:
         columns = parameter_columns(sample)
@@ -361,6 +354,7 @@ def _schema(catalog: Catalog) -> pa.Schema:
             *(catalog.schema.field(name) for name in ("obs_id", "ra", "dec")),
             COVERAGE_FIELD,
             pa.field(FLAGS, pa.int32(), False),
+            KIND_FIELD,
         ]
     )
 
@@ -371,9 +365,9 @@ def _score_part(part: _Part) -> None:
     table = part.catalog.read(part.pixel, part.catalog.columns([*names, *PARAMETERS]))
     columns = parameter_columns(table)
     model = _load(str(part.output.directory))
-    score = model.coverage(columns)
-    known = np.isfinite(score)
-    place = np.where(known, model.limits.classify(score), -1).astype(np.int8)
+    score, kind = model.coverage(columns)
+    known = kind >= 0
+    place = np.minimum(kind, OUTSIDE)
     flags = np.zeros(len(score), dtype=np.int32)
     flags[place == SPARSE] |= FLAG_SPARSE
     flags[place == OUTSIDE] |= FLAG_OUTSIDE
@@ -390,6 +384,7 @@ def _score_part(part: _Part) -> None:
             *(table[name] for name in ("obs_id", "ra", "dec")),
             pa.array(score, pa.float32(), mask=~known),
             pa.array(flags),
+            pa.array(kind, mask=~known),
         ],
         schema=_schema(part.catalog),
     )

@@ -30,7 +30,7 @@ from sos_dask.config import load_job
 from sos_dask.coverage import CLASSES, LACKING, MEASURES, OUTSIDE, CoverageModel
 from sos_dask.coverage.fit import fit
 from sos_dask.coverage.ranking import rank
-from sos_dask.features import PARAMETERS, features
+from sos_dask.features import PARAMETERS
 from sos_dask.pipeline import rebuild
 from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, simulate
@@ -124,9 +124,7 @@ def report(rows: Rows, coverage: Path, pairs: Catalog) -> None:
     width = np.stack([rows[f"{label}_sos_err"] for label in LABELS], axis=1).astype(np.float64)
     observed = np.abs(error - reference_noise(rows, pairs))
     good = rows["quality"] == 0
-    n = len(LABELS)
-    labels = (features(*(rows[label] for label in LABELS)) - model.center[:n]) / model.scale[:n]
-    lacking = model.kinds(labels, score, model.share) == LACKING
+    lacking = model.coverage(rows)[1] == LACKING
     kinds = [(name, place == number) for number, name in enumerate(CLASSES)]
     kinds += [("lonely", found & ~lacking), ("lacking", lacking)]
     for text, chosen in (("without", good & ~outlier), ("with", good)):

@@ -55,7 +55,8 @@ def combine(
     Parameters
     ----------
     table : pyarrow.Table
-        Observations: ``_healpix_29``, ``obs_id``, ``ra``, ``dec``, ``quality`` and any others.
+        Observations: ``_healpix_29``, ``obs_id``, ``ra``, ``dec``, ``quality`` and any others. Text
+        may be coded by a dictionary; that of the stars is plain.
     primary : ndarray of int64, shape (n,)
         Row number of each row's primary (`group`); -1 for a row that is left out.
     settings : DedupeSettings
@@ -105,7 +106,9 @@ def combine(
             rows = repeats.source_of(source, ("pmra", "pmdec"))
         elif name.startswith("gaia_") and name.endswith("_source_id"):
             rows = repeats.source_of(source, (name,))
-        columns[name] = _one_chunk(table.column(name)).take(pa.array(rows))
+        values = _one_chunk(table.column(name)).take(pa.array(rows))
+        is_coded = pa.types.is_dictionary(values.type)
+        columns[name] = values.dictionary_decode() if is_coded else values
     n_used = np.ones(len(leaders), dtype=np.int32)
     n_used[repeats.star] = repeats.n_used
     return _star_table(table.schema, columns, n_obs, n_used, combined)
@@ -134,7 +137,9 @@ def _star_table(
         (schema.field("dec"), columns.pop("dec")),
     ]
     quality = columns.pop("quality")
-    out += [(schema.field(name), values) for name, values in columns.items()]
+    out += [
+        (schema.field(name).with_type(values.type), values) for name, values in columns.items()
+    ]
     for label in LABELS:
         unit = (
             dict(schema.field(label).metadata or {}).get(b"unit", b"") if label in columns else b""

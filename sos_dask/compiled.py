@@ -227,6 +227,62 @@ def components(i: IntArray, j: IntArray, root: IntArray) -> None:
         root[row] = root[root[row]]  # that of an earlier row is final
 
 
+@_compiled((_I, _I_OUT, _I_OUT, _I_OUT, _I_OUT))
+def members(
+    group: IntArray, groups: IntArray, first: IntArray, row: IntArray, count: IntArray
+) -> None:
+    """Rows of the groups with several rows: of ``groups[g]`` they are row[first[g]:first[g + 1]].
+
+    A row of no group has a negative number. Groups and their rows ascend; ``count[0]`` is the
+    number of groups.
+    """
+    place = np.zeros(len(group), dtype=np.int64)
+    for one in group:
+        if one >= 0:
+            place[one] += 1
+    found, total = 0, 0
+    for one in range(len(group)):
+        size = place[one]
+        place[one] = -1
+        if size > 1:
+            groups[found], first[found], place[one] = one, total, total
+            found += 1
+            total += size
+    first[found] = total
+    for number in range(len(group)):
+        one = group[number]
+        if one >= 0 and place[one] >= 0:
+            row[place[one]] = number
+            place[one] += 1
+    count[0] = found
+
+
+def several(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Groups with several rows, where the rows of each begin (and the end), and the rows.
+
+    See `members`.
+    """
+    n, count = len(group), np.zeros(1, dtype=np.int64)
+    groups, first = np.empty((2, n // 2 + 1), dtype=np.int64)
+    row = np.empty(n, dtype=np.int64)
+    members(group, groups, first, row, count)
+    n = int(count[0])
+    return groups[:n], first[: n + 1], row[: first[n]]
+
+
+@_compiled((_I, _I_OUT, _I))
+def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
+    """Sort the rows of each group (`members`) by a key; those of equal keys stay in order."""
+    for group in range(len(first) - 1):
+        start = first[group]
+        for place in range(start + 1, first[group + 1]):
+            one, at = row[place], place
+            while at > start and key[row[at - 1]] > key[one]:
+                row[at] = row[at - 1]
+                at -= 1
+            row[at] = one
+
+
 @_compiled(
     *((_I, _I, _I, _in(real), _B_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS)
 )
@@ -344,14 +400,14 @@ def combine_label(
     *(
         (
             *(_I, _I, _I, _three(real), _three(real), _D, _in(real), types.float64, _D),
-            *(types.float64, types.float64, types.int32[:, ::1], types.int64[:, :, :, ::1]),
+            *(types.float64, types.float64, types.int64[:, :, :, ::1]),
         )
         for real in _FLOATS
     )
 )
 def count_pulls(
-    order: IntArray,
-    star: IntArray,
+    first: IntArray,
+    row: IntArray,
     quality: IntArray,
     values: tuple[FloatArray, ...],
     errors: tuple[FloatArray, ...],
@@ -361,49 +417,50 @@ def count_pulls(
     snr_edges: FloatArray,
     lowest: float,
     bins_an_octave: float,
-    last: IntArray,
     counts: IntArray,
 ) -> None:
     """Count the pulls of teff, logg and feh between each row and the one before of its star.
 
-    ``counts`` has the axes label, kind, bin of S/N and bin of log2(pull); ``last`` -1 everywhere,
-    four for each star. Rows of no star, with quality, or with all labels of the one before do not
+    The rows of a star are row[first[s]:first[s + 1]]. ``counts`` has the axes label, kind, bin of
+    S/N and bin of log2(pull). Rows with quality, or with all labels of the one before, do not
     count; for a label, nor do those without a value and an error.
     """
     logg = values[1]
-    for row in order:
-        if star[row] < 0 or quality[row] != 0:
-            continue
-        before = last[star[row], 3]
-        last[star[row], 3] = row
-        if before >= 0:
-            same = True
+    last = np.empty(3, dtype=np.int64)
+    for star in range(len(first) - 1):
+        before, last[:] = -1, -1
+        for place in range(first[star], first[star + 1]):
+            one = row[place]
+            if quality[one] != 0:
+                continue
+            same = before >= 0
             for label in range(3):
-                same = same and values[label][row] == values[label][before]
+                same = same and values[label][one] == values[label][before]
+            before = one
             if same:
                 continue
-        for label in range(3):
-            value, error = np.float64(values[label][row]), np.float64(errors[label][row])
-            error = error if error > 0 else expected_error[label]
-            if not (np.isfinite(value) and np.isfinite(error)):
-                continue
-            before = last[star[row], label]
-            last[star[row], label] = row
-            if before < 0:
-                continue
-            other = np.float64(errors[label][before])
-            other = other if other > 0 else expected_error[label]
-            pull = abs(value - np.float64(values[label][before]))
-            pull /= np.sqrt(error * error + other * other)
-            at = 0
-            if pull > 0:
-                at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
-                at = max(0, min(counts.shape[3] - 1, at))
-            one, two = np.float64(snr[row]), np.float64(snr[before])
-            snr_bin = len(snr_edges) + 1
-            if np.isfinite(one) and np.isfinite(two):
-                snr_bin = 0
-                while snr_bin < len(snr_edges) and snr_edges[snr_bin] <= min(one, two):
-                    snr_bin += 1
-            both = np.float64(logg[row]) + np.float64(logg[before])
-            counts[label, 1 if both < 2 * giant_logg else 0, snr_bin, at] += 1
+            for label in range(3):
+                value, error = np.float64(values[label][one]), np.float64(errors[label][one])
+                error = error if error > 0 else expected_error[label]
+                if not (np.isfinite(value) and np.isfinite(error)):
+                    continue
+                other = last[label]
+                last[label] = one
+                if other < 0:
+                    continue
+                error_2 = np.float64(errors[label][other])
+                error_2 = error_2 if error_2 > 0 else expected_error[label]
+                pull = abs(value - np.float64(values[label][other]))
+                pull /= np.sqrt(error * error + error_2 * error_2)
+                at = 0
+                if pull > 0:
+                    at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
+                    at = max(0, min(counts.shape[3] - 1, at))
+                worse = min(np.float64(snr[one]), np.float64(snr[other]))
+                snr_bin = len(snr_edges) + 1
+                if np.isfinite(snr[one]) and np.isfinite(snr[other]):
+                    snr_bin = 0
+                    while snr_bin < len(snr_edges) and snr_edges[snr_bin] <= worse:
+                        snr_bin += 1
+                both = np.float64(logg[one]) + np.float64(logg[other])
+                counts[label, 1 if both < 2 * giant_logg else 0, snr_bin, at] += 1

@@ -85,11 +85,7 @@ def combine(
         raise PartitionError("primaries do not belong to the rows to be combined")
     leaders = np.flatnonzero(is_primary)
     leaders = leaders[_sky_order(table.select([HEALPIX_COLUMN, "obs_id"]), leaders)]
-    number = np.full(len(primary) + 1, -1, dtype=np.int64)  # the last one is that of no star
-    number[leaders] = np.arange(len(leaders))
-    star = number[primary]
-    n_obs = np.bincount(star + 1, minlength=len(leaders) + 1)[1:]
-    repeats = _Repeats.of(table, star, n_obs)
+    repeats = _Repeats.of(table, primary, leaders)
 
     source = leaders.copy()
     source[repeats.star] = repeats.best
@@ -109,7 +105,8 @@ def combine(
         values = _one_chunk(table.column(name)).take(pa.array(rows))
         is_coded = pa.types.is_dictionary(values.type)
         columns[name] = values.dictionary_decode() if is_coded else values
-    n_used = np.ones(len(leaders), dtype=np.int32)
+    n_obs, n_used = np.ones((2, len(leaders)), dtype=np.int32)
+    n_obs[repeats.star] = np.diff(repeats.first)
     n_used[repeats.star] = repeats.n_used
     return _star_table(table.schema, columns, n_obs, n_used, combined)
 
@@ -117,7 +114,7 @@ def combine(
 def _star_table(
     schema: pa.Schema,
     columns: dict[str, pa.Array],
-    n_obs: IntArray,
+    n_obs: NDArray[np.int32],
     n_used: NDArray[np.int32],
     combined: Mapping[str, pa.Array],
 ) -> pa.Table:
@@ -131,7 +128,7 @@ def _star_table(
             .with_type(key.type),
             columns.pop("obs_id"),
         ),
-        (_count_field("n_obs", "Observations of the star"), pa.array(n_obs.astype(np.int32))),
+        (_count_field("n_obs", "Observations of the star"), pa.array(n_obs)),
         (_count_field("n_used", "Observations that were combined"), pa.array(n_used)),
         (schema.field("ra"), columns.pop("ra")),
         (schema.field("dec"), columns.pop("dec")),
@@ -178,22 +175,24 @@ class _Repeats:
     snr: FloatArray
 
     @classmethod
-    def of(cls, table: pa.Table, star: IntArray, n_obs: IntArray) -> _Repeats:
-        # Rows that are left out have star -1, which is the number added here.
-        row = np.flatnonzero((np.append(n_obs, 0) > 1)[star])
-        row = row[_order_in_stars(star[row], table.column("obs_id").take(pa.array(row)))]
-        stars = np.flatnonzero(n_obs > 1)
-        first = np.append(0, np.cumsum(n_obs[stars]))
-        used = np.zeros(len(row), dtype=np.bool_)
-        best_at, n_used, bits = (np.zeros(len(stars), dtype=np.int64) for _ in range(3))
+    def of(cls, table: pa.Table, primary: IntArray, leaders: IntArray) -> _Repeats:
+        """Those of some stars; ``leaders`` are the primaries of all."""
         snr = reals_or_nan(table, "snr")
-        total = np.empty(len(stars), dtype=snr.dtype)
-        if len(row):
-            from sos_dask.compiled import choose
+        if not len(leaders):
+            none = np.empty(0, dtype=np.int64)
+            return cls(table, none, np.zeros(1, dtype=np.int64), none, *(none,) * 4, snr[:0])
+        from sos_dask.compiled import choose, several, sort_members
 
-            quality = _one_chunk(table.column("quality")).to_numpy()
-            choose(first, row, quality, snr, used, best_at, n_used, bits, total)
-        return cls(table, stars, first, row, used, best_at, n_used, bits, total)
+        of_star, first, row = several(primary)
+        number = np.empty(len(primary), dtype=np.int64)
+        number[leaders] = np.arange(len(leaders))
+        sort_members(first, row, _keys(table.column("obs_id"), row))
+        used = np.zeros(len(row), dtype=np.bool_)
+        best_at, n_used, bits = np.zeros((3, len(of_star)), dtype=np.int64)
+        total = np.empty(len(of_star), dtype=snr.dtype)
+        quality = _one_chunk(table.column("quality")).to_numpy()
+        choose(first, row, quality, snr, used, best_at, n_used, bits, total)
+        return cls(table, number[of_star], first, row, used, best_at, n_used, bits, total)
 
     @property
     def best(self) -> IntArray:
@@ -319,16 +318,10 @@ def _sky_order(table: pa.Table, rows: IntArray) -> IntArray:
     return order
 
 
-def _order_in_stars(star: IntArray, keys: pa.ChunkedArray) -> IntArray:
-    """Order of rows by (star, key); keys are unique."""
-    if not pa.types.is_integer(keys.type):
-        keys = pc.rank(keys, tiebreaker="dense")
-    key = keys.to_numpy().astype(np.int64)
-    if not len(key):
-        return np.empty(0, dtype=np.int64)
-    low, high = int(key.min()), int(key.max())
-    bits = (high - low).bit_length()
-    if bits + int(star.max()).bit_length() < 64:
-        # Both in one integer: several times faster than to sort by two.
-        return np.asarray(np.argsort(star << bits | key - low, kind="stable"))
-    return np.asarray(np.lexsort((key, star)))
+def _keys(keys: pa.ChunkedArray, rows: IntArray) -> IntArray:
+    """Keys as integers in the same order; of text only those of some rows."""
+    if pa.types.is_integer(keys.type):
+        return _one_chunk(keys).to_numpy().astype(np.int64, copy=False)
+    out = np.zeros(len(keys), dtype=np.int64)
+    out[rows] = pc.rank(keys.take(pa.array(rows)), tiebreaker="dense").to_numpy()
+    return out

@@ -284,20 +284,25 @@ def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
 
 
 @_compiled(
-    *((_I, _I, _I, _in(real), _B_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS)
+    *((_I, _I, _I, _in(real), _I_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS)
 )
 def choose(
     first: IntArray,
     row: IntArray,
     quality: IntArray,
     snr: FloatArray,
-    used: BoolArray,
+    used_first: IntArray,
+    used_row: IntArray,
     best: IntArray,
-    n_used: IntArray,
     bits: IntArray,
     total_snr: FloatArray,
 ) -> None:
-    """Used rows, best row, quality and S/N of stars whose rows are row[first[s]:first[s + 1]]."""
+    """Used rows, best row, quality and S/N of stars whose rows are row[first[s]:first[s + 1]].
+
+    The used rows of a star are used_row[used_first[s]:used_first[s + 1]], its best row
+    row[best[s]].
+    """
+    used_first[0] = 0
     for star in range(len(first) - 1):
         start, stop = first[star], first[star + 1]
         common, either, passed = quality[row[start]], quality[row[start]], False
@@ -305,27 +310,27 @@ def choose(
             one = quality[row[place]]
             common, either, passed = common & one, either | one, passed or one == 0
         bits[star] = 0 if passed else (common if common != 0 else either)
-        n, n_snr, squares, highest = 0, 0, 0.0, -np.inf
+        n, n_snr, squares, highest = used_first[star], 0, 0.0, -np.inf
         for place in range(start, stop):
-            used[place] = not passed or quality[row[place]] == 0
-            if not used[place]:
+            if passed and quality[row[place]] != 0:
                 continue
             value = np.float64(snr[row[place]])
-            if n == 0 or value > highest:
+            if n == used_first[star] or value > highest:
                 best[star] = place
                 highest = -np.inf if np.isnan(value) else value
+            used_row[n] = row[place]
             n += 1
             if not np.isnan(value):
                 n_snr += 1
                 squares += value * value
-        n_used[star] = n
+        used_first[star + 1] = n
         total_snr[star] = np.sqrt(squares) if n_snr else np.nan
 
 
 @_compiled(
     *(
         (
-            *(_I, _I, _B, _in(real), _in(real), types.float64, types.float64, types.float64),
+            *(_I, _I, _in(real), _in(real), types.float64, types.float64, types.float64),
             *(real[::1], real[::1], types.float32[::1], _B_OUT),
         )
         for real in _FLOATS
@@ -334,7 +339,6 @@ def choose(
 def combine_label(
     first: IntArray,
     row: IntArray,
-    used: BoolArray,
     values: FloatArray,
     errors: FloatArray,
     expected_error: float,
@@ -345,7 +349,7 @@ def combine_label(
     spread_out: FloatArray,
     is_wide: BoolArray,
 ) -> None:
-    """Value, error and spread of stars over their used rows.
+    """Value, error and spread of stars over their rows row[first[s]:first[s + 1]].
 
     ``median_error`` is that of the median over that of the mean; 0: the mean with weights
     1 / error**2 is wanted instead of the median.
@@ -356,7 +360,7 @@ def combine_label(
         total, squares, weights, weighted = 0.0, 0.0, 0.0, 0.0
         for place in range(start, stop):
             value = np.float64(values[row[place]])
-            if not used[place] or np.isnan(value):
+            if np.isnan(value):
                 continue
             n += 1
             total += value
@@ -371,7 +375,7 @@ def combine_label(
         deviations = 0.0
         for place in range(start, stop):
             value = np.float64(values[row[place]])
-            if used[place] and not np.isnan(value):
+            if not np.isnan(value):
                 deviations += (value - mean) * (value - mean)
         spread = np.sqrt(deviations / (n - 1)) if n > 1 else np.nan
         rms = np.sqrt(squares / n_stated)
@@ -384,7 +388,7 @@ def combine_label(
                 n = 0
                 for place in range(start, stop):
                     value = np.float64(values[row[place]])
-                    if used[place] and not np.isnan(value):
+                    if not np.isnan(value):
                         some[n] = value
                         n += 1
                 some.sort()
@@ -439,15 +443,25 @@ def count_pulls(
             before = one
             if same:
                 continue
+            other, kind, snr_bin = -1, 0, 0
             for label in range(3):
                 value, error = np.float64(values[label][one]), np.float64(errors[label][one])
                 error = error if error > 0 else expected_error[label]
                 if not (np.isfinite(value) and np.isfinite(error)):
                     continue
-                other = last[label]
+                partner = last[label]
                 last[label] = one
-                if other < 0:
+                if partner < 0:
                     continue
+                if partner != other:  # most often it is that of the other labels
+                    other = partner
+                    both = np.float64(logg[one]) + np.float64(logg[other])
+                    kind = 1 if both < 2 * giant_logg else 0
+                    snr_bin = len(snr_edges) + 1
+                    if np.isfinite(snr[one]) and np.isfinite(snr[other]):
+                        worse, snr_bin = np.float64(min(snr[one], snr[other])), 0
+                        while snr_bin < len(snr_edges) and snr_edges[snr_bin] <= worse:
+                            snr_bin += 1
                 error_2 = np.float64(errors[label][other])
                 error_2 = error_2 if error_2 > 0 else expected_error[label]
                 pull = abs(value - np.float64(values[label][other]))
@@ -456,11 +470,4 @@ def count_pulls(
                 if pull > 0:
                     at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
                     at = max(0, min(counts.shape[3] - 1, at))
-                worse = min(np.float64(snr[one]), np.float64(snr[other]))
-                snr_bin = len(snr_edges) + 1
-                if np.isfinite(snr[one]) and np.isfinite(snr[other]):
-                    snr_bin = 0
-                    while snr_bin < len(snr_edges) and snr_edges[snr_bin] <= worse:
-                        snr_bin += 1
-                both = np.float64(logg[one]) + np.float64(logg[other])
-                counts[label, 1 if both < 2 * giant_logg else 0, snr_bin, at] += 1
+                counts[label, kind, snr_bin, at] += 1

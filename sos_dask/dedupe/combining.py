@@ -102,12 +102,12 @@ def combine(
             rows = repeats.source_of(source, ("pmra", "pmdec"))
         elif name.startswith("gaia_") and name.endswith("_source_id"):
             rows = repeats.source_of(source, (name,))
-        values = _one_chunk(table.column(name)).take(pa.array(rows))
+        values = pc.take(_one_chunk(table.column(name)), pa.array(rows), boundscheck=False)
         is_coded = pa.types.is_dictionary(values.type)
         columns[name] = values.dictionary_decode() if is_coded else values
     n_obs, n_used = np.ones((2, len(leaders)), dtype=np.int32)
     n_obs[repeats.star] = np.diff(repeats.first)
-    n_used[repeats.star] = repeats.n_used
+    n_used[repeats.star] = np.diff(repeats.used_first)
     return _star_table(table.schema, columns, n_obs, n_used, combined)
 
 
@@ -134,9 +134,7 @@ def _star_table(
         (schema.field("dec"), columns.pop("dec")),
     ]
     quality = columns.pop("quality")
-    out += [
-        (schema.field(name).with_type(values.type), values) for name, values in columns.items()
-    ]
+    out += [(schema.field(name).with_type(values.type), values) for name, values in columns.items()]
     for label in LABELS:
         unit = (
             dict(schema.field(label).metadata or {}).get(b"unit", b"") if label in columns else b""
@@ -160,17 +158,18 @@ def _count_field(name: str, description: str) -> pa.Field:
 class _Repeats:
     """Rows of the stars with several observations, by star and then by ``obs_id``.
 
-    ``row`` and ``used`` have one entry a row, ``first`` one a star and its end, the others one a
-    star. ``best_at`` is a place in ``row``; ``snr`` the total signal to noise.
+    The rows of a star are row[first[s]:first[s + 1]], those used of them are
+    used_row[used_first[s]:used_first[s + 1]]; the others have one entry a star. ``best_at`` is a
+    place in ``row``; ``snr`` the total signal to noise.
     """
 
     table: pa.Table
     star: IntArray
     first: IntArray
     row: IntArray
-    used: BoolArray
+    used_first: IntArray
+    used_row: IntArray
     best_at: IntArray
-    n_used: IntArray
     quality: IntArray
     snr: FloatArray
 
@@ -179,20 +178,21 @@ class _Repeats:
         """Those of some stars; ``leaders`` are the primaries of all."""
         snr = reals_or_nan(table, "snr")
         if not len(leaders):
-            none = np.empty(0, dtype=np.int64)
-            return cls(table, none, np.zeros(1, dtype=np.int64), none, *(none,) * 4, snr[:0])
+            none, end = np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+            return cls(table, none, end, none, end, none, none, none, snr[:0])
         from sos_dask.compiled import choose, several, sort_members
 
         of_star, first, row = several(primary)
         number = np.empty(len(primary), dtype=np.int64)
         number[leaders] = np.arange(len(leaders))
         sort_members(first, row, _keys(table.column("obs_id"), row))
-        used = np.zeros(len(row), dtype=np.bool_)
-        best_at, n_used, bits = np.zeros((3, len(of_star)), dtype=np.int64)
+        used_first, used_row = np.empty_like(first), np.empty_like(row)
+        best_at, bits = np.empty((2, len(of_star)), dtype=np.int64)
         total = np.empty(len(of_star), dtype=snr.dtype)
         quality = _one_chunk(table.column("quality")).to_numpy()
-        choose(first, row, quality, snr, used, best_at, n_used, bits, total)
-        return cls(table, number[of_star], first, row, used, best_at, n_used, bits, total)
+        choose(first, row, quality, snr, used_first, used_row, best_at, bits, total)
+        star = number[of_star]
+        return cls(table, star, first, row, used_first, used_row, best_at, bits, total)
 
     @property
     def best(self) -> IntArray:
@@ -257,9 +257,8 @@ class _Repeats:
             from sos_dask.compiled import combine_label
 
             combine_label(
-                self.first,
-                self.row,
-                self.used,
+                self.used_first,
+                self.used_row,
                 values,
                 errors,
                 np.nan if expected_error is None else expected_error,

@@ -8,7 +8,10 @@ written in numpy.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -19,6 +22,24 @@ F = TypeVar("F", bound=Callable[..., Any])
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+
+
+def _load_numba() -> None:
+    """Load what numba needs for any loop without its look for BLAS: no loop here uses it.
+
+    It would import `scipy.linalg`, as long as all the rest, and forget all but that it is there.
+    """
+    name = "scipy.linalg.cython_blas"
+    if name in sys.modules:
+        return
+    sys.modules[name] = ModuleType(name)
+    try:
+        importlib.import_module("numba.np.arraymath")
+    finally:
+        del sys.modules[name]
+
+
+_load_numba()
 
 
 def _in(dtype: Any) -> Any:

@@ -320,7 +320,7 @@ def _sky_order(table: pa.Table, rows: IntArray) -> IntArray:
 def _keys(keys: pa.ChunkedArray, rows: IntArray) -> IntArray:
     """Keys as integers in the same order; of text only those of some rows."""
     if pa.types.is_integer(keys.type):
-        return _one_chunk(keys).to_numpy().astype(np.int64, copy=False)
+        return np.asarray(_one_chunk(keys).to_numpy(), dtype=np.int64)
     out = np.zeros(len(keys), dtype=np.int64)
     out[rows] = pc.rank(keys.take(pa.array(rows)), tiebreaker="dense").to_numpy()
     return out

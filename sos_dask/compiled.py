@@ -278,7 +278,7 @@ def members(
     count[0] = found
 
 
-def several(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+def repeated(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
     """Groups with several rows, where the rows of each begin (and the end), and the rows.
 
     See `members`.

@@ -106,9 +106,9 @@ def pull_counts(
 def _count(
     table: pa.Table, primary: IntArray, expected_error: Mapping[str, float], counts: IntArray
 ) -> None:
-    from sos_dask.compiled import count_pulls, several, sort_members
+    from sos_dask.compiled import count_pulls, repeated, sort_members
 
-    _, first, row = several(primary)
+    _, first, row = repeated(primary)
     # Rows of one cell stand in the order of their keys already: the order of the catalog.
     sort_members(first, row, table[HEALPIX_COLUMN].to_numpy())
     columns = {name: reals_or_nan(table, name) for name in _COLUMNS}

@@ -180,9 +180,9 @@ class _Repeats:
         if not len(leaders):
             none, end = np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
             return cls(table, none, end, none, end, none, none, none, snr[:0])
-        from sos_dask.compiled import choose, several, sort_members
+        from sos_dask.compiled import choose, repeated, sort_members
 
-        of_star, first, row = several(primary)
+        of_star, first, row = repeated(primary)
         number = np.empty(len(primary), dtype=np.int64)
         number[leaders] = np.arange(len(leaders))
         sort_members(first, row, _keys(table.column("obs_id"), row))

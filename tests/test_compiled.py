@@ -22,7 +22,9 @@ from sos_dask.compiled import (
     repeated,
     sort_members,
 )
-from sos_dask.healpix import ang2pix, order_for_radius, separation_arcsec
+from sos_dask.healpix import ang2pix
+from sos_dask.sphere import separation_arcsec
+from sos_dask.surroundings import order_for_radius
 
 RUNS = settings(deadline=None, derandomize=True, max_examples=100)
 seeds = st.integers(0, 2**32 - 1)

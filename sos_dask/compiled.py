@@ -8,7 +8,10 @@ written in numpy.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -19,6 +22,24 @@ F = TypeVar("F", bound=Callable[..., Any])
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+
+
+def _load_numba() -> None:
+    """Load what numba needs for any loop without its look for BLAS: no loop here uses it.
+
+    It would import `scipy.linalg`, as long as all the rest, and forget all but that it is there.
+    """
+    name = "scipy.linalg.cython_blas"
+    if name in sys.modules:
+        return
+    sys.modules[name] = ModuleType(name)
+    try:
+        importlib.import_module("numba.np.arraymath")
+    finally:
+        del sys.modules[name]
+
+
+_load_numba()
 
 
 def _in(dtype: Any) -> Any:
@@ -227,21 +248,82 @@ def components(i: IntArray, j: IntArray, root: IntArray) -> None:
         root[row] = root[root[row]]  # that of an earlier row is final
 
 
+@_compiled((_I, _I_OUT, _I_OUT, _I_OUT, _I_OUT))
+def members(
+    group: IntArray, groups: IntArray, first: IntArray, row: IntArray, count: IntArray
+) -> None:
+    """Rows of the groups with several rows: of ``groups[g]`` they are row[first[g]:first[g + 1]].
+
+    A row of no group has a negative number. Groups and their rows ascend; ``count[0]`` is the
+    number of groups.
+    """
+    place = np.zeros(len(group), dtype=np.int64)
+    for one in group:
+        if one >= 0:
+            place[one] += 1
+    found, total = 0, 0
+    for one in range(len(group)):
+        size = place[one]
+        place[one] = -1
+        if size > 1:
+            groups[found], first[found], place[one] = one, total, total
+            found += 1
+            total += size
+    first[found] = total
+    for number in range(len(group)):
+        one = group[number]
+        if one >= 0 and place[one] >= 0:
+            row[place[one]] = number
+            place[one] += 1
+    count[0] = found
+
+
+def repeated(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Groups with several rows, where the rows of each begin (and the end), and the rows.
+
+    See `members`.
+    """
+    n, count = len(group), np.zeros(1, dtype=np.int64)
+    groups, first = np.empty((2, n // 2 + 1), dtype=np.int64)
+    row = np.empty(n, dtype=np.int64)
+    members(group, groups, first, row, count)
+    n = int(count[0])
+    return groups[:n], first[: n + 1], row[: first[n]]
+
+
+@_compiled((_I, _I_OUT, _I))
+def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
+    """Sort the rows of each group (`members`) by a key; those of equal keys stay in order."""
+    for group in range(len(first) - 1):
+        start = first[group]
+        for place in range(start + 1, first[group + 1]):
+            one, at = row[place], place
+            while at > start and key[row[at - 1]] > key[one]:
+                row[at] = row[at - 1]
+                at -= 1
+            row[at] = one
+
+
 @_compiled(
-    *((_I, _I, _I, _in(real), _B_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS)
+    *((_I, _I, _I, _in(real), _I_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS)
 )
 def choose(
     first: IntArray,
     row: IntArray,
     quality: IntArray,
     snr: FloatArray,
-    used: BoolArray,
+    used_first: IntArray,
+    used_row: IntArray,
     best: IntArray,
-    n_used: IntArray,
     bits: IntArray,
     total_snr: FloatArray,
 ) -> None:
-    """Used rows, best row, quality and S/N of stars whose rows are row[first[s]:first[s + 1]]."""
+    """Used rows, best row, quality and S/N of stars whose rows are row[first[s]:first[s + 1]].
+
+    The used rows of a star are used_row[used_first[s]:used_first[s + 1]], its best row
+    row[best[s]].
+    """
+    used_first[0] = 0
     for star in range(len(first) - 1):
         start, stop = first[star], first[star + 1]
         common, either, passed = quality[row[start]], quality[row[start]], False
@@ -249,27 +331,27 @@ def choose(
             one = quality[row[place]]
             common, either, passed = common & one, either | one, passed or one == 0
         bits[star] = 0 if passed else (common if common != 0 else either)
-        n, n_snr, squares, highest = 0, 0, 0.0, -np.inf
+        n, n_snr, squares, highest = used_first[star], 0, 0.0, -np.inf
         for place in range(start, stop):
-            used[place] = not passed or quality[row[place]] == 0
-            if not used[place]:
+            if passed and quality[row[place]] != 0:
                 continue
             value = np.float64(snr[row[place]])
-            if n == 0 or value > highest:
+            if n == used_first[star] or value > highest:
                 best[star] = place
                 highest = -np.inf if np.isnan(value) else value
+            used_row[n] = row[place]
             n += 1
             if not np.isnan(value):
                 n_snr += 1
                 squares += value * value
-        n_used[star] = n
+        used_first[star + 1] = n
         total_snr[star] = np.sqrt(squares) if n_snr else np.nan
 
 
 @_compiled(
     *(
         (
-            *(_I, _I, _B, _in(real), _in(real), types.float64, types.float64, types.float64),
+            *(_I, _I, _in(real), _in(real), types.float64, types.float64, types.float64),
             *(real[::1], real[::1], types.float32[::1], _B_OUT),
         )
         for real in _FLOATS
@@ -278,7 +360,6 @@ def choose(
 def combine_label(
     first: IntArray,
     row: IntArray,
-    used: BoolArray,
     values: FloatArray,
     errors: FloatArray,
     expected_error: float,
@@ -289,7 +370,7 @@ def combine_label(
     spread_out: FloatArray,
     is_wide: BoolArray,
 ) -> None:
-    """Value, error and spread of stars over their used rows.
+    """Value, error and spread of stars over their rows row[first[s]:first[s + 1]].
 
     ``median_error`` is that of the median over that of the mean; 0: the mean with weights
     1 / error**2 is wanted instead of the median.
@@ -300,7 +381,7 @@ def combine_label(
         total, squares, weights, weighted = 0.0, 0.0, 0.0, 0.0
         for place in range(start, stop):
             value = np.float64(values[row[place]])
-            if not used[place] or np.isnan(value):
+            if np.isnan(value):
                 continue
             n += 1
             total += value
@@ -315,7 +396,7 @@ def combine_label(
         deviations = 0.0
         for place in range(start, stop):
             value = np.float64(values[row[place]])
-            if used[place] and not np.isnan(value):
+            if not np.isnan(value):
                 deviations += (value - mean) * (value - mean)
         spread = np.sqrt(deviations / (n - 1)) if n > 1 else np.nan
         rms = np.sqrt(squares / n_stated)
@@ -328,7 +409,7 @@ def combine_label(
                 n = 0
                 for place in range(start, stop):
                     value = np.float64(values[row[place]])
-                    if used[place] and not np.isnan(value):
+                    if not np.isnan(value):
                         some[n] = value
                         n += 1
                 some.sort()
@@ -344,14 +425,14 @@ def combine_label(
     *(
         (
             *(_I, _I, _I, _three(real), _three(real), _D, _in(real), types.float64, _D),
-            *(types.float64, types.float64, types.int32[:, ::1], types.int64[:, :, :, ::1]),
+            *(types.float64, types.float64, types.int64[:, :, :, ::1]),
         )
         for real in _FLOATS
     )
 )
 def count_pulls(
-    order: IntArray,
-    star: IntArray,
+    first: IntArray,
+    row: IntArray,
     quality: IntArray,
     values: tuple[FloatArray, ...],
     errors: tuple[FloatArray, ...],
@@ -361,49 +442,53 @@ def count_pulls(
     snr_edges: FloatArray,
     lowest: float,
     bins_an_octave: float,
-    last: IntArray,
     counts: IntArray,
 ) -> None:
     """Count the pulls of teff, logg and feh between each row and the one before of its star.
 
-    ``counts`` has the axes label, kind, bin of S/N and bin of log2(pull); ``last`` -1 everywhere,
-    four for each star. Rows of no star, with quality, or with all labels of the one before do not
+    The rows of a star are row[first[s]:first[s + 1]]. ``counts`` has the axes label, kind, bin of
+    S/N and bin of log2(pull). Rows with quality, or with all labels of the one before, do not
     count; for a label, nor do those without a value and an error.
     """
     logg = values[1]
-    for row in order:
-        if star[row] < 0 or quality[row] != 0:
-            continue
-        before = last[star[row], 3]
-        last[star[row], 3] = row
-        if before >= 0:
-            same = True
+    last = np.empty(3, dtype=np.int64)
+    for star in range(len(first) - 1):
+        before, last[:] = -1, -1
+        for place in range(first[star], first[star + 1]):
+            one = row[place]
+            if quality[one] != 0:
+                continue
+            same = before >= 0
             for label in range(3):
-                same = same and values[label][row] == values[label][before]
+                same = same and values[label][one] == values[label][before]
+            before = one
             if same:
                 continue
-        for label in range(3):
-            value, error = np.float64(values[label][row]), np.float64(errors[label][row])
-            error = error if error > 0 else expected_error[label]
-            if not (np.isfinite(value) and np.isfinite(error)):
-                continue
-            before = last[star[row], label]
-            last[star[row], label] = row
-            if before < 0:
-                continue
-            other = np.float64(errors[label][before])
-            other = other if other > 0 else expected_error[label]
-            pull = abs(value - np.float64(values[label][before]))
-            pull /= np.sqrt(error * error + other * other)
-            at = 0
-            if pull > 0:
-                at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
-                at = max(0, min(counts.shape[3] - 1, at))
-            one, two = np.float64(snr[row]), np.float64(snr[before])
-            snr_bin = len(snr_edges) + 1
-            if np.isfinite(one) and np.isfinite(two):
-                snr_bin = 0
-                while snr_bin < len(snr_edges) and snr_edges[snr_bin] <= min(one, two):
-                    snr_bin += 1
-            both = np.float64(logg[row]) + np.float64(logg[before])
-            counts[label, 1 if both < 2 * giant_logg else 0, snr_bin, at] += 1
+            other, kind, snr_bin = -1, 0, 0
+            for label in range(3):
+                value, error = np.float64(values[label][one]), np.float64(errors[label][one])
+                error = error if error > 0 else expected_error[label]
+                if not (np.isfinite(value) and np.isfinite(error)):
+                    continue
+                partner = last[label]
+                last[label] = one
+                if partner < 0:
+                    continue
+                if partner != other:  # most often it is that of the other labels
+                    other = partner
+                    both = np.float64(logg[one]) + np.float64(logg[other])
+                    kind = 1 if both < 2 * giant_logg else 0
+                    snr_bin = len(snr_edges) + 1
+                    if np.isfinite(snr[one]) and np.isfinite(snr[other]):
+                        worse, snr_bin = np.float64(min(snr[one], snr[other])), 0
+                        while snr_bin < len(snr_edges) and snr_edges[snr_bin] <= worse:
+                            snr_bin += 1
+                error_2 = np.float64(errors[label][other])
+                error_2 = error_2 if error_2 > 0 else expected_error[label]
+                pull = abs(value - np.float64(values[label][other]))
+                pull /= np.sqrt(error * error + error_2 * error_2)
+                at = 0
+                if pull > 0:
+                    at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
+                    at = max(0, min(counts.shape[3] - 1, at))
+                counts[label, kind, snr_bin, at] += 1

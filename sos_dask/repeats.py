@@ -106,16 +106,17 @@ def pull_counts(
 def _count(
     table: pa.Table, primary: IntArray, expected_error: Mapping[str, float], counts: IntArray
 ) -> None:
-    from sos_dask.compiled import count_pulls
+    from sos_dask.compiled import count_pulls, repeated, sort_members
 
+    _, first, row = repeated(primary)
     # Rows of one cell stand in the order of their keys already: the order of the catalog.
-    order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
+    sort_members(first, row, table[HEALPIX_COLUMN].to_numpy())
     columns = {name: reals_or_nan(table, name) for name in _COLUMNS}
     if len({values.dtype for values in columns.values()}) > 1:
         columns = {name: values.astype(np.float64) for name, values in columns.items()}
     count_pulls(
-        order,
-        primary,
+        first,
+        row,
         table["quality"].to_numpy(),
         tuple(columns[label] for label in LABELS),
         tuple(columns[f"{label}_err"] for label in LABELS),
@@ -125,7 +126,6 @@ def _count(
         np.array(SNR_EDGES),
         _LOWEST,
         _BINS_AN_OCTAVE,
-        np.full((len(order), len(LABELS) + 1), -1, dtype=np.int32),
         counts,
     )
 

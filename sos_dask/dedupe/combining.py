@@ -55,7 +55,8 @@ def combine(
     Parameters
     ----------
     table : pyarrow.Table
-        Observations: ``_healpix_29``, ``obs_id``, ``ra``, ``dec``, ``quality`` and any others.
+        Observations: ``_healpix_29``, ``obs_id``, ``ra``, ``dec``, ``quality`` and any others. Text
+        may be coded by a dictionary; that of the stars is plain.
     primary : ndarray of int64, shape (n,)
         Row number of each row's primary (`group`); -1 for a row that is left out.
     settings : DedupeSettings
@@ -84,11 +85,7 @@ def combine(
         raise PartitionError("primaries do not belong to the rows to be combined")
     leaders = np.flatnonzero(is_primary)
     leaders = leaders[_sky_order(table.select([HEALPIX_COLUMN, "obs_id"]), leaders)]
-    number = np.full(len(primary) + 1, -1, dtype=np.int64)  # the last one is that of no star
-    number[leaders] = np.arange(len(leaders))
-    star = number[primary]
-    n_obs = np.bincount(star + 1, minlength=len(leaders) + 1)[1:]
-    repeats = _Repeats.of(table, star, n_obs)
+    repeats = _Repeats.of(table, primary, leaders)
 
     source = leaders.copy()
     source[repeats.star] = repeats.best
@@ -105,16 +102,19 @@ def combine(
             rows = repeats.source_of(source, ("pmra", "pmdec"))
         elif name.startswith("gaia_") and name.endswith("_source_id"):
             rows = repeats.source_of(source, (name,))
-        columns[name] = _one_chunk(table.column(name)).take(pa.array(rows))
-    n_used = np.ones(len(leaders), dtype=np.int32)
-    n_used[repeats.star] = repeats.n_used
+        values = pc.take(_one_chunk(table.column(name)), pa.array(rows), boundscheck=False)
+        is_coded = pa.types.is_dictionary(values.type)
+        columns[name] = values.dictionary_decode() if is_coded else values
+    n_obs, n_used = np.ones((2, len(leaders)), dtype=np.int32)
+    n_obs[repeats.star] = np.diff(repeats.first)
+    n_used[repeats.star] = np.diff(repeats.used_first)
     return _star_table(table.schema, columns, n_obs, n_used, combined)
 
 
 def _star_table(
     schema: pa.Schema,
     columns: dict[str, pa.Array],
-    n_obs: IntArray,
+    n_obs: NDArray[np.int32],
     n_used: NDArray[np.int32],
     combined: Mapping[str, pa.Array],
 ) -> pa.Table:
@@ -128,13 +128,13 @@ def _star_table(
             .with_type(key.type),
             columns.pop("obs_id"),
         ),
-        (_count_field("n_obs", "Observations of the star"), pa.array(n_obs.astype(np.int32))),
+        (_count_field("n_obs", "Observations of the star"), pa.array(n_obs)),
         (_count_field("n_used", "Observations that were combined"), pa.array(n_used)),
         (schema.field("ra"), columns.pop("ra")),
         (schema.field("dec"), columns.pop("dec")),
     ]
     quality = columns.pop("quality")
-    out += [(schema.field(name), values) for name, values in columns.items()]
+    out += [(schema.field(name).with_type(values.type), values) for name, values in columns.items()]
     for label in LABELS:
         unit = (
             dict(schema.field(label).metadata or {}).get(b"unit", b"") if label in columns else b""
@@ -158,37 +158,41 @@ def _count_field(name: str, description: str) -> pa.Field:
 class _Repeats:
     """Rows of the stars with several observations, by star and then by ``obs_id``.
 
-    ``row`` and ``used`` have one entry a row, ``first`` one a star and its end, the others one a
-    star. ``best_at`` is a place in ``row``; ``snr`` the total signal to noise.
+    The rows of a star are row[first[s]:first[s + 1]], those used of them are
+    used_row[used_first[s]:used_first[s + 1]]; the others have one entry a star. ``best_at`` is a
+    place in ``row``; ``snr`` the total signal to noise.
     """
 
     table: pa.Table
     star: IntArray
     first: IntArray
     row: IntArray
-    used: BoolArray
+    used_first: IntArray
+    used_row: IntArray
     best_at: IntArray
-    n_used: IntArray
     quality: IntArray
     snr: FloatArray
 
     @classmethod
-    def of(cls, table: pa.Table, star: IntArray, n_obs: IntArray) -> _Repeats:
-        # Rows that are left out have star -1, which is the number added here.
-        row = np.flatnonzero((np.append(n_obs, 0) > 1)[star])
-        row = row[_order_in_stars(star[row], table.column("obs_id").take(pa.array(row)))]
-        stars = np.flatnonzero(n_obs > 1)
-        first = np.append(0, np.cumsum(n_obs[stars]))
-        used = np.zeros(len(row), dtype=np.bool_)
-        best_at, n_used, bits = (np.zeros(len(stars), dtype=np.int64) for _ in range(3))
+    def of(cls, table: pa.Table, primary: IntArray, leaders: IntArray) -> _Repeats:
+        """Those of some stars; ``leaders`` are the primaries of all."""
         snr = reals_or_nan(table, "snr")
-        total = np.empty(len(stars), dtype=snr.dtype)
-        if len(row):
-            from sos_dask.compiled import choose
+        if not len(leaders):
+            none, end = np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+            return cls(table, none, end, none, end, none, none, none, snr[:0])
+        from sos_dask.compiled import choose, repeated, sort_members
 
-            quality = _one_chunk(table.column("quality")).to_numpy()
-            choose(first, row, quality, snr, used, best_at, n_used, bits, total)
-        return cls(table, stars, first, row, used, best_at, n_used, bits, total)
+        of_star, first, row = repeated(primary)
+        number = np.empty(len(primary), dtype=np.int64)
+        number[leaders] = np.arange(len(leaders))
+        sort_members(first, row, _keys(table.column("obs_id"), row))
+        used_first, used_row = np.empty_like(first), np.empty_like(row)
+        best_at, bits = np.empty((2, len(of_star)), dtype=np.int64)
+        total = np.empty(len(of_star), dtype=snr.dtype)
+        quality = _one_chunk(table.column("quality")).to_numpy()
+        choose(first, row, quality, snr, used_first, used_row, best_at, bits, total)
+        star = number[of_star]
+        return cls(table, star, first, row, used_first, used_row, best_at, bits, total)
 
     @property
     def best(self) -> IntArray:
@@ -253,9 +257,8 @@ class _Repeats:
             from sos_dask.compiled import combine_label
 
             combine_label(
-                self.first,
-                self.row,
-                self.used,
+                self.used_first,
+                self.used_row,
                 values,
                 errors,
                 np.nan if expected_error is None else expected_error,
@@ -314,16 +317,10 @@ def _sky_order(table: pa.Table, rows: IntArray) -> IntArray:
     return order
 
 
-def _order_in_stars(star: IntArray, keys: pa.ChunkedArray) -> IntArray:
-    """Order of rows by (star, key); keys are unique."""
-    if not pa.types.is_integer(keys.type):
-        keys = pc.rank(keys, tiebreaker="dense")
-    key = keys.to_numpy().astype(np.int64)
-    if not len(key):
-        return np.empty(0, dtype=np.int64)
-    low, high = int(key.min()), int(key.max())
-    bits = (high - low).bit_length()
-    if bits + int(star.max()).bit_length() < 64:
-        # Both in one integer: several times faster than to sort by two.
-        return np.asarray(np.argsort(star << bits | key - low, kind="stable"))
-    return np.asarray(np.lexsort((key, star)))
+def _keys(keys: pa.ChunkedArray, rows: IntArray) -> IntArray:
+    """Keys as integers in the same order; of text only those of some rows."""
+    if pa.types.is_integer(keys.type):
+        return np.asarray(_one_chunk(keys).to_numpy(), dtype=np.int64)
+    out = np.zeros(len(keys), dtype=np.int64)
+    out[rows] = pc.rank(keys.take(pa.array(rows)), tiebreaker="dense").to_numpy()
+    return out

@@ -137,7 +137,7 @@ def _star_schema(
 
 def _dedupe_part(part: _Part) -> None:
     """Stars whose primary observation lies in one partition."""
-    rows = part.catalog.read(part.pixel)
+    rows = part.catalog.read(part.pixel, coded=True)
     around, first, primary = _grouped(part, rows)
     stop = first + rows.num_rows
     # Every partition that sees a star sees the same one; it belongs to that of its primary.
@@ -146,7 +146,8 @@ def _dedupe_part(part: _Part) -> None:
     is_member[first:stop] = False
     if is_member.any():
         away = around.filter(pa.array(np.delete(is_member, slice(first, stop))))
-        rows = pa.concat_tables([rows, _full_rows(part.catalog, away)]).combine_chunks()
+        others = _full_rows(part.catalog, away).cast(rows.schema)
+        rows = pa.concat_tables([rows, others]).combine_chunks()
         inside = np.concatenate([inside, primary[is_member] - first])
     stars = combine(rows, inside, part.settings, part.expected_error)
     record = write_partition(part.output, part.pixel, stars) if stars.num_rows else None

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.ingest.arrays import as_array, taken
+from sos_dask.ingest.arrays import as_array, is_valid, taken
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,13 @@ def test_rows_in_the_order_of_an_index(kind, data):
     found = taken(column, index)
     found.validate(full=True)
     assert found.equals(column.take(pa.array(index)))
+    assert is_valid(column).tolist() == [value is not None for value in column.to_pylist()]
     assert found.null_count == sum(column[row].as_py() is None for row in rows)
 
 
 @given(st.lists(st.tuples(st.floats(width=32, allow_nan=False), st.booleans())))
 def test_numbers_that_are_not_valid_are_null(pairs):
     values = np.array([value for value, _ in pairs], dtype=np.float32)
-    valid = np.array([is_valid for _, is_valid in pairs], dtype=bool)
+    valid = np.array([valid for _, valid in pairs], dtype=bool)
     assert as_array(values, valid).equals(pa.array(values, mask=~valid))
     assert as_array(values).null_count == 0

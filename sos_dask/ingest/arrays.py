@@ -27,7 +27,7 @@ def split(values: Values) -> tuple[NDArray[Any], BoolArray | None]:
         return values, None
     if not values.null_count:
         return values.to_numpy(zero_copy_only=False), None
-    null = values.is_null().to_numpy(zero_copy_only=False)
+    null = ~is_valid(values)
     return values.fill_null(0).to_numpy(zero_copy_only=False), null
 
 
@@ -41,6 +41,16 @@ def as_array(values: NDArray[Any], valid: BoolArray | None = None) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), [bits, pa.py_buffer(values)])
 
 
+def is_valid(column: pa.Array) -> BoolArray:
+    """Where an array has values, in a fraction of the time of ``column.is_valid().to_numpy()``."""
+    bits = column.buffers()[0]
+    if not column.null_count or bits is None:
+        return np.full(len(column), not column.null_count)
+    stop = column.offset + len(column)
+    unpacked = np.unpackbits(np.frombuffer(bits, np.uint8), count=stop, bitorder="little")
+    return unpacked[column.offset :].view(np.bool_)
+
+
 def taken(column: pa.Array, index: IntArray) -> pa.Array:
     """Rows of an array in the order of an index, in half the time of `pyarrow.Array.take`.
 
@@ -51,7 +61,7 @@ def taken(column: pa.Array, index: IntArray) -> pa.Array:
     data = [None, column.buffers()[1]]
     plain = pa.Array.from_buffers(column.type, len(column), data, offset=column.offset)
     values = pc.take(plain, pa.array(index), boundscheck=False)
-    valid = column.is_valid().to_numpy(zero_copy_only=False).take(index)
+    valid = is_valid(column).take(index)
     bits = pa.py_buffer(np.packbits(valid, bitorder="little"))
     return pa.Array.from_buffers(column.type, len(index), [bits, values.buffers()[1]])
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sos_dask.healpix import ang2pix
-from sos_dask.ingest.arrays import IntArray, Values, is_text, split
+from sos_dask.ingest.arrays import IntArray, Values, as_array, is_text, split
 from sos_dask.ingest.keys import sort_order, sorted_hashes
 from sos_dask.ingest.merge import FILE, REJECTED_SCHEMA, ROW
 from sos_dask.ingest.parse import Place, parse_floats, parse_integers
@@ -251,7 +251,7 @@ def _for_cuts(
         if product is not None and product.valid is not None and not of_bits:
             numbers, null = split(values) if not is_text(values) else (None, None)
             if numbers is not None:
-                unusable = ~product.valid
-                values = pa.array(numbers, mask=unusable if null is None else unusable | null)
+                usable = product.valid if null is None else product.valid & ~null
+                values = as_array(np.ascontiguousarray(numbers), usable)
         columns[name] = values
     return columns

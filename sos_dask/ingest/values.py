@@ -10,7 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sos_dask.ingest.arrays import BoolArray, IntArray, Values, as_array, is_text, split, taken
+from sos_dask.ingest.arrays import (
+    BoolArray,
+    IntArray,
+    Values,
+    as_array,
+    is_text,
+    is_valid,
+    split,
+    taken,
+)
 from sos_dask.ingest.parse import Place, parse_floats, parse_integers, whole_numbers
 from sos_dask.ingest.profile import LABEL_SHIFT, binned
 from sos_dask.schema import LABELS, is_gaia_id
@@ -143,7 +152,7 @@ def text_column(place: Place, source: SourceColumn, values: Mapping[str, Values]
             *parts, ".", null_handling="replace", null_replacement=""
         )
         text = pc.if_else(any_present, joined, None)
-    valid = text.is_valid().to_numpy(zero_copy_only=False) if text.null_count else None
+    valid = is_valid(text) if text.null_count else None
     return Made(text, valid)
 
 

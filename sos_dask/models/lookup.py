@@ -292,21 +292,22 @@ def _leaves(
     stop = low + [len(part) + 1 for part in edges]
     missing = np.ones((len(node), 3), dtype=np.bool_)
     found = []
-    while len(node):
+    while True:
         is_leaf = forest.left[node] < 0
         value = forest.value[node[is_leaf]].astype(np.float64)
         found.append((low[is_leaf], stop[is_leaf], missing[is_leaf], value))
         node, low, stop, missing = (part[~is_leaf] for part in (node, low, stop, missing))
+        if not len(node):
+            break
         # Thresholds above the cut's own are in the bins from it on: v >= t is bin index >= cut.
-        here = np.arange(len(node)), forest.feature[node]
+        n, here = len(node), (np.arange(len(node)), forest.feature[node])
         middle = np.clip(cut[node], low[here], stop[here])
         to_left = forest.missing_left[node]
-        above, below, missing_right = low.copy(), stop.copy(), missing.copy()
-        above[here], below[here] = middle, middle
-        missing[here] &= to_left
-        missing_right[here] &= ~to_left
         node = np.concatenate([forest.left[node], forest.right[node]])
-        low, stop = np.concatenate([low, above]), np.concatenate([below, stop])
-        missing = np.concatenate([missing, missing_right])
+        low, stop, missing = (np.concatenate([part, part]) for part in (low, stop, missing))
+        stop[:n][here] = middle
+        low[n:][here] = middle
+        missing[:n][here] &= to_left
+        missing[n:][here] &= ~to_left
     low, stop, missing, value = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return low, stop, missing, value

@@ -691,7 +691,7 @@ def test_a_training_of_few_pairs_needs_no_workers(cli, small_store):
     ran = cli("train", pairs, "-m", "polynomial", "-o", "model", *nobody, "--json")
     assert ran.json["rows"]["in"] >= ran.json["rows"]["out"] > 100
     searched = cli("train", pairs, "-m", "polynomial", "--search", 2, "-o", "other", *nobody)
-    assert_error(searched, 6, "no Dask scheduler answers")
+    assert_error(searched, 8, "no Dask scheduler answers")
 
 
 def test_an_unfinished_apply_says_so(cli, small_store):

@@ -409,13 +409,15 @@ def _fit_here(job: _Job, progress: Progress) -> tuple[Any, ...]:
     rows = _block(job, 0, job.source.n_batches)
     params = job.booster_params()
     params["nthread"] = _threads(params["nthread"])
-    known = np.isfinite(rows.differences)
-    boosters: list[Any] = []
+    matrix: Any = None
+    before, boosters = None, []
     for number in range(len(LABELS)):
-        if number and np.array_equal(known[:, number], known[:, number - 1]):
-            matrix.set_label(rows.differences[known[:, number], number])  # the same bins
+        known = np.isfinite(rows.differences[:, number])
+        if before is not None and np.array_equal(known, before):
+            matrix.set_label(rows.differences[known, number])  # the bins are the same
         else:
             matrix = _matrix(job, rows, number)
+        before = known
         boosters.append(xgboost.train(params, matrix, job.rounds[number]))
         progress("boosted", number + 1, len(LABELS))
     return tuple(boosters)

@@ -265,7 +265,7 @@ def _corners(
     places, amounts = [], []
     # Of each axis the bins of a leaf are a run of them, or that of missing values, or both.
     for of_missing in itertools.product((False, True), repeat=3):
-        some = np.where(of_missing, missing, known).all(axis=1).nonzero()[0]
+        some = np.flatnonzero(np.all(np.where(of_missing, missing, known), axis=1))
         ends = np.where(of_missing, shape - 1, low[some]), np.where(of_missing, shape, stop[some])
         for corner in itertools.product((0, 1), repeat=3):
             places.append(np.stack([ends[end][:, axis] for axis, end in enumerate(corner)], axis=1))
@@ -288,15 +288,16 @@ def _leaves(
         of_axis = forest.feature == axis
         cut[of_axis] = np.searchsorted(part, forest.value[of_axis]) + 1
     node = forest.roots
-    low = np.zeros((len(node), 3), dtype=np.int64)
-    stop = low + [len(part) + 1 for part in edges]
-    missing = np.ones((len(node), 3), dtype=np.bool_)
-    found = []
+    low: IntArray = np.zeros((len(node), 3), dtype=np.int64)
+    stop: IntArray = low + np.array([len(part) + 1 for part in edges])
+    missing: NDArray[np.bool_] = np.ones((len(node), 3), dtype=np.bool_)
+    found: list[tuple[NDArray[Any], ...]] = []
     while True:
         is_leaf = forest.left[node] < 0
         value = forest.value[node[is_leaf]].astype(np.float64)
         found.append((low[is_leaf], stop[is_leaf], missing[is_leaf], value))
-        node, low, stop, missing = (part[~is_leaf] for part in (node, low, stop, missing))
+        is_split = ~is_leaf
+        node, low, stop, missing = node[is_split], low[is_split], stop[is_split], missing[is_split]
         if not len(node):
             break
         # Thresholds above the cut's own are in the bins from it on: v >= t is bin index >= cut.
@@ -304,10 +305,11 @@ def _leaves(
         middle = np.clip(cut[node], low[here], stop[here])
         to_left = forest.missing_left[node]
         node = np.concatenate([forest.left[node], forest.right[node]])
-        low, stop, missing = (np.concatenate([part, part]) for part in (low, stop, missing))
+        low, stop = np.concatenate([low, low]), np.concatenate([stop, stop])
+        missing = np.concatenate([missing, missing])
         stop[:n][here] = middle
         low[n:][here] = middle
         missing[:n][here] &= to_left
         missing[n:][here] &= ~to_left
-    low, stop, missing, value = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return low, stop, missing, value
+    first, after, of_missing, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return first, after, of_missing, values

@@ -66,7 +66,7 @@ MIN_PAIRS = 50
 TRIES = 3
 # Edges of bins lie on a grid of this many cells over the range of a feature.
 GRID = 4096
-# Rows are sorted by cells of so many bins along each feature; 4 and 16 were a little slower.
+# Rows are sorted by cells of so many bins along each feature; 16 and 32 were a little slower.
 _SIDE = 8
 
 PARAMS = {

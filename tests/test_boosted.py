@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import dask
 import distributed  # noqa: F401  # its settings must be there before one is changed
@@ -134,6 +134,16 @@ def test_order_and_batches_of_the_pairs_do_not_matter():
     x = batch.features
     assert (np.abs(out.predict(x) - other.predict(x)) / NOISE).max() < 1e-4
     assert thresholds(out) == thresholds(other)
+
+
+def test_what_is_unknown_of_one_label_does_not_touch_the_trees_of_another():
+    batch = biased_pairs(3000, 18)
+    some = batch.differences.copy()
+    some[::3, 1] = np.nan
+    whole = fit(ArraySource(batch), params=QUICK)
+    part = fit(ArraySource(replace(batch, differences=some)), params=QUICK)
+    same = [a == b for a, b in zip(whole.ensembles, part.ensembles, strict=True)]
+    assert same == [True, False, True]
 
 
 def test_a_saved_model_needs_no_xgboost_to_predict(tmp_path):

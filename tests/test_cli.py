@@ -685,6 +685,15 @@ def test_steps_print_their_account_as_json(cli, small_sky, tmp_path):
     assert again.json == corrected, "a finished output is left alone"
 
 
+def test_a_training_of_few_pairs_needs_no_workers(cli, small_store):
+    nobody = ["--scheduler", "tcp://127.0.0.1:9"]
+    pairs = small_store / "current/pairs"
+    ran = cli("train", pairs, "-m", "polynomial", "-o", "model", *nobody, "--json")
+    assert ran.json["rows"]["in"] >= ran.json["rows"]["out"] > 100
+    searched = cli("train", pairs, "-m", "polynomial", "--search", 2, "-o", "other", *nobody)
+    assert_error(searched, 8, "no Dask scheduler answers")
+
+
 def test_an_unfinished_apply_says_so(cli, small_store):
     current = small_store / "current"
     arguments = ["apply", current / "model.polynomial", current / "lamost.observations", "-w", 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -273,13 +274,15 @@ def train(
     Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
     """
     from sos_dask.catalog import Catalog
-    from sos_dask.stages.train import TrainSettings, metrics_of
+    from sos_dask.stages.train import TrainSettings, asks_workers, metrics_of
     from sos_dask.stages.train import train as run
 
     params = dict(_setting(text) for text in param or [])
     settings = TrainSettings(method, params, validation, search=search, seed=seed)
-    step = partial(run, Catalog.open(pairs), out, settings)
-    manifest = run_step(step, options)
+    catalog = Catalog.open(pairs)
+    if not asks_workers(catalog, settings):
+        options = replace(options, workers=0, scheduler=None)  # none are started to wait
+    manifest = run_step(partial(run, catalog, out, settings), options)
     if not options.as_json:
         show_metrics(metrics_of(manifest))
     show_step(manifest, out, options.as_json)

@@ -66,6 +66,8 @@ MIN_PAIRS = 50
 TRIES = 3
 # Edges of bins lie on a grid of this many cells over the range of a feature.
 GRID = 4096
+# Rows are sorted by cells of so many bins along each feature; 16 and 32 were a little slower.
+_SIDE = 8
 
 PARAMS = {
     "n_rounds": Param(400, "Trees per label", 1, 20000),
@@ -291,28 +293,28 @@ def _cells(
     return np.stack([np.bincount(column, minlength=GRID) for column in cells.T])
 
 
-def _binned(features: Float32Array, edges: Sequence[Float32Array]) -> Float32Array:
-    """Each feature as the lower edge of its bin: so the thresholds of all trees are such edges."""
-    return np.stack(
-        [
-            of_column[np.searchsorted(of_column, column, side="right") - 1]
-            for column, of_column in zip(features.T, edges, strict=True)
-        ],
-        axis=1,
-    )
-
-
 def _block(job: _Job, first: int, stop: int) -> Rows:
-    """Training rows of some batches, differences in units of their spread."""
+    """Training rows of some batches, differences in units of their spread.
+
+    Each feature is the lower edge of its bin: so the thresholds of all trees are such edges. Rows
+    of neighbouring bins lie together, which makes XGBoost a third faster: the way of a row through
+    a tree is mostly that of the row before.
+    """
     parts = [
         training_rows(job.source.load(index), job.train_folds)
         for index in range(first, stop)
         if job.summary.n_rows[index]
     ]
-    differences = np.concatenate([part.differences for part in parts]).astype(np.float64)
-    weight = np.concatenate([part.weight for part in parts])
+    features = np.concatenate([part.features for part in parts])
+    bins = [
+        np.searchsorted(of_column, column, side="right") - 1
+        for of_column, column in zip(job.edges, features.T, strict=True)
+    ]
+    order = np.lexsort([of_column // _SIDE for of_column in bins])
+    differences = np.concatenate([part.differences for part in parts])[order].astype(np.float64)
+    weight = np.concatenate([part.weight for part in parts])[order]
     return Rows(
-        _binned(np.concatenate([part.features for part in parts]), job.edges),
+        np.stack([e[of_column[order]] for e, of_column in zip(job.edges, bins, strict=True)], 1),
         ((differences - job.summary.center) / job.summary.spread).astype(np.float32),
         (weight / job.summary.mean_weight).astype(np.float32),
     )
@@ -407,9 +409,15 @@ def _fit_here(job: _Job, progress: Progress) -> tuple[Any, ...]:
     rows = _block(job, 0, job.source.n_batches)
     params = job.booster_params()
     params["nthread"] = _threads(params["nthread"])
-    boosters = []
+    matrix: Any = None
+    before, boosters = None, []
     for number in range(len(LABELS)):
-        matrix = _matrix(job, rows, number)
+        known = np.isfinite(rows.differences[:, number])
+        if before is not None and np.array_equal(known, before):
+            matrix.set_label(rows.differences[known, number])  # the bins are the same
+        else:
+            matrix = _matrix(job, rows, number)
+        before = known
         boosters.append(xgboost.train(params, matrix, job.rounds[number]))
         progress("boosted", number + 1, len(LABELS))
     return tuple(boosters)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ _BLOCK = 1 << 13
 _PLACES = 1 << 13
 Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
-Interval = tuple[int, int]
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,13 @@ class LookupTable:
 
     def to_bytes(self) -> bytes:
         """The table as the content of a file: four NumPy arrays one after the other."""
-        file = io.BytesIO()
+        parts: list[Any] = []
         for array in (*self.edges, self.values):
-            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-        return file.getvalue()
+            head = io.BytesIO()
+            header = np.lib.format.header_data_from_array_1_0(array)
+            np.lib.format.write_array_header_1_0(head, header)
+            parts += [head.getvalue(), array.data]
+        return b"".join(parts)
 
     @classmethod
     def from_buffer(cls, buffer: Any) -> LookupTable:
@@ -181,27 +184,28 @@ def compile_trees(
         None where the thresholds make more than ``MAX_CELLS`` cells: too fine to be worth a table.
     """
     models = [json.loads(bytes(booster.save_raw("json")))["learner"] for booster in boosters]
-    forests = [model["gradient_booster"]["model"]["trees"] for model in models]
-    found: list[list[NDArray[np.float32]]] = [[], [], []]
-    for tree in itertools.chain.from_iterable(forests):
-        is_split = np.array(tree["left_children"]) != -1
-        feature = np.array(tree["split_indices"])[is_split]
-        threshold = np.array(tree["split_conditions"], dtype=np.float32)[is_split]
-        for axis in range(3):
-            found[axis].append(threshold[feature == axis])
-    edges = tuple(np.unique(np.concatenate([np.empty(0, np.float32), *part])) for part in found)
+    forests = [_Forest.of(model["gradient_booster"]["model"]["trees"]) for model in models]
+    edges = _edges(forests)
     shape = tuple(len(part) + 2 for part in edges)
     if np.prod([float(n) for n in shape]) > MAX_CELLS:
         return None
+    corners = [_corners(forest, edges) for forest in forests]
+    bases = [_base_score(model) for model in models]
     values = np.empty((*shape, len(boosters)), dtype=np.float32)
-    for label, (model, forest) in enumerate(zip(models, forests, strict=True)):
-        sums = _summed(forest, edges, shape)
-        sums += _base_score(model)
-        if spread is not None:
-            sums *= spread[label]
-        if center is not None:
-            sums += center[label]
-        values[..., label] = sums
+    running = np.zeros((len(boosters), shape[1], shape[2]))
+    # Plane by plane all stays in the cache.
+    for plane, of_labels in enumerate(values):
+        for label, (first, cell, amount) in enumerate(corners):
+            now = slice(first[plane], first[plane + 1])
+            np.add.at(running[label].reshape(-1), cell[now], amount[now])
+            sums = running[label].cumsum(axis=0)
+            np.cumsum(sums, axis=1, out=sums)
+            sums += bases[label]
+            if spread is not None:
+                sums *= spread[label]
+            if center is not None:
+                sums += center[label]
+            of_labels[..., label] = sums
     return LookupTable(edges, values)
 
 
@@ -211,54 +215,101 @@ def _base_score(model: dict[str, Any]) -> float:
     return float(numbers[0])
 
 
-def _summed(
-    forest: list[dict[str, Any]], edges: tuple[Float32Array, ...], shape: tuple[int, ...]
-) -> NDArray[np.float64]:
-    boxes: list[tuple[Interval, ...]] = []
-    amounts: list[float] = []
-    for tree in forest:
-        for intervals, value in _leaves(tree, edges):
-            for box in itertools.product(*intervals):
-                boxes.append(box)
-                amounts.append(value)
-    difference = np.zeros([n + 1 for n in shape])
-    if boxes:
-        ends = np.array(list(itertools.product((0, 1), repeat=3)))
-        corners = np.array(boxes)[:, np.arange(3), ends].reshape(-1, 3)
-        signed = np.outer(amounts, 1 - 2 * (ends.sum(axis=1) % 2))
-        where = np.ravel_multi_index(tuple(corners.T), difference.shape)
-        np.add.at(difference.reshape(-1), where, signed.reshape(-1))
+@dataclass(frozen=True)
+class _Forest:
+    """Nodes of all trees one after the other; a leaf has no left node (-1) and its value."""
+
+    roots: IntArray
+    left: IntArray
+    right: IntArray
+    feature: IntArray
+    value: Float32Array  # threshold of a split
+    missing_left: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, trees: Sequence[dict[str, Any]]) -> _Forest:
+        sizes = [len(tree["left_children"]) for tree in trees]
+        roots = np.cumsum([0, *sizes])[:-1]
+
+        def joined(name: str, dtype: Any) -> NDArray[Any]:
+            return np.array(list(itertools.chain.from_iterable(t[name] for t in trees)), dtype)
+
+        before = np.repeat(roots, sizes)
+        left, right = joined("left_children", np.int64), joined("right_children", np.int64)
+        return cls(
+            roots,
+            np.where(left < 0, -1, left + before),
+            right + before,
+            joined("split_indices", np.int64),
+            joined("split_conditions", np.float32),
+            joined("default_left", np.bool_),
+        )
+
+
+def _edges(forests: Sequence[_Forest]) -> tuple[Float32Array, ...]:
+    """Thresholds of each feature."""
+    found = []
     for axis in range(3):
-        np.cumsum(difference, axis=axis, out=difference)
-    return difference[:-1, :-1, :-1]
+        parts = [f.value[(f.left >= 0) & (f.feature == axis)] for f in forests]
+        found.append(np.unique(np.concatenate([np.empty(0, np.float32), *parts])))
+    return tuple(found)
+
+
+def _corners(
+    forest: _Forest, edges: tuple[Float32Array, ...]
+) -> tuple[IntArray, IntArray, FloatArray]:
+    """Where the sums change: first entry of each plane of the first axis, cells in it, amounts."""
+    shape = np.array([len(part) + 2 for part in edges])
+    low, stop, missing, value = _leaves(forest, edges)
+    known = low < stop
+    places, amounts = [], []
+    # Of each axis the bins of a leaf are a run of them, or that of missing values, or both.
+    for of_missing in itertools.product((False, True), repeat=3):
+        some = np.flatnonzero(np.all(np.where(of_missing, missing, known), axis=1))
+        ends = np.where(of_missing, shape - 1, low[some]), np.where(of_missing, shape, stop[some])
+        for corner in itertools.product((0, 1), repeat=3):
+            places.append(np.stack([ends[end][:, axis] for axis, end in enumerate(corner)], axis=1))
+            amounts.append(-value[some] if sum(corner) % 2 else value[some])
+    place, amount = np.concatenate(places), np.concatenate(amounts)
+    inside = (place < shape).all(axis=1)
+    place, amount = place[inside], amount[inside]
+    order = np.argsort(place[:, 0], kind="stable")
+    place = place[order]
+    first = np.searchsorted(place[:, 0], np.arange(shape[0] + 1))
+    return first, place[:, 1] * shape[2] + place[:, 2], amount[order]
 
 
 def _leaves(
-    tree: dict[str, Any], edges: tuple[Float32Array, ...]
-) -> Iterator[tuple[list[list[Interval]], float]]:
-    """Value of each leaf with, for each axis, the intervals of bins that reach it."""
-    left, right = tree["left_children"], tree["right_children"]
-    feature = tree["split_indices"]
-    condition = np.array(tree["split_conditions"], dtype=np.float32)
-    missing_left = tree["default_left"]
-    cut = [int(np.searchsorted(edges[f], c)) + 1 for f, c in zip(feature, condition, strict=True)]
-    # Of each axis: first bin, stop, and whether missing values come here.
-    start = [(0, len(part) + 1, True) for part in edges]
-    stack = [(0, start)]
-    while stack:
-        node, box = stack.pop()
-        if left[node] == -1:
-            bins = [
-                [(low, stop)] * (low < stop) + [(len(part) + 1, len(part) + 2)] * missing
-                for (low, stop, missing), part in zip(box, edges, strict=True)
-            ]
-            yield bins, float(condition[node])
-            continue
-        axis = feature[node]
-        low, stop, missing = box[axis]
+    forest: _Forest, edges: tuple[Float32Array, ...]
+) -> tuple[IntArray, IntArray, NDArray[np.bool_], FloatArray]:
+    """Of each leaf, by axis: first bin, stop, whether missing values come here; and its value."""
+    cut = np.zeros(len(forest.left), dtype=np.int64)
+    for axis, part in enumerate(edges):
+        of_axis = forest.feature == axis
+        cut[of_axis] = np.searchsorted(part, forest.value[of_axis]) + 1
+    node = forest.roots
+    low: IntArray = np.zeros((len(node), 3), dtype=np.int64)
+    stop: IntArray = low + np.array([len(part) + 1 for part in edges])
+    missing: NDArray[np.bool_] = np.ones((len(node), 3), dtype=np.bool_)
+    found: list[tuple[NDArray[Any], ...]] = []
+    while True:
+        is_leaf = forest.left[node] < 0
+        value = forest.value[node[is_leaf]].astype(np.float64)
+        found.append((low[is_leaf], stop[is_leaf], missing[is_leaf], value))
+        is_split = ~is_leaf
+        node, low, stop, missing = node[is_split], low[is_split], stop[is_split], missing[is_split]
+        if not len(node):
+            break
         # Thresholds above the cut's own are in the bins from it on: v >= t is bin index >= cut.
-        middle = min(max(cut[node], low), stop)
-        below, above = list(box), list(box)
-        below[axis] = (low, middle, missing and bool(missing_left[node]))
-        above[axis] = (middle, stop, missing and not missing_left[node])
-        stack += [(left[node], below), (right[node], above)]
+        n, here = len(node), (np.arange(len(node)), forest.feature[node])
+        middle = np.clip(cut[node], low[here], stop[here])
+        to_left = forest.missing_left[node]
+        node = np.concatenate([forest.left[node], forest.right[node]])
+        low, stop = np.concatenate([low, low]), np.concatenate([stop, stop])
+        missing = np.concatenate([missing, missing])
+        stop[:n][here] = middle
+        low[n:][here] = middle
+        missing[:n][here] &= to_left
+        missing[n:][here] &= ~to_left
+    first, after, of_missing, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return first, after, of_missing, values

@@ -269,8 +269,40 @@ class Evidence:
         differences = [floats32(self.table, name) for name in DIFFERENCES]
         return held_out_pairs(model, self.fold, differences, self.kept)
 
+    def dropped(self, pairs: Catalog) -> dict[str, int]:
+        """Pairs that are not in the table, by reason."""
+        dropped = {"not fit for training": pairs.n_rows - len(self.fold)}
+        if len(self.fold) > self.table.num_rows:
+            dropped["of stars beyond a million pairs"] = len(self.fold) - self.table.num_rows
+        return dropped
 
-def evidence(pairs: Catalog, columns: Sequence[str], most: int = MOST_PAIRS) -> Evidence:
+
+def require_evidence(
+    cluster: Cluster, pairs: Catalog, step: str, process_bytes: int, bytes_a_pair: int
+) -> None:
+    """Refuse a stage whose pairs do not fit into a worker, or into this process without one.
+
+    Parameters
+    ----------
+    step : str
+        The stage.
+    process_bytes, bytes_a_pair : int
+        Of a process of the stage, and of a pair in it. Of a pair that is left out it holds 16 bytes
+        for a moment: its fold, whether it is kept, and its place among those held out.
+
+    Raises
+    ------
+    ClusterError
+    """
+    n_pairs = min(pairs.n_rows, MOST_PAIRS)
+    n_bytes = process_bytes + bytes_a_pair * n_pairs + 16 * pairs.n_rows
+    what = f"{step}: {n_pairs:,} pairs of {pairs.path}"
+    cluster.require_memory(n_bytes, what)
+    if cluster.client is None:
+        cluster.require_driver_memory(n_bytes, what)
+
+
+def evidence(pairs: Catalog, columns: Sequence[str], most: int | None = None) -> Evidence:
     """Pairs fit for training, or the pairs of some of their stars where there are very many.
 
     What is said of a million pairs is as sure as can be told; more would only have to be held.
@@ -282,19 +314,22 @@ def evidence(pairs: Catalog, columns: Sequence[str], most: int = MOST_PAIRS) -> 
         Output of crossmatch.
     columns : sequence of str
         Of the table.
-    most : int
-        Pairs of a catalog above which some are left out, so that about as many stay.
+    most : int, optional
+        Pairs of a catalog above which some are left out, so that about as many stay; default
+        `MOST_PAIRS`.
     """
+    most = most or MOST_PAIRS
     tables = [pa.schema([pairs.schema.field(name) for name in columns]).empty_table()]
     fold, kept = [np.empty(0, np.int8)], [np.empty(0, np.bool_)]
     limit = np.uint64(min(most / max(pairs.n_rows, 1), 1.0) * (2**64 - 2048))
-    needed = list(dict.fromkeys([*columns, "use", "fold", "reference_star_id"]))
+    thinned = pairs.n_rows > most
+    needed = {*columns, "use", "fold", *(["reference_star_id"] if thinned else [])}
     for pixel in pairs.pixels:
-        table = pairs.read(pixel, needed)
+        table = pairs.read(pixel, sorted(needed))
         table = table.filter(table["use"])
         inside = np.ones(table.num_rows, dtype=np.bool_)
         fold.append(table["fold"].to_numpy())
-        if pairs.n_rows > most:
+        if thinned:
             inside = star_numbers(table["reference_star_id"], 0) < limit
             table = table.filter(pa.array(inside))
         kept.append(inside)

@@ -33,10 +33,10 @@ from sos_dask.schema import LABELS
 from sos_dask.stages.common import common_stars
 from sos_dask.stages.parts import (
     DIFFERENCES,
-    MOST_PAIRS,
     evidence,
     read_piece,
     records,
+    require_evidence,
     run_parts,
     single_observations,
     unless_complete,
@@ -59,7 +59,6 @@ VERSION = 3
 CALIBRATION = "calibration.parquet"
 _MIN_COMMON = 30
 _PROCESS_BYTES, _BYTES_A_PAIR = 470 << 20, 450  # measured, and a tenth more
-_BYTES_A_PAIR_LEFT_OUT = 16  # its fold, whether it is kept, and its place among those held out
 _TABLES = {"cells": ("values", "reference"), "steps": ("profile", "reference_profile")}
 _ERRORS = tuple(f"{label}_err_ref" for label in LABELS)
 
@@ -180,9 +179,7 @@ def uncertainty(
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
-    n_pairs = min(pairs.n_rows, MOST_PAIRS)
-    n_bytes = _PROCESS_BYTES + _BYTES_A_PAIR * n_pairs + _BYTES_A_PAIR_LEFT_OUT * pairs.n_rows
-    cluster.require_memory(n_bytes, f"uncertainty: {n_pairs:,} pairs of {pairs.path}")
+    require_evidence(cluster, pairs, "uncertainty", _PROCESS_BYTES, _BYTES_A_PAIR)
     with unless_complete(output):
         _make(output, _Part(output, "", model, pairs, settings, surveys), cluster, report)
     return output.load_manifest()
@@ -290,16 +287,12 @@ def _pairs_part(part: _Part) -> None:
     kept = kept.append_column("single", pa.array(single))
     write_piece(_file(part.output, "pairs"), kept)
     write_piece(_file(part.output, "held"), _held_table(held_out, rows[used]))
-    n_fit, n_held = len(read.fold), len(rows)
-    n_placed = int(np.count_nonzero(placed[rows]))
-    dropped = {
-        "not fit for training": pairs.n_rows - n_fit,
+    n_held, n_placed = len(rows), int(np.count_nonzero(placed[rows]))
+    dropped = read.dropped(pairs) | {
         "not held out": table.num_rows - n_held,
         "without all labels": n_held - n_placed,
         "of several observations": n_placed - len(used),
     }
-    if n_fit > table.num_rows:
-        dropped["beyond the pairs that are looked at"] = n_fit - table.num_rows
     info = models.load(part.model).info
     part.output.put_record(
         "pairs",

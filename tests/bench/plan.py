@@ -94,7 +94,7 @@ class Measured:
     overlap: float = 0.0035
     sync: float = 9000.0
     driver_edge: float = 200.0
-    worker_pair: float = 450.0
+    worker_pair: float = 400.0
     left_out_pair: float = 16.0
     task: float = 20_000.0
     scheduler_mib: float = 250.0

@@ -110,6 +110,6 @@ def test_memory_that_is_needed_stops_growing(pairs, monkeypatch):
     for n_rows in (10**6, 10**7, 10**8):
         require_evidence(Asked(), Many(n_rows), "compare", 300 << 20, 400)  # type: ignore[arg-type]
     assert np.diff(asked).tolist() == [16 * 9 * 10**6, 16 * 9 * 10**7]
-    monkeypatch.setattr("distributed.system.MEMORY_LIMIT", 500 << 20)
+    monkeypatch.setattr("sos_dask.cluster.memory_bytes", lambda: 500 << 20)
     with pytest.raises(ClusterError, match="compare: 1,000,000 pairs"):
         require_evidence(Cluster(), Many(10**7), "compare", 300 << 20, 400)  # type: ignore[arg-type]

@@ -34,7 +34,10 @@ def robust_scale(x: NDArray[np.floating]) -> tuple[FloatArray, FloatArray]:
 
 
 def knn_distance(
-    train: NDArray[np.floating], query: NDArray[np.floating], k: int
+    train: NDArray[np.floating],
+    query: NDArray[np.floating],
+    k: int,
+    within: float = np.inf,
 ) -> NDArray[np.float64]:
     """Distance to the k-th nearest neighbour: large where the sample is thin.
 
@@ -46,6 +49,8 @@ def knn_distance(
         Rows of the sample itself count as their own first neighbour: ask for one more.
     k : int
         From 1; of a sample with fewer rows the farthest one counts.
+    within : float
+        Farther ones may be given as infinite, which is far cheaper to know.
 
     Returns
     -------
@@ -54,6 +59,13 @@ def knn_distance(
     """
     from scipy.spatial import cKDTree
 
+    query = np.asarray(query, dtype=np.float64)
     tree = cKDTree(np.asarray(train, dtype=np.float64), leafsize=_LEAF)
-    distance, _ = tree.query(np.asarray(query, dtype=np.float64), k=[min(k, len(train))])
-    return np.asarray(distance[:, 0], dtype=np.float64)
+    # Rows that are near each other ask for the same branches: one after the other they take half
+    # the time of rows in the order of the sky.
+    order = cKDTree(query, leafsize=_LEAF).indices
+    found = np.empty(len(query))
+    bound = within * (1 + 1e-9)  # never less after it is squared
+    k = min(k, len(train))
+    found[order] = tree.query(query[order], k=[k], distance_upper_bound=bound)[0][:, 0]
+    return found

@@ -180,6 +180,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
                 {name: planner.catalog(references[name]) for name in references},
             ),
             recipe=error_recipe,
+            cluster=cluster,
             report=report,
         ),
     )

@@ -17,10 +17,12 @@ dask arrays, with every term of every pair in them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,7 @@ from sos_dask.models import (
     ModelInfo,
     Param,
     Progress,
+    Rows,
     Summary,
     TrainingSource,
     count,
@@ -62,6 +65,7 @@ MAD_TO_SIGMA = 1.4826
 HUBER_PASSES = 10
 # Passes with the bisquare that still renew the scale.
 SCALE_PASSES = 10
+_KEPT_ROWS = 1_000_000  # 28 MB
 
 PARAMS = {
     "order": Param(4, "Largest sum of the exponents of a term", 1, 6),
@@ -192,20 +196,19 @@ def fit(
     freedom = np.sqrt(summary.n_pairs / (summary.n_pairs - m))
     quiet, passes, huber_left, scale_left = 0, 0, HUBER_PASSES, SCALE_PASSES
     # Two passes without change, because the scale of a pass is that of the pass before.
+    once = _once(source, train_folds, client, int(summary.n_rows.sum()))
     while passes < params["max_passes"] and quiet < 2:
-        parts = map_batches(
-            _pass,
-            source,
-            client,
-            train_folds,
+        step = _Step(
             scale,
             exponents,
             coefficients,
             sigma,
             huber_left > 0,
+            scale_left > 0,
             summary.mean_weight,
         )
-        if scale_left > 0:
+        parts = once(step)
+        if step.with_counts:
             sigma = np.maximum(_sigma(parts) * freedom, floor)
         with _one_thread():
             new, change = _solve(parts, coefficients, params["ridge"])
@@ -251,42 +254,70 @@ def _scale(summary: Summary) -> Scale:
     return Scale(np.array([short(mean) for mean in summary.mean.tolist()]), np.array(width))
 
 
-Counts = tuple[NDArray[np.uint16], IntArray]
+Part = tuple[FloatArray, FloatArray, list[tuple[NDArray[np.uint16], IntArray]]]
 
 
-def _pass(
-    source: TrainingSource,
-    index: int,
-    train_folds: Sequence[int] | None,
-    scale: Scale,
-    exponents: IntArray,
-    coefficients: FloatArray,
-    sigma: FloatArray,
-    huber: bool,
-    mean_weight: float,
-) -> tuple[FloatArray, FloatArray, list[Counts]]:
+@dataclass(frozen=True)
+class _Step:
+    """What a pass starts from."""
+
+    scale: Scale
+    exponents: IntArray
+    coefficients: FloatArray
+    sigma: FloatArray
+    huber: bool
+    with_counts: bool
+    mean_weight: float
+
+
+def _once(
+    source: TrainingSource, train_folds: Sequence[int] | None, client: Any, n_rows: int
+) -> Callable[[_Step], list[Part]]:
+    """A pass over all batches, as a function of its step; parts are in the order of the batches."""
+    if client is not None or n_rows > _KEPT_ROWS:
+        return lambda step: map_batches(_pass_of, source, client, train_folds, step)
+    from dask.system import CPU_COUNT
+
+    rows = [training_rows(source.load(index), train_folds) for index in range(source.n_batches)]
+    # A worker has one thread; the process that was started has the whole machine.
+    n_threads = 1 if multiprocessing.parent_process() else CPU_COUNT
+
+    def once(step: _Step) -> list[Part]:
+        with _one_thread(), ThreadPoolExecutor(n_threads) as pool:
+            return list(pool.map(partial(_pass, step=step), rows))
+
+    return once
+
+
+def _pass_of(
+    source: TrainingSource, index: int, train_folds: Sequence[int] | None, step: _Step
+) -> Part:
+    with _one_thread():
+        return _pass(training_rows(source.load(index), train_folds), step)
+
+
+def _pass(rows: Rows, step: _Step) -> Part:
     """Weighted normal equations of one batch, shapes (3, m, m) and (3, m), and |residuals|."""
-    rows = training_rows(source.load(index), train_folds)
-    m = len(exponents)
+    m = len(step.exponents)
     normal, right = np.zeros((len(LABELS), m, m)), np.zeros((len(LABELS), m))
     residuals = np.empty((len(LABELS), len(rows.features)), dtype=np.float32)
-    with _one_thread():
-        for start in range(0, len(rows.features), BLOCK_ROWS):
-            block = slice(start, start + BLOCK_ROWS)
-            terms = design_matrix(scale.apply(rows.features[block]), exponents).T
-            y = rows.differences[block].T.astype(np.float64)
-            residual = y - coefficients.T @ terms
-            residuals[:, block] = np.abs(residual)
-            weight = _weight(residual / sigma[:, None], huber)
-            weight *= rows.weight[block].astype(np.float64) / mean_weight
-            known = np.isfinite(y)
-            weight = np.where(known, weight, 0.0)
-            y = np.where(known, y, 0.0)
-            for label in range(len(LABELS)):
-                weighted = terms * weight[label]
-                normal[label] += weighted @ terms.T
-                right[label] += weighted @ y[label]
-    counts = [count(residual[np.isfinite(residual)]) for residual in residuals]
+    for start in range(0, len(rows.features), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        terms = design_matrix(step.scale.apply(rows.features[block]), step.exponents).T
+        y = rows.differences[block].T.astype(np.float64)
+        residual = y - step.coefficients.T @ terms
+        residuals[:, block] = np.abs(residual)
+        weight = _weight(residual / step.sigma[:, None], step.huber)
+        weight *= rows.weight[block].astype(np.float64) / step.mean_weight
+        known = np.isfinite(y)
+        weight = np.where(known, weight, 0.0)
+        y = np.where(known, y, 0.0)
+        weighted = np.empty_like(terms)
+        for label in range(len(LABELS)):
+            np.multiply(terms, weight[label], out=weighted)
+            normal[label] += weighted @ terms.T
+            right[label] += weighted @ y[label]
+    counts = [count(one[np.isfinite(one)]) for one in residuals] if step.with_counts else []
     return normal, right, counts
 
 
@@ -298,7 +329,7 @@ def _weight(u: FloatArray, huber: bool) -> FloatArray:
     return np.square(np.maximum(0.0, 1.0 - np.square(size / BISQUARE)))
 
 
-def _sigma(parts: Sequence[tuple[FloatArray, FloatArray, list[Counts]]]) -> FloatArray:
+def _sigma(parts: Sequence[Part]) -> FloatArray:
     out = []
     for label in range(len(LABELS)):
         histogram = Histogram()
@@ -309,7 +340,7 @@ def _sigma(parts: Sequence[tuple[FloatArray, FloatArray, list[Counts]]]) -> Floa
 
 
 def _solve(
-    parts: Sequence[tuple[FloatArray, FloatArray, list[Counts]]],
+    parts: Sequence[Part],
     coefficients: FloatArray,
     ridge: float,
 ) -> tuple[FloatArray, FloatArray]:

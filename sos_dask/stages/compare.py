@@ -1,8 +1,8 @@
 """Stage compare: every trained method on the same pairs, and the one that corrects the catalog.
 
-A task is first a method (predictions of the pairs it was trained on, artifacts), then a label
-(figures of all methods on the same resamples). Pairs are held at once, as in the stage trends:
-about 150 bytes a pair, twice that while a label is ranked.
+A task reads the pairs (`parts.evidence`: a million at most); then a task is a method (predictions
+of the pairs it was trained on, artifacts), then a label (figures of all methods on the same
+resamples). Those pairs are held at once: 150 bytes a pair, twice that while a label is ranked.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from sos_dask.schema import LABELS
 from sos_dask.stages.parts import (
     DIFFERENCES,
     HELD_OUT,
-    held_out_pairs,
+    evidence,
     manifest_of,
     read_piece,
     records,
+    require_evidence,
     run_parts,
-    training_pairs,
     unless_complete,
     write_piece,
 )
 from sos_dask.trends import AXES, Axis
 
-VERSION = 1
+VERSION = 2
 COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
 SPARSE_SHARE = 0.05
 N_NEIGHBOURS = 16
@@ -108,6 +108,7 @@ class CompareSettings:
 class _Part:
     output: Output
     key: str
+    pairs: Catalog
     models: Mapping[str, Path]
     settings: CompareSettings
 
@@ -170,18 +171,17 @@ def compare(
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
-    n_pairs = pairs.n_rows
-    cluster.require_memory(
-        _PROCESS_BYTES + _BYTES_A_PAIR * n_pairs, f"compare: {n_pairs:,} pairs of {pairs.path}"
-    )
+    require_evidence(cluster, pairs, "compare", _PROCESS_BYTES, _BYTES_A_PAIR)
     with unless_complete(output):
-        n_used = _prepare(output, pairs, models)
-        by_method = {key: _Part(output, key, models, settings) for key in models}
-        by_label = {key: _Part(output, key, models, settings) for key in LABELS}
+        of_pairs = {"pairs": _Part(output, "pairs", pairs, models, settings)}
+        by_method = {key: _Part(output, key, pairs, models, settings) for key in models}
+        by_label = {key: _Part(output, key, pairs, models, settings) for key in LABELS}
+        run_parts(output, "pairs", of_pairs, _pairs_part, cluster, "compare pairs", report)
         run_parts(output, "methods", by_method, _method_part, cluster, "compare", report)
         run_parts(output, "labels", by_label, _label_part, cluster, "compare labels", report)
         of_methods = dict(zip(by_method, records(output, "methods", list(by_method)), strict=True))
         of_labels = records(output, "labels", list(by_label))
+        (about,) = records(output, "pairs", ["pairs"])
         scored = [_scored(item) for item in of_labels]
         noise = {
             label: min(
@@ -207,7 +207,7 @@ def compare(
             output.write_file(name, partial(write_parquet, table)) for name, table in tables.items()
         ]
         output.commit(
-            Rows(n_pairs, n_used, 0, {"not fit for training": n_pairs - n_used}),
+            Rows(pairs.n_rows, about["n_used"], 0, about["dropped"]),
             tuple(files),
             {
                 **asdict(choice),
@@ -245,30 +245,39 @@ def _pairs_file(output: Output) -> Path:
     return output.work / "pieces" / "pairs.arrow"
 
 
-def _predictions_file(output: Output, method: str) -> Path:
-    return output.work / "pieces" / f"predictions-{method}.arrow"
+def _predictions_file(output: Output, method: str, sample: str) -> Path:
+    return output.work / "pieces" / f"{sample}-{method}.arrow"
+
+
+def _write_predictions(
+    output: Output, method: str, sample: str, values: NDArray[np.float32]
+) -> None:
+    columns = {name: np.ascontiguousarray(values[:, i]) for i, name in enumerate(LABELS)}
+    write_piece(_predictions_file(output, method, sample), pa.table(columns))
 
 
 def _figures_file(output: Output, label: str) -> Path:
     return output.work / "pieces" / f"figures-{label}.arrow"
 
 
-def _prepare(output: Output, pairs: Catalog, models: Mapping[str, Path]) -> int:
-    """Keep what all tasks need of the pairs: their labels, samples, groups and density."""
-    path = _pairs_file(output)
-    if path.is_file():
-        return int(read_piece(path).num_rows)
-    table = training_pairs(pairs, ["fold", "reference_star_id", *LABELS, *DIFFERENCES])
+def _pairs_part(part: _Part) -> None:
+    """Keep what all tasks need of the pairs: labels, samples, groups, density, predictions."""
+    read = evidence(part.pairs, ["fold", "reference_star_id", *LABELS, *DIFFERENCES])
+    table = read.table
     fold = table["fold"].to_numpy()
-    differences = [floats32(table, name) for name in DIFFERENCES]
-    held_out = {m: held_out_pairs(path, fold, differences)[0] for m, path in models.items()}
-    first, rows = next(iter(held_out.items()))
-    for method, other in held_out.items():
-        if not np.array_equal(rows, other):
+    rows: NDArray[np.int64] | None = None
+    for method, path in part.models.items():
+        mine, held_out = read.held_out(path)
+        rows = mine if rows is None else rows
+        if not np.array_equal(rows, mine):
+            first = next(iter(part.models))
             raise ModelError(
-                f"'{method}' holds out other pairs ({len(other):,}) than '{first}' ({len(rows):,})",
+                f"'{method}' holds out other pairs ({len(mine):,}) than '{first}' ({len(rows):,})",
                 "Train all methods with the same validation.",
             )
+        predicted = np.full((len(fold), len(LABELS)), np.nan, dtype=np.float32)
+        predicted[mine] = held_out
+        _write_predictions(part.output, method, TEST, predicted)
     test = np.zeros(len(fold), dtype=np.bool_)
     test[rows] = True
     # With k folds every pair is held out once, and the saved model is trained on all.
@@ -278,15 +287,16 @@ def _prepare(output: Output, pairs: Catalog, models: Mapping[str, Path]) -> int:
     labels = matrix32(table, LABELS)
     kept = {
         **{label: labels[:, i] for i, label in enumerate(LABELS)},
-        **dict(zip(DIFFERENCES, differences, strict=True)),
-        "fold": fold,
+        **{name: floats32(table, name) for name in DIFFERENCES},
         "group": groups,
         "test": test,
         "train": train,
         "sparse": _sparse(labels, train),
     }
-    write_piece(path, pa.table({name: pa.array(values) for name, values in kept.items()}))
-    return len(fold)
+    write_piece(_pairs_file(part.output), pa.table(kept))
+    part.output.put_record(
+        "pairs", "pairs", {"n_used": len(fold), "dropped": read.dropped(part.pairs)}
+    )
 
 
 def _sparse(labels: NDArray[np.float32], train: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -308,27 +318,13 @@ def _sparse(labels: NDArray[np.float32], train: NDArray[np.bool_]) -> NDArray[np
 
 
 def _method_part(part: _Part) -> None:
-    """Predictions of both samples, and what the correction does on the grid."""
+    """Predictions of the training pairs, and what the correction does on the grid."""
     settings = part.settings
     table = read_piece(_pairs_file(part.output))
     labels = matrix32(table, LABELS)
-    differences = [table[name].to_numpy() for name in DIFFERENCES]
-    path = part.models[part.key]
-    correction = models.load(path)
-    rows, held_out = held_out_pairs(path, table["fold"].to_numpy(), differences)
-    test = np.full((table.num_rows, len(LABELS)), np.nan, dtype=np.float32)
-    test[rows] = held_out
+    correction = models.load(part.models[part.key])
     train = correction.predict(features(*labels.T))
-    write_piece(
-        _predictions_file(part.output, part.key),
-        pa.table(
-            {
-                f"{label}_{sample}": pa.array(np.ascontiguousarray(values[:, i]))
-                for sample, values in ((TRAIN, train), (TEST, test))
-                for i, label in enumerate(LABELS)
-            }
-        ),
-    )
+    _write_predictions(part.output, part.key, TRAIN, train)
     sample = table["train"].to_numpy() & np.isfinite(labels).all(axis=1)
     grid = _grid(labels[sample], settings)
     unit = np.array([TEFF_UNIT_K, 1.0, 1.0])
@@ -376,7 +372,7 @@ def _label_part(part: _Part) -> None:
         )
         residuals = {NONE: before[inside]}
         for method in part.models:
-            predicted = read_piece(_predictions_file(part.output, method))[f"{label}_{name}"]
+            predicted = read_piece(_predictions_file(part.output, method, name))[label]
             residuals[method] = before[inside] - predicted.to_numpy()[inside]
         some, scored = figures(
             sample, label, residuals, edges, weights, settings.min_pairs, settings.min_bin_pairs

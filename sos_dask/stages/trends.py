@@ -1,8 +1,7 @@
 """Stage trends: binned medians of target - reference, and whether the references agree.
 
-A task is a quantity: it reads the few columns it needs of all pairs, as float32: about 100 bytes a
-pair, and 50 more while it ranks (measured). Pairs are as many as the stars that two surveys share,
-at most a few million, so this is a few hundred MB; a stage that a worker cannot hold is refused.
+A task is a quantity: it reads the few columns it needs of the pairs (`parts.evidence`: a million at
+most), as float32: about 100 bytes a pair, and 50 more while it ranks (measured).
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from sos_dask.schema import LABELS
 from sos_dask.stages.common import common_stars
 from sos_dask.stages.parts import (
     DIFFERENCES,
-    held_out_pairs,
+    evidence,
     manifest_of,
     read_piece,
     records,
+    require_evidence,
     run_parts,
-    training_pairs,
     unless_complete,
     write_piece,
 )
@@ -59,7 +58,7 @@ from sos_dask.trends import (
     trend_table,
 )
 
-VERSION = 2
+VERSION = 3
 TRENDS, PLANES = "trends.parquet", "planes.parquet"
 REFERENCES, REFERENCE_PLANES = "references.parquet", "reference_planes.parquet"
 _PROCESS_BYTES = 200 << 20
@@ -184,10 +183,7 @@ def trends(
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
-    n_pairs = pairs.n_rows
-    cluster.require_memory(
-        _PROCESS_BYTES + _BYTES_A_PAIR * n_pairs, f"trends: {n_pairs:,} pairs of {pairs.path}"
-    )
+    require_evidence(cluster, pairs, "trends", _PROCESS_BYTES, _BYTES_A_PAIR)
     by_name = {axis.name: axis for axis in settings.axes if axis.name in pairs.schema.names}
     groups: dict[str, tuple[Axis, ...]] = {name: (axis,) for name, axis in by_name.items()}
     if by_name.keys() >= set(PLANE):
@@ -212,10 +208,10 @@ def trends(
             pieces = [read_piece(_piece_file(output, kind, key)) for key in keys]
             table = pa.concat_tables([empty, *pieces])
             files.append(output.write_file(file, partial(write_parquet, table)))
-        used = training_pairs(pairs, ())
+        used = evidence(pairs, ["fold"])
         in_no_bin = {key: item["in_no_bin"] for key, item in zip(parts, done, strict=True)}
         output.commit(
-            Rows(n_pairs, len(used), 0, {"not fit for training": n_pairs - len(used)}),
+            Rows(pairs.n_rows, used.table.num_rows, 0, used.dropped(pairs)),
             tuple(files),
             {
                 "surveys": done[0]["surveys"] if done else {},
@@ -243,7 +239,7 @@ def _fitted_part(part: _Fitted) -> None:
     """Predictions of a model for the pairs that trained it, by their row among the pairs."""
     model = corrections.load(part.model)
     folds = model.info.train_folds
-    table = training_pairs(part.pairs, [*LABELS, "fold"])
+    table = evidence(part.pairs, [*LABELS, "fold"]).table
     rows = np.arange(table.num_rows)
     if folds is not None:
         rows = np.flatnonzero(np.isin(table["fold"].to_numpy(), folds))
@@ -260,8 +256,8 @@ def _trends_part(part: _Part) -> None:
     """All trends against one quantity, or on the plane."""
     names = [axis.name for axis in part.axes]
     surveyed = part.pairs.columns(["survey_ref"])
-    read = [*dict.fromkeys([*names, *DIFFERENCES, "fold"]), *surveyed]
-    table = training_pairs(part.pairs, read)
+    read = evidence(part.pairs, [*dict.fromkeys([*names, *DIFFERENCES]), *surveyed])
+    table = read.table
     x = [floats32(table, name) for name in names]
     differences = [floats32(table, name) for name in DIFFERENCES]
     subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
@@ -276,7 +272,7 @@ def _trends_part(part: _Part) -> None:
     samples: list[tuple[str, str | None, NDArray[np.int64], Sequence[NDArray[np.floating]]]]
     samples = [(BEFORE, None, np.arange(table.num_rows), differences)]
     for name, path in part.models.items():
-        rows, predicted = held_out_pairs(path, table["fold"].to_numpy(), differences)
+        rows, predicted = read.held_out(path)
         corrected = [
             mine[rows].astype(np.float64) - predicted[:, i] for i, mine in enumerate(differences)
         ]

@@ -26,10 +26,12 @@ from sos_dask.uncertainty.conformal import (
     Checked,
     Coverage,
     HeldOut,
+    LabelErrors,
     Sparseness,
     binomial_interval,
     coverages,
-    fit_errors,
+    error_model,
+    fit_label,
 )
 from sos_dask.uncertainty.tables import ErrorModel, Grid, load_errors
 
@@ -42,9 +44,11 @@ __all__ = [
     "ErrorModel",
     "Grid",
     "HeldOut",
+    "LabelErrors",
     "Sparseness",
     "binomial_interval",
     "coverages",
-    "fit_errors",
+    "error_model",
+    "fit_label",
     "load_errors",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,9 @@ from sos_dask.schema import LABELS
 from sos_dask.uncertainty.scale import MIN_FOR_TREES, Scale, fit_scale
 from sos_dask.uncertainty.tables import (
     LOG_SNR,
-    N_STEPS,
+    N_CELLS,
     ErrorModel,
     Grid,
-    every_cell,
     snr_steps,
 )
 
@@ -35,42 +35,36 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Sparseness:
-    """How near the training stars are, and where they are sparse.
+    """Where the training stars are sparse.
 
     Parameters
     ----------
-    center, scale : ndarray of float64, shape (3,)
-        Of the features: median and 1.4826 MAD.
-    training : ndarray of float64, shape (n, 3)
-        Scaled features of the training stars.
-    limit : float
-        Distance to the 16th neighbour above which a place is sparse.
+    of_stars : ndarray of bool, shape (n,)
+        Training stars whose 16th neighbour is far.
+    of_cells : ndarray of bool, shape (N_CELLS ** 3,)
+        Cells whose middle is as far from its 16th neighbour.
     """
 
-    center: FloatArray
-    scale: FloatArray
-    training: FloatArray
-    limit: float
+    of_stars: BoolArray
+    of_cells: BoolArray
 
     @classmethod
-    def of(cls, training: Float32Array, fraction: float = 0.05) -> Sparseness:
-        """Limit that makes a share of the training stars sparse; finite features, shape (n, 3)."""
+    def of(cls, training: Float32Array, grid: Grid, fraction: float = 0.05) -> Sparseness:
+        """Far is what makes a share of the training stars sparse.
+
+        Parameters
+        ----------
+        training : ndarray of float32, shape (n, 3)
+            Finite features, put on one scale by their median and 1.4826 MAD.
+        grid : Grid
+        fraction : float
+        """
         center, scale = robust_scale(training)
         scaled = (training - center) / scale
-        own = knn_distance(scaled, scaled, min(_NEIGHBOURS + 1, len(scaled)))
-        return cls(center, scale, scaled, float(np.quantile(own, 1 - fraction)))
-
-    def stars(self, features: Float32Array) -> BoolArray:
-        """Which of some training stars are sparse, shape (n,)."""
-        return self._far(features, min(_NEIGHBOURS + 1, len(self.training)))
-
-    def cells(self, grid: Grid) -> BoolArray:
-        """Which cells are sparse, by their middle, shape (N_CELLS ** 3,)."""
-        return self._far(grid.centers(), min(_NEIGHBOURS, len(self.training)))
-
-    def _far(self, features: NDArray[np.floating], k: int) -> BoolArray:
-        scaled = (features - self.center) / self.scale
-        return np.asarray(knn_distance(self.training, scaled, k) > self.limit)
+        own = knn_distance(scaled, scaled, _NEIGHBOURS + 1)
+        limit = float(np.quantile(own, 1 - fraction))
+        middle = (grid.centers() - center) / scale
+        return cls(own > limit, knn_distance(scaled, middle, _NEIGHBOURS, limit) > limit)
 
 
 @dataclass(frozen=True)
@@ -96,116 +90,166 @@ class HeldOut:
     reference_errors: FloatArray
     part: NDArray[np.int8]
 
+    @cached_property
+    def log_snr(self) -> FloatArray:
+        """Logarithm of S/N, nan where it is unknown or not positive."""
+        return np.asarray(np.log(np.where(self.snr > 0, self.snr, np.nan)))
+
+    @property
+    def least(self) -> float:
+        """Logarithm of the lowest S/N."""
+        known = np.isfinite(self.log_snr).any()
+        return float(np.nanmin(self.log_snr)) if known else LOG_SNR[0]
+
 
 @dataclass(frozen=True)
-class Checked:
-    """What intervals made without a pair say of that pair.
+class LabelErrors:
+    """Errors of one label: columns of the tables of `ErrorModel`.
 
     Parameters
     ----------
-    known : ndarray of bool, shape (n, 3)
+    values, reference : ndarray of float32, shape (N_CELLS ** 3,)
+    profile, reference_profile : ndarray of float32, shape (N_STEPS,)
+    factors_95 : mapping of str to float
+        By class.
+    """
+
+    values: Float32Array
+    reference: Float32Array
+    profile: Float32Array
+    reference_profile: Float32Array
+    factors_95: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What intervals of a label made without a pair say of that pair.
+
+    Parameters
+    ----------
+    known : ndarray of bool, shape (n,)
         Pairs with a residual.
-    inside : ndarray of bool, shape (n, 3, 2)
+    inside : ndarray of bool, shape (n, 2)
         Whether it lies inside the interval of each of `LEVELS`.
-    n_class : mapping of str to mapping of str to int
-        By label and class: pairs that its factors were counted on.
+    n_class : mapping of str to int
+        Pairs that the factors of a class were counted on.
     """
 
     known: BoolArray
     inside: BoolArray
-    n_class: Mapping[str, Mapping[str, int]]
+    n_class: Mapping[str, int]
 
 
-def fit_errors(
-    held_out: HeldOut,
-    grid: Grid,
-    sparse: BoolArray,
-    *,
-    correction: str,
-    reference_error: str = "included",
-) -> tuple[ErrorModel, Checked]:
-    """Fit and calibrate half-widths, and check the procedure on pairs it has not seen.
+def fit_label(
+    held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray
+) -> tuple[LabelErrors, Checked]:
+    """Fit and calibrate half-widths of a label, and check the procedure on pairs it has not seen.
 
     Parameters
     ----------
     held_out : HeldOut
+    label : str
     grid : Grid
     sparse : ndarray of bool, shape (N_CELLS ** 3,)
         See `Sparseness`.
-    correction : str
-        SHA-256 of the correction whose residuals these are.
-    reference_error : {"included", "removed"}
-        Whether the model gives half-widths with the error of the reference.
 
     Raises
     ------
     ModelError
         Too few pairs or parts, or residuals that are all zero.
     """
-    n = len(held_out.part)
-    axes = grid.axes(held_out.features)
-    is_sparse = sparse[grid.cells(held_out.features)]
-    snr = np.where(held_out.snr > 0, held_out.snr, np.nan)
-    log_snr = np.log(snr)
-    all_axes = every_cell()
-    known = np.isfinite(held_out.residuals)
-    right = ~wrong_measurements(held_out.residuals)
-    inside = np.zeros((n, len(LABELS), len(LEVELS)), dtype=np.bool_)
-    values = np.empty((len(all_axes), len(LABELS)), dtype=np.float32)
-    profile = np.empty((N_STEPS, len(LABELS)), dtype=np.float32)
-    reference, reference_profile = np.zeros_like(values), np.ones_like(profile)
-    steps = snr_steps()
-    least = np.nanmin(log_snr) if np.isfinite(log_snr).any() else LOG_SNR[0]
-    factors_95: dict[str, dict[str, float]] = {}
-    n_class: dict[str, dict[str, int]] = {}
-    for number, label in enumerate(LABELS):
-        rows = np.flatnonzero(known[:, number])
-        n_parts = len(np.unique(held_out.part[rows]))
-        if len(rows) < MIN_PAIRS:
-            raise ModelError(
-                f"{label}: errors need {MIN_PAIRS} held-out pairs, not {len(rows)}",
-                "Match more stars, or loosen the cuts.",
-            )
-        if n_parts < 3:
-            raise ModelError(
-                f"{label}: errors need held-out stars in three parts; the {len(rows)} pairs are of "
-                f"so few stars that they fill {n_parts}",
-                "Match more stars; if there are many, check the ids: pairs with an id in common "
-                "count as one star.",
-            )
-        one = _Label(
-            axes[rows],
-            log_snr[rows],
-            held_out.residuals[rows, number],
-            held_out.part[rows],
-            is_sparse[rows],
-            right[rows],
+    number = LABELS.index(label)
+    known = np.isfinite(held_out.residuals[:, number])
+    rows = np.flatnonzero(known)
+    n_parts = len(np.unique(held_out.part[rows]))
+    if len(rows) < MIN_PAIRS:
+        raise ModelError(
+            f"{label}: errors need {MIN_PAIRS} held-out pairs, not {len(rows)}",
+            "Match more stars, or loosen the cuts.",
         )
-        scores, inside[rows, number] = one.cross_fitted()
-        factors = _factors(scores, one.is_sparse)
-        scale = one.scale(one.right)
-        of_class = np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
-        values[:, number] = of_class * np.exp(scale.of_cell(all_axes))
-        profile[:, number] = np.exp(scale.of_snr(steps))
-        factors_95[label] = {name: both[1] / both[0] for name, both in factors.items()}
-        n_sparse = int(np.count_nonzero(one.is_sparse))
-        n_class[label] = {DENSE: len(rows) - n_sparse, SPARSE: n_sparse}
-        stated = rows[held_out.reference_errors[rows, number] > 0]
-        if 2 * len(stated) >= len(rows):
-            error = held_out.reference_errors[stated, number]
-            scale = fit_scale(axes[stated], log_snr[stated], error, one.with_trees)
-            reference[:, number] = np.exp(scale.middle + scale.of_cell(all_axes))
-            # The noise of a target tells nothing of a reference fainter than those of the pairs.
-            reference_profile[:, number] = np.exp(scale.of_snr(np.maximum(steps, least)))
-    about = {
-        "correction": correction,
-        "factors_95": factors_95,
-        "reference_error": reference_error,
-        "unknown_snr": int(np.searchsorted(steps, least)),
-    }
+    if n_parts < 3:
+        raise ModelError(
+            f"{label}: errors need held-out stars in three parts; the {len(rows)} pairs are of so "
+            f"few stars that they fill {n_parts}",
+            "Match more stars; if there are many, check the ids: pairs with an id in common count "
+            "as one star.",
+        )
+    cell = grid.cells(held_out.features)
+    log_snr = held_out.log_snr
+    one = _Label(
+        cell[rows],
+        log_snr[rows],
+        held_out.residuals[rows, number],
+        held_out.part[rows],
+        sparse[cell[rows]],
+        ~wrong_measurements(held_out.residuals)[rows],
+    )
+    inside = np.zeros((len(known), len(LEVELS)), dtype=np.bool_)
+    scores, inside[rows] = one.cross_fitted()
+    factors = _factors(scores, one.is_sparse)
+    scale = one.scale(one.right)
+    of_class = np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
+    every, steps = np.arange(N_CELLS**3), snr_steps()
+    reference, reference_profile = np.zeros(len(every)), np.ones(len(steps))
+    stated = rows[held_out.reference_errors[rows, number] > 0]
+    if 2 * len(stated) >= len(rows):
+        error = held_out.reference_errors[stated, number]
+        theirs = fit_scale(cell[stated], log_snr[stated], error, one.with_trees)
+        reference = np.exp(theirs.middle + theirs.of_cell(every))
+        # The noise of a target tells nothing of a reference fainter than those of the pairs.
+        reference_profile = np.exp(theirs.of_snr(np.maximum(steps, held_out.least)))
+    n_sparse = int(np.count_nonzero(one.is_sparse))
     return (
-        ErrorModel(grid, values, profile, sparse, reference, reference_profile, about),
-        Checked(known, inside, n_class),
+        LabelErrors(
+            (of_class * np.exp(scale.of_cell(every))).astype(np.float32),
+            reference.astype(np.float32),
+            np.exp(scale.of_snr(steps)).astype(np.float32),
+            reference_profile.astype(np.float32),
+            {name: both[1] / both[0] for name, both in factors.items()},
+        ),
+        Checked(known, inside, {DENSE: len(rows) - n_sparse, SPARSE: n_sparse}),
+    )
+
+
+def error_model(
+    of_label: Sequence[LabelErrors],
+    grid: Grid,
+    sparse: BoolArray,
+    least: float,
+    *,
+    correction: str,
+    reference_error: str = "included",
+) -> ErrorModel:
+    """Put the errors of all labels together.
+
+    Parameters
+    ----------
+    of_label : sequence of LabelErrors
+        In the order of ``LABELS``.
+    grid : Grid
+    sparse : ndarray of bool, shape (N_CELLS ** 3,)
+    least : float
+        `HeldOut.least`.
+    correction : str
+        SHA-256 of the correction whose residuals these are.
+    reference_error : {"included", "removed"}
+        Whether the model gives half-widths with the error of the reference.
+    """
+    return ErrorModel(
+        grid,
+        np.stack([one.values for one in of_label], axis=1),
+        np.stack([one.profile for one in of_label], axis=1),
+        sparse,
+        np.stack([one.reference for one in of_label], axis=1),
+        np.stack([one.reference_profile for one in of_label], axis=1),
+        {
+            "correction": correction,
+            "factors_95": {
+                label: dict(one.factors_95) for label, one in zip(LABELS, of_label, strict=True)
+            },
+            "reference_error": reference_error,
+            "unknown_snr": int(np.searchsorted(snr_steps(), least)),
+        },
     )
 
 
@@ -231,7 +275,7 @@ def wrong_measurements(residuals: FloatArray) -> BoolArray:
 class _Label:
     """Held-out pairs that know a label."""
 
-    axes: NDArray[np.int64]
+    cell: NDArray[np.int64]
     log_snr: FloatArray
     residual: FloatArray
     part: NDArray[np.int8]
@@ -245,12 +289,12 @@ class _Label:
 
     def scale(self, used: BoolArray) -> Scale:
         """Scale fitted to some pairs."""
-        return fit_scale(self.axes[used], self.log_snr[used], self.residual[used], self.with_trees)
+        return fit_scale(self.cell[used], self.log_snr[used], self.residual[used], self.with_trees)
 
     def log_scale(self, without: tuple[int, ...], at: BoolArray) -> FloatArray:
         """Scale of some pairs by a model fitted to right measurements without some parts."""
         scale = self.scale(self.right & ~np.isin(self.part, without))
-        return scale.of_cell(self.axes[at]) + scale.of_snr(self.log_snr[at])
+        return scale.of_cell(self.cell[at]) + scale.of_snr(self.log_snr[at])
 
     def cross_fitted(self) -> tuple[FloatArray, BoolArray]:
         """Scores of all pairs, and whether they lie inside intervals made without them.
@@ -287,10 +331,14 @@ class _Label:
 
 def _factors(scores: FloatArray, is_sparse: BoolArray) -> dict[str, tuple[float, ...]]:
     """Factor of each level, by class."""
-    found = {}
-    for name, mine in ((DENSE, scores[~is_sparse]), (SPARSE, scores[is_sparse])):
-        found[name] = tuple(_quantile(np.sort(mine), np.sort(scores), level) for level in LEVELS)
-    return found
+    everyone = np.sort(scores)
+    return {
+        name: tuple(_quantile(mine, everyone, level) for level in LEVELS)
+        for name, mine in (
+            (DENSE, np.sort(scores[~is_sparse])),
+            (SPARSE, np.sort(scores[is_sparse])),
+        )
+    }
 
 
 def _quantile(mine: FloatArray, everyone: FloatArray, level: float) -> float:
@@ -330,24 +378,24 @@ class Coverage:
     high: float
 
 
-def coverages(checked: Checked, subsets: Mapping[str, BoolArray]) -> list[Coverage]:
-    """Coverage of every label and level in some subsets; those without pairs are left out.
+def coverages(label: str, checked: Checked, subsets: Mapping[str, BoolArray]) -> list[Coverage]:
+    """Coverage of a label at every level in some subsets; those without pairs are left out.
 
     Parameters
     ----------
+    label : str
     checked : Checked
     subsets : mapping of str to ndarray of bool, shape (n,)
     """
     found = []
-    for number, label in enumerate(LABELS):
-        for subset, chosen in subsets.items():
-            rows = chosen & checked.known[:, number]
-            n = int(np.count_nonzero(rows))
-            for place, level in enumerate(LEVELS):
-                if n:
-                    hits = int(np.count_nonzero(checked.inside[rows, number, place]))
-                    low, high = binomial_interval(hits, n)
-                    found.append(Coverage(label, subset, level, n, hits / n, low, high))
+    for subset, chosen in subsets.items():
+        rows = chosen & checked.known
+        n = int(np.count_nonzero(rows))
+        for place, level in enumerate(LEVELS):
+            if n:
+                hits = int(np.count_nonzero(checked.inside[rows, place]))
+                low, high = binomial_interval(hits, n)
+                found.append(Coverage(label, subset, level, n, hits / n, low, high))
     return found
 
 

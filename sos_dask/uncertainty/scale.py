@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.errors import ModelError
-from sos_dask.uncertainty.tables import N_CELLS
+from sos_dask.uncertainty.tables import N_CELLS, every_cell
 
 MIN_FOR_TREES = 2000
 _SNR_KNOTS = 12
@@ -20,6 +20,7 @@ _ROUNDS = 150
 _SMALLEST = 0.05
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,14 @@ class Scale:
     levels: FloatArray
     middle: float = 0.0
 
-    def of_cell(self, axes: NDArray[np.integer]) -> FloatArray:
+    def of_cell(self, cell: IntArray) -> FloatArray:
         """Logarithm of the scale by cell."""
         if self.trees is None:
-            return np.zeros(len(axes))
-        return np.asarray(self.trees.inplace_predict(axes.astype(np.float32)), dtype=np.float64)
+            return np.zeros(len(cell))
+        used = np.flatnonzero(np.bincount(cell))
+        of_cell = np.empty(N_CELLS**3)
+        of_cell[used] = self.trees.inplace_predict(every_cell()[used].astype(np.float32))
+        return np.asarray(of_cell[cell])
 
     def of_snr(self, log_snr: FloatArray) -> FloatArray:
         """Logarithm of the scale by S/N: see `ErrorModel.half_width` for the ends."""
@@ -57,7 +61,7 @@ class Scale:
 
 
 def fit_scale(
-    axes: NDArray[np.integer],
+    cell: IntArray,
     log_snr: FloatArray,
     residual: NDArray[np.floating],
     with_trees: bool,
@@ -66,8 +70,8 @@ def fit_scale(
 
     Parameters
     ----------
-    axes : ndarray of int, shape (n, 3)
-        `Grid.axes` of the pairs.
+    cell : ndarray of int, shape (n,)
+        `Grid.cells` of the pairs.
     log_snr : ndarray of float64, shape (n,)
         nan where unknown.
     residual : ndarray of float, shape (n,)
@@ -90,24 +94,32 @@ def fit_scale(
     log_size = np.log(np.maximum(size, _SMALLEST * middle))
     center = float(log_size.mean())
     log_size -= center
-    plain = Scale(None, *_falling(log_snr, log_size), center)
+    bins = _bins(log_snr)
+    plain = Scale(None, *_falling(bins, log_snr, log_size), center)
     if not with_trees:
         return plain
-    trees = fit_trees(axes, log_size - plain.of_snr(log_snr))
-    of_cell = Scale(trees, plain.knots, plain.levels).of_cell(axes)
-    return Scale(trees, *_falling(log_snr, log_size - of_cell), center)
+    trees, of_cell = fit_trees(cell, log_size - plain.of_snr(log_snr))
+    return Scale(trees, *_falling(bins, log_snr, log_size - of_cell), center)
 
 
-def _falling(log_snr: FloatArray, log_size: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Means in bins with equally many pairs, made to fall with S/N."""
-    from scipy.optimize import isotonic_regression
-
+def _bins(log_snr: FloatArray) -> list[IntArray]:
+    """Pairs in bins of S/N with equally many, or none."""
     order = np.argsort(log_snr, kind="stable")
     order = order[np.isfinite(log_snr[order])]
     n_bins = min(_SNR_KNOTS, len(order) // _MIN_IN_KNOT)
     if n_bins < 2 or log_snr[order[0]] == log_snr[order[-1]]:
+        return []
+    return np.array_split(order, n_bins)
+
+
+def _falling(
+    bins: list[IntArray], log_snr: FloatArray, log_size: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Means in the bins, made to fall with S/N."""
+    from scipy.optimize import isotonic_regression
+
+    if not bins:
         return np.empty(0), np.empty(0)
-    bins = np.array_split(order, n_bins)
     knots = np.array([log_snr[rows].mean() for rows in bins])
     means = np.array([log_size[rows].mean() for rows in bins])
     weights = np.array([float(len(rows)) for rows in bins])
@@ -116,12 +128,23 @@ def _falling(log_snr: FloatArray, log_size: FloatArray) -> tuple[FloatArray, Flo
     return knots, np.asarray(levels, dtype=np.float64)[first]
 
 
-def fit_trees(axes: NDArray[np.integer], log_size: FloatArray) -> Any:
-    """Boosted trees of a logarithm over the numbers of the cells: constant on every cell."""
+def fit_trees(cell: IntArray, log_size: FloatArray) -> tuple[Any, FloatArray]:
+    """Boosted trees of a logarithm over the numbers of the cells: constant on every cell.
+
+    Least squares see of a cell only the mean and the number of its pairs, so that a fit takes as
+    long as there are cells with pairs. Beside the trees it gives their value for every pair.
+    """
     import xgboost
 
+    n = np.bincount(cell)
+    used = np.flatnonzero(n)
+    mean = np.bincount(cell, log_size)[used] / n[used]
     matrix = xgboost.QuantileDMatrix(
-        axes.astype(np.float32), log_size.astype(np.float32), max_bin=N_CELLS + 1, nthread=1
+        every_cell()[used].astype(np.float32),
+        mean.astype(np.float32),
+        weight=n[used].astype(np.float32),
+        max_bin=N_CELLS + 1,
+        nthread=1,
     )
     params = {
         "tree_method": "hist",
@@ -134,4 +157,7 @@ def fit_trees(axes: NDArray[np.integer], log_size: FloatArray) -> Any:
         "nthread": 1,
         "verbosity": 0,
     }
-    return xgboost.train(params, matrix, _ROUNDS)
+    trees = xgboost.train(params, matrix, _ROUNDS)
+    of_cell = np.empty(len(n))
+    of_cell[used] = trees.predict(matrix)  # known since the last tree was made
+    return trees, of_cell[cell]

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,6 @@ class Grid:
     low: tuple[float, ...]
     high: tuple[float, ...]
 
-    def axes(self, features: Float32Array) -> IntArray:
-        """Number of the cell along each axis, shape (n, 3); outside the nearest one."""
-        return np.stack([self._along(axis, features) for axis in range(3)], axis=1)
-
     def cells(self, features: Float32Array) -> IntArray:
         """Number of the cell, shape (n,)."""
         cell = self._along(0, features)
@@ -76,6 +72,7 @@ def snr_steps() -> FloatArray:
     return low + (np.arange(N_STEPS) + 0.5) * (high - low) / N_STEPS
 
 
+@cache
 def every_cell() -> IntArray:
     """Numbers along the axes of every cell, shape (N_CELLS ** 3, 3)."""
     return np.stack(np.unravel_index(np.arange(N_CELLS**3), (N_CELLS,) * 3), axis=1)

@@ -23,6 +23,7 @@ REFERENCE_SHARE = 1.7 / 19
 REFERENCE_SURVEYS = 2
 DIGEST_BYTES_PER_S = 1.5e9
 REPEATS = 0.45
+MOST_PAIRS = 1_000_000
 IN_FLIGHT_PER_WORKER = 4
 LARGE_ROWS = 5_000_000
 
@@ -46,8 +47,7 @@ class Measured:
     cpu_tree_pair : float, us
         Of a pair, for 500 trees of three labels.
     cpu_evidence_pair, cpu_errors_pair : float, us
-        Of a pair while methods are compared and trends measured, and, in the driver alone, while
-        the errors are modelled.
+        Of a pair while methods are compared and trends measured, and while the errors are modelled.
     hash_key, join : float, us
         To hash a key, and to join an edge pair with those of other partitions.
     open_piece, footer, overlap : float, us
@@ -56,9 +56,9 @@ class Measured:
         Share of the pairs that may be joined over the edge of a partition.
     sync : float, us
         To put a small file safely on disk.
-    driver_edge, driver_pair, worker_pair : float
-        Bytes in memory: of an edge pair in the driver, which joins them; of a pair in the driver
-        while the errors are modelled, and in a worker while methods are compared.
+    driver_edge, worker_pair, left_out_pair : float
+        Bytes in memory: of an edge pair in the driver, which joins them; in a worker of a pair that
+        evidence rests on, `MOST_PAIRS` at most, and of one that is left out of it.
     task : float
         Bytes of a task in the scheduler.
     scheduler_mib : float
@@ -85,7 +85,7 @@ class Measured:
     cpu_report: float = 0.32
     cpu_tree_pair: float = 86.0
     cpu_evidence_pair: float = 68.0
-    cpu_errors_pair: float = 60.0
+    cpu_errors_pair: float = 18.0
     hash_key: float = 0.02
     join: float = 1.0
     edge_pairs: float = 0.01
@@ -94,8 +94,8 @@ class Measured:
     overlap: float = 0.0035
     sync: float = 9000.0
     driver_edge: float = 200.0
-    driver_pair: float = 450.0
     worker_pair: float = 400.0
+    left_out_pair: float = 16.0
     task: float = 20_000.0
     scheduler_mib: float = 250.0
 
@@ -156,6 +156,8 @@ def plan(rows: float, m: Measured) -> list[StagePlan]:
         )
     )
     n_pairs = rows * m.pairs_per_row
+    n_evidence = min(n_pairs, MOST_PAIRS)
+    held_gib = (n_evidence * m.worker_pair + n_pairs * m.left_out_pair) / GIB
     found.append(
         StagePlan(
             "crossmatch",
@@ -189,27 +191,27 @@ def plan(rows: float, m: Measured) -> list[StagePlan]:
     found.append(
         StagePlan(
             "compare, trends",
-            13,
+            14,
             11,
             22,
             12 * n_pairs * 60 / 1e9,
             0.0,
-            n_pairs * m.cpu_evidence_pair / 1e6,
+            n_evidence * m.cpu_evidence_pair / 1e6,
             3 * parts * m.footer / 1e6,
-            worker_gib=n_pairs * m.worker_pair / GIB,
+            worker_gib=held_gib,
         )
     )
     found.append(
         StagePlan(
             "uncertainty",
-            0,
+            6,
             5,
-            0,
+            18,
             n_pairs * m.pair / 1e9,
             0.0,
+            n_evidence * m.cpu_errors_pair / 1e6,
             0.0,
-            n_pairs * m.cpu_errors_pair / 1e6,
-            n_pairs * m.driver_pair / GIB,
+            worker_gib=held_gib,
         )
     )
     for name, tasks, cpu, written in (
@@ -320,7 +322,7 @@ def limits(stages: Sequence[StagePlan], rows: float, workers: int, m: Measured) 
         ),
         (
             worker.worker_gib / 8.0,
-            f"{worker.name} need {worker.worker_gib:.1f} GiB in a worker (of 8)",
+            f"{worker.name} needs {worker.worker_gib:.1f} GiB in a worker (of 8)",
         ),
     ]
     return [f"{share:.0%} {text}" for share, text in sorted(found, reverse=True)]

@@ -1,0 +1,115 @@
+"""Pairs that statements rest on: all, or those of some stars, and what was held out of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from sos_dask.catalog import Catalog
+from sos_dask.cluster import Cluster
+from sos_dask.errors import CatalogError, ClusterError
+from sos_dask.stages import parts
+from sos_dask.stages.compare import compare
+from sos_dask.stages.parts import DIFFERENCES, evidence, held_out_pairs, require_evidence
+from sos_dask.stages.trends import trends
+from sos_dask.stages.uncertainty import uncertainty
+from tests.sky import write_catalog
+
+COLUMNS = ["reference_star_id", "fold", *DIFFERENCES]
+
+
+@pytest.fixture
+def build(small_store) -> Path:
+    found: Path = (small_store / "current").resolve()
+    return found
+
+
+@pytest.fixture
+def pairs(build) -> Catalog:
+    return Catalog.open(build / "pairs")
+
+
+def test_all_pairs_fit_for_training(pairs):
+    found = evidence(pairs, COLUMNS)
+    table = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    table = table.filter(table["use"])
+    assert found.table.equals(table.select(COLUMNS))
+    assert found.kept.all() and np.array_equal(found.fold, table["fold"].to_numpy())
+    assert found.dropped(pairs) == {"not fit for training": pairs.n_rows - table.num_rows}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_of_many_pairs_those_of_some_stars(pairs, tmp_path, share):
+    everything = evidence(pairs, COLUMNS).table
+    most = int(share * pairs.n_rows)
+    found = evidence(pairs, COLUMNS, most)
+    expected = share * everything.num_rows
+    assert abs(found.table.num_rows - expected) < 5 * np.sqrt(expected)
+    assert found.table.equals(everything.filter(pa.array(found.kept)))
+    assert len(found.fold) == everything.num_rows
+    left_out = everything.filter(pa.array(~found.kept))
+    both = pc.is_in(left_out["reference_star_id"], found.table["reference_star_id"].unique())
+    assert not pc.any(both).as_py(), "a star is kept whole"
+    assert sum(found.dropped(pairs).values()) == pairs.n_rows - found.table.num_rows
+    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    other = write_catalog(whole, tmp_path / "pairs", 20, "pairs")
+    assert len(other.pixels) > len(pairs.pixels)
+    assert evidence(other, COLUMNS, most).table.equals(found.table), "in any partitions"
+
+
+def test_held_out_pairs_among_those_that_are_kept(build, pairs):
+    model = build / "model.polynomial"
+    everything = evidence(pairs, COLUMNS)
+    rows, predicted = everything.held_out(model)
+    differences = [everything.table[name].to_numpy() for name in DIFFERENCES]
+    again = held_out_pairs(model, everything.fold, differences)
+    assert np.array_equal(rows, again[0]) and np.array_equal(predicted, again[1])
+    found = evidence(pairs, COLUMNS, pairs.n_rows // 3)
+    some, of_some = found.held_out(model)
+    place = np.flatnonzero(found.kept)
+    inside = found.kept[rows]
+    assert np.array_equal(place[some], rows[inside])
+    assert np.array_equal(of_some, predicted[inside])
+    spoilt = found.table.set_column(2, DIFFERENCES[0], pc.add(found.table[DIFFERENCES[0]], 1))
+    with pytest.raises(CatalogError, match="does not hold the pairs"):
+        parts.Evidence(spoilt, found.fold, found.kept).held_out(model)
+
+
+def test_stages_look_at_no_more_pairs_than_that(build, pairs, tmp_path, monkeypatch):
+    """Each in a store with more pairs than are looked at: it counts those that it left out."""
+    monkeypatch.setattr(parts, "MOST_PAIRS", pairs.n_rows // 2)
+    model = {"polynomial": build / "model.polynomial"}
+    made = [
+        uncertainty(model["polynomial"], pairs, tmp_path / "uncertainty"),
+        compare(pairs, model, tmp_path / "compare"),
+        trends(pairs, tmp_path / "trends", models=model),
+    ]
+    n_kept = evidence(pairs, COLUMNS, pairs.n_rows // 2).table.num_rows
+    for manifest in made:
+        dropped = manifest.rows.dropped
+        beyond = dropped["of stars beyond a million pairs"]
+        assert pairs.n_rows - beyond - dropped["not fit for training"] == n_kept
+        assert manifest.rows.n_in == manifest.rows.n_out + sum(dropped.values())
+
+
+def test_memory_that_is_needed_stops_growing(pairs, monkeypatch):
+    asked: list[int] = []
+
+    class Asked(Cluster):
+        def require_memory(self, n_bytes: int, what: str) -> None:
+            asked.append(n_bytes)
+
+    class Many:
+        path = pairs.path
+
+        def __init__(self, n_rows: int) -> None:
+            self.n_rows = n_rows
+
+    for n_rows in (10**6, 10**7, 10**8):
+        require_evidence(Asked(), Many(n_rows), "compare", 300 << 20, 400)  # type: ignore[arg-type]
+    assert np.diff(asked).tolist() == [16 * 9 * 10**6, 16 * 9 * 10**7]
+    monkeypatch.setattr("sos_dask.cluster.memory_bytes", lambda: 500 << 20)
+    with pytest.raises(ClusterError, match="compare: 1,000,000 pairs"):
+        require_evidence(Cluster(), Many(10**7), "compare", 300 << 20, 400)  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ from sos_dask.stages.parts import (
 )
 
 PRELOAD = ("sos_dask.compiled",)  # for workers: this module itself imports it where it has rows
-VERSION = 2
+VERSION = 3
 _MAX_LAYERS = 256
 
 

@@ -47,7 +47,7 @@ from sos_dask.stages.parts import (
 )
 from sos_dask.stages.train import VERSION as TRAIN_VERSION
 
-VERSION = 1
+VERSION = 2
 TABLE = "generalisation.parquet"
 _NONE = "none"
 

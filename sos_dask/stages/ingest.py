@@ -55,7 +55,7 @@ from sos_dask.stages.parts import (
 )
 from sos_dask.survey import Survey
 
-VERSION = 2
+VERSION = 3
 _HISTOGRAM_ORDER = 10
 _KEYS_PER_BUCKET = 10_000_000
 # Measured, and a tenth more: a worker's process, and what it holds of a row while it reads a chunk.
@@ -232,7 +232,10 @@ def _run(
     histogram = np.zeros(12 * 4**_HISTOGRAM_ORDER, dtype=np.int64)
     for record in read:
         counts = np.load(output.work / record["histogram"])
-        np.add.at(histogram, counts[0], counts[1])  # a cell may stand in several batches
+        # Cells ascend in each batch; one cell may stand in several.
+        batches = np.flatnonzero(counts[0, 1:] <= counts[0, :-1]) + 1
+        for cells, n_rows in np.split(counts, batches, axis=1):
+            histogram[cells] += n_rows
     pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, settings.rows_per_partition)
     if pixels:
         n_bytes = sum((output.work / piece).stat().st_size for piece in pieces)

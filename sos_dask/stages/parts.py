@@ -114,9 +114,8 @@ def require_pixel(
         As `require_memory`.
     """
     order = (len(histogram) // 12).bit_length() // 2
-    edges = np.append(0, np.cumsum(histogram))
     shift = 2 * (MAX_ORDER - order)
-    rows = [int(edges[pixel.stop >> shift] - edges[pixel.first >> shift]) for pixel in pixels]
+    rows = [int(histogram[pixel.first >> shift : pixel.stop >> shift].sum()) for pixel in pixels]
     largest = int(np.argmax(rows))
     share = n_bytes * rows[largest] // max(sum(rows), 1)
     what = f"partition {pixels[largest]} of {name} ({rows[largest]:,} rows)"

@@ -342,10 +342,14 @@ class Output:
 
     def write_file(self, name: str, write: Callable[[Path], int]) -> FileRecord:
         """Write one file atomically; ``write`` gets a temporary path and returns the rows."""
+        return self.write_hashed(name, lambda path: (write(path), sha256_of_file(path)))
+
+    def write_hashed(self, name: str, write: Callable[[Path], tuple[int, str]]) -> FileRecord:
+        """Write one file atomically; ``write`` returns the rows and the SHA-256 of the file."""
         path = self.directory / name
         with atomic_path(path) as temporary:
-            rows = write(temporary)
-            record = FileRecord(name, rows, temporary.stat().st_size, sha256_of_file(temporary))
+            rows, sha256 = write(temporary)
+            record = FileRecord(name, rows, temporary.stat().st_size, sha256)
         return record
 
     def write_bytes(self, name: str, content: bytes) -> FileRecord:

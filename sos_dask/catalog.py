@@ -199,6 +199,12 @@ class Catalog:
         files = self.manifest.files if self.manifest is not None else ()
         return {record.path: record.rows for record in files}
 
+    @cached_property
+    def stated_sha256(self) -> dict[str, str]:
+        """SHA-256 of the files that a manifest names, by their path."""
+        files = self.manifest.files if self.manifest is not None else ()
+        return {record.path: record.sha256 for record in files}
+
     def partition_file(self, pixel: HealpixPixel) -> Path:
         """Path of one partition."""
         return self.path / partition_path(pixel)

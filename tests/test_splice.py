@@ -1,5 +1,7 @@
 """Columns added to a Parquet file: every reader sees the table that a plain write would give."""
 
+import shutil
+
 import duckdb
 import numpy as np
 import pyarrow as pa
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sos_dask.artifact import Output, Recipe
+from sos_dask.artifact import Output, Recipe, sha256_of_file
 from sos_dask.catalog import Catalog, parquet_settings, partition_path, write_partition
 from sos_dask.errors import PartitionError
 from sos_dask.splice import append_columns, can_extend, extend_partition
@@ -45,7 +47,8 @@ def test_the_file_is_that_of_a_plain_write(tmp_path_factory, drawn):
     pq.write_table(
         old, folder / "old", **{**parquet_settings(old.schema), "row_group_size": group_rows}
     )
-    append_columns(folder / "old", new, table.schema, folder / "made")
+    digests = append_columns(folder / "old", new, table.schema, folder / "made")
+    assert digests == tuple(sha256_of_file(folder / name) for name in ("old", "made"))
     pq.write_table(
         table, folder / "plain", **{**parquet_settings(table.schema), "row_group_size": group_rows}
     )
@@ -134,3 +137,24 @@ def test_apply_makes_the_same_rows_of_columns_that_it_must_replace(
         assert not can_extend(once, pixel, twice.schema)
         assert twice.read(pixel).equals(once.read(pixel))
     assert verify(tmp_path / "once") == []
+
+
+def test_damage_in_what_is_copied_is_found(observations, tmp_path):
+    """Columns that apply does not read are copied undecoded: their bytes are checked."""
+    copy = tmp_path / "copy"
+    shutil.copytree(observations.path, copy)
+    damaged = Catalog.open(copy)
+    pixel = damaged.pixels[0]
+    file = damaged.partition_file(pixel)
+    chunk = pq.read_metadata(file).row_group(0).column(damaged.schema.get_field_index("rv"))
+    content = bytearray(file.read_bytes())
+    content[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    file.write_bytes(content)
+    schema = damaged.schema.append(pa.field("number", pa.int32()))
+    new = pa.table({"number": pa.array(range(damaged.partition_rows(pixel)), pa.int32())})
+    output = Output.prepare(tmp_path / "out", Recipe("test", 1, {}, {}))
+    with pytest.raises(PartitionError, match=r"Npix=.* is not the file that was written"):
+        extend_partition(output, damaged, pixel, new, schema)
+    assert not list((tmp_path / "out").rglob("*.parquet*"))
+    foreign = Catalog(copy, damaged.pixels, damaged.schema)  # nobody has said what it must be
+    assert extend_partition(output, foreign, pixel, new, schema).rows == new.num_rows

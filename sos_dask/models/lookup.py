@@ -120,7 +120,7 @@ class _Bins:
     """
 
     edges: Float32Array  # then infinities, as many as thresholds share a place at most
-    base: NDArray[np.int32]  # thresholds before each place
+    base: NDArray[np.intp]  # thresholds before each place
     most: int
     low: np.float32
     high: np.float32
@@ -131,32 +131,33 @@ class _Bins:
         width = float(edges[-1] - edges[0]) if len(edges) else 0.0
         scale = np.float32(_PLACES / width if width > 0 else 0.0)
         low, high = (edges[0], edges[-1]) if len(edges) else (np.float32(0), np.float32(0))
-        bins = cls(edges, np.zeros(_PLACES, dtype=np.int32), 0, low, high, scale)
+        bins = cls(edges, np.zeros(_PLACES, dtype=np.intp), 0, low, high, scale)
         counts = np.bincount(bins._place(edges), minlength=_PLACES)
         most = int(counts.max(initial=0))
-        base = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int32)
+        base = np.concatenate([[0], np.cumsum(counts)[:-1]])
         padded = np.append(edges, np.full(most, np.inf, np.float32))
         return cls(padded, base, most, low, high, scale)
 
-    def _place(self, values: Float32Array) -> NDArray[np.int32]:
+    def _place(self, values: Float32Array) -> NDArray[np.intp]:
         if not len(self.edges):
-            return np.zeros(len(values), dtype=np.int32)
+            return np.zeros(len(values), dtype=np.intp)
         place = np.clip(values, self.low, self.high)
         place -= self.low
         place *= self.scale
         np.minimum(place, _PLACES - 1, out=place)
-        numbers: NDArray[np.int32] = place.astype(np.int32)
+        numbers: NDArray[np.intp] = place.astype(np.intp)
         return numbers
 
-    def of(self, values: Float32Array) -> NDArray[np.int32]:
+    def of(self, values: Float32Array) -> NDArray[np.intp]:
         """Number of thresholds not above each value; one more for a missing value."""
         missing = np.isnan(values)
         if missing.any():
             values = np.where(missing, np.float32(np.inf), values)
-        base = self.base[self._place(values)]
+        # No place is outside; an index in brackets takes half as long again.
+        base = self.base.take(self._place(values), mode="clip")
         index = base.copy()
         for step in range(self.most):
-            index += values >= self.edges[base + step]
+            index += values >= self.edges.take(base + step, mode="clip")
         n_edges = len(self.edges) - self.most
         np.minimum(index, n_edges, out=index)  # the infinities are no thresholds
         if missing.any():

@@ -40,7 +40,7 @@ from sos_dask.uncertainty import ErrorModel, load_errors
 
 VERSION = 5
 # What the correction, its errors and its flags depend on.
-_READ = ("obs_id", *LABELS, "snr", "quality")
+_READ = (*LABELS, "snr", "quality")
 _SCORES = ("obs_id", "coverage", FLAGS, KIND_FIELD.name)
 # What is calculated of rows takes several times the memory of what is kept.
 _ROWS_AT_ONCE = 1 << 17
@@ -364,7 +364,8 @@ def _apply_part(part: _Part) -> None:
     errors = None if part.errors is None else _load_errors(part.errors, key)
     schema = _schema(part.catalog, errors, part.trust)
     extends = can_extend(part.catalog, part.pixel, schema)
-    table = part.catalog.read(part.pixel, part.catalog.columns(_READ) if extends else None)
+    wanted = _READ if part.trust is None else ("obs_id", *_READ)
+    table = part.catalog.read(part.pixel, part.catalog.columns(wanted) if extends else None)
     scores = None
     if part.trust is not None:
         scores = part.trust.coverage.read(part.pixel, _SCORES)
@@ -374,16 +375,13 @@ def _apply_part(part: _Part) -> None:
         rows = table.slice(first, _ROWS_AT_ONCE)
         of_rows = None if scores is None else scores.slice(first, _ROWS_AT_ONCE)
         pieces.append(_corrected(part, key, errors, rows, of_rows).select(added))
-    corrected = pa.concat_tables(pieces).combine_chunks()
-    flags = pc.value_counts(corrected["flag_sos"]).to_pylist()
+    corrected = pa.concat_tables(pieces)
+    flags = corrected["flag_sos"].to_numpy()
     if extends:
         record = extend_partition(part.output, part.catalog, part.pixel, corrected, schema)
     else:
         record = write_partition(part.output, part.pixel, corrected)
-    counts = {
-        str(bit): sum(item["counts"] for item in flags if item["values"] & bit)
-        for bit in _meanings(part.trust)
-    }
+    counts = {str(bit): int(np.count_nonzero(flags & bit)) for bit in _meanings(part.trust)}
     part.output.put_record(
         "corrected", key_of(part.pixel), {"file": asdict(record), "flags": counts}
     )

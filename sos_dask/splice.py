@@ -257,7 +257,7 @@ def _skip(content: bytes, at: int, kind: int) -> int:
     """The place after a value.
 
     Nine of ten values are numbers or short texts inside a structure: they are skipped without a
-    call, which takes a third of the time.
+    call.
     """
     if kind == _STRUCT:
         while head := content[at]:

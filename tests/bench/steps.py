@@ -246,10 +246,11 @@ def crossmatch(bench: Bench) -> None:
         )
         facts = checked(theirs, "crossmatch", out, "lsdb", theirs_out)
         bench.compare("crossmatch", ours, "lsdb", theirs, **facts)
-    out = bench.output("crossmatch-workers")
-    arguments = ("crossmatch", left, right, *radius, "-o", out, "--no-gaia-id")
-    in_workers = bench.ours("crossmatch-workers", *arguments, workers=place.workers)
-    bench.add("crossmatch", in_workers, variant="worker processes", **on_disk(out))
+    if place.workers:
+        out = bench.output("crossmatch-workers")
+        arguments = ("crossmatch", left, right, *radius, "-o", out, "--no-gaia-id")
+        in_workers = bench.ours("crossmatch-workers", *arguments, workers=place.workers)
+        bench.add("crossmatch", in_workers, variant="worker processes", **on_disk(out))
     # As it is by default: Gaia ids first, then positions moved to a common epoch.
     out = bench.output("crossmatch-ids")
     right = place.ours("reference")

@@ -65,6 +65,7 @@ def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
             encodings[item.name] = "BYTE_STREAM_SPLIT"
     return {
         "row_group_size": ROW_GROUP_ROWS,
+        "write_batch_size": ROW_GROUP_ROWS,  # the same bytes in less time than in small steps
         "compression": "lz4",
         "use_dictionary": [item.name for item in schema if pa.types.is_string(item.type)],
         "column_encoding": encodings,

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 
 from sos_dask.artifact import FileRecord, Output
 from sos_dask.catalog import (
-    ROW_GROUP_ROWS,
     Catalog,
     parquet_settings,
     partition_errors,
@@ -124,7 +123,6 @@ def append_columns(source: Path, table: pa.Table, schema: pa.Schema, path: Path)
         old = _row_groups(content)
         settings = parquet_settings(table.schema)
         del settings["row_group_size"]  # that of the file counts
-        settings["write_batch_size"] = ROW_GROUP_ROWS  # a sixteenth less time than in small steps
         with pq.ParquetWriter(pa.PythonFile(sink, "w"), table.schema, **settings) as writer:
             first = 0
             for group in old:

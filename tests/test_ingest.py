@@ -307,7 +307,7 @@ def test_real_files(real_data, tmp_path, file, name, n_rows, n_stars, n_good):
     assert profile.n_rows == n_rows
     check_profile(profile, definition, [file])
     tables = [batch.rows for batch in batches]
-    assert len(conflicting_keys(tables)) == 0
+    assert len(conflicting_keys(tables, [batch.keys for batch in batches])) == 0
     merged = merge_rows(tables, [file])
     n_rejected = sum(batch.rejected.num_rows for batch in batches) + merged.rejected.num_rows
     assert merged.rows.num_rows + merged.n_duplicates + n_rejected == n_rows

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from sos_dask.ingest import (
     merge_rows,
     rejected_rows,
 )
-from sos_dask.ingest.keys import hashes_of, sorted_hashes
+from sos_dask.ingest.arrays import one_array
+from sos_dask.ingest.keys import hashes_of, key_ranges, sorted_hashes
 from tests.survey_files import ipc_bytes, read, rows, survey, write_fits
 
 VALUE = st.sampled_from([None, 0.0, 1.0])
@@ -84,7 +86,7 @@ def test_merging_depends_on_the_rows_alone(tmp_path_factory, items, random):
             batches += read(path, MERGE_SURVEY, index=index, **sizes).batches
         random.shuffle(batches)
         tables = [batch.rows for batch in batches]
-        keys = conflicting_keys(tables)
+        keys = conflicting(tables)
         everything = pa.concat_tables(tables)
         lost = losing_rows(everything.filter(pc.is_in(everything["obs_id"], value_set=keys)))
         marks = set(zip(lost["_file"].to_pylist(), lost["_row"].to_pylist(), strict=True))
@@ -151,6 +153,10 @@ def test_duplicates_of_a_row_with_nulls(tmp_path):
     assert merged.rows["feh"].to_pylist() == [0.0]
 
 
+def conflicting(tables: list[pa.Table]) -> pa.Array:
+    return conflicting_keys(tables, [sorted_hashes(one_array(t["obs_id"])) for t in tables])
+
+
 def write_pieces(folder: Path, tables: list[pa.Table]) -> list[Path]:
     paths = []
     for number, table in enumerate(tables):
@@ -161,8 +167,8 @@ def write_pieces(folder: Path, tables: list[pa.Table]) -> list[Path]:
 
 
 @pytest.mark.parametrize("text", [False, True])
-@pytest.mark.parametrize("n_buckets", [1, 3])
-def test_keys_at_several_places_as_by_brute_force(tmp_path, text, n_buckets):
+@pytest.mark.parametrize("n_ranges", [1, 3])
+def test_keys_at_several_places_as_by_brute_force(tmp_path, text, n_ranges):
     rng = np.random.default_rng(3)
     ids, cells = rng.integers(-40, 40, 120), rng.integers(0, 3, 120) + 7
     keys = pa.array([f"{'x' * (abs(i) % 13)}{i}" for i in ids]) if text else pa.array(ids)
@@ -172,25 +178,64 @@ def test_keys_at_several_places_as_by_brute_force(tmp_path, text, n_buckets):
         places.setdefault(key, set()).add(cell)
     expected = {key for key, found in places.items() if len(found) > 1}
     pieces = write_pieces(tmp_path, [table.slice(0, 50), table.slice(50, 0), table.slice(50)])
-    found = [conflicting_keys(pieces, bucket, n_buckets) for bucket in range(n_buckets)]
+    runs = []
+    for number, piece in enumerate((keys[:50], keys[:0], keys[50:])):
+        np.save(tmp_path / f"{number}.npy", sorted_hashes(piece))
+        runs.append(np.load(tmp_path / f"{number}.npy", mmap_mode="r"))
+    ranges = key_ranges(runs, n_ranges)
+    assert len(ranges) == n_ranges
+    found = [conflicting_keys(pieces, runs, *hashes) for hashes in ranges]
     together = [key for keys in found for key in keys.to_pylist()]
     assert sorted(together) == sorted(expected)
     assert all(keys.to_pylist() == sorted(keys.to_pylist()) for keys in found)
     assert all(keys.type == keys_type for keys in found for keys_type in [table["obs_id"].type])
     assert len(found[-1]) > 0
-    hashes = [tmp_path / f"{number}.npy" for number in range(len(pieces))]
-    for file, piece in zip(hashes, (keys[:50], keys[:0], keys[50:]), strict=True):
-        np.save(file, sorted_hashes(piece))
-    for bucket in range(n_buckets):
-        assert conflicting_keys(pieces, bucket, n_buckets, hashes).equals(found[bucket])
     tables = [table.slice(i, 13) for i in range(0, 120, 13)]  # with offsets, not from files
-    assert conflicting_keys(tables).to_pylist() == sorted(expected)
+    assert conflicting(tables).to_pylist() == sorted(expected)
+
+
+def test_only_pieces_with_a_key_that_stands_twice_are_read(tmp_path):
+    tables = [
+        pa.table({"obs_id": ids, "_healpix_29": [place] * 2})
+        for place, ids in enumerate([[1, 2], [3, 4], [5, 1]])
+    ]
+    pieces = write_pieces(tmp_path, tables)
+    pieces[1].unlink()
+    runs = [sorted_hashes(one_array(table["obs_id"])) for table in tables]
+    assert conflicting_keys(pieces, runs).to_pylist() == [1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    runs=st.lists(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), max_size=30), max_size=5),
+    n_ranges=st.integers(1, 6),
+)
+def test_ranges_of_keys_hold_each_hash_once(runs, n_ranges):
+    hashes = [np.sort(np.array(run, np.uint64)) for run in runs]
+    ranges = key_ranges(hashes, n_ranges)
+    assert 1 <= len(ranges) <= n_ranges
+    assert ranges[0][0] == 0 and ranges[-1][1] == 2**64 - 1
+    assert all(first <= last for first, last in ranges)
+    assert all(last + 1 == first for (_, last), (first, _) in itertools.pairwise(ranges))
+
+
+def test_ranges_of_keys_are_about_equal():
+    rng = np.random.default_rng(5)
+    skewed = (rng.random(400_000) ** 4 * 2**63).astype(np.uint64)
+    runs = [np.sort(part) for part in np.split(skewed, 40)]
+    alike = [np.arange(0, 10_000_000, 1000, dtype=np.uint64)] * 40
+    for hashes in (runs, alike):
+        together = np.sort(np.concatenate(hashes))
+        ranges = key_ranges(hashes, 20)
+        n = [np.diff(np.searchsorted(together, (a, b), "right"))[0] for a, b in ranges]
+        assert len(ranges) == 20
+        assert max(n) < 1.2 * len(together) / 20
 
 
 def test_texts_that_share_a_hash_are_not_the_same_key(monkeypatch):
     monkeypatch.setattr("sos_dask.ingest.keys.hashes_of", lambda ids: np.zeros(len(ids), np.uint64))
     table = pa.table({"obs_id": ["a", "b", "c", "c"], "_healpix_29": [1, 2, 3, 4]})
-    assert conflicting_keys([table]).to_pylist() == ["c"]
+    assert conflicting([table]).to_pylist() == ["c"]
 
 
 @settings(max_examples=50, deadline=None)
@@ -206,19 +251,17 @@ def test_hashes_of_text_differ_as_the_texts_do(texts):
 
 
 def test_no_pieces_and_no_conflicts():
-    assert len(conflicting_keys([])) == 0
+    assert len(conflicting([])) == 0
     table = pa.table({"obs_id": ["a", "a"], "_healpix_29": [1, 1]})
-    assert conflicting_keys([table]).type == pa.string()
-    assert len(conflicting_keys([table])) == 0
+    assert conflicting([table]).type == pa.string()
+    assert len(conflicting([table])) == 0
 
 
-@pytest.mark.parametrize("n_buckets", [1, 4])
-def test_a_column_that_is_no_key_is_refused(n_buckets):
+def test_a_column_that_is_no_key_is_refused():
     n = 5000
     table = pa.table({"obs_id": ["plate 17"] * n, "_healpix_29": np.arange(n)})
     with pytest.raises(SurveyError, match=r"'obs_id' is no key.*plate 17") as caught:
-        for bucket in range(n_buckets):
-            conflicting_keys([table], bucket, n_buckets)
+        conflicting([table])
     assert "join" in caught.value.hint
 
 
@@ -237,7 +280,7 @@ def test_losing_rows_keeps_the_best_row_and_its_duplicates(tmp_path):
         data[name][1] = data[name][0]
     data["feh"][2] = -9999
     out = read(write_fits(tmp_path / "a", data), survey()).rows.slice(0)
-    keys = conflicting_keys([out])
+    keys = conflicting([out])
     assert keys.to_pylist() == [data["obsid"][0]]
     lost = losing_rows(out.filter(pc.is_in(out["obs_id"], value_set=keys)))
     winner = min((0, 3), key=lambda i: ang2pix(data["ra"][i : i + 1], data["dec"][i : i + 1])[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +12,15 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask.errors import SurveyError
-from sos_dask.ingest.arrays import BoolArray, IntArray, one_array, split
+from sos_dask.ingest.arrays import IntArray, one_array, split
 from sos_dask.schema import HEALPIX_COLUMN
 
 _HASH_FACTOR = np.uint64(0xFF51AFD7ED558CCD)  # of MurmurHash3's finaliser
 _LENGTH_FACTOR = np.uint64(0xC4CEB9FE1A85EC53)  # its other one
+_LARGEST = (1 << 64) - 1
+_SAMPLES, _GOLDEN_RATIO = 64, 0.6180339887498949
+
+HashArray: TypeAlias = NDArray[np.uint64]
 
 
 def sort_order(cells: IntArray, ids: Any) -> IntArray:
@@ -64,27 +68,56 @@ def codes_of(column: pa.Array) -> IntArray:
     return np.asarray(flipped.astype(np.int64))
 
 
-def sorted_hashes(ids: pa.Array) -> NDArray[np.uint64]:
+def sorted_hashes(ids: pa.Array) -> HashArray:
     """`hashes_of`, ascending: next to nothing where the keys of a file are."""
     return np.sort(hashes_of(ids), kind="stable")
 
 
+def key_ranges(runs: Sequence[HashArray], n_ranges: int) -> list[tuple[int, int]]:
+    """Ranges of hashes that hold about equally many of them.
+
+    Parameters
+    ----------
+    runs : sequence of ndarray of uint64
+        Each ascending; may be memory-mapped, for only some of their values are read.
+    n_ranges : int
+        At most so many: a key that is very frequent has a range of its own.
+
+    Returns
+    -------
+    list of (first, last)
+        Ascending, disjoint, together all 64-bit integers.
+    """
+    samples = [np.empty(0, np.uint64)]
+    for number, run in enumerate(runs):
+        # Not the same places in each: runs that are alike would tell no more than one of them.
+        places = np.arange(_SAMPLES) + number * _GOLDEN_RATIO % 1.0
+        if len(run):
+            samples.append(run[(places * (len(run) / _SAMPLES)).astype(np.int64)])
+    sample = np.sort(np.concatenate(samples))
+    cuts = np.arange(1, n_ranges) * len(sample) // n_ranges
+    edges = np.unique(sample[cuts]) if len(sample) else sample
+    starts = [0, *(int(edge) for edge in edges if edge)]
+    return list(zip(starts, [*(start - 1 for start in starts[1:]), _LARGEST], strict=True))
+
+
 def conflicting_keys(
     pieces: Sequence[Path | pa.Table],
-    bucket: int = 0,
-    n_buckets: int = 1,
-    hashes: Sequence[Path] | None = None,
+    runs: Sequence[HashArray],
+    first: int = 0,
+    last: int = _LARGEST,
 ) -> pa.Array:
     """Values of ``obs_id`` that stand at more than one place.
 
     Parameters
     ----------
     pieces : sequence of Path or pyarrow.Table
-        Tables or uncompressed Arrow IPC files (memory-mapped) with ``obs_id`` and ``_healpix_29``.
-    bucket, n_buckets : int
-        Only keys of one bucket are looked at, so that their 8 bytes a row fit in memory.
-    hashes : sequence of Path, optional
-        `sorted_hashes` of the pieces, in any order, as NumPy files.
+        Tables or uncompressed Arrow IPC files (memory-mapped) with ``obs_id`` and ``_healpix_29``;
+        only those with a key that stands twice are read.
+    runs : sequence of ndarray of uint64
+        `sorted_hashes` of each piece; may be memory-mapped.
+    first, last : int
+        Only keys with a hash in this range are looked at, so that their 8 bytes fit in memory.
 
     Returns
     -------
@@ -94,21 +127,22 @@ def conflicting_keys(
     Raises
     ------
     SurveyError
-        More than 100 rows, and more than 1 % of the bucket's, share their key with a row elsewhere.
+        More than 100 rows, and more than 1 % of the range's, share their key with a row elsewhere.
     """
-    runs = [np.empty(0, np.uint64)]
-    for run in map(np.load, hashes) if hashes is not None else _runs(pieces):
-        runs.append(run if n_buckets == 1 else run[_in_bucket(run, bucket, n_buckets)])
-    runs.sort(key=lambda run: int(run[0]) if len(run) else 0)
-    hashed = np.concatenate(runs)
-    del runs
+    ends = np.array([first, last], np.uint64)
+    inside = [np.empty(0, np.uint64)]
+    for run in runs:
+        inside.append(run[run.searchsorted(ends[0]) : run.searchsorted(ends[1], side="right")])
+    inside.sort(key=lambda run: int(run[0]) if len(run) else 0)
+    hashed = np.concatenate(inside)
     hashed.sort(kind="stable")  # which merges runs, and finds those of an ordered file in order
     n_rows = len(hashed)
     # Nearly all keys stand once: only of the others it matters where.
     repeated = np.unique(hashed[1:][hashed[1:] == hashed[:-1]])
     low, high = np.full(len(repeated), np.iinfo(np.int64).max), np.full(len(repeated), -1)
     count = np.zeros(len(repeated), dtype=np.int64)
-    for ids, cell in _keys(pieces) if len(repeated) else ():
+    held = [pieces[number] for number in holders(runs, repeated)]
+    for ids, cell in _keys(held):
         row, place = _found(hashes_of(ids), repeated)
         np.minimum.at(low, place, cell[row])
         np.maximum.at(high, place, cell[row])
@@ -118,7 +152,7 @@ def conflicting_keys(
         kind = next((ids.type for ids, _ in _keys(pieces)), pa.int64())
         return pa.array([], kind)
     found_ids, found_cells = [], []
-    for ids, cell in _keys(pieces):
+    for ids, cell in _keys(held):
         row, _ = _found(hashes_of(ids), conflicts)
         found_ids.append(ids.take(pa.array(row)))
         found_cells.append(pa.array(cell[row]))
@@ -129,6 +163,17 @@ def conflicting_keys(
     extent = table.group_by("key").aggregate([("cell", "min"), ("cell", "max")])
     keys = extent.filter(pc.not_equal(extent["cell_min"], extent["cell_max"]))["key"]
     return one_array(keys.take(pc.sort_indices(keys)))
+
+
+def holders(runs: Sequence[HashArray], wanted: HashArray) -> list[int]:
+    """Numbers of the runs (each ascending) that hold one of the hashes."""
+    found = []
+    for number, run in enumerate(runs if len(wanted) else ()):
+        if len(run):
+            place = np.minimum(run.searchsorted(wanted), len(run) - 1)
+            if (run[place] == wanted).any():
+                found.append(number)
+    return found
 
 
 def check_conflicts(n_conflicts: int, n_rows: int, example: str, where: str = "") -> None:
@@ -151,10 +196,6 @@ def check_conflicts(n_conflicts: int, n_rows: int, example: str, where: str = ""
         )
 
 
-def _runs(pieces: Sequence[Path | pa.Table]) -> Iterator[NDArray[np.uint64]]:
-    return (sorted_hashes(ids) for ids, _ in _keys(pieces))
-
-
 def _keys(pieces: Sequence[Path | pa.Table]) -> Iterator[tuple[pa.Array, IntArray]]:
     for piece in pieces:
         if isinstance(piece, pa.Table):
@@ -166,7 +207,7 @@ def _keys(pieces: Sequence[Path | pa.Table]) -> Iterator[tuple[pa.Array, IntArra
             yield batch["obs_id"], batch[HEALPIX_COLUMN].to_numpy()
 
 
-def _found(hashes: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> tuple[IntArray, IntArray]:
+def _found(hashes: HashArray, wanted: HashArray) -> tuple[IntArray, IntArray]:
     """Rows whose hash is among those wanted (ascending), and its place there."""
     may_be = np.zeros(1 << 16, dtype=bool)
     may_be[wanted.astype(np.uint16)] = True
@@ -177,12 +218,7 @@ def _found(hashes: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> tuple[IntA
     return row[is_wanted], place[is_wanted]
 
 
-def _in_bucket(hashes: NDArray[np.uint64], bucket: int, n_buckets: int) -> BoolArray:
-    mixed = (hashes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
-    return np.asarray(mixed % np.uint64(n_buckets) == bucket)
-
-
-def hashes_of(ids: pa.Array) -> NDArray[np.uint64]:
+def hashes_of(ids: pa.Array) -> HashArray:
     """Integers themselves; of text a 64-bit hash, eight bytes of all rows at a time."""
     if not pa.types.is_string(ids.type):
         return np.asarray(ids.to_numpy().view(np.uint64))

@@ -7,7 +7,7 @@ counts, and each one merges its slices of the memory-mapped pieces.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from sos_dask.catalog import write_parquet, write_partition
 from sos_dask.clean import quality_mask
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.errors import ConfigError, SurveyError
-from sos_dask.healpix import MAX_ORDER, HealpixPixel, plan_partitions
+from sos_dask.healpix import HealpixPixel, plan_partitions
 from sos_dask.ingest import (
     CONFLICT,
     FILE,
+    HISTOGRAM_ORDER,
     REJECTED_SCHEMA,
     ROW,
     Chunk,
@@ -34,13 +35,19 @@ from sos_dask.ingest import (
     check_conflicts,
     check_profile,
     conflicting_keys,
+    histogram_of,
+    holders,
+    key_ranges,
     losing_rows,
     merge_rows,
     open_source,
+    partition_edges,
     plan_chunks,
     read_chunk,
     rejected_rows,
+    sorted_hashes,
 )
+from sos_dask.ingest.arrays import one_array
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.stages.parts import (
     commit_catalog,
@@ -55,12 +62,12 @@ from sos_dask.stages.parts import (
 )
 from sos_dask.survey import Survey
 
-VERSION = 3
-_HISTOGRAM_ORDER = 10
-_KEYS_PER_BUCKET = 10_000_000
+VERSION = 4
+_KEYS_PER_RANGE = 10_000_000
 # Measured, and a tenth more: a worker's process, and what it holds of a row while it reads a chunk.
 _PROCESS_BYTES, _CHUNK_BYTES = 170 << 20, 460
 _REJECTED = "rejected.parquet"
+_EDGES = "edges.npy"
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,9 @@ class _ChunkPart:
 class _KeyPart:
     output: Output
     pieces: tuple[str, ...]
-    bucket: int
-    n_buckets: int
+    key: str
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ class _PixelPart:
     pieces: tuple[str, ...]
     files: tuple[str, ...]
     pixel: HealpixPixel
+    number: int
 
 
 def ingest_recipe(
@@ -229,27 +238,26 @@ def _run(
     profile = Profile.merge([Profile.from_dict(record["profile"]) for record in read])
     check_profile(profile, survey, [str(file) for file in files])
     pieces = tuple(piece for record in read for piece in record["pieces"])
-    histogram = np.zeros(12 * 4**_HISTOGRAM_ORDER, dtype=np.int64)
-    for record in read:
-        counts = np.load(output.work / record["histogram"])
-        # Cells ascend in each batch; one cell may stand in several.
-        batches = np.flatnonzero(counts[0, 1:] <= counts[0, :-1]) + 1
-        for cells, n_rows in np.split(counts, batches, axis=1):
-            histogram[cells] += n_rows
-    pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, settings.rows_per_partition)
+    histogram = np.zeros(12 * 4**HISTOGRAM_ORDER, dtype=np.int64)
+    for cells, n_rows in _histograms(output, read):
+        histogram[cells] += n_rows
+    pixels = plan_partitions(histogram, HISTOGRAM_ORDER, settings.rows_per_partition)
     if pixels:
         n_bytes = sum((output.work / piece).stat().st_size for piece in pieces)
         require_pixel(cluster, "ingest", name, pixels, histogram, n_bytes)
-    n_buckets = int(histogram.sum()) // _KEYS_PER_BUCKET + 1
+    _save(output.work / _EDGES, partition_edges(pixels, _histograms(output, read)))
+    ranges = key_ranges(_runs(output, pieces), int(histogram.sum()) // _KEYS_PER_RANGE + 1)
     key_parts = {
-        str(bucket): _KeyPart(output, pieces, bucket, n_buckets) for bucket in range(n_buckets)
+        str(number): _KeyPart(output, pieces, str(number), first, last)
+        for number, (first, last) in enumerate(ranges)
     }
     run_parts(output, "keys", key_parts, _keys_part, cluster, f"check keys of {name}", report)
     names = tuple(file.name for file in files)  # bytes must not depend on where the files lie
+    _settle_conflicts(output, pieces, names, list(key_parts))
     pixel_parts = {
-        key_of(pixel): _PixelPart(output, survey, pieces, names, pixel) for pixel in pixels
+        key_of(pixel): _PixelPart(output, survey, pieces, names, pixel, number)
+        for number, pixel in enumerate(pixels)
     }
-    _settle_conflicts(output, pieces, names, n_buckets)
     run_parts(output, "partitions", pixel_parts, _merge_part, cluster, f"write {name}", report)
     done = records(output, "partitions", list(pixel_parts))
     rejected = _read_rejected(output, [*chunks, "conflicts", *pixel_parts])
@@ -305,7 +313,7 @@ def _count_reasons(rejected: pa.Table) -> dict[str, int]:
 def _read_part(part: _ChunkPart) -> None:
     """First pass: one chunk of a file becomes sorted pieces."""
     work = part.output.work
-    profiles, pieces, rejected, n_rows = [], [], [], 0
+    profiles, pieces, rejected, n_cells, n_rows = [], [], [], [], 0
     counts = [np.empty((2, 0), dtype=np.int32)]
     batches = read_chunk(part.chunk, part.survey, part.settings.chunk_rows, quality=quality_mask)
     for number, batch in enumerate(batches):
@@ -318,7 +326,8 @@ def _read_part(part: _ChunkPart) -> None:
             write_piece(work / piece, batch.rows)
             _save(_hashes_file(work / piece), batch.keys)
             pieces.append(piece)
-            counts.append(_histogram_of(batch.rows[HEALPIX_COLUMN].to_numpy()))
+            counts.append(histogram_of(batch.rows[HEALPIX_COLUMN].to_numpy()))
+            n_cells.append(counts[-1].shape[1])
     if rejected:
         write_piece(_rejected_file(part.output, part.key), pa.concat_tables(rejected))
     histogram = f"pieces/{part.key}.npy"
@@ -330,6 +339,7 @@ def _read_part(part: _ChunkPart) -> None:
             "rows": n_rows,
             "pieces": pieces,
             "histogram": histogram,
+            "cells": n_cells,
             "profile": Profile.merge(profiles).to_dict(),
         },
     )
@@ -344,11 +354,15 @@ def _hashes_file(piece: Path) -> Path:
     return piece.with_suffix(".keys.npy")
 
 
-def _histogram_of(cells29: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Cells of the histogram's order that hold sorted rows, and their numbers, shape (2, n)."""
-    cells = cells29 >> 2 * (MAX_ORDER - _HISTOGRAM_ORDER)
-    first = np.flatnonzero(np.append(True, cells[1:] != cells[:-1]))
-    return np.stack([cells[first], np.diff(first, append=len(cells))]).astype(np.int32)
+def _runs(output: Output, pieces: Sequence[str]) -> list[NDArray[np.uint64]]:
+    return [np.load(_hashes_file(output.work / piece), mmap_mode="r") for piece in pieces]
+
+
+def _histograms(output: Output, read: Sequence[Mapping[str, Any]]) -> Iterator[NDArray[np.int32]]:
+    """`histogram_of` one piece after the other."""
+    for record in read:
+        counts = np.load(output.work / record["histogram"])
+        yield from np.split(counts, np.cumsum(record["cells"])[:-1], axis=1)
 
 
 def _rejected_file(output: Output, key: str) -> Path:
@@ -364,16 +378,15 @@ def _read_rejected(output: Output, keys: Sequence[str]) -> pa.Table:
 
 
 def _keys_part(part: _KeyPart) -> None:
-    """Keys of one bucket that stand at more than one position."""
+    """Keys of one range that stand at more than one position."""
     paths = [part.output.work / piece for piece in part.pieces]
-    hashes = [_hashes_file(path) for path in paths]
-    keys = conflicting_keys(paths, part.bucket, part.n_buckets, hashes)
-    write_piece(_keys_file(part.output, part.bucket), pa.table({"obs_id": keys}))
-    part.output.put_record("keys", str(part.bucket), {"n_conflicts": len(keys)})
+    keys = conflicting_keys(paths, _runs(part.output, part.pieces), part.first, part.last)
+    write_piece(_keys_file(part.output, part.key), pa.table({"obs_id": keys}))
+    part.output.put_record("keys", part.key, {"n_conflicts": len(keys)})
 
 
-def _keys_file(output: Output, bucket: int) -> Path:
-    return output.work / "conflicts" / f"{bucket}.arrow"
+def _keys_file(output: Output, key: str) -> Path:
+    return output.work / "conflicts" / f"{key}.arrow"
 
 
 def _losers_file(output: Output) -> Path:
@@ -384,20 +397,19 @@ def _settle_conflicts(
     output: Output,
     pieces: Sequence[str],
     names: Sequence[str],
-    n_buckets: int,
+    keys_parts: Sequence[str],
 ) -> None:
     """Decide which rows lose where one key stands at several positions (rare: done at once)."""
     if _losers_file(output).is_file():
         return
-    keys = pa.concat_tables(
-        [read_piece(_keys_file(output, bucket)) for bucket in range(n_buckets)]
-    )["obs_id"]
+    keys = pa.concat_tables([read_piece(_keys_file(output, key)) for key in keys_parts])["obs_id"]
     losers = pa.table({FILE: pa.array([], pa.int32()), ROW: pa.array([], pa.int64())})
     if len(keys):
+        held = holders(_runs(output, pieces), sorted_hashes(one_array(keys)))
         rows = pa.concat_tables(
             [
                 piece.filter(pc.is_in(piece["obs_id"], value_set=keys))
-                for piece in (read_piece(output.work / name) for name in pieces)
+                for piece in (read_piece(output.work / pieces[number]) for number in held)
             ]
         )
         lost = losing_rows(rows)
@@ -408,13 +420,14 @@ def _settle_conflicts(
 
 def _merge_part(part: _PixelPart) -> None:
     """Second pass: one partition from its slices of the pieces."""
-    slices = []
-    for name in part.pieces:
-        piece = read_piece(part.output.work / name)
-        cells = piece[HEALPIX_COLUMN].to_numpy()
-        first, stop = np.searchsorted(cells, [part.pixel.first, part.pixel.stop])
-        if first < stop:
-            slices.append(copied(piece.slice(first, stop - first)))
+    edges = np.load(part.output.work / _EDGES, mmap_mode="r")
+    slices = [
+        copied(read_piece(part.output.work / name).slice(first, stop - first))
+        for name, first, stop in zip(
+            part.pieces, *edges[part.number : part.number + 2], strict=True
+        )
+        if first < stop
+    ]
     losers = read_piece(_losers_file(part.output))
     if losers.num_rows:
         slices = [_without(rows, losers) for rows in slices]

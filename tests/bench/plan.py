@@ -18,7 +18,7 @@ from typing import Any
 GIB = float(1 << 30)
 CHUNK_ROWS = 500_000
 ROWS_PER_PARTITION = 1_000_000
-KEYS_PER_BUCKET = 10_000_000
+KEYS_PER_RANGE = 10_000_000
 REFERENCE_SHARE = 1.7 / 19
 REFERENCE_SURVEYS = 2
 DIGEST_BYTES_PER_S = 1.5e9
@@ -48,10 +48,13 @@ class Measured:
         Of a pair, for 500 trees of three labels.
     cpu_evidence_pair, cpu_errors_pair : float, us
         Of a pair while methods are compared and trends measured, and while the errors are modelled.
-    hash_key, join : float, us
-        To hash a key, and to join an edge pair with those of other partitions.
-    open_piece, footer, overlap : float, us
-        To open a memory-mapped piece, to read a footer, and to compare a partition with ranges.
+    repeated : float
+        Share of the rows whose key stands at another row, too.
+    join : float, us
+        To join an edge pair with those of other partitions.
+    open_piece, open_keys, footer, overlap : float, us
+        To open a memory-mapped piece, to look a range of keys up in the sorted keys of one, to read
+        a footer, and to compare a partition with ranges.
     edge_pairs : float
         Share of the pairs that may be joined over the edge of a partition.
     sync : float, us
@@ -86,10 +89,11 @@ class Measured:
     cpu_tree_pair: float = 43.0
     cpu_evidence_pair: float = 68.0
     cpu_errors_pair: float = 18.0
-    hash_key: float = 0.02
+    repeated: float = 1e-5
     join: float = 1.0
     edge_pairs: float = 0.01
-    open_piece: float = 200.0
+    open_piece: float = 270.0
+    open_keys: float = 300.0
     footer: float = 950.0
     overlap: float = 0.0035
     sync: float = 9000.0
@@ -249,18 +253,19 @@ def _survey(rows: float, m: Measured, prefix: str = "") -> Iterator[StagePlan]:
     """Ingest and dedupe of a survey."""
     chunks = max(1, round(rows / CHUNK_ROWS))
     parts = _partitions(rows, m)
-    buckets = int(rows // KEYS_PER_BUCKET) + 1
+    ranges = int(rows // KEYS_PER_RANGE) + 1
+    held = min(chunks, m.repeated * rows / ranges)
     each = 2 * m.sync / 1e6
     yield StagePlan(
         f"{prefix}ingest",
-        chunks + buckets + parts,
+        chunks + ranges + parts,
         parts + 4,
-        3 * chunks + 2 * buckets + parts,
-        # Every bucket of keys reads the keys and places of all pieces.
-        rows * (2 * m.fits + buckets * 16 + m.piece) / 1e9,
-        rows * (m.piece + m.observation) / 1e9,
-        rows * (m.cpu_ingest + (buckets - 1) * m.hash_key) / 1e6
-        + chunks * (parts + buckets) * m.open_piece / 1e6
+        3 * chunks + 2 * ranges + parts,
+        # A range reads the keys that lie in it, and all of pieces with a key that is there twice.
+        rows * (2 * m.fits + 8 + m.piece) / 1e9 + ranges * held * CHUNK_ROWS * 16 / 1e9,
+        rows * (m.piece + 8 + m.observation) / 1e9,
+        rows * m.cpu_ingest / 1e6
+        + chunks * (parts * m.open_piece + (ranges - 1) * m.open_keys) / 1e6
         + each * (2 * chunks + parts),
         rows * m.fits / DIGEST_BYTES_PER_S,  # digests, of as many files at once as there are cores
     )
@@ -290,7 +295,7 @@ def limits(stages: Sequence[StagePlan], rows: float, workers: int, m: Measured) 
     cpu = sum(stage.cpu_s for stage in stages)
     serial = sum(stage.driver_s for stage in stages)
     chunks, parts = max(1, round(rows / CHUNK_ROWS)), _partitions(rows, m)
-    buckets = int(rows // KEYS_PER_BUCKET) + 1
+    ranges = int(rows // KEYS_PER_RANGE) + 1
     wall = cpu / workers + serial
     slowest = max(stages, key=lambda stage: stage.driver_s)
     syncs = sum(s.files + s.scratch_files for s in stages) * m.sync / 1e6 / workers
@@ -304,12 +309,12 @@ def limits(stages: Sequence[StagePlan], rows: float, workers: int, m: Measured) 
             f"({slowest.driver_s:,.0f} s)",
         ),
         (
-            chunks * (parts + buckets) * m.open_piece / 1e6 / workers / wall,
-            f"ingest opens {chunks * (parts + buckets):,} pieces (chunks x partitions)",
+            chunks * parts * m.open_piece / 1e6 / workers / wall,
+            f"ingest opens {chunks * parts:,} pieces (chunks x partitions)",
         ),
         (
-            rows * buckets * (m.hash_key / 1e6 + 16 / 2e9) / workers / wall,
-            f"ingest reads {rows * buckets * 16 / 1e9:,.0f} GB of keys (rows x buckets)",
+            chunks * ranges * m.open_keys / 1e6 / workers / wall,
+            f"ingest looks into {chunks * ranges:,} runs of keys (chunks x ranges)",
         ),
         (
             3 * _overlaps(parts, parts, m) / workers / wall,

@@ -22,8 +22,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from sos_dask.errors import ClusterError, SosError
-from sos_dask.machine import KEPT_BYTES, give_back_memory, keep_freed_memory, memory_bytes
+from sos_dask.errors import ClusterError, ConfigError, SosError
+from sos_dask.machine import (
+    KEPT_BYTES,
+    give_back_memory,
+    keep_freed_memory,
+    memory_bytes,
+    n_cores,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -208,6 +214,7 @@ class Cluster:
 
         results: dict[int, R] = {}
         index_of: dict[Any, int] = {}
+        future = None
         waiting = iter(enumerate(tasks))
         running = as_completed()
 
@@ -234,8 +241,8 @@ class Cluster:
                 "Most often it ran out of memory: give workers more, or lower rows_per_partition.",
             ) from error
         except (CancelledError, TimeoutError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
+            if future is not None and future.status == "error":
+                raise  # of the task itself
             raise ClusterError(
                 f"{step}: the cluster is gone ({error!r})",
                 "Run the same command again.",
@@ -314,7 +321,7 @@ def start(
         Worker processes of one thread each on this machine; default one a core, 0 for none (tasks
         run in this process).
     memory_limit : str
-        Per worker or thread, as Dask takes it (``"4GiB"``).
+        Per worker or thread (``"4GiB"``), 0 for none; default its part of the memory there is.
     n_threads : int, optional
         Threads of this process that run tasks, instead of workers.
     scheduler : str, optional
@@ -324,10 +331,15 @@ def start(
     ------
     ClusterError
         The scheduler does not answer.
+    ConfigError
+        The memory limit is no number of bytes.
     """
+    limit = None if memory_limit == "auto" else _limit_bytes(memory_limit)
     if n_threads is not None or (scheduler is None and n_workers == 0):
         keep_freed_memory()
-        yield Cluster(None, n_threads or 1, _thread_bytes(n_threads or 1, memory_limit))
+        n_threads = n_threads or 1
+        share = memory_bytes() // n_threads if memory_limit == "auto" else limit
+        yield Cluster(None, n_threads, share)
         return
     import dask
     from distributed import Client, LocalCluster
@@ -378,9 +390,9 @@ def start(
             with _children_ignore_interrupts(), _environment_kept():
                 local = stack.enter_context(
                     LocalCluster(
-                        n_workers=n_workers or os.cpu_count() or 1,
+                        n_workers=n_workers or n_cores(),
                         threads_per_worker=1,
-                        memory_limit=memory_limit,
+                        memory_limit=memory_limit if memory_limit == "auto" else limit,
                         processes=True,
                         dashboard_address=":0",  # a free port; the server itself is always there
                         # Its pages are made by bokeh, whose import is a third of the whole start.
@@ -395,13 +407,23 @@ def start(
         yield Cluster(client)
 
 
-def _thread_bytes(n_threads: int, memory_limit: str) -> int:
-    """Memory limit of a thread: what is said, or its part of all."""
-    if memory_limit == "auto":
-        return memory_bytes() // n_threads
+def _limit_bytes(memory_limit: str) -> int | None:
+    """Memory limit that is said, None for ``0``, which is none.
+
+    Raises
+    ------
+    ConfigError
+        It is no number of bytes.
+    """
     from dask.utils import parse_bytes
 
-    return int(parse_bytes(memory_limit))
+    try:
+        return int(parse_bytes(memory_limit)) or None
+    except ValueError:
+        raise ConfigError(
+            f"{memory_limit!r} is no memory limit",
+            "Give a number with its unit, as in 4GiB; auto, or 0 for none.",
+        ) from None
 
 
 def _require_listener(address: str) -> None:

@@ -36,6 +36,11 @@ class Tree:
     ----------
     points : ndarray of float64, shape (n, 3)
         Finite, at least one.
+
+    Raises
+    ------
+    ValueError
+        No points, or some that are not finite; so do rows that are asked for.
     """
 
     def __init__(self, points: FloatArray) -> None:
@@ -90,6 +95,8 @@ def _sorted(points: FloatArray, leaf: int) -> tuple[FloatArray, IntArray, FloatA
     """
     points = np.array(points.T, dtype=np.float64, order="C")
     n = points.shape[1]
+    if not n or not np.isfinite(points).all():
+        raise ValueError("neighbours are of finite points, and of one at least")
     order = np.arange(n)
     depth = max(0, int(np.ceil(np.log2(n / leaf))))
     boxes = np.empty((2 << depth, 2, 3))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,30 @@ import psutil
 
 KEPT_BYTES = 256 << 20
 """Freed memory that is kept for use again."""
+_OLD_LIMIT = 32 << 20  # more is refused by older C libraries
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt(3)
 _CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def n_cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use: of the machine, or of its control group.
+
+    A batch system gives a job some cores of a node, or a share of their time.
+    """
     if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    for folder in _groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # "max", or not to be seen from here
+            if (folder / "cpu.max").is_file():
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota = (folder / "cpu.cfs_quota_us").read_text()
+                period = (folder / "cpu.cfs_period_us").read_text()
+            if int(quota) > 0:
+                cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
 
 
 def memory_bytes() -> int:
@@ -31,23 +48,22 @@ def memory_bytes() -> int:
     counts, too.
     """
     limits = [psutil.virtual_memory().total]
-    with contextlib.suppress(OSError):
-        for line in _OWN_GROUPS.read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers in ("", "memory"):
-                limits += _limits_of(_CGROUPS / controllers, group.strip("/"))
+    for folder in _groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                limits.append(int((folder / name).read_text()))
     return int(min(limits))
 
 
-def _limits_of(root: Path, group: str) -> list[int]:
-    """Limits of a control group and of those above it."""
-    name = "memory.max" if root == _CGROUPS else "memory.limit_in_bytes"
-    folder, found = root / group, []
-    for path in (folder, *folder.parents):
-        if path.is_relative_to(root):
-            with contextlib.suppress(OSError, ValueError):  # "max", or not to be seen from here
-                found.append(int((path / name).read_text()))
-    return found
+def _groups(controller: str) -> Iterator[Path]:
+    """Folders of the control groups of this process with a controller, and of those above them."""
+    with contextlib.suppress(OSError):
+        for line in _OWN_GROUPS.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers or controller in controllers.split(","):
+                root = _CGROUPS / controllers
+                folder = root / group.strip("/")
+                yield from (p for p in (folder, *folder.parents) if p.is_relative_to(root))
 
 
 def keep_freed_memory() -> None:
@@ -59,7 +75,8 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):  # not the C library of GNU
         library = ctypes.CDLL(None)
         library.mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
-        library.mallopt(_MMAP_THRESHOLD, KEPT_BYTES)
+        if not library.mallopt(_MMAP_THRESHOLD, KEPT_BYTES):
+            library.mallopt(_MMAP_THRESHOLD, _OLD_LIMIT)
         library.mallopt(_ARENA_MAX, 1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from sos_dask.coverage import Limits
 from sos_dask.crossmatch import MatchSettings
 from sos_dask.dedupe import DedupeSettings
 from sos_dask.errors import SurveyError
+from sos_dask.machine import n_cores
 from sos_dask.planner import Planner, Stage
 from sos_dask.projection import ProjectionSettings
 from sos_dask.stages.apply import Trust, apply, apply_recipe
@@ -452,7 +452,7 @@ def _digests(store: Path, files: list[Path]) -> list[str]:
         stat = file.stat()
         keys[file] = f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
     missing = [file for file, key in keys.items() if key not in known]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing holds no lock of the interpreter
+    with ThreadPoolExecutor(n_cores()) as pool:  # hashing holds no lock of the interpreter
         for file, digest in zip(missing, pool.map(sha256_of_file, missing), strict=True):
             known[keys[file]] = digest
             write_text(memory, json.dumps(known, indent=1, sort_keys=True))

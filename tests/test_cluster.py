@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from sos_dask.cluster import Cluster, start
-from sos_dask.errors import ClusterError, SurveyError
+from sos_dask.errors import ClusterError, ConfigError, SurveyError
 from sos_dask.healpix import ang2pix
 from sos_dask.machine import memory_bytes
 
@@ -89,6 +89,27 @@ def test_the_memory_of_threads():
         pytest.raises(ClusterError, match="limit is 100 MiB"),
     ):
         threads.require_memory(200 << 20, "dedupe")
+
+
+def test_a_memory_limit_is_a_number_of_bytes_or_none():
+    with start(n_threads=2, memory_limit="0") as threads:
+        assert threads.memory_limit_bytes is None
+        threads.require_memory(1 << 60, "dedupe")
+    for workers in ({"n_threads": 2}, {"n_workers": 1}):
+        with (
+            pytest.raises(ConfigError, match="'much' is no memory limit"),
+            start(**workers, memory_limit="much"),
+        ):
+            pass
+
+
+def fail_to_read(task: int) -> None:
+    raise OSError("Couldn't deserialize thrift")  # as Arrow does, without a number
+
+
+def test_an_unreadable_file_is_not_taken_for_a_lost_cluster(cluster):
+    with pytest.raises(OSError, match="deserialize"):
+        cluster.run(fail_to_read, [1, 2], "read")
 
 
 @pytest.mark.parametrize("where", ["workers", "threads", "here"])

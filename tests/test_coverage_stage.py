@@ -57,6 +57,20 @@ def test_same_bytes_with_workers(small_store, cluster, tmp_path):
     assert contents(tmp_path / "alone") == contents(tmp_path / "workers")
 
 
+def test_other_limits_in_the_same_folder_and_process(small_store, tmp_path):
+    inputs = [
+        opened(small_store, name) for name in ("pairs", "lamost.observations", "lamost.stars")
+    ]
+    model = (small_store / "current" / "model.polynomial").resolve()
+    first = CoverageSettings(compare=False)
+    second = CoverageSettings(compare=False, limits=Limits(0.95, 0.9))
+    coverage(model, *inputs, tmp_path / "out", first)
+    before = contents(tmp_path / "out")
+    coverage(model, *inputs, tmp_path / "out", second, overwrite=True)
+    coverage(model, *inputs, tmp_path / "fresh", second)
+    assert before != contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 def test_pairs_of_another_model_are_refused(small_store, tmp_path):
     model = tmp_path / "model"
     model.mkdir()

@@ -1,4 +1,5 @@
 import itertools
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from sos_dask.ingest import (
     rejected_rows,
 )
 from sos_dask.ingest.arrays import one_array
-from sos_dask.ingest.keys import hashes_of, key_ranges, sorted_hashes
+from sos_dask.ingest.keys import hashes_of, holders, key_ranges, sorted_hashes
 from tests.survey_files import ipc_bytes, read, rows, survey, write_fits
 
 VALUE = st.sampled_from([None, 0.0, 1.0])
@@ -178,10 +179,9 @@ def test_keys_at_several_places_as_by_brute_force(tmp_path, text, n_ranges):
         places.setdefault(key, set()).add(cell)
     expected = {key for key, found in places.items() if len(found) > 1}
     pieces = write_pieces(tmp_path, [table.slice(0, 50), table.slice(50, 0), table.slice(50)])
-    runs = []
-    for number, piece in enumerate((keys[:50], keys[:0], keys[50:])):
-        np.save(tmp_path / f"{number}.npy", sorted_hashes(piece))
-        runs.append(np.load(tmp_path / f"{number}.npy", mmap_mode="r"))
+    runs = [tmp_path / f"{number}.npy" for number in range(3)]
+    for run, piece in zip(runs, (keys[:50], keys[:0], keys[50:]), strict=True):
+        np.save(run, sorted_hashes(piece))
     ranges = key_ranges(runs, n_ranges)
     assert len(ranges) == n_ranges
     found = [conflicting_keys(pieces, runs, *hashes) for hashes in ranges]
@@ -203,6 +203,23 @@ def test_only_pieces_with_a_key_that_stands_twice_are_read(tmp_path):
     pieces[1].unlink()
     runs = [sorted_hashes(one_array(table["obs_id"])) for table in tables]
     assert conflicting_keys(pieces, runs).to_pylist() == [1]
+
+
+def test_more_pieces_than_files_may_be_open(tmp_path):
+    tables = [pa.table({"obs_id": [number, 7], "_healpix_29": [0, 0]}) for number in range(200)]
+    pieces = write_pieces(tmp_path, tables)
+    runs = [tmp_path / f"{number}.npy" for number in range(200)]
+    for run, table in zip(runs, tables, strict=True):
+        np.save(run, sorted_hashes(one_array(table["obs_id"])))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(file.name) for file in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 40, limits[1]))
+    try:
+        assert len(key_ranges(runs, 3)) >= 2
+        assert len(conflicting_keys(pieces, runs)) == 0
+        assert holders(runs, np.array([7], np.uint64)) == list(range(200))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @settings(max_examples=100, deadline=None)

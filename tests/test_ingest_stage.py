@@ -2,9 +2,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sos_dask.errors import SurveyError
+from sos_dask.errors import CatalogError, SurveyError
+from sos_dask.ingest import Chunk
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
 from sos_dask.survey_file import load_survey
+from tests.job import contents
 from tests.survey_files import rows, survey, write_fits
 
 
@@ -32,6 +34,47 @@ def test_few_rows_with_a_used_key_are_rejected(tmp_path):
     assert (rows_of.n_in, rows_of.n_out, rows_of.rejected) == (200, 100, 100)
     rejected = pq.read_table(tmp_path / "out" / "rejected.parquet")
     assert set(rejected["reason"].to_pylist()) == {"conflicting obs_id"}
+
+
+def test_another_cut_into_chunks_goes_on_where_one_was_killed(tmp_path, monkeypatch):
+    path = write_fits(tmp_path / "stars.fits", rows(2000) | {"obsid": np.arange(2000) % 1990})
+    whole = tmp_path / "whole"
+    ingest(survey(), [path], whole, IngestSettings(rows_per_partition=300))
+    orders = [(300, 700), (700, 300), (300, 300)]
+    for number, order in enumerate(orders):
+        out = tmp_path / str(number)
+        for killed_in, chunk_rows in zip(["_keys_part", "_merge_part"], order, strict=True):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(f"sos_dask.stages.ingest.{killed_in}", interrupted)
+                ingest(survey(), [path], out, IngestSettings(300, chunk_rows))
+        ingest(survey(), [path], out, IngestSettings(300, order[0]))
+        assert contents(out) == contents(whole)
+
+
+def interrupted(part: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_records_of_other_rows_are_no_part_of_a_catalog(tmp_path, monkeypatch):
+    path = write_fits(tmp_path / "stars.fits", rows(200))
+    monkeypatch.setattr("sos_dask.stages.ingest.plan_chunks", lambda source, n: [Chunk(source, 50)])
+    with pytest.raises(CatalogError, match=r"200 rows of .*stars.fits, of which 150 were read"):
+        ingest(survey(), [path], tmp_path / "out")
+
+
+@pytest.mark.parametrize("empty", [slice(0, 100), slice(100, 200), slice(200, 250), slice(0, 250)])
+def test_chunks_without_a_usable_row(tmp_path, empty):
+    data = rows(250)
+    data["ra"][empty] = np.nan
+    n_bad = len(data["ra"][empty])
+    path = write_fits(tmp_path / "stars.fits", data)
+    settings = IngestSettings(rows_per_partition=50, chunk_rows=100)
+    if n_bad == 250:
+        with pytest.raises(SurveyError):
+            ingest(survey(), [path], tmp_path / "out", settings)
+        return
+    made = ingest(survey(max_rejected_fraction=1.0), [path], tmp_path / "out", settings)
+    assert (made.rows.n_out, made.rows.rejected) == (250 - n_bad, n_bad)
 
 
 def test_what_decides_no_row_is_not_in_the_recipe():

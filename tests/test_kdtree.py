@@ -73,3 +73,12 @@ def test_no_rows_have_no_neighbours(n):
     assert tree.kth_distance(none, 16).shape == (0,)
     assert [len(found) for found in tree.nearest(none)] == [0, 0]
     assert tree.has_more(none, np.empty(0), 3).shape == (0,)
+
+
+def test_only_finite_points_have_neighbours():
+    with pytest.raises(ValueError, match="finite"):
+        Tree(np.empty((0, 3)))
+    tree = Tree(np.zeros((4, 3)))
+    for ask in (tree.nearest, lambda x: tree.kth_distance(x, 2)):
+        with pytest.raises(ValueError, match="finite"):
+            ask(np.array([[0.0, 0.0, 1.0], [0.0, np.nan, 0.0]]))

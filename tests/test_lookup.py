@@ -73,3 +73,9 @@ def test_too_fine_a_grid_gets_no_table(monkeypatch):
     booster = random_booster(np.random.default_rng(2), 5, 3, 16)
     monkeypatch.setattr(lookup, "MAX_CELLS", 8)
     assert compile_trees([booster]) is None
+
+
+def test_thresholds_closer_than_float32_divides_by():
+    edges = np.array([0.0, 1e-41, 3e-41], np.float32)
+    values = np.array([-1.0, 0.0, 5e-42, 1e-41, 2e-41, 3e-41, 1.0, np.nan], np.float32)
+    assert lookup._Bins.of_edges(edges).of(values).tolist() == [0, 1, 1, 2, 2, 3, 3, 4]

@@ -17,6 +17,27 @@ def test_cores_are_those_this_process_may_use():
     assert int(printed.stdout) == 1
 
 
+@pytest.mark.parametrize(
+    ("controllers", "files"),
+    [
+        ("", {"cpu.max": "{} 100000"}),
+        ("cpu,cpuacct", {"cpu.cfs_quota_us": "{}", "cpu.cfs_period_us": "100000"}),
+    ],
+)
+def test_cores_are_those_a_batch_job_has_the_time_of(monkeypatch, tmp_path, controllers, files):
+    job = tmp_path / controllers / "batch" / "job"
+    job.mkdir(parents=True)
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "_OWN_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(128)))
+    (tmp_path / "groups").write_text(f"4:memory:/other\n1:{controllers}:/batch/job\n")
+    assert machine.n_cores() == 128
+    for quota, cores in (("150000", 2), ("800000", 8), ("-1", 128), ("max", 128)):
+        for name, text in files.items():
+            (job / name).write_text(text.format(quota))
+        assert machine.n_cores() == cores
+
+
 def test_memory_is_no_more_than_the_machine_has():
     assert 1 << 28 < machine.memory_bytes() <= psutil.virtual_memory().total
 

@@ -21,6 +21,8 @@ _LARGEST = (1 << 64) - 1
 _SAMPLES, _GOLDEN_RATIO = 64, 0.6180339887498949
 
 HashArray: TypeAlias = NDArray[np.uint64]
+Run: TypeAlias = HashArray | Path
+"""Ascending hashes, or the NumPy file that holds them."""
 
 
 def sort_order(cells: IntArray, ids: Any) -> IntArray:
@@ -73,13 +75,12 @@ def sorted_hashes(ids: pa.Array) -> HashArray:
     return np.sort(hashes_of(ids), kind="stable")
 
 
-def key_ranges(runs: Sequence[HashArray], n_ranges: int) -> list[tuple[int, int]]:
+def key_ranges(runs: Sequence[Run], n_ranges: int) -> list[tuple[int, int]]:
     """Ranges of hashes that hold about equally many of them.
 
     Parameters
     ----------
-    runs : sequence of ndarray of uint64
-        Each ascending; may be memory-mapped, for only some of their values are read.
+    runs : sequence of Run
     n_ranges : int
         At most so many: a key that is very frequent has a range of its own.
 
@@ -89,7 +90,7 @@ def key_ranges(runs: Sequence[HashArray], n_ranges: int) -> list[tuple[int, int]
         Ascending, disjoint, together all 64-bit integers.
     """
     samples = [np.empty(0, np.uint64)]
-    for number, run in enumerate(runs):
+    for number, run in enumerate(map(_mapped, runs)):
         # Not the same places in each: runs that are alike would tell no more than one of them.
         places = np.arange(_SAMPLES) + number * _GOLDEN_RATIO % 1.0
         if len(run):
@@ -103,7 +104,7 @@ def key_ranges(runs: Sequence[HashArray], n_ranges: int) -> list[tuple[int, int]
 
 def conflicting_keys(
     pieces: Sequence[Path | pa.Table],
-    runs: Sequence[HashArray],
+    runs: Sequence[Run],
     first: int = 0,
     last: int = _LARGEST,
 ) -> pa.Array:
@@ -114,8 +115,8 @@ def conflicting_keys(
     pieces : sequence of Path or pyarrow.Table
         Tables or uncompressed Arrow IPC files (memory-mapped) with ``obs_id`` and ``_healpix_29``;
         only those with a key that stands twice are read.
-    runs : sequence of ndarray of uint64
-        `sorted_hashes` of each piece; may be memory-mapped.
+    runs : sequence of Run
+        `sorted_hashes` of each piece.
     first, last : int
         Only keys with a hash in this range are looked at, so that their 8 bytes fit in memory.
 
@@ -131,8 +132,9 @@ def conflicting_keys(
     """
     ends = np.array([first, last], np.uint64)
     inside = [np.empty(0, np.uint64)]
-    for run in runs:
-        inside.append(run[run.searchsorted(ends[0]) : run.searchsorted(ends[1], side="right")])
+    for run in map(_mapped, runs):
+        part = slice(run.searchsorted(ends[0]), run.searchsorted(ends[1], side="right"))
+        inside.append(np.array(run[part]))
     inside.sort(key=lambda run: int(run[0]) if len(run) else 0)
     hashed = np.concatenate(inside)
     hashed.sort(kind="stable")  # which merges runs, and finds those of an ordered file in order
@@ -165,15 +167,20 @@ def conflicting_keys(
     return one_array(keys.take(pc.sort_indices(keys)))
 
 
-def holders(runs: Sequence[HashArray], wanted: HashArray) -> list[int]:
-    """Numbers of the runs (each ascending) that hold one of the hashes."""
+def holders(runs: Sequence[Run], wanted: HashArray) -> list[int]:
+    """Numbers of the runs that hold one of the hashes."""
     found = []
-    for number, run in enumerate(runs if len(wanted) else ()):
+    for number, run in enumerate(map(_mapped, runs) if len(wanted) else ()):
         if len(run):
             place = np.minimum(run.searchsorted(wanted), len(run) - 1)
             if (run[place] == wanted).any():
                 found.append(number)
     return found
+
+
+def _mapped(run: Run) -> HashArray:
+    """A run to look into; not to be kept, for each that is mapped keeps a file open."""
+    return np.load(run, mmap_mode="r") if isinstance(run, Path) else run
 
 
 def check_conflicts(n_conflicts: int, n_rows: int, example: str, where: str = "") -> None:

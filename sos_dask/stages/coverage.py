@@ -235,7 +235,9 @@ def _run(
         },
         "shares": {name: count / max(n_rows, 1) for name, count in counts.items()},
         "rows": counts,
-        "stars": _shares(parameter_columns(sampled["star_id"]), _load(str(output.directory))),
+        "stars": _shares(
+            parameter_columns(sampled["star_id"]), _load(str(output.directory), output.fingerprint)
+        ),
         "flags": {
             str(bit): sum(record["flags"][str(bit)] for record in done) for bit in FLAG_MEANINGS
         },
@@ -343,7 +345,7 @@ def _sample_part(part: _SamplePart) -> None:
 
 
 @lru_cache(maxsize=2)
-def _load(directory: str) -> CoverageModel:
+def _load(directory: str, fingerprint: str) -> CoverageModel:
     return CoverageModel.load(Path(directory))
 
 
@@ -364,7 +366,7 @@ def _score_part(part: _Part) -> None:
     names = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *GAIA_IDS.values(), "position_epoch"]
     table = part.catalog.read(part.pixel, part.catalog.columns([*names, *PARAMETERS]))
     columns = parameter_columns(table)
-    model = _load(str(part.output.directory))
+    model = _load(str(part.output.directory), part.output.fingerprint)
     score, kind = model.coverage(columns)
     known = kind >= 0
     place = np.minimum(kind, OUTSIDE)

@@ -1,8 +1,8 @@
 """Stage ingest: survey files become a HEALPix-partitioned catalog of observations.
 
-Two passes, each row written twice: chunks of the files are read in parallel, put on canonical
-columns, sorted on the sky and kept as Arrow pieces; then the partitions are planned from the
-counts, and each one merges its slices of the memory-mapped pieces.
+Two passes over the rows, each of which is written twice: chunks of the files are read in parallel,
+put on canonical columns, sorted on the sky and kept as Arrow pieces; then keys are checked, the
+partitions are planned from the counts, and each one merges its slices of the memory-mapped pieces.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sos_dask.artifact import Manifest, Output, Recipe, Rows, atomic_path, sha25
 from sos_dask.catalog import write_parquet, write_partition
 from sos_dask.clean import quality_mask
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.errors import ConfigError, SurveyError
+from sos_dask.errors import CatalogError, ConfigError, SurveyError
 from sos_dask.healpix import HealpixPixel, plan_partitions
 from sos_dask.ingest import (
     CONFLICT,
@@ -32,6 +32,7 @@ from sos_dask.ingest import (
     ROW,
     Chunk,
     Profile,
+    Source,
     check_conflicts,
     check_profile,
     conflicting_keys,
@@ -67,7 +68,6 @@ _KEYS_PER_RANGE = 10_000_000
 # Measured, and a tenth more: a worker's process, and what it holds of a row while it reads a chunk.
 _PROCESS_BYTES, _CHUNK_BYTES = 170 << 20, 460
 _REJECTED = "rejected.parquet"
-_EDGES = "edges.npy"
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class _PixelPart:
     pieces: tuple[str, ...]
     files: tuple[str, ...]
     pixel: HealpixPixel
+    edges: str
     number: int
 
 
@@ -225,8 +226,10 @@ def _run(
         open_source(file, survey, index, output.work / "scratch")
         for index, file in enumerate(files)
     ]
+    # The cut into chunks is no part of the recipe: what another one has left is not taken for ours.
+    cut = settings.chunk_rows
     chunks = {
-        f"{source.index:04d}-{number:06d}": chunk
+        f"{cut}-{source.index:04d}-{number:06d}": chunk
         for source in sources
         for number, chunk in enumerate(plan_chunks(source, settings.chunk_rows))
     }
@@ -236,6 +239,7 @@ def _run(
     run_parts(output, "read", chunk_parts, _read_part, cluster, f"read {name}", report)
     read = records(output, "read", list(chunks))
     profile = Profile.merge([Profile.from_dict(record["profile"]) for record in read])
+    _check_rows(sources, profile.n_rows)
     check_profile(profile, survey, [str(file) for file in files])
     pieces = tuple(piece for record in read for piece in record["pieces"])
     histogram = np.zeros(12 * 4**HISTOGRAM_ORDER, dtype=np.int64)
@@ -245,17 +249,19 @@ def _run(
     if pixels:
         n_bytes = sum((output.work / piece).stat().st_size for piece in pieces)
         require_pixel(cluster, "ingest", name, pixels, histogram, n_bytes)
-    _save(output.work / _EDGES, partition_edges(pixels, _histograms(output, read)))
-    ranges = key_ranges(_runs(output, pieces), int(histogram.sum()) // _KEYS_PER_RANGE + 1)
+    edges = f"edges-{cut}.npy"
+    _save(output.work / edges, partition_edges(pixels, _histograms(output, read)))
+    runs = _runs(output, pieces)
+    ranges = key_ranges(runs, int(histogram.sum()) // _KEYS_PER_RANGE + 1)
     key_parts = {
-        str(number): _KeyPart(output, pieces, str(number), first, last)
+        f"{cut}-{number}": _KeyPart(output, pieces, f"{cut}-{number}", first, last)
         for number, (first, last) in enumerate(ranges)
     }
     run_parts(output, "keys", key_parts, _keys_part, cluster, f"check keys of {name}", report)
     names = tuple(file.name for file in files)  # bytes must not depend on where the files lie
     _settle_conflicts(output, pieces, names, list(key_parts))
     pixel_parts = {
-        key_of(pixel): _PixelPart(output, survey, pieces, names, pixel, number)
+        key_of(pixel): _PixelPart(output, survey, pieces, names, pixel, edges, number)
         for number, pixel in enumerate(pixels)
     }
     run_parts(output, "partitions", pixel_parts, _merge_part, cluster, f"write {name}", report)
@@ -289,6 +295,18 @@ def _run(
         extra,
         properties,
     )
+
+
+def _check_rows(sources: Sequence[Source], n_rows: int) -> None:
+    """Raise `CatalogError` unless the first pass has read all rows of the files."""
+    stated = [source.n_rows for source in sources]
+    total = sum(number for number in stated if number is not None)
+    if None not in stated and total != n_rows:
+        raise CatalogError(
+            f"{total} rows of {', '.join(str(source.path) for source in sources)}, of which "
+            f"{n_rows} were read",
+            "Remove the folder that was to be made and run the same command again.",
+        )
 
 
 def _summary_of(
@@ -354,15 +372,16 @@ def _hashes_file(piece: Path) -> Path:
     return piece.with_suffix(".keys.npy")
 
 
-def _runs(output: Output, pieces: Sequence[str]) -> list[NDArray[np.uint64]]:
-    return [np.load(_hashes_file(output.work / piece), mmap_mode="r") for piece in pieces]
+def _runs(output: Output, pieces: Sequence[str]) -> list[Path]:
+    return [_hashes_file(output.work / piece) for piece in pieces]
 
 
 def _histograms(output: Output, read: Sequence[Mapping[str, Any]]) -> Iterator[NDArray[np.int32]]:
     """`histogram_of` one piece after the other."""
     for record in read:
         counts = np.load(output.work / record["histogram"])
-        yield from np.split(counts, np.cumsum(record["cells"])[:-1], axis=1)
+        for stop, n_cells in zip(np.cumsum(record["cells"]), record["cells"], strict=True):
+            yield counts[:, stop - n_cells : stop]
 
 
 def _rejected_file(output: Output, key: str) -> Path:
@@ -420,7 +439,7 @@ def _settle_conflicts(
 
 def _merge_part(part: _PixelPart) -> None:
     """Second pass: one partition from its slices of the pieces."""
-    edges = np.load(part.output.work / _EDGES, mmap_mode="r")
+    edges = np.load(part.output.work / part.edges, mmap_mode="r")
     slices = [
         copied(read_piece(part.output.work / name).slice(first, stop - first))
         for name, first, stop in zip(
@@ -453,8 +472,11 @@ def _merge_part(part: _PixelPart) -> None:
 
 
 def _without(rows: pa.Table, losers: pa.Table) -> pa.Table:
-    keep = np.ones(rows.num_rows, dtype=bool)
-    files, numbers = rows[FILE].to_numpy(), rows[ROW].to_numpy()
-    for file, number in zip(losers[FILE].to_pylist(), losers[ROW].to_pylist(), strict=True):
-        keep[(files == file) & (numbers == number)] = False
-    return rows.filter(pa.array(keep))
+    lost, numbers = np.sort(_row_numbers(losers)), _row_numbers(rows)
+    place = np.minimum(np.searchsorted(lost, numbers), len(lost) - 1)
+    return rows.filter(pa.array(lost[place] != numbers))
+
+
+def _row_numbers(rows: pa.Table) -> NDArray[np.int64]:
+    """File and row there as one number: files have less than 10**12 rows."""
+    return np.asarray(rows[FILE].to_numpy().astype(np.int64) << 40 | rows[ROW].to_numpy())

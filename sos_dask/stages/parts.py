@@ -174,10 +174,12 @@ def unless_complete(output: Output) -> Iterator[None]:
         if not output.complete:
             output.discard()
             raise
+        output.tidy()
     except Exception:
         if not output.complete:
             output.release()
             raise
+        output.tidy()
 
 
 def manifest_of(directory: Path, stage: str) -> Manifest:

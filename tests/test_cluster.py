@@ -95,10 +95,10 @@ def test_a_memory_limit_is_a_number_of_bytes_or_none():
     with start(n_threads=2, memory_limit="0") as threads:
         assert threads.memory_limit_bytes is None
         threads.require_memory(1 << 60, "dedupe")
-    for workers in ({"n_threads": 2}, {"n_workers": 1}):
+    for n_workers, n_threads in ((None, 2), (1, None)):
         with (
             pytest.raises(ConfigError, match="'much' is no memory limit"),
-            start(**workers, memory_limit="much"),
+            start(n_workers, "much", n_threads=n_threads),
         ):
             pass
 

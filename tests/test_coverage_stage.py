@@ -58,16 +58,15 @@ def test_same_bytes_with_workers(small_store, cluster, tmp_path):
 
 
 def test_other_limits_in_the_same_folder_and_process(small_store, tmp_path):
-    inputs = [
-        opened(small_store, name) for name in ("pairs", "lamost.observations", "lamost.stars")
-    ]
+    pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
+    stars = opened(small_store, "lamost.stars")
     model = (small_store / "current" / "model.polynomial").resolve()
     first = CoverageSettings(compare=False)
     second = CoverageSettings(compare=False, limits=Limits(0.95, 0.9))
-    coverage(model, *inputs, tmp_path / "out", first)
+    coverage(model, pairs, rows, stars, tmp_path / "out", first)
     before = contents(tmp_path / "out")
-    coverage(model, *inputs, tmp_path / "out", second, overwrite=True)
-    coverage(model, *inputs, tmp_path / "fresh", second)
+    coverage(model, pairs, rows, stars, tmp_path / "out", second, overwrite=True)
+    coverage(model, pairs, rows, stars, tmp_path / "fresh", second)
     assert before != contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 

@@ -131,7 +131,7 @@ class _Bins:
         width = float(edges[-1] - edges[0]) if len(edges) else 0.0
         places = _PLACES / width if width > 0 else 0.0
         # Without a scale all are in one place: also of widths that float32 cannot divide by.
-        scale = np.float32(places if places < np.finfo(np.float32).max else 0.0)
+        scale = np.float32(places if places < float(np.finfo(np.float32).max) else 0.0)
         low, high = (edges[0], edges[-1]) if len(edges) else (np.float32(0), np.float32(0))
         bins = cls(edges, np.zeros(_PLACES, dtype=np.intp), 0, low, high, scale)
         counts = np.bincount(bins._place(edges), minlength=_PLACES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -36,6 +36,7 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 _ANSWER_S = 5
 _CONNECT = "20s"
+_CLOSING_S = 10.0
 _LISTENING_S = 3.0  # so long nobody may listen yet at a scheduler's address
 
 
@@ -387,7 +388,11 @@ def start(
                 ) from error
         else:
             _share_imports()
-            with _children_ignore_interrupts(), _environment_kept():
+            with _interrupts(signal.SIG_IGN), _environment_kept():
+                # The process that workers are copies of, and they, inherit both.
+                os.environ |= {name: str(value) for name, value in _WORKER_ENVIRONMENT.items()}
+                multiprocessing.forkserver.ensure_running()
+            with _interrupts_postponed(), _environment_kept():
                 local = stack.enter_context(
                     LocalCluster(
                         n_workers=n_workers or n_cores(),
@@ -400,6 +405,7 @@ def start(
                         silence_logs=logging.CRITICAL,
                     )
                 )
+            stack.enter_context(_hanging_workers_killed(local))
             client = Client(local)
         stack.enter_context(client)
         if scheduler is None:
@@ -444,6 +450,28 @@ def _require_listener(address: str) -> None:
 
 
 @contextlib.contextmanager
+def _hanging_workers_killed(local: Any) -> Iterator[None]:
+    """While a cluster closes, kill workers that do not end: one that just starts again never does.
+
+    Dask waits for ever for a worker that has not yet told its nanny that it runs.
+    """
+    yield
+    closed = threading.Event()
+
+    def watch() -> None:
+        while not closed.wait(_CLOSING_S):
+            for nanny in list(local.workers.values()):
+                with contextlib.suppress(OSError, TypeError):  # ended by itself, or not there yet
+                    os.kill(nanny.pid, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="closing", daemon=True).start()
+    try:
+        local.close()
+    finally:
+        closed.set()
+
+
+@contextlib.contextmanager
 def _environment_kept() -> Iterator[None]:
     """Dask gives workers their environment through this process, which may use all its threads."""
     before = {name: os.environ.get(name) for name in _WORKER_ENVIRONMENT}
@@ -457,13 +485,23 @@ def _environment_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _children_ignore_interrupts() -> Iterator[None]:
-    """Processes started here leave Ctrl-C to the driver, which ends them without a traceback."""
+def _interrupts(handler: Any) -> Iterator[None]:
+    """Another handler of Ctrl-C; only the main thread has one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _interrupts_postponed() -> Iterator[None]:
+    """Ctrl-C counts at the end of the block: Dask's start cannot be left half-way."""
+    arrived: list[int] = []
+    with _interrupts(lambda number, frame: arrived.append(number)):
+        yield
+    if arrived:
+        signal.raise_signal(signal.SIGINT)

@@ -1,6 +1,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -157,6 +159,29 @@ def test_a_killed_worker_costs_nothing(tmp_path):
 def test_a_task_that_always_kills_is_an_error():
     with start(1, "2GiB") as cluster, pytest.raises(ClusterError, match="killed its worker"):
         cluster.run(die, [0], "die")
+
+
+_INTERRUPTED = """
+import os, signal, threading, time
+from sos_dask.cluster import start
+if __name__ == "__main__":
+    threading.Timer({after}, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        with start(2, "1GiB"):
+            time.sleep(20)
+    except KeyboardInterrupt:
+        print("stopped")
+"""
+
+
+@pytest.mark.parametrize("after", [0.05, 0.4, 0.9])
+def test_an_interrupt_while_workers_start_is_not_lost(tmp_path, after):
+    script = tmp_path / "script.py"
+    script.write_text(_INTERRUPTED.format(after=after))
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("stopped\n", "")
+    assert time.monotonic() - began < 15
 
 
 def test_no_scheduler_is_a_clear_error(monkeypatch):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sos_dask.errors import CatalogError, StorageError
+from sos_dask.errors import CatalogError, ConfigError, StorageError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -293,6 +293,8 @@ class Output:
         ------
         CatalogError
             The directory holds something else and ``overwrite`` is false.
+        ConfigError
+            The directory is an input of what is to replace it.
         """
         output = cls(directory, recipe)
         if not output.complete and any(_finished_files(directory)):
@@ -309,6 +311,11 @@ class Output:
                     raise CatalogError(
                         f"{directory} holds files that are no output of sos-dask: not overwritten",
                         "Remove them yourself or choose another directory.",
+                    )
+                if not other and Manifest.load(directory).fingerprint in recipe.inputs.values():
+                    raise ConfigError(
+                        f"{directory} is to be replaced, but the new output is made from it",
+                        "Choose another directory.",
                     )
                 shutil.rmtree(directory)
         if not output.complete:

@@ -247,6 +247,26 @@ def test_verify_finds_missing_and_foreign_files(small):
     assert any("Npix=1.parquet is not in the manifest" in problem for problem in found)
 
 
+def test_a_flipped_bit_is_seen_by_what_reads_its_column(small):
+    pixel = small.pixels[0]
+    path = small.partition_file(pixel)
+    content, group = path.read_bytes(), pq.read_metadata(path).row_group(0)
+    for number, name in enumerate(small.schema.names):
+        chunk = group.column(number)
+        last = chunk.data_page_offset + chunk.total_compressed_size
+        last -= chunk.data_page_offset - (chunk.dictionary_page_offset or chunk.data_page_offset)
+        damaged = bytearray(content)
+        damaged[last - 1] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(PartitionError, match=f"Npix={pixel.pixel}.parquet cannot be read"):
+            small.read(pixel, [name])
+        with pytest.raises(PartitionError, match="cannot be read"):
+            small.take(pixel, np.arange(3), [name])
+        others = [other for other in small.schema.names if other != name]
+        assert small.read(pixel, others).num_rows == group.num_rows
+    path.write_bytes(content)
+
+
 def test_corrupt_partition_is_named(small):
     path = small.partition_file(small.pixels[1])
     path.write_bytes(path.read_bytes()[:100])

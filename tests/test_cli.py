@@ -462,6 +462,24 @@ def test_another_output_is_not_overwritten_unless_told(cli, small_store, tmp_pat
     assert (tmp_path / "mine/thesis.tex").read_text() == "42"
 
 
+def test_a_command_does_not_overwrite_what_it_reads(cli, small_store, tmp_path):
+    for name in ("pairs", "lamost.stars", "reference", "model.polynomial", "lamost.observations"):
+        shutil.copytree((small_store / "current" / name).resolve(), tmp_path / name)
+    stars, pairs, model = "lamost.stars", "pairs", "model.polynomial"
+    before = contents(tmp_path)
+    for more in (
+        ("dedupe", "lamost.observations", "-o", "lamost.observations"),
+        ("train", pairs, "-m", "polynomial", "-o", pairs),
+        ("crossmatch", stars, "reference", "--radius-arcsec", 1, "-o", stars),
+        ("crossmatch", stars, "reference", "--radius-arcsec", 1, "-o", "reference"),
+        ("apply", model, "lamost.observations", "-o", "lamost.observations"),
+        ("apply", model, "lamost.observations", "-o", model),
+    ):
+        ran = cli(*more, "-w", 0, "--overwrite")
+        assert_error(ran, 3, f"{more[-1]} is to be replaced, but", "another directory")
+        assert contents(tmp_path) == before
+
+
 def test_an_output_that_cannot_be_made(cli, small_store, tmp_path):
     catalog = small_store / "current/apogee.observations"
     (tmp_path / "file").touch()

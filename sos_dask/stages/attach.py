@@ -33,7 +33,7 @@ from sos_dask.stages.parts import (
 from sos_dask.surroundings import surroundings
 from sos_dask.survey import SourceColumn, Survey
 
-VERSION = 2
+VERSION = 3
 _WAYS = (*GAIA_IDS.values(), "position")
 _MOTION = ("pmra", "pmdec", "position_epoch")
 

@@ -43,7 +43,7 @@ from sos_dask.stages.parts import (
 )
 from sos_dask.surroundings import near_pixel, surroundings
 
-VERSION = 3
+VERSION = 4
 _MOTION = ("pmra", "pmdec", "position_epoch")
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
             "rv_err", "phot_g_mean_mag", "distance", "ebv", "n_obs")  # fmt: skip

@@ -32,7 +32,7 @@ from sos_dask.stages.parts import (
 )
 
 PRELOAD = ("sos_dask.compiled",)  # for workers: this module itself imports it where it has rows
-VERSION = 3
+VERSION = 4
 _MAX_LAYERS = 256
 
 

@@ -145,7 +145,7 @@ def changed_folds(
 def change_folds(part: FoldChange) -> None:
     """Write a partition of pairs with its final folds."""
     path = _partition_file(part.output, part.pixel)
-    with partition_errors(path), pq.ParquetFile(path) as file:
+    with partition_errors(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
         pairs = file.read(use_threads=False)
     folds = pairs["fold"].to_numpy().copy()
     folds[part.rows] = part.folds

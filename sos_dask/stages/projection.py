@@ -49,7 +49,7 @@ from sos_dask.stages.parts import (
 )
 from sos_dask.verify import key_hashes
 
-VERSION = 3
+VERSION = 4
 SAMPLE, MAPS, MODEL = "sample.parquet", "maps.parquet", "projection.json"
 TARGET, OVERLAP = "target", "overlap"
 _KEY = "obs_id"

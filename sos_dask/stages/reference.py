@@ -38,7 +38,7 @@ from sos_dask.stages.parts import (
 from sos_dask.surroundings import surroundings
 from sos_dask.unify import UnifySettings, common_differences, unify
 
-VERSION = 3
+VERSION = 4
 _HISTOGRAM_ORDER = 8
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))
 # What decides which rows are one star, and the labels.

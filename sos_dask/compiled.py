@@ -454,8 +454,8 @@ def count_pulls(
     """
     logg = values[1]
     last = np.empty(3, dtype=np.int64)
-    # A logarithm each would be half of the time: bins by the first bits of the squared pull, 256
-    # steps an octave; -1 where a step is in two bins.
+    # With a logarithm each it takes half as long again: bins by the first bits of the squared pull,
+    # 256 steps an octave; -1 where a step is in two bins.
     octave = int(np.floor(2 * lowest))
     n_octaves = int(np.ceil(2 * counts.shape[3] / bins_an_octave)) + 1
     lowest_key = (1023 + octave) << 8

@@ -195,13 +195,11 @@ def claim(i: IntArray, j: IntArray, rank: IntArray, claimed: BoolArray) -> None:
         for link in range(n):
             beaten[loser[link]] = turn
         for link in range(n):
-            if beaten[winner[link]] != turn:
-                claimed[loser[link]] = True
+            claimed[loser[link]] |= beaten[winner[link]] != turn
         left = 0
         for link in range(n):
-            if not claimed[winner[link]] and not claimed[loser[link]]:
-                winner[left], loser[left] = winner[link], loser[link]
-                left += 1
+            winner[left], loser[left] = winner[link], loser[link]
+            left += not (claimed[winner[link]] | claimed[loser[link]])
         # A primary whose last neighbour is claimed has no link left: nothing else refers to it.
         n = left
 
@@ -261,20 +259,23 @@ def members(
     for one in group:
         if one >= 0:
             place[one] += 1
+    # Written always and counted where it holds: a branch that nobody can foresee costs more.
     found, total = 0, 0
     for one in range(len(group)):
         size = place[one]
-        place[one] = -1
-        if size > 1:
-            groups[found], first[found], place[one] = one, total, total
-            found += 1
-            total += size
+        is_group = size > 1
+        groups[found], first[found], place[one] = one, total, total if is_group else -1
+        found += is_group
+        total += size if is_group else 0
     first[found] = total
     for number in range(len(group)):
         one = group[number]
-        if one >= 0 and place[one] >= 0:
-            row[place[one]] = number
-            place[one] += 1
+        if one >= 0:
+            at = place[one]
+            is_member = at >= 0
+            # Where a row is in no group there is one more place than there are members.
+            row[at if is_member else total] = number
+            place[one] = at + is_member
     count[0] = found
 
 
@@ -332,19 +333,20 @@ def choose(
             common, either, passed = common & one, either | one, passed or one == 0
         bits[star] = 0 if passed else (common if common != 0 else either)
         n, n_snr, squares, highest = used_first[star], 0, 0.0, -np.inf
+        best_place = start
         for place in range(start, stop):
             if passed and quality[row[place]] != 0:
                 continue
             value = np.float64(snr[row[place]])
-            if n == used_first[star] or value > highest:
-                best[star] = place
-                highest = -np.inf if np.isnan(value) else value
+            is_better = n == used_first[star] or value > highest
+            best_place = place if is_better else best_place
+            highest = value if value > highest else highest
             used_row[n] = row[place]
             n += 1
             if not np.isnan(value):
                 n_snr += 1
                 squares += value * value
-        used_first[star + 1] = n
+        used_first[star + 1], best[star] = n, best_place
         total_snr[star] = np.sqrt(squares) if n_snr else np.nan
 
 
@@ -452,6 +454,18 @@ def count_pulls(
     """
     logg = values[1]
     last = np.empty(3, dtype=np.int64)
+    # With a logarithm each it takes half as long again: bins by the first bits of the squared pull,
+    # 256 steps an octave; -1 where a step is in two bins.
+    octave = int(np.floor(2 * lowest))
+    n_octaves = int(np.ceil(2 * counts.shape[3] / bins_an_octave)) + 1
+    lowest_key = (1023 + octave) << 8
+    bin_of = np.empty(n_octaves << 8, dtype=np.int64)
+    for key in range(len(bin_of)):
+        unit = 2.0 ** ((key >> 8) + octave)
+        start, stop = unit * (1 + (key & 255) / 256), unit * (1 + ((key & 255) + 1) / 256)
+        start = np.floor((np.log2(start * (1 - 1e-9)) / 2 - lowest) * bins_an_octave)
+        stop = np.floor((np.log2(stop * (1 + 1e-9)) / 2 - lowest) * bins_an_octave)
+        bin_of[key] = max(0, min(counts.shape[3] - 1, int(start))) if start == stop else -1
     for star in range(len(first) - 1):
         before, last[:] = -1, -1
         for place in range(first[star], first[star + 1]):
@@ -481,14 +495,18 @@ def count_pulls(
                     snr_bin = len(snr_edges) + 1
                     if np.isfinite(snr[one]) and np.isfinite(snr[other]):
                         worse, snr_bin = np.float64(min(snr[one], snr[other])), 0
-                        while snr_bin < len(snr_edges) and snr_edges[snr_bin] <= worse:
-                            snr_bin += 1
+                        for edge in snr_edges:
+                            snr_bin += edge <= worse
                 error_2 = np.float64(errors[label][other])
                 error_2 = error_2 if error_2 > 0 else expected_error[label]
-                pull = abs(value - np.float64(values[label][other]))
-                pull /= np.sqrt(error * error + error_2 * error_2)
-                at = 0
-                if pull > 0:
-                    at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
-                    at = max(0, min(counts.shape[3] - 1, at))
+                difference = value - np.float64(values[label][other])
+                variance = error * error + error_2 * error_2
+                square = np.float64(difference * difference / variance)
+                step = (square.view(np.int64) >> 44) - lowest_key
+                at = int(bin_of[step]) if 0 <= step < len(bin_of) else -1
+                if at < 0:
+                    pull, at = abs(difference) / np.sqrt(variance), 0
+                    if pull > 0:
+                        at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
+                        at = max(0, min(counts.shape[3] - 1, at))
                 counts[label, kind, snr_bin, at] += 1

@@ -254,3 +254,28 @@ def test_count_pulls(seed, n, dtype):
                 kind = 1 if sum(logg) < 7.0 else 0
                 wanted[label, kind, place, min(max(math.floor(at), 0), 11)] += 1
     assert counts.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_count_pulls_beside_the_limits_of_bins(dtype):
+    lowest, bins, n_bins = -10.0, 12.0, 192
+    limits = 2.0 ** (np.arange(-3, n_bins + 4) / bins + lowest)
+    away = np.array([1e-12, 1e-10, 3e-9, 1e-6, 4e-3])
+    pull = np.concatenate([limits[:, None] * (1 + away), limits[:, None] * (1 - away)]).ravel()
+    pull = np.concatenate([pull, [0.0, 1e-200, 1e-30, 1e30]]).astype(dtype)
+    n = len(pull)
+    value = np.stack([np.zeros(n, dtype=dtype), pull], axis=1).ravel()
+    error = np.full(2 * n, 0.5, dtype=dtype)
+    first, row = np.arange(n + 1) * 2, np.arange(2 * n)
+    counts = np.zeros((3, 2, 3, n_bins), dtype=np.int64)
+    none = np.full(2 * n, np.nan, dtype=dtype)
+    labels, errors = (value, none, none), (error, none, none)
+    quality, expected, edges = np.zeros(2 * n, dtype=np.int64), np.full(3, np.nan), np.array([10.0])
+    binning = (3.5, edges, lowest, bins)
+    count_pulls(first, row, quality, labels, errors, expected, none, *binning, counts)
+    wanted = np.zeros(n_bins, dtype=np.int64)
+    for one in (pull.astype(np.float64) / math.sqrt(0.5)).tolist():
+        at = math.floor((math.log2(one) - lowest) * bins) if one else 0
+        wanted[min(max(at, 0), n_bins - 1)] += 1
+    assert counts[0].sum(axis=(0, 1)).tolist() == wanted.tolist()
+    assert counts.sum() == n

@@ -508,6 +508,10 @@ def test_same_bytes_for_any_order_of_rows(method):
     assert some.equals(one.filter(mask))
     # So do all rows when those of the other stars are left out.
     assert some.equals(combine(table, np.where(part, primary, -1), chosen, {}))
+    # Rows of several chunks, as those of a partition and of its surroundings, are as good as one.
+    for cut in (0, 1, 150, 399):
+        chunks = pa.concat_tables([table.slice(0, cut), table.slice(cut)])
+        assert one.equals(combine(chunks, primary, chosen, {}))
 
 
 def test_stars_observed_once_stay_as_they_are():

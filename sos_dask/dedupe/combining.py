@@ -79,12 +79,12 @@ def combine(
     """
     required = (HEALPIX_COLUMN, "obs_id", "ra", "dec", "quality")
     require_columns(table.schema, required, "the observations to be combined")
-    is_given = primary >= 0
-    is_primary = primary == np.arange(len(primary))
-    if len(primary) != table.num_rows or not is_primary[primary[is_given]].all():
+    if len(primary) != table.num_rows or not _are_primaries(primary):
         raise PartitionError("primaries do not belong to the rows to be combined")
-    leaders = np.flatnonzero(is_primary)
-    leaders = leaders[_sky_order(table.select([HEALPIX_COLUMN, "obs_id"]), leaders)]
+    leaders = np.flatnonzero(primary == np.arange(len(primary)))
+    # Most often in the first of two chunks: nothing is copied into one.
+    leading = table.slice(0, leaders[-1] + 1 if len(leaders) else 0)
+    leaders = leaders[_sky_order(leading, leaders)]
     repeats = _Repeats.of(table, primary, leaders)
 
     source = leaders.copy()
@@ -95,14 +95,14 @@ def combine(
         if name in combined:
             columns[name] = combined[name]
             continue
-        rows = source
+        column, rows = table.column(name), source
         if name in (HEALPIX_COLUMN, "obs_id", "ra", "dec", "position_epoch"):
-            rows = leaders
+            column, rows = leading.column(name), leaders
         elif name in ("pmra", "pmdec") and {"pmra", "pmdec"} <= set(table.schema.names):
             rows = repeats.source_of(source, ("pmra", "pmdec"))
         elif name.startswith("gaia_") and name.endswith("_source_id"):
             rows = repeats.source_of(source, (name,))
-        values = pc.take(_one_chunk(table.column(name)), pa.array(rows), boundscheck=False)
+        values = pc.take(_one_chunk(column), pa.array(rows), boundscheck=False)
         is_coded = pa.types.is_dictionary(values.type)
         columns[name] = values.dictionary_decode() if is_coded else values
     n_obs, n_used = np.ones((2, len(leaders)), dtype=np.int32)
@@ -202,14 +202,17 @@ class _Repeats:
     def source_of(self, source: IntArray, names: tuple[str, ...]) -> IntArray:
         """Row of each star that gives these columns: the best row, or the first that has them."""
         rows = source.copy()
-        if not any(self.table.column(name).null_count for name in names):
+        if not any(self.table.column(name).null_count for name in names) or not len(self.star):
             return rows
         has = np.ones(self.table.num_rows, dtype=np.bool_)
         for name in names:
-            has &= self.table.column(name).is_valid().to_numpy()
-        lacking = np.flatnonzero(~has[self.best])
-        # Places in ``row`` of those that have them, and the first such place of each star.
-        having = np.append(np.flatnonzero(has[self.row]), len(self.row))
+            has &= _is_valid(self.table.column(name))
+        lacking = np.flatnonzero(~has.take(self.best))
+        # Places in ``row`` of their members, those of them that have them, and the first of each.
+        count = self.first[lacking + 1] - self.first[lacking]
+        stop = np.cumsum(count)
+        place = np.arange(count.sum()) + np.repeat(self.first[lacking + 1] - stop, count)
+        having = np.append(place[has[self.row[place]]], len(self.row))
         at = having[np.searchsorted(having, self.first[lacking])]
         found = at < self.first[lacking + 1]
         rows[self.star[lacking[found]]] = self.row[at[found]]
@@ -237,7 +240,7 @@ class _Repeats:
                 out |= self._replaced(f"{label}_err", errors, source, combined.error)
         if settings.method != "best-snr":
             out |= self._replaced("snr", reals_or_nan(self.table, "snr"), source, self.snr)
-        quality = _one_chunk(self.table.column("quality")).to_numpy()[source]
+        quality = _one_chunk(self.table.column("quality")).to_numpy().take(source)
         quality[self.star] = self.quality
         return out | {"quality": pa.array(quality), "flag_spread": pa.array(flag)}
 
@@ -277,7 +280,7 @@ class _Repeats:
         """A column with the values of these stars; none if the table lacks it."""
         if name not in self.table.schema.names:
             return {}
-        of_stars = values[source]
+        of_stars = values.take(source)
         of_stars[self.star] = combined
         return {name: _nullable(of_stars, self.table.schema.field(name).type)}
 
@@ -295,6 +298,20 @@ class _Label:
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     # One chunk would be copied, too.
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _is_valid(column: pa.ChunkedArray) -> BoolArray:
+    """Where a column is not null."""
+    # By way of bytes: Arrow turns bits into booleans of NumPy one by one.
+    valid: BoolArray = column.is_valid().cast(pa.uint8()).to_numpy().view(np.bool_)
+    return valid
+
+
+def _are_primaries(primary: IntArray) -> bool:
+    """Whether all rows that are not left out name a row that is its own primary."""
+    return (
+        bool(np.all((primary.take(primary) == primary) | (primary < 0))) if len(primary) else True
+    )
 
 
 def _nullable(values: FloatArray, dtype: pa.DataType) -> pa.Array:

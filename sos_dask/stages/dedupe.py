@@ -137,19 +137,22 @@ def _star_schema(
 
 def _dedupe_part(part: _Part) -> None:
     """Stars whose primary observation lies in one partition."""
-    rows = part.catalog.read(part.pixel, coded=True)
-    around, first, primary = _grouped(part, rows)
-    stop = first + rows.num_rows
+    own = part.catalog.read(part.pixel, _grouping_columns(part))
+    around, first, primary = _grouped(part, own)
+    stop = first + own.num_rows
     # Every partition that sees a star sees the same one; it belongs to that of its primary.
     is_member = (primary >= first) & (primary < stop)
     inside = np.where(is_member[first:stop], primary[first:stop] - first, -1)
     is_member[first:stop] = False
+    rows = _with_other_columns(part, own)
     if is_member.any():
         away = around.filter(pa.array(np.delete(is_member, slice(first, stop))))
         others = _full_rows(part.catalog, away).cast(rows.schema)
-        rows = pa.concat_tables([rows, others]).combine_chunks()
+        rows = pa.concat_tables([rows, others])
         inside = np.concatenate([inside, primary[is_member] - first])
+    pulls = pull_counts(rows, inside, part.expected_error)
     stars = combine(rows, inside, part.settings, part.expected_error)
+    del own, rows  # their memory serves the writer
     record = write_partition(part.output, part.pixel, stars) if stars.num_rows else None
     part.output.put_record(
         "stars",
@@ -160,9 +163,29 @@ def _dedupe_part(part: _Part) -> None:
             "n_members": int(np.count_nonzero(inside >= 0)),
             "n_repeated": int(np.count_nonzero(stars["n_obs"].to_numpy() > 1)),
             "n_spread": pc.sum(stars["flag_spread"]).as_py() or 0,
-            "pulls": pull_counts(rows, inside, part.expected_error),
+            "pulls": pulls,
         },
     )
+
+
+def _ids(part: _Part) -> dict[str, str]:
+    """Columns of Gaia ids that count, by release."""
+    wanted = GAIA_IDS if part.settings.use_gaia_id else {}
+    return {r: c for r, c in wanted.items() if c in part.catalog.schema.names}
+
+
+def _grouping_columns(part: _Part) -> list[str]:
+    return [HEALPIX_COLUMN, "obs_id", "ra", "dec", *_ids(part).values()]
+
+
+def _with_other_columns(part: _Part, own: pa.Table) -> pa.Table:
+    """The partition's rows with the columns that grouping does not need, read only after it."""
+    names = part.catalog.schema.names
+    others = [name for name in names if name not in own.schema.names]
+    rows = part.catalog.read(part.pixel, others, coded=True)
+    for item in own.schema:
+        rows = rows.append_column(item, own[item.name])
+    return rows.select(names)
 
 
 def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int64]]:
@@ -178,9 +201,7 @@ def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int6
         Primary of every row, those around included, as index into that order.
     """
     catalog, pixel, settings = part.catalog, part.pixel, part.settings
-    wanted = GAIA_IDS if settings.use_gaia_id else {}
-    ids = {r: c for r, c in wanted.items() if c in catalog.schema.names}
-    columns = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *ids.values()]
+    ids, columns = _ids(part), _grouping_columns(part)
     reach = max(settings.radius_arcsec, settings.id_radius_arcsec if ids else 0.0)
     own_cells = own[HEALPIX_COLUMN].to_numpy()
     edges = Edges.of(pixel, own_cells, reach)
@@ -189,7 +210,7 @@ def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int6
         around = catalog.read_ranges(edges.ranges, columns)
         first = int(np.searchsorted(around[HEALPIX_COLUMN].to_numpy(), pixel.first))
         table = pa.concat_tables(
-            [around.slice(0, first), own.select(columns), around.slice(first)]
+            [around.slice(0, first), own, around.slice(first)]
         ).combine_chunks()
         cells = table[HEALPIX_COLUMN].to_numpy()
         groups = group(

@@ -312,7 +312,9 @@ class Output:
                         f"{directory} holds files that are no output of sos-dask: not overwritten",
                         "Remove them yourself or choose another directory.",
                     )
-                if not other and Manifest.load(directory).fingerprint in recipe.inputs.values():
+                there = None if other else Manifest.load(directory)
+                names = [there.fingerprint, *(file.sha256 for file in there.files)] if there else []
+                if not set(names).isdisjoint(recipe.inputs.values()):
                     raise ConfigError(
                         f"{directory} is to be replaced, but the new output is made from it",
                         "Choose another directory.",

@@ -53,8 +53,6 @@ for _title, _commands in _GROUPS.items():
 
 def main() -> None:
     """Entry point: runs a command, turns errors into a message and an exit code."""
-    # Arrow gives freed memory back at once and pays for fresh pages again; read when it is loaded.
-    os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
     gc.set_threshold(100_000)  # imports make many objects and no garbage
     debug = DEBUG in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -124,6 +125,12 @@ class LightStepOptions(StepOptions):
     """
 
     threads: Threads = None
+
+    def __post_init__(self) -> None:
+        # Read when NumPy and Arrow are loaded, which is later: no thread for linear algebra, which
+        # waits in a loop for what never comes; and freed memory is used again, not given back.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
 
     def start(self) -> AbstractContextManager[Cluster]:
         """What runs the tasks of the step: threads where there are few cores.

@@ -8,7 +8,6 @@ range of order-29 cells and every overlap of catalogs is an overlap of intervals
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from typing import Any
@@ -229,16 +228,3 @@ def plan_partitions(
         split = split[levels[level][split] > rows_per_partition]
         open_pixels = (split[:, None] * 4 + np.arange(4)).ravel()
     return sorted(pixels, key=lambda pixel: pixel.first)
-
-
-def partition_of(cells29: IntArray, pixels: Iterable[HealpixPixel]) -> IntArray:
-    """Index of the pixel that holds each order-29 cell; -1 where none does.
-
-    ``pixels`` must not overlap and must be sorted by ``first``.
-    """
-    pixels = list(pixels)
-    firsts = np.array([pixel.first for pixel in pixels], dtype=np.int64)
-    stops = np.array([pixel.stop for pixel in pixels], dtype=np.int64)
-    index = np.searchsorted(firsts, cells29, side="right") - 1
-    inside = (index >= 0) & (cells29 < stops[np.maximum(index, 0)]) if len(pixels) else index >= 0
-    return np.where(inside, index, -1)

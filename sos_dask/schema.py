@@ -12,8 +12,6 @@ from sos_dask.errors import ConfigError
 
 LABELS = ("teff", "logg", "feh")
 HEALPIX_COLUMN = "_healpix_29"
-MISSING_LABEL_BITS = {"teff": 20, "logg": 21, "feh": 22}
-"""Bits of ``quality`` that every built-in survey keeps for a label without a value."""
 TEXT_UNITS = ("log10(cm/s2)", "dex")
 """Logarithms, which do not convert: a native unit must be the same text."""
 DTYPES = {

@@ -28,7 +28,6 @@ FLAG_MEANINGS = {
     FLAG_SPREAD: "repeats of the star differ by more than their errors",
     FLAG_AMBIGUOUS: "more than one reference star may be this star",
 }
-FALLBACKS = ("polynomial", "none", "edge")
 FLAGS = "flag_coverage"
 COVERAGE_FIELD = pa.field(
     "coverage",

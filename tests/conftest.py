@@ -37,6 +37,12 @@ def cluster():
 
 
 @pytest.fixture(scope="session")
+def client(cluster):
+    """Client of the cluster of two worker processes that all tests share."""
+    return cluster.client
+
+
+@pytest.fixture(scope="session")
 def small_sky(tmp_path_factory) -> Path:
     """Folder of a simulated sky: 5,000 LAMOST rows, as the surveys' own FITS tables."""
     from sos_dask.simulate import SkySettings, simulate

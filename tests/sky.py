@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from sos_dask.artifact import Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_partition
-from sos_dask.healpix import ang2pix, partition_of, plan_partitions
+from sos_dask.healpix import ang2pix, plan_partitions
 from sos_dask.schema import CANONICAL, HEALPIX, QUALITY
 from sos_dask.stages.parts import commit_catalog
 
@@ -81,10 +81,10 @@ def write_catalog(
     order = 8  # the clumps lie on corners of such cells: finer ones cut them no further
     histogram = np.bincount(cells >> 2 * (29 - order), minlength=12 * 4**order).astype(np.int64)
     pixels = plan_partitions(histogram, order, rows_per_partition)
-    where = partition_of(cells, pixels)
     done = []
-    for number, pixel in enumerate(pixels):
-        record = write_partition(output, pixel, table.filter(pa.array(where == number)))
+    for pixel in pixels:
+        inside = (cells >= pixel.first) & (cells < pixel.stop)
+        record = write_partition(output, pixel, table.filter(pa.array(inside)))
         done.append((pixel, {"file": record.__dict__}))
     commit_catalog(output, name, done, table.schema, Rows(len(cells), len(cells)), {})
     return Catalog.open(directory)

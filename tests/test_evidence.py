@@ -10,9 +10,14 @@ import pytest
 from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster
 from sos_dask.errors import CatalogError, ClusterError
-from sos_dask.stages import parts
 from sos_dask.stages.compare import compare
-from sos_dask.stages.parts import DIFFERENCES, evidence, held_out_pairs, require_evidence
+from sos_dask.stages.evidence import (
+    DIFFERENCES,
+    Evidence,
+    evidence,
+    held_out_pairs,
+    require_evidence,
+)
 from sos_dask.stages.trends import trends
 from sos_dask.stages.uncertainty import uncertainty
 from tests.sky import write_catalog
@@ -74,12 +79,12 @@ def test_held_out_pairs_among_those_that_are_kept(build, pairs):
     assert np.array_equal(of_some, predicted[inside])
     spoilt = found.table.set_column(2, DIFFERENCES[0], pc.add(found.table[DIFFERENCES[0]], 1))
     with pytest.raises(CatalogError, match="does not hold the pairs"):
-        parts.Evidence(spoilt, found.fold, found.kept).held_out(model)
+        Evidence(spoilt, found.fold, found.kept).held_out(model)
 
 
 def test_stages_look_at_no_more_pairs_than_that(build, pairs, tmp_path, monkeypatch):
     """Each in a store with more pairs than are looked at: it counts those that it left out."""
-    monkeypatch.setattr(parts, "MOST_PAIRS", pairs.n_rows // 2)
+    monkeypatch.setattr("sos_dask.stages.evidence.MOST_PAIRS", pairs.n_rows // 2)
     model = {"polynomial": build / "model.polynomial"}
     made = [
         uncertainty(model["polynomial"], pairs, tmp_path / "uncertainty"),

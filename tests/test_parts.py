@@ -1,4 +1,4 @@
-"""What stages share."""
+"""Parts of a stage and their records."""
 
 import pytest
 

@@ -109,7 +109,6 @@ def test_other_representations_are_not_extended(observations):
     assert not can_extend(observations, pixel, schema.remove(index).append(more).append(more))
     wide = schema.field("teff").with_type(pa.float64())
     assert not can_extend(observations, pixel, schema.set(index, wide).append(more))
-    observations.partition_file(pixel)
 
 
 def test_a_damaged_partition_is_named(observations, tmp_path):

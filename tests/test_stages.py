@@ -31,8 +31,8 @@ from sos_dask.sphere import propagate, separation_arcsec
 from sos_dask.stages.apply import apply, parse_partitions
 from sos_dask.stages.crossmatch import PairSettings, crossmatch
 from sos_dask.stages.dedupe import dedupe
+from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
 from sos_dask.stages.ingest import IngestSettings, ingest
-from sos_dask.stages.parts import GAIA_IDS, id_values, rank_of
 from sos_dask.stages.reference import ReferenceSettings, reference
 from sos_dask.stages.train import PairsSource, TrainSettings, metrics_of, train
 from sos_dask.survey_file import load_survey

@@ -14,7 +14,6 @@ from sos_dask.healpix import FloatArray, IntArray
 from sos_dask.report.style import DENSITY_MAP, EMPTY, Drawn, new_figure
 from sos_dask.report.tables import Table
 
-_CELL = ("cell_1", "cell_2")
 MAX_BINS = 64
 """Most cells along an axis: with more of them too many hold no pair by chance alone."""
 

@@ -25,12 +25,12 @@ from sos_dask.features import features
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import LABELS
 from sos_dask.splice import can_extend, extend_partition
+from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import (
     commit_catalog,
     finished,
     key_of,
     records,
-    require_memory,
     run_parts,
     unless_complete,
 )

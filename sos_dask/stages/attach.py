@@ -21,15 +21,9 @@ from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, Column, is_gaia_id, nearest
 from sos_dask.stages.crossmatch import key_column, motion_of
-from sos_dask.stages.parts import (
-    GAIA_IDS,
-    commit_catalog,
-    key_of,
-    records,
-    require_memory,
-    run_parts,
-    unless_complete,
-)
+from sos_dask.stages.ids import GAIA_IDS
+from sos_dask.stages.needs import require_memory
+from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.surroundings import surroundings
 from sos_dask.survey import SourceColumn, Survey
 

@@ -1,6 +1,6 @@
 """Stage compare: every trained method on the same pairs, and the one that corrects the catalog.
 
-A task reads the pairs (`parts.evidence`: a million at most); then a task is a method (predictions
+A task reads the pairs (`stages.evidence`: a million at most); then a task is a method (predictions
 of the pairs it was trained on, artifacts), then a label (figures of all methods on the same
 resamples). Those pairs are held at once: 150 bytes a pair, twice that while a label is ranked.
 """
@@ -48,18 +48,9 @@ from sos_dask.density import knn_distance, robust_scale
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.features import TEFF_UNIT_K, features
 from sos_dask.schema import LABELS
-from sos_dask.stages.parts import (
-    DIFFERENCES,
-    HELD_OUT,
-    evidence,
-    manifest_of,
-    read_piece,
-    records,
-    require_evidence,
-    run_parts,
-    unless_complete,
-    write_piece,
-)
+from sos_dask.stages.evidence import DIFFERENCES, HELD_OUT, evidence, require_evidence
+from sos_dask.stages.parts import manifest_of, records, run_parts, unless_complete
+from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.trends import AXES, Axis
 
 VERSION = 2

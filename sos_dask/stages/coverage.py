@@ -26,18 +26,11 @@ from sos_dask.errors import CatalogError
 from sos_dask.features import PARAMETERS
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
+from sos_dask.stages.ids import GAIA_IDS
+from sos_dask.stages.needs import require_memory
 from sos_dask.stages.overlap import parameter_columns, read_overlap, read_target
-from sos_dask.stages.parts import (
-    GAIA_IDS,
-    commit_catalog,
-    key_of,
-    read_piece,
-    records,
-    require_memory,
-    run_parts,
-    unless_complete,
-    write_piece,
-)
+from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.star_flags import star_flags
 from sos_dask.trust import (
     COVERAGE_FIELD,

@@ -32,15 +32,9 @@ from sos_dask.stages.folds import (
     local_folds,
     write_pairs,
 )
-from sos_dask.stages.parts import (
-    GAIA_IDS,
-    commit_catalog,
-    key_of,
-    records,
-    require_memory,
-    run_parts,
-    unless_complete,
-)
+from sos_dask.stages.ids import GAIA_IDS
+from sos_dask.stages.needs import require_memory
+from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.surroundings import near_pixel, surroundings
 
 VERSION = 4

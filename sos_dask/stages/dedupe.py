@@ -19,17 +19,9 @@ from sos_dask.errors import PartitionError
 from sos_dask.healpix import MAX_ORDER, HealpixPixel, cell_ranges
 from sos_dask.repeats import merged_pulls, pull_counts
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.stages.parts import (
-    GAIA_IDS,
-    commit_catalog,
-    id_values,
-    key_of,
-    rank_of,
-    records,
-    require_memory,
-    run_parts,
-    unless_complete,
-)
+from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
+from sos_dask.stages.needs import require_memory
+from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 
 PRELOAD = ("sos_dask.compiled",)  # for workers: this module itself imports it where it has rows
 VERSION = 4

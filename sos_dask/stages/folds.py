@@ -22,7 +22,9 @@ from sos_dask.catalog import partition_errors, partition_path, write_parquet, wr
 from sos_dask.folds import fold_of, same_targets, smallest_of_joined, star_numbers
 from sos_dask.healpix import FloatArray, HealpixPixel, IntArray
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.stages.parts import GAIA_IDS, id_values, key_of, read_piece, write_piece
+from sos_dask.stages.ids import GAIA_IDS, id_values
+from sos_dask.stages.parts import key_of
+from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.surroundings import near_edge
 
 _COLUMNS = {"row": pa.int64(), "smallest": pa.uint64(), "number": pa.uint64()}

@@ -36,15 +36,9 @@ from sos_dask.generalisation import (
 )
 from sos_dask.projection import chosen_rows
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
-from sos_dask.stages.parts import (
-    DIFFERENCES,
-    read_piece,
-    records,
-    run_parts,
-    training_pairs,
-    unless_complete,
-    write_piece,
-)
+from sos_dask.stages.evidence import DIFFERENCES, training_pairs
+from sos_dask.stages.parts import records, run_parts, unless_complete
+from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.train import VERSION as TRAIN_VERSION
 
 VERSION = 2

@@ -50,17 +50,9 @@ from sos_dask.ingest import (
 )
 from sos_dask.ingest.arrays import one_array
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.stages.parts import (
-    commit_catalog,
-    copied,
-    key_of,
-    read_piece,
-    records,
-    require_pixel,
-    run_parts,
-    unless_complete,
-    write_piece,
-)
+from sos_dask.stages.needs import require_pixel
+from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+from sos_dask.stages.pieces import copied, read_piece, write_piece
 from sos_dask.survey import Survey
 
 VERSION = 4

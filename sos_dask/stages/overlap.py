@@ -15,7 +15,12 @@ from sos_dask.coverage import Overlap, Target
 from sos_dask.features import PARAMETERS, features
 from sos_dask.folds import star_numbers
 from sos_dask.schema import LABELS
-from sos_dask.stages.parts import DIFFERENCES, held_out_pairs, single_observations, training_pairs
+from sos_dask.stages.evidence import (
+    DIFFERENCES,
+    held_out_pairs,
+    single_observations,
+    training_pairs,
+)
 from sos_dask.uncertainty import load_errors
 
 

@@ -37,16 +37,9 @@ from sos_dask.projection import (
     strata,
 )
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
-from sos_dask.stages.parts import (
-    commit_catalog,
-    key_of,
-    read_piece,
-    records,
-    require_memory,
-    run_parts,
-    unless_complete,
-    write_piece,
-)
+from sos_dask.stages.needs import require_memory
+from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.verify import key_hashes
 
 VERSION = 4

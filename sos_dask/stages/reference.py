@@ -21,20 +21,10 @@ from sos_dask.healpix import HealpixPixel, IntArray, ang2pix, in_ranges, plan_pa
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
 from sos_dask.sphere import propagate
 from sos_dask.stages.crossmatch import motion_of
-from sos_dask.stages.parts import (
-    GAIA_IDS,
-    catalog_bytes,
-    commit_catalog,
-    id_values,
-    key_of,
-    rank_of,
-    read_piece,
-    records,
-    require_pixel,
-    run_parts,
-    unless_complete,
-    write_piece,
-)
+from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
+from sos_dask.stages.needs import catalog_bytes, require_pixel
+from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.surroundings import surroundings
 from sos_dask.unify import UnifySettings, common_differences, unify
 

@@ -24,14 +24,8 @@ from sos_dask.columns import floats32
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
-from sos_dask.stages.parts import (
-    key_of,
-    read_piece,
-    records,
-    run_parts,
-    unless_complete,
-    write_piece,
-)
+from sos_dask.stages.parts import key_of, records, run_parts, unless_complete
+from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.report_content import Build, figures, grid_of
 from sos_dask.stages.report_text import page
 from sos_dask.store import file_names, read_build

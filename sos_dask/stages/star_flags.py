@@ -11,7 +11,7 @@ from sos_dask.catalog import Catalog
 from sos_dask.crossmatch import MatchSettings, match
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.stages.parts import GAIA_IDS
+from sos_dask.stages.ids import GAIA_IDS
 from sos_dask.surroundings import surroundings
 from sos_dask.trust import FLAG_AMBIGUOUS, FLAG_SPREAD
 

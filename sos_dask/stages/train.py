@@ -21,7 +21,8 @@ from sos_dask.errors import ConfigError, ModelError
 from sos_dask.features import features
 from sos_dask.models.search import search, search_space
 from sos_dask.schema import LABELS, nearest
-from sos_dask.stages.parts import DIFFERENCES, unless_complete
+from sos_dask.stages.evidence import DIFFERENCES
+from sos_dask.stages.parts import unless_complete
 
 VERSION = 5
 SEARCH_FILE = "search.json"

@@ -1,7 +1,7 @@
 """Stage trends: binned medians of target - reference, and whether the references agree.
 
-A task is a quantity: it reads the few columns it needs of the pairs (`parts.evidence`: a million at
-most), as float32: about 100 bytes a pair, and 50 more while it ranks (measured).
+A task is a quantity: it reads the few columns it needs of the pairs (`stages.evidence`: a million
+at most), as float32: about 100 bytes a pair, and 50 more while it ranks (measured).
 """
 
 from __future__ import annotations
@@ -27,17 +27,9 @@ from sos_dask.columns import floats32
 from sos_dask.features import features
 from sos_dask.schema import LABELS
 from sos_dask.stages.common import common_stars
-from sos_dask.stages.parts import (
-    DIFFERENCES,
-    evidence,
-    manifest_of,
-    read_piece,
-    records,
-    require_evidence,
-    run_parts,
-    unless_complete,
-    write_piece,
-)
+from sos_dask.stages.evidence import DIFFERENCES, evidence, require_evidence
+from sos_dask.stages.parts import manifest_of, records, run_parts, unless_complete
+from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.trends import (
     AFTER,
     ALL,

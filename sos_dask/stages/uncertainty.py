@@ -1,6 +1,6 @@
 """Stage uncertainty: errors of corrected labels, calibrated on held-out pairs, and what they hold.
 
-A task reads the pairs (`parts.evidence`: a million at most), two look where they are sparse and
+A task reads the pairs (`stages.evidence`: a million at most), two look where they are sparse and
 compare three surveys, and each label is fitted by one. None is left to the process that asks.
 """
 
@@ -31,17 +31,9 @@ from sos_dask.hat import three_cornered_hat
 from sos_dask.repeats import GIANT_LOGG, normalisation
 from sos_dask.schema import LABELS
 from sos_dask.stages.common import common_stars
-from sos_dask.stages.parts import (
-    DIFFERENCES,
-    evidence,
-    read_piece,
-    records,
-    require_evidence,
-    run_parts,
-    single_observations,
-    unless_complete,
-    write_piece,
-)
+from sos_dask.stages.evidence import DIFFERENCES, evidence, require_evidence, single_observations
+from sos_dask.stages.parts import records, run_parts, unless_complete
+from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.uncertainty import (
     DENSE,
     SPARSE,

@@ -36,8 +36,8 @@ from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, simulate
 from sos_dask.simulate.measurement import difficulty
 from sos_dask.simulate.sky import references_avoid
+from sos_dask.stages.evidence import training_pairs
 from sos_dask.stages.overlap import read_overlap
-from sos_dask.stages.parts import training_pairs
 from tests.job import write_job
 
 Rows = dict[str, NDArray[Any]]

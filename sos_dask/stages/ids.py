@@ -1,0 +1,26 @@
+"""Ids as stages compare them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+GAIA_IDS = {"dr3": "gaia_dr3_source_id", "dr2": "gaia_dr2_source_id"}
+"""Columns of ids of Gaia, by its release."""
+
+
+def id_values(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Ids as plain integers, 0 where there is none."""
+    return np.asarray(pc.fill_null(column, 0).to_numpy(), dtype=np.int64)
+
+
+def rank_of(keys: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Integers ordered as the keys are: integers themselves, of text the place in sorted order."""
+    if pa.types.is_integer(keys.type):
+        return np.asarray(keys.to_numpy(), dtype=np.int64)
+    order = pc.array_sort_indices(keys.combine_chunks()).to_numpy()
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return rank

@@ -1,70 +1,28 @@
 """Loops over rows, compiled by numba. Arrays in and out; the modules that call them say what for.
 
-Numba takes half a CPU second to import: import this module inside a function that has rows. The
-machine code is kept on disk, beside this file or else in the user's cache folder, so that it is
-made once on a machine. No operation is reordered or fused: results are those of the same sums
-written in numpy.
+Numba takes half a CPU second to import: import this module inside a function that has rows.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numpy.typing import NDArray
 
-F = TypeVar("F", bound=Callable[..., Any])
+from sos_dask.jit import compiled, read_only
+
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 
-def _load_numba() -> None:
-    """Load what numba needs for any loop without its look for BLAS: no loop here uses it.
-
-    It would import `scipy.linalg`, as long as all the rest, and forget all but that it is there.
-    """
-    name = "scipy.linalg.cython_blas"
-    if name in sys.modules:
-        return
-    sys.modules[name] = ModuleType(name)
-    try:
-        importlib.import_module("numba.np.arraymath")
-    finally:
-        del sys.modules[name]
-
-
-_load_numba()
-
-
-def _in(dtype: Any) -> Any:
-    """An array that is only read: also one that shares the memory of an Arrow column."""
-    return types.Array(dtype, 1, "C", readonly=True)
-
-
 def _three(dtype: Any) -> Any:
-    return types.UniTuple(_in(dtype), 3)  # type: ignore[no-untyped-call]
+    return types.UniTuple(read_only(dtype), 3)  # type: ignore[no-untyped-call]
 
 
-def _compiled(*signatures: tuple[Any, ...]) -> Callable[[F], F]:
-    voids = [types.void(*one) for one in signatures]
-
-    def decorate(function: F) -> F:
-        try:
-            compiled = njit(voids, error_model="numpy", nogil=True, cache=True)(function)
-        except RuntimeError:  # no folder can be written: each process compiles for itself
-            compiled = njit(voids, error_model="numpy", nogil=True)(function)
-        return cast(F, compiled)
-
-    return decorate
-
-
-_I, _B, _D = _in(types.int64), _in(types.boolean), _in(types.float64)
+_I, _B, _D = read_only(types.int64), read_only(types.boolean), read_only(types.float64)
 _I_OUT, _B_OUT, _D_OUT = types.int64[::1], types.boolean[::1], types.float64[::1]
 _FLOATS = (types.float32, types.float64)
 
@@ -80,9 +38,9 @@ def _nearness(d_ra: float, d_dec: float, cos_cos: float, low: float, high: float
     return 2
 
 
-@_compiled(
+@compiled(
     (
-        *(_I, _D, _D, _D, types.float64, types.int64, _in(types.uint8), types.int64),
+        *(_I, _D, _D, _D, types.float64, types.int64, read_only(types.uint8), types.int64),
         *(_I_OUT, _I_OUT, types.int8[::1], _B_OUT, _I_OUT),
     )
 )
@@ -176,7 +134,7 @@ def pairs_on_faces(
     count[0] = found
 
 
-@_compiled((_I, _I, _I, types.boolean[::1]))
+@compiled((_I, _I, _I, types.boolean[::1]))
 def claim(i: IntArray, j: IntArray, rank: IntArray, claimed: BoolArray) -> None:
     """Which rows another one claims, when rows claim their neighbours in the order of rank.
 
@@ -204,7 +162,7 @@ def claim(i: IntArray, j: IntArray, rank: IntArray, claimed: BoolArray) -> None:
         n = left
 
 
-@_compiled((_I, _I, _B, _I_OUT, _I_OUT, _I_OUT))
+@compiled((_I, _I, _B, _I_OUT, _I_OUT, _I_OUT))
 def join_claimed(
     i: IntArray,
     j: IntArray,
@@ -230,7 +188,7 @@ def join_claimed(
             count[0] += 1
 
 
-@_compiled((_I, _I, _I_OUT))
+@compiled((_I, _I, _I_OUT))
 def components(i: IntArray, j: IntArray, root: IntArray) -> None:
     """The first row of the component of each row; ``root`` is the row itself at the beginning."""
     for link in range(len(i)):
@@ -246,7 +204,7 @@ def components(i: IntArray, j: IntArray, root: IntArray) -> None:
         root[row] = root[root[row]]  # that of an earlier row is final
 
 
-@_compiled((_I, _I_OUT, _I_OUT, _I_OUT, _I_OUT))
+@compiled((_I, _I_OUT, _I_OUT, _I_OUT, _I_OUT))
 def members(
     group: IntArray, groups: IntArray, first: IntArray, row: IntArray, count: IntArray
 ) -> None:
@@ -292,7 +250,7 @@ def repeated(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
     return groups[:n], first[: n + 1], row[: first[n]]
 
 
-@_compiled((_I, _I_OUT, _I))
+@compiled((_I, _I_OUT, _I))
 def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
     """Sort the rows of each group (`members`) by a key; those of equal keys stay in order."""
     for group in range(len(first) - 1):
@@ -305,8 +263,8 @@ def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
             row[at] = one
 
 
-@_compiled(
-    *((_I, _I, _I, _in(real), _I_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS)
+@compiled(
+    *((_I, _I, _I, read_only(real), _I_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS)
 )
 def choose(
     first: IntArray,
@@ -350,10 +308,18 @@ def choose(
         total_snr[star] = np.sqrt(squares) if n_snr else np.nan
 
 
-@_compiled(
+@compiled(
     *(
         (
-            *(_I, _I, _in(real), _in(real), types.float64, types.float64, types.float64),
+            *(
+                _I,
+                _I,
+                read_only(real),
+                read_only(real),
+                types.float64,
+                types.float64,
+                types.float64,
+            ),
             *(real[::1], real[::1], types.float32[::1], _B_OUT),
         )
         for real in _FLOATS
@@ -423,10 +389,10 @@ def combine_label(
             error_out[star] = 1.0 / np.sqrt(weights) if n_stated else np.nan
 
 
-@_compiled(
+@compiled(
     *(
         (
-            *(_I, _I, _I, _three(real), _three(real), _D, _in(real), types.float64, _D),
+            *(_I, _I, _I, _three(real), _three(real), _D, read_only(real), types.float64, _D),
             *(types.float64, types.float64, types.int64[:, :, :, ::1]),
         )
         for real in _FLOATS

@@ -5,7 +5,7 @@ neighbours are in the processor's cache, and whose distance to them, with the wa
 rows, says how far to look at most. Answers are exact: they do not depend on which rows are asked
 for together.
 
-The loops are compiled by numba; import this module where there are rows (see `compiled`).
+The loops are compiled by numba; import this module where there are rows (see `jit`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit, types
 from numpy.typing import NDArray
 
-from sos_dask.compiled import _compiled, _in
+from sos_dask.jit import compiled, read_only
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -26,7 +26,12 @@ _DEPTH = 64
 
 _POINTS = types.Array(types.float64, 2, "C", readonly=True)
 _BOXES = types.Array(types.float64, 3, "C", readonly=True)
-_I, _D, _I_OUT, _D_OUT = _in(types.int64), _in(types.float64), types.int64[::1], types.float64[::1]
+_I, _D, _I_OUT, _D_OUT = (
+    read_only(types.int64),
+    read_only(types.float64),
+    types.int64[::1],
+    types.float64[::1],
+)
 
 
 class Tree:
@@ -104,7 +109,7 @@ def _sorted(points: FloatArray, leaf: int) -> tuple[FloatArray, IntArray, FloatA
     return points, order, boxes
 
 
-@_compiled((types.float64[:, ::1], _I_OUT, types.float64[:, :, ::1]))
+@compiled((types.float64[:, ::1], _I_OUT, types.float64[:, :, ::1]))
 def split(points: FloatArray, order: IntArray, boxes: FloatArray) -> None:
     """Sort points by halving boxes at the median of their longest side; see `_sorted`."""
     n, half = len(order), len(boxes) // 2
@@ -198,7 +203,7 @@ def _between(points: FloatArray, p: int, x: float, y: float, z: float) -> float:
     return float(dx * dx + dy * dy + dz * dz)
 
 
-@_compiled((_POINTS, _BOXES, _POINTS, _I, types.int64, _D_OUT))
+@compiled((_POINTS, _BOXES, _POINTS, _I, types.int64, _D_OUT))
 def kth_distances(
     points: FloatArray,
     boxes: FloatArray,
@@ -236,7 +241,7 @@ def kth_distances(
         distance[row_order[row]] = last
 
 
-@_compiled((_POINTS, _I, _BOXES, _POINTS, _I, _D_OUT, _I_OUT))
+@compiled((_POINTS, _I, _BOXES, _POINTS, _I, _D_OUT, _I_OUT))
 def nearest_points(
     points: FloatArray,
     order: IntArray,
@@ -265,7 +270,7 @@ def nearest_points(
         index[row_order[row]] = order[nearest]
 
 
-@_compiled((_POINTS, _BOXES, _POINTS, _I, _D, types.float64, types.boolean[::1]))
+@compiled((_POINTS, _BOXES, _POINTS, _I, _D, types.float64, types.boolean[::1]))
 def have_more(
     points: FloatArray,
     boxes: FloatArray,

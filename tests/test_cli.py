@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from astropy.io import fits
 from astropy.table import Table
@@ -460,6 +461,20 @@ def test_another_output_is_not_overwritten_unless_told(cli, small_store, tmp_pat
     ran = cli("dedupe", catalog, "-o", "mine", "-w", 0, "--overwrite")
     assert_error(ran, 5, "no output of sos-dask: not overwritten")
     assert (tmp_path / "mine/thesis.tex").read_text() == "42"
+
+
+def test_a_reference_made_by_hand_is_that_of_a_rebuild(cli, small_store):
+    current = small_store / "current"
+    surveys = [f"{name}={current / f'{name}.stars'}" for name in ("apogee", "galah")]
+    assert cli("reference", *surveys, "-o", "reference", "-w", 0).code == 0
+    made, built = (
+        pa.concat_tables([catalog.read(pixel) for pixel in catalog.pixels])
+        for catalog in (Catalog.open("reference"), Catalog.open((current / "reference").resolve()))
+    )
+    assert made.equals(built)
+    assert cli("reference", *surveys, "-o", "raw", "-w", 0, "--no-offsets").code == 0
+    raw = Catalog.open("raw")
+    assert not pa.concat_tables([raw.read(pixel) for pixel in raw.pixels]).equals(built)
 
 
 def test_a_command_does_not_overwrite_what_it_reads(cli, small_store, tmp_path):

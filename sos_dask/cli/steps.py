@@ -165,6 +165,17 @@ def reference(
     ] = "precedence",
     radius_arcsec: Radius = 1.5,
     id_radius_arcsec: IdRadius = 10.0,
+    epoch: Annotated[
+        float,
+        typer.Option("--epoch", metavar="YEAR", help="Positions are moved to it, where they move."),
+    ] = 2016.0,
+    offsets: Annotated[
+        bool,
+        typer.Option(
+            "--measure-offsets/--no-offsets",
+            help="Put every survey on the zero point of the first: their median differences.",
+        ),
+    ] = True,
     *,
     options: LightStepOptions,
 ) -> None:
@@ -186,7 +197,9 @@ def reference(
             raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
         opened[name] = Catalog.open(path)
     unify = UnifySettings(method, tuple(opened))
-    settings = ReferenceSettings(unify, radius_arcsec, id_radius_arcsec)
+    settings = ReferenceSettings(
+        unify, radius_arcsec, id_radius_arcsec, epoch, measure_offsets=offsets
+    )
     step = partial(run, opened, out, settings, name=out.name)
     show_step(run_step(step, options), out, options.as_json)
 

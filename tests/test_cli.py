@@ -463,6 +463,16 @@ def test_another_output_is_not_overwritten_unless_told(cli, small_store, tmp_pat
     assert (tmp_path / "mine/thesis.tex").read_text() == "42"
 
 
+def test_a_simulated_sky_replaces_no_files_unless_told(cli, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/galah.fits").write_text("the real one")
+    ran = cli("simulate", "-o", "mine", "--rows", 1000)
+    assert_error(ran, 5, "mine/galah.fits exists", "--overwrite")
+    assert contents(tmp_path / "mine").keys() == {"galah.fits"}
+    assert cli("simulate", "-o", "mine", "--rows", 1000, "--overwrite").code == 0
+    assert fits.getheader(tmp_path / "mine/galah.fits", 1)["NAXIS2"] > 0
+
+
 def test_a_reference_made_by_hand_is_that_of_a_rebuild(cli, small_store):
     current = small_store / "current"
     surveys = [f"{name}={current / f'{name}.stars'}" for name in ("apogee", "galah")]

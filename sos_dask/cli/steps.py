@@ -25,7 +25,7 @@ from sos_dask.cli.options import (
     with_step_options,
 )
 from sos_dask.cli.output import print_json, reporting, say, show_metrics, show_step
-from sos_dask.errors import ConfigError
+from sos_dask.errors import CatalogError, ConfigError
 
 if TYPE_CHECKING:
     from sos_dask.artifact import Manifest
@@ -48,15 +48,23 @@ def simulate(
     no_bias: Annotated[
         bool, typer.Option("--no-bias", help="No systematic difference between the surveys.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier sky.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a mock sky with known truth, as the surveys' own FITS tables.
 
     Example: sos-dask simulate --rows 1000000 -o sky
     """
-    from sos_dask.simulate import SkySettings
+    from sos_dask.simulate import SkySettings, sky_files
     from sos_dask.simulate import simulate as run
 
+    there = [path for path in sky_files(out).values() if path.exists()]
+    if there and not overwrite:
+        raise CatalogError(
+            f"{there[0]} exists", "Choose another directory, or say --overwrite to replace it."
+        )
     with reporting() as report:
         files = run(SkySettings(n_lamost=rows, seed=seed, bias=not no_bias), out, report)
     if as_json:

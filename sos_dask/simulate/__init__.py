@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sos_dask.simulate.measurement import RV_OFFSETS, galah_bias, lamost_bias, stated_error_factor
 from sos_dask.simulate.plan import SkySettings, reference_rows
-from sos_dask.simulate.run import GAIA_SCHEMA, TRUTH_SCHEMA, simulate
+from sos_dask.simulate.run import GAIA_SCHEMA, TRUTH_SCHEMA, simulate, sky_files
 from sos_dask.simulate.sky import references_avoid, special_stars
 from sos_dask.simulate.tables import POSITION_EPOCHS
 
@@ -23,6 +23,7 @@ __all__ = [
     "reference_rows",
     "references_avoid",
     "simulate",
+    "sky_files",
     "special_stars",
     "stated_error_factor",
 ]

@@ -67,6 +67,12 @@ TRUTH_SCHEMA = pa.schema([
 # fmt: on
 
 
+def sky_files(directory: Path) -> dict[str, Path]:
+    """Files that `simulate` writes, by what it calls them."""
+    paths = {name: directory / f"{name}.fits" for name in NAMES.values()}
+    return paths | {name: directory / f"{name}.parquet" for name in ("gaia", "truth")}
+
+
 def simulate(
     settings: SkySettings,
     directory: Path,
@@ -103,8 +109,7 @@ def simulate(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot make directory {directory}: {error.strerror}") from error
-    paths = {name: directory / f"{name}.fits" for name in NAMES.values()}
-    paths |= {name: directory / f"{name}.parquet" for name in ("gaia", "truth")}
+    paths = sky_files(directory)
     with ExitStack() as stack:
         fits = {
             survey: stack.enter_context(

@@ -251,3 +251,25 @@ def test_text_of_users_is_escaped_on_the_page():
     assert (
         f'width="{picture.size[0]}"' in text and picture.size == (1278, 360) and picture.share == 1
     )
+
+
+def test_intervals_that_hold_less_than_they_say():
+    rows = [
+        {"label": label, "subset": subset, "level": level, "n": n, "coverage": coverage,
+         "low": coverage - 0.02, "high": coverage + 0.02}
+        for label, subset, level, n, coverage in [
+            ("teff", "all", 0.68, 1000, 0.67),
+            ("teff", "logg < 1", 0.95, 44, 0.84),
+            ("logg", "feh > 0.2", 0.68, 182, 0.5),
+            ("feh", "dense", 0.68, 1000, 0.8),
+            ("feh", "feh < -2", 0.68, 0, 0.0),
+        ]
+    ]  # fmt: skip
+    (note,) = headline.of_intervals(pa.Table.from_pylist(rows))
+    assert note.replace("\u00a0", " ") == (
+        "Intervals that hold fewer held-out pairs than they say: log g, [Fe/H] > 0.2: 50 % instead "
+        "of 68 % (n = 182); Teff, log g < 1: 84 % instead of 95 % (n = 44)."
+    )
+    assert headline.of_intervals(pa.Table.from_pylist(rows[:1])) == []
+    many = [rows[1] | {"coverage": 0.5 + i / 100, "high": 0.6} for i in range(9)]
+    assert headline.of_intervals(pa.Table.from_pylist(many))[0].endswith("; and 4 more.")

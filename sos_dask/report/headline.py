@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from sos_dask.report.words import UNITS, WORDS, number, percent, readable
 from sos_dask.schema import LABELS
 
-_MANY = 200
+_MANY, _SHOWN = 200, 5
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,29 @@ def of_references(agreements: Sequence[Mapping[str, Any]]) -> list[str]:
                 "of Teff, log g and [Fe/H]: their union carries that difference."
             )
     return notes
+
+
+def of_intervals(calibration: pa.Table) -> list[str]:
+    """Where stated intervals hold fewer held-out pairs than they say, the worst first.
+
+    Parameters
+    ----------
+    calibration : pyarrow.Table
+        ``label, subset, level, n, coverage, low, high``: the share that each interval holds, with
+        its own 95 % interval, which leaves out the level where it is named here.
+    """
+    short = [row for row in calibration.to_pylist() if row["n"] and row["high"] < row["level"]]
+    short.sort(key=lambda row: row["coverage"] - row["level"])
+    shown = [
+        f"{WORDS[row['label']]}, {readable(row['subset'])}: {100 * row['coverage']:.0f}\u00a0% "
+        f"instead of {100 * row['level']:.0f}\u00a0% (n\u00a0=\u00a0{row['n']:,})"
+        for row in short[:_SHOWN]
+    ]
+    if len(short) > _SHOWN:
+        shown.append(f"and {len(short) - _SHOWN} more")
+    if not shown:
+        return []
+    return ["Intervals that hold fewer held-out pairs than they say: " + "; ".join(shown) + "."]
 
 
 def of_flags(meanings: Mapping[str, int], n_rows: int) -> list[str]:

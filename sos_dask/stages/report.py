@@ -34,7 +34,7 @@ from sos_dask.trust import FLAG_OUTSIDE, FLAGS
 if TYPE_CHECKING:
     from sos_dask.report.planes import Histogram
 
-VERSION = 2
+VERSION = 3
 PAGE = "report.html"
 _KEY = "obs_id"
 _SOFTWARE = (

@@ -104,6 +104,9 @@ def _notes(build: Build) -> list[str]:
     if table is not None:
         notes += headline.worst_bins(table, build.method)
     notes += headline.of_references(build.summary("trends").get("agreements", []))
+    calibration = build.table("uncertainty", "calibration.parquet")
+    if calibration is not None:
+        notes += headline.of_intervals(calibration)
     return notes + headline.of_flags(*_flags(build))
 
 

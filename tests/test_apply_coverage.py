@@ -44,6 +44,23 @@ def test_single_steps_make_the_rows_of_a_rebuild(cli: Cli, build, tmp_path):
     assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
 
 
+def test_the_steps_before_make_the_bytes_of_a_rebuild(cli: Cli, build, tmp_path):
+    def made(name: str, *arguments: object) -> None:
+        ran = cli(*arguments, "-o", name, "-w", 0)
+        assert ran.code == 0, ran.err
+        assert contents(tmp_path / name) == contents(build / name), name
+
+    made("lamost.stars", "dedupe", build / "lamost.observations")
+    stars = [f"{name}={build / name}.stars" for name in ("apogee", "galah")]
+    united = ["reference", *stars, "--rows-per-partition", 1500]
+    made("reference", *united)
+    assert Manifest.load(tmp_path / "reference").summary["offsets"]["galah"], "a shift to miss"
+    made("pairs", "crossmatch", tmp_path / "lamost.stars", tmp_path / "reference")
+    made("model.polynomial", "train", tmp_path / "pairs", "-m", "polynomial")
+    assert cli(*united, "--no-offsets", "-o", "unshifted", "-w", 0).code == 0
+    assert not rows(tmp_path / "unshifted").equals(rows(build / "reference"))
+
+
 def test_what_the_correction_fades_to(cli: Cli, build, tmp_path):
     model, catalog = build / "model.polynomial", build / "lamost.observations"
     given = ["apply", model, catalog, "--coverage", build / "coverage", "-w", 0]

@@ -371,7 +371,7 @@ def test_bad_arguments(cli, small_store, small_sky, tmp_path, arguments, code, s
         (["dedupe"], "Missing argument"),
         (["rebuild", "x", "-w", "-1"], "--workers"),
         (["rebuild", "x", "-w", "many"], "--workers"),
-        (["crossmatch", "a", "b", "-o", "c"], "--radius-arcsec"),
+        (["crossmatch", "a", "b"], "--out"),
         (["crossmatch", "a", "b", "-o", "c", "--radius-arcsec", "1", "--folds", "1"], "--folds"),
         (["ingest", LAMOST, "x", "-o", "c", "--rows-per-partition", "0"], "--rows-per-partition"),
         (["demo", "--rows", "3"], "--rows"),

@@ -79,6 +79,15 @@ Store = Annotated[
     Path, typer.Option("--store", metavar="DIRECTORY", help="Folder of artifacts and builds.")
 ]
 Rows = Annotated[int, typer.Option("--rows", min=1000, metavar="N", help="Rows of LAMOST.")]
+RowsPerPartition = Annotated[
+    int,
+    typer.Option(
+        "--rows-per-partition",
+        min=1,
+        metavar="N",
+        help="Pixels are split until each holds at most so many rows.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Same seed, same sky.")]
 Radius = Annotated[
     float,

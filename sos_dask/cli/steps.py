@@ -20,6 +20,7 @@ from sos_dask.cli.options import (
     Out,
     Radius,
     Rows,
+    RowsPerPartition,
     Seed,
     StepOptions,
     with_step_options,
@@ -79,15 +80,7 @@ def ingest(
     survey: Annotated[str, typer.Argument(help="Name of a survey, or path of a survey TOML.")],
     files: Annotated[list[Path], typer.Argument(help="Files of the survey.")],
     out: Out,
-    rows_per_partition: Annotated[
-        int,
-        typer.Option(
-            "--rows-per-partition",
-            min=1,
-            metavar="N",
-            help="Pixels are split until each holds at most so many rows.",
-        ),
-    ] = 1_000_000,
+    rows_per_partition: RowsPerPartition = 1_000_000,
     margin_arcsec: Annotated[
         float | None,
         typer.Option(
@@ -184,6 +177,7 @@ def reference(
             help="Put every survey on the zero point of the first: their median differences.",
         ),
     ] = True,
+    rows_per_partition: RowsPerPartition = 1_000_000,
     *,
     options: LightStepOptions,
 ) -> None:
@@ -206,7 +200,7 @@ def reference(
         opened[name] = Catalog.open(path)
     unify = UnifySettings(method, tuple(opened))
     settings = ReferenceSettings(
-        unify, radius_arcsec, id_radius_arcsec, epoch, measure_offsets=offsets
+        unify, radius_arcsec, id_radius_arcsec, epoch, rows_per_partition, offsets
     )
     step = partial(run, opened, out, settings, name=out.name)
     show_step(run_step(step, options), out, options.as_json)
@@ -216,8 +210,8 @@ def reference(
 def crossmatch(
     left: Annotated[Path, typer.Argument(help="Target: a catalog of observations or stars.")],
     right: Annotated[Path, typer.Argument(help="Reference: a catalog of stars.")],
-    radius_arcsec: Radius,
     out: Out,
+    radius_arcsec: Radius = 1.0,
     pairs: Annotated[
         str,
         typer.Option(
@@ -238,7 +232,7 @@ def crossmatch(
 ) -> None:
     """Match a target catalog with a reference catalog, exactly.
 
-    Example: sos-dask crossmatch lamost.stars reference --radius-arcsec 1 -o pairs
+    Example: sos-dask crossmatch lamost.stars reference -o pairs
     """
     from sos_dask.catalog import Catalog
     from sos_dask.crossmatch import MatchSettings
@@ -285,7 +279,7 @@ def train(
         ),
     ] = 0,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Other seeds search other parameters.")
+        int, typer.Option("--seed", metavar="N", help="Of the method and of the search.")
     ] = 0,
     *,
     options: StepOptions,
@@ -294,11 +288,13 @@ def train(
 
     Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
     """
+    from sos_dask import models
     from sos_dask.catalog import Catalog
     from sos_dask.stages.train import TrainSettings, asks_workers, metrics_of
     from sos_dask.stages.train import train as run
 
-    params = dict(_setting(text) for text in param or [])
+    seeded = {"seed": seed} if "seed" in models.parameters(method) else {}
+    params = models.check_params(method, seeded | dict(_setting(text) for text in param or []))
     settings = TrainSettings(method, params, validation, search=search, seed=seed)
     catalog = Catalog.open(pairs)
     if not asks_workers(catalog, settings):

@@ -179,6 +179,12 @@ class Manifest:
                 else "It is not an output of sos-dask."
             )
             raise CatalogError(f"{directory} has no {MANIFEST}", hint) from None
+        except NotADirectoryError:
+            raise CatalogError(
+                f"{directory} is a file: a directory that sos-dask or HATS made is needed",
+                "Make one of a table: sos-dask ingest SURVEY FILE -o DIR; the columns of another "
+                "one in a job: [attach.NAME] with files.",
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CatalogError(
                 f"{path} is damaged: {error}", f"Remove {directory} and run again."

@@ -89,7 +89,7 @@ def check_radii(radius_arcsec: float, id_radius_arcsec: float, use_gaia_id: bool
     for name, value in radii.items():
         if not 0 < value < _MAX_RADIUS_ARCSEC:
             raise ConfigError(
-                f"{name} = {value} is outside 0..{_MAX_RADIUS_ARCSEC:g} arcsec",
+                f"{name} = {value} must be above 0 and below {_MAX_RADIUS_ARCSEC:g} arcsec",
                 "Usual are 1 to 3 arcsec.",
             )
     if use_gaia_id and id_radius_arcsec < radius_arcsec:

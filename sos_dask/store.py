@@ -21,7 +21,6 @@ from typing import Any
 
 from sos_dask import __version__
 from sos_dask.artifact import MANIFEST, Manifest, Recipe, storage_errors, write_text
-from sos_dask.catalog import PROPERTIES
 from sos_dask.errors import CatalogError, ConfigError
 
 BUILD_FILE = "build.json"
@@ -148,6 +147,26 @@ def read_build(path: Path) -> dict[str, Any]:
         raise CatalogError(f"{path} is not a build: {error}") from None
 
 
+def require_store(store: Path, built: bool = True) -> None:
+    """Check that a folder is a store, with a current build where one is asked for.
+
+    Raises
+    ------
+    CatalogError
+        It is none; the hint names the stores right below it.
+    """
+    if not (store / "artifacts").is_dir():
+        below = sorted(str(path.parent) for path in store.glob("*/artifacts"))
+        raise CatalogError(
+            f"{store} is not a store: it has no artifacts",
+            f"Say --store {' or --store '.join(below)}."
+            if below
+            else "Run a rebuild first, or say which with --store.",
+        )
+    if built and not (store / "current").exists():
+        raise CatalogError(f"{store} has no current build", "Run a rebuild first.")
+
+
 def current_product(store: Path, product: str) -> Path:
     """Directory of a product of the current build.
 
@@ -157,8 +176,7 @@ def current_product(store: Path, product: str) -> Path:
         There is no build, or it does not have the product.
     """
     current = store / "current"
-    if not current.exists():
-        raise CatalogError(f"{store} has no current build", "Run a rebuild first.")
+    require_store(store)
     if product not in read_build(current).get("products", {}):
         raise CatalogError(
             f"the current build of {store} has no product '{product}'",
@@ -198,16 +216,15 @@ def current_recipes(store: Path) -> dict[str, Recipe]:
     return recipes
 
 
-def catalogs_of(build: Path) -> list[Path]:
-    """Catalogs among the products of a build, in the order of the plan.
+def outputs_of(path: Path) -> list[Path]:
+    """Products of a build, or of the current one of a store, in the order of the plan.
 
-    Raises
-    ------
-    CatalogError
-        Not a build.
+    A path that is neither is given back as it is.
     """
-    products = [build / product for product in read_build(build)["products"]]
-    return [path for path in products if (path / PROPERTIES).is_file()]
+    build = path if (path / BUILD_FILE).is_file() else path / "current"
+    if not (build / BUILD_FILE).is_file():
+        return [path]
+    return [build / product for product in read_build(build)["products"]]
 
 
 @dataclass(frozen=True)
@@ -232,8 +249,7 @@ def status(store: Path) -> StoreStatus:
     CatalogError
         The folder is no store.
     """
-    if not (store / "artifacts").is_dir():
-        raise CatalogError(f"{store} is not a store: it has no artifacts", "Run a rebuild first.")
+    require_store(store, built=False)
     products, missing = [], []
     current = store / "current"
     name = ""
@@ -279,8 +295,7 @@ def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tupl
     """
     if keep_builds < 1:
         raise ConfigError(f"{keep_builds} builds cannot be kept: the current one always stays")
-    if not (store / "artifacts").is_dir():
-        raise CatalogError(f"{store} is not a store: it has no artifacts")
+    require_store(store, built=False)
     kept = _kept_builds(store, keep_builds)
     used = _used_artifacts(store, keep_builds)
     doomed = [path for path in sorted((store / "builds").glob("*")) if path not in kept]

@@ -18,6 +18,7 @@ from sos_dask.schema import HEALPIX_COLUMN
 def verify(path: str | Path) -> list[str]:
     """Check every invariant of a catalog; an empty list says that all hold.
 
+    Of an output that is no catalog, as a model: its account of rows and its files.
     Checked: manifest and its account of rows, size and SHA-256 of every file, files that nobody
     wrote down, the schema of each partition, rows against manifest and properties, order of rows,
     membership of every row in its pixel, ``_healpix_29`` against ra and dec, unique keys, overlap
@@ -28,6 +29,10 @@ def verify(path: str | Path) -> list[str]:
     list of str
         One sentence for each thing that is wrong, naming file, pixel, column or row.
     """
+    path = Path(path)
+    collection = path / "collection.properties"
+    if not (path / PROPERTIES).is_file() and not collection.is_file():
+        return _verify_files(path, Manifest.load(path))
     catalog = Catalog.open(path)
     problems: list[str] = []
     if catalog.manifest is not None:

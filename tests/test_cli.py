@@ -155,6 +155,11 @@ def no_table(table: Table, folder: Path) -> Path:
     return folder / "image.fits"
 
 
+def no_fits(table: Table, folder: Path) -> Path:
+    (folder / "letter.fits").write_text("Dear reader\n")
+    return folder / "letter.fits"
+
+
 def no_bytes(table: Table, folder: Path) -> Path:
     (folder / "nothing.fits").touch()
     return folder / "nothing.fits"
@@ -171,6 +176,7 @@ BAD_FILES = {
     "folder": (lambda table, folder: folder, ["is no file"]),
     "truncated": (truncated, [r"part\.fits is truncated: 60000 bytes", "Download it again"]),
     "truncated gzip": (truncated_gzip, [r"part\.fits\.gz: truncated or damaged", "Download"]),
+    "no FITS": (no_fits, [r"letter\.fits is no FITS file", "Download"]),
     "no bytes": (no_bytes, [r"nothing\.fits is empty"]),
     "no table": (no_table, [r"image\.fits: HDU 1 does not exist", "no binary table"]),
     "no rows": (no_rows, [r"empty\.fits has no rows"]),
@@ -386,8 +392,15 @@ def test_usage_errors_are_told_with_code_2(cli, arguments, says):
 
 
 def test_stores_that_are_none(cli, small_sky):
-    for name in ("status", "gc"):
+    commands = ("status", "report", "compare", "trends", "coverage", "uncertainty")
+    for name in ("gc", *commands):
         assert_error(cli(name, "--store", "gone"), 5, "gone is not a store")
+    for name in ("a", "b"):
+        Path("store", name, "artifacts").mkdir(parents=True)
+    for name in commands:
+        says = "store is not a store: .*\n  Say --store store/a or --store store/b"
+        assert_error(cli(name), 5, says)
+    for name in ("status", "gc"):
         assert_error(cli(name, "--store", small_sky), 5, "is not a store: it has no artifacts")
     assert_error(cli("verify", "gone"), 5, "gone does not exist")
 
@@ -919,7 +932,39 @@ def test_verify_takes_a_build(cli, small_store):
     ran = cli("verify", small_store / "current")
     assert ran.code == 0
     assert ran.out.count("all invariants hold") == len(ran.out.splitlines()) >= 9
-    assert f"{small_store}/current/lamost.corrected: " in ran.out
+    for product in ("lamost.corrected", "model.polynomial", "comparison", "uncertainty"):
+        assert f"{small_store}/current/{product}: " in ran.out
+    assert cli("verify", small_store).out == ran.out
+    each = cli("verify", *sorted((small_store / "current").iterdir()))
+    assert sorted(each.out.splitlines()) == sorted(ran.out.splitlines())
+    assert each.code == 5
+    assert "current/build.json is a file: a directory" in each.err
+
+
+def test_verify_reads_models(cli, small_store, tmp_path):
+    shutil.copytree(small_store / "current/model.polynomial", tmp_path / "model")
+    with (tmp_path / "model/held_out.parquet").open("ab") as file:
+        file.write(b"x")
+    ran = cli("verify", "gone", "model")
+    assert ran.code == 5 and "held_out.parquet has " in ran.out
+    assert "gone does not exist" in ran.err
+
+
+def test_a_file_where_a_directory_is_expected(cli, small_sky, small_store):
+    current, table = small_store / "current", small_sky / "gaia.parquet"
+    attach = ["attach", current / "lamost.observations", table, "-c", "distance"]
+    for given in (attach, ["dedupe", table]):
+        ran = cli(*given, "-o", "x", "-w", 0)
+        assert_error(ran, 5, "gaia.parquet is a file: a directory", "sos-dask ingest")
+    before = table.read_bytes()
+    ran = cli("dedupe", current / "lamost.observations", "-o", table, "-w", 0)
+    assert_error(ran, 3, r"--out .*gaia\.parquet is a file, not a directory")
+    assert table.read_bytes() == before
+
+
+def test_train_on_what_are_no_pairs(cli, small_store):
+    ran = cli("train", small_store / "current/lamost.stars", "-m", "polynomial", "-o", "x", "-w", 0)
+    assert_error(ran, 5, "lamost.stars is no catalog of pairs", "sos-dask crossmatch")
 
 
 def test_a_catalog_of_others_has_no_account_of_errors(cli, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from sos_dask.cli.options import Json, StepOptions, Store, with_step_options
 from sos_dask.cli.output import LABEL_UNITS, console, print_json, say, show_table
 from sos_dask.cli.steps import run_step
-from sos_dask.errors import CatalogError
+from sos_dask.errors import CatalogError, SosError
 
 
 def surveys(
@@ -72,8 +73,9 @@ def uncertainty(store: Store = Path("store"), as_json: Json = False) -> None:
     """
     from sos_dask.artifact import Manifest
     from sos_dask.stages.uncertainty import read_calibration
+    from sos_dask.store import current_product
 
-    directory = store / "current" / "uncertainty"
+    directory = current_product(store, "uncertainty")
     summary = Manifest.load(directory).summary
     calibration = read_calibration(directory)
     if as_json:
@@ -135,30 +137,39 @@ def _corner(one: Mapping[str, Any]) -> list[str]:
 
 def verify(
     catalogs: Annotated[
-        list[Path], typer.Argument(help="Directories of catalogs; of a build: all in it.")
+        list[Path], typer.Argument(help="Directories of outputs; of a store or build: all in it.")
     ],
     as_json: Json = False,
 ) -> None:
-    """Check every invariant of catalogs: rows, order, pixels, keys, hashes.
+    """Check every invariant of catalogs: rows, order, pixels, keys, hashes; of others the hashes.
 
     Example: sos-dask verify store/current
     """
-    from sos_dask.store import BUILD_FILE, catalogs_of
+    from sos_dask.store import outputs_of
     from sos_dask.verify import verify as run
 
-    chosen: list[Path] = []
-    for path in catalogs:
-        chosen += catalogs_of(path) if (path / BUILD_FILE).is_file() else [path]
-    problems = {str(path): run(path) for path in chosen}
-    if as_json:
+    problems: dict[str, list[str]] = {}
+    errors: list[SosError] = []
+    for given in catalogs:
+        try:
+            for path in outputs_of(given):
+                problems[str(path)] = run(path)
+        except SosError as error:
+            errors.append(error)
+    if as_json and (problems or not errors):
         print_json({"problems": problems})
-    else:
+    elif not as_json:
         for name, found in problems.items():
             say(f"{name}: {'all invariants hold' if not found else f'{len(found)} problems'}")
             for problem in found:
                 say(f"  {problem}")
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    codes = [error.exit_code for error in errors]
     if any(problems.values()):
-        raise typer.Exit(CatalogError.exit_code)
+        codes.append(CatalogError.exit_code)
+    if codes:
+        raise typer.Exit(max(codes))
 
 
 @with_step_options

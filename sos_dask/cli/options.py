@@ -55,8 +55,24 @@ Scheduler = Annotated[
         help="Address or scheduler file of a running Dask cluster, used instead of own workers.",
     ),
 ]
+
+
+def _no_file(path: Path | None) -> Path | None:
+    """Refuse a file where a directory is written."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise ConfigError(f"--out {path} is a file, not a directory", "Choose another name.")
+    return path
+
+
 Out = Annotated[
-    Path, typer.Option("--out", "-o", metavar="DIRECTORY", help="Directory that gets the output.")
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIRECTORY",
+        help="Directory that gets the output.",
+        callback=_no_file,
+    ),
 ]
 OptionalOut = Annotated[
     Path | None,
@@ -65,6 +81,7 @@ OptionalOut = Annotated[
         "-o",
         metavar="DIRECTORY",
         help="Directory that gets the output; with PAIRS.",
+        callback=_no_file,
         show_default=False,
     ),
 ]

@@ -290,6 +290,7 @@ def train(
     """
     from sos_dask import models
     from sos_dask.catalog import Catalog
+    from sos_dask.schema import DIFFERENCES
     from sos_dask.stages.train import TrainSettings, asks_workers, metrics_of
     from sos_dask.stages.train import train as run
 
@@ -297,6 +298,10 @@ def train(
     params = models.check_params(method, seeded | dict(_setting(text) for text in param or []))
     settings = TrainSettings(method, params, validation, search=search, seed=seed)
     catalog = Catalog.open(pairs)
+    if not set(DIFFERENCES) <= set(catalog.schema.names):
+        raise CatalogError(
+            f"{pairs} is no catalog of pairs", "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS."
+        )
     if not asks_workers(catalog, settings):
         options = replace(options, workers=0, scheduler=None)  # none are started to wait
     manifest = run_step(partial(run, catalog, out, settings), options)

@@ -22,6 +22,7 @@ __all__ = [
     "lamost_bias",
     "reference_rows",
     "references_avoid",
+    "require_free",
     "simulate",
     "sky_files",
     "special_stars",

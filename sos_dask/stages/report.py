@@ -28,7 +28,7 @@ from sos_dask.stages.parts import key_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.report_content import Build, figures, grid_of
 from sos_dask.stages.report_text import page
-from sos_dask.store import file_names, read_build
+from sos_dask.store import file_names, read_build, require_store
 from sos_dask.trust import FLAG_OUTSIDE, FLAGS
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ def of_build(
     report: Report = silent,
 ) -> Manifest:
     """Make the report of the current build of a store; see `report`."""
+    require_store(store)
     current = store / "current"
     document = read_build(current)
     names = [name for name in document["products"] if name != "report"]

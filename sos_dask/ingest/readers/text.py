@@ -35,6 +35,11 @@ def open_text(path: Path, gzipped: bool) -> Contents:
     unquoted = re.sub(r'"[^"]*"', "", header_line)
     delimiter = max(",|;\t", key=unquoted.count)
     if unquoted.count(delimiter) == 0:
+        if re.search(r"\.fits?(\.|$)", path.name.lower()):
+            raise SurveyError(
+                f"{path} is no FITS file: it begins with {header_line:.80}",
+                "Download it again; a table of text may have any other name, like .csv.",
+            )
         raise SurveyError(
             f"{path}: its first line has none of the delimiters , | ; and tab: {header_line:.80}",
             "The first line must hold the column names.",

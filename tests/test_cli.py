@@ -337,7 +337,7 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "stars again": (["dedupe", "{lamost.stars}"], 5, ["no column 'obs_id'"]),
     "pairs as target": (["crossmatch", "{pairs}", "{reference}", "--radius-arcsec", "1"], 5,
                         ["neither star_id nor obs_id"]),
-    "no pairs": (["train", "{reference}", "-m", "polynomial"], 5, ["no column 'teff_diff'"]),
+    "no pairs": (["train", "{reference}", "-m", "polynomial"], 5, ["is no catalog of pairs"]),
     "no model": (["apply", "{pairs}", "{lamost.observations}"], 7, [r"model\.json"]),
     "missing model": (["apply", "gone", "{lamost.observations}"], 7, [r"gone/model\.json"]),
     "train method": (["train", "{pairs}", "-m", "polynomal"], 3,

@@ -288,6 +288,14 @@ def _explained(path: Path, raw: Mapping[str, Any], error: ValidationError) -> Co
         )
     if first["type"] == "missing":
         return ConfigError(f"{path}: '{where}' is missing")
+    if first["type"] in ("model_type", "dict_type"):
+        return ConfigError(
+            f"{path}: {where} = {first['input']!r} is given where a table is needed",
+            "Each reference survey has a table of its own, such as [reference.apogee], with the "
+            "keys survey and files."
+            if first["loc"][0] == "reference"
+            else f"Write a table [{where}] with its keys.",
+        )
     message = str(first["msg"]).removeprefix("Value error, ")
     given = (
         f" (given: {first['input']!r})" if where and not isinstance(first["input"], dict) else ""

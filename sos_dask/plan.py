@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from sos_dask import models
@@ -18,7 +19,7 @@ from sos_dask.config import AttachSection, DedupeSection, Job, SurveySection
 from sos_dask.coverage import Limits
 from sos_dask.crossmatch import MatchSettings
 from sos_dask.dedupe import DedupeSettings
-from sos_dask.errors import SurveyError
+from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.machine import n_cores
 from sos_dask.planner import Planner, Stage
 from sos_dask.projection import ProjectionSettings
@@ -67,6 +68,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     ConfigError, SurveyError
         The job or a survey definition is wrong, or a survey file is missing.
     """
+    _check_names(job)
     store = store or job.resolve(job.store)
     planner = Planner(job, store)
     observations = _add_survey(planner, job.target_name, job.target, job.attach)
@@ -213,6 +215,38 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     return planner.stages
 
 
+@contextmanager
+def _key(job: Job, key: str) -> Iterator[None]:
+    """Put the job file and its key before the message of an error."""
+    try:
+        yield
+    except (ConfigError, SurveyError) as error:
+        raise type(error)(f"{job.path}: {key}: {error.message}", error.hint) from None
+
+
+def _check_names(job: Job) -> None:
+    """Refuse wrong surveys, methods and parameters before anything is written."""
+    sections = {"target": job.target} | {f"reference.{n}": s for n, s in job.reference.items()}
+    for name, section in sections.items():
+        with _key(job, f"{name}.survey"):
+            _definition(job, section)
+    for method in job.train.methods:
+        with _key(job, "train.methods"):
+            models.parameters(method)
+        with _key(job, f"train.params.{method}"):
+            _params(job, method)
+    with _key(job, "compare.rule"):
+        check_rule(job.compare.rule, job.train.methods)
+
+
+def _definition(job: Job, section: SurveySection) -> Survey:
+    """Definition of a survey with the changes of the job."""
+    definition = section.survey
+    if definition.endswith(".toml") or "/" in definition:
+        definition = str(job.resolve(definition))
+    return load_survey(definition, section.override)
+
+
 def _add_looks(planner: Planner, pairs: str, source: str) -> None:
     """What a job may ask for beside the correction: nothing else depends on it."""
     job = planner.job
@@ -308,10 +342,7 @@ def _add_survey(
 ) -> dict[str, str]:
     """Ingest, attach and dedupe of one survey; fingerprints of its observations and its stars."""
     job = planner.job
-    definition = section.survey
-    if definition.endswith(".toml") or "/" in definition:
-        definition = str(job.resolve(definition))
-    survey = load_survey(definition, section.override)
+    survey = _definition(job, section)
     observations = _add_ingest(planner, f"{name}.observations", survey, section.files)
     for companion, attached in (companions or {}).items():
         observations = _add_attach(planner, name, observations, companion, attached)

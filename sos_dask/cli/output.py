@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sos_dask.store import StageResult
 
 LABEL_UNITS = {"teff": "K", "logg": "dex", "feh": "dex"}
+_LOG_SECONDS = 10.0
 _WIDTH = 120  # of a table that goes into a file
 
 
@@ -52,15 +54,17 @@ def reporting() -> Iterator[Report]:
 
 
 class _PlainReport:
-    """One line when a step begins, one at each quarter, for logs."""
+    """One line when a step begins, one when it ends, and between at most one in ten seconds."""
 
     def __init__(self) -> None:
-        self.said: dict[str, int] = {}
+        self.said: dict[str, tuple[float, int, int]] = {}
 
     def __call__(self, step: str, done: int, total: int) -> None:
-        quarter = 4 * done // total if total else 4
-        if self.said.get(step) != quarter:
-            self.said[step] = quarter
+        at, before, of = self.said.get(step, (-math.inf, -1, total))
+        now = time.monotonic()
+        ended = done == total and (before, of) != (done, total)
+        if step not in self.said or ended or (done > before and now >= at + _LOG_SECONDS):
+            self.said[step] = now, done, total
             print(f"{step}: {done}/{total}", file=sys.stderr, flush=True)
 
 

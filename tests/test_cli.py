@@ -25,6 +25,7 @@ from sos_dask import models
 from sos_dask.artifact import MANIFEST
 from sos_dask.catalog import Catalog
 from sos_dask.cli import app, main
+from sos_dask.cli.output import reporting
 from sos_dask.coverage import MEASURES
 from sos_dask.dedupe import METHODS
 from sos_dask.errors import SosError
@@ -322,7 +323,7 @@ def test_too_few_pairs(cli, small_store, small_sky, tmp_path):
 
 BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "radius 0": (["crossmatch", "{lamost.stars}", "{reference}", "--radius-arcsec", "0"], 3,
-                 [r"radius_arcsec = 0\.0"]),
+                 [r"radius_arcsec = 0\.0 must be above 0 and below 3600"]),
     "radius below 0": (["dedupe", "{lamost.observations}", "--radius-arcsec", "-1"], 3,
                        [r"radius_arcsec = -1\.0"]),
     "radius nan": (["reference", "a={apogee.stars}", "--radius-arcsec", "nan"], 3, ["= nan"]),
@@ -1092,3 +1093,24 @@ def test_version(cli):
 
     assert cli("--version").out == f"{__version__}\n"
     assert cli().code == 2 and "Usage" in cli().out + cli().err
+
+
+def test_lines_of_progress_are_few(capsys, monkeypatch):
+    now = iter(range(0, 3000, 3))  # seconds, at each call
+    monkeypatch.setattr("sos_dask.cli.output.time.monotonic", lambda: next(now))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    with reporting() as report:
+        for _ in range(2):  # two steps of one name
+            for done in (0, 0, *range(1, 13), 12):
+                report("dedupe", done, 12)
+    lines = capsys.readouterr().err.splitlines()
+    half = lines[: len(lines) // 2]
+    assert lines == half + half
+    assert (half[0], half[-1]) == ("dedupe: 0/12", "dedupe: 12/12")
+    assert half[1:-1] == ["dedupe: 3/12", "dedupe: 7/12", "dedupe: 11/12"]
+
+
+def test_a_scheduler_file_that_is_not_there(cli, small_store):
+    given = ["dedupe", small_store / "current/apogee.observations", "-o", "x"]
+    ran = cli(*given, "--scheduler", "./nofile.json")
+    assert_error(ran, 3, r"there is no file \./nofile\.json")

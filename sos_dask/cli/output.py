@@ -63,7 +63,8 @@ class _PlainReport:
         at, before, of = self.said.get(step, (-math.inf, -1, total))
         now = time.monotonic()
         ended = done == total and (before, of) != (done, total)
-        if step not in self.said or ended or (done > before and now >= at + _LOG_SECONDS):
+        begun = step not in self.said or done < before  # steps of one name may follow each other
+        if begun or ended or (done > before and now >= at + _LOG_SECONDS):
             self.said[step] = now, done, total
             print(f"{step}: {done}/{total}", file=sys.stderr, flush=True)
 

@@ -163,9 +163,9 @@ def verify(
             say(f"{name}: {'all invariants hold' if not found else f'{len(found)} problems'}")
             for problem in found:
                 say(f"  {problem}")
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    codes = [error.exit_code for error in errors]
+    for refused in errors:
+        print(f"error: {refused}", file=sys.stderr)
+    codes = [refused.exit_code for refused in errors]
     if any(problems.values()):
         codes.append(CatalogError.exit_code)
     if codes:

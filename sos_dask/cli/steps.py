@@ -290,7 +290,7 @@ def train(
     """
     from sos_dask import models
     from sos_dask.catalog import Catalog
-    from sos_dask.stages.parts import DIFFERENCES
+    from sos_dask.stages.evidence import DIFFERENCES
     from sos_dask.stages.train import TrainSettings, asks_workers, metrics_of
     from sos_dask.stages.train import train as run
 

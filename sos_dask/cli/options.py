@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sos_dask.errors import ConfigError
+from sos_dask.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from sos_dask.cluster import Cluster
@@ -70,7 +70,9 @@ Scheduler = Annotated[
 def _no_file(path: Path | None) -> Path | None:
     """Refuse a file where a directory is written."""
     if path is not None and path.exists() and not path.is_dir():
-        raise ConfigError(f"--out {path} is a file, not a directory", "Choose another name.")
+        raise StorageError(
+            f"cannot write {path}: it is a file, not a directory", "Choose another name."
+        )
     return path
 
 

@@ -22,7 +22,6 @@ __all__ = [
     "lamost_bias",
     "reference_rows",
     "references_avoid",
-    "require_free",
     "simulate",
     "sky_files",
     "special_stars",

@@ -109,7 +109,7 @@ def coverage(
     outside: Annotated[
         float,
         typer.Option(
-            "--outside", metavar="X", help="With PAIRS: up to this coverage a row is outside."
+            "--outside", metavar="X", help="With PAIRS: below this coverage a row is outside."
         ),
     ] = 0.5,
     grid: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +81,7 @@ def candidates(
     if start.ndim == 0:
         waiting[int(start)] = [np.arange(len(cells), dtype=np.int64)]
     else:
-        for order in np.unique(start).tolist():
+        for order in np.flatnonzero(np.bincount(start)).tolist():
             waiting[order] = [np.flatnonzero(start == order)]
     while waiting:
         order = min(waiting)
@@ -162,6 +163,7 @@ def _touched(
     return np.broadcast_to(at, wanted.shape)[wanted], around[wanted]
 
 
+@lru_cache(maxsize=64)
 def _touch_table(order: int, step: float) -> tuple[NDArray[np.uint8], int]:
     """Bits of the neighbours that a position may reach, by its place inside its cell; its depth."""
     depth = min(7, MAX_ORDER - order)

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -398,15 +399,15 @@ def _ordered(
     right = np.concatenate([np.empty(0, dtype=np.int64), *(j for _, j, _ in found)])
     separation = np.concatenate([np.empty(0), *(s for _, _, s in found)])
     by_position = np.arange(len(left)) >= n_by_id
-    order = np.lexsort((right, separation, by_position, left))
-    same = np.ones(max(len(order) - 1, 0), dtype=np.bool_)
-    for values in (left, by_position, separation):
-        same &= values[order[1:]] == values[order[:-1]]
-    if same.any():  # only then do the keys matter
-        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-        some = order[tied]
+    order = np.argsort(left, kind="stable")
+    at = _with_equal_neighbour(order, left)  # of few rows there are several candidates
+    some = order[at]
+    order[at] = some[np.lexsort((right[some], separation[some], by_position[some], left[some]))]
+    at = at[_with_equal_neighbour(order[at], left, by_position, separation)]
+    if len(at):  # only then do the keys matter
+        some = order[at]
         key = pc.rank(keys_of(right[some]), tiebreaker="dense").to_numpy()
-        order[tied] = some[
+        order[at] = some[
             np.lexsort((right[some], key, separation[some], by_position[some], left[some]))
         ]
     left, right, separation = left[order], right[order], separation[order]
@@ -422,3 +423,11 @@ def _ordered(
         ~by_position[order][keep],
         n_conflicts,
     )
+
+
+def _with_equal_neighbour(order: IntArray, *columns: NDArray[Any]) -> IntArray:
+    """Places in an order before or after which all columns are the same."""
+    same = np.ones(max(len(order) - 1, 0), dtype=np.bool_)
+    for values in columns:
+        same &= values[order[1:]] == values[order[:-1]]
+    return np.flatnonzero(np.append(same, False) | np.append(False, same))

@@ -94,14 +94,13 @@ def candidates(
         own = fine >> shift
         step_max = float(step if step.ndim == 0 else step[rows].max())
         at, entered = _touched(fine, own, order, step_max * 2.0**order, later_only)
-        low = rows + 1 if later_only else np.searchsorted(sorted_cells, own << shift)
-        if later_only and everything:
-            high = _run_stops(own)
+        if not later_only:
+            low, found = _rows_in(own, shift, sorted_cells)
+        elif everything:
+            low, found = rows + 1, _run_stops(own) - rows - 1
         else:
-            high = np.searchsorted(sorted_cells, (own + 1) << shift)
-        near_low = np.searchsorted(sorted_cells, entered << shift)
-        near_high = np.searchsorted(sorted_cells, (entered + 1) << shift)
-        found, near_found = high - low, near_high - near_low
+            low, found = rows + 1, np.searchsorted(sorted_cells, (own + 1) << shift) - rows - 1
+        near_low, near_found = _rows_in(entered, shift, sorted_cells)
         crowded = found > _CROWDED
         crowded[at[near_found > _CROWDED]] = True
         if crowded.any():
@@ -137,6 +136,19 @@ def rows_near(
     for _, rows in candidates(cells, reach_arcsec, sorted_cells):
         near[rows] = True
     return np.flatnonzero(near)
+
+
+def _rows_in(cells: IntArray, shift: int, sorted_cells: IntArray) -> tuple[IntArray, IntArray]:
+    """The first of the sorted rows in each cell, and how many: where there is one, they are sought.
+
+    Most neighbours are empty, and the second search costs as much as the first.
+    """
+    low = np.searchsorted(sorted_cells, cells << shift)
+    last = len(sorted_cells) - 1
+    some = np.flatnonzero(sorted_cells[np.minimum(low, last)] >> shift == cells)
+    count = np.zeros(len(cells), dtype=np.int64)
+    count[some] = np.searchsorted(sorted_cells, (cells[some] + 1) << shift) - low[some]
+    return low, count
 
 
 def _run_stops(values: IntArray) -> IntArray:

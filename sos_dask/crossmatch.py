@@ -22,8 +22,10 @@ epochs of the other side, and every pair found is measured one by one at its own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +38,7 @@ from sos_dask.healpix import FloatArray, IntArray
 from sos_dask.schema import HEALPIX_COLUMN, require_columns
 
 BoolArray = NDArray[np.bool_]
+_KeysOf = Callable[[IntArray], pa.ChunkedArray]  # keys of rows
 
 GAIA_RELEASES = ("gaia_dr3_source_id", "gaia_dr2_source_id")
 # An id on this many pairs of rows is a placeholder or a calibration star: search it on the sky,
@@ -150,7 +153,10 @@ def reach_arcsec(
 
 
 def match(
-    left: pa.Table, right: pa.Table, settings: MatchSettings, right_key: str = "star_id"
+    left: pa.Table,
+    right: pa.Table,
+    settings: MatchSettings,
+    right_key: str | _KeysOf = "star_id",
 ) -> Matches:
     """Find the pairs of two sky tables by the rule of this module.
 
@@ -160,8 +166,9 @@ def match(
         Sorted by ``_healpix_29``; ``ra``, ``dec`` and, where there are any, ``pmra``, ``pmdec``,
         ``position_epoch``, ``gaia_dr3_source_id``, ``gaia_dr2_source_id`` (null or not positive: no
         id). ``right`` holds every row that can match (`reach_arcsec`), and may hold more.
-    right_key : str
-        Column of the right table that breaks ties, int64 or string.
+    right_key : str or callable
+        Column of the right table that breaks ties, int64 or string; or what gives that column of
+        some rows, for keys that are read only where there are ties.
 
     Returns
     -------
@@ -174,7 +181,9 @@ def match(
     PartitionError
         A table is not sorted on the sky.
     """
-    require_columns(right.schema, (right_key,), "the right side of the crossmatch")
+    if isinstance(right_key, str):
+        require_columns(right.schema, (right_key,), "the right side of the crossmatch")
+        right_key = partial(_taken, right.column(right_key))
     a = _Side.read(left, "the left side of the crossmatch", settings.use_gaia_id)
     b = _Side.read(right, "the right side of the crossmatch", settings.use_gaia_id)
     found = list(_equal_ids(a, b, settings.id_radius_arcsec))
@@ -185,7 +194,7 @@ def match(
         n_conflicts += int(np.count_nonzero(common & ~equal))
         free = ~common
         found.append((i[free], j[free], separation[free]))
-    return _ordered(found, by_id, n_conflicts, right.column(right_key), settings.pairs == "all")
+    return _ordered(found, by_id, n_conflicts, right_key, settings.pairs == "all")
 
 
 @dataclass(frozen=True)
@@ -256,6 +265,10 @@ class _Side:
 
 
 _Block = tuple[IntArray, IntArray, FloatArray]
+
+
+def _taken(column: pa.ChunkedArray, rows: IntArray) -> pa.ChunkedArray:
+    return column.take(pa.array(rows))
 
 
 def _floats(table: pa.Table, name: str) -> FloatArray:
@@ -379,22 +392,22 @@ def _join_ids(
 
 
 def _ordered(
-    found: list[_Block], n_by_id: int, n_conflicts: int, keys: pa.ChunkedArray, every: bool
+    found: list[_Block], n_by_id: int, n_conflicts: int, keys_of: _KeysOf, every: bool
 ) -> Matches:
     """Sort candidates, count those of each left row, and keep the best or all."""
     left = np.concatenate([np.empty(0, dtype=np.int64), *(i for i, _, _ in found)])
     right = np.concatenate([np.empty(0, dtype=np.int64), *(j for _, j, _ in found)])
     separation = np.concatenate([np.empty(0), *(s for _, _, s in found)])
     by_position = np.arange(len(left)) >= n_by_id
-    order = np.lexsort((right, separation, by_position, left))
-    same = np.ones(max(len(order) - 1, 0), dtype=np.bool_)
-    for values in (left, by_position, separation):
-        same &= values[order[1:]] == values[order[:-1]]
-    if same.any():  # only then do the keys matter
-        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-        some = order[tied]
-        key = pc.rank(keys.take(pa.array(right[some])), tiebreaker="dense").to_numpy()
-        order[tied] = some[
+    order = np.argsort(left, kind="stable")
+    at = _with_equal_neighbour(order, left)  # of few rows there are several candidates
+    some = order[at]
+    order[at] = some[np.lexsort((right[some], separation[some], by_position[some], left[some]))]
+    at = at[_with_equal_neighbour(order[at], left, by_position, separation)]
+    if len(at):  # only then do the keys matter
+        some = order[at]
+        key = pc.rank(keys_of(right[some]), tiebreaker="dense").to_numpy()
+        order[at] = some[
             np.lexsort((right[some], key, separation[some], by_position[some], left[some]))
         ]
     left, right, separation = left[order], right[order], separation[order]
@@ -410,3 +423,11 @@ def _ordered(
         ~by_position[order][keep],
         n_conflicts,
     )
+
+
+def _with_equal_neighbour(order: IntArray, *columns: NDArray[Any]) -> IntArray:
+    """Places in an order before or after which all columns are the same."""
+    same = np.ones(max(len(order) - 1, 0), dtype=np.bool_)
+    for values in columns:
+        same &= values[order[1:]] == values[order[:-1]]
+    return np.flatnonzero(np.append(same, False) | np.append(False, same))

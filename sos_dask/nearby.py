@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +81,7 @@ def candidates(
     if start.ndim == 0:
         waiting[int(start)] = [np.arange(len(cells), dtype=np.int64)]
     else:
-        for order in np.unique(start).tolist():
+        for order in np.flatnonzero(np.bincount(start)).tolist():
             waiting[order] = [np.flatnonzero(start == order)]
     while waiting:
         order = min(waiting)
@@ -93,14 +94,13 @@ def candidates(
         own = fine >> shift
         step_max = float(step if step.ndim == 0 else step[rows].max())
         at, entered = _touched(fine, own, order, step_max * 2.0**order, later_only)
-        low = rows + 1 if later_only else np.searchsorted(sorted_cells, own << shift)
-        if later_only and everything:
-            high = _run_stops(own)
+        if not later_only:
+            low, found = _rows_in(own, shift, sorted_cells)
+        elif everything:
+            low, found = rows + 1, _run_stops(own) - rows - 1
         else:
-            high = np.searchsorted(sorted_cells, (own + 1) << shift)
-        near_low = np.searchsorted(sorted_cells, entered << shift)
-        near_high = np.searchsorted(sorted_cells, (entered + 1) << shift)
-        found, near_found = high - low, near_high - near_low
+            low, found = rows + 1, np.searchsorted(sorted_cells, (own + 1) << shift) - rows - 1
+        near_low, near_found = _rows_in(entered, shift, sorted_cells)
         crowded = found > _CROWDED
         crowded[at[near_found > _CROWDED]] = True
         if crowded.any():
@@ -138,6 +138,19 @@ def rows_near(
     return np.flatnonzero(near)
 
 
+def _rows_in(cells: IntArray, shift: int, sorted_cells: IntArray) -> tuple[IntArray, IntArray]:
+    """The first of the sorted rows in each cell, and how many: where there is one, they are sought.
+
+    Most neighbours are empty, and the second search costs as much as the first.
+    """
+    low = np.searchsorted(sorted_cells, cells << shift)
+    last = len(sorted_cells) - 1
+    some = np.flatnonzero(sorted_cells[np.minimum(low, last)] >> shift == cells)
+    count = np.zeros(len(cells), dtype=np.int64)
+    count[some] = np.searchsorted(sorted_cells, (cells[some] + 1) << shift) - low[some]
+    return low, count
+
+
 def _run_stops(values: IntArray) -> IntArray:
     """Where the run of equal values ends that each value of a sorted array is in."""
     stops = np.flatnonzero(np.append(values[1:] != values[:-1], True)) + 1
@@ -162,6 +175,7 @@ def _touched(
     return np.broadcast_to(at, wanted.shape)[wanted], around[wanted]
 
 
+@lru_cache(maxsize=64)
 def _touch_table(order: int, step: float) -> tuple[NDArray[np.uint8], int]:
     """Bits of the neighbours that a position may reach, by its place inside its cell; its depth."""
     depth = min(7, MAX_ORDER - order)

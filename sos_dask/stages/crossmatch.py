@@ -239,11 +239,16 @@ def pairs_schema(left: Catalog, right: Catalog, key: str, right_key: str) -> pa.
 def _match_part(part: _Part) -> None:
     """Pairs of one partition, with the folds that they have by themselves."""
     left_key, right_key = key_column(part.left), key_column(part.right)
-    left_at, right_at, left, right = _near_rows(part, right_key)
-    matches = match(left, right, part.settings.match, right_key)
+    left_at, right_at, left, right = _near_rows(part)
+
+    def keys_of(rows: IntArray) -> pa.ChunkedArray:  # text that is read for few ties only
+        return _take(part.right, right_at, right, rows, [right_key])[right_key]
+
+    matches = match(left, right, part.settings.match, keys_of)
     names = [left_key, *_CARRIED, *GAIA_IDS.values(), *_FLAGS]
     target = _take(part.left, left_at, left, matches.left, names)
-    reference = _take(part.right, right_at, right, matches.right, [*_REFERENCE, *_FLAGS])
+    names = [right_key, *_REFERENCE, *_FLAGS]
+    reference = _take(part.right, right_at, right, matches.right, names)
     folds, n_stars = local_folds(
         part.output,
         part.pixel,
@@ -293,7 +298,7 @@ def _match_part(part: _Part) -> None:
     )
 
 
-def _near_rows(part: _Part, right_key: str) -> tuple[_Found, _Found, pa.Table, pa.Table]:
+def _near_rows(part: _Part) -> tuple[_Found, _Found, pa.Table, pa.Table]:
     """Rows of both sides that can be in a pair, and the columns of them that decide."""
     reach = float(part.reach_arcsec())
     around = surroundings(part.pixel, reach)[0]
@@ -304,10 +309,12 @@ def _near_rows(part: _Part, right_key: str) -> tuple[_Found, _Found, pa.Table, p
         for pixel in part.right.overlapping(ranges)
         if len(rows := part.right.rows_in(pixel, ranges, wanted=reaches))
     ]
-    deciding = [HEALPIX_COLUMN, "ra", "dec", *_MOTION]
+    deciding = ["ra", "dec"]
+    if any({"pmra", "pmdec"} <= set(side.schema.names) for side in (part.left, part.right)):
+        deciding += _MOTION
     if part.shared_ids:
         deciding += GAIA_IDS.values()
-    columns = part.right.columns([right_key, *deciding])
+    columns = part.right.columns([HEALPIX_COLUMN, *deciding])
     empty = pa.schema([part.right.schema.field(name) for name in columns]).empty_table()
     right = pa.concat_tables(
         [part.right.take(pixel, rows, columns) for pixel, rows in right_at] or [empty]
@@ -315,6 +322,7 @@ def _near_rows(part: _Part, right_key: str) -> tuple[_Found, _Found, pa.Table, p
     cells = part.left.cells(part.pixel) if right.num_rows else np.empty(0, dtype=np.int64)
     rows = rows_near(cells, right[HEALPIX_COLUMN].to_numpy(), part.reach_arcsec(_total_pm(right)))
     left = part.left.take(part.pixel, rows, part.left.columns(deciding))
+    left = left.append_column(part.left.schema.field(HEALPIX_COLUMN), pa.array(cells[rows]))
     return [(part.pixel, rows)], right_at, left, right
 
 

@@ -72,8 +72,8 @@ class StorageError(SosError):
     exit_code = 9
 
 
-# Who raises it (a class or its module), what it then is, and what to say first. Nothing is imported:
-# most commands need few of these libraries. The first that fits counts.
+# Who raises it (a class or its module), what it then is, and what to say first. The first that fits
+# counts. Nothing is imported: most commands need few of these libraries.
 _LIBRARIES: tuple[tuple[str, type[SosError], str], ...] = (
     ("builtins.MemoryError", ClusterError, "there is not enough memory"),
     ("pydantic", ConfigError, "a setting is wrong"),
@@ -138,7 +138,7 @@ def understood(error: BaseException) -> SosError | None:
 
 
 def _place(frames: Sequence[FrameType]) -> str:
-    """File that the innermost function of the package works on, where one of its names is a path."""
+    """Path that the innermost function of the package works on, where it has one."""
     for frame in reversed(frames):
         if str(frame.f_globals.get("__name__", "")).startswith(f"{__package__}."):
             for value in frame.f_locals.values():

@@ -36,12 +36,12 @@ def builtin_surveys() -> list[str]:
     return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".toml"))
 
 
-def load_survey(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Survey:
+def load_survey(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Survey:
     """Read a survey definition.
 
     Parameters
     ----------
-    name_or_path : str
+    name_or_path : str or Path
         Name of a built-in survey, or path of a TOML file (it ends in ``.toml`` or has a ``/``).
     overrides : mapping, optional
         Settings of a job merged over the file, for example ``{"cuts": {"snr": {"min": 30}}}``.
@@ -53,6 +53,7 @@ def load_survey(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         Unknown name, unreadable file, unknown key, value of a wrong type, missing column, a bit
         used twice. The message begins with ``name_or_path``.
     """
+    name_or_path = str(name_or_path)
     if name_or_path.endswith(".toml") or "/" in name_or_path:
         path = Path(name_or_path)
         if not path.is_file():

@@ -20,6 +20,7 @@ from sos_dask.crossmatch import MatchSettings, match, reach_arcsec
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, Column, is_gaia_id, nearest
+from sos_dask.sphere import check_radii
 from sos_dask.stages.crossmatch import key_column, motion_of
 from sos_dask.stages.ids import GAIA_IDS
 from sos_dask.stages.needs import require_memory
@@ -59,6 +60,7 @@ class AttachSettings:
             )
         if not self.columns:
             raise ConfigError("no column is named to be attached")
+        check_radii(self.radius_arcsec, self.id_radius_arcsec, use_gaia_id=False)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sos_dask.documents import NAME_RULE, is_name, parse_toml
+from sos_dask.documents import COLUMN_RULE, NAME_RULE, is_column, is_name, parse_toml
 from sos_dask.errors import SurveyError
 from sos_dask.schema import (
     CANONICAL,
@@ -177,8 +176,8 @@ def _all_columns(raw: Mapping[str, Any]) -> dict[str, SourceColumn]:
     for name, value in _table(raw.get("extra", {}), "[extra]").items():
         where = f"[extra.{name}]"
         entry = _entry(value, where, _EXTRA_KEYS)
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise SurveyError(f"{where}: a column name has letters, digits and _ only")
+        if not is_column(name):
+            raise SurveyError(f"{where}: '{name}' is no name of a column: {COLUMN_RULE}")
         if name.lower() in taken:  # SQL and FITS ignore the case of names
             raise SurveyError(f"{where} has a name that is taken", "Choose another name.")
         taken.add(name.lower())

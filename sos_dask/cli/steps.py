@@ -330,7 +330,7 @@ def _setting(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--param '{text}' is not NAME=VALUE", "For example max_depth=4.")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return name, value
 
 

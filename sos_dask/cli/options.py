@@ -49,18 +49,10 @@ MemoryLimit = Annotated[str, _MEMORY]
 OptionalMemoryLimit = Annotated[str | None, _MEMORY]
 
 
-def _scheduler(text: str | None) -> str | None:
-    """Refuse a scheduler file that is not there."""
-    if text and text.endswith(".json") and not Path(text).is_file():
-        raise ConfigError(f"--scheduler: there is no file {text}", "Has the scheduler started?")
-    return text
-
-
 Scheduler = Annotated[
     str | None,
     typer.Option(
         "--scheduler",
-        callback=_scheduler,
         metavar="ADDRESS",
         help="Address or scheduler file of a running Dask cluster, used instead of own workers.",
     ),

@@ -140,7 +140,7 @@ def _rebuild(
     scheduler: str | None,
 ) -> Build:
     from sos_dask import pipeline
-    from sos_dask.cluster import start
+    from sos_dask.cluster import check_place, start
 
     section = job.cluster
     if workers is None and scheduler is None:  # else the job's place of work is replaced
@@ -148,6 +148,7 @@ def _rebuild(
         memory_limit = memory_limit or section.memory_limit
     elif memory_limit is None:
         memory_limit = "auto" if scheduler else section.memory_limit
+    check_place(workers, str(memory_limit), scheduler)
     with reporting() as report:
         return pipeline.rebuild(
             job,

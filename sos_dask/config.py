@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sos_dask.documents import NAME_RULE, is_name, parse_toml
 from sos_dask.errors import ConfigError
 from sos_dask.schema import nearest
 
 JOB_FORMAT = 1
+MOST = 1_000_000_000  # of rows or pairs that a setting can count
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A text that looks like a number or a yes is refused, not taken for one.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class DedupeSection(_Section):
@@ -43,8 +45,8 @@ class SurveySection(_Section):
 class IngestSection(_Section):
     """How survey files become partitions."""
 
-    rows_per_partition: int = Field(1_000_000, gt=0)
-    chunk_rows: int = Field(500_000, gt=0)
+    rows_per_partition: int = Field(1_000_000, gt=0, le=MOST)
+    chunk_rows: int = Field(500_000, gt=0, le=MOST)
     margin_arcsec: float | None = Field(None, gt=0, lt=3600)
 
 
@@ -89,9 +91,9 @@ class CompareSection(_Section):
 
     rule: str = "balanced"
     n_bootstrap: int = Field(400, ge=100, le=10_000)
-    min_pairs: int = Field(30, ge=10)
-    min_bin_pairs: int = Field(50, ge=5)
-    min_cell_pairs: int = Field(5, ge=1)
+    min_pairs: int = Field(30, ge=10, le=MOST)
+    min_bin_pairs: int = Field(50, ge=5, le=MOST)
+    min_cell_pairs: int = Field(5, ge=1, le=MOST)
     tolerance: float = Field(0.01, ge=0, lt=1)
 
 
@@ -140,7 +142,17 @@ class CoverageSection(_Section):
     outside: float = Field(0.5, gt=0, lt=1)
     fallback: Literal["auto", "polynomial", "none", "edge"] = "auto"
     compare: bool = True
-    grid: dict[Literal["teff", "logg", "feh"], tuple[float, float]] = Field(default_factory=dict)
+    grid: dict[
+        Literal["teff", "logg", "feh"], Annotated[tuple[float, float], Field(strict=False)]
+    ] = Field(default_factory=dict)
+
+    @field_validator("grid")
+    @classmethod
+    def _low_and_high(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        for label, (low, high) in value.items():
+            if not low < high:
+                raise ValueError(f"{label}: {low:g} is not below {high:g}")
+        return value
 
 
 class ProjectionSection(_Section):
@@ -157,14 +169,14 @@ class ProjectionSection(_Section):
 class GeneralisationSection(_Section):
     """Methods trained without one region after the other, where the job has the section."""
 
-    max_pairs: int = Field(20_000, ge=100)
-    min_pairs: int = Field(200, ge=10)
+    max_pairs: int = Field(20_000, ge=100, le=MOST)
+    min_pairs: int = Field(200, ge=10, le=MOST)
 
 
 class ClusterSection(_Section):
     """Where the work is done."""
 
-    n_workers: int | None = Field(None, ge=0)
+    n_workers: int | None = Field(None, ge=0, le=10_000)
     memory_limit: str = "auto"
     scheduler: str | None = None
 
@@ -174,6 +186,8 @@ class Job(_Section):
 
     Parameters
     ----------
+    target_name : str, optional
+        Name of the target in products, figures and titles. Default: the name of its survey.
     path : Path
         The file; relative paths in it are relative to its folder.
     text : str
@@ -183,10 +197,10 @@ class Job(_Section):
     format: int
     name: str
     store: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     variables: dict[str, str] = Field(default_factory=dict)
     target: SurveySection
-    target_name: str = "lamost"
+    target_name: str | None = None
     reference: dict[str, SurveySection] = Field(min_length=1)
     ingest: IngestSection = Field(default_factory=IngestSection)
     dedupe: DedupeSection = Field(default_factory=DedupeSection)
@@ -213,11 +227,13 @@ class Job(_Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Job:
-        for name in (self.target_name, *self.reference):
-            if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-                raise ValueError(
-                    f"'{name}' is no name of a survey: use lower-case letters and digits"
-                )
+        named = {"name": self.name} | {f"reference.{name}": name for name in self.reference}
+        named |= {f"attach.{name}": name for name in self.attach}
+        if self.target_name is not None:
+            named["target_name"] = self.target_name
+        for key, name in named.items():
+            if not is_name(name):
+                raise ValueError(f"{key}: '{name}' is no name: {NAME_RULE}")
         if self.target_name in self.reference:
             raise ValueError(f"two surveys are named '{self.target_name}'")
         for name in self.unify.order or ():
@@ -242,8 +258,11 @@ class Job(_Section):
                 )
             return found
 
-        path = Path(re.sub(r"\$\{(\w+)\}", value, text)).expanduser()
-        return (self.path.parent / path).resolve()
+        try:
+            path = Path(re.sub(r"\$\{(\w+)\}", value, text)).expanduser()
+            return (self.path.parent / path).resolve()
+        except (RuntimeError, ValueError) as error:  # no home folder; a loop of links
+            raise ConfigError(f"{self.path}: path '{text}': {error}") from None
 
 
 def load_job(path: str | Path) -> Job:
@@ -256,15 +275,16 @@ def load_job(path: str | Path) -> Job:
     """
     path = Path(path)
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"job file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text: no job file") from None
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe may never end
+            raise ConfigError(f"job file {path} is not a regular file")
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"job file {path} cannot be read: {why}") from None
     try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        text, raw = parse_toml(content, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", error.hint) from None
     try:
         return Job.model_validate({**raw, "path": path.absolute(), "text": text})
     except ValidationError as error:
@@ -290,7 +310,7 @@ def _explained(path: Path, raw: Mapping[str, Any], error: ValidationError) -> Co
         return ConfigError(f"{path}: '{where}' is missing")
     if first["type"] in ("model_type", "dict_type"):
         return ConfigError(
-            f"{path}: {where} = {first['input']!r} is given where a table is needed",
+            f"{path}: {where} = {first['input']!r:.60} is given where a table is needed",
             "Each reference survey has a table of its own, such as [reference.apogee], with the "
             "keys survey and files."
             if first["loc"][0] == "reference"
@@ -298,7 +318,7 @@ def _explained(path: Path, raw: Mapping[str, Any], error: ValidationError) -> Co
         )
     message = str(first["msg"]).removeprefix("Value error, ")
     given = (
-        f" (given: {first['input']!r})" if where and not isinstance(first["input"], dict) else ""
+        f" (given: {first['input']!r:.60})" if where and not isinstance(first["input"], dict) else ""
     )
     return ConfigError(f"{path}: {where + ': ' if where else ''}{message}{given}")
 

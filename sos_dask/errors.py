@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
 
 class SosError(Exception):
     """Base of all errors of this package: the message says what, where and what to do.
@@ -65,3 +70,78 @@ class StorageError(SosError):
     """The disk is full, or a file cannot be written."""
 
     exit_code = 9
+
+
+# Who raises it (a class or its module), what it then is, and what to say first. Nothing is imported:
+# most commands need few of these libraries. The first that fits counts.
+_LIBRARIES: tuple[tuple[str, type[SosError], str], ...] = (
+    ("builtins.MemoryError", ClusterError, "there is not enough memory"),
+    ("pydantic", ConfigError, "a setting is wrong"),
+    ("tomllib", ConfigError, "not valid TOML"),
+    ("json", CatalogError, "not valid JSON"),
+    ("numpy.lib", CatalogError, "damaged array"),
+    ("numpy.linalg", ModelError, "the numbers do not determine the correction"),
+    ("xgboost", ModelError, "boosted trees failed"),
+    ("pyarrow", CatalogError, "damaged or unusual table"),
+    ("pandas", SurveyError, "the table cannot be read"),
+    ("astropy", SurveyError, "the table cannot be read"),
+    ("gzip", SurveyError, "damaged compressed file"),
+    ("zlib", SurveyError, "damaged compressed file"),
+    ("csv", SurveyError, "the table cannot be read"),
+    ("builtins.EOFError", SurveyError, "the file is cut short"),
+    ("distributed", ClusterError, "the cluster failed"),
+    ("dask", ClusterError, "the cluster failed"),
+    ("tornado", ClusterError, "the cluster failed"),
+    ("concurrent.futures", ClusterError, "the cluster failed"),
+    ("builtins.TimeoutError", ClusterError, "no answer in time"),
+    ("builtins.ConnectionError", ClusterError, "the cluster failed"),
+    ("builtins.UnicodeDecodeError", CatalogError, "a file is not UTF-8 text"),
+    ("builtins.UnicodeEncodeError", ConfigError, "a name or a value is not UTF-8 text"),
+    ("builtins.OverflowError", ConfigError, "a number is too large"),
+    ("builtins.Warning", ConfigError, "the environment makes errors of warnings (PYTHONWARNINGS)"),
+    ("builtins.ImportError", ConfigError, "a package is missing or broken"),
+)
+# Their decoders also raise errors of Python's own kinds, which are those of the file.
+_DECODERS = ("tomllib", "json", "gzip", "csv", "pydantic", "astropy.io", "numpy.lib._npyio_impl",
+             "numpy.lib._format_impl", "pyarrow.parquet")  # fmt: skip
+
+
+def understood(error: BaseException) -> SosError | None:
+    """Turn what a library, a file or the machine has raised into an error of this package.
+
+    Parameters
+    ----------
+    error : BaseException
+
+    Returns
+    -------
+    SosError or None
+        None: nothing that a user gives leads there, the program has a defect.
+    """
+    if isinstance(error, SosError):
+        return error
+    text = " ".join(str(error).split())
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+    if isinstance(error, ValueError) and "embedded null" in text:
+        return ConfigError("a path or an address contains a NUL character")
+    sources = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__]
+    if raised_in.startswith(_DECODERS):
+        sources.append(raised_in)
+    for source, kind, what in _LIBRARIES:
+        if any(f"{name}.".startswith(f"{source}.") for name in sources):
+            return kind(f"{what}{_place(frames)}: {text or type(error).__name__}")
+    if isinstance(error, OSError):
+        where = f" {error.filename}" if error.filename else _place(frames)
+        return StorageError(f"cannot read or write{where}: {error.strerror or text}")
+    return None
+
+
+def _place(frames: Sequence[FrameType]) -> str:
+    """File that the innermost function of the package works on, where one of its names is a path."""
+    for frame in reversed(frames):
+        if str(frame.f_globals.get("__name__", "")).startswith(f"{__package__}."):
+            for value in frame.f_locals.values():
+                if isinstance(value, Path):
+                    return f" ({value})"
+    return ""

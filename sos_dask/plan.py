@@ -68,10 +68,11 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     ConfigError, SurveyError
         The job or a survey definition is wrong, or a survey file is missing.
     """
-    _check_names(job)
+    job = _checked(job)
+    target = str(job.target_name)
     store = store or job.resolve(job.store)
     planner = Planner(job, store)
-    observations = _add_survey(planner, job.target_name, job.target, job.attach)
+    observations = _add_survey(planner, target, job.target, job.attach)
     references = {
         name: _add_survey(planner, name, section)["stars"]
         for name, section in job.reference.items()
@@ -162,7 +163,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         pairs,
         error_settings,
         {
-            f"{job.target_name}.stars": target_stars,
+            f"{target}.stars": target_stars,
             "reference": united,
             **{f"{name}.stars": fingerprint for name, fingerprint in references.items()},
         },
@@ -176,7 +177,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             directory,
             error_settings,
             Surveys(
-                job.target_name,
+                target,
                 planner.catalog(target_stars),
                 planner.catalog(united),
                 {name: planner.catalog(references[name]) for name in references},
@@ -193,13 +194,13 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         fallback = "polynomial" if "polynomial" in trained else "edge"
     smooth = trained["polynomial"] if fallback == "polynomial" else None
     planner.add(
-        f"{job.target_name}.corrected",
+        f"{target}.corrected",
         apply_recipe(chosen, source, errors, covered, fallback, smooth or ""),
         lambda directory, cluster, report: apply(
             planner.directory(chosen),
             planner.catalog(source),
             directory,
-            name=f"{job.target_name}.corrected",
+            name=f"{target}.corrected",
             cluster=cluster,
             report=report,
             model_fingerprint=chosen,
@@ -224,12 +225,20 @@ def _key(job: Job, key: str) -> Iterator[None]:
         raise type(error)(f"{job.path}: {key}: {error.message}", error.hint) from None
 
 
-def _check_names(job: Job) -> None:
-    """Refuse wrong surveys, methods and parameters before anything is written."""
+def _checked(job: Job) -> Job:
+    """Job whose target has a name; wrong surveys, methods and parameters are refused."""
     sections = {"target": job.target} | {f"reference.{n}": s for n, s in job.reference.items()}
     for name, section in sections.items():
         with _key(job, f"{name}.survey"):
-            _definition(job, section)
+            definition = _definition(job, section)
+        if name == "target" and job.target_name is None:
+            job = job.model_copy(update={"target_name": definition.name})
+            if definition.name in job.reference:
+                raise ConfigError(
+                    f"{job.path}: the target's survey and a reference are named "
+                    f"'{definition.name}'",
+                    'Give the target another name: target_name = "...".',
+                )
     for method in job.train.methods:
         with _key(job, "train.methods"):
             models.parameters(method)
@@ -237,6 +246,7 @@ def _check_names(job: Job) -> None:
             _params(job, method)
     with _key(job, "compare.rule"):
         check_rule(job.compare.rule, job.train.methods)
+    return job
 
 
 def _definition(job: Job, section: SurveySection) -> Survey:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sos_dask.documents import NAME_RULE, is_name, parse_toml
 from sos_dask.errors import SurveyError
 from sos_dask.schema import (
     CANONICAL,
@@ -70,15 +70,11 @@ def load_survey(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
             )
         source = (resources.files("sos_dask") / "surveys" / f"{name_or_path}.toml").read_bytes
     try:
-        raw = tomllib.loads(source().decode("utf-8"))
+        _, raw = parse_toml(source(), SurveyError)
         merged = _merged(raw, _table(overrides or {}, "the overrides"))
         survey = parse_survey(merged, json.dumps(merged, default=str))
     except OSError as error:
         raise SurveyError(f"{name_or_path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise SurveyError(f"{name_or_path}: byte {error.start} is not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SurveyError(f"{name_or_path}: not valid TOML: {error}") from None
     except SurveyError as error:
         raise SurveyError(f"{name_or_path}: {error.message}", error.hint) from None
     return survey
@@ -127,8 +123,8 @@ def parse_survey(raw: Mapping[str, Any], definition: str = "") -> Survey:
         if key not in raw:
             raise SurveyError(f"'{key}' is missing")
     name = _text(raw, "name", "the survey")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
-        raise SurveyError(f"name '{name}' must be lower-case letters, digits and dashes")
+    if not is_name(name):
+        raise SurveyError(f"name '{name}' is no name of a survey: {NAME_RULE}")
     hdu = _integer(raw, "hdu", "the survey", 1) if "hdu" in raw else None
     if hdu is not None and hdu < 1:
         raise SurveyError(f"hdu {hdu} holds no table", "Table extensions count from 1.")

@@ -7,6 +7,7 @@ JOB = """
 format = 1
 name = "small"
 store = "store"
+target_name = "lamost"
 [variables]
 SMALL_SKY = "{sky}"
 [target]

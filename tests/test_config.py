@@ -7,6 +7,7 @@ from tests.conftest import ROOT
 GOOD = """
 format = 1
 name = "t"
+target_name = "lamost"
 store = "store"
 [variables]
 DATA = "data"

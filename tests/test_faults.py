@@ -21,6 +21,7 @@ pytestmark = pytest.mark.fault
 JOB = """
 format = 1
 name = "faults"
+target_name = "lamost"
 store = "store"
 [target]
 survey = "lamost-dr11-lrs"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sos_dask.cli import coverage, evidence, look, steps, store
 from sos_dask.cli.options import DEBUG
-from sos_dask.errors import SosError, StorageError
+from sos_dask.cli.output import complain, prepare_streams, shown
+from sos_dask.errors import understood
 
 app = typer.Typer(
     name="sos-dask",
@@ -56,35 +57,38 @@ def main() -> None:
     gc.set_threshold(100_000)  # imports make many objects and no garbage
     debug = DEBUG in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
+    prepare_streams()
     try:
         try:
-            app(arguments)
+            code = app(arguments, standalone_mode=False)
         finally:
             _flush()
-    except SystemExit as end:
-        if end.code == 130:
-            print("stopped; run the same command again to go on", file=sys.stderr)
-        raise
     except Exception as error:
         if debug:
             raise
-        text, code = _explained(error)
-        print(text, file=sys.stderr)
-        raise SystemExit(code) from None
+        code = _told(error)
+    if code == 130:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+    raise SystemExit(code)
 
 
-def _explained(error: Exception) -> tuple[str, int]:
-    """What a user reads of an error, and the exit code."""
-    if isinstance(error, SosError):
-        return f"error: {error}", error.exit_code
-    if isinstance(error, OSError) and error.errno is not None:
-        where = f" {error.filename}" if error.filename else ""
-        return f"error: cannot read or write{where}: {error.strerror}", StorageError.exit_code
-    return (
-        f"unexpected error: {type(error).__name__}: {error}\n"
-        f"  Say {DEBUG} to see where, and please report it.",
-        1,
+def _told(error: Exception) -> int:
+    """Tell an error in a sentence; its exit code."""
+    usage: Any = error
+    if hasattr(usage, "show"):  # a wrong command line; its class is private to typer
+        usage.message = shown(usage.message)
+        usage.show()
+        return int(usage.exit_code)
+    # Typer makes a stop of what a file ends with.
+    known = understood(error.__cause__ or error if isinstance(error, typer.Abort) else error)
+    if known is not None:
+        complain(f"error: {shown(known.message)}", known.hint)
+        return known.exit_code
+    complain(
+        f"unexpected error: {type(error).__name__}: {shown(str(error))}",
+        f"Give {DEBUG} to see where, and please report it.",
     )
+    return 1
 
 
 def _flush() -> None:

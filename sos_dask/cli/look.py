@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from sos_dask.cli.options import Json, StepOptions, Store, with_step_options
-from sos_dask.cli.output import LABEL_UNITS, console, print_json, say, show_table
+from sos_dask.cli.output import (
+    LABEL_UNITS,
+    complain,
+    console,
+    print_json,
+    say,
+    show_table,
+    shown,
+    shown_lines,
+)
 from sos_dask.cli.steps import run_step
 from sos_dask.errors import CatalogError, SosError
 
@@ -63,7 +71,7 @@ def surveys(
     if survey.missing:
         say(f"Missing values: {', '.join(f'{value:g}' for value in survey.missing)}")
     if survey.notes:
-        console().print(survey.notes.strip(), markup=False)
+        console().print(shown_lines(survey.notes.strip()), markup=False, emoji=False)
 
 
 def uncertainty(store: Store = Path("store"), as_json: Json = False) -> None:
@@ -164,7 +172,7 @@ def verify(
             for problem in found:
                 say(f"  {problem}")
     for refused in errors:
-        print(f"error: {refused}", file=sys.stderr)
+        complain(f"error: {shown(refused.message)}", refused.hint)
     codes = [refused.exit_code for refused in errors]
     if any(problems.values()):
         codes.append(CatalogError.exit_code)

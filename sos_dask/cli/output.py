@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +27,32 @@ if TYPE_CHECKING:
 LABEL_UNITS = {"teff": "K", "logg": "dex", "feh": "dex"}
 _LOG_SECONDS = 10.0
 _WIDTH = 120  # of a table that goes into a file
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode: control, format, half a character, line ends
+
+
+def prepare_streams() -> None:
+    """Let every character be written where the terminal or the locale has only some of them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def shown(text: str) -> str:
+    """Escape what a terminal would obey instead of show: names and titles come from files."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape", "surrogatepass").decode()
+        if unicodedata.category(char) in _UNSEEN
+        else char
+        for char in text
+    )
+
+
+def complain(text: str, hint: str = "") -> None:
+    """Print an error and what to do, each on a line of its own."""
+    with contextlib.suppress(OSError, ValueError):  # standard error may be closed
+        print(text, *([f"  {shown(hint)}"] if hint else []), sep="\n", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -47,7 +75,7 @@ def reporting() -> Iterator[Report]:
 
         def report(step: str, done: int, total: int) -> None:
             if step not in tasks or (done == 0 and progress.tasks[tasks[step]].completed):
-                tasks[step] = progress.add_task(step, total=total)
+                tasks[step] = progress.add_task(shown(step), total=total)
             progress.update(tasks[step], completed=done, total=total)
 
         yield report
@@ -66,7 +94,7 @@ class _PlainReport:
         begun = step not in self.said or done < before  # steps of one name may follow each other
         if begun or ended or (done > before and now >= at + _LOG_SECONDS):
             self.said[step] = now, done, total
-            print(f"{step}: {done}/{total}", file=sys.stderr, flush=True)
+            print(f"{shown(step)}: {done}/{total}", file=sys.stderr, flush=True)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -93,29 +121,34 @@ def console() -> Console:
 
 
 def say(text: str) -> None:
-    """Print a line of text as it is: brackets in names are no markup, long paths stay whole."""
-    console().print(text, markup=False, soft_wrap=True)
+    """Print lines of text as they are: brackets in names are no markup, long paths stay whole."""
+    console().print(shown_lines(text), markup=False, emoji=False, soft_wrap=True)
+
+
+def shown_lines(text: str) -> str:
+    """Escape each line of a text, see `shown`."""
+    return "\n".join(map(shown, text.split("\n")))
 
 
 def show_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table under its title; a header that begins with ``>`` heads a column of numbers."""
     from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for number, header in enumerate(headers):
         is_number = header.startswith(">")
         table.add_column(
-            escape(header.removeprefix(">")),
+            Text(shown_lines(header.removeprefix(">"))),
             justify="right" if is_number else "left",
             no_wrap=number == 0 or is_number,
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(Text(shown_lines(cell)) for cell in row))
     target = console()
-    target.print(f"[bold]{escape(title)}[/bold]")
+    target.print(Text(shown_lines(title), "bold"))
     target.print(table)
 
 

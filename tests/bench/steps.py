@@ -418,7 +418,7 @@ def _rebuild(bench: Bench) -> tuple[Usage, dict[str, Any]]:
         "reference.apogee": "apogee",
         "reference.galah": "galah",
     }
-    text = 'format = 1\nname = "bench"\nstore = "store"\n'
+    text = 'format = 1\nname = "bench"\nstore = "store"\ntarget_name = "lamost"\n'
     for section, survey in surveys.items():
         files = json.dumps([str(sky / f"{survey}.fits")])
         text += f'[{section}]\nsurvey = "{prepare.SURVEYS[survey]}"\nfiles = {files}\n'

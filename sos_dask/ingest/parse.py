@@ -142,4 +142,7 @@ def _word_hint(word: str) -> str:
         return "Sexagesimal coordinates are not read: convert them to degrees."
     if re.fullmatch(r"[+-]?[0-9.]+(,[0-9.]+)+", word):
         return "Numbers with commas are not read: write 1234.5, without a separator of thousands."
-    return f'If it means "no value", add it to the survey: missing_text = ["{word:.40}"].'
+    return (
+        f'If it means "no value", add it to the survey: missing_text = ["{word:.40}"]; '
+        'if the column is text, set its dtype = "string".'
+    )

@@ -13,6 +13,7 @@ import io
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -48,7 +49,7 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         file.seek(0)
         comments, line = _head(path, file)
         offset, skip_lines = file.tell(), len(comments) + 1
-        following = [next(_lines(path, file), "") for _ in range(2)]
+        following = list(islice(_lines(path, file, skip_lines), 2))
         file.seek(offset)
         has_rows = any(block.strip() for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
     comments = [comment for comment in comments if comment.startswith("#")]
@@ -135,9 +136,8 @@ def _head(path: Path, file: BinaryIO) -> tuple[list[str], str]:
     return before, before.pop() if before else ""
 
 
-def _lines(path: Path | str, file: BinaryIO) -> Iterator[str]:
-    """Lines of bounded length; a byte that is not UTF-8 is kept as a surrogate."""
-    number = 0
+def _lines(path: Path | str, file: BinaryIO, number: int = 0) -> Iterator[str]:
+    """Lines of bounded length after so many; a byte that is not UTF-8 is kept as a surrogate."""
     while line := file.readline(_BLOCK_BYTES + 1):
         number += 1
         if len(line) > _BLOCK_BYTES:
@@ -282,7 +282,9 @@ def _truth(source: Source, name: str, text: pa.Array) -> pa.Array:
 
 def _rows(source: Source, file: BinaryIO, strict: bool) -> Iterator[tuple[int, list[str]]]:
     """Rows that are not blank, each with the number of its last line."""
-    rows = csv.reader(_lines(source.path, file), delimiter=source.delimiter, strict=strict)
+    rows = csv.reader(
+        _lines(source.path, file, source.skip_lines), delimiter=source.delimiter, strict=strict
+    )
     begin = source.skip_lines + 1
     try:
         for row in rows:

@@ -204,7 +204,9 @@ def _parsed(
             for category in changes if strict else ():
                 warnings.simplefilter("error", category)
             verify = "warn" if strict else "ignore"
-            document = parse(data_path, places, table_number=number, verify=verify)
+            document = parse(
+                data_path, places, table_number=number, verify=verify, filename=path.name
+            )
             return list(document.iter_tables())[number]
     except changes as error:
         raise SurveyError(

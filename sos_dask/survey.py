@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from sos_dask.schema import CANONICAL, HEALPIX, QUALITY, Column
 
-ALLOWANCES = ("ra_below_24",)
-"""Odd but right data that a survey may confirm: right ascensions in deg that look like hours."""
+ALLOWANCES = ("ra_below_24", "overflow")
+"""Odd data that a survey may accept: right ascensions in deg that look like hours, and a VOTable
+that its service has cut off (QUERY_STATUS OVERFLOW)."""
 COLUMN_HEADINGS = ("column", "native", "unit", "dtype", "UCD", "description")
 CUT_HEADINGS = ("cut", "test", "reason", "bit")
 
@@ -121,8 +122,8 @@ class Survey:
         ``name`` is lower-case letters, digits and dashes.
     columns : mapping of str to SourceColumn
         Canonical and extra columns, in the order of the product.
-    hdu : int
-        Table extension of a FITS file, from 1.
+    hdu : int, optional
+        Table extension of a FITS file, or table of a VOTable, from 1; None: its only table.
     position_epoch : float, optional
         Julian year of ra and dec where no column gives it.
     missing : tuple of float
@@ -150,7 +151,7 @@ class Survey:
     title: str
     columns: Mapping[str, SourceColumn]
     reference: str = ""
-    hdu: int = 1
+    hdu: int | None = None
     position_epoch: float | None = None
     missing: tuple[float, ...] = ()
     missing_text: tuple[str, ...] = ()

@@ -125,8 +125,8 @@ def parse_survey(raw: Mapping[str, Any], definition: str = "") -> Survey:
     name = _text(raw, "name", "the survey")
     if not is_name(name):
         raise SurveyError(f"name '{name}' is no name of a survey: {NAME_RULE}")
-    hdu = _integer(raw, "hdu", "the survey", 1)
-    if hdu < 1:
+    hdu = _integer(raw, "hdu", "the survey", 1) if "hdu" in raw else None
+    if hdu is not None and hdu < 1:
         raise SurveyError(f"hdu {hdu} holds no table", "Table extensions count from 1.")
     position_epoch = _number(raw, "position_epoch", "the survey")
     if position_epoch is not None and not 1800 <= position_epoch <= 2100:

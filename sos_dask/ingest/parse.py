@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from sos_dask.ingest.arrays import IntArray, split
 from sos_dask.ingest.readers import Source, text_line
 from sos_dask.survey import Survey
 
+_FORTRAN = r"^([+-]?[0-9.]+)[dD]([+-]?[0-9]+)$"
 _NULL_NUMBERS = ("", "nan", "NaN", "NAN", "null", "NULL", "None")
 
 
@@ -59,7 +61,9 @@ def parse_floats(place: Place, key: str, text: pa.Array) -> pa.Array:
     return numbers
 
 
-def parse_integers(place: Place, key: str, text: pa.Array, is_id: bool = False) -> pa.Array:
+def parse_integers(
+    place: Place, key: str, text: pa.Array, is_id: bool = False, product: str = ""
+) -> pa.Array:
     """Text as int64; an id that is written as a float is an error, as its digits are lost."""
     text, numbers = _cast(place, text, pa.int64())
     if numbers is not None:
@@ -89,7 +93,11 @@ def parse_integers(place: Place, key: str, text: pa.Array, is_id: bool = False) 
         )
     integers = pa.array(whole_numbers(place, key, np.where(present, numbers, 0)), mask=~present)
     if problem:
-        place.fail(key, stop, f"'{text[stop]}' {problem}", _word_hint(text[stop].as_py()))
+        word = text[stop].as_py()
+        hint = _word_hint(word)
+        if product == "obs_id":
+            hint = 'If the keys are text, set dtype = "string" in [columns.obs_id] of the survey.'
+        place.fail(key, stop, f"'{word}' {problem}", hint)
     return pc.coalesce(whole.cast(pa.int64()), integers)
 
 
@@ -101,10 +109,12 @@ def _cast(place: Place, text: pa.Array, kind: pa.DataType) -> tuple[pa.Array, pa
             return text, text.cast(kind)
     text = pc.ascii_trim_whitespace(text)
     text = pc.if_else(pc.is_in(text, value_set=pa.array(words)), None, text)
-    try:
-        return text, text.cast(kind)
-    except pa.ArrowInvalid:
-        return text, None
+    for tried in (text, None):
+        if tried is None:
+            tried = pc.replace_substring_regex(text, _FORTRAN, r"\1e\2")
+        with contextlib.suppress(pa.ArrowInvalid):
+            return text, tried.cast(kind)
+    return text, None
 
 
 def _is_number(word: str) -> bool:
@@ -130,4 +140,9 @@ def _first_failure(text: pa.Array, kind: pa.DataType) -> int:
 def _word_hint(word: str) -> str:
     if ":" in word:
         return "Sexagesimal coordinates are not read: convert them to degrees."
-    return f'If it means "no value", add it to the survey: missing_text = ["{word:.40}"].'
+    if re.fullmatch(r"[+-]?[0-9.]+(,[0-9.]+)+", word):
+        return "Numbers with commas are not read: write 1234.5, without a separator of thousands."
+    return (
+        f'If it means "no value", add it to the survey: missing_text = ["{word:.40}"]; '
+        'if the column is text, set its dtype = "string".'
+    )

@@ -105,7 +105,7 @@ def integers(place: Place, source: SourceColumn, key: str, values: Values) -> Ma
     """An integer column of the product; impossible values are null and counted."""
     is_id = is_gaia_id(source.column.name)
     if is_text(values):
-        values = parse_integers(place, key, values, is_id)
+        values = parse_integers(place, key, values, is_id, source.column.name)
     raw, null = split(values)
     sentinels = sentinels_of(place.survey, source, raw.dtype)
     ok = np.ones(len(raw), dtype=bool) if null is None else ~null

@@ -55,7 +55,7 @@ from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, un
 from sos_dask.stages.pieces import copied, read_piece, write_piece
 from sos_dask.survey import Survey
 
-VERSION = 4
+VERSION = 5
 _KEYS_PER_RANGE = 10_000_000
 # Measured, and a tenth more: a worker's process, and what it holds of a row while it reads a chunk.
 _PROCESS_BYTES, _CHUNK_BYTES = 170 << 20, 460
@@ -285,6 +285,7 @@ def _run(
             "survey": survey.name,
             "expected_error": dict(survey.expected_error),
             "rejected": _count_reasons(rejected),
+            **_cut_off(sources),
             **_summary_of(profile, survey, done),
         },
         extra,
@@ -302,6 +303,12 @@ def _check_rows(sources: Sequence[Source], n_rows: int) -> None:
             f"{n_rows} were read",
             "Remove the folder that was to be made and run the same command again.",
         )
+
+
+def _cut_off(sources: Sequence[Source]) -> dict[str, Any]:
+    """Files that their service has cut off at its limit of rows."""
+    names = sorted(Path(source.path).name for source in sources if source.overflow)
+    return {"overflow": names} if names else {}
 
 
 def _summary_of(

@@ -1,24 +1,31 @@
 """Survey files as they come: what is in them, checks that need no rows, native columns in batches.
 
 Formats are told by content, never by name: FITS binary tables (a gzipped one is decompressed once),
-delimited text, Parquet and VOTable. Only the columns that a survey needs are read.
+delimited text (ECSV and VizieR's among it), Parquet and VOTable. Only the columns that a survey
+needs are read.
 """
 
 from __future__ import annotations
 
-import zlib
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-
-from sos_dask.errors import SurveyError
-from sos_dask.ingest.readers.columns import check_native, check_shape, element_of, sources_in
-from sos_dask.ingest.readers.common import DAMAGED, Batches, Native, Source
+from sos_dask.errors import SosError, SurveyError
+from sos_dask.ingest.readers.columns import (
+    check_native,
+    check_shape,
+    column_named,
+    element_of,
+    sources_in,
+)
+from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source
 from sos_dask.ingest.readers.files import decompressed, first_bytes, kind_of
 from sos_dask.ingest.readers.fits import open_fits, read_fits
-from sos_dask.ingest.readers.tables import open_parquet, open_votable, read_parquet, read_votable
+from sos_dask.ingest.readers.parquet import open_parquet, read_parquet
 from sos_dask.ingest.readers.text import open_text, read_text, text_line
-from sos_dask.schema import find_name, nearest
+from sos_dask.ingest.readers.votable import open_votable, read_votable
+from sos_dask.schema import nearest
 from sos_dask.survey import Survey
 
 __all__ = ["Native", "Source", "open_source", "read_native", "text_line"]
@@ -43,8 +50,9 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
     Raises
     ------
     SurveyError
-        The file is missing, damaged, truncated, empty or of another format, or it lacks a column
-        or has it with a type or unit that would give wrong values.
+        The file is missing, damaged, truncated, empty or of another format, holds several tables
+        of which the survey names none, or it lacks a column, has it twice or has it with a type or
+        unit that would give wrong values.
     StorageError
         The decompressed copy cannot be written.
     """
@@ -53,37 +61,65 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
     data_path = path
     if gzipped and kind != "csv":
         data_path, gzipped = decompressed(path, scratch), False
-    contents = {
-        "fits": lambda: open_fits(path, data_path, survey.hdu),
-        "parquet": lambda: open_parquet(path, data_path),
-        "votable": lambda: open_votable(path, data_path),
-        "csv": lambda: open_text(path, gzipped),
-    }[kind]()
+    if kind in ("csv", "parquet") and (survey.hdu or 1) > 1:
+        raise SurveyError(f"{path} has one table only, and the survey says hdu = {survey.hdu}")
+    with _refused(path):
+        contents = {
+            "fits": lambda: open_fits(path, data_path, survey.hdu),
+            "parquet": lambda: open_parquet(path, data_path),
+            "votable": lambda: open_votable(path, data_path, survey),
+            "csv": lambda: open_text(path, gzipped),
+        }[kind]()
+        return _source(path, data_path, kind, index, survey, contents)
+
+
+@contextlib.contextmanager
+def _refused(path: Path | str) -> Iterator[None]:
+    """Make whatever a reader raises of a damaged file a `SurveyError`."""
+    try:
+        yield
+    except SosError:
+        raise
+    except Exception as error:  # astropy, Arrow, expat, NumPy, gzip: each has its own
+        raise SurveyError(
+            f"{path} cannot be read: {str(error) or type(error).__name__}", DAMAGED
+        ) from error
+
+
+def _source(
+    path: Path, data_path: Path, kind: str, index: int, survey: Survey, contents: Contents
+) -> Source:
     if contents.n_rows == 0:
         raise SurveyError(f"{path} has no rows")
-    by_name = {native.name: native for native in contents.natives}
+    known = contents.natives
+    names = [native.name for native in known]
     natives: dict[str, Native] = {}
     columns = {}
     for name, source in survey.columns.items():
-        found = sources_in(path, name, source, by_name)
+        found = sources_in(path, name, source, known)
         keys = []
         for native in found:
             check_native(path, name, source, native)
+            if native.mask and names.count(native.mask) != 1:
+                raise SurveyError(
+                    f"{path}: column '{native.name}' has its mask in a column '{native.mask}', "
+                    f"which is there {names.count(native.mask)} times"
+                )
             key = native.name if source.element is None else f"{native.name}[{source.element}]"
             natives[key] = element_of(native, source.element)
             keys.append(key)
         columns[name] = tuple(keys)
     cuts = {}
     for cut in survey.cuts:
-        match = find_name(cut.column, by_name)
+        match = column_named(path, cut.column, known)
         if match is not None:
-            check_shape(path, f"cut '{cut.name}'", by_name[match], None)
-            cuts[cut.column] = match
-            natives[match] = by_name[match]
+            check_shape(path, f"cut '{cut.name}'", match, None)
+            cuts[cut.column] = match.name
+            natives[match.name] = match
         elif cut.column not in survey.columns and not cut.optional:
             raise SurveyError(
                 f"{path}: no column '{cut.column}', which cut '{cut.name}' needs",
-                nearest(cut.column, by_name)
+                nearest(cut.column, names)
                 or "Say optional = true where releases without it shall pass.",
             )
     return Source(
@@ -95,6 +131,7 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
         natives=natives,
         columns=columns,
         cuts=cuts,
+        overflow=contents.overflow,
         **contents.layout,
     )
 
@@ -128,7 +165,10 @@ def read_native(source: Source, start: int, stop: int | None, batch_rows: int) -
         "votable": read_votable,
         "csv": read_text,
     }
-    try:
-        yield from readers[source.kind](source, start, stop, batch_rows)
-    except (OSError, pa.ArrowException, EOFError, zlib.error) as error:
-        raise SurveyError(f"{source.path} cannot be read: {error}", DAMAGED) from error
+    batches = readers[source.kind](source, start, stop, batch_rows)
+    while True:
+        with _refused(source.path):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,20 +15,42 @@ from sos_dask.schema import CANONICAL, find_name, is_gaia_id, nearest
 from sos_dask.survey import SourceColumn
 
 
+def column_named(path: Path, name: str, known: Sequence[Native]) -> Native | None:
+    """The column of that name, else the only one that is equal but for case; None without any.
+
+    Raises
+    ------
+    SurveyError
+        Several columns have the name.
+    """
+    names = [native.name for native in known]
+    match = find_name(name, names)
+    if match is not None and names.count(match) == 1:
+        return known[names.index(match)]
+    alike = [item for item in names if item == match or item.lower() == name.lower()]
+    if not alike:
+        return None
+    raise SurveyError(
+        f"{path}: column '{name}' is there {len(alike)} times: '" + "', '".join(alike) + "'",
+        "Rename or remove all but one.",
+    )
+
+
 def sources_in(
-    path: Path, name: str, source: SourceColumn, known: Mapping[str, Native]
+    path: Path, name: str, source: SourceColumn, known: Sequence[Native]
 ) -> list[Native]:
     """Columns that one column of the product is made from: one, or all that are joined."""
-    matches = [find_name(wanted, known) for wanted in source.sources]
-    found = [known[match] for match in matches if match is not None]
+    matches = [column_named(path, wanted, known) for wanted in source.sources]
+    found = [match for match in matches if match is not None]
     if len(found) == len(matches) or (found and not source.join):
         return found if source.join else found[:1]
     missing = [s for s, match in zip(source.sources, matches, strict=True) if match is None]
     quoted = "' or '".join(missing)
-    hints = [nearest(wanted, known) for wanted in missing]
+    names = list(dict.fromkeys(native.name for native in known))
+    hints = [nearest(wanted, names) for wanted in missing]
     raise SurveyError(
         f"{path}: no column '{quoted}', which '{name}' is made from",
-        next((hint for hint in hints if hint), f"It has: {', '.join(list(known)[:60])}."),
+        next((hint for hint in hints if hint), f"It has: {', '.join(names[:60])}."),
     )
 
 
@@ -36,7 +58,7 @@ def element_of(native: Native, element: int | None) -> Native:
     """A column, or one element of a vector column."""
     if element is None:
         return native
-    step = np.dtype(native.dtype).itemsize if native.dtype else 0
+    step = np.dtype(native.dtype).itemsize if native.dtype else 0  # FITS alone has a dtype
     return replace(native, element=element, offset=native.offset + element * step)
 
 
@@ -44,7 +66,10 @@ def check_shape(path: Path, user: str, native: Native, element: int | None) -> N
     """Raise `SurveyError` where a column has not one number or text a row."""
     where = f"{path}: column '{native.name}' ({user})"
     if native.kind not in ("int", "float", "bool", "text"):
-        raise SurveyError(f"{where} has format {native.kind}, which is not one value a row")
+        raise SurveyError(
+            f"{where} has the type {native.kind}, which is neither one number nor one text a row",
+            "Convert it to a number or to text.",
+        )
     if native.width != 1 and element is None:
         many = "a vector" if native.width < 0 else f"a vector of {native.width} values"
         raise SurveyError(f"{where} is {many}", "Say which one is meant: element = 0 is the first.")

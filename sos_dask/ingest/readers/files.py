@@ -15,6 +15,7 @@ from sos_dask.errors import StorageError, SurveyError
 from sos_dask.ingest.readers.common import DAMAGED
 
 _GZIP = b"\x1f\x8b"
+_WIDE = (b"\xff\xfe", b"\xfe\xff")
 _PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -55,6 +56,8 @@ def kind_of(path: Path, head: bytes) -> str:
     for magic, name in _PACKED.items():
         if head.startswith(magic):
             raise SurveyError(f"{path} is {name}-compressed", "Decompress it first.")
+    if head.startswith(_WIDE) or b",\0" in head[:1000]:
+        raise SurveyError(f"{path} is UTF-16 text", "Save it as UTF-8.")
     if b"\0" in head:
         raise SurveyError(
             f"{path} is neither FITS, Parquet, VOTable nor delimited UTF-8 text",

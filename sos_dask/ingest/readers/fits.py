@@ -34,7 +34,7 @@ _WORD = np.dtype("S8")
 _FEW, _FIRST_ROWS = 1000, 10_000
 
 
-def open_fits(path: Path, data_path: Path, hdu: int) -> Contents:
+def open_fits(path: Path, data_path: Path, hdu: int | None) -> Contents:
     """What a FITS binary table holds, from its header."""
     from astropy.io import fits
 
@@ -46,20 +46,24 @@ def open_fits(path: Path, data_path: Path, hdu: int) -> Contents:
     except (OSError, ValueError, KeyError, TypeError, fits.VerifyError) as error:
         raise SurveyError(f"{path}: not a readable FITS file: {error}", DAMAGED) from None
     kinds = [str(header.get("XTENSION", "")).strip() for header, _ in headers]
-    if hdu >= len(headers) or kinds[hdu] != "BINTABLE":
-        tables = [
-            f"{number} '{header.get('EXTNAME', '')}' ({header['NAXIS2']} rows)"
-            for number, (header, _) in enumerate(headers)
-            if kinds[number] == "BINTABLE"
-        ]
-        what = "is no binary table" if hdu < len(headers) else "does not exist"
+    tables = {
+        number: f"{number} '{header.get('EXTNAME', '')}' ({header.get('NAXIS2')} rows)"
+        for number, (header, _) in enumerate(headers)
+        if kinds[number] == "BINTABLE"
+    }
+    if hdu not in tables and (hdu is not None or len(tables) != 1):
+        what = f"HDU {hdu} is no binary table"
+        if hdu is None:
+            what = "which of its tables is meant is not said"
+        elif hdu >= len(headers):
+            what = f"HDU {hdu} does not exist"
         raise SurveyError(
-            f"{path}: HDU {hdu} {what}",
-            f"Tables are in HDU {', '.join(tables)}: set hdu in the survey."
+            f"{path}: {what}" if tables else f"{path} holds no binary table",
+            f"Tables are in HDU {', '.join(tables.values())}: set hdu in the survey."
             if tables
-            else "It holds no binary table at all.",
+            else "Convert it, for example with TOPCAT.",
         )
-    header, offset = headers[hdu]
+    header, offset = headers[next(iter(tables)) if hdu is None else hdu]
     row_bytes, n_rows = int(header["NAXIS1"]), int(header["NAXIS2"])
     expected = offset + row_bytes * n_rows + int(header.get("PCOUNT", 0))
     actual = data_path.stat().st_size

@@ -1,4 +1,8 @@
-"""Delimited text: every column as text, so that a bad number is known with its line."""
+"""Delimited text: every column as text, so that a bad number is known with its line.
+
+CSV and its kin, with ``#`` comments before the header or a header that is one, ECSV (its YAML
+header states types, units and masks) and VizieR's TSV (a row of units and one of dashes).
+"""
 
 from __future__ import annotations
 
@@ -9,57 +13,161 @@ import io
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.arrays import decoded, regrouped
-from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source
+from sos_dask.ingest.readers.common import (
+    DAMAGED,
+    Batches,
+    Contents,
+    Native,
+    Source,
+    masked,
+    stated_by_astropy,
+)
+
+_BLOCK_BYTES = 1 << 20  # no row is longer
+_COMMENT_BYTES = 1 << 24
+_OTHERS = {
+    "mrt": rb"(?im)^Byte-by-byte Description of file",
+    "ipac": rb"(?m)\A(\\.*\n)*\|.*\|\s*\n\|.*\|\s*$",
+}
+_TRUTH = {"false": 0, "f": 0, "0": 0, "true": 1, "t": 1, "1": 1}
 
 
 def open_text(path: Path, gzipped: bool) -> Contents:
-    """What delimited text holds, from its first line."""
+    """What delimited text holds, from its first lines."""
     with open_bytes(path, gzipped) as file:
-        line, skip_lines = file.readline(), 1
-        while line and not line.strip():
-            line = file.readline()
-            skip_lines += 1
-        has_rows = any(row.strip() for row in file)
-    try:
-        header_line = line.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        header_line = line.decode("latin-1")
-    unquoted = re.sub(r'"[^"]*"', "", header_line)
-    delimiter = max(",|;\t", key=unquoted.count)
-    if unquoted.count(delimiter) == 0:
+        _refuse_others(path, file.read(1 << 16))
+        file.seek(0)
+        comments, line = _head(path, file)
+        offset, skip_lines = file.tell(), len(comments) + 1
+        following = list(islice(_lines(path, file, skip_lines), 2))
+        file.seek(offset)
+        has_rows = any(block.strip() for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
+    comments = [comment for comment in comments if comment.startswith("#")]
+    stated: dict[str, dict[str, Any]] = {}
+    masks: dict[str, str] = {}
+    if comments and re.match(r"# ?%ECSV", comments[0]):
+        yaml = [comment[1:].removeprefix(" ").rstrip("\r\n") for comment in comments[1:]]
+        stated, masks = stated_by_astropy(yaml)
+        delimiter = "," if re.search(r"^delimiter: *['\"]?,", "\n".join(yaml), re.M) else " "
+    else:
+        if comments and any(map(_is_number, _fields(line, _delimiter_of(line)))):
+            # The header is a comment: what follows are values.
+            skip_lines, offset = skip_lines - 1, offset - len(line.encode("utf-8", "surrogateescape"))
+            following, has_rows = [line, *following], True
+            line = comments[-1][1:].lstrip()
+        delimiter = _delimiter_of(line)
+    header = _fields(line, delimiter)
+    if len(header) < 2:
         if re.search(r"\.fits?(\.|$)", path.name.lower()):
             raise SurveyError(
-                f"{path} is no FITS file: it begins with {header_line:.80}",
+                f"{path} is no FITS file: it begins with {line:.80}",
                 "Download it again; a table of text may have any other name, like .csv.",
             )
         raise SurveyError(
-            f"{path}: its first line has none of the delimiters , | ; and tab: {header_line:.80}",
+            f"{path}: its first line has none of the delimiters , | ; tab and blank: {line:.80}",
             "The first line must hold the column names.",
         )
-    header = [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter))]
-    for name in header:
-        if header.count(name) > 1 and name:
-            raise SurveyError(
-                f"{path}: column '{name}' is there {header.count(name)} times",
-                "Rename or remove all but one.",
-            )
-    unique = tuple(name or f"\0{number}" for number, name in enumerate(header))
-    natives = [Native(name, "text") for name in header if name]
+    units: dict[str, str] = {n: str(item.get("unit") or "") for n, item in stated.items()}
+    for number, below in enumerate(following[:2]):
+        if re.fullmatch(r"[-\s,|;]*-{2,}[-\s,|;]*", below):  # VizieR
+            if number:
+                units = dict(zip(header, _fields(following[0], delimiter), strict=False))
+            skipped = following[: number + 1]
+            offset += sum(len(text.encode("utf-8", "surrogateescape")) for text in skipped)
+            skip_lines += number + 1
+            break
+    natives = []
+    for name in filter(None, header):
+        item = stated.get(name, {})
+        kind = "bool" if item.get("datatype") == "bool" or name in masks.values() else "text"
+        kind = str(item.get("subtype") or kind)
+        natives.append(Native(name, kind, unit=units.get(name, ""), mask=masks.get(name, "")))
     layout = {
-        "header": unique,
+        # Arrow takes no name twice; the survey uses none of these.
+        "header": tuple(
+            name if name and header.count(name) == 1 else f"\0{number}"
+            for number, name in enumerate(header)
+        ),
         "delimiter": delimiter,
+        "offset": offset,
         "skip_lines": skip_lines,
         "gzipped": gzipped,
     }
     return Contents(natives, None if has_rows else 0, layout)
+
+
+def _refuse_others(path: Path, head: bytes) -> None:
+    """Raise `SurveyError` of tables of text whose columns no delimiter parts."""
+    for name, pattern in _OTHERS.items():
+        if re.search(pattern, head.removeprefix(b"\xef\xbb\xbf")):
+            raise SurveyError(
+                f"{path} is a table of the format {name.upper()}, which is not read",
+                'Convert it: python -c "from astropy.table import Table; '
+                f"Table.read('{path.name}', format='ascii.{name}').write('table.fits')\"",
+            )
+
+
+def _head(path: Path, file: BinaryIO) -> tuple[list[str], str]:
+    """Blank lines and comments before the first line of another kind, and that line."""
+    before: list[str] = []
+    n_bytes = 0
+    for line in _lines(path, file):
+        if line.strip() and not line.startswith("#"):
+            if line.count('"') % 2 or "\r" in line.rstrip("\r\n"):
+                raise SurveyError(
+                    f"{path}: line {len(before) + 1}, the header, has a line break in it",
+                    "Line ends are LF or CR LF, and names have no line breaks.",
+                )
+            return before, line
+        before.append(line)
+        n_bytes += len(line)
+        if n_bytes > _COMMENT_BYTES:
+            raise SurveyError(f"{path}: its first {n_bytes >> 20} MiB are blank or comments")
+    return before, before.pop() if before else ""
+
+
+def _lines(path: Path | str, file: BinaryIO, number: int = 0) -> Iterator[str]:
+    """Lines of bounded length after so many; a byte that is not UTF-8 is kept as a surrogate."""
+    while line := file.readline(_BLOCK_BYTES + 1):
+        number += 1
+        if len(line) > _BLOCK_BYTES:
+            raise SurveyError(
+                f"{path}: line {number} is too long, over {_BLOCK_BYTES >> 20} MiB",
+                "It is no table of text, or its line ends are lost.",
+            )
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        yield line.decode("utf-8", "surrogateescape")
+
+
+
+def _delimiter_of(line: str) -> str:
+    unquoted = re.sub(r'"[^"]*"', "", line)
+    delimiter = max(",|;\t", key=unquoted.count)
+    return delimiter if delimiter in unquoted else " "
+
+
+def _fields(line: str, delimiter: str) -> list[str]:
+    """Stripped values of one line."""
+    line = line.encode("utf-8", "surrogateescape").decode(
+        "utf-8" if line.isascii() or not re.search("[\udc80-\udcff]", line) else "latin-1"
+    )
+    if delimiter == " ":
+        line = " ".join(line.split())
+    return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"[+-]?\.?[0-9][0-9.]*([eEdD][+-]?[0-9]+)?", text))
 
 
 @contextlib.contextmanager
@@ -72,61 +180,149 @@ def open_bytes(path: Path, gzipped: bool) -> Iterator[BinaryIO]:
         raise SurveyError(f"{path}: truncated or damaged gzip file: {error}", DAMAGED) from None
 
 
+@contextlib.contextmanager
+def _below_header(source: Source) -> Iterator[BinaryIO]:
+    with open_bytes(Path(source.path), source.gzipped) as file:
+        file.seek(source.offset)
+        yield io.BufferedReader(_Blanks(file)) if source.delimiter == " " else file
+
+
+class _Blanks(io.RawIOBase):
+    """Text with one blank for each run of them outside quotes, and none at the ends of lines."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._held = file, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._held:
+            block = self._file.read(_BLOCK_BYTES)
+            if not block:
+                return 0
+            block += self._file.readline(_BLOCK_BYTES)
+            if b'"' in block:
+                block = re.sub(rb'("[^"]*")|[ \t]+', lambda match: match[1] or b" ", block)
+            else:
+                block = re.sub(rb"[ \t]+", b" ", block)
+            self._held = re.sub(rb"(?m)^ +| +(?=\r?$)", b"", block)
+        n = min(len(target), len(self._held))
+        target[:n], self._held = self._held[:n], self._held[n:]
+        return n
+
+
+class _Counted:
+    """What Arrow reads of a file, and the lines that it has; ``quoted`` where quotes are in it."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._last = file, b"\n"
+        self.n_lines, self.quoted = 0, False
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size)
+        self.n_lines += block.count(b"\n")
+        self.quoted = self.quoted or b'"' in block
+        if block:
+            self._last = block[-1:]
+        elif self._last != b"\n":
+            self.n_lines, self._last = self.n_lines + 1, b"\n"
+        return block
+
+    def close(self) -> None:
+        """Leave the file to who has opened it."""
+
+
 def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
     """Native columns of delimited text, as `read_native` gives them."""
     # All as text: numbers are cast later at the same cost, and a bad one is known with its row.
-    types = {native.name: pa.binary() for native in source.natives.values()}
-    with contextlib.ExitStack() as stack:
-        file: Any = stack.enter_context(pa.OSFile(source.data_path))
-        if source.gzipped:
-            file = stack.enter_context(pa.CompressedInputStream(file, "gzip"))
+    natives = source.natives.values()
+    types = {name: pa.binary() for n in natives for name in (n.name, n.mask) if name}
+    n_rows = 0
+    with _below_header(source) as file:
+        counted = _Counted(file)
         try:
-            reader = stack.enter_context(
-                pa_csv.open_csv(
-                    file,
-                    pa_csv.ReadOptions(
-                        use_threads=False,
-                        block_size=1 << 20,
-                        column_names=source.header,
-                        skip_rows=source.skip_lines,
-                    ),
-                    pa_csv.ParseOptions(delimiter=source.delimiter),
-                    pa_csv.ConvertOptions(column_types=types, include_columns=list(types)),
-                )
-            )
-            for first, batch in regrouped(reader, batch_rows):
-                yield first, {name: decoded(batch[name].combine_chunks()) for name in types}
+            with pa_csv.open_csv(
+                pa.PythonFile(counted, "r"),
+                pa_csv.ReadOptions(
+                    use_threads=False, block_size=_BLOCK_BYTES, column_names=source.header
+                ),
+                pa_csv.ParseOptions(delimiter=source.delimiter, newlines_in_values=True),
+                pa_csv.ConvertOptions(column_types=types, include_columns=list(types)),
+            ) as reader:
+                for first, batch in regrouped(reader, batch_rows):
+                    n_rows = first + batch.num_rows
+                    texts = {name: decoded(batch[name].combine_chunks()) for name in types}
+                    yield first, {n.name: _text_values(source, n, texts) for n in natives}
         except pa.ArrowInvalid as error:
             _explain_text(source, error)
+    if counted.quoted and counted.n_lines > n_rows:
+        # A quote that is not closed swallows rows, and Arrow does not mind.
+        _check_rows(source, strict=True)
 
 
-def _explain_text(source: Source, error: Exception) -> NoReturn:
-    """Say which line of a text file is wrong (a second, slow pass)."""
-    path = Path(source.path)
-    with (
-        open_bytes(path, source.gzipped) as file,
-        io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="") as text,
-    ):
-        rows = csv.reader(text, delimiter=source.delimiter)
+def _text_values(source: Source, native: Native, texts: dict[str, pa.Array]) -> pa.Array:
+    values = texts[native.name]
+    if native.kind == "bool":
+        values = _truth(source, native.name, values)
+    return masked(values, _truth(source, native.mask, texts[native.mask])) if native.mask else values
+
+
+def _truth(source: Source, name: str, text: pa.Array) -> pa.Array:
+    words = pc.utf8_lower(pc.ascii_trim_whitespace(text))
+    place = pc.index_in(words, value_set=pa.array(list(_TRUTH)))
+    known = pc.or_kleene(pc.is_valid(place), pc.is_in(words, value_set=pa.array(["", "null"])))
+    if not pc.all(pc.or_(known, pc.is_null(words))).as_py():
+        word = words.filter(pc.invert(known))[0]
+        raise SurveyError(f"{source.path}: column '{name}': '{word}' is neither True nor False")
+    return pa.array(list(_TRUTH.values()), pa.int8()).take(place)
+
+
+def _rows(source: Source, file: BinaryIO, strict: bool) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not blank, each with the number of its last line."""
+    rows = csv.reader(
+        _lines(source.path, file, source.skip_lines), delimiter=source.delimiter, strict=strict
+    )
+    begin = source.skip_lines + 1
+    try:
         for row in rows:
-            if rows.line_num > source.skip_lines and row and len(row) != len(source.header):
+            if row:
+                yield source.skip_lines + rows.line_num, row
+            begin = source.skip_lines + rows.line_num + 1
+    except csv.Error as error:
+        raise SurveyError(
+            f"{source.path}: line {begin}: a quoted text does not end where a field ends: {error}",
+            "Close the quote, or write quotes inside a quoted text twice.",
+        ) from None
+
+
+def _check_rows(source: Source, strict: bool = False) -> None:
+    """Raise `SurveyError` of the first row that does not fit the header (a slow pass)."""
+    with _below_header(source) as file:
+        for line, row in _rows(source, file, strict):
+            if len(row) != len(source.header):
                 raise SurveyError(
-                    f"{path}: line {rows.line_num} has {len(row)} fields, "
+                    f"{source.path}: line {line} has {len(row)} fields, "
                     f"the header has {len(source.header)}",
                     "The file is damaged or truncated, or a field with the delimiter in it is "
                     "not quoted.",
                 ) from None
-    raise SurveyError(f"{path} cannot be read: {error}", DAMAGED) from error
+
+
+def _explain_text(source: Source, error: Exception) -> NoReturn:
+    """Say which line of a text file is wrong."""
+    _check_rows(source)
+    raise SurveyError(f"{source.path} cannot be read: {error}", DAMAGED) from error
 
 
 def text_line(source: Source, row: int) -> int | None:
     """Line of a text file (from 1) that holds a data row (from 0); None for other formats."""
     if source.kind != "csv":
         return None
-    with open_bytes(Path(source.path), source.gzipped) as file:
-        for number, line in enumerate(file, start=1):
-            if number > source.skip_lines and line.strip(b"\r\n"):
-                row -= 1
-                if row < 0:
-                    return number
+    with _below_header(source) as file:
+        for number, (line, _) in enumerate(_rows(source, file, strict=False)):
+            if number == row:
+                return line
     return None

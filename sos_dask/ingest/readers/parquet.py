@@ -1,10 +1,9 @@
-"""Parquet and VOTable, which state the types and units of their columns."""
+"""Parquet, with what its writer states beside the values: masks, units, nulls."""
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +11,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sos_dask.errors import SurveyError
-from sos_dask.ingest.arrays import Values, decoded, regrouped
-from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source
+from sos_dask.ingest.arrays import decoded, regrouped
+from sos_dask.ingest.readers.common import (
+    DAMAGED,
+    Batches,
+    Contents,
+    Native,
+    Source,
+    masked,
+    stated_by_astropy,
+)
+from sos_dask.ingest.readers.votable import Outline
 
 
 def open_parquet(path: Path, data_path: Path) -> Contents:
@@ -24,8 +32,32 @@ def open_parquet(path: Path, data_path: Path) -> Contents:
             groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     except (pa.ArrowException, OSError) as error:
         raise SurveyError(f"{path}: not a readable Parquet file: {error}", DAMAGED) from None
-    natives = [_arrow_native(item) for item in schema]
+    if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
+        raise SurveyError(f"{path}: its row groups have not the rows of the file", DAMAGED)
+    natives = _stated(path, schema, [_arrow_native(item) for item in schema])
     return Contents(natives, metadata.num_rows, {"group_rows": groups})
+
+
+def _stated(path: Path, schema: pa.Schema, natives: list[Native]) -> list[Native]:
+    """Units and masks from the metadata that astropy and VOParquet put into the file."""
+    metadata = schema.metadata or {}
+    units: dict[str, str] = {}
+    outline = metadata.get(b"IVOA.VOTable-Parquet.content")
+    if outline:
+        for table in Outline(path).scanned(outline).tables:
+            units |= {item.get("name", ""): item.get("unit", "") for item in table["fields"]}
+    # Another program may have dropped the metadata and kept astropy's columns.
+    bools = {n.name for n in natives if n.kind == "bool"}
+    masks = {n.name: f"{n.name}.mask" for n in natives if f"{n.name}.mask" in bools}
+    text = metadata.get(b"table_meta_yaml", b"").decode("utf-8", "replace")
+    if text:
+        columns, named = stated_by_astropy(text.split("\n"))
+        masks |= named
+        units |= {name: str(item.get("unit") or "") for name, item in columns.items()}
+    return [
+        replace(n, unit=n.unit or units.get(n.name, ""), mask=masks.get(n.name, ""))
+        for n in natives
+    ]
 
 
 def _arrow_native(item: pa.Field) -> Native:
@@ -60,17 +92,26 @@ def read_parquet(source: Source, start: int, stop: int | None, batch_rows: int) 
     bounds = np.concatenate([[0], np.cumsum(source.group_rows)])
     stop = int(bounds[-1]) if stop is None else stop
     groups = np.flatnonzero((bounds[:-1] >= start) & (bounds[1:] <= stop)).tolist()
-    names = list(dict.fromkeys(native.name for native in source.natives.values()))
+    natives = source.natives.values()
+    names = list(dict.fromkeys(name for n in natives for name in (n.name, n.mask) if name))
     with pq.ParquetFile(source.data_path) as file:
         batches = file.iter_batches(batch_rows, groups, columns=names, use_threads=False)
         for first, table in regrouped(batches, batch_rows):
             yield (
                 start + first,
                 {
-                    key: _arrow_values(source, native, table[native.name].combine_chunks())
+                    key: _native_values(source, native, table)
                     for key, native in source.natives.items()
                 },
             )
+
+
+def _native_values(source: Source, native: Native, table: pa.Table) -> pa.Array:
+    values = _arrow_values(source, native, table[native.name].combine_chunks())
+    if not native.mask:
+        return values
+    of_mask = replace(native, name=native.mask, kind="bool")
+    return masked(values, _arrow_values(source, of_mask, table[native.mask].combine_chunks()))
 
 
 def _arrow_values(source: Source, native: Native, column: pa.Array) -> pa.Array:
@@ -97,56 +138,3 @@ def _arrow_values(source: Source, native: Native, column: pa.Array) -> pa.Array:
     if pa.types.is_decimal(column.type) or pa.types.is_null(column.type):
         return column.cast(pa.int64() if native.kind == "int" else pa.float64())
     return column
-
-
-def _parse_votable(path: Path, data_path: Path) -> Any:
-    from astropy.io.votable import parse
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return parse(data_path, verify="ignore").get_first_table()
-    except Exception as error:  # expat, struct and a family of its own: all mean the same here
-        raise SurveyError(f"{path}: not a readable VOTable: {error}", DAMAGED) from None
-
-
-def open_votable(path: Path, data_path: Path) -> Contents:
-    """What the first table of a VOTable holds."""
-    table = _parse_votable(path, data_path)
-    natives = []
-    for number, item in enumerate(table.fields):
-        dtype = table.array.dtype[number]
-        kind, width = dtype.base.kind, int(np.prod(dtype.shape, dtype=np.int64))
-        names = {"i": "int", "u": "int", "f": "float", "b": "bool", "U": "text", "S": "text"}
-        kind = names.get(kind, str(item.datatype))
-        if dtype.kind == "O" and item.datatype in ("char", "unicodeChar"):
-            kind = "text"
-        unit = "" if item.unit is None else str(item.unit)
-        natives.append(Native(str(item.name or item.ID), kind, width, unit=unit))
-    return Contents(natives, len(table.array))
-
-
-def read_votable(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
-    """Native columns of the first table of a VOTable, as `read_native` gives them."""
-    table = _parse_votable(Path(source.path), Path(source.data_path))
-    numbers = {str(item.name or item.ID): number for number, item in enumerate(table.fields)}
-    for first in range(0, len(table.array), batch_rows):
-        columns: dict[str, Values] = {}
-        for key, native in source.natives.items():
-            name = table.array.dtype.names[numbers[native.name]]
-            column = table.array[name][first : first + batch_rows]
-            if native.element is not None:
-                column = column.reshape(len(column), -1)[:, native.element]
-            columns[key] = _masked_values(native, column)
-        yield first, columns
-
-
-def _masked_values(native: Native, column: Any) -> pa.Array:
-    mask = np.ma.getmaskarray(column)
-    data = np.ma.getdata(column)
-    if native.kind == "text":
-        items = (str(item.decode() if isinstance(item, bytes) else item) for item in data)
-        return pa.array([None if m else i for i, m in zip(items, mask, strict=True)], pa.string())
-    if native.kind == "bool":
-        data = data.astype(np.int8)
-    return pa.array(data.astype(data.dtype.newbyteorder("=")), mask=mask)

@@ -1,0 +1,247 @@
+"""VOTables: astropy reads them whole, after one pass in little memory that bounds what it takes."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+from xml.parsers import expat
+
+import numpy as np
+import pyarrow as pa
+
+from sos_dask.errors import SurveyError
+from sos_dask.ingest.arrays import Values
+from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source
+from sos_dask.survey import Survey
+
+_MOST_BYTES = 1 << 30  # of a file, which astropy holds in memory
+_BOMB_BYTES = 1 << 29  # of the columns of a small file
+_MOST_TEXT = 1 << 27  # between two tags: BINARY streams are one text
+
+
+@dataclass
+class Outline:
+    """Tables of a VOTable and what its service states of it, without the data.
+
+    Parameters
+    ----------
+    tables : list of dict
+        Attributes of each TABLE, with its ``fields`` (attributes of each) and ``rows`` (of
+        TABLEDATA; 0 of streams).
+    overflow : bool
+        QUERY_STATUS is OVERFLOW.
+    """
+
+    path: Path | str
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    overflow: bool = False
+    _failed: str = ""
+    _n_text: int = 0
+
+    def scanned(self, content: bytes | Path) -> Outline:
+        """Read a document.
+
+        Raises
+        ------
+        SurveyError
+            It is not XML, its query failed, its data are elsewhere, or it defines entities.
+        """
+        parser = expat.ParserCreate()
+        parser.StartElementHandler = self._start
+        parser.EndElementHandler = self._end
+        parser.CharacterDataHandler = self._text
+        parser.StartDoctypeDeclHandler = self._doctype
+        try:
+            if isinstance(content, bytes):
+                parser.Parse(content, True)
+            else:
+                with content.open("rb") as file:
+                    parser.ParseFile(file)
+        except expat.ExpatError as error:
+            raise SurveyError(f"{self.path}: not a readable VOTable: {error}", DAMAGED) from None
+        return self
+
+    def _start(self, tag: str, attributes: dict[str, str]) -> None:
+        self._n_text = 0
+        tag = tag.rpartition(":")[2]
+        if tag == "TR" and self.tables:
+            self.tables[-1]["rows"] += 1
+        elif tag == "TABLE":
+            self.tables.append(attributes | {"fields": [], "rows": 0})
+        elif tag == "FIELD" and self.tables:
+            self.tables[-1]["fields"].append(attributes)
+        elif tag in ("STREAM", "PARQUET") and "href" in attributes:
+            raise SurveyError(
+                f"{self.path}: its rows are in another file, {attributes['href']:.200}",
+                "Ingest that file, or save the table with its rows inside, for example with TOPCAT.",
+            )
+        elif tag in ("INFO", "PARAM"):
+            name, value = attributes.get("name", "").upper(), attributes.get("value", "")
+            if name == "ERROR" or (name == "QUERY_STATUS" and value.upper() == "ERROR"):
+                self._failed = f"{name} {value}:"
+            elif name == "QUERY_STATUS" and value.upper() == "OVERFLOW":
+                self.overflow = True
+
+    def _text(self, text: str) -> None:
+        if self._failed:
+            self._failed += f" {text.strip()}" if len(self._failed) < 500 else ""
+        self._n_text += len(text)
+        if self._n_text > _MOST_TEXT:
+            self._too_large(f"a text of over {_MOST_TEXT >> 20} MiB")
+
+    def _end(self, tag: str) -> None:
+        if self._failed:
+            raise SurveyError(
+                f"{self.path} is the answer of a query that failed ({self._failed.rstrip(' :')})",
+                "Run the query again; its rows are not complete.",
+            )
+
+    def _doctype(self, *args: object) -> NoReturn:
+        raise SurveyError(f"{self.path}: a VOTable with a document type is not read", DAMAGED)
+
+    def check_size(self, n_bytes: int) -> None:
+        """Raise `SurveyError` where astropy would take too much memory."""
+        if n_bytes > _MOST_BYTES:
+            self._too_large(f"{n_bytes >> 20} MiB")
+        for table in self.tables:
+            row_bytes = sum(map(_row_bytes, table["fields"]))
+            n_rows = max(table["rows"], stated_rows(table) or 0, 512)
+            if row_bytes * n_rows > max(_BOMB_BYTES, 8 * n_bytes):
+                self._too_large(
+                    f"{n_rows} rows of {row_bytes} bytes by the 'arraysize' of its fields"
+                )
+
+    def _too_large(self, what: str) -> NoReturn:
+        raise SurveyError(
+            f"{self.path} has {what}, and a VOTable is read into memory as a whole",
+            "Convert it: stilts tpipe in=FILE ifmt=votable out=table.fits",
+        )
+
+    def number_of(self, hdu: int | None) -> int:
+        """Place of the table that is meant, from 0; raises `SurveyError` where that is open."""
+        if hdu is not None and hdu <= len(self.tables):
+            return hdu - 1
+        if hdu is None and len(self.tables) == 1:
+            return 0
+        if not self.tables:
+            raise SurveyError(f"{self.path} holds no table", DAMAGED)
+        shown = "; ".join(
+            f"{number} '{table.get('name', table.get('ID', ''))}' ("
+            + ", ".join(item.get("name", "") for item in table["fields"][:8])
+            + ("" if len(table["fields"]) <= 8 else ", ...")
+            + ")"
+            for number, table in enumerate(self.tables[:20], start=1)
+        )
+        what = (
+            f"has {len(self.tables)} tables, and which one is meant is not said"
+            if hdu is None
+            else f"has no table {hdu}"
+        )
+        raise SurveyError(
+            f"{self.path} {what}", f"Its tables are {shown}: set hdu in the survey to its number."
+        )
+
+
+def stated_rows(table: dict[str, Any]) -> int | None:
+    """Rows of a table by its attribute ``nrows``."""
+    text = table.get("nrows", "").strip()
+    return int(text[:20]) if text.isascii() and text.isdigit() else None
+
+
+def _row_bytes(item: dict[str, str]) -> int:
+    """Bytes a row of a FIELD by its ``arraysize``, at least."""
+    sizes = [size[:20] for size in item.get("arraysize", "").split("x")]
+    each = 4 if item.get("datatype") in ("char", "unicodeChar") else 8
+    return each * prod(int(size) for size in sizes if size.isascii() and size.isdigit())
+
+
+def open_votable(path: Path, data_path: Path, survey: Survey) -> Contents:
+    """What the table of a VOTable holds that the survey means."""
+    outline = Outline(path).scanned(data_path)
+    outline.check_size(data_path.stat().st_size)
+    if outline.overflow and "overflow" not in survey.allow:
+        raise SurveyError(
+            f"{path} is not complete: its service cut it off (QUERY_STATUS OVERFLOW)",
+            'Run the query again with a higher limit of rows (MAXREC, ROW_LIMIT = -1), or set '
+            'allow = ["overflow"] in the survey.',
+        )
+    number = outline.number_of(survey.hdu)
+    table = _parsed(path, data_path, number)
+    stated = stated_rows(outline.tables[number])
+    if stated not in (None, len(table.array)):
+        raise SurveyError(f"{path} has {len(table.array)} rows, and says {stated}", DAMAGED)
+    natives = []
+    for place, item in enumerate(table.fields):
+        dtype = table.array.dtype[place]
+        kind, width = dtype.base.kind, int(np.prod(dtype.shape, dtype=np.int64))
+        names = {"i": "int", "u": "int", "f": "float", "b": "bool", "U": "text", "S": "text"}
+        kind = names.get(kind, str(item.datatype))
+        if dtype.kind == "O" and item.datatype in ("char", "unicodeChar"):
+            kind = "text"
+        unit = "" if item.unit is None else str(item.unit)
+        natives.append(Native(str(item.name or item.ID), kind, width, unit=unit, offset=place))
+    layout = {"number": number, "alone": len(outline.tables) == 1}
+    return Contents(natives, len(table.array), layout, outline.overflow)
+
+
+def _parsed(
+    path: Path,
+    data_path: Path,
+    number: int,
+    strict: bool = False,
+    places: list[int] | None = None,
+) -> Any:
+    """Table of that number, with columns at these places; strict: no value may be changed."""
+    from astropy.io.votable import exceptions, parse
+
+    changes = (exceptions.E02, exceptions.W31, exceptions.W46, exceptions.W49)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for category in changes if strict else ():
+                warnings.simplefilter("error", category)
+            verify = "warn" if strict else "ignore"
+            document = parse(
+                data_path, places, table_number=number, verify=verify, filename=path.name
+            )
+            return list(document.iter_tables())[number]
+    except changes as error:
+        raise SurveyError(
+            f"{path}: a value does not fit its column: {error}",
+            "It would be cut, or a null would become 0. Write the table again as VOTable 1.4, "
+            "for example with TOPCAT.",
+        ) from None
+    except Exception as error:  # expat, struct and a family of its own: all mean the same here
+        raise SurveyError(f"{path}: not a readable VOTable: {error}", DAMAGED) from None
+
+
+def read_votable(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+    """Native columns of one table of a VOTable, as `read_native` gives them."""
+    places = sorted({native.offset for native in source.natives.values()})
+    # astropy looks for these places in every table of the file.
+    read = places if source.alone else None
+    table = _parsed(Path(source.path), Path(source.data_path), source.number, True, read)
+    for first in range(0, len(table.array), batch_rows):
+        columns: dict[str, Values] = {}
+        for key, native in source.natives.items():
+            place = places.index(native.offset) if source.alone else native.offset
+            name = table.array.dtype.names[place]
+            column = table.array[name][first : first + batch_rows]
+            if native.element is not None:
+                column = column.reshape(len(column), -1)[:, native.element]
+            columns[key] = _values(native, column)
+        yield first, columns
+
+
+def _values(native: Native, column: Any) -> pa.Array:
+    mask = np.ma.getmaskarray(column)
+    data = np.ma.getdata(column)
+    if native.kind == "text":
+        items = (str(item.decode() if isinstance(item, bytes) else item) for item in data)
+        return pa.array([None if m else i for i, m in zip(items, mask, strict=True)], pa.string())
+    if native.kind == "bool":
+        data = data.astype(np.int8)
+    return pa.array(data.astype(data.dtype.newbyteorder("=")), mask=mask)

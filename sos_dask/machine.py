@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,15 @@ def n_cores() -> int:
             if int(quota) > 0:
                 cores = min(cores, math.ceil(int(quota) / int(period)))
     return cores
+
+
+def n_threads(n_rows: int, rows_each: int) -> int:
+    """Threads for a loop over rows: one for each ``rows_each``, at most one a core.
+
+    Threads of a small loop wait for each other most of the time, where others run on the machine
+    for ever so long. A worker process has one.
+    """
+    return 1 if multiprocessing.parent_process() else min(n_rows // rows_each, n_cores()) or 1
 
 
 def memory_bytes() -> int:

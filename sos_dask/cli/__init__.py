@@ -55,6 +55,9 @@ for _title, _commands in _GROUPS.items():
 def main() -> None:
     """Entry point: runs a command, turns errors into a message and an exit code."""
     gc.set_threshold(100_000)  # imports make many objects and no garbage
+    # Read when NumPy is loaded, which is later: products are small, and threads for them would wait
+    # in a loop for the next.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     debug = DEBUG in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     prepare_streams()

@@ -205,6 +205,8 @@ def coverage(
             for name in ("inside", "sparse", "outside", "unknown")
         ],
     )
+    for text in found["warnings"]:
+        say(f"Warning: {text}")
     say(f"Measure: {found['measure']}, of {', '.join(found['parameters'])}")
     if found["parameters_without_column"]:
         say(f"Not in the catalog: {', '.join(found['parameters_without_column'])}")

@@ -231,9 +231,7 @@ class LightStepOptions(StepOptions):
     threads: Threads = None
 
     def __post_init__(self) -> None:
-        # Read when NumPy and Arrow are loaded, which is later: no thread for linear algebra, which
-        # waits in a loop for what never comes; and freed memory is used again, not given back.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        # Read when Arrow is loaded, which is later: freed memory is used again, not given back.
         os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
 
     def start(self) -> AbstractContextManager[Cluster]:

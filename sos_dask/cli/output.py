@@ -275,6 +275,9 @@ def show_build(build: Build) -> None:
     show_stages("Stages", build.stages)
     show_metrics(build.metrics, build.chosen)
     say(f"Chosen is {build.why}.")
+    for stage in build.stages:
+        for text in stage.summary.get("warnings", ()):
+            say(f"Warning, {stage.product}: {text}")
     say(f"Products: {build.path.parent.parent / 'current'} (build {build.name})")
     if "report" in build.products:
         say(f"Report: {build.path.parent.parent / 'current' / 'report' / 'report.html'}")

@@ -1,7 +1,7 @@
 """How well the overlap represents a row, as a number with a meaning (see `coverage.model`)."""
 
 from sos_dask.coverage.fit import Fit, Overlap, check_measure, fit
-from sos_dask.coverage.growth import Growth, Noise, residual_width
+from sos_dask.coverage.growth import MIN_GROWTH_PAIRS, Growth, Noise, residual_width
 from sos_dask.coverage.maps import MAP_SCHEMA, SKY_ORDER, coarse, count_maps, follow_up, sum_maps
 from sos_dask.coverage.measures import MEASURES
 from sos_dask.coverage.model import CoverageModel
@@ -27,6 +27,7 @@ __all__ = [
     "LACKING",
     "MAP_SCHEMA",
     "MEASURES",
+    "MIN_GROWTH_PAIRS",
     "OUTSIDE",
     "SKY_ORDER",
     "SPARSE",

@@ -81,6 +81,8 @@ class Fit:
     n_held_out, n_wrong : int
         Held-out pairs, and those of them that are off by more than `WRONG_SIGMA` in all labels at
         once: wrong measurements, which say nothing of the growth and are left out of it.
+    outside : float
+        Share of the held-out pairs that the model calls outside.
     n_width : tuple of tuple of int
         Pairs that the widths were counted on, by class of the error model and kind of place.
     """
@@ -89,6 +91,7 @@ class Fit:
     bins: list[dict[str, float]]
     n_held_out: int
     n_wrong: int
+    outside: float
     n_width: tuple[tuple[int, ...], ...]
 
 
@@ -170,12 +173,12 @@ def fit(
         Share(labels, catalog_labels),
         Widths(np.ones((2, OUTSIDE + 1, len(LABELS)))),
     )
+    kind = np.full(len(x), -1, dtype=np.int8)
+    for fold, share in shares.items():
+        rows = held_out & (overlap.fold == fold)
+        kind[rows] = model.coverage_at(x[rows], at[rows], share)[1]
     n_width: tuple[tuple[int, ...], ...] = ()
     if target and overlap.half_width is not None and overlap.error_class is not None:
-        kind = np.full(len(x), -1, dtype=np.int8)
-        for fold, share in shares.items():
-            rows = held_out & (overlap.fold == fold)
-            kind[rows] = model.coverage_at(x[rows], at[rows], share)[1]
         snr = _column(overlap.columns, "snr", len(x))
         told = np.asarray(held_out & np.isfinite(overlap.half_width).all(axis=1))
         found, n_width = fit_widths(
@@ -192,6 +195,7 @@ def fit(
         bins,
         n_held_out,
         int(np.count_nonzero(wrong)),
+        float(np.mean(kind[held_out] >= OUTSIDE)),
         n_width,
     )
 

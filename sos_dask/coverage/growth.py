@@ -13,8 +13,11 @@ FloatArray = NDArray[np.float64]
 _GIANT_LOGG = 3.5
 _KIND_PAIRS = 400  # with fewer the kinds share one law
 _ONE_SIGMA = 0.6826894921370859  # of a normal distribution within one standard deviation
-_DENSE = 0.5  # share of the held-out pairs with the smallest distances: their error is the unit
-_BIN_PAIRS = 40
+MIN_GROWTH_PAIRS = 150
+# Of laws from constant to steep and 630 pairs, with wrong ones, bins of 40 to 80 called most nearly
+# the true share outside.
+_BIN_PAIRS, _LEAST_BINS = 80, 3
+_LEAST = 1e-6
 _TAIL_PAIRS = 10  # beyond the distance of the last so many pairs nothing is measured
 
 
@@ -119,57 +122,89 @@ def _noise_law(
 
 @dataclass(frozen=True)
 class Growth:
-    """Growth of the error with the distance d from the overlap: sqrt(1 + (d / d0)^2).
+    """Growth of the error with the distance from the overlap, never falling.
 
-    Its square is that of the noise plus that of a slope times the distance: what the overlap does
-    not show of a difference that changes from place to place.
+    It is 1 in the nearer half of the held-out pairs by definition: their error is the unit. Beyond,
+    it is that of bins of pairs by isotonic regression, straight lines between their middles.
 
     Parameters
     ----------
-    d0 : float
-        Where the two are equal.
+    distance, growth : tuple of float
+        Distances, ascending, and the growth at each; the first is the end of the nearer half.
+        A single place: the growth could not be measured and is 1 everywhere.
     last : float
-        Distance of the outermost pairs that tell of it; constant beyond.
+        Distance of the outermost pairs that tell of it.
     """
 
-    d0: float
+    distance: tuple[float, ...]
+    growth: tuple[float, ...]
     last: float
 
     @classmethod
     def fit(cls, distance: FloatArray, ratio: FloatArray) -> tuple[Growth, list[dict[str, float]]]:
-        """Fit to |residual| / noise of held-out pairs (n, 3); returns the bins of the fit too."""
-        from scipy.optimize import least_squares
+        """Fit to residuals over noise of held-out pairs.
+
+        Parameters
+        ----------
+        distance : ndarray of float64, shape (n,)
+        ratio : ndarray of float64, shape (n, 3)
+            A label whose errors are all 0 in the nearer half is left out.
+
+        Returns
+        -------
+        Growth
+        list of dict
+            Bins of the fit: ``distance``, ``n``, ``growth_measured``, ``growth``. Empty, with a
+            growth of 1, where there are fewer than `MIN_GROWTH_PAIRS` pairs, all are equally
+            far, or no label has errors.
+        """
+        from scipy.optimize import isotonic_regression
 
         order = np.argsort(distance, kind="stable")
-        last = float(distance[order[-min(_TAIL_PAIRS, len(order))]])
-        bins = np.array_split(order, max(len(order) // _BIN_PAIRS, 4))
-        middle = np.array([np.median(distance[b]) for b in bins])
-        n = np.array([len(b) for b in bins])
-        dense = order[: max(int(_DENSE * len(order)), 1)]
-        unit = [residual_width(ratio[dense, label]) for label in range(len(LABELS))]
-        width = [[residual_width(ratio[b, i]) for i in range(len(LABELS))] for b in bins]
-        relative = np.array(width) / np.maximum(np.array(unit), 1e-12)
-        measured = np.sqrt(np.mean(np.square(relative), axis=1))
-        log_measured = np.log(np.maximum(measured, 1e-6))
-        at = np.log(np.maximum(middle, 1e-12))
-
-        def misfit(p: FloatArray) -> FloatArray:
-            log_growth = 0.5 * np.logaddexp(0.0, 2.0 * (at - p[0]))
-            return np.asarray(np.sqrt(n) * (log_growth + p[1] - log_measured))
-
-        found = least_squares(misfit, np.array([at[-1], 0.0]), loss="soft_l1").x
-        growth, scale = cls(float(np.exp(found[0])), last), float(np.exp(found[1]))
-        rows = [
-            {
-                "distance": float(d),
-                "n": int(k),
-                "growth_measured": float(m / scale),
-                "growth": float(growth(np.array([d]))[0]),
-            }
-            for d, k, m in zip(middle, n, measured, strict=True)
+        far_off = distance[order]
+        last = float(far_off[-min(_TAIL_PAIRS, len(order))]) if len(order) else 0.0
+        half = float(far_off[max(len(order) // 2 - 1, 0)]) if len(order) else 0.0
+        dense, sparse = (
+            np.array_split(rows, max(len(rows) // _BIN_PAIRS, _LEAST_BINS))
+            for rows in (order[far_off <= half], order[far_off > half])
+        )
+        bins = [rows for rows in (*dense, *sparse) if len(rows)]
+        middle = np.array([np.median(distance[rows]) for rows in bins])
+        width = np.array([[residual_width(column) for column in ratio[rows].T] for rows in bins])
+        near = middle <= half
+        unit = np.sqrt(np.mean(np.square(width[near]), axis=0)) if near.any() else np.zeros(1)
+        if len(order) < MIN_GROWTH_PAIRS or near.all() or not (unit > 0).any():
+            return cls((half,), (1.0,), last), []
+        measured = np.sqrt(np.mean(np.square(width[:, unit > 0] / unit[unit > 0]), axis=1))
+        n = np.array([len(rows) for rows in bins])
+        # Errors of widths are in proportion to them, so their logarithms are averaged.
+        log_width = np.log(np.maximum(measured[~near], _LEAST))
+        rising = np.exp(isotonic_regression(log_width, weights=n[~near]).x)
+        # Bins in a row of equal growth are one line between the first and the last of them.
+        at = np.append(half, middle[~near])
+        values = np.maximum(np.append(1.0, rising), 1.0)
+        kept = np.append(True, (np.diff(values[:-1]) > 0) | (np.diff(values[1:]) > 0))
+        kept = np.append(kept, True)
+        growth = cls(tuple(at[kept].tolist()), tuple(values[kept].tolist()), last)
+        return growth, [
+            {"distance": float(d), "n": int(k), "growth_measured": float(m), "growth": float(g)}
+            for d, k, m, g in zip(middle, n, measured, growth(middle), strict=True)
         ]
-        return growth, rows
+
+    @property
+    def measured(self) -> bool:
+        """False where there were too few pairs, so that the growth is 1 everywhere."""
+        return len(self.distance) > 1
+
+    @property
+    def d0(self) -> float:
+        """Distance at which the error has grown by the root of 2; infinite where it never does."""
+        above = np.flatnonzero(np.array(self.growth) >= np.sqrt(2))
+        if not len(above):
+            return float("inf")
+        some = slice(above[0] - 1, above[0] + 1)
+        return float(np.interp(np.sqrt(2), self.growth[some], self.distance[some]))
 
     def __call__(self, distance: FloatArray) -> FloatArray:
-        """Growth at distances, nan where they are."""
-        return np.asarray(np.hypot(1.0, np.minimum(distance, self.last) / self.d0))
+        """Growth at distances, nan where they are; constant beyond the last bin."""
+        return np.asarray(np.interp(distance, self.distance, self.growth))

@@ -161,7 +161,7 @@ class Ratio:
             "objective": "binary:logistic", "max_depth": 4, "eta": 0.1, "min_child_weight": 20,
             "nthread": 1, "seed": seed, "tree_method": "hist",
         }  # fmt: skip
-        booster = xgb.train(params, xgb.DMatrix(x, y, weight=weight), 100)
+        booster = xgb.train(params, xgb.DMatrix(x, y, weight=weight, nthread=1), 100)
         return cls(bytes(booster.save_raw("ubj")))
 
     def distance(self, x: FloatArray) -> FloatArray:

@@ -2,11 +2,8 @@
 
 A measure gives every row a distance from the overlap, small where overlap stars are dense. On
 pairs that no correction was trained on, the residual in units of the noise at its signal to noise
-grows with that distance d; the growth is fitted as
-
-    growth(d) = sqrt(1 + (d / d0)^2),        coverage = 1 / growth
-
-so a coverage c says: the error of the corrected labels is 1/c times that of a star of the same
+grows with that distance. The growth is 1 in the nearer half of the pairs and rises with what is
+measured beyond (`growth.Growth`); coverage = 1 / growth, so a coverage c says: the error of the corrected labels is 1/c times that of a star of the same
 signal to noise in the dense overlap. The rows are *inside*, *sparse* or *outside* by two limits of
 the coverage. Outside are, too, rows of a kind that the overlap lacks, near which it has less than
 a quarter of the stars that the number of such rows calls for (`measures.Share`), and rows beyond
@@ -57,7 +54,7 @@ from sos_dask.schema import LABELS
 
 FloatArray = NDArray[np.float64]
 _REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
-_FORMAT = 3
+_FORMAT = 4
 MODEL_FILE = "coverage.json"
 
 
@@ -207,6 +204,7 @@ class CoverageModel:
                 measure = Neighbours(overlap)
             lonely = document["lonely"]
             noise = {key: tuple(map(tuple, value)) for key, value in document["noise"].items()}
+            growth = document["growth"]
             return cls(
                 name,
                 tuple(document["parameters"]),
@@ -214,7 +212,7 @@ class CoverageModel:
                 np.array(document["scale"]),
                 measure,
                 Noise(**noise),
-                Growth(**document["growth"]),
+                Growth(tuple(growth["distance"]), tuple(growth["growth"]), float(growth["last"])),
                 Limits(**document["limits"]),
                 Share(overlap, np.load(directory / "catalog.npy")),
                 Widths(

@@ -168,7 +168,7 @@ def fit(
     ConfigError
         Unknown method, or a wrong parameter.
     ModelError
-        Too few pairs, a label that is constant or never known, no GPU for ``device = "cuda"``.
+        Too few pairs, a label that is never known, no GPU for ``device = "cuda"``.
     ClusterError
         The cluster lost its workers again and again.
     """

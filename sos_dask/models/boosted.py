@@ -134,7 +134,7 @@ class BoostedCorrection(Fitted):
             if booster.num_features() != len(FEATURES):
                 raise ModelError(f"{_file(label)}: {booster.num_features()} features, not 3")
             # A model trained on a GPU is used anywhere.
-            booster.set_param({"nthread": boosted_fit.threads(1), "device": "cpu"})
+            booster.set_param({"nthread": 1, "device": "cpu"})
         return boosters
 
     def trees(self, features: Float32Array) -> Float32Array:

@@ -9,7 +9,6 @@ then all training folds grow so many. It is off by default, for it costs up to a
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sos_dask.errors import ModelError
+from sos_dask.machine import n_threads
 from sos_dask.features import FEATURES
 from sos_dask.models import (
     Float32Array,
@@ -36,6 +36,7 @@ from sos_dask.schema import LABELS
 GRID = 4096
 # Rows are sorted by cells of so many bins along each feature; 16 and 32 were a little slower.
 _SIDE = 8
+_THREAD_ROWS = 50_000  # two threads are no faster with fewer than 100,000 pairs
 
 
 @dataclass(frozen=True)
@@ -215,23 +216,14 @@ def count_rounds(job: Job) -> tuple[int, ...]:
     return tuple(rounds)
 
 
-def threads(wanted: int) -> int:
-    """Threads to use: a worker has so many; the process that was started has the whole machine.
-
-    Neither trees nor predictions depend on it.
-    """
-    from dask.system import CPU_COUNT
-
-    return wanted if multiprocessing.parent_process() else max(wanted, CPU_COUNT)
-
-
 def train(job: Job, progress: Progress) -> tuple[Any, ...]:
     """``xgboost.Booster`` of each label, trained in this process."""
     import xgboost
 
     rows = load_block(job, 0, job.source.n_batches)
     params = job.booster_params()
-    params["nthread"] = threads(params["nthread"])
+    # Trees do not depend on it.
+    params["nthread"] = max(params["nthread"], n_threads(len(rows.features), _THREAD_ROWS))
     matrix: Any = None
     before, boosters = None, []
     for number in range(len(LABELS)):

@@ -17,7 +17,6 @@ dask arrays, with every term of every pair in them.
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -29,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.errors import ModelError
+from sos_dask.machine import n_threads
 from sos_dask.features import (
     BLOCK_ROWS,
     FEATURES,
@@ -66,6 +66,7 @@ HUBER_PASSES = 10
 # Passes with the bisquare that still renew the scale.
 SCALE_PASSES = 10
 _KEPT_ROWS = 1_000_000  # 28 MB
+_THREAD_ROWS = 20_000
 
 PARAMS = {
     "order": Param(4, "Largest sum of the exponents of a term", 1, 6),
@@ -276,15 +277,15 @@ def _once(
     """A pass over all batches, as a function of its step; parts are in the order of the batches."""
     if client is not None or n_rows > _KEPT_ROWS:
         return lambda step: map_batches(_pass_of, source, client, train_folds, step)
-    from dask.system import CPU_COUNT
-
     rows = [training_rows(source.load(index), train_folds) for index in range(source.n_batches)]
-    # A worker has one thread; the process that was started has the whole machine.
-    n_threads = 1 if multiprocessing.parent_process() else CPU_COUNT
+    threads = n_threads(n_rows, _THREAD_ROWS)
 
     def once(step: _Step) -> list[Part]:
-        with _one_thread(), ThreadPoolExecutor(n_threads) as pool:
-            return list(pool.map(partial(_pass, step=step), rows))
+        with _one_thread():
+            if threads == 1:
+                return [_pass(part, step) for part in rows]
+            with ThreadPoolExecutor(threads) as pool:
+                return list(pool.map(partial(_pass, step=step), rows))
 
     return once
 

@@ -109,7 +109,7 @@ class Summary:
     minimum, maximum, mean, deviation : ndarray of float64, shape (3,)
         Of the features.
     center, spread : ndarray of float64, shape (3,)
-        Median and robust standard deviation of the differences.
+        Median and robust standard deviation of the differences; 1 where all are equal.
     mean_weight : float
     """
 
@@ -139,6 +139,7 @@ class Summary:
 
 # Quartiles of a normal distribution are 1.349 standard deviations apart; 1.4826 = 2 / 1.349.
 _IQR = 1.3489795003921634
+_LEAST_SPREAD = 1e-6  # of the range
 
 
 def summarise(
@@ -160,7 +161,7 @@ def summarise(
     Raises
     ------
     ModelError
-        A label is never known, constant, or known for too few pairs.
+        A label is never known, or known for too few pairs.
     """
     parts = map_batches(_summarise_batch, source, client, train_folds)
     n_rows = np.array([part["n"] for part in parts], dtype=np.int64)
@@ -185,14 +186,12 @@ def summarise(
                 f"{label} difference, and there are {n}",
                 "Widen the quality cuts or the match radius, or choose a simpler method.",
             )
-        if lows[number] == highs[number]:
-            raise ModelError(
-                f"the {label} differences of all {n} training pairs{folds} are "
-                f"{lows[number]:g}: there is nothing to learn",
-                "Check that target and reference are two surveys with labels of their own.",
-            )
+    low_high = np.asarray(highs, dtype=np.float64) - np.asarray(lows, dtype=np.float64)
     quartiles = np.array([h.quantiles((0.25, 0.5, 0.75)) for h in histograms])
     spread = (quartiles[:, 2] - quartiles[:, 0]) / _IQR
+    # More than half of the differences may be equal, or all: these are a zero point.
+    spread = np.where(spread > _LEAST_SPREAD * low_high, spread, low_high / 6)
+    constant = low_high == 0
     mean = sums / total
     return Summary(
         n_rows=n_rows,
@@ -201,9 +200,8 @@ def summarise(
         maximum=high,
         mean=mean,
         deviation=np.sqrt(np.maximum(squares / total - mean**2, 0.0)),
-        center=quartiles[:, 1],
-        # More than half of the differences may be equal.
-        spread=np.where(spread > 0, spread, (np.asarray(highs) - np.asarray(lows)) / 6),
+        center=np.where(constant, np.asarray(lows, dtype=np.float64), quartiles[:, 1]),
+        spread=np.where(constant, 1.0, spread),
         mean_weight=weight / total,
     )
 

@@ -110,6 +110,7 @@ def growth_figure(table: pa.Table, limits: Mapping[str, float]) -> Drawn | None:
     Drawn or None
         None without bins.
     """
+    table = table.filter(pc.greater(table["distance"], 0.0))  # on a logarithmic axis
     if not table.num_rows:
         return None
     figure = new_figure(3.0, 4.4)

@@ -43,12 +43,17 @@ from sos_dask.trust import (
 )
 from sos_dask.verify import key_hashes
 
-VERSION = 6
+VERSION = 7
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS = "maps.parquet"
 CALIBRATION = "calibration.parquet"
+_BINS = pa.schema(
+    [("distance", pa.float64()), ("n", pa.int64())]
+    + [(name, pa.float64()) for name in ("growth_measured", "growth")]
+)
 _SAMPLE_ROWS = 200_000
+_MANY_PAIRS, _MOST_ROWS = 1 / 3, 0.5
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing (Knuth, TAOCP 3, 6.4)
 
 
@@ -156,7 +161,7 @@ def coverage(
     -------
     Manifest
         ``summary``: shares of the rows, and of stars, inside, sparse, outside and without coverage;
-        limits and their meaning; measures compared; rows without each parameter.
+        limits and their meaning; measures compared; rows without each parameter; warnings.
 
     Raises
     ------
@@ -244,6 +249,7 @@ def _run(
         "grid": {label: list(limits) for label, limits in grid.items()},
         **fitted,
     }
+    summary["warnings"] = _warnings(fitted, summary["shares"]["outside"])
     schema = _schema(catalog)
     commit_catalog(
         output,
@@ -254,6 +260,31 @@ def _run(
         summary,
         files,
     )
+
+
+def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
+    """What a user should know before trusting the coverage, in words."""
+    found = []
+    if len(fitted["growth"]["distance"]) < 2:
+        found.append(
+            f"{fitted['held_out_pairs']} held-out pairs are too few to measure how the error grows "
+            f"with the distance from them (at least {kernel.MIN_GROWTH_PAIRS} right ones are "
+            "needed, with errors): the coverage takes the error as the same everywhere."
+        )
+    if fitted["pairs_outside"] > _MANY_PAIRS:
+        found.append(
+            f"{fitted['pairs_outside']:.0%} of the held-out training pairs are outside the "
+            "coverage themselves: the pairs are few or scattered, or their errors grow fast with "
+            "the distance between them. Match more stars, or accept larger errors: a lower "
+            "[coverage] outside."
+        )
+    if outside > _MOST_ROWS:
+        found.append(
+            f"{outside:.0%} of the rows of the catalog are outside the coverage: there the "
+            "correction is only its fallback. Add reference stars like them, or accept larger "
+            "errors: a lower [coverage] outside."
+        )
+    return found
 
 
 def _grid(label: str, catalog: Catalog, settings: CoverageSettings) -> tuple[float, float]:
@@ -294,7 +325,7 @@ def _fitted(
         scratch = output.work / "model"
         scratch.mkdir(parents=True, exist_ok=True)
         fit.model.save(scratch)
-        write_parquet(pa.Table.from_pylist(fit.bins), scratch / CALIBRATION)
+        write_parquet(pa.Table.from_pylist(fit.bins, _BINS), scratch / CALIBRATION)
         rankings: Sequence[kernel.Ranking] = ()
         if settings.compare:
             rankings = kernel.compare(overlap, columns, settings.seed)
@@ -302,6 +333,7 @@ def _fitted(
             "parameters": list(fit.model.parameters),
             "held_out_pairs": fit.n_held_out,
             "wrong_measurements": fit.n_wrong,
+            "pairs_outside": fit.outside,
             "growth": asdict(fit.model.growth),
             "noise": asdict(fit.model.noise),
             "widths": fit.model.widths.factors.tolist(),
@@ -415,7 +447,8 @@ def look(directory: Path) -> dict[str, Any]:
     dict
         ``inside``, ``sparse``, ``outside``, ``unknown``: shares of the rows; ``meaning``,
         ``limits``, ``measure``, ``parameters``, ``measures``, ``intervals`` (on how many pairs the
-        errors stand, by kind of place) as in the manifest; ``stars``: the
+        errors stand, by kind of place), ``pairs_outside`` (share of the held-out pairs),
+        ``warnings`` as in the manifest; ``stars``: the
         same shares of (at most some 200,000) stars; ``flags``: rows by bit; ``kiel`` (cells of
         500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) with ``rows`` and ``outside``;
         ``follow_up``: see `coverage.follow_up`.
@@ -432,7 +465,7 @@ def look(directory: Path) -> dict[str, Any]:
         maps = pq.read_table(directory / MAPS)
     kept = ("meaning", "limits", "measure", "measures", "parameters", "parameters_without_column",
             "rows_without", "rows", "stars", "flags", "held_out_pairs",
-            "wrong_measurements", "intervals")  # fmt: skip
+            "wrong_measurements", "intervals", "pairs_outside", "warnings")  # fmt: skip
     if not {"shares", *kept} <= set(summary):
         raise CatalogError(
             f"{directory} was made by another version of sos-dask", "Run the rebuild again."

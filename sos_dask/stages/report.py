@@ -34,7 +34,7 @@ from sos_dask.trust import FLAG_OUTSIDE, FLAGS
 if TYPE_CHECKING:
     from sos_dask.report.planes import Histogram
 
-VERSION = 3
+VERSION = 4
 PAGE = "report.html"
 _KEY = "obs_id"
 _SOFTWARE = (

@@ -107,6 +107,7 @@ def _notes(build: Build) -> list[str]:
     calibration = build.table("uncertainty", "calibration.parquet")
     if calibration is not None:
         notes += headline.of_intervals(calibration)
+    notes += [f"Warning: {text}" for text in build.summary("coverage").get("warnings", ())]
     return notes + headline.of_flags(*_flags(build))
 
 

@@ -149,7 +149,7 @@ def train(
     Raises
     ------
     ModelError
-        Too few pairs, constant or unknown labels.
+        Too few pairs, or unknown labels.
     ConfigError
         Unknown method, parameter or validation.
     """

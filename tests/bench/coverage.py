@@ -145,15 +145,16 @@ def report(rows: Rows, coverage: Path, pairs: Catalog) -> None:
                 )
     print("deciles of coverage inside or sparse: predicted / true error of right rows, of all rows")
     covered = good & ~found
-    edges = np.quantile(score[covered & ~outlier], np.linspace(0, 1, 11))
-    bins = np.clip(np.searchsorted(edges, score, side="right") - 1, 0, 9)
-    for decile in range(10):
+    # Half of the rows or more have a coverage of 1: they are one bin.
+    edges = np.unique(np.quantile(score[covered & ~outlier], np.linspace(0, 1, 11)))
+    bins = np.clip(np.searchsorted(edges, score, side="right") - 1, 0, len(edges) - 1)
+    for decile in range(len(edges)):
         at = covered & (bins == decile)
         ratios = [
             1 / np.quantile(observed[chosen] / width[chosen], LEVEL, axis=0)
             for chosen in (at & ~outlier, at)
         ]
-        print(f"  {decile} from {edges[decile]:.3f}", *(f"{x:.3f}" for x in np.concatenate(ratios)))
+        print(f"  from {edges[decile]:.3f}: {np.count_nonzero(at)}", *(f"{x:.3f}" for x in np.concatenate(ratios)))
 
 
 def measures(rows: Rows, model: Path, pairs: Catalog, n_rows: int = 100_000) -> None:

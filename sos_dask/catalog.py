@@ -23,13 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask.artifact import MANIFEST, FileRecord, Manifest, Output, Recipe, write_text
+from sos_dask.artifact import MANIFEST, WORK, FileRecord, Manifest, Output, Recipe, write_text
 from sos_dask.digests import footer_bytes, sha256_of_file
 from sos_dask.errors import CatalogError, ConfigError, PartitionError
 from sos_dask.healpix import HealpixPixel, Ranges
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, nearest
 
 ROW_GROUP_ROWS = 1 << 15
+BUILDER = "sos-dask"
 PROPERTIES = "hats.properties"
 COLLECTION = "collection.properties"
 PARTITION_INFO = "partition_info.csv"
@@ -148,7 +149,7 @@ class Catalog:
         if collection.is_file() and not (path / PROPERTIES).is_file():
             return cls.read_only(path / primary_of(collection))
         manifest = None
-        if (path / MANIFEST).is_file() or not (path / PROPERTIES).is_file():
+        if is_ours(path):
             manifest = Manifest.load(path)
         if not (path / PROPERTIES).is_file():
             raise CatalogError(f"{path} is not a catalog: it has no {PROPERTIES}")
@@ -579,7 +580,7 @@ def write_catalog_metadata(
         "hats_npix_suffix": ".parquet",
         "hats_order": str(max((pixel.order for pixel in pixels), default=0)),
         "hats_version": "v0.1",
-        "hats_builder": "sos-dask",
+        "hats_builder": BUILDER,
         **(extra or {}),
     }
     text = "".join(f"{key}={value}\n" for key, value in properties.items())
@@ -607,6 +608,15 @@ def write_collection(directory: Path, name: str, primary: str, margins: Sequence
         lines += [f"all_margins={' '.join(margins)}", f"default_margin={margins[0]}"]
     write_text(directory / COLLECTION, "# HATS collection\n" + "\n".join(lines) + "\n")
     return sha256_of_file(directory / COLLECTION)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a directory must have a manifest: no catalog, or one that sos-dask makes or made."""
+    if not (path / PROPERTIES).is_file():
+        return True
+    if (path / MANIFEST).exists() or (path / WORK).exists():
+        return True
+    return read_properties(path / PROPERTIES).get("hats_builder") == BUILDER
 
 
 def primary_of(collection: Path) -> str:

@@ -69,10 +69,10 @@ def digest_of(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def sealed_json(document: Mapping[str, Any]) -> str:
+def sealed_json(document: Mapping[str, Any], sort_keys: bool = True) -> str:
     """Indented JSON of a document that carries its own digest."""
     sealed = {**document, _DIGEST: digest_of(document)}
-    return json.dumps(sealed, indent=1, sort_keys=True, allow_nan=False)
+    return json.dumps(sealed, indent=1, sort_keys=sort_keys, allow_nan=False)
 
 
 def read_sealed(path: Path, hint: str) -> dict[str, Any]:

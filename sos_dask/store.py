@@ -142,7 +142,7 @@ def publish(
             "sos_dask": __version__,
             "utc": now.isoformat(timespec="seconds"),
         }
-        write_text(build / BUILD_FILE, sealed_json(document))
+        write_text(build / BUILD_FILE, sealed_json(document, sort_keys=False))
         swap = store / f".current.{os.getpid()}"
         swap.unlink(missing_ok=True)
         swap.symlink_to(os.path.relpath(build, store), target_is_directory=True)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.artifact import MANIFEST, REJECTED, Manifest, is_temporary
-from sos_dask.catalog import COLLECTION, PROPERTIES, Catalog, partition_errors, primary_of
+from sos_dask.catalog import COLLECTION, PROPERTIES, Catalog, is_ours, partition_errors, primary_of
 from sos_dask.digests import sha256_of_file
 from sos_dask.errors import CatalogError, PartitionError, SosError
 from sos_dask.healpix import HealpixPixel, ang2pix
@@ -47,7 +47,7 @@ def verify(path: str | Path) -> list[str]:
     if not (path / PROPERTIES).is_file():
         return _verify_output(path, Manifest.load(path))
     problems: list[str] = []
-    if (path / MANIFEST).is_file():
+    if is_ours(path):
         problems += _verify_output(path, Manifest.load(path))
     try:
         catalog = Catalog.read_only(path)

@@ -522,7 +522,7 @@ class Output:
             if path.startswith(root)
         }
         path = self.work / kind / f"{key}.json"
-        write_text(path, sealed_json({"value": value, "pieces": sums}))
+        write_text(path, sealed_json({"part": f"{kind}/{key}", "value": value, "pieces": sums}))
         _written.__dict__.clear()
 
     def get_record(self, kind: str, key: str) -> dict[str, Any] | None:
@@ -532,9 +532,10 @@ class Output:
 
     def _record(self, kind: str, key: str) -> dict[str, Any] | None:
         try:
-            return read_sealed(self.work / kind / f"{key}.json", "")
+            found = read_sealed(self.work / kind / f"{key}.json", "")
         except (FileNotFoundError, CatalogError):
             return None
+        return found if found.get("part") == f"{kind}/{key}" else None
 
     def intact(self, kind: str, key: str) -> bool:
         """Whether a part is finished and the files that it has written are as they were."""

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sos_dask import models
-from sos_dask.artifact import write_text
 from sos_dask.catalog import Catalog
 from sos_dask.compare.choice import check_rule
 from sos_dask.config import AttachSection, DedupeSection, Job, SurveySection
 from sos_dask.coverage import Limits
 from sos_dask.crossmatch import MatchSettings
 from sos_dask.dedupe import DedupeSettings
-from sos_dask.digests import sealed_json, sha256_of_file
+from sos_dask.digests import sha256_of_file
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.machine import n_cores
 from sos_dask.planner import Planner, Stage
@@ -45,7 +44,7 @@ from sos_dask.stages.uncertainty import (
     uncertainty,
     uncertainty_recipe,
 )
-from sos_dask.store import DIGESTS_FILE, remembered
+from sos_dask.store import DIGESTS_FILE, remember, remembered
 from sos_dask.survey import Survey
 from sos_dask.survey_file import load_survey
 from sos_dask.unify import UnifySettings
@@ -480,5 +479,5 @@ def _digests(store: Path, files: list[Path]) -> list[str]:
     with ThreadPoolExecutor(n_cores()) as pool:  # hashing holds no lock of the interpreter
         for file, digest in zip(missing, pool.map(sha256_of_file, missing), strict=True):
             known[keys[file]] = digest
-            write_text(memory, sealed_json(known))
+            remember(memory, known)
     return [known[keys[file]] for file in files]

@@ -170,13 +170,18 @@ def put_cost(store: Path, fingerprint: str, cost: Cost) -> None:
     path = store / COSTS
     known = {name: asdict(one) for name, one in costs(store).items()}
     known[fingerprint] = {name: round(value, 3) for name, value in asdict(cost).items()}
-    write_text(path, sealed_json(known))
+    remember(path, known)
+
+
+def remember(path: Path, known: Mapping[str, Any]) -> None:
+    """Write what a store remembers beside its products."""
+    write_text(path, sealed_json({path.stem: known}))
 
 
 def remembered(path: Path) -> dict[str, Any]:
     """Read what a store remembers beside its products; empty, with a warning, where damaged."""
     try:
-        return read_sealed(path, "")
+        return dict(read_sealed(path, "").get(path.stem, {}))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except CatalogError as error:
@@ -192,7 +197,10 @@ def costs(store: Path) -> dict[str, Cost]:
 def read_build(path: Path) -> dict[str, Any]:
     """``build.json`` of a build; `CatalogError` where it is none."""
     try:
-        return read_sealed(path / BUILD_FILE, "")
+        build = read_sealed(path / BUILD_FILE, "")
+        if "products" not in build:
+            raise CatalogError(f"{path / BUILD_FILE} has no products")
+        return build
     except (CatalogError, OSError) as error:
         what = error.message if isinstance(error, CatalogError) else error
         raise CatalogError(

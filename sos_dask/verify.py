@@ -133,8 +133,8 @@ def _account_problems(root: Path, manifest: Manifest) -> list[str]:
         problems.append(f"the account has {rows.rejected} rejected, {REJECTED} {n_rejected}")
     inputs = manifest.recipe.inputs
     roles = [role for role in _ROW_INPUTS if role in inputs][:1]
-    if manifest.recipe.stage == "reference":
-        roles = list(inputs)
+    if manifest.recipe.stage in ("reference", "report"):  # all surveys; no rows at all
+        roles = list(inputs) if manifest.recipe.stage == "reference" else []
     store = next((p for p in root.resolve().parents if p.name == "artifacts"), None)
     if store is not None and roles:
         found = [next(store.glob(f"*/{escape(str(inputs[role]))}"), None) for role in roles]

@@ -8,12 +8,14 @@ a pixel under ``dataset/Norder=K/Dir=D/Npix=N.parquet``, sorted by ``_healpix_29
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from pathlib import Path
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -21,21 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask.artifact import (
-    MANIFEST,
-    FileRecord,
-    Manifest,
-    Output,
-    Recipe,
-    atomic_path,
-    sha256_of_file,
-)
-from sos_dask.errors import CatalogError, PartitionError
+from sos_dask.artifact import MANIFEST, WORK, FileRecord, Manifest, Output, Recipe, write_text
+from sos_dask.digests import footer_bytes, sha256_of_file
+from sos_dask.errors import CatalogError, ConfigError, PartitionError
 from sos_dask.healpix import HealpixPixel, Ranges
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, nearest
 
 ROW_GROUP_ROWS = 1 << 15
+BUILDER = "sos-dask"
 PROPERTIES = "hats.properties"
+COLLECTION = "collection.properties"
 PARTITION_INFO = "partition_info.csv"
 COMMON_METADATA = "dataset/_common_metadata"
 
@@ -128,19 +125,31 @@ class Catalog:
 
     @classmethod
     def open(cls, path: str | Path) -> Catalog:
-        """Open a catalog, or the primary catalog of a HATS collection.
+        """Open a catalog, or the primary catalog of a HATS collection, and check it.
+
+        Its small files are compared with the manifest by bytes and SHA-256, partitions by bytes;
+        the account of rows, the properties and the list of partitions must say the same.
 
         Raises
         ------
         CatalogError
-            Not there, unfinished, damaged or of a newer format.
+            Not there, unfinished, damaged, of another format, or not as its manifest says.
         """
+        catalog = cls.read_only(path)
+        if catalog.manifest is not None:
+            Manifest.checked(catalog.path)
+        catalog.check_account()
+        return catalog
+
+    @classmethod
+    def read_only(cls, path: str | Path) -> Catalog:
+        """Open a catalog without the checks of `open`: tasks do, whose driver has made them."""
         path = Path(path)
-        collection = path / "collection.properties"
+        collection = path / COLLECTION
         if collection.is_file() and not (path / PROPERTIES).is_file():
-            return cls.open(path / read_properties(collection)["hats_primary_table_url"])
+            return cls.read_only(path / primary_of(collection))
         manifest = None
-        if (path / MANIFEST).is_file() or not (path / PROPERTIES).is_file():
+        if is_ours(path):
             manifest = Manifest.load(path)
         if not (path / PROPERTIES).is_file():
             raise CatalogError(f"{path} is not a catalog: it has no {PROPERTIES}")
@@ -152,7 +161,7 @@ class Catalog:
                     HealpixPixel(int(row["Norder"]), int(row["Npix"]))
                     for row in csv.DictReader(file)
                 ]
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, csv.Error, ConfigError) as error:
             raise CatalogError(f"{info} cannot be read: {error!r}") from None
         pixels.sort(key=lambda pixel: pixel.first)
         common = path / COMMON_METADATA
@@ -166,6 +175,44 @@ class Catalog:
         else:
             raise CatalogError(f"{path} has no partitions and no schema")
         return cls(path, tuple(pixels), schema.remove_metadata(), properties, manifest)
+
+    def check_account(self) -> None:
+        """Compare the list of partitions, the manifest's rows and ``hats_nrows``.
+
+        Of a catalog made by others the footers of all partitions are read.
+
+        Raises
+        ------
+        CatalogError, PartitionError
+        """
+        again = f"Restore its files, or remove {self.path} and make it again."
+        for left, right in pairwise(self.pixels):
+            if left.overlaps(right):
+                raise CatalogError(
+                    f"{self.path / PARTITION_INFO}: pixels {left} and {right} overlap", again
+                )
+        if self.manifest is not None:
+            listed = {partition_path(pixel) for pixel in self.pixels}
+            stated = {record.path for record in self.manifest.files if record.is_partition}
+            for name in sorted(listed ^ stated):
+                raise CatalogError(
+                    f"{self.path}: {name} is in only one of {MANIFEST} and {PARTITION_INFO}", again
+                )
+            if self.n_rows != self.manifest.rows.n_out:
+                raise CatalogError(
+                    f"{self.path}: {MANIFEST} states {self.manifest.rows.n_out} rows out, its "
+                    f"partitions have {self.n_rows}",
+                    again,
+                )
+        n_rows = self.properties.get("hats_nrows")
+        if n_rows is not None and n_rows != str(self.n_rows):
+            raise CatalogError(
+                f"{self.path}: {PROPERTIES} states hats_nrows={n_rows[:40]}, the partitions of "
+                f"{PARTITION_INFO} have {self.n_rows} rows",
+                again,
+            )
+        if not self.pixels and any((self.path / "dataset").rglob("Npix=*")):
+            raise CatalogError(f"{self.path / PARTITION_INFO} lists none of the partitions", again)
 
     def __reduce__(self) -> tuple[Any, tuple[str, int]]:
         # A task carries only the path; each worker opens the catalog once.
@@ -194,19 +241,14 @@ class Catalog:
 
     def partition_rows(self, pixel: HealpixPixel) -> int:
         """Rows of one partition."""
-        stated = self._stated_rows.get(partition_path(pixel))
-        return int(self._footer(pixel).num_rows) if stated is None else stated
+        stated = self.stated.get(partition_path(pixel))
+        return int(self._footer(pixel).num_rows) if stated is None else stated.rows
 
     @cached_property
-    def _stated_rows(self) -> dict[str, int]:
+    def stated(self) -> dict[str, FileRecord]:
+        """Files that the manifest names, by their path; none without a manifest."""
         files = self.manifest.files if self.manifest is not None else ()
-        return {record.path: record.rows for record in files}
-
-    @cached_property
-    def stated_sha256(self) -> dict[str, str]:
-        """SHA-256 of the files that a manifest names, by their path."""
-        files = self.manifest.files if self.manifest is not None else ()
-        return {record.path: record.sha256 for record in files}
+        return {record.path: record for record in files}
 
     def partition_file(self, pixel: HealpixPixel) -> Path:
         """Path of one partition."""
@@ -244,18 +286,31 @@ class Catalog:
         """
         text = _text_of_few_values(self._footer(pixel)) if coded else []
         with self._opened(pixel, text) as file:
-            return file.read(columns=columns, use_threads=False)
+            table = file.read(columns=columns, use_threads=False)
+            if columns is None or len(columns):
+                self._require_rows(pixel, table.num_rows)
+            return table
+
+    def _require_rows(self, pixel: HealpixPixel, n_rows: int) -> None:
+        """Raise `PartitionError` unless a partition has the rows that the manifest states."""
+        stated = self.stated.get(partition_path(pixel))
+        if stated is not None and stated.rows != n_rows:
+            raise PartitionError(
+                f"partition {self.partition_file(pixel)} has {n_rows} rows, the manifest states "
+                f"{stated.rows}",
+                "Remove its catalog and make it again.",
+            )
 
     @contextmanager
     def _opened(self, pixel: HealpixPixel, coded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-        path = self.partition_file(pixel)
+        path, footer = self.partition_file(pixel), self._footer(pixel)
         # Without a buffer for all columns together: measured, it costs a quarter of the time.
         with (
             partition_errors(path),
             pa.OSFile(str(path)) as source,
             pq.ParquetFile(
                 source,
-                metadata=_footer_of(path),
+                metadata=footer,
                 pre_buffer=False,
                 read_dictionary=coded,
                 page_checksum_verification=True,
@@ -417,9 +472,13 @@ class Catalog:
         return pixel, n_bytes
 
     def _footer(self, pixel: HealpixPixel) -> pq.FileMetaData:
+        """Footer of a partition, which must be the one that was written."""
         path = self.partition_file(pixel)
+        stated = self.stated.get(partition_path(pixel))
         with partition_errors(path):
-            return _footer_of(path)
+            footer = _footer_of(path, "" if stated is None else stated.footer)
+        self._require_rows(pixel, footer.num_rows)
+        return footer
 
 
 def _edges(ranges: Ranges) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -477,9 +536,19 @@ def _text_of_few_values(footer: pq.FileMetaData) -> list[str]:
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """Read a Java-style properties file."""
+    """Read a Java-style properties file.
+
+    Raises
+    ------
+    CatalogError
+        It cannot be read, or is no text.
+    """
     properties = {}
-    for line in path.read_text().splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise CatalogError(f"{path} cannot be read: {error}") from None
+    for line in lines:
         if line.strip() and not line.lstrip().startswith(("#", "!")):
             key, _, value = line.partition("=")
             properties[key.strip()] = value.strip().replace("\\:", ":")
@@ -511,7 +580,7 @@ def write_catalog_metadata(
         "hats_npix_suffix": ".parquet",
         "hats_order": str(max((pixel.order for pixel in pixels), default=0)),
         "hats_version": "v0.1",
-        "hats_builder": "sos-dask",
+        "hats_builder": BUILDER,
         **(extra or {}),
     }
     text = "".join(f"{key}={value}\n" for key, value in properties.items())
@@ -532,26 +601,50 @@ def write_catalog_metadata(
     )
 
 
-def write_collection(directory: Path, name: str, primary: str, margins: Sequence[str]) -> None:
-    """Write ``collection.properties``: a primary catalog with margins, paths relative to it."""
+def write_collection(directory: Path, name: str, primary: str, margins: Sequence[str]) -> str:
+    """Write ``collection.properties``: a primary catalog with margins; SHA-256 of the file."""
     lines = [f"obs_collection={name}", f"hats_primary_table_url={primary}"]
     if margins:
         lines += [f"all_margins={' '.join(margins)}", f"default_margin={margins[0]}"]
-    with atomic_path(directory / "collection.properties") as path:
-        path.write_text("# HATS collection\n" + "\n".join(lines) + "\n")
+    write_text(directory / COLLECTION, "# HATS collection\n" + "\n".join(lines) + "\n")
+    return sha256_of_file(directory / COLLECTION)
 
 
-def _footer_of(path: Path) -> pq.FileMetaData:
+def is_ours(path: Path) -> bool:
+    """Whether a directory must have a manifest: no catalog, or one that sos-dask makes or made."""
+    if not (path / PROPERTIES).is_file():
+        return True
+    if (path / MANIFEST).exists() or (path / WORK).exists():
+        return True
+    return read_properties(path / PROPERTIES).get("hats_builder") == BUILDER
+
+
+def primary_of(collection: Path) -> str:
+    """Relative path of the primary catalog of a collection, which lies below it."""
+    name = read_properties(collection).get("hats_primary_table_url", "")
+    parts = PurePosixPath(name).parts
+    below = collection.parent / name if name.isprintable() else collection.parent
+    if not parts or "/" in parts or ".." in parts or not (below / PROPERTIES).is_file():
+        raise CatalogError(
+            f"{collection}: hats_primary_table_url={name[:200]!r} is no catalog below its folder"
+        )
+    return name
+
+
+def _footer_of(path: Path, sha256: str) -> pq.FileMetaData:
     """Footer of a file; the last few are kept, for tasks read their partitions in several steps."""
     found = path.stat()
-    return _kept_footer(str(path), found.st_mtime_ns, found.st_size)
+    return _kept_footer(str(path), found.st_mtime_ns, found.st_size, sha256)
 
 
 @lru_cache(maxsize=16)
-def _kept_footer(path: str, stamp: int, size: int) -> pq.FileMetaData:
-    return pq.read_metadata(path)
+def _kept_footer(path: str, stamp: int, size: int, sha256: str) -> pq.FileMetaData:
+    content = footer_bytes(Path(path))
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise OSError("its footer is not the one that was written")
+    return pq.read_metadata(pa.BufferReader(content))
 
 
 @lru_cache(maxsize=8)
 def _reopen(path: str, stamp: int) -> Catalog:
-    return Catalog.open(path)
+    return Catalog.read_only(path)

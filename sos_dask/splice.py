@@ -85,7 +85,8 @@ def extend_partition(
 
     def write(path: Path) -> tuple[int, str]:
         before, after = append_columns(source, table, schema, path)
-        if catalog.stated_sha256.get(name, before) != before:
+        stated = catalog.stated.get(name)
+        if stated is not None and stated.sha256 != before:
             raise PartitionError(
                 f"partition {source} is not the file that was written: it has another SHA-256",
                 "The file is damaged: remove its catalog and make it again.",

@@ -9,7 +9,7 @@ Its memory goes with the edge pairs: some percent of all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +161,7 @@ def write_pairs(output: Output, pixel: HealpixPixel, pairs: pa.Table) -> FileRec
     """Write pairs aside: not even a task that outlives its worker can touch the final file."""
     name = f"{WORK}/{_partition_file(output, pixel).relative_to(output.work)}"
     record = output.write_file(name, lambda path: write_parquet(pairs, path))
-    return FileRecord(partition_path(pixel), record.rows, record.bytes, record.sha256)
+    return replace(record, path=partition_path(pixel))
 
 
 def keep_pairs(output: Output, pixel: HealpixPixel) -> None:

@@ -15,7 +15,7 @@ from sos_dask.healpix import HealpixPixel
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.surroundings import surroundings
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ def margin(
     if not 0 < radius_arcsec < 3600:
         raise ConfigError(f"margin of {radius_arcsec} arcsec is not between 0 and 3600")
     output = Output.prepare(
-        directory / "margin", margin_recipe(catalog.fingerprint, radius_arcsec), overwrite
+        directory / "margin",
+        margin_recipe(catalog.fingerprint, radius_arcsec),
+        overwrite,
+        [catalog.path],
     )
     if not output.complete:
         parts = {
@@ -74,7 +77,7 @@ def margin(
             with suppress(FileExistsError):
                 target = os.path.relpath(catalog.path.resolve(), directory.resolve())
                 (directory / "catalog").symlink_to(target)
-            write_collection(directory, catalog.name, "catalog", ["margin"])
+            collection = write_collection(directory, catalog.name, "catalog", ["margin"])
             step = f"margin of {catalog.name}"
             run_parts(output, "margin", parts, _margin_part, cluster or Cluster(), step, report)
             done = records(output, "margin", list(parts))
@@ -86,7 +89,7 @@ def margin(
                 list(zip(catalog.pixels, done, strict=True)),
                 catalog.schema,
                 Rows(n_in, n_out, 0, {"inside": n_in}, {"margin rows": n_out}),
-                {},
+                {"collection_sha256": collection},
                 properties={
                     "hats_primary_table_url": catalog.name,
                     "hats_margin_threshold": f"{radius_arcsec:g}",

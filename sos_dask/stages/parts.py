@@ -32,8 +32,8 @@ def run_parts(
     step: str,
     report: Report,
 ) -> None:
-    """Run ``function`` on the parts without a record; it writes the record of its part last."""
-    missing = [part for key, part in parts.items() if output.get_record(kind, key) is None]
+    """Run ``function`` on the parts without a sound record; it writes that of its part last."""
+    missing = [part for key, part in parts.items() if not output.intact(kind, key)]
     if missing:
         cluster.run(function, missing, step, report)
     else:
@@ -88,7 +88,7 @@ def unless_complete(output: Output) -> Iterator[None]:
 
 def manifest_of(directory: Path, stage: str) -> Manifest:
     """Manifest of a finished output of a stage; `CatalogError` for that of another one."""
-    manifest = Manifest.load(directory)
+    manifest = Manifest.checked(directory)
     if manifest.recipe.stage != stage:
         raise CatalogError(
             f"{directory} is no output of '{stage}' but of '{manifest.recipe.stage}'"

@@ -31,7 +31,11 @@ _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode: control, format, half a cha
 
 
 def prepare_streams() -> None:
-    """Let every character be written where the terminal or the locale has only some of them."""
+    """Let every character be written, whatever the locale is, and to streams that are closed."""
+    sys.stdout, sys.stderr = (
+        Path(os.devnull).open("w") if stream is None else stream
+        for stream in (sys.stdout, sys.stderr)
+    )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -103,8 +103,10 @@ _LIBRARIES: tuple[tuple[str, type[SosError], str], ...] = (
     ("builtins.ImportError", ConfigError, "a package is missing or broken"),
 )
 # Their decoders also raise errors of Python's own kinds, which are those of the file.
-_DECODERS = ("tomllib", "dask.config", "json", "gzip", "csv", "pydantic", "astropy.io", "numpy.lib._npyio_impl",
-             "numpy.lib._format_impl", "pyarrow.parquet")  # fmt: skip
+_DECODERS = (
+    "tomllib", "json", "gzip", "csv", "pydantic", "astropy.io", "dask.config", "pyarrow.parquet",
+    "numpy.lib._npyio_impl", "numpy.lib._format_impl",
+)  # fmt: skip
 
 
 def understood(error: BaseException) -> SosError | None:

@@ -99,16 +99,17 @@ def _public(function: Callable[..., _Result]) -> Callable[..., _Result]:
 def _opened(value: Any, wanted: Any) -> Any:
     """A value as the function wants it: paths and names are opened, also in lists and settings."""
     is_path = isinstance(value, str | PathLike)
-    for kind in (wanted, *get_args(wanted)):
+    inner = get_args(wanted)
+    if get_origin(wanted) is Sequence and inner[0] in _OPENED:
+        return [_opened(item, inner[0]) for item in ([value] if is_path else value)]
+    for kind in inner if get_origin(wanted) in (Union, UnionType) else (wanted,):
         if is_path and isinstance(kind, type) and kind in _OPENED:
-            return _OPENED[kind](value) if not isinstance(value, kind) else value
+            return value if isinstance(value, kind) else _OPENED[kind](value)
         if kind in (Trust, Surveys) and isinstance(value, kind):
             hints = get_type_hints(kind)
             return replace(value, **{k: _opened(getattr(value, k), hints[k]) for k in hints})
-    if get_origin(wanted) is Sequence and get_args(wanted)[0] in _OPENED:
-        return [_opened(item, get_args(wanted)[0]) for item in ([value] if is_path else value)]
-    if isinstance(value, Mapping) and get_args(wanted)[1:]:
-        return {key: _opened(item, get_args(wanted)[1]) for key, item in value.items()}
+        if isinstance(value, Mapping) and get_origin(kind) is Mapping:
+            return {key: _opened(item, get_args(kind)[1]) for key, item in value.items()}
     return value
 
 

@@ -18,7 +18,6 @@ from sos_dask.ingest.readers.common import (
     Contents,
     Native,
     Source,
-    masked,
     stated_by_astropy,
 )
 from sos_dask.ingest.readers.votable import Outline
@@ -46,13 +45,10 @@ def _stated(path: Path, schema: pa.Schema, natives: list[Native]) -> list[Native
     if outline:
         for table in Outline(path).scanned(outline).tables:
             units |= {item.get("name", ""): item.get("unit", "") for item in table["fields"]}
-    # Another program may have dropped the metadata and kept astropy's columns.
-    bools = {n.name for n in natives if n.kind == "bool"}
-    masks = {n.name: f"{n.name}.mask" for n in natives if f"{n.name}.mask" in bools}
+    masks: dict[str, str] = {}
     text = metadata.get(b"table_meta_yaml", b"").decode("utf-8", "replace")
     if text:
-        columns, named = stated_by_astropy(text.split("\n"))
-        masks |= named
+        columns, masks = stated_by_astropy(text.split("\n"))
         units |= {name: str(item.get("unit") or "") for name, item in columns.items()}
     return [
         replace(n, unit=n.unit or units.get(n.name, ""), mask=masks.get(n.name, ""))
@@ -92,26 +88,17 @@ def read_parquet(source: Source, start: int, stop: int | None, batch_rows: int) 
     bounds = np.concatenate([[0], np.cumsum(source.group_rows)])
     stop = int(bounds[-1]) if stop is None else stop
     groups = np.flatnonzero((bounds[:-1] >= start) & (bounds[1:] <= stop)).tolist()
-    natives = source.natives.values()
-    names = list(dict.fromkeys(name for n in natives for name in (n.name, n.mask) if name))
+    names = list(dict.fromkeys(native.name for native in source.natives.values()))
     with pq.ParquetFile(source.data_path) as file:
         batches = file.iter_batches(batch_rows, groups, columns=names, use_threads=False)
         for first, table in regrouped(batches, batch_rows):
             yield (
                 start + first,
                 {
-                    key: _native_values(source, native, table)
+                    key: _arrow_values(source, native, table[native.name].combine_chunks())
                     for key, native in source.natives.items()
                 },
             )
-
-
-def _native_values(source: Source, native: Native, table: pa.Table) -> pa.Array:
-    values = _arrow_values(source, native, table[native.name].combine_chunks())
-    if not native.mask:
-        return values
-    of_mask = replace(native, name=native.mask, kind="bool")
-    return masked(values, _arrow_values(source, of_mask, table[native.mask].combine_chunks()))
 
 
 def _arrow_values(source: Source, native: Native, column: pa.Array) -> pa.Array:

@@ -109,10 +109,12 @@ def write_whole(folder: Path, n: int = 60) -> None:
             "obs_id": rng.permutation(n) + 1,
             "ra": rng.uniform(30, 60, n),
             "dec": rng.uniform(10, 30, n),
-            "teff": MaskedColumn(rng.uniform(4000, 7000, n).astype("f4"), np.arange(n) % 7 == 0),
+            "teff": MaskedColumn(
+                rng.uniform(4000, 7000, n).astype("f4"), mask=np.arange(n) % 7 == 0
+            ),
             "logg": rng.uniform(1, 5, n).astype("f4"),
             "feh": rng.uniform(-2, 0.4, n).astype("f4"),
-            "gaia": MaskedColumn(rng.integers(1, 2**62, n), np.arange(n) % 5 == 0),
+            "gaia": MaskedColumn(rng.integers(1, 2**62, n), mask=np.arange(n) % 5 == 0),
             "snr": rng.uniform(5, 90, n),
             "flag": np.arange(n) % 2,
             "name": [f"star {i}" for i in range(n)],

@@ -167,21 +167,20 @@ def test_types_of_parquet_that_are_no_values(ingested):
 def test_a_name_that_is_there_twice(ingested, kind, names):
     columns = [(n, list(table()[n])) for n in NAMES if n != "teff"]
     columns += [(name, [5000.0, 5100.0, 5200.0]) for name in names]
+    content: bytes | str
     if kind == "parquet":
         content = parquet(
             pa.Table.from_arrays([pa.array(v) for _, v in columns], [n for n, _ in columns])
         )
     elif kind == "fits":
         made = Table({f"c{i}": v for i, (_, v) in enumerate(columns)})
-        hdu = fits.table_to_hdu(made)
-        for i, (name, _) in enumerate(columns, start=1):
-            hdu.header[f"TTYPE{i}"] = name
         sink = io.BytesIO()
-        fits.HDUList([fits.PrimaryHDU(), fits.BinTableHDU(hdu.data)]).writeto(sink)
-        content = sink.getvalue()
+        fits.table_to_hdu(made).writeto(sink)
+        packed = sink.getvalue()
         for i, (name, _) in enumerate(columns):
             old, new = (f"'{text:8}'".encode() for text in (f"c{i}", name))
-            content = content.replace(old, new, 1)
+            packed = packed.replace(old, new, 1)
+        content = packed
     elif kind == "votable":
         fields = "".join(f'<FIELD name="{n}" datatype="double"/>' for n, _ in columns)
         rows = zip(*(v for _, v in columns), strict=True)
@@ -235,7 +234,8 @@ def test_the_command_says_what_is_cut_off(tmp_path):
     survey.write_text(toml(allow='["overflow"]'))
     code, _, text = run(["ingest", str(survey), str(file), "-o", str(out)])
     assert code == 0, text
-    assert Catalog.open(out).manifest.summary["overflow"] == ["a.vot"]
+    manifest = Catalog.open(out).manifest
+    assert manifest is not None and manifest.summary["overflow"] == ["a.vot"]
 
 
 def test_several_tables_of_a_votable(ingested):
@@ -400,6 +400,34 @@ def test_little_gzip_with_much_inside(ingested, block, words):
     begin = time.process_time()
     ingested(packed.getvalue()).fails(*words)
     assert time.process_time() - begin < 10
+
+
+@pytest.mark.parametrize("text", ["x" * (1 << 20), "x" * 4000])
+def test_little_parquet_with_much_inside(ingested, text):
+    n = 200_000 if len(text) < 5000 else 2000
+    numbers: dict = {name: pa.array(np.arange(n) % 80 + 1.0) for name in NAMES[1:]}
+    words = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([text]))
+    content = parquet(numbers | {"obs_id": words})
+    assert len(content) < 3 << 20
+    key = '{ source = "obs_id", dtype = "string" }'
+    ingested(content, obs_id=key).fails("texts of column 'obs_id' take")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"NAXIS   =                    0", b"NAXIS   =         999999999999", "NAXIS is 99999"),
+        (b"NAXIS2  =                    3", b"NAXIS2  =        9000000000000", "is truncated"),
+        (b"NAXIS1  =                   48", b"NAXIS1  =                    0", "are no table"),
+        (b"TFIELDS =                    6", b"TFIELDS =           9999999999", "header is damaged"),
+        (b"TFORM3  = 'D       '", b"TFORM3  = '999999999D'", "columns take"),
+        (b"NAXIS2  =                    3", b"NAXIS2  =                   -3", "are no table"),
+    ],
+)
+def test_headers_of_fits_that_claim_what_is_not_there(ingested, tmp_path, old, new, words):
+    whole = written(Table(table()), "fits", tmp_path)
+    assert whole.count(old) == 1
+    ingested(whole.replace(old, new)).fails(words)
 
 
 def test_a_key_of_text(ingested):

@@ -22,6 +22,8 @@ from sos_dask.ingest.readers.common import (
 )
 from sos_dask.ingest.readers.votable import Outline
 
+_TEXT_BYTES = 1 << 29
+
 
 def open_parquet(path: Path, data_path: Path) -> Contents:
     """What a Parquet file holds, from its footer."""
@@ -90,6 +92,8 @@ def read_parquet(source: Source, start: int, stop: int | None, batch_rows: int) 
     groups = np.flatnonzero((bounds[:-1] >= start) & (bounds[1:] <= stop)).tolist()
     names = list(dict.fromkeys(native.name for native in source.natives.values()))
     with pq.ParquetFile(source.data_path) as file:
+        coded = _coded_texts(source, file.metadata, batch_rows)
+    with pq.ParquetFile(source.data_path, read_dictionary=coded) as file:
         batches = file.iter_batches(batch_rows, groups, columns=names, use_threads=False)
         for first, table in regrouped(batches, batch_rows):
             yield (
@@ -101,6 +105,31 @@ def read_parquet(source: Source, start: int, stop: int | None, batch_rows: int) 
             )
 
 
+def _coded_texts(source: Source, metadata: pq.FileMetaData, batch_rows: int) -> list[str]:
+    """Text columns that are read as codes: one long text in many rows is little in the file."""
+    texts = {native.name for native in source.natives.values() if native.kind == "text"}
+    coded = set()
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        share = min(1.0, batch_rows / max(group.num_rows, 1))
+        for place in range(metadata.num_columns):
+            column = group.column(place)
+            if column.path_in_schema in texts:
+                n_bytes = int(share * column.total_uncompressed_size)
+                _check_texts(source, column.path_in_schema, n_bytes)
+                if column.has_dictionary_page:
+                    coded.add(column.path_in_schema)
+    return sorted(coded)
+
+
+def _check_texts(source: Source, name: str, n_bytes: int) -> None:
+    if n_bytes > _TEXT_BYTES:
+        raise SurveyError(
+            f"{source.path}: the texts of column '{name}' take {n_bytes >> 20} MiB at once",
+            "Shorten them, or write smaller row groups.",
+        )
+
+
 def _arrow_values(source: Source, native: Native, column: pa.Array) -> pa.Array:
     if native.element is not None:
         try:
@@ -110,6 +139,9 @@ def _arrow_values(source: Source, native: Native, column: pa.Array) -> pa.Array:
                 f"{source.path}: a row of column '{native.name}' has no element {native.element}"
             ) from None
     if pa.types.is_dictionary(column.type):
+        if native.kind == "text":
+            lengths = pc.binary_length(column.dictionary).cast(pa.int64())
+            _check_texts(source, native.name, pc.sum(lengths.take(column.indices)).as_py() or 0)
         column = column.dictionary_decode()
     if native.kind == "text":
         binary = not (

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 _ANSWER_S = 5
 _CONNECT = "20s"
 _CLOSING_S = 10.0
+_LEAST_BYTES = 64 << 20
+_MOST_A_CORE = 64
 _LISTENING_S = 3.0  # so long nobody may listen yet at a scheduler's address
 
 
@@ -333,8 +335,10 @@ def start(
     ClusterError
         The scheduler does not answer.
     ConfigError
-        The memory limit is no number of bytes.
+        The memory limit is no number of bytes, more processes or threads are asked for than can be
+        meant, or what is asked for excludes each other.
     """
+    check_place(n_workers, memory_limit, scheduler, n_threads)
     limit = None if memory_limit == "auto" else _limit_bytes(memory_limit)
     if n_threads is not None or (scheduler is None and n_workers == 0):
         keep_freed_memory()
@@ -381,9 +385,9 @@ def start(
                     **({"scheduler_file": scheduler} if is_file else {"address": scheduler}),
                     timeout=_CONNECT,
                 )
-            except (OSError, ValueError, TimeoutError) as error:
+            except Exception as error:  # an address or a file can be wrong in many ways
                 raise ClusterError(
-                    f"no Dask scheduler answers at {scheduler}: {error}",
+                    f"no Dask scheduler answers at {scheduler}: {error!r}",
                     "Check the address, or leave it out to work on this machine.",
                 ) from error
         else:
@@ -424,12 +428,61 @@ def _limit_bytes(memory_limit: str) -> int | None:
     from dask.utils import parse_bytes
 
     try:
-        return int(parse_bytes(memory_limit)) or None
-    except ValueError:
+        limit = int(parse_bytes(memory_limit))
+    except (ValueError, OverflowError):
+        limit = -1
+    if not 0 <= limit <= 2**60 or not memory_limit.strip()[0].isdigit():
         raise ConfigError(
             f"{memory_limit!r} is no memory limit",
             "Give a number with its unit, as in 4GiB; auto, or 0 for none.",
-        ) from None
+        )
+    if 0 < limit < _LEAST_BYTES:
+        raise ConfigError(
+            f"a memory limit of {memory_limit!r} is too small for any work",
+            f"Give {_LEAST_BYTES >> 20}MiB or more; most steps need some hundred.",
+        )
+    return limit or None
+
+
+def check_place(
+    n_workers: int | None,
+    memory_limit: str = "auto",
+    scheduler: str | None = None,
+    n_threads: int | None = None,
+) -> None:
+    """Refuse what `start` can never do, before anything is read.
+
+    Raises
+    ------
+    ConfigError
+    """
+    most = _MOST_A_CORE * n_cores()
+    for number, least, what in ((n_workers, 0, "workers"), (n_threads, 1, "threads")):
+        if number is not None and not least <= number <= most:
+            raise ConfigError(
+                f"{number} {what} are not possible", f"{n_cores()} cores take {most} at most."
+            )
+    if memory_limit != "auto":
+        _limit_bytes(memory_limit)
+    if n_threads is not None and (n_workers is not None or scheduler is not None):
+        raise ConfigError(
+            "--threads goes with neither --workers nor --scheduler",
+            "Tasks run in threads of this process, in worker processes, or on a cluster.",
+        )
+    if scheduler is None:
+        return
+    if n_workers is not None or memory_limit != "auto":
+        raise ConfigError(
+            "a running cluster (--scheduler) has workers and memory limits of its own",
+            "Leave --workers and --memory-limit out, or the scheduler.",
+        )
+    is_there = Path(scheduler).exists()
+    if is_there and not Path(scheduler).is_file():
+        raise ConfigError(f"--scheduler: {scheduler} is no scheduler file")
+    if scheduler.endswith(".json") and not is_there:
+        raise ConfigError(
+            f"--scheduler: there is no file {scheduler}", "Has the scheduler started?"
+        )
 
 
 def _require_listener(address: str) -> None:

@@ -12,10 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sos_dask.documents import NAME_RULE, is_name, parse_toml
 from sos_dask.errors import ConfigError
-from sos_dask.schema import nearest
+from sos_dask.schema import MOST_ROWS, nearest
 
 JOB_FORMAT = 1
-MOST = 1_000_000_000  # of rows or pairs that a setting can count
 
 
 class _Section(BaseModel):
@@ -45,8 +44,8 @@ class SurveySection(_Section):
 class IngestSection(_Section):
     """How survey files become partitions."""
 
-    rows_per_partition: int = Field(1_000_000, gt=0, le=MOST)
-    chunk_rows: int = Field(500_000, gt=0, le=MOST)
+    rows_per_partition: int = Field(1_000_000, gt=0, le=MOST_ROWS)
+    chunk_rows: int = Field(500_000, gt=0, le=MOST_ROWS)
     margin_arcsec: float | None = Field(None, gt=0, lt=3600)
 
 
@@ -91,9 +90,9 @@ class CompareSection(_Section):
 
     rule: str = "balanced"
     n_bootstrap: int = Field(400, ge=100, le=10_000)
-    min_pairs: int = Field(30, ge=10, le=MOST)
-    min_bin_pairs: int = Field(50, ge=5, le=MOST)
-    min_cell_pairs: int = Field(5, ge=1, le=MOST)
+    min_pairs: int = Field(30, ge=10, le=MOST_ROWS)
+    min_bin_pairs: int = Field(50, ge=5, le=MOST_ROWS)
+    min_cell_pairs: int = Field(5, ge=1, le=MOST_ROWS)
     tolerance: float = Field(0.01, ge=0, lt=1)
 
 
@@ -169,8 +168,8 @@ class ProjectionSection(_Section):
 class GeneralisationSection(_Section):
     """Methods trained without one region after the other, where the job has the section."""
 
-    max_pairs: int = Field(20_000, ge=100, le=MOST)
-    min_pairs: int = Field(200, ge=10, le=MOST)
+    max_pairs: int = Field(20_000, ge=100, le=MOST_ROWS)
+    min_pairs: int = Field(200, ge=10, le=MOST_ROWS)
 
 
 class ClusterSection(_Section):
@@ -318,7 +317,9 @@ def _explained(path: Path, raw: Mapping[str, Any], error: ValidationError) -> Co
         )
     message = str(first["msg"]).removeprefix("Value error, ")
     given = (
-        f" (given: {first['input']!r:.60})" if where and not isinstance(first["input"], dict) else ""
+        f" (given: {first['input']!r:.60})"
+        if where and not isinstance(first["input"], dict)
+        else ""
     )
     return ConfigError(f"{path}: {where + ': ' if where else ''}{message}{given}")
 

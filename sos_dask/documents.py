@@ -10,6 +10,9 @@ from typing import Any
 from sos_dask.errors import SosError
 
 NAME_RULE = "use lower-case letters, digits and dashes, 64 at most"
+COLUMN_RULE = "use letters, digits and _ only, 64 at most, and no digit first"
+_COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_PRODUCT = re.compile(r"[A-Za-z0-9][\w.-]{0,199}", re.ASCII)
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _DEEPEST = 20
 _LARGEST_BYTES = 16 << 20
@@ -20,9 +23,14 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
+def is_column(text: str) -> bool:
+    """Tell whether a text can name a new column."""
+    return _COLUMN.fullmatch(text) is not None
+
+
 def is_product(text: str) -> bool:
-    """Tell whether a text can name a product: names joined by dots, such as ``lamost.stars``."""
-    return all(map(is_name, text.split(".")))
+    """Tell whether a text can name a product (``lamost.stars``), and so a link in a build."""
+    return _PRODUCT.fullmatch(text) is not None
 
 
 def parse_toml(content: bytes, kind: type[SosError]) -> tuple[str, dict[str, Any]]:

@@ -72,8 +72,8 @@ class StorageError(SosError):
     exit_code = 9
 
 
-# Who raises it (a class or its module), what it then is, and what to say first. Nothing is imported:
-# most commands need few of these libraries. The first that fits counts.
+# Who raises it (a class or its module), what it then is, and what to say first. The first that fits
+# counts. Nothing is imported: most commands need few of these libraries.
 _LIBRARIES: tuple[tuple[str, type[SosError], str], ...] = (
     ("builtins.MemoryError", ClusterError, "there is not enough memory"),
     ("pydantic", ConfigError, "a setting is wrong"),
@@ -89,6 +89,7 @@ _LIBRARIES: tuple[tuple[str, type[SosError], str], ...] = (
     ("zlib", SurveyError, "damaged compressed file"),
     ("csv", SurveyError, "the table cannot be read"),
     ("builtins.EOFError", SurveyError, "the file is cut short"),
+    ("dask.config", ConfigError, "the configuration of Dask is wrong"),
     ("distributed", ClusterError, "the cluster failed"),
     ("dask", ClusterError, "the cluster failed"),
     ("tornado", ClusterError, "the cluster failed"),
@@ -102,8 +103,10 @@ _LIBRARIES: tuple[tuple[str, type[SosError], str], ...] = (
     ("builtins.ImportError", ConfigError, "a package is missing or broken"),
 )
 # Their decoders also raise errors of Python's own kinds, which are those of the file.
-_DECODERS = ("tomllib", "json", "gzip", "csv", "pydantic", "astropy.io", "numpy.lib._npyio_impl",
-             "numpy.lib._format_impl", "pyarrow.parquet")  # fmt: skip
+_DECODERS = (
+    "tomllib", "json", "gzip", "csv", "pydantic", "astropy.io", "dask.config", "pyarrow.parquet",
+    "numpy.lib._npyio_impl", "numpy.lib._format_impl",
+)  # fmt: skip
 
 
 def understood(error: BaseException) -> SosError | None:
@@ -130,7 +133,8 @@ def understood(error: BaseException) -> SosError | None:
         sources.append(raised_in)
     for source, kind, what in _LIBRARIES:
         if any(f"{name}.".startswith(f"{source}.") for name in sources):
-            return kind(f"{what}{_place(frames)}: {text or type(error).__name__}")
+            where = _place(frames) if kind in (SurveyError, CatalogError, ModelError) else ""
+            return kind(f"{what}{where}: {text or type(error).__name__}")
     if isinstance(error, OSError):
         where = f" {error.filename}" if error.filename else _place(frames)
         return StorageError(f"cannot read or write{where}: {error.strerror or text}")
@@ -138,7 +142,7 @@ def understood(error: BaseException) -> SosError | None:
 
 
 def _place(frames: Sequence[FrameType]) -> str:
-    """File that the innermost function of the package works on, where one of its names is a path."""
+    """Path that the innermost function of the package works on, where it has one."""
     for frame in reversed(frames):
         if str(frame.f_globals.get("__name__", "")).startswith(f"{__package__}."):
             for value in frame.f_locals.values():

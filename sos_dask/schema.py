@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -125,6 +126,24 @@ def nearest(name: str, known: Collection[str]) -> str:
     lower = {item.lower(): item for item in known}
     found = difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.55)
     return "Did you mean " + " or ".join(lower[item] for item in found) + "?" if found else ""
+
+
+MOST_ROWS = 1_000_000_000
+YEARS = (1800.0, 2100.0)
+SEEDS = (0, 2**31 - 1)
+
+
+def check_numbers(settings: object, **limits: tuple[float, float]) -> None:
+    """Check that attributes are finite numbers within their limits, both inclusive.
+
+    Raises
+    ------
+    ConfigError
+    """
+    for name, (low, high) in limits.items():
+        value = getattr(settings, name)
+        if not low <= value <= high or abs(value) == math.inf:
+            raise ConfigError(f"{name} = {value} is not a number from {low:g} to {high:g}")
 
 
 def find_name(name: str, known: Collection[str]) -> str | None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from sos_dask import __version__
 from sos_dask.artifact import MANIFEST, Manifest, Recipe, storage_errors, write_text
+from sos_dask.documents import is_product
 from sos_dask.errors import CatalogError, ConfigError
 
 BUILD_FILE = "build.json"
@@ -80,6 +81,9 @@ def publish(
     products : mapping of str to (Recipe, Path)
         Recipe and directory of each, in the order of the plan.
     """
+    for product in products:
+        if not is_product(product):
+            raise CatalogError(f"a product cannot be named '{product}'")
     fingerprints = {product: recipe.fingerprint for product, (recipe, _) in products.items()}
     current = store / "current"
     if published(store) == fingerprints:
@@ -142,9 +146,19 @@ def costs(store: Path) -> dict[str, Cost]:
 def read_build(path: Path) -> dict[str, Any]:
     """``build.json`` of a build; `CatalogError` where it is none."""
     try:
-        return dict(json.loads((path / BUILD_FILE).read_text()))
-    except (OSError, ValueError) as error:
-        raise CatalogError(f"{path} is not a build: {error}") from None
+        build: dict[str, Any] = json.loads((path / BUILD_FILE).read_text())
+        products, stages = build["products"], build["stages"]
+        if not all(map(is_product, products)) or list(stages) != list(products):
+            raise ValueError("its products have impossible names")
+        return build
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CatalogError(f"{path / BUILD_FILE} is not a build: {error!r:.200}") from None
+
+
+def stores_near(place: Path) -> list[Path]:
+    """Find stores beside a folder and right below it."""
+    found = [*place.parent.glob("*/artifacts"), *place.glob("*/artifacts")]
+    return sorted({path.parent for path in found if path.is_dir()})
 
 
 def require_store(store: Path, built: bool = True) -> None:
@@ -153,15 +167,13 @@ def require_store(store: Path, built: bool = True) -> None:
     Raises
     ------
     CatalogError
-        It is none; the hint names the stores right below it.
+        It is none; the hint names the stores beside and right below it.
     """
     if not (store / "artifacts").is_dir():
-        below = sorted(str(path.parent) for path in store.glob("*/artifacts"))
+        near = [str(path) for path in stores_near(store)[:5]]
         raise CatalogError(
-            f"{store} is not a store: it has no artifacts",
-            f"Say --store {' or --store '.join(below)}."
-            if below
-            else "Run a rebuild first, or say which with --store.",
+            f"no sos-dask store at '{store}'; give --store or a job file",
+            f"Stores near it: {', '.join(near)}." if near else "A rebuild makes one.",
         )
     if built and not (store / "current").exists():
         raise CatalogError(f"{store} has no current build", "Run a rebuild first.")

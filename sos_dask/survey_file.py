@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sos_dask.documents import NAME_RULE, is_name, parse_toml
+from sos_dask.documents import COLUMN_RULE, NAME_RULE, is_column, is_name, parse_toml
 from sos_dask.errors import SurveyError
 from sos_dask.schema import (
     CANONICAL,
@@ -36,12 +35,12 @@ def builtin_surveys() -> list[str]:
     return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".toml"))
 
 
-def load_survey(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Survey:
+def load_survey(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Survey:
     """Read a survey definition.
 
     Parameters
     ----------
-    name_or_path : str
+    name_or_path : str or Path
         Name of a built-in survey, or path of a TOML file (it ends in ``.toml`` or has a ``/``).
     overrides : mapping, optional
         Settings of a job merged over the file, for example ``{"cuts": {"snr": {"min": 30}}}``.
@@ -53,6 +52,7 @@ def load_survey(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         Unknown name, unreadable file, unknown key, value of a wrong type, missing column, a bit
         used twice. The message begins with ``name_or_path``.
     """
+    name_or_path = str(name_or_path)
     if name_or_path.endswith(".toml") or "/" in name_or_path:
         path = Path(name_or_path)
         if not path.is_file():
@@ -176,8 +176,8 @@ def _all_columns(raw: Mapping[str, Any]) -> dict[str, SourceColumn]:
     for name, value in _table(raw.get("extra", {}), "[extra]").items():
         where = f"[extra.{name}]"
         entry = _entry(value, where, _EXTRA_KEYS)
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise SurveyError(f"{where}: a column name has letters, digits and _ only")
+        if not is_column(name):
+            raise SurveyError(f"{where}: '{name}' is no name of a column: {COLUMN_RULE}")
         if name.lower() in taken:  # SQL and FITS ignore the case of names
             raise SurveyError(f"{where} has a name that is taken", "Choose another name.")
         taken.add(name.lower())

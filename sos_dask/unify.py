@@ -36,7 +36,14 @@ from numpy.typing import NDArray
 
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.healpix import FloatArray, IntArray
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, QUALITY, require_columns
+from sos_dask.schema import (
+    CANONICAL,
+    HEALPIX_COLUMN,
+    LABELS,
+    QUALITY,
+    check_numbers,
+    require_columns,
+)
 
 BoolArray = NDArray[np.bool_]
 
@@ -86,8 +93,7 @@ class UnifySettings:
                         f"offset of '{label}' for survey {survey}: there is no such label",
                         f"Known are {', '.join(_MEASURED)}.",
                     )
-        if not self.max_spread > 0:
-            raise ConfigError(f"max_spread = {self.max_spread} is not positive")
+        check_numbers(self, max_spread=(1e-9, 1e9))
 
 
 def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Table:

@@ -59,6 +59,9 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     prepare_streams()
     try:
+        for number, argument in enumerate(arguments, start=1):
+            if not argument or (argument[:2] == "--" and argument[-1] == "="):
+                raise typer.BadParameter(f"argument {number} is empty: is a shell variable unset?")
         try:
             code = app(arguments, standalone_mode=False)
         finally:

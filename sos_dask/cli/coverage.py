@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,8 @@ from sos_dask.cli.options import (
     Radius,
     StepOptions,
     Store,
+    find_store,
+    refuse_unused,
     with_step_options,
 )
 from sos_dask.cli.output import LABEL_UNITS, print_json, say, show_step, show_table
@@ -63,9 +66,13 @@ def attach(
     names = {}
     for text in columns:
         name, _, source = text.partition("=")
-        if not name:
-            raise ConfigError(f"--column '{text}' names no column")
+        if not name or name in names:
+            raise ConfigError(f"--column '{text}' names no column, or one that is named before")
         names[name] = source or name
+    if by == "position":
+        refuse_unused("by position", id_radius_arcsec=(id_radius_arcsec, 10.0))
+    else:
+        refuse_unused("by Gaia id", radius_arcsec=(radius_arcsec, 1.0))
     settings = AttachSettings(names, by, radius_arcsec, id_radius_arcsec)
     opened, companion = Catalog.open(catalog), Catalog.open(other)
     step = partial(run, opened, companion, out, settings)
@@ -126,9 +133,16 @@ def coverage(
     ] = False,
     radius_arcsec: Radius = 1.5,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="With PAIRS: other seeds sample other rows.")
+        int,
+        typer.Option(
+            "--seed",
+            min=0,
+            max=2**31 - 1,
+            metavar="N",
+            help="With PAIRS: other seeds sample other rows.",
+        ),
     ] = 0,
-    store: Store = Path("store"),
+    store: Store = None,
     *,
     options: StepOptions,
 ) -> None:
@@ -142,6 +156,7 @@ def coverage(
     from sos_dask.trust import FLAG_MEANINGS
 
     if inputs:
+        refuse_unused("with PAIRS", store=(store, None))
         if out is None:
             raise ConfigError("--out is missing", "Say where the coverage goes: -o DIR.")
         directory = out
@@ -154,8 +169,24 @@ def coverage(
             seed,
         )
         run_step(_scoring(inputs, out, settings, errors), options)
+        figure = None
     else:
-        directory = current_product(store, "coverage")
+        refuse_unused(
+            "without PAIRS MODEL CATALOG STARS",
+            out=(out, None),
+            errors=(errors, None),
+            measure=(measure, "neighbours"),
+            inside=(inside, 0.8),
+            outside=(outside, 0.5),
+            grid=(grid or None, None),
+            no_compare=(no_compare, False),
+            radius_arcsec=(radius_arcsec, 1.5),
+            seed=(seed, 0),
+        )
+        options.refuse_unused("without PAIRS MODEL CATALOG STARS")
+        place = find_store(store)
+        directory = current_product(place, "coverage")
+        figure = place / "current" / "report" / "figures" / "coverage.png"
     found = look(directory)
     if options.as_json:
         print_json(found)
@@ -189,8 +220,7 @@ def coverage(
     )
     if found["measures"]:
         _show_measures(found["measures"])
-    figure = store / "current" / "report" / "figures" / "coverage.png"
-    if not inputs and figure.is_file():
+    if figure is not None and figure.is_file():
         say(f"The maps as a figure: {figure}")
     _show_kiel(found["kiel"])
     show_table(
@@ -272,7 +302,7 @@ def _limits(text: str) -> tuple[str, tuple[float, float]]:
         low, high = map(float, numbers.split(","))
     except ValueError:
         low, high = 0.0, 0.0
-    if label not in LABEL_UNITS or not low < high:
+    if label not in LABEL_UNITS or not -math.inf < low < high < math.inf:
         raise ConfigError(
             f"--grid '{text}' is not LABEL=LOW,HIGH", "For example teff=3500,8500; also logg, feh."
         )

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sos_dask.cli.options import OptionalOut, StepOptions, Store, with_step_options
+from sos_dask.cli.options import (
+    OptionalOut,
+    StepOptions,
+    Store,
+    find_store,
+    refuse_unused,
+    with_step_options,
+)
 from sos_dask.cli.output import LABEL_UNITS, console, print_json, say, show_table
 from sos_dask.cli.steps import run_step
 from sos_dask.errors import ConfigError
@@ -38,11 +45,17 @@ Label = Annotated[
 def compare(
     inputs: Inputs = None,
     out: OptionalOut = None,
-    store: Store = Path("store"),
+    store: Store = None,
     label: Label = None,
     sample: Annotated[
-        str, typer.Option("--sample", metavar="NAME", help="test (held out) or train.")
-    ] = "test",
+        str | None,
+        typer.Option(
+            "--sample",
+            metavar="NAME",
+            help="test (held out) or train. Default: test; with --json both.",
+            show_default=False,
+        ),
+    ] = None,
     rule: Annotated[
         str,
         typer.Option("--rule", metavar="NAME", help="With PAIRS: balanced, scatter or a method."),
@@ -60,6 +73,7 @@ def compare(
     label, sample = _one_of("label", label, LABEL_UNITS), _one_of("sample", sample, _SAMPLES)
     costs = None
     if inputs:
+        refuse_unused("with PAIRS", store=(store, None))
         directory = _single_step(
             partial(run, settings=CompareSettings(rule=rule)),
             inputs,
@@ -69,12 +83,19 @@ def compare(
     else:
         from sos_dask.store import current_product
 
-        directory = current_product(store, "comparison")
-        costs = _costs(store)
+        refuse_unused("without PAIRS MODEL", out=(out, None), rule=(rule, "balanced"))
+        options.refuse_unused("without PAIRS MODEL")
+        place = find_store(store)
+        directory = current_product(place, "comparison")
+        costs = _costs(place)
     found = read_comparison(directory)
     if options.as_json:
+        for name in ("figures", "artifacts", "outside"):
+            found[name] = [r for r in found[name] if label in (None, r["label"])]
+        found["figures"] = [r for r in found["figures"] if sample in (None, r["sample"])]
         print_json({"path": directory, **found, "costs": costs})
         return
+    sample = sample or "test"
     for name in [label] if label else LABEL_UNITS:
         rows = [r for r in found["figures"] if (r["label"], r["sample"]) == (name, sample)]
         _show_figures(name, sample, rows, found["method"])
@@ -107,7 +128,7 @@ def _single_step(
     from sos_dask.catalog import Catalog
 
     if out is None:
-        raise ConfigError("--out is missing", "Say where the output of these pairs goes: -o DIR.")
+        raise ConfigError("--out is missing", "Give a directory for the output: -o DIR.")
     models: dict[str, Path] = {}
     for path in inputs[1:]:
         manifest = Manifest.load(path)
@@ -276,7 +297,7 @@ def _show_costs(costs: dict[str, dict[str, float | None]]) -> None:
 def trends(
     inputs: Inputs = None,
     out: OptionalOut = None,
-    store: Store = Path("store"),
+    store: Store = None,
     label: Label = None,
     against: Annotated[
         str | None,
@@ -302,11 +323,14 @@ def trends(
     from sos_dask.stages.trends import trends as run
 
     if inputs:
+        refuse_unused("with PAIRS", store=(store, None))
         directory = _single_step(run, inputs, out, options)
     else:
         from sos_dask.store import current_product
 
-        directory = current_product(store, "trends")
+        refuse_unused("without PAIRS MODEL", out=(out, None))
+        options.refuse_unused("without PAIRS MODEL")
+        directory = current_product(find_store(store), "trends")
     _one_of("label", label, LABEL_UNITS)
     found = read_trends(directory)
     rows = found["trends"]

@@ -9,7 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from sos_dask.cli.options import Json, StepOptions, Store, with_step_options
+from sos_dask.cli.options import (
+    JobOrStore,
+    Json,
+    StepOptions,
+    Store,
+    find_store,
+    with_step_options,
+)
 from sos_dask.cli.output import (
     LABEL_UNITS,
     complain,
@@ -74,7 +81,7 @@ def surveys(
         console().print(shown_lines(survey.notes.strip()), markup=False, emoji=False)
 
 
-def uncertainty(store: Store = Path("store"), as_json: Json = False) -> None:
+def uncertainty(job: JobOrStore = None, store: Store = None, as_json: Json = False) -> None:
     """Show the errors of the current build: coverage, factors of stated errors, hat.
 
     Example: sos-dask uncertainty --store store
@@ -83,7 +90,7 @@ def uncertainty(store: Store = Path("store"), as_json: Json = False) -> None:
     from sos_dask.stages.uncertainty import read_calibration
     from sos_dask.store import current_product
 
-    directory = current_product(store, "uncertainty")
+    directory = current_product(find_store(store, job), "uncertainty")
     summary = Manifest.load(directory).summary
     calibration = read_calibration(directory)
     if as_json:
@@ -182,7 +189,8 @@ def verify(
 
 @with_step_options
 def report(
-    store: Store = Path("store"),
+    job: JobOrStore = None,
+    store: Store = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -202,8 +210,10 @@ def report(
     from sos_dask.artifact import Manifest
     from sos_dask.stages.report import PAGE, of_build
 
+    store = find_store(store, job)
     published = (store / "current" / "report").resolve()
     if out is None and (published / PAGE).is_file():
+        options.refuse_unused(f"where the build has its report: {published}; give --out")
         out, manifest = published, Manifest.load(published)
     else:
         out = out or store / "report"

@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,18 +49,10 @@ MemoryLimit = Annotated[str, _MEMORY]
 OptionalMemoryLimit = Annotated[str | None, _MEMORY]
 
 
-def _scheduler(text: str | None) -> str | None:
-    """Refuse a scheduler file that is not there."""
-    if text and text.endswith(".json") and not Path(text).is_file():
-        raise ConfigError(f"--scheduler: there is no file {text}", "Has the scheduler started?")
-    return text
-
-
 Scheduler = Annotated[
     str | None,
     typer.Option(
         "--scheduler",
-        callback=_scheduler,
         metavar="ADDRESS",
         help="Address or scheduler file of a running Dask cluster, used instead of own workers.",
     ),
@@ -105,19 +97,88 @@ Json = Annotated[
 ]
 CatalogPath = Annotated[Path, typer.Argument(help="Directory of a catalog.", show_default=False)]
 Store = Annotated[
-    Path, typer.Option("--store", metavar="DIRECTORY", help="Folder of artifacts and builds.")
+    Path | None,
+    typer.Option(
+        "--store",
+        metavar="DIRECTORY",
+        help="Folder of artifacts and builds, or a job file: its store. Default: store, or the "
+        "only store near it.",
+        show_default=False,
+    ),
 ]
-Rows = Annotated[int, typer.Option("--rows", min=1000, metavar="N", help="Rows of LAMOST.")]
+JobOrStore = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[JOB]", help="Job file whose store is meant, or a store.", show_default=False
+    ),
+]
+
+
+def refuse_unused(why: str, **options: tuple[Any, Any]) -> None:
+    """Refuse options that have no effect in a combination.
+
+    Parameters
+    ----------
+    why : str
+        The combination, as in ``without PAIRS``.
+    **options : (value, default)
+
+    Raises
+    ------
+    ConfigError
+        A value is not the default.
+    """
+    for name, (value, default) in options.items():
+        if value != default:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect {why}", "Leave it out, or change that."
+            )
+
+
+def find_store(store: Path | None, job: Path | None = None) -> Path:
+    """Find the store that is meant: of a job file, as given, ``store`` or the only one near it.
+
+    Raises
+    ------
+    ConfigError
+        Both are given, or the job file is wrong.
+    """
+    from sos_dask.store import stores_near
+
+    if store is not None and job is not None:
+        raise ConfigError("--store and a job file or store are given", "Give one of them.")
+    place = store or job
+    if place is not None and (place.is_file() or (place.suffix == ".toml" and not place.is_dir())):
+        from sos_dask.config import load_job
+
+        loaded = load_job(place)
+        return loaded.resolve(loaded.store)
+    if place is None:
+        place = Path("store")
+        near = [] if (place / "artifacts").is_dir() else stores_near(place)
+        place = near[0] if len(near) == 1 else place
+    return place
+
+
+Rows = Annotated[
+    int,
+    typer.Option("--rows", min=1000, max=10**9, metavar="N", help="Rows of LAMOST."),
+]
 RowsPerPartition = Annotated[
     int,
     typer.Option(
         "--rows-per-partition",
         min=1,
+        max=10**9,
         metavar="N",
         help="Pixels are split until each holds at most so many rows.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Same seed, same sky.")]
+_LARGEST_SEED = 2**31 - 1
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=_LARGEST_SEED, metavar="N", help="Same seed, same sky."),
+]
 Radius = Annotated[
     float,
     typer.Option("--radius-arcsec", metavar="X", help="Largest separation of rows of one star."),
@@ -145,6 +206,11 @@ class StepOptions:
     overwrite: Overwrite = False
     as_json: Json = False
 
+    def refuse_unused(self, why: str) -> None:
+        """Refuse options that say how a step is run, where none is; see `refuse_unused`."""
+        names = [item.name for item in fields(self) if item.name != "as_json"]
+        refuse_unused(why, **{n: (getattr(self, n), getattr(type(self), n)) for n in names})
+
     def start(self) -> AbstractContextManager[Cluster]:
         """What runs the tasks of the step."""
         from sos_dask.cluster import start
@@ -171,23 +237,12 @@ class LightStepOptions(StepOptions):
         os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
 
     def start(self) -> AbstractContextManager[Cluster]:
-        """What runs the tasks of the step: threads where there are few cores.
-
-        Raises
-        ------
-        ConfigError
-            Both threads and workers are asked for.
-        """
+        """What runs the tasks of the step: threads where there are few cores."""
         from sos_dask.cluster import start
         from sos_dask.machine import leave_pandas_out, n_cores
 
-        is_free = self.workers is None and self.scheduler is None
-        if self.threads is not None and not is_free:
-            raise ConfigError(
-                "--threads goes with neither --workers nor --scheduler",
-                "Tasks run in threads of this process, in worker processes, or on a cluster.",
-            )
         leave_pandas_out()
+        is_free = self.workers is None and self.scheduler is None
         few = n_cores() if is_free and n_cores() <= _FEW_CORES else None
         return start(self.workers, self.memory_limit, self.scheduler, self.threads or few)
 

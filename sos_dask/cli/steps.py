@@ -23,9 +23,11 @@ from sos_dask.cli.options import (
     RowsPerPartition,
     Seed,
     StepOptions,
+    refuse_unused,
     with_step_options,
 )
 from sos_dask.cli.output import print_json, reporting, say, show_metrics, show_step
+from sos_dask.documents import NAME_RULE, is_name
 from sos_dask.errors import CatalogError, ConfigError
 
 if TYPE_CHECKING:
@@ -147,6 +149,8 @@ def dedupe(
     from sos_dask.dedupe import DedupeSettings
     from sos_dask.stages.dedupe import dedupe as run
 
+    if no_gaia_id:
+        refuse_unused("with --no-gaia-id", id_radius_arcsec=(id_radius_arcsec, 10.0))
     settings = DedupeSettings(radius_arcsec, id_radius_arcsec, method, max_spread, not no_gaia_id)
     opened = Catalog.open(catalog)
     stated = opened.manifest.summary.get("expected_error", {}) if opened.manifest else {}
@@ -195,6 +199,8 @@ def reference(
         name, found, path = text.partition("=")
         if not (name and found and path):
             raise ConfigError(f"'{text}' is not NAME=DIRECTORY", "For example apogee=apogee.stars.")
+        if not is_name(name):
+            raise ConfigError(f"'{name}' is no name of a survey: {NAME_RULE}")
         if name in opened:
             raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
         opened[name] = Catalog.open(path)
@@ -225,7 +231,10 @@ def crossmatch(
         typer.Option("--folds", min=2, max=100, metavar="N", help="Folds for cross-validation."),
     ] = 5,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Other seeds give other folds.")
+        int,
+        typer.Option(
+            "--seed", min=0, max=2**31 - 1, metavar="N", help="Other seeds give other folds."
+        ),
     ] = 0,
     *,
     options: LightStepOptions,
@@ -239,6 +248,8 @@ def crossmatch(
     from sos_dask.stages.crossmatch import PairSettings
     from sos_dask.stages.crossmatch import crossmatch as run
 
+    if no_gaia_id:
+        refuse_unused("with --no-gaia-id", id_radius_arcsec=(id_radius_arcsec, 10.0))
     match = MatchSettings(radius_arcsec, id_radius_arcsec, pairs, not no_gaia_id)
     step = partial(
         run,
@@ -279,7 +290,10 @@ def train(
         ),
     ] = 0,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Of the method and of the search.")
+        int,
+        typer.Option(
+            "--seed", min=0, max=2**31 - 1, metavar="N", help="Of the method and of the search."
+        ),
     ] = 0,
     *,
     options: StepOptions,
@@ -316,7 +330,7 @@ def _setting(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--param '{text}' is not NAME=VALUE", "For example max_depth=4.")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return name, value
 
 

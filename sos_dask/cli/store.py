@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sos_dask.cli.options import (
+    JobOrStore,
     Json,
     MemoryLimit,
     OptionalMemoryLimit,
@@ -17,6 +18,7 @@ from sos_dask.cli.options import (
     Seed,
     Store,
     Workers,
+    find_store,
 )
 from sos_dask.cli.output import (
     LABEL_UNITS,
@@ -39,7 +41,9 @@ _MIB = 2**20
 
 def demo(
     rows: Rows = 200_000,
-    store: Store = Path("demo-store"),
+    store: Annotated[
+        Path, typer.Option("--store", metavar="DIRECTORY", help="Folder that gets everything.")
+    ] = Path("demo-store"),
     seed: Seed = 1,
     workers: Workers = None,
     memory_limit: MemoryLimit = "auto",
@@ -136,30 +140,32 @@ def _rebuild(
     scheduler: str | None,
 ) -> Build:
     from sos_dask import pipeline
-    from sos_dask.cluster import start
+    from sos_dask.cluster import check_place, start
 
     section = job.cluster
+    if workers is None and scheduler is None:  # else the job's place of work is replaced
+        workers, scheduler = section.n_workers, section.scheduler
+        memory_limit = memory_limit or section.memory_limit
+    elif memory_limit is None:
+        memory_limit = "auto" if scheduler else section.memory_limit
+    check_place(workers, str(memory_limit), scheduler)
     with reporting() as report:
         return pipeline.rebuild(
             job,
             store,
-            cluster=lambda: start(
-                section.n_workers if workers is None else workers,
-                memory_limit or section.memory_limit,
-                scheduler or section.scheduler,
-            ),
+            cluster=lambda: start(workers, str(memory_limit), scheduler),
             report=report,
         )
 
 
-def status(store: Store = Path("store"), as_json: Json = False) -> None:
+def status(job: JobOrStore = None, store: Store = None, as_json: Json = False) -> None:
     """Show the current build of a store, unfinished outputs and space.
 
-    Example: sos-dask status --store store
+    Example: sos-dask status jobs/real.toml
     """
     from sos_dask.store import status as run
 
-    found = run(store)
+    found = run(find_store(store, job))
     if as_json:
         print_json(
             {
@@ -188,7 +194,8 @@ def status(store: Store = Path("store"), as_json: Json = False) -> None:
 
 
 def gc(
-    store: Store = Path("store"),
+    job: JobOrStore = None,
+    store: Store = None,
     keep_builds: Annotated[
         int,
         typer.Option("--keep-builds", metavar="N", help="How many of the latest builds stay."),
@@ -202,7 +209,7 @@ def gc(
     """
     from sos_dask.store import gc as run
 
-    removed = run(store, keep_builds=keep_builds, dry_run=dry_run)
+    removed = run(find_store(store, job), keep_builds=keep_builds, dry_run=dry_run)
     if as_json:
         items = [{"path": path, "bytes": size} for path, size in removed]
         print_json({"dry_run": dry_run, "removed": items})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sos_dask.errors import ConfigError
+from sos_dask.schema import check_numbers
 from sos_dask.sphere import check_radii
 
 METHODS = ("inverse-variance", "best-snr", "median")
@@ -42,5 +43,4 @@ class DedupeSettings:
         check_radii(self.radius_arcsec, self.id_radius_arcsec, self.use_gaia_id)
         if self.method not in METHODS:
             raise ConfigError(f"method '{self.method}' is none of {', '.join(METHODS)}")
-        if not self.max_spread > 0:
-            raise ConfigError(f"max_spread = {self.max_spread} is not positive")
+        check_numbers(self, max_spread=(1e-9, 1e9))

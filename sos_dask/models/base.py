@@ -120,10 +120,9 @@ class Param:
             return str(value)
         whole = isinstance(self.default, int)
         kinds = "a whole number" if whole else "a number"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{name} = {value!r} is not {kinds}")
-        if whole and value != int(value):
-            raise ConfigError(f"{name} = {value!r} is not {kinds}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) < 1e300 or (whole and value != int(value)):
+            raise ConfigError(f"{name} = {value!r:.60} is not {kinds}")
         if not self.minimum <= value <= self.maximum:
             raise ConfigError(f"{name} = {value!r} is outside {self.minimum:g} .. {self.maximum:g}")
         return int(value) if whole else float(value)

@@ -101,7 +101,7 @@ def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
     text = text.strip()
     if text == "all":
         return list(range(len(pixels)))
-    if shard := re.fullmatch(r"(\d+)/(\d+)", text):
+    if shard := re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text):
         number, total = int(shard[1]), int(shard[2])
         if not 1 <= number <= total:
             raise ConfigError(
@@ -118,7 +118,7 @@ def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
             if not found:
                 raise ConfigError(f"--partitions {item}: the catalog has no rows in that pixel")
             chosen |= found
-        elif span := re.fullmatch(r"(\d+)(?:-(\d+))?", item):
+        elif span := re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", item):
             first, last = int(span[1]), int(span[2] or span[1])
             if first > last or last >= len(pixels):
                 raise ConfigError(f"--partitions {item}: partitions are 0 to {len(pixels) - 1}")

@@ -17,9 +17,11 @@ from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.crossmatch import MatchSettings, match, reach_arcsec
+from sos_dask.documents import COLUMN_RULE, is_column
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, Column, is_gaia_id, nearest
+from sos_dask.sphere import check_radii
 from sos_dask.stages.crossmatch import key_column, motion_of
 from sos_dask.stages.ids import GAIA_IDS
 from sos_dask.stages.needs import require_memory
@@ -59,6 +61,10 @@ class AttachSettings:
             )
         if not self.columns:
             raise ConfigError("no column is named to be attached")
+        for name in self.columns:
+            if not is_column(name):
+                raise ConfigError(f"'{name}' is no name of a column: {COLUMN_RULE}")
+        check_radii(self.radius_arcsec, self.id_radius_arcsec, use_gaia_id=False)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from sos_dask.coverage import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, CoverageMode
 from sos_dask.errors import CatalogError
 from sos_dask.features import PARAMETERS
 from sos_dask.healpix import HealpixPixel
-from sos_dask.schema import HEALPIX_COLUMN, LABELS
+from sos_dask.schema import HEALPIX_COLUMN, LABELS, SEEDS, check_numbers
+from sos_dask.sphere import check_radii
 from sos_dask.stages.ids import GAIA_IDS
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.overlap import parameter_columns, read_overlap, read_target
@@ -76,6 +77,11 @@ class CoverageSettings:
     grid: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     radius_arcsec: float = 1.5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_radii(self.radius_arcsec, self.radius_arcsec, use_gaia_id=True)
+        check_numbers(self, seed=SEEDS)
+        kernel.check_measure(self.measure)
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,6 @@ def coverage(
     CatalogError
         A column is missing, or the held-out pairs are not those of the pairs.
     """
-    kernel.check_measure(settings.measure)
     catalog.require(*LABELS, HEALPIX_COLUMN, "obs_id", "ra", "dec")
     fingerprint = model_fingerprint or Manifest.load(model).fingerprint
     recipe = coverage_recipe(

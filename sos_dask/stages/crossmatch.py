@@ -23,7 +23,7 @@ from sos_dask.crossmatch import MatchSettings, Motion, match, reach_arcsec
 from sos_dask.errors import CatalogError
 from sos_dask.healpix import FloatArray, HealpixPixel, IntArray
 from sos_dask.nearby import rows_near
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, SEEDS, check_numbers
 from sos_dask.stages.folds import (
     FoldSettings,
     change_folds,
@@ -62,6 +62,9 @@ class PairSettings:
     match: MatchSettings
     n_folds: int = 5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, n_folds=(2, 100), seed=SEEDS)
 
     @property
     def folds(self) -> FoldSettings:

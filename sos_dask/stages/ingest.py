@@ -49,7 +49,7 @@ from sos_dask.ingest import (
     sorted_hashes,
 )
 from sos_dask.ingest.arrays import one_array
-from sos_dask.schema import HEALPIX_COLUMN
+from sos_dask.schema import HEALPIX_COLUMN, MOST_ROWS, check_numbers
 from sos_dask.stages.needs import require_pixel
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import copied, read_piece, write_piece
@@ -76,6 +76,9 @@ class IngestSettings:
 
     rows_per_partition: int = 1_000_000
     chunk_rows: int = 500_000
+
+    def __post_init__(self) -> None:
+        check_numbers(self, rows_per_partition=(1, MOST_ROWS), chunk_rows=(1, MOST_ROWS))
 
 
 @dataclass(frozen=True)

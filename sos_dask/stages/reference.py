@@ -18,7 +18,7 @@ from sos_dask.crossmatch import Motion
 from sos_dask.dedupe import DedupeSettings, group
 from sos_dask.errors import PartitionError
 from sos_dask.healpix import HealpixPixel, IntArray, ang2pix, in_ranges, plan_partitions
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, MOST_ROWS, YEARS, check_numbers
 from sos_dask.sphere import propagate
 from sos_dask.stages.crossmatch import motion_of
 from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
@@ -66,6 +66,7 @@ class ReferenceSettings:
 
     def __post_init__(self) -> None:
         _ = self.grouping  # refuses radii that are none
+        check_numbers(self, epoch=YEARS, rows_per_partition=(1, MOST_ROWS))
 
     @property
     def grouping(self) -> DedupeSettings:

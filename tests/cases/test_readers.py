@@ -420,7 +420,7 @@ def test_little_parquet_with_much_inside(ingested, text):
         (b"NAXIS2  =                    3", b"NAXIS2  =        9000000000000", "is truncated"),
         (b"NAXIS1  =                   48", b"NAXIS1  =                    0", "are no table"),
         (b"TFIELDS =                    6", b"TFIELDS =           9999999999", "header is damaged"),
-        (b"TFORM3  = 'D       '", b"TFORM3  = '999999999D'", "columns take"),
+        (b"TFORM3  = 'D       '  ", b"TFORM3  = '999999999D'", "columns take"),
         (b"NAXIS2  =                    3", b"NAXIS2  =                   -3", "are no table"),
     ],
 )

@@ -16,7 +16,7 @@ from tests.survey_files import document, with_column, with_cut, with_extra
 def test_the_smallest_definition():
     survey = parse_survey(document(cuts=None))
     assert list(survey.columns) == ["obs_id", "ra", "dec", "teff", "logg", "feh"]
-    assert survey.hdu == 1 and survey.cuts == () and survey.missing == ()
+    assert survey.hdu is None and survey.cuts == () and survey.missing == ()
     assert survey.arrow_schema().names == ["_healpix_29", *survey.columns, "quality"]
 
 

@@ -82,17 +82,26 @@ def decoded(column: pa.Array) -> pa.Array:
 
 
 def regrouped(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterator[tuple[int, pa.Table]]:
-    """Tables of exactly ``batch_rows`` rows (the last may be shorter), each with its first row."""
-    first, held, n_held = 0, [], 0
+    """Tables of exactly ``batch_rows`` rows (the last may be shorter), each with its first row.
+
+    Raises
+    ------
+    ValueError
+        Rows are so long that a table would take gigabytes.
+    """
+    first, held, n_held, n_bytes = 0, [], 0, 0
     for batch in batches:
         held.append(batch)
         n_held += batch.num_rows
+        n_bytes += batch.nbytes
+        if n_bytes > 1 << 29 and n_bytes > n_held << 12:
+            raise ValueError(f"{n_held} rows take {n_bytes >> 20} MiB: texts are too long")
         if n_held >= batch_rows:
             table = pa.Table.from_batches(held)
             while table.num_rows >= batch_rows:
                 yield first, table.slice(0, batch_rows)
                 first += batch_rows
                 table = table.slice(batch_rows)
-            held, n_held = table.to_batches(), table.num_rows
+            held, n_held, n_bytes = table.to_batches(), table.num_rows, table.nbytes
     if n_held:
         yield first, pa.Table.from_batches(held)

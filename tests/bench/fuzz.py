@@ -20,12 +20,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from astropy.io import fits
 from astropy.table import MaskedColumn, Table
 
@@ -108,12 +107,14 @@ def write_whole(folder: Path, n: int = 60) -> None:
     table = Table(
         {
             "obs_id": rng.permutation(n) + 1,
-            "ra": rng.uniform(0, 360, n),
-            "dec": rng.uniform(-90, 90, n),
-            "teff": MaskedColumn(rng.uniform(4000, 7000, n).astype("f4"), np.arange(n) % 7 == 0),
+            "ra": rng.uniform(30, 60, n),
+            "dec": rng.uniform(10, 30, n),
+            "teff": MaskedColumn(
+                rng.uniform(4000, 7000, n).astype("f4"), mask=np.arange(n) % 7 == 0
+            ),
             "logg": rng.uniform(1, 5, n).astype("f4"),
             "feh": rng.uniform(-2, 0.4, n).astype("f4"),
-            "gaia": MaskedColumn(rng.integers(1, 2**62, n), np.arange(n) % 5 == 0),
+            "gaia": MaskedColumn(rng.integers(1, 2**62, n), mask=np.arange(n) % 5 == 0),
             "snr": rng.uniform(5, 90, n),
             "flag": np.arange(n) % 2,
             "name": [f"star {i}" for i in range(n)],
@@ -154,13 +155,15 @@ def _bytes(content: bytes, rng: np.random.Generator) -> bytes:
     changed = bytearray(content)
     for place in rng.integers(0, max(len(changed), 1), rng.choice((1, 1, 2, 9))):
         if changed:
-            changed[place] = rng.choice((changed[place] ^ (1 << rng.integers(8)), rng.integers(256)))
+            changed[place] = rng.choice(
+                (changed[place] ^ (1 << rng.integers(8)), rng.integers(256))
+            )
     return bytes(changed)
 
 
 def _parts(content: bytes, rng: np.random.Generator, n: int) -> list[bytes]:
     bounds = [0, *sorted(rng.integers(0, len(content) + 1, n - 1).tolist()), len(content)]
-    return [content[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [content[low:high] for low, high in pairwise(bounds)]
 
 
 def _block(content: bytes, rng: np.random.Generator) -> bytes:
@@ -170,7 +173,9 @@ def _block(content: bytes, rng: np.random.Generator) -> bytes:
         a, b, c, d = content[:start], content[start:stop], b"", content[stop:]
     else:
         a, b, c, d = _parts(content, rng, 4)
-    return (a, a + c + b + d, a + b + b + c + d, a + d, a + rng.bytes(len(b)) + c + d)[rng.integers(5)]
+    return (a, a + c + b + d, a + b + b + c + d, a + d, a + rng.bytes(len(b)) + c + d)[
+        rng.integers(5)
+    ]
 
 
 def _line(content: bytes, rng: np.random.Generator) -> bytes:
@@ -201,9 +206,7 @@ def _number(content: bytes, rng: np.random.Generator) -> bytes:
 
 def _card(content: bytes, rng: np.random.Generator) -> bytes:
     """Another value in a header card of FITS, or another keyword."""
-    cards = [
-        i for i in range(0, min(len(content), 12000), 80) if content[i + 8 : i + 10] == b"= "
-    ]
+    cards = [i for i in range(0, min(len(content), 12000), 80) if content[i + 8 : i + 10] == b"= "]
     if not cards:
         return content
     start = cards[rng.integers(len(cards))]
@@ -239,7 +242,7 @@ class Tried:
 
 
 def attempts(folder: Path, seed: int, first: int, n: int) -> Iterator[Tried]:
-    """Mutate, run and report files ``first`` to ``first + n``; each follows from seed and number."""
+    """Mutate, run and report files ``first`` to ``first + n``; seed and number decide each."""
     for number in range(first, first + n):
         rng = np.random.default_rng((seed, number))
         kind = KINDS[number % len(KINDS)]

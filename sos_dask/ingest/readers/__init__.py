@@ -8,7 +8,8 @@ needs are read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sos_dask.errors import SosError, SurveyError
@@ -19,7 +20,7 @@ from sos_dask.ingest.readers.columns import (
     element_of,
     sources_in,
 )
-from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source
+from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source, masked
 from sos_dask.ingest.readers.files import decompressed, first_bytes, kind_of
 from sos_dask.ingest.readers.fits import open_fits, read_fits
 from sos_dask.ingest.readers.parquet import open_parquet, read_parquet
@@ -100,22 +101,14 @@ def _source(
         keys = []
         for native in found:
             check_native(path, name, source, native)
-            if native.mask and names.count(native.mask) != 1:
-                raise SurveyError(
-                    f"{path}: column '{native.name}' has its mask in a column '{native.mask}', "
-                    f"which is there {names.count(native.mask)} times"
-                )
-            key = native.name if source.element is None else f"{native.name}[{source.element}]"
-            natives[key] = element_of(native, source.element)
-            keys.append(key)
+            keys.append(_add(path, natives, native, known, source.element))
         columns[name] = tuple(keys)
     cuts = {}
     for cut in survey.cuts:
         match = column_named(path, cut.column, known)
         if match is not None:
             check_shape(path, f"cut '{cut.name}'", match, None)
-            cuts[cut.column] = match.name
-            natives[match.name] = match
+            cuts[cut.column] = _add(path, natives, match, known)
         elif cut.column not in survey.columns and not cut.optional:
             raise SurveyError(
                 f"{path}: no column '{cut.column}', which cut '{cut.name}' needs",
@@ -134,6 +127,32 @@ def _source(
         overflow=contents.overflow,
         **contents.layout,
     )
+
+
+def _add(
+    path: Path,
+    natives: dict[str, Native],
+    native: Native,
+    known: Sequence[Native],
+    element: int | None = None,
+) -> str:
+    """Add a column, or an element of it, to those that are read, with its mask; its key."""
+    masks = [n for n in known if n.name == (native.mask or f"{native.name}.mask")]
+    if native.mask and len(masks) != 1:
+        raise SurveyError(
+            f"{path}: column '{native.name}' has its mask in a column '{native.mask}', which is "
+            f"there {len(masks)} times",
+            "Without it values would be read that its writer took for none.",
+        )
+    # Another program may have dropped what astropy states and kept its columns.
+    mask = _add(path, natives, masks[0], known, element) if _is_mask(masks) else ""
+    key = native.name if element is None else f"{native.name}[{element}]"
+    natives[key] = replace(element_of(native, element), mask=mask)
+    return key
+
+
+def _is_mask(found: Sequence[Native]) -> bool:
+    return len(found) == 1 and found[0].kind == "bool"
 
 
 def read_native(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
@@ -171,4 +190,8 @@ def read_native(source: Source, start: int, stop: int | None, batch_rows: int) -
             batch = next(batches, None)
         if batch is None:
             return
-        yield batch
+        first, values = batch
+        for key, native in source.natives.items():
+            if native.mask:
+                values[key] = masked(values[key], values[native.mask])
+        yield first, values

@@ -33,7 +33,8 @@ class Native:
     unit : str
         As the file states it.
     mask : str
-        The column that is true where this one has no value, as astropy writes it beside.
+        The column that is true where this one has no value, as astropy writes it beside; in a
+        `Source` its key.
     offset, dtype, null, scale, zero
         Place in a FITS record, NumPy type there, TNULL, TSCAL and TZERO; of a VOTable the number
         of the field.

@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,8 @@ def open_fits(path: Path, data_path: Path, hdu: int | None) -> Contents:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of truncation, which is said with numbers below
-            with fits.open(data_path, memmap=True, disable_image_compression=True) as hdus:
-                headers = [(item.header, int(item.fileinfo()["datLoc"])) for item in hdus]
+            warnings.simplefilter("ignore")
+            headers = _headers(data_path)
     except (OSError, ValueError, KeyError, TypeError, fits.VerifyError) as error:
         raise SurveyError(f"{path}: not a readable FITS file: {error}", DAMAGED) from None
     kinds = [str(header.get("XTENSION", "")).strip() for header, _ in headers]
@@ -65,6 +65,8 @@ def open_fits(path: Path, data_path: Path, hdu: int | None) -> Contents:
         )
     header, offset = headers[next(iter(tables)) if hdu is None else hdu]
     row_bytes, n_rows = int(header["NAXIS1"]), int(header["NAXIS2"])
+    if row_bytes < 1 or n_rows < 0:
+        raise SurveyError(f"{path}: {n_rows} rows of {row_bytes} bytes are no table", DAMAGED)
     expected = offset + row_bytes * n_rows + int(header.get("PCOUNT", 0))
     actual = data_path.stat().st_size
     if actual < expected:
@@ -77,6 +79,30 @@ def open_fits(path: Path, data_path: Path, hdu: int | None) -> Contents:
         raise SurveyError(f"{path}: its header is damaged: {error}", DAMAGED) from None
     layout = {"offset": offset, "row_bytes": row_bytes}
     return Contents(natives, n_rows, layout)
+
+
+def _headers(path: Path) -> list[tuple[Any, int]]:
+    """Header of each HDU, and where its data begin; what a damaged one claims is not allocated."""
+    from astropy.io import fits
+
+    found = []
+    with path.open("rb") as file:
+        while file.peek(8)[:8] in (b"SIMPLE  ", b"XTENSION"):
+            header = fits.Header.fromfile(file)
+            found.append((header, file.tell()))
+            n_axes = int(header["NAXIS"])
+            if not 0 <= n_axes <= 999:
+                raise ValueError(f"NAXIS is {n_axes}")
+            shape = [int(header[f"NAXIS{axis}"]) for axis in range(1, n_axes + 1)]
+            if header.get("GROUPS") is True:
+                shape = shape[1:]
+            n_values = int(header.get("PCOUNT", 0)) + (prod(shape) if shape else 0)
+            n_bytes = abs(int(header["BITPIX"])) // 8 * int(header.get("GCOUNT", 1)) * n_values
+            stop = file.tell() + -(-n_bytes // 2880) * 2880
+            if not file.tell() <= stop < path.stat().st_size:
+                break
+            file.seek(stop)
+    return found
 
 
 def _fits_columns(path: Path, header: Any) -> Iterator[Native]:

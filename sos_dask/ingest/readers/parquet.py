@@ -18,10 +18,11 @@ from sos_dask.ingest.readers.common import (
     Contents,
     Native,
     Source,
-    masked,
     stated_by_astropy,
 )
 from sos_dask.ingest.readers.votable import Outline
+
+_TEXT_BYTES = 1 << 29
 
 
 def open_parquet(path: Path, data_path: Path) -> Contents:
@@ -46,13 +47,10 @@ def _stated(path: Path, schema: pa.Schema, natives: list[Native]) -> list[Native
     if outline:
         for table in Outline(path).scanned(outline).tables:
             units |= {item.get("name", ""): item.get("unit", "") for item in table["fields"]}
-    # Another program may have dropped the metadata and kept astropy's columns.
-    bools = {n.name for n in natives if n.kind == "bool"}
-    masks = {n.name: f"{n.name}.mask" for n in natives if f"{n.name}.mask" in bools}
+    masks: dict[str, str] = {}
     text = metadata.get(b"table_meta_yaml", b"").decode("utf-8", "replace")
     if text:
-        columns, named = stated_by_astropy(text.split("\n"))
-        masks |= named
+        columns, masks = stated_by_astropy(text.split("\n"))
         units |= {name: str(item.get("unit") or "") for name, item in columns.items()}
     return [
         replace(n, unit=n.unit or units.get(n.name, ""), mask=masks.get(n.name, ""))
@@ -92,26 +90,44 @@ def read_parquet(source: Source, start: int, stop: int | None, batch_rows: int) 
     bounds = np.concatenate([[0], np.cumsum(source.group_rows)])
     stop = int(bounds[-1]) if stop is None else stop
     groups = np.flatnonzero((bounds[:-1] >= start) & (bounds[1:] <= stop)).tolist()
-    natives = source.natives.values()
-    names = list(dict.fromkeys(name for n in natives for name in (n.name, n.mask) if name))
+    names = list(dict.fromkeys(native.name for native in source.natives.values()))
     with pq.ParquetFile(source.data_path) as file:
+        coded = _coded_texts(source, file.metadata, batch_rows)
+    with pq.ParquetFile(source.data_path, read_dictionary=coded) as file:
         batches = file.iter_batches(batch_rows, groups, columns=names, use_threads=False)
         for first, table in regrouped(batches, batch_rows):
             yield (
                 start + first,
                 {
-                    key: _native_values(source, native, table)
+                    key: _arrow_values(source, native, table[native.name].combine_chunks())
                     for key, native in source.natives.items()
                 },
             )
 
 
-def _native_values(source: Source, native: Native, table: pa.Table) -> pa.Array:
-    values = _arrow_values(source, native, table[native.name].combine_chunks())
-    if not native.mask:
-        return values
-    of_mask = replace(native, name=native.mask, kind="bool")
-    return masked(values, _arrow_values(source, of_mask, table[native.mask].combine_chunks()))
+def _coded_texts(source: Source, metadata: pq.FileMetaData, batch_rows: int) -> list[str]:
+    """Text columns that are read as codes: one long text in many rows is little in the file."""
+    texts = {native.name for native in source.natives.values() if native.kind == "text"}
+    coded = set()
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        share = min(1.0, batch_rows / max(group.num_rows, 1))
+        for place in range(metadata.num_columns):
+            column = group.column(place)
+            if column.path_in_schema in texts:
+                n_bytes = int(share * column.total_uncompressed_size)
+                _check_texts(source, column.path_in_schema, n_bytes)
+                if column.has_dictionary_page:
+                    coded.add(column.path_in_schema)
+    return sorted(coded)
+
+
+def _check_texts(source: Source, name: str, n_bytes: int) -> None:
+    if n_bytes > _TEXT_BYTES:
+        raise SurveyError(
+            f"{source.path}: the texts of column '{name}' take {n_bytes >> 20} MiB at once",
+            "Shorten them, or write smaller row groups.",
+        )
 
 
 def _arrow_values(source: Source, native: Native, column: pa.Array) -> pa.Array:
@@ -123,6 +139,9 @@ def _arrow_values(source: Source, native: Native, column: pa.Array) -> pa.Array:
                 f"{source.path}: a row of column '{native.name}' has no element {native.element}"
             ) from None
     if pa.types.is_dictionary(column.type):
+        if native.kind == "text":
+            lengths = pc.binary_length(column.dictionary).cast(pa.int64())
+            _check_texts(source, native.name, pc.sum(lengths.take(column.indices)).as_py() or 0)
         column = column.dictionary_decode()
     if native.kind == "text":
         binary = not (

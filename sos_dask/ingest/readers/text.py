@@ -12,6 +12,7 @@ import gzip
 import io
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,6 @@ from sos_dask.ingest.readers.common import (
     Contents,
     Native,
     Source,
-    masked,
     stated_by_astropy,
 )
 
@@ -60,12 +60,14 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         stated, masks = stated_by_astropy(yaml)
         delimiter = "," if re.search(r"^delimiter: *['\"]?,", "\n".join(yaml), re.M) else " "
     else:
-        if comments and any(map(_is_number, _fields(line, _delimiter_of(line)))):
-            # The header is a comment: what follows are values.
-            skip_lines, offset = skip_lines - 1, offset - len(line.encode("utf-8", "surrogateescape"))
-            following, has_rows = [line, *following], True
-            line = comments[-1][1:].lstrip()
         delimiter = _delimiter_of(line)
+        values = _fields(line, delimiter) if comments else []
+        if any(map(_is_number, values)):
+            # The header is a comment: the last that has a name for each value.
+            skip_lines, offset = skip_lines - 1, offset - len(_encoded(line))
+            following, has_rows = [line, *following], True
+            fitting = (c for c in comments[::-1] if len(_fields(c[1:], delimiter)) == len(values))
+            line = next(fitting, comments[-1])[1:].lstrip()
     header = _fields(line, delimiter)
     if len(header) < 2:
         if re.search(r"\.fits?(\.|$)", path.name.lower()):
@@ -83,19 +85,21 @@ def open_text(path: Path, gzipped: bool) -> Contents:
             if number:
                 units = dict(zip(header, _fields(following[0], delimiter), strict=False))
             skipped = following[: number + 1]
-            offset += sum(len(text.encode("utf-8", "surrogateescape")) for text in skipped)
+            offset += sum(len(_encoded(text)) for text in skipped)
             skip_lines += number + 1
             break
+    counts = Counter(header)
     natives = []
     for name in filter(None, header):
         item = stated.get(name, {})
-        kind = "bool" if item.get("datatype") == "bool" or name in masks.values() else "text"
+        is_mask = name in masks.values() or (name[-5:] == ".mask" and name[:-5] in counts)
+        kind = "bool" if item.get("datatype") == "bool" or is_mask else "text"
         kind = str(item.get("subtype") or kind)
         natives.append(Native(name, kind, unit=units.get(name, ""), mask=masks.get(name, "")))
     layout = {
         # Arrow takes no name twice; the survey uses none of these.
         "header": tuple(
-            name if name and header.count(name) == 1 else f"\0{number}"
+            name if name and counts[name] == 1 else f"\0{number}"
             for number, name in enumerate(header)
         ),
         "delimiter": delimiter,
@@ -149,6 +153,10 @@ def _lines(path: Path | str, file: BinaryIO, number: int = 0) -> Iterator[str]:
         yield line.decode("utf-8", "surrogateescape")
 
 
+def _encoded(line: str) -> bytes:
+    """Bytes of a line as they are in the file."""
+    return line.encode("utf-8", "surrogateescape")
+
 
 def _delimiter_of(line: str) -> str:
     unquoted = re.sub(r'"[^"]*"', "", line)
@@ -158,9 +166,7 @@ def _delimiter_of(line: str) -> str:
 
 def _fields(line: str, delimiter: str) -> list[str]:
     """Stripped values of one line."""
-    line = line.encode("utf-8", "surrogateescape").decode(
-        "utf-8" if line.isascii() or not re.search("[\udc80-\udcff]", line) else "latin-1"
-    )
+    line = _encoded(line).decode("latin-1" if re.search("[\udc80-\udcff]", line) else "utf-8")
     if delimiter == " ":
         line = " ".join(line.split())
     return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
@@ -239,7 +245,7 @@ def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> 
     """Native columns of delimited text, as `read_native` gives them."""
     # All as text: numbers are cast later at the same cost, and a bad one is known with its row.
     natives = source.natives.values()
-    types = {name: pa.binary() for n in natives for name in (n.name, n.mask) if name}
+    types = {native.name: pa.binary() for native in natives}
     n_rows = 0
     with _below_header(source) as file:
         counted = _Counted(file)
@@ -255,19 +261,15 @@ def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> 
                 for first, batch in regrouped(reader, batch_rows):
                     n_rows = first + batch.num_rows
                     texts = {name: decoded(batch[name].combine_chunks()) for name in types}
-                    yield first, {n.name: _text_values(source, n, texts) for n in natives}
+                    for native in natives:
+                        if native.kind == "bool":
+                            texts[native.name] = _truth(source, native.name, texts[native.name])
+                    yield first, texts
         except pa.ArrowInvalid as error:
             _explain_text(source, error)
     if counted.quoted and counted.n_lines > n_rows:
         # A quote that is not closed swallows rows, and Arrow does not mind.
         _check_rows(source, strict=True)
-
-
-def _text_values(source: Source, native: Native, texts: dict[str, pa.Array]) -> pa.Array:
-    values = texts[native.name]
-    if native.kind == "bool":
-        values = _truth(source, native.name, values)
-    return masked(values, _truth(source, native.mask, texts[native.mask])) if native.mask else values
 
 
 def _truth(source: Source, name: str, text: pa.Array) -> pa.Array:
@@ -281,7 +283,7 @@ def _truth(source: Source, name: str, text: pa.Array) -> pa.Array:
 
 
 def _rows(source: Source, file: BinaryIO, strict: bool) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank, each with the number of its last line."""
+    """Rows that are not blank, each with the number of its first line."""
     rows = csv.reader(
         _lines(source.path, file, source.skip_lines), delimiter=source.delimiter, strict=strict
     )
@@ -289,7 +291,7 @@ def _rows(source: Source, file: BinaryIO, strict: bool) -> Iterator[tuple[int, l
     try:
         for row in rows:
             if row:
-                yield source.skip_lines + rows.line_num, row
+                yield begin, row
             begin = source.skip_lines + rows.line_num + 1
     except csv.Error as error:
         raise SurveyError(

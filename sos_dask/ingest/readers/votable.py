@@ -76,7 +76,7 @@ class Outline:
         elif tag in ("STREAM", "PARQUET") and "href" in attributes:
             raise SurveyError(
                 f"{self.path}: its rows are in another file, {attributes['href']:.200}",
-                "Ingest that file, or save the table with its rows inside, for example with TOPCAT.",
+                "Ingest that file, or save the table with its rows inside, as TOPCAT does.",
             )
         elif tag in ("INFO", "PARAM"):
             name, value = attributes.get("name", "").upper(), attributes.get("value", "")
@@ -165,7 +165,7 @@ def open_votable(path: Path, data_path: Path, survey: Survey) -> Contents:
     if outline.overflow and "overflow" not in survey.allow:
         raise SurveyError(
             f"{path} is not complete: its service cut it off (QUERY_STATUS OVERFLOW)",
-            'Run the query again with a higher limit of rows (MAXREC, ROW_LIMIT = -1), or set '
+            "Run the query again with a higher limit of rows (MAXREC, ROW_LIMIT = -1), or set "
             'allow = ["overflow"] in the survey.',
         )
     number = outline.number_of(survey.hdu)
@@ -197,12 +197,16 @@ def _parsed(
     """Table of that number, with columns at these places; strict: no value may be changed."""
     from astropy.io.votable import exceptions, parse
 
-    changes = (exceptions.E02, exceptions.W31, exceptions.W46, exceptions.W49)
+    changes = (
+        exceptions.E02, exceptions.W30, exceptions.W31, exceptions.W46, exceptions.W49,
+    )  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for category in changes if strict else ():
                 warnings.simplefilter("error", category)
+            # IRSA writes "null", others "nan", "n/a" or "--"; astropy shows the first letter.
+            warnings.filterwarnings("ignore", ".*'[nN-]'", exceptions.W30)
             verify = "warn" if strict else "ignore"
             document = parse(
                 data_path, places, table_number=number, verify=verify, filename=path.name
@@ -211,7 +215,7 @@ def _parsed(
     except changes as error:
         raise SurveyError(
             f"{path}: a value does not fit its column: {error}",
-            "It would be cut, or a null would become 0. Write the table again as VOTable 1.4, "
+            "It would be cut, or become null or 0. Write the table again as VOTable 1.4, "
             "for example with TOPCAT.",
         ) from None
     except Exception as error:  # expat, struct and a family of its own: all mean the same here

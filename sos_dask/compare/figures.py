@@ -162,8 +162,7 @@ def figures(
     Raises
     ------
     ModelError
-        The sample has fewer than ``min_pairs`` pairs or too few stars, or all differences are
-        equal.
+        The sample has fewer than ``min_pairs`` pairs or too few stars.
     """
     known = np.logical_and.reduce([np.isfinite(values) for values in residuals.values()])
     n = int(np.count_nonzero(known))
@@ -179,13 +178,6 @@ def figures(
             f"the {n} {sample.name} pairs are of about {n_stars} stars: at least {MIN_STARS} are "
             "needed for an interval",
             "Match more stars, or loosen the cuts.",
-        )
-    before = residuals[NONE][known]
-    if before.min() == before.max():
-        raise ModelError(
-            f"the {label} differences of all {n} {sample.name} pairs are {before[0]:g}: there is "
-            "nothing to compare",
-            "Check that target and reference are two surveys with labels of their own.",
         )
     bins = {name: _bins_of(sample.labels[:, LABELS.index(name)], e) for name, e in edges.items()}
     found: list[Figure] = []

@@ -35,6 +35,7 @@ KIND_FIELD = pa.field(
 LEVEL = 0.68
 MIN_WIDTH_PAIRS = 40
 _NEAREST = 8
+_LEAST = 0.05  # of factors: residuals can be zero
 _LABEL_SCALE = 2.0  # half of a scaled label is as far as a factor e of the signal to noise
 
 
@@ -209,7 +210,7 @@ def fit_widths(
     if np.count_nonzero(used) >= MIN_WIDTH_PAIRS:
         weight = weights(pairs.take(used), rows.take(rows.kind == OUTSIDE))
         lonely = _quantile(np.abs(residual[used]), weight)
-    return Widths(factors, lonely), tuple(n_pairs)
+    return Widths(np.maximum(factors, _LEAST), lonely), tuple(n_pairs)
 
 
 def counted(n_pairs: tuple[tuple[int, ...], ...]) -> dict[str, str]:

@@ -8,7 +8,7 @@ resamples). Those pairs are held at once: 150 bytes a pair, twice that while a l
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,7 @@ def compare(
     Raises
     ------
     ModelError
-        No model or one that is none, other held-out pairs, too few pairs, constant labels.
+        No model or one that is none, other held-out pairs, too few pairs.
     ConfigError
         Unknown rule.
     CatalogError, PartitionError
@@ -182,9 +182,7 @@ def compare(
         }
         rough, outside = artifact_rows(of_methods, noise)
         roughness = {
-            method: float(np.mean([row["roughness"] for row in rough if row["method"] == method]))
-            if of_methods[method]["n_cells"] >= MIN_CELLS
-            else float("nan")
+            method: _roughness([row for row in rough if row["method"] == method])
             for method in models
         }
         choice = choose(settings.rule, scored, roughness, settings.tolerance)
@@ -212,6 +210,13 @@ def compare(
             },
         )
     return output.load_manifest()
+
+
+def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Mean roughness of the labels that have one; nan in too few cells, or without noise."""
+    known = [row["roughness"] for row in rows if row["roughness"] is not None]
+    enough = known and rows[0]["n_cells"] >= MIN_CELLS
+    return float(np.mean(known)) if enough else float("nan")
 
 
 def _manifest_of(model: Path) -> Manifest:

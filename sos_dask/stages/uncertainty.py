@@ -160,7 +160,7 @@ def uncertainty(
     Raises
     ------
     ModelError
-        Too few held-out pairs, or residuals that are all zero.
+        Too few held-out pairs.
     CatalogError
         Held-out pairs are not those of these pairs, or the directory holds something else.
     """

@@ -25,6 +25,7 @@ from sos_dask.uncertainty.tables import (
 LEVELS = (0.68, 0.95)
 DENSE, SPARSE = "dense", "sparse"
 MIN_PAIRS = 40
+_LEAST = 1e-6  # K, dex: an error of 0 would weigh without end, and residuals can all be zero
 _NEIGHBOURS = 16
 _WRONG = 8.0  # times the median size: 5.4 standard deviations of a normal distribution
 
@@ -156,7 +157,7 @@ def fit_label(
     Raises
     ------
     ModelError
-        Too few pairs or parts, or residuals that are all zero.
+        Too few pairs or parts.
     """
     number = LABELS.index(label)
     known = np.isfinite(held_out.residuals[:, number])
@@ -348,9 +349,9 @@ def _quantile(mine: FloatArray, everyone: FloatArray, level: float) -> float:
     """
     rank = int(np.ceil((len(mine) + 1) * level))
     if rank <= len(mine):
-        return float(mine[rank - 1])
+        return float(max(mine[rank - 1], _LEAST))
     rank = min(int(np.ceil((len(everyone) + 1) * level)), len(everyone))
-    return float(max(everyone[rank - 1], mine[-1] if len(mine) else 0.0))
+    return float(max(everyone[rank - 1], mine[-1] if len(mine) else 0.0, _LEAST))
 
 
 @dataclass(frozen=True)

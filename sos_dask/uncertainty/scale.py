@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.errors import ModelError
 from sos_dask.uncertainty.tables import N_CELLS, every_cell
 
 MIN_FOR_TREES = 2000
@@ -78,19 +77,9 @@ def fit_scale(
         target - reference - correction, finite.
     with_trees : bool
         Whether the size depends on the cell; the same for all fits whose scores are put together.
-
-    Raises
-    ------
-    ModelError
-        More than half of the residuals are zero.
     """
     size = np.abs(np.asarray(residual, dtype=np.float64))
-    middle = float(np.median(size))
-    if not middle > 0:
-        raise ModelError(
-            f"more than half of {len(size)} residuals are exactly zero: there is no error to model",
-            "The labels of target and reference seem to be the same numbers.",
-        )
+    middle = float(np.median(size) or size.mean() or 1.0)
     log_size = np.log(np.maximum(size, _SMALLEST * middle))
     center = float(log_size.mean())
     log_size -= center

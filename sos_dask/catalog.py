@@ -26,9 +26,7 @@ from sos_dask.artifact import (
     FileRecord,
     Manifest,
     Output,
-    Recipe,
     atomic_path,
-    sha256_of_file,
 )
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.healpix import HealpixPixel, Ranges
@@ -127,24 +125,49 @@ class Catalog:
     manifest: Manifest | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> Catalog:
+    def open(
+        cls, path: str | Path, *, key: str = "", key_name: str = "star_id", any_type: bool = False
+    ) -> Catalog:
         """Open a catalog, or the primary catalog of a HATS collection.
+
+        Parameters
+        ----------
+        key : str
+            Of a catalog made by another program: the column whose integers or texts name its rows.
+        key_name : str
+            Name that it gets, ``star_id`` or ``obs_id``.
+        any_type : bool
+            Open a margin, an association, an index or a map, too: tables that list no sources.
 
         Raises
         ------
         CatalogError
-            Not there, unfinished, damaged or of a newer format.
+            Not there, unfinished, damaged, of a newer format or of another type.
         """
         path = Path(path)
         collection = path / "collection.properties"
-        if collection.is_file() and not (path / PROPERTIES).is_file():
-            return cls.open(path / read_properties(collection)["hats_primary_table_url"])
+        if collection.is_file() and not properties_file(path).is_file():
+            primary = read_properties(collection).get("hats_primary_table_url", "")
+            if not primary or not properties_file(path / primary).is_file():
+                raise CatalogError(
+                    f"{collection}: hats_primary_table_url={primary} is no catalog",
+                    "Give the folder of the catalog itself.",
+                )
+            return cls.open(path / primary, key=key, key_name=key_name, any_type=any_type)
         manifest = None
-        if (path / MANIFEST).is_file() or not (path / PROPERTIES).is_file():
+        if (path / MANIFEST).is_file() or not properties_file(path).is_file():
             manifest = Manifest.load(path)
-        if not (path / PROPERTIES).is_file():
+        if not properties_file(path).is_file():
             raise CatalogError(f"{path} is not a catalog: it has no {PROPERTIES}")
-        properties = read_properties(path / PROPERTIES)
+        properties = read_properties(properties_file(path))
+        if not any_type:
+            _require_sources(path, properties)
+        if manifest is None:
+            from sos_dask.foreign import open_foreign
+
+            foreign = open_foreign(path, properties, key, key_name)
+            foreign.check_account()
+            return foreign
         info = path / PARTITION_INFO
         try:
             with info.open(newline="") as file:
@@ -173,6 +196,11 @@ class Catalog:
         return _reopen, (str(self.path), known.stat().st_mtime_ns)
 
     @property
+    def as_written(self) -> bool:
+        """Whether rows and columns stand in the files as they are read."""
+        return True
+
+    @property
     def name(self) -> str:
         """Name of the catalog."""
         return self.properties.get("obs_collection", self.path.name)
@@ -180,12 +208,8 @@ class Catalog:
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the catalog, for the recipes of what is made from it."""
-        if self.manifest is not None:
-            return self.manifest.fingerprint
-        content = [
-            sha256_of_file(self.path / partition_path(pixel)) for pixel in self.pixels
-        ]  # made by others: its content is all there is to go by
-        return Recipe("foreign", 1, {"content": content}, {}).fingerprint
+        assert self.manifest is not None  # else it is a `ForeignCatalog`
+        return self.manifest.fingerprint
 
     @property
     def n_rows(self) -> int:
@@ -407,14 +431,19 @@ class Catalog:
             for item in self.schema
             if pa.types.is_primitive(item.type)
         }
-        footer, n_bytes = self._footer(pixel), 0
-        for number in range(footer.num_row_groups):
-            group = footer.row_group(number)
-            for index in range(group.num_columns):
-                chunk = group.column(index)
-                width = widths.get(chunk.path_in_schema, 0)
-                n_bytes += max(chunk.total_uncompressed_size, width * chunk.num_values)
+        n_bytes = 0
+        for footer in self._footers(pixel):
+            for number in range(footer.num_row_groups):
+                group = footer.row_group(number)
+                for index in range(group.num_columns):
+                    chunk = group.column(index)
+                    width = widths.get(chunk.path_in_schema, 0)
+                    n_bytes += max(chunk.total_uncompressed_size, width * chunk.num_values)
         return pixel, n_bytes
+
+    def _footers(self, pixel: HealpixPixel) -> list[pq.FileMetaData]:
+        """Footers of the files of a partition."""
+        return [self._footer(pixel)]
 
     def _footer(self, pixel: HealpixPixel) -> pq.FileMetaData:
         path = self.partition_file(pixel)
@@ -474,6 +503,27 @@ def _text_of_few_values(footer: pq.FileMetaData) -> list[str]:
         if chunk.physical_type == "BYTE_ARRAY"
         and chunk.total_uncompressed_size <= 2 * chunk.num_values
     ]
+
+
+def properties_file(path: Path) -> Path:
+    """Path of the properties of a catalog; HATS of 2024 named them otherwise."""
+    old = path / "properties"
+    return old if old.is_file() and not (path / PROPERTIES).is_file() else path / PROPERTIES
+
+
+def _require_sources(path: Path, properties: Mapping[str, str]) -> None:
+    """Refuse a HATS product that is not a list of stars or observations."""
+    kind = properties.get("dataproduct_type", "object").lower()
+    if kind not in ("object", "source"):
+        of = [
+            properties[name]
+            for name in ("hats_primary_table_url", "hats_assn_join_table_url")
+            if name in properties
+        ]
+        raise CatalogError(
+            f"{path}: its dataproduct_type is {kind}: a catalog of stars or observations is needed",
+            f"Give the catalog that it belongs to: {' or '.join(of)}." if of else "",
+        )
 
 
 def read_properties(path: Path) -> dict[str, str]:

@@ -98,6 +98,8 @@ CANONICAL: Mapping[str, Column] = {
     name: Column(name, dtype, unit, ucd, description, *_POSSIBLE.get(name, ()))
     for name, dtype, unit, ucd, description in _CANONICAL
 }
+KEYS = ("star_id", "obs_id")
+"""Keys of rows; of a catalog that has both the first names the rows."""
 REQUIRED = ("obs_id", "ra", "dec", *LABELS)
 RESERVED = (
     HEALPIX_COLUMN, "quality", "star_id", "n_obs", "n_used", "teff_spread", "logg_spread",

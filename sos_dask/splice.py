@@ -51,6 +51,8 @@ def can_extend(catalog: Catalog, pixel: HealpixPixel, schema: pa.Schema) -> bool
     PartitionError
         The file is missing or damaged.
     """
+    if not catalog.as_written:
+        return False
     path = catalog.partition_file(pixel)
     with partition_errors(path):
         have = pq.read_metadata(path).schema

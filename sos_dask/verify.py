@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from sos_dask.artifact import Manifest, sha256_of_file
-from sos_dask.catalog import PROPERTIES, Catalog
+from sos_dask.catalog import PROPERTIES, Catalog, properties_file
+from sos_dask.columns import key_hashes
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.healpix import HealpixPixel, ang2pix
 from sos_dask.schema import HEALPIX_COLUMN
@@ -31,9 +31,9 @@ def verify(path: str | Path) -> list[str]:
     """
     path = Path(path)
     collection = path / "collection.properties"
-    if not (path / PROPERTIES).is_file() and not collection.is_file():
+    if not properties_file(path).is_file() and not collection.is_file():
         return _verify_files(path, Manifest.load(path))
-    catalog = Catalog.open(path)
+    catalog = Catalog.open(path, any_type=True)
     problems: list[str] = []
     if catalog.manifest is not None:
         problems += _verify_files(catalog.path, catalog.manifest)
@@ -128,12 +128,3 @@ def _verify_partition(
             problems.append(f"{where}: {table.num_rows} rows, the manifest says {stated}")
     key = next((n for n in ("obs_id", "star_id") if n in table.schema.names), None)
     return table.num_rows, problems, no_key if key is None else key_hashes(table[key])
-
-
-def key_hashes(column: pa.ChunkedArray) -> NDArray[np.uint64]:
-    """64-bit values of a key column: the integers themselves, or a hash of the text."""
-    if pa.types.is_integer(column.type):
-        return np.asarray(column.to_numpy(), dtype=np.int64).view(np.uint64)
-    import pandas as pd
-
-    return np.asarray(pd.util.hash_array(column.to_numpy(zero_copy_only=False).astype(object)))

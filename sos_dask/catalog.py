@@ -27,10 +27,11 @@ from sos_dask.artifact import (
     Manifest,
     Output,
     atomic_path,
+    canonical_json,
 )
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.healpix import HealpixPixel, Ranges
-from sos_dask.schema import HEALPIX_COLUMN, LABELS, nearest
+from sos_dask.schema import HEALPIX_COLUMN, KEYS, LABELS, nearest
 
 ROW_GROUP_ROWS = 1 << 15
 PROPERTIES = "hats.properties"
@@ -75,8 +76,40 @@ def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
 
 def write_parquet(table: pa.Table, path: Path) -> int:
     """Write a table the way all partitions are written; returns its rows."""
+    table = table.replace_schema_metadata(described(table.schema).metadata)
     pq.write_table(table, path, **parquet_settings(table.schema))
     return int(table.num_rows)
+
+
+def described(schema: pa.Schema) -> pa.Schema:
+    """Schema with what pandas, and what is built on it, reads of the types of its columns.
+
+    Without it pandas turns integers among which some are null to float64, which does not hold ids
+    of 19 digits, and booleans to objects. Of a file, and of a folder by ``_common_metadata``.
+    """
+    columns = []
+    for item in schema:
+        try:
+            name = np.dtype(item.type.to_pandas_dtype()).name
+        except (NotImplementedError, TypeError):  # a type that pandas does not have
+            name = "object"
+        kind = name
+        if item.nullable and pa.types.is_integer(item.type):
+            kind = name.replace("i", "I").replace("u", "U")
+        elif item.nullable and pa.types.is_boolean(item.type):
+            kind = "boolean"
+        text = "unicode" if pa.types.is_string(item.type) else name
+        columns.append(
+            {
+                "name": item.name,
+                "field_name": item.name,
+                "pandas_type": text,
+                "numpy_type": kind,
+                "metadata": None,
+            }
+        )
+    about = {"index_columns": [], "column_indexes": [], "columns": columns}
+    return schema.with_metadata({"pandas": canonical_json(about)})
 
 
 def write_partition(
@@ -162,6 +195,11 @@ class Catalog:
         properties = read_properties(properties_file(path))
         if not any_type:
             _require_sources(path, properties)
+        if key and manifest is not None and key not in KEYS:
+            raise CatalogError(
+                f"{path} was made by sos-dask: the key of its rows is not '{key}'",
+                f"Leave --key out: it is {' or '.join(KEYS)}.",
+            )
         if manifest is None:
             from sos_dask.foreign import open_foreign
 
@@ -572,7 +610,7 @@ def write_catalog_metadata(
     writer.writerows(sorted((pixel.order, pixel.pixel) for pixel in pixels))
 
     def save_schema(path: Path) -> int:
-        pq.write_metadata(schema, path)
+        pq.write_metadata(described(schema), path)
         return 0
 
     return (

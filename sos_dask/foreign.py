@@ -395,9 +395,7 @@ def _as_here(
             if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
                 raise CatalogError(f"{path}: '{item.name}' has type {kind}, not numbers in degrees")
             kind = pa.float64()
-        elif name == HEALPIX_COLUMN:
-            kind = pa.int64()
-        elif name in KEYS and pa.types.is_integer(kind):
+        elif name == HEALPIX_COLUMN or (name in KEYS and pa.types.is_integer(kind)):
             kind = pa.int64()
         fields.append(item.with_name(name).with_type(kind))
         stored[name] = item.name

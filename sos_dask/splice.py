@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from sos_dask.artifact import FileRecord, Output
 from sos_dask.catalog import (
     Catalog,
+    described,
     parquet_settings,
     partition_errors,
     partition_path,
@@ -180,7 +181,7 @@ def _copy(file: io.FileIO, sink: _Sink, n_bytes: int) -> None:
 def _empty(schema: pa.Schema) -> bytes:
     """A Parquet file of no rows."""
     file = io.BytesIO()
-    pq.write_metadata(schema, file)
+    pq.write_metadata(described(schema), file)
     return file.getvalue()
 
 

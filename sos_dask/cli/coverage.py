@@ -10,11 +10,13 @@ import typer
 
 from sos_dask.cli.options import (
     CatalogPath,
+    Key,
     OptionalOut,
     Out,
     Radius,
     StepOptions,
     Store,
+    open_catalogs,
     with_step_options,
 )
 from sos_dask.cli.output import LABEL_UNITS, print_json, say, show_step, show_table
@@ -49,6 +51,7 @@ def attach(
     id_radius_arcsec: Annotated[
         float, typer.Option("--id-radius-arcsec", metavar="X", help="Largest separation by id.")
     ] = 10.0,
+    key: Key = None,
     *,
     options: StepOptions,
 ) -> None:
@@ -56,7 +59,6 @@ def attach(
 
     Example: sos-dask attach lamost gaia -c distance -c ebv -o lamost.with-gaia
     """
-    from sos_dask.catalog import Catalog
     from sos_dask.stages.attach import AttachSettings
     from sos_dask.stages.attach import attach as run
 
@@ -67,7 +69,7 @@ def attach(
             raise ConfigError(f"--column '{text}' names no column")
         names[name] = source or name
     settings = AttachSettings(names, by, radius_arcsec, id_radius_arcsec)
-    opened, companion = Catalog.open(catalog), Catalog.open(other)
+    opened, companion = open_catalogs([catalog, other], key)
     step = partial(run, opened, companion, out, settings)
     show_step(run_step(step, options), out, options.as_json)
 
@@ -128,6 +130,7 @@ def coverage(
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", help="With PAIRS: other seeds sample other rows.")
     ] = 0,
+    key: Key = None,
     store: Store = Path("store"),
     *,
     options: StepOptions,
@@ -153,7 +156,7 @@ def coverage(
             radius_arcsec,
             seed,
         )
-        run_step(_scoring(inputs, out, settings, errors), options)
+        run_step(_scoring(inputs, out, settings, errors, key), options)
     else:
         directory = current_product(store, "coverage")
     found = look(directory)
@@ -241,7 +244,11 @@ def _show_measures(rankings: list[dict[str, Any]]) -> None:
 
 
 def _scoring(
-    inputs: list[Path], out: Path, settings: CoverageSettings, errors: Path | None
+    inputs: list[Path],
+    out: Path,
+    settings: CoverageSettings,
+    errors: Path | None,
+    key: list[str] | None,
 ) -> partial[Manifest]:
     """The stage on inputs given by path."""
     from sos_dask.catalog import Catalog
@@ -253,11 +260,12 @@ def _scoring(
             "For example: sos-dask coverage pairs model lamost lamost.stars -o coverage.",
         )
     pairs, model, catalog, stars = inputs
+    [scored] = open_catalogs([catalog], key, "obs_id")
     return partial(
         run,
         model,
         Catalog.open(pairs),
-        Catalog.open(catalog),
+        scored,
         Catalog.open(stars),
         directory=out,
         settings=settings,

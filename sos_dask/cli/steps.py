@@ -15,6 +15,7 @@ from sos_dask.cli.options import (
     CatalogPath,
     IdRadius,
     Json,
+    Key,
     LightStepOptions,
     NoGaiaId,
     Out,
@@ -23,6 +24,7 @@ from sos_dask.cli.options import (
     RowsPerPartition,
     Seed,
     StepOptions,
+    open_catalogs,
     with_step_options,
 )
 from sos_dask.cli.output import print_json, reporting, say, show_metrics, show_step
@@ -30,7 +32,6 @@ from sos_dask.errors import CatalogError, ConfigError
 
 if TYPE_CHECKING:
     from sos_dask.artifact import Manifest
-    from sos_dask.catalog import Catalog
 
 
 _Made = TypeVar("_Made")
@@ -136,6 +137,7 @@ def dedupe(
         ),
     ] = 5.0,
     no_gaia_id: NoGaiaId = False,
+    key: Key = None,
     *,
     options: LightStepOptions,
 ) -> None:
@@ -143,12 +145,11 @@ def dedupe(
 
     Example: sos-dask dedupe lamost -o lamost.stars --method best-snr
     """
-    from sos_dask.catalog import Catalog
     from sos_dask.dedupe import DedupeSettings
     from sos_dask.stages.dedupe import dedupe as run
 
     settings = DedupeSettings(radius_arcsec, id_radius_arcsec, method, max_spread, not no_gaia_id)
-    opened = Catalog.open(catalog)
+    [opened] = open_catalogs([catalog], key, "obs_id")
     stated = opened.manifest.summary.get("expected_error", {}) if opened.manifest else {}
     step = partial(run, opened, out, settings, expected_error=stated, name=out.name)
     show_step(run_step(step, options), out, options.as_json)
@@ -178,6 +179,7 @@ def reference(
         ),
     ] = True,
     rows_per_partition: RowsPerPartition = 1_000_000,
+    key: Key = None,
     *,
     options: LightStepOptions,
 ) -> None:
@@ -185,19 +187,19 @@ def reference(
 
     Example: sos-dask reference apogee=apogee.stars galah=galah.stars -o reference
     """
-    from sos_dask.catalog import Catalog
     from sos_dask.stages.reference import ReferenceSettings
     from sos_dask.stages.reference import reference as run
     from sos_dask.unify import UnifySettings
 
-    opened: dict[str, Catalog] = {}
+    paths: dict[str, str] = {}
     for text in catalogs:
         name, found, path = text.partition("=")
         if not (name and found and path):
             raise ConfigError(f"'{text}' is not NAME=DIRECTORY", "For example apogee=apogee.stars.")
-        if name in opened:
+        if name in paths:
             raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
-        opened[name] = Catalog.open(path)
+        paths[name] = path
+    opened = dict(zip(paths, open_catalogs(paths.values(), key), strict=True))
     unify = UnifySettings(method, tuple(opened))
     settings = ReferenceSettings(
         unify, radius_arcsec, id_radius_arcsec, epoch, rows_per_partition, offsets
@@ -208,8 +210,10 @@ def reference(
 
 @with_step_options
 def crossmatch(
-    left: Annotated[Path, typer.Argument(help="Target: a catalog of observations or stars.")],
-    right: Annotated[Path, typer.Argument(help="Reference: a catalog of stars.")],
+    left: Annotated[
+        Path, typer.Argument(help="Target: observations or stars, or any HATS catalog.")
+    ],
+    right: Annotated[Path, typer.Argument(help="Reference: stars, or any HATS catalog.")],
     out: Out,
     radius_arcsec: Radius = 1.0,
     pairs: Annotated[
@@ -227,6 +231,7 @@ def crossmatch(
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", help="Other seeds give other folds.")
     ] = 0,
+    key: Key = None,
     *,
     options: LightStepOptions,
 ) -> None:
@@ -234,16 +239,16 @@ def crossmatch(
 
     Example: sos-dask crossmatch lamost.stars reference -o pairs
     """
-    from sos_dask.catalog import Catalog
     from sos_dask.crossmatch import MatchSettings
     from sos_dask.stages.crossmatch import PairSettings
     from sos_dask.stages.crossmatch import crossmatch as run
 
     match = MatchSettings(radius_arcsec, id_radius_arcsec, pairs, not no_gaia_id)
+    target, stars = open_catalogs([left, right], key)
     step = partial(
         run,
-        Catalog.open(left),
-        Catalog.open(right),
+        target,
+        stars,
         out,
         PairSettings(match, folds, seed),
         name=out.name,
@@ -359,6 +364,7 @@ def apply(
             "model; none: no correction; edge: nothing fades.",
         ),
     ] = "edge",
+    key: Key = None,
     *,
     options: LightStepOptions,
 ) -> None:
@@ -370,7 +376,7 @@ def apply(
     from sos_dask.stages.apply import Trust, parse_partitions
     from sos_dask.stages.apply import apply as run
 
-    opened = Catalog.open(catalog)
+    [opened] = open_catalogs([catalog], key, "obs_id")
     parse_partitions(partitions, opened.pixels)  # fails before workers are started
     trust = None
     if coverage is not None:

@@ -42,7 +42,7 @@ from sos_dask.trust import (
     FLAGS,
 )
 
-VERSION = 6
+VERSION = 7
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS = "maps.parquet"

@@ -55,7 +55,7 @@ from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, un
 from sos_dask.stages.pieces import copied, read_piece, write_piece
 from sos_dask.survey import Survey
 
-VERSION = 4
+VERSION = 5
 _KEYS_PER_RANGE = 10_000_000
 # Measured, and a tenth more: a worker's process, and what it holds of a row while it reads a chunk.
 _PROCESS_BYTES, _CHUNK_BYTES = 170 << 20, 460

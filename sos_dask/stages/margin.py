@@ -15,7 +15,7 @@ from sos_dask.healpix import HealpixPixel
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.surroundings import surroundings
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,14 @@ class ForeignCatalog(Catalog):
     def _keys(self, pixel: HealpixPixel, name: str) -> pa.ChunkedArray:
         """A key column in the order of the files."""
         keys = _column(self.files[pixel], self.stored[name])
-        with partition_errors(self.files[pixel][0]):
+        try:
             return keys.cast(self.schema.field(name).type)
+        except pa.ArrowInvalid as error:
+            raise CatalogError(
+                f"{self.path}, partition {pixel}: the key '{self.stored[name]}' does not fit into "
+                f"64 bits with a sign: {error}",
+                "Give another column: --key NAME.",
+            ) from None
 
     def check_account(self) -> None:
         """Compare the partitions with the files, ``partition_info.csv`` and ``hats_nrows``.

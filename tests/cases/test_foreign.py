@@ -308,7 +308,7 @@ def test_positions_in_single_precision_are_matched_as_they_stand(tmp_path, expec
         n_moved += int(np.count_nonzero((true < pixel.first) | (true >= pixel.stop)))
         assert (rows["_healpix_29"].to_numpy() >= pixel.first).all()
         assert (rows["_healpix_29"].to_numpy() < pixel.stop).all()
-    assert n_moved > 3
+    assert n_moved > 0
     cells = pa.array(ang2pix(*(table[n].cast(pa.float64()).to_numpy() for n in ("ra", "dec"))))
     wide = retyped("dec", pa.float64())(retyped("ra", pa.float64())(table))
     own = wide.add_column(0, "_healpix_29", cells).sort_by(

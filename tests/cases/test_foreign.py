@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,7 @@ def nothing(value):
 
 
 # How it is written, and what is done to the table before and to the folder after.
-OTHERS = {
+OTHERS: dict[str, tuple[dict, Callable, Callable]] = {
     "unsorted": ({}, nothing, nothing),
     "sorted": ({"in_order": True}, nothing, nothing),
     "named": ({"hats_col_ra": "RA_ICRS", "hats_col_dec": "DE_ICRS"}, nothing, nothing),

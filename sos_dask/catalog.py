@@ -7,12 +7,12 @@ a pixel under ``dataset/Norder=K/Dir=D/Npix=N.parquet``, sorted by ``_healpix_29
 
 from __future__ import annotations
 
-import csv
-import io
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,29 @@ from sos_dask.artifact import (
     FileRecord,
     Manifest,
     Output,
-    atomic_path,
-    canonical_json,
 )
+from sos_dask.digests import footer_bytes
 from sos_dask.errors import CatalogError, PartitionError
+from sos_dask.hats import (
+    COLLECTION,
+    COMMON_METADATA,
+    PARTITION_INFO,
+    PROPERTIES,
+    is_ours,
+    listed,
+    partition_path,
+    pixel_of,
+    primary_of,
+    properties_file,
+    read_properties,
+    require_sources,
+)
 from sos_dask.healpix import HealpixPixel, Ranges
-from sos_dask.schema import HEALPIX_COLUMN, KEYS, LABELS, nearest
+from sos_dask.schema import HEALPIX_COLUMN, KEYS, LABELS, described, nearest
 
 ROW_GROUP_ROWS = 1 << 15
-PROPERTIES = "hats.properties"
-PARTITION_INFO = "partition_info.csv"
-COMMON_METADATA = "dataset/_common_metadata"
 
 _WITH_BOUNDS = (HEALPIX_COLUMN, "ra", "dec", "pmra", "pmdec", "position_epoch", *LABELS)
-
-
-def partition_path(pixel: HealpixPixel) -> str:
-    """Path of a partition, relative to its catalog."""
-    folder = pixel.pixel // 10000 * 10000
-    return f"dataset/Norder={pixel.order}/Dir={folder}/Npix={pixel.pixel}.parquet"
 
 
 def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
@@ -79,37 +83,6 @@ def write_parquet(table: pa.Table, path: Path) -> int:
     table = table.replace_schema_metadata(described(table.schema).metadata)
     pq.write_table(table, path, **parquet_settings(table.schema))
     return int(table.num_rows)
-
-
-def described(schema: pa.Schema) -> pa.Schema:
-    """Schema with what pandas, and what is built on it, reads of the types of its columns.
-
-    Without it pandas turns integers among which some are null to float64, which does not hold ids
-    of 19 digits, and booleans to objects. Of a file, and of a folder by ``_common_metadata``.
-    """
-    columns = []
-    for item in schema:
-        try:
-            name = np.dtype(item.type.to_pandas_dtype()).name
-        except (NotImplementedError, TypeError):  # a type that pandas does not have
-            name = "object"
-        kind = name
-        if item.nullable and pa.types.is_integer(item.type):
-            kind = name.replace("i", "I").replace("u", "U")
-        elif item.nullable and pa.types.is_boolean(item.type):
-            kind = "boolean"
-        text = "unicode" if pa.types.is_string(item.type) else name
-        columns.append(
-            {
-                "name": item.name,
-                "field_name": item.name,
-                "pandas_type": text,
-                "numpy_type": kind,
-                "metadata": None,
-            }
-        )
-    about = {"index_columns": [], "column_indexes": [], "columns": columns}
-    return schema.with_metadata({"pandas": canonical_json(about)})
 
 
 def write_partition(
@@ -158,10 +131,11 @@ class Catalog:
     manifest: Manifest | None = None
 
     @classmethod
-    def open(
-        cls, path: str | Path, *, key: str = "", key_name: str = "star_id", any_type: bool = False
-    ) -> Catalog:
-        """Open a catalog, or the primary catalog of a HATS collection.
+    def open(cls, path: str | Path, *, key: str = "", key_name: str = "star_id") -> Catalog:
+        """Open a catalog, or the primary catalog of a HATS collection, and check it.
+
+        Its small files are compared with the manifest by bytes and SHA-256, partitions by bytes;
+        the account of rows, the properties and the list of partitions must say the same.
 
         Parameters
         ----------
@@ -169,32 +143,33 @@ class Catalog:
             Of a catalog made by another program: the column whose integers or texts name its rows.
         key_name : str
             Name that it gets, ``star_id`` or ``obs_id``.
-        any_type : bool
-            Open a margin, an association, an index or a map, too: tables that list no sources.
 
         Raises
         ------
         CatalogError
-            Not there, unfinished, damaged, of a newer format or of another type.
+            Not there, unfinished, damaged, of another format or type (as a margin), or not as its
+            manifest says.
         """
+        catalog = cls.read_only(path, key=key, key_name=key_name)
+        require_sources(catalog.path, catalog.properties)
+        if catalog.manifest is not None:
+            Manifest.checked(catalog.path)
+        catalog.check_account()
+        return catalog
+
+    @classmethod
+    def read_only(cls, path: str | Path, *, key: str = "", key_name: str = "star_id") -> Catalog:
+        """Open a catalog without the checks of `open`: tasks do, whose driver has made them."""
         path = Path(path)
-        collection = path / "collection.properties"
+        collection = path / COLLECTION
         if collection.is_file() and not properties_file(path).is_file():
-            primary = read_properties(collection).get("hats_primary_table_url", "")
-            if not primary or not properties_file(path / primary).is_file():
-                raise CatalogError(
-                    f"{collection}: hats_primary_table_url={primary} is no catalog",
-                    "Give the folder of the catalog itself.",
-                )
-            return cls.open(path / primary, key=key, key_name=key_name, any_type=any_type)
+            return cls.read_only(path / primary_of(collection), key=key, key_name=key_name)
         manifest = None
-        if (path / MANIFEST).is_file() or not properties_file(path).is_file():
+        if is_ours(path):
             manifest = Manifest.load(path)
         if not properties_file(path).is_file():
             raise CatalogError(f"{path} is not a catalog: it has no {PROPERTIES}")
         properties = read_properties(properties_file(path))
-        if not any_type:
-            _require_sources(path, properties)
         if key and manifest is not None and key not in KEYS:
             raise CatalogError(
                 f"{path} was made by sos-dask: the key of its rows is not '{key}'",
@@ -203,18 +178,8 @@ class Catalog:
         if manifest is None:
             from sos_dask.foreign import open_foreign
 
-            foreign = open_foreign(path, properties, key, key_name)
-            foreign.check_account()
-            return foreign
-        info = path / PARTITION_INFO
-        try:
-            with info.open(newline="") as file:
-                pixels = [
-                    HealpixPixel(int(row["Norder"]), int(row["Npix"]))
-                    for row in csv.DictReader(file)
-                ]
-        except (OSError, KeyError, ValueError) as error:
-            raise CatalogError(f"{info} cannot be read: {error!r}") from None
+            return open_foreign(path, properties, key, key_name)
+        pixels = [pixel_of(row, path) for row in listed(path)]
         pixels.sort(key=lambda pixel: pixel.first)
         common = path / COMMON_METADATA
         if common.is_file():
@@ -227,6 +192,44 @@ class Catalog:
         else:
             raise CatalogError(f"{path} has no partitions and no schema")
         return cls(path, tuple(pixels), schema.remove_metadata(), properties, manifest)
+
+    def check_account(self) -> None:
+        """Compare the list of partitions, the manifest's rows and ``hats_nrows``.
+
+        Of a catalog made by others the footers of all partitions are read.
+
+        Raises
+        ------
+        CatalogError, PartitionError
+        """
+        again = f"Restore its files, or remove {self.path} and make it again."
+        for left, right in pairwise(self.pixels):
+            if left.overlaps(right):
+                raise CatalogError(
+                    f"{self.path / PARTITION_INFO}: pixels {left} and {right} overlap", again
+                )
+        if self.manifest is not None:
+            listed = {partition_path(pixel) for pixel in self.pixels}
+            stated = {record.path for record in self.manifest.files if record.is_partition}
+            for name in sorted(listed ^ stated):
+                raise CatalogError(
+                    f"{self.path}: {name} is in only one of {MANIFEST} and {PARTITION_INFO}", again
+                )
+            if self.n_rows != self.manifest.rows.n_out:
+                raise CatalogError(
+                    f"{self.path}: {MANIFEST} states {self.manifest.rows.n_out} rows out, its "
+                    f"partitions have {self.n_rows}",
+                    again,
+                )
+        n_rows = self.properties.get("hats_nrows")
+        if n_rows is not None and n_rows != str(self.n_rows):
+            raise CatalogError(
+                f"{self.path}: {PROPERTIES} states hats_nrows={n_rows[:40]}, the partitions of "
+                f"{PARTITION_INFO} have {self.n_rows} rows",
+                again,
+            )
+        if not self.pixels and any((self.path / "dataset").rglob("Npix=*")):
+            raise CatalogError(f"{self.path / PARTITION_INFO} lists none of the partitions", again)
 
     def __reduce__(self) -> tuple[Any, tuple[str, int]]:
         # A task carries only the path; each worker opens the catalog once.
@@ -256,19 +259,14 @@ class Catalog:
 
     def partition_rows(self, pixel: HealpixPixel) -> int:
         """Rows of one partition."""
-        stated = self._stated_rows.get(partition_path(pixel))
-        return int(self._footer(pixel).num_rows) if stated is None else stated
+        stated = self.stated.get(partition_path(pixel))
+        return int(self._footer(pixel).num_rows) if stated is None else stated.rows
 
     @cached_property
-    def _stated_rows(self) -> dict[str, int]:
+    def stated(self) -> dict[str, FileRecord]:
+        """Files that the manifest names, by their path; none without a manifest."""
         files = self.manifest.files if self.manifest is not None else ()
-        return {record.path: record.rows for record in files}
-
-    @cached_property
-    def stated_sha256(self) -> dict[str, str]:
-        """SHA-256 of the files that a manifest names, by their path."""
-        files = self.manifest.files if self.manifest is not None else ()
-        return {record.path: record.sha256 for record in files}
+        return {record.path: record for record in files}
 
     def partition_file(self, pixel: HealpixPixel) -> Path:
         """Path of one partition."""
@@ -306,18 +304,31 @@ class Catalog:
         """
         text = _text_of_few_values(self._footer(pixel)) if coded else []
         with self._opened(pixel, text) as file:
-            return file.read(columns=columns, use_threads=False)
+            table = file.read(columns=columns, use_threads=False)
+            if columns is None or len(columns):
+                self._require_rows(pixel, table.num_rows)
+            return table
+
+    def _require_rows(self, pixel: HealpixPixel, n_rows: int) -> None:
+        """Raise `PartitionError` unless a partition has the rows that the manifest states."""
+        stated = self.stated.get(partition_path(pixel))
+        if stated is not None and stated.rows != n_rows:
+            raise PartitionError(
+                f"partition {self.partition_file(pixel)} has {n_rows} rows, the manifest states "
+                f"{stated.rows}",
+                "Remove its catalog and make it again.",
+            )
 
     @contextmanager
     def _opened(self, pixel: HealpixPixel, coded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-        path = self.partition_file(pixel)
+        path, footer = self.partition_file(pixel), self._footer(pixel)
         # Without a buffer for all columns together: measured, it costs a quarter of the time.
         with (
             partition_errors(path),
             pa.OSFile(str(path)) as source,
             pq.ParquetFile(
                 source,
-                metadata=_footer_of(path),
+                metadata=footer,
                 pre_buffer=False,
                 read_dictionary=coded,
                 page_checksum_verification=True,
@@ -484,9 +495,13 @@ class Catalog:
         return [self._footer(pixel)]
 
     def _footer(self, pixel: HealpixPixel) -> pq.FileMetaData:
+        """Footer of a partition, which must be the one that was written."""
         path = self.partition_file(pixel)
+        stated = self.stated.get(partition_path(pixel))
         with partition_errors(path):
-            return _footer_of(path)
+            footer = _footer_of(path, "" if stated is None else stated.footer)
+        self._require_rows(pixel, footer.num_rows)
+        return footer
 
 
 def _edges(ranges: Ranges) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -543,103 +558,20 @@ def _text_of_few_values(footer: pq.FileMetaData) -> list[str]:
     ]
 
 
-def properties_file(path: Path) -> Path:
-    """Path of the properties of a catalog; HATS of 2024 named them otherwise."""
-    old = path / "properties"
-    return old if old.is_file() and not (path / PROPERTIES).is_file() else path / PROPERTIES
-
-
-def _require_sources(path: Path, properties: Mapping[str, str]) -> None:
-    """Refuse a HATS product that is not a list of stars or observations."""
-    kind = properties.get("dataproduct_type", "object").lower()
-    if kind not in ("object", "source"):
-        of = [
-            properties[name]
-            for name in ("hats_primary_table_url", "hats_assn_join_table_url")
-            if name in properties
-        ]
-        raise CatalogError(
-            f"{path}: its dataproduct_type is {kind}: a catalog of stars or observations is needed",
-            f"Give the catalog that it belongs to: {' or '.join(of)}." if of else "",
-        )
-
-
-def read_properties(path: Path) -> dict[str, str]:
-    """Read a Java-style properties file."""
-    properties = {}
-    for line in path.read_text().splitlines():
-        if line.strip() and not line.lstrip().startswith(("#", "!")):
-            key, _, value = line.partition("=")
-            properties[key.strip()] = value.strip().replace("\\:", ":")
-    return properties
-
-
-def write_catalog_metadata(
-    output: Output,
-    name: str,
-    pixels: Sequence[HealpixPixel],
-    schema: pa.Schema,
-    n_rows: int,
-    *,
-    catalog_type: str = "object",
-    extra: Mapping[str, str] | None = None,
-    root: str = "",
-) -> tuple[FileRecord, ...]:
-    """Write ``hats.properties``, ``partition_info.csv`` and ``_common_metadata``.
-
-    They are computed from what was written, never inherited from a parent catalog.
-    """
-    properties = {
-        "obs_collection": name,
-        "dataproduct_type": catalog_type,
-        "hats_nrows": str(n_rows),
-        **{f"hats_col_{name}": name for name in ("ra", "dec") if name in schema.names},
-        "hats_col_healpix": HEALPIX_COLUMN,
-        "hats_col_healpix_order": "29",
-        "hats_npix_suffix": ".parquet",
-        "hats_order": str(max((pixel.order for pixel in pixels), default=0)),
-        "hats_version": "v0.1",
-        "hats_builder": "sos-dask",
-        **(extra or {}),
-    }
-    text = "".join(f"{key}={value}\n" for key, value in properties.items())
-    info = io.StringIO()
-    writer = csv.writer(info, lineterminator="\n")
-    writer.writerow(["Norder", "Npix"])
-    # Breadth first, as hats sorts them.
-    writer.writerows(sorted((pixel.order, pixel.pixel) for pixel in pixels))
-
-    def save_schema(path: Path) -> int:
-        pq.write_metadata(described(schema), path)
-        return 0
-
-    return (
-        output.write_bytes(root + PROPERTIES, f"# HATS catalog\n{text}".encode()),
-        output.write_bytes(root + PARTITION_INFO, info.getvalue().encode()),
-        output.write_file(root + COMMON_METADATA, save_schema),
-    )
-
-
-def write_collection(directory: Path, name: str, primary: str, margins: Sequence[str]) -> None:
-    """Write ``collection.properties``: a primary catalog with margins, paths relative to it."""
-    lines = [f"obs_collection={name}", f"hats_primary_table_url={primary}"]
-    if margins:
-        lines += [f"all_margins={' '.join(margins)}", f"default_margin={margins[0]}"]
-    with atomic_path(directory / "collection.properties") as path:
-        path.write_text("# HATS collection\n" + "\n".join(lines) + "\n")
-
-
-def _footer_of(path: Path) -> pq.FileMetaData:
+def _footer_of(path: Path, sha256: str) -> pq.FileMetaData:
     """Footer of a file; the last few are kept, for tasks read their partitions in several steps."""
     found = path.stat()
-    return _kept_footer(str(path), found.st_mtime_ns, found.st_size)
+    return _kept_footer(str(path), found.st_mtime_ns, found.st_size, sha256)
 
 
 @lru_cache(maxsize=16)
-def _kept_footer(path: str, stamp: int, size: int) -> pq.FileMetaData:
-    return pq.read_metadata(path)
+def _kept_footer(path: str, stamp: int, size: int, sha256: str) -> pq.FileMetaData:
+    content = footer_bytes(Path(path))
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise OSError("its footer is not the one that was written")
+    return pq.read_metadata(pa.BufferReader(content))
 
 
 @lru_cache(maxsize=8)
 def _reopen(path: str, stamp: int) -> Catalog:
-    return Catalog.open(path)
+    return Catalog.read_only(path)

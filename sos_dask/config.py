@@ -108,6 +108,12 @@ class ReportSection(_Section):
     enabled: bool = True
 
 
+class PublishSection(_Section):
+    """How products are compared with their manifests before they are published."""
+
+    check: Literal["sha256", "size"] = "sha256"
+
+
 class AttachSection(_Section):
     """Columns of another catalog that are added to the target."""
 
@@ -196,6 +202,7 @@ class Job(_Section):
     compare: CompareSection = Field(default_factory=CompareSection)
     uncertainty: UncertaintySection = Field(default_factory=UncertaintySection)
     report: ReportSection = Field(default_factory=ReportSection)
+    publish: PublishSection = Field(default_factory=PublishSection)
     attach: dict[str, AttachSection] = Field(default_factory=dict)
     coverage: CoverageSection = Field(default_factory=CoverageSection)
     projection: ProjectionSection | None = None

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sos_dask.artifact import canonical_json, write_text
+from sos_dask.artifact import write_text
 from sos_dask.catalog import Catalog
 from sos_dask.cluster import Report, silent
 from sos_dask.compare import binned_median_rms
+from sos_dask.digests import canonical_json
 from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, simulate
 

@@ -9,13 +9,10 @@ our own.
 
 from __future__ import annotations
 
-import csv
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,22 +22,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask.artifact import Recipe, sha256_of_file
-from sos_dask.catalog import (
+from sos_dask.artifact import Recipe
+from sos_dask.catalog import Catalog, _between, _edges, _footer_of, partition_errors
+from sos_dask.columns import key_hashes
+from sos_dask.digests import sha256_of_file
+from sos_dask.errors import CatalogError, PartitionError
+from sos_dask.hats import (
     COMMON_METADATA,
+    NOT_A_CATALOG,
     PARTITION_INFO,
     PROPERTIES,
-    Catalog,
-    _between,
-    _edges,
-    _footer_of,
-    partition_errors,
-    partition_path,
+    data_files,
+    listed,
+    partitions_of,
+    pixel_of,
     properties_file,
     read_properties,
 )
-from sos_dask.columns import key_hashes
-from sos_dask.errors import CatalogError, ConfigError, PartitionError
 from sos_dask.healpix import (
     FloatArray,
     HealpixPixel,
@@ -56,7 +54,6 @@ from sos_dask.schema import HEALPIX, HEALPIX_COLUMN, KEYS, nearest
 # its partition: it keeps the nearest cell inside. Farther out it is in the wrong file.
 _PULLS_ARCSEC = (0.001, 0.05, 0.1, 0.2, 0.4, 0.8)
 _KEYS_AT_ONCE = 20_000_000
-_NOT_A_CATALOG = "Ask who made it, or make it again with hats-import or LSDB."
 
 
 class _Order(NamedTuple):
@@ -190,32 +187,23 @@ class ForeignCatalog(Catalog):
         CatalogError
             Partitions overlap, files are not listed, or rows are not as many as stated.
         """
-        for left, right in pairwise(self.pixels):
-            if left.overlaps(right):
-                raise CatalogError(f"{self.path}: pixels {left} and {right} overlap")
-        listed = {file for files in self.files.values() for file in files}
-        for file in _data_files(self.path):
-            if file not in listed:
+        known = {file for files in self.files.values() for file in files}
+        for file in data_files(self.path):
+            if file not in known:
                 raise CatalogError(
                     f"{self.path / PARTITION_INFO} does not list {file.relative_to(self.path)}",
-                    _NOT_A_CATALOG,
+                    NOT_A_CATALOG,
                 )
-        for row in _listed(self.path):
-            pixel = _pixel_of(row, self.path)
+        for row in listed(self.path):
+            pixel = pixel_of(row, self.path)
             n_rows = row.get("num_rows")
             if n_rows and n_rows.strip() != str(self.partition_rows(pixel)):
                 raise CatalogError(
                     f"{self.path / PARTITION_INFO} states {n_rows} rows of partition {pixel}, its "
                     f"files have {self.partition_rows(pixel)}",
-                    _NOT_A_CATALOG,
+                    NOT_A_CATALOG,
                 )
-        n_rows = self.properties.get("hats_nrows")
-        if n_rows is not None and n_rows != str(self.n_rows):
-            raise CatalogError(
-                f"{self.path}: {PROPERTIES} states hats_nrows={n_rows[:40]}, the partitions have "
-                f"{self.n_rows} rows",
-                _NOT_A_CATALOG,
-            )
+        super().check_account()
 
     def partition_rows(self, pixel: HealpixPixel) -> int:
         """Rows of one partition."""
@@ -225,7 +213,7 @@ class ForeignCatalog(Catalog):
         footers = []
         for file in self.files[pixel]:
             with partition_errors(file):
-                footers.append(_footer_of(file))
+                footers.append(_footer_of(file, ""))
         return footers
 
     def bounds(self, *columns: str) -> dict[str, tuple[float, float]]:
@@ -354,7 +342,7 @@ def open_foreign(
     CatalogError
         Properties, list of partitions or schema are missing, or fit neither each other nor HATS.
     """
-    files = _partitions(path, properties)
+    files = partitions_of(path, properties)
     pixels = sorted(files, key=lambda pixel: pixel.first)
     schema, stored = _as_here(_schema_of(path, pixels, files), properties, key, key_name, path)
     known = {**properties, "hats_col_ra": "ra", "hats_col_dec": "dec"}
@@ -372,7 +360,7 @@ def _schema_of(
         if pixels or file.is_file():
             with partition_errors(file):
                 return pq.read_schema(file).remove_metadata()
-    raise CatalogError(f"{path} has no partitions and no schema", _NOT_A_CATALOG)
+    raise CatalogError(f"{path} has no partitions and no schema", NOT_A_CATALOG)
 
 
 def _as_here(
@@ -417,87 +405,6 @@ def _type_here(kind: pa.DataType) -> pa.DataType:
     return pa.string() if text or pa.types.is_string_view(value) else kind
 
 
-# -- partitions and their files -------------------------------------------------------------------
-
-
-def _listed(path: Path) -> list[dict[str, str]]:
-    """Lines of ``partition_info.csv``, none where it is missing."""
-    info = path / PARTITION_INFO
-    try:
-        with info.open(newline="") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, csv.Error) as error:
-        raise CatalogError(f"{info} cannot be read: {error!r}") from None
-
-
-def _pixel_of(row: Mapping[str, str], path: Path) -> HealpixPixel:
-    try:
-        return HealpixPixel(int(row["Norder"]), int(row["Npix"]))
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CatalogError(f"{path / PARTITION_INFO} cannot be read: {error!r}") from None
-
-
-def _partitions(path: Path, properties: Mapping[str, str]) -> dict[HealpixPixel, tuple[Path, ...]]:
-    """Files of each partition; without ``partition_info.csv`` those that are there."""
-    suffix = properties.get("hats_npix_suffix", ".parquet")
-    if suffix != "/" and (not suffix.startswith(".") or "/" in suffix):
-        raise CatalogError(f"{path}: {PROPERTIES} states hats_npix_suffix={suffix}")
-    pixels = [_pixel_of(row, path) for row in _listed(path)]
-    found = {}
-    elsewhere: dict[HealpixPixel, tuple[Path, ...]] | None = None
-    if not (path / PARTITION_INFO).is_file():
-        pixels = list(elsewhere := _by_numbers(path))
-    for pixel in pixels:
-        if pixel in found:
-            raise CatalogError(f"{path / PARTITION_INFO} lists partition {pixel} twice")
-        base = path / partition_path(pixel).removesuffix(".parquet")
-        file = base if suffix == "/" else base.with_name(base.name + suffix)
-        files = (file,) if file.is_file() else tuple(_files_below(file if file.is_dir() else base))
-        if not files:
-            if elsewhere is None:
-                elsewhere = _by_numbers(path)
-            files = elsewhere.get(pixel, ())
-        if not files:
-            raise PartitionError(
-                f"partition {file} is missing", f"{PARTITION_INFO} lists it. {_NOT_A_CATALOG}"
-            )
-        found[pixel] = files
-    return found
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """Files of a folder but for hidden ones and metadata, in the order of their names."""
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not file.name.startswith((".", "_"))
-    ]
-
-
-def _data_files(path: Path) -> Iterator[Path]:
-    """Files where HATS has partitions."""
-    for place in sorted((path / "dataset").glob("Norder=*/Dir=*/Npix=*")):
-        yield from [place] if place.is_file() else _files_below(place)
-
-
-def _by_numbers(path: Path) -> dict[HealpixPixel, tuple[Path, ...]]:
-    """Files of partitions in any tree, by order and pixel in their names.
-
-    A wrong guess is refused when rows are read: they lie outside the partition.
-    """
-    found: dict[HealpixPixel, tuple[Path, ...]] = {}
-    standard = list(_data_files(path))
-    pattern = r"Norder=(\d+)/.*Npix=(\d+)" if standard else r"(\d+)\D+(\d+)\D*$"
-    for file in standard or _files_below(path):
-        numbers = re.search(pattern, file.relative_to(path).with_suffix("").as_posix())
-        if numbers and file.suffix != ".fits":
-            key = _pixel_of({"Norder": numbers[1], "Npix": numbers[2]}, path)
-            found[key] = (*found.get(key, ()), file)
-    return found
-
-
 # -- rows -----------------------------------------------------------------------------------------
 
 
@@ -508,7 +415,7 @@ def _opened(path: Path, names: Sequence[str]) -> Iterator[pq.ParquetFile]:
         partition_errors(path),
         pa.OSFile(str(path)) as source,
         pq.ParquetFile(
-            source, metadata=_footer_of(path), pre_buffer=False, page_checksum_verification=True
+            source, metadata=_footer_of(path, ""), pre_buffer=False, page_checksum_verification=True
         ) as file,
     ):
         for name in names:
@@ -599,7 +506,7 @@ def _cells_of(ra: FloatArray, dec: FloatArray, pixel: HealpixPixel, path: Path) 
             raise PartitionError(
                 f"partition {path}, row {rows[0]}: ra={ra[rows[0]]}, dec={dec[rows[0]]} lies "
                 f"outside HEALPix pixel {pixel} ({len(rows)} such rows)",
-                _NOT_A_CATALOG,
+                NOT_A_CATALOG,
             )
     return cells
 

@@ -15,7 +15,7 @@ from sos_dask.compare import Metric
 from sos_dask.config import Job
 from sos_dask.plan import COMPARISON, plan
 from sos_dask.planner import Stage
-from sos_dask.store import Cost, StageResult, home, publish, put_cost, result_of
+from sos_dask.store import Cost, StageResult, check_product, home, publish, put_cost, result_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ def rebuild(
     Returns
     -------
     Build
+
+    Raises
+    ------
+    CatalogError
+        A file of a product is not the one that was written: nothing is published. The SHA-256 of
+        all files are compared, or their bytes (``[publish] check = "size"``; always of those that
+        this run has written).
     """
     store = store or job.resolve(job.store)
     stages = plan(job, store)
@@ -89,6 +96,12 @@ def rebuild(
     for stage in stages:
         if not stage.complete:  # a rebuild beside this one may have been ahead of these workers
             Output(home(stage.recipe.stage, stage.directory), stage.recipe).tidy()
+    for number, stage in enumerate(stages):
+        report("check products", number, len(stages))
+        # What this very run has hashed while it wrote needs no second look at its content.
+        by = job.publish.check if stage.complete else "size"
+        check_product(stage.product, stage.recipe.stage, stage.directory, by)
+    report("check products", len(stages), len(stages))
     comparison = next(stage for stage in stages if stage.product == COMPARISON)
     choice = Manifest.load(comparison.directory).summary
     path = publish(

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from sos_dask import models
-from sos_dask.artifact import (
-    sha256_of_file,
-    write_text,
-)
 from sos_dask.catalog import Catalog
 from sos_dask.compare.choice import check_rule
 from sos_dask.config import AttachSection, DedupeSection, Job, SurveySection
 from sos_dask.coverage import Limits
 from sos_dask.crossmatch import MatchSettings
 from sos_dask.dedupe import DedupeSettings
+from sos_dask.digests import sha256_of_file
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.machine import n_cores
 from sos_dask.planner import Planner, Stage
@@ -48,7 +44,7 @@ from sos_dask.stages.uncertainty import (
     uncertainty,
     uncertainty_recipe,
 )
-from sos_dask.store import DIGESTS_FILE
+from sos_dask.store import DIGESTS_FILE, remember, remembered
 from sos_dask.survey import Survey
 from sos_dask.survey_file import load_survey
 from sos_dask.unify import UnifySettings
@@ -469,10 +465,7 @@ def _params(job: Job, method: str) -> dict[str, int | float | str]:
 def _digests(store: Path, files: list[Path]) -> list[str]:
     """SHA-256 of the survey files, remembered in the store by path, size and time of change."""
     memory = store / DIGESTS_FILE
-    try:
-        known: dict[str, str] = json.loads(memory.read_text())
-    except (OSError, json.JSONDecodeError):
-        known = {}
+    known = remembered(memory)
     keys = {}
     for file in files:
         if not file.is_file():
@@ -486,5 +479,5 @@ def _digests(store: Path, files: list[Path]) -> list[str]:
     with ThreadPoolExecutor(n_cores()) as pool:  # hashing holds no lock of the interpreter
         for file, digest in zip(missing, pool.map(sha256_of_file, missing), strict=True):
             known[keys[file]] = digest
-            write_text(memory, json.dumps(known, indent=1, sort_keys=True))
+            remember(memory, known)
     return [known[keys[file]] for file in files]

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sos_dask.artifact import WORK, Manifest, Output, Recipe, canonical_json
+from sos_dask.artifact import WORK, Manifest, Output, Recipe
 from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster, Report
 from sos_dask.config import Job
+from sos_dask.digests import canonical_json
 from sos_dask.errors import ConfigError
 from sos_dask.store import current_recipes, home, published
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from sos_dask.errors import ConfigError
@@ -147,3 +149,34 @@ def require_columns(schema: pa.Schema, names: tuple[str, ...], where: str) -> No
     for name in names:
         if name not in schema.names:
             raise ConfigError(f"{where} has no column '{name}'", nearest(name, schema.names))
+
+
+def described(schema: pa.Schema) -> pa.Schema:
+    """Schema with what pandas, and what is built on it, reads of the types of its columns.
+
+    Without it pandas turns integers among which some are null to float64, which does not hold ids
+    of 19 digits, and booleans to objects. Of a file, and of a folder by ``_common_metadata``.
+    """
+    columns = []
+    for item in schema:
+        try:
+            name = np.dtype(item.type.to_pandas_dtype()).name
+        except (NotImplementedError, TypeError):  # a type that pandas does not have
+            name = "object"
+        kind = name
+        if item.nullable and pa.types.is_integer(item.type):
+            kind = name.replace("i", "I").replace("u", "U")
+        elif item.nullable and pa.types.is_boolean(item.type):
+            kind = "boolean"
+        text = "unicode" if pa.types.is_string(item.type) else name
+        columns.append(
+            {
+                "name": item.name,
+                "field_name": item.name,
+                "pandas_type": text,
+                "numpy_type": kind,
+                "metadata": None,
+            }
+        )
+    about = {"index_columns": [], "column_indexes": [], "columns": columns}
+    return schema.with_metadata({"pandas": json.dumps(about)})

@@ -20,15 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sos_dask.artifact import FileRecord, Output
-from sos_dask.catalog import (
-    Catalog,
-    described,
-    parquet_settings,
-    partition_errors,
-    partition_path,
-)
+from sos_dask.catalog import Catalog, parquet_settings, partition_errors
 from sos_dask.errors import PartitionError
+from sos_dask.hats import partition_path
 from sos_dask.healpix import HealpixPixel
+from sos_dask.schema import described
 
 _MAGIC = b"PAR1"
 _PIECE_BYTES = 1 << 18
@@ -88,7 +84,8 @@ def extend_partition(
 
     def write(path: Path) -> tuple[int, str]:
         before, after = append_columns(source, table, schema, path)
-        if catalog.stated_sha256.get(name, before) != before:
+        stated = catalog.stated.get(name)
+        if stated is not None and stated.sha256 != before:
             raise PartitionError(
                 f"partition {source} is not the file that was written: it has another SHA-256",
                 "The file is damaged: remove its catalog and make it again.",

@@ -11,7 +11,7 @@ Layout (``<store>``)::
 from __future__ import annotations
 
 import datetime
-import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,9 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from sos_dask import __version__
-from sos_dask.artifact import MANIFEST, Manifest, Recipe, storage_errors, write_text
+from sos_dask.artifact import (
+    MANIFEST,
+    Check,
+    Manifest,
+    Recipe,
+    check_files,
+    storage_errors,
+    write_text,
+)
+from sos_dask.digests import read_sealed, sealed_json, sha256_of_file
 from sos_dask.errors import CatalogError, ConfigError
+from sos_dask.hats import COLLECTION
+from sos_dask.machine import n_cores
 
+logger = logging.getLogger(__name__)
 BUILD_FILE = "build.json"
 COSTS = "costs.json"
 DIGESTS_FILE = "digests.json"
@@ -68,6 +80,34 @@ def result_of(product: str, stage: str, directory: Path, ran: bool, why: str) ->
     )
 
 
+def check_product(product: str, stage: str, directory: Path, by: Check) -> None:
+    """Compare the files of a product with its manifest before it is published.
+
+    Parameters
+    ----------
+    by : str
+        ``sha256`` or ``size``.
+
+    Raises
+    ------
+    CatalogError
+        A file is missing or not the one that was written.
+    """
+    place = home(stage, directory)
+    try:
+        manifest = Manifest.load(place)
+        check_files(place, manifest, by, n_cores())
+        stated = manifest.summary.get("collection_sha256")
+        if stage == "margin" and stated != sha256_of_file(directory / COLLECTION):
+            raise CatalogError(f"{directory / COLLECTION} is not the file that was written")
+    except (CatalogError, OSError) as error:
+        what = error.message if isinstance(error, CatalogError) else str(error)
+        raise CatalogError(
+            f"product '{product}' is not published: {what}",
+            f"Remove {directory} and run the rebuild again: it is made anew.",
+        ) from None
+
+
 def publish(
     store: Path, job: str, job_text: str, products: Mapping[str, tuple[Recipe, Path]]
 ) -> Path:
@@ -82,8 +122,11 @@ def publish(
     """
     fingerprints = {product: recipe.fingerprint for product, (recipe, _) in products.items()}
     current = store / "current"
-    if published(store) == fingerprints:
+    known = published(store)
+    if known == fingerprints:
         return current.resolve()
+    if not known and (current / BUILD_FILE).exists():
+        logger.warning("%s is damaged: a new build is made", current / BUILD_FILE)
     now = datetime.datetime.now(datetime.UTC)
     build = store / "builds" / now.strftime("%Y%m%dT%H%M%S.%fZ")
     with storage_errors(build):
@@ -99,7 +142,7 @@ def publish(
             "sos_dask": __version__,
             "utc": now.isoformat(timespec="seconds"),
         }
-        write_text(build / BUILD_FILE, json.dumps(document, indent=1))
+        write_text(build / BUILD_FILE, sealed_json(document, sort_keys=False))
         swap = store / f".current.{os.getpid()}"
         swap.unlink(missing_ok=True)
         swap.symlink_to(os.path.relpath(build, store), target_is_directory=True)
@@ -127,24 +170,42 @@ def put_cost(store: Path, fingerprint: str, cost: Cost) -> None:
     path = store / COSTS
     known = {name: asdict(one) for name, one in costs(store).items()}
     known[fingerprint] = {name: round(value, 3) for name, value in asdict(cost).items()}
-    write_text(path, json.dumps(known, indent=1, sort_keys=True))
+    remember(path, known)
+
+
+def remember(path: Path, known: Mapping[str, Any]) -> None:
+    """Write what a store remembers beside its products."""
+    write_text(path, sealed_json({path.stem: known}))
+
+
+def remembered(path: Path) -> dict[str, Any]:
+    """Read what a store remembers beside its products; empty, with a warning, where damaged."""
+    try:
+        return dict(read_sealed(path, "").get(path.stem, {}))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except CatalogError as error:
+        logger.warning("%s; what it remembered is measured or hashed again", error.message)
+        return {}
 
 
 def costs(store: Path) -> dict[str, Cost]:
     """Costs of outputs by their fingerprints; those that are not known are missing."""
-    try:
-        known = json.loads((store / COSTS).read_text())
-        return {str(name): Cost(**one) for name, one in known.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+    return {name: Cost(**one) for name, one in remembered(store / COSTS).items()}
 
 
 def read_build(path: Path) -> dict[str, Any]:
     """``build.json`` of a build; `CatalogError` where it is none."""
     try:
-        return dict(json.loads((path / BUILD_FILE).read_text()))
-    except (OSError, ValueError) as error:
-        raise CatalogError(f"{path} is not a build: {error}") from None
+        build = read_sealed(path / BUILD_FILE, "")
+        if "products" not in build:
+            raise CatalogError(f"{path / BUILD_FILE} has no products")
+        return build
+    except (CatalogError, OSError) as error:
+        what = error.message if isinstance(error, CatalogError) else error
+        raise CatalogError(
+            f"{path} is not a build: {what}", "Run the rebuild again: a new build is made."
+        ) from None
 
 
 def require_store(store: Path, built: bool = True) -> None:
@@ -187,10 +248,7 @@ def current_product(store: Path, product: str) -> Path:
 
 def file_names(store: Path) -> dict[str, str]:
     """Names of the survey files that a rebuild into this store has hashed, by SHA-256."""
-    try:
-        known: dict[str, str] = json.loads((store / DIGESTS_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
+    known = remembered(store / DIGESTS_FILE)
     names = {digest: Path(key.rsplit(":", 2)[0]).name for key, digest in sorted(known.items())}
     return dict(sorted(names.items()))
 
@@ -297,6 +355,8 @@ def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tupl
         raise ConfigError(f"{keep_builds} builds cannot be kept: the current one always stays")
     require_store(store, built=False)
     kept = _kept_builds(store, keep_builds)
+    for build in kept:
+        _require_links(build)
     used = _used_artifacts(store, keep_builds)
     doomed = [path for path in sorted((store / "builds").glob("*")) if path not in kept]
     doomed += [path for path in _artifacts(store) if path not in used]
@@ -305,6 +365,17 @@ def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tupl
         for path in doomed:
             shutil.rmtree(path)
     return removed
+
+
+def _require_links(build: Path) -> None:
+    """Raise `CatalogError` unless a build has a link for each of its products."""
+    for product, fingerprint in read_build(build)["products"].items():
+        link = build / product
+        if not link.is_symlink() or link.readlink().name != fingerprint:
+            raise CatalogError(
+                f"{link} is not the link to artifact {fingerprint[:12]}: nothing is removed",
+                f"Run the rebuild again, then remove {build}.",
+            )
 
 
 def _artifacts(store: Path) -> list[Path]:
@@ -319,19 +390,21 @@ def _kept_builds(store: Path, keep: int | None) -> set[Path]:
     builds = sorted((store / "builds").glob("*"))
     kept = set(builds if keep is None else builds[-keep:])
     current = store / "current"
-    if current.exists():
+    if current.exists() and current.resolve().parent.name == "builds":
         kept.add(store / "builds" / current.resolve().name)
     return kept
 
 
 def _used_artifacts(store: Path, keep: int | None) -> set[Path]:
     root = store.resolve()
-    return {
-        store / link.resolve().relative_to(root)
+    links = [
+        link.resolve()
         for build in _kept_builds(store, keep)
+        if build.is_dir()
         for link in build.iterdir()
         if link.is_symlink()
-    }
+    ]
+    return {store / link.relative_to(root) for link in links if link.is_relative_to(root)}
 
 
 def _size(path: Path) -> int:

@@ -8,17 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sos_dask.artifact import (
-    MANIFEST,
-    Manifest,
-    Output,
-    Recipe,
-    Rows,
-    atomic_path,
-    canonical_json,
-    sha256_of_file,
-    storage_errors,
-)
+from sos_dask.artifact import MANIFEST, Manifest, Output, Recipe, Rows, atomic_path, storage_errors
+from sos_dask.digests import canonical_json, sealed_json, sha256_of_file
 from sos_dask.errors import CatalogError, StorageError
 
 RECIPE = Recipe("dedupe", 1, {"radius_arcsec": 1.5}, {"observations": "abc"})
@@ -125,7 +116,7 @@ def test_account_of_rows_must_close(tmp_path):
 def test_manifest_of_another_kind_is_refused(tmp_path, change, message):
     Output.prepare(tmp_path, RECIPE).commit(Rows(0, 0), ())
     path = tmp_path / MANIFEST
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    path.write_text(sealed_json(change(json.loads(path.read_text()))))
     with pytest.raises(CatalogError, match=message):
         Manifest.load(tmp_path)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sos_dask.artifact import Manifest
+from sos_dask.artifact import Manifest, Output
 from sos_dask.catalog import Catalog
 from sos_dask.cli import app
 from sos_dask.coverage import MEASURES, CoverageModel, Limits
+from sos_dask.digests import sealed_json
 from sos_dask.errors import CatalogError
 from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe, look
 from sos_dask.stages.overlap import parameter_columns
@@ -79,6 +81,8 @@ def test_pairs_of_another_model_are_refused(small_store, tmp_path):
     pq.write_table(held_out.slice(1), model / "held_out.parquet")
     pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
     stars = opened(small_store, "lamost.stars")
+    manifest = Manifest.load(model)
+    Output(model, replace(manifest.recipe, params={})).commit(manifest.rows, ())
     with pytest.raises(CatalogError, match="does not hold the pairs"):
         coverage(model, pairs, rows, stars, tmp_path / "out", CoverageSettings(compare=False))
 
@@ -129,15 +133,15 @@ def test_a_store_without_coverage_is_told_what_to_do(small_store, tmp_path):
         app(command)
     current = tmp_path / "current"
     current.mkdir()
-    (current / "build.json").write_text('{"products": {"pairs": ""}}')
+    (current / "build.json").write_text(sealed_json({"products": {"pairs": ""}}))
     with pytest.raises(CatalogError, match="has no product 'coverage'"):
         app(command)
-    (current / "build.json").write_text('{"products": {"coverage": ""}}')
+    (current / "build.json").write_text(sealed_json({"products": {"coverage": ""}}))
     shutil.copytree(small_store / "current" / "coverage", current / "coverage")
     manifest = current / "coverage" / "manifest.json"
     document = json.loads(manifest.read_text())
     del document["summary"]["stars"]
-    manifest.write_text(json.dumps(document))
+    manifest.write_text(sealed_json(document))
     with pytest.raises(CatalogError, match="made by another version"):
         app(command)
 

@@ -351,6 +351,9 @@ def test_an_unfinished_output_is_shown_and_goes_on(job, store):
     broken = observations.partition_file(observations.pixels[-1])
     sound = broken.read_bytes()
     broken.write_bytes(sound[: len(sound) // 2])
+    with pytest.raises(CatalogError, match=re.escape(str(broken))):
+        rebuild(job)
+    broken.write_bytes(sound[: len(sound) // 2] + sound[: len(sound) - len(sound) // 2])
     with pytest.raises(PartitionError, match=re.escape(str(broken))):
         rebuild(job)
     (unfinished,) = status(store).unfinished

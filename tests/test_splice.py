@@ -10,15 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sos_dask.artifact import Output, Recipe, sha256_of_file
-from sos_dask.catalog import (
-    Catalog,
-    described,
-    parquet_settings,
-    partition_path,
-    write_partition,
-)
+from sos_dask.artifact import Output, Recipe
+from sos_dask.catalog import Catalog, parquet_settings, write_partition
+from sos_dask.digests import sha256_of_file
 from sos_dask.errors import PartitionError
+from sos_dask.hats import partition_path
+from sos_dask.schema import described
 from sos_dask.splice import append_columns, can_extend, extend_partition
 from sos_dask.stages.apply import apply
 from sos_dask.verify import verify

@@ -196,7 +196,7 @@ def report(
 
     published = (store / "current" / "report").resolve()
     if out is None and (published / PAGE).is_file():
-        out, manifest = published, Manifest.load(published)
+        out, manifest = published, Manifest.checked(published)
     else:
         out = out or store / "report"
         manifest = run_step(partial(of_build, store, out), options)

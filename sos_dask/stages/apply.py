@@ -14,12 +14,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask import models
-from sos_dask.artifact import Manifest, Output, Recipe, Rows, sha256_of_file
+from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.columns import floats32, matrix32
 from sos_dask.correct import FLAG_MEANINGS, Predictor, correct, corrected_schema
 from sos_dask.coverage import INSIDE, KIND_FIELD, CoverageModel
+from sos_dask.digests import sha256_of_file
 from sos_dask.errors import CatalogError, ConfigError, ModelError
 from sos_dask.features import features
 from sos_dask.healpix import HealpixPixel
@@ -212,12 +213,15 @@ def apply(
     recipe = apply_recipe(
         fingerprint,
         catalog.fingerprint,
-        "" if errors is None else Manifest.load(errors).fingerprint,
+        "" if errors is None else Manifest.checked(errors).fingerprint,
         trust.coverage.fingerprint if trust else "",
         trust.fallback if trust else "",
-        Manifest.load(trust.smooth).fingerprint if trust and trust.smooth else "",
+        Manifest.checked(trust.smooth).fingerprint if trust and trust.smooth else "",
     )
-    output = Output.prepare(directory, recipe, overwrite)
+    inputs = [model, catalog.path, errors]
+    if trust:
+        inputs += [trust.coverage.path, trust.smooth]
+    output = Output.prepare(directory, recipe, overwrite, inputs)
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()

@@ -165,7 +165,7 @@ def attach(
                 "Attach it under another name: columns are not overwritten.",
             )
     recipe = attach_recipe(catalog.fingerprint, other.fingerprint, settings)
-    output = Output.prepare(directory, recipe, overwrite)
+    output = Output.prepare(directory, recipe, overwrite, [catalog.path, other.path])
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask import models
-from sos_dask.artifact import Manifest, Output, Recipe, Rows, sha256_of_file
+from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.columns import floats32, matrix32
@@ -45,10 +45,10 @@ from sos_dask.compare.figures import (
     figures,
 )
 from sos_dask.density import knn_distance, robust_scale
-from sos_dask.errors import CatalogError, ModelError
+from sos_dask.errors import ModelError
 from sos_dask.features import TEFF_UNIT_K, features
 from sos_dask.schema import LABELS
-from sos_dask.stages.evidence import DIFFERENCES, HELD_OUT, evidence, require_evidence
+from sos_dask.stages.evidence import DIFFERENCES, evidence, require_evidence
 from sos_dask.stages.parts import manifest_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.trends import AXES, Axis
@@ -158,7 +158,7 @@ def compare(
     manifests = {method: _manifest_of(path) for method, path in models.items()}
     fingerprints = {method: manifest.fingerprint for method, manifest in manifests.items()}
     recipe = compare_recipe(pairs.fingerprint, fingerprints, settings)
-    output = Output.prepare(directory, recipe, overwrite)
+    output = Output.prepare(directory, recipe, overwrite, [pairs.path, *models.values()])
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
@@ -215,19 +215,12 @@ def compare(
 
 
 def _manifest_of(model: Path) -> Manifest:
-    """Manifest of a trained model, its held-out pairs unchanged."""
-    manifest = Manifest.load(model)
+    """Manifest of a trained model, its files unchanged."""
+    manifest = Manifest.checked(model)
     if not manifest.recipe.stage.startswith("train-"):
         raise ModelError(
             f"{model} is not a trained model but an output of '{manifest.recipe.stage}'",
             "Give the outputs of 'sos-dask train'.",
-        )
-    stated = {record.path: record.sha256 for record in manifest.files}
-    path = model / HELD_OUT
-    if path.is_file() and sha256_of_file(path) != stated.get(HELD_OUT):
-        raise CatalogError(
-            f"{path} is not the file that was written with the model",
-            "Its SHA-256 is another one: restore it, or train the model again.",
         )
     return manifest
 

@@ -163,16 +163,17 @@ def coverage(
     """
     kernel.check_measure(settings.measure)
     catalog.require(*LABELS, HEALPIX_COLUMN, "obs_id", "ra", "dec")
-    fingerprint = model_fingerprint or Manifest.load(model).fingerprint
+    fingerprint = model_fingerprint or Manifest.checked(model).fingerprint
     recipe = coverage_recipe(
         fingerprint,
         pairs.fingerprint,
         catalog.fingerprint,
         stars.fingerprint,
         settings,
-        "" if errors is None else Manifest.load(errors).fingerprint,
+        "" if errors is None else Manifest.checked(errors).fingerprint,
     )
-    output = Output.prepare(directory, recipe, overwrite)
+    inputs = (model, pairs.path, catalog.path, stars.path, errors)
+    output = Output.prepare(directory, recipe, overwrite, inputs)
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
@@ -280,7 +281,7 @@ def _fitted(
     names = ("coverage.json", "overlap.npy", "catalog.npy", "overlap8.npy", "ratio.ubj",
              CALIBRATION)  # fmt: skip
     record = output.get_record("fit", "model")
-    if record is None:
+    if record is None or not output.intact("fit", "model"):
         columns = parameter_columns(sample)
         overlap = read_overlap(model, pairs, errors)
         target = None if errors is None else read_target(sample, errors)
@@ -305,7 +306,7 @@ def _fitted(
             "intervals": kernel.counted(fit.n_width),
             "measures": [asdict(ranking) for ranking in rankings],
         }
-        output.put_record("fit", "model", record)
+        output.put_record("fit", "model", record, [*scratch.iterdir()])
     files = []
     for name in names:
         source = output.work / "model" / name
@@ -422,7 +423,7 @@ def look(directory: Path) -> dict[str, Any]:
     PartitionError
         Its maps cannot be read.
     """
-    summary = Manifest.load(directory).summary
+    summary = Manifest.checked(directory).summary
     with partition_errors(directory / MAPS):
         maps = pq.read_table(directory / MAPS)
     kept = ("meaning", "limits", "measure", "measures", "parameters", "parameters_without_column",

@@ -134,7 +134,10 @@ def crossmatch(
     left.require("ra", "dec", HEALPIX_COLUMN)
     right.require("ra", "dec", HEALPIX_COLUMN)
     output = Output.prepare(
-        directory, crossmatch_recipe(left.fingerprint, right.fingerprint, settings), overwrite
+        directory,
+        crossmatch_recipe(left.fingerprint, right.fingerprint, settings),
+        overwrite,
+        [left.path, right.path],
     )
     if output.complete:
         return output.load_manifest()

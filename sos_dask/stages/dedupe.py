@@ -89,7 +89,10 @@ def dedupe(
     catalog.require("obs_id", "ra", "dec", "quality", HEALPIX_COLUMN)
     errors = dict(expected_error or {})
     output = Output.prepare(
-        directory, dedupe_recipe(catalog.fingerprint, settings, errors), overwrite
+        directory,
+        dedupe_recipe(catalog.fingerprint, settings, errors),
+        overwrite,
+        [catalog.path],
     )
     if output.complete:
         return output.load_manifest()

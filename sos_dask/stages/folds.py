@@ -9,7 +9,7 @@ Its memory goes with the edge pairs: some percent of all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.artifact import WORK, FileRecord, Output, storage_errors
-from sos_dask.catalog import partition_errors, partition_path, write_parquet, write_partition
+from sos_dask.catalog import partition_errors, write_parquet, write_partition
 from sos_dask.folds import fold_of, same_targets, smallest_of_joined, star_numbers
+from sos_dask.hats import partition_path
 from sos_dask.healpix import FloatArray, HealpixPixel, IntArray
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.stages.ids import GAIA_IDS, id_values
@@ -161,7 +162,7 @@ def write_pairs(output: Output, pixel: HealpixPixel, pairs: pa.Table) -> FileRec
     """Write pairs aside: not even a task that outlives its worker can touch the final file."""
     name = f"{WORK}/{_partition_file(output, pixel).relative_to(output.work)}"
     record = output.write_file(name, lambda path: write_parquet(pairs, path))
-    return FileRecord(partition_path(pixel), record.rows, record.bytes, record.sha256)
+    return replace(record, path=partition_path(pixel))
 
 
 def keep_pairs(output: Output, pixel: HealpixPixel) -> None:

@@ -159,7 +159,10 @@ def generalisation(
     pairs.require(HEALPIX_COLUMN, "use", "fold", *LABELS, *DIFFERENCES)
     complete = {name: models.check_params(name, params) for name, params in methods.items()}
     output = Output.prepare(
-        directory, generalisation_recipe(pairs.fingerprint, complete, settings), overwrite
+        directory,
+        generalisation_recipe(pairs.fingerprint, complete, settings),
+        overwrite,
+        [pairs.path],
     )
     if output.complete:
         return output.load_manifest()

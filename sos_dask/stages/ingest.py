@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.artifact import Manifest, Output, Recipe, Rows, atomic_path, sha256_of_file
+from sos_dask.artifact import REJECTED, Manifest, Output, Recipe, Rows, atomic_path
 from sos_dask.catalog import write_parquet, write_partition
 from sos_dask.clean import quality_mask
 from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.digests import sha256_of_file
 from sos_dask.errors import CatalogError, ConfigError, SurveyError
 from sos_dask.healpix import HealpixPixel, plan_partitions
 from sos_dask.ingest import (
@@ -59,7 +60,6 @@ VERSION = 5
 _KEYS_PER_RANGE = 10_000_000
 # Measured, and a tenth more: a worker's process, and what it holds of a row while it reads a chunk.
 _PROCESS_BYTES, _CHUNK_BYTES = 170 << 20, 460
-_REJECTED = "rejected.parquet"
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def _run(
         check_conflicts(len(conflicts), n_rows, conflicts[0].as_py(), f"survey {survey.name}")
     extra = []
     if rejected.num_rows:
-        extra.append(output.write_file(_REJECTED, partial(write_parquet, rejected)))
+        extra.append(output.write_file(REJECTED, partial(write_parquet, rejected)))
     properties = {"sos_survey": survey.name}
     commit_catalog(
         output,
@@ -411,7 +411,7 @@ def _settle_conflicts(
     keys_parts: Sequence[str],
 ) -> None:
     """Decide which rows lose where one key stands at several positions (rare: done at once)."""
-    if _losers_file(output).is_file():
+    if output.intact("conflicts", "losers"):
         return
     keys = pa.concat_tables([read_piece(_keys_file(output, key)) for key in keys_parts])["obs_id"]
     losers = pa.table({FILE: pa.array([], pa.int32()), ROW: pa.array([], pa.int64())})
@@ -427,6 +427,7 @@ def _settle_conflicts(
         losers = lost.select([FILE, ROW])
         write_piece(_rejected_file(output, "conflicts"), rejected_rows(lost, CONFLICT, names))
     write_piece(_losers_file(output), losers)
+    output.put_record("conflicts", "losers", {})
 
 
 def _merge_part(part: _PixelPart) -> None:

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_collection, write_partition
+from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.errors import ConfigError
+from sos_dask.hats import write_collection
 from sos_dask.healpix import HealpixPixel
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.surroundings import surroundings
@@ -64,7 +65,10 @@ def margin(
     if not 0 < radius_arcsec < 3600:
         raise ConfigError(f"margin of {radius_arcsec} arcsec is not between 0 and 3600")
     output = Output.prepare(
-        directory / "margin", margin_recipe(catalog.fingerprint, radius_arcsec), overwrite
+        directory / "margin",
+        margin_recipe(catalog.fingerprint, radius_arcsec),
+        overwrite,
+        [catalog.path],
     )
     if not output.complete:
         parts = {
@@ -74,7 +78,7 @@ def margin(
             with suppress(FileExistsError):
                 target = os.path.relpath(catalog.path.resolve(), directory.resolve())
                 (directory / "catalog").symlink_to(target)
-            write_collection(directory, catalog.name, "catalog", ["margin"])
+            collection = write_collection(directory, catalog.name, "catalog", ["margin"])
             step = f"margin of {catalog.name}"
             run_parts(output, "margin", parts, _margin_part, cluster or Cluster(), step, report)
             done = records(output, "margin", list(parts))
@@ -86,7 +90,7 @@ def margin(
                 list(zip(catalog.pixels, done, strict=True)),
                 catalog.schema,
                 Rows(n_in, n_out, 0, {"inside": n_in}, {"margin rows": n_out}),
-                {},
+                {"collection_sha256": collection},
                 properties={
                     "hats_primary_table_url": catalog.name,
                     "hats_margin_threshold": f"{radius_arcsec:g}",

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from sos_dask.artifact import FileRecord, Manifest, Output, Rows
-from sos_dask.catalog import write_catalog_metadata
 from sos_dask.cluster import Cluster, Report
 from sos_dask.errors import CatalogError, StorageError, SurveyError
+from sos_dask.hats import write_catalog_metadata
 from sos_dask.healpix import HealpixPixel
 
 T = TypeVar("T")
@@ -32,8 +32,8 @@ def run_parts(
     step: str,
     report: Report,
 ) -> None:
-    """Run ``function`` on the parts without a record; it writes the record of its part last."""
-    missing = [part for key, part in parts.items() if output.get_record(kind, key) is None]
+    """Run ``function`` on the parts without a sound record; it writes that of its part last."""
+    missing = [part for key, part in parts.items() if not output.intact(kind, key)]
     if missing:
         cluster.run(function, missing, step, report)
     else:
@@ -88,7 +88,7 @@ def unless_complete(output: Output) -> Iterator[None]:
 
 def manifest_of(directory: Path, stage: str) -> Manifest:
     """Manifest of a finished output of a stage; `CatalogError` for that of another one."""
-    manifest = Manifest.load(directory)
+    manifest = Manifest.checked(directory)
     if manifest.recipe.stage != stage:
         raise CatalogError(
             f"{directory} is no output of '{stage}' but of '{manifest.recipe.stage}'"

@@ -127,7 +127,7 @@ def projection(
     recipe = projection_recipe(
         [one.fingerprint for one in target], [one.fingerprint for one in overlap], settings
     )
-    output = Output.prepare(directory, recipe, overwrite)
+    output = Output.prepare(directory, recipe, overwrite, [one.path for one in (*target, *overlap)])
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()

@@ -125,7 +125,12 @@ def reference(
     for catalog in catalogs.values():
         catalog.require("star_id", "ra", "dec", HEALPIX_COLUMN, "quality", *LABELS)
     fingerprints = {survey: catalog.fingerprint for survey, catalog in catalogs.items()}
-    output = Output.prepare(directory, reference_recipe(fingerprints, settings), overwrite)
+    output = Output.prepare(
+        directory,
+        reference_recipe(fingerprints, settings),
+        overwrite,
+        [catalog.path for catalog in catalogs.values()],
+    )
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
@@ -155,7 +160,8 @@ def reference(
             parts = {key: replace(part, settings=fixed) for key, part in parts.items()}
         run_parts(output, "stars", parts, _reference_part, cluster, "reference", report)
         done = records(output, "stars", list(parts))
-        n_in, n_out = int(histogram.sum()), sum(record["n_stars"] for record in done)
+        n_in = sum(catalog.n_rows for catalog in catalogs.values())
+        n_out = sum(record["n_stars"] for record in done)
         merged = sum(record["n_members"] for record in done) - n_out
         commit_catalog(
             output,

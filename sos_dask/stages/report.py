@@ -151,7 +151,7 @@ def _report(
             "Give the products of a complete rebuild.",
         )
     recipe = report_recipe({p.name: p.fingerprint for p in build.products}, settings)
-    output = Output.prepare(directory, recipe, overwrite)
+    output = Output.prepare(directory, recipe, overwrite, build.homes.values())
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()

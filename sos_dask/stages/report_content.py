@@ -77,11 +77,13 @@ class Build:
         found = {name: path.resolve() for name, path in directories.items()}
         return cls(
             found,
-            {
-                name: Manifest.load(home("margin" if name.endswith(".collection") else "", path))
-                for name, path in found.items()
-            },
+            {name: Manifest.checked(_home(name, path)) for name, path in found.items()},
         )
+
+    @property
+    def homes(self) -> dict[str, Path]:
+        """Directories of the manifests."""
+        return {name: _home(name, path) for name, path in self.directories.items()}
 
     @property
     def products(self) -> list[tables.Product]:
@@ -168,6 +170,10 @@ class Build:
             return None
         models.load(directory)
         return dict(json.loads((directory / FORMULA_FILE).read_text()))
+
+
+def _home(name: str, path: Path) -> Path:
+    return home("margin" if name.endswith(".collection") else "", path)
 
 
 def figures(build: Build) -> dict[str, Callable[[Counts], Drawn | None]]:

@@ -90,7 +90,7 @@ class PairsSource:
 
 @lru_cache(maxsize=4096)
 def _kept_batch(path: str, fingerprint: str, index: int) -> models.Batch:
-    return _read_batch(Catalog.open(path), index)
+    return _read_batch(Catalog.read_only(path), index)
 
 
 def _read_batch(catalog: Catalog, index: int) -> models.Batch:
@@ -161,7 +161,9 @@ def train(
             f"validation '{settings.validation}' is not one of {', '.join(VALIDATIONS)}",
             nearest(settings.validation, VALIDATIONS),
         )
-    output = Output.prepare(directory, train_recipe(pairs.fingerprint, settings), overwrite)
+    output = Output.prepare(
+        directory, train_recipe(pairs.fingerprint, settings), overwrite, [pairs.path]
+    )
     if output.complete:
         return output.load_manifest()
     with unless_complete(output):

@@ -167,11 +167,13 @@ def trends(
     recipe = trends_recipe(
         pairs.fingerprint,
         settings,
-        {method: Manifest.load(path).fingerprint for method, path in models.items()},
+        {method: Manifest.checked(path).fingerprint for method, path in models.items()},
         None if reference is None else reference.fingerprint,
         {survey: catalog.fingerprint for survey, catalog in stars.items()},
     )
-    output = Output.prepare(directory, recipe, overwrite)
+    catalogs = [pairs, *stars.values(), *([reference] if reference else [])]
+    inputs = [*(catalog.path for catalog in catalogs), *models.values()]
+    output = Output.prepare(directory, recipe, overwrite, inputs)
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
@@ -182,8 +184,9 @@ def trends(
         groups[_PLANE_KEY] = tuple(by_name[name] for name in PLANE)
     parts = {key: _Part(output, key, axes, pairs, models, settings) for key, axes in groups.items()}
     with unless_complete(output):
-        if not _common_file(output).is_file():
+        if not output.intact("common", "common"):
             write_piece(_common_file(output), _common_stars(reference, stars, settings.order))
+            output.put_record("common", "common", {})
         fitted = {name: _Fitted(output, name, path, pairs) for name, path in models.items()}
         run_parts(output, "fitted", fitted, _fitted_part, cluster, "predictions", report)
         run_parts(output, "trends", parts, _trends_part, cluster, "trends", report)

@@ -166,9 +166,11 @@ def uncertainty(
     """
     settings, surveys = settings or UncertaintySettings(), surveys or Surveys()
     recipe = recipe or uncertainty_recipe(
-        Manifest.load(model).fingerprint, pairs.fingerprint, settings
+        Manifest.checked(model).fingerprint, pairs.fingerprint, settings
     )
-    output = Output.prepare(directory, recipe, overwrite)
+    catalogs = [pairs, surveys.target_stars, surveys.reference, *surveys.stars.values()]
+    inputs = [model, *(catalog.path for catalog in catalogs if catalog is not None)]
+    output = Output.prepare(directory, recipe, overwrite, inputs)
     if output.complete:
         return output.load_manifest()
     cluster = cluster or Cluster()
@@ -187,6 +189,7 @@ def read_calibration(directory: Path) -> list[dict[str, Any]]:
         The file is missing or damaged.
     """
     path = directory / CALIBRATION
+    Manifest.checked(directory)
     with partition_errors(path):
         return list(pq.read_table(path).to_pylist())
 

@@ -11,7 +11,8 @@ import uuid
 import zlib
 from pathlib import Path
 
-from sos_dask.errors import StorageError, SurveyError
+from sos_dask.digests import read_sealed, sealed_json, sum_of_file
+from sos_dask.errors import CatalogError, StorageError, SurveyError
 from sos_dask.ingest.readers.common import DAMAGED
 
 _GZIP = b"\x1f\x8b"
@@ -69,8 +70,12 @@ def decompressed(path: Path, scratch: Path) -> Path:
     identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
     stem = path.name.removesuffix(".gz")
     target = scratch / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{stem}"
-    if target.is_file():
-        return target
+    stated = target.with_name(f"{target.name}.json")  # unpacked bytes have no checksum
+    try:
+        if read_sealed(stated, "")["sum"] == sum_of_file(target):
+            return target
+    except (FileNotFoundError, CatalogError):
+        pass
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,10 @@ def decompressed(path: Path, scratch: Path) -> Path:
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
+        text = sealed_json({"sum": sum_of_file(temporary)})
         temporary.replace(target)
+        temporary.write_text(text)
+        temporary.replace(stated)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise SurveyError(f"{path}: truncated or damaged gzip file: {error}", DAMAGED) from None
     except OSError as error:

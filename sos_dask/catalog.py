@@ -242,6 +242,11 @@ class Catalog:
         return True
 
     @property
+    def has_our_columns(self) -> bool:
+        """Whether columns have the same names and types in the files as here."""
+        return True
+
+    @property
     def name(self) -> str:
         """Name of the catalog."""
         return self.properties.get("obs_collection", self.path.name)

@@ -38,6 +38,7 @@ from sos_dask.hats import (
     pixel_of,
     properties_file,
     read_properties,
+    require_sources,
 )
 from sos_dask.healpix import (
     FloatArray,
@@ -128,11 +129,18 @@ class ForeignCatalog(Catalog):
         }
         return Recipe("foreign", 2, params, {}).fingerprint, as_written
 
+    @property
+    def has_our_columns(self) -> bool:
+        """Whether columns have the same names and types in the files as here."""
+        return all(map(self._has_our_columns, self.files.values()))
+
+    def _has_our_columns(self, files: tuple[Path, ...]) -> bool:
+        schemas = [pq.read_schema(file).remove_metadata() for file in files]
+        return all(schema.equals(self.schema) for schema in schemas)
+
     def _stands_as_read(self, pixel: HealpixPixel) -> bool:
-        [file, *others] = self.files[pixel]
-        if others or file != self.partition_file(pixel):
-            return False
-        return bool(pq.read_schema(file).remove_metadata().equals(self.schema))
+        files = self.files[pixel]
+        return files == (self.partition_file(pixel),) and self._has_our_columns(files)
 
     def _require_unique(self, name: str) -> None:
         """Refuse nulls and repeats in a key, some values at a time where there are very many."""
@@ -342,6 +350,8 @@ def open_foreign(
     CatalogError
         Properties, list of partitions or schema are missing, or fit neither each other nor HATS.
     """
+    if properties.get("dataproduct_type") != "margin":  # which `verify` reads
+        require_sources(path, properties)
     files = partitions_of(path, properties)
     pixels = sorted(files, key=lambda pixel: pixel.first)
     schema, stored = _as_here(_schema_of(path, pixels, files), properties, key, key_name, path)

@@ -407,12 +407,37 @@ def test_another_product_of_hats_is_refused_by_every_command(tmp_path, run, expe
     bad = of_others(
         tmp_path / "bad", stars(), dataproduct_type=kind, hats_primary_table_url="the_stars"
     )
+    if kind != "margin":  # the others have no positions
+        each_file(bad, lambda part: part.select(["star_id"]))
     for text in COMMANDS:
         words = text.format(bad=bad, good=good, out=tmp_path / "out").split()
         code, said = run(*words)
         assert code == 5, (text, said)
         assert f"dataproduct_type is {kind}" in said and "the_stars" in said
         assert not (tmp_path / "out").exists()
+
+
+def test_a_margin_is_made_only_where_it_has_the_columns_of_its_catalog(tmp_path):
+    table = stars()
+    margin(Catalog.open(of_others(tmp_path / "good", table)), tmp_path / "margin", 60.0)
+    assert verify(tmp_path / "margin/margin") == []
+    named = of_others(tmp_path / "named", table, hats_col_ra="RA_ICRS")
+    with pytest.raises(CatalogError, match="other names or types"):
+        margin(Catalog.open(named), tmp_path / "no", 60.0)
+    assert not (tmp_path / "no").exists()
+
+
+def test_observations_of_others_are_deduped_like_our_own(tmp_path, run):
+    own = write_catalog(observations(300, 1), tmp_path / "own", 200)
+    table = rows_of(own).drop_columns("_healpix_29")
+    table = table.rename_columns(["star_id", *table.schema.names[1:]])  # as of_others sorts by it
+    written = of_others(tmp_path / "other", table.take(pa.array(np.arange(300)[::-1])))
+    each_file(written, lambda p: p.rename_columns(["_healpix_29", "name", *p.schema.names[2:]]))
+    for path, more in ((own.path, []), (written, ["--key", "name"])):
+        code, said = run("dedupe", path, "-o", tmp_path / f"{path.name}.stars", *more)
+        assert code == 0, said
+    stars_of = [rows_of(Catalog.open(tmp_path / f"{name}.stars")) for name in ("own", "other")]
+    assert stars_of[1].cast(stars_of[0].schema).equals(stars_of[0])
 
 
 def test_our_own_margin_is_refused_and_its_collection_is_the_catalog(tmp_path, expected):

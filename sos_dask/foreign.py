@@ -135,8 +135,11 @@ class ForeignCatalog(Catalog):
         return all(map(self._has_our_columns, self.files.values()))
 
     def _has_our_columns(self, files: tuple[Path, ...]) -> bool:
-        schemas = [pq.read_schema(file).remove_metadata() for file in files]
-        return all(schema.equals(self.schema) for schema in schemas)
+        for file in files:
+            with partition_errors(file):
+                if not pq.read_schema(file).remove_metadata().equals(self.schema):
+                    return False
+        return True
 
     def _stands_as_read(self, pixel: HealpixPixel) -> bool:
         files = self.files[pixel]
@@ -324,11 +327,14 @@ class ForeignCatalog(Catalog):
         return table
 
     def _order(self, pixel: HealpixPixel) -> _Order:
-        found = [(file, file.stat()) for file in self.files[pixel]]
-        stamps = tuple((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in found)
+        stamps = []
+        for file in self.files[pixel]:
+            with partition_errors(file):
+                stat = file.stat()
+            stamps.append((str(file), stat.st_mtime_ns, stat.st_size))
         key = next((self.stored[name] for name in KEYS if name in self.stored), "")
         cells = self.stored.get(HEALPIX_COLUMN, "")
-        return _kept_order(stamps, pixel, self.stored["ra"], self.stored["dec"], key, cells)
+        return _kept_order(tuple(stamps), pixel, self.stored["ra"], self.stored["dec"], key, cells)
 
 
 def open_foreign(
@@ -355,7 +361,7 @@ def open_foreign(
     files = partitions_of(path, properties)
     pixels = sorted(files, key=lambda pixel: pixel.first)
     schema, stored = _as_here(_schema_of(path, pixels, files), properties, key, key_name, path)
-    known = {**properties, "hats_col_ra": "ra", "hats_col_dec": "dec"}
+    known = {**properties, "hats_col_ra": "ra", "hats_col_dec": "dec"}  # as the columns are named
     return ForeignCatalog(
         path, tuple(pixels), schema, known, None, key, key_name if key else "", stored, files
     )

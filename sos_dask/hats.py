@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from sos_dask.artifact import MANIFEST, WORK, FileRecord, Output, write_text
 from sos_dask.digests import sha256_of_file
 from sos_dask.errors import CatalogError, ConfigError, PartitionError
-from sos_dask.healpix import HealpixPixel
+from sos_dask.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.schema import HEALPIX_COLUMN, described
 
 BUILDER = "sos-dask"
@@ -168,8 +168,11 @@ def _by_numbers(path: Path) -> dict[HealpixPixel, tuple[Path, ...]]:
     pattern = r"Norder=(\d+)/.*Npix=(\d+)" if standard else r"(\d+)\D+(\d+)\D*$"
     for file in standard or _files_below(path):
         numbers = re.search(pattern, file.relative_to(path).with_suffix("").as_posix())
-        if numbers and file.suffix != ".fits":
-            key = pixel_of({"Norder": numbers[1], "Npix": numbers[2]}, path)
+        if numbers is None or not (standard or file.suffix.startswith(".par")):
+            continue
+        order, pixel = int(numbers[1]), int(numbers[2])
+        if order <= MAX_ORDER and pixel < 12 * 4**order:
+            key = HealpixPixel(order, pixel)
             found[key] = (*found.get(key, ()), file)
     return found
 

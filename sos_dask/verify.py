@@ -182,4 +182,7 @@ def _verify_partition(
         if stated != table.num_rows:
             problems.append(f"{where}: {table.num_rows} rows, the manifest says {stated}")
     key = next((n for n in ("obs_id", "star_id") if n in table.schema.names), None)
+    if key is not None and table[key].null_count:
+        problems.append(f"{where}: {table[key].null_count} rows have no {key}")
+        key = None
     return problems, no_key if key is None else key_hashes(table[key])

@@ -182,6 +182,7 @@ OTHERS: dict[str, tuple[dict, Callable, Callable]] = {
     "tree": ({"path": "parquet/{0}_{2}"}, nothing, nothing),
     "no partition_info": ({}, nothing, without("partition_info.csv")),
     "no partition_info, folders": ({"suffix": "/"}, nothing, without("partition_info.csv")),
+    "no partition_info, pq": ({"suffix": ".pq"}, nothing, without("partition_info.csv")),
     "no _common_metadata": ({}, nothing, without("dataset/_common_metadata")),
     "ra -180 to 180": ({}, turned, nothing),
     "text of pandas": ({}, nothing, lambda f: each_file(f, retyped("name", pa.large_string()))),
@@ -510,6 +511,12 @@ def test_what_does_not_fit_together_is_refused(tmp_path, run, expected, case):
         code, said = run("crossmatch", *order, "-o", tmp_path / "out")
         assert code == exit_code and says in said, said
         assert not (tmp_path / "out").exists()
+
+
+def test_verify_names_null_keys(tmp_path):
+    folder = of_others(tmp_path / "bad", stars())
+    each_file(folder, lambda p: p.set_column(1, "star_id", pa.nulls(len(p), pa.int64())))
+    assert any("rows have no star_id" in problem for problem in verify(folder))
 
 
 def test_hats_nrows_counts_all_files_of_folders(tmp_path):

@@ -7,15 +7,13 @@ a pixel under ``dataset/Norder=K/Dir=D/Npix=N.parquet``, sorted by ``_healpix_29
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,26 +21,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask.artifact import MANIFEST, WORK, FileRecord, Manifest, Output, Recipe, write_text
-from sos_dask.digests import footer_bytes, sha256_of_file
-from sos_dask.errors import CatalogError, ConfigError, PartitionError
+from sos_dask.artifact import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    Output,
+)
+from sos_dask.digests import footer_bytes
+from sos_dask.errors import CatalogError, PartitionError
+from sos_dask.hats import (
+    COLLECTION,
+    COMMON_METADATA,
+    PARTITION_INFO,
+    PROPERTIES,
+    is_ours,
+    listed,
+    partition_path,
+    pixel_of,
+    primary_of,
+    properties_file,
+    read_properties,
+    require_sources,
+)
 from sos_dask.healpix import HealpixPixel, Ranges
-from sos_dask.schema import HEALPIX_COLUMN, LABELS, nearest
+from sos_dask.schema import HEALPIX_COLUMN, KEYS, LABELS, described, nearest
 
 ROW_GROUP_ROWS = 1 << 15
-BUILDER = "sos-dask"
-PROPERTIES = "hats.properties"
-COLLECTION = "collection.properties"
-PARTITION_INFO = "partition_info.csv"
-COMMON_METADATA = "dataset/_common_metadata"
 
 _WITH_BOUNDS = (HEALPIX_COLUMN, "ra", "dec", "pmra", "pmdec", "position_epoch", *LABELS)
-
-
-def partition_path(pixel: HealpixPixel) -> str:
-    """Path of a partition, relative to its catalog."""
-    folder = pixel.pixel // 10000 * 10000
-    return f"dataset/Norder={pixel.order}/Dir={folder}/Npix={pixel.pixel}.parquet"
 
 
 def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
@@ -74,6 +80,7 @@ def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
 
 def write_parquet(table: pa.Table, path: Path) -> int:
     """Write a table the way all partitions are written; returns its rows."""
+    table = table.replace_schema_metadata(described(table.schema).metadata)
     pq.write_table(table, path, **parquet_settings(table.schema))
     return int(table.num_rows)
 
@@ -124,45 +131,55 @@ class Catalog:
     manifest: Manifest | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> Catalog:
+    def open(cls, path: str | Path, *, key: str = "", key_name: str = "star_id") -> Catalog:
         """Open a catalog, or the primary catalog of a HATS collection, and check it.
 
         Its small files are compared with the manifest by bytes and SHA-256, partitions by bytes;
         the account of rows, the properties and the list of partitions must say the same.
 
+        Parameters
+        ----------
+        key : str
+            Of a catalog made by another program: the column whose integers or texts name its rows.
+        key_name : str
+            Name that it gets, ``star_id`` or ``obs_id``.
+
         Raises
         ------
         CatalogError
-            Not there, unfinished, damaged, of another format, or not as its manifest says.
+            Not there, unfinished, damaged, of another format or type (as a margin), or not as its
+            manifest says.
         """
-        catalog = cls.read_only(path)
+        catalog = cls.read_only(path, key=key, key_name=key_name)
+        require_sources(catalog.path, catalog.properties)
         if catalog.manifest is not None:
             Manifest.checked(catalog.path)
         catalog.check_account()
         return catalog
 
     @classmethod
-    def read_only(cls, path: str | Path) -> Catalog:
+    def read_only(cls, path: str | Path, *, key: str = "", key_name: str = "star_id") -> Catalog:
         """Open a catalog without the checks of `open`: tasks do, whose driver has made them."""
         path = Path(path)
         collection = path / COLLECTION
-        if collection.is_file() and not (path / PROPERTIES).is_file():
-            return cls.read_only(path / primary_of(collection))
+        if collection.is_file() and not properties_file(path).is_file():
+            return cls.read_only(path / primary_of(collection), key=key, key_name=key_name)
         manifest = None
         if is_ours(path):
             manifest = Manifest.load(path)
-        if not (path / PROPERTIES).is_file():
+        if not properties_file(path).is_file():
             raise CatalogError(f"{path} is not a catalog: it has no {PROPERTIES}")
-        properties = read_properties(path / PROPERTIES)
-        info = path / PARTITION_INFO
-        try:
-            with info.open(newline="") as file:
-                pixels = [
-                    HealpixPixel(int(row["Norder"]), int(row["Npix"]))
-                    for row in csv.DictReader(file)
-                ]
-        except (OSError, KeyError, TypeError, ValueError, csv.Error, ConfigError) as error:
-            raise CatalogError(f"{info} cannot be read: {error!r}") from None
+        properties = read_properties(properties_file(path))
+        if key and manifest is not None and key not in KEYS:
+            raise CatalogError(
+                f"{path} was made by sos-dask: the key of its rows is not '{key}'",
+                f"Leave --key out: it is {' or '.join(KEYS)}.",
+            )
+        if manifest is None:
+            from sos_dask.foreign import open_foreign
+
+            return open_foreign(path, properties, key, key_name)
+        pixels = [pixel_of(row, path) for row in listed(path)]
         pixels.sort(key=lambda pixel: pixel.first)
         common = path / COMMON_METADATA
         if common.is_file():
@@ -220,6 +237,16 @@ class Catalog:
         return _reopen, (str(self.path), known.stat().st_mtime_ns)
 
     @property
+    def as_written(self) -> bool:
+        """Whether rows and columns stand in the files as they are read."""
+        return True
+
+    @property
+    def has_our_columns(self) -> bool:
+        """Whether columns have the same names and types in the files as here."""
+        return True
+
+    @property
     def name(self) -> str:
         """Name of the catalog."""
         return self.properties.get("obs_collection", self.path.name)
@@ -227,12 +254,8 @@ class Catalog:
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the catalog, for the recipes of what is made from it."""
-        if self.manifest is not None:
-            return self.manifest.fingerprint
-        content = [
-            sha256_of_file(self.path / partition_path(pixel)) for pixel in self.pixels
-        ]  # made by others: its content is all there is to go by
-        return Recipe("foreign", 1, {"content": content}, {}).fingerprint
+        assert self.manifest is not None  # else it is a `ForeignCatalog`
+        return self.manifest.fingerprint
 
     @property
     def n_rows(self) -> int:
@@ -462,14 +485,19 @@ class Catalog:
             for item in self.schema
             if pa.types.is_primitive(item.type)
         }
-        footer, n_bytes = self._footer(pixel), 0
-        for number in range(footer.num_row_groups):
-            group = footer.row_group(number)
-            for index in range(group.num_columns):
-                chunk = group.column(index)
-                width = widths.get(chunk.path_in_schema, 0)
-                n_bytes += max(chunk.total_uncompressed_size, width * chunk.num_values)
+        n_bytes = 0
+        for footer in self._footers(pixel):
+            for number in range(footer.num_row_groups):
+                group = footer.row_group(number)
+                for index in range(group.num_columns):
+                    chunk = group.column(index)
+                    width = widths.get(chunk.path_in_schema, 0)
+                    n_bytes += max(chunk.total_uncompressed_size, width * chunk.num_values)
         return pixel, n_bytes
+
+    def _footers(self, pixel: HealpixPixel) -> list[pq.FileMetaData]:
+        """Footers of the files of a partition."""
+        return [self._footer(pixel)]
 
     def _footer(self, pixel: HealpixPixel) -> pq.FileMetaData:
         """Footer of a partition, which must be the one that was written."""
@@ -533,102 +561,6 @@ def _text_of_few_values(footer: pq.FileMetaData) -> list[str]:
         if chunk.physical_type == "BYTE_ARRAY"
         and chunk.total_uncompressed_size <= 2 * chunk.num_values
     ]
-
-
-def read_properties(path: Path) -> dict[str, str]:
-    """Read a Java-style properties file.
-
-    Raises
-    ------
-    CatalogError
-        It cannot be read, or is no text.
-    """
-    properties = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise CatalogError(f"{path} cannot be read: {error}") from None
-    for line in lines:
-        if line.strip() and not line.lstrip().startswith(("#", "!")):
-            key, _, value = line.partition("=")
-            properties[key.strip()] = value.strip().replace("\\:", ":")
-    return properties
-
-
-def write_catalog_metadata(
-    output: Output,
-    name: str,
-    pixels: Sequence[HealpixPixel],
-    schema: pa.Schema,
-    n_rows: int,
-    *,
-    catalog_type: str = "object",
-    extra: Mapping[str, str] | None = None,
-    root: str = "",
-) -> tuple[FileRecord, ...]:
-    """Write ``hats.properties``, ``partition_info.csv`` and ``_common_metadata``.
-
-    They are computed from what was written, never inherited from a parent catalog.
-    """
-    properties = {
-        "obs_collection": name,
-        "dataproduct_type": catalog_type,
-        "hats_nrows": str(n_rows),
-        **{f"hats_col_{name}": name for name in ("ra", "dec") if name in schema.names},
-        "hats_col_healpix": HEALPIX_COLUMN,
-        "hats_col_healpix_order": "29",
-        "hats_npix_suffix": ".parquet",
-        "hats_order": str(max((pixel.order for pixel in pixels), default=0)),
-        "hats_version": "v0.1",
-        "hats_builder": BUILDER,
-        **(extra or {}),
-    }
-    text = "".join(f"{key}={value}\n" for key, value in properties.items())
-    info = io.StringIO()
-    writer = csv.writer(info, lineterminator="\n")
-    writer.writerow(["Norder", "Npix"])
-    # Breadth first, as hats sorts them.
-    writer.writerows(sorted((pixel.order, pixel.pixel) for pixel in pixels))
-
-    def save_schema(path: Path) -> int:
-        pq.write_metadata(schema, path)
-        return 0
-
-    return (
-        output.write_bytes(root + PROPERTIES, f"# HATS catalog\n{text}".encode()),
-        output.write_bytes(root + PARTITION_INFO, info.getvalue().encode()),
-        output.write_file(root + COMMON_METADATA, save_schema),
-    )
-
-
-def write_collection(directory: Path, name: str, primary: str, margins: Sequence[str]) -> str:
-    """Write ``collection.properties``: a primary catalog with margins; SHA-256 of the file."""
-    lines = [f"obs_collection={name}", f"hats_primary_table_url={primary}"]
-    if margins:
-        lines += [f"all_margins={' '.join(margins)}", f"default_margin={margins[0]}"]
-    write_text(directory / COLLECTION, "# HATS collection\n" + "\n".join(lines) + "\n")
-    return sha256_of_file(directory / COLLECTION)
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a directory must have a manifest: no catalog, or one that sos-dask makes or made."""
-    if not (path / PROPERTIES).is_file():
-        return True
-    if (path / MANIFEST).exists() or (path / WORK).exists():
-        return True
-    return read_properties(path / PROPERTIES).get("hats_builder") == BUILDER
-
-
-def primary_of(collection: Path) -> str:
-    """Relative path of the primary catalog of a collection, which lies below it."""
-    name = read_properties(collection).get("hats_primary_table_url", "")
-    parts = PurePosixPath(name).parts
-    below = collection.parent / name if name.isprintable() else collection.parent
-    if not parts or "/" in parts or ".." in parts or not (below / PROPERTIES).is_file():
-        raise CatalogError(
-            f"{collection}: hats_primary_table_url={name[:200]!r} is no catalog below its folder"
-        )
-    return name
 
 
 def _footer_of(path: Path, sha256: str) -> pq.FileMetaData:

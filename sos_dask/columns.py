@@ -44,3 +44,12 @@ def reals_or_nan(table: pa.Table, name: str) -> NDArray[np.floating]:
 def _filled(column: pa.ChunkedArray) -> NDArray[np.floating]:
     # Arrow fills nulls several times faster than it converts them.
     return np.asarray(pc.fill_null(column, np.nan).to_numpy())
+
+
+def key_hashes(column: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """64-bit values of a key column: the integers themselves, or a hash of the text."""
+    if pa.types.is_integer(column.type):
+        return np.asarray(column.to_numpy(), dtype=np.int64).view(np.uint64)
+    import pandas as pd
+
+    return np.asarray(pd.util.hash_array(column.to_numpy(zero_copy_only=False).astype(object)))

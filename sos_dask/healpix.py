@@ -121,6 +121,12 @@ def ang2pix(ra: FloatArray, dec: FloatArray, order: int = MAX_ORDER) -> IntArray
     return np.asarray(_healpy._ang2pix_nest(1 << order, theta, phi), dtype=np.int64)
 
 
+def centre(pixel: HealpixPixel) -> tuple[FloatArray, FloatArray]:
+    """Right ascension and declination of the centre of a pixel, deg, each of shape (1,)."""
+    theta, phi = _healpy._pix2ang_nest(1 << pixel.order, np.array([pixel.pixel]))
+    return np.degrees(phi), 90.0 - np.degrees(theta)
+
+
 def neighbours(cells: IntArray, order: int) -> IntArray:
     """Neighbours of cells.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from sos_dask.errors import ConfigError
@@ -99,6 +101,8 @@ CANONICAL: Mapping[str, Column] = {
     name: Column(name, dtype, unit, ucd, description, *_POSSIBLE.get(name, ()))
     for name, dtype, unit, ucd, description in _CANONICAL
 }
+KEYS = ("star_id", "obs_id")
+"""Keys of rows; of a catalog that has both the first names the rows."""
 REQUIRED = ("obs_id", "ra", "dec", *LABELS)
 RESERVED = (
     HEALPIX_COLUMN, "quality", "star_id", "n_obs", "n_used", "teff_spread", "logg_spread",
@@ -164,3 +168,34 @@ def require_columns(schema: pa.Schema, names: tuple[str, ...], where: str) -> No
     for name in names:
         if name not in schema.names:
             raise ConfigError(f"{where} has no column '{name}'", nearest(name, schema.names))
+
+
+def described(schema: pa.Schema) -> pa.Schema:
+    """Schema with what pandas, and what is built on it, reads of the types of its columns.
+
+    Without it pandas turns integers among which some are null to float64, which does not hold ids
+    of 19 digits, and booleans to objects. Of a file, and of a folder by ``_common_metadata``.
+    """
+    columns = []
+    for item in schema:
+        try:
+            name = np.dtype(item.type.to_pandas_dtype()).name
+        except (NotImplementedError, TypeError):  # a type that pandas does not have
+            name = "object"
+        kind = name
+        if item.nullable and pa.types.is_integer(item.type):
+            kind = name.replace("i", "I").replace("u", "U")
+        elif item.nullable and pa.types.is_boolean(item.type):
+            kind = "boolean"
+        text = "unicode" if pa.types.is_string(item.type) else name
+        columns.append(
+            {
+                "name": item.name,
+                "field_name": item.name,
+                "pandas_type": text,
+                "numpy_type": kind,
+                "metadata": None,
+            }
+        )
+    about = {"index_columns": [], "column_indexes": [], "columns": columns}
+    return schema.with_metadata({"pandas": json.dumps(about)})

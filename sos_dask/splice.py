@@ -20,14 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sos_dask.artifact import FileRecord, Output
-from sos_dask.catalog import (
-    Catalog,
-    parquet_settings,
-    partition_errors,
-    partition_path,
-)
+from sos_dask.catalog import Catalog, parquet_settings, partition_errors
 from sos_dask.errors import PartitionError
+from sos_dask.hats import partition_path
 from sos_dask.healpix import HealpixPixel
+from sos_dask.schema import described
 
 _MAGIC = b"PAR1"
 _PIECE_BYTES = 1 << 18
@@ -51,6 +48,8 @@ def can_extend(catalog: Catalog, pixel: HealpixPixel, schema: pa.Schema) -> bool
     PartitionError
         The file is missing or damaged.
     """
+    if not catalog.as_written:
+        return False
     path = catalog.partition_file(pixel)
     with partition_errors(path):
         have = pq.read_metadata(path).schema
@@ -179,7 +178,7 @@ def _copy(file: io.FileIO, sink: _Sink, n_bytes: int) -> None:
 def _empty(schema: pa.Schema) -> bytes:
     """A Parquet file of no rows."""
     file = io.BytesIO()
-    pq.write_metadata(schema, file)
+    pq.write_metadata(described(schema), file)
     return file.getvalue()
 
 

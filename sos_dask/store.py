@@ -29,10 +29,10 @@ from sos_dask.artifact import (
     storage_errors,
     write_text,
 )
-from sos_dask.catalog import COLLECTION
 from sos_dask.digests import read_sealed, sealed_json, sha256_of_file
 from sos_dask.documents import is_product
 from sos_dask.errors import CatalogError, ConfigError
+from sos_dask.hats import COLLECTION
 from sos_dask.machine import n_cores
 
 logger = logging.getLogger(__name__)

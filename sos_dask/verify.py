@@ -7,22 +7,22 @@ from glob import escape
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.artifact import MANIFEST, REJECTED, Manifest, is_temporary
-from sos_dask.catalog import (
-    COLLECTION,
-    PROPERTIES,
-    Catalog,
-    is_ours,
-    partition_errors,
-    primary_of,
-    read_properties,
-)
+from sos_dask.catalog import Catalog, partition_errors
+from sos_dask.columns import key_hashes
 from sos_dask.digests import sha256_of_file
 from sos_dask.errors import CatalogError, PartitionError, SosError
+from sos_dask.hats import (
+    COLLECTION,
+    PROPERTIES,
+    is_ours,
+    primary_of,
+    properties_file,
+    read_properties,
+)
 from sos_dask.healpix import HealpixPixel, ang2pix
 from sos_dask.schema import HEALPIX_COLUMN
 
@@ -50,9 +50,9 @@ def verify(path: str | Path) -> list[str]:
         There is no manifest that can be read, or it names a file outside of the output.
     """
     path = Path(path)
-    if (path / COLLECTION).is_file() and not (path / PROPERTIES).is_file():
+    if (path / COLLECTION).is_file() and not properties_file(path).is_file():
         return [*_verify_collection(path), *verify(path / primary_of(path / COLLECTION))]
-    if not (path / PROPERTIES).is_file():
+    if not properties_file(path).is_file():
         return _verify_output(path, Manifest.load(path))
     problems: list[str] = []
     if is_ours(path):
@@ -193,13 +193,7 @@ def _verify_partition(
         if stated != table.num_rows:
             problems.append(f"{where}: {table.num_rows} rows, the manifest says {stated}")
     key = next((n for n in ("obs_id", "star_id") if n in table.schema.names), None)
+    if key is not None and table[key].null_count:
+        problems.append(f"{where}: {table[key].null_count} rows have no {key}")
+        key = None
     return problems, no_key if key is None else key_hashes(table[key])
-
-
-def key_hashes(column: pa.ChunkedArray) -> NDArray[np.uint64]:
-    """64-bit values of a key column: the integers themselves, or a hash of the text."""
-    if pa.types.is_integer(column.type):
-        return np.asarray(column.to_numpy(), dtype=np.int64).view(np.uint64)
-    import pandas as pd
-
-    return np.asarray(pd.util.hash_array(column.to_numpy(zero_copy_only=False).astype(object)))

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.catalog import Catalog, partition_path, write_parquet
+from sos_dask.catalog import Catalog, write_parquet
 from sos_dask.errors import CatalogError, PartitionError
+from sos_dask.hats import partition_path
 from sos_dask.healpix import HealpixPixel
 from sos_dask.surroundings import surroundings
 from sos_dask.verify import verify

@@ -11,12 +11,14 @@ import typer
 
 from sos_dask.cli.options import (
     CatalogPath,
+    Key,
     OptionalOut,
     Out,
     Radius,
     StepOptions,
     Store,
     find_store,
+    open_catalogs,
     refuse_unused,
     with_step_options,
 )
@@ -52,6 +54,7 @@ def attach(
     id_radius_arcsec: Annotated[
         float, typer.Option("--id-radius-arcsec", metavar="X", help="Largest separation by id.")
     ] = 10.0,
+    key: Key = None,
     *,
     options: StepOptions,
 ) -> None:
@@ -59,7 +62,6 @@ def attach(
 
     Example: sos-dask attach lamost gaia -c distance -c ebv -o lamost.with-gaia
     """
-    from sos_dask.catalog import Catalog
     from sos_dask.stages.attach import AttachSettings
     from sos_dask.stages.attach import attach as run
 
@@ -74,7 +76,7 @@ def attach(
     else:
         refuse_unused("by Gaia id", radius_arcsec=(radius_arcsec, 1.0))
     settings = AttachSettings(names, by, radius_arcsec, id_radius_arcsec)
-    opened, companion = Catalog.open(catalog), Catalog.open(other)
+    opened, companion = open_catalogs([catalog, other], key)
     step = partial(run, opened, companion, out, settings)
     show_step(run_step(step, options), out, options.as_json)
 
@@ -142,6 +144,7 @@ def coverage(
             help="With PAIRS: other seeds sample other rows.",
         ),
     ] = 0,
+    key: Key = None,
     store: Store = None,
     *,
     options: StepOptions,
@@ -168,7 +171,7 @@ def coverage(
             radius_arcsec,
             seed,
         )
-        run_step(_scoring(inputs, out, settings, errors), options)
+        run_step(_scoring(inputs, out, settings, errors, key), options)
         figure = None
     else:
         refuse_unused(
@@ -180,6 +183,7 @@ def coverage(
             outside=(outside, 0.5),
             grid=(grid or None, None),
             no_compare=(no_compare, False),
+            key=(key, None),
             radius_arcsec=(radius_arcsec, 1.5),
             seed=(seed, 0),
         )
@@ -273,7 +277,11 @@ def _show_measures(rankings: list[dict[str, Any]]) -> None:
 
 
 def _scoring(
-    inputs: list[Path], out: Path, settings: CoverageSettings, errors: Path | None
+    inputs: list[Path],
+    out: Path,
+    settings: CoverageSettings,
+    errors: Path | None,
+    key: list[str] | None,
 ) -> partial[Manifest]:
     """The stage on inputs given by path."""
     from sos_dask.catalog import Catalog
@@ -285,11 +293,12 @@ def _scoring(
             "For example: sos-dask coverage pairs model lamost lamost.stars -o coverage.",
         )
     pairs, model, catalog, stars = inputs
+    [scored] = open_catalogs([catalog], key, "obs_id")
     return partial(
         run,
         model,
         Catalog.open(pairs),
-        Catalog.open(catalog),
+        scored,
         Catalog.open(stars),
         directory=out,
         settings=settings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 from sos_dask.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
+    from sos_dask.catalog import Catalog
     from sos_dask.cluster import Cluster
 
 DEBUG = "--debug"
@@ -91,6 +92,16 @@ OptionalOut = Annotated[
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace another output in the same directory.")
+]
+Key = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--key",
+        metavar="COLUMN",
+        help="Key of a catalog that another program made: integers or text, each once. Repeatable: "
+        "a catalog takes the first that it has. Default: star_id or obs_id.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object; progress goes to stderr.")
@@ -243,6 +254,34 @@ class LightStepOptions(StepOptions):
         is_free = self.workers is None and self.scheduler is None
         few = n_cores() if is_free and n_cores() <= _FEW_CORES else None
         return start(self.workers, self.memory_limit, self.scheduler, self.threads or few)
+
+
+def open_catalogs(
+    paths: Iterable[str | Path], keys: Sequence[str] | None, key_name: str = "star_id"
+) -> list[Catalog]:
+    """Catalogs given by path; those of other programs with the first of the keys that they have.
+
+    Raises
+    ------
+    ConfigError
+        A key is in none of the catalogs of other programs.
+    """
+    from sos_dask.catalog import Catalog
+    from sos_dask.schema import nearest
+
+    opened = [Catalog.open(path) for path in paths]
+    names = [name for one in opened if one.manifest is None for name in one.schema.names]
+    for key in keys or ():
+        if key not in names:
+            raise ConfigError(
+                f"--key {key}: no catalog of another program has such a column",
+                nearest(key, names),
+            )
+    for number, one in enumerate(opened):
+        key = next((key for key in keys or () if key in one.schema.names), "")
+        if key and one.manifest is None:
+            opened[number] = Catalog.open(one.path, key=key, key_name=key_name)
+    return opened
 
 
 def with_step_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -15,6 +15,7 @@ from sos_dask.cli.options import (
     CatalogPath,
     IdRadius,
     Json,
+    Key,
     LightStepOptions,
     NoGaiaId,
     Out,
@@ -23,6 +24,7 @@ from sos_dask.cli.options import (
     RowsPerPartition,
     Seed,
     StepOptions,
+    open_catalogs,
     refuse_unused,
     with_step_options,
 )
@@ -32,7 +34,6 @@ from sos_dask.errors import CatalogError, ConfigError
 
 if TYPE_CHECKING:
     from sos_dask.artifact import Manifest
-    from sos_dask.catalog import Catalog
 
 
 _Made = TypeVar("_Made")
@@ -138,6 +139,7 @@ def dedupe(
         ),
     ] = 5.0,
     no_gaia_id: NoGaiaId = False,
+    key: Key = None,
     *,
     options: LightStepOptions,
 ) -> None:
@@ -145,14 +147,13 @@ def dedupe(
 
     Example: sos-dask dedupe lamost -o lamost.stars --method best-snr
     """
-    from sos_dask.catalog import Catalog
     from sos_dask.dedupe import DedupeSettings
     from sos_dask.stages.dedupe import dedupe as run
 
     if no_gaia_id:
         refuse_unused("with --no-gaia-id", id_radius_arcsec=(id_radius_arcsec, 10.0))
     settings = DedupeSettings(radius_arcsec, id_radius_arcsec, method, max_spread, not no_gaia_id)
-    opened = Catalog.open(catalog)
+    [opened] = open_catalogs([catalog], key, "obs_id")
     stated = opened.manifest.summary.get("expected_error", {}) if opened.manifest else {}
     step = partial(run, opened, out, settings, expected_error=stated, name=out.name)
     show_step(run_step(step, options), out, options.as_json)
@@ -182,6 +183,7 @@ def reference(
         ),
     ] = True,
     rows_per_partition: RowsPerPartition = 1_000_000,
+    key: Key = None,
     *,
     options: LightStepOptions,
 ) -> None:
@@ -189,21 +191,21 @@ def reference(
 
     Example: sos-dask reference apogee=apogee.stars galah=galah.stars -o reference
     """
-    from sos_dask.catalog import Catalog
     from sos_dask.stages.reference import ReferenceSettings
     from sos_dask.stages.reference import reference as run
     from sos_dask.unify import UnifySettings
 
-    opened: dict[str, Catalog] = {}
+    paths: dict[str, str] = {}
     for text in catalogs:
         name, found, path = text.partition("=")
         if not (name and found and path):
             raise ConfigError(f"'{text}' is not NAME=DIRECTORY", "For example apogee=apogee.stars.")
         if not is_name(name):
             raise ConfigError(f"'{name}' is no name of a survey: {NAME_RULE}")
-        if name in opened:
+        if name in paths:
             raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
-        opened[name] = Catalog.open(path)
+        paths[name] = path
+    opened = dict(zip(paths, open_catalogs(paths.values(), key), strict=True))
     unify = UnifySettings(method, tuple(opened))
     settings = ReferenceSettings(
         unify, radius_arcsec, id_radius_arcsec, epoch, rows_per_partition, offsets
@@ -214,8 +216,10 @@ def reference(
 
 @with_step_options
 def crossmatch(
-    left: Annotated[Path, typer.Argument(help="Target: a catalog of observations or stars.")],
-    right: Annotated[Path, typer.Argument(help="Reference: a catalog of stars.")],
+    left: Annotated[
+        Path, typer.Argument(help="Target: observations or stars, or any HATS catalog.")
+    ],
+    right: Annotated[Path, typer.Argument(help="Reference: stars, or any HATS catalog.")],
     out: Out,
     radius_arcsec: Radius = 1.0,
     pairs: Annotated[
@@ -236,6 +240,7 @@ def crossmatch(
             "--seed", min=0, max=2**31 - 1, metavar="N", help="Other seeds give other folds."
         ),
     ] = 0,
+    key: Key = None,
     *,
     options: LightStepOptions,
 ) -> None:
@@ -243,7 +248,6 @@ def crossmatch(
 
     Example: sos-dask crossmatch lamost.stars reference -o pairs
     """
-    from sos_dask.catalog import Catalog
     from sos_dask.crossmatch import MatchSettings
     from sos_dask.stages.crossmatch import PairSettings
     from sos_dask.stages.crossmatch import crossmatch as run
@@ -251,10 +255,11 @@ def crossmatch(
     if no_gaia_id:
         refuse_unused("with --no-gaia-id", id_radius_arcsec=(id_radius_arcsec, 10.0))
     match = MatchSettings(radius_arcsec, id_radius_arcsec, pairs, not no_gaia_id)
+    target, stars = open_catalogs([left, right], key)
     step = partial(
         run,
-        Catalog.open(left),
-        Catalog.open(right),
+        target,
+        stars,
         out,
         PairSettings(match, folds, seed),
         name=out.name,
@@ -373,6 +378,7 @@ def apply(
             "model; none: no correction; edge: nothing fades.",
         ),
     ] = "edge",
+    key: Key = None,
     *,
     options: LightStepOptions,
 ) -> None:
@@ -384,7 +390,7 @@ def apply(
     from sos_dask.stages.apply import Trust, parse_partitions
     from sos_dask.stages.apply import apply as run
 
-    opened = Catalog.open(catalog)
+    [opened] = open_catalogs([catalog], key, "obs_id")
     parse_partitions(partitions, opened.pixels)  # fails before workers are started
     trust = None
     if coverage is not None:

@@ -39,7 +39,7 @@ from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
 from sos_dask.trust import FLAGS, Faded, trusted_schema, widened, with_coverage
 from sos_dask.uncertainty import ErrorModel, load_errors
 
-VERSION = 6
+VERSION = 7
 # What the correction, its errors and its flags depend on.
 _READ = (*LABELS, "snr", "quality")
 _SCORES = ("obs_id", "coverage", FLAGS, KIND_FIELD.name)

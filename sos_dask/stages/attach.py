@@ -20,7 +20,7 @@ from sos_dask.crossmatch import MatchSettings, match, reach_arcsec
 from sos_dask.documents import COLUMN_RULE, is_column
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.healpix import HealpixPixel
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, Column, is_gaia_id, nearest
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, Column, is_gaia_id, nearest
 from sos_dask.sphere import check_radii
 from sos_dask.stages.crossmatch import key_column, motion_of
 from sos_dask.stages.ids import GAIA_IDS
@@ -29,7 +29,7 @@ from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, un
 from sos_dask.surroundings import surroundings
 from sos_dask.survey import SourceColumn, Survey
 
-VERSION = 3
+VERSION = 4
 _WAYS = (*GAIA_IDS.values(), "position")
 _MOTION = ("pmra", "pmdec", "position_epoch")
 
@@ -141,7 +141,7 @@ def attach(
     catalog : Catalog
         Observations or stars; keeps its rows, order and partitions.
     other : Catalog
-        Any HATS catalog with ``_healpix_29``, ``ra``, ``dec``, and the id that ``by`` names.
+        Any HATS catalog; by id it must have the column that ``by`` names.
     directory : Path
     settings : AttachSettings
     name : str
@@ -256,7 +256,7 @@ def _attach_part(part: _Part) -> None:
 
 def _key_of(catalog: Catalog) -> str:
     """Column that breaks ties: the key, else an id, else the cell."""
-    if {"star_id", "obs_id"} & set(catalog.schema.names):
+    if catalog.columns(KEYS):
         return key_column(catalog)
     ids = [n for n in catalog.schema.names if is_gaia_id(n)]
     return ids[0] if ids else HEALPIX_COLUMN

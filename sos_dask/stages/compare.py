@@ -53,7 +53,7 @@ from sos_dask.stages.parts import manifest_of, records, run_parts, unless_comple
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.trends import AXES, Axis
 
-VERSION = 2
+VERSION = 3
 COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
 SPARSE_SHARE = 0.05
 N_NEIGHBOURS = 16

@@ -21,6 +21,7 @@ from sos_dask import coverage as kernel
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet, write_partition
 from sos_dask.cluster import Cluster, Report, silent
+from sos_dask.columns import key_hashes
 from sos_dask.coverage import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, CoverageModel, Limits
 from sos_dask.errors import CatalogError
 from sos_dask.features import PARAMETERS
@@ -41,7 +42,6 @@ from sos_dask.trust import (
     FLAG_SPARSE,
     FLAGS,
 )
-from sos_dask.verify import key_hashes
 
 VERSION = 7
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}

@@ -6,6 +6,7 @@ decides (positions, motions, ids), and of the matched rows alone all that is car
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from sos_dask.crossmatch import MatchSettings, Motion, match, reach_arcsec
 from sos_dask.errors import CatalogError
 from sos_dask.healpix import FloatArray, HealpixPixel, IntArray
 from sos_dask.nearby import rows_near
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, SEEDS, check_numbers
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS, SEEDS, check_numbers
 from sos_dask.stages.folds import (
     FoldSettings,
     change_folds,
@@ -37,12 +38,13 @@ from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.surroundings import near_pixel, surroundings
 
-VERSION = 4
+VERSION = 5
 _MOTION = ("pmra", "pmdec", "position_epoch")
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
             "rv_err", "phot_g_mean_mag", "distance", "ebv", "n_obs")  # fmt: skip
 _REFERENCE = (*(c for c in _CARRIED if c not in ("ra", "dec", "n_obs")), "survey")
 _FLAGS = ("quality", "flag_spread")
+_LIKE_KEYS = re.compile(r"(id|ids|key|name|designation|index)$", re.IGNORECASE)
 _Found = list[tuple[HealpixPixel, IntArray]]  # rows of partitions
 
 
@@ -195,12 +197,21 @@ def crossmatch(
 
 def key_column(catalog: Catalog) -> str:
     """``star_id`` or ``obs_id``, whichever a catalog has."""
-    for name in ("star_id", "obs_id"):
-        if name in catalog.schema.names:
-            return name
+    if known := catalog.columns(KEYS):
+        return known[0]
+    able = [
+        item.name
+        for item in catalog.schema
+        if item.name != HEALPIX_COLUMN
+        and (pa.types.is_integer(item.type) or pa.types.is_string(item.type))
+    ]
+    alike = [name for name in able if _LIKE_KEYS.search(name)]
     raise CatalogError(
         f"{catalog.path} has neither star_id nor obs_id",
-        "Only catalogs of observations or stars can be matched.",
+        "Give the column that names each row, for example --key "
+        f"{' or --key '.join(alike or able)}."
+        if able
+        else "It has no column of integers or text that could name its rows.",
     )
 
 

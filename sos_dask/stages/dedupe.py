@@ -24,7 +24,7 @@ from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 
 PRELOAD = ("sos_dask.compiled",)  # for workers: this module itself imports it where it has rows
-VERSION = 4
+VERSION = 5
 _MAX_LAYERS = 256
 
 

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.artifact import WORK, FileRecord, Output, storage_errors
-from sos_dask.catalog import partition_errors, partition_path, write_parquet, write_partition
+from sos_dask.catalog import partition_errors, write_parquet, write_partition
 from sos_dask.folds import fold_of, same_targets, smallest_of_joined, star_numbers
+from sos_dask.hats import partition_path
 from sos_dask.healpix import FloatArray, HealpixPixel, IntArray
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.stages.ids import GAIA_IDS, id_values

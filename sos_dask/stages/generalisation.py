@@ -41,7 +41,7 @@ from sos_dask.stages.parts import records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.train import VERSION as TRAIN_VERSION
 
-VERSION = 2
+VERSION = 3
 TABLE = "generalisation.parquet"
 _NONE = "none"
 

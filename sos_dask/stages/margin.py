@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_collection, write_partition
+from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.errors import ConfigError
+from sos_dask.errors import CatalogError, ConfigError
+from sos_dask.hats import write_collection
 from sos_dask.healpix import HealpixPixel
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.surroundings import surroundings
@@ -60,9 +61,16 @@ def margin(
     ------
     ConfigError
         The radius is not positive.
+    CatalogError
+        The catalog of another program does not have the columns that its rows have here.
     """
     if not 0 < radius_arcsec < 3600:
         raise ConfigError(f"margin of {radius_arcsec} arcsec is not between 0 and 3600")
+    if not catalog.has_our_columns:
+        raise CatalogError(
+            f"{catalog.path} has other names or types of columns than a margin of sos-dask would",
+            "Make the margin with the program that made the catalog.",
+        )
     output = Output.prepare(
         directory / "margin",
         margin_recipe(catalog.fingerprint, radius_arcsec),

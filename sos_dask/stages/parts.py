@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from sos_dask.artifact import FileRecord, Manifest, Output, Rows
-from sos_dask.catalog import write_catalog_metadata
 from sos_dask.cluster import Cluster, Report
 from sos_dask.errors import CatalogError, StorageError, SurveyError
+from sos_dask.hats import write_catalog_metadata
 from sos_dask.healpix import HealpixPixel
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, partition_errors, write_parquet, write_partition
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.columns import floats
+from sos_dask.columns import floats, key_hashes
 from sos_dask.errors import ModelError
 from sos_dask.features import PARAMETERS, parameters_of
 from sos_dask.healpix import HealpixPixel
@@ -40,9 +40,8 @@ from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.verify import key_hashes
 
-VERSION = 4
+VERSION = 5
 SAMPLE, MAPS, MODEL = "sample.parquet", "maps.parquet", "projection.json"
 TARGET, OVERLAP = "target", "overlap"
 _KEY = "obs_id"

@@ -28,7 +28,7 @@ from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.surroundings import surroundings
 from sos_dask.unify import UnifySettings, common_differences, unify
 
-VERSION = 4
+VERSION = 5
 _HISTOGRAM_ORDER = 8
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))
 # What decides which rows are one star, and the labels.

@@ -24,7 +24,7 @@ from sos_dask.schema import LABELS, nearest
 from sos_dask.stages.evidence import DIFFERENCES
 from sos_dask.stages.parts import unless_complete
 
-VERSION = 5
+VERSION = 6
 SEARCH_FILE = "search.json"
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 # As many train faster in one process: workers meet at every level of every tree, for a millisecond

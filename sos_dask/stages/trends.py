@@ -50,7 +50,7 @@ from sos_dask.trends import (
     trend_table,
 )
 
-VERSION = 3
+VERSION = 4
 TRENDS, PLANES = "trends.parquet", "planes.parquet"
 REFERENCES, REFERENCE_PLANES = "references.parquet", "reference_planes.parquet"
 _PROCESS_BYTES = 200 << 20

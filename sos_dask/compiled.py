@@ -41,7 +41,7 @@ def _nearness(d_ra: float, d_dec: float, cos_cos: float, low: float, high: float
 @compiled(
     (
         *(_I, _D, _D, _D, types.float64, types.int64, read_only(types.uint8), types.int64),
-        *(_I_OUT, _I_OUT, types.int8[::1], _B_OUT, _I_OUT),
+        *(types.int64, _I_OUT, _I_OUT, types.int8[::1], _B_OUT, _I_OUT),
     )
 )
 def pairs_on_faces(
@@ -53,6 +53,7 @@ def pairs_on_faces(
     order: int,
     touches: NDArray[np.uint8],
     depth: int,
+    most: int,
     i: IntArray,
     j: IntArray,
     near: NDArray[np.int8],
@@ -66,7 +67,7 @@ def pairs_on_faces(
     ``near`` is 1, or 2 where the separation must be calculated: below 0.005 deg in both coordinates
     what the plane neglects (Taylor series of the haversine formula) is less than one part in 10^8
     of the squared separation. ``count[0]`` is the number of pairs, also of those for which there is
-    no room.
+    no room; the search ends when they are more than ``most``.
     """
     low, high = radius * radius * (1.0 - 1e-7), radius * radius * (1.0 + 1e-7)
     shift, found, n = 58 - 2 * order, 0, len(cells)
@@ -131,6 +132,8 @@ def pairs_on_faces(
                 q += 1
             if bit < 0:
                 after = q
+        if found > most:
+            break
     count[0] = found
 
 

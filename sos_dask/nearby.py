@@ -207,9 +207,9 @@ def _expand(rows: IntArray, low: IntArray, count: IntArray) -> Iterator[tuple[In
 
 
 def pairs_within(
-    ra: FloatArray, dec: FloatArray, cells29: IntArray, radius_arcsec: float
-) -> tuple[IntArray, IntArray]:
-    """All pairs of rows within a radius of each other.
+    ra: FloatArray, dec: FloatArray, cells29: IntArray, radius_arcsec: float, most: int = 1 << 62
+) -> tuple[IntArray, IntArray] | None:
+    """All pairs of rows within a radius of each other, unless they are too many.
 
     The search of `candidates`, compiled and with the separations in it.
 
@@ -220,11 +220,13 @@ def pairs_within(
         Order-29 cells of the positions, ascending.
     radius_arcsec : float
         At most a degree.
+    most : int
+        So many pairs are stored.
 
     Returns
     -------
     i, j : ndarray of int64, shape (m,)
-        i < j, each pair once, in no stated order.
+        i < j, each pair once, in no stated order. None: there are more than ``most``.
     """
     none = np.empty(0, dtype=np.int64)
     if len(cells29) < 2:
@@ -244,8 +246,10 @@ def pairs_within(
         room = int(count[0])
         i, j = np.empty((2, room), dtype=np.int64)
         near = np.empty(room, dtype=np.int8)
-        search = (radius_arcsec / 3600.0, order, table, depth)
+        search = (radius_arcsec / 3600.0, order, table, depth, most)
         pairs_on_faces(*columns, *search, i, j, near, crosses, count)
+        if count[0] > most:
+            return None
     i, j, near = i[: count[0]], j[: count[0]], near[: count[0]]
     unsure = np.flatnonzero(near == 2)
     p, q = i[unsure], j[unsure]

@@ -248,25 +248,28 @@ class _Crowd:
     def join_older(self, star: IntArray, tier: IntArray, number: int) -> None:
         sky, ids = self.sky, self.releases[number]
         hosts, guests = np.flatnonzero(tier < number), np.flatnonzero(tier == number)
+        if not len(hosts) or not len(guests):
+            return
         joins = np.arange(len(star), dtype=np.int64)
         # Stars that have the id of a group: the nearest row of one, of those without the id, too.
         names, code = np.unique(ids[guests], return_inverse=True)
         asked = Places.of(sky, guests, code)
         holders = hosts[ids[hosts] > 0]
-        place = np.minimum(np.searchsorted(names, ids[holders]), max(len(names) - 1, 0))
-        of_guests = names[place] == ids[holders] if len(names) else np.zeros(0, dtype=np.bool_)
+        place = np.minimum(np.searchsorted(names, ids[holders]), len(names) - 1)
+        of_guests = names[place] == ids[holders]
         some, place = holders[of_guests], place[of_guests]
         found = [asked.candidates(Places.of(sky, some, place), self.settings.id_radius_arcsec)]
-        held = np.unique(np.stack([star[some], place]), axis=1)
-        by_star = hosts[np.argsort(star[hosts], kind="stable")]
-        low = np.searchsorted(star[by_star], held[0])
-        count = np.searchsorted(star[by_star], held[0], side="right") - low
+        # Rows without the id need a look where not all of a star have it: one a position.
+        at = star[some] * len(names) + place
+        held, count = np.unique(at, return_counts=True)
+        held = held[count < np.bincount(star[hosts], minlength=len(star))[held // len(names)]]
+        rows = Places.of(sky, hosts, star[hosts]).row
+        low = np.searchsorted(star[rows], held // len(names))
+        count = np.searchsorted(star[rows], held // len(names), side="right") - low
         for first, last in _blocks(count):
             n, stop = count[first:last], np.cumsum(count[first:last])
-            row = by_star[np.arange(n.sum()) + np.repeat(low[first:last] - stop + n, n)]
-            key = np.repeat(held[1, first:last], n)
-            lacks = ids[row] != names[key]
-            others = Places.of(sky, row[lacks], key[lacks])
+            row = rows[np.arange(n.sum()) + np.repeat(low[first:last] - stop + n, n)]
+            others = Places.of(sky, row, np.repeat(held[first:last] % len(names), n))
             found.append(asked.candidates(others, self.settings.radius_arcsec))
         older, newer = (np.concatenate(side) for side in zip(*found, strict=True))
         order = np.lexsort(

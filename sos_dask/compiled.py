@@ -257,8 +257,12 @@ def repeated(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
 def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
     """Sort the rows of each group (`members`) by a key; those of equal keys stay in order."""
     for group in range(len(first) - 1):
-        start = first[group]
-        for place in range(start + 1, first[group + 1]):
+        start, stop = first[group], first[group + 1]
+        if stop - start > 64:
+            rows = row[start:stop]
+            rows[:] = rows[np.argsort(key[rows], kind="mergesort")]
+            continue
+        for place in range(start + 1, stop):
             one, at = row[place], place
             while at > start and key[row[at - 1]] > key[one]:
                 row[at] = row[at - 1]

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.healpix import FloatArray, IntArray
+from sos_dask.healpix import MAX_ORDER, FloatArray, IntArray
 from sos_dask.sphere import ARCSEC_PER_RADIAN, separation_arcsec, unit_vectors
+from sos_dask.surroundings import order_for_radius
 
 BoolArray = NDArray[np.bool_]
 
 # Chords of unit vectors in double precision are good to a fifth of this (2e-9 arcsec).
 _ROUNDING = 1e-14
+_CROWD = 64
 
 
 @dataclass(frozen=True)
@@ -44,24 +47,44 @@ class Sky:
         """Separations of rows in arcsec."""
         return separation_arcsec(self.ra[i], self.dec[i], self.ra[j], self.dec[j])
 
-    def preferred(self, rows: IntArray, *keys: IntArray) -> tuple[IntArray, IntArray]:
-        """Of rows with equal keys the preferred one, in the order of keys, and the one of each row.
+    def preferred(self, rows: IntArray, *keys: NDArray[Any]) -> tuple[IntArray, IntArray]:
+        """The same as `preferred` of some rows."""
+        first, place = preferred((rows, self.rank[rows]), *keys)
+        return rows[first], place
 
-        Returns
-        -------
-        rows : ndarray of int64, shape (m,)
-        place : ndarray of int64, shape (n,)
-            Place among them by row given.
-        """
-        order = np.lexsort((rows, self.rank[rows], *keys))
-        new = np.zeros(len(rows), dtype=np.bool_)
-        new[:1] = True
-        for key in keys:
-            values = key[order]
-            new[1:] |= values[1:] != values[:-1]
-        place = np.empty(len(rows), dtype=np.int64)
-        place[order] = np.cumsum(new) - 1
-        return rows[order[new]], place
+
+def preferred(order: tuple[IntArray, ...], *keys: NDArray[Any]) -> tuple[IntArray, IntArray]:
+    """Of rows with equal keys the first one in an order, and which of these each row belongs to.
+
+    Parameters
+    ----------
+    order : tuple of ndarray of int64, shape (n,)
+        The last one counts first.
+    keys : ndarray, shape (n,)
+        The last one counts first, too.
+
+    Returns
+    -------
+    rows : ndarray of int64, shape (m,)
+        In the order of the keys.
+    place : ndarray of int64, shape (n,)
+        Place among them by row.
+    """
+    at = np.lexsort((*order, *keys))
+    new = np.zeros(len(at), dtype=np.bool_)
+    new[:1] = True
+    for key in keys:
+        values = key[at]
+        new[1:] |= values[1:] != values[:-1]
+    place = np.empty(len(at), dtype=np.int64)
+    place[at] = np.cumsum(new) - 1
+    return at[new], place
+
+
+def is_crowded(cells29: IntArray, radius_arcsec: float) -> bool:
+    """Whether more than 64 rows (sorted on the sky) share a cell a few radii wide."""
+    cells = cells29 >> 2 * (MAX_ORDER - order_for_radius(radius_arcsec))
+    return bool(np.any(cells[_CROWD:] == cells[:-_CROWD]))
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,18 @@ def candidates(
     ConfigError
         A reach is negative, not finite or over 20 degrees.
     """
+    for found in _runs(cells, reach_arcsec, sorted_cells, later_only=later_only):
+        yield from _expand(*found)
+
+
+def _runs(
+    cells: IntArray,
+    reach_arcsec: FloatArray | float,
+    sorted_cells: IntArray,
+    *,
+    later_only: bool = False,
+) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+    """The pairs of `candidates`: row, first of the sorted rows, and how many from there on."""
     if len(cells) == 0 or len(sorted_cells) == 0:
         return
     reach = np.asarray(reach_arcsec, dtype=np.float64)
@@ -109,8 +121,8 @@ def candidates(
             near_found[crowded[at]] = 0
             if crowded.any():
                 waiting.setdefault(order + 1, []).append(rows[crowded])
-        yield from _expand(rows, low, found)
-        yield from _expand(rows[at], near_low, near_found)
+        yield rows, low, found
+        yield rows[at], near_low, near_found
 
 
 def rows_near(
@@ -132,10 +144,11 @@ def rows_near(
     ndarray of int64
         Row numbers, ascending: all that lie within reach, and some beyond.
     """
-    near = np.zeros(len(sorted_cells), dtype=np.bool_)
-    for _, rows in candidates(cells, reach_arcsec, sorted_cells):
-        near[rows] = True
-    return np.flatnonzero(near)
+    steps = np.zeros(len(sorted_cells) + 1, dtype=np.int64)
+    for _, low, count in _runs(cells, reach_arcsec, sorted_cells):
+        np.add.at(steps, low, 1)
+        np.subtract.at(steps, low + count, 1)
+    return np.flatnonzero(np.cumsum(steps[:-1]))
 
 
 def _rows_in(cells: IntArray, shift: int, sorted_cells: IntArray) -> tuple[IntArray, IntArray]:

@@ -364,13 +364,16 @@ def _best(
     best, apart = np.full(len(count), -1), np.full(len(count), np.inf)
     for p, q, separation in blocks:
         np.add.at(count, p, other.size[q])
-        row = other.row[q]
-        order = np.lexsort((preference[row], separation, p))
+        nearest = apart.copy()
+        np.minimum.at(nearest, p, separation)
+        some = separation == nearest[p]  # few
+        p, row = p[some], other.row[q[some]]
+        order = np.lexsort((preference[row], p))
         order = order[np.append(True, np.diff(p[order]) != 0)[: len(order)]]
-        p, row, separation = p[order], row[order], separation[order]
-        better = separation < apart[p]
-        better |= (separation == apart[p]) & (preference[row] < preference[best[p]])
-        best[p[better]], apart[p[better]] = row[better], separation[better]
+        p, row = p[order], row[order]
+        better = nearest[p] < apart[p]
+        better |= preference[row] < preference[best[p]]
+        best[p[better]], apart = row[better], nearest
     return count[one.of], best[one.of], apart[one.of]
 
 

@@ -133,10 +133,11 @@ def test_components(seed, n):
 
 
 @RUNS
-@given(seeds, st.integers(0, 40))
+@given(seeds, st.integers(0, 40) | st.just(300))
 def test_members_and_their_order(seed, n):
     rng = np.random.default_rng(seed)
     group, key = random_groups(rng, n), rng.integers(-5, 5, n)
+    group[: n // 2] = group[:1]  # a large one
     wanted = members_of(group)
     groups, first, row = repeated(group)
     assert groups.tolist() == list(wanted)

@@ -286,6 +286,7 @@ class _Classes:
     def of_side(cls, side: _Side, preference: IntArray, ids: bool) -> _Classes:
         """Classes of rows with the same ids, or with ids of the same releases."""
         values = [*(side.pm or ()), *([] if side.epoch is None else [side.epoch])]
+        keys: list[NDArray[Any]]
         keys = [np.ascontiguousarray(v).view(np.int64) for v in (*values, side.dec, side.ra)]
         keys += [np.maximum(v, 0) if ids else v > 0 for v in side.ids.values()]
         row, of = preferred((preference,), *keys, side.cells)

@@ -256,11 +256,13 @@ def join_in_order(
         order = np.lexsort((row, sky.rank[row], at))
         first = np.searchsorted(at[order], np.arange(at.max() + 2))
         sides.append((first, number[order], sky.rank[row[order]], row[order]))
+    (first_host, host, host_rank, host_row), (first_guest, guest, guest_rank, guest_row) = sides
     joined(
         *(places.points, sky.ra[places.row], sky.dec[places.row], places.tree[0]),
-        *(_chords(radius_arcsec)[1], radius_arcsec, *sides[0]),
-        *(asked.points, sky.ra[asked.row], sky.dec[asked.row], *sides[1]),
-        *(code, is_alone.astype(np.int64), host_of),
+        *(_chords(radius_arcsec)[1], radius_arcsec),
+        *(first_host, host, host_rank, host_row),
+        *(asked.points, sky.ra[asked.row], sky.dec[asked.row]),
+        *(first_guest, guest, guest_rank, guest_row, code, is_alone.astype(np.int64), host_of),
     )
     return host_of
 

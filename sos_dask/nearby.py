@@ -259,8 +259,8 @@ def pairs_within(
         room = int(count[0])
         i, j = np.empty((2, room), dtype=np.int64)
         near = np.empty(room, dtype=np.int8)
-        search = (radius_arcsec / 3600.0, order, table, depth, most)
-        pairs_on_faces(*columns, *search, i, j, near, crosses, count)
+        search = (radius_arcsec / 3600.0, order, table, depth)
+        pairs_on_faces(*columns, *search, most, i, j, near, crosses, count)
         if count[0] > most:
             return None
     i, j, near = i[: count[0]], j[: count[0]], near[: count[0]]

@@ -78,7 +78,7 @@ def _arcsec(ra1: float, dec1: float, ra2: float, dec2: float) -> float:
     return 2 * np.arcsin(np.sqrt(min(h, 1.0))) * (648000.0 / np.pi)  # type: ignore[no-any-return]
 
 
-@njit
+@njit(inline="never")
 def _find(root: IntArray, p: int) -> int:
     while root[p] != p:
         root[p] = root[root[p]]
@@ -86,7 +86,7 @@ def _find(root: IntArray, p: int) -> int:
     return p
 
 
-@njit
+@njit(inline="never")
 def _is_joined(node: int, leaves: int, joined: BoolArray, root: IntArray) -> bool:
     """Whether all points below a node are known to be in one component."""
     if not joined[node]:
@@ -101,7 +101,7 @@ def _is_joined(node: int, leaves: int, joined: BoolArray, root: IntArray) -> boo
     return joined[node]  # type: ignore[no-any-return]
 
 
-@njit
+@njit(inline="never")
 def _first(node: int, leaves: int) -> int:
     """The first point below a node."""
     while node < leaves:
@@ -109,7 +109,7 @@ def _first(node: int, leaves: int) -> int:
     return (node - leaves) * LEAF
 
 
-@njit
+@njit(inline="never")
 def _join(node: int, leaves: int, joined: BoolArray, root: IntArray) -> None:
     """Put all points below a node into one component."""
     first, low, high = _first(node, leaves), node, node
@@ -374,11 +374,11 @@ def join_in_order(
     for s in range(n_points):
         where[first_host[s] : first_host[s + 1]] = s
     todo = np.empty(_DEPTH, dtype=np.int64)
-    queue = [(0.0, np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0), np.int64(0))]
+    queue = [(0.0, host[0], host[0], host[0], host[0], 0, 0)]
     queue.clear()
-    for place in range(-len(asked), 1 << 62):
-        if place < 0:
-            t = place + len(asked)
+    for turn in range(1 << 62):
+        if turn < len(asked):
+            t = turn
         else:
             if not queue:
                 break

@@ -74,8 +74,10 @@ def test_pairs_on_faces(seed, n, radius):
     i, j = np.empty((2, room), dtype=np.int64)
     near, crosses = np.empty(room, dtype=np.int8), np.zeros(n, dtype=np.bool_)
     count, everywhere = np.zeros(1, dtype=np.int64), np.array([255], dtype=np.uint8)
-    search = (radius / 3600.0, order_for_radius(radius), everywhere, 0, room)
-    pairs_on_faces(cells, ra, dec, np.cos(np.radians(dec)), *search, i, j, near, crosses, count)
+    search = (radius / 3600.0, order_for_radius(radius), everywhere, 0)
+    pairs_on_faces(
+        cells, ra, dec, np.cos(np.radians(dec)), *search, room, i, j, near, crosses, count
+    )
     found = list(zip(i[: count[0]].tolist(), j[: count[0]].tolist(), strict=True))
     sure = [pair for pair, state in zip(found, near.tolist(), strict=False) if state == 1]
     assert len(set(found)) == len(found)

@@ -162,10 +162,10 @@ class _Near(Protocol):
     def every(self) -> _Links:
         """Links with the components of all."""
 
-    def equal(self, tier: IntArray, name: IntArray) -> _Links:
+    def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
         """Links with the components of those among rows known by equal ids of a release."""
 
-    def join_older(self, star: IntArray, tier: IntArray, number: int) -> None:
+    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
         """Join groups known by a release to stars known by a newer one (rule 2), in place."""
 
     def group_others(self, primary: IntArray, known: BoolArray) -> None:
@@ -199,12 +199,12 @@ class _Listed:
     def every(self) -> _Links:
         return self.all_links
 
-    def equal(self, tier: IntArray, name: IntArray) -> _Links:
+    def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
         i, j = self.all_links.i, self.all_links.j
         same = (tier[i] == tier[j]) & (name[i] == name[j]) & (tier[i] < len(self.releases))
         return self.all_links.where(same)
 
-    def join_older(self, star: IntArray, tier: IntArray, number: int) -> None:
+    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
         newer, older = self.all_links.between(tier < number, tier == number)
         if len(newer):
             ids = self.releases[number]
@@ -236,7 +236,7 @@ class _Crowd:
         near = _Links(*places.links(self.settings.radius_arcsec))
         return _Links.joined([near, *(self._of_ids(ids, ids > 0) for ids in self.releases)])
 
-    def equal(self, tier: IntArray, name: IntArray) -> _Links:
+    def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
         return _Links.joined(
             [self._of_ids(ids, tier == number) for number, ids in enumerate(self.releases)]
         )
@@ -245,7 +245,7 @@ class _Crowd:
         rows = np.flatnonzero(chosen)
         return _Links(*Places.of(self.sky, rows, ids[rows]).links(self.settings.id_radius_arcsec))
 
-    def join_older(self, star: IntArray, tier: IntArray, number: int) -> None:
+    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
         sky, ids = self.sky, self.releases[number]
         hosts, guests = np.flatnonzero(tier < number), np.flatnonzero(tier == number)
         if not len(hosts) or not len(guests):

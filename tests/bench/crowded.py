@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +40,7 @@ def write_tables(folder: Path, n: int) -> None:
     few = n // 100
     near = 10 + rng.normal(0, 0.7 / 3600, few), 5 + rng.normal(0, 0.7 / 3600, few)
     node = rng.integers(0, 100, (2, n))
-    places = {
+    places: dict[str, Any] = {
         "spread over the sky": (*sky, 0),
         "one position": (np.full(n, 10.0), np.full(n, 5.0), 0),
         "one position, another id each": (np.full(n, 10.0), np.full(n, 5.0), 1 + np.arange(n)),
@@ -58,7 +59,7 @@ def write_tables(folder: Path, n: int) -> None:
     labels["feh"] = rng.normal(0, 0.1, n)
     for name, (ra, dec, ids) in places.items():
         columns = {"obs_id": np.arange(n), "ra": ra, "dec": dec, **labels}
-        columns["gaia_dr3_source_id"] = np.broadcast_to(ids, n).copy()
+        columns["gaia_dr3_source_id"] = np.zeros(n, dtype=np.int64) + ids
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
 
 

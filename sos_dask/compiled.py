@@ -41,7 +41,7 @@ def _nearness(d_ra: float, d_dec: float, cos_cos: float, low: float, high: float
 @compiled(
     (
         *(_I, _D, _D, _D, types.float64, types.int64, read_only(types.uint8), types.int64),
-        *(_I_OUT, _I_OUT, types.int8[::1], _B_OUT, _I_OUT),
+        *(types.int64, _I_OUT, _I_OUT, types.int8[::1], _B_OUT, _I_OUT),
     )
 )
 def pairs_on_faces(
@@ -53,6 +53,7 @@ def pairs_on_faces(
     order: int,
     touches: NDArray[np.uint8],
     depth: int,
+    most: int,
     i: IntArray,
     j: IntArray,
     near: NDArray[np.int8],
@@ -66,7 +67,7 @@ def pairs_on_faces(
     ``near`` is 1, or 2 where the separation must be calculated: below 0.005 deg in both coordinates
     what the plane neglects (Taylor series of the haversine formula) is less than one part in 10^8
     of the squared separation. ``count[0]`` is the number of pairs, also of those for which there is
-    no room.
+    no room; the search ends when they are more than ``most``.
     """
     low, high = radius * radius * (1.0 - 1e-7), radius * radius * (1.0 + 1e-7)
     shift, found, n = 58 - 2 * order, 0, len(cells)
@@ -131,6 +132,8 @@ def pairs_on_faces(
                 q += 1
             if bit < 0:
                 after = q
+        if found > most:
+            break
     count[0] = found
 
 
@@ -254,8 +257,12 @@ def repeated(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
 def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
     """Sort the rows of each group (`members`) by a key; those of equal keys stay in order."""
     for group in range(len(first) - 1):
-        start = first[group]
-        for place in range(start + 1, first[group + 1]):
+        start, stop = first[group], first[group + 1]
+        if stop - start > 64:
+            rows = row[start:stop]
+            rows[:] = rows[np.argsort(key[rows], kind="mergesort")]
+            continue
+        for place in range(start + 1, stop):
             one, at = row[place], place
             while at > start and key[row[at - 1]] > key[one]:
                 row[at] = row[at - 1]

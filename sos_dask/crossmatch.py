@@ -33,6 +33,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask import healpix, nearby, sphere
+from sos_dask.crowds import is_crowded, preferred
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.healpix import FloatArray, IntArray
 from sos_dask.schema import HEALPIX_COLUMN, require_columns
@@ -44,6 +45,8 @@ GAIA_RELEASES = ("gaia_dr3_source_id", "gaia_dr2_source_id")
 # An id on this many pairs of rows is a placeholder or a calibration star: search it on the sky,
 # so that a million rows with the same wrong id cannot make a million times a million pairs.
 _MANY_PAIRS = 4096
+# Of rows that crowd, so many pairs in a partition when all are wanted: about 4 GB.
+_MOST_PAIRS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,9 @@ def match(
         right_key = partial(_taken, right.column(right_key))
     a = _Side.read(left, "the left side of the crossmatch", settings.use_gaia_id)
     b = _Side.read(right, "the right side of the crossmatch", settings.use_gaia_id)
+    radius = settings.radius_arcsec
+    if is_crowded(a.cells, radius) or is_crowded(b.cells, radius):
+        return _match_crowds(a, b, settings, right_key)
     found = list(_equal_ids(a, b, settings.id_radius_arcsec))
     by_id = sum(len(i) for i, _, _ in found)
     n_conflicts = 0
@@ -265,6 +271,133 @@ class _Side:
 
 
 _Block = tuple[IntArray, IntArray, FloatArray]
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Rows of one side that are alike in all that decides, by the sky; ``row`` is one of each."""
+
+    side: _Side
+    row: IntArray
+    of: IntArray
+    size: IntArray
+
+    @classmethod
+    def of_side(cls, side: _Side, preference: IntArray, ids: bool) -> _Classes:
+        """Classes of rows with the same ids, or with ids of the same releases."""
+        values = [*(side.pm or ()), *([] if side.epoch is None else [side.epoch])]
+        keys: list[NDArray[Any]]
+        keys = [np.ascontiguousarray(v).view(np.int64) for v in (*values, side.dec, side.ra)]
+        keys += [np.maximum(v, 0) if ids else v > 0 for v in side.ids.values()]
+        row, of = preferred((preference,), *keys, side.cells)
+        return cls(side.take(row), row, of, np.bincount(of, minlength=len(row)))
+
+    def members(self) -> tuple[IntArray, IntArray]:
+        """Rows by class, and where those of each class begin."""
+        return np.argsort(self.of, kind="stable"), np.cumsum(self.size) - self.size
+
+
+def _match_crowds(a: _Side, b: _Side, settings: MatchSettings, keys_of: _KeysOf) -> Matches:
+    """Match where many rows crowd: rows that are alike, as those at one position, only once.
+
+    Whether ids conflict depends on the releases; pairs of equal ids are found by themselves.
+    """
+    key = pc.rank(keys_of(np.arange(len(b.ra))), tiebreaker="dense").to_numpy()
+    order = np.lexsort((np.arange(len(key)), key))
+    preference = np.empty(len(key), dtype=np.int64)
+    preference[order] = np.arange(len(key))
+    sides = [
+        (_Classes.of_side(a, np.arange(len(a.ra)), ids), _Classes.of_side(b, preference, ids))
+        for ids in (True, False)
+    ]
+    n_conflicts = 0
+
+    def by_id() -> Iterator[_Block]:
+        nonlocal n_conflicts
+        one, other = sides[0]
+        for p, q, separation in _equal_ids(one.side, other.side, settings.id_radius_arcsec):
+            n_pairs = one.size[p] * other.size[q]
+            n_conflicts -= int(n_pairs[separation <= settings.radius_arcsec].sum())
+            yield p, q, separation
+
+    def by_position() -> Iterator[_Block]:
+        nonlocal n_conflicts
+        one, other = sides[1]
+        for p, q, separation in _near(one.side, other.side, settings.radius_arcsec):
+            common = _compare_ids(one.side, other.side, p, q)[0]
+            n_conflicts += int((one.size[p] * other.size[q])[common].sum())
+            yield p[~common], q[~common], separation[~common]
+
+    if settings.pairs == "all":
+        found: list[list[_Block]] = []
+        n_pairs = 0
+        for (one, other), blocks in zip(sides, (by_id(), by_position()), strict=True):
+            found.append([])
+            for block in blocks:
+                n_pairs += int((one.size[block[0]] * other.size[block[1]]).sum())
+                if n_pairs > _MOST_PAIRS:
+                    _refuse_all(n_pairs, one, other, block)
+                found[-1].append(_pairs_of(one, other, block))
+        n_by_id = sum(len(i) for i, _, _ in found[0])
+        return _ordered(found[0] + found[1], n_by_id, n_conflicts, keys_of, True)
+    best = [
+        _best(one, other, preference, blocks)
+        for (one, other), blocks in zip(sides, (by_id(), by_position()), strict=True)
+    ]
+    (n_id, row_id, apart_id), (n_near, row_near, apart_near) = best
+    left = np.flatnonzero(n_id + n_near)
+    has_id = n_id[left] > 0
+    return Matches(
+        left,
+        np.where(has_id, row_id[left], row_near[left]),
+        np.where(has_id, apart_id[left], apart_near[left]),
+        (n_id + n_near)[left].astype(np.int32),
+        has_id,
+        n_conflicts,
+    )
+
+
+def _best(
+    one: _Classes, other: _Classes, preference: IntArray, blocks: Iterator[_Block]
+) -> tuple[IntArray, IntArray, FloatArray]:
+    """By left row: how many candidates there are, the best, and its separation."""
+    count = np.zeros(len(one.row), dtype=np.int64)
+    best, apart = np.full(len(count), -1), np.full(len(count), np.inf)
+    for p, q, separation in blocks:
+        np.add.at(count, p, other.size[q])
+        nearest = apart.copy()
+        np.minimum.at(nearest, p, separation)
+        some = separation == nearest[p]  # few
+        p, row = p[some], other.row[q[some]]
+        order = np.lexsort((preference[row], p))
+        order = order[np.append(True, np.diff(p[order]) != 0)[: len(order)]]
+        p, row = p[order], row[order]
+        better = nearest[p] < apart[p]
+        better |= preference[row] < preference[best[p]]
+        best[p[better]], apart = row[better], nearest
+    return count[one.of], best[one.of], apart[one.of]
+
+
+def _pairs_of(one: _Classes, other: _Classes, block: _Block) -> _Block:
+    """The pairs of rows of pairs of classes."""
+    p, q, separation = block
+    (rows, first), (others, other_first) = one.members(), other.members()
+    n_pairs = one.size[p] * other.size[q]
+    at = np.arange(n_pairs.sum()) - np.repeat(np.cumsum(n_pairs) - n_pairs, n_pairs)
+    p, q = np.repeat(p, n_pairs), np.repeat(q, n_pairs)
+    i, j = rows[first[p] + at // other.size[q]], others[other_first[q] + at % other.size[q]]
+    return i, j, np.repeat(separation, n_pairs)
+
+
+def _refuse_all(n_pairs: int, one: _Classes, other: _Classes, block: _Block) -> None:
+    at = int(np.argmax(one.size[block[0]] * other.size[block[1]]))
+    p, q = block[0][at], block[1][at]
+    raise ConfigError(
+        f"pairs = 'all': {n_pairs:,} pairs or more in one partition; {one.size[p]:,} target and "
+        f"{other.size[q]:,} reference rows crowd at ra {one.side.ra[p]:.6f}, "
+        f"dec {one.side.dec[p]:.6f}",
+        f"At most {_MOST_PAIRS:,} are made there: use pairs = 'best', or remove these rows.",
+    )
 
 
 def _taken(column: pa.ChunkedArray, rows: IntArray) -> pa.ChunkedArray:

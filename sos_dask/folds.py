@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask import nearby, sphere
+from sos_dask.crowds import Places, Sky, is_crowded
 from sos_dask.healpix import FloatArray, IntArray
 
 KeyArray = NDArray[np.uint64]
@@ -98,8 +99,16 @@ def same_targets(
     Returns
     -------
     i, j : ndarray of int64
-        Row numbers, i < j.
+        Row numbers, i < j; where many targets crowd, enough of all links that the same are joined.
     """
+    if is_crowded(cells29, radius_arcsec):
+        sky = Sky(ra, dec, cells29, np.zeros(len(ra), dtype=np.int64))
+        places = [(Places.of(sky, np.arange(len(ra))), radius_arcsec)]
+        for release in ids:
+            rows = np.flatnonzero(release > 0)
+            places.append((Places.of(sky, rows, release[rows]), id_radius_arcsec))
+        links = [place.links(radius) for place, radius in places]
+        return np.concatenate([i for i, _ in links]), np.concatenate([j for _, j in links])
     first, second = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     reach = max(radius_arcsec, id_radius_arcsec) if ids else radius_arcsec
     for i, j in nearby.candidates(cells29, reach, cells29, later_only=True):

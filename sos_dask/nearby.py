@@ -69,6 +69,18 @@ def candidates(
     ConfigError
         A reach is negative, not finite or over 20 degrees.
     """
+    for found in _runs(cells, reach_arcsec, sorted_cells, later_only=later_only):
+        yield from _expand(*found)
+
+
+def _runs(
+    cells: IntArray,
+    reach_arcsec: FloatArray | float,
+    sorted_cells: IntArray,
+    *,
+    later_only: bool = False,
+) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+    """The pairs of `candidates`: row, first of the sorted rows, and how many from there on."""
     if len(cells) == 0 or len(sorted_cells) == 0:
         return
     reach = np.asarray(reach_arcsec, dtype=np.float64)
@@ -109,8 +121,8 @@ def candidates(
             near_found[crowded[at]] = 0
             if crowded.any():
                 waiting.setdefault(order + 1, []).append(rows[crowded])
-        yield from _expand(rows, low, found)
-        yield from _expand(rows[at], near_low, near_found)
+        yield rows, low, found
+        yield rows[at], near_low, near_found
 
 
 def rows_near(
@@ -132,10 +144,11 @@ def rows_near(
     ndarray of int64
         Row numbers, ascending: all that lie within reach, and some beyond.
     """
-    near = np.zeros(len(sorted_cells), dtype=np.bool_)
-    for _, rows in candidates(cells, reach_arcsec, sorted_cells):
-        near[rows] = True
-    return np.flatnonzero(near)
+    steps = np.zeros(len(sorted_cells) + 1, dtype=np.int64)
+    for _, low, count in _runs(cells, reach_arcsec, sorted_cells):
+        np.add.at(steps, low, 1)
+        np.subtract.at(steps, low + count, 1)
+    return np.flatnonzero(np.cumsum(steps[:-1]))
 
 
 def _rows_in(cells: IntArray, shift: int, sorted_cells: IntArray) -> tuple[IntArray, IntArray]:
@@ -207,9 +220,9 @@ def _expand(rows: IntArray, low: IntArray, count: IntArray) -> Iterator[tuple[In
 
 
 def pairs_within(
-    ra: FloatArray, dec: FloatArray, cells29: IntArray, radius_arcsec: float
-) -> tuple[IntArray, IntArray]:
-    """All pairs of rows within a radius of each other.
+    ra: FloatArray, dec: FloatArray, cells29: IntArray, radius_arcsec: float, most: int = 1 << 62
+) -> tuple[IntArray, IntArray] | None:
+    """All pairs of rows within a radius of each other, unless they are too many.
 
     The search of `candidates`, compiled and with the separations in it.
 
@@ -220,11 +233,13 @@ def pairs_within(
         Order-29 cells of the positions, ascending.
     radius_arcsec : float
         At most a degree.
+    most : int
+        So many pairs are stored.
 
     Returns
     -------
     i, j : ndarray of int64, shape (m,)
-        i < j, each pair once, in no stated order.
+        i < j, each pair once, in no stated order. None: there are more than ``most``.
     """
     none = np.empty(0, dtype=np.int64)
     if len(cells29) < 2:
@@ -245,7 +260,9 @@ def pairs_within(
         i, j = np.empty((2, room), dtype=np.int64)
         near = np.empty(room, dtype=np.int8)
         search = (radius_arcsec / 3600.0, order, table, depth)
-        pairs_on_faces(*columns, *search, i, j, near, crosses, count)
+        pairs_on_faces(*columns, *search, most, i, j, near, crosses, count)
+        if count[0] > most:
+            return None
     i, j, near = i[: count[0]], j[: count[0]], near[: count[0]]
     unsure = np.flatnonzero(near == 2)
     p, q = i[unsure], j[unsure]

@@ -3,6 +3,7 @@
 import csv
 import pickle
 from typing import Any
+from unittest import mock
 
 import astropy.units as u
 import healpy
@@ -141,8 +142,14 @@ kinds = st.sets(st.sampled_from(["epoch", "many", "pm", "dr3", "dr2"]))
 
 
 @THOROUGH
-@given(seeds, radii, kinds, kinds, st.booleans())
-def test_equals_brute_force(seed, radius, left_kind, right_kind, use_gaia_id):
+@given(seeds, radii, kinds, kinds, st.booleans(), st.booleans())
+def test_equals_brute_force(seed, radius, left_kind, right_kind, use_gaia_id, crowded):
+    """Also by what matches places where many rows crowd."""
+    with mock.patch.object(crossmatch, "is_crowded", lambda *_: crowded):
+        equals_brute_force(seed, radius, left_kind, right_kind, use_gaia_id)
+
+
+def equals_brute_force(seed, radius, left_kind, right_kind, use_gaia_id):
     rng = np.random.default_rng(seed)
     places = anchors(rng)
     left, right = (
@@ -382,6 +389,24 @@ def test_a_placeholder_id_does_not_make_all_pairs(monkeypatch):
     monkeypatch.setattr(crossmatch, "_separation", counting)
     match(tables[0], tables[1], MatchSettings(1.0))
     assert sum(compared) < 10_000
+
+
+def test_many_rows_at_one_position():
+    """Counts of pairs are exact where no memory could hold the pairs, and all are refused."""
+    n = 100_000
+    ids = np.where(np.arange(n) % 2 == 0, np.arange(n) + 1, 0)
+    table = sky_table(np.full(n, 10.0), np.full(n, 5.0), star_id=np.arange(n)[::-1],
+                      gaia_dr3_source_id=ids)  # fmt: skip
+    found = match(table, table, MatchSettings(1.0))
+    assert found.left.tolist() == list(range(n))
+    by_id = ids > 0
+    assert (found.by_id == by_id).all() and (found.right[by_id] == found.left[by_id]).all()
+    # With an id: the row of the same one, and half of all that have none. Without: all.
+    np.testing.assert_array_equal(found.n_candidates, np.where(by_id, 1 + n // 2, n))
+    assert set(found.right[~by_id]) == {n - 1}, "the smallest key"
+    assert found.n_conflicts == (n // 2) ** 2 - n // 2
+    with pytest.raises(ConfigError, match=r"50,000 reference rows crowd at ra 10\.0+, dec 5\.0+"):
+        match(table, table, MatchSettings(1.0, pairs="all"))
 
 
 @pytest.mark.parametrize("rows", [(0, 3), (3, 0), (0, 0)])

@@ -6,6 +6,7 @@ import math
 import pickle
 import statistics
 from typing import Any
+from unittest import mock
 
 import healpy
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sos_dask.dedupe import METHODS, DedupeSettings, Edges, Groups, combine, group
+from sos_dask.dedupe import METHODS, DedupeSettings, Edges, Groups, combine, group, grouping
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.healpix import HealpixPixel, ang2pix, in_ranges
 from sos_dask.sphere import propagate, separation_arcsec
@@ -79,6 +80,13 @@ class Sky:
             self.frontier[rows],
             chosen,
         )
+
+
+def links_listed(listed: bool) -> Any:
+    """Rows are grouped by a list of their links, however many, or without one."""
+    if listed:
+        return mock.patch.object(grouping, "_MOST", 1 << 40)
+    return mock.patch.object(grouping._Listed, "of", lambda *_: None)
 
 
 def one_by_one(sky: Sky, chosen: DedupeSettings) -> tuple[list[int], list[bool]]:
@@ -170,12 +178,15 @@ def one_by_one(sky: Sky, chosen: DedupeSettings) -> tuple[list[int], list[bool]]
     st.sampled_from([(), ("dr3",), ("dr2",), ("dr2", "dr3")]),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
-def test_group_equals_one_by_one(seed, n, radius, releases, ties, use_gaia_id):
+def test_group_equals_one_by_one(seed, n, radius, releases, ties, use_gaia_id, crowded):
+    """By the links of rows, and by what stands in for them where they crowd."""
     rng = np.random.default_rng(seed)
     sky = Sky(rng, n, radius, releases, ties)
     chosen = DedupeSettings(radius, radius * rng.uniform(1, 3), use_gaia_id=use_gaia_id)
-    found = sky.group(chosen)
+    with links_listed(not crowded):
+        found = sky.group(chosen)
     primary, touched = one_by_one(sky, chosen)
     assert found.primary.tolist() == primary
     assert found.touches_frontier.tolist() == touched
@@ -313,6 +324,55 @@ def test_members_lie_within_the_radius_of_their_primary():
     assert apart.max() <= 1.5
     np.testing.assert_array_equal(leader[leader], leader)
     assert 0.1 * n < len(np.unique(leader)) < 0.8 * n
+
+
+@pytest.mark.parametrize("releases", [(), ("dr2", "dr3")])
+@pytest.mark.parametrize("place", ["scattered", "grid", "one position"])
+def test_crowds_are_grouped_as_by_their_links(place, releases):
+    """A thousand rows within the radius, steps of just the radius, and ids of all kinds."""
+    rng = np.random.default_rng(5)
+    n = 1200
+    for number in range(4):
+        sky = Sky(rng, n, 1.5, releases, ties=number % 2 == 1)
+        ra, dec = np.repeat([CENTRES[number]], n, axis=0).T.astype(np.float64)
+        if place == "scattered":
+            ra, dec = sky.around(rng, ra, dec, 1.5)
+        elif place == "grid":
+            step = 1.5 / 3600 * rng.integers(0, 6, (2, n))
+            ra, dec = (100.0 + step[0]) % 360, step[1] - 0.002
+        cells = ang2pix(ra, dec)
+        order = np.argsort(cells, kind="stable")
+        sky.ra, sky.dec, sky.cells = ra[order], dec[order], cells[order]
+        if number > 1:  # few ids, many rows each
+            sky.ids = {release: np.where(ids > 0, ids % 5, 0) for release, ids in sky.ids.items()}
+        found = []
+        for listed in (True, False):
+            with links_listed(listed):
+                found.append(sky.group(DedupeSettings(1.5, 4.0)))
+        np.testing.assert_array_equal(found[0].primary, found[1].primary)
+        np.testing.assert_array_equal(found[0].touches_frontier, found[1].touches_frontier)
+
+
+def test_a_million_rows_crowd():
+    """More pairs than any memory holds: at one position, and within a tenth of an arcsecond."""
+    rng = np.random.default_rng(2)
+    n = 10**6
+    rank = rng.permutation(n)
+    ra, dec = np.full(n, 10.0), np.full(n, 5.0)
+    frontier = np.arange(n) == 0
+    ids = {"dr3": np.where(rng.random(n) < 0.5, np.arange(n) + 1, 0)}
+    found = group(ra, dec, ang2pix(ra, dec), rank, ids, frontier, DedupeSettings())
+    assert found.touches_frontier.all()
+    known = ids["dr3"] > 0
+    np.testing.assert_array_equal(found.primary[known], np.flatnonzero(known))
+    best = np.flatnonzero(known)[np.argmin(rank[known])]
+    assert (found.primary[~known] == best).all()
+    ra, dec = 10 + rng.uniform(-1e-5, 1e-5, n), 5 + rng.uniform(-1e-5, 1e-5, n)
+    cells = ang2pix(ra, dec)
+    sky = np.argsort(cells)
+    found = group(ra[sky], dec[sky], cells[sky], rank, {}, frontier, DedupeSettings())
+    assert found.touches_frontier.all()
+    assert (found.primary == np.argmin(rank)).all()
 
 
 def test_hundreds_of_observations_of_one_star():

@@ -71,7 +71,9 @@ def test_pairs_within_are_those_of_brute_force(seed, n, radius_arcsec):
         radius_arcsec = min(max(radius_arcsec, 1e-3), 3600.0)
     by_cell = np.argsort(ang2pix(ra, dec), kind="stable")
     ra, dec = ra[by_cell], dec[by_cell]
-    i, j = pairs_within(ra, dec, ang2pix(ra, dec), radius_arcsec)
+    pairs = pairs_within(ra, dec, ang2pix(ra, dec), radius_arcsec)
+    assert pairs is not None
+    i, j = pairs
     found = list(zip(i.tolist(), j.tolist(), strict=True))
     one, other = np.triu_indices(n, k=1)
     near = separation_arcsec(ra[one], dec[one], ra[other], dec[other]) <= radius_arcsec
@@ -80,7 +82,10 @@ def test_pairs_within_are_those_of_brute_force(seed, n, radius_arcsec):
 
 def test_pairs_within_need_more_room_than_is_taken_at_first():
     ra, dec = np.full(100, 45.0), np.full(100, 10.0)
-    i, j = pairs_within(ra, dec, ang2pix(ra, dec), 1.0)
+    pairs = pairs_within(ra, dec, ang2pix(ra, dec), 1.0, 4950)
+    assert pairs is not None
+    i, j = pairs
+    assert pairs_within(ra, dec, ang2pix(ra, dec), 1.0, 4949) is None
     assert len(i) == len(j) == 100 * 99 // 2 and (i < j).all()
 
 

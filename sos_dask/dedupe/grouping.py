@@ -21,19 +21,22 @@ connected components of these links, and depend on nothing outside of them. Insi
 The primary of a star with ids is its row of smallest rank among those with ids. Equal ranks are
 decided by the place in the input, which is the order on the sky. All of it is exact, and
 independent of the order of the rows and of how the sky is cut, as long as whole components are
-given.
+given. Links are listed where they are few; of rows that crowd at a place, where all pairs would be
+too many, a tree finds those that decide (`crowds`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sos_dask import nearby, sphere
+from sos_dask import nearby
+from sos_dask.crowds import Places, Sky, join_in_order
 from sos_dask.dedupe.settings import DedupeSettings
 from sos_dask.errors import PartitionError
 from sos_dask.healpix import FloatArray, IntArray
@@ -41,9 +44,11 @@ from sos_dask.schema import HEALPIX_COLUMN
 
 BoolArray = NDArray[np.bool_]
 
-# Rows with one id beyond which their pairs are searched on the sky: a placeholder taken for an id
-# must not make all pairs of a million rows.
-_MANY_ROWS = 64
+# Links are listed up to so many a row, and these more; beyond, rows crowd.
+_MOST_A_ROW = 8
+_MOST = 65536
+# Rows of stars are looked through for their ids in parts of so many.
+_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -99,31 +104,19 @@ def group(
     if np.any(cells29[1:] < cells29[:-1]):
         raise PartitionError(f"rows to be grouped are not sorted by {HEALPIX_COLUMN}")
     releases = [ids[name] for name in sorted(ids, reverse=True)] if settings.use_gaia_id else []
-    sky = _Sky(ra, dec, cells29)
-    links = _Links(*nearby.pairs_within(ra, dec, cells29, settings.radius_arcsec))
-    far = [_far_links(sky, release, links, settings) for release in releases]
-    every = _Links.joined([links, *far])
+    sky = Sky(ra, dec, cells29, rank)
+    near: _Near = _Listed.of(sky, releases, settings) or _Crowd(sky, releases, settings)
     touched = np.zeros(len(ra), dtype=np.bool_)
-    if frontier is not None:
-        touched = _spread_over(frontier, every)
+    if frontier is not None and frontier.any():
+        root = near.every().components(len(ra))
+        touched[root[frontier]] = True
+        touched = touched[root]
     primary = np.arange(len(ra), dtype=np.int64)
+    known = np.zeros(len(ra), dtype=np.bool_)
     if releases:
-        known = _group_known(primary, rank, releases, every, sky)
-        links = _join_nearest_known(primary, rank, known, links, sky)
-    _group_by_rank(primary, rank, links, sky)
+        known = _group_known(primary, rank, releases, near)
+    near.group_others(primary, known)
     return Groups(primary, touched)
-
-
-@dataclass(frozen=True)
-class _Sky:
-    """Positions of rows; separations are calculated only where they decide."""
-
-    ra: FloatArray
-    dec: FloatArray
-    cells: IntArray
-
-    def separation(self, i: IntArray, j: IntArray) -> FloatArray:
-        return sphere.separation_arcsec(self.ra[i], self.dec[i], self.ra[j], self.dec[j])
 
 
 @dataclass(frozen=True)
@@ -145,6 +138,15 @@ class _Links:
     def where(self, mask: BoolArray) -> _Links:
         return _Links(self.i[mask], self.j[mask])
 
+    def components(self, n: int) -> IntArray:
+        """The first row of the component of each of ``n`` rows."""
+        root = np.arange(n, dtype=np.int64)
+        if len(self.i):
+            from sos_dask.compiled import components
+
+            components(self.i, self.j, root)
+        return root
+
     def between(self, one: BoolArray, other: BoolArray) -> tuple[IntArray, IntArray]:
         """Rows of links from the rows of one kind to those of another kind."""
         forward, backward = one[self.i] & other[self.j], one[self.j] & other[self.i]
@@ -154,55 +156,192 @@ class _Links:
         )
 
 
-def _far_links(sky: _Sky, ids: IntArray, near: _Links, settings: DedupeSettings) -> _Links:
-    """Rows with equal ids that lie beyond the radius, but within that for ids."""
+class _Near(Protocol):
+    """What the rules ask of links."""
+
+    def every(self) -> _Links:
+        """Links with the components of all."""
+
+    def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
+        """Links with the components of those among rows known by equal ids of a release."""
+
+    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
+        """Join groups known by a release to stars known by a newer one (rule 2), in place."""
+
+    def group_others(self, primary: IntArray, known: BoolArray) -> None:
+        """Group the rows without ids (rules 3 and 4), in place."""
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """Links that are few: within the radius, and all."""
+
+    sky: Sky
+    releases: list[IntArray]
+    links: _Links
+    all_links: _Links
+
+    @classmethod
+    def of(cls, sky: Sky, releases: list[IntArray], settings: DedupeSettings) -> _Listed | None:
+        """The links of rows, unless they are too many."""
+        most = _MOST_A_ROW * len(sky.ra) + _MOST
+        pairs = nearby.pairs_within(sky.ra, sky.dec, sky.cells, settings.radius_arcsec, most)
+        if pairs is None:
+            return None
+        links = [_Links(*pairs)]
+        for release in releases:
+            far = _far_links(sky, release, links[0], settings, most)
+            if far is None:
+                return None
+            links.append(far)
+        return cls(sky, releases, links[0], _Links.joined(links))
+
+    def every(self) -> _Links:
+        return self.all_links
+
+    def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
+        i, j = self.all_links.i, self.all_links.j
+        same = (tier[i] == tier[j]) & (name[i] == name[j]) & (tier[i] < len(self.releases))
+        return self.all_links.where(same)
+
+    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
+        newer, older = self.all_links.between(tier < number, tier == number)
+        if len(newer):
+            ids = self.releases[number]
+            holders = np.flatnonzero((tier < number) & (ids > 0))
+            separation = self.sky.separation(newer, older)
+            _join_older(star, self.sky.rank, ids, newer, older, separation, holders)
+
+    def group_others(self, primary: IntArray, known: BoolArray) -> None:
+        links = self.links
+        if self.releases:
+            row, target = _nearest(*links.between(~known, known), self.sky)
+            primary[row] = primary[target]
+            done = known.copy()
+            done[row] = True
+            links = links.where(~done[links.i] & ~done[links.j])
+        _group_by_rank(primary, links, self.sky)
+
+
+@dataclass(frozen=True)
+class _Crowd:
+    """Rows of which there are so many within a radius that their links are not listed."""
+
+    sky: Sky
+    releases: list[IntArray]
+    settings: DedupeSettings
+
+    def every(self) -> _Links:
+        places = Places.of(self.sky, np.arange(len(self.sky.ra)))
+        near = _Links(*places.links(self.settings.radius_arcsec))
+        return _Links.joined([near, *(self._of_ids(ids, ids > 0) for ids in self.releases)])
+
+    def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
+        return _Links.joined(
+            [self._of_ids(ids, tier == number) for number, ids in enumerate(self.releases)]
+        )
+
+    def _of_ids(self, ids: IntArray, chosen: BoolArray) -> _Links:
+        rows = np.flatnonzero(chosen)
+        return _Links(*Places.of(self.sky, rows, ids[rows]).links(self.settings.id_radius_arcsec))
+
+    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
+        sky, ids = self.sky, self.releases[number]
+        hosts, guests = np.flatnonzero(tier < number), np.flatnonzero(tier == number)
+        if not len(hosts) or not len(guests):
+            return
+        joins = np.arange(len(star), dtype=np.int64)
+        # Stars that have the id of a group: the nearest row of one, of those without the id, too.
+        names, code = np.unique(ids[guests], return_inverse=True)
+        asked = Places.of(sky, guests, code)
+        holders = hosts[ids[hosts] > 0]
+        place = np.minimum(np.searchsorted(names, ids[holders]), len(names) - 1)
+        of_guests = names[place] == ids[holders]
+        some, place = holders[of_guests], place[of_guests]
+        found = [asked.candidates(Places.of(sky, some, place), self.settings.id_radius_arcsec)]
+        # Rows without the id need a look where not all of a star have it: one a position.
+        at = star[some] * len(names) + place
+        held, count = np.unique(at, return_counts=True)
+        held = held[count < np.bincount(star[hosts], minlength=len(star))[held // len(names)]]
+        rows = Places.of(sky, hosts, star[hosts]).row
+        low = np.searchsorted(star[rows], held // len(names))
+        count = np.searchsorted(star[rows], held // len(names), side="right") - low
+        for first, last in _blocks(count):
+            n, stop = count[first:last], np.cumsum(count[first:last])
+            row = rows[np.arange(n.sum()) + np.repeat(low[first:last] - stop + n, n)]
+            others = Places.of(sky, row, np.repeat(held[first:last] % len(names), n))
+            found.append(asked.candidates(others, self.settings.radius_arcsec))
+        older, newer = (np.concatenate(side) for side in zip(*found, strict=True))
+        order = np.lexsort(
+            (older, newer, sky.rank[older], sky.rank[newer], sky.separation(older, newer))
+        )[::-1]
+        joins[star[older[order]]] = star[newer[order]]  # the first is written last
+        # Stars without any such id, and groups that are left.
+        hosts = hosts[~np.isin(star[hosts], star[holders])]
+        guests = guests[joins[star[guests]] == star[guests]]
+        host_stars, host_star = np.unique(star[hosts], return_inverse=True)
+        guest_stars, guest_star = np.unique(star[guests], return_inverse=True)
+        _, code = np.unique(ids[guest_stars], return_inverse=True)
+        host_of = join_in_order(
+            sky, hosts, host_star, guests, guest_star, code, self.settings.radius_arcsec
+        )
+        joined = host_of >= 0
+        joins[guest_stars[joined]] = host_stars[host_of[joined]]
+        star[:] = joins[star]
+
+    def group_others(self, primary: IntArray, known: BoolArray) -> None:
+        left, radius = ~known, self.settings.radius_arcsec
+        if known.any():
+            hosts = Places.of(self.sky, np.flatnonzero(known))
+            row, target = self._follow(Places.of(self.sky, np.flatnonzero(left)), hosts)
+            primary[row] = primary[target]
+            left[row] = False
+        places = Places.of(self.sky, np.flatnonzero(left))
+        row, target = self._follow(places, Places.of(self.sky, places.leading(radius)))
+        primary[row] = target
+
+    def _follow(self, places: Places, hosts: Places) -> tuple[IntArray, IntArray]:
+        """Rows and the nearest of others, where one lies within the radius."""
+        target = np.full(len(self.sky.ra), -1)
+        row, nearest = _nearest(*places.candidates(hosts, self.settings.radius_arcsec), self.sky)
+        target[row] = nearest
+        target = target[places.row[places.place]]
+        return places.rows[target >= 0], target[target >= 0]
+
+
+def _far_links(
+    sky: Sky, ids: IntArray, near: _Links, settings: DedupeSettings, most: int
+) -> _Links | None:
+    """Rows with equal ids that lie beyond the radius, but within that for ids.
+
+    None: more pairs than ``most`` have equal ids.
+    """
     rows = np.flatnonzero(ids > 0)
     encoded = pa.array(ids[rows]).dictionary_encode()
     code = np.zeros(len(ids), dtype=np.int64)
     code[rows] = encoded.indices.to_numpy()
     count = np.bincount(code[rows], minlength=len(encoded.dictionary))
+    pairs = count * (count - 1) // 2
     # Where the pairs within the radius are all pairs of an id, nothing is left to find.
     same = (ids[near.i] == ids[near.j]) & (ids[near.i] > 0)
     found = np.bincount(code[near.i[same]], minlength=len(count))
-    rows = rows[(found < count * (count - 1) // 2)[code[rows]]]
-    many = count[code[rows]] > _MANY_ROWS
-    parts = []
-    crowd = rows[many]
-    cells = sky.cells[crowd]
-    for p, q in nearby.candidates(cells, settings.id_radius_arcsec, cells, later_only=True):
-        equal = ids[crowd[p]] == ids[crowd[q]]
-        parts.append((crowd[p[equal]], crowd[q[equal]]))
-    rows = rows[~many]
+    if pairs[found < pairs].sum() > most:
+        return None
+    rows = rows[(found < pairs)[code[rows]]]
     rows = rows[np.argsort(code[rows], kind="stable")]
     last = np.append(code[rows[1:]] != code[rows[:-1]], True)[: len(rows)]
     stop = np.flatnonzero(last) + 1
     after = np.repeat(stop, np.diff(stop, prepend=0)) - np.arange(1, len(rows) + 1)
     first = np.repeat(np.arange(len(rows)), after)
     second = first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(after) - after, after)
-    parts.append((rows[first], rows[second]))
-    i = np.concatenate([one for one, _ in parts])
-    j = np.concatenate([other for _, other in parts])
+    i, j = rows[first], rows[second]
     separation = sky.separation(i, j)
     beyond = (separation > settings.radius_arcsec) & (separation <= settings.id_radius_arcsec)
     return _Links(i, j).where(beyond)
 
 
-def _spread_over(marked: BoolArray, links: _Links) -> BoolArray:
-    """Mark every row of the components that hold a marked row."""
-    marked = marked.copy()
-    i, j = links.i, links.j
-    while True:
-        mixed = marked[i] != marked[j]
-        if not mixed.any():
-            return marked
-        marked[i[mixed]] = True
-        marked[j[mixed]] = True
-        dark = ~marked[i] | ~marked[j]
-        i, j = i[dark], j[dark]
-
-
 def _group_known(
-    primary: IntArray, rank: IntArray, releases: list[IntArray], links: _Links, sky: _Sky
+    primary: IntArray, rank: IntArray, releases: list[IntArray], near: _Near
 ) -> BoolArray:
     """Group the rows with ids (rules 1 and 2); gives which they are."""
     n = len(primary)
@@ -213,18 +352,9 @@ def _group_known(
         tier[has] = number
         name[has] = releases[number][has]
     known = tier < len(releases)
-    same = (tier[links.i] == tier[links.j]) & (name[links.i] == name[links.j]) & known[links.i]
-    star = np.arange(n, dtype=np.int64)
-    if same.any():
-        from sos_dask.compiled import components
-
-        components(links.i[same], links.j[same], star)
+    star = near.equal(tier, name).components(n)
     for number in range(1, len(releases)):
-        newer, older = links.between(tier < number, tier == number)
-        if len(newer):
-            holders = np.flatnonzero((tier < number) & (releases[number] > 0))
-            separation = sky.separation(newer, older)
-            _join_older(star, rank, releases[number], newer, older, separation, holders)
+        near.join_older(star, tier, number)
     rows = np.flatnonzero(known)
     best = np.full(n, np.iinfo(np.int64).max)
     np.minimum.at(best, star[rows], rank[rows])
@@ -234,6 +364,16 @@ def _group_known(
     leader[star[first]] = first
     primary[rows] = leader[star[rows]]
     return known
+
+
+def _blocks(count: IntArray) -> Iterator[tuple[int, int]]:
+    """Ranges of entries of which not much more than `_BLOCK` things are counted."""
+    stop, first = np.cumsum(count), 0
+    while first < len(count):
+        done = stop[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(stop, done + _BLOCK, side="right")))
+        yield first, last
+        first = last
 
 
 def _join_older(
@@ -277,40 +417,27 @@ def _join_older(
     star[:] = joins[star]
 
 
-def _join_nearest_known(
-    primary: IntArray, rank: IntArray, known: BoolArray, links: _Links, sky: _Sky
-) -> _Links:
-    """Join rows without ids to stars with ids (rule 3); gives the links among the others."""
-    row, target = _nearest(*links.between(~known, known), rank, sky)
-    primary[row] = primary[target]
-    done = known.copy()
-    done[row] = True
-    return links.where(~done[links.i] & ~done[links.j])
-
-
-def _group_by_rank(primary: IntArray, rank: IntArray, links: _Links, sky: _Sky) -> None:
+def _group_by_rank(primary: IntArray, links: _Links, sky: Sky) -> None:
     """Primaries in the order of rank and their nearest rows (rule 4), in place."""
     if not len(links.i):
         return
     from sos_dask.compiled import claim, join_claimed
 
     claimed = np.zeros(len(primary), dtype=np.bool_)
-    claim(links.i, links.j, rank, claimed)
+    claim(links.i, links.j, sky.rank, claimed)
     several, count = np.empty_like(links.i), np.zeros(1, dtype=np.int64)
     join_claimed(links.i, links.j, claimed, primary, several, count)
     several = several[: count[0]]
     links = _Links(links.i[several], links.j[several])
-    row, target = _nearest(*links.between(claimed, ~claimed), rank, sky)
+    row, target = _nearest(*links.between(claimed, ~claimed), sky)
     primary[row] = target
 
 
-def _nearest(
-    row: IntArray, target: IntArray, rank: IntArray, sky: _Sky
-) -> tuple[IntArray, IntArray]:
+def _nearest(row: IntArray, target: IntArray, sky: Sky) -> tuple[IntArray, IntArray]:
     """The nearest target of each row (ties: smallest rank, then first on the sky)."""
     choice = np.bincount(row)[row] > 1 if len(row) else np.zeros(0, dtype=np.bool_)
     some, at = row[choice], target[choice]
-    order = np.lexsort((at, rank[at], sky.separation(some, at), some))
+    order = np.lexsort((at, sky.rank[at], sky.separation(some, at), some))
     some, at = some[order], at[order]
     first = np.append(True, some[1:] != some[:-1])[: len(some)]
     return np.concatenate([row[~choice], some[first]]), np.concatenate([target[~choice], at[first]])

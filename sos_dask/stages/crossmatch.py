@@ -22,9 +22,10 @@ from sos_dask.catalog import Catalog
 from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.crossmatch import MatchSettings, Motion, match, reach_arcsec
 from sos_dask.errors import CatalogError
-from sos_dask.healpix import FloatArray, HealpixPixel, IntArray
+from sos_dask.healpix import FloatArray, HealpixPixel, IntArray, ang2pix
 from sos_dask.nearby import rows_near
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS, SEEDS, check_numbers
+from sos_dask.sphere import propagate
 from sos_dask.stages.folds import (
     FoldSettings,
     change_folds,
@@ -39,7 +40,7 @@ from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, un
 from sos_dask.surroundings import near_pixel, surroundings
 
 VERSION = 5
-_MOTION = ("pmra", "pmdec", "position_epoch")
+MOTION = ("pmra", "pmdec", "position_epoch")
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
             "rv_err", "phot_g_mean_mag", "distance", "ebv", "n_obs")  # fmt: skip
 _REFERENCE = (*(c for c in _CARRIED if c not in ("ra", "dec", "n_obs")), "survey")
@@ -217,11 +218,33 @@ def key_column(catalog: Catalog) -> str:
 
 def motion_of(catalog: Catalog) -> Motion:
     """Bounds on proper motion and epoch over a whole catalog, from the footers of its files."""
-    known = catalog.bounds(*_MOTION)
+    known = catalog.bounds(*MOTION)
     low, high = known.get("position_epoch", (np.nan, np.nan))
     pmra, pmdec = (max(map(abs, known.get(name, (0.0, 0.0)))) for name in ("pmra", "pmdec"))
     moving = {"pmra", "pmdec"} <= set(catalog.schema.names)
     return Motion(float(np.hypot(pmra, pmdec)) if moving else 0.0, low, high)
+
+
+def moved_arcsec(motion: Motion, epoch: float) -> float:
+    """How far a star of a catalog can stand from its place at the common epoch."""
+    years = max(abs(motion.epoch_min - epoch), abs(motion.epoch_max - epoch))
+    return motion.max_pm_mas_yr / 1000.0 * years if np.isfinite(years) else 0.0
+
+
+def at_epoch(table: pa.Table, epoch: float) -> pa.Table:
+    """Move the rows that have a proper motion and an epoch; the others stay as they are."""
+    if not set(MOTION) <= set(table.schema.names) or not table.num_rows:
+        return table
+    pmra, pmdec, since = (np.asarray(table[name].to_numpy(), np.float64) for name in MOTION)
+    moving = np.isfinite(pmra) & np.isfinite(pmdec) & np.isfinite(since)
+    pmra, pmdec, years = (np.where(moving, values, 0.0) for values in (pmra, pmdec, epoch - since))
+    ra, dec = propagate(table["ra"].to_numpy(), table["dec"].to_numpy(), pmra, pmdec, years)
+    new = {"ra": ra, "dec": dec, HEALPIX_COLUMN: ang2pix(ra, dec)}
+    new["position_epoch"] = np.where(moving, epoch, since)
+    for name, values in new.items():
+        index, field = table.schema.get_field_index(name), table.schema.field(name)
+        table = table.set_column(index, field, pa.array(values, field.type, from_pandas=True))
+    return table
 
 
 def pairs_schema(left: Catalog, right: Catalog, key: str, right_key: str) -> pa.Schema:
@@ -328,7 +351,7 @@ def _near_rows(part: _Part) -> tuple[_Found, _Found, pa.Table, pa.Table]:
     ]
     deciding = ["ra", "dec"]
     if any({"pmra", "pmdec"} <= set(side.schema.names) for side in (part.left, part.right)):
-        deciding += _MOTION
+        deciding += MOTION
     if part.shared_ids:
         deciding += GAIA_IDS.values()
     columns = part.right.columns([HEALPIX_COLUMN, *deciding])

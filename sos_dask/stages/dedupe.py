@@ -1,4 +1,8 @@
-"""Stage dedupe: repeats of one star become one row, exactly, across partition edges."""
+"""Stage dedupe: repeats of one star become one row, exactly, across partition edges.
+
+Rows with proper motions and an epoch are compared where they stand at the latest epoch of the
+catalog; the others where they are. Where all rows have one epoch, nothing moves.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from sos_dask.errors import PartitionError
 from sos_dask.healpix import MAX_ORDER, HealpixPixel, cell_ranges
 from sos_dask.repeats import merged_pulls, pull_counts
 from sos_dask.schema import HEALPIX_COLUMN
+from sos_dask.stages.crossmatch import MOTION, at_epoch, motion_of, moved_arcsec
 from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
@@ -35,6 +40,8 @@ class _Part:
     pixel: HealpixPixel
     settings: DedupeSettings
     expected_error: Mapping[str, float]
+    epoch: float
+    moved_arcsec: float
 
 
 def dedupe_recipe(
@@ -96,8 +103,13 @@ def dedupe(
     )
     if output.complete:
         return output.load_manifest()
+    motion = motion_of(catalog)
+    epoch, moved = motion.epoch_max, 0.0
+    if motion.epoch_min < epoch:
+        moved = moved_arcsec(motion, epoch)
     parts = {
-        key_of(pixel): _Part(output, catalog, pixel, settings, errors) for pixel in catalog.pixels
+        key_of(pixel): _Part(output, catalog, pixel, settings, errors, epoch, moved)
+        for pixel in catalog.pixels
     }
     cluster = cluster or Cluster()
     require_memory(cluster, catalog, "dedupe")
@@ -170,7 +182,8 @@ def _ids(part: _Part) -> dict[str, str]:
 
 
 def _grouping_columns(part: _Part) -> list[str]:
-    return [HEALPIX_COLUMN, "obs_id", "ra", "dec", *_ids(part).values()]
+    motion = MOTION if part.moved_arcsec else ()
+    return [HEALPIX_COLUMN, "obs_id", "ra", "dec", *motion, *_ids(part).values()]
 
 
 def _with_other_columns(part: _Part, own: pa.Table) -> pa.Table:
@@ -198,6 +211,7 @@ def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int6
     catalog, pixel, settings = part.catalog, part.pixel, part.settings
     ids, columns = _ids(part), _grouping_columns(part)
     reach = max(settings.radius_arcsec, settings.id_radius_arcsec if ids else 0.0)
+    reach += 2 * part.moved_arcsec
     own_cells = own[HEALPIX_COLUMN].to_numpy()
     edges = Edges.of(pixel, own_cells, reach)
     layers = 2
@@ -207,19 +221,28 @@ def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int6
         table = pa.concat_tables(
             [around.slice(0, first), own, around.slice(first)]
         ).combine_chunks()
-        cells = table[HEALPIX_COLUMN].to_numpy()
+        frontier = edges.is_frontier(table[HEALPIX_COLUMN].to_numpy())
+        rank, order = rank_of(table["obs_id"]), None
+        if part.moved_arcsec:
+            table = at_epoch(table, part.epoch)
+            order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
+            table, rank, frontier = table.take(pa.array(order)), rank[order], frontier[order]
         groups = group(
             table["ra"].to_numpy(),
             table["dec"].to_numpy(),
-            cells,
-            rank_of(table["obs_id"]),
+            table[HEALPIX_COLUMN].to_numpy(),
+            rank,
             {release: id_values(table[column]) for release, column in ids.items()},
-            edges.is_frontier(cells),
+            frontier,
             settings,
         )
-        open_ended = groups.touches_frontier[first : first + own.num_rows]
+        primary, touches = groups.primary, groups.touches_frontier
+        if order is not None:
+            primary, touches = np.empty_like(primary), np.empty_like(touches)
+            primary[order], touches[order] = order[groups.primary], groups.touches_frontier
+        open_ended = touches[first : first + own.num_rows]
         if not open_ended.any():
-            return around, first, groups.primary
+            return around, first, primary
         layers *= 2
         edges = edges.grown(own_cells, open_ended, layers)
     raise PartitionError(

@@ -14,13 +14,11 @@ import pyarrow.compute as pc
 from sos_dask.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.catalog import Catalog, write_partition
 from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.crossmatch import Motion
 from sos_dask.dedupe import DedupeSettings, group
 from sos_dask.errors import PartitionError
-from sos_dask.healpix import HealpixPixel, IntArray, ang2pix, in_ranges, plan_partitions
+from sos_dask.healpix import HealpixPixel, IntArray, in_ranges, plan_partitions
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, MOST_ROWS, YEARS, check_numbers
-from sos_dask.sphere import propagate
-from sos_dask.stages.crossmatch import motion_of
+from sos_dask.stages.crossmatch import at_epoch, motion_of, moved_arcsec
 from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
 from sos_dask.stages.needs import catalog_bytes, require_pixel
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
@@ -149,7 +147,7 @@ def reference(
         if pixels:
             n_bytes = sum(catalog_bytes(catalog) for catalog in catalogs.values())
             require_pixel(cluster, "reference", name, pixels, histogram, n_bytes)
-        motion = max(_motion_arcsec(motion_of(c), settings.epoch) for c in catalogs.values())
+        motion = max(moved_arcsec(motion_of(c), settings.epoch) for c in catalogs.values())
         parts = {
             key_of(pixel): _Part(output, catalogs, pixel, settings, motion) for pixel in pixels
         }
@@ -179,50 +177,13 @@ def reference(
     return output.load_manifest()
 
 
-def _motion_arcsec(motion: Motion, epoch: float) -> float:
-    """How far a star of a catalog can stand from its place at the common epoch."""
-    years = max(abs(motion.epoch_min - epoch), abs(motion.epoch_max - epoch))
-    return motion.max_pm_mas_yr / 1000.0 * years if np.isfinite(years) else 0.0
-
-
 def _columns(catalog: Catalog) -> list[str]:
     return catalog.columns([HEALPIX_COLUMN, *_STAR_COLUMNS, *CANONICAL])
 
 
-def _at_epoch(table: pa.Table, epoch: float) -> pa.Table:
-    """Move the rows that have a proper motion and an epoch; the others stay as they are."""
-    if not {"pmra", "pmdec", "position_epoch"} <= set(table.schema.names) or not table.num_rows:
-        return table
-    moving = pc.and_(
-        pc.and_(pc.is_valid(table["pmra"]), pc.is_valid(table["pmdec"])),
-        pc.is_valid(table["position_epoch"]),
-    )
-    years = np.where(
-        moving.to_numpy(), epoch - pc.fill_null(table["position_epoch"], epoch).to_numpy(), 0.0
-    )
-    ra, dec = propagate(
-        table["ra"].to_numpy(),
-        table["dec"].to_numpy(),
-        pc.fill_null(table["pmra"], 0.0).to_numpy(),
-        pc.fill_null(table["pmdec"], 0.0).to_numpy(),
-        years,
-    )
-    new_epoch = pc.if_else(moving, pa.scalar(epoch, pa.float32()), table["position_epoch"])
-    for column, values in (
-        ("ra", pa.array(ra)),
-        ("dec", pa.array(dec)),
-        (HEALPIX_COLUMN, pa.array(ang2pix(ra, dec))),
-        ("position_epoch", new_epoch),
-    ):
-        table = table.set_column(
-            table.schema.get_field_index(column), table.schema.field(column), values
-        )
-    return table
-
-
 def _count_part(part: _Count) -> None:
     columns = part.catalog.columns([HEALPIX_COLUMN, "ra", "dec", "pmra", "pmdec", "position_epoch"])
-    table = _at_epoch(part.catalog.read(part.pixel, columns), part.epoch)
+    table = at_epoch(part.catalog.read(part.pixel, columns), part.epoch)
     cells, rows = np.unique(
         table[HEALPIX_COLUMN].to_numpy() >> 2 * (29 - _HISTOGRAM_ORDER), return_counts=True
     )
@@ -288,7 +249,7 @@ def _members(part: _Part, names: Sequence[str]) -> tuple[pa.Table, IntArray]:
         ranges = sorted([(pixel.first, pixel.stop), *chain.from_iterable(around)])
         table = _together(
             {
-                survey: _at_epoch(
+                survey: at_epoch(
                     catalog.read_ranges(ranges, catalog.columns([HEALPIX_COLUMN, *names])),
                     settings.epoch,
                 )

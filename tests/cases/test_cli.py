@@ -307,6 +307,12 @@ def test_closed_streams(small_store):
         assert subprocess.run(["sh", "-c", line], capture_output=True).returncode == 0, closed
 
 
+def test_a_reader_that_went_away(small_store):
+    line = " ".join([*command("trends", "--json", "--store", small_store), "| head -c 1"])
+    ran = subprocess.run(["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"], capture_output=True)
+    assert ran.returncode == 141 and ran.stderr == b""
+
+
 # -- one place that explains errors --------------------------------------------------------------
 
 

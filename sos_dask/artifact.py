@@ -362,7 +362,7 @@ _written = threading.local()
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf-8")
 
 
 def is_temporary(name: str) -> bool:

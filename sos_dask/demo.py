@@ -57,7 +57,7 @@ def prepare(store: Path, n_lamost: int, seed: int, report: Report = silent) -> P
     sky = store / "sky"
     wanted = canonical_json({"n_lamost": n_lamost, "seed": seed})
     done = sky / "settings.json"
-    if not done.is_file() or done.read_text() != wanted:
+    if not done.is_file() or done.read_text("utf-8") != wanted:
         done.unlink(missing_ok=True)
 
         def progress(survey: str, rows: int, total: int) -> None:
@@ -67,7 +67,7 @@ def prepare(store: Path, n_lamost: int, seed: int, report: Report = silent) -> P
         write_text(done, wanted)
     job = store / "demo.toml"
     template = resources.files("sos_dask") / "templates" / "demo.toml"
-    write_text(job, template.read_text())
+    write_text(job, template.read_text("utf-8"))
     return job
 
 

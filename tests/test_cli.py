@@ -405,14 +405,14 @@ def test_usage_errors_are_told_with_code_2(cli, arguments, says):
 def test_stores_that_are_none(cli, small_sky):
     commands = ("status", "report", "compare", "trends", "coverage", "uncertainty")
     for name in ("gc", *commands):
-        assert_error(cli(name, "--store", "gone"), 5, "gone is not a store")
+        assert_error(cli(name, "--store", "gone"), 5, "no sos-dask store at 'gone'")
     for name in ("a", "b"):
         Path("store", name, "artifacts").mkdir(parents=True)
     for name in commands:
-        says = "store is not a store: .*\n  Say --store store/a or --store store/b"
+        says = "no sos-dask store at 'store'; .*\n  Stores near it: store/a, store/b"
         assert_error(cli(name), 5, says)
     for name in ("status", "gc"):
-        assert_error(cli(name, "--store", small_sky), 5, "is not a store: it has no artifacts")
+        assert_error(cli(name, "--store", small_sky), 5, "no sos-dask store at ")
     assert_error(cli("verify", "gone"), 5, "gone does not exist")
 
 
@@ -850,7 +850,7 @@ def test_uncertainty_shows_what_was_checked(cli, small_store, tmp_path):
     assert_shape(found["coverage"], [one])
     assert {"path", "method", "reference_error", "factors_95", "error_factors"} <= set(found)
     assert set(found["error_factors"]) == {"lamost", "apogee", "galah"}
-    assert_error(cli("uncertainty", "--store", tmp_path), 5, "is not a store")
+    assert_error(cli("uncertainty", "--store", tmp_path), 5, "no sos-dask store at")
 
 
 def test_apply_adds_errors(cli, small_store, tmp_path):

@@ -121,7 +121,7 @@ def test_names_that_are_none(cli: Cli, small_store):
 def test_stores_and_models_that_are_none(cli: Cli, small_store, store):
     current = small_store / "current"
     for name in ("compare", "trends"):
-        assert_error(cli(name, "--store", "gone"), 5, "gone is not a store", "rebuild")
+        assert_error(cli(name, "--store", "gone"), 5, "no sos-dask store at 'gone'")
         assert_error(cli(name, current / "pairs"), 3, "--out is missing")
     assert_error(cli("compare", current / "pairs", "-o", "out"), 7, "no model to compare")
     assert_error(

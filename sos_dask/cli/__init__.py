@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import sys
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     "Start with **sos-dask demo**, then write a job like jobs/real.toml and run "
     "**sos-dask rebuild JOB**.",
 )
+_ABANDONED = 141  # of a program whose output nobody reads, as a shell says it
 _GROUPS = {
     "Whole rebuilds": (store.demo, store.rebuild, store.status, store.gc),
     "Single steps, in their order": (
@@ -69,6 +71,11 @@ def main() -> None:
             code = app(arguments, standalone_mode=False)
         finally:
             _flush()
+    except SystemExit as end:
+        broken = end.__context__  # Typer ends without a word, whichever pipe it was
+        if not isinstance(broken, BrokenPipeError):
+            raise
+        code = _ABANDONED if _nobody_reads() else _told(broken)
     except Exception as error:
         if debug:
             raise
@@ -97,13 +104,23 @@ def _told(error: Exception) -> int:
     return 1
 
 
+def _nobody_reads() -> bool:
+    """Tell whether the reader of standard output went away; if so nothing more is written."""
+    poll = select.poll()
+    poll.register(1, 0)
+    gone = any(events & select.POLLERR for _, events in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
+
+
 def _flush() -> None:
     """Write what is left; a reader that went away (``| head``) is no error."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        raise SystemExit(_ABANDONED) from None
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise

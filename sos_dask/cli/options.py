@@ -180,7 +180,6 @@ RowsPerPartition = Annotated[
     typer.Option(
         "--rows-per-partition",
         min=1,
-        max=10**9,
         metavar="N",
         help="Pixels are split until each holds at most so many rows.",
     ),

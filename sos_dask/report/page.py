@@ -109,7 +109,7 @@ def html(page: Page) -> str:
     """The page as HTML; all text is escaped."""
     from jinja2 import Environment, StrictUndefined
 
-    text = resources.files("sos_dask").joinpath(f"templates/{TEMPLATE}").read_text()
+    text = resources.files("sos_dask").joinpath(f"templates/{TEMPLATE}").read_text("utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

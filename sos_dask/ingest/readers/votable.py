@@ -19,7 +19,7 @@ from sos_dask.survey import Survey
 
 _MOST_BYTES = 1 << 30  # of a file, which astropy holds in memory
 _BOMB_BYTES = 1 << 29  # of the columns of a small file
-_MOST_TEXT = 1 << 27  # between two tags: BINARY streams are one text
+_MOST_TEXT = 1 << 27  # between two tags
 
 
 @dataclass
@@ -65,8 +65,8 @@ class Outline:
         return self
 
     def _start(self, tag: str, attributes: dict[str, str]) -> None:
-        self._n_text = 0
         tag = tag.rpartition(":")[2]
+        self._n_text = -_MOST_BYTES if tag == "STREAM" else 0  # which is all rows in one text
         if tag == "TR" and self.tables:
             self.tables[-1]["rows"] += 1
         elif tag == "TABLE":

@@ -133,12 +133,15 @@ def test_a_store_without_coverage_is_told_what_to_do(small_store, tmp_path):
         app(command)
     current = tmp_path / "current"
     current.mkdir()
-    (current / "build.json").write_text(sealed_json({"products": {"pairs": ""}, "stages": {"pairs": ""}}))
+    (current / "pairs").mkdir()
+    (current / "build.json").write_text(
+        sealed_json({"products": {"pairs": ""}, "stages": {"pairs": ""}})
+    )
     with pytest.raises(CatalogError, match="has no product 'coverage'"):
         app(command)
-    (current / "build.json").write_text(sealed_json(
-            {"products": {"coverage": ""}, "stages": {"coverage": ""}}
-        ))
+    (current / "build.json").write_text(
+        sealed_json({"products": {"coverage": ""}, "stages": {"coverage": ""}})
+    )
     shutil.copytree(small_store / "current" / "coverage", current / "coverage")
     manifest = current / "coverage" / "manifest.json"
     document = json.loads(manifest.read_text())

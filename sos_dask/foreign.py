@@ -480,7 +480,7 @@ def _kept_order(
 
 
 def _positions(table: pa.Table, ra: str, dec: str, path: Path) -> tuple[FloatArray, FloatArray]:
-    """Right ascension in [0, 360) and declination, degrees; every row must have both."""
+    """Right ascension and declination, degrees; every row must have both."""
     values = [pc.fill_null(table[name].cast(pa.float64()), np.nan).to_numpy() for name in (ra, dec)]
     bad = ~((np.abs(values[0]) <= 360) & (np.abs(values[1]) <= 90))
     if bad.any():
@@ -490,7 +490,7 @@ def _positions(table: pa.Table, ra: str, dec: str, path: Path) -> tuple[FloatArr
             f"{dec}={table[dec][row].as_py()} is no position ({int(bad.sum())} such rows)",
             "Remove these rows from the catalog: no row is left out without a word.",
         )
-    return _in_circle(values[0]), values[1]
+    return values[0], values[1]
 
 
 def _in_circle(ra: FloatArray) -> FloatArray:

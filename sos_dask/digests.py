@@ -14,7 +14,7 @@ import numpy as np
 from sos_dask.errors import CatalogError
 
 _DIGEST = "sha256"
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 _TAIL = 8  # of a Parquet file: length of the footer, magic
 
 
@@ -55,11 +55,13 @@ def sum_of_file(path: Path) -> list[int]:
     if not path.is_file():
         return []
     total = size = 0
+    content = bytearray(_BLOCK)
+    words = np.frombuffer(content, np.uint64)
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            size += len(block)
-            words = np.frombuffer(block.ljust(-(-len(block) // 8) * 8, b"\0"), np.uint64)
-            total += int(words.sum())
+        while n_bytes := file.readinto(content):
+            content[n_bytes : n_bytes + -n_bytes % 8] = bytes(-n_bytes % 8)
+            size += n_bytes
+            total += int(words[: -(-n_bytes // 8)].sum())
     return [size, total]
 
 

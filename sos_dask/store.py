@@ -195,11 +195,16 @@ def costs(store: Path) -> dict[str, Cost]:
 
 
 def read_build(path: Path) -> dict[str, Any]:
-    """``build.json`` of a build; `CatalogError` where it is none."""
+    """``build.json`` of a build; `CatalogError` where it is none, or a link is another."""
     try:
         build = read_sealed(path / BUILD_FILE, "")
         if "products" not in build:
             raise CatalogError(f"{path / BUILD_FILE} has no products")
+        for product, fingerprint in build["products"].items():
+            link = path / product
+            known = link.readlink().name == fingerprint if link.is_symlink() else link.is_dir()
+            if not known:
+                raise CatalogError(f"{product} is not the link to artifact {fingerprint[:12]}")
         return build
     except (CatalogError, OSError) as error:
         what = error.message if isinstance(error, CatalogError) else error
@@ -356,7 +361,7 @@ def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tupl
     require_store(store, built=False)
     kept = _kept_builds(store, keep_builds)
     for build in kept:
-        _require_links(build)
+        read_build(build)  # with one that is damaged nobody knows what it needs
     used = _used_artifacts(store, keep_builds)
     doomed = [path for path in sorted((store / "builds").glob("*")) if path not in kept]
     doomed += [path for path in _artifacts(store) if path not in used]
@@ -365,17 +370,6 @@ def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tupl
         for path in doomed:
             shutil.rmtree(path)
     return removed
-
-
-def _require_links(build: Path) -> None:
-    """Raise `CatalogError` unless a build has a link for each of its products."""
-    for product, fingerprint in read_build(build)["products"].items():
-        link = build / product
-        if not link.is_symlink() or link.readlink().name != fingerprint:
-            raise CatalogError(
-                f"{link} is not the link to artifact {fingerprint[:12]}: nothing is removed",
-                f"Run the rebuild again, then remove {build}.",
-            )
 
 
 def _artifacts(store: Path) -> list[Path]:

@@ -15,7 +15,14 @@ from sos_dask.catalog import Catalog, partition_errors
 from sos_dask.columns import key_hashes
 from sos_dask.digests import sha256_of_file
 from sos_dask.errors import CatalogError, PartitionError, SosError
-from sos_dask.hats import COLLECTION, PROPERTIES, is_ours, primary_of, properties_file
+from sos_dask.hats import (
+    COLLECTION,
+    PROPERTIES,
+    is_ours,
+    primary_of,
+    properties_file,
+    read_properties,
+)
 from sos_dask.healpix import HealpixPixel, ang2pix
 from sos_dask.schema import HEALPIX_COLUMN
 
@@ -63,14 +70,18 @@ def verify(path: str | Path) -> list[str]:
 
 
 def _verify_collection(path: Path) -> list[str]:
-    """Problems of the margin that sos-dask has written beside a catalog."""
-    margin = path / "margin"
-    if not (margin / MANIFEST).is_file():
-        return []
-    stated = Manifest.load(margin).summary.get("collection_sha256")
-    problems = [f"margin: {problem}" for problem in verify(margin)]
-    if stated != sha256_of_file(path / COLLECTION):
-        problems.append(f"{COLLECTION} was changed: its SHA-256 is not that of the margin")
+    """Problems of the margins that lie beside a primary catalog."""
+    problems = []
+    for name in read_properties(path / COLLECTION).get("all_margins", "").split():
+        margin = path / name
+        if ".." in margin.parts or not margin.is_dir():
+            problems.append(f"margin '{name}' is missing")
+            continue
+        problems += [f"{name}: {problem}" for problem in verify(margin)]
+        if is_ours(margin):
+            stated = Manifest.load(margin).summary.get("collection_sha256")
+            if stated != sha256_of_file(path / COLLECTION):
+                problems.append(f"{COLLECTION} was changed: its SHA-256 is not that of {name}")
     return problems
 
 

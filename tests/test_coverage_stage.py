@@ -133,6 +133,7 @@ def test_a_store_without_coverage_is_told_what_to_do(small_store, tmp_path):
         app(command)
     current = tmp_path / "current"
     current.mkdir()
+    (current / "pairs").mkdir()
     (current / "build.json").write_text(sealed_json({"products": {"pairs": ""}}))
     with pytest.raises(CatalogError, match="has no product 'coverage'"):
         app(command)

@@ -343,6 +343,8 @@ def main() -> int:
             noticed = [outcome for outcome in trial.outcomes if outcome not in ("done", "verify -")]
             outcome = "violated" if trial.violations else "noticed" if noticed else "same result"
             counts[trial.mutation.kind, outcome] += 1
+            if number % 100 == 99:
+                print(f"{number + 1} ({time.monotonic() - began:.0f} s)", flush=True)
             for violation in trial.violations:
                 violations += 1
                 print(f"VIOLATED {number} {trial.mutation}: {violation}", flush=True)

@@ -465,6 +465,11 @@ def _far(part: pa.Table) -> pa.Table:
     return part.set_column(part.schema.get_field_index("dec"), "dec", pa.array(dec))
 
 
+def test_verify_reads_margins_of_others_whose_rows_lie_around(tmp_path):
+    folder = of_others(tmp_path / "m", stars(), dataproduct_type="margin")
+    assert verify(each_file(folder, _far)) == []
+
+
 def _lost_line(folder: Path) -> Path:
     file = folder / "partition_info.csv"
     file.write_text("\n".join(file.read_text().splitlines()[:-1]))

@@ -16,7 +16,7 @@ from sos_dask.dedupe import DedupeSettings
 from sos_dask.digests import sealed_json
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.stages.dedupe import dedupe
-from sos_dask.store import costs, file_names, gc, status
+from sos_dask.store import costs, file_names, status
 from sos_dask.verify import verify
 from tests.job import contents
 from tests.sky import observations, write_catalog
@@ -236,8 +236,8 @@ def test_a_flipped_bit_is_not_published(store, cli, product):
     before = (store / "current").readlink()
     file = sorted((store / "current" / product).resolve().glob(PRODUCTS[product]))[-1]
     flip(file, 40)
-    # Nothing is made again, and something that does not read the damage.
-    for gone in (None, "uncertainty" if product == "lamost.stars" else None):
+    # Nothing is made again, or what does not read the damage.
+    for gone in (None, "lamost.corrected"):
         if gone:
             shutil.rmtree((store / "current" / gone).resolve())
         ran = cli("rebuild", "job.toml")
@@ -273,12 +273,17 @@ def test_damaged_files_of_a_store_are_named_or_made_again(store, cli, text, capl
     assert contents(store / "artifacts") == whole
 
 
-def test_a_link_of_a_build_to_elsewhere_removes_nothing(store):
-    link = (store / "current/pairs").resolve()
-    (store / "current" / "pairs").unlink()
-    with pytest.raises(CatalogError, match="nothing is removed"):
-        gc(store)
-    assert link.is_dir()
+@pytest.mark.parametrize("target", [None, "/etc", "../../artifacts"])
+def test_a_link_of_a_build_to_elsewhere_is_refused_and_mended(store, cli, target):
+    pairs, link = (store / "current/pairs").resolve(), store / "current/pairs"
+    link.unlink()
+    if target:
+        link.symlink_to(target)
+    for command in (("status", "--store"), ("gc", "--store"), ("verify",)):
+        assert_error(cli(*command, store), 5, "pairs is not the link to artifact")
+    assert pairs.is_dir(), "nothing is removed"
+    assert cli("rebuild", "job.toml").code == 0
+    assert (store / "current/pairs").resolve() == pairs
 
 
 def test_a_damaged_piece_of_an_unfinished_run_is_made_again(tmp_path):

@@ -101,7 +101,7 @@ def partition_errors(path: Path) -> Iterator[None]:
         raise PartitionError(
             f"partition {path} is missing", "Remove its catalog and make it again."
         ) from None
-    except (pa.ArrowInvalid, pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise PartitionError(
             f"partition {path} cannot be read: {error}",
             "The file is damaged: remove its catalog and make it again.",

@@ -105,7 +105,8 @@ def read_sealed(path: Path, hint: str) -> dict[str, Any]:
         raise CatalogError(f"{path} cannot be read: {error.strerror}", hint) from None
     if _DIGEST not in document:
         raise CatalogError(
-            f"{path} has no digest: an older version of sos-dask made it, or it is damaged", hint
+            f"{path} has no digest: an older version of sos-dask made it, or it is damaged",
+            f"{hint} A store of an older version must be made again as a whole.".lstrip(),
         )
     if document.pop(_DIGEST) != digest:
         raise CatalogError(f"{path} was changed: its digest does not fit its content", hint)

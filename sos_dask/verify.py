@@ -96,6 +96,10 @@ def _verify_rows(catalog: Catalog) -> list[str]:
         except PartitionError as error:
             problems.append(f"pixel {pixel}: {error.message}")
             continue
+        except (ValueError, TypeError, KeyError, AttributeError, pa.ArrowException) as error:
+            # A damaged footer can make any type of any column.
+            problems.append(f"pixel {pixel}: its rows cannot be checked: {error!r}")
+            continue
         problems += found
         keys.append(key)
     if not is_margin and keys:

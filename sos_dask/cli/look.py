@@ -141,7 +141,7 @@ def verify(
     ],
     as_json: Json = False,
 ) -> None:
-    """Check every invariant of catalogs: rows, order, pixels, keys, hashes; of others the hashes.
+    """Check every invariant of catalogs (rows, order, pixels, keys, hashes) and other outputs.
 
     Example: sos-dask verify store/current
     """

@@ -334,7 +334,8 @@ class ForeignCatalog(Catalog):
             stamps.append((str(file), stat.st_mtime_ns, stat.st_size))
         key = next((self.stored[name] for name in KEYS if name in self.stored), "")
         cells = self.stored.get(HEALPIX_COLUMN, "")
-        return _kept_order(tuple(stamps), pixel, self.stored["ra"], self.stored["dec"], key, cells)
+        inside = None if self.properties.get("dataproduct_type") == "margin" else pixel
+        return _kept_order(tuple(stamps), inside, self.stored["ra"], self.stored["dec"], key, cells)
 
 
 def open_foreign(
@@ -452,19 +453,23 @@ def _column(files: Sequence[Path], name: str) -> pa.ChunkedArray:
 @lru_cache(maxsize=4)
 def _kept_order(
     stamps: tuple[tuple[str, int, int], ...],
-    pixel: HealpixPixel,
+    pixel: HealpixPixel | None,
     ra: str,
     dec: str,
     key: str,
     cells: str,
 ) -> _Order:
-    """Order of the rows of a partition, from the files with these sizes and times."""
+    """Order of the rows of a partition, from the files with these sizes and times.
+
+    They lie in the pixel, where one is given: those of a margin do not.
+    """
     files = [Path(name) for name, _, _ in stamps]
     found: list[IntArray] = []
     for path in files:
         with _opened(path, [ra, dec]) as file:
             table = file.read([ra, dec], use_threads=False)
-            found.append(_cells_of(*_positions(table, ra, dec, path), pixel, path))
+            position = _positions(table, ra, dec, path)
+            found.append(ang2pix(*position) if pixel is None else _cells_of(*position, pixel, path))
     computed = np.concatenate(found)
     rows = np.argsort(computed, kind="stable")
     ordered = computed[rows]
@@ -480,7 +485,7 @@ def _kept_order(
 
 
 def _positions(table: pa.Table, ra: str, dec: str, path: Path) -> tuple[FloatArray, FloatArray]:
-    """Right ascension in [0, 360) and declination, degrees; every row must have both."""
+    """Right ascension and declination, degrees; every row must have both."""
     values = [pc.fill_null(table[name].cast(pa.float64()), np.nan).to_numpy() for name in (ra, dec)]
     bad = ~((np.abs(values[0]) <= 360) & (np.abs(values[1]) <= 90))
     if bad.any():
@@ -490,7 +495,7 @@ def _positions(table: pa.Table, ra: str, dec: str, path: Path) -> tuple[FloatArr
             f"{dec}={table[dec][row].as_py()} is no position ({int(bad.sum())} such rows)",
             "Remove these rows from the catalog: no row is left out without a word.",
         )
-    return _in_circle(values[0]), values[1]
+    return values[0], values[1]
 
 
 def _in_circle(ra: FloatArray) -> FloatArray:

@@ -158,8 +158,8 @@ def turned(table: pa.Table) -> pa.Table:
     return table.set_column(1, "ra", pa.array(np.where(ra > 180, ra - 360, ra)))
 
 
-def with_other_ra(table: pa.Table) -> pa.Table:
-    return table.append_column("ra_J1991", pa.array(np.zeros(len(table))))
+def with_other_cells(part: pa.Table) -> pa.Table:
+    return part.set_column(0, "_healpix_29", pa.array(part["_healpix_29"].to_numpy() + 10**6))
 
 
 def nothing(value):
@@ -170,6 +170,11 @@ def nothing(value):
 OTHERS: dict[str, tuple[dict, Callable, Callable]] = {
     "unsorted": ({}, nothing, nothing),
     "sorted": ({"in_order": True}, nothing, nothing),
+    "cells of other places": (
+        {"in_order": True},
+        nothing,
+        lambda f: each_file(f, with_other_cells),
+    ),
     "named": ({"hats_col_ra": "RA_ICRS", "hats_col_dec": "DE_ICRS"}, nothing, nothing),
     "unkeyed": ({"cells": None}, nothing, nothing),
     "order 13": ({"cells": "healpix13", "order": 13}, nothing, nothing),
@@ -458,6 +463,11 @@ def _null(part: pa.Table) -> pa.Table:
 def _far(part: pa.Table) -> pa.Table:
     dec = -part["dec"].to_numpy()
     return part.set_column(part.schema.get_field_index("dec"), "dec", pa.array(dec))
+
+
+def test_verify_reads_margins_of_others_whose_rows_lie_around(tmp_path):
+    folder = of_others(tmp_path / "m", stars(), dataproduct_type="margin")
+    assert verify(each_file(folder, _far)) == []
 
 
 def _lost_line(folder: Path) -> Path:

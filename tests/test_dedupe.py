@@ -383,7 +383,7 @@ def test_who_claims_is_decided_by_what_is_measured(monkeypatch):
     cells = ang2pix(ra, dec)
     places = Places.of(crowds.Sky(ra, dec, cells, np.arange(2)), np.arange(2))
     assert places.leading(radius).tolist() == [0]
-    measured = crowds.separation_arcsec
+    measured = separation_arcsec
     monkeypatch.setattr(crowds, "separation_arcsec", lambda *at: measured(*at) * (1 + 1e-12))
     assert sorted(places.leading(radius).tolist()) == [0, 1]
 

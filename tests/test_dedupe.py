@@ -15,6 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sos_dask import crowds
+from sos_dask.crowds import Places
 from sos_dask.dedupe import METHODS, DedupeSettings, Edges, Groups, combine, group, grouping
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.healpix import HealpixPixel, ang2pix, in_ranges
@@ -281,12 +283,16 @@ def row_of_sky(positions_arcsec: list[float], dr3: list[int], dr2: list[int]) ->
         ([0, 1.0, -0.5], [1, 0, 0], [0, 5, 6], [0, 1, 0]),
         # One that shares a DR2 id goes before one that is nearer.
         ([0, 3, 0.5], [1, 2, 0], [0, 5, 5], [0, 1, 1]),
+        # A star may take a second group of the DR2 id that it has taken, and no other.
+        ([0, 9.5, 19, 0.2, 0.2, 19], [1, 1, 1, 0, 0, 0], [0, 0, 0, 6, 5, 5], [0, 0, 0, 3, 0, 0]),
         # The id of no release is compared with that of another.
         ([0, 3], [7, 0], [0, 7], [0, 1]),
     ],
 )
-def test_rule_by_example(positions, dr3, dr2, primaries):
-    assert row_of_sky(positions, dr3, dr2) == primaries
+@pytest.mark.parametrize("listed", [True, False])
+def test_rule_by_example(positions, dr3, dr2, primaries, listed):
+    with links_listed(listed):
+        assert row_of_sky(positions, dr3, dr2) == primaries
 
 
 @THOROUGH
@@ -351,6 +357,35 @@ def test_crowds_are_grouped_as_by_their_links(place, releases):
                 found.append(sky.group(DedupeSettings(1.5, 4.0)))
         np.testing.assert_array_equal(found[0].primary, found[1].primary)
         np.testing.assert_array_equal(found[0].touches_frontier, found[1].touches_frontier)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_the_radius_is_inclusive_to_the_last_bit(listed):
+    rng = np.random.default_rng(8)
+    for _ in range(300):
+        ra, dec = rng.uniform(0, 360) + rng.uniform(0, 1e-3, 2), rng.uniform(-1e-3, 1e-3, 2)
+        cells = ang2pix(ra, dec)
+        order = np.argsort(cells)
+        ra, dec, cells = ra[order], dec[order], cells[order]
+        apart = float(separation_arcsec(ra[:1], dec[:1], ra[1:], dec[1:])[0])
+        with links_listed(listed):
+            for radius, primary in ((apart, [0, 0]), (np.nextafter(apart, 0.0), [0, 1])):
+                chosen = DedupeSettings(radius, 10.0)
+                found = group(ra, dec, cells, np.arange(2), {}, np.array([True, False]), chosen)
+                assert found.primary.tolist() == primary
+                assert found.touches_frontier.tolist() == [True, primary[1] == 0]
+
+
+def test_who_claims_is_decided_by_what_is_measured(monkeypatch):
+    """Compiled loops may take the last digit for another one than numpy does."""
+    ra, dec = np.array([45.0, 45.0]), np.array([0.0, 1e-4])
+    radius = float(separation_arcsec(ra[:1], dec[:1], ra[1:], dec[1:])[0])
+    cells = ang2pix(ra, dec)
+    places = Places.of(crowds.Sky(ra, dec, cells, np.arange(2)), np.arange(2))
+    assert places.leading(radius).tolist() == [0]
+    measured = separation_arcsec
+    monkeypatch.setattr(crowds, "separation_arcsec", lambda *at: measured(*at) * (1 + 1e-12))
+    assert sorted(places.leading(radius).tolist()) == [0, 1]
 
 
 def test_a_million_rows_crowd():

@@ -145,6 +145,8 @@ def dedupe(
 ) -> None:
     """Combine repeats of one star into one row.
 
+    Rows with a proper motion and an epoch are compared at the latest epoch of the catalog.
+
     Example: sos-dask dedupe lamost -o lamost.stars --method best-snr
     """
     from sos_dask.dedupe import DedupeSettings

@@ -155,6 +155,7 @@ def coverage(
         )
         run_step(_scoring(inputs, out, settings, errors), options)
     else:
+        options.refuse_all_but()
         directory = current_product(store, "coverage")
     found = look(directory)
     if options.as_json:

@@ -69,6 +69,7 @@ def compare(
     else:
         from sos_dask.store import current_product
 
+        options.refuse_all_but("label", "sample")
         directory = current_product(store, "comparison")
         costs = _costs(store)
     found = read_comparison(directory)
@@ -306,6 +307,7 @@ def trends(
     else:
         from sos_dask.store import current_product
 
+        options.refuse_all_but("label", "against", "method")
         directory = current_product(store, "trends")
     _one_of("label", label, LABEL_UNITS)
     found = read_trends(directory)

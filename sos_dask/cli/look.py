@@ -196,6 +196,11 @@ def report(
 
     published = (store / "current" / "report").resolve()
     if out is None and (published / PAGE).is_file():
+        options.refuse(
+            ("workers", "scheduler", "memory_limit", "overwrite"),
+            "has no effect: the build has its report already",
+            "Give --out to make it anew in another directory.",
+        )
         out, manifest = published, Manifest.load(published)
     else:
         out = out or store / "report"

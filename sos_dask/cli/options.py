@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -131,6 +131,22 @@ NoGaiaId = Annotated[
 ]
 
 
+def refuse_with_scheduler(scheduler: str | None, workers: int | None, memory: str | None) -> None:
+    """Refuse options of own workers beside a scheduler, whose workers are used.
+
+    Raises
+    ------
+    ConfigError
+        Both are given.
+    """
+    if scheduler is not None and (workers is not None or memory not in (None, "auto")):
+        name = "--memory-limit" if workers is None else "--workers"
+        raise ConfigError(
+            f"{name} has no effect with --scheduler",
+            "The workers of the running cluster are used, with the memory that they were given.",
+        )
+
+
 # More threads than this wait for each other: Python itself runs in one at a time.
 _FEW_CORES = 4
 
@@ -144,12 +160,41 @@ class StepOptions:
     scheduler: Scheduler = None
     overwrite: Overwrite = False
     as_json: Json = False
+    given: tuple[str, ...] = field(default=(), init=False)
+
+    def refuse(self, names: Collection[str], why: str, hint: str) -> None:
+        """Refuse options that would have no effect.
+
+        Parameters
+        ----------
+        names : collection of str
+            Parameters of the command, as in Python.
+        why, hint : str
+            The first follows the name of the option.
+
+        Raises
+        ------
+        ConfigError
+            One of them was given, another value than the default.
+        """
+        for name in self.given:
+            if name in names:
+                raise ConfigError(f"--{name.replace('_', '-')} {why}", hint)
+
+    def refuse_all_but(self, *names: str) -> None:
+        """Refuse options but some, ``--store`` and ``--json``, of a command that shows a build."""
+        self.refuse(
+            set(self.given) - {"store", "as_json", *names},
+            "has an effect only where catalogs are given by path",
+            "Without them the command shows the current build of --store.",
+        )
 
     def start(self) -> AbstractContextManager[Cluster]:
         """What runs the tasks of the step."""
         from sos_dask.cluster import start
         from sos_dask.machine import leave_pandas_out
 
+        refuse_with_scheduler(self.scheduler, self.workers, self.memory_limit)
         leave_pandas_out()
         return start(self.workers, self.memory_limit, self.scheduler)
 
@@ -179,6 +224,7 @@ class LightStepOptions(StepOptions):
         from sos_dask.cluster import start
         from sos_dask.machine import leave_pandas_out, n_cores
 
+        refuse_with_scheduler(self.scheduler, self.workers, self.memory_limit)
         is_free = self.workers is None and self.scheduler is None
         if self.threads is not None and not is_free:
             raise ConfigError(
@@ -198,12 +244,16 @@ def with_step_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        command(options=kind(**{name: given.pop(name) for name in shared}), **given)
+        changed = tuple(name for name, value in given.items() if value != defaults[name])
+        options = kind(**{name: given.pop(name) for name in shared})
+        object.__setattr__(options, "given", changed)
+        command(options=options, **given)
 
     own = [item for item in signature.parameters.values() if item.name != "options"]
     further = [name for name in shared if name not in StepOptions.__dataclass_fields__]
     ordered = [shared[name] for name in (*further, *StepOptions.__dataclass_fields__)]
     everything = (*own, *ordered)
     parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in everything]
+    defaults = {item.name: item.default for item in parameters}
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run

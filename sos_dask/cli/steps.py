@@ -290,8 +290,9 @@ def train(
     """
     from sos_dask import models
     from sos_dask.catalog import Catalog
+    from sos_dask.models.search import search_space
     from sos_dask.stages.evidence import DIFFERENCES
-    from sos_dask.stages.train import TrainSettings, asks_workers, metrics_of
+    from sos_dask.stages.train import LOCAL_PAIRS, TrainSettings, asks_workers, metrics_of
     from sos_dask.stages.train import train as run
 
     seeded = {"seed": seed} if "seed" in models.parameters(method) else {}
@@ -302,8 +303,17 @@ def train(
         raise CatalogError(
             f"{pairs} is no catalog of pairs", "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS."
         )
+    if search and not search_space(method):
+        raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
     if not asks_workers(catalog, settings):
-        options = replace(options, workers=0, scheduler=None)  # none are started to wait
+        if options.workers != 0:
+            options.refuse(
+                ("workers", "scheduler", "memory_limit"),
+                f"has no effect: train uses one process for up to {LOCAL_PAIRS:,} pairs, and "
+                f"{pairs} has {catalog.n_rows:,}",
+                "Leave it out. A search and training on a GPU use workers for any number.",
+            )
+        options = replace(options, workers=0)  # none are started to wait
     manifest = run_step(partial(run, catalog, out, settings), options)
     if not options.as_json:
         show_metrics(metrics_of(manifest))

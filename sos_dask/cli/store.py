@@ -17,6 +17,7 @@ from sos_dask.cli.options import (
     Seed,
     Store,
     Workers,
+    refuse_with_scheduler,
 )
 from sos_dask.cli.output import (
     LABEL_UNITS,
@@ -138,6 +139,7 @@ def _rebuild(
     from sos_dask import pipeline
     from sos_dask.cluster import start
 
+    refuse_with_scheduler(scheduler, workers, memory_limit)
     section = job.cluster
     with reporting() as report:
         return pipeline.rebuild(

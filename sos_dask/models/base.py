@@ -122,7 +122,7 @@ class Param:
         kinds = "a whole number" if whole else "a number"
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{name} = {value!r} is not {kinds}")
-        if whole and value != int(value):
+        if whole and (not math.isfinite(value) or value != int(value)):
             raise ConfigError(f"{name} = {value!r} is not {kinds}")
         if not self.minimum <= value <= self.maximum:
             raise ConfigError(f"{name} = {value!r} is outside {self.minimum:g} .. {self.maximum:g}")

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from sos_dask.errors import ModelError
-from sos_dask.machine import n_threads
 from sos_dask.features import FEATURES
+from sos_dask.machine import n_threads
 from sos_dask.models import (
     Float32Array,
     FloatArray,

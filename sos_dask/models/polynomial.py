@@ -28,7 +28,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.errors import ModelError
-from sos_dask.machine import n_threads
 from sos_dask.features import (
     BLOCK_ROWS,
     FEATURES,
@@ -36,6 +35,7 @@ from sos_dask.features import (
     evaluate_polynomials,
     polynomial_terms,
 )
+from sos_dask.machine import n_threads
 from sos_dask.models import (
     Content,
     Fitted,

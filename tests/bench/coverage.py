@@ -154,7 +154,10 @@ def report(rows: Rows, coverage: Path, pairs: Catalog) -> None:
             1 / np.quantile(observed[chosen] / width[chosen], LEVEL, axis=0)
             for chosen in (at & ~outlier, at)
         ]
-        print(f"  from {edges[decile]:.3f}: {np.count_nonzero(at)}", *(f"{x:.3f}" for x in np.concatenate(ratios)))
+        print(
+            f"  from {edges[decile]:.3f}: {np.count_nonzero(at)}",
+            *(f"{x:.3f}" for x in np.concatenate(ratios)),
+        )
 
 
 def measures(rows: Rows, model: Path, pairs: Catalog, n_rows: int = 100_000) -> None:

@@ -250,8 +250,8 @@ def with_step_options(command: Callable[..., None]) -> Callable[..., None]:
         command(options=options, **given)
 
     own = [item for item in signature.parameters.values() if item.name != "options"]
-    further = [name for name in shared if name not in StepOptions.__dataclass_fields__]
-    ordered = [shared[name] for name in (*further, *StepOptions.__dataclass_fields__)]
+    common = inspect.signature(StepOptions).parameters
+    ordered = [shared[name] for name in (*(set(shared) - set(common)), *common)]
     everything = (*own, *ordered)
     parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in everything]
     defaults = {item.name: item.default for item in parameters}

@@ -755,8 +755,10 @@ def test_steps_print_their_account_as_json(cli, small_sky, tmp_path):
 def test_a_training_of_few_pairs_needs_no_workers(cli, small_store):
     nobody = ["--scheduler", "tcp://127.0.0.1:9"]
     pairs = small_store / "current/pairs"
-    ran = cli("train", pairs, "-m", "polynomial", "-o", "model", *nobody, "--json")
+    ran = cli("train", pairs, "-m", "polynomial", "-o", "model", "--json")
     assert ran.json["rows"]["in"] >= ran.json["rows"]["out"] > 100
+    refused = cli("train", pairs, "-m", "polynomial", "-o", "other", *nobody)
+    assert_error(refused, 3, "--scheduler has no effect: train uses one process")
     searched = cli("train", pairs, "-m", "polynomial", "--search", 2, "-o", "other", *nobody)
     assert_error(searched, 8, "no Dask scheduler answers")
 

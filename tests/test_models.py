@@ -202,14 +202,6 @@ def test_a_label_that_is_never_known(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_label_that_is_constant(method):
-    batch = biased_pairs(1000)
-    batch.differences[:, 1] = 0.25
-    with pytest.raises(ModelError, match=r"logg differences of all 1000 .* are 0\.25"):
-        models.fit(method, ArraySource(batch, (300,)))
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_no_batch_at_all(method):
     empty = biased_pairs(0)
     with pytest.raises(ModelError, match="there are 0"):

@@ -31,5 +31,5 @@ def test_workers_are_asked_for_many_pairs_a_search_and_a_gpu(small_store, monkey
     assert not asks_workers(pairs, TrainSettings("boosted", {"device": "cpu"}))
     assert asks_workers(pairs, TrainSettings("boosted", {"device": "cuda"}))
     assert asks_workers(pairs, TrainSettings("polynomial", {}, search=3))
-    monkeypatch.setattr(stage, "_LOCAL_PAIRS", pairs.n_rows - 1)
+    monkeypatch.setattr(stage, "LOCAL_PAIRS", pairs.n_rows - 1)
     assert asks_workers(pairs, TrainSettings("polynomial", {}))

@@ -19,7 +19,6 @@ from sos_dask.cli.options import (
     Store,
     find_store,
     open_catalogs,
-    refuse_unused,
     with_step_options,
 )
 from sos_dask.cli.output import LABEL_UNITS, print_json, say, show_step, show_table
@@ -72,9 +71,9 @@ def attach(
             raise ConfigError(f"--column '{text}' names no column, or one that is named before")
         names[name] = source or name
     if by == "position":
-        refuse_unused("by position", id_radius_arcsec=(id_radius_arcsec, 10.0))
+        options.refuse(("id_radius_arcsec",), "by position")
     else:
-        refuse_unused("by Gaia id", radius_arcsec=(radius_arcsec, 1.0))
+        options.refuse(("radius_arcsec",), "by Gaia id")
     settings = AttachSettings(names, by, radius_arcsec, id_radius_arcsec)
     opened, companion = open_catalogs([catalog, other], key)
     step = partial(run, opened, companion, out, settings)
@@ -159,7 +158,7 @@ def coverage(
     from sos_dask.trust import FLAG_MEANINGS
 
     if inputs:
-        refuse_unused("with PAIRS", store=(store, None))
+        options.refuse(("store",), "with PAIRS")
         if out is None:
             raise ConfigError("--out is missing", "Say where the coverage goes: -o DIR.")
         directory = out
@@ -174,20 +173,7 @@ def coverage(
         run_step(_scoring(inputs, out, settings, errors, key), options)
         figure = None
     else:
-        refuse_unused(
-            "without PAIRS MODEL CATALOG STARS",
-            out=(out, None),
-            errors=(errors, None),
-            measure=(measure, "neighbours"),
-            inside=(inside, 0.8),
-            outside=(outside, 0.5),
-            grid=(grid or None, None),
-            no_compare=(no_compare, False),
-            key=(key, None),
-            radius_arcsec=(radius_arcsec, 1.5),
-            seed=(seed, 0),
-        )
-        options.refuse_unused("without PAIRS MODEL CATALOG STARS")
+        options.refuse_all_but()
         place = find_store(store)
         directory = current_product(place, "coverage")
         figure = place / "current" / "report" / "figures" / "coverage.png"

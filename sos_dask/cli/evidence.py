@@ -15,7 +15,6 @@ from sos_dask.cli.options import (
     StepOptions,
     Store,
     find_store,
-    refuse_unused,
     with_step_options,
 )
 from sos_dask.cli.output import LABEL_UNITS, console, print_json, say, show_table
@@ -73,7 +72,7 @@ def compare(
     label, sample = _one_of("label", label, LABEL_UNITS), _one_of("sample", sample, _SAMPLES)
     costs = None
     if inputs:
-        refuse_unused("with PAIRS", store=(store, None))
+        options.refuse(("store",), "with PAIRS")
         directory = _single_step(
             partial(run, settings=CompareSettings(rule=rule)),
             inputs,
@@ -83,8 +82,7 @@ def compare(
     else:
         from sos_dask.store import current_product
 
-        refuse_unused("without PAIRS MODEL", out=(out, None), rule=(rule, "balanced"))
-        options.refuse_unused("without PAIRS MODEL")
+        options.refuse_all_but("label", "sample")
         place = find_store(store)
         directory = current_product(place, "comparison")
         costs = _costs(place)
@@ -323,13 +321,12 @@ def trends(
     from sos_dask.stages.trends import trends as run
 
     if inputs:
-        refuse_unused("with PAIRS", store=(store, None))
+        options.refuse(("store",), "with PAIRS")
         directory = _single_step(run, inputs, out, options)
     else:
         from sos_dask.store import current_product
 
-        refuse_unused("without PAIRS MODEL", out=(out, None))
-        options.refuse_unused("without PAIRS MODEL")
+        options.refuse_all_but("label", "against", "method")
         directory = current_product(find_store(store), "trends")
     _one_of("label", label, LABEL_UNITS)
     found = read_trends(directory)

@@ -213,7 +213,11 @@ def report(
     store = find_store(store, job)
     published = (store / "current" / "report").resolve()
     if out is None and (published / PAGE).is_file():
-        options.refuse_unused(f"where the build has its report: {published}; give --out")
+        options.refuse(
+            ("workers", "scheduler", "memory_limit", "overwrite"),
+            f": the build has its report already, {published}",
+            "Give --out to make it anew in another directory.",
+        )
         out, manifest = published, Manifest.checked(published)
     else:
         out = out or store / "report"

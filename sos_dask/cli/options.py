@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,27 +125,6 @@ JobOrStore = Annotated[
 ]
 
 
-def refuse_unused(why: str, **options: tuple[Any, Any]) -> None:
-    """Refuse options that have no effect in a combination.
-
-    Parameters
-    ----------
-    why : str
-        The combination, as in ``without PAIRS``.
-    **options : (value, default)
-
-    Raises
-    ------
-    ConfigError
-        A value is not the default.
-    """
-    for name, (value, default) in options.items():
-        if value != default:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} has no effect {why}", "Leave it out, or change that."
-            )
-
-
 def find_store(store: Path | None, job: Path | None = None) -> Path:
     """Find the store that is meant: of a job file, as given, ``store`` or the only one near it.
 
@@ -215,11 +194,36 @@ class StepOptions:
     scheduler: Scheduler = None
     overwrite: Overwrite = False
     as_json: Json = False
+    given: tuple[str, ...] = field(default=(), init=False)
 
-    def refuse_unused(self, why: str) -> None:
-        """Refuse options that say how a step is run, where none is; see `refuse_unused`."""
-        names = [item.name for item in fields(self) if item.name != "as_json"]
-        refuse_unused(why, **{n: (getattr(self, n), getattr(type(self), n)) for n in names})
+    def refuse(self, names: Collection[str], why: str, hint: str = "Leave it out.") -> None:
+        """Refuse options that would have no effect.
+
+        Parameters
+        ----------
+        names : collection of str
+            Parameters of the command, as in Python.
+        why, hint : str
+            The first follows "has no effect".
+
+        Raises
+        ------
+        ConfigError
+            One of them was given, another value than the default.
+        """
+        for name in self.given:
+            if name in names:
+                separator = "" if why.startswith(":") else " "
+                text = f"--{name.replace('_', '-')} has no effect{separator}{why}"
+                raise ConfigError(text, hint)
+
+    def refuse_all_but(self, *names: str) -> None:
+        """Refuse options but some, ``--store`` and ``--json``, of a command that shows a build."""
+        self.refuse(
+            set(self.given) - {"store", "as_json", *names},
+            "where no catalogs are given by path",
+            "Without them the command shows the current build of --store.",
+        )
 
     def start(self) -> AbstractContextManager[Cluster]:
         """What runs the tasks of the step."""
@@ -291,12 +295,16 @@ def with_step_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        command(options=kind(**{name: given.pop(name) for name in shared}), **given)
+        changed = tuple(name for name, value in given.items() if value != defaults[name])
+        options = kind(**{name: given.pop(name) for name in shared})
+        object.__setattr__(options, "given", changed)
+        command(options=options, **given)
 
     own = [item for item in signature.parameters.values() if item.name != "options"]
-    further = [name for name in shared if name not in StepOptions.__dataclass_fields__]
-    ordered = [shared[name] for name in (*further, *StepOptions.__dataclass_fields__)]
+    common = inspect.signature(StepOptions).parameters
+    ordered = [shared[name] for name in (*(set(shared) - set(common)), *common)]
     everything = (*own, *ordered)
     parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in everything]
+    defaults = {item.name: item.default for item in parameters}
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run

@@ -25,7 +25,6 @@ from sos_dask.cli.options import (
     Seed,
     StepOptions,
     open_catalogs,
-    refuse_unused,
     with_step_options,
 )
 from sos_dask.cli.output import print_json, reporting, say, show_metrics, show_step
@@ -153,7 +152,7 @@ def dedupe(
     from sos_dask.stages.dedupe import dedupe as run
 
     if no_gaia_id:
-        refuse_unused("with --no-gaia-id", id_radius_arcsec=(id_radius_arcsec, 10.0))
+        options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
     settings = DedupeSettings(radius_arcsec, id_radius_arcsec, method, max_spread, not no_gaia_id)
     [opened] = open_catalogs([catalog], key, "obs_id")
     stated = opened.manifest.summary.get("expected_error", {}) if opened.manifest else {}
@@ -255,7 +254,7 @@ def crossmatch(
     from sos_dask.stages.crossmatch import crossmatch as run
 
     if no_gaia_id:
-        refuse_unused("with --no-gaia-id", id_radius_arcsec=(id_radius_arcsec, 10.0))
+        options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
     match = MatchSettings(radius_arcsec, id_radius_arcsec, pairs, not no_gaia_id)
     target, stars = open_catalogs([left, right], key)
     step = partial(
@@ -311,8 +310,9 @@ def train(
     """
     from sos_dask import models
     from sos_dask.catalog import Catalog
+    from sos_dask.models.search import search_space
     from sos_dask.stages.evidence import DIFFERENCES
-    from sos_dask.stages.train import TrainSettings, asks_workers, metrics_of
+    from sos_dask.stages.train import LOCAL_PAIRS, TrainSettings, asks_workers, metrics_of
     from sos_dask.stages.train import train as run
 
     seeded = {"seed": seed} if "seed" in models.parameters(method) else {}
@@ -323,8 +323,17 @@ def train(
         raise CatalogError(
             f"{pairs} is no catalog of pairs", "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS."
         )
+    if search and not search_space(method):
+        raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
     if not asks_workers(catalog, settings):
-        options = replace(options, workers=0, scheduler=None)  # none are started to wait
+        if options.workers != 0:
+            options.refuse(
+                ("workers", "scheduler", "memory_limit"),
+                f": train uses one process for up to {LOCAL_PAIRS:,} pairs, and "
+                f"{pairs} has {catalog.n_rows:,}",
+                "Leave it out. A search and training on a GPU use workers for any number.",
+            )
+        options = replace(options, workers=0)  # none are started to wait
     manifest = run_step(partial(run, catalog, out, settings), options)
     if not options.as_json:
         show_metrics(metrics_of(manifest))

@@ -1,14 +1,14 @@
 """How well the overlap represents a star: a distance to the overlap, calibrated as error growth.
 
-A measure gives every row a distance from the overlap, small where overlap stars are dense. On
-pairs that no correction was trained on, the residual in units of the noise at its signal to noise
-grows with that distance. The growth is 1 in the nearer half of the pairs and rises with what is
-measured beyond (`growth.Growth`); coverage = 1 / growth, so a coverage c says: the error of the corrected labels is 1/c times that of a star of the same
-signal to noise in the dense overlap. The rows are *inside*, *sparse* or *outside* by two limits of
-the coverage. Outside are, too, rows of a kind that the overlap lacks, near which it has less than
-a quarter of the stars that the number of such rows calls for (`measures.Share`), and rows beyond
-the outermost held-out pairs, where growth cannot be measured: the coverage of both is held below
-the limit.
+A measure gives every row a distance from the overlap, small where overlap stars are dense. On pairs
+that no correction was trained on, the residual in units of the noise at its signal to noise grows
+with that distance. The growth is 1 in the nearer half of the pairs and rises with what is measured
+beyond (`growth.Growth`); coverage = 1 / growth, so a coverage c says: the error of the corrected
+labels is 1/c times that of a star of the same signal to noise in the dense overlap. The rows are
+*inside*, *sparse* or *outside* by two limits of the coverage. Outside are, too, rows of a kind that
+the overlap lacks, near which it has less than a quarter of the stars that the number of such rows
+calls for (`measures.Share`), and rows beyond the outermost held-out pairs, where growth cannot be
+measured: the coverage of both is held below the limit.
 
 The error model of a correction knows something of all this already. What it does not know is
 counted on held-out pairs: for each kind of place, apart for the two classes of the error model, by

@@ -30,7 +30,7 @@ _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 # As many train faster in one process: workers meet at every level of every tree, for a millisecond
 # each. Measured with 1,000,000 pairs and 100 trees on two cores: 11 CPU-s in all, and 19 by two
 # workers; a pair needs less than 300 bytes.
-_LOCAL_PAIRS = 1_000_000
+LOCAL_PAIRS = 1_000_000
 VALIDATIONS = ("auto", "kfold", "holdout")
 _PREDICTIONS = tuple(f"{label}_delta" for label in LABELS)
 _FEATURE_COLUMNS = tuple(f"x_{label}" for label in LABELS)
@@ -118,7 +118,7 @@ def train_recipe(pairs: str, settings: TrainSettings) -> Recipe:
 def asks_workers(pairs: Catalog, settings: TrainSettings) -> bool:
     """Whether `train` may have anything to do for workers; the GPU is with them."""
     on_gpu = settings.params.get("device") == "cuda"
-    return pairs.n_rows > _LOCAL_PAIRS or on_gpu or settings.search > 0
+    return pairs.n_rows > LOCAL_PAIRS or on_gpu or settings.search > 0
 
 
 def train(
@@ -192,7 +192,7 @@ def _train(
     if validation == "auto":
         validation = "kfold" if len(folds) < settings.kfold_limit else "holdout"
     # The GPU is with the workers.
-    remote = len(folds) > _LOCAL_PAIRS or settings.params.get("device") == "cuda"
+    remote = len(folds) > LOCAL_PAIRS or settings.params.get("device") == "cuda"
     client = cluster.client if cluster and remote else None
     steps = len(names) + 1 if validation == "kfold" else 1
     step = f"train {settings.method}"

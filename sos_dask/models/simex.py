@@ -42,6 +42,7 @@ from sos_dask.models import (
     polynomial,
     summarise,
 )
+from sos_dask.schema import LABELS
 
 LAMBDAS = (0.5, 1.0, 1.5, 2.0)
 # Errors of the labels in units of the features.
@@ -67,11 +68,14 @@ class NoisySource:
         Size of the noise in units of the errors.
     seed : int
         The noise of a pair depends on this and on its own labels, not on other pairs.
+    constant : tuple of bool
+        Labels whose differences are all equal: they have no noise, whatever the errors say.
     """
 
     source: TrainingSource
     amount: float
     seed: int
+    constant: tuple[bool, ...] = (False,) * len(LABELS)
 
     @property
     def n_batches(self) -> int:
@@ -91,7 +95,9 @@ class NoisySource:
         return replace(
             batch,
             features=(batch.features + noise * _PER_LABEL).astype(np.float32),
-            differences=(batch.differences + noise).astype(np.float32),
+            differences=np.where(
+                self.constant, batch.differences, (batch.differences + noise).astype(np.float32)
+            ),
             weight=np.where(known, batch.weight, np.float32(0)),
         )
 
@@ -202,10 +208,12 @@ def fit(
     summary = summarise(plain, train_folds, client, "simex", needed)
     info = summary.info("simex", params, train_folds)
     module, part = _base(info)
+    constant = tuple(summary.constant.tolist())
     amounts = [0.0, *np.repeat(np.sqrt(LAMBDAS), params["replicas"])]
     parts: list[Fitted] = []
     for number, amount in enumerate(amounts):
-        noisy = NoisySource(source, amount * params["error_factor"], params["seed"] + number)
+        noise = amount * params["error_factor"]
+        noisy = NoisySource(source, noise, params["seed"] + number, constant)
         parts.append(module.fit(noisy, train_folds, part.params, client, lambda *_: None))
         progress("simex", number + 1, len(amounts))
     return SimexCorrection(info, tuple(parts))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sos_dask.errors import ClusterError, ModelError
 from sos_dask.features import FEATURES
@@ -110,6 +111,8 @@ class Summary:
         Of the features.
     center, spread : ndarray of float64, shape (3,)
         Median and robust standard deviation of the differences; 1 where all are equal.
+    constant : ndarray of bool, shape (3,)
+        Labels whose differences are all equal.
     mean_weight : float
     """
 
@@ -121,6 +124,7 @@ class Summary:
     deviation: FloatArray
     center: FloatArray
     spread: FloatArray
+    constant: NDArray[np.bool_]
     mean_weight: float
 
     def info(
@@ -188,7 +192,8 @@ def summarise(
             )
     low_high = np.asarray(highs, dtype=np.float64) - np.asarray(lows, dtype=np.float64)
     quartiles = np.array([h.quantiles((0.25, 0.5, 0.75)) for h in histograms])
-    spread = (quartiles[:, 2] - quartiles[:, 0]) / _IQR
+    # Inside a bin of the histogram nothing is told apart.
+    spread = np.maximum(quartiles[:, 2] - quartiles[:, 0], np.abs(quartiles[:, 1]) / 128) / _IQR
     # More than half of the differences may be equal, or all: these are a zero point.
     spread = np.where(spread > _LEAST_SPREAD * low_high, spread, low_high / 6)
     constant = low_high == 0
@@ -202,6 +207,7 @@ def summarise(
         deviation=np.sqrt(np.maximum(squares / total - mean**2, 0.0)),
         center=np.where(constant, np.asarray(lows, dtype=np.float64), quartiles[:, 1]),
         spread=np.where(constant, 1.0, spread),
+        constant=constant,
         mean_weight=weight / total,
     )
 

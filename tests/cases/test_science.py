@@ -119,17 +119,17 @@ def test_a_label_that_differs_by_a_constant_is_a_zero_point(method, kind, tmp_pa
     if method == "symbolic":
         pytest.importorskip("pyoperon")
     batch = biased_pairs(600, 3)
-    errors = np.tile(np.array([20, 0.05, 0.0], np.float32), (600, 1))
+    errors = np.tile(np.array([20, 0.05, 0.05], np.float32), (600, 1))
     batch = type(batch)(batch.features, batch.differences, batch.fold, batch.weight, errors)
     batch.differences[:, 2] = CONSTANT[kind](batch.differences[:, 2])
     source = ArraySource(batch)
     models.fit(method, source, params=QUICK[method]).save(tmp_path / "model")
     found = models.load(tmp_path / "model").predict(batch.features)
     assert np.isfinite(found).all()
-    exact = 0 if kind in ("constant", "zero") else 1e-3
+    exact = 0 if kind in ("constant", "zero") else 0.05 if method == "simex" else 1e-5
     error = np.abs(found[:, 2] - np.median(batch.differences[:, 2]))
     if kind != "of two values":
-        assert np.quantile(error, 0.9) <= exact
+        assert np.median(error) <= exact
     assert np.median(np.abs(batch.differences - found)[:, 0]) < 60  # others are learnt as ever
 
 

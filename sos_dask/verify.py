@@ -27,6 +27,7 @@ from sos_dask.hats import (
 from sos_dask.healpix import HealpixPixel, ang2pix
 from sos_dask.schema import HEALPIX_COLUMN
 
+OUR_MARGIN = "margin"
 # Input whose rows a stage takes: the first of these roles that its recipe has.
 _ROW_INPUTS = ("observations", "catalog", "target", "target.0", "pairs")
 
@@ -73,7 +74,9 @@ def verify(path: str | Path) -> list[str]:
 def _verify_collection(path: Path) -> list[str]:
     """Problems of the margins that lie beside a primary catalog."""
     problems = []
-    for name in read_properties(path / COLLECTION).get("all_margins", "").split():
+    names = read_properties(path / COLLECTION).get("all_margins", "").split()
+    ours = [OUR_MARGIN] if (path / OUR_MARGIN).is_dir() else []  # whatever the file says
+    for name in dict.fromkeys([*names, *ours]):
         margin = path / name
         if ".." in margin.parts or not margin.is_dir():
             problems.append(f"margin '{name}' is missing")

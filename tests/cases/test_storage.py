@@ -16,6 +16,7 @@ from sos_dask.dedupe import DedupeSettings
 from sos_dask.digests import sealed_json
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.stages.dedupe import dedupe
+from sos_dask.stages.margin import margin
 from sos_dask.store import costs, file_names, status
 from sos_dask.verify import verify
 from tests.job import contents
@@ -178,6 +179,19 @@ def test_a_collection_that_names_no_catalog_below_is_refused(tmp_path, cli, targ
         (folder / "collection.properties").write_text(f"hats_primary_table_url={target}\n")
     assert_error(cli("dedupe", "coll", "-o", "out"), 5, r"collection\.properties")
     assert_error(cli("verify", "coll"), 5, r"collection\.properties")
+
+
+def test_a_damaged_margin_is_seen_whatever_the_collection_says(catalog, tmp_path):
+    margin(Catalog.open(catalog), tmp_path / "coll", 3000.0)
+    assert verify(tmp_path / "coll") == []
+    path = tmp_path / "coll/collection.properties"
+    text = path.read_text()
+    path.write_text(text.replace("all_margins", "Xll_margins"))
+    assert any("collection.properties was changed" in one for one in verify(tmp_path / "coll"))
+    path.write_text(text)
+    (tmp_path / "coll/margin" / MANIFEST).unlink()
+    with pytest.raises(CatalogError, match=r"has no manifest\.json"):
+        verify(tmp_path / "coll")
 
 
 @pytest.mark.parametrize("n_rows", ["299", "x", "9" * 5000])

@@ -93,16 +93,18 @@ def read_sealed(path: Path, hint: str) -> dict[str, Any]:
     FileNotFoundError, NotADirectoryError
     """
     try:
-        document = json.loads(path.read_bytes())
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise CatalogError(f"{path} cannot be read: {error.strerror}", hint) from None
+    try:
+        document = json.loads(content)
         if not isinstance(document, dict):
             raise ValueError("it is not a JSON object")
         digest = digest_of(document)
     except (ValueError, RecursionError) as error:
         raise CatalogError(f"{path} is damaged: {error}", hint) from None
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise CatalogError(f"{path} cannot be read: {error.strerror}", hint) from None
     if _DIGEST not in document:
         raise CatalogError(
             f"{path} has no digest: an older version of sos-dask made it, or it is damaged",

@@ -180,7 +180,7 @@ BAD_FILES = {
     "truncated gzip": (truncated_gzip, [r"part\.fits\.gz: truncated or damaged", "Download"]),
     "no FITS": (no_fits, [r"letter\.fits is no FITS file", "Download"]),
     "no bytes": (no_bytes, [r"nothing\.fits is empty"]),
-    "no table": (no_table, [r"image\.fits: HDU 1 does not exist", "no binary table"]),
+    "no table": (no_table, [r"image\.fits holds no binary table", "Convert it"]),
     "no rows": (no_rows, [r"empty\.fits has no rows"]),
     "missing column": (without_column, [r"renamed\.fits: no column 'teff'", "Did you mean teff_k"]),
     "text": (text_in_a_number, [r"column 'teff', row 123 \(line 125\): 'hot' is not a number"]),

@@ -118,7 +118,7 @@ def test_an_unknown_method_names_the_nearest():
         ("polynomial", {"order": True}, "not a whole number"),
         ("polynomial", {"order": "4"}, "not a whole number"),
         ("polynomial", {"ridge": -1}, "outside"),
-        ("polynomial", {"ridge": float("nan")}, "outside"),
+        ("polynomial", {"ridge": float("nan")}, "not a number"),
         ("boosted", {"device": "gpu"}, "device = 'gpu' is not one of cpu, cuda"),
         ("boosted", {"max_dept": 3}, "no parameter 'max_dept'"),
         ("boosted", {"subsample": 0}, "outside"),

@@ -12,6 +12,7 @@ from sos_dask import api
 from sos_dask.cli.output import shown
 from sos_dask.config import load_job
 from sos_dask.demo import against_truth
+from sos_dask.digests import sealed_json
 from sos_dask.errors import CatalogError, ConfigError, SosError, SurveyError, understood
 from sos_dask.plan import plan
 from sos_dask.store import publish, read_build
@@ -81,9 +82,15 @@ def test_names_that_would_leave_the_build(cli: Cli, tmp_path, name):
 
 
 def test_a_build_of_impossible_products_is_none(tmp_path):
-    for document in ("[]", "{}", '{"products": {"../x": ""}, "stages": {"../x": ""}}', "[" * 9999):
+    impossible = sealed_json({"products": {"../x": ""}, "stages": {"../x": ""}})
+    for document, why in (
+        ("[]", "not a JSON object"),
+        ("{}", "has no digest"),
+        ("[" * 9999, "is damaged"),
+        (impossible, "impossible names"),
+    ):
         (tmp_path / "build.json").write_text(document)
-        with pytest.raises(CatalogError, match=r"build\.json is not a build"):
+        with pytest.raises(CatalogError, match=f"is not a build: .*{why}"):
             read_build(tmp_path)
 
 

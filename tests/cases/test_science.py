@@ -251,10 +251,10 @@ def test_workers_beside_a_scheduler_are_refused(small_store, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("boosted = { n_rounds = nan }", "boosted.n_rounds = nan"),
-        ("boosted = { n_rounds = inf }", "boosted.n_rounds = inf"),
-        ("boosted = { learning_rate = nan }", "boosted.learning_rate = nan"),
-        ("polynomial = { ridge = -inf }", "polynomial.ridge = -inf"),
+        ("boosted = { n_rounds = nan }", "boosted.n_rounds' is nan"),
+        ("boosted = { n_rounds = inf }", "boosted.n_rounds' is inf"),
+        ("boosted = { learning_rate = nan }", "boosted.learning_rate' is nan"),
+        ("polynomial = { ridge = -inf }", "polynomial.ridge' is -inf"),
         ("polynomial = { order = -3 }", "polynomial.order = -3"),
         ("polynomial = { order = 1_000_000_000_000 }", "polynomial.order = 1000000000000"),
     ],

@@ -77,7 +77,7 @@ def decompressed(path: Path, scratch: Path) -> Path:
     try:
         if read_sealed(stated, "")["sum"] == sum_of_file(target):
             return target
-    except (FileNotFoundError, CatalogError):
+    except (FileNotFoundError, NotADirectoryError, CatalogError):
         pass
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -69,12 +69,12 @@ def open_text(path: Path, gzipped: bool) -> Contents:
             fitting = (c for c in comments[::-1] if len(_fields(c[1:], delimiter)) == len(values))
             line = next(fitting, comments[-1])[1:].lstrip()
     header = _fields(line, delimiter)
+    if delimiter == " " and re.search(r"\.fits?(\.|$)", path.name.lower()):
+        raise SurveyError(
+            f"{path} is no FITS file: it begins with {line:.80}",
+            "Download it again; a table of text may have any other name, like .csv.",
+        )
     if len(header) < 2:
-        if re.search(r"\.fits?(\.|$)", path.name.lower()):
-            raise SurveyError(
-                f"{path} is no FITS file: it begins with {line:.80}",
-                "Download it again; a table of text may have any other name, like .csv.",
-            )
         raise SurveyError(
             f"{path}: its first line has none of the delimiters , | ; tab and blank: {line:.80}",
             "The first line must hold the column names.",

@@ -144,7 +144,10 @@ def understood(error: BaseException) -> SosError | None:
 def _place(frames: Sequence[FrameType]) -> str:
     """Path that the innermost function of the package works on, where it has one."""
     for frame in reversed(frames):
-        if str(frame.f_globals.get("__name__", "")).startswith(f"{__package__}."):
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith(f"{__package__}.cli"):
+            return ""  # it only prints
+        if module.startswith(f"{__package__}."):
             for value in frame.f_locals.values():
                 if isinstance(value, Path):
                     return f" ({value})"

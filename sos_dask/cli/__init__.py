@@ -73,13 +73,14 @@ def main() -> None:
             _flush()
     except SystemExit as end:
         broken = end.__context__  # Typer ends without a word, whichever pipe it was
-        if not isinstance(broken, BrokenPipeError):
+        if end.code == _ABANDONED or not isinstance(broken, BrokenPipeError):
             raise
         code = _ABANDONED if _nobody_reads() else _told(broken)
     except Exception as error:
         if debug:
             raise
-        code = _told(error)
+        left = isinstance(error, BrokenPipeError) and _nobody_reads()
+        code = _ABANDONED if left else _told(error)
     if code == 130:
         print("stopped; run the same command again to go on", file=sys.stderr)
     raise SystemExit(code)

@@ -119,7 +119,14 @@ def console() -> Console:
     from rich.console import Console
 
     is_free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=_WIDTH if is_free else None, highlight=False)
+    made = Console(width=_WIDTH if is_free else None, highlight=False)
+    # Its own answer to a reader that went away hides which pipe it was.
+    vars(made)["on_broken_pipe"] = _reader_went_away
+    return made
+
+
+def _reader_went_away() -> None:
+    raise BrokenPipeError
 
 
 def say(text: str) -> None:

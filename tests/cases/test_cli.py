@@ -315,9 +315,11 @@ def test_closed_streams(small_store):
 
 
 def test_a_reader_that_went_away(small_store):
-    line = " ".join([*command("trends", "--json", "--store", small_store), "| head -c 1"])
-    ran = subprocess.run(["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"], capture_output=True)
-    assert ran.returncode == 141 and ran.stderr == b""
+    for how in ("--json", "--label=teff"):
+        line = " ".join([*command("trends", how, "--store", small_store), "| head -c 1"])
+        shell = ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"]
+        ran = subprocess.run(shell, capture_output=True)
+        assert ran.returncode == 141 and ran.stderr == b"", how
 
 
 # -- one place that explains errors --------------------------------------------------------------

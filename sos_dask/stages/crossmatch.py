@@ -34,7 +34,7 @@ from sos_dask.stages.folds import (
     local_folds,
     write_pairs,
 )
-from sos_dask.stages.ids import GAIA_IDS, require_whole
+from sos_dask.stages.ids import GAIA_IDS, require_numbers, require_whole
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.surroundings import near_pixel, surroundings
@@ -141,6 +141,8 @@ def crossmatch(
     shared = shared if settings.match.use_gaia_id else []
     require_whole(left, shared)
     require_whole(right, shared)
+    for catalog in (left, right):
+        require_numbers(catalog, ("pmra", "pmdec", "position_epoch", *LABELS))
     output = Output.prepare(
         directory,
         crossmatch_recipe(left.fingerprint, right.fingerprint, settings),

@@ -27,6 +27,15 @@ def require_whole(catalog: Catalog, names: Iterable[str]) -> None:
             )
 
 
+def require_numbers(catalog: Catalog, names: Iterable[str]) -> None:
+    """Raise `CatalogError` where a column that is calculated with has another type."""
+    for name in catalog.columns(names):
+        kind = catalog.schema.field(name).type
+        tests = pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null
+        if not any(test(kind) for test in tests):
+            raise CatalogError(f"{catalog.path}: column '{name}' has type {kind}, not numbers")
+
+
 def id_values(column: pa.ChunkedArray) -> NDArray[np.int64]:
     """Ids as plain integers, 0 where there is none."""
     return np.asarray(pc.fill_null(column, 0).to_numpy(), dtype=np.int64)

@@ -639,3 +639,24 @@ def test_a_column_twice_in_a_catalog_of_others_is_refused(tmp_path):
     )
     with pytest.raises(CatalogError, match="column 'teff' is there 2 times"):
         Catalog.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("teff", ["hot"], "column 'teff' has type string, not numbers"),
+        ("pmra", ["fast"], "column 'pmra' has type string, not numbers"),
+        ("gaia_dr3_source_id", ["Gaia DR3 12"], "column 'gaia_dr3_source_id' is no id"),
+        ("gaia_dr3_source_id", [""], "column 'gaia_dr3_source_id' is no id"),
+    ],
+)
+def test_a_column_of_another_type_is_named(tmp_path, name, values, words):
+    table = observations(50, 1)
+    ids = pa.array(np.arange(50) + 1)
+    left = write_catalog(table.append_column("gaia_dr3_source_id", ids), tmp_path / "left", 250)
+    others = table.drop_columns(["_healpix_29", "quality", *({name} & set(table.schema.names))])
+    others = others.rename_columns(["star_id", *others.schema.names[1:]])
+    others = others.append_column(name, pa.array(values * 50))
+    right = Catalog.open(of_others(tmp_path / "right", others))
+    with pytest.raises((CatalogError, PartitionError), match=words):
+        crossmatch(left, right, tmp_path / "pairs", PairSettings(MatchSettings(radius_arcsec=1.0)))

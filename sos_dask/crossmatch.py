@@ -231,7 +231,7 @@ class _Side:
             _floats(table, "position_epoch") if "position_epoch" in names else None,
             pm,
             {
-                name: pc.fill_null(table.column(name).cast(pa.int64()), 0).to_numpy()
+                name: _ids(table, name, where)
                 for name in GAIA_RELEASES
                 if use_gaia_id and name in names
             },
@@ -402,6 +402,14 @@ def _refuse_all(n_pairs: int, one: _Classes, other: _Classes, block: _Block) -> 
 
 def _taken(column: pa.ChunkedArray, rows: IntArray) -> pa.ChunkedArray:
     return column.take(pa.array(rows))
+
+
+def _ids(table: pa.Table, name: str, where: str) -> IntArray:
+    try:
+        ids = table.column(name).cast(pa.int64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise PartitionError(f"{where}: column '{name}' is no id: {error}") from None
+    return np.asarray(pc.fill_null(ids, 0).to_numpy())
 
 
 def _floats(table: pa.Table, name: str) -> FloatArray:

@@ -9,6 +9,7 @@ our own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -384,6 +385,9 @@ def _as_here(
     schema: pa.Schema, properties: Mapping[str, str], key: str, key_name: str, path: Path
 ) -> tuple[pa.Schema, dict[str, str]]:
     """Schema by which a catalog is read, and the stored names of its columns."""
+    for name, n in Counter(schema.names).items():
+        if n > 1:
+            raise CatalogError(f"{path}: column '{name}' is there {n} times", NOT_A_CATALOG)
     new = {properties.get(f"hats_col_{name}", name): name for name in ("ra", "dec")}
     for name, here in new.items():
         if name not in schema.names:

@@ -23,7 +23,7 @@ from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, Column, is_gaia_id, nearest
 from sos_dask.sphere import check_radii
 from sos_dask.stages.crossmatch import key_column, motion_of
-from sos_dask.stages.ids import GAIA_IDS
+from sos_dask.stages.ids import GAIA_IDS, require_whole
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.surroundings import surroundings
@@ -164,6 +164,8 @@ def attach(
     if by_id:
         catalog.require(settings.by)
         other.require(settings.by)
+        require_whole(catalog, [settings.by])
+        require_whole(other, [settings.by])
     for column in settings.columns:
         if column in catalog.schema.names:
             raise CatalogError(

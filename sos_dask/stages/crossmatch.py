@@ -34,7 +34,7 @@ from sos_dask.stages.folds import (
     local_folds,
     write_pairs,
 )
-from sos_dask.stages.ids import GAIA_IDS
+from sos_dask.stages.ids import GAIA_IDS, require_numbers, require_whole
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.surroundings import near_pixel, surroundings
@@ -137,6 +137,12 @@ def crossmatch(
     key, right_key = key_column(left), key_column(right)
     left.require("ra", "dec", HEALPIX_COLUMN)
     right.require("ra", "dec", HEALPIX_COLUMN)
+    shared = [name for name in left.columns(GAIA_IDS.values()) if name in right.schema.names]
+    shared = shared if settings.match.use_gaia_id else []
+    require_whole(left, shared)
+    require_whole(right, shared)
+    for catalog in (left, right):
+        require_numbers(catalog, ("pmra", "pmdec", "position_epoch", *LABELS))
     output = Output.prepare(
         directory,
         crossmatch_recipe(left.fingerprint, right.fingerprint, settings),
@@ -147,12 +153,9 @@ def crossmatch(
         return output.load_manifest()
     cluster = cluster or Cluster()
     require_memory(cluster, left, "crossmatch")
-    shared_ids = settings.match.use_gaia_id and any(
-        column in left.schema.names and column in right.schema.names for column in GAIA_IDS.values()
-    )
     motions = motion_of(left), motion_of(right)
     parts = {
-        key_of(pixel): _Part(output, left, right, pixel, settings, motions, shared_ids)
+        key_of(pixel): _Part(output, left, right, pixel, settings, motions, bool(shared))
         for pixel in left.pixels
     }
     with unless_complete(output):
@@ -177,7 +180,7 @@ def crossmatch(
                 name: sum(record[name] for record in matched)
                 for name in ("ambiguous", "by_id", "refused_by_id", "fit_for_training")
             },
-            "reach_arcsec": float(reach_arcsec(settings.match, *motions, shared_ids)),
+            "reach_arcsec": float(reach_arcsec(settings.match, *motions, bool(shared))),
         }
         commit_catalog(
             output,

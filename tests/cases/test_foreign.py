@@ -606,3 +606,57 @@ def test_every_parquet_file_of_a_product_says_its_types(product):
                 assert column["numpy_type"] == (
                     expected.capitalize() if item.nullable else expected
                 )
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.int64(), pa.string()])
+def test_ids_that_lost_digits_match_nothing_in_silence(tmp_path, kind):
+    table = observations(50, 1)
+    ids = pa.array(np.arange(50) * 3 + (1 << 61) + 1)
+    left = write_catalog(table.append_column("gaia_dr3_source_id", ids), tmp_path / "left", 250)
+    others = table.drop_columns(["_healpix_29", "quality"])
+    others = others.rename_columns(["star_id", *others.schema.names[1:]])
+    others = others.append_column("gaia_dr3_source_id", ids.cast(kind, safe=False))
+    right = Catalog.open(of_others(tmp_path / "right", others))
+    by_id = PairSettings(MatchSettings(radius_arcsec=1.0))
+
+    def match() -> int:
+        attach(left, right, tmp_path / "attached", AttachSettings({"t": "teff"}))
+        return crossmatch(left, right, tmp_path / "pairs", by_id).rows.n_out
+
+    if kind != pa.float64():
+        assert match() == 50
+        return
+    with pytest.raises(CatalogError, match="'gaia_dr3_source_id' is stored as float"):
+        match()
+    with pytest.raises(CatalogError, match="'gaia_dr3_source_id' is stored as float"):
+        crossmatch(left, right, tmp_path / "pairs", by_id)
+    assert len(pairs_of(left, right, tmp_path / "by position")) >= 50
+
+
+def test_a_column_twice_in_a_catalog_of_others_is_refused(tmp_path):
+    folder = each_file(
+        of_others(tmp_path / "twice", stars()), lambda t: t.append_column("teff", t["teff"])
+    )
+    with pytest.raises(CatalogError, match="column 'teff' is there 2 times"):
+        Catalog.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("teff", ["hot"], "column 'teff' has type string, not numbers"),
+        ("pmra", ["fast"], "column 'pmra' has type string, not numbers"),
+        ("gaia_dr3_source_id", ["Gaia DR3 12"], "column 'gaia_dr3_source_id' is no id"),
+        ("gaia_dr3_source_id", [""], "column 'gaia_dr3_source_id' is no id"),
+    ],
+)
+def test_a_column_of_another_type_is_named(tmp_path, name, values, words):
+    table = observations(50, 1)
+    ids = pa.array(np.arange(50) + 1)
+    left = write_catalog(table.append_column("gaia_dr3_source_id", ids), tmp_path / "left", 250)
+    others = table.drop_columns(["_healpix_29", "quality", *({name} & set(table.schema.names))])
+    others = others.rename_columns(["star_id", *others.schema.names[1:]])
+    others = others.append_column(name, pa.array(values * 50))
+    right = Catalog.open(of_others(tmp_path / "right", others))
+    with pytest.raises((CatalogError, PartitionError), match=words):
+        crossmatch(left, right, tmp_path / "pairs", PairSettings(MatchSettings(radius_arcsec=1.0)))

@@ -283,6 +283,8 @@ def test_nulls_of_integers_in_votables(tmp_path, ingested, stream):
         ("</RESOURCE>", "", ["not a readable VOTable"]),
         ("<TD>5000</TD>", "<TD>abc</TD>", ["does not fit its column", "W30"]),
         ("<TD>1</TD><TD>10", "<TD>abc</TD><TD>10", ["abc"]),
+        ("<TABLE>", '<INFO name="QUERY_STATUS" value=" ERROR "/>\\g<0>', ["query that failed"]),
+        ("</TABLE>", '\\g<0><INFO name="QUERY_STATUS" value="OVERFLOW "/>', ["not complete"]),
         ('<?xml version="1.0"?>', '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "c">]>', ["type"]),
         ('<FIELD name="ra"', '<FIELD name="z" datatype="char" arraysize="9999999999"/>\\g<0>',
          ["bytes by the 'arraysize'"]),
@@ -294,6 +296,17 @@ def test_votables_that_are_refused(ingested, old, new, words):
     content = re.sub(old.replace("?", r"\?"), new, votable())
     assert content != votable()
     ingested(content).fails(*words)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("int", "9999999999"), ("unsignedByte", "300")])
+def test_an_integer_that_its_type_cannot_hold_is_not_cut(ingested, kind, value):
+    text = votable(FIELDS.replace("long", kind), CELLS.replace(">1<", f">{value}<", 1))
+    ingested(text).fails(value, "out of range")
+
+
+def test_an_array_of_one_value_is_a_number(ingested):
+    fields = FIELDS.replace('datatype="double"', 'datatype="double" arraysize="1"')
+    assert ingested(votable(fields)).column("teff") == [5000.0]
 
 
 def test_an_empty_integer_of_an_old_votable_is_no_zero(ingested):
@@ -333,7 +346,8 @@ def test_comments_before_the_header(ingested, before, gzipped):
 
 
 @pytest.mark.parametrize(
-    "kind", ["ecsv", "commented_header", "basic", "tab", "csv", "fixed_width_no_bars"]
+    "kind",
+    ["ecsv", "commented_header", "basic", "tab", "csv", "fixed_width", "fixed_width_no_bars"],
 )
 def test_tables_of_text_that_astropy_writes(tmp_path, ingested, kind):
     name = MaskedColumn(["a  b", "", "c"], mask=MASK)
@@ -352,6 +366,11 @@ def test_tables_of_text_that_astropy_writes(tmp_path, ingested, kind):
 def test_formats_that_are_refused_by_name(tmp_path, ingested, kind):
     content = written(Table(table()), f"ascii.{kind}", tmp_path)
     ingested(content).fails(f"format {kind.upper()}", f"format='ascii.{kind}'")
+
+
+def test_a_row_of_dashes_below_a_row_of_data_takes_none_with_it(ingested):
+    dashes = ",".join(["--"] * len(NAMES))
+    ingested(f"{HEADER}\n1,10,20,5000,4,0.1\n{dashes}\n{ROWS}").fails("row 1 (line 3)", "'--'")
 
 
 def test_tables_of_vizier(ingested):

@@ -37,7 +37,7 @@ _BLOCK_BYTES = 1 << 20  # no row is longer
 _COMMENT_BYTES = 1 << 24
 _OTHERS = {
     "mrt": rb"(?im)^Byte-by-byte Description of file",
-    "ipac": rb"(?m)\A(\\.*\n)*\|.*\|\s*\n\|.*\|\s*$",
+    "ipac": rb"(?m)\A(\\.*\n)*\|.*\|\s*\n(\|\s*-*[a-z]+\s*)+\|\s*$",
 }
 _TRUTH = {"false": 0, "f": 0, "0": 0, "true": 1, "t": 1, "1": 1}
 
@@ -83,7 +83,10 @@ def open_text(path: Path, gzipped: bool) -> Contents:
     for number, below in enumerate(following[:2]):
         if re.fullmatch(r"[-\s,|;]*-{2,}[-\s,|;]*", below):  # VizieR
             if number:
-                units = dict(zip(header, _fields(following[0], delimiter), strict=False))
+                stated_units = _fields(following[0], delimiter)
+                if any(map(_is_number, stated_units)):
+                    break  # it is a row of data, and so is this one
+                units = dict(zip(header, stated_units, strict=False))
             skipped = following[: number + 1]
             offset += sum(len(_encoded(text)) for text in skipped)
             skip_lines += number + 1

@@ -79,7 +79,8 @@ class Outline:
                 "Ingest that file, or save the table with its rows inside, as TOPCAT does.",
             )
         elif tag in ("INFO", "PARAM"):
-            name, value = attributes.get("name", "").upper(), attributes.get("value", "")
+            name = attributes.get("name", "").strip().upper()
+            value = attributes.get("value", "").strip()
             if name == "ERROR" or (name == "QUERY_STATUS" and value.upper() == "ERROR"):
                 self._failed = f"{name} {value}:"
             elif name == "QUERY_STATUS" and value.upper() == "OVERFLOW":
@@ -199,6 +200,7 @@ def _parsed(
 
     changes = (
         exceptions.E02, exceptions.W30, exceptions.W31, exceptions.W46, exceptions.W49,
+        exceptions.W51,
     )  # fmt: skip
     try:
         with warnings.catch_warnings():
@@ -234,8 +236,8 @@ def read_votable(source: Source, start: int, stop: int | None, batch_rows: int) 
             place = places.index(native.offset) if source.alone else native.offset
             name = table.array.dtype.names[place]
             column = table.array[name][first : first + batch_rows]
-            if native.element is not None:
-                column = column.reshape(len(column), -1)[:, native.element]
+            if column.ndim > 1:  # also of arraysize="1"
+                column = column.reshape(len(column), -1)[:, native.element or 0]
             columns[key] = _values(native, column)
         yield first, columns
 

@@ -248,6 +248,8 @@ class Job(_Section):
         for name in self.unify.fixed_offsets:
             if name not in self.reference:
                 raise ValueError(f"unify.offsets names '{name}', which is no [reference.*]")
+        if len(set(self.train.methods)) < len(self.train.methods):
+            raise ValueError("train.methods names a method twice")
         if self.coverage.fallback == "polynomial" and "polynomial" not in self.train.methods:
             raise ValueError("coverage.fallback = 'polynomial' is not among train.methods")
         return self

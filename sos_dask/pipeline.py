@@ -35,7 +35,7 @@ def rebuild(
     job: Job,
     store: Path | None = None,
     *,
-    cluster: Callable[[], Any] | None = None,
+    cluster: Cluster | Callable[[], Any] | None = None,
     report: Report = silent,
     on_stage: Callable[[StageResult], None] = lambda result: None,
 ) -> Build:
@@ -46,9 +46,9 @@ def rebuild(
     job : Job
     store : Path, optional
         Default: that of the job.
-    cluster : callable, optional
-        Gives a context manager of a `Cluster`; it is entered only if a stage runs. Default: tasks
-        run in this process.
+    cluster : Cluster or callable, optional
+        Runs the tasks, or gives a context manager of what does; it is entered only if a stage runs.
+        Default: tasks run in this process.
     report : Report
     on_stage : callable
         Gets each stage's result as it is done.
@@ -88,8 +88,8 @@ def rebuild(
     if all(stage.complete for stage in stages):
         for stage in stages:
             finish(stage, False)
-    elif cluster is None:
-        run_all(Cluster())
+    elif cluster is None or isinstance(cluster, Cluster):
+        run_all(cluster or Cluster())
     else:
         with cluster() as active:
             run_all(active)

@@ -96,5 +96,6 @@ def check_radii(radius_arcsec: float, id_radius_arcsec: float, use_gaia_id: bool
         raise ConfigError(
             f"id_radius_arcsec = {id_radius_arcsec:g} is smaller than "
             f"radius_arcsec = {radius_arcsec:g}",
-            "Rows with the same id may lie farther apart than others: make it larger.",
+            "Rows with the same id may lie farther apart than others: make it larger, "
+            "or match by position alone (--no-gaia-id).",
         )

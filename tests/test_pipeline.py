@@ -19,6 +19,7 @@ from astropy.io import fits
 
 from sos_dask.artifact import Manifest
 from sos_dask.catalog import Catalog
+from sos_dask.cluster import Cluster
 from sos_dask.config import ReportSection, load_job
 from sos_dask.correct import FLAG_NULL_INPUT, FLAG_QUALITY
 from sos_dask.errors import CatalogError, ConfigError, ModelError, PartitionError, SurveyError
@@ -217,7 +218,7 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
         "model.polynomial changed"
     )
     before = contents(store / "artifacts")
-    build = rebuild(changed)
+    build = rebuild(changed, cluster=Cluster())
     assert ran(build) == set(why)
     after = contents(store / "artifacts")
     assert {name: after[name] for name in before} == before, "an old output was changed"

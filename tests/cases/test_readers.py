@@ -147,6 +147,12 @@ def test_units_that_the_file_states(tmp_path, ingested, kind):
     ingested(content).fails("column 'teff' is in 'kK', the survey says 'K'")
 
 
+@pytest.mark.parametrize("unit", [u.deg_C, u.eV])
+def test_units_of_another_kind(tmp_path, ingested, unit):
+    content = written(table(teff=[5000.0, 5100, 5200] * unit), "fits", tmp_path)
+    ingested(content).fails(f"column 'teff' is in '{unit.to_string('fits')}', the survey says 'K'")
+
+
 def test_types_of_parquet_that_are_no_values(ingested):
     plain = {name: list(table()[name]) for name in NAMES}
     for values, word in (

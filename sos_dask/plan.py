@@ -481,7 +481,8 @@ def _digests(store: Path, files: list[Path]) -> list[str]:
         if not file.is_file():
             raise SurveyError(
                 f"{file} does not exist" if not file.exists() else f"{file} is not a file",
-                "Check the path in the job file; environment variables can set its folder.",
+                "Check the path in the job file; environment variables can set its folder. "
+                'Of [attach.NAME], a catalog is given as catalog = "DIR", not in files.',
             )
         stat = file.stat()
         keys[file] = f"{file}:{stat.st_size}:{stat.st_mtime_ns}"

@@ -24,7 +24,7 @@ from sos_dask.crossmatch import MatchSettings, Motion, match, reach_arcsec
 from sos_dask.errors import CatalogError
 from sos_dask.healpix import FloatArray, HealpixPixel, IntArray, ang2pix
 from sos_dask.nearby import rows_near
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS, SEEDS, check_numbers
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS, SEEDS, YEARS, check_numbers
 from sos_dask.sphere import propagate
 from sos_dask.stages.folds import (
     FoldSettings,
@@ -220,9 +220,21 @@ def key_column(catalog: Catalog) -> str:
 
 
 def motion_of(catalog: Catalog) -> Motion:
-    """Bounds on proper motion and epoch over a whole catalog, from the footers of its files."""
+    """Bounds on proper motion and epoch over a whole catalog, from the footers of its files.
+
+    Raises
+    ------
+    CatalogError
+        Epochs are no years, as days of a catalog of others.
+    """
     known = catalog.bounds(*MOTION)
     low, high = known.get("position_epoch", (np.nan, np.nan))
+    if low < YEARS[0] or high > YEARS[1]:
+        raise CatalogError(
+            f"{catalog.path}: column 'position_epoch' has values from {low:g} to {high:g}, and "
+            f"Julian years are needed ({YEARS[0]:g} to {YEARS[1]:g})",
+            "Convert it, or rename it: rows without an epoch are matched where they stand.",
+        )
     pmra, pmdec = (max(map(abs, known.get(name, (0.0, 0.0)))) for name in ("pmra", "pmdec"))
     moving = {"pmra", "pmdec"} <= set(catalog.schema.names)
     return Motion(float(np.hypot(pmra, pmdec)) if moving else 0.0, low, high)

@@ -139,7 +139,7 @@ def growth_figure(table: pa.Table, limits: Mapping[str, float]) -> Drawn | None:
         axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("distance from the overlap [no unit]")
     axes.set_ylabel("scatter over that of the dense part")
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     worse = measured > 1.5 * fitted
     grows = (
         f" In {np.count_nonzero(worse)} bins of {int(n[worse].sum()):,} pairs, the nearest at a "

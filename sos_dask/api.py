@@ -20,17 +20,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from sos_dask import pipeline as _pipeline
-from sos_dask import plan as _plan
 from sos_dask import simulate as _simulate
-from sos_dask import store as _store
-from sos_dask import verify as _verify
-from sos_dask.catalog import Catalog
-from sos_dask.cluster import Cluster, start
-from sos_dask.config import Job, load_job
-from sos_dask.crossmatch import MatchSettings
-from sos_dask.dedupe import DedupeSettings
 from sos_dask.errors import understood
+from sos_dask.rebuild import pipeline as _pipeline
+from sos_dask.rebuild import plan as _plan
+from sos_dask.rebuild.job import Job, load_job
+from sos_dask.run.cluster import Cluster, start
 from sos_dask.simulate import SkySettings
 from sos_dask.stages import apply as _apply
 from sos_dask.stages import attach as _attach
@@ -56,9 +51,14 @@ from sos_dask.stages.report import ReportSettings
 from sos_dask.stages.train import TrainSettings
 from sos_dask.stages.trends import TrendSettings
 from sos_dask.stages.uncertainty import Surveys, UncertaintySettings
-from sos_dask.survey import Survey
-from sos_dask.survey_file import builtin_surveys, load_survey
-from sos_dask.unify import UnifySettings
+from sos_dask.stars.match import MatchSettings
+from sos_dask.stars.settings import DedupeSettings
+from sos_dask.stars.unify import UnifySettings
+from sos_dask.storage import store as _store
+from sos_dask.storage import verify as _verify
+from sos_dask.storage.catalog import Catalog
+from sos_dask.surveys.definition import Survey
+from sos_dask.surveys.file import builtin_surveys, load_survey
 
 _Result = TypeVar("_Result")
 # What is made of a path or a name where a function wants the thing.

@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sos_dask.columns import floats32
-from sos_dask.features import features
+from sos_dask.problem import features
 from sos_dask.schema import CANONICAL, LABELS
 
 FLAG_NULL_INPUT = 1

@@ -30,7 +30,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def cluster():
     """A real cluster of two worker processes, started once."""
-    from sos_dask.cluster import start
+    from sos_dask.run.cluster import start
 
     with start(2, "3GiB") as running:
         yield running
@@ -55,8 +55,8 @@ def small_sky(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_store(small_sky, tmp_path_factory) -> Path:
     """Store with one build of `tests.job`; only to be read, or copied (links as links)."""
-    from sos_dask.config import load_job
-    from sos_dask.pipeline import rebuild
+    from sos_dask.rebuild.job import load_job
+    from sos_dask.rebuild.pipeline import rebuild
     from tests.job import write_job
 
     folder: Path = tmp_path_factory.mktemp("small-store")

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sos_dask.artifact import Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_partition
-from sos_dask.healpix import ang2pix, plan_partitions
 from sos_dask.schema import CANONICAL, HEALPIX, QUALITY
+from sos_dask.sky.healpix import ang2pix, plan_partitions
 from sos_dask.stages.parts import commit_catalog
+from sos_dask.storage.artifact import Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, write_partition
 
 
 def hard_positions(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

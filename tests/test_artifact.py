@@ -8,9 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sos_dask.artifact import MANIFEST, Manifest, Output, Recipe, Rows, atomic_path, storage_errors
-from sos_dask.digests import canonical_json, sealed_json, sha256_of_file
 from sos_dask.errors import CatalogError, StorageError
+from sos_dask.storage.artifact import (
+    MANIFEST,
+    Manifest,
+    Output,
+    Recipe,
+    Rows,
+    atomic_path,
+    storage_errors,
+)
+from sos_dask.storage.digests import canonical_json, sealed_json, sha256_of_file
 
 RECIPE = Recipe("dedupe", 1, {"radius_arcsec": 1.5}, {"observations": "abc"})
 json_values = st.recursive(
@@ -165,7 +173,7 @@ write_partition(output, HealpixPixel(0, 0), table)
 
 def test_two_processes_may_write_the_same_file(tmp_path):
     code = (
-        "from pathlib import Path; from sos_dask.artifact import write_text\n"
+        "from pathlib import Path; from sos_dask.storage.artifact import write_text\n"
         f"for _ in range(200): write_text(Path({str(tmp_path / 'a')!r}), 'x' * 5000)"
     )
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import xgboost
 
-from sos_dask import models
+from sos_dask import corrections as models
+from sos_dask.corrections import Batch, boosted, boosted_cluster, boosted_fit
+from sos_dask.corrections.boosted import BoostedCorrection
+from sos_dask.corrections.cuda import Gpu, find_gpu, one_each
 from sos_dask.errors import ModelError
-from sos_dask.features import FEATURES
-from sos_dask.models import Batch, boosted, boosted_cluster, boosted_fit
-from sos_dask.models.boosted import BoostedCorrection
-from sos_dask.models.cuda import Gpu, find_gpu, one_each
+from sos_dask.problem import FEATURES
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
 QUICK = {"n_rounds": 30, "learning_rate": 0.2}

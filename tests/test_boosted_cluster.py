@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import xgboost
 
-from sos_dask import models
-from sos_dask.cluster import start
+from sos_dask import corrections as models
+from sos_dask.corrections import Batch, boosted_cluster, tracker
 from sos_dask.errors import CatalogError, ClusterError
-from sos_dask.models import Batch, boosted_cluster, tracker
+from sos_dask.run.cluster import start
 from tests.test_boosted import QUICK, fit
 from tests.test_models import NOISE, ArraySource, biased_pairs
 

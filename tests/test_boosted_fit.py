@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sos_dask import models
+from sos_dask import corrections as models
+from sos_dask.corrections import Batch, boosted_fit
+from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.errors import ModelError
-from sos_dask.features import FEATURES
-from sos_dask.models import Batch, boosted_fit
-from sos_dask.models.boosted import BoostedCorrection
+from sos_dask.problem import FEATURES
 from tests.test_boosted import QUICK, fit
 from tests.test_models import NOISE, ArraySource, biased_pairs
 

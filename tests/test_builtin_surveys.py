@@ -12,8 +12,13 @@ import pyarrow as pa
 import pytest
 
 from sos_dask.schema import CANONICAL, LABELS
-from sos_dask.survey import COLUMN_HEADINGS, CUT_HEADINGS, describe_columns, describe_cuts
-from sos_dask.survey_file import builtin_surveys, load_survey
+from sos_dask.surveys.definition import (
+    COLUMN_HEADINGS,
+    CUT_HEADINGS,
+    describe_columns,
+    describe_cuts,
+)
+from sos_dask.surveys.file import builtin_surveys, load_survey
 from tests.survey_files import unit_is_known
 
 SURVEYS = builtin_surveys()
@@ -81,7 +86,7 @@ def test_schema_of_builtin_survey(name):
 
 def test_definitions_load_without_astropy():
     code = (
-        "import sys; from sos_dask.survey_file import builtin_surveys, load_survey; "
+        "import sys; from sos_dask.surveys.file import builtin_surveys, load_survey; "
         "[load_survey(name) for name in builtin_surveys()]; assert 'astropy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

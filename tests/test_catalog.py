@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.catalog import Catalog, write_parquet
 from sos_dask.errors import CatalogError, PartitionError
-from sos_dask.hats import partition_path
-from sos_dask.healpix import HealpixPixel
-from sos_dask.surroundings import surroundings
-from sos_dask.verify import verify
+from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.sky.neighbours import surroundings
+from sos_dask.storage.catalog import Catalog, write_parquet
+from sos_dask.storage.hats import partition_path
+from sos_dask.storage.verify import verify
 from tests.sky import observations, write_catalog
 
 
@@ -129,8 +129,8 @@ def test_surroundings_hold_every_neighbour(catalog):
     """Rows within the radius of a partition's rows are in the partition or in its first layer."""
     table = observations(3000, spread=True)
     cells = table["_healpix_29"].to_numpy()
-    from sos_dask.healpix import in_ranges
-    from sos_dask.sphere import separation_arcsec
+    from sos_dask.sky.healpix import in_ranges
+    from sos_dask.sky.sphere import separation_arcsec
 
     ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
     radius = 5000.0

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.clean import quality_mask, required_natives
 from sos_dask.errors import SurveyError
-from sos_dask.survey import Survey
-from sos_dask.survey_file import parse_survey
+from sos_dask.surveys.cuts import quality_mask, required_natives
+from sos_dask.surveys.definition import Survey
+from sos_dask.surveys.file import parse_survey
 
 
 def survey_with(cuts: dict, **more) -> Survey:

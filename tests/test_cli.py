@@ -21,17 +21,17 @@ import pytest
 from astropy.io import fits
 from astropy.table import Table
 
-from sos_dask import models
-from sos_dask.artifact import MANIFEST
-from sos_dask.catalog import Catalog
+from sos_dask import corrections as models
 from sos_dask.cli import app, main
 from sos_dask.cli.output import reporting
-from sos_dask.coverage import MEASURES
-from sos_dask.dedupe import METHODS
-from sos_dask.digests import sealed_json
 from sos_dask.errors import SosError
+from sos_dask.evidence.measures import MEASURES
 from sos_dask.stages.report_content import figures
-from sos_dask.survey_file import builtin_surveys
+from sos_dask.stars.settings import METHODS
+from sos_dask.storage.artifact import MANIFEST
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.digests import sealed_json
+from sos_dask.surveys.file import builtin_surveys
 from tests.conftest import ROOT
 from tests.job import contents, write_job
 from tests.sky import observations, write_catalog

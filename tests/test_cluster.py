@@ -11,10 +11,10 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from sos_dask.cluster import Cluster, start
 from sos_dask.errors import ClusterError, ConfigError, SurveyError
-from sos_dask.healpix import ang2pix
-from sos_dask.machine import memory_bytes
+from sos_dask.run.cluster import Cluster, start
+from sos_dask.run.machine import memory_bytes
+from sos_dask.sky.healpix import ang2pix
 
 
 def double(number: int) -> int:
@@ -163,7 +163,7 @@ def test_a_task_that_always_kills_is_an_error():
 
 _INTERRUPTED = """
 import os, signal, threading, time
-from sos_dask.cluster import start
+from sos_dask.run.cluster import start
 if __name__ == "__main__":
     threading.Timer({after}, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
@@ -185,7 +185,7 @@ def test_an_interrupt_while_workers_start_is_not_lost(tmp_path, after):
 
 
 def test_no_scheduler_is_a_clear_error(monkeypatch):
-    monkeypatch.setattr("sos_dask.cluster._LISTENING_S", 0.3)
+    monkeypatch.setattr("sos_dask.run.cluster._LISTENING_S", 0.3)
     says = r"no Dask scheduler answers at (tcp://)?127\.0\.0\.1:1: .*refused"
     for address in ("tcp://127.0.0.1:1", "127.0.0.1:1"):
         began = time.monotonic()
@@ -196,8 +196,8 @@ def test_no_scheduler_is_a_clear_error(monkeypatch):
 
 def test_a_partition_too_large_for_a_worker_is_refused_before_it_starts(tmp_path):
     """What is refused with its limit fits into a worker that has what the message asks for."""
-    from sos_dask.dedupe import DedupeSettings
     from sos_dask.stages.dedupe import dedupe
+    from sos_dask.stars.settings import DedupeSettings
     from tests.sky import observations, write_catalog
 
     table = in_one_pixel(observations(300_000, spread=True))

@@ -4,8 +4,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from sos_dask.compare import binned_median_rms, held_out_metrics, scatter
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.evidence.metrics import binned_median_rms, held_out_metrics, scatter
 
 
 def test_scatter_is_that_of_a_normal_distribution_and_ignores_outliers():

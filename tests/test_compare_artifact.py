@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sos_dask.compare.artifact import (
+from sos_dask.evidence.smoothness import (
     BEYOND,
     MIN_CELLS,
     STEPS,

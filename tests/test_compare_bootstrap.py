@@ -4,7 +4,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from sos_dask.compare.bootstrap import N_GROUPS, Ranked, draw, group_of_stars, interval
+from sos_dask.stats.bootstrap import N_GROUPS, Ranked, draw, group_of_stars, interval
 
 SEEDS = 150
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from sos_dask.compare.choice import Choice, check_rule, choose
-from sos_dask.compare.figures import NONE, Scored
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.evidence.choice import Choice, check_rule, choose
+from sos_dask.evidence.figures import NONE, Scored
 from sos_dask.schema import LABELS
 
 ROUGHNESS = {"boosted": 0.8, "hybrid": 0.1, "polynomial": 0.02}

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sos_dask.compare.bootstrap import N_GROUPS, draw
-from sos_dask.compare.figures import (
+from sos_dask.errors import ModelError
+from sos_dask.evidence.figures import (
     FIGURE_SCHEMA,
     NONE,
     STATISTICS,
@@ -17,7 +17,7 @@ from sos_dask.compare.figures import (
     figure_table,
     figures,
 )
-from sos_dask.errors import ModelError
+from sos_dask.stats.bootstrap import N_GROUPS, draw
 
 N = 4000
 EDGES = {

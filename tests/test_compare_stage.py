@@ -9,24 +9,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from sos_dask import models
-from sos_dask.artifact import Manifest
-from sos_dask.catalog import Catalog
-from sos_dask.cluster import Cluster
-from sos_dask.compare import scatter
-from sos_dask.compare.artifact import ARTIFACT_SCHEMA, OUTSIDE_SCHEMA
-from sos_dask.compare.figures import FIGURE_SCHEMA, STATISTICS, SUBSETS
-from sos_dask.errors import (
-    CatalogError,
-    ClusterError,
-    ConfigError,
-    ModelError,
-    SosError,
-)
-from sos_dask.features import features
+from sos_dask import corrections as models
+from sos_dask.errors import CatalogError, ClusterError, ConfigError, ModelError, SosError
+from sos_dask.evidence.figures import FIGURE_SCHEMA, STATISTICS, SUBSETS
+from sos_dask.evidence.metrics import scatter
+from sos_dask.evidence.smoothness import ARTIFACT_SCHEMA, OUTSIDE_SCHEMA
+from sos_dask.problem import features
+from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.stages.compare import CompareSettings, compare, prediction_cost, read_comparison
 from sos_dask.stages.train import TrainSettings, train
+from sos_dask.storage.artifact import Manifest
+from sos_dask.storage.catalog import Catalog
 from tests.job import contents
 from tests.sky import write_catalog
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.compiled import (
+from sos_dask.sky.healpix import ang2pix
+from sos_dask.sky.loops import (
     choose,
     claim,
     combine_label,
@@ -22,9 +23,8 @@ from sos_dask.compiled import (
     repeated,
     sort_members,
 )
-from sos_dask.healpix import ang2pix
-from sos_dask.sphere import separation_arcsec
-from sos_dask.surroundings import order_for_radius
+from sos_dask.sky.neighbours import order_for_radius
+from sos_dask.sky.sphere import separation_arcsec
 
 RUNS = settings(deadline=None, derandomize=True, max_examples=100)
 seeds = st.integers(0, 2**32 - 1)

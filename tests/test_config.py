@@ -1,7 +1,7 @@
 import pytest
 
-from sos_dask.config import load_job
 from sos_dask.errors import ConfigError
+from sos_dask.rebuild.job import load_job
 from tests.conftest import ROOT
 
 GOOD = """

@@ -14,7 +14,7 @@ from sos_dask.correct import (
     correct,
     corrected_schema,
 )
-from sos_dask.features import features
+from sos_dask.problem import features
 from sos_dask.schema import CANONICAL, LABELS
 from tests.sky import observations
 

@@ -8,11 +8,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from sos_dask import coverage as cv
-from sos_dask.coverage.measures import Neighbours, Share
-from sos_dask.coverage.ranking import rank
-from sos_dask.coverage.widths import Placed, Widths, fit_widths, weights
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.evidence.coverage import CoverageModel
+from sos_dask.evidence.coverage_fit import Overlap, check_measure
+from sos_dask.evidence.coverage_fit import fit as fit_coverage
+from sos_dask.evidence.growth import Growth, Noise
+from sos_dask.evidence.maps import count_maps, follow_up, sum_maps
+from sos_dask.evidence.measures import MEASURES, Neighbours, Share
+from sos_dask.evidence.ranking import compare as rank_measures
+from sos_dask.evidence.ranking import rank
+from sos_dask.evidence.widening import (
+    CLASSES,
+    INSIDE,
+    LACKING,
+    OUTSIDE,
+    SPARSE,
+    Limits,
+    Placed,
+    Target,
+    Widths,
+    counted,
+    fit_widths,
+    weights,
+)
 from sos_dask.schema import LABELS
 
 
@@ -35,15 +53,13 @@ def overlap_of(columns, rng, sigma=(50.0, 0.1, 0.05), growth=None):
     residual = rng.normal(0, 1, (n, 3)) * np.array(sigma)
     if growth is not None:
         residual *= growth[:, None]
-    return cv.Overlap(
-        columns, (np.arange(n) % 5).astype(np.int8), residual, np.full((n, 3), np.nan)
-    )
+    return Overlap(columns, (np.arange(n) % 5).astype(np.int8), residual, np.full((n, 3), np.nan))
 
 
 @pytest.fixture(scope="module")
 def fitted():
     rng = np.random.default_rng(1)
-    return cv.fit(overlap_of(sky(4000, rng), rng), sky(5000, rng), "neighbours", cv.Limits())
+    return fit_coverage(overlap_of(sky(4000, rng), rng), sky(5000, rng), "neighbours", Limits())
 
 
 def test_a_known_third_of_the_rows_without_overlap_is_found():
@@ -55,8 +71,8 @@ def test_a_known_third_of_the_rows_without_overlap_is_found():
         return columns
 
     overlap, rows = overlap_of(sheet(50_000, 2), rng), sheet(30_000, 3)
-    model = cv.fit(overlap, sheet(200_000, 3), "neighbours", cv.Limits()).model
-    outside = model.coverage(rows)[1] >= cv.OUTSIDE
+    model = fit_coverage(overlap, sheet(200_000, 3), "neighbours", Limits()).model
+    outside = model.coverage(rows)[1] >= OUTSIDE
     assert abs(outside.mean() - 1 / 3) < 0.02
     assert outside[rows["logg"] > 2.2].all() and outside[rows["logg"] < 2].mean() < 0.01
 
@@ -80,8 +96,8 @@ def test_intervals_hold_in_each_class_wrong_measurements_included():
     half_width[::7] = np.nan  # nothing is said of these
     overlap = replace(overlap, half_width=half_width, error_class=far.astype(np.int8))
     overlap.residual[rng.random(20_000) < np.where(far, 0.2, 0.0)] += 100 * SIGMA
-    target = cv.Target(columns, far.astype(np.int8))
-    found = cv.fit(overlap, columns, "neighbours", cv.Limits(), target=target)
+    target = Target(columns, far.astype(np.int8))
+    found = fit_coverage(overlap, columns, "neighbours", Limits(), target=target)
     assert 0 < np.sum(found.n_width) <= 6 * 20_000 // 7
     fresh, is_far, size = thinning(20_000, rng)
     error = np.abs(rng.normal(0, 1, (20_000, 3)) * size)
@@ -93,13 +109,13 @@ def test_intervals_hold_in_each_class_wrong_measurements_included():
     held = error <= SIGMA * widening
     counted = 0
     for error_class, numbers in enumerate(found.n_width):
-        for number, n in enumerate(numbers[: cv.LACKING]):
+        for number, n in enumerate(numbers[:LACKING]):
             mine = (kind == number) & (is_far == error_class)
             if n > 200 and np.count_nonzero(mine) > 200:
                 assert np.mean(held[mine]) == pytest.approx(0.68, abs=0.01 + n**-0.5)
                 counted += 1
     assert counted >= 2
-    assert np.mean(held[kind >= cv.OUTSIDE]) > 0.64
+    assert np.mean(held[kind >= OUTSIDE]) > 0.64
 
 
 def test_intervals_hold_for_the_rows_not_for_the_pairs():
@@ -114,14 +130,14 @@ def test_intervals_hold_for_the_rows_not_for_the_pairs():
     error = np.abs(rng.normal(0, SIGMA, (8000, 3)) * np.hypot(1, 60 / rows["snr"])[:, None])
 
     def held(target):
-        model = cv.fit(overlap, rows, "neighbours", cv.Limits(), target=target).model
+        model = fit_coverage(overlap, rows, "neighbours", Limits(), target=target).model
         kind = model.coverage(rows)[1]
         half_width, dense = np.tile(SIGMA, (8000, 1)), np.zeros(8000, dtype=int)
         width = half_width * model.widths.widening(kind, dense, half_width)
-        return np.mean((error <= width)[kind == cv.INSIDE])
+        return np.mean((error <= width)[kind == INSIDE])
 
-    of_rows = held(cv.Target(rows, np.zeros(8000, dtype=np.int8)))
-    of_pairs = held(cv.Target(columns, np.zeros(8000, dtype=np.int8)))
+    of_rows = held(Target(rows, np.zeros(8000, dtype=np.int8)))
+    of_pairs = held(Target(columns, np.zeros(8000, dtype=np.int8)))
     assert of_rows == pytest.approx(0.68, abs=0.04) and of_pairs < of_rows - 0.1
 
 
@@ -145,12 +161,12 @@ def test_rows_count_near_the_pairs_that_stand_for_them():
 
 def test_where_nothing_can_be_counted_errors_grow_as_the_limits_say():
     rng = np.random.default_rng(14)
-    n, limits = 4000, cv.Limits()
+    n, limits = 4000, Limits()
     residual = rng.normal(0, 1, (n, 3))
     wrong = rng.random(n) < 0.1
     residual[wrong] = 100
     pairs = Placed(
-        np.repeat(np.array([cv.INSIDE, cv.SPARSE], np.int8), [n - 20, 20]),
+        np.repeat(np.array([INSIDE, SPARSE], np.int8), [n - 20, 20]),
         np.zeros(n, np.int8),
         rng.normal(0, 1, (n, 3)),
         rng.uniform(5, 200, n),
@@ -161,7 +177,7 @@ def test_where_nothing_can_be_counted_errors_grow_as_the_limits_say():
     for place, value in enumerate((everything, everything / 0.8, right / 0.5)):
         assert found.factors[0, place] == pytest.approx(value, rel=0.15)
     assert found.factors[1].tolist() == [[1.0] * 3, [1.25] * 3, [2.0] * 3]
-    said = cv.counted(n_pairs)
+    said = counted(n_pairs)
     assert said["inside"] == f"counted on {n - 20} held-out pairs"
     for kind in ("sparse", "lonely", "lacking"):
         assert said[kind] == "extrapolated: too few held-out pairs to count on"
@@ -170,7 +186,10 @@ def test_where_nothing_can_be_counted_errors_grow_as_the_limits_say():
 def test_lonely_rows_have_the_width_of_all_measurements_there():
     found = Widths(np.ones((2, 3, 3)) * np.array([1.0, 1.5, 2.0])[:, None], np.array([900, 1, 1.0]))
     half_width = np.array([[100.0, 0.1, 0.1], [300.0, 0.1, 0.1], [700.0, 0.1, 0.1]])
-    for kind, wanted in ((cv.OUTSIDE, [900, 900, 1050]), (cv.LACKING, [200, 600, 1400])):
+    for kind, wanted in (
+        (OUTSIDE, [900, 900, 1050]),
+        (LACKING, [200, 600, 1400]),
+    ):
         kinds = np.full(3, kind, dtype=np.int8)
         widening = found.widening(kinds, np.array([0, 1, 0]), half_width)
         assert (widening * half_width)[:, 0] == pytest.approx(wanted)
@@ -183,14 +202,14 @@ def test_stars_that_the_overlap_lacks_are_told_from_lonely_places():
     columns = {"teff": 5040 * x[:, 0], "logg": x[:, 1], "feh": x[:, 2]}
     overlap = overlap_of({k: v[::4] for k, v in columns.items()}, rng)
     rows = dict(zip(LABELS, catalog.T * np.array([5040.0, 1, 1])[:, None], strict=True))
-    model = cv.fit(overlap, rows, "neighbours", cv.Limits()).model
+    model = fit_coverage(overlap, rows, "neighbours", Limits()).model
     some = np.array([[8.0, 0, 0], [0, 8.0, 0], [0, 0, 0]])
     labels = (some - model.center) / model.scale
     kinds = model.coverage_at(labels, model.measure.distance(labels), model.share)[1]
     assert kinds.tolist() == [
-        cv.LACKING,
-        cv.OUTSIDE,
-        cv.INSIDE,
+        LACKING,
+        OUTSIDE,
+        INSIDE,
     ]
 
 
@@ -212,7 +231,7 @@ def test_growth_of_the_error_is_recovered():
     rng = np.random.default_rng(3)
     distance = rng.exponential(0.2, 20_000)
     ratio = rng.normal(0, 1, (20_000, 3)) * np.hypot(1, distance / 0.3)[:, None]
-    growth, bins = cv.Growth.fit(distance, ratio)
+    growth, bins = Growth.fit(distance, ratio)
     assert growth.d0 == pytest.approx(0.3, rel=0.15)
     assert sum(row["n"] for row in bins) == 20_000
     d = np.linspace(0, 3, 200)
@@ -226,7 +245,7 @@ def test_noise_is_recovered_beside_the_errors_of_the_reference():
     own = np.hypot(np.array([25, 0.04, 0.03]), np.array([2500, 4, 2]) / snr[:, None])
     reference = rng.uniform(0.2, 1.0, (n, 3)) * np.array([40, 0.06, 0.04])
     residual = rng.normal(0, 1, (n, 3)) * np.hypot(own, reference)
-    noise = cv.Noise.fit(residual, logg, snr, reference)
+    noise = Noise.fit(residual, logg, snr, reference)
     assert np.median(noise(logg, snr) / own, axis=0) == pytest.approx(np.ones(3), rel=0.1)
 
 
@@ -234,7 +253,7 @@ def test_wrong_measurements_do_not_count_as_growth():
     rng = np.random.default_rng(5)
     overlap = overlap_of(sky(4000, rng), rng)
     overlap.residual[:40] += np.array([5000.0, 10.0, 5.0])
-    found = cv.fit(overlap, sky(2000, rng), "neighbours", cv.Limits())
+    found = fit_coverage(overlap, sky(2000, rng), "neighbours", Limits())
     assert found.n_wrong == 40 and found.n_held_out == 4000
 
 
@@ -251,19 +270,19 @@ def test_a_row_does_not_depend_on_those_beside_it(fitted, cut, seed):
     assert ((whole > 0) & (whole <= 1)).all()
 
 
-@pytest.mark.parametrize("name", cv.MEASURES)
+@pytest.mark.parametrize("name", MEASURES)
 def test_measures_are_saved_and_say_nothing_of_rows_without_a_label(name, tmp_path):
     rng = np.random.default_rng(6)
     overlap, rows = overlap_of(sky(1500, rng), rng), sky(300, rng)
     rows["logg"][:10] = np.nan
     rows["rv"][10:20] = np.nan
-    model = cv.fit(overlap, sky(2000, rng), name, cv.Limits(), seed=7).model
-    again = cv.fit(overlap, sky(2000, np.random.default_rng(8)), name, cv.Limits(), seed=7).model
+    model = fit_coverage(overlap, sky(2000, rng), name, Limits(), seed=7).model
+    again = fit_coverage(overlap, sky(2000, np.random.default_rng(8)), name, Limits(), seed=7).model
     model.save(tmp_path)
     score, kind = model.coverage(rows)
     assert np.isnan(score[:10]).all() and np.isfinite(score[10:]).all()
     assert ((kind < 0) == np.isnan(score)).all()
-    assert cv.CoverageModel.load(tmp_path).coverage(rows)[0].tobytes() == score.tobytes()
+    assert CoverageModel.load(tmp_path).coverage(rows)[0].tobytes() == score.tobytes()
     if name != "ratio":  # that one learns of the sample of the catalog, too
         assert again.coverage(rows)[0].tobytes() == score.tobytes()
 
@@ -282,10 +301,12 @@ def test_measures_are_ranked_by_how_well_they_tell_errors():
     columns = sky(6000, rng)
     columns["logg"] = 3 * rng.beta(1, 4, 6000)  # few towards 3, and there errors grow
     overlap = overlap_of(columns, rng, growth=np.where(columns["logg"] > 1.8, 4.0, 1.0))
-    found = {(item.measure, item.statistic): item for item in cv.compare(overlap, sky(6000, rng))}
-    assert len(found) == 3 * len(cv.MEASURES)
+    found = {
+        (item.measure, item.statistic): item for item in rank_measures(overlap, sky(6000, rng))
+    }
+    assert len(found) == 3 * len(MEASURES)
     for statistic in ("all", "far"):
-        mine = [found[name, statistic] for name in cv.MEASURES]
+        mine = [found[name, statistic] for name in MEASURES]
         assert min(item.behind for item in mine) == 0
         assert len({item.n for item in mine}) == 1
         best = max(mine, key=lambda item: item.value)
@@ -326,14 +347,14 @@ def test_a_smooth_model_is_extended_only_so_far(fitted):
 
 def test_bad_limits_measures_and_too_few_pairs_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="limits of coverage"):
-        cv.Limits(0.5, 0.6)
+        Limits(0.5, 0.6)
     with pytest.raises(ConfigError, match="no measure of coverage 'neighbors'"):
-        cv.check_measure("neighbors")
+        check_measure("neighbors")
     rng = np.random.default_rng(0)
     with pytest.raises(ModelError, match="50 held-out pairs are too few"):
-        cv.fit(overlap_of(sky(50, rng), rng), sky(50, rng), "neighbours", cv.Limits())
+        fit_coverage(overlap_of(sky(50, rng), rng), sky(50, rng), "neighbours", Limits())
     with pytest.raises(ModelError, match="missing or damaged"):
-        cv.CoverageModel.load(tmp_path)
+        CoverageModel.load(tmp_path)
 
 
 @given(cut=st.integers(0, 400))
@@ -343,15 +364,15 @@ def test_maps_add_up_however_the_rows_are_cut(cut):
     rows, cells = sky(400, rng), rng.integers(0, 12 << 58, 400)
     rows["phot_g_mean_mag"][:50] = np.nan
     place = rng.integers(-1, 3, 400).astype(np.int8)
-    whole = cv.sum_maps([cv.count_maps(cells, rows, place)])
+    whole = sum_maps([count_maps(cells, rows, place)])
     parts = [
-        cv.count_maps(cells[part], {k: v[part] for k, v in rows.items()}, place[part])
+        count_maps(cells[part], {k: v[part] for k, v in rows.items()}, place[part])
         for part in (slice(0, cut), slice(cut, None))
     ]
-    assert cv.sum_maps(parts).equals(whole)
+    assert sum_maps(parts).equals(whole)
     for name in ("sky", "kiel", "labels"):
         of_map = [row for row in whole.to_pylist() if row["map"] == name]
-        for number, kind in enumerate(cv.CLASSES):
+        for number, kind in enumerate(CLASSES):
             assert sum(row[kind] for row in of_map) == np.count_nonzero(place == number)
 
 
@@ -363,8 +384,8 @@ def test_follow_up_names_the_cell_with_most_rows_outside():
         "phot_g_mean_mag": np.array([15.0, 16.0, 17.0, 10.0, 10.0, 12.0, 12.0, 12.0]),
     }
     place = np.array([2, 2, 2, 0, 0, 2, 2, 0], dtype=np.int8)
-    maps = cv.sum_maps([cv.count_maps(np.zeros(8, dtype=np.int64), columns, place)])
-    first, second = cv.follow_up(maps)
+    maps = sum_maps([count_maps(np.zeros(8, dtype=np.int64), columns, place)])
+    first, second = follow_up(maps)
     assert (first["teff"], first["logg"], first["outside"], first["rows"]) == (5125, 4.125, 3, 5)
     assert first["phot_g_mean_mag"] == 16 and second["outside"] == 2
     assert set(LABELS) <= set(first)

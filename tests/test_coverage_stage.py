@@ -10,14 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sos_dask.artifact import Manifest, Output
-from sos_dask.catalog import Catalog
 from sos_dask.cli import app
-from sos_dask.coverage import MEASURES, CoverageModel, Limits
-from sos_dask.digests import sealed_json
 from sos_dask.errors import CatalogError
+from sos_dask.evidence.coverage import CoverageModel
+from sos_dask.evidence.measures import MEASURES
+from sos_dask.evidence.widening import Limits
 from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe, look
 from sos_dask.stages.overlap import parameter_columns
+from sos_dask.storage.artifact import Manifest, Output
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.digests import sealed_json
 from sos_dask.trust import FLAG_OUTSIDE, FLAG_SPARSE
 from tests.job import contents
 from tests.test_cli import assert_error, cli

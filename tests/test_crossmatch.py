@@ -14,12 +14,12 @@ from astropy.coordinates import SkyCoord, search_around_sky
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sos_dask import crossmatch
-from sos_dask.crossmatch import Matches, MatchSettings, Motion, match, reach_arcsec
 from sos_dask.errors import ConfigError, PartitionError
-from sos_dask.healpix import FloatArray, HealpixPixel, ang2pix, in_ranges
-from sos_dask.sphere import propagate, separation_arcsec
-from sos_dask.surroundings import surroundings
+from sos_dask.sky.healpix import FloatArray, HealpixPixel, ang2pix, in_ranges
+from sos_dask.sky.neighbours import surroundings
+from sos_dask.sky.sphere import propagate, separation_arcsec
+from sos_dask.stars import match as crossmatch
+from sos_dask.stars.match import Matches, MatchSettings, Motion, match, reach_arcsec
 
 THOROUGH = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=150

@@ -15,12 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sos_dask import crowds
-from sos_dask.crowds import Places
-from sos_dask.dedupe import METHODS, DedupeSettings, Edges, Groups, combine, group, grouping
 from sos_dask.errors import ConfigError, PartitionError
-from sos_dask.healpix import HealpixPixel, ang2pix, in_ranges
-from sos_dask.sphere import propagate, separation_arcsec
+from sos_dask.sky.healpix import HealpixPixel, ang2pix, in_ranges
+from sos_dask.sky.sphere import propagate, separation_arcsec
+from sos_dask.stars import crowds
+from sos_dask.stars import group as grouping
+from sos_dask.stars.combine import combine
+from sos_dask.stars.crowds import Places
+from sos_dask.stars.edges import Edges
+from sos_dask.stars.group import Groups, group
+from sos_dask.stars.settings import METHODS, DedupeSettings
 
 THOROUGH = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=200

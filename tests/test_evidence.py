@@ -7,9 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from sos_dask.catalog import Catalog
-from sos_dask.cluster import Cluster
 from sos_dask.errors import CatalogError, ClusterError
+from sos_dask.run.cluster import Cluster
 from sos_dask.stages.compare import compare
 from sos_dask.stages.evidence import (
     DIFFERENCES,
@@ -20,6 +19,7 @@ from sos_dask.stages.evidence import (
 )
 from sos_dask.stages.trends import trends
 from sos_dask.stages.uncertainty import uncertainty
+from sos_dask.storage.catalog import Catalog
 from tests.sky import write_catalog
 
 COLUMNS = ["reference_star_id", "fold", *DIFFERENCES]
@@ -115,6 +115,6 @@ def test_memory_that_is_needed_stops_growing(pairs, monkeypatch):
     for n_rows in (10**6, 10**7, 10**8):
         require_evidence(Asked(), Many(n_rows), "compare", 300 << 20, 400)  # type: ignore[arg-type]
     assert np.diff(asked).tolist() == [16 * 9 * 10**6, 16 * 9 * 10**7]
-    monkeypatch.setattr("sos_dask.cluster.memory_bytes", lambda: 500 << 20)
+    monkeypatch.setattr("sos_dask.run.cluster.memory_bytes", lambda: 500 << 20)
     with pytest.raises(ClusterError, match="compare: 1,000,000 pairs"):
         require_evidence(Cluster(), Many(10**7), "compare", 300 << 20, 400)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sos_dask.errors import ConfigError
-from sos_dask.features import (
+from sos_dask.problem import (
     BLOCK_ROWS,
     FEATURES,
     design_matrix,

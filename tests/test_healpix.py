@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sos_dask.errors import ConfigError
-from sos_dask.healpix import (
+from sos_dask.sky.healpix import (
     MAX_ORDER,
     HealpixPixel,
     IntArray,

@@ -4,11 +4,11 @@ import pickle
 import numpy as np
 import pytest
 
-from sos_dask import models
+from sos_dask import corrections as models
+from sos_dask.corrections import Batch, boosted, hybrid, polynomial
+from sos_dask.corrections.hybrid import HybridCorrection, ResidualSource
+from sos_dask.corrections.polynomial import PolynomialCorrection
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.models import Batch, boosted, hybrid, polynomial
-from sos_dask.models.hybrid import HybridCorrection, ResidualSource
-from sos_dask.models.polynomial import PolynomialCorrection
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
 QUICK = {"order": 2, "n_rounds": 30, "learning_rate": 0.1}

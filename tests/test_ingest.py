@@ -8,8 +8,6 @@ import pytest
 from astropy.io import fits
 from astropy.table import Table
 
-from sos_dask.clean import quality_mask
-from sos_dask.healpix import ang2pix
 from sos_dask.ingest import (
     Profile,
     check_profile,
@@ -19,8 +17,10 @@ from sos_dask.ingest import (
     plan_chunks,
     read_chunk,
 )
-from sos_dask.survey import Survey
-from sos_dask.survey_file import load_survey, parse_survey
+from sos_dask.sky.healpix import ang2pix
+from sos_dask.surveys.cuts import quality_mask
+from sos_dask.surveys.definition import Survey
+from sos_dask.surveys.file import load_survey, parse_survey
 from tests.survey_files import NAMES, fails, ipc_bytes, read, rows, survey, write_csv, write_fits
 
 # --- what comes out ---------------------------------------------------------------------------

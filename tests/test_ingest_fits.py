@@ -9,10 +9,10 @@ from astropy.table import Table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.clean import quality_mask
 from sos_dask.errors import StorageError, SurveyError
 from sos_dask.ingest import open_source, plan_chunks, read_chunk
 from sos_dask.ingest.readers.fits import _padded_text, _text_of
+from sos_dask.surveys.cuts import quality_mask
 from tests.survey_files import fails, read, rows, survey, write_csv, write_fits
 
 # --- FITS -------------------------------------------------------------------------------------

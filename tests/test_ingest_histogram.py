@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.healpix import HealpixPixel, plan_partitions
 from sos_dask.ingest import HISTOGRAM_ORDER, histogram_of, partition_edges
+from sos_dask.sky.healpix import HealpixPixel, plan_partitions
 
 N_CELLS = 12 << 58
 # Many rows in few cells, in two corners of the sky.

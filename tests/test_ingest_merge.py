@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sos_dask.errors import SurveyError
-from sos_dask.healpix import ang2pix
 from sos_dask.ingest import (
     check_conflicts,
     conflicting_keys,
@@ -21,6 +20,7 @@ from sos_dask.ingest import (
 )
 from sos_dask.ingest.arrays import one_array
 from sos_dask.ingest.keys import hashes_of, holders, key_ranges, sorted_hashes
+from sos_dask.sky.healpix import ang2pix
 from tests.survey_files import ipc_bytes, read, rows, survey, write_fits
 
 VALUE = st.sampled_from([None, 0.0, 1.0])

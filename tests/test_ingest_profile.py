@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sos_dask.errors import SurveyError
 from sos_dask.ingest import Profile, check_profile
 from sos_dask.ingest.profile import LABEL_SHIFT, binned
-from sos_dask.survey import Survey
+from sos_dask.surveys.definition import Survey
 from tests.survey_files import read, rows, survey, write_fits
 
 

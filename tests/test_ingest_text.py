@@ -2,9 +2,9 @@ import gzip
 
 import pytest
 
-from sos_dask.clean import quality_mask
 from sos_dask.errors import SurveyError
 from sos_dask.ingest import open_source, plan_chunks, read_chunk
+from sos_dask.surveys.cuts import quality_mask
 from tests.survey_files import NAMES, fails, read, rows, survey, write_csv
 
 

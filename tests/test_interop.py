@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from hats.io.validation import is_valid_catalog
 
-from sos_dask.catalog import Catalog
-from sos_dask.crossmatch import MatchSettings
 from sos_dask.stages.crossmatch import PairSettings, crossmatch
 from sos_dask.stages.margin import margin
+from sos_dask.stars.match import MatchSettings
+from sos_dask.storage.catalog import Catalog
 from tests.sky import observations, write_catalog
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.kdtree import Tree
+from sos_dask.stats.kdtree import Tree
 
 
 def clouds(seed, n, m, spread):

@@ -4,9 +4,9 @@ import xgboost
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sos_dask.corrections import lookup
+from sos_dask.corrections.lookup import LookupTable, compile_trees
 from sos_dask.errors import ModelError
-from sos_dask.models import lookup
-from sos_dask.models.lookup import LookupTable, compile_trees
 
 
 def random_booster(rng: np.random.Generator, rounds: int, depth: int, bins: int) -> xgboost.Booster:

@@ -6,12 +6,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sos_dask import machine
+from sos_dask.run import machine
 
 
 def test_cores_are_those_this_process_may_use():
     assert 1 <= machine.n_cores() <= (os.cpu_count() or 1)
-    code = "from sos_dask.machine import n_cores; print(n_cores())"
+    code = "from sos_dask.run.machine import n_cores; print(n_cores())"
     one = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
     printed = subprocess.run([*one, sys.executable, "-c", code], check=True, capture_output=True)
     assert int(printed.stdout) == 1

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from sos_dask import models
-from sos_dask.compare import held_out_metrics
+from sos_dask import corrections as models
+from sos_dask.corrections import Batch, Histogram, Param
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.features import FEATURES, features
-from sos_dask.models import Batch, Histogram, Param
+from sos_dask.evidence.metrics import held_out_metrics
+from sos_dask.problem import FEATURES, features
 from sos_dask.schema import LABELS
-from sos_dask.sphere import unit_vectors
+from sos_dask.sky.sphere import unit_vectors
 
 NOISE = np.array([60.0, 0.12, 0.06])
 

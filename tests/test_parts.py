@@ -2,9 +2,9 @@
 
 import pytest
 
-from sos_dask.artifact import Output, Recipe
 from sos_dask.errors import StorageError
 from sos_dask.stages.parts import finished, records
+from sos_dask.storage.artifact import Output, Recipe
 
 
 def test_a_missing_record_is_an_error_not_an_empty_product(tmp_path):

@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 
-from sos_dask.artifact import Manifest
-from sos_dask.catalog import Catalog
-from sos_dask.cluster import Cluster
-from sos_dask.config import ReportSection, load_job
 from sos_dask.correct import FLAG_NULL_INPUT, FLAG_QUALITY
 from sos_dask.errors import CatalogError, ConfigError, ModelError, PartitionError, SurveyError
-from sos_dask.pipeline import rebuild
-from sos_dask.plan import plan
+from sos_dask.rebuild.job import ReportSection, load_job
+from sos_dask.rebuild.pipeline import rebuild
+from sos_dask.rebuild.plan import plan
+from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
-from sos_dask.store import costs, gc, status
-from sos_dask.verify import verify
+from sos_dask.storage.artifact import Manifest
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.store import costs, gc, status
+from sos_dask.storage.verify import verify
 from tests.conftest import ROOT
 from tests.job import contents, write_job
 

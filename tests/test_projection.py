@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.projection import (
+from sos_dask.evidence.projection import (
     Projection,
     ProjectionSettings,
     chosen_rows,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.repeats import MIN_PULLS, merged_pulls, normalisation, pull_counts, snr_bin
 from sos_dask.schema import LABELS
+from sos_dask.stars.repeats import MIN_PULLS, merged_pulls, normalisation, pull_counts, snr_bin
 
 UNIT = {"teff": 60.0, "logg": 0.1, "feh": 0.05}
 

@@ -10,12 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sos_dask.artifact import Manifest
-from sos_dask.catalog import Catalog
-from sos_dask.coverage import SKY_ORDER, follow_up
-from sos_dask.coverage.maps import STEPS
 from sos_dask.errors import CatalogError
-from sos_dask.projection import ProjectionSettings
+from sos_dask.evidence.maps import SKY_ORDER, STEPS, follow_up
+from sos_dask.evidence.projection import ProjectionSettings
 from sos_dask.report import generalisation as groups
 from sos_dask.report import trust
 from sos_dask.report.calibration import calibration_figure, growth_figure
@@ -26,7 +23,9 @@ from sos_dask.stages.generalisation import GeneralisationSettings, generalisatio
 from sos_dask.stages.projection import projection
 from sos_dask.stages.report import PAGE, ReportSettings, report
 from sos_dask.stages.report_content import figures, grid_of
-from sos_dask.store import read_build
+from sos_dask.storage.artifact import Manifest
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.store import read_build
 from sos_dask.trust import FLAG_OUTSIDE, FLAGS
 
 SETTINGS = ReportSettings("small", "a = 1", {}, {"sos-dask": "0"})

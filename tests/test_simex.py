@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from sos_dask import models
+from sos_dask import corrections as models
+from sos_dask.corrections import Batch
+from sos_dask.corrections.simex import LAMBDAS, NoisySource, part_weights
 from sos_dask.errors import ModelError
-from sos_dask.features import features
-from sos_dask.models import Batch
-from sos_dask.models.simex import LAMBDAS, NoisySource, part_weights
+from sos_dask.problem import features
 from tests.test_models import ArraySource, biased_pairs
 
 CENTER = np.array([5000.0, 3.0, -0.3])

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from sos_dask import healpix, sphere
 from sos_dask.errors import ConfigError, StorageError
 from sos_dask.simulate import (
     GAIA_SCHEMA,
@@ -39,7 +38,8 @@ from sos_dask.simulate import (
 from sos_dask.simulate.columns import COLUMNS, record_dtype
 from sos_dask.simulate.plan import make_plan
 from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, from_galactic, to_galactic
-from sos_dask.survey_file import load_survey
+from sos_dask.sky import healpix, sphere
+from sos_dask.surveys.file import load_survey
 
 N_LAMOST = 40_000
 SURVEYS = {LAMOST: "lamost", APOGEE: "apogee", GALAH: "galah"}

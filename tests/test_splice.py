@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sos_dask.artifact import Output, Recipe
-from sos_dask.catalog import Catalog, parquet_settings, write_partition
-from sos_dask.digests import sha256_of_file
 from sos_dask.errors import PartitionError
-from sos_dask.hats import partition_path
 from sos_dask.schema import described
-from sos_dask.splice import append_columns, can_extend, extend_partition
 from sos_dask.stages.apply import apply
-from sos_dask.verify import verify
+from sos_dask.storage.artifact import Output, Recipe
+from sos_dask.storage.catalog import Catalog, parquet_settings, write_partition
+from sos_dask.storage.digests import sha256_of_file
+from sos_dask.storage.hats import partition_path
+from sos_dask.storage.splice import append_columns, can_extend, extend_partition
+from sos_dask.storage.verify import verify
 
 TYPES = [pa.int64(), pa.int32(), pa.float32(), pa.float64(), pa.string(), pa.bool_()]
 

@@ -17,17 +17,13 @@ from astropy.io import fits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sos_dask import models
-from sos_dask.artifact import MANIFEST, Manifest
-from sos_dask.catalog import Catalog
-from sos_dask.cluster import Cluster
-from sos_dask.compare import held_out_metrics
-from sos_dask.crossmatch import MatchSettings, match
-from sos_dask.dedupe import DedupeSettings, combine, group
+from sos_dask import corrections as models
 from sos_dask.errors import CatalogError, ConfigError, ModelError, SurveyError
-from sos_dask.healpix import HealpixPixel, ang2pix
+from sos_dask.evidence.metrics import held_out_metrics
+from sos_dask.run.cluster import Cluster
 from sos_dask.schema import CANONICAL, LABELS
-from sos_dask.sphere import propagate, separation_arcsec
+from sos_dask.sky.healpix import HealpixPixel, ang2pix
+from sos_dask.sky.sphere import propagate, separation_arcsec
 from sos_dask.stages.apply import apply, parse_partitions
 from sos_dask.stages.crossmatch import PairSettings, crossmatch
 from sos_dask.stages.dedupe import dedupe
@@ -35,9 +31,15 @@ from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
 from sos_dask.stages.ingest import IngestSettings, ingest
 from sos_dask.stages.reference import ReferenceSettings, reference
 from sos_dask.stages.train import PairsSource, TrainSettings, metrics_of, train
-from sos_dask.survey_file import load_survey
-from sos_dask.unify import UnifySettings, unify
-from sos_dask.verify import verify
+from sos_dask.stars.combine import combine
+from sos_dask.stars.group import group
+from sos_dask.stars.match import MatchSettings, match
+from sos_dask.stars.settings import DedupeSettings
+from sos_dask.stars.unify import UnifySettings, unify
+from sos_dask.storage.artifact import MANIFEST, Manifest
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.verify import verify
+from sos_dask.surveys.file import load_survey
 from tests.job import contents
 from tests.sky import observations, write_catalog
 

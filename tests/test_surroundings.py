@@ -7,15 +7,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sos_dask.errors import ConfigError
-from sos_dask.healpix import MAX_ORDER, HealpixPixel, ang2pix, in_ranges, with_neighbours
-from sos_dask.sphere import separation_arcsec
-from sos_dask.surroundings import (
+from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, ang2pix, in_ranges, with_neighbours
+from sos_dask.sky.neighbours import (
     near_edge,
     near_pixel,
     order_for_radius,
     surrounding_cells,
     surroundings,
 )
+from sos_dask.sky.sphere import separation_arcsec
 from tests.geometry import HARD, SETTINGS, around, on_sphere, pixels, seeds
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sos_dask.survey import describe_columns
-from sos_dask.survey_file import parse_survey
+from sos_dask.surveys.definition import describe_columns
+from sos_dask.surveys.file import parse_survey
 from tests.survey_files import with_column, with_cut
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from sos_dask.errors import SosError, SurveyError
 from sos_dask.schema import CANONICAL, RESERVED, nearest
-from sos_dask.survey import Cut
-from sos_dask.survey_file import load_survey, parse_survey
+from sos_dask.surveys.definition import Cut
+from sos_dask.surveys.file import load_survey, parse_survey
 from tests.survey_files import document, with_column, with_cut, with_extra
 
 

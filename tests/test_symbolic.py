@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sos_dask import models
-from sos_dask.compare import scatter
+from sos_dask import corrections as models
+from sos_dask.corrections import Batch, engines, symbolic
+from sos_dask.corrections.expression import Expression
+from sos_dask.corrections.formula import Formula
+from sos_dask.corrections.sample import Scale, draw_sample
+from sos_dask.corrections.symbolic import SymbolicCorrection
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.features import FEATURES
-from sos_dask.models import Batch, engines, symbolic
-from sos_dask.models.expression import Expression
-from sos_dask.models.formula import Formula
-from sos_dask.models.sample import Scale, draw_sample
-from sos_dask.models.symbolic import SymbolicCorrection
+from sos_dask.evidence.metrics import scatter
+from sos_dask.problem import FEATURES
 from sos_dask.schema import LABELS
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 

@@ -2,11 +2,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sos_dask import models
-from sos_dask.catalog import Catalog
+from sos_dask import corrections as models
 from sos_dask.schema import LABELS
 from sos_dask.stages import train as stage
 from sos_dask.stages.train import TrainSettings, asks_workers, train
+from sos_dask.storage.catalog import Catalog
 
 
 def columns(table, names):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sos_dask.errors import ConfigError
-from sos_dask.trends import (
+from sos_dask.evidence.trends import (
     AXES,
     CONTRAST_SCHEMA,
     EQUAL_COUNT,

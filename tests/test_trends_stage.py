@@ -8,16 +8,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from sos_dask import models
-from sos_dask.artifact import Manifest
-from sos_dask.catalog import Catalog
-from sos_dask.cluster import Cluster
+from sos_dask import corrections as models
 from sos_dask.errors import CatalogError, ClusterError
-from sos_dask.features import features
+from sos_dask.evidence.trends import CONTRAST_SCHEMA, TREND_SCHEMA, Axis
+from sos_dask.problem import features
+from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.simulate import lamost_bias
 from sos_dask.stages.trends import TrendSettings, trends
-from sos_dask.trends import CONTRAST_SCHEMA, TREND_SCHEMA, Axis
+from sos_dask.storage.artifact import Manifest
+from sos_dask.storage.catalog import Catalog
 from tests.job import contents
 from tests.sky import write_catalog
 

@@ -7,19 +7,17 @@ import numpy as np
 import pytest
 
 from sos_dask.errors import ModelError
-from sos_dask.schema import LABELS
-from sos_dask.uncertainty import (
+from sos_dask.evidence.error_tables import ErrorModel, Grid, load_errors
+from sos_dask.evidence.intervals import (
     LEVELS,
-    ErrorModel,
-    Grid,
     HeldOut,
     Sparseness,
     binomial_interval,
     coverages,
     error_model,
     fit_label,
-    load_errors,
 )
+from sos_dask.schema import LABELS
 
 GRID = Grid((0.7, 0.0, -2.5), (1.5, 5.0, 0.5))
 LOW, HIGH = np.array(GRID.low), np.array(GRID.high)

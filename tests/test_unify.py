@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sos_dask.errors import ConfigError, PartitionError
-from sos_dask.healpix import ang2pix
 from sos_dask.schema import CANONICAL
-from sos_dask.unify import METHODS, UnifySettings, unify
+from sos_dask.sky.healpix import ang2pix
+from sos_dask.stars.unify import METHODS, UnifySettings, unify
 
 THOROUGH = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=200

@@ -26,8 +26,8 @@ from sos_dask.cli.steps import run_step
 from sos_dask.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sos_dask.artifact import Manifest
     from sos_dask.stages.coverage import CoverageSettings
+    from sos_dask.storage.artifact import Manifest
 
 _LETTERS = " .:-=+*#%@"
 
@@ -152,9 +152,9 @@ def coverage(
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.coverage import Limits
+    from sos_dask.evidence.widening import Limits
     from sos_dask.stages.coverage import CoverageSettings, look
-    from sos_dask.store import current_product
+    from sos_dask.storage.store import current_product
     from sos_dask.trust import FLAG_MEANINGS
 
     if inputs:
@@ -270,8 +270,8 @@ def _scoring(
     key: list[str] | None,
 ) -> partial[Manifest]:
     """The stage on inputs given by path."""
-    from sos_dask.catalog import Catalog
     from sos_dask.stages.coverage import coverage as run
+    from sos_dask.storage.catalog import Catalog
 
     if len(inputs) != 4:
         raise ConfigError(

@@ -10,19 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sos_dask.cli.options import (
-    OptionalOut,
-    StepOptions,
-    Store,
-    find_store,
-    with_step_options,
-)
+from sos_dask.cli.options import OptionalOut, StepOptions, Store, find_store, with_step_options
 from sos_dask.cli.output import LABEL_UNITS, console, print_json, say, show_table
 from sos_dask.cli.steps import run_step
 from sos_dask.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sos_dask.artifact import Manifest
+    from sos_dask.storage.artifact import Manifest
 
 _WIDE = 110  # columns of a terminal
 _SUBSETS = ("all", "dense", "sparse", "logg < 1", "teff > 7000", "feh < -2", "feh > 0.2")
@@ -80,7 +74,7 @@ def compare(
             options,
         )
     else:
-        from sos_dask.store import current_product
+        from sos_dask.storage.store import current_product
 
         options.refuse_all_but("label", "sample")
         place = find_store(store)
@@ -122,8 +116,8 @@ def _single_step(
     run: Callable[..., Manifest], inputs: Sequence[Path], out: Path | None, options: StepOptions
 ) -> Path:
     """Run a stage on pairs and models given by path; where its output is."""
-    from sos_dask.artifact import Manifest
-    from sos_dask.catalog import Catalog
+    from sos_dask.storage.artifact import Manifest
+    from sos_dask.storage.catalog import Catalog
 
     if out is None:
         raise ConfigError("--out is missing", "Give a directory for the output: -o DIR.")
@@ -142,7 +136,7 @@ def _single_step(
 def _costs(store: Path) -> dict[str, dict[str, float | None]]:
     """What training took, as far as it is known, and prediction, measured now."""
     from sos_dask.stages.compare import prediction_cost
-    from sos_dask.store import costs, published
+    from sos_dask.storage.store import costs, published
 
     known = costs(store)
     found: dict[str, dict[str, float | None]] = {}
@@ -324,7 +318,7 @@ def trends(
         options.refuse(("store",), "with PAIRS")
         directory = _single_step(run, inputs, out, options)
     else:
-        from sos_dask.store import current_product
+        from sos_dask.storage.store import current_product
 
         options.refuse_all_but("label", "against", "method")
         directory = current_product(find_store(store), "trends")

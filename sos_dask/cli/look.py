@@ -9,14 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sos_dask.cli.options import (
-    JobOrStore,
-    Json,
-    StepOptions,
-    Store,
-    find_store,
-    with_step_options,
-)
+from sos_dask.cli.options import JobOrStore, Json, StepOptions, Store, find_store, with_step_options
 from sos_dask.cli.output import (
     LABEL_UNITS,
     complain,
@@ -41,8 +34,13 @@ def surveys(
 
     Example: sos-dask surveys lamost-dr11-lrs
     """
-    from sos_dask.survey import COLUMN_HEADINGS, CUT_HEADINGS, describe_columns, describe_cuts
-    from sos_dask.survey_file import builtin_surveys, load_survey
+    from sos_dask.surveys.definition import (
+        COLUMN_HEADINGS,
+        CUT_HEADINGS,
+        describe_columns,
+        describe_cuts,
+    )
+    from sos_dask.surveys.file import builtin_surveys, load_survey
 
     if name is None:
         found = [load_survey(item) for item in builtin_surveys()]
@@ -86,9 +84,9 @@ def uncertainty(job: JobOrStore = None, store: Store = None, as_json: Json = Fal
 
     Example: sos-dask uncertainty --store store
     """
-    from sos_dask.artifact import Manifest
     from sos_dask.stages.uncertainty import read_calibration
-    from sos_dask.store import current_product
+    from sos_dask.storage.artifact import Manifest
+    from sos_dask.storage.store import current_product
 
     directory = current_product(find_store(store, job), "uncertainty")
     summary = Manifest.load(directory).summary
@@ -160,8 +158,8 @@ def verify(
 
     Example: sos-dask verify store/current
     """
-    from sos_dask.store import outputs_of
-    from sos_dask.verify import verify as run
+    from sos_dask.storage.store import outputs_of
+    from sos_dask.storage.verify import verify as run
 
     problems: dict[str, list[str]] = {}
     errors: list[SosError] = []
@@ -207,8 +205,8 @@ def report(
 
     Example: sos-dask report --store store -o report
     """
-    from sos_dask.artifact import Manifest
     from sos_dask.stages.report import PAGE, of_build
+    from sos_dask.storage.artifact import Manifest
 
     store = find_store(store, job)
     published = (store / "current" / "report").resolve()

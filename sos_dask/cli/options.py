@@ -16,8 +16,8 @@ import typer
 from sos_dask.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
-    from sos_dask.catalog import Catalog
-    from sos_dask.cluster import Cluster
+    from sos_dask.run.cluster import Cluster
+    from sos_dask.storage.catalog import Catalog
 
 DEBUG = "--debug"
 
@@ -133,13 +133,13 @@ def find_store(store: Path | None, job: Path | None = None) -> Path:
     ConfigError
         Both are given, or the job file is wrong.
     """
-    from sos_dask.store import stores_near
+    from sos_dask.storage.store import stores_near
 
     if store is not None and job is not None:
         raise ConfigError("--store and a job file or store are given", "Give one of them.")
     place = store or job
     if place is not None and (place.is_file() or (place.suffix == ".toml" and not place.is_dir())):
-        from sos_dask.config import load_job
+        from sos_dask.rebuild.job import load_job
 
         loaded = load_job(place)
         return loaded.resolve(loaded.store)
@@ -227,8 +227,8 @@ class StepOptions:
 
     def start(self) -> AbstractContextManager[Cluster]:
         """What runs the tasks of the step."""
-        from sos_dask.cluster import start
-        from sos_dask.machine import leave_pandas_out
+        from sos_dask.run.cluster import start
+        from sos_dask.run.machine import leave_pandas_out
 
         leave_pandas_out()
         return start(self.workers, self.memory_limit, self.scheduler)
@@ -250,8 +250,8 @@ class LightStepOptions(StepOptions):
 
     def start(self) -> AbstractContextManager[Cluster]:
         """What runs the tasks of the step: threads where there are few cores."""
-        from sos_dask.cluster import start
-        from sos_dask.machine import leave_pandas_out, n_cores
+        from sos_dask.run.cluster import start
+        from sos_dask.run.machine import leave_pandas_out, n_cores
 
         leave_pandas_out()
         is_free = self.workers is None and self.scheduler is None
@@ -269,8 +269,8 @@ def open_catalogs(
     ConfigError
         A key is in none of the catalogs of other programs.
     """
-    from sos_dask.catalog import Catalog
     from sos_dask.schema import nearest
+    from sos_dask.storage.catalog import Catalog
 
     opened = [Catalog.open(path) for path in paths]
     names = [name for one in opened if one.manifest is None for name in one.schema.names]

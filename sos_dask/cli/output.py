@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sos_dask.artifact import Manifest, Rows
-    from sos_dask.cluster import Report
-    from sos_dask.compare import Metric
-    from sos_dask.pipeline import Build
-    from sos_dask.store import StageResult
+    from sos_dask.evidence.metrics import Metric
+    from sos_dask.rebuild.pipeline import Build
+    from sos_dask.run.cluster import Report
+    from sos_dask.storage.artifact import Manifest, Rows
+    from sos_dask.storage.store import StageResult
 
 LABEL_UNITS = {"teff": "K", "logg": "dex", "feh": "dex"}
 _LOG_SECONDS = 10.0

@@ -28,11 +28,11 @@ from sos_dask.cli.options import (
     with_step_options,
 )
 from sos_dask.cli.output import print_json, reporting, say, show_metrics, show_step
-from sos_dask.documents import NAME_RULE, is_name
 from sos_dask.errors import CatalogError, ConfigError
+from sos_dask.settings import NAME_RULE, is_name
 
 if TYPE_CHECKING:
-    from sos_dask.artifact import Manifest
+    from sos_dask.storage.artifact import Manifest
 
 
 _Made = TypeVar("_Made")
@@ -98,11 +98,11 @@ def ingest(
 
     Example: sos-dask ingest lamost-dr11-lrs dr11_v2.0_LRS_stellar.fits.gz -o lamost
     """
-    from sos_dask.catalog import Catalog
     from sos_dask.stages.ingest import IngestSettings
     from sos_dask.stages.ingest import ingest as run
     from sos_dask.stages.margin import margin
-    from sos_dask.survey_file import load_survey
+    from sos_dask.storage.catalog import Catalog
+    from sos_dask.surveys.file import load_survey
 
     definition = load_survey(survey)
     if margin_arcsec is not None and not 0 < margin_arcsec < 3600:
@@ -148,8 +148,8 @@ def dedupe(
 
     Example: sos-dask dedupe lamost -o lamost.stars --method best-snr
     """
-    from sos_dask.dedupe import DedupeSettings
     from sos_dask.stages.dedupe import dedupe as run
+    from sos_dask.stars.settings import DedupeSettings
 
     if no_gaia_id:
         options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
@@ -194,7 +194,7 @@ def reference(
     """
     from sos_dask.stages.reference import ReferenceSettings
     from sos_dask.stages.reference import reference as run
-    from sos_dask.unify import UnifySettings
+    from sos_dask.stars.unify import UnifySettings
 
     paths: dict[str, str] = {}
     for text in catalogs:
@@ -249,9 +249,9 @@ def crossmatch(
 
     Example: sos-dask crossmatch lamost.stars reference -o pairs
     """
-    from sos_dask.crossmatch import MatchSettings
     from sos_dask.stages.crossmatch import PairSettings
     from sos_dask.stages.crossmatch import crossmatch as run
+    from sos_dask.stars.match import MatchSettings
 
     if no_gaia_id:
         options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
@@ -308,12 +308,12 @@ def train(
 
     Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
     """
-    from sos_dask import models
-    from sos_dask.catalog import Catalog
-    from sos_dask.models.search import search_space
+    from sos_dask import corrections as models
+    from sos_dask.corrections.search import search_space
     from sos_dask.stages.evidence import DIFFERENCES
     from sos_dask.stages.train import LOCAL_PAIRS, TrainSettings, asks_workers, metrics_of
     from sos_dask.stages.train import train as run
+    from sos_dask.storage.catalog import Catalog
 
     seeded = {"seed": seed} if "seed" in models.parameters(method) else {}
     params = models.check_params(method, seeded | dict(_setting(text) for text in param or []))
@@ -397,9 +397,9 @@ def apply(
 
     Example, one task of a job array: sos-dask apply model lamost -o corrected --partitions 3/16
     """
-    from sos_dask.catalog import Catalog
     from sos_dask.stages.apply import Trust, parse_partitions
     from sos_dask.stages.apply import apply as run
+    from sos_dask.storage.catalog import Catalog
 
     [opened] = open_catalogs([catalog], key, "obs_id")
     parse_partitions(partitions, opened.pixels)  # fails before workers are started

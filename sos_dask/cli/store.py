@@ -33,8 +33,8 @@ from sos_dask.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from sos_dask.config import Job
-    from sos_dask.pipeline import Build
+    from sos_dask.rebuild.job import Job
+    from sos_dask.rebuild.pipeline import Build
 
 _MIB = 2**20
 
@@ -53,8 +53,8 @@ def demo(
 
     Example: sos-dask demo --rows 200000 --store demo-store
     """
-    from sos_dask import demo as module
-    from sos_dask.config import load_job
+    from sos_dask.rebuild.job import load_job
+    from sos_dask.simulate import demo as module
 
     with reporting() as report:
         job = load_job(module.prepare(store, rows, seed, report))
@@ -104,8 +104,8 @@ def rebuild(
 
     Example: sos-dask rebuild jobs/real.toml --dry-run
     """
-    from sos_dask.config import load_job
-    from sos_dask.plan import plan
+    from sos_dask.rebuild.job import load_job
+    from sos_dask.rebuild.plan import plan
 
     loaded = load_job(job)
     if not dry_run:
@@ -139,8 +139,8 @@ def _rebuild(
     memory_limit: str | None,
     scheduler: str | None,
 ) -> Build:
-    from sos_dask import pipeline
-    from sos_dask.cluster import check_place, start
+    from sos_dask.rebuild import pipeline
+    from sos_dask.run.cluster import check_place, start
 
     section = job.cluster
     if workers is None and scheduler is None:  # else the job's place of work is replaced
@@ -163,7 +163,7 @@ def status(job: JobOrStore = None, store: Store = None, as_json: Json = False) -
 
     Example: sos-dask status jobs/real.toml
     """
-    from sos_dask.store import status as run
+    from sos_dask.storage.store import status as run
 
     found = run(find_store(store, job))
     if as_json:
@@ -207,7 +207,7 @@ def gc(
 
     Example: sos-dask gc --store store --keep-builds 3 --dry-run
     """
-    from sos_dask.store import gc as run
+    from sos_dask.storage.store import gc as run
 
     removed = run(find_store(store, job), keep_builds=keep_builds, dry_run=dry_run)
     if as_json:

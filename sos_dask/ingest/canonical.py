@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sos_dask.healpix import ang2pix
 from sos_dask.ingest.arrays import IntArray, Values, as_array, is_text, split
 from sos_dask.ingest.keys import sort_order, sorted_hashes
 from sos_dask.ingest.merge import FILE, REJECTED_SCHEMA, ROW
@@ -20,7 +19,8 @@ from sos_dask.ingest.profile import Example, Profile
 from sos_dask.ingest.readers import Source, read_native
 from sos_dask.ingest.values import Made, floats, integers, text_column
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
-from sos_dask.survey import Survey
+from sos_dask.sky.healpix import ang2pix
+from sos_dask.surveys.definition import Survey
 
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
 Quality = Callable[[Mapping[str, Values], Survey], NDArray[np.int64]]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.healpix import MAX_ORDER, HealpixPixel
+from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 
 HISTOGRAM_ORDER = 10
 _SHIFT = 2 * (MAX_ORDER - HISTOGRAM_ORDER)

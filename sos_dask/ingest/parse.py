@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.arrays import IntArray, split
 from sos_dask.ingest.readers import Source, text_line
-from sos_dask.survey import Survey
+from sos_dask.surveys.definition import Survey
 
 _FORTRAN = r"^([+-]?[0-9.]+)[dD]([+-]?[0-9]+)$"
 _NULL_NUMBERS = ("", "nan", "NaN", "NAN", "null", "NULL", "None")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sos_dask.errors import SurveyError
 from sos_dask.schema import LABELS
-from sos_dask.survey import Survey
+from sos_dask.surveys.definition import Survey
 
 Example = tuple[int, int, str]
 

@@ -23,7 +23,7 @@ from sos_dask.ingest.arrays import (
 from sos_dask.ingest.parse import Place, parse_floats, parse_integers, whole_numbers
 from sos_dask.ingest.profile import LABEL_SHIFT, binned
 from sos_dask.schema import LABELS, is_gaia_id
-from sos_dask.survey import SourceColumn, Survey
+from sos_dask.surveys.definition import SourceColumn, Survey
 
 
 @dataclass

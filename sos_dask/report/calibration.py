@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from sos_dask.healpix import FloatArray, IntArray
 from sos_dask.report.style import (
     BLACK,
     BLUE,
@@ -24,6 +23,7 @@ from sos_dask.report.style import (
 )
 from sos_dask.report.words import SUBSETS, ordered, subset_words
 from sos_dask.schema import LABELS
+from sos_dask.sky.healpix import FloatArray, IntArray
 
 _LEVELS = ((0.68, 0.02, BLUE, "o", -0.17), (0.95, 0.01, VERMILLION, "s", 0.17))
 _BINS_A_DECADE = 8

@@ -9,15 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from sos_dask.report.style import (
-    BLUE,
-    NAMES,
-    VERMILLION,
-    WIDTH,
-    Drawn,
-    new_figure,
-    tidy_ticks,
-)
+from sos_dask.report.style import BLUE, NAMES, VERMILLION, WIDTH, Drawn, new_figure, tidy_ticks
 from sos_dask.report.words import UNITS, WORDS
 from sos_dask.schema import LABELS
 

@@ -56,7 +56,7 @@ def trend_figure(
     Parameters
     ----------
     table : pyarrow.Table
-        Trends, as `sos_dask.trends.trend_table` lays them out.
+        Trends, as `sos_dask.evidence.trends.trend_table` lays them out.
     method : str
     against : sequence of str
         Quantities, a column of panels each.
@@ -171,7 +171,7 @@ def reference_figure(table: pa.Table, first: str, second: str, target: str) -> D
     Parameters
     ----------
     table : pyarrow.Table
-        Contrasts, as `sos_dask.trends.contrast_table` lays them out.
+        Contrasts, as `sos_dask.evidence.trends.contrast_table` lays them out.
     first, second, target : str
 
     Returns

@@ -13,7 +13,6 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from sos_dask.healpix import FloatArray, IntArray
 from sos_dask.report.style import (
     DENSITY_MAP,
     EMPTY,
@@ -25,6 +24,7 @@ from sos_dask.report.style import (
 )
 from sos_dask.report.words import UNITS
 from sos_dask.schema import LABELS
+from sos_dask.sky.healpix import FloatArray, IntArray
 
 TEFF_BINS = (3000.0, 10000.0, 140)  # cells of 50 K
 LOGG_BINS = (-0.5, 5.5, 120)  # cells of 0.05 dex
@@ -168,7 +168,7 @@ def correction_figure(
     Parameters
     ----------
     planes : pyarrow.Table
-        Trends on the plane, as `sos_dask.trends.trend_table` lays them out.
+        Trends on the plane, as `sos_dask.evidence.trends.trend_table` lays them out.
     method : str
     correction : Surface
         The model's prediction; it is shown where there are pairs.

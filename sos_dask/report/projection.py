@@ -10,9 +10,9 @@ from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from sos_dask.healpix import FloatArray, IntArray
 from sos_dask.report.style import DENSITY_MAP, EMPTY, Drawn, new_figure
 from sos_dask.report.tables import Table
+from sos_dask.sky.healpix import FloatArray, IntArray
 
 MAX_BINS = 64
 """Most cells along an axis: with more of them too many hold no pair by chance alone."""

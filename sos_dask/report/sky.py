@@ -11,8 +11,8 @@ from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from sos_dask.healpix import MAX_ORDER, FloatArray, IntArray, ang2pix
 from sos_dask.report.style import BLACK, DENSITY_MAP, VERMILLION, WIDTH, Drawn, new_figure
+from sos_dask.sky.healpix import MAX_ORDER, FloatArray, IntArray, ang2pix
 
 ORDER = 6  # cells of 0.92 degrees
 N_CELLS = 12 << (2 * ORDER)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sos_dask.healpix import ang2pix
-from sos_dask.sphere import propagate, unit_vectors
+from sos_dask.sky.healpix import ang2pix
+from sos_dask.sky.sphere import propagate, unit_vectors
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

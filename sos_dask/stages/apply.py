@@ -13,19 +13,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask import models
-from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_partition
-from sos_dask.cluster import Cluster, Report, silent
+from sos_dask import corrections as models
 from sos_dask.columns import floats32, matrix32
 from sos_dask.correct import FLAG_MEANINGS, Predictor, correct, corrected_schema
-from sos_dask.coverage import INSIDE, KIND_FIELD, CoverageModel
-from sos_dask.digests import sha256_of_file
 from sos_dask.errors import CatalogError, ConfigError, ModelError
-from sos_dask.features import features
-from sos_dask.healpix import HealpixPixel
+from sos_dask.evidence.coverage import CoverageModel
+from sos_dask.evidence.error_tables import ErrorModel, load_errors
+from sos_dask.evidence.widening import INSIDE, KIND_FIELD
+from sos_dask.problem import features
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import LABELS
-from sos_dask.splice import can_extend, extend_partition
+from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import (
     commit_catalog,
@@ -35,9 +33,12 @@ from sos_dask.stages.parts import (
     run_parts,
     unless_complete,
 )
+from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, write_partition
+from sos_dask.storage.digests import sha256_of_file
+from sos_dask.storage.splice import can_extend, extend_partition
 from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
 from sos_dask.trust import FLAGS, Faded, trusted_schema, widened, with_coverage
-from sos_dask.uncertainty import ErrorModel, load_errors
 
 VERSION = 7
 # What the correction, its errors and its flags depend on.

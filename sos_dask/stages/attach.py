@@ -13,21 +13,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_partition
-from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.crossmatch import MatchSettings, match, reach_arcsec
-from sos_dask.documents import COLUMN_RULE, is_column
 from sos_dask.errors import CatalogError, ConfigError
-from sos_dask.healpix import HealpixPixel
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, Column, is_gaia_id, nearest
-from sos_dask.sphere import check_radii
+from sos_dask.settings import COLUMN_RULE, is_column
+from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.sky.neighbours import surroundings
+from sos_dask.sky.sphere import check_radii
 from sos_dask.stages.crossmatch import key_column, motion_of
 from sos_dask.stages.ids import GAIA_IDS, require_whole
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
-from sos_dask.surroundings import surroundings
-from sos_dask.survey import SourceColumn, Survey
+from sos_dask.stars.match import MatchSettings, match, reach_arcsec
+from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, write_partition
+from sos_dask.surveys.definition import SourceColumn, Survey
 
 VERSION = 4
 _WAYS = (*GAIA_IDS.values(), "position")

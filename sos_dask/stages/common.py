@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.catalog import Catalog
 from sos_dask.columns import floats
 from sos_dask.schema import LABELS
+from sos_dask.storage.catalog import Catalog
 
 _STAR_COLUMNS = ("star_id", "quality", *LABELS)
 

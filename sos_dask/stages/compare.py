@@ -20,12 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask import models
-from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, partition_errors, write_parquet
-from sos_dask.cluster import Cluster, Report, silent
+from sos_dask import corrections as models
 from sos_dask.columns import floats32, matrix32
-from sos_dask.compare.artifact import (
+from sos_dask.errors import ModelError
+from sos_dask.evidence.choice import BALANCED, TOLERANCE, check_rule, choose
+from sos_dask.evidence.figures import NONE, TEST, TRAIN, Sample, Scored, figure_table, figures
+from sos_dask.evidence.smoothness import (
     ARTIFACT_SCHEMA,
     MIN_CELLS,
     OUTSIDE_SCHEMA,
@@ -33,25 +33,17 @@ from sos_dask.compare.artifact import (
     artifact_rows,
     artifacts,
 )
-from sos_dask.compare.bootstrap import draw, group_of_stars
-from sos_dask.compare.choice import BALANCED, TOLERANCE, check_rule, choose
-from sos_dask.compare.figures import (
-    NONE,
-    TEST,
-    TRAIN,
-    Sample,
-    Scored,
-    figure_table,
-    figures,
-)
-from sos_dask.density import knn_distance, robust_scale
-from sos_dask.errors import ModelError
-from sos_dask.features import TEFF_UNIT_K, features
+from sos_dask.evidence.trends import AXES, Axis
+from sos_dask.problem import TEFF_UNIT_K, features
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import LABELS
 from sos_dask.stages.evidence import DIFFERENCES, evidence, require_evidence
 from sos_dask.stages.parts import manifest_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.trends import AXES, Axis
+from sos_dask.stats.bootstrap import draw, group_of_stars
+from sos_dask.stats.density import knn_distance, robust_scale
+from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
 
 VERSION = 3
 COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
@@ -69,7 +61,7 @@ class CompareSettings:
     Parameters
     ----------
     rule : str
-        By which a method is chosen: see `sos_dask.compare.choice`.
+        By which a method is chosen: see `sos_dask.evidence.choice`.
     n_bootstrap : int
         Resamples.
     min_pairs : int

@@ -17,23 +17,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask import coverage as kernel
-from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, partition_errors, write_parquet, write_partition
-from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.columns import key_hashes
-from sos_dask.coverage import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, CoverageModel, Limits
 from sos_dask.errors import CatalogError
-from sos_dask.features import PARAMETERS
-from sos_dask.healpix import HealpixPixel
+from sos_dask.evidence.coverage import CoverageModel
+from sos_dask.evidence.coverage_fit import check_measure
+from sos_dask.evidence.coverage_fit import fit as fit_coverage
+from sos_dask.evidence.growth import MIN_GROWTH_PAIRS
+from sos_dask.evidence.maps import SKY_ORDER, coarse, count_maps, follow_up, sum_maps
+from sos_dask.evidence.ranking import Ranking
+from sos_dask.evidence.ranking import compare as rank_measures
+from sos_dask.evidence.widening import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, Limits, counted
+from sos_dask.problem import PARAMETERS
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, SEEDS, check_numbers
-from sos_dask.sphere import check_radii
+from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.sky.sphere import check_radii
 from sos_dask.stages.ids import GAIA_IDS
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.overlap import parameter_columns, read_overlap, read_target
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.star_flags import star_flags
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet, write_partition
 from sos_dask.trust import (
     COVERAGE_FIELD,
     FLAG_GRID_EDGE,
@@ -86,7 +92,7 @@ class CoverageSettings:
     def __post_init__(self) -> None:
         check_radii(self.radius_arcsec, self.radius_arcsec, use_gaia_id=True)
         check_numbers(self, seed=SEEDS)
-        kernel.check_measure(self.measure)
+        check_measure(self.measure)
 
 
 @dataclass(frozen=True)
@@ -225,7 +231,7 @@ def _run(
     }
     run_parts(output, "scores", parts, _score_part, cluster, "coverage", report)
     done = records(output, "scores", keys)
-    maps = kernel.sum_maps(read_piece(_map_file(output, key)) for key in keys)
+    maps = sum_maps(read_piece(_map_file(output, key)) for key in keys)
     files.append(output.write_file(MAPS, partial(write_parquet, maps)))
     n_rows = catalog.n_rows
     counts = {name: sum(record[name] for record in done) for name in (*CLASSES, "unknown")}
@@ -269,7 +275,7 @@ def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
     if len(fitted["growth"]["distance"]) < 2:
         found.append(
             f"{fitted['held_out_pairs']} held-out pairs are too few to measure how the error grows "
-            f"with the distance from them (at least {kernel.MIN_GROWTH_PAIRS} right ones are "
+            f"with the distance from them (at least {MIN_GROWTH_PAIRS} right ones are "
             "needed, with errors): the coverage takes the error as the same everywhere."
         )
     if fitted["pairs_outside"] > _MANY_PAIRS:
@@ -321,15 +327,17 @@ def _fitted(
         columns = parameter_columns(sample)
         overlap = read_overlap(model, pairs, errors)
         target = None if errors is None else read_target(sample, errors)
-        fit = kernel.fit(overlap, columns, settings.measure, settings.limits, settings.seed, target)
+        fit = fit_coverage(
+            overlap, columns, settings.measure, settings.limits, settings.seed, target
+        )
         lonely = fit.model.widths.lonely
         scratch = output.work / "model"
         scratch.mkdir(parents=True, exist_ok=True)
         fit.model.save(scratch)
         write_parquet(pa.Table.from_pylist(fit.bins, _BINS), scratch / CALIBRATION)
-        rankings: Sequence[kernel.Ranking] = ()
+        rankings: Sequence[Ranking] = ()
         if settings.compare:
-            rankings = kernel.compare(overlap, columns, settings.seed)
+            rankings = rank_measures(overlap, columns, settings.seed)
         record = {
             "parameters": list(fit.model.parameters),
             "held_out_pairs": fit.n_held_out,
@@ -340,7 +348,7 @@ def _fitted(
             "widths": fit.model.widths.factors.tolist(),
             "lonely": None if lonely is None else lonely.tolist(),
             "width_pairs": fit.n_width,
-            "intervals": kernel.counted(fit.n_width),
+            "intervals": counted(fit.n_width),
             "measures": [asdict(ranking) for ranking in rankings],
         }
         output.put_record("fit", "model", record, [*scratch.iterdir()])
@@ -410,7 +418,7 @@ def _score_part(part: _Part) -> None:
     flags |= star_flags(table, part.pixel, part.stars, part.pairs, part.radius_arcsec)
     cells = table[HEALPIX_COLUMN].to_numpy()
     key = key_of(part.pixel)
-    write_piece(_map_file(part.output, key), kernel.count_maps(cells, columns, place))
+    write_piece(_map_file(part.output, key), count_maps(cells, columns, place))
     out = pa.table(
         [
             table[HEALPIX_COLUMN],
@@ -474,7 +482,7 @@ def look(directory: Path) -> dict[str, Any]:
     return {
         **summary["shares"],
         **{name: summary[name] for name in kept},
-        "kiel": kernel.coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
-        "sky": kernel.coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
-        "follow_up": kernel.follow_up(maps),
+        "kiel": coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
+        "sky": coarse(maps, "sky", {"pixel": 4**SKY_ORDER}),
+        "follow_up": follow_up(maps),
     }

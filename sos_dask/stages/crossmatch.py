@@ -17,15 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog
-from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.crossmatch import MatchSettings, Motion, match, reach_arcsec
 from sos_dask.errors import CatalogError
-from sos_dask.healpix import FloatArray, HealpixPixel, IntArray, ang2pix
-from sos_dask.nearby import rows_near
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS, SEEDS, YEARS, check_numbers
-from sos_dask.sphere import propagate
+from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray, ang2pix
+from sos_dask.sky.nearby import rows_near
+from sos_dask.sky.neighbours import near_pixel, surroundings
+from sos_dask.sky.sphere import propagate
 from sos_dask.stages.folds import (
     FoldSettings,
     change_folds,
@@ -37,7 +35,9 @@ from sos_dask.stages.folds import (
 from sos_dask.stages.ids import GAIA_IDS, require_numbers, require_whole
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
-from sos_dask.surroundings import near_pixel, surroundings
+from sos_dask.stars.match import MatchSettings, Motion, match, reach_arcsec
+from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog
 
 VERSION = 5
 MOTION = ("pmra", "pmdec", "position_epoch")

@@ -15,20 +15,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_partition
-from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.dedupe import DedupeSettings, Edges, combine, group
 from sos_dask.errors import PartitionError
-from sos_dask.healpix import MAX_ORDER, HealpixPixel, cell_ranges
-from sos_dask.repeats import merged_pulls, pull_counts
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN
+from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, cell_ranges
 from sos_dask.stages.crossmatch import MOTION, at_epoch, motion_of, moved_arcsec
 from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+from sos_dask.stars.combine import combine
+from sos_dask.stars.edges import Edges
+from sos_dask.stars.group import group
+from sos_dask.stars.repeats import merged_pulls, pull_counts
+from sos_dask.stars.settings import DedupeSettings
+from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, write_partition
 
-PRELOAD = ("sos_dask.compiled",)  # for workers: this module itself imports it where it has rows
+PRELOAD = ("sos_dask.sky.loops",)  # for workers: this module itself imports it where it has rows
 VERSION = 5
 _MAX_LAYERS = 256
 

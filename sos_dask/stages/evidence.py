@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask.catalog import Catalog, partition_errors
-from sos_dask.cluster import Cluster
 from sos_dask.columns import floats32, matrix32
 from sos_dask.errors import CatalogError
-from sos_dask.folds import star_numbers
+from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
+from sos_dask.stars.folds import star_numbers
+from sos_dask.storage.catalog import Catalog, partition_errors
 
 HELD_OUT = "held_out.parquet"
 MOST_PAIRS = 1_000_000
@@ -92,7 +92,7 @@ def evidence(pairs: Catalog, columns: Sequence[str], most: int | None = None) ->
     """Pairs fit for training, or the pairs of some of their stars where there are very many.
 
     What is said of a million pairs is as sure as can be told; more would only have to be held.
-    Stars are chosen by their numbers (`sos_dask.folds`), so that every stage has the same.
+    Stars are chosen by their numbers (`sos_dask.stars.folds`), so that every stage has the same.
 
     Parameters
     ----------

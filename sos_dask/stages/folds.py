@@ -17,16 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask.artifact import WORK, FileRecord, Output, storage_errors
-from sos_dask.catalog import partition_errors, write_parquet, write_partition
-from sos_dask.folds import fold_of, same_targets, smallest_of_joined, star_numbers
-from sos_dask.hats import partition_path
-from sos_dask.healpix import FloatArray, HealpixPixel, IntArray
 from sos_dask.schema import HEALPIX_COLUMN
+from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray
+from sos_dask.sky.neighbours import near_edge
 from sos_dask.stages.ids import GAIA_IDS, id_values
 from sos_dask.stages.parts import key_of
 from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.surroundings import near_edge
+from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined, star_numbers
+from sos_dask.storage.artifact import WORK, FileRecord, Output, storage_errors
+from sos_dask.storage.catalog import partition_errors, write_parquet, write_partition
+from sos_dask.storage.hats import partition_path
 
 _COLUMNS = {"row": pa.int64(), "smallest": pa.uint64(), "number": pa.uint64()}
 

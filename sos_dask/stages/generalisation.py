@@ -17,15 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask import models
-from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_parquet
-from sos_dask.cluster import Cluster, Report, silent
+from sos_dask import corrections as models
 from sos_dask.columns import floats, matrix32
-from sos_dask.compare.metrics import scatter
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.features import PARAMETERS, features, parameters_of
-from sos_dask.generalisation import (
+from sos_dask.evidence.left_out import (
     DENSITY,
     RANDOM,
     REFERENCE,
@@ -34,12 +29,17 @@ from sos_dask.generalisation import (
     left_out_groups,
     region_groups,
 )
-from sos_dask.projection import chosen_rows
+from sos_dask.evidence.metrics import scatter
+from sos_dask.evidence.projection import chosen_rows
+from sos_dask.problem import PARAMETERS, features, parameters_of
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.stages.evidence import DIFFERENCES, training_pairs
 from sos_dask.stages.parts import records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.train import VERSION as TRAIN_VERSION
+from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, write_parquet
 
 VERSION = 3
 TABLE = "generalisation.parquet"

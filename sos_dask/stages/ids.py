@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.catalog import Catalog
 from sos_dask.errors import CatalogError
+from sos_dask.storage.catalog import Catalog
 
 GAIA_IDS = {"dr3": "gaia_dr3_source_id", "dr2": "gaia_dr2_source_id"}
 """Columns of ids of Gaia, by its release."""

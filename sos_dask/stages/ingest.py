@@ -18,13 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.artifact import REJECTED, Manifest, Output, Recipe, Rows, atomic_path
-from sos_dask.catalog import write_parquet, write_partition
-from sos_dask.clean import quality_mask
-from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.digests import sha256_of_file
 from sos_dask.errors import CatalogError, ConfigError, SurveyError
-from sos_dask.healpix import HealpixPixel, plan_partitions
 from sos_dask.ingest import (
     CONFLICT,
     FILE,
@@ -50,11 +44,17 @@ from sos_dask.ingest import (
     sorted_hashes,
 )
 from sos_dask.ingest.arrays import one_array
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, MOST_ROWS, check_numbers
+from sos_dask.sky.healpix import HealpixPixel, plan_partitions
 from sos_dask.stages.needs import require_pixel
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import copied, read_piece, write_piece
-from sos_dask.survey import Survey
+from sos_dask.storage.artifact import REJECTED, Manifest, Output, Recipe, Rows, atomic_path
+from sos_dask.storage.catalog import write_parquet, write_partition
+from sos_dask.storage.digests import sha256_of_file
+from sos_dask.surveys.cuts import quality_mask
+from sos_dask.surveys.definition import Survey
 
 VERSION = 5
 _KEYS_PER_RANGE = 10_000_000

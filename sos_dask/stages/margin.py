@@ -7,14 +7,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_partition
-from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.errors import CatalogError, ConfigError
-from sos_dask.hats import write_collection
-from sos_dask.healpix import HealpixPixel
+from sos_dask.run.cluster import Cluster, Report, silent
+from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
-from sos_dask.surroundings import surroundings
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, write_partition
+from sos_dask.storage.hats import write_collection
 
 VERSION = 5
 

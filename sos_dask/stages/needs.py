@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.catalog import Catalog
-from sos_dask.cluster import Cluster
-from sos_dask.healpix import MAX_ORDER, HealpixPixel
+from sos_dask.run.cluster import Cluster
+from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
+from sos_dask.storage.catalog import Catalog
 
 # Measured with partitions of 68,000 to 929,000 rows, in processes of their own and in workers of a
 # rebuild, and a tenth more: MiB of a worker's process in a stage, and what it holds at its peak

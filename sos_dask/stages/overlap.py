@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.catalog import Catalog
 from sos_dask.columns import floats, floats32, floats_or_nan
-from sos_dask.coverage import Overlap, Target
-from sos_dask.features import PARAMETERS, features
-from sos_dask.folds import star_numbers
+from sos_dask.evidence.coverage_fit import Overlap
+from sos_dask.evidence.error_tables import load_errors
+from sos_dask.evidence.widening import Target
+from sos_dask.problem import PARAMETERS, features
 from sos_dask.schema import LABELS
 from sos_dask.stages.evidence import (
     DIFFERENCES,
@@ -21,7 +21,8 @@ from sos_dask.stages.evidence import (
     single_observations,
     training_pairs,
 )
-from sos_dask.uncertainty import load_errors
+from sos_dask.stars.folds import star_numbers
+from sos_dask.storage.catalog import Catalog
 
 
 def read_overlap(model: Path, pairs: Catalog, errors: Path | None = None) -> Overlap:

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from sos_dask.artifact import FileRecord, Manifest, Output, Rows
-from sos_dask.cluster import Cluster, Report
 from sos_dask.errors import CatalogError, StorageError, SurveyError
-from sos_dask.hats import write_catalog_metadata
-from sos_dask.healpix import HealpixPixel
+from sos_dask.run.cluster import Cluster, Report
+from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Rows
+from sos_dask.storage.hats import write_catalog_metadata
 
 T = TypeVar("T")
 

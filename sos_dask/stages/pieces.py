@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from sos_dask.artifact import atomic_path
+from sos_dask.storage.artifact import atomic_path
 
 
 def write_piece(path: Path, table: pa.Table) -> None:

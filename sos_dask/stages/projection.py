@@ -19,14 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, partition_errors, write_parquet, write_partition
-from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.columns import floats, key_hashes
 from sos_dask.errors import ModelError
-from sos_dask.features import PARAMETERS, parameters_of
-from sos_dask.healpix import HealpixPixel
-from sos_dask.projection import (
+from sos_dask.evidence.projection import (
     Projection,
     ProjectionSettings,
     chosen_rows,
@@ -36,10 +31,15 @@ from sos_dask.projection import (
     sampling_rates,
     strata,
 )
+from sos_dask.problem import PARAMETERS, parameters_of
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
+from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet, write_partition
 
 VERSION = 5
 SAMPLE, MAPS, MODEL = "sample.parquet", "maps.parquet", "projection.json"

@@ -11,20 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_partition
-from sos_dask.cluster import Cluster, Report, silent
-from sos_dask.dedupe import DedupeSettings, group
 from sos_dask.errors import PartitionError
-from sos_dask.healpix import HealpixPixel, IntArray, in_ranges, plan_partitions
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, MOST_ROWS, YEARS, check_numbers
+from sos_dask.sky.healpix import HealpixPixel, IntArray, in_ranges, plan_partitions
+from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.crossmatch import at_epoch, motion_of, moved_arcsec
 from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
 from sos_dask.stages.needs import catalog_bytes, require_pixel
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.surroundings import surroundings
-from sos_dask.unify import UnifySettings, common_differences, unify
+from sos_dask.stars.group import group
+from sos_dask.stars.settings import DedupeSettings
+from sos_dask.stars.unify import UnifySettings, common_differences, unify
+from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, write_partition
 
 VERSION = 5
 _HISTOGRAM_ORDER = 8

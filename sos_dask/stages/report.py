@@ -17,18 +17,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask import __version__
-from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog
-from sos_dask.cluster import Cluster, Report, silent
 from sos_dask.columns import floats32
 from sos_dask.errors import CatalogError, ConfigError
-from sos_dask.healpix import HealpixPixel
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
+from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.parts import key_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.report_content import Build, figures, grid_of
 from sos_dask.stages.report_text import page
-from sos_dask.store import file_names, read_build, require_store
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.store import file_names, read_build, require_store
 from sos_dask.trust import FLAG_OUTSIDE, FLAGS
 
 if TYPE_CHECKING:

@@ -14,23 +14,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sos_dask import models
-from sos_dask.artifact import Manifest
-from sos_dask.catalog import Catalog, partition_errors
-from sos_dask.coverage import SKY_ORDER
-from sos_dask.coverage.maps import STEPS
-from sos_dask.features import features
-from sos_dask.healpix import FloatArray, IntArray
-from sos_dask.models.symbolic import FILE as FORMULA_FILE
+from sos_dask import corrections as models
+from sos_dask.corrections.symbolic import FILE as FORMULA_FILE
+from sos_dask.evidence.maps import SKY_ORDER, STEPS
+from sos_dask.problem import features
 from sos_dask.report import tables
 from sos_dask.report.words import WORDS
 from sos_dask.schema import LABELS
+from sos_dask.sky.healpix import FloatArray, IntArray
 from sos_dask.stages.coverage import CALIBRATION, MAPS
 from sos_dask.stages.generalisation import TABLE as GROUPS
 from sos_dask.stages.projection import MAPS as PLACES
 from sos_dask.stages.projection import load_projection
 from sos_dask.stages.trends import PLANES, REFERENCES, TRENDS
-from sos_dask.store import home
+from sos_dask.storage.artifact import Manifest
+from sos_dask.storage.catalog import Catalog, partition_errors
+from sos_dask.storage.store import home
 
 if TYPE_CHECKING:
     from sos_dask.report.planes import Histogram, Surface

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sos_dask.coverage import follow_up
-from sos_dask.coverage.maps import STEPS
+from sos_dask.evidence.maps import STEPS, follow_up
 from sos_dask.report import headline, tables
 from sos_dask.report.generalisation import generalisation_table
 from sos_dask.report.page import Code, Page, Picture, Section
@@ -19,7 +18,7 @@ from sos_dask.stages.generalisation import TABLE as GROUPS
 from sos_dask.stages.projection import MAPS as PLACES
 from sos_dask.stages.report_content import CORRECTED, OBSERVATIONS, Build, Counts, grid_of
 from sos_dask.stages.trends import TRENDS
-from sos_dask.survey import Cut
+from sos_dask.surveys.definition import Cut
 
 _RULES = {
     "balanced": "Rule of the choice: of the methods that are worse than the best in no label, the "

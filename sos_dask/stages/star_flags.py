@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.catalog import Catalog
-from sos_dask.crossmatch import MatchSettings, match
-from sos_dask.healpix import HealpixPixel
 from sos_dask.schema import HEALPIX_COLUMN
+from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.ids import GAIA_IDS
-from sos_dask.surroundings import surroundings
+from sos_dask.stars.match import MatchSettings, match
+from sos_dask.storage.catalog import Catalog
 from sos_dask.trust import FLAG_AMBIGUOUS, FLAG_SPREAD
 
 _ID_RADIUS_ARCSEC = 10.0  # observations with one Gaia id are of one star

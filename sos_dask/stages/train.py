@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sos_dask import models
-from sos_dask.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_parquet
-from sos_dask.cluster import Cluster, Report, silent
+from sos_dask import corrections as models
 from sos_dask.columns import floats32, matrix32
-from sos_dask.compare import Metric, held_out_metrics
+from sos_dask.corrections.search import search, search_space
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.features import features
-from sos_dask.models.search import search, search_space
+from sos_dask.evidence.metrics import Metric, held_out_metrics
+from sos_dask.problem import features
+from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import LABELS, nearest
 from sos_dask.stages.evidence import DIFFERENCES
 from sos_dask.stages.parts import unless_complete
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, write_parquet
 
 VERSION = 6
 SEARCH_FILE = "search.json"

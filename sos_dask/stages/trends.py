@@ -19,18 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask import models as corrections
-from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, partition_errors, write_parquet
-from sos_dask.cluster import Cluster, Report, silent
+from sos_dask import corrections
 from sos_dask.columns import floats32
-from sos_dask.features import features
-from sos_dask.schema import LABELS
-from sos_dask.stages.common import common_stars
-from sos_dask.stages.evidence import DIFFERENCES, evidence, require_evidence
-from sos_dask.stages.parts import manifest_of, records, run_parts, unless_complete
-from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.trends import (
+from sos_dask.evidence.trends import (
     AFTER,
     ALL,
     AXES,
@@ -49,6 +40,15 @@ from sos_dask.trends import (
     trend,
     trend_table,
 )
+from sos_dask.problem import features
+from sos_dask.run.cluster import Cluster, Report, silent
+from sos_dask.schema import LABELS
+from sos_dask.stages.common import common_stars
+from sos_dask.stages.evidence import DIFFERENCES, evidence, require_evidence
+from sos_dask.stages.parts import manifest_of, records, run_parts, unless_complete
+from sos_dask.stages.pieces import read_piece, write_piece
+from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
 
 VERSION = 4
 TRENDS, PLANES = "trends.parquet", "planes.parquet"

@@ -20,25 +20,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask import models
-from sos_dask.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.catalog import Catalog, partition_errors, write_parquet
-from sos_dask.cluster import Cluster, Report, silent
+from sos_dask import corrections as models
 from sos_dask.columns import floats, floats_or_nan, matrix32
-from sos_dask.features import TEFF_UNIT_K, features
-from sos_dask.folds import fold_of, smallest_of_joined, star_numbers
-from sos_dask.hat import three_cornered_hat
-from sos_dask.repeats import GIANT_LOGG, normalisation
-from sos_dask.schema import LABELS
-from sos_dask.stages.common import common_stars
-from sos_dask.stages.evidence import DIFFERENCES, evidence, require_evidence, single_observations
-from sos_dask.stages.parts import records, run_parts, unless_complete
-from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.uncertainty import (
+from sos_dask.evidence.error_tables import Grid
+from sos_dask.evidence.intervals import (
     DENSE,
     SPARSE,
     Coverage,
-    Grid,
     HeldOut,
     LabelErrors,
     Sparseness,
@@ -46,6 +34,18 @@ from sos_dask.uncertainty import (
     error_model,
     fit_label,
 )
+from sos_dask.evidence.three_cornered_hat import three_cornered_hat
+from sos_dask.problem import TEFF_UNIT_K, features
+from sos_dask.run.cluster import Cluster, Report, silent
+from sos_dask.schema import LABELS
+from sos_dask.stages.common import common_stars
+from sos_dask.stages.evidence import DIFFERENCES, evidence, require_evidence, single_observations
+from sos_dask.stages.parts import records, run_parts, unless_complete
+from sos_dask.stages.pieces import read_piece, write_piece
+from sos_dask.stars.folds import fold_of, smallest_of_joined, star_numbers
+from sos_dask.stars.repeats import GIANT_LOGG, normalisation
+from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
 
 VERSION = 4
 CALIBRATION = "calibration.parquet"

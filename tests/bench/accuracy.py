@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask import models
-from sos_dask.catalog import Catalog
-from sos_dask.compare import scatter
+from sos_dask import corrections as models
+from sos_dask.evidence.metrics import scatter
 from sos_dask.schema import LABELS
 from sos_dask.stages.train import PairsSource
+from sos_dask.storage.catalog import Catalog
 
 LIMITS = {"teff": 10.0, "logg": 0.02, "feh": 0.01}
 EDGES = {

@@ -19,7 +19,7 @@ from tests.bench.peers import partitions
 def _pairs(kind: str, path: Path) -> pa.Table:
     """Keys of the pairs that a program wrote."""
     if kind == "ours":
-        from sos_dask.catalog import Catalog
+        from sos_dask.storage.catalog import Catalog
 
         catalog = Catalog.open(path)
         columns = ("target_obs_id", "reference_star_id")

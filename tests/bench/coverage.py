@@ -24,20 +24,22 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from sos_dask.artifact import Manifest
-from sos_dask.catalog import Catalog
-from sos_dask.config import load_job
-from sos_dask.coverage import CLASSES, LACKING, MEASURES, OUTSIDE, CoverageModel
-from sos_dask.coverage.fit import fit
-from sos_dask.coverage.ranking import rank
-from sos_dask.features import PARAMETERS
-from sos_dask.pipeline import rebuild
+from sos_dask.evidence.coverage import CoverageModel
+from sos_dask.evidence.coverage_fit import fit
+from sos_dask.evidence.measures import MEASURES
+from sos_dask.evidence.ranking import rank
+from sos_dask.evidence.widening import CLASSES, LACKING, OUTSIDE
+from sos_dask.problem import PARAMETERS
+from sos_dask.rebuild.job import load_job
+from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, simulate
 from sos_dask.simulate.measurement import difficulty
 from sos_dask.simulate.sky import references_avoid
 from sos_dask.stages.evidence import training_pairs
 from sos_dask.stages.overlap import read_overlap
+from sos_dask.storage.artifact import Manifest
+from sos_dask.storage.catalog import Catalog
 from tests.job import write_job
 
 Rows = dict[str, NDArray[Any]]

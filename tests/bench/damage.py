@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from sos_dask.artifact import WORK, Output
 from sos_dask.cli import main as command_line
-from sos_dask.cluster import Cluster, silent
-from sos_dask.config import load_job
 from sos_dask.errors import SosError
-from sos_dask.pipeline import rebuild
-from sos_dask.plan import plan
-from sos_dask.planner import Stage
+from sos_dask.rebuild.job import load_job
+from sos_dask.rebuild.pipeline import rebuild
+from sos_dask.rebuild.plan import plan
+from sos_dask.rebuild.planner import Stage
+from sos_dask.run.cluster import Cluster, silent
+from sos_dask.storage.artifact import WORK, Output
 from tests.job import contents, write_job
 
 # Stages that are left unfinished, so that their records and pieces can be damaged.

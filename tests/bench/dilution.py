@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sos_dask import models
-from sos_dask.compare import binned_median_rms, scatter
-from sos_dask.features import features
+from sos_dask import corrections as models
+from sos_dask.evidence.metrics import binned_median_rms, scatter
+from sos_dask.problem import features
 from sos_dask.schema import LABELS
 from tests.bench.accuracy import FloatArray, read_pairs
 

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sos_dask.catalog import parquet_settings
-from sos_dask.features import FEATURES, features
-from sos_dask.models import load
-from sos_dask.models.boosted import BoostedCorrection
+from sos_dask.corrections import load
+from sos_dask.corrections.boosted import BoostedCorrection
+from sos_dask.problem import FEATURES, features
+from sos_dask.storage.catalog import parquet_settings
 
 WRITE: Mapping[str, Any] = {"compression": "lz4"}  # the fastest
 RADIAN_ARCSEC = 648000.0 / np.pi

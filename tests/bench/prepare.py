@@ -18,16 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sos_dask.artifact import Output, Recipe, Rows
-from sos_dask.catalog import Catalog, write_partition
-from sos_dask.cluster import Cluster, start
-from sos_dask.crossmatch import MatchSettings
-from sos_dask.dedupe import DedupeSettings
+from sos_dask.run.cluster import Cluster, start
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.simulate import SkySettings, simulate
 from sos_dask.stages.crossmatch import PairSettings
 from sos_dask.stages.parts import commit_catalog
-from sos_dask.survey_file import load_survey
+from sos_dask.stars.match import MatchSettings
+from sos_dask.stars.settings import DedupeSettings
+from sos_dask.storage.artifact import Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, write_partition
+from sos_dask.surveys.file import load_survey
 
 RADIUS_ARCSEC = 1.0
 MARGIN_ARCSEC = 5.0
@@ -109,7 +109,7 @@ def reference(place: Place, cluster: Cluster) -> None:
     from sos_dask.stages.ingest import ingest
     from sos_dask.stages.reference import ReferenceSettings
     from sos_dask.stages.reference import reference as unite
-    from sos_dask.unify import UnifySettings
+    from sos_dask.stars.unify import UnifySettings
 
     stars = {}
     for name in ("apogee", "galah"):

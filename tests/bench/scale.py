@@ -14,11 +14,11 @@ import healpy
 import numpy as np
 import pyarrow as pa
 
-from sos_dask.artifact import Output, Recipe, Rows
-from sos_dask.catalog import write_partition
-from sos_dask.healpix import MAX_ORDER, HealpixPixel, ang2pix
 from sos_dask.schema import CANONICAL, HEALPIX, QUALITY
+from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, ang2pix
 from sos_dask.stages.parts import commit_catalog
+from sos_dask.storage.artifact import Output, Recipe, Rows
+from sos_dask.storage.catalog import write_partition
 
 ROWS_PER_PARTITION = 1_000_000
 REFERENCE_SHARE = 1.7 / 19

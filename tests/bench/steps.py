@@ -33,7 +33,9 @@ PEERS = {
 }
 _PROGRAMS = ("stilts",)
 _IN_THREADS = ("ingest", "dedupe", "crossmatch", "apply")
-_START = "from sos_dask.cluster import start\nif __name__ == '__main__':\n with start({}): pass\n"
+_START = (
+    "from sos_dask.run.cluster import start\nif __name__ == '__main__':\n with start({}): pass\n"
+)
 
 
 @dataclass
@@ -393,7 +395,7 @@ def gpu(bench: Bench) -> None:
 
 def _no_gpu() -> str:
     """Why nothing can run on a GPU here; asked in another process, so that this one stays small."""
-    code = "from sos_dask.models.cuda import find_gpu; print(find_gpu().problem)"
+    code = "from sos_dask.corrections.cuda import find_gpu; print(find_gpu().problem)"
     command = [sys.executable, "-W", "ignore", "-c", code]
     found = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return found.stdout.strip()

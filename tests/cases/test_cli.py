@@ -10,12 +10,12 @@ import pytest
 
 from sos_dask import api
 from sos_dask.cli.output import shown
-from sos_dask.config import load_job
-from sos_dask.demo import against_truth
-from sos_dask.digests import sealed_json
 from sos_dask.errors import CatalogError, ConfigError, SosError, SurveyError, understood
-from sos_dask.plan import plan
-from sos_dask.store import publish, read_build
+from sos_dask.rebuild.job import load_job
+from sos_dask.rebuild.plan import plan
+from sos_dask.simulate.demo import against_truth
+from sos_dask.storage.digests import sealed_json
+from sos_dask.storage.store import publish, read_build
 from tests.job import write_job
 from tests.test_cli import Cli, assert_error, cli, command
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sos_dask.catalog import Catalog
 from sos_dask.cli import main
+from sos_dask.storage.catalog import Catalog
 
 COLUMNS = ("obs_id", "ra", "dec", "teff", "logg", "feh")
 MORE = ("pmra", "pmdec", "position_epoch", "gaia_dr3_source_id")

@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from astropy.table import Table
 
-from sos_dask.catalog import Catalog
 from sos_dask.cli import main
-from sos_dask.crossmatch import MatchSettings
 from sos_dask.errors import CatalogError, PartitionError, SosError
-from sos_dask.healpix import ang2pix, plan_partitions
+from sos_dask.sky.healpix import ang2pix, plan_partitions
 from sos_dask.stages.attach import AttachSettings, attach
 from sos_dask.stages.crossmatch import PairSettings, crossmatch
 from sos_dask.stages.margin import margin
-from sos_dask.verify import verify
+from sos_dask.stars.match import MatchSettings
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.verify import verify
 from tests.sky import observations, write_catalog
 
 SETTINGS = PairSettings(MatchSettings(radius_arcsec=1.0, use_gaia_id=False))

@@ -15,9 +15,9 @@ from astropy.io import fits
 from astropy.table import MaskedColumn, QTable, Table
 from astropy.utils.masked import Masked
 
-from sos_dask.catalog import Catalog
 from sos_dask.errors import SosError
-from sos_dask.survey_file import load_survey
+from sos_dask.storage.catalog import Catalog
+from sos_dask.surveys.file import load_survey
 from tests.bench.fuzz import run
 from tests.survey_files import read
 

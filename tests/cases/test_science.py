@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sos_dask import machine, models
+from sos_dask import corrections as models
 from sos_dask.cli import main
 from sos_dask.cli.output import show_build
-from sos_dask.config import load_job
-from sos_dask.coverage import MIN_GROWTH_PAIRS, Growth
-from sos_dask.models.search import search
-from sos_dask.pipeline import rebuild
+from sos_dask.corrections.search import search
+from sos_dask.evidence.growth import MIN_GROWTH_PAIRS, Growth
+from sos_dask.rebuild.job import load_job
+from sos_dask.rebuild.pipeline import rebuild
+from sos_dask.run import machine
 from sos_dask.schema import LABELS
 from sos_dask.stages.coverage import _warnings, look
 from tests.test_models import ArraySource, biased_pairs

@@ -27,7 +27,7 @@ from sos_dask.ingest.readers.parquet import open_parquet, read_parquet
 from sos_dask.ingest.readers.text import open_text, read_text, text_line
 from sos_dask.ingest.readers.votable import open_votable, read_votable
 from sos_dask.schema import nearest
-from sos_dask.survey import Survey
+from sos_dask.surveys.definition import Survey
 
 __all__ = ["Native", "Source", "open_source", "read_native", "text_line"]
 

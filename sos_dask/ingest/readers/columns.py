@@ -12,7 +12,7 @@ import numpy as np
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.readers.common import Native
 from sos_dask.schema import CANONICAL, find_name, is_gaia_id, nearest
-from sos_dask.survey import SourceColumn
+from sos_dask.surveys.definition import SourceColumn
 
 
 def column_named(path: Path, name: str, known: Sequence[Native]) -> Native | None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.arrays import Values
 from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source
-from sos_dask.survey import Survey
+from sos_dask.surveys.definition import Survey
 
 _MOST_BYTES = 1 << 30  # of a file, which astropy holds in memory
 _BOMB_BYTES = 1 << 29  # of the columns of a small file

@@ -1,0 +1,367 @@
+"""A polynomial of limited total order with all cross terms, fitted robustly and out of core.
+
+Iteratively reweighted least squares: first with the weights of Huber, whose minimum is the only
+one, then with the bisquare of Tukey, which ignores outliers altogether. Tuning constants 1.345 and
+4.685 give 95 % efficiency on normal errors (Holland & Welsch 1977, Communications in Statistics A6,
+813). On simulated pairs with 3 % outliers to one side Huber alone left five times the bias.
+
+An iteration is one pass over the batches. What they give back is summed in their order, so the
+coefficients do not depend on the number of workers. The scale of the residuals is their median
+absolute value in the pass before, from a logarithmic histogram (`Histogram`); the
+last passes keep it, because together with the weights it might circle for ever.
+
+Nothing of dask-ml is used: its LinearRegression has no robust loss, and its solvers take single
+dask arrays, with every term of every pair in them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sos_dask.corrections import (
+    Content,
+    Fitted,
+    Float32Array,
+    FloatArray,
+    Histogram,
+    IntArray,
+    ModelInfo,
+    Param,
+    Progress,
+    Rows,
+    Summary,
+    TrainingSource,
+    count,
+    map_batches,
+    parse_json,
+    summarise,
+    to_json,
+    training_rows,
+)
+from sos_dask.errors import ModelError
+from sos_dask.problem import (
+    BLOCK_ROWS,
+    FEATURES,
+    design_matrix,
+    evaluate_polynomials,
+    polynomial_terms,
+)
+from sos_dask.run.machine import n_threads
+from sos_dask.schema import LABELS
+
+FILE = "coefficients.json"
+HUBER = 1.345
+BISQUARE = 4.685
+MAD_TO_SIGMA = 1.4826
+HUBER_PASSES = 10
+# Passes with the bisquare that still renew the scale.
+SCALE_PASSES = 10
+_KEPT_ROWS = 1_000_000  # 28 MB
+_THREAD_ROWS = 20_000
+
+PARAMS = {
+    "order": Param(4, "Largest sum of the exponents of a term", 1, 6),
+    "ridge": Param(
+        1.0,
+        "Strength of the pull of all coefficients but the constant to zero, in training pairs: "
+        "it steadies some hundred pairs and vanishes among many",
+        0.0,
+        1e6,
+    ),
+    "tolerance": Param(
+        1e-4, "Largest change of the fit in the last passes, in units of the scatter", 1e-12, 0.1
+    ),
+    "max_passes": Param(60, "Largest number of passes over the pairs", 1, 1000),
+}
+# What `sos_dask.corrections.search` tries.
+SEARCH = {"order": (2, 3, 4, 5), "ridge": (0.1, 1.0, 3.0, 10.0)}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Standardised features: (x - center) / width."""
+
+    center: FloatArray
+    width: FloatArray
+
+    def apply(self, features: Float32Array) -> FloatArray:
+        """Standardised features in double precision, shape (n, 3)."""
+        return (features.astype(np.float64) - self.center) / self.width
+
+
+class PolynomialCorrection(Fitted):
+    """Polynomials of the standardised features.
+
+    Parameters
+    ----------
+    info : ModelInfo
+    scale : Scale
+    exponents : ndarray of int64, shape (m, 3)
+    coefficients : ndarray of float64, shape (m, 3)
+        One column a label, K, dex, dex.
+    scatter : ndarray of float64, shape (3,)
+        1.4826 times the median absolute residual of the training pairs.
+    passes : int
+        Passes over the pairs that were made.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        scale: Scale,
+        exponents: IntArray,
+        coefficients: FloatArray,
+        scatter: FloatArray,
+        passes: int,
+    ) -> None:
+        super().__init__(info)
+        self.scale = scale
+        self.exponents = exponents
+        self.coefficients = coefficients
+        self.scatter = scatter
+        self.passes = passes
+
+    def evaluate(self, features: Float32Array) -> Float32Array:
+        """Differences at finite features inside the box, shape (n, 3)."""
+        out = np.empty((len(features), len(LABELS)), dtype=np.float32)
+        for start in range(0, len(features), BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            z = self.scale.apply(features[block])
+            out[block] = evaluate_polynomials(z, self.exponents, self.coefficients)
+        return out
+
+    def files(self) -> Mapping[str, bytes]:
+        """``coefficients.json``: every float64 with all its digits."""
+        document = {
+            "formula": "sum over terms of coefficient * product of z^exponent, "
+            "z = (feature - center) / width",
+            "center": dict(zip(FEATURES, self.scale.center.tolist(), strict=True)),
+            "width": dict(zip(FEATURES, self.scale.width.tolist(), strict=True)),
+            "exponents": self.exponents.tolist(),
+            "coefficients": {
+                label: self.coefficients[:, k].tolist() for k, label in enumerate(LABELS)
+            },
+            "scatter": dict(zip(LABELS, self.scatter.tolist(), strict=True)),
+            "passes": self.passes,
+        }
+        return {FILE: to_json(document)}
+
+
+def restore(info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrection:
+    """Model from its files; `ModelError` where they are incomplete."""
+    document = parse_json(bytes(files.get(FILE, b"")), FILE)
+    try:
+        scale = Scale(
+            np.array([document["center"][name] for name in FEATURES], dtype=np.float64),
+            np.array([document["width"][name] for name in FEATURES], dtype=np.float64),
+        )
+        exponents = np.array(document["exponents"], dtype=np.int64).reshape(-1, len(FEATURES))
+        coefficients = np.array(
+            [document["coefficients"][label] for label in LABELS], dtype=np.float64
+        ).T
+        scatter = np.array([document["scatter"][label] for label in LABELS], dtype=np.float64)
+        passes = int(document["passes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
+    if coefficients.shape != (len(exponents), len(LABELS)) or not np.isfinite(coefficients).all():
+        raise ModelError(f"{FILE}: needs one finite coefficient for each term and label")
+    return PolynomialCorrection(info, scale, exponents, coefficients, scatter, passes)
+
+
+def fit(
+    source: TrainingSource,
+    train_folds: Sequence[int] | None,
+    params: Mapping[str, Any],
+    client: Any,
+    progress: Progress,
+) -> PolynomialCorrection:
+    """Fit; see `sos_dask.corrections.fit`."""
+    exponents = polynomial_terms(params["order"])
+    m = len(exponents)
+    summary = summarise(source, train_folds, client, "polynomial", 2 * m)
+    scale = _scale(summary)
+    coefficients = np.zeros((m, len(LABELS)))
+    coefficients[0] = summary.center
+    sigma = summary.spread
+    # A residual of pairs without noise must not become a scale of zero.
+    floor = np.maximum(1e-6 * summary.spread, np.finfo(np.float64).tiny)
+    freedom = np.sqrt(summary.n_pairs / (summary.n_pairs - m))
+    quiet, passes, huber_left, scale_left = 0, 0, HUBER_PASSES, SCALE_PASSES
+    # Two passes without change, because the scale of a pass is that of the pass before.
+    once = _once(source, train_folds, client, int(summary.n_rows.sum()))
+    while passes < params["max_passes"] and quiet < 2:
+        step = _Step(
+            scale,
+            exponents,
+            coefficients,
+            sigma,
+            huber_left > 0,
+            scale_left > 0,
+            summary.mean_weight,
+        )
+        parts = once(step)
+        if step.with_counts:
+            sigma = np.maximum(_sigma(parts) * freedom, floor)
+        with _one_thread():
+            new, change = _solve(parts, coefficients, params["ridge"])
+        coefficients = new
+        passes += 1
+        calm = bool((change <= params["tolerance"] * sigma).all())
+        if huber_left > 0:
+            huber_left = 0 if calm else huber_left - 1
+        else:
+            scale_left -= 1
+            quiet = quiet + 1 if calm else 0
+        progress("polynomial", passes, int(params["max_passes"]))
+    if not np.isfinite(coefficients).all():
+        raise ModelError("the polynomial has no finite solution: lower 'order' or raise 'ridge'")
+    info = summary.info("polynomial", params, train_folds)
+    return PolynomialCorrection(info, scale, exponents, coefficients, sigma / freedom, passes)
+
+
+def _one_thread() -> AbstractContextManager[Any]:
+    """Matrix products by one thread: with more the last bits may depend on their number."""
+    limits: AbstractContextManager[Any] = _thread_pools().limit(limits=1)
+    return limits
+
+
+@lru_cache(maxsize=1)
+def _thread_pools() -> Any:
+    # It looks through all loaded libraries, which takes longer than a small batch.
+    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+
+    return ThreadpoolController()
+
+
+def _scale(summary: Summary) -> Scale:
+    """Mean and standard deviation to four digits, so that the last bits of sums do not matter."""
+
+    def short(value: float) -> float:
+        return float(f"{value:.3e}")
+
+    width = [
+        short(deviation) if deviation > 1e-6 * max(1.0, abs(mean)) else 1.0
+        for mean, deviation in zip(summary.mean.tolist(), summary.deviation.tolist(), strict=True)
+    ]
+    return Scale(np.array([short(mean) for mean in summary.mean.tolist()]), np.array(width))
+
+
+Part = tuple[FloatArray, FloatArray, list[tuple[NDArray[np.uint16], IntArray]]]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a pass starts from."""
+
+    scale: Scale
+    exponents: IntArray
+    coefficients: FloatArray
+    sigma: FloatArray
+    huber: bool
+    with_counts: bool
+    mean_weight: float
+
+
+def _once(
+    source: TrainingSource, train_folds: Sequence[int] | None, client: Any, n_rows: int
+) -> Callable[[_Step], list[Part]]:
+    """A pass over all batches, as a function of its step; parts are in the order of the batches."""
+    if client is not None or n_rows > _KEPT_ROWS:
+        return lambda step: map_batches(_pass_of, source, client, train_folds, step)
+    rows = [training_rows(source.load(index), train_folds) for index in range(source.n_batches)]
+    threads = n_threads(n_rows, _THREAD_ROWS)
+
+    def once(step: _Step) -> list[Part]:
+        with _one_thread():
+            if threads == 1:
+                return [_pass(part, step) for part in rows]
+            with ThreadPoolExecutor(threads) as pool:
+                return list(pool.map(partial(_pass, step=step), rows))
+
+    return once
+
+
+def _pass_of(
+    source: TrainingSource, index: int, train_folds: Sequence[int] | None, step: _Step
+) -> Part:
+    with _one_thread():
+        return _pass(training_rows(source.load(index), train_folds), step)
+
+
+def _pass(rows: Rows, step: _Step) -> Part:
+    """Weighted normal equations of one batch, shapes (3, m, m) and (3, m), and |residuals|."""
+    m = len(step.exponents)
+    normal, right = np.zeros((len(LABELS), m, m)), np.zeros((len(LABELS), m))
+    residuals = np.empty((len(LABELS), len(rows.features)), dtype=np.float32)
+    for start in range(0, len(rows.features), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        terms = design_matrix(step.scale.apply(rows.features[block]), step.exponents).T
+        y = rows.differences[block].T.astype(np.float64)
+        residual = y - step.coefficients.T @ terms
+        residuals[:, block] = np.abs(residual)
+        weight = _weight(residual / step.sigma[:, None], step.huber)
+        weight *= rows.weight[block].astype(np.float64) / step.mean_weight
+        known = np.isfinite(y)
+        weight = np.where(known, weight, 0.0)
+        y = np.where(known, y, 0.0)
+        weighted = np.empty_like(terms)
+        for label in range(len(LABELS)):
+            np.multiply(terms, weight[label], out=weighted)
+            normal[label] += weighted @ terms.T
+            right[label] += weighted @ y[label]
+    counts = [count(one[np.isfinite(one)]) for one in residuals] if step.with_counts else []
+    return normal, right, counts
+
+
+def _weight(u: FloatArray, huber: bool) -> FloatArray:
+    """Weights of residuals in units of their scale (Holland & Welsch 1977)."""
+    size = np.abs(u)
+    if huber:
+        return HUBER / np.maximum(size, HUBER)
+    return np.square(np.maximum(0.0, 1.0 - np.square(size / BISQUARE)))
+
+
+def _sigma(parts: Sequence[Part]) -> FloatArray:
+    out = []
+    for label in range(len(LABELS)):
+        histogram = Histogram()
+        for _, _, counts in parts:
+            histogram.add(counts[label])
+        out.append(MAD_TO_SIGMA * histogram.quantiles((0.5,))[0])
+    return np.array(out)
+
+
+def _solve(
+    parts: Sequence[Part],
+    coefficients: FloatArray,
+    ridge: float,
+) -> tuple[FloatArray, FloatArray]:
+    """New coefficients and, per label, the root mean square change of the fitted values."""
+    normal, right = np.zeros_like(parts[0][0]), np.zeros_like(parts[0][1])
+    for part_normal, part_right, _ in parts:
+        normal += part_normal
+        right += part_right
+    new, change = np.empty_like(coefficients), np.empty(len(LABELS))
+    for label in range(len(LABELS)):
+        matrix = normal[label]
+        # The constant is the first term, so this is the sum of the weights.
+        total = matrix[0, 0]
+        size = np.sqrt(np.diag(matrix))
+        size = np.where(size > 0, size, 1.0)
+        scaled = matrix / np.outer(size, size)
+        scaled[np.diag_indices_from(scaled)] += np.where(np.arange(len(size)) > 0, ridge / total, 0)
+        # Least squares of the smallest norm: terms that the pairs cannot tell apart stay small.
+        solution = np.linalg.lstsq(scaled, right[label] / size, rcond=1e-13)[0]
+        new[:, label] = solution / size
+        step = new[:, label] - coefficients[:, label]
+        change[label] = math.sqrt(max(0.0, float(step @ matrix @ step)) / total)
+    return new, change

@@ -1,0 +1,211 @@
+"""Hyper-parameters chosen by successive halving over the cluster.
+
+Candidates are drawn at random from the ``SEARCH`` of a method (Bergstra & Bengio 2012, JMLR 13,
+281); the parameters of the job are the first of them. In a round each is fitted with one more of
+the training folds kept aside and judged on it; the better half goes on (Jamieson & Talwalkar 2016,
+AISTATS 51, 240). Held-out folds have no part in it. A fit is one task of one thread, so the choice
+does not depend on the workers. dask-ml's searches that give up bad candidates early fail with the
+versions pinned here; those that do not would fit all candidates on all folds, need a scikit-learn
+estimator around each method and would travel with all pairs in every task.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sos_dask.corrections import FloatArray, TrainingSource, fit, release, training_rows
+from sos_dask.errors import ClusterError, ConfigError, ModelError
+from sos_dask.schema import LABELS
+
+# Beyond so many spreads a residual is an outlier, and how far does not matter.
+CLIP = 4.0
+# Folds that judge the last candidates.
+MAX_FOLDS = 5
+
+Params = Mapping[str, int | float | str]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate and how it did.
+
+    Parameters
+    ----------
+    params : mapping
+        Those that are searched.
+    losses : tuple of float
+        Of each fold that was kept aside for it: mean over the labels of the mean absolute residual,
+        in spreads of the differences.
+    """
+
+    params: Params
+    losses: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean of the losses."""
+        return float(np.mean(self.losses))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Result of a search.
+
+    Parameters
+    ----------
+    params : mapping
+        Complete parameters of the best candidate.
+    trials : tuple of Trial
+        All candidates, the best first.
+    """
+
+    params: Params
+    trials: tuple[Trial, ...]
+
+    def table(self) -> list[dict[str, Any]]:
+        """Trials as JSON; a loss is None where a candidate could not be fitted."""
+        return [
+            {
+                "params": dict(trial.params),
+                "losses": [loss if np.isfinite(loss) else None for loss in trial.losses],
+                "loss": trial.loss if np.isfinite(trial.loss) else None,
+            }
+            for trial in self.trials
+        ]
+
+
+def search_space(method: str) -> Mapping[str, Sequence[int | float | str]]:
+    """Values of the parameters that are searched; empty for a method that has none.
+
+    Parameters
+    ----------
+    method : str
+    """
+    space: Mapping[str, Sequence[int | float | str]] = getattr(
+        importlib.import_module(f"sos_dask.corrections.{method}"), "SEARCH", {}
+    )
+    return space
+
+
+def candidates(method: str, params: Params, n: int, seed: int) -> list[Params]:
+    """Different sets of the searched parameters: those of ``params`` first, others by chance.
+
+    Parameters
+    ----------
+    params : mapping
+        Complete.
+    n : int
+        At most so many: a small space has fewer.
+    seed : int
+    """
+    space = search_space(method)
+    if not space:
+        raise ConfigError(f"method '{method}' has no parameters to search")
+    rng = np.random.default_rng(seed)
+    found: list[Params] = [{name: params[name] for name in space}]
+    for _ in range(20 * n):
+        if len(found) >= n:
+            break
+        drawn = {name: values[int(rng.integers(len(values)))] for name, values in space.items()}
+        if drawn not in found:
+            found.append(drawn)
+    return found
+
+
+def search(
+    method: str,
+    source: TrainingSource,
+    train_folds: Sequence[int],
+    params: Params,
+    n: int,
+    seed: int = 0,
+    client: Any = None,
+) -> Found:
+    """Choose parameters of a method by the folds that train it.
+
+    Parameters
+    ----------
+    method : str
+    source : TrainingSource
+    train_folds : sequence of int
+        Two or more; no other fold is read.
+    params : mapping
+        Complete; the first candidate.
+    n : int
+        Number of candidates.
+    seed : int
+    client : distributed.Client, optional
+        Fits are tasks of its workers, each of which needs all pairs in its memory.
+
+    Raises
+    ------
+    ConfigError
+        The method has nothing to search.
+    ModelError
+        Too few folds, or no candidate can be fitted.
+    ClusterError
+        Fits kill their workers again and again.
+    """
+    folds = sorted(int(fold) for fold in train_folds)
+    if len(folds) < 2:
+        raise ModelError(
+            f"a search for parameters of '{method}' needs two training folds, and there is "
+            f"{len(folds)}",
+            "Raise crossmatch.n_folds.",
+        )
+    alive = list(enumerate(candidates(method, params, n, seed)))
+    losses: dict[int, list[float]] = {number: [] for number, _ in alive}
+    for kept in folds[:MAX_FOLDS]:
+        jobs = [(method, source, folds, kept, {**params, **drawn}) for _, drawn in alive]
+        for (number, _), loss in zip(alive, _run(jobs, client), strict=True):
+            losses[number].append(loss)
+        alive.sort(key=lambda item: (np.mean(losses[item[0]]), item[0]))
+        if not np.isfinite(np.mean(losses[alive[0][0]])):
+            raise ModelError(f"no candidate of the search of '{method}' can be fitted")
+        alive = alive[: max((len(alive) + 1) // 2, 2)]
+    drawn = candidates(method, params, n, seed)
+    order = sorted(losses, key=lambda i: (-len(losses[i]), np.mean(losses[i]), i))
+    trials = tuple(Trial(drawn[i], tuple(losses[i])) for i in order)
+    return Found({**params, **trials[0].params}, trials)
+
+
+def _run(jobs: Sequence[tuple[Any, ...]], client: Any) -> list[float]:
+    if client is None:
+        return [_loss(*job) for job in jobs]
+    from distributed import KilledWorker
+
+    futures = [client.submit(_loss, *job, pure=False) for job in jobs]
+    try:
+        losses: list[float] = client.gather(futures)
+    except KilledWorker as error:
+        raise ClusterError(
+            f"search of '{jobs[0][0]}': a fit killed its worker again and again ({error})",
+            "Most often it ran out of memory: every fit needs all pairs. Give workers more.",
+        ) from error
+    finally:
+        release(futures)
+    return losses
+
+
+def _loss(
+    method: str, source: TrainingSource, folds: Sequence[int], kept: int, params: Params
+) -> float:
+    """Loss of one fit on the fold that was kept aside; infinite where it cannot be fitted."""
+    try:
+        fitted = fit(
+            method, source, train_folds=[fold for fold in folds if fold != kept], params=params
+        )
+    except ModelError:
+        # A model too large for the pairs is a bad candidate, no reason to stop.
+        return float("inf")
+    rows = [training_rows(source.load(index), [kept]) for index in range(source.n_batches)]
+    truth = np.concatenate([row.differences for row in rows]).astype(np.float64)
+    residual = np.abs(truth - np.concatenate([fitted.predict(row.features) for row in rows]))
+    spread = np.nanmedian(np.abs(truth - np.nanmedian(truth, axis=0)), axis=0) * 1.4826
+    scaled: FloatArray = np.minimum(residual / np.where(spread > 0, spread, 1.0), CLIP)
+    return float(np.mean([np.nanmean(scaled[:, k]) for k in range(len(LABELS))]))

@@ -1,0 +1,1 @@
+"""What is known of a correction: figures, choice, intervals, coverage."""

@@ -1,0 +1,201 @@
+"""The rule by which one method corrects the catalog, and why in a sentence.
+
+A method is *worse* than the best one of a label in scatter (held-out 1.4826 MAD) or in binned
+medians (their rms) if the 95 % interval of the difference, on the same resamples, is above zero and
+the difference is larger than ``tolerance`` times the best: with very many pairs differences become
+certain that do not matter.
+
+* ``balanced``: of the methods that are worse in no label, the smoothest (the smallest mean over the
+  labels of the roughness). Where none is left, those that are not worse in the scatter averaged
+  over the labels, each in units of the scatter without a correction.
+* ``scatter``: the smallest averaged scatter.
+* the name of a method: that one.
+
+Of equals the first by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sos_dask.errors import ConfigError, ModelError
+from sos_dask.evidence.figures import NONE, Scored, difference
+from sos_dask.schema import LABELS, nearest
+from sos_dask.stats.bootstrap import interval
+
+BALANCED, SCATTER = "balanced", "scatter"
+RULES = (BALANCED, SCATTER)
+TOLERANCE = 0.01
+_NAMES = {"mad": "scatter", "rms_binned": "binned medians"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method that a rule chooses.
+
+    Parameters
+    ----------
+    method, rule, why : str
+    scores : mapping
+        By method: ``scatter``, averaged over the labels in units of the uncorrected scatter, with
+        ``scatter_low`` and ``scatter_high``; ``roughness``, averaged; and ``worse_in``, by label
+        and score where it is worse than the best: by how much, as a share of the best, with the
+        interval.
+    """
+
+    method: str
+    rule: str
+    why: str
+    scores: Mapping[str, Mapping[str, Any]]
+
+
+def check_rule(rule: str, methods: Sequence[str]) -> str:
+    """The rule; `ConfigError` where it is neither one of `RULES` nor one of the methods."""
+    known = (*RULES, *methods)
+    if rule not in known:
+        raise ConfigError(
+            f"there is no rule '{rule}' to choose a method by",
+            nearest(rule, known) or f"Known are: {', '.join(known)}.",
+        )
+    return rule
+
+
+def choose(
+    rule: str,
+    figures: Sequence[Mapping[tuple[str, str], Scored]],
+    roughness: Mapping[str, float],
+    tolerance: float = TOLERANCE,
+) -> Choice:
+    """Choose a method.
+
+    Parameters
+    ----------
+    rule : str
+    figures : sequence of mapping
+        Of each label, what `figures.figures` gives for the held-out sample.
+    roughness : mapping of str to float
+        By method, mean over the labels; nan where it is not known.
+    tolerance : float
+
+    Raises
+    ------
+    ModelError
+        There is no method.
+    ConfigError
+        Unknown rule.
+    """
+    methods = sorted({method for of in figures for method, _ in of} - {NONE})
+    if not methods:
+        raise ModelError("there is no method to choose from")
+    check_rule(rule, methods)
+    averaged = _averaged(figures, methods)
+    worse = _worse_in_labels(figures, methods, tolerance)
+    method, why = _ruled(rule, averaged, worse, roughness, tolerance)
+    scores = {}
+    for name in methods:
+        low, high = interval(*averaged[name])
+        smooth = roughness.get(name, float("nan"))
+        scores[name] = {
+            "scatter": averaged[name].value,
+            "scatter_low": max(low, 0.0),
+            "scatter_high": high,
+            "roughness": smooth if np.isfinite(smooth) else None,
+            "worse_in": worse[name],
+        }
+    return Choice(method, rule, why, scores)
+
+
+def _averaged(
+    figures: Sequence[Mapping[tuple[str, str], Scored]], methods: Sequence[str]
+) -> dict[str, Scored]:
+    """Scatter of each method in units of the uncorrected one, averaged over the labels."""
+    found = {}
+    for method in methods:
+        pairs = [(of[method, "mad"], of[NONE, "mad"].value or np.inf) for of in figures]
+        found[method] = Scored(
+            float(np.mean([score.value / unit for score, unit in pairs])),
+            np.mean([score.replicates / unit for score, unit in pairs], axis=0),
+        )
+    return found
+
+
+def _worse(scores: Mapping[str, Scored], tolerance: float) -> dict[str, tuple[float, float, float]]:
+    """Methods that are worse than the best, each with by how much, as a share of the best."""
+    found = {}
+    best = min(scores, key=lambda method: (scores[method].value, method), default="")
+    for method, score in scores.items():
+        behind, low, high = difference(score, scores[best])
+        scale = scores[best].value
+        if scale > 0 and low > 0 and behind > tolerance * scale:
+            found[method] = (behind / scale, low / scale, high / scale)
+    return found
+
+
+def _worse_in_labels(
+    figures: Sequence[Mapping[tuple[str, str], Scored]], methods: Sequence[str], tolerance: float
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+    found: dict[str, dict[str, tuple[float, float, float]]] = {method: {} for method in methods}
+    for label, of in zip(LABELS, figures, strict=True):
+        for statistic, text in _NAMES.items():
+            scores = {m: of[m, statistic] for m in methods if (m, statistic) in of}
+            for method, how_much in _worse(scores, tolerance).items():
+                found[method][f"{label} {text}"] = how_much
+    return found
+
+
+def _ruled(
+    rule: str,
+    scatter: Mapping[str, Scored],
+    worse: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    roughness: Mapping[str, float],
+    tolerance: float,
+) -> tuple[str, str]:
+    """The method and why."""
+    methods = list(scatter)
+    if rule not in RULES:
+        return rule, f"{rule}: the job names it"
+    if len(methods) == 1:
+        return methods[0], f"{methods[0]}: the only method"
+    least = min(methods, key=lambda method: (scatter[method].value, method))
+    if rule == SCATTER:
+        low, high = interval(*scatter[least])
+        return least, (
+            f"{least}: the smallest held-out scatter averaged over the labels, "
+            f"{scatter[least].value:.4f} [{low:.4f}, {high:.4f}] of the uncorrected one"
+        )
+    good = [method for method in methods if not worse[method]]
+    what = "in no label worse than the best"
+    if not good:
+        behind = _worse(scatter, tolerance)
+        good = [method for method in methods if method not in behind]
+        what = "worse than the best in some label, but not in the scatter averaged over them"
+    rejected = [_because(method, worse[method]) for method in methods if method not in good]
+    known = [method for method in good if np.isfinite(roughness.get(method, float("nan")))]
+    if len(good) == 1:
+        chosen, why = good[0], f"the only one {what}"
+    elif known:
+        chosen = min(known, key=lambda method: (roughness[method], method))
+        why = f"the smoothest (roughness {roughness[chosen]:.3f}) of {_listed(good)}, {what}"
+    else:
+        chosen = min(good, key=lambda method: (scatter[method].value, method))
+        why = (
+            f"the smallest held-out scatter of {_listed(good)}, {what}; which is smoothest too few "
+            "cells with pairs can tell"
+        )
+    return chosen, "; ".join([f"{chosen}: {why}", *rejected])
+
+
+def _because(method: str, worse: Mapping[str, tuple[float, float, float]]) -> str:
+    """What speaks most against a method, as part of a sentence."""
+    name = max(worse, key=lambda name: worse[name][1])
+    by, low, high = (100 * share for share in worse[name])
+    more = f", and in {len(worse) - 1} more" if len(worse) > 1 else ""
+    return f"{method} is worse in {name} by {by:.2f} % [{low:.2f}, {high:.2f}]{more}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

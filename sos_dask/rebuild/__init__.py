@@ -1,0 +1,1 @@
+"""A whole job: its file, its plan, and the run that publishes."""

@@ -1,0 +1,561 @@
+"""Everything that touches Dask: workers, tasks, progress. One task is one partition.
+
+Tasks are plain functions of picklable arguments. They are idempotent, so a task that dies with its
+worker is simply run again elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing.forkserver
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from sos_dask.errors import ClusterError, ConfigError, SosError
+from sos_dask.run.machine import (
+    KEPT_BYTES,
+    give_back_memory,
+    keep_freed_memory,
+    memory_bytes,
+    n_cores,
+)
+
+T = TypeVar("T")
+R = TypeVar("R")
+logger = logging.getLogger(__name__)
+_ANSWER_S = 5
+_CONNECT = "20s"
+_CLOSING_S = 10.0
+_LEAST_BYTES = 64 << 20
+_MOST_A_CORE = 64
+_LISTENING_S = 3.0  # so long nobody may listen yet at a scheduler's address
+
+
+# Dask lets a worker give every freed 64 KiB back to the system. Tasks that go from array to array
+# then spend a third of their time on fresh pages, and keep no less memory at their peak. One arena,
+# because a task runs in a thread of its own: memory is used again only within an arena.
+# Dask ends a worker that holds more of its limit.
+_USABLE = 0.95
+_WORKER_ENVIRONMENT = {
+    "MALLOC_TRIM_THRESHOLD_": KEPT_BYTES,
+    "MALLOC_MMAP_THRESHOLD_": KEPT_BYTES,
+    "MALLOC_ARENA_MAX": 1,
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "OMP_NUM_THREADS": 1,
+    "OMP_WAIT_POLICY": "passive",
+    "MKL_NUM_THREADS": 1,
+    "OPENBLAS_NUM_THREADS": 1,
+}
+
+
+class Report(Protocol):
+    """Gets told how far a step is; the command line draws it."""
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """``done`` of ``total`` parts of a step are done."""
+
+
+def silent(step: str, done: int, total: int) -> None:
+    """A `Report` that says nothing."""
+
+
+class Cluster:
+    """Runs tasks on a Dask cluster, or in this process when there is no client.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+        None: tasks run in this process.
+    n_threads : int
+        So many at once, without a client.
+    thread_bytes : int, optional
+        Memory that each of them may use.
+    """
+
+    def __init__(
+        self, client: Any = None, n_threads: int = 1, thread_bytes: int | None = None
+    ) -> None:
+        self.client = client
+        self._n_threads = n_threads
+        self._thread_bytes = thread_bytes
+
+    @property
+    def n_workers(self) -> int:
+        """Workers at present; without a cluster threads."""
+        if self.client is None:
+            return self._n_threads
+        return max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """Memory limit of the smallest worker; None where there is none."""
+        if self.client is None:
+            return self._thread_bytes
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
+        return min(limits, default=None)
+
+    def require_memory(self, n_bytes: int, what: str) -> None:
+        """Refuse work that a worker cannot hold, before it starts.
+
+        Raises
+        ------
+        ClusterError
+            The smallest worker has less than ``n_bytes``.
+        """
+        limit = self.memory_limit_bytes
+        if limit is not None and n_bytes > _USABLE * limit:
+            raise ClusterError(
+                f"{what} needs about {n_bytes / 2**20:,.0f} MiB in a worker, "
+                f"the limit is {limit / 2**20:,.0f} MiB, of which {_USABLE:.0%} can be used",
+                f"Give workers {n_bytes / _USABLE / 2**20:,.0f} MiB or more (memory_limit; fewer "
+                "workers have more each), or ingest with a lower rows_per_partition.",
+            )
+
+    @staticmethod
+    def require_driver_memory(n_bytes: int, what: str) -> None:
+        """Refuse work that this process cannot hold, before it starts.
+
+        Raises
+        ------
+        ClusterError
+            The machine, or the group of processes that a batch system put this one in, has less.
+        """
+        limit = memory_bytes()
+        if n_bytes > limit:
+            raise ClusterError(
+                f"{what} needs about {n_bytes / 2**20:,.0f} MiB in the process that was started, "
+                f"there are {limit / 2**20:,.0f} MiB",
+                "Start it on a machine, or in a batch job, with more memory.",
+            )
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU seconds so far of this process and of each worker that answers soon, by address."""
+        found = {"": time.process_time()}
+        if self.client is None:
+            return found
+        from distributed import wait
+
+        with contextlib.suppress(TimeoutError, OSError):
+            workers = self.client.scheduler_info(n_workers=-1)["workers"]
+            asked = {
+                address: self.client.submit(time.process_time, workers=[address], pure=False)
+                for address in workers
+            }
+            try:
+                wait(list(asked.values()), timeout=_ANSWER_S)
+            finally:
+                found |= {
+                    address: float(future.result())
+                    for address, future in asked.items()
+                    if future.status == "finished"
+                }
+                self.client.cancel(list(asked.values()), force=True)
+        return found
+
+    def run(
+        self,
+        function: Callable[[T], R],
+        tasks: Sequence[T],
+        step: str,
+        report: Report = silent,
+    ) -> list[R]:
+        """Results of ``function`` for every task, in the order of the tasks.
+
+        Parameters
+        ----------
+        function : callable
+            Importable by its name on every worker.
+        step : str
+            What a progress bar calls it.
+
+        Raises
+        ------
+        SosError
+            As raised by a task; the other tasks are cancelled.
+        ClusterError
+            A task killed its worker several times, or the scheduler is gone.
+        """
+        report(step, 0, len(tasks))
+        if self.client is not None:
+            return self._run_on_client(function, tasks, step, report)
+        if self._n_threads > 1:
+            return self._run_in_threads(function, tasks, step, report)
+        results = []
+        for number, task in enumerate(tasks, start=1):
+            results.append(function(task))
+            report(step, number, len(tasks))
+        return results
+
+    def _run_in_threads(
+        self, function: Callable[[T], R], tasks: Sequence[T], step: str, report: Report
+    ) -> list[R]:
+        pool = futures.ThreadPoolExecutor(self._n_threads, "task")
+        try:
+            running = [pool.submit(function, task) for task in tasks]
+            for number, future in enumerate(futures.as_completed(running), start=1):
+                future.result()
+                report(step, number, len(tasks))
+            return [future.result() for future in running]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _run_on_client(
+        self, function: Callable[[T], R], tasks: Sequence[T], step: str, report: Report
+    ) -> list[R]:
+        from distributed import CancelledError, KilledWorker, as_completed
+
+        results: dict[int, R] = {}
+        index_of: dict[Any, int] = {}
+        future = None
+        waiting = iter(enumerate(tasks))
+        running = as_completed()
+
+        def submit() -> None:
+            for index, task in waiting:
+                future = self.client.submit(_run_task, function, task, pure=False)
+                index_of[future.key] = index
+                running.add(future)
+                return
+
+        try:
+            # A bounded number in flight: the scheduler never holds a graph of the whole job.
+            for _ in range(4 * self.n_workers):
+                submit()
+            for future in running:
+                results[index_of[future.key]] = future.result()
+                report(step, len(results), len(tasks))
+                submit()
+        except SosError:
+            raise
+        except KilledWorker as error:
+            raise ClusterError(
+                f"{step}: a task killed its worker again and again ({error})",
+                "Most often it ran out of memory: give workers more, or lower rows_per_partition.",
+            ) from error
+        except (CancelledError, TimeoutError, OSError) as error:
+            if future is not None and future.status == "error":
+                raise  # of the task itself
+            raise ClusterError(
+                f"{step}: the cluster is gone ({error!r})",
+                "Run the same command again.",
+            ) from error
+        finally:
+            with contextlib.suppress(Exception):
+                self.client.cancel(list(running.futures), force=True)
+        return [results[index] for index in range(len(tasks))]
+
+
+def _run_task(function: Callable[[T], R], task: T) -> R:
+    """Run a task in a worker."""
+    _give_back(function)
+    return function(task)
+
+
+@lru_cache(maxsize=1)
+def _give_back(function: Callable[[T], R]) -> None:
+    """Give back what the stage before has left, once for the first task of a function.
+
+    Freed memory is kept for the next task of a kind (see above). Kept over stages it would add to
+    the peak of each, in pieces that do not fit.
+    """
+    give_back_memory()
+
+
+def _quiet_workers() -> Any:
+    """Plugin that throws away what libraries print in workers: standard output is for results."""
+    from distributed import WorkerPlugin
+
+    class Quiet(WorkerPlugin):  # type: ignore[misc]
+        def setup(self, worker: Any) -> None:
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+
+    return Quiet()
+
+
+# What every worker imports before its first task, beside the stages in use here and what these name
+# as PRELOAD.
+_PRELOADED = [
+    "sos_dask.run.worker",
+    "distributed",
+    "distributed.nanny",
+    "pyarrow.compute",
+    "sos_dask.storage.catalog",
+]
+
+
+def _share_imports() -> None:
+    """Have worker processes start as copies of one that has done their imports.
+
+    With two workers it saves 1 of 3 CPU seconds, and a lost worker is replaced at once.
+    """
+    import distributed.utils
+
+    in_use = sorted(name for name in sys.modules if name.startswith("sos_dask.stages."))
+    needed = {extra for name in in_use for extra in getattr(sys.modules[name], "PRELOAD", ())}
+    preloaded = [*_PRELOADED, *in_use, *sorted(needed)]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)
+    # Dask's own list would import pandas and more, in this process too.
+    distributed.utils._forkserver_preload_set = True
+
+
+@contextlib.contextmanager
+def start(
+    n_workers: int | None = None,
+    memory_limit: str = "auto",
+    scheduler: str | None = None,
+    n_threads: int | None = None,
+) -> Iterator[Cluster]:
+    """A cluster for the time of a ``with`` block.
+
+    Parameters
+    ----------
+    n_workers : int, optional
+        Worker processes of one thread each on this machine; default one a core, 0 for none (tasks
+        run in this process).
+    memory_limit : str
+        Per worker or thread (``"4GiB"``), 0 for none; default its part of the memory there is.
+    n_threads : int, optional
+        Threads of this process that run tasks, instead of workers.
+    scheduler : str, optional
+        Address of a running Dask scheduler, or the path of its scheduler file, used instead.
+
+    Raises
+    ------
+    ClusterError
+        The scheduler does not answer.
+    ConfigError
+        The memory limit is no number of bytes, more processes or threads are asked for than can be
+        meant, or what is asked for excludes each other.
+    """
+    check_place(n_workers, memory_limit, scheduler, n_threads)
+    limit = None if memory_limit == "auto" else _limit_bytes(memory_limit)
+    if n_threads is not None or (scheduler is None and n_workers == 0):
+        keep_freed_memory()
+        n_threads = n_threads or 1
+        share = memory_bytes() // n_threads if memory_limit == "auto" else limit
+        yield Cluster(None, n_threads, share)
+        return
+    import dask
+    from distributed import Client, LocalCluster
+
+    quiet = logging.getLogger("distributed")
+    level = quiet.level
+    with (
+        dask.config.set(
+            {
+                "distributed.logging.distributed": "critical",
+                "distributed.worker.daemon": True,
+                "distributed.worker.multiprocessing-method": "forkserver",
+                # A frozen worker is given up after this; its tasks run elsewhere.
+                "distributed.scheduler.worker-ttl": "60s",
+                # A paused worker would never go on: what it holds is not Dask's to spill.
+                "distributed.worker.memory.pause": False,
+                "distributed.worker.memory.target": False,
+                "distributed.worker.memory.spill": False,
+                "distributed.worker.memory.terminate": _USABLE,
+                # Nobody looks at profiles: watching itself took 7 % of a core, now 2 %.
+                "distributed.worker.profile.enabled": False,
+                "distributed.admin.tick.interval": "500ms",
+                "distributed.admin.system-monitor.interval": "2s",
+                "distributed.admin.large-graph-warning-threshold": "100MB",
+                "distributed.nanny.pre-spawn-environ": _WORKER_ENVIRONMENT,
+            }
+        ),
+        contextlib.ExitStack() as stack,
+    ):
+        quiet.setLevel(logging.CRITICAL)
+        stack.callback(quiet.setLevel, level)
+        if scheduler is not None:
+            is_file = Path(scheduler).exists()
+            try:
+                if not is_file:
+                    _require_listener(scheduler)
+                client = Client(
+                    **({"scheduler_file": scheduler} if is_file else {"address": scheduler}),
+                    timeout=_CONNECT,
+                )
+            except Exception as error:  # an address or a file can be wrong in many ways
+                raise ClusterError(
+                    f"no Dask scheduler answers at {scheduler}: {error!r}",
+                    "Check the address, or leave it out to work on this machine.",
+                ) from error
+        else:
+            _share_imports()
+            with _interrupts(signal.SIG_IGN), _environment_kept():
+                # The process that workers are copies of, and they, inherit both.
+                os.environ |= {name: str(value) for name, value in _WORKER_ENVIRONMENT.items()}
+                multiprocessing.forkserver.ensure_running()
+            with _interrupts_postponed(), _environment_kept():
+                local = stack.enter_context(
+                    LocalCluster(
+                        n_workers=n_workers or n_cores(),
+                        threads_per_worker=1,
+                        memory_limit=memory_limit if memory_limit == "auto" else limit,
+                        processes=True,
+                        dashboard_address=":0",  # a free port; the server itself is always there
+                        # Its pages are made by bokeh, whose import is a third of the whole start.
+                        scheduler_kwargs={"dashboard": False},
+                        silence_logs=logging.CRITICAL,
+                    )
+                )
+            stack.enter_context(_hanging_workers_killed(local))
+            client = Client(local)
+        stack.enter_context(client)
+        if scheduler is None:
+            client.register_plugin(_quiet_workers(), name="quiet")
+        yield Cluster(client)
+
+
+def _limit_bytes(memory_limit: str) -> int | None:
+    """Memory limit that is said, None for ``0``, which is none.
+
+    Raises
+    ------
+    ConfigError
+        It is no number of bytes.
+    """
+    from dask.utils import parse_bytes
+
+    try:
+        limit = int(parse_bytes(memory_limit))
+    except (ValueError, OverflowError):
+        limit = -1
+    if not 0 <= limit <= 2**60 or not memory_limit.strip()[0].isdigit():
+        raise ConfigError(
+            f"{memory_limit!r} is no memory limit",
+            "Give a number with its unit, as in 4GiB; auto, or 0 for none.",
+        )
+    if 0 < limit < _LEAST_BYTES:
+        raise ConfigError(
+            f"a memory limit of {memory_limit!r} is too small for any work",
+            f"Give {_LEAST_BYTES >> 20}MiB or more; most steps need some hundred.",
+        )
+    return limit or None
+
+
+def check_place(
+    n_workers: int | None,
+    memory_limit: str = "auto",
+    scheduler: str | None = None,
+    n_threads: int | None = None,
+) -> None:
+    """Refuse what `start` can never do, before anything is read.
+
+    Raises
+    ------
+    ConfigError
+    """
+    most = _MOST_A_CORE * n_cores()
+    for number, least, what in ((n_workers, 0, "workers"), (n_threads, 1, "threads")):
+        if number is not None and not least <= number <= most:
+            raise ConfigError(
+                f"{number} {what} are not possible", f"{n_cores()} cores take {most} at most."
+            )
+    if memory_limit != "auto":
+        _limit_bytes(memory_limit)
+    if n_threads is not None and (n_workers is not None or scheduler is not None):
+        raise ConfigError(
+            "--threads goes with neither --workers nor --scheduler",
+            "Tasks run in threads of this process, in worker processes, or on a cluster.",
+        )
+    if scheduler is None:
+        return
+    if n_workers is not None or memory_limit != "auto":
+        raise ConfigError(
+            "a running cluster (--scheduler) has workers and memory limits of its own",
+            "Leave --workers and --memory-limit out, or the scheduler.",
+        )
+    is_there = Path(scheduler).exists()
+    if is_there and not Path(scheduler).is_file():
+        raise ConfigError(f"--scheduler: {scheduler} is no scheduler file")
+    if scheduler.endswith(".json") and not is_there:
+        raise ConfigError(
+            f"--scheduler: there is no file {scheduler}", "Has the scheduler started?"
+        )
+
+
+def _require_listener(address: str) -> None:
+    """Wait shortly for a listener; Dask itself tries a wrong address again until its timeout."""
+    url = urlsplit(address if "://" in address else f"tcp://{address}")
+    if url.scheme not in ("tcp", "tls") or not url.hostname or not url.port:
+        return
+    deadline = time.monotonic() + _LISTENING_S
+    while True:
+        try:
+            left = max(deadline - time.monotonic(), 0.1)
+            socket.create_connection((url.hostname, url.port), timeout=left).close()
+            return
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _hanging_workers_killed(local: Any) -> Iterator[None]:
+    """While a cluster closes, kill workers that do not end: one that just starts again never does.
+
+    Dask waits for ever for a worker that has not yet told its nanny that it runs.
+    """
+    yield
+    closed = threading.Event()
+
+    def watch() -> None:
+        while not closed.wait(_CLOSING_S):
+            for nanny in list(local.workers.values()):
+                with contextlib.suppress(OSError, TypeError):  # ended by itself, or not there yet
+                    os.kill(nanny.pid, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="closing", daemon=True).start()
+    try:
+        local.close()
+    finally:
+        closed.set()
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Dask gives workers their environment through this process, which may use all its threads."""
+    before = {name: os.environ.get(name) for name in _WORKER_ENVIRONMENT}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _interrupts(handler: Any) -> Iterator[None]:
+    """Another handler of Ctrl-C; only the main thread has one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _interrupts_postponed() -> Iterator[None]:
+    """Ctrl-C counts at the end of the block: Dask's start cannot be left half-way."""
+    arrived: list[int] = []
+    with _interrupts(lambda number, frame: arrived.append(number)):
+        yield
+    if arrived:
+        signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,1 @@
+"""Places on the sky: HEALPix cells, the sphere, neighbours."""

@@ -1,0 +1,485 @@
+"""Loops over rows, compiled by numba. Arrays in and out; the modules that call them say what for.
+
+Numba takes half a CPU second to import: import this module inside a function that has rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numpy.typing import NDArray
+
+from sos_dask.sky.jit import compiled, read_only
+
+FloatArray = NDArray[np.floating]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+
+def _three(dtype: Any) -> Any:
+    return types.UniTuple(read_only(dtype), 3)  # type: ignore[no-untyped-call]
+
+
+_I, _B, _D = read_only(types.int64), read_only(types.boolean), read_only(types.float64)
+_I_OUT, _B_OUT, _D_OUT = types.int64[::1], types.boolean[::1], types.float64[::1]
+_FLOATS = (types.float32, types.float64)
+
+
+@njit(inline="always")
+def _nearness(d_ra: float, d_dec: float, cos_cos: float, low: float, high: float) -> int:
+    if abs(d_ra) < 0.005 and abs(d_dec) < 0.005:
+        square = d_dec * d_dec + cos_cos * d_ra * d_ra
+        if square < low:
+            return 1
+        if square > high:
+            return 0
+    return 2
+
+
+@compiled(
+    (
+        *(_I, _D, _D, _D, types.float64, types.int64, read_only(types.uint8), types.int64),
+        *(types.int64, _I_OUT, _I_OUT, types.int8[::1], _B_OUT, _I_OUT),
+    )
+)
+def pairs_on_faces(
+    cells: IntArray,
+    ra: FloatArray,
+    dec: FloatArray,
+    cos_dec: FloatArray,
+    radius: float,
+    order: int,
+    touches: NDArray[np.uint8],
+    depth: int,
+    most: int,
+    i: IntArray,
+    j: IntArray,
+    near: NDArray[np.int8],
+    crosses: BoolArray,
+    count: IntArray,
+) -> None:
+    """Pairs of rows within a radius (deg) that lie in one base pixel, i < j.
+
+    Rows are entered into the cells of an order that they may reach, as ``touches`` says (see
+    `nearby.pairs_within`); ``crosses`` is set for those that may reach into another base pixel.
+    ``near`` is 1, or 2 where the separation must be calculated: below 0.005 deg in both coordinates
+    what the plane neglects (Taylor series of the haversine formula) is less than one part in 10^8
+    of the squared separation. ``count[0]`` is the number of pairs, also of those for which there is
+    no room; the search ends when they are more than ``most``.
+    """
+    low, high = radius * radius * (1.0 - 1e-7), radius * radius * (1.0 + 1e-7)
+    shift, found, n = 58 - 2 * order, 0, len(cells)
+    even = np.int64((1 << 2 * order) - 1) & np.int64(0x5555555555555555)
+    odd = even << 1
+    for p in range(n):
+        own = cells[p] >> shift
+        mask = touches[(cells[p] >> (shift - 2 * depth)) & (len(touches) - 1)]
+        face, x, y = own & ~(even | odd), own & even, own & odd
+        after = p + 1
+        for bit in range(-1, 8):
+            cell = own
+            if bit >= 0:
+                if not (mask >> bit) & 1:
+                    continue
+                # Steps in the order of healpy: SW, W, NW, N, NE, E, SE, S.
+                right, left = bit in (3, 4, 5), bit in (0, 1, 7)
+                up, down = bit in (1, 2, 3), bit in (5, 6, 7)
+                if (
+                    (right and x == even)
+                    or (left and x == 0)
+                    or (up and y == odd)
+                    or (down and y == 0)
+                ):
+                    crosses[p] = True
+                    continue
+                # Odd bits all set let a carry pass from one even bit to the next.
+                to_x, to_y = x, y
+                if right:
+                    to_x = ((x | odd) + 1) & even
+                elif left:
+                    to_x = (x - 1) & even
+                if up:
+                    to_y = ((y | even) + 2) & odd
+                elif down:
+                    to_y = (y - 2) & odd
+                cell = face | to_x | to_y
+                if cell < own:
+                    continue
+            q = after
+            if bit >= 0:
+                # Most neighbours are empty and not far: steps that double, then bisection.
+                start, step = cell << shift, 1
+                while q + step < n and cells[q + step] < start:
+                    q += step
+                    step *= 2
+                stop = min(n, q + step)
+                while q < stop:
+                    middle = (q + stop) // 2
+                    if cells[middle] < start:
+                        q = middle + 1
+                    else:
+                        stop = middle
+            while q < n and cells[q] >> shift == cell:
+                state = _nearness(
+                    ra[p] - ra[q], dec[p] - dec[q], cos_dec[p] * cos_dec[q], low, high
+                )
+                if state:
+                    if found < len(i):
+                        i[found], j[found], near[found] = p, q, state
+                    found += 1
+                q += 1
+            if bit < 0:
+                after = q
+        if found > most:
+            break
+    count[0] = found
+
+
+@compiled((_I, _I, _I, types.boolean[::1]))
+def claim(i: IntArray, j: IntArray, rank: IntArray, claimed: BoolArray) -> None:
+    """Which rows another one claims, when rows claim their neighbours in the order of rank.
+
+    In each round the rows that no undecided neighbour precedes are primaries. Links i < j; of equal
+    ranks the first row goes first.
+    """
+    winner, loser = np.empty_like(i), np.empty_like(j)
+    for link in range(len(i)):
+        first = rank[i[link]] <= rank[j[link]]
+        winner[link] = i[link] if first else j[link]
+        loser[link] = j[link] if first else i[link]
+    beaten = np.zeros(len(rank), dtype=np.int64)  # the round in which a row was last beaten
+    n, turn = len(i), 0
+    while n:
+        turn += 1
+        for link in range(n):
+            beaten[loser[link]] = turn
+        for link in range(n):
+            claimed[loser[link]] |= beaten[winner[link]] != turn
+        left = 0
+        for link in range(n):
+            winner[left], loser[left] = winner[link], loser[link]
+            left += not (claimed[winner[link]] | claimed[loser[link]])
+        # A primary whose last neighbour is claimed has no link left: nothing else refers to it.
+        n = left
+
+
+@compiled((_I, _I, _B, _I_OUT, _I_OUT, _I_OUT))
+def join_claimed(
+    i: IntArray,
+    j: IntArray,
+    claimed: BoolArray,
+    primary: IntArray,
+    several: IntArray,
+    count: IntArray,
+) -> None:
+    """Each claimed row gets a primary; ``several[:count[0]]`` are links of those with a choice."""
+    has_several = np.zeros(len(primary), dtype=np.bool_)
+    for link in range(len(i)):
+        if claimed[i[link]] != claimed[j[link]]:
+            row, target = (i[link], j[link]) if claimed[i[link]] else (j[link], i[link])
+            if primary[row] == row:
+                primary[row] = target
+            else:
+                has_several[row] = True
+    count[0] = 0
+    for link in range(len(i)):
+        row = i[link] if claimed[i[link]] else j[link]
+        if has_several[row] and claimed[i[link]] != claimed[j[link]]:
+            several[count[0]] = link
+            count[0] += 1
+
+
+@compiled((_I, _I, _I_OUT))
+def components(i: IntArray, j: IntArray, root: IntArray) -> None:
+    """The first row of the component of each row; ``root`` is the row itself at the beginning."""
+    for link in range(len(i)):
+        p, q = i[link], j[link]
+        while root[p] != p:
+            root[p] = root[root[p]]
+            p = root[p]
+        while root[q] != q:
+            root[q] = root[root[q]]
+            q = root[q]
+        root[max(p, q)] = min(p, q)
+    for row in range(len(root)):
+        root[row] = root[root[row]]  # that of an earlier row is final
+
+
+@compiled((_I, _I_OUT, _I_OUT, _I_OUT, _I_OUT))
+def members(
+    group: IntArray, groups: IntArray, first: IntArray, row: IntArray, count: IntArray
+) -> None:
+    """Rows of the groups with several rows: of ``groups[g]`` they are row[first[g]:first[g + 1]].
+
+    A row of no group has a negative number. Groups and their rows ascend; ``count[0]`` is the
+    number of groups.
+    """
+    place = np.zeros(len(group), dtype=np.int64)
+    for one in group:
+        if one >= 0:
+            place[one] += 1
+    # Written always and counted where it holds: a branch that nobody can foresee costs more.
+    found, total = 0, 0
+    for one in range(len(group)):
+        size = place[one]
+        is_group = size > 1
+        groups[found], first[found], place[one] = one, total, total if is_group else -1
+        found += is_group
+        total += size if is_group else 0
+    first[found] = total
+    for number in range(len(group)):
+        one = group[number]
+        if one >= 0:
+            at = place[one]
+            is_member = at >= 0
+            # Where a row is in no group there is one more place than there are members.
+            row[at if is_member else total] = number
+            place[one] = at + is_member
+    count[0] = found
+
+
+def repeated(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Groups with several rows, where the rows of each begin (and the end), and the rows.
+
+    See `members`.
+    """
+    n, count = len(group), np.zeros(1, dtype=np.int64)
+    groups, first = np.empty((2, n // 2 + 1), dtype=np.int64)
+    row = np.empty(n, dtype=np.int64)
+    members(group, groups, first, row, count)
+    n = int(count[0])
+    return groups[:n], first[: n + 1], row[: first[n]]
+
+
+@compiled((_I, _I_OUT, _I))
+def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
+    """Sort the rows of each group (`members`) by a key; those of equal keys stay in order."""
+    for group in range(len(first) - 1):
+        start, stop = first[group], first[group + 1]
+        if stop - start > 64:
+            rows = row[start:stop]
+            rows[:] = rows[np.argsort(key[rows], kind="mergesort")]
+            continue
+        for place in range(start + 1, stop):
+            one, at = row[place], place
+            while at > start and key[row[at - 1]] > key[one]:
+                row[at] = row[at - 1]
+                at -= 1
+            row[at] = one
+
+
+@compiled(
+    *((_I, _I, _I, read_only(real), _I_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS)
+)
+def choose(
+    first: IntArray,
+    row: IntArray,
+    quality: IntArray,
+    snr: FloatArray,
+    used_first: IntArray,
+    used_row: IntArray,
+    best: IntArray,
+    bits: IntArray,
+    total_snr: FloatArray,
+) -> None:
+    """Used rows, best row, quality and S/N of stars whose rows are row[first[s]:first[s + 1]].
+
+    The used rows of a star are used_row[used_first[s]:used_first[s + 1]], its best row
+    row[best[s]].
+    """
+    used_first[0] = 0
+    for star in range(len(first) - 1):
+        start, stop = first[star], first[star + 1]
+        common, either, passed = quality[row[start]], quality[row[start]], False
+        for place in range(start, stop):
+            one = quality[row[place]]
+            common, either, passed = common & one, either | one, passed or one == 0
+        bits[star] = 0 if passed else (common if common != 0 else either)
+        n, n_snr, squares, highest = used_first[star], 0, 0.0, -np.inf
+        best_place = start
+        for place in range(start, stop):
+            if passed and quality[row[place]] != 0:
+                continue
+            value = np.float64(snr[row[place]])
+            is_better = n == used_first[star] or value > highest
+            best_place = place if is_better else best_place
+            highest = value if value > highest else highest
+            used_row[n] = row[place]
+            n += 1
+            if not np.isnan(value):
+                n_snr += 1
+                squares += value * value
+        used_first[star + 1], best[star] = n, best_place
+        total_snr[star] = np.sqrt(squares) if n_snr else np.nan
+
+
+@compiled(
+    *(
+        (
+            *(
+                _I,
+                _I,
+                read_only(real),
+                read_only(real),
+                types.float64,
+                types.float64,
+                types.float64,
+            ),
+            *(real[::1], real[::1], types.float32[::1], _B_OUT),
+        )
+        for real in _FLOATS
+    )
+)
+def combine_label(
+    first: IntArray,
+    row: IntArray,
+    values: FloatArray,
+    errors: FloatArray,
+    expected_error: float,
+    max_spread: float,
+    median_error: float,
+    value_out: FloatArray,
+    error_out: FloatArray,
+    spread_out: FloatArray,
+    is_wide: BoolArray,
+) -> None:
+    """Value, error and spread of stars over their rows row[first[s]:first[s + 1]].
+
+    ``median_error`` is that of the median over that of the mean; 0: the mean with weights
+    1 / error**2 is wanted instead of the median.
+    """
+    for star in range(len(first) - 1):
+        start, stop = first[star], first[star + 1]
+        n, n_stated = 0, 0
+        total, squares, weights, weighted = 0.0, 0.0, 0.0, 0.0
+        for place in range(start, stop):
+            value = np.float64(values[row[place]])
+            if np.isnan(value):
+                continue
+            n += 1
+            total += value
+            error = np.float64(errors[row[place]])
+            if error > 0:
+                n_stated += 1
+                squares += error * error
+                weight = 1.0 / (error * error)
+                weights += weight
+                weighted += weight * value
+        mean = total / n
+        deviations = 0.0
+        for place in range(start, stop):
+            value = np.float64(values[row[place]])
+            if not np.isnan(value):
+                deviations += (value - mean) * (value - mean)
+        spread = np.sqrt(deviations / (n - 1)) if n > 1 else np.nan
+        rms = np.sqrt(squares / n_stated)
+        spread_out[star] = spread
+        is_wide[star] = spread > max_spread * (rms if n_stated else expected_error)
+        if median_error > 0:
+            value_out[star] = mean
+            if n > 2:
+                some = np.empty(n)
+                n = 0
+                for place in range(start, stop):
+                    value = np.float64(values[row[place]])
+                    if not np.isnan(value):
+                        some[n] = value
+                        n += 1
+                some.sort()
+                value_out[star] = (some[(n - 1) // 2] + some[n // 2]) / 2
+            factor = median_error if n > 2 else 1.0
+            error_out[star] = factor * rms / np.sqrt(n) if n_stated else np.nan
+        else:
+            value_out[star] = weighted / weights if n_stated else mean
+            error_out[star] = 1.0 / np.sqrt(weights) if n_stated else np.nan
+
+
+@compiled(
+    *(
+        (
+            *(_I, _I, _I, _three(real), _three(real), _D, read_only(real), types.float64, _D),
+            *(types.float64, types.float64, types.int64[:, :, :, ::1]),
+        )
+        for real in _FLOATS
+    )
+)
+def count_pulls(
+    first: IntArray,
+    row: IntArray,
+    quality: IntArray,
+    values: tuple[FloatArray, ...],
+    errors: tuple[FloatArray, ...],
+    expected_error: FloatArray,
+    snr: FloatArray,
+    giant_logg: float,
+    snr_edges: FloatArray,
+    lowest: float,
+    bins_an_octave: float,
+    counts: IntArray,
+) -> None:
+    """Count the pulls of teff, logg and feh between each row and the one before of its star.
+
+    The rows of a star are row[first[s]:first[s + 1]]. ``counts`` has the axes label, kind, bin of
+    S/N and bin of log2(pull). Rows with quality, or with all labels of the one before, do not
+    count; for a label, nor do those without a value and an error.
+    """
+    logg = values[1]
+    last = np.empty(3, dtype=np.int64)
+    # With a logarithm each it takes half as long again: bins by the first bits of the squared pull,
+    # 256 steps an octave; -1 where a step is in two bins.
+    octave = int(np.floor(2 * lowest))
+    n_octaves = int(np.ceil(2 * counts.shape[3] / bins_an_octave)) + 1
+    lowest_key = (1023 + octave) << 8
+    bin_of = np.empty(n_octaves << 8, dtype=np.int64)
+    for key in range(len(bin_of)):
+        unit = 2.0 ** ((key >> 8) + octave)
+        start, stop = unit * (1 + (key & 255) / 256), unit * (1 + ((key & 255) + 1) / 256)
+        start = np.floor((np.log2(start * (1 - 1e-9)) / 2 - lowest) * bins_an_octave)
+        stop = np.floor((np.log2(stop * (1 + 1e-9)) / 2 - lowest) * bins_an_octave)
+        bin_of[key] = max(0, min(counts.shape[3] - 1, int(start))) if start == stop else -1
+    for star in range(len(first) - 1):
+        before, last[:] = -1, -1
+        for place in range(first[star], first[star + 1]):
+            one = row[place]
+            if quality[one] != 0:
+                continue
+            same = before >= 0
+            for label in range(3):
+                same = same and values[label][one] == values[label][before]
+            before = one
+            if same:
+                continue
+            other, kind, snr_bin = -1, 0, 0
+            for label in range(3):
+                value, error = np.float64(values[label][one]), np.float64(errors[label][one])
+                error = error if error > 0 else expected_error[label]
+                if not (np.isfinite(value) and np.isfinite(error)):
+                    continue
+                partner = last[label]
+                last[label] = one
+                if partner < 0:
+                    continue
+                if partner != other:  # most often it is that of the other labels
+                    other = partner
+                    both = np.float64(logg[one]) + np.float64(logg[other])
+                    kind = 1 if both < 2 * giant_logg else 0
+                    snr_bin = len(snr_edges) + 1
+                    if np.isfinite(snr[one]) and np.isfinite(snr[other]):
+                        worse, snr_bin = np.float64(min(snr[one], snr[other])), 0
+                        for edge in snr_edges:
+                            snr_bin += edge <= worse
+                error_2 = np.float64(errors[label][other])
+                error_2 = error_2 if error_2 > 0 else expected_error[label]
+                difference = value - np.float64(values[label][other])
+                variance = error * error + error_2 * error_2
+                square = np.float64(difference * difference / variance)
+                step = (square.view(np.int64) >> 44) - lowest_key
+                at = int(bin_of[step]) if 0 <= step < len(bin_of) else -1
+                if at < 0:
+                    pull, at = abs(difference) / np.sqrt(variance), 0
+                    if pull > 0:
+                        at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
+                        at = max(0, min(counts.shape[3] - 1, at))
+                counts[label, kind, snr_bin, at] += 1

@@ -1,0 +1,343 @@
+"""One row for each star. The rule is that of `combine`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask.columns import reals_or_nan
+from sos_dask.errors import PartitionError
+from sos_dask.schema import HEALPIX_COLUMN, LABELS, QUALITY, Column, require_columns
+from sos_dask.sky.healpix import IntArray
+from sos_dask.stars.settings import DedupeSettings
+
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.floating]
+
+# Standard error of the median of many normal values over that of the mean: the square root of one
+# over its asymptotic efficiency 2 / pi (Kendall & Stuart, The Advanced Theory of Statistics).
+_MEDIAN_ERROR = float(np.sqrt(np.pi / 2.0))
+
+
+def combine(
+    table: pa.Table,
+    primary: IntArray,
+    settings: DedupeSettings,
+    expected_error: Mapping[str, float],
+) -> pa.Table:
+    """One row for each star.
+
+    * The *used* rows of a star are those with ``quality`` 0, or all where none has it; ``n_used``
+      counts them. The star's ``quality`` is 0 in the first case; in the second the bits that all
+      rows have, or all bits that any has where they have none in common.
+    * ``teff``, ``logg``, ``feh`` and ``rv`` are combined over the used rows that have them.
+      ``inverse-variance``: mean with weights 1 / error**2; rows without a positive error are left
+      out, but where no row has one the mean is plain and its error null. ``median``: its error is
+      sqrt(pi / 2) times the rms error over sqrt(n), without that factor for two rows, whose median
+      is the mean. ``best-snr``: the values of the best row, which is the used row with the highest
+      ``snr`` (ties: smallest ``obs_id``; null last).
+    * ``snr`` is the root of the sum of squares, with ``best-snr`` that of the row.
+    * ``ra``, ``dec``, ``position_epoch`` and ``_healpix_29`` are those of the primary row. Gaia ids
+      and the pair of proper motions are those of the best row, or else of the first that has
+      them, in the order of ``obs_id``. Every other column is that of the best row.
+    * The spread of a label is the sample standard deviation over the used rows; ``flag_spread`` is
+      set where, for any label, it is over ``max_spread`` times the expected error: the rms of the
+      stated errors, or ``expected_error``. A label with neither is not flagged.
+
+    Sums are in double precision over rows in the order of ``obs_id``, so they do not depend on the
+    order of the input.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        Observations: ``_healpix_29``, ``obs_id``, ``ra``, ``dec``, ``quality`` and any others. Text
+        may be coded by a dictionary; that of the stars is plain.
+    primary : ndarray of int64, shape (n,)
+        Row number of each row's primary (`group`); -1 for a row that is left out.
+    settings : DedupeSettings
+    expected_error : mapping of str to float
+        Error of one observation by label, used where none is stated.
+
+    Returns
+    -------
+    pyarrow.Table
+        ``_healpix_29``, ``star_id``, ``n_obs``, ``n_used``, ``ra``, ``dec``, the other columns in
+        their order, ``teff_spread``, ``logg_spread``, ``feh_spread``, ``flag_spread``, ``quality``;
+        sorted by (``_healpix_29``, ``star_id``).
+
+    Raises
+    ------
+    ConfigError
+        A column is missing.
+    PartitionError
+        ``primary`` names rows that are no primaries.
+    """
+    required = (HEALPIX_COLUMN, "obs_id", "ra", "dec", "quality")
+    require_columns(table.schema, required, "the observations to be combined")
+    if len(primary) != table.num_rows or not _are_primaries(primary):
+        raise PartitionError("primaries do not belong to the rows to be combined")
+    leaders = np.flatnonzero(primary == np.arange(len(primary)))
+    # Most often in the first of two chunks: nothing is copied into one.
+    leading = table.slice(0, leaders[-1] + 1 if len(leaders) else 0)
+    leaders = leaders[_sky_order(leading, leaders)]
+    repeats = _Repeats.of(table, primary, leaders)
+
+    source = leaders.copy()
+    source[repeats.star] = repeats.best
+    combined = repeats.columns(source, settings, expected_error)
+    columns: dict[str, pa.Array] = {}
+    for name in table.schema.names:
+        if name in combined:
+            columns[name] = combined[name]
+            continue
+        column, rows = table.column(name), source
+        if name in (HEALPIX_COLUMN, "obs_id", "ra", "dec", "position_epoch"):
+            column, rows = leading.column(name), leaders
+        elif name in ("pmra", "pmdec") and {"pmra", "pmdec"} <= set(table.schema.names):
+            rows = repeats.source_of(source, ("pmra", "pmdec"))
+        elif name.startswith("gaia_") and name.endswith("_source_id"):
+            rows = repeats.source_of(source, (name,))
+        values = pc.take(_one_chunk(column), pa.array(rows), boundscheck=False)
+        is_coded = pa.types.is_dictionary(values.type)
+        columns[name] = values.dictionary_decode() if is_coded else values
+    n_obs, n_used = np.ones((2, len(leaders)), dtype=np.int32)
+    n_obs[repeats.star] = np.diff(repeats.first)
+    n_used[repeats.star] = np.diff(repeats.used_first)
+    return _star_table(table.schema, columns, n_obs, n_used, combined)
+
+
+def _star_table(
+    schema: pa.Schema,
+    columns: dict[str, pa.Array],
+    n_obs: NDArray[np.int32],
+    n_used: NDArray[np.int32],
+    combined: Mapping[str, pa.Array],
+) -> pa.Table:
+    key = schema.field("obs_id")
+    text = "Key of the star: that of its primary observation"
+    out: list[tuple[pa.Field, pa.Array]] = [
+        (schema.field(HEALPIX_COLUMN), columns.pop(HEALPIX_COLUMN)),
+        (
+            Column("star_id", "int64", "", "meta.id;meta.main", text)
+            .arrow(nullable=False)
+            .with_type(key.type),
+            columns.pop("obs_id"),
+        ),
+        (_count_field("n_obs", "Observations of the star"), pa.array(n_obs)),
+        (_count_field("n_used", "Observations that were combined"), pa.array(n_used)),
+        (schema.field("ra"), columns.pop("ra")),
+        (schema.field("dec"), columns.pop("dec")),
+    ]
+    quality = columns.pop("quality")
+    out += [(schema.field(name).with_type(values.type), values) for name, values in columns.items()]
+    for label in LABELS:
+        unit = (
+            dict(schema.field(label).metadata or {}).get(b"unit", b"") if label in columns else b""
+        )
+        column = Column(
+            f"{label}_spread", "float32", unit.decode(), "", f"Standard deviation of {label}"
+        )
+        out.append((column.arrow(), combined[f"{label}_spread"]))
+    flag_field = pa.field(
+        "flag_spread", pa.bool_(), False, {"description": "Spread over the limit"}
+    )
+    out += [(flag_field, combined["flag_spread"]), (QUALITY.arrow(nullable=False), quality)]
+    return pa.table([values for _, values in out], schema=pa.schema([field for field, _ in out]))
+
+
+def _count_field(name: str, description: str) -> pa.Field:
+    return pa.field(name, pa.int32(), False, {"ucd": "meta.number", "description": description})
+
+
+@dataclass(frozen=True)
+class _Repeats:
+    """Rows of the stars with several observations, by star and then by ``obs_id``.
+
+    The rows of a star are row[first[s]:first[s + 1]], those used of them are
+    used_row[used_first[s]:used_first[s + 1]]; the others have one entry a star. ``best_at`` is a
+    place in ``row``; ``snr`` the total signal to noise.
+    """
+
+    table: pa.Table
+    star: IntArray
+    first: IntArray
+    row: IntArray
+    used_first: IntArray
+    used_row: IntArray
+    best_at: IntArray
+    quality: IntArray
+    snr: FloatArray
+
+    @classmethod
+    def of(cls, table: pa.Table, primary: IntArray, leaders: IntArray) -> _Repeats:
+        """Those of some stars; ``leaders`` are the primaries of all."""
+        snr = reals_or_nan(table, "snr")
+        if not len(leaders):
+            none, end = np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+            return cls(table, none, end, none, end, none, none, none, snr[:0])
+        from sos_dask.sky.loops import choose, repeated, sort_members
+
+        of_star, first, row = repeated(primary)
+        number = np.empty(len(primary), dtype=np.int64)
+        number[leaders] = np.arange(len(leaders))
+        sort_members(first, row, _keys(table.column("obs_id"), row))
+        used_first, used_row = np.empty_like(first), np.empty_like(row)
+        best_at, bits = np.empty((2, len(of_star)), dtype=np.int64)
+        total = np.empty(len(of_star), dtype=snr.dtype)
+        quality = _one_chunk(table.column("quality")).to_numpy()
+        choose(first, row, quality, snr, used_first, used_row, best_at, bits, total)
+        star = number[of_star]
+        return cls(table, star, first, row, used_first, used_row, best_at, bits, total)
+
+    @property
+    def best(self) -> IntArray:
+        """Best row of each star."""
+        return self.row[self.best_at]
+
+    def source_of(self, source: IntArray, names: tuple[str, ...]) -> IntArray:
+        """Row of each star that gives these columns: the best row, or the first that has them."""
+        rows = source.copy()
+        if not any(self.table.column(name).null_count for name in names) or not len(self.star):
+            return rows
+        has = np.ones(self.table.num_rows, dtype=np.bool_)
+        for name in names:
+            has &= _is_valid(self.table.column(name))
+        lacking = np.flatnonzero(~has.take(self.best))
+        # Places in ``row`` of their members, those of them that have them, and the first of each.
+        count = self.first[lacking + 1] - self.first[lacking]
+        stop = np.cumsum(count)
+        place = np.arange(count.sum()) + np.repeat(self.first[lacking + 1] - stop, count)
+        having = np.append(place[has[self.row[place]]], len(self.row))
+        at = having[np.searchsorted(having, self.first[lacking])]
+        found = at < self.first[lacking + 1]
+        rows[self.star[lacking[found]]] = self.row[at[found]]
+        return rows
+
+    def columns(
+        self, source: IntArray, settings: DedupeSettings, expected_error: Mapping[str, float]
+    ) -> dict[str, pa.Array]:
+        """Columns that are combined, by name; ``source`` is the best row of every star."""
+        flag = np.zeros(len(source), dtype=np.bool_)
+        out: dict[str, pa.Array] = {}
+        for label in (*LABELS, "rv"):
+            values, errors = (
+                reals_or_nan(self.table, label),
+                reals_or_nan(self.table, f"{label}_err"),
+            )
+            combined = self._label(values, errors, settings, expected_error.get(label))
+            if label in LABELS:
+                flag[self.star] |= combined.is_wide
+                spread = np.full(len(source), np.nan, dtype=np.float32)
+                spread[self.star] = combined.spread
+                out[f"{label}_spread"] = _nullable(spread, pa.float32())
+            if settings.method != "best-snr":
+                out |= self._replaced(label, values, source, combined.value)
+                out |= self._replaced(f"{label}_err", errors, source, combined.error)
+        if settings.method != "best-snr":
+            out |= self._replaced("snr", reals_or_nan(self.table, "snr"), source, self.snr)
+        quality = _one_chunk(self.table.column("quality")).to_numpy().take(source)
+        quality[self.star] = self.quality
+        return out | {"quality": pa.array(quality), "flag_spread": pa.array(flag)}
+
+    def _label(
+        self,
+        values: FloatArray,
+        errors: FloatArray,
+        settings: DedupeSettings,
+        expected_error: float | None,
+    ) -> _Label:
+        if values.dtype != errors.dtype:
+            values, errors = values.astype(np.float64), errors.astype(np.float64)
+        value, error = np.empty((2, len(self.star)), dtype=values.dtype)
+        spread = np.empty(len(self.star), dtype=np.float32)
+        is_wide = np.zeros(len(self.star), dtype=np.bool_)
+        if len(self.star):
+            from sos_dask.sky.loops import combine_label
+
+            combine_label(
+                self.used_first,
+                self.used_row,
+                values,
+                errors,
+                np.nan if expected_error is None else expected_error,
+                settings.max_spread,
+                _MEDIAN_ERROR if settings.method == "median" else 0.0,
+                value,
+                error,
+                spread,
+                is_wide,
+            )
+        return _Label(value, error, spread, is_wide)
+
+    def _replaced(
+        self, name: str, values: FloatArray, source: IntArray, combined: FloatArray
+    ) -> dict[str, pa.Array]:
+        """A column with the values of these stars; none if the table lacks it."""
+        if name not in self.table.schema.names:
+            return {}
+        of_stars = values.take(source)
+        of_stars[self.star] = combined
+        return {name: _nullable(of_stars, self.table.schema.field(name).type)}
+
+
+@dataclass(frozen=True)
+class _Label:
+    """A label of the stars of `_Repeats`; NaN: none."""
+
+    value: FloatArray
+    error: FloatArray
+    spread: NDArray[np.float32]
+    is_wide: BoolArray
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    # One chunk would be copied, too.
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _is_valid(column: pa.ChunkedArray) -> BoolArray:
+    """Where a column is not null."""
+    # By way of bytes: Arrow turns bits into booleans of NumPy one by one.
+    valid: BoolArray = column.is_valid().cast(pa.uint8()).to_numpy().view(np.bool_)
+    return valid
+
+
+def _are_primaries(primary: IntArray) -> bool:
+    """Whether all rows that are not left out name a row that is its own primary."""
+    return (
+        bool(np.all((primary.take(primary) == primary) | (primary < 0))) if len(primary) else True
+    )
+
+
+def _nullable(values: FloatArray, dtype: pa.DataType) -> pa.Array:
+    """Array with null for NaN, without a copy."""
+    if pa.from_numpy_dtype(values.dtype) != dtype:
+        return pa.array(values, dtype, from_pandas=True)
+    valid = pa.py_buffer(np.packbits(~np.isnan(values), bitorder="little"))
+    return pa.Array.from_buffers(dtype, len(values), [valid, pa.py_buffer(values)])
+
+
+def _sky_order(table: pa.Table, rows: IntArray) -> IntArray:
+    """Order of some rows by (``_healpix_29``, ``obs_id``)."""
+    cells = table.column(HEALPIX_COLUMN).to_numpy()[rows]
+    order = np.argsort(cells, kind="stable")
+    equal = np.append(False, cells[order[1:]] == cells[order[:-1]])[: len(order)]
+    tied = equal | np.append(equal[1:], False)[: len(order)]
+    if tied.any():
+        keys = pc.rank(table.column("obs_id").take(pa.array(rows[order[tied]])), tiebreaker="dense")
+        order[tied] = order[tied][np.lexsort((keys.to_numpy(), cells[order[tied]]))]
+    return order
+
+
+def _keys(keys: pa.ChunkedArray, rows: IntArray) -> IntArray:
+    """Keys as integers in the same order; of text only those of some rows."""
+    if pa.types.is_integer(keys.type):
+        return np.asarray(_one_chunk(keys).to_numpy(), dtype=np.int64)
+    out = np.zeros(len(keys), dtype=np.int64)
+    out[rows] = pc.rank(keys.take(pa.array(rows)), tiebreaker="dense").to_numpy()
+    return out

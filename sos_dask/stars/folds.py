@@ -1,0 +1,173 @@
+"""Folds for cross-validation: every pair of one star in one fold.
+
+A reference star is known by a number of 64 bits that follows from its id and a seed alone. Pairs
+are joined when they share a reference star, or when their targets are observations of one star;
+what is joined gets the fold of its smallest number. So a fold depends on the stars alone, not on
+their order, on other stars or on how the sky is cut: what was joined in each of two parts of the
+sky is joined again over their edge (`smallest_of_joined`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask.sky import nearby, sphere
+from sos_dask.sky.healpix import FloatArray, IntArray
+from sos_dask.stars.crowds import Places, Sky, is_crowded
+
+KeyArray = NDArray[np.uint64]
+
+# SplitMix64 (Steele, Lea & Flood 2014, OOPSLA): the step of its counter and its finaliser.
+_STEP = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def star_numbers(ids: pa.ChunkedArray, seed: int) -> KeyArray:
+    """Numbers of 64 bits that follow from ids, by SplitMix64 over their text.
+
+    Two of a hundred million ids get the same number once in 4000 times; they then share a fold.
+
+    Parameters
+    ----------
+    ids : pyarrow array of shape (n,)
+        Text or integers (taken as their text), no nulls.
+    seed : int
+        Other seeds give other numbers.
+
+    Returns
+    -------
+    ndarray of uint64, shape (n,)
+    """
+    text = pc.cast(ids, pa.string())
+    length = np.asarray(pc.binary_length(text).to_numpy(), dtype=np.uint64)
+    if len(length) == 0:
+        return np.empty(0, dtype=np.uint64)
+    n_words = max(int(length.max()) + 7, 8) // 8
+    padded = pc.ascii_rpad(text, 8 * n_words, "\0")
+    chunks = padded.chunks if isinstance(padded, pa.ChunkedArray) else [padded]
+    words = np.concatenate([_bytes_of(chunk) for chunk in chunks]).view("<u8")
+    words = words.reshape(-1, n_words)
+    number = _mixed(length + np.uint64((seed * _STEP) % 2**64))
+    for place in range(n_words):
+        # A number must not depend on how long the longest id beside it is.
+        has = length > 8 * place
+        number = np.where(has, _mixed(number ^ words[:, place]), number)
+    return number
+
+
+def _bytes_of(text: pa.Array) -> NDArray[np.uint8]:
+    """The bytes of texts, one after the other."""
+    offsets = np.frombuffer(text.buffers()[1], np.int32)[text.offset : text.offset + len(text) + 1]
+    data = text.buffers()[2]
+    return np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]] if data else np.empty(0, "u1")
+
+
+def _mixed(state: KeyArray) -> KeyArray:
+    """The output of SplitMix64 after a state."""
+    z = state + np.uint64(_STEP)
+    for shift, factor in _MIX:
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def same_targets(
+    ra: FloatArray,
+    dec: FloatArray,
+    cells29: IntArray,
+    ids: list[IntArray],
+    radius_arcsec: float,
+    id_radius_arcsec: float,
+) -> tuple[IntArray, IntArray]:
+    """Links between pairs whose targets may be one star.
+
+    Parameters
+    ----------
+    ra, dec : ndarray of float64, shape (n,), deg
+        Of the targets.
+    cells29 : ndarray of int64, shape (n,)
+        Order-29 cells of the targets, ascending.
+    ids : list of ndarray of int64, shape (n,)
+        Gaia ids of each release, not positive where there is none.
+    radius_arcsec : float
+        Targets within it are linked,
+    id_radius_arcsec : float
+        and within this, where they share an id.
+
+    Returns
+    -------
+    i, j : ndarray of int64
+        Row numbers, i < j; where many targets crowd, enough of all links that the same are joined.
+    """
+    if is_crowded(cells29, radius_arcsec):
+        sky = Sky(ra, dec, cells29, np.zeros(len(ra), dtype=np.int64))
+        places = [(Places.of(sky, np.arange(len(ra))), radius_arcsec)]
+        for release in ids:
+            rows = np.flatnonzero(release > 0)
+            places.append((Places.of(sky, rows, release[rows]), id_radius_arcsec))
+        links = [place.links(radius) for place, radius in places]
+        return np.concatenate([i for i, _ in links]), np.concatenate([j for _, j in links])
+    first, second = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    reach = max(radius_arcsec, id_radius_arcsec) if ids else radius_arcsec
+    for i, j in nearby.candidates(cells29, reach, cells29, later_only=True):
+        separation = sphere.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
+        linked = separation <= radius_arcsec
+        for release in ids:
+            equal = (release[i] == release[j]) & (release[i] > 0)
+            linked |= equal & (separation <= id_radius_arcsec)
+        first.append(i[linked])
+        second.append(j[linked])
+    return np.concatenate(first), np.concatenate(second)
+
+
+def smallest_of_joined(
+    smallest: KeyArray, number: KeyArray, links: tuple[IntArray, IntArray]
+) -> KeyArray:
+    """The smallest number of all pairs that are joined with each pair, in one or more steps.
+
+    Parameters
+    ----------
+    smallest : ndarray of uint64, shape (n,)
+        The smallest number of what was joined before; at first ``number``. Pairs with the same one
+        are joined.
+    number : ndarray of uint64, shape (n,)
+        `star_numbers` of the reference stars. Pairs of the same one are joined.
+    links : tuple of two ndarrays of int64
+        Row numbers of further pairs that are joined (`same_targets`).
+
+    Returns
+    -------
+    ndarray of uint64, shape (n,)
+    """
+    known, node = np.unique(smallest, return_inverse=True)  # nodes are numbered by their numbers
+    order = np.argsort(number, kind="stable")
+    same = np.flatnonzero(number[order[1:]] == number[order[:-1]])
+    i = np.concatenate([links[0], order[same]])
+    j = np.concatenate([links[1], order[same + 1]])
+    return np.asarray(known[_first_of_joined(len(known), node[i], node[j])][node])
+
+
+def _first_of_joined(n: int, i: IntArray, j: IntArray) -> IntArray:
+    """The first of all nodes that are joined with each of ``n`` nodes by edges between i and j.
+
+    Trees of edges to earlier nodes, joined at their roots until no edge leads from one to another
+    (after Shiloach & Vishkin 1982, J. Algorithms 3, 57, without the step that bounds their rounds:
+    groups have few stars). Importing scipy for it would take a worker longer than all its folds.
+    """
+    root = np.arange(n)
+    while True:
+        i, j = root[i], root[j]
+        apart = i != j
+        if not apart.any():
+            return root
+        i, j = i[apart], j[apart]
+        np.minimum.at(root, np.maximum(i, j), np.minimum(i, j))
+        while not np.array_equal(higher := root[root], root):
+            root = higher
+
+
+def fold_of(smallest: KeyArray, n_folds: int) -> NDArray[np.int8]:
+    """Folds 0 to ``n_folds - 1`` of what is joined, by its smallest number."""
+    return np.asarray(smallest % np.uint64(n_folds), dtype=np.int8)

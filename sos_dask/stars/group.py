@@ -1,0 +1,443 @@
+"""Which rows are the same star.
+
+The rule of grouping. Two rows are *linked* when they lie within ``radius_arcsec`` of each other, or
+share a Gaia id of some release and lie within ``id_radius_arcsec``. Stars never reach over the
+connected components of these links, and depend on nothing outside of them. Inside:
+
+1. A row is known by its id in the newest release in which it has one. Rows known by equal ids of
+   the same release that are linked, in one or more steps, are one star; rows known by different ids
+   of one release never are.
+2. Rows known by an older release may be the same star as rows known by a newer one. Their groups
+   join over their links: first links whose star has the same id of the older release, then by
+   separation, then by the ranks of the two rows. A group joins one star, and only a star that has
+   no id of the older release yet, or the same one.
+3. A row without any id joins the star of the nearest row with an id within the radius (ties:
+   smallest rank).
+4. Of the rows that remain, the one of smallest rank is a primary and claims what is within the
+   radius, then the next unclaimed one, and so on. Then every claimed row goes to its nearest
+   primary within the radius (ties: smallest rank). So a chain of neighbours does not merge
+   different stars: all members lie within the radius of their primary.
+
+The primary of a star with ids is its row of smallest rank among those with ids. Equal ranks are
+decided by the place in the input, which is the order on the sky. All of it is exact, and
+independent of the order of the rows and of how the sky is cut, as long as whole components are
+given. Links are listed where they are few; of rows that crowd at a place, where all pairs would be
+too many, a tree finds those that decide (`crowds`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sos_dask.errors import PartitionError
+from sos_dask.schema import HEALPIX_COLUMN
+from sos_dask.sky import nearby
+from sos_dask.sky.healpix import FloatArray, IntArray
+from sos_dask.stars.crowds import Places, Sky, join_in_order
+from sos_dask.stars.settings import DedupeSettings
+
+BoolArray = NDArray[np.bool_]
+
+# Links are listed up to so many a row, and these more; beyond, rows crowd.
+_MOST_A_ROW = 8
+_MOST = 65536
+# Rows of stars are looked through for their ids in parts of so many.
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which star every row belongs to.
+
+    Parameters
+    ----------
+    primary : ndarray of int64, shape (n,)
+        Row number of the star's primary row.
+    touches_frontier : ndarray of bool, shape (n,)
+        The row's component holds a frontier row: rows not given may belong to it.
+    """
+
+    primary: IntArray
+    touches_frontier: BoolArray
+
+
+def group(
+    ra: FloatArray,
+    dec: FloatArray,
+    cells29: IntArray,
+    rank: IntArray,
+    ids: Mapping[str, IntArray],
+    frontier: BoolArray | None,
+    settings: DedupeSettings,
+) -> Groups:
+    """Find the rows that are one star, by the rule of this module.
+
+    Parameters
+    ----------
+    ra, dec : ndarray of float64, shape (n,), deg
+    cells29 : ndarray of int64, shape (n,)
+        Order-29 cells of the positions, ascending.
+    rank : ndarray of int64, shape (n,)
+        Preference for the primary, the smallest first; best unique.
+    ids : mapping of str to ndarray of int64, shape (n,)
+        Gaia ids by release (``"dr3"``, ``"dr2"``); the last in the order of names is the newest.
+        Not positive where there is none.
+    frontier : ndarray of bool, shape (n,), optional
+        Rows so near to sky that was not read that they may have links into it.
+    settings : DedupeSettings
+
+    Returns
+    -------
+    Groups
+
+    Raises
+    ------
+    PartitionError
+        The rows are not sorted on the sky.
+    """
+    if np.any(cells29[1:] < cells29[:-1]):
+        raise PartitionError(f"rows to be grouped are not sorted by {HEALPIX_COLUMN}")
+    releases = [ids[name] for name in sorted(ids, reverse=True)] if settings.use_gaia_id else []
+    sky = Sky(ra, dec, cells29, rank)
+    near: _Near = _Listed.of(sky, releases, settings) or _Crowd(sky, releases, settings)
+    touched = np.zeros(len(ra), dtype=np.bool_)
+    if frontier is not None and frontier.any():
+        root = near.every().components(len(ra))
+        touched[root[frontier]] = True
+        touched = touched[root]
+    primary = np.arange(len(ra), dtype=np.int64)
+    known = np.zeros(len(ra), dtype=np.bool_)
+    if releases:
+        known = _group_known(primary, rank, releases, near)
+    near.group_others(primary, known)
+    return Groups(primary, touched)
+
+
+@dataclass(frozen=True)
+class _Links:
+    """Pairs of rows, i < j."""
+
+    i: IntArray
+    j: IntArray
+
+    @classmethod
+    def joined(cls, parts: list[_Links]) -> _Links:
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([np.empty(0, dtype=np.int64), *(part.i for part in parts)]),
+            np.concatenate([np.empty(0, dtype=np.int64), *(part.j for part in parts)]),
+        )
+
+    def where(self, mask: BoolArray) -> _Links:
+        return _Links(self.i[mask], self.j[mask])
+
+    def components(self, n: int) -> IntArray:
+        """The first row of the component of each of ``n`` rows."""
+        root = np.arange(n, dtype=np.int64)
+        if len(self.i):
+            from sos_dask.sky.loops import components
+
+            components(self.i, self.j, root)
+        return root
+
+    def between(self, one: BoolArray, other: BoolArray) -> tuple[IntArray, IntArray]:
+        """Rows of links from the rows of one kind to those of another kind."""
+        forward, backward = one[self.i] & other[self.j], one[self.j] & other[self.i]
+        return (
+            np.concatenate([self.i[forward], self.j[backward]]),
+            np.concatenate([self.j[forward], self.i[backward]]),
+        )
+
+
+class _Near(Protocol):
+    """What the rules ask of links."""
+
+    def every(self) -> _Links:
+        """Links with the components of all."""
+
+    def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
+        """Links with the components of those among rows known by equal ids of a release."""
+
+    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
+        """Join groups known by a release to stars known by a newer one (rule 2), in place."""
+
+    def group_others(self, primary: IntArray, known: BoolArray) -> None:
+        """Group the rows without ids (rules 3 and 4), in place."""
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """Links that are few: within the radius, and all."""
+
+    sky: Sky
+    releases: list[IntArray]
+    links: _Links
+    all_links: _Links
+
+    @classmethod
+    def of(cls, sky: Sky, releases: list[IntArray], settings: DedupeSettings) -> _Listed | None:
+        """The links of rows, unless they are too many."""
+        most = _MOST_A_ROW * len(sky.ra) + _MOST
+        pairs = nearby.pairs_within(sky.ra, sky.dec, sky.cells, settings.radius_arcsec, most)
+        if pairs is None:
+            return None
+        links = [_Links(*pairs)]
+        for release in releases:
+            far = _far_links(sky, release, links[0], settings, most)
+            if far is None:
+                return None
+            links.append(far)
+        return cls(sky, releases, links[0], _Links.joined(links))
+
+    def every(self) -> _Links:
+        return self.all_links
+
+    def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
+        i, j = self.all_links.i, self.all_links.j
+        same = (tier[i] == tier[j]) & (name[i] == name[j]) & (tier[i] < len(self.releases))
+        return self.all_links.where(same)
+
+    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
+        newer, older = self.all_links.between(tier < number, tier == number)
+        if len(newer):
+            ids = self.releases[number]
+            holders = np.flatnonzero((tier < number) & (ids > 0))
+            separation = self.sky.separation(newer, older)
+            _join_older(star, self.sky.rank, ids, newer, older, separation, holders)
+
+    def group_others(self, primary: IntArray, known: BoolArray) -> None:
+        links = self.links
+        if self.releases:
+            row, target = _nearest(*links.between(~known, known), self.sky)
+            primary[row] = primary[target]
+            done = known.copy()
+            done[row] = True
+            links = links.where(~done[links.i] & ~done[links.j])
+        _group_by_rank(primary, links, self.sky)
+
+
+@dataclass(frozen=True)
+class _Crowd:
+    """Rows of which there are so many within a radius that their links are not listed."""
+
+    sky: Sky
+    releases: list[IntArray]
+    settings: DedupeSettings
+
+    def every(self) -> _Links:
+        places = Places.of(self.sky, np.arange(len(self.sky.ra)))
+        near = _Links(*places.links(self.settings.radius_arcsec))
+        return _Links.joined([near, *(self._of_ids(ids, ids > 0) for ids in self.releases)])
+
+    def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
+        return _Links.joined(
+            [self._of_ids(ids, tier == number) for number, ids in enumerate(self.releases)]
+        )
+
+    def _of_ids(self, ids: IntArray, chosen: BoolArray) -> _Links:
+        rows = np.flatnonzero(chosen)
+        return _Links(*Places.of(self.sky, rows, ids[rows]).links(self.settings.id_radius_arcsec))
+
+    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
+        sky, ids = self.sky, self.releases[number]
+        hosts, guests = np.flatnonzero(tier < number), np.flatnonzero(tier == number)
+        if not len(hosts) or not len(guests):
+            return
+        joins = np.arange(len(star), dtype=np.int64)
+        # Stars that have the id of a group: the nearest row of one, of those without the id, too.
+        names, code = np.unique(ids[guests], return_inverse=True)
+        asked = Places.of(sky, guests, code)
+        holders = hosts[ids[hosts] > 0]
+        place = np.minimum(np.searchsorted(names, ids[holders]), len(names) - 1)
+        of_guests = names[place] == ids[holders]
+        some, place = holders[of_guests], place[of_guests]
+        found = [asked.candidates(Places.of(sky, some, place), self.settings.id_radius_arcsec)]
+        # Rows without the id need a look where not all of a star have it: one a position.
+        at = star[some] * len(names) + place
+        held, count = np.unique(at, return_counts=True)
+        held = held[count < np.bincount(star[hosts], minlength=len(star))[held // len(names)]]
+        rows = Places.of(sky, hosts, star[hosts]).row
+        low = np.searchsorted(star[rows], held // len(names))
+        count = np.searchsorted(star[rows], held // len(names), side="right") - low
+        for first, last in _blocks(count):
+            n, stop = count[first:last], np.cumsum(count[first:last])
+            row = rows[np.arange(n.sum()) + np.repeat(low[first:last] - stop + n, n)]
+            others = Places.of(sky, row, np.repeat(held[first:last] % len(names), n))
+            found.append(asked.candidates(others, self.settings.radius_arcsec))
+        older, newer = (np.concatenate(side) for side in zip(*found, strict=True))
+        order = np.lexsort(
+            (older, newer, sky.rank[older], sky.rank[newer], sky.separation(older, newer))
+        )[::-1]
+        joins[star[older[order]]] = star[newer[order]]  # the first is written last
+        # Stars without any such id, and groups that are left.
+        hosts = hosts[~np.isin(star[hosts], star[holders])]
+        guests = guests[joins[star[guests]] == star[guests]]
+        host_stars, host_star = np.unique(star[hosts], return_inverse=True)
+        guest_stars, guest_star = np.unique(star[guests], return_inverse=True)
+        _, code = np.unique(ids[guest_stars], return_inverse=True)
+        host_of = join_in_order(
+            sky, hosts, host_star, guests, guest_star, code, self.settings.radius_arcsec
+        )
+        joined = host_of >= 0
+        joins[guest_stars[joined]] = host_stars[host_of[joined]]
+        star[:] = joins[star]
+
+    def group_others(self, primary: IntArray, known: BoolArray) -> None:
+        left, radius = ~known, self.settings.radius_arcsec
+        if known.any():
+            hosts = Places.of(self.sky, np.flatnonzero(known))
+            row, target = self._follow(Places.of(self.sky, np.flatnonzero(left)), hosts)
+            primary[row] = primary[target]
+            left[row] = False
+        places = Places.of(self.sky, np.flatnonzero(left))
+        row, target = self._follow(places, Places.of(self.sky, places.leading(radius)))
+        primary[row] = target
+
+    def _follow(self, places: Places, hosts: Places) -> tuple[IntArray, IntArray]:
+        """Rows and the nearest of others, where one lies within the radius."""
+        target = np.full(len(self.sky.ra), -1)
+        row, nearest = _nearest(*places.candidates(hosts, self.settings.radius_arcsec), self.sky)
+        target[row] = nearest
+        target = target[places.row[places.place]]
+        return places.rows[target >= 0], target[target >= 0]
+
+
+def _far_links(
+    sky: Sky, ids: IntArray, near: _Links, settings: DedupeSettings, most: int
+) -> _Links | None:
+    """Rows with equal ids that lie beyond the radius, but within that for ids.
+
+    None: more pairs than ``most`` have equal ids.
+    """
+    rows = np.flatnonzero(ids > 0)
+    encoded = pa.array(ids[rows]).dictionary_encode()
+    code = np.zeros(len(ids), dtype=np.int64)
+    code[rows] = encoded.indices.to_numpy()
+    count = np.bincount(code[rows], minlength=len(encoded.dictionary))
+    pairs = count * (count - 1) // 2
+    # Where the pairs within the radius are all pairs of an id, nothing is left to find.
+    same = (ids[near.i] == ids[near.j]) & (ids[near.i] > 0)
+    found = np.bincount(code[near.i[same]], minlength=len(count))
+    if pairs[found < pairs].sum() > most:
+        return None
+    rows = rows[(found < pairs)[code[rows]]]
+    rows = rows[np.argsort(code[rows], kind="stable")]
+    last = np.append(code[rows[1:]] != code[rows[:-1]], True)[: len(rows)]
+    stop = np.flatnonzero(last) + 1
+    after = np.repeat(stop, np.diff(stop, prepend=0)) - np.arange(1, len(rows) + 1)
+    first = np.repeat(np.arange(len(rows)), after)
+    second = first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(after) - after, after)
+    i, j = rows[first], rows[second]
+    separation = sky.separation(i, j)
+    beyond = (separation > settings.radius_arcsec) & (separation <= settings.id_radius_arcsec)
+    return _Links(i, j).where(beyond)
+
+
+def _group_known(
+    primary: IntArray, rank: IntArray, releases: list[IntArray], near: _Near
+) -> BoolArray:
+    """Group the rows with ids (rules 1 and 2); gives which they are."""
+    n = len(primary)
+    tier = np.full(n, len(releases), dtype=np.int8)
+    name = np.zeros(n, dtype=np.int64)
+    for number in range(len(releases) - 1, -1, -1):
+        has = releases[number] > 0
+        tier[has] = number
+        name[has] = releases[number][has]
+    known = tier < len(releases)
+    star = near.equal(tier, name).components(n)
+    for number in range(1, len(releases)):
+        near.join_older(star, tier, number)
+    rows = np.flatnonzero(known)
+    best = np.full(n, np.iinfo(np.int64).max)
+    np.minimum.at(best, star[rows], rank[rows])
+    # Written backwards, so that of equal ranks the first row stays.
+    first = rows[rank[rows] == best[star[rows]]][::-1]
+    leader = np.zeros(n, dtype=np.int64)
+    leader[star[first]] = first
+    primary[rows] = leader[star[rows]]
+    return known
+
+
+def _blocks(count: IntArray) -> Iterator[tuple[int, int]]:
+    """Ranges of entries of which not much more than `_BLOCK` things are counted."""
+    stop, first = np.cumsum(count), 0
+    while first < len(count):
+        done = stop[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(stop, done + _BLOCK, side="right")))
+        yield first, last
+        first = last
+
+
+def _join_older(
+    star: IntArray,
+    rank: IntArray,
+    ids: IntArray,
+    newer: IntArray,
+    older: IntArray,
+    separation: FloatArray,
+    holders: IntArray,
+) -> None:
+    """Join groups known by an older release to stars known by a newer one (rule 2), in place.
+
+    ``holders`` are the rows of newer releases that have an id of the older one, too. Of the links
+    in order of preference, those that come first for both their star and their group are taken at
+    once: no link that goes before them can concern either.
+    """
+    values, code = np.unique(
+        np.concatenate([ids[older], ids[holders]]), return_inverse=True, sorted=True
+    )
+    code = code.astype(np.int64)
+    held = star[holders] * len(values) + code[len(older) :]
+    code = code[: len(older)]
+    shares = np.isin(star[newer] * len(values) + code, held)
+    free = ~np.isin(star[newer], star[holders])
+    order = np.lexsort((older, newer, rank[older], rank[newer], separation, ~shares))
+    order = order[(shares | free)[order]]
+    host, guest, code, free = star[newer[order]], star[older[order]], code[order], free[order]
+    joins = np.arange(len(star), dtype=np.int64)
+    owner = np.full(len(star), -1, dtype=np.int64)
+    first_host, first_guest = np.empty_like(star), np.empty_like(star)
+    while len(host):
+        place = np.arange(len(host))
+        first_host[host[::-1]] = place[::-1]
+        first_guest[guest[::-1]] = place[::-1]
+        take = (first_host[host] == place) & (first_guest[guest] == place)
+        joins[guest[take]] = host[take]
+        owner[host[take & free]] = code[take & free]
+        left = (joins[guest] == guest) & (~free | (owner[host] < 0) | (owner[host] == code))
+        host, guest, code, free = host[left], guest[left], code[left], free[left]
+    star[:] = joins[star]
+
+
+def _group_by_rank(primary: IntArray, links: _Links, sky: Sky) -> None:
+    """Primaries in the order of rank and their nearest rows (rule 4), in place."""
+    if not len(links.i):
+        return
+    from sos_dask.sky.loops import claim, join_claimed
+
+    claimed = np.zeros(len(primary), dtype=np.bool_)
+    claim(links.i, links.j, sky.rank, claimed)
+    several, count = np.empty_like(links.i), np.zeros(1, dtype=np.int64)
+    join_claimed(links.i, links.j, claimed, primary, several, count)
+    several = several[: count[0]]
+    links = _Links(links.i[several], links.j[several])
+    row, target = _nearest(*links.between(claimed, ~claimed), sky)
+    primary[row] = target
+
+
+def _nearest(row: IntArray, target: IntArray, sky: Sky) -> tuple[IntArray, IntArray]:
+    """The nearest target of each row (ties: smallest rank, then first on the sky)."""
+    choice = np.bincount(row)[row] > 1 if len(row) else np.zeros(0, dtype=np.bool_)
+    some, at = row[choice], target[choice]
+    order = np.lexsort((at, sky.rank[at], sky.separation(some, at), some))
+    some, at = some[order], at[order]
+    first = np.append(True, some[1:] != some[:-1])[: len(some)]
+    return np.concatenate([row[~choice], some[first]]), np.concatenate([target[~choice], at[first]])

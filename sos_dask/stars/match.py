@@ -1,0 +1,574 @@
+"""Which rows of two catalogs are the same star: exact, by Gaia id and by position.
+
+The rule for one pair of rows:
+
+* **Common epoch.** If the right row has a proper motion (both components) and both rows have an
+  epoch, the right row is moved to the left row's epoch; else, if the left row has one and both
+  have an epoch, the left row is moved to the right row's epoch; else both stay where they are. Rows
+  move along great circles (`sphere.propagate`).
+* **Ids.** In a Gaia release in which both rows have an id, the ids decide. Equal in any release:
+  the pair is a candidate when its separation is at most ``id_radius_arcsec`` (``by_id``). Different
+  in every common release: never a pair, however near (a conflict). Ids of different releases are
+  never compared, for DR2 and DR3 number the same star differently.
+* **Positions.** Without a common release the pair is a candidate when its separation is at most
+  ``radius_arcsec``.
+* **Best.** Of the candidates of a left row: those by id first, then the smallest separation, then
+  the smallest key of the right row.
+
+The candidates are those of brute force over all pairs, also at the poles, across RA 0 and where
+only three base pixels meet: a row looks as far as its own proper motion can carry it over the
+epochs of the other side, and every pair found is measured one by one at its own common epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask.errors import ConfigError, PartitionError
+from sos_dask.schema import HEALPIX_COLUMN, require_columns
+from sos_dask.sky import healpix, nearby, sphere
+from sos_dask.sky.healpix import FloatArray, IntArray
+from sos_dask.stars.crowds import is_crowded, preferred
+
+BoolArray = NDArray[np.bool_]
+_KeysOf = Callable[[IntArray], pa.ChunkedArray]  # keys of rows
+
+GAIA_RELEASES = ("gaia_dr3_source_id", "gaia_dr2_source_id")
+# An id on this many pairs of rows is a placeholder or a calibration star: search it on the sky,
+# so that a million rows with the same wrong id cannot make a million times a million pairs.
+_MANY_PAIRS = 4096
+# Of rows that crowd, so many pairs in a partition when all are wanted: about 4 GB.
+_MOST_PAIRS = 1 << 25
+
+
+@dataclass(frozen=True)
+class MatchSettings:
+    """How two catalogs are matched.
+
+    Parameters
+    ----------
+    radius_arcsec : float
+        Largest separation of a pair found by position, at the common epoch.
+    id_radius_arcsec : float
+        Largest separation of a pair with equal Gaia ids. At least ``radius_arcsec``.
+    pairs : {"best", "all"}
+        One pair for each left row, or every candidate.
+    use_gaia_id : bool
+        False: only positions count.
+
+    Raises
+    ------
+    ConfigError
+        A radius is not positive or not below one degree, or ``pairs`` is something else.
+    """
+
+    radius_arcsec: float
+    id_radius_arcsec: float = 10.0
+    pairs: str = "best"
+    use_gaia_id: bool = True
+
+    def __post_init__(self) -> None:
+        sphere.check_radii(self.radius_arcsec, self.id_radius_arcsec, self.use_gaia_id)
+        if self.pairs not in ("best", "all"):
+            raise ConfigError(f"pairs = '{self.pairs}' is neither 'best' nor 'all'")
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Bounds of the motion in a whole catalog.
+
+    Parameters
+    ----------
+    max_pm_mas_yr : float
+        Largest total proper motion, 0 where there is none.
+    epoch_min, epoch_max : float, yr
+        First and last ``position_epoch``, NaN where there is none.
+    """
+
+    max_pm_mas_yr: float
+    epoch_min: float
+    epoch_max: float
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Pairs of rows, sorted by (left, by_id first, separation, right key).
+
+    Parameters
+    ----------
+    left, right : ndarray of int64, shape (n,)
+        Row numbers.
+    separation_arcsec : ndarray of float64, shape (n,)
+        At the common epoch.
+    n_candidates : ndarray of int32, shape (n,)
+        Candidates of that left row.
+    by_id : ndarray of bool, shape (n,)
+        The pair shares a Gaia id.
+    n_conflicts : int
+        Pairs within ``radius_arcsec`` that are none, because their ids differ.
+    """
+
+    left: IntArray
+    right: IntArray
+    separation_arcsec: FloatArray
+    n_candidates: NDArray[np.int32]
+    by_id: BoolArray
+    n_conflicts: int
+
+
+def reach_arcsec(
+    settings: MatchSettings,
+    left: Motion,
+    right: Motion,
+    ids: bool,
+    pm_mas_yr: FloatArray | float | None = None,
+) -> FloatArray | float:
+    """How far apart the stored positions of a pair can be: the margin a partition needs.
+
+    Parameters
+    ----------
+    left, right : Motion
+        Bounds over the whole of each catalog.
+    ids : bool
+        Whether the catalogs have a Gaia release in common.
+    pm_mas_yr : float or ndarray of float64, shape (n,), optional
+        Total proper motions of single right rows, instead of the largest one.
+
+    Returns
+    -------
+    float or ndarray of float64, shape (n,), arcsec
+        Includes a milliarcsecond for rounding.
+    """
+    radius = settings.id_radius_arcsec if ids and settings.use_gaia_id else settings.radius_arcsec
+    years = max(left.epoch_max - right.epoch_min, right.epoch_max - left.epoch_min, 0.0)
+    # A comparison with NaN is false: a catalog without epochs does not move.
+    pm = right.max_pm_mas_yr if pm_mas_yr is None else pm_mas_yr
+    drift = np.maximum(left.max_pm_mas_yr, pm) * years / 1000.0 if years > 0 else 0.0
+    return (radius + drift) * (1.0 + 1e-9) + 1e-3
+
+
+def match(
+    left: pa.Table,
+    right: pa.Table,
+    settings: MatchSettings,
+    right_key: str | _KeysOf = "star_id",
+) -> Matches:
+    """Find the pairs of two sky tables by the rule of this module.
+
+    Parameters
+    ----------
+    left, right : pyarrow.Table
+        Sorted by ``_healpix_29``; ``ra``, ``dec`` and, where there are any, ``pmra``, ``pmdec``,
+        ``position_epoch``, ``gaia_dr3_source_id``, ``gaia_dr2_source_id`` (null or not positive: no
+        id). ``right`` holds every row that can match (`reach_arcsec`), and may hold more.
+    right_key : str or callable
+        Column of the right table that breaks ties, int64 or string; or what gives that column of
+        some rows, for keys that are read only where there are ties.
+
+    Returns
+    -------
+    Matches
+
+    Raises
+    ------
+    ConfigError
+        A column is missing.
+    PartitionError
+        A table is not sorted on the sky.
+    """
+    if isinstance(right_key, str):
+        require_columns(right.schema, (right_key,), "the right side of the crossmatch")
+        right_key = partial(_taken, right.column(right_key))
+    a = _Side.read(left, "the left side of the crossmatch", settings.use_gaia_id)
+    b = _Side.read(right, "the right side of the crossmatch", settings.use_gaia_id)
+    radius = settings.radius_arcsec
+    if is_crowded(a.cells, radius) or is_crowded(b.cells, radius):
+        return _match_crowds(a, b, settings, right_key)
+    found = list(_equal_ids(a, b, settings.id_radius_arcsec))
+    by_id = sum(len(i) for i, _, _ in found)
+    n_conflicts = 0
+    for i, j, separation in _near(a, b, settings.radius_arcsec):
+        common, equal = _compare_ids(a, b, i, j)
+        n_conflicts += int(np.count_nonzero(common & ~equal))
+        free = ~common
+        found.append((i[free], j[free], separation[free]))
+    return _ordered(found, by_id, n_conflicts, right_key, settings.pairs == "all")
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The columns of one side as arrays; NaN and 0 stand for null."""
+
+    ra: FloatArray
+    dec: FloatArray
+    cells: IntArray
+    epoch: FloatArray | None
+    pm: tuple[FloatArray, FloatArray] | None
+    ids: dict[str, IntArray]
+
+    @classmethod
+    def read(cls, table: pa.Table, where: str, use_gaia_id: bool) -> _Side:
+        require_columns(table.schema, (HEALPIX_COLUMN, "ra", "dec"), where)
+        names = set(table.schema.names)
+        cells = table.column(HEALPIX_COLUMN).to_numpy()
+        if np.any(cells[1:] < cells[:-1]):
+            raise PartitionError(f"{where} is not sorted by {HEALPIX_COLUMN}")
+        pm = None
+        if {"pmra", "pmdec"} <= names:
+            pm = (_floats(table, "pmra"), _floats(table, "pmdec"))
+        return cls(
+            _floats(table, "ra"),
+            _floats(table, "dec"),
+            cells,
+            _floats(table, "position_epoch") if "position_epoch" in names else None,
+            pm,
+            {
+                name: _ids(table, name, where)
+                for name in GAIA_RELEASES
+                if use_gaia_id and name in names
+            },
+        )
+
+    def take(self, rows: IntArray) -> _Side:
+        return _Side(
+            self.ra[rows],
+            self.dec[rows],
+            self.cells[rows],
+            None if self.epoch is None else self.epoch[rows],
+            None if self.pm is None else (self.pm[0][rows], self.pm[1][rows]),
+            {name: values[rows] for name, values in self.ids.items()},
+        )
+
+    def has_epoch(self, rows: IntArray | slice = slice(None)) -> BoolArray:
+        if self.epoch is None:
+            return np.zeros(len(self.ra[rows]), dtype=np.bool_)
+        return np.isfinite(self.epoch[rows])
+
+    def moves(self, rows: IntArray | slice = slice(None)) -> BoolArray:
+        if self.pm is None:
+            return np.zeros(len(self.ra[rows]), dtype=np.bool_)
+        finite = np.isfinite(self.pm[0][rows]) & np.isfinite(self.pm[1][rows])
+        return np.asarray(finite & self.has_epoch(rows))
+
+    def at(self, rows: IntArray, epoch: FloatArray | float) -> tuple[FloatArray, FloatArray]:
+        """Positions of rows that move, at an epoch."""
+        assert self.pm is not None and self.epoch is not None
+        return sphere.propagate(
+            self.ra[rows],
+            self.dec[rows],
+            self.pm[0][rows],
+            self.pm[1][rows],
+            epoch - self.epoch[rows],
+        )
+
+
+_Block = tuple[IntArray, IntArray, FloatArray]
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Rows of one side that are alike in all that decides, by the sky; ``row`` is one of each."""
+
+    side: _Side
+    row: IntArray
+    of: IntArray
+    size: IntArray
+
+    @classmethod
+    def of_side(cls, side: _Side, preference: IntArray, ids: bool) -> _Classes:
+        """Classes of rows with the same ids, or with ids of the same releases."""
+        values = [*(side.pm or ()), *([] if side.epoch is None else [side.epoch])]
+        keys: list[NDArray[Any]]
+        keys = [np.ascontiguousarray(v).view(np.int64) for v in (*values, side.dec, side.ra)]
+        keys += [np.maximum(v, 0) if ids else v > 0 for v in side.ids.values()]
+        row, of = preferred((preference,), *keys, side.cells)
+        return cls(side.take(row), row, of, np.bincount(of, minlength=len(row)))
+
+    def members(self) -> tuple[IntArray, IntArray]:
+        """Rows by class, and where those of each class begin."""
+        return np.argsort(self.of, kind="stable"), np.cumsum(self.size) - self.size
+
+
+def _match_crowds(a: _Side, b: _Side, settings: MatchSettings, keys_of: _KeysOf) -> Matches:
+    """Match where many rows crowd: rows that are alike, as those at one position, only once.
+
+    Whether ids conflict depends on the releases; pairs of equal ids are found by themselves.
+    """
+    key = pc.rank(keys_of(np.arange(len(b.ra))), tiebreaker="dense").to_numpy()
+    order = np.lexsort((np.arange(len(key)), key))
+    preference = np.empty(len(key), dtype=np.int64)
+    preference[order] = np.arange(len(key))
+    sides = [
+        (_Classes.of_side(a, np.arange(len(a.ra)), ids), _Classes.of_side(b, preference, ids))
+        for ids in (True, False)
+    ]
+    n_conflicts = 0
+
+    def by_id() -> Iterator[_Block]:
+        nonlocal n_conflicts
+        one, other = sides[0]
+        for p, q, separation in _equal_ids(one.side, other.side, settings.id_radius_arcsec):
+            n_pairs = one.size[p] * other.size[q]
+            n_conflicts -= int(n_pairs[separation <= settings.radius_arcsec].sum())
+            yield p, q, separation
+
+    def by_position() -> Iterator[_Block]:
+        nonlocal n_conflicts
+        one, other = sides[1]
+        for p, q, separation in _near(one.side, other.side, settings.radius_arcsec):
+            common = _compare_ids(one.side, other.side, p, q)[0]
+            n_conflicts += int((one.size[p] * other.size[q])[common].sum())
+            yield p[~common], q[~common], separation[~common]
+
+    if settings.pairs == "all":
+        found: list[list[_Block]] = []
+        n_pairs = 0
+        for (one, other), blocks in zip(sides, (by_id(), by_position()), strict=True):
+            found.append([])
+            for block in blocks:
+                n_pairs += int((one.size[block[0]] * other.size[block[1]]).sum())
+                if n_pairs > _MOST_PAIRS:
+                    _refuse_all(n_pairs, one, other, block)
+                found[-1].append(_pairs_of(one, other, block))
+        n_by_id = sum(len(i) for i, _, _ in found[0])
+        return _ordered(found[0] + found[1], n_by_id, n_conflicts, keys_of, True)
+    best = [
+        _best(one, other, preference, blocks)
+        for (one, other), blocks in zip(sides, (by_id(), by_position()), strict=True)
+    ]
+    (n_id, row_id, apart_id), (n_near, row_near, apart_near) = best
+    left = np.flatnonzero(n_id + n_near)
+    has_id = n_id[left] > 0
+    return Matches(
+        left,
+        np.where(has_id, row_id[left], row_near[left]),
+        np.where(has_id, apart_id[left], apart_near[left]),
+        (n_id + n_near)[left].astype(np.int32),
+        has_id,
+        n_conflicts,
+    )
+
+
+def _best(
+    one: _Classes, other: _Classes, preference: IntArray, blocks: Iterator[_Block]
+) -> tuple[IntArray, IntArray, FloatArray]:
+    """By left row: how many candidates there are, the best, and its separation."""
+    count = np.zeros(len(one.row), dtype=np.int64)
+    best, apart = np.full(len(count), -1), np.full(len(count), np.inf)
+    for p, q, separation in blocks:
+        np.add.at(count, p, other.size[q])
+        nearest = apart.copy()
+        np.minimum.at(nearest, p, separation)
+        some = separation == nearest[p]  # few
+        p, row = p[some], other.row[q[some]]
+        order = np.lexsort((preference[row], p))
+        order = order[np.append(True, np.diff(p[order]) != 0)[: len(order)]]
+        p, row = p[order], row[order]
+        better = nearest[p] < apart[p]
+        better |= preference[row] < preference[best[p]]
+        best[p[better]], apart = row[better], nearest
+    return count[one.of], best[one.of], apart[one.of]
+
+
+def _pairs_of(one: _Classes, other: _Classes, block: _Block) -> _Block:
+    """The pairs of rows of pairs of classes."""
+    p, q, separation = block
+    (rows, first), (others, other_first) = one.members(), other.members()
+    n_pairs = one.size[p] * other.size[q]
+    at = np.arange(n_pairs.sum()) - np.repeat(np.cumsum(n_pairs) - n_pairs, n_pairs)
+    p, q = np.repeat(p, n_pairs), np.repeat(q, n_pairs)
+    i, j = rows[first[p] + at // other.size[q]], others[other_first[q] + at % other.size[q]]
+    return i, j, np.repeat(separation, n_pairs)
+
+
+def _refuse_all(n_pairs: int, one: _Classes, other: _Classes, block: _Block) -> None:
+    at = int(np.argmax(one.size[block[0]] * other.size[block[1]]))
+    p, q = block[0][at], block[1][at]
+    raise ConfigError(
+        f"pairs = 'all': {n_pairs:,} pairs or more in one partition; {one.size[p]:,} target and "
+        f"{other.size[q]:,} reference rows crowd at ra {one.side.ra[p]:.6f}, "
+        f"dec {one.side.dec[p]:.6f}",
+        f"At most {_MOST_PAIRS:,} are made there: use pairs = 'best', or remove these rows.",
+    )
+
+
+def _taken(column: pa.ChunkedArray, rows: IntArray) -> pa.ChunkedArray:
+    return column.take(pa.array(rows))
+
+
+def _ids(table: pa.Table, name: str, where: str) -> IntArray:
+    try:
+        ids = table.column(name).cast(pa.int64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise PartitionError(f"{where}: column '{name}' is no id: {error}") from None
+    return np.asarray(pc.fill_null(ids, 0).to_numpy())
+
+
+def _floats(table: pa.Table, name: str) -> FloatArray:
+    return np.asarray(table.column(name).to_numpy(), dtype=np.float64)
+
+
+def _compare_ids(a: _Side, b: _Side, i: IntArray, j: IntArray) -> tuple[BoolArray, BoolArray]:
+    """For pairs: is there a common release, and is the id the same in any."""
+    common = np.zeros(len(i), dtype=np.bool_)
+    equal = np.zeros(len(i), dtype=np.bool_)
+    for name in a.ids.keys() & b.ids.keys():
+        one, other = a.ids[name][i], b.ids[name][j]
+        both = (one > 0) & (other > 0)
+        common |= both
+        equal |= both & (one == other)
+    return common, equal
+
+
+def _separation(a: _Side, b: _Side, i: IntArray, j: IntArray) -> FloatArray:
+    """Separation of pairs at their common epoch."""
+    ra1, dec1, ra2, dec2 = a.ra[i], a.dec[i], b.ra[j], b.dec[j]
+    if a.epoch is not None and b.epoch is not None:
+        right = b.moves(j) & a.has_epoch(i)
+        if right.any():
+            ra2[right], dec2[right] = b.at(j[right], a.epoch[i[right]])
+        left = ~right & a.moves(i) & b.has_epoch(j)
+        if left.any():
+            ra1[left], dec1[left] = a.at(i[left], b.epoch[j[left]])
+    return sphere.separation_arcsec(ra1, dec1, ra2, dec2)
+
+
+def _near(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
+    """Every pair within a radius at its common epoch."""
+    for i, j in _near_candidates(a, b, radius_arcsec):
+        separation = _separation(a, b, i, j)
+        near = separation <= radius_arcsec
+        yield i[near], j[near], separation[near]
+
+
+def _near_candidates(
+    a: _Side, b: _Side, radius_arcsec: float
+) -> Iterator[tuple[IntArray, IntArray]]:
+    """Pairs that contain all those within a radius, by which of the two rows would move."""
+    a_epoch, a_moves, b_epoch, b_moves = a.has_epoch(), a.moves(), b.has_epoch(), b.moves()
+    yield from _moved(b, b_moves, a, a_epoch, radius_arcsec, swap=True)
+    yield from _moved(a, a_moves, b, b_epoch & ~b_moves, radius_arcsec, swap=False)
+    for left, right in (
+        (~a_epoch, b_moves),
+        (~a_moves, b_epoch & ~b_moves),
+        (np.ones_like(a_epoch), ~b_epoch),
+    ):
+        i, j = np.flatnonzero(left), np.flatnonzero(right)
+        if len(i) == 0 or len(j) == 0:
+            continue
+        if len(i) <= len(j):
+            for one, other in nearby.candidates(a.cells[i], radius_arcsec, b.cells[j]):
+                yield i[one], j[other]
+        else:
+            for other, one in nearby.candidates(b.cells[j], radius_arcsec, a.cells[i]):
+                yield i[one], j[other]
+
+
+def _moved(
+    mover: _Side, moves: BoolArray, other: _Side, stays: BoolArray, radius_arcsec: float, swap: bool
+) -> Iterator[tuple[IntArray, IntArray]]:
+    """Candidates between rows that move to the other row's epoch and rows that stay.
+
+    A row is moved to the middle of the epochs it may meet, and looks half their span farther.
+    """
+    rows, others = np.flatnonzero(moves), np.flatnonzero(stays)
+    if len(rows) == 0 or len(others) == 0:
+        return
+    assert other.epoch is not None and mover.pm is not None
+    epochs = other.epoch[others]
+    first, last = float(epochs.min()), float(epochs.max())
+    ra, dec = mover.at(rows, (first + last) / 2)
+    total_pm = np.hypot(mover.pm[0][rows], mover.pm[1][rows])
+    reach = radius_arcsec + total_pm * ((last - first) / 2000.0)
+    for i, j in nearby.candidates(healpix.ang2pix(ra, dec), reach, other.cells[others]):
+        yield (others[j], rows[i]) if swap else (rows[i], others[j])
+
+
+def _equal_ids(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
+    """Every pair within a radius with the same id in any release, once."""
+    done: list[str] = []
+    for name in GAIA_RELEASES:
+        if name not in a.ids or name not in b.ids:
+            continue
+        one, other = a.ids[name], b.ids[name]
+        for i, j, separation in _join_ids(a, b, one, other, radius_arcsec):
+            new = separation <= radius_arcsec
+            for earlier in done:
+                new &= (a.ids[earlier][i] <= 0) | (a.ids[earlier][i] != b.ids[earlier][j])
+            yield i[new], j[new], separation[new]
+        done.append(name)
+
+
+def _join_ids(
+    a: _Side, b: _Side, one: IntArray, other: IntArray, radius_arcsec: float
+) -> Iterator[_Block]:
+    order = np.argsort(other, kind="stable")
+    order = order[np.searchsorted(other[order], 1) :]
+    values, first, count = np.unique(other[order], return_index=True, return_counts=True)
+    if len(values) == 0:
+        return
+    place = pc.index_in(pa.array(one), value_set=pa.array(values))
+    i = np.flatnonzero(pc.is_valid(place).to_numpy(zero_copy_only=False))
+    value = pc.fill_null(place, 0).to_numpy()[i]
+    crowded = np.bincount(value, minlength=len(values)) * count > _MANY_PAIRS
+    if crowded.any():
+        rows = i[crowded[value]]
+        others = np.flatnonzero(np.isin(other, values[crowded]))
+        for p, q, separation in _near(a.take(rows), b.take(others), radius_arcsec):
+            same = one[rows[p]] == other[others[q]]
+            yield rows[p[same]], others[q[same]], separation[same]
+        i, value = i[~crowded[value]], value[~crowded[value]]
+    repeats = count[value]
+    offset = np.repeat(first[value] - (np.cumsum(repeats) - repeats), repeats)
+    i, j = np.repeat(i, repeats), order[offset + np.arange(len(offset))]
+    yield i, j, _separation(a, b, i, j)
+
+
+def _ordered(
+    found: list[_Block], n_by_id: int, n_conflicts: int, keys_of: _KeysOf, every: bool
+) -> Matches:
+    """Sort candidates, count those of each left row, and keep the best or all."""
+    left = np.concatenate([np.empty(0, dtype=np.int64), *(i for i, _, _ in found)])
+    right = np.concatenate([np.empty(0, dtype=np.int64), *(j for _, j, _ in found)])
+    separation = np.concatenate([np.empty(0), *(s for _, _, s in found)])
+    by_position = np.arange(len(left)) >= n_by_id
+    order = np.argsort(left, kind="stable")
+    at = _with_equal_neighbour(order, left)  # of few rows there are several candidates
+    some = order[at]
+    order[at] = some[np.lexsort((right[some], separation[some], by_position[some], left[some]))]
+    at = at[_with_equal_neighbour(order[at], left, by_position, separation)]
+    if len(at):  # only then do the keys matter
+        some = order[at]
+        key = pc.rank(keys_of(right[some]), tiebreaker="dense").to_numpy()
+        order[at] = some[
+            np.lexsort((right[some], key, separation[some], by_position[some], left[some]))
+        ]
+    left, right, separation = left[order], right[order], separation[order]
+    is_first = np.concatenate([[True], left[1:] != left[:-1]])[: len(left)]
+    starts = np.flatnonzero(is_first)
+    count = np.diff(np.append(starts, len(left)))
+    keep = slice(None) if every else starts
+    return Matches(
+        left[keep],
+        right[keep],
+        separation[keep],
+        (np.repeat(count, count) if every else count).astype(np.int32),
+        ~by_position[order][keep],
+        n_conflicts,
+    )
+
+
+def _with_equal_neighbour(order: IntArray, *columns: NDArray[Any]) -> IntArray:
+    """Places in an order before or after which all columns are the same."""
+    same = np.ones(max(len(order) - 1, 0), dtype=np.bool_)
+    for values in columns:
+        same &= values[order[1:]] == values[order[:-1]]
+    return np.flatnonzero(np.append(same, False) | np.append(False, same))

@@ -1,0 +1,234 @@
+"""What repeat observations say of stated errors: the width of pulls, and the factor it makes.
+
+The pull of two observations i, j of one star is (x_i - x_j) / sqrt(e_i^2 + e_j^2). Its distribution
+has width 1 where the stated errors e are right, whatever the star; a width w says that errors of
+this kind must be multiplied by w. The width is the median of |pull| over 0.6745, the median of the
+absolute value of a standard normal number, of the pulls below `CLIP` widths: 6 % of wrong
+measurements would else make it 7 % too large. This is the normalisation of the Survey of Surveys
+(Tsantaki et al. 2022, A&A 659, A95), in bins of S/N and for giants and dwarfs separately.
+
+Pulls are counted in a histogram, so that counts of any parts of the sky add up exactly. Every
+observation is compared with the next one of its star in the order of the sky, then of ``obs_id``.
+
+Errors that were themselves calibrated on repeats, like those of APOGEE, have width 1 by
+construction; systematic errors that all observations of a star share are in no pull.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sos_dask.columns import reals_or_nan
+from sos_dask.schema import HEALPIX_COLUMN, LABELS
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+SNR_EDGES = (10.0, 20.0, 30.0, 50.0, 100.0, 200.0)  # bins: below the first, ..., above the last
+KINDS = ("dwarf", "giant")
+GIANT_LOGG = 3.5
+MIN_PULLS = 100  # the width of as many is known to 12 %
+_HALF_NORMAL_MEDIAN = 0.6744897501960817
+# Standard error of a median of half-normal numbers, in units of it times 1 / sqrt(n):
+# 1 / (2 f(m) m) with the density f (Kendall & Stuart, The Advanced Theory of Statistics).
+_MEDIAN_ERROR = 1.1664
+CLIP = 4.0  # normal numbers are beyond once in 16,000
+_OCTAVES, _BINS_AN_OCTAVE = 16, 12
+_N_BINS = _OCTAVES * _BINS_AN_OCTAVE  # of |pull|, from 2^-10 to 2^6, 6 % wide
+_LOWEST = -10.0
+_COLUMNS = frozenset({*LABELS, *(f"{label}_err" for label in LABELS), "snr"})
+_SHAPE = (len(LABELS), len(KINDS), len(SNR_EDGES) + 2, _N_BINS)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Width of the pulls of one kind of observations.
+
+    Parameters
+    ----------
+    label : str
+    kind : str
+        ``giant`` (log g < 3.5), ``dwarf``, or ``all``.
+    snr_low, snr_high : float or None
+        Signal to noise of the worse of the two observations; None: no limit.
+    n : int
+        Pulls, without those clipped.
+    factor : float
+        What the stated errors must be multiplied by: the width, or 1 below `MIN_PULLS` pulls.
+    low, high : float or None
+        95 % interval of the width; None where it was not measured.
+    """
+
+    label: str
+    kind: str
+    snr_low: float | None
+    snr_high: float | None
+    n: int
+    factor: float
+    low: float | None
+    high: float | None
+
+
+def pull_counts(
+    table: pa.Table, primary: IntArray, expected_error: Mapping[str, float] | None = None
+) -> list[int]:
+    """Histogram of the pulls of the repeats in a table.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        Observations in the order of their catalog: ``_healpix_29``, ``quality``, labels, and where
+        there are ``*_err`` and ``snr``. Only rows with quality 0 count.
+    primary : ndarray of int64, shape (n,)
+        Equal for observations of one star; negative: of none.
+    expected_error : mapping of str to float, optional
+        Error of one observation by label, for surveys that state none.
+
+    Returns
+    -------
+    list of int
+        Number and count of each bin that is not empty, one after the other.
+    """
+    counts = np.zeros(_SHAPE, dtype=np.int64)
+    if table.num_rows:
+        _count(table, primary, expected_error or {}, counts)
+    filled = np.flatnonzero(counts)
+    flat: list[int] = np.stack([filled, counts.ravel()[filled]], axis=1).ravel().tolist()
+    return flat
+
+
+def _count(
+    table: pa.Table, primary: IntArray, expected_error: Mapping[str, float], counts: IntArray
+) -> None:
+    from sos_dask.sky.loops import count_pulls, repeated, sort_members
+
+    _, first, row = repeated(primary)
+    # Rows of one cell stand in the order of their keys already: the order of the catalog.
+    sort_members(first, row, table[HEALPIX_COLUMN].to_numpy())
+    columns = {name: reals_or_nan(table, name) for name in _COLUMNS}
+    if len({values.dtype for values in columns.values()}) > 1:
+        columns = {name: values.astype(np.float64) for name, values in columns.items()}
+    count_pulls(
+        first,
+        row,
+        table["quality"].to_numpy(),
+        tuple(columns[label] for label in LABELS),
+        tuple(columns[f"{label}_err"] for label in LABELS),
+        np.array([expected_error.get(label, np.nan) for label in LABELS], dtype=np.float64),
+        columns["snr"],
+        GIANT_LOGG,
+        np.array(SNR_EDGES),
+        _LOWEST,
+        _BINS_AN_OCTAVE,
+        counts,
+    )
+
+
+def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
+    """Factors of a whole survey from the histograms of its parts.
+
+    Returns
+    -------
+    list of Factor
+        Of each label: all pulls, then giants and dwarfs, then each in bins of S/N; only those with
+        pulls, but always that of all.
+    """
+    counts = np.zeros(_SHAPE, dtype=np.int64)
+    for part in parts:
+        place, count = np.array(part, dtype=np.int64).reshape(-1, 2).T
+        counts.ravel()[place] += count
+    edges = [None, *SNR_EDGES, None]
+    found = []
+    for number, label in enumerate(LABELS):
+        found.append(_factor(counts[number].sum(axis=(0, 1)), label, "all", None, None))
+        for kind, name in enumerate(KINDS):
+            of_kind = counts[number, kind]
+            some = [_factor(of_kind.sum(axis=0), label, name, None, None)]
+            some += [
+                _factor(of_kind[place], label, name, edges[place], edges[place + 1])
+                for place in range(len(SNR_EDGES) + 1)
+            ]
+            found += [factor for factor in some if factor.n]
+    return found
+
+
+def normalisation(
+    factors: Sequence[Mapping[str, Any]],
+    label: str,
+    logg: NDArray[np.floating],
+    snr: NDArray[np.floating],
+) -> FloatArray:
+    """Factor of the stated errors of some rows.
+
+    Parameters
+    ----------
+    factors : sequence of mapping
+        `Factor` as in the summary of a survey's stars; may be empty.
+    label : str
+    logg, snr : ndarray of float, shape (n,)
+        nan where unknown.
+
+    Returns
+    -------
+    ndarray of float64, shape (n,)
+        Of the row's kind and S/N; of its kind alone, or of all, where those pulls are too few; 1
+        where nothing was measured.
+    """
+    known = {
+        (one["kind"], one["snr_low"], one["snr_high"]): one["factor"]
+        for one in factors
+        if one["label"] == label and one["n"] >= MIN_PULLS
+    }
+    edges = [None, *SNR_EDGES, None]
+    whole = known.get(("all", None, None), 1.0)
+    table = np.full((len(KINDS), len(SNR_EDGES) + 2), whole)
+    for kind, name in enumerate(KINDS):
+        table[kind] = known.get((name, None, None), whole)
+        for place in range(len(SNR_EDGES) + 1):
+            limits = (name, edges[place], edges[place + 1])
+            table[kind, place] = known.get(limits, table[kind, -1])
+    is_giant = (np.asarray(logg) < GIANT_LOGG).astype(np.int64)
+    return np.asarray(table[is_giant, snr_bin(np.asarray(snr, dtype=np.float64))])
+
+
+def snr_bin(snr: FloatArray) -> IntArray:
+    """Number of the bin of signal to noise; the last one is that of unknown values."""
+    place = np.searchsorted(SNR_EDGES, snr, side="right")
+    return np.where(np.isfinite(snr), place, len(SNR_EDGES) + 1)
+
+
+def _pull_bin(pull: FloatArray) -> IntArray:
+    with np.errstate(divide="ignore"):
+        place = np.floor((np.log2(pull) - _LOWEST) * _BINS_AN_OCTAVE)
+    return np.clip(place, 0, _N_BINS - 1).astype(np.int64)
+
+
+def _factor(
+    counts: IntArray, label: str, kind: str, low: float | None, high: float | None
+) -> Factor:
+    width, stop = 1.0, len(counts)
+    while counts[:stop].any():
+        width = 2.0 ** (_LOWEST + _median_bin(counts[:stop]) / _BINS_AN_OCTAVE)
+        width /= _HALF_NORMAL_MEDIAN
+        limit = int(_pull_bin(np.array(CLIP * width))) + 1
+        if limit >= stop:
+            break
+        stop = limit
+    n = int(counts[:stop].sum())
+    if n < MIN_PULLS:
+        return Factor(label, kind, low, high, n, 1.0, None, None)
+    relative = 1.96 * _MEDIAN_ERROR / np.sqrt(n)
+    return Factor(label, kind, low, high, n, width, width * (1 - relative), width * (1 + relative))
+
+
+def _median_bin(counts: IntArray) -> float:
+    """Median of a histogram in bins from its lower end."""
+    half, below = counts.sum() / 2, np.cumsum(counts)
+    place = int(np.searchsorted(below, half))
+    return float(place + (half - (below[place] - counts[place])) / counts[place])

@@ -1,0 +1,435 @@
+"""One row a star over several surveys.
+
+The input is the stars of all surveys in one table and, for each row, the row number of the primary
+of its physical star. Members of a star are taken in the order of precedence of their surveys, then
+of ``star_id``; a member is *usable* when its ``quality`` is 0 and it has a label.
+
+* ``_healpix_29``, ``star_id`` (``<survey>:<star_id>``), ``ra``, ``dec`` and ``position_epoch`` are
+  those of the primary row. Gaia ids, the pair of proper motions and all that is not named below are
+  those of the first member that has them.
+* Labels and ``rv`` are taken less the ``offsets`` of their survey.
+* ``precedence``: the labels, their errors and ``snr`` come from one member: the first usable one
+  that has all three labels and no ``flag_spread``; or else the first usable one; or else the first
+  with any label. ``rv`` and its error are that member's, or else those of the first that has it.
+  ``quality`` is that member's.
+* ``weighted-mean``: labels and ``rv`` are means over the usable members with weights 1 / error**2;
+  members without a positive error are left out, but where no member has one the mean is plain and
+  its error null. The rest, and stars without a usable member, are as with ``precedence``.
+* ``survey`` says who gave labels, joined by ``+``, null where nobody did; ``sources`` names every
+  member, joined by ``;``; ``n_surveys`` counts the surveys.
+* ``flag_spread``: a member that gave labels has it, or the usable members disagree: the sample
+  standard deviation of a label exceeds ``max_spread`` times the rms of the stated errors (or
+  ``expected_error``). For two members that is a difference of ``max_spread`` times its error.
+
+Sums are in double precision over members in their order, so nothing depends on the order of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sos_dask.errors import ConfigError, PartitionError
+from sos_dask.schema import (
+    CANONICAL,
+    HEALPIX_COLUMN,
+    LABELS,
+    QUALITY,
+    check_numbers,
+    require_columns,
+)
+from sos_dask.sky.healpix import FloatArray, IntArray
+
+BoolArray = NDArray[np.bool_]
+
+METHODS = ("precedence", "weighted-mean")
+_MEASURED = (*LABELS, "rv")
+_OF_PRIMARY = ("ra", "dec", "position_epoch")
+_MOTION = ("pmra", "pmdec")
+
+
+@dataclass(frozen=True)
+class UnifySettings:
+    """How the stars of several surveys become one.
+
+    Parameters
+    ----------
+    method : {"precedence", "weighted-mean"}
+    order : tuple of str
+        Surveys, the preferred first; others follow by name.
+    offsets : mapping of str to mapping of str to float
+        By survey and label: subtracted from that survey's values.
+    max_spread : float
+        Surveys that differ by more than this multiple of their error flag the star.
+    expected_error : mapping of str to float
+        Error of a survey's label by label, used where none is stated.
+
+    Raises
+    ------
+    ConfigError
+        Unknown method or label, a survey twice, or ``max_spread`` is not positive.
+    """
+
+    method: str = "precedence"
+    order: tuple[str, ...] = ()
+    offsets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    max_spread: float = 5.0
+    expected_error: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"method '{self.method}' is none of {', '.join(METHODS)}")
+        if len(set(self.order)) != len(self.order):
+            raise ConfigError(f"a survey is twice in the order {', '.join(self.order)}")
+        for survey, offsets in self.offsets.items():
+            for label in offsets:
+                if label not in _MEASURED:
+                    raise ConfigError(
+                        f"offset of '{label}' for survey {survey}: there is no such label",
+                        f"Known are {', '.join(_MEASURED)}.",
+                    )
+        check_numbers(self, max_spread=(1e-9, 1e9))
+
+
+def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Table:
+    """Unite the stars of several surveys by the rule of this module.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        Stars of all surveys: ``_healpix_29``, ``survey`` and ``star_id`` (strings), ``ra``,
+        ``dec``, ``quality``, the labels, any other canonical columns, and ``flag_spread`` where a
+        survey has it. Other columns are dropped.
+    primary : ndarray of int64, shape (n,)
+        Row number of each row's primary.
+    settings : UnifySettings
+
+    Returns
+    -------
+    pyarrow.Table
+        ``_healpix_29``, ``star_id``, the canonical columns of the input in their canonical order,
+        ``survey``, ``sources``, ``n_surveys``, ``flag_spread``, ``quality``; sorted by
+        (``_healpix_29``, ``star_id``).
+
+    Raises
+    ------
+    ConfigError
+        A column is missing.
+    PartitionError
+        ``primary`` names rows that are no primaries.
+    """
+    required = (HEALPIX_COLUMN, "survey", "star_id", "ra", "dec", "quality", *LABELS)
+    require_columns(table.schema, required, "the stars to be united")
+    if len(primary) != table.num_rows or not np.array_equal(primary[primary], primary):
+        raise PartitionError("primaries do not belong to the stars to be united")
+    table = table.combine_chunks()
+    names = set(table.schema.names)
+    key = pc.binary_join_element_wise(table["survey"], table["star_id"], ":")
+    table = table.set_column(table.schema.get_field_index("star_id"), "star_id", key)
+    leaders = np.flatnonzero(primary == np.arange(len(primary)))
+    leaders = leaders[_sky_order(table.take(pa.array(leaders)))]
+    members = _Members.of(table, primary, leaders, settings.order)
+
+    measured = {
+        label: members.measured(table, label, settings.offsets)
+        for label in _MEASURED
+        if label in names
+    }
+    has_label = [~np.isnan(measured[label][0]) for label in LABELS]
+    flagged = np.zeros(len(members.row), dtype=np.bool_)
+    if "flag_spread" in names:
+        flagged = pc.fill_null(table["flag_spread"], False).to_numpy()[members.row]
+    passes = table["quality"].to_numpy()[members.row] == 0
+    usable = passes & np.any(has_label, axis=0)
+    chosen, gives = members.choose(has_label, usable, flagged)
+    united = members.any(usable) & (settings.method == "weighted-mean")
+    contributes = np.zeros(len(members.row), dtype=np.bool_)
+    contributes[chosen[gives & ~united]] = True
+
+    flag = np.zeros(len(leaders), dtype=np.bool_)
+    results: dict[str, FloatArray] = {}
+    for label, (value, error) in measured.items():
+        mean = _Mean.of(members, value, error, usable)
+        at, averaged = chosen, united
+        if label == "rv":
+            at, averaged = members.first_with(~np.isnan(value), chosen), united & (mean.n > 0)
+        else:
+            contributes |= mean.weighs & united[members.segment]
+            flag |= mean.disagrees(settings.max_spread, settings.expected_error.get(label))
+        results[label] = np.where(averaged, mean.value, value[at])
+        results[f"{label}_err"] = np.where(averaged, mean.error, error[at])
+    flag |= members.any(flagged & contributes)
+
+    columns: list[tuple[pa.Field, pa.Array | pa.ChunkedArray]] = [
+        (table.schema.field(HEALPIX_COLUMN), table[HEALPIX_COLUMN].take(pa.array(leaders))),
+        (
+            _field(
+                "star_id", pa.string(), "Survey and star_id of the primary", "meta.id;meta.main"
+            ),
+            table["star_id"].take(pa.array(leaders)),
+        ),
+    ]
+    for name in (name for name in CANONICAL if name in names):
+        about = table.schema.field(name)
+        if name in results:
+            values = results[name]
+            out = pa.array(values, mask=np.isnan(values)).cast(about.type, safe=False)
+        elif name in _OF_PRIMARY:
+            out = table[name].take(pa.array(leaders))
+        elif name == "snr":
+            out = table[name].take(pa.array(members.row[chosen]))
+        else:
+            pair = name in _MOTION and names.issuperset(_MOTION)
+            out = table[name].take(pa.array(members.givers(table, _MOTION if pair else (name,))))
+        columns.append((about, out))
+    columns += [
+        (
+            _field("survey", pa.string(), "Surveys that gave the labels", nullable=True),
+            members.joined_surveys(contributes),
+        ),
+        (
+            _field("sources", pa.string(), "Every member: survey and star_id"),
+            _joined(table["star_id"].take(pa.array(members.row)), members.first, ";"),
+        ),
+        (
+            _field("n_surveys", pa.int32(), "Surveys that observed the star", "meta.number"),
+            pa.array(members.n_surveys()),
+        ),
+        (_field("flag_spread", pa.bool_(), "Labels scatter over the limit"), pa.array(flag)),
+        (
+            QUALITY.arrow(nullable=False),
+            table["quality"].take(pa.array(members.row[chosen])),
+        ),
+    ]
+    schema = pa.schema([about for about, _ in columns])
+    return pa.table([values for _, values in columns], schema=schema)
+
+
+def common_differences(table: pa.Table, primary: IntArray, order: tuple[str, ...]) -> pa.Table:
+    """Differences from the first survey, of the stars that it has in common with another.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        Stars of all surveys, as for `unify`.
+    primary : ndarray of int64, shape (n,)
+    order : tuple of str
+        The differences are from the survey named first.
+
+    Returns
+    -------
+    pyarrow.Table
+        ``survey`` and, for each label, that survey's value less the first one's (float64); one row
+        for each pair of rows with quality 0 and all labels, in the order of ``table``.
+    """
+    good = pc.equal(table["quality"], 0)
+    for label in LABELS:
+        good = pc.and_(good, pc.is_valid(table[label]))
+    chosen = np.flatnonzero(pc.fill_null(good, False).to_numpy())
+    rows = table.select(["survey", *LABELS]).take(pa.array(chosen))
+    star = np.asarray(primary)[chosen]
+    surveys = rows["survey"].to_numpy(zero_copy_only=False)
+    base = np.flatnonzero(surveys == (order[0] if order else ""))
+    _, first = np.unique(star[base], return_index=True)
+    base = base[first]  # one row a star, the first
+    other = np.flatnonzero(surveys != (order[0] if order else ""))
+    place = np.searchsorted(star[base], star[other])
+    place = np.minimum(place, max(len(base) - 1, 0))
+    found = star[base][place] == star[other] if len(base) else np.zeros(len(other), dtype=np.bool_)
+    columns = {"survey": rows["survey"].take(pa.array(other[found]))}
+    for label in LABELS:
+        values = rows[label].to_numpy().astype(np.float64)
+        columns[label] = pa.array(values[other[found]] - values[base[place[found]]])
+    return pa.table(columns)
+
+
+@dataclass(frozen=True)
+class _Members:
+    """Rows by star and, inside, by precedence of the survey and ``star_id``.
+
+    ``first`` has one entry a star, the place of its first member; the others one a member.
+    """
+
+    row: IntArray
+    segment: IntArray
+    first: IntArray
+    survey: IntArray
+    surveys: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, table: pa.Table, primary: IntArray, leaders: IntArray, order: tuple[str, ...]
+    ) -> _Members:
+        number = np.zeros(len(primary), dtype=np.int64)
+        number[leaders] = np.arange(len(leaders))
+        star = number[primary]
+        present = sorted(pc.unique(table["survey"]).to_pylist())
+        surveys = (*order, *(name for name in present if name not in order))
+        place = pc.index_in(table["survey"], pa.array(surveys, pa.string())).to_numpy()
+        row = np.lexsort((place, star))
+        tied = _ties(star[row], place[row])
+        if tied.any():
+            some = row[tied]
+            rank = pc.rank(table["star_id"].take(pa.array(some)), tiebreaker="dense").to_numpy()
+            row[tied] = some[np.lexsort((rank, place[some], star[some]))]
+        is_first = np.append(True, np.diff(star[row]) != 0)[: len(row)]
+        return cls(row, star[row], np.flatnonzero(is_first), place[row].astype(np.int64), surveys)
+
+    def sum(self, values: FloatArray | BoolArray) -> FloatArray:
+        """Sum over the members of each star."""
+        total = np.bincount(self.segment, values, minlength=len(self.first))
+        return np.asarray(total, dtype=np.float64)
+
+    def any(self, mask: BoolArray) -> BoolArray:
+        """Whether any member of each star is in the mask."""
+        out = np.zeros(len(self.first), dtype=np.bool_)
+        out[self.segment[mask]] = True
+        return out
+
+    def first_with(self, mask: BoolArray, otherwise: IntArray) -> IntArray:
+        """For each star its ``otherwise`` if that is in the mask, else its first member in it."""
+        at = np.flatnonzero(mask & ~mask[otherwise][self.segment])
+        out = otherwise.copy()
+        # Written backwards, so that the first of a star stays.
+        out[self.segment[at[::-1]]] = at[::-1]
+        return out
+
+    def givers(self, table: pa.Table, names: tuple[str, ...]) -> IntArray:
+        """Row of each star's first member that has all of some columns."""
+        has = np.ones(table.num_rows, dtype=np.bool_)
+        for name in names:
+            has &= table[name].is_valid().to_numpy()
+        return self.row[self.first_with(has[self.row], self.first)]
+
+    def measured(
+        self, table: pa.Table, label: str, offsets: Mapping[str, Mapping[str, float]]
+    ) -> tuple[FloatArray, FloatArray]:
+        """Values less the offset of their survey, and errors; NaN for null."""
+        shift = np.array([offsets.get(name, {}).get(label, 0.0) for name in self.surveys])
+        value = _floats(table, label)[self.row]
+        if len(shift):
+            value = value - shift[self.survey]
+        error = np.full(len(value), np.nan)
+        if f"{label}_err" in table.schema.names:
+            error = _floats(table, f"{label}_err")[self.row]
+        return value, error
+
+    def choose(
+        self, has_label: list[BoolArray], usable: BoolArray, flagged: BoolArray
+    ) -> tuple[IntArray, BoolArray]:
+        """Member of each star that gives its labels by precedence, and whether it has any."""
+        some = np.any(has_label, axis=0)
+        complete = usable & ~flagged & np.all(has_label, axis=0)
+        chosen = self.first
+        for mask in (some, usable, complete):
+            # Written backwards, so that the first of a star stays; the best kind comes last.
+            at = np.flatnonzero(mask)
+            chosen = chosen.copy()
+            chosen[self.segment[at[::-1]]] = at[::-1]
+        return chosen, self.any(some)
+
+    def n_surveys(self) -> NDArray[np.int32]:
+        new = np.append(True, np.diff(self.survey) != 0)[: len(self.row)]
+        new[self.first] = True
+        return self.sum(new).astype(np.int32)
+
+    def joined_surveys(self, mask: BoolArray) -> pa.Array:
+        """Names of the surveys of the members in the mask, each once; null where there is none."""
+        at = np.flatnonzero(mask)
+        again = (self.segment[at[1:]] == self.segment[at[:-1]]) & (
+            self.survey[at[1:]] == self.survey[at[:-1]]
+        )
+        at = at[np.append(True, ~again)[: len(at)]]
+        names = pa.array(self.surveys, pa.string()).take(pa.array(self.survey[at]))
+        joined = _joined(names, np.searchsorted(self.segment[at], np.arange(len(self.first))), "+")
+        return pc.if_else(pa.array(self.any(mask)), joined, pa.scalar(None, pa.string()))
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """Weighted mean of one label over the usable members of each star; NaN where there is none."""
+
+    value: FloatArray
+    error: FloatArray
+    weighs: BoolArray
+    n: FloatArray
+    spread: FloatArray
+    rms_error: FloatArray
+
+    @classmethod
+    def of(
+        cls, members: _Members, value: FloatArray, error: FloatArray, usable: BoolArray
+    ) -> _Mean:
+        has = usable & ~np.isnan(value)
+        stated = has & (error > 0)
+        value, error = np.where(has, value, 0.0), np.where(stated, error, 1.0)
+        n, n_stated = members.sum(has), members.sum(stated)
+        plain = n_stated == 0
+        weight = np.where(plain[members.segment], has, stated / error**2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            total = members.sum(weight)
+            deviation = value - (members.sum(value) / n)[members.segment]
+            deviation = np.where(has, deviation, 0.0)
+            return cls(
+                members.sum(weight * value) / total,
+                np.where(plain, np.nan, 1.0 / np.sqrt(total)),
+                weight > 0,
+                n,
+                np.where(n > 1, np.sqrt(members.sum(deviation**2) / (n - 1)), np.nan),
+                np.sqrt(members.sum(np.where(stated, error, 0.0) ** 2) / n_stated),
+            )
+
+    def disagrees(self, max_spread: float, fallback: float | None) -> BoolArray:
+        """Whether the members scatter by more than a multiple of their error."""
+        expected = np.where(
+            np.isnan(self.rms_error), np.nan if fallback is None else fallback, self.rms_error
+        )
+        # Nothing is greater than NaN: without a spread or an error there is no flag.
+        return np.asarray(self.spread > max_spread * expected)
+
+
+def _field(
+    name: str, dtype: pa.DataType, description: str, ucd: str = "", nullable: bool = False
+) -> pa.Field:
+    metadata = {"description": description, **({"ucd": ucd} if ucd else {})}
+    return pa.field(name, dtype, nullable, metadata)
+
+
+def _floats(table: pa.Table, name: str) -> FloatArray:
+    return np.asarray(table[name].to_numpy(), dtype=np.float64)
+
+
+def _joined(texts: pa.Array | pa.ChunkedArray, first: IntArray, separator: str) -> pa.Array:
+    """Texts joined from each start to the next."""
+    if isinstance(texts, pa.ChunkedArray):
+        texts = texts.combine_chunks()
+    offsets = pa.array(np.append(first, len(texts)).astype(np.int32))
+    return pc.binary_join(pa.ListArray.from_arrays(offsets, texts), separator)
+
+
+def _ties(*keys: IntArray) -> BoolArray:
+    """Which rows have the same keys as a neighbour."""
+    equal = np.ones(max(len(keys[0]) - 1, 0), dtype=np.bool_)
+    for key in keys:
+        equal &= key[1:] == key[:-1]
+    tied = np.zeros(len(keys[0]), dtype=np.bool_)
+    tied[1:] |= equal
+    tied[:-1] |= equal
+    return tied
+
+
+def _sky_order(table: pa.Table) -> IntArray:
+    """Order of rows by (``_healpix_29``, ``star_id``)."""
+    cells = table[HEALPIX_COLUMN].to_numpy()
+    order = np.argsort(cells, kind="stable")
+    tied = _ties(cells[order])
+    if tied.any():
+        some = order[tied]
+        rank = pc.rank(table["star_id"].take(pa.array(some)), tiebreaker="dense").to_numpy()
+        order[tied] = some[np.lexsort((rank, cells[some]))]
+    return order

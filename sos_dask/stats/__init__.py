@@ -1,0 +1,1 @@
+"""Numbers that are counted once for all rooms."""

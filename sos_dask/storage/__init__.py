@@ -1,0 +1,1 @@
+"""Artifacts, catalogs and stores on disk."""

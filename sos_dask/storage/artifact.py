@@ -1,0 +1,595 @@
+"""Directories that are either complete or resumable: recipes, atomic files, records, manifests.
+
+An output directory is complete when ``manifest.json`` exists; it is written last. Until then the
+hidden ``.work`` folder holds one small record for every finished part, so that a killed run goes on
+at the first missing part, and any number of processes may work on one output: parts are
+deterministic and replaced atomically, and whoever finishes last writes the manifest.
+Nothing in a manifest depends on time, machine or number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from sos_dask.errors import CatalogError, ConfigError, StorageError
+from sos_dask.storage.digests import (
+    canonical_json,
+    digest_of,
+    footer_bytes,
+    read_sealed,
+    sealed_json,
+    sha256_of_file,
+    sum_of_file,
+)
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 2
+WORK = ".work"
+REJECTED = "rejected.parquet"
+_MOST_ROWS = 1 << 62
+
+
+Check = Literal["sha256", "size"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a stage writes.
+
+    Parameters
+    ----------
+    stage : str
+    version : int
+        Raised when the code of a stage changes its output.
+    params : mapping
+        Exactly the settings that the stage reads; JSON values.
+    inputs : mapping of str to str
+        Fingerprints of the inputs: other recipes, or content hashes of raw files.
+    """
+
+    stage: str
+    version: int
+    params: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the canonical JSON of the recipe."""
+        text = canonical_json(
+            {
+                "stage": self.stage,
+                "version": self.version,
+                "params": self.params,
+                "inputs": self.inputs,
+            }
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of an output: path relative to it, rows, bytes and SHA-256.
+
+    ``footer`` is the SHA-256 of a Parquet file's footer: with it and the checksums of pages, what a
+    task reads of a large file is checked without reading the rest.
+    """
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+    footer: str = ""
+
+    def __post_init__(self) -> None:
+        inside = PurePosixPath(self.path)
+        if inside.is_absolute() or ".." in inside.parts or not inside.parts or "\0" in self.path:
+            raise ValueError(f"the path {self.path!r} is not inside the output")
+        _require_counts(self.rows, self.bytes)
+        if {type(self.sha256), type(self.footer)} != {str}:
+            raise TypeError(f"the SHA-256 of {self.path!r} is not a text")
+
+    @property
+    def is_partition(self) -> bool:
+        """Whether it is a partition of a catalog: all other files are small."""
+        return "/Npix=" in self.path
+
+    def problem(self, directory: Path, by: Check = "sha256") -> str:
+        """Compare the file in a directory with the record; empty where they agree."""
+        path = os.path.join(directory, self.path)  # noqa: PTH118  # tens of thousands of files
+        try:
+            size = os.stat(path).st_size  # noqa: PTH116
+            if size != self.bytes:
+                return f"{self.path} has {size} bytes, the manifest says {self.bytes}"
+            if by == "sha256" and sha256_of_file(Path(path)) != self.sha256:
+                return f"{self.path} was changed: its SHA-256 is not the manifest's"
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{self.path} is missing"
+        except OSError as error:
+            return f"{self.path} cannot be read: {error.strerror}"
+        return ""
+
+
+def _require_counts(*values: Any) -> None:
+    for value in values:
+        if type(value) is not int or not 0 <= value <= _MOST_ROWS:
+            raise ValueError(f"{str(value)[:40]} is not a number of rows or bytes")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row accounting: ``n_in + sum(added) == n_out + rejected + sum(dropped)``.
+
+    Parameters
+    ----------
+    n_in, n_out, rejected : int
+    dropped, added : mapping of str to int
+        Rows that were left out or came more than once on purpose, by reason.
+    """
+
+    n_in: int
+    n_out: int
+    rejected: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    added: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        reasons = [*self.dropped.values(), *self.added.values()]
+        _require_counts(self.n_in, self.n_out, self.rejected, *reasons)
+
+    def check(self, where: str) -> None:
+        """Raise `CatalogError` when the account does not close."""
+        left = self.n_in + sum(self.added.values())
+        right = self.n_out + self.rejected + sum(self.dropped.values())
+        if left != right:
+            raise CatalogError(
+                f"{where}: {self.n_in} rows in (added {dict(self.added)}) are not {self.n_out} out "
+                f"+ {self.rejected} rejected + dropped {dict(self.dropped)}",
+                "This is a defect of the program: please report it with the command.",
+            )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete output is, was made from, and holds."""
+
+    recipe: Recipe
+    rows: Rows
+    files: tuple[FileRecord, ...]
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the recipe."""
+        return self.recipe.fingerprint
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """JSON value of the manifest, without its digest."""
+        return {
+            "format": MANIFEST_FORMAT,
+            "fingerprint": self.fingerprint,
+            "stage": self.recipe.stage,
+            "version": self.recipe.version,
+            "params": self.recipe.params,
+            "inputs": self.recipe.inputs,
+            "rows": {
+                "in": self.rows.n_in,
+                "out": self.rows.n_out,
+                "rejected": self.rows.rejected,
+                "dropped": self.rows.dropped,
+                "added": self.rows.added,
+            },
+            "summary": self.summary,
+            "files": {
+                record.path: {
+                    key: value
+                    for key, value in asdict(record).items()
+                    if key != "path" and value != ""
+                }
+                for record in self.files
+            },
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: it covers all that the manifest says."""
+        return digest_of(self.document)
+
+    def to_json(self) -> str:
+        """Indented JSON with sorted keys, which carries its own digest."""
+        return sealed_json(self.document)
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Read the manifest of a complete output.
+
+        Raises
+        ------
+        CatalogError
+            No manifest (unfinished or not ours), damaged, or of a newer format.
+        """
+        path = directory / MANIFEST
+        again = f"Remove {directory} and run again."
+        try:
+            raw = read_sealed(path, again)
+        except FileNotFoundError:
+            if not directory.is_dir():
+                raise CatalogError(f"{directory} does not exist") from None
+            hint = (
+                "It is unfinished: run the command that makes it again."
+                if (directory / WORK).is_dir()
+                else "It is not an output of sos-dask."
+            )
+            raise CatalogError(f"{directory} has no {MANIFEST}", hint) from None
+        except NotADirectoryError:
+            raise CatalogError(
+                f"{directory} is a file: a directory that sos-dask or HATS made is needed",
+                "Make one of a table: sos-dask ingest SURVEY FILE -o DIR; the columns of another "
+                "one in a job: [attach.NAME] with files.",
+            ) from None
+        try:
+            if raw["format"] > MANIFEST_FORMAT:
+                raise CatalogError(
+                    f"{path} has format {raw['format']}, newer than {MANIFEST_FORMAT} known here",
+                    "Install a newer sos-dask.",
+                )
+            if not isinstance(raw["stage"], str) or not isinstance(raw["version"], int):
+                raise TypeError("stage or version")
+            manifest = cls(
+                recipe=Recipe(raw["stage"], raw["version"], {**raw["params"]}, {**raw["inputs"]}),
+                rows=Rows(
+                    raw["rows"]["in"],
+                    raw["rows"]["out"],
+                    raw["rows"]["rejected"],
+                    {**raw["rows"]["dropped"]},
+                    {**raw["rows"]["added"]},
+                ),
+                files=tuple(FileRecord(name, **item) for name, item in raw["files"].items()),
+                summary={**raw["summary"]},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CatalogError(f"{path} is damaged: {error!r} is missing or wrong", again) from None
+        if manifest.fingerprint != raw.get("fingerprint"):
+            raise CatalogError(
+                f"{path} was changed: its fingerprint does not fit its recipe", again
+            )
+        return manifest
+
+    @classmethod
+    def checked(cls, directory: Path) -> Manifest:
+        """Read the manifest of a complete output and compare its files with it.
+
+        Bytes of all files and SHA-256 of all but the partitions, whose footers are checked where
+        they are read.
+
+        Raises
+        ------
+        CatalogError
+            As `load`, or a file is not the one that was written.
+        """
+        manifest = cls.load(directory)
+        for record in manifest.files:
+            if problem := record.problem(directory, "size" if record.is_partition else "sha256"):
+                raise _not_as_written(directory, problem)
+        return manifest
+
+
+def _not_as_written(directory: Path, problem: str) -> CatalogError:
+    return CatalogError(
+        f"{directory}/{problem}", f"Restore the file, or remove {directory} and make it again."
+    )
+
+
+def check_files(directory: Path, manifest: Manifest, by: Check, n_threads: int = 1) -> None:
+    """Compare all files of an output with its manifest.
+
+    Parameters
+    ----------
+    by : str
+        ``size``: their bytes alone are compared.
+    n_threads : int
+        That hash; hashing does not hold the lock of the interpreter.
+
+    Raises
+    ------
+    CatalogError
+        For the first file that is not as it was written.
+    """
+    with ThreadPoolExecutor(n_threads) as pool:
+        for problem in pool.map(lambda record: record.problem(directory, by), manifest.files):
+            if problem:
+                raise _not_as_written(directory, problem)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a refused write into a `StorageError` that names the path."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno
+        text = str(error).lower()
+        # Arrow keeps the number in the text; numpy says "1100 requested and 1008 written".
+        if number is None and ("errno 28" in text or "requested and" in text):
+            number = errno.ENOSPC
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StorageError(
+                f"the disk is full: cannot write {path}",
+                "Free some space and run the same command again: it goes on where it stopped.",
+            ) from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise StorageError(f"cannot write {path}: {os.strerror(number)}") from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A hidden temporary beside ``path``, put in its place by one rename after fsync.
+
+    Raises
+    ------
+    StorageError
+        The disk is full or the folder cannot be written. Nothing appears under the final name.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _written.__dict__[str(path.absolute())] = None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# Paths that a thread has put in place: those of a part become known to its record.
+_written = threading.local()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file was left by a killed process, or is an intermediate one."""
+    return name.endswith(".tmp") or name.startswith(WORK + "/")
+
+
+def _finished_files(directory: Path) -> Iterator[Path]:
+    """Files of a directory but for those that a killed process left half written."""
+    return (
+        path for path in directory.rglob("*") if path.is_file() and not path.name.endswith(".tmp")
+    )
+
+
+@dataclass(frozen=True)
+class Output:
+    """A directory that a stage writes into; picklable, so that tasks can take it along.
+
+    Parameters
+    ----------
+    directory : Path
+    recipe : Recipe
+    inputs : sequence of (directory, state)
+        What it is made from, as it was at the start.
+    """
+
+    directory: Path
+    recipe: Recipe
+    inputs: tuple[tuple[Path, str], ...] = ()
+
+    @classmethod
+    def prepare(
+        cls,
+        directory: Path,
+        recipe: Recipe,
+        overwrite: bool = False,
+        inputs: Iterable[Path | None] = (),
+    ) -> Output:
+        """Claim a directory for a recipe; a partly finished run of the same recipe goes on.
+
+        Parameters
+        ----------
+        inputs : iterable of Path
+            Directories that the output is made from; `commit` refuses when one was changed.
+
+        Raises
+        ------
+        CatalogError
+            The directory holds something else and ``overwrite`` is false.
+        ConfigError
+            The directory is an input of what is to replace it.
+        """
+        found = []
+        for path in inputs:
+            if path is not None:
+                if (path / MANIFEST).is_file():
+                    Manifest.checked(path)
+                found.append((path.absolute(), _state_of(path)))
+        output = cls(directory, recipe, tuple(found))
+        if not output.complete and any(_finished_files(directory)):
+            claimed = directory / WORK / "fingerprint"
+            other = claimed.read_text(errors="replace") if claimed.is_file() else ""
+            if other != recipe.fingerprint:
+                if not overwrite:
+                    raise CatalogError(
+                        f"{directory} already holds "
+                        + ("another run's output" if other else "other files or another output"),
+                        "Choose another directory, or say --overwrite to replace it.",
+                    )
+                if not other and not (directory / MANIFEST).is_file():
+                    raise CatalogError(
+                        f"{directory} holds files that are no output of sos-dask: not overwritten",
+                        "Remove them yourself or choose another directory.",
+                    )
+                there = None if other else Manifest.load(directory)
+                names = [there.fingerprint, *(file.sha256 for file in there.files)] if there else []
+                if not set(names).isdisjoint(recipe.inputs.values()):
+                    raise ConfigError(
+                        f"{directory} is to be replaced, but the new output is made from it",
+                        "Choose another directory.",
+                    )
+                shutil.rmtree(directory)
+        if not output.complete:
+            write_text(output.work / "fingerprint", recipe.fingerprint)
+        return output
+
+    def release(self) -> None:
+        """Let go of a directory in which nothing was made, so that any recipe can claim it."""
+        if list(_finished_files(self.directory)) == [self.work / "fingerprint"]:
+            shutil.rmtree(self.directory)
+
+    def discard(self) -> None:
+        """Remove all that was made of an output that will never be complete."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    @property
+    def work(self) -> Path:
+        """Hidden folder of intermediate files; gone when the output is complete."""
+        return self.directory / WORK
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest of this very recipe exists."""
+        path = self.directory / MANIFEST
+        return path.is_file() and Manifest.load(self.directory).fingerprint == self.fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the recipe."""
+        return self.recipe.fingerprint
+
+    def write_file(self, name: str, write: Callable[[Path], int]) -> FileRecord:
+        """Write one file atomically; ``write`` gets a temporary path and returns the rows."""
+        return self.write_hashed(name, lambda path: (write(path), sha256_of_file(path)))
+
+    def write_hashed(self, name: str, write: Callable[[Path], tuple[int, str]]) -> FileRecord:
+        """Write one file atomically; ``write`` returns the rows and the SHA-256 of the file."""
+        path = self.directory / name
+        with atomic_path(path) as temporary:
+            rows, sha256 = write(temporary)
+            footer = ""
+            if name.endswith(".parquet"):
+                footer = hashlib.sha256(footer_bytes(temporary)).hexdigest()
+            record = FileRecord(name, rows, temporary.stat().st_size, sha256, footer)
+        return record
+
+    def write_bytes(self, name: str, content: bytes) -> FileRecord:
+        """Write one file of no rows atomically."""
+
+        def write(path: Path) -> int:
+            path.write_bytes(content)
+            return 0
+
+        return self.write_file(name, write)
+
+    def put_record(
+        self, kind: str, key: str, value: Mapping[str, Any], pieces: Sequence[Path] = ()
+    ) -> None:
+        """Record that a part is finished: from now on it is skipped by a rerun.
+
+        All that this thread has put in place since its last record is recorded with its bytes and
+        sum, so that a rerun makes damaged parts again.
+
+        Parameters
+        ----------
+        pieces : sequence of Path
+            Further files of the part, written in another way.
+        """
+        root = str(self.directory.absolute()) + os.sep
+        paths = [*_written.__dict__, *(str(path.absolute()) for path in pieces)]
+        _written.__dict__.clear()
+        if (self.directory / MANIFEST).is_file():
+            return  # another process has completed the output meanwhile
+        sums = {
+            path.removeprefix(root): sum_of_file(Path(path))
+            for path in paths
+            if path.startswith(root)
+        }
+        path = self.work / kind / f"{key}.json"
+        write_text(path, sealed_json({"part": f"{kind}/{key}", "value": value, "pieces": sums}))
+        _written.__dict__.clear()
+
+    def get_record(self, kind: str, key: str) -> dict[str, Any] | None:
+        """Record of a finished part; None where it is not finished, or its record is damaged."""
+        found = self._record(kind, key)
+        return None if found is None else found["value"]
+
+    def _record(self, kind: str, key: str) -> dict[str, Any] | None:
+        try:
+            found = read_sealed(self.work / kind / f"{key}.json", "")
+        except (FileNotFoundError, CatalogError):
+            return None
+        return found if found.get("part") == f"{kind}/{key}" else None
+
+    def intact(self, kind: str, key: str) -> bool:
+        """Whether a part is finished and the files that it has written are as they were."""
+        found = self._record(kind, key)
+        return found is not None and all(
+            sum_of_file(self.directory / name) == stated for name, stated in found["pieces"].items()
+        )
+
+    def commit(
+        self,
+        rows: Rows,
+        files: tuple[FileRecord, ...],
+        summary: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Write the manifest and remove the intermediate files.
+
+        Raises
+        ------
+        CatalogError
+            The account of rows does not close, or an input was changed meanwhile: what was made
+            of it is removed.
+        """
+        rows.check(f"stage {self.recipe.stage}")
+        for path, state in self.inputs:
+            if _state_of(path) != state:
+                self.discard()
+                raise CatalogError(
+                    f"{path} was changed while {self.directory} was made from it",
+                    "Run the same command again.",
+                )
+        manifest = Manifest(self.recipe, rows, files, summary or {})
+        write_text(self.directory / MANIFEST, manifest.to_json())
+        self.tidy()
+        return manifest
+
+    def tidy(self) -> None:
+        """Remove what a complete output no longer needs: also what a slower process left behind."""
+        if not self.complete:
+            return
+        shutil.rmtree(self.work, ignore_errors=True)
+        for leftover in self.directory.rglob(".*.tmp"):  # of killed processes
+            leftover.unlink(missing_ok=True)
+
+    def load_manifest(self) -> Manifest:
+        """Manifest of the complete output, whose files are compared with it."""
+        return Manifest.checked(self.directory)
+
+
+def _state_of(directory: Path) -> str:
+    """Digest of a manifest; without one, of the names, sizes and times of all files."""
+    if (directory / MANIFEST).is_file():
+        return Manifest.load(directory).digest
+    found = {
+        str(path.relative_to(directory)): [path.stat().st_size, path.stat().st_mtime_ns]
+        for path in _finished_files(directory)
+    }
+    return hashlib.sha256(canonical_json(found).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Surveys: their definitions, and the cuts that these name."""

@@ -155,8 +155,8 @@ def test_really_full_disk(tmp_path):
 import resource, signal
 from pathlib import Path
 import pyarrow as pa
-from sos_dask.artifact import Output, Recipe
-from sos_dask.catalog import write_partition
+from sos_dask.storage.artifact import Output, Recipe
+from sos_dask.storage.catalog import write_partition
 from sos_dask.healpix import HealpixPixel
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

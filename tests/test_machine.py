@@ -63,7 +63,7 @@ def test_the_limit_of_a_batch_job_counts_also_when_a_group_above_has_it(
 
 _FILL = """
 import threading, psutil
-from sos_dask.machine import give_back_memory, keep_freed_memory
+from sos_dask.run.machine import give_back_memory, keep_freed_memory
 if {keep}:
     keep_freed_memory()
 def resident():
@@ -98,7 +98,7 @@ def test_arrow_does_without_pandas():
 import sys
 import numpy as np
 import pyarrow as pa
-from sos_dask.machine import leave_pandas_out
+from sos_dask.run.machine import leave_pandas_out
 leave_pandas_out()
 table = pa.table({"a": np.array([1.5, np.nan]), "b": ["x", None]})
 assert table["a"].to_numpy()[0] == 1.5 and table["b"].to_numpy().tolist() == ["x", None]

@@ -96,7 +96,7 @@ class Settings(BaseModel):
     """Settings of a stage, a method or a job: frozen, every field with its limits and meaning.
 
     A field is declared once: the job nests the settings, the command line makes options of their
-    fields, and a recipe is their dump (`params`), less the fields with ``exclude=True``. A text
+    fields, and a recipe is their dump (`as_json`), less the fields with ``exclude=True``. A text
     that looks like a number or a yes is refused, not taken for one.
 
     Raises
@@ -121,7 +121,7 @@ class Settings(BaseModel):
         return type(self)(**{**dict(self), **changed})
 
     @property
-    def params(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """JSON values of the fields that decide what is made."""
         return self.model_dump(mode="json")
 

@@ -120,7 +120,6 @@ def reference(place: Place, cluster: Cluster) -> None:
             Catalog.open(path),
             place.ours(f"{name}.stars"),
             DedupeSettings(),
-            expected_error=survey.expected_error,
             overwrite=True,
             cluster=cluster,
         )

@@ -158,7 +158,7 @@ def explained(model: type[BaseModel], error: ValidationError, where: str = "") -
             f"{where}{place} = {first['input']!r:.60} is given where a table is needed",
             hint or f"Write a table [{place}] with its keys.",
         )
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = str(first["msg"]).removeprefix("Value error, ").replace("valid tuple", "list")
     given = first["input"]
     shown = "" if not place or isinstance(given, dict | BaseModel) else f" (given: {given!r:.60})"
     return ConfigError(f"{where}{place + ': ' if place else ''}{message}{shown}")

@@ -102,7 +102,7 @@ def ingest(
     from sos_dask.stages.ingest import ingest as run
     from sos_dask.stages.margin import margin
     from sos_dask.storage.catalog import Catalog
-    from sos_dask.surveys.file import load_survey
+    from sos_dask.surveys.definition import load_survey
 
     definition = load_survey(survey)
     if margin_arcsec is not None and not 0 < margin_arcsec < 3600:

@@ -1,13 +1,16 @@
-"""Documents that people write: TOML with every value checked, and names that become folders."""
+"""Settings, declared once; TOML that people write; names that become folders and columns."""
 
 from __future__ import annotations
 
 import math
 import re
 import tomllib
-from typing import Any
+from typing import Any, Self
 
-from sos_dask.errors import SosError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sos_dask.errors import ConfigError, SosError
+from sos_dask.schema import nearest
 
 NAME_RULE = "use lower-case letters, digits and dashes, 64 at most"
 COLUMN_RULE = "use letters, digits and _ only, 64 at most, and no digit first"
@@ -87,3 +90,86 @@ def _problem(value: Any) -> str:
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return "is a number of more than 64 bits"
     return ""
+
+
+class Settings(BaseModel):
+    """Settings of a stage, a method or a job: frozen, every field with its limits and meaning.
+
+    A field is declared once: the job nests the settings, the command line makes options of their
+    fields, and a recipe is their dump (`params`), less the fields with ``exclude=True``. A text
+    that looks like a number or a yes is refused, not taken for one.
+
+    Raises
+    ------
+    ConfigError
+        An unknown field (with the nearest known ones), a missing one, or a value out of range.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise explained(type(self), error) from None
+
+    # Settings inside others are validated by pydantic itself, which then knows their place.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def but(self, **changed: Any) -> Self:
+        """Copy with other values, which are checked."""
+        return type(self)(**{**dict(self), **changed})
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """JSON values of the fields that decide what is made."""
+        return self.model_dump(mode="json")
+
+
+def explained(model: type[BaseModel], error: ValidationError, where: str = "") -> ConfigError:
+    """Turn the first fault that pydantic found into a sentence, with names like an unknown one.
+
+    Parameters
+    ----------
+    model : type
+        Of what was validated.
+    error : ValidationError
+    where : str
+        Put before the message, such as the path of a file.
+    """
+    where = f"{where}: " if where else ""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    inside: Any = model
+    for part in first["loc"][:-1]:
+        inside = _inner(inside, str(part))
+    if first["type"] == "extra_forbidden":
+        fields = getattr(inside, "model_fields", {})
+        known = [name for name, field in fields.items() if not field.exclude or field.description]
+        return ConfigError(
+            f"{where}unknown key '{place}'",
+            nearest(str(first["loc"][-1]), known) or f"Known are: {', '.join(known)}.",
+        )
+    if first["type"] == "missing":
+        return ConfigError(f"{where}'{place}' is missing")
+    if first["type"] in ("model_type", "dict_type"):
+        hint = getattr(model, "TABLE_HINTS", {}).get(first["loc"][0])
+        return ConfigError(
+            f"{where}{place} = {first['input']!r:.60} is given where a table is needed",
+            hint or f"Write a table [{place}] with its keys.",
+        )
+    message = str(first["msg"]).removeprefix("Value error, ")
+    given = first["input"]
+    shown = "" if not place or isinstance(given, dict | BaseModel) else f" (given: {given!r:.60})"
+    return ConfigError(f"{where}{place + ': ' if place else ''}{message}{shown}")
+
+
+def _inner(model: Any, part: str) -> Any:
+    """Model of a field; of a free key of a mapping that of its values."""
+    field = getattr(model, "model_fields", {}).get(part)
+    if field is None:
+        return model
+    for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return model

@@ -149,11 +149,17 @@ def dedupe(
     Example: sos-dask dedupe lamost -o lamost.stars --method best-snr
     """
     from sos_dask.stages.dedupe import dedupe as run
-    from sos_dask.stars.settings import DedupeSettings
+    from sos_dask.stars.group import DedupeSettings
 
     if no_gaia_id:
         options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
-    settings = DedupeSettings(radius_arcsec, id_radius_arcsec, method, max_spread, not no_gaia_id)
+    settings = DedupeSettings(
+        radius_arcsec=radius_arcsec,
+        id_radius_arcsec=id_radius_arcsec,
+        method=method,
+        max_spread=max_spread,
+        use_gaia_id=not no_gaia_id,
+    )
     [opened] = open_catalogs([catalog], key, "obs_id")
     stated = opened.manifest.summary.get("expected_error", {}) if opened.manifest else {}
     step = partial(run, opened, out, settings, expected_error=stated, name=out.name)
@@ -207,9 +213,14 @@ def reference(
             raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
         paths[name] = path
     opened = dict(zip(paths, open_catalogs(paths.values(), key), strict=True))
-    unify = UnifySettings(method, tuple(opened))
+    unify = UnifySettings(method=method, order=tuple(opened))
     settings = ReferenceSettings(
-        unify, radius_arcsec, id_radius_arcsec, epoch, rows_per_partition, offsets
+        unify=unify,
+        radius_arcsec=radius_arcsec,
+        id_radius_arcsec=id_radius_arcsec,
+        epoch=epoch,
+        rows_per_partition=rows_per_partition,
+        measure_offsets=offsets,
     )
     step = partial(run, opened, out, settings, name=out.name)
     show_step(run_step(step, options), out, options.as_json)
@@ -255,14 +266,19 @@ def crossmatch(
 
     if no_gaia_id:
         options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
-    match = MatchSettings(radius_arcsec, id_radius_arcsec, pairs, not no_gaia_id)
+    match = MatchSettings(
+        radius_arcsec=radius_arcsec,
+        id_radius_arcsec=id_radius_arcsec,
+        pairs=pairs,
+        use_gaia_id=not no_gaia_id,
+    )
     target, stars = open_catalogs([left, right], key)
     step = partial(
         run,
         target,
         stars,
         out,
-        PairSettings(match, folds, seed),
+        PairSettings(match=match, n_folds=folds, seed=seed),
         name=out.name,
     )
     show_step(run_step(step, options), out, options.as_json)

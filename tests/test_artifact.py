@@ -157,7 +157,7 @@ from pathlib import Path
 import pyarrow as pa
 from sos_dask.storage.artifact import Output, Recipe
 from sos_dask.storage.catalog import write_partition
-from sos_dask.healpix import HealpixPixel
+from sos_dask.sky.healpix import HealpixPixel
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 output = Output(Path({str(tmp_path)!r}), Recipe("x", 1, {{}}, {{}}))

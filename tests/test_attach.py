@@ -88,4 +88,4 @@ def test_nothing_is_overwritten_or_made_up(tmp_path, companion):
             AttachSettings(columns={"ebv": "ebv"}, by="position"),
         )
     with pytest.raises(ConfigError, match="by: Input should be"):
-        AttachSettings(columns={"ebv": "ebv"}, by="name")
+        AttachSettings(columns={"ebv": "ebv"}, by="name")  # type: ignore[arg-type]

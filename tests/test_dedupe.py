@@ -224,7 +224,7 @@ def test_partitions_see_what_the_whole_sky_sees(centre, releases, moved):
     n, chosen = 1500, DedupeSettings(radius_arcsec=1.5, id_radius_arcsec=2.5)
     sky = Sky(rng, n, 1.5, releases, ties=False)
     place = (np.full(n, centre[0]), np.full(n, centre[1]))
-    ra, dec = sky.around(rng, *place, 60.0)
+    ra, dec = sky.around(rng, *place, 50.0)
     cells = ang2pix(ra, dec)
     order = np.argsort(cells, kind="stable")
     sky.ra, sky.dec, sky.cells = ra[order], dec[order], cells[order]

@@ -74,8 +74,9 @@ def attach(
         options.refuse(("id_radius_arcsec",), "by position")
     else:
         options.refuse(("radius_arcsec",), "by Gaia id")
+    given: dict[str, Any] = {"columns": names, "by": by}
     settings = AttachSettings(
-        columns=names, by=by, radius_arcsec=radius_arcsec, id_radius_arcsec=id_radius_arcsec
+        **given, radius_arcsec=radius_arcsec, id_radius_arcsec=id_radius_arcsec
     )
     opened, companion = open_catalogs([catalog, other], key)
     step = partial(run, opened, companion, out, settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 
 from sos_dask.errors import CatalogError
 from sos_dask.run.cluster import Cluster, Report, silent
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, Column, is_gaia_id
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, is_gaia_id
 from sos_dask.settings import COLUMN_RULE, Settings, is_column
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
@@ -28,7 +28,7 @@ from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, un
 from sos_dask.stars.match import MatchSettings, match, reach_arcsec
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, write_partition
-from sos_dask.surveys.definition import SourceColumn, Survey
+from sos_dask.surveys.definition import Survey
 
 VERSION = 4
 _MOTION = ("pmra", "pmdec", "position_epoch")
@@ -38,16 +38,16 @@ class AttachSettings(Settings):
     """Which columns of another catalog are added, and how its rows are found."""
 
     columns: Mapping[str, str] = Field(
-        min_length=1, description="new names of the columns, and their names in the other catalog"
+        min_length=1, description="New names of the columns, and their names in the other catalog."
     )
     by: Literal["gaia_dr3_source_id", "gaia_dr2_source_id", "position"] = Field(
-        "gaia_dr3_source_id", description="equal ids, or the nearest row at the common epoch"
+        "gaia_dr3_source_id", description="Equal ids, or the nearest row at the common epoch."
     )
     radius_arcsec: float = Field(
-        1.0, gt=0, lt=3600, description="largest separation of rows found by position"
+        1.0, gt=0, lt=3600, description="Largest separation of rows found by position."
     )
     id_radius_arcsec: float = Field(
-        10.0, gt=0, lt=3600, description="largest separation of rows with equal ids"
+        10.0, gt=0, lt=3600, description="Largest separation of rows with equal ids."
     )
 
     @field_validator("columns")
@@ -95,23 +95,23 @@ def companion_survey(
     wanted = {"obs_id": key, "ra": ra, "dec": dec}
     if by != "position":
         wanted[by] = key
-    made = {}
-    for product, source in (wanted | dict(columns)).items():
-        column = CANONICAL.get(product) or Column(product, "float32")
-        made[product] = SourceColumn(column, (source,), unit=column.unit, dtype=column.dtype)
-    return Survey(
+    wanted |= dict(columns)
+    known: dict[str, Any] = {product: {"source": wanted[product]} for product in wanted}
+    survey = Survey(
         name=name,
         title=f"Columns {', '.join(columns)} of {name}",
-        columns=made,
+        columns={product: known[product] for product in known if product in CANONICAL},
+        extra={product: known[product] for product in known if product not in CANONICAL},
         position_epoch=epoch,
         # These tables are what the caller says they are, in parts of the sky too.
         allow=("ra_below_24",),
     )
+    return survey.model_copy(update={"columns": {item: survey.columns[item] for item in wanted}})
 
 
 def attach_recipe(catalog: str, other: str, settings: AttachSettings) -> Recipe:
     """Recipe of `attach` for catalogs of these fingerprints."""
-    params = {"settings": settings.params, "column_order": list(settings.columns)}
+    params = {"settings": settings.as_json, "column_order": list(settings.columns)}
     return Recipe("attach", VERSION, params, {"catalog": catalog, "other": other})
 
 

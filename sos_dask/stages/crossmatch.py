@@ -55,9 +55,9 @@ class PairSettings(Settings):
 
     match: MatchSettings
     n_folds: int = Field(
-        5, ge=2, le=100, description="folds for cross-validation; all pairs of a star are in one"
+        5, ge=2, le=100, description="Folds for cross-validation; all pairs of a star are in one."
     )
-    seed: int = Field(0, ge=SEEDS[0], le=SEEDS[1], description="other seeds give other folds")
+    seed: int = Field(0, ge=SEEDS[0], le=SEEDS[1], description="Other seeds give other folds.")
 
     @property
     def folds(self) -> FoldSettings:
@@ -86,7 +86,7 @@ class _Part:
 def crossmatch_recipe(left: str, right: str, settings: PairSettings) -> Recipe:
     """Recipe of `crossmatch` for catalogs of these fingerprints."""
     return Recipe(
-        "crossmatch", VERSION, {"settings": settings.params}, {"target": left, "reference": right}
+        "crossmatch", VERSION, {"settings": settings.as_json}, {"target": left, "reference": right}
     )
 
 

@@ -45,22 +45,22 @@ class ReferenceSettings(Settings):
         1.5,
         gt=0,
         lt=3600,
-        description="stars of two surveys within it are one star, where no Gaia ids say otherwise",
+        description="Stars of two surveys within it are one star, where no Gaia ids say otherwise.",
     )
     id_radius_arcsec: float = Field(
-        10.0, gt=0, lt=3600, description="stars of equal Gaia id within it are one star"
+        10.0, gt=0, lt=3600, description="Stars of equal Gaia id within it are one star."
     )
     epoch: float = Field(
         2016.0,
         ge=YEARS[0],
         le=YEARS[1],
-        description="Julian year to which positions with proper motions are moved",
+        description="Julian year to which positions with proper motions are moved.",
     )
     rows_per_partition: int = Field(1_000_000, ge=1, le=MOST_ROWS)
     measure_offsets: bool = Field(
         False,
-        description="put every survey on the zero point of the first one in the order: the median "
-        f"difference of the stars that both have is subtracted where they are {MIN_COMMON} or more",
+        description="Put every survey on the zero point of the first in the order: the median "
+        f"difference of common stars is subtracted where they are {MIN_COMMON} or more.",
     )
 
     @model_validator(mode="after")
@@ -94,7 +94,7 @@ class _Part:
 
 def reference_recipe(catalogs: Mapping[str, str], settings: ReferenceSettings) -> Recipe:
     """Recipe of `reference` for catalogs of these fingerprints, by survey."""
-    return Recipe("reference", VERSION, {"settings": settings.params}, dict(catalogs))
+    return Recipe("reference", VERSION, {"settings": settings.as_json}, dict(catalogs))
 
 
 def reference(

@@ -56,13 +56,13 @@ class MatchSettings(Radii):
     radius_arcsec: float = Field(
         gt=0,
         lt=3600,
-        description="largest separation of a pair found by position, at the common epoch",
+        description="Largest separation of a pair found by position, at the common epoch.",
     )
     id_radius_arcsec: float = Field(
-        10.0, gt=0, lt=3600, description="largest separation of a pair with equal Gaia ids"
+        10.0, gt=0, lt=3600, description="Largest separation of a pair with equal Gaia ids."
     )
     pairs: Literal["best", "all"] = Field(
-        "best", description="one pair for each target, or every candidate"
+        "best", description="One pair for each target, or every candidate."
     )
 
 

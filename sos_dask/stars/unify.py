@@ -58,22 +58,22 @@ class UnifySettings(Settings):
     """How the stars of several surveys become one."""
 
     method: Literal["precedence", "weighted-mean"] = Field(
-        "precedence", description="labels of one survey, or the mean of all"
+        "precedence", description="Labels of one survey, or the mean of all."
     )
     order: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        (), description="surveys, the preferred first; others follow by name"
+        (), description="Surveys, the preferred first; others follow by name."
     )
     offsets: Mapping[str, Mapping[str, float]] = Field(
-        {}, description="by survey and label: subtracted from that survey's values"
+        {}, description="By survey and label: subtracted from that survey's values."
     )
     max_spread: float = Field(
         5.0,
         ge=1e-9,
         le=1e9,
-        description="surveys that differ by more than this multiple of their error flag the star",
+        description="Surveys that differ by more than this multiple of their error flag the star.",
     )
     expected_error: Mapping[str, float] = Field(
-        {}, description="error of a survey's label by label, used where none is stated"
+        {}, description="Error of a survey's label by label, used where none is stated."
     )
 
     @field_validator("offsets")

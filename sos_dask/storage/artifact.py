@@ -476,18 +476,17 @@ class Output:
 
     def write_file(self, name: str, write: Callable[[Path], int]) -> FileRecord:
         """Write one file atomically; ``write`` gets a temporary path and returns the rows."""
-        return self.write_hashed(name, lambda path: (write(path), sha256_of_file(path)))
-
-    def write_hashed(self, name: str, write: Callable[[Path], tuple[int, str]]) -> FileRecord:
-        """Write one file atomically; ``write`` returns the rows and the SHA-256 of the file."""
         path = self.directory / name
         with atomic_path(path) as temporary:
-            rows, sha256 = write(temporary)
-            footer = ""
-            if name.endswith(".parquet"):
-                footer = hashlib.sha256(footer_bytes(temporary)).hexdigest()
-            record = FileRecord(name, rows, temporary.stat().st_size, sha256, footer)
-        return record
+            rows = write(temporary)
+            footer = footer_bytes(temporary) if name.endswith(".parquet") else b""
+            return FileRecord(
+                name,
+                rows,
+                temporary.stat().st_size,
+                sha256_of_file(temporary),
+                hashlib.sha256(footer).hexdigest() if footer else "",
+            )
 
     def write_bytes(self, name: str, content: bytes) -> FileRecord:
         """Write one file of no rows atomically."""

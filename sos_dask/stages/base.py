@@ -7,6 +7,8 @@ writes what is made of them; it returns the account of rows and a summary. A par
 the stage that gets the output, the part's key and a small item, writes its files and returns a
 record. A stage travels to workers as paths and numbers; catalogs are opened there, once.
 
+Class names and roles follow the products: see `rebuild.plan`.
+
 `Stage.run` leaves a complete output alone and finishes an unfinished one.
 """
 

@@ -55,7 +55,6 @@ from sos_dask.stars.match import MatchSettings
 from sos_dask.stars.settings import DedupeSettings
 from sos_dask.stars.unify import UnifySettings
 from sos_dask.storage import store as _store
-from sos_dask.storage import verify as _verify
 from sos_dask.storage.catalog import Catalog
 from sos_dask.surveys.definition import Survey
 from sos_dask.surveys.file import builtin_surveys, load_survey
@@ -140,7 +139,7 @@ status = _public(_store.status)
 train = _public(_train.train)
 trends = _public(_trends.trends)
 uncertainty = _public(_uncertainty.uncertainty)
-verify = _public(_verify.verify)
+verify = _public(_store.verify)
 
 __all__ = [
     "AttachSettings",

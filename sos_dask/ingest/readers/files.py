@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sos_dask.errors import CatalogError, StorageError, SurveyError
 from sos_dask.ingest.readers.common import DAMAGED
-from sos_dask.storage.digests import read_sealed, sealed_json, sum_of_file
+from sos_dask.storage.manifest import read_sealed, sealed_json, sum_of_file
 
 _GZIP = b"\x1f\x8b"
 _WIDE = (b"\xff\xfe", b"\xfe\xff")

@@ -56,8 +56,7 @@ from sos_dask.stars.settings import DedupeSettings
 from sos_dask.stars.unify import UnifySettings
 from sos_dask.storage import store as _store
 from sos_dask.storage.catalog import Catalog
-from sos_dask.surveys.definition import Survey
-from sos_dask.surveys.file import builtin_surveys, load_survey
+from sos_dask.surveys.definition import Survey, builtin_surveys, load_survey
 
 _Result = TypeVar("_Result")
 # What is made of a path or a name where a function wants the thing.

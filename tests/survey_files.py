@@ -14,8 +14,7 @@ from sos_dask.errors import SosError, SurveyError
 from sos_dask.ingest import Profile, open_source, plan_chunks, read_chunk
 from sos_dask.schema import TEXT_UNITS
 from sos_dask.surveys.cuts import quality_mask
-from sos_dask.surveys.definition import Survey
-from sos_dask.surveys.file import parse_survey
+from sos_dask.surveys.definition import Survey, parse_survey
 
 NAMES = ("obsid", "ra", "dec", "teff", "logg", "feh")
 

@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from tests.bench import products
 from tests.bench.__main__ import main
 from tests.bench.book import Book, markdown
 from tests.bench.measure import ROOT, Part, Usage, measure, tail
@@ -141,3 +144,53 @@ def test_the_plan_grows_with_the_rows():
 
 def test_all_steps_are_documented():
     assert all(step.__doc__ for step in STEPS.values())
+
+
+@pytest.fixture
+def builds(tmp_path):
+    """Two builds of one catalog each, under an old and a new name."""
+    found = []
+    for build, name in (("old", "pairs"), ("new", "lamost.pairs")):
+        folder = tmp_path / build / name
+        folder.mkdir(parents=True)
+        stated = {"products": {name: "x"}}
+        (tmp_path / build / "build.json").write_text(json.dumps(stated))
+        (folder / "manifest.json").write_text(json.dumps({"rows": {"in": 3}, "files": {}}))
+        (folder / "model.json").write_text(json.dumps({"by": "ab" * 32, "slope": 1.0}))
+        rows = {"star_id": [3, 1, None], "teff": [5000.0, None, 6000.0], "teff_err": [50.0] * 3}
+        pq.write_table(pa.table(rows), folder / "rows.parquet")
+        found.append(folder)
+    return found
+
+
+def compared(builds, capsys) -> tuple[int, list[str]]:
+    status = products.main([str(folder.parent) for folder in builds])
+    return status, capsys.readouterr().out.splitlines()
+
+
+def test_equal_products_under_another_name(builds, capsys):
+    assert compared(builds, capsys) == (0, ["pairs -> lamost.pairs: same bytes"])
+
+
+def test_differences_of_products_are_named_with_their_place(builds, capsys):
+    new = builds[1]
+    rows = {"star_id": [1, None, 4], "teff": [None, 6025.0, 4000.0], "teff_err": [50.0] * 3}
+    pq.write_table(pa.table(rows), new / "rows.parquet")
+    (new / "model.json").write_text(json.dumps({"by": "cd" * 32, "slope": 2.0}))
+    (new / "manifest.json").write_text(json.dumps({"rows": {"in": 4}, "files": {}}))
+    status, lines = compared(builds, capsys)
+    assert status == 1 and lines == [
+        "pairs -> lamost.pairs: differs",
+        "    model.json: 1 of 2 numbers differ, most by 0.5 of itself: slope = 1.0 -> 2.0",
+        "    rows.parquet: 1 of 3 rows only old, as star_id=3",
+        "    rows.parquet: 1 of 3 rows only new, as star_id=4",
+        "    rows.parquet: teff: largest difference 25 (6000 -> 6025) at a row without a key, "
+        "1 of 2 rows, at most 0.5 of its error",
+        "    manifest: 1 of 1 numbers differ, most by 0.25 of itself: rows.in = 3 -> 4",
+    ]
+
+
+def test_a_product_of_one_side_is_named(builds, capsys):
+    stated = {"products": {"lamost.stars": "x"}}
+    (builds[1].parent / "build.json").write_text(json.dumps(stated))
+    assert compared(builds, capsys) == (1, ["pairs: only old", "lamost.stars: only new"])

@@ -31,7 +31,7 @@ from sos_dask.stars.settings import METHODS
 from sos_dask.storage.artifact import MANIFEST
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import sealed_json
-from sos_dask.surveys.file import builtin_surveys
+from sos_dask.surveys.definition import builtin_surveys
 from tests.conftest import ROOT
 from tests.job import contents, write_job
 from tests.sky import observations, write_catalog

@@ -190,7 +190,11 @@ def test_group_equals_one_by_one(seed, n, radius, releases, ties, use_gaia_id, c
     """By the links of rows, and by what stands in for them where they crowd."""
     rng = np.random.default_rng(seed)
     sky = Sky(rng, n, radius, releases, ties)
-    chosen = DedupeSettings(radius, radius * rng.uniform(1, 3), use_gaia_id=use_gaia_id)
+    chosen = DedupeSettings(
+        radius_arcsec=radius,
+        id_radius_arcsec=radius * rng.uniform(1, 3),
+        use_gaia_id=use_gaia_id,
+    )
     with links_listed(not crowded):
         found = sky.group(chosen)
     primary, touched = one_by_one(sky, chosen)
@@ -221,7 +225,7 @@ def test_order_of_rows_does_not_matter(releases):
 def test_partitions_see_what_the_whole_sky_sees(centre, releases):
     """Pixels of 6 arcsec with chains of stars over many of them, read in growing rings."""
     rng = np.random.default_rng(11)
-    n, chosen = 1500, DedupeSettings(1.5, 2.5)
+    n, chosen = 1500, DedupeSettings(radius_arcsec=1.5, id_radius_arcsec=2.5)
     sky = Sky(rng, n, 1.5, releases, ties=False)
     place = (np.full(n, centre[0]), np.full(n, centre[1]))
     ra, dec = sky.around(rng, *place, 60.0)
@@ -258,7 +262,15 @@ def row_of_sky(positions_arcsec: list[float], dr3: list[int], dr2: list[int]) ->
     cells = ang2pix(ra, dec)
     order = np.argsort(cells, kind="stable")
     ids = {"dr3": np.array(dr3)[order], "dr2": np.array(dr2)[order]}
-    found = group(ra[order], dec[order], cells[order], order, ids, None, DedupeSettings(1.5, 10.0))
+    found = group(
+        ra[order],
+        dec[order],
+        cells[order],
+        order,
+        ids,
+        None,
+        DedupeSettings(radius_arcsec=1.5, id_radius_arcsec=10.0),
+    )
     assert not found.touches_frontier.any()
     out = np.empty(n, dtype=int)
     out[order] = order[found.primary]
@@ -328,7 +340,7 @@ def test_members_lie_within_the_radius_of_their_primary():
     cells = ang2pix(ra, dec)
     sky = np.argsort(cells)
     ra, dec, rank = ra[sky], dec[sky], rng.permutation(n)
-    found = group(ra, dec, cells[sky], rank, {}, None, DedupeSettings(1.5))
+    found = group(ra, dec, cells[sky], rank, {}, None, DedupeSettings(radius_arcsec=1.5))
     leader = found.primary
     apart = separation_arcsec(ra, dec, ra[leader], dec[leader])
     assert apart.max() <= 1.5
@@ -358,7 +370,7 @@ def test_crowds_are_grouped_as_by_their_links(place, releases):
         found = []
         for listed in (True, False):
             with links_listed(listed):
-                found.append(sky.group(DedupeSettings(1.5, 4.0)))
+                found.append(sky.group(DedupeSettings(radius_arcsec=1.5, id_radius_arcsec=4.0)))
         np.testing.assert_array_equal(found[0].primary, found[1].primary)
         np.testing.assert_array_equal(found[0].touches_frontier, found[1].touches_frontier)
 
@@ -374,7 +386,7 @@ def test_the_radius_is_inclusive_to_the_last_bit(listed):
         apart = float(separation_arcsec(ra[:1], dec[:1], ra[1:], dec[1:])[0])
         with links_listed(listed):
             for radius, primary in ((apart, [0, 0]), (np.nextafter(apart, 0.0), [0, 1])):
-                chosen = DedupeSettings(radius, 10.0)
+                chosen = DedupeSettings(radius_arcsec=radius, id_radius_arcsec=10.0)
                 found = group(ra, dec, cells, np.arange(2), {}, np.array([True, False]), chosen)
                 assert found.primary.tolist() == primary
                 assert found.touches_frontier.tolist() == [True, primary[1] == 0]
@@ -423,7 +435,15 @@ def test_hundreds_of_observations_of_one_star():
     cells = ang2pix(ra, dec)
     sky = np.argsort(cells, kind="stable")
     ra, dec, ids, rank = ra[sky], dec[sky], ids[sky], rng.permutation(n)
-    found = group(ra, dec, cells[sky], rank, {"dr3": ids}, None, DedupeSettings(1.5, 10.0))
+    found = group(
+        ra,
+        dec,
+        cells[sky],
+        rank,
+        {"dr3": ids},
+        None,
+        DedupeSettings(radius_arcsec=1.5, id_radius_arcsec=10.0),
+    )
     where = np.where(dec > 20 / 3600, 10, 0) + ids  # 0 and 4 arcsec belong together
     assert stars_of(found.primary, np.arange(n)) == stars_of(where, np.arange(n))
     for name in np.unique(where):
@@ -462,9 +482,14 @@ def test_wrong_settings(wrong):
 
 
 def test_settings_cross_processes():
-    chosen = DedupeSettings(2.0, 3.0, "median", 4.0, False)
+    chosen = DedupeSettings(
+        radius_arcsec=2.0, id_radius_arcsec=3.0, method="median", max_spread=4.0, use_gaia_id=False
+    )
     assert pickle.loads(pickle.dumps(chosen)) == chosen
-    assert DedupeSettings(2.0, 1.0, use_gaia_id=False).id_radius_arcsec == 1.0
+    assert (
+        DedupeSettings(radius_arcsec=2.0, id_radius_arcsec=1.0, use_gaia_id=False).id_radius_arcsec
+        == 1.0
+    )
 
 
 LABELS = ("teff", "logg", "feh", "rv")

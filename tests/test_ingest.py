@@ -19,8 +19,7 @@ from sos_dask.ingest import (
 )
 from sos_dask.sky.healpix import ang2pix
 from sos_dask.surveys.cuts import quality_mask
-from sos_dask.surveys.definition import Survey
-from sos_dask.surveys.file import load_survey, parse_survey
+from sos_dask.surveys.definition import Survey, load_survey, parse_survey
 from tests.survey_files import NAMES, fails, ipc_bytes, read, rows, survey, write_csv, write_fits
 
 # --- what comes out ---------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from sos_dask.simulate.columns import COLUMNS, record_dtype
 from sos_dask.simulate.plan import make_plan
 from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, from_galactic, to_galactic
 from sos_dask.sky import healpix, sphere
-from sos_dask.surveys.file import load_survey
+from sos_dask.surveys.definition import load_survey
 
 N_LAMOST = 40_000
 SURVEYS = {LAMOST: "lamost", APOGEE: "apogee", GALAH: "galah"}
@@ -209,7 +209,7 @@ def test_built_in_survey_definitions_read_the_files(survey: int) -> None:
     native = {column.name for column in COLUMNS[survey]}
     for column in definition.columns.values():
         assert native & set(column.sources), column.column.name
-    for cut in definition.cuts:
+    for cut in definition.cuts.values():
         assert cut.column in native | set(definition.columns), cut.name
     assert definition.position_epoch == POSITION_EPOCHS[survey]
 

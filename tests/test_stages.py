@@ -39,7 +39,7 @@ from sos_dask.stars.unify import UnifySettings, unify
 from sos_dask.storage.artifact import MANIFEST, Manifest
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
-from sos_dask.surveys.file import load_survey
+from sos_dask.surveys.definition import load_survey
 from tests.job import contents
 from tests.sky import observations, write_catalog
 
@@ -172,7 +172,7 @@ def chain(n: int, seed: int, **moving: Any) -> pa.Table:
 def test_long_chains_over_edges(tmp_path, n):
     """Where a chain is cut into stars depends on its far end, many radii and partitions away."""
     table = chain(n, 1).combine_chunks()
-    settings = DedupeSettings(1.3, 1.3, use_gaia_id=False)
+    settings = DedupeSettings(radius_arcsec=1.3, id_radius_arcsec=1.3, use_gaia_id=False)
     ra, dec, cells = (table[name].to_numpy() for name in ("ra", "dec", "_healpix_29"))
     groups = group(ra, dec, cells, rank_of(table["obs_id"]), {}, None, settings)
     expected = combine(table, groups.primary, settings, {}).combine_chunks()
@@ -284,7 +284,9 @@ def united(tables: dict[str, pa.Table], settings: ReferenceSettings) -> pa.Table
         rank_of(pa.chunked_array([keys])),
         ids_of(together),
         None,
-        DedupeSettings(settings.radius_arcsec, settings.id_radius_arcsec),
+        DedupeSettings(
+            radius_arcsec=settings.radius_arcsec, id_radius_arcsec=settings.id_radius_arcsec
+        ),
     )
     return unify(together, groups.primary, settings.unify).combine_chunks()
 

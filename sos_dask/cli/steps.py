@@ -102,7 +102,7 @@ def ingest(
     from sos_dask.stages.ingest import ingest as run
     from sos_dask.stages.margin import margin
     from sos_dask.storage.catalog import Catalog
-    from sos_dask.surveys.file import load_survey
+    from sos_dask.surveys.definition import load_survey
 
     definition = load_survey(survey)
     if margin_arcsec is not None and not 0 < margin_arcsec < 3600:
@@ -153,10 +153,11 @@ def dedupe(
 
     if no_gaia_id:
         options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
-    settings = DedupeSettings(radius_arcsec, id_radius_arcsec, method, max_spread, not no_gaia_id)
+    given: dict[str, Any] = {"method": method, "max_spread": max_spread}
+    given |= {"radius_arcsec": radius_arcsec, "id_radius_arcsec": id_radius_arcsec}
+    settings = DedupeSettings(**given, use_gaia_id=not no_gaia_id)
     [opened] = open_catalogs([catalog], key, "obs_id")
-    stated = opened.manifest.summary.get("expected_error", {}) if opened.manifest else {}
-    step = partial(run, opened, out, settings, expected_error=stated, name=out.name)
+    step = partial(run, opened, out, settings, name=out.name)
     show_step(run_step(step, options), out, options.as_json)
 
 

@@ -181,7 +181,7 @@ def _coded(source: Source, survey: Survey) -> set[str]:
         keys[0]
         for name, keys in source.columns.items()
         if survey.columns[name].dtype == "string" and name != "obs_id" and used[keys[0]] == 1
-        if len(keys) == 1 and not any(cut.column == name for cut in survey.cuts)
+        if len(keys) == 1 and not any(cut.column == name for cut in survey.cuts.values())
     }
 
 
@@ -235,8 +235,8 @@ def _for_cuts(
     columns: dict[str, Values] = {}
     made_from = {keys[0]: name for name, keys in place.source.columns.items() if len(keys) == 1}
     everything = np.arange(len(made["ra"].data))
-    for name in {cut.column: None for cut in place.survey.cuts}:
-        cuts = [cut for cut in place.survey.cuts if cut.column == name]
+    for name in {cut.column: None for cut in place.survey.cuts.values()}:
+        cuts = [cut for cut in place.survey.cuts.values() if cut.column == name]
         key = place.source.cuts.get(name)
         if key is None:
             if name in made:

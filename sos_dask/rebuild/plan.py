@@ -12,7 +12,7 @@ from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.evidence.choice import check_rule
 from sos_dask.evidence.projection import ProjectionSettings
 from sos_dask.evidence.widening import Limits
-from sos_dask.rebuild.job import AttachSection, DedupeSection, Job, SurveySection
+from sos_dask.rebuild.job import AttachSection, Job, SurveySection
 from sos_dask.rebuild.planner import Planner, Stage
 from sos_dask.run.machine import n_cores
 from sos_dask.stages.apply import Trust, apply, apply_recipe
@@ -41,13 +41,11 @@ from sos_dask.stages.uncertainty import (
     uncertainty_recipe,
 )
 from sos_dask.stars.match import MatchSettings
-from sos_dask.stars.settings import DedupeSettings
 from sos_dask.stars.unify import UnifySettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import sha256_of_file
 from sos_dask.storage.store import DIGESTS_FILE, remember, remembered
-from sos_dask.surveys.definition import Survey
-from sos_dask.surveys.file import load_survey
+from sos_dask.surveys.definition import Survey, load_survey
 
 COMPARISON = "comparison"
 
@@ -362,15 +360,14 @@ def _add_survey(
                 planner.catalog(observations), directory, radius, cluster=cluster, report=report
             ),
         )
-    dedupe_settings = _dedupe_settings(section.dedupe or job.dedupe)
+    dedupe_settings = section.dedupe or job.dedupe
     products["stars"] = planner.add(
         f"{name}.stars",
-        dedupe_recipe(observations, dedupe_settings, survey.expected_error),
+        dedupe_recipe(observations, dedupe_settings),
         lambda directory, cluster, report: dedupe(
             planner.catalog(observations),
             directory,
             dedupe_settings,
-            expected_error=survey.expected_error,
             name=f"{name}.stars",
             cluster=cluster,
             report=report,
@@ -443,10 +440,6 @@ def _add_attach(
             report=report,
         ),
     )
-
-
-def _dedupe_settings(section: DedupeSection) -> DedupeSettings:
-    return DedupeSettings(**section.model_dump())
 
 
 def _add_training(planner: Planner, method: str, pairs: str) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.run.cluster import Cluster, Report, silent
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, Column, is_gaia_id, nearest
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, is_gaia_id, nearest
 from sos_dask.settings import COLUMN_RULE, is_column
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
@@ -27,7 +28,7 @@ from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, un
 from sos_dask.stars.match import MatchSettings, match, reach_arcsec
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, write_partition
-from sos_dask.surveys.definition import SourceColumn, Survey
+from sos_dask.surveys.definition import Survey
 
 VERSION = 4
 _WAYS = (*GAIA_IDS.values(), "position")
@@ -103,18 +104,18 @@ def companion_survey(
     wanted = {"obs_id": key, "ra": ra, "dec": dec}
     if by != "position":
         wanted[by] = key
-    made = {}
-    for product, source in (wanted | dict(columns)).items():
-        column = CANONICAL.get(product) or Column(product, "float32")
-        made[product] = SourceColumn(column, (source,), unit=column.unit, dtype=column.dtype)
-    return Survey(
+    wanted |= dict(columns)
+    known: dict[str, Any] = {product: {"source": wanted[product]} for product in wanted}
+    survey = Survey(
         name=name,
         title=f"Columns {', '.join(columns)} of {name}",
-        columns=made,
+        columns={product: known[product] for product in known if product in CANONICAL},
+        extra={product: known[product] for product in known if product not in CANONICAL},
         position_epoch=epoch,
         # These tables are what the caller says they are, in parts of the sky too.
         allow=("ra_below_24",),
     )
+    return survey.model_copy(update={"columns": {item: survey.columns[item] for item in wanted}})
 
 
 def attach_recipe(catalog: str, other: str, settings: AttachSettings) -> Recipe:

@@ -21,8 +21,7 @@ from sos_dask.errors import CatalogError
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS, SEEDS, YEARS, check_numbers
 from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray, ang2pix
-from sos_dask.sky.nearby import rows_near
-from sos_dask.sky.neighbours import near_pixel, surroundings
+from sos_dask.sky.neighbours import near_pixel, rows_near, surroundings
 from sos_dask.sky.sphere import propagate
 from sos_dask.stages.folds import (
     FoldSettings,

@@ -115,25 +115,11 @@ def ingest_recipe(
 ) -> Recipe:
     """Recipe of `ingest` for files of these SHA-256 sums, in any order."""
     params = {
-        "survey": _survey_params(survey),
+        "survey": survey.as_json,
         "rows_per_partition": settings.rows_per_partition,
         "name": name,
     }
     return Recipe("ingest", VERSION, params, {f"file-{i}": s for i, s in enumerate(sorted(files))})
-
-
-def _survey_params(survey: Survey) -> dict[str, Any]:
-    """What of a survey's definition decides the rows, in a form whose changes can be read."""
-    params = asdict(survey)
-    for name in ("title", "reference", "notes", "definition", "max_rejected_fraction", "allow"):
-        params.pop(name)
-    # A mapping loses its order in JSON: the order of columns is part of the product.
-    params["columns"] = {name: asdict(column) for name, column in survey.columns.items()}
-    params["column_order"] = list(survey.columns)
-    params["cuts"] = {cut.name: asdict(cut) for cut in survey.cuts}
-    for cut in params["cuts"].values():
-        cut.pop("reason")
-    return params
 
 
 def ingest(
@@ -316,7 +302,7 @@ def _summary_of(
 ) -> dict[str, Any]:
     failed = {
         cut.name: sum(record["failed"].get(str(cut.bit), 0) for record in done)
-        for cut in survey.cuts
+        for cut in survey.cuts.values()
     }
     return {
         "fail_cut": failed,
@@ -468,7 +454,7 @@ def _merge_part(part: _PixelPart) -> None:
             "n_good": int(np.count_nonzero(quality == 0)),
             "failed": {
                 str(cut.bit): int(np.count_nonzero(quality & (1 << cut.bit)))
-                for cut in part.survey.cuts
+                for cut in part.survey.cuts.values()
             },
         },
     )

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from sos_dask.errors import PartitionError
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.sky import nearby
+from sos_dask.sky import neighbours
 from sos_dask.sky.healpix import FloatArray, IntArray
 from sos_dask.stars.crowds import Places, Sky, join_in_order
 from sos_dask.stars.settings import DedupeSettings
@@ -185,7 +185,7 @@ class _Listed:
     def of(cls, sky: Sky, releases: list[IntArray], settings: DedupeSettings) -> _Listed | None:
         """The links of rows, unless they are too many."""
         most = _MOST_A_ROW * len(sky.ra) + _MOST
-        pairs = nearby.pairs_within(sky.ra, sky.dec, sky.cells, settings.radius_arcsec, most)
+        pairs = neighbours.pairs_within(sky.ra, sky.dec, sky.cells, settings.radius_arcsec, most)
         if pairs is None:
             return None
         links = [_Links(*pairs)]

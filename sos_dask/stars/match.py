@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, require_columns
-from sos_dask.sky import healpix, nearby, sphere
+from sos_dask.sky import healpix, neighbours, sphere
 from sos_dask.sky.healpix import FloatArray, IntArray
 from sos_dask.stars.crowds import is_crowded, preferred
 
@@ -465,10 +465,10 @@ def _near_candidates(
         if len(i) == 0 or len(j) == 0:
             continue
         if len(i) <= len(j):
-            for one, other in nearby.candidates(a.cells[i], radius_arcsec, b.cells[j]):
+            for one, other in neighbours.candidates(a.cells[i], radius_arcsec, b.cells[j]):
                 yield i[one], j[other]
         else:
-            for other, one in nearby.candidates(b.cells[j], radius_arcsec, a.cells[i]):
+            for other, one in neighbours.candidates(b.cells[j], radius_arcsec, a.cells[i]):
                 yield i[one], j[other]
 
 
@@ -488,7 +488,7 @@ def _moved(
     ra, dec = mover.at(rows, (first + last) / 2)
     total_pm = np.hypot(mover.pm[0][rows], mover.pm[1][rows])
     reach = radius_arcsec + total_pm * ((last - first) / 2000.0)
-    for i, j in nearby.candidates(healpix.ang2pix(ra, dec), reach, other.cells[others]):
+    for i, j in neighbours.candidates(healpix.ang2pix(ra, dec), reach, other.cells[others]):
         yield (others[j], rows[i]) if swap else (rows[i], others[j])
 
 

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal, Self
 
-from sos_dask.errors import ConfigError
-from sos_dask.schema import check_numbers
-from sos_dask.sky.sphere import check_radii
+from pydantic import Field, model_validator
+
+from sos_dask.settings import Settings
 
 METHODS = ("inverse-variance", "best-snr", "median")
 
 
-@dataclass(frozen=True)
-class DedupeSettings:
-    """How repeats are found and combined.
+class Radii(Settings):
+    """Separations up to which rows can be one star: by position, and by Gaia id."""
 
-    Parameters
-    ----------
-    radius_arcsec : float
-        Rows farther apart are never one star by position.
-    id_radius_arcsec : float
-        Rows with equal Gaia ids farther apart are not one star. At least ``radius_arcsec``.
-    method : {"inverse-variance", "best-snr", "median"}
-    max_spread : float
-        A star whose observations scatter by more than this multiple of their error is flagged.
-    use_gaia_id : bool
-        False: only positions count.
+    radius_arcsec: float = Field(
+        1.5, gt=0, lt=3600, description="Largest separation of rows of one star."
+    )
+    id_radius_arcsec: float = Field(
+        10.0, gt=0, lt=3600, description="Largest separation of rows of one Gaia id."
+    )
+    use_gaia_id: bool = Field(True, description="Gaia ids count, not only positions.")
 
-    Raises
-    ------
-    ConfigError
-        A value is not positive, a radius is a degree or more, or the method is unknown.
-    """
+    @model_validator(mode="after")
+    def _ids_reach_farther(self) -> Self:
+        if self.use_gaia_id and self.id_radius_arcsec < self.radius_arcsec:
+            raise ValueError(
+                f"id_radius_arcsec = {self.id_radius_arcsec:g} is smaller than radius_arcsec = "
+                f"{self.radius_arcsec:g}: rows with the same id may lie farther apart than others; "
+                "make it larger, or match by position alone (--no-gaia-id)"
+            )
+        return self
 
-    radius_arcsec: float = 1.5
-    id_radius_arcsec: float = 10.0
-    method: str = "inverse-variance"
-    max_spread: float = 5.0
-    use_gaia_id: bool = True
 
-    def __post_init__(self) -> None:
-        check_radii(self.radius_arcsec, self.id_radius_arcsec, self.use_gaia_id)
-        if self.method not in METHODS:
-            raise ConfigError(f"method '{self.method}' is none of {', '.join(METHODS)}")
-        check_numbers(self, max_spread=(1e-9, 1e9))
+class DedupeSettings(Radii):
+    """How repeats of one star are found and combined."""
+
+    method: Literal["inverse-variance", "best-snr", "median"] = Field(
+        "inverse-variance", description="How the observations of a star are combined."
+    )
+    max_spread: float = Field(
+        5.0,
+        gt=0,
+        le=1e9,
+        description="Flag stars whose repeats spread over so many expected errors.",
+    )

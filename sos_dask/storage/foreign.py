@@ -35,7 +35,7 @@ from sos_dask.sky.healpix import (
     Ranges,
     ang2pix,
     centre,
-    neighbours,
+    with_neighbours,
 )
 from sos_dask.storage.artifact import Recipe
 from sos_dask.storage.catalog import (
@@ -618,8 +618,8 @@ def _are_cells(stored: pa.ChunkedArray, cells: IntArray) -> bool:
         return False
     values = stored.to_numpy()
     other = values != cells
-    near = neighbours(cells[other], 29) == values[other]
-    return bool(near.any(axis=0).all() and (values[1:] >= values[:-1]).all())
+    near = with_neighbours(cells[other], 29) == values[other][:, None]
+    return bool(near.any(axis=1).all() and (values[1:] >= values[:-1]).all())
 
 
 @lru_cache(maxsize=8)

@@ -27,7 +27,7 @@ from sos_dask.stars.match import MatchSettings
 from sos_dask.stars.settings import DedupeSettings
 from sos_dask.storage.artifact import Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, write_partition
-from sos_dask.surveys.file import load_survey
+from sos_dask.surveys.definition import load_survey
 
 RADIUS_ARCSEC = 1.0
 MARGIN_ARCSEC = 5.0
@@ -120,7 +120,6 @@ def reference(place: Place, cluster: Cluster) -> None:
             Catalog.open(path),
             place.ours(f"{name}.stars"),
             DedupeSettings(),
-            expected_error=survey.expected_error,
             overwrite=True,
             cluster=cluster,
         )

@@ -104,7 +104,7 @@ def _source(
             keys.append(_add(path, natives, native, known, source.element))
         columns[name] = tuple(keys)
     cuts = {}
-    for cut in survey.cuts:
+    for cut in survey.cuts.values():
         match = column_named(path, cut.column, known)
         if match is not None:
             check_shape(path, f"cut '{cut.name}'", match, None)

@@ -29,7 +29,7 @@ from sos_dask.evidence.measures import MEASURES
 from sos_dask.stages.report_content import figures
 from sos_dask.storage.artifact import MANIFEST
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.digests import sealed_json
+from sos_dask.storage.manifest import sealed_json
 from sos_dask.surveys.definition import builtin_surveys
 from tests.conftest import ROOT
 from tests.job import contents, write_job

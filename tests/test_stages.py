@@ -37,7 +37,7 @@ from sos_dask.stars.match import MatchSettings, match
 from sos_dask.stars.unify import UnifySettings, unify
 from sos_dask.storage.artifact import MANIFEST, Manifest
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.verify import verify
+from sos_dask.storage.store import verify
 from sos_dask.surveys.definition import load_survey
 from tests.job import contents
 from tests.sky import observations, write_catalog

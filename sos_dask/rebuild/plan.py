@@ -43,7 +43,7 @@ from sos_dask.stages.uncertainty import (
 from sos_dask.stars.match import MatchSettings
 from sos_dask.stars.unify import UnifySettings
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.digests import sha256_of_file
+from sos_dask.storage.manifest import sha256_of_file
 from sos_dask.storage.store import DIGESTS_FILE, remember, remembered
 from sos_dask.surveys.definition import Survey, load_survey
 

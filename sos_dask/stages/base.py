@@ -30,8 +30,7 @@ from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, write_parquet, write_partition
-from sos_dask.storage.hats import write_catalog_metadata
+from sos_dask.storage.catalog import Catalog, write_catalog_metadata, write_parquet, write_partition
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")

@@ -47,7 +47,7 @@ from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, un
 from sos_dask.stages.pieces import copied, read_piece, write_piece
 from sos_dask.storage.artifact import REJECTED, Manifest, Output, Recipe, Rows, atomic_path
 from sos_dask.storage.catalog import write_parquet, write_partition
-from sos_dask.storage.digests import sha256_of_file
+from sos_dask.storage.manifest import sha256_of_file
 from sos_dask.surveys.definition import Survey
 
 VERSION = 5

@@ -22,7 +22,7 @@ from sos_dask.stages.crossmatch import PairSettings, crossmatch
 from sos_dask.stages.margin import margin
 from sos_dask.stars.match import MatchSettings
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.verify import verify
+from sos_dask.storage.store import verify
 from tests.sky import observations, write_catalog
 
 SETTINGS = PairSettings(match=MatchSettings(radius_arcsec=1.0, use_gaia_id=False))

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from sos_dask.columns import Values, as_array
 from sos_dask.errors import CatalogError, SosError, StorageError, SurveyError
 from sos_dask.schema import CANONICAL, find_name, is_gaia_id, nearest
-from sos_dask.storage.digests import read_sealed, sealed_json, sum_of_file
+from sos_dask.storage.manifest import read_sealed, sealed_json, sum_of_file
 from sos_dask.surveys.definition import SourceColumn, Survey
 
 Batches: TypeAlias = Iterator[tuple[int, dict[str, Values]]]

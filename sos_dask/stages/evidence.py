@@ -72,7 +72,7 @@ def evidence_recipe(
 ) -> Recipe:
     """Recipe of `make_evidence` for inputs of these fingerprints."""
     inputs = {"pairs": pairs, **{f"model.{method}": one for method, one in models.items()}}
-    params = {"settings": (settings or EvidenceSettings()).params}
+    params = {"settings": (settings or EvidenceSettings()).as_json}
     return Recipe("evidence", VERSION, params, inputs)
 
 
@@ -272,7 +272,7 @@ def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], 
 
 def _is_number(kind: pa.DataType) -> bool:
     types = pa.types
-    return types.is_floating(kind) or types.is_integer(kind) or types.is_decimal(kind)
+    return bool(types.is_floating(kind) or types.is_integer(kind) or types.is_decimal(kind))
 
 
 def sparse_pairs(labels: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[np.bool_]:

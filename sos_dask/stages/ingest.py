@@ -115,7 +115,7 @@ def ingest_recipe(
 ) -> Recipe:
     """Recipe of `ingest` for files of these SHA-256 sums, in any order."""
     params = {
-        "survey": survey.params,
+        "survey": survey.as_json,
         "rows_per_partition": settings.rows_per_partition,
         "name": name,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ BLOCK_ROWS = 8192
 
 FloatArray = NDArray[np.float64]
 Float32Array = NDArray[np.float32]
-Columns = pa.Table | Mapping[str, ArrayLike]
+Columns: TypeAlias = pa.Table | Mapping[str, ArrayLike]
 
 
 class Label(Settings):
@@ -114,7 +114,7 @@ class Input(Settings):
         return self
 
     def values(self, column: ArrayLike) -> NDArray[np.floating]:
-        """Transform a column in its own precision, NaN where unknown.
+        """Transform a column in its own precision (logarithms in double), NaN where unknown.
 
         Parameters
         ----------
@@ -124,7 +124,7 @@ class Input(Settings):
         if self.scale != 1.0:
             values = values / values.dtype.type(self.scale)
         if self.log10:
-            values = np.log10(np.where(values > 0, values, np.nan))
+            values = np.log10(np.where(values > 0, values, np.nan), dtype=np.float64)
         return values
 
 
@@ -198,7 +198,8 @@ class Problem(Settings):
         ndarray of float32, shape (n, k)
             Columns `inputs`; each is contiguous.
         """
-        return np.stack([item.values(_column(columns, item.column)) for item in self.inputs]).T
+        parts = [item.values(_column(columns, item.column)) for item in self.inputs]
+        return np.stack(parts, dtype=np.float32).T
 
     def differences(self, columns: Columns) -> Float32Array:
         """Collect the differences target - reference of pairs, shape (n, l)."""

@@ -41,7 +41,7 @@ def test_a_problem_is_a_value():
         labels=(Label(name="rv", unit="km/s"), Label(name="feh")),
         inputs=(*DEFAULT.inputs, Input(column="snr", log10=True)),
     )
-    assert Problem(**json.loads(json.dumps(problem.params))) == problem
+    assert Problem(**json.loads(json.dumps(problem.as_json))) == problem
     assert pickle.loads(pickle.dumps(problem)) == problem
     assert (problem.names, problem.features) == (("rv", "feh"), (*FEATURES, "snr"))
     assert [label.sos_err for label in problem.labels] == ["rv_sos_err", "feh_sos_err"]

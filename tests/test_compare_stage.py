@@ -11,8 +11,7 @@ import pytest
 
 from sos_dask import corrections as models
 from sos_dask.errors import CatalogError, ClusterError, ConfigError, ModelError, SosError
-from sos_dask.evidence.figures import FIGURE_SCHEMA, STATISTICS, SUBSETS
-from sos_dask.evidence.metrics import scatter
+from sos_dask.evidence.figures import FIGURE_SCHEMA, STATISTICS, SUBSETS, scatter
 from sos_dask.evidence.smoothness import ARTIFACT_SCHEMA, OUTSIDE_SCHEMA
 from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from sos_dask import corrections as models
 from sos_dask.errors import CatalogError, ConfigError, ModelError, SurveyError
-from sos_dask.evidence.metrics import held_out_metrics
+from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import CANONICAL, LABELS
 from sos_dask.sky.healpix import HealpixPixel, ang2pix

@@ -18,7 +18,7 @@ from sos_dask.storage.artifact import (
     atomic_path,
     storage_errors,
 )
-from sos_dask.storage.digests import canonical_json, sealed_json, sha256_of_file
+from sos_dask.storage.manifest import canonical_json, sealed_json, sha256_of_file
 
 RECIPE = Recipe("dedupe", 1, {"radius_arcsec": 1.5}, {"observations": "abc"})
 json_values = st.recursive(

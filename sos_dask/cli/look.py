@@ -160,7 +160,7 @@ def verify(
     Example: sos-dask verify store/current
     """
     from sos_dask.storage.store import outputs_of
-    from sos_dask.storage.verify import verify as run
+    from sos_dask.storage.store import verify as run
 
     problems: dict[str, list[str]] = {}
     errors: list[SosError] = []

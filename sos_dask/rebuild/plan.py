@@ -44,7 +44,7 @@ from sos_dask.stages.uncertainty import (
 from sos_dask.stars.match import MatchSettings
 from sos_dask.stars.unify import UnifySettings
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.digests import sha256_of_file
+from sos_dask.storage.manifest import sha256_of_file
 from sos_dask.storage.store import DIGESTS_FILE, remember, remembered
 from sos_dask.surveys.definition import Survey, load_survey
 
@@ -78,12 +78,12 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         offsets=job.unify.fixed_offsets,
     )
     reference_settings = ReferenceSettings(
-        unify,
-        job.unify.radius_arcsec,
-        job.unify.id_radius_arcsec,
-        job.unify.epoch,
-        job.ingest.rows_per_partition,
-        job.unify.offsets == "measured",
+        unify=unify,
+        radius_arcsec=job.unify.radius_arcsec,
+        id_radius_arcsec=job.unify.id_radius_arcsec,
+        epoch=job.unify.epoch,
+        rows_per_partition=job.ingest.rows_per_partition,
+        measure_offsets=job.unify.offsets == "measured",
     )
     united = planner.add(
         "reference",
@@ -98,9 +98,14 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     )
     match = job.crossmatch
     pair_settings = PairSettings(
-        MatchSettings(match.radius_arcsec, match.id_radius_arcsec, match.pairs, match.use_gaia_id),
-        match.n_folds,
-        job.seed,
+        match=MatchSettings(
+            radius_arcsec=match.radius_arcsec,
+            id_radius_arcsec=match.id_radius_arcsec,
+            pairs=match.pairs,
+            use_gaia_id=match.use_gaia_id,
+        ),
+        n_folds=match.n_folds,
+        seed=job.seed,
     )
     left = observations[match.target]
     pairs = planner.add(
@@ -435,7 +440,12 @@ def _add_attach(
         def opened() -> Catalog:
             return planner.catalog(other)
 
-    settings = AttachSettings(columns, section.by, section.radius_arcsec, section.id_radius_arcsec)
+    settings = AttachSettings(
+        columns=columns,
+        by=section.by,
+        radius_arcsec=section.radius_arcsec,
+        id_radius_arcsec=section.id_radius_arcsec,
+    )
     return planner.add(
         f"{name}.with-{companion}",
         attach_recipe(catalog, other, settings),

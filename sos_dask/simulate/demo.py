@@ -18,7 +18,7 @@ from sos_dask.simulate import SkySettings, simulate
 from sos_dask.stats.binned import binned_quantiles, bins_of, rms_of_medians
 from sos_dask.storage.artifact import write_text
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.digests import canonical_json
+from sos_dask.storage.manifest import canonical_json
 
 # Where stars of all kinds are many: 95 % of the overlap; the sparse edges are outside.
 DENSE = {"teff": (4000.0, 6800.0), "logg": (1.2, 5.0), "feh": (-1.2, 0.2)}

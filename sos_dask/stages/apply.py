@@ -35,7 +35,7 @@ from sos_dask.stages.parts import (
 )
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, write_partition
-from sos_dask.storage.digests import sha256_of_file
+from sos_dask.storage.manifest import sha256_of_file
 from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
 from sos_dask.trust import FLAGS, Faded, trusted_schema, widened, with_coverage
 

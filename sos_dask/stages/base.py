@@ -7,6 +7,8 @@ writes what is made of them; it returns the account of rows and a summary. A par
 the stage that gets the output, the part's key and a small item, writes its files and returns a
 record. A stage travels to workers as paths and numbers; catalogs are opened there, once.
 
+Class names and roles follow the products: see `rebuild.plan`.
+
 `Stage.run` leaves a complete output alone and finishes an unfinished one.
 """
 
@@ -28,8 +30,7 @@ from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, write_parquet, write_partition
-from sos_dask.storage.hats import write_catalog_metadata
+from sos_dask.storage.catalog import Catalog, write_catalog_metadata, write_parquet, write_partition
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")

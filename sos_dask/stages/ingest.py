@@ -18,32 +18,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sos_dask.columns import one_array
 from sos_dask.errors import CatalogError, ConfigError, SurveyError
-from sos_dask.ingest import (
+from sos_dask.ingest.canonical import Chunk, Profile, check_profile, plan_chunks, read_chunk
+from sos_dask.ingest.keys import (
     CONFLICT,
     FILE,
     HISTOGRAM_ORDER,
     REJECTED_SCHEMA,
     ROW,
-    Chunk,
-    Profile,
-    Source,
     check_conflicts,
-    check_profile,
     conflicting_keys,
     histogram_of,
     holders,
     key_ranges,
     losing_rows,
     merge_rows,
-    open_source,
     partition_edges,
-    plan_chunks,
-    read_chunk,
     rejected_rows,
     sorted_hashes,
 )
-from sos_dask.ingest.arrays import one_array
+from sos_dask.ingest.readers import Source, open_source
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, MOST_ROWS, check_numbers
 from sos_dask.sky.healpix import HealpixPixel, plan_partitions
@@ -52,8 +47,7 @@ from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, un
 from sos_dask.stages.pieces import copied, read_piece, write_piece
 from sos_dask.storage.artifact import REJECTED, Manifest, Output, Recipe, Rows, atomic_path
 from sos_dask.storage.catalog import write_parquet, write_partition
-from sos_dask.storage.digests import sha256_of_file
-from sos_dask.surveys.cuts import quality_mask
+from sos_dask.storage.manifest import sha256_of_file
 from sos_dask.surveys.definition import Survey
 
 VERSION = 5
@@ -115,7 +109,7 @@ def ingest_recipe(
 ) -> Recipe:
     """Recipe of `ingest` for files of these SHA-256 sums, in any order."""
     params = {
-        "survey": survey.params,
+        "survey": survey.as_json,
         "rows_per_partition": settings.rows_per_partition,
         "name": name,
     }
@@ -219,7 +213,7 @@ def _run(
     }
     run_parts(output, "read", chunk_parts, _read_part, cluster, f"read {name}", report)
     read = records(output, "read", list(chunks))
-    profile = Profile.merge([Profile.from_dict(record["profile"]) for record in read])
+    profile = Profile.merge([Profile(**record["profile"]) for record in read])
     _check_rows(sources, profile.n_rows)
     check_profile(profile, survey, [str(file) for file in files])
     pieces = tuple(piece for record in read for piece in record["pieces"])
@@ -307,7 +301,7 @@ def _summary_of(
     return {
         "fail_cut": failed,
         "pass_all_cuts": sum(record["n_good"] for record in done),
-        "impossible_values": profile.impossible_values(),
+        "impossible_values": profile.impossible,
     }
 
 
@@ -321,7 +315,7 @@ def _read_part(part: _ChunkPart) -> None:
     work = part.output.work
     profiles, pieces, rejected, n_cells, n_rows = [], [], [], [], 0
     counts = [np.empty((2, 0), dtype=np.int32)]
-    batches = read_chunk(part.chunk, part.survey, part.settings.chunk_rows, quality=quality_mask)
+    batches = read_chunk(part.chunk, part.survey, part.settings.chunk_rows)
     for number, batch in enumerate(batches):
         n_rows += batch.rows.num_rows + batch.rejected.num_rows
         profiles.append(batch.profile)
@@ -346,7 +340,7 @@ def _read_part(part: _ChunkPart) -> None:
             "pieces": pieces,
             "histogram": histogram,
             "cells": n_cells,
-            "profile": Profile.merge(profiles).to_dict(),
+            "profile": Profile.merge(profiles).model_dump(mode="json"),
         },
     )
 

@@ -316,10 +316,10 @@ class Survey(Settings):
         return self
 
     @property
-    def params(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """JSON values of what decides the rows, in a form whose changes can be read."""
         # A mapping loses its order in JSON: the order of columns is part of the product.
-        return super().params | {"column_order": list(self.columns)}
+        return super().as_json | {"column_order": list(self.columns)}
 
     def arrow_schema(self) -> pa.Schema:
         """Schema of the observations: ``_healpix_29``, the survey's columns, then ``quality``.

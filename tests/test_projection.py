@@ -15,10 +15,10 @@ from sos_dask.evidence.projection import (
     chosen_rows,
     density_map,
     fit_projection,
-    in_share,
     sampling_rates,
     strata,
 )
+from sos_dask.stats.numbers import in_share
 
 
 @pytest.mark.parametrize(

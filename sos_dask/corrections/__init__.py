@@ -49,7 +49,7 @@ from sos_dask.corrections.training import (
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.problem import FEATURES
 from sos_dask.schema import LABELS, nearest
-from sos_dask.stats.histogram import Histogram, count
+from sos_dask.stats.numbers import Histogram, count
 
 __all__ = [
     "MODEL_FILE",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.columns import mixed
 from sos_dask.corrections import (
     Float32Array,
     FloatArray,
@@ -148,14 +149,11 @@ def _chosen_rows(
 
 
 def _hash(rows: Rows) -> NDArray[np.uint64]:
-    """Of the numbers of each row (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Of the numbers of each row."""
     values = np.concatenate([rows.features, rows.differences, rows.weight[:, None]], axis=1)
     # One bit pattern for all nan, one for both zeros.
     values = np.where(np.isnan(values), np.float32(np.nan), values + np.float32(0))
     state = np.zeros(len(values), dtype=np.uint64)
     for column in np.ascontiguousarray(values.T, dtype=np.float32).view(np.uint32):
-        state += column + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
+        state = mixed(state + column)
     return state

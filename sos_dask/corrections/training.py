@@ -20,7 +20,7 @@ from sos_dask.corrections.base import (
 from sos_dask.errors import ClusterError, ModelError
 from sos_dask.problem import FEATURES
 from sos_dask.schema import LABELS
-from sos_dask.stats.histogram import Histogram, count
+from sos_dask.stats.numbers import Histogram, count
 
 R = TypeVar("R")
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.stats.density import knn_distance, robust_scale
+from sos_dask.stats.numbers import knn_distance, robust_scale
 
 Floats = NDArray[np.floating]
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.stats.numbers import in_share
 
 Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
@@ -133,23 +134,7 @@ def chosen_rows(
     share = np.array([rates[cell] for cell in known.tolist()])
     place = np.minimum(np.searchsorted(known, cells), len(known) - 1)
     wanted = np.where(known[place] == cells, share[place], 0.0)
-    return np.asarray(_uniform(keys, seed) < wanted)
-
-
-def in_share(keys: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bool_]:
-    """Rows of a share of all, shape (n,): by a hash of their keys, as in `chosen_rows`."""
-    return np.asarray(_uniform(keys, seed) < share)
-
-
-def _uniform(keys: NDArray[np.integer], seed: int) -> FloatArray:
-    """A number in [0, 1) for every key: SplitMix64 (Steele, Lea & Flood 2014, OOPSLA, fig. 19)."""
-    step = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
-        z = keys.astype(np.uint64) + np.uint64(seed + 1) * step
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return in_share(keys, wanted, seed)
 
 
 @dataclass(frozen=True, eq=False)

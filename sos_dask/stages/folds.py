@@ -17,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sos_dask.columns import key_numbers
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray
 from sos_dask.sky.neighbours import near_edge
 from sos_dask.stages.ids import GAIA_IDS, id_values
 from sos_dask.stages.parts import key_of
 from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined, star_numbers
+from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
 from sos_dask.storage.artifact import WORK, FileRecord, Output, storage_errors
 from sos_dask.storage.catalog import (
     partition_errors,
@@ -99,7 +100,7 @@ def local_folds(
     n_stars : int
         Distinct reference stars.
     """
-    number = star_numbers(reference_id, settings.seed)
+    number = key_numbers(reference_id, settings.seed)
     smallest = smallest_of_joined(number, number, _links(targets, settings))
     cells = targets[HEALPIX_COLUMN].to_numpy()
     open_ = near_edge(pixel, reference_cells, reach_arcsec)

@@ -27,7 +27,6 @@ from sos_dask.evidence.projection import (
     chosen_rows,
     density_map,
     fit_projection,
-    in_share,
     sampling_rates,
     strata,
 )
@@ -38,6 +37,7 @@ from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
+from sos_dask.stats.numbers import in_share
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet, write_partition
 

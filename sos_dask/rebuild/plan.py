@@ -17,10 +17,11 @@ from sos_dask.rebuild.planner import Planner, Stage
 from sos_dask.run.machine import n_cores
 from sos_dask.stages.apply import Trust, apply, apply_recipe
 from sos_dask.stages.attach import AttachSettings, attach, attach_recipe, companion_survey
-from sos_dask.stages.compare import CompareSettings, compare, compare_recipe
+from sos_dask.stages.compare import Compare, CompareSettings, compare_recipe
 from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
 from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
 from sos_dask.stages.dedupe import dedupe, dedupe_recipe
+from sos_dask.stages.evidence import evidence_recipe, make_evidence
 from sos_dask.stages.generalisation import (
     GeneralisationSettings,
     generalisation,
@@ -33,7 +34,7 @@ from sos_dask.stages.reference import ReferenceSettings, reference, reference_re
 from sos_dask.stages.report import ReportSettings, report_recipe
 from sos_dask.stages.report import report as make_report
 from sos_dask.stages.train import TrainSettings, train, train_recipe
-from sos_dask.stages.trends import TrendSettings, trends, trends_recipe
+from sos_dask.stages.trends import Trends, TrendSettings, trends_recipe
 from sos_dask.stages.uncertainty import (
     Surveys,
     UncertaintySettings,
@@ -120,6 +121,17 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         ),
     )
     trained = {method: _add_training(planner, method, pairs) for method in job.train.methods}
+    evidence = planner.add(
+        "evidence",
+        evidence_recipe(pairs, trained),
+        lambda directory, cluster, report: make_evidence(
+            planner.catalog(pairs),
+            {name: planner.directory(model) for name, model in trained.items()},
+            directory,
+            cluster=cluster,
+            report=report,
+        ),
+    )
     compare_settings = CompareSettings(
         **job.compare.model_dump(exclude={"rule"}),
         rule=check_rule(job.compare.rule, job.train.methods),
@@ -127,31 +139,28 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     )
     compared = planner.add(
         COMPARISON,
-        compare_recipe(pairs, trained, compare_settings),
-        lambda directory, cluster, report: compare(
-            planner.catalog(pairs),
-            {name: planner.directory(model) for name, model in trained.items()},
-            directory,
+        compare_recipe(evidence, trained, compare_settings),
+        lambda directory, cluster, report: Compare(
+            {
+                "evidence": planner.directory(evidence),
+                **{f"model.{name}": planner.directory(model) for name, model in trained.items()},
+            },
             compare_settings,
-            cluster=cluster,
-            report=report,
-        ),
+        ).run(directory, cluster=cluster, report=report),
     )
     chosen = planner.chosen(compared, trained, compare_settings.rule)
     trend_settings = TrendSettings(order=unify.order)
     planner.add(
         "trends",
-        trends_recipe(pairs, trend_settings, trained, united, references),
-        lambda directory, cluster, report: trends(
-            planner.catalog(pairs),
-            directory,
+        trends_recipe(evidence, trend_settings, united, references),
+        lambda directory, cluster, report: Trends(
+            {
+                "evidence": planner.directory(evidence),
+                "reference": planner.catalog(united),
+                **{f"stars.{n}": planner.catalog(one) for n, one in references.items()},
+            },
             trend_settings,
-            models={name: planner.directory(model) for name, model in trained.items()},
-            reference=planner.catalog(united),
-            stars={name: planner.catalog(catalog) for name, catalog in references.items()},
-            cluster=cluster,
-            report=report,
-        ),
+        ).run(directory, cluster=cluster, report=report),
     )
     error_settings = UncertaintySettings(
         job.uncertainty.reference_error, job.uncertainty.sparse_fraction, seed=job.seed

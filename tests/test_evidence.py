@@ -26,6 +26,7 @@ from sos_dask.stages.evidence import (
     make_evidence,
     read_evidence,
     require_evidence,
+    sparse_pairs,
 )
 from sos_dask.stages.train import TrainSettings, train
 from sos_dask.stages.trends import Trends
@@ -55,6 +56,18 @@ def test_all_pairs_fit_for_training(pairs):
     assert found.table.equals(table.select(COLUMNS))
     assert found.kept.all() and np.array_equal(found.fold, table["fold"].to_numpy())
     assert found.dropped(pairs) == {"not fit for training": pairs.n_rows - table.num_rows}
+
+
+def test_the_thin_part_of_the_pairs_is_sparse():
+    rng = np.random.default_rng(0)
+    labels = rng.normal([5000, 3, 0], [500, 1, 0.3], size=(1000, 3)).astype(np.float32)
+    labels[:50] = (labels[:50] - [5000, 3, 0]) * 8.0 + [5000, 3, 0]  # a halo
+    labels[7, 1] = np.nan
+    trained = np.arange(1000) % 5 > 0
+    found = sparse_pairs(labels, trained)
+    assert found[7] and abs(found[trained].sum() - 40) <= 1
+    assert found[:50].mean() > 0.75 and found[50:][~trained[50:]].mean() < 0.1
+    assert sparse_pairs(np.full((5, 3), np.nan, np.float32), np.ones(5, bool)).all()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

@@ -22,11 +22,7 @@ from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
 from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
 from sos_dask.stages.dedupe import dedupe, dedupe_recipe
 from sos_dask.stages.evidence import evidence_recipe, make_evidence
-from sos_dask.stages.generalisation import (
-    GeneralisationSettings,
-    generalisation,
-    generalisation_recipe,
-)
+from sos_dask.stages.generalisation import Generalisation, GeneralisationSettings
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
 from sos_dask.stages.margin import margin, margin_recipe
 from sos_dask.stages.projection import projection, projection_recipe
@@ -218,7 +214,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             ),
         ),
     )
-    _add_looks(planner, pairs, source)
+    _add_looks(planner, pairs, evidence, source)
     if job.report.enabled:
         _add_report(planner)
     return planner.stages
@@ -265,18 +261,18 @@ def _definition(job: Job, section: SurveySection) -> Survey:
     return load_survey(definition, section.override)
 
 
-def _add_looks(planner: Planner, pairs: str, source: str) -> None:
+def _add_looks(planner: Planner, pairs: str, evidence: str, source: str) -> None:
     """What a job may ask for beside the correction: nothing else depends on it."""
     job = planner.job
     if job.generalisation is not None:
         methods = {method: _params(job, method) for method in job.train.methods}
-        settings = GeneralisationSettings(**job.generalisation.model_dump(), seed=job.seed)
+        settings = GeneralisationSettings(**job.generalisation.model_dump(), methods=methods)
         planner.add(
             "generalisation",
-            generalisation_recipe(pairs, methods, settings),
-            lambda directory, cluster, report: generalisation(
-                planner.catalog(pairs), directory, methods, settings, cluster=cluster, report=report
-            ),
+            Generalisation.recipe(settings, {"evidence": evidence}),
+            lambda directory, cluster, report: Generalisation(
+                {"evidence": planner.directory(evidence)}, settings
+            ).run(directory, cluster=cluster, report=report),
         )
     if job.projection is not None:
         looks = ProjectionSettings(**job.projection.model_dump(), seed=job.seed)

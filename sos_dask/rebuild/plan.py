@@ -25,7 +25,7 @@ from sos_dask.stages.evidence import evidence_recipe, make_evidence
 from sos_dask.stages.generalisation import Generalisation, GeneralisationSettings
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
 from sos_dask.stages.margin import margin, margin_recipe
-from sos_dask.stages.projection import projection, projection_recipe
+from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
 from sos_dask.stages.report import ReportSettings, report_recipe
 from sos_dask.stages.report import report as make_report
@@ -278,16 +278,12 @@ def _add_looks(planner: Planner, pairs: str, evidence: str, source: str) -> None
         looks = ProjectionSettings(**job.projection.model_dump(), seed=job.seed)
         planner.add(
             "projection",
-            projection_recipe([source], [pairs], looks),
-            lambda directory, cluster, report: projection(
-                [planner.catalog(source)],
-                [planner.catalog(pairs)],
-                directory,
+            ProjectionStage.recipe(looks, {"observations": source, "pairs": pairs}),
+            lambda directory, cluster, report: ProjectionStage(
+                {"observations": planner.catalog(source), "pairs": planner.catalog(pairs)},
                 looks,
-                name=f"{job.target_name}.projection",
-                cluster=cluster,
-                report=report,
-            ),
+                product=f"{job.target_name}.projection",
+            ).run(directory, cluster=cluster, report=report),
         )
 
 

@@ -51,14 +51,12 @@ from sos_dask.stages.report import ReportSettings
 from sos_dask.stages.train import TrainSettings
 from sos_dask.stages.trends import TrendSettings
 from sos_dask.stages.uncertainty import Surveys, UncertaintySettings
+from sos_dask.stars.group import DedupeSettings
 from sos_dask.stars.match import MatchSettings
-from sos_dask.stars.settings import DedupeSettings
 from sos_dask.stars.unify import UnifySettings
 from sos_dask.storage import store as _store
-from sos_dask.storage import verify as _verify
 from sos_dask.storage.catalog import Catalog
-from sos_dask.surveys.definition import Survey
-from sos_dask.surveys.file import builtin_surveys, load_survey
+from sos_dask.surveys.definition import Survey, builtin_surveys, load_survey
 
 _Result = TypeVar("_Result")
 # What is made of a path or a name where a function wants the thing.
@@ -140,7 +138,7 @@ status = _public(_store.status)
 train = _public(_train.train)
 trends = _public(_trends.trends)
 uncertainty = _public(_uncertainty.uncertainty)
-verify = _public(_verify.verify)
+verify = _public(_store.verify)
 
 __all__ = [
     "AttachSettings",

@@ -96,7 +96,7 @@ class Settings(BaseModel):
     """Settings of a stage, a method or a job: frozen, every field with its limits and meaning.
 
     A field is declared once: the job nests the settings, the command line makes options of their
-    fields, and a recipe is their dump (`params`), less the fields with ``exclude=True``. A text
+    fields, and a recipe is their dump (`as_json`), less the fields with ``exclude=True``. A text
     that looks like a number or a yes is refused, not taken for one.
 
     Raises
@@ -121,7 +121,7 @@ class Settings(BaseModel):
         return type(self)(**{**dict(self), **changed})
 
     @property
-    def params(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """JSON values of the fields that decide what is made."""
         return self.model_dump(mode="json")
 
@@ -158,7 +158,7 @@ def explained(model: type[BaseModel], error: ValidationError, where: str = "") -
             f"{where}{place} = {first['input']!r:.60} is given where a table is needed",
             hint or f"Write a table [{place}] with its keys.",
         )
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = str(first["msg"]).removeprefix("Value error, ").replace("valid tuple", "list")
     given = first["input"]
     shown = "" if not place or isinstance(given, dict | BaseModel) else f" (given: {given!r:.60})"
     return ConfigError(f"{where}{place + ': ' if place else ''}{message}{shown}")

@@ -6,8 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from sos_dask.stages.apply import apply
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.store import verify
 from sos_dask.trust import FLAG_OUTSIDE, FLAG_SPARSE
 from tests.job import contents
 from tests.test_cli import Cli, assert_error, cli
@@ -113,3 +115,11 @@ def test_paths_that_are_missing(cli: Cli, build):
         for name in ("pairs", "model.polynomial", "lamost.observations", "lamost.stars")
     ]
     assert_error(cli("coverage", *inputs), 3, "--out is missing")
+
+
+def test_apply_replaces_columns_that_a_catalog_has_already(build, tmp_path):
+    model = build / "model.polynomial"
+    apply(model, Catalog.open(build / "lamost.observations"), tmp_path / "once")
+    apply(model, Catalog.open(tmp_path / "once"), tmp_path / "twice")
+    assert rows(tmp_path / "twice").equals(rows(tmp_path / "once"))
+    assert verify(tmp_path / "twice") == []

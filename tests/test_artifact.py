@@ -18,7 +18,7 @@ from sos_dask.storage.artifact import (
     atomic_path,
     storage_errors,
 )
-from sos_dask.storage.digests import canonical_json, sealed_json, sha256_of_file
+from sos_dask.storage.manifest import canonical_json, sealed_json, sha256_of_file
 
 RECIPE = Recipe("dedupe", 1, {"radius_arcsec": 1.5}, {"observations": "abc"})
 json_values = st.recursive(
@@ -157,7 +157,7 @@ from pathlib import Path
 import pyarrow as pa
 from sos_dask.storage.artifact import Output, Recipe
 from sos_dask.storage.catalog import write_partition
-from sos_dask.healpix import HealpixPixel
+from sos_dask.sky.healpix import HealpixPixel
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 output = Output(Path({str(tmp_path)!r}), Recipe("x", 1, {{}}, {{}}))

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from sos_dask.errors import SurveyError
 from sos_dask.surveys.cuts import quality_mask, required_natives
-from sos_dask.surveys.definition import Survey
-from sos_dask.surveys.file import parse_survey
+from sos_dask.surveys.definition import Survey, parse_survey
 
 
 def survey_with(cuts: dict, **more) -> Survey:

@@ -19,7 +19,7 @@ from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
 from sos_dask.stages.overlap import parameter_columns
 from sos_dask.storage.artifact import Manifest, Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.digests import sealed_json
+from sos_dask.storage.manifest import sealed_json
 from sos_dask.trust import FLAG_OUTSIDE, FLAG_SPARSE
 from tests.job import contents
 from tests.test_cli import assert_error, cli

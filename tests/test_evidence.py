@@ -5,20 +5,32 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
+from sos_dask.columns import floats32
+from sos_dask.corrections import load
 from sos_dask.errors import CatalogError, ClusterError
+from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster
+from sos_dask.schema import LABELS
 from sos_dask.stages.compare import compare
 from sos_dask.stages.evidence import (
     DIFFERENCES,
-    Evidence,
+    EvidenceSettings,
+    PairsRead,
     evidence,
+    fitted_columns,
+    held_out_columns,
     held_out_pairs,
+    make_evidence,
+    read_evidence,
     require_evidence,
 )
+from sos_dask.stages.train import TrainSettings, train
 from sos_dask.stages.trends import trends
 from sos_dask.stages.uncertainty import uncertainty
+from sos_dask.stars.folds import star_numbers
 from sos_dask.storage.catalog import Catalog
 from tests.sky import write_catalog
 
@@ -79,7 +91,72 @@ def test_held_out_pairs_among_those_that_are_kept(build, pairs):
     assert np.array_equal(of_some, predicted[inside])
     spoilt = found.table.set_column(2, DIFFERENCES[0], pc.add(found.table[DIFFERENCES[0]], 1))
     with pytest.raises(CatalogError, match="does not hold the pairs"):
-        Evidence(spoilt, found.fold, found.kept).held_out(model)
+        PairsRead(spoilt, found.fold, found.kept).held_out(model)
+
+
+def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, pairs, tmp_path):
+    models = {"polynomial": build / "model.polynomial"}
+    manifest = make_evidence(pairs, models, tmp_path / "evidence")
+    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    whole = whole.filter(whole["use"])
+    assert manifest.rows.n_out == whole.num_rows and manifest.rows.n_in == pairs.n_rows
+    names = ["fold", "survey_ref", *LABELS, *DIFFERENCES, "snr", "feh_err_ref"]
+    found = read_evidence(tmp_path / "evidence", names)
+    for name in names:
+        assert found[name].equals(whole[name].cast(found[name].type)), name
+    ids = read_evidence(tmp_path / "evidence", ["star", "target", "group"])
+    star = ids["star"].to_numpy()
+    n_stars = len(whole["reference_star_id"].unique())
+    assert np.array_equal(star, star_numbers(whole["reference_star_id"], 0))
+    assert len(np.unique(star)) == len(np.unique(star + ids["group"].to_numpy())) == n_stars
+    assert len(ids["target"].unique()) == len(whole["target_star_id"].unique())
+    columns = [*held_out_columns("polynomial"), *fitted_columns("polynomial"), "held_out"]
+    found = read_evidence(tmp_path / "evidence", columns)
+    held_out = pq.read_table(build / "model.polynomial" / "held_out.parquet")
+    x = features(*(floats32(whole, label) for label in LABELS))
+    fitted = load(build / "model.polynomial").predict(x)
+    order = np.argsort(whole["fold"].to_numpy(), kind="stable")
+    assert found["held_out"].to_numpy().all()
+    for number, label in enumerate(LABELS):
+        predicted = floats32(found, columns[number])
+        assert np.array_equal(predicted[order], floats32(held_out, f"{label}_delta"), True)
+        assert np.array_equal(floats32(found, columns[3 + number]), fitted[:, number], True)
+    with pytest.raises(CatalogError, match="has no column 'teff_fitted_boosted'"):
+        read_evidence(tmp_path / "evidence", fitted_columns("boosted"))
+    assert read_evidence(tmp_path / "evidence", ["fold"], ["bp_rp"]).column_names == ["fold"]
+
+
+def test_with_a_fold_held_out_the_others_train(build, pairs, tmp_path):
+    train(pairs, tmp_path / "model", TrainSettings("polynomial", {"order": 2}, "holdout"))
+    make_evidence(pairs, {"polynomial": tmp_path / "model"}, tmp_path / "out")
+    name = held_out_columns("polynomial")[0]
+    found = read_evidence(tmp_path / "out", ["fold", "held_out", "trained", name])
+    held_out = found["fold"].to_numpy() == 0
+    assert np.array_equal(found["held_out"].to_numpy(), held_out)
+    assert np.array_equal(found["trained"].to_numpy(), ~held_out)
+    assert np.array_equal(found[name].is_valid().to_numpy(), held_out)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_the_table_of_many_pairs_is_of_some_stars(build, pairs, tmp_path, share):
+    models = {"polynomial": build / "model.polynomial"}
+    names = ["star", "fold", *DIFFERENCES, *held_out_columns("polynomial")]
+    make_evidence(pairs, models, tmp_path / "all")
+    everything = read_evidence(tmp_path / "all", names)
+    settings = EvidenceSettings(max_pairs=int(share * pairs.n_rows))
+    manifest = make_evidence(pairs, models, tmp_path / "some", settings)
+    found = read_evidence(tmp_path / "some", names)
+    expected = share * everything.num_rows
+    assert abs(found.num_rows - expected) < 5 * np.sqrt(expected)
+    kept = pc.is_in(everything["star"], found["star"].unique())
+    assert found.equals(everything.filter(kept)), "a star is kept whole"
+    assert sum(manifest.rows.dropped.values()) == pairs.n_rows - found.num_rows
+    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    other = write_catalog(whole, tmp_path / "pairs", 20, "pairs")
+    assert len(other.pixels) > len(pairs.pixels)
+    make_evidence(other, models, tmp_path / "other", settings)
+    same = [tmp_path / name / "evidence.parquet" for name in ("some", "other")]
+    assert same[0].read_bytes() == same[1].read_bytes(), "in any partitions"
 
 
 def test_stages_look_at_no_more_pairs_than_that(build, pairs, tmp_path, monkeypatch):

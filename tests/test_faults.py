@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from sos_dask.simulate import SkySettings, simulate
-from sos_dask.storage.verify import verify
+from sos_dask.storage.store import verify
 
 pytestmark = pytest.mark.fault
 

@@ -3,9 +3,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.errors import CatalogError, SurveyError
-from sos_dask.ingest import Chunk
+from sos_dask.ingest.canonical import Chunk
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
-from sos_dask.surveys.file import load_survey
+from sos_dask.surveys.definition import load_survey
 from tests.job import contents
 from tests.survey_files import rows, survey, write_fits
 

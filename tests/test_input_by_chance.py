@@ -1,6 +1,6 @@
 """A sample of mutated inputs, in process; ``python -m tests.bench.fuzz`` tries many more."""
 
-from sos_dask.surveys.file import load_survey
+from sos_dask.surveys.definition import load_survey
 from tests.bench.fuzz import CODES, KINDS, attempts, run, table_of, write_whole
 from tests.survey_files import read
 

@@ -26,8 +26,7 @@ from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.store import costs, gc, status
-from sos_dask.storage.verify import verify
+from sos_dask.storage.store import costs, gc, status, verify
 from tests.conftest import ROOT
 from tests.job import contents, write_job
 

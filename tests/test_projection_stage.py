@@ -11,7 +11,7 @@ from sos_dask.errors import ModelError
 from sos_dask.evidence.projection import ProjectionSettings, density_map
 from sos_dask.stages.projection import MAPS, SAMPLE, load_projection, projection
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.verify import verify
+from sos_dask.storage.store import verify
 from tests.job import contents
 
 pytest.importorskip("umap")

@@ -41,7 +41,7 @@ from sos_dask.simulate.sky import (
 )
 from sos_dask.simulate.surveys import columns
 from sos_dask.sky import healpix, sphere
-from sos_dask.surveys.file import load_survey
+from sos_dask.surveys.definition import load_survey
 
 N_LAMOST = 40_000
 NAMES = {number: survey.name for number, survey in SURVEYS.items()}
@@ -201,7 +201,7 @@ def test_built_in_survey_definitions_read_the_files(survey: int) -> None:
     native = set(columns(survey).names)
     for column in definition.columns.values():
         assert native & set(column.sources), column.column.name
-    for cut in definition.cuts:
+    for cut in definition.cuts.values():
         assert cut.column in native | set(definition.columns), cut.name
     assert definition.position_epoch == SURVEYS[survey].epoch
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from sos_dask.surveys.definition import describe_columns
-from sos_dask.surveys.file import parse_survey
+from sos_dask.surveys.definition import describe_columns, parse_survey
 from tests.survey_files import with_column, with_cut
 
 
@@ -22,7 +21,7 @@ from tests.survey_files import with_column, with_cut
     ],
 )
 def test_cuts_in_words(entry, text):
-    (cut,) = parse_survey(with_cut(**entry)).cuts
+    (cut,) = parse_survey(with_cut(**entry)).cuts.values()
     assert cut.test_text() == text
 
 

@@ -37,10 +37,11 @@ def surveys(
     from sos_dask.surveys.definition import (
         COLUMN_HEADINGS,
         CUT_HEADINGS,
+        builtin_surveys,
         describe_columns,
         describe_cuts,
+        load_survey,
     )
-    from sos_dask.surveys.file import builtin_surveys, load_survey
 
     if name is None:
         found = [load_survey(item) for item in builtin_surveys()]
@@ -159,7 +160,7 @@ def verify(
     Example: sos-dask verify store/current
     """
     from sos_dask.storage.store import outputs_of
-    from sos_dask.storage.verify import verify as run
+    from sos_dask.storage.store import verify as run
 
     problems: dict[str, list[str]] = {}
     errors: list[SosError] = []

@@ -4,44 +4,29 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sos_dask.errors import ConfigError
-from sos_dask.schema import MOST_ROWS, nearest
-from sos_dask.settings import NAME_RULE, is_name, parse_toml
+from sos_dask.schema import MOST_ROWS
+from sos_dask.settings import NAME_RULE, Settings, explained, is_name, parse_toml
+from sos_dask.stars.group import DedupeSettings
 
 JOB_FORMAT = 1
 
 
-class _Section(BaseModel):
-    # A text that looks like a number or a yes is refused, not taken for one.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-
-class DedupeSection(_Section):
-    """How repeats of one star are found and combined."""
-
-    method: Literal["inverse-variance", "best-snr", "median"] = "inverse-variance"
-    radius_arcsec: float = Field(1.5, gt=0, lt=3600)
-    id_radius_arcsec: float = Field(10.0, gt=0, lt=3600)
-    max_spread: float = Field(5.0, gt=0)
-    use_gaia_id: bool = True
-
-
-class SurveySection(_Section):
+class SurveySection(Settings):
     """One survey: its definition, its files, and what a job changes of the definition."""
 
     survey: str
     files: list[str] = Field(min_length=1)
     override: dict[str, Any] = Field(default_factory=dict)
-    dedupe: DedupeSection | None = None
+    dedupe: DedupeSettings | None = None
 
 
-class IngestSection(_Section):
+class IngestSection(Settings):
     """How survey files become partitions."""
 
     rows_per_partition: int = Field(1_000_000, gt=0, le=MOST_ROWS)
@@ -49,7 +34,7 @@ class IngestSection(_Section):
     margin_arcsec: float | None = Field(None, gt=0, lt=3600)
 
 
-class UnifySection(_Section):
+class UnifySection(Settings):
     """How the reference surveys become one."""
 
     method: Literal["precedence", "weighted-mean"] = "precedence"
@@ -65,7 +50,7 @@ class UnifySection(_Section):
         return {} if self.offsets == "measured" else self.offsets
 
 
-class CrossmatchSection(_Section):
+class CrossmatchSection(Settings):
     """How target and reference are matched."""
 
     target: Literal["stars", "observations"] = "stars"
@@ -76,7 +61,7 @@ class CrossmatchSection(_Section):
     n_folds: int = Field(5, ge=2, le=100)
 
 
-class TrainSection(_Section):
+class TrainSection(Settings):
     """Which methods are trained, and how they are validated."""
 
     methods: list[str] = Field(default_factory=lambda: ["polynomial", "boosted"], min_length=1)
@@ -85,7 +70,7 @@ class TrainSection(_Section):
     search: int = Field(0, ge=0, le=1000)
 
 
-class CompareSection(_Section):
+class CompareSection(Settings):
     """How the methods are compared, and by which rule one of them corrects the catalog."""
 
     rule: str = "balanced"
@@ -96,26 +81,26 @@ class CompareSection(_Section):
     tolerance: float = Field(0.01, ge=0, lt=1)
 
 
-class UncertaintySection(_Section):
+class UncertaintySection(Settings):
     """How the errors of corrected labels are made."""
 
     reference_error: Literal["included", "removed"] = "included"
     sparse_fraction: float = Field(0.05, gt=0, lt=0.5)
 
 
-class ReportSection(_Section):
+class ReportSection(Settings):
     """Whether a rebuild makes the report."""
 
     enabled: bool = True
 
 
-class PublishSection(_Section):
+class PublishSection(Settings):
     """How products are compared with their manifests before they are published."""
 
     check: Literal["sha256", "size"] = "sha256"
 
 
-class AttachSection(_Section):
+class AttachSection(Settings):
     """Columns of another catalog that are added to the target."""
 
     files: list[str] = Field(default_factory=list)
@@ -136,7 +121,7 @@ class AttachSection(_Section):
         return self
 
 
-class CoverageSection(_Section):
+class CoverageSection(Settings):
     """Where the correction may be trusted, and what is done elsewhere.
 
     ``fallback = "auto"``: the polynomial where it is trained, else the correction's edge.
@@ -160,7 +145,7 @@ class CoverageSection(_Section):
         return value
 
 
-class ProjectionSection(_Section):
+class ProjectionSection(Settings):
     """A UMAP of target and overlap, for looking; made where the job has the section."""
 
     sample_rows: int = Field(20_000, ge=100, le=1_000_000)
@@ -171,14 +156,14 @@ class ProjectionSection(_Section):
     share: float = Field(1.0, gt=0, le=1)
 
 
-class GeneralisationSection(_Section):
+class GeneralisationSection(Settings):
     """Methods trained without one region after the other, where the job has the section."""
 
     max_pairs: int = Field(20_000, ge=100, le=MOST_ROWS)
     min_pairs: int = Field(200, ge=10, le=MOST_ROWS)
 
 
-class ClusterSection(_Section):
+class ClusterSection(Settings):
     """Where the work is done."""
 
     n_workers: int | None = Field(None, ge=0, le=10_000)
@@ -186,7 +171,7 @@ class ClusterSection(_Section):
     scheduler: str | None = None
 
 
-class Job(_Section):
+class Job(Settings):
     """A whole rebuild.
 
     Parameters
@@ -199,6 +184,11 @@ class Job(_Section):
         Its content, kept with every build.
     """
 
+    TABLE_HINTS: ClassVar = {
+        "reference": "Each reference survey has a table of its own, such as [reference.apogee], "
+        "with the keys survey and files."
+    }
+
     format: int
     name: str
     store: str
@@ -208,7 +198,7 @@ class Job(_Section):
     target_name: str | None = None
     reference: dict[str, SurveySection] = Field(min_length=1)
     ingest: IngestSection = Field(default_factory=IngestSection)
-    dedupe: DedupeSection = Field(default_factory=DedupeSection)
+    dedupe: DedupeSettings = Field(default_factory=DedupeSettings)
     unify: UnifySection = Field(default_factory=UnifySection)
     crossmatch: CrossmatchSection = Field(default_factory=CrossmatchSection)
     train: TrainSection = Field(default_factory=TrainSection)
@@ -296,48 +286,4 @@ def load_job(path: str | Path) -> Job:
     try:
         return Job.model_validate({**raw, "path": path.absolute(), "text": text})
     except ValidationError as error:
-        raise _explained(path, raw, error) from None
-
-
-def _explained(path: Path, raw: Mapping[str, Any], error: ValidationError) -> ConfigError:
-    """The first thing that is wrong, in words, with the nearest names for an unknown key."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        model: Any = Job
-        for part in first["loc"][:-1]:
-            model = _inner_model(model, str(part))
-        known = [
-            name for name in getattr(model, "model_fields", {}) if name not in ("path", "text")
-        ]
-        return ConfigError(
-            f"{path}: unknown key '{where}'",
-            nearest(str(first["loc"][-1]), known) or f"Known are: {', '.join(known)}.",
-        )
-    if first["type"] == "missing":
-        return ConfigError(f"{path}: '{where}' is missing")
-    if first["type"] in ("model_type", "dict_type"):
-        return ConfigError(
-            f"{path}: {where} = {first['input']!r:.60} is given where a table is needed",
-            "Each reference survey has a table of its own, such as [reference.apogee], with the "
-            "keys survey and files."
-            if first["loc"][0] == "reference"
-            else f"Write a table [{where}] with its keys.",
-        )
-    message = str(first["msg"]).removeprefix("Value error, ")
-    given = (
-        f" (given: {first['input']!r:.60})"
-        if where and not isinstance(first["input"], dict)
-        else ""
-    )
-    return ConfigError(f"{path}: {where + ': ' if where else ''}{message}{given}")
-
-
-def _inner_model(model: Any, part: str) -> Any:
-    field = getattr(model, "model_fields", {}).get(part)
-    if field is None:
-        return model  # a free key of a mapping: its values are of the same model
-    for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return model
+        raise explained(Job, error, str(path)) from None

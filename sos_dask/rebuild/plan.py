@@ -12,15 +12,16 @@ from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.evidence.choice import check_rule
 from sos_dask.evidence.projection import ProjectionSettings
 from sos_dask.evidence.widening import Limits
-from sos_dask.rebuild.job import AttachSection, DedupeSection, Job, SurveySection
+from sos_dask.rebuild.job import AttachSection, Job, SurveySection
 from sos_dask.rebuild.planner import Planner, Stage
 from sos_dask.run.machine import n_cores
 from sos_dask.stages.apply import Trust, apply, apply_recipe
 from sos_dask.stages.attach import AttachSettings, attach, attach_recipe, companion_survey
-from sos_dask.stages.compare import CompareSettings, compare, compare_recipe
+from sos_dask.stages.compare import Compare, CompareSettings, compare_recipe
 from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
 from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
 from sos_dask.stages.dedupe import dedupe, dedupe_recipe
+from sos_dask.stages.evidence import evidence_recipe, make_evidence
 from sos_dask.stages.generalisation import (
     GeneralisationSettings,
     generalisation,
@@ -33,7 +34,7 @@ from sos_dask.stages.reference import ReferenceSettings, reference, reference_re
 from sos_dask.stages.report import ReportSettings, report_recipe
 from sos_dask.stages.report import report as make_report
 from sos_dask.stages.train import TrainSettings, train, train_recipe
-from sos_dask.stages.trends import TrendSettings, trends, trends_recipe
+from sos_dask.stages.trends import Trends, TrendSettings, trends_recipe
 from sos_dask.stages.uncertainty import (
     Surveys,
     UncertaintySettings,
@@ -41,13 +42,11 @@ from sos_dask.stages.uncertainty import (
     uncertainty_recipe,
 )
 from sos_dask.stars.match import MatchSettings
-from sos_dask.stars.settings import DedupeSettings
 from sos_dask.stars.unify import UnifySettings
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.digests import sha256_of_file
+from sos_dask.storage.manifest import sha256_of_file
 from sos_dask.storage.store import DIGESTS_FILE, remember, remembered
-from sos_dask.surveys.definition import Survey
-from sos_dask.surveys.file import load_survey
+from sos_dask.surveys.definition import Survey, load_survey
 
 COMPARISON = "comparison"
 
@@ -79,12 +78,12 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         offsets=job.unify.fixed_offsets,
     )
     reference_settings = ReferenceSettings(
-        unify,
-        job.unify.radius_arcsec,
-        job.unify.id_radius_arcsec,
-        job.unify.epoch,
-        job.ingest.rows_per_partition,
-        job.unify.offsets == "measured",
+        unify=unify,
+        radius_arcsec=job.unify.radius_arcsec,
+        id_radius_arcsec=job.unify.id_radius_arcsec,
+        epoch=job.unify.epoch,
+        rows_per_partition=job.ingest.rows_per_partition,
+        measure_offsets=job.unify.offsets == "measured",
     )
     united = planner.add(
         "reference",
@@ -99,9 +98,14 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     )
     match = job.crossmatch
     pair_settings = PairSettings(
-        MatchSettings(match.radius_arcsec, match.id_radius_arcsec, match.pairs, match.use_gaia_id),
-        match.n_folds,
-        job.seed,
+        match=MatchSettings(
+            radius_arcsec=match.radius_arcsec,
+            id_radius_arcsec=match.id_radius_arcsec,
+            pairs=match.pairs,
+            use_gaia_id=match.use_gaia_id,
+        ),
+        n_folds=match.n_folds,
+        seed=job.seed,
     )
     left = observations[match.target]
     pairs = planner.add(
@@ -117,6 +121,17 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         ),
     )
     trained = {method: _add_training(planner, method, pairs) for method in job.train.methods}
+    evidence = planner.add(
+        "evidence",
+        evidence_recipe(pairs, trained),
+        lambda directory, cluster, report: make_evidence(
+            planner.catalog(pairs),
+            {name: planner.directory(model) for name, model in trained.items()},
+            directory,
+            cluster=cluster,
+            report=report,
+        ),
+    )
     compare_settings = CompareSettings(
         **job.compare.model_dump(exclude={"rule"}),
         rule=check_rule(job.compare.rule, job.train.methods),
@@ -124,31 +139,28 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     )
     compared = planner.add(
         COMPARISON,
-        compare_recipe(pairs, trained, compare_settings),
-        lambda directory, cluster, report: compare(
-            planner.catalog(pairs),
-            {name: planner.directory(model) for name, model in trained.items()},
-            directory,
+        compare_recipe(evidence, trained, compare_settings),
+        lambda directory, cluster, report: Compare(
+            {
+                "evidence": planner.directory(evidence),
+                **{f"model.{name}": planner.directory(model) for name, model in trained.items()},
+            },
             compare_settings,
-            cluster=cluster,
-            report=report,
-        ),
+        ).run(directory, cluster=cluster, report=report),
     )
     chosen = planner.chosen(compared, trained, compare_settings.rule)
     trend_settings = TrendSettings(order=unify.order)
     planner.add(
         "trends",
-        trends_recipe(pairs, trend_settings, trained, united, references),
-        lambda directory, cluster, report: trends(
-            planner.catalog(pairs),
-            directory,
+        trends_recipe(evidence, trend_settings, united, references),
+        lambda directory, cluster, report: Trends(
+            {
+                "evidence": planner.directory(evidence),
+                "reference": planner.catalog(united),
+                **{f"stars.{n}": planner.catalog(one) for n, one in references.items()},
+            },
             trend_settings,
-            models={name: planner.directory(model) for name, model in trained.items()},
-            reference=planner.catalog(united),
-            stars={name: planner.catalog(catalog) for name, catalog in references.items()},
-            cluster=cluster,
-            report=report,
-        ),
+        ).run(directory, cluster=cluster, report=report),
     )
     error_settings = UncertaintySettings(
         job.uncertainty.reference_error, job.uncertainty.sparse_fraction, seed=job.seed
@@ -362,15 +374,14 @@ def _add_survey(
                 planner.catalog(observations), directory, radius, cluster=cluster, report=report
             ),
         )
-    dedupe_settings = _dedupe_settings(section.dedupe or job.dedupe)
+    dedupe_settings = section.dedupe or job.dedupe
     products["stars"] = planner.add(
         f"{name}.stars",
-        dedupe_recipe(observations, dedupe_settings, survey.expected_error),
+        dedupe_recipe(observations, dedupe_settings),
         lambda directory, cluster, report: dedupe(
             planner.catalog(observations),
             directory,
             dedupe_settings,
-            expected_error=survey.expected_error,
             name=f"{name}.stars",
             cluster=cluster,
             report=report,
@@ -429,7 +440,12 @@ def _add_attach(
         def opened() -> Catalog:
             return planner.catalog(other)
 
-    settings = AttachSettings(columns, section.by, section.radius_arcsec, section.id_radius_arcsec)
+    settings = AttachSettings(
+        columns=columns,
+        by=section.by,
+        radius_arcsec=section.radius_arcsec,
+        id_radius_arcsec=section.id_radius_arcsec,
+    )
     return planner.add(
         f"{name}.with-{companion}",
         attach_recipe(catalog, other, settings),
@@ -443,10 +459,6 @@ def _add_attach(
             report=report,
         ),
     )
-
-
-def _dedupe_settings(section: DedupeSection) -> DedupeSettings:
-    return DedupeSettings(**section.model_dump())
 
 
 def _add_training(planner: Planner, method: str, pairs: str) -> str:

@@ -13,7 +13,7 @@ from sos_dask.rebuild.job import Job
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.storage.artifact import WORK, Manifest, Output, Recipe
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.digests import canonical_json
+from sos_dask.storage.manifest import canonical_json
 from sos_dask.storage.store import current_recipes, home, published
 
 

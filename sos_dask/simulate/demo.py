@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,13 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sos_dask.evidence.metrics import binned_median_rms
 from sos_dask.run.cluster import Report, silent
 from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, simulate
+from sos_dask.stats.binned import binned_quantiles, bins_of, rms_of_medians
 from sos_dask.storage.artifact import write_text
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.digests import canonical_json
+from sos_dask.storage.manifest import canonical_json
 
 # Where stars of all kinds are many: 95 % of the overlap; the sparse edges are outside.
 DENSE = {"teff": (4000.0, 6800.0), "logg": (1.2, 5.0), "feh": (-1.2, 0.2)}
@@ -85,12 +86,11 @@ def against_truth(corrected: Path, truth: Path) -> list[Recovery]:
     found = []
     for number, label in enumerate(LABELS):
         for other, binned_by in enumerate(LABELS):
-            edges = np.linspace(*DENSE[binned_by], N_BINS + 1).tolist()
-            x = before[inside, other]
-            old, new = (
-                binned_median_rms(x, residual[inside, number], edges, MIN_STARS_A_BIN)
-                for residual in (before - true_labels, after - true_labels)
-            )
-            used = [n for n in new.n if n >= MIN_STARS_A_BIN]
-            found.append(Recovery(label, binned_by, len(used), sum(used), old.rms, new.rms))
+            bins = bins_of(before[inside, other], np.linspace(*DENSE[binned_by], N_BINS + 1))
+            rms = []
+            for residual in (before - true_labels, after - true_labels):
+                some = binned_quantiles(bins, residual[inside, number], N_BINS)
+                rms.append(rms_of_medians(some.n, some.median, MIN_STARS_A_BIN)[0] or math.nan)
+            used = some.n[some.n >= MIN_STARS_A_BIN]
+            found.append(Recovery(label, binned_by, len(used), int(used.sum()), *rms))
     return found

@@ -1,21 +1,64 @@
 """Loops over rows, compiled by numba. Arrays in and out; the modules that call them say what for.
 
-Numba takes half a CPU second to import: import this module inside a function that has rows.
+Numba takes half a CPU second to import: import this module inside a function that has rows. The
+machine code is kept on disk, beside this file or else in the user's cache folder, so that it is
+made once on a machine. No operation is reordered or fused: results are those of the same sums
+written in numpy.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import njit, types
 from numpy.typing import NDArray
 
-from sos_dask.sky.jit import compiled, read_only
-
+F = TypeVar("F", bound=Callable[..., Any])
 FloatArray = NDArray[np.floating]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+
+
+def _load_numba() -> None:
+    """Load what numba needs for any loop without its look for BLAS: no loop here uses it.
+
+    It would import `scipy.linalg`, as long as all the rest, and forget all but that it is there.
+    """
+    name = "scipy.linalg.cython_blas"
+    if name in sys.modules:
+        return
+    sys.modules[name] = ModuleType(name)
+    try:
+        importlib.import_module("numba.np.arraymath")
+    finally:
+        del sys.modules[name]
+
+
+_load_numba()
+
+
+def read_only(dtype: Any) -> Any:
+    """An array that is only read: also one that shares the memory of an Arrow column."""
+    return types.Array(dtype, 1, "C", readonly=True)
+
+
+def compiled(*signatures: tuple[Any, ...]) -> Callable[[F], F]:
+    """Compile a loop for arguments of these types; it returns nothing and holds no lock."""
+    voids = [types.void(*one) for one in signatures]
+
+    def decorate(function: F) -> F:
+        try:
+            made = njit(voids, error_model="numpy", nogil=True, cache=True)(function)
+        except RuntimeError:  # no folder can be written: each process compiles for itself
+            made = njit(voids, error_model="numpy", nogil=True)(function)
+        return cast(F, made)
+
+    return decorate
 
 
 def _three(dtype: Any) -> Any:
@@ -63,7 +106,7 @@ def pairs_on_faces(
     """Pairs of rows within a radius (deg) that lie in one base pixel, i < j.
 
     Rows are entered into the cells of an order that they may reach, as ``touches`` says (see
-    `nearby.pairs_within`); ``crosses`` is set for those that may reach into another base pixel.
+    `neighbours.pairs_within`); ``crosses`` is set for those that may reach into another base pixel.
     ``near`` is 1, or 2 where the separation must be calculated: below 0.005 deg in both coordinates
     what the plane neglects (Taylor series of the haversine formula) is less than one part in 10^8
     of the squared separation. ``count[0]`` is the number of pairs, also of those for which there is

@@ -35,14 +35,11 @@ from sos_dask.stages.parts import (
 )
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, write_partition
-from sos_dask.storage.digests import sha256_of_file
-from sos_dask.storage.splice import can_extend, extend_partition
+from sos_dask.storage.manifest import sha256_of_file
 from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
 from sos_dask.trust import FLAGS, Faded, trusted_schema, widened, with_coverage
 
-VERSION = 7
-# What the correction, its errors and its flags depend on.
-_READ = (*LABELS, "snr", "quality")
+VERSION = 8
 _SCORES = ("obs_id", "coverage", FLAGS, KIND_FIELD.name)
 # What is calculated of rows takes several times the memory of what is kept.
 _ROWS_AT_ONCE = 1 << 17
@@ -368,24 +365,18 @@ def _apply_part(part: _Part) -> None:
     key = part.output.fingerprint
     errors = None if part.errors is None else _load_errors(part.errors, key)
     schema = _schema(part.catalog, errors, part.trust)
-    extends = can_extend(part.catalog, part.pixel, schema)
-    wanted = _READ if part.trust is None else ("obs_id", *_READ)
-    table = part.catalog.read(part.pixel, part.catalog.columns(wanted) if extends else None)
+    table = part.catalog.read(part.pixel)
     scores = None
     if part.trust is not None:
         scores = part.trust.coverage.read(part.pixel, _SCORES)
-    added = schema.names[len(part.catalog.schema) :] if extends else schema.names
     pieces = []
     for first in range(0, max(table.num_rows, 1), _ROWS_AT_ONCE):
         rows = table.slice(first, _ROWS_AT_ONCE)
         of_rows = None if scores is None else scores.slice(first, _ROWS_AT_ONCE)
-        pieces.append(_corrected(part, key, errors, rows, of_rows).select(added))
+        pieces.append(_corrected(part, key, errors, rows, of_rows).select(schema.names))
     corrected = pa.concat_tables(pieces)
     flags = corrected["flag_sos"].to_numpy()
-    if extends:
-        record = extend_partition(part.output, part.catalog, part.pixel, corrected, schema)
-    else:
-        record = write_partition(part.output, part.pixel, corrected)
+    record = write_partition(part.output, part.pixel, corrected)
     counts = {str(bit): int(np.count_nonzero(flags & bit)) for bit in _meanings(part.trust)}
     part.output.put_record(
         "corrected", key_of(part.pixel), {"file": asdict(record), "flags": counts}

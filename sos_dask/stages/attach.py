@@ -9,62 +9,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field, field_validator
 
-from sos_dask.errors import CatalogError, ConfigError
+from sos_dask.errors import CatalogError
 from sos_dask.run.cluster import Cluster, Report, silent
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, Column, is_gaia_id, nearest
-from sos_dask.settings import COLUMN_RULE, is_column
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, is_gaia_id
+from sos_dask.settings import COLUMN_RULE, Settings, is_column
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
-from sos_dask.sky.sphere import check_radii
 from sos_dask.stages.crossmatch import key_column, motion_of
-from sos_dask.stages.ids import GAIA_IDS, require_whole
+from sos_dask.stages.ids import require_whole
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.stars.match import MatchSettings, match, reach_arcsec
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, write_partition
-from sos_dask.surveys.definition import SourceColumn, Survey
+from sos_dask.surveys.definition import Survey
 
 VERSION = 4
-_WAYS = (*GAIA_IDS.values(), "position")
 _MOTION = ("pmra", "pmdec", "position_epoch")
 
 
-@dataclass(frozen=True)
-class AttachSettings:
-    """Settings of the stage.
+class AttachSettings(Settings):
+    """Which columns of another catalog are added, and how its rows are found."""
 
-    Parameters
-    ----------
-    columns : mapping of str to str
-        New names of the columns, and their names in the other catalog.
-    by : str
-        ``gaia_dr3_source_id`` or ``gaia_dr2_source_id``: equal ids within ``id_radius_arcsec``;
-        ``position``: the nearest row within ``radius_arcsec``, at the common epoch.
-    radius_arcsec, id_radius_arcsec : float
-    """
+    columns: Mapping[str, str] = Field(
+        min_length=1, description="New names of the columns, and their names in the other catalog."
+    )
+    by: Literal["gaia_dr3_source_id", "gaia_dr2_source_id", "position"] = Field(
+        "gaia_dr3_source_id", description="Equal ids, or the nearest row at the common epoch."
+    )
+    radius_arcsec: float = Field(
+        1.0, gt=0, lt=3600, description="Largest separation of rows found by position."
+    )
+    id_radius_arcsec: float = Field(
+        10.0, gt=0, lt=3600, description="Largest separation of rows with equal ids."
+    )
 
-    columns: Mapping[str, str]
-    by: str = "gaia_dr3_source_id"
-    radius_arcsec: float = 1.0
-    id_radius_arcsec: float = 10.0
-
-    def __post_init__(self) -> None:
-        if self.by not in _WAYS:
-            raise ConfigError(
-                f"columns are attached by {', '.join(_WAYS)}, not by '{self.by}'",
-                nearest(self.by, _WAYS),
-            )
-        if not self.columns:
-            raise ConfigError("no column is named to be attached")
-        for name in self.columns:
+    @field_validator("columns")
+    @classmethod
+    def _names_of_columns(cls, columns: Mapping[str, str]) -> Mapping[str, str]:
+        for name in columns:
             if not is_column(name):
-                raise ConfigError(f"'{name}' is no name of a column: {COLUMN_RULE}")
-        check_radii(self.radius_arcsec, self.id_radius_arcsec, use_gaia_id=False)
+                raise ValueError(f"'{name}' is no name of a column: {COLUMN_RULE}")
+        return columns
 
 
 @dataclass(frozen=True)
@@ -103,23 +95,23 @@ def companion_survey(
     wanted = {"obs_id": key, "ra": ra, "dec": dec}
     if by != "position":
         wanted[by] = key
-    made = {}
-    for product, source in (wanted | dict(columns)).items():
-        column = CANONICAL.get(product) or Column(product, "float32")
-        made[product] = SourceColumn(column, (source,), unit=column.unit, dtype=column.dtype)
-    return Survey(
+    wanted |= dict(columns)
+    known: dict[str, Any] = {product: {"source": wanted[product]} for product in wanted}
+    survey = Survey(
         name=name,
         title=f"Columns {', '.join(columns)} of {name}",
-        columns=made,
+        columns={product: known[product] for product in known if product in CANONICAL},
+        extra={product: known[product] for product in known if product not in CANONICAL},
         position_epoch=epoch,
         # These tables are what the caller says they are, in parts of the sky too.
         allow=("ra_below_24",),
     )
+    return survey.model_copy(update={"columns": {item: survey.columns[item] for item in wanted}})
 
 
 def attach_recipe(catalog: str, other: str, settings: AttachSettings) -> Recipe:
     """Recipe of `attach` for catalogs of these fingerprints."""
-    params = {"settings": asdict(settings), "column_order": list(settings.columns)}
+    params = {"settings": settings.as_json, "column_order": list(settings.columns)}
     return Recipe("attach", VERSION, params, {"catalog": catalog, "other": other})
 
 
@@ -211,7 +203,12 @@ def _said_of(catalog: Catalog) -> dict[str, object]:
 def _matching(settings: AttachSettings) -> MatchSettings:
     radius = settings.radius_arcsec
     by_id = settings.by != "position"
-    return MatchSettings(radius, max(radius, settings.id_radius_arcsec), "best", by_id)
+    return MatchSettings(
+        radius_arcsec=radius,
+        id_radius_arcsec=max(radius, settings.id_radius_arcsec),
+        pairs="best",
+        use_gaia_id=by_id,
+    )
 
 
 def attached_schema(schema: pa.Schema, other: pa.Schema, settings: AttachSettings) -> pa.Schema:

@@ -16,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import Field
 
 from sos_dask.errors import CatalogError
 from sos_dask.run.cluster import Cluster, Report, silent
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS, SEEDS, YEARS, check_numbers
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, LABELS, SEEDS, YEARS
+from sos_dask.settings import Settings
 from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray, ang2pix
-from sos_dask.sky.nearby import rows_near
-from sos_dask.sky.neighbours import near_pixel, surroundings
+from sos_dask.sky.neighbours import near_pixel, rows_near, surroundings
 from sos_dask.sky.sphere import propagate
 from sos_dask.stages.folds import (
     FoldSettings,
@@ -49,25 +50,14 @@ _LIKE_KEYS = re.compile(r"(id|ids|key|name|designation|index)$", re.IGNORECASE)
 _Found = list[tuple[HealpixPixel, IntArray]]  # rows of partitions
 
 
-@dataclass(frozen=True)
-class PairSettings:
-    """Settings of the stage.
-
-    Parameters
-    ----------
-    match : MatchSettings
-    n_folds : int
-        Folds for cross-validation; all pairs of one star are in one fold.
-    seed : int
-        Other seeds give other folds.
-    """
+class PairSettings(Settings):
+    """How pairs are found and get their folds."""
 
     match: MatchSettings
-    n_folds: int = 5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self, n_folds=(2, 100), seed=SEEDS)
+    n_folds: int = Field(
+        5, ge=2, le=100, description="Folds for cross-validation; all pairs of a star are in one."
+    )
+    seed: int = Field(0, ge=SEEDS[0], le=SEEDS[1], description="Other seeds give other folds.")
 
     @property
     def folds(self) -> FoldSettings:
@@ -96,7 +86,7 @@ class _Part:
 def crossmatch_recipe(left: str, right: str, settings: PairSettings) -> Recipe:
     """Recipe of `crossmatch` for catalogs of these fingerprints."""
     return Recipe(
-        "crossmatch", VERSION, {"settings": asdict(settings)}, {"target": left, "reference": right}
+        "crossmatch", VERSION, {"settings": settings.as_json}, {"target": left, "reference": right}
     )
 
 

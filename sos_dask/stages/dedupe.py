@@ -6,253 +6,167 @@ catalog; the others where they are. Where all rows have one epoch, nothing moves
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.errors import PartitionError
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, cell_ranges
+from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, Ranges, cell_ranges
+from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
 from sos_dask.stages.crossmatch import MOTION, at_epoch, motion_of, moved_arcsec
-from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
-from sos_dask.stages.needs import require_memory
-from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+from sos_dask.stages.ids import GAIA_IDS, rank_of
 from sos_dask.stars.combine import combine
-from sos_dask.stars.edges import Edges
-from sos_dask.stars.group import group
+from sos_dask.stars.group import DedupeSettings, group_around
 from sos_dask.stars.repeats import merged_pulls, pull_counts
-from sos_dask.stars.settings import DedupeSettings
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, write_partition
+from sos_dask.storage.catalog import Catalog
 
 PRELOAD = ("sos_dask.sky.loops",)  # for workers: this module itself imports it where it has rows
-VERSION = 5
-_MAX_LAYERS = 256
 
 
-@dataclass(frozen=True)
-class _Part:
-    output: Output
-    catalog: Catalog
-    pixel: HealpixPixel
-    settings: DedupeSettings
-    expected_error: Mapping[str, float]
-    epoch: float
-    moved_arcsec: float
+class Dedupe(Stage[DedupeSettings]):
+    """Combine repeats of one star into one row.
 
+    Rows with a proper motion and an epoch are compared at the latest epoch of the catalog. The
+    summary says among others how far stated errors are wrong, by their repeats (``error_factors``,
+    see `repeats.Factor`).
 
-def dedupe_recipe(
-    catalog: str, settings: DedupeSettings, expected_error: Mapping[str, float]
-) -> Recipe:
-    """Recipe of `dedupe` for a catalog of this fingerprint."""
-    params = {"settings": asdict(settings), "expected_error": dict(expected_error)}
-    return Recipe("dedupe", VERSION, params, {"observations": catalog})
-
-
-def dedupe(
-    catalog: Catalog,
-    directory: Path,
-    settings: DedupeSettings,
-    *,
-    expected_error: Mapping[str, float] | None = None,
-    name: str = "",
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Combine the observations of each star into one row.
-
-    Parameters
-    ----------
-    catalog : Catalog
-        Observations, with ``obs_id``, ``quality`` and the labels.
-    directory : Path
-        Where the catalog of stars goes.
-    settings : DedupeSettings
-    expected_error : mapping of str to float, optional
-        Error of one observation, for labels without stated errors.
-    name : str
-        Name of the new catalog; default that of the old one with ``.stars``.
-    overwrite : bool
-        Replace another output in ``directory``.
-
-    Returns
-    -------
-    Manifest
-        ``rows``: observations in, stars out, observations merged into another's star.
-        ``summary``: among others how far stated errors are wrong, by their repeats
-        (``error_factors``, see `repeats.Factor`).
-
-    Raises
-    ------
-    CatalogError
-        A column is missing, or the directory holds something else.
-    PartitionError
-        A partition cannot be read.
+    Example: sos-dask dedupe lamost -o lamost.stars --method best-snr
     """
-    catalog.require("obs_id", "ra", "dec", "quality", HEALPIX_COLUMN)
-    errors = dict(expected_error or {})
-    output = Output.prepare(
-        directory,
-        dedupe_recipe(catalog.fingerprint, settings, errors),
-        overwrite,
-        [catalog.path],
-    )
-    if output.complete:
-        return output.load_manifest()
-    motion = motion_of(catalog)
-    epoch, moved = motion.epoch_max, 0.0
-    if motion.epoch_min < epoch:
-        moved = moved_arcsec(motion, epoch)
-    parts = {
-        key_of(pixel): _Part(output, catalog, pixel, settings, errors, epoch, moved)
-        for pixel in catalog.pixels
-    }
-    cluster = cluster or Cluster()
-    require_memory(cluster, catalog, "dedupe")
-    step = f"dedupe {catalog.name}"
-    with unless_complete(output):
-        run_parts(output, "stars", parts, _dedupe_part, cluster, step, report)
-        done = records(output, "stars", list(parts))
-        n_in, n_out = catalog.n_rows, sum(record["n_stars"] for record in done)
-        merged = sum(record["n_members"] for record in done) - n_out
+
+    name = "dedupe"
+    version = 6
+    Settings = DedupeSettings
+    roles = (Role("observations", "Observations, with obs_id, quality and the labels."),)
+    partitioned = "observations"
+    memory = (320, 4.0)
+    epoch, moved_arcsec = 0.0, 0.0
+
+    @property
+    def observations(self) -> Catalog:
+        """Catalog that is deduplicated."""
+        return self.catalog("observations")
+
+    @property
+    def expected_error(self) -> dict[str, float]:
+        """Error of one observation, for labels without stated errors: the survey's definition."""
+        manifest = self.observations.manifest
+        return dict(manifest.summary.get("expected_error", {})) if manifest else {}
+
+    def check(self) -> None:
+        """Refuse a catalog that lacks a column, or whose epochs are no years."""
+        self.observations.require("obs_id", "ra", "dec", "quality", HEALPIX_COLUMN)
+        motion = motion_of(self.observations)
+        self.epoch = motion.epoch_max
+        if motion.epoch_min < self.epoch:
+            self.moved_arcsec = moved_arcsec(motion, self.epoch)
+
+    def make(self, run: Run) -> Made:
+        """Make the stars of every partition, and count the repeats."""
+        catalog = self.observations
+        step = f"dedupe {catalog.name}"
+        done = run.parts("stars", by_pixel(catalog.pixels), self.stars_of_pixel, step)
+        schema = combine(
+            catalog.schema.empty_table(), np.empty(0, np.int64), self.settings, self.expected_error
+        ).schema
+        n_out = run.write_catalog(self.product, catalog.pixels, done, schema)
+        n_members = sum(record["n_members"] for record in done)
         summary = {
             "stars_with_repeats": sum(record["n_repeated"] for record in done),
             "stars_with_large_spread": sum(record["n_spread"] for record in done),
             "error_factors": [asdict(one) for one in merged_pulls([r["pulls"] for r in done])],
         }
-        commit_catalog(
-            output,
-            name or catalog.name.removesuffix(".observations") + ".stars",
-            list(zip(catalog.pixels, done, strict=True)),
-            _star_schema(catalog, settings, errors),
-            Rows(n_in, n_out, 0, {"merged": merged}),
-            summary,
-        )
-    return output.load_manifest()
+        return Rows(catalog.n_rows, n_out, 0, {"merged": n_members - n_out}), summary
 
-
-def _star_schema(
-    catalog: Catalog, settings: DedupeSettings, expected_error: Mapping[str, float]
-) -> pa.Schema:
-    nobody = np.empty(0, dtype=np.int64)
-    return combine(catalog.schema.empty_table(), nobody, settings, expected_error).schema
-
-
-def _dedupe_part(part: _Part) -> None:
-    """Stars whose primary observation lies in one partition."""
-    own = part.catalog.read(part.pixel, _grouping_columns(part))
-    around, first, primary = _grouped(part, own)
-    stop = first + own.num_rows
-    # Every partition that sees a star sees the same one; it belongs to that of its primary.
-    is_member = (primary >= first) & (primary < stop)
-    inside = np.where(is_member[first:stop], primary[first:stop] - first, -1)
-    is_member[first:stop] = False
-    rows = _with_other_columns(part, own)
-    if is_member.any():
-        away = around.filter(pa.array(np.delete(is_member, slice(first, stop))))
-        others = _full_rows(part.catalog, away).cast(rows.schema)
-        rows = pa.concat_tables([rows, others])
-        inside = np.concatenate([inside, primary[is_member] - first])
-    pulls = pull_counts(rows, inside, part.expected_error)
-    stars = combine(rows, inside, part.settings, part.expected_error)
-    del own, rows  # their memory serves the writer
-    record = write_partition(part.output, part.pixel, stars) if stars.num_rows else None
-    part.output.put_record(
-        "stars",
-        key_of(part.pixel),
-        {
-            "file": None if record is None else asdict(record),
-            "n_stars": stars.num_rows,
+    def stars_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
+        """Write the stars whose primary observation lies in one partition."""
+        own = self.observations.read(pixel, self._grouping_columns())
+        around, first, primary = self._grouped(pixel, own)
+        stop = first + own.num_rows
+        # Every partition that sees a star sees the same one; it belongs to that of its primary.
+        is_member = (primary >= first) & (primary < stop)
+        inside = np.where(is_member[first:stop], primary[first:stop] - first, -1)
+        is_member[first:stop] = False
+        rows = self._with_other_columns(pixel, own)
+        if is_member.any():
+            away = around.filter(pa.array(np.delete(is_member, slice(first, stop))))
+            others = _full_rows(self.observations, away).cast(rows.schema)
+            rows = pa.concat_tables([rows, others])
+            inside = np.concatenate([inside, primary[is_member] - first])
+        pulls = pull_counts(rows, inside, self.expected_error)
+        stars = combine(rows, inside, self.settings, self.expected_error)
+        del own, rows  # their memory serves the writer
+        return {
+            "file": partition_record(output, pixel, stars),
             "n_members": int(np.count_nonzero(inside >= 0)),
             "n_repeated": int(np.count_nonzero(stars["n_obs"].to_numpy() > 1)),
             "n_spread": pc.sum(stars["flag_spread"]).as_py() or 0,
             "pulls": pulls,
-        },
-    )
+        }
 
+    def _ids(self) -> dict[str, str]:
+        """Columns of Gaia ids that count, by release."""
+        wanted = GAIA_IDS if self.settings.use_gaia_id else {}
+        return {r: c for r, c in wanted.items() if c in self.observations.schema.names}
 
-def _ids(part: _Part) -> dict[str, str]:
-    """Columns of Gaia ids that count, by release."""
-    wanted = GAIA_IDS if part.settings.use_gaia_id else {}
-    return {r: c for r, c in wanted.items() if c in part.catalog.schema.names}
+    def _grouping_columns(self) -> list[str]:
+        motion = MOTION if self.moved_arcsec else ()
+        return [HEALPIX_COLUMN, "obs_id", "ra", "dec", *motion, *self._ids().values()]
 
+    def _with_other_columns(self, pixel: HealpixPixel, own: pa.Table) -> pa.Table:
+        """The partition's rows with the columns that grouping does not need, read only after it."""
+        names = self.observations.schema.names
+        others = [name for name in names if name not in own.schema.names]
+        rows = self.observations.read(pixel, others, coded=True)
+        for item in own.schema:
+            rows = rows.append_column(item, own[item.name])
+        return rows.select(names)
 
-def _grouping_columns(part: _Part) -> list[str]:
-    motion = MOTION if part.moved_arcsec else ()
-    return [HEALPIX_COLUMN, "obs_id", "ra", "dec", *motion, *_ids(part).values()]
+    def _grouped(
+        self, pixel: HealpixPixel, own: pa.Table
+    ) -> tuple[pa.Table, int, NDArray[np.int64]]:
+        """Group the partition's rows with as much of the sky around as the longest chain needs.
 
+        Returns
+        -------
+        around : pyarrow.Table
+            Position, key and ids of the rows around, sorted on the sky.
+        first : int
+            Where the partition's rows stand when they are put between the rows around.
+        primary : ndarray of int64
+            Primary of every row, those around included, as index into that order.
+        """
+        catalog, settings = self.observations, self.settings
+        columns = self._grouping_columns()
+        around, first, order = own.slice(0, 0), 0, np.empty(0, dtype=np.int64)
 
-def _with_other_columns(part: _Part, own: pa.Table) -> pa.Table:
-    """The partition's rows with the columns that grouping does not need, read only after it."""
-    names = part.catalog.schema.names
-    others = [name for name in names if name not in own.schema.names]
-    rows = part.catalog.read(part.pixel, others, coded=True)
-    for item in own.schema:
-        rows = rows.append_column(item, own[item.name])
-    return rows.select(names)
+        def read(ranges: Ranges) -> tuple[pa.Table, NDArray[np.bool_]]:
+            nonlocal around, first, order
+            own_range = (pixel.first, pixel.stop)
+            around = catalog.read_ranges([one for one in ranges if one != own_range], columns)
+            first = int(np.searchsorted(around[HEALPIX_COLUMN].to_numpy(), pixel.first))
+            table = pa.concat_tables([around.slice(0, first), own, around.slice(first)])
+            order = np.arange(table.num_rows)
+            if self.moved_arcsec:
+                table = at_epoch(table, self.epoch)
+                order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
+                table = table.take(pa.array(order))
+            return table.combine_chunks(), (order >= first) & (order < first + own.num_rows)
 
-
-def _grouped(part: _Part, own: pa.Table) -> tuple[pa.Table, int, NDArray[np.int64]]:
-    """Group the partition's rows with as much of the sky around as the longest chain needs.
-
-    Returns
-    -------
-    around : pyarrow.Table
-        Position, key and ids of the rows around, sorted on the sky.
-    first : int
-        Where the partition's rows stand when they are put between the rows around.
-    primary : ndarray of int64
-        Primary of every row, those around included, as index into that order.
-    """
-    catalog, pixel, settings = part.catalog, part.pixel, part.settings
-    ids, columns = _ids(part), _grouping_columns(part)
-    reach = max(settings.radius_arcsec, settings.id_radius_arcsec if ids else 0.0)
-    reach += 2 * part.moved_arcsec
-    own_cells = own[HEALPIX_COLUMN].to_numpy()
-    edges = Edges.of(pixel, own_cells, reach)
-    layers = 2
-    while layers <= _MAX_LAYERS:
-        around = catalog.read_ranges(edges.ranges, columns)
-        first = int(np.searchsorted(around[HEALPIX_COLUMN].to_numpy(), pixel.first))
-        table = pa.concat_tables(
-            [around.slice(0, first), own, around.slice(first)]
-        ).combine_chunks()
-        frontier = edges.is_frontier(table[HEALPIX_COLUMN].to_numpy())
-        rank, order = rank_of(table["obs_id"]), None
-        if part.moved_arcsec:
-            table = at_epoch(table, part.epoch)
-            order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
-            table, rank, frontier = table.take(pa.array(order)), rank[order], frontier[order]
-        groups = group(
-            table["ra"].to_numpy(),
-            table["dec"].to_numpy(),
-            table[HEALPIX_COLUMN].to_numpy(),
-            rank,
-            {release: id_values(table[column]) for release, column in ids.items()},
-            frontier,
-            settings,
+        reach = max(settings.radius_arcsec, settings.id_radius_arcsec if self._ids() else 0.0)
+        reach += self.moved_arcsec
+        _, _, grouped = group_around(
+            pixel, read, lambda some: rank_of(some["obs_id"]), reach, settings, str(catalog.path)
         )
-        primary, touches = groups.primary, groups.touches_frontier
-        if order is not None:
-            primary, touches = np.empty_like(primary), np.empty_like(touches)
-            primary[order], touches[order] = order[groups.primary], groups.touches_frontier
-        open_ended = touches[first : first + own.num_rows]
-        if not open_ended.any():
-            return around, first, primary
-        layers *= 2
-        edges = edges.grown(own_cells, open_ended, layers)
-    raise PartitionError(
-        f"pixel {pixel} of {catalog.path}: repeats form a chain over "
-        f"{_MAX_LAYERS * reach:.0f} arcsec",
-        f"A radius of {settings.radius_arcsec} arcsec is too large for so dense a field.",
-    )
+        primary = np.empty_like(grouped)
+        primary[order] = order[grouped]
+        return around, first, primary
 
 
 def _full_rows(catalog: Catalog, wanted: pa.Table) -> pa.Table:
@@ -260,3 +174,26 @@ def _full_rows(catalog: Catalog, wanted: pa.Table) -> pa.Table:
     cells = np.unique(wanted[HEALPIX_COLUMN].to_numpy())
     rows = catalog.read_ranges(cell_ranges(cells, MAX_ORDER), catalog.schema.names)
     return rows.take(pc.index_in(wanted["obs_id"], rows["obs_id"]).combine_chunks())
+
+
+def dedupe_recipe(catalog: str, settings: DedupeSettings) -> Recipe:
+    """Recipe of `dedupe` for a catalog of this fingerprint."""
+    return Dedupe.recipe(settings, {"observations": catalog})
+
+
+def dedupe(
+    catalog: Catalog,
+    directory: Path,
+    settings: DedupeSettings,
+    *,
+    name: str = "",
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Combine the observations of each star into one row: see `Dedupe`."""
+    name = name or catalog.name.removesuffix(".observations") + ".stars"
+    stage = Dedupe({"observations": catalog}, settings, product=name)
+    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
+    assert made is not None
+    return made

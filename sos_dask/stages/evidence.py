@@ -1,26 +1,318 @@
-"""Pairs that statements rest on: all, or those of some stars, and what was held out of them."""
+"""Stage evidence: the pairs that all figures rest on, with the predictions of every method.
+
+One row a pair fit for training; of more than a million those of some stars, chosen by their
+numbers. It is made once: what follows reads the columns that it needs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field
 
+from sos_dask import corrections
 from sos_dask.columns import floats32, matrix32
-from sos_dask.errors import CatalogError
-from sos_dask.run.cluster import Cluster
-from sos_dask.schema import LABELS
+from sos_dask.errors import CatalogError, ModelError
+from sos_dask.problem import features
+from sos_dask.run.cluster import Cluster, Report, silent
+from sos_dask.schema import HEALPIX_COLUMN, LABELS
+from sos_dask.settings import Settings
+from sos_dask.stages.base import Made, Role, Run, S, Stage
+from sos_dask.stages.ids import GAIA_IDS
 from sos_dask.stars.folds import star_numbers
-from sos_dask.storage.catalog import Catalog, partition_errors
+from sos_dask.stats.bootstrap import N_GROUPS
+from sos_dask.stats.density import knn_distance, robust_scale
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
 
+EVIDENCE = "evidence.parquet"
 HELD_OUT = "held_out.parquet"
 MOST_PAIRS = 1_000_000
 DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
+SPARSE_SHARE = 0.05
+N_NEIGHBOURS = 16
+# The highest bits of a star's number decide whether it is kept, the lowest its fold.
+_GROUP_BITS = np.uint64(20)
+_NO_EVIDENCE = (HEALPIX_COLUMN, "fold", "ra", "dec", "position_epoch", *GAIA_IDS.values(),
+                "separation_arcsec", "n_candidates", "quality")  # fmt: skip
+_PROCESS_BYTES, _BYTES_A_PAIR = 300 << 20, 400
+
+
+class EvidenceSettings(Settings):
+    """Settings of the stage."""
+
+    max_pairs: int = Field(
+        MOST_PAIRS, gt=0, description="Of more pairs, those of some stars: about as many"
+    )
+
+
+def held_out_columns(method: str) -> tuple[str, ...]:
+    """Name the predictions of the labels by models that were not trained on the pair's star."""
+    return tuple(f"{label}_held_out_{method}" for label in LABELS)
+
+
+def fitted_columns(method: str) -> tuple[str, ...]:
+    """Name the predictions of the labels by the saved model of a method."""
+    return tuple(f"{label}_fitted_{method}" for label in LABELS)
+
+
+class Evidence(Stage[EvidenceSettings]):
+    """Gather the pairs fit for training and what every method predicts of them in one table.
+
+    One row a pair, in the order of the sky: ``fold``; ``star`` and ``target``, numbers that follow
+    from the ids of the reference star and of the target; ``group`` of the star, for the bootstrap;
+    labels, differences and all other numbers of the pairs as float32; ``survey_ref``; ``held_out``,
+    ``trained`` and ``sparse``; the predictions of every method (`held_out_columns`, null where a
+    pair is not held out, and `fitted_columns`).
+    """
+
+    name = "evidence"
+    version = 1
+    Settings = EvidenceSettings
+    roles = (
+        Role("pairs", "Pairs of target and reference."),
+        Role("model", "Corrections trained on them.", "output", optional=True, many=True),
+    )
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods of the models, sorted."""
+        return sorted(name.removeprefix("model.") for name in self.named("model"))
+
+    def check(self) -> None:
+        """Refuse pairs that lack a column, and models that are none."""
+        pairs = self.catalog("pairs")
+        pairs.require("use", "fold", "reference_star_id", *LABELS, *DIFFERENCES)
+        for name in self.named("model"):
+            require_model(self.path(name))
+
+    def make(self, run: Run) -> Made:
+        """Make the table in one task."""
+        pairs = self.catalog("pairs")
+        bytes_a_pair = _BYTES_A_PAIR + 24 * len(self.methods)
+        require_evidence(run.cluster, pairs, self.name, _PROCESS_BYTES, bytes_a_pair)
+        (done,) = run.parts("table", {"table": None}, self.table)
+        run.files.append(FileRecord(**done["file"]))
+        n_left_out = pairs.n_rows - done["n_fit"]
+        dropped = {"not fit for training": n_left_out}
+        if done["n_fit"] > done["file"]["rows"]:
+            dropped["of stars beyond a million pairs"] = done["n_fit"] - done["file"]["rows"]
+        rows = Rows(pairs.n_rows, done["file"]["rows"], 0, dropped)
+        return rows, {"methods": self.methods}
+
+    def table(self, output: Output, key: str, item: None) -> dict[str, Any]:
+        """Write the table."""
+        table, fold, kept = _kept_pairs(self.catalog("pairs"), self.settings.max_pairs)
+        differences = [floats32(table, name) for name in DIFFERENCES]
+        labels = matrix32(table, LABELS)
+        held_out = np.zeros(len(labels), dtype=np.bool_)
+        predictions: dict[str, pa.Array] = {}
+        for method in self.methods:
+            model = self.path(f"model.{method}")
+            rows, predicted = held_out_pairs(model, fold, differences, kept)
+            if predictions and not np.array_equal(np.flatnonzero(held_out), np.sort(rows)):
+                first = self.methods[0]
+                raise ModelError(
+                    f"'{method}' holds out other pairs ({len(rows):,}) than '{first}' "
+                    f"({np.count_nonzero(held_out):,})",
+                    "Train all methods with the same validation.",
+                )
+            held_out[rows] = True
+            of_method = np.full((len(labels), len(LABELS)), np.nan, dtype=np.float32)
+            of_method[rows] = predicted
+            for name, values in zip(held_out_columns(method), of_method.T, strict=True):
+                predictions[name] = pa.array(np.ascontiguousarray(values), mask=~held_out)
+            fitted = corrections.load(model).predict(features(*labels.T))
+            for name, values in zip(fitted_columns(method), fitted.T, strict=True):
+                predictions[name] = pa.array(np.ascontiguousarray(values))
+        # With k folds every pair is held out once, and the saved model is trained on all.
+        trained = np.ones_like(held_out) if held_out.all() else ~held_out
+        sparse = sparse_pairs(labels, trained)
+        columns = {"held_out": held_out, "trained": trained, "sparse": sparse, **predictions}
+        for name, values in columns.items():
+            table = table.append_column(name, pa.array(values))
+        record = output.write_file(EVIDENCE, partial(write_parquet, table))
+        return {"file": asdict(record), "n_fit": len(fold)}
+
+
+def evidence_recipe(pairs: str, models: Mapping[str, str]) -> Recipe:
+    """Recipe of `Evidence` for inputs of these fingerprints."""
+    named = {f"model.{method}": one for method, one in models.items()}
+    return Evidence.recipe(EvidenceSettings(), {"pairs": pairs, **named})
+
+
+def make_evidence(
+    pairs: Catalog,
+    models: Mapping[str, Path],
+    directory: Path,
+    settings: EvidenceSettings | None = None,
+    **options: Any,
+) -> Manifest:
+    """Make a table of these pairs and models, by method; see `Evidence`."""
+    named = {f"model.{method}": path for method, path in models.items()}
+    made = Evidence({"pairs": pairs, **named}, settings).run(directory, **options)
+    assert made is not None
+    return made
+
+
+def on_pairs(
+    stage: type[Stage[S]],
+    pairs: Catalog,
+    models: Mapping[str, Path],
+    directory: Path,
+    settings: S | None,
+    more: Mapping[str, Catalog | Path],
+    *,
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Run a stage by itself: its evidence is made beside the output, and removed afterwards.
+
+    Parameters
+    ----------
+    stage : type of Stage
+        With the input ``evidence``.
+    pairs : Catalog
+    models : mapping of str to Path
+        Trained on them, by method.
+    directory : Path
+        Of the stage.
+    settings : Settings
+    more : mapping of str to Catalog or Path
+        Its other inputs.
+    """
+    named = {f"model.{method}": path for method, path in models.items()}
+    evidence = Evidence({"pairs": pairs, **named})
+    path = directory.with_name(f".{directory.name}.evidence")
+    one = stage({"evidence": path, **more}, settings)
+    evidence.check()
+    prints = {name: x.fingerprint for name, x in one.inputs.items() if isinstance(x, Catalog)}
+    prints |= {n: one.manifest(n).fingerprint for n in one.inputs if n not in (*prints, "evidence")}
+    prints["evidence"] = Evidence.recipe(evidence.settings, evidence.fingerprints()).fingerprint
+    if Output(directory, stage.recipe(one.settings, prints)).complete:
+        return Manifest.checked(directory)
+    try:
+        evidence.run(path, overwrite=True, cluster=cluster, report=report)
+        made = one.run(directory, overwrite=overwrite, cluster=cluster, report=report)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+    assert made is not None
+    return made
+
+
+def read_evidence(path: Path, columns: Sequence[str], more: Sequence[str] = ()) -> pa.Table:
+    """Read columns of an evidence table.
+
+    Parameters
+    ----------
+    path : Path
+        Output of `make_evidence`.
+    columns : sequence of str
+    more : sequence of str
+        Columns that are read where the pairs had them.
+
+    Raises
+    ------
+    CatalogError
+        Not such an output, or a column is missing.
+    PartitionError
+        The table cannot be read.
+    """
+    with partition_errors(path / EVIDENCE), pq.ParquetFile(path / EVIDENCE) as file:
+        there = file.schema_arrow.names
+        missing = [name for name in columns if name not in there]
+        if missing:
+            raise CatalogError(
+                f"{path / EVIDENCE} has no column '{missing[0]}'",
+                "Make it again of pairs that have it, with all models that are asked for.",
+            )
+        wanted = dict.fromkeys([*columns, *(name for name in more if name in there)])
+        return file.read(list(wanted)).replace_schema_metadata()
+
+
+def require_model(directory: Path) -> Manifest:
+    """Read the manifest of a trained model; `ModelError` for another output."""
+    manifest = Manifest.load(directory)
+    if not manifest.recipe.stage.startswith("train-"):
+        raise ModelError(
+            f"{directory} is not a trained model but an output of '{manifest.recipe.stage}'",
+            "Give the outputs of 'sos-dask train'.",
+        )
+    return manifest
+
+
+def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], NDArray[np.bool_]]:
+    """Pairs of the table; fold of all that are fit for training, and which of them are kept."""
+    target = next((name for name in pairs.schema.names if name.startswith("target_")), None)
+    ids = {"star": "reference_star_id", **({"target": target} if target else {})}
+    left = {*_NO_EVIDENCE, *ids.values()}
+    numbers = [f.name for f in pairs.schema if f.name not in left and _is_number(f.type)]
+    more = pairs.columns(["survey_ref"])
+    limit = np.uint64(min(most / max(pairs.n_rows, 1), 1.0) * (2**64 - 2048))
+    fold, kept = [np.empty(0, np.int8)], [np.empty(0, np.bool_)]
+    tables = []
+    names = ["use", "fold", *ids.values(), *numbers, *more]
+    empty = pa.schema([pairs.schema.field(name) for name in names]).empty_table()
+    for read in itertools.chain([empty], (pairs.read(pixel, names) for pixel in pairs.pixels)):
+        read = read.filter(read["use"])
+        stars = {name: star_numbers(read[column], 0) for name, column in ids.items()}
+        inside = stars["star"] < limit if pairs.n_rows > most else np.ones(len(read), np.bool_)
+        columns = {"fold": read["fold"].cast(pa.int8()), **stars}
+        columns["group"] = ((stars["star"] >> _GROUP_BITS) % np.uint64(N_GROUPS)).astype(np.int16)
+        columns |= {name: read[name].cast(pa.float32()) for name in numbers}
+        columns |= {name: read[name] for name in more}
+        fold.append(read["fold"].to_numpy())
+        kept.append(inside)
+        tables.append(pa.table(columns).filter(pa.array(inside)))
+    return pa.concat_tables(tables), np.concatenate(fold), np.concatenate(kept)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    types = pa.types
+    return any(test(kind) for test in (types.is_floating, types.is_integer, types.is_decimal))
+
+
+def sparse_pairs(labels: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Tell where the training pairs are as thin as around the thinnest 5 % of themselves.
+
+    Parameters
+    ----------
+    labels : ndarray of float32, shape (n, n_labels)
+    trained : ndarray of bool, shape (n,)
+
+    Returns
+    -------
+    ndarray of bool, shape (n,)
+        True where a label is not known.
+    """
+    x = features(*labels.T)
+    known = np.isfinite(x).all(axis=1)
+    sample = known & trained
+    if not sample.any():
+        return np.ones(len(x), dtype=np.bool_)
+    center, scale = robust_scale(x[sample])
+    z = (x - center) / scale
+    distance = np.full(len(x), np.inf)
+    # A training pair is its own first neighbour.
+    distance[sample] = knn_distance(z[sample], z[sample], N_NEIGHBOURS + 1)
+    others = known & ~trained
+    if others.any():
+        distance[others] = knn_distance(z[sample], z[others], N_NEIGHBOURS)
+    return np.asarray(distance > np.quantile(distance[sample], 1 - SPARSE_SHARE))
+
+
+# Until all stages read the table.
 
 
 def training_pairs(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
@@ -33,7 +325,7 @@ def training_pairs(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class PairsRead:
     """Pairs that statements on a correction rest on: see `evidence`.
 
     Parameters
@@ -63,6 +355,29 @@ class Evidence:
         return dropped
 
 
+def require_rows(run: Run, evidence: Path, process_bytes: int, bytes_a_pair: int) -> None:
+    """Refuse a table that does not fit into a worker, or into this process without one.
+
+    Parameters
+    ----------
+    process_bytes, bytes_a_pair : int
+        Of a process of the stage, and of a pair in it.
+
+    Raises
+    ------
+    ClusterError
+    """
+    n_pairs = Manifest.load(evidence).rows.n_out
+    what = f"{run.output.recipe.stage}: {n_pairs:,} pairs of {evidence}"
+    _require_bytes(run.cluster, process_bytes + bytes_a_pair * n_pairs, what)
+
+
+def _require_bytes(cluster: Cluster, n_bytes: int, what: str) -> None:
+    cluster.require_memory(n_bytes, what)
+    if cluster.client is None:
+        cluster.require_driver_memory(n_bytes, what)
+
+
 def require_evidence(
     cluster: Cluster, pairs: Catalog, step: str, process_bytes: int, bytes_a_pair: int
 ) -> None:
@@ -82,13 +397,10 @@ def require_evidence(
     """
     n_pairs = min(pairs.n_rows, MOST_PAIRS)
     n_bytes = process_bytes + bytes_a_pair * n_pairs + 16 * pairs.n_rows
-    what = f"{step}: {n_pairs:,} pairs of {pairs.path}"
-    cluster.require_memory(n_bytes, what)
-    if cluster.client is None:
-        cluster.require_driver_memory(n_bytes, what)
+    _require_bytes(cluster, n_bytes, f"{step}: {n_pairs:,} pairs of {pairs.path}")
 
 
-def evidence(pairs: Catalog, columns: Sequence[str], most: int | None = None) -> Evidence:
+def evidence(pairs: Catalog, columns: Sequence[str], most: int | None = None) -> PairsRead:
     """Pairs fit for training, or the pairs of some of their stars where there are very many.
 
     What is said of a million pairs is as sure as can be told; more would only have to be held.
@@ -120,7 +432,7 @@ def evidence(pairs: Catalog, columns: Sequence[str], most: int | None = None) ->
             table = table.filter(pa.array(inside))
         kept.append(inside)
         tables.append(table.select(list(columns)))
-    return Evidence(pa.concat_tables(tables), np.concatenate(fold), np.concatenate(kept))
+    return PairsRead(pa.concat_tables(tables), np.concatenate(fold), np.concatenate(kept))
 
 
 def single_observations(

@@ -25,8 +25,12 @@ from sos_dask.stages.parts import key_of
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined, star_numbers
 from sos_dask.storage.artifact import WORK, FileRecord, Output, storage_errors
-from sos_dask.storage.catalog import partition_errors, write_parquet, write_partition
-from sos_dask.storage.hats import partition_path
+from sos_dask.storage.catalog import (
+    partition_errors,
+    partition_path,
+    write_parquet,
+    write_partition,
+)
 
 _COLUMNS = {"row": pa.int64(), "smallest": pa.uint64(), "number": pa.uint64()}
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sos_dask import corrections as models
 from sos_dask.columns import floats, matrix32
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.evidence.figures import scatter
 from sos_dask.evidence.left_out import (
     DENSITY,
     RANDOM,
@@ -29,7 +30,6 @@ from sos_dask.evidence.left_out import (
     left_out_groups,
     region_groups,
 )
-from sos_dask.evidence.metrics import scatter
 from sos_dask.evidence.projection import chosen_rows
 from sos_dask.problem import PARAMETERS, features, parameters_of
 from sos_dask.run.cluster import Cluster, Report, silent

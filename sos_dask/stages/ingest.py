@@ -18,32 +18,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sos_dask.columns import one_array
 from sos_dask.errors import CatalogError, ConfigError, SurveyError
-from sos_dask.ingest import (
+from sos_dask.ingest.canonical import Chunk, Profile, check_profile, plan_chunks, read_chunk
+from sos_dask.ingest.keys import (
     CONFLICT,
     FILE,
     HISTOGRAM_ORDER,
     REJECTED_SCHEMA,
     ROW,
-    Chunk,
-    Profile,
-    Source,
     check_conflicts,
-    check_profile,
     conflicting_keys,
     histogram_of,
     holders,
     key_ranges,
     losing_rows,
     merge_rows,
-    open_source,
     partition_edges,
-    plan_chunks,
-    read_chunk,
     rejected_rows,
     sorted_hashes,
 )
-from sos_dask.ingest.arrays import one_array
+from sos_dask.ingest.readers import Source, open_source
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, MOST_ROWS, check_numbers
 from sos_dask.sky.healpix import HealpixPixel, plan_partitions
@@ -52,8 +47,7 @@ from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, un
 from sos_dask.stages.pieces import copied, read_piece, write_piece
 from sos_dask.storage.artifact import REJECTED, Manifest, Output, Recipe, Rows, atomic_path
 from sos_dask.storage.catalog import write_parquet, write_partition
-from sos_dask.storage.digests import sha256_of_file
-from sos_dask.surveys.cuts import quality_mask
+from sos_dask.storage.manifest import sha256_of_file
 from sos_dask.surveys.definition import Survey
 
 VERSION = 5
@@ -115,25 +109,11 @@ def ingest_recipe(
 ) -> Recipe:
     """Recipe of `ingest` for files of these SHA-256 sums, in any order."""
     params = {
-        "survey": _survey_params(survey),
+        "survey": survey.as_json,
         "rows_per_partition": settings.rows_per_partition,
         "name": name,
     }
     return Recipe("ingest", VERSION, params, {f"file-{i}": s for i, s in enumerate(sorted(files))})
-
-
-def _survey_params(survey: Survey) -> dict[str, Any]:
-    """What of a survey's definition decides the rows, in a form whose changes can be read."""
-    params = asdict(survey)
-    for name in ("title", "reference", "notes", "definition", "max_rejected_fraction", "allow"):
-        params.pop(name)
-    # A mapping loses its order in JSON: the order of columns is part of the product.
-    params["columns"] = {name: asdict(column) for name, column in survey.columns.items()}
-    params["column_order"] = list(survey.columns)
-    params["cuts"] = {cut.name: asdict(cut) for cut in survey.cuts}
-    for cut in params["cuts"].values():
-        cut.pop("reason")
-    return params
 
 
 def ingest(
@@ -233,7 +213,7 @@ def _run(
     }
     run_parts(output, "read", chunk_parts, _read_part, cluster, f"read {name}", report)
     read = records(output, "read", list(chunks))
-    profile = Profile.merge([Profile.from_dict(record["profile"]) for record in read])
+    profile = Profile.merge([Profile(**record["profile"]) for record in read])
     _check_rows(sources, profile.n_rows)
     check_profile(profile, survey, [str(file) for file in files])
     pieces = tuple(piece for record in read for piece in record["pieces"])
@@ -316,12 +296,12 @@ def _summary_of(
 ) -> dict[str, Any]:
     failed = {
         cut.name: sum(record["failed"].get(str(cut.bit), 0) for record in done)
-        for cut in survey.cuts
+        for cut in survey.cuts.values()
     }
     return {
         "fail_cut": failed,
         "pass_all_cuts": sum(record["n_good"] for record in done),
-        "impossible_values": profile.impossible_values(),
+        "impossible_values": profile.impossible,
     }
 
 
@@ -335,7 +315,7 @@ def _read_part(part: _ChunkPart) -> None:
     work = part.output.work
     profiles, pieces, rejected, n_cells, n_rows = [], [], [], [], 0
     counts = [np.empty((2, 0), dtype=np.int32)]
-    batches = read_chunk(part.chunk, part.survey, part.settings.chunk_rows, quality=quality_mask)
+    batches = read_chunk(part.chunk, part.survey, part.settings.chunk_rows)
     for number, batch in enumerate(batches):
         n_rows += batch.rows.num_rows + batch.rejected.num_rows
         profiles.append(batch.profile)
@@ -360,7 +340,7 @@ def _read_part(part: _ChunkPart) -> None:
             "pieces": pieces,
             "histogram": histogram,
             "cells": n_cells,
-            "profile": Profile.merge(profiles).to_dict(),
+            "profile": Profile.merge(profiles).model_dump(mode="json"),
         },
     )
 
@@ -468,7 +448,7 @@ def _merge_part(part: _PixelPart) -> None:
             "n_good": int(np.count_nonzero(quality == 0)),
             "failed": {
                 str(cut.bit): int(np.count_nonzero(quality & (1 << cut.bit)))
-                for cut in part.survey.cuts
+                for cut in part.survey.cuts.values()
             },
         },
     )

@@ -13,8 +13,7 @@ from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, write_partition
-from sos_dask.storage.hats import write_collection
+from sos_dask.storage.catalog import Catalog, write_collection, write_partition
 
 VERSION = 5
 

@@ -13,7 +13,7 @@ from sos_dask.errors import CatalogError, StorageError, SurveyError
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Rows
-from sos_dask.storage.hats import write_catalog_metadata
+from sos_dask.storage.catalog import write_catalog_metadata
 
 T = TypeVar("T")
 

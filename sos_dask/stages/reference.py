@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from sos_dask.errors import PartitionError
 from sos_dask.run.cluster import Cluster, Report, silent
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, MOST_ROWS, YEARS, check_numbers
-from sos_dask.sky.healpix import HealpixPixel, IntArray, in_ranges, plan_partitions
-from sos_dask.sky.neighbours import surroundings
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, MOST_ROWS, YEARS
+from sos_dask.settings import Settings
+from sos_dask.sky.healpix import HealpixPixel, IntArray, Ranges, in_ranges, plan_partitions
 from sos_dask.stages.crossmatch import at_epoch, motion_of, moved_arcsec
-from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
+from sos_dask.stages.ids import GAIA_IDS, rank_of
 from sos_dask.stages.needs import catalog_bytes, require_pixel
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.stars.group import group
-from sos_dask.stars.settings import DedupeSettings
+from sos_dask.stars.group import Radii, group_around
 from sos_dask.stars.unify import UnifySettings, common_differences, unify
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, write_partition
@@ -33,46 +34,44 @@ _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for la
 # What decides which rows are one star, and the labels.
 _COMPARED = ("star_id", "ra", "dec", "pmra", "pmdec", "position_epoch", *GAIA_IDS.values(),
              "quality", *LABELS)  # fmt: skip
-_MAX_LAYERS = 256
 MIN_COMMON = 50
 
 
-@dataclass(frozen=True)
-class ReferenceSettings:
-    """Settings of the stage.
-
-    Parameters
-    ----------
-    unify : UnifySettings
-    radius_arcsec : float
-        Stars of two surveys within it are one star, where no Gaia ids say otherwise.
-    id_radius_arcsec : float
-        Stars of equal Gaia id within it are one star.
-    epoch : float
-        Julian year to which positions with proper motions are moved.
-    rows_per_partition : int
-    measure_offsets : bool
-        Put every survey on the zero point of the first in ``unify.order``: the median difference of
-        the stars that both have is subtracted, where they are at least `MIN_COMMON`.
-    """
+class ReferenceSettings(Settings):
+    """How the stars of the reference surveys are united."""
 
     unify: UnifySettings
-    radius_arcsec: float = 1.5
-    id_radius_arcsec: float = 10.0
-    epoch: float = 2016.0
-    rows_per_partition: int = 1_000_000
-    measure_offsets: bool = False
+    radius_arcsec: float = Field(
+        1.5,
+        gt=0,
+        lt=3600,
+        description="Stars of two surveys within it are one star, where no Gaia ids say otherwise.",
+    )
+    id_radius_arcsec: float = Field(
+        10.0, gt=0, lt=3600, description="Stars of equal Gaia id within it are one star."
+    )
+    epoch: float = Field(
+        2016.0,
+        ge=YEARS[0],
+        le=YEARS[1],
+        description="Julian year to which positions with proper motions are moved.",
+    )
+    rows_per_partition: int = Field(1_000_000, ge=1, le=MOST_ROWS)
+    measure_offsets: bool = Field(
+        False,
+        description="Put every survey on the zero point of the first in the order: the median "
+        f"difference of common stars is subtracted where they are {MIN_COMMON} or more.",
+    )
 
-    def __post_init__(self) -> None:
-        _ = self.grouping  # refuses radii that are none
-        check_numbers(self, epoch=YEARS, rows_per_partition=(1, MOST_ROWS))
+    @model_validator(mode="after")
+    def _radii_agree(self) -> Self:
+        _ = self.grouping
+        return self
 
     @property
-    def grouping(self) -> DedupeSettings:
+    def grouping(self) -> Radii:
         """How the stars of all surveys are grouped."""
-        return DedupeSettings(
-            radius_arcsec=self.radius_arcsec, id_radius_arcsec=self.id_radius_arcsec
-        )
+        return Radii(radius_arcsec=self.radius_arcsec, id_radius_arcsec=self.id_radius_arcsec)
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class _Part:
 
 def reference_recipe(catalogs: Mapping[str, str], settings: ReferenceSettings) -> Recipe:
     """Recipe of `reference` for catalogs of these fingerprints, by survey."""
-    return Recipe("reference", VERSION, {"settings": asdict(settings)}, dict(catalogs))
+    return Recipe("reference", VERSION, {"settings": settings.as_json}, dict(catalogs))
 
 
 def reference(
@@ -156,7 +155,7 @@ def reference(
         if settings.measure_offsets and len(catalogs) > 1:
             run_parts(output, "common", parts, _common_part, cluster, "zero points", report)
             offsets = _zero_points(output, list(parts))
-            fixed = replace(settings, unify=replace(settings.unify, offsets=offsets))
+            fixed = settings.but(unify=settings.unify.but(offsets=offsets))
             parts = {key: replace(part, settings=fixed) for key, part in parts.items()}
         run_parts(output, "stars", parts, _reference_part, cluster, "reference", report)
         done = records(output, "stars", list(parts))
@@ -243,45 +242,31 @@ def _common_part(part: _Part) -> None:
 def _members(part: _Part, names: Sequence[str]) -> tuple[pa.Table, IntArray]:
     """Rows of the stars whose primary lies in one partition, and the row of each one's primary."""
     settings, pixel = part.settings, part.pixel
+
+    def read(ranges: Ranges) -> tuple[pa.Table, NDArray[np.bool_]]:
+        rows = {
+            survey: at_epoch(
+                catalog.read_ranges(ranges, catalog.columns([HEALPIX_COLUMN, *names])),
+                settings.epoch,
+            )
+            for survey, catalog in part.catalogs.items()
+        }
+        table = _together(rows).combine_chunks()
+        table = table.take(pa.array(np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")))
+        return table, in_ranges(table[HEALPIX_COLUMN].to_numpy(), [(pixel.first, pixel.stop)])
+
     reach = max(settings.radius_arcsec, settings.id_radius_arcsec) + part.motion_arcsec
-    layers = 3
-    while layers <= _MAX_LAYERS:
-        around = surroundings(pixel, reach, layers)
-        ranges = sorted([(pixel.first, pixel.stop), *chain.from_iterable(around)])
-        table = _together(
-            {
-                survey: at_epoch(
-                    catalog.read_ranges(ranges, catalog.columns([HEALPIX_COLUMN, *names])),
-                    settings.epoch,
-                )
-                for survey, catalog in part.catalogs.items()
-            }
-        )
-        table = table.sort_by([(HEALPIX_COLUMN, "ascending")]).combine_chunks()
-        cells = table[HEALPIX_COLUMN].to_numpy()
-        # Stars may have moved by a layer: up to the last but one, nothing is missing.
-        safe = sorted([(pixel.first, pixel.stop), *chain.from_iterable(around[:-2])])
-        groups = group(
-            table["ra"].to_numpy(),
-            table["dec"].to_numpy(),
-            cells,
-            _ranks(table, settings.unify.order),
-            {r: id_values(table[c]) for r, c in GAIA_IDS.items() if c in table.schema.names},
-            ~in_ranges(cells, safe),
-            settings.grouping,
-        )
-        inside = (cells >= pixel.first) & (cells < pixel.stop)
-        if not groups.touches_frontier[inside].any():
-            break
-        layers *= 2
-    else:
-        raise PartitionError(
-            f"pixel {pixel}: stars form a chain over {_MAX_LAYERS * reach:.0f} arcsec",
-            f"A radius of {settings.radius_arcsec} arcsec is too large for so dense a field.",
-        )
-    ours = inside[groups.primary]
+    table, inside, primary = group_around(
+        pixel,
+        read,
+        partial(_ranks, order=settings.unify.order),
+        reach,
+        settings.grouping,
+        "the reference",
+    )
+    ours = inside[primary]
     row_of = np.cumsum(ours) - 1
-    return table.filter(pa.array(ours)), row_of[groups.primary[ours]]
+    return table.filter(pa.array(ours)), row_of[primary[ours]]
 
 
 def _reference_part(part: _Part) -> None:

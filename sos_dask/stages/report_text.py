@@ -120,14 +120,13 @@ def _selection(build: Build) -> Section:
         counts = [
             tables.CutCount(
                 name,
-                Cut(**{**cut, "bits_unset": tuple(cut["bits_unset"]),
-                       "values": tuple(cut["values"])}).test_text(),
+                Cut(name=name, **cut).test_text(),
                 int(failed.get(name, 0)),
             )
             for name, cut in sorted(
                 definition.get("cuts", {}).items(), key=lambda item: item[1]["bit"]
             )
-        ]  # fmt: skip
+        ]
         n_passing = int(manifest.summary.get("pass_all_cuts", 0))
         folded.append(tables.cuts(survey, manifest.rows.n_out, n_passing, counts))
     text = (

@@ -56,7 +56,7 @@ def star_flags(
         mark[pc.is_in(near[_STAR], ambiguous).to_numpy()] |= FLAG_AMBIGUOUS
     if not mark.any() or not table.num_rows:
         return flags
-    settings = MatchSettings(radius_arcsec, radius)
+    settings = MatchSettings(radius_arcsec=radius_arcsec, id_radius_arcsec=radius)
     some = np.unique(match(table, near.filter(pa.array(mark != 0)), settings, _STAR).left)
     found = match(table.take(pa.array(some)), near, settings, _STAR)
     flags[some[found.left]] |= mark[found.right]

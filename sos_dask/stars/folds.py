@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.sky import nearby, sphere
+from sos_dask.sky import neighbours, sphere
 from sos_dask.sky.healpix import FloatArray, IntArray
 from sos_dask.stars.crowds import Places, Sky, is_crowded
 
@@ -111,7 +111,7 @@ def same_targets(
         return np.concatenate([i for i, _ in links]), np.concatenate([j for _, j in links])
     first, second = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     reach = max(radius_arcsec, id_radius_arcsec) if ids else radius_arcsec
-    for i, j in nearby.candidates(cells29, reach, cells29, later_only=True):
+    for i, j in neighbours.candidates(cells29, reach, cells29, later_only=True):
         separation = sphere.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
         linked = separation <= radius_arcsec
         for release in ids:

@@ -25,23 +25,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import Field
 
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, require_columns
-from sos_dask.sky import healpix, nearby, sphere
+from sos_dask.sky import healpix, neighbours, sphere
 from sos_dask.sky.healpix import FloatArray, IntArray
 from sos_dask.stars.crowds import is_crowded, preferred
+from sos_dask.stars.group import GAIA_IDS, Radii
 
 BoolArray = NDArray[np.bool_]
 _KeysOf = Callable[[IntArray], pa.ChunkedArray]  # keys of rows
 
-GAIA_RELEASES = ("gaia_dr3_source_id", "gaia_dr2_source_id")
 # An id on this many pairs of rows is a placeholder or a calibration star: search it on the sky,
 # so that a million rows with the same wrong id cannot make a million times a million pairs.
 _MANY_PAIRS = 4096
@@ -49,36 +50,20 @@ _MANY_PAIRS = 4096
 _MOST_PAIRS = 1 << 25
 
 
-@dataclass(frozen=True)
-class MatchSettings:
-    """How two catalogs are matched.
+class MatchSettings(Radii):
+    """How two catalogs are matched."""
 
-    Parameters
-    ----------
-    radius_arcsec : float
-        Largest separation of a pair found by position, at the common epoch.
-    id_radius_arcsec : float
-        Largest separation of a pair with equal Gaia ids. At least ``radius_arcsec``.
-    pairs : {"best", "all"}
-        One pair for each left row, or every candidate.
-    use_gaia_id : bool
-        False: only positions count.
-
-    Raises
-    ------
-    ConfigError
-        A radius is not positive or not below one degree, or ``pairs`` is something else.
-    """
-
-    radius_arcsec: float
-    id_radius_arcsec: float = 10.0
-    pairs: str = "best"
-    use_gaia_id: bool = True
-
-    def __post_init__(self) -> None:
-        sphere.check_radii(self.radius_arcsec, self.id_radius_arcsec, self.use_gaia_id)
-        if self.pairs not in ("best", "all"):
-            raise ConfigError(f"pairs = '{self.pairs}' is neither 'best' nor 'all'")
+    radius_arcsec: float = Field(
+        gt=0,
+        lt=3600,
+        description="Largest separation of a pair found by position, at the common epoch.",
+    )
+    id_radius_arcsec: float = Field(
+        10.0, gt=0, lt=3600, description="Largest separation of a pair with equal Gaia ids."
+    )
+    pairs: Literal["best", "all"] = Field(
+        "best", description="One pair for each target, or every candidate."
+    )
 
 
 @dataclass(frozen=True)
@@ -232,7 +217,7 @@ class _Side:
             pm,
             {
                 name: _ids(table, name, where)
-                for name in GAIA_RELEASES
+                for name in GAIA_IDS.values()
                 if use_gaia_id and name in names
             },
         )
@@ -465,10 +450,10 @@ def _near_candidates(
         if len(i) == 0 or len(j) == 0:
             continue
         if len(i) <= len(j):
-            for one, other in nearby.candidates(a.cells[i], radius_arcsec, b.cells[j]):
+            for one, other in neighbours.candidates(a.cells[i], radius_arcsec, b.cells[j]):
                 yield i[one], j[other]
         else:
-            for other, one in nearby.candidates(b.cells[j], radius_arcsec, a.cells[i]):
+            for other, one in neighbours.candidates(b.cells[j], radius_arcsec, a.cells[i]):
                 yield i[one], j[other]
 
 
@@ -488,14 +473,14 @@ def _moved(
     ra, dec = mover.at(rows, (first + last) / 2)
     total_pm = np.hypot(mover.pm[0][rows], mover.pm[1][rows])
     reach = radius_arcsec + total_pm * ((last - first) / 2000.0)
-    for i, j in nearby.candidates(healpix.ang2pix(ra, dec), reach, other.cells[others]):
+    for i, j in neighbours.candidates(healpix.ang2pix(ra, dec), reach, other.cells[others]):
         yield (others[j], rows[i]) if swap else (rows[i], others[j])
 
 
 def _equal_ids(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
     """Every pair within a radius with the same id in any release, once."""
     done: list[str] = []
-    for name in GAIA_RELEASES:
+    for name in GAIA_IDS.values():
         if name not in a.ids or name not in b.ids:
             continue
         one, other = a.ids[name], b.ids[name]

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit, types
 from numpy.typing import NDArray
 
-from sos_dask.sky.jit import compiled, read_only
+from sos_dask.sky.loops import compiled, read_only
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

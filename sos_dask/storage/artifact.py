@@ -1,10 +1,9 @@
-"""Directories that are either complete or resumable: recipes, atomic files, records, manifests.
+"""Directories that are either complete or resumable: atomic files, records, manifests.
 
 An output directory is complete when ``manifest.json`` exists; it is written last. Until then the
 hidden ``.work`` folder holds one small record for every finished part, so that a killed run goes on
 at the first missing part, and any number of processes may work on one output: parts are
 deterministic and replaced atomically, and whoever finishes last writes the manifest.
-Nothing in a manifest depends on time, machine or number of workers.
 """
 
 from __future__ import annotations
@@ -17,299 +16,40 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from sos_dask.errors import CatalogError, ConfigError, StorageError
-from sos_dask.storage.digests import (
-    canonical_json,
-    digest_of,
+from sos_dask.storage.manifest import (
+    MANIFEST,
+    WORK,
+    FileRecord,
+    Manifest,
+    Recipe,
+    Rows,
     footer_bytes,
     read_sealed,
     sealed_json,
+    sha256_of,
     sha256_of_file,
     sum_of_file,
 )
 
-MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 2
-WORK = ".work"
+__all__ = [
+    "MANIFEST",
+    "REJECTED",
+    "WORK",
+    "FileRecord",
+    "Manifest",
+    "Output",
+    "Recipe",
+    "Rows",
+    "atomic_path",
+    "storage_errors",
+    "write_text",
+]
 REJECTED = "rejected.parquet"
-_MOST_ROWS = 1 << 62
-
-
-Check = Literal["sha256", "size"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides what a stage writes.
-
-    Parameters
-    ----------
-    stage : str
-    version : int
-        Raised when the code of a stage changes its output.
-    params : mapping
-        Exactly the settings that the stage reads; JSON values.
-    inputs : mapping of str to str
-        Fingerprints of the inputs: other recipes, or content hashes of raw files.
-    """
-
-    stage: str
-    version: int
-    params: Mapping[str, Any]
-    inputs: Mapping[str, str]
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex SHA-256 of the canonical JSON of the recipe."""
-        text = canonical_json(
-            {
-                "stage": self.stage,
-                "version": self.version,
-                "params": self.params,
-                "inputs": self.inputs,
-            }
-        )
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file of an output: path relative to it, rows, bytes and SHA-256.
-
-    ``footer`` is the SHA-256 of a Parquet file's footer: with it and the checksums of pages, what a
-    task reads of a large file is checked without reading the rest.
-    """
-
-    path: str
-    rows: int
-    bytes: int
-    sha256: str
-    footer: str = ""
-
-    def __post_init__(self) -> None:
-        inside = PurePosixPath(self.path)
-        if inside.is_absolute() or ".." in inside.parts or not inside.parts or "\0" in self.path:
-            raise ValueError(f"the path {self.path!r} is not inside the output")
-        _require_counts(self.rows, self.bytes)
-        if {type(self.sha256), type(self.footer)} != {str}:
-            raise TypeError(f"the SHA-256 of {self.path!r} is not a text")
-
-    @property
-    def is_partition(self) -> bool:
-        """Whether it is a partition of a catalog: all other files are small."""
-        return "/Npix=" in self.path
-
-    def problem(self, directory: Path, by: Check = "sha256") -> str:
-        """Compare the file in a directory with the record; empty where they agree."""
-        path = os.path.join(directory, self.path)  # noqa: PTH118  # tens of thousands of files
-        try:
-            size = os.stat(path).st_size  # noqa: PTH116
-            if size != self.bytes:
-                return f"{self.path} has {size} bytes, the manifest says {self.bytes}"
-            if by == "sha256" and sha256_of_file(Path(path)) != self.sha256:
-                return f"{self.path} was changed: its SHA-256 is not the manifest's"
-        except (FileNotFoundError, NotADirectoryError):
-            return f"{self.path} is missing"
-        except OSError as error:
-            return f"{self.path} cannot be read: {error.strerror}"
-        return ""
-
-
-def _require_counts(*values: Any) -> None:
-    for value in values:
-        if type(value) is not int or not 0 <= value <= _MOST_ROWS:
-            raise ValueError(f"{str(value)[:40]} is not a number of rows or bytes")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Row accounting: ``n_in + sum(added) == n_out + rejected + sum(dropped)``.
-
-    Parameters
-    ----------
-    n_in, n_out, rejected : int
-    dropped, added : mapping of str to int
-        Rows that were left out or came more than once on purpose, by reason.
-    """
-
-    n_in: int
-    n_out: int
-    rejected: int = 0
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    added: Mapping[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        reasons = [*self.dropped.values(), *self.added.values()]
-        _require_counts(self.n_in, self.n_out, self.rejected, *reasons)
-
-    def check(self, where: str) -> None:
-        """Raise `CatalogError` when the account does not close."""
-        left = self.n_in + sum(self.added.values())
-        right = self.n_out + self.rejected + sum(self.dropped.values())
-        if left != right:
-            raise CatalogError(
-                f"{where}: {self.n_in} rows in (added {dict(self.added)}) are not {self.n_out} out "
-                f"+ {self.rejected} rejected + dropped {dict(self.dropped)}",
-                "This is a defect of the program: please report it with the command.",
-            )
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a complete output is, was made from, and holds."""
-
-    recipe: Recipe
-    rows: Rows
-    files: tuple[FileRecord, ...]
-    summary: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the recipe."""
-        return self.recipe.fingerprint
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """JSON value of the manifest, without its digest."""
-        return {
-            "format": MANIFEST_FORMAT,
-            "fingerprint": self.fingerprint,
-            "stage": self.recipe.stage,
-            "version": self.recipe.version,
-            "params": self.recipe.params,
-            "inputs": self.recipe.inputs,
-            "rows": {
-                "in": self.rows.n_in,
-                "out": self.rows.n_out,
-                "rejected": self.rows.rejected,
-                "dropped": self.rows.dropped,
-                "added": self.rows.added,
-            },
-            "summary": self.summary,
-            "files": {
-                record.path: {
-                    key: value
-                    for key, value in asdict(record).items()
-                    if key != "path" and value != ""
-                }
-                for record in self.files
-            },
-        }
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON: it covers all that the manifest says."""
-        return digest_of(self.document)
-
-    def to_json(self) -> str:
-        """Indented JSON with sorted keys, which carries its own digest."""
-        return sealed_json(self.document)
-
-    @classmethod
-    def load(cls, directory: Path) -> Manifest:
-        """Read the manifest of a complete output.
-
-        Raises
-        ------
-        CatalogError
-            No manifest (unfinished or not ours), damaged, or of a newer format.
-        """
-        path = directory / MANIFEST
-        again = f"Remove {directory} and run again."
-        try:
-            raw = read_sealed(path, again)
-        except FileNotFoundError:
-            if not directory.is_dir():
-                raise CatalogError(f"{directory} does not exist") from None
-            hint = (
-                "It is unfinished: run the command that makes it again."
-                if (directory / WORK).is_dir()
-                else "It is not an output of sos-dask."
-            )
-            raise CatalogError(f"{directory} has no {MANIFEST}", hint) from None
-        except NotADirectoryError:
-            raise CatalogError(
-                f"{directory} is a file: a directory that sos-dask or HATS made is needed",
-                "Make one of a table: sos-dask ingest SURVEY FILE -o DIR; the columns of another "
-                "one in a job: [attach.NAME] with files.",
-            ) from None
-        try:
-            if raw["format"] > MANIFEST_FORMAT:
-                raise CatalogError(
-                    f"{path} has format {raw['format']}, newer than {MANIFEST_FORMAT} known here",
-                    "Install a newer sos-dask.",
-                )
-            if not isinstance(raw["stage"], str) or not isinstance(raw["version"], int):
-                raise TypeError("stage or version")
-            manifest = cls(
-                recipe=Recipe(raw["stage"], raw["version"], {**raw["params"]}, {**raw["inputs"]}),
-                rows=Rows(
-                    raw["rows"]["in"],
-                    raw["rows"]["out"],
-                    raw["rows"]["rejected"],
-                    {**raw["rows"]["dropped"]},
-                    {**raw["rows"]["added"]},
-                ),
-                files=tuple(FileRecord(name, **item) for name, item in raw["files"].items()),
-                summary={**raw["summary"]},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CatalogError(f"{path} is damaged: {error!r} is missing or wrong", again) from None
-        if manifest.fingerprint != raw.get("fingerprint"):
-            raise CatalogError(
-                f"{path} was changed: its fingerprint does not fit its recipe", again
-            )
-        return manifest
-
-    @classmethod
-    def checked(cls, directory: Path) -> Manifest:
-        """Read the manifest of a complete output and compare its files with it.
-
-        Bytes of all files and SHA-256 of all but the partitions, whose footers are checked where
-        they are read.
-
-        Raises
-        ------
-        CatalogError
-            As `load`, or a file is not the one that was written.
-        """
-        manifest = cls.load(directory)
-        for record in manifest.files:
-            if problem := record.problem(directory, "size" if record.is_partition else "sha256"):
-                raise _not_as_written(directory, problem)
-        return manifest
-
-
-def _not_as_written(directory: Path, problem: str) -> CatalogError:
-    return CatalogError(
-        f"{directory}/{problem}", f"Restore the file, or remove {directory} and make it again."
-    )
-
-
-def check_files(directory: Path, manifest: Manifest, by: Check, n_threads: int = 1) -> None:
-    """Compare all files of an output with its manifest.
-
-    Parameters
-    ----------
-    by : str
-        ``size``: their bytes alone are compared.
-    n_threads : int
-        That hash; hashing does not hold the lock of the interpreter.
-
-    Raises
-    ------
-    CatalogError
-        For the first file that is not as it was written.
-    """
-    with ThreadPoolExecutor(n_threads) as pool:
-        for problem in pool.map(lambda record: record.problem(directory, by), manifest.files):
-            if problem:
-                raise _not_as_written(directory, problem)
 
 
 @contextlib.contextmanager
@@ -363,11 +103,6 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, "utf-8")
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file was left by a killed process, or is an intermediate one."""
-    return name.endswith(".tmp") or name.startswith(WORK + "/")
 
 
 def _finished_files(directory: Path) -> Iterator[Path]:
@@ -476,18 +211,17 @@ class Output:
 
     def write_file(self, name: str, write: Callable[[Path], int]) -> FileRecord:
         """Write one file atomically; ``write`` gets a temporary path and returns the rows."""
-        return self.write_hashed(name, lambda path: (write(path), sha256_of_file(path)))
-
-    def write_hashed(self, name: str, write: Callable[[Path], tuple[int, str]]) -> FileRecord:
-        """Write one file atomically; ``write`` returns the rows and the SHA-256 of the file."""
         path = self.directory / name
         with atomic_path(path) as temporary:
-            rows, sha256 = write(temporary)
-            footer = ""
-            if name.endswith(".parquet"):
-                footer = hashlib.sha256(footer_bytes(temporary)).hexdigest()
-            record = FileRecord(name, rows, temporary.stat().st_size, sha256, footer)
-        return record
+            rows = write(temporary)
+            footer = footer_bytes(temporary) if name.endswith(".parquet") else b""
+            return FileRecord(
+                name,
+                rows,
+                temporary.stat().st_size,
+                sha256_of_file(temporary),
+                hashlib.sha256(footer).hexdigest() if footer else "",
+            )
 
     def write_bytes(self, name: str, content: bytes) -> FileRecord:
         """Write one file of no rows atomically."""
@@ -592,4 +326,4 @@ def _state_of(directory: Path) -> str:
         str(path.relative_to(directory)): [path.stat().st_size, path.stat().st_mtime_ns]
         for path in _finished_files(directory)
     }
-    return hashlib.sha256(canonical_json(found).encode()).hexdigest()
+    return sha256_of(found)

@@ -9,6 +9,7 @@ our own.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,30 +28,34 @@ from sos_dask.columns import key_hashes
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.schema import HEALPIX, HEALPIX_COLUMN, KEYS, nearest
 from sos_dask.sky.healpix import (
+    MAX_ORDER,
     FloatArray,
     HealpixPixel,
     IntArray,
     Ranges,
     ang2pix,
     centre,
-    neighbours,
+    with_neighbours,
 )
 from sos_dask.storage.artifact import Recipe
-from sos_dask.storage.catalog import Catalog, _between, _edges, _footer_of, partition_errors
-from sos_dask.storage.digests import sha256_of_file
-from sos_dask.storage.hats import (
+from sos_dask.storage.catalog import (
     COMMON_METADATA,
     NOT_A_CATALOG,
     PARTITION_INFO,
     PROPERTIES,
-    data_files,
+    Catalog,
+    _between,
+    _edges,
+    _footer_of,
     listed,
-    partitions_of,
+    partition_errors,
+    partition_path,
     pixel_of,
     properties_file,
     read_properties,
     require_sources,
 )
+from sos_dask.storage.manifest import sha256_of_file
 
 # Positions are rounded to single precision by some writers, which can carry a row over the edge of
 # its partition: it keeps the nearest cell inside. Farther out it is in the wrong file.
@@ -369,6 +374,70 @@ def open_foreign(
     )
 
 
+def partitions_of(
+    path: Path, properties: Mapping[str, str]
+) -> dict[HealpixPixel, tuple[Path, ...]]:
+    """Files of each partition; without ``partition_info.csv`` those that are there."""
+    suffix = properties.get("hats_npix_suffix", ".parquet")
+    if suffix != "/" and (not suffix.startswith(".") or "/" in suffix):
+        raise CatalogError(f"{path}: {PROPERTIES} states hats_npix_suffix={suffix}")
+    pixels = [pixel_of(row, path) for row in listed(path)]
+    found = {}
+    elsewhere: dict[HealpixPixel, tuple[Path, ...]] | None = None
+    if not (path / PARTITION_INFO).is_file():
+        pixels = list(elsewhere := _by_numbers(path))
+    for pixel in pixels:
+        if pixel in found:
+            raise CatalogError(f"{path / PARTITION_INFO} lists partition {pixel} twice")
+        base = path / partition_path(pixel).removesuffix(".parquet")
+        file = base if suffix == "/" else base.with_name(base.name + suffix)
+        files = (file,) if file.is_file() else tuple(_files_below(file if file.is_dir() else base))
+        if not files:
+            if elsewhere is None:
+                elsewhere = _by_numbers(path)
+            files = elsewhere.get(pixel, ())
+        if not files:
+            raise PartitionError(
+                f"partition {file} is missing", f"{PARTITION_INFO} lists it. {NOT_A_CATALOG}"
+            )
+        found[pixel] = files
+    return found
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Files of a folder but for hidden ones and metadata, in the order of their names."""
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.startswith((".", "_"))
+    ]
+
+
+def data_files(path: Path) -> Iterator[Path]:
+    """Files where HATS has partitions."""
+    for place in sorted((path / "dataset").glob("Norder=*/Dir=*/Npix=*")):
+        yield from [place] if place.is_file() else _files_below(place)
+
+
+def _by_numbers(path: Path) -> dict[HealpixPixel, tuple[Path, ...]]:
+    """Files of partitions in any tree, by order and pixel in their names.
+
+    A wrong guess is refused when rows are read: they lie outside the partition.
+    """
+    found: dict[HealpixPixel, tuple[Path, ...]] = {}
+    standard = list(data_files(path))
+    pattern = r"Norder=(\d+)/.*Npix=(\d+)" if standard else r"(\d+)\D+(\d+)\D*$"
+    for file in standard or _files_below(path):
+        numbers = re.search(pattern, file.relative_to(path).with_suffix("").as_posix())
+        if numbers is None or not (standard or file.suffix.startswith(".par")):
+            continue
+        order, pixel = int(numbers[1]), int(numbers[2])
+        if order <= MAX_ORDER and pixel < 12 * 4**order:
+            key = HealpixPixel(order, pixel)
+            found[key] = (*found.get(key, ()), file)
+    return found
+
+
 def _schema_of(
     path: Path,
     pixels: Sequence[HealpixPixel],
@@ -549,8 +618,8 @@ def _are_cells(stored: pa.ChunkedArray, cells: IntArray) -> bool:
         return False
     values = stored.to_numpy()
     other = values != cells
-    near = neighbours(cells[other], 29) == values[other]
-    return bool(near.any(axis=0).all() and (values[1:] >= values[:-1]).all())
+    near = with_neighbours(cells[other], 29) == values[other][:, None]
+    return bool(near.any(axis=1).all() and (values[1:] >= values[:-1]).all())
 
 
 @lru_cache(maxsize=8)

@@ -38,7 +38,7 @@ def required_natives(survey: Survey, available: Collection[str]) -> dict[str, st
         A column is missing; the message names it and the cut.
     """
     found = {}
-    for cut in survey.cuts:
+    for cut in survey.cuts.values():
         match = find_name(cut.column, available)
         if match is not None:
             found[cut.column] = match
@@ -78,7 +78,7 @@ def quality_mask(
     columns = required_natives(survey, native)
     n_rows = len(next(iter(native.values()))) if native else 0
     quality = np.zeros(n_rows, dtype=np.int64)
-    for cut in survey.cuts:
+    for cut in survey.cuts.values():
         if cut.column in columns:
             fails = ~_passes(cut, native[columns[cut.column]], survey)
             quality |= fails.astype(np.int64) << cut.bit
@@ -102,10 +102,10 @@ def _passes(cut: Cut, column: NDArray[Any] | pa.Array, survey: Survey) -> BoolAr
     else:
         passes = np.ones(len(values), dtype=bool)
         with np.errstate(invalid="ignore"):
-            if cut.minimum is not None:
-                passes &= values >= _as_stored(cut.minimum, values.dtype)
-            if cut.maximum is not None:
-                passes &= values <= _as_stored(cut.maximum, values.dtype)
+            if cut.min is not None:
+                passes &= values >= _as_stored(cut.min, values.dtype)
+            if cut.max is not None:
+                passes &= values <= _as_stored(cut.max, values.dtype)
     return np.where(null, cut.null_passes, passes)
 
 
@@ -132,7 +132,7 @@ def _text_passes(cut: Cut, text: pa.Array, survey: Survey) -> BoolArray:
     null = is_null.to_numpy(zero_copy_only=False)
     accepted = [value for value in cut.values if isinstance(value, str)]
     if len(accepted) < len(cut.values) or not cut.values:
-        if cut.bits_unset or cut.values or cut.minimum is not None or cut.maximum is not None:
+        if cut.bits_unset or cut.values or cut.min is not None or cut.max is not None:
             raise _not_testable(cut, survey, "text")
         return np.where(null, cut.null_passes, True)
     words = pa.array([value.strip() for value in accepted])

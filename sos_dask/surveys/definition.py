@@ -1,97 +1,229 @@
-"""What a survey is: its native columns, its quality cuts, and both in words."""
+"""Surveys: native columns, missing values and quality cuts of a catalog, as TOML files.
+
+A survey is a file and no code. `load_survey` reads a built-in definition or a user's own; the
+models below are its tables, and every key is checked.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pyarrow as pa
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    computed_field,
+    field_validator,
+    model_validator,
+)
 
-from sos_dask.schema import CANONICAL, HEALPIX, QUALITY, Column
+from sos_dask.errors import SurveyError
+from sos_dask.schema import (
+    CANONICAL,
+    HEALPIX,
+    QUALITY,
+    REQUIRED,
+    RESERVED,
+    TEXT_UNITS,
+    YEARS,
+    Column,
+    is_gaia_id,
+    nearest,
+)
+from sos_dask.settings import (
+    COLUMN_RULE,
+    NAME_RULE,
+    Settings,
+    explained,
+    is_column,
+    is_name,
+    parse_toml,
+)
 
-ALLOWANCES = ("ra_below_24", "overflow")
-"""Odd data that a survey may accept: right ascensions in deg that look like hours, and a VOTable
-that its service has cut off (QUERY_STATUS OVERFLOW)."""
+SURVEY_FORMAT = 1
 COLUMN_HEADINGS = ("column", "native", "unit", "dtype", "UCD", "description")
 CUT_HEADINGS = ("cut", "test", "reason", "bit")
 
 
-@dataclass(frozen=True)
-class SourceColumn:
-    """How one column of the product is made from native columns.
+def _name(text: str) -> str:
+    if not is_name(text):
+        raise ValueError(f"'{text}' is no name of a survey: {NAME_RULE}")
+    return text
 
-    Parameters
-    ----------
-    column : Column
-        What is made.
-    sources : tuple of str
-        Native names. The first that a file has is used (releases differ); with ``join`` all are.
-        A name that the file has in another case only counts as the same.
-    join : bool
-        The value is the text of all ``sources``, joined by dots; a null is empty text there. A
-        numeric column counts with its text in the file, or its shortest text where the file is
-        binary. Only for string columns.
-    unit : str
-        Unit of the native column.
-    dtype : str
-        Type in the product.
-    missing : tuple of float
-        Numbers that mean null here, beside the survey's own.
-    element : int, optional
-        Element of a vector column, from 0.
-    factor : float
-        Product value = native value * ``factor``; follows from the two units.
+
+def _sources(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names or "" in names or len(set(names)) < len(names):
+        raise ValueError("give names of native columns, each once")
+    return names
+
+
+def _values(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    kinds = {str if isinstance(value, str) else type(value) for value in values}
+    if not (kinds <= {str} or kinds <= {int, float}):
+        raise ValueError("the values must be all numbers or all text")
+    return values
+
+
+_Lax = Field(strict=False)  # TOML has lists and no tuples
+_Numbers = Annotated[tuple[float, ...], _Lax]
+_Texts = Annotated[tuple[str, ...], _Lax]
+_Sources = Annotated[_Texts, AfterValidator(_sources)]
+
+
+def _check_limits(low: float | None, high: float | None) -> None:
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"min {plain(low)} is above max {plain(high)}")
+
+
+class SourceColumn(Settings):
+    """How one column of the product is made from native columns: a table ``[columns.NAME]``.
+
+    The first of the native columns ``source`` that a file has is used (releases differ); a name
+    that the file has in another case only counts as the same. With ``join`` the value is the text
+    of all of them, joined by dots; a null is empty text there. A number counts with its text in the
+    file, or its shortest text where the file is binary.
     """
 
-    column: Column
-    sources: tuple[str, ...]
-    join: bool = False
-    unit: str = ""
-    dtype: str = ""
-    missing: tuple[float, ...] = ()
-    element: int | None = None
-    factor: float = 1.0
+    name: str = Field(exclude=True)
+    source: Annotated[
+        _Sources, BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
+    ] = Field((), description="native columns, of which the first that is there is used")
+    join: _Sources = Field((), description="native columns whose texts are joined by dots")
+    unit: str = Field("", description="unit of the native column, as astropy writes it")
+    dtype: Literal["int64", "float32", "float64", "string"] = Field(
+        "float32", description="type in the product"
+    )
+    missing: _Numbers = Field((), description="numbers that mean null here, beside the survey's")
+    element: int | None = Field(None, ge=0, description="element of a vector column, from 0")
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def column(self) -> Column:
+        """Column of the product that is made."""
+        return CANONICAL[self.name]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the native columns, chosen from or joined."""
+        return self.join or self.source
+
+    @computed_field  # type: ignore[prop-decorator]
+    @cached_property
+    def factor(self) -> float:
+        """Product value = native value * ``factor``; follows from the two units."""
+        native, product = self.unit, self.column.unit
+        if native == product:
+            return 1.0
+        problem = f"unit '{native}' does not convert to '{product}': write "
+        if native in TEXT_UNITS or product in TEXT_UNITS:
+            raise ValueError(f'{problem}unit = "{product}" where it is the same')
+        from astropy import units  # half a second, which most definitions never need
+
+        try:
+            return float(units.Unit(native).to(units.Unit(product)))
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError(f"{problem}units as astropy does, for example mas/yr") from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, raw: Any) -> Any:
+        """Unit and type that the column has where its table gives none."""
+        if not isinstance(raw, Mapping):
+            return raw
+        column = CANONICAL.get(raw["name"], Column("", "float32"))
+        dtype = "string" if "join" in raw else column.dtype
+        return {"unit": column.unit, "dtype": dtype, **raw}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        column, dtype = self.column, self.dtype
+        if bool(self.source) == bool(self.join):
+            raise ValueError("the table needs either 'source' or 'join'")
+        if column.name == "obs_id":
+            if dtype not in ("int64", "string"):
+                raise ValueError(f"obs_id is int64 or string, not {dtype}")
+        elif dtype != column.dtype:
+            raise ValueError(f"{column.name} is {column.dtype}, not {dtype}")
+        if self.join and dtype != "string":
+            raise ValueError(f"joined columns are strings, not {dtype}")
+        if is_gaia_id(self.name) and dtype.startswith("float"):
+            raise ValueError(f"a 19-digit id loses digits as {dtype}: use int64")
+        limited = column.minimum is not None or column.maximum is not None
+        if dtype == "string" and (self.unit or self.missing or limited):
+            raise ValueError(
+                "a string has no unit, limits or missing numbers; words that mean null go to "
+                "'missing_text' of the survey"
+            )
+        if self.join and self.element is not None:
+            raise ValueError("joined columns have no 'element'")
+        _ = self.factor
+        return self
 
 
-@dataclass(frozen=True)
-class Cut:
-    """One quality cut: a row that fails it gets bit ``bit`` of ``quality``.
+class ExtraColumn(SourceColumn):
+    """A native column that is kept under a name of its own: a table ``[extra.NAME]``."""
 
-    There is exactly one test: limits (one or both), ``bits_unset`` or ``values``.
+    ucd: str = Field("", description="Unified Content Descriptor (IVOA UCD1+)")
+    description: str = Field("", description="meaning of the column")
+    min: float | None = Field(None, description="smallest possible value; lower ones become null")
+    max: float | None = Field(None, description="largest possible value; higher ones become null")
 
-    Parameters
-    ----------
-    name : str
-    bit : int
-        0 to 62, unique in the survey.
-    column : str
-        A native column, with its native values and units; where the file has none of that name,
-        the column of the product of that name. Sentinels and impossible values are nulls, but not
-        in a flag whose bits are tested.
-    minimum, maximum : float, optional
-        Inclusive limits.
-    bits_unset : tuple of int
-        Numbers (0 is the lowest) of the bits that must be 0 in an integer flag.
-    values : tuple of float or of str
-        Accepted values.
-    null_passes : bool
-        Whether a null passes; by default it fails.
-    optional : bool
-        A file without the column passes; by default that is an error.
-    reason : str
-        Why, with the source.
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def column(self) -> Column:
+        """Column of the product that is made."""
+        about = (self.unit, self.ucd, self.description, self.min, self.max)
+        return Column(self.name, self.dtype, *about)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_limits(self.min, self.max)
+        return self
+
+
+class Cut(Settings):
+    """One quality cut, a table ``[cuts.NAME]``: a row that fails it gets its bit of ``quality``.
+
+    There is exactly one test: limits (one or both, inclusive), ``bits_unset`` or ``values``.
+    ``column`` is a native column, with its native values and units; where the file has none of that
+    name, the column of the product of that name. Sentinels and impossible values are nulls, but not
+    in a flag whose bits are tested.
     """
 
-    name: str
-    bit: int
-    column: str
-    minimum: float | None = None
-    maximum: float | None = None
-    bits_unset: tuple[int, ...] = ()
-    values: tuple[float | str, ...] = ()
-    null_passes: bool = False
-    optional: bool = False
-    reason: str = ""
+    name: str = Field(exclude=True)
+    bit: int = Field(ge=0, le=62, description="bit of quality, unique in the survey")
+    column: str = Field(min_length=1, description="column that is tested")
+    min: float | None = Field(None, description="smallest value that passes")
+    max: float | None = Field(None, description="largest value that passes")
+    bits_unset: Annotated[tuple[Annotated[int, Field(ge=0, le=63)], ...], _Lax] = Field(
+        (), description="numbers (0 is the lowest) of the bits that must be 0 in an integer flag"
+    )
+    values: Annotated[tuple[Any, ...], _Lax, AfterValidator(_values)] = Field(
+        (), description="accepted values"
+    )
+    null_passes: bool = Field(False, description="a null passes; by default it fails")
+    optional: bool = Field(False, description="a file without the column passes")
+    reason: str = Field("", exclude=True, description="why, with the source")
+
+    @model_validator(mode="after")
+    def _one_test(self) -> Self:
+        given = {"min": self.min is not None, "max": self.max is not None}
+        given |= {"bits_unset": bool(self.bits_unset), "values": bool(self.values)}
+        tests = [key for key, is_given in given.items() if is_given]
+        if len(tests) != 1 and tests != ["min", "max"]:
+            raise ValueError(
+                f"a cut needs one test, and has {' and '.join(tests) or 'none'}: give min, max or "
+                "both, or bits_unset, or values; in a job, false removes a key"
+            )
+        _check_limits(self.min, self.max)
+        return self
 
     def test_text(self) -> str:
         """The test in words, for example ``snrg >= 20`` or ``ASPCAPFLAG bit 23 unset``."""
@@ -101,66 +233,93 @@ class Cut:
         elif self.values:
             shown = ", ".join(plain(value) for value in self.values)
             text = f"{self.column} {'=' if len(self.values) == 1 else 'is one of'} {shown}"
-        elif self.minimum is not None and self.maximum is not None:
-            text = f"{plain(self.minimum)} <= {self.column} <= {plain(self.maximum)}"
-        elif self.minimum is not None:
-            text = f"{self.column} >= {plain(self.minimum)}"
-        elif self.maximum is not None:
-            text = f"{self.column} <= {plain(self.maximum)}"
+        elif self.min is not None and self.max is not None:
+            text = f"{plain(self.min)} <= {self.column} <= {plain(self.max)}"
+        elif self.min is not None:
+            text = f"{self.column} >= {plain(self.min)}"
         else:
-            text = f"{self.column} is not null"
+            text = f"{self.column} <= {plain(self.max or 0.0)}"
         return text + (" or null" if self.null_passes else "")
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(Settings):
     """One source catalog and release, as its TOML file describes it.
 
-    Parameters
-    ----------
-    name, title, reference : str
-        ``name`` is lower-case letters, digits and dashes.
-    columns : mapping of str to SourceColumn
-        Canonical and extra columns, in the order of the product.
-    hdu : int, optional
-        Table extension of a FITS file, or table of a VOTable, from 1; None: its only table.
-    position_epoch : float, optional
-        Julian year of ra and dec where no column gives it.
-    missing : tuple of float
-        Sentinels that mean null in every numeric column; compare them in the column's own type
-        (the float32 nearest to -9999.99 is another number than the float64).
-    missing_text : tuple of str
-        Sentinels of text columns and of numbers in text files, beside the empty string.
-    cuts : tuple of Cut
-        In the order of the file.
-    expected_error : mapping of str to float
-        Typical error of a label or ``rv``, in its canonical unit, used where the survey states
-        none.
-    notes : str
-        What a user must know.
-    max_rejected_fraction : float
-        Above this fraction of unusable rows the file is taken to be another than the definition
-        describes.
-    allow : tuple of str
-        Some of ``ALLOWANCES``: checks of the data that are known to be wrong for this survey.
-    definition : str
-        The decoded file with the overrides as JSON: equal definitions treat a file alike.
+    ``columns`` has canonical and extra columns, in the order of the product. Sentinels of
+    ``missing`` are compared in the column's own type (the float32 nearest to -9999.99 is another
+    number than the float64).
     """
 
-    name: str
-    title: str
-    columns: Mapping[str, SourceColumn]
-    reference: str = ""
-    hdu: int | None = None
-    position_epoch: float | None = None
-    missing: tuple[float, ...] = ()
-    missing_text: tuple[str, ...] = ()
-    cuts: tuple[Cut, ...] = ()
-    expected_error: Mapping[str, float] = field(default_factory=dict)
-    notes: str = ""
-    max_rejected_fraction: float = 0.01
-    allow: tuple[str, ...] = ()
-    definition: str = ""
+    TABLE_HINTS: ClassVar[Mapping[str, str]] = {
+        table: f"The name goes into single brackets: [{table}.{name}], not [[{table}]]."
+        for table, name in (("columns", "teff"), ("extra", "flag"), ("cuts", "snr"))
+    }
+
+    name: Annotated[str, AfterValidator(_name)] = Field(description="name of the survey")
+    title: str = Field(exclude=True, description="what it is, in one line")
+    columns: dict[str, SourceColumn] = Field(description="canonical columns")
+    extra: dict[str, ExtraColumn] = Field({}, exclude=True, description="further native columns")
+    reference: str = Field("", exclude=True, description="where it is described")
+    hdu: int | None = Field(
+        None, ge=1, description="table of a FITS file or VOTable, from 1, where it has several"
+    )
+    position_epoch: float | None = Field(
+        None, ge=YEARS[0], le=YEARS[1], description="Julian year of ra and dec without a column"
+    )
+    missing: _Numbers = Field((), description="numbers that mean null in every numeric column")
+    missing_text: _Texts = Field(
+        (), description="words that mean null, beside the empty one, in text and in text files"
+    )
+    cuts: dict[str, Cut] = Field({}, description="quality cuts")
+    expected_error: dict[Literal["teff", "logg", "feh", "rv"], Annotated[float, Field(gt=0)]] = (
+        Field({}, description="typical error where the survey states none, in canonical units")
+    )
+    notes: str = Field("", exclude=True, description="what a user must know")
+    max_rejected_fraction: float = Field(
+        0.01, ge=0, le=1, exclude=True, description="more unusable rows: it is another file"
+    )
+    # Right ascensions in deg that look like hours; a VOTable that its service has cut off.
+    allow: Annotated[tuple[Literal["ra_below_24", "overflow"], ...], _Lax] = Field(
+        (), exclude=True, description="odd data that is right for this survey"
+    )
+
+    @field_validator("columns", "extra", "cuts", mode="before")
+    @classmethod
+    def _named(cls, table: Any, info: ValidationInfo) -> Any:
+        """Entries with their names, which are the keys of the table."""
+        if not isinstance(table, Mapping):
+            return table
+        for name, entry in table.items():
+            if info.field_name == "columns" and name not in CANONICAL:
+                raise SurveyError(
+                    f"[columns.{name}] is not a canonical column",
+                    nearest(name, CANONICAL) or f"Native extras go to [extra.{name}].",
+                )
+            if isinstance(entry, Mapping) and "name" in entry:
+                raise SurveyError(f"unknown key '{info.field_name}.{name}.name'")
+        return {
+            name: {**entry, "name": name} if isinstance(entry, Mapping) else entry
+            for name, entry in table.items()
+        }
+
+    @model_validator(mode="after")
+    def _united(self) -> Self:
+        users: dict[int, str] = {}
+        for cut in self.cuts.values():
+            if cut.bit in users:
+                raise SurveyError(
+                    f"bit {cut.bit} is used by [cuts.{users[cut.bit]}] and [cuts.{cut.name}]",
+                    "Give each cut a bit of its own, 0 to 62.",
+                )
+            users[cut.bit] = cut.name
+        self.columns.update(self.extra)
+        return self
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """JSON values of what decides the rows, in a form whose changes can be read."""
+        # A mapping loses its order in JSON: the order of columns is part of the product.
+        return super().as_json | {"column_order": list(self.columns)}
 
     def arrow_schema(self) -> pa.Schema:
         """Schema of the observations: ``_healpix_29``, the survey's columns, then ``quality``.
@@ -169,12 +328,112 @@ class Survey:
         """
         fields = [HEALPIX.arrow(nullable=False)]
         for source in self.columns.values():
-            required = source.column.name in ("obs_id", "ra", "dec")
+            required = source.name in ("obs_id", "ra", "dec")
             fields.append(source.column.arrow(source.dtype, nullable=not required))
         if "position_epoch" not in self.columns and self.position_epoch is not None:
             fields.append(CANONICAL["position_epoch"].arrow())
         fields.append(QUALITY.arrow(nullable=False))
         return pa.schema(fields)
+
+
+def builtin_surveys() -> list[str]:
+    """Names of the surveys that come with the package, sorted."""
+    folder = resources.files("sos_dask") / "surveys"
+    return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def load_survey(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Survey:
+    """Read a survey definition.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        Name of a built-in survey, or path of a TOML file (it ends in ``.toml`` or has a ``/``).
+    overrides : mapping, optional
+        Settings of a job merged over the file, for example ``{"cuts": {"snr": {"min": 30}}}``.
+        ``False`` removes what the file has: ``{"cuts": {"snr": False}}``.
+
+    Raises
+    ------
+    SurveyError
+        Unknown name, unreadable file, unknown key, value of a wrong type, missing column, a bit
+        used twice. The message begins with ``name_or_path``.
+    """
+    name_or_path = str(name_or_path)
+    if name_or_path.endswith(".toml") or "/" in name_or_path:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise SurveyError(
+                f"survey definition {path} does not exist",
+                "'sos-dask surveys' lists the built-in ones, which have no path.",
+            )
+        source = path.read_bytes
+    else:
+        if name_or_path not in builtin_surveys():
+            raise SurveyError(
+                f"there is no survey '{name_or_path}'",
+                nearest(name_or_path, builtin_surveys())
+                or "'sos-dask surveys' lists them; a path of a TOML file works too.",
+            )
+        source = (resources.files("sos_dask") / "surveys" / f"{name_or_path}.toml").read_bytes
+    try:
+        _, raw = parse_toml(source(), SurveyError)
+        return parse_survey(_merged(raw, _table(overrides or {}, "the overrides")))
+    except OSError as error:
+        raise SurveyError(f"{name_or_path}: cannot be read: {error.strerror}") from None
+    except SurveyError as error:
+        raise SurveyError(f"{name_or_path}: {error.message}", error.hint) from None
+
+
+def _table(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SurveyError(f"{where} must be a table, not {value!r:.60}")
+    return value
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merged(merged[key], value)
+        elif value is False:
+            merged.pop(key, None)  # every flag is false by default
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_survey(raw: Mapping[str, Any]) -> Survey:
+    """Make a `Survey` of a decoded TOML document (see `load_survey`).
+
+    Raises
+    ------
+    SurveyError
+        The message names the table and key.
+    """
+    content = dict(_table(raw, "the survey"))
+    stated = content.pop("format", None)
+    if type(stated) is not int or stated != SURVEY_FORMAT:
+        raise SurveyError(
+            f"survey format {stated!r} is not {SURVEY_FORMAT}",
+            f"Write format = {SURVEY_FORMAT}, or install the version that made the file.",
+        )
+    try:
+        survey = Survey.model_validate(content)
+    except ValidationError as error:
+        found = explained(Survey, error)
+        raise SurveyError(found.message, found.hint) from None
+    for name in REQUIRED:
+        if name not in survey.columns:
+            raise SurveyError(f"[columns.{name}] is missing")
+    taken = {name.lower() for name in (*CANONICAL, *RESERVED)}
+    for name in survey.extra:
+        if not is_column(name):
+            raise SurveyError(f"[extra.{name}]: '{name}' is no name of a column: {COLUMN_RULE}")
+        if name.lower() in taken:  # SQL and FITS ignore the case of names
+            raise SurveyError(f"[extra.{name}] has a name that is taken", "Choose another name.")
+        taken.add(name.lower())
+    return survey
 
 
 def describe_columns(survey: Survey) -> list[tuple[str, ...]]:
@@ -200,7 +459,7 @@ def describe_columns(survey: Survey) -> list[tuple[str, ...]]:
 
 def describe_cuts(survey: Survey) -> list[tuple[str, ...]]:
     """One row a cut, as text under ``CUT_HEADINGS``; ``bit`` is its number in ``quality``."""
-    return [(cut.name, cut.test_text(), cut.reason, str(cut.bit)) for cut in survey.cuts]
+    return [(cut.name, cut.test_text(), cut.reason, str(cut.bit)) for cut in survey.cuts.values()]
 
 
 def plain(value: float | str) -> str:

@@ -17,7 +17,7 @@ from astropy.utils.masked import Masked
 
 from sos_dask.errors import SosError
 from sos_dask.storage.catalog import Catalog
-from sos_dask.surveys.file import load_survey
+from sos_dask.surveys.definition import load_survey
 from tests.bench.fuzz import run
 from tests.survey_files import read
 

@@ -13,12 +13,11 @@ import pytest
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.stages.dedupe import dedupe
 from sos_dask.stages.margin import margin
-from sos_dask.stars.settings import DedupeSettings
+from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage.artifact import MANIFEST, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.digests import sealed_json
-from sos_dask.storage.store import costs, file_names, status
-from sos_dask.storage.verify import verify
+from sos_dask.storage.manifest import sealed_json
+from sos_dask.storage.store import costs, file_names, status, verify
 from tests.job import contents
 from tests.sky import observations, write_catalog
 from tests.test_cli import assert_error, assert_nothing_final, cli

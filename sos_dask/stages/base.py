@@ -1,0 +1,415 @@
+"""What all stages do, written once: inputs, recipe, restart, memory, parts, commit.
+
+A stage is a subclass of `Stage`: a ``name`` and a ``version``, its ``Settings`` (the only place
+where a setting is declared), its ``roles``, the inputs by what they are to it, and ``make``. That
+runs its parts (`Run.parts`: finished ones are skipped after a restart), gathers their records and
+writes what is made of them; it returns the account of rows and a summary. A part is a method of
+the stage that gets the output, the part's key and a small item, writes its files and returns a
+record. A stage travels to workers as paths and numbers; catalogs are opened there, once.
+
+Class names and roles follow the products: see `rebuild.plan`.
+
+`Stage.run` leaves a complete output alone and finishes an unfinished one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sos_dask.errors import ConfigError, StorageError, SurveyError
+from sos_dask.run.cluster import Cluster, Report, silent
+from sos_dask.settings import Settings
+from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, write_catalog_metadata, write_parquet, write_partition
+
+S = TypeVar("S", bound=Settings)
+T = TypeVar("T")
+Part = Callable[[Output, str, T], Mapping[str, Any]]
+Made = tuple[Rows, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an input is to a stage.
+
+    Parameters
+    ----------
+    name : str
+        Name of the input. With ``many`` its inputs are ``<prefix><name of the input>``.
+    text : str
+        What it is, for help.
+    kind : str
+        ``catalog``, or ``output``: a directory that another stage made.
+    optional : bool
+    many : str
+        Prefix, or empty for one input: ``model.`` for ``model.boosted``, ``model.polynomial``.
+    """
+
+    name: str
+    text: str
+    kind: Literal["catalog", "output"] = "catalog"
+    optional: bool = False
+    many: bool = False
+
+
+class Stage(Generic[S]):
+    """One stage on its inputs.
+
+    Parameters
+    ----------
+    inputs : mapping of str to Catalog, Path or str
+        By role; of a role with ``many`` by ``<role>.<name>``. Catalogs are opened or given by path.
+    settings : Settings, optional
+        Default: those of the stage.
+    product : str
+        Name of what is made; default: that of the directory.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    Settings: ClassVar[type[Settings]] = Settings
+    roles: ClassVar[tuple[Role, ...]] = ()
+    memory: ClassVar[tuple[int, float]] = (230, 6.0)
+    """MiB of a worker's process, and its peak beside that in bytes of its partition (measured)."""
+    partitioned: ClassVar[str] = ""
+    """Role of the catalog whose partitions are the parts: its largest must fit into a worker."""
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Catalog | Path | str],
+        settings: S | None = None,
+        *,
+        product: str = "",
+    ) -> None:
+        self.settings: S = self.Settings() if settings is None else settings  # type: ignore[assignment]
+        self.product = product
+        self.inputs: dict[str, Catalog | Path] = {}
+        for name, given in inputs.items():
+            kind = self.role_of(name).kind
+            if isinstance(given, str | Path):
+                given = Catalog.open(given) if kind == "catalog" else Path(given)
+            self.inputs[name] = given
+        for role in self.roles:
+            if not role.optional and not self.named(role.name):
+                raise ConfigError(f"{self.name}: the input '{role.name}' is missing: {role.text}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A catalog is opened where it is used: nothing may be raised while a task is unpickled.
+        light = {
+            name: one.__reduce__() if isinstance(one, Catalog) else one
+            for name, one in self.inputs.items()
+        }
+        return {**self.__dict__, "inputs": light}
+
+    @classmethod
+    def role_of(cls, name: str) -> Role:
+        """Role that an input of this name has."""
+        for role in cls.roles:
+            if name == role.name or (role.many and name.startswith(f"{role.name}.")):
+                return role
+        raise ConfigError(f"{cls.name} has no input '{name}'")
+
+    def named(self, role: str) -> list[str]:
+        """Names of the inputs of a role in their order: one or none, unless it takes many."""
+        return [name for name in self.inputs if name == role or name.startswith(f"{role}.")]
+
+    def catalog(self, name: str) -> Catalog:
+        """Catalog that is an input."""
+        found: Any = self.inputs[name]
+        if isinstance(found, tuple):
+            function, arguments = found
+            found = function(*arguments)
+        assert isinstance(found, Catalog)
+        return found
+
+    def path(self, name: str) -> Path:
+        """Directory of an input."""
+        found = self.inputs[name]
+        return found if isinstance(found, Path) else self.catalog(name).path
+
+    def manifest(self, name: str) -> Manifest:
+        """Manifest of an input that another stage made."""
+        return Manifest.load(self.path(name))
+
+    # What a stage says of itself.
+
+    @classmethod
+    def recipe(cls, settings: S, fingerprints: Mapping[str, str]) -> Recipe:
+        """Recipe for inputs of these fingerprints, which need not exist yet."""
+        return Recipe(cls.name, cls.version, {"settings": settings.as_json}, dict(fingerprints))
+
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the inputs by name."""
+        return {
+            name: one.fingerprint if isinstance(one, Catalog) else Manifest.load(one).fingerprint
+            for name, one in self.inputs.items()
+        }
+
+    def check(self) -> None:
+        """Refuse inputs that do not fit, before anything is written."""
+
+    def held_bytes(self) -> int:
+        """Bytes that a worker holds beside its partition, such as a model."""
+        return 0
+
+    def make(self, run: Run) -> Made | None:
+        """Make all of the output but its manifest.
+
+        Returns
+        -------
+        (Rows, mapping) or None
+            Account of rows and summary; None while parts of other processes are missing.
+        """
+        raise NotImplementedError
+
+    # The same for all.
+
+    def run(
+        self,
+        directory: str | Path,
+        *,
+        overwrite: bool = False,
+        cluster: Cluster | None = None,
+        report: Report = silent,
+    ) -> Manifest | None:
+        """Make the output, or finish it; a complete one is left alone.
+
+        Parameters
+        ----------
+        directory : str or Path
+        overwrite : bool
+            Replace another output in ``directory``.
+        cluster : Cluster, optional
+            Default: tasks run in this process.
+        report : Report
+            Gets the progress.
+
+        Returns
+        -------
+        Manifest or None
+            None while parts are missing that other processes make.
+        """
+        directory = Path(directory)
+        self.product = self.product or directory.name
+        self.check()
+        recipe = self.recipe(self.settings, self.fingerprints())
+        output = Output.prepare(directory, recipe, overwrite, map(self.path, self.inputs))
+        if output.complete:
+            return output.load_manifest()
+        run = Run(output, cluster or Cluster(), report)
+        if self.partitioned:
+            self.require_partition(run.cluster, self.catalog(self.partitioned))
+        with unless_complete(output):
+            made = self.make(run)
+            if made is None:
+                return None
+            rows, summary = made
+            output.commit(rows, tuple(run.files), summary)
+        return output.load_manifest()
+
+    def needed_bytes(self, n_bytes: int) -> int:
+        """Bytes that a worker needs for a partition of so many bytes in memory."""
+        mib, copies = self.memory
+        return int((mib << 20) + copies * n_bytes) + self.held_bytes()
+
+    def require_partition(self, cluster: Cluster, catalog: Catalog) -> None:
+        """Refuse a catalog whose largest partition does not fit into a worker.
+
+        Raises
+        ------
+        ClusterError
+            Naming the partition, what it needs and what a worker has.
+        """
+        if not catalog.pixels or cluster.memory_limit_bytes is None:
+            return
+        pixel, n_bytes = catalog.largest_partition()
+        what = f"partition {pixel} of {catalog.path} ({catalog.partition_rows(pixel):,} rows)"
+        cluster.require_memory(self.needed_bytes(n_bytes), f"{self.name}: {what}")
+
+    def require_pixel(
+        self,
+        cluster: Cluster,
+        pixels: Sequence[HealpixPixel],
+        histogram: NDArray[np.int64],
+        n_bytes: int,
+    ) -> None:
+        """Refuse partitions that are to be made, one of which would not fit into a worker.
+
+        Parameters
+        ----------
+        pixels : sequence of HealpixPixel
+        histogram : ndarray of int64, shape (12 * 4**order,)
+            Rows a cell of the sky.
+        n_bytes : int
+            Of all rows in memory.
+
+        Raises
+        ------
+        ClusterError
+        """
+        if not pixels:
+            return
+        order = (len(histogram) // 12).bit_length() // 2
+        shift = 2 * (MAX_ORDER - order)
+        rows = [int(histogram[one.first >> shift : one.stop >> shift].sum()) for one in pixels]
+        largest = int(np.argmax(rows))
+        share = n_bytes * rows[largest] // max(sum(rows), 1)
+        what = f"partition {pixels[largest]} of {self.product} ({rows[largest]:,} rows)"
+        cluster.require_memory(self.needed_bytes(share), f"{self.name}: {what}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a stage: where it writes, where its parts run, and what it has written."""
+
+    output: Output
+    cluster: Cluster
+    report: Report
+    files: list[FileRecord] = field(default_factory=list)
+
+    def parts(
+        self, kind: str, items: Mapping[str, T], part: Part[T], step: str = ""
+    ) -> list[dict[str, Any]]:
+        """Run a part for each item that has no sound record; records of all in their order.
+
+        Parameters
+        ----------
+        kind : str
+            Folder of the records.
+        items : mapping of str to T
+            By the key of its record.
+        part : callable
+            Function or method ``(output, key, item) -> record``, importable by its name.
+        step : str
+            What a progress bar calls it; default the name of the stage.
+        """
+        self.run_parts(kind, items, part, step)
+        return self.records(kind, list(items))
+
+    def run_parts(self, kind: str, items: Mapping[str, T], part: Part[T], step: str = "") -> None:
+        """Run a part for each item that has no sound record."""
+        step = step or self.output.recipe.stage
+        missing = [
+            _Task(self.output, kind, key, item, part)
+            for key, item in items.items()
+            if not self.output.intact(kind, key)
+        ]
+        if missing:
+            self.cluster.run(_do, missing, step, self.report)
+        else:
+            self.report(step, len(items), len(items))
+
+    def finished(self, kind: str, keys: Sequence[str]) -> bool:
+        """Tell whether all parts have a record."""
+        return all(self.output.get_record(kind, key) is not None for key in keys)
+
+    def records(self, kind: str, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """Records of all parts in order.
+
+        Raises
+        ------
+        StorageError
+            One is missing: it was removed meanwhile, or the workers run another version.
+        """
+        found = []
+        for key in keys:
+            record = self.output.get_record(kind, key)
+            if record is None:
+                raise StorageError(
+                    f"{self.output.work}: the record '{kind}/{key}' of a finished part is missing",
+                    "Run again; driver and workers must run the same version.",
+                )
+            found.append(record)
+        return found
+
+    def write(self, name: str, table: pa.Table) -> None:
+        """Write a table of the output."""
+        self.files.append(self.output.write_file(name, partial(write_parquet, table)))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write another file of the output."""
+        self.files.append(self.output.write_bytes(name, content))
+
+    def write_catalog(
+        self,
+        name: str,
+        pixels: Sequence[HealpixPixel],
+        records: Sequence[Mapping[str, Any]],
+        schema: pa.Schema,
+        properties: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write the catalog's own files; partitions without rows are left out. Returns its rows.
+
+        Parameters
+        ----------
+        records : sequence of mapping
+            Of the pixels; ``file`` is what `partition_record` returned.
+        """
+        kept = [
+            (pixel, FileRecord(**record["file"]))
+            for pixel, record in zip(pixels, records, strict=True)
+            if record["file"] is not None
+        ]
+        n_rows = sum(record.rows for _, record in kept)
+        self.files.extend(record for _, record in kept)
+        self.files.extend(
+            write_catalog_metadata(
+                self.output, name, [pixel for pixel, _ in kept], schema, n_rows, extra=properties
+            )
+        )
+        return n_rows
+
+
+@dataclass(frozen=True)
+class _Task(Generic[T]):
+    output: Output
+    kind: str
+    key: str
+    item: T
+    part: Part[T]
+
+
+def _do(task: _Task[Any]) -> None:
+    record = task.part(task.output, task.key, task.item)
+    task.output.put_record(task.kind, task.key, record)
+
+
+def by_pixel(pixels: Sequence[HealpixPixel]) -> dict[str, HealpixPixel]:
+    """Partitions by the key of their record."""
+    return {f"{pixel.order}-{pixel.pixel}": pixel for pixel in pixels}
+
+
+def partition_record(output: Output, pixel: HealpixPixel, table: pa.Table) -> dict[str, Any] | None:
+    """Write a partition, unless it has no rows; its record for `Run.write_catalog`."""
+    return asdict(write_partition(output, pixel, table)) if table.num_rows else None
+
+
+@contextmanager
+def unless_complete(output: Output) -> Iterator[None]:
+    """Ignore an error that came only because another process completed the same output.
+
+    A run that failed before it made anything leaves no trace of itself; nor does one whose survey
+    files were refused, since what was made of them is of no use.
+    """
+    try:
+        yield
+    except SurveyError:
+        if not output.complete:
+            output.discard()
+            raise
+        output.tidy()
+    except Exception:
+        if not output.complete:
+            output.release()
+            raise
+        output.tidy()

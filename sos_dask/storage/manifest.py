@@ -1,0 +1,395 @@
+"""What a complete output is: its recipe, its files, its account of rows; digests of all of them.
+
+Nothing in a manifest depends on time, machine or number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from sos_dask.errors import CatalogError
+
+MANIFEST = "manifest.json"
+WORK = ".work"
+_FORMAT = 2  # of manifests
+_MOST_ROWS = 1 << 62
+_DIGEST = "sha256"
+_BLOCK = 1 << 18
+_TAIL = 8  # of a Parquet file: length of the footer, magic
+
+Check = Literal["sha256", "size"]
+
+
+# -- digests --------------------------------------------------------------------------------------
+
+
+def canonical_json(value: Any) -> str:
+    """Write JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sha256_of(value: Any) -> str:
+    """Hex SHA-256 of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def footer_bytes(path: Path) -> bytes:
+    """Read the footer of a Parquet file: metadata, length and magic.
+
+    Raises
+    ------
+    OSError
+        The file is too short to have one.
+    """
+    with path.open("rb", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - _TAIL, 0))
+        length = int.from_bytes(file.read(4), "little") + _TAIL
+        if length > size:
+            raise OSError("its footer is cut off or damaged")
+        file.seek(size - length)
+        return file.read(length)
+
+
+def sum_of_file(path: Path) -> list[int]:
+    """Count the bytes of a file and sum its 64-bit words, in a tenth of the time of a SHA-256.
+
+    Empty where there is no file.
+    """
+    if not path.is_file():
+        return []
+    total = size = 0
+    content = bytearray(_BLOCK)
+    words = np.frombuffer(content, np.uint64)
+    with path.open("rb", buffering=0) as file:
+        while n_bytes := file.readinto(content):
+            content[n_bytes : n_bytes + -n_bytes % 8] = bytes(-n_bytes % 8)
+            size += n_bytes
+            total += int(words[: -(-n_bytes // 8)].sum())
+    return [size, total]
+
+
+def sealed_json(document: Mapping[str, Any], sort_keys: bool = True) -> str:
+    """Write indented JSON of a document that carries its own digest."""
+    content = {key: value for key, value in document.items() if key != _DIGEST}
+    sealed = {**content, _DIGEST: sha256_of(content)}
+    return json.dumps(sealed, indent=1, sort_keys=sort_keys, allow_nan=False)
+
+
+def read_sealed(path: Path, hint: str) -> dict[str, Any]:
+    """Read what `sealed_json` made, without the digest.
+
+    Parameters
+    ----------
+    path : Path
+    hint : str
+        What to do where the file is damaged.
+
+    Raises
+    ------
+    CatalogError
+        The file is damaged, or an older version wrote it.
+    FileNotFoundError, NotADirectoryError
+    """
+    try:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document, dict):
+            raise ValueError("it is not a JSON object")
+        stated = document.pop(_DIGEST, None)
+        digest = sha256_of(document)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise CatalogError(f"{path} cannot be read: {error.strerror}", hint) from None
+    except (ValueError, RecursionError) as error:
+        raise CatalogError(f"{path} is damaged: {error}", hint) from None
+    if stated is None:
+        raise CatalogError(
+            f"{path} has no digest: an older version of sos-dask made it, or it is damaged",
+            f"{hint} A store of an older version must be made again as a whole.".lstrip(),
+        )
+    if stated != digest:
+        raise CatalogError(f"{path} was changed: its digest does not fit its content", hint)
+    return document
+
+
+# -- recipes and manifests ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a stage writes.
+
+    Parameters
+    ----------
+    stage : str
+    version : int
+        Raised when the code of a stage changes its output.
+    params : mapping
+        Exactly the settings that the stage reads; JSON values.
+    inputs : mapping of str to str
+        Fingerprints of the inputs: other recipes, or content hashes of raw files.
+    """
+
+    stage: str
+    version: int
+    params: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the canonical JSON of the recipe."""
+        return sha256_of(
+            {
+                "stage": self.stage,
+                "version": self.version,
+                "params": self.params,
+                "inputs": self.inputs,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of an output: path relative to it, rows, bytes and SHA-256.
+
+    ``footer`` is the SHA-256 of a Parquet file's footer: with it and the checksums of pages, what a
+    task reads of a large file is checked without reading the rest.
+    """
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+    footer: str = ""
+
+    def __post_init__(self) -> None:
+        inside = PurePosixPath(self.path)
+        if inside.is_absolute() or ".." in inside.parts or not inside.parts or "\0" in self.path:
+            raise ValueError(f"the path {self.path!r} is not inside the output")
+        _require_counts(self.rows, self.bytes)
+        if {type(self.sha256), type(self.footer)} != {str}:
+            raise TypeError(f"the SHA-256 of {self.path!r} is not a text")
+
+    @property
+    def is_partition(self) -> bool:
+        """Whether it is a partition of a catalog: all other files are small."""
+        return "/Npix=" in self.path
+
+    def problem(self, directory: Path, by: Check = "sha256") -> str:
+        """Compare the file in a directory with the record; empty where they agree."""
+        path = os.path.join(directory, self.path)  # noqa: PTH118  # tens of thousands of files
+        try:
+            size = os.stat(path).st_size  # noqa: PTH116
+            if size != self.bytes:
+                return f"{self.path} has {size} bytes, the manifest says {self.bytes}"
+            if by == "sha256" and sha256_of_file(Path(path)) != self.sha256:
+                return f"{self.path} was changed: its SHA-256 is not the manifest's"
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{self.path} is missing"
+        except OSError as error:
+            return f"{self.path} cannot be read: {error.strerror}"
+        return ""
+
+
+def _require_counts(*values: Any) -> None:
+    for value in values:
+        if type(value) is not int or not 0 <= value <= _MOST_ROWS:
+            raise ValueError(f"{str(value)[:40]} is not a number of rows or bytes")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row accounting: ``n_in + sum(added) == n_out + rejected + sum(dropped)``.
+
+    Parameters
+    ----------
+    n_in, n_out, rejected : int
+    dropped, added : mapping of str to int
+        Rows that were left out or came more than once on purpose, by reason.
+    """
+
+    n_in: int
+    n_out: int
+    rejected: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    added: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        reasons = [*self.dropped.values(), *self.added.values()]
+        _require_counts(self.n_in, self.n_out, self.rejected, *reasons)
+
+    def check(self, where: str) -> None:
+        """Raise `CatalogError` when the account does not close."""
+        left = self.n_in + sum(self.added.values())
+        right = self.n_out + self.rejected + sum(self.dropped.values())
+        if left != right:
+            raise CatalogError(
+                f"{where}: {self.n_in} rows in (added {dict(self.added)}) are not {self.n_out} out "
+                f"+ {self.rejected} rejected + dropped {dict(self.dropped)}",
+                "This is a defect of the program: please report it with the command.",
+            )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete output is, was made from, and holds."""
+
+    recipe: Recipe
+    rows: Rows
+    files: tuple[FileRecord, ...]
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the recipe."""
+        return self.recipe.fingerprint
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """JSON value of the manifest, without its digest."""
+        return {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "stage": self.recipe.stage,
+            "version": self.recipe.version,
+            "params": self.recipe.params,
+            "inputs": self.recipe.inputs,
+            "rows": {
+                "in": self.rows.n_in,
+                "out": self.rows.n_out,
+                "rejected": self.rows.rejected,
+                "dropped": self.rows.dropped,
+                "added": self.rows.added,
+            },
+            "summary": self.summary,
+            "files": {
+                record.path: {
+                    key: value
+                    for key, value in asdict(record).items()
+                    if key != "path" and value != ""
+                }
+                for record in self.files
+            },
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: it covers all that the manifest says."""
+        return sha256_of(self.document)
+
+    def to_json(self) -> str:
+        """Indented JSON with sorted keys, which carries its own digest."""
+        return sealed_json(self.document)
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Read the manifest of a complete output.
+
+        Raises
+        ------
+        CatalogError
+            No manifest (unfinished or not ours), damaged, or of a newer format.
+        """
+        path = directory / MANIFEST
+        again = f"Remove {directory} and run again."
+        try:
+            raw = read_sealed(path, again)
+        except (FileNotFoundError, NotADirectoryError):
+            raise _no_manifest(directory) from None
+        try:
+            if raw["format"] > _FORMAT:
+                raise CatalogError(
+                    f"{path} has format {raw['format']}, newer than {_FORMAT} known here",
+                    "Install a newer sos-dask.",
+                )
+            if raw["format"] != _FORMAT:
+                raise CatalogError(
+                    f"{path} has format {raw['format']}: an older version of sos-dask made it, "
+                    f"whose outputs are laid out otherwise than in format {_FORMAT}",
+                    "Run the rebuild again into an empty store, or the command that made it.",
+                )
+            if not isinstance(raw["stage"], str) or not isinstance(raw["version"], int):
+                raise TypeError("stage or version")
+            manifest = cls(
+                recipe=Recipe(raw["stage"], raw["version"], {**raw["params"]}, {**raw["inputs"]}),
+                rows=Rows(
+                    raw["rows"]["in"],
+                    raw["rows"]["out"],
+                    raw["rows"]["rejected"],
+                    {**raw["rows"]["dropped"]},
+                    {**raw["rows"]["added"]},
+                ),
+                files=tuple(FileRecord(name, **item) for name, item in raw["files"].items()),
+                summary={**raw["summary"]},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CatalogError(f"{path} is damaged: {error!r} is missing or wrong", again) from None
+        if manifest.fingerprint != raw.get("fingerprint"):
+            raise CatalogError(
+                f"{path} was changed: its fingerprint does not fit its recipe", again
+            )
+        return manifest
+
+    @classmethod
+    def checked(cls, directory: Path, by: Check | None = None, n_threads: int = 1) -> Manifest:
+        """Read the manifest of a complete output and compare its files with it.
+
+        Parameters
+        ----------
+        directory : Path
+        by : str, optional
+            ``size`` compares bytes alone. Default: SHA-256 of all files but the partitions, whose
+            footers are checked where they are read.
+        n_threads : int
+            Threads that hash; hashing does not hold the lock of the interpreter.
+
+        Raises
+        ------
+        CatalogError
+            As `load`, or a file is not the one that was written.
+        """
+        manifest = cls.load(directory)
+
+        def compare(record: FileRecord) -> str:
+            return record.problem(directory, by or ("size" if record.is_partition else "sha256"))
+
+        with ThreadPoolExecutor(n_threads) as pool:
+            for problem in (pool.map if n_threads > 1 else map)(compare, manifest.files):
+                if problem:
+                    raise CatalogError(
+                        f"{directory}/{problem}",
+                        f"Restore the file, or remove {directory} and make it again.",
+                    )
+        return manifest
+
+
+def _no_manifest(directory: Path) -> CatalogError:
+    if not directory.exists():
+        return CatalogError(f"{directory} does not exist")
+    if not directory.is_dir():
+        return CatalogError(
+            f"{directory} is a file: a directory that sos-dask or HATS made is needed",
+            "Make one of a table: sos-dask ingest SURVEY FILE -o DIR; the columns of another one "
+            "in a job: [attach.NAME] with files.",
+        )
+    unfinished = "It is unfinished: run the command that makes it again."
+    return CatalogError(
+        f"{directory} has no {MANIFEST}",
+        unfinished if (directory / WORK).is_dir() else "It is not an output of sos-dask.",
+    )

@@ -411,7 +411,7 @@ def test_nulls_are_the_surveys_own(sky: Sky) -> None:
     lamost, apogee = sky.rows[LAMOST], sky.rows[APOGEE]
     for name, low, high in (("teff", 0.001, 0.01), ("feh_err", 0.001, 0.01), ("rv", 0.01, 0.04)):
         assert low < (lamost[name] == -9999).mean() < high
-    floats = [name for name in lamost.dtype.names if lamost[name].dtype.kind == "f"]
+    floats = [name for name in lamost.dtype.names or () if lamost[name].dtype.kind == "f"]
     assert all(np.isfinite(lamost[name]).all() for name in floats)
     for survey in SURVEYS:
         assert 0.003 < (sky.rows[survey][GAIA_IDS[survey]] == 0).mean() < 0.06

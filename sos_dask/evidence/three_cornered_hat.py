@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.errors import ConfigError
+from sos_dask.stats.bootstrap import MAD_TO_SIGMA, FloatArray
 
-_MAD_TO_SIGMA = 1.4826
 _SAMPLES = 500
 _BLOCK = 1 << 21
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Corner:
 def three_cornered_hat(
     values: Sequence[NDArray[np.floating]], surveys: Sequence[str], seed: int = 0
 ) -> list[Corner]:
-    """Errors of three surveys on the stars that all have.
+    """Find the errors of three surveys on the stars that all have.
 
     Parameters
     ----------
@@ -69,6 +68,8 @@ def three_cornered_hat(
     ConfigError
         Not three surveys, or fewer than 10 stars.
     """
+    from scipy.stats import bootstrap
+
     if len(values) != 3 or len(surveys) != 3:
         raise ConfigError(f"a three-cornered hat needs three surveys, not {len(surveys)}")
     table = np.stack([np.asarray(value, dtype=np.float64) for value in values])
@@ -76,36 +77,35 @@ def three_cornered_hat(
     n = table.shape[1]
     if n < 10:
         raise ConfigError(f"{', '.join(surveys)} have only {n} stars in common")
-    differences = np.stack([table[0] - table[1], table[0] - table[2], table[1] - table[2]])
-    variances = _corners(_variances(differences[:, None, :]))[:, 0]
-    random = np.random.default_rng(seed)
-    step = max(1, _BLOCK // n)
-    samples = []
-    for first in range(0, _SAMPLES, step):
-        rows = random.integers(0, n, (min(step, _SAMPLES - first), n))
-        samples.append(_corners(_variances(differences[:, rows])))
-    low, high = np.quantile(np.concatenate(samples, axis=1), [0.025, 0.975], axis=1)
+    resampled = bootstrap(
+        table,
+        _variances,
+        n_resamples=_SAMPLES,
+        batch=max(1, _BLOCK // n),
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
     return [
         Corner(
             survey,
             n,
             float(variance),
             float(np.sqrt(variance)) if variance >= 0 else None,
-            float(np.sign(a) * np.sqrt(abs(a))),
-            float(np.sign(b) * np.sqrt(abs(b))),
-            bool(variance < 0 or a < 0),
+            float(np.sign(low) * np.sqrt(abs(low))),
+            float(np.sign(high) * np.sqrt(abs(high))),
+            bool(variance < 0 or low < 0),
         )
-        for survey, variance, a, b in zip(surveys, variances, low, high, strict=True)
+        for survey, variance, low, high in zip(
+            surveys, _variances(*table), resampled.low, resampled.high, strict=True
+        )
     ]
 
 
-def _variances(differences: FloatArray) -> FloatArray:
-    """Squared robust scatter over the last axis."""
+def _variances(a: FloatArray, b: FloatArray, c: FloatArray, axis: int = -1) -> FloatArray:
+    """Squared errors of the three along the last axis."""
+    differences = np.stack([a - b, a - c, b - c])
     middle = np.median(differences, axis=-1, keepdims=True)
     mad = np.median(np.abs(differences - middle), axis=-1)
-    return np.asarray((_MAD_TO_SIGMA * mad) ** 2)
-
-
-def _corners(pairs: FloatArray) -> FloatArray:
-    ab, ac, bc = pairs
+    ab, ac, bc = (MAD_TO_SIGMA * mad) ** 2
     return np.stack([ab + ac - bc, ab + bc - ac, ac + bc - ab]) / 2

@@ -387,7 +387,9 @@ def _add_ingest(planner: Planner, product: str, survey: Survey, names: list[str]
     files = [job.resolve(file) for file in names]
     digests = _digests(planner.store, files)
     planner.names |= {digest: file.name for digest, file in zip(digests, files, strict=True)}
-    settings = IngestSettings(job.ingest.rows_per_partition, job.ingest.chunk_rows)
+    settings = IngestSettings(
+        rows_per_partition=job.ingest.rows_per_partition, chunk_rows=job.ingest.chunk_rows
+    )
     return planner.add(
         product,
         ingest_recipe(survey, digests, settings, product),

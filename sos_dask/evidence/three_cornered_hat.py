@@ -9,7 +9,7 @@ smaller than can be told from so many stars: it is given, and flagged.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,37 +21,9 @@ _SAMPLES = 500
 _BLOCK = 1 << 21
 
 
-@dataclass(frozen=True)
-class Corner:
-    """Error of one of the three surveys.
-
-    Parameters
-    ----------
-    survey : str
-    n : int
-        Stars that all three have.
-    variance : float
-        Squared unit of the label.
-    sigma : float or None
-        Its root; None where it is negative.
-    low, high : float
-        95 % bootstrap interval of the signed root sign(variance) sqrt(|variance|).
-    negative : bool
-        The variance is negative, or its interval reaches below zero.
-    """
-
-    survey: str
-    n: int
-    variance: float
-    sigma: float | None
-    low: float
-    high: float
-    negative: bool
-
-
 def three_cornered_hat(
     values: Sequence[NDArray[np.floating]], surveys: Sequence[str], seed: int = 0
-) -> list[Corner]:
+) -> list[dict[str, Any]]:
     """Find the errors of three surveys on the stars that all have.
 
     Parameters
@@ -62,6 +34,14 @@ def three_cornered_hat(
     surveys : sequence of three str
     seed : int
         Of the bootstrap over stars.
+
+    Returns
+    -------
+    list of dict
+        Of each ``survey``: ``n`` stars that all three have; ``variance`` of its errors; ``sigma``,
+        the root, None where it is negative; ``low`` and ``high``, the 95 % bootstrap interval of
+        the signed root sign(variance) sqrt(abs(variance)); ``negative`` where the variance or
+        ``low`` is below zero.
 
     Raises
     ------
@@ -86,20 +66,15 @@ def three_cornered_hat(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return [
-        Corner(
-            survey,
-            n,
-            float(variance),
-            float(np.sqrt(variance)) if variance >= 0 else None,
-            float(np.sign(low) * np.sqrt(abs(low))),
-            float(np.sign(high) * np.sqrt(abs(high))),
-            bool(variance < 0 or low < 0),
-        )
-        for survey, variance, low, high in zip(
-            surveys, _variances(*table), resampled.low, resampled.high, strict=True
-        )
-    ]
+    found = []
+    for name, variance, *limits in zip(
+        surveys, _variances(*table), resampled.low, resampled.high, strict=True
+    ):
+        low, high = (float(np.sign(limit) * np.sqrt(abs(limit))) for limit in limits)
+        row: dict[str, Any] = {"survey": name, "n": n, "variance": float(variance)}
+        row["sigma"] = float(np.sqrt(variance)) if variance >= 0 else None
+        found.append({**row, "low": low, "high": high, "negative": bool(min(variance, low) < 0)})
+    return found
 
 
 def _variances(a: FloatArray, b: FloatArray, c: FloatArray, axis: int = -1) -> FloatArray:

@@ -121,20 +121,10 @@ def find_sparse(
     return own > limit, far
 
 
-def in_share(keys: NDArray[np.integer], share: float | FloatArray, seed: int) -> BoolArray:
-    """Tell which rows belong to a share of all, by their keys alone.
-
-    A number in [0, 1) follows from every key, so that a larger share holds the smaller one.
-
-    Parameters
-    ----------
-    keys : ndarray of int, shape (n,)
-        See `columns.key_hashes`.
-    share : float or ndarray of float64, shape (n,)
-    seed : int
-    """
+def uniform(keys: NDArray[np.integer], seed: int) -> FloatArray:
+    """Make a number in [0, 1) of every key, shape (n,): see `columns.key_hashes`."""
     number = mixed(keys.astype(np.uint64) + np.uint64(seed * GOLDEN % 2**64))
-    return np.asarray((number >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share)
+    return (number >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def count(values: Float32Array) -> tuple[NDArray[np.uint16], IntArray]:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
-
 from sos_dask.run.cluster import Cluster
-from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.storage.catalog import Catalog
 
 # Measured with partitions of 68,000 to 929,000 rows, in processes of their own and in workers of a

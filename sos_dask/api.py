@@ -51,8 +51,8 @@ from sos_dask.stages.report import ReportSettings
 from sos_dask.stages.train import TrainSettings
 from sos_dask.stages.trends import TrendSettings
 from sos_dask.stages.uncertainty import Surveys, UncertaintySettings
+from sos_dask.stars.group import DedupeSettings
 from sos_dask.stars.match import MatchSettings
-from sos_dask.stars.settings import DedupeSettings
 from sos_dask.stars.unify import UnifySettings
 from sos_dask.storage import store as _store
 from sos_dask.storage.catalog import Catalog

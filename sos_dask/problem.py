@@ -1,31 +1,224 @@
-"""What a correction sees of a star, and polynomials of it."""
+"""The question that corrections answer: labels, by inputs; values that travel."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Self, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, model_validator
 
-from sos_dask.errors import ConfigError
-from sos_dask.schema import LABELS
+from sos_dask.columns import floats32
+from sos_dask.schema import CANONICAL, LABELS
+from sos_dask.settings import COLUMN_RULE, Settings, is_column
 
-FEATURES = ("teff_5040", "logg", "feh")
 TEFF_UNIT_K = 5040.0
-# All that is known of a row, where the survey or a companion catalog has it.
-PARAMETERS = (*LABELS, "snr", "rv", "phot_g_mean_mag", "distance", "ebv")
-LOGARITHMIC = ("snr", "distance")
 # Rows of one block: the few arrays of a block that are alive at once fit the second-level cache.
 BLOCK_ROWS = 8192
 
 FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+Float32Array = NDArray[np.float32]
+Columns: TypeAlias = pa.Table | Mapping[str, ArrayLike]
 
 
-def features(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> NDArray[np.float32]:
-    """Inputs of every correction.
+class Label(Settings):
+    """A quantity that is homogenised, and the names of the columns made of it.
+
+    Parameters
+    ----------
+    name : str
+        Its column in a catalog.
+    unit : str
+        As in the metadata of columns.
+    error : str
+        Column of its error; default ``<name>_err``.
+    """
+
+    name: str = Field(description="Column of the label in a catalog")
+    unit: str = Field("", description="Unit, as in the metadata of columns")
+    error: str = Field("", description="Column of its error; default <name>_err")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("name"), str):
+            given = {**given, "error": given.get("error") or f"{given['name']}_err"}
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for text in (self.name, self.error):
+            if not is_column(text):
+                raise ValueError(f"'{text}' cannot name a column: {COLUMN_RULE}")
+        return self
+
+    @property
+    def diff(self) -> str:
+        """Column of the difference target - reference."""
+        return f"{self.name}_diff"
+
+    @property
+    def delta(self) -> str:
+        """Column of the predicted difference."""
+        return f"{self.name}_delta"
+
+    @property
+    def sos(self) -> str:
+        """Column of the corrected label."""
+        return f"{self.name}_sos"
+
+    @property
+    def sos_err(self) -> str:
+        """Column of the error of the corrected label."""
+        return f"{self.name}_sos_err"
+
+    @property
+    def ref(self) -> str:
+        """Column of the label of the reference."""
+        return f"{self.name}_ref"
+
+
+class Input(Settings):
+    """A column, with its transform, that a correction sees.
+
+    Parameters
+    ----------
+    column : str
+    scale : float
+        The column is divided by it.
+    log10 : bool
+        Take the decimal logarithm; not known where the column is not positive.
+    name : str
+        Of the input in models and formulas; default: the column.
+    """
+
+    column: str = Field(description="Column of a catalog")
+    scale: float = Field(1.0, gt=0, description="The column is divided by it")
+    log10: bool = Field(False, description="Take the decimal logarithm")
+    name: str = Field("", description="Name in models and formulas; default: the column")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            given = {**given, "name": given.get("name") or given.get("column")}
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for text in (self.name, self.column):
+            if not is_column(text):
+                raise ValueError(f"'{text}' cannot name a column: {COLUMN_RULE}")
+        return self
+
+    def values(self, column: ArrayLike) -> NDArray[np.floating]:
+        """Transform a column in its own precision (logarithms in double), NaN where unknown.
+
+        Parameters
+        ----------
+        column : array_like of float32 or float64, shape (n,)
+        """
+        values: NDArray[np.floating] = np.asarray(column)
+        if self.scale != 1.0:
+            values = values / values.dtype.type(self.scale)
+        if self.log10:
+            values = np.log10(np.where(values > 0, values, np.nan), dtype=np.float64)
+        return values
+
+
+KNOWN_INPUTS = (
+    Input(column="teff", scale=TEFF_UNIT_K, name="teff_5040"),
+    Input(column="logg"),
+    Input(column="feh"),
+    Input(column="snr", log10=True),
+    Input(column="rv"),
+    Input(column="phot_g_mean_mag"),
+    Input(column="distance", log10=True),
+    Input(column="ebv"),
+)
+"""All that is known of a row, where the survey or a companion catalog has it."""
+
+
+class Problem(Settings):
+    """Labels that are corrected, and the inputs that a correction sees.
+
+    The default is (teff, logg, feh) by (Teff / 5040 K, log g, [Fe/H]).
+
+    Parameters
+    ----------
+    labels : tuple of Label
+    inputs : tuple of Input
+    """
+
+    labels: Annotated[tuple[Label, ...], Field(strict=False, min_length=1)] = tuple(
+        Label(name=name, unit=CANONICAL[name].unit) for name in LABELS
+    )
+    inputs: Annotated[tuple[Input, ...], Field(strict=False, min_length=1)] = KNOWN_INPUTS[:3]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for kind, names in (("label", self.names), ("input", self.features)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"two {kind}s have one name: {', '.join(names)}")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the labels."""
+        return tuple(label.name for label in self.labels)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the inputs."""
+        return tuple(item.name for item in self.inputs)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a catalog that the inputs are made of, each once."""
+        return tuple(dict.fromkeys(item.column for item in self.inputs))
+
+    @property
+    def parameters(self) -> tuple[Input, ...]:
+        """Inputs that coverage and projections look at: these, and all else that is known."""
+        known = tuple(item for item in KNOWN_INPUTS if item.column not in self.columns)
+        return (*self.inputs, *known)
+
+    def matrix(self, columns: Columns) -> Float32Array:
+        """Make the inputs of a correction.
+
+        Parameters
+        ----------
+        columns : pyarrow.Table or mapping of str to array_like, shape (n,)
+            Null or NaN where unknown.
+
+        Returns
+        -------
+        ndarray of float32, shape (n, k)
+            Columns `inputs`; each is contiguous.
+        """
+        parts = [item.values(_column(columns, item.column)) for item in self.inputs]
+        return np.stack(parts, dtype=np.float32).T
+
+    def differences(self, columns: Columns) -> Float32Array:
+        """Collect the differences target - reference of pairs, shape (n, l)."""
+        return np.stack([_column(columns, label.diff) for label in self.labels], axis=1)
+
+
+def _column(columns: Columns, name: str) -> Float32Array:
+    if isinstance(columns, pa.Table):
+        return floats32(columns, name)
+    return np.asarray(columns[name], dtype=np.float32)
+
+
+DEFAULT = Problem()
+FEATURES = DEFAULT.features
+PARAMETERS = tuple(item.column for item in DEFAULT.parameters)
+
+
+def features(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> Float32Array:
+    """Make the inputs of the default problem.
 
     Parameters
     ----------
@@ -39,12 +232,11 @@ def features(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> NDArray[np.flo
     ndarray of float32, shape (n, 3)
         Columns `FEATURES`: Teff / 5040 K, log g, [Fe/H]; each is contiguous.
     """
-    columns = [np.asarray(column, dtype=np.float32) for column in (teff, logg, feh)]
-    return np.stack([columns[0] / np.float32(TEFF_UNIT_K), *columns[1:]]).T
+    return DEFAULT.matrix({"teff": teff, "logg": logg, "feh": feh})
 
 
 def parameters_of(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) -> FloatArray:
-    """Parameters as scores and projections see them: Teff / 5040 K, logarithms of S/N and distance.
+    """Make parameters as scores and projections see them, with the transforms of `KNOWN_INPUTS`.
 
     Parameters
     ----------
@@ -58,126 +250,6 @@ def parameters_of(columns: Mapping[str, NDArray[np.floating]], names: Sequence[s
     ndarray of float64, shape (n, len(names))
         nan where unknown.
     """
-    out = np.empty((len(columns[names[0]]), len(names)))
-    for number, name in enumerate(names):
-        values = np.asarray(columns[name], dtype=np.float64)
-        if name == "teff":
-            values = values / TEFF_UNIT_K
-        elif name in LOGARITHMIC:
-            values = np.log10(np.where(values > 0, values, np.nan))
-        out[:, number] = values
-    return out
-
-
-def polynomial_terms(order: int = 4, n: int = len(FEATURES)) -> IntArray:
-    """Exponents of all monomials up to a total order.
-
-    Parameters
-    ----------
-    order : int
-        Largest sum of the exponents.
-    n : int
-        Number of variables.
-
-    Returns
-    -------
-    ndarray of int64, shape ((order + n)! / (order! n!), n)
-        By total order, then by falling exponent of the first variable, the second, and so on:
-        1, x, y, z, x^2, xy, xz, y^2, yz, z^2, ... (35 terms for order 4 of three variables).
-    """
-    exponents = [e for e in itertools.product(range(order + 1), repeat=n) if sum(e) <= order]
-    exponents.sort(key=lambda e: (sum(e), tuple(-power for power in e)))
-    return np.array(exponents, dtype=np.int64).reshape(-1, n)
-
-
-def design_matrix(z: FloatArray, exponents: IntArray) -> FloatArray:
-    """Monomials of every row.
-
-    Parameters
-    ----------
-    z : ndarray of float64, shape (n, k)
-    exponents : ndarray of int, shape (m, k)
-        Of any monomials; with those of `polynomial_terms` each costs one multiplication.
-
-    Returns
-    -------
-    ndarray of float64, shape (n, m)
-        In column-major order: every monomial is contiguous.
-    """
-    z = np.asarray(z, dtype=np.float64)
-    if exponents.shape[1] != z.shape[1]:
-        raise ConfigError(
-            f"exponents of {exponents.shape[1]} variables do not fit {z.shape[1]} columns"
-        )
-    columns = np.ascontiguousarray(z.T)
-    out = np.empty((len(exponents), len(z)))
-    known: dict[tuple[int, ...], int] = {}
-    for row, exponent in enumerate(map(tuple, exponents.tolist())):
-        used = [variable for variable, power in enumerate(exponent) if power]
-        # A lower monomial that is there already, times one variable.
-        for variable in used:
-            lower = tuple(p - (v == variable) for v, p in enumerate(exponent))
-            if lower in known:
-                np.multiply(out[known[lower]], columns[variable], out=out[row])
-                break
-        else:
-            out[row] = 1.0
-            for variable in used:
-                out[row] *= columns[variable] ** exponent[variable]
-        known[exponent] = row
-    return out.T
-
-
-def evaluate_polynomials(
-    z: FloatArray, exponents: IntArray, coefficients: FloatArray
-) -> FloatArray:
-    """Values of several polynomials with the same monomials, by nested multiplication (Horner).
-
-    Only element-wise operations are used, so the value of a row is the same to the last bit
-    whichever rows stand beside it; a matrix product does not promise that.
-
-    Parameters
-    ----------
-    z : ndarray of float64, shape (n, k)
-    exponents : ndarray of int, shape (m, k)
-        Distinct rows.
-    coefficients : ndarray of float64, shape (m, l)
-
-    Returns
-    -------
-    ndarray of float64, shape (n, l)
-    """
-    plan = _nest(exponents, np.asarray(coefficients, dtype=np.float64))
-    out = np.empty((len(z), coefficients.shape[1]))
-    for start in range(0, len(z), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        columns = list(np.ascontiguousarray(z[block].T, dtype=np.float64))
-        out[block] = _horner(plan, columns).T
-    return out
-
-
-def _nest(exponents: IntArray, coefficients: FloatArray) -> Any:
-    """A polynomial as polynomials in the other variables, one per power of the first or None."""
-    if exponents.shape[1] == 0:
-        return coefficients[0][:, None]
-    powers = exponents[:, 0]
-    return [
-        _nest(exponents[powers == p][:, 1:], coefficients[powers == p])
-        if (powers == p).any()
-        else None
-        for p in range(int(powers.max()) + 1)
-    ]
-
-
-def _horner(plan: Any, columns: list[FloatArray]) -> FloatArray:
-    """Value of a nested polynomial, shape (l, 1) where it is a constant, else (l, n)."""
-    if not isinstance(plan, list):
-        return np.asarray(plan)
-    total = _horner(plan[-1], columns[1:])
-    own = False
-    for lower in reversed(plan[:-1]):
-        total = np.multiply(total, columns[0], out=total if own else None)
-        own = True
-        if lower is not None:
-            total += _horner(lower, columns[1:])
-    return total
+    known = {item.column: item for item in KNOWN_INPUTS}
+    parts = [known[name].values(np.asarray(columns[name], dtype=np.float64)) for name in names]
+    return np.stack(parts, axis=1)

@@ -11,9 +11,9 @@ import pytest
 from astropy.io import fits
 
 from sos_dask.errors import SosError, SurveyError
-from sos_dask.ingest import Profile, open_source, plan_chunks, read_chunk
+from sos_dask.ingest.canonical import Profile, plan_chunks, read_chunk
+from sos_dask.ingest.readers import open_source
 from sos_dask.schema import TEXT_UNITS
-from sos_dask.surveys.cuts import quality_mask
 from sos_dask.surveys.definition import Survey, parse_survey
 
 NAMES = ("obsid", "ra", "dec", "teff", "logg", "feh")
@@ -82,7 +82,7 @@ def read(path: Path, definition: Survey, chunk_rows=1_000_000, batch_rows=1_000_
     batches = [
         batch
         for chunk in plan_chunks(source, chunk_rows)
-        for batch in read_chunk(chunk, definition, batch_rows, quality=quality_mask)
+        for batch in read_chunk(chunk, definition, batch_rows)
     ]
     profile = Profile.merge([batch.profile for batch in batches])
     return Read(

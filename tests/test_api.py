@@ -9,7 +9,9 @@ def test_every_function_is_documented_and_works_on_paths(tmp_path):
     """From survey files to corrected labels, by functions alone, without cluster or store."""
     for name in api.__all__:
         assert inspect.getdoc(getattr(api, name)), name
-    files = api.simulate(api.SkySettings(4000, n_apogee=1500, n_galah=1500), tmp_path / "sky")
+    files = api.simulate(
+        api.SkySettings(n_lamost=4000, n_apogee=1500, n_galah=1500), tmp_path / "sky"
+    )
     stars = {}
     for name, survey in (
         ("lamost", "lamost-dr11-lrs"),
@@ -21,10 +23,10 @@ def test_every_function_is_documented_and_works_on_paths(tmp_path):
         api.dedupe(observations, tmp_path / f"{name}.stars", api.DedupeSettings())
         stars[name] = api.Catalog.open(tmp_path / f"{name}.stars")
     target = stars.pop("lamost")
-    united = api.ReferenceSettings(api.UnifySettings(order=("apogee", "galah")))
+    united = api.ReferenceSettings(unify=api.UnifySettings(order=("apogee", "galah")))
     api.reference(stars, tmp_path / "reference", united)
     reference = api.Catalog.open(tmp_path / "reference")
-    settings = api.PairSettings(api.MatchSettings(1.0))
+    settings = api.PairSettings(match=api.MatchSettings(radius_arcsec=1.0))
     api.crossmatch(target, reference, tmp_path / "pairs", settings)
     pairs = api.Catalog.open(tmp_path / "pairs")
     api.train(pairs, tmp_path / "model", api.TrainSettings("polynomial", {"order": 2}))

@@ -32,7 +32,7 @@ def companion(tmp_path):
 def test_by_id_within_the_radius(tmp_path, companion):
     left = with_ids(observations(200, seed=1), 2)
     catalog = write_catalog(left, tmp_path / "left", 50)
-    settings = AttachSettings({"ebv": "extinction"}, id_radius_arcsec=5.0)
+    settings = AttachSettings(columns={"ebv": "extinction"}, id_radius_arcsec=5.0)
     manifest = attach(catalog, companion, tmp_path / "out", settings)
     other = rows_of(companion.path)
     by_id = {i: row for row, i in enumerate(other["gaia_dr3_source_id"].to_pylist()) if i}
@@ -55,7 +55,7 @@ def test_by_id_within_the_radius(tmp_path, companion):
 @pytest.mark.parametrize("rows_per_partition", [30, 10**6])
 def test_by_position_takes_the_nearest(tmp_path, companion, rows_per_partition):
     catalog = write_catalog(observations(200, seed=4), tmp_path / "left", rows_per_partition)
-    settings = AttachSettings({"ebv": "extinction"}, by="position", radius_arcsec=1.0)
+    settings = AttachSettings(columns={"ebv": "extinction"}, by="position", radius_arcsec=1.0)
     manifest = attach(catalog, companion, tmp_path / "out", settings)
     found, other = rows_of(tmp_path / "out"), rows_of(companion.path)
     ra, dec = other["ra"].to_numpy(), other["dec"].to_numpy()
@@ -72,10 +72,20 @@ def test_by_position_takes_the_nearest(tmp_path, companion, rows_per_partition):
 def test_nothing_is_overwritten_or_made_up(tmp_path, companion):
     catalog = write_catalog(observations(50, seed=5), tmp_path / "left")
     with pytest.raises(CatalogError, match="has a column 'teff' already"):
-        attach(catalog, companion, tmp_path / "a", AttachSettings({"teff": "teff"}, "position"))
+        attach(
+            catalog,
+            companion,
+            tmp_path / "a",
+            AttachSettings(columns={"teff": "teff"}, by="position"),
+        )
     with pytest.raises(CatalogError, match="no column 'gaia_dr3_source_id'"):
-        attach(catalog, companion, tmp_path / "b", AttachSettings({"ebv": "extinction"}))
+        attach(catalog, companion, tmp_path / "b", AttachSettings(columns={"ebv": "extinction"}))
     with pytest.raises(CatalogError, match="no column 'ebv'"):
-        attach(catalog, companion, tmp_path / "c", AttachSettings({"ebv": "ebv"}, "position"))
-    with pytest.raises(ConfigError, match="not by 'name'"):
-        AttachSettings({"ebv": "ebv"}, "name")
+        attach(
+            catalog,
+            companion,
+            tmp_path / "c",
+            AttachSettings(columns={"ebv": "ebv"}, by="position"),
+        )
+    with pytest.raises(ConfigError, match="by: Input should be"):
+        AttachSettings(columns={"ebv": "ebv"}, by="name")  # type: ignore[arg-type]

@@ -27,7 +27,6 @@ from sos_dask.cli.output import reporting
 from sos_dask.errors import SosError
 from sos_dask.evidence.measures import MEASURES
 from sos_dask.stages.report_content import figures
-from sos_dask.stars.settings import METHODS
 from sos_dask.storage.artifact import MANIFEST
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import sealed_json
@@ -324,7 +323,7 @@ def test_too_few_pairs(cli, small_store, small_sky, tmp_path):
 
 BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "radius 0": (["crossmatch", "{lamost.stars}", "{reference}", "--radius-arcsec", "0"], 3,
-                 [r"radius_arcsec = 0\.0 must be above 0 and below 3600"]),
+                 ["radius_arcsec: Input should be greater than 0"]),
     "radius below 0": (["dedupe", "{lamost.observations}", "--radius-arcsec", "-1"], 3,
                        [r"radius_arcsec = -1\.0"]),
     "radius nan": (["reference", "a={apogee.stars}", "--radius-arcsec", "nan"], 3, ["= nan"]),
@@ -333,10 +332,10 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "partition": (["apply", "{model.polynomial}", "{lamost.observations}", "--partitions", "99"],
                   3, ["partitions are 0 to"]),
     "dedupe method": (["dedupe", "{lamost.observations}", "--method", "mean"], 3,
-                      ["method 'mean' is none of inverse-variance"]),
+                      ["method: Input should be 'inverse-variance'"]),
     "unify method": (["reference", "a={apogee.stars}", "--method", "mean"], 3, ["precedence"]),
     "pairs": (["crossmatch", "{lamost.stars}", "{reference}", "--radius-arcsec", "1", "--pairs",
-               "most"], 3, ["neither 'best' nor 'all'"]),
+               "most"], 3, ["pairs: Input should be 'best' or 'all'"]),
     "same name": (["reference", "a={apogee.stars}", "a={galah.stars}"], 3,
                   ["two surveys are named 'a'"]),
     "no name": (["reference", "{apogee.stars}"], 3, ["is not NAME=DIRECTORY"]),
@@ -1073,7 +1072,8 @@ def test_the_readme_states_the_exit_codes():
 def test_help_names_every_method(cli):
     trained = cli("train", "--help").out
     assert [name for name in models.methods() if name not in trained] == []
-    assert [name for name in METHODS if name not in cli("dedupe", "--help").out] == []
+    deduping = cli("dedupe", "--help").out
+    assert all(name in deduping for name in ("inverse-variance", "best-snr", "median"))
     assert [name for name in MEASURES if name not in cli("coverage", "--help").out] == []
 
 

@@ -4,8 +4,15 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from sos_dask.errors import ConfigError, ModelError
-from sos_dask.evidence.metrics import binned_median_rms, held_out_metrics, scatter
+from sos_dask.errors import ModelError
+from sos_dask.evidence.figures import held_out_metrics, scatter
+from sos_dask.stats.binned import (
+    binned_median_rms,
+    binned_quantiles,
+    bins_of,
+    equal_count_edges,
+    rms_of_medians,
+)
 
 
 def test_scatter_is_that_of_a_normal_distribution_and_ignores_outliers():
@@ -19,8 +26,8 @@ def test_scatter_is_that_of_a_normal_distribution_and_ignores_outliers():
 def test_metrics_count_only_pairs_with_difference_and_prediction():
     differences = np.array([[10, 1, 0.1], [20, 2, 0.3], [60, np.nan, 0.8]], dtype=np.float32)
     predicted = np.array([[9, 1, 0.0], [18, 1, np.nan], [60, 5, 0.2]], dtype=np.float32)
-    teff, logg, feh = held_out_metrics("m", differences, predicted, "sparse")
-    assert (teff.method, teff.label, teff.subset, teff.n) == ("m", "teff", "sparse", 3)
+    teff, logg, feh = held_out_metrics("m", differences, predicted)
+    assert (teff.method, teff.label, teff.subset, teff.n) == ("m", "teff", "all", 3)
     assert teff.median_before == 20
     assert teff.scatter_before == pytest.approx(14.826)
     assert teff.median_after == 1
@@ -44,38 +51,27 @@ def test_binned_medians_find_a_trend_that_medians_hide():
     rng = np.random.default_rng(4)
     x = rng.uniform(-1, 1, 20_000)
     noise = rng.normal(0, 0.1, len(x))
-    flat = binned_median_rms(x, noise, 20)
-    trend = binned_median_rms(x, 0.5 * x + noise, 20)
+    edges = equal_count_edges(x, 20)
     assert abs(np.median(0.5 * x + noise)) < 0.02
-    assert flat.rms < 0.01
-    assert trend.rms == pytest.approx(0.5 / np.sqrt(3), rel=0.05)
-    assert sum(trend.n) == len(x)
-    assert max(trend.n) - min(trend.n) <= 1
+    assert binned_median_rms(x, noise, edges) < 0.01
+    assert binned_median_rms(x, 0.5 * x + noise, edges) == pytest.approx(0.5 / 3**0.5, rel=0.05)
 
 
 def test_binned_medians_leave_out_unknown_values_and_thin_bins():
     x = np.array([0.0, 0.1, 0.2, 1.5, 2.0, np.nan, 0.3, 5.0])
     residual = np.array([1.0, 2.0, 3.0, 9.0, 9.0, 1e9, np.nan, 1e9])
-    out = binned_median_rms(x, residual, [0.0, 1.0, 2.0], min_count=3)
-    assert out.edges == (0.0, 1.0, 2.0)
-    assert out.n == (3, 2)  # the last bin includes its upper edge; 5.0 is outside
-    assert out.median[0] == 2.0
-    assert np.isnan(out.median[1])
-    assert out.rms == 2.0
+    edges = np.array([0.0, 1.0, 2.0])
+    out = binned_quantiles(bins_of(x, edges), residual, 2)
+    assert out.n.tolist() == [3, 2]  # the last bin includes its upper edge; 5.0 is outside
+    assert rms_of_medians(out.n, out.median, 3) == (2.0, 1)
+    assert binned_median_rms(x, residual, edges, 3) == 2.0
 
 
 @pytest.mark.parametrize("x", [np.empty(0), np.full(50, np.nan)])
 def test_binned_medians_of_nothing(x):
-    assert np.isnan(binned_median_rms(x, x).rms)
+    assert np.isnan(binned_median_rms(x, x, equal_count_edges(x, 10)))
 
 
 def test_binned_medians_of_one_value():
-    out = binned_median_rms(np.full(50, 3.0), np.full(50, 0.25))
-    assert out.rms == 0.25
-    assert sum(out.n) == 50
-
-
-@pytest.mark.parametrize("bins", [0, -1, [1.0], [1.0, 1.0, 2.0], [2.0, 1.0]])
-def test_impossible_bins(bins):
-    with pytest.raises(ConfigError):
-        binned_median_rms(np.arange(9.0), np.arange(9.0), bins)
+    x = np.full(50, 3.0)
+    assert binned_median_rms(x, np.full(50, 0.25), equal_count_edges(x, 10)) == 0.25

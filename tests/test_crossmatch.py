@@ -158,13 +158,25 @@ def equals_brute_force(seed, radius, left_kind, right_kind, use_gaia_id):
     )
     id_radius = radius * float(rng.uniform(1, 1.15))
     wanted, conflicts = brute_force(left, right, radius, id_radius, use_gaia_id)
-    every = match(left, right, MatchSettings(radius, id_radius, "all", use_gaia_id))
+    every = match(
+        left,
+        right,
+        MatchSettings(
+            radius_arcsec=radius, id_radius_arcsec=id_radius, pairs="all", use_gaia_id=use_gaia_id
+        ),
+    )
     assert every.n_conflicts == conflicts
     assert as_dict(every) == {
         p: [(far, s, q, len(rows)) for far, s, _, q in rows] for p, rows in wanted.items()
     }
     assert list(as_dict(every)) == list(wanted)  # sorted by left, too
-    best = match(left, right, MatchSettings(radius, id_radius, "best", use_gaia_id))
+    best = match(
+        left,
+        right,
+        MatchSettings(
+            radius_arcsec=radius, id_radius_arcsec=id_radius, pairs="best", use_gaia_id=use_gaia_id
+        ),
+    )
     assert as_dict(best) == {
         p: [(far, s, q, len(rows)) for far, s, _, q in rows[:1]] for p, rows in wanted.items()
     }
@@ -176,7 +188,9 @@ def test_no_pair_reaches_farther_than_stated(seed, radius, left_kind, right_kind
     rng = np.random.default_rng(seed)
     places = anchors(rng)
     left, right = (random_table(rng, 60, radius, kind, places) for kind in (left_kind, right_kind))
-    found = match(left, right, MatchSettings(radius, radius * 1.1, "all"))
+    found = match(
+        left, right, MatchSettings(radius_arcsec=radius, id_radius_arcsec=radius * 1.1, pairs="all")
+    )
 
     def motion(table: pa.Table) -> Motion:
         epochs, pm = column(table, "position_epoch"), np.hypot(
@@ -187,7 +201,7 @@ def test_no_pair_reaches_farther_than_stated(seed, radius, left_kind, right_kind
             return Motion(float(pm.max(initial=0)), np.nan, np.nan)
         return Motion(float(pm.max(initial=0)), float(epochs.min()), float(epochs.max()))
 
-    chosen = MatchSettings(radius, radius * 1.1)
+    chosen = MatchSettings(radius_arcsec=radius, id_radius_arcsec=radius * 1.1)
     reach = reach_arcsec(chosen, motion(left), motion(right), ids=True)
     (ra1, dec1), (ra2, dec2) = ((column(t, "ra"), column(t, "dec")) for t in (left, right))
     i, j = found.left, found.right
@@ -195,10 +209,10 @@ def test_no_pair_reaches_farther_than_stated(seed, radius, left_kind, right_kind
 
 
 def test_reach_of_catalogs():
-    plain, fixed = MatchSettings(1.0), Motion(0.0, np.nan, np.nan)
+    plain, fixed = MatchSettings(radius_arcsec=1.0), Motion(0.0, np.nan, np.nan)
     assert reach_arcsec(plain, fixed, fixed, ids=False) == pytest.approx(1.0, abs=0.01)
     assert reach_arcsec(plain, fixed, fixed, ids=True) == pytest.approx(10.0, abs=0.01)
-    off = MatchSettings(1.0, use_gaia_id=False)
+    off = MatchSettings(radius_arcsec=1.0, use_gaia_id=False)
     assert reach_arcsec(off, fixed, fixed, ids=True) == pytest.approx(1.0, abs=0.01)
     fast, old = Motion(10_000.0, 2016.0, 2016.0), Motion(0.0, 1991.0, 2000.0)
     assert reach_arcsec(plain, old, fast, ids=False) == pytest.approx(251.0, abs=0.01)
@@ -219,7 +233,7 @@ def test_partitions_see_what_the_whole_sky_sees(kind):
         table = table.append_column("star_id", pa.array(rng.permutation(table.num_rows)))
         both.append(table.sort_by([("_healpix_29", "ascending"), ("star_id", "ascending")]))
     left, right = both
-    chosen = MatchSettings(1.0, 3.0, "all")
+    chosen = MatchSettings(radius_arcsec=1.0, id_radius_arcsec=3.0, pairs="all")
     bound = Motion(3000.0, 1991.25, 2016.0) if kind else Motion(0.0, np.nan, np.nan)
     reach = float(reach_arcsec(chosen, bound, bound, ids=True))
     whole = match(left, right, chosen)
@@ -258,7 +272,7 @@ def test_equals_astropy(radius):
     a, b = (SkyCoord(t["ra"].to_numpy(), t["dec"].to_numpy(), unit="deg") for t in (left, right))
     i, j, apart, _ = search_around_sky(a, b, radius * u.arcsec)
     clear = np.abs(apart.arcsec - radius) > 1e-6
-    found = match(left, right, MatchSettings(radius, pairs="all", use_gaia_id=False))
+    found = match(left, right, MatchSettings(radius_arcsec=radius, pairs="all", use_gaia_id=False))
     inside = np.abs(found.separation_arcsec - radius) > 1e-6
     assert len(found.left) > 1000
     assert set(zip(i[clear].tolist(), j[clear].tolist(), strict=True)) == set(
@@ -269,17 +283,19 @@ def test_equals_astropy(radius):
 def test_radius_is_inclusive():
     left, right = sky_table([10.0], [20.0]), sky_table([10.0002], [20.0003], star_id=[1])
     apart = float(separation_arcsec(*(np.array([x]) for x in (10.0, 20.0, 10.0002, 20.0003)))[0])
-    assert len(match(left, right, MatchSettings(apart)).left) == 1
-    assert len(match(left, right, MatchSettings(np.nextafter(apart, 0))).left) == 0
+    assert len(match(left, right, MatchSettings(radius_arcsec=apart)).left) == 1
+    assert len(match(left, right, MatchSettings(radius_arcsec=np.nextafter(apart, 0))).left) == 0
 
 
 def test_ties_go_to_the_smallest_key():
     left = sky_table([10.0], [20.0])
     for keys in ([7, 3, 5], ["b", "a", "c"]):
         right = sky_table([10.0] * 3, [20.0] * 3, star_id=keys, other=[1, 2, 3])
-        found = match(left, right, MatchSettings(1.0))
+        found = match(left, right, MatchSettings(radius_arcsec=1.0))
         assert (found.right.tolist(), found.n_candidates.tolist()) == ([1], [3])
-        assert match(left, right, MatchSettings(1.0), right_key="other").right.tolist() == [0]
+        assert match(
+            left, right, MatchSettings(radius_arcsec=1.0), right_key="other"
+        ).right.tolist() == [0]
 
 
 def test_id_goes_before_distance_and_releases_are_not_mixed():
@@ -292,11 +308,11 @@ def test_id_goes_before_distance_and_releases_are_not_mixed():
         gaia_dr2_source_id=pa.array([5, 5, None, 7, -9999]),
     )
     keys = right["star_id"].to_numpy()
-    found = match(left, right, MatchSettings(1.0, pairs="all"))
+    found = match(left, right, MatchSettings(radius_arcsec=1.0, pairs="all"))
     assert keys[found.right].tolist() == [3, 2, 4]
     assert found.by_id.tolist() == [True, False, False]
     assert found.n_conflicts == 2
-    found = match(left, right, MatchSettings(1.0, pairs="all", use_gaia_id=False))
+    found = match(left, right, MatchSettings(radius_arcsec=1.0, pairs="all", use_gaia_id=False))
     assert keys[found.right].tolist() == [0, 1, 2, 4]
     assert not found.by_id.any()
 
@@ -315,9 +331,16 @@ def test_star_of_high_proper_motion():
         pmra=[pmra],
         pmdec=[pmdec],
     )
-    assert match(left, right, MatchSettings(0.001)).right.tolist() == [0]
-    assert match(left, right.drop(["pmra"]), MatchSettings(200.0, 200.0)).right.tolist() == []
-    swapped = match(right, left.append_column("star_id", pa.array([1])), MatchSettings(0.001))
+    assert match(left, right, MatchSettings(radius_arcsec=0.001)).right.tolist() == [0]
+    assert (
+        match(
+            left, right.drop(["pmra"]), MatchSettings(radius_arcsec=200.0, id_radius_arcsec=200.0)
+        ).right.tolist()
+        == []
+    )
+    swapped = match(
+        right, left.append_column("star_id", pa.array([1])), MatchSettings(radius_arcsec=0.001)
+    )
     assert swapped.right.tolist() == [0]
 
 
@@ -342,7 +365,7 @@ def test_pairs_as_far_apart_as_can_be(sign):
             left["position_epoch"] = np.where(np.arange(n) == 0, 2016.0, 2016.0 + path)
         other_ra, other_dec = propagate(ra, dec, pmra, pmdec, path - 0.99999e3 * radius / pm)
         a, b = sky_table(other_ra, other_dec, **left), sky_table(ra, dec, **columns)
-        found = match(a, b, MatchSettings(radius, pairs="all"))
+        found = match(a, b, MatchSettings(radius_arcsec=radius, pairs="all"))
         own = a["star_id"].to_numpy()[found.left] == b["star_id"].to_numpy()[found.right]
         assert np.count_nonzero(own) == n - epochs
 
@@ -358,7 +381,9 @@ def test_crowds(ids):
         columns = {"gaia_dr3_source_id": np.where(rng.random(n) < 0.6, 1, 2)} if ids else {}
         tables.append(sky_table(ra, dec, star_id=rng.permutation(n), **columns))
     wanted, conflicts = brute_force(tables[0], tables[1], 1.0, 2.0, True)
-    found = match(tables[0], tables[1], MatchSettings(1.0, 2.0, "all"))
+    found = match(
+        tables[0], tables[1], MatchSettings(radius_arcsec=1.0, id_radius_arcsec=2.0, pairs="all")
+    )
     assert as_dict(found) == {
         p: [(far, s, q, len(rows)) for far, s, _, q in rows] for p, rows in wanted.items()
     }
@@ -387,7 +412,7 @@ def test_a_placeholder_id_does_not_make_all_pairs(monkeypatch):
         return original(a, b, i, j)
 
     monkeypatch.setattr(crossmatch, "_separation", counting)
-    match(tables[0], tables[1], MatchSettings(1.0))
+    match(tables[0], tables[1], MatchSettings(radius_arcsec=1.0))
     assert sum(compared) < 10_000
 
 
@@ -397,7 +422,7 @@ def test_many_rows_at_one_position():
     ids = np.where(np.arange(n) % 2 == 0, np.arange(n) + 1, 0)
     table = sky_table(np.full(n, 10.0), np.full(n, 5.0), star_id=np.arange(n)[::-1],
                       gaia_dr3_source_id=ids)  # fmt: skip
-    found = match(table, table, MatchSettings(1.0))
+    found = match(table, table, MatchSettings(radius_arcsec=1.0))
     assert found.left.tolist() == list(range(n))
     by_id = ids > 0
     assert (found.by_id == by_id).all() and (found.right[by_id] == found.left[by_id]).all()
@@ -406,7 +431,7 @@ def test_many_rows_at_one_position():
     assert set(found.right[~by_id]) == {n - 1}, "the smallest key"
     assert found.n_conflicts == (n // 2) ** 2 - n // 2
     with pytest.raises(ConfigError, match=r"50,000 reference rows crowd at ra 10\.0+, dec 5\.0+"):
-        match(table, table, MatchSettings(1.0, pairs="all"))
+        match(table, table, MatchSettings(radius_arcsec=1.0, pairs="all"))
 
 
 @pytest.mark.parametrize("rows", [(0, 3), (3, 0), (0, 0)])
@@ -416,7 +441,7 @@ def test_empty(rows, pairs):
     kind = {"epoch", "pm", "dr3", "dr2"}
     places = anchors(rng)
     left, right = (random_table(rng, 3, 1.0, kind, places).slice(0, n) for n in rows)
-    found = match(left, right, MatchSettings(1.0, pairs=pairs))
+    found = match(left, right, MatchSettings(radius_arcsec=1.0, pairs=pairs))
     assert len(found.left) == len(found.right) == len(found.n_candidates) == 0
     assert found.left.dtype == found.right.dtype == np.int64
     assert found.n_candidates.dtype == np.int32
@@ -427,7 +452,7 @@ def test_columns_of_nulls_are_as_good_as_absent():
     rng = np.random.default_rng(8)
     places = anchors(rng)
     left, right = (random_table(rng, 50, 1.0, set(), places) for _ in range(2))
-    wanted = match(left, right, MatchSettings(1.0))
+    wanted = match(left, right, MatchSettings(radius_arcsec=1.0))
     assert len(wanted.left)
     names = ("position_epoch", "pmra", "pmdec", "gaia_dr3_source_id", "gaia_dr2_source_id")
     for dtype in (pa.null(), pa.int64()):
@@ -437,18 +462,18 @@ def test_columns_of_nulls_are_as_good_as_absent():
             )
             for t in (left, right)
         ]
-        found = match(full[0], full[1], MatchSettings(1.0))
+        found = match(full[0], full[1], MatchSettings(radius_arcsec=1.0))
         np.testing.assert_array_equal(found.right, wanted.right)
 
 
 def test_wrong_input():
     good = sky_table([10.0, 200.0], [20.0, -20.0], star_id=[1, 2])
     with pytest.raises(PartitionError, match="left side of the crossmatch is not sorted"):
-        match(good.take(pa.array([1, 0])), good, MatchSettings(1.0))
+        match(good.take(pa.array([1, 0])), good, MatchSettings(radius_arcsec=1.0))
     with pytest.raises(ConfigError, match="right side of the crossmatch has no column 'obs_id'"):
-        match(good, good, MatchSettings(1.0), right_key="obs_id")
+        match(good, good, MatchSettings(radius_arcsec=1.0), right_key="obs_id")
     with pytest.raises(ConfigError, match="left side of the crossmatch has no column 'dec'"):
-        match(good.drop(["dec"]), good, MatchSettings(1.0))
+        match(good.drop(["dec"]), good, MatchSettings(radius_arcsec=1.0))
 
 
 @pytest.mark.parametrize(
@@ -468,9 +493,12 @@ def test_wrong_settings(wrong):
 
 
 def test_settings_cross_processes():
-    chosen = MatchSettings(1.0, 2.0, "all", False)
+    chosen = MatchSettings(radius_arcsec=1.0, id_radius_arcsec=2.0, pairs="all", use_gaia_id=False)
     assert pickle.loads(pickle.dumps(chosen)) == chosen
-    assert MatchSettings(1.0, 0.5, use_gaia_id=False).id_radius_arcsec == 0.5
+    assert (
+        MatchSettings(radius_arcsec=1.0, id_radius_arcsec=0.5, use_gaia_id=False).id_radius_arcsec
+        == 0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -490,6 +518,8 @@ def test_real_surveys(real_data, target, target_key, n_pairs, n_references):
         return sky_table(ra, dec, star_id=[row[key] for row in rows])
 
     found = match(
-        load(target, target_key), load("apogee_dr17.csv", "apogee_id"), MatchSettings(3.0)
+        load(target, target_key),
+        load("apogee_dr17.csv", "apogee_id"),
+        MatchSettings(radius_arcsec=3.0),
     )
     assert (len(found.left), len(np.unique(found.right))) == (n_pairs, n_references)

@@ -1,7 +1,6 @@
 """Grouping and combining of repeats against plain-Python versions of the stated rules."""
 
 import csv
-import itertools
 import math
 import pickle
 import statistics
@@ -22,9 +21,7 @@ from sos_dask.stars import crowds
 from sos_dask.stars import group as grouping
 from sos_dask.stars.combine import combine
 from sos_dask.stars.crowds import Places
-from sos_dask.stars.edges import Edges
-from sos_dask.stars.group import Groups, group
-from sos_dask.stars.settings import METHODS, DedupeSettings
+from sos_dask.stars.group import DedupeSettings, Groups, group, group_around
 
 THOROUGH = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=200
@@ -191,9 +188,7 @@ def test_group_equals_one_by_one(seed, n, radius, releases, ties, use_gaia_id, c
     rng = np.random.default_rng(seed)
     sky = Sky(rng, n, radius, releases, ties)
     chosen = DedupeSettings(
-        radius_arcsec=radius,
-        id_radius_arcsec=radius * rng.uniform(1, 3),
-        use_gaia_id=use_gaia_id,
+        radius_arcsec=radius, id_radius_arcsec=radius * rng.uniform(1, 3), use_gaia_id=use_gaia_id
     )
     with links_listed(not crowded):
         found = sky.group(chosen)
@@ -222,13 +217,14 @@ def test_order_of_rows_does_not_matter(releases):
 
 @pytest.mark.parametrize("centre", [(0.0, 90.0), (0.0, CORNER), (0.0, 0.0), (45.0, CORNER)])
 @pytest.mark.parametrize("releases", [(), ("dr2", "dr3")])
-def test_partitions_see_what_the_whole_sky_sees(centre, releases):
+@pytest.mark.parametrize("moved", [0.0, 2.0])
+def test_partitions_see_what_the_whole_sky_sees(centre, releases, moved):
     """Pixels of 6 arcsec with chains of stars over many of them, read in growing rings."""
     rng = np.random.default_rng(11)
     n, chosen = 1500, DedupeSettings(radius_arcsec=1.5, id_radius_arcsec=2.5)
     sky = Sky(rng, n, 1.5, releases, ties=False)
     place = (np.full(n, centre[0]), np.full(n, centre[1]))
-    ra, dec = sky.around(rng, *place, 60.0)
+    ra, dec = sky.around(rng, *place, 50.0)
     cells = ang2pix(ra, dec)
     order = np.argsort(cells, kind="stable")
     sky.ra, sky.dec, sky.cells = ra[order], dec[order], cells[order]
@@ -236,23 +232,29 @@ def test_partitions_see_what_the_whole_sky_sees(centre, releases):
     sky.frontier = np.zeros(n, dtype=bool)
     whole = sky.group(chosen).primary
     assert len(np.unique(whole)) < 0.8 * n
-    grown = 0
-    for pixel in (HealpixPixel(15, int(p)) for p in np.unique(sky.cells >> 28)):
-        inside = in_ranges(sky.cells, [(pixel.first, pixel.stop)])
-        edges = Edges.of(pixel, sky.cells[inside], chosen.id_radius_arcsec)
-        layers = 2
-        while True:
-            rows = np.flatnonzero(inside | in_ranges(sky.cells, edges.ranges))
-            sky.frontier = edges.is_frontier(sky.cells)
-            found = sky.group(chosen, rows)
-            own = inside[rows]
-            if not found.touches_frontier[own].any():
-                break
-            layers *= 2
-            edges = edges.grown(sky.cells[inside], found.touches_frontier[own], layers)
-            grown += 1
-        np.testing.assert_array_equal(rows[found.primary[own]], whole[rows[own]])
-    assert grown > 10
+    stored = ang2pix(*sky.around(rng, sky.ra, sky.dec, moved)) if moved else sky.cells
+    table = pa.table({"_healpix_29": sky.cells, "ra": sky.ra, "dec": sky.dec, "row": np.arange(n)})
+    for release, values in sky.ids.items():
+        table = table.append_column(f"gaia_{release}_source_id", pa.array(values))
+    n_reads = 0
+    pixels = [HealpixPixel(15, int(p)) for p in np.unique(stored >> 28)]
+    for pixel in pixels:
+
+        def read(ranges: Any, pixel: HealpixPixel = pixel) -> Any:
+            nonlocal n_reads
+            n_reads += 1
+            own = in_ranges(stored, [(pixel.first, pixel.stop)])
+            known = in_ranges(stored, ranges)
+            assert known[own].all()
+            return table.filter(pa.array(known)), own[known]
+
+        reach = chosen.id_radius_arcsec + moved
+        found, own, primary = group_around(
+            pixel, read, lambda some: sky.rank[some["row"].to_numpy()], reach, chosen, ""
+        )
+        rows = found["row"].to_numpy()
+        np.testing.assert_array_equal(rows[primary[own]], whole[rows[own]])
+    assert n_reads > len(pixels)
 
 
 def row_of_sky(positions_arcsec: list[float], dr3: list[int], dr2: list[int]) -> Any:
@@ -309,28 +311,6 @@ def row_of_sky(positions_arcsec: list[float], dr3: list[int], dr2: list[int]) ->
 def test_rule_by_example(positions, dr3, dr2, primaries, listed):
     with links_listed(listed):
         assert row_of_sky(positions, dr3, dr2) == primaries
-
-
-@THOROUGH
-@given(seeds, st.integers(0, 29), st.sampled_from([0.01, 1.5, 600.0]))
-def test_what_reaches_out_of_a_pixel_is_read(seed, order, reach):
-    """Every row within reach of a row inside, and no row of a link that is cut off unmarked."""
-    rng = np.random.default_rng(seed)
-    sky = Sky(rng, 60, reach, (), ties=False)
-    pixel = HealpixPixel(order, int(sky.cells[rng.integers(60)] >> 2 * (29 - order)))
-    inside = in_ranges(sky.cells, [(pixel.first, pixel.stop)])
-    edges = Edges.of(pixel, sky.cells[inside], reach)
-    ranges = edges.ranges
-    assert all(low < high for low, high in ranges)
-    assert all(one[1] <= other[0] for one, other in itertools.pairwise(ranges))
-    assert not in_ranges(np.array([pixel.first, pixel.stop - 1]), ranges).any()
-    i, j = (grid.ravel() for grid in np.meshgrid(np.arange(60), np.arange(60)))
-    linked = separation_arcsec(sky.ra[i], sky.dec[i], sky.ra[j], sky.dec[j]) <= reach
-    known = inside | in_ranges(sky.cells, ranges)
-    assert known[j[linked & inside[i]]].all()
-    frontier = edges.is_frontier(sky.cells)
-    assert not frontier[inside].any()
-    assert known[j[linked & known[i] & ~frontier[i]]].all()
 
 
 def test_members_lie_within_the_radius_of_their_primary():
@@ -492,6 +472,7 @@ def test_settings_cross_processes():
     )
 
 
+METHODS = ("inverse-variance", "best-snr", "median")
 LABELS = ("teff", "logg", "feh", "rv")
 FLOATS = (*LABELS, *(f"{label}_err" for label in LABELS), "snr", "phot_g_mean_mag")
 

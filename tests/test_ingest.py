@@ -8,17 +8,10 @@ import pytest
 from astropy.io import fits
 from astropy.table import Table
 
-from sos_dask.ingest import (
-    Profile,
-    check_profile,
-    conflicting_keys,
-    merge_rows,
-    open_source,
-    plan_chunks,
-    read_chunk,
-)
+from sos_dask.ingest.canonical import Profile, check_profile, plan_chunks, read_chunk
+from sos_dask.ingest.keys import conflicting_keys, merge_rows
+from sos_dask.ingest.readers import open_source
 from sos_dask.sky.healpix import ang2pix
-from sos_dask.surveys.cuts import quality_mask
 from sos_dask.surveys.definition import Survey, load_survey, parse_survey
 from tests.survey_files import NAMES, fails, ipc_bytes, read, rows, survey, write_csv, write_fits
 
@@ -108,7 +101,7 @@ def test_missing_values_become_null_and_are_counted(tmp_path):
     assert teff[:5] == [None] * 5
     assert None not in teff[5:]
     assert out.profile.nulls["teff"] == 5
-    assert out.profile.impossible_values() == {"feh": 2, "teff": 1}
+    assert out.profile.impossible == {"feh": 2, "teff": 1}
     assert out.profile.first_impossible == {"feh": (0, 0, "9.75"), "teff": (0, 4, "999")}
     assert out.column("feh")[1] == 2.0
     # Nulls are as 0 in memory, never the sentinel.
@@ -133,7 +126,7 @@ def test_a_sentinel_beyond_the_limits_is_no_impossible_value(tmp_path):
     data["feh"][:2] = [-9999.99, -99.0]
     out = read(write_fits(tmp_path / "a", data), survey(missing=[-9999.99]))
     assert out.column("feh")[:2] == [None, None]
-    assert out.profile.impossible_values() == {"feh": 1}
+    assert out.profile.impossible == {"feh": 1}
     assert out.profile.first_impossible["feh"] == (0, 1, "-99")
 
 
@@ -298,9 +291,7 @@ def test_real_files(real_data, tmp_path, file, name, n_rows, n_stars, n_good):
     definition = load_survey(name)
     source = open_source(real_data / file, definition, 0, tmp_path)
     batches = [
-        batch
-        for chunk in plan_chunks(source, 1000)
-        for batch in read_chunk(chunk, definition, 900, quality=quality_mask)
+        batch for chunk in plan_chunks(source, 1000) for batch in read_chunk(chunk, definition, 900)
     ]
     profile = Profile.merge([batch.profile for batch in batches])
     assert profile.n_rows == n_rows
@@ -314,11 +305,7 @@ def test_real_files(real_data, tmp_path, file, name, n_rows, n_stars, n_good):
         assert merged.rows.num_rows == n_stars
     if n_good is not None:
         assert np.count_nonzero(merged.rows["quality"].to_numpy() == 0) == n_good
-    whole = [
-        batch
-        for chunk in plan_chunks(source)
-        for batch in read_chunk(chunk, definition, quality=quality_mask)
-    ]
+    whole = [batch for chunk in plan_chunks(source) for batch in read_chunk(chunk, definition)]
     assert ipc_bytes(merge_rows([b.rows for b in whole], [file]).rows) == ipc_bytes(merged.rows)
 
 
@@ -330,7 +317,7 @@ def test_real_lamost_duplicates(real_data, tmp_path):
 
 def read_real(path: Path, definition: Survey, scratch: Path) -> pa.Table:
     source = open_source(path, definition, 0, scratch)
-    batches = read_chunk(plan_chunks(source)[0], definition, quality=quality_mask)
+    batches = read_chunk(plan_chunks(source)[0], definition)
     return pa.concat_tables([batch.rows for batch in batches])
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.ingest.arrays import as_array, is_valid, taken
+from sos_dask.columns import as_array, is_valid, taken
 
 
 @pytest.mark.parametrize(

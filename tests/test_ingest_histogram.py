@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.ingest import HISTOGRAM_ORDER, histogram_of, partition_edges
+from sos_dask.ingest.keys import HISTOGRAM_ORDER, histogram_of, partition_edges
 from sos_dask.sky.healpix import HealpixPixel, plan_partitions
 
 N_CELLS = 12 << 58

@@ -10,16 +10,19 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from sos_dask.columns import one_array
 from sos_dask.errors import SurveyError
-from sos_dask.ingest import (
+from sos_dask.ingest.keys import (
     check_conflicts,
     conflicting_keys,
+    hashes_of,
+    holders,
+    key_ranges,
     losing_rows,
     merge_rows,
     rejected_rows,
+    sorted_hashes,
 )
-from sos_dask.ingest.arrays import one_array
-from sos_dask.ingest.keys import hashes_of, holders, key_ranges, sorted_hashes
 from sos_dask.sky.healpix import ang2pix
 from tests.survey_files import ipc_bytes, read, rows, survey, write_fits
 

@@ -3,8 +3,8 @@ import gzip
 import pytest
 
 from sos_dask.errors import SurveyError
-from sos_dask.ingest import open_source, plan_chunks, read_chunk
-from sos_dask.surveys.cuts import quality_mask
+from sos_dask.ingest.canonical import plan_chunks, read_chunk
+from sos_dask.ingest.readers import open_source
 from tests.survey_files import NAMES, fails, read, rows, survey, write_csv
 
 
@@ -47,7 +47,7 @@ def test_words_for_missing_values(tmp_path):
     out = read(write_csv(tmp_path / "a", data), definition)
     assert out.column("teff") == [None, None, 5000.0]
     assert out.column("class") == ["null", None, "G5"]
-    assert out.profile.impossible_values() == {}
+    assert out.profile.impossible == {}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_bad_values_are_named_with_their_row(tmp_path, column, value, words, gzi
         definition = survey({"gaia_dr3_source_id": {"source": "gaia"}}, position_epoch=2016.0)
     source = open_source(path, definition, 0, tmp_path)
     with pytest.raises(SurveyError) as caught:
-        for batch in read_chunk(plan_chunks(source)[0], definition, 1000, quality=quality_mask):
+        for batch in read_chunk(plan_chunks(source)[0], definition, 1000):
             assert batch.profile.n_rows == 1000
     for word in [str(path), f"column '{column}'", "row 4321 (line 4326)", *words]:
         assert word in str(caught.value)

@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 from sos_dask import corrections as models
 from sos_dask.corrections import Batch, Histogram, Param
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.evidence.metrics import held_out_metrics
+from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.problem import FEATURES, features
 from sos_dask.schema import LABELS
 from sos_dask.sky.sphere import unit_vectors

@@ -3,8 +3,7 @@ import pytest
 
 from sos_dask import corrections as models
 from sos_dask.corrections import Batch
-from sos_dask.corrections.polynomial import PolynomialCorrection
-from sos_dask.problem import polynomial_terms
+from sos_dask.corrections.polynomial import PolynomialCorrection, polynomial_terms
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
 

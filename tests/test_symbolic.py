@@ -14,7 +14,7 @@ from sos_dask.corrections.formula import Formula
 from sos_dask.corrections.sample import Scale, draw_sample
 from sos_dask.corrections.symbolic import SymbolicCorrection
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.evidence.metrics import scatter
+from sos_dask.evidence.figures import scatter
 from sos_dask.problem import FEATURES
 from sos_dask.schema import LABELS
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs

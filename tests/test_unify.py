@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.schema import CANONICAL
 from sos_dask.sky.healpix import ang2pix
-from sos_dask.stars.unify import METHODS, UnifySettings, unify
+from sos_dask.stars.unify import UnifySettings, unify
 
 THOROUGH = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=200
 )
 LABELS = ("teff", "logg", "feh")
 MEASURED = (*LABELS, "rv")
+METHODS = ("precedence", "weighted-mean")
 SURVEYS = ("apogee-dr17", "galah-dr4", "lamost-dr11-lrs")
 Rng = np.random.Generator
 
@@ -144,11 +145,11 @@ def test_equals_one_by_one(seed, n, method, order, more):
     rng = np.random.default_rng(seed)
     table, primary = stars(rng, n)
     chosen = UnifySettings(
-        method,
-        order,
-        {"galah-dr4": {"teff": 100.0, "rv": -3.0}, "nobody": {"feh": 1.0}} if more else {},
-        float(rng.choice([0.5, 2.0, 5.0])),
-        {"teff": 50.0, "feh": 0.001} if more else {},
+        method=method,
+        order=order,
+        offsets={"galah-dr4": {"teff": 100.0, "rv": -3.0}, "nobody": {"feh": 1.0}} if more else {},
+        max_spread=float(rng.choice([0.5, 2.0, 5.0])),
+        expected_error={"teff": 50.0, "feh": 0.001} if more else {},
     )
     place = {name: k for k, name in enumerate(order)}
     wanted = []
@@ -165,7 +166,7 @@ def test_equals_one_by_one(seed, n, method, order, more):
 def test_same_bytes_for_any_order_of_rows(method):
     rng = np.random.default_rng(6)
     table, primary = stars(rng, 300)
-    chosen = UnifySettings(method, SURVEYS)
+    chosen = UnifySettings(method=method, order=SURVEYS)
     one = unify(table, primary, chosen)
     order = rng.permutation(300)
     place = np.argsort(order)
@@ -225,7 +226,7 @@ def test_who_gives_the_labels(columns, survey, quality):
 
 def test_weighted_mean_offsets_and_disagreement():
     table = two(teff_err=[30.0, 40.0])
-    chosen = UnifySettings("weighted-mean", ORDER, max_spread=3.0)
+    chosen = UnifySettings(method="weighted-mean", order=ORDER, max_spread=3.0)
     star = unify(table, np.array([1, 1]), chosen).to_pylist()[0]
     assert star["teff"] == pytest.approx((5000 / 900 + 5200 / 1600) / (1 / 900 + 1 / 1600))
     assert star["teff_err"] == pytest.approx(24.0)
@@ -233,7 +234,9 @@ def test_weighted_mean_offsets_and_disagreement():
     assert star["flag_spread"] is True  # 200 K with an error of 50 K
     offsets = {"apogee-dr17": {"teff": 60.0}}
     star = unify(
-        table, np.array([1, 1]), UnifySettings("weighted-mean", ORDER, offsets, 3.0)
+        table,
+        np.array([1, 1]),
+        UnifySettings(method="weighted-mean", order=ORDER, offsets=offsets, max_spread=3.0),
     ).to_pylist()[0]
     assert star["teff"] == pytest.approx((5000 / 900 + 5140 / 1600) / (1 / 900 + 1 / 1600))
     assert star["flag_spread"] is False
@@ -261,5 +264,7 @@ def test_wrong_input():
 
 
 def test_settings_cross_processes():
-    chosen = UnifySettings("weighted-mean", ORDER, {"galah-dr4": {"teff": 1.0}})
+    chosen = UnifySettings(
+        method="weighted-mean", order=ORDER, offsets={"galah-dr4": {"teff": 1.0}}
+    )
     assert pickle.loads(pickle.dumps(chosen)) == chosen

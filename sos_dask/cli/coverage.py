@@ -74,7 +74,10 @@ def attach(
         options.refuse(("id_radius_arcsec",), "by position")
     else:
         options.refuse(("radius_arcsec",), "by Gaia id")
-    settings = AttachSettings(names, by, radius_arcsec, id_radius_arcsec)
+    given: dict[str, Any] = {"columns": names, "by": by}
+    settings = AttachSettings(
+        **given, radius_arcsec=radius_arcsec, id_radius_arcsec=id_radius_arcsec
+    )
     opened, companion = open_catalogs([catalog, other], key)
     step = partial(run, opened, companion, out, settings)
     show_step(run_step(step, options), out, options.as_json)

@@ -134,8 +134,7 @@ def _single_step(
 
 
 def _costs(store: Path) -> dict[str, dict[str, float | None]]:
-    """What training took, as far as it is known, and prediction, measured now."""
-    from sos_dask.stages.compare import prediction_cost
+    """What training took, as far as it is known."""
     from sos_dask.storage.store import costs, published
 
     known = costs(store)
@@ -146,9 +145,6 @@ def _costs(store: Path) -> dict[str, dict[str, float | None]]:
             found[product.removeprefix("model.")] = {
                 "train_cpu_s": cost.cpu_s if cost else None,
                 "train_wall_s": cost.wall_s if cost else None,
-                "predict_cpu_us_a_row": round(
-                    prediction_cost((store / "current" / product).resolve()), 3
-                ),
             }
     return found
 
@@ -273,14 +269,13 @@ def _show_costs(costs: dict[str, dict[str, float | None]]) -> None:
     table = [
         [
             method,
-            *("-" if value is None else f"{value:,.1f}" for value in list(cost.values())[:2]),
-            f"{cost['predict_cpu_us_a_row']:.2f}",
+            *("-" if value is None else f"{value:,.1f}" for value in cost.values()),
         ]
         for method, cost in costs.items()
     ]
     show_table(
-        "Cost: of training when it was run, of prediction here and now",
-        ["method", ">train\nCPU s", ">\nwall s", ">predict\nCPU µs/row"],
+        "Cost of training when it was run",
+        ["method", ">CPU s", ">wall s"],
         table,
     )
 
@@ -353,14 +348,14 @@ def trends(
 def _show_summary(
     tables: dict[tuple[str, str], list[dict[str, Any]]], methods: Sequence[str]
 ) -> None:
-    from sos_dask.stages.trends import rms_of_medians
+    from sos_dask.stats.binned import rms_of_medians
 
     table = []
     for label, against in sorted(tables, key=lambda key: list(LABEL_UNITS).index(key[0])):
         bins = tables[label, against]
         found = [
-            rms_of_medians([b for b in bins if b["method"] == method])
-            for method in (None, *methods)
+            rms_of_medians([b["n"] for b in some], [b["median"] for b in some])
+            for some in ([b for b in bins if b["method"] == m] for m in (None, *methods))
         ]
         bins_used = [str(found[0][1])] if _is_wide() else []
         table.append([label, against, *bins_used, *(_number(rms, label) for rms, _ in found)])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sos_dask.evidence.metrics import Metric
+    from sos_dask.evidence.figures import Metric
     from sos_dask.rebuild.pipeline import Build
     from sos_dask.run.cluster import Report
     from sos_dask.storage.artifact import Manifest, Rows

@@ -107,7 +107,7 @@ def ingest(
     definition = load_survey(survey)
     if margin_arcsec is not None and not 0 < margin_arcsec < 3600:
         raise ConfigError(f"--margin-arcsec {margin_arcsec:g} is not between 0 and 3600")
-    settings = IngestSettings(rows_per_partition)
+    settings = IngestSettings(rows_per_partition=rows_per_partition)
 
     def step(**context: Any) -> Manifest:
         manifest = run(definition, files, out, settings, name=out.name, **context)
@@ -149,7 +149,7 @@ def dedupe(
     Example: sos-dask dedupe lamost -o lamost.stars --method best-snr
     """
     from sos_dask.stages.dedupe import dedupe as run
-    from sos_dask.stars.settings import DedupeSettings
+    from sos_dask.stars.group import DedupeSettings
 
     if no_gaia_id:
         options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
@@ -208,9 +208,14 @@ def reference(
             raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
         paths[name] = path
     opened = dict(zip(paths, open_catalogs(paths.values(), key), strict=True))
-    unify = UnifySettings(method, tuple(opened))
+    given: dict[str, Any] = {"method": method, "order": tuple(opened)}
     settings = ReferenceSettings(
-        unify, radius_arcsec, id_radius_arcsec, epoch, rows_per_partition, offsets
+        unify=UnifySettings(**given),
+        radius_arcsec=radius_arcsec,
+        id_radius_arcsec=id_radius_arcsec,
+        epoch=epoch,
+        rows_per_partition=rows_per_partition,
+        measure_offsets=offsets,
     )
     step = partial(run, opened, out, settings, name=out.name)
     show_step(run_step(step, options), out, options.as_json)
@@ -256,14 +261,15 @@ def crossmatch(
 
     if no_gaia_id:
         options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
-    match = MatchSettings(radius_arcsec, id_radius_arcsec, pairs, not no_gaia_id)
+    given: dict[str, Any] = {"pairs": pairs, "use_gaia_id": not no_gaia_id}
+    match = MatchSettings(radius_arcsec=radius_arcsec, id_radius_arcsec=id_radius_arcsec, **given)
     target, stars = open_catalogs([left, right], key)
     step = partial(
         run,
         target,
         stars,
         out,
-        PairSettings(match, folds, seed),
+        PairSettings(match=match, n_folds=folds, seed=seed),
         name=out.name,
     )
     show_step(run_step(step, options), out, options.as_json)

@@ -32,7 +32,6 @@ from sos_dask.corrections import (
 )
 from sos_dask.corrections.grid import Grid, smeared
 from sos_dask.corrections.polynomial import PolynomialCorrection
-from sos_dask.problem import polynomial_terms
 
 _DEFAULTS: Mapping[str, int | float] = {
     "n_rounds": 100,
@@ -148,7 +147,7 @@ def fit(
     progress: Progress,
 ) -> HybridCorrection:
     """Fit; see `sos_dask.corrections.fit`."""
-    needed = max(2 * len(polynomial_terms(params["order"])), boosted.MIN_PAIRS)
+    needed = max(2 * len(polynomial.polynomial_terms(params["order"])), boosted.MIN_PAIRS)
     summary = summarise(source, train_folds, client, "hybrid", needed)
     info = summary.info("hybrid", params, train_folds)
     of_smooth = info.of_part("polynomial", polynomial.PARAMS).params

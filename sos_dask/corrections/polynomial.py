@@ -16,6 +16,7 @@ dask arrays, with every term of every pair in them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,14 +48,8 @@ from sos_dask.corrections import (
     to_json,
     training_rows,
 )
-from sos_dask.errors import ModelError
-from sos_dask.problem import (
-    BLOCK_ROWS,
-    FEATURES,
-    design_matrix,
-    evaluate_polynomials,
-    polynomial_terms,
-)
+from sos_dask.errors import ConfigError, ModelError
+from sos_dask.problem import BLOCK_ROWS, FEATURES
 from sos_dask.run.machine import n_threads
 from sos_dask.schema import LABELS
 
@@ -365,3 +360,117 @@ def _solve(
         step = new[:, label] - coefficients[:, label]
         change[label] = math.sqrt(max(0.0, float(step @ matrix @ step)) / total)
     return new, change
+
+
+def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
+    """Exponents of all monomials up to a total order.
+
+    Parameters
+    ----------
+    order : int
+        Largest sum of the exponents.
+    n : int
+        Number of variables.
+
+    Returns
+    -------
+    ndarray of int64, shape ((order + n)! / (order! n!), n)
+        By total order, then by falling exponent of the first variable, the second, and so on:
+        1, x, y, z, x^2, xy, xz, y^2, yz, z^2, ... (35 terms for order 4 of three variables).
+    """
+    exponents = [e for e in itertools.product(range(order + 1), repeat=n) if sum(e) <= order]
+    exponents.sort(key=lambda e: (sum(e), tuple(-power for power in e)))
+    return np.array(exponents, dtype=np.int64).reshape(-1, n)
+
+
+def design_matrix(z: FloatArray, exponents: IntArray) -> FloatArray:
+    """Monomials of every row.
+
+    Parameters
+    ----------
+    z : ndarray of float64, shape (n, k)
+    exponents : ndarray of int, shape (m, k)
+        Of any monomials; with those of `polynomial_terms` each costs one multiplication.
+
+    Returns
+    -------
+    ndarray of float64, shape (n, m)
+        In column-major order: every monomial is contiguous.
+    """
+    z = np.asarray(z, dtype=np.float64)
+    if exponents.shape[1] != z.shape[1]:
+        raise ConfigError(
+            f"exponents of {exponents.shape[1]} variables do not fit {z.shape[1]} columns"
+        )
+    columns = np.ascontiguousarray(z.T)
+    out = np.empty((len(exponents), len(z)))
+    known: dict[tuple[int, ...], int] = {}
+    for row, exponent in enumerate(map(tuple, exponents.tolist())):
+        used = [variable for variable, power in enumerate(exponent) if power]
+        # A lower monomial that is there already, times one variable.
+        for variable in used:
+            lower = tuple(p - (v == variable) for v, p in enumerate(exponent))
+            if lower in known:
+                np.multiply(out[known[lower]], columns[variable], out=out[row])
+                break
+        else:
+            out[row] = 1.0
+            for variable in used:
+                out[row] *= columns[variable] ** exponent[variable]
+        known[exponent] = row
+    return out.T
+
+
+def evaluate_polynomials(
+    z: FloatArray, exponents: IntArray, coefficients: FloatArray
+) -> FloatArray:
+    """Values of several polynomials with the same monomials, by nested multiplication (Horner).
+
+    Only element-wise operations are used, so the value of a row is the same to the last bit
+    whichever rows stand beside it; a matrix product does not promise that.
+
+    Parameters
+    ----------
+    z : ndarray of float64, shape (n, k)
+    exponents : ndarray of int, shape (m, k)
+        Distinct rows.
+    coefficients : ndarray of float64, shape (m, l)
+
+    Returns
+    -------
+    ndarray of float64, shape (n, l)
+    """
+    plan = _nest(exponents, np.asarray(coefficients, dtype=np.float64))
+    out = np.empty((len(z), coefficients.shape[1]))
+    for start in range(0, len(z), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        columns = list(np.ascontiguousarray(z[block].T, dtype=np.float64))
+        out[block] = _horner(plan, columns).T
+    return out
+
+
+def _nest(exponents: IntArray, coefficients: FloatArray) -> Any:
+    """A polynomial as polynomials in the other variables, one per power of the first or None."""
+    if exponents.shape[1] == 0:
+        return coefficients[0][:, None]
+    powers = exponents[:, 0]
+    return [
+        _nest(exponents[powers == p][:, 1:], coefficients[powers == p])
+        if (powers == p).any()
+        else None
+        for p in range(int(powers.max()) + 1)
+    ]
+
+
+def _horner(plan: Any, columns: list[FloatArray]) -> FloatArray:
+    """Value of a nested polynomial, shape (l, 1) where it is a constant, else (l, n)."""
+    if not isinstance(plan, list):
+        return np.asarray(plan)
+    total = _horner(plan[-1], columns[1:])
+    own = False
+    for lower in reversed(plan[:-1]):
+        total = np.multiply(total, columns[0], out=total if own else None)
+        own = True
+        if lower is not None:
+            total += _horner(lower, columns[1:])
+    return total

@@ -41,7 +41,7 @@ from sos_dask.corrections import (
     summarise,
 )
 from sos_dask.errors import ModelError
-from sos_dask.problem import TEFF_UNIT_K, polynomial_terms
+from sos_dask.problem import TEFF_UNIT_K
 from sos_dask.schema import LABELS
 
 LAMBDAS = (0.5, 1.0, 1.5, 2.0)
@@ -204,7 +204,7 @@ def fit(
             "method 'simex' needs errors of the target's labels, and no pair has all three",
             "Map teff_err, logg_err and feh_err in the definition of the survey.",
         )
-    needed = 2 * len(polynomial_terms(params["order"]))
+    needed = 2 * len(polynomial.polynomial_terms(params["order"]))
     summary = summarise(plain, train_folds, client, "simex", needed)
     info = summary.info("simex", params, train_folds)
     module, part = _base(info)

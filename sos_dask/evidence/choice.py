@@ -31,6 +31,7 @@ BALANCED, SCATTER = "balanced", "scatter"
 RULES = (BALANCED, SCATTER)
 TOLERANCE = 0.01
 _NAMES = {"mad": "scatter", "rms_binned": "binned medians"}
+_Share = tuple[float, float, float]  # with its interval
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Choice:
 
 
 def check_rule(rule: str, methods: Sequence[str]) -> str:
-    """The rule; `ConfigError` where it is neither one of `RULES` nor one of the methods."""
+    """Return the rule; `ConfigError` where it is neither one of `RULES` nor one of the methods."""
     known = (*RULES, *methods)
     if rule not in known:
         raise ConfigError(
@@ -92,41 +93,49 @@ def choose(
     if not methods:
         raise ModelError("there is no method to choose from")
     check_rule(rule, methods)
-    averaged = _averaged(figures, methods)
-    worse = _worse_in_labels(figures, methods, tolerance)
-    method, why = _ruled(rule, averaged, worse, roughness, tolerance)
-    scores = {}
-    for name in methods:
-        low, high = interval(*averaged[name])
-        smooth = roughness.get(name, float("nan"))
-        scores[name] = {
-            "scatter": averaged[name].value,
-            "scatter_low": max(low, 0.0),
-            "scatter_high": high,
-            "roughness": smooth if np.isfinite(smooth) else None,
-            "worse_in": worse[name],
-        }
-    return Choice(method, rule, why, scores)
-
-
-def _averaged(
-    figures: Sequence[Mapping[tuple[str, str], Scored]], methods: Sequence[str]
-) -> dict[str, Scored]:
-    """Scatter of each method in units of the uncorrected one, averaged over the labels."""
-    found = {}
+    scatter: dict[str, Scored] = {}
     for method in methods:
         pairs = [(of[method, "mad"], of[NONE, "mad"].value or np.inf) for of in figures]
-        found[method] = Scored(
+        scatter[method] = Scored(
             float(np.mean([score.value / unit for score, unit in pairs])),
             np.mean([score.replicates / unit for score, unit in pairs], axis=0),
         )
-    return found
+    worse: dict[str, dict[str, _Share]] = {method: {} for method in methods}
+    for label, of in zip(LABELS, figures, strict=True):
+        for statistic, text in _NAMES.items():
+            scores = {m: of[m, statistic] for m in methods if (m, statistic) in of}
+            for method, how_much in _worse(scores, tolerance).items():
+                worse[method][f"{label} {text}"] = how_much
+    smooth = {m: roughness[m] for m in methods if np.isfinite(roughness.get(m, np.nan))}
+    found = {}
+    for method in methods:
+        low, high = interval(*scatter[method])
+        found[method] = {
+            "scatter": scatter[method].value,
+            "scatter_low": max(low, 0.0),
+            "scatter_high": high,
+            "roughness": smooth.get(method),
+            "worse_in": worse[method],
+        }
+    least = min(methods, key=lambda method: scatter[method].value)  # of equals the first by name
+    if rule == SCATTER and len(methods) > 1:
+        low, high = interval(*scatter[least])
+        why = (
+            f"{least}: the smallest held-out scatter averaged over the labels, "
+            f"{scatter[least].value:.4f} [{low:.4f}, {high:.4f}] of the uncorrected one"
+        )
+        return Choice(least, rule, why, found)
+    if rule not in RULES:
+        return Choice(rule, rule, f"{rule}: the job names it", found)
+    if len(methods) == 1:
+        return Choice(least, rule, f"{least}: the only method", found)
+    return Choice(*_balanced(rule, scatter, worse, smooth, tolerance), found)
 
 
-def _worse(scores: Mapping[str, Scored], tolerance: float) -> dict[str, tuple[float, float, float]]:
+def _worse(scores: Mapping[str, Scored], tolerance: float) -> dict[str, _Share]:
     """Methods that are worse than the best, each with by how much, as a share of the best."""
     found = {}
-    best = min(scores, key=lambda method: (scores[method].value, method), default="")
+    best = min(scores, key=lambda method: scores[method].value, default="")
     for method, score in scores.items():
         behind, low, high = difference(score, scores[best])
         scale = scores[best].value
@@ -135,67 +144,38 @@ def _worse(scores: Mapping[str, Scored], tolerance: float) -> dict[str, tuple[fl
     return found
 
 
-def _worse_in_labels(
-    figures: Sequence[Mapping[tuple[str, str], Scored]], methods: Sequence[str], tolerance: float
-) -> dict[str, dict[str, tuple[float, float, float]]]:
-    found: dict[str, dict[str, tuple[float, float, float]]] = {method: {} for method in methods}
-    for label, of in zip(LABELS, figures, strict=True):
-        for statistic, text in _NAMES.items():
-            scores = {m: of[m, statistic] for m in methods if (m, statistic) in of}
-            for method, how_much in _worse(scores, tolerance).items():
-                found[method][f"{label} {text}"] = how_much
-    return found
-
-
-def _ruled(
+def _balanced(
     rule: str,
     scatter: Mapping[str, Scored],
-    worse: Mapping[str, Mapping[str, tuple[float, float, float]]],
-    roughness: Mapping[str, float],
+    worse: Mapping[str, Mapping[str, _Share]],
+    smooth: Mapping[str, float],
     tolerance: float,
-) -> tuple[str, str]:
-    """The method and why."""
-    methods = list(scatter)
-    if rule not in RULES:
-        return rule, f"{rule}: the job names it"
-    if len(methods) == 1:
-        return methods[0], f"{methods[0]}: the only method"
-    least = min(methods, key=lambda method: (scatter[method].value, method))
-    if rule == SCATTER:
-        low, high = interval(*scatter[least])
-        return least, (
-            f"{least}: the smallest held-out scatter averaged over the labels, "
-            f"{scatter[least].value:.4f} [{low:.4f}, {high:.4f}] of the uncorrected one"
-        )
-    good = [method for method in methods if not worse[method]]
+) -> tuple[str, str, str]:
+    """Method, rule and why."""
+    good = [method for method in scatter if not worse[method]]
     what = "in no label worse than the best"
     if not good:
         behind = _worse(scatter, tolerance)
-        good = [method for method in methods if method not in behind]
+        good = [method for method in scatter if method not in behind]
         what = "worse than the best in some label, but not in the scatter averaged over them"
-    rejected = [_because(method, worse[method]) for method in methods if method not in good]
-    known = [method for method in good if np.isfinite(roughness.get(method, float("nan")))]
+    listed = " and ".join([", ".join(good[:-1]), good[-1]])
     if len(good) == 1:
         chosen, why = good[0], f"the only one {what}"
-    elif known:
-        chosen = min(known, key=lambda method: (roughness[method], method))
-        why = f"the smoothest (roughness {roughness[chosen]:.3f}) of {_listed(good)}, {what}"
+    elif known := [method for method in good if method in smooth]:
+        chosen = min(known, key=lambda method: smooth[method])
+        why = f"the smoothest (roughness {smooth[chosen]:.3f}) of {listed}, {what}"
     else:
-        chosen = min(good, key=lambda method: (scatter[method].value, method))
+        chosen = min(good, key=lambda method: scatter[method].value)
         why = (
-            f"the smallest held-out scatter of {_listed(good)}, {what}; which is smoothest too few "
+            f"the smallest held-out scatter of {listed}, {what}; which is smoothest too few "
             "cells with pairs can tell"
         )
-    return chosen, "; ".join([f"{chosen}: {why}", *rejected])
-
-
-def _because(method: str, worse: Mapping[str, tuple[float, float, float]]) -> str:
-    """What speaks most against a method, as part of a sentence."""
-    name = max(worse, key=lambda name: worse[name][1])
-    by, low, high = (100 * share for share in worse[name])
-    more = f", and in {len(worse) - 1} more" if len(worse) > 1 else ""
-    return f"{method} is worse in {name} by {by:.2f} % [{low:.2f}, {high:.2f}]{more}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    rejected = []
+    for method in scatter:
+        if method not in good:
+            name = max(worse[method], key=lambda name: worse[method][name][1])
+            by, low, high = (100 * share for share in worse[method][name])
+            more = f", and in {len(worse[method]) - 1} more" if len(worse[method]) > 1 else ""
+            rejected.append(f"{method} is worse in {name} by {by:.2f} % [{low:.2f}, {high:.2f}]")
+            rejected[-1] += more
+    return chosen, rule, "; ".join([f"{chosen}: {why}", *rejected])

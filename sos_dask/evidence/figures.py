@@ -6,18 +6,20 @@ Statistics of target - reference less the predicted difference; ``none`` is with
   width from the 16th to the 84th percentile;
 * ``rms_binned``, root mean square of the medians of bins along each label of the target, every bin
   with enough pairs counted once; its ``error`` is what the noise of those medians alone would make;
-* ``worst_bin``, the largest absolute median of those bins, with its error and its place.
+* ``worst_bin``, the largest absolute median of those bins, with its error and its place:
+  ``against`` which label, from ``bin_low`` to ``bin_high``.
 
-Intervals are those of `bootstrap.interval`. ``behind`` is how far a method is behind the best
-correction on the very same resamples: it is worse where ``behind_low`` is above zero, and only
-there.
+``low`` and ``high`` are those of `bootstrap.interval`. ``n`` counts the pairs that a figure is made
+of: of the subset, of the bins with enough pairs, of the worst bin. ``behind`` is how far a method
+is behind the best correction on the very same resamples: it is worse where ``behind_low`` is above
+zero, and only there. What too few pairs cannot tell is null.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 
 from sos_dask.errors import ModelError
 from sos_dask.schema import LABELS
+from sos_dask.stats.binned import bins_of
 from sos_dask.stats.bootstrap import MAD_TO_SIGMA, FloatArray, IntArray, Ranked, interval
 
 NONE = "none"
@@ -35,46 +38,6 @@ ALL, DENSE, SPARSE = "all", "dense", "sparse"
 SUBSETS = (ALL, DENSE, SPARSE, *EDGES)
 # With fewer stars a resample may hold none of them.
 MIN_STARS = 20
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of a comparison; None where the pairs are too few.
-
-    Parameters
-    ----------
-    method, label, sample, subset, statistic : str
-    value, low, high : float, optional
-        With its 95 % interval, in the unit of the label.
-    error : float, optional
-        See the module; of ``rms_binned`` and ``worst_bin`` only.
-    n : int
-        Pairs it is made of: of the subset, of the bins with enough pairs, of the worst bin.
-    behind, behind_low, behind_high : float, optional
-        How much larger the figure (of a median its absolute value) is than that of the best
-        correction, with its interval.
-    against, bin_low, bin_high : str and float, optional
-        Where the worst bin is.
-    """
-
-    method: str
-    label: str
-    sample: str
-    subset: str
-    statistic: str
-    value: float | None
-    low: float | None
-    high: float | None
-    error: float | None
-    n: int
-    behind: float | None = None
-    behind_low: float | None = None
-    behind_high: float | None = None
-    against: str | None = None
-    bin_low: float | None = None
-    bin_high: float | None = None
-
-
 FIGURE_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("method", "label", "sample", "subset", "statistic")),
@@ -87,11 +50,76 @@ FIGURE_SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class Metric:
+    """Median and scatter of target - reference, before and after the correction.
+
+    Parameters
+    ----------
+    method, label, subset : str
+    n : int
+        Pairs with a difference and a prediction.
+    median_before, scatter_before, median_after, scatter_after : float
+        In the unit of the label; scatter is that of `scatter`.
+    """
+
+    method: str
+    label: str
+    subset: str
+    n: int
+    median_before: float
+    scatter_before: float
+    median_after: float
+    scatter_after: float
+
+
+def scatter(values: NDArray[np.floating]) -> float:
+    """Multiply the median absolute deviation from the median by 1.4826; nan without values."""
+    if not len(values):
+        return float("nan")
+    return float(MAD_TO_SIGMA * np.median(np.abs(values - np.median(values))))
+
+
+def held_out_metrics(
+    method: str, differences: NDArray[np.float32], predicted: NDArray[np.float32]
+) -> list[Metric]:
+    """Measure each label on held-out pairs.
+
+    Parameters
+    ----------
+    method : str
+    differences, predicted : ndarray of float32, shape (n, n_labels)
+        Pairs with a nan in a label are left out of that label.
+
+    Raises
+    ------
+    ModelError
+        A label has no held-out pair at all.
+    """
+    metrics = []
+    for number, label in enumerate(LABELS):
+        before = differences[:, number].astype(np.float64)
+        after = before - predicted[:, number]
+        known = np.isfinite(after)
+        if not known.any():
+            raise ModelError(f"{method}: no held-out pair has {label} and a prediction of it")
+        both = [(float(np.median(x)), scatter(x)) for x in (before[known], after[known])]
+        metrics.append(Metric(method, label, ALL, int(known.sum()), *both[0], *both[1]))
+    return metrics
+
+
 class Scored(NamedTuple):
     """A figure in every resample."""
 
     value: float
     replicates: FloatArray
+
+
+class _Found(NamedTuple):
+    score: Scored
+    n: int
+    error: float | None = None
+    place: tuple[str, float, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +130,10 @@ class Sample:
     ----------
     name : str
         ``train`` or ``test``.
-    labels : ndarray of float, shape (n, 3)
-        Of the target, in the order of `LABELS`: K, dex, dex.
-    groups : ndarray of int64, shape (n,)
-        Of the stars, as `bootstrap.group_of_stars` gives them.
+    labels : ndarray of float, shape (n, n_labels)
+        Of the target.
+    groups : ndarray of int, shape (n,)
+        Of the stars, for the bootstrap.
     sparse : ndarray of bool, shape (n,)
     """
 
@@ -116,12 +144,8 @@ class Sample:
 
     @property
     def subsets(self) -> dict[str, NDArray[np.bool_]]:
-        """Which pairs are in each of `SUBSETS`."""
-        found = {
-            ALL: np.ones(len(self.groups), dtype=np.bool_),
-            DENSE: ~self.sparse,
-            SPARSE: self.sparse,
-        }
+        """Pairs in each of `SUBSETS`."""
+        found = {ALL: np.ones_like(self.sparse), DENSE: ~self.sparse, SPARSE: self.sparse}
         for name in EDGES:
             label, sign, limit = name.split()
             values = self.labels[:, LABELS.index(label)]
@@ -137,8 +161,8 @@ def figures(
     weights: FloatArray,
     min_pairs: int,
     min_bin_pairs: int,
-) -> tuple[list[Figure], dict[tuple[str, str], Scored]]:
-    """All figures of one label in one sample.
+) -> tuple[list[dict[str, Any]], dict[tuple[str, str], Scored]]:
+    """Measure all figures of one label in one sample.
 
     Parameters
     ----------
@@ -155,9 +179,10 @@ def figures(
 
     Returns
     -------
-    list of Figure
+    list of dict
+        Rows of `FIGURE_SCHEMA`.
     dict
-        Of the subset ``all`` by method and statistic, ``mad`` and ``rms_binned``.
+        Of the subset ``all`` by method and statistic.
 
     Raises
     ------
@@ -165,6 +190,35 @@ def figures(
         The sample has fewer than ``min_pairs`` pairs or too few stars.
     """
     known = np.logical_and.reduce([np.isfinite(values) for values in residuals.values()])
+    _check_sample(sample, label, known, min_pairs)
+    bins = {name: bins_of(sample.labels[:, LABELS.index(name)], e) for name, e in edges.items()}
+    ranked = {}
+    for method, values in residuals.items():
+        rows = np.flatnonzero(known)
+        ranked[method] = rows[np.argsort(values[rows], kind="stable")]
+    found: list[dict[str, Any]] = []
+    scores: dict[tuple[str, str], Scored] = {}
+    for subset, mask in sample.subsets.items():
+        n = int(np.count_nonzero(mask & known))
+        measured: dict[str, dict[str, _Found]] = {}
+        for method, rows in ranked.items() if n >= min_pairs else ():
+            rows = rows[mask[rows]]
+            one = Ranked(residuals[method][rows].astype(np.float64), sample.groups[rows])
+            inside = {name: which[rows] for name, which in bins.items()}
+            measured[method] = _whole(one, weights)
+            measured[method] |= _binned(one, weights, inside, edges, min_bin_pairs)
+            if subset == ALL:
+                scores |= {(method, name): item.score for name, item in measured[method].items()}
+        about = {"label": label, "sample": sample.name, "subset": subset}
+        for method in residuals:
+            for statistic in STATISTICS:
+                row = {"method": method, **about, "statistic": statistic, "n": 0 if measured else n}
+                row |= _values(measured, method, statistic)
+                found.append(dict.fromkeys(FIGURE_SCHEMA.names) | row)
+    return found, scores
+
+
+def _check_sample(sample: Sample, label: str, known: NDArray[np.bool_], min_pairs: int) -> None:
     n = int(np.count_nonzero(known))
     if n < min_pairs:
         raise ModelError(
@@ -179,141 +233,73 @@ def figures(
             "needed for an interval",
             "Match more stars, or loosen the cuts.",
         )
-    bins = {name: _bins_of(sample.labels[:, LABELS.index(name)], e) for name, e in edges.items()}
-    found: list[Figure] = []
-    scores: dict[tuple[str, str], Scored] = {}
-    measured: dict[tuple[str, str, str], Scored] = {}
-    masks = sample.subsets
-    for method, values in residuals.items():
-        order = np.flatnonzero(known)
-        order = order[np.argsort(values[order], kind="stable")]
-        for subset, mask in masks.items():
-            rows = order[mask[order]]
-            about = (method, label, sample.name, subset)
-            if len(rows) < min_pairs:
-                found += [
-                    Figure(*about, name, None, None, None, None, len(rows)) for name in STATISTICS
-                ]
-                continue
-            ranked = Ranked(values[rows].astype(np.float64), sample.groups[rows])
-            one = _Measured(about, ranked, weights)
-            found += one.whole()
-            inside = {name: which[rows] for name, which in bins.items()}
-            found += one.binned(inside, edges, min_bin_pairs)
-            measured |= {(method, subset, name): score for name, score in one.scores.items()}
-            if subset == ALL:
-                scores |= {(method, name): one.scores[name] for name in one.scores}
-    return [_with_behind(figure, measured) for figure in found], scores
 
 
-def figure_table(found: Sequence[Figure]) -> pa.Table:
-    """Figures as a table of `FIGURE_SCHEMA`."""
-    return pa.Table.from_pylist([asdict(figure) for figure in found], schema=FIGURE_SCHEMA)
-
-
-def _bins_of(x: NDArray[np.floating], edges: FloatArray) -> IntArray:
-    """Number of the bin of every value, -1 outside; the last bin holds its upper edge, too."""
-    index = np.searchsorted(edges, x, side="right") - 1
-    index[x == edges[-1]] = len(edges) - 2
-    index[index >= len(edges) - 1] = -1
-    return index
-
-
-class _Measured:
-    """Figures of one method in one subset."""
-
-    def __init__(
-        self, about: tuple[str, str, str, str], ranked: Ranked, weights: FloatArray
-    ) -> None:
-        self.about = about
-        self.ranked = ranked
-        self.weights = weights
-        self.scores: dict[str, Scored] = {}
-
-    def whole(self) -> list[Figure]:
-        """Median and both widths."""
-        values = self.ranked.values
-        replicates = self.ranked.resampled(self.weights)
-        p16, median, p84 = np.percentile(values, [16, 50, 84])
-        self.scores["median"] = Scored(float(median), replicates.median)
-        deviation = MAD_TO_SIGMA * np.median(np.abs(values - median))
-        self.scores["mad"] = Scored(float(deviation), replicates.mad)
-        self.scores["width"] = Scored(float(p84 - p16) / 2, replicates.width)
-        return [
-            self._figure(name, self.scores[name], len(values), None)
-            for name in ("median", "mad", "width")
-        ]
-
-    def binned(
-        self, bins: Mapping[str, IntArray], edges: Mapping[str, FloatArray], min_count: int
-    ) -> list[Figure]:
-        """Figures of the medians of bins."""
-        n, medians, replicates, places = [], [], [], []
-        for name, index in bins.items():
-            lows, highs = edges[name][:-1], edges[name][1:]
-            found = self.ranked.binned_medians(self.weights, index, len(lows), min_count)
-            used = np.isfinite(found[1])
-            n.append(found[0][used])
-            medians.append(found[1][used])
-            replicates.append(found[2][:, used])
-            places += [
-                (name, float(a), float(b)) for a, b in zip(lows[used], highs[used], strict=True)
-            ]
-        count, median = np.concatenate(n), np.concatenate(medians)
-        if not len(median):
-            return [
-                Figure(*self.about, name, None, None, None, None, 0)
-                for name in ("rms_binned", "worst_bin")
-            ]
-        resampled = np.concatenate(replicates, axis=1)
-        errors = np.nanstd(resampled, axis=0)
-        # A resample may leave out all pairs of a bin.
-        resampled = np.where(np.isnan(resampled), median, resampled)
-        score = Scored(float(np.sqrt(np.mean(median**2))), np.sqrt(np.mean(resampled**2, axis=1)))
-        self.scores["rms_binned"] = score
-        noise = float(np.sqrt(np.mean(errors**2)))
-        worst = int(np.argmax(np.abs(median)))
-        sign = 1.0 if median[worst] >= 0 else -1.0
-        largest = Scored(float(sign * median[worst]), sign * resampled[:, worst])
-        place = places[worst]
-        return [
-            self._figure("rms_binned", score, int(count.sum()), noise),
-            self._figure("worst_bin", largest, int(count[worst]), float(errors[worst]), place),
-        ]
-
-    def _figure(
-        self,
-        statistic: str,
-        score: Scored,
-        n: int,
-        error: float | None,
-        place: tuple[str, float, float] | tuple[()] = (),
-    ) -> Figure:
-        low, high = interval(*score)
-        low = low if statistic == "median" else max(low, 0.0)
-        nothing = (None, None, None)
-        return Figure(
-            *self.about, statistic, score.value, low, high, error, n, *nothing, *(place or nothing)
-        )
-
-
-def _with_behind(figure: Figure, measured: Mapping[tuple[str, str, str], Scored]) -> Figure:
-    """A figure with its distance from the best correction."""
-    key = (figure.method, figure.subset, figure.statistic)
-    if key not in measured:
-        return figure
-    others = {
-        method: score
-        for (method, subset, statistic), score in measured.items()
-        if (subset, statistic) == key[1:] and method != NONE
+def _whole(ranked: Ranked, weights: FloatArray) -> dict[str, _Found]:
+    """Median and both widths."""
+    values, replicates = ranked.values, ranked.resampled(weights)
+    p16, median, p84 = np.percentile(values, [16, 50, 84])
+    return {
+        "median": _Found(Scored(float(median), replicates.median), len(values)),
+        "mad": _Found(Scored(scatter(values), replicates.mad), len(values)),
+        "width": _Found(Scored(float(p84 - p16) / 2, replicates.width), len(values)),
     }
-    best = min(others, key=lambda method: (abs(others[method].value), method))
-    value, low, high = difference(measured[key], others[best])
-    return Figure(**{**asdict(figure), "behind": value, "behind_low": low, "behind_high": high})
+
+
+def _binned(
+    ranked: Ranked,
+    weights: FloatArray,
+    bins: Mapping[str, IntArray],
+    edges: Mapping[str, FloatArray],
+    min_count: int,
+) -> dict[str, _Found]:
+    """Figures of the medians of bins; none where no bin has enough pairs."""
+    n, medians, replicates, places = [], [], [], []
+    for name, index in bins.items():
+        lows, highs = edges[name][:-1], edges[name][1:]
+        found = ranked.binned_medians(weights, index, len(lows), min_count)
+        used = np.flatnonzero(np.isfinite(found[1]))
+        n.append(found[0][used])
+        medians.append(found[1][used])
+        replicates.append(found[2][:, used])
+        places += [(name, float(lows[i]), float(highs[i])) for i in used]
+    if not places:
+        return {}
+    count, median = np.concatenate(n), np.concatenate(medians)
+    resampled = np.concatenate(replicates, axis=1)
+    errors = np.nanstd(resampled, axis=0)
+    # A resample may leave out all pairs of a bin.
+    resampled = np.where(np.isnan(resampled), median, resampled)
+    score = Scored(float(np.sqrt(np.mean(median**2))), np.sqrt(np.mean(resampled**2, axis=1)))
+    worst = int(np.argmax(np.abs(median)))
+    sign = 1.0 if median[worst] >= 0 else -1.0
+    largest = Scored(float(sign * median[worst]), sign * resampled[:, worst])
+    return {
+        "rms_binned": _Found(score, int(count.sum()), float(np.sqrt(np.mean(errors**2)))),
+        "worst_bin": _Found(largest, int(count[worst]), float(errors[worst]), places[worst]),
+    }
+
+
+def _values(
+    measured: Mapping[str, Mapping[str, _Found]], method: str, statistic: str
+) -> dict[str, Any]:
+    """Columns of a figure with its distance from the best correction; none of what is unknown."""
+    one = measured.get(method, {}).get(statistic)
+    if one is None:
+        return {}
+    low, high = interval(*one.score)
+    low = low if statistic == "median" else max(low, 0.0)
+    row: dict[str, Any] = {"value": one.score.value, "low": low, "high": high}
+    row |= {"error": one.error, "n": one.n}
+    if one.place is not None:  # the worst bins of two methods are not the same pairs
+        return row | dict(zip(("against", "bin_low", "bin_high"), one.place, strict=True))
+    others = [of[statistic].score for name, of in sorted(measured.items()) if name != NONE]
+    best = min(others, key=lambda score: abs(score.value))
+    names = ("behind", "behind_low", "behind_high")
+    return row | dict(zip(names, difference(one.score, best), strict=True))
 
 
 def difference(one: Scored, other: Scored) -> tuple[float, float, float]:
-    """How much larger one figure is than another one, in absolute values, with its interval."""
+    """Subtract the absolute values of two figures; the difference with its interval."""
     value = abs(one.value) - abs(other.value)
-    low, high = interval(value, np.abs(one.replicates) - np.abs(other.replicates))
-    return value, low, high
+    return value, *interval(value, np.abs(one.replicates) - np.abs(other.replicates))

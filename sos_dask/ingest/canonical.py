@@ -1,30 +1,41 @@
-"""Chunks of survey files -> canonical observations, sorted on the sky."""
+"""Native values -> canonical observations, sorted on the sky, and what a file looks like.
+
+Units are converted, sentinels and impossible values are null and counted, and rows without a usable
+key or position are rejected with their reason. Counts of all that, the `Profile`, tell whether a
+file can be what its survey says.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
-from sos_dask.ingest.arrays import IntArray, Values, as_array, is_text, split
-from sos_dask.ingest.keys import sort_order, sorted_hashes
-from sos_dask.ingest.merge import FILE, REJECTED_SCHEMA, ROW
-from sos_dask.ingest.parse import Place, parse_floats, parse_integers
-from sos_dask.ingest.profile import Example, Profile
+from sos_dask.columns import Values, as_array, is_text, is_valid, split, taken
+from sos_dask.errors import SurveyError
+from sos_dask.ingest.keys import FILE, REJECTED_SCHEMA, ROW, sort_order, sorted_hashes
 from sos_dask.ingest.readers import Source, read_native
-from sos_dask.ingest.values import Made, floats, integers, text_column
-from sos_dask.schema import HEALPIX_COLUMN, LABELS
+from sos_dask.ingest.readers.text import Place, parse_floats, parse_integers, whole_numbers
+from sos_dask.schema import HEALPIX_COLUMN, LABELS, is_gaia_id
 from sos_dask.sky.healpix import ang2pix
-from sos_dask.surveys.definition import Survey
+from sos_dask.surveys.cuts import quality_mask
+from sos_dask.surveys.definition import SourceColumn, Survey
 
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
-Quality = Callable[[Mapping[str, Values], Survey], NDArray[np.int64]]
-"""Failed cuts of each row as a bit mask, from the columns that the cuts name."""
+_LABEL_SHIFT = 19  # keeps sign, exponent and four bits of the fraction of a float32
+
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+Example = tuple[int, int, str]
+"""Index of a file, row there, and what stands there."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +92,8 @@ class Batch:
     profile: Profile
 
 
-def read_chunk(
-    chunk: Chunk, survey: Survey, batch_rows: int = 1_000_000, *, quality: Quality
-) -> Iterator[Batch]:
-    """Read a chunk of a survey file as canonical observations.
-
-    Parameters
-    ----------
-    chunk : Chunk
-    survey : Survey
-    batch_rows : int
-        Most rows held at once.
-    quality : callable
-        `clean.quality_mask`.
-
-    Yields
-    ------
-    Batch
+def read_chunk(chunk: Chunk, survey: Survey, batch_rows: int = 1_000_000) -> Iterator[Batch]:
+    """Read a chunk of a survey file as canonical observations, at most ``batch_rows`` at once.
 
     Raises
     ------
@@ -106,43 +102,22 @@ def read_chunk(
         lost digits as a float. The message names file, column, row and value.
     """
     for first, native in read_native(chunk.source, chunk.start, chunk.stop, batch_rows):
-        yield _canonical(Place(chunk.source, survey, first), native, quality)
+        yield _canonical(Place(chunk.source, survey, first), native)
 
 
-def _canonical(place: Place, native: Mapping[str, Values], quality: Quality) -> Batch:
+def _canonical(place: Place, native: Mapping[str, Values]) -> Batch:
     survey, source = place.survey, place.source
-    coded = _coded(source, survey)
-    native = {
-        key: values.dictionary_decode()
-        if isinstance(values, pa.DictionaryArray) and key not in coded
-        else values
-        for key, values in native.items()
-    }
-    made = {}
-    for name, column in survey.columns.items():
-        keys = source.columns[name]
-        if column.dtype == "string":
-            made[name] = text_column(place, column, {key: native[key] for key in keys})
-        elif column.dtype == "int64":
-            made[name] = integers(place, column, keys[0], native[keys[0]])
-        else:
-            made[name] = floats(place, column, keys[0], native[keys[0]])
-    n_rows = len(made["ra"].data)
-    if "position_epoch" not in survey.columns and survey.position_epoch is not None:
-        made["position_epoch"] = Made(np.full(n_rows, survey.position_epoch, np.float32))
-    for_cuts = _for_cuts(place, native, made)
-    made["quality"] = Made(quality(for_cuts, survey) if for_cuts else np.zeros(n_rows, np.int64))
+    made = _made(place, native)
+    n_rows, ra = len(made["ra"].data), made["ra"].data
     reasons = _reasons(made)
-    bounds = _bounds(made)
-    ra = made["ra"].data
-    bad = np.flatnonzero(reasons)
-    rejected = _rejected(place, made, reasons, bad)
+    rejected = _rejected(place, made, reasons)
+    profile = _profile(place, made, reasons, rejected)
     ra[ra < 0] += 360.0
     ra[ra >= 360.0] = 0.0  # 360 itself, and what rounds to it
     good: IntArray = np.flatnonzero(reasons == 0)
     cells = ang2pix(ra[good], made["dec"].data[good])
     ids = made["obs_id"].taken(good)
-    order = sort_order(cells, ids if pa.types.is_string(ids.type) else ids.to_numpy())
+    order = sort_order(cells, ids)
     index = good[order]
     schema = survey.arrow_schema()
     arrays = [
@@ -153,39 +128,56 @@ def _canonical(place: Place, native: Mapping[str, Values], quality: Quality) -> 
     schema = schema.append(pa.field(ROW, pa.int64(), nullable=False))
     arrays.append(pa.array(np.full(len(index), source.index, dtype=np.int32)))
     arrays.append(pa.array(place.first_row + index))
-    n_by_reason = zip(_REASONS, np.bincount(reasons, minlength=len(_REASONS)), strict=True)
-    profile = Profile(
-        n_rows=n_rows,
-        rejected={reason: int(n) for reason, n in sorted(n_by_reason) if reason and n},
-        first_rejected=_first_rejected(place, rejected),
-        nulls={name: column.n_nulls for name, column in sorted(made.items())},
-        impossible={n: len(c.impossible) for n, c in sorted(made.items()) if len(c.impossible)},
-        first_impossible={
-            name: (source.index, place.first_row + int(column.impossible[0]), column.example)
-            for name, column in sorted(made.items())
-            if len(column.impossible)
-        },
-        bounds=bounds,
-        labels={name: made[name].histogram for name in LABELS if name in made},
-    )
     # Keys are sorted as the file has them: often in order, which on the sky they never are.
     rows = pa.Table.from_arrays(arrays, schema=schema)
+    assert n_rows == rows.num_rows + rejected.num_rows
     return Batch(rows, rejected, sorted_hashes(ids), profile)
+
+
+def _made(place: Place, native: Mapping[str, Values]) -> dict[str, _Made]:
+    """Columns of the product for all rows, whether usable or not."""
+    survey, source = place.survey, place.source
+    coded = _coded(source, survey)
+    native = {
+        key: values.dictionary_decode()
+        if isinstance(values, pa.DictionaryArray) and key not in coded
+        else values
+        for key, values in native.items()
+    }
+    made = {}
+    for name, column in survey.columns.items():
+        values = {key: native[key] for key in source.columns[name]}
+        if column.dtype == "string":
+            made[name] = _text(place, column, list(values.values()))
+        else:
+            ((key, only),) = values.items()
+            made[name] = (_integers if column.dtype == "int64" else _floats)(
+                place, column, key, only
+            )
+    n_rows = len(made["ra"].data)
+    if "position_epoch" not in survey.columns and survey.position_epoch is not None:
+        made["position_epoch"] = _Made(np.full(n_rows, survey.position_epoch, np.float32))
+    for_cuts = _for_cuts(place, native, made)
+    quality = quality_mask(for_cuts, survey) if for_cuts else np.zeros(n_rows, np.int64)
+    made["quality"] = _Made(quality)
+    return made
 
 
 def _coded(source: Source, survey: Survey) -> set[str]:
     """Native columns that make one text of the product each, and are used for nothing else."""
     used = Counter(key for keys in source.columns.values() for key in keys)
     used.update(source.cuts.values())
+    tested = {"obs_id", *(cut.column for cut in survey.cuts.values())}
     return {
         keys[0]
         for name, keys in source.columns.items()
-        if survey.columns[name].dtype == "string" and name != "obs_id" and used[keys[0]] == 1
-        if len(keys) == 1 and not any(cut.column == name for cut in survey.cuts.values())
+        if survey.columns[name].dtype == "string" and name not in tested
+        if len(keys) == 1 and used[keys[0]] == 1
     }
 
 
-def _reasons(made: Mapping[str, Made]) -> NDArray[np.int8]:
+def _reasons(made: Mapping[str, _Made]) -> NDArray[np.int8]:
+    """Why a row is rejected, as index into ``_REASONS``."""
     ra, dec = made["ra"], made["dec"]
     reasons = np.zeros(len(ra.data), dtype=np.int8)
     reasons[(dec.data < -90.0) | (dec.data > 90.0)] = 4
@@ -196,19 +188,8 @@ def _reasons(made: Mapping[str, Made]) -> NDArray[np.int8]:
     return reasons
 
 
-def _bounds(made: Mapping[str, Made]) -> dict[str, tuple[float, float]]:
-    bounds = {}
-    for name in ("dec", "ra"):
-        column = made[name]
-        data = column.data if column.valid is None else column.data[column.valid]
-        if len(data):
-            bounds[name] = (float(data.min()), float(data.max()))
-    return bounds
-
-
-def _rejected(
-    place: Place, made: Mapping[str, Made], reasons: NDArray[np.int8], bad: IntArray
-) -> pa.Table:
+def _rejected(place: Place, made: Mapping[str, _Made], reasons: NDArray[np.int8]) -> pa.Table:
+    bad = np.flatnonzero(reasons)
     columns = [
         pa.array([Path(place.source.path).name] * len(bad), pa.string()),
         pa.array(place.first_row + bad),
@@ -220,16 +201,8 @@ def _rejected(
     return pa.Table.from_arrays(columns, schema=REJECTED_SCHEMA)
 
 
-def _first_rejected(place: Place, rejected: pa.Table) -> Example | None:
-    if not rejected.num_rows:
-        return None
-    row = rejected.slice(0, 1).to_pylist()[0]
-    text = f"{row['reason']} (obs_id {row['obs_id']}, ra {row['ra']}, dec {row['dec']})"
-    return place.source.index, row["row"], text.replace("None", "null")
-
-
 def _for_cuts(
-    place: Place, native: Mapping[str, Values], made: Mapping[str, Made]
+    place: Place, native: Mapping[str, Values], made: Mapping[str, _Made]
 ) -> dict[str, Values]:
     """The columns that the cuts name: numbers are numbers, and impossible values are nulls."""
     columns: dict[str, Values] = {}
@@ -248,10 +221,356 @@ def _for_cuts(
         if is_text(values) and not of_text:
             values = (parse_integers if of_bits else parse_floats)(place, key, values)
         product = made.get(made_from.get(key, ""))
-        if product is not None and product.valid is not None and not of_bits:
-            numbers, null = split(values) if not is_text(values) else (None, None)
-            if numbers is not None:
-                usable = product.valid if null is None else product.valid & ~null
-                values = as_array(np.ascontiguousarray(numbers), usable)
+        valid = None if product is None or of_bits or is_text(values) else product.valid
+        if valid is not None:
+            numbers, null = split(values)
+            usable = valid if null is None else valid & ~null
+            values = as_array(np.ascontiguousarray(numbers), usable)
         columns[name] = values
     return columns
+
+
+# --- one column ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Made:
+    """A column of the product: numbers (0 where null) or text."""
+
+    data: Any
+    valid: BoolArray | None = None
+    impossible: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    example: str = ""
+    histogram: dict[int, int] = field(default_factory=dict)
+
+    def taken(self, index: IntArray) -> pa.Array:
+        """Rows of these numbers, with Arrow nulls."""
+        if isinstance(self.data, pa.DictionaryArray):
+            return self.data.dictionary.take(taken(self.data.indices, index))
+        if isinstance(self.data, pa.Array):
+            return taken(self.data, index)
+        return as_array(self.data[index], None if self.valid is None else self.valid[index])
+
+
+def _sentinels(survey: Survey, column: SourceColumn, dtype: np.dtype[Any]) -> list[Any]:
+    """Numbers that mean null, as the native type writes them."""
+    values = dict.fromkeys((*survey.missing, *column.missing))
+    if dtype.kind in "iu":
+        return [int(value) for value in values if float(value).is_integer()]
+    if dtype.itemsize == 4:
+        return [np.float32(value) for value in values]
+    # A float64 column is often a widened float32.
+    return list(dict.fromkeys(v for x in values for v in (float(x), float(np.float32(x)))))
+
+
+def _limits(source: SourceColumn) -> tuple[float, float]:
+    low, high = source.column.minimum, source.column.maximum
+    return (-np.inf if low is None else low), (np.inf if high is None else high)
+
+
+def _floats(place: Place, source: SourceColumn, key: str, values: Values) -> _Made:
+    """A float column of the product; impossible values are null and counted."""
+    if is_text(values):
+        values = parse_floats(place, key, values)
+    raw, null = split(values)
+    low, high = _limits(source)
+    sentinels = _sentinels(place.survey, source, raw.dtype)
+    with np.errstate(all="ignore"):
+        scaled = raw if source.factor == 1.0 else raw * source.factor
+        # Adding 0 makes -0.0 the same bytes as 0.0.
+        data: Any = np.add(scaled, 0, dtype=source.dtype, casting="unsafe")
+        ok = np.isfinite(data)
+        if low > -np.inf:
+            ok &= data >= low
+        if high < np.inf:
+            ok &= data <= high
+        for value in sentinels:
+            if low <= value * source.factor <= high:  # the others failed already
+                ok &= raw != value
+    if null is not None:
+        ok &= ~null
+    bad: IntArray = np.flatnonzero(~ok)
+    outside, example = bad, ""
+    if len(bad):
+        missing = ~np.isfinite(raw[bad]) | np.isin(raw[bad], sentinels)
+        if null is not None:
+            missing |= null[bad]
+        outside = bad[~missing]
+        example = f"{raw[outside[0]]:g}" if len(outside) else ""
+    histogram = {}
+    if source.name in LABELS:
+        known = data if not len(bad) else np.concatenate([data[ok], data[outside]])
+        histogram = label_bins(known)
+    data[bad] = 0
+    return _Made(data, ok if len(bad) else None, outside, example, histogram)
+
+
+def _integers(place: Place, source: SourceColumn, key: str, values: Values) -> _Made:
+    """An integer column of the product; impossible values are null and counted."""
+    is_id = is_gaia_id(source.name)
+    if is_text(values):
+        values = parse_integers(place, key, values, is_id, source.name)
+    raw, null = split(values)
+    ok = np.ones(len(raw), dtype=bool) if null is None else ~null
+    for value in _sentinels(place.survey, source, raw.dtype):
+        ok &= raw != value
+    if raw.dtype.kind == "f":
+        ok &= np.isfinite(raw)
+        raw = whole_numbers(place, key, np.where(ok, raw, 0))
+    elif raw.dtype == np.uint64 and len(raw) and int(raw.max()) >= 1 << 63:
+        place.fail(key, int(np.argmax(raw)), f"{raw.max()} is above the largest 64-bit integer")
+    data = raw.astype(np.int64)
+    if is_id:
+        ok &= data > 0
+    low, high = _limits(source)
+    outside: IntArray = np.empty(0, np.int64)
+    if low > -np.inf or high < np.inf:
+        outside = np.flatnonzero(ok & ((data < low) | (data > high)))
+    example = str(data[outside[0]]) if len(outside) else ""
+    ok[outside] = False
+    if ok.all():
+        return _Made(data)
+    data[~ok] = 0
+    return _Made(data, ok, outside, example)
+
+
+def _text(place: Place, source: SourceColumn, values: Sequence[Values]) -> _Made:
+    """A text column of the product, of one native column or of several joined."""
+    if len(values) == 1 and isinstance(values[0], pa.DictionaryArray):
+        indices, texts = values[0].indices, _words(place, source, values[0].dictionary)
+        known = is_valid(texts)[indices.to_numpy()] if texts.null_count else None
+        return _Made(pa.DictionaryArray.from_arrays(indices, texts), known)
+    parts = [_words(place, source, value) for value in values]
+    text = parts[0]
+    if source.join:
+        present = np.any([is_valid(part) for part in parts], axis=0)
+        joined = pc.binary_join_element_wise(
+            *parts, ".", null_handling="replace", null_replacement=""
+        )
+        text = pc.if_else(pa.array(present), joined, None)
+    return _Made(text, is_valid(text) if text.null_count else None)
+
+
+def _words(place: Place, source: SourceColumn, values: Values) -> pa.Array:
+    """Text, or the text of numbers, null where it is empty or means null."""
+    if is_text(values):
+        words = pa.array(["", *place.survey.missing_text])
+        text = pc.ascii_trim_whitespace(values)
+        unknown = pc.is_in(text, value_set=words)
+        return pc.if_else(unknown, None, text) if pc.any(unknown).as_py() else text
+    raw, null = split(values)
+    missing = np.isin(raw, _sentinels(place.survey, source, raw.dtype))
+    if raw.dtype.kind == "f":
+        missing |= ~np.isfinite(raw)
+        is_whole = bool((missing | ((raw == np.rint(raw)) & (np.abs(raw) < 2.0**53))).all())
+        raw = np.where(missing, 0, raw).astype(np.int64) if is_whole else raw
+    if null is not None:
+        missing |= null
+    return pa.array(raw, mask=missing).cast(pa.string())
+
+
+# --- what a file looks like ----------------------------------------------------------------------
+
+
+class Profile(BaseModel):
+    """Counts that tell whether a file is what its survey says; they merge exactly, in any order.
+
+    Parameters
+    ----------
+    n_rows : int
+        Rows read, rejected ones among them.
+    rejected : dict of str to int
+        Rows by reason.
+    first_rejected : tuple of (file index, row, text), optional
+    nulls : dict of str to int
+        Nulls of each column of the product.
+    impossible : dict of str to int
+        Values outside the limits of their column (they are nulls too).
+    first_impossible : dict of str to tuple of (file index, row, value)
+    bounds : dict of str to tuple of (smallest, largest)
+        Of ``ra`` and ``dec``, as the file has them, deg.
+    labels : dict of str to dict of int to int
+        Rows in each sixteenth of an octave of a label, impossible values among them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_rows: int = 0
+    rejected: dict[str, int] = {}
+    first_rejected: Example | None = None
+    nulls: dict[str, int] = {}
+    impossible: dict[str, int] = {}
+    first_impossible: dict[str, Example] = {}
+    bounds: dict[str, tuple[float, float]] = {}
+    labels: dict[str, dict[int, int]] = {}
+
+    @classmethod
+    def merge(cls, profiles: Sequence[Profile]) -> Profile:
+        """Profile of all rows together."""
+        first: dict[str, Example] = {}
+        bounds: dict[str, tuple[float, float]] = {}
+        for profile in profiles:
+            for name, example in profile.first_impossible.items():
+                first[name] = min(example, first.get(name, example))
+            for name, (low, high) in profile.bounds.items():
+                known = bounds.get(name, (low, high))
+                bounds[name] = (min(low, known[0]), max(high, known[1]))
+        rejected = [item.first_rejected for item in profiles if item.first_rejected is not None]
+        return cls(
+            n_rows=sum(profile.n_rows for profile in profiles),
+            rejected=_added(profile.rejected for profile in profiles),
+            first_rejected=min(rejected, default=None),
+            nulls=_added(profile.nulls for profile in profiles),
+            impossible=_added(profile.impossible for profile in profiles),
+            first_impossible=first,
+            bounds=bounds,
+            labels={
+                name: _added(profile.labels.get(name, {}) for profile in profiles)
+                for name in {name for profile in profiles for name in profile.labels}
+            },
+        )
+
+    def median(self, label: str) -> float | None:
+        """Median of a label to about 4 %, impossible values among them; None without values."""
+        counts = self.labels.get(label, {})
+        if not counts:
+            return None
+        bins = np.array(list(counts), dtype=np.int32)
+        centres = ((bins << _LABEL_SHIFT) | (1 << (_LABEL_SHIFT - 1))).view(np.float32)
+        order = np.argsort(centres)
+        total = np.cumsum(np.array(list(counts.values()))[order])
+        return float(centres[order][np.searchsorted(total, (total[-1] + 1) // 2)])
+
+
+def label_bins(values: NDArray[np.floating]) -> dict[int, int]:
+    """How many values lie in each sixteenth of an octave."""
+    if not len(values):
+        return {}
+    bins = values.astype(np.float32).view(np.int32) >> _LABEL_SHIFT
+    low = int(bins.min())
+    counts = np.bincount(bins - low)
+    return {low + int(i): int(counts[i]) for i in np.flatnonzero(counts)}
+
+
+def _added(counts: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
+    """Sums of counts by key, sorted."""
+    total: Counter[Any] = Counter()
+    for item in counts:
+        total.update(item)
+    return dict(sorted(total.items()))
+
+
+def _profile(
+    place: Place, made: Mapping[str, _Made], reasons: NDArray[np.int8], rejected: pa.Table
+) -> Profile:
+    source = place.source
+    first, bounds = None, {}
+    if rejected.num_rows:
+        row = rejected.slice(0, 1).to_pylist()[0]
+        text = f"{row['reason']} (obs_id {row['obs_id']}, ra {row['ra']}, dec {row['dec']})"
+        first = (source.index, row["row"], text.replace("None", "null"))
+    for name in ("dec", "ra"):
+        data = made[name].data if made[name].valid is None else made[name].data[made[name].valid]
+        if len(data):
+            bounds[name] = (float(data.min()), float(data.max()))
+    n_by_reason = zip(_REASONS, np.bincount(reasons, minlength=len(_REASONS)), strict=True)
+    outside = {name: column for name, column in made.items() if len(column.impossible)}
+    return Profile(
+        n_rows=len(reasons),
+        rejected={reason: int(n) for reason, n in sorted(n_by_reason) if reason and n},
+        first_rejected=first,
+        nulls={
+            name: int(np.count_nonzero(~column.valid))
+            for name, column in made.items()
+            if column.valid is not None
+        },
+        impossible={name: len(column.impossible) for name, column in outside.items()},
+        first_impossible={
+            name: (source.index, place.first_row + int(column.impossible[0]), column.example)
+            for name, column in outside.items()
+        },
+        bounds=bounds,
+        labels={name: made[name].histogram for name in LABELS if name in made},
+    )
+
+
+def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> None:
+    """Refuse files that cannot be what their survey says.
+
+    Parameters
+    ----------
+    profile : Profile
+        Of all rows of the job.
+    survey : Survey
+    files : sequence of str
+        Name of each file, by its index.
+
+    Raises
+    ------
+    SurveyError
+        Too many rejected rows; right ascension in hours or radians, unless the survey allows
+        ``ra_below_24``; a label in another unit, as a logarithm or without any value.
+    """
+    n_rejected, n_rows = sum(profile.rejected.values()), profile.n_rows
+    is_many = n_rejected > survey.max_rejected_fraction * n_rows
+    if is_many and profile.first_rejected and (n_rejected >= 10 or 2 * n_rejected > n_rows):
+        file, row, text = profile.first_rejected
+        counts = ", ".join(f"{count} {reason}" for reason, count in profile.rejected.items())
+        raise SurveyError(
+            f"survey {survey.name}: {n_rejected} of {n_rows} rows cannot be used ({counts}); the "
+            f"first is {files[file]} row {row}: {text}",
+            "Check the columns of the survey; if the file is right, raise max_rejected_fraction "
+            f"({survey.max_rejected_fraction:g}).",
+        )
+    if n_rows >= 50 and "ra" in profile.bounds and "dec" in profile.bounds:
+        (ra_low, ra_high), (dec_low, dec_high) = profile.bounds["ra"], profile.bounds["dec"]
+        ra_span, dec_span = ra_high - ra_low, dec_high - dec_low
+        unit = ""
+        if ra_low >= 0 and ra_high <= 24 and ra_span > 12 and dec_span > 20:
+            unit = "hours"
+        # A wide survey in radians fills this box; few fields in degrees do, from edge to edge.
+        elif ra_low >= 0 and ra_high <= 6.2832 and max(-dec_low, dec_high) <= 1.5708:
+            unit = "radians" if ra_span > 4 and dec_span > 1 else ""
+        if unit and "ra_below_24" not in survey.allow:
+            fix = {
+                "hours": 'unit = "hourangle" in [columns.ra]',
+                "radians": 'unit = "rad" in [columns.ra] and [columns.dec]',
+            }
+            raise SurveyError(
+                f"{files[0]}: column {_native_names(survey, 'ra')} ('ra') runs from {ra_low:g} to "
+                f"{ra_high:g}: it looks like {unit}, not degrees",
+                f'Set {fix[unit]}; if they are degrees, allow = ["ra_below_24"] in the survey.',
+            )
+    for label in LABELS:
+        if label in survey.columns:  # a companion of a survey has none
+            _check_label(label, profile, survey, files)
+
+
+def _check_label(label: str, profile: Profile, survey: Survey, files: Sequence[str]) -> None:
+    where = f"column {_native_names(survey, label)} ('{label}')"
+    column = survey.columns[label].column
+    median = profile.median(label)
+    n_impossible = profile.impossible.get(label, 0)
+    n_valid = profile.n_rows - profile.nulls.get(label, 0)
+    if label == "teff" and median is not None and 3 <= median <= 5 and n_impossible > n_valid:
+        raise SurveyError(
+            f"{files[0]}: {where} looks like log10 of a temperature: its median is {median:.2f}",
+            "Use a file with the temperature in K.",
+        )
+    if n_impossible > n_valid and n_impossible >= 10:
+        file, row, value = profile.first_impossible[label]
+        raise SurveyError(
+            f"{files[file]}: {where}: {n_impossible} of {n_impossible + n_valid} values are not "
+            f"within {column.minimum:g} to {column.maximum:g} {column.unit}, the first is {value} "
+            f"in row {row}; the median is about {median:.3g}",
+            f"Check its unit and its 'missing' values in [columns.{label}].",
+        )
+    if n_valid == 0 and profile.n_rows:
+        raise SurveyError(
+            f"{', '.join(files)}: {where} has no value in any row",
+            f"Map [columns.{label}] to a column that is filled in this release.",
+        )
+
+
+def _native_names(survey: Survey, name: str) -> str:
+    return "'" + "' or '".join(survey.columns[name].sources) + "'"

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from sos_dask.errors import ConfigError
 from sos_dask.schema import MOST_ROWS
 from sos_dask.settings import NAME_RULE, Settings, explained, is_name, parse_toml
-from sos_dask.stars.settings import DedupeSettings
+from sos_dask.stars.group import DedupeSettings
 
 JOB_FORMAT = 1
 

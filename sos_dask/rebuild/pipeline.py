@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sos_dask.evidence.metrics import Metric
+from sos_dask.evidence.figures import Metric
 from sos_dask.rebuild.job import Job
 from sos_dask.rebuild.plan import COMPARISON, plan
 from sos_dask.rebuild.planner import Stage

@@ -17,23 +17,20 @@ from sos_dask.rebuild.planner import Planner, Stage
 from sos_dask.run.machine import n_cores
 from sos_dask.stages.apply import Trust, apply, apply_recipe
 from sos_dask.stages.attach import AttachSettings, attach, attach_recipe, companion_survey
-from sos_dask.stages.compare import CompareSettings, compare, compare_recipe
+from sos_dask.stages.compare import Compare, CompareSettings, compare_recipe
 from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
 from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
 from sos_dask.stages.dedupe import dedupe, dedupe_recipe
-from sos_dask.stages.generalisation import (
-    GeneralisationSettings,
-    generalisation,
-    generalisation_recipe,
-)
+from sos_dask.stages.evidence import evidence_recipe, make_evidence
+from sos_dask.stages.generalisation import Generalisation, GeneralisationSettings
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
 from sos_dask.stages.margin import margin, margin_recipe
-from sos_dask.stages.projection import projection, projection_recipe
+from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
 from sos_dask.stages.report import ReportSettings, report_recipe
 from sos_dask.stages.report import report as make_report
 from sos_dask.stages.train import TrainSettings, train, train_recipe
-from sos_dask.stages.trends import TrendSettings, trends, trends_recipe
+from sos_dask.stages.trends import Trends, TrendSettings, trends_recipe
 from sos_dask.stages.uncertainty import (
     Surveys,
     UncertaintySettings,
@@ -77,12 +74,12 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         offsets=job.unify.fixed_offsets,
     )
     reference_settings = ReferenceSettings(
-        unify,
-        job.unify.radius_arcsec,
-        job.unify.id_radius_arcsec,
-        job.unify.epoch,
-        job.ingest.rows_per_partition,
-        job.unify.offsets == "measured",
+        unify=unify,
+        radius_arcsec=job.unify.radius_arcsec,
+        id_radius_arcsec=job.unify.id_radius_arcsec,
+        epoch=job.unify.epoch,
+        rows_per_partition=job.ingest.rows_per_partition,
+        measure_offsets=job.unify.offsets == "measured",
     )
     united = planner.add(
         "reference",
@@ -97,9 +94,14 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     )
     match = job.crossmatch
     pair_settings = PairSettings(
-        MatchSettings(match.radius_arcsec, match.id_radius_arcsec, match.pairs, match.use_gaia_id),
-        match.n_folds,
-        job.seed,
+        match=MatchSettings(
+            radius_arcsec=match.radius_arcsec,
+            id_radius_arcsec=match.id_radius_arcsec,
+            pairs=match.pairs,
+            use_gaia_id=match.use_gaia_id,
+        ),
+        n_folds=match.n_folds,
+        seed=job.seed,
     )
     left = observations[match.target]
     pairs = planner.add(
@@ -115,6 +117,17 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         ),
     )
     trained = {method: _add_training(planner, method, pairs) for method in job.train.methods}
+    evidence = planner.add(
+        "evidence",
+        evidence_recipe(pairs, trained),
+        lambda directory, cluster, report: make_evidence(
+            planner.catalog(pairs),
+            {name: planner.directory(model) for name, model in trained.items()},
+            directory,
+            cluster=cluster,
+            report=report,
+        ),
+    )
     compare_settings = CompareSettings(
         **job.compare.model_dump(exclude={"rule"}),
         rule=check_rule(job.compare.rule, job.train.methods),
@@ -122,31 +135,28 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     )
     compared = planner.add(
         COMPARISON,
-        compare_recipe(pairs, trained, compare_settings),
-        lambda directory, cluster, report: compare(
-            planner.catalog(pairs),
-            {name: planner.directory(model) for name, model in trained.items()},
-            directory,
+        compare_recipe(evidence, trained, compare_settings),
+        lambda directory, cluster, report: Compare(
+            {
+                "evidence": planner.directory(evidence),
+                **{f"model.{name}": planner.directory(model) for name, model in trained.items()},
+            },
             compare_settings,
-            cluster=cluster,
-            report=report,
-        ),
+        ).run(directory, cluster=cluster, report=report),
     )
     chosen = planner.chosen(compared, trained, compare_settings.rule)
     trend_settings = TrendSettings(order=unify.order)
     planner.add(
         "trends",
-        trends_recipe(pairs, trend_settings, trained, united, references),
-        lambda directory, cluster, report: trends(
-            planner.catalog(pairs),
-            directory,
+        trends_recipe(evidence, trend_settings, united, references),
+        lambda directory, cluster, report: Trends(
+            {
+                "evidence": planner.directory(evidence),
+                "reference": planner.catalog(united),
+                **{f"stars.{n}": planner.catalog(one) for n, one in references.items()},
+            },
             trend_settings,
-            models={name: planner.directory(model) for name, model in trained.items()},
-            reference=planner.catalog(united),
-            stars={name: planner.catalog(catalog) for name, catalog in references.items()},
-            cluster=cluster,
-            report=report,
-        ),
+        ).run(directory, cluster=cluster, report=report),
     )
     error_settings = UncertaintySettings(
         job.uncertainty.reference_error, job.uncertainty.sparse_fraction, seed=job.seed
@@ -204,7 +214,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             ),
         ),
     )
-    _add_looks(planner, pairs, source)
+    _add_looks(planner, pairs, evidence, source)
     if job.report.enabled:
         _add_report(planner)
     return planner.stages
@@ -251,33 +261,29 @@ def _definition(job: Job, section: SurveySection) -> Survey:
     return load_survey(definition, section.override)
 
 
-def _add_looks(planner: Planner, pairs: str, source: str) -> None:
+def _add_looks(planner: Planner, pairs: str, evidence: str, source: str) -> None:
     """What a job may ask for beside the correction: nothing else depends on it."""
     job = planner.job
     if job.generalisation is not None:
         methods = {method: _params(job, method) for method in job.train.methods}
-        settings = GeneralisationSettings(**job.generalisation.model_dump(), seed=job.seed)
+        settings = GeneralisationSettings(**job.generalisation.model_dump(), methods=methods)
         planner.add(
             "generalisation",
-            generalisation_recipe(pairs, methods, settings),
-            lambda directory, cluster, report: generalisation(
-                planner.catalog(pairs), directory, methods, settings, cluster=cluster, report=report
-            ),
+            Generalisation.recipe(settings, {"evidence": evidence}),
+            lambda directory, cluster, report: Generalisation(
+                {"evidence": planner.directory(evidence)}, settings
+            ).run(directory, cluster=cluster, report=report),
         )
     if job.projection is not None:
         looks = ProjectionSettings(**job.projection.model_dump(), seed=job.seed)
         planner.add(
             "projection",
-            projection_recipe([source], [pairs], looks),
-            lambda directory, cluster, report: projection(
-                [planner.catalog(source)],
-                [planner.catalog(pairs)],
-                directory,
+            ProjectionStage.recipe(looks, {"observations": source, "pairs": pairs}),
+            lambda directory, cluster, report: ProjectionStage(
+                {"observations": planner.catalog(source), "pairs": planner.catalog(pairs)},
                 looks,
-                name=f"{job.target_name}.projection",
-                cluster=cluster,
-                report=report,
-            ),
+                product=f"{job.target_name}.projection",
+            ).run(directory, cluster=cluster, report=report),
         )
 
 
@@ -381,7 +387,9 @@ def _add_ingest(planner: Planner, product: str, survey: Survey, names: list[str]
     files = [job.resolve(file) for file in names]
     digests = _digests(planner.store, files)
     planner.names |= {digest: file.name for digest, file in zip(digests, files, strict=True)}
-    settings = IngestSettings(job.ingest.rows_per_partition, job.ingest.chunk_rows)
+    settings = IngestSettings(
+        rows_per_partition=job.ingest.rows_per_partition, chunk_rows=job.ingest.chunk_rows
+    )
     return planner.add(
         product,
         ingest_recipe(survey, digests, settings, product),
@@ -426,7 +434,12 @@ def _add_attach(
         def opened() -> Catalog:
             return planner.catalog(other)
 
-    settings = AttachSettings(columns, section.by, section.radius_arcsec, section.id_radius_arcsec)
+    settings = AttachSettings(
+        columns=columns,
+        by=section.by,
+        radius_arcsec=section.radius_arcsec,
+        id_radius_arcsec=section.id_radius_arcsec,
+    )
     return planner.add(
         f"{name}.with-{companion}",
         attach_recipe(catalog, other, settings),

@@ -7,6 +7,8 @@ writes what is made of them; it returns the account of rows and a summary. A par
 the stage that gets the output, the part's key and a small item, writes its files and returns a
 record. A stage travels to workers as paths and numbers; catalogs are opened there, once.
 
+Class names and roles follow the products: see `rebuild.plan`.
+
 `Stage.run` leaves a complete output alone and finishes an unfinished one.
 """
 
@@ -71,6 +73,8 @@ class Stage(Generic[S]):
         Default: those of the stage.
     product : str
         Name of what is made; default: that of the directory.
+    known : mapping of str to str, optional
+        Fingerprints of the inputs where the caller has them.
     """
 
     name: ClassVar[str]
@@ -88,7 +92,9 @@ class Stage(Generic[S]):
         settings: S | None = None,
         *,
         product: str = "",
+        known: Mapping[str, str] | None = None,
     ) -> None:
+        self.known = dict(known or {})
         self.settings: S = self.Settings() if settings is None else settings  # type: ignore[assignment]
         self.product = product
         self.inputs: dict[str, Catalog | Path] = {}
@@ -148,7 +154,7 @@ class Stage(Generic[S]):
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the inputs by name."""
-        return {
+        return self.known or {
             name: one.fingerprint if isinstance(one, Catalog) else Manifest.load(one).fingerprint
             for name, one in self.inputs.items()
         }
@@ -172,7 +178,13 @@ class Stage(Generic[S]):
 
     # The same for all.
 
-    def run(
+    def run(self, directory: str | Path, **options: Any) -> Manifest:
+        """Make the output, or finish it: `attempt` where no other process makes parts of it."""
+        made = self.attempt(directory, **options)
+        assert made is not None, f"parts of {directory} are missing"
+        return made
+
+    def attempt(
         self,
         directory: str | Path,
         *,
@@ -345,6 +357,7 @@ class Run:
         records: Sequence[Mapping[str, Any]],
         schema: pa.Schema,
         properties: Mapping[str, str] | None = None,
+        catalog_type: str = "object",
     ) -> int:
         """Write the catalog's own files; partitions without rows are left out. Returns its rows.
 
@@ -362,7 +375,13 @@ class Run:
         self.files.extend(record for _, record in kept)
         self.files.extend(
             write_catalog_metadata(
-                self.output, name, [pixel for pixel, _ in kept], schema, n_rows, extra=properties
+                self.output,
+                name,
+                [pixel for pixel, _ in kept],
+                schema,
+                n_rows,
+                catalog_type=catalog_type,
+                extra=properties,
             )
         )
         return n_rows

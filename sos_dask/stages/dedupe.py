@@ -15,23 +15,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.errors import PartitionError
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, cell_ranges
+from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, Ranges, cell_ranges
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
-from sos_dask.stages.crossmatch import MOTION, at_epoch, motion_of, moved_arcsec
-from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
+from sos_dask.stages.ids import motion_of
 from sos_dask.stars.combine import combine
-from sos_dask.stars.edges import Edges
-from sos_dask.stars.group import group
+from sos_dask.stars.group import GAIA_IDS, DedupeSettings, group_around, rank_of
+from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
 from sos_dask.stars.repeats import merged_pulls, pull_counts
-from sos_dask.stars.settings import DedupeSettings
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
 
 PRELOAD = ("sos_dask.sky.loops",)  # for workers: this module itself imports it where it has rows
-_MAX_LAYERS = 256
 
 
 class Dedupe(Stage[DedupeSettings]):
@@ -147,47 +143,30 @@ class Dedupe(Stage[DedupeSettings]):
             Primary of every row, those around included, as index into that order.
         """
         catalog, settings = self.observations, self.settings
-        ids, columns = self._ids(), self._grouping_columns()
-        reach = max(settings.radius_arcsec, settings.id_radius_arcsec if ids else 0.0)
-        reach += 2 * self.moved_arcsec
-        own_cells = own[HEALPIX_COLUMN].to_numpy()
-        edges = Edges.of(pixel, own_cells, reach)
-        layers = 2
-        while layers <= _MAX_LAYERS:
-            around = catalog.read_ranges(edges.ranges, columns)
+        columns = self._grouping_columns()
+        around, first, order = own.slice(0, 0), 0, np.empty(0, dtype=np.int64)
+
+        def read(ranges: Ranges) -> tuple[pa.Table, NDArray[np.bool_]]:
+            nonlocal around, first, order
+            own_range = (pixel.first, pixel.stop)
+            around = catalog.read_ranges([one for one in ranges if one != own_range], columns)
             first = int(np.searchsorted(around[HEALPIX_COLUMN].to_numpy(), pixel.first))
-            table = pa.concat_tables(
-                [around.slice(0, first), own, around.slice(first)]
-            ).combine_chunks()
-            frontier = edges.is_frontier(table[HEALPIX_COLUMN].to_numpy())
-            rank, order = rank_of(table["obs_id"]), None
+            table = pa.concat_tables([around.slice(0, first), own, around.slice(first)])
+            order = np.arange(table.num_rows)
             if self.moved_arcsec:
                 table = at_epoch(table, self.epoch)
                 order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
-                table, rank, frontier = table.take(pa.array(order)), rank[order], frontier[order]
-            groups = group(
-                table["ra"].to_numpy(),
-                table["dec"].to_numpy(),
-                table[HEALPIX_COLUMN].to_numpy(),
-                rank,
-                {release: id_values(table[column]) for release, column in ids.items()},
-                frontier,
-                settings,
-            )
-            primary, touches = groups.primary, groups.touches_frontier
-            if order is not None:
-                primary, touches = np.empty_like(primary), np.empty_like(touches)
-                primary[order], touches[order] = order[groups.primary], groups.touches_frontier
-            open_ended = touches[first : first + own.num_rows]
-            if not open_ended.any():
-                return around, first, primary
-            layers *= 2
-            edges = edges.grown(own_cells, open_ended, layers)
-        raise PartitionError(
-            f"pixel {pixel} of {catalog.path}: repeats form a chain over "
-            f"{_MAX_LAYERS * reach:.0f} arcsec",
-            f"A radius of {settings.radius_arcsec} arcsec is too large for so dense a field.",
+                table = table.take(pa.array(order))
+            return table.combine_chunks(), (order >= first) & (order < first + own.num_rows)
+
+        reach = max(settings.radius_arcsec, settings.id_radius_arcsec if self._ids() else 0.0)
+        reach += self.moved_arcsec
+        _, _, grouped = group_around(
+            pixel, read, lambda some: rank_of(some["obs_id"]), reach, settings, str(catalog.path)
         )
+        primary = np.empty_like(grouped)
+        primary[order] = order[grouped]
+        return around, first, primary
 
 
 def _full_rows(catalog: Catalog, wanted: pa.Table) -> pa.Table:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
-from sos_dask.stages.ids import GAIA_IDS
+from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
 from sos_dask.storage.catalog import Catalog
 from sos_dask.trust import FLAG_AMBIGUOUS, FLAG_SPREAD
@@ -56,7 +56,7 @@ def star_flags(
         mark[pc.is_in(near[_STAR], ambiguous).to_numpy()] |= FLAG_AMBIGUOUS
     if not mark.any() or not table.num_rows:
         return flags
-    settings = MatchSettings(radius_arcsec, radius)
+    settings = MatchSettings(radius_arcsec=radius_arcsec, id_radius_arcsec=radius)
     some = np.unique(match(table, near.filter(pa.array(mark != 0)), settings, _STAR).left)
     found = match(table.take(pa.array(some)), near, settings, _STAR)
     flags[some[found.left]] |= mark[found.right]

@@ -15,7 +15,7 @@ from sos_dask import corrections as models
 from sos_dask.columns import floats32, matrix32
 from sos_dask.corrections.search import search, search_space
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.evidence.metrics import Metric, held_out_metrics
+from sos_dask.evidence.figures import Metric, held_out_metrics
 from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import LABELS, nearest

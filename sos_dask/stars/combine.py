@@ -14,7 +14,7 @@ from sos_dask.columns import reals_or_nan
 from sos_dask.errors import PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, QUALITY, Column, require_columns
 from sos_dask.sky.healpix import IntArray
-from sos_dask.stars.settings import DedupeSettings
+from sos_dask.stars.group import DedupeSettings
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.floating]

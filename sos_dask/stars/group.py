@@ -1,4 +1,4 @@
-"""Which rows are the same star.
+"""Rows that are the same star: which they are, and how far one must look for them.
 
 The rule of grouping. Two rows are *linked* when they lie within ``radius_arcsec`` of each other, or
 share a Gaia id of some release and lie within ``id_radius_arcsec``. Stars never reach over the
@@ -27,28 +27,70 @@ too many, a tree finds those that decide (`crowds`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import chain
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
 from sos_dask.errors import PartitionError
 from sos_dask.schema import HEALPIX_COLUMN
+from sos_dask.settings import Settings
 from sos_dask.sky import neighbours
-from sos_dask.sky.healpix import FloatArray, IntArray
+from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray, Ranges, in_ranges
 from sos_dask.stars.crowds import Places, Sky, join_in_order
-from sos_dask.stars.settings import DedupeSettings
 
 BoolArray = NDArray[np.bool_]
 
+GAIA_IDS = {"dr3": "gaia_dr3_source_id", "dr2": "gaia_dr2_source_id"}
+"""Columns of ids of Gaia, by its release."""
 # Links are listed up to so many a row, and these more; beyond, rows crowd.
 _MOST_A_ROW = 8
 _MOST = 65536
 # Rows of stars are looked through for their ids in parts of so many.
 _BLOCK = 1 << 22
+_MAX_LAYERS = 256
+
+
+class Radii(Settings):
+    """Separations up to which rows can be one star: by position, and by Gaia id."""
+
+    radius_arcsec: float = Field(
+        1.5, gt=0, lt=3600, description="Largest separation of rows of one star."
+    )
+    id_radius_arcsec: float = Field(
+        10.0, gt=0, lt=3600, description="Largest separation of rows of one Gaia id."
+    )
+    use_gaia_id: bool = Field(True, description="Gaia ids count, not only positions.")
+
+    @model_validator(mode="after")
+    def _ids_reach_farther(self) -> Self:
+        if self.use_gaia_id and self.id_radius_arcsec < self.radius_arcsec:
+            raise ValueError(
+                f"id_radius_arcsec = {self.id_radius_arcsec:g} is smaller than radius_arcsec = "
+                f"{self.radius_arcsec:g}: rows with the same id may lie farther apart than others; "
+                "make it larger, or match by position alone (--no-gaia-id)"
+            )
+        return self
+
+
+class DedupeSettings(Radii):
+    """How repeats of one star are found and combined."""
+
+    method: Literal["inverse-variance", "best-snr", "median"] = Field(
+        "inverse-variance", description="How the observations of a star are combined."
+    )
+    max_spread: float = Field(
+        5.0,
+        gt=0,
+        le=1e9,
+        description="Flag stars whose repeats spread over so many expected errors.",
+    )
 
 
 @dataclass(frozen=True)
@@ -74,9 +116,9 @@ def group(
     rank: IntArray,
     ids: Mapping[str, IntArray],
     frontier: BoolArray | None,
-    settings: DedupeSettings,
+    settings: Radii,
 ) -> Groups:
-    """Find the rows that are one star, by the rule of this module.
+    """Group the rows that are one star, by the rule of this module.
 
     Parameters
     ----------
@@ -90,7 +132,7 @@ def group(
         Not positive where there is none.
     frontier : ndarray of bool, shape (n,), optional
         Rows so near to sky that was not read that they may have links into it.
-    settings : DedupeSettings
+    settings : Radii
 
     Returns
     -------
@@ -105,7 +147,7 @@ def group(
         raise PartitionError(f"rows to be grouped are not sorted by {HEALPIX_COLUMN}")
     releases = [ids[name] for name in sorted(ids, reverse=True)] if settings.use_gaia_id else []
     sky = Sky(ra, dec, cells29, rank)
-    near: _Near = _Listed.of(sky, releases, settings) or _Crowd(sky, releases, settings)
+    near = _Listed.of(sky, releases, settings) or _Crowd(sky, releases, settings)
     touched = np.zeros(len(ra), dtype=np.bool_)
     if frontier is not None and frontier.any():
         root = near.every().components(len(ra))
@@ -117,6 +159,78 @@ def group(
         known = _group_known(primary, rank, releases, near)
     near.group_others(primary, known)
     return Groups(primary, touched)
+
+
+def group_around(
+    pixel: HealpixPixel,
+    read: Callable[[Ranges], tuple[pa.Table, BoolArray]],
+    rank: Callable[[pa.Table], IntArray],
+    reach_arcsec: float,
+    settings: Radii,
+    where: str,
+) -> tuple[pa.Table, BoolArray, IntArray]:
+    """Group the rows of a pixel with as much of the sky around as their longest chain needs.
+
+    Parameters
+    ----------
+    pixel : HealpixPixel
+    read : callable
+        Gives the rows of ranges of cells, sorted by the cells in which they are compared, and which
+        of them belong to the pixel.
+    rank : callable
+        Gives the ranks of such rows, as for `group`.
+    reach_arcsec : float
+        Length of the longest link, and how far a row may stand from where it is compared.
+    settings : Radii
+    where : str
+        Named in the error, such as the path of a catalog.
+
+    Returns
+    -------
+    table : pyarrow.Table
+    own : ndarray of bool, shape (n,)
+    primary : ndarray of int64, shape (n,)
+        As in `Groups`; right for the stars of which a row belongs to the pixel.
+
+    Raises
+    ------
+    PartitionError
+        A chain of rows is too long.
+    """
+    layers = 2
+    while layers <= _MAX_LAYERS:
+        around = neighbours.surroundings(pixel, reach_arcsec, layers)
+        whole = [(pixel.first, pixel.stop)]
+        table, own = read(sorted([*whole, *chain.from_iterable(around)]))
+        cells = table[HEALPIX_COLUMN].to_numpy()
+        # What is linked to a row that is compared in the last layer but one was read.
+        frontier = ~in_ranges(cells, sorted([*whole, *chain.from_iterable(around[:-1])]))
+        ids = {r: id_values(table[c]) for r, c in GAIA_IDS.items() if c in table.schema.names}
+        positions = table["ra"].to_numpy(), table["dec"].to_numpy()
+        groups = group(*positions, cells, rank(table), ids, frontier, settings)
+        if not groups.touches_frontier[own].any():
+            return table, own, groups.primary
+        layers *= 2
+    raise PartitionError(
+        f"pixel {pixel} of {where}: repeats form a chain over "
+        f"{_MAX_LAYERS * reach_arcsec:.0f} arcsec",
+        f"A radius of {settings.radius_arcsec} arcsec is too large for so dense a field.",
+    )
+
+
+def id_values(column: pa.ChunkedArray) -> IntArray:
+    """Read ids as plain integers, 0 where there is none."""
+    return np.asarray(pc.fill_null(column, 0).to_numpy(), dtype=np.int64)
+
+
+def rank_of(keys: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Number keys in their order: integers are taken themselves, of text the place when sorted."""
+    if pa.types.is_integer(keys.type):
+        return np.asarray(keys.to_numpy(), dtype=np.int64)
+    order = pc.array_sort_indices(keys.combine_chunks()).to_numpy()
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return rank
 
 
 @dataclass(frozen=True)
@@ -156,22 +270,6 @@ class _Links:
         )
 
 
-class _Near(Protocol):
-    """What the rules ask of links."""
-
-    def every(self) -> _Links:
-        """Links with the components of all."""
-
-    def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
-        """Links with the components of those among rows known by equal ids of a release."""
-
-    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
-        """Join groups known by a release to stars known by a newer one (rule 2), in place."""
-
-    def group_others(self, primary: IntArray, known: BoolArray) -> None:
-        """Group the rows without ids (rules 3 and 4), in place."""
-
-
 @dataclass(frozen=True)
 class _Listed:
     """Links that are few: within the radius, and all."""
@@ -182,7 +280,7 @@ class _Listed:
     all_links: _Links
 
     @classmethod
-    def of(cls, sky: Sky, releases: list[IntArray], settings: DedupeSettings) -> _Listed | None:
+    def of(cls, sky: Sky, releases: list[IntArray], settings: Radii) -> _Listed | None:
         """The links of rows, unless they are too many."""
         most = _MOST_A_ROW * len(sky.ra) + _MOST
         pairs = neighbours.pairs_within(sky.ra, sky.dec, sky.cells, settings.radius_arcsec, most)
@@ -197,14 +295,17 @@ class _Listed:
         return cls(sky, releases, links[0], _Links.joined(links))
 
     def every(self) -> _Links:
+        """Links with the components of all."""
         return self.all_links
 
     def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
+        """Links with the components of those among rows known by equal ids of a release."""
         i, j = self.all_links.i, self.all_links.j
         same = (tier[i] == tier[j]) & (name[i] == name[j]) & (tier[i] < len(self.releases))
         return self.all_links.where(same)
 
     def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
+        """Join groups known by a release to stars known by a newer one (rule 2), in place."""
         newer, older = self.all_links.between(tier < number, tier == number)
         if len(newer):
             ids = self.releases[number]
@@ -213,6 +314,7 @@ class _Listed:
             _join_older(star, self.sky.rank, ids, newer, older, separation, holders)
 
     def group_others(self, primary: IntArray, known: BoolArray) -> None:
+        """Group the rows without ids (rules 3 and 4), in place."""
         links = self.links
         if self.releases:
             row, target = _nearest(*links.between(~known, known), self.sky)
@@ -225,11 +327,11 @@ class _Listed:
 
 @dataclass(frozen=True)
 class _Crowd:
-    """Rows of which there are so many within a radius that their links are not listed."""
+    """The same where so many rows lie within a radius that their links are not listed."""
 
     sky: Sky
     releases: list[IntArray]
-    settings: DedupeSettings
+    settings: Radii
 
     def every(self) -> _Links:
         places = Places.of(self.sky, np.arange(len(self.sky.ra)))
@@ -309,9 +411,7 @@ class _Crowd:
         return places.rows[target >= 0], target[target >= 0]
 
 
-def _far_links(
-    sky: Sky, ids: IntArray, near: _Links, settings: DedupeSettings, most: int
-) -> _Links | None:
+def _far_links(sky: Sky, ids: IntArray, near: _Links, settings: Radii, most: int) -> _Links | None:
     """Rows with equal ids that lie beyond the radius, but within that for ids.
 
     None: more pairs than ``most`` have equal ids.
@@ -341,7 +441,7 @@ def _far_links(
 
 
 def _group_known(
-    primary: IntArray, rank: IntArray, releases: list[IntArray], near: _Near
+    primary: IntArray, rank: IntArray, releases: list[IntArray], near: _Listed | _Crowd
 ) -> BoolArray:
     """Group the rows with ids (rules 1 and 2); gives which they are."""
     n = len(primary)

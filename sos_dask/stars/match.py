@@ -25,23 +25,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import Field
 
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, require_columns
 from sos_dask.sky import healpix, neighbours, sphere
 from sos_dask.sky.healpix import FloatArray, IntArray
 from sos_dask.stars.crowds import is_crowded, preferred
+from sos_dask.stars.group import GAIA_IDS, Radii
 
 BoolArray = NDArray[np.bool_]
+MOTION = ("pmra", "pmdec", "position_epoch")
 _KeysOf = Callable[[IntArray], pa.ChunkedArray]  # keys of rows
 
-GAIA_RELEASES = ("gaia_dr3_source_id", "gaia_dr2_source_id")
 # An id on this many pairs of rows is a placeholder or a calibration star: search it on the sky,
 # so that a million rows with the same wrong id cannot make a million times a million pairs.
 _MANY_PAIRS = 4096
@@ -49,36 +51,20 @@ _MANY_PAIRS = 4096
 _MOST_PAIRS = 1 << 25
 
 
-@dataclass(frozen=True)
-class MatchSettings:
-    """How two catalogs are matched.
+class MatchSettings(Radii):
+    """How two catalogs are matched."""
 
-    Parameters
-    ----------
-    radius_arcsec : float
-        Largest separation of a pair found by position, at the common epoch.
-    id_radius_arcsec : float
-        Largest separation of a pair with equal Gaia ids. At least ``radius_arcsec``.
-    pairs : {"best", "all"}
-        One pair for each left row, or every candidate.
-    use_gaia_id : bool
-        False: only positions count.
-
-    Raises
-    ------
-    ConfigError
-        A radius is not positive or not below one degree, or ``pairs`` is something else.
-    """
-
-    radius_arcsec: float
-    id_radius_arcsec: float = 10.0
-    pairs: str = "best"
-    use_gaia_id: bool = True
-
-    def __post_init__(self) -> None:
-        sphere.check_radii(self.radius_arcsec, self.id_radius_arcsec, self.use_gaia_id)
-        if self.pairs not in ("best", "all"):
-            raise ConfigError(f"pairs = '{self.pairs}' is neither 'best' nor 'all'")
+    radius_arcsec: float = Field(
+        gt=0,
+        lt=3600,
+        description="Largest separation of a pair found by position, at the common epoch.",
+    )
+    id_radius_arcsec: float = Field(
+        10.0, gt=0, lt=3600, description="Largest separation of a pair with equal Gaia ids."
+    )
+    pairs: Literal["best", "all"] = Field(
+        "best", description="One pair for each target, or every candidate."
+    )
 
 
 @dataclass(frozen=True)
@@ -153,6 +139,28 @@ def reach_arcsec(
     pm = right.max_pm_mas_yr if pm_mas_yr is None else pm_mas_yr
     drift = np.maximum(left.max_pm_mas_yr, pm) * years / 1000.0 if years > 0 else 0.0
     return (radius + drift) * (1.0 + 1e-9) + 1e-3
+
+
+def moved_arcsec(motion: Motion, epoch: float) -> float:
+    """Bound how far a star of a catalog can stand from its place at the common epoch."""
+    years = max(abs(motion.epoch_min - epoch), abs(motion.epoch_max - epoch))
+    return motion.max_pm_mas_yr / 1000.0 * years if np.isfinite(years) else 0.0
+
+
+def at_epoch(table: pa.Table, epoch: float) -> pa.Table:
+    """Move the rows that have a proper motion and an epoch; the others stay as they are."""
+    if not set(MOTION) <= set(table.schema.names) or not table.num_rows:
+        return table
+    pmra, pmdec, since = (np.asarray(table[name].to_numpy(), np.float64) for name in MOTION)
+    moving = np.isfinite(pmra) & np.isfinite(pmdec) & np.isfinite(since)
+    pmra, pmdec, years = (np.where(moving, values, 0.0) for values in (pmra, pmdec, epoch - since))
+    ra, dec = sphere.propagate(table["ra"].to_numpy(), table["dec"].to_numpy(), pmra, pmdec, years)
+    new = {"ra": ra, "dec": dec, HEALPIX_COLUMN: healpix.ang2pix(ra, dec)}
+    new["position_epoch"] = np.where(moving, epoch, since)
+    for name, values in new.items():
+        index, field = table.schema.get_field_index(name), table.schema.field(name)
+        table = table.set_column(index, field, pa.array(values, field.type, from_pandas=True))
+    return table
 
 
 def match(
@@ -232,7 +240,7 @@ class _Side:
             pm,
             {
                 name: _ids(table, name, where)
-                for name in GAIA_RELEASES
+                for name in GAIA_IDS.values()
                 if use_gaia_id and name in names
             },
         )
@@ -495,7 +503,7 @@ def _moved(
 def _equal_ids(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
     """Every pair within a radius with the same id in any release, once."""
     done: list[str] = []
-    for name in GAIA_RELEASES:
+    for name in GAIA_IDS.values():
         if name not in a.ids or name not in b.ids:
             continue
         one, other = a.ids[name], b.ids[name]

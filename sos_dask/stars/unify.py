@@ -27,73 +27,74 @@ Sums are in double precision over members in their order, so nothing depends on 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import Field, field_validator
 
-from sos_dask.errors import ConfigError, PartitionError
+from sos_dask.errors import PartitionError
 from sos_dask.schema import (
     CANONICAL,
     HEALPIX_COLUMN,
     LABELS,
     QUALITY,
-    check_numbers,
     require_columns,
 )
+from sos_dask.settings import Settings
 from sos_dask.sky.healpix import FloatArray, IntArray
 
 BoolArray = NDArray[np.bool_]
 
-METHODS = ("precedence", "weighted-mean")
 _MEASURED = (*LABELS, "rv")
 _OF_PRIMARY = ("ra", "dec", "position_epoch")
 _MOTION = ("pmra", "pmdec")
 
 
-@dataclass(frozen=True)
-class UnifySettings:
-    """How the stars of several surveys become one.
+class UnifySettings(Settings):
+    """How the stars of several surveys become one."""
 
-    Parameters
-    ----------
-    method : {"precedence", "weighted-mean"}
-    order : tuple of str
-        Surveys, the preferred first; others follow by name.
-    offsets : mapping of str to mapping of str to float
-        By survey and label: subtracted from that survey's values.
-    max_spread : float
-        Surveys that differ by more than this multiple of their error flag the star.
-    expected_error : mapping of str to float
-        Error of a survey's label by label, used where none is stated.
+    method: Literal["precedence", "weighted-mean"] = Field(
+        "precedence", description="Labels of one survey, or the mean of all."
+    )
+    order: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="Surveys, the preferred first; others follow by name."
+    )
+    offsets: Mapping[str, Mapping[str, float]] = Field(
+        {}, description="By survey and label: subtracted from that survey's values."
+    )
+    max_spread: float = Field(
+        5.0,
+        ge=1e-9,
+        le=1e9,
+        description="Surveys that differ by more than this multiple of their error flag the star.",
+    )
+    expected_error: Mapping[str, float] = Field(
+        {}, description="Error of a survey's label by label, used where none is stated."
+    )
 
-    Raises
-    ------
-    ConfigError
-        Unknown method or label, a survey twice, or ``max_spread`` is not positive.
-    """
+    @field_validator("offsets")
+    @classmethod
+    def _of_labels(
+        cls, offsets: Mapping[str, Mapping[str, float]]
+    ) -> Mapping[str, Mapping[str, float]]:
+        for survey, values in offsets.items():
+            for label in values.keys() - set(_MEASURED):
+                raise ValueError(
+                    f"there is no label '{label}' for survey {survey}; known are "
+                    f"{', '.join(_MEASURED)}"
+                )
+        return offsets
 
-    method: str = "precedence"
-    order: tuple[str, ...] = ()
-    offsets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    max_spread: float = 5.0
-    expected_error: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"method '{self.method}' is none of {', '.join(METHODS)}")
-        if len(set(self.order)) != len(self.order):
-            raise ConfigError(f"a survey is twice in the order {', '.join(self.order)}")
-        for survey, offsets in self.offsets.items():
-            for label in offsets:
-                if label not in _MEASURED:
-                    raise ConfigError(
-                        f"offset of '{label}' for survey {survey}: there is no such label",
-                        f"Known are {', '.join(_MEASURED)}.",
-                    )
-        check_numbers(self, max_spread=(1e-9, 1e9))
+    @field_validator("order")
+    @classmethod
+    def _once(cls, order: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(order)) != len(order):
+            raise ValueError(f"a survey is twice in the order {', '.join(order)}")
+        return order
 
 
 def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Table:

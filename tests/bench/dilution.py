@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from sos_dask import corrections as models
-from sos_dask.evidence.metrics import binned_median_rms, scatter
+from sos_dask.evidence.figures import scatter
 from sos_dask.problem import features
 from sos_dask.schema import LABELS
+from sos_dask.stats.binned import binned_median_rms, equal_count_edges
 from tests.bench.accuracy import FloatArray, read_pairs
 
 METHODS = {
@@ -74,9 +75,10 @@ def main() -> None:
         for k, label in enumerate(LABELS):
             t = labels[:, k]
             normal = np.var(noise[:, k]) / np.var(t)
-            recovered = binned_median_rms(true[:, k], at_truth[:, k] - bias[:, k], 20)
+            edges = equal_count_edges(true[:, k], 20)
+            recovered = binned_median_rms(true[:, k], at_truth[:, k] - bias[:, k], edges)
             slopes = (normal, slope(t, t - true[:, k]), slope(t, predicted[:, k]))
-            figures = [*slopes, recovered.rms, scatter(left[:, k])]
+            figures = [*slopes, recovered, scatter(left[:, k])]
             print(f"{label:6} {name:17}", *(f"{figure:8.4f}" for figure in figures), flush=True)
 
 

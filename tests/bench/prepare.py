@@ -23,8 +23,8 @@ from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.simulate import SkySettings, simulate
 from sos_dask.stages.crossmatch import PairSettings
 from sos_dask.stages.parts import commit_catalog
+from sos_dask.stars.group import DedupeSettings
 from sos_dask.stars.match import MatchSettings
-from sos_dask.stars.settings import DedupeSettings
 from sos_dask.storage.artifact import Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, write_partition
 from sos_dask.surveys.definition import load_survey
@@ -84,7 +84,7 @@ def sky(place: Place, cluster: Cluster) -> None:
     settings = SkySettings(n_lamost=place.rows)
     make_once(
         place.sky,
-        asdict(settings),
+        settings.as_json,
         lambda folder: simulate(settings, folder, lambda *done: _say("simulate %s: %d/%d", *done)),
     )
 
@@ -124,7 +124,7 @@ def reference(place: Place, cluster: Cluster) -> None:
             cluster=cluster,
         )
         stars[name] = Catalog.open(place.ours(f"{name}.stars"))
-    settings = ReferenceSettings(UnifySettings("precedence", tuple(stars)))
+    settings = ReferenceSettings(unify=UnifySettings(method="precedence", order=tuple(stars)))
     unite(stars, place.ours("reference"), settings, overwrite=True, cluster=cluster)
 
 
@@ -159,7 +159,7 @@ def pairs(place: Place, cluster: Cluster) -> None:
         Catalog.open(place.ours("lamost")),
         Catalog.open(place.ours("reference")),
         place.ours("pairs.all"),
-        PairSettings(MatchSettings(RADIUS_ARCSEC)),
+        PairSettings(match=MatchSettings(radius_arcsec=RADIUS_ARCSEC)),
         overwrite=True,
         cluster=cluster,
     )

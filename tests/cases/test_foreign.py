@@ -25,7 +25,7 @@ from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
 from tests.sky import observations, write_catalog
 
-SETTINGS = PairSettings(MatchSettings(radius_arcsec=1.0, use_gaia_id=False))
+SETTINGS = PairSettings(match=MatchSettings(radius_arcsec=1.0, use_gaia_id=False))
 
 
 @pytest.fixture
@@ -230,7 +230,12 @@ def expected(tmp_path_factory):
     table = table.add_column(0, "_healpix_29", cells)
     table = table.sort_by([("_healpix_29", "ascending"), ("star_id", "ascending")])
     right = write_catalog(table, folder / "right", 400)
-    attach(left, right, folder / "attached", AttachSettings({"t": "teff", "n": "name"}, "position"))
+    attach(
+        left,
+        right,
+        folder / "attached",
+        AttachSettings(columns={"t": "teff", "n": "name"}, by="position"),
+    )
     pairs = pairs_of(left, right, folder / "pairs")
     assert len(pairs) > 300
     return left, pairs, rows_of(Catalog.open(folder / "attached")), rows_of(right)
@@ -244,7 +249,7 @@ def test_a_catalog_of_others_gives_the_pairs_of_our_own(tmp_path, expected, case
     foreign = Catalog.open(after(written))
     assert pairs_of(left, foreign, tmp_path / "pairs").equals(pairs)
     if case in ("unsorted", "named", "unkeyed", "folders", "categories"):
-        settings = AttachSettings({"t": "teff", "n": "name"}, "position")
+        settings = AttachSettings(columns={"t": "teff", "n": "name"}, by="position")
         attach(left, foreign, tmp_path / "attached", settings)
         assert rows_of(Catalog.open(tmp_path / "attached")).equals(attached)
     read = rows_of(foreign).select(["_healpix_29", "star_id", "ra", "dec", "name"])
@@ -617,10 +622,10 @@ def test_ids_that_lost_digits_match_nothing_in_silence(tmp_path, kind):
     others = others.rename_columns(["star_id", *others.schema.names[1:]])
     others = others.append_column("gaia_dr3_source_id", ids.cast(kind, safe=False))
     right = Catalog.open(of_others(tmp_path / "right", others))
-    by_id = PairSettings(MatchSettings(radius_arcsec=1.0))
+    by_id = PairSettings(match=MatchSettings(radius_arcsec=1.0))
 
     def match() -> int:
-        attach(left, right, tmp_path / "attached", AttachSettings({"t": "teff"}))
+        attach(left, right, tmp_path / "attached", AttachSettings(columns={"t": "teff"}))
         return crossmatch(left, right, tmp_path / "pairs", by_id).rows.n_out
 
     if kind != pa.float64():
@@ -660,4 +665,6 @@ def test_a_column_of_another_type_is_named(tmp_path, name, values, words):
     others = others.append_column(name, pa.array(values * 50))
     right = Catalog.open(of_others(tmp_path / "right", others))
     with pytest.raises((CatalogError, PartitionError), match=words):
-        crossmatch(left, right, tmp_path / "pairs", PairSettings(MatchSettings(radius_arcsec=1.0)))
+        crossmatch(
+            left, right, tmp_path / "pairs", PairSettings(match=MatchSettings(radius_arcsec=1.0))
+        )

@@ -13,7 +13,7 @@ import pytest
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.stages.dedupe import dedupe
 from sos_dask.stages.margin import margin
-from sos_dask.stars.settings import DedupeSettings
+from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage.artifact import MANIFEST, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import sealed_json

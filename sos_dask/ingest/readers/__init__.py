@@ -2,34 +2,138 @@
 
 Formats are told by content, never by name: FITS binary tables (a gzipped one is decompressed once),
 delimited text (ECSV and VizieR's among it), Parquet and VOTable. Only the columns that a survey
-needs are read.
+needs are read. Each format has a module, which opens a file as `Contents` and reads `Batches`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import errno
+import gzip
+import hashlib
+import os
+import uuid
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from sos_dask.errors import SosError, SurveyError
-from sos_dask.ingest.readers.columns import (
-    check_native,
-    check_shape,
-    column_named,
-    element_of,
-    sources_in,
-)
-from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source, masked
-from sos_dask.ingest.readers.files import decompressed, first_bytes, kind_of
-from sos_dask.ingest.readers.fits import open_fits, read_fits
-from sos_dask.ingest.readers.parquet import open_parquet, read_parquet
-from sos_dask.ingest.readers.text import open_text, read_text, text_line
-from sos_dask.ingest.readers.votable import open_votable, read_votable
-from sos_dask.schema import nearest
-from sos_dask.surveys.definition import Survey
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-__all__ = ["Native", "Source", "open_source", "read_native", "text_line"]
+from sos_dask.columns import Values, as_array
+from sos_dask.errors import CatalogError, SosError, StorageError, SurveyError
+from sos_dask.schema import CANONICAL, find_name, is_gaia_id, nearest
+from sos_dask.storage.manifest import read_sealed, sealed_json, sum_of_file
+from sos_dask.surveys.definition import SourceColumn, Survey
+
+Batches: TypeAlias = Iterator[tuple[int, dict[str, Values]]]
+"""Number of the first row (from 0) and the columns by their keys."""
+DAMAGED = "Download it again and compare its size and checksum with the survey's."
+_GZIP = b"\x1f\x8b"
+_WIDE = (b"\xff\xfe", b"\xfe\xff")
+_PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True)
+class Native:
+    """One column of a survey file.
+
+    Parameters
+    ----------
+    name : str
+        As the file spells it.
+    kind : str
+        ``int``, ``float``, ``bool``, ``text``, or the format where it is none of these.
+    width : int
+        Values in each row; -1 where rows differ.
+    element : int, optional
+        The one that is read of a vector.
+    unit : str
+        As the file states it.
+    mask : str
+        The column that is true where this one has no value, as astropy writes it beside; in a
+        `Source` its key.
+    offset, dtype, null, scale, zero
+        Place in a FITS record, NumPy type there, TNULL, TSCAL and TZERO; of a VOTable the number
+        of the field.
+    """
+
+    name: str
+    kind: str
+    width: int = 1
+    element: int | None = None
+    unit: str = ""
+    mask: str = ""
+    offset: int = 0
+    dtype: str = ""
+    null: int | None = None
+    scale: float = 1
+    zero: float = 0
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file contains, before the survey's columns are looked up in it."""
+
+    natives: list[Native]
+    n_rows: int | None
+    layout: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One opened survey file; it holds no rows and pickles small.
+
+    Parameters
+    ----------
+    path, data_path : str
+        As the user gave it; what is read: the decompressed copy of a gzipped FITS file.
+    kind : str
+        ``fits``, ``csv``, ``parquet`` or ``votable``.
+    index : int
+        Number of the file in the job.
+    n_rows : int, optional
+        None for text, which has to be read to be counted.
+    natives : mapping of str to Native
+        The columns that are needed, by a key of our own (``PARAM[0]`` for an element).
+    columns : mapping of str to tuple of str
+        Column of the product -> keys of its natives (several where joined).
+    cuts : mapping of str to str
+        ``Cut.column`` -> key of the native; a column of the product is not in it.
+    overflow : bool
+        The service that made the file has cut it off at its limit of rows.
+    offset, row_bytes : int
+        FITS and text: where the rows begin; FITS: bytes a row.
+    number, alone : int and bool
+        VOTable: which table, from 0, and whether it is the only one.
+    group_rows : tuple of int
+        Parquet: rows of each row group.
+    header, delimiter, skip_lines, gzipped
+        Text: all column names, and how to read it.
+    """
+
+    path: str
+    data_path: str
+    kind: str
+    index: int
+    n_rows: int | None
+    natives: Mapping[str, Native]
+    columns: Mapping[str, tuple[str, ...]]
+    cuts: Mapping[str, str]
+    overflow: bool = False
+    offset: int = 0
+    row_bytes: int = 0
+    number: int = 0
+    alone: bool = True
+    group_rows: tuple[int, ...] = ()
+    header: tuple[str, ...] = ()
+    delimiter: str = ","
+    skip_lines: int = 1
+    gzipped: bool = False
 
 
 def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source:
@@ -44,10 +148,6 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
     scratch : Path
         Folder for the decompressed copy of a gzipped FITS file; a copy that is there is reused.
 
-    Returns
-    -------
-    Source
-
     Raises
     ------
     SurveyError
@@ -57,102 +157,29 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
     StorageError
         The decompressed copy cannot be written.
     """
-    head, gzipped = first_bytes(path)
-    kind = kind_of(path, head)
+    from sos_dask.ingest.readers import fits, tables, text
+
+    head, gzipped = _first_bytes(path)
+    kind = _kind_of(path, head)
     data_path = path
     if gzipped and kind != "csv":
-        data_path, gzipped = decompressed(path, scratch), False
+        data_path, gzipped = _decompressed(path, scratch), False
     if kind in ("csv", "parquet") and (survey.hdu or 1) > 1:
         raise SurveyError(f"{path} has one table only, and the survey says hdu = {survey.hdu}")
     with _refused(path):
         contents = {
-            "fits": lambda: open_fits(path, data_path, survey.hdu),
-            "parquet": lambda: open_parquet(path, data_path),
-            "votable": lambda: open_votable(path, data_path, survey),
-            "csv": lambda: open_text(path, gzipped),
+            "fits": lambda: fits.open_fits(path, data_path, survey.hdu),
+            "parquet": lambda: tables.open_parquet(path, data_path),
+            "votable": lambda: tables.open_votable(path, data_path, survey),
+            "csv": lambda: text.open_text(path, gzipped),
         }[kind]()
-        return _source(path, data_path, kind, index, survey, contents)
-
-
-@contextlib.contextmanager
-def _refused(path: Path | str) -> Iterator[None]:
-    """Make whatever a reader raises of a damaged file a `SurveyError`."""
-    try:
-        yield
-    except SosError:
-        raise
-    except Exception as error:  # astropy, Arrow, expat, NumPy, gzip: each has its own
-        raise SurveyError(
-            f"{path} cannot be read: {str(error) or type(error).__name__}", DAMAGED
-        ) from error
-
-
-def _source(
-    path: Path, data_path: Path, kind: str, index: int, survey: Survey, contents: Contents
-) -> Source:
-    if contents.n_rows == 0:
-        raise SurveyError(f"{path} has no rows")
-    known = contents.natives
-    names = [native.name for native in known]
-    natives: dict[str, Native] = {}
-    columns = {}
-    for name, source in survey.columns.items():
-        found = sources_in(path, name, source, known)
-        keys = []
-        for native in found:
-            check_native(path, name, source, native)
-            keys.append(_add(path, natives, native, known, source.element))
-        columns[name] = tuple(keys)
-    cuts = {}
-    for cut in survey.cuts.values():
-        match = column_named(path, cut.column, known)
-        if match is not None:
-            check_shape(path, f"cut '{cut.name}'", match, None)
-            cuts[cut.column] = _add(path, natives, match, known)
-        elif cut.column not in survey.columns and not cut.optional:
-            raise SurveyError(
-                f"{path}: no column '{cut.column}', which cut '{cut.name}' needs",
-                nearest(cut.column, names)
-                or "Say optional = true where releases without it shall pass.",
-            )
-    return Source(
-        path=str(path),
-        data_path=str(data_path),
-        kind=kind,
-        index=index,
-        n_rows=contents.n_rows,
-        natives=natives,
-        columns=columns,
-        cuts=cuts,
-        overflow=contents.overflow,
-        **contents.layout,
-    )
-
-
-def _add(
-    path: Path,
-    natives: dict[str, Native],
-    native: Native,
-    known: Sequence[Native],
-    element: int | None = None,
-) -> str:
-    """Add a column, or an element of it, to those that are read, with its mask; its key."""
-    masks = [n for n in known if n.name == (native.mask or f"{native.name}.mask")]
-    if native.mask and len(masks) != 1:
-        raise SurveyError(
-            f"{path}: column '{native.name}' has its mask in a column '{native.mask}', which is "
-            f"there {len(masks)} times",
-            "Without it values would be read that its writer took for none.",
-        )
-    # Another program may have dropped what astropy states and kept its columns.
-    mask = _add(path, natives, masks[0], known, element) if _is_mask(masks) else ""
-    key = native.name if element is None else f"{native.name}[{element}]"
-    natives[key] = replace(element_of(native, element), mask=mask)
-    return key
-
-
-def _is_mask(found: Sequence[Native]) -> bool:
-    return len(found) == 1 and found[0].kind == "bool"
+        if contents.n_rows == 0:
+            raise SurveyError(f"{path} has no rows")
+        found = _Found(path, contents.natives, survey)
+        return Source(
+            str(path), str(data_path), kind, index, contents.n_rows,
+            found.natives, found.columns, found.cuts, **contents.layout,
+        )  # fmt: skip
 
 
 def read_native(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
@@ -178,11 +205,13 @@ def read_native(source: Source, start: int, stop: int | None, batch_rows: int) -
     SurveyError
         The file is damaged or changed since it was opened.
     """
+    from sos_dask.ingest.readers import fits, tables, text
+
     readers = {
-        "fits": read_fits,
-        "parquet": read_parquet,
-        "votable": read_votable,
-        "csv": read_text,
+        "fits": fits.read_fits,
+        "parquet": tables.read_parquet,
+        "votable": tables.read_votable,
+        "csv": text.read_text,
     }
     batches = readers[source.kind](source, start, stop, batch_rows)
     while True:
@@ -193,5 +222,309 @@ def read_native(source: Source, start: int, stop: int | None, batch_rows: int) -
         first, values = batch
         for key, native in source.natives.items():
             if native.mask:
-                values[key] = masked(values[key], values[native.mask])
+                values[key] = _masked(values[key], values[native.mask])
         yield first, values
+
+
+@contextlib.contextmanager
+def _refused(path: Path | str) -> Iterator[None]:
+    """Make whatever a reader raises of a damaged file a `SurveyError`."""
+    try:
+        yield
+    except SosError:
+        raise
+    except Exception as error:  # astropy, Arrow, expat, NumPy, gzip: each has its own
+        raise SurveyError(
+            f"{path} cannot be read: {str(error) or type(error).__name__}", DAMAGED
+        ) from error
+
+
+def _masked(values: Values, mask: Values) -> pa.Array:
+    """A column, null where its mask is true or unknown."""
+    values, mask = (v if isinstance(v, pa.Array) else as_array(v) for v in (values, mask))
+    hidden = pc.fill_null(pc.not_equal(mask, 0), True)
+    return pc.if_else(hidden, pa.scalar(None, values.type), values)
+
+
+# --- which format, and the decompressed copy ---------------------------------------------------
+
+
+def _first_bytes(path: Path, size: int = 1 << 16) -> tuple[bytes, bool]:
+    """First bytes of the content, and whether they came out of gzip."""
+    if path.is_dir():
+        raise SurveyError(f"{path} is a directory, not a file", "Name the files in it.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(size)
+        if head.startswith(_GZIP):
+            with gzip.open(path) as packed:
+                return packed.read(size), True
+    except FileNotFoundError:
+        raise SurveyError(f"{path} does not exist") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise SurveyError(f"{path}: damaged gzip file: {error}", DAMAGED) from None
+    except OSError as error:
+        raise SurveyError(f"{path} cannot be read: {error.strerror or error}") from None
+    return head, False
+
+
+def _kind_of(path: Path, head: bytes) -> str:
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not text:
+        raise SurveyError(f"{path} is empty", DAMAGED)
+    if head.startswith(b"SIMPLE  ="):
+        return "fits"
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if text.startswith((b"<!doctype html", b"<html")):
+        raise SurveyError(
+            f"{path} is a web page, not a table", "The download failed: open it to see why."
+        )
+    if text.startswith((b"<?xml", b"<votable")):
+        return "votable"
+    for magic, name in _PACKED.items():
+        if head.startswith(magic):
+            raise SurveyError(f"{path} is {name}-compressed", "Decompress it first.")
+    if head.startswith(_WIDE) or b",\0" in head[:1000]:
+        raise SurveyError(f"{path} is UTF-16 text", "Save it as UTF-8.")
+    if b"\0" in head:
+        raise SurveyError(
+            f"{path} is neither FITS, Parquet, VOTable nor delimited UTF-8 text",
+            "Convert it, for example with TOPCAT.",
+        )
+    return "csv"
+
+
+def _decompressed(path: Path, scratch: Path) -> Path:
+    """Decompress a file into the scratch folder, once: the name there contains size and time."""
+    status = path.stat()
+    identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    stem = path.name.removesuffix(".gz")
+    target = scratch / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{stem}"
+    stated = target.with_name(f"{target.name}.json")  # unpacked bytes have no checksum
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, CatalogError):
+        if read_sealed(stated, "")["sum"] == sum_of_file(target):
+            return target
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path) as packed, temporary.open("wb") as file:
+            while block := packed.read(1 << 22):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        text = sealed_json({"sum": sum_of_file(temporary)})
+        temporary.replace(target)
+        temporary.write_text(text)
+        temporary.replace(stated)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise SurveyError(f"{path}: truncated or damaged gzip file: {error}", DAMAGED) from None
+    except OSError as error:
+        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+        raise StorageError(f"cannot decompress {path} into {scratch}: {what}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return target
+
+
+# --- whether the columns of a file serve a survey: names, shapes, types and units ---------------
+
+
+class _Found:
+    """The columns of a file that a survey needs, by key, with their masks."""
+
+    def __init__(self, path: Path, known: list[Native], survey: Survey) -> None:
+        self._path, self._known = path, known
+        self._names = [native.name for native in known]
+        self.natives: dict[str, Native] = {}
+        self.columns = {
+            name: tuple(self._column(name, source)) for name, source in survey.columns.items()
+        }
+        self.cuts: dict[str, str] = {}
+        for cut in survey.cuts.values():
+            match = self._named(cut.column)
+            if match is not None:
+                self._check_shape(f"cut '{cut.name}'", match, None)
+                self.cuts[cut.column] = self._add(match)
+            elif cut.column not in survey.columns and not cut.optional:
+                raise SurveyError(
+                    f"{path}: no column '{cut.column}', which cut '{cut.name}' needs",
+                    nearest(cut.column, self._names)
+                    or "Say optional = true where releases without it shall pass.",
+                )
+
+    def _named(self, name: str) -> Native | None:
+        """The column of that name, else the only one that is equal but for case."""
+        match = find_name(name, self._names)
+        if match is not None and self._names.count(match) == 1:
+            return self._known[self._names.index(match)]
+        alike = [item for item in self._names if item == match or item.lower() == name.lower()]
+        if not alike:
+            return None
+        raise SurveyError(
+            f"{self._path}: column '{name}' is there {len(alike)} times: '"
+            + "', '".join(alike)
+            + "'",
+            "Rename or remove all but one.",
+        )
+
+    def _column(self, name: str, source: SourceColumn) -> Iterator[str]:
+        """Keys of what one column of the product is made from: one native, or all joined."""
+        found = {wanted: self._named(wanted) for wanted in source.sources}
+        matches = [native for native in found.values() if native is not None]
+        missing = [wanted for wanted, native in found.items() if native is None]
+        if missing and (source.join or not matches):
+            hints = [nearest(wanted, self._names) for wanted in missing]
+            names = ", ".join(list(dict.fromkeys(self._names))[:60])
+            quoted = "' or '".join(missing)
+            raise SurveyError(
+                f"{self._path}: no column '{quoted}', which '{name}' is made from",
+                next(filter(None, hints), f"It has: {names}."),
+            )
+        for native in matches if source.join else matches[:1]:
+            self._check_shape(f"for '{name}'", native, source.element)
+            where = f"{self._path}: column '{native.name}'"
+            if is_gaia_id(name) and native.kind == "float":
+                raise SurveyError(
+                    f"{where} is stored as float: digits are lost of the 19-digit ids of '{name}'",
+                    "Get the file with integer or text ids; they cannot be repaired.",
+                )
+            _check_unit(where, source, native.unit)
+            yield self._add(native, source.element)
+
+    def _check_shape(self, user: str, native: Native, element: int | None) -> None:
+        """Raise `SurveyError` where a column has not one number or text a row."""
+        where = f"{self._path}: column '{native.name}' ({user})"
+        if native.kind not in ("int", "float", "bool", "text"):
+            raise SurveyError(
+                f"{where} has the type {native.kind}, which is neither one number nor one text a "
+                "row",
+                "Convert it to a number or to text.",
+            )
+        if native.width != 1 and element is None:
+            many = "a vector" if native.width < 0 else f"a vector of {native.width} values"
+            raise SurveyError(
+                f"{where} is {many}", "Say which one is meant: element = 0 is the first."
+            )
+        if element is not None and 0 <= native.width <= element:
+            raise SurveyError(
+                f"{where} has no element {element}", f"It has {native.width}, from 0."
+            )
+
+    def _add(self, native: Native, element: int | None = None) -> str:
+        """Add a column, or an element of it, to those that are read, with its mask; its key."""
+        masks = [n for n in self._known if n.name == (native.mask or f"{native.name}.mask")]
+        if native.mask and len(masks) != 1:
+            raise SurveyError(
+                f"{self._path}: column '{native.name}' has its mask in a column '{native.mask}', "
+                f"which is there {len(masks)} times",
+                "Without it values would be read that its writer took for none.",
+            )
+        # Another program may have dropped what astropy states and kept its columns.
+        is_mask = len(masks) == 1 and masks[0].kind == "bool"
+        mask = self._add(masks[0], element) if is_mask else ""
+        key = native.name
+        if element is not None:
+            key += f"[{element}]"
+            step = np.dtype(native.dtype).itemsize if native.dtype else 0  # FITS alone has a dtype
+            native = replace(native, element=element, offset=native.offset + element * step)
+        self.natives[key] = replace(native, mask=mask)
+        return key
+
+
+def _check_unit(where: str, source: SourceColumn, stated: str) -> None:
+    """Raise `SurveyError` where a file states another unit than the survey."""
+    if not stated or not source.unit or stated == source.unit:
+        return
+    from astropy import units
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, expected = (units.Unit(u, parse_strict="silent") for u in (stated, source.unit))
+    if any(isinstance(unit, units.UnrecognizedUnit) for unit in (found, expected)):
+        return
+    if found.is_equivalent(expected):
+        is_same = bool(abs(found.to(expected) - 1) < 1e-9)
+    else:
+        # Logarithms and ratios are written in many ways; lengths, times, angles are not.
+        kinds = [unit.physical_type for unit in (found, expected)]
+        is_same = "dimensionless" in kinds or "unknown" in kinds
+    if not is_same:
+        table = "columns" if source.name in CANONICAL else "extra"
+        in_hours = source.name == "ra" and found == units.hour
+        unit = "hourangle" if in_hours else stated
+        raise SurveyError(
+            f"{where} is in '{stated}', the survey says '{source.unit}'",
+            f'If the file is right, set unit = "{unit}" in [{table}.{source.name}].',
+        )
+
+
+# --- what several formats share -----------------------------------------------------------------
+
+
+def stated_by_astropy(lines: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Read the YAML header that astropy writes into ECSV and Parquet.
+
+    Returns
+    -------
+    tuple of dict and dict
+        What is stated of each column (``datatype``, ``unit``, ...), and the mask of each column
+        that has one.
+    """
+    from astropy.table.meta import get_header_from_yaml
+
+    header = get_header_from_yaml(lines)
+    meta = header.get("meta") or {}
+    masks = dict(_masks(meta.get("__serialized_columns__") or {}))
+    return {str(item["name"]): dict(item) for item in header["datatype"]}, masks
+
+
+def _masks(node: Any, mask: str = "") -> Iterator[tuple[str, str]]:
+    """Columns with the mask that stands beside them at any depth of astropy's description."""
+    if not isinstance(node, Mapping):
+        return
+    own = node.get("mask")
+    if isinstance(own, Mapping) and isinstance(own.get("name"), str):
+        mask = own["name"]
+    if mask and isinstance(node.get("name"), str):
+        yield node["name"], mask
+    for key, item in node.items():
+        if key != "mask":
+            yield from _masks(item, mask)
+
+
+def decoded(column: pa.Array) -> pa.Array:
+    """Binary as text: UTF-8, and where it is not, Latin-1 (every byte has a meaning there)."""
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array(
+            [None if v is None else v.decode("latin-1") for v in column.to_pylist()], pa.string()
+        )
+
+
+def regrouped(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterator[tuple[int, pa.Table]]:
+    """Tables of exactly ``batch_rows`` rows (the last may be shorter), each with its first row.
+
+    Raises
+    ------
+    ValueError
+        Rows are so long that a table would take gigabytes.
+    """
+    first, held, n_held, n_bytes = 0, [], 0, 0
+    for batch in batches:
+        held.append(batch)
+        n_held += batch.num_rows
+        n_bytes += batch.nbytes
+        if n_bytes > 1 << 29 and n_bytes > n_held << 12:
+            raise ValueError(f"{n_held} rows take {n_bytes >> 20} MiB: texts are too long")
+        if n_held >= batch_rows:
+            table = pa.Table.from_batches(held)
+            while table.num_rows >= batch_rows:
+                yield first, table.slice(0, batch_rows)
+                first += batch_rows
+                table = table.slice(batch_rows)
+            held, n_held, n_bytes = table.to_batches(), table.num_rows, table.nbytes
+    if n_held:
+        yield first, pa.Table.from_batches(held)

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sos_dask.columns import Values
 from sos_dask.errors import SurveyError
-from sos_dask.ingest.arrays import Values, decoded
-from sos_dask.ingest.readers.common import DAMAGED, Batches, Contents, Native, Source
+from sos_dask.ingest.readers import DAMAGED, Batches, Contents, Native, Source, decoded
 
 _BLOCK_BYTES = 1 << 20  # stays in the second-level cache while its columns are pulled out
 _FITS_TYPES = {
@@ -30,9 +30,8 @@ _FITS_TYPES = {
     "D": (">f8", "float"),
 }
 _FITS_BYTES = {"C": 8, "M": 16, "P": 8, "Q": 16}
-# Short texts are mostly classes: looked at as numbers, each is made a text only once.
-_WORD = np.dtype("S8")
-_FEW, _FIRST_ROWS = 1000, 10_000
+# Short texts are mostly classes, of which each is made a text only once.
+_SHORT, _FEW, _FIRST_ROWS = 8, 1000, 10_000
 
 
 def open_fits(path: Path, data_path: Path, hdu: int | None) -> Contents:
@@ -77,8 +76,7 @@ def open_fits(path: Path, data_path: Path, hdu: int | None) -> Contents:
         natives = list(_fits_columns(path, header))
     except KeyError as error:
         raise SurveyError(f"{path}: its header is damaged: {error}", DAMAGED) from None
-    layout = {"offset": offset, "row_bytes": row_bytes}
-    return Contents(natives, n_rows, layout)
+    return Contents(natives, n_rows, {"offset": offset, "row_bytes": row_bytes})
 
 
 def _headers(path: Path) -> list[tuple[Any, int]]:
@@ -191,7 +189,7 @@ def _read_exactly(source: Source, file: io.FileIO, target: memoryview) -> None:
 
 def _fits_values(native: Native, column: NDArray[Any]) -> Values:
     if native.kind == "text":
-        return _padded_text(column)
+        return _text(column)
     if native.kind == "bool":
         return pa.array((column == ord("T")).view(np.int8), mask=~np.isin(column, (84, 70)))
     null = None if native.null is None else column == native.null
@@ -205,40 +203,19 @@ def _fits_values(native: Native, column: NDArray[Any]) -> Values:
     return column if null is None or not null.any() else pa.array(column, mask=null)
 
 
-def _padded_text(column: NDArray[Any]) -> pa.Array:
-    """Fixed-width bytes as text: a dictionary where few of them differ.
-
-    Parameters
-    ----------
-    column : ndarray of bytes, shape (n,)
-
-    Returns
-    -------
-    pyarrow.StringArray or pyarrow.DictionaryArray of it
-    """
-    if column.dtype.itemsize <= _WORD.itemsize:
-        words = _padded(column)
-        if len(np.unique(words[:_FIRST_ROWS])) <= _FEW:
-            coded = pa.array(words).dictionary_encode()
-            texts = _text_of(coded.dictionary.to_numpy().view(_WORD))
-            return pa.DictionaryArray.from_arrays(coded.indices, texts)
-    return _text_of(column)
-
-
-def _padded(column: NDArray[Any]) -> NDArray[np.uint64]:
-    """Bytes of each text as one number."""
-    words = np.zeros(len(column), np.uint64)
-    # Plain bytes: to copy text takes seven times as long.
-    part = np.dtype({"names": ["text"], "formats": [f"V{column.dtype.itemsize}"], "itemsize": 8})
-    words.view(part)["text"] = np.ascontiguousarray(column).view(part["text"])
-    return words
-
-
-def _text_of(column: NDArray[Any]) -> pa.StringArray:
-    """Fixed-width bytes as text; FITS pads with blanks, or ends the text with a NUL."""
+def _text(column: NDArray[Any]) -> pa.Array:
+    """Fixed-width bytes as text: a dictionary where it is short and few of them differ."""
     width = column.dtype.itemsize
     buffers = [None, pa.py_buffer(np.ascontiguousarray(column))]
     fixed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(column), buffers)
+    if width <= _SHORT and len(fixed.slice(0, _FIRST_ROWS).unique()) <= _FEW:
+        coded = fixed.dictionary_encode()
+        return pa.DictionaryArray.from_arrays(coded.indices, _unpadded(coded.dictionary))
+    return _unpadded(fixed)
+
+
+def _unpadded(fixed: pa.Array) -> pa.StringArray:
+    """Text of fixed-width bytes, which FITS pads with blanks or ends with a NUL."""
     text = pc.ascii_rtrim(decoded(fixed.cast(pa.binary())), characters=" \0")
     if pc.any(pc.match_substring(text, "\0")).as_py():
         text = pc.replace_substring_regex(text, pattern="(?s)\0.*", replacement="")

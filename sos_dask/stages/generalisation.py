@@ -31,7 +31,7 @@ from sos_dask.evidence.left_out import (
     region_groups,
 )
 from sos_dask.evidence.projection import chosen_rows
-from sos_dask.problem import PARAMETERS, features, parameters_of
+from sos_dask.problem import DEFAULT, PARAMETERS, Problem, features, parameters_of
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.stages.evidence import DIFFERENCES, training_pairs
@@ -92,6 +92,7 @@ class _Source:
     """All pairs as one batch; fold 1 is left out."""
 
     batch: models.Batch
+    problem: Problem = DEFAULT
 
     @property
     def n_batches(self) -> int:

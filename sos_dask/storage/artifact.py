@@ -101,7 +101,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.replace(path)
             _written.__dict__[str(path.absolute())] = None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 # Paths that a thread has put in place: those of a part become known to its record.

@@ -107,7 +107,7 @@ def ingest(
     definition = load_survey(survey)
     if margin_arcsec is not None and not 0 < margin_arcsec < 3600:
         raise ConfigError(f"--margin-arcsec {margin_arcsec:g} is not between 0 and 3600")
-    settings = IngestSettings(rows_per_partition)
+    settings = IngestSettings(rows_per_partition=rows_per_partition)
 
     def step(**context: Any) -> Manifest:
         manifest = run(definition, files, out, settings, name=out.name, **context)

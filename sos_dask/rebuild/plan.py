@@ -22,14 +22,10 @@ from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
 from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
 from sos_dask.stages.dedupe import dedupe, dedupe_recipe
 from sos_dask.stages.evidence import evidence_recipe, make_evidence
-from sos_dask.stages.generalisation import (
-    GeneralisationSettings,
-    generalisation,
-    generalisation_recipe,
-)
+from sos_dask.stages.generalisation import Generalisation, GeneralisationSettings
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
 from sos_dask.stages.margin import margin, margin_recipe
-from sos_dask.stages.projection import projection, projection_recipe
+from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
 from sos_dask.stages.report import ReportSettings, report_recipe
 from sos_dask.stages.report import report as make_report
@@ -218,7 +214,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             ),
         ),
     )
-    _add_looks(planner, pairs, source)
+    _add_looks(planner, pairs, evidence, source)
     if job.report.enabled:
         _add_report(planner)
     return planner.stages
@@ -265,33 +261,29 @@ def _definition(job: Job, section: SurveySection) -> Survey:
     return load_survey(definition, section.override)
 
 
-def _add_looks(planner: Planner, pairs: str, source: str) -> None:
+def _add_looks(planner: Planner, pairs: str, evidence: str, source: str) -> None:
     """What a job may ask for beside the correction: nothing else depends on it."""
     job = planner.job
     if job.generalisation is not None:
         methods = {method: _params(job, method) for method in job.train.methods}
-        settings = GeneralisationSettings(**job.generalisation.model_dump(), seed=job.seed)
+        settings = GeneralisationSettings(**job.generalisation.model_dump(), methods=methods)
         planner.add(
             "generalisation",
-            generalisation_recipe(pairs, methods, settings),
-            lambda directory, cluster, report: generalisation(
-                planner.catalog(pairs), directory, methods, settings, cluster=cluster, report=report
-            ),
+            Generalisation.recipe(settings, {"evidence": evidence}),
+            lambda directory, cluster, report: Generalisation(
+                {"evidence": planner.directory(evidence)}, settings
+            ).run(directory, cluster=cluster, report=report),
         )
     if job.projection is not None:
         looks = ProjectionSettings(**job.projection.model_dump(), seed=job.seed)
         planner.add(
             "projection",
-            projection_recipe([source], [pairs], looks),
-            lambda directory, cluster, report: projection(
-                [planner.catalog(source)],
-                [planner.catalog(pairs)],
-                directory,
+            ProjectionStage.recipe(looks, {"observations": source, "pairs": pairs}),
+            lambda directory, cluster, report: ProjectionStage(
+                {"observations": planner.catalog(source), "pairs": planner.catalog(pairs)},
                 looks,
-                name=f"{job.target_name}.projection",
-                cluster=cluster,
-                report=report,
-            ),
+                product=f"{job.target_name}.projection",
+            ).run(directory, cluster=cluster, report=report),
         )
 
 
@@ -395,7 +387,9 @@ def _add_ingest(planner: Planner, product: str, survey: Survey, names: list[str]
     files = [job.resolve(file) for file in names]
     digests = _digests(planner.store, files)
     planner.names |= {digest: file.name for digest, file in zip(digests, files, strict=True)}
-    settings = IngestSettings(job.ingest.rows_per_partition, job.ingest.chunk_rows)
+    settings = IngestSettings(
+        rows_per_partition=job.ingest.rows_per_partition, chunk_rows=job.ingest.chunk_rows
+    )
     return planner.add(
         product,
         ingest_recipe(survey, digests, settings, product),

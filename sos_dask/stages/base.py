@@ -73,6 +73,8 @@ class Stage(Generic[S]):
         Default: those of the stage.
     product : str
         Name of what is made; default: that of the directory.
+    known : mapping of str to str, optional
+        Fingerprints of the inputs where the caller has them.
     """
 
     name: ClassVar[str]
@@ -90,7 +92,9 @@ class Stage(Generic[S]):
         settings: S | None = None,
         *,
         product: str = "",
+        known: Mapping[str, str] | None = None,
     ) -> None:
+        self.known = dict(known or {})
         self.settings: S = self.Settings() if settings is None else settings  # type: ignore[assignment]
         self.product = product
         self.inputs: dict[str, Catalog | Path] = {}
@@ -150,7 +154,7 @@ class Stage(Generic[S]):
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the inputs by name."""
-        return {
+        return self.known or {
             name: one.fingerprint if isinstance(one, Catalog) else Manifest.load(one).fingerprint
             for name, one in self.inputs.items()
         }
@@ -174,7 +178,13 @@ class Stage(Generic[S]):
 
     # The same for all.
 
-    def run(
+    def run(self, directory: str | Path, **options: Any) -> Manifest:
+        """Make the output, or finish it: `attempt` where no other process makes parts of it."""
+        made = self.attempt(directory, **options)
+        assert made is not None, f"parts of {directory} are missing"
+        return made
+
+    def attempt(
         self,
         directory: str | Path,
         *,
@@ -347,6 +357,7 @@ class Run:
         records: Sequence[Mapping[str, Any]],
         schema: pa.Schema,
         properties: Mapping[str, str] | None = None,
+        catalog_type: str = "object",
     ) -> int:
         """Write the catalog's own files; partitions without rows are left out. Returns its rows.
 
@@ -364,7 +375,13 @@ class Run:
         self.files.extend(record for _, record in kept)
         self.files.extend(
             write_catalog_metadata(
-                self.output, name, [pixel for pixel, _ in kept], schema, n_rows, extra=properties
+                self.output,
+                name,
+                [pixel for pixel, _ in kept],
+                schema,
+                n_rows,
+                catalog_type=catalog_type,
+                extra=properties,
             )
         )
         return n_rows

@@ -41,17 +41,18 @@ from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.common import common_stars
 from sos_dask.stages.evidence import (
     DIFFERENCES,
-    EVIDENCE,
+    columns_of,
     fitted_columns,
     held_out_columns,
     on_pairs,
+    problem_of,
     read_evidence,
     require_rows,
 )
 from sos_dask.stages.parts import manifest_of
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stats.binned import MIN_COUNT, Axis, equal_count_edges
-from sos_dask.storage.artifact import Manifest, Output, Recipe
+from sos_dask.storage.artifact import Manifest, Output
 from sos_dask.storage.catalog import Catalog, partition_errors
 
 TRENDS, PLANES = "trends.parquet", "planes.parquet"
@@ -105,8 +106,7 @@ class Trends(Stage[TrendSettings]):
         """Bin by one quantity after the other."""
         evidence = self.manifest("evidence")
         require_rows(run, self.path("evidence"), _PROCESS_BYTES, _BYTES_A_PAIR)
-        with partition_errors(self.path("evidence") / EVIDENCE):
-            there = pq.read_schema(self.path("evidence") / EVIDENCE).names
+        there = columns_of(self.path("evidence"))
         by_name = {axis.name: axis for axis in self.settings.axes if axis.name in there}
         groups: dict[str, tuple[Axis, ...]] = {name: (axis,) for name, axis in by_name.items()}
         if by_name.keys() >= set(PLANE):
@@ -142,12 +142,10 @@ class Trends(Stage[TrendSettings]):
         """Write all trends against one quantity, or on the plane."""
         names = tuple(axis.name for axis in axes)
         methods = self.manifest("evidence").summary["methods"]
-        predicted = [
-            name
-            for method in methods
-            for name in (*held_out_columns(method), *fitted_columns(method))
-        ]
-        wanted = [*names, *DIFFERENCES, "trained", *predicted]
+        labels = problem_of(self.path("evidence")).names
+        wanted = [*names, *(f"{label}_diff" for label in labels), "trained"]
+        for method in methods:
+            wanted += [*held_out_columns(method, labels), *fitted_columns(method, labels)]
         table = read_evidence(self.path("evidence"), wanted, ["survey_ref"])
         x = [floats32(table, name) for name in names]
         subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
@@ -166,7 +164,7 @@ class Trends(Stage[TrendSettings]):
         common = read_piece(_piece_file(output, "common", "common"))
         trends: list[Trend] = []
         contrasts: list[Contrast] = []
-        for label in LABELS:
+        for label in labels:
             for binning, edges in binnings.items():
                 about = partial(trend, edges=edges, label=label, against=names, binning=binning)
                 before: dict[str, Trend] = {}
@@ -220,23 +218,10 @@ def _samples(
     before = floats32(table, f"{label}_diff").astype(np.float64)
     yield BEFORE, None, before
     trained = table["trained"].to_numpy()
-    number = LABELS.index(label)
     for method in methods:
-        yield AFTER, method, before - floats32(table, held_out_columns(method)[number])
-        left = before - floats32(table, fitted_columns(method)[number])
+        yield AFTER, method, before - floats32(table, held_out_columns(method, (label,))[0])
+        left = before - floats32(table, fitted_columns(method, (label,))[0])
         yield FITTED, method, np.where(trained, left, np.nan)
-
-
-def trends_recipe(
-    evidence: str,
-    settings: TrendSettings,
-    reference: str | None = None,
-    stars: Mapping[str, str] | None = None,
-) -> Recipe:
-    """Recipe of `Trends` for inputs of these fingerprints."""
-    inputs = {"evidence": evidence, **({} if reference is None else {"reference": reference})}
-    inputs |= {f"stars.{survey}": one for survey, one in (stars or {}).items()}
-    return Trends.recipe(settings, inputs)
 
 
 def trends(

@@ -93,13 +93,7 @@ def choose(
     if not methods:
         raise ModelError("there is no method to choose from")
     check_rule(rule, methods)
-    scatter: dict[str, Scored] = {}
-    for method in methods:
-        pairs = [(of[method, "mad"], of[NONE, "mad"].value or np.inf) for of in figures.values()]
-        scatter[method] = Scored(
-            float(np.mean([score.value / unit for score, unit in pairs])),
-            np.mean([score.replicates / unit for score, unit in pairs], axis=0),
-        )
+    scatter = {method: _averaged(figures, method) for method in methods}
     worse: dict[str, dict[str, _Share]] = {method: {} for method in methods}
     for label, of in figures.items():
         for statistic, text in _NAMES.items():
@@ -130,6 +124,15 @@ def choose(
     if len(methods) == 1:
         return Choice(least, rule, f"{least}: the only method", found)
     return Choice(*_balanced(rule, scatter, worse, smooth, tolerance), found)
+
+
+def _averaged(figures: Mapping[str, Mapping[tuple[str, str], Scored]], method: str) -> Scored:
+    """Scatter of a method in units of the uncorrected one, averaged over the labels."""
+    pairs = [(of[method, "mad"], of[NONE, "mad"].value or np.inf) for of in figures.values()]
+    return Scored(
+        float(np.mean([score.value / unit for score, unit in pairs])),
+        np.mean([score.replicates / unit for score, unit in pairs], axis=0),
+    )
 
 
 def _worse(scores: Mapping[str, Scored], tolerance: float) -> dict[str, _Share]:

@@ -196,17 +196,15 @@ def figures(
     known = np.logical_and.reduce([np.isfinite(values) for values in residuals.values()])
     _check_sample(sample, label, known, min_pairs)
     bins = {name: bins_of(sample.labels[name], edges[name]) for name in edges}
-    ranked = {}
-    for method, values in residuals.items():
-        rows = np.flatnonzero(known)
-        ranked[method] = rows[np.argsort(values[rows], kind="stable")]
+    rows = np.flatnonzero(known)
+    ranked = {m: rows[np.argsort(x[rows], kind="stable")] for m, x in residuals.items()}
     found: list[dict[str, Any]] = []
     scores: dict[tuple[str, str], Scored] = {}
     for subset, mask in sample.subsets.items():
         n = int(np.count_nonzero(mask & known))
         measured: dict[str, dict[str, _Found]] = {}
-        for method, rows in ranked.items() if n >= min_pairs else ():
-            rows = rows[mask[rows]]
+        for method, order in ranked.items() if n >= min_pairs else ():
+            rows = order[mask[order]]
             one = Ranked(residuals[method][rows].astype(np.float64), sample.groups[rows])
             inside = {name: which[rows] for name, which in bins.items()}
             measured[method] = _whole(one, weights)

@@ -20,7 +20,7 @@ from pydantic import Field
 from sos_dask import corrections
 from sos_dask.columns import floats32, floats_or_nan
 from sos_dask.errors import ModelError
-from sos_dask.evidence.figures import NONE, scatter
+from sos_dask.evidence.figures import NONE
 from sos_dask.evidence.left_out import (
     DENSE,
     DENSITY,
@@ -31,11 +31,13 @@ from sos_dask.evidence.left_out import (
     left_out_groups,
     region_groups,
 )
+from sos_dask.problem import Problem
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import on_pairs, problem_of, read_evidence
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.train import VERSION as TRAIN_VERSION
+from sos_dask.stats.numbers import scatter
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
 
@@ -139,7 +141,9 @@ class Generalisation(Stage[GeneralisationSettings]):
         fold = _folds(table, split, group)
         problem = problem_of(self.path("evidence"))
         x, differences = problem.matrix(table), problem.differences(table)
-        source = _Source(corrections.Batch(x, differences, fold, np.ones(len(x), np.float32)))
+        source = _Source(
+            corrections.Batch(x, differences, fold, np.ones(len(x), np.float32)), problem
+        )
         params = corrections.check_params(method, self.settings.methods[method])
         predicted, refused = np.full_like(differences, np.nan), ""
         try:
@@ -187,6 +191,7 @@ class _Source:
     """All pairs as one batch; fold 1 is left out."""
 
     batch: corrections.Batch
+    problem: Problem
 
     @property
     def n_batches(self) -> int:

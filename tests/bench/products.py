@@ -2,7 +2,8 @@
 
 A product whose files have the same SHA-256 is equal. Of any other the values are compared: the
 largest difference of every column with its row, rows that only one side has, numbers in JSON and
-numpy files. Fingerprints in them do not count. Nothing of `sos_dask` is used, so stores of any version can be read.
+numpy files. Fingerprints in them do not count. Nothing of `sos_dask` is used, so stores of any
+version can be read.
 """
 
 from __future__ import annotations

@@ -8,17 +8,15 @@ needs are read. Each format has a module, which opens a file as `Contents` and r
 from __future__ import annotations
 
 import contextlib
-import errno
 import gzip
 import hashlib
-import os
-import uuid
+import shutil
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +25,7 @@ import pyarrow.compute as pc
 from sos_dask.columns import Values, as_array
 from sos_dask.errors import CatalogError, SosError, StorageError, SurveyError
 from sos_dask.schema import CANONICAL, find_name, is_gaia_id, nearest
+from sos_dask.storage.artifact import atomic_path, write_text
 from sos_dask.storage.manifest import read_sealed, sealed_json, sum_of_file
 from sos_dask.surveys.definition import SourceColumn, Survey
 
@@ -257,15 +256,23 @@ def _first_bytes(path: Path, size: int = 1 << 16) -> tuple[bytes, bool]:
         with path.open("rb") as file:
             head = file.read(size)
         if head.startswith(_GZIP):
-            with gzip.open(path) as packed:
+            with opened(path, gzipped=True) as packed:
                 return packed.read(size), True
     except FileNotFoundError:
         raise SurveyError(f"{path} does not exist") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SurveyError(f"{path}: damaged gzip file: {error}", DAMAGED) from None
     except OSError as error:
         raise SurveyError(f"{path} cannot be read: {error.strerror or error}") from None
     return head, False
+
+
+@contextlib.contextmanager
+def opened(path: Path, gzipped: bool) -> Iterator[BinaryIO]:
+    """Open a file that may be gzipped; damage of it is a `SurveyError`."""
+    try:
+        with gzip.open(path) if gzipped else path.open("rb") as file:
+            yield file  # type: ignore[misc]  # GzipFile has all that is used of BinaryIO
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise SurveyError(f"{path}: truncated or damaged gzip file: {error}", DAMAGED) from None
 
 
 def _kind_of(path: Path, head: bytes) -> str:
@@ -305,26 +312,16 @@ def _decompressed(path: Path, scratch: Path) -> Path:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, CatalogError):
         if read_sealed(stated, "")["sum"] == sum_of_file(target):
             return target
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        with gzip.open(path) as packed, temporary.open("wb") as file:
-            while block := packed.read(1 << 22):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        text = sealed_json({"sum": sum_of_file(temporary)})
-        temporary.replace(target)
-        temporary.write_text(text)
-        temporary.replace(stated)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SurveyError(f"{path}: truncated or damaged gzip file: {error}", DAMAGED) from None
+        with (
+            atomic_path(target) as temporary,
+            opened(path, gzipped=True) as packed,
+            temporary.open("wb") as file,
+        ):
+            shutil.copyfileobj(packed, file, 1 << 22)
+        write_text(stated, sealed_json({"sum": sum_of_file(target)}))
     except OSError as error:
-        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise StorageError(f"cannot decompress {path} into {scratch}: {what}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot decompress {path} into {scratch}: {error.strerror}") from error
     return target
 
 

@@ -357,6 +357,21 @@ class Manifest:
                     )
         return manifest
 
+    @classmethod
+    def of_stage(cls, directory: Path, stage: str, version: int) -> Manifest:
+        """Read, as `checked` does, the manifest of an output of this version of a stage."""
+        manifest = cls.checked(directory)
+        made = manifest.recipe
+        if made.stage != stage:
+            raise CatalogError(f"{directory} is no output of '{stage}' but of '{made.stage}'")
+        if made.version != version:
+            raise CatalogError(
+                f"{directory} was made by another version of sos-dask: it has version "
+                f"{made.version} of '{stage}', known here is version {version}",
+                "Run the rebuild again, or the command that made it.",
+            )
+        return manifest
+
 
 def _no_manifest(directory: Path) -> CatalogError:
     if not directory.exists():

@@ -39,36 +39,18 @@ _PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\
 
 @dataclass(frozen=True)
 class Native:
-    """One column of a survey file.
+    """One column of a survey file."""
 
-    Parameters
-    ----------
-    name : str
-        As the file spells it.
-    kind : str
-        ``int``, ``float``, ``bool``, ``text``, or the format where it is none of these.
-    width : int
-        Values in each row; -1 where rows differ.
-    element : int, optional
-        The one that is read of a vector.
-    unit : str
-        As the file states it.
-    mask : str
-        The column that is true where this one has no value, as astropy writes it beside; in a
-        `Source` its key.
-    offset, dtype, null, scale, zero
-        Place in a FITS record, NumPy type there, TNULL, TSCAL and TZERO; of a VOTable the number
-        of the field.
-    """
-
-    name: str
-    kind: str
-    width: int = 1
-    element: int | None = None
-    unit: str = ""
+    name: str  # as the file spells it
+    kind: str  # int, float, bool, text, or the format where it is none of these
+    width: int = 1  # values in each row; -1 where rows differ
+    element: int | None = None  # the one that is read of a vector
+    unit: str = ""  # as the file states it
+    # The column that is true where this one has no value, as astropy writes it beside; in a
+    # `Source` its key.
     mask: str = ""
-    offset: int = 0
-    dtype: str = ""
+    offset: int = 0  # place in a FITS record; of a VOTable the number of the field
+    dtype: str = ""  # NumPy type there, TNULL, TSCAL and TZERO
     null: int | None = None
     scale: float = 1
     zero: float = 0
@@ -85,51 +67,23 @@ class Contents:
 
 @dataclass(frozen=True)
 class Source:
-    """One opened survey file; it holds no rows and pickles small.
+    """One opened survey file; it has no rows and pickles small."""
 
-    Parameters
-    ----------
-    path, data_path : str
-        As the user gave it; what is read: the decompressed copy of a gzipped FITS file.
-    kind : str
-        ``fits``, ``csv``, ``parquet`` or ``votable``.
-    index : int
-        Number of the file in the job.
-    n_rows : int, optional
-        None for text, which has to be read to be counted.
-    natives : mapping of str to Native
-        The columns that are needed, by a key of our own (``PARAM[0]`` for an element).
-    columns : mapping of str to tuple of str
-        Column of the product -> keys of its natives (several where joined).
-    cuts : mapping of str to str
-        ``Cut.column`` -> key of the native; a column of the product is not in it.
-    overflow : bool
-        The service that made the file has cut it off at its limit of rows.
-    offset, row_bytes : int
-        FITS and text: where the rows begin; FITS: bytes a row.
-    number, alone : int and bool
-        VOTable: which table, from 0, and whether it is the only one.
-    group_rows : tuple of int
-        Parquet: rows of each row group.
-    header, delimiter, skip_lines, gzipped
-        Text: all column names, and how to read it.
-    """
-
-    path: str
-    data_path: str
-    kind: str
-    index: int
-    n_rows: int | None
-    natives: Mapping[str, Native]
-    columns: Mapping[str, tuple[str, ...]]
-    cuts: Mapping[str, str]
-    overflow: bool = False
-    offset: int = 0
-    row_bytes: int = 0
-    number: int = 0
-    alone: bool = True
-    group_rows: tuple[int, ...] = ()
-    header: tuple[str, ...] = ()
+    path: str  # as the user gave it
+    data_path: str  # what is read: the decompressed copy of a gzipped FITS file
+    kind: str  # fits, csv, parquet or votable
+    index: int  # number of the file in the job
+    n_rows: int | None  # None for text, which has to be read to be counted
+    natives: Mapping[str, Native]  # those needed, by a key of our own (PARAM[0] for an element)
+    columns: Mapping[str, tuple[str, ...]]  # of the product -> keys of natives, several if joined
+    cuts: Mapping[str, str]  # Cut.column -> key of the native; no columns of the product
+    overflow: bool = False  # the service that made the file has cut it off at its limit of rows
+    offset: int = 0  # FITS and text: where the rows begin
+    row_bytes: int = 0  # FITS
+    number: int = 0  # VOTable: which table, from 0
+    alone: bool = True  # VOTable: it is the only table
+    group_rows: tuple[int, ...] = ()  # Parquet: rows of each row group
+    header: tuple[str, ...] = ()  # text: all column names, and how to read it
     delimiter: str = ","
     skip_lines: int = 1
     gzipped: bool = False
@@ -145,7 +99,7 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
     index : int
         Number of the file in the job.
     scratch : Path
-        Folder for the decompressed copy of a gzipped FITS file; a copy that is there is reused.
+        Folder for the decompressed copy of a gzipped file; a copy that is there is reused.
 
     Raises
     ------
@@ -182,22 +136,11 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
 
 
 def read_native(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
-    """Read native columns.
+    """Read native columns of rows ``start`` to ``stop``, at most ``batch_rows`` at once.
 
-    Parameters
-    ----------
-    source : Source
-    start, stop : int
-        Rows; of Parquet the bounds of row groups, of text and VOTable all.
-    batch_rows : int
-        Most rows at once.
-
-    Yields
-    ------
-    tuple of int and dict
-        Number of the first row (from 0) and its columns by their keys: numbers in native byte
-        order, text of binary files without padding (of FITS a dictionary where it is short), text
-        files all as text.
+    Of Parquet these are bounds of row groups, of text and VOTable all rows. Numbers come in native
+    byte order, text of binary files without padding (of FITS a dictionary where it is short), text
+    files all as text.
 
     Raises
     ------

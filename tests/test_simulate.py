@@ -40,7 +40,7 @@ DEFINITIONS = {
     GALAH: load_survey("galah-dr4"),
 }
 LABELS = ("teff", "logg", "feh")
-SMALL = {"n_lamost": 600, "n_apogee": 200, "n_galah": 200}
+SMALL: dict[str, Any] = {"n_lamost": 600, "n_apogee": 200, "n_galah": 200}
 
 
 class Sky:
@@ -93,7 +93,8 @@ def sky(tmp_path_factory):
 
 def moved(table, years):
     """Special stars at another epoch."""
-    return sphere.propagate(*table.T, years)
+    ra, dec, pmra, pmdec = table.T
+    return sphere.propagate(ra, dec, pmra, pmdec, years)
 
 
 def digests(paths):
@@ -402,7 +403,8 @@ def test_overlap_by_id_and_by_place_is_that_of_the_truth(sky):
         pm = np.array([motion.get(key, (0.0, 0.0)) for key in true_ids], dtype=float)
         good = np.isfinite(pm).all(axis=1) & (true_ids > 0) & np.isfinite(seen["ra"])
         years = 2000.0 - SURVEYS[survey].epoch
-        place = sphere.propagate(seen["ra"][good], seen["dec"][good], *pm[good].T, years)
+        pmra, pmdec = pm[good].T
+        place = sphere.propagate(seen["ra"][good], seen["dec"][good], pmra, pmdec, years)
         shared = np.isin(star[good], star_l)
         assert shared.mean() > least
         distance, nearest = tree.query(sphere.unit_vectors(*place))

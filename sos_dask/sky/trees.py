@@ -13,10 +13,10 @@ from __future__ import annotations
 from heapq import heappop, heappush
 
 import numpy as np
-from numba import njit, types
+from numba import njit
 from numpy.typing import NDArray
 
-from sos_dask.sky.loops import compiled, read_only
+from sos_dask.sky.loops import compiled
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -24,14 +24,9 @@ BoolArray = NDArray[np.bool_]
 
 LEAF = 4
 _DEPTH = 256
-_I, _D = read_only(types.int64), read_only(types.float64)
-_I_OUT, _B_OUT = types.int64[::1], types.boolean[::1]
-_POINTS = types.Array(types.float64, 2, "C", readonly=True)
-_BOXES = types.float64[:, ::1]
-_SPANS = types.int64[:, ::1]
 
 
-@compiled((_POINTS, _I, _BOXES, _SPANS))
+@compiled
 def build(points: FloatArray, key: IntArray, boxes: FloatArray, spans: IntArray) -> None:
     """Boxes (lowest x, y, z, highest x, y, z) and spans of keys; those of no points are empty."""
     leaves = len(boxes) // 2
@@ -121,9 +116,7 @@ def _join(node: int, leaves: int, joined: BoolArray, root: IntArray) -> None:
         root[_find(root, p)] = _find(root, first)
 
 
-@compiled(
-    (_POINTS, _I, _BOXES, _SPANS, types.float64, types.float64, _I_OUT, _I_OUT, _I_OUT, _I_OUT)
-)
+@compiled
 def components_within(
     points: FloatArray,
     key: IntArray,
@@ -197,12 +190,7 @@ def components_within(
     count[0] = found
 
 
-@compiled(
-    (
-        *(_POINTS, _D, _D, _I, _BOXES, types.float64, types.float64, types.float64, _I),
-        *(_B_OUT, _I_OUT, _B_OUT, _I_OUT),
-    )
-)
+@compiled
 def claim_points(
     points: FloatArray,
     ra: FloatArray,
@@ -262,12 +250,7 @@ def claim_points(
     count[0] = found
 
 
-@compiled(
-    (
-        *(_POINTS, _D, _D, _BOXES, types.float64, types.float64, _I, _I, _I, _I),
-        *(_POINTS, _D, _D, _I, _I, _I, _I, _I, _I, _I_OUT),
-    )
-)
+@compiled
 def join_in_order(
     points: FloatArray,
     ra: FloatArray,

@@ -360,7 +360,7 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "parameter without value": (["train", "{pairs}", "-m", "polynomial", "-p", "order"], 3,
                                 ["is not NAME=VALUE"]),
     "validation": (["train", "{pairs}", "-m", "polynomial", "--validation", "kfolds"], 3,
-                   ["validation 'kfolds'", "kfold"]),
+                   ["validation: ", "'kfold'"]),
     "margin": (["ingest", LAMOST, "{sky}/lamost.fits", "--margin-arcsec", "0"], 3,
                ["--margin-arcsec 0 is not between"]),
     "same file twice": (["ingest", LAMOST, "{sky}/lamost.fits", "{sky}/lamost.fits"], 3,

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from sos_dask.columns import floats32
+from sos_dask.columns import floats32, key_numbers
 from sos_dask.corrections import load
 from sos_dask.errors import CatalogError, ClusterError
 from sos_dask.problem import features
@@ -31,7 +31,6 @@ from sos_dask.stages.evidence import (
 from sos_dask.stages.train import TrainSettings, train
 from sos_dask.stages.trends import Trends
 from sos_dask.stages.uncertainty import uncertainty
-from sos_dask.stars.folds import star_numbers
 from sos_dask.storage.catalog import Catalog
 from tests.sky import write_catalog
 
@@ -64,7 +63,7 @@ def test_the_thin_part_of_the_pairs_is_sparse():
     labels[:50] = (labels[:50] - [5000, 3, 0]) * 8.0 + [5000, 3, 0]  # a halo
     labels[7, 1] = np.nan
     trained = np.arange(1000) % 5 > 0
-    found = sparse_pairs(labels, trained)
+    found = sparse_pairs(features(*labels.T), trained)
     assert found[7] and abs(found[trained].sum() - 40) <= 1
     assert found[:50].mean() > 0.75 and found[50:][~trained[50:]].mean() < 0.1
     assert sparse_pairs(np.full((5, 3), np.nan, np.float32), np.ones(5, bool)).all()
@@ -120,7 +119,7 @@ def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, p
     ids = read_evidence(tmp_path / "evidence", ["star", "target", "group"])
     star = ids["star"].to_numpy()
     n_stars = len(whole["reference_star_id"].unique())
-    assert np.array_equal(star, star_numbers(whole["reference_star_id"], 0))
+    assert np.array_equal(star, key_numbers(whole["reference_star_id"], 0))
     assert len(np.unique(star)) == len(np.unique(star + ids["group"].to_numpy())) == n_stars
     assert len(ids["target"].unique()) == len(whole["target_star_id"].unique())
     columns = [*held_out_columns("polynomial"), *fitted_columns("polynomial"), "held_out"]

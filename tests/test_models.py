@@ -19,7 +19,7 @@ from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.problem import DEFAULT, FEATURES, Input, Label, Problem, features
 from sos_dask.schema import LABELS
 from sos_dask.sky.sphere import unit_vectors
-from sos_dask.stats.histogram import Histogram, count
+from sos_dask.stats.numbers import Histogram, count
 
 NOISE = np.array([60.0, 0.12, 0.06])
 
@@ -526,7 +526,7 @@ def test_real_giants_agree_with_apogee_after_the_correction(real_data):
             correction = models.fit(method, ArraySource(batch, (200, 500)), train_folds=rest)
             held_out = batch.fold == fold
             predicted[held_out] = correction.predict(batch.features[held_out])
-        metrics += held_out_metrics(method, batch.differences, predicted)
+        metrics += held_out_metrics(method, LABELS, batch.differences, predicted)
     ratio = {
         method: sum(m.scatter_after / m.scatter_before for m in metrics if m.method == method)
         for method in METHODS

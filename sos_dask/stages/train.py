@@ -179,7 +179,10 @@ class Train(Stage[TrainSettings]):
             run.write_bytes(SEARCH_FILE, models.to_json(fits.searches))
         deltas = [label.delta for label in settings.problem.labels]
         metrics = held_out_metrics(
-            settings.method, settings.problem.differences(table), matrix32(table, deltas)
+            settings.method,
+            settings.problem.names,
+            settings.problem.differences(table),
+            matrix32(table, deltas),
         )
         summary = {
             "method": settings.method,

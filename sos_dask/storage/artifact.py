@@ -334,7 +334,7 @@ class Output:
             raise CatalogError(
                 f"{directory} already holds "
                 + ("another run's output" if other else "other files or another output"),
-                "Choose another directory, or say --overwrite to replace it.",
+                "Choose another directory, or give --overwrite to replace it.",
             )
         if not other:
             if not (directory / MANIFEST).is_file():

@@ -348,7 +348,7 @@ def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tupl
     keep_builds : int
         How many of the latest builds stay (at least 1: the current one always does).
     dry_run : bool
-        Only say what would go.
+        Only list what would go.
 
     Returns
     -------

@@ -317,7 +317,7 @@ def _check_rows(source: Source, strict: bool = False) -> None:
 
 
 def _explain_text(source: Source, error: Exception) -> NoReturn:
-    """Say which line of a text file is wrong."""
+    """Name the line of a text file that is wrong."""
     _check_rows(source)
     raise SurveyError(f"{source.path} cannot be read: {error}", DAMAGED) from error
 

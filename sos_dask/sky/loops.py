@@ -348,13 +348,11 @@ def combine_label(
 ) -> None:
     """Value, error and spread of stars over their rows row[first[s]:first[s + 1]].
 
-    ``median_error`` is that of the median over that of the mean; 0: the mean with weights
-    1 / error**2 is wanted instead of the median.
+    ``median_error``: that of the median over that of the mean; 0: a mean weighted by 1 / error**2.
     """
     for star in range(len(first) - 1):
         start, stop = first[star], first[star + 1]
-        n, n_stated = 0, 0
-        total, squares, weights, weighted = 0.0, 0.0, 0.0, 0.0
+        n, n_stated, total, squares, weights, weighted = 0, 0, 0.0, 0.0, 0.0, 0.0
         for place in range(start, stop):
             value = np.float64(values[row[place]])
             if np.isnan(value):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -326,7 +326,9 @@ def train(
 
     seeded = {"seed": seed} if "seed" in models.parameters(method) else {}
     params = models.check_params(method, seeded | dict(_setting(text) for text in param or []))
-    settings = TrainSettings(method, params, validation, search=search, seed=seed)
+    settings = TrainSettings(
+        method=method, params=params, validation=cast(Any, validation), search=search, seed=seed
+    )
     catalog = Catalog.open(pairs)
     if not set(DIFFERENCES) <= set(catalog.schema.names):
         raise CatalogError(

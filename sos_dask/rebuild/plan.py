@@ -466,9 +466,9 @@ def _add_attach(
 def _add_training(planner: Planner, method: str, pairs: str) -> str:
     job = planner.job
     settings = TrainSettings(
-        method,
-        _params(job, method),
-        job.train.validation,
+        method=method,
+        params=_params(job, method),
+        validation=job.train.validation,
         search=job.train.search,
         seed=job.seed,
     )

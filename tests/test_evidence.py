@@ -63,7 +63,7 @@ def test_the_thin_part_of_the_pairs_is_sparse():
     labels[:50] = (labels[:50] - [5000, 3, 0]) * 8.0 + [5000, 3, 0]  # a halo
     labels[7, 1] = np.nan
     trained = np.arange(1000) % 5 > 0
-    found = sparse_pairs(labels, trained)
+    found = sparse_pairs(features(*labels.T), trained)
     assert found[7] and abs(found[trained].sum() - 40) <= 1
     assert found[:50].mean() > 0.75 and found[50:][~trained[50:]].mean() < 0.1
     assert sparse_pairs(np.full((5, 3), np.nan, np.float32), np.ones(5, bool)).all()
@@ -139,7 +139,11 @@ def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, p
 
 
 def test_with_a_fold_held_out_the_others_train(build, pairs, tmp_path):
-    train(pairs, tmp_path / "model", TrainSettings("polynomial", {"order": 2}, "holdout"))
+    train(
+        pairs,
+        tmp_path / "model",
+        TrainSettings(method="polynomial", params={"order": 2}, validation="holdout"),
+    )
     make_evidence(pairs, {"polynomial": tmp_path / "model"}, tmp_path / "out")
     name = held_out_columns("polynomial")[0]
     found = read_evidence(tmp_path / "out", ["fold", "held_out", "trained", name])

@@ -68,7 +68,7 @@ def attach(
     for text in columns:
         name, _, source = text.partition("=")
         if not name or name in names:
-            raise ConfigError(f"--column '{text}' names no column, or one that is named before")
+            raise ConfigError(f"--column '{text}' names no column, or one that was given before")
         names[name] = source or name
     if by == "position":
         options.refuse(("id_radius_arcsec",), "by position")
@@ -159,7 +159,7 @@ def coverage(
     if inputs:
         options.refuse(("store",), "with PAIRS")
         if out is None:
-            raise ConfigError("--out is missing", "Say where the coverage goes: -o DIR.")
+            raise ConfigError("--out is missing", "Give a directory for the output: -o DIR.")
         directory = out
         given: dict[str, Any] = {"measure": measure}
         settings = CoverageSettings(

@@ -134,7 +134,7 @@ def _single_step(
 
 
 def _costs(store: Path) -> dict[str, dict[str, float | None]]:
-    """What training took, as far as it is known."""
+    """Cost of training, where it is known."""
     from sos_dask.storage.store import costs, published
 
     known = costs(store)
@@ -150,7 +150,7 @@ def _costs(store: Path) -> dict[str, dict[str, float | None]]:
 
 
 def _is_wide() -> bool:
-    """Whether the terminal shows every interval; --json always does."""
+    """Show every interval in the terminal; --json always contains them."""
     return console().width >= _WIDE
 
 
@@ -371,7 +371,7 @@ def _show_summary(
         table,
     )
     say("K for teff, dex otherwise. After: of held-out pairs. Bins with 20 pairs or more count.")
-    say("Say --label and --against to see the bins.")
+    say("Give --label and --against to see the bins.")
 
 
 def _show_bins(

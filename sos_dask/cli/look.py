@@ -49,7 +49,7 @@ def surveys(
             print_json({"surveys": [{"name": s.name, "title": s.title} for s in found]})
         else:
             show_table("Surveys", ["name", "title"], [(s.name, s.title) for s in found])
-            say("Say sos-dask surveys NAME for columns and quality cuts.")
+            say("Run sos-dask surveys NAME for columns and quality cuts.")
         return
     survey = load_survey(name)
     columns, cuts = describe_columns(survey), describe_cuts(survey)
@@ -81,7 +81,7 @@ def surveys(
 
 
 def uncertainty(job: JobOrStore = None, store: Store = None, as_json: Json = False) -> None:
-    """Show the errors of the current build: coverage, factors of stated errors, hat.
+    """Show the errors of the current build: hit rate, factors of stated errors, three-cornered hat.
 
     Example: sos-dask uncertainty --store store
     """
@@ -174,7 +174,7 @@ def verify(
         print_json({"problems": problems})
     elif not as_json:
         for name, found in problems.items():
-            say(f"{name}: {'all invariants hold' if not found else f'{len(found)} problems'}")
+            say(f"{name}: {'no problem found' if not found else f'{len(found)} problems'}")
             for problem in found:
                 say(f"  {problem}")
     for refused in errors:
@@ -202,7 +202,7 @@ def report(
     *,
     options: StepOptions,
 ) -> None:
-    """Make a page with figures of the current build, or say where it is.
+    """Make a page with figures of the current build, or print where it is.
 
     Example: sos-dask report --store store -o report
     """
@@ -215,7 +215,7 @@ def report(
         options.refuse(
             ("workers", "scheduler", "memory_limit", "overwrite"),
             f": the build has its report already, {published}",
-            "Give --out to make it anew in another directory.",
+            "Give --out to make it again in another directory.",
         )
         out, manifest = published, Manifest.checked(published)
     else:

@@ -28,7 +28,7 @@ Workers = Annotated[
         "-w",
         min=0,
         metavar="N",
-        help="Worker processes; 0: none, all in this process. Default: one a core.",
+        help="Worker processes; 0: none, all in this process. Default: one per core.",
         show_default=False,
     ),
 ]
@@ -38,8 +38,8 @@ Threads = Annotated[
         "--threads",
         min=1,
         metavar="N",
-        help="Threads of this process instead of workers; with up to 4 cores the default, one a "
-        "core. They start at once and need less memory, but have none of their own.",
+        help="Threads of this process instead of workers; with up to 4 cores the default, one "
+        "per core. They start at once and share the memory of the process.",
         show_default=False,
     ),
 ]
@@ -120,13 +120,13 @@ Store = Annotated[
 JobOrStore = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[JOB]", help="Job file whose store is meant, or a store.", show_default=False
+        metavar="[JOB]", help="Job file (its store is used), or a store.", show_default=False
     ),
 ]
 
 
 def find_store(store: Path | None, job: Path | None = None) -> Path:
-    """Find the store that is meant: of a job file, as given, ``store`` or the only one near it.
+    """Find the store: of a job file, as given, ``store`` or the only one near it.
 
     Raises
     ------
@@ -160,7 +160,7 @@ RowsPerPartition = Annotated[
         "--rows-per-partition",
         min=1,
         metavar="N",
-        help="Pixels are split until each holds at most so many rows.",
+        help="Pixels are split until each contains at most this many rows.",
     ),
 ]
 _LARGEST_SEED = 2**31 - 1
@@ -187,7 +187,7 @@ _FEW_CORES = 4
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Options of every command that runs one step: where it is done, over what, how it is told."""
+    """Options shared by all single-step commands: workers, overwrite, output format."""
 
     workers: Workers = None
     memory_limit: MemoryLimit = "auto"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -66,7 +66,7 @@ def simulate(
     there = [path for path in sky_files(out).values() if path.exists()]
     if there and not overwrite:
         raise CatalogError(
-            f"{there[0]} exists", "Choose another directory, or say --overwrite to replace it."
+            f"{there[0]} exists", "Choose another directory, or give --overwrite to replace it."
         )
     with reporting() as report:
         files = run(SkySettings(n_lamost=rows, seed=seed, bias=not no_bias), out, report)
@@ -134,7 +134,7 @@ def dedupe(
         typer.Option(
             "--max-spread",
             metavar="X",
-            help="Flag stars whose repeats spread over so many expected errors.",
+            help="Flag stars whose repeats differ by more than this many expected errors.",
         ),
     ] = 5.0,
     no_gaia_id: NoGaiaId = False,
@@ -175,7 +175,9 @@ def reference(
     id_radius_arcsec: IdRadius = 10.0,
     epoch: Annotated[
         float,
-        typer.Option("--epoch", metavar="YEAR", help="Positions are moved to it, where they move."),
+        typer.Option(
+            "--epoch", metavar="YEAR", help="Positions with proper motions are moved to this epoch."
+        ),
     ] = 2016.0,
     offsets: Annotated[
         bool,
@@ -189,7 +191,7 @@ def reference(
     *,
     options: LightStepOptions,
 ) -> None:
-    """Unite the stars of several reference surveys, one row a star.
+    """Unite the stars of several reference surveys, one row per star.
 
     Example: sos-dask reference apogee=apogee.stars galah=galah.stars -o reference
     """
@@ -232,7 +234,7 @@ def crossmatch(
     pairs: Annotated[
         str,
         typer.Option(
-            "--pairs", metavar="NAME", help="best: one pair a target row; all: every pair."
+            "--pairs", metavar="NAME", help="best: one pair per target row; all: every pair."
         ),
     ] = "best",
     id_radius_arcsec: IdRadius = 10.0,
@@ -299,7 +301,7 @@ def train(
             min=0,
             max=1000,
             metavar="N",
-            help="Try so many sets of parameters; 0: none.",
+            help="Number of parameter sets to try; 0: none.",
         ),
     ] = 0,
     seed: Annotated[
@@ -324,11 +326,14 @@ def train(
 
     seeded = {"seed": seed} if "seed" in models.parameters(method) else {}
     params = models.check_params(method, seeded | dict(_setting(text) for text in param or []))
-    settings = TrainSettings(method, params, validation, search=search, seed=seed)
+    settings = TrainSettings(
+        method=method, params=params, validation=cast(Any, validation), search=search, seed=seed
+    )
     catalog = Catalog.open(pairs)
     if not set(DIFFERENCES) <= set(catalog.schema.names):
         raise CatalogError(
-            f"{pairs} is no catalog of pairs", "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS."
+            f"{pairs} is not a catalog of pairs",
+            "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS.",
         )
     if search and not search_space(method):
         raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
@@ -418,7 +423,9 @@ def apply(
         else:
             trust = Trust(scores, "polynomial", Path(fallback))
     elif fallback != "edge":
-        raise ConfigError("--fallback needs --coverage", "It says where the correction fades.")
+        raise ConfigError(
+            "--fallback needs --coverage", "The correction fades where the coverage is low."
+        )
     step = partial(
         run,
         model,

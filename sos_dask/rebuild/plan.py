@@ -16,11 +16,11 @@ from sos_dask.rebuild.planner import Planner, Stage
 from sos_dask.run.machine import n_cores
 from sos_dask.stages.apply import Trust, apply, apply_recipe
 from sos_dask.stages.attach import AttachSettings, attach, attach_recipe, companion_survey
-from sos_dask.stages.compare import Compare, CompareSettings, compare_recipe
+from sos_dask.stages.compare import Compare, CompareSettings
 from sos_dask.stages.coverage import Coverage, CoverageSettings, coverage_recipe
 from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
 from sos_dask.stages.dedupe import dedupe, dedupe_recipe
-from sos_dask.stages.evidence import evidence_recipe, make_evidence
+from sos_dask.stages.evidence import Evidence, EvidenceSettings, make_evidence
 from sos_dask.stages.generalisation import Generalisation, GeneralisationSettings
 from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
 from sos_dask.stages.margin import margin, margin_recipe
@@ -29,7 +29,7 @@ from sos_dask.stages.reference import ReferenceSettings, reference, reference_re
 from sos_dask.stages.report import ReportSettings, report_recipe
 from sos_dask.stages.report import report as make_report
 from sos_dask.stages.train import TrainSettings, train, train_recipe
-from sos_dask.stages.trends import Trends, TrendSettings, trends_recipe
+from sos_dask.stages.trends import Trends, TrendSettings
 from sos_dask.stages.uncertainty import (
     Surveys,
     UncertaintySettings,
@@ -116,9 +116,10 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         ),
     )
     trained = {method: _add_training(planner, method, pairs) for method in job.train.methods}
+    models_by_name = {f"model.{method}": one for method, one in trained.items()}
     evidence = planner.add(
         "evidence",
-        evidence_recipe(pairs, trained),
+        Evidence.recipe(EvidenceSettings(), {"pairs": pairs, **models_by_name}),
         lambda directory, cluster, report: make_evidence(
             planner.catalog(pairs),
             {name: planner.directory(model) for name, model in trained.items()},
@@ -134,7 +135,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     )
     compared = planner.add(
         COMPARISON,
-        compare_recipe(evidence, trained, compare_settings),
+        Compare.recipe(compare_settings, {"evidence": evidence, **models_by_name}),
         lambda directory, cluster, report: Compare(
             {
                 "evidence": planner.directory(evidence),
@@ -147,7 +148,14 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
     trend_settings = TrendSettings(order=unify.order)
     planner.add(
         "trends",
-        trends_recipe(evidence, trend_settings, united, references),
+        Trends.recipe(
+            trend_settings,
+            {
+                "evidence": evidence,
+                "reference": united,
+                **{f"stars.{name}": one for name, one in references.items()},
+            },
+        ),
         lambda directory, cluster, report: Trends(
             {
                 "evidence": planner.directory(evidence),
@@ -461,9 +469,9 @@ def _add_attach(
 def _add_training(planner: Planner, method: str, pairs: str) -> str:
     job = planner.job
     settings = TrainSettings(
-        method,
-        _params(job, method),
-        job.train.validation,
+        method=method,
+        params=_params(job, method),
+        validation=job.train.validation,
         search=job.train.search,
         seed=job.seed,
     )

@@ -13,7 +13,6 @@ share that holds the bare truth, which has no noise, stands beside it.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +22,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
-from scipy.stats import spearmanr
 
-from sos_dask.evidence.coverage import MEASURES, CoverageModel, fit
+from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.widening import CLASSES, LACKING, OUTSIDE
 from sos_dask.problem import PARAMETERS
-from sos_dask.rebuild.job import load_job
-from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.schema import LABELS
-from sos_dask.simulate import SkySettings, references_avoid, simulate
+from sos_dask.simulate import SkySettings, references_avoid
 from sos_dask.simulate.surveys import SURVEYS, difficulty
-from sos_dask.stages.coverage import read_overlap
 from sos_dask.stages.evidence import training_pairs
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
-from tests.job import write_job
+from tests.job import DEFAULT_PARTITIONS, build, methods
 
 Rows = dict[str, NDArray[Any]]
 FloatArray = NDArray[np.float64]
 LEVEL = 0.68
 _SPACING = np.array([600.0, 0.6, 0.3])  # K, dex, dex that are as far as a factor e of S/N
-# What changes in the job of the tests: partitions as they are by default, methods, validation.
-_CHANGES = (
-    ("[ingest]\nrows_per_partition = 1500\n", ""),
-    ('methods = ["polynomial"]', 'methods = ["polynomial", "hybrid"]\nvalidation = "kfold"'),
-)
-
-
-def make(out: Path, rows: int, seed: int, uncovered: float) -> tuple[Path, Path]:
-    """A sky and a build of it; its store and its truth."""
-    simulate(SkySettings(n_lamost=rows, seed=seed, uncovered=uncovered), out / "sky")
-    rebuild(load_job(write_job(out, out / "sky", *_CHANGES)))
-    return out / "store", out / "sky" / "truth.parquet"
 
 
 def rows_of(corrected: Catalog, truth: Path) -> Rows:
@@ -120,7 +102,7 @@ def report(rows: Rows, coverage: Path, pairs: Catalog) -> None:
     good = rows["quality"] == 0
     lacking = model.coverage(rows)[1] == LACKING
     kinds = [(name, place == number) for number, name in enumerate(CLASSES)]
-    kinds += [("few", found & ~lacking), ("lacking", lacking)]
+    kinds += [("lonely", found & ~lacking), ("lacking", lacking)]
     for text, chosen in (("without", good & ~outlier), ("with", good)):
         print(
             f"intervals, rows {text} simulated outliers: n, share that holds the reference, "
@@ -154,37 +136,6 @@ def report(rows: Rows, coverage: Path, pairs: Catalog) -> None:
         )
 
 
-def measures(
-    rows: Rows, coverage: Path, evidence: Path, model: Path, n_rows: int = 100_000
-) -> None:
-    """Print of every measure its rate (rows per second and core), and how it tells true errors.
-
-    On a sample of the good rows: rank correlation of the distance with |corrected - true label|
-    over noise; mean error of the tenth that it has farthest over that of the nearer half.
-    """
-    rng = np.random.default_rng(0)
-    good = np.flatnonzero((rows["quality"] == 0) & ~rows["is_outlier"])
-    known = np.flatnonzero(np.isfinite(rows["teff"]))
-    catalog = {n: rows[n][rng.permutation(known)[:200_000]] for n in PARAMETERS if n in rows}
-    chosen = np.sort(rng.permutation(good)[:n_rows])
-    some = {name: rows[name][chosen] for name in catalog}
-    overlap = read_overlap(evidence, model)
-    stored = CoverageModel.load(coverage)
-    error = np.stack([rows[f"{n}_sos"][chosen] - rows[f"true_{n}"][chosen] for n in LABELS], axis=1)
-    size = np.sqrt(np.mean((error / stored.noise(some["logg"], some["snr"])) ** 2, axis=1))
-    print(f"{len(overlap.fold)} overlap stars: rows/s/core, rank correlation, far over near")
-    for name in MEASURES:
-        fitted = fit(overlap, catalog, name, stored.limits).model
-        start = time.process_time()
-        fitted.coverage(some)
-        rate = len(chosen) / (time.process_time() - start)
-        x = fitted.scaled(some)
-        far = fitted.places(x[:, : fitted.n_inputs])[0]
-        far = far if fitted.ratio is None else fitted.ratio.distance(x)
-        ends = size[far >= np.quantile(far, 0.9)].mean() / size[far <= np.median(far)].mean()
-        print(f"  {name:12} {rate:10.0f} {spearmanr(far, size).statistic:6.3f} {ends:6.3f}")
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -198,7 +149,10 @@ def main() -> None:
     if given.store and given.truth:
         store, truth = given.store, given.truth
     elif given.out:
-        store, truth = make(given.out, given.rows, given.seed, given.uncovered)
+        sky = {"n_lamost": given.rows, "seed": given.seed, "uncovered": given.uncovered}
+        trained = methods("polynomial", "hybrid", more='\nvalidation = "kfold"')
+        build(given.out, DEFAULT_PARTITIONS, trained, **sky)
+        store, truth = given.out / "store", given.out / "sky" / "truth.parquet"
     else:
         parser.error("give --out, or --store and --truth")
     current = store / "current"
@@ -207,8 +161,6 @@ def main() -> None:
     )
     rows = rows_of(Catalog.open(corrected), truth)
     report(rows, coverage, Catalog.open(pairs))
-    method = Manifest.load(current / "comparison").summary["method"]
-    measures(rows, coverage, current / "evidence", current / f"model.{method}")
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def model(place: Place, cluster: Cluster) -> None:
     """A boosted model of the pairs."""
     from sos_dask.stages.train import TrainSettings, train
 
-    settings = TrainSettings("boosted", TREES, "holdout")
+    settings = TrainSettings(method="boosted", params=TREES, validation="holdout")
     train(
         Catalog.open(place.ours("pairs")),
         place.ours("model"),

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask import __version__
+from sos_dask.columns import mixed
 from sos_dask.errors import ClusterError, ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.settings import Settings
@@ -234,7 +235,7 @@ def release(futures: Sequence[Any]) -> None:
 
 
 def hash_rows(*parts: Float32Array) -> NDArray[np.uint64]:
-    """Hash the numbers of each row with the finaliser of splitmix64 (Steele et al. 2014).
+    """Hash the numbers of each row.
 
     Parameters
     ----------
@@ -247,14 +248,6 @@ def hash_rows(*parts: Float32Array) -> NDArray[np.uint64]:
     for column in np.ascontiguousarray(values.T, dtype=np.float32).view(np.uint32):
         state = mixed(state + column)
     return state
-
-
-def mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One step of splitmix64."""
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
 
 
 # --- what is known before a fit ----------------------------------------------------------------

@@ -48,12 +48,11 @@ from sos_dask.corrections.base import (
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.problem import BLOCK_ROWS
 from sos_dask.run.machine import n_threads
-from sos_dask.stats.numbers import Histogram, count
+from sos_dask.stats.numbers import MAD_TO_SIGMA, Histogram, count
 
 FILE = "coefficients.json"
 HUBER = 1.345
 BISQUARE = 4.685
-MAD_TO_SIGMA = 1.4826
 HUBER_PASSES = 10
 # Passes with the bisquare that still renew the scale.
 SCALE_PASSES = 10

@@ -50,8 +50,9 @@ from sos_dask.corrections.base import (
     to_json,
 )
 from sos_dask.corrections.formula import Formula, Template
-from sos_dask.corrections.polynomial import BISQUARE, MAD_TO_SIGMA, one_thread
+from sos_dask.corrections.polynomial import BISQUARE, one_thread
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.stats.numbers import MAD_TO_SIGMA
 
 FILE = "formula.json"
 MIN_PAIRS = 200

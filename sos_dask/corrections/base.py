@@ -197,15 +197,7 @@ def run_tasks(
 ) -> list[R]:
     """Call a function for every item, on the workers of a client or here.
 
-    Parameters
-    ----------
-    what, advice : str
-        For the message where a task kills its workers: "``what`` killed its worker", and what to do
-        where memory was short.
-
-    Raises
-    ------
-    ClusterError
+    `ClusterError` where a task (``what``) kills its workers, with advice where memory was short.
     """
     if client is None:
         return [function(item) for item in items]
@@ -235,13 +227,7 @@ def release(futures: Sequence[Any]) -> None:
 
 
 def hash_rows(*parts: Float32Array) -> NDArray[np.uint64]:
-    """Hash the numbers of each row.
-
-    Parameters
-    ----------
-    *parts : ndarray of float32, shape (n, k)
-        Columns side by side. All NaN are equal, and both zeros.
-    """
+    """Hash the numbers of each row of columns side by side; all NaN are equal, and both zeros."""
     values = np.concatenate(parts, axis=1)
     values = np.where(np.isnan(values), np.float32(np.nan), values + np.float32(0))
     state = np.zeros(len(values), dtype=np.uint64)

@@ -52,18 +52,7 @@ def pack(arrays: Sequence[NDArray[Any]]) -> bytes:
 
 
 def unpack(content: Content, what: str) -> list[NDArray[Any]]:
-    """Arrays of a buffer that `pack` made; memory-mapped content is not copied.
-
-    Parameters
-    ----------
-    what : str
-        For the message.
-
-    Raises
-    ------
-    ModelError
-        The content is not axes and their values.
-    """
+    """Arrays of a buffer that `pack` made, not copied; `ModelError` where it is none."""
     view = memoryview(content)
     arrays: list[NDArray[Any]] = []
     try:
@@ -99,17 +88,7 @@ class LookupTable:
     values: Float32Array
 
     def predict(self, features: Float32Array) -> Float32Array:
-        """Sums of the trees.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (n, k)
-            nan takes the direction that each tree keeps for missing values.
-
-        Returns
-        -------
-        ndarray of float32, shape (n, n_labels)
-        """
+        """Sums of the trees, shape (n, n_labels); each tree sends nan its own way."""
         n_labels = self.values.shape[-1]
         flat = self.values.reshape(-1, n_labels)
         out = np.empty((len(features), n_labels), dtype=np.float32)

@@ -345,14 +345,7 @@ def _solve(
 
 
 def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
-    """Exponents of all monomials up to a total order.
-
-    Parameters
-    ----------
-    order : int
-        Largest sum of the exponents.
-    n : int
-        Number of variables.
+    """Exponents of all monomials of n variables up to a total order.
 
     Returns
     -------
@@ -366,18 +359,9 @@ def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
 
 
 def design_matrix(z: FloatArray, exponents: IntArray) -> FloatArray:
-    """Monomials of every row.
+    """Monomials of every row, shape (n, m), each contiguous.
 
-    Parameters
-    ----------
-    z : ndarray of float64, shape (n, k)
-    exponents : ndarray of int, shape (m, k)
-        Of any monomials; with those of `polynomial_terms` each costs one multiplication.
-
-    Returns
-    -------
-    ndarray of float64, shape (n, m)
-        In column-major order: every monomial is contiguous.
+    Of any exponents, shape (m, k); with those of `polynomial_terms` each costs one multiplication.
     """
     z = np.asarray(z, dtype=np.float64)
     if exponents.shape[1] != z.shape[1]:

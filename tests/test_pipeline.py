@@ -356,7 +356,13 @@ def test_an_unfinished_output_is_shown_and_goes_on(job, store):
     broken.write_bytes(sound[: len(sound) // 2])
     with pytest.raises(CatalogError, match=re.escape(str(broken))):
         rebuild(job)
-    broken.write_bytes(sound[:40] + bytes([sound[40] ^ 1]) + sound[41:])
+    teff = (
+        pq.read_metadata(pa.BufferReader(sound))
+        .row_group(0)
+        .column(observations.schema.names.index("teff"))
+    )
+    last = teff.data_page_offset + teff.total_compressed_size - 1
+    broken.write_bytes(sound[:last] + bytes([sound[last] ^ 1]) + sound[last + 1 :])
     with pytest.raises(PartitionError, match=re.escape(str(broken))):
         rebuild(job)
     (unfinished,) = status(store).unfinished

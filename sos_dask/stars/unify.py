@@ -138,12 +138,7 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     leaders = np.flatnonzero(primary == np.arange(len(primary)))
     leaders = leaders[sky_order(table, leaders, "star_id")]
     members = _Members.of(table, primary, leaders, settings.order)
-
-    flagged = np.zeros(len(members.row), dtype=np.bool_)
-    if "flag_spread" in names:
-        flagged = pc.fill_null(table["flag_spread"], False).to_numpy()[members.row]
-    passes = table["quality"].to_numpy()[members.row] == 0
-    united = _unite_labels(table, members, passes, flagged, settings)
+    united = _unite_labels(table, members, settings)
     of_primary = pa.array(leaders)
     of_chosen = pa.array(members.row[united.chosen])
     key_field = _field("star_id", pa.string(), "Survey and star_id of the primary", _KEY_UCD)
@@ -198,13 +193,11 @@ class _United(NamedTuple):
     flag: BoolArray
 
 
-def _unite_labels(
-    table: pa.Table,
-    members: _Members,
-    passes: BoolArray,
-    flagged: BoolArray,
-    settings: UnifySettings,
-) -> _United:
+def _unite_labels(table: pa.Table, members: _Members, settings: UnifySettings) -> _United:
+    flagged = np.zeros(len(members.row), dtype=np.bool_)
+    if "flag_spread" in table.schema.names:
+        flagged = pc.fill_null(table["flag_spread"], False).to_numpy()[members.row]
+    passes = table["quality"].to_numpy()[members.row] == 0
     names = [label for label in _MEASURED if label in table.schema.names]
     measured = {label: members.measured(table, label, settings.offsets) for label in names}
     has_label = [~np.isnan(measured[label][0]) for label in LABELS]

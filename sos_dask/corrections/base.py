@@ -75,6 +75,35 @@ class TrainingSource(Protocol):
 
 
 @dataclass(frozen=True)
+class ChangedSource:
+    """Pairs of another source, of which each batch is changed.
+
+    Parameters
+    ----------
+    source : TrainingSource
+    change : callable
+        Takes a `Batch` and gives another one; importable by its name on every worker.
+    """
+
+    source: TrainingSource
+    change: Callable[[Batch], Batch]
+
+    @property
+    def problem(self) -> Problem:
+        """Labels and inputs."""
+        return self.source.problem
+
+    @property
+    def n_batches(self) -> int:
+        """Number of batches."""
+        return self.source.n_batches
+
+    def load(self, index: int) -> Batch:
+        """Read one batch."""
+        return self.change(self.source.load(index))
+
+
+@dataclass(frozen=True)
 class Rows:
     """Training rows of a batch: features are finite, the weight is positive."""
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,17 @@ from sos_dask import settings
 from sos_dask.corrections import boosted, polynomial
 from sos_dask.corrections.base import (
     Batch,
+    ChangedSource,
     Content,
     Correction,
     Float32Array,
     ModelInfo,
     Progress,
     Training,
-    TrainingSource,
     summarise,
 )
 from sos_dask.corrections.lookup import Grid, smeared
 from sos_dask.corrections.polynomial import PolynomialCorrection
-from sos_dask.problem import Problem
 
 GRID = "residual-grid.npy"
 POLYNOMIAL = "polynomial-"
@@ -80,38 +80,11 @@ SEARCH = {
 }
 
 
-@dataclass(frozen=True)
-class ResidualSource:
-    """Pairs whose differences are what a polynomial leaves of them; outliers are unknown.
-
-    Parameters
-    ----------
-    source : TrainingSource
-    smooth : PolynomialCorrection
-    outlier : float
-        Largest residual of a label in units of its scatter.
-    """
-
-    source: TrainingSource
-    smooth: PolynomialCorrection
-    outlier: float
-
-    @property
-    def problem(self) -> Problem:
-        """Labels and inputs."""
-        return self.source.problem
-
-    @property
-    def n_batches(self) -> int:
-        """Number of batches."""
-        return self.source.n_batches
-
-    def load(self, index: int) -> Batch:
-        """Read one batch."""
-        batch = self.source.load(index)
-        left = batch.differences - self.smooth.predict(batch.features)
-        far = np.abs(left) > self.outlier * self.smooth.scatter
-        return replace(batch, differences=np.where(far, np.float32(np.nan), left))
+def residuals(batch: Batch, smooth: PolynomialCorrection, outlier: float) -> Batch:
+    """Subtract a polynomial from the differences; beyond ``outlier`` scatters they are unknown."""
+    left = batch.differences - smooth.predict(batch.features)
+    far = np.abs(left) > outlier * smooth.scatter
+    return replace(batch, differences=np.where(far, np.float32(np.nan), left))
 
 
 class HybridCorrection(Correction):
@@ -165,7 +138,8 @@ def fit(training: Training, settings: Settings, progress: Progress) -> HybridCor
     info = summary.info("hybrid", settings, training)
     of_smooth = part_settings(polynomial.Settings, settings)
     smooth = polynomial.fit(training, of_smooth, progress)
-    left = replace(training, source=ResidualSource(training.source, smooth, settings.outlier))
+    change = partial(residuals, smooth=smooth, outlier=settings.outlier)
+    left = replace(training, source=ChangedSource(training.source, change))
     trees = boosted.fit(left, part_settings(boosted.Settings, settings), progress)
     low, high = (np.array(ends, dtype=np.float32) for ends in (info.minimum, info.maximum))
     local = smeared(trees.evaluate, low, high, settings.smoothing * smooth.scale.width)

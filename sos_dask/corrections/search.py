@@ -31,15 +31,9 @@ Params = Mapping[str, int | float | str]
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and how it did.
+    """A candidate, and its loss on each fold that was kept aside for it.
 
-    Parameters
-    ----------
-    params : mapping
-        Those that are searched.
-    losses : tuple of float
-        Of each fold that was kept aside for it: mean over the labels of the mean absolute residual,
-        in spreads of the differences.
+    A loss is the mean over the labels of the mean absolute residual, in spreads of the differences.
     """
 
     params: Params
@@ -53,38 +47,29 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """Result of a search.
-
-    Parameters
-    ----------
-    params : mapping
-        Complete parameters of the best candidate.
-    trials : tuple of Trial
-        All candidates, the best first.
-    """
+    """Complete parameters of the best candidate, and all candidates, the best first."""
 
     params: Params
     trials: tuple[Trial, ...]
 
     def table(self) -> list[dict[str, Any]]:
         """Trials as JSON; a loss is None where a candidate could not be fitted."""
+
+        def shown(loss: float) -> float | None:
+            return loss if np.isfinite(loss) else None
+
         return [
             {
                 "params": dict(trial.params),
-                "losses": [loss if np.isfinite(loss) else None for loss in trial.losses],
-                "loss": trial.loss if np.isfinite(trial.loss) else None,
+                "losses": [shown(loss) for loss in trial.losses],
+                "loss": shown(trial.loss),
             }
             for trial in self.trials
         ]
 
 
 def search_space(method: str) -> Mapping[str, Sequence[int | float | str]]:
-    """Values of the parameters that are searched; empty for a method that has none.
-
-    Parameters
-    ----------
-    method : str
-    """
+    """Values of the parameters that are searched; empty for a method that has none."""
     space: Mapping[str, Sequence[int | float | str]]
     space = getattr(method_module(method), "SEARCH", {})
     return space

@@ -304,7 +304,9 @@ def _add_report(planner: Planner) -> None:
         for digest in stage.recipe.inputs.values()
     }
     settings = ReportSettings(
-        job.name, job.text, {digest: planner.names[digest] for digest in sorted(digests)}
+        job=job.name,
+        job_text=job.text,
+        files={digest: planner.names[digest] for digest in sorted(digests)},
     )
     planner.add(
         "report",

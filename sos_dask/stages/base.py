@@ -73,6 +73,8 @@ class Stage(Generic[S]):
         Default: those of the stage.
     product : str
         Name of what is made; default: that of the directory.
+    known : mapping of str to str, optional
+        Fingerprints of the inputs where the caller has them.
     """
 
     name: ClassVar[str]
@@ -90,7 +92,9 @@ class Stage(Generic[S]):
         settings: S | None = None,
         *,
         product: str = "",
+        known: Mapping[str, str] | None = None,
     ) -> None:
+        self.known = dict(known or {})
         self.settings: S = self.Settings() if settings is None else settings  # type: ignore[assignment]
         self.product = product
         self.inputs: dict[str, Catalog | Path] = {}
@@ -150,7 +154,7 @@ class Stage(Generic[S]):
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the inputs by name."""
-        return {
+        return self.known or {
             name: one.fingerprint if isinstance(one, Catalog) else Manifest.load(one).fingerprint
             for name, one in self.inputs.items()
         }

@@ -41,7 +41,7 @@ def test_compare_shows_the_current_build_as_json(cli: Cli, small_store):
         if figure["value"] is not None:
             assert figure["low"] <= figure["value"] <= figure["high"], figure
     cost = found["costs"]["polynomial"]
-    assert_shape(cost, {"train_cpu_s": float, "train_wall_s": float, "predict_cpu_us_a_row": float})
+    assert_shape(cost, {"train_cpu_s": float, "train_wall_s": float})
     assert all(value > 0 for value in cost.values())
 
 

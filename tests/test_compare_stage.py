@@ -16,7 +16,7 @@ from sos_dask.evidence.smoothness import ARTIFACT_SCHEMA, OUTSIDE_SCHEMA
 from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
-from sos_dask.stages.compare import CompareSettings, compare, prediction_cost, read_comparison
+from sos_dask.stages.compare import Compare, CompareSettings, compare, read_comparison
 from sos_dask.stages.train import TrainSettings, train
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
@@ -61,7 +61,7 @@ def column(table: pa.Table, name: str) -> np.ndarray:
 
 def test_a_rebuild_makes_the_comparison(build):
     manifest = Manifest.load(build / "comparison")
-    assert set(manifest.recipe.inputs) == {"pairs", "model.polynomial"}
+    assert set(manifest.recipe.inputs) == {"evidence", "model.polynomial"}
     assert {record.path for record in manifest.files} == {
         "comparison.parquet", "artifacts.parquet", "outside.parquet",
     }  # fmt: skip
@@ -156,23 +156,21 @@ def test_the_bytes_depend_neither_on_workers_nor_on_partitions(
 
 
 def test_a_stopped_run_goes_on(build, trained, compared, tmp_path, monkeypatch):
-    import sos_dask.stages.compare as module
-
-    part = module._label_part
+    part = Compare.figures_of
     done: list[str] = []
 
-    def stopping(item) -> None:
+    def stopping(self, output, label, item):
         if len(done) == 1:
             raise KeyboardInterrupt
-        done.append(item.key)
-        part(item)
+        done.append(label)
+        return part(self, output, label, item)
 
     pairs = Catalog.open(build / "pairs")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_label_part", stopping)
+        patch.setattr(Compare, "figures_of", stopping)
         with pytest.raises(KeyboardInterrupt):
             compare(pairs, trained, tmp_path / "out", FEW)
-    monkeypatch.setattr(module, "_method_part", lambda item: pytest.fail("was done before"))
+    monkeypatch.setattr(Compare, "artifacts_of", lambda *_: pytest.fail("was done before"))
     compare(pairs, trained, tmp_path / "out", FEW)
     assert contents(tmp_path / "out") == contents(compared)
 
@@ -184,10 +182,6 @@ def test_holdout_compares_on_the_pairs_that_no_model_saw(build, tmp_path):
     fold = used(build)["fold"].to_numpy()
     assert manifest.summary["n_test"] == np.count_nonzero(fold == 0)
     assert manifest.summary["n_train"] == np.count_nonzero(fold != 0)
-
-
-def test_prediction_has_a_cost(trained):
-    assert 0 < prediction_cost(trained["cubic"]) < 100
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -250,7 +244,7 @@ def test_settings_that_cannot_be(build, trained, tmp_path):
         def memory_limit_bytes(self) -> int | None:
             return 100 << 20
 
-    with pytest.raises(ClusterError, match="compare"):
+    with pytest.raises(ClusterError, match=r"evidence: .* pairs of"):
         compare(pairs, trained, tmp_path / "other", FEW, cluster=Small())
 
 

@@ -17,8 +17,8 @@ from sos_dask.schema import LABELS
 from sos_dask.stages.compare import compare
 from sos_dask.stages.evidence import (
     DIFFERENCES,
-    Evidence,
     EvidenceSettings,
+    PairsRead,
     evidence,
     fitted_columns,
     held_out_columns,
@@ -91,7 +91,7 @@ def test_held_out_pairs_among_those_that_are_kept(build, pairs):
     assert np.array_equal(of_some, predicted[inside])
     spoilt = found.table.set_column(2, DIFFERENCES[0], pc.add(found.table[DIFFERENCES[0]], 1))
     with pytest.raises(CatalogError, match="does not hold the pairs"):
-        Evidence(spoilt, found.fold, found.kept).held_out(model)
+        PairsRead(spoilt, found.fold, found.kept).held_out(model)
 
 
 def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, pairs, tmp_path):

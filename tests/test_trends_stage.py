@@ -10,19 +10,24 @@ import pytest
 
 from sos_dask import corrections as models
 from sos_dask.errors import CatalogError, ClusterError
-from sos_dask.evidence.trends import CONTRAST_SCHEMA, TREND_SCHEMA, Axis
+from sos_dask.evidence.trends import CONTRAST_SCHEMA, TREND_SCHEMA
 from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.simulate import lamost_bias
-from sos_dask.stages.trends import TrendSettings, trends
+from sos_dask.stages.trends import Trends, TrendSettings, trends
+from sos_dask.stats.binned import Axis
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents
 from tests.sky import write_catalog
 
 FILES = ("planes.parquet", "reference_planes.parquet", "references.parquet", "trends.parquet")
-FEW = TrendSettings((Axis("teff", 3000.0, 9000.0, 500.0), Axis("logg", 0.0, 5.0, 0.5)), 6, 5)
+FEW = TrendSettings(
+    axes=(Axis("teff", 3000.0, 9000.0, 500.0), Axis("logg", 0.0, 5.0, 0.5)),
+    n_count_bins=6,
+    min_count=5,
+)
 
 
 @pytest.fixture
@@ -69,7 +74,7 @@ def test_a_rebuild_makes_the_trends(build):
     manifest = Manifest.load(directory)
     assert {record.path for record in manifest.files} == set(FILES)
     assert set(manifest.recipe.inputs) == {
-        "pairs", "reference", "model.polynomial", "apogee.stars", "galah.stars",
+        "evidence", "reference", "stars.apogee", "stars.galah",
     }  # fmt: skip
     pairs = used(build)
     assert manifest.rows.n_out == pairs.num_rows
@@ -239,7 +244,7 @@ def test_the_order_says_whose_difference_it_is(build, tmp_path):
     made = []
     for order in (("apogee", "galah"), ("galah",)):
         directory = tmp_path / order[0]
-        trends(pairs, directory, TrendSettings(FEW.axes, 6, 5, order))
+        trends(pairs, directory, FEW.but(order=order))
         made.append(rows(directory / "references.parquet", label="teff", against="logg"))
     assert set(made[1]["first"].to_pylist()) == {"galah"}
     one, other = (column(table, "difference") for table in made)
@@ -280,28 +285,26 @@ def test_more_pairs_than_a_worker_holds_are_refused(build, tmp_path):
         def memory_limit_bytes(self) -> int | None:
             return 100 << 20
 
-    with pytest.raises(ClusterError, match="trends"):
+    with pytest.raises(ClusterError, match=r"evidence: .* pairs of"):
         trends(Catalog.open(build / "pairs"), tmp_path / "out", FEW, cluster=Small())
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_stopped_run_goes_on(build, tmp_path, monkeypatch):
-    import sos_dask.stages.trends as module
-
     pairs = Catalog.open(build / "pairs")
     whole = run(build, tmp_path / "whole", pairs)
     done: list[str] = []
-    part = module._trends_part
+    part = Trends.trends_of
 
     stop_after = 2
 
-    def stopping(item) -> None:
+    def stopping(self, output, key, axes):
         if len(done) == stop_after:
             raise KeyboardInterrupt
-        done.append(item.key)
-        part(item)
+        done.append(key)
+        return part(self, output, key, axes)
 
-    monkeypatch.setattr(module, "_trends_part", stopping)
+    monkeypatch.setattr(Trends, "trends_of", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(build, tmp_path / "out", pairs)
     assert not (tmp_path / "out" / "manifest.json").exists()

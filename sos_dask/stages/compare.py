@@ -1,105 +1,227 @@
 """Stage compare: every trained method on the same pairs, and the one that corrects the catalog.
 
-A task reads the pairs (`stages.evidence`: a million at most); then a task is a method (predictions
-of the pairs it was trained on, artifacts), then a label (figures of all methods on the same
-resamples). Those pairs are held at once: 150 bytes a pair, twice that while a label is ranked.
+A task is a method (what it does on cells of label space), then a label (figures of all methods on
+the same resamples). It reads the columns of the evidence that it needs: 150 bytes a pair, twice
+that while a label is ranked.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from pydantic import Field
 
-from sos_dask import corrections as models
+from sos_dask import corrections
 from sos_dask.columns import floats32, matrix32
 from sos_dask.errors import ModelError
 from sos_dask.evidence.choice import BALANCED, TOLERANCE, check_rule, choose
-from sos_dask.evidence.figures import NONE, TEST, TRAIN, Sample, Scored, figure_table, figures
+from sos_dask.evidence.figures import (
+    FIGURE_SCHEMA,
+    NONE,
+    TEST,
+    TRAIN,
+    Sample,
+    Scored,
+    figures,
+)
 from sos_dask.evidence.smoothness import (
     ARTIFACT_SCHEMA,
     MIN_CELLS,
     OUTSIDE_SCHEMA,
-    Grid,
+    Cells,
     artifact_rows,
     artifacts,
 )
-from sos_dask.evidence.trends import AXES, Axis
+from sos_dask.evidence.trends import AXES
 from sos_dask.problem import TEFF_UNIT_K, features
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import LABELS
-from sos_dask.stages.evidence import DIFFERENCES, evidence, require_evidence
-from sos_dask.stages.parts import manifest_of, records, run_parts, unless_complete
+from sos_dask.settings import Settings
+from sos_dask.stages.base import Made, Role, Run, Stage
+from sos_dask.stages.evidence import (
+    fitted_columns,
+    held_out_columns,
+    on_pairs,
+    read_evidence,
+    require_rows,
+)
+from sos_dask.stages.parts import manifest_of
 from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.stats.bootstrap import draw, group_of_stars
-from sos_dask.stats.density import knn_distance, robust_scale
-from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
+from sos_dask.stats.binned import Axis
+from sos_dask.stats.bootstrap import draw
+from sos_dask.storage.artifact import Manifest, Output, Recipe
+from sos_dask.storage.catalog import Catalog, partition_errors
 
-VERSION = 3
 COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
-SPARSE_SHARE = 0.05
-N_NEIGHBOURS = 16
-_PROCESS_BYTES = 300 << 20
-_BYTES_A_PAIR = 400
-_TIMED_ROWS = 100_000
+_PROCESS_BYTES, _BYTES_A_PAIR = 300 << 20, 400
+_SAMPLES = {TEST: ("held_out", held_out_columns), TRAIN: ("trained", fitted_columns)}
 
 
-@dataclass(frozen=True)
-class CompareSettings:
-    """Settings of the stage.
+class CompareSettings(Settings):
+    """How the methods are compared, and by which rule one of them corrects the catalog."""
 
-    Parameters
-    ----------
-    rule : str
-        By which a method is chosen: see `sos_dask.evidence.choice`.
-    n_bootstrap : int
-        Resamples.
-    min_pairs : int
-        A subset with fewer pairs has no figures.
-    min_bin_pairs : int
-        A bin with fewer pairs has no median.
-    min_cell_pairs : int
-        A cell of label space with fewer training pairs is not covered.
-    tolerance : float
-        A method is worse only if it is by more than this share of the best.
-    seed : int
-    axes : tuple of Axis
-        Bins along each label of the target; their cells make the grid of the artifacts.
+    rule: str = Field(BALANCED, description="balanced, scatter or the name of a method")
+    n_bootstrap: int = Field(400, ge=100, le=10_000, description="Resamples")
+    min_pairs: int = Field(30, ge=10, description="A subset with fewer pairs has no figures")
+    min_bin_pairs: int = Field(50, ge=5, description="A bin with fewer pairs has no median")
+    min_cell_pairs: int = Field(
+        5, ge=1, description="A cell of label space with fewer training pairs is not covered"
+    )
+    tolerance: float = Field(
+        TOLERANCE, ge=0, lt=1, description="Worse is only what is so by a larger share of the best"
+    )
+    seed: int = Field(0, ge=0, description="Of the resamples")
+    axes: tuple[Axis, ...] = Field(
+        tuple(axis for axis in AXES if axis.name in LABELS),
+        description="Bins along each label of the target; their cells are those of the artifacts",
+    )
+
+    @property
+    def edges(self) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+        """Edges of the bins along each label."""
+        by_name = {axis.name: axis.edges for axis in self.axes}
+        return {label: by_name[label] for label in LABELS}
+
+
+class Compare(Stage[CompareSettings]):
+    """Compare trained methods on the same pairs and choose the one that corrects the catalog.
+
+    Tables: figures (`evidence.figures`), artifacts and behaviour outside the overlap
+    (`evidence.smoothness`). Summary: ``method``, the one chosen, ``rule``, ``why``, ``scores`` it
+    rests on, ``metrics`` of each method, pairs of both samples.
+
+    Example: sos-dask compare pairs model.boosted model.polynomial -o comparison
     """
 
-    rule: str = BALANCED
-    n_bootstrap: int = 400
-    min_pairs: int = 30
-    min_bin_pairs: int = 50
-    min_cell_pairs: int = 5
-    tolerance: float = TOLERANCE
-    seed: int = 0
-    axes: tuple[Axis, ...] = tuple(axis for axis in AXES if axis.name in LABELS)
+    name = "compare"
+    version = 4
+    Settings = CompareSettings
+    roles = (
+        Role("evidence", "Pairs with the predictions of the models.", "output"),
+        Role("model", "Trained corrections.", "output", many=True),
+    )
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods of the models, sorted."""
+        return sorted(name.removeprefix("model.") for name in self.named("model"))
+
+    def check(self) -> None:
+        """Refuse a rule that is none."""
+        check_rule(self.settings.rule, self.methods)
+
+    def make(self, run: Run) -> Made:
+        """Measure every method and every label, then choose."""
+        evidence = self.manifest("evidence")
+        require_rows(run, self.path("evidence"), _PROCESS_BYTES, _BYTES_A_PAIR)
+        of_methods = run.parts("methods", dict.fromkeys(self.methods), self.artifacts_of)
+        of_labels = run.parts("labels", dict.fromkeys(LABELS), self.figures_of, "compare labels")
+        scored = [
+            {(method, name): Scored(value, np.array(rest)) for method, name, value, rest in of}
+            for of in (record["scores"] for record in of_labels)
+        ]
+        noise = {}
+        for label, of in zip(LABELS, scored, strict=True):
+            noise[label] = min(of[method, "mad"].value for method in self.methods)
+        by_method = dict(zip(self.methods, of_methods, strict=True))
+        rough, outside = artifact_rows(by_method, noise)
+        roughness = {
+            method: _roughness([row for row in rough if row["method"] == method])
+            for method in self.methods
+        }
+        choice = choose(self.settings.rule, scored, roughness, self.settings.tolerance)
+        found = [read_piece(_figures_file(run.output, label)) for label in LABELS]
+        run.write(COMPARISON, pa.concat_tables(found))
+        run.write(ARTIFACTS, pa.Table.from_pylist(rough, schema=ARTIFACT_SCHEMA))
+        run.write(OUTSIDE, pa.Table.from_pylist(outside, schema=OUTSIDE_SCHEMA))
+        manifests = [self.manifest(f"model.{method}") for method in self.methods]
+        return evidence.rows, {
+            **asdict(choice),
+            "metrics": [metric for one in manifests for metric in one.summary["metrics"]],
+            **of_labels[0]["n"],
+        }
+
+    def artifacts_of(self, output: Output, method: str, item: None) -> dict[str, Any]:
+        """Measure what a correction does on the cells of label space."""
+        settings = self.settings
+        table = read_evidence(self.path("evidence"), [*LABELS, "trained"])
+        labels = matrix32(table.filter(table["trained"]), LABELS)
+        labels = labels[np.isfinite(labels).all(axis=1)]
+        cells = Cells.of(labels, list(settings.edges.values()), settings.min_cell_pairs)
+        correction = corrections.load(self.path(f"model.{method}"))
+        unit = np.array([TEFF_UNIT_K, 1.0, 1.0])
+        found = artifacts(
+            lambda points: correction.predict(features(*points.T)),
+            cells,
+            (np.array(correction.info.minimum) * unit, np.array(correction.info.maximum) * unit),
+            len(LABELS),
+            settings.n_bootstrap,
+            settings.seed,
+        )
+        n_cells = len(cells.places)
+        typical = cells.typical_count if n_cells else None
+        return {"n_cells": n_cells, "typical_count": typical, "labels": found}
+
+    def figures_of(self, output: Output, label: str, item: None) -> dict[str, Any]:
+        """Write the figures of one label in both samples."""
+        settings = self.settings
+        columns = {
+            name: {method: named(method)[LABELS.index(label)] for method in self.methods}
+            for name, (_, named) in _SAMPLES.items()
+        }
+        names = [*LABELS, f"{label}_diff", "group", "sparse", "held_out", "trained"]
+        more = [name for of in columns.values() for name in of.values()]
+        table = read_evidence(self.path("evidence"), [*names, *more])
+        weights = draw(settings.n_bootstrap, settings.seed)
+        rows, n, scores = [], {}, {}
+        for name, (inside, _) in _SAMPLES.items():
+            some = table.filter(table[inside])
+            group, sparse = (some[column].to_numpy() for column in ("group", "sparse"))
+            sample = Sample(name, matrix32(some, LABELS), group.astype(np.int64), sparse)
+            before = floats32(some, f"{label}_diff").astype(np.float64)
+            residuals = {NONE: before}
+            for method, column in columns[name].items():
+                residuals[method] = before - floats32(some, column)
+            found, scored = figures(
+                sample,
+                label,
+                residuals,
+                settings.edges,
+                weights,
+                settings.min_pairs,
+                settings.min_bin_pairs,
+            )
+            rows += found
+            n[f"n_{name}"] = some.num_rows
+            scores[name] = [
+                [*key, score.value, score.replicates.tolist()]
+                for key, score in scored.items()
+                if key[1] in ("mad", "rms_binned")
+            ]
+        write_piece(_figures_file(output, label), pa.Table.from_pylist(rows, schema=FIGURE_SCHEMA))
+        return {"n": n, "scores": scores[TEST]}
 
 
-@dataclass(frozen=True)
-class _Part:
-    output: Output
-    key: str
-    pairs: Catalog
-    models: Mapping[str, Path]
-    settings: CompareSettings
+def _figures_file(output: Output, label: str) -> Path:
+    return output.work / "pieces" / f"figures-{label}.arrow"
 
 
-def compare_recipe(pairs: str, models: Mapping[str, str], settings: CompareSettings) -> Recipe:
-    """Recipe of `compare` for inputs of these fingerprints."""
-    inputs = {"pairs": pairs, **{f"model.{method}": one for method, one in models.items()}}
-    return Recipe("compare", VERSION, {"settings": asdict(settings)}, inputs)
+def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Mean roughness of the labels that have one; nan in too few cells, or without noise."""
+    known = [row["roughness"] for row in rows if row["roughness"] is not None]
+    enough = known and rows[0]["n_cells"] >= MIN_CELLS
+    return float(np.mean(known)) if enough else float("nan")
+
+
+def compare_recipe(evidence: str, models: Mapping[str, str], settings: CompareSettings) -> Recipe:
+    """Recipe of `Compare` for inputs of these fingerprints."""
+    named = {f"model.{method}": one for method, one in models.items()}
+    return Compare.recipe(settings, {"evidence": evidence, **named})
 
 
 def compare(
@@ -107,12 +229,9 @@ def compare(
     models: Mapping[str, Path],
     directory: Path,
     settings: CompareSettings | None = None,
-    *,
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
+    **options: Any,
 ) -> Manifest:
-    """Compare trained methods and choose one.
+    """Compare trained methods on pairs, without a table of evidence; see `Compare`.
 
     Parameters
     ----------
@@ -121,15 +240,9 @@ def compare(
     models : mapping of str to Path
         Outputs of train for these pairs, by method, all validated in the same way.
     directory : Path
-        Gets ``comparison.parquet``, ``artifacts.parquet`` and ``outside.parquet``: see
-        `sos_dask.compare`.
     settings : CompareSettings, optional
-
-    Returns
-    -------
-    Manifest
-        ``rows``: pairs in, pairs used. ``summary``: ``method``, the one chosen, ``rule``, ``why``,
-        ``scores`` it rests on, ``metrics`` of each method, pairs of both samples.
+    options
+        Of `Stage.run`.
 
     Raises
     ------
@@ -142,268 +255,14 @@ def compare(
     ClusterError
         The pairs are too many for a worker.
     """
-    settings = settings or CompareSettings()
-    pairs.require("use", "fold", "reference_star_id", *LABELS, *DIFFERENCES)
     if not models:
         raise ModelError("there is no model to compare", "Give the outputs of 'sos-dask train'.")
-    check_rule(settings.rule, list(models))
-    manifests = {method: _manifest_of(path) for method, path in models.items()}
-    fingerprints = {method: manifest.fingerprint for method, manifest in manifests.items()}
-    recipe = compare_recipe(pairs.fingerprint, fingerprints, settings)
-    output = Output.prepare(directory, recipe, overwrite, [pairs.path, *models.values()])
-    if output.complete:
-        return output.load_manifest()
-    cluster = cluster or Cluster()
-    require_evidence(cluster, pairs, "compare", _PROCESS_BYTES, _BYTES_A_PAIR)
-    with unless_complete(output):
-        of_pairs = {"pairs": _Part(output, "pairs", pairs, models, settings)}
-        by_method = {key: _Part(output, key, pairs, models, settings) for key in models}
-        by_label = {key: _Part(output, key, pairs, models, settings) for key in LABELS}
-        run_parts(output, "pairs", of_pairs, _pairs_part, cluster, "compare pairs", report)
-        run_parts(output, "methods", by_method, _method_part, cluster, "compare", report)
-        run_parts(output, "labels", by_label, _label_part, cluster, "compare labels", report)
-        of_methods = dict(zip(by_method, records(output, "methods", list(by_method)), strict=True))
-        of_labels = records(output, "labels", list(by_label))
-        (about,) = records(output, "pairs", ["pairs"])
-        scored = [_scored(item) for item in of_labels]
-        noise = {
-            label: min(
-                one.value for (method, name), one in of.items() if name == "mad" and method != NONE
-            )
-            for label, of in zip(LABELS, scored, strict=True)
-        }
-        rough, outside = artifact_rows(of_methods, noise)
-        roughness = {
-            method: _roughness([row for row in rough if row["method"] == method])
-            for method in models
-        }
-        choice = choose(settings.rule, scored, roughness, settings.tolerance)
-        found = pa.concat_tables([read_piece(_figures_file(output, label)) for label in LABELS])
-        tables = {
-            COMPARISON: found,
-            ARTIFACTS: pa.Table.from_pylist(rough, schema=ARTIFACT_SCHEMA),
-            OUTSIDE: pa.Table.from_pylist(outside, schema=OUTSIDE_SCHEMA),
-        }
-        files = [
-            output.write_file(name, partial(write_parquet, table)) for name, table in tables.items()
-        ]
-        output.commit(
-            Rows(pairs.n_rows, about["n_used"], 0, about["dropped"]),
-            tuple(files),
-            {
-                **asdict(choice),
-                "metrics": [
-                    metric
-                    for manifest in manifests.values()
-                    for metric in manifest.summary["metrics"]
-                ],
-                "n_train": of_labels[0]["n_train"],
-                "n_test": of_labels[0]["n_test"],
-            },
-        )
-    return output.load_manifest()
-
-
-def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Mean roughness of the labels that have one; nan in too few cells, or without noise."""
-    known = [row["roughness"] for row in rows if row["roughness"] is not None]
-    enough = known and rows[0]["n_cells"] >= MIN_CELLS
-    return float(np.mean(known)) if enough else float("nan")
-
-
-def _manifest_of(model: Path) -> Manifest:
-    """Manifest of a trained model, its files unchanged."""
-    manifest = Manifest.checked(model)
-    if not manifest.recipe.stage.startswith("train-"):
-        raise ModelError(
-            f"{model} is not a trained model but an output of '{manifest.recipe.stage}'",
-            "Give the outputs of 'sos-dask train'.",
-        )
-    return manifest
-
-
-def _pairs_file(output: Output) -> Path:
-    return output.work / "pieces" / "pairs.arrow"
-
-
-def _predictions_file(output: Output, method: str, sample: str) -> Path:
-    return output.work / "pieces" / f"{sample}-{method}.arrow"
-
-
-def _write_predictions(
-    output: Output, method: str, sample: str, values: NDArray[np.float32]
-) -> None:
-    columns = {name: np.ascontiguousarray(values[:, i]) for i, name in enumerate(LABELS)}
-    write_piece(_predictions_file(output, method, sample), pa.table(columns))
-
-
-def _figures_file(output: Output, label: str) -> Path:
-    return output.work / "pieces" / f"figures-{label}.arrow"
-
-
-def _pairs_part(part: _Part) -> None:
-    """Keep what all tasks need of the pairs: labels, samples, groups, density, predictions."""
-    read = evidence(part.pairs, ["fold", "reference_star_id", *LABELS, *DIFFERENCES])
-    table = read.table
-    fold = table["fold"].to_numpy()
-    rows: NDArray[np.int64] | None = None
-    for method, path in part.models.items():
-        mine, held_out = read.held_out(path)
-        rows = mine if rows is None else rows
-        if not np.array_equal(rows, mine):
-            first = next(iter(part.models))
-            raise ModelError(
-                f"'{method}' holds out other pairs ({len(mine):,}) than '{first}' ({len(rows):,})",
-                "Train all methods with the same validation.",
-            )
-        predicted = np.full((len(fold), len(LABELS)), np.nan, dtype=np.float32)
-        predicted[mine] = held_out
-        _write_predictions(part.output, method, TEST, predicted)
-    test = np.zeros(len(fold), dtype=np.bool_)
-    test[rows] = True
-    # With k folds every pair is held out once, and the saved model is trained on all.
-    train = np.ones_like(test) if test.all() else ~test
-    encoded = pc.dictionary_encode(table["reference_star_id"].cast(pa.string())).combine_chunks()
-    groups = group_of_stars(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
-    labels = matrix32(table, LABELS)
-    kept = {
-        **{label: labels[:, i] for i, label in enumerate(LABELS)},
-        **{name: floats32(table, name) for name in DIFFERENCES},
-        "group": groups,
-        "test": test,
-        "train": train,
-        "sparse": _sparse(labels, train),
-    }
-    write_piece(_pairs_file(part.output), pa.table(kept))
-    part.output.put_record(
-        "pairs", "pairs", {"n_used": len(fold), "dropped": read.dropped(part.pairs)}
-    )
-
-
-def _sparse(labels: NDArray[np.float32], train: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pairs where the training pairs are as thin as around the thinnest 5 % of themselves."""
-    x = features(*labels.T)
-    known = np.isfinite(x).all(axis=1)
-    sample = known & train
-    if not sample.any():
-        return np.ones(len(x), dtype=np.bool_)
-    center, scale = robust_scale(x[sample])
-    z = (x - center) / scale
-    distance = np.full(len(x), np.inf)
-    # A training pair is its own first neighbour.
-    distance[sample] = knn_distance(z[sample], z[sample], N_NEIGHBOURS + 1)
-    others = known & ~train
-    if others.any():
-        distance[others] = knn_distance(z[sample], z[others], N_NEIGHBOURS)
-    return np.asarray(distance > np.quantile(distance[sample], 1 - SPARSE_SHARE))
-
-
-def _method_part(part: _Part) -> None:
-    """Predictions of the training pairs, and what the correction does on the grid."""
-    settings = part.settings
-    table = read_piece(_pairs_file(part.output))
-    labels = matrix32(table, LABELS)
-    correction = models.load(part.models[part.key])
-    train = correction.predict(features(*labels.T))
-    _write_predictions(part.output, part.key, TRAIN, train)
-    sample = table["train"].to_numpy() & np.isfinite(labels).all(axis=1)
-    grid = _grid(labels[sample], settings)
-    unit = np.array([TEFF_UNIT_K, 1.0, 1.0])
-    found = artifacts(
-        lambda points: correction.predict(features(*points.T)),
-        grid,
-        (np.array(correction.info.minimum) * unit, np.array(correction.info.maximum) * unit),
-        len(LABELS),
-        settings.n_bootstrap,
-        settings.seed,
-    )
-    part.output.put_record(
-        "methods",
-        part.key,
-        {
-            "n_cells": found[0].n_cells,
-            "typical_count": grid.typical_count if found[0].n_cells else None,
-            "labels": [one.record() for one in found],
-        },
-    )
-
-
-def _grid(labels: NDArray[np.float32], settings: CompareSettings) -> Grid:
-    by_name = {axis.name: axis.edges for axis in settings.axes}
-    return Grid.of(labels, [by_name[label] for label in LABELS], settings.min_cell_pairs)
-
-
-def _label_part(part: _Part) -> None:
-    """Figures of one label in both samples."""
-    settings = part.settings
-    table = read_piece(_pairs_file(part.output))
-    label = part.key
-    before = table[f"{label}_diff"].to_numpy().astype(np.float64)
-    labels = matrix32(table, LABELS)
-    edges = {axis.name: axis.edges for axis in settings.axes}
-    weights = draw(settings.n_bootstrap, settings.seed)
-    found, n, scores = [], {}, {}
-    for name in (TEST, TRAIN):
-        inside = table[name].to_numpy()
-        sample = Sample(
-            name,
-            labels[inside],
-            table["group"].to_numpy()[inside],
-            table["sparse"].to_numpy()[inside],
-        )
-        residuals = {NONE: before[inside]}
-        for method in part.models:
-            predicted = read_piece(_predictions_file(part.output, method, name))[label]
-            residuals[method] = before[inside] - predicted.to_numpy()[inside]
-        some, scored = figures(
-            sample, label, residuals, edges, weights, settings.min_pairs, settings.min_bin_pairs
-        )
-        found += some
-        n[f"n_{name}"] = int(np.count_nonzero(inside))
-        if name == TEST:
-            scores = scored
-    write_piece(_figures_file(part.output, label), figure_table(found))
-    part.output.put_record(
-        "labels",
-        label,
-        {
-            **n,
-            "scores": [
-                [method, name, score.value, score.replicates.tolist()]
-                for (method, name), score in scores.items()
-                if name in ("mad", "rms_binned")
-            ],
-        },
-    )
-
-
-def _scored(record: Mapping[str, Any]) -> dict[tuple[str, str], Scored]:
-    return {
-        (method, name): Scored(value, np.array(replicates))
-        for method, name, value, replicates in record["scores"]
-    }
-
-
-def prediction_cost(model: Path) -> float:
-    """CPU microseconds that a saved model needs for a row: measured here and now, best of three.
-
-    It is no part of any output, which must not depend on the machine.
-    """
-    correction = models.load(model)
-    rng = np.random.default_rng(0)
-    low, high = np.array(correction.info.minimum), np.array(correction.info.maximum)
-    x = rng.uniform(low, high, size=(_TIMED_ROWS, len(LABELS))).astype(np.float32)
-    correction.predict(x)  # imports and look-ups are made once
-    times = []
-    for _ in range(3):
-        before = time.process_time()
-        correction.predict(x)
-        times.append(time.process_time() - before)
-    return 1e6 * min(times) / _TIMED_ROWS
+    named = {f"model.{method}": path for method, path in models.items()}
+    return on_pairs(Compare, pairs, models, directory, settings, named, **options)
 
 
 def read_comparison(directory: Path) -> dict[str, Any]:
-    """All of a comparison as JSON values: its summary, ``figures``, ``artifacts``, ``outside``.
+    """Read a comparison as JSON values: its summary, ``figures``, ``artifacts``, ``outside``.
 
     Raises
     ------

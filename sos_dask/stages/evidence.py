@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,15 +27,14 @@ from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.settings import Settings
+from sos_dask.stages.base import Made, Role, Run, S, Stage
 from sos_dask.stages.ids import GAIA_IDS
-from sos_dask.stages.parts import file_of, records, run_parts, unless_complete
 from sos_dask.stars.folds import star_numbers
 from sos_dask.stats.bootstrap import N_GROUPS
 from sos_dask.stats.density import knn_distance, robust_scale
-from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
 
-VERSION = 1
 EVIDENCE = "evidence.parquet"
 HELD_OUT = "held_out.parquet"
 MOST_PAIRS = 1_000_000
@@ -67,13 +66,89 @@ def fitted_columns(method: str) -> tuple[str, ...]:
     return tuple(f"{label}_fitted_{method}" for label in LABELS)
 
 
-def evidence_recipe(
-    pairs: str, models: Mapping[str, str], settings: EvidenceSettings | None = None
-) -> Recipe:
-    """Recipe of `make_evidence` for inputs of these fingerprints."""
-    inputs = {"pairs": pairs, **{f"model.{method}": one for method, one in models.items()}}
-    params = {"settings": (settings or EvidenceSettings()).as_json}
-    return Recipe("evidence", VERSION, params, inputs)
+class Evidence(Stage[EvidenceSettings]):
+    """Gather the pairs fit for training and what every method predicts of them in one table.
+
+    One row a pair, in the order of the sky: ``fold``; ``star`` and ``target``, numbers that follow
+    from the ids of the reference star and of the target; ``group`` of the star, for the bootstrap;
+    labels, differences and all other numbers of the pairs as float32; ``survey_ref``; ``held_out``,
+    ``trained`` and ``sparse``; the predictions of every method (`held_out_columns`, null where a
+    pair is not held out, and `fitted_columns`).
+    """
+
+    name = "evidence"
+    version = 1
+    Settings = EvidenceSettings
+    roles = (
+        Role("pairs", "Pairs of target and reference."),
+        Role("model", "Corrections trained on them.", "output", optional=True, many=True),
+    )
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods of the models, sorted."""
+        return sorted(name.removeprefix("model.") for name in self.named("model"))
+
+    def check(self) -> None:
+        """Refuse pairs that lack a column, and models that are none."""
+        pairs = self.catalog("pairs")
+        pairs.require("use", "fold", "reference_star_id", *LABELS, *DIFFERENCES)
+        for name in self.named("model"):
+            require_model(self.path(name))
+
+    def make(self, run: Run) -> Made:
+        """Make the table in one task."""
+        pairs = self.catalog("pairs")
+        bytes_a_pair = _BYTES_A_PAIR + 24 * len(self.methods)
+        require_evidence(run.cluster, pairs, self.name, _PROCESS_BYTES, bytes_a_pair)
+        (done,) = run.parts("table", {"table": None}, self.table)
+        run.files.append(FileRecord(**done["file"]))
+        n_left_out = pairs.n_rows - done["n_fit"]
+        dropped = {"not fit for training": n_left_out}
+        if done["n_fit"] > done["file"]["rows"]:
+            dropped["of stars beyond a million pairs"] = done["n_fit"] - done["file"]["rows"]
+        rows = Rows(pairs.n_rows, done["file"]["rows"], 0, dropped)
+        return rows, {"methods": self.methods}
+
+    def table(self, output: Output, key: str, item: None) -> dict[str, Any]:
+        """Write the table."""
+        table, fold, kept = _kept_pairs(self.catalog("pairs"), self.settings.max_pairs)
+        differences = [floats32(table, name) for name in DIFFERENCES]
+        labels = matrix32(table, LABELS)
+        held_out = np.zeros(len(labels), dtype=np.bool_)
+        predictions: dict[str, pa.Array] = {}
+        for method in self.methods:
+            model = self.path(f"model.{method}")
+            rows, predicted = held_out_pairs(model, fold, differences, kept)
+            if predictions and not np.array_equal(np.flatnonzero(held_out), np.sort(rows)):
+                first = self.methods[0]
+                raise ModelError(
+                    f"'{method}' holds out other pairs ({len(rows):,}) than '{first}' "
+                    f"({np.count_nonzero(held_out):,})",
+                    "Train all methods with the same validation.",
+                )
+            held_out[rows] = True
+            of_method = np.full((len(labels), len(LABELS)), np.nan, dtype=np.float32)
+            of_method[rows] = predicted
+            for name, values in zip(held_out_columns(method), of_method.T, strict=True):
+                predictions[name] = pa.array(np.ascontiguousarray(values), mask=~held_out)
+            fitted = corrections.load(model).predict(features(*labels.T))
+            for name, values in zip(fitted_columns(method), fitted.T, strict=True):
+                predictions[name] = pa.array(np.ascontiguousarray(values))
+        # With k folds every pair is held out once, and the saved model is trained on all.
+        trained = np.ones_like(held_out) if held_out.all() else ~held_out
+        sparse = sparse_pairs(labels, trained)
+        columns = {"held_out": held_out, "trained": trained, "sparse": sparse, **predictions}
+        for name, values in columns.items():
+            table = table.append_column(name, pa.array(values))
+        record = output.write_file(EVIDENCE, partial(write_parquet, table))
+        return {"file": asdict(record), "n_fit": len(fold)}
+
+
+def evidence_recipe(pairs: str, models: Mapping[str, str]) -> Recipe:
+    """Recipe of `Evidence` for inputs of these fingerprints."""
+    named = {f"model.{method}": one for method, one in models.items()}
+    return Evidence.recipe(EvidenceSettings(), {"pairs": pairs, **named})
 
 
 def make_evidence(
@@ -81,79 +156,59 @@ def make_evidence(
     models: Mapping[str, Path],
     directory: Path,
     settings: EvidenceSettings | None = None,
+    **options: Any,
+) -> Manifest:
+    """Make a table of these pairs and models, by method; see `Evidence`."""
+    named = {f"model.{method}": path for method, path in models.items()}
+    made = Evidence({"pairs": pairs, **named}, settings).run(directory, **options)
+    assert made is not None
+    return made
+
+
+def on_pairs(
+    stage: type[Stage[S]],
+    pairs: Catalog,
+    models: Mapping[str, Path],
+    directory: Path,
+    settings: S | None,
+    more: Mapping[str, Catalog | Path],
     *,
     overwrite: bool = False,
     cluster: Cluster | None = None,
     report: Report = silent,
 ) -> Manifest:
-    """Gather the pairs fit for training and what every method predicts of them in one table.
+    """Run a stage by itself: its evidence is made beside the output, and removed afterwards.
 
     Parameters
     ----------
+    stage : type of Stage
+        With the input ``evidence``.
     pairs : Catalog
-        Output of crossmatch.
     models : mapping of str to Path
-        Outputs of train for these pairs, by method, all validated in the same way.
+        Trained on them, by method.
     directory : Path
-        Gets ``evidence.parquet``, in the order of the sky: ``fold``; ``star`` and ``target``,
-        numbers that follow from the ids of the reference star and of the target; ``group`` of the
-        star, for the bootstrap; ``held_out`` and ``trained``; ``sparse``; labels, differences and
-        all other numbers of the pairs as float32, ``survey_ref``; predictions of every method
-        (`held_out_columns`, null where a pair is not held out, and `fitted_columns`).
-    settings : EvidenceSettings, optional
-
-    Returns
-    -------
-    Manifest
-        ``rows``: pairs in, pairs in the table. ``summary``: ``methods``.
-
-    Raises
-    ------
-    CatalogError, PartitionError
-        A column is missing, held-out pairs are damaged or those of other pairs, or the directory
-        holds something else.
-    ModelError
-        A directory is not a trained model, or methods hold out different pairs.
-    ClusterError
-        The pairs are too many for a worker.
+        Of the stage.
+    settings : Settings
+    more : mapping of str to Catalog or Path
+        Its other inputs.
     """
-    settings = settings or EvidenceSettings()
-    pairs.require("use", "fold", "reference_star_id", *LABELS, *DIFFERENCES)
-    prints = {method: model_manifest(path).fingerprint for method, path in models.items()}
-    recipe = evidence_recipe(pairs.fingerprint, prints, settings)
-    output = Output.prepare(directory, recipe, overwrite, [pairs.path, *models.values()])
-    if output.complete:
-        return output.load_manifest()
-    cluster = cluster or Cluster()
-    bytes_a_pair = _BYTES_A_PAIR + 24 * len(models)
-    require_evidence(cluster, pairs, "evidence", _PROCESS_BYTES, bytes_a_pair)
-    with unless_complete(output):
-        part = _Part(output, pairs, models, settings)
-        run_parts(output, "table", {"table": part}, _table_part, cluster, "evidence", report)
-        (done,) = records(output, "table", ["table"])
-        output.commit(
-            Rows(pairs.n_rows, done["file"]["rows"], 0, done["dropped"]),
-            (file_of(done),),
-            {"methods": list(models)},
-        )
-    return output.load_manifest()
-
-
-@contextmanager
-def passing_evidence(
-    pairs: Catalog,
-    models: Mapping[str, Path],
-    directory: Path,
-    cluster: Cluster | None,
-    report: Report,
-) -> Iterator[Path]:
-    """Make a table beside the output of a single step, which alone reads it."""
+    named = {f"model.{method}": path for method, path in models.items()}
+    evidence = Evidence({"pairs": pairs, **named})
     path = directory.with_name(f".{directory.name}.evidence")
+    one = stage({"evidence": path, **more}, settings)
+    evidence.check()
+    prints = {name: x.fingerprint for name, x in one.inputs.items() if isinstance(x, Catalog)}
+    prints |= {n: one.manifest(n).fingerprint for n in one.inputs if n not in (*prints, "evidence")}
+    prints["evidence"] = Evidence.recipe(evidence.settings, evidence.fingerprints()).fingerprint
+    if Output(directory, stage.recipe(one.settings, prints)).complete:
+        return Manifest.checked(directory)
     try:
-        make_evidence(pairs, models, path, overwrite=True, cluster=cluster, report=report)
-        yield path
+        evidence.run(path, overwrite=True, cluster=cluster, report=report)
+        made = one.run(directory, overwrite=overwrite, cluster=cluster, report=report)
     finally:
         shutil.rmtree(path, ignore_errors=True)
+    assert made is not None
+    return made
 
 
 def read_evidence(path: Path, columns: Sequence[str], more: Sequence[str] = ()) -> pa.Table:
@@ -186,62 +241,15 @@ def read_evidence(path: Path, columns: Sequence[str], more: Sequence[str] = ()) 
         return file.read(list(wanted)).replace_schema_metadata()
 
 
-def model_manifest(model: Path) -> Manifest:
-    """Read the manifest of a trained model, whose files are compared with it."""
-    manifest = Manifest.checked(model)
+def require_model(directory: Path) -> Manifest:
+    """Read the manifest of a trained model; `ModelError` for another output."""
+    manifest = Manifest.load(directory)
     if not manifest.recipe.stage.startswith("train-"):
         raise ModelError(
-            f"{model} is not a trained model but an output of '{manifest.recipe.stage}'",
+            f"{directory} is not a trained model but an output of '{manifest.recipe.stage}'",
             "Give the outputs of 'sos-dask train'.",
         )
     return manifest
-
-
-@dataclass(frozen=True)
-class _Part:
-    output: Output
-    pairs: Catalog
-    models: Mapping[str, Path]
-    settings: EvidenceSettings
-
-
-def _table_part(part: _Part) -> None:
-    table, fold, kept = _kept_pairs(part.pairs, part.settings.max_pairs)
-    differences = [floats32(table, name) for name in DIFFERENCES]
-    labels = matrix32(table, LABELS)
-    held_out = np.zeros(len(labels), dtype=np.bool_)
-    predictions: dict[str, pa.Array] = {}
-    for method, path in part.models.items():
-        rows, predicted = held_out_pairs(path, fold, differences, kept)
-        if predictions and not np.array_equal(np.flatnonzero(held_out), np.sort(rows)):
-            raise ModelError(
-                f"'{method}' holds out other pairs ({len(rows):,}) than "
-                f"'{next(iter(part.models))}' ({np.count_nonzero(held_out):,})",
-                "Train all methods with the same validation.",
-            )
-        held_out[rows] = True
-        of_method = np.full((len(labels), len(LABELS)), np.nan, dtype=np.float32)
-        of_method[rows] = predicted
-        for name, values in zip(held_out_columns(method), of_method.T, strict=True):
-            predictions[name] = pa.array(np.ascontiguousarray(values), mask=~held_out)
-        fitted = corrections.load(path).predict(features(*labels.T))
-        for name, values in zip(fitted_columns(method), fitted.T, strict=True):
-            predictions[name] = pa.array(np.ascontiguousarray(values))
-    # With k folds every pair is held out once, and the saved model is trained on all.
-    trained = np.ones_like(held_out) if held_out.all() else ~held_out
-    columns = {
-        "held_out": pa.array(held_out),
-        "trained": pa.array(trained),
-        "sparse": pa.array(sparse_pairs(labels, trained)),
-        **predictions,
-    }
-    for name, values in columns.items():
-        table = table.append_column(name, values)
-    record = part.output.write_file(EVIDENCE, partial(write_parquet, table))
-    dropped = {"not fit for training": part.pairs.n_rows - len(fold)}
-    if len(fold) > table.num_rows:
-        dropped["of stars beyond a million pairs"] = len(fold) - table.num_rows
-    part.output.put_record("table", "table", {"file": asdict(record), "dropped": dropped})
 
 
 def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], NDArray[np.bool_]]:
@@ -272,7 +280,7 @@ def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], 
 
 def _is_number(kind: pa.DataType) -> bool:
     types = pa.types
-    return bool(types.is_floating(kind) or types.is_integer(kind) or types.is_decimal(kind))
+    return any(test(kind) for test in (types.is_floating, types.is_integer, types.is_decimal))
 
 
 def sparse_pairs(labels: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -317,7 +325,7 @@ def training_pairs(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class PairsRead:
     """Pairs that statements on a correction rest on: see `evidence`.
 
     Parameters
@@ -347,6 +355,29 @@ class Evidence:
         return dropped
 
 
+def require_rows(run: Run, evidence: Path, process_bytes: int, bytes_a_pair: int) -> None:
+    """Refuse a table that does not fit into a worker, or into this process without one.
+
+    Parameters
+    ----------
+    process_bytes, bytes_a_pair : int
+        Of a process of the stage, and of a pair in it.
+
+    Raises
+    ------
+    ClusterError
+    """
+    n_pairs = Manifest.load(evidence).rows.n_out
+    what = f"{run.output.recipe.stage}: {n_pairs:,} pairs of {evidence}"
+    _require_bytes(run.cluster, process_bytes + bytes_a_pair * n_pairs, what)
+
+
+def _require_bytes(cluster: Cluster, n_bytes: int, what: str) -> None:
+    cluster.require_memory(n_bytes, what)
+    if cluster.client is None:
+        cluster.require_driver_memory(n_bytes, what)
+
+
 def require_evidence(
     cluster: Cluster, pairs: Catalog, step: str, process_bytes: int, bytes_a_pair: int
 ) -> None:
@@ -366,13 +397,10 @@ def require_evidence(
     """
     n_pairs = min(pairs.n_rows, MOST_PAIRS)
     n_bytes = process_bytes + bytes_a_pair * n_pairs + 16 * pairs.n_rows
-    what = f"{step}: {n_pairs:,} pairs of {pairs.path}"
-    cluster.require_memory(n_bytes, what)
-    if cluster.client is None:
-        cluster.require_driver_memory(n_bytes, what)
+    _require_bytes(cluster, n_bytes, f"{step}: {n_pairs:,} pairs of {pairs.path}")
 
 
-def evidence(pairs: Catalog, columns: Sequence[str], most: int | None = None) -> Evidence:
+def evidence(pairs: Catalog, columns: Sequence[str], most: int | None = None) -> PairsRead:
     """Pairs fit for training, or the pairs of some of their stars where there are very many.
 
     What is said of a million pairs is as sure as can be told; more would only have to be held.
@@ -404,7 +432,7 @@ def evidence(pairs: Catalog, columns: Sequence[str], most: int | None = None) ->
             table = table.filter(pa.array(inside))
         kept.append(inside)
         tables.append(table.select(list(columns)))
-    return Evidence(pa.concat_tables(tables), np.concatenate(fold), np.concatenate(kept))
+    return PairsRead(pa.concat_tables(tables), np.concatenate(fold), np.concatenate(kept))
 
 
 def single_observations(

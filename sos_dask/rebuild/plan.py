@@ -21,7 +21,6 @@ from sos_dask.evidence.choice import check_rule
 from sos_dask.rebuild.job import AttachSection, Job, SurveySection
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
-<<<<<<< HEAD
 from sos_dask.settings import Settings
 from sos_dask.stages.apply import Apply
 from sos_dask.stages.attach import Attach, companion_survey
@@ -40,39 +39,9 @@ from sos_dask.stages.report import Report as MakeReport
 from sos_dask.stages.train import Train
 from sos_dask.stages.trends import Trends
 from sos_dask.stages.uncertainty import Uncertainty
-from sos_dask.storage.artifact import WORK, Manifest, Output, Recipe
-=======
-from sos_dask.stages.apply import Trust, apply, apply_recipe
-from sos_dask.stages.attach import AttachSettings, attach, attach_recipe, companion_survey
-from sos_dask.stages.compare import Compare, CompareSettings, compare_recipe
-from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
-from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
-from sos_dask.stages.dedupe import dedupe, dedupe_recipe
-from sos_dask.stages.evidence import evidence_recipe, make_evidence
-from sos_dask.stages.generalisation import (
-    GeneralisationSettings,
-    generalisation,
-    generalisation_recipe,
-)
-from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
-from sos_dask.stages.margin import margin, margin_recipe
-from sos_dask.stages.projection import projection, projection_recipe
-from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
-from sos_dask.stages.report import ReportSettings, report_recipe
-from sos_dask.stages.report import report as make_report
-from sos_dask.stages.train import TrainSettings, train, train_recipe
-from sos_dask.stages.trends import Trends, TrendSettings, trends_recipe
-from sos_dask.stages.uncertainty import (
-    Surveys,
-    UncertaintySettings,
-    uncertainty,
-    uncertainty_recipe,
-)
-from sos_dask.stars.match import MatchSettings
-from sos_dask.stars.unify import UnifySettings
->>>>>>> house
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import canonical_json, sha256_of_file
+from sos_dask.storage.manifest import WORK, Manifest, Recipe, canonical_json, sha256_of_file
 from sos_dask.storage.store import (
     DIGESTS_FILE,
     current_recipes,
@@ -212,7 +181,6 @@ def _target_steps(
         _own(job, Coverage, job.coverage).but(radius_arcsec=radius),
         {**inputs, "errors": "uncertainty"},
     )
-<<<<<<< HEAD
     yield _apply_step(job, target, observations)
     if job.generalisation is not None:
         methods = {method: _params(job, method) for method in job.train.methods}
@@ -225,128 +193,6 @@ def _target_steps(
 
 
 def _apply_step(job: Job, target: str, observations: str) -> Step:
-=======
-    reference_settings = ReferenceSettings(
-        unify=unify,
-        radius_arcsec=job.unify.radius_arcsec,
-        id_radius_arcsec=job.unify.id_radius_arcsec,
-        epoch=job.unify.epoch,
-        rows_per_partition=job.ingest.rows_per_partition,
-        measure_offsets=job.unify.offsets == "measured",
-    )
-    united = planner.add(
-        "reference",
-        reference_recipe(references, reference_settings),
-        lambda directory, cluster, report: reference(
-            {name: planner.catalog(fingerprint) for name, fingerprint in references.items()},
-            directory,
-            reference_settings,
-            cluster=cluster,
-            report=report,
-        ),
-    )
-    match = job.crossmatch
-    pair_settings = PairSettings(
-        match=MatchSettings(
-            radius_arcsec=match.radius_arcsec,
-            id_radius_arcsec=match.id_radius_arcsec,
-            pairs=match.pairs,
-            use_gaia_id=match.use_gaia_id,
-        ),
-        n_folds=match.n_folds,
-        seed=job.seed,
-    )
-    left = observations[match.target]
-    pairs = planner.add(
-        "pairs",
-        crossmatch_recipe(left, united, pair_settings),
-        lambda directory, cluster, report: crossmatch(
-            planner.catalog(left),
-            planner.catalog(united),
-            directory,
-            pair_settings,
-            cluster=cluster,
-            report=report,
-        ),
-    )
-    trained = {method: _add_training(planner, method, pairs) for method in job.train.methods}
-    evidence = planner.add(
-        "evidence",
-        evidence_recipe(pairs, trained),
-        lambda directory, cluster, report: make_evidence(
-            planner.catalog(pairs),
-            {name: planner.directory(model) for name, model in trained.items()},
-            directory,
-            cluster=cluster,
-            report=report,
-        ),
-    )
-    compare_settings = CompareSettings(
-        **job.compare.model_dump(exclude={"rule"}),
-        rule=check_rule(job.compare.rule, job.train.methods),
-        seed=job.seed,
-    )
-    compared = planner.add(
-        COMPARISON,
-        compare_recipe(evidence, trained, compare_settings),
-        lambda directory, cluster, report: Compare(
-            {
-                "evidence": planner.directory(evidence),
-                **{f"model.{name}": planner.directory(model) for name, model in trained.items()},
-            },
-            compare_settings,
-        ).run(directory, cluster=cluster, report=report),
-    )
-    chosen = planner.chosen(compared, trained, compare_settings.rule)
-    trend_settings = TrendSettings(order=unify.order)
-    planner.add(
-        "trends",
-        trends_recipe(evidence, trend_settings, united, references),
-        lambda directory, cluster, report: Trends(
-            {
-                "evidence": planner.directory(evidence),
-                "reference": planner.catalog(united),
-                **{f"stars.{n}": planner.catalog(one) for n, one in references.items()},
-            },
-            trend_settings,
-        ).run(directory, cluster=cluster, report=report),
-    )
-    error_settings = UncertaintySettings(
-        job.uncertainty.reference_error, job.uncertainty.sparse_fraction, seed=job.seed
-    )
-    target_stars = observations["stars"]
-    error_recipe = uncertainty_recipe(
-        chosen,
-        pairs,
-        error_settings,
-        {
-            f"{target}.stars": target_stars,
-            "reference": united,
-            **{f"{name}.stars": fingerprint for name, fingerprint in references.items()},
-        },
-    )
-    errors = planner.add(
-        "uncertainty",
-        error_recipe,
-        lambda directory, cluster, report: uncertainty(
-            planner.directory(chosen),
-            planner.catalog(pairs),
-            directory,
-            error_settings,
-            Surveys(
-                target,
-                planner.catalog(target_stars),
-                planner.catalog(united),
-                {name: planner.catalog(references[name]) for name in references},
-            ),
-            recipe=error_recipe,
-            cluster=cluster,
-            report=report,
-        ),
-    )
-    source = observations["observations"]
-    covered = _add_coverage(planner, chosen, pairs, observations, errors)
->>>>>>> house
     fallback = job.coverage.fallback
     if fallback == "auto":
         fallback = "polynomial" if "polynomial" in job.train.methods else "edge"

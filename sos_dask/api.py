@@ -106,7 +106,7 @@ def _step(stage: type[Stage[Any]]) -> Callable[..., Manifest | None]:
         options = {
             name: given[name] for name in ("overwrite", "cluster", "report") if name in given
         }
-        return made.run(given["directory"], **options)
+        return made.attempt(given["directory"], **options)
 
     place, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     signature = inspect.Signature(

@@ -9,7 +9,9 @@ def test_every_function_is_documented_and_works_on_paths(tmp_path):
     """From survey files to corrected labels, by functions alone, without cluster or store."""
     for name in api.__all__:
         assert inspect.getdoc(getattr(api, name)), name
-    files = api.simulate(api.SkySettings(4000, n_apogee=1500, n_galah=1500), tmp_path / "sky")
+    files = api.simulate(
+        api.SkySettings(n_lamost=4000, n_apogee=1500, n_galah=1500), tmp_path / "sky"
+    )
     stars = {}
     for name, survey in (
         ("lamost", "lamost-dr11-lrs"),

@@ -186,7 +186,7 @@ def test_differences_of_products_are_named_with_their_place(builds, capsys):
         "    rows.parquet: 1 of 3 rows only new, as star_id=4",
         "    rows.parquet: teff: largest difference 25 (6000 -> 6025) at a row without a key, "
         "1 of 2 rows, at most 0.5 of its error",
-        "    manifest: 1 of 1 numbers differ, most by 0.25 of itself: rows.in = 3 -> 4",
+        "    manifest, rows: 1 of 1 numbers differ, most by 0.25 of itself: in = 3 -> 4",
     ]
 
 

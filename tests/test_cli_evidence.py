@@ -81,7 +81,7 @@ def test_compare_and_trends_are_single_steps_too(cli: Cli, small_store, tmp_path
     assert {row["method"] for row in ran.json["artifacts"]} == {"polynomial", "boosted"}
     ran = cli("trends", *given, "boosted", "-o", "trends", "-w", 0)
     assert ran.code == 0, ran.err
-    assert re.search(r"label +against +before +polynomial +boosted", ran.out)
+    assert re.search(r"label +against +before +boosted +polynomial", ran.out)
     again = cli("compare", *given, "boosted", "-o", "out", "--rule", "scatter", "-w", 0)
     assert again.code == 0 and "Cost" not in again.out
 

@@ -14,7 +14,7 @@ from sos_dask.errors import CatalogError, ClusterError
 from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
-from sos_dask.stages.compare import compare
+from sos_dask.stages.compare import Compare
 from sos_dask.stages.evidence import (
     DIFFERENCES,
     EvidenceSettings,
@@ -26,9 +26,10 @@ from sos_dask.stages.evidence import (
     make_evidence,
     read_evidence,
     require_evidence,
+    sparse_pairs,
 )
 from sos_dask.stages.train import TrainSettings, train
-from sos_dask.stages.trends import trends
+from sos_dask.stages.trends import Trends
 from sos_dask.stages.uncertainty import uncertainty
 from sos_dask.stars.folds import star_numbers
 from sos_dask.storage.catalog import Catalog
@@ -55,6 +56,18 @@ def test_all_pairs_fit_for_training(pairs):
     assert found.table.equals(table.select(COLUMNS))
     assert found.kept.all() and np.array_equal(found.fold, table["fold"].to_numpy())
     assert found.dropped(pairs) == {"not fit for training": pairs.n_rows - table.num_rows}
+
+
+def test_the_thin_part_of_the_pairs_is_sparse():
+    rng = np.random.default_rng(0)
+    labels = rng.normal([5000, 3, 0], [500, 1, 0.3], size=(1000, 3)).astype(np.float32)
+    labels[:50] = (labels[:50] - [5000, 3, 0]) * 8.0 + [5000, 3, 0]  # a halo
+    labels[7, 1] = np.nan
+    trained = np.arange(1000) % 5 > 0
+    found = sparse_pairs(labels, trained)
+    assert found[7] and abs(found[trained].sum() - 40) <= 1
+    assert found[:50].mean() > 0.75 and found[50:][~trained[50:]].mean() < 0.1
+    assert sparse_pairs(np.full((5, 3), np.nan, np.float32), np.ones(5, bool)).all()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -162,14 +175,18 @@ def test_the_table_of_many_pairs_is_of_some_stars(build, pairs, tmp_path, share)
 def test_stages_look_at_no_more_pairs_than_that(build, pairs, tmp_path, monkeypatch):
     """Each in a store with more pairs than are looked at: it counts those that it left out."""
     monkeypatch.setattr("sos_dask.stages.evidence.MOST_PAIRS", pairs.n_rows // 2)
-    model = {"polynomial": build / "model.polynomial"}
+    model = build / "model.polynomial"
+    settings = EvidenceSettings(max_pairs=pairs.n_rows // 2)
+    make_evidence(pairs, {"polynomial": model}, tmp_path / "evidence", settings)
+    of_table = {"evidence": tmp_path / "evidence"}
     made = [
-        uncertainty(model["polynomial"], pairs, tmp_path / "uncertainty"),
-        compare(pairs, model, tmp_path / "compare"),
-        trends(pairs, tmp_path / "trends", models=model),
+        uncertainty(model, pairs, tmp_path / "uncertainty"),
+        Compare({**of_table, "model.polynomial": model}).run(tmp_path / "compare"),
+        Trends(of_table).run(tmp_path / "trends"),
     ]
     n_kept = evidence(pairs, COLUMNS, pairs.n_rows // 2).table.num_rows
     for manifest in made:
+        assert manifest is not None
         dropped = manifest.rows.dropped
         beyond = dropped["of stars beyond a million pairs"]
         assert pairs.n_rows - beyond - dropped["not fit for training"] == n_kept

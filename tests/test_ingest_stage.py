@@ -4,7 +4,7 @@ import pytest
 
 from sos_dask.errors import CatalogError, SurveyError
 from sos_dask.ingest.canonical import Chunk
-from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
+from sos_dask.stages.ingest import Ingest, IngestSettings, ingest, ingest_recipe
 from sos_dask.surveys.definition import load_survey
 from tests.job import contents
 from tests.survey_files import rows, survey, write_fits
@@ -43,15 +43,18 @@ def test_another_cut_into_chunks_goes_on_where_one_was_killed(tmp_path, monkeypa
     orders = [(300, 700), (700, 300), (300, 300)]
     for number, order in enumerate(orders):
         out = tmp_path / str(number)
-        for killed_in, chunk_rows in zip(["_keys_part", "_merge_part"], order, strict=True):
+        killed = ("conflicts_of_range", "merged_partition")
+        for killed_in, chunk_rows in zip(killed, order, strict=True):
+            settings = IngestSettings(rows_per_partition=300, chunk_rows=chunk_rows)
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(f"sos_dask.stages.ingest.{killed_in}", interrupted)
-                ingest(survey(), [path], out, IngestSettings(300, chunk_rows))
-        ingest(survey(), [path], out, IngestSettings(300, order[0]))
+                patch.setattr(Ingest, killed_in, interrupted)
+                ingest(survey(), [path], out, settings)
+        settings = IngestSettings(rows_per_partition=300, chunk_rows=order[0])
+        ingest(survey(), [path], out, settings)
         assert contents(out) == contents(whole)
 
 
-def interrupted(part: object) -> None:
+def interrupted(*part: object) -> None:
     raise KeyboardInterrupt
 
 

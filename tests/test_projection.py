@@ -15,9 +15,9 @@ from sos_dask.evidence.projection import (
     chosen_rows,
     density_map,
     fit_projection,
-    in_share,
     sampling_rates,
     strata,
+    uniform,
 )
 
 
@@ -82,11 +82,10 @@ def test_as_many_rows_are_chosen_as_the_rate_says_and_seeds_differ():
 
 def test_a_share_of_the_rows_is_chosen_by_their_keys():
     keys = np.arange(100_000).astype(np.uint64)
-    found = in_share(keys, 0.1, 0)
+    found = uniform(keys, 0) < 0.1
     assert abs(found.sum() - 10_000) < 5 * np.sqrt(9_000)
-    np.testing.assert_array_equal(in_share(keys[::-1], 0.1, 0), found[::-1])
-    assert in_share(keys, 0.2, 0)[found].all()
-    assert in_share(keys, 1.0, 0).all()
+    np.testing.assert_array_equal(uniform(keys[::-1], 0) < 0.1, found[::-1])
+    assert (uniform(keys, 0) < 1.0).all()
 
 
 def _plane(rng, neighbors=8):

@@ -1,7 +1,5 @@
 """Stage projection on a small store: every row has its place, whoever works."""
 
-from dataclasses import replace
-
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -9,7 +7,7 @@ import pytest
 
 from sos_dask.errors import ModelError
 from sos_dask.evidence.projection import ProjectionSettings, density_map
-from sos_dask.stages.projection import MAPS, SAMPLE, load_projection, projection
+from sos_dask.stages.projection import MAPS, SAMPLE, ProjectionStage, load_projection
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
 from tests.job import contents
@@ -21,21 +19,21 @@ SETTINGS = ProjectionSettings(sample_rows=400, map_bins=32)
 @pytest.fixture(scope="module")
 def inputs(small_store):
     current = small_store / "current"
-    return (
-        [Catalog.open(current / "lamost.observations")],
-        [Catalog.open(current / "pairs")],
-    )
+    return {
+        "observations": Catalog.open(current / "lamost.observations"),
+        "pairs": Catalog.open(current / "pairs"),
+    }
 
 
 @pytest.fixture(scope="module")
 def made(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("projection") / "alone"
-    return folder, projection(inputs[0], inputs[1], folder, SETTINGS)
+    return folder, ProjectionStage(inputs, SETTINGS, product="projection").run(folder)
 
 
 def test_every_observation_has_its_row_in_the_same_order(inputs, made):
     folder, manifest = made
-    observations, placed = inputs[0][0], Catalog.open(folder)
+    observations, placed = inputs["observations"], Catalog.open(folder)
     assert not verify(folder)
     assert manifest.rows.n_out == observations.n_rows
     missing = 0
@@ -68,13 +66,13 @@ def test_sample_holds_target_and_overlap_and_the_maps_count_every_placed_row(inp
         place = np.stack([table[n].to_numpy() for n in table.column_names], axis=1)
         total += int(density_map(place.astype(np.float32), plane.limits(), 32).sum())
     assert total == sum(maps["n_target"].to_pylist()) == placed.n_rows - summary["target"]
-    n_pairs = inputs[1][0].n_rows
+    n_pairs = inputs["pairs"].n_rows
     assert sum(maps["n_overlap"].to_pylist()) == n_pairs - summary["overlap"]
 
 
 def test_a_share_of_the_rows_gets_the_same_places(inputs, made, tmp_path):
-    settings = replace(SETTINGS, share=0.25)
-    manifest = projection(inputs[0], inputs[1], tmp_path / "part", settings)
+    settings = SETTINGS.but(share=0.25)
+    manifest = ProjectionStage(inputs, settings).run(tmp_path / "part")
     whole, part = Catalog.open(made[0]), Catalog.open(tmp_path / "part")
     assert not verify(tmp_path / "part")
     n_placed = 0
@@ -94,19 +92,16 @@ def test_a_share_of_the_rows_gets_the_same_places(inputs, made, tmp_path):
 
 
 def test_workers_make_the_same_bytes(inputs, made, cluster, tmp_path):
-    projection(inputs[0], inputs[1], tmp_path / "there", SETTINGS, cluster=cluster)
+    ProjectionStage(inputs, SETTINGS, product="projection").run(tmp_path / "there", cluster=cluster)
     assert contents(tmp_path / "there") == contents(made[0])
 
 
 def test_catalogs_that_share_no_parameter_are_refused(inputs, tmp_path):
-    wrong = [Catalog.open(inputs[0][0].path)]
-    object.__setattr__(
-        wrong[0],
-        "schema",
-        wrong[0].schema.empty_table().select(["_healpix_29", "obs_id", "teff"]).schema,
-    )
+    wrong = Catalog.open(inputs["observations"].path)
+    few = wrong.schema.empty_table().select(["_healpix_29", "obs_id", "teff"]).schema
+    object.__setattr__(wrong, "schema", few)
     with pytest.raises(ModelError, match=r"share teff of the parameters.*needs two"):
-        projection(wrong, inputs[1], tmp_path / "x", SETTINGS)
+        ProjectionStage({**inputs, "observations": wrong}, SETTINGS).run(tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

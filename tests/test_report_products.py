@@ -20,7 +20,7 @@ from sos_dask.report.projection import Grid, agreement
 from sos_dask.report.style import Rendered, render
 from sos_dask.report.words import percent, readable
 from sos_dask.stages.generalisation import GeneralisationSettings, generalisation
-from sos_dask.stages.projection import projection
+from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.report import PAGE, ReportSettings, report
 from sos_dask.stages.report_content import figures, grid_of
 from sos_dask.storage.artifact import Manifest
@@ -134,7 +134,8 @@ def plane(current, tmp_path_factory) -> Path:
     folder: Path = tmp_path_factory.mktemp("plane") / "projection"
     catalogs = [Catalog.open(current / name) for name in ("lamost.observations", "pairs")]
     settings = ProjectionSettings(sample_rows=400, map_bins=96)
-    projection(catalogs[:1], catalogs[1:], folder, settings)
+    inputs = dict(zip(("observations", "pairs"), catalogs, strict=True))
+    ProjectionStage(inputs, settings).run(folder)
     return folder
 
 

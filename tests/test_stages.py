@@ -447,7 +447,11 @@ def test_ingest_does_not_depend_on_files_chunks_or_order(lamost, tmp_path, chunk
     assert both[0] == both[1], "the order in which files are named is no difference"
     if chunk_rows == 317:
         whole = ingest(
-            survey, lamost["one"], tmp_path / "whole", IngestSettings(1000), name="lamost"
+            survey,
+            lamost["one"],
+            tmp_path / "whole",
+            IngestSettings(rows_per_partition=1000),
+            name="lamost",
         )
         assert whole == Manifest.load(tmp_path / "one"), "chunk_rows decides memory alone"
 

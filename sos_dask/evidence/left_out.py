@@ -7,61 +7,32 @@ blocked cross-validation): what is found is what to expect where the overlap end
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.stats.density import knn_distance, robust_scale
-
-Floats = NDArray[np.floating]
-
 DENSITY, REGION, REFERENCE, RANDOM = "density", "region", "reference", "random"
-SPARSE_SHARE = 0.05
-NEIGHBOURS = 10
+DENSE, SPARSE = "dense", "sparse"
 TEFF_EDGES_K = (4500.0, 5250.0, 6000.0, 7000.0)
 LOGG_EDGES = (1.0, 2.0, 3.5)
 
 
-def density_groups(parameters: Floats, share: float = SPARSE_SHARE) -> tuple[str, ...]:
-    """``dense`` or ``sparse`` for every pair, by the distance to its tenth neighbour.
-
-    Parameters
-    ----------
-    parameters : ndarray of float, shape (n, k)
-        A pair with a nan belongs to neither (an empty text).
-    share : float
-        Part of the pairs that is sparse.
-    """
-    known = np.isfinite(parameters).all(axis=1)
-    out = np.full(len(parameters), "", dtype=object)
-    if known.sum() > NEIGHBOURS:
-        center, scale = robust_scale(parameters[known])
-        z = np.clip((parameters[known] - center) / scale, -10.0, 10.0)
-        distance = knn_distance(z, z, NEIGHBOURS + 1)
-        sparse = distance > np.quantile(distance, 1.0 - share)
-        out[known] = np.where(sparse, "sparse", "dense")
-    return tuple(out.tolist())
-
-
-def region_groups(teff: Floats, logg: Floats) -> tuple[str, ...]:
-    """Cell of the Kiel diagram of every pair, in words.
+def region_groups(teff: NDArray[np.floating], logg: NDArray[np.floating]) -> list[str]:
+    """Name the cell of the Kiel diagram of every pair; empty where a label is not known.
 
     Parameters
     ----------
     teff : ndarray of float, shape (n,), K
     logg : ndarray of float, shape (n,), dex (cgs)
     """
+    across, down = _intervals("Teff", TEFF_EDGES_K), _intervals("log g", LOGG_EDGES)
+    names = np.array([[f"{one}, {other}" for other in down] for one in across])
     hot = np.searchsorted(TEFF_EDGES_K, teff, side="right")
     compact = np.searchsorted(LOGG_EDGES, logg, side="right")
-    across = _intervals("Teff", TEFF_EDGES_K)
-    down = _intervals("log g", LOGG_EDGES)
-    known = np.isfinite(teff) & np.isfinite(logg)
-    return tuple(
-        f"{across[i]}, {down[j]}" if good else ""
-        for i, j, good in zip(hot.tolist(), compact.tolist(), known.tolist(), strict=True)
-    )
+    found: list[str] = np.where(np.isfinite(teff + logg), names[hot, compact], "").tolist()
+    return found
 
 
 def _intervals(name: str, edges: tuple[float, ...]) -> list[str]:
@@ -69,8 +40,8 @@ def _intervals(name: str, edges: tuple[float, ...]) -> list[str]:
     return [f"{name} < {edges[0]:g}", *inner, f"{name} >= {edges[-1]:g}"]
 
 
-def left_out_groups(splits: Mapping[str, tuple[str, ...]], min_pairs: int) -> list[tuple[str, str]]:
-    """Groups that are left out one after the other, as (split, group), sorted.
+def left_out_groups(splits: Mapping[str, Sequence[str]], min_pairs: int) -> list[tuple[str, str]]:
+    """List the groups that are left out one after the other, as (split, group), sorted.
 
     A group is left out if it and the rest have ``min_pairs`` pairs each. Of the dense and the
     sparse pairs only the sparse ones are: the question is what training on the dense ones gives.
@@ -82,6 +53,6 @@ def left_out_groups(splits: Mapping[str, tuple[str, ...]], min_pairs: int) -> li
         chosen += [
             (split, str(name))
             for name, n in zip(names, counts.tolist(), strict=True)
-            if min(n, total - n) >= min_pairs and (split, name) != (DENSITY, "dense")
+            if min(n, total - n) >= min_pairs and (split, name) != (DENSITY, DENSE)
         ]
     return sorted(chosen)

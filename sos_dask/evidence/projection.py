@@ -17,9 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy.spatial import cKDTree
 
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.settings import Settings
 
 Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
@@ -35,54 +37,34 @@ _SLACK = 0.5  # by how much farther than the nearest a neighbour may be
 _LEAF = 32  # points of the sample in a leaf of the tree
 
 
-@dataclass(frozen=True)
-class ProjectionSettings:
-    """Settings of a projection.
+class ProjectionSettings(Settings):
+    """A UMAP of target and overlap, for looking."""
 
-    Parameters
-    ----------
-    sample_rows : int
-        Rows that UMAP lays out: half of the target, half of the overlap, as far as there are.
-    n_neighbors, min_dist
-        Of UMAP: how many neighbours make the structure, how close points of the plane may lie.
-    neighbors : int
-        Rows of the sample that place a row.
-    map_bins : int
-        Cells of the density maps along each axis.
-    share : float
-        Of the rows of the target that get a place, chosen by their keys; the pairs all get one.
-    seed : int
-
-    Raises
-    ------
-    ConfigError
-        A value is out of range.
-    """
-
-    sample_rows: int = 20_000
-    n_neighbors: int = 15
-    min_dist: float = 0.1
-    neighbors: int = 15
-    map_bins: int = 256
-    share: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("sample_rows", MIN_SAMPLE, 1_000_000),
-            ("n_neighbors", 2, 200),
-            ("min_dist", 0.0, 1.0),
-            ("neighbors", 1, 100),
-            ("map_bins", 8, 4096),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name} = {getattr(self, name)} is outside {low:g}..{high:g}")
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"share = {self.share} is not above 0 and at most 1")
+    sample_rows: int = Field(
+        20_000,
+        ge=MIN_SAMPLE,
+        le=1_000_000,
+        description="Rows that UMAP lays out: half of the target, half of the overlap, as far as "
+        "there are",
+    )
+    n_neighbors: int = Field(15, ge=2, le=200, description="Of UMAP: neighbours make the structure")
+    min_dist: float = Field(
+        0.1, ge=0, le=1, description="Of UMAP: how close points of the plane may lie"
+    )
+    neighbors: int = Field(15, ge=1, le=100, description="Rows of the sample that place a row")
+    map_bins: int = Field(256, ge=8, le=4096, description="Cells of the maps along each axis")
+    share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Of the rows of the target that get a place, chosen by their keys; the pairs "
+        "all get one",
+    )
+    seed: int = Field(0, ge=0)
 
 
 def strata(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) -> IntArray:
-    """Cell of label space of every row, shape (n,); rows with a missing label are in cell 0."""
+    """Number the cell of label space of every row; rows with a missing label are in cell 0."""
     cell = np.ones(len(columns[names[0]]), dtype=np.int64)
     for name, width in STRATA.items():
         if name in names:
@@ -94,7 +76,7 @@ def strata(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) ->
 
 
 def sampling_rates(counts: Mapping[int, int], sample_rows: int) -> dict[int, float]:
-    """Share of the rows of every stratum that makes a sample of about this size.
+    """Find the share of the rows of every stratum that makes a sample of about this size.
 
     Strata get places in proportion to the square root of their rows (Bankier 1988, The American
     Statistician 42, 174, with power 1/2), so that rare stars are there without ruling the picture.
@@ -117,7 +99,7 @@ def sampling_rates(counts: Mapping[int, int], sample_rows: int) -> dict[int, flo
 def chosen_rows(
     keys: IntArray, cells: IntArray, rates: Mapping[int, float], seed: int
 ) -> NDArray[np.bool_]:
-    """Rows of the sample, shape (n,): by a hash of their keys, whatever their order or partition.
+    """Choose the rows of the sample by a hash of their keys, whatever their order or partition.
 
     Parameters
     ----------
@@ -127,22 +109,13 @@ def chosen_rows(
     rates : mapping of int to float
         Of `sampling_rates`; a cell that it lacks gives no row.
     """
-    known = np.array(sorted(rates), dtype=np.int64)
-    if not len(known):
-        return np.zeros(len(keys), dtype=bool)
-    share = np.array([rates[cell] for cell in known.tolist()])
-    place = np.minimum(np.searchsorted(known, cells), len(known) - 1)
-    wanted = np.where(known[place] == cells, share[place], 0.0)
-    return np.asarray(_uniform(keys, seed) < wanted)
+    known, place = np.unique(cells, return_inverse=True)
+    share = np.array([rates.get(cell, 0.0) for cell in known.tolist()])
+    return np.asarray(uniform(keys, seed) < share[place])
 
 
-def in_share(keys: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bool_]:
-    """Rows of a share of all, shape (n,): by a hash of their keys, as in `chosen_rows`."""
-    return np.asarray(_uniform(keys, seed) < share)
-
-
-def _uniform(keys: NDArray[np.integer], seed: int) -> FloatArray:
-    """A number in [0, 1) for every key: SplitMix64 (Steele, Lea & Flood 2014, OOPSLA, fig. 19)."""
+def uniform(keys: NDArray[np.integer], seed: int) -> FloatArray:
+    """Make a number in [0, 1) of every key: SplitMix64 (Steele, Lea & Flood 2014, OOPSLA)."""
     step = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         z = keys.astype(np.uint64) + np.uint64(seed + 1) * step
@@ -206,13 +179,11 @@ class Projection:
         return out
 
     def limits(self, margin: float = 0.02) -> tuple[float, float, float, float]:
-        """Bounds of the plane with a margin: low and high along each axis."""
+        """Bound the plane with a margin: low and high along each axis."""
         low, high = self.plane.min(axis=0), self.plane.max(axis=0)
         pad = margin * (high - low)
-        return (
-            float(low[0] - pad[0]), float(high[0] + pad[0]),
-            float(low[1] - pad[1]), float(high[1] + pad[1]),
-        )  # fmt: skip
+        (a, c), (b, d) = (low - pad).tolist(), (high + pad).tolist()
+        return a, b, c, d
 
 
 def _scaled(parameters: FloatArray, center: FloatArray, scale: FloatArray) -> Float32Array:
@@ -272,15 +243,10 @@ def fit_projection(
 def density_map(
     plane: Float32Array, limits: tuple[float, float, float, float], bins: int
 ) -> IntArray:
-    """Rows in each cell of the plane, shape (bins, bins): first axis along the first coordinate.
+    """Count rows in each cell of the plane, (bins, bins): first axis along the first coordinate.
 
     Rows without a place, or outside the limits, are not counted.
     """
-    cell = []
-    for axis in range(2):
-        low, high = limits[2 * axis : 2 * axis + 2]
-        cell.append(np.floor((plane[:, axis].astype(np.float64) - low) * (bins / (high - low))))
-    inside = (cell[0] >= 0) & (cell[0] < bins) & (cell[1] >= 0) & (cell[1] < bins)
-    flat = cell[0][inside] * bins + cell[1][inside]
-    counts = np.bincount(flat.astype(np.int64), minlength=bins * bins)
-    return counts.reshape(bins, bins).astype(np.int64)
+    sides = (limits[:2], limits[2:])
+    counts, _, _ = np.histogram2d(plane[:, 0], plane[:, 1], bins, range=sides)
+    return counts.astype(np.int64)

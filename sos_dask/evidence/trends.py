@@ -265,8 +265,8 @@ def contrast_table(contrasts: Sequence[Contrast], plane: bool = False) -> pa.Tab
     for one in contrasts:
         columns = one.columns
         n = np.minimum(columns["n_first"], columns["n_second"]) + columns["n_common"]
-        columns |= {"first": one.first.subset, "second": one.second.subset}
-        tables.append(_long(one.first, columns, tables[0].schema, n > 0))
+        pair = {"first": one.first.subset, "second": one.second.subset}
+        tables.append(_long(one.first, {**columns, **pair}, tables[0].schema, n > 0))
     return pa.concat_tables(tables).combine_chunks()
 
 

@@ -411,6 +411,18 @@ def losing_rows(rows: pa.Table) -> pa.Table:
     return lost.sort_by([(FILE, "ascending"), (ROW, "ascending")])
 
 
+def without_rows(rows: pa.Table, losers: pa.Table) -> pa.Table:
+    """Rows that are not among others, of which there is at least one."""
+    lost, numbers = np.sort(_row_numbers(losers)), _row_numbers(rows)
+    place = np.minimum(np.searchsorted(lost, numbers), len(lost) - 1)
+    return rows.filter(pa.array(lost[place] != numbers))
+
+
+def _row_numbers(rows: pa.Table) -> IntArray:
+    """File and row there as one number: files have less than 10**12 rows."""
+    return np.asarray(rows[FILE].to_numpy().astype(np.int64) << 40 | rows[ROW].to_numpy())
+
+
 def rejected_rows(rows: pa.Table, reason: str, files: Sequence[str]) -> pa.Table:
     """Rows of `Batch.rows` as a table of ``REJECTED_SCHEMA``, in the order of files and rows."""
     rows = rows.sort_by([(FILE, "ascending"), (ROW, "ascending")])

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from sos_dask.errors import ClusterError, ConfigError, SosError
 from sos_dask.run.machine import (
     KEPT_BYTES,
+    WORKER,
     give_back_memory,
     keep_freed_memory,
     memory_bytes,
@@ -39,14 +40,11 @@ _CONNECT = "20s"
 _CLOSING_S = 10.0
 _LEAST_BYTES = 64 << 20
 _MOST_A_CORE = 64
-_LISTENING_S = 3.0  # so long nobody may listen yet at a scheduler's address
-
-
+_LISTENING_S = 3.0  # grace period for a scheduler that is still starting
+_USABLE = 0.95  # Dask ends a worker that uses more of its limit
 # Dask lets a worker give every freed 64 KiB back to the system. Tasks that go from array to array
 # then spend a third of their time on fresh pages, and keep no less memory at their peak. One arena,
 # because a task runs in a thread of its own: memory is used again only within an arena.
-# Dask ends a worker that holds more of its limit.
-_USABLE = 0.95
 _WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": KEPT_BYTES,
     "MALLOC_MMAP_THRESHOLD_": KEPT_BYTES,
@@ -57,17 +55,45 @@ _WORKER_ENVIRONMENT = {
     "MKL_NUM_THREADS": 1,
     "OPENBLAS_NUM_THREADS": 1,
 }
+# Of Dask, for workers on this machine.
+_DASK = {
+    "distributed.logging.distributed": "critical",
+    "distributed.worker.daemon": True,
+    "distributed.worker.multiprocessing-method": "forkserver",
+    # A frozen worker is given up after this; its tasks run elsewhere.
+    "distributed.scheduler.worker-ttl": "60s",
+    # A paused worker would never go on: what it holds is not Dask's to spill.
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.terminate": _USABLE,
+    # Nobody looks at profiles: watching itself took 7 % of a core, now 2 %.
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.admin.system-monitor.interval": "2s",
+    "distributed.admin.large-graph-warning-threshold": "100MB",
+    "distributed.nanny.pre-spawn-environ": _WORKER_ENVIRONMENT,
+}
+# What every worker imports before its first task, beside the stages in use here and what these name
+# as PRELOAD.
+_PRELOADED = [
+    "sos_dask.run.machine",
+    "distributed",
+    "distributed.nanny",
+    "pyarrow.compute",
+    "sos_dask.storage.catalog",
+]
 
 
 class Report(Protocol):
-    """Gets told how far a step is; the command line draws it."""
+    """Callable that is told how far a step is; the command line draws it."""
 
     def __call__(self, step: str, done: int, total: int) -> None:
-        """``done`` of ``total`` parts of a step are done."""
+        """Receive that ``done`` of ``total`` parts of a step are done."""
 
 
 def silent(step: str, done: int, total: int) -> None:
-    """A `Report` that says nothing."""
+    """Report nothing."""
 
 
 class Cluster:
@@ -76,9 +102,8 @@ class Cluster:
     Parameters
     ----------
     client : distributed.Client, optional
-        None: tasks run in this process.
     n_threads : int
-        So many at once, without a client.
+        Tasks at once without a client.
     thread_bytes : int, optional
         Memory that each of them may use.
     """
@@ -91,29 +116,24 @@ class Cluster:
         self._thread_bytes = thread_bytes
 
     @property
+    def _workers(self) -> dict[str, Any]:
+        return dict(self.client.scheduler_info(n_workers=-1)["workers"])
+
+    @property
     def n_workers(self) -> int:
         """Workers at present; without a cluster threads."""
-        if self.client is None:
-            return self._n_threads
-        return max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
+        return self._n_threads if self.client is None else max(1, len(self._workers))
 
     @property
     def memory_limit_bytes(self) -> int | None:
         """Memory limit of the smallest worker; None where there is none."""
         if self.client is None:
             return self._thread_bytes
-        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        limits = [worker["memory_limit"] for worker in workers if worker["memory_limit"]]
-        return min(limits, default=None)
+        limits = [worker["memory_limit"] for worker in self._workers.values()]
+        return min(filter(None, limits), default=None)
 
     def require_memory(self, n_bytes: int, what: str) -> None:
-        """Refuse work that a worker cannot hold, before it starts.
-
-        Raises
-        ------
-        ClusterError
-            The smallest worker has less than ``n_bytes``.
-        """
+        """Refuse work that a worker cannot hold, before it starts."""
         limit = self.memory_limit_bytes
         if limit is not None and n_bytes > _USABLE * limit:
             raise ClusterError(
@@ -125,13 +145,7 @@ class Cluster:
 
     @staticmethod
     def require_driver_memory(n_bytes: int, what: str) -> None:
-        """Refuse work that this process cannot hold, before it starts.
-
-        Raises
-        ------
-        ClusterError
-            The machine, or the group of processes that a batch system put this one in, has less.
-        """
+        """Refuse work that this process cannot hold, before it starts."""
         limit = memory_bytes()
         if n_bytes > limit:
             raise ClusterError(
@@ -148,19 +162,15 @@ class Cluster:
         from distributed import wait
 
         with contextlib.suppress(TimeoutError, OSError):
-            workers = self.client.scheduler_info(n_workers=-1)["workers"]
             asked = {
                 address: self.client.submit(time.process_time, workers=[address], pure=False)
-                for address in workers
+                for address in self._workers
             }
             try:
                 wait(list(asked.values()), timeout=_ANSWER_S)
             finally:
-                found |= {
-                    address: float(future.result())
-                    for address, future in asked.items()
-                    if future.status == "finished"
-                }
+                done = {a: future for a, future in asked.items() if future.status == "finished"}
+                found |= {address: float(future.result()) for address, future in done.items()}
                 self.client.cancel(list(asked.values()), force=True)
         return found
 
@@ -171,14 +181,16 @@ class Cluster:
         step: str,
         report: Report = silent,
     ) -> list[R]:
-        """Results of ``function`` for every task, in the order of the tasks.
+        """Run a function for every task; results in the order of the tasks.
 
         Parameters
         ----------
         function : callable
             Importable by its name on every worker.
+        tasks : sequence
         step : str
-            What a progress bar calls it.
+            Name in a progress bar.
+        report : Report
 
         Raises
         ------
@@ -193,9 +205,9 @@ class Cluster:
         if self._n_threads > 1:
             return self._run_in_threads(function, tasks, step, report)
         results = []
-        for number, task in enumerate(tasks, start=1):
+        for task in tasks:
             results.append(function(task))
-            report(step, number, len(tasks))
+            report(step, len(results), len(tasks))
         return results
 
     def _run_in_threads(
@@ -248,8 +260,7 @@ class Cluster:
             if future is not None and future.status == "error":
                 raise  # of the task itself
             raise ClusterError(
-                f"{step}: the cluster is gone ({error!r})",
-                "Run the same command again.",
+                f"{step}: the cluster is gone ({error!r})", "Run the same command again."
             ) from error
         finally:
             with contextlib.suppress(Exception):
@@ -267,14 +278,13 @@ def _run_task(function: Callable[[T], R], task: T) -> R:
 def _give_back(function: Callable[[T], R]) -> None:
     """Give back what the stage before has left, once for the first task of a function.
 
-    Freed memory is kept for the next task of a kind (see above). Kept over stages it would add to
-    the peak of each, in pieces that do not fit.
+    Freed memory is kept for the next task of a kind. Over stages, it would add to the peak of each.
     """
     give_back_memory()
 
 
 def _quiet_workers() -> Any:
-    """Plugin that throws away what libraries print in workers: standard output is for results."""
+    """Plugin that discards what libraries print in workers: standard output is for results."""
     from distributed import WorkerPlugin
 
     class Quiet(WorkerPlugin):  # type: ignore[misc]
@@ -284,19 +294,8 @@ def _quiet_workers() -> Any:
     return Quiet()
 
 
-# What every worker imports before its first task, beside the stages in use here and what these name
-# as PRELOAD.
-_PRELOADED = [
-    "sos_dask.run.worker",
-    "distributed",
-    "distributed.nanny",
-    "pyarrow.compute",
-    "sos_dask.storage.catalog",
-]
-
-
 def _share_imports() -> None:
-    """Have worker processes start as copies of one that has done their imports.
+    """Have workers start as copies of a process that has done their imports.
 
     With two workers it saves 1 of 3 CPU seconds, and a lost worker is replaced at once.
     """
@@ -317,7 +316,7 @@ def start(
     scheduler: str | None = None,
     n_threads: int | None = None,
 ) -> Iterator[Cluster]:
-    """A cluster for the time of a ``with`` block.
+    """Start a cluster for the time of a ``with`` block.
 
     Parameters
     ----------
@@ -348,84 +347,66 @@ def start(
         yield Cluster(None, n_threads, share)
         return
     import dask
-    from distributed import Client, LocalCluster
 
     quiet = logging.getLogger("distributed")
     level = quiet.level
-    with (
-        dask.config.set(
-            {
-                "distributed.logging.distributed": "critical",
-                "distributed.worker.daemon": True,
-                "distributed.worker.multiprocessing-method": "forkserver",
-                # A frozen worker is given up after this; its tasks run elsewhere.
-                "distributed.scheduler.worker-ttl": "60s",
-                # A paused worker would never go on: what it holds is not Dask's to spill.
-                "distributed.worker.memory.pause": False,
-                "distributed.worker.memory.target": False,
-                "distributed.worker.memory.spill": False,
-                "distributed.worker.memory.terminate": _USABLE,
-                # Nobody looks at profiles: watching itself took 7 % of a core, now 2 %.
-                "distributed.worker.profile.enabled": False,
-                "distributed.admin.tick.interval": "500ms",
-                "distributed.admin.system-monitor.interval": "2s",
-                "distributed.admin.large-graph-warning-threshold": "100MB",
-                "distributed.nanny.pre-spawn-environ": _WORKER_ENVIRONMENT,
-            }
-        ),
-        contextlib.ExitStack() as stack,
-    ):
+    with dask.config.set(_DASK), contextlib.ExitStack() as stack:
         quiet.setLevel(logging.CRITICAL)
         stack.callback(quiet.setLevel, level)
         if scheduler is not None:
-            is_file = Path(scheduler).exists()
-            try:
-                if not is_file:
-                    _require_listener(scheduler)
-                client = Client(
-                    **({"scheduler_file": scheduler} if is_file else {"address": scheduler}),
-                    timeout=_CONNECT,
-                )
-            except Exception as error:  # an address or a file can be wrong in many ways
-                raise ClusterError(
-                    f"no Dask scheduler answers at {scheduler}: {error!r}",
-                    "Check the address, or leave it out to work on this machine.",
-                ) from error
+            client = stack.enter_context(_connected(scheduler))
         else:
-            _share_imports()
-            with _interrupts(signal.SIG_IGN), _environment_kept():
-                # The process that workers are copies of, and they, inherit both.
-                os.environ |= {name: str(value) for name, value in _WORKER_ENVIRONMENT.items()}
-                multiprocessing.forkserver.ensure_running()
-            with _interrupts_postponed(), _environment_kept():
-                local = stack.enter_context(
-                    LocalCluster(
-                        n_workers=n_workers or n_cores(),
-                        threads_per_worker=1,
-                        memory_limit=memory_limit if memory_limit == "auto" else limit,
-                        processes=True,
-                        dashboard_address=":0",  # a free port; the server itself is always there
-                        # Its pages are made by bokeh, whose import is a third of the whole start.
-                        scheduler_kwargs={"dashboard": False},
-                        silence_logs=logging.CRITICAL,
-                    )
-                )
-            stack.enter_context(_hanging_workers_killed(local))
-            client = Client(local)
-        stack.enter_context(client)
-        if scheduler is None:
-            client.register_plugin(_quiet_workers(), name="quiet")
+            client = _local_client(stack, n_workers, "auto" if memory_limit == "auto" else limit)
         yield Cluster(client)
 
 
-def _limit_bytes(memory_limit: str) -> int | None:
-    """Memory limit that is said, None for ``0``, which is none.
+def _connected(scheduler: str) -> Any:
+    """Client of a running scheduler, by its address or its file."""
+    from distributed import Client
 
-    Raises
-    ------
-    ConfigError
-        It is no number of bytes.
-    """
+    is_file = Path(scheduler).exists()
+    try:
+        if not is_file:
+            _require_listener(scheduler)
+        place = {"scheduler_file": scheduler} if is_file else {"address": scheduler}
+        return Client(**place, timeout=_CONNECT)
+    except Exception as error:  # an address or a file can be wrong in many ways
+        raise ClusterError(
+            f"no Dask scheduler answers at {scheduler}: {error!r}",
+            "Check the address, or leave it out to work on this machine.",
+        ) from error
+
+
+def _local_client(
+    stack: contextlib.ExitStack, n_workers: int | None, memory_limit: str | int | None
+) -> Any:
+    """Client of a cluster on this machine; the stack closes both."""
+    from distributed import Client, LocalCluster
+
+    _share_imports()
+    with _interrupts_postponed(), _worker_environment():
+        with _interrupts(signal.SIG_IGN):  # which workers inherit with the environment
+            multiprocessing.forkserver.ensure_running()
+        local = stack.enter_context(
+            LocalCluster(
+                n_workers=n_workers or n_cores(),
+                threads_per_worker=1,
+                memory_limit=memory_limit,
+                processes=True,
+                dashboard_address=":0",  # a free port; the server itself is always there
+                # Its pages are made by bokeh, whose import is a third of the whole start.
+                scheduler_kwargs={"dashboard": False},
+                silence_logs=logging.CRITICAL,
+            )
+        )
+    stack.enter_context(_hanging_workers_killed(local))
+    client = stack.enter_context(Client(local))
+    client.register_plugin(_quiet_workers(), name="quiet")
+    return client
+
+
+def _limit_bytes(memory_limit: str) -> int | None:
+    """Parse a memory limit; 0 means unlimited (None)."""
     from dask.utils import parse_bytes
 
     try:
@@ -451,12 +432,7 @@ def check_place(
     scheduler: str | None = None,
     n_threads: int | None = None,
 ) -> None:
-    """Refuse what `start` can never do, before anything is read.
-
-    Raises
-    ------
-    ConfigError
-    """
+    """Raise `ConfigError` for what `start` can never do, before anything is read."""
     most = _MOST_A_CORE * n_cores()
     for number, least, what in ((n_workers, 0, "workers"), (n_threads, 1, "threads")):
         if number is not None and not least <= number <= most:
@@ -526,16 +502,17 @@ def _hanging_workers_killed(local: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Dask gives workers their environment through this process, which may use all its threads."""
-    before = {name: os.environ.get(name) for name in _WORKER_ENVIRONMENT}
+def _worker_environment() -> Iterator[None]:
+    """Environment of workers, which they get through this process; it may use all its threads."""
+    new = {name: str(value) for name, value in {WORKER: 1, **_WORKER_ENVIRONMENT}.items()}
+    before = {name: os.environ[name] for name in new if name in os.environ}
+    os.environ |= new
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name in new:
             os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        os.environ |= before
 
 
 @contextlib.contextmanager

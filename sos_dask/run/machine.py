@@ -1,4 +1,4 @@
-"""What this machine gives to a process, and how the process is kept light."""
+"""Cores and memory that a process may use, and ways to keep it light."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ KEPT_BYTES = 256 << 20
 """Freed memory that is kept for use again."""
 _OLD_LIMIT = 32 << 20  # more is refused by older C libraries
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt(3)
+WORKER = "SOS_DASK_WORKER"
+"""Variable of the environment that marks our own worker processes."""
 _CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -35,8 +37,8 @@ def n_cores() -> int:
             if (folder / "cpu.max").is_file():
                 quota, period = (folder / "cpu.max").read_text().split()
             else:
-                quota = (folder / "cpu.cfs_quota_us").read_text()
-                period = (folder / "cpu.cfs_period_us").read_text()
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                quota, period = ((folder / name).read_text() for name in names)
             if int(quota) > 0:
                 cores = min(cores, math.ceil(int(quota) / int(period)))
     return cores
@@ -66,7 +68,11 @@ def memory_bytes() -> int:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """Folders of the control groups of this process with a controller, and of those above them."""
+    """Folders of the control groups of this process with a controller, and of those above them.
+
+    `dask.system` and `distributed.system` look at some of them only: not at groups above (a batch
+    job's limit of memory), nor at a controller that is mounted alone.
+    """
     with contextlib.suppress(OSError):
         for line in _OWN_GROUPS.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -119,3 +125,9 @@ class _Refuse:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name == "pandas":
             raise ModuleNotFoundError(name=name)
+
+
+# Workers import this before anything else.
+if os.environ.get(WORKER):
+    keep_freed_memory()
+    leave_pandas_out()

@@ -28,22 +28,13 @@ MIN_STARS_A_BIN = 50
 
 @dataclass(frozen=True)
 class Recovery:
-    """How far binned medians of label - truth are from zero, before and after the correction.
-
-    Parameters
-    ----------
-    label, binned_by : str
-    n_bins, n : int
-        Bins with enough rows, and rows in them.
-    rms_before, rms_after : float
-        Root mean square over the bins, in the unit of the label.
-    """
+    """Rms of the binned medians of label - truth, before and after the correction."""
 
     label: str
     binned_by: str
-    n_bins: int
-    n: int
-    rms_before: float
+    n_bins: int  # with enough rows
+    n: int  # rows in them
+    rms_before: float  # in the unit of the label
     rms_after: float
 
 
@@ -60,11 +51,8 @@ def prepare(store: Path, n_lamost: int, seed: int, report: Report = silent) -> P
     done = sky / "settings.json"
     if not done.is_file() or done.read_text("utf-8") != wanted:
         done.unlink(missing_ok=True)
-
-        def progress(survey: str, rows: int, total: int) -> None:
-            report(f"simulate {survey}", rows, total)
-
-        simulate(SkySettings(n_lamost=n_lamost, seed=seed), sky, progress)
+        settings = SkySettings(n_lamost=n_lamost, seed=seed)
+        simulate(settings, sky, lambda survey, *rows: report(f"simulate {survey}", *rows))
         write_text(done, wanted)
     job = store / "demo.toml"
     template = resources.files("sos_dask") / "templates" / "demo.toml"
@@ -78,26 +66,23 @@ def against_truth(corrected: Path, truth: Path) -> list[Recovery]:
     Rows that fail a quality cut, outliers and rows without a correction are left out. The bins are
     equal parts of the dense region in the observed labels.
     """
-    known = _true_labels(truth)
+    known = pq.read_table(truth, columns=["survey", "obs_id", *LABELS, "is_outlier"])
+    known = known.filter(pc.equal(known["survey"], "lamost")).drop_columns(["survey"])
+    known = known.set_column(0, "obs_id", known["obs_id"].cast(pa.int64())).sort_by("obs_id")
     keys = known["obs_id"].to_numpy()
     catalog = Catalog.open(corrected)
     columns = ["obs_id", "quality", *LABELS, *(f"{label}_sos" for label in LABELS)]
     parts = []
     for pixel in catalog.pixels:
         table = catalog.read(pixel, columns)
-        good = pc.and_(pc.equal(table["quality"], 0), pc.is_valid(table["feh_sos"]))
-        table = table.filter(good)
-        row = np.searchsorted(keys, table["obs_id"].to_numpy())
-        true = known.take(pa.array(row))
-        values = [table[name].to_numpy() for name in columns[2:]]
-        values += [true[label].to_numpy() for label in LABELS]
-        parts.append(np.stack(values, axis=1)[~true["is_outlier"].to_numpy()])
-    rows = np.concatenate(parts)
-    before, after, true_labels = rows[:, :3], rows[:, 3:6], rows[:, 6:]
-    inside = np.ones(len(rows), dtype=bool)
-    for number, label in enumerate(LABELS):
-        low, high = DENSE[label]
-        inside &= (before[:, number] >= low) & (before[:, number] < high)
+        table = table.filter(pc.and_(pc.equal(table["quality"], 0), pc.is_valid(table["feh_sos"])))
+        true = known.take(pa.array(np.searchsorted(keys, table["obs_id"].to_numpy())))
+        values = [*table.columns[2:], *true.columns[1:4]]
+        rows = np.stack([value.to_numpy() for value in values], axis=1)
+        parts.append(rows[~true["is_outlier"].to_numpy()])
+    before, after, true_labels = np.split(np.concatenate(parts), 3, axis=1)
+    low, high = np.array([DENSE[label] for label in LABELS]).T
+    inside = ((before >= low) & (before < high)).all(axis=1)
     found = []
     for number, label in enumerate(LABELS):
         for other, binned_by in enumerate(LABELS):
@@ -109,11 +94,3 @@ def against_truth(corrected: Path, truth: Path) -> list[Recovery]:
             used = some.n[some.n >= MIN_STARS_A_BIN]
             found.append(Recovery(label, binned_by, len(used), int(used.sum()), *rms))
     return found
-
-
-def _true_labels(truth: Path) -> pa.Table:
-    columns = ["survey", "obs_id", *LABELS, "is_outlier"]
-    table = pq.read_table(truth, columns=columns)
-    table = table.filter(pc.equal(table["survey"], "lamost")).drop_columns(["survey"])
-    keys = table["obs_id"].cast(pa.int64())
-    return table.set_column(0, "obs_id", keys).sort_by("obs_id")

@@ -1,12 +1,11 @@
-"""FITS and Parquet files, written piece by piece, and complete or not there at all."""
+"""Make the mock sky block by block, and write its five files: complete, or not there at all."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,232 +14,312 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.errors import StorageError
-from sos_dask.simulate.columns import NativeColumn
+from sos_dask.simulate import sky, surveys
+from sos_dask.simulate.sky import APOGEE, LAMOST, BoolArray, Draws, Plates, SkySettings, Stars
+from sos_dask.simulate.surveys import SURVEYS, TABLES, Records, Visits
+from sos_dask.storage.artifact import atomic_path
 
-_BLOCK = 2880
+BLOCK_STARS = 65_536
+"""Stars in memory at once (about 300 MB). It changes no byte of the output."""
 _ROW_GROUP = 131_072
+_FITS_BLOCK = 2880
+
+
+def sky_files(directory: Path) -> dict[str, Path]:
+    """Files that `simulate` writes, by what it calls them."""
+    paths = {survey.name: directory / f"{survey.name}.fits" for survey in SURVEYS.values()}
+    return paths | {name: directory / f"{name}.parquet" for name in ("gaia", "truth")}
+
+
+def simulate(
+    settings: SkySettings,
+    directory: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Path]:
+    """Write a mock sky.
+
+    Memory does not grow with its size. Files appear complete, and replace those of an earlier call.
+
+    Parameters
+    ----------
+    settings : SkySettings
+    directory : Path
+        Made if it is not there.
+    progress : callable, optional
+        Called after every block with a survey's name, the rows done and all its rows.
+
+    Returns
+    -------
+    dict of str to Path
+        ``lamost``, ``apogee``, ``galah``: the surveys' own tables (FITS, HDU 1).
+        ``gaia``: companion with distances and proper motions of every star in Gaia (Parquet;
+        about 2 % nulls in each column but the id and the position).
+        ``truth``: one row for each row of the three tables (Parquet), keyed by ``survey`` and
+        ``obs_id``. Exact duplicates are in it once.
+
+    Raises
+    ------
+    StorageError
+        The directory or a file cannot be written.
+    """
+    plates = sky.make_plates(settings)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make directory {directory}: {error.strerror}") from error
+    paths = sky_files(directory)
+    done = dict.fromkeys(SURVEYS, 0)
+    with ExitStack() as stack:
+        fits = {
+            number: stack.enter_context(_fits_table(paths[survey.name], number, plates))
+            for number, survey in SURVEYS.items()
+        }
+        gaia, truth = (
+            stack.enter_context(_parquet_file(paths[name])) for name in ("gaia", "truth")
+        )
+        for block in plates.blocks(BLOCK_STARS):
+            made = _make_block(plates, block, settings)
+            gaia(_gaia_table(made))
+            truths, plate = [], []
+            for number, survey in SURVEYS.items():
+                visits = _visits(plates, block, made, number, settings)
+                rows, obs_id = TABLES[number](visits)
+                for turn in range(int(visits.round.max(initial=-1)) + 1):
+                    # Rows of one round are neighbours in the file.
+                    here = np.flatnonzero(visits.round == turn)
+                    if len(here):
+                        fits[number](int(visits.row[here[0]]), rows[here])
+                truths.append(_truth_table(visits, obs_id))
+                plate.append(made.plate[visits.star])
+                done[number] += len(rows)
+                if progress is not None:
+                    progress(survey.name, done[number], plates.n_rows[number])
+            # By plate, so that the order does not depend on the blocks.
+            order = np.argsort(np.concatenate(plate), kind="stable")
+            truth(pa.concat_tables(truths).take(order))
+    if progress is not None:
+        progress(SURVEYS[LAMOST].name, settings.n_lamost, settings.n_lamost)
+    return paths
+
+
+# Files
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}",
-            "Free space or choose another directory.",
-        ) from error
+def _parquet_file(path: Path) -> Iterator[Callable[[pa.Table], None]]:
+    """A Parquet file whose row groups are of one size, however its rows come."""
+    # Dictionaries of floats cost ten times the processor time and more bytes.
+    options: Any = {"compression": "zstd", "compression_level": 1, "use_dictionary": ["survey"]}
+    waiting: list[pa.Table] = []
+    writers: list[pq.ParquetWriter] = []  # one, made when the columns are known
+    with atomic_path(path) as hidden, ExitStack() as stack:
+
+        def write(*tables: pa.Table, least: int = _ROW_GROUP) -> None:
+            table = pa.concat_tables([*waiting, *tables])
+            if not writers:
+                writer = pq.ParquetWriter(hidden, table.schema, **options)
+                writers.append(stack.enter_context(writer))
+            while table.num_rows >= least:
+                # A copy in one piece: page limits, and so bytes, depend on the chunks of a column.
+                writers[0].write_table(table.slice(0, _ROW_GROUP).combine_chunks(), _ROW_GROUP)
+                table = table.slice(_ROW_GROUP)
+            waiting[:] = [table]
+
+        yield write
+        write(least=1)
 
 
-class _AtomicFile:
-    """A file that appears under its name only when all of it is on disk."""
+@contextmanager
+def _fits_table(path: Path, survey: int, plates: Plates) -> Iterator[Callable[[int, Records], Any]]:
+    """A FITS file with the table of a survey in HDU 1; in that of APOGEE three more follow.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with _storage_errors(path):
-            self._file = self._hidden.open("w+b")
+    What it gives writes rows at their place. The last rows are exact copies of others.
+    """
+    from astropy.io import fits
 
-    def _close(self) -> None:
-        """Write what is left."""
+    name = SURVEYS[survey].name.upper()
+    table = fits.BinTableHDU.from_columns(surveys.columns(survey), nrows=0, name=name)
+    table.header["NAXIS2"] = n_rows = plates.n_rows[survey]
+    size = table.header["NAXIS1"]
+    header = (fits.PrimaryHDU().header.tostring() + table.header.tostring()).encode("ascii")
+    with atomic_path(path) as hidden:
+        with hidden.open("w+b") as file:
+            file.write(header)
 
-    def _discard(self) -> None:
-        """Let go of what writes to the file."""
+            def write(first_row: int, rows: Records) -> None:
+                file.seek(len(header) + first_row * size)
+                file.write(np.ascontiguousarray(rows).data)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                with _storage_errors(self.path):
-                    self._close()
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-                    self._file.close()
-                    self._hidden.replace(self.path)
-        finally:
-            self._discard()
-            self._file.close()
-            self._hidden.unlink(missing_ok=True)
-
-
-def _card(key: str, value: str | int | bool, comment: str = "") -> bytes:
-    if isinstance(value, bool):
-        text = f"{'T' if value else 'F':>20}"
-    elif isinstance(value, int):
-        text = f"{value:>20}"
-    else:
-        text = f"'{value:<8}'"
-    return f"{key:<8}= {text}{' / ' + comment if comment else ''}".ljust(80)[:80].encode("ascii")
+            yield write
+            n_distinct = int(plates.counts[survey].sum())
+            for row in range(n_distinct, n_rows):
+                original = (row - n_distinct) * n_distinct // (n_rows - n_distinct)
+                file.seek(len(header) + original * size)
+                write(row, np.frombuffer(file.read(size), np.uint8))
+            end = len(header) + n_rows * size
+            file.truncate(end + -end % _FITS_BLOCK)
+        if survey == APOGEE:
+            used = np.flatnonzero((plates.counts[APOGEE][0] > 0) & (plates.kind != sky.SPECIAL))
+            fields = np.zeros(len(used), dtype=[("TELESCOPE", "S6"), ("FIELD", "S16")])
+            fields["TELESCOPE"] = surveys.telescopes(plates.dec[used])
+            fields["FIELD"] = surveys.field_names(plates.ra[used], plates.dec[used])
+            symbols = np.array([(b"C N O Mg",)], dtype=[("ELEM_SYMBOL", "S54")])
+            with fits.open(hidden, mode="append") as hdus:
+                hdus.append(fits.ImageHDU(np.zeros(360, dtype=np.int32)))
+                hdus.append(fits.BinTableHDU(symbols, name="ARRAYS"))
+                hdus.append(fits.BinTableHDU(fields, name="FIELDS"))
 
 
-def _header(cards: Sequence[bytes]) -> bytes:
-    text = b"".join(cards) + b"END".ljust(80)
-    return text.ljust(-(-len(text) // _BLOCK) * _BLOCK)
+# Blocks
 
 
-def primary_header() -> bytes:
-    """Header of an empty primary HDU."""
-    return _header(
-        [_card("SIMPLE", True), _card("BITPIX", 8), _card("NAXIS", 0), _card("EXTEND", True)]
+@dataclass(frozen=True)
+class _Block:
+    """Stars of some plates, and the random numbers of their observations by survey."""
+
+    stars: Stars
+    plate: sky.IntArray  # of each star
+    uniform: Draws
+    normal: Draws
+    visits: dict[int, tuple[Draws, Draws]]
+
+
+def _make_block(plates: Plates, block: slice, settings: SkySettings) -> _Block:
+    kinds = [(sky.UNIFORMS, sky.NORMALS), *[(surveys.UNIFORMS, surveys.NORMALS)] * len(SURVEYS)]
+    drawn: list[tuple[list[sky.FloatArray], list[sky.FloatArray]]] = [([], []) for _ in kinds]
+    for plate in range(block.start, block.stop):
+        rng = plates.generator(settings.seed, plate)
+        numbers = [plates.n_stars[plate]]
+        numbers += [plates.counts[survey][:, plate].sum() for survey in SURVEYS]
+        for n, names, pieces in zip(numbers, kinds, drawn, strict=True):
+            pieces[0].append(rng.random((len(names[0]), n)))
+            pieces[1].append(rng.standard_normal((len(names[1]), n)))
+    (uniform, normal), *of_surveys = (
+        (_named(names[0], pieces[0]), _named(names[1], pieces[1]))
+        for names, pieces in zip(kinds, drawn, strict=True)
     )
+    plate_of = np.repeat(np.arange(block.start, block.stop), plates.n_stars[block])
+    stars = sky.make_stars(plates, plate_of, uniform, normal, settings.uncovered)
+    return _Block(stars, plate_of, uniform, normal, dict(zip(SURVEYS, of_surveys, strict=True)))
 
 
-def table_header(columns: Sequence[NativeColumn], row_bytes: int, n_rows: int, name: str) -> bytes:
-    """Header of a binary table (FITS standard 4.0, section 7.3)."""
-    cards = [
-        _card("XTENSION", "BINTABLE"),
-        _card("BITPIX", 8),
-        _card("NAXIS", 2),
-        _card("NAXIS1", row_bytes),
-        _card("NAXIS2", n_rows),
-        _card("PCOUNT", 0),
-        _card("GCOUNT", 1),
-        _card("TFIELDS", len(columns)),
-        _card("EXTNAME", name),
-    ]
-    for number, column in enumerate(columns, 1):
-        cards += [_card(f"TTYPE{number}", column.name), _card(f"TFORM{number}", column.form)]
-        if column.unit:
-            cards.append(_card(f"TUNIT{number}", column.unit))
-        if column.shape:
-            cards.append(_card(f"TDIM{number}", f"({','.join(map(str, column.shape[::-1]))})"))
-    return _header(cards)
+def _named(names: Sequence[str], pieces: list[sky.FloatArray]) -> Draws:
+    return dict(zip(names, np.concatenate(pieces, axis=1), strict=True))
 
 
-def padded(data: bytes) -> bytes:
-    """Data of an HDU, filled to whole blocks with zeros."""
-    return data + bytes(-len(data) % _BLOCK)
+def _selection_key(stars: Stars, uniform: sky.FloatArray, survey: int) -> sky.FloatArray:
+    """Small for stars that a reference prefers: bright ones, giants for APOGEE; 1 for the avoided.
 
-
-def image_hdu(values: NDArray[np.int32]) -> bytes:
-    """An image extension of one dimension."""
-    cards = [
-        _card("XTENSION", "IMAGE"),
-        _card("BITPIX", 32),
-        _card("NAXIS", 1),
-        _card("NAXIS1", len(values)),
-        _card("PCOUNT", 0),
-        _card("GCOUNT", 1),
-    ]
-    return _header(cards) + padded(values.astype(">i4").tobytes())
-
-
-def table_hdu(columns: Sequence[NativeColumn], rows: NDArray[Any], name: str) -> bytes:
-    """A small binary table as a whole."""
-    header = table_header(columns, rows.dtype.itemsize, len(rows), name)
-    return header + padded(rows.tobytes())
-
-
-class FitsTable(_AtomicFile):
-    """A FITS file with one long table, whose rows come in pieces and in any order.
-
-    Parameters
-    ----------
-    path : Path
-    columns, dtype : sequence of NativeColumn, numpy dtype
-        The table and its packed record.
-    n_rows : int
-        Final number of rows; the header is written first.
-    name : str
-        EXTNAME.
-    trailer : bytes
-        Whole HDUs that follow.
-
-    Raises
-    ------
-    StorageError
-        The file cannot be written.
+    The smallest keys 1 - u^(1/w) are a sample with weights w (Efraimidis & Spirakis 2006,
+    Inf. Process. Lett. 97, 181).
     """
-
-    def __init__(
-        self,
-        path: Path,
-        columns: Sequence[NativeColumn],
-        dtype: np.dtype[Any],
-        n_rows: int,
-        name: str,
-        trailer: bytes = b"",
-    ) -> None:
-        super().__init__(path)
-        self._dtype, self._n_rows, self._trailer = dtype, n_rows, trailer
-        header = primary_header() + table_header(columns, dtype.itemsize, n_rows, name)
-        self._start = len(header)
-        with _storage_errors(path):
-            self._file.write(header)
-
-    def __enter__(self) -> FitsTable:
-        return self
-
-    def write(self, first_row: int, rows: NDArray[Any]) -> None:
-        """Put rows at their place."""
-        with _storage_errors(self.path):
-            self._file.seek(self._start + first_row * self._dtype.itemsize)
-            self._file.write(np.ascontiguousarray(rows).data)
-
-    def read(self, row: int) -> NDArray[Any]:
-        """One row that was written before."""
-        self._file.seek(self._start + row * self._dtype.itemsize)
-        return np.frombuffer(self._file.read(self._dtype.itemsize), dtype=self._dtype)
-
-    def _close(self) -> None:
-        size = self._n_rows * self._dtype.itemsize
-        self._file.seek(self._start + size)
-        self._file.write(bytes(-size % _BLOCK) + self._trailer)
+    weight = np.exp(-np.maximum(stars.g - (13.8 if survey == APOGEE else 13.2), 0.0) / 0.8)
+    if survey == APOGEE:
+        weight *= np.where(stars.logg < 3.6, 3.0, 1.0)
+    key = 1.0 - uniform ** (1.0 / np.maximum(weight, 1e-6))
+    return np.where(sky.references_avoid(stars.teff, stars.logg, stars.feh), 1.0, key)
 
 
-class ParquetTable(_AtomicFile):
-    """A Parquet file whose row groups are of one size, however its rows come.
+def _visits(
+    plates: Plates, block: slice, made: _Block, survey: int, settings: SkySettings
+) -> Visits:
+    """Observations of a block by a survey, by plate, round and star."""
+    name, counts = SURVEYS[survey].name, plates.counts[survey]
+    n_stars, plate = plates.n_stars[block], made.plate
+    starts = np.repeat(np.cumsum(n_stars) - n_stars, n_stars)
 
-    Parameters
-    ----------
-    path : Path
-    schema : pyarrow.Schema
+    def rank(key: sky.FloatArray) -> sky.IntArray:
+        """Rank of each star by key (0 to 1) among those of its plate."""
+        order = np.argsort(plate - block.start + np.minimum(key, 1.0 - 1e-9), kind="stable")
+        found = np.empty(len(key), dtype=np.int64)
+        found[order] = np.arange(len(key)) - starts
+        return found
 
-    Raises
-    ------
-    StorageError
-        The file cannot be written.
-    """
+    key = made.uniform[name]
+    if survey != LAMOST:
+        key = _selection_key(made.stars, key, survey)
+    seen = rank(key) < counts[0][plate]
+    again = rank(np.where(seen, made.uniform[f"{name}_repeat"], 1.0))
+    members, rounds, rows = [], [], []
+    for number, (n, first) in enumerate(zip(counts, plates.first_rows(survey), strict=True)):
+        chosen = np.flatnonzero(again < n[plate] if number else seen)
+        members.append(chosen)
+        rounds.append(np.full(len(chosen), number))
+        n = n[block]
+        rows.append(np.repeat(first[block] - (np.cumsum(n) - n), n) + np.arange(len(chosen)))
+    star = np.concatenate(members)
+    # The random numbers of a plate's observations were drawn together.
+    order = np.argsort(plate[star], kind="stable")
+    star = star[order]
+    return Visits(
+        SURVEYS[survey], settings, made.stars.take(star), star,
+        np.concatenate(rounds)[order], np.concatenate(rows)[order], int(counts[0].sum()),
+        plates.ra[plate[star]], plates.dec[plate[star]], *made.visits[survey],
+    )  # fmt: skip
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        super().__init__(path)
-        # Dictionaries of floats cost ten times the processor time and more bytes.
-        self._writer = pq.ParquetWriter(
-            self._file, schema, compression="zstd", compression_level=1, use_dictionary=["survey"]
-        )
-        self._waiting: list[pa.Table] = []
-        self._n_waiting = 0
 
-    def __enter__(self) -> ParquetTable:
-        return self
+def _table(*given: tuple[str, pa.DataType, str, str, Any, BoolArray | None]) -> pa.Table:
+    """Table of columns given as name, type, unit, description, values and places of nulls."""
+    fields, arrays = [], []
+    for name, kind, unit, description, values, null in given:
+        metadata = {"unit": unit, "description": description}
+        metadata = {key: text for key, text in metadata.items() if text}
+        fields.append(pa.field(name, kind, metadata=metadata))
+        arrays.append(pa.array(values, kind, mask=null))
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
-    def write(self, table: pa.Table) -> None:
-        """Append rows."""
-        self._waiting.append(table)
-        self._n_waiting += table.num_rows
-        if self._n_waiting >= _ROW_GROUP:
-            self._flush(self._n_waiting // _ROW_GROUP * _ROW_GROUP)
 
-    def _flush(self, n_rows: int) -> None:
-        table = pa.concat_tables(self._waiting)
-        with _storage_errors(self.path):
-            # A copy in one piece: page limits, and so bytes, depend on the chunks of a column.
-            for start in range(0, n_rows, _ROW_GROUP):
-                group = table.slice(start, min(_ROW_GROUP, n_rows - start)).combine_chunks()
-                self._writer.write_table(group, row_group_size=_ROW_GROUP)
-        self._waiting = [table.slice(n_rows)]
-        self._n_waiting = table.num_rows - n_rows
+_F4, _F8, _I8 = pa.float32(), pa.float64(), pa.int64()
 
-    def _close(self) -> None:
-        if self._n_waiting:
-            self._flush(self._n_waiting)
-        self._writer.close()
 
-    def _discard(self) -> None:
-        # A writer that is left open would write when it is collected, to a closed file.
-        with suppress(Exception):
-            self._writer.close()
+def _gaia_table(made: _Block) -> pa.Table:
+    stars, normal, special = made.stars, made.normal, made.stars.kind == sky.SPECIAL
+    error, distance = stars.gaia_distance(normal["parallax"])
+    parallax = 1000.0 / stars.distance + error * normal["parallax"]
+    ebv = stars.ebv * np.exp(0.1 * normal["rp"])
+
+    def gap(low: float, high: float, number: str = "gap1") -> BoolArray:
+        drawn = made.uniform[number]
+        return np.asarray((drawn >= low) & (drawn < high) & ~special)
+
+    motion, colours, far = gap(0.0, 0.02), gap(0.2, 0.22), gap(0.0, 0.02) | gap(0.3, 0.32)
+    bp, rp = (getattr(stars, name) + 0.004 * normal[name] for name in ("bp", "rp"))
+    return _table(
+        ("source_id", _I8, "", "Source id of Gaia DR3", stars.gaia, None),
+        ("ra", _F8, "deg", "Right ascension at J2016", stars.ra, None),
+        ("dec", _F8, "deg", "Declination at J2016", stars.dec, None),
+        ("parallax", _F4, "mas", "Parallax", parallax, motion),
+        ("parallax_error", _F4, "mas", "Error of parallax", error, motion),
+        ("pmra", _F8, "mas/yr", "Proper motion in ra, times cos(dec)", stars.pmra, motion),
+        ("pmdec", _F8, "mas/yr", "Proper motion in dec", stars.pmdec, motion),
+        ("phot_g_mean_mag", _F4, "mag", "G", stars.g, gap(0.1, 0.12)),
+        ("phot_bp_mean_mag", _F4, "mag", "BP", bp, colours),
+        ("phot_rp_mean_mag", _F4, "mag", "RP", rp, colours),
+        ("distance", _F4, "pc", "Distance, with the error of the parallax", distance, far),
+        ("ebv", _F4, "mag", "E(B-V)", ebv, gap(0.0, 0.03, "gap2")),
+    ).filter(pa.array(stars.gaia > 0))
+
+
+def _truth_table(visits: Visits, obs_id: NDArray[Any]) -> pa.Table:
+    stars, name = visits.stars, visits.survey.name
+    bias = "Injected difference survey - truth"
+    return _table(
+        ("survey", pa.string(), "", "lamost, apogee or galah", [name] * len(obs_id), None),
+        ("obs_id", pa.string(), "", "obsid, APSTAR_ID or sobject_id, as text",
+         pa.array(obs_id).cast(pa.string()), None),
+        ("row", _I8, "", "Row in the survey's file, from 0", visits.row, None),
+        ("star", _I8, "", "Number of the star, the same in every survey", stars.number, None),
+        ("gaia_source_id", _I8, "", "Gaia DR3 id, if in the file or not", stars.gaia,
+         stars.gaia == 0),
+        ("teff", _F4, "K", "True effective temperature", stars.teff, None),
+        ("logg", _F4, "dex", "True surface gravity", stars.logg, None),
+        ("feh", _F4, "dex", "True [Fe/H]", stars.feh, None),
+        ("rv", _F4, "km/s", "True radial velocity", stars.rv, None),
+        ("distance", _F4, "pc", "True distance", stars.distance, None),
+        ("ebv", _F4, "mag", "True E(B-V)", stars.ebv, None),
+        ("is_outlier", pa.bool_(), "", "The labels are wrong", visits.outlier, None),
+        ("is_special", pa.bool_(), "", "One of special_stars()", visits.special, None),
+        ("bias_teff", _F4, "K", bias, visits.bias[:, 0], None),
+        ("bias_logg", _F4, "dex", bias, visits.bias[:, 1], None),
+        ("bias_feh", _F4, "dex", bias, visits.bias[:, 2], None),
+    )  # fmt: skip

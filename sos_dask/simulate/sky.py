@@ -1,38 +1,61 @@
-"""The stars of a mock sky: labels, places and light.
+"""The mock sky: its settings, the plates that observe it, and its stars with their true labels.
 
-Arrays in, arrays out; every random number is an argument. The distributions are plausible, not
-fitted: they serve to test a pipeline on stars whose truth is known, not to model the Galaxy.
+Everything is counted before the first star is made, so that every block of plates knows the rows of
+its stars in the files. The distributions are plausible, not fitted: they serve to test a pipeline
+on stars whose truth is known, not to model the Galaxy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
+from sos_dask.settings import Settings
 from sos_dask.sky.healpix import ang2pix
 from sos_dask.sky.sphere import propagate, unit_vectors
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+Draws = Mapping[str, FloatArray]
 
 SPECIAL, LAMOST, APOGEE, GALAH = 0, 1, 2, 3
 """Kinds of plates: the special stars, and the plates or fields of each survey."""
 
-GAIA_EPOCH = 2016.0
-
+# Random numbers of a star, in the order in which they are drawn.
 UNIFORMS = (
     "radius", "angle", "component", "along", "population", "magnitude", "binary", "in_gaia",
     "gap1", "gap2", "lamost", "lamost_repeat", "apogee", "apogee_repeat", "galah", "galah_repeat",
 )  # fmt: skip
-"""Uniform random numbers of a star, in the order they are drawn."""
 NORMALS = (
     "feh", "teff", "logg", "mass", "pmra", "pmdec", "rv", "ebv", "parallax", "bp", "rp", "alpha",
 )  # fmt: skip
-"""Standard normal random numbers of a star, in the order they are drawn."""
+
+# Share of each component in the plates of LAMOST, APOGEE, GALAH, with sparse ends on purpose.
+_COMPONENTS = ("dwarf", "subgiant", "rgb", "clump", "tip", "hot", "halo")
+_SHARES = np.array(
+    [
+        [0.47, 0.17, 0.18, 0.13, 0.006, 0.036, 0.008],
+        [0.24, 0.09, 0.37, 0.27, 0.012, 0.008, 0.010],
+        [0.52, 0.19, 0.14, 0.12, 0.003, 0.022, 0.005],
+    ]
+)
+# By kind of plate; the special stars are like those of GALAH: all components, bright.
+_SHARES_OF_KIND = np.array([2, 0, 1, 2])
+_FAINT_G = np.array([12.5, 17.6, 14.9, 14.1])
+_DEPTH_G = np.array([0.8, 1.6, 1.6, 0.9])
+_PLATE_RADIUS = np.array([0.0, 2.5, 1.5, 1.0])  # deg
+# Fewest and most stars of a plate.
+_PLATE_STARS = {LAMOST: (24, 2048), GALAH: (16, 380), APOGEE: (16, 300)}
+_REPEATS_OF_REFERENCES = {APOGEE: 0.11, GALAH: 0.005}
+_APOGEE_IN_GALAH = 0.03  # of the APOGEE rows
+_HOT_LIMIT, _COOL_LIMIT, _POOR_LIMIT = 7900.0, 4100.0, -2.7
+_PLATE_STREAM, _CENTRE_STREAM = 1, 2
 
 # From ICRS to Galactic coordinates: Hipparcos and Tycho catalogues, ESA SP-1200, vol. 1, 1.5.3.
 _TO_GALACTIC = np.array(
@@ -43,154 +66,7 @@ _TO_GALACTIC = np.array(
     ]
 )
 
-# Share of each component in the plates of LAMOST, APOGEE, GALAH, with sparse ends on purpose.
-_COMPONENTS = ("dwarf", "subgiant", "rgb", "clump", "tip", "hot", "halo")
-_SHARES = np.array(
-    [
-        [0.47, 0.17, 0.18, 0.13, 0.006, 0.036, 0.008],  # LAMOST
-        [0.24, 0.09, 0.37, 0.27, 0.012, 0.008, 0.010],  # APOGEE
-        [0.52, 0.19, 0.14, 0.12, 0.003, 0.022, 0.005],  # GALAH
-    ]
-)
-_TO_KIND = np.array([2, 0, 1, 2])  # the special stars are like those of GALAH: all kinds, bright
-_FAINT_G = np.array([12.5, 17.6, 14.9, 14.1])
-_DEPTH_G = np.array([0.8, 1.6, 1.6, 0.9])
-HOT_LIMIT, COOL_LIMIT, POOR_LIMIT = 7900.0, 4100.0, -2.7
-
-
-@dataclass(frozen=True)
-class Stars:
-    """True properties of stars, all arrays of shape (n,).
-
-    Parameters
-    ----------
-    number : int64
-        Star number of the mock sky.
-    kind : int64
-        Kind of the plate.
-    ra, dec : float64, deg
-        ICRS at J2016.
-    pmra, pmdec : float64, mas/yr
-    teff, logg, feh, alpha : float64; K, dex, dex, dex
-        True labels and [alpha/Fe].
-    rv : float64, km/s
-    distance : float64, pc
-    ebv : float64, mag
-    g, bp, rp : float64, mag
-        Magnitudes in Gaia's bands, reddened.
-    gaia : int64
-        Gaia DR3 source id; 0 for the stars that are not in Gaia.
-    """
-
-    number: IntArray
-    kind: IntArray
-    ra: FloatArray
-    dec: FloatArray
-    pmra: FloatArray
-    pmdec: FloatArray
-    teff: FloatArray
-    logg: FloatArray
-    feh: FloatArray
-    alpha: FloatArray
-    rv: FloatArray
-    distance: FloatArray
-    ebv: FloatArray
-    g: FloatArray
-    bp: FloatArray
-    rp: FloatArray
-    gaia: IntArray
-
-    def take(self, index: IntArray) -> Stars:
-        """Rows by number, repeats allowed."""
-        return Stars(**{item.name: getattr(self, item.name)[index] for item in fields(self)})
-
-
-def references_avoid(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> BoolArray:
-    """Where the references have no star at all, by true labels.
-
-    Hotter than 7900 K, dwarfs (log g > 4.3) cooler than 4100 K, and [Fe/H] < -2.7.
-    """
-    t, g, m = np.asarray(teff), np.asarray(logg), np.asarray(feh)
-    return np.asarray((t > HOT_LIMIT) | ((t < COOL_LIMIT) & (g > 4.3)) | (m < POOR_LIMIT))
-
-
-def to_galactic(ra: FloatArray, dec: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Galactic longitude in [0, 360) and latitude, deg, of ICRS positions in deg."""
-    x, y, z = (unit_vectors(ra, dec) @ _TO_GALACTIC.T).T
-    return np.degrees(np.arctan2(y, x)) % 360.0, np.degrees(np.arcsin(np.clip(z, -1.0, 1.0)))
-
-
-def from_galactic(lon: FloatArray, lat: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """ICRS ra in [0, 360) and dec, deg, of Galactic positions in deg."""
-    x, y, z = (unit_vectors(lon, lat) @ _TO_GALACTIC).T
-    return np.degrees(np.arctan2(y, x)) % 360.0, np.degrees(np.arcsin(np.clip(z, -1.0, 1.0)))
-
-
-def shifted(
-    ra: FloatArray, dec: FloatArray, east_arcsec: FloatArray, north_arcsec: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Positions moved by small angles, exact at the poles and across RA 0."""
-    return propagate(ra, dec, east_arcsec * 1000.0, north_arcsec * 1000.0, 1.0)
-
-
-def at_epoch(
-    stars: Stars, epoch: float, east_arcsec: FloatArray, north_arcsec: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Positions of a survey: proper motion from J2016 to its epoch, and errors of position."""
-    years = epoch - GAIA_EPOCH
-    return shifted(
-        stars.ra,
-        stars.dec,
-        stars.pmra * years / 1000.0 + east_arcsec,
-        stars.pmdec * years / 1000.0 + north_arcsec,
-    )
-
-
-def plate_centres(kind: int, n: int, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
-    """Centres of the plates of a survey, deg.
-
-    LAMOST: Galactic anticentre 45 %, uniform 32 %, equator 15 %, Kepler field 8 %, all between dec
-    -7.5 and +65, so that no plate of 2.5 deg radius reaches -10. APOGEE: Galactic disc 45 %, the
-    rest uniform, both hemispheres. GALAH: uniform, dec -80 to +9, more than 10 deg off the disc.
-
-    Parameters
-    ----------
-    kind : int
-        `LAMOST`, `APOGEE` or `GALAH`.
-    """
-    # A low-discrepancy sequence gives every part its share of even a few plates.
-    part = (np.arange(n) * 0.6180339887498949 + 0.05) % 1.0
-    ra, dec = np.empty(n), np.empty(n)
-    todo = np.arange(n)
-    while len(todo):
-        u, v, (x, y) = rng.random(len(todo)), rng.random(len(todo)), rng.normal(size=(2, len(todo)))
-        p = part[todo]
-        any_ra, any_dec = 360.0 * u, np.degrees(np.arcsin(2.0 * v - 1.0))
-        if kind == LAMOST:
-            anti_ra, anti_dec = from_galactic(180.0 + 40.0 * x, np.clip(13.0 * y, -85.0, 85.0))
-            places = [p < 0.45, p < 0.77, p < 0.92]
-            some_ra = np.select(places, [anti_ra, any_ra, any_ra], 290.7 + 6.0 * x)
-            some_dec = np.select(places, [anti_dec, any_dec, 15.0 * v - 7.5], 44.5 + 4.5 * y)
-            good = (some_dec > -7.5) & (some_dec < 65.0)
-        elif kind == APOGEE:
-            disc_ra, disc_dec = from_galactic(360.0 * u, np.clip(7.0 * y, -85.0, 85.0))
-            some_ra, some_dec = (
-                np.where(p < 0.45, disc_ra, any_ra),
-                np.where(p < 0.45, disc_dec, any_dec),
-            )
-            good = np.abs(some_dec) < 80.0
-        else:
-            some_ra, some_dec = any_ra, any_dec
-            good = (some_dec < 9.0) & (some_dec > -80.0)
-            good &= np.abs(to_galactic(some_ra, some_dec)[1]) > 10.0
-        ra[todo[good]], dec[todo[good]] = some_ra[good] % 360.0, some_dec[good]
-        todo = todo[~good]
-    return ra, dec
-
-
-PLATE_RADIUS = np.array([0.0, 2.5, 1.5, 1.0])  # deg, by kind
-
-# ra, dec (deg, J2016), pmra, pmdec (mas/yr) of the special stars: see `special_stars`.
+# ra, dec (deg, J2016), pmra, pmdec (mas/yr): see `special_stars`.
 _CORNER = float(np.degrees(np.arcsin(2.0 / 3.0)))
 _SPECIAL = np.array(
     [
@@ -207,15 +83,55 @@ _SPECIAL = np.array(
         (77.0, -45.0, 6490.0, -5709.0),
     ]
 )  # fmt: skip
-N_SPECIAL = len(_SPECIAL)
+_N_SPECIAL = len(_SPECIAL)
+
+
+class SkySettings(Settings):
+    """Size and nature of a mock sky. The same settings give the same bytes."""
+
+    n_lamost: int = Field(200_000, ge=500, description="LAMOST rows, with repeats and duplicates.")
+    seed: int = Field(1, ge=0, description="Seed of all random numbers.")
+    n_apogee: int | None = Field(
+        None, ge=200, description="APOGEE rows; by default 44 % of `reference_rows`."
+    )
+    n_galah: int | None = Field(
+        None, ge=200, description="GALAH rows; by default 56 % of `reference_rows`."
+    )
+    repeat_fraction: float = Field(
+        0.45, ge=0.0, le=0.8, description="Share of the LAMOST rows that observe a star again."
+    )
+    outlier_fraction: float = Field(
+        0.03, ge=0.0, le=0.5, description="Share of all observations whose labels are wrong."
+    )
+    bias: bool = Field(True, description="Systematic differences between surveys and truth.")
+    uncovered: float = Field(
+        0.02, ge=0.0, le=0.5, description="Share of the LAMOST stars that the references avoid."
+    )
+
+    def rows(self) -> dict[int, int]:
+        """Count the rows of each survey."""
+        total = reference_rows(self.n_lamost)
+        n_apogee = round(0.44 * total) if self.n_apogee is None else self.n_apogee
+        n_galah = round(0.56 * total) if self.n_galah is None else self.n_galah
+        return {LAMOST: self.n_lamost, APOGEE: max(n_apogee, 200), GALAH: max(n_galah, 200)}
+
+
+def reference_rows(n_lamost: int) -> int:
+    """Count the rows of both references by default: 100,000 (n / 200,000)^0.622, at most n / 2.
+
+    That is 1.7 million for 19 million rows of LAMOST. 16 % of the LAMOST stars have a reference at
+    200,000 rows and 3 % at 19 million (about 600,000 pairs of observations).
+    """
+    rows: float = min(1e5 * (n_lamost / 2e5) ** 0.622, n_lamost / 2.0)
+    return round(rows)
 
 
 def special_stars() -> FloatArray:
-    """Stars at the difficult places of the sky, in every survey whatever its footprint.
+    """List the stars at the difficult places of the sky, in every survey whatever its footprint.
 
     No two of them come within 10 arcsec of each other between J2000 and J2016. They have a Gaia id
     in every survey, are never outliers nor flagged, and their first observation has no error of
-    position: those without proper motion stand in every survey exactly where the table says.
+    position: those without proper motion are in every survey exactly where the table places them.
 
     Returns
     -------
@@ -228,29 +144,266 @@ def special_stars() -> FloatArray:
     return _SPECIAL.copy()
 
 
-def make_stars(
-    number: IntArray,
-    kind: IntArray,
-    centre: tuple[FloatArray, FloatArray],
-    uniform: Mapping[str, FloatArray],
-    normal: Mapping[str, FloatArray],
-    uncovered: float,
-) -> Stars:
-    """Stars from random numbers.
+def references_avoid(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> BoolArray:
+    """Tell where the references have no star at all, by true labels.
+
+    Hotter than 7900 K, dwarfs (log g > 4.3) cooler than 4100 K, and [Fe/H] < -2.7.
+    """
+    t, g, m = np.asarray(teff), np.asarray(logg), np.asarray(feh)
+    return np.asarray((t > _HOT_LIMIT) | ((t < _COOL_LIMIT) & (g > 4.3)) | (m < _POOR_LIMIT))
+
+
+def to_galactic(ra: FloatArray, dec: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Galactic longitude in [0, 360) and latitude, deg, of ICRS positions in deg."""
+    return _angles(unit_vectors(ra, dec) @ _TO_GALACTIC.T)
+
+
+def from_galactic(lon: FloatArray, lat: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """ICRS ra in [0, 360) and dec, deg, of Galactic positions in deg."""
+    return _angles(unit_vectors(lon, lat) @ _TO_GALACTIC)
+
+
+def _angles(vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
+    x, y, z = vectors.T
+    return np.degrees(np.arctan2(y, x)) % 360.0, np.degrees(np.arcsin(np.clip(z, -1.0, 1.0)))
+
+
+# Plates
+
+
+@dataclass(frozen=True)
+class Plates:
+    """Plates of all kinds in the order in which they are made; arrays of shape (n_plates,)."""
+
+    kind: IntArray
+    number: IntArray  # within the kind
+    ra: FloatArray  # deg
+    dec: FloatArray
+    n_stars: IntArray
+    first_star: IntArray  # number of the first star
+    counts: dict[int, IntArray]  # by survey, (n_rounds, n_plates): stars seen once more
+    n_rows: dict[int, int]  # of each survey, exact duplicates at the end included
+
+    def first_rows(self, survey: int) -> IntArray:
+        """First row of each plate in a survey's file, (n_rounds, n_plates).
+
+        Rounds follow each other, and plates within a round.
+        """
+        counts = self.counts[survey]
+        return np.cumsum(counts.ravel()).reshape(counts.shape) - counts
+
+    def blocks(self, n_stars: int) -> list[slice]:
+        """Split into runs of plates with about so many stars, at least one plate each."""
+        block = self.first_star // max(n_stars, 1)
+        starts = np.flatnonzero(np.diff(block, prepend=-1)).tolist()
+        return [slice(*ends) for ends in zip(starts, [*starts[1:], len(block)], strict=True)]
+
+    def generator(self, seed: int, plate: int) -> np.random.Generator:
+        """Random numbers of one plate, whatever is made before it."""
+        return _generator(seed, _PLATE_STREAM, int(self.kind[plate]), int(self.number[plate]))
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
+
+
+def make_plates(settings: SkySettings) -> Plates:
+    """Place the plates and count the stars of each, and what each survey observes of them."""
+    seed, n_rows = settings.seed, settings.rows()
+    n_again = {LAMOST: round(settings.repeat_fraction * n_rows[LAMOST])}
+    n_again |= {of: round(share * n_rows[of]) for of, share in _REPEATS_OF_REFERENCES.items()}
+    n_left = {of: n_rows[of] - n_again[of] - _N_SPECIAL for of in n_rows}
+
+    places = {LAMOST: _place(LAMOST, n_left[LAMOST], seed)}
+    _, dec, n_stars = places[LAMOST]
+    # APOGEE has fields in half of the LAMOST footprint; GALAH is south of dec +10.
+    has_field = _generator(seed, _CENTRE_STREAM, SPECIAL).random(len(dec)) < 0.5
+    seen = {(LAMOST, LAMOST): n_stars}  # stars of a survey in the plates of another
+    for survey, share, weight in (
+        (APOGEE, 0.30, n_stars * np.where(has_field, 1.0, 0.1)),
+        (GALAH, 0.12, n_stars * (dec + _PLATE_RADIUS[LAMOST] < 10.0)),
+    ):
+        wanted = min(
+            round(share * n_rows[survey]), n_left[LAMOST] * 2 // 5, n_left[survey] * 4 // 5
+        )
+        seen[survey, LAMOST] = _shares(wanted, weight, 0.6 * n_stars)
+        n_left[survey] -= int(seen[survey, LAMOST].sum())
+    places[GALAH] = _place(GALAH, n_left[GALAH], seed)
+    n_stars = seen[GALAH, GALAH] = places[GALAH][2]
+    seen[APOGEE, GALAH] = _shares(round(_APOGEE_IN_GALAH * n_rows[APOGEE]), n_stars, 0.6 * n_stars)
+    n_left[APOGEE] -= int(seen[APOGEE, GALAH].sum())
+    places[APOGEE] = _place(APOGEE, n_left[APOGEE], seed)
+    seen[APOGEE, APOGEE] = places[APOGEE][2]
+
+    # Kinds are interleaved, so that each file mixes stars of the overlap with others.
+    number = [np.arange(len(ra)) for ra, _, _ in places.values()]
+    kind = np.repeat(list(places), [len(n) for n in number])
+    order = np.lexsort((kind, np.concatenate([(n + 0.5) / len(n) for n in number])))
+
+    def in_order(special: float, values: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        return np.concatenate([[special], np.concatenate(values)[order]])
+
+    n_again[LAMOST] -= min(n_again[LAMOST], max(4, n_rows[LAMOST] // 100_000))  # duplicates
+    counts = {}
+    for survey in n_rows:
+        nothing = {of: np.zeros(len(places[of][0]), dtype=np.int64) for of in places}
+        first = in_order(_N_SPECIAL, [seen.get((survey, of), nothing[of]) for of in places])
+        counts[survey] = np.stack([first, *_repeats(first, n_again[survey])])
+    ra, dec, n_stars = (
+        in_order(special, [place[item] for place in places.values()])
+        for item, special in enumerate((0.0, 0.0, _N_SPECIAL))
+    )
+    return Plates(
+        in_order(SPECIAL, [kind]), in_order(0, number), ra, dec, n_stars,
+        np.cumsum(n_stars) - n_stars, counts, n_rows,
+    )  # fmt: skip
+
+
+def _place(kind: int, n_stars: int, seed: int) -> tuple[FloatArray, FloatArray, IntArray]:
+    """Centres (deg) and stars of about 200 plates, or more where they would have too many.
+
+    LAMOST: Galactic anticentre 45 %, uniform 32 %, equator 15 %, Kepler field 8 %, all between dec
+    -7.5 and +65, so that no plate reaches -10. APOGEE: Galactic disc 45 %, the rest uniform, both
+    hemispheres. GALAH: uniform, dec -80 to +9, more than 10 deg off the disc.
+    """
+    size = int(np.clip(n_stars // 200, *_PLATE_STARS[kind]))
+    n = -(-max(n_stars, 1) // size)
+    counts = np.full(n, size, dtype=np.int64)
+    counts[-1] = n_stars - size * (n - 1)
+    rng = _generator(seed, _CENTRE_STREAM, kind)
+    # A low-discrepancy sequence gives every part its share of even a few plates.
+    part = (np.arange(n) * 0.6180339887498949 + 0.05) % 1.0
+    ra, dec = np.empty(n), np.empty(n)
+    todo = np.arange(n)
+    while len(todo):
+        u, v, (x, y) = rng.random(len(todo)), rng.random(len(todo)), rng.normal(size=(2, len(todo)))
+        p = part[todo]
+        new_ra, new_dec = 360.0 * u, np.degrees(np.arcsin(2.0 * v - 1.0))
+        if kind == LAMOST:
+            anti_ra, anti_dec = from_galactic(180.0 + 40.0 * x, np.clip(13.0 * y, -85.0, 85.0))
+            places = [p < 0.45, p < 0.77, p < 0.92]
+            new_ra = np.select(places, [anti_ra, new_ra, new_ra], 290.7 + 6.0 * x)
+            new_dec = np.select(places, [anti_dec, new_dec, 15.0 * v - 7.5], 44.5 + 4.5 * y)
+            good = (new_dec > -7.5) & (new_dec < 65.0)
+        elif kind == APOGEE:
+            disc_ra, disc_dec = from_galactic(360.0 * u, np.clip(7.0 * y, -85.0, 85.0))
+            new_ra, new_dec = (
+                np.where(p < 0.45, disc_ra, new_ra),
+                np.where(p < 0.45, disc_dec, new_dec),
+            )
+            good = np.abs(new_dec) < 80.0
+        else:
+            good = (new_dec < 9.0) & (new_dec > -80.0)
+            good &= np.abs(to_galactic(new_ra, new_dec)[1]) > 10.0
+        ra[todo[good]], dec[todo[good]] = new_ra[good] % 360.0, new_dec[good]
+        todo = todo[~good]
+    return ra, dec, counts
+
+
+def _shares(total: int, weight: NDArray[Any], most: NDArray[Any]) -> IntArray:
+    """Whole numbers in proportion to weights, none above its limit by one or more.
+
+    Their sum is the total, or what the limits leave of it.
+    """
+    part = np.zeros(len(weight))
+    limit = np.where(weight > 0, most, 0.0)
+    total = min(total, int(limit.sum()))
+    free = limit > 0
+    while free.any():
+        scale = max(total - part[~free].sum(), 0.0) / weight[free].sum()
+        part[free] = weight[free] * scale
+        above = free & (part > limit)
+        if not above.any():
+            break
+        part[above] = limit[above]
+        free &= ~above
+    # The nudge keeps sums that should be whole from falling below by rounding.
+    return np.diff(np.floor(np.cumsum(part) + 1e-6), prepend=0.0).astype(np.int64)
+
+
+def _repeats(first: IntArray, n_again: int) -> list[IntArray]:
+    """Further rounds by a geometric law: the share of stars with one visit more is the same."""
+    counts = []
+    share = n_again / max(n_again + int(first.sum()), 1)
+    while n_again > 0:
+        n = min(int(np.ceil(n_again * (1.0 - share))), n_again)
+        counts.append(_shares(n, first, first))
+        n_again -= n
+    return counts
+
+
+# Stars
+
+
+@dataclass(frozen=True)
+class Stars:
+    """True properties of stars; arrays of shape (n,)."""
+
+    number: IntArray
+    kind: IntArray  # of the plate
+    ra: FloatArray  # deg, ICRS at J2016
+    dec: FloatArray
+    pmra: FloatArray  # mas/yr
+    pmdec: FloatArray
+    teff: FloatArray  # K
+    logg: FloatArray  # dex (cgs)
+    feh: FloatArray
+    alpha: FloatArray  # [alpha/Fe], dex
+    rv: FloatArray  # km/s
+    distance: FloatArray  # pc
+    ebv: FloatArray  # mag
+    g: FloatArray  # mag, reddened
+    bp: FloatArray
+    rp: FloatArray
+    gaia: IntArray  # Gaia DR3 source id; 0 for the stars that are not in Gaia
+
+    def take(self, index: IntArray) -> Stars:
+        """Rows by number, repeats allowed."""
+        return Stars(**{item.name: getattr(self, item.name)[index] for item in fields(self)})
+
+    def at_epoch(
+        self,
+        epoch: float,
+        east_arcsec: FloatArray | float = 0.0,
+        north_arcsec: FloatArray | float = 0.0,
+    ) -> tuple[FloatArray, FloatArray]:
+        """Place (ra, dec, deg) at an epoch (Julian year), with errors of position."""
+        years = epoch - 2016.0
+        east = self.pmra * years / 1000.0 + east_arcsec
+        north = self.pmdec * years / 1000.0 + north_arcsec
+        return _shifted(self.ra, self.dec, east, north)
+
+    def gaia_distance(self, normal: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Parallax error (mas) by G, and a distance (pc) with the error that follows from it."""
+        error = 0.02 * 10.0 ** (0.2 * np.clip(self.g - 14.0, 0.0, 5.0))
+        fraction = np.clip(error * self.distance / 1000.0, 0.005, 0.3)
+        return error, self.distance * np.exp(fraction * normal)
+
+
+def _shifted(
+    ra: FloatArray, dec: FloatArray, east_arcsec: FloatArray, north_arcsec: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Positions moved by small angles, exact at the poles and across RA 0."""
+    return propagate(ra, dec, east_arcsec * 1000.0, north_arcsec * 1000.0, 1.0)
+
+
+def make_stars(plates: Plates, plate: IntArray, u: Draws, normal: Draws, uncovered: float) -> Stars:
+    """Make stars from random numbers.
 
     Parameters
     ----------
-    number, kind : ndarray of int64, shape (n,)
-        Star numbers; kinds of the plates they belong to.
-    centre : pair of ndarray of float64, shape (n,), deg
-        Centre of each star's plate; the place of a special star.
-    uniform, normal : mapping of str to ndarray, shape (n,)
-        Random numbers, named as in `UNIFORMS` and `NORMALS`.
+    plates : Plates
+    plate : ndarray of int64, shape (n,)
+        Plate of each star, all stars of every plate that occurs.
+    u, normal : mapping of str to ndarray of float64, shape (n,)
+        Uniform and normal random numbers by the names in `UNIFORMS` and `NORMALS`.
     uncovered : float
         Share of the LAMOST stars in regions that the references avoid (see `references_avoid`).
     """
+    number = plates.first_star[plate[0]] + np.arange(len(plate))
+    kind, ra, dec = plates.kind[plate], plates.ra[plate], plates.dec[plate]
     special = kind == SPECIAL
-    teff, logg, feh, thin = _labels(kind, uniform, normal, uncovered)
+    teff, logg, feh, population = _labels(kind, u, normal, uncovered)
     giant = logg < 3.5
     mass = np.where(giant, 1.15, (teff / 5772.0) ** 1.5) * np.exp(
         np.where(giant, 0.15, 0.05) * normal["mass"]
@@ -262,12 +415,12 @@ def make_stars(
         - (0.06 + 6.7e-5 * d_teff - 6.6e-8 * d_teff**2)
     )  # fmt: skip
     wanted = _FAINT_G[kind] + np.where(giant & (kind == LAMOST), -0.8, 0.0)
-    wanted = np.maximum(wanted + _DEPTH_G[kind] * np.log(1.0 - uniform["magnitude"]), 8.3)
+    wanted = np.maximum(wanted + _DEPTH_G[kind] * np.log(1.0 - u["magnitude"]), 8.3)
 
-    angle = 2.0 * np.pi * uniform["angle"]
-    reach = 3600.0 * PLATE_RADIUS[kind] * np.sqrt(uniform["radius"])
-    ra, dec = shifted(centre[0], centre[1], reach * np.cos(angle), reach * np.sin(angle))
-    ra, dec = np.where(special, centre[0], ra), np.where(special, centre[1], dec)
+    angle = 2.0 * np.pi * u["angle"]
+    reach = 3600.0 * _PLATE_RADIUS[kind] * np.sqrt(u["radius"])
+    ra, dec = _shifted(ra, dec, reach * np.cos(angle), reach * np.sin(angle))
+    ra[special], dec[special] = _SPECIAL[number[special], :2].T
 
     sin_b = np.abs(unit_vectors(ra, dec) @ _TO_GALACTIC[2]) + 0.02
     dust = np.exp(0.3 * normal["ebv"])
@@ -277,37 +430,22 @@ def make_stars(
     ebv = _reddening(distance, sin_b, dust)
     g = absolute + 5.0 * np.log10(distance) - 5.0 + 2.7 * ebv
     # Unresolved companions make a tenth of the dwarfs brighter.
-    g -= np.where((uniform["binary"] < 0.1) & ~giant, 7.0 * uniform["binary"], 0.0)
+    g -= np.where((u["binary"] < 0.1) & ~giant, 7.0 * u["binary"], 0.0)
     colour = 2.31 * 5040.0 / teff - 1.16 + 0.04 * feh + 1.3 * ebv
 
-    speed = np.where(thin == 0, 35.0, np.where(thin == 1, 65.0, 150.0))
-    to_pm = speed * 1000.0 / (4.74 * distance)  # mas/yr of km/s at pc
+    to_pm = np.array([35.0, 65.0, 150.0])[population] * 1000.0 / (4.74 * distance)  # from km/s
     pmra, pmdec = to_pm * normal["pmra"], to_pm * normal["pmdec"]
-    if special.any():
-        row = number[special]
-        pmra[special], pmdec[special] = _SPECIAL[row, 2], _SPECIAL[row, 3]
-    # As in Gaia, the level-12 HEALPix cell stands in the high bits; a bijection scrambles the rest.
+    pmra[special], pmdec[special] = _SPECIAL[number[special], 2:].T
+    # As in Gaia, the level-12 HEALPix cell is in the high bits; a bijection scrambles the rest.
     scrambled = (number * 25214903917 + 11) & ((1 << 35) - 1)
     gaia = (ang2pix(ra, dec, 12) << 35) | scrambled
     return Stars(
-        number=number,
-        kind=kind,
-        ra=ra,
-        dec=dec,
-        pmra=pmra,
-        pmdec=pmdec,
-        teff=teff,
-        logg=logg,
-        feh=feh,
+        number, kind, ra, dec, pmra, pmdec, teff, logg, feh,
         alpha=np.clip(0.06 - 0.22 * np.clip(feh, -1.0, 0.2) + 0.04 * normal["alpha"], -0.2, 0.5),
-        rv=np.where(thin == 2, 150.0, 32.0) * normal["rv"],
-        distance=distance,
-        ebv=ebv,
-        g=g,
-        bp=g + 0.42 * colour,
-        rp=g - 0.58 * colour,
-        gaia=np.where((uniform["in_gaia"] < 0.015) & ~special, 0, gaia),
-    )
+        rv=np.where(population == 2, 150.0, 32.0) * normal["rv"],
+        distance=distance, ebv=ebv, g=g, bp=g + 0.42 * colour, rp=g - 0.58 * colour,
+        gaia=np.where((u["in_gaia"] < 0.015) & ~special, 0, gaia),
+    )  # fmt: skip
 
 
 def _reddening(distance: FloatArray, sin_b: FloatArray, dust: FloatArray) -> FloatArray:
@@ -317,75 +455,64 @@ def _reddening(distance: FloatArray, sin_b: FloatArray, dust: FloatArray) -> Flo
 
 
 def _labels(
-    kind: IntArray,
-    uniform: Mapping[str, FloatArray],
-    normal: Mapping[str, FloatArray],
-    uncovered: float,
+    kind: IntArray, u: Draws, normal: Draws, uncovered: float
 ) -> tuple[FloatArray, FloatArray, FloatArray, IntArray]:
     """True Teff, log g, [Fe/H], and the population (0 thin, 1 thick disc, 2 halo)."""
-    u, v = uniform["component"], uniform["along"]
     extra = np.where(kind == LAMOST, uncovered, 0.0)
     cumulative = np.cumsum(_SHARES, axis=1)
     cumulative /= cumulative[:, -1:]
-    edges = extra[:, None] + (1.0 - extra[:, None]) * cumulative[_TO_KIND[kind], :-1]
-    component = (u[:, None] > edges).sum(axis=1)
-    avoided = u < extra
-    rest = np.where(avoided, u / np.where(extra > 0, extra, 1.0), 0.0)
+    edges = extra[:, None] + (1.0 - extra[:, None]) * cumulative[_SHARES_OF_KIND[kind], :-1]
+    component = (u["component"][:, None] > edges).sum(axis=1)
+    # The stars that the references avoid: half of A type, 40 % cool dwarfs, 10 % metal-poor.
+    avoided = u["component"] < extra
+    rest = np.where(avoided, u["component"] / np.where(extra > 0, extra, 1.0), 0.0)
+    a_type, poor = avoided & (rest <= 0.5), avoided & (rest > 0.9)
+    cool = avoided & ~a_type & ~poor
 
-    population = (uniform["population"] > 0.78).astype(np.int64) + (uniform["population"] > 0.965)
+    population = (u["population"] > 0.78).astype(np.int64) + (u["population"] > 0.965)
     mean = np.array([-0.10, -0.50, -1.30])[population]
     feh = mean + np.array([0.17, 0.24, 0.45])[population] * normal["feh"]
     halo = (component == _COMPONENTS.index("halo")) & ~avoided
-    population[halo] = 2
     feh[halo] = -1.55 - 0.45 * np.abs(normal["feh"][halo])
     feh = np.clip(feh, -2.65, 0.55)
-    first_poor = avoided & (rest > 0.9)
-    population[first_poor] = 2
-    feh[first_poor] = -2.72 - 0.35 * np.abs(normal["feh"][first_poor])
+    feh[poor] = -2.72 - 0.35 * np.abs(normal["feh"][poor])
+    population[halo | poor] = 2
 
-    def giant_branch(g: FloatArray, m: FloatArray) -> FloatArray:
-        return 4750.0 + 430.0 * (g - 2.5) - 330.0 * np.maximum(m, -2.2)
-
-    teff, logg = np.empty_like(u), np.empty_like(u)
+    teff, logg = np.empty_like(feh), np.empty_like(feh)
     for index, name in enumerate(_COMPONENTS):
-        rows = np.flatnonzero((component == index) & ~(avoided & ~first_poor))
-        x, m, a, b = v[rows], feh[rows], normal["teff"][rows], normal["logg"][rows]
-        if name == "dwarf":
-            t = 4120.0 + 2550.0 * x**0.75
-            g = _main_sequence(t) - 0.07 * np.abs(b)
-        elif name == "subgiant":
-            turn_off = np.minimum(6150.0 - 280.0 * m, 6750.0)
-            t = turn_off + (5050.0 - 200.0 * m - turn_off) * x**1.6 + 60.0 * a
-            g = 4.15 - 0.6 * x + 0.05 * b
-        elif name in ("rgb", "halo", "tip"):
-            g = 1.0 - 1.1 * x**1.3 if name == "tip" else 3.55 - 2.8 * x**1.7 + 0.03 * b
-            t = giant_branch(g, m) + 60.0 * a
-        elif name == "clump":
-            t = 4820.0 - 260.0 * m + 70.0 * a
-            g = 2.42 + 0.07 * b
-        else:
-            t = 6670.0 + 1230.0 * x**1.4
-            g = _main_sequence(t) + 0.08 - 0.25 * np.abs(b)
-        teff[rows], logg[rows] = t, g
-    a_type = np.flatnonzero(avoided & (rest <= 0.5))
-    teff[a_type] = HOT_LIMIT + 10.0 + 2300.0 * v[a_type] ** 1.5
+        rows = np.flatnonzero((component == index) & ~(a_type | cool))
+        drawn = u["along"][rows], feh[rows], normal["teff"][rows], normal["logg"][rows]
+        teff[rows], logg[rows] = _component(name, *drawn)
+    along = u["along"]
+    teff[a_type] = _HOT_LIMIT + 10.0 + 2300.0 * along[a_type] ** 1.5
     logg[a_type] = 4.05 - 0.25 * np.abs(normal["logg"][a_type])
-    cool = np.flatnonzero(avoided & (rest > 0.5) & ~first_poor)
-    teff[cool] = COOL_LIMIT - 10.0 - 400.0 * v[cool]
+    teff[cool] = _COOL_LIMIT - 10.0 - 400.0 * along[cool]
     logg[cool] = 4.68 + 0.04 * normal["logg"][cool]
-    keep_below = np.where(avoided & ~first_poor, np.inf, HOT_LIMIT)
-    keep_above = np.where(avoided | (logg < 3.5), 3450.0, 4110.0)
-    teff = np.clip(teff, keep_above, keep_below)
-    return teff, np.clip(logg, -0.3, 5.2), feh, population
+    below = np.where(a_type | cool, np.inf, _HOT_LIMIT)
+    above = np.where(avoided | (logg < 3.5), 3450.0, 4110.0)
+    return np.clip(teff, above, below), np.clip(logg, -0.3, 5.2), feh, population
+
+
+def _component(
+    name: str, x: FloatArray, m: FloatArray, a: FloatArray, b: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Teff and log g along a component (0 <= x < 1) of [Fe/H] ``m``, with normal scatter."""
+    if name == "dwarf":
+        t = 4120.0 + 2550.0 * x**0.75
+        return t, _main_sequence(t) - 0.07 * np.abs(b)
+    if name == "hot":
+        t = 6670.0 + 1230.0 * x**1.4
+        return t, _main_sequence(t) + 0.08 - 0.25 * np.abs(b)
+    if name == "subgiant":
+        turn_off = np.minimum(6150.0 - 280.0 * m, 6750.0)
+        t = turn_off + (5050.0 - 200.0 * m - turn_off) * x**1.6 + 60.0 * a
+        return t, 4.15 - 0.6 * x + 0.05 * b
+    if name == "clump":
+        return 4820.0 - 260.0 * m + 70.0 * a, 2.42 + 0.07 * b
+    g = 1.0 - 1.1 * x**1.3 if name == "tip" else 3.55 - 2.8 * x**1.7 + 0.03 * b
+    return 4750.0 + 430.0 * (g - 2.5) - 330.0 * np.maximum(m, -2.2) + 60.0 * a, g
 
 
 def _main_sequence(teff: FloatArray) -> FloatArray:
     x = (teff - 5000.0) / 1000.0
     return np.asarray(4.58 - 0.10 * x - 0.08 * np.minimum(x, 2.0) ** 2)
-
-
-def visible_distance(stars: Stars, normal: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Parallax error (mas) by G, and a distance (pc) with the error that follows from it."""
-    error = 0.02 * 10.0 ** (0.2 * np.clip(stars.g - 14.0, 0.0, 5.0))
-    fraction = np.clip(error * stars.distance / 1000.0, 0.005, 0.3)
-    return error, stars.distance * np.exp(fraction * normal)

@@ -178,7 +178,13 @@ class Stage(Generic[S]):
 
     # The same for all.
 
-    def run(
+    def run(self, directory: str | Path, **options: Any) -> Manifest:
+        """Make the output, or finish it: `attempt` where no other process makes parts of it."""
+        made = self.attempt(directory, **options)
+        assert made is not None, f"parts of {directory} are missing"
+        return made
+
+    def attempt(
         self,
         directory: str | Path,
         *,

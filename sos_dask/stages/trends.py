@@ -111,7 +111,7 @@ class Trends(Stage[TrendSettings]):
         groups: dict[str, tuple[Axis, ...]] = {name: (axis,) for name, axis in by_name.items()}
         if by_name.keys() >= set(PLANE):
             groups[_PLANE_KEY] = tuple(by_name[name] for name in PLANE)
-        (common,) = run.parts("common", {"common": None}, self.common)
+        (common,) = run.parts("common", {"common": None}, self.common, "common stars")
         done = run.parts("trends", groups, self.trends_of)
         lines = [key for key in groups if key != _PLANE_KEY]
         planes = [key for key in groups if key == _PLANE_KEY]

@@ -1,4 +1,4 @@
-"""Directories that are either complete or resumable: atomic files, records, manifests.
+"""Directories that are either complete or resumable: atomic files, Parquet files, records.
 
 An output directory is complete when ``manifest.json`` exists; it is written last. Until then the
 hidden ``.work`` folder holds one small record for every finished part, so that a killed run goes on
@@ -17,10 +17,17 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sos_dask.errors import CatalogError, ConfigError, StorageError
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sos_dask.errors import CatalogError, ConfigError, PartitionError, StorageError
+from sos_dask.schema import HEALPIX_COLUMN, LABELS, described
 from sos_dask.storage.manifest import (
     MANIFEST,
     WORK,
@@ -50,6 +57,8 @@ __all__ = [
     "write_text",
 ]
 REJECTED = "rejected.parquet"
+ROW_GROUP_ROWS = 1 << 15
+_WITH_BOUNDS = (HEALPIX_COLUMN, "ra", "dec", "pmra", "pmdec", "position_epoch", *LABELS)
 
 
 @contextlib.contextmanager
@@ -103,6 +112,156 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, "utf-8")
+
+
+# -- Parquet files --------------------------------------------------------------------------------
+
+
+def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
+    """Arguments of `pyarrow.parquet.write_table` that suit catalogs.
+
+    Measured on LAMOST rows: integers as differences, floats with the bytes of equal significance
+    side by side, and LZ4 take 0.7 times the CPU time of plain values under zstd to write, 0.6 times
+    to read, and as many bytes. Dictionary encoding is for text alone: of numbers it costs several
+    times the time and more bytes. Bounds of row groups are kept of positions, motions and labels
+    alone: those of all columns would take a tenth of the time to write. Pages have checksums, so
+    that damage is seen where it is read; they take a tenth of the time, too.
+    """
+    encodings = {}
+    for item in schema:
+        if pa.types.is_integer(item.type):
+            encodings[item.name] = "DELTA_BINARY_PACKED"
+        elif pa.types.is_floating(item.type):
+            encodings[item.name] = "BYTE_STREAM_SPLIT"
+    return {
+        "row_group_size": ROW_GROUP_ROWS,
+        "write_batch_size": ROW_GROUP_ROWS,  # the same bytes in less time than in small steps
+        "compression": "lz4",
+        "write_page_checksum": True,
+        "use_dictionary": [item.name for item in schema if pa.types.is_string(item.type)],
+        "column_encoding": encodings,
+        "write_statistics": [name for name in _WITH_BOUNDS if name in schema.names],
+    }
+
+
+def write_parquet(table: pa.Table, path: Path) -> int:
+    """Write a table the way all partitions are written; returns its rows."""
+    table = table.replace_schema_metadata(described(table.schema).metadata)
+    pq.write_table(table, path, **parquet_settings(table.schema))
+    return int(table.num_rows)
+
+
+@contextlib.contextmanager
+def partition_errors(path: Path) -> Iterator[None]:
+    """Turn a failed read of a Parquet file into a `PartitionError` that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise PartitionError(
+            f"partition {path} is missing", "Remove its catalog and make it again."
+        ) from None
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+        raise PartitionError(
+            f"partition {path} cannot be read: {error}",
+            "The file is damaged: remove its catalog and make it again.",
+        ) from error
+
+
+@contextlib.contextmanager
+def open_parquet(
+    path: Path, footer: pq.FileMetaData | None = None, coded: Sequence[str] = ()
+) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file whose pages are compared with their checksums.
+
+    Parameters
+    ----------
+    path : Path
+    footer : pyarrow.parquet.FileMetaData, optional
+        Default that of the file.
+    coded : sequence of str
+        Columns of text that are read as codes and their dictionary.
+
+    Raises
+    ------
+    PartitionError
+        The file is missing or damaged.
+    """
+    # Without a buffer for all columns together: measured, it costs a quarter of the time.
+    with (
+        partition_errors(path),
+        pa.OSFile(str(path)) as source,
+        pq.ParquetFile(
+            source,
+            metadata=footer or footer_of(path),
+            pre_buffer=False,
+            read_dictionary=coded,
+            page_checksum_verification=True,
+        ) as file,
+    ):
+        yield file
+
+
+def taken(file: pq.ParquetFile, rows: NDArray[np.int64], columns: Sequence[str]) -> list[pa.Table]:
+    """Read some rows of a file, ascending, each once; row groups without any are not read."""
+    tables, first = [], 0
+    for number in range(file.metadata.num_row_groups):
+        n_rows = file.metadata.row_group(number).num_rows
+        low, high = np.searchsorted(rows, (first, first + n_rows))
+        if low < high:
+            table = file.read_row_group(number, list(columns), use_threads=False)
+            if high - low < n_rows:
+                table = table.take(pa.array(rows[low:high] - first))
+            tables.append(table)
+        first += n_rows
+    return tables
+
+
+def footer_of(path: Path, sha256: str = "") -> pq.FileMetaData:
+    """Footer of a file; the last few are kept, for tasks read their partitions in several steps.
+
+    Raises
+    ------
+    OSError
+        It is damaged, or does not have the SHA-256 that is given.
+    """
+    found = path.stat()
+    return _kept_footer(str(path), found.st_mtime_ns, found.st_size, sha256)
+
+
+@lru_cache(maxsize=16)
+def _kept_footer(path: str, stamp: int, size: int, sha256: str) -> pq.FileMetaData:
+    content = footer_bytes(Path(path))
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise OSError("its footer is not the one that was written")
+    return pq.read_metadata(pa.BufferReader(content))
+
+
+def row_group_bounds(footer: pq.FileMetaData, column: str) -> list[tuple[Any, Any]]:
+    """Minimum and maximum of a column in each row group; (None, None) where all is null.
+
+    Raises
+    ------
+    PartitionError
+        The footer holds no statistics although there are values.
+    """
+    index = footer.schema.names.index(column) if column in footer.schema.names else -1
+    if index < 0:
+        raise PartitionError(f"a partition has no column '{column}'")
+    out: list[tuple[Any, Any]] = []
+    for number in range(footer.num_row_groups):
+        statistics = footer.row_group(number).column(index).statistics
+        if statistics is not None and statistics.has_min_max:
+            out.append((statistics.min, statistics.max))
+        elif statistics is not None and statistics.null_count == footer.row_group(number).num_rows:
+            out.append((None, None))
+        elif column == HEALPIX_COLUMN:
+            out.append((0, (12 << 58) - 1))  # unknown: anywhere
+        else:
+            raise PartitionError(f"a partition has no statistics of column '{column}'")
+    return out
+
+
+# -- outputs --------------------------------------------------------------------------------------
 
 
 def _finished_files(directory: Path) -> Iterator[Path]:

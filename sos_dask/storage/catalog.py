@@ -8,10 +8,9 @@ a pixel under ``dataset/Norder=K/Dir=D/Npix=N.parquet``, sorted by ``_healpix_29
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -24,20 +23,35 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.errors import CatalogError, ConfigError, PartitionError
-from sos_dask.schema import HEALPIX_COLUMN, KEYS, LABELS, described, nearest
+from sos_dask.schema import HEALPIX_COLUMN, KEYS, described, nearest
 from sos_dask.sky.healpix import HealpixPixel, Ranges
-from sos_dask.storage.artifact import MANIFEST, WORK, FileRecord, Manifest, Output, write_text
-from sos_dask.storage.manifest import footer_bytes, sha256_of_file
+from sos_dask.storage.artifact import (
+    Output,
+    footer_of,
+    open_parquet,
+    partition_errors,
+    row_group_bounds,
+    taken,
+    write_parquet,
+    write_text,
+)
+from sos_dask.storage.manifest import MANIFEST, WORK, FileRecord, Manifest, sha256_of_file
 
+__all__ = [
+    "Catalog",
+    "partition_errors",
+    "partition_path",
+    "write_catalog_metadata",
+    "write_collection",
+    "write_parquet",
+    "write_partition",
+]
 BUILDER = "sos-dask"
 PROPERTIES = "hats.properties"
 COLLECTION = "collection.properties"
 PARTITION_INFO = "partition_info.csv"
 COMMON_METADATA = "dataset/_common_metadata"
 NOT_A_CATALOG = "Ask who made it, or make it again with hats-import or LSDB."
-ROW_GROUP_ROWS = 1 << 15
-
-_WITH_BOUNDS = (HEALPIX_COLUMN, "ra", "dec", "pmra", "pmdec", "position_epoch", *LABELS)
 
 
 # -- folders of catalogs --------------------------------------------------------------------------
@@ -50,23 +64,29 @@ def partition_path(pixel: HealpixPixel) -> str:
 
 
 def properties_file(path: Path) -> Path:
-    """Path of the properties of a catalog; HATS of 2024 named them otherwise."""
+    """Path of the properties of a catalog, which HATS of 2024 named otherwise."""
     old = path / "properties"
     return old if old.is_file() and not (path / PROPERTIES).is_file() else path / PROPERTIES
 
 
-def require_sources(path: Path, properties: Mapping[str, str]) -> None:
-    """Refuse a HATS product that is not a list of stars or observations."""
+def require_kind(path: Path, properties: Mapping[str, str], *kinds: str) -> None:
+    """Refuse a HATS product that is of none of these kinds.
+
+    Parameters
+    ----------
+    path : Path
+        Its folder.
+    properties : mapping of str to str
+    kinds : str
+        Values of ``dataproduct_type``.
+    """
     kind = properties.get("dataproduct_type", "object").lower()
-    if kind not in ("object", "source"):
-        of = [
-            properties[name]
-            for name in ("hats_primary_table_url", "hats_assn_join_table_url")
-            if name in properties
-        ]
+    if kind not in kinds:
+        names = ("hats_primary_table_url", "hats_assn_join_table_url")
+        of = " or ".join(properties[name] for name in names if name in properties)
         raise CatalogError(
             f"{path}: its dataproduct_type is {kind}: a catalog of stars or observations is needed",
-            f"Give the catalog that it belongs to: {' or '.join(of)}." if of else "",
+            f"Give the catalog that it belongs to: {of}." if of else "",
         )
 
 
@@ -111,61 +131,25 @@ def primary_of(collection: Path) -> str:
     return name
 
 
-def listed(path: Path) -> list[dict[str, str]]:
-    """Lines of ``partition_info.csv``, none where it is missing."""
+def listed(path: Path) -> list[tuple[HealpixPixel, str]]:
+    """Read ``partition_info.csv``: pixels with the rows that it states, if any.
+
+    Empty where the file is missing.
+    """
     info = path / PARTITION_INFO
     try:
         with info.open(newline="") as file:
-            return list(csv.DictReader(file))
+            return [
+                (HealpixPixel(int(row["Norder"]), int(row["Npix"])), row.get("num_rows") or "")
+                for row in csv.DictReader(file)
+            ]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error, ConfigError) as error:
         raise CatalogError(f"{info} cannot be read: {error!r}") from None
 
 
-def pixel_of(row: Mapping[str, str], path: Path) -> HealpixPixel:
-    """Pixel of a line of the ``partition_info.csv`` of a catalog."""
-    try:
-        return HealpixPixel(int(row["Norder"]), int(row["Npix"]))
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CatalogError(f"{path / PARTITION_INFO} cannot be read: {error!r}") from None
-
-
 # -- writing --------------------------------------------------------------------------------------
-
-
-def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
-    """Arguments of `pyarrow.parquet.write_table` that suit catalogs.
-
-    Measured on LAMOST rows: integers as differences, floats with the bytes of equal significance
-    side by side, and LZ4 take 0.7 times the CPU time of plain values under zstd to write, 0.6 times
-    to read, and as many bytes. Dictionary encoding is for text alone: of numbers it costs several
-    times the time and more bytes. Bounds of row groups are kept of positions, motions and labels
-    alone: those of all columns would take a tenth of the time to write. Pages have checksums, so
-    that damage is seen where it is read; they take a tenth of the time, too.
-    """
-    encodings = {}
-    for item in schema:
-        if pa.types.is_integer(item.type):
-            encodings[item.name] = "DELTA_BINARY_PACKED"
-        elif pa.types.is_floating(item.type):
-            encodings[item.name] = "BYTE_STREAM_SPLIT"
-    return {
-        "row_group_size": ROW_GROUP_ROWS,
-        "write_batch_size": ROW_GROUP_ROWS,  # the same bytes in less time than in small steps
-        "compression": "lz4",
-        "write_page_checksum": True,
-        "use_dictionary": [item.name for item in schema if pa.types.is_string(item.type)],
-        "column_encoding": encodings,
-        "write_statistics": [name for name in _WITH_BOUNDS if name in schema.names],
-    }
-
-
-def write_parquet(table: pa.Table, path: Path) -> int:
-    """Write a table the way all partitions are written; returns its rows."""
-    table = table.replace_schema_metadata(described(table.schema).metadata)
-    pq.write_table(table, path, **parquet_settings(table.schema))
-    return int(table.num_rows)
 
 
 def write_partition(
@@ -210,14 +194,12 @@ def write_catalog_metadata(
     # Breadth first, as hats sorts them.
     writer.writerows(sorted((pixel.order, pixel.pixel) for pixel in pixels))
 
-    def save_schema(path: Path) -> int:
-        pq.write_metadata(described(schema), path)
-        return 0
-
+    common = io.BytesIO()
+    pq.write_metadata(described(schema), common)
     return (
         output.write_bytes(root + PROPERTIES, f"# HATS catalog\n{text}".encode()),
         output.write_bytes(root + PARTITION_INFO, info.getvalue().encode()),
-        output.write_file(root + COMMON_METADATA, save_schema),
+        output.write_bytes(root + COMMON_METADATA, common.getvalue()),
     )
 
 
@@ -233,20 +215,13 @@ def write_collection(directory: Path, name: str, primary: str, margins: Sequence
 # -- reading --------------------------------------------------------------------------------------
 
 
-@contextmanager
-def partition_errors(path: Path) -> Iterator[None]:
-    """Turn a failed read of a Parquet file into a `PartitionError` that names it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise PartitionError(
-            f"partition {path} is missing", "Remove its catalog and make it again."
-        ) from None
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
-        raise PartitionError(
-            f"partition {path} cannot be read: {error}",
-            "The file is damaged: remove its catalog and make it again.",
-        ) from error
+def first_schema(path: Path, *files: Path) -> pa.Schema:
+    """Read the schema of the first file of a catalog that is there, without its metadata."""
+    for file in files:
+        if file.is_file():
+            with partition_errors(file):
+                return pq.read_schema(file).remove_metadata()
+    raise CatalogError(f"{path} has no partitions and no schema", NOT_A_CATALOG)
 
 
 @dataclass(frozen=True)
@@ -292,7 +267,7 @@ class Catalog:
             manifest says.
         """
         catalog = cls.read_only(path, key=key, key_name=key_name)
-        require_sources(catalog.path, catalog.properties)
+        require_kind(catalog.path, catalog.properties, "object", "source")
         if catalog.manifest is not None:
             Manifest.checked(catalog.path)
         catalog.check_account()
@@ -305,12 +280,11 @@ class Catalog:
         collection = path / COLLECTION
         if collection.is_file() and not properties_file(path).is_file():
             return cls.read_only(path / primary_of(collection), key=key, key_name=key_name)
-        manifest = None
-        if is_ours(path):
-            manifest = Manifest.load(path)
+        manifest = Manifest.load(path) if is_ours(path) else None
         if not properties_file(path).is_file():
             raise CatalogError(f"{path} is not a catalog: it has no {PROPERTIES}")
         properties = read_properties(properties_file(path))
+        require_kind(path, properties, "object", "source", "margin")  # `verify` reads margins, too
         if key and manifest is not None and key not in KEYS:
             raise CatalogError(
                 f"{path} was made by sos-dask: the key of its rows is not '{key}'",
@@ -320,19 +294,9 @@ class Catalog:
             from sos_dask.storage.foreign import open_foreign
 
             return open_foreign(path, properties, key, key_name)
-        pixels = [pixel_of(row, path) for row in listed(path)]
-        pixels.sort(key=lambda pixel: pixel.first)
-        common = path / COMMON_METADATA
-        if common.is_file():
-            with partition_errors(common):
-                schema = pq.read_schema(common)
-        elif pixels:
-            first = path / partition_path(pixels[0])
-            with partition_errors(first):
-                schema = pq.read_schema(first)
-        else:
-            raise CatalogError(f"{path} has no partitions and no schema")
-        return cls(path, tuple(pixels), schema.remove_metadata(), properties, manifest)
+        pixels = sorted((pixel for pixel, _ in listed(path)), key=lambda pixel: pixel.first)
+        files = [path / name for name in (COMMON_METADATA, *map(partition_path, pixels[:1]))]
+        return cls(path, tuple(pixels), first_schema(path, *files), properties, manifest)
 
     def check_account(self) -> None:
         """Compare the list of partitions, the manifest's rows and ``hats_nrows``.
@@ -450,37 +414,12 @@ class Catalog:
         """
         text = _text_of_few_values(self._footer(pixel)) if coded else []
         with self._opened(pixel, text) as file:
-            table = file.read(columns=columns, use_threads=False)
-            if columns is None or len(columns):
-                self._require_rows(pixel, table.num_rows)
-            return table
+            return file.read(columns=columns, use_threads=False)
 
-    def _require_rows(self, pixel: HealpixPixel, n_rows: int) -> None:
-        """Raise `PartitionError` unless a partition has the rows that the manifest states."""
-        stated = self.stated.get(partition_path(pixel))
-        if stated is not None and stated.rows != n_rows:
-            raise PartitionError(
-                f"partition {self.partition_file(pixel)} has {n_rows} rows, the manifest states "
-                f"{stated.rows}",
-                "Remove its catalog and make it again.",
-            )
-
-    @contextmanager
-    def _opened(self, pixel: HealpixPixel, coded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-        path, footer = self.partition_file(pixel), self._footer(pixel)
-        # Without a buffer for all columns together: measured, it costs a quarter of the time.
-        with (
-            partition_errors(path),
-            pa.OSFile(str(path)) as source,
-            pq.ParquetFile(
-                source,
-                metadata=footer,
-                pre_buffer=False,
-                read_dictionary=coded,
-                page_checksum_verification=True,
-            ) as file,
-        ):
-            yield file
+    def _opened(
+        self, pixel: HealpixPixel, coded: Sequence[str] = ()
+    ) -> AbstractContextManager[pq.ParquetFile]:
+        return open_parquet(self.partition_file(pixel), self._footer(pixel), coded)
 
     def rows_in(
         self,
@@ -511,7 +450,7 @@ class Catalog:
             The partition is damaged, or not sorted on the sky.
         """
         found = [np.empty(0, dtype=np.int64)]
-        starts, stops = _edges(ranges)
+        starts, stops = edges_of(ranges)
         with self._opened(pixel) as file:
             first = 0
             for number, (low, high) in enumerate(row_group_bounds(file.metadata, HEALPIX_COLUMN)):
@@ -524,7 +463,7 @@ class Catalog:
                     else:
                         group = file.read_row_group(number, [HEALPIX_COLUMN], use_threads=False)
                         cells = self._in_order(pixel, group)
-                        rows = _between(cells, starts, stops)
+                        rows = rows_between(cells, starts, stops)
                         if wanted is not None:
                             rows = rows[wanted(cells[rows])]
                         found.append(first + rows)
@@ -557,18 +496,8 @@ class Catalog:
         rows : ndarray of int64
             Row numbers, ascending, each once.
         """
-        tables = []
         with self._opened(pixel) as file:
-            first = 0
-            for number in range(file.metadata.num_row_groups):
-                n_rows = file.metadata.row_group(number).num_rows
-                low, high = np.searchsorted(rows, (first, first + n_rows))
-                if low < high:
-                    table = file.read_row_group(number, list(columns), use_threads=False)
-                    if high - low < n_rows:
-                        table = table.take(pa.array(rows[low:high] - first))
-                    tables.append(table)
-                first += n_rows
+            tables = taken(file, rows, columns)
         return pa.concat_tables(tables or [self._no_rows(columns)])
 
     def _no_rows(self, columns: Sequence[str]) -> pa.Table:
@@ -576,19 +505,16 @@ class Catalog:
 
     def overlapping(self, ranges: Ranges) -> list[HealpixPixel]:
         """Partitions that meet one of the ranges (sorted, disjoint), in the order of the sky."""
-        starts, stops = _edges(ranges)
-        at = np.searchsorted(stops, self._firsts, side="right")
+        starts, stops = edges_of(ranges)
+        firsts, lasts = self._edges
+        at = np.searchsorted(stops, firsts, side="right")
         meets = at < len(starts)
-        meets[meets] = starts[at[meets]] < self._stops[meets]
+        meets[meets] = starts[at[meets]] < lasts[meets]
         return [self.pixels[number] for number in np.flatnonzero(meets)]
 
     @cached_property
-    def _firsts(self) -> NDArray[np.int64]:
-        return np.array([pixel.first for pixel in self.pixels], dtype=np.int64)
-
-    @cached_property
-    def _stops(self) -> NDArray[np.int64]:
-        return np.array([pixel.stop for pixel in self.pixels], dtype=np.int64)
+    def _edges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return edges_of([(pixel.first, pixel.stop) for pixel in self.pixels])
 
     def read_ranges(self, ranges: Ranges, columns: Sequence[str]) -> pa.Table:
         """Rows whose ``_healpix_29`` lies in one of the half-open ranges (sorted, disjoint).
@@ -645,51 +571,30 @@ class Catalog:
         path = self.partition_file(pixel)
         stated = self.stated.get(partition_path(pixel))
         with partition_errors(path):
-            footer = _footer_of(path, "" if stated is None else stated.footer)
-        self._require_rows(pixel, footer.num_rows)
+            footer = footer_of(path, "" if stated is None else stated.footer)
+        if stated is not None and stated.rows != footer.num_rows:
+            raise PartitionError(
+                f"partition {path} has {footer.num_rows} rows, the manifest states {stated.rows}",
+                "Remove its catalog and make it again.",
+            )
         return footer
 
 
-def _edges(ranges: Ranges) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Starts and stops of ranges."""
+def edges_of(ranges: Ranges) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split ranges into their starts and their stops."""
     return (
         np.array([first for first, _ in ranges], dtype=np.int64),
         np.array([stop for _, stop in ranges], dtype=np.int64),
     )
 
 
-def _between(
+def rows_between(
     cells: NDArray[np.int64], starts: NDArray[np.int64], stops: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Places of ascending cells that lie between the starts and stops."""
+    """Find the places of ascending cells that lie between starts and stops."""
     low, high = np.searchsorted(cells, starts), np.searchsorted(cells, stops)
     count = high - low
     return np.arange(count.sum()) + np.repeat(high - np.cumsum(count), count)
-
-
-def row_group_bounds(footer: pq.FileMetaData, column: str) -> list[tuple[Any, Any]]:
-    """Minimum and maximum of a column in each row group; (None, None) where all is null.
-
-    Raises
-    ------
-    PartitionError
-        The footer holds no statistics although there are values.
-    """
-    index = footer.schema.names.index(column) if column in footer.schema.names else -1
-    if index < 0:
-        raise PartitionError(f"a partition has no column '{column}'")
-    out: list[tuple[Any, Any]] = []
-    for number in range(footer.num_row_groups):
-        statistics = footer.row_group(number).column(index).statistics
-        if statistics is not None and statistics.has_min_max:
-            out.append((statistics.min, statistics.max))
-        elif statistics is not None and statistics.null_count == footer.row_group(number).num_rows:
-            out.append((None, None))
-        elif column == HEALPIX_COLUMN:
-            out.append((0, (12 << 58) - 1))  # unknown: anywhere
-        else:
-            raise PartitionError(f"a partition has no statistics of column '{column}'")
-    return out
 
 
 def _text_of_few_values(footer: pq.FileMetaData) -> list[str]:
@@ -702,20 +607,6 @@ def _text_of_few_values(footer: pq.FileMetaData) -> list[str]:
         if chunk.physical_type == "BYTE_ARRAY"
         and chunk.total_uncompressed_size <= 2 * chunk.num_values
     ]
-
-
-def _footer_of(path: Path, sha256: str) -> pq.FileMetaData:
-    """Footer of a file; the last few are kept, for tasks read their partitions in several steps."""
-    found = path.stat()
-    return _kept_footer(str(path), found.st_mtime_ns, found.st_size, sha256)
-
-
-@lru_cache(maxsize=16)
-def _kept_footer(path: str, stamp: int, size: int, sha256: str) -> pq.FileMetaData:
-    content = footer_bytes(Path(path))
-    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
-        raise OSError("its footer is not the one that was written")
-    return pq.read_metadata(pa.BufferReader(content))
 
 
 @lru_cache(maxsize=8)

@@ -37,23 +37,21 @@ from sos_dask.sky.healpix import (
     centre,
     with_neighbours,
 )
-from sos_dask.storage.artifact import Recipe
+from sos_dask.sky.sphere import unit_vectors
+from sos_dask.storage.artifact import Recipe, footer_of, open_parquet, partition_errors, taken
 from sos_dask.storage.catalog import (
     COMMON_METADATA,
     NOT_A_CATALOG,
     PARTITION_INFO,
     PROPERTIES,
     Catalog,
-    _between,
-    _edges,
-    _footer_of,
+    edges_of,
+    first_schema,
     listed,
-    partition_errors,
     partition_path,
-    pixel_of,
     properties_file,
     read_properties,
-    require_sources,
+    rows_between,
 )
 from sos_dask.storage.manifest import sha256_of_file
 
@@ -138,18 +136,17 @@ class ForeignCatalog(Catalog):
     @property
     def has_our_columns(self) -> bool:
         """Whether columns have the same names and types in the files as here."""
-        return all(map(self._has_our_columns, self.files.values()))
-
-    def _has_our_columns(self, files: tuple[Path, ...]) -> bool:
-        for file in files:
-            with partition_errors(file):
-                if not pq.read_schema(file).remove_metadata().equals(self.schema):
-                    return False
-        return True
+        return all(
+            first_schema(self.path, file).equals(self.schema)
+            for files in self.files.values()
+            for file in files
+        )
 
     def _stands_as_read(self, pixel: HealpixPixel) -> bool:
         files = self.files[pixel]
-        return files == (self.partition_file(pixel),) and self._has_our_columns(files)
+        return files == (self.partition_file(pixel),) and first_schema(self.path, *files).equals(
+            self.schema
+        )
 
     def _require_unique(self, name: str) -> None:
         """Refuse nulls and repeats in a key, some values at a time where there are very many."""
@@ -211,9 +208,7 @@ class ForeignCatalog(Catalog):
                     f"{self.path / PARTITION_INFO} does not list {file.relative_to(self.path)}",
                     NOT_A_CATALOG,
                 )
-        for row in listed(self.path):
-            pixel = pixel_of(row, self.path)
-            n_rows = row.get("num_rows")
+        for pixel, n_rows in listed(self.path):
             if n_rows and n_rows.strip() != str(self.partition_rows(pixel)):
                 raise CatalogError(
                     f"{self.path / PARTITION_INFO} states {n_rows} rows of partition {pixel}, its "
@@ -230,7 +225,7 @@ class ForeignCatalog(Catalog):
         footers = []
         for file in self.files[pixel]:
             with partition_errors(file):
-                footers.append(_footer_of(file, ""))
+                footers.append(footer_of(file))
         return footers
 
     def bounds(self, *columns: str) -> dict[str, tuple[float, float]]:
@@ -277,7 +272,7 @@ class ForeignCatalog(Catalog):
         if self.as_written:
             return super().rows_in(pixel, ranges, wanted=wanted)
         cells = self._order(pixel).cells
-        rows = _between(cells, *_edges(ranges))
+        rows = rows_between(cells, *edges_of(ranges))
         return rows if wanted is None else rows[wanted(cells[rows])]
 
     def cells(self, pixel: HealpixPixel) -> NDArray[np.int64]:
@@ -301,16 +296,11 @@ class ForeignCatalog(Catalog):
         first = 0
         for path in self.files[pixel] if names else ():
             with _opened(path, names) as file:
-                for number in range(file.metadata.num_row_groups):
-                    n_rows = file.metadata.row_group(number).num_rows
-                    low, high = np.searchsorted(sorted_places, (first, first + n_rows))
-                    if low < high:
-                        table = file.read_row_group(number, names, use_threads=False)
-                        table = table.select(names)
-                        if high - low < n_rows:
-                            table = table.take(pa.array(sorted_places[low:high] - first))
-                        tables.append(self._as_ours(table, others))
-                    first += n_rows
+                n_rows = file.metadata.num_rows
+                low, high = np.searchsorted(sorted_places, (first, first + n_rows))
+                for table in taken(file, sorted_places[low:high] - first, names):
+                    tables.append(self._as_ours(table.select(names), others))
+                first += n_rows
         found = pa.concat_tables(tables)
         if order.rows is not None and names:
             place = np.empty(len(rows), dtype=np.int64)
@@ -363,11 +353,10 @@ def open_foreign(
     CatalogError
         Properties, list of partitions or schema are missing, or fit neither each other nor HATS.
     """
-    if properties.get("dataproduct_type") != "margin":  # which `verify` reads
-        require_sources(path, properties)
     files = partitions_of(path, properties)
     pixels = sorted(files, key=lambda pixel: pixel.first)
-    schema, stored = _as_here(_schema_of(path, pixels, files), properties, key, key_name, path)
+    whole = first_schema(path, *(files[pixels[0]][:1] if pixels else [path / COMMON_METADATA]))
+    schema, stored = _as_here(whole, properties, key, key_name, path)
     known = {**properties, "hats_col_ra": "ra", "hats_col_dec": "dec"}  # as the columns are named
     return ForeignCatalog(
         path, tuple(pixels), schema, known, None, key, key_name if key else "", stored, files
@@ -377,30 +366,23 @@ def open_foreign(
 def partitions_of(
     path: Path, properties: Mapping[str, str]
 ) -> dict[HealpixPixel, tuple[Path, ...]]:
-    """Files of each partition; without ``partition_info.csv`` those that are there."""
+    """Find the files of each partition; without ``partition_info.csv`` of those that are there."""
     suffix = properties.get("hats_npix_suffix", ".parquet")
     if suffix != "/" and (not suffix.startswith(".") or "/" in suffix):
         raise CatalogError(f"{path}: {PROPERTIES} states hats_npix_suffix={suffix}")
-    pixels = [pixel_of(row, path) for row in listed(path)]
-    found = {}
-    elsewhere: dict[HealpixPixel, tuple[Path, ...]] | None = None
+    there = _by_numbers(path, suffix)
     if not (path / PARTITION_INFO).is_file():
-        pixels = list(elsewhere := _by_numbers(path))
-    for pixel in pixels:
+        return there
+    found: dict[HealpixPixel, tuple[Path, ...]] = {}
+    for pixel, _ in listed(path):
         if pixel in found:
             raise CatalogError(f"{path / PARTITION_INFO} lists partition {pixel} twice")
-        base = path / partition_path(pixel).removesuffix(".parquet")
-        file = base if suffix == "/" else base.with_name(base.name + suffix)
-        files = (file,) if file.is_file() else tuple(_files_below(file if file.is_dir() else base))
-        if not files:
-            if elsewhere is None:
-                elsewhere = _by_numbers(path)
-            files = elsewhere.get(pixel, ())
-        if not files:
+        if pixel not in there:
             raise PartitionError(
-                f"partition {file} is missing", f"{PARTITION_INFO} lists it. {NOT_A_CATALOG}"
+                f"partition {path / partition_path(pixel)} is missing",
+                f"{PARTITION_INFO} lists it. {NOT_A_CATALOG}",
             )
-        found[pixel] = files
+        found[pixel] = there[pixel]
     return found
 
 
@@ -419,7 +401,7 @@ def data_files(path: Path) -> Iterator[Path]:
         yield from [place] if place.is_file() else _files_below(place)
 
 
-def _by_numbers(path: Path) -> dict[HealpixPixel, tuple[Path, ...]]:
+def _by_numbers(path: Path, suffix: str) -> dict[HealpixPixel, tuple[Path, ...]]:
     """Files of partitions in any tree, by order and pixel in their names.
 
     A wrong guess is refused when rows are read: they lie outside the partition.
@@ -429,25 +411,14 @@ def _by_numbers(path: Path) -> dict[HealpixPixel, tuple[Path, ...]]:
     pattern = r"Norder=(\d+)/.*Npix=(\d+)" if standard else r"(\d+)\D+(\d+)\D*$"
     for file in standard or _files_below(path):
         numbers = re.search(pattern, file.relative_to(path).with_suffix("").as_posix())
-        if numbers is None or not (standard or file.suffix.startswith(".par")):
+        in_folder = standard and file.parent.name.startswith("Npix=")
+        if numbers is None or not (in_folder or file.suffix.startswith((".p", suffix))):
             continue
         order, pixel = int(numbers[1]), int(numbers[2])
         if order <= MAX_ORDER and pixel < 12 * 4**order:
             key = HealpixPixel(order, pixel)
             found[key] = (*found.get(key, ()), file)
     return found
-
-
-def _schema_of(
-    path: Path,
-    pixels: Sequence[HealpixPixel],
-    files: Mapping[HealpixPixel, tuple[Path, ...]],
-) -> pa.Schema:
-    for file in (files[pixels[0]][0] if pixels else path / COMMON_METADATA,):
-        if pixels or file.is_file():
-            with partition_errors(file):
-                return pq.read_schema(file).remove_metadata()
-    raise CatalogError(f"{path} has no partitions and no schema", NOT_A_CATALOG)
 
 
 def _as_here(
@@ -501,13 +472,7 @@ def _type_here(kind: pa.DataType) -> pa.DataType:
 @contextmanager
 def _opened(path: Path, names: Sequence[str]) -> Iterator[pq.ParquetFile]:
     """A file that must have these columns."""
-    with (
-        partition_errors(path),
-        pa.OSFile(str(path)) as source,
-        pq.ParquetFile(
-            source, metadata=_footer_of(path, ""), pre_buffer=False, page_checksum_verification=True
-        ) as file,
-    ):
+    with open_parquet(path) as file:
         for name in names:
             if name not in file.schema_arrow.names:
                 raise PartitionError(f"partition {path} has no column '{name}'")
@@ -584,8 +549,8 @@ def _cells_of(ra: FloatArray, dec: FloatArray, pixel: HealpixPixel, path: Path) 
     outside = (cells < pixel.first) | (cells >= pixel.stop)
     if outside.any():
         rows = np.flatnonzero(outside)
-        middle = _vectors(*centre(pixel))
-        start = _vectors(ra[rows], dec[rows])
+        middle = unit_vectors(*centre(pixel))
+        start = unit_vectors(ra[rows], dec[rows])
         toward = middle - start * (start @ middle.T)
         toward /= np.linalg.norm(toward, axis=1, keepdims=True)
         for pull in _PULLS_ARCSEC:
@@ -603,13 +568,6 @@ def _cells_of(ra: FloatArray, dec: FloatArray, pixel: HealpixPixel, path: Path) 
                 NOT_A_CATALOG,
             )
     return cells
-
-
-def _vectors(ra: FloatArray, dec: FloatArray) -> FloatArray:
-    """Unit vectors, shape (n, 3)."""
-    phi, theta = np.radians(ra), np.radians(dec)
-    x, y = np.cos(theta) * np.cos(phi), np.cos(theta) * np.sin(phi)
-    return np.stack([x, y, np.sin(theta)], axis=1)
 
 
 def _are_cells(stored: pa.ChunkedArray, cells: IntArray) -> bool:

@@ -315,11 +315,11 @@ class Survey(Settings):
         self.columns.update(self.extra)
         return self
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
-    def as_json(self) -> dict[str, Any]:
-        """JSON values of what decides the rows, in a form whose changes can be read."""
-        # A mapping loses its order in JSON: the order of columns is part of the product.
-        return super().as_json | {"column_order": list(self.columns)}
+    def column_order(self) -> list[str]:
+        """Names of the columns: a mapping loses its order in JSON, and it decides the product."""
+        return list(self.columns)
 
     def arrow_schema(self) -> pa.Schema:
         """Schema of the observations: ``_healpix_29``, the survey's columns, then ``quality``.

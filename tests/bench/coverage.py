@@ -33,9 +33,8 @@ from sos_dask.problem import PARAMETERS
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.schema import LABELS
-from sos_dask.simulate import SkySettings, simulate
-from sos_dask.simulate.measurement import difficulty
-from sos_dask.simulate.sky import references_avoid
+from sos_dask.simulate import SkySettings, references_avoid, simulate
+from sos_dask.simulate.surveys import SURVEYS, difficulty
 from sos_dask.stages.evidence import training_pairs
 from sos_dask.stages.overlap import read_overlap
 from sos_dask.storage.artifact import Manifest
@@ -45,11 +44,6 @@ from tests.job import write_job
 Rows = dict[str, NDArray[Any]]
 FloatArray = NDArray[np.float64]
 LEVEL = 0.68
-# Noise of a reference: sqrt(floor^2 + (slope / snr)^2), as in `simulate.tables`.
-_NOISE = {
-    "apogee": ((15.0, 0.03, 0.012), (1200.0, 2.5, 1.2)),
-    "galah": ((25.0, 0.04, 0.03), (1500.0, 2.5, 2.0)),
-}
 _SPACING = np.array([600.0, 0.6, 0.3])  # K, dex, dex that are as far as a factor e of S/N
 # What changes in the job of the tests: partitions as they are by default, methods, validation.
 _CHANGES = (
@@ -99,9 +93,9 @@ def reference_noise(rows: Rows, pairs: Catalog, seed: int = 0) -> FloatArray:
     snr = table["snr_ref"].to_numpy()[pair]
     survey = table["survey_ref"].to_numpy(zero_copy_only=False)[pair]
     error = np.full((len(pair), len(LABELS)), np.nan)
-    for name, (floor, slope) in _NOISE.items():
-        mine = survey == name
-        error[mine] = np.hypot(np.array(floor), np.array(slope) / snr[mine, None])
+    for kind in SURVEYS.values():
+        mine = survey == kind.name
+        error[mine] = kind.noise(snr[mine])
     error *= difficulty(*(rows[f"true_{label}"] for label in LABELS))[:, None]
     return np.asarray(error * rng.normal(size=error.shape))
 

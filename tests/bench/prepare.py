@@ -84,7 +84,7 @@ def sky(place: Place, cluster: Cluster) -> None:
     settings = SkySettings(n_lamost=place.rows)
     make_once(
         place.sky,
-        asdict(settings),
+        settings.as_json,
         lambda folder: simulate(settings, folder, lambda *done: _say("simulate %s: %d/%d", *done)),
     )
 

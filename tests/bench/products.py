@@ -2,7 +2,8 @@
 
 A product whose files have the same SHA-256 is equal. Of any other the values are compared: the
 largest difference of every column with its row, rows that only one side has, numbers in JSON and
-numpy files. Nothing of `sos_dask` is used, so stores of any version can be read.
+numpy files. Fingerprints in them do not count. Nothing of `sos_dask` is used, so stores of any
+version can be read.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _BINS = ("bin", "pixel", "bin_low", "teff_low", "logg_low", "level", "fold")
 _OCCURRENCE = "occurrence"
 _HASH = re.compile(r"\b[0-9a-f]{64}\b")
 _MOST_LINES = 40
+SAME_VALUES = "same values in other bytes"
 
 
 def products_of(path: Path) -> dict[str, Path]:
@@ -52,24 +54,33 @@ def matched(
     return found + [("", name) for name in new if name not in taken]
 
 
-def compare(old: Path, new: Path) -> list[str]:
-    """Differences between two products, a line each; none where all files are the same."""
-    files = [_hashes(folder) for folder in (old, new)]
-    lines = [f"only old: {name}" for name in sorted(files[0].keys() - files[1].keys())]
-    lines += [f"only new: {name}" for name in sorted(files[1].keys() - files[0].keys())]
-    partitions = [{name for name in names if "/Npix=" in name} for names in files]
+def compare(old: Path, new: Path) -> tuple[list[str], list[str]]:
+    """Differences between two products, and between the settings that made them, a line each."""
+    hashes = [_hashes(folder) for folder in (old, new)]
+    both = hashes[0].keys() & hashes[1].keys()
+    partitions = [{name for name in names if "/Npix=" in name} for names in hashes]
+    lines = []
     if partitions[0] != partitions[1]:
-        lines = [line for line in lines if "/Npix=" not in line]
+        both -= partitions[0]
         lines.append(f"other partitions ({len(partitions[0])} -> {len(partitions[1])})")
         lines += _tables(_read(old, partitions[0]), _read(new, partitions[1]))
-    for name in sorted(files[0].keys() & files[1].keys()):
-        if files[0][name] != files[1][name] and not (
-            name in partitions[0] and partitions[0] != partitions[1]
-        ):
+    for text, some, rest in (("old", hashes[0], hashes[1]), ("new", hashes[1], hashes[0])):
+        only = some.keys() - rest.keys() - partitions[0] - partitions[1]
+        lines += [f"only {text}: {name}" for name in sorted(only)]
+    same_values = []
+    for name in sorted(both):
+        if hashes[0][name] != hashes[1][name]:
             found = _files(old / name, new / name)
-            lines += [f"{name}: {line}" for line in found or ["same values in other bytes"]]
-    summaries = [_manifest(folder) for folder in (old, new)]
-    return lines + [f"manifest: {line}" for line in _documents(*summaries)]
+            lines += [f"{name}: {line}" for line in found]
+            same_values += [] if found else [name]
+    if same_values:
+        lines.append(f"{SAME_VALUES}: {len(same_values)} files, as {same_values[0]}")
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (old, new)]
+    for key in ("rows", "summary"):
+        found = _documents(*(manifest.get(key, {}) for manifest in manifests))
+        lines += [f"manifest, {key}: {line}" for line in found]
+    settings = _documents(*(manifest.get("params", {}) for manifest in manifests))
+    return lines, [f"settings: {line}" for line in settings]
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -78,11 +89,6 @@ def _hashes(folder: Path) -> dict[str, str]:
         for path in folder.rglob("*")
         if path.is_file() and path.name != "manifest.json" and not path.name.endswith(".tmp")
     }
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    whole = json.loads((folder / "manifest.json").read_text())
-    return {key: whole[key] for key in ("rows", "summary", "params") if key in whole}
 
 
 def _files(old: Path, new: Path) -> list[str]:
@@ -240,7 +246,7 @@ def _documents(old: Any, new: Any) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print what differs, product by product; 1 where something does."""
+    """Print what differs, product by product; 1 where a value does."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.products", description=__doc__)
     parser.add_argument("old", type=Path, help="store, build or product")
     parser.add_argument("new", type=Path)
@@ -258,14 +264,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name or other}: only {'old' if name else 'new'}")
             unequal += 1
             continue
-        lines = compare(old[name], new[other])
+        lines, settings = compare(old[name], new[other])
         title = name if name == other else f"{name} -> {other}"
-        print(f"{title}: {'differs' if lines else 'same bytes'}")
+        differs = any(not line.startswith(SAME_VALUES) for line in lines)
+        print(f"{title}: {'differs' if differs else 'same values' if lines else 'same bytes'}")
+        unequal += differs
+        lines += settings
         for line in lines[:_MOST_LINES]:
             print(f"    {line}")
         if len(lines) > _MOST_LINES:
             print(f"    and {len(lines) - _MOST_LINES} differences more")
-        unequal += bool(lines)
     return 1 if unequal else 0
 
 

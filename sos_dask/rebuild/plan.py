@@ -21,7 +21,6 @@ from sos_dask.evidence.choice import check_rule
 from sos_dask.rebuild.job import AttachSection, Job, SurveySection
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
-<<<<<<< HEAD
 from sos_dask.settings import Settings
 from sos_dask.stages.apply import Apply
 from sos_dask.stages.attach import Attach, companion_survey
@@ -41,32 +40,6 @@ from sos_dask.stages.train import Train
 from sos_dask.stages.trends import Trends
 from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.storage.artifact import Output
-=======
-from sos_dask.stages.apply import Trust, apply, apply_recipe
-from sos_dask.stages.attach import AttachSettings, attach, attach_recipe, companion_survey
-from sos_dask.stages.compare import Compare, CompareSettings, compare_recipe
-from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
-from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
-from sos_dask.stages.dedupe import dedupe, dedupe_recipe
-from sos_dask.stages.evidence import evidence_recipe, make_evidence
-from sos_dask.stages.generalisation import Generalisation, GeneralisationSettings
-from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
-from sos_dask.stages.margin import margin, margin_recipe
-from sos_dask.stages.projection import ProjectionStage
-from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
-from sos_dask.stages.report import ReportSettings, report_recipe
-from sos_dask.stages.report import report as make_report
-from sos_dask.stages.train import TrainSettings, train, train_recipe
-from sos_dask.stages.trends import Trends, TrendSettings, trends_recipe
-from sos_dask.stages.uncertainty import (
-    Surveys,
-    UncertaintySettings,
-    uncertainty,
-    uncertainty_recipe,
-)
-from sos_dask.stars.match import MatchSettings
-from sos_dask.stars.unify import UnifySettings
->>>>>>> house
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import WORK, Manifest, Recipe, canonical_json, sha256_of_file
 from sos_dask.storage.store import (
@@ -222,7 +195,6 @@ def _target_steps(
 def _apply_step(job: Job, target: str, observations: str) -> Step:
     fallback = job.coverage.fallback
     if fallback == "auto":
-<<<<<<< HEAD
         fallback = "polynomial" if "polynomial" in job.train.methods else "edge"
     inputs = {"model": CHOSEN, "observations": observations}
     inputs |= {"errors": "uncertainty", "coverage": "coverage"}
@@ -281,31 +253,6 @@ def _own(job: Job, stage: type[Stage[Any]], section: Settings) -> Any:
 def _params(job: Job, method: str) -> dict[str, Any]:
     seed = {"seed": job.seed} if "seed" in corrections.parameters(method) else {}
     return corrections.check_params(method, {**seed, **job.train.params.get(method, {})})
-=======
-        fallback = "polynomial" if "polynomial" in trained else "edge"
-    smooth = trained["polynomial"] if fallback == "polynomial" else None
-    planner.add(
-        f"{target}.corrected",
-        apply_recipe(chosen, source, errors, covered, fallback, smooth or ""),
-        lambda directory, cluster, report: apply(
-            planner.directory(chosen),
-            planner.catalog(source),
-            directory,
-            name=f"{target}.corrected",
-            cluster=cluster,
-            report=report,
-            model_fingerprint=chosen,
-            errors=planner.directory(errors),
-            trust=Trust(
-                planner.catalog(covered), fallback, planner.directory(smooth) if smooth else None
-            ),
-        ),
-    )
-    _add_looks(planner, pairs, evidence, source)
-    if job.report.enabled:
-        _add_report(planner)
-    return planner.stages
->>>>>>> house
 
 
 @contextmanager
@@ -349,39 +296,12 @@ def _definition(job: Job, section: SurveySection) -> Survey:
     return load_survey(definition, section.override)
 
 
-<<<<<<< HEAD
 def plan(job: Job, store: Path | None = None) -> list[Planned]:
     """Resolve all steps of a job: see `Plan`.
 
     Steps that use the chosen model are known for good only once the comparison has run.
     """
     return Plan(job, store).all()
-=======
-def _add_looks(planner: Planner, pairs: str, evidence: str, source: str) -> None:
-    """What a job may ask for beside the correction: nothing else depends on it."""
-    job = planner.job
-    if job.generalisation is not None:
-        methods = {method: _params(job, method) for method in job.train.methods}
-        settings = GeneralisationSettings(**job.generalisation.model_dump(), methods=methods)
-        planner.add(
-            "generalisation",
-            Generalisation.recipe(settings, {"evidence": evidence}),
-            lambda directory, cluster, report: Generalisation(
-                {"evidence": planner.directory(evidence)}, settings
-            ).run(directory, cluster=cluster, report=report),
-        )
-    if job.projection is not None:
-        looks = ProjectionSettings(**job.projection.model_dump(), seed=job.seed)
-        planner.add(
-            "projection",
-            ProjectionStage.recipe(looks, {"observations": source, "pairs": pairs}),
-            lambda directory, cluster, report: ProjectionStage(
-                {"observations": planner.catalog(source), "pairs": planner.catalog(pairs)},
-                looks,
-                product=f"{job.target_name}.projection",
-            ).run(directory, cluster=cluster, report=report),
-        )
->>>>>>> house
 
 
 class Plan:
@@ -505,107 +425,7 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-<<<<<<< HEAD
 def _digests(store: Path, files: list[Path]) -> dict[Path, str]:
-=======
-def _add_ingest(planner: Planner, product: str, survey: Survey, names: list[str]) -> str:
-    job = planner.job
-    files = [job.resolve(file) for file in names]
-    digests = _digests(planner.store, files)
-    planner.names |= {digest: file.name for digest, file in zip(digests, files, strict=True)}
-    settings = IngestSettings(
-        rows_per_partition=job.ingest.rows_per_partition, chunk_rows=job.ingest.chunk_rows
-    )
-    return planner.add(
-        product,
-        ingest_recipe(survey, digests, settings, product),
-        lambda directory, cluster, report: ingest(
-            survey,
-            files,
-            directory,
-            settings,
-            name=product,
-            cluster=cluster,
-            report=report,
-            digests=digests,
-        ),
-    )
-
-
-def _add_attach(
-    planner: Planner, name: str, catalog: str, companion: str, section: AttachSection
-) -> str:
-    """Columns of a companion catalog on the observations; ingests it where it is a table file."""
-    job = planner.job
-    columns = section.columns
-    if section.catalog is not None:
-        path = job.resolve(section.catalog)
-        other = Catalog.open(path).fingerprint
-
-        def opened() -> Catalog:
-            return Catalog.open(path)
-    else:
-        survey = companion_survey(
-            companion,
-            columns,
-            key=section.id,
-            ra=section.ra,
-            dec=section.dec,
-            epoch=section.epoch,
-            by=section.by,
-        )
-        other = _add_ingest(planner, f"{companion}.companion", survey, section.files)
-        columns = {column: column for column in columns}
-
-        def opened() -> Catalog:
-            return planner.catalog(other)
-
-    settings = AttachSettings(
-        columns=columns,
-        by=section.by,
-        radius_arcsec=section.radius_arcsec,
-        id_radius_arcsec=section.id_radius_arcsec,
-    )
-    return planner.add(
-        f"{name}.with-{companion}",
-        attach_recipe(catalog, other, settings),
-        lambda directory, cluster, report: attach(
-            planner.catalog(catalog),
-            opened(),
-            directory,
-            settings,
-            name=f"{name}.observations",
-            cluster=cluster,
-            report=report,
-        ),
-    )
-
-
-def _add_training(planner: Planner, method: str, pairs: str) -> str:
-    job = planner.job
-    settings = TrainSettings(
-        method,
-        _params(job, method),
-        job.train.validation,
-        search=job.train.search,
-        seed=job.seed,
-    )
-    return planner.add(
-        f"model.{method}",
-        train_recipe(pairs, settings),
-        lambda directory, cluster, report: train(
-            planner.catalog(pairs), directory, settings, cluster=cluster, report=report
-        ),
-    )
-
-
-def _params(job: Job, method: str) -> dict[str, int | float | str]:
-    seed = {"seed": job.seed} if "seed" in models.parameters(method) else {}
-    return models.check_params(method, {**seed, **job.train.params.get(method, {})})
-
-
-def _digests(store: Path, files: list[Path]) -> list[str]:
->>>>>>> house
     """SHA-256 of the survey files, remembered in the store by path, size and time of change."""
     memory = store / DIGESTS_FILE
     known = remembered(memory)

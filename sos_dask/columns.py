@@ -76,7 +76,8 @@ def split(values: Values) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         return values, None
     if not values.null_count:
         return values.to_numpy(zero_copy_only=False), None
-    return values.fill_null(0).to_numpy(zero_copy_only=False), ~is_valid(values)
+    filled = values.fill_null(pa.scalar(0).cast(values.type))
+    return filled.to_numpy(zero_copy_only=False), ~is_valid(values)
 
 
 def as_array(values: NDArray[Any], valid: NDArray[np.bool_] | None = None) -> pa.Array:

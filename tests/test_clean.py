@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sos_dask.errors import SurveyError
-from sos_dask.surveys.cuts import quality_mask, required_natives
+from sos_dask.surveys.cuts import quality_mask
 from sos_dask.surveys.definition import Survey, parse_survey
 
 
@@ -115,22 +115,10 @@ def test_each_cut_has_its_bit():
 
 def test_missing_columns():
     cuts = {"snr": {"bit": 0, "column": "snrg", "min": 20}}
-    with pytest.raises(SurveyError, match="no column 'snrg', which cut 'snr' needs") as caught:
-        required_natives(survey_with(cuts), ["snrr", "teff"])
-    assert "snrr" in caught.value.hint
-    with pytest.raises(SurveyError, match="no column 'snrg'"):
+    with pytest.raises(SurveyError, match="no column 'snrg', which cut 'snr' needs"):
         quality_mask({"teff": np.zeros(1)}, survey_with(cuts))
     cuts["snr"]["optional"] = True
-    assert required_natives(survey_with(cuts), ["snrr"]) == {}
     assert quality_mask({"snrr": np.zeros(2)}, survey_with(cuts)).tolist() == [0, 0]
-
-
-def test_names_match_without_case_where_that_is_unique():
-    survey = survey_with({"snr": {"bit": 0, "column": "SnrG", "min": 20}})
-    assert required_natives(survey, ["snrg"]) == {"SnrG": "snrg"}
-    assert required_natives(survey, ["SNRG", "SnrG", "snrg"]) == {"SnrG": "SnrG"}
-    with pytest.raises(SurveyError, match="no column 'SnrG'"):
-        required_natives(survey, ["SNRG", "snrg"])
 
 
 @settings(max_examples=100, deadline=None)

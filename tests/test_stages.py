@@ -27,12 +27,11 @@ from sos_dask.sky.sphere import propagate, separation_arcsec
 from sos_dask.stages.apply import apply, parse_partitions
 from sos_dask.stages.crossmatch import PairSettings, crossmatch
 from sos_dask.stages.dedupe import dedupe
-from sos_dask.stages.ids import GAIA_IDS, id_values, rank_of
 from sos_dask.stages.ingest import IngestSettings, ingest
 from sos_dask.stages.reference import ReferenceSettings, reference
 from sos_dask.stages.train import PairsSource, TrainSettings, metrics_of, train
 from sos_dask.stars.combine import combine
-from sos_dask.stars.group import DedupeSettings, group
+from sos_dask.stars.group import GAIA_IDS, DedupeSettings, group, id_values, rank_of
 from sos_dask.stars.match import MatchSettings, match
 from sos_dask.stars.unify import UnifySettings, unify
 from sos_dask.storage.artifact import MANIFEST, Manifest

@@ -117,7 +117,7 @@ def _canonical(place: Place, native: Mapping[str, Values]) -> Batch:
     good: IntArray = np.flatnonzero(reasons == 0)
     cells = ang2pix(ra[good], made["dec"].data[good])
     ids = made["obs_id"].taken(good)
-    order = sort_order(cells, ids if pa.types.is_string(ids.type) else ids.to_numpy())
+    order = sort_order(cells, ids)
     index = good[order]
     schema = survey.arrow_schema()
     arrays = [

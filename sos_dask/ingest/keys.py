@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.columns import one_array, split, taken
+from sos_dask.columns import is_valid, one_array, taken
 from sos_dask.errors import SurveyError
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
@@ -46,21 +46,19 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 HashArray: TypeAlias = NDArray[np.uint64]
 Run: TypeAlias = HashArray | Path
-"""Ascending hashes, or the NumPy file that holds them."""
+"""Ascending hashes, or the NumPy file that contains them."""
 
 
-def histogram_of(cells29: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Cells that hold rows, and their numbers of rows.
+# --- rows a cell of the sky: they decide the partitions -------------------------------------------
+
+
+def histogram_of(cells29: IntArray) -> NDArray[np.int32]:
+    """Cells of ``HISTOGRAM_ORDER`` with rows, and the rows in each, shape (2, m).
 
     Parameters
     ----------
     cells29 : ndarray of int64, shape (n,)
         ``_healpix_29`` of the rows, ascending.
-
-    Returns
-    -------
-    ndarray of int32, shape (2, m)
-        Cells of ``HISTOGRAM_ORDER``, ascending; rows in each.
     """
     cells = cells29 >> _SHIFT
     first = np.flatnonzero(np.append(True, cells[1:] != cells[:-1])[: len(cells)])
@@ -70,20 +68,15 @@ def histogram_of(cells29: NDArray[np.int64]) -> NDArray[np.int32]:
 def partition_edges(
     pixels: Sequence[HealpixPixel], histograms: Iterable[NDArray[np.int32]]
 ) -> NDArray[np.int32]:
-    """Where the rows of each partition begin in sorted pieces.
+    """Where the rows of each partition begin in sorted pieces, shape (partitions + 1, pieces).
 
     Parameters
     ----------
     pixels : sequence of HealpixPixel
-        Partitions in the order of the sky; together they hold all rows, so that where one ends the
-        next begins.
+        Partitions in the order of the sky; together they have all rows, so that where one ends the
+        next begins. The last row of the result has the rows of the pieces.
     histograms : iterable of ndarray of int32, shape (2, m)
         `histogram_of` each piece.
-
-    Returns
-    -------
-    ndarray of int32, shape (partitions + 1, pieces)
-        The last row holds the rows of the pieces.
     """
     starts = np.array([pixel.first >> _SHIFT for pixel in pixels], dtype=np.int64)
     edges = [
@@ -93,15 +86,11 @@ def partition_edges(
     return np.array(edges, np.int32).reshape(-1, len(starts) + 1).T
 
 
-def sort_order(cells: IntArray, ids: Any) -> IntArray:
-    """Order by cell, then by id; rows equal in both keep their order.
+# --- order ----------------------------------------------------------------------------------------
 
-    Parameters
-    ----------
-    cells : ndarray of int64, shape (n,)
-    ids : ndarray of int64 or pyarrow.StringArray, shape (n,)
-        Text is ordered by its bytes.
-    """
+
+def sort_order(cells: IntArray, ids: pa.Array) -> IntArray:
+    """Order by cell, then by id (text by its bytes); rows equal in both keep their order."""
     order: IntArray = np.argsort(cells, kind="stable")
     in_order = cells[order]
     same = in_order[1:] == in_order[:-1]
@@ -112,30 +101,21 @@ def sort_order(cells: IntArray, ids: Any) -> IntArray:
     tied[:-1] |= same
     where = np.flatnonzero(tied)
     rows = order[where]
-    codes = codes_of(ids.take(pa.array(rows)) if isinstance(ids, pa.Array) else pa.array(ids[rows]))
     cell_number = np.cumsum(~np.concatenate([[False], same])[where])
-    low = int(codes.min())
-    bits = (int(codes.max()) - low).bit_length()
-    if bits + int(cell_number[-1]).bit_length() < 64:
-        # Cell and id in one integer, all but sorted already: many times faster than two keys.
-        by_id = np.argsort(cell_number << bits | codes - low, kind="stable")
-    else:
-        by_id = np.lexsort((codes, cell_number))
-    order[where] = rows[by_id]
+    # Cell and id in one integer, all but sorted already: many times faster than two keys.
+    codes = cell_number * (len(rows) + 1) + _codes(taken(ids, rows))
+    order[where] = rows[np.argsort(codes, kind="stable")]
     return order
 
 
-def codes_of(column: pa.Array) -> IntArray:
-    """Integers ordered as the values are, equal only for equal bytes (nulls are as 0 or '')."""
-    if pa.types.is_string(column.type):
-        ranks = pc.rank(column.fill_null(""), tiebreaker="dense")
-        return np.asarray(ranks.to_numpy().astype(np.int64))
-    values, _ = split(column)
-    if values.dtype.kind != "f":
-        return values.astype(np.int64)
-    bits = values.view(f"i{values.itemsize}")
-    flipped = bits ^ ((bits >> (8 * values.itemsize - 1)) & np.iinfo(bits.dtype).max)
-    return np.asarray(flipped.astype(np.int64))
+def _codes(column: pa.Array) -> IntArray:
+    """Integers from 1 ordered as the values are, equal only for equal values; 0 where null."""
+    codes: IntArray = pc.rank(column, tiebreaker="dense").to_numpy().astype(np.int64)
+    codes[~is_valid(column)] = 0
+    return codes
+
+
+# --- keys that stand at more than one place -------------------------------------------------------
 
 
 def sorted_hashes(ids: pa.Array) -> HashArray:
@@ -143,19 +123,35 @@ def sorted_hashes(ids: pa.Array) -> HashArray:
     return np.sort(hashes_of(ids), kind="stable")
 
 
+def hashes_of(ids: pa.Array) -> HashArray:
+    """Integers themselves; of text a 64-bit hash, eight bytes of all rows at a time."""
+    if not pa.types.is_string(ids.type):
+        return np.asarray(ids.to_numpy().view(np.uint64))
+    n_rows = len(ids)
+    _, offsets, data = ids.buffers()
+    bounds = np.frombuffer(offsets, np.int32)[ids.offset : ids.offset + n_rows + 1].astype(np.int64)
+    low, stop = (int(bounds[0]), int(bounds[-1])) if n_rows else (0, 0)
+    padded = np.zeros(stop - low + 8, dtype=np.uint8)
+    if stop > low:
+        padded[:-8] = np.frombuffer(data, np.uint8)[low:stop]
+    words = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))  # one from every byte on
+    starts, lengths = bounds[:-1] - low, np.diff(bounds)
+    kept = (np.uint64(1) << (np.arange(8, dtype=np.uint64) * np.uint64(8))) - np.uint64(1)
+    kept = np.append(kept, np.uint64(2**64 - 1))  # of 0 to 8 bytes
+    # A length alone differs from a first word by too little.
+    hashes = (lengths.astype(np.uint64) + np.uint64(1)) * _LENGTH_FACTOR
+    for step in range(0, int(lengths.max(initial=0)), 8):
+        word = words[np.minimum(starts + step, len(words) - 1)]
+        mixed = (hashes ^ (word & kept[np.clip(lengths - step, 0, 8)])) * _HASH_FACTOR
+        # Rows that have ended stay as they are: the hash must not know the longest of its batch.
+        hashes = np.where(lengths > step, mixed ^ (mixed >> np.uint64(32)), hashes)
+    return hashes
+
+
 def key_ranges(runs: Sequence[Run], n_ranges: int) -> list[tuple[int, int]]:
-    """Ranges of hashes that hold about equally many of them.
+    """First and last hash of ranges that contain about equally many, together all 64-bit integers.
 
-    Parameters
-    ----------
-    runs : sequence of Run
-    n_ranges : int
-        At most so many: a key that is very frequent has a range of its own.
-
-    Returns
-    -------
-    list of (first, last)
-        Ascending, disjoint, together all 64-bit integers.
+    There are at most ``n_ranges``: a key that is very frequent has a range of its own.
     """
     samples = [np.empty(0, np.uint64)]
     for number, run in enumerate(map(_mapped, runs)):
@@ -176,7 +172,7 @@ def conflicting_keys(
     first: int = 0,
     last: int = _LARGEST,
 ) -> pa.Array:
-    """Values of ``obs_id`` that stand at more than one place.
+    """Values of ``obs_id`` that stand at more than one place, sorted.
 
     Parameters
     ----------
@@ -187,11 +183,6 @@ def conflicting_keys(
         `sorted_hashes` of each piece.
     first, last : int
         Only keys with a hash in this range are looked at, so that their 8 bytes fit in memory.
-
-    Returns
-    -------
-    pyarrow.Array
-        Sorted.
 
     Raises
     ------
@@ -236,7 +227,7 @@ def conflicting_keys(
 
 
 def holders(runs: Sequence[Run], wanted: HashArray) -> list[int]:
-    """Numbers of the runs that hold one of the hashes."""
+    """Numbers of the runs that contain one of the hashes."""
     found = []
     for number, run in enumerate(map(_mapped, runs) if len(wanted) else ()):
         if len(run):
@@ -246,22 +237,10 @@ def holders(runs: Sequence[Run], wanted: HashArray) -> list[int]:
     return found
 
 
-def _mapped(run: Run) -> HashArray:
-    """A run to look into; not to be kept, for each that is mapped keeps a file open."""
-    return np.load(run, mmap_mode="r") if isinstance(run, Path) else run
-
-
 def check_conflicts(n_conflicts: int, n_rows: int, example: str, where: str = "") -> None:
     """Raise `SurveyError` when so many rows share their key with another that it is no key.
 
-    Parameters
-    ----------
-    n_conflicts, n_rows : int
-        Rows beyond the first of their key that are not its exact duplicates; all rows.
-    example : str
-        One such key.
-    where : str
-        What the rows are of, to say it in the message.
+    Conflicts are rows beyond the first of their key that are not its exact duplicates.
     """
     if n_conflicts > 100 and n_conflicts > 0.01 * n_rows:
         raise SurveyError(
@@ -271,14 +250,16 @@ def check_conflicts(n_conflicts: int, n_rows: int, example: str, where: str = ""
         )
 
 
+def _mapped(run: Run) -> HashArray:
+    """A run to look into; not to be kept, for each that is mapped keeps a file open."""
+    return np.load(run, mmap_mode="r") if isinstance(run, Path) else run
+
+
 def _keys(pieces: Sequence[Path | pa.Table]) -> Iterator[tuple[pa.Array, IntArray]]:
     for piece in pieces:
-        if isinstance(piece, pa.Table):
-            batches: Any = piece.to_batches()
-        else:
-            file = pa.ipc.open_file(pa.memory_map(str(piece)))
-            batches = (file.get_batch(number) for number in range(file.num_record_batches))
-        for batch in batches:
+        if isinstance(piece, Path):
+            piece = pa.ipc.open_file(pa.memory_map(str(piece))).read_all()
+        for batch in piece.to_batches():
             yield batch["obs_id"], batch[HEALPIX_COLUMN].to_numpy()
 
 
@@ -287,49 +268,20 @@ def _found(hashes: HashArray, wanted: HashArray) -> tuple[IntArray, IntArray]:
     may_be = np.zeros(1 << 16, dtype=bool)
     may_be[wanted.astype(np.uint16)] = True
     row: IntArray = np.flatnonzero(may_be[hashes.astype(np.uint16)])
-    place = np.searchsorted(wanted, hashes[row])
-    place = np.minimum(place, len(wanted) - 1)
+    place = np.minimum(np.searchsorted(wanted, hashes[row]), len(wanted) - 1)
     is_wanted = wanted[place] == hashes[row]
     return row[is_wanted], place[is_wanted]
 
 
-def hashes_of(ids: pa.Array) -> HashArray:
-    """Integers themselves; of text a 64-bit hash, eight bytes of all rows at a time."""
-    if not pa.types.is_string(ids.type):
-        return np.asarray(ids.to_numpy().view(np.uint64))
-    n_rows = len(ids)
-    _, offsets, data = ids.buffers()
-    bounds = np.frombuffer(offsets, np.int32)[ids.offset : ids.offset + n_rows + 1].astype(np.int64)
-    low, stop = (int(bounds[0]), int(bounds[-1])) if n_rows else (0, 0)
-    padded = np.zeros(stop - low + 8, dtype=np.uint8)
-    if stop > low:
-        padded[:-8] = np.frombuffer(data, np.uint8)[low:stop]
-    words = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))  # one from every byte on
-    starts, lengths = bounds[:-1] - low, np.diff(bounds)
-    kept = (np.uint64(1) << (np.arange(8, dtype=np.uint64) * np.uint64(8))) - np.uint64(1)
-    kept = np.append(kept, np.uint64(2**64 - 1))  # of 0 to 8 bytes
-    # A length alone differs from a first word by too little.
-    hashes = (lengths.astype(np.uint64) + np.uint64(1)) * _LENGTH_FACTOR
-    for step in range(0, int(lengths.max(initial=0)), 8):
-        word = words[np.minimum(starts + step, len(words) - 1)]
-        mixed = (hashes ^ (word & kept[np.clip(lengths - step, 0, 8)])) * _HASH_FACTOR
-        # Rows that have ended stay as they are: the hash must not know the longest of its batch.
-        hashes = np.where(lengths > step, mixed ^ (mixed >> np.uint64(32)), hashes)
-    return hashes
+# --- rows with one key ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Merged:
-    """One partition.
+    """One partition: its rows, those rejected, and how many exact duplicates were left out.
 
-    Parameters
-    ----------
-    rows : pyarrow.Table
-        Sorted by ``_healpix_29`` and ``obs_id``, each key once, without ``_file`` and ``_row``.
-    rejected : pyarrow.Table
-        ``REJECTED_SCHEMA``: rows whose key another row with other content has.
-    n_duplicates : int
-        Rows left out because all their values are those of the row that was kept.
+    ``rows`` are sorted by ``_healpix_29`` and ``obs_id``, each key once, without ``_file`` and
+    ``_row``; the key of a rejected row another row with other content has.
     """
 
     rows: pa.Table
@@ -354,8 +306,7 @@ def merge_rows(tables: Sequence[pa.Table], files: Sequence[str]) -> Merged:
     table = pa.concat_tables(tables)
     cells = table[HEALPIX_COLUMN].to_numpy()
     ids = one_array(table["obs_id"])
-    numbers = ids if pa.types.is_string(ids.type) else ids.to_numpy()
-    order = sort_order(cells, numbers)
+    order = sort_order(cells, ids)
     same = np.zeros(len(order), dtype=bool)  # whether a row has the key of the one before
     in_order = cells[order]
     candidates = np.flatnonzero(in_order[1:] == in_order[:-1]) + 1
@@ -366,9 +317,8 @@ def merge_rows(tables: Sequence[pa.Table], files: Sequence[str]) -> Merged:
     repeated = same.copy()
     repeated[:-1] |= same[1:]
     where = np.flatnonzero(repeated)
-    group = np.cumsum(~same[where]) - 1
     repeats = _rows(table, order[where])
-    winner, equal = _settle(repeats, group)
+    winner, equal = _settle(repeats, np.cumsum(~same[where]) - 1)
     lost = np.flatnonzero(~winner & ~equal)
     rejected = rejected_rows(repeats.take(pa.array(lost)), CONFLICT, files)
     keep = np.ones(len(order), dtype=bool)
@@ -390,23 +340,14 @@ def _rows(table: pa.Table, index: IntArray) -> pa.Table:
 def losing_rows(rows: pa.Table) -> pa.Table:
     """Rows that lose where one ``obs_id`` stands at several places, by the rule of `merge_rows`.
 
-    Parameters
-    ----------
-    rows : pyarrow.Table
-        All rows of these keys, as `Batch.rows`, in any order.
-
-    Returns
-    -------
-    pyarrow.Table
-        Rows to take out, in the order of files and rows. Rows equal to the one that is kept are not
-        among them: `merge_rows` drops them.
+    Of all rows of these keys, as `Batch.rows` in any order, those to take out, in the order of
+    files and rows. Rows equal to the one that is kept stay: `merge_rows` drops them.
     """
     rows = rows.combine_chunks()
-    codes = codes_of(one_array(rows["obs_id"]))
+    codes = _codes(one_array(rows["obs_id"]))
     order = np.argsort(codes, kind="stable")
-    group = np.cumsum(np.diff(codes[order], prepend=codes[order][:1]) != 0)
     in_order = rows.take(pa.array(order))
-    winner, equal = _settle(in_order, group)
+    winner, equal = _settle(in_order, codes[order] - 1)
     lost = in_order.filter(pa.array(~winner & ~equal))
     return lost.sort_by([(FILE, "ascending"), (ROW, "ascending")])
 
@@ -439,39 +380,25 @@ def rejected_rows(rows: pa.Table, reason: str, files: Sequence[str]) -> pa.Table
 
 
 def _settle(rows: pa.Table, group: IntArray) -> tuple[BoolArray, BoolArray]:
-    """Of each group the row to keep, and which rows have its content.
-
-    Parameters
-    ----------
-    rows : pyarrow.Table
-    group : ndarray of int64, shape (n,)
-        Ascending from 0.
-    """
-    content, n_valid = [], np.zeros(len(group), dtype=np.int64)
-    for name in rows.column_names:
-        if name not in (FILE, ROW):
-            column = one_array(rows[name])
-            valid = column.is_valid().to_numpy(zero_copy_only=False)
-            n_valid += valid
-            content += [valid, codes_of(column)]
+    """Of each group (ascending from 0) the row to keep, and which rows have its content."""
+    columns = {n: one_array(rows[n]) for n in rows.column_names if n not in (FILE, ROW)}
+    content = [_codes(column) for column in columns.values()]
     starts = np.flatnonzero(np.diff(group, prepend=-1))
 
     def equal_to(leader: IntArray) -> BoolArray:
-        equal = np.ones(len(group), dtype=bool)
-        for codes in content:
-            equal &= codes == codes[leader[group]]
-        return equal
+        return np.all([codes == codes[leader[group]] for codes in content], axis=0)
 
     winner = np.zeros(len(group), dtype=bool)
     winner[starts] = True
     equal = equal_to(starts)
     if equal.all():
         return winner, equal
-    quality = np.bitwise_count(rows["quality"].to_numpy())
+    n_valid = np.sum([is_valid(column) for column in columns.values()], axis=0)
+    n_failed = np.bitwise_count(columns["quality"].to_numpy())
     snr = np.zeros(len(group))
-    if "snr" in rows.column_names:
-        snr = rows["snr"].cast(pa.float64()).fill_null(-np.inf).to_numpy()
-    order = np.lexsort((*reversed(content), -snr, quality, -n_valid, group))
+    if "snr" in columns:
+        snr = columns["snr"].cast(pa.float64()).fill_null(-np.inf).to_numpy()
+    order = np.lexsort((*reversed(content), -snr, n_failed, -n_valid, group))
     best = order[starts]
     winner[:] = False
     winner[best] = True

@@ -7,7 +7,6 @@ gets nulls: a value is never made up.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +20,12 @@ from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, is_gaia_id
 from sos_dask.settings import COLUMN_RULE, Settings, is_column
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
-from sos_dask.stages.crossmatch import key_column, motion_of
-from sos_dask.stages.ids import require_whole
-from sos_dask.stages.needs import require_memory
-from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
-from sos_dask.stars.match import MatchSettings, match, reach_arcsec
+from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
+from sos_dask.stages.ids import key_column, motion_of, require_whole
+from sos_dask.stars.match import MOTION, MatchSettings, match, reach_arcsec
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, write_partition
+from sos_dask.storage.catalog import Catalog
 from sos_dask.surveys.definition import Survey
-
-VERSION = 4
-_MOTION = ("pmra", "pmdec", "position_epoch")
 
 
 class AttachSettings(Settings):
@@ -58,15 +52,121 @@ class AttachSettings(Settings):
                 raise ValueError(f"'{name}' is no name of a column: {COLUMN_RULE}")
         return columns
 
+    @property
+    def by_id(self) -> bool:
+        """Tell whether equal ids make a pair, not positions."""
+        return self.by != "position"
 
-@dataclass(frozen=True)
-class _Part:
-    output: Output
-    catalog: Catalog
-    other: Catalog
-    pixel: HealpixPixel
-    settings: AttachSettings
-    reach_arcsec: float
+    @property
+    def matching(self) -> MatchSettings:
+        """How rows are matched."""
+        return MatchSettings(
+            radius_arcsec=self.radius_arcsec,
+            id_radius_arcsec=max(self.radius_arcsec, self.id_radius_arcsec),
+            use_gaia_id=self.by_id,
+        )
+
+
+class Attach(Stage[AttachSettings]):
+    """Add columns of another catalog to every row of a catalog.
+
+    The summary counts rows with a counterpart, with several (the nearest counts), and the nulls of
+    each new column.
+
+    Example: sos-dask attach lamost gaia -c distance -c ebv -o lamost.with-gaia
+    """
+
+    name = "attach"
+    version = 5
+    Settings = AttachSettings
+    roles = (
+        Role("catalog", "Observations or stars; keeps its rows, order and partitions."),
+        Role("other", "Any HATS catalog; by id it must have that column."),
+    )
+    partitioned = "catalog"
+    reach_arcsec = 0.0
+
+    @classmethod
+    def recipe(cls, settings: AttachSettings, fingerprints: Mapping[str, str]) -> Recipe:
+        """Recipe; the order of the columns counts."""
+        params = {"settings": settings.as_json, "column_order": list(settings.columns)}
+        return Recipe(cls.name, cls.version, params, dict(fingerprints))
+
+    def check(self) -> None:
+        """Refuse catalogs that lack a column, and columns that the catalog has already."""
+        catalog, other, settings = self.catalog("catalog"), self.catalog("other"), self.settings
+        catalog.require("ra", "dec", HEALPIX_COLUMN)
+        other.require("ra", "dec", HEALPIX_COLUMN, *settings.columns.values())
+        if settings.by_id:
+            for one in (catalog, other):
+                one.require(settings.by)
+                require_whole(one, [settings.by])
+        for column in settings.columns:
+            if column in catalog.schema.names:
+                raise CatalogError(
+                    f"{catalog.path} has a column '{column}' already",
+                    "Attach it under another name: columns are not overwritten.",
+                )
+        motions = motion_of(catalog), motion_of(other)
+        self.reach_arcsec = float(reach_arcsec(settings.matching, *motions, settings.by_id))
+
+    def make(self, run: Run) -> Made:
+        """Add the columns to every partition."""
+        catalog = self.catalog("catalog")
+        done = run.parts("attached", by_pixel(catalog.pixels), self.attach_to_pixel)
+        n_out = run.write_catalog(self.product, catalog.pixels, done, self.attached_schema())
+        told = catalog.manifest.summary if catalog.manifest is not None else {}
+        summary = {
+            "matched": sum(record["matched"] for record in done),
+            "ambiguous": sum(record["ambiguous"] for record in done),
+            "nulls": {
+                column: sum(record["nulls"][column] for record in done)
+                for column in self.settings.columns
+            },
+            # What later stages ask the manifest of observations for.
+            **{name: told[name] for name in ("survey", "expected_error") if name in told},
+        }
+        return Rows(catalog.n_rows, n_out), summary
+
+    def attached_schema(self) -> pa.Schema:
+        """Schema of the rows with the new columns at the end, all of them nullable."""
+        other = self.catalog("other").schema
+        columns = self.settings.columns.items()
+        fields = [other.field(old).with_name(new).with_nullable(True) for new, old in columns]
+        return pa.schema([*self.catalog("catalog").schema, *fields])
+
+    def attach_to_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
+        """Write one partition with its new columns."""
+        settings, other = self.settings, self.catalog("other")
+        table = self.catalog("catalog").read(pixel)
+        names = ["ra", "dec", *MOTION, *([settings.by] if settings.by_id else [])]
+        left = table.select([n for n in [HEALPIX_COLUMN, *names] if n in table.schema.names])
+        right_key = _key_of(other)
+        wanted = dict.fromkeys([HEALPIX_COLUMN, *names, right_key, *settings.columns.values()])
+        around = surroundings(pixel, self.reach_arcsec)[0]
+        ranges = sorted([(pixel.first, pixel.stop), *around])
+        right = other.read_ranges(ranges, other.columns(wanted))
+        found = match(left, right, settings.matching, right_key)
+        keep = found.by_id if settings.by_id else np.ones(len(found.left), dtype=bool)
+        index = np.full(table.num_rows, -1, dtype=np.int64)
+        index[found.left[keep]] = found.right[keep]
+        take = pa.array(index, mask=index < 0)
+        new = [right[source].take(take) for source in settings.columns.values()]
+        out = pa.Table.from_arrays([*table.columns, *new], schema=self.attached_schema())
+        return {
+            "file": partition_record(output, pixel, out),
+            "matched": int(np.count_nonzero(index >= 0)),
+            "ambiguous": int(np.count_nonzero(found.n_candidates[keep] > 1)),
+            "nulls": {column: out[column].null_count for column in settings.columns},
+        }
+
+
+def _key_of(catalog: Catalog) -> str:
+    """Column that breaks ties: the key, else an id, else the cell."""
+    if catalog.columns(KEYS):
+        return key_column(catalog)
+    ids = [n for n in catalog.schema.names if is_gaia_id(n)]
+    return ids[0] if ids else HEALPIX_COLUMN
 
 
 def companion_survey(
@@ -111,8 +211,7 @@ def companion_survey(
 
 def attach_recipe(catalog: str, other: str, settings: AttachSettings) -> Recipe:
     """Recipe of `attach` for catalogs of these fingerprints."""
-    params = {"settings": settings.as_json, "column_order": list(settings.columns)}
-    return Recipe("attach", VERSION, params, {"catalog": catalog, "other": other})
+    return Attach.recipe(settings, {"catalog": catalog, "other": other})
 
 
 def attach(
@@ -126,136 +225,9 @@ def attach(
     cluster: Cluster | None = None,
     report: Report = silent,
 ) -> Manifest:
-    """Add columns of another catalog to every row of a catalog.
-
-    Parameters
-    ----------
-    catalog : Catalog
-        Observations or stars; keeps its rows, order and partitions.
-    other : Catalog
-        Any HATS catalog; by id it must have the column that ``by`` names.
-    directory : Path
-    settings : AttachSettings
-    name : str
-        Name of the new catalog; default that of the old one.
-
-    Returns
-    -------
-    Manifest
-        ``summary``: rows with a counterpart, with several (the nearest counts), and nulls of each
-        new column.
-
-    Raises
-    ------
-    CatalogError
-        A column is missing, or the catalog has a column of a new name already.
-    """
-    catalog.require("ra", "dec", HEALPIX_COLUMN)
-    other.require("ra", "dec", HEALPIX_COLUMN, *settings.columns.values())
-    by_id = settings.by != "position"
-    if by_id:
-        catalog.require(settings.by)
-        other.require(settings.by)
-        require_whole(catalog, [settings.by])
-        require_whole(other, [settings.by])
-    for column in settings.columns:
-        if column in catalog.schema.names:
-            raise CatalogError(
-                f"{catalog.path} has a column '{column}' already",
-                "Attach it under another name: columns are not overwritten.",
-            )
-    recipe = attach_recipe(catalog.fingerprint, other.fingerprint, settings)
-    output = Output.prepare(directory, recipe, overwrite, [catalog.path, other.path])
-    if output.complete:
-        return output.load_manifest()
-    cluster = cluster or Cluster()
-    require_memory(cluster, catalog, "attach")
-    reach = float(reach_arcsec(_matching(settings), motion_of(catalog), motion_of(other), by_id))
-    parts = {key_of(p): _Part(output, catalog, other, p, settings, reach) for p in catalog.pixels}
-    with unless_complete(output):
-        run_parts(output, "attached", parts, _attach_part, cluster, "attach", report)
-        done = records(output, "attached", list(parts))
-        commit_catalog(
-            output,
-            name or catalog.name,
-            list(zip(catalog.pixels, done, strict=True)),
-            attached_schema(catalog.schema, other.schema, settings),
-            Rows(catalog.n_rows, sum(record["file"]["rows"] for record in done)),
-            {
-                "matched": sum(record["matched"] for record in done),
-                "ambiguous": sum(record["ambiguous"] for record in done),
-                "nulls": {
-                    column: sum(record["nulls"][column] for record in done)
-                    for column in settings.columns
-                },
-                **_said_of(catalog),
-            },
-        )
-    return output.load_manifest()
-
-
-def _said_of(catalog: Catalog) -> dict[str, object]:
-    """What later stages ask the manifest of observations for."""
-    summary = catalog.manifest.summary if catalog.manifest is not None else {}
-    return {name: summary[name] for name in ("survey", "expected_error") if name in summary}
-
-
-def _matching(settings: AttachSettings) -> MatchSettings:
-    radius = settings.radius_arcsec
-    by_id = settings.by != "position"
-    return MatchSettings(
-        radius_arcsec=radius,
-        id_radius_arcsec=max(radius, settings.id_radius_arcsec),
-        pairs="best",
-        use_gaia_id=by_id,
-    )
-
-
-def attached_schema(schema: pa.Schema, other: pa.Schema, settings: AttachSettings) -> pa.Schema:
-    """Schema of the rows with the new columns at the end, all of them nullable."""
-    fields = [
-        other.field(source).with_name(column).with_nullable(True)
-        for column, source in settings.columns.items()
-    ]
-    return pa.schema([*schema, *fields])
-
-
-def _attach_part(part: _Part) -> None:
-    """One partition with its new columns."""
-    settings = part.settings
-    table = part.catalog.read(part.pixel)
-    by_id = settings.by != "position"
-    names = ["ra", "dec", *_MOTION, *([settings.by] if by_id else [])]
-    left = table.select([n for n in [HEALPIX_COLUMN, *names] if n in table.schema.names])
-    key = _key_of(part.other)
-    wanted = dict.fromkeys([HEALPIX_COLUMN, *names, key, *settings.columns.values()])
-    around = surroundings(part.pixel, part.reach_arcsec)[0]
-    ranges = sorted([(part.pixel.first, part.pixel.stop), *around])
-    right = part.other.read_ranges(ranges, part.other.columns(wanted))
-    found = match(left, right, _matching(settings), key)
-    keep = found.by_id if by_id else np.ones(len(found.left), dtype=bool)
-    index = np.full(table.num_rows, -1, dtype=np.int64)
-    index[found.left[keep]] = found.right[keep]
-    take = pa.array(index, mask=index < 0)
-    schema = attached_schema(part.catalog.schema, part.other.schema, settings)
-    new = [right[source].take(take) for source in settings.columns.values()]
-    out = pa.Table.from_arrays([*table.columns, *new], schema=schema)
-    record = write_partition(part.output, part.pixel, out)
-    part.output.put_record(
-        "attached",
-        key_of(part.pixel),
-        {
-            "file": asdict(record),
-            "matched": int(np.count_nonzero(index >= 0)),
-            "ambiguous": int(np.count_nonzero(found.n_candidates[keep] > 1)),
-            "nulls": {column: out[column].null_count for column in settings.columns},
-        },
-    )
-
-
-def _key_of(catalog: Catalog) -> str:
-    """Column that breaks ties: the key, else an id, else the cell."""
-    if catalog.columns(KEYS):
-        return key_column(catalog)
-    ids = [n for n in catalog.schema.names if is_gaia_id(n)]
-    return ids[0] if ids else HEALPIX_COLUMN
+    """Add columns of another catalog to every row of a catalog: see `Attach`."""
+    inputs: dict[str, Catalog | Path | str] = {"catalog": catalog, "other": other}
+    stage = Attach(inputs, settings, product=name or catalog.name)
+    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
+    assert made is not None
+    return made

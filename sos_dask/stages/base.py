@@ -357,6 +357,7 @@ class Run:
         records: Sequence[Mapping[str, Any]],
         schema: pa.Schema,
         properties: Mapping[str, str] | None = None,
+        catalog_type: str = "object",
     ) -> int:
         """Write the catalog's own files; partitions without rows are left out. Returns its rows.
 
@@ -374,7 +375,13 @@ class Run:
         self.files.extend(record for _, record in kept)
         self.files.extend(
             write_catalog_metadata(
-                self.output, name, [pixel for pixel, _ in kept], schema, n_rows, extra=properties
+                self.output,
+                name,
+                [pixel for pixel, _ in kept],
+                schema,
+                n_rows,
+                catalog_type=catalog_type,
+                extra=properties,
             )
         )
         return n_rows

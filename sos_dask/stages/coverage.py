@@ -32,12 +32,12 @@ from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, SEEDS, check_numbers
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.sphere import check_radii
-from sos_dask.stages.ids import GAIA_IDS
 from sos_dask.stages.needs import require_memory
 from sos_dask.stages.overlap import parameter_columns, read_overlap, read_target
 from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.star_flags import star_flags
+from sos_dask.stars.group import GAIA_IDS
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet, write_partition
 from sos_dask.trust import (

@@ -19,10 +19,10 @@ from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, Ranges, cell_ranges
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
-from sos_dask.stages.crossmatch import MOTION, at_epoch, motion_of, moved_arcsec
-from sos_dask.stages.ids import GAIA_IDS, rank_of
+from sos_dask.stages.ids import motion_of
 from sos_dask.stars.combine import combine
-from sos_dask.stars.group import DedupeSettings, group_around
+from sos_dask.stars.group import GAIA_IDS, DedupeSettings, group_around, rank_of
+from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
 from sos_dask.stars.repeats import merged_pulls, pull_counts
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog

@@ -28,8 +28,8 @@ from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, S, Stage
-from sos_dask.stages.ids import GAIA_IDS
 from sos_dask.stars.folds import star_numbers
+from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stats.bootstrap import N_GROUPS
 from sos_dask.stats.density import knn_distance, robust_scale
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
-
 from sos_dask.run.cluster import Cluster
-from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.storage.catalog import Catalog
 
 # Measured with partitions of 68,000 to 929,000 rows, in processes of their own and in workers of a
@@ -44,49 +38,6 @@ def require_memory(cluster: Cluster, catalog: Catalog, step: str, model_bytes: i
     pixel, n_bytes = catalog.largest_partition()
     what = f"partition {pixel} of {catalog.path} ({catalog.partition_rows(pixel):,} rows)"
     cluster.require_memory(needed_bytes(step, n_bytes) + model_bytes, f"{step}: {what}")
-
-
-def require_pixel(
-    cluster: Cluster,
-    step: str,
-    name: str,
-    pixels: Sequence[HealpixPixel],
-    histogram: NDArray[np.int64],
-    n_bytes: int,
-) -> None:
-    """Refuse a stage that makes partitions, one of which would not fit into a worker.
-
-    Parameters
-    ----------
-    name : str
-        Of the catalog that is made.
-    pixels : sequence of HealpixPixel
-        Its partitions, at least one.
-    histogram : ndarray of int64, shape (12 * 4**order,)
-        Rows a cell of the sky.
-    n_bytes : int
-        Of all rows in memory.
-
-    Raises
-    ------
-    ClusterError
-        As `require_memory`.
-    """
-    order = (len(histogram) // 12).bit_length() // 2
-    shift = 2 * (MAX_ORDER - order)
-    rows = [int(histogram[pixel.first >> shift : pixel.stop >> shift].sum()) for pixel in pixels]
-    largest = int(np.argmax(rows))
-    share = n_bytes * rows[largest] // max(sum(rows), 1)
-    what = f"partition {pixels[largest]} of {name} ({rows[largest]:,} rows)"
-    cluster.require_memory(needed_bytes(step, share), f"{step}: {what}")
-
-
-def catalog_bytes(catalog: Catalog) -> int:
-    """What all rows of a catalog take in memory, by its largest partition."""
-    if not catalog.pixels:
-        return 0
-    pixel, n_bytes = catalog.largest_partition()
-    return n_bytes * catalog.n_rows // max(catalog.partition_rows(pixel), 1)
 
 
 def needed_bytes(step: str, n_bytes: int) -> int:

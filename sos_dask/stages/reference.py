@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -18,22 +17,20 @@ from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, MOST_ROWS, YEARS
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel, IntArray, Ranges, in_ranges, plan_partitions
-from sos_dask.stages.crossmatch import at_epoch, motion_of, moved_arcsec
-from sos_dask.stages.ids import GAIA_IDS, rank_of
-from sos_dask.stages.needs import catalog_bytes, require_pixel
-from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
+from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
+from sos_dask.stages.ids import motion_of
 from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.stars.group import Radii, group_around
+from sos_dask.stars.group import GAIA_IDS, Radii, group_around, rank_of
+from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
 from sos_dask.stars.unify import UnifySettings, common_differences, unify
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, write_partition
+from sos_dask.storage.catalog import Catalog
 
-VERSION = 5
 _HISTOGRAM_ORDER = 8
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))
+_COLUMNS = (*_STAR_COLUMNS, *CANONICAL)
 # What decides which rows are one star, and the labels.
-_COMPARED = ("star_id", "ra", "dec", "pmra", "pmdec", "position_epoch", *GAIA_IDS.values(),
-             "quality", *LABELS)  # fmt: skip
+_COMPARED = ("star_id", "ra", "dec", *MOTION, *GAIA_IDS.values(), "quality", *LABELS)
 MIN_COMMON = 50
 
 
@@ -74,133 +71,129 @@ class ReferenceSettings(Settings):
         return Radii(radius_arcsec=self.radius_arcsec, id_radius_arcsec=self.id_radius_arcsec)
 
 
-@dataclass(frozen=True)
-class _Count:
-    output: Output
+class _Count(NamedTuple):
     survey: str
-    catalog: Catalog
     pixel: HealpixPixel
-    epoch: float
 
 
-@dataclass(frozen=True)
-class _Part:
-    output: Output
-    catalogs: Mapping[str, Catalog]
-    pixel: HealpixPixel
-    settings: ReferenceSettings
-    motion_arcsec: float
-
-
-def reference_recipe(catalogs: Mapping[str, str], settings: ReferenceSettings) -> Recipe:
-    """Recipe of `reference` for catalogs of these fingerprints, by survey."""
-    return Recipe("reference", VERSION, {"settings": settings.as_json}, dict(catalogs))
-
-
-def reference(
-    catalogs: Mapping[str, Catalog],
-    directory: Path,
-    settings: ReferenceSettings,
-    *,
-    name: str = "reference",
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
+class Reference(Stage[ReferenceSettings]):
     """Unite the stars of the reference surveys.
 
-    Parameters
-    ----------
-    catalogs : mapping of str to Catalog
-        Stars (output of dedupe) by name of the survey.
-    directory : Path
-    settings : ReferenceSettings
+    Rows in are the stars of all surveys, rows out stars; the others are merged with another
+    survey's. The summary says how many stars several surveys have, and the zero points.
 
-    Returns
-    -------
-    Manifest
-        ``rows``: stars of all surveys in, stars out, stars merged with another survey's.
+    Example: sos-dask reference apogee=apogee.stars galah=galah.stars -o reference
     """
-    for catalog in catalogs.values():
-        catalog.require("star_id", "ra", "dec", HEALPIX_COLUMN, "quality", *LABELS)
-    fingerprints = {survey: catalog.fingerprint for survey, catalog in catalogs.items()}
-    output = Output.prepare(
-        directory,
-        reference_recipe(fingerprints, settings),
-        overwrite,
-        [catalog.path for catalog in catalogs.values()],
-    )
-    if output.complete:
-        return output.load_manifest()
-    cluster = cluster or Cluster()
-    with unless_complete(output):
+
+    name = "reference"
+    version = 6
+    Settings = ReferenceSettings
+    roles = (Role("stars", "Stars of a survey (output of dedupe), by its name.", many=True),)
+    motion_arcsec = 0.0
+    unify: UnifySettings
+
+    def surveys(self) -> dict[str, Catalog]:
+        """Catalogs of stars by survey."""
+        return {name.partition(".")[2]: self.catalog(name) for name in self.inputs}
+
+    def check(self) -> None:
+        """Refuse catalogs that lack a column."""
+        for catalog in self.surveys().values():
+            catalog.require("star_id", "ra", "dec", HEALPIX_COLUMN, "quality", *LABELS)
+
+    def make(self, run: Run) -> Made:
+        """Plan the partitions, measure the zero points, and unite the stars of each partition."""
+        catalogs, self.unify = self.surveys(), self.settings.unify
         counts = {
-            f"{survey}-{key_of(pixel)}": _Count(output, survey, catalog, pixel, settings.epoch)
+            f"{survey}-{key}": _Count(survey, pixel)
             for survey, catalog in catalogs.items()
-            for pixel in catalog.pixels
+            for key, pixel in by_pixel(catalog.pixels).items()
         }
-        run_parts(output, "counts", counts, _count_part, cluster, "reference plan", report)
         histogram = np.zeros(12 * 4**_HISTOGRAM_ORDER, dtype=np.int64)
-        for record in records(output, "counts", list(counts)):
+        for record in run.parts("counts", counts, self.count_rows, "reference plan"):
             np.add.at(histogram, record["cells"], record["rows"])
-        pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, settings.rows_per_partition)
-        if pixels:
-            n_bytes = sum(catalog_bytes(catalog) for catalog in catalogs.values())
-            require_pixel(cluster, "reference", name, pixels, histogram, n_bytes)
-        motion = max(moved_arcsec(motion_of(c), settings.epoch) for c in catalogs.values())
-        parts = {
-            key_of(pixel): _Part(output, catalogs, pixel, settings, motion) for pixel in pixels
+        pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, self.settings.rows_per_partition)
+        n_bytes = sum(_bytes_of(catalog) for catalog in catalogs.values())
+        self.require_pixel(run.cluster, pixels, histogram, n_bytes)
+        motions = map(motion_of, catalogs.values())
+        self.motion_arcsec = max(moved_arcsec(one, self.settings.epoch) for one in motions)
+        parts = by_pixel(pixels)
+        if self.settings.measure_offsets and len(catalogs) > 1:
+            run.parts("common", parts, self.compare_surveys, "zero points")
+            self.unify = self.unify.but(offsets=_zero_points(run.output, list(parts)))
+        done = run.parts("stars", parts, self.stars_of_pixel)
+        no_rows = {
+            survey: pa.schema(map(one.schema.field, one.columns(_COLUMNS))).empty_table()
+            for survey, one in catalogs.items()
         }
-        offsets: Mapping[str, Mapping[str, float]] = settings.unify.offsets
-        if settings.measure_offsets and len(catalogs) > 1:
-            run_parts(output, "common", parts, _common_part, cluster, "zero points", report)
-            offsets = _zero_points(output, list(parts))
-            fixed = settings.but(unify=settings.unify.but(offsets=offsets))
-            parts = {key: replace(part, settings=fixed) for key, part in parts.items()}
-        run_parts(output, "stars", parts, _reference_part, cluster, "reference", report)
-        done = records(output, "stars", list(parts))
-        n_in = sum(catalog.n_rows for catalog in catalogs.values())
-        n_out = sum(record["n_stars"] for record in done)
+        nobody = np.empty(0, dtype=np.int64)
+        schema = unify(_together(no_rows), nobody, self.unify).schema
+        n_out = run.write_catalog(self.product, pixels, done, schema)
         merged = sum(record["n_members"] for record in done) - n_out
-        commit_catalog(
-            output,
-            name,
-            list(zip(pixels, done, strict=True)),
-            unify(_no_rows(catalogs), np.empty(0, dtype=np.int64), settings.unify).schema,
-            Rows(n_in, n_out, 0, {"merged": merged}),
-            {
-                "stars_in_several_surveys": sum(record["n_several"] for record in done),
-                "stars": {survey: catalog.n_rows for survey, catalog in catalogs.items()},
-                "offsets": {survey: dict(values) for survey, values in offsets.items()},
-            },
-        )
-    return output.load_manifest()
-
-
-def _columns(catalog: Catalog) -> list[str]:
-    return catalog.columns([HEALPIX_COLUMN, *_STAR_COLUMNS, *CANONICAL])
-
-
-def _count_part(part: _Count) -> None:
-    columns = part.catalog.columns([HEALPIX_COLUMN, "ra", "dec", "pmra", "pmdec", "position_epoch"])
-    table = at_epoch(part.catalog.read(part.pixel, columns), part.epoch)
-    cells, rows = np.unique(
-        table[HEALPIX_COLUMN].to_numpy() >> 2 * (29 - _HISTOGRAM_ORDER), return_counts=True
-    )
-    part.output.put_record(
-        "counts",
-        f"{part.survey}-{key_of(part.pixel)}",
-        {"cells": cells.tolist(), "rows": rows.tolist()},
-    )
-
-
-def _no_rows(catalogs: Mapping[str, Catalog]) -> pa.Table:
-    return _together(
-        {
-            survey: pa.schema([c.schema.field(n) for n in _columns(c)]).empty_table()
-            for survey, c in catalogs.items()
+        summary = {
+            "stars_in_several_surveys": sum(record["n_several"] for record in done),
+            "stars": {survey: catalog.n_rows for survey, catalog in catalogs.items()},
+            "offsets": {survey: dict(of) for survey, of in self.unify.offsets.items()},
         }
-    )
+        return Rows(sum(c.n_rows for c in catalogs.values()), n_out, 0, {"merged": merged}), summary
+
+    def count_rows(self, output: Output, key: str, part: _Count) -> dict[str, Any]:
+        """Count the stars of a survey's partition by cell, at the common epoch."""
+        catalog = self.catalog(f"stars.{part.survey}")
+        columns = catalog.columns([HEALPIX_COLUMN, "ra", "dec", *MOTION])
+        table = at_epoch(catalog.read(part.pixel, columns), self.settings.epoch)
+        cells = table[HEALPIX_COLUMN].to_numpy() >> 2 * (29 - _HISTOGRAM_ORDER)
+        cells, rows = np.unique(cells, return_counts=True)
+        return {"cells": cells.tolist(), "rows": rows.tolist()}
+
+    def compare_surveys(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
+        """Keep the differences of the stars of one partition that several surveys have."""
+        members, primary = self._members(pixel, _COMPARED)
+        table = common_differences(members, primary, self.settings.unify.order)
+        write_piece(_common_file(output, key), table)
+        return {"n_stars": table.num_rows}
+
+    def stars_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
+        """Write the stars whose primary lies in one partition, at the common epoch."""
+        members, primary = self._members(pixel, _COLUMNS)
+        stars = unify(members, primary, self.unify)
+        return {
+            "file": partition_record(output, pixel, stars),
+            "n_members": members.num_rows,
+            "n_several": int(np.count_nonzero(stars["n_surveys"].to_numpy() > 1)),
+        }
+
+    def _members(self, pixel: HealpixPixel, names: Sequence[str]) -> tuple[pa.Table, IntArray]:
+        """Rows of the stars whose primary lies in a partition, and each one's primary."""
+        settings, catalogs = self.settings, self.surveys()
+        columns = [HEALPIX_COLUMN, *names]
+
+        def read(ranges: Ranges) -> tuple[pa.Table, NDArray[np.bool_]]:
+            rows = {
+                survey: at_epoch(one.read_ranges(ranges, one.columns(columns)), settings.epoch)
+                for survey, one in catalogs.items()
+            }
+            table = _together(rows).combine_chunks()
+            order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
+            table = table.take(pa.array(order))
+            return table, in_ranges(table[HEALPIX_COLUMN].to_numpy(), [(pixel.first, pixel.stop)])
+
+        reach = max(settings.radius_arcsec, settings.id_radius_arcsec) + self.motion_arcsec
+        ranks = partial(_ranks, order=settings.unify.order)
+        table, inside, primary = group_around(
+            pixel, read, ranks, reach, settings.grouping, self.product
+        )
+        ours = inside[primary]
+        row_of = np.cumsum(ours) - 1
+        return table.filter(pa.array(ours)), row_of[primary[ours]]
+
+
+def _bytes_of(catalog: Catalog) -> int:
+    """What all rows of a catalog take in memory, by its largest partition."""
+    if not catalog.pixels:
+        return 0
+    pixel, n_bytes = catalog.largest_partition()
+    return n_bytes * catalog.n_rows // max(catalog.partition_rows(pixel), 1)
 
 
 def _together(tables: Mapping[str, pa.Table]) -> pa.Table:
@@ -230,62 +223,6 @@ def _common_file(output: Output, key: str) -> Path:
     return output.work / "common-stars" / f"{key}.arrow"
 
 
-def _common_part(part: _Part) -> None:
-    """Differences of the stars of one partition that several surveys have."""
-    members, primary = _members(part, _COMPARED)
-    key = key_of(part.pixel)
-    table = common_differences(members, primary, part.settings.unify.order)
-    write_piece(_common_file(part.output, key), table)
-    part.output.put_record("common", key, {"n_stars": table.num_rows})
-
-
-def _members(part: _Part, names: Sequence[str]) -> tuple[pa.Table, IntArray]:
-    """Rows of the stars whose primary lies in one partition, and the row of each one's primary."""
-    settings, pixel = part.settings, part.pixel
-
-    def read(ranges: Ranges) -> tuple[pa.Table, NDArray[np.bool_]]:
-        rows = {
-            survey: at_epoch(
-                catalog.read_ranges(ranges, catalog.columns([HEALPIX_COLUMN, *names])),
-                settings.epoch,
-            )
-            for survey, catalog in part.catalogs.items()
-        }
-        table = _together(rows).combine_chunks()
-        table = table.take(pa.array(np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")))
-        return table, in_ranges(table[HEALPIX_COLUMN].to_numpy(), [(pixel.first, pixel.stop)])
-
-    reach = max(settings.radius_arcsec, settings.id_radius_arcsec) + part.motion_arcsec
-    table, inside, primary = group_around(
-        pixel,
-        read,
-        partial(_ranks, order=settings.unify.order),
-        reach,
-        settings.grouping,
-        "the reference",
-    )
-    ours = inside[primary]
-    row_of = np.cumsum(ours) - 1
-    return table.filter(pa.array(ours)), row_of[primary[ours]]
-
-
-def _reference_part(part: _Part) -> None:
-    """Stars whose primary lies in one partition, at the common epoch."""
-    members, primary = _members(part, (*_STAR_COLUMNS, *CANONICAL))
-    stars = unify(members, primary, part.settings.unify)
-    record = write_partition(part.output, part.pixel, stars) if stars.num_rows else None
-    part.output.put_record(
-        "stars",
-        key_of(part.pixel),
-        {
-            "file": None if record is None else asdict(record),
-            "n_stars": stars.num_rows,
-            "n_members": members.num_rows,
-            "n_several": int(np.count_nonzero(stars["n_surveys"].to_numpy() > 1)),
-        },
-    )
-
-
 def _ranks(table: pa.Table, order: tuple[str, ...]) -> IntArray:
     """Preference for the primary: the survey's place in the order or its name, then the key."""
     names = sorted(pc.unique(table["survey"]).to_pylist())
@@ -298,3 +235,26 @@ def _ranks(table: pa.Table, order: tuple[str, ...]) -> IntArray:
         rank[rows] = first + rank_of(table["star_id"].take(pa.array(rows)))
         first += len(rows)
     return rank
+
+
+def reference_recipe(catalogs: Mapping[str, str], settings: ReferenceSettings) -> Recipe:
+    """Recipe of `reference` for catalogs of these fingerprints, by survey."""
+    return Reference.recipe(settings, {f"stars.{name}": one for name, one in catalogs.items()})
+
+
+def reference(
+    catalogs: Mapping[str, Catalog],
+    directory: Path,
+    settings: ReferenceSettings,
+    *,
+    name: str = "reference",
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Unite the stars of the reference surveys, given by their names: see `Reference`."""
+    inputs = {f"stars.{survey}": catalog for survey, catalog in catalogs.items()}
+    stage = Reference(inputs, settings, product=name)
+    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
+    assert made is not None
+    return made

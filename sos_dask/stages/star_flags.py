@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
-from sos_dask.stages.ids import GAIA_IDS
+from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
 from sos_dask.storage.catalog import Catalog
 from sos_dask.trust import FLAG_AMBIGUOUS, FLAG_SPREAD

@@ -223,6 +223,16 @@ def id_values(column: pa.ChunkedArray) -> IntArray:
     return np.asarray(pc.fill_null(column, 0).to_numpy(), dtype=np.int64)
 
 
+def rank_of(keys: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Number keys in their order: integers are taken themselves, of text the place when sorted."""
+    if pa.types.is_integer(keys.type):
+        return np.asarray(keys.to_numpy(), dtype=np.int64)
+    order = pc.array_sort_indices(keys.combine_chunks()).to_numpy()
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return rank
+
+
 @dataclass(frozen=True)
 class _Links:
     """Pairs of rows, i < j."""

@@ -41,6 +41,7 @@ from sos_dask.stars.crowds import is_crowded, preferred
 from sos_dask.stars.group import GAIA_IDS, Radii
 
 BoolArray = NDArray[np.bool_]
+MOTION = ("pmra", "pmdec", "position_epoch")
 _KeysOf = Callable[[IntArray], pa.ChunkedArray]  # keys of rows
 
 # An id on this many pairs of rows is a placeholder or a calibration star: search it on the sky,
@@ -138,6 +139,28 @@ def reach_arcsec(
     pm = right.max_pm_mas_yr if pm_mas_yr is None else pm_mas_yr
     drift = np.maximum(left.max_pm_mas_yr, pm) * years / 1000.0 if years > 0 else 0.0
     return (radius + drift) * (1.0 + 1e-9) + 1e-3
+
+
+def moved_arcsec(motion: Motion, epoch: float) -> float:
+    """Bound how far a star of a catalog can stand from its place at the common epoch."""
+    years = max(abs(motion.epoch_min - epoch), abs(motion.epoch_max - epoch))
+    return motion.max_pm_mas_yr / 1000.0 * years if np.isfinite(years) else 0.0
+
+
+def at_epoch(table: pa.Table, epoch: float) -> pa.Table:
+    """Move the rows that have a proper motion and an epoch; the others stay as they are."""
+    if not set(MOTION) <= set(table.schema.names) or not table.num_rows:
+        return table
+    pmra, pmdec, since = (np.asarray(table[name].to_numpy(), np.float64) for name in MOTION)
+    moving = np.isfinite(pmra) & np.isfinite(pmdec) & np.isfinite(since)
+    pmra, pmdec, years = (np.where(moving, values, 0.0) for values in (pmra, pmdec, epoch - since))
+    ra, dec = sphere.propagate(table["ra"].to_numpy(), table["dec"].to_numpy(), pmra, pmdec, years)
+    new = {"ra": ra, "dec": dec, HEALPIX_COLUMN: healpix.ang2pix(ra, dec)}
+    new["position_epoch"] = np.where(moving, epoch, since)
+    for name, values in new.items():
+        index, field = table.schema.get_field_index(name), table.schema.field(name)
+        table = table.set_column(index, field, pa.array(values, field.type, from_pandas=True))
+    return table
 
 
 def match(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,45 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sos_dask.columns import is_text, split
 from sos_dask.errors import SurveyError
-from sos_dask.schema import find_name, nearest
 from sos_dask.surveys.definition import Cut, Survey
 
 BoolArray = NDArray[np.bool_]
-
-
-def required_natives(survey: Survey, available: Collection[str]) -> dict[str, str]:
-    """Columns that the cuts of a survey need.
-
-    Parameters
-    ----------
-    survey : Survey
-    available : collection of str
-        Columns there are: of a file, of the product, or of both.
-
-    Returns
-    -------
-    dict of str to str
-        ``Cut.column`` -> available column: the equal name, else the only one that is equal but for
-        case. Columns of optional cuts that are not available are left out.
-
-    Raises
-    ------
-    SurveyError
-        A column is missing; the message names it and the cut.
-    """
-    found = {}
-    for cut in survey.cuts.values():
-        match = find_name(cut.column, available)
-        if match is not None:
-            found[cut.column] = match
-        elif not cut.optional:
-            raise SurveyError(
-                f"survey {survey.name}: no column '{cut.column}', which cut '{cut.name}' needs",
-                nearest(cut.column, available)
-                or "Say optional = true where releases without it shall pass.",
-            )
-    return found
 
 
 def quality_mask(
@@ -62,7 +28,7 @@ def quality_mask(
     Parameters
     ----------
     native : mapping of str to array, each of shape (n,)
-        The columns that the cuts name, numbers or text.
+        The columns that the cuts name, numbers or text. Those of optional cuts may be missing.
     survey : Survey
 
     Returns
@@ -75,20 +41,24 @@ def quality_mask(
     SurveyError
         A column is missing, or holds values that its cut cannot test.
     """
-    columns = required_natives(survey, native)
     n_rows = len(next(iter(native.values()))) if native else 0
     quality = np.zeros(n_rows, dtype=np.int64)
     for cut in survey.cuts.values():
-        if cut.column in columns:
-            fails = ~_passes(cut, native[columns[cut.column]], survey)
+        if cut.column in native:
+            fails = ~_passes(cut, native[cut.column], survey)
             quality |= fails.astype(np.int64) << cut.bit
+        elif not cut.optional:
+            raise SurveyError(
+                f"survey {survey.name}: no column '{cut.column}', which cut '{cut.name}' needs"
+            )
     return quality
 
 
 def _passes(cut: Cut, column: NDArray[Any] | pa.Array, survey: Survey) -> BoolArray:
-    values, null = _numbers_or_text(column)
-    if isinstance(values, pa.Array):
-        return _text_passes(cut, values, survey)
+    if is_text(column):
+        return _text_passes(cut, column, survey)
+    values, missing = split(column)
+    null = np.zeros(len(values), dtype=bool) if missing is None else missing
     if any(isinstance(value, str) for value in cut.values):
         raise _not_testable(cut, survey, "numbers, and the cut lists text")
     if values.dtype.kind == "f":
@@ -146,13 +116,3 @@ def _not_testable(cut: Cut, survey: Survey, what: str) -> SurveyError:
         f"{what}",
         f"Correct [cuts.{cut.name}] of the survey.",
     )
-
-
-def _numbers_or_text(column: NDArray[Any] | pa.Array) -> tuple[Any, BoolArray]:
-    if not isinstance(column, pa.Array):
-        return column, np.zeros(len(column), dtype=bool)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return column, np.zeros(len(column), dtype=bool)
-    null = column.is_null().to_numpy(zero_copy_only=False)
-    filled = column.fill_null(False if pa.types.is_boolean(column.type) else 0)
-    return filled.to_numpy(zero_copy_only=False), np.array(null)

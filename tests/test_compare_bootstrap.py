@@ -1,10 +1,11 @@
-import hashlib
 from functools import cache
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from sos_dask.stats.bootstrap import N_GROUPS, Ranked, draw, group_of_stars, interval
+from sos_dask.stars.folds import star_numbers
+from sos_dask.stats.bootstrap import N_GROUPS, Ranked, draw, groups_of, interval
 
 SEEDS = 150
 
@@ -99,13 +100,14 @@ def test_nothing_depends_on_the_order_of_the_pairs():
 
 
 def test_groups_are_of_the_id_alone_and_even():
-    ids = [f"star {number}" for number in range(20_000)]
-    groups = group_of_stars(ids)
-    np.testing.assert_array_equal(group_of_stars(ids[7000:7010]), groups[7000:7010])
-    digest = hashlib.sha256(b"star 3").digest()
-    assert groups[3] == int.from_bytes(digest[:8], "big") % N_GROUPS
+    star = star_numbers(pa.array([f"star {number}" for number in range(20_000)]), 0)
+    groups = groups_of(star)
+    np.testing.assert_array_equal(groups_of(star[7000:7010]), groups[7000:7010])
     counts = np.bincount(groups, minlength=N_GROUPS)
     assert counts.min() > 0 and counts.var() == pytest.approx(counts.mean(), rel=0.2)
+    for some in (star % 16 == 0, star < 2**60):  # a fold; what is kept of many
+        counts = np.bincount(groups[some], minlength=N_GROUPS)
+        assert counts.var() == pytest.approx(counts.mean(), rel=0.2)
 
 
 def test_equal_values_have_no_spread():

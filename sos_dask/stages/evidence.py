@@ -30,7 +30,7 @@ from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, S, Stage
 from sos_dask.stars.folds import star_numbers
 from sos_dask.stars.group import GAIA_IDS
-from sos_dask.stats.bootstrap import N_GROUPS
+from sos_dask.stats.bootstrap import groups_of
 from sos_dask.stats.density import knn_distance, robust_scale
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
@@ -41,8 +41,6 @@ MOST_PAIRS = 1_000_000
 DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 SPARSE_SHARE = 0.05
 N_NEIGHBOURS = 16
-# The highest bits of a star's number decide whether it is kept, the lowest its fold.
-_GROUP_BITS = np.uint64(20)
 _NO_EVIDENCE = (HEALPIX_COLUMN, "fold", "ra", "dec", "position_epoch", *GAIA_IDS.values(),
                 "separation_arcsec", "n_candidates", "quality")  # fmt: skip
 _PROCESS_BYTES, _BYTES_A_PAIR = 300 << 20, 400
@@ -269,7 +267,7 @@ def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], 
         stars = {name: star_numbers(read[column], 0) for name, column in ids.items()}
         inside = stars["star"] < limit if pairs.n_rows > most else np.ones(len(read), np.bool_)
         columns = {"fold": read["fold"].cast(pa.int8()), **stars}
-        columns["group"] = ((stars["star"] >> _GROUP_BITS) % np.uint64(N_GROUPS)).astype(np.int16)
+        columns["group"] = groups_of(stars["star"]).astype(np.int16)
         columns |= {name: read[name].cast(pa.float32()) for name in numbers}
         columns |= {name: read[name] for name in more}
         fold.append(read["fold"].to_numpy())

@@ -453,7 +453,7 @@ def _hats(part: _Part) -> dict[str, Any]:
             if np.isfinite(three).all(axis=0).sum() < _MIN_COMMON:
                 continue
             corners = three_cornered_hat(three, (surveys.target, first, second), part.settings.seed)
-            found += [{"label": label, **asdict(corner)} for corner in corners]
+            found += [{"label": label, **corner} for corner in corners]
     return {"found": found}
 
 

@@ -1,6 +1,6 @@
 """Bootstrap of medians and widths by star, for many figures of one sample on the same resamples.
 
-Stars are spread over some groups by the SHA-256 of their ids, and groups are drawn with replacement
+Stars are spread over some groups by a hash of their ids, and groups are drawn with replacement
 (Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapters 6 and 8): pairs of one star
 stay together, and a resample is one weight a group. A subset with few stars has about one star a
 group: the ordinary bootstrap; of many stars the groups are as good, since every group is a random
@@ -13,8 +13,6 @@ nodes holds one value this is exact, else what it leaves out is the noise inside
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,39 +31,27 @@ _HALVINGS = 40
 _EXACT_FLOAT32 = 1 << 22  # sums of so many pairs stay below 2^24
 
 
-def group_of_stars(ids: Sequence[str], n_groups: int = N_GROUPS) -> IntArray:
-    """Group of each star, by its id alone.
+def groups_of(star: NDArray[np.uint64]) -> IntArray:
+    """Find the group of each star by its number alone: 0 to `N_GROUPS` - 1.
 
-    Parameters
-    ----------
-    ids : sequence of str, length n
-
-    Returns
-    -------
-    ndarray of int64, shape (n,)
-        0 to ``n_groups - 1``.
+    The highest bits of the number decide whether very many pairs are thinned, the lowest ones its
+    fold: groups are of the bits between.
     """
-    return np.array(
-        [
-            int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % n_groups
-            for name in ids
-        ],
-        dtype=np.int64,
-    )
+    return ((star >> np.uint64(20)) % np.uint64(N_GROUPS)).astype(np.int64)
 
 
 def draw(n_resamples: int, seed: int, n_groups: int = N_GROUPS) -> FloatArray:
-    """How often each resample holds each group, shape (n_resamples, n_groups)."""
+    """Draw how often each resample contains each group, shape (n_resamples, n_groups)."""
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_resamples)
     return counts.astype(np.float64)
 
 
 def interval(value: float, replicates: FloatArray) -> tuple[float, float]:
-    """95 % interval of a figure: percentiles of its resamples, moved from their mean to the figure.
+    """Find the 95 % interval of a figure: percentiles of its resamples, moved to the figure.
 
-    Resamples of a figure that noise raises (a root of squares, a maximum) are raised twice; moved,
-    their spread is that of the figure.
+    Resamples of a figure that noise raises (a root of squares, a maximum) are raised twice; moved
+    by the difference of figure and mean, their spread is that of the figure.
     """
     known = replicates[np.isfinite(replicates)]
     if not len(known) or not np.isfinite(value):
@@ -106,7 +92,7 @@ class Ranked:
     groups: IntArray
 
     def resampled(self, weights: FloatArray) -> Replicates:
-        """Figures of the resamples of `draw`; nan where a resample is empty."""
+        """Measure the resamples of `draw`; nan where a resample is empty."""
         n = len(self.values)
         ranks = np.unique(np.linspace(0, n, min(n, _COLUMNS) + 1).astype(np.int64))
         column = np.repeat(np.arange(len(ranks) - 1), np.diff(ranks))
@@ -123,7 +109,7 @@ class Ranked:
     def binned_medians(
         self, weights: FloatArray, bins: IntArray, n_bins: int, min_count: int
     ) -> tuple[IntArray, FloatArray, FloatArray]:
-        """Median of the values in each bin, and in every resample.
+        """Find the median of the values in each bin, and in every resample.
 
         Parameters
         ----------

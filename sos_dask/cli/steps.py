@@ -110,25 +110,12 @@ def ingest(
     definition = load_survey(survey)
     if margin_arcsec is not None and not 0 < margin_arcsec < 3600:
         raise ConfigError(f"--margin-arcsec {margin_arcsec:g} is not between 0 and 3600")
-<<<<<<< HEAD
     inputs = {f"file.{number}": file for number, file in enumerate(files)}
     manifest = run_step(Ingest(inputs, settings(survey=definition)), out, options)
     if margin_arcsec is not None:
         margin = Margin({"catalog": out}, MarginSettings(margin_arcsec=margin_arcsec))
         run_step(margin, out.with_name(f"{out.name}.collection"), options)
     show_step(manifest, out, options.as_json)
-=======
-    settings = IngestSettings(rows_per_partition=rows_per_partition)
-
-    def step(**context: Any) -> Manifest:
-        manifest = run(definition, files, out, settings, name=out.name, **context)
-        if margin_arcsec is not None:
-            collection = out.with_name(f"{out.name}.collection")
-            margin(Catalog.open(out), collection, margin_arcsec, **context)
-        return manifest
-
-    show_step(run_step(step, options), out, options.as_json)
->>>>>>> house
 
 
 @with_settings

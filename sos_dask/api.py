@@ -24,8 +24,9 @@ from sos_dask.errors import understood
 from sos_dask.rebuild import pipeline as _pipeline
 from sos_dask.rebuild import plan as _plan
 from sos_dask.rebuild.job import Job, load_job
-from sos_dask.run.cluster import Cluster, Report, silent, start
+from sos_dask.run.cluster import Cluster, silent, start
 from sos_dask.simulate import SkySettings
+from sos_dask.stages import ingest as _ingest
 from sos_dask.stages.apply import Apply, ApplySettings
 from sos_dask.stages.attach import Attach, AttachSettings
 from sos_dask.stages.base import Stage
@@ -34,7 +35,7 @@ from sos_dask.stages.coverage import Coverage, CoverageSettings
 from sos_dask.stages.crossmatch import Crossmatch, CrossmatchSettings
 from sos_dask.stages.dedupe import Dedupe
 from sos_dask.stages.evidence import Evidence
-from sos_dask.stages.ingest import Ingest, IngestSettings
+from sos_dask.stages.ingest import IngestSettings
 from sos_dask.stages.margin import Margin, MarginSettings
 from sos_dask.stages.reference import Reference, ReferenceSettings
 from sos_dask.stages.train import Train, TrainSettings
@@ -121,11 +122,12 @@ def _step(stage: type[Stage[Any]]) -> Callable[..., Manifest | None]:
             inspect.Parameter("report", named, default=silent),
         ]
     )
-    lines = [
-        f"{role.name} : {'mapping of str to ' if role.many else ''}path{' or Catalog' if role.kind == 'catalog' else ''}"
-        f"{', optional' if role.optional else ''}\n    {role.text}"
-        for role in stage.roles
-    ]
+    lines = []
+    for role in stage.roles:
+        kind = "path or Catalog" if role.kind == "catalog" else "path"
+        many = "mapping of str to " if role.many else ""
+        optional = ", optional" if role.optional else ""
+        lines.append(f"{role.name} : {many}{kind}{optional}\n    {role.text}")
     lines += [
         "directory : path\n    Where the output goes; several processes may share it.",
         f"settings : {stage.Settings.__name__}, optional",
@@ -147,6 +149,7 @@ crossmatch = _step(Crossmatch)
 dedupe = _step(Dedupe)
 evidence = _step(Evidence)
 gc = _public(_store.gc)
+ingest = _public(_ingest.ingest)
 margin = _step(Margin)
 plan = _public(_plan.plan)
 rebuild = _public(_pipeline.rebuild)
@@ -157,40 +160,6 @@ train = _step(Train)
 trends = _step(Trends)
 uncertainty = _step(Uncertainty)
 verify = _public(_store.verify)
-
-
-@_public
-def ingest(
-    survey: Survey,
-    files: Sequence[Path],
-    directory: Path,
-    *,
-    rows_per_partition: int = 1_000_000,
-    name: str = "",
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest | None:
-    """Make a catalog of observations from a survey's files: see `Ingest`.
-
-    Parameters
-    ----------
-    survey : Survey or str
-        Definition, its name, or the path of a survey TOML.
-    files : path or sequence of path
-        FITS, FITS.gz, CSV, CSV.gz, ECSV, Parquet or VOTable; together they are the survey.
-    directory : path
-    rows_per_partition : int
-        Pixels are split until each contains at most so many rows.
-    name : str
-        Name of the catalog; default that of the directory.
-    overwrite : bool
-        Replace another output in ``directory``.
-    """
-    settings = IngestSettings(survey=survey, rows_per_partition=rows_per_partition)
-    inputs = {f"file.{number}": file for number, file in enumerate(files)}
-    stage = Ingest(inputs, settings, product=name)
-    return stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
 
 
 __all__ = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from sos_dask.stages.apply import apply
+from sos_dask.api import apply
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sos_dask.api import coverage
 from sos_dask.cli import app
 from sos_dask.errors import CatalogError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.measures import MEASURES
 from sos_dask.evidence.widening import Limits
-from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe, look
+from sos_dask.stages.coverage import CoverageSettings, coverage_recipe, look
 from sos_dask.stages.overlap import parameter_columns
 from sos_dask.storage.artifact import Manifest, Output
 from sos_dask.storage.catalog import Catalog

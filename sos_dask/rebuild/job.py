@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sos_dask.errors import ConfigError
-from sos_dask.schema import MOST_ROWS, YEARS
+from sos_dask.schema import YEARS
 from sos_dask.settings import NAME_RULE, Settings, explained, is_name, parse_toml
 from sos_dask.stages.attach import AttachSettings
 from sos_dask.stages.compare import CompareSettings
 from sos_dask.stages.coverage import CoverageSettings
 from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.stages.generalisation import GeneralisationSettings
+from sos_dask.stages.ingest import IngestSettings
 from sos_dask.stages.projection import ProjectionSettings
 from sos_dask.stages.reference import ReferenceSettings
 from sos_dask.stages.uncertainty import UncertaintySettings
@@ -34,12 +35,12 @@ class SurveySection(Settings):
     dedupe: DedupeSettings | None = None
 
 
-class IngestSection(Settings):
+class IngestSection(IngestSettings):
     """How survey files become partitions."""
 
-    rows_per_partition: int = Field(1_000_000, gt=0, le=MOST_ROWS)
-    chunk_rows: int = Field(500_000, gt=0, le=MOST_ROWS)
-    margin_arcsec: float | None = Field(None, gt=0, lt=3600)
+    margin_arcsec: float | None = Field(
+        None, gt=0, lt=3600, description="Also write a margin catalog of this radius, for LSDB."
+    )
 
 
 class CrossmatchSection(CrossmatchSettings):

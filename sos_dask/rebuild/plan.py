@@ -236,7 +236,8 @@ def _survey_steps(
 
 
 def _ingest_step(job: Job, product: str, survey: Survey, files: list[str]) -> Step:
-    settings = Ingest.Settings(survey=survey, **job.ingest.model_dump(exclude={"margin_arcsec"}))
+    sizes = {name: size for name, size in dict(job.ingest).items() if name != "margin_arcsec"}
+    settings = Ingest.Settings(survey=survey, name=product, **sizes)
     paths = {f"file.{number}": job.resolve(file) for number, file in enumerate(files)}
     return Step(product, Ingest, settings, paths)
 

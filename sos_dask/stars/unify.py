@@ -63,8 +63,10 @@ class UnifySettings(Settings):
     order: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="Surveys, the preferred first; others follow by name."
     )
-    offsets: Mapping[str, Mapping[str, float]] = Field(
-        {}, description="By survey and label: subtracted from that survey's values."
+    offsets: Literal["measured"] | Mapping[str, Mapping[str, float]] = Field(
+        "measured",
+        description="By survey and label: subtracted from its values. Measured are the median "
+        "differences from the first survey of the order, on common stars.",
     )
     max_spread: float = Field(
         5.0,
@@ -79,9 +81,9 @@ class UnifySettings(Settings):
     @field_validator("offsets")
     @classmethod
     def _of_labels(
-        cls, offsets: Mapping[str, Mapping[str, float]]
-    ) -> Mapping[str, Mapping[str, float]]:
-        for survey, values in offsets.items():
+        cls, offsets: Literal["measured"] | Mapping[str, Mapping[str, float]]
+    ) -> Literal["measured"] | Mapping[str, Mapping[str, float]]:
+        for survey, values in () if isinstance(offsets, str) else offsets.items():
             for label in values.keys() - set(_MEASURED):
                 raise ValueError(
                     f"there is no label '{label}' for survey {survey}; known are "
@@ -95,6 +97,11 @@ class UnifySettings(Settings):
         if len(set(order)) != len(order):
             raise ValueError(f"a survey is twice in the order {', '.join(order)}")
         return order
+
+    @property
+    def known_offsets(self) -> Mapping[str, Mapping[str, float]]:
+        """Offsets by survey and label; none before they are measured."""
+        return {} if isinstance(self.offsets, str) else self.offsets
 
 
 def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Table:
@@ -137,7 +144,7 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     members = _Members.of(table, primary, leaders, settings.order)
 
     measured = {
-        label: members.measured(table, label, settings.offsets)
+        label: members.measured(table, label, settings.known_offsets)
         for label in _MEASURED
         if label in names
     }

@@ -117,6 +117,7 @@ def test_account_of_rows_must_close(tmp_path):
     ("change", "message"),
     [
         (lambda raw: {**raw, "format": 99}, "newer"),
+        (lambda raw: {**raw, "format": 1}, "of an older version of sos-dask.*Run the rebuild"),
         (lambda raw: {**raw, "params": {"radius_arcsec": 2}}, "was changed"),
         (lambda raw: {key: value for key, value in raw.items() if key != "rows"}, "damaged"),
     ],
@@ -125,8 +126,17 @@ def test_manifest_of_another_kind_is_refused(tmp_path, change, message):
     Output.prepare(tmp_path, RECIPE).commit(Rows(0, 0), ())
     path = tmp_path / MANIFEST
     path.write_text(sealed_json(change(json.loads(path.read_text()))))
-    with pytest.raises(CatalogError, match=message):
+    with pytest.raises(CatalogError, match=f"(?s){message}"):
         Manifest.load(tmp_path)
+
+
+def test_an_output_of_another_version_of_its_stage_is_refused(tmp_path):
+    Output.prepare(tmp_path, RECIPE).commit(Rows(0, 0), ())
+    assert Manifest.of_stage(tmp_path, "dedupe", 1).recipe == RECIPE
+    with pytest.raises(CatalogError, match=r"version 1 of 'dedupe', known here is version 2"):
+        Manifest.of_stage(tmp_path, "dedupe", 2)
+    with pytest.raises(CatalogError, match="no output of 'reference' but of 'dedupe'"):
+        Manifest.of_stage(tmp_path, "reference", 1)
 
 
 def test_damaged_json_is_named(tmp_path):

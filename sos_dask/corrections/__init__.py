@@ -1,24 +1,26 @@
-"""Corrections: a difference target - reference per label, as a function of the target's features.
+"""Corrections: a difference target - reference per label, as a function of the target's inputs.
 
-A module of this package that has ``PARAMS`` is a method and needs no other entry. It offers
+A method is a module of this package with
 
-* ``PARAMS``: mapping of parameter name to `Param`;
-* ``fit(source, train_folds, params, client, progress) -> Fitted``, with complete, checked params;
-* ``restore(info, files) -> Fitted``, from what `Fitted.save` wrote.
+* ``Settings``: its parameters, each with default, limits and meaning;
+* ``fit(training, settings, progress) -> Correction``;
+* ``restore(info, files) -> Correction``, from what `Correction.save` wrote;
+* optionally ``SEARCH``: values of its parameters that `sos_dask.corrections.search` tries.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import mmap
-import pkgutil
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
 from sos_dask import __version__
+from sos_dask.corrections import boosted, hybrid, polynomial, simex, symbolic
 from sos_dask.corrections.base import (
     MODEL_FILE,
     MODEL_FORMAT,
@@ -26,116 +28,126 @@ from sos_dask.corrections.base import (
     Batch,
     Content,
     Correction,
-    Fitted,
-    Float32Array,
-    FloatArray,
-    IntArray,
     ModelInfo,
-    Param,
     Progress,
+    Training,
     TrainingSource,
     parse_json,
     sealed,
-    to_json,
-)
-from sos_dask.corrections.training import (
-    Rows,
-    Summary,
-    map_batches,
-    release,
     summarise,
+    to_json,
     training_rows,
 )
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.problem import FEATURES
-from sos_dask.schema import LABELS, nearest
-from sos_dask.stats.histogram import Histogram, count
+from sos_dask.problem import Problem
+from sos_dask.schema import nearest
+from sos_dask.settings import Settings
 
 __all__ = [
     "MODEL_FILE",
     "MODEL_FORMAT",
     "SEAL",
     "Batch",
-    "Content",
     "Correction",
-    "Fitted",
-    "Float32Array",
-    "FloatArray",
-    "Histogram",
-    "IntArray",
     "ModelInfo",
-    "Param",
-    "Progress",
-    "Rows",
-    "Summary",
+    "Training",
     "TrainingSource",
     "check_params",
-    "count",
     "fit",
     "load",
-    "map_batches",
+    "method_module",
+    "method_settings",
     "methods",
     "parameters",
     "parse_json",
-    "release",
     "sealed",
     "summarise",
     "to_json",
     "training_rows",
 ]
 
+_METHODS: Mapping[str, Any] = {
+    "boosted": boosted,
+    "hybrid": hybrid,
+    "polynomial": polynomial,
+    "simex": simex,
+    "symbolic": symbolic,
+}
 _SMALL_FILE = 1 << 20
 
 
-@cache
 def methods() -> tuple[str, ...]:
     """Names of the methods, sorted."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(
-        name for name in names if hasattr(importlib.import_module(f"{__name__}.{name}"), "PARAMS")
-    )
+    return tuple(_METHODS)
 
 
-def _module(method: str) -> Any:
-    if method not in methods():
+def method_module(method: str) -> Any:
+    """Module of a method; `ConfigError` with the nearest names where there is none."""
+    if method not in _METHODS:
         raise ConfigError(
             f"there is no method '{method}'",
             nearest(method, methods()) or f"Known are: {', '.join(methods())}.",
         )
-    return importlib.import_module(f"{__name__}.{method}")
+    return _METHODS[method]
 
 
-def parameters(method: str) -> Mapping[str, Param]:
-    """Parameters of a method.
+def parameters(method: str) -> Mapping[str, FieldInfo]:
+    """Parameters of a method: default, limits and meaning by name.
 
     Raises
     ------
     ConfigError
         Unknown method.
     """
-    params: Mapping[str, Param] = _module(method).PARAMS
-    return params
+    fields: Mapping[str, FieldInfo] = method_module(method).Settings.model_fields
+    return fields
 
 
-def check_params(method: str, params: Mapping[str, Any]) -> dict[str, int | float | str]:
-    """Complete parameters of a method: those given, and the defaults of the others.
+def method_settings(method: str, params: Mapping[str, Any]) -> Settings:
+    """Make the settings of a method: those given, and the defaults of the others.
+
+    A whole number may be written as 4.0.
 
     Raises
     ------
     ConfigError
         Unknown method or parameter (with the nearest name), wrong type, out of range.
     """
-    known = parameters(method)
+    kind: type[Settings] = method_module(method).Settings
+    fields = kind.model_fields
     for name in params:
-        if name not in known:
+        if name not in fields:
             raise ConfigError(
                 f"method '{method}' has no parameter '{name}'",
-                nearest(name, known) or f"Known are: {', '.join(known)}.",
+                nearest(name, fields) or f"Known are: {', '.join(fields)}.",
             )
-    return {
-        name: param.check(f"{method}.{name}", params.get(name, param.default))
-        for name, param in known.items()
+    values = {
+        name: int(value)
+        if fields[name].annotation is int and isinstance(value, float) and value.is_integer()
+        else value
+        for name, value in params.items()
     }
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    name, value = str(first["loc"][0]), first["input"]
+    shown = f"{method}.{name} = {value!r:.60}"
+    if first["type"] == "literal_error":
+        choices = fields[name].annotation.__args__  # type: ignore[union-attr]
+        raise ConfigError(
+            f"{shown} is not one of {', '.join(choices)}", nearest(str(value), choices)
+        )
+    if first["type"] in ("greater_than_equal", "less_than_equal"):
+        limits = {key: getattr(m, key) for m in fields[name].metadata for key in m.__slots__}
+        raise ConfigError(f"{shown} is outside {limits['ge']:g} .. {limits['le']:g}")
+    kinds = "a whole number" if fields[name].annotation is int else "a number"
+    raise ConfigError(f"{shown} is not {kinds}")
+
+
+def check_params(method: str, params: Mapping[str, Any]) -> dict[str, int | float | str]:
+    """Complete parameters of a method, checked as `method_settings` does."""
+    return method_settings(method, params).as_json
 
 
 def fit(
@@ -146,7 +158,7 @@ def fit(
     params: Mapping[str, Any] | None = None,
     client: Any = None,
     progress: Progress | None = None,
-) -> Fitted:
+) -> Correction:
     """Fit a correction.
 
     Parameters
@@ -172,16 +184,16 @@ def fit(
     ClusterError
         The cluster lost its workers again and again.
     """
-    complete = check_params(method, params or {})
+    settings = method_settings(method, params or {})
     folds = None if train_folds is None else tuple(int(fold) for fold in train_folds)
-    fitted: Fitted = _module(method).fit(
-        source, folds, complete, client, progress or (lambda step, done, total: None)
+    fitted: Correction = _METHODS[method].fit(
+        Training(source, folds, client), settings, progress or (lambda step, done, total: None)
     )
     return fitted
 
 
-def load(directory: Path, *, check: bool = True) -> Fitted:
-    """Read a model that `Fitted.save` wrote.
+def load(directory: Path, *, check: bool = True) -> Correction:
+    """Read a model that `Correction.save` wrote.
 
     Parameters
     ----------
@@ -194,10 +206,9 @@ def load(directory: Path, *, check: bool = True) -> Fitted:
     ------
     ModelError
         A file is missing or not the one that was saved, the format is that of another version, or
-        the model is one of other labels, features or methods.
+        the method is not known.
     """
-    directory = Path(directory)
-    path = directory / MODEL_FILE
+    path = Path(directory) / MODEL_FILE
     document = parse_json(_read(path), path)
     if document.get("format") != MODEL_FORMAT:
         raise ModelError(
@@ -210,39 +221,50 @@ def load(directory: Path, *, check: bool = True) -> Fitted:
             f"{path} was changed after the model was saved: its SHA-256 is another one",
             "Restore it, or train the model again.",
         )
-    for key, expected in (("labels", LABELS), ("features", FEATURES)):
-        if document.get(key) != list(expected):
-            raise ModelError(f"{path}: {key} are {document.get(key)}, not {list(expected)}")
     if document.get("method") not in methods():
         raise ModelError(
             f"{path}: method {document.get('method')!r} is not one of {', '.join(methods())}"
         )
+    info, hashes = _stated(document, path)
+    files: dict[str, Content] = {}
+    for name, expected in hashes.items():
+        if Path(name).name != name:
+            raise ModelError(f"{path}: '{name}' is not a file name")
+        files[name] = _mapped(path.parent / name)
+        if check and hashlib.sha256(files[name]).hexdigest() != expected:
+            raise ModelError(
+                f"{path.parent / name} is not the file that was saved with the model",
+                "Its SHA-256 is another one: restore it, or train the model again.",
+            )
+    fitted: Correction = _METHODS[info.method].restore(info, files)
+    return fitted
+
+
+def _stated(document: Mapping[str, Any], path: Path) -> tuple[ModelInfo, dict[str, str]]:
+    """Statement of a model, and the SHA-256 of its files."""
+    try:
+        # A model of an earlier version has no problem: it is the default one.
+        problem = Problem(**document.get("problem", {}))
+    except (ConfigError, TypeError) as error:
+        raise ModelError(f"{path}: its problem is damaged: {error}") from None
+    for key, expected in (("labels", problem.names), ("features", problem.features)):
+        if document.get(key) != list(expected):
+            raise ModelError(f"{path}: {key} are {document.get(key)}, not {list(expected)}")
     try:
         folds = document["train_folds"]
-        ranges = [document["training_range"][name] for name in FEATURES]
+        ranges = [document["training_range"][name] for name in problem.features]
         info = ModelInfo(
             method=document["method"],
             params=document["params"],
             minimum=tuple(float(low) for low, _ in ranges),
             maximum=tuple(float(high) for _, high in ranges),
-            n_pairs=tuple(int(document["n_pairs"][label]) for label in LABELS),
+            n_pairs=tuple(int(document["n_pairs"][label]) for label in problem.names),
             train_folds=None if folds is None else tuple(folds),
+            problem=problem,
         )
-        hashes = {str(name): str(value) for name, value in document["files"].items()}
+        return info, {str(name): str(value) for name, value in document["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{path}: incomplete or damaged ({error!r})") from None
-    files: dict[str, Content] = {}
-    for name, expected_hash in hashes.items():
-        if Path(name).name != name:
-            raise ModelError(f"{path}: '{name}' is not a file name")
-        files[name] = _mapped(directory / name)
-        if check and hashlib.sha256(files[name]).hexdigest() != expected_hash:
-            raise ModelError(
-                f"{directory / name} is not the file that was saved with the model",
-                "Its SHA-256 is another one: restore it, or train the model again.",
-            )
-    fitted: Fitted = _module(info.method).restore(info, files)
-    return fitted
 
 
 def _mapped(path: Path) -> Content:

@@ -1,23 +1,24 @@
-"""What all corrections are: their types, parameters, training box and file."""
+"""The frame of all corrections: training pairs, settings, the training box and the saved model."""
 
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import json
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask import __version__
-from sos_dask.errors import ConfigError, ModelError
-from sos_dask.problem import BLOCK_ROWS, FEATURES
-from sos_dask.schema import LABELS, nearest
+from sos_dask.errors import ClusterError, ModelError
+from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
+from sos_dask.settings import Settings
+from sos_dask.stats.histogram import Histogram, count
 
 MODEL_FORMAT = 2
 MODEL_FILE = "model.json"
@@ -27,9 +28,11 @@ Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
-
-
 Content = bytes | memoryview
+R = TypeVar("R")
+
+
+# --- training pairs ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,15 @@ class Batch:
 
     Parameters
     ----------
-    features : ndarray of float32, shape (n, 3)
-        Of the target, as `sos_dask.problem.features` makes them.
-    differences : ndarray of float32, shape (n, 3)
-        Target - reference in the order of ``LABELS`` (K, dex, dex); nan where unknown.
+    features : ndarray of float32, shape (n, k)
+        Inputs of the target, as `sos_dask.problem.Problem.matrix` makes them.
+    differences : ndarray of float32, shape (n, l)
+        Target - reference in the order and units of the labels; nan where unknown.
     fold : ndarray of int8, shape (n,)
     weight : ndarray of float32, shape (n,)
         Relative: only ratios matter. Pairs of weight 0 are not used.
-    errors : ndarray of float32, shape (n, 3), optional
-        Of the target's labels (K, dex, dex); nan where unknown.
+    errors : ndarray of float32, shape (n, l), optional
+        Of the target's labels; nan where unknown.
     """
 
     features: Float32Array
@@ -60,6 +63,10 @@ class TrainingSource(Protocol):
     """Where pairs come from: picklable, batches are loaded where they are used."""
 
     @property
+    def problem(self) -> Problem:
+        """Labels and inputs of the batches."""
+
+    @property
     def n_batches(self) -> int:
         """Number of batches."""
 
@@ -67,70 +74,292 @@ class TrainingSource(Protocol):
         """Read one batch."""
 
 
-class Correction(Protocol):
-    """A fitted correction."""
+@dataclass(frozen=True)
+class Rows:
+    """Training rows of a batch: features are finite, the weight is positive."""
 
-    @property
-    def method(self) -> str:
-        """Name of the method."""
+    features: Float32Array
+    differences: Float32Array
+    weight: Float32Array
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Labels, in the order of the columns of a prediction."""
+    def of_label(self, label: int) -> tuple[Float32Array, Float32Array, Float32Array]:
+        """Features, differences and weights of the rows that know a label."""
+        known = np.isfinite(self.differences[:, label])
+        return self.features[known], self.differences[known, label], self.weight[known]
 
-    def predict(self, features: Float32Array) -> Float32Array:
-        """Predicted differences target - reference, shape (n, 3)."""
 
-    def in_range(self, features: Float32Array) -> NDArray[np.bool_]:
-        """Rows inside the box of the training pairs, shape (n,)."""
-
-    def save(self, directory: Path) -> None:
-        """Write a model that `load` reads."""
+def training_rows(batch: Batch, folds: Sequence[int] | None) -> Rows:
+    """Select the rows that can train: of the folds, all inputs finite and a known difference."""
+    use = np.isfinite(batch.features).all(axis=1)
+    use &= np.isfinite(batch.differences).any(axis=1) & (batch.weight > 0)
+    use &= np.isfinite(batch.weight)
+    if folds is not None:
+        use &= np.isin(batch.fold, np.asarray(folds, dtype=np.int64))
+    differences = batch.differences[use]
+    return Rows(
+        batch.features[use],
+        np.where(np.isfinite(differences), differences, np.float32(np.nan)),
+        batch.weight[use],
+    )
 
 
 @dataclass(frozen=True)
-class Param:
-    """One parameter of a method.
+class Training:
+    """The pairs of a fit, and the workers that load and work on them.
 
     Parameters
     ----------
-    default : int, float or str
-        An int default takes whole numbers only.
-    meaning : str
-    minimum, maximum : float
-        Inclusive.
-    choices : tuple of str
-        Accepted texts.
+    source : TrainingSource
+    folds : tuple of int, optional
+        Only pairs of these folds are used; None: all pairs.
+    client : distributed.Client, optional
+        None: all in this process. It stays here when the rest travels to its workers.
     """
 
-    default: int | float | str
-    meaning: str
-    minimum: float = -math.inf
-    maximum: float = math.inf
-    choices: tuple[str, ...] = ()
+    source: TrainingSource
+    folds: tuple[int, ...] | None = None
+    client: Any = None
 
-    def check(self, name: str, value: Any) -> int | float | str:
-        """``value`` in the type of the default; `ConfigError` where it is not possible."""
-        if self.choices:
-            if value not in self.choices:
-                raise ConfigError(
-                    f"{name} = {value!r} is not one of {', '.join(self.choices)}",
-                    nearest(str(value), self.choices),
-                )
-            return str(value)
-        whole = isinstance(self.default, int)
-        kinds = "a whole number" if whole else "a number"
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not abs(value) < 1e300 or (whole and value != int(value)):
-            raise ConfigError(f"{name} = {value!r:.60} is not {kinds}")
-        if not self.minimum <= value <= self.maximum:
-            raise ConfigError(f"{name} = {value!r} is outside {self.minimum:g} .. {self.maximum:g}")
-        return int(value) if whole else float(value)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Training, (self.source, self.folds)
+
+    @property
+    def problem(self) -> Problem:
+        """Labels and inputs."""
+        return self.source.problem
+
+    def rows(self, index: int) -> Rows:
+        """Training rows of one batch."""
+        return training_rows(self.source.load(index), self.folds)
+
+    def map(self, function: Callable[..., R], *arguments: Any) -> list[R]:
+        """Call ``function(rows, *arguments)`` for the training rows of every batch.
+
+        Parameters
+        ----------
+        function : callable
+            Importable by its name on every worker; what it gives back is small.
+
+        Returns
+        -------
+        list
+            In the order of the batches, whoever was first.
+
+        Raises
+        ------
+        ClusterError
+            A batch kills its worker again and again.
+        """
+        call = functools.partial(_call, training=self, function=function, arguments=arguments)
+        advice = "give workers more, or lower rows_per_partition."
+        what = f"{function.__name__}: a batch"
+        return run_tasks(call, range(self.source.n_batches), self.client, what, advice)
+
+
+def _call(
+    index: int, training: Training, function: Callable[..., R], arguments: tuple[Any, ...]
+) -> R:
+    return function(training.rows(index), *arguments)
+
+
+def run_tasks(
+    function: Callable[[Any], R], items: Sequence[Any], client: Any, what: str, advice: str
+) -> list[R]:
+    """Call a function for every item, on the workers of a client or here.
+
+    Parameters
+    ----------
+    what, advice : str
+        For the message where a task kills its workers: "``what`` killed its worker", and what to do
+        where memory was short.
+
+    Raises
+    ------
+    ClusterError
+    """
+    if client is None:
+        return [function(item) for item in items]
+    from distributed import KilledWorker
+
+    futures = client.map(function, items, pure=False)
+    try:
+        results: list[R] = client.gather(futures)
+    except KilledWorker as error:
+        raise ClusterError(
+            f"{what} killed its worker again and again ({error})",
+            f"Most often it ran out of memory: {advice}",
+        ) from error
+    finally:
+        release(futures)
+    return results
+
+
+def release(futures: Sequence[Any]) -> None:
+    """Let go of futures; what no one else wants is stopped and forgotten.
+
+    ``Client.cancel`` is no substitute: where a cancelled task has dependents, the scheduler of
+    distributed 2026.7 drops the connection to the client.
+    """
+    for future in futures:
+        future.release()
+
+
+def hash_rows(*parts: Float32Array) -> NDArray[np.uint64]:
+    """Hash the numbers of each row with the finaliser of splitmix64 (Steele et al. 2014).
+
+    Parameters
+    ----------
+    *parts : ndarray of float32, shape (n, k)
+        Columns side by side. All NaN are equal, and both zeros.
+    """
+    values = np.concatenate(parts, axis=1)
+    values = np.where(np.isnan(values), np.float32(np.nan), values + np.float32(0))
+    state = np.zeros(len(values), dtype=np.uint64)
+    for column in np.ascontiguousarray(values.T, dtype=np.float32).view(np.uint32):
+        state = mixed(state + column)
+    return state
+
+
+def mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One step of splitmix64."""
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+# --- what is known before a fit ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Training pairs in a few numbers, which a fit starts from.
+
+    Parameters
+    ----------
+    n_rows : ndarray of int64, shape (n_batches,)
+        Training rows of each batch.
+    n_pairs : ndarray of int64, shape (l,)
+        Rows with a known difference, per label.
+    minimum, maximum, mean, deviation : ndarray of float64, shape (k,)
+        Of the inputs.
+    center, spread : ndarray of float64, shape (l,)
+        Median and robust standard deviation of the differences; 1 where all are equal.
+    constant : ndarray of bool, shape (l,)
+        Labels whose differences are all equal.
+    mean_weight : float
+    """
+
+    n_rows: IntArray
+    n_pairs: IntArray
+    minimum: FloatArray
+    maximum: FloatArray
+    mean: FloatArray
+    deviation: FloatArray
+    center: FloatArray
+    spread: FloatArray
+    constant: NDArray[np.bool_]
+    mean_weight: float
+
+    def info(self, method: str, settings: Settings, training: Training) -> ModelInfo:
+        """Statement of a model fitted to these pairs."""
+        return ModelInfo(
+            method=method,
+            params=settings.as_json,
+            minimum=tuple(self.minimum.tolist()),
+            maximum=tuple(self.maximum.tolist()),
+            n_pairs=tuple(self.n_pairs.tolist()),
+            train_folds=training.folds,
+            problem=training.problem,
+        )
+
+
+# Quartiles of a normal distribution are 1.349 standard deviations apart; 1.4826 = 2 / 1.349.
+_IQR = 1.3489795003921634
+_LEAST_SPREAD = 1e-6  # of the range
+
+
+def summarise(training: Training, method: str, needed: int) -> Summary:
+    """Look at all training pairs once.
+
+    Parameters
+    ----------
+    training : Training
+    method : str
+        For messages.
+    needed : int
+        Pairs that each label must have.
+
+    Raises
+    ------
+    ModelError
+        A label is never known, or known for too few pairs.
+    """
+    problem, folds = training.problem, training.folds
+    parts = training.map(_summarise_batch)
+    n_rows = np.array([part["n"] for part in parts], dtype=np.int64)
+    histograms = [Histogram() for _ in problem.labels]
+    for part in parts:
+        for histogram, counts in zip(histograms, part["counts"], strict=True):
+            histogram.add(counts)
+    n_pairs = np.array([histogram.n for histogram in histograms], dtype=np.int64)
+    of_folds = "" if folds is None else f" of folds {', '.join(map(str, folds))}"
+    for label, n in zip(problem.names, n_pairs, strict=True):
+        if n < max(needed, 1):
+            raise ModelError(
+                f"method '{method}' needs at least {needed} training pairs{of_folds} with a known "
+                f"{label} difference, and there are {n}",
+                "Widen the quality cuts or the match radius, or choose a simpler method.",
+            )
+    # One after the other: the sums must not depend on how NumPy adds a column.
+    sums, squares = (sum(part[name] for part in parts) for name in ("sum", "square"))
+    weight = sum(part["weight"] for part in parts)
+    lowest = np.min([part["label_low"] for part in parts], axis=0).astype(np.float64)
+    width = np.max([part["label_high"] for part in parts], axis=0) - lowest
+    quartiles = np.array([h.quantiles((0.25, 0.5, 0.75)) for h in histograms])
+    # Inside a bin of the histogram nothing is told apart.
+    spread = np.maximum(quartiles[:, 2] - quartiles[:, 0], np.abs(quartiles[:, 1]) / 128) / _IQR
+    # More than half of the differences may be equal, or all: these are a zero point.
+    spread = np.where(spread > _LEAST_SPREAD * width, spread, width / 6)
+    constant = width == 0
+    total = int(n_rows.sum())
+    mean = sums / total
+    return Summary(
+        n_rows=n_rows,
+        n_pairs=n_pairs,
+        minimum=np.min([part["low"] for part in parts], axis=0),
+        maximum=np.max([part["high"] for part in parts], axis=0),
+        mean=mean,
+        deviation=np.sqrt(np.maximum(squares / total - mean**2, 0.0)),
+        center=np.where(constant, lowest, quartiles[:, 1]),
+        spread=np.where(constant, 1.0, spread),
+        constant=constant,
+        mean_weight=weight / total,
+    )
+
+
+def _summarise_batch(rows: Rows) -> dict[str, Any]:
+    x, y = rows.features.astype(np.float64), rows.differences
+    known = np.isfinite(y)
+    return {
+        "n": len(x),
+        "sum": x.sum(axis=0),
+        "square": (x**2).sum(axis=0),
+        "weight": float(rows.weight.sum(dtype=np.float64)),
+        "low": x.min(axis=0, initial=np.inf),
+        "high": x.max(axis=0, initial=-np.inf),
+        "label_low": y.min(axis=0, initial=np.inf, where=known),
+        "label_high": y.max(axis=0, initial=-np.inf, where=known),
+        "counts": [count(column[of]) for column, of in zip(y.T, known.T, strict=True)],
+    }
+
+
+# --- fitted corrections ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What every model states about itself.
+    """Statement of a model about itself.
 
     Parameters
     ----------
@@ -138,31 +367,51 @@ class ModelInfo:
     params : mapping
         Complete.
     minimum, maximum : tuple of float
-        Range of each feature over the training pairs.
+        Range of each input over the training pairs.
     n_pairs : tuple of int
         Training pairs of each label.
     train_folds : tuple of int, optional
         None: all.
+    problem : Problem
     """
 
     method: str
-    params: Mapping[str, int | float | str]
+    params: Mapping[str, Any]
     minimum: tuple[float, ...]
     maximum: tuple[float, ...]
     n_pairs: tuple[int, ...]
     train_folds: tuple[int, ...] | None = None
+    problem: Problem = DEFAULT
 
-    def of_part(self, method: str, known: Collection[str]) -> ModelInfo:
-        """What a model inside of this one states: its method, and the parameters known to it."""
-        own = {name: value for name, value in self.params.items() if name in known}
+    def of_part(self, method: str, kind: type[Settings]) -> ModelInfo:
+        """Statement of a model inside of this one: its method, and the settings that it knows."""
+        own = {name: value for name, value in self.params.items() if name in kind.model_fields}
         return replace(self, method=method, params=own)
 
+    def by_label(self, values: Sequence[Any] | NDArray[Any]) -> dict[str, Any]:
+        """Values by the names of the labels, as JSON takes them."""
+        plain = values.tolist() if isinstance(values, np.ndarray) else values
+        return dict(zip(self.problem.names, plain, strict=True))
 
-class Fitted(abc.ABC):
-    """Base of all corrections: the training box, missing features, saving.
+    def by_input(self, values: Sequence[Any] | NDArray[Any]) -> dict[str, Any]:
+        """Values by the names of the inputs, as JSON takes them."""
+        plain = values.tolist() if isinstance(values, np.ndarray) else values
+        return dict(zip(self.problem.features, plain, strict=True))
+
+    def of_labels(self, values: Mapping[str, Any]) -> FloatArray:
+        """Numbers in the order of the labels."""
+        return np.array([values[name] for name in self.problem.names], dtype=np.float64)
+
+    def of_inputs(self, values: Mapping[str, Any]) -> FloatArray:
+        """Numbers in the order of the inputs."""
+        return np.array([values[name] for name in self.problem.features], dtype=np.float64)
+
+
+class Correction(abc.ABC):
+    """A fitted correction: the difference target - reference of each label, predicted.
 
     Outside the box of its training pairs a correction is held at the value on the nearest face:
-    features are clamped to the box, feature by feature. `in_range` says where that was not needed.
+    inputs are clamped to the box, one by one. `in_range` says where that was not needed.
 
     Parameters
     ----------
@@ -180,7 +429,12 @@ class Fitted(abc.ABC):
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels, in the order of the columns of a prediction."""
-        return LABELS
+        return self.info.problem.names
+
+    @property
+    def problem(self) -> Problem:
+        """Labels and inputs."""
+        return self.info.problem
 
     def predict(self, features: Float32Array) -> Float32Array:
         """Predicted differences target - reference.
@@ -189,17 +443,18 @@ class Fitted(abc.ABC):
 
         Parameters
         ----------
-        features : ndarray of float32, shape (n, 3)
+        features : ndarray of float32, shape (n, k)
+            Inputs of the problem (`Problem.matrix`).
 
         Returns
         -------
-        ndarray of float32, shape (n, 3)
-            K, dex, dex, each column contiguous. nan in all labels where any feature is nan or
-            infinite.
+        ndarray of float32, shape (n, l)
+            In the units of the labels, each column contiguous. nan in all labels where any input
+            is nan or infinite.
         """
-        x = _checked(features)
+        x = self._checked(features)
         low, high = self._box()
-        out = np.empty((len(LABELS), len(x)), dtype=np.float32).T
+        out = np.empty((len(self.labels), len(x)), dtype=np.float32).T
         for start in range(0, len(x), BLOCK_ROWS):
             block = x[start : start + BLOCK_ROWS]
             known = _in_all_columns(np.isfinite(block))
@@ -214,17 +469,17 @@ class Fitted(abc.ABC):
         return out
 
     def in_range(self, features: Float32Array) -> NDArray[np.bool_]:
-        """Rows inside the box of the training pairs; False where a feature is nan.
+        """Tell which rows lie inside the box of the training pairs; False where an input is nan.
 
         Parameters
         ----------
-        features : ndarray of float32, shape (n, 3)
+        features : ndarray of float32, shape (n, k)
 
         Returns
         -------
         ndarray of bool, shape (n,)
         """
-        x = _checked(features)
+        x = self._checked(features)
         low, high = self._box()
         return _in_all_columns((x >= low) & (x <= high))
 
@@ -234,9 +489,16 @@ class Fitted(abc.ABC):
             np.array(self.info.maximum, dtype=np.float32),
         )
 
+    def _checked(self, features: Float32Array) -> Float32Array:
+        x = np.asarray(features, dtype=np.float32)
+        k = len(self.info.problem.inputs)
+        if x.ndim != 2 or x.shape[1] != k:
+            raise ModelError(f"features have shape {x.shape}, not (n, {k})")
+        return x
+
     @abc.abstractmethod
     def evaluate(self, features: Float32Array) -> Float32Array:
-        """Differences at finite features inside the box, shape (n, 3); a new array."""
+        """Differences at finite inputs inside the box, shape (n, l); a new array."""
 
     @abc.abstractmethod
     def files(self) -> Mapping[str, bytes]:
@@ -259,15 +521,15 @@ class Fitted(abc.ABC):
             "format": MODEL_FORMAT,
             "sos_dask": __version__,
             "method": info.method,
-            "labels": list(LABELS),
-            "features": list(FEATURES),
+            "labels": list(info.problem.names),
+            "features": list(info.problem.features),
+            "problem": info.problem.as_json,
             "params": dict(sorted(info.params.items())),
             "train_folds": None if info.train_folds is None else list(info.train_folds),
-            "n_pairs": dict(zip(LABELS, info.n_pairs, strict=True)),
-            "training_range": {
-                name: [low, high]
-                for name, low, high in zip(FEATURES, info.minimum, info.maximum, strict=True)
-            },
+            "n_pairs": info.by_label(info.n_pairs),
+            "training_range": info.by_input(
+                [list(ends) for ends in zip(info.minimum, info.maximum, strict=True)]
+            ),
             "files": {
                 name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())
             },
@@ -277,14 +539,7 @@ class Fitted(abc.ABC):
 
 def _in_all_columns(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     # Several times faster than a reduction over so short an axis.
-    return np.asarray(mask[:, 0] & mask[:, 1] & mask[:, 2])
-
-
-def _checked(features: Float32Array) -> Float32Array:
-    x = np.asarray(features, dtype=np.float32)
-    if x.ndim != 2 or x.shape[1] != len(FEATURES):
-        raise ModelError(f"features have shape {x.shape}, not (n, {len(FEATURES)})")
-    return x
+    return functools.reduce(np.logical_and, mask.T)
 
 
 def sealed(document: Mapping[str, Any]) -> bytes:

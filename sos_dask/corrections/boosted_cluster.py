@@ -1,53 +1,56 @@
-"""Boosted trees trained data-parallel over a cluster, also where it loses workers meanwhile."""
+"""Boosted trees trained data-parallel over a cluster, also where it loses workers meanwhile.
+
+The tracker, where the workers of a training meet, has a process of its own: it ends its whole
+process (std::terminate on "send system error:Broken pipe", XGBoost 3.2) when a worker goes while
+they do, and xgboost.dask starts it in the process of the scheduler, which is this one for a cluster
+on one machine.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sos_dask.corrections import Progress, boosted_fit, release
-from sos_dask.corrections.boosted_fit import Job, load_block, of_label
-from sos_dask.corrections.cuda import find_gpu, one_each
-from sos_dask.corrections.tracker import stop_tracker, tracker_apart
-from sos_dask.errors import ClusterError, SosError
-from sos_dask.problem import FEATURES
-from sos_dask.schema import LABELS
+from sos_dask.corrections.base import Progress, R, Rows, release, run_tasks
+from sos_dask.errors import ClusterError, ModelError, SosError
+
+if TYPE_CHECKING:
+    from sos_dask.corrections.boosted import Job
 
 logger = logging.getLogger(__name__)
 
 TRIES = 3
 
 
-def count_rounds(job: Job, client: Any) -> tuple[int, ...]:
-    """`boosted_fit.count_rounds` by one worker.
+def run_apart(function: Callable[[Job], R], job: Job, client: Any) -> R:
+    """Call a function by one worker, or here without a client.
 
     Raises
     ------
     ClusterError
         It killed its worker again and again.
     """
-    from distributed import KilledWorker
-
-    try:
-        rounds: tuple[int, ...] = client.submit(boosted_fit.count_rounds, job, pure=False).result()
-    except KilledWorker as error:
-        raise ClusterError(
-            f"stop_rounds: the fit that counts trees killed its worker again and again ({error})",
-            "Most often it ran out of memory: it needs all pairs. Give workers more, or set "
-            "stop_rounds = 0.",
-        ) from error
-    return rounds
+    advice = "it needs all pairs. Give workers more, or set stop_rounds = 0."
+    return run_tasks(function, [job], client, "stop_rounds: the fit that counts trees", advice)[0]
 
 
-def train(job: Job, client: Any, progress: Progress) -> tuple[Any, ...]:
-    """``xgboost.Booster`` of each label; after a loss of workers, by those that are left.
+def train(job: Job, progress: Progress) -> tuple[Any, ...]:
+    """Train an ``xgboost.Booster`` of each label; after a loss of workers, by those that are left.
 
     Raises
     ------
@@ -73,18 +76,19 @@ def train(job: Job, client: Any, progress: Progress) -> tuple[Any, ...]:
         OSError,
         TimeoutError,
     )
+    client, timeout_s = job.training.client, job.settings.timeout_s
     boosters: dict[int, Any] = {}
     wanted, tracker = 1, uuid.uuid4().hex
     for attempt in range(1, TRIES + 1):
         try:
-            workers = _workers(client, wanted, job.params["timeout_s"])
+            workers = _workers(client, wanted, timeout_s)
             wanted = len(workers)
-            if job.params["device"] == "cuda":
+            if job.settings.device == "cuda":
                 asked = [client.submit(find_gpu, pure=False, **_on(w)) for w in workers]
-                _collect(client, asked, workers, job.params["timeout_s"])
+                _collect(client, asked, workers, timeout_s)
                 workers = one_each(dict(zip(workers, client.gather(asked), strict=True)))
-            _train_labels(job, client, workers, boosters, tracker, progress)
-            return tuple(boosters[number] for number in range(len(LABELS)))
+            _train_labels(job, workers, boosters, tracker, progress)
+            return tuple(boosters[number] for number in range(len(job.rounds)))
         except SosError:
             raise
         except losses as error:
@@ -171,27 +175,31 @@ def _collect(client: Any, futures: Sequence[Any], workers: Sequence[str], timeou
 
 def _train_labels(
     job: Job,
-    client: Any,
     workers: Sequence[str],
     boosters: dict[int, Any],
     tracker: str,
     progress: Progress,
 ) -> None:
     """Train the labels that have no booster yet."""
+    client = job.training.client
     cuts = _shares(job.summary.n_rows, len(workers))
     used = list(workers[: len(cuts)])
     blocks = [
-        client.submit(load_block, job, first, stop, pure=False, **_on(worker))
+        client.submit(_block, job, first, stop, pure=False, **_on(worker))
         for worker, (first, stop) in zip(used, cuts, strict=True)
     ]
     try:
-        _collect(client, blocks, used, job.params["timeout_s"])
-        for number in range(len(LABELS)):
+        _collect(client, blocks, used, job.settings.timeout_s)
+        for number in range(len(job.rounds)):
             if number not in boosters:
-                boosters[number] = _train_label(job, client, used, blocks, tracker, number)
-            progress("boosted", number + 1, len(LABELS))
+                boosters[number] = _train_label(job, used, blocks, tracker, number)
+            progress("boosted", number + 1, len(job.rounds))
     finally:
         release(blocks)
+
+
+def _block(job: Job, first: int, stop: int) -> Rows:
+    return job.block(first, stop)
 
 
 def _shares(n_rows: Sequence[int] | Any, n_workers: int) -> list[tuple[int, int]]:
@@ -206,24 +214,17 @@ def _shares(n_rows: Sequence[int] | Any, n_workers: int) -> list[tuple[int, int]
 
 
 def _train_label(
-    job: Job,
-    client: Any,
-    workers: Sequence[str],
-    blocks: Sequence[Any],
-    tracker: str,
-    number: int,
+    job: Job, workers: Sequence[str], blocks: Sequence[Any], tracker: str, number: int
 ) -> Any:
     import dask.array as da
     from xgboost import dask as xgboost_dask
     from xgboost.collective import Config
 
-    parts = [
-        client.submit(of_label, block, number, pure=False, **_on(worker))
-        for block, worker in zip(blocks, workers, strict=True)
-    ]
+    client, timeout_s = job.training.client, job.settings.timeout_s
+    features = list(job.training.problem.features)
     columns = [
-        [client.submit(_item, part, item, pure=False, **_on(w)) for item in range(3)]
-        for part, w in zip(parts, workers, strict=True)
+        [client.submit(_column, block, number, item, pure=False, **_on(w)) for item in range(3)]
+        for block, w in zip(blocks, workers, strict=True)
     ]
     sizes = [
         client.submit(len, column[1], pure=False, **_on(w))
@@ -231,7 +232,6 @@ def _train_label(
     ]
     futures = [future for column in columns for future in column]
     try:
-        timeout_s = job.params["timeout_s"]
         _collect(client, [*futures, *sizes], workers, timeout_s)
         n = client.gather(sizes)
         x, y, weight = (
@@ -241,20 +241,15 @@ def _train_label(
                     for column, rows in zip(columns, n, strict=True)
                 ]
             )
-            for item, tail in ((0, (len(FEATURES),)), (1, ()), (2, ()))
+            for item, tail in enumerate([(len(features),), (), ()])
         )
         matrix = xgboost_dask.DaskQuantileDMatrix(
-            client,
-            x,
-            y,
-            weight=weight,
-            feature_names=list(FEATURES),
-            max_bin=job.params["max_bin"],
+            client, x, y, weight=weight, feature_names=features, max_bin=job.settings.max_bin
         )
         with tracker_apart(tracker):
             result = xgboost_dask.train(
                 client,
-                job.booster_params(),
+                job.booster_params,
                 matrix,
                 num_boost_round=job.rounds[number],
                 # Workers meet only when the slowest has imported all it needs.
@@ -262,8 +257,180 @@ def _train_label(
             )
         return result["booster"]
     finally:
-        release([*futures, *sizes, *parts])
+        release([*futures, *sizes])
 
 
-def _item(values: tuple[Any, ...], index: int) -> Any:
-    return values[index]
+def _column(rows: Rows, label: int, item: int) -> Any:
+    return rows.of_label(label)[item]
+
+
+# --- the tracker -------------------------------------------------------------------------------
+
+_TRACKER = """
+import json, os, sys
+from xgboost.core import XGBoostError
+from xgboost.tracker import RabitTracker
+
+trackers = []
+for line in sys.stdin:
+    n_workers, addresses, timeout = json.loads(line)
+    answer = None
+    for host, port in addresses:
+        try:
+            tracker = RabitTracker(n_workers, host, port, sortby="task", timeout=timeout)
+            tracker.start()
+            answer = tracker.worker_args()
+        except (OSError, ValueError, XGBoostError):
+            continue
+        trackers.append(tracker)
+        break
+    print(json.dumps(answer), flush=True)
+os._exit(0)
+"""
+_TRACKERS: dict[str, subprocess.Popen[str]] = {}  # of the scheduler's process
+
+
+@contextlib.contextmanager
+def tracker_apart(name: str) -> Iterator[None]:
+    """Make xgboost.dask start its tracker in a process of its own.
+
+    Parameters
+    ----------
+    name : str
+        Of the fit, for `stop_tracker`.
+    """
+    from xgboost import dask as xgboost_dask
+
+    original = xgboost_dask._start_tracker
+    xgboost_dask._start_tracker = partial(_start_tracker, name)
+    try:
+        yield
+    finally:
+        xgboost_dask._start_tracker = original
+
+
+async def _start_tracker(
+    name: str,
+    n_workers: int,
+    address_of_scheduler: str | None,
+    address_of_user: tuple[str, int] | None,
+    timeout: int | None,
+) -> dict[str, str | int]:
+    """Runs in the scheduler; what workers need to find a new tracker."""
+    addresses = [address_of_user, (address_of_scheduler, 0), (None, 0)]
+    request = json.dumps([n_workers, [address for address in addresses if address], timeout or 0])
+    return await asyncio.to_thread(_ask_tracker, name, request)
+
+
+def _ask_tracker(name: str, request: str) -> dict[str, str | int]:
+    process = _TRACKERS.get(name)
+    if process is None or process.poll() is not None:
+        stop_tracker(name)
+        process = subprocess.Popen(
+            [sys.executable, "-c", _TRACKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        _TRACKERS[name] = process
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(request + "\n")
+    process.stdin.flush()
+    answer: dict[str, str | int] | None = json.loads(process.stdout.readline() or "null")
+    if answer is None:
+        raise OSError("the tracker of XGBoost did not start")
+    return answer
+
+
+def stop_tracker(name: str) -> None:
+    """Runs in the scheduler: end the trackers of one fit."""
+    process = _TRACKERS.pop(name, None)
+    if process is not None:
+        process.kill()
+        process.communicate()
+
+
+# --- GPUs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """GPU that XGBoost would use in a process.
+
+    Parameters
+    ----------
+    problem, hint : str
+        Why it would quietly train on the CPU, and what to do; empty where it would not.
+    device : tuple of str
+        Equal for processes that share a GPU.
+    """
+
+    problem: str
+    hint: str = ""
+    device: tuple[str, ...] = ()
+
+    def require(self) -> None:
+        """Raise `ModelError` where there is a problem."""
+        if self.problem:
+            raise ModelError(f"device = 'cuda': {self.problem}", self.hint)
+
+
+def find_gpu() -> Gpu:
+    """Look for the GPU of this process by training a tree on it."""
+    import xgboost
+
+    if not xgboost.build_info().get("USE_CUDA", False):
+        return Gpu(
+            f"XGBoost {xgboost.__version__} was built without CUDA",
+            "Install 'xgboost' (not 'xgboost-cpu'), or set device = 'cpu'.",
+        )
+    x = np.zeros((4, 1), dtype=np.float32)
+    params = {"device": "cuda", "tree_method": "hist", "verbosity": 0}
+    with warnings.catch_warnings():
+        # It warns and goes on with the CPU; what it used is in its configuration.
+        warnings.simplefilter("ignore")
+        try:
+            booster = xgboost.train(params, xgboost.QuantileDMatrix(x, x[:, 0]), 1)
+            used = json.loads(booster.save_config())["learner"]["generic_param"]["device"]
+        except xgboost.core.XGBoostError as error:
+            used = str(error).strip().splitlines()[0]
+    if str(used).startswith("cuda"):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return Gpu("", device=(socket.gethostname(), visible, _uuids()))
+    return Gpu(
+        f"no usable GPU here (XGBoost answers '{used}')",
+        "Run where 'nvidia-smi' lists a GPU, or set device = 'cpu'.",
+    )
+
+
+def _uuids() -> str:
+    """The GPUs that this process may see: a batch system may number them all 0."""
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def one_each(gpus: Mapping[str, Gpu]) -> list[str]:
+    """Choose the first of all workers that share a GPU: NCCL takes one process a GPU.
+
+    Parameters
+    ----------
+    gpus : mapping of str to Gpu
+        By worker.
+
+    Raises
+    ------
+    ModelError
+        One of them has none.
+    """
+    first: dict[tuple[str, ...], str] = {}
+    for worker, gpu in gpus.items():
+        gpu.require()
+        first.setdefault(gpu.device, worker)
+    return list(first.values())

@@ -13,16 +13,22 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.corrections.expression import Expression, FloatArray
+from sos_dask.corrections.base import FloatArray
 from sos_dask.errors import ModelError
-from sos_dask.problem import BLOCK_ROWS, FEATURES
+from sos_dask.problem import BLOCK_ROWS, DEFAULT
 
+DIGITS = 7
+LATEX_NAMES = {
+    "teff_5040": r"\frac{T_\mathrm{eff}}{5040\,\mathrm{K}}",
+    "logg": r"\log g",
+    "feh": r"\mathrm{[Fe/H]}",
+}
 MAX_TEXT = 20_000
 MAX_NESTING = 60
 MAX_POWER = 12
@@ -60,7 +66,7 @@ class Formula:
     steps: tuple[Step, ...]
 
     @classmethod
-    def parse(cls, text: str, names: Sequence[str] = FEATURES) -> Formula:
+    def parse(cls, text: str, names: Sequence[str] = DEFAULT.features) -> Formula:
         """Read a formula.
 
         Parameters
@@ -74,17 +80,21 @@ class Formula:
         ModelError
             Anything but arithmetic: calls, attributes, other names, powers that are not whole.
         """
+        allowed = (
+            f"A formula has numbers, {', '.join(names)}, + - * /, parentheses and whole powers; "
+            "nothing in it is ever run."
+        )
         shown = text if len(text) <= 80 else text[:77] + "..."
         if len(text) > MAX_TEXT or (bad := re.search(r"[^\w.+\-*/() ]", text, re.ASCII)):
             reason = "it is too long" if len(text) > MAX_TEXT else f"{bad[0]!r} is not arithmetic"  # type: ignore[index]
-            raise ModelError(f"'{shown}' is not a formula: {reason}", _ALLOWED)
+            raise ModelError(f"'{shown}' is not a formula: {reason}", allowed)
         try:
             tree = ast.parse(text.strip(), mode="eval")
             steps = tuple(_steps(tree.body, list(names), 0))
         except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
             reason = error.msg if isinstance(error, SyntaxError) else str(error)
             reason = reason.partition(" - ")[0]
-            raise ModelError(f"'{shown}' is not a formula: {reason}", _ALLOWED) from None
+            raise ModelError(f"'{shown}' is not a formula: {reason}", allowed) from None
         return cls(text, steps)
 
     def run(self, names: Sequence[Any], number: Callable[[float], Any] = float) -> Any:
@@ -117,7 +127,7 @@ class Formula:
 
         Parameters
         ----------
-        features : ndarray of float, shape (n, 3)
+        features : ndarray of float, shape (n, k)
 
         Returns
         -------
@@ -134,12 +144,13 @@ class Formula:
     def is_finite(
         self, minimum: Sequence[float], maximum: Sequence[float], cells: int = 12
     ) -> bool:
-        """Whether the formula is finite, and no divisor small, everywhere in a box.
+        """Tell whether the formula is finite, and no divisor small, everywhere in a box.
 
         By interval arithmetic over ``cells`` parts of each side, so a pole cannot hide between
         grid points; a formula of which this cannot be shown counts as not finite.
         """
         low, high = np.asarray(minimum, dtype=np.float64), np.asarray(maximum, dtype=np.float64)
+        cells = min(cells, int(1e6 ** (1 / len(low))))
         edges = low + (high - low) * np.linspace(0, 1, cells + 1)[:, None]
         lows = np.stack(np.meshgrid(*edges[:-1].T, indexing="ij")).reshape(len(low), -1)
         highs = np.stack(np.meshgrid(*edges[1:].T, indexing="ij")).reshape(len(low), -1)
@@ -147,12 +158,6 @@ class Formula:
         with np.errstate(all="ignore"):
             value = self.run(names, lambda x: Interval(np.float64(x), np.float64(x)))
         return bool(np.isfinite(value.low).all() and np.isfinite(value.high).all())
-
-
-_ALLOWED = (
-    f"A formula has numbers, {', '.join(FEATURES)}, + - * /, parentheses and whole powers; "
-    "nothing in it is ever run."
-)
 
 
 def _steps(node: ast.expr, names: list[str], depth: int) -> Iterator[Step]:
@@ -189,7 +194,7 @@ def _steps(node: ast.expr, names: list[str], depth: int) -> Iterator[Step]:
 
 def _power(value: Any, exponent: int) -> Any:
     # Products of floats are the same in any place of an array; numpy's power need not be.
-    if isinstance(value, Interval | Expression):
+    if isinstance(value, Interval):
         return value**exponent
     return functools.reduce(operator.mul, [value] * exponent)
 
@@ -228,3 +233,180 @@ class Interval:
         a, b = self.low**exponent, self.high**exponent
         across = (self.low <= 0) & (self.high >= 0) & (exponent % 2 == 0)
         return Interval(np.where(across, 0.0, np.minimum(a, b)), np.maximum(a, b))
+
+
+# --- normal form, by SymPy ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Template:
+    """A formula in normal form, with a name (``_0``, ``_1``, ...) for each number a fit may change.
+
+    It is a sum with a constant; every term has a number, and so has every term of a sum in
+    parentheses but its first, so that no two numbers do the same. Like terms are one term. Nothing
+    is multiplied out.
+
+    Parameters
+    ----------
+    formula : Formula
+        Of the inputs less their pivots, then the numbers.
+    gradients : tuple of Formula
+        Derivatives by the numbers.
+    names : tuple of str
+        Of the inputs.
+    numbers : tuple of float
+    """
+
+    formula: Formula
+    gradients: tuple[Formula, ...]
+    names: tuple[str, ...]
+    numbers: tuple[float, ...]
+
+    @classmethod
+    def of(cls, text: str, names: Sequence[str], width: Sequence[float]) -> Template | None:
+        """Normal form of a formula of inputs in units of their width; None where it is not finite.
+
+        Parameters
+        ----------
+        text : str
+        names : sequence of str
+        width : sequence of float
+        """
+        import sympy
+
+        try:
+            formula = Formula.parse(text, names)
+        except ModelError:  # not a number, or nested too deeply
+            return None
+        inputs = [sympy.Symbol(n) / sympy.Float(w) for n, w in zip(names, width, strict=True)]
+        expression = sympy.sympify(formula.run(inputs, sympy.Float))
+        if expression.has(sympy.nan, sympy.zoo, sympy.oo):
+            return None
+        numbers: list[float] = []
+        form, _ = _numbered(expression, numbers, inner=False)
+        known = [*names, *(f"_{number}" for number in range(len(numbers)))]
+        gradients = [form.diff(sympy.Symbol(name)) for name in known[len(names) :]]
+        whole, *derivatives = (Formula.parse(_text(e), known) for e in (form, *gradients))
+        return cls(whole, tuple(derivatives), tuple(names), tuple(numbers))
+
+    def with_numbers(self, numbers: Sequence[float] | FloatArray) -> Template:
+        """The same form with other numbers."""
+        return replace(self, numbers=tuple(float(number) for number in numbers))
+
+    def values(self, u: FloatArray, numbers: Sequence[float] | FloatArray = ()) -> FloatArray:
+        """Values at inputs less their pivots, shape (k, n); of other numbers where given."""
+        return self._run(self.formula, u, numbers)
+
+    def gradient(self, u: FloatArray, numbers: Sequence[float] | FloatArray) -> FloatArray:
+        """Derivatives by the numbers, shape (n, numbers)."""
+        return np.stack([self._run(one, u, numbers) for one in self.gradients], axis=1)
+
+    def _run(self, formula: Formula, u: FloatArray, numbers: Sequence[float] | Any) -> FloatArray:
+        numbers = numbers if len(numbers) else self.numbers
+        with np.errstate(all="ignore"):
+            return np.broadcast_to(formula.run([*u, *numbers]), u.shape[1:])
+
+    def _filled(self, numbers: Sequence[Any]) -> Any:
+        """Expression with numbers in their places."""
+        import sympy
+
+        symbols = [sympy.Symbol(name) for name in self.names]
+        return self.formula.run([*symbols, *numbers], sympy.Integer)
+
+    @property
+    def complexity(self) -> int:
+        """Numbers and inputs in the formula plus the operators between them, powers included."""
+        import sympy
+
+        count = 0
+        for part in sympy.preorder_traversal(self._filled(list(map(sympy.Float, self.numbers)))):
+            if part.is_Add or part.is_Mul:
+                count += len(part.args) - 1 - (part.is_Mul and abs(part.args[0]) == 1)
+            elif part.is_Pow:
+                count += 1 if part.exp != -1 else 0
+            else:
+                count += abs(part) != 1 if part.is_Number else 1
+        return count
+
+    def written(
+        self, pivot: Sequence[float], center: float = 0.0, spread: float = 1.0
+    ) -> tuple[str, str]:
+        """Text and LaTeX of the formula of the inputs themselves.
+
+        Parameters
+        ----------
+        pivot : sequence of float
+        center, spread : float
+            Of what is written: ``center + spread * formula``.
+        """
+        import sympy
+
+        whole = center + spread * self._filled(list(map(sympy.Float, self.numbers)))
+        symbols = [sympy.Symbol(name) for name in self.names]
+        shifts = {s: s - sympy.Float(p) for s, p in zip(symbols, pivot, strict=True) if p}
+        whole = sympy.sympify(whole).xreplace(shifts)
+        return _text(whole), _latex(whole, self.names)
+
+
+def _numbered(expression: Any, numbers: list[float], inner: bool) -> tuple[Any, float]:
+    """Sum with a name for each of its numbers, and the number that an inner sum was divided by."""
+    import sympy
+
+    terms = []
+    for term in sympy.Add.make_args(expression):
+        size, rest = term.as_coeff_Mul()
+        size, body = float(size), sympy.Integer(1)
+        for factor in sympy.Mul.make_args(rest):
+            base, power = factor.as_base_exp()
+            if base.is_Add:
+                base, lead = _numbered(base, numbers, inner=True)
+                size *= lead ** int(power)
+            body *= base**power
+        if body != 0:
+            terms.append((body, size))
+    # The constant is last: it leads no inner sum.
+    terms.sort(key=lambda term: (term[0] == 1, sympy.default_sort_key(term[0])))
+    if not inner and not any(body == 1 for body, _ in terms):
+        terms.append((sympy.Integer(1), 0.0))
+    lead = terms[0][1] if inner else 1.0
+    total = terms[0][0] if inner else sympy.Integer(0)
+    for body, size in terms[inner:]:
+        total += sympy.Symbol(f"_{len(numbers)}") * body
+        numbers.append(size / lead)
+    return total, lead
+
+
+def _text(expression: Any) -> str:
+    from sympy.printing.str import StrPrinter
+
+    class Printer(StrPrinter):
+        def _print_Float(self, expr: Any) -> str:
+            return f"{float(expr):.{DIGITS}g}"
+
+        def _print_Pow(self, expr: Any, rational: bool = False) -> str:
+            if expr.exp.is_Integer and expr.exp < -1:
+                return f"1/{self._print(expr.base**-expr.exp)}"
+            return str(super()._print_Pow(expr, rational=rational))
+
+    return str(Printer().doprint(expression))
+
+
+def _latex(expression: Any, names: Sequence[str]) -> str:
+    import sympy
+    from sympy.printing.latex import LatexPrinter
+    from sympy.printing.precedence import PRECEDENCE
+
+    class Printer(LatexPrinter):
+        def parenthesize(self, item: Any, level: int, *args: Any, **options: Any) -> str:
+            if item.is_Symbol and level >= PRECEDENCE["Pow"]:
+                return rf"\left({self._print(item)}\right)"
+            return str(super().parenthesize(item, level, *args, **options))
+
+    known = {
+        sympy.Symbol(name): LATEX_NAMES.get(name, rf"\mathrm{{{name}}}".replace("_", r"\_"))
+        for name in names
+    }
+    short = expression.xreplace(
+        {one: sympy.Float(f"{one:.{DIGITS}g}", DIGITS) for one in expression.atoms(sympy.Float)}
+    )
+    return str(Printer({"symbol_names": known, "mul_symbol": r" \, "}).doprint(short))

@@ -4,63 +4,72 @@ The polynomial takes the trend, so the trees have little left to say and may be 
 held back: where pairs are few the correction is all but the polynomial. Pairs far off the
 polynomial are outliers, which the trees do not see: at the ends of the labels, where half of the
 pairs may be wrong ones, no robust loss keeps them out. What the trees say is smeared by a Gaussian
-on a grid (`sos_dask.corrections.grid`), so that it has no steps. On 45,706 simulated pairs with
+on a grid (`lookup.Grid`), so that it has no steps. On 45,706 simulated pairs with
 outliers its held-out scatter was 0.99 times that of boosted trees alone, and its second
 differences 3.4 to 8 times smaller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
-from sos_dask.corrections import (
+from sos_dask import settings
+from sos_dask.corrections import boosted, polynomial
+from sos_dask.corrections.base import (
     Batch,
     Content,
-    Fitted,
+    Correction,
     Float32Array,
     ModelInfo,
-    Param,
     Progress,
+    Training,
     TrainingSource,
-    boosted,
-    polynomial,
     summarise,
 )
-from sos_dask.corrections.grid import Grid, smeared
+from sos_dask.corrections.lookup import Grid, smeared
 from sos_dask.corrections.polynomial import PolynomialCorrection
+from sos_dask.problem import Problem
 
-_DEFAULTS: Mapping[str, int | float] = {
-    "n_rounds": 100,
-    "max_depth": 6,
-    "learning_rate": 0.04,
-    "min_child_weight": 30.0,
-    "reg_lambda": 30.0,
-    "huber_slope": 0.5,
-}
 GRID = "residual-grid.npy"
 POLYNOMIAL = "polynomial-"
 
-PARAMS: Mapping[str, Param] = {
-    **polynomial.PARAMS,
-    **{
-        name: replace(param, default=_DEFAULTS.get(name, param.default))
-        for name, param in boosted.PARAMS.items()
-    },
-    "smoothing": Param(
-        0.1, "Width of the Gaussian that smears the trees, in standard deviations", 0.02, 3.0
-    ),
-    "outlier": Param(
+
+def _of_trees(name: str, default: float) -> Any:
+    """Setting of boosted trees with another default."""
+    field = copy(boosted.Settings.model_fields[name])
+    field.default = default
+    return field
+
+
+class Settings(polynomial.Settings, boosted.Settings):
+    """Parameters of the method: those of both its parts, and its own."""
+
+    n_rounds: int = _of_trees("n_rounds", 100)
+    max_depth: int = _of_trees("max_depth", 6)
+    min_child_weight: float = _of_trees("min_child_weight", 30.0)
+    reg_lambda: float = _of_trees("reg_lambda", 30.0)
+    huber_slope: float = _of_trees("huber_slope", 0.5)
+    smoothing: float = Field(
+        0.1,
+        ge=0.02,
+        le=3.0,
+        description="Width of the Gaussian that smears the trees, in standard deviations",
+    )
+    outlier: float = Field(
         7.0,
-        "Residuals of the polynomial beyond so many scatters are not shown to the trees",
-        2,
-        1e6,
-    ),
-}
-# What `sos_dask.corrections.search` tries.
+        ge=2,
+        le=1e6,
+        description="Residuals of the polynomial beyond so many scatters are not shown to the "
+        "trees",
+    )
+
+
 SEARCH = {
     "order": (2, 3, 4, 5),
     "n_rounds": (1, 50, 100, 200),
@@ -88,6 +97,11 @@ class ResidualSource:
     outlier: float
 
     @property
+    def problem(self) -> Problem:
+        """Labels and inputs."""
+        return self.source.problem
+
+    @property
     def n_batches(self) -> int:
         """Number of batches."""
         return self.source.n_batches
@@ -100,7 +114,7 @@ class ResidualSource:
         return replace(batch, differences=np.where(far, np.float32(np.nan), left))
 
 
-class HybridCorrection(Fitted):
+class HybridCorrection(Correction):
     """Sum of a polynomial and of smeared trees.
 
     Parameters
@@ -117,7 +131,7 @@ class HybridCorrection(Fitted):
         self.local = local
 
     def evaluate(self, features: Float32Array) -> Float32Array:
-        """Differences at finite features inside the box, shape (n, 3)."""
+        """Differences at finite inputs inside the box, shape (n, l)."""
         out: Float32Array = self.smooth.evaluate(features)
         out += self.local.predict(features)
         return out
@@ -135,26 +149,24 @@ def restore(info: ModelInfo, files: Mapping[str, Content]) -> HybridCorrection:
         for name, content in files.items()
         if name.startswith(POLYNOMIAL)
     }
-    smooth = polynomial.restore(info.of_part("polynomial", polynomial.PARAMS), own)
+    smooth = polynomial.restore(info.of_part("polynomial", polynomial.Settings), own)
     return HybridCorrection(info, smooth, Grid.from_bytes(files.get(GRID, b"")))
 
 
-def fit(
-    source: TrainingSource,
-    train_folds: Sequence[int] | None,
-    params: Mapping[str, Any],
-    client: Any,
-    progress: Progress,
-) -> HybridCorrection:
+def part_settings(kind: type[settings.Settings], whole: settings.Settings) -> Any:
+    """Settings of a part, of those of the whole."""
+    return kind(**{name: getattr(whole, name) for name in kind.model_fields})
+
+
+def fit(training: Training, settings: Settings, progress: Progress) -> HybridCorrection:
     """Fit; see `sos_dask.corrections.fit`."""
-    needed = max(2 * len(polynomial.polynomial_terms(params["order"])), boosted.MIN_PAIRS)
-    summary = summarise(source, train_folds, client, "hybrid", needed)
-    info = summary.info("hybrid", params, train_folds)
-    of_smooth = info.of_part("polynomial", polynomial.PARAMS).params
-    of_trees = info.of_part("boosted", boosted.PARAMS).params
-    smooth = polynomial.fit(source, train_folds, of_smooth, client, progress)
-    left = ResidualSource(source, smooth, params["outlier"])
-    trees = boosted.fit(left, train_folds, of_trees, client, progress)
+    terms = polynomial.polynomial_terms(settings.order, len(training.problem.inputs))
+    summary = summarise(training, "hybrid", max(2 * len(terms), boosted.MIN_PAIRS))
+    info = summary.info("hybrid", settings, training)
+    of_smooth = part_settings(polynomial.Settings, settings)
+    smooth = polynomial.fit(training, of_smooth, progress)
+    left = replace(training, source=ResidualSource(training.source, smooth, settings.outlier))
+    trees = boosted.fit(left, part_settings(boosted.Settings, settings), progress)
     low, high = (np.array(ends, dtype=np.float32) for ends in (info.minimum, info.maximum))
-    local = smeared(trees.evaluate, low, high, params["smoothing"] * smooth.scale.width)
+    local = smeared(trees.evaluate, low, high, settings.smoothing * smooth.scale.width)
     return HybridCorrection(info, smooth, local)

@@ -1,10 +1,15 @@
-"""Tree ensembles over three inputs as an exact look-up table.
+"""Corrections as tables over their inputs: exact for trees, smeared and interpolated for hybrid.
 
-Every split compares one feature with a threshold, so an ensemble is constant on each cell of the
-grid that its thresholds make: at most 256 x 256 x 256 cells with 256 bins. The value of a leaf is
-added to its box of cells by its corners in a difference array, whose cumulative sums along the
-axes are the table (a summed-area table backwards: Crow 1984, SIGGRAPH, p. 207). A prediction is
-then three binary searches and one look-up, whatever the number of trees, for all labels at once.
+Every split of a tree compares one input with a threshold, so an ensemble is constant on each cell
+of the grid that its thresholds make: at most 256 x 256 x 256 cells with 256 bins of three inputs.
+The value of a leaf is added to its box of cells by its corners in a difference array, whose
+cumulative sums along the axes are the table (a summed-area table backwards: Crow 1984, SIGGRAPH,
+p. 207). A prediction is then a binary search an input and one look-up, whatever the number of
+trees, for all labels at once.
+
+Smeared trees need not be looked up step by step: their values at the nodes of an even grid as fine
+as the smearing tell all that is left of them. A hundred trees become a few megabytes that stay in
+the cache, and between the nodes there are no steps at all.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,14 +25,61 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.corrections.base import Content, Float32Array, FloatArray, IntArray
 from sos_dask.errors import ModelError
+from sos_dask.problem import BLOCK_ROWS
 
 MAX_CELLS = 1 << 25
-_BLOCK = 1 << 13
 _PLACES = 1 << 13
-Float32Array = NDArray[np.float32]
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+# Nodes along an axis; with three labels in double precision the filter needs 50 MB for all of
+# three axes. With more axes there are no more nodes in all.
+MAX_NODES = 128
+# Distance of nodes, in standard deviations of the Gaussian: linear interpolation then widens the
+# kernel by 4 %: it adds h^2 / 6 to its variance.
+SPACING = 0.7
+
+
+def pack(arrays: Sequence[NDArray[Any]]) -> bytes:
+    """Content of a file: NumPy arrays one after the other."""
+    parts: list[Any] = []
+    for array in map(np.ascontiguousarray, arrays):
+        head = io.BytesIO()
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(head, header)
+        parts += [head.getvalue(), array.data]
+    return b"".join(parts)
+
+
+def unpack(content: Content, what: str) -> list[NDArray[Any]]:
+    """Arrays of a buffer that `pack` made; memory-mapped content is not copied.
+
+    Parameters
+    ----------
+    what : str
+        For the message.
+
+    Raises
+    ------
+    ModelError
+        The content is not axes and their values.
+    """
+    view = memoryview(content)
+    arrays: list[NDArray[Any]] = []
+    try:
+        position = 0
+        while position < len(view):
+            head = io.BytesIO(bytes(view[position : position + 512]))
+            np.lib.format.read_magic(head)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+            position += head.tell()
+            array = np.frombuffer(view, dtype, int(np.prod(shape)), position).reshape(shape)
+            arrays.append(array)
+            position += array.nbytes
+    except (ValueError, EOFError) as error:
+        raise ModelError(f"{what} is damaged: {error}") from None
+    if len(arrays) < 2 or any(axis.ndim != 1 for axis in arrays[:-1]):
+        raise ModelError(f"{what} is damaged: it has other axes")
+    return arrays
 
 
 @dataclass(frozen=True)
@@ -37,9 +89,9 @@ class LookupTable:
     Parameters
     ----------
     edges : tuple of ndarray of float32
-        Thresholds of each feature, sorted. A value v is in bin ``number of thresholds <= v``; the
+        Thresholds of each input, sorted. A value v is in bin ``number of thresholds <= v``; the
         bin after the last is that of missing values.
-    values : ndarray of float32, shape (n0, n1, n2, n_labels)
+    values : ndarray of float32, shape (n0, n1, ..., n_labels)
     """
 
     edges: tuple[Float32Array, ...]
@@ -50,7 +102,7 @@ class LookupTable:
 
         Parameters
         ----------
-        features : ndarray of float32, shape (n, 3)
+        features : ndarray of float32, shape (n, k)
             nan takes the direction that each tree keeps for missing values.
 
         Returns
@@ -60,14 +112,14 @@ class LookupTable:
         n_labels = self.values.shape[-1]
         flat = self.values.reshape(-1, n_labels)
         out = np.empty((len(features), n_labels), dtype=np.float32)
-        for first in range(0, len(features), _BLOCK):
-            block = features[first : first + _BLOCK]
+        for first in range(0, len(features), BLOCK_ROWS):
+            block = features[first : first + BLOCK_ROWS]
             cell = np.zeros(len(block), dtype=np.int64)
             for axis, bins in enumerate(self._bins):
                 cell *= self.values.shape[axis]
                 cell += bins.of(np.ascontiguousarray(block[:, axis]))
             # No cell is outside; the mode that checks it would copy all once more.
-            np.take(flat, cell, axis=0, out=out[first : first + _BLOCK], mode="clip")
+            np.take(flat, cell, axis=0, out=out[first : first + BLOCK_ROWS], mode="clip")
         return out
 
     @cached_property
@@ -75,40 +127,17 @@ class LookupTable:
         return tuple(_Bins.of_edges(edges) for edges in self.edges)
 
     def to_bytes(self) -> bytes:
-        """The table as the content of a file: four NumPy arrays one after the other."""
-        parts: list[Any] = []
-        for array in (*self.edges, self.values):
-            head = io.BytesIO()
-            header = np.lib.format.header_data_from_array_1_0(array)
-            np.lib.format.write_array_header_1_0(head, header)
-            parts += [head.getvalue(), array.data]
-        return b"".join(parts)
+        """The table as the content of a file."""
+        return pack([*self.edges, self.values])
 
     @classmethod
-    def from_buffer(cls, buffer: Any) -> LookupTable:
-        """Table in a buffer written by `to_bytes`; memory-mapped content is not copied.
-
-        Raises
-        ------
-        ModelError
-            The content is no table.
-        """
-        view = memoryview(buffer)
-        arrays = []
-        try:
-            position = 0
-            for _ in range(4):
-                head = io.BytesIO(bytes(view[position : position + 512]))
-                np.lib.format.read_magic(head)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(head)
-                position += head.tell()
-                count = int(np.prod(shape))
-                array = np.frombuffer(view, dtype, count, position).reshape(shape)
-                arrays.append(array)
-                position += array.nbytes
-        except (ValueError, EOFError) as error:
-            raise ModelError(f"the look-up table of the trees is damaged: {error}") from None
-        return cls(tuple(arrays[:3]), arrays[3])
+    def from_buffer(cls, buffer: Content) -> LookupTable:
+        """Table in a buffer written by `to_bytes`; `ModelError` where it is none."""
+        what = "the look-up table of the trees"
+        *edges, values = unpack(buffer, what)
+        if values.shape[:-1] != tuple(len(part) + 2 for part in edges):
+            raise ModelError(f"{what} is damaged: it has other axes")
+        return cls(tuple(edges), values)
 
 
 @dataclass(frozen=True)
@@ -172,7 +201,7 @@ def compile_trees(
     center: Sequence[float] | FloatArray | None = None,
     spread: Sequence[float] | FloatArray | None = None,
 ) -> LookupTable | None:
-    """Make the table of several ensembles over the same three features.
+    """Make the table of several ensembles over the same inputs.
 
     Parameters
     ----------
@@ -184,25 +213,26 @@ def compile_trees(
     Returns
     -------
     LookupTable or None
-        None where the thresholds make more than ``MAX_CELLS`` cells: too fine to be worth a table.
+        None where the thresholds make more than ``MAX_CELLS`` cells: too large to be worth it.
     """
     models = [json.loads(bytes(booster.save_raw("json")))["learner"] for booster in boosters]
     forests = [_Forest.of(model["gradient_booster"]["model"]["trees"]) for model in models]
-    edges = _edges(forests)
+    edges = _edges(forests, int(models[0]["learner_model_param"]["num_feature"]))
     shape = tuple(len(part) + 2 for part in edges)
     if np.prod([float(n) for n in shape]) > MAX_CELLS:
         return None
     corners = [_corners(forest, edges) for forest in forests]
     bases = [_base_score(model) for model in models]
     values = np.empty((*shape, len(boosters)), dtype=np.float32)
-    running = np.zeros((len(boosters), shape[1], shape[2]))
+    running = np.zeros((len(boosters), *shape[1:]))
     # Plane by plane all stays in the cache.
     for plane, of_labels in enumerate(values):
         for label, (first, cell, amount) in enumerate(corners):
             now = slice(first[plane], first[plane + 1])
             np.add.at(running[label].reshape(-1), cell[now], amount[now])
-            sums = running[label].cumsum(axis=0)
-            np.cumsum(sums, axis=1, out=sums)
+            sums = running[label].copy()
+            for axis in range(sums.ndim):
+                np.cumsum(sums, axis=axis, out=sums)
             sums += bases[label]
             if spread is not None:
                 sums *= spread[label]
@@ -249,10 +279,10 @@ class _Forest:
         )
 
 
-def _edges(forests: Sequence[_Forest]) -> tuple[Float32Array, ...]:
-    """Thresholds of each feature."""
+def _edges(forests: Sequence[_Forest], n_inputs: int) -> tuple[Float32Array, ...]:
+    """Thresholds of each input."""
     found = []
-    for axis in range(3):
+    for axis in range(n_inputs):
         parts = [f.value[(f.left >= 0) & (f.feature == axis)] for f in forests]
         found.append(np.unique(np.concatenate([np.empty(0, np.float32), *parts])))
     return tuple(found)
@@ -267,10 +297,10 @@ def _corners(
     known = low < stop
     places, amounts = [], []
     # Of each axis the bins of a leaf are a run of them, or that of missing values, or both.
-    for of_missing in itertools.product((False, True), repeat=3):
+    for of_missing in itertools.product((False, True), repeat=len(shape)):
         some = np.flatnonzero(np.all(np.where(of_missing, missing, known), axis=1))
         ends = np.where(of_missing, shape - 1, low[some]), np.where(of_missing, shape, stop[some])
-        for corner in itertools.product((0, 1), repeat=3):
+        for corner in itertools.product((0, 1), repeat=len(shape)):
             places.append(np.stack([ends[end][:, axis] for axis, end in enumerate(corner)], axis=1))
             amounts.append(-value[some] if sum(corner) % 2 else value[some])
     place, amount = np.concatenate(places), np.concatenate(amounts)
@@ -279,7 +309,8 @@ def _corners(
     order = np.argsort(place[:, 0], kind="stable")
     place = place[order]
     first = np.searchsorted(place[:, 0], np.arange(shape[0] + 1))
-    return first, place[:, 1] * shape[2] + place[:, 2], amount[order]
+    strides = np.append(np.cumprod(shape[:1:-1])[::-1], 1)[: len(shape) - 1]
+    return first, place[:, 1:] @ strides, amount[order]
 
 
 def _leaves(
@@ -291,9 +322,9 @@ def _leaves(
         of_axis = forest.feature == axis
         cut[of_axis] = np.searchsorted(part, forest.value[of_axis]) + 1
     node = forest.roots
-    low: IntArray = np.zeros((len(node), 3), dtype=np.int64)
+    low: IntArray = np.zeros((len(node), len(edges)), dtype=np.int64)
     stop: IntArray = low + np.array([len(part) + 1 for part in edges])
-    missing: NDArray[np.bool_] = np.ones((len(node), 3), dtype=np.bool_)
+    missing: NDArray[np.bool_] = np.ones((len(node), len(edges)), dtype=np.bool_)
     found: list[tuple[NDArray[Any], ...]] = []
     while True:
         is_leaf = forest.left[node] < 0
@@ -316,3 +347,122 @@ def _leaves(
         missing[n:][here] &= ~to_left
     first, after, of_missing, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return first, after, of_missing, values
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values at the nodes of an even grid.
+
+    Parameters
+    ----------
+    low, high : ndarray of float32, shape (k,)
+        First and last node of each axis.
+    values : ndarray of float32, shape (n0, n1, ..., n_labels)
+        At least two nodes an axis.
+    """
+
+    low: Float32Array
+    high: Float32Array
+    values: Float32Array
+
+    def predict(self, features: Float32Array) -> Float32Array:
+        """Interpolate linearly along each axis; outside the grid as on the nearest face.
+
+        A row's value does not depend on the other rows.
+
+        Parameters
+        ----------
+        features : ndarray of float32, shape (n, k)
+            Finite.
+
+        Returns
+        -------
+        ndarray of float32, shape (n, n_labels)
+        """
+        out = np.empty((len(features), self.values.shape[-1]), dtype=np.float32)
+        flat = self.values.reshape(-1, self.values.shape[-1])
+        strides = np.array(self.values.strides[:-1]) // self.values.strides[-2]
+        for start in range(0, len(features), BLOCK_ROWS):
+            block = features[start : start + BLOCK_ROWS]
+            cell = np.zeros(len(block), dtype=np.int64)
+            shares = []
+            for axis, n in enumerate(self.values.shape[:-1]):
+                width = self.high[axis] - self.low[axis]
+                place = np.clip(block[:, axis] - self.low[axis], 0, width)
+                place *= np.float32((n - 1) / width if width > 0 else 0.0)
+                index = np.minimum(place.astype(np.int64), n - 2)
+                cell += index * strides[axis]
+                shares.append((place - index).astype(np.float32)[:, None])
+            out[start : start + BLOCK_ROWS] = _interpolated(flat, cell, strides.tolist(), shares)
+        return out
+
+    def to_bytes(self) -> bytes:
+        """The grid as the content of a file."""
+        return pack([self.low, self.high, self.values])
+
+    @classmethod
+    def from_bytes(cls, content: Content) -> Grid:
+        """Grid from what `to_bytes` gave; `ModelError` where it is none."""
+        what = "the grid of the residuals"
+        arrays = unpack(content, what)
+        shape = arrays[-1].shape[:-1]
+        ends = [len(axis) for axis in arrays[:-1]]
+        if ends != [len(shape)] * 2 or min(shape, default=0) < 2:
+            raise ModelError(f"{what} is damaged: it has other axes")
+        return cls(*arrays)
+
+
+def _interpolated(
+    flat: Float32Array, cell: NDArray[np.int64], strides: list[int], shares: list[Float32Array]
+) -> Float32Array:
+    """Linear along the first axis of what is linear along the others."""
+    if not strides:
+        return np.take(flat, cell, axis=0)
+    below = _interpolated(flat, cell, strides[1:], shares[1:])
+    above = _interpolated(flat, cell + strides[0], strides[1:], shares[1:])
+    above -= below
+    above *= shares[0]
+    above += below
+    return above
+
+
+def smeared(
+    function: Callable[[Float32Array], Float32Array],
+    low: Float32Array,
+    high: Float32Array,
+    width: FloatArray,
+) -> Grid:
+    """Grid of a function smeared with a Gaussian; beyond the box it stays as at the nearest face.
+
+    Parameters
+    ----------
+    function : callable
+        Takes inputs (n, k) of float32, gives values (n, n_labels).
+    low, high : ndarray of float32, shape (k,)
+        The box.
+    width : ndarray of float64, shape (k,)
+        Standard deviation of the Gaussian along each axis. Where ``MAX_NODES`` are too few to
+        follow it, the nodes are farther apart and the interpolation smears more.
+    """
+    from scipy.ndimage import gaussian_filter1d
+
+    length = (high - low).astype(np.float64)
+    cells = np.clip(np.ceil(length / (width * SPACING)), 1, MAX_NODES - 1).astype(np.int64)
+    while np.prod(cells + 1.0) > MAX_NODES**3:
+        cells = np.maximum(cells * 9 // 10, 1)
+    axes = [
+        np.linspace(a, b, n + 1, dtype=np.float32) for a, b, n in zip(low, high, cells, strict=True)
+    ]
+    # Plane by plane: all nodes at once would be the largest array of the whole training.
+    shape = tuple(len(axis) for axis in axes[1:])
+    mesh = np.meshgrid(np.float32(0), *axes[1:], indexing="ij")
+    nodes = np.stack(mesh, axis=-1).reshape(-1, len(axes))
+    planes = []
+    for nodes[:, 0] in axes[0]:
+        planes.append(function(nodes).reshape(*shape, -1))
+    values = np.stack(planes).astype(np.float64)
+    for axis in range(len(axes)):
+        if length[axis] > 0:
+            sigma = width[axis] * cells[axis] / length[axis]
+            values = gaussian_filter1d(values, sigma, axis=axis, mode="nearest", truncate=3.0)
+    return Grid(low, high, values.astype(np.float32))

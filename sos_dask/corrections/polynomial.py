@@ -27,31 +27,28 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from sos_dask.corrections import (
+from sos_dask import settings
+from sos_dask.corrections.base import (
     Content,
-    Fitted,
+    Correction,
     Float32Array,
     FloatArray,
-    Histogram,
     IntArray,
     ModelInfo,
-    Param,
     Progress,
     Rows,
     Summary,
-    TrainingSource,
-    count,
-    map_batches,
+    Training,
     parse_json,
     summarise,
     to_json,
-    training_rows,
 )
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.problem import BLOCK_ROWS, FEATURES
+from sos_dask.problem import BLOCK_ROWS
 from sos_dask.run.machine import n_threads
-from sos_dask.schema import LABELS
+from sos_dask.stats.histogram import Histogram, count
 
 FILE = "coefficients.json"
 HUBER = 1.345
@@ -63,47 +60,53 @@ SCALE_PASSES = 10
 _KEPT_ROWS = 1_000_000  # 28 MB
 _THREAD_ROWS = 20_000
 
-PARAMS = {
-    "order": Param(4, "Largest sum of the exponents of a term", 1, 6),
-    "ridge": Param(
+
+class Settings(settings.Settings):
+    """Parameters of the method."""
+
+    order: int = Field(4, ge=1, le=6, description="Largest sum of the exponents of a term")
+    ridge: float = Field(
         1.0,
-        "Strength of the pull of all coefficients but the constant to zero, in training pairs: "
-        "it steadies some hundred pairs and vanishes among many",
-        0.0,
-        1e6,
-    ),
-    "tolerance": Param(
-        1e-4, "Largest change of the fit in the last passes, in units of the scatter", 1e-12, 0.1
-    ),
-    "max_passes": Param(60, "Largest number of passes over the pairs", 1, 1000),
-}
-# What `sos_dask.corrections.search` tries.
+        ge=0.0,
+        le=1e6,
+        description="Strength of the pull of all coefficients but the constant to zero, in "
+        "training pairs: it steadies some hundred pairs and vanishes among many",
+    )
+    tolerance: float = Field(
+        1e-4,
+        ge=1e-12,
+        le=0.1,
+        description="Largest change of the fit in the last passes, in units of the scatter",
+    )
+    max_passes: int = Field(60, ge=1, le=1000, description="Largest number of passes")
+
+
 SEARCH = {"order": (2, 3, 4, 5), "ridge": (0.1, 1.0, 3.0, 10.0)}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Standardised features: (x - center) / width."""
+    """Standardised inputs: (x - center) / width."""
 
     center: FloatArray
     width: FloatArray
 
     def apply(self, features: Float32Array) -> FloatArray:
-        """Standardised features in double precision, shape (n, 3)."""
+        """Standardised inputs in double precision, shape (n, k)."""
         return (features.astype(np.float64) - self.center) / self.width
 
 
-class PolynomialCorrection(Fitted):
-    """Polynomials of the standardised features.
+class PolynomialCorrection(Correction):
+    """Polynomials of the standardised inputs.
 
     Parameters
     ----------
     info : ModelInfo
     scale : Scale
-    exponents : ndarray of int64, shape (m, 3)
-    coefficients : ndarray of float64, shape (m, 3)
-        One column a label, K, dex, dex.
-    scatter : ndarray of float64, shape (3,)
+    exponents : ndarray of int64, shape (m, k)
+    coefficients : ndarray of float64, shape (m, l)
+        One column a label.
+    scatter : ndarray of float64, shape (l,)
         1.4826 times the median absolute residual of the training pairs.
     passes : int
         Passes over the pairs that were made.
@@ -126,8 +129,8 @@ class PolynomialCorrection(Fitted):
         self.passes = passes
 
     def evaluate(self, features: Float32Array) -> Float32Array:
-        """Differences at finite features inside the box, shape (n, 3)."""
-        out = np.empty((len(features), len(LABELS)), dtype=np.float32)
+        """Differences at finite inputs inside the box, shape (n, l)."""
+        out = np.empty((len(features), len(self.labels)), dtype=np.float32)
         for start in range(0, len(features), BLOCK_ROWS):
             block = slice(start, start + BLOCK_ROWS)
             z = self.scale.apply(features[block])
@@ -139,13 +142,11 @@ class PolynomialCorrection(Fitted):
         document = {
             "formula": "sum over terms of coefficient * product of z^exponent, "
             "z = (feature - center) / width",
-            "center": dict(zip(FEATURES, self.scale.center.tolist(), strict=True)),
-            "width": dict(zip(FEATURES, self.scale.width.tolist(), strict=True)),
+            "center": self.info.by_input(self.scale.center),
+            "width": self.info.by_input(self.scale.width),
             "exponents": self.exponents.tolist(),
-            "coefficients": {
-                label: self.coefficients[:, k].tolist() for k, label in enumerate(LABELS)
-            },
-            "scatter": dict(zip(LABELS, self.scatter.tolist(), strict=True)),
+            "coefficients": self.info.by_label(self.coefficients.T),
+            "scatter": self.info.by_label(self.scatter),
             "passes": self.passes,
         }
         return {FILE: to_json(document)}
@@ -155,36 +156,27 @@ def restore(info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrecti
     """Model from its files; `ModelError` where they are incomplete."""
     document = parse_json(bytes(files.get(FILE, b"")), FILE)
     try:
-        scale = Scale(
-            np.array([document["center"][name] for name in FEATURES], dtype=np.float64),
-            np.array([document["width"][name] for name in FEATURES], dtype=np.float64),
-        )
-        exponents = np.array(document["exponents"], dtype=np.int64).reshape(-1, len(FEATURES))
-        coefficients = np.array(
-            [document["coefficients"][label] for label in LABELS], dtype=np.float64
-        ).T
-        scatter = np.array([document["scatter"][label] for label in LABELS], dtype=np.float64)
+        scale = Scale(info.of_inputs(document["center"]), info.of_inputs(document["width"]))
+        exponents = np.array(document["exponents"], dtype=np.int64)
+        exponents = exponents.reshape(-1, len(info.problem.inputs))
+        coefficients = info.of_labels(document["coefficients"]).T
+        scatter = info.of_labels(document["scatter"])
         passes = int(document["passes"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
-    if coefficients.shape != (len(exponents), len(LABELS)) or not np.isfinite(coefficients).all():
+    shape = (len(exponents), len(info.problem.labels))
+    if coefficients.shape != shape or not np.isfinite(coefficients).all():
         raise ModelError(f"{FILE}: needs one finite coefficient for each term and label")
     return PolynomialCorrection(info, scale, exponents, coefficients, scatter, passes)
 
 
-def fit(
-    source: TrainingSource,
-    train_folds: Sequence[int] | None,
-    params: Mapping[str, Any],
-    client: Any,
-    progress: Progress,
-) -> PolynomialCorrection:
+def fit(training: Training, settings: Settings, progress: Progress) -> PolynomialCorrection:
     """Fit; see `sos_dask.corrections.fit`."""
-    exponents = polynomial_terms(params["order"])
+    exponents = polynomial_terms(settings.order, len(training.problem.inputs))
     m = len(exponents)
-    summary = summarise(source, train_folds, client, "polynomial", 2 * m)
+    summary = summarise(training, "polynomial", 2 * m)
     scale = _scale(summary)
-    coefficients = np.zeros((m, len(LABELS)))
+    coefficients = np.zeros((m, len(summary.center)))
     coefficients[0] = summary.center
     sigma = summary.spread
     # A residual of pairs without noise must not become a scale of zero.
@@ -192,38 +184,31 @@ def fit(
     freedom = np.sqrt(summary.n_pairs / (summary.n_pairs - m))
     quiet, passes, huber_left, scale_left = 0, 0, HUBER_PASSES, SCALE_PASSES
     # Two passes without change, because the scale of a pass is that of the pass before.
-    once = _once(source, train_folds, client, int(summary.n_rows.sum()))
-    while passes < params["max_passes"] and quiet < 2:
-        step = _Step(
-            scale,
-            exponents,
-            coefficients,
-            sigma,
-            huber_left > 0,
-            scale_left > 0,
-            summary.mean_weight,
-        )
+    once = _once(training, int(summary.n_rows.sum()))
+    while passes < settings.max_passes and quiet < 2:
+        huber, with_counts = huber_left > 0, scale_left > 0
+        step = _Step(scale, exponents, coefficients, sigma, huber, with_counts, summary.mean_weight)
         parts = once(step)
-        if step.with_counts:
+        if with_counts:
             sigma = np.maximum(_sigma(parts) * freedom, floor)
-        with _one_thread():
-            new, change = _solve(parts, coefficients, params["ridge"])
+        with one_thread():
+            new, change = _solve(parts, coefficients, settings.ridge)
         coefficients = new
         passes += 1
-        calm = bool((change <= params["tolerance"] * sigma).all())
-        if huber_left > 0:
+        calm = bool((change <= settings.tolerance * sigma).all())
+        if huber:
             huber_left = 0 if calm else huber_left - 1
         else:
             scale_left -= 1
             quiet = quiet + 1 if calm else 0
-        progress("polynomial", passes, int(params["max_passes"]))
+        progress("polynomial", passes, settings.max_passes)
     if not np.isfinite(coefficients).all():
         raise ModelError("the polynomial has no finite solution: lower 'order' or raise 'ridge'")
-    info = summary.info("polynomial", params, train_folds)
+    info = summary.info("polynomial", settings, training)
     return PolynomialCorrection(info, scale, exponents, coefficients, sigma / freedom, passes)
 
 
-def _one_thread() -> AbstractContextManager[Any]:
+def one_thread() -> AbstractContextManager[Any]:
     """Matrix products by one thread: with more the last bits may depend on their number."""
     limits: AbstractContextManager[Any] = _thread_pools().limit(limits=1)
     return limits
@@ -255,7 +240,7 @@ Part = tuple[FloatArray, FloatArray, list[tuple[NDArray[np.uint16], IntArray]]]
 
 @dataclass(frozen=True)
 class _Step:
-    """What a pass starts from."""
+    """Start of a pass."""
 
     scale: Scale
     exponents: IntArray
@@ -266,37 +251,33 @@ class _Step:
     mean_weight: float
 
 
-def _once(
-    source: TrainingSource, train_folds: Sequence[int] | None, client: Any, n_rows: int
-) -> Callable[[_Step], list[Part]]:
+def _once(training: Training, n_rows: int) -> Callable[[_Step], list[Part]]:
     """A pass over all batches, as a function of its step; parts are in the order of the batches."""
-    if client is not None or n_rows > _KEPT_ROWS:
-        return lambda step: map_batches(_pass_of, source, client, train_folds, step)
-    rows = [training_rows(source.load(index), train_folds) for index in range(source.n_batches)]
+    if training.client is not None or n_rows > _KEPT_ROWS:
+        return lambda step: training.map(_pass, step)
+    rows = [training.rows(index) for index in range(training.source.n_batches)]
     threads = n_threads(n_rows, _THREAD_ROWS)
 
     def once(step: _Step) -> list[Part]:
-        with _one_thread():
+        with one_thread():
             if threads == 1:
-                return [_pass(part, step) for part in rows]
+                return [_normal_equations(part, step) for part in rows]
             with ThreadPoolExecutor(threads) as pool:
-                return list(pool.map(partial(_pass, step=step), rows))
+                return list(pool.map(partial(_normal_equations, step=step), rows))
 
     return once
 
 
-def _pass_of(
-    source: TrainingSource, index: int, train_folds: Sequence[int] | None, step: _Step
-) -> Part:
-    with _one_thread():
-        return _pass(training_rows(source.load(index), train_folds), step)
-
-
 def _pass(rows: Rows, step: _Step) -> Part:
-    """Weighted normal equations of one batch, shapes (3, m, m) and (3, m), and |residuals|."""
-    m = len(step.exponents)
-    normal, right = np.zeros((len(LABELS), m, m)), np.zeros((len(LABELS), m))
-    residuals = np.empty((len(LABELS), len(rows.features)), dtype=np.float32)
+    with one_thread():
+        return _normal_equations(rows, step)
+
+
+def _normal_equations(rows: Rows, step: _Step) -> Part:
+    """Weighted normal equations of one batch, shapes (l, m, m) and (l, m), and |residuals|."""
+    m, n_labels = step.coefficients.shape
+    normal, right = np.zeros((n_labels, m, m)), np.zeros((n_labels, m))
+    residuals = np.empty((n_labels, len(rows.features)), dtype=np.float32)
     for start in range(0, len(rows.features), BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
         terms = design_matrix(step.scale.apply(rows.features[block]), step.exponents).T
@@ -309,7 +290,7 @@ def _pass(rows: Rows, step: _Step) -> Part:
         weight = np.where(known, weight, 0.0)
         y = np.where(known, y, 0.0)
         weighted = np.empty_like(terms)
-        for label in range(len(LABELS)):
+        for label in range(n_labels):
             np.multiply(terms, weight[label], out=weighted)
             normal[label] += weighted @ terms.T
             right[label] += weighted @ y[label]
@@ -326,13 +307,15 @@ def _weight(u: FloatArray, huber: bool) -> FloatArray:
 
 
 def _sigma(parts: Sequence[Part]) -> FloatArray:
-    out = []
-    for label in range(len(LABELS)):
-        histogram = Histogram()
-        for _, _, counts in parts:
-            histogram.add(counts[label])
-        out.append(MAD_TO_SIGMA * histogram.quantiles((0.5,))[0])
-    return np.array(out)
+    return np.array([scale_of(counts) for counts in zip(*(part[2] for part in parts), strict=True)])
+
+
+def scale_of(counts: Sequence[tuple[NDArray[np.uint16], IntArray]]) -> float:
+    """Robust standard deviation of residuals, from the counts of their sizes."""
+    histogram = Histogram()
+    for part in counts:
+        histogram.add(part)
+    return MAD_TO_SIGMA * float(histogram.quantiles((0.5,))[0])
 
 
 def _solve(
@@ -345,8 +328,8 @@ def _solve(
     for part_normal, part_right, _ in parts:
         normal += part_normal
         right += part_right
-    new, change = np.empty_like(coefficients), np.empty(len(LABELS))
-    for label in range(len(LABELS)):
+    new, change = np.empty_like(coefficients), np.empty(len(normal))
+    for label in range(len(normal)):
         matrix = normal[label]
         # The constant is the first term, so this is the sum of the weights.
         total = matrix[0, 0]

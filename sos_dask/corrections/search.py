@@ -11,16 +11,15 @@ estimator around each method and would travel with all pairs in every task.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from sos_dask.corrections import FloatArray, TrainingSource, fit, release, training_rows
-from sos_dask.errors import ClusterError, ConfigError, ModelError
-from sos_dask.schema import LABELS
+from sos_dask.corrections import fit, method_module
+from sos_dask.corrections.base import FloatArray, Training, TrainingSource, run_tasks
+from sos_dask.errors import ConfigError, ModelError
 
 # Beyond so many spreads a residual is an outlier, and how far does not matter.
 CLIP = 4.0
@@ -86,9 +85,8 @@ def search_space(method: str) -> Mapping[str, Sequence[int | float | str]]:
     ----------
     method : str
     """
-    space: Mapping[str, Sequence[int | float | str]] = getattr(
-        importlib.import_module(f"sos_dask.corrections.{method}"), "SEARCH", {}
-    )
+    space: Mapping[str, Sequence[int | float | str]]
+    space = getattr(method_module(method), "SEARCH", {})
     return space
 
 
@@ -158,54 +156,36 @@ def search(
             f"{len(folds)}",
             "Raise crossmatch.n_folds.",
         )
-    alive = list(enumerate(candidates(method, params, n, seed)))
+    what, advice = f"search of '{method}': a fit", "every fit needs all pairs. Give workers more."
+    drawn = candidates(method, params, n, seed)
+    alive = list(enumerate(drawn))
     losses: dict[int, list[float]] = {number: [] for number, _ in alive}
     for kept in folds[:MAX_FOLDS]:
-        jobs = [(method, source, folds, kept, {**params, **drawn}) for _, drawn in alive]
-        for (number, _), loss in zip(alive, _run(jobs, client), strict=True):
+        jobs = [(method, source, folds, kept, {**params, **own}) for _, own in alive]
+        found = run_tasks(_loss, jobs, client, what, advice)
+        for (number, _), loss in zip(alive, found, strict=True):
             losses[number].append(loss)
         alive.sort(key=lambda item: (np.mean(losses[item[0]]), item[0]))
         if not np.isfinite(np.mean(losses[alive[0][0]])):
             raise ModelError(f"no candidate of the search of '{method}' can be fitted")
         alive = alive[: max((len(alive) + 1) // 2, 2)]
-    drawn = candidates(method, params, n, seed)
     order = sorted(losses, key=lambda i: (-len(losses[i]), np.mean(losses[i]), i))
     trials = tuple(Trial(drawn[i], tuple(losses[i])) for i in order)
     return Found({**params, **trials[0].params}, trials)
 
 
-def _run(jobs: Sequence[tuple[Any, ...]], client: Any) -> list[float]:
-    if client is None:
-        return [_loss(*job) for job in jobs]
-    from distributed import KilledWorker
-
-    futures = [client.submit(_loss, *job, pure=False) for job in jobs]
-    try:
-        losses: list[float] = client.gather(futures)
-    except KilledWorker as error:
-        raise ClusterError(
-            f"search of '{jobs[0][0]}': a fit killed its worker again and again ({error})",
-            "Most often it ran out of memory: every fit needs all pairs. Give workers more.",
-        ) from error
-    finally:
-        release(futures)
-    return losses
-
-
-def _loss(
-    method: str, source: TrainingSource, folds: Sequence[int], kept: int, params: Params
-) -> float:
+def _loss(job: tuple[str, TrainingSource, Sequence[int], int, Params]) -> float:
     """Loss of one fit on the fold that was kept aside; infinite where it cannot be fitted."""
+    method, source, folds, kept, params = job
     try:
-        fitted = fit(
-            method, source, train_folds=[fold for fold in folds if fold != kept], params=params
-        )
+        others = [fold for fold in folds if fold != kept]
+        fitted = fit(method, source, train_folds=others, params=params)
     except ModelError:
         # A model too large for the pairs is a bad candidate, no reason to stop.
         return float("inf")
-    rows = [training_rows(source.load(index), [kept]) for index in range(source.n_batches)]
+    rows = [Training(source, (kept,)).rows(index) for index in range(source.n_batches)]
     truth = np.concatenate([row.differences for row in rows]).astype(np.float64)
     residual = np.abs(truth - np.concatenate([fitted.predict(row.features) for row in rows]))
     spread = np.nanmedian(np.abs(truth - np.nanmedian(truth, axis=0)), axis=0) * 1.4826
     scaled: FloatArray = np.minimum(residual / np.where(spread > 0, spread, 1.0), CLIP)
-    return float(np.mean([np.nanmean(scaled[:, k]) for k in range(len(LABELS))]))
+    return float(np.mean([np.nanmean(column) for column in scaled.T]))

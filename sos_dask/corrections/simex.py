@@ -17,48 +17,54 @@ errors are no longer small against the structure of the bias, a parabola is too 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from pydantic import Field
 
-from sos_dask.corrections import (
+from sos_dask.corrections import hybrid, polynomial
+from sos_dask.corrections.base import (
     Batch,
     Content,
-    Fitted,
+    Correction,
     Float32Array,
     FloatArray,
     ModelInfo,
-    Param,
     Progress,
+    Rows,
+    Training,
     TrainingSource,
-    hybrid,
-    map_batches,
-    polynomial,
+    mixed,
     summarise,
 )
 from sos_dask.errors import ModelError
-from sos_dask.problem import TEFF_UNIT_K
-from sos_dask.schema import LABELS
+from sos_dask.problem import Problem
 
 LAMBDAS = (0.5, 1.0, 1.5, 2.0)
-# Errors of the labels in units of the features.
-_PER_LABEL = np.array([1 / TEFF_UNIT_K, 1.0, 1.0])
 
-PARAMS: Mapping[str, Param] = {
-    **hybrid.PARAMS,
-    "base": Param("polynomial", "The method that is fitted", choices=("polynomial", "hybrid")),
-    "replicas": Param(2, "Fits with added noise of each size", 1, 100),
-    "error_factor": Param(1.0, "True errors of the labels in units of the quoted ones", 0.0, 100.0),
-}
+
+class Settings(hybrid.Settings):
+    """Parameters of the method: those of the method that is fitted, and its own."""
+
+    base: Literal["polynomial", "hybrid"] = Field(
+        "polynomial", description="The method that is fitted"
+    )
+    replicas: int = Field(2, ge=1, le=100, description="Fits with added noise of each size")
+    error_factor: float = Field(
+        1.0,
+        ge=0.0,
+        le=100.0,
+        description="True errors of the labels in units of the quoted ones",
+    )
 
 
 @dataclass(frozen=True)
 class NoisySource:
-    """Pairs with noise added to the target's labels: to features and differences alike.
+    """Pairs with noise added to the target's labels: to inputs and differences alike.
 
     Parameters
     ----------
@@ -75,7 +81,12 @@ class NoisySource:
     source: TrainingSource
     amount: float
     seed: int
-    constant: tuple[bool, ...] = (False,) * len(LABELS)
+    constant: tuple[bool, ...] = ()
+
+    @property
+    def problem(self) -> Problem:
+        """Labels and inputs."""
+        return self.source.problem
 
     @property
     def n_batches(self) -> int:
@@ -86,62 +97,66 @@ class NoisySource:
         """Read one batch."""
         batch = self.source.load(index)
         if batch.errors is None:
-            raise ModelError(
-                "method 'simex' needs errors of the target's labels, and the pairs have none",
-                "Map teff_err, logg_err and feh_err in the definition of the survey.",
-            )
+            raise _no_errors(self.problem, "the pairs have none")
         noise = self.amount * batch.errors * _normals(batch, self.seed)
+        features = batch.features.astype(np.float64)
+        for number, item in enumerate(self.problem.inputs):
+            if item.column not in self.problem.names:
+                continue
+            of_label = noise[:, self.problem.names.index(item.column)] / item.scale
+            if item.log10:  # to first order
+                of_label = of_label * 10.0 ** -features[:, number] / math.log(10)
+            features[:, number] += of_label
+        noisy = (batch.differences + noise).astype(np.float32)
         known = np.isfinite(batch.errors).all(axis=1)
         return replace(
             batch,
-            features=(batch.features + noise * _PER_LABEL).astype(np.float32),
-            differences=np.where(
-                self.constant, batch.differences, (batch.differences + noise).astype(np.float32)
-            ),
+            features=features.astype(np.float32),
+            differences=np.where(self.constant or False, batch.differences, noisy),
             weight=np.where(known, batch.weight, np.float32(0)),
         )
 
 
+def _no_errors(problem: Problem, why: str) -> ModelError:
+    *first, last = [label.error for label in problem.labels]
+    names = f"{', '.join(first)} and {last}" if first else last
+    return ModelError(
+        f"method 'simex' needs errors of the target's labels, and {why}",
+        f"Map {names} in the definition of the survey.",
+    )
+
+
 def _normals(batch: Batch, seed: int) -> FloatArray:
-    """Standard normal numbers, shape (n, 3), from a hash of each pair."""
+    """Standard normal numbers, shape (n, l), from a hash of each pair."""
     from scipy.special import ndtri
 
     content = np.concatenate([batch.features, batch.differences], axis=1)
-    bits = np.ascontiguousarray(content, dtype=np.float32).view(np.uint32).astype(np.uint64)
-    state = np.full(len(bits), seed + 1, dtype=np.uint64)
-    for column in bits.T:
-        state = _mixed(state ^ column)
-    columns = [_mixed(state + np.uint64(number)) for number in range(3)]
+    state = np.full(len(content), seed + 1, dtype=np.uint64)
+    for column in np.ascontiguousarray(content.T, dtype=np.float32).view(np.uint32):
+        state = mixed(state ^ column)
+    columns = [mixed(state + np.uint64(number)) for number in range(batch.differences.shape[1])]
     uniform = (np.stack(columns, axis=1) >> np.uint64(11)).astype(np.float64) + 0.5
     return np.asarray(ndtri(uniform / 2.0**53))
 
 
-def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One step of splitmix64 (Steele, Lea & Flood 2014, OOPSLA, 453)."""
-    z = state + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-class SimexCorrection(Fitted):
+class SimexCorrection(Correction):
     """Weighted sum of fits with and without added noise.
 
     Parameters
     ----------
     info : ModelInfo
-    parts : tuple of Fitted
+    parts : tuple of Correction
         One without added noise, then those of each of `LAMBDAS`.
     """
 
-    def __init__(self, info: ModelInfo, parts: tuple[Fitted, ...]) -> None:
+    def __init__(self, info: ModelInfo, parts: tuple[Correction, ...]) -> None:
         super().__init__(info)
         self.parts = parts
 
     def evaluate(self, features: Float32Array) -> Float32Array:
-        """Differences at finite features inside the box, shape (n, 3)."""
+        """Differences at finite inputs inside the box, shape (n, l)."""
         weights = part_weights(int(self.info.params["replicas"]))
-        total = np.zeros((len(features), 3))
+        total = np.zeros((len(features), len(self.labels)))
         for weight, part in zip(weights, self.parts, strict=True):
             total += weight * part.evaluate(features)
         return total.astype(np.float32)
@@ -168,56 +183,45 @@ def part_weights(replicas: int) -> FloatArray:
     return np.concatenate([at_minus_one[:1], np.repeat(at_minus_one[1:] / replicas, replicas)])
 
 
-def _base(info: ModelInfo) -> tuple[ModuleType, ModelInfo]:
-    """Module of the method that is fitted with and without noise, and what each fit states."""
-    module = polynomial if info.params["base"] == "polynomial" else hybrid
-    return module, info.of_part(str(info.params["base"]), module.PARAMS)
+def _base(name: str) -> ModuleType:
+    return {"polynomial": polynomial, "hybrid": hybrid}[name]
 
 
 def restore(info: ModelInfo, files: Mapping[str, Content]) -> SimexCorrection:
     """Model from its files; `ModelError` where they are incomplete."""
     try:
-        module, part_info = _base(info)
-        n_parts = 1 + len(LAMBDAS) * int(info.params["replicas"])
+        name = str(info.params["base"])
+        module, n_parts = _base(name), 1 + len(LAMBDAS) * int(info.params["replicas"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"model 'simex': incomplete or damaged ({error!r})") from None
     parts = []
     for number in range(n_parts):
         start = f"{number}-"
         own = {k.removeprefix(start): v for k, v in files.items() if k.startswith(start)}
-        parts.append(module.restore(part_info, own))
+        parts.append(module.restore(info.of_part(name, module.Settings), own))
     return SimexCorrection(info, tuple(parts))
 
 
-def fit(
-    source: TrainingSource,
-    train_folds: Sequence[int] | None,
-    params: Mapping[str, Any],
-    client: Any,
-    progress: Progress,
-) -> SimexCorrection:
+def fit(training: Training, settings: Settings, progress: Progress) -> SimexCorrection:
     """Fit; see `sos_dask.corrections.fit`."""
     # Pairs without errors are left out of the fit without noise too.
-    plain = NoisySource(source, 0.0, 0)
-    if not any(map_batches(_has_errors, plain, client)):
-        raise ModelError(
-            "method 'simex' needs errors of the target's labels, and no pair has all three",
-            "Map teff_err, logg_err and feh_err in the definition of the survey.",
-        )
-    needed = 2 * len(polynomial.polynomial_terms(params["order"]))
-    summary = summarise(plain, train_folds, client, "simex", needed)
-    info = summary.info("simex", params, train_folds)
-    module, part = _base(info)
+    plain = replace(training, source=NoisySource(training.source, 0.0, 0))
+    if not any(replace(plain, folds=None).map(_known)):
+        raise _no_errors(training.problem, "no pair has all of them")
+    terms = polynomial.polynomial_terms(settings.order, len(training.problem.inputs))
+    summary = summarise(plain, "simex", 2 * len(terms))
     constant = tuple(summary.constant.tolist())
-    amounts = [0.0, *np.repeat(np.sqrt(LAMBDAS), params["replicas"])]
-    parts: list[Fitted] = []
+    module = _base(settings.base)
+    of_base = hybrid.part_settings(module.Settings, settings)
+    amounts = [0.0, *np.repeat(np.sqrt(LAMBDAS), settings.replicas)]
+    parts: list[Correction] = []
     for number, amount in enumerate(amounts):
-        noise = amount * params["error_factor"]
-        noisy = NoisySource(source, noise, params["seed"] + number, constant)
-        parts.append(module.fit(noisy, train_folds, part.params, client, lambda *_: None))
+        noise = amount * settings.error_factor
+        noisy = NoisySource(training.source, noise, settings.seed + number, constant)
+        parts.append(module.fit(replace(training, source=noisy), of_base, lambda *_: None))
         progress("simex", number + 1, len(amounts))
-    return SimexCorrection(info, tuple(parts))
+    return SimexCorrection(summary.info("simex", settings, training), tuple(parts))
 
 
-def _has_errors(source: TrainingSource, index: int) -> bool:
-    return bool((source.load(index).weight > 0).any())
+def _known(rows: Rows) -> bool:
+    return len(rows.weight) > 0

@@ -6,67 +6,83 @@
 2. Half of the sample evolves formulas: genetic programming with two goals, accuracy and length
    (Operon: Burlacu, Kronberger & Kommenda 2020, GECCO Companion, 1562), on differences clipped at
    ``CLIP`` spreads. One thread and one seed give the same formulas again.
-3. Every formula of the front is brought to a normal form, refused where it is not finite all over
-   the training box, and its numbers are fitted robustly (bisquare weights).
+3. Every formula of the front is brought to a normal form (SymPy), refused where it is not finite
+   all over the training box, and its numbers are fitted robustly (bisquare).
 4. The other half of the sample judges: of the formulas that lose to the best by no more than one
    standard error of the difference, the least complex is taken (Breiman et al. 1984,
    Classification and Regression Trees, section 3.4.3).
-5. Its numbers are fitted once more to all training pairs, batch by batch.
+5. Its numbers are fitted once more, to all training pairs or ``MOST_PAIRS`` of them by chance.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import shutil
+import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
 
-from sos_dask.corrections import (
+from sos_dask import settings
+from sos_dask.corrections.base import (
     Content,
-    Fitted,
+    Correction,
     Float32Array,
     FloatArray,
+    IntArray,
     ModelInfo,
-    Param,
     Progress,
     Rows,
     Summary,
-    TrainingSource,
-    engines,
-    map_batches,
+    Training,
+    hash_rows,
     parse_json,
+    run_tasks,
     summarise,
     to_json,
 )
-from sos_dask.corrections.expression import Expression
-from sos_dask.corrections.formula import Formula
-from sos_dask.corrections.refine import MAD_TO_SIGMA, bisquare_loss, fit_sample, in_units, refine
-from sos_dask.corrections.sample import Scale, draw_sample
+from sos_dask.corrections.formula import Formula, Template
+from sos_dask.corrections.polynomial import BISQUARE, MAD_TO_SIGMA, one_thread
 from sos_dask.errors import ModelError
-from sos_dask.schema import LABELS
 
 FILE = "formula.json"
 MIN_PAIRS = 200
+MOST_PAIRS = 200_000
 CLIP = 4.0
+# Cells of the grid of the sample, over +- 3 standard deviations of each input.
+CELLS = 8
 
-PARAMS = {
-    "n_sample": Param(4000, "Pairs that search and judge formulas, half each", 200, 100_000),
-    "max_length": Param(30, "Most nodes of a formula while it evolves", 3, 200),
-    "population": Param(400, "Formulas alive at once", 10, 100_000),
-    "generations": Param(50, "Generations", 1, 100_000),
-    "operators": Param(
-        "rational",
-        "Whether formulas may divide",
-        choices=("polynomial", "rational"),
-    ),
-    "standard_errors": Param(
-        1.0, "How much worse than the best a simpler formula may be, in standard errors", 0.0, 100.0
-    ),
-    "engine": Param("operon", "What evolves the formulas", choices=("operon", "pysr")),
-    "seed": Param(0, "Seed of the evolution", 0, 2**31 - 1),
-}
+
+class Settings(settings.Settings):
+    """Parameters of the method."""
+
+    n_sample: int = Field(
+        4000, ge=200, le=100_000, description="Pairs that search and judge formulas, half each"
+    )
+    max_length: int = Field(
+        30, ge=3, le=200, description="Most nodes of a formula while it evolves"
+    )
+    population: int = Field(400, ge=10, le=100_000, description="Formulas alive at once")
+    generations: int = Field(50, ge=1, le=100_000, description="Generations")
+    operators: Literal["polynomial", "rational"] = Field(
+        "rational", description="Whether formulas may divide"
+    )
+    standard_errors: float = Field(
+        1.0,
+        ge=0.0,
+        le=100.0,
+        description="How much worse than the best a simpler formula may be, in standard errors",
+    )
+    engine: Literal["operon", "pysr"] = Field("operon", description="Program for the evolution")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the evolution")
 
 
 @dataclass(frozen=True)
@@ -76,14 +92,14 @@ class Candidate:
     Parameters
     ----------
     formula : str
-        Of the features; Python and SymPy read it.
+        Of the inputs; Python and SymPy read it.
     latex : str
     complexity : int
-        Numbers, features and operators; a feature less a fixed number counts as one.
+        Numbers, inputs and operators; an input less a fixed number counts as one.
     loss : float
         Mean bisquare loss of the judging half, 0 (perfect) to 1.
     scatter : float
-        1.4826 times the median absolute residual of the judging half, K or dex.
+        1.4826 times the median absolute residual of the judging half, in the unit of the label.
     behind, standard_error : float
         Loss less that of the best, and the standard error of that.
     """
@@ -104,11 +120,11 @@ class Choice:
     Parameters
     ----------
     formula : Formula
-        Numbers fitted to all training pairs.
+        Numbers fitted to the training pairs.
     latex : str
     complexity : int
     scatter : float
-        Of all training pairs, K or dex.
+        Of the training pairs, in the unit of the label.
     front : tuple of Candidate
         By complexity, numbers fitted to the sample; each is better than all before it.
     chosen : int
@@ -123,7 +139,7 @@ class Choice:
     chosen: int
 
 
-class SymbolicCorrection(Fitted):
+class SymbolicCorrection(Correction):
     """One formula a label.
 
     Parameters
@@ -140,26 +156,18 @@ class SymbolicCorrection(Fitted):
         self.n_sample = n_sample
 
     def evaluate(self, features: Float32Array) -> Float32Array:
-        """Differences at finite features inside the box, shape (n, 3)."""
+        """Differences at finite inputs inside the box, shape (n, l)."""
         columns = [choice.formula.evaluate(features) for choice in self.choices]
         return np.stack(columns, axis=1).astype(np.float32)
 
     def files(self) -> Mapping[str, bytes]:
         """``formula.json``: formulas as text, which is what is evaluated, LaTeX, and the fronts."""
-        document: dict[str, Any] = {
-            "features": "teff_5040 = Teff / 5040 K, logg, feh",
+        entries = [{**asdict(choice), "formula": choice.formula.text} for choice in self.choices]
+        document = {
+            "features": list(self.problem.features),
             "n_sample": self.n_sample,
-            "labels": {},
+            "labels": self.info.by_label(entries),
         }
-        for label, choice in zip(LABELS, self.choices, strict=True):
-            document["labels"][label] = {
-                "formula": choice.formula.text,
-                "latex": choice.latex,
-                "complexity": choice.complexity,
-                "scatter": choice.scatter,
-                "chosen": choice.chosen,
-                "front": [asdict(candidate) for candidate in choice.front],
-            }
         return {FILE: to_json(document)}
 
 
@@ -168,16 +176,15 @@ def restore(info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection
     document = parse_json(bytes(files.get(FILE, b"")), FILE)
     choices = []
     try:
-        for label in LABELS:
+        for label in info.problem.names:
             entry = document["labels"][label]
-            front = tuple(Candidate(**candidate) for candidate in entry["front"])
             choices.append(
                 Choice(
-                    formula=Formula.parse(str(entry["formula"])),
+                    formula=Formula.parse(str(entry["formula"]), info.problem.features),
                     latex=str(entry["latex"]),
                     complexity=int(entry["complexity"]),
                     scatter=float(entry["scatter"]),
-                    front=front,
+                    front=tuple(Candidate(**candidate) for candidate in entry["front"]),
                     chosen=int(entry["chosen"]),
                 )
             )
@@ -186,136 +193,350 @@ def restore(info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection
         raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
     except ModelError as error:
         raise ModelError(f"{FILE}: {label}: {error.message}", error.hint) from None
-    for label, choice in zip(LABELS, choices, strict=True):
+    for label, choice in zip(info.problem.names, choices, strict=True):
         if not choice.formula.is_finite(info.minimum, info.maximum):
             raise ModelError(f"{FILE}: the formula of {label} is not finite in the training range")
     return SymbolicCorrection(info, tuple(choices), n_sample)
 
 
-def fit(
-    source: TrainingSource,
-    train_folds: Sequence[int] | None,
-    params: Mapping[str, Any],
-    client: Any,
-    progress: Progress,
-) -> SymbolicCorrection:
+def fit(training: Training, settings: Settings, progress: Progress) -> SymbolicCorrection:
     """Fit; see `sos_dask.corrections.fit`.
 
     With a client the labels evolve on its workers, at the same time. The formulas are the same.
     """
-    summary = summarise(source, train_folds, client, "symbolic", MIN_PAIRS)
-    engines.require(params["engine"])
-    scale = Scale.of(summary)
-    sample = draw_sample(source, train_folds, client, scale, params["n_sample"])
-    job = _Job(sample, scale, summary, params)
-    found = map_batches(_search, cast(TrainingSource, job), client)
+    summary = summarise(training, "symbolic", MIN_PAIRS)
+    require(settings.engine)
+    scale = Scale.of(summary, training.problem.features)
+    sample = draw_sample(training, scale, settings.n_sample)
+    pairs = draw_sample(training, scale, MOST_PAIRS, even=False)
     progress("symbolic", 1, 2)
-    fitted = refine(source, train_folds, client, scale, summary, [f.best for f in found])
-    choices = []
-    for one, (expression, scatter) in zip(found, fitted, strict=True):
-        text = expression.text(scale.pivot)
-        choices.append(
-            Choice(
-                formula=Formula.parse(text),
-                latex=expression.latex(scale.pivot),
-                complexity=expression.complexity,
-                scatter=_short(scatter),
-                front=one.front,
-                chosen=one.chosen,
-            )
-        )
+    search = partial(
+        _search, scale=scale, summary=summary, settings=settings, sample=sample, pairs=pairs
+    )
+    labels = range(len(summary.center))
+    what, advice = "symbolic: the search of formulas", "give workers more, or lower n_sample."
+    choices = run_tasks(search, labels, training.client, what, advice)
     progress("symbolic", 2, 2)
-    info = summary.info("symbolic", params, train_folds)
+    info = summary.info("symbolic", settings, training)
     return SymbolicCorrection(info, tuple(choices), len(sample.features))
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Work to do, one label an index, as `map_batches` takes it."""
-
-    sample: Rows
-    scale: Scale
-    summary: Summary
-    params: Mapping[str, Any]
-
-    @property
-    def n_batches(self) -> int:
-        return len(LABELS)
+# --- the search --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Found:
-    front: tuple[Candidate, ...]
-    chosen: int
-    best: Expression
+def _search(
+    label: int, *, scale: Scale, summary: Summary, settings: Settings, sample: Rows, pairs: Rows
+) -> Choice:
+    """Evolve formulas of one label and choose one."""
+    center, spread = float(summary.center[label]), float(summary.spread[label])
 
+    def scaled(rows: Rows) -> tuple[FloatArray, FloatArray, FloatArray]:
+        x, differences, weight = rows.of_label(label)
+        y = (differences.astype(np.float64) - center) / spread
+        return scale.shift(x), y, weight.astype(np.float64) / summary.mean_weight
 
-def _search(source: TrainingSource, label: int) -> _Found:
-    """The front of one label and the formula chosen from it."""
-    job = cast(_Job, source)
-    scale, center, spread = job.scale, job.summary.center[label], job.summary.spread[label]
-    known = np.isfinite(job.sample.differences[:, label])
-    u = scale.shift(job.sample.features[known])
-    y = (job.sample.differences[known, label].astype(np.float64) - center) / spread
+    u, y, weight = scaled(sample)
     # The sample is in the order of its hash: any two halves are alike.
     half = len(y) // 2
     z = np.clip((u.T / np.array(scale.width))[:half], -5, 5)
-    evolved = engines.evolve(z, np.clip(y[:half], -CLIP, CLIP), job.params)
-    forms: dict[tuple[Any, ...], Expression] = {}
-    for expression in [Expression.number(0.0), *evolved]:
-        # Unscaled, with a constant of its own: there is nothing that all formulas need more.
-        own = expression.rescaled(scale.width)
-        if not any(product == () for product, _ in own.terms):
-            own = Expression(((((), 0.0)), *own.terms))
-        forms.setdefault(own.form(), own)
+    texts = evolve(z, np.clip(y[:half], -CLIP, CLIP), settings, scale.names)
+    forms: dict[str, Template] = {}
+    for text in ["0", *texts]:
+        found = Template.of(text, scale.names, scale.width)
+        if found is not None:
+            forms.setdefault(found.formula.text, found)
     fitted = []
-    for expression in forms.values():
-        if not np.isfinite(expression.parameters()).all() or not scale.finite(expression):
-            continue
-        better = fit_sample(expression, u[:, :half], y[:half])
-        fitted.append(better if scale.finite(better) else expression)
-    return _choose(fitted, job, label, u[:, half:], y[half:])
+    with one_thread():
+        for form in forms.values():
+            if scale.finite(form):
+                better = fit_numbers(form, u[:, :half], y[:half], weight[:half])
+                fitted.append(better if scale.finite(better) else form)
+        front, chosen, best = _choose(fitted, scale, u[:, half:], y[half:], settings)
+        u, y, weight = scaled(pairs)
+        better = fit_numbers(best, u, y, weight)
+    # A pole may have come near.
+    best = better if scale.finite(better) else best
+
+    def written(form: Template) -> dict[str, Any]:
+        text, latex = form.written(scale.pivot, center, spread)
+        return {"formula": text, "latex": latex, "complexity": form.complexity}
+
+    def candidate(form: Template, judged: Mapping[str, float]) -> Candidate:
+        figures = {**judged, "scatter": judged["scatter"] * spread}
+        short: dict[str, Any] = {name: _short(value) for name, value in figures.items()}
+        return Candidate(**written(form), **short)
+
+    whole = written(best)
+    return Choice(
+        **{**whole, "formula": Formula.parse(whole["formula"], scale.names)},
+        scatter=_short(_scatter(best.values(u) - y) * spread),
+        front=tuple(candidate(form, judged) for form, judged in front),
+        chosen=chosen,
+    )
 
 
 def _choose(
-    expressions: Sequence[Expression], job: _Job, label: int, u: FloatArray, y: FloatArray
-) -> _Found:
-    center, spread = float(job.summary.center[label]), float(job.summary.spread[label])
-    with np.errstate(all="ignore"):
-        residuals = [y - e.value_and_gradient(u)[0] for e in expressions]
-    scales = [MAD_TO_SIGMA * float(np.median(np.abs(r))) for r in residuals]
+    forms: Sequence[Template], scale: Scale, u: FloatArray, y: FloatArray, settings: Settings
+) -> tuple[list[tuple[Template, dict[str, float]]], int, Template]:
+    """The front with its figures, the position of the chosen formula in it, and that formula."""
+    residuals = [y - form.values(u) for form in forms]
+    scales = [_scatter(residual) for residual in residuals]
     # One scale for all, or a formula could buy a small loss with a large scale.
     sigma = max(min(s for s in scales if np.isfinite(s)), 1e-6)
-    losses = [bisquare_loss(residual / sigma) for residual in residuals]
+    losses = [1.0 - np.maximum(0.0, 1.0 - np.square(r / sigma / BISQUARE)) ** 3 for r in residuals]
     means = [float(np.mean(loss)) for loss in losses]
-    order = sorted(range(len(expressions)), key=lambda i: (expressions[i].complexity, means[i], i))
     front: list[int] = []
-    for i in order:
+    for i in sorted(range(len(forms)), key=lambda i: (forms[i].complexity, means[i], i)):
         if np.isfinite(means[i]) and (not front or means[i] < means[front[-1]]):
             front.append(i)
     best = front[-1]
-    candidates = []
-    chosen = len(front) - 1
-    for place, i in reversed(list(enumerate(front))):
+    entries = []
+    for i in front:
         difference = losses[i] - losses[best]
-        error = float(np.std(difference)) / math.sqrt(len(difference))
-        behind = means[i] - means[best]
-        if behind <= job.params["standard_errors"] * error:
-            chosen = place
-        whole = in_units(expressions[i], center, spread)
-        candidates.append(
-            Candidate(
-                formula=whole.text(job.scale.pivot),
-                latex=whole.latex(job.scale.pivot),
-                complexity=whole.complexity,
-                loss=_short(means[i]),
-                scatter=_short(scales[i] * spread),
-                behind=_short(behind),
-                standard_error=_short(error),
-            )
+        judged = {
+            "loss": means[i],
+            "scatter": scales[i],
+            "behind": means[i] - means[best],
+            "standard_error": float(np.std(difference)) / math.sqrt(len(difference)),
+        }
+        entries.append((forms[i], judged))
+    chosen = next(
+        place
+        for place, (_, judged) in enumerate(entries)
+        if judged["behind"] <= settings.standard_errors * judged["standard_error"]
+    )
+    return entries, chosen, forms[front[chosen]]
+
+
+def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray) -> Template:
+    """Fit the numbers of a formula robustly (bisquare; Beaton & Tukey 1974, Technometrics 16, 147).
+
+    Parameters
+    ----------
+    form : Template
+        With numbers to start from, whose scatter is the scale of the loss.
+    u : ndarray of float64, shape (k, n)
+        Inputs less their pivots.
+    y, weight : ndarray of float64, shape (n,)
+        Scaled differences, and weights in units of their mean.
+    """
+    from scipy.optimize import least_squares
+
+    sigma = max(_scatter(form.values(u) - y), 1e-6)
+
+    def loss(z: FloatArray) -> FloatArray:
+        left = np.maximum(0.0, 1.0 - z / BISQUARE**2)
+        parts = [BISQUARE**2 / 3 * (1 - left**3), left**2, -2 / BISQUARE**2 * left]
+        return np.asarray(weight * np.stack(parts))
+
+    try:
+        found = least_squares(
+            lambda numbers: (form.values(u, numbers) - y) / sigma,
+            form.numbers,
+            jac=lambda numbers: form.gradient(u, numbers) / sigma,
+            loss=loss,
+            x_scale="jac",
+            ftol=1e-6,
+            max_nfev=30,
         )
-    return _Found(tuple(reversed(candidates)), chosen, expressions[front[chosen]])
+    except (ValueError, np.linalg.LinAlgError):  # not finite at a pair
+        return form
+    return form.with_numbers(found.x)
+
+
+def _scatter(residual: FloatArray) -> float:
+    return MAD_TO_SIGMA * float(np.median(np.abs(residual)))
 
 
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
+
+
+# --- engines -----------------------------------------------------------------------------------
+
+
+def require(engine: str) -> None:
+    """Raise `ModelError` where an engine is not installed, without importing it."""
+    if engine == "operon":
+        missing = [name for name in ("pyoperon", "sympy") if not _installed(name)]
+        if missing:
+            raise ModelError(
+                f"method 'symbolic' needs {' and '.join(missing)}, which is not installed",
+                "Install it with: pip install 'sos_dask[symbolic]'",
+            )
+        return
+    # Importing pysr without Julia would download one.
+    missing = [name for name in ("pysr", "juliacall", "sympy") if not _installed(name)]
+    if not (shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")):
+        missing.append("julia")
+    if missing:
+        raise ModelError(
+            f"symbolic.engine = 'pysr' needs {', '.join(missing)}, which is not there",
+            "Install Julia and 'pip install pysr', or set engine = 'operon'.",
+        )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:
+        return False
+
+
+def evolve(z: FloatArray, y: FloatArray, settings: Settings, names: Sequence[str]) -> list[str]:
+    """Find formulas with the engine of the settings.
+
+    Parameters
+    ----------
+    z : ndarray of float64, shape (n, k)
+        Scaled inputs.
+    y : ndarray of float64, shape (n,)
+    settings : Settings
+    names : sequence of str
+        Of the inputs.
+    """
+    return (_operon if settings.engine == "operon" else _pysr)(z, y, settings, list(names))
+
+
+def _operon(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:
+    from pyoperon.sklearn import SymbolicRegressor
+
+    symbols = ["add", "sub", "mul", "constant", "variable"]
+    if settings.operators == "rational":
+        symbols.append("div")
+    regressor = SymbolicRegressor(
+        allowed_symbols=",".join(symbols),
+        objectives=["r2", "length"],
+        max_length=settings.max_length,
+        population_size=settings.population,
+        generations=settings.generations,
+        max_evaluations=10**9,
+        optimizer_iterations=3,
+        epsilon=1e-6,
+        n_threads=1,
+        random_state=settings.seed,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        regressor.fit(z, y)
+        trees = [entry["tree"] for entry in regressor.pareto_front_]
+        return [regressor.get_model_string(tree, precision=15, names=names) for tree in trees]
+
+
+def _pysr(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:
+    """Formulas that PySR finds (Cranmer 2023, arXiv:2305.01582)."""
+    from pysr import PySRRegressor
+
+    with tempfile.TemporaryDirectory() as folder:
+        regressor = PySRRegressor(
+            binary_operators=["+", "-", "*", *["/"] * (settings.operators == "rational")],
+            maxsize=max(7, settings.max_length),
+            population_size=max(20, settings.population // 10),
+            niterations=settings.generations,
+            random_state=settings.seed,
+            deterministic=True,
+            parallelism="serial",
+            progress=False,
+            verbosity=0,
+            output_directory=folder,
+        )
+        regressor.fit(z, y, variable_names=names)
+        return [str(text) for text in regressor.equations_["equation"]]
+
+
+# --- the sample --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Inputs are shifted by a short number; while formulas evolve they are scaled too."""
+
+    names: tuple[str, ...]
+    pivot: tuple[float, ...]
+    width: tuple[float, ...]
+    minimum: tuple[float, ...]
+    maximum: tuple[float, ...]
+
+    @classmethod
+    def of(cls, summary: Summary, names: tuple[str, ...]) -> Scale:
+        """Of the pairs that are trained with."""
+        pivot, width = [], []
+        for mean, deviation in zip(summary.mean.tolist(), summary.deviation.tolist(), strict=True):
+            wide = deviation > 1e-6 * max(1.0, abs(mean))
+            size = float(f"{deviation:.1e}") if wide else 1.0
+            # A short number within half of the width.
+            pivot.append(round(mean, -math.floor(math.log10(size))) + 0.0)
+            width.append(size)
+        ends = (tuple(summary.minimum.tolist()), tuple(summary.maximum.tolist()))
+        return cls(names, tuple(pivot), tuple(width), *ends)
+
+    def shift(self, features: Float32Array) -> FloatArray:
+        """Columns of inputs less their pivots, shape (k, n)."""
+        return np.ascontiguousarray((features.astype(np.float64) - np.array(self.pivot)).T)
+
+    def finite(self, form: Template) -> bool:
+        """Tell whether a formula is finite in the training box."""
+        if not np.isfinite(form.numbers).all():
+            return False
+        text, _ = form.written(self.pivot)
+        return Formula.parse(text, self.names).is_finite(self.minimum, self.maximum)
+
+
+def draw_sample(training: Training, scale: Scale, wanted: int, *, even: bool = True) -> Rows:
+    """Draw training pairs, the same in any order and any partitions.
+
+    Parameters
+    ----------
+    training : Training
+    scale : Scale
+    wanted : int
+        About so many pairs; all where there are fewer.
+    even : bool
+        Take fewer where pairs are dense, else all with the same chance.
+
+    Returns
+    -------
+    Rows
+        Sorted by their hash.
+    """
+    counts = np.sum(training.map(_cell_counts, scale), axis=0)
+    chosen = training.map(_chosen_rows, scale, _shares(counts, wanted, even))
+    hashes = np.concatenate([part[0] for part in chosen])
+    # Rows of one hash are equal, but for one in 1e19.
+    order = np.argsort(hashes, kind="stable")
+    columns = zip(*(part[1] for part in chosen), strict=True)
+    return Rows(*(np.concatenate(parts)[order] for parts in columns))
+
+
+def _shares(counts: IntArray, wanted: int, even: bool) -> FloatArray:
+    """Share of the pairs of each cell that is taken: about a / sqrt(pairs), at most all."""
+    if counts.sum() <= wanted:
+        return np.ones(len(counts))
+    root = np.sqrt(np.maximum(counts, 1)) if even else np.ones(len(counts))
+    low, high = 0.0, float(root.max())
+    for _ in range(60):
+        middle = (low + high) / 2
+        if (counts * np.minimum(1.0, middle / root)).sum() < wanted:
+            low = middle
+        else:
+            high = middle
+    return np.minimum(1.0, low / root)
+
+
+def _cells(rows: Rows, scale: Scale) -> IntArray:
+    z = scale.shift(rows.features) / np.array(scale.width)[:, None]
+    places = np.clip(np.floor((z + 3) * (CELLS / 6)), 0, CELLS - 1).astype(np.int64)
+    return np.asarray(np.ravel_multi_index(tuple(places), (CELLS,) * len(places)))
+
+
+def _cell_counts(rows: Rows, scale: Scale) -> IntArray:
+    return np.bincount(_cells(rows, scale), minlength=CELLS ** len(scale.names))
+
+
+def _chosen_rows(
+    rows: Rows, scale: Scale, share: FloatArray
+) -> tuple[NDArray[np.uint64], tuple[Float32Array, ...]]:
+    hashes = hash_rows(rows.features, rows.differences, rows.weight[:, None])
+    chosen = (hashes >> np.uint64(11)) * 2.0**-53 < share[_cells(rows, scale)]
+    columns = (rows.features, rows.differences, rows.weight)
+    return hashes[chosen], tuple(column[chosen] for column in columns)

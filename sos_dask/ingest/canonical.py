@@ -48,13 +48,9 @@ class Chunk:
 
 
 def plan_chunks(source: Source, chunk_rows: int = 1_000_000) -> list[Chunk]:
-    """Cut a file into chunks that can be read independently.
+    """Cut a file into chunks of so many rows that can be read independently.
 
-    Parameters
-    ----------
-    source : Source
-    chunk_rows : int
-        Rows of a chunk. Parquet is cut between row groups; text and VOTable are one chunk.
+    Parquet is cut between row groups; text and VOTable are one chunk.
     """
     if source.kind == "fits" and source.n_rows is not None:
         starts = range(0, source.n_rows, chunk_rows)
@@ -74,21 +70,13 @@ def plan_chunks(source: Source, chunk_rows: int = 1_000_000) -> list[Chunk]:
 class Batch:
     """Some rows of a file.
 
-    Parameters
-    ----------
-    rows : pyarrow.Table
-        ``Survey.arrow_schema()``, then ``_file`` (int32) and ``_row`` (int64, from 0), sorted by
-        ``_healpix_29`` and ``obs_id``.
-    rejected : pyarrow.Table
-        ``REJECTED_SCHEMA``: rows without a usable position or key, in the order of the file.
-    keys : ndarray of uint64, shape (n,)
-        `sorted_hashes` of ``obs_id`` in ``rows``.
-    profile : Profile
+    ``rows`` have ``Survey.arrow_schema()``, then ``_file`` (int32) and ``_row`` (int64, from 0),
+    and are sorted by ``_healpix_29`` and ``obs_id``.
     """
 
     rows: pa.Table
-    rejected: pa.Table
-    keys: NDArray[np.uint64]
+    rejected: pa.Table  # without a usable position or key, in the order of the file
+    keys: NDArray[np.uint64]  # `sorted_hashes` of their obs_id
     profile: Profile
 
 
@@ -373,35 +361,18 @@ def _words(place: Place, source: SourceColumn, values: Values) -> pa.Array:
 
 
 class Profile(BaseModel):
-    """Counts that tell whether a file is what its survey says; they merge exactly, in any order.
-
-    Parameters
-    ----------
-    n_rows : int
-        Rows read, rejected ones among them.
-    rejected : dict of str to int
-        Rows by reason.
-    first_rejected : tuple of (file index, row, text), optional
-    nulls : dict of str to int
-        Nulls of each column of the product.
-    impossible : dict of str to int
-        Values outside the limits of their column (they are nulls too).
-    first_impossible : dict of str to tuple of (file index, row, value)
-    bounds : dict of str to tuple of (smallest, largest)
-        Of ``ra`` and ``dec``, as the file has them, deg.
-    labels : dict of str to dict of int to int
-        Rows in each sixteenth of an octave of a label, impossible values among them.
-    """
+    """Counts that tell whether a file is what its survey says; they merge exactly, in any order."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n_rows: int = 0
-    rejected: dict[str, int] = {}
+    n_rows: int = 0  # rejected ones among them
+    rejected: dict[str, int] = {}  # rows by reason
     first_rejected: Example | None = None
-    nulls: dict[str, int] = {}
-    impossible: dict[str, int] = {}
+    nulls: dict[str, int] = {}  # of each column of the product
+    impossible: dict[str, int] = {}  # values outside the limits of their column (nulls too)
     first_impossible: dict[str, Example] = {}
-    bounds: dict[str, tuple[float, float]] = {}
+    bounds: dict[str, tuple[float, float]] = {}  # of ra and dec, as the file has them, deg
+    # Rows in each sixteenth of an octave of a label, impossible values among them.
     labels: dict[str, dict[int, int]] = {}
 
     @classmethod
@@ -495,15 +466,7 @@ def _profile(
 
 
 def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> None:
-    """Refuse files that cannot be what their survey says.
-
-    Parameters
-    ----------
-    profile : Profile
-        Of all rows of the job.
-    survey : Survey
-    files : sequence of str
-        Name of each file, by its index.
+    """Refuse files, of which this is the profile of all rows, that cannot be what a survey says.
 
     Raises
     ------

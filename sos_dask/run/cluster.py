@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from sos_dask.errors import ClusterError, ConfigError, SosError
+from sos_dask.errors import ClusterError, ConfigError
 from sos_dask.run.machine import (
     KEPT_BYTES,
     WORKER,
@@ -249,8 +249,6 @@ class Cluster:
                 results[index_of[future.key]] = future.result()
                 report(step, len(results), len(tasks))
                 submit()
-        except SosError:
-            raise
         except KilledWorker as error:
             raise ClusterError(
                 f"{step}: a task killed its worker again and again ({error})",
@@ -347,6 +345,7 @@ def start(
         yield Cluster(None, n_threads, share)
         return
     import dask
+    import distributed  # noqa: F401  its defaults are those of Dask's configuration, below ours
 
     quiet = logging.getLogger("distributed")
     level = quiet.level

@@ -50,7 +50,6 @@ from sos_dask.stages.evidence import (
     read_evidence,
     require_rows,
 )
-from sos_dask.stages.parts import manifest_of
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stats.binned import Axis
 from sos_dask.stats.bootstrap import draw
@@ -269,7 +268,7 @@ def read_comparison(directory: Path) -> dict[str, Any]:
     CatalogError, PartitionError
         It is unfinished, of another stage, or damaged.
     """
-    manifest = manifest_of(directory, "compare")
+    manifest = Manifest.of_stage(directory, Compare.name, Compare.version)
     found: dict[str, Any] = {
         key: value for key, value in manifest.summary.items() if key != "metrics"
     }

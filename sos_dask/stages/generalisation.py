@@ -31,7 +31,7 @@ from sos_dask.evidence.left_out import (
     left_out_groups,
     region_groups,
 )
-from sos_dask.problem import features
+from sos_dask.problem import DEFAULT, Problem, features
 from sos_dask.schema import LABELS
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
@@ -183,6 +183,7 @@ class _Source:
     """All pairs as one batch; fold 1 is left out."""
 
     batch: corrections.Batch
+    problem: Problem = DEFAULT
 
     @property
     def n_batches(self) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from sos_dask.errors import CatalogError, StorageError, SurveyError
+from sos_dask.errors import StorageError, SurveyError
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Rows
@@ -84,16 +83,6 @@ def unless_complete(output: Output) -> Iterator[None]:
             output.release()
             raise
         output.tidy()
-
-
-def manifest_of(directory: Path, stage: str) -> Manifest:
-    """Manifest of a finished output of a stage; `CatalogError` for that of another one."""
-    manifest = Manifest.checked(directory)
-    if manifest.recipe.stage != stage:
-        raise CatalogError(
-            f"{directory} is no output of '{stage}' but of '{manifest.recipe.stage}'"
-        )
-    return manifest
 
 
 def file_of(record: Mapping[str, Any]) -> FileRecord:

@@ -106,7 +106,9 @@ class Reference(Stage[ReferenceSettings]):
             self.unify = self.unify.but(offsets=_zero_points(run.output, list(parts)))
         done = run.parts("stars", parts, self.stars_of_pixel)
         no_rows = {
-            survey: pa.schema(map(one.schema.field, one.columns(_COLUMNS))).empty_table()
+            survey: pa.schema(
+                map(one.schema.field, one.columns([HEALPIX_COLUMN, *_COLUMNS]))
+            ).empty_table()
             for survey, one in catalogs.items()
         }
         nobody = np.empty(0, dtype=np.int64)

@@ -16,7 +16,7 @@ from sos_dask.columns import floats32, matrix32
 from sos_dask.corrections.search import search, search_space
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.figures import Metric, held_out_metrics
-from sos_dask.problem import features
+from sos_dask.problem import DEFAULT, Problem, features
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import LABELS, nearest
 from sos_dask.stages.evidence import DIFFERENCES
@@ -74,6 +74,11 @@ class PairsSource:
     """The pairs fit for training, partition by partition (a `models.TrainingSource`)."""
 
     catalog: Catalog
+
+    @property
+    def problem(self) -> Problem:
+        """Labels and inputs."""
+        return DEFAULT
 
     @property
     def n_batches(self) -> int:
@@ -198,7 +203,7 @@ def _train(
     step = f"train {settings.method}"
     searches: list[dict[str, Any]] = []
 
-    def fit(train_folds: list[int] | None, number: int) -> models.Fitted:
+    def fit(train_folds: list[int] | None, number: int) -> models.Correction:
         report(step, number, steps)
         params = settings.params
         if settings.search and search_space(settings.method):

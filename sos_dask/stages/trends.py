@@ -48,7 +48,6 @@ from sos_dask.stages.evidence import (
     read_evidence,
     require_rows,
 )
-from sos_dask.stages.parts import manifest_of
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stats.binned import MIN_COUNT, Axis, equal_count_edges
 from sos_dask.storage.artifact import Manifest, Output, Recipe
@@ -322,7 +321,7 @@ def read_trends(directory: Path) -> dict[str, Any]:
     CatalogError, PartitionError
         They are unfinished, of another stage, or damaged.
     """
-    manifest = manifest_of(directory, "trends")
+    manifest = Manifest.of_stage(directory, Trends.name, Trends.version)
     with partition_errors(directory / TRENDS):
         rows = pq.read_table(directory / TRENDS).to_pylist()
     return {"trends": rows, "agreements": manifest.summary["agreements"]}

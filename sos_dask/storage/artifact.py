@@ -101,7 +101,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.replace(path)
             _written.__dict__[str(path.absolute())] = None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 # Paths that a thread has put in place: those of a part become known to its record.
@@ -316,32 +317,39 @@ class Output:
                     Manifest.checked(path)
                 found.append((path.absolute(), _state_of(path)))
         output = cls(directory, recipe, tuple(found))
-        if not output.complete and any(_finished_files(directory)):
-            claimed = directory / WORK / "fingerprint"
-            other = claimed.read_text(errors="replace") if claimed.is_file() else ""
-            if other != recipe.fingerprint:
-                if not overwrite:
-                    raise CatalogError(
-                        f"{directory} already holds "
-                        + ("another run's output" if other else "other files or another output"),
-                        "Choose another directory, or say --overwrite to replace it.",
-                    )
-                if not other and not (directory / MANIFEST).is_file():
-                    raise CatalogError(
-                        f"{directory} holds files that are no output of sos-dask: not overwritten",
-                        "Remove them yourself or choose another directory.",
-                    )
-                there = None if other else Manifest.load(directory)
-                names = [there.fingerprint, *(file.sha256 for file in there.files)] if there else []
-                if not set(names).isdisjoint(recipe.inputs.values()):
-                    raise ConfigError(
-                        f"{directory} is to be replaced, but the new output is made from it",
-                        "Choose another directory.",
-                    )
-                shutil.rmtree(directory)
         if not output.complete:
+            if any(_finished_files(directory)):
+                output._replace_others(overwrite)
             write_text(output.work / "fingerprint", recipe.fingerprint)
         return output
+
+    def _replace_others(self, overwrite: bool) -> None:
+        """Remove what another recipe has left here, where that is allowed."""
+        directory = self.directory
+        claimed = self.work / "fingerprint"
+        other = claimed.read_text(errors="replace") if claimed.is_file() else ""
+        if other == self.fingerprint:
+            return
+        if not overwrite:
+            raise CatalogError(
+                f"{directory} already holds "
+                + ("another run's output" if other else "other files or another output"),
+                "Choose another directory, or say --overwrite to replace it.",
+            )
+        if not other:
+            if not (directory / MANIFEST).is_file():
+                raise CatalogError(
+                    f"{directory} holds files that are no output of sos-dask: not overwritten",
+                    "Remove them yourself or choose another directory.",
+                )
+            there = Manifest.load(directory)
+            names = {there.fingerprint, *(file.sha256 for file in there.files)}
+            if not names.isdisjoint(self.recipe.inputs.values()):
+                raise ConfigError(
+                    f"{directory} is to be replaced, but the new output is made from it",
+                    "Choose another directory.",
+                )
+        shutil.rmtree(directory)
 
     def release(self) -> None:
         """Let go of a directory in which nothing was made, so that any recipe can claim it."""
@@ -409,19 +417,15 @@ class Output:
         _written.__dict__.clear()
         if (self.directory / MANIFEST).is_file():
             return  # another process has completed the output meanwhile
-        sums = {
-            path.removeprefix(root): sum_of_file(Path(path))
-            for path in paths
-            if path.startswith(root)
-        }
-        path = self.work / kind / f"{key}.json"
-        write_text(path, sealed_json({"part": f"{kind}/{key}", "value": value, "pieces": sums}))
+        sums = {p.removeprefix(root): sum_of_file(Path(p)) for p in paths if p.startswith(root)}
+        document = {"part": f"{kind}/{key}", "value": value, "pieces": sums}
+        write_text(self.work / kind / f"{key}.json", sealed_json(document))
         _written.__dict__.clear()
 
     def get_record(self, kind: str, key: str) -> dict[str, Any] | None:
         """Record of a finished part; None where it is not finished, or its record is damaged."""
         found = self._record(kind, key)
-        return None if found is None else found["value"]
+        return found and found["value"]
 
     def _record(self, kind: str, key: str) -> dict[str, Any] | None:
         try:
@@ -460,7 +464,7 @@ class Output:
                     "Run the same command again.",
                 )
         manifest = Manifest(self.recipe, rows, files, summary or {})
-        write_text(self.directory / MANIFEST, manifest.to_json())
+        write_text(self.directory / MANIFEST, sealed_json(manifest.document))
         self.tidy()
         return manifest
 
@@ -480,7 +484,7 @@ class Output:
 def _state_of(directory: Path) -> str:
     """Digest of a manifest; without one, of the names, sizes and times of all files."""
     if (directory / MANIFEST).is_file():
-        return Manifest.load(directory).digest
+        return sha256_of(Manifest.load(directory).document)
     found = {
         str(path.relative_to(directory)): [path.stat().st_size, path.stat().st_mtime_ns]
         for path in _finished_files(directory)

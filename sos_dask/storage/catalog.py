@@ -70,16 +70,7 @@ def properties_file(path: Path) -> Path:
 
 
 def require_kind(path: Path, properties: Mapping[str, str], *kinds: str) -> None:
-    """Refuse a HATS product that is of none of these kinds.
-
-    Parameters
-    ----------
-    path : Path
-        Its folder.
-    properties : mapping of str to str
-    kinds : str
-        Values of ``dataproduct_type``.
-    """
+    """Raise `CatalogError` unless the ``dataproduct_type`` of a catalog is one of these."""
     kind = properties.get("dataproduct_type", "object").lower()
     if kind not in kinds:
         names = ("hats_primary_table_url", "hats_assn_join_table_url")
@@ -91,13 +82,7 @@ def require_kind(path: Path, properties: Mapping[str, str], *kinds: str) -> None
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """Read a Java-style properties file.
-
-    Raises
-    ------
-    CatalogError
-        It cannot be read, or is no text.
-    """
+    """Read a Java-style properties file; `CatalogError` where it is none."""
     properties = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -132,10 +117,7 @@ def primary_of(collection: Path) -> str:
 
 
 def listed(path: Path) -> list[tuple[HealpixPixel, str]]:
-    """Read ``partition_info.csv``: pixels with the rows that it states, if any.
-
-    Empty where the file is missing.
-    """
+    """Read pixels and their stated rows, if any, of ``partition_info.csv``; empty without it."""
     info = path / PARTITION_INFO
     try:
         with info.open(newline="") as file:
@@ -299,14 +281,7 @@ class Catalog:
         return cls(path, tuple(pixels), first_schema(path, *files), properties, manifest)
 
     def check_account(self) -> None:
-        """Compare the list of partitions, the manifest's rows and ``hats_nrows``.
-
-        Of a catalog made by others the footers of all partitions are read.
-
-        Raises
-        ------
-        CatalogError, PartitionError
-        """
+        """Compare the list of partitions, the manifest's rows and ``hats_nrows``."""
         again = f"Restore its files, or remove {self.path} and make it again."
         for left, right in pairwise(self.pixels):
             if left.overlaps(right):
@@ -391,8 +366,7 @@ class Catalog:
         for name in names:
             if name not in self.schema.names:
                 raise CatalogError(
-                    f"{self.path} has no column '{name}'",
-                    nearest(name, self.schema.names),
+                    f"{self.path} has no column '{name}'", nearest(name, self.schema.names)
                 )
 
     def read(
@@ -428,21 +402,22 @@ class Catalog:
         *,
         wanted: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None,
     ) -> NDArray[np.int64]:
-        """Row numbers of a partition whose ``_healpix_29`` lies in one of the ranges.
+        """Find the rows of a partition whose ``_healpix_29`` lies in one of the ranges.
 
         Nothing but the cells is read, and only of row groups that lie partly in the ranges.
 
         Parameters
         ----------
+        pixel : HealpixPixel
         ranges : list of (first, stop)
             Half-open, sorted, disjoint.
         wanted : callable, optional
-            Which of the cells that lie in the ranges are wanted.
+            Tells which of the cells that lie in the ranges are wanted.
 
         Returns
         -------
         ndarray of int64
-            Ascending.
+            Row numbers, ascending.
 
         Raises
         ------
@@ -471,13 +446,7 @@ class Catalog:
         return np.concatenate(found)
 
     def cells(self, pixel: HealpixPixel) -> NDArray[np.int64]:
-        """The ``_healpix_29`` of all rows of a partition, ascending.
-
-        Raises
-        ------
-        PartitionError
-            The partition is damaged, or not sorted on the sky.
-        """
+        """Read the ``_healpix_29`` of all rows of a partition; an error unless they ascend."""
         return self._in_order(pixel, self.read(pixel, [HEALPIX_COLUMN]))
 
     def _in_order(self, pixel: HealpixPixel, rows: pa.Table) -> NDArray[np.int64]:
@@ -489,13 +458,7 @@ class Catalog:
     def take(
         self, pixel: HealpixPixel, rows: NDArray[np.int64], columns: Sequence[str]
     ) -> pa.Table:
-        """Some rows of a partition; row groups without any of them are not read.
-
-        Parameters
-        ----------
-        rows : ndarray of int64
-            Row numbers, ascending, each once.
-        """
+        """Read some rows of a partition, in ascending order, each once."""
         with self._opened(pixel) as file:
             tables = taken(file, rows, columns)
         return pa.concat_tables(tables or [self._no_rows(columns)])

@@ -10,7 +10,6 @@ our own.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -75,10 +74,8 @@ class ForeignCatalog(Catalog):
 
     Parameters
     ----------
-    key : str
-        Column that was named as key, empty for none.
-    key_name : str
-        Name that it has here.
+    key, key_name : str
+        Column that was given as key, empty for none, and its name here.
     stored : mapping of str to str
         Names of the columns in the files by their names here, without a computed ``_healpix_29``.
     files : mapping of HealpixPixel to tuple of Path
@@ -105,25 +102,20 @@ class ForeignCatalog(Catalog):
     def fingerprint(self) -> str:
         """Fingerprint of the content and of the names by which it is read.
 
-        Raises
-        ------
-        CatalogError
-            A key is null or occurs twice.
-        PartitionError
-            A row has no position, or lies outside its partition.
+        Raises an error where a key is null or occurs twice, or a row has no position in its pixel.
         """
         return self._examined[0]
 
     @cached_property
     def _examined(self) -> tuple[str, bool]:
         """The fingerprint, and whether the files can be read like our own; looks at every row."""
-        content = []
-        as_written = True
+        content, as_written = [], True
         for pixel in self.pixels:
-            for file in self.files[pixel]:
+            files = self.files[pixel]
+            for file in files:
                 with partition_errors(file):
                     content.append(sha256_of_file(file))
-            as_written &= self._order(pixel).as_written and self._stands_as_read(pixel)
+            as_written &= self._order(pixel).as_written and files == (self.partition_file(pixel),)
         for name in self.columns(KEYS)[:1]:
             self._require_unique(name)
         params = {
@@ -131,7 +123,7 @@ class ForeignCatalog(Catalog):
             "pixels": [str(pixel) for pixel in self.pixels],
             "columns": dict(self.stored),
         }
-        return Recipe("foreign", 2, params, {}).fingerprint, as_written
+        return Recipe("foreign", 2, params, {}).fingerprint, as_written and self.has_our_columns
 
     @property
     def has_our_columns(self) -> bool:
@@ -140,12 +132,6 @@ class ForeignCatalog(Catalog):
             first_schema(self.path, file).equals(self.schema)
             for files in self.files.values()
             for file in files
-        )
-
-    def _stands_as_read(self, pixel: HealpixPixel) -> bool:
-        files = self.files[pixel]
-        return files == (self.partition_file(pixel),) and first_schema(self.path, *files).equals(
-            self.schema
         )
 
     def _require_unique(self, name: str) -> None:
@@ -194,13 +180,7 @@ class ForeignCatalog(Catalog):
             ) from None
 
     def check_account(self) -> None:
-        """Compare the partitions with the files, ``partition_info.csv`` and ``hats_nrows``.
-
-        Raises
-        ------
-        CatalogError
-            Partitions overlap, files are not listed, or rows are not as many as stated.
-        """
+        """Compare the partitions with the files, ``partition_info.csv`` and ``hats_nrows``."""
         known = {file for files in self.files.values() for file in files}
         for file in data_files(self.path):
             if file not in known:
@@ -241,15 +221,13 @@ class ForeignCatalog(Catalog):
             pass
         found = {}
         for name in self.columns(columns):
-            low, high = np.inf, -np.inf
+            ends: list[float] = []
             for pixel in self.pixels:
                 column = self.read(pixel, [name])[name].cast(pa.float64())
-                values = pc.fill_null(column, np.nan).to_numpy()
-                values = values[np.isfinite(values)]
-                if len(values):
-                    low, high = min(low, float(values.min())), max(high, float(values.max()))
-            if low <= high:
-                found[name] = (low, high)
+                both = pc.min_max(column.filter(pc.is_finite(column)))
+                ends += [end.as_py() for end in both.values() if end.is_valid]
+            if ends:
+                found[name] = min(ends), max(ends)
         return found
 
     def read(
@@ -303,9 +281,7 @@ class ForeignCatalog(Catalog):
                 first += n_rows
         found = pa.concat_tables(tables)
         if order.rows is not None and names:
-            place = np.empty(len(rows), dtype=np.int64)
-            place[by_place] = np.arange(len(rows))
-            found = found.take(pa.array(place))
+            found = found.take(pa.array(np.argsort(by_place)))
         cells = pa.chunked_array([order.cells[rows]])
         arrays = [cells if name == HEALPIX_COLUMN else found[name] for name in columns]
         return pa.Table.from_arrays(arrays, schema=self._no_rows(columns).schema)
@@ -342,9 +318,7 @@ def open_foreign(
     Parameters
     ----------
     path : Path
-        Its folder.
     properties : mapping of str to str
-        Content of its properties.
     key : str
         Column of unique integers or texts that names the rows; it becomes ``key_name`` here.
 
@@ -425,8 +399,8 @@ def _as_here(
     schema: pa.Schema, properties: Mapping[str, str], key: str, key_name: str, path: Path
 ) -> tuple[pa.Schema, dict[str, str]]:
     """Schema by which a catalog is read, and the stored names of its columns."""
-    for name, n in Counter(schema.names).items():
-        if n > 1:
+    for name in schema.names:
+        if (n := schema.names.count(name)) > 1:
             raise CatalogError(f"{path}: column '{name}' is there {n} times", NOT_A_CATALOG)
     new = {properties.get(f"hats_col_{name}", name): name for name in ("ra", "dec")}
     for name, here in new.items():

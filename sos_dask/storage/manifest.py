@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -154,14 +154,7 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the canonical JSON of the recipe."""
-        return sha256_of(
-            {
-                "stage": self.stage,
-                "version": self.version,
-                "params": self.params,
-                "inputs": self.inputs,
-            }
-        )
+        return sha256_of(vars(self))
 
 
 @dataclass(frozen=True)
@@ -263,39 +256,24 @@ class Manifest:
     @property
     def document(self) -> dict[str, Any]:
         """JSON value of the manifest, without its digest."""
+        rows = self.rows
         return {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
-            "stage": self.recipe.stage,
-            "version": self.recipe.version,
-            "params": self.recipe.params,
-            "inputs": self.recipe.inputs,
+            **vars(self.recipe),
             "rows": {
-                "in": self.rows.n_in,
-                "out": self.rows.n_out,
-                "rejected": self.rows.rejected,
-                "dropped": self.rows.dropped,
-                "added": self.rows.added,
+                "in": rows.n_in,
+                "out": rows.n_out,
+                "rejected": rows.rejected,
+                "dropped": rows.dropped,
+                "added": rows.added,
             },
             "summary": self.summary,
             "files": {
-                record.path: {
-                    key: value
-                    for key, value in asdict(record).items()
-                    if key != "path" and value != ""
-                }
+                record.path: {k: v for k, v in vars(record).items() if k != "path" and v != ""}
                 for record in self.files
             },
         }
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON: it covers all that the manifest says."""
-        return sha256_of(self.document)
-
-    def to_json(self) -> str:
-        """Indented JSON with sorted keys, which carries its own digest."""
-        return sealed_json(self.document)
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:
@@ -318,25 +296,26 @@ class Manifest:
                     f"{path} has format {raw['format']}, newer than {_FORMAT} known here",
                     "Install a newer sos-dask.",
                 )
-            if raw["format"] != _FORMAT:
+            if raw["format"] < _FORMAT:
                 raise CatalogError(
-                    f"{path} has format {raw['format']}: an older version of sos-dask made it, "
-                    f"whose outputs are laid out otherwise than in format {_FORMAT}",
+                    f"{path} has format {raw['format']} of an older version of sos-dask, whose "
+                    f"outputs are laid out otherwise than in format {_FORMAT}",
                     "Run the rebuild again into an empty store, or the command that made it.",
                 )
             if not isinstance(raw["stage"], str) or not isinstance(raw["version"], int):
                 raise TypeError("stage or version")
+            rows = raw["rows"]
             manifest = cls(
-                recipe=Recipe(raw["stage"], raw["version"], {**raw["params"]}, {**raw["inputs"]}),
-                rows=Rows(
-                    raw["rows"]["in"],
-                    raw["rows"]["out"],
-                    raw["rows"]["rejected"],
-                    {**raw["rows"]["dropped"]},
-                    {**raw["rows"]["added"]},
+                Recipe(raw["stage"], raw["version"], {**raw["params"]}, {**raw["inputs"]}),
+                Rows(
+                    rows["in"],
+                    rows["out"],
+                    rows["rejected"],
+                    {**rows["dropped"]},
+                    {**rows["added"]},
                 ),
-                files=tuple(FileRecord(name, **item) for name, item in raw["files"].items()),
-                summary={**raw["summary"]},
+                tuple(FileRecord(name, **item) for name, item in raw["files"].items()),
+                {**raw["summary"]},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CatalogError(f"{path} is damaged: {error!r} is missing or wrong", again) from None
@@ -376,6 +355,21 @@ class Manifest:
                         f"{directory}/{problem}",
                         f"Restore the file, or remove {directory} and make it again.",
                     )
+        return manifest
+
+    @classmethod
+    def of_stage(cls, directory: Path, stage: str, version: int) -> Manifest:
+        """Read, as `checked` does, the manifest of an output of this version of a stage."""
+        manifest = cls.checked(directory)
+        made = manifest.recipe
+        if made.stage != stage:
+            raise CatalogError(f"{directory} is no output of '{stage}' but of '{made.stage}'")
+        if made.version != version:
+            raise CatalogError(
+                f"{directory} was made by another version of sos-dask: it has version "
+                f"{made.version} of '{stage}', known here is version {version}",
+                "Run the rebuild again, or the command that made it.",
+            )
         return manifest
 
 

@@ -10,6 +10,7 @@ Layout (``<store>``)::
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -29,7 +30,7 @@ from sos_dask import __version__
 from sos_dask.columns import key_hashes
 from sos_dask.errors import CatalogError, ConfigError, PartitionError, SosError
 from sos_dask.run.machine import n_cores
-from sos_dask.schema import HEALPIX_COLUMN
+from sos_dask.schema import HEALPIX_COLUMN, KEYS
 from sos_dask.settings import is_product
 from sos_dask.sky.healpix import HealpixPixel, ang2pix
 from sos_dask.storage.artifact import REJECTED, storage_errors, write_text
@@ -86,35 +87,31 @@ def home(stage: str, directory: Path) -> Path:
 
 
 def result_of(product: str, stage: str, directory: Path, ran: bool, why: str) -> StageResult:
-    """What a finished stage says of itself."""
+    """Describe a finished stage by its manifest."""
     manifest = Manifest.load(home(stage, directory))
+    rows = manifest.rows
     return StageResult(
-        product=product,
-        stage=stage,
-        ran=ran,
-        why=why,
-        rows_in=manifest.rows.n_in,
-        rows_out=manifest.rows.n_out,
-        rejected=manifest.rows.rejected,
-        dropped=dict(manifest.rows.dropped),
-        added=dict(manifest.rows.added),
-        path=str(directory),
-        summary=manifest.summary,
+        product,
+        stage,
+        ran,
+        why,
+        rows.n_in,
+        rows.n_out,
+        rows.rejected,
+        dict(rows.dropped),
+        dict(rows.added),
+        str(directory),
+        manifest.summary,
     )
 
 
 def check_product(product: str, stage: str, directory: Path, by: Check) -> None:
-    """Compare the files of a product with its manifest before it is published.
-
-    Parameters
-    ----------
-    by : str
-        ``sha256`` or ``size``.
+    """Compare the files of a product, by SHA-256 or size, with its manifest.
 
     Raises
     ------
     CatalogError
-        A file is missing or not the one that was written.
+        A file is missing or not the one that was written: the product is not published.
     """
     place = home(stage, directory)
     try:
@@ -176,14 +173,7 @@ def publish(
 
 @dataclass(frozen=True)
 class Cost:
-    """What the run that finished an output took on the machine that ran it.
-
-    Parameters
-    ----------
-    wall_s : float
-    cpu_s : float
-        Of the driver and of all workers.
-    """
+    """Seconds that the run which finished an output took, and CPU seconds of all processes."""
 
     wall_s: float
     cpu_s: float
@@ -198,12 +188,12 @@ def put_cost(store: Path, fingerprint: str, cost: Cost) -> None:
 
 
 def remember(path: Path, known: Mapping[str, Any]) -> None:
-    """Write what a store remembers beside its products."""
+    """Write a memory of a store, beside its products."""
     write_text(path, sealed_json({path.stem: known}))
 
 
 def remembered(path: Path) -> dict[str, Any]:
-    """Read what a store remembers beside its products; empty, with a warning, where damaged."""
+    """Read a memory of a store; empty where there is none, or with a warning where damaged."""
     try:
         return dict(read_sealed(path, "").get(path.stem, {}))
     except (FileNotFoundError, NotADirectoryError):
@@ -214,7 +204,7 @@ def remembered(path: Path) -> dict[str, Any]:
 
 
 def costs(store: Path) -> dict[str, Cost]:
-    """Costs of outputs by their fingerprints; those that are not known are missing."""
+    """Read the known costs of outputs, by fingerprint."""
     return {name: Cost(**one) for name, one in remembered(store / COSTS).items()}
 
 
@@ -245,13 +235,7 @@ def stores_near(place: Path) -> list[Path]:
 
 
 def require_store(store: Path, built: bool = True) -> None:
-    """Check that a folder is a store, with a current build where one is asked for.
-
-    Raises
-    ------
-    CatalogError
-        It is none; the hint names the stores beside and right below it.
-    """
+    """Raise `CatalogError` unless a folder is a store, and has a current build if asked for."""
     if not (store / "artifacts").is_dir():
         near = [str(path) for path in stores_near(store)[:5]]
         raise CatalogError(
@@ -263,13 +247,7 @@ def require_store(store: Path, built: bool = True) -> None:
 
 
 def current_product(store: Path, product: str) -> Path:
-    """Directory of a product of the current build.
-
-    Raises
-    ------
-    CatalogError
-        There is no build, or it does not have the product.
-    """
+    """Find the directory of a product of the current build, or raise `CatalogError`."""
     current = store / "current"
     require_store(store)
     if product not in read_build(current).get("products", {}):
@@ -297,22 +275,16 @@ def published(store: Path) -> dict[str, str]:
 
 def current_recipes(store: Path) -> dict[str, Recipe]:
     """Recipes of the products of the latest build; empty without one."""
-    current = store / "current"
     recipes = {}
     for product in published(store):
-        directory = (current / product).resolve()
-        try:
+        directory = (store / "current" / product).resolve()
+        with contextlib.suppress(CatalogError):
             recipes[product] = Manifest.load(home(directory.parent.name, directory)).recipe
-        except CatalogError:
-            continue
     return recipes
 
 
 def outputs_of(path: Path) -> list[Path]:
-    """Products of a build, or of the current one of a store, in the order of the plan.
-
-    A path that is neither is given back as it is.
-    """
+    """List the products of a build, or of the current one of a store; else the path itself."""
     build = path if (path / BUILD_FILE).is_file() else path / "current"
     if not (build / BUILD_FILE).is_file():
         return [path]
@@ -355,15 +327,14 @@ def status(store: Path) -> StoreStatus:
             except CatalogError as error:
                 missing.append(f"{product}: {error.message}")
     used = _used_artifacts(store, keep=None)
-    artifacts = _artifacts(store)
-    sizes = {path: _size(path) for path in artifacts}
+    sizes = {path: _size(path) for path in _artifacts(store)}
     return StoreStatus(
         store,
         name,
         tuple(sorted(path.name for path in (store / "builds").glob("*"))),
         tuple(products),
         tuple(missing),
-        tuple(str(path.relative_to(store)) for path in artifacts if _is_unfinished(path)),
+        tuple(str(path.relative_to(store)) for path in sizes if _is_unfinished(path)),
         sum(size for path, size in sizes.items() if path not in used),
         sum(sizes.values()),
     )
@@ -390,14 +361,13 @@ def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tupl
     require_store(store, built=False)
     kept = _kept_builds(store, keep_builds)
     for build in kept:
-        read_build(build)  # with one that is damaged nobody knows what it needs
+        read_build(build)  # what a damaged one needs is not known
     used = _used_artifacts(store, keep_builds)
     doomed = [path for path in sorted((store / "builds").glob("*")) if path not in kept]
     doomed += [path for path in _artifacts(store) if path not in used]
     removed = [(path, _size(path)) for path in doomed]
-    if not dry_run:
-        for path in doomed:
-            shutil.rmtree(path)
+    for path in () if dry_run else doomed:
+        shutil.rmtree(path)
     return removed
 
 
@@ -440,11 +410,11 @@ def _size(path: Path) -> int:
 def verify(path: str | Path) -> list[str]:
     """Check every invariant of an output or a catalog; an empty list says that all hold.
 
-    Checked of every output: the digest of its manifest, its account of rows against its Parquet
-    files and against its input where that is in the same store, size and SHA-256 of every file,
-    files that nobody wrote down. Of a catalog besides: the schema of each partition, rows against
-    properties, order of rows, membership of every row in its pixel, ``_healpix_29`` against ra and
-    dec, unique keys, overlap of pixels.
+    Of every output: the digest of its manifest, its account of rows against its Parquet files and
+    against its input in the same store, size and SHA-256 of every file, files that are not in the
+    manifest. Of a catalog also: the schema of each partition, rows against properties, order of
+    rows, membership of every row in its pixel, ``_healpix_29`` against ra and dec, unique keys,
+    overlap of pixels.
 
     Returns
     -------
@@ -597,17 +567,17 @@ def _verify_partition(
         ra, dec = (table[name] for name in names)
         if ra.null_count or dec.null_count:
             problems.append(f"{where}: null positions")
-        else:
+        elif catalog.manifest is not None:
             wrong = ang2pix(ra.to_numpy(), dec.to_numpy()) != cells
-            if wrong.any() and catalog.manifest is not None:
+            if wrong.any():
                 row = int(np.argmax(wrong))
                 problems.append(f"{where}: {HEALPIX_COLUMN} does not fit ra and dec at row {row}")
     if catalog.manifest is not None:
         stated = catalog.partition_rows(pixel)
         if stated != table.num_rows:
             problems.append(f"{where}: {table.num_rows} rows, the manifest says {stated}")
-    key = next((n for n in ("obs_id", "star_id") if n in table.schema.names), None)
-    if key is not None and table[key].null_count:
+    key = next((name for name in reversed(KEYS) if name in table.schema.names), "")
+    if key and table[key].null_count:
         problems.append(f"{where}: {table[key].null_count} rows have no {key}")
-        key = None
-    return problems, no_key if key is None else key_hashes(table[key])
+        key = ""
+    return problems, key_hashes(table[key]) if key else no_key

@@ -8,17 +8,15 @@ needs are read. Each format has a module, which opens a file as `Contents` and r
 from __future__ import annotations
 
 import contextlib
-import errno
 import gzip
 import hashlib
-import os
-import uuid
+import shutil
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +25,7 @@ import pyarrow.compute as pc
 from sos_dask.columns import Values, as_array
 from sos_dask.errors import CatalogError, SosError, StorageError, SurveyError
 from sos_dask.schema import CANONICAL, find_name, is_gaia_id, nearest
+from sos_dask.storage.artifact import atomic_path, write_text
 from sos_dask.storage.manifest import read_sealed, sealed_json, sum_of_file
 from sos_dask.surveys.definition import SourceColumn, Survey
 
@@ -40,36 +39,18 @@ _PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\
 
 @dataclass(frozen=True)
 class Native:
-    """One column of a survey file.
+    """One column of a survey file."""
 
-    Parameters
-    ----------
-    name : str
-        As the file spells it.
-    kind : str
-        ``int``, ``float``, ``bool``, ``text``, or the format where it is none of these.
-    width : int
-        Values in each row; -1 where rows differ.
-    element : int, optional
-        The one that is read of a vector.
-    unit : str
-        As the file states it.
-    mask : str
-        The column that is true where this one has no value, as astropy writes it beside; in a
-        `Source` its key.
-    offset, dtype, null, scale, zero
-        Place in a FITS record, NumPy type there, TNULL, TSCAL and TZERO; of a VOTable the number
-        of the field.
-    """
-
-    name: str
-    kind: str
-    width: int = 1
-    element: int | None = None
-    unit: str = ""
+    name: str  # as the file spells it
+    kind: str  # int, float, bool, text, or the format where it is none of these
+    width: int = 1  # values in each row; -1 where rows differ
+    element: int | None = None  # the one that is read of a vector
+    unit: str = ""  # as the file states it
+    # The column that is true where this one has no value, as astropy writes it beside; in a
+    # `Source` its key.
     mask: str = ""
-    offset: int = 0
-    dtype: str = ""
+    offset: int = 0  # place in a FITS record; of a VOTable the number of the field
+    dtype: str = ""  # NumPy type there, TNULL, TSCAL and TZERO
     null: int | None = None
     scale: float = 1
     zero: float = 0
@@ -86,51 +67,23 @@ class Contents:
 
 @dataclass(frozen=True)
 class Source:
-    """One opened survey file; it holds no rows and pickles small.
+    """One opened survey file; it has no rows and pickles small."""
 
-    Parameters
-    ----------
-    path, data_path : str
-        As the user gave it; what is read: the decompressed copy of a gzipped FITS file.
-    kind : str
-        ``fits``, ``csv``, ``parquet`` or ``votable``.
-    index : int
-        Number of the file in the job.
-    n_rows : int, optional
-        None for text, which has to be read to be counted.
-    natives : mapping of str to Native
-        The columns that are needed, by a key of our own (``PARAM[0]`` for an element).
-    columns : mapping of str to tuple of str
-        Column of the product -> keys of its natives (several where joined).
-    cuts : mapping of str to str
-        ``Cut.column`` -> key of the native; a column of the product is not in it.
-    overflow : bool
-        The service that made the file has cut it off at its limit of rows.
-    offset, row_bytes : int
-        FITS and text: where the rows begin; FITS: bytes a row.
-    number, alone : int and bool
-        VOTable: which table, from 0, and whether it is the only one.
-    group_rows : tuple of int
-        Parquet: rows of each row group.
-    header, delimiter, skip_lines, gzipped
-        Text: all column names, and how to read it.
-    """
-
-    path: str
-    data_path: str
-    kind: str
-    index: int
-    n_rows: int | None
-    natives: Mapping[str, Native]
-    columns: Mapping[str, tuple[str, ...]]
-    cuts: Mapping[str, str]
-    overflow: bool = False
-    offset: int = 0
-    row_bytes: int = 0
-    number: int = 0
-    alone: bool = True
-    group_rows: tuple[int, ...] = ()
-    header: tuple[str, ...] = ()
+    path: str  # as the user gave it
+    data_path: str  # what is read: the decompressed copy of a gzipped FITS file
+    kind: str  # fits, csv, parquet or votable
+    index: int  # number of the file in the job
+    n_rows: int | None  # None for text, which has to be read to be counted
+    natives: Mapping[str, Native]  # those needed, by a key of our own (PARAM[0] for an element)
+    columns: Mapping[str, tuple[str, ...]]  # of the product -> keys of natives, several if joined
+    cuts: Mapping[str, str]  # Cut.column -> key of the native; no columns of the product
+    overflow: bool = False  # the service that made the file has cut it off at its limit of rows
+    offset: int = 0  # FITS and text: where the rows begin
+    row_bytes: int = 0  # FITS
+    number: int = 0  # VOTable: which table, from 0
+    alone: bool = True  # VOTable: it is the only table
+    group_rows: tuple[int, ...] = ()  # Parquet: rows of each row group
+    header: tuple[str, ...] = ()  # text: all column names, and how to read it
     delimiter: str = ","
     skip_lines: int = 1
     gzipped: bool = False
@@ -146,7 +99,7 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
     index : int
         Number of the file in the job.
     scratch : Path
-        Folder for the decompressed copy of a gzipped FITS file; a copy that is there is reused.
+        Folder for the decompressed copy of a gzipped file; a copy that is there is reused.
 
     Raises
     ------
@@ -183,22 +136,11 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
 
 
 def read_native(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
-    """Read native columns.
+    """Read native columns of rows ``start`` to ``stop``, at most ``batch_rows`` at once.
 
-    Parameters
-    ----------
-    source : Source
-    start, stop : int
-        Rows; of Parquet the bounds of row groups, of text and VOTable all.
-    batch_rows : int
-        Most rows at once.
-
-    Yields
-    ------
-    tuple of int and dict
-        Number of the first row (from 0) and its columns by their keys: numbers in native byte
-        order, text of binary files without padding (of FITS a dictionary where it is short), text
-        files all as text.
+    Of Parquet these are bounds of row groups, of text and VOTable all rows. Numbers come in native
+    byte order, text of binary files without padding (of FITS a dictionary where it is short), text
+    files all as text.
 
     Raises
     ------
@@ -257,15 +199,23 @@ def _first_bytes(path: Path, size: int = 1 << 16) -> tuple[bytes, bool]:
         with path.open("rb") as file:
             head = file.read(size)
         if head.startswith(_GZIP):
-            with gzip.open(path) as packed:
+            with opened(path, gzipped=True) as packed:
                 return packed.read(size), True
     except FileNotFoundError:
         raise SurveyError(f"{path} does not exist") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SurveyError(f"{path}: damaged gzip file: {error}", DAMAGED) from None
     except OSError as error:
         raise SurveyError(f"{path} cannot be read: {error.strerror or error}") from None
     return head, False
+
+
+@contextlib.contextmanager
+def opened(path: Path, gzipped: bool) -> Iterator[BinaryIO]:
+    """Open a file that may be gzipped; damage of it is a `SurveyError`."""
+    try:
+        with gzip.open(path) if gzipped else path.open("rb") as file:
+            yield file  # type: ignore[misc]  # GzipFile has all that is used of BinaryIO
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise SurveyError(f"{path}: truncated or damaged gzip file: {error}", DAMAGED) from None
 
 
 def _kind_of(path: Path, head: bytes) -> str:
@@ -305,26 +255,16 @@ def _decompressed(path: Path, scratch: Path) -> Path:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, CatalogError):
         if read_sealed(stated, "")["sum"] == sum_of_file(target):
             return target
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        with gzip.open(path) as packed, temporary.open("wb") as file:
-            while block := packed.read(1 << 22):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        text = sealed_json({"sum": sum_of_file(temporary)})
-        temporary.replace(target)
-        temporary.write_text(text)
-        temporary.replace(stated)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SurveyError(f"{path}: truncated or damaged gzip file: {error}", DAMAGED) from None
+        with (
+            atomic_path(target) as temporary,
+            opened(path, gzipped=True) as packed,
+            temporary.open("wb") as file,
+        ):
+            shutil.copyfileobj(packed, file, 1 << 22)
+        write_text(stated, sealed_json({"sum": sum_of_file(target)}))
     except OSError as error:
-        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise StorageError(f"cannot decompress {path} into {scratch}: {what}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot decompress {path} into {scratch}: {error.strerror}") from error
     return target
 
 

@@ -176,18 +176,13 @@ def _arrow_values(source: Source, native: Native, column: pa.Array) -> pa.Array:
 class Outline:
     """Tables of a VOTable and what its service states of it, without the data.
 
-    Parameters
-    ----------
-    tables : list of dict
-        Attributes of each TABLE, with its ``fields`` (attributes of each) and ``rows`` (of
-        TABLEDATA; 0 of streams).
-    overflow : bool
-        QUERY_STATUS is OVERFLOW.
+    ``tables`` are the attributes of each TABLE, with its ``fields`` (attributes of each) and
+    ``rows`` (of TABLEDATA; 0 of streams).
     """
 
     path: Path | str
     tables: list[dict[str, Any]] = field(default_factory=list)
-    overflow: bool = False
+    overflow: bool = False  # QUERY_STATUS is OVERFLOW
     _failed: str = ""
     _n_text: int = 0
 

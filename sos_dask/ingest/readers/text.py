@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import gzip
 import io
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from sos_dask.ingest.readers import (
     Native,
     Source,
     decoded,
+    opened,
     regrouped,
     stated_by_astropy,
 )
@@ -51,8 +50,8 @@ _TRUTH = {"false": 0, "f": 0, "0": 0, "true": 1, "t": 1, "1": 1}
 
 
 def open_text(path: Path, gzipped: bool) -> Contents:
-    """What delimited text holds, from its first lines."""
-    with open_bytes(path, gzipped) as file:
+    """Find out what delimited text contains, from its first lines."""
+    with opened(path, gzipped) as file:
         _refuse_others(path, file.read(1 << 16))
         file.seek(0)
         comments, line = _head(path, file)
@@ -87,18 +86,11 @@ def open_text(path: Path, gzipped: bool) -> Contents:
             f"{path}: its first line has none of the delimiters , | ; tab and blank: {line:.80}",
             "The first line must hold the column names.",
         )
-    units: dict[str, str] = {n: str(item.get("unit") or "") for n, item in stated.items()}
-    for number, below in enumerate(following[:2]):
-        if re.fullmatch(r"[-\s,|;]*-{2,}[-\s,|;]*", below):  # VizieR
-            if number:
-                stated_units = _fields(following[0], delimiter)
-                if any(map(_is_number, stated_units)):
-                    break  # it is a row of data, and so is this one
-                units = dict(zip(header, stated_units, strict=False))
-            skipped = following[: number + 1]
-            offset += sum(len(_encoded(text)) for text in skipped)
-            skip_lines += number + 1
-            break
+    below = _below_vizier(following[:2], delimiter)
+    offset += sum(len(_encoded(text)) for text in following[:below])
+    units = {name: str(item.get("unit") or "") for name, item in stated.items()}
+    if below == 2:
+        units = dict(zip(header, _fields(following[0], delimiter), strict=False))
     counts = Counter(header)
     natives = []
     for name in filter(None, header):
@@ -115,10 +107,20 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         ),
         "delimiter": delimiter,
         "offset": offset,
-        "skip_lines": skip_lines,
+        "skip_lines": skip_lines + below,
         "gzipped": gzipped,
     }
     return Contents(natives, None if has_rows else 0, layout)
+
+
+def _below_vizier(following: list[str], delimiter: str) -> int:
+    """Lines between header and rows in VizieR's text: units and dashes, dashes alone, or none."""
+    for number, line in enumerate(following):
+        if re.fullmatch(r"[-\s,|;]*-{2,}[-\s,|;]*", line):
+            # A number in the line above: it is a row of data, and so is this one.
+            is_row = number == 1 and any(map(_is_number, _fields(following[0], delimiter)))
+            return 0 if is_row else number + 1
+    return 0
 
 
 def _refuse_others(path: Path, head: bytes) -> None:
@@ -188,18 +190,8 @@ def _is_number(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_bytes(path: Path, gzipped: bool) -> Iterator[BinaryIO]:
-    """Open a file that may be gzipped; damage of it is a `SurveyError`."""
-    try:
-        with gzip.open(path) if gzipped else path.open("rb") as file:
-            yield file  # type: ignore[misc]  # GzipFile has all that is used of BinaryIO
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SurveyError(f"{path}: truncated or damaged gzip file: {error}", DAMAGED) from None
-
-
-@contextlib.contextmanager
 def _below_header(source: Source) -> Iterator[BinaryIO]:
-    with open_bytes(Path(source.path), source.gzipped) as file:
+    with opened(Path(source.path), source.gzipped) as file:
         file.seek(source.offset)
         yield io.BufferedReader(_Blanks(file)) if source.delimiter == " " else file
 

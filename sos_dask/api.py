@@ -89,7 +89,7 @@ def _opened(value: Any, wanted: Any) -> Any:
     return value
 
 
-def _step(stage: type[Stage[Any]]) -> Callable[..., Manifest | None]:
+def _step(stage: type[Stage[Any]]) -> Callable[..., Any]:
     """Make a function of a stage: its inputs by role, a directory, settings."""
     fixed = [role for role in stage.roles if not role.optional]
     further = [role for role in stage.roles if role.optional]

@@ -10,6 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+KeyArray: TypeAlias = NDArray[np.uint64]
+
+# SplitMix64 (Steele, Lea & Flood 2014, OOPSLA): the step of its counter and its finaliser.
+GOLDEN = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
 
 def floats(table: pa.Table, name: str) -> NDArray[np.float64]:
     """A column of numbers, shape (n,); it may share memory with the table."""
@@ -47,13 +53,59 @@ def _filled(column: pa.ChunkedArray) -> NDArray[np.floating]:
     return np.asarray(pc.fill_null(column, np.nan).to_numpy())
 
 
-def key_hashes(column: pa.ChunkedArray) -> NDArray[np.uint64]:
-    """64-bit values of a key column: the integers themselves, or a hash of the text."""
+def key_numbers(ids: pa.ChunkedArray, seed: int) -> KeyArray:
+    """Numbers of 64 bits that follow from ids, by SplitMix64 over their text.
+
+    Two of a hundred million ids get the same number once in 4000 times; they then share a fold.
+
+    Parameters
+    ----------
+    ids : pyarrow array of shape (n,)
+        Text or integers (taken as their text), no nulls.
+    seed : int
+        Other seeds give other numbers.
+
+    Returns
+    -------
+    ndarray of uint64, shape (n,)
+    """
+    text = pc.cast(ids, pa.string())
+    length = np.asarray(pc.binary_length(text).to_numpy(), dtype=np.uint64)
+    if len(length) == 0:
+        return np.empty(0, dtype=np.uint64)
+    n_words = max(int(length.max()) + 7, 8) // 8
+    padded = pc.ascii_rpad(text, 8 * n_words, "\0")
+    chunks = padded.chunks if isinstance(padded, pa.ChunkedArray) else [padded]
+    words = np.concatenate([_bytes_of(chunk) for chunk in chunks]).view("<u8")
+    words = words.reshape(-1, n_words)
+    number = mixed(length + np.uint64((seed * GOLDEN) % 2**64))
+    for place in range(n_words):
+        # A number must not depend on how long the longest id beside it is.
+        has = length > 8 * place
+        number = np.where(has, mixed(number ^ words[:, place]), number)
+    return number
+
+
+def _bytes_of(text: pa.Array) -> NDArray[np.uint8]:
+    """The bytes of texts, one after the other."""
+    offsets = np.frombuffer(text.buffers()[1], np.int32)[text.offset : text.offset + len(text) + 1]
+    data = text.buffers()[2]
+    return np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]] if data else np.empty(0, "u1")
+
+
+def mixed(state: KeyArray) -> KeyArray:
+    """Make the output of SplitMix64 after a state: the one hash of numbers."""
+    z = state + np.uint64(GOLDEN)
+    for shift, factor in _MIX:
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def key_hashes(column: pa.ChunkedArray) -> KeyArray:
+    """64-bit values of a key column: the integers themselves, or `key_numbers` of the text."""
     if pa.types.is_integer(column.type):
         return np.asarray(column.to_numpy(), dtype=np.int64).view(np.uint64)
-    import pandas as pd
-
-    return np.asarray(pd.util.hash_array(column.to_numpy(zero_copy_only=False).astype(object)))
+    return key_numbers(column, 0)
 
 
 Values: TypeAlias = NDArray[Any] | pa.Array

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sos_dask.errors import ModelError
-from sos_dask.evidence.figures import held_out_metrics, scatter
+from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.stats.binned import (
     binned_median_rms,
     binned_quantiles,
@@ -13,6 +13,7 @@ from sos_dask.stats.binned import (
     equal_count_edges,
     rms_of_medians,
 )
+from sos_dask.stats.numbers import scatter
 
 
 def test_scatter_is_that_of_a_normal_distribution_and_ignores_outliers():

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sos_dask.stars.folds import star_numbers
+from sos_dask.columns import key_numbers
 from sos_dask.stats.bootstrap import N_GROUPS, Ranked, draw, groups_of, interval
 
 SEEDS = 150
@@ -100,7 +100,7 @@ def test_nothing_depends_on_the_order_of_the_pairs():
 
 
 def test_groups_are_of_the_id_alone_and_even():
-    star = star_numbers(pa.array([f"star {number}" for number in range(20_000)]), 0)
+    star = key_numbers(pa.array([f"star {number}" for number in range(20_000)]), 0)
     groups = groups_of(star)
     np.testing.assert_array_equal(groups_of(star[7000:7010]), groups[7000:7010])
     counts = np.bincount(groups, minlength=N_GROUPS)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.stats.density import knn_distance, robust_scale
+from sos_dask.stats.numbers import knn_distance, robust_scale
 
 
 def test_scales_are_those_of_normal_columns_and_ignore_outliers():

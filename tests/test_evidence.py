@@ -8,8 +8,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+<<<<<<< HEAD
 from sos_dask.api import train, uncertainty
 from sos_dask.columns import floats32
+=======
+from sos_dask.columns import floats32, key_numbers
+>>>>>>> house
 from sos_dask.corrections import load
 from sos_dask.errors import CatalogError, ClusterError
 from sos_dask.problem import features
@@ -31,7 +35,11 @@ from sos_dask.stages.evidence import (
 )
 from sos_dask.stages.train import TrainSettings
 from sos_dask.stages.trends import Trends
+<<<<<<< HEAD
 from sos_dask.stars.folds import star_numbers
+=======
+from sos_dask.stages.uncertainty import uncertainty
+>>>>>>> house
 from sos_dask.storage.catalog import Catalog
 from tests.sky import write_catalog
 
@@ -120,7 +128,7 @@ def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, p
     ids = read_evidence(tmp_path / "evidence", ["star", "target", "group"])
     star = ids["star"].to_numpy()
     n_stars = len(whole["reference_star_id"].unique())
-    assert np.array_equal(star, star_numbers(whole["reference_star_id"], 0))
+    assert np.array_equal(star, key_numbers(whole["reference_star_id"], 0))
     assert len(np.unique(star)) == len(np.unique(star + ids["group"].to_numpy())) == n_stars
     assert len(ids["target"].unique()) == len(whole["target_star_id"].unique())
     columns = [*held_out_columns("polynomial"), *fitted_columns("polynomial"), "held_out"]

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sos_dask.columns import key_numbers
 from sos_dask.sky.healpix import ang2pix
 from sos_dask.sky.sphere import separation_arcsec
-from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined, star_numbers
+from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
 
 PAIRS = st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15)), max_size=40)
 
@@ -22,7 +23,7 @@ def links_of(target) -> tuple[np.ndarray, np.ndarray]:
 def folds_of(pairs, n_folds=5, seed=0) -> np.ndarray:
     target = np.array([pair[0] for pair in pairs], dtype=np.int64)
     names = [f"apogee:{pair[1]}" for pair in pairs]
-    number = star_numbers(pa.chunked_array([pa.array(names, pa.string())]), seed)
+    number = key_numbers(pa.chunked_array([pa.array(names, pa.string())]), seed)
     return fold_of(smallest_of_joined(number, number, links_of(target)), n_folds)
 
 
@@ -71,7 +72,7 @@ def test_other_stars_do_not_matter(pairs, others):
 @given(PAIRS, st.lists(st.booleans(), min_size=40, max_size=40))
 def test_what_was_joined_in_parts_is_joined_again(pairs, side):
     """As the stage does: first each partition by itself, then all together."""
-    number = star_numbers(pa.chunked_array([pa.array([str(p[1]) for p in pairs], pa.string())]), 0)
+    number = key_numbers(pa.chunked_array([pa.array([str(p[1]) for p in pairs], pa.string())]), 0)
     target = np.array([pair[0] for pair in pairs], dtype=np.int64)
     at = np.array(side[: len(pairs)], dtype=bool)
     smallest = number.copy()
@@ -110,7 +111,7 @@ def test_splitmix():
 
 @settings(deadline=None)
 @given(st.lists(st.text(max_size=30), max_size=20), st.integers(0, 2**31))
-def test_star_numbers(ids, seed):
+def test_key_numbers(ids, seed):
     """Of each id by itself, whatever stands beside it."""
     expected = []
     for text in ids:
@@ -119,7 +120,7 @@ def test_star_numbers(ids, seed):
         for place in range(0, len(data), 8):
             number = splitmix(number ^ int.from_bytes(data[place : place + 8], "little"))
         expected.append(number)
-    found = star_numbers(pa.chunked_array([pa.array(ids, pa.string())]), seed)
+    found = key_numbers(pa.chunked_array([pa.array(ids, pa.string())]), seed)
     assert found.tolist() == expected
 
 
@@ -145,15 +146,15 @@ def test_same_targets(seed):
 def test_ids_that_are_numbers_have_those_of_their_text():
     ids = np.arange(100) + 10**18
     as_text = pa.chunked_array([ids.astype(str).tolist()])
-    assert star_numbers(pa.chunked_array([ids]), 0).tolist() == star_numbers(as_text, 0).tolist()
+    assert key_numbers(pa.chunked_array([ids]), 0).tolist() == key_numbers(as_text, 0).tolist()
 
 
 def test_chunks_of_the_ids_do_not_matter():
     ids = [f"s{number % 7}" * (number % 5) for number in range(60)]
-    whole = star_numbers(pa.chunked_array([ids]), 0)
+    whole = key_numbers(pa.chunked_array([ids]), 0)
     cut = pa.chunked_array([ids[:13], pa.array([], pa.string()), ids[13:40], ids[40:]])
-    assert star_numbers(cut, 0).tolist() == whole.tolist()
-    assert star_numbers(pa.chunked_array([ids]).slice(7, 20), 0).tolist() == whole[7:27].tolist()
+    assert key_numbers(cut, 0).tolist() == whole.tolist()
+    assert key_numbers(pa.chunked_array([ids]).slice(7, 20), 0).tolist() == whole[7:27].tolist()
 
 
 @pytest.mark.parametrize("n_folds", [2, 5])
@@ -164,4 +165,4 @@ def test_no_pairs(n_folds):
 def test_a_known_fold():
     """Frozen: a change would silently move stars between training and test of published models."""
     names = pa.chunked_array([["apogee:2M00000002+7417074", "galah:131116000501004"]])
-    assert fold_of(star_numbers(names, 0), 5).tolist() == [2, 4]
+    assert fold_of(key_numbers(names, 0), 5).tolist() == [2, 4]

@@ -17,8 +17,8 @@ from sos_dask.evidence.projection import (
     fit_projection,
     sampling_rates,
     strata,
-    uniform,
 )
+from sos_dask.stats.numbers import uniform
 
 
 @pytest.mark.parametrize(

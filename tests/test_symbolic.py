@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sos_dask.corrections.expression import Expression
+from sos_dask.corrections.sample import Scale, draw_sample
 
 from sos_dask import corrections as models
 from sos_dask.corrections import Batch, engines, symbolic
-from sos_dask.corrections.expression import Expression
 from sos_dask.corrections.formula import Formula
-from sos_dask.corrections.sample import Scale, draw_sample
 from sos_dask.corrections.symbolic import SymbolicCorrection
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.evidence.figures import scatter
 from sos_dask.problem import FEATURES
 from sos_dask.schema import LABELS
+from sos_dask.stats.numbers import scatter
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
 QUICK = {"n_sample": 1000, "population": 100, "generations": 15, "max_length": 15}

@@ -29,7 +29,7 @@ from sos_dask.stages.apply import ApplySettings
 from sos_dask.stages.attach import AttachSettings
 from sos_dask.stages.base import Stage
 from sos_dask.stages.crossmatch import CrossmatchSettings
-from sos_dask.stages.ingest import IngestSettings
+from sos_dask.stages.ingest import SurveySettings
 from sos_dask.stages.reference import ReferenceSettings
 from sos_dask.stages.train import TrainSettings
 from sos_dask.stars.group import DedupeSettings
@@ -96,7 +96,7 @@ def ingest(
         ),
     ] = None,
     *,
-    settings: type[IngestSettings],
+    settings: type[SurveySettings],
     options: LightStepOptions,
 ) -> None:
     """Turn survey files into a HEALPix-partitioned catalog of observations.
@@ -111,7 +111,7 @@ def ingest(
     if margin_arcsec is not None and not 0 < margin_arcsec < 3600:
         raise ConfigError(f"--margin-arcsec {margin_arcsec:g} is not between 0 and 3600")
     inputs = {f"file.{number}": file for number, file in enumerate(files)}
-    manifest = run_step(Ingest(inputs, settings(survey=definition)), out, options)
+    manifest = run_step(Ingest(inputs, settings(survey=definition, name=out.name)), out, options)
     if margin_arcsec is not None:
         margin = Margin({"catalog": out}, MarginSettings(margin_arcsec=margin_arcsec))
         run_step(margin, out.with_name(f"{out.name}.collection"), options)

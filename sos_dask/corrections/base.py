@@ -18,7 +18,7 @@ from sos_dask import __version__
 from sos_dask.errors import ClusterError, ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.settings import Settings
-from sos_dask.stats.histogram import Histogram, count
+from sos_dask.stats.numbers import Histogram, count
 
 MODEL_FORMAT = 2
 MODEL_FILE = "model.json"

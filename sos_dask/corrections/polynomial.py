@@ -48,7 +48,7 @@ from sos_dask.corrections.base import (
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.problem import BLOCK_ROWS
 from sos_dask.run.machine import n_threads
-from sos_dask.stats.histogram import Histogram, count
+from sos_dask.stats.numbers import Histogram, count
 
 FILE = "coefficients.json"
 HUBER = 1.345

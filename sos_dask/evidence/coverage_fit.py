@@ -24,7 +24,7 @@ from sos_dask.evidence.measures import (
 from sos_dask.evidence.widening import OUTSIDE, Limits, Placed, Target, Widths, fit_widths
 from sos_dask.problem import PARAMETERS, parameters_of
 from sos_dask.schema import LABELS, nearest
-from sos_dask.stats.density import robust_scale
+from sos_dask.stats.numbers import robust_scale
 
 FloatArray = NDArray[np.float64]
 Columns = Mapping[str, NDArray[np.floating]]

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from sos_dask.errors import ModelError
 from sos_dask.schema import LABELS
 from sos_dask.stats.binned import bins_of
-from sos_dask.stats.bootstrap import MAD_TO_SIGMA, FloatArray, IntArray, Ranked, interval
+from sos_dask.stats.bootstrap import FloatArray, IntArray, Ranked, interval
+from sos_dask.stats.numbers import scatter
 
 NONE = "none"
 TRAIN, TEST = "train", "test"
@@ -71,13 +72,6 @@ class Metric:
     scatter_before: float
     median_after: float
     scatter_after: float
-
-
-def scatter(values: NDArray[np.floating]) -> float:
-    """Multiply the median absolute deviation from the median by 1.4826; nan without values."""
-    if not len(values):
-        return float("nan")
-    return float(MAD_TO_SIGMA * np.median(np.abs(values - np.median(values))))
 
 
 def held_out_metrics(

@@ -14,13 +14,12 @@ from sos_dask.errors import ModelError
 from sos_dask.evidence.error_tables import LOG_SNR, N_CELLS, ErrorModel, Grid, snr_steps
 from sos_dask.evidence.scale import MIN_FOR_TREES, Scale, fit_scale
 from sos_dask.schema import LABELS
-from sos_dask.stats.density import knn_distance, robust_scale
+from sos_dask.stats.numbers import SPARSE_SHARE, find_sparse
 
 LEVELS = (0.68, 0.95)
 DENSE, SPARSE = "dense", "sparse"
 MIN_PAIRS = 40
 _LEAST = 1e-6  # K, dex: an error of 0 would weigh without end, and residuals can all be zero
-_NEIGHBOURS = 16
 _WRONG = 8.0  # times the median size: 5.4 standard deviations of a normal distribution
 
 Float32Array = NDArray[np.float32]
@@ -44,22 +43,17 @@ class Sparseness:
     of_cells: BoolArray
 
     @classmethod
-    def of(cls, training: Float32Array, grid: Grid, fraction: float = 0.05) -> Sparseness:
+    def of(cls, training: Float32Array, grid: Grid, fraction: float = SPARSE_SHARE) -> Sparseness:
         """Far is what makes a share of the training stars sparse.
 
         Parameters
         ----------
         training : ndarray of float32, shape (n, 3)
-            Finite features, put on one scale by their median and 1.4826 MAD.
+            Finite features.
         grid : Grid
         fraction : float
         """
-        center, scale = robust_scale(training)
-        scaled = (training - center) / scale
-        own = knn_distance(scaled, scaled, _NEIGHBOURS + 1)
-        limit = float(np.quantile(own, 1 - fraction))
-        middle = (grid.centers() - center) / scale
-        return cls(own > limit, knn_distance(scaled, middle, _NEIGHBOURS, limit) > limit)
+        return cls(*find_sparse(training, grid.centers(), fraction))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from scipy.spatial import cKDTree
 
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.settings import Settings
+from sos_dask.stats.numbers import uniform
 
 Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
@@ -112,17 +113,6 @@ def chosen_rows(
     known, place = np.unique(cells, return_inverse=True)
     share = np.array([rates.get(cell, 0.0) for cell in known.tolist()])
     return np.asarray(uniform(keys, seed) < share[place])
-
-
-def uniform(keys: NDArray[np.integer], seed: int) -> FloatArray:
-    """Make a number in [0, 1) of every key: SplitMix64 (Steele, Lea & Flood 2014, OOPSLA)."""
-    step = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
-        z = keys.astype(np.uint64) + np.uint64(seed + 1) * step
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(frozen=True, eq=False)

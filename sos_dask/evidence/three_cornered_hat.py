@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.errors import ConfigError
-from sos_dask.stats.bootstrap import MAD_TO_SIGMA, FloatArray
+from sos_dask.stats.numbers import MAD_TO_SIGMA, FloatArray
 
 _SAMPLES = 500
 _BLOCK = 1 << 21

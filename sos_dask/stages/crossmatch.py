@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
+from sos_dask.columns import KeyArray, key_numbers
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, SEEDS
 from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray
@@ -31,7 +32,7 @@ from sos_dask.sky.neighbours import near_edge, near_pixel, rows_near, surroundin
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
 from sos_dask.stages.ids import key_column, motion_of, require_numbers, require_whole
 from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.stars.folds import KeyArray, fold_of, same_targets, smallest_of_joined, star_numbers
+from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
 from sos_dask.stars.group import GAIA_IDS, id_values
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
 from sos_dask.storage.artifact import WORK, Manifest, Output, Recipe, Rows, storage_errors
@@ -193,7 +194,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
         target = _take(self.target, left_at, left, matches.left, names)
         names = [right_key, *_REFERENCE, *_FLAGS]
         reference = _take(self.reference, right_at, right, matches.right, names)
-        number = star_numbers(reference[right_key], self.settings.seed)
+        number = key_numbers(reference[right_key], self.settings.seed)
         smallest = smallest_of_joined(number, number, _links(target, self.settings))
         reach = self.reach_arcsec(_total_pm(reference))
         open_ = near_edge(pixel, reference[HEALPIX_COLUMN].to_numpy(), reach)

@@ -21,17 +21,16 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import floats32, matrix32
+from sos_dask.columns import floats32, key_numbers, matrix32
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, S, Stage
-from sos_dask.stars.folds import star_numbers
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stats.bootstrap import groups_of
-from sos_dask.stats.density import knn_distance, robust_scale
+from sos_dask.stats.numbers import find_sparse
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
 
@@ -39,8 +38,6 @@ EVIDENCE = "evidence.parquet"
 HELD_OUT = "held_out.parquet"
 MOST_PAIRS = 1_000_000
 DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
-SPARSE_SHARE = 0.05
-N_NEIGHBOURS = 16
 _NO_EVIDENCE = (HEALPIX_COLUMN, "fold", "ra", "dec", "position_epoch", *GAIA_IDS.values(),
                 "separation_arcsec", "n_candidates", "quality")  # fmt: skip
 _PROCESS_BYTES, _BYTES_A_PAIR = 300 << 20, 400
@@ -264,7 +261,7 @@ def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], 
     empty = pa.schema([pairs.schema.field(name) for name in names]).empty_table()
     for read in itertools.chain([empty], (pairs.read(pixel, names) for pixel in pairs.pixels)):
         read = read.filter(read["use"])
-        stars = {name: star_numbers(read[column], 0) for name, column in ids.items()}
+        stars = {name: key_numbers(read[column], 0) for name, column in ids.items()}
         inside = stars["star"] < limit if pairs.n_rows > most else np.ones(len(read), np.bool_)
         columns = {"fold": read["fold"].cast(pa.int8()), **stars}
         columns["group"] = groups_of(stars["star"]).astype(np.int16)
@@ -299,15 +296,9 @@ def sparse_pairs(labels: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDA
     sample = known & trained
     if not sample.any():
         return np.ones(len(x), dtype=np.bool_)
-    center, scale = robust_scale(x[sample])
-    z = (x - center) / scale
-    distance = np.full(len(x), np.inf)
-    # A training pair is its own first neighbour.
-    distance[sample] = knn_distance(z[sample], z[sample], N_NEIGHBOURS + 1)
-    others = known & ~trained
-    if others.any():
-        distance[others] = knn_distance(z[sample], z[others], N_NEIGHBOURS)
-    return np.asarray(distance > np.quantile(distance[sample], 1 - SPARSE_SHARE))
+    sparse = np.ones(len(x), dtype=np.bool_)
+    sparse[sample], sparse[known & ~trained] = find_sparse(x[sample], x[known & ~trained])
+    return sparse
 
 
 # Until all stages read the table.
@@ -426,7 +417,7 @@ def evidence(pairs: Catalog, columns: Sequence[str], most: int | None = None) ->
         inside = np.ones(table.num_rows, dtype=np.bool_)
         fold.append(table["fold"].to_numpy())
         if thinned:
-            inside = star_numbers(table["reference_star_id"], 0) < limit
+            inside = key_numbers(table["reference_star_id"], 0) < limit
             table = table.filter(pa.array(inside))
         kept.append(inside)
         tables.append(table.select(list(columns)))

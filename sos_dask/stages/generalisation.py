@@ -20,7 +20,7 @@ from pydantic import Field
 from sos_dask import corrections
 from sos_dask.columns import floats32, matrix32
 from sos_dask.errors import ModelError
-from sos_dask.evidence.figures import NONE, scatter
+from sos_dask.evidence.figures import NONE
 from sos_dask.evidence.left_out import (
     DENSE,
     DENSITY,
@@ -38,6 +38,7 @@ from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import DIFFERENCES, on_pairs, read_evidence
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.train import VERSION as TRAIN_VERSION
+from sos_dask.stats.numbers import scatter
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.columns import floats, floats32, floats_or_nan
+from sos_dask.columns import floats, floats32, floats_or_nan, key_numbers
 from sos_dask.evidence.coverage_fit import Overlap
 from sos_dask.evidence.error_tables import load_errors
 from sos_dask.evidence.widening import Target
@@ -21,7 +21,6 @@ from sos_dask.stages.evidence import (
     single_observations,
     training_pairs,
 )
-from sos_dask.stars.folds import star_numbers
 from sos_dask.storage.catalog import Catalog
 
 
@@ -55,7 +54,7 @@ def read_overlap(model: Path, pairs: Catalog, errors: Path | None = None) -> Ove
         error_class = model_of_errors.is_sparse(x).astype(np.int8)
         half_width[~single_observations(table, rows)] = np.nan
     known = [floats_or_nan(table, name) for name in stated]
-    star = star_numbers(table["reference_star_id"], 0).view(np.int64)
+    star = key_numbers(table["reference_star_id"], 0).view(np.int64)
     return Overlap(columns, fold, residual, np.stack(known, axis=1), half_width, error_class, star)
 
 

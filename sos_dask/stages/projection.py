@@ -27,13 +27,13 @@ from sos_dask.evidence.projection import (
     fit_projection,
     sampling_rates,
     strata,
-    uniform,
 )
 from sos_dask.problem import PARAMETERS, parameters_of
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.base import Made, Role, Run, Stage, partition_record
 from sos_dask.stages.pieces import read_piece, write_piece
+from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, Rows
 from sos_dask.storage.catalog import partition_errors
 

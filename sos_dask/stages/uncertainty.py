@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask import corrections as models
-from sos_dask.columns import floats, floats_or_nan, matrix32
+from sos_dask.columns import floats, floats_or_nan, key_numbers, matrix32
 from sos_dask.evidence.error_tables import Grid
 from sos_dask.evidence.intervals import (
     DENSE,
@@ -42,7 +42,7 @@ from sos_dask.stages.common import common_stars
 from sos_dask.stages.evidence import DIFFERENCES, evidence, require_evidence, single_observations
 from sos_dask.stages.parts import records, run_parts, unless_complete
 from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.stars.folds import fold_of, smallest_of_joined, star_numbers
+from sos_dask.stars.folds import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import GIANT_LOGG, normalisation
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
@@ -385,7 +385,7 @@ def _parts(held: pa.Table, target_id: str, settings: UncertaintySettings) -> NDA
     order = np.argsort(target, kind="stable")
     same = np.flatnonzero(target[order[1:]] == target[order[:-1]])
     # Folds of the pairs come from the same numbers: another seed makes the parts independent.
-    number = star_numbers(held["reference_star_id"], settings.seed + 1)
+    number = key_numbers(held["reference_star_id"], settings.seed + 1)
     joined = smallest_of_joined(number, number, (order[same], order[same + 1]))
     return fold_of(joined, settings.n_parts)
 

@@ -10,67 +10,12 @@ sky is joined again over their edge (`smallest_of_joined`).
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sos_dask.columns import KeyArray
 from sos_dask.sky import neighbours, sphere
 from sos_dask.sky.healpix import FloatArray, IntArray
 from sos_dask.stars.crowds import Places, Sky, is_crowded
-
-KeyArray = NDArray[np.uint64]
-
-# SplitMix64 (Steele, Lea & Flood 2014, OOPSLA): the step of its counter and its finaliser.
-_STEP = 0x9E3779B97F4A7C15
-_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-
-
-def star_numbers(ids: pa.ChunkedArray, seed: int) -> KeyArray:
-    """Numbers of 64 bits that follow from ids, by SplitMix64 over their text.
-
-    Two of a hundred million ids get the same number once in 4000 times; they then share a fold.
-
-    Parameters
-    ----------
-    ids : pyarrow array of shape (n,)
-        Text or integers (taken as their text), no nulls.
-    seed : int
-        Other seeds give other numbers.
-
-    Returns
-    -------
-    ndarray of uint64, shape (n,)
-    """
-    text = pc.cast(ids, pa.string())
-    length = np.asarray(pc.binary_length(text).to_numpy(), dtype=np.uint64)
-    if len(length) == 0:
-        return np.empty(0, dtype=np.uint64)
-    n_words = max(int(length.max()) + 7, 8) // 8
-    padded = pc.ascii_rpad(text, 8 * n_words, "\0")
-    chunks = padded.chunks if isinstance(padded, pa.ChunkedArray) else [padded]
-    words = np.concatenate([_bytes_of(chunk) for chunk in chunks]).view("<u8")
-    words = words.reshape(-1, n_words)
-    number = _mixed(length + np.uint64((seed * _STEP) % 2**64))
-    for place in range(n_words):
-        # A number must not depend on how long the longest id beside it is.
-        has = length > 8 * place
-        number = np.where(has, _mixed(number ^ words[:, place]), number)
-    return number
-
-
-def _bytes_of(text: pa.Array) -> NDArray[np.uint8]:
-    """The bytes of texts, one after the other."""
-    offsets = np.frombuffer(text.buffers()[1], np.int32)[text.offset : text.offset + len(text) + 1]
-    data = text.buffers()[2]
-    return np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]] if data else np.empty(0, "u1")
-
-
-def _mixed(state: KeyArray) -> KeyArray:
-    """The output of SplitMix64 after a state."""
-    z = state + np.uint64(_STEP)
-    for shift, factor in _MIX:
-        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
-    return np.asarray(z ^ (z >> np.uint64(31)))
 
 
 def same_targets(
@@ -133,7 +78,7 @@ def smallest_of_joined(
         The smallest number of what was joined before; at first ``number``. Pairs with the same one
         are joined.
     number : ndarray of uint64, shape (n,)
-        `star_numbers` of the reference stars. Pairs of the same one are joined.
+        `key_numbers` of the reference stars. Pairs of the same one are joined.
     links : tuple of two ndarrays of int64
         Row numbers of further pairs that are joined (`same_targets`).
 

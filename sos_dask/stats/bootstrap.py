@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.stats.numbers import MAD_TO_SIGMA
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-MAD_TO_SIGMA = 1.4826  # of a normal distribution
 N_GROUPS = 1024
 LEVEL = 0.95
 _COLUMNS = 256  # between nodes, of a whole sample

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask import corrections as models
-from sos_dask.evidence.figures import scatter
 from sos_dask.schema import LABELS
 from sos_dask.stages.train import PairsSource
+from sos_dask.stats.numbers import scatter
 from sos_dask.storage.catalog import Catalog
 
 LIMITS = {"teff": 10.0, "logg": 0.02, "feh": 0.01}

@@ -8,12 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-<<<<<<< HEAD
-from sos_dask.api import train, uncertainty
-from sos_dask.columns import floats32
-=======
 from sos_dask.columns import floats32, key_numbers
->>>>>>> house
 from sos_dask.corrections import load
 from sos_dask.errors import CatalogError, ClusterError
 from sos_dask.problem import features
@@ -33,13 +28,9 @@ from sos_dask.stages.evidence import (
     require_evidence,
     sparse_pairs,
 )
-from sos_dask.stages.train import TrainSettings
+from sos_dask.stages.train import TrainSettings, train
 from sos_dask.stages.trends import Trends
-<<<<<<< HEAD
-from sos_dask.stars.folds import star_numbers
-=======
 from sos_dask.stages.uncertainty import uncertainty
->>>>>>> house
 from sos_dask.storage.catalog import Catalog
 from tests.sky import write_catalog
 

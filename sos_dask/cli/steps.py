@@ -113,7 +113,7 @@ def ingest(
     inputs = {f"file.{number}": file for number, file in enumerate(files)}
     manifest = run_step(Ingest(inputs, settings(survey=definition, name=out.name)), out, options)
     if margin_arcsec is not None:
-        margin = Margin({"catalog": out}, MarginSettings(margin_arcsec=margin_arcsec))
+        margin = Margin({"catalog": out}, MarginSettings(radius_arcsec=margin_arcsec))
         run_step(margin, out.with_name(f"{out.name}.collection"), options)
     show_step(manifest, out, options.as_json)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sos_dask.errors import ConfigError
+from sos_dask.evidence.projection import ProjectionSettings
 from sos_dask.schema import YEARS
 from sos_dask.settings import NAME_RULE, Settings, explained, is_name, parse_toml
 from sos_dask.stages.attach import AttachSettings
@@ -18,7 +19,6 @@ from sos_dask.stages.coverage import CoverageSettings
 from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.stages.generalisation import GeneralisationSettings
 from sos_dask.stages.ingest import IngestSettings
-from sos_dask.stages.projection import ProjectionSettings
 from sos_dask.stages.reference import ReferenceSettings
 from sos_dask.stages.uncertainty import UncertaintySettings
 from sos_dask.stars.group import DedupeSettings

@@ -33,9 +33,9 @@ from sos_dask.stages.evidence import Evidence
 from sos_dask.stages.generalisation import Generalisation
 from sos_dask.stages.ingest import Ingest
 from sos_dask.stages.margin import Margin
-from sos_dask.stages.projection import Projection
+from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.reference import Reference
-from sos_dask.stages.report import Report as MakeReport
+from sos_dask.stages.report import ReportStage
 from sos_dask.stages.train import Train
 from sos_dask.stages.trends import Trends
 from sos_dask.stages.uncertainty import Uncertainty
@@ -134,8 +134,8 @@ def steps(job: Job) -> list[Step]:
     made += _target_steps(job, str(job.target_name), stars, union.order)
     if job.report.enabled:
         products = {f"product.{step.product}": step.product for step in made}
-        settings = MakeReport.Settings(job=job.name, job_text=job.text)
-        made.append(Step("report", MakeReport, settings, products))
+        settings = ReportStage.Settings(job=job.name, job_text=job.text)
+        made.append(Step("report", ReportStage, settings, products))
     names = [step.product for step in made]
     for name in names:
         if names.count(name) > 1:
@@ -187,9 +187,9 @@ def _target_steps(
         settings = _own(job, Generalisation, job.generalisation).but(methods=methods)
         yield Step("generalisation", Generalisation, settings, {"pairs": "pairs"})
     if job.projection is not None:
-        settings = _own(job, Projection, job.projection)
+        settings = _own(job, ProjectionStage, job.projection)
         inputs = {"observations": observations, "pairs": "pairs"}
-        yield Step("projection", Projection, settings, inputs)
+        yield Step("projection", ProjectionStage, settings, inputs)
 
 
 def _apply_step(job: Job, target: str, observations: str) -> Step:
@@ -229,7 +229,7 @@ def _survey_steps(
         observations = f"{name}.with-{companion}"
         yield Step(observations, Attach, settings, inputs)
     if job.ingest.margin_arcsec is not None:
-        margin = Margin.Settings(margin_arcsec=job.ingest.margin_arcsec)
+        margin = Margin.Settings(radius_arcsec=job.ingest.margin_arcsec)
         yield Step(f"{name}.collection", Margin, margin, {"catalog": observations})
     dedupe = section.dedupe or job.dedupe
     yield Step(f"{name}.stars", Dedupe, dedupe, {"observations": observations})
@@ -360,7 +360,7 @@ class Plan:
                 paths[role] = self._planned[given].directory
                 fingerprints[role] = self._planned[given].recipe.fingerprint
         settings = step.settings
-        if step.stage is MakeReport:
+        if step.stage is ReportStage:
             settings = settings.but(files=dict(sorted(self._files.items())))
             step = replace(step, settings=settings)
         recipe = step.stage.recipe(settings, fingerprints)

@@ -47,6 +47,7 @@ from sos_dask.sky.healpix import HealpixPixel, plan_partitions
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
 from sos_dask.stages.pieces import copied, read_piece, write_piece
 from sos_dask.storage.artifact import REJECTED, Manifest, Output, Recipe, Rows, atomic_path
+from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import sha256_of_file
 from sos_dask.surveys.definition import Survey
 

@@ -6,9 +6,9 @@ import pytest
 import xgboost
 
 from sos_dask import corrections as models
-from sos_dask.corrections import Batch, boosted, boosted_cluster, boosted_fit
+from sos_dask.corrections import Batch, boosted, boosted_cluster
 from sos_dask.corrections.boosted import BoostedCorrection
-from sos_dask.corrections.cuda import Gpu, find_gpu, one_each
+from sos_dask.corrections.boosted_cluster import Gpu, find_gpu, one_each
 from sos_dask.errors import ModelError
 from sos_dask.problem import FEATURES
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
@@ -90,7 +90,7 @@ def test_a_saved_model_needs_no_xgboost_to_predict(tmp_path):
     code = """
 import pathlib, sys
 import numpy as np
-from sos_dask import models
+from sos_dask import corrections as models
 found = models.load(pathlib.Path("model"), check=False).predict(np.load("x.npy"))
 assert "xgboost" not in sys.modules
 np.save("found.npy", found)
@@ -141,7 +141,7 @@ def test_without_gpu_there_is_no_silent_fallback(client, remote, monkeypatch):
         pytest.skip("there is a GPU")
     trained = []
     monkeypatch.setattr(boosted_cluster, "_train_labels", lambda *_: trained.append(1))
-    monkeypatch.setattr(boosted_fit, "train", lambda *_: trained.append(1))
+    monkeypatch.setattr(boosted, "train", lambda *_: trained.append(1))
     with pytest.raises(ModelError, match=r"device = 'cuda': (no usable GPU|XGBoost .* without)"):
         fit(
             ArraySource(biased_pairs(500, 22)),

@@ -14,8 +14,9 @@ import pytest
 import xgboost
 
 from sos_dask import corrections as models
-from sos_dask.corrections import Batch, boosted_cluster, tracker
+from sos_dask.corrections import Batch, boosted_cluster
 from sos_dask.errors import CatalogError, ClusterError
+from sos_dask.problem import DEFAULT
 from sos_dask.run.cluster import start
 from tests.test_boosted import QUICK, fit
 from tests.test_models import NOISE, ArraySource, biased_pairs
@@ -76,9 +77,8 @@ class BadSource:
 
     good: ArraySource
 
-    @property
-    def n_batches(self) -> int:
-        return 3
+    problem = DEFAULT
+    n_batches = 3
 
     def load(self, index: int) -> Batch:
         if index == 2:
@@ -136,7 +136,7 @@ def test_the_tracker_is_not_in_the_process_of_the_scheduler(client, monkeypatch)
     monkeypatch.setattr(xgboost.tracker.RabitTracker, "start", lambda self: own.append(self))
     fit(ArraySource(biased_pairs(1000, 28), (500,)), params=QUICK, client=client)
     assert not own
-    assert not tracker._TRACKERS  # and its process is gone
+    assert not boosted_cluster._TRACKERS  # and its process is gone
 
 
 @pytest.mark.fault

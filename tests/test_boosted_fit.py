@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sos_dask import corrections as models
-from sos_dask.corrections import Batch, boosted_fit
+from sos_dask.corrections import Batch, boosted
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.errors import ModelError
 from sos_dask.problem import FEATURES
@@ -76,7 +76,7 @@ def test_neither_trees_nor_predictions_depend_on_threads(monkeypatch):
     batch = biased_pairs(20_000, 4)
     found = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(boosted_fit, "n_threads", lambda *_, n=threads: n)
+        monkeypatch.setattr(boosted, "n_threads", lambda *_, n=threads: n)
         correction = fit(ArraySource(batch), params={**QUICK, "subsample": 0.7})
         found.append((correction.files(), correction.trees(batch.features).tobytes()))
     assert found[0] == found[1] == found[2]

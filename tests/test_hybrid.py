@@ -109,7 +109,7 @@ def test_it_is_the_sum_of_its_parts():
     assert isinstance(out, HybridCorrection)
     smooth = models.fit("polynomial", source, params={"order": 2})
     assert isinstance(smooth, PolynomialCorrection)
-    of_trees = {k: v for k, v in out.info.params.items() if k in boosted.PARAMS}
+    of_trees = {k: v for k, v in out.info.params.items() if k in boosted.Settings.model_fields}
     trees = models.fit("boosted", ResidualSource(source, smooth, 7.0), params=of_trees)
     x = biased_pairs(500, 4).features
     local = out.predict(x) - smooth.predict(x)
@@ -119,8 +119,13 @@ def test_it_is_the_sum_of_its_parts():
 
 
 def test_parameters_go_to_their_parts(fitted):
-    assert set(hybrid.PARAMS) == {*polynomial.PARAMS, *boosted.PARAMS, "smoothing", "outlier"}
-    assert not set(polynomial.PARAMS) & set(boosted.PARAMS)
+    assert set(hybrid.Settings.model_fields) == {
+        *polynomial.Settings.model_fields,
+        *boosted.Settings.model_fields,
+        "smoothing",
+        "outlier",
+    }
+    assert not set(polynomial.Settings.model_fields) & set(boosted.Settings.model_fields)
     assert fitted.smooth.info.params["order"] == 2
     assert len(fitted.smooth.exponents) == 10
     for params, message in (

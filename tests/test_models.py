@@ -13,12 +13,13 @@ import pytest
 from scipy.spatial import cKDTree
 
 from sos_dask import corrections as models
-from sos_dask.corrections import Batch, Histogram, Param
+from sos_dask.corrections import Batch, lookup
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.figures import held_out_metrics
-from sos_dask.problem import FEATURES, features
+from sos_dask.problem import DEFAULT, FEATURES, Input, Label, Problem, features
 from sos_dask.schema import LABELS
 from sos_dask.sky.sphere import unit_vectors
+from sos_dask.stats.numbers import Histogram, count
 
 NOISE = np.array([60.0, 0.12, 0.06])
 
@@ -29,6 +30,7 @@ class ArraySource:
 
     batch: Batch
     cuts: tuple[int, ...] = ()
+    problem: Problem = DEFAULT
 
     @property
     def n_batches(self) -> int:
@@ -78,7 +80,7 @@ METHODS = sorted(QUICK)
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def fitted(request) -> models.Fitted:
+def fitted(request) -> models.Correction:
     source = ArraySource(biased_pairs(2000, 1), (700,))
     return models.fit(request.param, source, train_folds=[1, 2, 3, 4], params=QUICK[request.param])
 
@@ -138,9 +140,10 @@ def test_the_nearest_parameter_is_named():
 
 
 def test_numbers_get_the_type_of_the_default():
-    assert models.check_params("polynomial", {"order": 3.0, "ridge": 2})["order"] == 3
-    assert isinstance(Param(1.0, "").check("x", 2), float)
-    assert isinstance(Param(1, "").check("x", 2.0), int)
+    params = models.check_params("polynomial", {"order": 3.0, "ridge": 2})
+    assert isinstance(params["order"], int)
+    assert isinstance(params["ridge"], float)
+    assert (params["order"], params["ridge"]) == (3, 2.0)
 
 
 # --- training rows and their summary -----------------------------------------------------------
@@ -167,20 +170,20 @@ def test_histogram_quantiles(scale):
     values = (scale * rng.standard_cauchy(20_001)).astype(np.float32)
     histogram = Histogram()
     for part in np.array_split(values, 7):
-        histogram.add(models.count(part))
+        histogram.add(count(part))
     fractions = (0.0, 0.02, 0.25, 0.4, 0.75, 0.9, 1.0)
     expected = np.quantile(values, fractions)
     np.testing.assert_allclose(histogram.quantiles(fractions), expected, rtol=8e-3)
     assert histogram.n == len(values)
     again = Histogram()
-    again.add(models.count(rng.permutation(values)))
+    again.add(count(rng.permutation(values)))
     np.testing.assert_array_equal(again.quantiles(fractions), histogram.quantiles(fractions))
 
 
 def test_median_of_odd_and_even_numbers():
     for values in ([3.0], [1.0, 2.0, 9.0], [-5.0, -4.0, -1.0], [0.0, 0.0, 7.0]):
         histogram = Histogram()
-        histogram.add(models.count(np.array(values, dtype=np.float32)))
+        histogram.add(count(np.array(values, dtype=np.float32)))
         assert histogram.quantiles((0.5,))[0] == pytest.approx(np.median(values), rel=8e-3)
 
 
@@ -357,6 +360,8 @@ def test_an_edited_model_is_refused(saved):
         ({"format": None}, "model format None"),
         ({"labels": ["teff", "feh", "logg"]}, "labels are"),
         ({"features": ["teff", "logg", "feh"]}, "features are"),
+        ({"problem": {"labels": []}}, "its problem is damaged"),
+        ({"problem": {"labels": [{"name": "rv"}]}}, r"labels are .* not \['rv'\]"),
         ({"method": "psychic"}, "method 'psychic' is not one of"),
         ({"method": None}, "method None"),
         ({"files": {"../../secret": "00"}}, "'../../secret' is not a file name"),
@@ -395,6 +400,81 @@ def test_saving_again_replaces(saved, fitted):
     shutil.rmtree(saved)
     with pytest.raises(ModelError, match=r"model\.json: No such file"):
         models.load(saved)
+
+
+# --- other problems ----------------------------------------------------------------------------
+
+PROBLEM = Problem(
+    labels=(Label(name="rv", unit="km/s"), Label(name="feh", unit="dex")),
+    inputs=(*DEFAULT.inputs, Input(column="starspot_share", scale=0.5)),
+)
+
+
+def pairs_of(problem: Problem, n: int, seed: int) -> Batch:
+    """Pairs whose first label depends on the last input."""
+    batch = biased_pairs(n, seed)
+    rng = np.random.default_rng(seed)
+    columns = {"teff": batch.features[:, 0] * 5040, "logg": batch.features[:, 1]}
+    columns |= {"feh": batch.features[:, 2]}
+    columns["starspot_share"] = rng.uniform(0, 0.5, n).astype(np.float32)
+    x = problem.matrix(columns)
+    y = batch.differences[:, 1 : 1 + len(problem.labels)].copy()
+    y[:, 0] += 2 * x[:, -1]
+    errors = np.full_like(y, 0.05)
+    return Batch(x, y, batch.fold, batch.weight, errors)
+
+
+@pytest.mark.parametrize("method", ["polynomial", "boosted", "hybrid", "simex"])
+@pytest.mark.parametrize(
+    "problem", [PROBLEM, PROBLEM.but(labels=PROBLEM.labels[:1], inputs=PROBLEM.inputs[2:])]
+)
+def test_any_labels_and_inputs(method, problem, tmp_path):
+    source = ArraySource(pairs_of(problem, 4000, 1), (1500,), problem)
+    quick = {"n_rounds": 60, "learning_rate": 0.1} if method in ("boosted", "hybrid") else {}
+    fitted = models.fit(method, source, train_folds=[1, 2, 3, 4], params=quick)
+    fitted.save(tmp_path / "model")
+    again = models.load(tmp_path / "model")
+    assert again.problem == problem
+    held = source.batch.fold == 0
+    x, y = source.batch.features[held], source.batch.differences[held]
+    predicted = again.predict(x)
+    assert predicted.shape == y.shape
+    left, before = y - predicted, y - np.median(y, axis=0)
+    assert (left.std(axis=0)[0] < 0.4 * before.std(axis=0)[0]).all()
+    np.testing.assert_allclose(predicted, fitted.predict(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match=rf"not \(n, {len(problem.inputs)}\)"):
+        again.predict(np.ones((2, 7), np.float32))
+
+
+def test_a_symbolic_formula_of_other_inputs():
+    pytest.importorskip("pyoperon")
+    problem = PROBLEM.but(labels=PROBLEM.labels[:1])
+    source = ArraySource(pairs_of(problem, 2000, 1), (), problem)
+    quick = {"n_sample": 500, "population": 100, "generations": 10, "max_length": 12}
+    fitted = models.fit("symbolic", source, params=quick)
+    assert "starspot_share" in fitted.files()["formula.json"].decode()
+    left = source.batch.differences - fitted.predict(source.batch.features)
+    assert left.std() < 0.4 * source.batch.differences.std()
+
+
+def test_trees_of_too_many_cells_predict_directly_and_say_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(lookup, "MAX_CELLS", 1000)
+    source = ArraySource(pairs_of(PROBLEM, 2000, 1), (), PROBLEM)
+    fitted = models.fit("boosted", source, params={"n_rounds": 20})
+    fitted.save(tmp_path / "model")
+    assert "the trees predict directly" in caplog.text
+    assert not (tmp_path / "model/lookup.npy").exists()
+    assert "cells" in json.loads((tmp_path / "model/boosted.json").read_text())["no_table"]
+    x = source.batch.features
+    np.testing.assert_array_equal(models.load(tmp_path / "model").predict(x), fitted.predict(x))
+
+
+def test_a_model_without_a_problem_is_of_the_default_one(saved, fitted):
+    document = json.loads((saved / "model.json").read_text())
+    assert document["problem"] == DEFAULT.as_json
+    del document[models.SEAL], document["problem"]
+    (saved / "model.json").write_bytes(models.sealed(document))
+    assert models.load(saved).info == fitted.info
 
 
 # --- real stars --------------------------------------------------------------------------------

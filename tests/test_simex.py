@@ -126,7 +126,7 @@ def test_pairs_without_errors():
     assert batch.errors is not None
     errors = batch.errors.copy()
     errors[:, 1] = np.nan
-    with pytest.raises(ModelError, match="no pair has all three"):
+    with pytest.raises(ModelError, match="no pair has all of them"):
         models.fit("simex", ArraySource(replace(batch, errors=errors)))
     errors[:400] = 1
     fitted = models.fit("simex", ArraySource(replace(batch, errors=errors)), params={"order": 2})

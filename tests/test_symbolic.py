@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sos_dask.corrections.expression import Expression
-from sos_dask.corrections.sample import Scale, draw_sample
 
 from sos_dask import corrections as models
-from sos_dask.corrections import Batch, engines, symbolic
-from sos_dask.corrections.formula import Formula
-from sos_dask.corrections.symbolic import SymbolicCorrection
+from sos_dask.corrections import Batch, symbolic
+from sos_dask.corrections.formula import Formula, Template
+from sos_dask.corrections.symbolic import Scale, SymbolicCorrection, draw_sample, fit_numbers
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.problem import FEATURES
 from sos_dask.schema import LABELS
@@ -62,26 +60,27 @@ def test_a_formula_means_what_python_and_sympy_make_of_it(text):
     np.testing.assert_allclose(value[:20], [function(*row) for row in x[:20]], rtol=1e-9)
 
 
+def template(text, width=(1.0, 1.0, 1.0)) -> Template:
+    pytest.importorskip("sympy")
+    found = Template.of(text, FEATURES, width)
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_normal_form_is_the_same_function(text):
     x = points()
     value = Formula.parse(text).evaluate(x)
-    form = Formula.parse(text).run(Expression.names(), Expression.number)
-    np.testing.assert_allclose(form.value_and_gradient(x.T)[0], value, rtol=1e-9, atol=1e-9)
+    form = template(text)
+    np.testing.assert_allclose(form.values(x.T), value, rtol=1e-9, atol=1e-9)
+    wide = template(text, (2.0, 3.0, 4.0))
+    np.testing.assert_allclose(wide.values(x.T * [[2], [3], [4]]), value, rtol=1e-9, atol=1e-9)
     pivot = np.array([1.02, 3.0, -0.3])
-    shifted = form.substitute(
-        [Expression.name(k) + Expression.number(p) for k, p in enumerate(pivot.tolist())]
-    )
-    assert 0 < shifted.complexity < 60
-    again = Formula.parse(shifted.text(pivot.tolist()))
-    np.testing.assert_allclose(again.evaluate(x), value, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        form.rescaled([2, 3, 4]).value_and_gradient(x.T * [[2], [3], [4]])[0],
-        value,
-        rtol=1e-9,
-        atol=1e-9,
-    )
-    latex = shifted.latex(pivot.tolist())
+    written, latex = form.written(pivot.tolist(), 5.0, 2.0)
+    assert 0 < form.complexity < 60
+    shifted = Formula.parse(text).evaluate(x - pivot)
+    again = Formula.parse(written)
+    np.testing.assert_allclose(again.evaluate(x), 5 + 2 * shifted, rtol=1e-5, atol=1e-5)
     assert latex.count("{") == latex.count("}")
     assert latex.count(r"\left(") == latex.count(r"\right)")
     assert "*" not in latex
@@ -90,42 +89,53 @@ def test_the_normal_form_is_the_same_function(text):
 @pytest.mark.parametrize("text", TEXTS[2:6])
 def test_the_gradient_is_that_of_small_steps(text):
     x = points(50).T
-    form = Formula.parse(text).run(Expression.names(), Expression.number)
-    start = np.array(form.parameters())
-    _, gradient = form.value_and_gradient(x)
-    assert gradient.shape == (len(start), 50)
-    for k, of_one in enumerate(gradient):
+    form = template(text)
+    start = np.array(form.numbers)
+    gradient = form.gradient(x, start)
+    assert gradient.shape == (50, len(start))
+    for k, of_one in enumerate(gradient.T):
         step = np.zeros(len(start))
         step[k] = 1e-6
-        ends = [form.with_parameters(start + s).value_and_gradient(x)[0] for s in (step, -step)]
+        ends = [form.values(x, start + s) for s in (step, -step)]
         np.testing.assert_allclose(of_one, (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-5)
 
 
 def test_like_terms_are_one_term():
     def form(text):
-        return Formula.parse(text).run(Expression.names(), Expression.number)
+        found = template(text)
+        return found.formula.text, found.numbers
 
     assert form("feh + logg*2 + 3*feh - logg") == form("4*feh + logg")
     assert form("feh*logg*feh") == form("logg*feh**2")
     assert form("(2*feh + 4)*(3*logg - 3)") == form("6*(feh + 2)*(logg - 1)")
     assert form("feh/feh") == form("1")
     assert form("feh - feh") == form("0")
-    assert form("(feh + 4)/(2*feh + 8)") == form("0.5")
-    with pytest.raises(ZeroDivisionError):
-        form("1/(feh - feh)")
+    for text in ("1/(feh - feh)", "nan", "feh/0"):
+        assert Template.of(text, FEATURES, (1, 1, 1)) is None
+    assert [template(text).complexity for text in ("3", "feh", "2*feh**2 - 1.5")] == [1, 1, 7]
 
 
 def test_latex():
-    form = Formula.parse("2e-7*feh**2/(logg + 1) - 3*logg").run(
-        Expression.names(), Expression.number
+    form = template("2e-7*teff_5040**2/(logg + 1) - 3*logg")
+    assert form.written([0, 0, 0]) == (
+        "-3*logg + 2e-07*teff_5040**2/(logg + 1)",
+        r"- 3 \, \log g + "
+        r"\frac{2.0 \cdot 10^{-7} \, \left(\frac{T_\mathrm{eff}}{5040\,\mathrm{K}}\right)^{2}}"
+        r"{\log g + 1}",
     )
-    assert form.latex([0, 0, 0]) == (
-        r"-3 \, \log g + "
-        r"\frac{2 \times 10^{-7} \, \left(\mathrm{[Fe/H]}\right)^{2}}{\left(\log g + 1\right)}"
-    )
-    assert form.text([0, 0, 0]) == "-3*logg + 2e-07*feh**2/(logg + 1)"
-    teff = Expression.name(0).latex([1.02, 0, 0])
+    teff = template("teff_5040").written([1.02, 0, 0])[1]
     assert teff == r"\frac{T_\mathrm{eff}}{5040\,\mathrm{K}} - 1.02"
+
+
+def test_numbers_are_fitted_in_spite_of_outliers():
+    rng = np.random.default_rng(0)
+    u = rng.uniform(-1, 1, (3, 4000))
+    y = 1.5 + 0.7 * u[0] / (u[1] + 2.5) + 0.1 * rng.normal(size=4000)
+    y[:200] += 5
+    found = fit_numbers(template("1 + teff_5040/(logg + 2)"), u, y, np.ones(4000))
+    truth = dict(zip(("_0", "_1", "_2"), (2.5, 0.7, 1.5), strict=True))
+    assert found.formula.text == "_1*teff_5040/(_0 + logg) + _2"
+    np.testing.assert_allclose(found.numbers, list(truth.values()), rtol=0.1)
 
 
 MALICIOUS = [
@@ -213,8 +223,9 @@ def test_a_row_is_evaluated_the_same_in_any_company():
 
 
 def sample_of(source, wanted=1000):
-    summary = models.summarise(source, None, None, "symbolic", 1)
-    return draw_sample(source, None, None, Scale.of(summary), wanted)
+    training = models.Training(source)
+    summary = models.summarise(training, "symbolic", 1)
+    return draw_sample(training, Scale.of(summary, FEATURES), wanted)
 
 
 def test_the_sample_does_not_depend_on_order_or_batches():
@@ -269,7 +280,7 @@ def test_formulas_of_pysr_are_read(monkeypatch):
             assert variable_names == list(FEATURES)
             self.equations_ = {"equation": ["0.1", "logg * feh * 0.3 + 0.1", "1.0 / (feh - feh)"]}
 
-    monkeypatch.setattr(engines, "require", lambda engine: None)
+    monkeypatch.setattr(symbolic, "require", lambda engine: None)
     monkeypatch.setitem(sys.modules, "pysr", SimpleNamespace(PySRRegressor=Regressor))
     batch = biased_pairs(3000, 3)
     out = fit(ArraySource(batch), params={**QUICK, "engine": "pysr"})

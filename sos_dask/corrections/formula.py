@@ -248,8 +248,10 @@ class Template:
 
     Parameters
     ----------
+    form : sympy.Expr
+        Of the inputs less their pivots, and the names of the numbers.
     formula : Formula
-        Of the inputs less their pivots, then the numbers.
+        The same.
     gradients : tuple of Formula
         Derivatives by the numbers.
     names : tuple of str
@@ -257,6 +259,7 @@ class Template:
     numbers : tuple of float
     """
 
+    form: Any
     formula: Formula
     gradients: tuple[Formula, ...]
     names: tuple[str, ...]
@@ -287,7 +290,7 @@ class Template:
         known = [*names, *(f"_{number}" for number in range(len(numbers)))]
         gradients = [form.diff(sympy.Symbol(name)) for name in known[len(names) :]]
         whole, *derivatives = (Formula.parse(_text(e), known) for e in (form, *gradients))
-        return cls(whole, tuple(derivatives), tuple(names), tuple(numbers))
+        return cls(form, whole, tuple(derivatives), tuple(names), tuple(numbers))
 
     def with_numbers(self, numbers: Sequence[float] | FloatArray) -> Template:
         """The same form with other numbers."""
@@ -306,12 +309,15 @@ class Template:
         with np.errstate(all="ignore"):
             return np.broadcast_to(formula.run([*u, *numbers]), u.shape[1:])
 
-    def _filled(self, numbers: Sequence[Any]) -> Any:
-        """Expression with numbers in their places."""
+    def _filled(self, spread: float = 1.0) -> Any:
+        """Expression with its numbers, times another one."""
         import sympy
 
-        symbols = [sympy.Symbol(name) for name in self.names]
-        return self.formula.run([*symbols, *numbers], sympy.Integer)
+        known = {sympy.Symbol(f"_{n}"): sympy.Float(x) for n, x in enumerate(self.numbers)}
+        # Term by term: a whole product keeps its number outside of sums in parentheses.
+        return sympy.Add(
+            *(spread * term for term in sympy.Add.make_args(self.form.xreplace(known)))
+        )
 
     @property
     def complexity(self) -> int:
@@ -319,14 +325,14 @@ class Template:
         import sympy
 
         count = 0
-        for part in sympy.preorder_traversal(self._filled(list(map(sympy.Float, self.numbers)))):
+        for part in sympy.preorder_traversal(_plain(self._filled())):
             if part.is_Add or part.is_Mul:
                 count += len(part.args) - 1 - (part.is_Mul and abs(part.args[0]) == 1)
             elif part.is_Pow:
                 count += 1 if part.exp != -1 else 0
             else:
                 count += abs(part) != 1 if part.is_Number else 1
-        return count
+        return max(count, 1)
 
     def written(
         self, pivot: Sequence[float], center: float = 0.0, spread: float = 1.0
@@ -341,10 +347,9 @@ class Template:
         """
         import sympy
 
-        whole = center + spread * self._filled(list(map(sympy.Float, self.numbers)))
         symbols = [sympy.Symbol(name) for name in self.names]
         shifts = {s: s - sympy.Float(p) for s, p in zip(symbols, pivot, strict=True) if p}
-        whole = sympy.sympify(whole).xreplace(shifts)
+        whole = _plain(self._filled(spread).xreplace(shifts) + sympy.Float(center))
         return _text(whole), _latex(whole, self.names)
 
 
@@ -374,6 +379,18 @@ def _numbered(expression: Any, numbers: list[float], inner: bool) -> tuple[Any, 
         total += sympy.Symbol(f"_{len(numbers)}") * body
         numbers.append(size / lead)
     return total, lead
+
+
+def _plain(expression: Any) -> Any:
+    """Expression with numbers of `DIGITS` digits, and whole ones without a point."""
+    import sympy
+
+    def short(number: Any) -> Any:
+        value = float(f"{float(number):.{DIGITS}g}")
+        whole = value.is_integer() and abs(value) < 10**DIGITS
+        return sympy.Integer(int(value)) if whole else sympy.Float(str(value), DIGITS)
+
+    return expression.xreplace({one: short(one) for one in expression.atoms(sympy.Float)})
 
 
 def _text(expression: Any) -> str:
@@ -406,7 +423,4 @@ def _latex(expression: Any, names: Sequence[str]) -> str:
         sympy.Symbol(name): LATEX_NAMES.get(name, rf"\mathrm{{{name}}}".replace("_", r"\_"))
         for name in names
     }
-    short = expression.xreplace(
-        {one: sympy.Float(f"{one:.{DIGITS}g}", DIGITS) for one in expression.atoms(sympy.Float)}
-    )
-    return str(Printer({"symbol_names": known, "mul_symbol": r" \, "}).doprint(short))
+    return str(Printer({"symbol_names": known, "mul_symbol": r" \, "}).doprint(expression))

@@ -386,7 +386,7 @@ def _settle(rows: pa.Table, group: IntArray) -> tuple[BoolArray, BoolArray]:
     starts = np.flatnonzero(np.diff(group, prepend=-1))
 
     def equal_to(leader: IntArray) -> BoolArray:
-        return np.all([codes == codes[leader[group]] for codes in content], axis=0)
+        return np.asarray(np.all([codes == codes[leader[group]] for codes in content], axis=0))
 
     winner = np.zeros(len(group), dtype=bool)
     winner[starts] = True

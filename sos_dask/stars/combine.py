@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -84,7 +85,7 @@ def combine(
     leaders = np.flatnonzero(primary == np.arange(len(primary)))
     # Most often in the first of two chunks: nothing is copied into one.
     leading = table.slice(0, leaders[-1] + 1 if len(leaders) else 0)
-    leaders = leaders[_sky_order(leading, leaders)]
+    leaders = leaders[sky_order(leading, leaders, "obs_id")]
     repeats = _Repeats.of(table, primary, leaders)
 
     source = leaders.copy()
@@ -225,19 +226,19 @@ class _Repeats:
         flag = np.zeros(len(source), dtype=np.bool_)
         out: dict[str, pa.Array] = {}
         for label in (*LABELS, "rv"):
-            values, errors = (
-                reals_or_nan(self.table, label),
-                reals_or_nan(self.table, f"{label}_err"),
+            values = reals_or_nan(self.table, label)
+            errors = reals_or_nan(self.table, f"{label}_err")
+            value, error, of_stars, is_wide = self._label(
+                values, errors, settings, expected_error.get(label)
             )
-            combined = self._label(values, errors, settings, expected_error.get(label))
             if label in LABELS:
-                flag[self.star] |= combined.is_wide
+                flag[self.star] |= is_wide
                 spread = np.full(len(source), np.nan, dtype=np.float32)
-                spread[self.star] = combined.spread
+                spread[self.star] = of_stars
                 out[f"{label}_spread"] = _nullable(spread, pa.float32())
             if settings.method != "best-snr":
-                out |= self._replaced(label, values, source, combined.value)
-                out |= self._replaced(f"{label}_err", errors, source, combined.error)
+                out |= self._replaced(label, values, source, value)
+                out |= self._replaced(f"{label}_err", errors, source, error)
         if settings.method != "best-snr":
             out |= self._replaced("snr", reals_or_nan(self.table, "snr"), source, self.snr)
         quality = _one_chunk(self.table.column("quality")).to_numpy().take(source)
@@ -250,7 +251,8 @@ class _Repeats:
         errors: FloatArray,
         settings: DedupeSettings,
         expected_error: float | None,
-    ) -> _Label:
+    ) -> tuple[FloatArray, FloatArray, NDArray[np.float32], BoolArray]:
+        """Value, error, spread and whether that is wide of a label of the stars; NaN: none."""
         if values.dtype != errors.dtype:
             values, errors = values.astype(np.float64), errors.astype(np.float64)
         value, error = np.empty((2, len(self.star)), dtype=values.dtype)
@@ -259,20 +261,12 @@ class _Repeats:
         if len(self.star):
             from sos_dask.sky.loops import combine_label
 
-            combine_label(
-                self.used_first,
-                self.used_row,
-                values,
-                errors,
-                np.nan if expected_error is None else expected_error,
-                settings.max_spread,
-                _MEDIAN_ERROR if settings.method == "median" else 0.0,
-                value,
-                error,
-                spread,
-                is_wide,
-            )
-        return _Label(value, error, spread, is_wide)
+            expected = np.nan if expected_error is None else expected_error
+            median_error = _MEDIAN_ERROR if settings.method == "median" else 0.0
+            limits = (expected, settings.max_spread, median_error)
+            out: tuple[Any, ...] = (value, error, spread, is_wide)
+            combine_label(self.used_first, self.used_row, values, errors, *limits, *out)
+        return value, error, spread, is_wide
 
     def _replaced(
         self, name: str, values: FloatArray, source: IntArray, combined: FloatArray
@@ -283,16 +277,6 @@ class _Repeats:
         of_stars = values.take(source)
         of_stars[self.star] = combined
         return {name: _nullable(of_stars, self.table.schema.field(name).type)}
-
-
-@dataclass(frozen=True)
-class _Label:
-    """A label of the stars of `_Repeats`; NaN: none."""
-
-    value: FloatArray
-    error: FloatArray
-    spread: NDArray[np.float32]
-    is_wide: BoolArray
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -322,16 +306,24 @@ def _nullable(values: FloatArray, dtype: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(dtype, len(values), [valid, pa.py_buffer(values)])
 
 
-def _sky_order(table: pa.Table, rows: IntArray) -> IntArray:
-    """Order of some rows by (``_healpix_29``, ``obs_id``)."""
+def sky_order(table: pa.Table, rows: IntArray, key: str) -> IntArray:
+    """Order some rows by (``_healpix_29``, key); the keys of few are needed."""
     cells = table.column(HEALPIX_COLUMN).to_numpy()[rows]
     order = np.argsort(cells, kind="stable")
-    equal = np.append(False, cells[order[1:]] == cells[order[:-1]])[: len(order)]
-    tied = equal | np.append(equal[1:], False)[: len(order)]
+    tied = ties(cells[order])
     if tied.any():
-        keys = pc.rank(table.column("obs_id").take(pa.array(rows[order[tied]])), tiebreaker="dense")
+        keys = pc.rank(table.column(key).take(pa.array(rows[order[tied]])), tiebreaker="dense")
         order[tied] = order[tied][np.lexsort((keys.to_numpy(), cells[order[tied]]))]
     return order
+
+
+def ties(*keys: NDArray[Any]) -> BoolArray:
+    """Tell which rows have the same keys as the one before or after."""
+    same = np.ones(max(len(keys[0]) - 1, 0), dtype=np.bool_)
+    for values in keys:
+        same &= values[1:] == values[:-1]
+    n = len(keys[0])
+    return np.asarray(np.append(same, False)[:n] | np.append(False, same)[:n])
 
 
 def _keys(keys: pa.ChunkedArray, rows: IntArray) -> IntArray:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -33,10 +33,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 
+from sos_dask.columns import floats_or_nan
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, require_columns
 from sos_dask.sky import healpix, neighbours, sphere
 from sos_dask.sky.healpix import FloatArray, IntArray
+from sos_dask.stars.combine import ties
 from sos_dask.stars.crowds import is_crowded, preferred
 from sos_dask.stars.group import GAIA_IDS, Radii
 
@@ -198,85 +200,68 @@ def match(
         right_key = partial(_taken, right.column(right_key))
     a = _Side.read(left, "the left side of the crossmatch", settings.use_gaia_id)
     b = _Side.read(right, "the right side of the crossmatch", settings.use_gaia_id)
-    radius = settings.radius_arcsec
+    radius, id_radius = settings.radius_arcsec, settings.id_radius_arcsec
     if is_crowded(a.cells, radius) or is_crowded(b.cells, radius):
         return _match_crowds(a, b, settings, right_key)
-    found = list(_equal_ids(a, b, settings.id_radius_arcsec))
-    by_id = sum(len(i) for i, _, _ in found)
-    n_conflicts = 0
-    for i, j, separation in _near(a, b, settings.radius_arcsec):
-        common, equal = _compare_ids(a, b, i, j)
-        n_conflicts += int(np.count_nonzero(common & ~equal))
-        free = ~common
-        found.append((i[free], j[free], separation[free]))
-    return _ordered(found, by_id, n_conflicts, right_key, settings.pairs == "all")
+    found = list(_equal_ids(a, b, id_radius))
+    n_by_id = sum(len(i) for i, _, _ in found)
+    n_conflicts = -sum(int(np.count_nonzero(apart <= radius)) for _, _, apart in found)
+    for i, j, separation in _near(a, b, radius):
+        common = _have_common_release(a, b, i, j)
+        n_conflicts += int(np.count_nonzero(common))
+        found.append((i[~common], j[~common], separation[~common]))
+    return _ordered(found, n_by_id, n_conflicts, right_key, settings.pairs == "all")
 
 
 @dataclass(frozen=True)
 class _Side:
-    """The columns of one side as arrays; NaN and 0 stand for null."""
+    """The columns of one side as arrays; NaN and 0 stand for null.
 
-    ra: FloatArray
-    dec: FloatArray
+    ``position`` is ra, dec, epoch, pmra and pmdec: NaN where the table has none.
+    """
+
+    position: tuple[FloatArray, ...]
     cells: IntArray
-    epoch: FloatArray | None
-    pm: tuple[FloatArray, FloatArray] | None
     ids: dict[str, IntArray]
 
     @classmethod
     def read(cls, table: pa.Table, where: str, use_gaia_id: bool) -> _Side:
         require_columns(table.schema, (HEALPIX_COLUMN, "ra", "dec"), where)
-        names = set(table.schema.names)
         cells = table.column(HEALPIX_COLUMN).to_numpy()
         if np.any(cells[1:] < cells[:-1]):
             raise PartitionError(f"{where} is not sorted by {HEALPIX_COLUMN}")
-        pm = None
-        if {"pmra", "pmdec"} <= names:
-            pm = (_floats(table, "pmra"), _floats(table, "pmdec"))
-        return cls(
-            _floats(table, "ra"),
-            _floats(table, "dec"),
-            cells,
-            _floats(table, "position_epoch") if "position_epoch" in names else None,
-            pm,
-            {
-                name: _ids(table, name, where)
-                for name in GAIA_IDS.values()
-                if use_gaia_id and name in names
-            },
-        )
+        ids = {
+            name: _ids(table, name, where)
+            for name in GAIA_IDS.values()
+            if use_gaia_id and name in table.schema.names
+        }
+        names = ("ra", "dec", "position_epoch", "pmra", "pmdec")
+        return cls(tuple(floats_or_nan(table, name) for name in names), cells, ids)
 
     def take(self, rows: IntArray) -> _Side:
         return _Side(
-            self.ra[rows],
-            self.dec[rows],
+            tuple(values[rows] for values in self.position),
             self.cells[rows],
-            None if self.epoch is None else self.epoch[rows],
-            None if self.pm is None else (self.pm[0][rows], self.pm[1][rows]),
             {name: values[rows] for name, values in self.ids.items()},
         )
 
-    def has_epoch(self, rows: IntArray | slice = slice(None)) -> BoolArray:
-        if self.epoch is None:
-            return np.zeros(len(self.ra[rows]), dtype=np.bool_)
-        return np.isfinite(self.epoch[rows])
+    @property
+    def epoch(self) -> FloatArray:
+        return self.position[2]
 
-    def moves(self, rows: IntArray | slice = slice(None)) -> BoolArray:
-        if self.pm is None:
-            return np.zeros(len(self.ra[rows]), dtype=np.bool_)
-        finite = np.isfinite(self.pm[0][rows]) & np.isfinite(self.pm[1][rows])
-        return np.asarray(finite & self.has_epoch(rows))
+    @cached_property
+    def has_epoch(self) -> BoolArray:
+        return np.isfinite(self.epoch)
+
+    @cached_property
+    def moves(self) -> BoolArray:
+        _, _, _, pmra, pmdec = self.position
+        return np.asarray(np.isfinite(pmra) & np.isfinite(pmdec) & self.has_epoch)
 
     def at(self, rows: IntArray, epoch: FloatArray | float) -> tuple[FloatArray, FloatArray]:
         """Positions of rows that move, at an epoch."""
-        assert self.pm is not None and self.epoch is not None
-        return sphere.propagate(
-            self.ra[rows],
-            self.dec[rows],
-            self.pm[0][rows],
-            self.pm[1][rows],
-            epoch - self.epoch[rows],
-        )
+        ra, dec, own, pmra, pmdec = (values[rows] for values in self.position)
+        return sphere.propagate(ra, dec, pmra, pmdec, epoch - own)
 
 
 _Block = tuple[IntArray, IntArray, FloatArray]
@@ -294,9 +279,8 @@ class _Classes:
     @classmethod
     def of_side(cls, side: _Side, preference: IntArray, ids: bool) -> _Classes:
         """Classes of rows with the same ids, or with ids of the same releases."""
-        values = [*(side.pm or ()), *([] if side.epoch is None else [side.epoch])]
         keys: list[NDArray[Any]]
-        keys = [np.ascontiguousarray(v).view(np.int64) for v in (*values, side.dec, side.ra)]
+        keys = [np.ascontiguousarray(v).view(np.int64) for v in reversed(side.position)]
         keys += [np.maximum(v, 0) if ids else v > 0 for v in side.ids.values()]
         row, of = preferred((preference,), *keys, side.cells)
         return cls(side.take(row), row, of, np.bincount(of, minlength=len(row)))
@@ -311,12 +295,12 @@ def _match_crowds(a: _Side, b: _Side, settings: MatchSettings, keys_of: _KeysOf)
 
     Whether ids conflict depends on the releases; pairs of equal ids are found by themselves.
     """
-    key = pc.rank(keys_of(np.arange(len(b.ra))), tiebreaker="dense").to_numpy()
+    key = pc.rank(keys_of(np.arange(len(b.cells))), tiebreaker="dense").to_numpy()
     order = np.lexsort((np.arange(len(key)), key))
     preference = np.empty(len(key), dtype=np.int64)
     preference[order] = np.arange(len(key))
     sides = [
-        (_Classes.of_side(a, np.arange(len(a.ra)), ids), _Classes.of_side(b, preference, ids))
+        (_Classes.of_side(a, np.arange(len(a.cells)), ids), _Classes.of_side(b, preference, ids))
         for ids in (True, False)
     ]
     n_conflicts = 0
@@ -333,7 +317,7 @@ def _match_crowds(a: _Side, b: _Side, settings: MatchSettings, keys_of: _KeysOf)
         nonlocal n_conflicts
         one, other = sides[1]
         for p, q, separation in _near(one.side, other.side, settings.radius_arcsec):
-            common = _compare_ids(one.side, other.side, p, q)[0]
+            common = _have_common_release(one.side, other.side, p, q)
             n_conflicts += int((one.size[p] * other.size[q])[common].sum())
             yield p[~common], q[~common], separation[~common]
 
@@ -403,8 +387,8 @@ def _refuse_all(n_pairs: int, one: _Classes, other: _Classes, block: _Block) -> 
     p, q = block[0][at], block[1][at]
     raise ConfigError(
         f"pairs = 'all': {n_pairs:,} pairs or more in one partition; {one.size[p]:,} target and "
-        f"{other.size[q]:,} reference rows crowd at ra {one.side.ra[p]:.6f}, "
-        f"dec {one.side.dec[p]:.6f}",
+        f"{other.size[q]:,} reference rows crowd at ra {one.side.position[0][p]:.6f}, "
+        f"dec {one.side.position[1][p]:.6f}",
         f"At most {_MOST_PAIRS:,} are made there: use pairs = 'best', or remove these rows.",
     )
 
@@ -421,30 +405,22 @@ def _ids(table: pa.Table, name: str, where: str) -> IntArray:
     return np.asarray(pc.fill_null(ids, 0).to_numpy())
 
 
-def _floats(table: pa.Table, name: str) -> FloatArray:
-    return np.asarray(table.column(name).to_numpy(), dtype=np.float64)
-
-
-def _compare_ids(a: _Side, b: _Side, i: IntArray, j: IntArray) -> tuple[BoolArray, BoolArray]:
-    """For pairs: is there a common release, and is the id the same in any."""
+def _have_common_release(a: _Side, b: _Side, i: IntArray, j: IntArray) -> BoolArray:
+    """For pairs: whether both rows have an id of one release."""
     common = np.zeros(len(i), dtype=np.bool_)
-    equal = np.zeros(len(i), dtype=np.bool_)
     for name in a.ids.keys() & b.ids.keys():
-        one, other = a.ids[name][i], b.ids[name][j]
-        both = (one > 0) & (other > 0)
-        common |= both
-        equal |= both & (one == other)
-    return common, equal
+        common |= (a.ids[name][i] > 0) & (b.ids[name][j] > 0)
+    return common
 
 
 def _separation(a: _Side, b: _Side, i: IntArray, j: IntArray) -> FloatArray:
     """Separation of pairs at their common epoch."""
-    ra1, dec1, ra2, dec2 = a.ra[i], a.dec[i], b.ra[j], b.dec[j]
-    if a.epoch is not None and b.epoch is not None:
-        right = b.moves(j) & a.has_epoch(i)
+    (ra1, dec1), (ra2, dec2) = ([v[k] for v in s.position[:2]] for s, k in ((a, i), (b, j)))
+    if a.has_epoch.any() and b.has_epoch.any():
+        right = b.moves[j] & a.has_epoch[i]
         if right.any():
             ra2[right], dec2[right] = b.at(j[right], a.epoch[i[right]])
-        left = ~right & a.moves(i) & b.has_epoch(j)
+        left = ~right & a.moves[i] & b.has_epoch[j]
         if left.any():
             ra1[left], dec1[left] = a.at(i[left], b.epoch[j[left]])
     return sphere.separation_arcsec(ra1, dec1, ra2, dec2)
@@ -462,17 +438,14 @@ def _near_candidates(
     a: _Side, b: _Side, radius_arcsec: float
 ) -> Iterator[tuple[IntArray, IntArray]]:
     """Pairs that contain all those within a radius, by which of the two rows would move."""
-    a_epoch, a_moves, b_epoch, b_moves = a.has_epoch(), a.moves(), b.has_epoch(), b.moves()
-    yield from _moved(b, b_moves, a, a_epoch, radius_arcsec, swap=True)
-    yield from _moved(a, a_moves, b, b_epoch & ~b_moves, radius_arcsec, swap=False)
+    yield from _moved(b, b.moves, a, a.has_epoch, radius_arcsec, swap=True)
+    yield from _moved(a, a.moves, b, b.has_epoch & ~b.moves, radius_arcsec, swap=False)
     for left, right in (
-        (~a_epoch, b_moves),
-        (~a_moves, b_epoch & ~b_moves),
-        (np.ones_like(a_epoch), ~b_epoch),
+        (~a.has_epoch, b.moves),
+        (~a.moves, b.has_epoch & ~b.moves),
+        (np.ones_like(a.moves), ~b.has_epoch),
     ):
         i, j = np.flatnonzero(left), np.flatnonzero(right)
-        if len(i) == 0 or len(j) == 0:
-            continue
         if len(i) <= len(j):
             for one, other in neighbours.candidates(a.cells[i], radius_arcsec, b.cells[j]):
                 yield i[one], j[other]
@@ -491,11 +464,10 @@ def _moved(
     rows, others = np.flatnonzero(moves), np.flatnonzero(stays)
     if len(rows) == 0 or len(others) == 0:
         return
-    assert other.epoch is not None and mover.pm is not None
     epochs = other.epoch[others]
     first, last = float(epochs.min()), float(epochs.max())
     ra, dec = mover.at(rows, (first + last) / 2)
-    total_pm = np.hypot(mover.pm[0][rows], mover.pm[1][rows])
+    total_pm = np.hypot(mover.position[3][rows], mover.position[4][rows])
     reach = radius_arcsec + total_pm * ((last - first) / 2000.0)
     for i, j in neighbours.candidates(healpix.ang2pix(ra, dec), reach, other.cells[others]):
         yield (others[j], rows[i]) if swap else (rows[i], others[j])
@@ -550,10 +522,11 @@ def _ordered(
     separation = np.concatenate([np.empty(0), *(s for _, _, s in found)])
     by_position = np.arange(len(left)) >= n_by_id
     order = np.argsort(left, kind="stable")
-    at = _with_equal_neighbour(order, left)  # of few rows there are several candidates
+    at = np.flatnonzero(ties(left[order]))  # of few rows there are several candidates
     some = order[at]
     order[at] = some[np.lexsort((right[some], separation[some], by_position[some], left[some]))]
-    at = at[_with_equal_neighbour(order[at], left, by_position, separation)]
+    some = order[at]
+    at = at[ties(left[some], by_position[some], separation[some])]
     if len(at):  # only then do the keys matter
         some = order[at]
         key = pc.rank(keys_of(right[some]), tiebreaker="dense").to_numpy()
@@ -573,11 +546,3 @@ def _ordered(
         ~by_position[order][keep],
         n_conflicts,
     )
-
-
-def _with_equal_neighbour(order: IntArray, *columns: NDArray[Any]) -> IntArray:
-    """Places in an order before or after which all columns are the same."""
-    same = np.ones(max(len(order) - 1, 0), dtype=np.bool_)
-    for values in columns:
-        same &= values[order[1:]] == values[order[:-1]]
-    return np.flatnonzero(np.append(same, False) | np.append(False, same))

@@ -36,6 +36,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from sos_dask.columns import floats_or_nan
 from sos_dask.errors import PartitionError
 from sos_dask.schema import (
     CANONICAL,
@@ -46,6 +47,7 @@ from sos_dask.schema import (
 )
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import FloatArray, IntArray
+from sos_dask.stars.combine import sky_order, ties
 
 BoolArray = NDArray[np.bool_]
 
@@ -140,7 +142,7 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     key = pc.binary_join_element_wise(table["survey"], table["star_id"], ":")
     table = table.set_column(table.schema.get_field_index("star_id"), "star_id", key)
     leaders = np.flatnonzero(primary == np.arange(len(primary)))
-    leaders = leaders[_sky_order(table.take(pa.array(leaders)))]
+    leaders = leaders[sky_order(table, leaders, "star_id")]
     members = _Members.of(table, primary, leaders, settings.order)
 
     measured = {
@@ -162,15 +164,20 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     flag = np.zeros(len(leaders), dtype=np.bool_)
     results: dict[str, FloatArray] = {}
     for label, (value, error) in measured.items():
-        mean = _Mean.of(members, value, error, usable)
+        expected = settings.expected_error.get(label, np.nan)
+        mean, mean_error, is_wide = members.mean(
+            value, error, usable, expected, settings.max_spread
+        )
         at, averaged = chosen, united
         if label == "rv":
-            at, averaged = members.first_with(~np.isnan(value), chosen), united & (mean.n > 0)
+            at, averaged = members.first_with(~np.isnan(value), chosen), united & ~np.isnan(mean)
         else:
-            contributes |= mean.weighs & united[members.segment]
-            flag |= mean.disagrees(settings.max_spread, settings.expected_error.get(label))
-        results[label] = np.where(averaged, mean.value, value[at])
-        results[f"{label}_err"] = np.where(averaged, mean.error, error[at])
+            weighs = (error > 0) | np.isnan(mean_error)[members.segment]
+            weighs &= usable & ~np.isnan(value)
+            contributes |= weighs & united[members.segment]
+            flag |= is_wide
+        results[label] = np.where(averaged, mean, value[at])
+        results[f"{label}_err"] = np.where(averaged, mean_error, error[at])
     flag |= members.any(flagged & contributes)
 
     columns: list[tuple[pa.Field, pa.Array | pa.ChunkedArray]] = [
@@ -280,7 +287,7 @@ class _Members:
         surveys = (*order, *(name for name in present if name not in order))
         place = pc.index_in(table["survey"], pa.array(surveys, pa.string())).to_numpy()
         row = np.lexsort((place, star))
-        tied = _ties(star[row], place[row])
+        tied = ties(star[row], place[row])
         if tied.any():
             some = row[tied]
             rank = pc.rank(table["star_id"].take(pa.array(some)), tiebreaker="dense").to_numpy()
@@ -288,10 +295,26 @@ class _Members:
         is_first = np.append(True, np.diff(star[row]) != 0)[: len(row)]
         return cls(row, star[row], np.flatnonzero(is_first), place[row].astype(np.int64), surveys)
 
-    def sum(self, values: FloatArray | BoolArray) -> FloatArray:
-        """Sum over the members of each star."""
-        total = np.bincount(self.segment, values, minlength=len(self.first))
-        return np.asarray(total, dtype=np.float64)
+    def mean(
+        self,
+        value: FloatArray,
+        error: FloatArray,
+        usable: BoolArray,
+        expected_error: float,
+        max_spread: float,
+    ) -> tuple[FloatArray, FloatArray, BoolArray]:
+        """Weighted mean of a label over usable members, its error, and whether they disagree."""
+        n = len(self.first)
+        mean, mean_error = np.full((2, n), np.nan)
+        is_wide = np.zeros(n, dtype=np.bool_)
+        if n:
+            from sos_dask.sky.loops import combine_label
+
+            row = np.flatnonzero(usable)
+            first = np.searchsorted(self.segment[row], np.arange(n + 1))
+            out = (mean, mean_error, np.empty(n, dtype=np.float32), is_wide)
+            combine_label(first, row, value, error, expected_error, max_spread, 0.0, *out)
+        return mean, mean_error, is_wide
 
     def any(self, mask: BoolArray) -> BoolArray:
         """Whether any member of each star is in the mask."""
@@ -319,13 +342,10 @@ class _Members:
     ) -> tuple[FloatArray, FloatArray]:
         """Values less the offset of their survey, and errors; NaN for null."""
         shift = np.array([offsets.get(name, {}).get(label, 0.0) for name in self.surveys])
-        value = _floats(table, label)[self.row]
+        value = floats_or_nan(table, label)[self.row]
         if len(shift):
             value = value - shift[self.survey]
-        error = np.full(len(value), np.nan)
-        if f"{label}_err" in table.schema.names:
-            error = _floats(table, f"{label}_err")[self.row]
-        return value, error
+        return value, floats_or_nan(table, f"{label}_err")[self.row]
 
     def choose(
         self, has_label: list[BoolArray], usable: BoolArray, flagged: BoolArray
@@ -344,7 +364,7 @@ class _Members:
     def n_surveys(self) -> NDArray[np.int32]:
         new = np.append(True, np.diff(self.survey) != 0)[: len(self.row)]
         new[self.first] = True
-        return self.sum(new).astype(np.int32)
+        return np.bincount(self.segment, new, minlength=len(self.first)).astype(np.int32)
 
     def joined_surveys(self, mask: BoolArray) -> pa.Array:
         """Names of the surveys of the members in the mask, each once; null where there is none."""
@@ -358,58 +378,11 @@ class _Members:
         return pc.if_else(pa.array(self.any(mask)), joined, pa.scalar(None, pa.string()))
 
 
-@dataclass(frozen=True)
-class _Mean:
-    """Weighted mean of one label over the usable members of each star; NaN where there is none."""
-
-    value: FloatArray
-    error: FloatArray
-    weighs: BoolArray
-    n: FloatArray
-    spread: FloatArray
-    rms_error: FloatArray
-
-    @classmethod
-    def of(
-        cls, members: _Members, value: FloatArray, error: FloatArray, usable: BoolArray
-    ) -> _Mean:
-        has = usable & ~np.isnan(value)
-        stated = has & (error > 0)
-        value, error = np.where(has, value, 0.0), np.where(stated, error, 1.0)
-        n, n_stated = members.sum(has), members.sum(stated)
-        plain = n_stated == 0
-        weight = np.where(plain[members.segment], has, stated / error**2)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            total = members.sum(weight)
-            deviation = value - (members.sum(value) / n)[members.segment]
-            deviation = np.where(has, deviation, 0.0)
-            return cls(
-                members.sum(weight * value) / total,
-                np.where(plain, np.nan, 1.0 / np.sqrt(total)),
-                weight > 0,
-                n,
-                np.where(n > 1, np.sqrt(members.sum(deviation**2) / (n - 1)), np.nan),
-                np.sqrt(members.sum(np.where(stated, error, 0.0) ** 2) / n_stated),
-            )
-
-    def disagrees(self, max_spread: float, fallback: float | None) -> BoolArray:
-        """Whether the members scatter by more than a multiple of their error."""
-        expected = np.where(
-            np.isnan(self.rms_error), np.nan if fallback is None else fallback, self.rms_error
-        )
-        # Nothing is greater than NaN: without a spread or an error there is no flag.
-        return np.asarray(self.spread > max_spread * expected)
-
-
 def _field(
     name: str, dtype: pa.DataType, description: str, ucd: str = "", nullable: bool = False
 ) -> pa.Field:
     metadata = {"description": description, **({"ucd": ucd} if ucd else {})}
     return pa.field(name, dtype, nullable, metadata)
-
-
-def _floats(table: pa.Table, name: str) -> FloatArray:
-    return np.asarray(table[name].to_numpy(), dtype=np.float64)
 
 
 def _joined(texts: pa.Array | pa.ChunkedArray, first: IntArray, separator: str) -> pa.Array:
@@ -418,26 +391,3 @@ def _joined(texts: pa.Array | pa.ChunkedArray, first: IntArray, separator: str) 
         texts = texts.combine_chunks()
     offsets = pa.array(np.append(first, len(texts)).astype(np.int32))
     return pc.binary_join(pa.ListArray.from_arrays(offsets, texts), separator)
-
-
-def _ties(*keys: IntArray) -> BoolArray:
-    """Which rows have the same keys as a neighbour."""
-    equal = np.ones(max(len(keys[0]) - 1, 0), dtype=np.bool_)
-    for key in keys:
-        equal &= key[1:] == key[:-1]
-    tied = np.zeros(len(keys[0]), dtype=np.bool_)
-    tied[1:] |= equal
-    tied[:-1] |= equal
-    return tied
-
-
-def _sky_order(table: pa.Table) -> IntArray:
-    """Order of rows by (``_healpix_29``, ``star_id``)."""
-    cells = table[HEALPIX_COLUMN].to_numpy()
-    order = np.argsort(cells, kind="stable")
-    tied = _ties(cells[order])
-    if tied.any():
-        some = order[tied]
-        rank = pc.rank(table["star_id"].take(pa.array(some)), tiebreaker="dense").to_numpy()
-        order[tied] = some[np.lexsort((rank, cells[some]))]
-    return order

@@ -27,7 +27,7 @@ def test_scatter_is_that_of_a_normal_distribution_and_ignores_outliers():
 def test_metrics_count_only_pairs_with_difference_and_prediction():
     differences = np.array([[10, 1, 0.1], [20, 2, 0.3], [60, np.nan, 0.8]], dtype=np.float32)
     predicted = np.array([[9, 1, 0.0], [18, 1, np.nan], [60, 5, 0.2]], dtype=np.float32)
-    teff, logg, feh = held_out_metrics("m", differences, predicted)
+    teff, logg, feh = held_out_metrics("m", ("teff", "logg", "feh"), differences, predicted)
     assert (teff.method, teff.label, teff.subset, teff.n) == ("m", "teff", "all", 3)
     assert teff.median_before == 20
     assert teff.scatter_before == pytest.approx(14.826)
@@ -45,7 +45,7 @@ def test_a_label_without_held_out_pair_is_an_error():
     differences = np.ones((3, 3), dtype=np.float32)
     differences[:, 2] = np.nan
     with pytest.raises(ModelError, match="m: no held-out pair has feh"):
-        held_out_metrics("m", differences, np.zeros_like(differences))
+        held_out_metrics("m", ("teff", "logg", "feh"), differences, np.zeros_like(differences))
 
 
 def test_binned_medians_find_a_trend_that_medians_hide():

@@ -18,11 +18,11 @@ def scored(value: float, error: float = 0.001) -> Scored:
 
 def chosen(rule: str, values: dict[str, tuple[float, float, float]], **more) -> Choice:
     """Choice by the scatter of each label; binned medians are the same for all."""
-    figures = []
-    for number, _ in enumerate(LABELS):
+    figures = {}
+    for number, label in enumerate(LABELS):
         of = {(method, "mad"): scored(each[number]) for method, each in values.items()}
         of |= {(method, "rms_binned"): scored(0.1) for method in values}
-        figures.append({**of, (NONE, "mad"): scored(2.0), (NONE, "rms_binned"): scored(1.0)})
+        figures[label] = {**of, (NONE, "mad"): scored(2.0), (NONE, "rms_binned"): scored(1.0)}
     return choose(rule, figures, more.pop("roughness", ROUGHNESS), **more)
 
 
@@ -45,12 +45,13 @@ def test_the_smoothest_of_those_that_are_as_good():
 def test_a_difference_within_its_interval_is_none():
     values = {"boosted": (1.0, 1.0, 1.0), "polynomial": (1.05, 1.0, 1.0)}
     assert chosen("balanced", values).method == "boosted"
-    noisy = [
-        {(m, s): Scored(o.value, o.value + np.random.default_rng(i).normal(0, 0.1, 500))
+    noisy = {
+        label: {(m, s): Scored(o.value, o.value + np.random.default_rng(i).normal(0, 0.1, 500))
          for i, ((m, s), o) in enumerate(of.items())}
+        for label in LABELS
         for of in [{("boosted", "mad"): scored(1.0), ("polynomial", "mad"): scored(1.05),
-                    (NONE, "mad"): scored(2.0)}] * 3
-    ]  # fmt: skip
+                    (NONE, "mad"): scored(2.0)}]
+    }  # fmt: skip
     assert choose("balanced", noisy, ROUGHNESS).method == "polynomial"
 
 
@@ -89,7 +90,7 @@ def test_the_other_rules():
 
 def test_nothing_to_choose_or_no_such_rule():
     with pytest.raises(ModelError, match="no method to choose from"):
-        choose("balanced", [{(NONE, "mad"): scored(1.0)}] * 3, {})
+        choose("balanced", {label: {(NONE, "mad"): scored(1.0)} for label in LABELS}, {})
     with pytest.raises(ConfigError, match="rule 'balancd'") as caught:
         check_rule("balancd", ["boosted"])
     assert "balanced" in caught.value.hint

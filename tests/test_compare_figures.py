@@ -31,8 +31,13 @@ Found = Mapping[tuple[str, str, str], Figure]
 
 def sky(seed: int = 0) -> Sample:
     rng = np.random.default_rng(seed)
-    labels = rng.uniform([4000, 0, -3], [8000, 5, 1], size=(N, 3))
-    return Sample(TEST, labels, rng.integers(0, N_GROUPS, N), rng.random(N) < 0.05)
+    labels = rng.uniform([4000, 0, -3], [8000, 5, 1], size=(N, 3)).T
+    return Sample(
+        TEST,
+        dict(zip(EDGES, labels, strict=True)),
+        rng.integers(0, N_GROUPS, N),
+        rng.random(N) < 0.05,
+    )
 
 
 def compared(residuals: Mapping[str, np.ndarray], sample: Sample, **more) -> Found:
@@ -47,7 +52,7 @@ def residuals() -> dict[str, np.ndarray]:
     """A trend with Teff that one method takes away and another does not; the noise is 0.05."""
     sample = sky()
     noise = np.random.default_rng(1).normal(0, 0.05, N)
-    trend = 0.1 * (sample.labels[:, 0] - 6000) / 2000
+    trend = 0.1 * (sample.labels["teff"] - 6000) / 2000
     return {NONE: 0.2 + trend + noise, "good": noise, "half": trend / 2 + noise}
 
 
@@ -70,10 +75,10 @@ def test_figures_are_exact(residuals, found):
         "all": np.ones(N, dtype=bool),
         "sparse": sample.sparse,
         "dense": ~sample.sparse,
-        "logg < 1": sample.labels[:, 1] < 1,
-        "teff > 7000": sample.labels[:, 0] > 7000,
-        "feh < -2": sample.labels[:, 2] < -2,
-        "feh > 0.2": sample.labels[:, 2] > 0.2,
+        "logg < 1": sample.labels["logg"] < 1,
+        "teff > 7000": sample.labels["teff"] > 7000,
+        "feh < -2": sample.labels["feh"] < -2,
+        "feh > 0.2": sample.labels["feh"] > 0.2,
     }
     for method, values in residuals.items():
         for subset, mask in masks.items():
@@ -95,9 +100,9 @@ def test_figures_are_exact(residuals, found):
 def test_bins_show_the_trend_that_is_left(residuals, found):
     sample = sky()
     medians, errors, n = [], [], []
-    for number, (label, edges) in enumerate(EDGES.items()):
+    for label, edges in EDGES.items():
         for low, high in pairwise(edges):
-            x = sample.labels[:, number]
+            x = sample.labels[label]
             inside = residuals["half"][(x >= low) & (x < high)]
             medians.append((abs(np.median(inside)), label, low, high, len(inside)))
             errors.append(1.2533 * np.std(inside) / np.sqrt(len(inside)))
@@ -130,7 +135,8 @@ def test_better_is_said_only_where_it_is_certain(residuals, found):
     said, statistics = 0, ("median", "mad", "width")
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        few = Sample(TEST, sample.labels[:500], rng.integers(0, N_GROUPS, 500), sample.sparse[:500])
+        first = {name: values[:500] for name, values in sample.labels.items()}
+        few = Sample(TEST, first, rng.integers(0, N_GROUPS, 500), sample.sparse[:500])
         equal = dict(zip((NONE, "a", "b"), rng.normal(size=(3, 500)), strict=True))
         both = compared(equal, few, min_pairs=500, min_bin_pairs=501, weights=weights[seed % 5])
         lows = [[both[m, "all", name].behind_low or 0.0 for m in "ab"] for name in statistics]
@@ -155,7 +161,8 @@ def test_too_few_pairs_are_null_with_their_number(residuals):
 def test_the_order_of_the_pairs_does_not_matter(residuals, found):
     sample = sky()
     order = np.random.default_rng(9).permutation(N)
-    turned = Sample(TEST, sample.labels[order], sample.groups[order], sample.sparse[order])
+    labels = {name: values[order] for name, values in sample.labels.items()}
+    turned = Sample(TEST, labels, sample.groups[order], sample.sparse[order])
     again = compared({name: values[order] for name, values in residuals.items()}, turned)
     assert again == found
 

@@ -63,7 +63,7 @@ def test_the_thin_part_of_the_pairs_is_sparse():
     labels[:50] = (labels[:50] - [5000, 3, 0]) * 8.0 + [5000, 3, 0]  # a halo
     labels[7, 1] = np.nan
     trained = np.arange(1000) % 5 > 0
-    found = sparse_pairs(labels, trained)
+    found = sparse_pairs(features(*labels.T), trained)
     assert found[7] and abs(found[trained].sum() - 40) <= 1
     assert found[:50].mean() > 0.75 and found[50:][~trained[50:]].mean() < 0.1
     assert sparse_pairs(np.full((5, 3), np.nan, np.float32), np.ones(5, bool)).all()

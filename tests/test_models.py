@@ -526,7 +526,7 @@ def test_real_giants_agree_with_apogee_after_the_correction(real_data):
             correction = models.fit(method, ArraySource(batch, (200, 500)), train_folds=rest)
             held_out = batch.fold == fold
             predicted[held_out] = correction.predict(batch.features[held_out])
-        metrics += held_out_metrics(method, batch.differences, predicted)
+        metrics += held_out_metrics(method, LABELS, batch.differences, predicted)
     ratio = {
         method: sum(m.scatter_after / m.scatter_before for m in metrics if m.method == method)
         for method in METHODS

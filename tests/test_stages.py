@@ -500,7 +500,7 @@ def test_every_held_out_pair_is_predicted_once(current):
     def matrix(suffix):
         return np.stack([held_out[f"{label}_{suffix}"].to_numpy() for label in LABELS], axis=1)
 
-    again = held_out_metrics("polynomial", matrix("diff"), matrix("delta"))
+    again = held_out_metrics("polynomial", LABELS, matrix("diff"), matrix("delta"))
     assert again == metrics_of(manifest)
     assert all(metric.n == used.num_rows for metric in again)
     assert models.load(current / "model.polynomial").info.train_folds is None

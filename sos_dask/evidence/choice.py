@@ -24,7 +24,7 @@ import numpy as np
 
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.figures import NONE, Scored, difference
-from sos_dask.schema import LABELS, nearest
+from sos_dask.schema import nearest
 from sos_dask.stats.bootstrap import interval
 
 BALANCED, SCATTER = "balanced", "scatter"
@@ -67,7 +67,7 @@ def check_rule(rule: str, methods: Sequence[str]) -> str:
 
 def choose(
     rule: str,
-    figures: Sequence[Mapping[tuple[str, str], Scored]],
+    figures: Mapping[str, Mapping[tuple[str, str], Scored]],
     roughness: Mapping[str, float],
     tolerance: float = TOLERANCE,
 ) -> Choice:
@@ -76,8 +76,8 @@ def choose(
     Parameters
     ----------
     rule : str
-    figures : sequence of mapping
-        Of each label, what `figures.figures` gives for the held-out sample.
+    figures : mapping of str to mapping
+        By label, what `figures.figures` gives for the held-out sample.
     roughness : mapping of str to float
         By method, mean over the labels; nan where it is not known.
     tolerance : float
@@ -89,19 +89,13 @@ def choose(
     ConfigError
         Unknown rule.
     """
-    methods = sorted({method for of in figures for method, _ in of} - {NONE})
+    methods = sorted({method for of in figures.values() for method, _ in of} - {NONE})
     if not methods:
         raise ModelError("there is no method to choose from")
     check_rule(rule, methods)
-    scatter: dict[str, Scored] = {}
-    for method in methods:
-        pairs = [(of[method, "mad"], of[NONE, "mad"].value or np.inf) for of in figures]
-        scatter[method] = Scored(
-            float(np.mean([score.value / unit for score, unit in pairs])),
-            np.mean([score.replicates / unit for score, unit in pairs], axis=0),
-        )
+    scatter = {method: _averaged(figures, method) for method in methods}
     worse: dict[str, dict[str, _Share]] = {method: {} for method in methods}
-    for label, of in zip(LABELS, figures, strict=True):
+    for label, of in figures.items():
         for statistic, text in _NAMES.items():
             scores = {m: of[m, statistic] for m in methods if (m, statistic) in of}
             for method, how_much in _worse(scores, tolerance).items():
@@ -130,6 +124,15 @@ def choose(
     if len(methods) == 1:
         return Choice(least, rule, f"{least}: the only method", found)
     return Choice(*_balanced(rule, scatter, worse, smooth, tolerance), found)
+
+
+def _averaged(figures: Mapping[str, Mapping[tuple[str, str], Scored]], method: str) -> Scored:
+    """Scatter of a method in units of the uncorrected one, averaged over the labels."""
+    pairs = [(of[method, "mad"], of[NONE, "mad"].value or np.inf) for of in figures.values()]
+    return Scored(
+        float(np.mean([score.value / unit for score, unit in pairs])),
+        np.mean([score.replicates / unit for score, unit in pairs], axis=0),
+    )
 
 
 def _worse(scores: Mapping[str, Scored], tolerance: float) -> dict[str, _Share]:

@@ -7,32 +7,32 @@ beyond (`growth.Growth`); coverage = 1 / growth, so a coverage c says: the error
 labels is 1/c times that of a star of the same signal to noise in the dense overlap. The rows are
 *inside*, *sparse* or *outside* by two limits of the coverage. Outside are, too, rows of a kind that
 the overlap lacks, near which it has less than a quarter of the stars that the number of such rows
-calls for (`measures.Share`), and rows beyond the outermost held-out pairs, where growth cannot be
-measured: the coverage of both is held below the limit.
+calls for (`_Neighbours.lacks`), and rows beyond the outermost held-out pairs, where growth cannot
+be measured: the coverage of both is held below the limit.
 
 The error model of a correction knows something of all this already. What it does not know is
 counted on held-out pairs: for each kind of place, apart for the two classes of the error model, by
-what its half-widths are to be multiplied to hold 68 % of all measurements (`widths`; Mondrian
-conformal prediction, see `uncertainty`). Places outside are of two kinds. Where stars of all
-surveys are few, pairs are there, and many are wrong measurements. Where the overlap alone lacks
-stars there are no pairs, and the widths are extrapolated.
+what its half-widths are to be multiplied to hold 68 % of all measurements (`widening`). Places
+outside are of two kinds. Where stars of all surveys are few, pairs are there, and many are wrong
+measurements. Where the overlap alone lacks stars there are no pairs, and the widths are
+extrapolated.
 
 Measures (``MEASURES``):
 
-* ``neighbours``: distance to the k-th nearest overlap star in robustly scaled (Teff, log g,
-  [Fe/H]), the labels that a correction sees;
-* ``neighbours8``: the same in all parameters that the catalog has;
+* ``neighbours``: distance to the k-th nearest overlap star in the inputs that a correction sees, on
+  one robust scale;
 * ``ratio``: density of the catalog over that of the overlap in all parameters, by a classifier
-  (Sugiyama, Suzuki & Kanamori 2012, Density Ratio Estimation in Machine Learning, chapter 4);
-* ``mixture``: density of the overlap in the three labels as a mixture of Gaussians, as a distance:
-  density^(-1/3).
+  (Sugiyama, Suzuki & Kanamori 2012, Density Ratio Estimation in Machine Learning, chapter 4).
+
+Neighbours are counted once, at the nodes of a grid over the inputs; rows are looked up in between.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,193 @@ from numpy.typing import NDArray
 
 from sos_dask.errors import ModelError
 from sos_dask.evidence.growth import Growth, Noise
-from sos_dask.evidence.measures import Measure, Mixture, Neighbours, Ratio, Share
-from sos_dask.evidence.widening import LACKING, Limits, Widths
-from sos_dask.problem import parameters_of
-from sos_dask.schema import LABELS
+from sos_dask.evidence.widening import LACKING, OUTSIDE, Limits, Placed, Widths, fit_widths
+from sos_dask.problem import DEFAULT, Input, Problem
+from sos_dask.stats.numbers import knn_distance, robust_scale
+from sos_dask.stats.table import Grid
 
 FloatArray = NDArray[np.float64]
+Float32Array = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+Columns = Mapping[str, NDArray[np.floating]]
+
+MEASURES = ("neighbours", "ratio")
+NEIGHBOURS = 16  # 4 to 16 predict the error equally well on the simulation
+LEAST_SHARE = 0.25  # 0.2 to 0.4 find the same rows on the simulation
+MIN_HELD_OUT = 100
+WRONG_SIGMA = 4.0
 _REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
-_FORMAT = 4
-MODEL_FILE = "coverage.json"
+_MOST_NODES = 96**3
+_NODES_A_STAR = 4.0  # along an axis, for each of n^(1/k) stars: far finer than their distances
+_EDGE = 0.0005  # share of the stars beyond each side of the grid
+_FORMAT = 5
+MODEL_FILE, TABLE_FILE, OVERLAP_FILE, RATIO_FILE = (
+    "coverage.json", "coverage.npy", "overlap.npy", "ratio.ubj",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """The pairs fit for training, with what is known of those that were held out.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray of float, shape (n,)
+        Parameters of the target, nan where unknown.
+    fold : ndarray of int8, shape (n,)
+    residual : ndarray of float64, shape (n, l)
+        Difference less predicted difference, one column a label; nan for pairs that were not held
+        out.
+    reference_error : ndarray of float64, shape (n, l)
+        Stated errors of the reference, nan where unknown.
+    half_width : ndarray of float64, shape (n, l), optional
+        By the error model of the correction; nan for pairs whose residuals it does not speak of.
+    error_class : ndarray of int8, shape (n,), optional
+        1 where the error model has its pairs in its sparse class.
+    """
+
+    columns: Columns
+    fold: NDArray[np.int8]
+    residual: FloatArray
+    reference_error: FloatArray
+    half_width: FloatArray | None = None
+    error_class: NDArray[np.int8] | None = None
+
+    @property
+    def held_out(self) -> BoolArray:
+        """Pairs with residuals in all labels, shape (n,)."""
+        return np.asarray(np.isfinite(self.residual).all(axis=1))
+
+
+@dataclass(frozen=True)
+class Target:
+    """Rows whose intervals are to hold: a sample of the catalog, of rows that pass the cuts.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray of float, shape (m,)
+        As those of the overlap.
+    error_class : ndarray of int8, shape (m,)
+        1 where the error model has them in its sparse class.
+    """
+
+    columns: Columns
+    error_class: NDArray[np.int8]
+
+
+class _Neighbours:
+    """Overlap stars and rows of the catalog around a place, in scaled inputs."""
+
+    def __init__(self, overlap: FloatArray, catalog: FloatArray, k: int = NEIGHBOURS) -> None:
+        self.overlap, self.catalog, self.k = overlap, catalog, min(k, len(overlap))
+
+    def distance(self, x: FloatArray, within: float = np.inf) -> FloatArray:
+        """Measure the distance to the k-th overlap star; infinite beyond ``within``."""
+        return knn_distance(self.overlap, x, self.k, within)
+
+    def lacks(self, x: FloatArray, distance: FloatArray) -> BoolArray:
+        """Tell near which rows the overlap has less than `LEAST_SHARE` of its average.
+
+        The share is that of densities, from the overlap stars and the rows of the catalog within
+        the distance of the k-th overlap star.
+        """
+        # As many rows of the catalog are within the distance where the share is the least.
+        most = int(self.k / LEAST_SHARE * len(self.catalog) / len(self.overlap))
+        found = np.zeros(len(x), dtype=np.bool_)
+        # Where they lie as near as in the denser four fifths of the overlap, nothing is lacking.
+        rows = np.flatnonzero(distance > self._near)
+        if most < len(self.catalog) and len(rows):
+            farthest = float(distance[rows].max())
+            found[rows] = (
+                knn_distance(self.catalog, x[rows], most + 1, farthest) <= distance[rows]
+            )
+        return found
+
+    @cached_property
+    def _near(self) -> float:
+        """Distance to the k-th of the others that four fifths of the overlap stars have."""
+        some = self.overlap[:: max(len(self.overlap) // 10_000, 1)]
+        k = min(self.k + 1, len(self.overlap))
+        return float(np.quantile(knn_distance(self.overlap, some, k), 0.8))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Distance from the overlap, and where the overlap lacks stars, at the nodes of a grid.
+
+    Parameters
+    ----------
+    grid : Grid
+        Over scaled inputs.
+    values : ndarray of float32, shape (nodes, 2)
+        Distance to the k-th overlap star, and 1 where the overlap lacks stars.
+    """
+
+    grid: Grid
+    values: Float32Array = field(repr=False)
+
+    @classmethod
+    def of(cls, around: _Neighbours, last: float) -> Places:
+        """Count the neighbours of every node; beyond twice the distance ``last`` all is as far."""
+        k = around.overlap.shape[1]
+        stars = np.concatenate([around.overlap, around.catalog])
+        low, high = np.quantile(stars, (_EDGE, 1 - _EDGE), axis=0)
+        n = _NODES_A_STAR * len(around.overlap) ** (1 / k)
+        n = int(np.clip(n, 8, round(_MOST_NODES ** (1 / k))))
+        grid = Grid(tuple(low.tolist()), tuple(high.tolist()), (n,) * k)
+        step = float(np.linalg.norm((high - low) / (n - 1)))
+        farthest = 2 * last + step
+        nodes = grid.nodes()
+        distance = np.minimum(around.distance(nodes, farthest), farthest)
+        lacks = around.lacks(nodes, distance)
+        return cls(grid, np.stack([distance, lacks], axis=1).astype(np.float32))
+
+    def __call__(self, x: FloatArray) -> tuple[FloatArray, BoolArray]:
+        """Distance (n,) of scaled rows (n, k), nan where they are, and where stars are lacking."""
+        found = self.grid.interpolate(self.values, x.astype(np.float32)).astype(np.float64)
+        # A row beyond the grid is as much farther as it is from the grid.
+        beyond = np.maximum(np.array(self.grid.low) - x, x - np.array(self.grid.high))
+        beyond = np.maximum(beyond, 0.0)
+        distance = found[:, 0] + np.sqrt(np.sum(beyond * beyond, axis=1))
+        return distance, found[:, 1] > 0.5
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Density of the catalog over that of the overlap, by boosted trees.
+
+    A missing parameter is a branch of its own in the trees: nothing is put in its place.
+    """
+
+    model: bytes = field(repr=False)
+
+    @classmethod
+    def fit(cls, overlap: FloatArray, catalog: FloatArray, seed: int) -> Ratio:
+        """Train the classifier that tells overlap stars from rows of the catalog."""
+        import xgboost as xgb
+
+        x = np.concatenate([overlap, catalog]).astype(np.float32)
+        y = np.repeat([1.0, 0.0], [len(overlap), len(catalog)])
+        weight = np.where(y > 0, len(catalog) / max(len(overlap), 1), 1.0)
+        params = {
+            "objective": "binary:logistic", "max_depth": 4, "eta": 0.1, "min_child_weight": 20,
+            "nthread": 1, "seed": seed, "tree_method": "hist",
+        }  # fmt: skip
+        booster = xgb.train(params, xgb.DMatrix(x, y, weight=weight, nthread=1), 100)
+        return cls(bytes(booster.save_raw("ubj")))
+
+    @cached_property
+    def _booster(self) -> Any:
+        import xgboost as xgb
+
+        booster = xgb.Booster(model_file=bytearray(self.model))
+        booster.set_param({"nthread": 1})
+        return booster
+
+    def distance(self, x: FloatArray) -> FloatArray:
+        """Ratio of scaled rows (n, k); missing parameters are nan."""
+        margin = self._booster.inplace_predict(x.astype(np.float32), predict_type="margin")
+        return np.asarray(np.exp(-margin.astype(np.float64)))
 
 
 @dataclass(frozen=True)
@@ -58,56 +236,61 @@ class CoverageModel:
 
     Parameters
     ----------
-    name : str
-        One of `MEASURES`.
-    parameters : tuple of str
-        Parameters that the catalog has, in the order of the columns of the measure.
+    parameters : tuple of Input
+        What rows are measured in: the inputs of the correction, for ``ratio`` and all else that the
+        catalog has.
+    n_inputs : int
+        How many of them are inputs of the correction: without one a row has no coverage.
     center, scale : ndarray of float64, shape (k,)
-    measure : Measure
+    places : Places
+    overlap : ndarray of float64, shape (n, n_inputs)
+        Scaled inputs of the overlap stars.
     noise : Noise
     growth : Growth
     limits : Limits
-    share : Share
-        Of the overlap stars and a sample of the catalog, in scaled labels.
     widths : Widths
         How the half-widths of an error model are widened.
+    ratio : Ratio, optional
+        The measure, where it is that.
     """
 
-    name: str
-    parameters: tuple[str, ...]
+    parameters: tuple[Input, ...]
+    n_inputs: int
     center: FloatArray
     scale: FloatArray
-    measure: Measure
+    places: Places
+    overlap: FloatArray = field(repr=False)
     noise: Noise
     growth: Growth
     limits: Limits
-    share: Share = field(repr=False)
     widths: Widths
+    ratio: Ratio | None = None
 
-    def scaled(self, columns: Mapping[str, NDArray[np.floating]]) -> FloatArray:
-        """Parameters of rows on the scale of the model, nan where unknown."""
-        return (parameters_of(columns, self.parameters) - self.center) / self.scale
+    @property
+    def reach(self) -> float:
+        """Scaled distance to the nearest overlap star up to which a smooth model is extended."""
+        return _REACH
 
-    def distance(self, columns: Mapping[str, NDArray[np.floating]]) -> FloatArray:
-        """Distance of rows from the overlap, nan where a label is missing."""
-        return self.measure.distance(self.scaled(columns))
+    def scaled(self, columns: Columns) -> FloatArray:
+        """Put parameters of rows on the scale of the model, nan where unknown."""
+        return (_matrix(self.parameters, columns) - self.center) / self.scale
 
-    def coverage(
-        self, columns: Mapping[str, NDArray[np.floating]]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+    def coverage(self, columns: Columns) -> tuple[Float32Array, NDArray[np.int8]]:
         """Coverage of rows, 0 to 1, and which of `KINDS` their places are.
 
-        nan and -1 where a label is missing.
+        nan and -1 where an input is missing.
         """
         x = self.scaled(columns)
-        return self.coverage_at(x, self.measure.distance(x), self.share)
+        distance, lacks = self.places(x[:, : self.n_inputs])
+        if self.ratio is not None:
+            distance = np.where(np.isfinite(distance), self.ratio.distance(x), np.nan)
+        return self.coverage_at(distance, lacks)
 
     def coverage_at(
-        self, x: FloatArray, distance: FloatArray, share: Share
-    ) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
-        """See `coverage`: of scaled rows at known distances from the overlap of ``share``."""
+        self, distance: FloatArray, lacks: BoolArray
+    ) -> tuple[Float32Array, NDArray[np.int8]]:
+        """See `coverage`: of rows at known distances, and where the overlap lacks stars."""
         coverage = (1.0 / self.growth(distance)).astype(np.float32)
-        lacks = share.lacks(x[:, : len(LABELS)], distance if self.name == "neighbours" else None)
         outside = lacks | (distance > self.growth.last)
         below = np.nextafter(np.float32(self.limits.outside), np.float32(0))
         coverage[outside] = np.minimum(coverage[outside], below)
@@ -116,57 +299,49 @@ class CoverageModel:
         kind[np.isnan(coverage)] = -1
         return coverage, kind
 
-    def within_reach(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Features drawn towards their nearest overlap star until they are just outside.
+    def within_reach(self, features: Float32Array) -> Float32Array:
+        """Draw features towards their nearest overlap star until they are just outside.
 
         A smooth correction can be extended a little beyond its data, not without end: what is
         predicted at the returned place is held constant farther out.
 
         Parameters
         ----------
-        features : ndarray of float32, shape (n, 3)
-            See `features.features`; finite.
+        features : ndarray of float32, shape (n, n_inputs)
+            Finite.
         """
-        if "_tree" not in self.__dict__:
-            from sos_dask.stats.kdtree import Tree
-
-            self.__dict__["_tree"] = Tree(self.share.overlap)
-        center, scale = self.center[: len(LABELS)], self.scale[: len(LABELS)]
+        center, scale = self.center[: self.n_inputs], self.scale[: self.n_inputs]
         x = (features - center) / scale
-        distance, index = self.__dict__["_tree"].nearest(x)
-        reach = self.reach
-        share = np.minimum(1.0, reach / np.maximum(distance, 1e-12))[:, None]
-        near = self.share.overlap[index]
+        distance, index = self._tree.query(x)
+        share = np.minimum(1.0, self.reach / np.maximum(distance, 1e-12))[:, None]
+        near = self.overlap[index]
         return np.asarray((near + (x - near) * share) * scale + center, dtype=np.float32)
 
-    @property
-    def reach(self) -> float:
-        """Scaled distance to the nearest overlap star up to which a smooth model is extended."""
-        return _REACH
+    @cached_property
+    def _tree(self) -> Any:
+        from scipy.spatial import cKDTree
+
+        return cKDTree(self.overlap)
 
     def save(self, directory: Path) -> None:
-        """Write ``coverage.json`` and the arrays of the measure."""
-        np.save(directory / "overlap.npy", self.share.overlap)
-        np.save(directory / "catalog.npy", self.share.catalog)
+        """Write ``coverage.json``, the table, the overlap stars and a classifier."""
+        np.save(directory / TABLE_FILE, self.places.values)
+        np.save(directory / OVERLAP_FILE, self.overlap)
+        if self.ratio is not None:
+            (directory / RATIO_FILE).write_bytes(self.ratio.model)
         document: dict[str, Any] = {
             "format": _FORMAT,
-            "measure": self.name,
-            "parameters": list(self.parameters),
+            "measure": "neighbours" if self.ratio is None else "ratio",
+            "parameters": [one.as_json for one in self.parameters],
+            "n_inputs": self.n_inputs,
             "center": self.center.tolist(),
             "scale": self.scale.tolist(),
+            "grid": asdict(self.places.grid),
             "noise": asdict(self.noise),
             "growth": asdict(self.growth),
-            "limits": asdict(self.limits),
-            "widths": self.widths.factors.tolist(),
-            "lonely": None if self.widths.lonely is None else self.widths.lonely.tolist(),
+            "limits": self.limits.as_json,
+            "widths": self.widths.as_json(),
         }
-        if isinstance(self.measure, Ratio):
-            (directory / "ratio.ubj").write_bytes(self.measure.model)
-        elif isinstance(self.measure, Mixture):
-            arrays = {name: value.tolist() for name, value in vars(self.measure).items()}
-            document["mixture"] = arrays
-        elif self.name == "neighbours8" and isinstance(self.measure, Neighbours):
-            np.save(directory / "overlap8.npy", self.measure.overlap)
         (directory / MODEL_FILE).write_text(json.dumps(document, indent=1, sort_keys=True))
 
     @classmethod
@@ -185,36 +360,187 @@ class CoverageModel:
                     f"{directory / MODEL_FILE} has format {document['format']}, not {_FORMAT}",
                     "Make the product again with this version of sos-dask.",
                 )
-            name = document["measure"]
-            overlap = np.load(directory / "overlap.npy")
-            measure: Measure
-            if name == "ratio":
-                measure = Ratio((directory / "ratio.ubj").read_bytes())
-            elif name == "mixture":
-                measure = Mixture(**{k: np.array(v) for k, v in document["mixture"].items()})
-            elif name == "neighbours8":
-                measure = Neighbours(np.load(directory / "overlap8.npy"))
-            else:
-                measure = Neighbours(overlap)
-            lonely = document["lonely"]
-            noise = {key: tuple(map(tuple, value)) for key, value in document["noise"].items()}
+            grid = {name: tuple(value) for name, value in document["grid"].items()}
+            noise = {name: tuple(map(tuple, value)) for name, value in document["noise"].items()}
             growth = document["growth"]
+            values = np.load(directory / TABLE_FILE)
+            if values.shape != (int(np.prod(grid["shape"])), 2):
+                raise ValueError(f"{TABLE_FILE} has another shape than its grid")
+            ratio = None
+            if document["measure"] == "ratio":
+                ratio = Ratio((directory / RATIO_FILE).read_bytes())
             return cls(
-                name,
-                tuple(document["parameters"]),
+                tuple(Input(**one) for one in document["parameters"]),
+                document["n_inputs"],
                 np.array(document["center"]),
                 np.array(document["scale"]),
-                measure,
+                Places(Grid(**grid), values),
+                np.load(directory / OVERLAP_FILE),
                 Noise(**noise),
                 Growth(tuple(growth["distance"]), tuple(growth["growth"]), float(growth["last"])),
                 Limits(**document["limits"]),
-                Share(overlap, np.load(directory / "catalog.npy")),
-                Widths(
-                    np.array(document["widths"]), lonely if lonely is None else np.array(lonely)
-                ),
+                Widths.from_json(document["widths"]),
+                ratio,
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"the coverage model in {directory} is missing or damaged: {error!r}",
                 "Make the product again.",
             ) from None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted model, and on what it stands.
+
+    Parameters
+    ----------
+    model : CoverageModel
+    bins : list of dict
+        Of held-out pairs by distance: measured and fitted growth.
+    n_held_out, n_wrong : int
+        Held-out pairs, and those of them that are off by more than `WRONG_SIGMA` in all labels at
+        once: wrong measurements, which say nothing of the growth and are left out of it.
+    outside : float
+        Share of the held-out pairs that the model calls outside.
+    n_width : tuple of tuple of int
+        Pairs that the widths were counted on, by class of the error model and kind of place.
+    """
+
+    model: CoverageModel
+    bins: list[dict[str, float]]
+    n_held_out: int
+    n_wrong: int
+    outside: float
+    n_width: tuple[tuple[int, ...], ...]
+
+
+def fit(
+    overlap: Overlap,
+    catalog: Columns,
+    measure: str,
+    limits: Limits,
+    seed: int = 0,
+    target: Target | None = None,
+    problem: Problem = DEFAULT,
+) -> Fit:
+    """Fit a measure to the overlap and calibrate its distances on held-out pairs.
+
+    Held-out pairs are measured from the pairs of the other folds alone, as a new star is; these
+    are fewer, and in proportion is the number of the neighbour to which distances are.
+
+    Parameters
+    ----------
+    overlap : Overlap
+    catalog : mapping of str to ndarray of float, shape (m,)
+        A sample of the catalog; its columns are the parameters that are used.
+    measure : str
+        One of `MEASURES`.
+    limits : Limits
+    seed : int
+    target : Target, optional
+        Rows whose intervals are to hold. Without them, or half-widths of the pairs, no widths are
+        counted.
+    problem : Problem
+        Its inputs are what a correction sees.
+
+    Raises
+    ------
+    ModelError
+        Too few held-out pairs.
+    """
+    held_out = overlap.held_out
+    n_held_out = int(np.count_nonzero(held_out))
+    if n_held_out < MIN_HELD_OUT:
+        raise ModelError(
+            f"{n_held_out} held-out pairs are too few to calibrate the coverage",
+            f"At least {MIN_HELD_OUT} are needed: match more stars or loosen the cuts.",
+        )
+    k = len(problem.inputs)
+    parameters = problem.inputs if measure == "neighbours" else problem.parameters
+    parameters = tuple(p for p in parameters if p.column in catalog and p.column in overlap.columns)
+    x = _matrix(parameters, overlap.columns)
+    center, scale = robust_scale(x)
+    x = (x - center) / scale
+    sample = (_matrix(parameters, catalog) - center) / scale
+    sample = sample[np.isfinite(sample[:, :k]).all(axis=1)]
+    # A row an overlap star: more are not counted better, the overlap stars are few.
+    some = np.sort(np.random.default_rng(seed).permutation(len(sample))[: len(x)])
+    distance, lacks = np.full(len(x), np.nan), np.zeros(len(x), dtype=np.bool_)
+    for fold in np.unique(overlap.fold[held_out]):
+        rows, others = held_out & (overlap.fold == fold), overlap.fold != fold
+        nearer = max(round(NEIGHBOURS * float(np.mean(others))), 1)
+        around = _Neighbours(x[others, :k], sample[some, :k], nearer)
+        distance[rows] = around.distance(x[rows, :k])
+        lacks[rows] = around.lacks(x[rows, :k], distance[rows])
+        if measure == "ratio":
+            distance[rows] = Ratio.fit(x[others], sample, seed).distance(x[rows])
+    noise, ratio = _noise(overlap, distance)
+    wrong = np.abs(ratio).min(axis=1) > WRONG_SIGMA
+    growth, bins = Growth.fit(distance[held_out][~wrong], ratio[~wrong])
+    around = _Neighbours(x[:, :k], sample[some, :k])
+    nearest = distance if measure == "neighbours" else around.distance(x[:, :k])
+    last = growth.last if measure == "neighbours" else float(np.nanmax(nearest))
+    model = CoverageModel(
+        parameters,
+        k,
+        center,
+        scale,
+        Places.of(around, last),
+        x[:, :k],
+        noise,
+        growth,
+        limits,
+        Widths(np.ones((2, OUTSIDE + 1, overlap.residual.shape[1]))),
+        Ratio.fit(x, sample, seed) if measure == "ratio" else None,
+    )
+    kind = np.full(len(x), -1, dtype=np.int8)
+    kind[held_out] = model.coverage_at(distance[held_out], lacks[held_out])[1]
+    n_width: tuple[tuple[int, ...], ...] = ()
+    if target and overlap.half_width is not None and overlap.error_class is not None:
+        told = np.asarray(held_out & np.isfinite(overlap.half_width).all(axis=1))
+        snr = _column(overlap.columns, "snr", len(x))
+        placed = Placed(kind, overlap.error_class, x[:, :k], snr).take(told)
+        widths, n_width = fit_widths(
+            overlap.residual[told],
+            overlap.half_width[told],
+            ~wrong[told[held_out]],
+            placed,
+            _placed(model, target),
+            limits,
+        )
+        model = replace(model, widths=widths)
+    outside = float(np.mean(kind[held_out] >= OUTSIDE))
+    return Fit(model, bins, n_held_out, int(np.count_nonzero(wrong)), outside, n_width)
+
+
+def _noise(overlap: Overlap, distance: FloatArray) -> tuple[Noise, FloatArray]:
+    """Noise of the nearer half of the held-out pairs, and residuals of all (m, l) in its units."""
+    held_out = overlap.held_out
+    n, near = len(held_out), distance[held_out]
+    residual = overlap.residual[held_out]
+    of_pairs = (
+        _column(overlap.columns, "logg", n)[held_out],
+        _column(overlap.columns, "snr", n)[held_out],
+        overlap.reference_error[held_out],
+    )
+    dense = near <= np.quantile(near, 0.5)
+    noise = Noise.fit(residual[dense], *(values[dense] for values in of_pairs))
+    return noise, residual / noise.of_pairs(*of_pairs)
+
+
+def _placed(model: CoverageModel, target: Target) -> Placed:
+    """The rows of the target that have a coverage."""
+    kind = model.coverage(target.columns)[1]
+    labels = model.scaled(target.columns)[:, : model.n_inputs]
+    snr = _column(target.columns, "snr", len(kind))
+    return Placed(kind, target.error_class, labels, snr).take(kind >= 0)
+
+
+def _matrix(parameters: tuple[Input, ...], columns: Columns) -> FloatArray:
+    values = [one.values(np.asarray(columns[one.column], np.float64)) for one in parameters]
+    return np.stack(values, axis=1)
+
+
+def _column(columns: Columns, name: str, n: int) -> FloatArray:
+    return np.asarray(columns.get(name, np.full(n, np.nan)), dtype=np.float64)

@@ -17,7 +17,7 @@ zero, and only there. What too few pairs cannot tell is null.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sos_dask.errors import ModelError
-from sos_dask.schema import LABELS
 from sos_dask.stats.binned import bins_of
 from sos_dask.stats.bootstrap import FloatArray, IntArray, Ranked, interval
 from sos_dask.stats.numbers import scatter
@@ -75,13 +74,17 @@ class Metric:
 
 
 def held_out_metrics(
-    method: str, differences: NDArray[np.float32], predicted: NDArray[np.float32]
+    method: str,
+    labels: Sequence[str],
+    differences: NDArray[np.float32],
+    predicted: NDArray[np.float32],
 ) -> list[Metric]:
     """Measure each label on held-out pairs.
 
     Parameters
     ----------
     method : str
+    labels : sequence of str
     differences, predicted : ndarray of float32, shape (n, n_labels)
         Pairs with a nan in a label are left out of that label.
 
@@ -91,7 +94,7 @@ def held_out_metrics(
         A label has no held-out pair at all.
     """
     metrics = []
-    for number, label in enumerate(LABELS):
+    for number, label in enumerate(labels):
         before = differences[:, number].astype(np.float64)
         after = before - predicted[:, number]
         known = np.isfinite(after)
@@ -124,7 +127,7 @@ class Sample:
     ----------
     name : str
         ``train`` or ``test``.
-    labels : ndarray of float, shape (n, n_labels)
+    labels : mapping of str to ndarray of float, shape (n,)
         Of the target.
     groups : ndarray of int, shape (n,)
         Of the stars, for the bootstrap.
@@ -132,18 +135,19 @@ class Sample:
     """
 
     name: str
-    labels: NDArray[np.floating]
+    labels: Mapping[str, NDArray[np.floating]]
     groups: IntArray
     sparse: NDArray[np.bool_]
 
     @property
     def subsets(self) -> dict[str, NDArray[np.bool_]]:
-        """Pairs in each of `SUBSETS`."""
+        """Pairs in each of `SUBSETS`, of `EDGES` those whose label there is."""
         found = {ALL: np.ones_like(self.sparse), DENSE: ~self.sparse, SPARSE: self.sparse}
         for name in EDGES:
             label, sign, limit = name.split()
-            values = self.labels[:, LABELS.index(label)]
-            found[name] = values < float(limit) if sign == "<" else values > float(limit)
+            if label in self.labels:
+                values = self.labels[label]
+                found[name] = values < float(limit) if sign == "<" else values > float(limit)
         return found
 
 
@@ -185,18 +189,16 @@ def figures(
     """
     known = np.logical_and.reduce([np.isfinite(values) for values in residuals.values()])
     _check_sample(sample, label, known, min_pairs)
-    bins = {name: bins_of(sample.labels[:, LABELS.index(name)], e) for name, e in edges.items()}
-    ranked = {}
-    for method, values in residuals.items():
-        rows = np.flatnonzero(known)
-        ranked[method] = rows[np.argsort(values[rows], kind="stable")]
+    bins = {name: bins_of(sample.labels[name], edges[name]) for name in edges}
+    rows = np.flatnonzero(known)
+    ranked = {m: rows[np.argsort(x[rows], kind="stable")] for m, x in residuals.items()}
     found: list[dict[str, Any]] = []
     scores: dict[tuple[str, str], Scored] = {}
     for subset, mask in sample.subsets.items():
         n = int(np.count_nonzero(mask & known))
         measured: dict[str, dict[str, _Found]] = {}
-        for method, rows in ranked.items() if n >= min_pairs else ():
-            rows = rows[mask[rows]]
+        for method, order in ranked.items() if n >= min_pairs else ():
+            rows = order[mask[order]]
             one = Ranked(residuals[method][rows].astype(np.float64), sample.groups[rows])
             inside = {name: which[rows] for name, which in bins.items()}
             measured[method] = _whole(one, weights)

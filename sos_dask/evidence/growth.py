@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.schema import LABELS
-
 FloatArray = NDArray[np.float64]
 _GIANT_LOGG = 3.5
 _KIND_PAIRS = 400  # with fewer the kinds share one law
@@ -101,7 +99,7 @@ def _noise_law(
     bins = np.array_split(order, int(np.clip(len(order) // 200, 3, 25)))
     stated = np.square(np.nan_to_num(reference_error))
     laws = []
-    for label in range(len(LABELS)):
+    for label in range(residual.shape[1]):
         cells = []
         for rows in bins:
             by_error = rows[np.argsort(stated[rows, label], kind="stable")]

@@ -12,21 +12,25 @@ Wrong measurements count. A user cannot tell them, and where stars are few they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from sos_dask.errors import ConfigError
-from sos_dask.schema import LABELS
+from sos_dask.settings import Settings
 
 FloatArray = NDArray[np.float64]
 INSIDE, SPARSE, OUTSIDE, LACKING = 0, 1, 2, 3
 CLASSES = ("inside", "sparse", "outside")
-KINDS = ("inside", "sparse", "lonely", "lacking")
-"""Kinds of places: those outside are lonely, or the overlap lacks stars that the catalog has."""
+KINDS = (
+    "inside",
+    "sparse",
+    "outside: few stars of any survey here",
+    "outside: no reference star of this kind",
+)
 KIND_FIELD = pa.field(
     "kind_coverage",
     pa.int8(),
@@ -39,27 +43,24 @@ _LEAST = 0.05  # of factors: residuals can be zero
 _LABEL_SCALE = 2.0  # half of a scaled label is as far as a factor e of the signal to noise
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the coverage must be: the error growth that is borne is one over them.
+class Limits(Settings):
+    """What the coverage must be: the error growth that is borne is one over them."""
 
-    Parameters
-    ----------
-    inside : float
-        From this coverage on a row is inside: its error grows by at most 1 / inside.
-    outside : float
-        Below it a row is outside; between the two the overlap is sparse.
-    """
+    inside: float = Field(
+        0.8, gt=0, lt=1, description="From this coverage on a row is inside: its error is small"
+    )
+    outside: float = Field(
+        0.5, gt=0, lt=1, description="Below this coverage a row is outside; between, sparse"
+    )
 
-    inside: float = 0.8
-    outside: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.outside < self.inside < 1:
-            raise ConfigError(
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.outside < self.inside:
+            raise ValueError(
                 f"limits of coverage: 0 < outside = {self.outside:g} < inside = {self.inside:g} "
                 "< 1 does not hold"
             )
+        return self
 
     def meaning(self) -> dict[str, str]:
         """What the coverage and its classes say, in words."""
@@ -79,22 +80,6 @@ class Limits:
         place[coverage >= self.outside] = SPARSE
         place[coverage >= self.inside] = INSIDE
         return place
-
-
-@dataclass(frozen=True)
-class Target:
-    """Rows whose intervals are to hold: a sample of the catalog, of rows that pass the cuts.
-
-    Parameters
-    ----------
-    columns : mapping of str to ndarray of float, shape (m,)
-        As those of the overlap.
-    error_class : ndarray of int8, shape (m,)
-        1 where the error model has them in its sparse class.
-    """
-
-    columns: Mapping[str, NDArray[np.floating]]
-    error_class: NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -133,13 +118,13 @@ class Widths:
     ----------
     factors : ndarray of float64, shape (2, 3, 3)
         By class of the error model (dense, sparse), class of the coverage, label.
-    lonely : ndarray of float64, shape (3,), optional
-        Half-widths (K, dex, dex) of lonely rows outside. The pairs there are right or wrong
-        measurements, whose errors do not follow the noise. Not known: they count as lacking.
+    few : ndarray of float64, shape (3,), optional
+        Half-widths (K, dex, dex) of rows outside where stars are few. The pairs there are right or wrong
+        measurements, whose errors do not follow the noise. Not known: they count as where no reference star is.
     """
 
     factors: FloatArray
-    lonely: FloatArray | None = None
+    few: FloatArray | None = None
 
     def widening(
         self,
@@ -157,11 +142,22 @@ class Widths:
         half_width : ndarray of float, shape (n, 3)
         """
         found = np.asarray(self.factors[error_class, np.minimum(kind, OUTSIDE)])
-        if self.lonely is not None:
+        if self.few is not None:
             rows = np.flatnonzero(kind == OUTSIDE)
             least = self.factors[error_class[rows], SPARSE]
-            found[rows] = np.maximum(least, self.lonely / half_width[rows])
+            found[rows] = np.maximum(least, self.few / half_width[rows])
         return found
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values of the fields."""
+        few = None if self.few is None else self.few.tolist()
+        return {"factors": self.factors.tolist(), "few": few}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Widths:
+        """Widths of what `as_json` gave."""
+        few = document["few"]
+        return cls(np.array(document["factors"]), None if few is None else np.array(few))
 
 
 def fit_widths(
@@ -174,7 +170,7 @@ def fit_widths(
 ) -> tuple[Widths, tuple[tuple[int, ...], ...]]:
     """Widths, and the pairs by class of the error model and kind of place.
 
-    Inside and sparse, and lonely places outside, are counted. Where there are fewer than
+    Inside and sparse, and outside where stars are few, are counted. Where there are fewer than
     `MIN_WIDTH_PAIRS` pairs of a class, those inside and sparse count together, and the factor grows
     as the limit of the class says. So it does where the overlap lacks stars, from right pairs:
     nothing is there to count, and nothing says that more measurements are wrong.
@@ -189,7 +185,7 @@ def fit_widths(
         The pairs, and the rows whose intervals are to hold.
     """
     score = np.abs(residual) / half_width
-    factors = np.ones((2, OUTSIDE + 1, len(LABELS)))
+    factors = np.ones((2, OUTSIDE + 1, residual.shape[1]))
     n_pairs = []
     for number in (0, 1):
         mine = pairs.error_class == number
@@ -205,12 +201,12 @@ def fit_widths(
         used = near & right
         factors[number, OUTSIDE] = _quantile(score[used], np.ones(np.count_nonzero(used)))
         factors[number, OUTSIDE] /= limits.outside
-    lonely = None
+    few = None
     used = pairs.kind == OUTSIDE
     if np.count_nonzero(used) >= MIN_WIDTH_PAIRS:
         weight = weights(pairs.take(used), rows.take(rows.kind == OUTSIDE))
-        lonely = _quantile(np.abs(residual[used]), weight)
-    return Widths(np.maximum(factors, _LEAST), lonely), tuple(n_pairs)
+        few = _quantile(np.abs(residual[used]), weight)
+    return Widths(np.maximum(factors, _LEAST), few), tuple(n_pairs)
 
 
 def counted(n_pairs: tuple[tuple[int, ...], ...]) -> dict[str, str]:

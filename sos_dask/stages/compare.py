@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
@@ -39,21 +41,22 @@ from sos_dask.evidence.smoothness import (
     artifacts,
 )
 from sos_dask.evidence.trends import AXES
-from sos_dask.problem import TEFF_UNIT_K, features
 from sos_dask.schema import LABELS
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import (
+    columns_of,
     fitted_columns,
     held_out_columns,
     on_pairs,
+    problem_of,
     read_evidence,
     require_rows,
 )
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stats.binned import Axis
 from sos_dask.stats.bootstrap import draw
-from sos_dask.storage.artifact import Manifest, Output, Recipe
+from sos_dask.storage.artifact import Manifest, Output
 from sos_dask.storage.catalog import Catalog, partition_errors
 
 COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
@@ -79,12 +82,6 @@ class CompareSettings(Settings):
         tuple(axis for axis in AXES if axis.name in LABELS),
         description="Bins along each label of the target; their cells are those of the artifacts",
     )
-
-    @property
-    def edges(self) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-        """Edges of the bins along each label."""
-        by_name = {axis.name: axis.edges for axis in self.axes}
-        return {label: by_name[label] for label in LABELS}
 
 
 class Compare(Stage[CompareSettings]):
@@ -116,51 +113,57 @@ class Compare(Stage[CompareSettings]):
 
     def make(self, run: Run) -> Made:
         """Measure every method and every label, then choose."""
-        evidence = self.manifest("evidence")
+        evidence, labels = self.manifest("evidence"), problem_of(self.path("evidence")).names
         require_rows(run, self.path("evidence"), _PROCESS_BYTES, _BYTES_A_PAIR)
         of_methods = run.parts("methods", dict.fromkeys(self.methods), self.artifacts_of)
-        of_labels = run.parts("labels", dict.fromkeys(LABELS), self.figures_of, "compare labels")
-        scored = [
-            {(method, name): Scored(value, np.array(rest)) for method, name, value, rest in of}
-            for of in (record["scores"] for record in of_labels)
-        ]
-        noise = {}
-        for label, of in zip(LABELS, scored, strict=True):
+        of_labels = run.parts("labels", dict.fromkeys(labels), self.figures_of, "compare labels")
+        scored, noise = {}, {}
+        for label, record in zip(labels, of_labels, strict=True):
+            of = {(m, name): Scored(x, np.array(rest)) for m, name, x, rest in record["scores"]}
+            scored[label] = of
             noise[label] = min(of[method, "mad"].value for method in self.methods)
-        by_method = dict(zip(self.methods, of_methods, strict=True))
-        rough, outside = artifact_rows(by_method, noise)
+        rough, outside = artifact_rows(dict(zip(self.methods, of_methods, strict=True)), noise)
         roughness = {
             method: _roughness([row for row in rough if row["method"] == method])
             for method in self.methods
         }
         choice = choose(self.settings.rule, scored, roughness, self.settings.tolerance)
-        found = [read_piece(_figures_file(run.output, label)) for label in LABELS]
+        found = [read_piece(_figures_file(run.output, label)) for label in labels]
         run.write(COMPARISON, pa.concat_tables(found))
         run.write(ARTIFACTS, pa.Table.from_pylist(rough, schema=ARTIFACT_SCHEMA))
         run.write(OUTSIDE, pa.Table.from_pylist(outside, schema=OUTSIDE_SCHEMA))
         manifests = [self.manifest(f"model.{method}") for method in self.methods]
-        return evidence.rows, {
-            **asdict(choice),
-            "metrics": [metric for one in manifests for metric in one.summary["metrics"]],
-            **of_labels[0]["n"],
-        }
+        metrics = [metric for one in manifests for metric in one.summary["metrics"]]
+        return evidence.rows, {**asdict(choice), "metrics": metrics, **of_labels[0]["n"]}
 
     def artifacts_of(self, output: Output, method: str, item: None) -> dict[str, Any]:
-        """Measure what a correction does on the cells of label space."""
-        settings = self.settings
-        table = read_evidence(self.path("evidence"), [*LABELS, "trained"])
-        labels = matrix32(table.filter(table["trained"]), LABELS)
-        labels = labels[np.isfinite(labels).all(axis=1)]
-        cells = Cells.of(labels, list(settings.edges.values()), settings.min_cell_pairs)
+        """Measure what a correction does on the cells of its inputs."""
+        settings, problem = self.settings, problem_of(self.path("evidence"))
+        axes = {axis.name: axis.edges for axis in settings.axes if axis.name in problem.columns}
+        table = read_evidence(self.path("evidence"), [*problem.columns, "trained"])
+        known = np.isfinite(problem.matrix(table)).all(axis=1)
+        table = table.filter(pc.and_(table["trained"], pa.array(known)))
+        cells = Cells.of(matrix32(table, list(axes)), list(axes.values()), settings.min_cell_pairs)
         correction = corrections.load(self.path(f"model.{method}"))
-        unit = np.array([TEFF_UNIT_K, 1.0, 1.0])
+
+        def predict(points: NDArray[np.floating]) -> NDArray[np.floating]:
+            """Predict at columns of the axes; the other inputs stand at their median."""
+            at = dict(zip(axes, points.T, strict=True))
+            for name in problem.columns:
+                if name not in axes:
+                    at[name] = np.full(len(points), np.median(floats32(table, name)))
+            return correction.predict(problem.matrix(at))
+
+        box = []
+        for values in (correction.info.minimum, correction.info.maximum):
+            at = {
+                one.column: one.scale * (10.0**value if one.log10 else value)
+                for one, value in zip(problem.inputs, values, strict=True)
+            }
+            box.append(np.array([at[name] for name in axes]))
+        n_labels = len(problem.labels)
         found = artifacts(
-            lambda points: correction.predict(features(*points.T)),
-            cells,
-            (np.array(correction.info.minimum) * unit, np.array(correction.info.maximum) * unit),
-            len(LABELS),
-            settings.n_bootstrap,
-            settings.seed,
+            predict, cells, (box[0], box[1]), n_labels, settings.n_bootstrap, settings.seed
         )
         n_cells = len(cells.places)
         typical = cells.typical_count if n_cells else None
@@ -168,33 +171,29 @@ class Compare(Stage[CompareSettings]):
 
     def figures_of(self, output: Output, label: str, item: None) -> dict[str, Any]:
         """Write the figures of one label in both samples."""
-        settings = self.settings
-        columns = {
-            name: {method: named(method)[LABELS.index(label)] for method in self.methods}
-            for name, (_, named) in _SAMPLES.items()
+        settings, path = self.settings, self.path("evidence")
+        there = columns_of(path)
+        edges = {axis.name: axis.edges for axis in settings.axes if axis.name in there}
+        predicted = {
+            name: {method: columns(method, (label,))[0] for method in self.methods}
+            for name, (_, columns) in _SAMPLES.items()
         }
-        names = [*LABELS, f"{label}_diff", "group", "sparse", "held_out", "trained"]
-        more = [name for of in columns.values() for name in of.values()]
-        table = read_evidence(self.path("evidence"), [*names, *more])
+        names = [*edges, f"{label}_diff", "group", "sparse", "held_out", "trained"]
+        more = [name for of in predicted.values() for name in of.values()]
+        table = read_evidence(path, [*names, *more])
         weights = draw(settings.n_bootstrap, settings.seed)
         rows, n, scores = [], {}, {}
         for name, (inside, _) in _SAMPLES.items():
             some = table.filter(table[inside])
+            labels = {axis: floats32(some, axis) for axis in edges}
             group, sparse = (some[column].to_numpy() for column in ("group", "sparse"))
-            sample = Sample(name, matrix32(some, LABELS), group.astype(np.int64), sparse)
+            sample = Sample(name, labels, group.astype(np.int64), sparse)
             before = floats32(some, f"{label}_diff").astype(np.float64)
             residuals = {NONE: before}
-            for method, column in columns[name].items():
+            for method, column in predicted[name].items():
                 residuals[method] = before - floats32(some, column)
-            found, scored = figures(
-                sample,
-                label,
-                residuals,
-                settings.edges,
-                weights,
-                settings.min_pairs,
-                settings.min_bin_pairs,
-            )
+            least = settings.min_pairs, settings.min_bin_pairs
+            found, scored = figures(sample, label, residuals, edges, weights, *least)
             rows += found
             n[f"n_{name}"] = some.num_rows
             scores[name] = [
@@ -215,12 +214,6 @@ def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:
     known = [row["roughness"] for row in rows if row["roughness"] is not None]
     enough = known and rows[0]["n_cells"] >= MIN_CELLS
     return float(np.mean(known)) if enough else float("nan")
-
-
-def compare_recipe(evidence: str, models: Mapping[str, str], settings: CompareSettings) -> Recipe:
-    """Recipe of `Compare` for inputs of these fingerprints."""
-    named = {f"model.{method}": one for method, one in models.items()}
-    return Compare.recipe(settings, {"evidence": evidence, **named})
 
 
 def compare(

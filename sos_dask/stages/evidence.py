@@ -23,7 +23,7 @@ from pydantic import Field
 from sos_dask import corrections
 from sos_dask.columns import floats32, key_numbers, matrix32
 from sos_dask.errors import CatalogError, ModelError
-from sos_dask.problem import features
+from sos_dask.problem import DEFAULT, Problem
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.settings import Settings
@@ -31,7 +31,7 @@ from sos_dask.stages.base import Made, Role, Run, S, Stage
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stats.bootstrap import groups_of
 from sos_dask.stats.numbers import find_sparse
-from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Rows
 from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
 
 EVIDENCE = "evidence.parquet"
@@ -46,19 +46,20 @@ _PROCESS_BYTES, _BYTES_A_PAIR = 300 << 20, 400
 class EvidenceSettings(Settings):
     """Settings of the stage."""
 
+    problem: Problem = Field(DEFAULT, description="Labels, and inputs of the models")
     max_pairs: int = Field(
         MOST_PAIRS, gt=0, description="Of more pairs, those of some stars: about as many"
     )
 
 
-def held_out_columns(method: str) -> tuple[str, ...]:
+def held_out_columns(method: str, labels: Sequence[str] = LABELS) -> tuple[str, ...]:
     """Name the predictions of the labels by models that were not trained on the pair's star."""
-    return tuple(f"{label}_held_out_{method}" for label in LABELS)
+    return tuple(f"{label}_held_out_{method}" for label in labels)
 
 
-def fitted_columns(method: str) -> tuple[str, ...]:
+def fitted_columns(method: str, labels: Sequence[str] = LABELS) -> tuple[str, ...]:
     """Name the predictions of the labels by the saved model of a method."""
-    return tuple(f"{label}_fitted_{method}" for label in LABELS)
+    return tuple(f"{label}_fitted_{method}" for label in labels)
 
 
 class Evidence(Stage[EvidenceSettings]):
@@ -86,8 +87,9 @@ class Evidence(Stage[EvidenceSettings]):
 
     def check(self) -> None:
         """Refuse pairs that lack a column, and models that are none."""
-        pairs = self.catalog("pairs")
-        pairs.require("use", "fold", "reference_star_id", *LABELS, *DIFFERENCES)
+        problem = self.settings.problem
+        needed = [*problem.names, *problem.columns, *(label.diff for label in problem.labels)]
+        self.catalog("pairs").require("use", "fold", "reference_star_id", *needed)
         for name in self.named("model"):
             require_model(self.path(name))
 
@@ -103,18 +105,18 @@ class Evidence(Stage[EvidenceSettings]):
         if done["n_fit"] > done["file"]["rows"]:
             dropped["of stars beyond a million pairs"] = done["n_fit"] - done["file"]["rows"]
         rows = Rows(pairs.n_rows, done["file"]["rows"], 0, dropped)
-        return rows, {"methods": self.methods}
+        return rows, {"methods": self.methods, "problem": self.settings.problem.as_json}
 
     def table(self, output: Output, key: str, item: None) -> dict[str, Any]:
         """Write the table."""
         table, fold, kept = _kept_pairs(self.catalog("pairs"), self.settings.max_pairs)
-        differences = [floats32(table, name) for name in DIFFERENCES]
-        labels = matrix32(table, LABELS)
-        held_out = np.zeros(len(labels), dtype=np.bool_)
-        predictions: dict[str, pa.Array] = {}
+        problem = self.settings.problem
+        differences, x = problem.differences(table), problem.matrix(table)
+        held_out = np.zeros(len(x), dtype=np.bool_)
+        predictions: dict[str, Any] = {}
         for method in self.methods:
             model = self.path(f"model.{method}")
-            rows, predicted = held_out_pairs(model, fold, differences, kept)
+            rows, predicted = held_out_pairs(model, fold, list(differences.T), kept, problem)
             if predictions and not np.array_equal(np.flatnonzero(held_out), np.sort(rows)):
                 first = self.methods[0]
                 raise ModelError(
@@ -123,27 +125,22 @@ class Evidence(Stage[EvidenceSettings]):
                     "Train all methods with the same validation.",
                 )
             held_out[rows] = True
-            of_method = np.full((len(labels), len(LABELS)), np.nan, dtype=np.float32)
+            of_method = np.full_like(differences, np.nan)
             of_method[rows] = predicted
-            for name, values in zip(held_out_columns(method), of_method.T, strict=True):
+            names = held_out_columns(method, problem.names)
+            for name, values in zip(names, of_method.T, strict=True):
                 predictions[name] = pa.array(np.ascontiguousarray(values), mask=~held_out)
-            fitted = corrections.load(model).predict(features(*labels.T))
-            for name, values in zip(fitted_columns(method), fitted.T, strict=True):
-                predictions[name] = pa.array(np.ascontiguousarray(values))
+            fitted = corrections.load(model).predict(x)
+            names = fitted_columns(method, problem.names)
+            predictions |= dict(zip(names, map(np.ascontiguousarray, fitted.T), strict=True))
         # With k folds every pair is held out once, and the saved model is trained on all.
         trained = np.ones_like(held_out) if held_out.all() else ~held_out
-        sparse = sparse_pairs(labels, trained)
+        sparse = sparse_pairs(x, trained)
         columns = {"held_out": held_out, "trained": trained, "sparse": sparse, **predictions}
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values))
         record = output.write_file(EVIDENCE, partial(write_parquet, table))
         return {"file": asdict(record), "n_fit": len(fold)}
-
-
-def evidence_recipe(pairs: str, models: Mapping[str, str]) -> Recipe:
-    """Recipe of `Evidence` for inputs of these fingerprints."""
-    named = {f"model.{method}": one for method, one in models.items()}
-    return Evidence.recipe(EvidenceSettings(), {"pairs": pairs, **named})
 
 
 def make_evidence(
@@ -155,9 +152,7 @@ def make_evidence(
 ) -> Manifest:
     """Make a table of these pairs and models, by method; see `Evidence`."""
     named = {f"model.{method}": path for method, path in models.items()}
-    made = Evidence({"pairs": pairs, **named}, settings).run(directory, **options)
-    assert made is not None
-    return made
+    return Evidence({"pairs": pairs, **named}, settings).run(directory, **options)
 
 
 def on_pairs(
@@ -199,11 +194,20 @@ def on_pairs(
         return Manifest.checked(directory)
     try:
         evidence.run(path, overwrite=True, cluster=cluster, report=report)
-        made = one.run(directory, overwrite=overwrite, cluster=cluster, report=report)
+        return one.run(directory, overwrite=overwrite, cluster=cluster, report=report)
     finally:
         shutil.rmtree(path, ignore_errors=True)
-    assert made is not None
-    return made
+
+
+def columns_of(path: Path) -> list[str]:
+    """List the columns of an evidence table."""
+    with partition_errors(path / EVIDENCE):
+        return list(pq.read_schema(path / EVIDENCE).names)
+
+
+def problem_of(path: Path) -> Problem:
+    """Read the problem of an evidence table."""
+    return Problem(**Manifest.load(path).summary["problem"])
 
 
 def read_evidence(path: Path, columns: Sequence[str], more: Sequence[str] = ()) -> pa.Table:
@@ -278,20 +282,20 @@ def _is_number(kind: pa.DataType) -> bool:
     return any(test(kind) for test in (types.is_floating, types.is_integer, types.is_decimal))
 
 
-def sparse_pairs(labels: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def sparse_pairs(x: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Tell where the training pairs are as thin as around the thinnest 5 % of themselves.
 
     Parameters
     ----------
-    labels : ndarray of float32, shape (n, n_labels)
+    x : ndarray of float32, shape (n, k)
+        Inputs.
     trained : ndarray of bool, shape (n,)
 
     Returns
     -------
     ndarray of bool, shape (n,)
-        True where a label is not known.
+        True where an input is not known.
     """
-    x = features(*labels.T)
     known = np.isfinite(x).all(axis=1)
     sample = known & trained
     if not sample.any():
@@ -443,6 +447,7 @@ def held_out_pairs(
     fold: NDArray[np.int8],
     differences: Sequence[NDArray[np.float32]],
     kept: NDArray[np.bool_] | None = None,
+    problem: Problem = DEFAULT,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Rows of a model's held-out pairs among the pairs, and their predictions.
 
@@ -474,7 +479,8 @@ def held_out_pairs(
         It holds other pairs.
     """
     path = model / HELD_OUT
-    predictions = [f"{label}_delta" for label in LABELS]
+    predictions = [label.delta for label in problem.labels]
+    names = [label.diff for label in problem.labels]
     kept = np.ones(len(fold), dtype=np.bool_) if kept is None else kept
     with partition_errors(path), pq.ParquetFile(path) as file:
         held_out = file.read(["fold"])["fold"].to_numpy()
@@ -483,7 +489,7 @@ def held_out_pairs(
         same = np.array_equal(fold[rows], held_out)
         if same:
             wanted, first, tables = kept[rows], 0, []
-            for batch in file.iter_batches(columns=[*DIFFERENCES, *predictions]):
+            for batch in file.iter_batches(columns=[*names, *predictions]):
                 inside = pa.array(wanted[first : first + batch.num_rows])
                 tables.append(pa.Table.from_batches([batch]).filter(inside))
                 first += batch.num_rows
@@ -491,7 +497,7 @@ def held_out_pairs(
             rows = (np.cumsum(kept) - 1)[rows[wanted]]
             same = all(
                 np.array_equal(mine[rows], floats32(table, name), equal_nan=True)
-                for mine, name in zip(differences, DIFFERENCES, strict=True)
+                for mine, name in zip(differences, names, strict=True)
             )
     if not same:
         raise CatalogError(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import floats32, matrix32
+from sos_dask.columns import floats32, floats_or_nan
 from sos_dask.errors import ModelError
 from sos_dask.evidence.figures import NONE
 from sos_dask.evidence.left_out import (
@@ -31,11 +31,10 @@ from sos_dask.evidence.left_out import (
     left_out_groups,
     region_groups,
 )
-from sos_dask.problem import DEFAULT, Problem, features
-from sos_dask.schema import LABELS
+from sos_dask.problem import DEFAULT, Problem
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
-from sos_dask.stages.evidence import DIFFERENCES, on_pairs, read_evidence
+from sos_dask.stages.evidence import on_pairs, problem_of, read_evidence
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.train import VERSION as TRAIN_VERSION
 from sos_dask.stats.numbers import scatter
@@ -116,18 +115,21 @@ class Generalisation(Stage[GeneralisationSettings]):
 
     def _pairs(self) -> pa.Table:
         """Pairs, of very many those of some stars, with their groups."""
-        wanted = [*LABELS, *DIFFERENCES, "fold", "star", "sparse"]
-        table = read_evidence(self.path("evidence"), wanted, ["survey_ref"])
+        problem = problem_of(self.path("evidence"))
+        kept = dict.fromkeys([*problem.columns, *(one.diff for one in problem.labels), "fold"])
+        wanted = [*kept, "star", "sparse"]
+        table = read_evidence(self.path("evidence"), wanted, ["survey_ref", "teff", "logg"])
         if table.num_rows > self.settings.max_pairs:
             star, n = table["star"].to_numpy(), self.settings.max_pairs
             table = table.filter(pa.array(star < np.partition(star, n)[n]))
         sparse = np.where(table["sparse"].to_numpy(), SPARSE, DENSE)
-        known = np.isfinite(matrix32(table, LABELS)).all(axis=1)
+        known = np.isfinite(problem.matrix(table)).all(axis=1)
         survey = pa.array([""] * table.num_rows, pa.string())
         if "survey_ref" in table.column_names:
             survey = table["survey_ref"].fill_null("").cast(pa.string())
-        region = region_groups(floats32(table, "teff"), floats32(table, "logg"))
-        found = table.select([*LABELS, *DIFFERENCES, "fold"])
+        teff, logg = (floats_or_nan(table, name) for name in ("teff", "logg"))
+        region = region_groups(teff, logg)
+        found = table.select(list(kept))
         found = found.append_column(DENSITY, pa.array(np.where(known, sparse, "")))
         found = found.append_column(REGION, pa.array(region, pa.string()))
         return found.append_column(REFERENCE, survey).combine_chunks()
@@ -137,17 +139,17 @@ class Generalisation(Stage[GeneralisationSettings]):
         method, split, group = item
         table = read_piece(_pairs_file(output))
         fold = _folds(table, split, group)
-        x = features(*(floats32(table, label) for label in LABELS))
-        differences = matrix32(table, DIFFERENCES)
+        problem = problem_of(self.path("evidence"))
+        x, differences = problem.matrix(table), problem.differences(table)
         source = _Source(corrections.Batch(x, differences, fold, np.ones(len(x), np.float32)))
         params = corrections.check_params(method, self.settings.methods[method])
-        predicted, refused = np.full((len(x), len(LABELS)), np.nan, np.float32), ""
+        predicted, refused = np.full_like(differences, np.nan), ""
         try:
             fitted = corrections.fit(method, source, train_folds=[0], params=params)
             predicted[fold == 1] = fitted.predict(x[fold == 1])
         except ModelError as error:
             refused = error.message
-        write_piece(_piece(output, key), pa.table(list(predicted.T.copy()), names=list(LABELS)))
+        write_piece(_piece(output, key), pa.table(list(predicted.T.copy()), problem.names))
         return {"refused": refused}
 
     def _figures(
@@ -157,20 +159,23 @@ class Generalisation(Stage[GeneralisationSettings]):
         fits: Mapping[str, Fit],
         groups: list[tuple[str, str]],
     ) -> pa.Table:
+        labels = problem_of(self.path("evidence")).labels
         predicted = {fit: read_piece(_piece(output, key)) for key, fit in fits.items()}
         rows = []
         for method in (NONE, *self.settings.methods):
             for split, group in groups:
                 fold = _folds(table, split, group)
-                for label, name in zip(LABELS, DIFFERENCES, strict=True):
+                for label in labels:
                     row: dict[str, Any] = {"split": split, "group": group, "method": method}
-                    row |= {"label": label, "n_train": int(np.count_nonzero(fold == 0))}
-                    bare = floats32(table, name).astype(np.float64)
+                    row |= {"label": label.name, "n_train": int(np.count_nonzero(fold == 0))}
+                    bare = floats32(table, label.diff).astype(np.float64)
                     for fit, end in (
                         ((method, split, group), ""),
                         ((method, RANDOM, ""), "_random"),
                     ):
-                        left = bare if method == NONE else bare - floats32(predicted[fit], label)
+                        left = (
+                            bare if method == NONE else bare - floats32(predicted[fit], label.name)
+                        )
                         left = left[(fold == 1) & np.isfinite(left)]
                         row[f"n{end}"] = len(left)
                         row[f"median{end}"] = float(np.median(left)) if len(left) else None

@@ -239,6 +239,7 @@ def _train(
     table = pa.concat_tables(predicted)
     metrics = held_out_metrics(
         settings.method,
+        LABELS,
         matrix32(table, DIFFERENCES),
         matrix32(table, _PREDICTIONS),
     )

@@ -6,7 +6,7 @@ bytes a pair, and 50 more while it ranks (measured).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -41,16 +41,17 @@ from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.common import common_stars
 from sos_dask.stages.evidence import (
     DIFFERENCES,
-    EVIDENCE,
+    columns_of,
     fitted_columns,
     held_out_columns,
     on_pairs,
+    problem_of,
     read_evidence,
     require_rows,
 )
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stats.binned import MIN_COUNT, Axis, equal_count_edges
-from sos_dask.storage.artifact import Manifest, Output, Recipe
+from sos_dask.storage.artifact import Manifest, Output
 from sos_dask.storage.catalog import Catalog, partition_errors
 
 TRENDS, PLANES = "trends.parquet", "planes.parquet"
@@ -104,8 +105,7 @@ class Trends(Stage[TrendSettings]):
         """Bin by one quantity after the other."""
         evidence = self.manifest("evidence")
         require_rows(run, self.path("evidence"), _PROCESS_BYTES, _BYTES_A_PAIR)
-        with partition_errors(self.path("evidence") / EVIDENCE):
-            there = pq.read_schema(self.path("evidence") / EVIDENCE).names
+        there = columns_of(self.path("evidence"))
         by_name = {axis.name: axis for axis in self.settings.axes if axis.name in there}
         groups: dict[str, tuple[Axis, ...]] = {name: (axis,) for name, axis in by_name.items()}
         if by_name.keys() >= set(PLANE):
@@ -141,31 +141,22 @@ class Trends(Stage[TrendSettings]):
         """Write all trends against one quantity, or on the plane."""
         names = tuple(axis.name for axis in axes)
         methods = self.manifest("evidence").summary["methods"]
-        predicted = [
-            name
-            for method in methods
-            for name in (*held_out_columns(method), *fitted_columns(method))
-        ]
-        wanted = [*names, *DIFFERENCES, "trained", *predicted]
+        labels = problem_of(self.path("evidence")).names
+        wanted = [*names, *(f"{label}_diff" for label in labels), "trained"]
+        for method in methods:
+            wanted += [*held_out_columns(method, labels), *fitted_columns(method, labels)]
         table = read_evidence(self.path("evidence"), wanted, ["survey_ref"])
         x = [floats32(table, name) for name in names]
-        subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
-        surveys: list[str] = []
-        if "survey_ref" in table.column_names:
-            found = pc.unique(table["survey_ref"]).drop_null().to_pylist()
-            surveys = _ordered(found, self.settings.order)
-            for name in surveys:
-                inside = pc.fill_null(pc.equal(table["survey_ref"], name), False)
-                subsets[name] = inside.to_numpy()
+        subsets = _subsets(table, self.settings.order)
         plane = key == _PLANE_KEY
         binnings = {EQUAL_WIDTH: [axis.edges for axis in axes]}
         if not plane:
             n_bins = self.settings.n_count_bins
             binnings[EQUAL_COUNT] = [equal_count_edges(values, n_bins) for values in x]
-        common = read_piece(_piece_file(output, "common", "common"))
         trends: list[Trend] = []
         contrasts: list[Contrast] = []
-        for label in LABELS:
+        in_no_bin = {}
+        for label in labels:
             for binning, edges in binnings.items():
                 about = partial(trend, edges=edges, label=label, against=names, binning=binning)
                 before: dict[str, Trend] = {}
@@ -175,41 +166,50 @@ class Trends(Stage[TrendSettings]):
                         one = about(x, chosen, subset=subset, sample=sample, method=method)
                         trends.append(one)
                         before.setdefault(subset, one)
-                for first, second in combinations(surveys, 2):
-                    both = common.filter(
-                        pc.and_(
-                            pc.equal(common["first"], first), pc.equal(common["second"], second)
-                        )
-                    )
-                    direct = None
-                    if set(names) <= set(LABELS) and both.num_rows:
-                        direct = about(
-                            [floats32(both, name) for name in names],
-                            floats32(both, f"{label}_diff"),
-                            subset=f"{first},{second}",
-                        )
-                    pair = before[first], before[second]
-                    contrasts.append(Contrast(*pair, direct, self.settings.min_count))
+                contrasts += self._contrasts(output, before, about)
+                if binning == EQUAL_WIDTH:
+                    n_known = np.count_nonzero(np.isfinite(floats32(table, f"{label}_diff")))
+                    in_no_bin[label] = int(n_known - before[ALL].quantiles.n.sum())
         write_piece(_piece_file(output, "trends", key), trend_table(trends, plane))
         write_piece(_piece_file(output, "contrasts", key), contrast_table(contrasts, plane))
-        in_no_bin = {}
-        for one in trends:
-            if (one.binning, one.subset, one.sample) == (EQUAL_WIDTH, ALL, BEFORE):
-                n_known = np.count_nonzero(np.isfinite(floats32(table, f"{one.label}_diff")))
-                in_no_bin[one.label] = int(n_known) - int(one.quantiles.n.sum())
-        return {
-            "surveys": {name: int(np.count_nonzero(subsets[name])) for name in surveys},
-            "in_no_bin": in_no_bin,
-            "agreements": [
-                {"binning": contrast.first.binning, **one}
-                for contrast in contrasts
-                for one in contrast.agreements()
-            ],
-        }
+        n_pairs = {name: int(np.count_nonzero(inside)) for name, inside in subsets.items()}
+        del n_pairs[ALL]
+        agreements = [
+            {"binning": contrast.first.binning, **one}
+            for contrast in contrasts
+            for one in contrast.agreements()
+        ]
+        return {"surveys": n_pairs, "in_no_bin": in_no_bin, "agreements": agreements}
+
+    def _contrasts(
+        self, output: Output, before: Mapping[str, Trend], about: Callable[..., Trend]
+    ) -> Iterator[Contrast]:
+        """Every two reference surveys, also on their common stars where the bins are of labels."""
+        common = read_piece(_piece_file(output, "common", "common"))
+        label, against = before[ALL].label, before[ALL].against
+        for first, second in combinations([name for name in before if name != ALL], 2):
+            both = common.filter(
+                pc.and_(pc.equal(common["first"], first), pc.equal(common["second"], second))
+            )
+            direct = None
+            if both.num_rows and {*against, f"{label}_diff"} <= set(both.column_names):
+                x = [floats32(both, name) for name in against]
+                direct = about(x, floats32(both, f"{label}_diff"), subset=f"{first},{second}")
+            yield Contrast(before[first], before[second], direct, self.settings.min_count)
 
 
 def _piece_file(output: Output, kind: str, key: str) -> Path:
     return output.work / "pieces" / f"{kind}-{key}.arrow"
+
+
+def _subsets(table: pa.Table, order: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """All pairs, and those of each reference survey."""
+    subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
+    if "survey_ref" in table.column_names:
+        for name in _ordered(pc.unique(table["survey_ref"]).drop_null().to_pylist(), order):
+            inside = pc.fill_null(pc.equal(table["survey_ref"], name), False)
+            subsets[name] = inside.to_numpy()
+    return subsets
 
 
 def _samples(
@@ -219,23 +219,10 @@ def _samples(
     before = floats32(table, f"{label}_diff").astype(np.float64)
     yield BEFORE, None, before
     trained = table["trained"].to_numpy()
-    number = LABELS.index(label)
     for method in methods:
-        yield AFTER, method, before - floats32(table, held_out_columns(method)[number])
-        left = before - floats32(table, fitted_columns(method)[number])
+        yield AFTER, method, before - floats32(table, held_out_columns(method, (label,))[0])
+        left = before - floats32(table, fitted_columns(method, (label,))[0])
         yield FITTED, method, np.where(trained, left, np.nan)
-
-
-def trends_recipe(
-    evidence: str,
-    settings: TrendSettings,
-    reference: str | None = None,
-    stars: Mapping[str, str] | None = None,
-) -> Recipe:
-    """Recipe of `Trends` for inputs of these fingerprints."""
-    inputs = {"evidence": evidence, **({} if reference is None else {"reference": reference})}
-    inputs |= {f"stars.{survey}": one for survey, one in (stars or {}).items()}
-    return Trends.recipe(settings, inputs)
 
 
 def trends(

@@ -1,0 +1,120 @@
+"""Tables over a box of a few axes: looked up in cells, or interpolated between nodes.
+
+What takes long to calculate of a row is calculated once, for every cell or node of a grid; a row
+then costs a look-up. Where a quantity is constant on the cells (errors) `Grid.cells` says which
+one; where it is smooth (distances, smeared trees) `Grid.interpolate` is linear between the nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+Float32Array = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+
+_BLOCK_ROWS = 8192  # the arrays of a block fit the second-level cache
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Equal steps along each axis of a box.
+
+    Parameters
+    ----------
+    low, high : tuple of float
+        Corners of the box; outside it the nearest place on it counts.
+    shape : tuple of int
+        Cells, or nodes (at least two), along each axis.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of cells or nodes."""
+        return int(np.prod(self.shape))
+
+    @cached_property
+    def numbers(self) -> IntArray:
+        """Number of every cell or node along each axis, shape (size, k)."""
+        return np.stack(np.unravel_index(np.arange(self.size), self.shape), axis=1)
+
+    def centers(self) -> FloatArray:
+        """Find the middle of every cell, shape (size, k)."""
+        return self._at((self.numbers + 0.5) / np.array(self.shape))
+
+    def nodes(self) -> FloatArray:
+        """Find the place of every node, shape (size, k): the first and the last are corners."""
+        return self._at(self.numbers / (np.array(self.shape) - 1))
+
+    def _at(self, share: FloatArray) -> FloatArray:
+        low, high = np.array(self.low), np.array(self.high)
+        return np.asarray(low + (high - low) * share)
+
+    def cells(self, x: Float32Array) -> IntArray:
+        """Find the cell of each row, shape (n,); a number for nan, too.
+
+        Parameters
+        ----------
+        x : ndarray of float32, shape (n, k)
+        """
+        cell = np.zeros(len(x), dtype=np.int64)
+        for axis, n in enumerate(self.shape):
+            cell *= n
+            cell += np.fmin(self._place(x, axis, n), np.float32(n - 1)).astype(np.int64)
+        return cell
+
+    def _place(self, x: Float32Array, axis: int, steps: int) -> Float32Array:
+        low, high = np.float32(self.low[axis]), np.float32(self.high[axis])
+        place = np.clip(x[:, axis], low, high)
+        place -= low
+        place *= np.float32(steps) / (high - low if high > low else np.float32(1))
+        return place
+
+    def interpolate(self, values: Float32Array, x: Float32Array) -> Float32Array:
+        """Interpolate values at the nodes linearly; a row does not depend on the others.
+
+        Parameters
+        ----------
+        values : ndarray of float32, shape (size, m)
+        x : ndarray of float32, shape (n, k)
+
+        Returns
+        -------
+        ndarray of float32, shape (n, m)
+            nan where a row has one.
+        """
+        out = np.empty((len(x), values.shape[1]), dtype=np.float32)
+        strides = [int(np.prod(self.shape[axis + 1 :])) for axis in range(len(self.shape))]
+        for first in range(0, len(x), _BLOCK_ROWS):
+            block = x[first : first + _BLOCK_ROWS]
+            cell = np.zeros(len(block), dtype=np.int64)
+            shares = []
+            for axis, n in enumerate(self.shape):
+                place = self._place(block, axis, n - 1)
+                index = np.fmin(place, np.float32(n - 2)).astype(np.int64)
+                cell += index * strides[axis]
+                shares.append((place - index).astype(np.float32)[:, None])
+            out[first : first + _BLOCK_ROWS] = _between(values, cell, strides, shares)
+        return out
+
+
+def _between(
+    values: Float32Array, cell: IntArray, strides: list[int], shares: list[Float32Array]
+) -> Float32Array:
+    """Linear along the first axis of what is linear along the others."""
+    if not strides:
+        return np.take(values, cell, axis=0)
+    below = _between(values, cell, strides[1:], shares[1:])
+    above = _between(values, cell + strides[0], strides[1:], shares[1:])
+    above -= below
+    above *= shares[0]
+    above += below
+    return above

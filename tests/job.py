@@ -1,7 +1,15 @@
-"""A small job on a simulated sky, and what tests ask of its store."""
+"""A job on a simulated sky, and what tests and benchmarks ask of its store."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
+
+from sos_dask.rebuild.job import load_job
+from sos_dask.rebuild.pipeline import rebuild
+from sos_dask.simulate import SkySettings, simulate
+
+DEFAULT_PARTITIONS = ("[ingest]\nrows_per_partition = 1500\n", "")
+WITH_REPORT = ("enabled = false", "enabled = true")
 
 JOB = """
 format = 1
@@ -36,6 +44,20 @@ def write_job(folder: Path, sky: Path, *changes: tuple[str, str], more: str = ""
         text = text.replace(old, new)
     job = folder / "job.toml"
     job.write_text(text + more)
+    return job
+
+
+def methods(*names: str, more: str = "") -> tuple[str, str]:
+    """Change of the job: other methods, and further keys of their table."""
+    listed = ", ".join(f'"{name}"' for name in names)
+    return 'methods = ["polynomial"]', f"methods = [{listed}]{more}"
+
+
+def build(folder: Path, *changes: tuple[str, str], **sky: Any) -> Path:
+    """Make a sky in ``folder / "sky"`` and a build of it in ``folder / "store"``; the job."""
+    simulate(SkySettings(**sky), folder / "sky")
+    job = write_job(folder, folder / "sky", *changes)
+    rebuild(load_job(job))
     return job
 
 

@@ -29,7 +29,9 @@ def test_every_function_is_documented_and_works_on_paths(tmp_path):
     settings = api.CrossmatchSettings(radius_arcsec=1.0)
     api.crossmatch(target, reference, tmp_path / "pairs", settings)
     pairs = api.Catalog.open(tmp_path / "pairs")
-    api.train(pairs, tmp_path / "model", api.TrainSettings("polynomial", {"order": 2}))
+    api.train(
+        pairs, tmp_path / "model", api.TrainSettings(method="polynomial", params={"order": 2})
+    )
     observations = api.Catalog.open(tmp_path / "lamost")
     manifest = api.apply(tmp_path / "model", observations, tmp_path / "corrected")
     assert manifest is not None

@@ -47,7 +47,7 @@ def with_gaps(table: pa.Table, value: float, first: int = 0) -> pa.Table:
 def trained(table: pa.Table, folder: Path) -> tuple[Catalog, Path]:
     """A hybrid: it trains a polynomial and trees."""
     catalog = write_catalog(table, folder / "pairs", 1000)
-    train(catalog, folder / "model", TrainSettings("hybrid", PARAMS["hybrid"]))
+    train(catalog, folder / "model", TrainSettings(method="hybrid", params=PARAMS["hybrid"]))
     return catalog, folder / "model"
 
 
@@ -72,7 +72,7 @@ def test_pairs_that_cannot_train(
 ) -> None:
     catalog = write_catalog(spoil(pairs), tmp_path / "pairs", 1000)
     with pytest.raises(ModelError, match=message):
-        train(catalog, tmp_path / "model", TrainSettings(method, PARAMS[method]))
+        train(catalog, tmp_path / "model", TrainSettings(method=method, params=PARAMS[method]))
     assert not (tmp_path / "model").exists(), "nothing is left of a run that made nothing"
 
 
@@ -114,7 +114,11 @@ def test_pairs_of_one_star_are_not_compared(pairs: pa.Table, tmp_path: Path) -> 
 def test_few_pairs_train_but_have_no_errors(pairs: pa.Table, tmp_path: Path) -> None:
     few = pairs.slice(0, 110)
     catalog = write_catalog(few, tmp_path / "pairs")
-    train(catalog, tmp_path / "model", TrainSettings("polynomial", {"order": 1}, "holdout"))
+    train(
+        catalog,
+        tmp_path / "model",
+        TrainSettings(method="polynomial", params={"order": 1}, validation="holdout"),
+    )
     with pytest.raises(ModelError, match="at least 30 are needed to compare"):
         compare(catalog, {"model": tmp_path / "model"}, tmp_path / "compared", FEW)
     with pytest.raises(ModelError, match="errors need 40 held-out pairs"):

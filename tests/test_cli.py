@@ -20,12 +20,12 @@ import pyarrow as pa
 import pytest
 from astropy.io import fits
 from astropy.table import Table
+from sos_dask.evidence.measures import MEASURES
 
 from sos_dask import corrections as models
 from sos_dask.cli import app, main
 from sos_dask.cli.output import reporting
 from sos_dask.errors import SosError
-from sos_dask.evidence.measures import MEASURES
 from sos_dask.stages.report_content import figures
 from sos_dask.storage.artifact import MANIFEST
 from sos_dask.storage.catalog import Catalog
@@ -348,7 +348,7 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "pairs as target": (["crossmatch", "{pairs}", "{reference}", "--radius-arcsec", "1"], 5,
                         ["neither star_id nor obs_id"]),
     "no pairs": (["train", "{reference}", "-m", "polynomial"], 5,
-                 ["is no catalog of pairs", "sos-dask crossmatch"]),
+                 ["is not a catalog of pairs", "sos-dask crossmatch"]),
     "no model": (["apply", "{pairs}", "{lamost.observations}"], 7, [r"model\.json"]),
     "missing model": (["apply", "gone", "{lamost.observations}"], 7, [r"gone/model\.json"]),
     "train method": (["train", "{pairs}", "-m", "polynomal"], 3,
@@ -360,7 +360,7 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "parameter without value": (["train", "{pairs}", "-m", "polynomial", "-p", "order"], 3,
                                 ["is not NAME=VALUE"]),
     "validation": (["train", "{pairs}", "-m", "polynomial", "--validation", "kfolds"], 3,
-                   ["validation 'kfolds'", "kfold"]),
+                   ["validation: ", "'kfold'"]),
     "margin": (["ingest", LAMOST, "{sky}/lamost.fits", "--margin-arcsec", "0"], 3,
                ["--margin-arcsec 0 is not between"]),
     "same file twice": (["ingest", LAMOST, "{sky}/lamost.fits", "{sky}/lamost.fits"], 3,
@@ -604,7 +604,7 @@ def test_an_interrupt_ends_cleanly(small_sky, tmp_path, workers):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == ""
-    assert "stopped; run the same command again to go on" in err
+    assert "stopped; run the same command again to continue" in err
     assert "Traceback" not in err
     assert not psutil.wait_procs(children, timeout=20)[1], "workers outlived their driver"
     assert not (tmp_path / "store/current").exists()
@@ -946,7 +946,7 @@ def test_a_step_prints_one_line(cli, small_store):
 def test_verify_takes_a_build(cli, small_store):
     ran = cli("verify", small_store / "current")
     assert ran.code == 0
-    assert ran.out.count("all invariants hold") == len(ran.out.splitlines()) >= 9
+    assert ran.out.count("no problem found") == len(ran.out.splitlines()) >= 9
     for product in ("lamost.corrected", "model.polynomial", "comparison", "uncertainty"):
         assert f"{small_store}/current/{product}: " in ran.out
     assert cli("verify", small_store).out == ran.out

@@ -39,7 +39,11 @@ def trained(build, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     pairs = Catalog.open(build / "pairs")
     for name, order in (("straight", 1), ("cubic", 3)):
-        train(pairs, folder / name, TrainSettings("polynomial", {"order": order}, "kfold"))
+        train(
+            pairs,
+            folder / name,
+            TrainSettings(method="polynomial", params={"order": order}, validation="kfold"),
+        )
     return {name: folder / name for name in ("straight", "cubic")}
 
 
@@ -178,7 +182,11 @@ def test_a_stopped_run_goes_on(build, trained, compared, tmp_path, monkeypatch):
 
 def test_holdout_compares_on_the_pairs_that_no_model_saw(build, tmp_path):
     pairs = Catalog.open(build / "pairs")
-    train(pairs, tmp_path / "model", TrainSettings("polynomial", {"order": 2}, "holdout"))
+    train(
+        pairs,
+        tmp_path / "model",
+        TrainSettings(method="polynomial", params={"order": 2}, validation="holdout"),
+    )
     manifest = compare(pairs, {"polynomial": tmp_path / "model"}, tmp_path / "out", FEW)
     fold = used(build)["fold"].to_numpy()
     assert manifest.summary["n_test"] == np.count_nonzero(fold == 0)
@@ -228,7 +236,11 @@ def test_models_of_other_pairs_or_validation(build, trained, tmp_path):
     other = write_catalog(table.slice(3), tmp_path / "other")
     with pytest.raises(CatalogError, match="does not hold the pairs"):
         compare(other, trained, tmp_path / "out", FEW)
-    train(pairs, tmp_path / "holdout", TrainSettings("polynomial", {"order": 2}, "holdout"))
+    train(
+        pairs,
+        tmp_path / "holdout",
+        TrainSettings(method="polynomial", params={"order": 2}, validation="holdout"),
+    )
     given = {**trained, "holdout": tmp_path / "holdout"}
     refused(build, given, tmp_path / "out", ModelError, "'holdout' holds out other pairs")
 

@@ -139,7 +139,11 @@ def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, p
 
 
 def test_with_a_fold_held_out_the_others_train(build, pairs, tmp_path):
-    train(pairs, tmp_path / "model", TrainSettings("polynomial", {"order": 2}, "holdout"))
+    train(
+        pairs,
+        tmp_path / "model",
+        TrainSettings(method="polynomial", params={"order": 2}, validation="holdout"),
+    )
     make_evidence(pairs, {"polynomial": tmp_path / "model"}, tmp_path / "out")
     name = held_out_columns("polynomial")[0]
     found = read_evidence(tmp_path / "out", ["fold", "held_out", "trained", name])

@@ -13,7 +13,15 @@ from sos_dask.evidence.left_out import (
     left_out_groups,
     region_groups,
 )
-from sos_dask.stages.generalisation import TABLE, GeneralisationSettings, generalisation
+from sos_dask.problem import KNOWN_INPUTS, Label, Problem
+from sos_dask.stages.evidence import EvidenceSettings, make_evidence
+from sos_dask.stages.generalisation import (
+    TABLE,
+    Generalisation,
+    GeneralisationSettings,
+    generalisation,
+)
+from sos_dask.stages.trends import Trends
 from tests.job import contents
 from tests.sky import write_catalog
 
@@ -113,3 +121,31 @@ def test_too_few_pairs_are_refused_and_leave_nothing(pairs, tmp_path):
     with pytest.raises(ModelError, match=r"no group of \d+ pairs can be left out"):
         generalisation(pairs, tmp_path / "x", METHODS, settings)
     assert not (tmp_path / "x").exists()
+
+
+def test_other_labels_and_inputs_are_as_good(tmp_path):
+    """A radial velocity by two inputs, of pairs that have no log g."""
+    rng = np.random.default_rng(6)
+    n = 3000
+    teff, feh = rng.uniform(4000, 7500, n), rng.uniform(-2, 0.5, n)
+    columns = {
+        "_healpix_29": np.sort(rng.integers(0, 12 << 58, n)),
+        "teff": teff, "feh": feh, "rv": rng.normal(0, 30, n),
+        "rv_diff": 2.0 + feh + (teff - 5500) / 1000 + rng.normal(0, 0.5, n),
+        "fold": rng.integers(0, 5, n).astype(np.int8), "use": np.ones(n, bool),
+        "reference_star_id": [f"star {number}" for number in range(n)],
+    }  # fmt: skip
+    pairs = write_catalog(pa.table(columns), tmp_path / "pairs")
+    problem = Problem(labels=(Label(name="rv"),), inputs=(KNOWN_INPUTS[0], KNOWN_INPUTS[2]))
+    make_evidence(pairs, {}, tmp_path / "evidence", EvidenceSettings(problem=problem))
+    given = {"evidence": tmp_path / "evidence"}
+    settings = GeneralisationSettings(methods=METHODS, min_pairs=100)
+    Generalisation(given, settings).run(tmp_path / "out")
+    found = pq.read_table(tmp_path / "out" / TABLE).to_pandas()
+    assert set(found["label"]) == {"rv"} and set(found["split"]) == {DENSITY}
+    by_method = found.set_index("method")
+    assert by_method.loc["polynomial", "mad"] < 0.6 < by_method.loc["none", "mad"]
+    Trends(given).run(tmp_path / "trends")
+    trends = pq.read_table(tmp_path / "trends" / "trends.parquet").to_pandas()
+    assert set(trends["label"]) == {"rv"} and set(trends["against"]) == {"teff", "feh"}
+    assert pq.read_table(tmp_path / "trends" / "planes.parquet").num_rows == 0

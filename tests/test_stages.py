@@ -521,7 +521,7 @@ def test_held_out_predictions_come_from_models_that_never_saw_the_fold(current):
 
 def test_holdout_never_trains_on_fold_zero(current, tmp_path):
     pairs = Catalog.open(current / "pairs")
-    settings = TrainSettings("polynomial", {"order": 2}, "holdout")
+    settings = TrainSettings(method="polynomial", params={"order": 2}, validation="holdout")
     manifest = train(pairs, tmp_path / "model", settings)
     names = sorted(int(fold) for fold in manifest.summary["folds"])
     assert models.load(tmp_path / "model").info.train_folds == tuple(names[1:])
@@ -537,7 +537,12 @@ def test_holdout_never_trains_on_fold_zero(current, tmp_path):
         ("polynomial", {"ordr": 3}, "auto", "no parameter 'ordr'"),
         ("polynomial", {"order": 99}, "auto", "polynomial.order = 99 is outside"),
         ("polynomial", {"order": "high"}, "auto", "is not a whole number"),
-        ("polynomial", {}, "kfolds", "validation 'kfolds' is not one of"),
+        (
+            "polynomial",
+            {},
+            "kfolds",
+            "should be 'auto', 'kfold' or 'holdout' (given: 'kfolds')",
+        ),
     ],
 )
 def test_wrong_settings_of_training_leave_nothing(
@@ -547,7 +552,7 @@ def test_wrong_settings_of_training_leave_nothing(
         train(
             Catalog.open(current / "pairs"),
             tmp_path / "m",
-            TrainSettings(method, params, validation),
+            TrainSettings(method=method, params=params, validation=validation),
         )
     assert not (tmp_path / "m").exists()
 
@@ -561,7 +566,11 @@ def test_too_few_pairs_is_an_error(stars, tmp_path):
         CrossmatchSettings(radius_arcsec=0.001, id_radius_arcsec=0.001),
     )
     with pytest.raises(ModelError, match="pairs"):
-        train(Catalog.open(tmp_path / "pairs"), tmp_path / "m", TrainSettings("polynomial", {}))
+        train(
+            Catalog.open(tmp_path / "pairs"),
+            tmp_path / "m",
+            TrainSettings(method="polynomial", params={}),
+        )
     assert not (tmp_path / "m").exists()
 
 
@@ -612,7 +621,7 @@ def test_another_model_or_catalog_does_not_mix_with_a_begun_output(current, tmp_
     train(
         Catalog.open(current / "pairs"),
         tmp_path / "other",
-        TrainSettings("polynomial", {"order": 2}, "holdout"),
+        TrainSettings(method="polynomial", params={"order": 2}, validation="holdout"),
     )
     for model, observed in (
         (tmp_path / "other", catalog),

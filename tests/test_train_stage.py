@@ -17,7 +17,9 @@ def columns(table, names):
 @pytest.mark.parametrize("method", ["boosted", "polynomial", "hybrid"])
 def test_held_out_pairs_are_predicted_as_the_saved_model_corrects(small_store, tmp_path, method):
     pairs = Catalog.open(small_store / "current/pairs")
-    settings = TrainSettings(method, {"n_rounds": 20} if method == "boosted" else {}, "holdout")
+    settings = TrainSettings(
+        method=method, params={"n_rounds": 20} if method == "boosted" else {}, validation="holdout"
+    )
     train(pairs, tmp_path / "model", settings)
     held_out = pq.read_table(tmp_path / "model/held_out.parquet")
     found = models.load(tmp_path / "model").predict(
@@ -29,8 +31,8 @@ def test_held_out_pairs_are_predicted_as_the_saved_model_corrects(small_store, t
 
 def test_workers_are_asked_for_many_pairs_a_search_and_a_gpu(small_store, monkeypatch):
     pairs = Catalog.open(small_store / "current/pairs")
-    assert not asks_workers(pairs, TrainSettings("boosted", {"device": "cpu"}))
-    assert asks_workers(pairs, TrainSettings("boosted", {"device": "cuda"}))
-    assert asks_workers(pairs, TrainSettings("polynomial", {}, search=3))
+    assert not asks_workers(pairs, TrainSettings(method="boosted", params={"device": "cpu"}))
+    assert asks_workers(pairs, TrainSettings(method="boosted", params={"device": "cuda"}))
+    assert asks_workers(pairs, TrainSettings(method="polynomial", params={}, search=3))
     monkeypatch.setattr(stage, "LOCAL_PAIRS", pairs.n_rows - 1)
-    assert asks_workers(pairs, TrainSettings("polynomial", {}))
+    assert asks_workers(pairs, TrainSettings(method="polynomial", params={}))

@@ -26,7 +26,7 @@ app = typer.Typer(
     "Start with **sos-dask demo**, then write a job like jobs/real.toml and run "
     "**sos-dask rebuild JOB**.",
 )
-_ABANDONED = 141  # of a program whose output nobody reads, as a shell says it
+_ABANDONED = 141  # exit code of a program whose output nobody reads, as shells give it
 _GROUPS = {
     "Whole rebuilds": (store.demo, store.rebuild, store.status, store.gc),
     "Single steps, in their order": (
@@ -82,12 +82,12 @@ def main() -> None:
         left = isinstance(error, BrokenPipeError) and _nobody_reads()
         code = _ABANDONED if left else _told(error)
     if code == 130:
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
     raise SystemExit(code)
 
 
 def _told(error: Exception) -> int:
-    """Tell an error in a sentence; its exit code."""
+    """Print an error as a sentence; return its exit code."""
     usage: Any = error
     if hasattr(usage, "show"):  # a wrong command line; its class is private to typer
         usage.message = shown(usage.message)
@@ -106,7 +106,7 @@ def _told(error: Exception) -> int:
 
 
 def _nobody_reads() -> bool:
-    """Tell whether the reader of standard output went away; if so nothing more is written."""
+    """Check whether the reader of standard output went away; then nothing more is written."""
     poll = select.poll()
     poll.register(1, 0)
     gone = any(events & select.POLLERR for _, events in poll.poll(0))

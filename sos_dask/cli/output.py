@@ -100,7 +100,7 @@ class _PlainReport:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON object; what is no finite number becomes null, as JSON knows none."""
+    """Print one JSON object; numbers that are not finite become null."""
     print(json.dumps(_plain(document), indent=1, allow_nan=False))
 
 
@@ -115,7 +115,7 @@ def _plain(value: Any) -> Any:
 
 
 def console() -> Console:
-    """Where text goes: as wide as the terminal; 120 columns in files, or what COLUMNS says."""
+    """Console for text: as wide as the terminal; 120 columns in files, or COLUMNS."""
     from rich.console import Console
 
     is_free = not sys.stdout.isatty() and "COLUMNS" not in os.environ

@@ -93,7 +93,7 @@ def rebuild(
         typer.Option("--store", metavar="DIRECTORY", help="Used instead of the job's store."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would run, and why.")
+        bool, typer.Option("--dry-run", help="List what would run, and why; run nothing.")
     ] = False,
     workers: Workers = None,
     memory_limit: OptionalMemoryLimit = None,
@@ -198,9 +198,11 @@ def gc(
     store: Store = None,
     keep_builds: Annotated[
         int,
-        typer.Option("--keep-builds", metavar="N", help="How many of the latest builds stay."),
+        typer.Option("--keep-builds", metavar="N", help="Number of latest builds to keep."),
     ] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be removed; remove nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Remove old builds and outputs that no kept build uses.

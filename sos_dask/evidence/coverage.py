@@ -138,9 +138,7 @@ class _Neighbours:
         rows = np.flatnonzero(distance > self._near)
         if most < len(self.catalog) and len(rows):
             farthest = float(distance[rows].max())
-            found[rows] = (
-                knn_distance(self.catalog, x[rows], most + 1, farthest) <= distance[rows]
-            )
+            found[rows] = knn_distance(self.catalog, x[rows], most + 1, farthest) <= distance[rows]
         return found
 
     @cached_property

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,8 +140,9 @@ class Projection:
     plane: Float32Array
     neighbors: int
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_tree", cKDTree(self.sample, leafsize=_LEAF))
+    @cached_property
+    def _tree(self) -> cKDTree:
+        return cKDTree(self.sample, leafsize=_LEAF)
 
     def place(self, parameters: FloatArray) -> Float32Array:
         """Place rows on the plane; a row's place does not depend on the other rows.
@@ -155,14 +157,13 @@ class Projection:
         ndarray of float32, shape (n, 2)
             nan where any parameter is unknown.
         """
-        tree: cKDTree = self._tree  # type: ignore[attr-defined]
         out = np.full((len(parameters), 2), np.nan, dtype=np.float32)
         known = np.flatnonzero(np.isfinite(parameters).all(axis=1))
         for first in range(0, len(known), _BLOCK):
             rows = known[first : first + _BLOCK]
             z = _scaled(parameters[rows], self.center, self.scale)
-            distance, index = tree.query(z, k=min(self.neighbors, len(self.sample)), eps=_SLACK)
-            distance, index = (a.reshape(len(rows), -1) for a in (distance, index))
+            k = np.arange(min(self.neighbors, len(self.sample))) + 1
+            distance, index = self._tree.query(z, k=k, eps=_SLACK)
             weight = 1.0 / np.maximum(distance, _NEAREST) ** 2
             weight /= weight.sum(axis=1, keepdims=True)
             out[rows] = np.einsum("ij,ijk->ik", weight, self.plane[index])

@@ -236,7 +236,7 @@ class Cluster:
 
         def submit() -> None:
             for index, task in waiting:
-                future = self.client.submit(_run_task, function, task, pure=False)
+                future = self.client.submit(_run_task, function, task, step, pure=False)
                 index_of[future.key] = index
                 running.add(future)
                 return
@@ -266,15 +266,15 @@ class Cluster:
         return [results[index] for index in range(len(tasks))]
 
 
-def _run_task(function: Callable[[T], R], task: T) -> R:
+def _run_task(function: Callable[[T], R], task: T, step: str) -> R:
     """Run a task in a worker."""
-    _give_back(function)
+    _give_back(step)
     return function(task)
 
 
 @lru_cache(maxsize=1)
-def _give_back(function: Callable[[T], R]) -> None:
-    """Give back what the stage before has left, once for the first task of a function.
+def _give_back(step: str) -> None:
+    """Give back what the stage before has left, once for the first task of a step.
 
     Freed memory is kept for the next task of a kind. Over stages, it would add to the peak of each.
     """

@@ -423,6 +423,5 @@ def pairs_within(
         p, q = p[wanted], q[wanted]
         apart = separation_arcsec(ra[p], dec[p], ra[q], dec[q])
         parts.append((p[apart <= radius_arcsec], q[apart <= radius_arcsec]))
-    if len(parts) == 1:
-        return i, j
-    return np.concatenate([p for p, _ in parts]), np.concatenate([q for _, q in parts])
+    i, j = (np.concatenate(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
+    return i, j

@@ -199,67 +199,6 @@ def components_within(
 
 @compiled(
     (
-        *(_POINTS, _I, _POINTS, _I, _BOXES, _SPANS, types.float64, types.float64),
-        *(_I_OUT, _I_OUT, _I_OUT),
-    )
-)
-def nearest_points(
-    asked: FloatArray,
-    asked_key: IntArray,
-    points: FloatArray,
-    key: IntArray,
-    boxes: FloatArray,
-    spans: IntArray,
-    high: float,
-    slack: float,
-    i: IntArray,
-    j: IntArray,
-    count: IntArray,
-) -> None:
-    """Pairs of each point that is asked for with those of its key that may be its nearest one.
-
-    They are ``slack`` farther than the nearest at most; ``count[0]`` is their number, also of those
-    for which there is no room.
-    """
-    leaves, found = len(boxes) // 2, 0
-    todo = np.empty(_DEPTH, dtype=np.int64)
-    for p in range(len(asked)):
-        limit, best = high, np.inf
-        for turn in range(2):
-            todo[0], n = 1, 1
-            while n:
-                n -= 1
-                node = todo[n]
-                if not spans[node, 0] <= asked_key[p] <= spans[node, 1]:
-                    continue
-                if _gap(boxes, node, asked, p) > limit:
-                    continue
-                if node < leaves:
-                    nearer = 2 * node
-                    if _gap(boxes, nearer + 1, asked, p) < _gap(boxes, nearer, asked, p):
-                        nearer += 1
-                    todo[n], todo[n + 1] = nearer ^ 1, nearer
-                    n += 2
-                    continue
-                first = (node - leaves) * LEAF
-                for q in range(first, min(first + LEAF, len(points))):
-                    square = _square(asked, p, points, q)
-                    if key[q] != asked_key[p] or square > limit:
-                        continue
-                    if turn == 0:
-                        best = limit = square
-                    else:
-                        if found < len(i):
-                            i[found], j[found] = p, q
-                        found += 1
-            if best == np.inf:
-                break
-            limit = min(high, (np.sqrt(best) + slack) ** 2)
-    count[0] = found
-
-
-@compiled(
-    (
         *(_POINTS, _D, _D, _I, _BOXES, types.float64, types.float64, types.float64, _I),
         *(_B_OUT, _I_OUT, _B_OUT, _I_OUT),
     )

@@ -111,28 +111,32 @@ class Evidence(Stage[EvidenceSettings]):
         """Write the table."""
         table, fold, kept = _kept_pairs(self.catalog("pairs"), self.settings.max_pairs)
         problem = self.settings.problem
-        differences, x = problem.differences(table), problem.matrix(table)
-        held_out = np.zeros(len(x), dtype=np.bool_)
+        x, differences = problem.matrix(table), problem.differences(table)
+        held_out: NDArray[np.bool_] | None = None
         predictions: dict[str, Any] = {}
         for method in self.methods:
             model = self.path(f"model.{method}")
             rows, predicted = held_out_pairs(model, fold, list(differences.T), kept, problem)
-            if predictions and not np.array_equal(np.flatnonzero(held_out), np.sort(rows)):
-                first = self.methods[0]
+            mine = np.zeros(len(x), dtype=np.bool_)
+            mine[rows] = True
+            held_out = mine if held_out is None else held_out
+            if not np.array_equal(held_out, mine):
                 raise ModelError(
-                    f"'{method}' holds out other pairs ({len(rows):,}) than '{first}' "
+                    f"'{method}' holds out other pairs ({len(rows):,}) than '{self.methods[0]}' "
                     f"({np.count_nonzero(held_out):,})",
                     "Train all methods with the same validation.",
                 )
-            held_out[rows] = True
             of_method = np.full_like(differences, np.nan)
             of_method[rows] = predicted
-            names = held_out_columns(method, problem.names)
-            for name, values in zip(names, of_method.T, strict=True):
+            for name, values in zip(
+                held_out_columns(method, problem.names), of_method.T, strict=True
+            ):
                 predictions[name] = pa.array(np.ascontiguousarray(values), mask=~held_out)
-            fitted = corrections.load(model).predict(x)
+            fitted = _predicted(model, problem, x)
             names = fitted_columns(method, problem.names)
             predictions |= dict(zip(names, map(np.ascontiguousarray, fitted.T), strict=True))
+        if held_out is None:
+            held_out = np.zeros(len(x), dtype=np.bool_)
         # With k folds every pair is held out once, and the saved model is trained on all.
         trained = np.ones_like(held_out) if held_out.all() else ~held_out
         sparse = sparse_pairs(x, trained)
@@ -141,6 +145,19 @@ class Evidence(Stage[EvidenceSettings]):
             table = table.append_column(name, pa.array(values))
         record = output.write_file(EVIDENCE, partial(write_parquet, table))
         return {"file": asdict(record), "n_fit": len(fold)}
+
+
+def _predicted(model: Path, problem: Problem, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Predictions of a saved model, which is of this problem."""
+    correction = corrections.load(model)
+    if correction.problem != problem:
+        raise ModelError(
+            f"{model} predicts {', '.join(correction.problem.names)} from "
+            f"{', '.join(correction.problem.features)}: the table is to have "
+            f"{', '.join(problem.names)} from {', '.join(problem.features)}",
+            "Train all methods for the same labels and inputs.",
+        )
+    return correction.predict(x)
 
 
 def make_evidence(
@@ -298,10 +315,9 @@ def sparse_pairs(x: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[
     """
     known = np.isfinite(x).all(axis=1)
     sample = known & trained
-    if not sample.any():
-        return np.ones(len(x), dtype=np.bool_)
     sparse = np.ones(len(x), dtype=np.bool_)
-    sparse[sample], sparse[known & ~trained] = find_sparse(x[sample], x[known & ~trained])
+    if sample.any():
+        sparse[sample], sparse[known & ~trained] = find_sparse(x[sample], x[known & ~trained])
     return sparse
 
 
@@ -319,17 +335,7 @@ def training_pairs(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
 
 @dataclass(frozen=True)
 class PairsRead:
-    """Pairs that statements on a correction rest on: see `evidence`.
-
-    Parameters
-    ----------
-    table : pyarrow.Table
-        In the order of the sky.
-    fold : ndarray of int8, shape (n,)
-        Of all pairs fit for training.
-    kept : ndarray of bool, shape (n,)
-        Which of them are in the table.
-    """
+    """Pairs in the order of the sky; fold of all fit for training, and which are in the table."""
 
     table: pa.Table
     fold: NDArray[np.int8]
@@ -394,21 +400,7 @@ def require_evidence(
 
 
 def evidence(pairs: Catalog, columns: Sequence[str], most: int | None = None) -> PairsRead:
-    """Pairs fit for training, or the pairs of some of their stars where there are very many.
-
-    What is said of a million pairs is as sure as can be told; more would only have to be held.
-    Stars are chosen by their numbers (`sos_dask.stars.folds`), so that every stage has the same.
-
-    Parameters
-    ----------
-    pairs : Catalog
-        Output of crossmatch.
-    columns : sequence of str
-        Of the table.
-    most : int, optional
-        Pairs of a catalog above which some are left out, so that about as many stay; default
-        `MOST_PAIRS`.
-    """
+    """Pairs fit for training, or those of some of their stars where there are very many."""
     most = most or MOST_PAIRS
     tables = [pa.schema([pairs.schema.field(name) for name in columns]).empty_table()]
     fold, kept = [np.empty(0, np.int8)], [np.empty(0, np.bool_)]
@@ -449,34 +441,11 @@ def held_out_pairs(
     kept: NDArray[np.bool_] | None = None,
     problem: Problem = DEFAULT,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Rows of a model's held-out pairs among the pairs, and their predictions.
+    """Find the held-out pairs of a model among pairs, and its predictions of them.
 
     Held-out pairs are in the order of their folds and, inside, of the sky; that they are these very
-    pairs is checked.
-
-    Parameters
-    ----------
-    model : Path
-        Output of train.
-    fold : ndarray of int8, shape (n,)
-        Of the pairs fit for training, in the order of the sky.
-    differences : sequence of ndarray of float32, shape (k,)
-        One a label, of the pairs that are kept.
-    kept : ndarray of bool, shape (n,), optional
-        Only these pairs are asked for, k of them; default all.
-
-    Returns
-    -------
-    rows : ndarray of int64, shape (m,)
-        Among the pairs that are kept.
-    predicted : ndarray of float32, shape (m, n_labels)
-
-    Raises
-    ------
-    PartitionError
-        The file of held-out pairs cannot be read.
-    CatalogError
-        It holds other pairs.
+    pairs, by their differences (one array a label), is checked. ``fold`` is that of all pairs fit
+    for training, in the order of the sky; only those that are ``kept`` are asked for.
     """
     path = model / HELD_OUT
     predictions = [label.delta for label in problem.labels]

@@ -31,7 +31,7 @@ from sos_dask.evidence.left_out import (
     left_out_groups,
     region_groups,
 )
-from sos_dask.problem import DEFAULT, Problem
+from sos_dask.problem import Problem
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import on_pairs, problem_of, read_evidence
@@ -141,7 +141,9 @@ class Generalisation(Stage[GeneralisationSettings]):
         fold = _folds(table, split, group)
         problem = problem_of(self.path("evidence"))
         x, differences = problem.matrix(table), problem.differences(table)
-        source = _Source(corrections.Batch(x, differences, fold, np.ones(len(x), np.float32)))
+        source = _Source(
+            corrections.Batch(x, differences, fold, np.ones(len(x), np.float32)), problem
+        )
         params = corrections.check_params(method, self.settings.methods[method])
         predicted, refused = np.full_like(differences, np.nan), ""
         try:
@@ -189,7 +191,7 @@ class _Source:
     """All pairs as one batch; fold 1 is left out."""
 
     batch: corrections.Batch
-    problem: Problem = DEFAULT
+    problem: Problem
 
     @property
     def n_batches(self) -> int:

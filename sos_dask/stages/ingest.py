@@ -7,8 +7,7 @@ partitions are planned from the counts, and each one merges its slices of the me
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,29 +139,35 @@ class Ingest(Stage[SurveySettings]):
         paths = [self.path(name) for name in self.inputs]
         scratch = output.work / "scratch"
         sources = [open_source(path, survey, i, scratch) for i, path in enumerate(paths)]
-        chunks, read = self._read(run, sources)
+        # The cut into chunks is no part of the recipe: what another left is not taken for ours.
+        chunks = {
+            f"{settings.chunk_rows}-{source.index:04d}-{number:06d}": chunk
+            for source in sources
+            for number, chunk in enumerate(plan_chunks(source, settings.chunk_rows))
+        }
+        read = run.parts("read", chunks, self.pieces_of_chunk, f"read {self.product}")
         profile = Profile.merge([Profile(**record["profile"]) for record in read])
         _check_rows(sources, profile.n_rows)
         check_profile(profile, survey, [str(path) for path in paths])
         self.pieces = tuple(piece for record in read for piece in record["pieces"])
-        pixels, done = self._partitions(run, read)
+        pixels, done = self._partitions(run)
         rejected = _rejected(output, [*chunks, "conflicts", *by_pixel(pixels)])
         n_rows = sum(record["rows"] for record in read)
         conflicts = rejected.filter(pc.equal(rejected["reason"], CONFLICT))["obs_id"]
         if len(conflicts):
             where = f"survey {survey.name}"
             check_conflicts(len(conflicts), n_rows, conflicts[0].as_py(), where)
-        properties = {"sos_survey": survey.name}
-        schema = survey.arrow_schema()
+        schema, properties = survey.arrow_schema(), {"sos_survey": survey.name}
         n_out = run.write_catalog(self.product, pixels, done, schema, properties)
         if rejected.num_rows:
             run.write(REJECTED, rejected)
         duplicates = {"exact duplicates": sum(record["n_duplicates"] for record in done)}
+        reasons = rejected["reason"].value_counts()
         overflow = sorted(Path(source.path).name for source in sources if source.overflow)
         summary = {
             "survey": survey.name,
             "expected_error": dict(survey.expected_error),
-            "rejected": dict(Counter(rejected["reason"].to_pylist())),
+            "rejected": dict(zip(*map(pa.Array.to_pylist, reasons.flatten()), strict=True)),
             **({"overflow": overflow} if overflow else {}),
             "fail_cut": {
                 cut.name: sum(record["failed"].get(str(cut.bit), 0) for record in done)
@@ -173,31 +178,16 @@ class Ingest(Stage[SurveySettings]):
         }
         return Rows(n_rows, n_out, rejected.num_rows, duplicates), summary
 
-    def _read(
-        self, run: Run, sources: Sequence[Source]
-    ) -> tuple[dict[str, Chunk], list[dict[str, Any]]]:
-        """First pass: chunks by key, and their records."""
-        # The cut into chunks is no part of the recipe: what another left is not taken for ours.
-        cut = self.settings.chunk_rows
-        chunks = {
-            f"{cut}-{source.index:04d}-{number:06d}": chunk
-            for source in sources
-            for number, chunk in enumerate(plan_chunks(source, cut))
-        }
-        return chunks, run.parts("read", chunks, self.pieces_of_chunk, f"read {self.product}")
-
-    def _partitions(
-        self, run: Run, read: Sequence[Mapping[str, Any]]
-    ) -> tuple[list[HealpixPixel], list[dict[str, Any]]]:
+    def _partitions(self, run: Run) -> tuple[list[HealpixPixel], list[dict[str, Any]]]:
         """Second pass: the partitions, and their records."""
         output, cut = run.output, self.settings.chunk_rows
         histogram = np.zeros(12 * 4**HISTOGRAM_ORDER, dtype=np.int64)
-        for cells, n_rows in _histograms(output, read):
+        for cells, n_rows in self._histograms(output):
             histogram[cells] += n_rows
         pixels = plan_partitions(histogram, HISTOGRAM_ORDER, self.settings.rows_per_partition)
         n_bytes = sum(_file(output, "pieces", piece).stat().st_size for piece in self.pieces)
         self.require_pixel(run.cluster, pixels, histogram, n_bytes)
-        edges = partition_edges(pixels, _histograms(output, read))
+        edges = partition_edges(pixels, self._histograms(output))
         _save(output.work / f"edges-{cut}.npy", edges)
         n_ranges = int(histogram.sum()) // _KEYS_PER_RANGE + 1
         ranges = {
@@ -213,8 +203,7 @@ class Ingest(Stage[SurveySettings]):
 
     def pieces_of_chunk(self, output: Output, key: str, chunk: Chunk) -> dict[str, Any]:
         """First pass: one chunk of a file becomes sorted pieces."""
-        profiles, pieces, rejected, n_cells, n_rows = [], [], [], [], 0
-        counts = [np.empty((2, 0), dtype=np.int32)]
+        profiles, pieces, rejected, n_rows = [], [], [], 0
         for number, batch in enumerate(read_chunk(chunk, self.survey, self.settings.chunk_rows)):
             n_rows += batch.rows.num_rows + batch.rejected.num_rows
             profiles.append(batch.profile)
@@ -223,17 +212,14 @@ class Ingest(Stage[SurveySettings]):
             if batch.rows.num_rows:
                 pieces.append(f"{key}-{number:06d}")
                 write_piece(_file(output, "pieces", pieces[-1]), batch.rows)
-                _save(output.work / "pieces" / f"{pieces[-1]}.keys.npy", batch.keys)
-                counts.append(histogram_of(batch.rows[HEALPIX_COLUMN].to_numpy()))
-                n_cells.append(counts[-1].shape[1])
+                cells = histogram_of(batch.rows[HEALPIX_COLUMN].to_numpy())
+                for kind, values in (("keys", batch.keys), ("cells", cells)):
+                    _save(output.work / "pieces" / f"{pieces[-1]}.{kind}.npy", values)
         if rejected:
             write_piece(_file(output, "rejected", key), pa.concat_tables(rejected))
-        _save(output.work / "pieces" / f"{key}.npy", np.concatenate(counts, axis=1))
         return {
             "rows": n_rows,
             "pieces": pieces,
-            "histogram": f"{key}.npy",
-            "cells": n_cells,
             "profile": Profile.merge(profiles).model_dump(mode="json"),
         }
 
@@ -249,6 +235,11 @@ class Ingest(Stage[SurveySettings]):
     def _runs(self, output: Output) -> list[Path]:
         """Hashes of the keys in each piece."""
         return [output.work / "pieces" / f"{piece}.keys.npy" for piece in self.pieces]
+
+    def _histograms(self, output: Output) -> Iterator[NDArray[np.int32]]:
+        """`histogram_of` each piece."""
+        for piece in self.pieces:
+            yield np.load(output.work / "pieces" / f"{piece}.cells.npy")
 
     def _settle_conflicts(self, output: Output, ranges: Sequence[str]) -> None:
         """Decide which rows lose where one key stands at several positions (rare: done at once)."""
@@ -325,14 +316,6 @@ def _rejected(output: Output, keys: Sequence[str]) -> pa.Table:
     if not tables:
         return REJECTED_SCHEMA.empty_table()
     return pa.concat_tables(tables).sort_by([("file", "ascending"), ("row", "ascending")])
-
-
-def _histograms(output: Output, read: Sequence[Mapping[str, Any]]) -> Iterator[NDArray[np.int32]]:
-    """`histogram_of` one piece after the other."""
-    for record in read:
-        counts = np.load(output.work / "pieces" / record["histogram"])
-        for stop, n_cells in zip(np.cumsum(record["cells"]), record["cells"], strict=True):
-            yield counts[:, stop - n_cells : stop]
 
 
 def ingest(

@@ -1,4 +1,25 @@
-"""One row for each star. The rule is that of `combine`."""
+"""One row for each star.
+
+* The *used* rows of a star are those with ``quality`` 0, or all where none has it; ``n_used``
+  counts them. The star's ``quality`` is 0 in the first case; in the second the bits that all
+  rows have, or all bits that any has where they have none in common.
+* ``teff``, ``logg``, ``feh`` and ``rv`` are combined over the used rows that have them.
+  ``inverse-variance``: mean with weights 1 / error**2; rows without a positive error are left
+  out, but where no row has one the mean is plain and its error null. ``median``: its error is
+  sqrt(pi / 2) times the rms error over sqrt(n), without that factor for two rows, whose median
+  is the mean. ``best-snr``: the values of the best row, which is the used row with the highest
+  ``snr`` (ties: smallest ``obs_id``; null last).
+* ``snr`` is the root of the sum of squares, with ``best-snr`` that of the row.
+* ``ra``, ``dec``, ``position_epoch`` and ``_healpix_29`` are those of the primary row. Gaia ids
+  and the pair of proper motions are those of the best row, or else of the first that has
+  them, in the order of ``obs_id``. Every other column is that of the best row.
+* The spread of a label is the sample standard deviation over the used rows; ``flag_spread`` is
+  set where, for any label, it is over ``max_spread`` times the expected error: the rms of the
+  stated errors, or ``expected_error``. A label with neither is not flagged.
+
+Sums are in double precision over rows in the order of ``obs_id``, so they do not depend on the
+order of the input.
+"""
 
 from __future__ import annotations
 
@@ -31,27 +52,7 @@ def combine(
     settings: DedupeSettings,
     expected_error: Mapping[str, float],
 ) -> pa.Table:
-    """One row for each star.
-
-    * The *used* rows of a star are those with ``quality`` 0, or all where none has it; ``n_used``
-      counts them. The star's ``quality`` is 0 in the first case; in the second the bits that all
-      rows have, or all bits that any has where they have none in common.
-    * ``teff``, ``logg``, ``feh`` and ``rv`` are combined over the used rows that have them.
-      ``inverse-variance``: mean with weights 1 / error**2; rows without a positive error are left
-      out, but where no row has one the mean is plain and its error null. ``median``: its error is
-      sqrt(pi / 2) times the rms error over sqrt(n), without that factor for two rows, whose median
-      is the mean. ``best-snr``: the values of the best row, which is the used row with the highest
-      ``snr`` (ties: smallest ``obs_id``; null last).
-    * ``snr`` is the root of the sum of squares, with ``best-snr`` that of the row.
-    * ``ra``, ``dec``, ``position_epoch`` and ``_healpix_29`` are those of the primary row. Gaia ids
-      and the pair of proper motions are those of the best row, or else of the first that has
-      them, in the order of ``obs_id``. Every other column is that of the best row.
-    * The spread of a label is the sample standard deviation over the used rows; ``flag_spread`` is
-      set where, for any label, it is over ``max_spread`` times the expected error: the rms of the
-      stated errors, or ``expected_error``. A label with neither is not flagged.
-
-    Sums are in double precision over rows in the order of ``obs_id``, so they do not depend on the
-    order of the input.
+    """Combine the observations of each star into one row, by the rule of this module.
 
     Parameters
     ----------

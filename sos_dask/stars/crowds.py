@@ -166,18 +166,25 @@ class Places:
             Pairs of `row` within the radius: few that rounding leaves open, and at least the
             nearest.
         """
-        from sos_dask.sky.trees import nearest_points
+        from scipy.spatial import KDTree
 
+        none = self.row[:0]
         if not len(self.row) or not len(others.row):
-            return self.row[:0], self.row[:0]
-        high, count = _chords(radius_arcsec)[1], np.array([len(self.row) + 1024])
-        room = -1
-        while room < count[0]:
-            room = int(count[0])
-            i, j = np.empty((2, room), dtype=np.int64)
-            sides = (self.points, self.key, others.points, others.key, *others.tree)
-            nearest_points(*sides, high, 2 * _ROUNDING, i, j, count)
-        i, j = self.row[i[: count[0]]], others.row[j[: count[0]]]
+            return none, none
+        high = np.sqrt(_chords(radius_arcsec)[1])
+        # A fourth coordinate keeps keys apart, farther than any two points.
+        asked, points = (np.column_stack([p.points, 4.0 * p.key]) for p in (self, others))
+        tree = KDTree(points, balanced_tree=False, compact_nodes=False)
+        distance, place = tree.query(asked, k=2, distance_upper_bound=high)
+        i = np.flatnonzero(np.isfinite(distance[:, 0]))
+        distance, j = distance[i], place[i, 0]
+        # Where rounding leaves open which one is the nearest, all that may be.
+        is_open = distance[:, 1] <= distance[:, 0] + 2 * _ROUNDING
+        some = i[is_open]
+        balls = tree.query_ball_point(asked[some], distance[is_open, 0] + 2 * _ROUNDING)
+        i = np.append(i[~is_open], np.repeat(some, [len(ball) for ball in balls]))
+        j = np.append(j[~is_open], [at for ball in balls for at in ball]).astype(np.int64)
+        i, j = self.row[i], others.row[j]
         near = self.sky.separation(i, j) <= radius_arcsec
         return i[near], j[near]
 

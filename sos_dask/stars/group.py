@@ -89,7 +89,7 @@ class DedupeSettings(Radii):
         5.0,
         gt=0,
         le=1e9,
-        description="Flag stars whose repeats spread over so many expected errors.",
+        description="Flag stars whose repeats differ by more than this many expected errors.",
     )
 
 

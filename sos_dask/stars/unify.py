@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -54,6 +54,7 @@ BoolArray = NDArray[np.bool_]
 _MEASURED = (*LABELS, "rv")
 _OF_PRIMARY = ("ra", "dec", "position_epoch")
 _MOTION = ("pmra", "pmdec")
+_KEY_UCD = "meta.id;meta.main"
 
 
 class UnifySettings(Settings):
@@ -145,29 +146,76 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     leaders = leaders[sky_order(table, leaders, "star_id")]
     members = _Members.of(table, primary, leaders, settings.order)
 
-    measured = {
-        label: members.measured(table, label, settings.known_offsets)
-        for label in _MEASURED
-        if label in names
-    }
-    has_label = [~np.isnan(measured[label][0]) for label in LABELS]
     flagged = np.zeros(len(members.row), dtype=np.bool_)
     if "flag_spread" in names:
         flagged = pc.fill_null(table["flag_spread"], False).to_numpy()[members.row]
     passes = table["quality"].to_numpy()[members.row] == 0
+    united = _unite_labels(table, members, passes, flagged, settings)
+    of_primary = pa.array(leaders)
+    of_chosen = pa.array(members.row[united.chosen])
+    first, sources = members.first, table["star_id"].take(pa.array(members.row))
+    key_field = _field("star_id", pa.string(), "Survey and star_id of the primary", _KEY_UCD)
+    columns: list[tuple[pa.Field, pa.Array | pa.ChunkedArray]] = [
+        (table.schema.field(HEALPIX_COLUMN), table[HEALPIX_COLUMN].take(of_primary)),
+        (key_field, table["star_id"].take(of_primary)),
+    ]
+    for name in (name for name in CANONICAL if name in names):
+        about = table.schema.field(name)
+        if name in united.values:
+            values = united.values[name]
+            out = pa.array(values, mask=np.isnan(values)).cast(about.type, safe=False)
+        elif name in _OF_PRIMARY:
+            out = table[name].take(of_primary)
+        elif name == "snr":
+            out = table[name].take(of_chosen)
+        else:
+            pair = name in _MOTION and names.issuperset(_MOTION)
+            out = table[name].take(pa.array(members.givers(table, _MOTION if pair else (name,))))
+        columns.append((about, out))
+    survey = _field("survey", pa.string(), "Surveys that gave the labels", nullable=True)
+    several = _field("n_surveys", pa.int32(), "Surveys that observed the star", "meta.number")
+    every = _field("sources", pa.string(), "Every member: survey and star_id")
+    flag = _field("flag_spread", pa.bool_(), "Labels scatter over the limit")
+    columns += [
+        (survey, members.joined_surveys(united.contributes)),
+        (every, _joined(sources, first, ";")),
+        (several, pa.array(members.n_surveys())),
+        (flag, pa.array(united.flag)),
+        (QUALITY.arrow(nullable=False), table["quality"].take(of_chosen)),
+    ]
+    schema = pa.schema([about for about, _ in columns])
+    return pa.table([values for _, values in columns], schema=schema)
+
+
+class _United(NamedTuple):
+    """Labels and errors of the stars, the member that gives the rest, who contributes, flags."""
+
+    values: dict[str, FloatArray]
+    chosen: IntArray
+    contributes: BoolArray
+    flag: BoolArray
+
+
+def _unite_labels(
+    table: pa.Table,
+    members: _Members,
+    passes: BoolArray,
+    flagged: BoolArray,
+    settings: UnifySettings,
+) -> _United:
+    names = [label for label in _MEASURED if label in table.schema.names]
+    measured = {label: members.measured(table, label, settings.known_offsets) for label in names}
+    has_label = [~np.isnan(measured[label][0]) for label in LABELS]
     usable = passes & np.any(has_label, axis=0)
     chosen, gives = members.choose(has_label, usable, flagged)
     united = members.any(usable) & (settings.method == "weighted-mean")
     contributes = np.zeros(len(members.row), dtype=np.bool_)
     contributes[chosen[gives & ~united]] = True
-
-    flag = np.zeros(len(leaders), dtype=np.bool_)
+    flag = np.zeros(len(members.first), dtype=np.bool_)
     results: dict[str, FloatArray] = {}
     for label, (value, error) in measured.items():
-        expected = settings.expected_error.get(label, np.nan)
-        mean, mean_error, is_wide = members.mean(
-            value, error, usable, expected, settings.max_spread
-        )
+        limits = settings.expected_error.get(label, np.nan), settings.max_spread
+        mean, mean_error, is_wide = members.mean(value, error, usable, *limits)
         at, averaged = chosen, united
         if label == "rv":
             at, averaged = members.first_with(~np.isnan(value), chosen), united & ~np.isnan(mean)
@@ -179,50 +227,7 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
         results[label] = np.where(averaged, mean, value[at])
         results[f"{label}_err"] = np.where(averaged, mean_error, error[at])
     flag |= members.any(flagged & contributes)
-
-    columns: list[tuple[pa.Field, pa.Array | pa.ChunkedArray]] = [
-        (table.schema.field(HEALPIX_COLUMN), table[HEALPIX_COLUMN].take(pa.array(leaders))),
-        (
-            _field(
-                "star_id", pa.string(), "Survey and star_id of the primary", "meta.id;meta.main"
-            ),
-            table["star_id"].take(pa.array(leaders)),
-        ),
-    ]
-    for name in (name for name in CANONICAL if name in names):
-        about = table.schema.field(name)
-        if name in results:
-            values = results[name]
-            out = pa.array(values, mask=np.isnan(values)).cast(about.type, safe=False)
-        elif name in _OF_PRIMARY:
-            out = table[name].take(pa.array(leaders))
-        elif name == "snr":
-            out = table[name].take(pa.array(members.row[chosen]))
-        else:
-            pair = name in _MOTION and names.issuperset(_MOTION)
-            out = table[name].take(pa.array(members.givers(table, _MOTION if pair else (name,))))
-        columns.append((about, out))
-    columns += [
-        (
-            _field("survey", pa.string(), "Surveys that gave the labels", nullable=True),
-            members.joined_surveys(contributes),
-        ),
-        (
-            _field("sources", pa.string(), "Every member: survey and star_id"),
-            _joined(table["star_id"].take(pa.array(members.row)), members.first, ";"),
-        ),
-        (
-            _field("n_surveys", pa.int32(), "Surveys that observed the star", "meta.number"),
-            pa.array(members.n_surveys()),
-        ),
-        (_field("flag_spread", pa.bool_(), "Labels scatter over the limit"), pa.array(flag)),
-        (
-            QUALITY.arrow(nullable=False),
-            table["quality"].take(pa.array(members.row[chosen])),
-        ),
-    ]
-    schema = pa.schema([about for about, _ in columns])
-    return pa.table([values for _, values in columns], schema=schema)
+    return _United(results, chosen, contributes, flag)
 
 
 def common_differences(table: pa.Table, primary: IntArray, order: tuple[str, ...]) -> pa.Table:

@@ -14,6 +14,7 @@ nodes holds one value this is exact, else what it leaves out is the noise inside
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,15 +64,11 @@ def interval(value: float, replicates: FloatArray) -> tuple[float, float]:
     return float(low + shift), float(high + shift)
 
 
-@dataclass(frozen=True, eq=False)
-class Replicates:
+class Replicates(NamedTuple):
     """Figures of one sample in every resample, each of shape (n_resamples,).
 
-    Parameters
-    ----------
-    median, mad, width : ndarray of float64
-        Median; 1.4826 times the median absolute deviation from it; half of the width from the 16th
-        to the 84th percentile.
+    Median; 1.4826 times the median absolute deviation from it; half of the width from the 16th to
+    the 84th percentile.
     """
 
     median: FloatArray
@@ -97,15 +94,10 @@ class Ranked:
         n = len(self.values)
         ranks = np.unique(np.linspace(0, n, min(n, _COLUMNS) + 1).astype(np.int64))
         column = np.repeat(np.arange(len(ranks) - 1), np.diff(ranks))
-        distribution = _Distributions.of(
-            _between(self.values, ranks), _totals(weights, self.groups, column, len(ranks) - 1)
-        )
-        median = distribution.quantile(0.5)
-        return Replicates(
-            median,
-            MAD_TO_SIGMA * distribution.deviation(median),
-            (distribution.quantile(0.84) - distribution.quantile(0.16)) / 2,
-        )
+        totals = _totals(weights, self.groups, column, len(ranks) - 1)
+        found = _Distributions.of(_between(self.values, ranks), totals)
+        p16, median, p84 = (found.quantile(share) for share in (0.16, 0.5, 0.84))
+        return Replicates(median, MAD_TO_SIGMA * found.deviation(median), (p84 - p16) / 2)
 
     def binned_medians(
         self, weights: FloatArray, bins: IntArray, n_bins: int, min_count: int
@@ -137,22 +129,19 @@ class Ranked:
         medians = np.full(n_bins, np.nan)
         replicates = np.full((len(weights), n_bins), np.nan)
         used = np.flatnonzero(n >= max(min_count, 1))
-        nodes, column, n_columns = [], np.full(len(values), -1, dtype=np.int64), 0
+        nodes, column, first = [], np.full(len(values), -1, dtype=np.int64), [0]
         for number in used:
             span = slice(stops[number] - n[number], stops[number])
             ranks = _ranks_around_median(int(n[number]))
             medians[number] = np.median(values[span])
             nodes.append(_between(values[span], ranks))
-            steps = np.repeat(np.arange(len(ranks) - 1), np.diff(ranks))
-            column[span] = n_columns + steps
-            n_columns += len(ranks) - 1
+            column[span] = first[-1] + np.repeat(np.arange(len(ranks) - 1), np.diff(ranks))
+            first.append(first[-1] + len(ranks) - 1)
         kept = column >= 0
-        totals = _totals(weights, groups[kept], column[kept], n_columns)
-        first = 0
-        for number, places in zip(used, nodes, strict=True):
-            of_bin = totals[:, first : first + len(places) - 1]
-            first += len(places) - 1
-            replicates[:, number] = _Distributions.of(places, of_bin).quantile(0.5)
+        totals = _totals(weights, groups[kept], column[kept], first[-1])
+        for place, number in enumerate(used):
+            of_bin = totals[:, first[place] : first[place + 1]]
+            replicates[:, number] = _Distributions.of(nodes[place], of_bin).quantile(0.5)
         return n, medians, replicates
 
 

@@ -84,12 +84,9 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A hidden temporary beside ``path``, put in its place by one rename after fsync.
+    """Give a hidden temporary beside ``path``, put in its place by one rename after fsync.
 
-    Raises
-    ------
-    StorageError
-        The disk is full or the folder cannot be written. Nothing appears under the final name.
+    Nothing appears under the final name where the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -119,14 +116,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
-    """Arguments of `pyarrow.parquet.write_table` that suit catalogs.
+    """Choose the arguments of `pyarrow.parquet.write_table` that suit catalogs.
 
     Measured on LAMOST rows: integers as differences, floats with the bytes of equal significance
     side by side, and LZ4 take 0.7 times the CPU time of plain values under zstd to write, 0.6 times
-    to read, and as many bytes. Dictionary encoding is for text alone: of numbers it costs several
-    times the time and more bytes. Bounds of row groups are kept of positions, motions and labels
-    alone: those of all columns would take a tenth of the time to write. Pages have checksums, so
-    that damage is seen where it is read; they take a tenth of the time, too.
+    to read, and as many bytes. Dictionaries of numbers cost several times the time and more bytes.
+    Bounds of row groups of all columns would take a tenth of the time to write; checksums of pages,
+    by which damage is seen where it is read, take a tenth, too.
     """
     encodings = {}
     for item in schema:
@@ -174,18 +170,8 @@ def open_parquet(
 ) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file whose pages are compared with their checksums.
 
-    Parameters
-    ----------
-    path : Path
-    footer : pyarrow.parquet.FileMetaData, optional
-        Default that of the file.
-    coded : sequence of str
-        Columns of text that are read as codes and their dictionary.
-
-    Raises
-    ------
-    PartitionError
-        The file is missing or damaged.
+    Raises `PartitionError` where it is missing or damaged. Columns of text named in ``coded`` are
+    read as codes and their dictionary.
     """
     # Without a buffer for all columns together: measured, it costs a quarter of the time.
     with (
@@ -218,12 +204,9 @@ def taken(file: pq.ParquetFile, rows: NDArray[np.int64], columns: Sequence[str])
 
 
 def footer_of(path: Path, sha256: str = "") -> pq.FileMetaData:
-    """Footer of a file; the last few are kept, for tasks read their partitions in several steps.
+    """Read the footer of a file, which must have the SHA-256 that is given; the last few are kept.
 
-    Raises
-    ------
-    OSError
-        It is damaged, or does not have the SHA-256 that is given.
+    Tasks read their partitions in several steps.
     """
     found = path.stat()
     return _kept_footer(str(path), found.st_mtime_ns, found.st_size, sha256)
@@ -238,16 +221,13 @@ def _kept_footer(path: str, stamp: int, size: int, sha256: str) -> pq.FileMetaDa
 
 
 def row_group_bounds(footer: pq.FileMetaData, column: str) -> list[tuple[Any, Any]]:
-    """Minimum and maximum of a column in each row group; (None, None) where all is null.
+    """Read minimum and maximum of a column in each row group; (None, None) where all is null.
 
-    Raises
-    ------
-    PartitionError
-        The footer holds no statistics although there are values.
+    Raises `PartitionError` where there are values and no statistics.
     """
-    index = footer.schema.names.index(column) if column in footer.schema.names else -1
-    if index < 0:
+    if column not in footer.schema.names:
         raise PartitionError(f"a partition has no column '{column}'")
+    index = footer.schema.names.index(column)
     out: list[tuple[Any, Any]] = []
     for number in range(footer.num_row_groups):
         statistics = footer.row_group(number).column(index).statistics
@@ -334,7 +314,7 @@ class Output:
             raise CatalogError(
                 f"{directory} already holds "
                 + ("another run's output" if other else "other files or another output"),
-                "Choose another directory, or say --overwrite to replace it.",
+                "Choose another directory, or give --overwrite to replace it.",
             )
         if not other:
             if not (directory / MANIFEST).is_file():
@@ -404,13 +384,8 @@ class Output:
     ) -> None:
         """Record that a part is finished: from now on it is skipped by a rerun.
 
-        All that this thread has put in place since its last record is recorded with its bytes and
-        sum, so that a rerun makes damaged parts again.
-
-        Parameters
-        ----------
-        pieces : sequence of Path
-            Further files of the part, written in another way.
+        The files that this thread has put in place since its last record, and ``pieces`` written in
+        another way, are recorded with their sums, so that a rerun makes damaged parts again.
         """
         root = str(self.directory.absolute()) + os.sep
         paths = [*_written.__dict__, *(str(path.absolute()) for path in pieces)]
@@ -449,11 +424,8 @@ class Output:
     ) -> Manifest:
         """Write the manifest and remove the intermediate files.
 
-        Raises
-        ------
-        CatalogError
-            The account of rows does not close, or an input was changed meanwhile: what was made
-            of it is removed.
+        Raises `CatalogError` where the account of rows does not close, or an input was changed
+        meanwhile: what was made of it is removed.
         """
         rows.check(f"stage {self.recipe.stage}")
         for path, state in self.inputs:

@@ -372,14 +372,15 @@ class Catalog:
     def read(
         self, pixel: HealpixPixel, columns: Sequence[str] | None = None, *, coded: bool = False
     ) -> pa.Table:
-        """Rows of one partition.
+        """Read one partition.
 
         Parameters
         ----------
+        pixel : HealpixPixel
         columns : sequence of str, optional
             Default all.
         coded : bool
-            Text of few different values as codes and their dictionary: a fifth of the time.
+            Read text of few different values as codes and their dictionary: a fifth of the time.
 
         Raises
         ------

@@ -49,13 +49,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def footer_bytes(path: Path) -> bytes:
-    """Read the footer of a Parquet file: metadata, length and magic.
-
-    Raises
-    ------
-    OSError
-        The file is too short to have one.
-    """
+    """Read the footer of a Parquet file, with its length and magic; `OSError` where it has none."""
     with path.open("rb", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - _TAIL, 0))
@@ -94,16 +88,10 @@ def sealed_json(document: Mapping[str, Any], sort_keys: bool = True) -> str:
 def read_sealed(path: Path, hint: str) -> dict[str, Any]:
     """Read what `sealed_json` made, without the digest.
 
-    Parameters
-    ----------
-    path : Path
-    hint : str
-        What to do where the file is damaged.
-
     Raises
     ------
     CatalogError
-        The file is damaged, or an older version wrote it.
+        The file is damaged (with the given hint), or an older version wrote it.
     FileNotFoundError, NotADirectoryError
     """
     try:

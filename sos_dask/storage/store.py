@@ -248,9 +248,9 @@ def require_store(store: Path, built: bool = True) -> None:
 
 def current_product(store: Path, product: str) -> Path:
     """Find the directory of a product of the current build, or raise `CatalogError`."""
-    current = store / "current"
     require_store(store)
-    if product not in read_build(current).get("products", {}):
+    current = store / "current"
+    if product not in read_build(current)["products"]:
         raise CatalogError(
             f"the current build of {store} has no product '{product}'",
             "It was made by another version: run the rebuild again.",
@@ -306,21 +306,13 @@ class StoreStatus:
 
 
 def status(store: Path) -> StoreStatus:
-    """Latest build of a store, its products in the order of the plan, unfinished outputs, space.
-
-    Raises
-    ------
-    CatalogError
-        The folder is no store.
-    """
+    """Read the latest build of a store, its products, unfinished outputs and bytes."""
     require_store(store, built=False)
-    products, missing = [], []
+    products, missing, name = [], [], ""
     current = store / "current"
-    name = ""
     if current.exists():
-        build = read_build(current)
         name = current.resolve().name
-        for product, stage_name in build["stages"].items():
+        for product, stage_name in read_build(current)["stages"].items():
             directory = (current / product).resolve()
             try:
                 products.append(result_of(product, stage_name, directory, False, "published"))
@@ -341,20 +333,22 @@ def status(store: Path) -> StoreStatus:
 
 
 def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tuple[Path, int]]:
-    """Remove old builds and every output that no kept build uses.
+    """Remove old builds and every output that no kept build uses, unfinished ones too.
+
+    Do not run it beside a rebuild.
 
     Parameters
     ----------
+    store : Path
     keep_builds : int
-        How many of the latest builds stay (at least 1: the current one always does).
+        How many of the latest builds stay, at least 1: the current one always does.
     dry_run : bool
-        Only say what would go.
+        Only list what would go.
 
     Returns
     -------
     list of (Path, int)
-        What was (would be) removed, with its bytes. Unfinished outputs go, too: do not run it
-        beside a rebuild.
+        What was (would be) removed, with its bytes.
     """
     if keep_builds < 1:
         raise ConfigError(f"{keep_builds} builds cannot be kept: the current one always stays")

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from sos_dask.errors import ConfigError
-from tests.bench.measure import GIB, INTERVAL_S, Usage
+from tests.bench.measure import GIB, INTERVAL_S, Usage, table
 
 _KEY = ("step", "variant", "rows", "peer")
 
@@ -157,38 +157,43 @@ def _markdown(entries: list[dict[str, Any]]) -> Iterator[str]:
         "more than a tenth of the machine meanwhile."
     )
     yield ""
-    yield "| step | rows | program | wall s | CPU-s | RSS GiB | ratio CPU | ratio wall | result |"
-    yield "|---|---:|---|---:|---:|---:|---:|---:|---|"
-    entries = sorted(entries, key=_place)
-    for entry in entries:
-        name = entry["step"] + (f", {entry['variant']}" if entry["variant"] else "")
-        facts = ", ".join(
-            f"{fact.replace('_', ' ')} {_value(entry[fact])}" for fact in _facts(entry)
-        )
-        if entry["theirs"] is None:
-            ours = f"**sos-dask** | {_cells(entry['ours'])}"
-            yield f"| {name} | {entry['rows']:,} | {ours} | | | {facts} |"
-            continue
-        bound = ">" if entry["theirs"]["state"] == "stopped" else ""
-        ratios = (entry["ratio_cpu"], entry["ratio_wall"])
-        cells = " | ".join("" if ratio is None else f"{bound}{ratio:.1f}" for ratio in ratios)
-        yield f"| | | {entry['peer']} | {_cells(entry['theirs'])} | {cells} | {facts} |"
+    yield from table(
+        "step, >rows, program, >wall s, >CPU-s, >RSS GiB, >ratio CPU, >ratio wall, result",
+        [_comparison(entry) for entry in sorted(entries, key=_place)],
+    )
     yield ""
     yield "Where our steps spend it; the first part is what comes before the first task."
     yield ""
-    names = "tasks | wall s | CPU-s | RSS GiB | driver GiB | largest worker GiB"
-    yield f"| step | rows | part | {names} |"
-    yield "|---|---:|---|---:|---:|---:|---:|---:|---:|"
-    for entry in entries:
-        if entry["theirs"] is None and entry["step"] != "memory":  # the same as of rebuild
-            for number, part in enumerate(entry["ours"]["parts"]):
-                name = entry["step"] + (f", {entry['variant']}" if entry["variant"] else "")
-                yield (
-                    f"| {'' if number else name} | {'' if number else format(entry['rows'], ',')} "
-                    f"| {part['name']} | {part['tasks'] or ''} | {part['wall_s']:.1f} "
-                    f"| {part['cpu_s']:.1f} | {part['rss_gib']:.2f} | {part['driver_gib']:.2f} "
-                    f"| {part['worker_gib']:.2f} |"
-                )
+    yield from table(
+        "step, >rows, part, >tasks, >wall s, >CPU-s, >RSS GiB, >driver GiB, >largest worker GiB",
+        [row for entry in sorted(entries, key=_place) for row in _parts(entry)],
+    )
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return entry["step"] + (f", {entry['variant']}" if entry["variant"] else "")
+
+
+def _comparison(entry: dict[str, Any]) -> list[str]:
+    facts = [f"{fact.replace('_', ' ')} {_value(entry[fact])}" for fact in _facts(entry)]
+    if entry["theirs"] is None:
+        first = [_name(entry), f"{entry['rows']:,}", "**sos-dask**", *_cells(entry["ours"]), "", ""]
+    else:
+        bound = ">" if entry["theirs"]["state"] == "stopped" else ""
+        ratios = (entry["ratio_cpu"], entry["ratio_wall"])
+        cells = ["" if ratio is None else f"{bound}{ratio:.1f}" for ratio in ratios]
+        first = ["", "", entry["peer"], *_cells(entry["theirs"]), *cells]
+    return [*first, ", ".join(facts)]
+
+
+def _parts(entry: dict[str, Any]) -> Iterator[list[str]]:
+    if entry["theirs"] is not None or entry["step"] == "memory":  # the same as of rebuild
+        return
+    for number, part in enumerate(entry["ours"]["parts"]):
+        first = ["", ""] if number else [_name(entry), f"{entry['rows']:,}"]
+        used = [f"{part[name]:.1f}" for name in ("wall_s", "cpu_s")]
+        used += [f"{part[name]:.2f}" for name in ("rss_gib", "driver_gib", "worker_gib")]
+        yield [*first, part["name"], str(part["tasks"] or ""), *used]
 
 
 def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -199,13 +204,13 @@ def _place(entry: dict[str, Any]) -> tuple[Any, ...]:
     return place, entry["rows"], entry["variant"], entry["theirs"] is not None
 
 
-def _cells(usage: dict[str, Any]) -> str:
+def _cells(usage: dict[str, Any]) -> list[str]:
     busy = usage["other_cpu_s"] > 0.1 * usage["wall_s"] * (os.cpu_count() or 1)
     wall = f"({usage['wall_s']:.1f})" if busy else f"{usage['wall_s']:.1f}"
     wall = {"stopped": f"stopped after {usage['wall_s']:.0f}", "failed": "failed"}.get(
         usage["state"], wall
     )
-    return f"{wall} | {usage['cpu_s']:.1f} | {usage['rss_gib']:.2f}"
+    return [wall, f"{usage['cpu_s']:.1f}", f"{usage['rss_gib']:.2f}"]
 
 
 def _value(value: Any) -> str:

@@ -13,7 +13,6 @@ share that holds the bare truth, which has no noise, stands beside it.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +24,19 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from sos_dask.evidence.coverage import CoverageModel
-from sos_dask.evidence.coverage_fit import fit
-from sos_dask.evidence.measures import MEASURES
-from sos_dask.evidence.ranking import rank
 from sos_dask.evidence.widening import CLASSES, LACKING, OUTSIDE
 from sos_dask.problem import PARAMETERS
-from sos_dask.rebuild.job import load_job
-from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.schema import LABELS
-from sos_dask.simulate import SkySettings, references_avoid, simulate
+from sos_dask.simulate import SkySettings, references_avoid
 from sos_dask.simulate.surveys import SURVEYS, difficulty
 from sos_dask.stages.evidence import training_pairs
-from sos_dask.stages.overlap import read_overlap
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
-from tests.job import write_job
+from tests.job import DEFAULT_PARTITIONS, build, methods
 
 Rows = dict[str, NDArray[Any]]
 FloatArray = NDArray[np.float64]
 LEVEL = 0.68
 _SPACING = np.array([600.0, 0.6, 0.3])  # K, dex, dex that are as far as a factor e of S/N
-# What changes in the job of the tests: partitions as they are by default, methods, validation.
-_CHANGES = (
-    ("[ingest]\nrows_per_partition = 1500\n", ""),
-    ('methods = ["polynomial"]', 'methods = ["polynomial", "hybrid"]\nvalidation = "kfold"'),
-)
-
-
-def make(out: Path, rows: int, seed: int, uncovered: float) -> tuple[Path, Path]:
-    """A sky and a build of it; its store and its truth."""
-    simulate(SkySettings(n_lamost=rows, seed=seed, uncovered=uncovered), out / "sky")
-    rebuild(load_job(write_job(out, out / "sky", *_CHANGES)))
-    return out / "store", out / "sky" / "truth.parquet"
 
 
 def rows_of(corrected: Catalog, truth: Path) -> Rows:
@@ -156,43 +136,6 @@ def report(rows: Rows, coverage: Path, pairs: Catalog) -> None:
         )
 
 
-def measures(rows: Rows, model: Path, pairs: Catalog, n_rows: int = 100_000) -> None:
-    """Print of every measure its rate (rows per second and core), and how it tells true errors.
-
-    On a sample of the good rows: rank correlation of the distance with |corrected - true label|
-    over noise, of all and of the tenth that all measures have farthest; mean error of the tenth
-    that it has farthest itself over that of the nearer half; each with its 95 % interval.
-    """
-    rng = np.random.default_rng(0)
-    good = np.flatnonzero((rows["quality"] == 0) & ~rows["is_outlier"])
-    known = np.flatnonzero(np.isfinite(rows["teff"]))
-    catalog = {n: rows[n][rng.permutation(known)[:200_000]] for n in PARAMETERS if n in rows}
-    chosen = np.sort(rng.permutation(good)[:n_rows])
-    some = {name: rows[name][chosen] for name in (*catalog, *(f"true_{n}" for n in LABELS))}
-    overlap = read_overlap(model, pairs)
-    stored = CoverageModel.load(model.parent / "coverage")
-    print(f"rows/s/core with {len(overlap.fold)} overlap stars: distance, whole score")
-    distances = {}
-    for name in MEASURES:
-        fitted = fit(overlap, catalog, name, stored.limits).model
-        fitted.coverage({key: values[:100] for key, values in some.items()})  # builds the trees
-        times = [time.process_time()]
-        distances[name] = fitted.distance(some)
-        times.append(time.process_time())
-        fitted.coverage(some)
-        times.append(time.process_time())
-        first, second = (len(chosen) / took for took in np.diff(times))
-        print(f"  {name:12} {first:10.0f} {second:10.0f}")
-    error = np.stack([rows[f"{n}_sos"][chosen] - some[f"true_{n}"] for n in LABELS], axis=1)
-    ratio = error / stored.noise(some["logg"], some["snr"])
-    found = rank(distances, np.sqrt(np.mean(ratio**2, axis=1)), np.arange(len(chosen)), rng)
-    print("true error of good rows: rank correlation of all, of the sparsest tenth; far over near")
-    for name in MEASURES:
-        mine = [one for one in found if one.measure == name]
-        texts = (f"{one.value:6.3f} [{one.low:.3f}, {one.high:.3f}]" for one in mine)
-        print(f"  {name:12}", *texts)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -206,7 +149,10 @@ def main() -> None:
     if given.store and given.truth:
         store, truth = given.store, given.truth
     elif given.out:
-        store, truth = make(given.out, given.rows, given.seed, given.uncovered)
+        sky = {"n_lamost": given.rows, "seed": given.seed, "uncovered": given.uncovered}
+        trained = methods("polynomial", "hybrid", more='\nvalidation = "kfold"')
+        build(given.out, DEFAULT_PARTITIONS, trained, **sky)
+        store, truth = given.out / "store", given.out / "sky" / "truth.parquet"
     else:
         parser.error("give --out, or --store and --truth")
     current = store / "current"
@@ -215,8 +161,6 @@ def main() -> None:
     )
     rows = rows_of(Catalog.open(corrected), truth)
     report(rows, coverage, Catalog.open(pairs))
-    method = Manifest.load(current / "comparison").summary["method"]
-    measures(rows, current / f"model.{method}", Catalog.open(pairs))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,7 @@ the peak memory of ``sos-dask dedupe CATALOG -o OUT --threads 1``: the mean of s
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-CALL = (sys.executable, "-c", "import sys; from sos_dask.cli import main; sys.exit(main())")
+from tests.bench.measure import SOS, interleaved, table
+
 SURVEY = """format = 1
 name = "crowded"
 title = "rows that crowd"
@@ -33,8 +27,8 @@ position_epoch = 2000.0
 ))  # fmt: skip
 
 
-def write_tables(folder: Path, n: int) -> None:
-    """Write the cases, with the same columns each."""
+def write_tables(folder: Path, n: int) -> list[str]:
+    """Write the cases, with the same columns each; their names."""
     rng = np.random.default_rng(1)
     sky = rng.uniform(0, 360, n), np.degrees(np.arcsin(rng.uniform(-1, 1, n)))
     few = n // 100
@@ -61,17 +55,7 @@ def write_tables(folder: Path, n: int) -> None:
         columns = {"obs_id": np.arange(n), "ra": ra, "dec": dec, **labels}
         columns["gaia_dr3_source_id"] = np.zeros(n, dtype=np.int64) + ids
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
-
-
-def run(*arguments: object) -> tuple[float, float, float]:
-    """Wall and CPU seconds and MiB of a command."""
-    start = time.monotonic()
-    command = [*CALL, *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"failed: {' '.join(command)}")
-    return time.monotonic() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    return list(places)
 
 
 def main() -> None:
@@ -80,24 +64,25 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
-    print(f"| {given.rows:,} rows | wall s | CPU s | MiB |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        (place / "s.toml").write_text(SURVEY)
-        # In another process: what a process has held at most counts for its children, too.
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            pool.submit(write_tables, place, given.rows).result()
-        for path in sorted(place.glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns):
-            catalog, out = place / f"{path.stem} o", place / f"{path.stem} d"
-            run("ingest", place / "s.toml", path, "-o", catalog, "--threads", 1)
-            dedupe = ("dedupe", catalog, "-o", out, "--threads", 1, "--overwrite")
-            run(*dedupe)  # loops are compiled
-            runs = []
-            for _ in range(given.repeats):
-                shutil.rmtree(out)
-                runs.append(run(*dedupe))
-            wall, cpu, mib = np.mean(runs, axis=0)
-            print(f"| {path.stem} | {wall:.1f} | {cpu:.1f} | {mib:.0f} |", flush=True)
+        survey, log = place / "s.toml", place / "log"
+        survey.write_text(SURVEY)
+        names = write_tables(place, given.rows)
+        commands, outputs = {}, []
+        for name in names:
+            catalog, out = place / f"{name} o", place / f"{name} d"
+            ingest = (SOS, "ingest", survey, place / f"{name}.parquet", "-o", catalog)
+            interleaved({name: (*ingest, "--threads", "1")}, 1, log)
+            commands[name] = (SOS, "dedupe", catalog, "-o", out, "--threads", "1", "--overwrite")
+            outputs.append(out)
+        interleaved(commands, 1, log)  # loops are compiled
+        runs = interleaved(commands, given.repeats, log, *outputs)
+    rows = []
+    for name, used in runs.items():
+        wall, cpu, gib = np.mean([(one.wall_s, one.cpu_s, one.process_gib) for one in used], axis=0)
+        rows.append((name, f"{wall:.1f}", f"{cpu:.1f}", f"{gib:.2f}"))
+    print("\n".join(table(f"{given.rows} rows, >wall s, >CPU s, >GiB", rows)))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.rebuild.plan import plan
 from sos_dask.run.cluster import Cluster, silent
 from sos_dask.storage.artifact import WORK, Output
-from tests.job import contents, write_job
+from tests.job import WITH_REPORT, build, contents, methods
 
 # Stages that are left unfinished, so that their records and pieces can be damaged.
 UNFINISHED = ("ingest", "dedupe", "crossmatch", "trends", "uncertainty", "apply")
@@ -306,17 +306,8 @@ def trials(base: Base, n: int, seed: int, folder: Path) -> Iterator[Trial]:
 
 def _complete_store(folder: Path) -> tuple[Path, Path]:
     """Job and store: 5,000 rows, two methods, a margin, a report."""
-    from sos_dask.simulate import SkySettings, simulate
-
-    simulate(SkySettings(n_lamost=5000), folder / "sky")
-    job = write_job(
-        folder,
-        folder / "sky",
-        ('methods = ["polynomial"]', 'methods = ["polynomial", "boosted"]'),
-        ("rows_per_partition = 1500", "rows_per_partition = 1500\nmargin_arcsec = 5.0"),
-        ("enabled = false", "enabled = true"),
-    )
-    rebuild(load_job(job))
+    margin = ("rows_per_partition = 1500", "rows_per_partition = 1500\nmargin_arcsec = 5.0")
+    job = build(folder, methods("polynomial", "boosted"), margin, WITH_REPORT, n_lamost=5000)
     return job, folder / "store"
 
 

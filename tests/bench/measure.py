@@ -6,11 +6,12 @@ import contextlib
 import ctypes
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
+_BESIDE = Path(sys.executable).with_name("sos-dask")
+SOS = str(_BESIDE if _BESIDE.is_file() else shutil.which("sos-dask") or "sos-dask")
+"""Our command."""
 INTERVAL_S = 0.1
 GIB = float(1 << 30)
 _MARK = re.compile(r"(?P<step>[^:]+): (?P<done>\d+)/(?P<total>\d+)$")
@@ -235,6 +239,44 @@ def measure(command: Sequence[str | Path], log: Path, limit_s: float | None = No
         state="stopped" if stopped else "failed" if process.returncode else "done",
         parts=tuple(_parts(marks, tree.samples, start, end, cpu_s)),
     )
+
+
+def interleaved(
+    commands: Mapping[str, Sequence[str | Path]], times: int, log: Path, *made: Path
+) -> dict[str, list[Usage]]:
+    """Run commands in turn, each several times, so that all meet what else the machine does.
+
+    Parameters
+    ----------
+    commands : mapping of str to sequence of str or Path
+    times : int
+    log : Path
+    *made : Path
+        What they make, removed before each round.
+
+    Raises
+    ------
+    SystemExit
+        One fails; with the end of what it printed.
+    """
+    found: dict[str, list[Usage]] = {name: [] for name in commands}
+    for _ in range(times):
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
+        for name, command in commands.items():
+            used = measure(command, log)
+            if used.state != "done":
+                raise SystemExit(tail(log))
+            found[name].append(used)
+    return found
+
+
+def table(columns: str, rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of a Markdown table of ``columns``, as "step, >rows": ``>`` aligns to the right."""
+    names = columns.split(", ")
+    yield f"| {' | '.join(name.removeprefix('>') for name in names)} |"
+    yield f"|{'|'.join('---:' if name.startswith('>') else '---' for name in names)}|"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
 def tail(log: Path, n_lines: int = 12) -> str:

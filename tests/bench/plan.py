@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from tests.bench.measure import table
+
 GIB = float(1 << 30)
 CHUNK_ROWS = 500_000
 ROWS_PER_PARTITION = 1_000_000
@@ -370,15 +372,15 @@ def report(rows: float, workers: int, m: Measured) -> Iterator[str]:
     stages = plan(rows, m)
     yield f"### {rows:,.0f} rows, {workers} workers"
     yield ""
-    names = "tasks | files | scratch files | read GB | written GB | CPU-s"
-    yield f"| stage | {names} | driver s | driver GiB | worker GiB |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     total = [0.0] * 7
+    lines = []
     for s in stages:
         numbers = (s.tasks, s.files, s.scratch_files, s.read_gb, s.written_gb, s.cpu_s, s.driver_s)
         total = [a + b for a, b in zip(total, numbers, strict=True)]
-        yield f"| {s.name} | {_cells(numbers)} | {s.driver_gib:.2f} | {s.worker_gib:.2f} |"
-    yield f"| **all** | {_cells(total)} | | |"
+        lines.append((s.name, *_cells(numbers), f"{s.driver_gib:.2f}", f"{s.worker_gib:.2f}"))
+    lines.append(("**all**", *_cells(total), "", ""))
+    columns = "stage, >tasks, >files, >scratch files, >read GB, >written GB, >CPU-s, >driver s"
+    yield from table(f"{columns}, >driver GiB, >worker GiB", lines)
     yield ""
     wall = total[5] / workers + total[6]
     memory = scheduler_mib(workers, m)
@@ -388,8 +390,8 @@ def report(rows: float, workers: int, m: Measured) -> Iterator[str]:
     yield ""
 
 
-def _cells(numbers: Sequence[float]) -> str:
-    return " | ".join(f"{n:,.0f}" if n >= 10 else f"{n:.1f}".removesuffix(".0") for n in numbers)
+def _cells(numbers: Sequence[float]) -> list[str]:
+    return [f"{n:,.0f}" if n >= 10 else f"{n:.1f}".removesuffix(".0") for n in numbers]
 
 
 def main() -> None:

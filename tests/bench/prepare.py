@@ -188,7 +188,7 @@ def model(place: Place, cluster: Cluster) -> None:
     from sos_dask.api import train
     from sos_dask.stages.train import TrainSettings
 
-    settings = TrainSettings("boosted", TREES, "holdout")
+    settings = TrainSettings(method="boosted", params=TREES, validation="holdout")
     train(
         Catalog.open(place.ours("pairs")),
         place.ours("model"),

@@ -8,7 +8,6 @@ do on the machine meanwhile lengthens the wall time, not these; where threads sp
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.bench.measure import measure, tail
+from tests.bench.measure import SOS, interleaved, table
 
-SOS = Path(sys.executable).with_name("sos-dask")
 JOB = Path("jobs/real.toml")
 
 
@@ -40,7 +38,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--loops", type=int, default=2)
     given = parser.parse_args()
-    least: dict[tuple[str, int], float] = {}
+    least: dict[int, dict[str, float]] = {0: {}, given.loops: {}}
     with tempfile.TemporaryDirectory() as folder:
         store, model, log = (Path(folder) / name for name in ("store", "model", "log"))
         commands = {
@@ -48,21 +46,17 @@ def main() -> None:
             "train boosted": (SOS, "train", store / "current/pairs", "-m", "boosted", "-o", model),
         }
         for _ in range(given.times):
-            for loops in (0, given.loops):
-                for path in (store, model):
-                    shutil.rmtree(path, ignore_errors=True)
-                for name, command in commands.items():
-                    with busy(loops):
-                        used = measure(command, log)
-                    if used.state != "done":
-                        raise SystemExit(tail(log))
-                    key = (name, loops)
-                    least[key] = min(used.cpu_s, least.get(key, used.cpu_s))
-                    print(f"{name}, {loops} loops: {used.cpu_s:.1f} CPU-s, {used.wall_s:.1f} s")
-        for name in commands:
-            alone, beside = least[name, 0], least[name, given.loops]
-            print(f"{name}: {alone:.1f} CPU-s, beside {given.loops} busy loops {beside:.1f}: "
-                  f"{beside / alone:.2f} times")  # fmt: skip
+            for loops, found in least.items():
+                with busy(loops):
+                    for name, (used,) in interleaved(commands, 1, log, store, model).items():
+                        found[name] = min(used.cpu_s, found.get(name, used.cpu_s))
+    alone, beside = least.values()
+    rows = [
+        (name, f"{alone[name]:.1f}", f"{beside[name]:.1f}", f"{beside[name] / alone[name]:.2f}")
+        for name in commands
+    ]
+    columns = f"command, >CPU-s alone, >beside {given.loops} busy loops, >times"
+    print("\n".join(table(columns, rows)))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ import psutil
 from tests.bench import prepare
 from tests.bench.book import Book
 from tests.bench.check import size
-from tests.bench.measure import GIB, ROOT, Usage, measure, tail
+from tests.bench.measure import GIB, ROOT, SOS, Usage, measure, tail
 from tests.bench.prepare import CARRIED, CARRIED_REFERENCE, RADIUS_ARCSEC, REPEAT_ARCSEC, Place
+from tests.job import DEFAULT_PARTITIONS, WITH_REPORT, methods, write_job
 
 # What a peer needs: a package, or a program.
 PEERS = {
@@ -90,7 +91,7 @@ class Bench:
         how = ("-w", self.place.workers if workers is None else workers)
         if workers is None and self.place.workers and arguments[0] in _IN_THREADS:
             how = ("--threads", self.place.workers)
-        return self.run(name, [*sos_dask(), *arguments, *how])
+        return self.run(name, [SOS, *arguments, *how])
 
     def script(self, name: str, *arguments: object) -> Usage:
         """Measure one of `tests.bench.peers`."""
@@ -138,12 +139,6 @@ class Bench:
             self._skipped.add(peer)
             print(f"  {peer} is skipped: {needed} is not installed", flush=True)
         return found
-
-
-def sos_dask() -> list[str]:
-    """Our command."""
-    beside = Path(sys.executable).with_name("sos-dask")
-    return [str(beside)] if beside.is_file() else [shutil.which("sos-dask") or "sos-dask"]
 
 
 def remove(path: Path) -> None:
@@ -414,19 +409,9 @@ def _rebuild(bench: Bench) -> tuple[Usage, dict[str, Any]]:
     bench.prepare("sky")
     folder = bench.output("rebuild")
     folder.mkdir()
-    sky = bench.place.sky
-    surveys = {
-        "target": "lamost",
-        "reference.apogee": "apogee",
-        "reference.galah": "galah",
-    }
-    text = 'format = 1\nname = "bench"\nstore = "store"\ntarget_name = "lamost"\n'
-    for section, survey in surveys.items():
-        files = json.dumps([str(sky / f"{survey}.fits")])
-        text += f'[{section}]\nsurvey = "{prepare.SURVEYS[survey]}"\nfiles = {files}\n'
-    text += '[train]\nmethods = ["polynomial", "boosted"]\n'
-    (folder / "job.toml").write_text(text)
-    usage = bench.ours("rebuild", "rebuild", folder / "job.toml")
+    trained = methods("polynomial", "boosted")
+    job = write_job(folder, bench.place.sky, DEFAULT_PARTITIONS, trained, WITH_REPORT)
+    usage = bench.ours("rebuild", "rebuild", job)
     memory = {"driver_gib": usage.driver_gib, "worker_gib": usage.worker_gib}
     bench.rebuilt = usage, {**on_disk(folder / "store"), **memory}
     remove(folder)
@@ -465,7 +450,7 @@ def memory(bench: Bench) -> None:
 
 def start(bench: Bench) -> None:
     """What every command takes before it works: ``--help``, and workers that do nothing."""
-    runs = [bench.run("help", [*sos_dask(), "--help"]) for _ in range(5)]
+    runs = [bench.run("help", [SOS, "--help"]) for _ in range(5)]
     bench.add("start", _median(runs), variant="--help")
     if bench.place.workers == 0:
         return

@@ -291,7 +291,7 @@ class _Found:
                 raise SurveyError(
                     f"{path}: no column '{cut.column}', which cut '{cut.name}' needs",
                     nearest(cut.column, self._names)
-                    or "Say optional = true where releases without it shall pass.",
+                    or "Set optional = true if releases without it are accepted.",
                 )
 
     def _named(self, name: str) -> Native | None:
@@ -345,7 +345,7 @@ class _Found:
         if native.width != 1 and element is None:
             many = "a vector" if native.width < 0 else f"a vector of {native.width} values"
             raise SurveyError(
-                f"{where} is {many}", "Say which one is meant: element = 0 is the first."
+                f"{where} is {many}", "Name the one that is meant: element = 0 is the first."
             )
         if element is not None and 0 <= native.width <= element:
             raise SurveyError(

@@ -20,22 +20,15 @@ from sos_dask.errors import SurveyError
 from sos_dask.ingest.readers import DAMAGED, Batches, Contents, Native, Source, decoded
 
 _BLOCK_BYTES = 1 << 20  # stays in the second-level cache while its columns are pulled out
-_FITS_TYPES = {
-    "L": ("u1", "bool"),
-    "B": ("u1", "int"),
-    "I": (">i2", "int"),
-    "J": (">i4", "int"),
-    "K": (">i8", "int"),
-    "E": (">f4", "float"),
-    "D": (">f8", "float"),
-}
-_FITS_BYTES = {"C": 8, "M": 16, "P": 8, "Q": 16}
+_TYPES = {"L": "u1", "B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "E": ">f4", "D": ">f8"}
+_KINDS = {"L": "bool", "E": "float", "D": "float", **dict.fromkeys("BIJK", "int")}
+_BYTES = {"C": 8, "M": 16, "P": 8, "Q": 16}
 # Short texts are mostly classes, of which each is made a text only once.
 _SHORT, _FEW, _FIRST_ROWS = 8, 1000, 10_000
 
 
 def open_fits(path: Path, data_path: Path, hdu: int | None) -> Contents:
-    """What a FITS binary table holds, from its header."""
+    """Find out what a FITS binary table contains, from its header."""
     from astropy.io import fits
 
     try:
@@ -80,7 +73,10 @@ def open_fits(path: Path, data_path: Path, hdu: int | None) -> Contents:
 
 
 def _headers(path: Path) -> list[tuple[Any, int]]:
-    """Header of each HDU, and where its data begin; what a damaged one claims is not allocated."""
+    """Header of each HDU, and where its data begin.
+
+    `astropy.io.fits.open` takes minutes over, or allocates, what a damaged header claims.
+    """
     from astropy.io import fits
 
     found = []
@@ -113,24 +109,20 @@ def _fits_columns(path: Path, header: Any) -> Iterator[Native]:
             raise SurveyError(f"{path}: column {number} has the unknown format '{form}'")
         repeat, code = int(match[1] or 1), match[2]
         scale, zero = header.get(f"TSCAL{number}", 1), header.get(f"TZERO{number}", 0)
-        width = repeat
+        dtype, kind = _TYPES.get(code, ""), _KINDS.get(code, form)
+        size = _BYTES.get(code, 1) * repeat
         if code == "A":
-            dtype, kind, size, width = f"S{repeat}", "text", repeat, 1
+            dtype, kind = f"S{repeat}", "text"
         elif code == "X":
-            dtype, kind, size = "", form, (repeat + 7) // 8
-        elif code in _FITS_BYTES:
-            dtype, kind, size = "", form, _FITS_BYTES[code] * repeat
-        else:
-            dtype, kind = _FITS_TYPES[code]
+            size = (repeat + 7) // 8
+        elif dtype:
             size = np.dtype(dtype).itemsize * repeat
-            if kind == "int" and not (scale == 1 and float(zero).is_integer()):
-                kind = "float"
-        if repeat == 0:
-            kind = form
+        if kind == "int" and not (scale == 1 and float(zero).is_integer()):
+            kind = "float"
         yield Native(
             name=str(header.get(f"TTYPE{number}", f"col{number}")).strip(),
-            kind=kind,
-            width=width,
+            kind=kind if repeat else form,
+            width=1 if code == "A" else repeat,
             unit=str(header.get(f"TUNIT{number}", "")).strip(),
             offset=offset,
             dtype=dtype,

@@ -11,11 +11,11 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +46,8 @@ _OTHERS = {
 }
 _FORTRAN = r"^([+-]?[0-9.]+)[dD]([+-]?[0-9]+)$"
 _NULL_NUMBERS = ("", "nan", "NaN", "NAN", "null", "NULL", "None")
+Stated: TypeAlias = dict[str, dict[str, Any]]
+"""What a file states of each column: its unit and type, as astropy names them."""
 _TRUTH = {"false": 0, "f": 0, "0": 0, "true": 1, "t": 1, "1": 1}
 
 
@@ -60,7 +62,7 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         file.seek(offset)
         has_rows = any(block.strip() for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
     comments = [comment for comment in comments if comment.startswith("#")]
-    stated: dict[str, dict[str, Any]] = {}
+    stated: Stated = {}
     masks: dict[str, str] = {}
     if comments and re.match(r"# ?%ECSV", comments[0]):
         yaml = [comment[1:].removeprefix(" ").rstrip("\r\n") for comment in comments[1:]]
@@ -88,17 +90,11 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         )
     below = _below_vizier(following[:2], delimiter)
     offset += sum(len(_encoded(text)) for text in following[:below])
-    units = {name: str(item.get("unit") or "") for name, item in stated.items()}
     if below == 2:
-        units = dict(zip(header, _fields(following[0], delimiter), strict=False))
+        units = zip(header, _fields(following[0], delimiter), strict=False)
+        stated = {name: {"unit": unit} for name, unit in units}
     counts = Counter(header)
-    natives = []
-    for name in filter(None, header):
-        item = stated.get(name, {})
-        is_mask = name in masks.values() or (name[-5:] == ".mask" and name[:-5] in counts)
-        kind = "bool" if item.get("datatype") == "bool" or is_mask else "text"
-        kind = str(item.get("subtype") or kind)
-        natives.append(Native(name, kind, unit=units.get(name, ""), mask=masks.get(name, "")))
+    natives = [_native(name, counts, stated, masks) for name in header if name]
     layout = {
         # Arrow takes no name twice; the survey uses none of these.
         "header": tuple(
@@ -111,6 +107,14 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         "gzipped": gzipped,
     }
     return Contents(natives, None if has_rows else 0, layout)
+
+
+def _native(name: str, known: Collection[str], stated: Stated, masks: dict[str, str]) -> Native:
+    item = stated.get(name, {})
+    is_mask = name in masks.values() or (name[-5:] == ".mask" and name[:-5] in known)
+    kind = "bool" if item.get("datatype") == "bool" or is_mask else "text"
+    unit = str(item.get("unit") or "")
+    return Native(name, str(item.get("subtype") or kind), unit=unit, mask=masks.get(name, ""))
 
 
 def _below_vizier(following: list[str], delimiter: str) -> int:
@@ -317,7 +321,7 @@ def _check_rows(source: Source, strict: bool = False) -> None:
 
 
 def _explain_text(source: Source, error: Exception) -> NoReturn:
-    """Say which line of a text file is wrong."""
+    """Name the line of a text file that is wrong."""
     _check_rows(source)
     raise SurveyError(f"{source.path} cannot be read: {error}", DAMAGED) from error
 

@@ -7,7 +7,7 @@ partitions are planned from the counts, and each one merges its slices of the me
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 

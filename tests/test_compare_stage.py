@@ -81,6 +81,7 @@ def test_tables_have_every_figure(compared):
         name: pq.read_table(compared / f"{name}.parquet")
         for name in ("comparison", "artifacts", "outside")
     }
+    assert [path.name for path in compared.parent.iterdir()] == ["out"], "its table is removed"
     schemas = [table.schema.remove_metadata() for table in tables.values()]
     assert schemas == [FIGURE_SCHEMA, ARTIFACT_SCHEMA, OUTSIDE_SCHEMA]
     n = 3 * 3 * 2 * len(SUBSETS) * len(STATISTICS)

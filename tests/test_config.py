@@ -1,7 +1,10 @@
+import re
+
 import pytest
 
 from sos_dask.errors import ConfigError
-from sos_dask.rebuild.job import load_job
+from sos_dask.rebuild.job import Job, load_job
+from sos_dask.settings import Settings
 from tests.conftest import ROOT
 
 GOOD = """
@@ -72,3 +75,14 @@ def test_missing_job_file():
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.toml")), ids=lambda p: p.name)
 def test_the_jobs_of_the_project_load(path):
     assert load_job(path).reference
+
+
+def test_the_readme_of_jobs_names_every_key():
+    text = (ROOT / "jobs" / "README.md").read_text()
+    tables = [Job]
+    while tables:
+        for name, field in tables.pop().model_fields.items():
+            if not field.exclude or field.description:
+                assert re.search(rf"`[^`]*\b{name}\b[^`]*`", text), name
+            kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+            tables += [k for k in kinds if isinstance(k, type) and issubclass(k, Settings)]

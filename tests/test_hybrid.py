@@ -1,12 +1,14 @@
 import json
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 
 from sos_dask import corrections as models
 from sos_dask.corrections import Batch, boosted, hybrid, polynomial
-from sos_dask.corrections.hybrid import HybridCorrection, ResidualSource
+from sos_dask.corrections.base import ChangedSource
+from sos_dask.corrections.hybrid import HybridCorrection, residuals
 from sos_dask.corrections.polynomial import PolynomialCorrection
 from sos_dask.errors import ConfigError, ModelError
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
@@ -110,7 +112,8 @@ def test_it_is_the_sum_of_its_parts():
     smooth = models.fit("polynomial", source, params={"order": 2})
     assert isinstance(smooth, PolynomialCorrection)
     of_trees = {k: v for k, v in out.info.params.items() if k in boosted.Settings.model_fields}
-    trees = models.fit("boosted", ResidualSource(source, smooth, 7.0), params=of_trees)
+    left = ChangedSource(source, partial(residuals, smooth=smooth, outlier=7.0))
+    trees = models.fit("boosted", left, params=of_trees)
     x = biased_pairs(500, 4).features
     local = out.predict(x) - smooth.predict(x)
     # Steps are as wide as the smearing, so only in the mean a row is what its trees say.
@@ -144,7 +147,7 @@ def test_residuals_of_unknown_rows_are_unknown(fitted):
     batch.features[1, 2] = np.nan
     batch.differences[2, 0] = np.nan
     batch.differences[3, 1] += 100
-    left = ResidualSource(ArraySource(batch), fitted.smooth, 7.0).load(0)
+    left = residuals(batch, fitted.smooth, 7.0)
     assert np.isnan(left.differences[3]).tolist() == [False, True, False]
     assert np.isnan(left.differences[1]).all()
     assert np.isnan(left.differences[2]).tolist() == [True, False, False]

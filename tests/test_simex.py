@@ -9,9 +9,9 @@ from scipy.stats import kstest
 
 from sos_dask import corrections as models
 from sos_dask.corrections import Batch
-from sos_dask.corrections.simex import LAMBDAS, NoisySource, part_weights
+from sos_dask.corrections.simex import LAMBDAS, noisy, part_weights
 from sos_dask.errors import ModelError
-from sos_dask.problem import features
+from sos_dask.problem import DEFAULT, features
 from tests.test_models import ArraySource, biased_pairs
 
 CENTER = np.array([5000.0, 3.0, -0.3])
@@ -94,18 +94,17 @@ def test_without_bias_simex_finds_none():
 
 def test_noise_belongs_to_the_pair():
     batch = noisy_normal(5000, 0.0)
-    noisy = NoisySource(ArraySource(batch), 2.0, 7)
-    whole = noisy.load(0)
+    whole = noisy(batch, DEFAULT, 2.0, 7)
     moved = (whole.differences - batch.differences) / ERROR / 2
     for k in range(3):
         assert kstest(moved[:, k].astype(np.float64), "norm").pvalue > 0.001
     assert np.abs(np.corrcoef(moved.T) - np.eye(3)).max() < 0.05
     shift = (whole.features - batch.features) * [5040.0, 1, 1] / ERROR / 2
     np.testing.assert_allclose(shift, moved, atol=1e-3)
-    cut = NoisySource(ArraySource(batch, (1234,)), 2.0, 7)
-    parts = np.concatenate([cut.load(0).features, cut.load(1).features])
+    cut = ArraySource(batch, (1234,))
+    parts = np.concatenate([noisy(cut.load(k), DEFAULT, 2.0, 7).features for k in (0, 1)])
     np.testing.assert_array_equal(parts, whole.features)
-    other = NoisySource(ArraySource(batch), 2.0, 8).load(0)
+    other = noisy(batch, DEFAULT, 2.0, 8)
     assert not np.isclose(other.features, whole.features).all(axis=1).any()
 
 

@@ -321,7 +321,7 @@ def test_simple_formulas_are_recovered_in_spite_of_outliers():
     assert (np.sqrt(np.mean(error**2, axis=0)) < [0.05, 0.05, 0.08]).all()
     assert (np.abs(np.median(error, axis=0)) < 0.03).all()
     for choice, limit in zip(out.choices, (7, 17, 21), strict=True):
-        assert choice.complexity <= limit, choice.formula.text
+        assert choice.complexity <= limit, choice.formula
     for k, choice in enumerate(out.choices):
         assert choice.scatter == pytest.approx(NOISE[k] / 2, rel=0.1)
 
@@ -335,7 +335,7 @@ def test_better_than_a_constant_and_the_numbers_come_from_all_pairs(fitted):
     for choice in fitted.choices:
         chosen = choice.front[choice.chosen]
         assert choice.complexity == chosen.complexity
-        assert choice.formula.text != chosen.formula
+        assert choice.formula != chosen.formula
 
 
 def test_the_front(fitted):
@@ -458,7 +458,7 @@ def edited(fitted, **changes):
         ({"formula": "exp(feh)"}, "Call is not arithmetic"),
         ({"formula": "mass"}, "no feature 'mass'"),
         ({"formula": "1/(logg - 3)"}, "formula of logg is not finite"),
-        ({"formula": None}, "no feature 'None'|not arithmetic"),
+        ({"formula": None}, "damaged.*valid string"),
         ({"complexity": "much"}, "damaged"),
         ({"front": [{"formula": "1"}]}, "damaged"),
         ({"front": None}, "damaged"),

@@ -4,7 +4,7 @@ The polynomial takes the trend, so the trees have little left to say and may be 
 held back: where pairs are few the correction is all but the polynomial. Pairs far off the
 polynomial are outliers, which the trees do not see: at the ends of the labels, where half of the
 pairs may be wrong ones, no robust loss keeps them out. What the trees say is smeared by a Gaussian
-on a grid (`lookup.Grid`), so that it has no steps. On 45,706 simulated pairs with
+on a grid (`lookup.SmearedTable`), so that it has no steps. On 45,706 simulated pairs with
 outliers its held-out scatter was 0.99 times that of boosted trees alone, and its second
 differences 3.4 to 8 times smaller.
 """
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,17 @@ from sos_dask import settings
 from sos_dask.corrections import boosted, polynomial
 from sos_dask.corrections.base import (
     Batch,
+    ChangedSource,
     Content,
     Correction,
     Float32Array,
     ModelInfo,
     Progress,
     Training,
-    TrainingSource,
     summarise,
 )
-from sos_dask.corrections.lookup import Grid, smeared
+from sos_dask.corrections.lookup import SmearedTable, smeared
 from sos_dask.corrections.polynomial import PolynomialCorrection
-from sos_dask.problem import Problem
 
 GRID = "residual-grid.npy"
 POLYNOMIAL = "polynomial-"
@@ -80,38 +80,11 @@ SEARCH = {
 }
 
 
-@dataclass(frozen=True)
-class ResidualSource:
-    """Pairs whose differences are what a polynomial leaves of them; outliers are unknown.
-
-    Parameters
-    ----------
-    source : TrainingSource
-    smooth : PolynomialCorrection
-    outlier : float
-        Largest residual of a label in units of its scatter.
-    """
-
-    source: TrainingSource
-    smooth: PolynomialCorrection
-    outlier: float
-
-    @property
-    def problem(self) -> Problem:
-        """Labels and inputs."""
-        return self.source.problem
-
-    @property
-    def n_batches(self) -> int:
-        """Number of batches."""
-        return self.source.n_batches
-
-    def load(self, index: int) -> Batch:
-        """Read one batch."""
-        batch = self.source.load(index)
-        left = batch.differences - self.smooth.predict(batch.features)
-        far = np.abs(left) > self.outlier * self.smooth.scatter
-        return replace(batch, differences=np.where(far, np.float32(np.nan), left))
+def residuals(batch: Batch, smooth: PolynomialCorrection, outlier: float) -> Batch:
+    """Subtract a polynomial from the differences; beyond ``outlier`` scatters they are unknown."""
+    left = batch.differences - smooth.predict(batch.features)
+    far = np.abs(left) > outlier * smooth.scatter
+    return replace(batch, differences=np.where(far, np.float32(np.nan), left))
 
 
 class HybridCorrection(Correction):
@@ -121,11 +94,11 @@ class HybridCorrection(Correction):
     ----------
     info : ModelInfo
     smooth : PolynomialCorrection
-    local : Grid
+    local : SmearedTable
         The smeared trees over the training box.
     """
 
-    def __init__(self, info: ModelInfo, smooth: PolynomialCorrection, local: Grid) -> None:
+    def __init__(self, info: ModelInfo, smooth: PolynomialCorrection, local: SmearedTable) -> None:
         super().__init__(info)
         self.smooth = smooth
         self.local = local
@@ -150,7 +123,7 @@ def restore(info: ModelInfo, files: Mapping[str, Content]) -> HybridCorrection:
         if name.startswith(POLYNOMIAL)
     }
     smooth = polynomial.restore(info.of_part("polynomial", polynomial.Settings), own)
-    return HybridCorrection(info, smooth, Grid.from_bytes(files.get(GRID, b"")))
+    return HybridCorrection(info, smooth, SmearedTable.from_bytes(files.get(GRID, b"")))
 
 
 def part_settings(kind: type[settings.Settings], whole: settings.Settings) -> Any:
@@ -165,7 +138,8 @@ def fit(training: Training, settings: Settings, progress: Progress) -> HybridCor
     info = summary.info("hybrid", settings, training)
     of_smooth = part_settings(polynomial.Settings, settings)
     smooth = polynomial.fit(training, of_smooth, progress)
-    left = replace(training, source=ResidualSource(training.source, smooth, settings.outlier))
+    change = partial(residuals, smooth=smooth, outlier=settings.outlier)
+    left = replace(training, source=ChangedSource(training.source, change))
     trees = boosted.fit(left, part_settings(boosted.Settings, settings), progress)
     low, high = (np.array(ends, dtype=np.float32) for ends in (info.minimum, info.maximum))
     local = smeared(trees.evaluate, low, high, settings.smoothing * smooth.scale.width)

@@ -20,6 +20,7 @@ import numpy as np
 from sos_dask.corrections import fit, method_module
 from sos_dask.corrections.base import FloatArray, Training, TrainingSource, run_tasks
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.stats.numbers import MAD_TO_SIGMA
 
 # Beyond so many spreads a residual is an outlier, and how far does not matter.
 CLIP = 4.0
@@ -31,15 +32,9 @@ Params = Mapping[str, int | float | str]
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and how it did.
+    """A candidate, and its loss on each fold that was kept aside for it.
 
-    Parameters
-    ----------
-    params : mapping
-        Those that are searched.
-    losses : tuple of float
-        Of each fold that was kept aside for it: mean over the labels of the mean absolute residual,
-        in spreads of the differences.
+    A loss is the mean over the labels of the mean absolute residual, in spreads of the differences.
     """
 
     params: Params
@@ -53,38 +48,29 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """Result of a search.
-
-    Parameters
-    ----------
-    params : mapping
-        Complete parameters of the best candidate.
-    trials : tuple of Trial
-        All candidates, the best first.
-    """
+    """Complete parameters of the best candidate, and all candidates, the best first."""
 
     params: Params
     trials: tuple[Trial, ...]
 
     def table(self) -> list[dict[str, Any]]:
         """Trials as JSON; a loss is None where a candidate could not be fitted."""
+
+        def shown(loss: float) -> float | None:
+            return loss if np.isfinite(loss) else None
+
         return [
             {
                 "params": dict(trial.params),
-                "losses": [loss if np.isfinite(loss) else None for loss in trial.losses],
-                "loss": trial.loss if np.isfinite(trial.loss) else None,
+                "losses": [shown(loss) for loss in trial.losses],
+                "loss": shown(trial.loss),
             }
             for trial in self.trials
         ]
 
 
 def search_space(method: str) -> Mapping[str, Sequence[int | float | str]]:
-    """Values of the parameters that are searched; empty for a method that has none.
-
-    Parameters
-    ----------
-    method : str
-    """
+    """Values of the parameters that are searched; empty for a method that has none."""
     space: Mapping[str, Sequence[int | float | str]]
     space = getattr(method_module(method), "SEARCH", {})
     return space
@@ -186,6 +172,6 @@ def _loss(job: tuple[str, TrainingSource, Sequence[int], int, Params]) -> float:
     rows = [Training(source, (kept,)).rows(index) for index in range(source.n_batches)]
     truth = np.concatenate([row.differences for row in rows]).astype(np.float64)
     residual = np.abs(truth - np.concatenate([fitted.predict(row.features) for row in rows]))
-    spread = np.nanmedian(np.abs(truth - np.nanmedian(truth, axis=0)), axis=0) * 1.4826
+    spread = MAD_TO_SIGMA * np.nanmedian(np.abs(truth - np.nanmedian(truth, axis=0)), axis=0)
     scaled: FloatArray = np.minimum(residual / np.where(spread > 0, spread, 1.0), CLIP)
     return float(np.mean([np.nanmean(column) for column in scaled.T]))

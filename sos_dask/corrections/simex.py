@@ -19,16 +19,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
+from sos_dask.columns import mixed
 from sos_dask.corrections import hybrid, polynomial
 from sos_dask.corrections.base import (
     Batch,
+    ChangedSource,
     Content,
     Correction,
     Float32Array,
@@ -37,8 +40,6 @@ from sos_dask.corrections.base import (
     Progress,
     Rows,
     Training,
-    TrainingSource,
-    mixed,
     summarise,
 )
 from sos_dask.errors import ModelError
@@ -62,14 +63,16 @@ class Settings(hybrid.Settings):
     )
 
 
-@dataclass(frozen=True)
-class NoisySource:
-    """Pairs with noise added to the target's labels: to inputs and differences alike.
+def noisy(
+    batch: Batch, problem: Problem, amount: float, seed: int, constant: tuple[bool, ...] = ()
+) -> Batch:
+    """Add noise to the target's labels: to inputs and differences alike.
 
     Parameters
     ----------
-    source : TrainingSource
-        Its batches have errors; pairs without an error of each label are not used.
+    batch : Batch
+        Pairs without an error of each label get no weight.
+    problem : Problem
     amount : float
         Size of the noise in units of the errors.
     seed : int
@@ -77,44 +80,25 @@ class NoisySource:
     constant : tuple of bool
         Labels whose differences are all equal: they have no noise, whatever the errors say.
     """
-
-    source: TrainingSource
-    amount: float
-    seed: int
-    constant: tuple[bool, ...] = ()
-
-    @property
-    def problem(self) -> Problem:
-        """Labels and inputs."""
-        return self.source.problem
-
-    @property
-    def n_batches(self) -> int:
-        """Number of batches."""
-        return self.source.n_batches
-
-    def load(self, index: int) -> Batch:
-        """Read one batch."""
-        batch = self.source.load(index)
-        if batch.errors is None:
-            raise _no_errors(self.problem, "the pairs have none")
-        noise = self.amount * batch.errors * _normals(batch, self.seed)
-        features = batch.features.astype(np.float64)
-        for number, item in enumerate(self.problem.inputs):
-            if item.column not in self.problem.names:
-                continue
-            of_label = noise[:, self.problem.names.index(item.column)] / item.scale
-            if item.log10:  # to first order
-                of_label = of_label * 10.0 ** -features[:, number] / math.log(10)
-            features[:, number] += of_label
-        noisy = (batch.differences + noise).astype(np.float32)
-        known = np.isfinite(batch.errors).all(axis=1)
-        return replace(
-            batch,
-            features=features.astype(np.float32),
-            differences=np.where(self.constant or False, batch.differences, noisy),
-            weight=np.where(known, batch.weight, np.float32(0)),
-        )
+    if batch.errors is None:
+        raise _no_errors(problem, "the pairs have none")
+    noise = amount * batch.errors * _normals(batch, seed)
+    features = batch.features.astype(np.float64)
+    for number, item in enumerate(problem.inputs):
+        if item.column not in problem.names:
+            continue
+        of_label = noise[:, problem.names.index(item.column)] / item.scale
+        if item.log10:  # to first order
+            of_label = of_label * 10.0 ** -features[:, number] / math.log(10)
+        features[:, number] += of_label
+    differences = (batch.differences + noise).astype(np.float32)
+    known = np.isfinite(batch.errors).all(axis=1)
+    return replace(
+        batch,
+        features=features.astype(np.float32),
+        differences=np.where(constant or False, batch.differences, differences),
+        weight=np.where(known, batch.weight, np.float32(0)),
+    )
 
 
 def _no_errors(problem: Problem, why: str) -> ModelError:
@@ -204,11 +188,17 @@ def restore(info: ModelInfo, files: Mapping[str, Content]) -> SimexCorrection:
 
 def fit(training: Training, settings: Settings, progress: Progress) -> SimexCorrection:
     """Fit; see `sos_dask.corrections.fit`."""
+    problem = training.problem
+
+    def with_noise(amount: float, seed: int, constant: tuple[bool, ...] = ()) -> Training:
+        change = partial(noisy, problem=problem, amount=amount, seed=seed, constant=constant)
+        return replace(training, source=ChangedSource(training.source, change))
+
     # Pairs without errors are left out of the fit without noise too.
-    plain = replace(training, source=NoisySource(training.source, 0.0, 0))
+    plain = with_noise(0.0, 0)
     if not any(replace(plain, folds=None).map(_known)):
-        raise _no_errors(training.problem, "no pair has all of them")
-    terms = polynomial.polynomial_terms(settings.order, len(training.problem.inputs))
+        raise _no_errors(problem, "no pair has all of them")
+    terms = polynomial.polynomial_terms(settings.order, len(problem.inputs))
     summary = summarise(plain, "simex", 2 * len(terms))
     constant = tuple(summary.constant.tolist())
     module = _base(settings.base)
@@ -216,9 +206,8 @@ def fit(training: Training, settings: Settings, progress: Progress) -> SimexCorr
     amounts = [0.0, *np.repeat(np.sqrt(LAMBDAS), settings.replicas)]
     parts: list[Correction] = []
     for number, amount in enumerate(amounts):
-        noise = amount * settings.error_factor
-        noisy = NoisySource(training.source, noise, settings.seed + number, constant)
-        parts.append(module.fit(replace(training, source=noisy), of_base, lambda *_: None))
+        source = with_noise(amount * settings.error_factor, settings.seed + number, constant)
+        parts.append(module.fit(source, of_base, lambda *_: None))
         progress("simex", number + 1, len(amounts))
     return SimexCorrection(summary.info("simex", settings, training), tuple(parts))
 

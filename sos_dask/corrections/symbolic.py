@@ -23,7 +23,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -50,8 +50,9 @@ from sos_dask.corrections.base import (
     to_json,
 )
 from sos_dask.corrections.formula import Formula, Template
-from sos_dask.corrections.polynomial import BISQUARE, MAD_TO_SIGMA, one_thread
-from sos_dask.errors import ModelError
+from sos_dask.corrections.polynomial import BISQUARE, one_thread
+from sos_dask.errors import ConfigError, ModelError
+from sos_dask.stats.numbers import MAD_TO_SIGMA
 
 FILE = "formula.json"
 MIN_PAIRS = 200
@@ -85,58 +86,29 @@ class Settings(settings.Settings):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the evolution")
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A formula of the front.
+class Candidate(settings.Settings):
+    """A formula of the front, with numbers fitted to the sample and figures of its judging half."""
 
-    Parameters
-    ----------
-    formula : str
-        Of the inputs; Python and SymPy read it.
-    latex : str
-    complexity : int
-        Numbers, inputs and operators; an input less a fixed number counts as one.
-    loss : float
-        Mean bisquare loss of the judging half, 0 (perfect) to 1.
-    scatter : float
-        1.4826 times the median absolute residual of the judging half, in the unit of the label.
-    behind, standard_error : float
-        Loss less that of the best, and the standard error of that.
-    """
+    formula: str = Field(description="Of the inputs; Python and SymPy read it")
+    latex: str
+    complexity: int = Field(description="Numbers, inputs (less a fixed number) and operators")
+    loss: float = Field(description="Mean bisquare loss, 0 (perfect) to 1")
+    scatter: float = Field(description="1.4826 times the median absolute residual")
+    behind: float = Field(description="Loss less that of the best")
+    standard_error: float = Field(description="Standard error of behind")
+
+
+class Choice(settings.Settings):
+    """The formula of one label, with numbers fitted to the training pairs and their scatter."""
 
     formula: str
     latex: str
     complexity: int
-    loss: float
     scatter: float
-    behind: float
-    standard_error: float
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The formula of one label.
-
-    Parameters
-    ----------
-    formula : Formula
-        Numbers fitted to the training pairs.
-    latex : str
-    complexity : int
-    scatter : float
-        Of the training pairs, in the unit of the label.
-    front : tuple of Candidate
-        By complexity, numbers fitted to the sample; each is better than all before it.
-    chosen : int
-        Position in the front.
-    """
-
-    formula: Formula
-    latex: str
-    complexity: int
-    scatter: float
-    front: tuple[Candidate, ...]
-    chosen: int
+    chosen: int = Field(description="Position in the front")
+    front: tuple[Candidate, ...] = Field(
+        strict=False, description="By complexity; each is better than all before it"
+    )
 
 
 class SymbolicCorrection(Correction):
@@ -154,19 +126,19 @@ class SymbolicCorrection(Correction):
         super().__init__(info)
         self.choices = choices
         self.n_sample = n_sample
+        self.formulas = [Formula.parse(one.formula, info.problem.features) for one in choices]
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
-        columns = [choice.formula.evaluate(features) for choice in self.choices]
+        columns = [formula.evaluate(features) for formula in self.formulas]
         return np.stack(columns, axis=1).astype(np.float32)
 
     def files(self) -> Mapping[str, bytes]:
         """``formula.json``: formulas as text, which is what is evaluated, LaTeX, and the fronts."""
-        entries = [{**asdict(choice), "formula": choice.formula.text} for choice in self.choices]
         document = {
             "features": list(self.problem.features),
             "n_sample": self.n_sample,
-            "labels": self.info.by_label(entries),
+            "labels": self.info.by_label([choice.as_json for choice in self.choices]),
         }
         return {FILE: to_json(document)}
 
@@ -177,26 +149,16 @@ def restore(info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection
     choices = []
     try:
         for label in info.problem.names:
-            entry = document["labels"][label]
-            choices.append(
-                Choice(
-                    formula=Formula.parse(str(entry["formula"]), info.problem.features),
-                    latex=str(entry["latex"]),
-                    complexity=int(entry["complexity"]),
-                    scatter=float(entry["scatter"]),
-                    front=tuple(Candidate(**candidate) for candidate in entry["front"]),
-                    chosen=int(entry["chosen"]),
-                )
-            )
-        n_sample = int(document["n_sample"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+            choice = Choice(**document["labels"][label])
+            formula = Formula.parse(choice.formula, info.problem.features)
+            if not formula.is_finite(info.minimum, info.maximum):
+                raise ModelError(f"the formula of {label} is not finite in the training range")
+            choices.append(choice)
+        return SymbolicCorrection(info, tuple(choices), int(document["n_sample"]))
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
     except ModelError as error:
         raise ModelError(f"{FILE}: {label}: {error.message}", error.hint) from None
-    for label, choice in zip(info.problem.names, choices, strict=True):
-        if not choice.formula.is_finite(info.minimum, info.maximum):
-            raise ModelError(f"{FILE}: the formula of {label} is not finite in the training range")
-    return SymbolicCorrection(info, tuple(choices), n_sample)
 
 
 def fit(training: Training, settings: Settings, progress: Progress) -> SymbolicCorrection:
@@ -266,9 +228,8 @@ def _search(
         short: dict[str, Any] = {name: _short(value) for name, value in figures.items()}
         return Candidate(**written(form), **short)
 
-    whole = written(best)
     return Choice(
-        **{**whole, "formula": Formula.parse(whole["formula"], scale.names)},
+        **written(best),
         scatter=_short(_scatter(best.values(u) - y) * spread),
         front=tuple(candidate(form, judged) for form, judged in front),
         chosen=chosen,
@@ -311,14 +272,7 @@ def _choose(
 def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray) -> Template:
     """Fit the numbers of a formula robustly (bisquare; Beaton & Tukey 1974, Technometrics 16, 147).
 
-    Parameters
-    ----------
-    form : Template
-        With numbers to start from, whose scatter is the scale of the loss.
-    u : ndarray of float64, shape (k, n)
-        Inputs less their pivots.
-    y, weight : ndarray of float64, shape (n,)
-        Scaled differences, and weights in units of their mean.
+    The numbers to start from say the scale of the loss.
     """
     from scipy.optimize import least_squares
 
@@ -357,18 +311,17 @@ def _short(value: float) -> float:
 
 def require(engine: str) -> None:
     """Raise `ModelError` where an engine is not installed, without importing it."""
-    if engine == "operon":
-        missing = [name for name in ("pyoperon", "sympy") if not _installed(name)]
-        if missing:
-            raise ModelError(
-                f"method 'symbolic' needs {' and '.join(missing)}, which is not installed",
-                "Install it with: pip install 'sos_dask[symbolic]'",
-            )
-        return
     # Importing pysr without Julia would download one.
-    missing = [name for name in ("pysr", "juliacall", "sympy") if not _installed(name)]
-    if not (shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")):
+    needed = {"operon": ["pyoperon"], "pysr": ["pysr", "juliacall"]}[engine] + ["sympy"]
+    missing = [name for name in needed if not _installed(name)]
+    julia = shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")
+    if engine == "pysr" and not julia:
         missing.append("julia")
+    if missing and engine == "operon":
+        raise ModelError(
+            f"method 'symbolic' needs {' and '.join(missing)}, which is not installed",
+            "Install it with: pip install 'sos_dask[symbolic]'",
+        )
     if missing:
         raise ModelError(
             f"symbolic.engine = 'pysr' needs {', '.join(missing)}, which is not there",
@@ -384,17 +337,7 @@ def _installed(name: str) -> bool:
 
 
 def evolve(z: FloatArray, y: FloatArray, settings: Settings, names: Sequence[str]) -> list[str]:
-    """Find formulas with the engine of the settings.
-
-    Parameters
-    ----------
-    z : ndarray of float64, shape (n, k)
-        Scaled inputs.
-    y : ndarray of float64, shape (n,)
-    settings : Settings
-    names : sequence of str
-        Of the inputs.
-    """
+    """Find formulas of scaled inputs, shape (n, k), with the engine of the settings."""
     return (_operon if settings.engine == "operon" else _pysr)(z, y, settings, list(names))
 
 
@@ -483,21 +426,9 @@ class Scale:
 
 
 def draw_sample(training: Training, scale: Scale, wanted: int, *, even: bool = True) -> Rows:
-    """Draw training pairs, the same in any order and any partitions.
+    """Draw about so many training pairs, the same in any order and any partitions.
 
-    Parameters
-    ----------
-    training : Training
-    scale : Scale
-    wanted : int
-        About so many pairs; all where there are fewer.
-    even : bool
-        Take fewer where pairs are dense, else all with the same chance.
-
-    Returns
-    -------
-    Rows
-        Sorted by their hash.
+    Fewer are taken where pairs are dense, unless ``even`` is false. They are sorted by their hash.
     """
     counts = np.sum(training.map(_cell_counts, scale), axis=0)
     chosen = training.map(_chosen_rows, scale, _shares(counts, wanted, even))

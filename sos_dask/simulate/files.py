@@ -84,11 +84,7 @@ def simulate(
             for number, survey in SURVEYS.items():
                 visits = _visits(plates, block, made, number, settings)
                 rows, obs_id = TABLES[number](visits)
-                for turn in range(int(visits.round.max(initial=-1)) + 1):
-                    # Rows of one round are neighbours in the file.
-                    here = np.flatnonzero(visits.round == turn)
-                    if len(here):
-                        fits[number](int(visits.row[here[0]]), rows[here])
+                _write_rounds(fits[number], visits, rows)
                 truths.append(_truth_table(visits, obs_id))
                 plate.append(made.plate[visits.star])
                 done[number] += len(rows)
@@ -103,6 +99,14 @@ def simulate(
 
 
 # Files
+
+
+def _write_rounds(write: Callable[[int, Records], Any], visits: Visits, rows: Records) -> None:
+    """Write rows at their places: those of one round are neighbours in the file."""
+    for number in range(int(visits.round.max(initial=-1)) + 1):
+        here = np.flatnonzero(visits.round == number)
+        if len(here):
+            write(int(visits.row[here[0]]), rows[here])
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from numba import njit, types
+from numba import njit
 from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,32 +42,13 @@ def _load_numba() -> None:
 _load_numba()
 
 
-def read_only(dtype: Any) -> Any:
-    """An array that is only read: also one that shares the memory of an Arrow column."""
-    return types.Array(dtype, 1, "C", readonly=True)
-
-
-def compiled(*signatures: tuple[Any, ...]) -> Callable[[F], F]:
-    """Compile a loop for arguments of these types; it returns nothing and holds no lock."""
-    voids = [types.void(*one) for one in signatures]
-
-    def decorate(function: F) -> F:
-        try:
-            made = njit(voids, error_model="numpy", nogil=True, cache=True)(function)
-        except RuntimeError:  # no folder can be written: each process compiles for itself
-            made = njit(voids, error_model="numpy", nogil=True)(function)
-        return cast(F, made)
-
-    return decorate
-
-
-def _three(dtype: Any) -> Any:
-    return types.UniTuple(read_only(dtype), 3)  # type: ignore[no-untyped-call]
-
-
-_I, _B, _D = read_only(types.int64), read_only(types.boolean), read_only(types.float64)
-_I_OUT, _B_OUT, _D_OUT = types.int64[::1], types.boolean[::1], types.float64[::1]
-_FLOATS = (types.float32, types.float64)
+def compiled(function: F) -> F:
+    """Compile a loop for the types that it is called with; it holds no lock."""
+    try:
+        made = njit(error_model="numpy", nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder can be written: each process compiles for itself
+        made = njit(error_model="numpy", nogil=True)(function)
+    return cast(F, made)
 
 
 @njit(inline="always")
@@ -81,12 +62,7 @@ def _nearness(d_ra: float, d_dec: float, cos_cos: float, low: float, high: float
     return 2
 
 
-@compiled(
-    (
-        *(_I, _D, _D, _D, types.float64, types.int64, read_only(types.uint8), types.int64),
-        *(types.int64, _I_OUT, _I_OUT, types.int8[::1], _B_OUT, _I_OUT),
-    )
-)
+@compiled
 def pairs_on_faces(
     cells: IntArray,
     ra: FloatArray,
@@ -180,7 +156,7 @@ def pairs_on_faces(
     count[0] = found
 
 
-@compiled((_I, _I, _I, types.boolean[::1]))
+@compiled
 def claim(i: IntArray, j: IntArray, rank: IntArray, claimed: BoolArray) -> None:
     """Which rows another one claims, when rows claim their neighbours in the order of rank.
 
@@ -208,7 +184,7 @@ def claim(i: IntArray, j: IntArray, rank: IntArray, claimed: BoolArray) -> None:
         n = left
 
 
-@compiled((_I, _I, _B, _I_OUT, _I_OUT, _I_OUT))
+@compiled
 def join_claimed(
     i: IntArray,
     j: IntArray,
@@ -234,7 +210,7 @@ def join_claimed(
             count[0] += 1
 
 
-@compiled((_I, _I, _I_OUT))
+@compiled
 def components(i: IntArray, j: IntArray, root: IntArray) -> None:
     """The first row of the component of each row; ``root`` is the row itself at the beginning."""
     for link in range(len(i)):
@@ -250,7 +226,7 @@ def components(i: IntArray, j: IntArray, root: IntArray) -> None:
         root[row] = root[root[row]]  # that of an earlier row is final
 
 
-@compiled((_I, _I_OUT, _I_OUT, _I_OUT, _I_OUT))
+@compiled
 def members(
     group: IntArray, groups: IntArray, first: IntArray, row: IntArray, count: IntArray
 ) -> None:
@@ -296,7 +272,7 @@ def repeated(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
     return groups[:n], first[: n + 1], row[: first[n]]
 
 
-@compiled((_I, _I_OUT, _I))
+@compiled
 def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
     """Sort the rows of each group (`members`) by a key; those of equal keys stay in order."""
     for group in range(len(first) - 1):
@@ -313,9 +289,7 @@ def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
             row[at] = one
 
 
-@compiled(
-    *((_I, _I, _I, read_only(real), _I_OUT, _I_OUT, _I_OUT, _I_OUT, real[::1]) for real in _FLOATS)
-)
+@compiled
 def choose(
     first: IntArray,
     row: IntArray,
@@ -358,23 +332,7 @@ def choose(
         total_snr[star] = np.sqrt(squares) if n_snr else np.nan
 
 
-@compiled(
-    *(
-        (
-            *(
-                _I,
-                _I,
-                read_only(real),
-                read_only(real),
-                types.float64,
-                types.float64,
-                types.float64,
-            ),
-            *(real[::1], real[::1], types.float32[::1], _B_OUT),
-        )
-        for real in _FLOATS
-    )
-)
+@compiled
 def combine_label(
     first: IntArray,
     row: IntArray,
@@ -390,13 +348,11 @@ def combine_label(
 ) -> None:
     """Value, error and spread of stars over their rows row[first[s]:first[s + 1]].
 
-    ``median_error`` is that of the median over that of the mean; 0: the mean with weights
-    1 / error**2 is wanted instead of the median.
+    ``median_error``: that of the median over that of the mean; 0: a mean weighted by 1 / error**2.
     """
     for star in range(len(first) - 1):
         start, stop = first[star], first[star + 1]
-        n, n_stated = 0, 0
-        total, squares, weights, weighted = 0.0, 0.0, 0.0, 0.0
+        n, n_stated, total, squares, weights, weighted = 0, 0, 0.0, 0.0, 0.0, 0.0
         for place in range(start, stop):
             value = np.float64(values[row[place]])
             if np.isnan(value):
@@ -439,15 +395,7 @@ def combine_label(
             error_out[star] = 1.0 / np.sqrt(weights) if n_stated else np.nan
 
 
-@compiled(
-    *(
-        (
-            *(_I, _I, _I, _three(real), _three(real), _D, read_only(real), types.float64, _D),
-            *(types.float64, types.float64, types.int64[:, :, :, ::1]),
-        )
-        for real in _FLOATS
-    )
-)
+@compiled
 def count_pulls(
     first: IntArray,
     row: IntArray,

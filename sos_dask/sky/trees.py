@@ -13,10 +13,10 @@ from __future__ import annotations
 from heapq import heappop, heappush
 
 import numpy as np
-from numba import njit, types
+from numba import njit
 from numpy.typing import NDArray
 
-from sos_dask.sky.loops import compiled, read_only
+from sos_dask.sky.loops import compiled
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -24,14 +24,9 @@ BoolArray = NDArray[np.bool_]
 
 LEAF = 4
 _DEPTH = 256
-_I, _D = read_only(types.int64), read_only(types.float64)
-_I_OUT, _B_OUT = types.int64[::1], types.boolean[::1]
-_POINTS = types.Array(types.float64, 2, "C", readonly=True)
-_BOXES = types.float64[:, ::1]
-_SPANS = types.int64[:, ::1]
 
 
-@compiled((_POINTS, _I, _BOXES, _SPANS))
+@compiled
 def build(points: FloatArray, key: IntArray, boxes: FloatArray, spans: IntArray) -> None:
     """Boxes (lowest x, y, z, highest x, y, z) and spans of keys; those of no points are empty."""
     leaves = len(boxes) // 2
@@ -87,6 +82,14 @@ def _find(root: IntArray, p: int) -> int:
 
 
 @njit(inline="never")
+def _add(counts: IntArray, node: int, number: int) -> None:
+    """Add to the count of a node and of those above it."""
+    while node:
+        counts[node] += number
+        node //= 2
+
+
+@njit(inline="never")
 def _is_joined(node: int, leaves: int, joined: BoolArray, root: IntArray) -> bool:
     """Whether all points below a node are known to be in one component."""
     if not joined[node]:
@@ -121,9 +124,7 @@ def _join(node: int, leaves: int, joined: BoolArray, root: IntArray) -> None:
         root[_find(root, p)] = _find(root, first)
 
 
-@compiled(
-    (_POINTS, _I, _BOXES, _SPANS, types.float64, types.float64, _I_OUT, _I_OUT, _I_OUT, _I_OUT)
-)
+@compiled
 def components_within(
     points: FloatArray,
     key: IntArray,
@@ -197,12 +198,7 @@ def components_within(
     count[0] = found
 
 
-@compiled(
-    (
-        *(_POINTS, _D, _D, _I, _BOXES, types.float64, types.float64, types.float64, _I),
-        *(_B_OUT, _I_OUT, _B_OUT, _I_OUT),
-    )
-)
+@compiled
 def claim_points(
     points: FloatArray,
     ra: FloatArray,
@@ -255,19 +251,74 @@ def claim_points(
                 claimed |= near
         if not claimed:
             leads[p] = True
-            node = leaves + p // LEAF
-            while node:
-                n_leading[node] += 1
-                node //= 2
+            _add(n_leading, leaves + p // LEAF, 1)
     count[0] = found
 
 
-@compiled(
-    (
-        *(_POINTS, _D, _D, _BOXES, types.float64, types.float64, _I, _I, _I, _I),
-        *(_POINTS, _D, _D, _I, _I, _I, _I, _I, _I, _I_OUT),
-    )
-)
+@njit(inline="never")
+def _nearest_free(
+    t: int,
+    asked: FloatArray,
+    asked_ra: FloatArray,
+    asked_dec: FloatArray,
+    points: FloatArray,
+    ra: FloatArray,
+    dec: FloatArray,
+    boxes: FloatArray,
+    high: float,
+    radius_arcsec: float,
+    first_host: IntArray,
+    host: IntArray,
+    host_rank: IntArray,
+    host_row: IntArray,
+    next_host: IntArray,
+    owner: IntArray,
+    n_free: IntArray,
+) -> tuple[float, int]:
+    """Separation and entry of the nearest host (ties: rank, row) that nobody owns; -1: none."""
+    best, entry, limit = np.inf, -1, high
+    leaves, todo = len(boxes) // 2, np.empty(_DEPTH, dtype=np.int64)
+    todo[0], n = 1, 1
+    while n:
+        n -= 1
+        node = todo[n]
+        if n_free[node] == 0 or _gap(boxes, node, asked, t) > limit:
+            continue
+        if node < leaves:
+            nearer = 2 * node
+            if _gap(boxes, nearer + 1, asked, t) < _gap(boxes, nearer, asked, t):
+                nearer += 1
+            todo[n], todo[n + 1] = nearer ^ 1, nearer
+            n += 2
+            continue
+        first = (node - leaves) * LEAF
+        for s in range(first, min(first + LEAF, len(points))):
+            k = next_host[s]
+            if k == first_host[s + 1]:
+                continue
+            while k < first_host[s + 1] and owner[host[k]] >= 0:
+                k += 1
+            next_host[s] = k
+            if k == first_host[s + 1]:
+                _add(n_free, leaves + s // LEAF, -1)
+                continue
+            square = _square(asked, t, points, s)
+            if square > limit:
+                continue
+            apart = _arcsec(ra[s], dec[s], asked_ra[t], asked_dec[t])
+            if apart > radius_arcsec or apart > best:
+                continue
+            if (
+                apart < best
+                or host_rank[k] < host_rank[entry]
+                or (host_rank[k] == host_rank[entry] and host_row[k] < host_row[entry])
+            ):
+                best, entry = apart, k
+                limit = min(high, (np.sqrt(square) + 2e-14) ** 2)
+    return best, entry
+
+
+@compiled
 def join_in_order(
     points: FloatArray,
     ra: FloatArray,
@@ -299,10 +350,7 @@ def join_in_order(
     leaves, n_points = len(boxes) // 2, len(points)
     n_free = np.zeros(len(boxes), dtype=np.int64)
     for s in range(n_points):
-        node = leaves + s // LEAF
-        while node:
-            n_free[node] += 1
-            node //= 2
+        _add(n_free, leaves + s // LEAF, 1)
     owner = np.full(host.max() + 1, -1)
     next_host, next_guest = first_host[:-1].copy(), first_guest[:-1].copy()
     taken = np.full(code.max() + 1, -1)  # the last entry of hosts taken by guests of a code
@@ -312,7 +360,6 @@ def join_in_order(
     starts = np.searchsorted(host[entries], np.arange(len(owner) + 1))
     for s in range(n_points):
         where[first_host[s] : first_host[s + 1]] = s
-    todo = np.empty(_DEPTH, dtype=np.int64)
     queue = [(0.0, host[0], host[0], host[0], host[0], 0, 0)]
     queue.clear()
     for turn in range(1 << 62):
@@ -337,48 +384,10 @@ def join_in_order(
         at = next_guest[t]
         if at == first_guest[t + 1]:
             continue
-        best, entry = np.inf, -1
-        limit = high
-        todo[0], n = 1, 1
-        while n:
-            n -= 1
-            node = todo[n]
-            if n_free[node] == 0 or _gap(boxes, node, asked, t) > limit:
-                continue
-            if node < leaves:
-                nearer = 2 * node
-                if _gap(boxes, nearer + 1, asked, t) < _gap(boxes, nearer, asked, t):
-                    nearer += 1
-                todo[n], todo[n + 1] = nearer ^ 1, nearer
-                n += 2
-                continue
-            first = (node - leaves) * LEAF
-            for s in range(first, min(first + LEAF, n_points)):
-                k = next_host[s]
-                if k == first_host[s + 1]:
-                    continue
-                while k < first_host[s + 1] and owner[host[k]] >= 0:
-                    k += 1
-                next_host[s] = k
-                if k == first_host[s + 1]:
-                    up = leaves + s // LEAF
-                    while up:
-                        n_free[up] -= 1
-                        up //= 2
-                    continue
-                square = _square(asked, t, points, s)
-                if square > limit:
-                    continue
-                apart = _arcsec(ra[s], dec[s], asked_ra[t], asked_dec[t])
-                if apart > radius_arcsec or apart > best:
-                    continue
-                if (
-                    apart < best
-                    or host_rank[k] < host_rank[entry]
-                    or (host_rank[k] == host_rank[entry] and host_row[k] < host_row[entry])
-                ):
-                    best, entry = apart, k
-                    limit = min(high, (np.sqrt(square) + 2e-14) ** 2)
+        search = (t, asked, asked_ra, asked_dec, points, ra, dec, boxes, high, radius_arcsec)
+        best, entry = _nearest_free(
+            *search, first_host, host, host_rank, host_row, next_host, owner, n_free
+        )
         if not is_alone[guest[at]]:
             k = taken[code[guest[at]]]
             while k >= 0:

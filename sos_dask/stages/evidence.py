@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -201,16 +202,21 @@ def on_pairs(
     """
     named = {f"model.{method}": path for method, path in models.items()}
     evidence = Evidence({"pairs": pairs, **named})
-    path = directory.with_name(f".{directory.name}.evidence")
+    # Of this process alone: another one may work on the same output.
+    path = directory.absolute().with_name(f".{directory.name}.evidence-{uuid.uuid4().hex[:8]}")
     one = stage({"evidence": path, **more}, settings)
     evidence.check()
-    prints = {name: x.fingerprint for name, x in one.inputs.items() if isinstance(x, Catalog)}
-    prints |= {n: one.manifest(n).fingerprint for n in one.inputs if n not in (*prints, "evidence")}
-    prints["evidence"] = Evidence.recipe(evidence.settings, evidence.fingerprints()).fingerprint
+    prints = {
+        "evidence": Evidence.recipe(evidence.settings, evidence.fingerprints()).fingerprint,
+        **{
+            name: x.fingerprint if isinstance(x, Catalog) else Manifest.load(x).fingerprint
+            for name, x in more.items()
+        },
+    }
     if Output(directory, stage.recipe(one.settings, prints)).complete:
         return Manifest.checked(directory)
     try:
-        evidence.run(path, overwrite=True, cluster=cluster, report=report)
+        evidence.run(path, cluster=cluster, report=report)
         return one.run(directory, overwrite=overwrite, cluster=cluster, report=report)
     finally:
         shutil.rmtree(path, ignore_errors=True)

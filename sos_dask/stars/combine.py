@@ -92,6 +92,22 @@ def combine(
     source = leaders.copy()
     source[repeats.star] = repeats.best
     combined = repeats.columns(source, settings, expected_error)
+    columns = _columns(table, leading, leaders, source, repeats, combined)
+    n_obs, n_used = np.ones((2, len(leaders)), dtype=np.int32)
+    n_obs[repeats.star] = np.diff(repeats.first)
+    n_used[repeats.star] = np.diff(repeats.used_first)
+    return _star_table(table.schema, columns, n_obs, n_used, combined)
+
+
+def _columns(
+    table: pa.Table,
+    leading: pa.Table,
+    leaders: IntArray,
+    source: IntArray,
+    repeats: _Repeats,
+    combined: Mapping[str, pa.Array],
+) -> dict[str, pa.Array]:
+    """Every column of the stars: combined, or of the primary row, or of the row it comes from."""
     columns: dict[str, pa.Array] = {}
     for name in table.schema.names:
         if name in combined:
@@ -107,10 +123,7 @@ def combine(
         values = pc.take(_one_chunk(column), pa.array(rows), boundscheck=False)
         is_coded = pa.types.is_dictionary(values.type)
         columns[name] = values.dictionary_decode() if is_coded else values
-    n_obs, n_used = np.ones((2, len(leaders)), dtype=np.int32)
-    n_obs[repeats.star] = np.diff(repeats.first)
-    n_used[repeats.star] = np.diff(repeats.used_first)
-    return _star_table(table.schema, columns, n_obs, n_used, combined)
+    return columns
 
 
 def _star_table(

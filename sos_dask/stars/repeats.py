@@ -111,9 +111,11 @@ def _count(
     _, first, row = repeated(primary)
     # Rows of one cell stand in the order of their keys already: the order of the catalog.
     sort_members(first, row, table[HEALPIX_COLUMN].to_numpy())
-    columns = {name: reals_or_nan(table, name) for name in _COLUMNS}
+    columns = {name: reals_or_nan(table, name).view() for name in _COLUMNS}
     if len({values.dtype for values in columns.values()}) > 1:
         columns = {name: values.astype(np.float64) for name, values in columns.items()}
+    for values in columns.values():
+        values.flags.writeable = False  # all of one type
     count_pulls(
         first,
         row,

@@ -145,17 +145,11 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     leaders = np.flatnonzero(primary == np.arange(len(primary)))
     leaders = leaders[sky_order(table, leaders, "star_id")]
     members = _Members.of(table, primary, leaders, settings.order)
-
-    flagged = np.zeros(len(members.row), dtype=np.bool_)
-    if "flag_spread" in names:
-        flagged = pc.fill_null(table["flag_spread"], False).to_numpy()[members.row]
-    passes = table["quality"].to_numpy()[members.row] == 0
-    united = _unite_labels(table, members, passes, flagged, settings)
+    united = _unite_labels(table, members, settings)
     of_primary = pa.array(leaders)
     of_chosen = pa.array(members.row[united.chosen])
-    first, sources = members.first, table["star_id"].take(pa.array(members.row))
     key_field = _field("star_id", pa.string(), "Survey and star_id of the primary", _KEY_UCD)
-    columns: list[tuple[pa.Field, pa.Array | pa.ChunkedArray]] = [
+    columns: _Columns = [
         (table.schema.field(HEALPIX_COLUMN), table[HEALPIX_COLUMN].take(of_primary)),
         (key_field, table["star_id"].take(of_primary)),
     ]
@@ -172,19 +166,29 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
             pair = name in _MOTION and names.issuperset(_MOTION)
             out = table[name].take(pa.array(members.givers(table, _MOTION if pair else (name,))))
         columns.append((about, out))
-    survey = _field("survey", pa.string(), "Surveys that gave the labels", nullable=True)
-    several = _field("n_surveys", pa.int32(), "Surveys that observed the star", "meta.number")
-    every = _field("sources", pa.string(), "Every member: survey and star_id")
-    flag = _field("flag_spread", pa.bool_(), "Labels scatter over the limit")
-    columns += [
-        (survey, members.joined_surveys(united.contributes)),
-        (every, _joined(sources, first, ";")),
-        (several, pa.array(members.n_surveys())),
-        (flag, pa.array(united.flag)),
-        (QUALITY.arrow(nullable=False), table["quality"].take(of_chosen)),
-    ]
+    columns += _told(table, members, united)
     schema = pa.schema([about for about, _ in columns])
     return pa.table([values for _, values in columns], schema=schema)
+
+
+_Columns = list[tuple[pa.Field, pa.Array | pa.ChunkedArray]]
+
+
+def _told(table: pa.Table, members: _Members, united: _United) -> _Columns:
+    """Columns on who the members are, who gave labels, and whether they agree."""
+    survey = _field("survey", pa.string(), "Surveys that gave the labels", nullable=True)
+    every = _field("sources", pa.string(), "Every member: survey and star_id")
+    several = _field("n_surveys", pa.int32(), "Surveys that observed the star", "meta.number")
+    flag = _field("flag_spread", pa.bool_(), "Labels scatter over the limit")
+    sources = table["star_id"].take(pa.array(members.row))
+    quality = table["quality"].take(pa.array(members.row[united.chosen]))
+    return [
+        (survey, members.joined_surveys(united.contributes)),
+        (every, _joined(sources, members.first, ";")),
+        (several, pa.array(members.n_surveys())),
+        (flag, pa.array(united.flag)),
+        (QUALITY.arrow(nullable=False), quality),
+    ]
 
 
 class _United(NamedTuple):
@@ -196,13 +200,11 @@ class _United(NamedTuple):
     flag: BoolArray
 
 
-def _unite_labels(
-    table: pa.Table,
-    members: _Members,
-    passes: BoolArray,
-    flagged: BoolArray,
-    settings: UnifySettings,
-) -> _United:
+def _unite_labels(table: pa.Table, members: _Members, settings: UnifySettings) -> _United:
+    flagged = np.zeros(len(members.row), dtype=np.bool_)
+    if "flag_spread" in table.schema.names:
+        flagged = pc.fill_null(table["flag_spread"], False).to_numpy()[members.row]
+    passes = table["quality"].to_numpy()[members.row] == 0
     names = [label for label in _MEASURED if label in table.schema.names]
     measured = {label: members.measured(table, label, settings.known_offsets) for label in names}
     has_label = [~np.isnan(measured[label][0]) for label in LABELS]

@@ -389,19 +389,15 @@ def parse_integers(
     is_whole = pc.match_substring_regex(text, r"^[+-]?[0-9]+$")
     whole = pc.ascii_ltrim(pc.if_else(is_whole, text, None), characters="+")
     rest = pc.if_else(is_whole, None, text)
-    stop, problem = len(text), ""
-    for part, kind, why in (
-        (whole, pa.int64(), "does not fit into 64 bits"),
-        (rest, pa.float64(), "is not an integer"),
-    ):
-        try:
-            part.slice(0, stop).cast(kind)
-        except pa.ArrowInvalid:
-            stop, problem = _first_failure(part, kind), why
+    stop, problem = min(
+        (_first_failure(whole, pa.int64()), "does not fit into 64 bits"),
+        (_first_failure(rest, pa.float64()), "is not an integer"),
+    )
     numbers, null = split(rest.slice(0, stop).cast(pa.float64()))
     present = np.isfinite(numbers) if null is None else np.isfinite(numbers) & ~null
-    if is_id and (present & (numbers > 0)).any():
-        index = int(np.argmax(present & (numbers > 0)))
+    floats = np.flatnonzero(present & (numbers > 0))
+    if is_id and len(floats):
+        index = int(floats[0])
         place.fail(
             key,
             index,
@@ -409,7 +405,7 @@ def parse_integers(
             "Get the file with integer ids; these cannot be repaired.",
         )
     integers = pa.array(whole_numbers(place, key, np.where(present, numbers, 0)), mask=~present)
-    if problem:
+    if stop < len(text):
         word = text[stop].as_py()
         hint = _word_hint(word)
         if product == "obs_id":
@@ -442,8 +438,8 @@ def _is_finite(word: str) -> bool:
 
 
 def _first_failure(text: pa.Array, kind: pa.DataType) -> int:
-    """Index of the first text that does not cast, found by halving."""
-    low, high = 0, len(text)
+    """Index of the first text that does not cast, found by halving; their number if all do."""
+    low, high = 0, len(text) + 1
     while high - low > 1:
         middle = (low + high) // 2
         try:

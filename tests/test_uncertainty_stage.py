@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from sos_dask.api import apply, uncertainty
+from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.corrections import SEAL, sealed
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
@@ -18,11 +18,11 @@ from sos_dask.evidence.error_tables import load_errors
 from sos_dask.evidence.intervals import binomial_interval
 from sos_dask.problem import features
 from sos_dask.schema import LABELS
+from sos_dask.stages.apply import apply
 from sos_dask.stages.common import common_stars
-from sos_dask.stages.uncertainty import Surveys, UncertaintySettings, read_calibration
+from sos_dask.stages.uncertainty import Surveys, UncertaintySettings, read_calibration, uncertainty
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
-from sos_dask.trust import FLAG_OUTSIDE, FLAG_SPARSE
 from tests.job import contents
 from tests.sky import write_catalog
 

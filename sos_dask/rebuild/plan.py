@@ -169,12 +169,13 @@ def _target_steps(
     seen = {"evidence": "evidence"}
     yield Step(COMPARISON, Compare, _own(job, Compare, job.compare), {**seen, **models})
     both = {"reference": "reference", **stars}
-    yield Step("trends", Trends, Trends.Settings(order=order), {**seen, **models, **both})
-    errors = _own(job, Uncertainty, job.uncertainty)
+    yield Step("trends", Trends, Trends.Settings(order=order), {**seen, **both})
+    errors = _own(job, Uncertainty, job.uncertainty).but(target=target)
     inputs = {**seen, "model": CHOSEN, "target": target_stars, **both}
     yield Step("uncertainty", Uncertainty, errors, inputs)
     radius = (job.target.dedupe or job.dedupe).radius_arcsec
-    inputs = {**seen, "model": CHOSEN, "observations": observations, "stars": target_stars}
+    inputs = {**seen, "model": CHOSEN, "pairs": "pairs", "observations": observations}
+    inputs["stars"] = target_stars
     yield Step(
         "coverage",
         Coverage,
@@ -185,7 +186,7 @@ def _target_steps(
     if job.generalisation is not None:
         methods = {method: _params(job, method) for method in job.train.methods}
         settings = _own(job, Generalisation, job.generalisation).but(methods=methods)
-        yield Step("generalisation", Generalisation, settings, {"pairs": "pairs"})
+        yield Step("generalisation", Generalisation, settings, seen)
     if job.projection is not None:
         settings = _own(job, ProjectionStage, job.projection)
         inputs = {"observations": observations, "pairs": "pairs"}

@@ -89,6 +89,8 @@ class Planned:
         Where the output is or will be.
     inputs : mapping of str to Path
         By role.
+    fingerprints : mapping of str to str
+        Of the inputs.
     complete : bool
     reason : str
         Why it would run, or ``unchanged``.
@@ -98,6 +100,7 @@ class Planned:
     recipe: Recipe
     directory: Path
     inputs: Mapping[str, Path]
+    fingerprints: Mapping[str, str]
     complete: bool
     reason: str
 
@@ -109,7 +112,7 @@ class Planned:
     def run(self, cluster: Cluster, report: Report) -> None:
         """Make the output."""
         stage = self.step.stage(
-            self.inputs, self.step.settings, product=self.product, known=self.recipe.inputs
+            self.inputs, self.step.settings, product=self.product, known=self.fingerprints
         )
         stage.run(self.directory, cluster=cluster, report=report)
 
@@ -369,7 +372,7 @@ class Plan:
         place = home(recipe.stage, directory)
         complete = Output(place, recipe).complete
         reason = "unchanged" if complete else self._reason(step.product, recipe, place)
-        planned = Planned(step, recipe, directory, paths, complete, reason)
+        planned = Planned(step, recipe, directory, paths, fingerprints, complete, reason)
         self._planned[step.product] = planned
         self._names.setdefault(recipe.fingerprint, step.product)
         return planned

@@ -9,13 +9,13 @@ from sos_dask.storage.catalog import Catalog
 # rebuild, and a tenth more: MiB of a worker's process in a stage, and what it holds at its peak
 # beside that, in bytes of its partition. Compiled loops are 115 MiB, 165 where they are compiled.
 _NEEDS = {
-    "ingest": (220, 5.0),
+    "ingest": (280, 5.0),
     "dedupe": (320, 4.0),
-    "crossmatch": (220, 4.0),
-    "coverage": (230, 3.5),
-    "apply": (200, 5.5),
+    "crossmatch": (280, 4.0),
+    "coverage": (290, 3.5),
+    "apply": (260, 5.5),
 }
-_OTHER_NEEDS = (230, 6.0)
+_OTHER_NEEDS = (290, 6.0)
 
 
 def require_memory(cluster: Cluster, catalog: Catalog, step: str, model_bytes: int = 0) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.stages.apply import apply
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
-from sos_dask.trust import FLAG_OUTSIDE, FLAG_SPARSE
 from tests.job import contents
 from tests.test_cli import Cli, assert_error, cli
 

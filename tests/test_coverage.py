@@ -9,23 +9,26 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.evidence.coverage import CoverageModel
-from sos_dask.evidence.coverage_fit import Overlap, check_measure
-from sos_dask.evidence.coverage_fit import fit as fit_coverage
+from sos_dask.evidence.coverage import (
+    MEASURES,
+    CoverageModel,
+    Overlap,
+    Places,
+    Target,
+    _Neighbours,
+)
+from sos_dask.evidence.coverage import fit as fit_coverage
 from sos_dask.evidence.growth import Growth, Noise
 from sos_dask.evidence.maps import count_maps, follow_up, sum_maps
-from sos_dask.evidence.measures import MEASURES, Neighbours, Share
-from sos_dask.evidence.ranking import compare as rank_measures
-from sos_dask.evidence.ranking import rank
 from sos_dask.evidence.widening import (
     CLASSES,
     INSIDE,
+    KINDS,
     LACKING,
     OUTSIDE,
     SPARSE,
     Limits,
     Placed,
-    Target,
     Widths,
     counted,
     fit_widths,
@@ -172,18 +175,18 @@ def test_where_nothing_can_be_counted_errors_grow_as_the_limits_say():
         rng.uniform(5, 200, n),
     )
     found, n_pairs = fit_widths(residual, np.ones((n, 3)), ~wrong, pairs, pairs, limits)
-    assert n_pairs == ((n - 20, 20, 0, 0), (0, 0, 0, 0)) and found.lonely is None
+    assert n_pairs == ((n - 20, 20, 0, 0), (0, 0, 0, 0)) and found.few is None
     everything, right = norm.ppf(0.5 + 0.34 / 0.9), norm.ppf(0.5 + 0.34)
     for place, value in enumerate((everything, everything / 0.8, right / 0.5)):
         assert found.factors[0, place] == pytest.approx(value, rel=0.15)
     assert found.factors[1].tolist() == [[1.0] * 3, [1.25] * 3, [2.0] * 3]
     said = counted(n_pairs)
     assert said["inside"] == f"counted on {n - 20} held-out pairs"
-    for kind in ("sparse", "lonely", "lacking"):
+    for kind in ("sparse", *KINDS[OUTSIDE:]):
         assert said[kind] == "extrapolated: too few held-out pairs to count on"
 
 
-def test_lonely_rows_have_the_width_of_all_measurements_there():
+def test_rows_where_stars_are_few_have_the_width_of_all_measurements_there():
     found = Widths(np.ones((2, 3, 3)) * np.array([1.0, 1.5, 2.0])[:, None], np.array([900, 1, 1.0]))
     half_width = np.array([[100.0, 0.1, 0.1], [300.0, 0.1, 0.1], [700.0, 0.1, 0.1]])
     for kind, wanted in (
@@ -204,8 +207,7 @@ def test_stars_that_the_overlap_lacks_are_told_from_lonely_places():
     rows = dict(zip(LABELS, catalog.T * np.array([5040.0, 1, 1])[:, None], strict=True))
     model = fit_coverage(overlap, rows, "neighbours", Limits()).model
     some = np.array([[8.0, 0, 0], [0, 8.0, 0], [0, 0, 0]])
-    labels = (some - model.center) / model.scale
-    kinds = model.coverage_at(labels, model.measure.distance(labels), model.share)[1]
+    kinds = model.coverage(dict(zip(LABELS, (some * [5040.0, 1, 1]).T, strict=True)))[1]
     assert kinds.tolist() == [
         LACKING,
         OUTSIDE,
@@ -217,14 +219,32 @@ def test_a_kind_of_which_the_overlap_has_too_little_is_outside():
     rng = np.random.default_rng(11)
     x = rng.uniform(0, 3, (40_000, 3))
     kept = (x[:, 1] < 2) | (rng.random(40_000) < 0.1)
-    overlap = x[kept][:10_000]
-    share = Share(overlap, x[20_000:])
-    lacks = share.lacks(rng.uniform(0, 3, (5000, 3)))
-    rows = rng.uniform(0, 3, (5000, 3))
-    assert share.lacks(rows)[rows[:, 1] > 2.3].mean() > 0.95
-    assert share.lacks(rows)[rows[:, 1] < 1.9].mean() < 0.01 < lacks.mean()
+    overlap, rows = x[kept][:10_000], rng.uniform(0, 3, (5000, 3))
+
+    def lacks(overlap):
+        around = _Neighbours(overlap, x[20_000:])
+        return around.lacks(rows, around.distance(rows))
+
+    found = lacks(overlap)
+    assert found[rows[:, 1] > 2.3].mean() > 0.95
+    assert found[rows[:, 1] < 1.9].mean() < 0.01 < found.mean()
     # As well where there are ten times as many rows: it is the share that counts.
-    assert Share(overlap[::10], x[20_000:]).lacks(rows)[rows[:, 1] < 1.5].mean() < 0.01
+    assert lacks(overlap[::10])[rows[:, 1] < 1.5].mean() < 0.01
+
+
+def test_rows_are_looked_up_as_their_neighbours_say():
+    rng = np.random.default_rng(16)
+    x = rng.normal(0, 1, (20_000, 3))
+    around = _Neighbours(x[::4] * [1, 1, 0.8], x)
+    places, rows = Places.of(around, last=2.0), rng.normal(0, 1.1, (5000, 3))
+    exact = around.distance(rows)
+    distance, lacks = places(rows)
+    near = exact < 2.0
+    assert np.abs(distance / exact - 1)[near].max() < 0.25
+    assert np.median(np.abs(distance / exact - 1)[near]) < 0.02
+    assert (distance[exact > 2.5] > 2.0).all()
+    assert np.mean(lacks == around.lacks(rows, exact)) > 0.97
+    assert np.isnan(places(np.full((1, 3), np.nan))[0]).all()
 
 
 def test_growth_of_the_error_is_recovered():
@@ -278,60 +298,15 @@ def test_measures_are_saved_and_say_nothing_of_rows_without_a_label(name, tmp_pa
     rows["rv"][10:20] = np.nan
     model = fit_coverage(overlap, sky(2000, rng), name, Limits(), seed=7).model
     again = fit_coverage(overlap, sky(2000, np.random.default_rng(8)), name, Limits(), seed=7).model
-    model.save(tmp_path)
+    for file, content in model.files().items():
+        (tmp_path / file).write_bytes(content)
     score, kind = model.coverage(rows)
     assert np.isnan(score[:10]).all() and np.isfinite(score[10:]).all()
     assert ((kind < 0) == np.isnan(score)).all()
     assert CoverageModel.load(tmp_path).coverage(rows)[0].tobytes() == score.tobytes()
     if name != "ratio":  # that one learns of the sample of the catalog, too
-        assert again.coverage(rows)[0].tobytes() == score.tobytes()
-
-
-def test_a_missing_parameter_is_left_out_not_filled_in():
-    points = np.array([[0.0, 0, 0, 9], [5, 5, 5, 0]])
-    found = Neighbours(points, k=1).distance(np.array([[0, 0, 0, np.nan], [0, 0, 0, 9]]))
-    assert found.tolist() == [0, 0]
-    assert Neighbours(points, k=1).distance(np.array([[1, 0, 0, np.nan]]))[0] == pytest.approx(
-        np.sqrt(4 / 3)
-    )
-
-
-def test_measures_are_ranked_by_how_well_they_tell_errors():
-    rng = np.random.default_rng(9)
-    columns = sky(6000, rng)
-    columns["logg"] = 3 * rng.beta(1, 4, 6000)  # few towards 3, and there errors grow
-    overlap = overlap_of(columns, rng, growth=np.where(columns["logg"] > 1.8, 4.0, 1.0))
-    found = {
-        (item.measure, item.statistic): item for item in rank_measures(overlap, sky(6000, rng))
-    }
-    assert len(found) == 3 * len(MEASURES)
-    for statistic in ("all", "far"):
-        mine = [found[name, statistic] for name in MEASURES]
-        assert min(item.behind for item in mine) == 0
-        assert len({item.n for item in mine}) == 1
-        best = max(mine, key=lambda item: item.value)
-        assert all(item.behind == pytest.approx(best.value - item.value) for item in mine)
-    # Four parameters that tell nothing of the error blur the distance in seven.
-    assert found["neighbours8", "far"].behind_low > 0
-    assert found["neighbours", "far"].low > 1.3 and found["neighbours", "all"].low > 0
-
-
-def test_intervals_of_a_ranking_hold_and_count_stars_not_pairs():
-    truth, n = 0.5, 300
-
-    def drawn(rng, repeats):
-        x = rng.normal(size=(n, 2)) @ np.linalg.cholesky([[1, truth], [truth, 1]]).T
-        x = np.repeat(x, repeats, axis=0)
-        star = np.repeat(np.arange(n), repeats)
-        return rank({"one": np.exp(x[:, 0])}, np.exp(x[:, 1]), star, rng)[0]
-
-    spearman = 6 / np.pi * np.arcsin(truth / 2)
-    rng = np.random.default_rng(12)
-    held = [item.low <= spearman <= item.high for item in (drawn(rng, 1) for _ in range(40))]
-    assert np.mean(held) > 0.8
-    once, thrice = drawn(rng, 1), drawn(rng, 3)
-    assert thrice.n == 900
-    assert thrice.high - thrice.low == pytest.approx(once.high - once.low, rel=0.3)
+        # The nodes of the grid are elsewhere.
+        assert again.coverage(rows)[0] == pytest.approx(score, abs=0.05, nan_ok=True)
 
 
 def test_a_smooth_model_is_extended_only_so_far(fitted):
@@ -339,17 +314,15 @@ def test_a_smooth_model_is_extended_only_so_far(fitted):
     far = np.array([[1.0, 40.0, -0.5]], dtype=np.float32)
     near = model.within_reach(far)
     scaled = (near - model.center) / model.scale
-    distance = np.sqrt(((model.share.overlap - scaled) ** 2).sum(axis=1)).min()
+    distance = np.sqrt(((model.overlap - scaled) ** 2).sum(axis=1)).min()
     assert distance == pytest.approx(model.reach, rel=1e-3)
-    inside = (model.share.overlap[:5] * model.scale + model.center).astype(np.float32)
+    inside = (model.overlap[:5] * model.scale + model.center).astype(np.float32)
     assert model.within_reach(inside) == pytest.approx(inside, rel=1e-5)
 
 
-def test_bad_limits_measures_and_too_few_pairs_are_refused(tmp_path):
+def test_bad_limits_and_too_few_pairs_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="limits of coverage"):
-        Limits(0.5, 0.6)
-    with pytest.raises(ConfigError, match="no measure of coverage 'neighbors'"):
-        check_measure("neighbors")
+        Limits(inside=0.5, outside=0.6)
     rng = np.random.default_rng(0)
     with pytest.raises(ModelError, match="50 held-out pairs are too few"):
         fit_coverage(overlap_of(sky(50, rng), rng), sky(50, rng), "neighbours", Limits())

@@ -11,16 +11,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.cli import app
+from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.errors import CatalogError
 from sos_dask.evidence.coverage import CoverageModel
-from sos_dask.evidence.measures import MEASURES
-from sos_dask.evidence.widening import Limits
-from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe, look
-from sos_dask.stages.overlap import parameter_columns
+from sos_dask.evidence.widening import KINDS
+from sos_dask.problem import DEFAULT
+from sos_dask.stages.coverage import (
+    Coverage,
+    CoverageSettings,
+    coverage,
+    look,
+    parameter_columns,
+)
 from sos_dask.storage.artifact import Manifest, Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import sealed_json
-from sos_dask.trust import FLAG_OUTSIDE, FLAG_SPARSE
 from tests.job import contents
 from tests.test_cli import assert_error, cli
 
@@ -65,8 +70,8 @@ def test_other_limits_in_the_same_folder_and_process(small_store, tmp_path):
     pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
     stars = opened(small_store, "lamost.stars")
     model = (small_store / "current" / "model.polynomial").resolve()
-    first = CoverageSettings(compare=False)
-    second = CoverageSettings(compare=False, limits=Limits(0.95, 0.9))
+    first = CoverageSettings()
+    second = CoverageSettings(inside=0.95, outside=0.9)
     coverage(model, pairs, rows, stars, tmp_path / "out", first)
     before = contents(tmp_path / "out")
     coverage(model, pairs, rows, stars, tmp_path / "out", second, overwrite=True)
@@ -86,7 +91,7 @@ def test_pairs_of_another_model_are_refused(small_store, tmp_path):
     manifest = Manifest.load(model)
     Output(model, replace(manifest.recipe, params={})).commit(manifest.rows, ())
     with pytest.raises(CatalogError, match="does not hold the pairs"):
-        coverage(model, pairs, rows, stars, tmp_path / "out", CoverageSettings(compare=False))
+        coverage(model, pairs, rows, stars, tmp_path / "out", CoverageSettings())
 
 
 def test_the_command_tells_shares_maps_and_follow_up(small_store, capsys):
@@ -100,7 +105,7 @@ def test_the_command_tells_shares_maps_and_follow_up(small_store, capsys):
     assert sum(cell["rows"] for cell in found["kiel"]) == n_rows
     assert sum(cell["rows"] for cell in found["sky"]) == n_rows
     assert found["intervals"]["inside"].startswith("counted on ")
-    assert found["intervals"]["lacking"].startswith("extrapolated")
+    assert found["intervals"][KINDS[-1]].startswith("extrapolated")
     stars = found["stars"]
     assert sum(stars[name] for name in ("inside", "sparse", "outside", "unknown")) == pytest.approx(
         1
@@ -112,8 +117,6 @@ def test_the_command_tells_shares_maps_and_follow_up(small_store, capsys):
         app(["coverage", "--store", str(small_store)])
     text = capsys.readouterr().out
     assert "Where follow-up would gain most" in text and "Bits of flag_sos" in text
-    for measure in MEASURES:
-        assert f"\n {measure} " in text
 
 
 def test_shares_of_stars_are_those_of_their_labels(small_store):
@@ -121,7 +124,7 @@ def test_shares_of_stars_are_those_of_their_labels(small_store):
     model = CoverageModel.load(small_store / "current" / "coverage")
     stars = opened(small_store, "lamost.stars")
     table = pa.concat_tables([stars.read(pixel) for pixel in stars.pixels])
-    score, _ = model.coverage(parameter_columns(table))
+    score, _ = model.coverage(parameter_columns(table, DEFAULT))
     assert found["stars"]["inside"] == np.mean(score >= 0.8)
     assert found["stars"]["unknown"] == np.mean(np.isnan(score))
 
@@ -157,14 +160,11 @@ def test_the_single_step_takes_the_settings_of_a_job(small_store, cli):
     current = small_store / "current"
     inputs = [current / name for name in ("pairs", "model.polynomial", "lamost.observations")]
     inputs.append(current / "lamost.stars")
-    options = ["--no-compare", "--inside", 0.9, "--outside", 0.6, "--grid", "teff=3500,8500"]
+    options = ["--inside", 0.9, "--outside", 0.6, "--grid", "teff=3500,8500"]
     ran = cli("coverage", *inputs, "-o", "out", "-w", 0, *options, "--seed", 3, "--json")
     assert ran.code == 0, ran.err
-    assert json.loads(ran.out)["measures"] == []
-    settings = CoverageSettings(
-        "neighbours", Limits(0.9, 0.6), False, {"teff": (3500.0, 8500.0)}, 1.5, 3
-    )
-    params = coverage_recipe("", "", "", "", settings).params
+    settings = CoverageSettings(inside=0.9, outside=0.6, grid={"teff": (3500.0, 8500.0)}, seed=3)
+    params = Coverage.recipe(settings, {}).params
     assert Manifest.load(Path("out")).recipe.params == json.loads(json.dumps(params))
     scores = pq.read_table(Path("out") / "dataset", columns=["coverage"])["coverage"].to_numpy()
     assert json.loads(ran.out)["inside"] == pytest.approx(np.mean(scores >= 0.9))

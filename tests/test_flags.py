@@ -5,17 +5,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from sos_dask.correct import FLAG_AMBIGUOUS, FLAG_GRID_EDGE, FLAG_SPREAD
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.sky.healpix import ang2pix
-from sos_dask.stages.coverage import GRID_STEPS
+from sos_dask.stages.coverage import GRID_STEPS, star_flags
 from sos_dask.stages.crossmatch import PairSettings, crossmatch
 from sos_dask.stages.dedupe import dedupe
-from sos_dask.stages.star_flags import star_flags
 from sos_dask.stars.group import DedupeSettings
 from sos_dask.stars.match import MatchSettings
 from sos_dask.storage.catalog import Catalog
-from sos_dask.trust import FLAG_AMBIGUOUS, FLAG_GRID_EDGE, FLAG_SPREAD
 from tests.job import write_job
 from tests.sky import observations, write_catalog
 

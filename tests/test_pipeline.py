@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
+from scipy.stats import spearmanr
 
 from sos_dask.correct import FLAG_NULL_INPUT, FLAG_QUALITY
 from sos_dask.errors import CatalogError, ConfigError, ModelError, PartitionError, SurveyError
@@ -24,6 +25,8 @@ from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.rebuild.plan import plan
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
+from sos_dask.stages.coverage import read_overlap
+from sos_dask.stats.numbers import knn_distance, robust_scale
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import costs, gc, status, verify
@@ -353,7 +356,13 @@ def test_an_unfinished_output_is_shown_and_goes_on(job, store):
     broken.write_bytes(sound[: len(sound) // 2])
     with pytest.raises(CatalogError, match=re.escape(str(broken))):
         rebuild(job)
-    broken.write_bytes(sound[:40] + bytes([sound[40] ^ 1]) + sound[41:])
+    teff = (
+        pq.read_metadata(pa.BufferReader(sound))
+        .row_group(0)
+        .column(observations.schema.names.index("teff"))
+    )
+    last = teff.data_page_offset + teff.total_compressed_size - 1
+    broken.write_bytes(sound[:last] + bytes([sound[last] ^ 1]) + sound[last + 1 :])
     with pytest.raises(PartitionError, match=re.escape(str(broken))):
         rebuild(job)
     (unfinished,) = status(store).unfinished
@@ -525,7 +534,7 @@ def test_real_giants_are_corrected(real_data, cluster, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_measures_of_coverage_tell_errors_of_real_stars(real_data, tmp_path, monkeypatch):
+def test_the_distance_from_the_pairs_tells_errors_of_real_stars(real_data, tmp_path, monkeypatch):
     monkeypatch.setenv("SOS_REAL_DATA", str(real_data))
     job = load_job(ROOT / "jobs/real-galah.toml")
     # The report takes as long as the rest, and `test_real_giants_are_corrected` makes one.
@@ -533,9 +542,20 @@ def test_measures_of_coverage_tell_errors_of_real_stars(real_data, tmp_path, mon
     build = rebuild(job, tmp_path / "store")
     stages = {stage.product: stage for stage in build.stages}
     assert stages["pairs"].rows_out == 614
-    rankings = {(one["measure"], one["statistic"]): one
-                for one in stages["coverage"].summary["measures"]}  # fmt: skip
-    assert rankings["neighbours", "all"]["n"] > 590
-    assert rankings["neighbours", "all"]["low"] > 0.15
-    assert rankings["neighbours", "far"]["low"] > 1.2
-    assert rankings["neighbours", "all"]["behind_low"] <= 0
+    current = (tmp_path / "store" / "current").resolve()
+    method = Manifest.load(current / "comparison").summary["method"]
+    overlap = read_overlap(current / "evidence", current / f"model.{method}")
+    x = np.stack([overlap.columns[label] for label in LABELS], axis=1)
+    center, scale = robust_scale(x)
+    x, distance = (x - center) / scale, np.empty(len(x))
+    for fold in range(5):
+        mine = overlap.fold == fold
+        distance[mine] = knn_distance(x[~mine], x[mine], 13)
+    noise = np.median(np.abs(overlap.residual), axis=0)
+    error = np.sqrt(np.mean(np.square(overlap.residual / noise), axis=1))
+    right = np.abs(overlap.residual / noise).min(axis=1) < 6
+    assert np.count_nonzero(right) > 590
+    distance, error = distance[right], error[right]
+    assert spearmanr(distance, error).statistic > 0.15
+    far, near = distance >= np.quantile(distance, 0.9), distance <= np.median(distance)
+    assert error[far].mean() > 1.2 * error[near].mean()

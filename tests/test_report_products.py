@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.errors import CatalogError
 from sos_dask.evidence.maps import SKY_ORDER, STEPS, follow_up
 from sos_dask.evidence.projection import ProjectionSettings
@@ -26,7 +27,6 @@ from sos_dask.stages.report_content import figures, grid_of
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import read_build
-from sos_dask.trust import FLAG_OUTSIDE, FLAGS
 
 SETTINGS = ReportSettings("small", "a = 1", {}, {"sos-dask": "0"})
 

@@ -4,9 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sos_dask.correct import correct
+from sos_dask.correct import FLAG_OUTSIDE, Faded, correct, widened, with_coverage
 from sos_dask.errors import PartitionError
-from sos_dask.trust import FLAG_OUTSIDE, Faded, widened, with_coverage
 
 
 class Constant:

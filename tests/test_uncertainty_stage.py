@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.corrections import SEAL, sealed
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
@@ -22,7 +23,6 @@ from sos_dask.stages.common import common_stars
 from sos_dask.stages.uncertainty import Surveys, UncertaintySettings, read_calibration, uncertainty
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
-from sos_dask.trust import FLAG_OUTSIDE, FLAG_SPARSE
 from tests.job import contents
 from tests.sky import write_catalog
 

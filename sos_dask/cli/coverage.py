@@ -108,7 +108,7 @@ def coverage(
         typer.Option(
             "--measure",
             metavar="NAME",
-            help="With PAIRS: neighbours, neighbours8, ratio or mixture.",
+            help="With PAIRS: neighbours or ratio.",
         ),
     ] = "neighbours",
     inside: Annotated[
@@ -132,9 +132,6 @@ def coverage(
             "smallest and largest value.",
         ),
     ] = None,
-    no_compare: Annotated[
-        bool, typer.Option("--no-compare", help="With PAIRS: the other measures are not ranked.")
-    ] = False,
     radius_arcsec: Radius = 1.5,
     seed: Annotated[
         int,
@@ -155,23 +152,23 @@ def coverage(
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.evidence.widening import Limits
+    from sos_dask.correct import COVERAGE_MEANINGS
     from sos_dask.stages.coverage import CoverageSettings, look
     from sos_dask.storage.store import current_product
-    from sos_dask.trust import FLAG_MEANINGS
 
     if inputs:
         options.refuse(("store",), "with PAIRS")
         if out is None:
             raise ConfigError("--out is missing", "Give a directory for the output: -o DIR.")
         directory = out
+        given: dict[str, Any] = {"measure": measure}
         settings = CoverageSettings(
-            measure,
-            Limits(inside, outside),
-            not no_compare,
-            dict(_limits(text) for text in grid or []),
-            radius_arcsec,
-            seed,
+            **given,
+            inside=inside,
+            outside=outside,
+            grid=dict(_limits(text) for text in grid or []),
+            radius_arcsec=radius_arcsec,
+            seed=seed,
         )
         run_step(_scoring(inputs, out, settings, errors, key), options)
         figure = None
@@ -209,12 +206,10 @@ def coverage(
         "Bits of flag_sos",
         [">bit", ">rows", ""],
         [
-            (bit, f"{n:,}", FLAG_MEANINGS[int(bit)])
+            (bit, f"{n:,}", COVERAGE_MEANINGS[int(bit)])
             for bit, n in sorted(found["flags"].items(), key=lambda item: int(item[0]))
         ],
     )
-    if found["measures"]:
-        _show_measures(found["measures"])
     if figure is not None and figure.is_file():
         say(f"The maps as a figure: {figure}")
     _show_kiel(found["kiel"])
@@ -241,28 +236,6 @@ def coverage(
             for row in found["follow_up"]
         ],
     )
-
-
-def _show_measures(rankings: list[dict[str, Any]]) -> None:
-    """How well each measure tells errors; a minus where it is worse than the best."""
-    cells: dict[str, list[str]] = {}
-    for one in rankings:
-        worse = " -" if one["behind_low"] > 0 else "  "
-        text = f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]{worse}"
-        cells.setdefault(one["measure"], []).append(text)
-    n = {one["statistic"]: one["n"] for one in rankings}
-    show_table(
-        "Measures of the distance from the overlap, on held-out pairs",
-        [
-            "measure",
-            f">rank correlation:\n{n['all']:,} pairs",
-            f">\nsparsest {n['sparse']:,}",
-            ">error far\nover near",
-        ],
-        [(name, *texts) for name, texts in cells.items()],
-    )
-    say("Of distance and error over noise, with 95 % by star; far: a tenth, near: the nearer half.")
-    say("- worse than the best beyond chance.")
 
 
 def _scoring(

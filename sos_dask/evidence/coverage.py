@@ -29,6 +29,7 @@ Neighbours are counted once, at the nodes of a grid over the inputs; rows are lo
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -57,8 +58,8 @@ LEAST_SHARE = 0.25  # 0.2 to 0.4 find the same rows on the simulation
 MIN_HELD_OUT = 100
 WRONG_SIGMA = 4.0
 _REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
-_MOST_NODES = 96**3
-_NODES_A_STAR = 4.0  # along an axis, for each of n^(1/k) stars: far finer than their distances
+_MOST_NODES = 72**3
+_NODES_A_STAR = 6.0  # along an axis, for each of n^(1/k) stars: far finer than their distances
 _EDGE = 0.0005  # share of the stars beyond each side of the grid
 _FORMAT = 5
 MODEL_FILE, TABLE_FILE, OVERLAP_FILE, RATIO_FILE = (
@@ -321,12 +322,8 @@ class CoverageModel:
 
         return cKDTree(self.overlap)
 
-    def save(self, directory: Path) -> None:
-        """Write ``coverage.json``, the table, the overlap stars and a classifier."""
-        np.save(directory / TABLE_FILE, self.places.values)
-        np.save(directory / OVERLAP_FILE, self.overlap)
-        if self.ratio is not None:
-            (directory / RATIO_FILE).write_bytes(self.ratio.model)
+    def files(self) -> dict[str, bytes]:
+        """Content of the files of the model, by name."""
         document: dict[str, Any] = {
             "format": _FORMAT,
             "measure": "neighbours" if self.ratio is None else "ratio",
@@ -340,7 +337,14 @@ class CoverageModel:
             "limits": self.limits.as_json,
             "widths": self.widths.as_json(),
         }
-        (directory / MODEL_FILE).write_text(json.dumps(document, indent=1, sort_keys=True))
+        files = {MODEL_FILE: json.dumps(document, indent=1, sort_keys=True).encode()}
+        for name, array in ((TABLE_FILE, self.places.values), (OVERLAP_FILE, self.overlap)):
+            file = io.BytesIO()
+            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+            files[name] = file.getvalue()
+        if self.ratio is not None:
+            files[RATIO_FILE] = self.ratio.model
+        return files
 
     @classmethod
     def load(cls, directory: Path) -> CoverageModel:

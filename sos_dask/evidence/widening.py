@@ -119,8 +119,9 @@ class Widths:
     factors : ndarray of float64, shape (2, 3, 3)
         By class of the error model (dense, sparse), class of the coverage, label.
     few : ndarray of float64, shape (3,), optional
-        Half-widths (K, dex, dex) of rows outside where stars are few. The pairs there are right or wrong
-        measurements, whose errors do not follow the noise. Not known: they count as where no reference star is.
+        Half-widths (K, dex, dex) of rows outside where stars are few. The pairs there are right or
+        wrong measurements, whose errors do not follow the noise. Not known: they count as rows of a
+        kind that the reference lacks.
     """
 
     factors: FloatArray

@@ -127,11 +127,10 @@ class CoverageSection(Settings):
     ``fallback = "auto"``: the polynomial where it is trained, else the correction's edge.
     """
 
-    measure: str = "neighbours"
+    measure: Literal["neighbours", "ratio"] = "neighbours"
     inside: float = Field(0.8, gt=0, lt=1)
     outside: float = Field(0.5, gt=0, lt=1)
     fallback: Literal["auto", "polynomial", "none", "edge"] = "auto"
-    compare: bool = True
     grid: dict[
         Literal["teff", "logg", "feh"], Annotated[tuple[float, float], Field(strict=False)]
     ] = Field(default_factory=dict)

@@ -11,14 +11,13 @@ from sos_dask import corrections as models
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.evidence.choice import check_rule
 from sos_dask.evidence.projection import ProjectionSettings
-from sos_dask.evidence.widening import Limits
 from sos_dask.rebuild.job import AttachSection, Job, SurveySection
 from sos_dask.rebuild.planner import Planner, Stage
 from sos_dask.run.machine import n_cores
 from sos_dask.stages.apply import Trust, apply, apply_recipe
 from sos_dask.stages.attach import AttachSettings, attach, attach_recipe, companion_survey
 from sos_dask.stages.compare import Compare, CompareSettings
-from sos_dask.stages.coverage import CoverageSettings, coverage, coverage_recipe
+from sos_dask.stages.coverage import Coverage, CoverageSettings, coverage_recipe
 from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
 from sos_dask.stages.dedupe import dedupe, dedupe_recipe
 from sos_dask.stages.evidence import Evidence, EvidenceSettings, make_evidence
@@ -200,7 +199,7 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
         ),
     )
     source = observations["observations"]
-    covered = _add_coverage(planner, chosen, pairs, observations, errors)
+    covered = _add_coverage(planner, evidence, chosen, pairs, observations, errors)
     fallback = job.coverage.fallback
     if fallback == "auto":
         fallback = "polynomial" if "polynomial" in trained else "edge"
@@ -215,7 +214,6 @@ def plan(job: Job, store: Path | None = None) -> list[Stage]:
             name=f"{target}.corrected",
             cluster=cluster,
             report=report,
-            model_fingerprint=chosen,
             errors=planner.directory(errors),
             trust=Trust(
                 planner.catalog(covered), fallback, planner.directory(smooth) if smooth else None
@@ -322,33 +320,38 @@ def _add_report(planner: Planner) -> None:
 
 
 def _add_coverage(
-    planner: Planner, chosen: str, pairs: str, target: Mapping[str, str], errors: str
+    planner: Planner,
+    evidence: str,
+    chosen: str,
+    pairs: str,
+    target: Mapping[str, str],
+    errors: str,
 ) -> str:
     """Where the correction may be trusted, for every observation."""
     job, section = planner.job, planner.job.coverage
     settings = CoverageSettings(
-        section.measure,
-        Limits(section.inside, section.outside),
-        section.compare,
-        {label: limits for label, limits in section.grid.items()},
-        (job.target.dedupe or job.dedupe).radius_arcsec,
-        job.seed,
+        measure=section.measure,
+        inside=section.inside,
+        outside=section.outside,
+        grid={str(label): limits for label, limits in section.grid.items()},
+        radius_arcsec=(job.target.dedupe or job.dedupe).radius_arcsec,
+        seed=job.seed,
     )
+    observations, stars = target["observations"], target["stars"]
     return planner.add(
         "coverage",
-        coverage_recipe(chosen, pairs, target["observations"], target["stars"], settings, errors),
-        lambda directory, cluster, report: coverage(
-            planner.directory(chosen),
-            planner.catalog(pairs),
-            planner.catalog(target["observations"]),
-            planner.catalog(target["stars"]),
-            directory,
+        coverage_recipe(evidence, chosen, pairs, observations, stars, settings, errors),
+        lambda directory, cluster, report: Coverage(
+            {
+                "evidence": planner.directory(evidence),
+                "model": planner.directory(chosen),
+                "pairs": planner.catalog(pairs),
+                "observations": planner.catalog(observations),
+                "stars": planner.catalog(stars),
+                "errors": planner.directory(errors),
+            },
             settings,
-            cluster=cluster,
-            report=report,
-            model_fingerprint=chosen,
-            errors=planner.directory(errors),
-        ),
+        ).run(directory, cluster=cluster, report=report),
     )
 
 

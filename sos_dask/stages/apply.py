@@ -3,47 +3,61 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import Field
 
-from sos_dask import corrections as models
-from sos_dask.columns import floats32, matrix32
-from sos_dask.correct import FLAG_MEANINGS, Predictor, correct, corrected_schema
+from sos_dask import corrections
+from sos_dask.columns import matrix32
+from sos_dask.correct import (
+    COVERAGE_MEANINGS,
+    FLAG_MEANINGS,
+    FLAGS,
+    Faded,
+    Predictor,
+    correct,
+    corrected_schema,
+    widened,
+    with_coverage,
+    with_coverage_schema,
+)
 from sos_dask.errors import CatalogError, ConfigError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.error_tables import ErrorModel, load_errors
 from sos_dask.evidence.widening import INSIDE, KIND_FIELD
-from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster, Report, silent
-from sos_dask.schema import LABELS
+from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
-from sos_dask.stages.needs import require_memory
-from sos_dask.stages.parts import (
-    commit_catalog,
-    finished,
-    key_of,
-    records,
-    run_parts,
-    unless_complete,
-)
+from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
 from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, write_partition
+from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import sha256_of_file
-from sos_dask.trust import FLAG_MEANINGS as TRUST_MEANINGS
-from sos_dask.trust import FLAGS, Faded, trusted_schema, widened, with_coverage
 
-VERSION = 8
 _SCORES = ("obs_id", "coverage", FLAGS, KIND_FIELD.name)
 # What is calculated of rows takes several times the memory of what is kept.
 _ROWS_AT_ONCE = 1 << 17
 _HOW_TO_COVER = "Make it: sos-dask coverage PAIRS MODEL CATALOG STARS -o OUT."
+
+
+class ApplySettings(Settings):
+    """Settings of the stage."""
+
+    fallback: Literal["polynomial", "none", "edge"] = Field(
+        "edge",
+        description="What the correction fades to where coverage is low: polynomial, a smooth "
+        "model, held constant a little way out; none: no correction; edge: nothing fades",
+    )
+    partitions: str = Field(
+        "all", exclude=True, description="all, i/N, indices 0-9,12 or HEALPix pixels 2:44"
+    )
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,7 @@ class Trust:
     coverage : Catalog
         Output of the stage coverage for the same catalog.
     fallback : str
-        ``polynomial``: a smooth model, held constant a little way out; ``none``: no correction;
-        ``edge``: the correction itself.
+        See `ApplySettings`.
     smooth : Path, optional
         Directory of the smooth model.
     """
@@ -64,16 +77,6 @@ class Trust:
     coverage: Catalog
     fallback: str = "edge"
     smooth: Path | None = None
-
-
-@dataclass(frozen=True)
-class _Part:
-    output: Output
-    catalog: Catalog
-    pixel: HealpixPixel
-    model: str
-    errors: str | None = None
-    trust: Trust | None = None
 
 
 def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
@@ -130,6 +133,198 @@ def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
     return sorted(chosen)
 
 
+class Apply(Stage[ApplySettings]):
+    """Correct the labels of every row of a catalog; several processes may share one output.
+
+    Without a coverage there is no ``coverage``, and nothing fades; without errors there are no
+    errors of the corrected labels. Whoever makes the last partition commits.
+
+    Example: sos-dask apply model lamost -o corrected --partitions 3/16
+    """
+
+    name = "apply"
+    version = 9
+    Settings = ApplySettings
+    roles = (
+        Role("model", "Correction.", "output"),
+        Role("observations", "Observations or stars of the target."),
+        Role("errors", "Output of uncertainty for this correction.", "output", optional=True),
+        Role("coverage", "Coverage of this catalog and correction.", optional=True),
+        Role("smooth", "Smooth model that the correction fades to.", "output", optional=True),
+    )
+    partitioned = "observations"
+    memory = (200, 5.5)
+
+    @classmethod
+    def recipe(cls, settings: ApplySettings, fingerprints: Mapping[str, str]) -> Recipe:
+        """See `Stage.recipe`; without a coverage nothing fades, whatever the fallback."""
+        if "coverage" not in fingerprints:
+            settings = ApplySettings()
+        return super().recipe(settings, fingerprints)
+
+    @property
+    def observations(self) -> Catalog:
+        """Catalog that is corrected."""
+        return self.catalog("observations")
+
+    def check(self) -> None:
+        """Refuse models, errors and a coverage that do not fit to each other."""
+        correction = corrections.load(self.path("model"))
+        self.observations.require(*correction.problem.names, *correction.problem.columns)
+        parse_partitions(self.settings.partitions, self.observations.pixels)
+        if "coverage" in self.inputs:
+            self._check_coverage()
+        if "errors" in self.inputs:
+            sha256 = sha256_of_file(self.path("model") / corrections.MODEL_FILE)
+            load_errors(self.path("errors")).require(sha256)
+
+    def _check_coverage(self) -> None:
+        """Refuse a coverage of other rows, or that tells of another correction or other errors."""
+        coverage = self.catalog("coverage")
+        if coverage.manifest is None or coverage.manifest.recipe.stage != "coverage":
+            raise CatalogError(f"{coverage.path} is no product 'coverage'", _HOW_TO_COVER)
+        coverage.require(*_SCORES)
+        inputs = coverage.manifest.recipe.inputs
+        if inputs["observations"] != self.observations.fingerprint:
+            raise CatalogError(
+                f"{coverage.path} is not the coverage of {self.observations.path}", _HOW_TO_COVER
+            )
+        if inputs["model"] != self.manifest("model").fingerprint:
+            raise ModelError(f"{coverage.path} was made for another correction", _HOW_TO_COVER)
+        if "errors" in self.inputs and inputs.get("errors") != self.manifest("errors").fingerprint:
+            errors = self.path("errors")
+            raise ModelError(
+                f"coverage {coverage.path} was made without these errors",
+                f"Rerun sos-dask coverage ... --errors {errors}.",
+            )
+        fallback = self.settings.fallback
+        if "smooth" in self.inputs:
+            method = corrections.load(self.path("smooth")).method
+            if method != fallback:
+                raise ModelError(
+                    f"{self.path('smooth')} is a model of method '{method}': the fallback is "
+                    f"'{fallback}'"
+                )
+
+    def held_bytes(self) -> int:
+        """Bytes of the models in memory."""
+        used = [self.path(n) for n in ("model", "errors", "smooth") if n in self.inputs]
+        return sum(file.stat().st_size for path in used for file in path.iterdir())
+
+    @property
+    def _meanings(self) -> dict[int, str]:
+        return FLAG_MEANINGS | (COVERAGE_MEANINGS if "coverage" in self.inputs else {})
+
+    def _schema(self, errors: ErrorModel | None, correction: corrections.Correction) -> pa.Schema:
+        schema = corrected_schema(self.observations.schema, errors, correction.problem)
+        return with_coverage_schema(schema) if "coverage" in self.inputs else schema
+
+    def make(self, run: Run) -> Made | None:
+        """Correct the chosen partitions; commit where none is missing."""
+        catalog = self.observations
+        pixels = by_pixel(catalog.pixels)
+        keys = list(pixels)
+        chosen = [keys[i] for i in parse_partitions(self.settings.partitions, catalog.pixels)]
+        run.run_parts("corrected", {key: pixels[key] for key in chosen}, self.correct_pixel)
+        if not run.finished("corrected", keys):
+            return None
+        done = run.records("corrected", keys)
+        correction = corrections.load(self.path("model"))
+        errors = load_errors(self.path("errors")) if "errors" in self.inputs else None
+        n_out = run.write_catalog(
+            self.product, catalog.pixels, done, self._schema(errors, correction)
+        )
+        summary: dict[str, Any] = {"method": correction.method}
+        if "coverage" in self.inputs:
+            summary["fallback"] = self.settings.fallback
+        summary["flags"] = {
+            text: sum(one["flags"][str(bit)] for one in done)
+            for bit, text in self._meanings.items()
+        }
+        return Rows(catalog.n_rows, n_out), summary
+
+    def correct_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
+        """Write the corrected rows of one partition."""
+        correction = _load(str(self.path("model")), output.fingerprint)
+        errors = None
+        if "errors" in self.inputs:
+            errors = _load_errors(str(self.path("errors")), output.fingerprint)
+        names = self._schema(errors, correction).names
+        table, scores = self.observations.read(pixel), None
+        if "coverage" in self.inputs:
+            scores = self.catalog("coverage").read(pixel, _SCORES)
+        pieces = []
+        for first in range(0, max(table.num_rows, 1), _ROWS_AT_ONCE):
+            rows = table.slice(first, _ROWS_AT_ONCE)
+            of_rows = None if scores is None else scores.slice(first, _ROWS_AT_ONCE)
+            found = self._corrected(output.fingerprint, correction, errors, rows, of_rows)
+            pieces.append(found.select(names))
+        corrected = pa.concat_tables(pieces)
+        flags = corrected["flag_sos"].to_numpy()
+        return {
+            "file": partition_record(output, pixel, corrected),
+            "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in self._meanings},
+        }
+
+    def _corrected(
+        self,
+        key: str,
+        correction: corrections.Correction,
+        errors: ErrorModel | None,
+        rows: pa.Table,
+        scores: pa.Table | None,
+    ) -> pa.Table:
+        """Some rows of a partition with all that is known of their correction."""
+        problem = correction.problem
+        if scores is None:
+            return correct(rows, correction, errors, problem)
+        known = _load_coverage(str(self.path("coverage")), key)
+        used = self._faded(key, correction, scores, known)
+        corrected = with_coverage(correct(rows, used, errors, problem), scores)
+        if errors is None:
+            return corrected
+        half_width = matrix32(corrected, [label.sos_err for label in problem.labels])
+        # Rows without a coverage have no errors either.
+        kind = pc.fill_null(scores[KIND_FIELD.name], INSIDE).to_numpy()
+        error_class = errors.is_sparse(problem.matrix(rows)).astype(np.int64)
+        factors = known.widths.widening(kind, error_class, half_width)
+        return widened(corrected, factors.astype(np.float32), problem)
+
+    def _faded(
+        self, key: str, correction: corrections.Correction, scores: pa.Table, known: CoverageModel
+    ) -> Predictor:
+        """The correction that fades to the fallback with falling coverage of these rows."""
+        if self.settings.fallback == "edge":
+            return correction
+        fallback = None
+        if "smooth" in self.inputs:
+            smooth = _load(str(self.path("smooth")), key)
+
+            def fallback(features: NDArray[np.float32]) -> NDArray[np.float32]:
+                return smooth.predict(known.within_reach(features))
+
+        coverage = pc.fill_null(scores["coverage"], np.nan).to_numpy()
+        return Faded(correction, coverage, known.limits.inside, known.limits.outside, fallback)
+
+
+# A worker reads a model once for an output; the same directory may hold another one later.
+
+
+@lru_cache(maxsize=2)
+def _load_coverage(directory: str, key: str) -> CoverageModel:
+    return CoverageModel.load(Path(directory))
+
+
+@lru_cache(maxsize=4)
+def _load(model: str, key: str) -> corrections.Correction:
+    return corrections.load(Path(model), check=False)  # the driver has checked it
+
+
+@lru_cache(maxsize=4)
+def _load_errors(errors: str, key: str) -> ErrorModel:
+    return load_errors(Path(errors))
+
+
 def apply_recipe(
     model: str,
     catalog: str,
@@ -138,7 +333,7 @@ def apply_recipe(
     fallback: str = "",
     smooth: str = "",
 ) -> Recipe:
-    """Recipe of `apply` for inputs of these fingerprints; those that are empty take no part."""
+    """Recipe of `Apply` for inputs of these fingerprints; those that are empty take no part."""
     inputs = {
         "model": model,
         "observations": catalog,
@@ -146,12 +341,8 @@ def apply_recipe(
         "coverage": coverage,
         "smooth": smooth,
     }
-    return Recipe(
-        "apply",
-        VERSION,
-        {"fallback": fallback} if coverage else {},
-        {name: fingerprint for name, fingerprint in inputs.items() if fingerprint},
-    )
+    given: dict[str, Any] = {"fallback": fallback} if fallback else {}
+    return Apply.recipe(ApplySettings(**given), {name: one for name, one in inputs.items() if one})
 
 
 def apply(
@@ -164,18 +355,17 @@ def apply(
     overwrite: bool = False,
     cluster: Cluster | None = None,
     report: Report = silent,
-    model_fingerprint: str = "",
     errors: Path | None = None,
     trust: Trust | None = None,
 ) -> Manifest | None:
-    """Correct the labels of every row of a catalog.
+    """Correct the labels of every row of a catalog: see `Apply`.
 
     Parameters
     ----------
     model : Path
         Directory of a saved correction.
     catalog : Catalog
-        Observations or stars with ``teff``, ``logg``, ``feh``.
+        Observations or stars with the labels.
     directory : Path
         Where the corrected catalog goes; several processes may share it.
     partitions : str
@@ -199,185 +389,14 @@ def apply(
     CatalogError
         The coverage is not that of this catalog.
     """
-    catalog.require(*LABELS)
-    chosen = parse_partitions(partitions, catalog.pixels)
-    correction = models.load(model)
-    if trust:
-        _require_trust(trust, model, catalog, errors)
-    fingerprint = model_fingerprint or sha256_of_file(model / "model.json")
-    half_widths = None if errors is None else load_errors(errors)
-    if half_widths is not None:
-        half_widths.require(sha256_of_file(model / "model.json"))
-    recipe = apply_recipe(
-        fingerprint,
-        catalog.fingerprint,
-        "" if errors is None else Manifest.checked(errors).fingerprint,
-        trust.coverage.fingerprint if trust else "",
-        trust.fallback if trust else "",
-        Manifest.checked(trust.smooth).fingerprint if trust and trust.smooth else "",
-    )
-    inputs = [model, catalog.path, errors]
-    if trust:
-        inputs += [trust.coverage.path, trust.smooth]
-    output = Output.prepare(directory, recipe, overwrite, inputs)
-    if output.complete:
-        return output.load_manifest()
-    cluster = cluster or Cluster()
-    used = [path for path in (model, errors, trust.smooth if trust else None) if path]
-    held = sum(file.stat().st_size for path in used for file in path.iterdir() if file.is_file())
-    require_memory(cluster, catalog, "apply", held)
-    with unless_complete(output):
-        parts = {
-            key_of(pixel): _Part(
-                output,
-                catalog,
-                pixel,
-                str(model),
-                None if errors is None else str(errors),
-                trust,
-            )
-            for pixel in catalog.pixels
-        }
-        keys = list(parts)
-        run_parts(
-            output,
-            "corrected",
-            {keys[index]: parts[keys[index]] for index in chosen},
-            _apply_part,
-            cluster,
-            "apply",
-            report,
-        )
-        if not finished(output, "corrected", keys):
-            return None
-        done = records(output, "corrected", keys)
-        n_rows = catalog.n_rows
-        commit_catalog(
-            output,
-            name or catalog.name.removesuffix(".observations") + ".corrected",
-            list(zip(catalog.pixels, done, strict=True)),
-            _schema(catalog, half_widths, trust),
-            Rows(n_rows, sum(record["file"]["rows"] for record in done)),
-            {
-                "method": correction.method,
-                **({"fallback": trust.fallback} if trust else {}),
-                "flags": {
-                    text: sum(record["flags"][str(bit)] for record in done)
-                    for bit, text in _meanings(trust).items()
-                },
-            },
-        )
-    return output.load_manifest()
-
-
-def _require_trust(trust: Trust, model: Path, catalog: Catalog, errors: Path | None) -> None:
-    """Refuse a coverage of other rows, or that tells of another correction or other errors."""
-    coverage = trust.coverage
-    if coverage.manifest is None or coverage.manifest.recipe.stage != "coverage":
-        raise CatalogError(f"{coverage.path} is no product 'coverage'", _HOW_TO_COVER)
-    coverage.require(*_SCORES)
-    inputs = coverage.manifest.recipe.inputs
-    if inputs["observations"] != catalog.fingerprint:
-        raise CatalogError(f"{coverage.path} is not the coverage of {catalog.path}", _HOW_TO_COVER)
-    if inputs["model"] != Manifest.load(model).fingerprint:
-        raise ModelError(f"{coverage.path} was made for another correction", _HOW_TO_COVER)
-    if errors is not None and inputs.get("errors") != Manifest.load(errors).fingerprint:
-        raise ModelError(
-            f"{coverage.path} does not tell how far {errors} must be widened",
-            "Make the coverage with the same --errors.",
-        )
-    if trust.smooth is not None and (method := models.load(trust.smooth).method) != trust.fallback:
-        raise ModelError(
-            f"{trust.smooth} is a model of method '{method}': the fallback is '{trust.fallback}'"
-        )
-
-
-def _schema(catalog: Catalog, errors: ErrorModel | None, trust: Trust | None) -> pa.Schema:
-    schema = corrected_schema(catalog.schema, errors)
-    return trusted_schema(schema) if trust else schema
-
-
-def _meanings(trust: Trust | None) -> dict[int, str]:
-    return FLAG_MEANINGS if trust is None else {**FLAG_MEANINGS, **TRUST_MEANINGS}
-
-
-def _faded(
-    correction: Predictor, scores: pa.Table, trust: Trust, known: CoverageModel, key: str
-) -> Predictor:
-    """The correction that fades to the fallback with falling coverage of these rows."""
-    if trust.fallback == "edge":
-        return correction
-    fallback = None
-    if trust.smooth is not None:
-        smooth = _load(str(trust.smooth), key)
-
-        def fallback(features: NDArray[np.float32]) -> NDArray[np.float32]:
-            return smooth.predict(known.within_reach(features))
-
-    coverage = pc.fill_null(scores["coverage"], np.nan).to_numpy()
-    return Faded(correction, coverage, known.limits.inside, known.limits.outside, fallback)
-
-
-# A worker reads a model once for an output; the same directory may hold another one later.
-
-
-@lru_cache(maxsize=2)
-def _load_coverage(directory: str, key: str) -> CoverageModel:
-    return CoverageModel.load(Path(directory))
-
-
-@lru_cache(maxsize=4)
-def _load(model: str, key: str) -> models.Correction:
-    return models.load(Path(model), check=False)  # the driver has checked it
-
-
-@lru_cache(maxsize=4)
-def _load_errors(errors: str, key: str) -> ErrorModel:
-    return load_errors(Path(errors))
-
-
-def _widened(
-    corrected: pa.Table, scores: pa.Table, errors: ErrorModel, known: CoverageModel
-) -> pa.Table:
-    """Corrected rows with errors that hold where the coverage is low, too."""
-    x = features(*(floats32(corrected, label) for label in LABELS))
-    half_width = matrix32(corrected, [f"{label}_sos_err" for label in LABELS])
-    # Rows without a coverage have no errors either.
-    kind = pc.fill_null(scores[KIND_FIELD.name], INSIDE).to_numpy()
-    factors = known.widths.widening(kind, errors.is_sparse(x).astype(np.int64), half_width)
-    return widened(corrected, factors.astype(np.float32))
-
-
-def _corrected(
-    part: _Part, key: str, errors: ErrorModel | None, rows: pa.Table, scores: pa.Table | None
-) -> pa.Table:
-    """Some rows of a partition with all that is known of their correction."""
-    correction: Predictor = _load(part.model, key)
-    if part.trust is None or scores is None:
-        return correct(rows, correction, errors)
-    known = _load_coverage(str(part.trust.coverage.path), key)
-    corrected = correct(rows, _faded(correction, scores, part.trust, known, key), errors)
-    corrected = with_coverage(corrected, scores)
-    return corrected if errors is None else _widened(corrected, scores, errors, known)
-
-
-def _apply_part(part: _Part) -> None:
-    key = part.output.fingerprint
-    errors = None if part.errors is None else _load_errors(part.errors, key)
-    schema = _schema(part.catalog, errors, part.trust)
-    table = part.catalog.read(part.pixel)
-    scores = None
-    if part.trust is not None:
-        scores = part.trust.coverage.read(part.pixel, _SCORES)
-    pieces = []
-    for first in range(0, max(table.num_rows, 1), _ROWS_AT_ONCE):
-        rows = table.slice(first, _ROWS_AT_ONCE)
-        of_rows = None if scores is None else scores.slice(first, _ROWS_AT_ONCE)
-        pieces.append(_corrected(part, key, errors, rows, of_rows).select(schema.names))
-    corrected = pa.concat_tables(pieces)
-    flags = corrected["flag_sos"].to_numpy()
-    record = write_partition(part.output, part.pixel, corrected)
-    counts = {str(bit): int(np.count_nonzero(flags & bit)) for bit in _meanings(part.trust)}
-    part.output.put_record(
-        "corrected", key_of(part.pixel), {"file": asdict(record), "flags": counts}
-    )
+    inputs: dict[str, Catalog | Path | str] = {"model": model, "observations": catalog}
+    given: dict[str, Any] = {"partitions": partitions}
+    if errors is not None:
+        inputs["errors"] = errors
+    if trust is not None:
+        inputs["coverage"], given["fallback"] = trust.coverage, trust.fallback
+        if trust.smooth is not None:
+            inputs["smooth"] = trust.smooth
+    name = name or catalog.name.removesuffix(".observations") + ".corrected"
+    stage = Apply(inputs, ApplySettings(**given), product=name)
+    return stage.attempt(directory, overwrite=overwrite, cluster=cluster, report=report)

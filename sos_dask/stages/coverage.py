@@ -6,50 +6,53 @@ partition by partition, into column files aligned with the partitions: same rows
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
 
-from sos_dask.columns import key_hashes
-from sos_dask.errors import CatalogError
-from sos_dask.evidence.coverage import CoverageModel
-from sos_dask.evidence.coverage_fit import check_measure
-from sos_dask.evidence.coverage_fit import fit as fit_coverage
-from sos_dask.evidence.growth import MIN_GROWTH_PAIRS
-from sos_dask.evidence.maps import SKY_ORDER, coarse, count_maps, follow_up, sum_maps
-from sos_dask.evidence.ranking import Ranking
-from sos_dask.evidence.ranking import compare as rank_measures
-from sos_dask.evidence.widening import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, Limits, counted
-from sos_dask.problem import PARAMETERS
-from sos_dask.run.cluster import Cluster, Report, silent
-from sos_dask.schema import HEALPIX_COLUMN, LABELS, SEEDS, check_numbers
-from sos_dask.sky.healpix import HealpixPixel
-from sos_dask.sky.sphere import check_radii
-from sos_dask.stages.needs import require_memory
-from sos_dask.stages.overlap import parameter_columns, read_overlap, read_target
-from sos_dask.stages.parts import commit_catalog, key_of, records, run_parts, unless_complete
-from sos_dask.stages.pieces import read_piece, write_piece
-from sos_dask.stages.star_flags import star_flags
-from sos_dask.stars.group import GAIA_IDS
-from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet, write_partition
-from sos_dask.trust import (
+from sos_dask import corrections
+from sos_dask.columns import floats, floats_or_nan, key_hashes, matrix32
+from sos_dask.correct import (
     COVERAGE_FIELD,
+    COVERAGE_MEANINGS,
+    FLAG_AMBIGUOUS,
     FLAG_GRID_EDGE,
-    FLAG_MEANINGS,
     FLAG_OUTSIDE,
     FLAG_SPARSE,
+    FLAG_SPREAD,
     FLAGS,
 )
+from sos_dask.errors import CatalogError
+from sos_dask.evidence.coverage import CoverageModel, Overlap, Target
+from sos_dask.evidence.coverage import fit as fit_coverage
+from sos_dask.evidence.error_tables import ErrorModel, load_errors
+from sos_dask.evidence.growth import MIN_GROWTH_PAIRS
+from sos_dask.evidence.maps import SKY_ORDER, coarse, count_maps, follow_up, sum_maps
+from sos_dask.evidence.widening import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, Limits, counted
+from sos_dask.problem import Problem
+from sos_dask.run.cluster import Cluster, Report, silent
+from sos_dask.schema import HEALPIX_COLUMN
+from sos_dask.settings import Settings
+from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.sky.neighbours import surroundings
+from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
+from sos_dask.stages.evidence import held_out_columns, on_pairs, read_evidence, single_observations
+from sos_dask.stages.pieces import read_piece, write_piece
+from sos_dask.stars.group import GAIA_IDS
+from sos_dask.stars.match import MatchSettings, match
+from sos_dask.stats.numbers import uniform
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
 
-VERSION = 7
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS = "maps.parquet"
@@ -58,215 +61,316 @@ _BINS = pa.schema(
     [("distance", pa.float64()), ("n", pa.int64())]
     + [(name, pa.float64()) for name in ("growth_measured", "growth")]
 )
+_KEYS = {"observations": "obs_id", "stars": "star_id"}
 _SAMPLE_ROWS = 200_000
 _MANY_PAIRS, _MOST_ROWS = 1 / 3, 0.5
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing (Knuth, TAOCP 3, 6.4)
+_ID_RADIUS_ARCSEC = 10.0  # observations with one Gaia id are of one star
+Columns = Mapping[str, NDArray[np.float64]]
 
 
-@dataclass(frozen=True)
-class CoverageSettings:
-    """Settings of the stage.
+class CoverageSettings(Settings):
+    """Settings of the stage."""
 
-    Parameters
-    ----------
-    measure : str
-        One of `coverage.MEASURES`.
-    limits : Limits
-    compare : bool
-        Whether all measures are fitted and compared on held-out pairs.
-    grid : mapping of str to (float, float)
-        Limits of the grid of the survey's pipeline, by label. A label that is not named: the
-        smallest and largest value in the catalog.
-    radius_arcsec : float
-        Within it a row belongs to a star with a large spread or an ambiguous match.
-    seed : int
-    """
+    measure: Literal["neighbours", "ratio"] = Field(
+        "neighbours", description="Distance from the pairs: neighbours, or ratio of densities"
+    )
+    inside: float = Field(
+        0.8, gt=0, lt=1, description="From this coverage on a row is inside: its error is small"
+    )
+    outside: float = Field(
+        0.5, gt=0, lt=1, description="Below this coverage a row is outside; between, sparse"
+    )
+    grid: dict[str, Annotated[tuple[float, float], Field(strict=False)]] = Field(
+        default_factory=dict,
+        description="Limits of the grid of the survey's pipeline, by label; default: the smallest "
+        "and largest value of the catalog",
+    )
+    radius_arcsec: float = Field(
+        1.5,
+        ge=0,
+        le=180 * 3600,
+        description="Within it a row belongs to a star with a large spread or an ambiguous match",
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Other seeds sample other rows")
 
-    measure: str = "neighbours"
-    limits: Limits = field(default_factory=Limits)
-    compare: bool = True
-    grid: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    radius_arcsec: float = 1.5
-    seed: int = 0
+    @field_validator("grid")
+    @classmethod
+    def _low_and_high(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        for label, (low, high) in value.items():
+            if not low < high:
+                raise ValueError(f"{label}: {low:g} is not below {high:g}")
+        return value
 
-    def __post_init__(self) -> None:
-        check_radii(self.radius_arcsec, self.radius_arcsec, use_gaia_id=True)
-        check_numbers(self, seed=SEEDS)
-        check_measure(self.measure)
-
-
-@dataclass(frozen=True)
-class _SamplePart:
-    output: Output
-    catalog: Catalog
-    pixel: HealpixPixel
-    share: float
-    key: str  # column of the keys, which is the name of the sample too
+    @model_validator(mode="after")
+    def _limits_in_order(self) -> CoverageSettings:
+        Limits(inside=self.inside, outside=self.outside)
+        return self
 
     @property
-    def file(self) -> Path:
-        return self.output.work / "samples" / self.key / f"{key_of(self.pixel)}.arrow"
+    def limits(self) -> Limits:
+        """Limits of the classes."""
+        return Limits(inside=self.inside, outside=self.outside)
 
 
-@dataclass(frozen=True)
-class _Part:
-    output: Output
-    catalog: Catalog
-    stars: Catalog
-    pairs: Catalog
-    pixel: HealpixPixel
-    grid: Mapping[str, tuple[float, float]]
-    radius_arcsec: float
-
-
-def coverage_recipe(
-    model: str, pairs: str, catalog: str, stars: str, settings: CoverageSettings, errors: str = ""
-) -> Recipe:
-    """Recipe of `coverage` for inputs of these fingerprints; ``errors`` takes no part if empty."""
-    inputs = {"model": model, "pairs": pairs, "observations": catalog, "stars": stars}
-    if errors:
-        inputs["errors"] = errors
-    return Recipe("coverage", VERSION, {"settings": asdict(settings)}, inputs)
-
-
-def coverage(
-    model: Path,
-    pairs: Catalog,
-    catalog: Catalog,
-    stars: Catalog,
-    directory: Path,
-    settings: CoverageSettings,
-    *,
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-    model_fingerprint: str = "",
-    errors: Path | None = None,
-) -> Manifest:
+class Coverage(Stage[CoverageSettings]):
     """Fit a coverage model and score every row of a catalog.
+
+    Makes a catalog on the partitions of the observations (``_healpix_29``, key, position,
+    ``coverage``, ``flag_coverage``, ``kind_coverage``), the model, ``calibration.parquet`` and
+    ``maps.parquet``. Summary: shares of the rows, and of stars, inside, sparse, outside and without
+    coverage; limits and their meaning; rows without each parameter; warnings.
+
+    Example: sos-dask coverage pairs model lamost lamost.stars -o coverage
+    """
+
+    name = "coverage"
+    version = 8
+    Settings = CoverageSettings
+    roles = (
+        Role("evidence", "Table of evidence with the model's predictions.", "output"),
+        Role("model", "Correction trained on the pairs.", "output"),
+        Role("pairs", "Pairs of target and reference, for ambiguous matches."),
+        Role("observations", "Observations of the target."),
+        Role("stars", "Stars of the target, for large spreads."),
+        Role("errors", "Output of uncertainty for this correction.", "output", optional=True),
+    )
+    partitioned = "observations"
+    memory = (230, 3.5)
+
+    @property
+    def observations(self) -> Catalog:
+        """Catalog that is scored."""
+        return self.catalog("observations")
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Problem of the correction."""
+        return corrections.load(self.path("model")).problem
+
+    @property
+    def errors(self) -> ErrorModel | None:
+        """Error model of the correction, where it is given."""
+        return load_errors(self.path("errors")) if "errors" in self.inputs else None
+
+    def check(self) -> None:
+        """Refuse a catalog that lacks a column."""
+        self.observations.require(*self.problem.columns, HEALPIX_COLUMN, "obs_id", "ra", "dec")
+
+    def make(self, run: Run) -> Made:
+        """Sample the rows, fit the model, score all rows and count them."""
+        catalog = self.observations
+        samples = {
+            f"{_KEYS[role]}-{key}": (role, pixel)
+            for role in _KEYS
+            for key, pixel in by_pixel(self.catalog(role).pixels).items()
+        }
+        run.run_parts("samples", samples, self.sample, "coverage: sample")
+        (fitted,) = run.parts("fit", {"model": list(samples)}, self.fit, "coverage: fit")
+        run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
+        output, pixels, grid = run.output, by_pixel(catalog.pixels), self.grid
+        done = run.parts("scores", pixels, self.score)
+        run.write(MAPS, sum_maps(read_piece(_map_file(output, key)) for key in pixels))
+        name = catalog.name.removesuffix(".observations") + ".coverage"
+        n_out = run.write_catalog(name, catalog.pixels, done, _schema(catalog))
+        counts = {name: sum(one[name] for one in done) for name in (*CLASSES, "unknown")}
+        shares = {name: count / max(catalog.n_rows, 1) for name, count in counts.items()}
+        known = [one.column for one in self.problem.parameters]
+        there = [name for name in known if name in catalog.schema.names]
+        summary = {
+            "measure": self.settings.measure,
+            "parameters_of_catalog": there,
+            "parameters_without_column": [name for name in known if name not in there],
+            "rows_without": {n: sum(one["missing"].get(n, 0) for one in done) for n in there},
+            "shares": shares,
+            "rows": counts,
+            "flags": {
+                str(bit): sum(one["flags"][str(bit)] for one in done) for bit in COVERAGE_MEANINGS
+            },
+            "limits": self.settings.limits.as_json,
+            "meaning": self.settings.limits.meaning(),
+            "grid": {label: list(limits) for label, limits in grid.items()},
+            "warnings": _warnings(fitted, shares["outside"]),
+            **fitted,
+        }
+        return Rows(catalog.n_rows, n_out), summary
+
+    @cached_property
+    def grid(self) -> dict[str, tuple[float, float]]:
+        """Limits of the grid of the survey's pipeline, by label."""
+        bounds = self.observations.bounds(*self.problem.names)
+        every = (-np.inf, np.inf)
+        return {
+            label: self.settings.grid.get(label, bounds.get(label, every))
+            for label in self.problem.names
+        }
+
+    def sample(self, output: Output, key: str, item: tuple[str, HealpixPixel]) -> dict[str, Any]:
+        """Keep the rows of one partition that belong to a sample: chosen by their key alone."""
+        role, pixel = item
+        catalog = self.catalog(role)
+        columns = [one.column for one in self.problem.parameters]
+        table = catalog.read(pixel, catalog.columns([_KEYS[role], *columns, "quality"]))
+        share = _SAMPLE_ROWS / max(catalog.n_rows, 1)
+        chosen = uniform(key_hashes(table[_KEYS[role]]), self.settings.seed) < share
+        table = table.filter(pa.array(chosen)).drop_columns(_KEYS[role])
+        write_piece(_sample_file(output, key), table)
+        return {"rows": table.num_rows}
+
+    def fit(self, output: Output, key: str, samples: list[str]) -> dict[str, Any]:
+        """Fit the model, write it and tell what is said of it."""
+        problem, errors, settings = self.problem, self.errors, self.settings
+        rows, stars = (
+            pa.concat_tables(
+                [read_piece(_sample_file(output, one)) for one in samples if one.startswith(of)]
+            )
+            for of in _KEYS.values()
+        )
+        overlap = read_overlap(self.path("evidence"), self.path("model"), errors)
+        target = None
+        if errors is not None:
+            good = rows
+            if "quality" in rows.schema.names:
+                good = rows.filter(pc.equal(rows["quality"], 0))
+            columns = parameter_columns(good, problem)
+            sparse = errors.is_sparse(problem.matrix(columns)).astype(np.int8)
+            target = Target(columns, sparse)
+        columns = parameter_columns(rows, problem)
+        found = fit_coverage(
+            overlap, columns, settings.measure, settings.limits, settings.seed, target, problem
+        )
+        model = found.model
+        files = [output.write_bytes(name, content) for name, content in model.files().items()]
+        bins = pa.Table.from_pylist(found.bins, _BINS)
+        files.append(output.write_file(CALIBRATION, partial(write_parquet, bins)))
+        return {
+            "files": [asdict(one) for one in files],
+            "parameters": [one.column for one in model.parameters],
+            "held_out_pairs": found.n_held_out,
+            "wrong_measurements": found.n_wrong,
+            "pairs_outside": found.outside,
+            "growth": asdict(model.growth),
+            "noise": asdict(model.noise),
+            "widths": model.widths.as_json(),
+            "width_pairs": found.n_width,
+            "intervals": counted(found.n_width),
+            "stars": _shares(parameter_columns(stars, problem), model),
+        }
+
+    def score(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
+        """Write coverage and flags of one partition."""
+        catalog, problem = self.observations, self.problem
+        names = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *GAIA_IDS.values(), "position_epoch"]
+        names += [*problem.names, *(one.column for one in problem.parameters)]
+        table = catalog.read(pixel, catalog.columns(list(dict.fromkeys(names))))
+        columns = parameter_columns(table, problem)
+        score, kind = _load(str(output.directory), output.fingerprint).coverage(columns)
+        known = kind >= 0
+        place = np.minimum(kind, OUTSIDE)
+        flags = np.zeros(len(score), dtype=np.int32)
+        flags[place == SPARSE] |= FLAG_SPARSE
+        flags[place == OUTSIDE] |= FLAG_OUTSIDE
+        for label, (low, high) in self.grid.items():
+            step, values = GRID_STEPS.get(label, 0.0), floats_or_nan(table, label)
+            flags[(values <= low + step) | (values >= high - step)] |= FLAG_GRID_EDGE
+        stars, pairs = self.catalog("stars"), self.catalog("pairs")
+        flags |= star_flags(table, pixel, stars, pairs, self.settings.radius_arcsec)
+        counts = count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
+        write_piece(_map_file(output, key), counts)
+        scores = [pa.array(score, pa.float32(), mask=~known), pa.array(flags)]
+        own = [table[name] for name in (HEALPIX_COLUMN, "obs_id", "ra", "dec")]
+        out = pa.table([*own, *scores, pa.array(kind, mask=~known)], schema=_schema(catalog))
+        return {
+            "file": partition_record(output, pixel, out),
+            **{name: int(np.count_nonzero(place == c)) for c, name in enumerate(CLASSES)},
+            "unknown": int(np.count_nonzero(~known)),
+            "missing": {n: int(np.count_nonzero(~np.isfinite(v))) for n, v in columns.items()},
+            "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in COVERAGE_MEANINGS},
+        }
+
+
+def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) -> Overlap:
+    """Read the pairs as the coverage sees them, with residuals of those that a model held out.
 
     Parameters
     ----------
+    evidence : Path
+        Table of evidence with the predictions of the model.
     model : Path
-        Directory of a trained correction, with its ``held_out.parquet``.
-    pairs : Catalog
-        The pairs it was trained on.
-    catalog : Catalog
-        Observations of the target.
-    stars : Catalog
-        Its stars, for ``flag_spread``.
-    directory : Path
-        Gets a catalog on the partitions of ``catalog`` (``_healpix_29``, key, position,
-        ``coverage``, ``flag_coverage``, ``kind_coverage``), the model, ``calibration.parquet``
-        and ``maps.parquet``.
-    errors : Path, optional
-        Output of uncertainty for this correction: what its half-widths lack in each class is
-        counted on held-out pairs.
-
-    Returns
-    -------
-    Manifest
-        ``summary``: shares of the rows, and of stars, inside, sparse, outside and without coverage;
-        limits and their meaning; measures compared; rows without each parameter; warnings.
-
-    Raises
-    ------
-    ConfigError
-        Unknown measure.
-    ModelError
-        Too few held-out pairs.
-    CatalogError
-        A column is missing, or the held-out pairs are not those of the pairs.
+        Output of train.
+    errors : ErrorModel, optional
+        Of this correction.
     """
-    catalog.require(*LABELS, HEALPIX_COLUMN, "obs_id", "ra", "dec")
-    fingerprint = model_fingerprint or Manifest.checked(model).fingerprint
-    recipe = coverage_recipe(
-        fingerprint,
-        pairs.fingerprint,
-        catalog.fingerprint,
-        stars.fingerprint,
-        settings,
-        "" if errors is None else Manifest.checked(errors).fingerprint,
+    correction = corrections.load(model)
+    problem = correction.problem
+    predicted = held_out_columns(correction.method)
+    difference = [label.diff for label in problem.labels]
+    stated = [f"{label.error}_ref" for label in problem.labels]
+    known = [one.column for one in problem.parameters]
+    table = read_evidence(
+        evidence, ["fold", "held_out", *difference, *predicted], [*stated, "n_obs", *known]
     )
-    inputs = (model, pairs.path, catalog.path, stars.path, errors)
-    output = Output.prepare(directory, recipe, overwrite, inputs)
-    if output.complete:
-        return output.load_manifest()
-    cluster = cluster or Cluster()
-    require_memory(cluster, catalog, "coverage")
-    with unless_complete(output):
-        _run(output, model, pairs, catalog, stars, settings, errors, cluster, report)
-    return output.load_manifest()
+    residual = matrix32(table, difference).astype(np.float64) - matrix32(table, predicted)
+    columns = parameter_columns(table, problem)
+    half_width = error_class = None
+    if errors is not None:
+        x = problem.matrix(columns)
+        half_width = errors.half_width(x, columns.get("snr")).astype(np.float64)
+        error_class = errors.is_sparse(x).astype(np.int8)
+        held_out = np.flatnonzero(table["held_out"].to_numpy())
+        half_width[~single_observations(table, held_out)] = np.nan
+    reference_error = np.stack([floats_or_nan(table, name) for name in stated], axis=1)
+    fold = table["fold"].to_numpy()
+    return Overlap(columns, fold, residual, reference_error, half_width, error_class)
 
 
-def _run(
-    output: Output,
-    model: Path,
-    pairs: Catalog,
-    catalog: Catalog,
-    stars: Catalog,
-    settings: CoverageSettings,
-    errors: Path | None,
-    cluster: Cluster,
-    report: Report,
-) -> None:
-    keys = [key_of(pixel) for pixel in catalog.pixels]
-    samples = {
-        f"{key}-{key_of(pixel)}": _SamplePart(
-            output, source, pixel, min(1.0, _SAMPLE_ROWS / max(source.n_rows, 1)), key
-        )
-        for source, key in ((catalog, "obs_id"), (stars, "star_id"))
-        for pixel in source.pixels
-    }
-    run_parts(output, "samples", samples, _sample_part, cluster, "coverage: sample", report)
-    sampled = {
-        key: pa.concat_tables([read_piece(s.file) for s in samples.values() if s.key == key])
-        for key in ("obs_id", "star_id")
-    }
-    files, fitted = _fitted(output, model, pairs, settings, errors, sampled["obs_id"])
-    grid = {label: _grid(label, catalog, settings) for label in LABELS}
-    parts = {
-        key_of(p): _Part(output, catalog, stars, pairs, p, grid, settings.radius_arcsec)
-        for p in catalog.pixels
-    }
-    run_parts(output, "scores", parts, _score_part, cluster, "coverage", report)
-    done = records(output, "scores", keys)
-    maps = sum_maps(read_piece(_map_file(output, key)) for key in keys)
-    files.append(output.write_file(MAPS, partial(write_parquet, maps)))
-    n_rows = catalog.n_rows
-    counts = {name: sum(record[name] for record in done) for name in (*CLASSES, "unknown")}
-    names = [name for name in PARAMETERS if name in catalog.schema.names]
-    summary = {
-        "measure": settings.measure,
-        "parameters_of_catalog": names,
-        "parameters_without_column": [name for name in PARAMETERS if name not in names],
-        "rows_without": {
-            name: sum(record["missing"].get(name, 0) for record in done) for name in names
-        },
-        "shares": {name: count / max(n_rows, 1) for name, count in counts.items()},
-        "rows": counts,
-        "stars": _shares(
-            parameter_columns(sampled["star_id"]), _load(str(output.directory), output.fingerprint)
-        ),
-        "flags": {
-            str(bit): sum(record["flags"][str(bit)] for record in done) for bit in FLAG_MEANINGS
-        },
-        "limits": asdict(settings.limits),
-        "meaning": settings.limits.meaning(),
-        "grid": {label: list(limits) for label, limits in grid.items()},
-        **fitted,
-    }
-    summary["warnings"] = _warnings(fitted, summary["shares"]["outside"])
-    schema = _schema(catalog)
-    commit_catalog(
-        output,
-        catalog.name.removesuffix(".observations") + ".coverage",
-        list(zip(catalog.pixels, done, strict=True)),
-        schema,
-        Rows(n_rows, sum(record["file"]["rows"] for record in done)),
-        summary,
-        files,
-    )
+def parameter_columns(table: pa.Table, problem: Problem) -> dict[str, NDArray[np.float64]]:
+    """Parameters that a table has, nan where unknown."""
+    names = (one.column for one in problem.parameters)
+    return {name: floats(table, name) for name in names if name in table.schema.names}
+
+
+def star_flags(
+    table: pa.Table, pixel: HealpixPixel, stars: Catalog, pairs: Catalog, radius_arcsec: float
+) -> NDArray[np.int32]:
+    """Bits `correct.FLAG_SPREAD` and `correct.FLAG_AMBIGUOUS` of observations, shape (n,).
+
+    An observation belongs to the star with its Gaia id, else to the nearest: what is marked is
+    looked for first, and what is found near it is asked for its own star among all.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        Observations of one partition.
+    stars : Catalog
+        Output of dedupe.
+    pairs : Catalog
+        Output of crossmatch, of these stars or of the observations themselves.
+    radius_arcsec : float
+        Largest separation of an observation and its star.
+    """
+    flags = np.zeros(table.num_rows, dtype=np.int32)
+    radius = max(radius_arcsec, _ID_RADIUS_ARCSEC)
+    ranges = sorted([(pixel.first, pixel.stop), *surroundings(pixel, radius)[0]])
+    of_stars = "target_star_id" in pairs.schema.names
+    key = "target_star_id" if of_stars else "target_obs_id"
+    matched = pairs.read_ranges(ranges, [key, "ambiguous"])
+    ambiguous = matched.filter(matched["ambiguous"])[key].combine_chunks()
+    if not of_stars and len(ambiguous):
+        flags[pc.is_in(table["obs_id"], ambiguous).to_numpy()] = FLAG_AMBIGUOUS
+    names = [HEALPIX_COLUMN, "star_id", "ra", "dec", "position_epoch", *GAIA_IDS.values()]
+    near = stars.read_ranges(ranges, stars.columns([*names, "flag_spread"]))
+    mark = np.zeros(near.num_rows, dtype=np.int32)
+    if "flag_spread" in near.schema.names:
+        mark[near["flag_spread"].to_numpy()] = FLAG_SPREAD
+    if of_stars and len(ambiguous):
+        mark[pc.is_in(near["star_id"], ambiguous).to_numpy()] |= FLAG_AMBIGUOUS
+    if not mark.any() or not table.num_rows:
+        return flags
+    settings = MatchSettings(radius_arcsec=radius_arcsec, id_radius_arcsec=radius)
+    some = np.unique(match(table, near.filter(pa.array(mark != 0)), settings, "star_id").left)
+    found = match(table.take(pa.array(some)), near, settings, "star_id")
+    flags[some[found.left]] |= mark[found.right]
+    return flags
 
 
 def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
@@ -294,93 +398,21 @@ def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
     return found
 
 
-def _grid(label: str, catalog: Catalog, settings: CoverageSettings) -> tuple[float, float]:
-    if label in settings.grid:
-        return settings.grid[label]
-    return catalog.bounds(label).get(label, (-np.inf, np.inf))
-
-
-def _shares(columns: Mapping[str, NDArray[np.float64]], model: CoverageModel) -> dict[str, Any]:
+def _shares(columns: Columns, model: CoverageModel) -> dict[str, Any]:
     """Shares of a sample of stars in each class, by their combined labels, and how many it has."""
     kind = model.coverage(columns)[1]
     counts = np.bincount(np.minimum(kind, OUTSIDE) + 1, minlength=len(CLASSES) + 1).tolist()
-    shares = {
-        name: count / max(len(kind), 1)
-        for name, count in zip(("unknown", *CLASSES), counts, strict=True)
-    }
+    names = ("unknown", *CLASSES)
+    shares = {name: n / max(len(kind), 1) for name, n in zip(names, counts, strict=True)}
     return {"sampled": len(kind), **shares}
 
 
-def _fitted(
-    output: Output,
-    model: Path,
-    pairs: Catalog,
-    settings: CoverageSettings,
-    errors: Path | None,
-    sample: pa.Table,
-) -> tuple[list[FileRecord], dict[str, Any]]:
-    """Fit the model, or take that of a run before; its files and what is said of it."""
-    names = ("coverage.json", "overlap.npy", "catalog.npy", "overlap8.npy", "ratio.ubj",
-             CALIBRATION)  # fmt: skip
-    record = output.get_record("fit", "model")
-    if record is None or not output.intact("fit", "model"):
-        columns = parameter_columns(sample)
-        overlap = read_overlap(model, pairs, errors)
-        target = None if errors is None else read_target(sample, errors)
-        fit = fit_coverage(
-            overlap, columns, settings.measure, settings.limits, settings.seed, target
-        )
-        lonely = fit.model.widths.lonely
-        scratch = output.work / "model"
-        scratch.mkdir(parents=True, exist_ok=True)
-        fit.model.save(scratch)
-        write_parquet(pa.Table.from_pylist(fit.bins, _BINS), scratch / CALIBRATION)
-        rankings: Sequence[Ranking] = ()
-        if settings.compare:
-            rankings = rank_measures(overlap, columns, settings.seed)
-        record = {
-            "parameters": list(fit.model.parameters),
-            "held_out_pairs": fit.n_held_out,
-            "wrong_measurements": fit.n_wrong,
-            "pairs_outside": fit.outside,
-            "growth": asdict(fit.model.growth),
-            "noise": asdict(fit.model.noise),
-            "widths": fit.model.widths.factors.tolist(),
-            "lonely": None if lonely is None else lonely.tolist(),
-            "width_pairs": fit.n_width,
-            "intervals": counted(fit.n_width),
-            "measures": [asdict(ranking) for ranking in rankings],
-        }
-        output.put_record("fit", "model", record, [*scratch.iterdir()])
-    files = []
-    for name in names:
-        source = output.work / "model" / name
-        if source.is_file():
-            content = source.read_bytes()
-            rows = pq.read_metadata(source).num_rows if name == CALIBRATION else 0
-            files.append(output.write_file(name, partial(_write_bytes, content, rows)))
-    return files, record
-
-
-def _write_bytes(content: bytes, rows: int, path: Path) -> int:
-    path.write_bytes(content)
-    return rows
+def _sample_file(output: Output, key: str) -> Path:
+    return output.work / "samples" / f"{key}.arrow"
 
 
 def _map_file(output: Output, key: str) -> Path:
     return output.work / "maps" / f"{key}.arrow"
-
-
-def _sample_part(part: _SamplePart) -> None:
-    """Rows of one partition that belong to the sample: chosen by their key alone."""
-    names = part.catalog.columns([part.key, *PARAMETERS, "quality"])
-    table = part.catalog.read(part.pixel, names)
-    limit = np.uint64(min(part.share, 1.0) * float(2**64 - 2**11))
-    mixed = key_hashes(table[part.key]) * _GOLDEN  # integers are their own hashes
-    table = table.filter(pa.array(mixed <= limit)).drop_columns(part.key)
-    write_piece(part.file, table)
-    name = f"{part.key}-{key_of(part.pixel)}"
-    part.output.put_record("samples", name, {"rows": table.num_rows})
 
 
 @lru_cache(maxsize=2)
@@ -389,62 +421,83 @@ def _load(directory: str, fingerprint: str) -> CoverageModel:
 
 
 def _schema(catalog: Catalog) -> pa.Schema:
-    return pa.schema(
-        [
-            catalog.schema.field(HEALPIX_COLUMN),
-            *(catalog.schema.field(name) for name in ("obs_id", "ra", "dec")),
-            COVERAGE_FIELD,
-            pa.field(FLAGS, pa.int32(), False),
-            KIND_FIELD,
-        ]
-    )
+    own = [catalog.schema.field(name) for name in (HEALPIX_COLUMN, "obs_id", "ra", "dec")]
+    return pa.schema([*own, COVERAGE_FIELD, pa.field(FLAGS, pa.int32(), False), KIND_FIELD])
 
 
-def _score_part(part: _Part) -> None:
-    """Coverage and flags of one partition."""
-    names = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *GAIA_IDS.values(), "position_epoch"]
-    table = part.catalog.read(part.pixel, part.catalog.columns([*names, *PARAMETERS]))
-    columns = parameter_columns(table)
-    model = _load(str(part.output.directory), part.output.fingerprint)
-    score, kind = model.coverage(columns)
-    known = kind >= 0
-    place = np.minimum(kind, OUTSIDE)
-    flags = np.zeros(len(score), dtype=np.int32)
-    flags[place == SPARSE] |= FLAG_SPARSE
-    flags[place == OUTSIDE] |= FLAG_OUTSIDE
-    for label, (low, high) in part.grid.items():
-        step = GRID_STEPS[label]
-        flags[(columns[label] <= low + step) | (columns[label] >= high - step)] |= FLAG_GRID_EDGE
-    flags |= star_flags(table, part.pixel, part.stars, part.pairs, part.radius_arcsec)
-    cells = table[HEALPIX_COLUMN].to_numpy()
-    key = key_of(part.pixel)
-    write_piece(_map_file(part.output, key), count_maps(cells, columns, place))
-    out = pa.table(
-        [
-            table[HEALPIX_COLUMN],
-            *(table[name] for name in ("obs_id", "ra", "dec")),
-            pa.array(score, pa.float32(), mask=~known),
-            pa.array(flags),
-            pa.array(kind, mask=~known),
-        ],
-        schema=_schema(part.catalog),
-    )
-    record = write_partition(part.output, part.pixel, out)
-    part.output.put_record(
-        "scores",
-        key,
-        {
-            "file": asdict(record),
-            **{name: int(np.count_nonzero(place == c)) for c, name in enumerate(CLASSES)},
-            "unknown": int(np.count_nonzero(~known)),
-            "missing": {n: int(np.count_nonzero(~np.isfinite(v))) for n, v in columns.items()},
-            "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in FLAG_MEANINGS},
-        },
+def coverage_recipe(
+    evidence: str,
+    model: str,
+    pairs: str,
+    catalog: str,
+    stars: str,
+    settings: CoverageSettings,
+    errors: str = "",
+) -> Recipe:
+    """Recipe of `Coverage` for inputs of these fingerprints; ``errors`` takes no part if empty."""
+    inputs = {"evidence": evidence, "model": model, "pairs": pairs}
+    inputs |= {"observations": catalog, "stars": stars} | ({"errors": errors} if errors else {})
+    return Coverage.recipe(settings, inputs)
+
+
+def coverage(
+    model: Path,
+    pairs: Catalog,
+    catalog: Catalog,
+    stars: Catalog,
+    directory: Path,
+    settings: CoverageSettings | None = None,
+    *,
+    errors: Path | None = None,
+    overwrite: bool = False,
+    cluster: Cluster | None = None,
+    report: Report = silent,
+) -> Manifest:
+    """Fit a coverage model and score every row, without a table of evidence; see `Coverage`.
+
+    Parameters
+    ----------
+    model : Path
+        Directory of a trained correction.
+    pairs : Catalog
+        The pairs it was trained on.
+    catalog : Catalog
+        Observations of the target.
+    stars : Catalog
+        Its stars, for ``flag_spread``.
+    directory : Path
+    settings : CoverageSettings, optional
+    errors : Path, optional
+        Output of uncertainty for this correction: what its half-widths lack in each class is
+        counted on held-out pairs.
+
+    Raises
+    ------
+    ModelError
+        Too few held-out pairs.
+    CatalogError
+        A column is missing, or the held-out pairs are not those of the pairs.
+    """
+    method = corrections.load(model).method
+    more: dict[str, Catalog | Path] = {"model": model, "pairs": pairs}
+    more |= {"observations": catalog, "stars": stars}
+    if errors is not None:
+        more["errors"] = errors
+    return on_pairs(
+        Coverage,
+        pairs,
+        {method: model},
+        directory,
+        settings,
+        more,
+        overwrite=overwrite,
+        cluster=cluster,
+        report=report,
     )
 
 
 def look(directory: Path) -> dict[str, Any]:
-    """What a person asks of a coverage product.
+    """Tell what a person asks of a coverage product.
 
     Parameters
     ----------
@@ -455,12 +508,11 @@ def look(directory: Path) -> dict[str, Any]:
     -------
     dict
         ``inside``, ``sparse``, ``outside``, ``unknown``: shares of the rows; ``meaning``,
-        ``limits``, ``measure``, ``parameters``, ``measures``, ``intervals`` (on how many pairs the
-        errors stand, by kind of place), ``pairs_outside`` (share of the held-out pairs),
-        ``warnings`` as in the manifest; ``stars``: the
-        same shares of (at most some 200,000) stars; ``flags``: rows by bit; ``kiel`` (cells of
-        500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) with ``rows`` and ``outside``;
-        ``follow_up``: see `coverage.follow_up`.
+        ``limits``, ``measure``, ``parameters``, ``intervals`` (on how many pairs the errors stand,
+        by kind of place), ``pairs_outside`` (share of the held-out pairs), ``warnings`` as in the
+        manifest; ``stars``: the same shares of (at most some 200,000) stars; ``flags``: rows by
+        bit; ``kiel`` (cells of 500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) with ``rows``
+        and ``outside``; ``follow_up``: see `maps.follow_up`.
 
     Raises
     ------
@@ -472,7 +524,7 @@ def look(directory: Path) -> dict[str, Any]:
     summary = Manifest.checked(directory).summary
     with partition_errors(directory / MAPS):
         maps = pq.read_table(directory / MAPS)
-    kept = ("meaning", "limits", "measure", "measures", "parameters", "parameters_without_column",
+    kept = ("meaning", "limits", "measure", "parameters", "parameters_without_column",
             "rows_without", "rows", "stars", "flags", "held_out_pairs",
             "wrong_measurements", "intervals", "pairs_outside", "warnings")  # fmt: skip
     if not {"shares", *kept} <= set(summary):

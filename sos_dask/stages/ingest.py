@@ -51,7 +51,7 @@ from sos_dask.surveys.definition import Survey
 
 _KEYS_PER_RANGE = 10_000_000
 # Measured, and a tenth more: a worker's process, and what it holds of a row while it reads a chunk.
-_PROCESS_BYTES, _CHUNK_BYTES = 170 << 20, 460
+_PROCESS_BYTES, _CHUNK_BYTES = 230 << 20, 460
 
 
 class IngestSettings(Settings):
@@ -97,7 +97,7 @@ class Ingest(Stage[SurveySettings]):
     version = 6
     Settings = SurveySettings
     roles = (Role("file", "Files of the survey.", kind="output", many=True),)
-    memory = (220, 5.0)
+    memory = (280, 5.0)
     pieces: tuple[str, ...] = ()
 
     def __init__(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from sos_dask import __version__
 from sos_dask.columns import floats32
+from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
@@ -29,7 +30,6 @@ from sos_dask.stages.report_text import page
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import file_names, read_build, require_store
-from sos_dask.trust import FLAG_OUTSIDE, FLAGS
 
 if TYPE_CHECKING:
     from sos_dask.report.planes import Histogram

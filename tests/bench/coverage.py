@@ -13,6 +13,7 @@ share that holds the bare truth, which has no noise, stands beside it.
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 

@@ -79,7 +79,7 @@ def test_the_jobs_of_the_project_load(path):
 
 def test_the_readme_of_jobs_names_every_key():
     text = (ROOT / "jobs" / "README.md").read_text()
-    tables = [Job]
+    tables: list[type[Settings]] = [Job]
     while tables:
         for name, field in tables.pop().model_fields.items():
             if not field.exclude or field.description:

@@ -50,7 +50,7 @@ def test_paths_are_relative_to_the_job_and_take_variables(tmp_path, monkeypatch)
         (GOOD + "[crossmatch]\nradius_arcsec = -1\n", "crossmatch.radius_arcsec"),
         (GOOD + "[dedupe]\nmethod = 'mean'\n", "dedupe.method.*inverse-variance"),
         (GOOD + "[ingest]\nrows_per_partition = 'many'\n", "ingest.rows_per_partition"),
-        (GOOD + "[unify]\norder = ['galah']\n", "unify.order names 'galah'"),
+        (GOOD + "[reference_union]\norder = ['galah']\n", "reference_union.order names 'galah'"),
         (GOOD.replace("reference.apogee", "reference.lamost"), "two surveys are named 'lamost'"),
         (GOOD.replace("reference.apogee", 'reference."Bad Name"'), "Bad Name"),
         (GOOD.replace('files = ["a.csv"]', "files = []"), "reference.apogee.files"),

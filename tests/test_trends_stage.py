@@ -9,13 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask import corrections as models
+from sos_dask.api import trends
 from sos_dask.errors import CatalogError, ClusterError
 from sos_dask.evidence.trends import CONTRAST_SCHEMA, TREND_SCHEMA
 from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.simulate import lamost_bias
-from sos_dask.stages.trends import Trends, TrendSettings, trends
+from sos_dask.stages.trends import Trends, TrendSettings
 from sos_dask.stats.binned import Axis
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog

@@ -327,18 +327,6 @@ def sparse_pairs(x: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[
     return sparse
 
 
-# Until all stages read the table.
-
-
-def training_pairs(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
-    """``use`` and columns of the pairs fit for training, in the order of the sky."""
-    tables = [pa.schema([pairs.schema.field(name) for name in ("use", *columns)]).empty_table()]
-    for pixel in pairs.pixels:
-        table = pairs.read(pixel, ["use", *columns])
-        tables.append(table.filter(table["use"]))
-    return pa.concat_tables(tables)
-
-
 @dataclass(frozen=True)
 class PairsRead:
     """Pairs in the order of the sky; fold of all fit for training, and which are in the table."""

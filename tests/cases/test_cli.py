@@ -389,13 +389,13 @@ def test_the_python_functions_take_text(small_store, small_sky, tmp_path, monkey
     manifest = api.ingest("galah-dr4", [str(small_sky / "galah.fits")], "galah")
     assert api.ingest("galah-dr4", str(small_sky / "galah.fits"), "galah") == manifest
     api.dedupe("galah", "galah.stars", api.DedupeSettings())
-    united = api.ReferenceSettings(unify=api.UnifySettings())
+    united = api.ReferenceSettings(offsets={})
     api.reference({"galah": "galah.stars"}, "reference", united)
     api.crossmatch(
         f"{build}/lamost.stars",
         Path("reference"),
         "pairs",
-        api.PairSettings(match=api.MatchSettings(radius_arcsec=1.0)),
+        api.CrossmatchSettings(radius_arcsec=1.0),
     )
     trust = api.Trust(f"{build}/coverage", "polynomial", f"{build}/model.polynomial")  # type: ignore[arg-type]
     made = api.apply(

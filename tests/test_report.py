@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.mathtext import MathTextParser
-
-from sos_dask.report import headline, planes, sky, tables
 from sos_dask.report.formulas import formula_lines, front_figure
 from sos_dask.report.methods import comparison_figure
+from sos_dask.report.words import number
+
+from sos_dask.report import headline, planes, sky, tables
 from sos_dask.report.page import Code, Page, Picture, Section, html
 from sos_dask.report.style import Drawn, new_figure, render, robust_limits
-from sos_dask.report.words import number
 from sos_dask.schema import LABELS
 from sos_dask.sky.healpix import ang2pix
 

@@ -9,6 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sos_dask.report.calibration import calibration_figure, growth_figure
+from sos_dask.report.projection import Grid, agreement
+from sos_dask.report.words import percent, readable
+from sos_dask.stages.report_content import figures, grid_of
 
 from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.errors import CatalogError
@@ -16,17 +20,14 @@ from sos_dask.evidence.maps import SKY_ORDER, STEPS, follow_up
 from sos_dask.evidence.projection import ProjectionSettings
 from sos_dask.report import generalisation as groups
 from sos_dask.report import trust
-from sos_dask.report.calibration import calibration_figure, growth_figure
-from sos_dask.report.projection import Grid, agreement
 from sos_dask.report.style import Rendered, render
-from sos_dask.report.words import percent, readable
-from sos_dask.stages.generalisation import GeneralisationSettings, generalisation
+from sos_dask.stages.generalisation import GeneralisationSettings
 from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.report import PAGE, ReportSettings, report
-from sos_dask.stages.report_content import figures, grid_of
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import read_build
+from tests.run import generalisation
 
 SETTINGS = ReportSettings("small", "a = 1", {}, {"sos-dask": "0"})
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from sos_dask.stages.report_content import figures
 
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.rebuild.plan import plan
 from sos_dask.stages.report import PAGE, ReportSettings, of_build, report, report_recipe
-from sos_dask.stages.report_content import figures
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents

@@ -20,6 +20,7 @@ from pydantic import Field
 from sos_dask import __version__
 from sos_dask import corrections as models
 from sos_dask.columns import floats32
+from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.corrections.symbolic import FILE as FORMULA_FILE
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.evidence.maps import SKY_ORDER, STEPS
@@ -46,7 +47,6 @@ from sos_dask.stages.projection import load_projection
 from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import file_names, read_build, require_store
-from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 
 PAGE = "report.html"
 _KEY = "obs_id"
@@ -372,11 +372,6 @@ def _projection(build: Build, counts: Counts) -> Drawn | None:
 
 
 # --- as functions -------------------------------------------------------------------------------
-
-
-def report_recipe(products: Mapping[str, str], settings: ReportSettings) -> Recipe:
-    """Recipe of `report` for products of these fingerprints."""
-    return ReportStage.recipe(settings, products)
 
 
 def report(

@@ -13,6 +13,7 @@ share that holds the bare truth, which has no noise, stands beside it.
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, references_avoid
 from sos_dask.simulate.surveys import SURVEYS, difficulty
 from sos_dask.stages.coverage import read_overlap
-from sos_dask.stages.evidence import training_pairs
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from tests.job import DEFAULT_PARTITIONS, build, methods
@@ -64,7 +64,9 @@ def rows_of(corrected: Catalog, truth: Path) -> Rows:
 def reference_noise(rows: Rows, pairs: Catalog, seed: int = 0) -> FloatArray:
     """Errors (n, 3) of a simulated measurement of every row by the reference."""
     rng = np.random.default_rng(seed)
-    table = training_pairs(pairs, [*LABELS, "snr", "survey_ref", "snr_ref"])
+    names = ["use", *LABELS, "snr", "survey_ref", "snr_ref"]
+    table = pa.concat_tables([pairs.read(pixel, names) for pixel in pairs.pixels])
+    table = table.filter(table["use"])
 
     def place(columns: Rows) -> FloatArray:
         labels = np.stack([columns[label] for label in LABELS], axis=1) / _SPACING

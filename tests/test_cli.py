@@ -20,8 +20,6 @@ import pyarrow as pa
 import pytest
 from astropy.io import fits
 from astropy.table import Table
-from sos_dask.evidence.measures import MEASURES
-from sos_dask.stages.report_content import figures
 
 from sos_dask import corrections as models
 from sos_dask.cli import app, main

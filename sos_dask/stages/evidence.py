@@ -315,9 +315,6 @@ def sparse_pairs(x: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[
     return sparse
 
 
-# Until all stages read the table.
-
-
 def require_rows(run: Run, evidence: Path, process_bytes: int, bytes_a_pair: int) -> None:
     """Refuse a table that does not fit into a worker, or into this process without one.
 

@@ -146,8 +146,7 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     leaders = leaders[sky_order(table, leaders, "star_id")]
     members = _Members.of(table, primary, leaders, settings.order)
     united = _unite_labels(table, members, settings)
-    of_primary = pa.array(leaders)
-    of_chosen = pa.array(members.row[united.chosen])
+    of_primary, of_chosen = pa.array(leaders), pa.array(members.row[united.chosen])
     key_field = _field("star_id", pa.string(), "Survey and star_id of the primary", _KEY_UCD)
     columns: _Columns = [
         (table.schema.field(HEALPIX_COLUMN), table[HEALPIX_COLUMN].take(of_primary)),
@@ -163,8 +162,8 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
         elif name == "snr":
             out = table[name].take(of_chosen)
         else:
-            pair = name in _MOTION and names.issuperset(_MOTION)
-            out = table[name].take(pa.array(members.givers(table, _MOTION if pair else (name,))))
+            both = name in _MOTION and names.issuperset(_MOTION)
+            out = table[name].take(members.givers(table, _MOTION if both else (name,)))
         columns.append((about, out))
     columns += _told(table, members, united)
     schema = pa.schema([about for about, _ in columns])
@@ -337,12 +336,12 @@ class _Members:
         out[self.segment[at[::-1]]] = at[::-1]
         return out
 
-    def givers(self, table: pa.Table, names: tuple[str, ...]) -> IntArray:
+    def givers(self, table: pa.Table, names: tuple[str, ...]) -> pa.Array:
         """Row of each star's first member that has all of some columns."""
         has = np.ones(table.num_rows, dtype=np.bool_)
         for name in names:
             has &= table[name].is_valid().to_numpy()
-        return self.row[self.first_with(has[self.row], self.first)]
+        return pa.array(self.row[self.first_with(has[self.row], self.first)])
 
     def measured(
         self, table: pa.Table, label: str, offsets: Mapping[str, Mapping[str, float]]

@@ -26,6 +26,7 @@ from sos_dask.cli import app, main
 from sos_dask.cli.output import reporting
 from sos_dask.errors import SosError
 from sos_dask.evidence.coverage import MEASURES
+from sos_dask.stages.report import figures
 from sos_dask.storage.artifact import MANIFEST
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import sealed_json

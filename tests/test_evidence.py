@@ -28,8 +28,9 @@ from sos_dask.stages.evidence import (
 )
 from sos_dask.stages.train import TrainSettings
 from sos_dask.stages.trends import Trends
+from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.storage.catalog import Catalog
-from tests.run import make_evidence, uncertainty
+from tests.run import make_evidence
 from tests.sky import write_catalog
 
 COLUMNS = ["star", "fold", *DIFFERENCES]
@@ -162,21 +163,19 @@ def test_the_table_of_many_pairs_is_of_some_stars(build, pairs, tmp_path, share)
     assert same[0].read_bytes() == same[1].read_bytes(), "in any partitions"
 
 
-def test_stages_look_at_no_more_pairs_than_that(build, pairs, tmp_path, monkeypatch):
+def test_stages_look_at_no_more_pairs_than_that(build, pairs, tmp_path):
     """Each in a store with more pairs than are looked at: it counts those that it left out."""
-    monkeypatch.setattr("sos_dask.stages.evidence.MOST_PAIRS", pairs.n_rows // 2)
     model = build / "model.polynomial"
     settings = EvidenceSettings(max_pairs=pairs.n_rows // 2)
     make_evidence(pairs, {"polynomial": model}, tmp_path / "evidence", settings)
     of_table = {"evidence": tmp_path / "evidence"}
     made = [
-        uncertainty(model, pairs, tmp_path / "uncertainty"),
+        Uncertainty({**of_table, "model": model}).run(tmp_path / "uncertainty"),
         Compare({**of_table, "model.polynomial": model}).run(tmp_path / "compare"),
         Trends(of_table).run(tmp_path / "trends"),
     ]
-    n_kept = evidence(pairs, COLUMNS, pairs.n_rows // 2).table.num_rows
+    n_kept = read_evidence(tmp_path / "evidence", ["fold"]).num_rows
     for manifest in made:
-        assert manifest is not None
         dropped = manifest.rows.dropped
         beyond = dropped["of stars beyond a million pairs"]
         assert pairs.n_rows - beyond - dropped["not fit for training"] == n_kept

@@ -152,7 +152,7 @@ class Apply(Stage[ApplySettings]):
         Role("smooth", "Smooth model that the correction fades to.", "output", optional=True),
     )
     partitioned = "observations"
-    memory = (260, 5.5)
+    memory = (200, 5.5)
 
     @classmethod
     def recipe(cls, settings: ApplySettings, fingerprints: Mapping[str, str]) -> Recipe:

@@ -81,7 +81,7 @@ class Stage(Generic[S]):
     version: ClassVar[int]
     Settings: ClassVar[type[Settings]] = Settings
     roles: ClassVar[tuple[Role, ...]] = ()
-    memory: ClassVar[tuple[int, float]] = (290, 6.0)
+    memory: ClassVar[tuple[int, float]] = (230, 6.0)
     """MiB of a worker's process, and its peak beside that in bytes of its partition (measured)."""
     partitioned: ClassVar[str] = ""
     """Role of the catalog whose partitions are the parts: its largest must fit into a worker."""

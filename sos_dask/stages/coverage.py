@@ -134,7 +134,7 @@ class Coverage(Stage[CoverageSettings]):
         Role("errors", "Output of uncertainty for this correction.", "output", optional=True),
     )
     partitioned = "observations"
-    memory = (290, 3.5)
+    memory = (230, 3.5)
 
     @property
     def observations(self) -> Catalog:

@@ -85,7 +85,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
         Role("reference", "Stars of the reference (star_id); observations are taken too."),
     )
     partitioned = "target"
-    memory = (280, 4.0)
+    memory = (220, 4.0)
     motions: tuple[Motion, Motion]
     shared_ids: bool
 

@@ -43,7 +43,7 @@ class Dedupe(Stage[DedupeSettings]):
     Settings = DedupeSettings
     roles = (Role("observations", "Observations, with obs_id, quality and the labels."),)
     partitioned = "observations"
-    memory = (380, 4.0)
+    memory = (320, 4.0)
     epoch, moved_arcsec = 0.0, 0.0
 
     @property

@@ -204,15 +204,15 @@ def test_a_partition_too_large_for_a_worker_is_refused_before_it_starts(tmp_path
     large = write_catalog(table, tmp_path / "large")
     small = write_catalog(table, tmp_path / "small", rows_per_partition=40_000)
     assert len(large.pixels) == 1 < len(small.pixels)
-    with start(1, "420MiB") as cluster:
+    with start(1, "360MiB") as cluster:
         with pytest.raises(ClusterError) as caught:
             dedupe(large, tmp_path / "refused", DedupeSettings(), cluster=cluster)
         few = dedupe(small, tmp_path / "few", DedupeSettings(), cluster=cluster)
     assert f"dedupe: partition {large.pixels[0]} of {large.path} (300,000" in caught.value.message
-    assert "the limit is 420 MiB" in caught.value.message
+    assert "the limit is 360 MiB" in caught.value.message
     assert "rows_per_partition" in caught.value.hint
     enough = re.search(r"Give workers (\d+) MiB", caught.value.hint)
-    assert enough and 420 < int(enough[1]) < 520
+    assert enough and 360 < int(enough[1]) < 460
     with start(1, f"{int(enough[1]) + 1}MiB") as cluster:
         many = dedupe(large, tmp_path / "held", DedupeSettings(), cluster=cluster)
     assert many.rows == few.rows

@@ -54,6 +54,7 @@ def test_paths_are_relative_to_the_job_and_take_variables(tmp_path, monkeypatch)
         (GOOD.replace("reference.apogee", "reference.lamost"), "two surveys are named 'lamost'"),
         (GOOD.replace("reference.apogee", 'reference."Bad Name"'), "Bad Name"),
         (GOOD.replace('files = ["a.csv"]', "files = []"), "reference.apogee.files"),
+        (GOOD + "[unify]\norder = []\n", "unify. was renamed.*reference_union"),
         (GOOD + "[reference.apogee]\n", "not valid TOML"),
         ("format = 1\n", "is missing"),
     ],

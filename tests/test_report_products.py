@@ -18,12 +18,13 @@ from sos_dask.report import page
 from sos_dask.report.figures import calibration_figure, left_out_figure
 from sos_dask.report.maps import Plane, growth_figure
 from sos_dask.report.style import Drawn, percent, readable
-from sos_dask.stages.generalisation import GeneralisationSettings, generalisation
+from sos_dask.stages.generalisation import GeneralisationSettings
 from sos_dask.stages.projection import ProjectionStage
-from sos_dask.stages.report import PAGE, ReportSettings, figures, report
+from sos_dask.stages.report import PAGE, ReportSettings, figures
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import read_build
+from tests.run import generalisation, report
 
 SETTINGS = ReportSettings(job="small", job_text="a = 1", software={"sos-dask": "0"})
 UNITS = {"teff": "K", "logg": "dex", "feh": "dex"}

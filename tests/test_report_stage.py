@@ -20,12 +20,11 @@ from sos_dask.stages.report import (
     ReportStage,
     figures,
     of_build,
-    report,
-    report_recipe,
 )
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents
+from tests.run import report
 
 FIGURES = {
     "sky",
@@ -188,7 +187,7 @@ def test_a_rebuild_makes_the_report_when_the_job_asks(small_store, tmp_path, mon
     assert "job “small”" in text and "lamost.fits" in text
     assert rebuild(job).path == build.path
     # The single step makes the same page from the published build alone.
-    of_build(tmp_path / "copy" / "store", tmp_path / "again")
+    of_build(tmp_path / "copy" / "store").run(tmp_path / "again")
     assert (tmp_path / "again" / PAGE).read_text() == text
     # Another comment in the job is another page, and nothing else.
     file.write_text(file.read_text() + "# a comment\n")
@@ -197,8 +196,8 @@ def test_a_rebuild_makes_the_report_when_the_job_asks(small_store, tmp_path, mon
 
 
 def test_software_is_part_of_the_recipe():
-    one = report_recipe({}, SETTINGS)
-    other = report_recipe({}, SETTINGS.but(software={"numpy": "2"}))
+    one = ReportStage.recipe(SETTINGS, {})
+    other = ReportStage.recipe(SETTINGS.but(software={"numpy": "2"}), {})
     assert one.fingerprint != other.fingerprint
     assert {"python", "numpy", "matplotlib"} <= set(ReportSettings(job="a", job_text="b").software)
 

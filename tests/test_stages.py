@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sos_dask import corrections as models
-from sos_dask.api import apply, crossmatch, dedupe, reference, train
+from sos_dask.api import crossmatch, dedupe, reference, train
 from sos_dask.errors import CatalogError, ConfigError, ModelError, SurveyError
 from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.run.cluster import Cluster
@@ -39,6 +39,7 @@ from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
 from sos_dask.surveys.definition import load_survey
 from tests.job import contents
+from tests.run import apply
 from tests.sky import observations, write_catalog
 
 EPOCH = 2016.0
@@ -217,7 +218,7 @@ def test_chains_of_moving_stars(tmp_path, n, speed):
 def test_crossmatch_equals_one_call_of_the_kernel(stars, tmp_path, pairs):
     settings = CrossmatchSettings(radius_arcsec=0.5, id_radius_arcsec=4.0, pairs=pairs)
     left, right = rows_of(stars / f"stars1-{SIZES[0]}"), rows_of(stars / f"stars2-{SIZES[0]}")
-    matches = match(left, right, settings.match)
+    matches = match(left, right, settings)
     assert len(matches.left) > 100 and matches.by_id.any() and not matches.by_id.all()
     tables = []
     for one, other in itertools.product(SIZES, SIZES):
@@ -294,7 +295,7 @@ def united(tables: dict[str, pa.Table], settings: ReferenceSettings) -> pa.Table
             radius_arcsec=settings.radius_arcsec, id_radius_arcsec=settings.id_radius_arcsec
         ),
     )
-    return unify(together, groups.primary, settings.unify).combine_chunks()
+    return unify(together, groups.primary, settings).combine_chunks()
 
 
 @pytest.mark.parametrize("method", ["precedence", "weighted-mean"])

@@ -25,6 +25,7 @@ from sos_dask.cli.output import (
     complain,
     console,
     print_json,
+    reporting,
     say,
     show_table,
     shown,
@@ -84,7 +85,7 @@ def compare(
     _one_of("sample", sample, _SAMPLES)
     if inputs:
         options.refuse(("store",), "with PAIRS")
-        directory = _made(Compare, settings(), inputs, out, options)
+        directory = _on_pairs(Compare, settings(), inputs[0], inputs[1:], {}, out, options)
         taken = None
     else:
         options.refuse_all_but("label", "sample")
@@ -174,28 +175,35 @@ def _current(store: Path, product: str) -> Path:
     return current_product(store, product)
 
 
-def _made(
+def _on_pairs(
     stage: type[Stage[Any]],
     settings: Any,
-    inputs: Sequence[Path],
+    pairs: Path,
+    models: Sequence[Path],
+    more: Mapping[str, Any],
     out: Path | None,
     options: StepOptions,
 ) -> Path:
-    """Run a stage on the evidence of pairs and models given by path; where its output is."""
-    from sos_dask.stages.evidence import Evidence
+    """Run a stage on pairs and models given by path; where its output is."""
+    from sos_dask.stages.evidence import on_pairs
+    from sos_dask.storage.catalog import Catalog
     from sos_dask.storage.manifest import Manifest
 
     if out is None:
         raise ConfigError("--out is missing", "Give a directory for the output: -o DIR.")
-    models: dict[str, Path] = {}
-    for path in inputs[1:]:
+    by_method: dict[str, Path] = {}
+    for path in models:
         method = Manifest.load(path).recipe.stage.removeprefix("train-")
-        if f"model.{method}" in models:
-            raise ConfigError(f"{path} and {models[f'model.{method}']} are both of '{method}'")
-        models[f"model.{method}"] = path
-    evidence = out.with_name(f"{out.name}.evidence")
-    run_step(Evidence({"pairs": inputs[0], **models}), evidence, options)
-    run_step(stage({"evidence": evidence, **models}, settings), out, options)
+        if method in by_method:
+            raise ConfigError(f"{path} and {by_method[method]} are both models of '{method}'")
+        by_method[method] = path
+    named = {f"model.{method}": path for method, path in by_method.items()}
+    inputs = {name: path for name, path in named.items() if stage.takes(name)} | dict(more)
+    with reporting() as report, options.start() as cluster:
+        given: dict[str, Any] = {"overwrite": options.overwrite, "cluster": cluster}
+        on_pairs(
+            stage, Catalog.open(pairs), by_method, out, settings, inputs, report=report, **given
+        )
     return out
 
 
@@ -305,7 +313,7 @@ def trends(
 
     if inputs:
         options.refuse(("store",), "with PAIRS")
-        directory = _made(Trends, None, inputs, out, options)
+        directory = _on_pairs(Trends, None, inputs[0], inputs[1:], {}, out, options)
     else:
         options.refuse_all_but("label", "against", "method")
         directory = _current(find_store(store), "trends")
@@ -579,7 +587,6 @@ def _score(
 ) -> None:
     """Run the stage on inputs given by path."""
     from sos_dask.stages.coverage import Coverage
-    from sos_dask.stages.evidence import Evidence
 
     if len(inputs) != 4:
         raise ConfigError(
@@ -588,11 +595,9 @@ def _score(
         )
     pairs, model, catalog, stars = inputs
     [scored] = open_catalogs([catalog], key, "obs_id")
-    evidence = out.with_name(f"{out.name}.evidence")
-    run_step(Evidence({"pairs": pairs, "model.chosen": model}), evidence, options)
-    given: dict[str, Any] = {"evidence": evidence, "model": model, "observations": scored}
-    given |= {"stars": stars} | ({"errors": errors} if errors else {})
-    run_step(Coverage(given, settings), out, options)
+    more: dict[str, Any] = {"model": model, "pairs": pairs, "observations": scored}
+    more |= {"stars": stars} | ({"errors": errors} if errors else {})
+    _on_pairs(Coverage, settings, pairs, [model], more, out, options)
 
 
 def _limits(text: str) -> tuple[str, tuple[float, float]]:

@@ -81,7 +81,7 @@ class Stage(Generic[S]):
     version: ClassVar[int]
     Settings: ClassVar[type[Settings]] = Settings
     roles: ClassVar[tuple[Role, ...]] = ()
-    memory: ClassVar[tuple[int, float]] = (290, 6.0)
+    memory: ClassVar[tuple[int, float]] = (230, 6.0)
     """MiB of a worker's process, and its peak beside that in bytes of its partition (measured)."""
     partitioned: ClassVar[str] = ""
     """Role of the catalog whose partitions are the parts: its largest must fit into a worker."""
@@ -122,6 +122,11 @@ class Stage(Generic[S]):
             if name == role.name or (role.many and name.startswith(f"{role.name}.")):
                 return role
         raise ConfigError(f"{cls.name} has no input '{name}'")
+
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        """Tell whether an input of this name is one of its many."""
+        return any(role.many and name.startswith(f"{role.name}.") for role in cls.roles)
 
     def named(self, role: str) -> list[str]:
         """Names of the inputs of a role in their order: one or none, unless it takes many."""

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask.columns import KeyArray, key_numbers
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, SEEDS
 from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray
 from sos_dask.sky.neighbours import near_edge, near_pixel, rows_near, surroundings
@@ -35,7 +34,7 @@ from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
 from sos_dask.stars.group import GAIA_IDS, id_values
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
-from sos_dask.storage.artifact import WORK, Manifest, Output, Recipe, Rows, storage_errors
+from sos_dask.storage.artifact import WORK, Output, Rows, storage_errors
 from sos_dask.storage.catalog import Catalog, partition_errors, partition_path, write_parquet
 
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
@@ -86,7 +85,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
         Role("reference", "Stars of the reference (star_id); observations are taken too."),
     )
     partitioned = "target"
-    memory = (280, 4.0)
+    memory = (220, 4.0)
     motions: tuple[Motion, Motion]
     shared_ids: bool
 
@@ -385,26 +384,3 @@ def _partition_file(output: Output, pixel: HealpixPixel) -> Path:
 
 def _edge_file(output: Output, key: str) -> Path:
     return output.work / "edges" / f"{key}.arrow"
-
-
-def crossmatch_recipe(left: str, right: str, settings: CrossmatchSettings) -> Recipe:
-    """Recipe of `crossmatch` for catalogs of these fingerprints."""
-    return Crossmatch.recipe(settings, {"target": left, "reference": right})
-
-
-def crossmatch(
-    left: Catalog,
-    right: Catalog,
-    directory: Path,
-    settings: CrossmatchSettings,
-    *,
-    name: str = "pairs",
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Match a target catalog with a reference catalog: see `Crossmatch`."""
-    stage = Crossmatch({"target": left, "reference": right}, settings, product=name)
-    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
-    assert made is not None
-    return made

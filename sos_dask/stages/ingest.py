@@ -91,7 +91,7 @@ class Ingest(Stage[SurveySettings]):
     version = 6
     Settings = SurveySettings
     roles = (Role("file", "Files of the survey.", kind="output", many=True),)
-    memory = (280, 5.0)
+    memory = (220, 5.0)
     pieces: tuple[str, ...] = ()
 
     def __init__(

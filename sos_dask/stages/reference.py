@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, MOST_ROWS, YEARS
 from sos_dask.sky.healpix import HealpixPixel, IntArray, Ranges, in_ranges, plan_partitions
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
@@ -22,7 +21,7 @@ from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stars.group import GAIA_IDS, Radii, group_around, rank_of
 from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
 from sos_dask.stars.unify import UnifySettings, common_differences, unify
-from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.artifact import Output, Rows
 from sos_dask.storage.catalog import Catalog
 
 _HISTOGRAM_ORDER = 8
@@ -218,26 +217,3 @@ def _ranks(table: pa.Table, order: tuple[str, ...]) -> IntArray:
         rank[rows] = first + rank_of(table["star_id"].take(pa.array(rows)))
         first += len(rows)
     return rank
-
-
-def reference_recipe(catalogs: Mapping[str, str], settings: ReferenceSettings) -> Recipe:
-    """Recipe of `reference` for catalogs of these fingerprints, by survey."""
-    return Reference.recipe(settings, {f"stars.{name}": one for name, one in catalogs.items()})
-
-
-def reference(
-    catalogs: Mapping[str, Catalog],
-    directory: Path,
-    settings: ReferenceSettings,
-    *,
-    name: str = "reference",
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Unite the stars of the reference surveys, given by their names: see `Reference`."""
-    inputs = {f"stars.{survey}": catalog for survey, catalog in catalogs.items()}
-    stage = Reference(inputs, settings, product=name)
-    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
-    assert made is not None
-    return made

@@ -37,14 +37,13 @@ from sos_dask.report.page import (
     tables,
 )
 from sos_dask.report.style import Drawn, render, word
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, FloatArray, HealpixPixel, IntArray
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.projection import load_projection
-from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.artifact import FileRecord, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import file_names, read_build, require_store
 
@@ -371,79 +370,14 @@ def _projection(build: Build, counts: Counts) -> Drawn | None:
     )
 
 
-# --- as functions -------------------------------------------------------------------------------
-
-
-def report_recipe(products: Mapping[str, str], settings: ReportSettings) -> Recipe:
-    """Recipe of `report` for products of these fingerprints."""
-    return ReportStage.recipe(settings, products)
-
-
-def report(
-    products: Mapping[str, Path],
-    directory: Path,
-    settings: ReportSettings,
-    *,
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Make the page and its figures.
-
-    Parameters
-    ----------
-    products : mapping of str to Path
-        Directories of the products of a rebuild by their names, in the order of the plan. What is
-        not there is left out of the report.
-    directory : Path
-        Gets ``report.html``, which needs nothing else, and ``figures/*.png`` and ``*.pdf``.
-    settings : ReportSettings
-
-    Returns
-    -------
-    Manifest
-        ``summary``: the chosen method and the titles of the figures.
-
-    Raises
-    ------
-    ConfigError
-        There is no correction among the products.
-    CatalogError
-        A product is unfinished or damaged, or the directory holds something else.
-    """
-    return _run(products, directory, settings, overwrite, cluster, report)
-
-
-def _run(
-    products: Mapping[str, Path],
-    directory: Path,
-    settings: ReportSettings,
-    overwrite: bool,
-    cluster: Cluster | None,
-    report: Report,
-) -> Manifest:
-    given = {f"product.{name}": home_of(name, path.resolve()) for name, path in products.items()}
-    stage = ReportStage(given, settings)
-    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
-    assert made is not None
-    return made
-
-
-def of_build(
-    store: Path,
-    directory: Path,
-    *,
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Make the report of the current build of a store; see `report`."""
+def of_build(store: Path) -> ReportStage:
+    """Make the stage that reports the current build of a store."""
     require_store(store)
     current = store / "current"
     document = read_build(current)
-    names = [name for name in document["products"] if name != "report"]
     settings = ReportSettings(
         job=document["job"], job_text=document["job_file"], files=file_names(store)
     )
-    products = {name: current / name for name in names}
-    return _run(products, directory, settings, overwrite, cluster, report)
+    names = [name for name in document["products"] if name != "report"]
+    products = {f"product.{name}": home_of(name, (current / name).resolve()) for name in names}
+    return ReportStage(products, settings)

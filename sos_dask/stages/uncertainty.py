@@ -43,7 +43,6 @@ from sos_dask.stages.common import common_stars
 from sos_dask.stages.evidence import (
     DIFFERENCES,
     held_out_columns,
-    on_pairs,
     read_evidence,
     require_rows,
     single_observations,
@@ -52,7 +51,7 @@ from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stars.folds import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import GIANT_LOGG, normalisation
 from sos_dask.storage.artifact import Manifest, Output, Rows
-from sos_dask.storage.catalog import Catalog, partition_errors
+from sos_dask.storage.catalog import partition_errors
 
 CALIBRATION = "calibration.parquet"
 _MIN_COMMON = 30
@@ -259,20 +258,6 @@ class Uncertainty(Stage[UncertaintySettings]):
                 corners = three_cornered_hat(three, names, self.settings.seed)
                 found += [{"label": label, **corner} for corner in corners]
         return {"found": found}
-
-
-def uncertainty(
-    model: Path,
-    pairs: Catalog,
-    directory: Path,
-    settings: UncertaintySettings | None = None,
-    more: Mapping[str, Catalog] | None = None,
-    **options: Any,
-) -> Manifest:
-    """Run the stage by itself on pairs and a model trained on them; see `Uncertainty`."""
-    method = Manifest.load(model).recipe.stage.removeprefix("train-")
-    inputs: dict[str, Catalog | Path] = {"model": model, **(more or {})}
-    return on_pairs(Uncertainty, pairs, {method: model}, directory, settings, inputs, **options)
 
 
 def read_calibration(directory: Path) -> list[dict[str, Any]]:

@@ -22,11 +22,11 @@ from sos_dask.run.cluster import Cluster, start
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.simulate import SkySettings, simulate
 from sos_dask.stages.crossmatch import CrossmatchSettings
-from sos_dask.stages.parts import commit_catalog
 from sos_dask.stars.group import DedupeSettings
-from sos_dask.storage.artifact import Output, Recipe, Rows
+from sos_dask.storage.artifact import Output, Recipe
 from sos_dask.storage.catalog import Catalog, write_partition
 from sos_dask.surveys.definition import load_survey
+from tests.sky import commit
 
 RADIUS_ARCSEC = 1.0
 MARGIN_ARCSEC = 5.0
@@ -200,7 +200,7 @@ def model(place: Place, cluster: Cluster) -> None:
 
 def errors(place: Place, cluster: Cluster) -> None:
     """The error model of that model."""
-    from sos_dask.api import uncertainty
+    from tests.run import uncertainty
 
     uncertainty(
         place.ours("model"),
@@ -332,8 +332,7 @@ def _derive(
         if table.num_rows:
             record = write_partition(output, pixel, table.combine_chunks())
             done.append((pixel, {"file": asdict(record)}))
-    n = sum(record["file"]["rows"] for _, record in done)
-    commit_catalog(output, path.name, done, schema, Rows(n, n), {})
+    commit(output, path.name, [one for one, _ in done], [one for _, one in done], schema)
 
 
 def _native(rows: Any, name: str) -> pa.Array:

@@ -397,10 +397,10 @@ def test_the_python_functions_take_text(small_store, small_sky, tmp_path, monkey
         "pairs",
         api.CrossmatchSettings(radius_arcsec=1.0),
     )
-    trust = api.Trust(f"{build}/coverage", "polynomial", f"{build}/model.polynomial")  # type: ignore[arg-type]
     made = api.apply(
-        f"{build}/model.polynomial", f"{build}/lamost.observations", "out", trust=trust,
-        errors=f"{build}/uncertainty",
+        f"{build}/model.polynomial", f"{build}/lamost.observations", "out",
+        api.ApplySettings(fallback="polynomial"), coverage=f"{build}/coverage",
+        errors=f"{build}/uncertainty", smooth=f"{build}/model.polynomial",
     )  # fmt: skip
     assert made is not None and made.rows.n_out == made.rows.n_in > 4000
     job = write_job(tmp_path, small_sky)

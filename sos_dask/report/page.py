@@ -127,8 +127,7 @@ class Build:
     @cached_property
     def problem(self) -> Problem:
         """The question that the models answer."""
-        names = [name for name in self.manifests if MODEL in name.split(".")[:-1]]
-        given = next((self.manifests[name].recipe.params.get("problem") for name in names), None)
+        given = self.summary("evidence").get("problem")
         return Problem(**given) if given else Problem()
 
     @property

@@ -43,6 +43,7 @@ def drawn(found) -> Drawn:
 
 def test_calibration_states_how_many_pairs_judge_each_part(current):
     table = page.Build.open({"uncertainty": current / "uncertainty"}).table("hit_rates")
+    assert table is not None
     said = drawn(calibration_figure(table, UNITS)).facts["pairs"]
     for row in table.to_pylist():
         if row["subset"] in ("all", "sparse", "giants"):
@@ -52,6 +53,7 @@ def test_calibration_states_how_many_pairs_judge_each_part(current):
 
 def test_growth_names_the_pairs_for_which_the_model_is_too_small(current):
     table = page.Build.open({"coverage": current / "coverage"}).table("growth")
+    assert table is not None
     limits = Manifest.load(current / "coverage").summary["limits"]
     said = drawn(growth_figure(table, limits)).facts
     n = np.sum(table["n"].to_numpy())

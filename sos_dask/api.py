@@ -13,49 +13,38 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import wraps
 from os import PathLike
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from sos_dask import simulate as _simulate
 from sos_dask.errors import understood
 from sos_dask.rebuild import pipeline as _pipeline
 from sos_dask.rebuild import plan as _plan
 from sos_dask.rebuild.job import Job, load_job
-from sos_dask.run.cluster import Cluster, start
+from sos_dask.run.cluster import Cluster, silent, start
 from sos_dask.simulate import SkySettings
-from sos_dask.stages import apply as _apply
-from sos_dask.stages import attach as _attach
-from sos_dask.stages import compare as _compare
-from sos_dask.stages import coverage as _coverage
-from sos_dask.stages import crossmatch as _crossmatch
-from sos_dask.stages import dedupe as _dedupe
 from sos_dask.stages import ingest as _ingest
-from sos_dask.stages import margin as _margin
-from sos_dask.stages import reference as _reference
-from sos_dask.stages import report as _report
-from sos_dask.stages import train as _train
-from sos_dask.stages import trends as _trends
-from sos_dask.stages import uncertainty as _uncertainty
-from sos_dask.stages.apply import Trust
-from sos_dask.stages.attach import AttachSettings
-from sos_dask.stages.compare import CompareSettings
-from sos_dask.stages.coverage import CoverageSettings
-from sos_dask.stages.crossmatch import PairSettings
+from sos_dask.stages.apply import Apply, ApplySettings
+from sos_dask.stages.attach import Attach, AttachSettings
+from sos_dask.stages.base import Stage
+from sos_dask.stages.compare import Compare, CompareSettings
+from sos_dask.stages.coverage import Coverage, CoverageSettings
+from sos_dask.stages.crossmatch import Crossmatch, CrossmatchSettings
+from sos_dask.stages.dedupe import Dedupe
+from sos_dask.stages.evidence import Evidence
 from sos_dask.stages.ingest import IngestSettings
-from sos_dask.stages.reference import ReferenceSettings
-from sos_dask.stages.report import ReportSettings
-from sos_dask.stages.train import TrainSettings
-from sos_dask.stages.trends import TrendSettings
-from sos_dask.stages.uncertainty import Surveys, UncertaintySettings
+from sos_dask.stages.margin import Margin, MarginSettings
+from sos_dask.stages.reference import Reference, ReferenceSettings
+from sos_dask.stages.train import Train, TrainSettings
+from sos_dask.stages.trends import Trends, TrendSettings
+from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
 from sos_dask.stars.group import DedupeSettings
-from sos_dask.stars.match import MatchSettings
-from sos_dask.stars.unify import UnifySettings
 from sos_dask.storage import store as _store
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from sos_dask.surveys.definition import Survey, builtin_surveys, load_survey
 
 _Result = TypeVar("_Result")
@@ -71,14 +60,13 @@ _OPENED: Mapping[Any, Callable[[Any], Any]] = {
 def _public(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Let a function take names and paths, as text too; all it raises becomes a `SosError`."""
     signature = inspect.signature(function, eval_str=True)
-    wanted = {name: item.annotation for name, item in signature.parameters.items()}
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> _Result:
         given = signature.bind(*args, **kwargs)
         try:
             for name, value in given.arguments.items():
-                given.arguments[name] = _opened(value, wanted[name])
+                given.arguments[name] = _opened(value, signature.parameters[name].annotation)
             return function(*given.args, **given.kwargs)
         except Exception as error:
             known = understood(error)
@@ -86,102 +74,100 @@ def _public(function: Callable[..., _Result]) -> Callable[..., _Result]:
                 raise
             raise known from error
 
-    parameters = [
-        item.replace(annotation=_accepted(item.annotation))
-        for item in signature.parameters.values()
-    ]
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run
 
 
 def _opened(value: Any, wanted: Any) -> Any:
-    """A value as the function wants it: paths and names are opened, also in lists and settings."""
+    """A value as the function wants it: paths and names are opened, also in lists."""
     is_path = isinstance(value, str | PathLike)
     inner = get_args(wanted)
     if get_origin(wanted) is Sequence and inner[0] in _OPENED:
         return [_opened(item, inner[0]) for item in ([value] if is_path else value)]
     for kind in inner if get_origin(wanted) in (Union, UnionType) else (wanted,):
-        if is_path and isinstance(kind, type) and kind in _OPENED:
-            return value if isinstance(value, kind) else _OPENED[kind](value)
-        if kind in (Trust, Surveys) and isinstance(value, kind):
-            hints = get_type_hints(kind)
-            return replace(value, **{k: _opened(getattr(value, k), hints[k]) for k in hints})
-        if isinstance(value, Mapping) and get_origin(kind) is Mapping:
-            return {key: _opened(item, get_args(kind)[1]) for key, item in value.items()}
+        if is_path and isinstance(kind, type) and kind in _OPENED and not isinstance(value, kind):
+            return _OPENED[kind](value)
     return value
 
 
-def _accepted(wanted: Any) -> Any:
-    """Annotation of what `_opened` takes."""
-    if get_origin(wanted) in (Union, UnionType):
-        return Union[tuple(map(_accepted, get_args(wanted)))]  # noqa: UP007
-    if get_origin(wanted) in (Sequence, Mapping):
-        return get_origin(wanted)[tuple(map(_accepted, get_args(wanted)))]
-    return str | Path | wanted if isinstance(wanted, type) and wanted in _OPENED else wanted
+def _step(stage: type[Stage[Any]]) -> Callable[..., Any]:
+    """Make a function of a stage: its inputs by role, a directory, settings."""
+    fixed = [role for role in stage.roles if not role.optional]
+    further = [role for role in stage.roles if role.optional]
+
+    def run(*args: Any, **kwargs: Any) -> Manifest | None:
+        given = signature.bind(*args, **kwargs).arguments
+        inputs: dict[str, Any] = {}
+        for role in stage.roles:
+            value = given.get(role.name)
+            if role.many and value is not None:
+                inputs |= {f"{role.name}.{name}": one for name, one in dict(value).items()}
+            elif value is not None:
+                inputs[role.name] = value
+        made = stage(inputs, given.get("settings"), product=given.get("name", ""))
+        options = {
+            name: given[name] for name in ("overwrite", "cluster", "report") if name in given
+        }
+        return made.attempt(given["directory"], **options)
+
+    place, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    signature = inspect.Signature(
+        [
+            *(inspect.Parameter(role.name, place) for role in fixed),
+            inspect.Parameter("directory", place),
+            inspect.Parameter("settings", place, default=None),
+            *(inspect.Parameter(role.name, named, default=None) for role in further),
+            inspect.Parameter("name", named, default=""),
+            inspect.Parameter("overwrite", named, default=False),
+            inspect.Parameter("cluster", named, default=None),
+            inspect.Parameter("report", named, default=silent),
+        ]
+    )
+    lines = []
+    for role in stage.roles:
+        kind = "path or Catalog" if role.kind == "catalog" else "path"
+        many = "mapping of str to " if role.many else ""
+        optional = ", optional" if role.optional else ""
+        lines.append(f"{role.name} : {many}{kind}{optional}\n    {role.text}")
+    lines += [
+        "directory : path\n    Where the output goes; several processes may share it.",
+        f"settings : {stage.Settings.__name__}, optional",
+        "name : str\n    Name of the catalog; default that of the directory.",
+        "overwrite : bool\n    Replace another output in ``directory``.",
+    ]
+    doc = inspect.cleandoc(stage.__doc__ or "")
+    run.__doc__ = "\n".join([doc, "", "Parameters", "----------", *lines])
+    run.__name__ = run.__qualname__ = stage.__name__.lower()
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    return _public(run)
 
 
-apply = _public(_apply.apply)
-attach = _public(_attach.attach)
-compare = _public(_compare.compare)
-coverage = _public(_coverage.coverage)
-crossmatch = _public(_crossmatch.crossmatch)
-dedupe = _public(_dedupe.dedupe)
+apply = _step(Apply)
+attach = _step(Attach)
+compare = _step(Compare)
+coverage = _step(Coverage)
+crossmatch = _step(Crossmatch)
+dedupe = _step(Dedupe)
+evidence = _step(Evidence)
 gc = _public(_store.gc)
 ingest = _public(_ingest.ingest)
-margin = _public(_margin.margin)
+margin = _step(Margin)
 plan = _public(_plan.plan)
 rebuild = _public(_pipeline.rebuild)
-reference = _public(_reference.reference)
-report = _public(_report.report)
+reference = _step(Reference)
 simulate = _public(_simulate.simulate)
 status = _public(_store.status)
-train = _public(_train.train)
-trends = _public(_trends.trends)
-uncertainty = _public(_uncertainty.uncertainty)
+train = _step(Train)
+trends = _step(Trends)
+uncertainty = _step(Uncertainty)
 verify = _public(_store.verify)
 
+
 __all__ = [
-    "AttachSettings",
-    "Catalog",
-    "Cluster",
-    "CompareSettings",
-    "CoverageSettings",
-    "DedupeSettings",
-    "IngestSettings",
-    "Job",
-    "MatchSettings",
-    "PairSettings",
-    "ReferenceSettings",
-    "ReportSettings",
-    "SkySettings",
-    "Survey",
-    "Surveys",
-    "TrainSettings",
-    "TrendSettings",
-    "Trust",
-    "UncertaintySettings",
-    "UnifySettings",
-    "apply",
-    "attach",
-    "builtin_surveys",
-    "compare",
-    "coverage",
-    "crossmatch",
-    "dedupe",
-    "gc",
-    "ingest",
-    "load_job",
-    "load_survey",
-    "margin",
-    "plan",
-    "rebuild",
-    "reference",
-    "report",
-    "simulate",
-    "start",
-    "status",
-    "train",
-    "trends",
-    "uncertainty",
+    "ApplySettings", "AttachSettings", "Catalog", "Cluster", "CompareSettings", "CoverageSettings",
+    "CrossmatchSettings", "DedupeSettings", "IngestSettings", "Job", "MarginSettings",
+    "ReferenceSettings", "SkySettings", "Survey", "TrainSettings", "TrendSettings",
+    "UncertaintySettings", "apply", "attach", "builtin_surveys", "compare", "coverage",
+    "crossmatch", "dedupe", "evidence", "gc", "ingest", "load_job", "load_survey", "margin", "plan",
+    "rebuild", "reference", "simulate", "start", "status", "train", "trends", "uncertainty",
     "verify",
-]
+]  # fmt: skip

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self, TypeAlias
+from typing import Annotated, Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from sos_dask.columns import floats32
 from sos_dask.schema import CANONICAL, LABELS
@@ -21,6 +21,15 @@ BLOCK_ROWS = 8192
 FloatArray = NDArray[np.float64]
 Float32Array = NDArray[np.float32]
 Columns: TypeAlias = pa.Table | Mapping[str, ArrayLike]
+
+
+def _column_name(text: str) -> str:
+    if not is_column(text):
+        raise ValueError(f"'{text}' cannot name a column: {COLUMN_RULE}")
+    return text
+
+
+ColumnName = Annotated[str, AfterValidator(_column_name)]
 
 
 class Label(Settings):
@@ -36,23 +45,11 @@ class Label(Settings):
         Column of its error; default ``<name>_err``.
     """
 
-    name: str = Field(description="Column of the label in a catalog")
+    name: ColumnName = Field(description="Column of the label in a catalog")
     unit: str = Field("", description="Unit, as in the metadata of columns")
-    error: str = Field("", description="Column of its error; default <name>_err")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, given: Any) -> Any:
-        if isinstance(given, dict) and isinstance(given.get("name"), str):
-            given = {**given, "error": given.get("error") or f"{given['name']}_err"}
-        return given
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for text in (self.name, self.error):
-            if not is_column(text):
-                raise ValueError(f"'{text}' cannot name a column: {COLUMN_RULE}")
-        return self
+    error: ColumnName = Field(
+        default_factory=lambda given: f"{given['name']}_err", description="Column of its error"
+    )
 
     @property
     def diff(self) -> str:
@@ -94,24 +91,12 @@ class Input(Settings):
         Of the input in models and formulas; default: the column.
     """
 
-    column: str = Field(description="Column of a catalog")
+    column: ColumnName = Field(description="Column of a catalog")
     scale: float = Field(1.0, gt=0, description="The column is divided by it")
     log10: bool = Field(False, description="Take the decimal logarithm")
-    name: str = Field("", description="Name in models and formulas; default: the column")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, given: Any) -> Any:
-        if isinstance(given, dict):
-            given = {**given, "name": given.get("name") or given.get("column")}
-        return given
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for text in (self.name, self.column):
-            if not is_column(text):
-                raise ValueError(f"'{text}' cannot name a column: {COLUMN_RULE}")
-        return self
+    name: ColumnName = Field(
+        default_factory=lambda given: given["column"], description="Name in models and formulas"
+    )
 
     def values(self, column: ArrayLike) -> NDArray[np.floating]:
         """Transform a column in its own precision (logarithms in double), NaN where unknown.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -135,19 +134,6 @@ def nearest(name: str, known: Collection[str]) -> str:
 MOST_ROWS = 1_000_000_000
 YEARS = (1800.0, 2100.0)
 SEEDS = (0, 2**31 - 1)
-
-
-def check_numbers(settings: object, **limits: tuple[float, float]) -> None:
-    """Check that attributes are finite numbers within their limits, both inclusive.
-
-    Raises
-    ------
-    ConfigError
-    """
-    for name, (low, high) in limits.items():
-        value = getattr(settings, name)
-        if not low <= value <= high or abs(value) == math.inf:
-            raise ConfigError(f"{name} = {value} is not a number from {low:g} to {high:g}")
 
 
 def find_name(name: str, known: Collection[str]) -> str | None:

@@ -1,15 +1,17 @@
 """Small skies for tests: tables of observations, and catalogs of them on disk."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from sos_dask.run.cluster import Cluster, silent
 from sos_dask.schema import CANONICAL, HEALPIX, QUALITY
-from sos_dask.sky.healpix import ang2pix, plan_partitions
-from sos_dask.stages.parts import commit_catalog
+from sos_dask.sky.healpix import HealpixPixel, ang2pix, plan_partitions
+from sos_dask.stages.base import Run, partition_record
 from sos_dask.storage.artifact import Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, write_partition
+from sos_dask.storage.catalog import Catalog
 
 
 def hard_positions(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +86,19 @@ def write_catalog(
     done = []
     for pixel in pixels:
         inside = (cells >= pixel.first) & (cells < pixel.stop)
-        record = write_partition(output, pixel, table.filter(pa.array(inside)))
-        done.append((pixel, {"file": record.__dict__}))
-    commit_catalog(output, name, done, table.schema, Rows(len(cells), len(cells)), {})
+        done.append({"file": partition_record(output, pixel, table.filter(pa.array(inside)))})
+    commit(output, name, pixels, done, table.schema)
     return Catalog.open(directory)
+
+
+def commit(
+    output: Output,
+    name: str,
+    pixels: list[HealpixPixel],
+    records: list[dict[str, Any]],
+    schema: pa.Schema,
+) -> None:
+    """Complete a catalog whose partitions are written."""
+    run = Run(output, Cluster(), silent)
+    n_rows = run.write_catalog(name, pixels, records, schema)
+    output.commit(Rows(n_rows, n_rows), tuple(run.files), {})

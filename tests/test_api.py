@@ -23,10 +23,10 @@ def test_every_function_is_documented_and_works_on_paths(tmp_path):
         api.dedupe(observations, tmp_path / f"{name}.stars", api.DedupeSettings())
         stars[name] = api.Catalog.open(tmp_path / f"{name}.stars")
     target = stars.pop("lamost")
-    united = api.ReferenceSettings(unify=api.UnifySettings(order=("apogee", "galah")))
+    united = api.ReferenceSettings(order=("apogee", "galah"), offsets={})
     api.reference(stars, tmp_path / "reference", united)
     reference = api.Catalog.open(tmp_path / "reference")
-    settings = api.PairSettings(match=api.MatchSettings(radius_arcsec=1.0))
+    settings = api.CrossmatchSettings(radius_arcsec=1.0)
     api.crossmatch(target, reference, tmp_path / "pairs", settings)
     pairs = api.Catalog.open(tmp_path / "pairs")
     api.train(

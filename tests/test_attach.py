@@ -4,9 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from sos_dask.api import attach
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.sky.sphere import separation_arcsec
-from sos_dask.stages.attach import AttachSettings, attach
+from sos_dask.stages.attach import AttachSettings
 from sos_dask.storage.catalog import Catalog
 from tests.sky import observations, write_catalog
 

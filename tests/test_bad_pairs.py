@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from sos_dask.api import train
 from sos_dask.errors import ModelError
-from sos_dask.stages.apply import apply
-from sos_dask.stages.compare import CompareSettings, compare
-from sos_dask.stages.train import TrainSettings, train
-from sos_dask.stages.uncertainty import uncertainty
+from sos_dask.stages.compare import CompareSettings
+from sos_dask.stages.train import TrainSettings
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from tests.run import apply, compare, uncertainty
 from tests.sky import observations, write_catalog
 
 FEW = CompareSettings(n_bootstrap=100, min_bin_pairs=20)

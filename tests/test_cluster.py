@@ -196,7 +196,7 @@ def test_no_scheduler_is_a_clear_error(monkeypatch):
 
 def test_a_partition_too_large_for_a_worker_is_refused_before_it_starts(tmp_path):
     """What is refused with its limit fits into a worker that has what the message asks for."""
-    from sos_dask.stages.dedupe import dedupe
+    from sos_dask.api import dedupe
     from sos_dask.stars.group import DedupeSettings
     from tests.sky import observations, write_catalog
 

@@ -50,10 +50,11 @@ def test_paths_are_relative_to_the_job_and_take_variables(tmp_path, monkeypatch)
         (GOOD + "[crossmatch]\nradius_arcsec = -1\n", "crossmatch.radius_arcsec"),
         (GOOD + "[dedupe]\nmethod = 'mean'\n", "dedupe.method.*inverse-variance"),
         (GOOD + "[ingest]\nrows_per_partition = 'many'\n", "ingest.rows_per_partition"),
-        (GOOD + "[unify]\norder = ['galah']\n", "unify.order names 'galah'"),
+        (GOOD + "[reference_union]\norder = ['galah']\n", "reference_union.order names 'galah'"),
         (GOOD.replace("reference.apogee", "reference.lamost"), "two surveys are named 'lamost'"),
         (GOOD.replace("reference.apogee", 'reference."Bad Name"'), "Bad Name"),
         (GOOD.replace('files = ["a.csv"]', "files = []"), "reference.apogee.files"),
+        (GOOD + "[unify]\norder = []\n", "unify. was renamed.*reference_union"),
         (GOOD + "[reference.apogee]\n", "not valid TOML"),
         ("format = 1\n", "is missing"),
     ],
@@ -79,7 +80,7 @@ def test_the_jobs_of_the_project_load(path):
 
 def test_the_readme_of_jobs_names_every_key():
     text = (ROOT / "jobs" / "README.md").read_text()
-    tables = [Job]
+    tables: list[type[Settings]] = [Job]
     while tables:
         for name, field in tables.pop().model_fields.items():
             if not field.exclude or field.description:

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from sos_dask.api import train
 from sos_dask.columns import floats32, key_numbers
 from sos_dask.corrections import load
 from sos_dask.errors import CatalogError, ClusterError
@@ -18,23 +19,21 @@ from sos_dask.stages.compare import Compare
 from sos_dask.stages.evidence import (
     DIFFERENCES,
     EvidenceSettings,
-    PairsRead,
-    evidence,
     fitted_columns,
     held_out_columns,
     held_out_pairs,
-    make_evidence,
     read_evidence,
     require_evidence,
     sparse_pairs,
 )
-from sos_dask.stages.train import TrainSettings, train
+from sos_dask.stages.train import TrainSettings
 from sos_dask.stages.trends import Trends
-from sos_dask.stages.uncertainty import uncertainty
+from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.storage.catalog import Catalog
+from tests.run import make_evidence
 from tests.sky import write_catalog
 
-COLUMNS = ["reference_star_id", "fold", *DIFFERENCES]
+COLUMNS = ["star", "fold", *DIFFERENCES]
 
 
 @pytest.fixture
@@ -46,15 +45,6 @@ def build(small_store) -> Path:
 @pytest.fixture
 def pairs(build) -> Catalog:
     return Catalog.open(build / "pairs")
-
-
-def test_all_pairs_fit_for_training(pairs):
-    found = evidence(pairs, COLUMNS)
-    table = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
-    table = table.filter(table["use"])
-    assert found.table.equals(table.select(COLUMNS))
-    assert found.kept.all() and np.array_equal(found.fold, table["fold"].to_numpy())
-    assert found.dropped(pairs) == {"not fit for training": pairs.n_rows - table.num_rows}
 
 
 def test_the_thin_part_of_the_pairs_is_sparse():
@@ -71,39 +61,37 @@ def test_the_thin_part_of_the_pairs_is_sparse():
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_of_many_pairs_those_of_some_stars(pairs, tmp_path, share):
-    everything = evidence(pairs, COLUMNS).table
-    most = int(share * pairs.n_rows)
-    found = evidence(pairs, COLUMNS, most)
+    make_evidence(pairs, {}, tmp_path / "all")
+    everything = read_evidence(tmp_path / "all", COLUMNS)
+    settings = EvidenceSettings(max_pairs=int(share * pairs.n_rows))
+    rows = make_evidence(pairs, {}, tmp_path / "some", settings).rows
+    found = read_evidence(tmp_path / "some", COLUMNS)
     expected = share * everything.num_rows
-    assert abs(found.table.num_rows - expected) < 5 * np.sqrt(expected)
-    assert found.table.equals(everything.filter(pa.array(found.kept)))
-    assert len(found.fold) == everything.num_rows
-    left_out = everything.filter(pa.array(~found.kept))
-    both = pc.is_in(left_out["reference_star_id"], found.table["reference_star_id"].unique())
-    assert not pc.any(both).as_py(), "a star is kept whole"
-    assert sum(found.dropped(pairs).values()) == pairs.n_rows - found.table.num_rows
+    assert abs(found.num_rows - expected) < 5 * np.sqrt(expected)
+    is_kept = pc.is_in(everything["star"], found["star"].unique())
+    assert found.equals(everything.filter(is_kept)), "a star is kept whole"
+    assert sum(rows.dropped.values()) == pairs.n_rows - found.num_rows
     whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
     other = write_catalog(whole, tmp_path / "pairs", 20, "pairs")
     assert len(other.pixels) > len(pairs.pixels)
-    assert evidence(other, COLUMNS, most).table.equals(found.table), "in any partitions"
+    make_evidence(other, {}, tmp_path / "other", settings)
+    assert read_evidence(tmp_path / "other", COLUMNS).equals(found), "in any partitions"
 
 
-def test_held_out_pairs_among_those_that_are_kept(build, pairs):
+def test_held_out_pairs_are_those_of_the_model(build, pairs):
     model = build / "model.polynomial"
-    everything = evidence(pairs, COLUMNS)
-    rows, predicted = everything.held_out(model)
-    differences = [everything.table[name].to_numpy() for name in DIFFERENCES]
-    again = held_out_pairs(model, everything.fold, differences)
-    assert np.array_equal(rows, again[0]) and np.array_equal(predicted, again[1])
-    found = evidence(pairs, COLUMNS, pairs.n_rows // 3)
-    some, of_some = found.held_out(model)
-    place = np.flatnonzero(found.kept)
-    inside = found.kept[rows]
-    assert np.array_equal(place[some], rows[inside])
+    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    whole = whole.filter(whole["use"])
+    fold, differences = whole["fold"].to_numpy(), [floats32(whole, name) for name in DIFFERENCES]
+    rows, predicted = held_out_pairs(model, fold, differences)
+    kept = np.arange(len(fold)) % 3 == 0
+    some, of_some = held_out_pairs(model, fold, [one[kept] for one in differences], kept)
+    inside = kept[rows]
+    assert np.array_equal(np.flatnonzero(kept)[some], rows[inside])
     assert np.array_equal(of_some, predicted[inside])
-    spoilt = found.table.set_column(2, DIFFERENCES[0], pc.add(found.table[DIFFERENCES[0]], 1))
+    differences[0] = differences[0] + 1
     with pytest.raises(CatalogError, match="does not hold the pairs"):
-        PairsRead(spoilt, found.fold, found.kept).held_out(model)
+        held_out_pairs(model, fold, differences)
 
 
 def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, pairs, tmp_path):
@@ -175,21 +163,19 @@ def test_the_table_of_many_pairs_is_of_some_stars(build, pairs, tmp_path, share)
     assert same[0].read_bytes() == same[1].read_bytes(), "in any partitions"
 
 
-def test_stages_look_at_no_more_pairs_than_that(build, pairs, tmp_path, monkeypatch):
+def test_stages_look_at_no_more_pairs_than_that(build, pairs, tmp_path):
     """Each in a store with more pairs than are looked at: it counts those that it left out."""
-    monkeypatch.setattr("sos_dask.stages.evidence.MOST_PAIRS", pairs.n_rows // 2)
     model = build / "model.polynomial"
     settings = EvidenceSettings(max_pairs=pairs.n_rows // 2)
     make_evidence(pairs, {"polynomial": model}, tmp_path / "evidence", settings)
     of_table = {"evidence": tmp_path / "evidence"}
     made = [
-        uncertainty(model, pairs, tmp_path / "uncertainty"),
+        Uncertainty({**of_table, "model": model}).run(tmp_path / "uncertainty"),
         Compare({**of_table, "model.polynomial": model}).run(tmp_path / "compare"),
         Trends(of_table).run(tmp_path / "trends"),
     ]
-    n_kept = evidence(pairs, COLUMNS, pairs.n_rows // 2).table.num_rows
+    n_kept = read_evidence(tmp_path / "evidence", ["fold"]).num_rows
     for manifest in made:
-        assert manifest is not None
         dropped = manifest.rows.dropped
         beyond = dropped["of stars beyond a million pairs"]
         assert pairs.n_rows - beyond - dropped["not fit for training"] == n_kept

@@ -5,15 +5,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from sos_dask.api import crossmatch, dedupe
 from sos_dask.correct import FLAG_AMBIGUOUS, FLAG_GRID_EDGE, FLAG_SPREAD
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.sky.healpix import ang2pix
 from sos_dask.stages.coverage import GRID_STEPS, star_flags
-from sos_dask.stages.crossmatch import PairSettings, crossmatch
-from sos_dask.stages.dedupe import dedupe
+from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.stars.group import DedupeSettings
-from sos_dask.stars.match import MatchSettings
 from sos_dask.storage.catalog import Catalog
 from tests.job import write_job
 from tests.sky import observations, write_catalog
@@ -119,7 +118,10 @@ def test_a_neighbour_of_a_marked_star_is_not_marked(tmp_path, target):
     references = write_catalog(placed([2.0, 2.4], [5000, 5000], first=50), tmp_path / "ref")
     left = stars if target == "stars" else observed
     crossmatch(
-        left, references, tmp_path / "pairs", PairSettings(match=MatchSettings(radius_arcsec=1.0))
+        left,
+        references,
+        tmp_path / "pairs",
+        CrossmatchSettings(radius_arcsec=1.0),
     )
     pairs = Catalog.open(tmp_path / "pairs")
     found: dict[int, int] = {}
@@ -141,7 +143,10 @@ def test_an_id_reaches_farther_than_a_position(tmp_path):
     stars = Catalog.open(tmp_path / "stars")
     assert stars.n_rows == 1 and len(observed.pixels) == 2
     crossmatch(
-        stars, observed, tmp_path / "pairs", PairSettings(match=MatchSettings(radius_arcsec=0.5))
+        stars,
+        observed,
+        tmp_path / "pairs",
+        CrossmatchSettings(radius_arcsec=0.5),
     )
     for pixel in observed.pixels:
         table = observed.read(pixel)

@@ -14,15 +14,11 @@ from sos_dask.evidence.left_out import (
     region_groups,
 )
 from sos_dask.problem import KNOWN_INPUTS, Label, Problem
-from sos_dask.stages.evidence import EvidenceSettings, make_evidence
-from sos_dask.stages.generalisation import (
-    TABLE,
-    Generalisation,
-    GeneralisationSettings,
-    generalisation,
-)
+from sos_dask.stages.evidence import EvidenceSettings
+from sos_dask.stages.generalisation import TABLE, Generalisation, GeneralisationSettings
 from sos_dask.stages.trends import Trends
 from tests.job import contents
+from tests.run import generalisation, make_evidence
 from tests.sky import write_catalog
 
 METHODS: dict[str, dict[str, float]] = {"polynomial": {"order": 2}, "boosted": {"n_rounds": 100}}

@@ -4,7 +4,7 @@ import pytest
 
 from sos_dask.errors import CatalogError, SurveyError
 from sos_dask.ingest.canonical import Chunk
-from sos_dask.stages.ingest import Ingest, IngestSettings, ingest, ingest_recipe
+from sos_dask.stages.ingest import Ingest, IngestSettings, SurveySettings, ingest
 from sos_dask.surveys.definition import load_survey
 from tests.job import contents
 from tests.survey_files import rows, survey, write_fits
@@ -82,11 +82,12 @@ def test_chunks_without_a_usable_row(tmp_path, empty):
 
 def test_what_decides_no_row_is_not_in_the_recipe():
     recipes = [
-        ingest_recipe(survey(**more), ["a" * 64], IngestSettings(), "mock")
+        Ingest.recipe(SurveySettings(survey=survey(**more), name="mock"), {"file.0": "a" * 64})
         for more in ({}, {"allow": ["ra_below_24"]}, {"max_rejected_fraction": 0.5})
     ]
     assert recipes[0] == recipes[1] == recipes[2]
-    assert recipes[0] != ingest_recipe(survey(missing=[]), ["a" * 64], IngestSettings(), "mock")
+    other = SurveySettings(survey=survey(missing=[]), name="mock")
+    assert recipes[0] != Ingest.recipe(other, {"file.0": "a" * 64})
 
 
 def test_refused_files_leave_nothing_behind(tmp_path):

@@ -9,9 +9,8 @@ import pyarrow as pa
 import pytest
 from hats.io.validation import is_valid_catalog
 
-from sos_dask.stages.crossmatch import PairSettings, crossmatch
-from sos_dask.stages.margin import margin
-from sos_dask.stars.match import MatchSettings
+from sos_dask.api import crossmatch, margin
+from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.storage.catalog import Catalog
 from tests.sky import observations, write_catalog
 
@@ -28,7 +27,7 @@ def sky(tmp_path_factory):
 
 def test_lsdb_finds_the_same_pairs(sky, tmp_path):
     left, right, folder = sky
-    settings = PairSettings(match=MatchSettings(radius_arcsec=1.0, use_gaia_id=False))
+    settings = CrossmatchSettings(radius_arcsec=1.0, use_gaia_id=False)
     crossmatch(left, right, tmp_path / "pairs", settings)
     pairs = Catalog.open(tmp_path / "pairs")
     ours = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
@@ -87,7 +86,7 @@ def test_a_catalog_written_by_lsdb_is_an_input(sky, tmp_path):
     ).write_catalog(tmp_path / "foreign", catalog_name="foreign", as_collection=False)
     foreign = Catalog.open(tmp_path / "foreign")
     assert foreign.n_rows == 1500
-    settings = PairSettings(match=MatchSettings(radius_arcsec=1.0))
+    settings = CrossmatchSettings(radius_arcsec=1.0)
     results = []
     for number, catalog in enumerate((right, foreign)):
         crossmatch(left, catalog, tmp_path / str(number), settings)

@@ -212,7 +212,7 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
     why = reasons(changed)
     assert set(why) == downstream(changed, "lamost.observations") >= OF_LAMOST
     assert not {"apogee.stars", "galah.stars", "reference"} & set(why)
-    assert why["lamost.observations"] == "cuts.snr.minimum 20 -> 30"
+    assert why["lamost.observations"] == "cuts.snr.min 20 -> 30"
     assert why["lamost.stars"] == "lamost.observations changed"
     assert why["pairs"] == "lamost.stars changed"
     assert why["lamost.corrected"] == (
@@ -356,7 +356,13 @@ def test_an_unfinished_output_is_shown_and_goes_on(job, store):
     broken.write_bytes(sound[: len(sound) // 2])
     with pytest.raises(CatalogError, match=re.escape(str(broken))):
         rebuild(job)
-    broken.write_bytes(sound[: len(sound) // 2] + sound[: len(sound) - len(sound) // 2])
+    teff = (
+        pq.read_metadata(pa.BufferReader(sound))
+        .row_group(0)
+        .column(observations.schema.names.index("teff"))
+    )
+    last = teff.data_page_offset + teff.total_compressed_size - 1
+    broken.write_bytes(sound[:last] + bytes([sound[last] ^ 1]) + sound[last + 1 :])
     with pytest.raises(PartitionError, match=re.escape(str(broken))):
         rebuild(job)
     (unfinished,) = status(store).unfinished

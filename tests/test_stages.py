@@ -18,27 +18,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sos_dask import corrections as models
+from sos_dask.api import crossmatch, dedupe, reference, train
 from sos_dask.errors import CatalogError, ConfigError, ModelError, SurveyError
 from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import CANONICAL, LABELS
 from sos_dask.sky.healpix import HealpixPixel, ang2pix
 from sos_dask.sky.sphere import propagate, separation_arcsec
-from sos_dask.stages.apply import apply, parse_partitions
-from sos_dask.stages.crossmatch import PairSettings, crossmatch
-from sos_dask.stages.dedupe import dedupe
+from sos_dask.stages.apply import parse_partitions
+from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.stages.ingest import IngestSettings, ingest
-from sos_dask.stages.reference import ReferenceSettings, reference
-from sos_dask.stages.train import PairsSource, TrainSettings, metrics_of, train
+from sos_dask.stages.reference import ReferenceSettings
+from sos_dask.stages.train import PairsSource, TrainSettings, metrics_of
 from sos_dask.stars.combine import combine
 from sos_dask.stars.group import GAIA_IDS, DedupeSettings, group, id_values, rank_of
-from sos_dask.stars.match import MatchSettings, match
-from sos_dask.stars.unify import UnifySettings, unify
+from sos_dask.stars.match import match
+from sos_dask.stars.unify import unify
 from sos_dask.storage.artifact import MANIFEST, Manifest
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
 from sos_dask.surveys.definition import load_survey
 from tests.job import contents
+from tests.run import apply
 from tests.sky import observations, write_catalog
 
 EPOCH = 2016.0
@@ -187,11 +188,13 @@ def test_chains_of_moving_stars(tmp_path, n, speed):
     """A chain at the common epoch; at their own epochs its stars stand up to a minute away."""
     rng = np.random.default_rng(1)
     settings = ReferenceSettings(
-        unify=UnifySettings(method="precedence", order=("a", "b")),
+        method="precedence",
+        order=("a", "b"),
         radius_arcsec=1.3,
         id_radius_arcsec=1.3,
         epoch=EPOCH,
         rows_per_partition=10,
+        offsets={},
     )
     catalogs = {}
     for number, name in enumerate("ab", start=1):
@@ -213,11 +216,9 @@ def test_chains_of_moving_stars(tmp_path, n, speed):
 
 @pytest.mark.parametrize("pairs", ["best", "all"])
 def test_crossmatch_equals_one_call_of_the_kernel(stars, tmp_path, pairs):
-    settings = PairSettings(
-        match=MatchSettings(radius_arcsec=0.5, id_radius_arcsec=4.0, pairs=pairs)
-    )
+    settings = CrossmatchSettings(radius_arcsec=0.5, id_radius_arcsec=4.0, pairs=pairs)
     left, right = rows_of(stars / f"stars1-{SIZES[0]}"), rows_of(stars / f"stars2-{SIZES[0]}")
-    matches = match(left, right, settings.match)
+    matches = match(left, right, settings)
     assert len(matches.left) > 100 and matches.by_id.any() and not matches.by_id.all()
     tables = []
     for one, other in itertools.product(SIZES, SIZES):
@@ -294,7 +295,7 @@ def united(tables: dict[str, pa.Table], settings: ReferenceSettings) -> pa.Table
             radius_arcsec=settings.radius_arcsec, id_radius_arcsec=settings.id_radius_arcsec
         ),
     )
-    return unify(together, groups.primary, settings.unify).combine_chunks()
+    return unify(together, groups.primary, settings).combine_chunks()
 
 
 @pytest.mark.parametrize("method", ["precedence", "weighted-mean"])
@@ -309,11 +310,13 @@ def test_reference_equals_one_call_of_the_kernel(stars, tmp_path, method):
             "galah": Catalog.open(stars / f"stars3-{other}"),
         }
         settings = ReferenceSettings(
-            unify=UnifySettings(method=method, order=("apogee", "galah")),
+            method=method,
+            order=("apogee", "galah"),
             radius_arcsec=0.3,
             id_radius_arcsec=3.0,
             epoch=EPOCH,
             rows_per_partition=third,
+            offsets={},
         )
         directory = tmp_path / str(number)
         manifest = reference(catalogs, directory, settings)
@@ -329,9 +332,11 @@ def test_reference_equals_one_call_of_the_kernel(stars, tmp_path, method):
 
 def test_reference_does_not_depend_on_the_order_of_arguments(stars, tmp_path):
     settings = ReferenceSettings(
-        unify=UnifySettings(method="precedence", order=("apogee", "galah")),
+        method="precedence",
+        order=("apogee", "galah"),
         radius_arcsec=0.3,
         id_radius_arcsec=3.0,
+        offsets={},
     )
     catalogs = {name: Catalog.open(stars / f"stars{n}-40") for name, n in
                 (("apogee", 2), ("galah", 3))}  # fmt: skip
@@ -354,8 +359,10 @@ def test_pairs_that_share_a_star_share_a_fold(stars, tmp_path, target, key):
             Catalog.open(stars / f"{target}1-{size}"),
             Catalog.open(stars / f"stars2-{size}"),
             tmp_path / str(size),
-            PairSettings(
-                match=MatchSettings(radius_arcsec=0.3, id_radius_arcsec=3.0, pairs="all"),
+            CrossmatchSettings(
+                radius_arcsec=0.3,
+                id_radius_arcsec=3.0,
+                pairs="all",
                 n_folds=4,
                 seed=3,
             ),
@@ -392,8 +399,8 @@ def test_a_crossmatch_that_broke_off_while_joining_folds_goes_on(stars, tmp_path
         Catalog.open(stars / f"obs1-{SIZES[1]}"),
         Catalog.open(stars / f"stars2-{SIZES[1]}"),
     )
-    settings = PairSettings(
-        match=MatchSettings(radius_arcsec=0.3, id_radius_arcsec=3.0, pairs="all"), n_folds=4, seed=3
+    settings = CrossmatchSettings(
+        radius_arcsec=0.3, id_radius_arcsec=3.0, pairs="all", n_folds=4, seed=3
     )
     crossmatch(*catalogs, tmp_path / "whole", settings)
 
@@ -557,7 +564,7 @@ def test_too_few_pairs_is_an_error(stars, tmp_path):
         left,
         left,
         tmp_path / "pairs",
-        PairSettings(match=MatchSettings(radius_arcsec=0.001, id_radius_arcsec=0.001)),
+        CrossmatchSettings(radius_arcsec=0.001, id_radius_arcsec=0.001),
     )
     with pytest.raises(ModelError, match="pairs"):
         train(
@@ -706,7 +713,7 @@ def test_two_workers_give_the_same_bytes(cluster, stars, current, whole, tmp_pat
             Catalog.open(stars / "obs1-40"),
             Catalog.open(stars / "stars2-40"),
             tmp_path / name / "pairs",
-            PairSettings(match=MatchSettings(radius_arcsec=1.0)),
+            CrossmatchSettings(radius_arcsec=1.0),
             cluster=running,
         )
     assert contents(tmp_path / "alone") == contents(tmp_path / "together")

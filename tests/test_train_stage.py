@@ -3,9 +3,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask import corrections as models
+from sos_dask.api import train
 from sos_dask.schema import LABELS
 from sos_dask.stages import train as stage
-from sos_dask.stages.train import TrainSettings, asks_workers, train
+from sos_dask.stages.train import TrainSettings, asks_workers
 from sos_dask.storage.catalog import Catalog
 
 

@@ -15,11 +15,12 @@ from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.simulate import lamost_bias
-from sos_dask.stages.trends import Trends, TrendSettings, trends
+from sos_dask.stages.trends import Trends, TrendSettings
 from sos_dask.stats.binned import Axis
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents
+from tests.run import trends
 from tests.sky import write_catalog
 
 FILES = ("planes.parquet", "reference_planes.parquet", "references.parquet", "trends.parquet")

@@ -63,7 +63,7 @@ def stars(rng: Rng, n: int) -> tuple[Any, Any]:
 def by_hand(members: list[dict], leader: dict, chosen: UnifySettings) -> dict:
     """One star by the stated rule; members in the order of precedence."""
     for member in members:
-        shift = chosen.offsets.get(member["survey"], {})
+        shift = chosen.known_offsets.get(member["survey"], {})
         for label in MEASURED:
             if member[label] is not None:
                 member[label] -= shift.get(label, 0.0)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sos_dask.cli import coverage, evidence, look, steps, store
+from sos_dask.cli import steps, store, views
 from sos_dask.cli.options import DEBUG
 from sos_dask.cli.output import complain, prepare_streams, shown
 from sos_dask.errors import understood
@@ -32,7 +32,7 @@ _GROUPS = {
     "Single steps, in their order": (
         steps.simulate,
         steps.ingest,
-        coverage.attach,
+        steps.attach,
         steps.dedupe,
         steps.reference,
         steps.crossmatch,
@@ -40,13 +40,13 @@ _GROUPS = {
         steps.apply,
     ),
     "Look and check": (
-        evidence.compare,
-        evidence.trends,
-        look.uncertainty,
-        coverage.coverage,
-        look.report,
-        look.surveys,
-        look.verify,
+        views.compare,
+        views.trends,
+        views.uncertainty,
+        views.coverage,
+        views.report,
+        views.surveys,
+        views.verify,
     ),
 }
 for _title, _commands in _GROUPS.items():

@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from sos_dask.errors import ConfigError, StorageError
+from sos_dask.settings import Settings
 
 if TYPE_CHECKING:
     from sos_dask.run.cluster import Cluster
@@ -28,7 +29,7 @@ Workers = Annotated[
         "-w",
         min=0,
         metavar="N",
-        help="Worker processes; 0: none, all in this process. Default: one per core.",
+        help="Worker processes; 0: none, all in this process. Default: one a core.",
         show_default=False,
     ),
 ]
@@ -38,8 +39,8 @@ Threads = Annotated[
         "--threads",
         min=1,
         metavar="N",
-        help="Threads of this process instead of workers; with up to 4 cores the default, one "
-        "per core. They start at once and share the memory of the process.",
+        help="Threads of this process instead of workers; with up to 4 cores the default, one a "
+        "core. They start at once and need less memory, but have none of their own.",
         show_default=False,
     ),
 ]
@@ -120,13 +121,13 @@ Store = Annotated[
 JobOrStore = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[JOB]", help="Job file (its store is used), or a store.", show_default=False
+        metavar="[JOB]", help="Job file whose store is meant, or a store.", show_default=False
     ),
 ]
 
 
 def find_store(store: Path | None, job: Path | None = None) -> Path:
-    """Find the store: of a job file, as given, ``store`` or the only one near it.
+    """Find the store that is meant: of a job file, as given, ``store`` or the only one near it.
 
     Raises
     ------
@@ -154,30 +155,9 @@ Rows = Annotated[
     int,
     typer.Option("--rows", min=1000, max=10**9, metavar="N", help="Rows of LAMOST."),
 ]
-RowsPerPartition = Annotated[
-    int,
-    typer.Option(
-        "--rows-per-partition",
-        min=1,
-        metavar="N",
-        help="Pixels are split until each contains at most this many rows.",
-    ),
-]
-_LARGEST_SEED = 2**31 - 1
 Seed = Annotated[
     int,
-    typer.Option("--seed", min=0, max=_LARGEST_SEED, metavar="N", help="Same seed, same sky."),
-]
-Radius = Annotated[
-    float,
-    typer.Option("--radius-arcsec", metavar="X", help="Largest separation of rows of one star."),
-]
-IdRadius = Annotated[
-    float,
-    typer.Option("--id-radius-arcsec", metavar="X", help="The same for rows of one Gaia id."),
-]
-NoGaiaId = Annotated[
-    bool, typer.Option("--no-gaia-id", help="Only positions count, Gaia ids do not.")
+    typer.Option("--seed", min=0, max=2**31 - 1, metavar="N", help="Same seed, same sky."),
 ]
 
 
@@ -187,7 +167,7 @@ _FEW_CORES = 4
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Options shared by all single-step commands: workers, overwrite, output format."""
+    """Options of every command that runs one step: where it is done, over what, how it is told."""
 
     workers: Workers = None
     memory_limit: MemoryLimit = "auto"
@@ -287,9 +267,25 @@ def open_catalogs(
     return opened
 
 
-def with_step_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each field of its parameter ``options``."""
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of its ``settings`` and its ``options``.
+
+    Its ``settings`` is annotated with the type of the settings, and gets a function that makes them
+    of the options and of what else they need. Fields that are not numbers, texts, choices or
+    switches have no option.
+    """
     signature = inspect.signature(command, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.name not in ("settings", "options")]
+    made: type[Settings] | None = None
+    settings: dict[str, inspect.Parameter] = {}
+    if "settings" in signature.parameters:
+        [made] = get_args(signature.parameters["settings"].annotation)
+        taken = {one.name for one in own}
+        settings = {
+            name: parameter
+            for name, field in made.model_fields.items()
+            if name not in taken and (parameter := _option(name, field)) is not None
+        }
     kind = signature.parameters["options"].annotation
     shared = inspect.signature(kind, eval_str=True).parameters
 
@@ -298,13 +294,36 @@ def with_step_options(command: Callable[..., None]) -> Callable[..., None]:
         changed = tuple(name for name, value in given.items() if value != defaults[name])
         options = kind(**{name: given.pop(name) for name in shared})
         object.__setattr__(options, "given", changed)
+        if made is not None:
+            chosen = {name: given.pop(name) for name in settings}
+            given["settings"] = functools.partial(made, **chosen)
         command(options=options, **given)
 
-    own = [item for item in signature.parameters.values() if item.name != "options"]
     common = inspect.signature(StepOptions).parameters
     ordered = [shared[name] for name in (*(set(shared) - set(common)), *common)]
-    everything = (*own, *ordered)
+    everything = (*own, *settings.values(), *ordered)
     parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in everything]
     defaults = {item.name: item.default for item in parameters}
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run
+
+
+def _option(name: str, field: Any) -> inspect.Parameter | None:
+    """Option of a field of settings; None for a field that has no place on a command line."""
+    kind, default = field.annotation, field.get_default(call_default_factory=True)
+    flag = f"--{name.replace('_', '-')}"
+    metavar = {float: "X", int: "N", str: "NAME"}.get(kind)
+    if kind is bool:
+        flag = f"--no-{name.removeprefix('use_').replace('_', '-')}" if default else flag
+    elif get_origin(kind) is Literal:
+        kind, metavar = str, "|".join(get_args(kind))
+    elif metavar is None or field.is_required():
+        return None
+    help_text = field.description or ""
+    if field.annotation is bool and default:
+        option: Any = typer.Option(f" /{flag}", help=f"Not: {help_text}", show_default=False)
+    else:
+        option = typer.Option(flag, metavar=metavar, help=help_text)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )

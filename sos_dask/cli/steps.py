@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sos_dask.cli.options import (
     CatalogPath,
-    IdRadius,
     Json,
     Key,
     LightStepOptions,
-    NoGaiaId,
     Out,
-    Radius,
     Rows,
-    RowsPerPartition,
     Seed,
     StepOptions,
     open_catalogs,
-    with_step_options,
+    with_settings,
 )
 from sos_dask.cli.output import print_json, reporting, say, show_metrics, show_step
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.settings import NAME_RULE, is_name
+from sos_dask.stages.apply import ApplySettings
+from sos_dask.stages.attach import AttachSettings
+from sos_dask.stages.base import Stage
+from sos_dask.stages.crossmatch import CrossmatchSettings
+from sos_dask.stages.ingest import SurveySettings
+from sos_dask.stages.reference import ReferenceSettings
+from sos_dask.stages.train import TrainSettings
+from sos_dask.stars.group import DedupeSettings
 
 if TYPE_CHECKING:
-    from sos_dask.storage.artifact import Manifest
+    from sos_dask.storage.manifest import Manifest
 
 
-_Made = TypeVar("_Made")
-
-
-def run_step(step: Callable[..., _Made], options: StepOptions) -> _Made:
-    """Call a stage with a cluster and with progress on stderr."""
+def run_step(stage: Stage[Any], out: Path, options: StepOptions) -> Manifest | None:
+    """Run a stage with a cluster, and with progress on stderr."""
     with reporting() as report, options.start() as cluster:
-        return step(overwrite=options.overwrite, cluster=cluster, report=report)
+        return stage.attempt(out, overwrite=options.overwrite, cluster=cluster, report=report)
+
+
+def _step(stage: Stage[Any], out: Path, options: StepOptions) -> None:
+    """Run a stage and tell its account of rows."""
+    show_step(run_step(stage, out, options), out, options.as_json)
 
 
 def simulate(
@@ -77,12 +82,11 @@ def simulate(
         say(f"{name:8} {path}")
 
 
-@with_step_options
+@with_settings
 def ingest(
     survey: Annotated[str, typer.Argument(help="Name of a survey, or path of a survey TOML.")],
     files: Annotated[list[Path], typer.Argument(help="Files of the survey.")],
     out: Out,
-    rows_per_partition: RowsPerPartition = 1_000_000,
     margin_arcsec: Annotated[
         float | None,
         typer.Option(
@@ -92,54 +96,70 @@ def ingest(
         ),
     ] = None,
     *,
+    settings: type[SurveySettings],
     options: LightStepOptions,
 ) -> None:
     """Turn survey files into a HEALPix-partitioned catalog of observations.
 
     Example: sos-dask ingest lamost-dr11-lrs dr11_v2.0_LRS_stellar.fits.gz -o lamost
     """
-    from sos_dask.stages.ingest import IngestSettings
-    from sos_dask.stages.ingest import ingest as run
-    from sos_dask.stages.margin import margin
-    from sos_dask.storage.catalog import Catalog
+    from sos_dask.stages.ingest import Ingest
+    from sos_dask.stages.margin import Margin, MarginSettings
     from sos_dask.surveys.definition import load_survey
 
     definition = load_survey(survey)
     if margin_arcsec is not None and not 0 < margin_arcsec < 3600:
         raise ConfigError(f"--margin-arcsec {margin_arcsec:g} is not between 0 and 3600")
-    settings = IngestSettings(rows_per_partition=rows_per_partition)
-
-    def step(**context: Any) -> Manifest:
-        manifest = run(definition, files, out, settings, name=out.name, **context)
-        if margin_arcsec is not None:
-            collection = out.with_name(f"{out.name}.collection")
-            margin(Catalog.open(out), collection, margin_arcsec, **context)
-        return manifest
-
-    show_step(run_step(step, options), out, options.as_json)
+    inputs = {f"file.{number}": file for number, file in enumerate(files)}
+    manifest = run_step(Ingest(inputs, settings(survey=definition, name=out.name)), out, options)
+    if margin_arcsec is not None:
+        margin = Margin({"catalog": out}, MarginSettings(radius_arcsec=margin_arcsec))
+        run_step(margin, out.with_name(f"{out.name}.collection"), options)
+    show_step(manifest, out, options.as_json)
 
 
-@with_step_options
+@with_settings
+def attach(
+    catalog: CatalogPath,
+    other: Annotated[Path, typer.Argument(help="Directory of any HATS catalog.")],
+    columns: Annotated[
+        list[str],
+        typer.Option("--column", "-c", metavar="NAME[=OTHER]", help="Column to add; repeatable."),
+    ],
+    out: Out,
+    key: Key = None,
+    *,
+    settings: type[AttachSettings],
+    options: StepOptions,
+) -> None:
+    """Add columns of another catalog, by Gaia id or position; null where it has no counterpart.
+
+    Example: sos-dask attach lamost gaia -c distance -c ebv -o lamost.with-gaia
+    """
+    from sos_dask.stages.attach import Attach
+
+    names = {}
+    for text in columns:
+        name, _, source = text.partition("=")
+        if not name or name in names:
+            raise ConfigError(f"--column '{text}' names no column, or one that is named before")
+        names[name] = source or name
+    chosen = settings(columns=names)
+    if chosen.by == "position":
+        options.refuse(("id_radius_arcsec",), "by position")
+    else:
+        options.refuse(("radius_arcsec",), "by Gaia id")
+    opened, companion = open_catalogs([catalog, other], key)
+    _step(Attach({"catalog": opened, "other": companion}, chosen), out, options)
+
+
+@with_settings
 def dedupe(
     catalog: CatalogPath,
     out: Out,
-    method: Annotated[
-        str,
-        typer.Option("--method", metavar="NAME", help="inverse-variance, best-snr or median."),
-    ] = "inverse-variance",
-    radius_arcsec: Radius = 1.5,
-    id_radius_arcsec: IdRadius = 10.0,
-    max_spread: Annotated[
-        float,
-        typer.Option(
-            "--max-spread",
-            metavar="X",
-            help="Flag stars whose repeats differ by more than this many expected errors.",
-        ),
-    ] = 5.0,
-    no_gaia_id: NoGaiaId = False,
     key: Key = None,
     *,
+    settings: type[DedupeSettings],
     options: LightStepOptions,
 ) -> None:
     """Combine repeats of one star into one row.
@@ -148,56 +168,39 @@ def dedupe(
 
     Example: sos-dask dedupe lamost -o lamost.stars --method best-snr
     """
-    from sos_dask.stages.dedupe import dedupe as run
-    from sos_dask.stars.group import DedupeSettings
+    from sos_dask.stages.dedupe import Dedupe
 
-    if no_gaia_id:
+    chosen = settings()
+    if not chosen.use_gaia_id:
         options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
-    given: dict[str, Any] = {"method": method, "max_spread": max_spread}
-    given |= {"radius_arcsec": radius_arcsec, "id_radius_arcsec": id_radius_arcsec}
-    settings = DedupeSettings(**given, use_gaia_id=not no_gaia_id)
     [opened] = open_catalogs([catalog], key, "obs_id")
-    step = partial(run, opened, out, settings, name=out.name)
-    show_step(run_step(step, options), out, options.as_json)
+    _step(Dedupe({"observations": opened}, chosen), out, options)
 
 
-@with_step_options
+@with_settings
 def reference(
     catalogs: Annotated[
         list[str],
         typer.Argument(help="Catalogs of stars as NAME=DIRECTORY, the preferred one first."),
     ],
     out: Out,
-    method: Annotated[
-        str, typer.Option("--method", metavar="NAME", help="precedence or weighted-mean.")
-    ] = "precedence",
-    radius_arcsec: Radius = 1.5,
-    id_radius_arcsec: IdRadius = 10.0,
-    epoch: Annotated[
-        float,
-        typer.Option(
-            "--epoch", metavar="YEAR", help="Positions with proper motions are moved to this epoch."
-        ),
-    ] = 2016.0,
-    offsets: Annotated[
+    measure_offsets: Annotated[
         bool,
         typer.Option(
             "--measure-offsets/--no-offsets",
             help="Put every survey on the zero point of the first: their median differences.",
         ),
     ] = True,
-    rows_per_partition: RowsPerPartition = 1_000_000,
     key: Key = None,
     *,
+    settings: type[ReferenceSettings],
     options: LightStepOptions,
 ) -> None:
-    """Unite the stars of several reference surveys, one row per star.
+    """Unite the stars of several reference surveys, one row a star.
 
     Example: sos-dask reference apogee=apogee.stars galah=galah.stars -o reference
     """
-    from sos_dask.stages.reference import ReferenceSettings
-    from sos_dask.stages.reference import reference as run
-    from sos_dask.stars.unify import UnifySettings
+    from sos_dask.stages.reference import Reference
 
     paths: dict[str, str] = {}
     for text in catalogs:
@@ -209,75 +212,38 @@ def reference(
         if name in paths:
             raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
         paths[name] = path
-    opened = dict(zip(paths, open_catalogs(paths.values(), key), strict=True))
-    given: dict[str, Any] = {"method": method, "order": tuple(opened)}
-    settings = ReferenceSettings(
-        unify=UnifySettings(**given),
-        radius_arcsec=radius_arcsec,
-        id_radius_arcsec=id_radius_arcsec,
-        epoch=epoch,
-        rows_per_partition=rows_per_partition,
-        measure_offsets=offsets,
-    )
-    step = partial(run, opened, out, settings, name=out.name)
-    show_step(run_step(step, options), out, options.as_json)
+    opened = open_catalogs(paths.values(), key)
+    stars = {f"stars.{name}": one for name, one in zip(paths, opened, strict=True)}
+    chosen = settings(order=tuple(paths), offsets="measured" if measure_offsets else {})
+    _step(Reference(stars, chosen), out, options)
 
 
-@with_step_options
+@with_settings
 def crossmatch(
     left: Annotated[
         Path, typer.Argument(help="Target: observations or stars, or any HATS catalog.")
     ],
     right: Annotated[Path, typer.Argument(help="Reference: stars, or any HATS catalog.")],
     out: Out,
-    radius_arcsec: Radius = 1.0,
-    pairs: Annotated[
-        str,
-        typer.Option(
-            "--pairs", metavar="NAME", help="best: one pair per target row; all: every pair."
-        ),
-    ] = "best",
-    id_radius_arcsec: IdRadius = 10.0,
-    no_gaia_id: NoGaiaId = False,
-    folds: Annotated[
-        int,
-        typer.Option("--folds", min=2, max=100, metavar="N", help="Folds for cross-validation."),
-    ] = 5,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed", min=0, max=2**31 - 1, metavar="N", help="Other seeds give other folds."
-        ),
-    ] = 0,
     key: Key = None,
     *,
+    settings: type[CrossmatchSettings],
     options: LightStepOptions,
 ) -> None:
     """Match a target catalog with a reference catalog, exactly.
 
     Example: sos-dask crossmatch lamost.stars reference -o pairs
     """
-    from sos_dask.stages.crossmatch import PairSettings
-    from sos_dask.stages.crossmatch import crossmatch as run
-    from sos_dask.stars.match import MatchSettings
+    from sos_dask.stages.crossmatch import Crossmatch
 
-    if no_gaia_id:
+    chosen = settings()
+    if not chosen.use_gaia_id:
         options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
-    given: dict[str, Any] = {"pairs": pairs, "use_gaia_id": not no_gaia_id}
-    match = MatchSettings(radius_arcsec=radius_arcsec, id_radius_arcsec=id_radius_arcsec, **given)
     target, stars = open_catalogs([left, right], key)
-    step = partial(
-        run,
-        target,
-        stars,
-        out,
-        PairSettings(match=match, n_folds=folds, seed=seed),
-        name=out.name,
-    )
-    show_step(run_step(step, options), out, options.as_json)
+    _step(Crossmatch({"target": target, "reference": stars}, chosen), out, options)
 
 
-@with_step_options
+@with_settings
 def train(
     pairs: Annotated[Path, typer.Argument(help="Catalog of pairs.")],
     out: Out,
@@ -291,53 +257,26 @@ def train(
         list[str] | None,
         typer.Option("--param", "-p", metavar="NAME=VALUE", help="Parameter of the method."),
     ] = None,
-    validation: Annotated[
-        str, typer.Option("--validation", metavar="NAME", help="auto, kfold or holdout.")
-    ] = "auto",
-    search: Annotated[
-        int,
-        typer.Option(
-            "--search",
-            min=0,
-            max=1000,
-            metavar="N",
-            help="Number of parameter sets to try; 0: none.",
-        ),
-    ] = 0,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed", min=0, max=2**31 - 1, metavar="N", help="Of the method and of the search."
-        ),
-    ] = 0,
     *,
+    settings: type[TrainSettings],
     options: StepOptions,
 ) -> None:
     """Learn the difference target - reference from pairs; print held-out metrics.
 
     Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
     """
-    from sos_dask import corrections as models
-    from sos_dask.corrections.search import search_space
-    from sos_dask.stages.evidence import DIFFERENCES
-    from sos_dask.stages.train import LOCAL_PAIRS, TrainSettings, asks_workers, metrics_of
-    from sos_dask.stages.train import train as run
+    from sos_dask import corrections
+    from sos_dask.stages.train import LOCAL_PAIRS, Train, asks_workers, metrics_of
     from sos_dask.storage.catalog import Catalog
 
-    seeded = {"seed": seed} if "seed" in models.parameters(method) else {}
-    params = models.check_params(method, seeded | dict(_setting(text) for text in param or []))
-    settings = TrainSettings(
-        method=method, params=params, validation=cast(Any, validation), search=search, seed=seed
-    )
+    seeded = {"seed": settings(method=method, params={}).seed}
+    seeded = seeded if "seed" in corrections.parameters(method) else {}
+    given = dict(_setting(text) for text in param or [])
+    params = corrections.check_params(method, seeded | given)
+    chosen = settings(method=method, params=params)
     catalog = Catalog.open(pairs)
-    if not set(DIFFERENCES) <= set(catalog.schema.names):
-        raise CatalogError(
-            f"{pairs} is not a catalog of pairs",
-            "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS.",
-        )
-    if search and not search_space(method):
-        raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
-    if not asks_workers(catalog, settings):
+    stage = Train({"pairs": catalog}, chosen)
+    if not asks_workers(catalog, chosen):
         if options.workers != 0:
             options.refuse(
                 ("workers", "scheduler", "memory_limit"),
@@ -346,8 +285,8 @@ def train(
                 "Leave it out. A search and training on a GPU use workers for any number.",
             )
         options = replace(options, workers=0)  # none are started to wait
-    manifest = run_step(partial(run, catalog, out, settings), options)
-    if not options.as_json:
+    manifest = run_step(stage, out, options)
+    if manifest is not None and not options.as_json:
         show_metrics(metrics_of(manifest))
     show_step(manifest, out, options.as_json)
 
@@ -362,19 +301,11 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-@with_step_options
+@with_settings
 def apply(
     model: Annotated[Path, typer.Argument(help="Directory of a trained model.")],
     catalog: CatalogPath,
     out: Out,
-    partitions: Annotated[
-        str,
-        typer.Option(
-            "--partitions",
-            metavar="WHICH",
-            help="all, i/N, indices 0-9,12 or HEALPix pixels 2:44.",
-        ),
-    ] = "all",
     errors: Annotated[
         Path | None,
         typer.Option(
@@ -403,37 +334,23 @@ def apply(
     ] = "edge",
     key: Key = None,
     *,
+    settings: type[ApplySettings],
     options: LightStepOptions,
 ) -> None:
     """Correct the labels of every row; several processes may share one output.
 
     Example, one task of a job array: sos-dask apply model lamost -o corrected --partitions 3/16
     """
-    from sos_dask.stages.apply import Trust, parse_partitions
-    from sos_dask.stages.apply import apply as run
-    from sos_dask.storage.catalog import Catalog
+    from sos_dask.stages.apply import Apply
 
+    if coverage is None and fallback != "edge":
+        raise ConfigError("--fallback needs --coverage", "It says where the correction fades.")
     [opened] = open_catalogs([catalog], key, "obs_id")
-    parse_partitions(partitions, opened.pixels)  # fails before workers are started
-    trust = None
-    if coverage is not None:
-        scores = Catalog.open(coverage)
-        if fallback in ("none", "edge"):
-            trust = Trust(scores, fallback)
-        else:
-            trust = Trust(scores, "polynomial", Path(fallback))
-    elif fallback != "edge":
-        raise ConfigError(
-            "--fallback needs --coverage", "The correction fades where the coverage is low."
-        )
-    step = partial(
-        run,
-        model,
-        opened,
-        out,
-        partitions=partitions,
-        name=out.name,
-        errors=errors,
-        trust=trust,
-    )
-    show_step(run_step(step, options), out, options.as_json)
+    inputs: dict[str, Any] = {"model": model, "observations": opened}
+    given: Mapping[str, Path | None] = {"errors": errors, "coverage": coverage}
+    inputs |= {role: path for role, path in given.items() if path is not None}
+    if fallback not in ("none", "edge"):
+        inputs["smooth"] = Path(fallback)
+        fallback = "polynomial"
+    chosen: Any = {"fallback": fallback}
+    _step(Apply(inputs, settings(**chosen)), out, options)

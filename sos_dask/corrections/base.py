@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask import __version__
+from sos_dask.columns import mixed
 from sos_dask.errors import ClusterError, ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.settings import Settings
@@ -196,15 +197,7 @@ def run_tasks(
 ) -> list[R]:
     """Call a function for every item, on the workers of a client or here.
 
-    Parameters
-    ----------
-    what, advice : str
-        For the message where a task kills its workers: "``what`` killed its worker", and what to do
-        where memory was short.
-
-    Raises
-    ------
-    ClusterError
+    `ClusterError` where a task (``what``) kills its workers, with advice where memory was short.
     """
     if client is None:
         return [function(item) for item in items]
@@ -234,27 +227,13 @@ def release(futures: Sequence[Any]) -> None:
 
 
 def hash_rows(*parts: Float32Array) -> NDArray[np.uint64]:
-    """Hash the numbers of each row with the finaliser of splitmix64 (Steele et al. 2014).
-
-    Parameters
-    ----------
-    *parts : ndarray of float32, shape (n, k)
-        Columns side by side. All NaN are equal, and both zeros.
-    """
+    """Hash the numbers of each row of columns side by side; all NaN are equal, and both zeros."""
     values = np.concatenate(parts, axis=1)
     values = np.where(np.isnan(values), np.float32(np.nan), values + np.float32(0))
     state = np.zeros(len(values), dtype=np.uint64)
     for column in np.ascontiguousarray(values.T, dtype=np.float32).view(np.uint32):
         state = mixed(state + column)
     return state
-
-
-def mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One step of splitmix64."""
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
 
 
 # --- what is known before a fit ----------------------------------------------------------------

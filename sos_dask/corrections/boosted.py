@@ -143,13 +143,7 @@ class BoostedCorrection(Correction):
 
     @cached_property
     def boosters(self) -> tuple[Any, ...]:
-        """The trees as ``xgboost.Booster``, one a label.
-
-        Raises
-        ------
-        ModelError
-            The installed XGBoost cannot read them, or they are of other inputs.
-        """
+        """The trees as ``xgboost.Booster``, one a label; `ModelError` where they are others."""
         import xgboost
 
         try:
@@ -170,13 +164,7 @@ class BoostedCorrection(Correction):
         return boosters
 
     def trees(self, features: Float32Array) -> Float32Array:
-        """Sums of the trees, shape (n, l), by XGBoost itself.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (n, k)
-            Finite: the direction that trees keep for missing values is never used.
-        """
+        """Sums of the trees, shape (n, l), by XGBoost itself, of finite inputs."""
         x = np.ascontiguousarray(features)
         return np.stack([booster.inplace_predict(x) for booster in self.boosters], axis=1)
 
@@ -244,19 +232,7 @@ def fit(training: Training, settings: Settings, progress: Progress) -> BoostedCo
 
 @dataclass(frozen=True)
 class Job:
-    """Trees to train, and the pairs they are trained on.
-
-    Parameters
-    ----------
-    training : Training
-    settings : Settings
-    summary : Summary
-        Of the training pairs.
-    edges : tuple of ndarray of float32
-        See `bin_edges`.
-    rounds : tuple of int
-        Trees of each label.
-    """
+    """Trees to train (``rounds`` of each label), the pairs, and the edges of the bins."""
 
     training: Training
     settings: Settings
@@ -279,9 +255,7 @@ class Job:
         }
 
     def block(self, first: int, stop: int) -> Rows:
-        """Training rows of the batches from ``first`` to before ``stop``.
-
-        Differences are in units of their spread, weights in units of their mean.
+        """Training rows of some batches, in units of their spread and mean weight.
 
         Each input is the lower edge of its bin: so the thresholds of all trees are such edges. Rows
         of neighbouring bins lie together, which makes XGBoost a third faster: the way of a row
@@ -306,13 +280,7 @@ class Job:
 
 
 def bin_edges(training: Training, summary: Summary, max_bin: int) -> tuple[Float32Array, ...]:
-    """Choose the lower edges of the bins of each input: about equally many pairs in each.
-
-    Returns
-    -------
-    tuple of ndarray of float32
-        One an input, ascending, of at most ``max_bin`` values; the unit is that of the input.
-    """
+    """Choose the lower edges of the bins of each input: about equally many pairs in each."""
     low, width = summary.minimum, summary.maximum - summary.minimum
     counts = sum(training.map(_cells, low, width))
     edges = []
@@ -350,14 +318,7 @@ def _matrix(job: Job, rows: Rows, label: int, bins_of: Any = None) -> Any:
 
 
 def count_rounds(job: Job) -> tuple[int, ...]:
-    """Count the trees of each label after which the last training fold came no closer.
-
-    Raises
-    ------
-    ModelError
-        There is but one training fold, one knows no difference of a label, or there is no GPU for
-        ``device = "cuda"``.
-    """
+    """Count the trees of each label after which the last training fold came no closer."""
     import xgboost
 
     if job.settings.device == "cuda":

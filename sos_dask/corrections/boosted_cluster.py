@@ -38,13 +38,7 @@ TRIES = 3
 
 
 def run_apart(function: Callable[[Job], R], job: Job, client: Any) -> R:
-    """Call a function by one worker, or here without a client.
-
-    Raises
-    ------
-    ClusterError
-        It killed its worker again and again.
-    """
+    """Call a function by one worker, or here without a client."""
     advice = "it needs all pairs. Give workers more, or set stop_rounds = 0."
     return run_tasks(function, [job], client, "stop_rounds: the fit that counts trees", advice)[0]
 
@@ -292,13 +286,7 @@ _TRACKERS: dict[str, subprocess.Popen[str]] = {}  # of the scheduler's process
 
 @contextlib.contextmanager
 def tracker_apart(name: str) -> Iterator[None]:
-    """Make xgboost.dask start its tracker in a process of its own.
-
-    Parameters
-    ----------
-    name : str
-        Of the fit, for `stop_tracker`.
-    """
+    """Make xgboost.dask start its tracker in a process of its own, named for `stop_tracker`."""
     from xgboost import dask as xgboost_dask
 
     original = xgboost_dask._start_tracker

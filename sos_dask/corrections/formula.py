@@ -98,15 +98,7 @@ class Formula:
         return cls(text, steps)
 
     def run(self, names: Sequence[Any], number: Callable[[float], Any] = float) -> Any:
-        """Value, with the arithmetic of whatever stands for the names.
-
-        Parameters
-        ----------
-        names : sequence
-            Values of the names.
-        number : callable
-            Makes a value of a number.
-        """
+        """Value, with the arithmetic of whatever stands for the names and the numbers."""
         stack: list[Any] = []
         for kind, value in self.steps:
             if kind == "number":
@@ -267,14 +259,7 @@ class Template:
 
     @classmethod
     def of(cls, text: str, names: Sequence[str], width: Sequence[float]) -> Template | None:
-        """Normal form of a formula of inputs in units of their width; None where it is not finite.
-
-        Parameters
-        ----------
-        text : str
-        names : sequence of str
-        width : sequence of float
-        """
+        """Normal form of a formula of scaled inputs; None where it is not finite."""
         import sympy
 
         try:
@@ -337,14 +322,7 @@ class Template:
     def written(
         self, pivot: Sequence[float], center: float = 0.0, spread: float = 1.0
     ) -> tuple[str, str]:
-        """Text and LaTeX of the formula of the inputs themselves.
-
-        Parameters
-        ----------
-        pivot : sequence of float
-        center, spread : float
-            Of what is written: ``center + spread * formula``.
-        """
+        """Text and LaTeX of ``center + spread * formula``, of the inputs themselves."""
         import sympy
 
         symbols = [sympy.Symbol(name) for name in self.names]

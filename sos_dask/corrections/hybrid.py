@@ -4,7 +4,7 @@ The polynomial takes the trend, so the trees have little left to say and may be 
 held back: where pairs are few the correction is all but the polynomial. Pairs far off the
 polynomial are outliers, which the trees do not see: at the ends of the labels, where half of the
 pairs may be wrong ones, no robust loss keeps them out. What the trees say is smeared by a Gaussian
-on a grid (`lookup.Grid`), so that it has no steps. On 45,706 simulated pairs with
+on a grid (`lookup.SmearedTable`), so that it has no steps. On 45,706 simulated pairs with
 outliers its held-out scatter was 0.99 times that of boosted trees alone, and its second
 differences 3.4 to 8 times smaller.
 """
@@ -33,7 +33,7 @@ from sos_dask.corrections.base import (
     Training,
     summarise,
 )
-from sos_dask.corrections.lookup import Grid, smeared
+from sos_dask.corrections.lookup import SmearedTable, smeared
 from sos_dask.corrections.polynomial import PolynomialCorrection
 
 GRID = "residual-grid.npy"
@@ -94,11 +94,11 @@ class HybridCorrection(Correction):
     ----------
     info : ModelInfo
     smooth : PolynomialCorrection
-    local : Grid
+    local : SmearedTable
         The smeared trees over the training box.
     """
 
-    def __init__(self, info: ModelInfo, smooth: PolynomialCorrection, local: Grid) -> None:
+    def __init__(self, info: ModelInfo, smooth: PolynomialCorrection, local: SmearedTable) -> None:
         super().__init__(info)
         self.smooth = smooth
         self.local = local
@@ -123,7 +123,7 @@ def restore(info: ModelInfo, files: Mapping[str, Content]) -> HybridCorrection:
         if name.startswith(POLYNOMIAL)
     }
     smooth = polynomial.restore(info.of_part("polynomial", polynomial.Settings), own)
-    return HybridCorrection(info, smooth, Grid.from_bytes(files.get(GRID, b"")))
+    return HybridCorrection(info, smooth, SmearedTable.from_bytes(files.get(GRID, b"")))
 
 
 def part_settings(kind: type[settings.Settings], whole: settings.Settings) -> Any:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from sos_dask.corrections.base import Content, Float32Array, FloatArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS
+from sos_dask.stats.table import Grid
 
 MAX_CELLS = 1 << 25
 _PLACES = 1 << 13
@@ -51,18 +52,7 @@ def pack(arrays: Sequence[NDArray[Any]]) -> bytes:
 
 
 def unpack(content: Content, what: str) -> list[NDArray[Any]]:
-    """Arrays of a buffer that `pack` made; memory-mapped content is not copied.
-
-    Parameters
-    ----------
-    what : str
-        For the message.
-
-    Raises
-    ------
-    ModelError
-        The content is not axes and their values.
-    """
+    """Arrays of a buffer that `pack` made, not copied; `ModelError` where it is none."""
     view = memoryview(content)
     arrays: list[NDArray[Any]] = []
     try:
@@ -98,17 +88,7 @@ class LookupTable:
     values: Float32Array
 
     def predict(self, features: Float32Array) -> Float32Array:
-        """Sums of the trees.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (n, k)
-            nan takes the direction that each tree keeps for missing values.
-
-        Returns
-        -------
-        ndarray of float32, shape (n, n_labels)
-        """
+        """Sums of the trees, shape (n, n_labels); each tree sends nan its own way."""
         n_labels = self.values.shape[-1]
         flat = self.values.reshape(-1, n_labels)
         out = np.empty((len(features), n_labels), dtype=np.float32)
@@ -350,7 +330,7 @@ def _leaves(
 
 
 @dataclass(frozen=True)
-class Grid:
+class SmearedTable:
     """Values at the nodes of an even grid.
 
     Parameters
@@ -366,43 +346,17 @@ class Grid:
     values: Float32Array
 
     def predict(self, features: Float32Array) -> Float32Array:
-        """Interpolate linearly along each axis; outside the grid as on the nearest face.
-
-        A row's value does not depend on the other rows.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (n, k)
-            Finite.
-
-        Returns
-        -------
-        ndarray of float32, shape (n, n_labels)
-        """
-        out = np.empty((len(features), self.values.shape[-1]), dtype=np.float32)
-        flat = self.values.reshape(-1, self.values.shape[-1])
-        strides = np.array(self.values.strides[:-1]) // self.values.strides[-2]
-        for start in range(0, len(features), BLOCK_ROWS):
-            block = features[start : start + BLOCK_ROWS]
-            cell = np.zeros(len(block), dtype=np.int64)
-            shares = []
-            for axis, n in enumerate(self.values.shape[:-1]):
-                width = self.high[axis] - self.low[axis]
-                place = np.clip(block[:, axis] - self.low[axis], 0, width)
-                place *= np.float32((n - 1) / width if width > 0 else 0.0)
-                index = np.minimum(place.astype(np.int64), n - 2)
-                cell += index * strides[axis]
-                shares.append((place - index).astype(np.float32)[:, None])
-            out[start : start + BLOCK_ROWS] = _interpolated(flat, cell, strides.tolist(), shares)
-        return out
+        """Interpolate linearly, shape (n, n_labels); outside the grid as on the nearest face."""
+        grid = Grid(tuple(self.low), tuple(self.high), self.values.shape[:-1])
+        return grid.interpolate(self.values.reshape(grid.size, -1), features)
 
     def to_bytes(self) -> bytes:
         """The grid as the content of a file."""
         return pack([self.low, self.high, self.values])
 
     @classmethod
-    def from_bytes(cls, content: Content) -> Grid:
-        """Grid from what `to_bytes` gave; `ModelError` where it is none."""
+    def from_bytes(cls, content: Content) -> SmearedTable:
+        """Table from what `to_bytes` gave; `ModelError` where it is none."""
         what = "the grid of the residuals"
         arrays = unpack(content, what)
         shape = arrays[-1].shape[:-1]
@@ -412,27 +366,13 @@ class Grid:
         return cls(*arrays)
 
 
-def _interpolated(
-    flat: Float32Array, cell: NDArray[np.int64], strides: list[int], shares: list[Float32Array]
-) -> Float32Array:
-    """Linear along the first axis of what is linear along the others."""
-    if not strides:
-        return np.take(flat, cell, axis=0)
-    below = _interpolated(flat, cell, strides[1:], shares[1:])
-    above = _interpolated(flat, cell + strides[0], strides[1:], shares[1:])
-    above -= below
-    above *= shares[0]
-    above += below
-    return above
-
-
 def smeared(
     function: Callable[[Float32Array], Float32Array],
     low: Float32Array,
     high: Float32Array,
     width: FloatArray,
-) -> Grid:
-    """Grid of a function smeared with a Gaussian; beyond the box it stays as at the nearest face.
+) -> SmearedTable:
+    """Tabulate a function smeared with a Gaussian; beyond the box it stays as at the nearest face.
 
     Parameters
     ----------
@@ -465,4 +405,4 @@ def smeared(
         if length[axis] > 0:
             sigma = width[axis] * cells[axis] / length[axis]
             values = gaussian_filter1d(values, sigma, axis=axis, mode="nearest", truncate=3.0)
-    return Grid(low, high, values.astype(np.float32))
+    return SmearedTable(low, high, values.astype(np.float32))

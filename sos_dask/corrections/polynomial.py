@@ -48,12 +48,11 @@ from sos_dask.corrections.base import (
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.problem import BLOCK_ROWS
 from sos_dask.run.machine import n_threads
-from sos_dask.stats.numbers import Histogram, count
+from sos_dask.stats.numbers import MAD_TO_SIGMA, Histogram, count
 
 FILE = "coefficients.json"
 HUBER = 1.345
 BISQUARE = 4.685
-MAD_TO_SIGMA = 1.4826
 HUBER_PASSES = 10
 # Passes with the bisquare that still renew the scale.
 SCALE_PASSES = 10
@@ -346,14 +345,7 @@ def _solve(
 
 
 def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
-    """Exponents of all monomials up to a total order.
-
-    Parameters
-    ----------
-    order : int
-        Largest sum of the exponents.
-    n : int
-        Number of variables.
+    """Exponents of all monomials of n variables up to a total order.
 
     Returns
     -------
@@ -367,18 +359,9 @@ def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
 
 
 def design_matrix(z: FloatArray, exponents: IntArray) -> FloatArray:
-    """Monomials of every row.
+    """Monomials of every row, shape (n, m), each contiguous.
 
-    Parameters
-    ----------
-    z : ndarray of float64, shape (n, k)
-    exponents : ndarray of int, shape (m, k)
-        Of any monomials; with those of `polynomial_terms` each costs one multiplication.
-
-    Returns
-    -------
-    ndarray of float64, shape (n, m)
-        In column-major order: every monomial is contiguous.
+    Of any exponents, shape (m, k); with those of `polynomial_terms` each costs one multiplication.
     """
     z = np.asarray(z, dtype=np.float64)
     if exponents.shape[1] != z.shape[1]:

@@ -20,6 +20,7 @@ import numpy as np
 from sos_dask.corrections import fit, method_module
 from sos_dask.corrections.base import FloatArray, Training, TrainingSource, run_tasks
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.stats.numbers import MAD_TO_SIGMA
 
 # Beyond so many spreads a residual is an outlier, and how far does not matter.
 CLIP = 4.0
@@ -171,6 +172,6 @@ def _loss(job: tuple[str, TrainingSource, Sequence[int], int, Params]) -> float:
     rows = [Training(source, (kept,)).rows(index) for index in range(source.n_batches)]
     truth = np.concatenate([row.differences for row in rows]).astype(np.float64)
     residual = np.abs(truth - np.concatenate([fitted.predict(row.features) for row in rows]))
-    spread = np.nanmedian(np.abs(truth - np.nanmedian(truth, axis=0)), axis=0) * 1.4826
+    spread = MAD_TO_SIGMA * np.nanmedian(np.abs(truth - np.nanmedian(truth, axis=0)), axis=0)
     scaled: FloatArray = np.minimum(residual / np.where(spread > 0, spread, 1.0), CLIP)
     return float(np.mean([np.nanmean(column) for column in scaled.T]))

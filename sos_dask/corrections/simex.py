@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from sos_dask.columns import mixed
 from sos_dask.corrections import hybrid, polynomial
 from sos_dask.corrections.base import (
     Batch,
@@ -39,7 +40,6 @@ from sos_dask.corrections.base import (
     Progress,
     Rows,
     Training,
-    mixed,
     summarise,
 )
 from sos_dask.errors import ModelError

@@ -50,8 +50,9 @@ from sos_dask.corrections.base import (
     to_json,
 )
 from sos_dask.corrections.formula import Formula, Template
-from sos_dask.corrections.polynomial import BISQUARE, MAD_TO_SIGMA, one_thread
+from sos_dask.corrections.polynomial import BISQUARE, one_thread
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.stats.numbers import MAD_TO_SIGMA
 
 FILE = "formula.json"
 MIN_PAIRS = 200
@@ -271,14 +272,7 @@ def _choose(
 def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray) -> Template:
     """Fit the numbers of a formula robustly (bisquare; Beaton & Tukey 1974, Technometrics 16, 147).
 
-    Parameters
-    ----------
-    form : Template
-        With numbers to start from, whose scatter is the scale of the loss.
-    u : ndarray of float64, shape (k, n)
-        Inputs less their pivots.
-    y, weight : ndarray of float64, shape (n,)
-        Scaled differences, and weights in units of their mean.
+    The numbers to start from say the scale of the loss.
     """
     from scipy.optimize import least_squares
 
@@ -343,17 +337,7 @@ def _installed(name: str) -> bool:
 
 
 def evolve(z: FloatArray, y: FloatArray, settings: Settings, names: Sequence[str]) -> list[str]:
-    """Find formulas with the engine of the settings.
-
-    Parameters
-    ----------
-    z : ndarray of float64, shape (n, k)
-        Scaled inputs.
-    y : ndarray of float64, shape (n,)
-    settings : Settings
-    names : sequence of str
-        Of the inputs.
-    """
+    """Find formulas of scaled inputs, shape (n, k), with the engine of the settings."""
     return (_operon if settings.engine == "operon" else _pysr)(z, y, settings, list(names))
 
 
@@ -442,21 +426,9 @@ class Scale:
 
 
 def draw_sample(training: Training, scale: Scale, wanted: int, *, even: bool = True) -> Rows:
-    """Draw training pairs, the same in any order and any partitions.
+    """Draw about so many training pairs, the same in any order and any partitions.
 
-    Parameters
-    ----------
-    training : Training
-    scale : Scale
-    wanted : int
-        About so many pairs; all where there are fewer.
-    even : bool
-        Take fewer where pairs are dense, else all with the same chance.
-
-    Returns
-    -------
-    Rows
-        Sorted by their hash.
+    Fewer are taken where pairs are dense, unless ``even`` is false. They are sorted by their hash.
     """
     counts = np.sum(training.map(_cell_counts, scale), axis=0)
     chosen = training.map(_chosen_rows, scale, _shares(counts, wanted, even))

@@ -17,6 +17,7 @@ zero, and only there. What too few pairs cannot tell is null.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -206,11 +207,10 @@ def figures(
             if subset == ALL:
                 scores |= {(method, name): item.score for name, item in measured[method].items()}
         about = {"label": label, "sample": sample.name, "subset": subset}
-        for method in residuals:
-            for statistic in STATISTICS:
-                row = {"method": method, **about, "statistic": statistic, "n": 0 if measured else n}
-                row |= _values(measured, method, statistic)
-                found.append(dict.fromkeys(FIGURE_SCHEMA.names) | row)
+        for method, statistic in itertools.product(residuals, STATISTICS):
+            row = {"method": method, **about, "statistic": statistic, "n": 0 if measured else n}
+            row |= _values(measured, method, statistic)
+            found.append(dict.fromkeys(FIGURE_SCHEMA.names) | row)
     return found, scores
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from sos_dask.evidence.figures import Metric
 from sos_dask.rebuild.job import Job
-from sos_dask.rebuild.plan import COMPARISON, plan
-from sos_dask.rebuild.planner import Stage
+from sos_dask.rebuild.plan import COMPARISON, Plan, Planned
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.storage.artifact import Manifest, Output
 from sos_dask.storage.store import (
@@ -72,57 +71,56 @@ def rebuild(
         all files are compared, or their bytes (``[publish] check = "size"``; always of those that
         this run has written).
     """
-    store = store or job.resolve(job.store)
-    stages = plan(job, store)
+    plan = Plan(job, store)
+    store = plan.store
+    done: list[Planned] = []
     results: list[StageResult] = []
 
-    def finish(stage: Stage, ran: bool) -> None:
-        result = result_of(stage.product, stage.recipe.stage, stage.directory, ran, stage.reason)
+    def finish(planned: Planned) -> None:
+        stage, ran = planned.recipe.stage, not planned.complete
+        result = result_of(planned.product, stage, planned.directory, ran, planned.reason)
+        done.append(planned)
         results.append(result)
         on_stage(result)
 
     def run_all(active: Cluster) -> None:
-        nonlocal stages
-        for number in range(len(stages)):
-            stage = stages[number]
-            if not stage.complete:
-                with _measured(store, stage, active):
-                    stage.run(active, report)
-            finish(stage, not stage.complete)
-            if stage.product == COMPARISON and not stage.complete:
-                # Now it is known which model corrects the catalog.
-                stages = [*stages[: number + 1], *plan(job, store)[number + 1 :]]
+        for step in plan.steps:
+            planned = plan.resolve(step)  # now it is known which model corrects the catalog
+            if not planned.complete:
+                with _measured(store, planned, active):
+                    planned.run(active, report)
+            finish(planned)
 
-    if all(stage.complete for stage in stages):
-        for stage in stages:
-            finish(stage, False)
+    known = plan.all()
+    if all(planned.complete for planned in known):
+        for planned in known:
+            finish(planned)
     elif cluster is None or isinstance(cluster, Cluster):
         run_all(cluster or Cluster())
     else:
         with cluster() as active:
             run_all(active)
-    for stage in stages:
-        if not stage.complete:  # a rebuild beside this one may have been ahead of these workers
-            Output(home(stage.recipe.stage, stage.directory), stage.recipe).tidy()
-    for number, stage in enumerate(stages):
-        report("check products", number, len(stages))
+    for planned in done:
+        if not planned.complete:  # a rebuild beside this one may have been ahead of these workers
+            Output(home(planned.recipe.stage, planned.directory), planned.recipe).tidy()
+    for number, planned in enumerate(done):
+        report("check products", number, len(done))
         # What this very run has hashed while it wrote needs no second look at its content.
-        by = job.publish.check if stage.complete else "size"
-        check_product(stage.product, stage.recipe.stage, stage.directory, by)
-    report("check products", len(stages), len(stages))
-    comparison = next(stage for stage in stages if stage.product == COMPARISON)
+        by = job.publish.check if planned.complete else "size"
+        check_product(planned.product, planned.recipe.stage, planned.directory, by)
+    report("check products", len(done), len(done))
+    comparison = next(planned for planned in done if planned.product == COMPARISON)
     choice = Manifest.load(comparison.directory).summary
     path = publish(
         store,
         job.name,
         job.text,
-        {stage.product: (stage.recipe, stage.directory) for stage in stages},
+        {planned.product: (planned.recipe, planned.directory) for planned in done},
     )
-    products = {stage.product: str(path / stage.product) for stage in stages}
     return Build(
         path.name,
         path,
-        products,
+        {planned.product: str(path / planned.product) for planned in done},
         tuple(results),
         tuple(Metric(**item) for item in choice["metrics"]),
         choice["method"],
@@ -131,10 +129,10 @@ def rebuild(
 
 
 @contextmanager
-def _measured(store: Path, stage: Stage, cluster: Cluster) -> Iterator[None]:
+def _measured(store: Path, planned: Planned, cluster: Cluster) -> Iterator[None]:
     """Remember what a stage took."""
     wall, before = time.monotonic(), cluster.cpu_seconds()
     yield
     after = cluster.cpu_seconds()
     cpu = sum(max(now - before.get(name, 0.0), 0.0) for name, now in after.items())
-    put_cost(store, stage.recipe.fingerprint, Cost(time.monotonic() - wall, cpu))
+    put_cost(store, planned.recipe.fingerprint, Cost(time.monotonic() - wall, cpu))

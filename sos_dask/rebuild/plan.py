@@ -1,229 +1,263 @@
-"""The plan of a job: its stages in the order of their inputs, each with why it would run."""
+"""The plan of a job: its stages as a list, each with its inputs by the names of products.
+
+`steps` says what a job asks for: a list of `Step`. A `Plan` tells of each step which output it
+makes, whether that is there, and why it would be made. Which model corrects the catalog is known
+once the comparison has run: steps that use it are resolved after that.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from sos_dask import corrections as models
+from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.evidence.choice import check_rule
-from sos_dask.evidence.projection import ProjectionSettings
 from sos_dask.rebuild.job import AttachSection, Job, SurveySection
-from sos_dask.rebuild.planner import Planner, Stage
+from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
-from sos_dask.stages.apply import Trust, apply, apply_recipe
-from sos_dask.stages.attach import AttachSettings, attach, attach_recipe, companion_survey
-from sos_dask.stages.compare import Compare, CompareSettings
-from sos_dask.stages.coverage import Coverage, CoverageSettings, coverage_recipe
-from sos_dask.stages.crossmatch import PairSettings, crossmatch, crossmatch_recipe
-from sos_dask.stages.dedupe import dedupe, dedupe_recipe
-from sos_dask.stages.evidence import Evidence, EvidenceSettings, make_evidence
-from sos_dask.stages.generalisation import Generalisation, GeneralisationSettings
-from sos_dask.stages.ingest import IngestSettings, ingest, ingest_recipe
-from sos_dask.stages.margin import margin, margin_recipe
+from sos_dask.settings import Settings
+from sos_dask.stages.apply import Apply
+from sos_dask.stages.attach import Attach, companion_survey
+from sos_dask.stages.base import Stage
+from sos_dask.stages.compare import Compare
+from sos_dask.stages.coverage import Coverage
+from sos_dask.stages.crossmatch import Crossmatch
+from sos_dask.stages.dedupe import Dedupe
+from sos_dask.stages.evidence import Evidence
+from sos_dask.stages.generalisation import Generalisation
+from sos_dask.stages.ingest import Ingest
+from sos_dask.stages.margin import Margin
 from sos_dask.stages.projection import ProjectionStage
-from sos_dask.stages.reference import ReferenceSettings, reference, reference_recipe
-from sos_dask.stages.report import ReportSettings, report_recipe
-from sos_dask.stages.report import report as make_report
-from sos_dask.stages.train import TrainSettings, train, train_recipe
-from sos_dask.stages.trends import Trends, TrendSettings
-from sos_dask.stages.uncertainty import (
-    Surveys,
-    UncertaintySettings,
-    uncertainty,
-    uncertainty_recipe,
-)
-from sos_dask.stars.match import MatchSettings
-from sos_dask.stars.unify import UnifySettings
+from sos_dask.stages.reference import Reference
+from sos_dask.stages.report import ReportStage
+from sos_dask.stages.train import Train
+from sos_dask.stages.trends import Trends
+from sos_dask.stages.uncertainty import Uncertainty
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import sha256_of_file
-from sos_dask.storage.store import DIGESTS_FILE, remember, remembered
+from sos_dask.storage.manifest import WORK, Manifest, Recipe, canonical_json, sha256_of_file
+from sos_dask.storage.store import (
+    DIGESTS_FILE,
+    current_recipes,
+    home,
+    published,
+    remember,
+    remembered,
+)
 from sos_dask.surveys.definition import Survey, load_survey
 
 COMPARISON = "comparison"
+CHOSEN = "model"
+"""Stands for the model that the comparison chooses."""
 
 
-def plan(job: Job, store: Path | None = None) -> list[Stage]:
-    """Stages of a job in the order of their inputs, each with the reason why it would run.
+@dataclass(frozen=True)
+class Step:
+    """One stage of a job.
 
-    Reads the survey files once to hash them (remembered by size and time of change). Which model a
-    rule will choose is known once the comparison has run: the stages after it must then be planned
-    again.
+    Parameters
+    ----------
+    product : str
+        Name of what it makes, unique in the job.
+    stage : type of Stage
+    settings : Settings
+    inputs : mapping of str to str or Path
+        By role: the name of a product, or a path for what no step makes.
+    """
+
+    product: str
+    stage: type[Stage[Any]]
+    settings: Settings
+    inputs: Mapping[str, str | Path]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step whose inputs are known.
+
+    Parameters
+    ----------
+    step : Step
+    recipe : Recipe
+    directory : Path
+        Where the output is or will be.
+    inputs : mapping of str to Path
+        By role.
+    fingerprints : mapping of str to str
+        Of the inputs.
+    complete : bool
+    reason : str
+        Why it would run, or ``unchanged``.
+    """
+
+    step: Step
+    recipe: Recipe
+    directory: Path
+    inputs: Mapping[str, Path]
+    fingerprints: Mapping[str, str]
+    complete: bool
+    reason: str
+
+    @property
+    def product(self) -> str:
+        """Name of what is made."""
+        return self.step.product
+
+    def run(self, cluster: Cluster, report: Report) -> None:
+        """Make the output."""
+        stage = self.step.stage(
+            self.inputs, self.step.settings, product=self.product, known=self.fingerprints
+        )
+        stage.run(self.directory, cluster=cluster, report=report)
+
+
+def steps(job: Job) -> list[Step]:
+    """List what a job asks for, in the order of the inputs.
 
     Raises
     ------
     ConfigError, SurveyError
-        The job or a survey definition is wrong, or a survey file is missing.
+        The job or a survey definition is wrong.
     """
     job = _checked(job)
-    target = str(job.target_name)
-    store = store or job.resolve(job.store)
-    planner = Planner(job, store)
-    observations = _add_survey(planner, target, job.target, job.attach)
-    references = {
-        name: _add_survey(planner, name, section)["stars"]
-        for name, section in job.reference.items()
-    }
-    unify = UnifySettings(
-        method=job.unify.method,
-        order=tuple(job.unify.order or job.reference),
-        offsets=job.unify.fixed_offsets,
+    made = [*_survey_steps(job, str(job.target_name), job.target, job.attach)]
+    stars = {}
+    for name, section in job.reference.items():
+        made += _survey_steps(job, name, section)
+        stars[f"stars.{name}"] = f"{name}.stars"
+    union = job.reference_union
+    union = union.but(order=union.order or tuple(job.reference))
+    made.append(Step("reference", Reference, union, stars))
+    made += _target_steps(job, str(job.target_name), stars, union.order)
+    if job.report.enabled:
+        products = {f"product.{step.product}": step.product for step in made}
+        settings = ReportStage.Settings(job=job.name, job_text=job.text)
+        made.append(Step("report", ReportStage, settings, products))
+    names = [step.product for step in made]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two stages would make '{name}': give the surveys other names")
+    return made
+
+
+def _target_steps(
+    job: Job, target: str, stars: Mapping[str, str], order: tuple[str, ...]
+) -> Iterator[Step]:
+    """List the steps that put one target on the scale of the reference."""
+    observations = f"{target}.observations"
+    if job.attach:
+        observations = f"{target}.with-{list(job.attach)[-1]}"
+    target_stars = f"{target}.stars"
+    left = {"stars": target_stars, "observations": observations}[job.crossmatch.target]
+    matched = {"target": left, "reference": "reference"}
+    yield Step("pairs", Crossmatch, _own(job, Crossmatch, job.crossmatch), matched)
+    models = {}
+    for method in job.train.methods:
+        settings = Train.Settings(
+            method=method,
+            params=_params(job, method),
+            validation=job.train.validation,
+            search=job.train.search,
+            seed=job.seed,
+        )
+        models[f"model.{method}"] = f"model.{method}"
+        yield Step(f"model.{method}", Train, settings, {"pairs": "pairs"})
+    yield Step("evidence", Evidence, Evidence.Settings(), {"pairs": "pairs", **models})
+    seen = {"evidence": "evidence"}
+    yield Step(COMPARISON, Compare, _own(job, Compare, job.compare), {**seen, **models})
+    both = {"reference": "reference", **stars}
+    yield Step("trends", Trends, Trends.Settings(order=order), {**seen, **both})
+    errors = _own(job, Uncertainty, job.uncertainty).but(target=target)
+    inputs = {**seen, "model": CHOSEN, "target": target_stars, **both}
+    yield Step("uncertainty", Uncertainty, errors, inputs)
+    radius = (job.target.dedupe or job.dedupe).radius_arcsec
+    inputs = {**seen, "model": CHOSEN, "pairs": "pairs", "observations": observations}
+    inputs["stars"] = target_stars
+    yield Step(
+        "coverage",
+        Coverage,
+        _own(job, Coverage, job.coverage).but(radius_arcsec=radius),
+        {**inputs, "errors": "uncertainty"},
     )
-    reference_settings = ReferenceSettings(
-        unify=unify,
-        radius_arcsec=job.unify.radius_arcsec,
-        id_radius_arcsec=job.unify.id_radius_arcsec,
-        epoch=job.unify.epoch,
-        rows_per_partition=job.ingest.rows_per_partition,
-        measure_offsets=job.unify.offsets == "measured",
-    )
-    united = planner.add(
-        "reference",
-        reference_recipe(references, reference_settings),
-        lambda directory, cluster, report: reference(
-            {name: planner.catalog(fingerprint) for name, fingerprint in references.items()},
-            directory,
-            reference_settings,
-            cluster=cluster,
-            report=report,
-        ),
-    )
-    match = job.crossmatch
-    pair_settings = PairSettings(
-        match=MatchSettings(
-            radius_arcsec=match.radius_arcsec,
-            id_radius_arcsec=match.id_radius_arcsec,
-            pairs=match.pairs,
-            use_gaia_id=match.use_gaia_id,
-        ),
-        n_folds=match.n_folds,
-        seed=job.seed,
-    )
-    left = observations[match.target]
-    pairs = planner.add(
-        "pairs",
-        crossmatch_recipe(left, united, pair_settings),
-        lambda directory, cluster, report: crossmatch(
-            planner.catalog(left),
-            planner.catalog(united),
-            directory,
-            pair_settings,
-            cluster=cluster,
-            report=report,
-        ),
-    )
-    trained = {method: _add_training(planner, method, pairs) for method in job.train.methods}
-    models_by_name = {f"model.{method}": one for method, one in trained.items()}
-    evidence = planner.add(
-        "evidence",
-        Evidence.recipe(EvidenceSettings(), {"pairs": pairs, **models_by_name}),
-        lambda directory, cluster, report: make_evidence(
-            planner.catalog(pairs),
-            {name: planner.directory(model) for name, model in trained.items()},
-            directory,
-            cluster=cluster,
-            report=report,
-        ),
-    )
-    compare_settings = CompareSettings(
-        **job.compare.model_dump(exclude={"rule"}),
-        rule=check_rule(job.compare.rule, job.train.methods),
-        seed=job.seed,
-    )
-    compared = planner.add(
-        COMPARISON,
-        Compare.recipe(compare_settings, {"evidence": evidence, **models_by_name}),
-        lambda directory, cluster, report: Compare(
-            {
-                "evidence": planner.directory(evidence),
-                **{f"model.{name}": planner.directory(model) for name, model in trained.items()},
-            },
-            compare_settings,
-        ).run(directory, cluster=cluster, report=report),
-    )
-    chosen = planner.chosen(compared, trained, compare_settings.rule)
-    trend_settings = TrendSettings(order=unify.order)
-    planner.add(
-        "trends",
-        Trends.recipe(
-            trend_settings,
-            {
-                "evidence": evidence,
-                "reference": united,
-                **{f"stars.{name}": one for name, one in references.items()},
-            },
-        ),
-        lambda directory, cluster, report: Trends(
-            {
-                "evidence": planner.directory(evidence),
-                "reference": planner.catalog(united),
-                **{f"stars.{n}": planner.catalog(one) for n, one in references.items()},
-            },
-            trend_settings,
-        ).run(directory, cluster=cluster, report=report),
-    )
-    error_settings = UncertaintySettings(
-        job.uncertainty.reference_error, job.uncertainty.sparse_fraction, seed=job.seed
-    )
-    target_stars = observations["stars"]
-    error_recipe = uncertainty_recipe(
-        chosen,
-        pairs,
-        error_settings,
-        {
-            f"{target}.stars": target_stars,
-            "reference": united,
-            **{f"{name}.stars": fingerprint for name, fingerprint in references.items()},
-        },
-    )
-    errors = planner.add(
-        "uncertainty",
-        error_recipe,
-        lambda directory, cluster, report: uncertainty(
-            planner.directory(chosen),
-            planner.catalog(pairs),
-            directory,
-            error_settings,
-            Surveys(
-                target,
-                planner.catalog(target_stars),
-                planner.catalog(united),
-                {name: planner.catalog(references[name]) for name in references},
-            ),
-            recipe=error_recipe,
-            cluster=cluster,
-            report=report,
-        ),
-    )
-    source = observations["observations"]
-    covered = _add_coverage(planner, evidence, chosen, pairs, observations, errors)
+    yield _apply_step(job, target, observations)
+    if job.generalisation is not None:
+        methods = {method: _params(job, method) for method in job.train.methods}
+        settings = _own(job, Generalisation, job.generalisation).but(methods=methods)
+        yield Step("generalisation", Generalisation, settings, seen)
+    if job.projection is not None:
+        settings = _own(job, ProjectionStage, job.projection)
+        inputs = {"observations": observations, "pairs": "pairs"}
+        yield Step("projection", ProjectionStage, settings, inputs)
+
+
+def _apply_step(job: Job, target: str, observations: str) -> Step:
     fallback = job.coverage.fallback
     if fallback == "auto":
-        fallback = "polynomial" if "polynomial" in trained else "edge"
-    smooth = trained["polynomial"] if fallback == "polynomial" else None
-    planner.add(
-        f"{target}.corrected",
-        apply_recipe(chosen, source, errors, covered, fallback, smooth or ""),
-        lambda directory, cluster, report: apply(
-            planner.directory(chosen),
-            planner.catalog(source),
-            directory,
-            name=f"{target}.corrected",
-            cluster=cluster,
-            report=report,
-            errors=planner.directory(errors),
-            trust=Trust(
-                planner.catalog(covered), fallback, planner.directory(smooth) if smooth else None
-            ),
-        ),
-    )
-    _add_looks(planner, pairs, evidence, source)
-    if job.report.enabled:
-        _add_report(planner)
-    return planner.stages
+        fallback = "polynomial" if "polynomial" in job.train.methods else "edge"
+    inputs = {"model": CHOSEN, "observations": observations}
+    inputs |= {"errors": "uncertainty", "coverage": "coverage"}
+    if fallback == "polynomial":
+        inputs["smooth"] = "model.polynomial"
+    return Step(f"{target}.corrected", Apply, Apply.Settings(fallback=fallback), inputs)
+
+
+def _survey_steps(
+    job: Job,
+    name: str,
+    section: SurveySection,
+    companions: Mapping[str, AttachSection] | None = None,
+) -> Iterator[Step]:
+    """List ingest, attach and dedupe of one survey."""
+    survey = _definition(job, section)
+    observations = f"{name}.observations"
+    yield _ingest_step(job, observations, survey, section.files)
+    for companion, attached in (companions or {}).items():
+        columns = dict(attached.columns)
+        other: str | Path
+        if attached.catalog is not None:
+            other = job.resolve(attached.catalog)
+        else:
+            options = attached.model_dump(include={"ra", "dec", "epoch", "by"})
+            read = companion_survey(companion, columns, key=attached.id, **options)
+            other = f"{companion}.companion"
+            yield _ingest_step(job, other, read, attached.files)
+            columns = {column: column for column in columns}
+        settings = _own(job, Attach, attached).but(columns=columns)
+        inputs = {"catalog": observations, "other": other}
+        observations = f"{name}.with-{companion}"
+        yield Step(observations, Attach, settings, inputs)
+    if job.ingest.margin_arcsec is not None:
+        margin = Margin.Settings(radius_arcsec=job.ingest.margin_arcsec)
+        yield Step(f"{name}.collection", Margin, margin, {"catalog": observations})
+    dedupe = section.dedupe or job.dedupe
+    yield Step(f"{name}.stars", Dedupe, dedupe, {"observations": observations})
+
+
+def _ingest_step(job: Job, product: str, survey: Survey, files: list[str]) -> Step:
+    sizes = {name: size for name, size in dict(job.ingest).items() if name != "margin_arcsec"}
+    settings = Ingest.Settings(survey=survey, name=product, **sizes)
+    paths = {f"file.{number}": job.resolve(file) for number, file in enumerate(files)}
+    return Step(product, Ingest, settings, paths)
+
+
+def _own(job: Job, stage: type[Stage[Any]], section: Settings) -> Any:
+    """Settings of a stage from a section of the job, which may have more keys, and its seed."""
+    fields = stage.Settings.model_fields
+    values = {name: value for name, value in dict(section).items() if name in fields}
+    if "seed" in fields:
+        values["seed"] = job.seed
+    return stage.Settings(**values)
+
+
+def _params(job: Job, method: str) -> dict[str, Any]:
+    seed = {"seed": job.seed} if "seed" in corrections.parameters(method) else {}
+    return corrections.check_params(method, {**seed, **job.train.params.get(method, {})})
 
 
 @contextmanager
@@ -251,7 +285,7 @@ def _checked(job: Job) -> Job:
                 )
     for method in job.train.methods:
         with _key(job, "train.methods"):
-            models.parameters(method)
+            corrections.parameters(method)
         with _key(job, f"train.params.{method}"):
             _params(job, method)
     with _key(job, "compare.rule"):
@@ -267,229 +301,136 @@ def _definition(job: Job, section: SurveySection) -> Survey:
     return load_survey(definition, section.override)
 
 
-def _add_looks(planner: Planner, pairs: str, evidence: str, source: str) -> None:
-    """What a job may ask for beside the correction: nothing else depends on it."""
-    job = planner.job
-    if job.generalisation is not None:
-        methods = {method: _params(job, method) for method in job.train.methods}
-        settings = GeneralisationSettings(**job.generalisation.model_dump(), methods=methods)
-        planner.add(
-            "generalisation",
-            Generalisation.recipe(settings, {"evidence": evidence}),
-            lambda directory, cluster, report: Generalisation(
-                {"evidence": planner.directory(evidence)}, settings
-            ).run(directory, cluster=cluster, report=report),
-        )
-    if job.projection is not None:
-        looks = ProjectionSettings(**job.projection.model_dump(), seed=job.seed)
-        planner.add(
-            "projection",
-            ProjectionStage.recipe(looks, {"observations": source, "pairs": pairs}),
-            lambda directory, cluster, report: ProjectionStage(
-                {"observations": planner.catalog(source), "pairs": planner.catalog(pairs)},
-                looks,
-                product=f"{job.target_name}.projection",
-            ).run(directory, cluster=cluster, report=report),
-        )
+def plan(job: Job, store: Path | None = None) -> list[Planned]:
+    """Resolve all steps of a job: see `Plan`.
+
+    Steps that use the chosen model are known for good only once the comparison has run.
+    """
+    return Plan(job, store).all()
 
 
-def _add_report(planner: Planner) -> None:
-    """The report of all stages before it."""
-    job = planner.job
-    done = {stage.product: stage for stage in planner.stages}
-    digests = {
-        digest
-        for stage in done.values()
-        if stage.recipe.stage == "ingest"
-        for digest in stage.recipe.inputs.values()
-    }
-    settings = ReportSettings(
-        job.name, job.text, {digest: planner.names[digest] for digest in sorted(digests)}
-    )
-    planner.add(
-        "report",
-        report_recipe({name: stage.recipe.fingerprint for name, stage in done.items()}, settings),
-        lambda directory, cluster, report: make_report(
-            {name: stage.directory for name, stage in done.items()},
-            directory,
-            settings,
-            cluster=cluster,
-            report=report,
-        ),
-    )
+class Plan:
+    """The steps of a job over a store.
+
+    Survey files are read once to hash them (remembered by size and time of change).
+
+    Parameters
+    ----------
+    job : Job
+    store : Path, optional
+        Default: that of the job.
+
+    Raises
+    ------
+    ConfigError, SurveyError
+        The job or a survey definition is wrong, or a survey file is missing.
+    """
+
+    def __init__(self, job: Job, store: Path | None = None) -> None:
+        self.store = store or job.resolve(job.store)
+        self.steps = steps(job)
+        self.rule = job.compare.rule
+        self._published = published(self.store)
+        self._previous = current_recipes(self.store)
+        self._planned: dict[str, Planned] = {}
+        files = {
+            path: path.name
+            for step in self.steps
+            if step.stage is Ingest
+            for path in step.inputs.values()
+            if isinstance(path, Path)
+        }
+        self._digests = _digests(self.store, list(files))
+        self._files = {self._digests[path]: name for path, name in files.items()}
+        self._names = dict(self._files)
+
+    def all(self) -> list[Planned]:
+        """Resolve all steps as far as they are known."""
+        return [self.resolve(step) for step in self.steps]
+
+    def resolve(self, step: Step) -> Planned:
+        """Tell which output a step makes, whether it is complete, and why it would run."""
+        fingerprints, paths = {}, {}
+        for role, given in step.inputs.items():
+            if given == CHOSEN:
+                given = self._chosen()
+            if isinstance(given, Path):
+                is_file = step.stage is Ingest
+                paths[role] = given
+                fingerprints[role] = (
+                    self._digests[given] if is_file else Catalog.open(given).fingerprint
+                )
+            else:
+                paths[role] = self._planned[given].directory
+                fingerprints[role] = self._planned[given].recipe.fingerprint
+        settings = step.settings
+        if step.stage is ReportStage:
+            settings = settings.but(files=dict(sorted(self._files.items())))
+            step = replace(step, settings=settings)
+        recipe = step.stage.recipe(settings, fingerprints)
+        directory = self.store / "artifacts" / recipe.stage / recipe.fingerprint
+        place = home(recipe.stage, directory)
+        complete = Output(place, recipe).complete
+        reason = "unchanged" if complete else self._reason(step.product, recipe, place)
+        planned = Planned(step, recipe, directory, paths, fingerprints, complete, reason)
+        self._planned[step.product] = planned
+        self._names.setdefault(recipe.fingerprint, step.product)
+        return planned
+
+    def _chosen(self) -> str:
+        """Product of the model that corrects the catalog; the comparison until it has run.
+
+        What is made with the model depends on the model alone, not on how it was chosen.
+        """
+        if f"model.{self.rule}" in self._planned:
+            return f"model.{self.rule}"
+        comparison = self._planned[COMPARISON]
+        if not Output(comparison.directory, comparison.recipe).complete:
+            return COMPARISON
+        return f"model.{Manifest.load(comparison.directory).summary['method']}"
+
+    def _reason(self, product: str, recipe: Recipe, directory: Path) -> str:
+        if (directory / WORK).is_dir():
+            return "unfinished: goes on where it stopped"
+        if self._published.get(product) == recipe.fingerprint:
+            return "its output was removed"
+        before = self._previous.get(product)
+        if before is None:
+            return "not built before"
+        if before.stage != recipe.stage or before.version != recipe.version:
+            return f"version of the stage {before.version} -> {recipe.version}"
+        settings = _differences(before.params, recipe.params)
+        inputs = [
+            f"{self._names.get(now, name)} changed"
+            for name, now in recipe.inputs.items()
+            if now not in before.inputs.values()
+        ]
+        removed = [f"{name} removed" for name in before.inputs if name not in recipe.inputs]
+        return "; ".join([*settings, *inputs, *removed])
 
 
-def _add_coverage(
-    planner: Planner,
-    evidence: str,
-    chosen: str,
-    pairs: str,
-    target: Mapping[str, str],
-    errors: str,
-) -> str:
-    """Where the correction may be trusted, for every observation."""
-    job, section = planner.job, planner.job.coverage
-    settings = CoverageSettings(
-        measure=section.measure,
-        inside=section.inside,
-        outside=section.outside,
-        grid={str(label): limits for label, limits in section.grid.items()},
-        radius_arcsec=(job.target.dedupe or job.dedupe).radius_arcsec,
-        seed=job.seed,
-    )
-    observations, stars = target["observations"], target["stars"]
-    return planner.add(
-        "coverage",
-        coverage_recipe(evidence, chosen, pairs, observations, stars, settings, errors),
-        lambda directory, cluster, report: Coverage(
-            {
-                "evidence": planner.directory(evidence),
-                "model": planner.directory(chosen),
-                "pairs": planner.catalog(pairs),
-                "observations": planner.catalog(observations),
-                "stars": planner.catalog(stars),
-                "errors": planner.directory(errors),
-            },
-            settings,
-        ).run(directory, cluster=cluster, report=report),
-    )
+def _differences(before: Any, after: Any, where: str = "") -> list[str]:
+    """Name what differs between two JSON values, as ``key old -> new``."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        found = []
+        for key in sorted({*before, *after}):
+            inner = f"{where}.{key}" if where else str(key)
+            found += _differences(before.get(key), after.get(key), inner)
+        return found
+    if canonical_json(before) == canonical_json(after):
+        return []
+    short = where.removeprefix("settings.").removeprefix("survey.")
+    return [f"{short} {_brief(before)} -> {_brief(after)}"]
 
 
-def _add_survey(
-    planner: Planner,
-    name: str,
-    section: SurveySection,
-    companions: Mapping[str, AttachSection] | None = None,
-) -> dict[str, str]:
-    """Ingest, attach and dedupe of one survey; fingerprints of its observations and its stars."""
-    job = planner.job
-    survey = _definition(job, section)
-    observations = _add_ingest(planner, f"{name}.observations", survey, section.files)
-    for companion, attached in (companions or {}).items():
-        observations = _add_attach(planner, name, observations, companion, attached)
-    products = {"observations": observations}
-    if job.ingest.margin_arcsec is not None:
-        radius = job.ingest.margin_arcsec
-        planner.add(
-            f"{name}.collection",
-            margin_recipe(observations, radius),
-            lambda directory, cluster, report: margin(
-                planner.catalog(observations), directory, radius, cluster=cluster, report=report
-            ),
-        )
-    dedupe_settings = section.dedupe or job.dedupe
-    products["stars"] = planner.add(
-        f"{name}.stars",
-        dedupe_recipe(observations, dedupe_settings),
-        lambda directory, cluster, report: dedupe(
-            planner.catalog(observations),
-            directory,
-            dedupe_settings,
-            name=f"{name}.stars",
-            cluster=cluster,
-            report=report,
-        ),
-    )
-    return products
+def _brief(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _add_ingest(planner: Planner, product: str, survey: Survey, names: list[str]) -> str:
-    job = planner.job
-    files = [job.resolve(file) for file in names]
-    digests = _digests(planner.store, files)
-    planner.names |= {digest: file.name for digest, file in zip(digests, files, strict=True)}
-    settings = IngestSettings(
-        rows_per_partition=job.ingest.rows_per_partition, chunk_rows=job.ingest.chunk_rows
-    )
-    return planner.add(
-        product,
-        ingest_recipe(survey, digests, settings, product),
-        lambda directory, cluster, report: ingest(
-            survey,
-            files,
-            directory,
-            settings,
-            name=product,
-            cluster=cluster,
-            report=report,
-            digests=digests,
-        ),
-    )
-
-
-def _add_attach(
-    planner: Planner, name: str, catalog: str, companion: str, section: AttachSection
-) -> str:
-    """Columns of a companion catalog on the observations; ingests it where it is a table file."""
-    job = planner.job
-    columns = section.columns
-    if section.catalog is not None:
-        path = job.resolve(section.catalog)
-        other = Catalog.open(path).fingerprint
-
-        def opened() -> Catalog:
-            return Catalog.open(path)
-    else:
-        survey = companion_survey(
-            companion,
-            columns,
-            key=section.id,
-            ra=section.ra,
-            dec=section.dec,
-            epoch=section.epoch,
-            by=section.by,
-        )
-        other = _add_ingest(planner, f"{companion}.companion", survey, section.files)
-        columns = {column: column for column in columns}
-
-        def opened() -> Catalog:
-            return planner.catalog(other)
-
-    settings = AttachSettings(
-        columns=columns,
-        by=section.by,
-        radius_arcsec=section.radius_arcsec,
-        id_radius_arcsec=section.id_radius_arcsec,
-    )
-    return planner.add(
-        f"{name}.with-{companion}",
-        attach_recipe(catalog, other, settings),
-        lambda directory, cluster, report: attach(
-            planner.catalog(catalog),
-            opened(),
-            directory,
-            settings,
-            name=f"{name}.observations",
-            cluster=cluster,
-            report=report,
-        ),
-    )
-
-
-def _add_training(planner: Planner, method: str, pairs: str) -> str:
-    job = planner.job
-    settings = TrainSettings(
-        method=method,
-        params=_params(job, method),
-        validation=job.train.validation,
-        search=job.train.search,
-        seed=job.seed,
-    )
-    return planner.add(
-        f"model.{method}",
-        train_recipe(pairs, settings),
-        lambda directory, cluster, report: train(
-            planner.catalog(pairs), directory, settings, cluster=cluster, report=report
-        ),
-    )
-
-
-def _params(job: Job, method: str) -> dict[str, int | float | str]:
-    seed = {"seed": job.seed} if "seed" in models.parameters(method) else {}
-    return models.check_params(method, {**seed, **job.train.params.get(method, {})})
-
-
-def _digests(store: Path, files: list[Path]) -> list[str]:
+def _digests(store: Path, files: list[Path]) -> dict[Path, str]:
     """SHA-256 of the survey files, remembered in the store by path, size and time of change."""
     memory = store / DIGESTS_FILE
     known = remembered(memory)
@@ -508,4 +449,4 @@ def _digests(store: Path, files: list[Path]) -> list[str]:
         for file, digest in zip(missing, pool.map(sha256_of_file, missing), strict=True):
             known[keys[file]] = digest
             remember(memory, known)
-    return [known[keys[file]] for file in files]
+    return {file: known[keys[file]] for file in files}

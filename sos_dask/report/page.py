@@ -1,19 +1,522 @@
-"""The page: one HTML file that needs nothing else."""
+"""The page: a build opened for its report, its tables, and one HTML file that needs nothing else.
+
+All texts of the page are in its template; here are numbers in rows.
+"""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
+from pathlib import Path
+from typing import Any
 
-from sos_dask.report.headline import Gain
-from sos_dask.report.style import DPI, WIDTH
-from sos_dask.report.tables import Table
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-TEMPLATE = "report.html"
-FULL_PIXELS = round(WIDTH * DPI)  # of a figure as wide as the page
+from sos_dask.problem import Problem
+from sos_dask.report.figures import group_words, select
+from sos_dask.report.maps import CLASSES
+from sos_dask.report.style import (
+    DPI,
+    NONE,
+    STATISTICS,
+    SUBSETS,
+    WIDTH,
+    Labels,
+    listed,
+    number,
+    ordered,
+    percent,
+    readable,
+    word,
+)
+from sos_dask.storage.artifact import Manifest
+from sos_dask.storage.catalog import Catalog, partition_errors
+from sos_dask.storage.store import home
+from sos_dask.surveys.definition import Cut
+
+Row = Mapping[str, Any]
+Columns = dict[str, str | Callable[[Any], str]]
+_UNITS = {"log10(cm/s2)": "dex", "log10(cm.s**-2)": "dex"}
+OBSERVATIONS, CORRECTED, PAIRS, MODEL = "observations", "corrected", "pairs", "model"
+_TABLES = {
+    "trends": ("trends", "trends.parquet"),
+    "planes": ("trends", "planes.parquet"),
+    "references": ("trends", "references.parquet"),
+    "comparison": ("comparison", "comparison.parquet"),
+    "artifacts": ("comparison", "artifacts.parquet"),
+    "outside": ("comparison", "outside.parquet"),
+    "hit_rates": ("uncertainty", "calibration.parquet"),
+    "growth": ("coverage", "calibration.parquet"),
+    "coverage": ("coverage", "maps.parquet"),
+    "projection": ("projection", "maps.parquet"),
+    "left_out": ("generalisation", "generalisation.parquet"),
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """The products of a rebuild, opened.
+
+    Parameters
+    ----------
+    directories : mapping of str to Path
+        By product, in the order of the plan.
+    manifests : mapping of str to Manifest
+    """
+
+    directories: Mapping[str, Path]
+    manifests: Mapping[str, Manifest]
+
+    @classmethod
+    def open(cls, directories: Mapping[str, Path]) -> Build:
+        """Read the manifest of every product."""
+        # A link of a build is followed, so that tasks find it after the next build, too.
+        found = {name: path.resolve() for name, path in directories.items()}
+        return cls(found, {n: Manifest.checked(home_of(n, path)) for n, path in found.items()})
+
+    def of(self, kind: str) -> list[str]:
+        """Names of the products of a kind: ``pairs``, ``lamost.pairs``."""
+        return [name for name in self.directories if name.split(".")[-1] == kind]
+
+    def one(self, kind: str) -> str:
+        """Name of the product of a kind; empty without one."""
+        return next(iter(self.of(kind)), "")
+
+    def summary(self, kind: str) -> Row:
+        """Summary of the product of a kind; empty without one."""
+        name = self.one(kind)
+        return self.manifests[name].summary if name else {}
+
+    def table(self, name: str) -> pa.Table | None:
+        """One of the tables that the report knows; None where there is none."""
+        kind, file = _TABLES[name]
+        path = self.directories.get(self.one(kind), Path()) / file
+        if not self.one(kind) or not path.is_file():
+            return None
+        with partition_errors(path):
+            table = pq.read_table(path)
+        if name == "hit_rates" and "coverage" in table.column_names:
+            names = ["hit_rate" if one == "coverage" else one for one in table.column_names]
+            table = table.rename_columns(names)
+        return table
+
+    @property
+    def choice(self) -> Row:
+        """Why the method was chosen, and the figures of all."""
+        return self.summary("comparison") or self.summary("chosen")
+
+    @property
+    def method(self) -> str:
+        """The method that corrects the catalog; empty without one."""
+        return str(self.choice.get("method", ""))
+
+    @cached_property
+    def models(self) -> dict[str, Path]:
+        """Directories of the models by method, the chosen one first."""
+        found = {
+            name.split(".")[-1]: path
+            for name, path in self.directories.items()
+            if MODEL in name.split(".")[:-1]
+        }
+        return dict(sorted(found.items(), key=lambda item: item[0] != self.method))
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The question that the models answer."""
+        given = self.summary("evidence").get("problem")
+        return Problem(**given) if given else Problem()
+
+    @property
+    def labels(self) -> Labels:
+        """Units of the labels by their names."""
+        return {label.name: _UNITS.get(label.unit, label.unit) for label in self.problem.labels}
+
+    @property
+    def contrasts(self) -> list[tuple[str, str]]:
+        """Pairs of references that trends compare."""
+        table = self.table("references")
+        if table is None:
+            return []
+        columns = (table[name].to_pylist() for name in ("first", "second"))
+        return list(dict.fromkeys(zip(*columns, strict=True)))
+
+    @property
+    def surveys(self) -> list[str]:
+        """Target, then references."""
+        return [name.removesuffix(f".{OBSERVATIONS}") for name in self.of(OBSERVATIONS)]
+
+    @property
+    def target(self) -> str:
+        """Name of the survey that is corrected."""
+        return self.one(CORRECTED).removesuffix(f".{CORRECTED}") or "target"
+
+    @property
+    def references(self) -> list[str]:
+        """Names of the others."""
+        return [name for name in self.surveys if name != self.target]
+
+    @property
+    def reference(self) -> str:
+        """What to call the reference."""
+        return self.references[0] if len(self.references) == 1 else "reference"
+
+    @cached_property
+    def counted(self) -> dict[str, Catalog]:
+        """Catalogs whose rows are counted in cells of the sky or a plane."""
+        names = [*self.of(OBSERVATIONS), *self.of(PAIRS), *self.of(CORRECTED)]
+        if self.scores is not None:
+            names += self.of("projection")
+        return {name: Catalog.open(self.directories[name]) for name in names}
+
+    @cached_property
+    def scores(self) -> Catalog | None:
+        """Coverage of every row of the target; None without it."""
+        name = self.one("coverage")
+        return Catalog.open(self.directories[name]) if name else None
+
+
+def home_of(name: str, path: Path) -> Path:
+    """Directory of the manifest of a product."""
+    return home("margin" if name.endswith(".collection") else "", path)
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, all text.
+
+    Parameters
+    ----------
+    headers : tuple of str
+        ``>`` before a header: the column contains numbers.
+    rows : tuple of tuple of str
+    strong : frozenset of int
+        Rows that stand out.
+    """
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    strong: frozenset[int] = frozenset()
+
+
+def tabulate(
+    items: Iterable[Any],
+    columns: Columns,
+    strong: Callable[[Any], bool] = lambda item: False,
+) -> Table:
+    """Lay out items, a row for each.
+
+    Parameters
+    ----------
+    items : iterable of mapping
+    columns : mapping of str to (str or callable)
+        By header: a key of the items, whose value is written as it is, or what gives the text.
+    strong : callable
+        Tells the rows that stand out.
+    """
+    items = list(items)
+    rows = tuple(
+        tuple(brief(item.get(one)) if isinstance(one, str) else one(item)
+              for one in columns.values())
+        for item in items
+    )  # fmt: skip
+    return Table(tuple(columns), rows, frozenset(i for i, item in enumerate(items) if strong(item)))
+
+
+def brief(value: Any) -> str:
+    """Write a value with four digits; a dash where there is none."""
+    if value is None or (isinstance(value, float) and not np.isfinite(value)):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("-", "−")
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def plain(table: pa.Table) -> Table:
+    """Lay out a table as it is."""
+    headers = {
+        (">" if pa.types.is_floating(one.type) or pa.types.is_integer(one.type) else "") + one.name:
+        one.name
+        for one in table.schema
+    }  # fmt: skip
+    return tabulate(table.to_pylist(), headers)
+
+
+def account(build: Build) -> Table:
+    """Rows in, out, and where the others went, for every product with rows."""
+
+    def reasons(item: Row) -> str:
+        dropped = [f"{n:,} {reason}" for reason, n in item["dropped"].items() if n]
+        return ", ".join(dropped + [f"+{n:,} {why}" for why, n in item["added"].items() if n])
+
+    items = [{"product": name, **vars(one.rows)} for name, one in build.manifests.items()]
+    columns: Columns = {
+        "product": "product", ">rows in": "n_in", ">rows out": "n_out", ">rejected": "rejected",
+        "dropped, +added": reasons,
+    }  # fmt: skip
+    return tabulate([one for one in items if one["n_in"] or one["n_out"]], columns)
+
+
+def cuts(manifest: Manifest) -> Table:
+    """How many rows of a survey fail each quality cut."""
+    n_rows, summary = manifest.rows.n_out, manifest.summary
+    params = manifest.recipe.params
+    given = params.get("settings", params).get("survey", {}).get("cuts", {})
+    items = []
+    for name, cut in sorted(given.items(), key=lambda item: item[1]["bit"]):
+        failed = int(summary.get("fail_cut", {}).get(name, 0))
+        items.append({"cut": name, "test": Cut(**{**cut, "name": name}).test_text(), "n": failed})
+    n_failed = n_rows - int(summary.get("pass_all_cuts", 0))
+    items.append({"cut": "all cuts", "test": "rows that fail any", "n": n_failed})
+    columns: Columns = {
+        "cut": "cut", "a row passes if": "test", ">rows that fail": "n",
+        ">share": lambda item: percent(item["n"], n_rows),
+    }  # fmt: skip
+    return tabulate(items, columns, lambda item: item is items[-1])
+
+
+class _LabelTable:
+    """Columns for values of labels, in the units of these."""
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+
+    def sorted(self, items: Iterable[Row]) -> list[Row]:
+        """Items by label."""
+        names = list(self.labels)
+        known = [item for item in items if item["label"] in self.labels]
+        return sorted(known, key=lambda item: names.index(item["label"]))
+
+    def name(self, item: Row) -> str:
+        """Label with its unit."""
+        return f"{word(item['label'])} [{self.labels[item['label']]}]"
+
+    def value(self, key: str, sign: bool = False) -> Callable[[Row], str]:
+        """Text of a value."""
+        return lambda item: number(item.get(key), self.labels[item["label"]], sign)
+
+
+def metrics(items: Iterable[Row], labels: Labels, chosen: str) -> Table:
+    """Median and scatter of every method on held-out pairs, where no comparison was made."""
+    of = _LabelTable(labels)
+    columns: Columns = {
+        "label": of.name, "method": "method", ">pairs": "n",
+        **{f">median {when}": of.value(f"median_{when}", True) for when in ("before", "after")},
+        **{f">scatter {when}": of.value(f"scatter_{when}") for when in ("before", "after")},
+    }  # fmt: skip
+    return tabulate(of.sorted(items), columns, lambda item: item["method"] == chosen)
+
+
+def comparison(table: pa.Table, labels: Labels, chosen: str, subset: str) -> Table:
+    """Every method in one part of the parameter space, on test and training pairs."""
+    of = _LabelTable(labels)
+    mine = select(table, subset=subset).to_pylist()
+    statistics = ordered([row["statistic"] for row in mine], STATISTICS)
+    methods = ordered([row["method"] for row in mine], (NONE,))
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in mine:
+        if (row["method"], row["sample"]) != (NONE, "train"):
+            key = (row["label"], row["method"], row["sample"])
+            # A binned figure counts a pair once for each quantity: the first ones count pairs.
+            item = found.setdefault(key, {**row, "cells": {}})
+            item["cells"][row["statistic"]] = row
+    items = sorted(found.values(), key=lambda r: (methods.index(r["method"]), r["sample"]))
+
+    def cell(name: str) -> Callable[[Row], str]:
+        return lambda item: _interval(item["cells"].get(name), labels[item["label"]])
+
+    columns: Columns = {
+        "label": of.name, "method": "method", "sample": "sample", ">pairs": "n",
+        **{f">{STATISTICS.get(name, name)}": cell(name) for name in statistics},
+    }  # fmt: skip
+    return tabulate(of.sorted(items), columns, lambda item: item["method"] == chosen)
+
+
+def _interval(cell: Row | None, unit: str) -> str:
+    if cell is None:
+        return "–"
+    text = number(cell["value"], unit, cell["statistic"] == "median")
+    if cell.get("error") is not None:
+        text += f" ± {number(cell['error'], unit)}"
+    elif cell.get("low") is not None and cell.get("high") is not None:
+        text += f"\n[{number(cell['low'], unit)}, {number(cell['high'], unit)}]"
+    if cell.get("against"):
+        place = f"{word(cell['against'])} {cell['bin_low']:g} to {cell['bin_high']:g}"
+        text += f"\nat {place}".replace("-", "−")
+    return text
+
+
+def agreements(items: Iterable[Row], labels: Labels) -> Table:
+    """Whether two references agree over the bins of each quantity."""
+    of = _LabelTable(labels)
+    columns: Columns = {
+        "difference": lambda item: f"{item['second']} − {item['first']}",
+        "label": of.name,
+        "in bins of": lambda item: word(item["against"]),
+        "through": lambda item: "target" if item["by"] == "target" else "stars in both",
+        ">bins": "n_bins",
+        ">median": of.value("median", True),
+        ">rms": of.value("rms"),
+        ">excess": of.value("excess"),
+        ">beyond 3σ": "n_significant",
+        ">chance": lambda item: f"{item['p_value']:.1g}",
+    }
+    shown = [
+        item
+        for item in items
+        if item["binning"] == "equal-width" and item["n_bins"] and "," not in item["against"]
+    ]
+    return tabulate(shown, columns, lambda item: item["p_value"] < 0.001)
+
+
+def follow_up(maps: pa.Table, steps: Mapping[str, float], labels: Labels, n: int = 10) -> Table:
+    """Regions of label space where observations of reference quality would help most.
+
+    Parameters
+    ----------
+    maps : pyarrow.Table
+        ``maps.parquet`` of the stage coverage.
+    steps : mapping of str to float
+        Width of a region in each label.
+    labels : mapping of str to str
+    n : int
+        Most regions: those with most rows outside the coverage.
+    """
+    found = select(maps, map="labels").to_pylist()
+    regions = sorted(found, key=lambda row: (-row["outside"], *(row[name] for name in steps)))[:n]
+
+    def region(name: str) -> Callable[[Row], str]:
+        half = steps[name] / 2
+        return lambda item: f"{item[name] - half:g} to {item[name] + half:g}".replace("-", "−")
+
+    columns: Columns = {
+        **{f"{word(name)} [{labels.get(name, '')}]": region(name) for name in steps},
+        ">rows outside": "outside",
+        ">all rows": lambda row: f"{sum(row[name] for name in CLASSES):,}",
+        ">G [mag]": "phot_g_mean_mag",
+    }  # fmt: skip
+    return tabulate([row for row in regions if row["outside"]], columns)
+
+
+def left_out(table: pa.Table, labels: Labels, method: str) -> Table:
+    """Median and scatter of one method in every group of pairs, left out and not."""
+    of = _LabelTable(labels)
+    raw = {(r["split"], r["group"], r["label"]): r
+           for r in select(table, method=NONE).to_pylist()}  # fmt: skip
+    items = [
+        {**row, **{f"raw_{name}": raw.get((row["split"], row["group"], row["label"]), {}).get(name)
+                   for name in ("median", "mad")}}
+        for row in select(table, method=method).to_pylist()
+    ]  # fmt: skip
+    columns: Columns = {
+        "label": of.name, "split": "split", "group left out": group_words,
+        ">trained on": "n_train", ">pairs left out": "n",
+    }  # fmt: skip
+    for name, key, sign in (("median", "median", True), ("scatter", "mad", False)):
+        columns[f">{name} uncorrected"] = of.value(f"raw_{key}", sign)
+        columns[f">{name} left out"] = of.value(key, sign)
+        columns[f">{name} not left out"] = of.value(f"{key}_random", sign)
+    return tabulate(of.sorted(items), {**columns, ">pairs not left out": "n_random"})
+
+
+def short_intervals(table: pa.Table) -> list[Row]:
+    """Where intervals contain fewer held-out pairs than they state, beyond chance; worst first."""
+    short = [row for row in table.to_pylist() if row["n"] and row["high"] < row["level"]]
+    return sorted(short, key=lambda row: row["hit_rate"] - row["level"])
+
+
+def gains(items: Iterable[Row], labels: Labels, chosen: str) -> list[Row]:
+    """Scatter of each label before and after the chosen method, on held-out pairs, as text."""
+    found: list[Row] = []
+    for item in _LabelTable(labels).sorted(items):
+        if item["method"] == chosen:
+            before, after = item["scatter_before"], item["scatter_after"]
+            digits = 0 if labels[item["label"]] == "K" else 3
+            share = f"{100 * (after / before - 1):+.0f} %".replace("-", "−") if before else ""
+            text = {"before": f"{before:.{digits}f}", "after": f"{after:.{digits}f}"}
+            found.append({"label": item["label"], "n": item["n"], "share": share, **text})
+    return found
+
+
+def disagreeing(items: Iterable[Row], labels: Labels) -> list[Row]:
+    """Pairs of references with significant differences in bins of the labels, and in how many."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for item in items:
+        pair = {name: item[name] for name in ("first", "second")}
+        if (item["binning"], item["by"]) == ("equal-width", "target") and item["against"] in labels:
+            total = found.setdefault(
+                tuple(pair.values()), {**pair, "n_significant": 0, "n_bins": 0}
+            )
+            for name in ("n_significant", "n_bins"):
+                total[name] += item[name]
+    return [item for item in found.values() if item["n_significant"]]
+
+
+def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) -> dict[str, Any]:
+    """Make all tables of the page by the names that its template gives them.
+
+    Parameters
+    ----------
+    build : Build
+    steps : mapping of str to float
+        Width of a region of label space.
+    files, software : mapping of str to str
+        Names of survey files by SHA-256; versions.
+    """
+    labels, method = build.labels, build.method
+    observed = {name: build.manifests[f"{name}.{OBSERVATIONS}"] for name in build.surveys}
+    found: dict[str, Any] = {
+        "account": account(build),
+        "cuts": {name: cuts(manifest) for name, manifest in observed.items()},
+        "gains": gains(build.choice.get("metrics", ()), labels, method),
+        **dict.fromkeys(("metrics", "worst", "agreements", "flags", "follow_up", "short")),
+        "comparison": {},
+        "left_out": {},
+    }
+    if (table := build.table("comparison")) is not None:
+        subsets = ordered(table["subset"].to_pylist(), SUBSETS)
+        found["comparison"] = {one: comparison(table, labels, method, one) for one in subsets}
+        worst = select(table, sample="test", subset="all", statistic="worst_bin", method=method)
+        found["worst"] = _LabelTable(labels).sorted(worst.to_pylist())
+    elif build.choice.get("metrics"):
+        found["metrics"] = metrics(build.choice["metrics"], labels, method)
+    for name in ("artifacts", "outside", "hit_rates"):
+        table = build.table(name)
+        found[name] = None if table is None else plain(table)
+    if (table := build.table("hit_rates")) is not None:
+        found["short"] = short_intervals(table)
+    agreed = build.summary("trends").get("agreements", ())
+    found["disagreeing"] = disagreeing(agreed, labels)
+    if agreed:
+        found["agreements"] = agreements(agreed, labels)
+    if flags := build.summary(CORRECTED).get("flags"):
+        n_rows = build.manifests[build.one(CORRECTED)].rows.n_out
+        found["flags"] = tabulate(
+            sorted(flags.items(), key=lambda item: (-item[1], item[0])),
+            {"meaning": lambda item: readable(item[0]), ">rows": lambda item: f"{item[1]:,}",
+             ">share": lambda item: percent(item[1], n_rows)},
+        )  # fmt: skip
+    if (table := build.table("coverage")) is not None:
+        found["follow_up"] = follow_up(table, steps, labels)
+    if (table := build.table("left_out")) is not None:
+        found["left_out"] = {name: left_out(table, labels, name) for name in build.models}
+    hashes = [(survey, files.get(digest, ""), digest) for survey, manifest in observed.items()
+              for digest in manifest.recipe.inputs.values()]  # fmt: skip
+    products = [(name, one.recipe.stage, str(one.recipe.version), one.fingerprint)
+                for name, one in build.manifests.items()]  # fmt: skip
+    found["inputs"] = Table(("survey", "file", "SHA-256"), tuple(hashes))
+    found["products"] = Table(("product", "stage", ">version", "fingerprint"), tuple(products))
+    found["software"] = Table(("package", "version"), tuple(software.items()))
+    return found
+
+
+# --- the page -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -22,19 +525,17 @@ class Picture:
 
     Parameters
     ----------
-    name : str
-        Of its files, without the ending.
-    title, caption, alt : str
+    title : str
+    facts : mapping
+        For its caption.
     png : bytes
     """
 
-    name: str
     title: str
-    caption: str
-    alt: str
+    facts: Row
     png: bytes
 
-    @cached_property
+    @property
     def data(self) -> str:
         """The picture as text."""
         return base64.b64encode(self.png).decode()
@@ -46,74 +547,51 @@ class Picture:
 
     @property
     def share(self) -> float:
-        """Of the width of the page."""
-        return round(self.size[0] / FULL_PIXELS, 3)
+        """Share of the width of the page."""
+        return round(self.size[0] / round(WIDTH * DPI), 3)
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: text, then tables and figures in their order.
-
-    Parameters
-    ----------
-    key : str
-        Anchor.
-    title : str
-    text : str
-    items : tuple of Picture, Table or Code
-    folded : tuple of Table or Code
-        Shown on a click.
-    """
-
-    key: str
-    title: str
-    text: str = ""
-    items: tuple[Picture | Table | Code, ...] = ()
-    folded: tuple[Table | Code, ...] = ()
-
-
-@dataclass(frozen=True)
-class Code:
-    """Text to copy."""
-
-    caption: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Page:
-    """All that is on the page.
+def html(
+    build: Build,
+    pictures: Mapping[str, Picture],
+    tables: Row,
+    *,
+    job: str,
+    job_text: str,
+    version: str,
+    formulas: Row | None = None,
+) -> str:
+    """Write the page of a build as HTML; all text is escaped.
 
     Parameters
     ----------
-    title, lead : str
-    gains : sequence of Gain
-    gains_caption : str
-    notes : sequence of str
-        What to watch out for.
-    sections : sequence of Section
-        Those without content are left out.
+    build : Build
+    pictures : mapping of str to Picture
+        By the names of the figures.
+    tables : mapping
+        Of `tables`.
+    job, job_text : str
+        Name and text of the job.
     version : str
+        Of this program.
+    formulas : mapping, optional
+        Content of the file of the symbolic model.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    title: str
-    lead: str
-    gains: Sequence[Gain]
-    gains_caption: str
-    notes: Sequence[str]
-    sections: Sequence[Section]
-    version: str = field(default="")
-
-
-def html(page: Page) -> str:
-    """The page as HTML; all text is escaped."""
-    from jinja2 import Environment, StrictUndefined
-
-    text = resources.files("sos_dask").joinpath(f"templates/{TEMPLATE}").read_text("utf-8")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.tests["picture"] = lambda item: isinstance(item, Picture)
-    environment.tests["code"] = lambda item: isinstance(item, Code)
-    sections = [s for s in page.sections if s.items or s.folded]
-    return environment.from_string(text).render(page=page, sections=sections)
+        loader=PackageLoader("sos_dask"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "count": lambda n: f"{n:,}",
+        "listed": listed,
+        "number": number,
+        "percent": percent,
+        "readable": readable,
+        "word": word,
+    }
+    return environment.get_template("report.html").render(
+        build=build, pictures=pictures, tables=tables, formulas=formulas, job=job,
+        job_text=job_text, version=version,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How figures look, and how they become files: the same figure always gives the same bytes.
+"""How figures and numbers look: one style for all, and the same figure always gives the same bytes.
 
 Sizes are those of a journal with two columns (width 7.1 inches over both), colours are told apart
 by colour-blind readers (Okabe & Ito 2008, Color Universal Design) and in grey print.
@@ -7,18 +7,21 @@ by colour-blind readers (Okabe & Ito 2008, Color Universal Design) and in grey p
 from __future__ import annotations
 
 import io
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from sos_dask.report.words import UNITS
+Labels = Mapping[str, str]
+"""Units of the labels of a problem by their names, in its order."""
 
 WIDTH = 7.1
 DPI = 180
@@ -27,20 +30,39 @@ BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
 )  # fmt: skip
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
-MARKERS = ("o", "s", "D", "^", "v", "P")
+MARKERS = ("s", "D", "^", "v", "P", "o")
 EMPTY = "#e3e3e3"  # no data, where white means zero
-DENSITY_MAP, SIGNED_MAP = "viridis", "RdBu_r"
+DENSITY_MAP, SIGNED_MAP, SHARE_MAP = "viridis", "RdBu_r", "cividis"
 
-NAMES = {
+WORDS = {
+    "teff": "Teff",
+    "logg": "log g",
+    "feh": "[Fe/H]",
+    "rv": "RV",
+    "snr": "S/N",
+    "phot_g_mean_mag": "G",
+    "ebv": "E(B-V)",
+    "bp_rp": "BP-RP",
+}
+_SYMBOLS = WORDS | {
     "teff": r"$T_\mathrm{eff}$",
     "logg": r"$\log\,g$",
-    "feh": "[Fe/H]",
-    "snr": "S/N",
     "phot_g_mean_mag": r"$G$",
     "ebv": r"$E(B-V)$",
     "bp_rp": r"$G_\mathrm{BP}-G_\mathrm{RP}$",
 }
-AXIS_UNITS = {**UNITS, "phot_g_mean_mag": "mag", "ebv": "mag", "bp_rp": "mag"}
+_UNITS = {"teff": "K", "logg": "dex", "feh": "dex", "rv": "km/s",
+          "phot_g_mean_mag": "mag", "ebv": "mag", "bp_rp": "mag"}  # fmt: skip
+_DIGITS = {"K": 1, "km/s": 2}
+NONE = "none"
+STATISTICS = {
+    "median": "median",
+    "mad": "scatter (1.4826 MAD)",
+    "width": "half of the 16–84 % width",
+    "rms_binned": "rms of binned medians",
+    "worst_bin": "worst bin",
+}
+SUBSETS = ("all", "dense", "sparse", "logg < 1", "teff > 7000", "feh < -2", "feh > 0.2")
 
 _RC: Any = {
     "font.family": "sans-serif",
@@ -72,38 +94,31 @@ _DRAWING = threading.Lock()  # settings and the parser of formulas belong to the
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure and what is said of it.
+    """A figure and what its caption says.
 
     Parameters
     ----------
     title : str
-    caption : str
-        What it shows, how to read it, of how many.
-    alt : str
-        What it shows, in a sentence, for those who do not see it.
     figure : Figure
+    facts : mapping
+        JSON values, by the names that the caption in the template of the page gives them.
     """
 
     title: str
-    caption: str
-    alt: str
     figure: Figure
+    facts: Mapping[str, Any]
+
+    def with_facts(self, **more: Any) -> Drawn:
+        """Add facts to its caption."""
+        return Drawn(self.title, self.figure, {**self.facts, **more})
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A figure as files.
-
-    Parameters
-    ----------
-    title, caption, alt : str
-        As in `Drawn`.
-    png, pdf : bytes
-    """
+    """A figure as files; title and facts as in `Drawn`."""
 
     title: str
-    caption: str
-    alt: str
+    facts: Mapping[str, Any]
     png: bytes
     pdf: bytes
 
@@ -133,48 +148,87 @@ def render(draw: Callable[[], Drawn | None]) -> Rendered | None:
         )
         nothing = {"CreationDate": None, "Creator": None, "Producer": None}
         drawn.figure.savefig(pdf, format="pdf", metadata=nothing)
-        return Rendered(drawn.title, drawn.caption, drawn.alt, png.getvalue(), pdf.getvalue())
+        return Rendered(drawn.title, drawn.facts, png.getvalue(), pdf.getvalue())
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure, inches."""
+    """Make an empty figure; inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def axis_label(name: str) -> str:
-    """A quantity with its unit, for an axis."""
-    unit = AXIS_UNITS.get(name, "")
-    return NAMES.get(name, name) + (f" [{unit}]" if unit else "")
+def share_of_width(n_columns: int) -> float:
+    """Width in inches of a figure with so many columns of panels; three and more fill the page."""
+    return WIDTH * min(1.0, 0.1 + 0.3 * n_columns)
 
 
-def typeset(subset: str) -> str:
-    """A part of the parameter space, for an axis."""
-    first, _, rest = subset.partition(" ")
-    return f"{NAMES.get(first, first)} {rest}".strip().replace("-", "−").replace("snr", "S/N")
+def symbol(name: str) -> str:
+    """Typeset the name of a quantity, or of a part of the parameter space such as ``feh < -2``."""
+    return _named(name, _SYMBOLS)
+
+
+def word(name: str) -> str:
+    """Name a quantity, or a part of the parameter space, as a person does: ``log g < 1``."""
+    return _named(name, WORDS)
+
+
+def _named(name: str, names: Mapping[str, str]) -> str:
+    first, _, rest = name.partition(" ")
+    return f"{names.get(first, first)} {rest}".strip().replace("-", "−").replace("snr", "S/N")
+
+
+def axis_label(name: str, unit: str | None = None) -> str:
+    """Name a quantity with its unit, for an axis."""
+    unit = _UNITS.get(name, "") if unit is None else unit
+    return symbol(name) + (f" [{unit}]" if unit else "")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Write names as a person does: ``Teff, log g and [Fe/H]``."""
+    *first, last = map(word, names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def number(value: float | None, unit: str, sign: bool = False) -> str:
+    """Write a value with the digits that mean something; a dash where there is none."""
+    if value is None or not np.isfinite(value):
+        return "–"
+    return f"{value:{'+' if sign else ''}.{_DIGITS.get(unit, 4)}f}".replace("-", "−")
+
+
+def readable(text: str) -> str:
+    """Name columns in a text of a manifest as a person does: ``log g`` for ``logg``."""
+    return re.sub(r"\b(teff|logg|feh|snr)\b", lambda found: WORDS[found[1]], text)
+
+
+def percent(part: int, whole: int) -> str:
+    """Format a percentage; non-zero shares never print as 0.0 %."""
+    if not whole:
+        return "–"
+    return "<0.1 %" if 0 < part < 0.0005 * whole else f"{100 * part / whole:.1f} %"
+
+
+def ordered(found: Iterable[str], first: Iterable[str]) -> list[str]:
+    """Sort names: those of ``first`` that are there, then the others as found."""
+    names = list(dict.fromkeys(found))
+    return [*(n for n in first if n in names), *(n for n in names if n not in first)]
 
 
 def tidy_ticks(axes: Axes, n_x: int = 4, n_y: int = 4) -> None:
     """Few ticks, so that their labels never touch."""
-    from matplotlib.ticker import MaxNLocator
-
     axes.xaxis.set_major_locator(MaxNLocator(n_x, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(n_y, steps=[1, 2, 2.5, 5, 10]))
 
 
-def plain_log_ticks(axes: Axes) -> None:
-    """Plain numbers at 1, 2 and 5 of each decade, or at the decades of a wide horizontal axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+def plain_log_ticks(axis: Axis) -> None:
+    """Plain numbers at 1, 2 and 5 of each decade, or at the decades of a wide axis."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
-def robust_limits(
-    low: NDArray[np.floating], high: NDArray[np.floating], beyond: float = 0.06
-) -> tuple[float, float]:
-    """Limits of an axis that hold zero and all bands but the share ``beyond`` on either side."""
+def robust_limits(low: Any, high: Any, beyond: float = 0.06) -> tuple[float, float]:
+    """Limits of an axis that contain zero and all bands but the share ``beyond`` on either side."""
     low, high = low[np.isfinite(low)], high[np.isfinite(high)]
     if not len(low):
         return -1.0, 1.0

@@ -80,19 +80,14 @@ def simulate(
         for block in plates.blocks(BLOCK_STARS):
             made = _make_block(plates, block, settings)
             gaia(_gaia_table(made))
-            truths, plate = [], []
+            truths = []
             for number, survey in SURVEYS.items():
                 visits = _visits(plates, block, made, number, settings)
-                rows, obs_id = TABLES[number](visits)
-                _write_rounds(fits[number], visits, rows)
-                truths.append(_truth_table(visits, obs_id))
-                plate.append(made.plate[visits.star])
-                done[number] += len(rows)
+                truths.append(_write_visits(fits[number], visits, number))
+                done[number] += len(visits.row)
                 if progress is not None:
                     progress(survey.name, done[number], plates.n_rows[number])
-            # By plate, so that the order does not depend on the blocks.
-            order = np.argsort(np.concatenate(plate), kind="stable")
-            truth(pa.concat_tables(truths).take(order))
+            truth(_by_plate(truths, made))
     if progress is not None:
         progress(SURVEYS[LAMOST].name, settings.n_lamost, settings.n_lamost)
     return paths
@@ -101,12 +96,21 @@ def simulate(
 # Files
 
 
-def _write_rounds(write: Callable[[int, Records], Any], visits: Visits, rows: Records) -> None:
-    """Write rows at their places: those of one round are neighbours in the file."""
-    for number in range(int(visits.round.max(initial=-1)) + 1):
-        here = np.flatnonzero(visits.round == number)
+def _write_visits(write: Callable[[int, Records], Any], visits: Visits, number: int) -> pa.Table:
+    """Write rows at their places, and return their truth."""
+    rows, obs_id = TABLES[number](visits)
+    for turn in range(int(visits.round.max(initial=-1)) + 1):
+        here = np.flatnonzero(visits.round == turn)  # neighbours in the file
         if len(here):
             write(int(visits.row[here[0]]), rows[here])
+    return _truth_table(visits, obs_id)
+
+
+def _by_plate(truths: Sequence[pa.Table], made: _Block) -> pa.Table:
+    """Truth of a block's observations by plate: their order does not depend on the blocks."""
+    table = pa.concat_tables(truths)
+    plate = made.plate[table["star"].to_numpy() - made.stars.number[0]]
+    return table.take(np.argsort(plate, kind="stable"))
 
 
 @contextmanager

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from sos_dask.errors import ConfigError
 from sos_dask.sky.healpix import FloatArray
 
 ARCSEC_PER_RADIAN = 648000.0 / np.pi
-_MAX_RADIUS_ARCSEC = 3600.0
 
 
 def unit_vectors(ra: FloatArray, dec: FloatArray) -> FloatArray:
@@ -75,27 +73,3 @@ def propagate(
     new_ra = np.where(new_ra >= 360.0, 0.0, new_ra)
     new_dec = np.degrees(np.arctan2(z, np.hypot(x, y)))
     return np.where(still, ra, new_ra), np.where(still, dec, new_dec)
-
-
-def check_radii(radius_arcsec: float, id_radius_arcsec: float, use_gaia_id: bool) -> None:
-    """Check how far rows of one star may lie apart: found by position, and by Gaia id.
-
-    Raises
-    ------
-    ConfigError
-        A radius is not positive or not below a degree, or that of ids, if used, is the smaller.
-    """
-    radii = {"radius_arcsec": radius_arcsec, "id_radius_arcsec": id_radius_arcsec}
-    for name, value in radii.items():
-        if not 0 < value < _MAX_RADIUS_ARCSEC:
-            raise ConfigError(
-                f"{name} = {value} must be above 0 and below {_MAX_RADIUS_ARCSEC:g} arcsec",
-                "Usual are 1 to 3 arcsec.",
-            )
-    if use_gaia_id and id_radius_arcsec < radius_arcsec:
-        raise ConfigError(
-            f"id_radius_arcsec = {id_radius_arcsec:g} is smaller than "
-            f"radius_arcsec = {radius_arcsec:g}",
-            "Rows with the same id may lie farther apart than others: make it larger, "
-            "or match by position alone (--no-gaia-id).",
-        )

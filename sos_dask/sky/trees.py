@@ -82,6 +82,14 @@ def _find(root: IntArray, p: int) -> int:
 
 
 @njit(inline="never")
+def _add(counts: IntArray, node: int, number: int) -> None:
+    """Add to the count of a node and of those above it."""
+    while node:
+        counts[node] += number
+        node //= 2
+
+
+@njit(inline="never")
 def _is_joined(node: int, leaves: int, joined: BoolArray, root: IntArray) -> bool:
     """Whether all points below a node are known to be in one component."""
     if not joined[node]:
@@ -243,10 +251,7 @@ def claim_points(
                 claimed |= near
         if not claimed:
             leads[p] = True
-            node = leaves + p // LEAF
-            while node:
-                n_leading[node] += 1
-                node //= 2
+            _add(n_leading, leaves + p // LEAF, 1)
     count[0] = found
 
 
@@ -295,10 +300,7 @@ def _nearest_free(
                 k += 1
             next_host[s] = k
             if k == first_host[s + 1]:
-                up = leaves + s // LEAF
-                while up:
-                    n_free[up] -= 1
-                    up //= 2
+                _add(n_free, leaves + s // LEAF, -1)
                 continue
             square = _square(asked, t, points, s)
             if square > limit:
@@ -348,10 +350,7 @@ def join_in_order(
     leaves, n_points = len(boxes) // 2, len(points)
     n_free = np.zeros(len(boxes), dtype=np.int64)
     for s in range(n_points):
-        node = leaves + s // LEAF
-        while node:
-            n_free[node] += 1
-            node //= 2
+        _add(n_free, leaves + s // LEAF, 1)
     owner = np.full(host.max() + 1, -1)
     next_host, next_guest = first_host[:-1].copy(), first_guest[:-1].copy()
     taken = np.full(code.max() + 1, -1)  # the last entry of hosts taken by guests of a code

@@ -33,11 +33,10 @@ from sos_dask.errors import CatalogError, ConfigError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.error_tables import ErrorModel, load_errors
 from sos_dask.evidence.widening import INSIDE, KIND_FIELD
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
-from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.artifact import Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import sha256_of_file
 
@@ -323,80 +322,3 @@ def _load(model: str, key: str) -> corrections.Correction:
 @lru_cache(maxsize=4)
 def _load_errors(errors: str, key: str) -> ErrorModel:
     return load_errors(Path(errors))
-
-
-def apply_recipe(
-    model: str,
-    catalog: str,
-    errors: str = "",
-    coverage: str = "",
-    fallback: str = "",
-    smooth: str = "",
-) -> Recipe:
-    """Recipe of `Apply` for inputs of these fingerprints; those that are empty take no part."""
-    inputs = {
-        "model": model,
-        "observations": catalog,
-        "errors": errors,
-        "coverage": coverage,
-        "smooth": smooth,
-    }
-    given: dict[str, Any] = {"fallback": fallback} if fallback else {}
-    return Apply.recipe(ApplySettings(**given), {name: one for name, one in inputs.items() if one})
-
-
-def apply(
-    model: Path,
-    catalog: Catalog,
-    directory: Path,
-    *,
-    partitions: str = "all",
-    name: str = "",
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-    errors: Path | None = None,
-    trust: Trust | None = None,
-) -> Manifest | None:
-    """Correct the labels of every row of a catalog: see `Apply`.
-
-    Parameters
-    ----------
-    model : Path
-        Directory of a saved correction.
-    catalog : Catalog
-        Observations or stars with the labels.
-    directory : Path
-        Where the corrected catalog goes; several processes may share it.
-    partitions : str
-        See `parse_partitions`.
-    errors : Path, optional
-        Output of uncertainty for this very correction: errors of the corrected labels are added.
-    trust : Trust, optional
-        Without it there is no ``coverage``, and nothing fades.
-
-    Returns
-    -------
-    Manifest or None
-        None while partitions of other processes are missing; whoever finishes last commits.
-
-    Raises
-    ------
-    ConfigError
-        ``partitions`` is wrong.
-    ModelError
-        A model cannot be loaded, or errors or coverage are those of another one.
-    CatalogError
-        The coverage is not that of this catalog.
-    """
-    inputs: dict[str, Catalog | Path | str] = {"model": model, "observations": catalog}
-    given: dict[str, Any] = {"partitions": partitions}
-    if errors is not None:
-        inputs["errors"] = errors
-    if trust is not None:
-        inputs["coverage"], given["fallback"] = trust.coverage, trust.fallback
-        if trust.smooth is not None:
-            inputs["smooth"] = trust.smooth
-    name = name or catalog.name.removesuffix(".observations") + ".corrected"
-    stage = Apply(inputs, ApplySettings(**given), product=name)
-    return stage.attempt(directory, overwrite=overwrite, cluster=cluster, report=report)

@@ -7,7 +7,6 @@ gets nulls: a value is never made up.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +14,6 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from sos_dask.errors import CatalogError
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, is_gaia_id
 from sos_dask.settings import COLUMN_RULE, Settings, is_column
 from sos_dask.sky.healpix import HealpixPixel
@@ -23,7 +21,7 @@ from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
 from sos_dask.stages.ids import key_column, motion_of, require_whole
 from sos_dask.stars.match import MOTION, MatchSettings, match, reach_arcsec
-from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.artifact import Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
 from sos_dask.surveys.definition import Survey
 
@@ -207,27 +205,3 @@ def companion_survey(
         allow=("ra_below_24",),
     )
     return survey.model_copy(update={"columns": {item: survey.columns[item] for item in wanted}})
-
-
-def attach_recipe(catalog: str, other: str, settings: AttachSettings) -> Recipe:
-    """Recipe of `attach` for catalogs of these fingerprints."""
-    return Attach.recipe(settings, {"catalog": catalog, "other": other})
-
-
-def attach(
-    catalog: Catalog,
-    other: Catalog,
-    directory: Path,
-    settings: AttachSettings,
-    *,
-    name: str = "",
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Add columns of another catalog to every row of a catalog: see `Attach`."""
-    inputs: dict[str, Catalog | Path | str] = {"catalog": catalog, "other": other}
-    stage = Attach(inputs, settings, product=name or catalog.name)
-    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
-    assert made is not None
-    return made

@@ -123,6 +123,11 @@ class Stage(Generic[S]):
                 return role
         raise ConfigError(f"{cls.name} has no input '{name}'")
 
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        """Tell whether an input of this name is one of its many."""
+        return any(role.many and name.startswith(f"{role.name}.") for role in cls.roles)
+
     def named(self, role: str) -> list[str]:
         """Names of the inputs of a role in their order: one or none, unless it takes many."""
         return [name for name in self.inputs if name == role or name.startswith(f"{role}.")]

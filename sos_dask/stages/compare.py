@@ -21,7 +21,6 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import floats32, matrix32
-from sos_dask.errors import ModelError
 from sos_dask.evidence.choice import BALANCED, TOLERANCE, check_rule, choose
 from sos_dask.evidence.figures import (
     FIGURE_SCHEMA,
@@ -48,7 +47,6 @@ from sos_dask.stages.evidence import (
     columns_of,
     fitted_columns,
     held_out_columns,
-    on_pairs,
     problem_of,
     read_evidence,
     require_rows,
@@ -57,7 +55,7 @@ from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stats.binned import Axis
 from sos_dask.stats.bootstrap import draw
 from sos_dask.storage.artifact import Manifest, Output
-from sos_dask.storage.catalog import Catalog, partition_errors
+from sos_dask.storage.catalog import partition_errors
 
 COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
 _PROCESS_BYTES, _BYTES_A_PAIR = 300 << 20, 400
@@ -214,43 +212,6 @@ def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:
     known = [row["roughness"] for row in rows if row["roughness"] is not None]
     enough = known and rows[0]["n_cells"] >= MIN_CELLS
     return float(np.mean(known)) if enough else float("nan")
-
-
-def compare(
-    pairs: Catalog,
-    models: Mapping[str, Path],
-    directory: Path,
-    settings: CompareSettings | None = None,
-    **options: Any,
-) -> Manifest:
-    """Compare trained methods on pairs, without a table of evidence; see `Compare`.
-
-    Parameters
-    ----------
-    pairs : Catalog
-        Output of crossmatch.
-    models : mapping of str to Path
-        Outputs of train for these pairs, by method, all validated in the same way.
-    directory : Path
-    settings : CompareSettings, optional
-    options
-        Of `Stage.run`.
-
-    Raises
-    ------
-    ModelError
-        No model or one that is none, other held-out pairs, too few pairs.
-    ConfigError
-        Unknown rule.
-    CatalogError, PartitionError
-        Held-out pairs are damaged or those of other pairs.
-    ClusterError
-        The pairs are too many for a worker.
-    """
-    if not models:
-        raise ModelError("there is no model to compare", "Give the outputs of 'sos-dask train'.")
-    named = {f"model.{method}": path for method, path in models.items()}
-    return on_pairs(Compare, pairs, models, directory, settings, named, **options)
 
 
 def read_comparison(directory: Path) -> dict[str, Any]:

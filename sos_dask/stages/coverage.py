@@ -39,18 +39,17 @@ from sos_dask.evidence.growth import MIN_GROWTH_PAIRS
 from sos_dask.evidence.maps import SKY_ORDER, coarse, count_maps, follow_up, sum_maps
 from sos_dask.evidence.widening import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, Limits, counted
 from sos_dask.problem import Problem
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
-from sos_dask.stages.evidence import held_out_columns, on_pairs, read_evidence, single_observations
+from sos_dask.stages.evidence import held_out_columns, read_evidence, single_observations
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
 from sos_dask.stats.numbers import uniform
-from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Rows
 from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
 
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
@@ -423,77 +422,6 @@ def _load(directory: str, fingerprint: str) -> CoverageModel:
 def _schema(catalog: Catalog) -> pa.Schema:
     own = [catalog.schema.field(name) for name in (HEALPIX_COLUMN, "obs_id", "ra", "dec")]
     return pa.schema([*own, COVERAGE_FIELD, pa.field(FLAGS, pa.int32(), False), KIND_FIELD])
-
-
-def coverage_recipe(
-    evidence: str,
-    model: str,
-    pairs: str,
-    catalog: str,
-    stars: str,
-    settings: CoverageSettings,
-    errors: str = "",
-) -> Recipe:
-    """Recipe of `Coverage` for inputs of these fingerprints; ``errors`` takes no part if empty."""
-    inputs = {"evidence": evidence, "model": model, "pairs": pairs}
-    inputs |= {"observations": catalog, "stars": stars} | ({"errors": errors} if errors else {})
-    return Coverage.recipe(settings, inputs)
-
-
-def coverage(
-    model: Path,
-    pairs: Catalog,
-    catalog: Catalog,
-    stars: Catalog,
-    directory: Path,
-    settings: CoverageSettings | None = None,
-    *,
-    errors: Path | None = None,
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Fit a coverage model and score every row, without a table of evidence; see `Coverage`.
-
-    Parameters
-    ----------
-    model : Path
-        Directory of a trained correction.
-    pairs : Catalog
-        The pairs it was trained on.
-    catalog : Catalog
-        Observations of the target.
-    stars : Catalog
-        Its stars, for ``flag_spread``.
-    directory : Path
-    settings : CoverageSettings, optional
-    errors : Path, optional
-        Output of uncertainty for this correction: what its half-widths lack in each class is
-        counted on held-out pairs.
-
-    Raises
-    ------
-    ModelError
-        Too few held-out pairs.
-    CatalogError
-        A column is missing, or the held-out pairs are not those of the pairs.
-    """
-    method = corrections.load(model).method
-    more: dict[str, Catalog | Path] = {"model": model, "pairs": pairs}
-    more |= {"observations": catalog, "stars": stars}
-    if errors is not None:
-        more["errors"] = errors
-    return on_pairs(
-        Coverage,
-        pairs,
-        {method: model},
-        directory,
-        settings,
-        more,
-        overwrite=overwrite,
-        cluster=cluster,
-        report=report,
-    )
 
 
 def look(directory: Path) -> dict[str, Any]:

@@ -25,9 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask.columns import KeyArray, key_numbers
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, SEEDS
-from sos_dask.settings import Settings
 from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray
 from sos_dask.sky.neighbours import near_edge, near_pixel, rows_near, surroundings
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
@@ -36,7 +34,7 @@ from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
 from sos_dask.stars.group import GAIA_IDS, id_values
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
-from sos_dask.storage.artifact import WORK, Manifest, Output, Recipe, Rows, storage_errors
+from sos_dask.storage.artifact import WORK, Output, Rows, storage_errors
 from sos_dask.storage.catalog import Catalog, partition_errors, partition_path, write_parquet
 
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
@@ -56,10 +54,9 @@ class _Change:
     folds: NDArray[np.int8]
 
 
-class PairSettings(Settings):
+class CrossmatchSettings(MatchSettings):
     """How pairs are found and get their folds."""
 
-    match: MatchSettings
     n_folds: int = Field(
         5, ge=2, le=100, description="Folds for cross-validation; all pairs of a star are in one."
     )
@@ -68,11 +65,10 @@ class PairSettings(Settings):
     @property
     def radii(self) -> tuple[float, float]:
         """Targets within the first, or of equal Gaia ids within the second, are one star."""
-        radius = self.match.radius_arcsec
-        return radius, max(radius, self.match.id_radius_arcsec)
+        return self.radius_arcsec, max(self.radius_arcsec, self.id_radius_arcsec)
 
 
-class Crossmatch(Stage[PairSettings]):
+class Crossmatch(Stage[CrossmatchSettings]):
     """Match a target catalog with a reference catalog.
 
     The pairs lie on the partitions of the target. The summary counts pairs, distinct reference
@@ -83,7 +79,7 @@ class Crossmatch(Stage[PairSettings]):
 
     name = "crossmatch"
     version = 6
-    Settings = PairSettings
+    Settings = CrossmatchSettings
     roles = (
         Role("target", "Observations (obs_id) or stars (star_id) of the target."),
         Role("reference", "Stars of the reference (star_id); observations are taken too."),
@@ -110,7 +106,7 @@ class Crossmatch(Stage[PairSettings]):
         target.require("ra", "dec", HEALPIX_COLUMN)
         reference.require("ra", "dec", HEALPIX_COLUMN)
         shared = [n for n in target.columns(GAIA_IDS.values()) if n in reference.schema.names]
-        self.shared_ids = bool(shared) and self.settings.match.use_gaia_id
+        self.shared_ids = bool(shared) and self.settings.use_gaia_id
         for catalog in (target, reference):
             require_whole(catalog, shared if self.shared_ids else ())
             require_numbers(catalog, (*MOTION, *LABELS))
@@ -148,7 +144,7 @@ class Crossmatch(Stage[PairSettings]):
 
     def reach_arcsec(self, pm_mas_yr: FloatArray | None = None) -> FloatArray:
         """Bound how far the pairs of reference stars reach; without motions: of any star."""
-        found = reach_arcsec(self.settings.match, *self.motions, self.shared_ids, pm_mas_yr)
+        found = reach_arcsec(self.settings, *self.motions, self.shared_ids, pm_mas_yr)
         return np.asarray(found)
 
     def pairs_schema(self) -> pa.Schema:
@@ -192,7 +188,7 @@ class Crossmatch(Stage[PairSettings]):
         def keys_of(rows: IntArray) -> pa.ChunkedArray:  # text that is read for few ties only
             return _take(self.reference, right_at, right, rows, [right_key])[right_key]
 
-        matches = match(left, right, self.settings.match, keys_of)
+        matches = match(left, right, self.settings, keys_of)
         names = [left_key, *_CARRIED, *GAIA_IDS.values(), *_FLAGS]
         target = _take(self.target, left_at, left, matches.left, names)
         names = [right_key, *_REFERENCE, *_FLAGS]
@@ -305,7 +301,7 @@ def _is_good(rows: pa.Table) -> NDArray[np.bool_]:
     return good
 
 
-def _links(targets: pa.Table, settings: PairSettings) -> tuple[IntArray, IntArray]:
+def _links(targets: pa.Table, settings: CrossmatchSettings) -> tuple[IntArray, IntArray]:
     return same_targets(
         targets["ra"].to_numpy(),
         targets["dec"].to_numpy(),
@@ -328,7 +324,7 @@ def _write_edge_pairs(
 
 
 def _changed_folds(
-    output: Output, pixels: Mapping[str, HealpixPixel], settings: PairSettings
+    output: Output, pixels: Mapping[str, HealpixPixel], settings: CrossmatchSettings
 ) -> tuple[dict[str, _Change], int]:
     """Join the edge pairs of all partitions: where folds change, and reference stars seen again."""
     tables = [read_piece(_edge_file(output, key)) for key in pixels]
@@ -388,26 +384,3 @@ def _partition_file(output: Output, pixel: HealpixPixel) -> Path:
 
 def _edge_file(output: Output, key: str) -> Path:
     return output.work / "edges" / f"{key}.arrow"
-
-
-def crossmatch_recipe(left: str, right: str, settings: PairSettings) -> Recipe:
-    """Recipe of `crossmatch` for catalogs of these fingerprints."""
-    return Crossmatch.recipe(settings, {"target": left, "reference": right})
-
-
-def crossmatch(
-    left: Catalog,
-    right: Catalog,
-    directory: Path,
-    settings: PairSettings,
-    *,
-    name: str = "pairs",
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Match a target catalog with a reference catalog: see `Crossmatch`."""
-    stage = Crossmatch({"target": left, "reference": right}, settings, product=name)
-    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
-    assert made is not None
-    return made

@@ -7,7 +7,6 @@ catalog; the others where they are. Where all rows have one epoch, nothing moves
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, Ranges, cell_ranges
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
@@ -24,7 +22,7 @@ from sos_dask.stars.combine import combine
 from sos_dask.stars.group import GAIA_IDS, DedupeSettings, group_around, rank_of
 from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
 from sos_dask.stars.repeats import merged_pulls, pull_counts
-from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.artifact import Output, Rows
 from sos_dask.storage.catalog import Catalog
 
 PRELOAD = ("sos_dask.sky.loops",)  # for workers: this module itself imports it where it has rows
@@ -174,26 +172,3 @@ def _full_rows(catalog: Catalog, wanted: pa.Table) -> pa.Table:
     cells = np.unique(wanted[HEALPIX_COLUMN].to_numpy())
     rows = catalog.read_ranges(cell_ranges(cells, MAX_ORDER), catalog.schema.names)
     return rows.take(pc.index_in(wanted["obs_id"], rows["obs_id"]).combine_chunks())
-
-
-def dedupe_recipe(catalog: str, settings: DedupeSettings) -> Recipe:
-    """Recipe of `dedupe` for a catalog of this fingerprint."""
-    return Dedupe.recipe(settings, {"observations": catalog})
-
-
-def dedupe(
-    catalog: Catalog,
-    directory: Path,
-    settings: DedupeSettings,
-    *,
-    name: str = "",
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Combine the observations of each star into one row: see `Dedupe`."""
-    name = name or catalog.name.removesuffix(".observations") + ".stars"
-    stage = Dedupe({"observations": catalog}, settings, product=name)
-    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
-    assert made is not None
-    return made

@@ -10,7 +10,7 @@ import itertools
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,18 +159,6 @@ def _predicted(model: Path, problem: Problem, x: NDArray[np.float32]) -> NDArray
             "Train all methods for the same labels and inputs.",
         )
     return correction.predict(x)
-
-
-def make_evidence(
-    pairs: Catalog,
-    models: Mapping[str, Path],
-    directory: Path,
-    settings: EvidenceSettings | None = None,
-    **options: Any,
-) -> Manifest:
-    """Make a table of these pairs and models, by method; see `Evidence`."""
-    named = {f"model.{method}": path for method, path in models.items()}
-    return Evidence({"pairs": pairs, **named}, settings).run(directory, **options)
 
 
 def on_pairs(
@@ -327,39 +315,6 @@ def sparse_pairs(x: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[
     return sparse
 
 
-# Until all stages read the table.
-
-
-def training_pairs(pairs: Catalog, columns: Sequence[str]) -> pa.Table:
-    """``use`` and columns of the pairs fit for training, in the order of the sky."""
-    tables = [pa.schema([pairs.schema.field(name) for name in ("use", *columns)]).empty_table()]
-    for pixel in pairs.pixels:
-        table = pairs.read(pixel, ["use", *columns])
-        tables.append(table.filter(table["use"]))
-    return pa.concat_tables(tables)
-
-
-@dataclass(frozen=True)
-class PairsRead:
-    """Pairs in the order of the sky; fold of all fit for training, and which are in the table."""
-
-    table: pa.Table
-    fold: NDArray[np.int8]
-    kept: NDArray[np.bool_]
-
-    def held_out(self, model: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """`held_out_pairs` of a model among the rows of the table, which has their differences."""
-        differences = [floats32(self.table, name) for name in DIFFERENCES]
-        return held_out_pairs(model, self.fold, differences, self.kept)
-
-    def dropped(self, pairs: Catalog) -> dict[str, int]:
-        """Pairs that are not in the table, by reason."""
-        dropped = {"not fit for training": pairs.n_rows - len(self.fold)}
-        if len(self.fold) > self.table.num_rows:
-            dropped["of stars beyond a million pairs"] = len(self.fold) - self.table.num_rows
-        return dropped
-
-
 def require_rows(run: Run, evidence: Path, process_bytes: int, bytes_a_pair: int) -> None:
     """Refuse a table that does not fit into a worker, or into this process without one.
 
@@ -403,27 +358,6 @@ def require_evidence(
     n_pairs = min(pairs.n_rows, MOST_PAIRS)
     n_bytes = process_bytes + bytes_a_pair * n_pairs + 16 * pairs.n_rows
     _require_bytes(cluster, n_bytes, f"{step}: {n_pairs:,} pairs of {pairs.path}")
-
-
-def evidence(pairs: Catalog, columns: Sequence[str], most: int | None = None) -> PairsRead:
-    """Pairs fit for training, or those of some of their stars where there are very many."""
-    most = most or MOST_PAIRS
-    tables = [pa.schema([pairs.schema.field(name) for name in columns]).empty_table()]
-    fold, kept = [np.empty(0, np.int8)], [np.empty(0, np.bool_)]
-    limit = np.uint64(min(most / max(pairs.n_rows, 1), 1.0) * (2**64 - 2048))
-    thinned = pairs.n_rows > most
-    needed = {*columns, "use", "fold", *(["reference_star_id"] if thinned else [])}
-    for pixel in pairs.pixels:
-        table = pairs.read(pixel, sorted(needed))
-        table = table.filter(table["use"])
-        inside = np.ones(table.num_rows, dtype=np.bool_)
-        fold.append(table["fold"].to_numpy())
-        if thinned:
-            inside = key_numbers(table["reference_star_id"], 0) < limit
-            table = table.filter(pa.array(inside))
-        kept.append(inside)
-        tables.append(table.select(list(columns)))
-    return PairsRead(pa.concat_tables(tables), np.concatenate(fold), np.concatenate(kept))
 
 
 def single_observations(

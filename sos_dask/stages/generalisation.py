@@ -34,12 +34,11 @@ from sos_dask.evidence.left_out import (
 from sos_dask.problem import Problem
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
-from sos_dask.stages.evidence import on_pairs, problem_of, read_evidence
+from sos_dask.stages.evidence import problem_of, read_evidence
 from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.train import VERSION as TRAIN_VERSION
 from sos_dask.stats.numbers import scatter
-from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.artifact import Output, Recipe, Rows
 
 TABLE = "generalisation.parquet"
 Fit = tuple[str, str, str]  # method, split, group
@@ -216,15 +215,3 @@ def _pairs_file(output: Output) -> Path:
 
 def _piece(output: Output, key: str) -> Path:
     return output.work / "predictions" / f"{key}.arrow"
-
-
-def generalisation(
-    pairs: Catalog,
-    directory: Path,
-    methods: Mapping[str, Mapping[str, Any]],
-    settings: GeneralisationSettings | None = None,
-    **options: Any,
-) -> Manifest:
-    """Train methods without regions of pairs, without a table of evidence; see `Generalisation`."""
-    settings = (settings or GeneralisationSettings()).but(methods=methods)
-    return on_pairs(Generalisation, pairs, {}, directory, settings, {}, **options)

@@ -7,7 +7,7 @@ partitions are planned from the counts, and each one merges its slices of the me
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,13 @@ from sos_dask.sky.healpix import HealpixPixel, plan_partitions
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
 from sos_dask.stages.pieces import copied, read_piece, write_piece
 from sos_dask.storage.artifact import REJECTED, Manifest, Output, Recipe, Rows, atomic_path
+from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import sha256_of_file
 from sos_dask.surveys.definition import Survey
 
 _KEYS_PER_RANGE = 10_000_000
 # Measured, and a tenth more: a worker's process, and what it holds of a row while it reads a chunk.
-_PROCESS_BYTES, _CHUNK_BYTES = 170 << 20, 460
+_PROCESS_BYTES, _CHUNK_BYTES = 230 << 20, 460
 
 
 class IngestSettings(Settings):
@@ -84,13 +85,6 @@ class Ingest(Stage[SurveySettings]):
 
     Example: sos-dask ingest lamost-dr11-lrs dr11_v2.0_LRS_stellar.fits.gz -o lamost
 
-    Parameters
-    ----------
-    files : sequence of Path
-        In any order.
-    settings : SurveySettings
-    digests : sequence of str, optional
-        SHA-256 of the files, where the caller knows them.
     """
 
     name = "ingest"
@@ -102,38 +96,39 @@ class Ingest(Stage[SurveySettings]):
 
     def __init__(
         self,
-        files: Sequence[Path],
+        inputs: Mapping[str, Catalog | Path | str],
         settings: SurveySettings,
         *,
-        digests: Sequence[str] | None = None,
+        product: str = "",
+        known: Mapping[str, str] | None = None,
     ) -> None:
         self.survey = settings.survey
+        files = {name: Path(str(file)) for name, file in inputs.items()}
         if not files:
             raise ConfigError(f"no file given for survey {self.survey.name}")
-        for file in files:
+        for file in files.values():
             if not file.is_file():
                 raise SurveyError(
                     f"{file} does not exist" if not file.exists() else f"{file} is no file"
                 )
+        known = known or {name: sha256_of_file(file) for name, file in files.items()}
         # The order in which files are given must not matter: neither to the recipe nor to the rows.
-        by_content = sorted(
-            zip(digests or [sha256_of_file(file) for file in files], files, strict=True),
-            key=lambda item: (item[0], str(item[1])),
-        )
-        if len({digest for digest, _ in by_content}) < len(by_content):
+        order = sorted(files, key=lambda name: (known[name], str(files[name])))
+        if len(set(known.values())) < len(files):
             raise ConfigError(
                 f"the same content is given twice for survey {self.survey.name}: "
-                + ", ".join(str(file) for _, file in by_content)
+                + ", ".join(str(files[name]) for name in order)
             )
-        inputs = {f"file.{number}": file for number, (_, file) in enumerate(by_content)}
-        super().__init__(inputs, settings, product=settings.name)
-        self.digests = [digest for digest, _ in by_content]
+        by_content = {name: files[name] for name in order}
+        super().__init__(by_content, settings, product=settings.name, known=known)
         # Bytes must not depend on where the files lie.
-        self.file_names = [file.name for _, file in by_content]
+        self.file_names = [file.name for file in by_content.values()]
 
-    def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of the files."""
-        return dict(zip(self.inputs, self.digests, strict=True))
+    @classmethod
+    def recipe(cls, settings: SurveySettings, fingerprints: Mapping[str, str]) -> Recipe:
+        """Recipe for files of these SHA-256 sums, in any order."""
+        numbered = {f"file-{i}": one for i, one in enumerate(sorted(fingerprints.values()))}
+        return super().recipe(settings, numbered)
 
     def make(self, run: Run) -> Made:
         """Read the files, settle conflicts of keys, write the partitions."""
@@ -323,14 +318,6 @@ def _rejected(output: Output, keys: Sequence[str]) -> pa.Table:
     return pa.concat_tables(tables).sort_by([("file", "ascending"), ("row", "ascending")])
 
 
-def ingest_recipe(
-    survey: Survey, files: Sequence[str], settings: IngestSettings, name: str
-) -> Recipe:
-    """Recipe of `ingest` for files of these SHA-256 sums, in any order."""
-    inputs = {f"file.{number}": digest for number, digest in enumerate(sorted(files))}
-    return Ingest.recipe(SurveySettings(survey=survey, name=name, **dict(settings)), inputs)
-
-
 def ingest(
     survey: Survey,
     files: Sequence[Path],
@@ -341,7 +328,6 @@ def ingest(
     overwrite: bool = False,
     cluster: Cluster | None = None,
     report: Report = silent,
-    digests: Sequence[str] | None = None,
 ) -> Manifest:
     """Make a catalog of observations from a survey's files: see `Ingest`.
 
@@ -356,8 +342,6 @@ def ingest(
     settings : IngestSettings, optional
     name : str
         Name of the catalog; default ``<survey>.observations``.
-    digests : sequence of str, optional
-        SHA-256 of the files, where the caller knows them.
 
     Returns
     -------
@@ -372,7 +356,6 @@ def ingest(
     """
     sizes = dict(settings or IngestSettings())
     name = name or f"{survey.name}.observations"
-    stage = Ingest(files, SurveySettings(survey=survey, name=name, **sizes), digests=digests)
-    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
-    assert made is not None
-    return made
+    inputs = {f"file.{number}": file for number, file in enumerate(files)}
+    stage = Ingest(inputs, SurveySettings(survey=survey, name=name, **sizes))
+    return stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)

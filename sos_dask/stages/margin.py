@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from sos_dask.errors import CatalogError
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
-from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, write_collection
+from sos_dask.storage.artifact import Output, Rows
+from sos_dask.storage.catalog import write_collection
 
 
 class MarginSettings(Settings):
@@ -79,26 +77,3 @@ class Margin(Stage[MarginSettings]):
         around = surroundings(pixel, self.settings.radius_arcsec)[0]
         rows = catalog.read_ranges(around, catalog.schema.names)
         return {"file": partition_record(output, pixel, rows)}
-
-
-def margin_recipe(catalog: str, radius_arcsec: float) -> Recipe:
-    """Recipe of `margin` for a catalog of this fingerprint."""
-    return Margin.recipe(MarginSettings(radius_arcsec=radius_arcsec), {"catalog": catalog})
-
-
-def margin(
-    catalog: Catalog,
-    directory: Path,
-    radius_arcsec: float,
-    *,
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Write the rows around every partition beside a catalog: see `Margin`."""
-    settings = MarginSettings(radius_arcsec=radius_arcsec)
-    stage = Margin({"catalog": catalog}, settings, product=f"{catalog.name}_margin")
-    where = directory / "margin"
-    made = stage.run(where, overwrite=overwrite, cluster=cluster, report=report)
-    assert made is not None
-    return made

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, MOST_ROWS, YEARS
-from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel, IntArray, Ranges, in_ranges, plan_partitions
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
 from sos_dask.stages.ids import motion_of
@@ -23,7 +21,7 @@ from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stars.group import GAIA_IDS, Radii, group_around, rank_of
 from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
 from sos_dask.stars.unify import UnifySettings, common_differences, unify
-from sos_dask.storage.artifact import Manifest, Output, Recipe, Rows
+from sos_dask.storage.artifact import Output, Rows
 from sos_dask.storage.catalog import Catalog
 
 _HISTOGRAM_ORDER = 8
@@ -34,10 +32,9 @@ _COMPARED = ("star_id", "ra", "dec", *MOTION, *GAIA_IDS.values(), "quality", *LA
 MIN_COMMON = 50
 
 
-class ReferenceSettings(Settings):
+class ReferenceSettings(UnifySettings, Radii):
     """How the stars of the reference surveys are united."""
 
-    unify: UnifySettings
     radius_arcsec: float = Field(
         1.5,
         gt=0,
@@ -54,21 +51,6 @@ class ReferenceSettings(Settings):
         description="Julian year to which positions with proper motions are moved.",
     )
     rows_per_partition: int = Field(1_000_000, ge=1, le=MOST_ROWS)
-    measure_offsets: bool = Field(
-        False,
-        description="Put every survey on the zero point of the first in the order: the median "
-        f"difference of common stars is subtracted where they are {MIN_COMMON} or more.",
-    )
-
-    @model_validator(mode="after")
-    def _radii_agree(self) -> Self:
-        _ = self.grouping
-        return self
-
-    @property
-    def grouping(self) -> Radii:
-        """How the stars of all surveys are grouped."""
-        return Radii(radius_arcsec=self.radius_arcsec, id_radius_arcsec=self.id_radius_arcsec)
 
 
 class _Count(NamedTuple):
@@ -103,7 +85,7 @@ class Reference(Stage[ReferenceSettings]):
 
     def make(self, run: Run) -> Made:
         """Plan the partitions, measure the zero points, and unite the stars of each partition."""
-        catalogs, self.unify = self.surveys(), self.settings.unify
+        catalogs, self.unify = self.surveys(), self.settings
         counts = {
             f"{survey}-{key}": _Count(survey, pixel)
             for survey, catalog in catalogs.items()
@@ -118,7 +100,7 @@ class Reference(Stage[ReferenceSettings]):
         motions = map(motion_of, catalogs.values())
         self.motion_arcsec = max(moved_arcsec(one, self.settings.epoch) for one in motions)
         parts = by_pixel(pixels)
-        if self.settings.measure_offsets and len(catalogs) > 1:
+        if self.settings.offsets == "measured" and len(catalogs) > 1:
             run.parts("common", parts, self.compare_surveys, "zero points")
             self.unify = self.unify.but(offsets=_zero_points(run.output, list(parts)))
         done = run.parts("stars", parts, self.stars_of_pixel)
@@ -135,7 +117,7 @@ class Reference(Stage[ReferenceSettings]):
         summary = {
             "stars_in_several_surveys": sum(record["n_several"] for record in done),
             "stars": {survey: catalog.n_rows for survey, catalog in catalogs.items()},
-            "offsets": {survey: dict(of) for survey, of in self.unify.offsets.items()},
+            "offsets": {survey: dict(of) for survey, of in self.unify.known_offsets.items()},
         }
         return Rows(sum(c.n_rows for c in catalogs.values()), n_out, 0, {"merged": merged}), summary
 
@@ -151,7 +133,7 @@ class Reference(Stage[ReferenceSettings]):
     def compare_surveys(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Keep the differences of the stars of one partition that several surveys have."""
         members, primary = self._members(pixel, _COMPARED)
-        table = common_differences(members, primary, self.settings.unify.order)
+        table = common_differences(members, primary, self.settings.order)
         write_piece(_common_file(output, key), table)
         return {"n_stars": table.num_rows}
 
@@ -181,10 +163,8 @@ class Reference(Stage[ReferenceSettings]):
             return table, in_ranges(table[HEALPIX_COLUMN].to_numpy(), [(pixel.first, pixel.stop)])
 
         reach = max(settings.radius_arcsec, settings.id_radius_arcsec) + self.motion_arcsec
-        ranks = partial(_ranks, order=settings.unify.order)
-        table, inside, primary = group_around(
-            pixel, read, ranks, reach, settings.grouping, self.product
-        )
+        ranks = partial(_ranks, order=settings.order)
+        table, inside, primary = group_around(pixel, read, ranks, reach, settings, self.product)
         ours = inside[primary]
         row_of = np.cumsum(ours) - 1
         return table.filter(pa.array(ours)), row_of[primary[ours]]
@@ -237,26 +217,3 @@ def _ranks(table: pa.Table, order: tuple[str, ...]) -> IntArray:
         rank[rows] = first + rank_of(table["star_id"].take(pa.array(rows)))
         first += len(rows)
     return rank
-
-
-def reference_recipe(catalogs: Mapping[str, str], settings: ReferenceSettings) -> Recipe:
-    """Recipe of `reference` for catalogs of these fingerprints, by survey."""
-    return Reference.recipe(settings, {f"stars.{name}": one for name, one in catalogs.items()})
-
-
-def reference(
-    catalogs: Mapping[str, Catalog],
-    directory: Path,
-    settings: ReferenceSettings,
-    *,
-    name: str = "reference",
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Unite the stars of the reference surveys, given by their names: see `Reference`."""
-    inputs = {f"stars.{survey}": catalog for survey, catalog in catalogs.items()}
-    stage = Reference(inputs, settings, product=name)
-    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
-    assert made is not None
-    return made

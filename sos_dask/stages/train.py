@@ -18,7 +18,6 @@ from sos_dask.corrections.search import search, search_space
 from sos_dask.errors import ModelError
 from sos_dask.evidence.figures import Metric, held_out_metrics
 from sos_dask.problem import DEFAULT, Problem
-from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import SEEDS
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
@@ -290,24 +289,3 @@ def asks_workers(pairs: Catalog, settings: TrainSettings) -> bool:
     """Tell whether training may have anything to do for workers; the GPU is with them."""
     on_gpu = settings.params.get("device") == "cuda"
     return pairs.n_rows > LOCAL_PAIRS or on_gpu or settings.search > 0
-
-
-def train_recipe(pairs: str, settings: TrainSettings) -> Recipe:
-    """Recipe of `train` for pairs of this fingerprint."""
-    return Train.recipe(settings, {"pairs": pairs})
-
-
-def train(
-    pairs: Catalog,
-    directory: Path,
-    settings: TrainSettings,
-    *,
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
-) -> Manifest:
-    """Fit a correction and predict every held-out pair: see `Train`."""
-    stage = Train({"pairs": pairs}, settings)
-    made = stage.run(directory, overwrite=overwrite, cluster=cluster, report=report)
-    assert made is not None
-    return made

@@ -44,7 +44,6 @@ from sos_dask.stages.evidence import (
     columns_of,
     fitted_columns,
     held_out_columns,
-    on_pairs,
     problem_of,
     read_evidence,
     require_rows,
@@ -223,47 +222,6 @@ def _samples(
         yield AFTER, method, before - floats32(table, held_out_columns(method, (label,))[0])
         left = before - floats32(table, fitted_columns(method, (label,))[0])
         yield FITTED, method, np.where(trained, left, np.nan)
-
-
-def trends(
-    pairs: Catalog,
-    directory: Path,
-    settings: TrendSettings | None = None,
-    *,
-    models: Mapping[str, Path] | None = None,
-    reference: Catalog | None = None,
-    stars: Mapping[str, Catalog] | None = None,
-    **options: Any,
-) -> Manifest:
-    """Bin target - reference of pairs, without a table of evidence; see `Trends`.
-
-    Parameters
-    ----------
-    pairs : Catalog
-        Output of crossmatch.
-    directory : Path
-    settings : TrendSettings, optional
-    models : mapping of str to Path, optional
-        Outputs of train for these pairs, by method: trends after their correction are added, of the
-        pairs that were held out and of those that trained the model.
-    reference : Catalog, optional
-        Output of reference, with ``stars``, the catalogs it was made from, by survey: references
-        are then compared on their common stars, too, on the zero points that it gave them.
-    options
-        Of `Stage.run`.
-
-    Raises
-    ------
-    CatalogError
-        A column is missing, held-out pairs are not those of these pairs, or the directory holds
-        something else.
-    ClusterError
-        The pairs are too many for a worker.
-    """
-    more = {f"stars.{survey}": catalog for survey, catalog in (stars or {}).items()}
-    if reference is not None:
-        more["reference"] = reference
-    return on_pairs(Trends, pairs, models or {}, directory, settings, more, **options)
 
 
 def _ordered(surveys: Sequence[str], order: Sequence[str]) -> list[str]:

@@ -57,6 +57,7 @@ class MatchSettings(Radii):
     """How two catalogs are matched."""
 
     radius_arcsec: float = Field(
+        1.0,
         gt=0,
         lt=3600,
         description="Largest separation of a pair found by position, at the common epoch.",

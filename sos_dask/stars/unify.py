@@ -66,8 +66,10 @@ class UnifySettings(Settings):
     order: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="Surveys, the preferred first; others follow by name."
     )
-    offsets: Mapping[str, Mapping[str, float]] = Field(
-        {}, description="By survey and label: subtracted from that survey's values."
+    offsets: Literal["measured"] | Mapping[str, Mapping[str, float]] = Field(
+        "measured",
+        description="By survey and label: subtracted from its values. Measured are the median "
+        "differences from the first survey of the order, on common stars.",
     )
     max_spread: float = Field(
         5.0,
@@ -82,9 +84,9 @@ class UnifySettings(Settings):
     @field_validator("offsets")
     @classmethod
     def _of_labels(
-        cls, offsets: Mapping[str, Mapping[str, float]]
-    ) -> Mapping[str, Mapping[str, float]]:
-        for survey, values in offsets.items():
+        cls, offsets: Literal["measured"] | Mapping[str, Mapping[str, float]]
+    ) -> Literal["measured"] | Mapping[str, Mapping[str, float]]:
+        for survey, values in () if isinstance(offsets, str) else offsets.items():
             for label in values.keys() - set(_MEASURED):
                 raise ValueError(
                     f"there is no label '{label}' for survey {survey}; known are "
@@ -98,6 +100,11 @@ class UnifySettings(Settings):
         if len(set(order)) != len(order):
             raise ValueError(f"a survey is twice in the order {', '.join(order)}")
         return order
+
+    @property
+    def known_offsets(self) -> Mapping[str, Mapping[str, float]]:
+        """Offsets by survey and label; none before they are measured."""
+        return {} if isinstance(self.offsets, str) else self.offsets
 
 
 def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Table:
@@ -138,14 +145,8 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     leaders = np.flatnonzero(primary == np.arange(len(primary)))
     leaders = leaders[sky_order(table, leaders, "star_id")]
     members = _Members.of(table, primary, leaders, settings.order)
-
-    flagged = np.zeros(len(members.row), dtype=np.bool_)
-    if "flag_spread" in names:
-        flagged = pc.fill_null(table["flag_spread"], False).to_numpy()[members.row]
-    passes = table["quality"].to_numpy()[members.row] == 0
-    united = _unite_labels(table, members, passes, flagged, settings)
-    of_primary = pa.array(leaders)
-    of_chosen = pa.array(members.row[united.chosen])
+    united = _unite_labels(table, members, settings)
+    of_primary, of_chosen = pa.array(leaders), pa.array(members.row[united.chosen])
     key_field = _field("star_id", pa.string(), "Survey and star_id of the primary", _KEY_UCD)
     columns: _Columns = [
         (table.schema.field(HEALPIX_COLUMN), table[HEALPIX_COLUMN].take(of_primary)),
@@ -161,8 +162,8 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
         elif name == "snr":
             out = table[name].take(of_chosen)
         else:
-            pair = name in _MOTION and names.issuperset(_MOTION)
-            out = table[name].take(pa.array(members.givers(table, _MOTION if pair else (name,))))
+            both = name in _MOTION and names.issuperset(_MOTION)
+            out = table[name].take(members.givers(table, _MOTION if both else (name,)))
         columns.append((about, out))
     columns += _told(table, members, united)
     schema = pa.schema([about for about, _ in columns])
@@ -198,15 +199,13 @@ class _United(NamedTuple):
     flag: BoolArray
 
 
-def _unite_labels(
-    table: pa.Table,
-    members: _Members,
-    passes: BoolArray,
-    flagged: BoolArray,
-    settings: UnifySettings,
-) -> _United:
+def _unite_labels(table: pa.Table, members: _Members, settings: UnifySettings) -> _United:
+    flagged = np.zeros(len(members.row), dtype=np.bool_)
+    if "flag_spread" in table.schema.names:
+        flagged = pc.fill_null(table["flag_spread"], False).to_numpy()[members.row]
+    passes = table["quality"].to_numpy()[members.row] == 0
     names = [label for label in _MEASURED if label in table.schema.names]
-    measured = {label: members.measured(table, label, settings.offsets) for label in names}
+    measured = {label: members.measured(table, label, settings.known_offsets) for label in names}
     has_label = [~np.isnan(measured[label][0]) for label in LABELS]
     usable = passes & np.any(has_label, axis=0)
     chosen, gives = members.choose(has_label, usable, flagged)
@@ -337,12 +336,12 @@ class _Members:
         out[self.segment[at[::-1]]] = at[::-1]
         return out
 
-    def givers(self, table: pa.Table, names: tuple[str, ...]) -> IntArray:
+    def givers(self, table: pa.Table, names: tuple[str, ...]) -> pa.Array:
         """Row of each star's first member that has all of some columns."""
         has = np.ones(table.num_rows, dtype=np.bool_)
         for name in names:
             has &= table[name].is_valid().to_numpy()
-        return self.row[self.first_with(has[self.row], self.first)]
+        return pa.array(self.row[self.first_with(has[self.row], self.first)])
 
     def measured(
         self, table: pa.Table, label: str, offsets: Mapping[str, Mapping[str, float]]

@@ -29,8 +29,7 @@ from sos_dask.cli import main as command_line
 from sos_dask.errors import SosError
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
-from sos_dask.rebuild.plan import plan
-from sos_dask.rebuild.planner import Stage
+from sos_dask.rebuild.plan import Planned, plan
 from sos_dask.run.cluster import Cluster, silent
 from sos_dask.storage.artifact import WORK, Output
 from tests.job import WITH_REPORT, build, contents, methods
@@ -264,7 +263,7 @@ class Trial:
 
     def _consumers(self) -> None:
         """Run one stage again that reads the damaged file."""
-        stages: list[Stage] = []
+        stages: list[Planned] = []
         job = load_job(self.base.job)
         if self._try("plan", lambda: stages.extend(plan(job, self.store))) != "done":
             return

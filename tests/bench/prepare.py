@@ -21,13 +21,12 @@ import pyarrow.parquet as pq
 from sos_dask.run.cluster import Cluster, start
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.simulate import SkySettings, simulate
-from sos_dask.stages.crossmatch import PairSettings
-from sos_dask.stages.parts import commit_catalog
+from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.stars.group import DedupeSettings
-from sos_dask.stars.match import MatchSettings
-from sos_dask.storage.artifact import Output, Recipe, Rows
+from sos_dask.storage.artifact import Output, Recipe
 from sos_dask.storage.catalog import Catalog, write_partition
 from sos_dask.surveys.definition import load_survey
+from tests.sky import commit
 
 RADIUS_ARCSEC = 1.0
 MARGIN_ARCSEC = 5.0
@@ -105,11 +104,10 @@ def observations(place: Place, cluster: Cluster) -> None:
 
 def reference(place: Place, cluster: Cluster) -> None:
     """Our union of APOGEE and GALAH, one row a star."""
-    from sos_dask.stages.dedupe import dedupe
+    from sos_dask.api import dedupe
+    from sos_dask.api import reference as unite
     from sos_dask.stages.ingest import ingest
     from sos_dask.stages.reference import ReferenceSettings
-    from sos_dask.stages.reference import reference as unite
-    from sos_dask.stars.unify import UnifySettings
 
     stars = {}
     for name in ("apogee", "galah"):
@@ -124,13 +122,14 @@ def reference(place: Place, cluster: Cluster) -> None:
             cluster=cluster,
         )
         stars[name] = Catalog.open(place.ours(f"{name}.stars"))
-    settings = ReferenceSettings(unify=UnifySettings(method="precedence", order=tuple(stars)))
+    settings = ReferenceSettings(method="precedence", order=tuple(stars), offsets={})
     unite(stars, place.ours("reference"), settings, overwrite=True, cluster=cluster)
 
 
 def plain(place: Place, cluster: Cluster) -> None:
     """The reference without proper motions and epochs: all that the peers look at is positions."""
-    from sos_dask.stages.margin import margin
+    from sos_dask.api import margin
+    from sos_dask.stages.margin import MarginSettings
 
     source = Catalog.open(place.ours("reference"))
     names = [name for name in source.schema.names if name not in MOTION]
@@ -145,7 +144,7 @@ def plain(place: Place, cluster: Cluster) -> None:
     margin(
         Catalog.open(place.ours("plain")),
         place.ours("plain.collection"),
-        MARGIN_ARCSEC,
+        MarginSettings(radius_arcsec=MARGIN_ARCSEC),
         overwrite=True,
         cluster=cluster,
     )
@@ -153,13 +152,13 @@ def plain(place: Place, cluster: Cluster) -> None:
 
 def pairs(place: Place, cluster: Cluster) -> None:
     """Pairs of LAMOST and the reference: exactly so many that can be used for training."""
-    from sos_dask.stages.crossmatch import crossmatch
+    from sos_dask.api import crossmatch
 
     crossmatch(
         Catalog.open(place.ours("lamost")),
         Catalog.open(place.ours("reference")),
         place.ours("pairs.all"),
-        PairSettings(match=MatchSettings(radius_arcsec=RADIUS_ARCSEC)),
+        CrossmatchSettings(radius_arcsec=RADIUS_ARCSEC),
         overwrite=True,
         cluster=cluster,
     )
@@ -187,7 +186,8 @@ def pairs(place: Place, cluster: Cluster) -> None:
 
 def model(place: Place, cluster: Cluster) -> None:
     """A boosted model of the pairs."""
-    from sos_dask.stages.train import TrainSettings, train
+    from sos_dask.api import train
+    from sos_dask.stages.train import TrainSettings
 
     settings = TrainSettings(method="boosted", params=TREES, validation="holdout")
     train(
@@ -201,7 +201,7 @@ def model(place: Place, cluster: Cluster) -> None:
 
 def errors(place: Place, cluster: Cluster) -> None:
     """The error model of that model."""
-    from sos_dask.stages.uncertainty import uncertainty
+    from tests.run import uncertainty
 
     uncertainty(
         place.ours("model"),
@@ -333,8 +333,7 @@ def _derive(
         if table.num_rows:
             record = write_partition(output, pixel, table.combine_chunks())
             done.append((pixel, {"file": asdict(record)}))
-    n = sum(record["file"]["rows"] for _, record in done)
-    commit_catalog(output, path.name, done, schema, Rows(n, n), {})
+    commit(output, path.name, [one for one, _ in done], [one for _, one in done], schema)
 
 
 def _native(rows: Any, name: str) -> pa.Array:

@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from sos_dask.schema import CANONICAL, HEALPIX, QUALITY
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, ang2pix
-from sos_dask.stages.parts import commit_catalog
-from sos_dask.storage.artifact import Output, Recipe, Rows
+from sos_dask.storage.artifact import Output, Recipe
 from sos_dask.storage.catalog import write_partition
+from tests.sky import commit
 
 ROWS_PER_PARTITION = 1_000_000
 REFERENCE_SHARE = 1.7 / 19
@@ -73,10 +73,8 @@ def make(rows: int, left: Path, right: Path, workers: int) -> None:
                 for pixel, n in zip(pixels, counts, strict=True)
             ]
             records = list(pool.map(_make_part, parts))
-            n_rows = sum(record["file"]["rows"] for record in records)
             schema = _left(parts[0], 1).schema if side == "left" else _right(parts[0], 1).schema
-            done = list(zip(pixels, records, strict=True))
-            commit_catalog(output, side, done, schema, Rows(n_rows, n_rows), {})
+            commit(output, side, pixels, records, schema)
 
 
 def _make_part(part: _Part) -> dict[str, Any]:

@@ -272,7 +272,7 @@ from sos_dask.report.style import Drawn, new_figure, render
 def draw():
     figure = new_figure(2)
     figure.subplots().plot([1, 2])
-    return Drawn("title", "caption", "alt", figure)
+    return Drawn("title", figure, {})
 rendered = render(draw)
 print(len(rendered.png), len(rendered.pdf), "matplotlib.pyplot" in sys.modules)
 """
@@ -389,18 +389,18 @@ def test_the_python_functions_take_text(small_store, small_sky, tmp_path, monkey
     manifest = api.ingest("galah-dr4", [str(small_sky / "galah.fits")], "galah")
     assert api.ingest("galah-dr4", str(small_sky / "galah.fits"), "galah") == manifest
     api.dedupe("galah", "galah.stars", api.DedupeSettings())
-    united = api.ReferenceSettings(unify=api.UnifySettings())
+    united = api.ReferenceSettings(offsets={})
     api.reference({"galah": "galah.stars"}, "reference", united)
     api.crossmatch(
         f"{build}/lamost.stars",
         Path("reference"),
         "pairs",
-        api.PairSettings(match=api.MatchSettings(radius_arcsec=1.0)),
+        api.CrossmatchSettings(radius_arcsec=1.0),
     )
-    trust = api.Trust(f"{build}/coverage", "polynomial", f"{build}/model.polynomial")  # type: ignore[arg-type]
     made = api.apply(
-        f"{build}/model.polynomial", f"{build}/lamost.observations", "out", trust=trust,
-        errors=f"{build}/uncertainty",
+        f"{build}/model.polynomial", f"{build}/lamost.observations", "out",
+        api.ApplySettings(fallback="polynomial"), coverage=f"{build}/coverage",
+        errors=f"{build}/uncertainty", smooth=f"{build}/model.polynomial",
     )  # fmt: skip
     assert made is not None and made.rows.n_out == made.rows.n_in > 4000
     job = write_job(tmp_path, small_sky)

@@ -14,18 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 from astropy.table import Table
 
+from sos_dask.api import attach, crossmatch, margin
 from sos_dask.cli import main
 from sos_dask.errors import CatalogError, PartitionError, SosError
 from sos_dask.sky.healpix import ang2pix, plan_partitions
-from sos_dask.stages.attach import AttachSettings, attach
-from sos_dask.stages.crossmatch import PairSettings, crossmatch
-from sos_dask.stages.margin import margin
-from sos_dask.stars.match import MatchSettings
+from sos_dask.stages.attach import AttachSettings
+from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
 from tests.sky import observations, write_catalog
 
-SETTINGS = PairSettings(match=MatchSettings(radius_arcsec=1.0, use_gaia_id=False))
+SETTINGS = CrossmatchSettings(radius_arcsec=1.0, use_gaia_id=False)
 
 
 @pytest.fixture
@@ -622,7 +621,7 @@ def test_ids_that_lost_digits_match_nothing_in_silence(tmp_path, kind):
     others = others.rename_columns(["star_id", *others.schema.names[1:]])
     others = others.append_column("gaia_dr3_source_id", ids.cast(kind, safe=False))
     right = Catalog.open(of_others(tmp_path / "right", others))
-    by_id = PairSettings(match=MatchSettings(radius_arcsec=1.0))
+    by_id = CrossmatchSettings(radius_arcsec=1.0)
 
     def match() -> int:
         attach(left, right, tmp_path / "attached", AttachSettings(columns={"t": "teff"}))
@@ -665,6 +664,4 @@ def test_a_column_of_another_type_is_named(tmp_path, name, values, words):
     others = others.append_column(name, pa.array(values * 50))
     right = Catalog.open(of_others(tmp_path / "right", others))
     with pytest.raises((CatalogError, PartitionError), match=words):
-        crossmatch(
-            left, right, tmp_path / "pairs", PairSettings(match=MatchSettings(radius_arcsec=1.0))
-        )
+        crossmatch(left, right, tmp_path / "pairs", CrossmatchSettings(radius_arcsec=1.0))

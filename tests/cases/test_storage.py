@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sos_dask.api import dedupe, margin
 from sos_dask.errors import CatalogError, PartitionError
-from sos_dask.stages.dedupe import dedupe
-from sos_dask.stages.margin import margin
 from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage.artifact import MANIFEST, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog

@@ -39,7 +39,7 @@ _MOST_TEXT = 1 << 27  # between two tags
 
 
 def open_parquet(path: Path, data_path: Path) -> Contents:
-    """What a Parquet file holds, from its footer."""
+    """Find out what a Parquet file contains, from its footer."""
     try:
         with pq.ParquetFile(data_path) as file:
             schema, metadata = file.schema_arrow, file.metadata
@@ -157,12 +157,7 @@ def _arrow_values(source: Source, native: Native, column: pa.Array) -> pa.Array:
             _check_texts(source, native.name, pc.sum(lengths.take(column.indices)).as_py() or 0)
         column = column.dictionary_decode()
     if native.kind == "text":
-        binary = not (
-            pa.types.is_string(column.type)
-            or pa.types.is_large_string(column.type)
-            or pa.types.is_string_view(column.type)
-        )
-        return decoded(column.cast(pa.binary())) if binary else column.cast(pa.string())
+        return decoded(column.cast(pa.binary()))
     if native.kind == "bool":
         return column.cast(pa.int8())
     if pa.types.is_float16(column.type):
@@ -305,7 +300,7 @@ def _row_bytes(item: dict[str, str]) -> int:
 
 
 def open_votable(path: Path, data_path: Path, survey: Survey) -> Contents:
-    """What the table of a VOTable holds that the survey means."""
+    """Find out what the table of a VOTable contains that the survey means."""
     outline = Outline(path).scanned(data_path)
     outline.check_size(data_path.stat().st_size)
     if outline.overflow and "overflow" not in survey.allow:

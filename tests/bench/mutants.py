@@ -1,0 +1,133 @@
+"""Do the tests notice a wrong operator? Mutants drawn by a seed over the rooms that matter most.
+
+    python -m tests.bench.mutants --n 100 --seed 0
+
+A mutant is a module with one comparison, sum, product, logical operator or number changed. It is
+caught if one of the tests that import its module fails (or runs into the time limit). Nothing in
+the checkout is touched: the mutants live in a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("corrections", "stars", "storage", "ingest")
+_SWAPPED: dict[type, type] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Div, ast.And: ast.Or, ast.Or: ast.And, ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}  # fmt: skip
+
+
+def places(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Nodes of functions that can be changed; messages, annotations and constants are left out."""
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for statement in function.body:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAPPED:
+                    yield node, "compare"
+                elif isinstance(node, ast.BinOp) and type(node.op) in _SWAPPED:
+                    if not isinstance(node.left, ast.Constant | ast.JoinedStr) or not isinstance(
+                        node.left.value if isinstance(node.left, ast.Constant) else "", str
+                    ):
+                        yield node, "operator"
+                elif isinstance(node, ast.BoolOp):
+                    yield node, "logic"
+                elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+                    yield node, "number"
+
+
+def change(node: ast.AST) -> None:
+    """Change a node in place."""
+    if isinstance(node, ast.Compare):
+        node.ops[0] = _SWAPPED[type(node.ops[0])]()
+    elif isinstance(node, ast.BinOp | ast.BoolOp):
+        node.op = _SWAPPED[type(node.op)]()
+    elif isinstance(node, ast.Constant):
+        node.value = node.value + 1  # type: ignore[operator]
+
+
+def draw(n: int, seed: int) -> list[tuple[Path, str, str]]:
+    """Mutants: module, what was changed, and the text of the changed module."""
+    rng = random.Random(seed)
+    found = []
+    for room in ROOMS:
+        for path in sorted((ROOT / "sos_dask" / room).rglob("*.py")):
+            tree = ast.parse(path.read_text())
+            found += [(path, number) for number in range(len(list(places(tree))))]
+    made = []
+    for path, number in rng.sample(found, min(n, len(found))):
+        tree = copy.deepcopy(ast.parse(path.read_text()))
+        node, kind = list(places(tree))[number]
+        before = ast.unparse(node)
+        change(node)
+        what = f"line {node.lineno}: {kind} {before[:60]} -> {ast.unparse(node)[:60]}"  # type: ignore[attr-defined]
+        made.append((path.relative_to(ROOT), what, ast.unparse(tree)))
+    return made
+
+
+def tests_of(module: Path) -> list[str]:
+    """Files of tests that import a module, the smallest first."""
+    name = ".".join(module.with_suffix("").parts).removesuffix(".__init__")
+    parent, _, leaf = name.rpartition(".")
+    wanted = re.compile(rf"from {re.escape(name)}[ .]|from {re.escape(parent)} import .*\b{leaf}\b")
+    tests = [*ROOT.glob("tests/test_*.py"), *ROOT.glob("tests/*/test_*.py")]
+    found = [path for path in tests if wanted.search(path.read_text())]
+    if not found:  # only the room's own face is imported
+        found = [path for path in tests if f"from {parent}" in path.read_text()]
+    found.sort(key=lambda path: path.stat().st_size)
+    return [str(path.relative_to(ROOT)) for path in found]
+
+
+def main() -> None:
+    """Draw mutants, run the tests on each and print what was not noticed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit-s", type=float, default=240.0, help="Of the tests of one mutant.")
+    given = parser.parse_args()
+    began, survivors = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        there = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "store", "*-store")
+        shutil.copytree(ROOT, there, ignore=ignored)
+        mutants = draw(given.n, given.seed)
+        for number, (module, what, text) in enumerate(mutants, start=1):
+            sound = (there / module).read_text()
+            (there / module).write_text(text)
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+            try:
+                ran = subprocess.run(
+                    [*command, *tests_of(module)], cwd=there, capture_output=True, check=False,
+                    timeout=given.limit_s, env={**os.environ, "PYTHONPATH": str(there)},
+                )  # fmt: skip
+                caught = ran.returncode != 0
+            except subprocess.TimeoutExpired:
+                caught = True
+            (there / module).write_text(sound)
+            if not caught:
+                survivors.append(f"{module} {what}")
+            print(number, "caught" if caught else "SURVIVED", module, what, flush=True)
+    share = 100 * (1 - len(survivors) / len(mutants))
+    print(f"{share:.0f} % of {len(mutants)} mutants caught in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -502,7 +502,7 @@ def coverage(
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.correct import FLAG_MEANINGS
+    from sos_dask.correct import COVERAGE_MEANINGS
     from sos_dask.stages.coverage import look
 
     figure = None
@@ -548,7 +548,7 @@ def coverage(
     show_table(
         "Bits of flag_sos",
         [">bit", ">rows", ""],
-        [(bit, f"{n:,}", FLAG_MEANINGS[int(bit)]) for bit, n in flags],
+        [(bit, f"{n:,}", COVERAGE_MEANINGS[int(bit)]) for bit, n in flags],
     )
     if figure is not None and figure.is_file():
         say(f"The maps as a figure: {figure}")

@@ -10,7 +10,7 @@ from sos_dask.corrections import Batch, boosted, boosted_cluster
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.boosted_cluster import Gpu, find_gpu, one_each
 from sos_dask.errors import ModelError
-from sos_dask.problem import FEATURES
+from tests.run import FEATURES
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
 QUICK = {"n_rounds": 30, "learning_rate": 0.2}

@@ -146,7 +146,7 @@ def test_saved_and_loaded(base, tmp_path):
     assert models.fit("simex", source, params=params).files() == fitted.files()
     document = json.loads((tmp_path / "model" / "model.json").read_text())
     del document["params"]["base"]
-    del document[models.SEAL]
-    (tmp_path / "model" / "model.json").write_bytes(models.sealed(document))
+    del document[models.base.SEAL]
+    (tmp_path / "model" / "model.json").write_bytes(models.base.sealed(document))
     with pytest.raises(ModelError, match="incomplete or damaged"):
         models.load(tmp_path / "model")

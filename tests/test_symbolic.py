@@ -224,7 +224,7 @@ def test_a_row_is_evaluated_the_same_in_any_company():
 
 def sample_of(source, wanted=1000):
     training = models.Training(source)
-    summary = models.summarise(training, "symbolic", 1)
+    summary = models.base.summarise(training, "symbolic", 1)
     return draw_sample(training, Scale.of(summary, FEATURES), wanted)
 
 

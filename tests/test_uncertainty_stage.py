@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
-from sos_dask.corrections import SEAL, sealed
+from sos_dask.corrections.base import SEAL, sealed
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.error_tables import load_errors

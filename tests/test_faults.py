@@ -40,6 +40,7 @@ methods = ["polynomial"]
 validation = "holdout"
 [compare]
 n_bootstrap = 100
+[coverage]
 [report]
 enabled = false
 """

@@ -11,6 +11,7 @@ Numba takes half a CPU second to import: import this module inside a function th
 from __future__ import annotations
 
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -26,9 +27,32 @@ LEAF = 4
 _DEPTH = 256
 
 
+class Tree(NamedTuple):
+    """Points with their keys, and the nodes above them.
+
+    ``boxes`` are the lowest x, y, z and the highest, ``spans`` the lowest key and the highest.
+    """
+
+    points: FloatArray
+    ra: FloatArray
+    dec: FloatArray
+    key: IntArray
+    boxes: FloatArray
+    spans: IntArray
+
+
+class Stars(NamedTuple):
+    """Rows of stars at points: those of point p are first[p] to first[p + 1], by (rank, row)."""
+
+    first: IntArray
+    star: IntArray
+    rank: IntArray
+    row: IntArray
+
+
 @compiled
 def build(points: FloatArray, key: IntArray, boxes: FloatArray, spans: IntArray) -> None:
-    """Boxes (lowest x, y, z, highest x, y, z) and spans of keys; those of no points are empty."""
+    """Fill boxes and spans; those of no points are empty."""
     leaves = len(boxes) // 2
     boxes[:, :3], boxes[:, 3:] = np.inf, -np.inf
     spans[:, 0], spans[:, 1] = np.iinfo(np.int64).max, -1
@@ -48,29 +72,46 @@ def build(points: FloatArray, key: IntArray, boxes: FloatArray, spans: IntArray)
 
 
 @njit(inline="always")
-def _gap(boxes: FloatArray, node: int, points: FloatArray, p: int) -> float:
+def _gap(tree: Tree, node: int, point: FloatArray) -> float:
     """Squared distance from a point to a box."""
     total = 0.0
     for axis in range(3):
-        value = points[p, axis]
-        away = max(boxes[node, axis] - value, value - boxes[node, 3 + axis], 0.0)
-        total += away * away
+        away = max(tree.boxes[node, axis] - point[axis], point[axis] - tree.boxes[node, 3 + axis])
+        total += max(away, 0.0) ** 2
     return total
 
 
 @njit(inline="always")
-def _square(points: FloatArray, p: int, others: FloatArray, q: int) -> float:
-    x, y, z = points[p, 0] - others[q, 0], points[p, 1] - others[q, 1], points[p, 2] - others[q, 2]
+def _gap_and_span(boxes: FloatArray, a: int, b: int) -> tuple[float, float]:
+    """Least and greatest squared distance of two points in two boxes."""
+    near, far = 0.0, 0.0
+    for axis in range(3):
+        right, left = boxes[a, axis] - boxes[b, 3 + axis], boxes[b, axis] - boxes[a, 3 + axis]
+        near += max(right, left, 0.0) ** 2
+        far += max(-right, -left) ** 2
+    return near, far
+
+
+@njit(inline="always")
+def _square(p: FloatArray, q: FloatArray) -> float:
+    x, y, z = p[0] - q[0], p[1] - q[1], p[2] - q[2]
     return x * x + y * y + z * z  # type: ignore[no-any-return]
 
 
 @njit(inline="always")
-def _arcsec(ra1: float, dec1: float, ra2: float, dec2: float) -> float:
+def _arcsec(one: Tree, p: int, other: Tree, q: int) -> float:
     """`sphere.separation_arcsec`, but for the last digit."""
-    d_lat, d_lon = np.radians(dec2 - dec1), np.radians(ra2 - ra1)
+    d_lat, d_lon = np.radians(other.dec[q] - one.dec[p]), np.radians(other.ra[q] - one.ra[p])
     a, b = np.sin(d_lat / 2), np.sin(d_lon / 2)
-    h = a * a + np.cos(np.radians(dec1)) * np.cos(np.radians(dec2)) * (b * b)
+    h = a * a + np.cos(np.radians(one.dec[p])) * np.cos(np.radians(other.dec[q])) * (b * b)
     return 2 * np.arcsin(np.sqrt(min(h, 1.0))) * (648000.0 / np.pi)  # type: ignore[no-any-return]
+
+
+@njit(inline="always")
+def _in_leaf(node: int, leaves: int, n_points: int) -> tuple[int, int]:
+    """First point of a leaf and where it ends."""
+    first = (node - leaves) * LEAF
+    return first, min(first + LEAF, n_points)
 
 
 @njit(inline="never")
@@ -124,26 +165,44 @@ def _join(node: int, leaves: int, joined: BoolArray, root: IntArray) -> None:
         root[_find(root, p)] = _find(root, first)
 
 
-@compiled
-def components_within(
-    points: FloatArray,
-    key: IntArray,
-    boxes: FloatArray,
-    spans: IntArray,
+@njit(inline="never")
+def _join_leaves(
+    tree: Tree,
+    leaves: tuple[tuple[int, int], tuple[int, int]],
     low: float,
     high: float,
     root: IntArray,
     i: IntArray,
     j: IntArray,
-    count: IntArray,
+    found: int,
+) -> int:
+    """Join the points of two leaves (or of one) that are near; list those to be measured."""
+    (first, stop), (other_first, other_stop) = leaves
+    for p in range(first, stop):
+        for q in range(p + 1 if first == other_first else other_first, other_stop):
+            square = _square(tree.points[p], tree.points[q])
+            if tree.key[p] != tree.key[q] or square > high or _find(root, p) == _find(root, q):
+                continue
+            if square <= low:
+                root[_find(root, q)] = _find(root, p)
+                continue
+            if found < len(i):
+                i[found], j[found] = p, q
+            found += 1
+    return found
+
+
+@compiled
+def components_within(
+    tree: Tree, low: float, high: float, root: IntArray, i: IntArray, j: IntArray, count: IntArray
 ) -> None:
     """Components of points with equal keys within a radius; ``root`` is the point itself at first.
 
     ``i``, ``j``: pairs of different components whose separation must be measured; ``count[0]`` is
     their number, also of those for which there is no room.
     """
-    leaves = len(boxes) // 2
-    joined = np.zeros(len(boxes), dtype=np.bool_)
+    spans, leaves = tree.spans, len(tree.boxes) // 2
+    joined = np.zeros(len(spans), dtype=np.bool_)
     one, other = np.empty((2, _DEPTH), dtype=np.int64)
     one[0], other[0], n, found = 1, 1, 1, 0
     while n:
@@ -151,13 +210,7 @@ def components_within(
         a, b = one[n], other[n]
         if max(spans[a, 0], spans[b, 0]) > min(spans[a, 1], spans[b, 1]):
             continue
-        near, far = 0.0, 0.0
-        for axis in range(3):
-            away = max(boxes[a, axis] - boxes[b, 3 + axis], boxes[b, axis] - boxes[a, 3 + axis])
-            near += max(away, 0.0) ** 2
-            far += (
-                max(boxes[a, 3 + axis] - boxes[b, axis], boxes[b, 3 + axis] - boxes[a, axis]) ** 2
-            )
+        near, far = _gap_and_span(tree.boxes, a, b)
         if near > high:
             continue
         whole = _is_joined(a, leaves, joined, root) & _is_joined(b, leaves, joined, root)
@@ -169,18 +222,8 @@ def components_within(
             _join(b, leaves, joined, root)
             root[_find(root, q)] = _find(root, p)
         elif a >= leaves and b >= leaves:
-            for p in range(_first(a, leaves), min(_first(a, leaves) + LEAF, len(root))):
-                start = p + 1 if a == b else _first(b, leaves)
-                for q in range(start, min(_first(b, leaves) + LEAF, len(root))):
-                    square = _square(points, p, points, q)
-                    if key[p] != key[q] or square > high or _find(root, p) == _find(root, q):
-                        continue
-                    if square <= low:
-                        root[_find(root, q)] = _find(root, p)
-                        continue
-                    if found < len(i):
-                        i[found], j[found] = p, q
-                    found += 1
+            pair = _in_leaf(a, leaves, len(root)), _in_leaf(b, leaves, len(root))
+            found = _join_leaves(tree, pair, low, high, root, i, j, found)
         # The halves by themselves come first, so that they are known to be joined.
         elif a == b:
             one[n], other[n] = 2 * a, 2 * a + 1
@@ -200,14 +243,9 @@ def components_within(
 
 @compiled
 def claim_points(
-    points: FloatArray,
-    ra: FloatArray,
-    dec: FloatArray,
+    tree: Tree,
     order: IntArray,
-    boxes: FloatArray,
-    low: float,
-    high: float,
-    radius_arcsec: float,
+    limits: tuple[float, float, float],
     mistaken: IntArray,
     leads: BoolArray,
     doubtful: IntArray,
@@ -218,32 +256,33 @@ def claim_points(
 
     ``doubtful`` are pairs p * n + q whose separation should be measured, and ``is_near`` what was
     taken to be so, the other way round for the pairs in ``mistaken`` (ascending); ``count[0]`` is
-    their number, also of those for which there is no room.
+    their number, also of those for which there is no room. ``limits``: low, high, radius in arcsec.
     """
-    leaves, found, n_points = len(boxes) // 2, 0, len(points)
-    n_leading = np.zeros(len(boxes), dtype=np.int64)
+    low, high, radius_arcsec = limits
+    leaves, found, n_points = len(tree.boxes) // 2, 0, len(tree.points)
+    n_leading = np.zeros(len(tree.boxes), dtype=np.int64)
     todo = np.empty(_DEPTH, dtype=np.int64)
     for p in order:
         todo[0], n, claimed = 1, 1, False
         while n and not claimed:
             n -= 1
             node = todo[n]
-            if n_leading[node] == 0 or _gap(boxes, node, points, p) > high:
+            if n_leading[node] == 0 or _gap(tree, node, tree.points[p]) > high:
                 continue
             if node < leaves:
                 todo[n], todo[n + 1] = 2 * node, 2 * node + 1
                 n += 2
                 continue
-            first = (node - leaves) * LEAF
-            for q in range(first, min(first + LEAF, n_points)):
+            first, stop = _in_leaf(node, leaves, n_points)
+            for q in range(first, stop):
                 if not leads[q]:
                     continue
-                square = _square(points, p, points, q)
+                square = _square(tree.points[p], tree.points[q])
                 near = square <= low
                 if not near and square <= high:
                     pair = p * n_points + q
                     at = np.searchsorted(mistaken, pair)
-                    near = _arcsec(ra[p], dec[p], ra[q], dec[q]) <= radius_arcsec
+                    near = _arcsec(tree, p, tree, q) <= radius_arcsec
                     near ^= at < len(mistaken) and mistaken[at] == pair
                     if found < len(doubtful):
                         doubtful[found], is_near[found] = pair, near
@@ -257,153 +296,120 @@ def claim_points(
 
 @njit(inline="never")
 def _nearest_free(
+    asked: Tree,
     t: int,
-    asked: FloatArray,
-    asked_ra: FloatArray,
-    asked_dec: FloatArray,
-    points: FloatArray,
-    ra: FloatArray,
-    dec: FloatArray,
-    boxes: FloatArray,
+    tree: Tree,
+    hosts: Stars,
     high: float,
     radius_arcsec: float,
-    first_host: IntArray,
-    host: IntArray,
-    host_rank: IntArray,
-    host_row: IntArray,
     next_host: IntArray,
     owner: IntArray,
     n_free: IntArray,
 ) -> tuple[float, int]:
     """Separation and entry of the nearest host (ties: rank, row) that nobody owns; -1: none."""
     best, entry, limit = np.inf, -1, high
-    leaves, todo = len(boxes) // 2, np.empty(_DEPTH, dtype=np.int64)
+    leaves, todo = len(tree.boxes) // 2, np.empty(_DEPTH, dtype=np.int64)
     todo[0], n = 1, 1
     while n:
         n -= 1
         node = todo[n]
-        if n_free[node] == 0 or _gap(boxes, node, asked, t) > limit:
+        if n_free[node] == 0 or _gap(tree, node, asked.points[t]) > limit:
             continue
         if node < leaves:
             nearer = 2 * node
-            if _gap(boxes, nearer + 1, asked, t) < _gap(boxes, nearer, asked, t):
+            if _gap(tree, nearer + 1, asked.points[t]) < _gap(tree, nearer, asked.points[t]):
                 nearer += 1
             todo[n], todo[n + 1] = nearer ^ 1, nearer
             n += 2
             continue
-        first = (node - leaves) * LEAF
-        for s in range(first, min(first + LEAF, len(points))):
-            k = next_host[s]
-            if k == first_host[s + 1]:
+        first, stop = _in_leaf(node, leaves, len(tree.points))
+        for s in range(first, stop):
+            k, end = next_host[s], hosts.first[s + 1]
+            if k == end:
                 continue
-            while k < first_host[s + 1] and owner[host[k]] >= 0:
+            while k < end and owner[hosts.star[k]] >= 0:
                 k += 1
             next_host[s] = k
-            if k == first_host[s + 1]:
+            if k == end:
                 _add(n_free, leaves + s // LEAF, -1)
                 continue
-            square = _square(asked, t, points, s)
-            if square > limit:
-                continue
-            apart = _arcsec(ra[s], dec[s], asked_ra[t], asked_dec[t])
-            if apart > radius_arcsec or apart > best:
-                continue
-            if (
-                apart < best
-                or host_rank[k] < host_rank[entry]
-                or (host_rank[k] == host_rank[entry] and host_row[k] < host_row[entry])
-            ):
-                best, entry = apart, k
-                limit = min(high, (np.sqrt(square) + 2e-14) ** 2)
+            square = _square(asked.points[t], tree.points[s])
+            if square <= limit:
+                apart = _arcsec(tree, s, asked, t)
+                if apart <= radius_arcsec and _precedes(apart, k, best, entry, hosts):
+                    best, entry = apart, k
+                    limit = min(high, (np.sqrt(square) + 2e-14) ** 2)
     return best, entry
+
+
+@njit(inline="always")
+def _precedes(apart: float, k: int, best: float, entry: int, hosts: Stars) -> bool:
+    """Tell whether an entry goes before the best one so far."""
+    if apart != best or entry < 0:
+        return apart < best
+    return (hosts.rank[k], hosts.row[k]) < (hosts.rank[entry], hosts.row[entry])  # type: ignore[no-any-return]
 
 
 @compiled
 def join_in_order(
-    points: FloatArray,
-    ra: FloatArray,
-    dec: FloatArray,
-    boxes: FloatArray,
+    tree: Tree,
+    hosts: Stars,
+    asked: Tree,
+    guests: Stars,
+    code: IntArray,
+    is_alone: BoolArray,
     high: float,
     radius_arcsec: float,
-    first_host: IntArray,
-    host: IntArray,
-    host_rank: IntArray,
-    host_row: IntArray,
-    asked: FloatArray,
-    asked_ra: FloatArray,
-    asked_dec: FloatArray,
-    first_guest: IntArray,
-    guest: IntArray,
-    guest_rank: IntArray,
-    guest_row: IntArray,
-    code: IntArray,
-    is_alone: IntArray,
     host_of: IntArray,
 ) -> None:
     """Join guests to hosts by (separation, rank and row of the two), each host guests of one code.
 
-    At point s are the hosts host[first_host[s]:first_host[s + 1]] by (rank, row), at place t of
-    those asked for likewise guests. ``is_alone``: no other guest has its code; a guest that is not
-    has a place for itself. ``code`` and ``host_of`` (at first -1) are by number of the guest.
+    ``is_alone``: no other guest has its code; a guest that is not has a place for itself. ``code``
+    and ``host_of`` (at first -1) are by number of the guest.
     """
-    leaves, n_points = len(boxes) // 2, len(points)
-    n_free = np.zeros(len(boxes), dtype=np.int64)
-    for s in range(n_points):
-        _add(n_free, leaves + s // LEAF, 1)
-    owner = np.full(host.max() + 1, -1)
-    next_host, next_guest = first_host[:-1].copy(), first_guest[:-1].copy()
+    n_free = np.zeros(len(tree.boxes), dtype=np.int64)
+    where = np.empty_like(hosts.star)
+    for s in range(len(tree.points)):
+        _add(n_free, len(n_free) // 2 + s // LEAF, 1)
+        where[hosts.first[s] : hosts.first[s + 1]] = s
+    owner = np.full(hosts.star.max() + 1, -1)
+    next_host, next_guest = hosts.first[:-1].copy(), guests.first[:-1].copy()
     taken = np.full(code.max() + 1, -1)  # the last entry of hosts taken by guests of a code
-    before, where = np.empty_like(host), np.empty_like(host)
+    before = np.empty_like(where)
     # Entries of each host: those taken by a code that several guests have are looked at again.
-    entries = np.argsort(host)
-    starts = np.searchsorted(host[entries], np.arange(len(owner) + 1))
-    for s in range(n_points):
-        where[first_host[s] : first_host[s + 1]] = s
-    queue = [(0.0, host[0], host[0], host[0], host[0], 0, 0)]
+    entries = np.argsort(hosts.star)
+    starts = np.searchsorted(hosts.star[entries], np.arange(len(owner) + 1))
+    queue = [(0.0, hosts.rank[0], guests.rank[0], hosts.row[0], guests.row[0], 0, 0)]
     queue.clear()
-    for turn in range(1 << 62):
-        if turn < len(asked):
-            t = turn
-        else:
-            if not queue:
-                break
-            _, _, _, _, g_row, t, entry = heappop(queue)
+    turn = 0
+    while turn < len(asked.points) or queue:
+        t, turn = turn, turn + 1
+        if t >= len(asked.points):
+            _, _, _, _, row, t, entry = heappop(queue)
             at = next_guest[t]
-            g, h = guest[at], host[entry]
+            g, h = guests.star[at], hosts.star[entry]
             c = code[g]
-            if guest_row[at] == g_row and host_of[g] < 0 and (owner[h] < 0 or owner[h] == c):
+            if guests.row[at] == row and host_of[g] < 0 and (owner[h] < 0 or owner[h] == c):
                 host_of[g] = h
-                if owner[h] < 0:
-                    owner[h] = c
-                    if not is_alone[g]:
-                        for k in range(starts[h], starts[h + 1]):
-                            before[entries[k]], taken[c] = taken[c], entries[k]
-        while next_guest[t] < first_guest[t + 1] and host_of[guest[next_guest[t]]] >= 0:
+                if owner[h] < 0 and not is_alone[g]:
+                    for k in entries[starts[h] : starts[h + 1]]:
+                        before[k], taken[c] = taken[c], k
+                owner[h] = c
+        while next_guest[t] < guests.first[t + 1] and host_of[guests.star[next_guest[t]]] >= 0:
             next_guest[t] += 1
         at = next_guest[t]
-        if at == first_guest[t + 1]:
+        if at == guests.first[t + 1]:
             continue
-        search = (t, asked, asked_ra, asked_dec, points, ra, dec, boxes, high, radius_arcsec)
         best, entry = _nearest_free(
-            *search, first_host, host, host_rank, host_row, next_host, owner, n_free
+            asked, t, tree, hosts, high, radius_arcsec, next_host, owner, n_free
         )
-        if not is_alone[guest[at]]:
-            k = taken[code[guest[at]]]
-            while k >= 0:
-                s = where[k]
-                apart = _arcsec(ra[s], dec[s], asked_ra[t], asked_dec[t])
-                if apart <= radius_arcsec and (
-                    apart < best
-                    or (
-                        apart == best
-                        and (host_rank[k], host_row[k]) < (host_rank[entry], host_row[entry])
-                    )
-                ):
-                    best, entry = apart, k
-                k = before[k]
+        k = -1 if is_alone[guests.star[at]] else taken[code[guests.star[at]]]
+        while k >= 0:
+            apart = _arcsec(tree, where[k], asked, t)
+            if apart <= radius_arcsec and _precedes(apart, k, best, entry, hosts):
+                best, entry = apart, k
+            k = before[k]
         if entry >= 0:
-            heappush(
-                queue,
-                (best, host_rank[entry], guest_rank[at], host_row[entry], guest_row[at], t, entry),
-            )
+            ranks = hosts.rank[entry], guests.rank[at]
+            rows = hosts.row[entry], guests.row[at]
+            heappush(queue, (best, ranks[0], ranks[1], rows[0], rows[1], t, entry))

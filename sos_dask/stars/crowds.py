@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from sos_dask.sky.healpix import MAX_ORDER, FloatArray, IntArray
 from sos_dask.sky.neighbours import order_for_radius
 from sos_dask.sky.sphere import ARCSEC_PER_RADIAN, separation_arcsec, unit_vectors
+
+if TYPE_CHECKING:
+    from sos_dask.sky.trees import Stars, Tree
 
 BoolArray = NDArray[np.bool_]
 
@@ -118,19 +121,28 @@ class Places:
         return cls(sky, rows, row, place, of_place)
 
     @cached_property
-    def points(self) -> FloatArray:
-        """Unit vectors, shape (m, 3)."""
-        return np.ascontiguousarray(unit_vectors(self.sky.ra[self.row], self.sky.dec[self.row]))
+    def tree(self) -> Tree:
+        """Tree of the places."""
+        from sos_dask.sky.trees import LEAF, Tree, build
 
-    @cached_property
-    def tree(self) -> tuple[FloatArray, IntArray]:
-        """Boxes and spans of keys (`trees.build`)."""
-        from sos_dask.sky.trees import LEAF, build
-
-        n_leaves = 1 << max(int(np.ceil(np.log2(max(len(self.row), 1) / LEAF))), 0)
+        ra, dec = self.sky.ra[self.row], self.sky.dec[self.row]
+        points = np.ascontiguousarray(unit_vectors(ra, dec))
+        n_leaves = 1 << max(int(np.ceil(np.log2(max(len(ra), 1) / LEAF))), 0)
         boxes, spans = np.empty((2 * n_leaves, 6)), np.empty((2 * n_leaves, 2), dtype=np.int64)
-        build(self.points, self.key, boxes, spans)
-        return boxes, spans
+        build(points, self.key, boxes, spans)
+        return Tree(points, ra, dec, self.key, boxes, spans)
+
+    def stars(self, star: IntArray) -> Stars:
+        """Stars (numbered from 0, by row) at each place, each with its preferred row there."""
+        from sos_dask.sky.trees import Stars
+
+        sky = self.sky
+        row, of = sky.preferred(self.rows, star, self.place)
+        at, number = np.empty((2, len(row)), dtype=np.int64)
+        at[of], number[of] = self.place, star
+        order = np.lexsort((row, sky.rank[row], at))
+        first = np.searchsorted(at[order], np.arange(len(self.row) + 1))
+        return Stars(first, number[order], sky.rank[row[order]], row[order])
 
     def links(self, radius_arcsec: float) -> tuple[IntArray, IntArray]:
         """Links by which rows are joined as by all pairs within a radius that have equal keys.
@@ -149,7 +161,7 @@ class Places:
             while room < count[0]:
                 room = int(count[0])
                 root, (p, q) = np.arange(len(self.row)), np.empty((2, room), dtype=np.int64)
-                components_within(self.points, self.key, *self.tree, low, high, root, p, q, count)
+                components_within(self.tree, low, high, root, p, q, count)
             p, q = self.row[p[: count[0]]], self.row[q[: count[0]]]
             near = self.sky.separation(p, q) <= radius_arcsec
             i = np.concatenate([i, self.row, p[near]])
@@ -173,7 +185,7 @@ class Places:
             return none, none
         high = np.sqrt(_chords(radius_arcsec)[1])
         # A fourth coordinate keeps keys apart, farther than any two points.
-        asked, points = (np.column_stack([p.points, 4.0 * p.key]) for p in (self, others))
+        asked, points = (np.column_stack([p.tree.points, 4.0 * p.key]) for p in (self, others))
         tree = KDTree(points, balanced_tree=False, compact_nodes=False)
         distance, place = tree.query(asked, k=2, distance_upper_bound=high)
         i = np.flatnonzero(np.isfinite(distance[:, 0]))
@@ -195,18 +207,14 @@ class Places:
         sky, row, n = self.sky, self.row, len(self.row)
         if not n:
             return row
-        ra, dec = sky.ra[row], sky.dec[row]
         order = np.lexsort((row, sky.rank[row]))
-        low, high = _chords(radius_arcsec)
+        limits = (*_chords(radius_arcsec), radius_arcsec)
         mistaken = np.empty(0, dtype=np.int64)
         count = np.array([n])
         while True:
             leads, is_near = np.zeros(n, dtype=np.bool_), np.empty(int(count[0]), dtype=np.bool_)
             pair = np.empty(len(is_near), dtype=np.int64)
-            claim_points(
-                *(self.points, ra, dec, order, self.tree[0], low, high, radius_arcsec),
-                *(mistaken, leads, pair, is_near, count),
-            )
+            claim_points(self.tree, order, limits, mistaken, leads, pair, is_near, count)
             if count[0] > len(pair):
                 continue
             pair, is_near = pair[: count[0]], is_near[: count[0]]
@@ -253,24 +261,9 @@ def join_in_order(
     is_alone = np.bincount(code)[code] == 1
     places = Places.of(sky, hosts)
     # A guest that shares its code has places of its own.
-    own = np.where(is_alone[guest_star], 0, guest_star + 1)
-    asked = Places.of(sky, guests, own)
-    sides: list[tuple[IntArray, ...]] = []
-    for rows, place, star in ((hosts, places.place, host_star), (guests, asked.place, guest_star)):
-        row, of = sky.preferred(rows, star, place)
-        at, number = np.empty((2, len(row)), dtype=np.int64)
-        at[of], number[of] = place, star
-        order = np.lexsort((row, sky.rank[row], at))
-        first = np.searchsorted(at[order], np.arange(at.max() + 2))
-        sides.append((first, number[order], sky.rank[row[order]], row[order]))
-    (first_host, host, host_rank, host_row), (first_guest, guest, guest_rank, guest_row) = sides
-    joined(
-        *(places.points, sky.ra[places.row], sky.dec[places.row], places.tree[0]),
-        *(_chords(radius_arcsec)[1], radius_arcsec),
-        *(first_host, host, host_rank, host_row),
-        *(asked.points, sky.ra[asked.row], sky.dec[asked.row]),
-        *(first_guest, guest, guest_rank, guest_row, code, is_alone.astype(np.int64), host_of),
-    )
+    asked = Places.of(sky, guests, np.where(is_alone[guest_star], 0, guest_star + 1))
+    sides = places.tree, places.stars(host_star), asked.tree, asked.stars(guest_star)
+    joined(*sides, code, is_alone, _chords(radius_arcsec)[1], radius_arcsec, host_of)
     return host_of
 
 

@@ -179,19 +179,13 @@ def near_edge(
 
 
 def candidates(
-    cells: IntArray,
-    reach_arcsec: FloatArray | float,
-    sorted_cells: IntArray,
-    *,
-    later_only: bool = False,
+    cells: IntArray, reach_arcsec: FloatArray | float, sorted_cells: IntArray
 ) -> Iterator[tuple[IntArray, IntArray]]:
-    """Index pairs that contain every pair of positions within reach of each other, in blocks.
+    """Find index pairs that contain every pair of positions within reach, in blocks.
 
     Each position is entered into its cell and into those neighbours that the reach can touch, at
     an order whose cells are wider than the reach; the entries are joined with the sorted side by
-    binary search. No path on the sphere changes a HEALPix coordinate faster than a known gradient,
-    and coordinates continue across the edges of base pixels, so the cells entered hold everything
-    within reach, also where only three base pixels meet.
+    binary search.
 
     Parameters
     ----------
@@ -201,8 +195,6 @@ def candidates(
         How far each position looks. At most 20 degrees.
     sorted_cells : ndarray of int64, shape (m,)
         Order-29 cells of the other side, ascending.
-    later_only : bool
-        The two sides are the same rows: give each pair once, with i < j.
 
     Yields
     ------
@@ -215,16 +207,15 @@ def candidates(
     ConfigError
         A reach is negative, not finite or over 20 degrees.
     """
-    for found in _runs(cells, reach_arcsec, sorted_cells, later_only=later_only):
-        yield from _expand(*found)
+    for rows, low, count in _runs(cells, reach_arcsec, sorted_cells):
+        some = count > 0
+        rows, low, count = rows[some], low[some], count[some]
+        for block in blocks(count):
+            yield np.repeat(rows[block], count[block]), runs(low[block], count[block])
 
 
 def _runs(
-    cells: IntArray,
-    reach_arcsec: FloatArray | float,
-    sorted_cells: IntArray,
-    *,
-    later_only: bool = False,
+    cells: IntArray, reach_arcsec: FloatArray | float, sorted_cells: IntArray
 ) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
     """The pairs of `candidates`: row, first of the sorted rows, and how many from there on."""
     if len(cells) == 0 or len(sorted_cells) == 0:
@@ -235,29 +226,20 @@ def _runs(
     step = largest_step(reach)
     deepest = np.ceil(-np.log2(step)).astype(np.int64) - 1
     start = np.maximum(deepest - int(np.log2(_CELLS_PER_REACH)) + 1, 0)
-    waiting: dict[int, list[IntArray]] = {}
     if start.ndim == 0:
-        waiting[int(start)] = [np.arange(len(cells), dtype=np.int64)]
+        waiting = {int(start): [np.arange(len(cells), dtype=np.int64)]}
     else:
-        for order in np.flatnonzero(np.bincount(start)).tolist():
-            waiting[order] = [np.flatnonzero(start == order)]
+        orders = np.flatnonzero(np.bincount(start)).tolist()
+        waiting = {order: [np.flatnonzero(start == order)] for order in orders}
     while waiting:
         order = min(waiting)
         rows = np.concatenate(waiting.pop(order))
         shift = 2 * (MAX_ORDER - order)
-        everything = len(rows) == len(cells)
-        if everything:
-            rows = np.arange(len(cells), dtype=np.int64)
-        fine = cells if everything else cells[rows]
+        fine = cells if start.ndim == 0 and len(rows) == len(cells) else cells[rows]
         own = fine >> shift
         step_max = float(step if step.ndim == 0 else step[rows].max())
-        at, entered = _touched(fine, own, order, step_max * 2.0**order, later_only)
-        if not later_only:
-            low, found = _rows_in(own, shift, sorted_cells)
-        elif everything:
-            low, found = rows + 1, _run_stops(own) - rows - 1
-        else:
-            low, found = rows + 1, np.searchsorted(sorted_cells, (own + 1) << shift) - rows - 1
+        at, entered = _touched(fine, own, order, step_max * 2.0**order)
+        low, found = _rows_in(own, shift, sorted_cells)
         near_low, near_found = _rows_in(entered, shift, sorted_cells)
         crowded = found > _CROWDED
         crowded[at[near_found > _CROWDED]] = True
@@ -310,27 +292,18 @@ def _rows_in(cells: IntArray, shift: int, sorted_cells: IntArray) -> tuple[IntAr
     return low, count
 
 
-def _run_stops(values: IntArray) -> IntArray:
-    """Where the run of equal values ends that each value of a sorted array is in."""
-    stops = np.flatnonzero(np.append(values[1:] != values[:-1], True)) + 1
-    return np.repeat(stops, np.diff(stops, prepend=0))
-
-
-def _touched(
-    fine: IntArray, own: IntArray, order: int, step: float, later_only: bool
-) -> tuple[IntArray, IntArray]:
+def _touched(fine: IntArray, own: IntArray, order: int, step: float) -> tuple[IntArray, IntArray]:
     """Neighbour cells that positions may reach: index of the position, cell.
 
     ``step`` is the largest change of a coordinate, in cells of the order. A table over the place
     inside the cell (a few more bits of the Morton code) says which neighbours it may touch.
     """
     table, depth = _touch_table(order, step)
-    place = (fine >> 2 * (MAX_ORDER - order - depth)) & (len(table) - 1)
-    mask = table[place]
+    mask = table[(fine >> 2 * (MAX_ORDER - order - depth)) & (len(table) - 1)]
     at = np.flatnonzero(mask)
     around = with_neighbours(own[at], order)[:, 1:].T
     wanted = (mask[at] >> np.arange(8, dtype=np.uint8)[:, None]) & 1 == 1
-    wanted &= around > (own[at] if later_only else -1)
+    wanted &= around >= 0
     return np.broadcast_to(at, wanted.shape)[wanted], around[wanted]
 
 
@@ -350,19 +323,19 @@ def _touch_table(order: int, step: float) -> tuple[NDArray[np.uint8], int]:
     return table, depth
 
 
-def _expand(rows: IntArray, low: IntArray, count: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
-    """Pairs of each row with the ``count`` rows from ``low`` on, in blocks of bounded size."""
-    some = np.flatnonzero(count > 0)
-    rows, low, count = rows[some], low[some], count[some]
-    stop = np.cumsum(count)
-    first = 0
-    while first < len(rows):
+def blocks(count: IntArray) -> Iterator[slice]:
+    """Slice entries so that of each slice not much more than 2 million things are counted."""
+    stop, first = np.cumsum(count), 0
+    while first < len(count):
         done = stop[first - 1] if first else 0
         last = max(first + 1, int(np.searchsorted(stop, done + _BLOCK, side="right")))
-        counts = count[first:last]
-        offset = np.repeat(low[first:last] - (stop[first:last] - counts - done), counts)
-        yield np.repeat(rows[first:last], counts), np.arange(len(offset)) + offset
+        yield slice(first, last)
         first = last
+
+
+def runs(first: IntArray, count: IntArray) -> IntArray:
+    """List ``count`` numbers from each ``first`` on, one run after the other."""
+    return np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
 
 
 def pairs_within(

@@ -36,6 +36,7 @@ from sos_dask.columns import reals_or_nan
 from sos_dask.errors import PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, QUALITY, Column, require_columns
 from sos_dask.sky.healpix import IntArray
+from sos_dask.sky.neighbours import runs
 from sos_dask.stars.group import DedupeSettings
 
 BoolArray = NDArray[np.bool_]
@@ -225,8 +226,7 @@ class _Repeats:
         lacking = np.flatnonzero(~has.take(self.best))
         # Places in ``row`` of their members, those of them that have them, and the first of each.
         count = self.first[lacking + 1] - self.first[lacking]
-        stop = np.cumsum(count)
-        place = np.arange(count.sum()) + np.repeat(self.first[lacking + 1] - stop, count)
+        place = runs(self.first[lacking], count)
         having = np.append(place[has[self.row[place]]], len(self.row))
         at = having[np.searchsorted(having, self.first[lacking])]
         found = at < self.first[lacking + 1]

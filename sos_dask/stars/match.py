@@ -376,7 +376,7 @@ def _pairs_of(one: _Classes, other: _Classes, block: _Block) -> _Block:
     p, q, separation = block
     (rows, first), (others, other_first) = one.members(), other.members()
     n_pairs = one.size[p] * other.size[q]
-    at = np.arange(n_pairs.sum()) - np.repeat(np.cumsum(n_pairs) - n_pairs, n_pairs)
+    at = neighbours.runs(np.zeros_like(n_pairs), n_pairs)
     p, q = np.repeat(p, n_pairs), np.repeat(q, n_pairs)
     i, j = rows[first[p] + at // other.size[q]], others[other_first[q] + at % other.size[q]]
     return i, j, np.repeat(separation, n_pairs)
@@ -507,9 +507,7 @@ def _join_ids(
             same = one[rows[p]] == other[others[q]]
             yield rows[p[same]], others[q[same]], separation[same]
         i, value = i[~crowded[value]], value[~crowded[value]]
-    repeats = count[value]
-    offset = np.repeat(first[value] - (np.cumsum(repeats) - repeats), repeats)
-    i, j = np.repeat(i, repeats), order[offset + np.arange(len(offset))]
+    i, j = np.repeat(i, count[value]), order[neighbours.runs(first[value], count[value])]
     yield i, j, _separation(a, b, i, j)
 
 

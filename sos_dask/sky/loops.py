@@ -133,7 +133,7 @@ def pairs_on_faces(
     """
     low, high = radius * radius * (1.0 - 1e-7), radius * radius * (1.0 + 1e-7)
     shift, found, n = 58 - 2 * order, 0, len(cells)
-    even = np.int64((1 << 2 * order) - 1) & np.int64(0x5555555555555555)
+    even: Any = np.int64((1 << 2 * order) - 1) & np.int64(0x5555555555555555)
     odd = even << 1
     for p in range(n):
         own = cells[p] >> shift

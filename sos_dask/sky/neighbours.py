@@ -335,7 +335,8 @@ def blocks(count: IntArray) -> Iterator[slice]:
 
 def runs(first: IntArray, count: IntArray) -> IntArray:
     """List ``count`` numbers from each ``first`` on, one run after the other."""
-    return np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
+    start = np.repeat(first - (np.cumsum(count) - count), count)
+    return np.asarray(np.arange(len(start)) + start)
 
 
 def pairs_within(

@@ -347,7 +347,7 @@ def _precedes(apart: float, k: int, best: float, entry: int, hosts: Stars) -> bo
     """Tell whether an entry goes before the best one so far."""
     if apart != best or entry < 0:
         return apart < best
-    return (hosts.rank[k], hosts.row[k]) < (hosts.rank[entry], hosts.row[entry])  # type: ignore[no-any-return]
+    return (hosts.rank[k], hosts.row[k]) < (hosts.rank[entry], hosts.row[entry])
 
 
 @compiled

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sos_dask.errors import ConfigError
-from sos_dask.sky.healpix import FloatArray, ang2pix
+from sos_dask.sky.healpix import FloatArray, ang2pix, separation_arcsec
 from sos_dask.sky.neighbours import candidates, pairs_within, rows_near
-from sos_dask.sky.sphere import separation_arcsec
 from tests.geometry import HARD, SETTINGS, around, seeds
 
 

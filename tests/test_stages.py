@@ -23,8 +23,7 @@ from sos_dask.errors import CatalogError, ConfigError, ModelError, SurveyError
 from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import CANONICAL, LABELS
-from sos_dask.sky.healpix import HealpixPixel, ang2pix
-from sos_dask.sky.sphere import propagate, separation_arcsec
+from sos_dask.sky.healpix import HealpixPixel, ang2pix, propagate, separation_arcsec
 from sos_dask.stages.apply import parse_partitions
 from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.stages.ingest import IngestSettings, ingest

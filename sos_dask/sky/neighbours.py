@@ -8,13 +8,16 @@ from its place inside its own cell, also where only three base pixels meet.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.errors import ConfigError
 from sos_dask.sky.healpix import (
+    ARCSEC_PER_RADIAN,
     MAX_ORDER,
     FloatArray,
     HealpixPixel,
@@ -22,9 +25,9 @@ from sos_dask.sky.healpix import (
     Ranges,
     cell_ranges,
     coordinates,
+    separation_arcsec,
     with_neighbours,
 )
-from sos_dask.sky.sphere import ARCSEC_PER_RADIAN, separation_arcsec
 
 # Largest gradient of a HEALPix coordinate on the sphere, in sides of a base pixel per radian. In
 # the polar caps x = t * sqrt(6) * sin(theta / 2), t in [0, 1] the longitude in quarter turns, so
@@ -56,6 +59,68 @@ def order_for_radius(radius_arcsec: float) -> int:
     side_arcsec = np.sqrt(np.pi / 3.0) * ARCSEC_PER_RADIAN  # order 0
     order = int(np.floor(np.log2(side_arcsec / (2.0 * radius_arcsec))))
     return max(0, min(MAX_ORDER, order))
+
+
+@dataclass(frozen=True)
+class Sky:
+    """Rows on the sky.
+
+    Parameters
+    ----------
+    ra, dec : ndarray of float64, shape (n,), deg
+    cells : ndarray of int64, shape (n,)
+        Order-29 cells of the positions.
+    rank : ndarray of int64, shape (n,)
+        Preference, the smallest first; of equal ranks the first row.
+    """
+
+    ra: FloatArray
+    dec: FloatArray
+    cells: IntArray
+    rank: IntArray
+
+    def separation(self, i: IntArray, j: IntArray) -> FloatArray:
+        """Separations of rows in arcsec."""
+        return separation_arcsec(self.ra[i], self.dec[i], self.ra[j], self.dec[j])
+
+    def preferred(self, rows: IntArray, *keys: NDArray[Any]) -> tuple[IntArray, IntArray]:
+        """The same as `preferred` of some rows."""
+        first, place = preferred((rows, self.rank[rows]), *keys)
+        return rows[first], place
+
+
+def preferred(order: tuple[IntArray, ...], *keys: NDArray[Any]) -> tuple[IntArray, IntArray]:
+    """Of rows with equal keys the first one in an order, and which of these each row belongs to.
+
+    Parameters
+    ----------
+    order : tuple of ndarray of int64, shape (n,)
+        The last one counts first.
+    keys : ndarray, shape (n,)
+        The last one counts first, too.
+
+    Returns
+    -------
+    rows : ndarray of int64, shape (m,)
+        In the order of the keys.
+    place : ndarray of int64, shape (n,)
+        Place among them by row.
+    """
+    at = np.lexsort((*order, *keys))
+    new = np.zeros(len(at), dtype=np.bool_)
+    new[:1] = True
+    for key in keys:
+        values = key[at]
+        new[1:] |= values[1:] != values[:-1]
+    place = np.empty(len(at), dtype=np.int64)
+    place[at] = np.cumsum(new) - 1
+    return at[new], place
+
+
+def is_crowded(cells29: IntArray, radius_arcsec: float) -> bool:
+    """Whether more than 64 rows (sorted on the sky) share a cell a few radii wide."""
+    cells = cells29 >> 2 * (MAX_ORDER - order_for_radius(radius_arcsec))
+    return bool(np.any(cells[_CROWDED:] == cells[:-_CROWDED]))
 
 
 def largest_step(reach_arcsec: FloatArray) -> FloatArray:

@@ -212,12 +212,13 @@ class _Repeats:
         """Columns that are combined, by name; ``source`` is the best row of every star."""
         flag = np.zeros(len(source), dtype=np.bool_)
         out: dict[str, pa.Array] = {}
+        median_error = _MEDIAN_ERROR if settings.method == "median" else 0.0
         for label in (*LABELS, "rv"):
             values = reals_or_nan(self.table, label)
             errors = reals_or_nan(self.table, f"{label}_err")
-            value, error, of_stars, is_wide = self._label(
-                values, errors, settings, expected_error.get(label)
-            )
+            limits = expected_error.get(label, np.nan), settings.max_spread, median_error
+            used = self.used_first, self.used_row
+            value, error, of_stars, is_wide = label_of_stars(*used, values, errors, *limits)
             if label in LABELS:
                 flag[self.star] |= is_wide
                 spread = np.full(len(source), np.nan, dtype=np.float32)
@@ -232,29 +233,6 @@ class _Repeats:
         quality[self.star] = self.quality
         return out | {"quality": pa.array(quality), "flag_spread": pa.array(flag)}
 
-    def _label(
-        self,
-        values: FloatArray,
-        errors: FloatArray,
-        settings: DedupeSettings,
-        expected_error: float | None,
-    ) -> tuple[FloatArray, FloatArray, NDArray[np.float32], BoolArray]:
-        """Value, error, spread and whether that is wide of a label of the stars; NaN: none."""
-        if values.dtype != errors.dtype:
-            values, errors = values.astype(np.float64), errors.astype(np.float64)
-        value, error = np.empty((2, len(self.star)), dtype=values.dtype)
-        spread = np.empty(len(self.star), dtype=np.float32)
-        is_wide = np.zeros(len(self.star), dtype=np.bool_)
-        if len(self.star):
-            from sos_dask.sky.loops import combine_label
-
-            expected = np.nan if expected_error is None else expected_error
-            median_error = _MEDIAN_ERROR if settings.method == "median" else 0.0
-            limits = (expected, settings.max_spread, median_error)
-            out: tuple[Any, ...] = (value, error, spread, is_wide)
-            combine_label(self.used_first, self.used_row, values, errors, *limits, *out)
-        return value, error, spread, is_wide
-
     def _replaced(
         self, name: str, values: FloatArray, source: IntArray, combined: FloatArray
     ) -> dict[str, pa.Array]:
@@ -266,8 +244,45 @@ class _Repeats:
         return {name: _nullable(of_stars, self.table.schema.field(name).type)}
 
 
+def label_of_stars(
+    first: IntArray,
+    row: IntArray,
+    values: FloatArray,
+    errors: FloatArray,
+    expected_error: float,
+    max_spread: float,
+    median_error: float = 0.0,
+) -> tuple[FloatArray, FloatArray, NDArray[np.float32], BoolArray]:
+    """Combine a label over the rows row[first[s]:first[s + 1]] of each star; NaN: none.
+
+    Parameters
+    ----------
+    first, row : ndarray of int64
+    values, errors : ndarray of float, by row
+    expected_error : float
+        Of one row, used where none is stated; NaN: unknown.
+    max_spread : float
+    median_error : float
+        That of the median over that of the mean; 0: mean weighted by 1 / error**2.
+
+    Returns
+    -------
+    value, error, spread, is_wide : ndarray by star
+    """
+    if values.dtype != errors.dtype:
+        values, errors = values.astype(np.float64), errors.astype(np.float64)
+    value, error = np.empty((2, len(first) - 1), dtype=values.dtype)
+    spread, is_wide = np.empty(len(value), dtype=np.float32), np.zeros(len(value), dtype=np.bool_)
+    if len(value):
+        from sos_dask.sky.loops import combine_label
+
+        limits = expected_error, max_spread, median_error
+        combine_label(first, row, values, errors, *limits, value, error, spread, is_wide)
+    return value, error, spread, is_wide
+
+
 def _are_primaries(primary: IntArray) -> bool:
-    """Whether all rows that are not left out name a row that is its own primary."""
+    """Tell whether all rows that are not left out name a row that is its own primary."""
     return not len(primary) or bool(np.all((primary.take(primary) == primary) | (primary < 0)))
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.columns import KeyArray
-from sos_dask.sky import neighbours, sphere
+from sos_dask.sky import healpix, neighbours
 from sos_dask.sky.healpix import FloatArray, IntArray
-from sos_dask.stars.crowds import Places, Sky, is_crowded
+from sos_dask.sky.neighbours import Sky, is_crowded
 
 
 def same_targets(
@@ -48,6 +48,8 @@ def same_targets(
     """
     reach = max(radius_arcsec, id_radius_arcsec) if ids else radius_arcsec
     if is_crowded(cells29, radius_arcsec):
+        from sos_dask.stars.crowds import Places
+
         sky = Sky(ra, dec, cells29, np.zeros(len(ra), dtype=np.int64))
         links = [Places.of(sky, np.arange(len(ra))).links(radius_arcsec)]
         for release in ids:
@@ -57,7 +59,7 @@ def same_targets(
         links = [(np.empty(0, dtype=np.int64),) * 2]
         for i, j in neighbours.candidates(cells29, reach, cells29):
             i, j = i[i < j], j[i < j]
-            separation = sphere.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
+            separation = healpix.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
             linked = separation <= radius_arcsec
             for release in ids:
                 equal = (release[i] == release[j]) & (release[i] > 0)

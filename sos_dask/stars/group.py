@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +43,10 @@ from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky import neighbours
 from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray, Ranges, in_ranges
-from sos_dask.stars.crowds import Places, Sky, join_in_order
+from sos_dask.sky.neighbours import Sky
+
+if TYPE_CHECKING:
+    from sos_dask.stars.crowds import Places
 
 BoolArray = NDArray[np.bool_]
 
@@ -322,8 +325,13 @@ class _Crowd:
     releases: list[IntArray]
     settings: Radii
 
+    def _places(self, rows: IntArray, key: IntArray | None = None) -> Places:
+        from sos_dask.stars.crowds import Places
+
+        return Places.of(self.sky, rows, key)
+
     def every(self) -> _Links:
-        places = Places.of(self.sky, np.arange(len(self.sky.ra)))
+        places = self._places(np.arange(len(self.sky.ra)))
         near = places.links(self.settings.radius_arcsec)
         return _joined([near, *(self._of_ids(ids, ids > 0) for ids in self.releases)])
 
@@ -332,7 +340,7 @@ class _Crowd:
 
     def _of_ids(self, ids: IntArray, chosen: BoolArray) -> _Links:
         rows = np.flatnonzero(chosen)
-        return Places.of(self.sky, rows, ids[rows]).links(self.settings.id_radius_arcsec)
+        return self._places(rows, ids[rows]).links(self.settings.id_radius_arcsec)
 
     def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
         sky, ids = self.sky, self.releases[number]
@@ -342,22 +350,22 @@ class _Crowd:
         joins = np.arange(len(star), dtype=np.int64)
         # Stars that have the id of a group: the nearest row of one, of those without the id, too.
         names, code = np.unique(ids[guests], return_inverse=True)
-        asked = Places.of(sky, guests, code)
+        asked = self._places(guests, code)
         holders = hosts[ids[hosts] > 0]
         place = np.minimum(np.searchsorted(names, ids[holders]), len(names) - 1)
         of_guests = names[place] == ids[holders]
         with_id, place = holders[of_guests], place[of_guests]
-        found = [asked.candidates(Places.of(sky, with_id, place), self.settings.id_radius_arcsec)]
+        found = [asked.candidates(self._places(with_id, place), self.settings.id_radius_arcsec)]
         # Rows without the id need a look where not all of a star have it: one a position.
         at = star[with_id] * len(names) + place
         held, count = np.unique(at, return_counts=True)
         held = held[count < np.bincount(star[hosts], minlength=len(star))[held // len(names)]]
-        rows = Places.of(sky, hosts, star[hosts]).row
+        rows = self._places(hosts, star[hosts]).row
         low = np.searchsorted(star[rows], held // len(names))
         count = np.searchsorted(star[rows], held // len(names), side="right") - low
         for some in neighbours.blocks(count):
             row = rows[neighbours.runs(low[some], count[some])]
-            others = Places.of(sky, row, np.repeat(held[some] % len(names), count[some]))
+            others = self._places(row, np.repeat(held[some] % len(names), count[some]))
             found.append(asked.candidates(others, self.settings.radius_arcsec))
         older, newer = (np.concatenate(side) for side in zip(*found, strict=True))
         order = np.lexsort(
@@ -370,6 +378,8 @@ class _Crowd:
         host_stars, host_star = np.unique(star[hosts], return_inverse=True)
         guest_stars, guest_star = np.unique(star[guests], return_inverse=True)
         _, code = np.unique(ids[guest_stars], return_inverse=True)
+        from sos_dask.stars.crowds import join_in_order
+
         host_of = join_in_order(
             sky, hosts, host_star, guests, guest_star, code, self.settings.radius_arcsec
         )
@@ -380,12 +390,12 @@ class _Crowd:
     def group_others(self, primary: IntArray, known: BoolArray) -> None:
         left, radius = ~known, self.settings.radius_arcsec
         if known.any():
-            hosts = Places.of(self.sky, np.flatnonzero(known))
-            row, target = self._follow(Places.of(self.sky, np.flatnonzero(left)), hosts)
+            hosts = self._places(np.flatnonzero(known))
+            row, target = self._follow(self._places(np.flatnonzero(left)), hosts)
             primary[row] = primary[target]
             left[row] = False
-        places = Places.of(self.sky, np.flatnonzero(left))
-        row, target = self._follow(places, Places.of(self.sky, places.leading(radius)))
+        places = self._places(np.flatnonzero(left))
+        row, target = self._follow(places, self._places(places.leading(radius)))
         primary[row] = target
 
     def _follow(self, places: Places, hosts: Places) -> tuple[IntArray, IntArray]:

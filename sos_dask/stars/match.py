@@ -5,7 +5,7 @@ The rule for one pair of rows:
 * **Common epoch.** If the right row has a proper motion (both components) and both rows have an
   epoch, the right row is moved to the left row's epoch; else, if the left row has one and both
   have an epoch, the left row is moved to the right row's epoch; else both stay where they are. Rows
-  move along great circles (`sphere.propagate`).
+  move along great circles (`healpix.propagate`).
 * **Ids.** In a Gaia release in which both rows have an id, the ids decide. Equal in any release:
   the pair is a candidate when its separation is at most ``id_radius_arcsec`` (``by_id``). Different
   in every common release: never a pair, however near (a conflict). Ids of different releases are
@@ -36,10 +36,10 @@ from pydantic import Field
 from sos_dask.columns import floats_or_nan
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, require_columns
-from sos_dask.sky import healpix, neighbours, sphere
+from sos_dask.sky import healpix, neighbours
 from sos_dask.sky.healpix import FloatArray, IntArray
+from sos_dask.sky.neighbours import is_crowded, preferred
 from sos_dask.stars.combine import ties
-from sos_dask.stars.crowds import is_crowded, preferred
 from sos_dask.stars.group import GAIA_IDS, Radii
 
 BoolArray = NDArray[np.bool_]
@@ -157,7 +157,7 @@ def at_epoch(table: pa.Table, epoch: float) -> pa.Table:
     pmra, pmdec, since = (np.asarray(table[name].to_numpy(), np.float64) for name in MOTION)
     moving = np.isfinite(pmra) & np.isfinite(pmdec) & np.isfinite(since)
     pmra, pmdec, years = (np.where(moving, values, 0.0) for values in (pmra, pmdec, epoch - since))
-    ra, dec = sphere.propagate(table["ra"].to_numpy(), table["dec"].to_numpy(), pmra, pmdec, years)
+    ra, dec = healpix.propagate(table["ra"].to_numpy(), table["dec"].to_numpy(), pmra, pmdec, years)
     new = {"ra": ra, "dec": dec, HEALPIX_COLUMN: healpix.ang2pix(ra, dec)}
     new["position_epoch"] = np.where(moving, epoch, since)
     for name, values in new.items():
@@ -261,7 +261,7 @@ class _Side:
     def at(self, rows: IntArray, epoch: FloatArray | float) -> tuple[FloatArray, FloatArray]:
         """Positions of rows that move, at an epoch."""
         ra, dec, own, pmra, pmdec = (values[rows] for values in self.position)
-        return sphere.propagate(ra, dec, pmra, pmdec, epoch - own)
+        return healpix.propagate(ra, dec, pmra, pmdec, epoch - own)
 
 
 _Block = tuple[IntArray, IntArray, FloatArray]
@@ -423,7 +423,7 @@ def _separation(a: _Side, b: _Side, i: IntArray, j: IntArray) -> FloatArray:
         left = ~right & a.moves[i] & b.has_epoch[j]
         if left.any():
             ra1[left], dec1[left] = a.at(i[left], b.epoch[j[left]])
-    return sphere.separation_arcsec(ra1, dec1, ra2, dec2)
+    return healpix.separation_arcsec(ra1, dec1, ra2, dec2)
 
 
 def _near(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:

@@ -423,17 +423,9 @@ def _join_in_order(
 
 @dataclass(frozen=True)
 class Places:
-    """Distinct positions of rows, each with its preferred row, for every key.
+    """Distinct positions of rows for every key, each with its preferred row.
 
-    Parameters
-    ----------
-    sky : Sky
-    rows : ndarray of int64, shape (n,)
-    row : ndarray of int64, shape (m,)
-        Preferred row of each place, in the order of keys and of the sky.
-    place : ndarray of int64, shape (n,)
-        Place of each of ``rows``.
-    key : ndarray of int64, shape (m,)
+    ``row`` and ``key`` are by place, in the order of keys and of the sky; ``place`` is by row.
     """
 
     sky: Sky
@@ -472,12 +464,9 @@ class Places:
         return Stars(first, number[order], sky.rank[row[order]], row[order])
 
     def links(self, radius_arcsec: float) -> tuple[IntArray, IntArray]:
-        """Links by which rows are joined as by all pairs within a radius that have equal keys.
+        """Find links that join rows as do all pairs within a radius that have equal keys.
 
-        Returns
-        -------
-        i, j : ndarray of int64
-            Rows, i < j. They are fewer than rows, but for pairs at the very radius.
+        They are rows i < j, fewer than rows, but for pairs at the very radius.
         """
         i, j = self.rows, self.row[self.place]
         if len(self.row) > 1:
@@ -495,13 +484,9 @@ class Places:
         return np.minimum(i, j)[apart], np.maximum(i, j)[apart]
 
     def candidates(self, others: Places, radius_arcsec: float) -> tuple[IntArray, IntArray]:
-        """Rows of places and of those of another set that may be the nearest of the same key.
+        """Find pairs of rows of two sets of places with equal keys within a radius.
 
-        Returns
-        -------
-        i, j : ndarray of int64
-            Pairs of `row` within the radius: few that rounding leaves open, and at least the
-            nearest.
+        They are at least the nearest of each place here, and few that rounding leaves open.
         """
         from scipy.spatial import KDTree
 
@@ -560,21 +545,8 @@ def join_in_order(
 ) -> IntArray:
     """Join stars over their links in the order of (separation, rank of host, rank of guest).
 
-    Parameters
-    ----------
-    hosts, guests : ndarray of int64
-        Rows.
-    host_star, guest_star : ndarray of int64
-        Their stars, numbered from 0.
-    code : ndarray of int64
-        By guest star: a host takes guests of one code.
-    radius_arcsec : float
-        Length of the longest link.
-
-    Returns
-    -------
-    ndarray of int64
-        Host of each guest star; -1: none.
+    Stars are numbered from 0. A host takes guests of one code; the result is the host of each guest
+    star, -1 for none.
     """
     host_of = np.full(len(code), -1)
     if not len(hosts) or not len(guests):

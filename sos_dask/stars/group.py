@@ -523,4 +523,4 @@ def _nearest(row: IntArray, target: IntArray, sky: Sky) -> tuple[IntArray, IntAr
     order = np.lexsort((at, sky.rank[at], sky.separation(some, at), some))
     some, at = some[order], at[order]
     first = np.append(True, some[1:] != some[:-1])[: len(some)]
-    return np.concatenate([row[~choice], some[first]]), np.concatenate([target[~choice], at[first]])
+    return np.append(row[~choice], some[first]), np.append(target[~choice], at[first])

@@ -120,7 +120,7 @@ def reach_arcsec(
     ids: bool,
     pm_mas_yr: FloatArray | float | None = None,
 ) -> FloatArray | float:
-    """How far apart the stored positions of a pair can be: the margin a partition needs.
+    """Bound how far apart the stored positions of a pair can be: the margin a partition needs.
 
     Parameters
     ----------
@@ -434,12 +434,11 @@ def _near(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
         yield i[near], j[near], separation[near]
 
 
-def _near_candidates(
-    a: _Side, b: _Side, radius_arcsec: float
-) -> Iterator[tuple[IntArray, IntArray]]:
+def _near_candidates(a: _Side, b: _Side, radius: float) -> Iterator[tuple[IntArray, IntArray]]:
     """Pairs that contain all those within a radius, by which of the two rows would move."""
-    yield from _moved(b, b.moves, a, a.has_epoch, radius_arcsec, swap=True)
-    yield from _moved(a, a.moves, b, b.has_epoch & ~b.moves, radius_arcsec, swap=False)
+    for j, i in _moved(b, b.moves, a, a.has_epoch, radius):
+        yield i, j
+    yield from _moved(a, a.moves, b, b.has_epoch & ~b.moves, radius)
     for left, right in (
         (~a.has_epoch, b.moves),
         (~a.moves, b.has_epoch & ~b.moves),
@@ -447,17 +446,17 @@ def _near_candidates(
     ):
         i, j = np.flatnonzero(left), np.flatnonzero(right)
         if len(i) <= len(j):
-            for one, other in neighbours.candidates(a.cells[i], radius_arcsec, b.cells[j]):
+            for one, other in neighbours.candidates(a.cells[i], radius, b.cells[j]):
                 yield i[one], j[other]
         else:
-            for other, one in neighbours.candidates(b.cells[j], radius_arcsec, a.cells[i]):
+            for other, one in neighbours.candidates(b.cells[j], radius, a.cells[i]):
                 yield i[one], j[other]
 
 
 def _moved(
-    mover: _Side, moves: BoolArray, other: _Side, stays: BoolArray, radius_arcsec: float, swap: bool
+    mover: _Side, moves: BoolArray, other: _Side, stays: BoolArray, radius_arcsec: float
 ) -> Iterator[tuple[IntArray, IntArray]]:
-    """Candidates between rows that move to the other row's epoch and rows that stay.
+    """Candidates of rows that move to the other row's epoch with rows that stay.
 
     A row is moved to the middle of the epochs it may meet, and looks half their span farther.
     """
@@ -470,7 +469,7 @@ def _moved(
     total_pm = np.hypot(mover.position[3][rows], mover.position[4][rows])
     reach = radius_arcsec + total_pm * ((last - first) / 2000.0)
     for i, j in neighbours.candidates(healpix.ang2pix(ra, dec), reach, other.cells[others]):
-        yield (others[j], rows[i]) if swap else (rows[i], others[j])
+        yield rows[i], others[j]
 
 
 def _equal_ids(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
@@ -532,8 +531,7 @@ def _ordered(
             np.lexsort((right[some], key, separation[some], by_position[some], left[some]))
         ]
     left, right, separation = left[order], right[order], separation[order]
-    is_first = np.concatenate([[True], left[1:] != left[:-1]])[: len(left)]
-    starts = np.flatnonzero(is_first)
+    starts = np.flatnonzero(np.append(True, left[1:] != left[:-1])[: len(left)])
     count = np.diff(np.append(starts, len(left)))
     keep = slice(None) if every else starts
     return Matches(

@@ -32,7 +32,7 @@ from sos_dask.stages.base import Made, Role, Run, S, Stage
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stats.bootstrap import groups_of
 from sos_dask.stats.numbers import find_sparse
-from sos_dask.storage.artifact import FileRecord, Manifest, Output, Rows
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
 
 EVIDENCE = "evidence.parquet"
@@ -159,6 +159,21 @@ def _predicted(model: Path, problem: Problem, x: NDArray[np.float32]) -> NDArray
             "Train all methods for the same labels and inputs.",
         )
     return correction.predict(x)
+
+
+class OfModel(Stage[S]):
+    """Stage on the evidence of one model.
+
+    Its table follows from pairs and models: only the version of the table is part of the recipe, so
+    that a further method does not make again what depends on the chosen model alone.
+    """
+
+    @classmethod
+    def recipe(cls, settings: S, fingerprints: Mapping[str, str]) -> Recipe:
+        """Recipe with the version of the table of evidence instead of its fingerprint."""
+        params = {"settings": settings.as_json, "evidence_version": Evidence.version}
+        inputs = {name: value for name, value in fingerprints.items() if name != "evidence"}
+        return Recipe(cls.name, cls.version, params, inputs)
 
 
 def on_pairs(

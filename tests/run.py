@@ -12,6 +12,7 @@ from sos_dask.stages.compare import Compare, CompareSettings
 from sos_dask.stages.coverage import Coverage, CoverageSettings
 from sos_dask.stages.evidence import Evidence, EvidenceSettings, on_pairs
 from sos_dask.stages.generalisation import Generalisation, GeneralisationSettings
+from sos_dask.stages.report import ReportSettings, ReportStage
 from sos_dask.stages.trends import Trends, TrendSettings
 from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
 from sos_dask.storage.catalog import Catalog
@@ -145,3 +146,8 @@ def apply(
             inputs["smooth"] = trust.smooth
     name = name or catalog.name.removesuffix(".observations") + ".corrected"
     return Apply(inputs, ApplySettings(**given), product=name).attempt(directory, **options)
+
+
+def report(products: Models, directory: Path, settings: ReportSettings, **options: Any) -> Manifest:
+    given = {f"product.{name}": path.resolve() for name, path in products.items()}
+    return ReportStage(given, settings).run(directory, **options)

@@ -1077,22 +1077,13 @@ def test_help_names_every_method(cli):
     assert [name for name in MEASURES if name not in cli("coverage", "--help").out] == []
 
 
-def test_help_starts_fast():
-    """Nothing heavy is imported for it."""
+def test_help_imports_nothing_heavy():
     code = (
-        "import sys, sos_dask.cli; "
-        "print([n for n in ('numpy', 'pyarrow', 'dask', 'astropy', 'xgboost', 'scipy', 'pydantic') "
-        "if n in sys.modules])"
+        "import sys, sos_dask.cli; print([n for n in ('pandas', 'dask', 'distributed', 'astropy', "
+        "'xgboost', 'scipy', 'numba', 'healpy', 'matplotlib') if n in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"
-    times = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command("--help"), capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times) <= 0.5
 
 
 def test_version(cli):

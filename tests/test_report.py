@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.mathtext import MathTextParser
-from sos_dask.report.formulas import formula_lines, front_figure
-from sos_dask.report.methods import comparison_figure
-from sos_dask.report.words import number
 
-from sos_dask.report import headline, planes, sky, tables
-from sos_dask.report.page import Code, Page, Picture, Section, html
-from sos_dask.report.style import Drawn, new_figure, render, robust_limits
+from sos_dask.report import maps, page
+from sos_dask.report.figures import comparison_figure, formula_lines, front_figure, trend_figure
+from sos_dask.report.page import Build, Picture, Table, html
+from sos_dask.report.style import Drawn, listed, new_figure, number, render, robust_limits
 from sos_dask.schema import LABELS
 from sos_dask.sky.healpix import ang2pix
+
+UNITS = {"teff": "K", "logg": "dex", "feh": "dex"}
 
 
 def plain_figure() -> Drawn:
@@ -24,7 +24,7 @@ def plain_figure() -> Drawn:
     axes = figure.subplots()
     axes.plot([0, 1], [2, 3])
     axes.set_xlabel(r"$T_\mathrm{eff}$ [K]")
-    return Drawn("A title", "A caption.", "An alternative.", figure)
+    return Drawn("A title", figure, {"n": 1})
 
 
 def test_the_same_figure_gives_the_same_bytes_whatever_the_user_has_set():
@@ -44,52 +44,20 @@ def test_the_same_figure_gives_the_same_bytes_whatever_the_user_has_set():
 
 # --- counts -------------------------------------------------------------------------------------
 
-cells29 = st.lists(st.integers(0, (12 << 58) - 1), max_size=60)
-
-
-@given(cells29, st.integers(0, 60))
-def test_sky_counts_do_not_depend_on_partitions(cells, cut):
-    values = np.sort(np.array(cells, dtype=np.int64))
-
-    def total(*parts):
-        counts = np.zeros(sky.N_CELLS, dtype=np.int64)
-        for part in parts:
-            found, n = sky.cell_counts(part)
-            assert len(set(found.tolist())) == len(found)
-            counts[found] += n
-        return counts
-
-    whole = total(values)
-    np.testing.assert_array_equal(whole, total(values[:cut], values[cut:]))
-    assert whole.sum() == len(values)
-    expected = np.bincount(values >> (2 * (29 - sky.ORDER)), minlength=sky.N_CELLS)
-    np.testing.assert_array_equal(whole, expected)
-
-
-@given(st.floats(0, 359.99), st.floats(-89.9, 89.9))
-def test_the_projection_and_its_inverse_agree(ra, dec):
-    x, y = sky.project(np.array([ra]), np.array([dec]))
-    back_ra, back_dec = sky.unproject(x, y)
-    assert back_dec[0] == pytest.approx(dec, abs=1e-6)
-    assert (back_ra[0] - ra) * np.cos(np.deg2rad(dec)) == pytest.approx(0, abs=1e-5)
-
-
-def test_the_galactic_plane_is_where_astropy_has_it():
-    from astropy.coordinates import SkyCoord
-
-    ra, dec = sky.galactic_plane()
-    latitude = SkyCoord(ra, dec, unit="deg").galactic.b.deg
-    np.testing.assert_allclose(latitude, 0, atol=1e-4)
-    assert np.ptp(ra) > 350
-
 
 def test_a_map_shows_rows_where_they_are():
-    counts = np.zeros(sky.N_CELLS, dtype=np.int64)
-    counts[ang2pix(np.array([90.0]), np.array([40.0]), sky.ORDER)] = 9
-    rendered = render(lambda: sky.sky_figure({"one": counts, "none": np.zeros_like(counts)}))
-    assert rendered is not None
-    assert "one: 9 rows" in rendered.caption and "none" not in rendered.caption.split(";")[1:]
-    assert render(lambda: sky.sky_figure({"none": np.zeros_like(counts)})) is None
+    counts = np.zeros(maps.N_SKY, dtype=np.int64)
+    counts[ang2pix(np.array([90.0]), np.array([40.0]), maps.ORDER)] = 9
+    drawn = maps.sky_figure({"one": counts, "none": np.zeros_like(counts)})
+    assert drawn is not None and drawn.facts["rows"] == {"one": 9}
+    axes = drawn.figure.axes[0]
+    picture = np.ma.filled(np.ma.asarray(axes.collections[0].get_array()), np.nan)
+    dec, x = np.argwhere(np.isfinite(picture)).T
+    ra = 180.0 - (x / picture.shape[1] * 360.0 - 180.0)  # grows to the left
+    assert np.abs(ra.mean() - 90.0) < 8 and np.abs(dec.mean() / len(picture) * 180 - 130.0) < 8
+    galactic = axes.lines[0]
+    assert np.rad2deg(galactic.get_ydata()).max() == pytest.approx(62.9, abs=0.2)
+    assert maps.sky_figure({"none": np.zeros_like(counts)}) is None
 
 
 labels = st.lists(
@@ -101,17 +69,16 @@ labels = st.lists(
 @given(labels, st.integers(0, 40))
 def test_counts_on_the_plane_do_not_depend_on_partitions_and_lose_no_row(rows, cut):
     teff, logg = np.array(rows, dtype=np.float32).reshape(-1, 2).T
-    cells = planes.cells_of(teff, logg)
-    whole = planes.histogram(cells)
-    parts = [
-        planes.histogram(planes.cells_of(teff[s], logg[s])) for s in (np.s_[:cut], np.s_[cut:])
-    ]
-    np.testing.assert_array_equal(whole.counts, parts[0].counts + parts[1].counts)
-    assert whole.n_outside == parts[0].n_outside + parts[1].n_outside
-    n_null = int(np.isnan(teff).sum())
-    assert whole.counts.sum() + whole.n_outside + n_null == len(teff)
-    centre_teff, centre_logg = planes.plane_centres()
-    inside = cells >= 0
+    cells = maps.kiel_cells(teff, logg)
+    parts = [maps.kiel_cells(teff[s], logg[s]) for s in (np.s_[:cut], np.s_[cut:])]
+    np.testing.assert_array_equal(cells, np.concatenate(parts))
+    np.testing.assert_array_equal(cells < 0, np.isnan(teff))
+    beyond = (teff < 3000) | (teff >= 10000) | (logg < -0.5) | (logg >= 5.5)
+    assert (cells[beyond & ~np.isnan(teff)] == maps.N_CELLS).all()
+    well_inside = (teff > 3000) & (teff < 9999) & (logg > -0.5) & (logg < 5.499)
+    assert (cells[well_inside] < maps.N_CELLS).all()
+    centre_teff, centre_logg = maps.kiel_centres()
+    inside = (cells >= 0) & (cells < maps.N_CELLS)
     assert (np.abs(centre_teff[cells[inside]] - teff[inside]) <= 25.01).all()
     assert (np.abs(centre_logg[cells[inside]] - logg[inside]) <= 0.02501).all()
 
@@ -143,7 +110,7 @@ def test_the_front_marks_the_formula_taken():
         for c in (1, 3, 9)
     ]
     entry = {"front": front, "chosen": 1}
-    figure = front_figure(dict.fromkeys(LABELS, entry), 4000).figure
+    figure = front_figure(dict.fromkeys(LABELS, entry), UNITS, 4000).figure
     for axes in figure.axes:
         marked = [line for line in axes.lines if line.get_marker() == "D"]
         places = [np.asarray(line.get_xydata()).tolist() for line in marked]
@@ -154,9 +121,10 @@ def test_the_front_marks_the_formula_taken():
 
 
 def test_numbers_have_the_digits_of_their_unit():
-    assert number(-37.89, "teff", sign=True) == "−37.9"
-    assert number(0.06941, "logg") == "0.0694"
-    assert number(None, "feh") == number(float("nan"), "feh") == "–"
+    assert number(-37.89, "K", sign=True) == "−37.9"
+    assert number(0.06941, "dex") == "0.0694"
+    assert number(None, "dex") == number(float("nan"), "dex") == "–"
+    assert listed(["teff"]) == "Teff" and listed(LABELS) == "Teff, log g and [Fe/H]"
 
 
 def test_limits_hold_zero_and_ignore_a_few_wild_bins():
@@ -177,28 +145,35 @@ METRICS = [
 
 
 def test_the_headline_says_what_was_gained():
-    gains = headline.gains(METRICS, "boosted")
-    assert [gain.label for gain in gains] == ["Teff", "log g", "[Fe/H]"]
-    assert gains[0].before == "2" and gains[0].after == "1" and gains[0].share == "−50 %"
-    assert gains[1].after == "1.000" and gains[1].n == "500"
-    table = tables.metrics(METRICS, "polynomial")
+    gains = page.gains(METRICS, UNITS, "boosted")
+    assert [gain["label"] for gain in gains] == list(LABELS)
+    assert gains[0]["before"] == "2" and gains[0]["after"] == "1" and gains[0]["share"] == "−50 %"
+    assert gains[1]["after"] == "1.000" and gains[1]["n"] == 500
+    table = page.metrics(METRICS, UNITS, "polynomial")
     assert {table.rows[i][1] for i in table.strong} == {"polynomial"}
     assert len(table.rows) == 6
 
 
-def test_the_worst_bin_is_found_among_those_with_enough_pairs():
-    rows = [
-        {"label": "teff", "against": "logg", "binning": "equal-width", "subset": "all",
-         "sample": sample, "method": "boosted", "low": low, "high": low + 1, "n": n,
-         "median": median, "error": 1.0}
-        for sample, low, n, median in (
-            ("after", 0.0, 900, 2.0), ("after", 1.0, 900, -7.0), ("after", 2.0, 30, 99.0),
-            ("fitted", 3.0, 900, 50.0),
-        )
-    ]  # fmt: skip
-    (note,) = headline.worst_bins(pa.Table.from_pylist(rows), "boosted")
-    assert "−7.0" in note and "log g 1 to 2" in note and "99" not in note and "50" not in note
-    assert headline.worst_bins(pa.Table.from_pylist(rows), "hybrid") == []
+def trends(labels) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {"label": label, "against": against, "binning": "equal-width", "subset": "all",
+             "sample": sample, "method": None if sample == "before" else "boosted", "n": 90,
+             "centre": float(at), "median": 1.0, "p16": -1.0, "p84": 2.0, "error": 0.1}
+            for label in labels for against in labels for sample in ("before", "after")
+            for at in range(5)
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", [{"rv": "km/s"}, {**UNITS, "rv": "km/s", "mg_fe": "dex"}])
+def test_one_label_or_five_make_figures(labels):
+    drawn = trend_figure(trends(labels), labels, "boosted", False, "lamost")
+    assert drawn is not None and drawn.facts["n"] == {"before": 450, "fitted": 0, "after": 450}
+    assert len(drawn.figure.axes) == len(labels) ** 2
+    assert "km/s" in drawn.figure.axes[-1].get_xlabel() + drawn.figure.axes[
+        0
+    ].get_xlabel() + "".join(axes.get_ylabel() for axes in drawn.figure.axes)
 
 
 def comparison() -> pa.Table:
@@ -221,36 +196,35 @@ def comparison() -> pa.Table:
 
 
 def test_the_comparison_shows_every_figure_with_its_interval():
-    found = tables.comparison(comparison(), "boosted", "sparse")
+    found = page.comparison(comparison(), UNITS, "boosted", "sparse")
     assert len(found.rows) == 3 * (2 * 2 + 1), "none has no training pairs of its own"
     row = next(r for r in found.rows if r[:3] == ("Teff [K]", "boosted", "test"))
     assert row[3] == "700" and row[5] == "30.0\n[27.0, 33.0]" and row[8].endswith("± 0.3")
-    assert tables.subsets(comparison()) == ["all", "sparse", "teff > 7000"]
-    rendered = render(lambda: comparison_figure(comparison(), "boosted"))
-    assert rendered is not None and "sparse 700" in rendered.caption
-    assert render(lambda: comparison_figure(comparison().slice(0, 0), "boosted")) is None
-
-
-def test_rows_that_fail_cuts_are_counted_and_shares_are_of_all_rows():
-    table = tables.cuts("lamost", 200, 150, [tables.CutCount("snr", "snrg >= 20", 50)])
-    assert table.rows == (
-        ("snr", "snrg >= 20", "50", "25.00 %"), ("all cuts", "rows that fail any", "50", "25.00 %"),
-    )  # fmt: skip
+    drawn = comparison_figure(comparison(), UNITS, "boosted")
+    assert drawn is not None
+    assert drawn.facts["pairs"] == {"all": 700, "sparse": 700, "Teff > 7000": 700}
+    assert comparison_figure(comparison().slice(0, 0), UNITS, "boosted") is None
 
 
 def test_text_of_users_is_escaped_on_the_page():
     evil = "<script>alert(1)</script>"
     rendered = render(plain_figure)
     assert rendered is not None
-    picture = Picture("p", evil, evil, f'" onload="{evil}', rendered.png)
-    table = tables.Table(evil, (evil,), ((evil,),))
-    section = Section("s", evil, evil, (picture, table), (Code(evil, evil),))
-    text = html(Page(evil, evil, [], evil, [evil], [section, Section("empty", "nothing")], "1"))
+    facts = {"known": 1, "before": evil, "after": 0}
+    pictures = {"kiel": Picture(f'" onload="{evil}', facts, rendered.png)}
+    bad = Table((evil,), ((evil,),))
+    names = ("account", "inputs", "products", "software", "metrics", "worst", "short", "agreements",
+             "disagreeing", "flags", "follow_up", "artifacts", "outside", "hit_rates")  # fmt: skip
+    tables = dict.fromkeys(names) | {"comparison": {}, "left_out": {}, "gains": []}
+    tables |= {"cuts": {evil: bad}}
+    tables |= dict.fromkeys(("account", "inputs", "products", "software"), bad)
+    tables["disagreeing"] = []
+    facts["before"] = 7
+    text = html(Build({}, {}), pictures, tables, job=evil, job_text=evil, version="1")
     assert "<script" not in text and 'onload="' not in text
-    assert "nothing" not in text
-    assert (
-        f'width="{picture.size[0]}"' in text and picture.size == (1278, 360) and picture.share == 1
-    )
+    assert "Trends before and after" not in text, "a section without content is left out"
+    assert 'width="1278"' in text and pictures["kiel"].size == (1278, 360)
+    assert pictures["kiel"].share == 1
 
 
 def test_intervals_that_hold_less_than_they_say():
@@ -265,11 +239,7 @@ def test_intervals_that_hold_less_than_they_say():
             ("feh", "feh < -2", 0.68, 0, 0.0),
         ]
     ]  # fmt: skip
-    (note,) = headline.of_intervals(pa.Table.from_pylist(rows))
-    assert note.replace("\u00a0", " ") == (
-        "Intervals that hold fewer held-out pairs than they say: log g, [Fe/H] > 0.2: 50 % instead "
-        "of 68 % (n = 182); Teff, log g < 1: 84 % instead of 95 % (n = 44)."
-    )
-    assert headline.of_intervals(pa.Table.from_pylist(rows[:1])) == []
-    many = [rows[1] | {"coverage": 0.5 + i / 100, "high": 0.6} for i in range(9)]
-    assert headline.of_intervals(pa.Table.from_pylist(many))[0].endswith("; and 4 more.")
+    table = pa.Table.from_pylist(rows).rename_columns({"coverage": "hit_rate"})
+    short = page.short_intervals(table)
+    assert [(row["label"], row["hit_rate"]) for row in short] == [("logg", 0.5), ("teff", 0.84)]
+    assert page.short_intervals(table.slice(0, 1)) == []

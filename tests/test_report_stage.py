@@ -9,16 +9,22 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from sos_dask.stages.report_content import figures
 
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.rebuild.plan import plan
-from sos_dask.stages.report import PAGE, ReportSettings, of_build, report, report_recipe
+from sos_dask.stages.report import (
+    PAGE,
+    ReportSettings,
+    ReportStage,
+    figures,
+    of_build,
+)
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents
+from tests.run import report
 
 FIGURES = {
     "sky",
@@ -32,7 +38,9 @@ FIGURES = {
     "coverage",
     "coverage-growth",
 }
-SETTINGS = ReportSettings("small", "a = 1  # <b>", {}, {"sos-dask": "0", "numpy": "1"})
+SETTINGS = ReportSettings(
+    job="small", job_text="a = 1  # <b>", software={"sos-dask": "0", "numpy": "1"}
+)
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
@@ -124,20 +132,18 @@ def test_all_that_is_promised_is_there(made, products):
 def test_a_stopped_run_goes_on_and_workers_change_no_byte(
     made, products, cluster, tmp_path, monkeypatch
 ):
-    import sos_dask.stages.report as module
-
     out = tmp_path / "out"
     drawn: list[str] = []
-    part = module._figure_part
+    part = ReportStage.draw_figure
 
-    def stopping(item) -> None:
+    def stopping(self, output, key, item):
         if len(drawn) == 2:
             raise KeyboardInterrupt
-        drawn.append(item.key)
-        part(item)
+        drawn.append(key)
+        return part(self, output, key, item)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_figure_part", stopping)
+        patch.setattr(ReportStage, "draw_figure", stopping)
         with pytest.raises(KeyboardInterrupt):
             report(products, out, SETTINGS)
     assert not (out / PAGE).exists()
@@ -181,7 +187,7 @@ def test_a_rebuild_makes_the_report_when_the_job_asks(small_store, tmp_path, mon
     assert "job “small”" in text and "lamost.fits" in text
     assert rebuild(job).path == build.path
     # The single step makes the same page from the published build alone.
-    of_build(tmp_path / "copy" / "store", tmp_path / "again")
+    of_build(tmp_path / "copy" / "store").run(tmp_path / "again")
     assert (tmp_path / "again" / PAGE).read_text() == text
     # Another comment in the job is another page, and nothing else.
     file.write_text(file.read_text() + "# a comment\n")
@@ -190,10 +196,10 @@ def test_a_rebuild_makes_the_report_when_the_job_asks(small_store, tmp_path, mon
 
 
 def test_software_is_part_of_the_recipe():
-    one = report_recipe({}, SETTINGS)
-    other = report_recipe({}, ReportSettings("small", "a = 1  # <b>", {}, {"numpy": "2"}))
+    one = ReportStage.recipe(SETTINGS, {})
+    other = ReportStage.recipe(SETTINGS.but(software={"numpy": "2"}), {})
     assert one.fingerprint != other.fingerprint
-    assert {"python", "numpy", "matplotlib"} <= set(ReportSettings("a", "b").software)
+    assert {"python", "numpy", "matplotlib"} <= set(ReportSettings(job="a", job_text="b").software)
 
 
 # --- in a browser -------------------------------------------------------------------------------

@@ -318,16 +318,8 @@ def correction_figure(
         left = _mesh(grid[row, 0], *_coarse(mine, "median"), signed, SIGNED_MAP)
         _mesh(grid[row, 1], *_fine(covered, correction[:, row]), signed, SIGNED_MAP)
         _mesh(grid[row, 2], *_coarse(rest, "median"), signed, SIGNED_MAP)
-        if errors is None:
-            known = rest.filter(pc.is_valid(rest["error"]))
-            top = float(np.quantile(known["error"].to_numpy(), 0.9)) if known.num_rows else 1.0
-            shown, norm = _coarse(known, "error"), Normalize(0, top or 1.0)
-        else:
-            values = errors[covered, row]
-            values = values[np.isfinite(values)]
-            low, top = np.quantile(values, (0.02, 0.98)) if len(values) else (1.0, 2.0)
-            shown, norm = _fine(covered, errors[:, row]), LogNorm(low, max(top, 1.1 * low))
-        right = _mesh(grid[row, 3], *shown, norm, SHARE_MAP)
+        error = None if errors is None else errors[:, row]
+        right = _error_map(grid[row, 3], rest, covered, error)
         bar = figure.colorbar(left, ax=list(grid[row, :3]), pad=0.01, aspect=22, extend="both",
                               ticks=MaxNLocator(4))  # fmt: skip
         bar.set_label(rf"$\Delta$ {axis_label(label, unit)}")
@@ -350,6 +342,19 @@ def correction_figure(
         axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
     facts = {"n_before": n_before, "n_after": n_after, "has_errors": errors is not None}
     return Drawn(f"The correction on the plane of Teff and log g: {method}", figure, facts)
+
+
+def _error_map(
+    axes: Axes, after: pa.Table, covered: NDArray[np.bool_], errors: FloatArray | None
+) -> QuadMesh:
+    if errors is None:
+        known = after.filter(pc.is_valid(after["error"]))
+        top = float(np.quantile(known["error"].to_numpy(), 0.9)) if known.num_rows else 1.0
+        return _mesh(axes, *_coarse(known, "error"), Normalize(0, top or 1.0), SHARE_MAP)
+    values = errors[covered & np.isfinite(errors)]
+    low, top = np.quantile(values, (0.02, 0.98)) if len(values) else (1.0, 2.0)
+    norm = LogNorm(low, max(top, 1.1 * low))
+    return _mesh(axes, *_fine(covered, errors), norm, SHARE_MAP)
 
 
 def _covered(before: pa.Table) -> NDArray[np.bool_]:

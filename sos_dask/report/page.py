@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from sos_dask.problem import Problem
 from sos_dask.report.figures import group_words, select
+from sos_dask.report.maps import CLASSES
 from sos_dask.report.style import (
     DPI,
     NONE,
@@ -126,8 +127,7 @@ class Build:
     @cached_property
     def problem(self) -> Problem:
         """The question that the models answer."""
-        names = [name for name in self.manifests if MODEL in name.split(".")[:-1]]
-        given = next((self.manifests[name].recipe.params.get("problem") for name in names), None)
+        given = self.summary("evidence").get("problem")
         return Problem(**given) if given else Problem()
 
     @property
@@ -266,7 +266,8 @@ def account(build: Build) -> Table:
 def cuts(manifest: Manifest) -> Table:
     """How many rows of a survey fail each quality cut."""
     n_rows, summary = manifest.rows.n_out, manifest.summary
-    given = manifest.recipe.params.get("survey", {}).get("cuts", {})
+    params = manifest.recipe.params
+    given = params.get("settings", params).get("survey", {}).get("cuts", {})
     items = []
     for name, cut in sorted(given.items(), key=lambda item: item[1]["bit"]):
         failed = int(summary.get("fail_cut", {}).get(name, 0))
@@ -374,8 +375,21 @@ def agreements(items: Iterable[Row], labels: Labels) -> Table:
     return tabulate(shown, columns, lambda item: item["p_value"] < 0.001)
 
 
-def follow_up(regions: Iterable[Row], steps: Mapping[str, float], labels: Labels) -> Table:
-    """Regions of label space where observations of reference quality would help most."""
+def follow_up(maps: pa.Table, steps: Mapping[str, float], labels: Labels, n: int = 10) -> Table:
+    """Regions of label space where observations of reference quality would help most.
+
+    Parameters
+    ----------
+    maps : pyarrow.Table
+        ``maps.parquet`` of the stage coverage.
+    steps : mapping of str to float
+        Width of a region in each label.
+    labels : mapping of str to str
+    n : int
+        Most regions: those with most rows outside the coverage.
+    """
+    found = select(maps, map="labels").to_pylist()
+    regions = sorted(found, key=lambda row: (-row["outside"], *(row[name] for name in steps)))[:n]
 
     def region(name: str) -> Callable[[Row], str]:
         half = steps[name] / 2
@@ -383,9 +397,11 @@ def follow_up(regions: Iterable[Row], steps: Mapping[str, float], labels: Labels
 
     columns: Columns = {
         **{f"{word(name)} [{labels.get(name, '')}]": region(name) for name in steps},
-        ">rows outside": "outside", ">all rows": "rows", ">G [mag]": "phot_g_mean_mag",
+        ">rows outside": "outside",
+        ">all rows": lambda row: f"{sum(row[name] for name in CLASSES):,}",
+        ">G [mag]": "phot_g_mean_mag",
     }  # fmt: skip
-    return tabulate(regions, columns)
+    return tabulate([row for row in regions if row["outside"]], columns)
 
 
 def left_out(table: pa.Table, labels: Labels, method: str) -> Table:
@@ -486,8 +502,8 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
             {"meaning": lambda item: readable(item[0]), ">rows": lambda item: f"{item[1]:,}",
              ">share": lambda item: percent(item[1], n_rows)},
         )  # fmt: skip
-    if regions := build.summary("coverage").get("follow_up"):
-        found["follow_up"] = follow_up(regions, steps, labels)
+    if (table := build.table("coverage")) is not None:
+        found["follow_up"] = follow_up(table, steps, labels)
     if (table := build.table("left_out")) is not None:
         found["left_out"] = {name: left_out(table, labels, name) for name in build.models}
     hashes = [(survey, files.get(digest, ""), digest) for survey, manifest in observed.items()

@@ -129,6 +129,7 @@ def reference(place: Place, cluster: Cluster) -> None:
 def plain(place: Place, cluster: Cluster) -> None:
     """The reference without proper motions and epochs: all that the peers look at is positions."""
     from sos_dask.api import margin
+    from sos_dask.stages.margin import MarginSettings
 
     source = Catalog.open(place.ours("reference"))
     names = [name for name in source.schema.names if name not in MOTION]
@@ -143,7 +144,7 @@ def plain(place: Place, cluster: Cluster) -> None:
     margin(
         Catalog.open(place.ours("plain")),
         place.ours("plain.collection"),
-        MARGIN_ARCSEC,
+        MarginSettings(radius_arcsec=MARGIN_ARCSEC),
         overwrite=True,
         cluster=cluster,
     )

@@ -272,7 +272,7 @@ from sos_dask.report.style import Drawn, new_figure, render
 def draw():
     figure = new_figure(2)
     figure.subplots().plot([1, 2])
-    return Drawn("title", "caption", "alt", figure)
+    return Drawn("title", figure, {})
 rendered = render(draw)
 print(len(rendered.png), len(rendered.pdf), "matplotlib.pyplot" in sys.modules)
 """

@@ -175,7 +175,7 @@ class ErrorModel:
 
 
 def without_reference(width: NDArray[Any], reference: NDArray[Any]) -> NDArray[Any]:
-    """Take from half-widths the reference's error in quadrature, at least a third of what they were."""
+    """Take off the error of the reference in quadrature; at least a third of a width is left."""
     return np.asarray(np.sqrt(np.maximum(width * width - reference * reference, width * width / 9)))
 
 

@@ -65,7 +65,7 @@ class HeldOut:
 
 
 def least_log_snr(snr: FloatArray) -> float:
-    """Find the logarithm of the lowest positive S/N; the lowest of the tables where none is known."""
+    """Find the logarithm of the lowest positive S/N; that of the tables where none is known."""
     known = snr[snr > 0]
     return float(np.log(known.min())) if len(known) else LOG_SNR[0]
 

@@ -51,7 +51,6 @@ from sos_dask.stages.evidence import (
     read_evidence,
     require_rows,
 )
-from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stats.binned import Axis
 from sos_dask.stats.bootstrap import draw
 from sos_dask.storage.artifact import Manifest, Output
@@ -126,8 +125,8 @@ class Compare(Stage[CompareSettings]):
             for method in self.methods
         }
         choice = choose(self.settings.rule, scored, roughness, self.settings.tolerance)
-        found = [read_piece(_figures_file(run.output, label)) for label in labels]
-        run.write(COMPARISON, pa.concat_tables(found))
+        rows = [row for record in of_labels for row in record["figures"]]
+        run.write(COMPARISON, pa.Table.from_pylist(rows, schema=FIGURE_SCHEMA))
         run.write(ARTIFACTS, pa.Table.from_pylist(rough, schema=ARTIFACT_SCHEMA))
         run.write(OUTSIDE, pa.Table.from_pylist(outside, schema=OUTSIDE_SCHEMA))
         manifests = [self.manifest(f"model.{method}") for method in self.methods]
@@ -168,7 +167,7 @@ class Compare(Stage[CompareSettings]):
         return {"n_cells": n_cells, "typical_count": typical, "labels": found}
 
     def figures_of(self, output: Output, label: str, item: None) -> dict[str, Any]:
-        """Write the figures of one label in both samples."""
+        """Measure one label in both samples."""
         settings, path = self.settings, self.path("evidence")
         there = columns_of(path)
         edges = {axis.name: axis.edges for axis in settings.axes if axis.name in there}
@@ -199,12 +198,7 @@ class Compare(Stage[CompareSettings]):
                 for key, score in scored.items()
                 if key[1] in ("mad", "rms_binned")
             ]
-        write_piece(_figures_file(output, label), pa.Table.from_pylist(rows, schema=FIGURE_SCHEMA))
-        return {"n": n, "scores": scores[TEST]}
-
-
-def _figures_file(output: Output, label: str) -> Path:
-    return output.work / "pieces" / f"figures-{label}.arrow"
+        return {"n": n, "scores": scores[TEST], "figures": rows}
 
 
 def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:

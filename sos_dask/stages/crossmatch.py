@@ -66,7 +66,11 @@ class CrossmatchSettings(MatchSettings):
     """How pairs are found and get their folds."""
 
     n_folds: int = Field(
-        5, ge=2, le=100, description="Folds for cross-validation; all pairs of a star are in one."
+        5,
+        ge=2,
+        le=100,
+        description="Folds for cross-validation; all pairs of a star are in one.",
+        json_schema_extra={"option": "--folds"},
     )
     seed: int = Field(0, ge=SEEDS[0], le=SEEDS[1], description="Other seeds give other folds.")
 

@@ -60,7 +60,12 @@ class ReferenceSettings(UnifySettings, Radii):
         le=YEARS[1],
         description="Julian year to which positions with proper motions are moved.",
     )
-    rows_per_partition: int = Field(1_000_000, ge=1, le=MOST_ROWS)
+    rows_per_partition: int = Field(
+        1_000_000,
+        ge=1,
+        le=MOST_ROWS,
+        description="Pixels are split until each contains at most this many rows.",
+    )
 
 
 class _Count(NamedTuple):

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import floats32, matrix32
+from sos_dask.errors import ModelError
 from sos_dask.evidence.choice import BALANCED, TOLERANCE, check_rule, choose
 from sos_dask.evidence.figures import (
     FIGURE_SCHEMA,
@@ -96,7 +97,7 @@ class Compare(Stage[CompareSettings]):
     Settings = CompareSettings
     roles = (
         Role("evidence", "Pairs with the predictions of the models.", "output"),
-        Role("model", "Trained corrections.", "output", many=True),
+        Role("model", "Trained corrections.", "output", optional=True, many=True),
     )
 
     @property
@@ -105,7 +106,11 @@ class Compare(Stage[CompareSettings]):
         return sorted(name.removeprefix("model.") for name in self.named("model"))
 
     def check(self) -> None:
-        """Refuse a rule that is none."""
+        """Refuse no models, and a rule that is none."""
+        if not self.methods:
+            raise ModelError(
+                "there is no model to compare", "Give the outputs of 'sos-dask train'."
+            )
         check_rule(self.settings.rule, self.methods)
 
     def make(self, run: Run) -> Made:
@@ -158,13 +163,10 @@ class Compare(Stage[CompareSettings]):
                 for one, value in zip(problem.inputs, values, strict=True)
             }
             box.append(np.array([at[name] for name in axes]))
-        n_labels = len(problem.labels)
-        found = artifacts(
-            predict, cells, (box[0], box[1]), n_labels, settings.n_bootstrap, settings.seed
-        )
-        n_cells = len(cells.places)
-        typical = cells.typical_count if n_cells else None
-        return {"n_cells": n_cells, "typical_count": typical, "labels": found}
+        n, many = len(problem.labels), settings.n_bootstrap
+        found = artifacts(predict, cells, (box[0], box[1]), n, many, settings.seed)
+        count = {"n_cells": len(cells.places), "typical_count": cells.typical_count}
+        return {**count, "labels": found}
 
     def figures_of(self, output: Output, label: str, item: None) -> dict[str, Any]:
         """Measure one label in both samples."""

@@ -440,9 +440,7 @@ def uncertainty(job: JobOrStore = None, store: Store = None, as_json: Json = Fal
 
 
 def _share(one: Mapping[str, Any]) -> list[str]:
-    share = one.get("hit_rate", one.get("coverage"))
-    assert share is not None
-    return [f"{100 * share:.1f}", f"{100 * one['low']:.1f}-{100 * one['high']:.1f}"]
+    return [f"{100 * one['hit_rate']:.1f}", f"{100 * one['low']:.1f}-{100 * one['high']:.1f}"]
 
 
 def _snr_range(one: Mapping[str, Any]) -> str:
@@ -508,7 +506,7 @@ def coverage(
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.correct import COVERAGE_MEANINGS, FLAG_MEANINGS
+    from sos_dask.correct import COVERAGE_MEANINGS
     from sos_dask.stages.coverage import look
 
     figure = None
@@ -550,12 +548,11 @@ def coverage(
         say(f"Not in the catalog: {', '.join(found['parameters_without_column'])}")
     for kind, text in found["intervals"].items():
         say(f"Width of intervals, {kind}: {text}")
-    meanings = FLAG_MEANINGS | COVERAGE_MEANINGS
     flags = sorted(found["flags"].items(), key=lambda item: int(item[0]))
     show_table(
         "Bits of flag_sos",
         [">bit", ">rows", ""],
-        [(bit, f"{n:,}", meanings[int(bit)]) for bit, n in flags],
+        [(bit, f"{n:,}", COVERAGE_MEANINGS[int(bit)]) for bit, n in flags],
     )
     if figure is not None and figure.is_file():
         say(f"The maps as a figure: {figure}")

@@ -40,8 +40,6 @@ methods = ["polynomial"]
 validation = "holdout"
 [compare]
 n_bootstrap = 100
-[coverage]
-compare = false
 [report]
 enabled = false
 """

@@ -18,7 +18,7 @@ from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.problem import DEFAULT, Input, Label, Problem
 from sos_dask.schema import LABELS
-from sos_dask.sky.sphere import unit_vectors
+from sos_dask.sky.healpix import unit_vectors
 from sos_dask.stats.numbers import Histogram, count
 from tests.run import FEATURES, features
 

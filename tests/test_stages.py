@@ -23,8 +23,7 @@ from sos_dask.errors import CatalogError, ConfigError, ModelError, SurveyError
 from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import CANONICAL, LABELS
-from sos_dask.sky.healpix import HealpixPixel, ang2pix
-from sos_dask.sky.sphere import propagate, separation_arcsec
+from sos_dask.sky.healpix import HealpixPixel, ang2pix, propagate, separation_arcsec
 from sos_dask.stages.apply import parse_partitions
 from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.stages.ingest import IngestSettings, ingest
@@ -340,10 +339,10 @@ def test_reference_does_not_depend_on_the_order_of_arguments(stars, tmp_path):
     )
     catalogs = {name: Catalog.open(stars / f"stars{n}-40") for name, n in
                 (("apogee", 2), ("galah", 3))}  # fmt: skip
-    first = reference(catalogs, tmp_path / "1", settings)
-    second = reference(dict(reversed(catalogs.items())), tmp_path / "2", settings)
+    first = reference(catalogs, tmp_path / "1" / "reference", settings)
+    second = reference(dict(reversed(catalogs.items())), tmp_path / "2" / "reference", settings)
     assert first.fingerprint == second.fingerprint
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert contents(tmp_path / "1" / "reference") == contents(tmp_path / "2" / "reference")
 
 
 # -- folds ----------------------------------------------------------------------------------------
@@ -402,15 +401,15 @@ def test_a_crossmatch_that_broke_off_while_joining_folds_goes_on(stars, tmp_path
     settings = CrossmatchSettings(
         radius_arcsec=0.3, id_radius_arcsec=3.0, pairs="all", n_folds=4, seed=3
     )
-    crossmatch(*catalogs, tmp_path / "whole", settings)
+    crossmatch(*catalogs, tmp_path / "whole", settings, name="pairs")
 
     def break_off(step: str, done: int, total: int) -> None:
         if (step, done) == ("folds", 1):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        crossmatch(*catalogs, tmp_path / "broken", settings, report=break_off)
-    crossmatch(*catalogs, tmp_path / "broken", settings)
+        crossmatch(*catalogs, tmp_path / "broken", settings, name="pairs", report=break_off)
+    crossmatch(*catalogs, tmp_path / "broken", settings, name="pairs")
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
 

@@ -357,10 +357,16 @@ def _show_summary(
             some = [row for row in bins if row["method"] == method]
             found.append(rms_of_medians([b["n"] for b in some], [b["median"] for b in some]))
         cells = [_number(rms, label) for rms, _ in found]
-        table.append([label, against, str(found[0][1]), *cells])
+        table.append([label, against, *([str(found[0][1])] if _is_wide() else []), *cells])
     show_table(
         "Target - reference: rms of the medians of bins, before and after each correction",
-        ["label", "against", ">bins", ">before", *(f">{method}" for method in methods)],
+        [
+            "label",
+            "against",
+            *([">bins"] if _is_wide() else []),
+            ">before",
+            *(f">{method}" for method in methods),
+        ],
         table,
     )
     say("K for teff, dex otherwise. After: of held-out pairs. Bins with 20 pairs or more count.")
@@ -434,9 +440,7 @@ def uncertainty(job: JobOrStore = None, store: Store = None, as_json: Json = Fal
 
 
 def _share(one: Mapping[str, Any]) -> list[str]:
-    share = one.get("hit_rate", one.get("coverage"))
-    assert share is not None
-    return [f"{100 * share:.1f}", f"{100 * one['low']:.1f}-{100 * one['high']:.1f}"]
+    return [f"{100 * one['hit_rate']:.1f}", f"{100 * one['low']:.1f}-{100 * one['high']:.1f}"]
 
 
 def _snr_range(one: Mapping[str, Any]) -> str:
@@ -502,7 +506,7 @@ def coverage(
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.correct import FLAG_MEANINGS
+    from sos_dask.correct import COVERAGE_MEANINGS
     from sos_dask.stages.coverage import look
 
     figure = None
@@ -548,7 +552,7 @@ def coverage(
     show_table(
         "Bits of flag_sos",
         [">bit", ">rows", ""],
-        [(bit, f"{n:,}", FLAG_MEANINGS[int(bit)]) for bit, n in flags],
+        [(bit, f"{n:,}", COVERAGE_MEANINGS[int(bit)]) for bit, n in flags],
     )
     if figure is not None and figure.is_file():
         say(f"The maps as a figure: {figure}")
@@ -630,7 +634,7 @@ def report(
     *,
     options: StepOptions,
 ) -> None:
-    """Make a page with figures of the current build, or tell where it is.
+    """Make a page with figures of the current build, or print where it is.
 
     Example: sos-dask report --store store -o report
     """
@@ -643,7 +647,7 @@ def report(
         options.refuse(
             ("workers", "scheduler", "memory_limit", "overwrite"),
             f": the build has its report already, {there}",
-            "Give --out to make it anew in another directory.",
+            "Give --out to make it again in another directory.",
         )
         out, manifest = there, Manifest.checked(there)
     else:
@@ -731,7 +735,7 @@ def verify(
         print_json({"problems": problems})
     elif not as_json:
         for name, found in problems.items():
-            say(f"{name}: {'all invariants hold' if not found else f'{len(found)} problems'}")
+            say(f"{name}: {'no problem found' if not found else f'{len(found)} problems'}")
             for problem in found:
                 say(f"  {problem}")
     for refused in errors:

@@ -98,11 +98,7 @@ class Build:
         if not self.one(kind) or not path.is_file():
             return None
         with partition_errors(path):
-            table = pq.read_table(path)
-        if name == "hit_rates" and "coverage" in table.column_names:
-            names = ["hit_rate" if one == "coverage" else one for one in table.column_names]
-            table = table.rename_columns(names)
-        return table
+            return pq.read_table(path)
 
     @property
     def choice(self) -> Row:
@@ -483,7 +479,9 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
         subsets = ordered(table["subset"].to_pylist(), SUBSETS)
         found["comparison"] = {one: comparison(table, labels, method, one) for one in subsets}
         worst = select(table, sample="test", subset="all", statistic="worst_bin", method=method)
-        found["worst"] = _LabelTable(labels).sorted(worst.to_pylist())
+        found["worst"] = _LabelTable(labels).sorted(
+            [row for row in worst.to_pylist() if row["value"] is not None]
+        )
     elif build.choice.get("metrics"):
         found["metrics"] = metrics(build.choice["metrics"], labels, method)
     for name in ("artifacts", "outside", "hit_rates"):

@@ -138,7 +138,9 @@ def explained(model: type[BaseModel], error: ValidationError, where: str = "") -
         Put before the message, such as the path of a file.
     """
     where = f"{where}: " if where else ""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A wrong name makes others missing: it is the fault.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     place = ".".join(str(part) for part in first["loc"])
     inside: Any = model
     for part in first["loc"][:-1]:

@@ -41,7 +41,6 @@ validation = "holdout"
 [compare]
 n_bootstrap = 100
 [coverage]
-compare = false
 [report]
 enabled = false
 """

@@ -32,7 +32,7 @@ def store(small_sky, tmp_path_factory):
     folder = tmp_path_factory.mktemp("flags")
     grid = ", ".join(f"{label} = [{low}, {high}]" for label, (low, high) in GRID.items())
     more = (
-        f"[coverage]\ngrid = {{{grid}}}\ncompare = false\n"
+        f"[coverage]\ngrid = {{{grid}}}\n"
         "[dedupe]\nmax_spread = 1.0\n"
         "[crossmatch]\nradius_arcsec = 600\nuse_gaia_id = false\n"
     )

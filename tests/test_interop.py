@@ -11,6 +11,7 @@ from hats.io.validation import is_valid_catalog
 
 from sos_dask.api import crossmatch, margin
 from sos_dask.stages.crossmatch import CrossmatchSettings
+from sos_dask.stages.margin import MarginSettings
 from sos_dask.storage.catalog import Catalog
 from tests.sky import observations, write_catalog
 
@@ -21,7 +22,7 @@ def sky(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interop")
     left = write_catalog(observations(1500, 1), folder / "left", 100, "left.observations")
     right = write_catalog(observations(1500, 2), folder / "right", 150, "right.observations")
-    margin(right, folder / "right.collection", 10.0)
+    margin(right, folder / "right.collection", MarginSettings(radius_arcsec=10.0))
     return left, right, folder
 
 

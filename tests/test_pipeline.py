@@ -239,7 +239,7 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
          "rows_per_partition 1500 -> 1000"),
         (("[train]", '[dedupe]\nmethod = "best-snr"\n[train]'), "lamost.stars",
          "method inverse-variance -> best-snr"),
-        (("[train]", "[unify]\nradius_arcsec = 2.0\n[train]"), "reference",
+        (("[train]", "[reference_union]\nradius_arcsec = 2.0\n[train]"), "reference",
          "radius_arcsec 1.5 -> 2"),
         (("[train]", "[crossmatch]\nn_folds = 4\n[train]"), "pairs", "n_folds 5 -> 4"),
         (("[train]", "[train.params.polynomial]\norder = 3\n[train]"), "model.polynomial",

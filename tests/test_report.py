@@ -51,7 +51,7 @@ def test_a_map_shows_rows_where_they_are():
     drawn = maps.sky_figure({"one": counts, "none": np.zeros_like(counts)})
     assert drawn is not None and drawn.facts["rows"] == {"one": 9}
     axes = drawn.figure.axes[0]
-    picture = np.ma.filled(np.ma.asarray(axes.collections[0].get_array()), np.nan)
+    picture: np.ndarray = np.ma.filled(np.ma.asarray(axes.collections[0].get_array()), np.nan)
     dec, x = np.argwhere(np.isfinite(picture)).T
     ra = 180.0 - (x / picture.shape[1] * 360.0 - 180.0)  # grows to the left
     assert np.abs(ra.mean() - 90.0) < 8 and np.abs(dec.mean() / len(picture) * 180 - 130.0) < 8

@@ -339,10 +339,10 @@ def test_reference_does_not_depend_on_the_order_of_arguments(stars, tmp_path):
     )
     catalogs = {name: Catalog.open(stars / f"stars{n}-40") for name, n in
                 (("apogee", 2), ("galah", 3))}  # fmt: skip
-    first = reference(catalogs, tmp_path / "1" / "reference", settings)
-    second = reference(dict(reversed(catalogs.items())), tmp_path / "2" / "reference", settings)
+    first = reference(catalogs, tmp_path / "1", settings, name="reference")
+    second = reference(dict(reversed(catalogs.items())), tmp_path / "2", settings, name="reference")
     assert first.fingerprint == second.fingerprint
-    assert contents(tmp_path / "1" / "reference") == contents(tmp_path / "2" / "reference")
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
 # -- folds ----------------------------------------------------------------------------------------
@@ -401,15 +401,15 @@ def test_a_crossmatch_that_broke_off_while_joining_folds_goes_on(stars, tmp_path
     settings = CrossmatchSettings(
         radius_arcsec=0.3, id_radius_arcsec=3.0, pairs="all", n_folds=4, seed=3
     )
-    crossmatch(*catalogs, tmp_path / "whole", settings)
+    crossmatch(*catalogs, tmp_path / "whole", settings, name="pairs")
 
     def break_off(step: str, done: int, total: int) -> None:
         if (step, done) == ("folds", 1):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        crossmatch(*catalogs, tmp_path / "broken", settings, report=break_off)
-    crossmatch(*catalogs, tmp_path / "broken", settings)
+        crossmatch(*catalogs, tmp_path / "broken", settings, name="pairs", report=break_off)
+    crossmatch(*catalogs, tmp_path / "broken", settings, name="pairs")
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
 

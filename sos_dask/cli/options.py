@@ -29,7 +29,7 @@ Workers = Annotated[
         "-w",
         min=0,
         metavar="N",
-        help="Worker processes; 0: none, all in this process. Default: one a core.",
+        help="Worker processes; 0: none, all in this process. Default: one per core.",
         show_default=False,
     ),
 ]
@@ -39,8 +39,8 @@ Threads = Annotated[
         "--threads",
         min=1,
         metavar="N",
-        help="Threads of this process instead of workers; with up to 4 cores the default, one a "
-        "core. They start at once and need less memory, but have none of their own.",
+        help="Threads of this process instead of workers; with up to 4 cores the default, one "
+        "per core. They start at once and share the memory of the process.",
         show_default=False,
     ),
 ]
@@ -121,13 +121,13 @@ Store = Annotated[
 JobOrStore = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[JOB]", help="Job file whose store is meant, or a store.", show_default=False
+        metavar="[JOB]", help="Job file (its store is used), or a store.", show_default=False
     ),
 ]
 
 
 def find_store(store: Path | None, job: Path | None = None) -> Path:
-    """Find the store that is meant: of a job file, as given, ``store`` or the only one near it.
+    """Find the store: of a job file, as given, ``store`` or the only one near it.
 
     Raises
     ------
@@ -167,7 +167,7 @@ _FEW_CORES = 4
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Options of every command that runs one step: where it is done, over what, how it is told."""
+    """Options shared by all single-step commands: workers, overwrite, output format."""
 
     workers: Workers = None
     memory_limit: MemoryLimit = "auto"
@@ -281,11 +281,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     if "settings" in signature.parameters:
         [made] = get_args(signature.parameters["settings"].annotation)
         taken = {one.name for one in own}
-        settings = {
-            name: parameter
-            for name, field in made.model_fields.items()
-            if name not in taken and (parameter := _option(name, field)) is not None
-        }
+        found = (_option(*item) for item in made.model_fields.items() if item[0] not in taken)
+        settings = {one.name: one for one in found if one is not None}
     kind = signature.parameters["options"].annotation
     shared = inspect.signature(kind, eval_str=True).parameters
 
@@ -296,6 +293,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         object.__setattr__(options, "given", changed)
         if made is not None:
             chosen = {name: given.pop(name) for name in settings}
+            for name in [name for name in chosen if name.startswith("no_")]:
+                chosen[_asked(made, name)] = not chosen.pop(name)
             given["settings"] = functools.partial(made, **chosen)
         command(options=options, **given)
 
@@ -308,22 +307,37 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _asked(settings: type[Settings], name: str) -> str:
+    """Field that the option ``--no-...`` sets to false."""
+    name = name.removeprefix("no_")
+    return name if name in settings.model_fields else f"use_{name}"
+
+
 def _option(name: str, field: Any) -> inspect.Parameter | None:
     """Option of a field of settings; None for a field that has no place on a command line."""
     kind, default = field.annotation, field.get_default(call_default_factory=True)
-    flag = f"--{name.replace('_', '-')}"
-    metavar = {float: "X", int: "N", str: "NAME"}.get(kind)
-    if kind is bool:
-        flag = f"--no-{name.removeprefix('use_').replace('_', '-')}" if default else flag
-    elif get_origin(kind) is Literal:
-        kind, metavar = str, "|".join(get_args(kind))
-    elif metavar is None or field.is_required():
-        return None
+    more = field.json_schema_extra or {}
     help_text = field.description or ""
-    if field.annotation is bool and default:
-        option: Any = typer.Option(f" /{flag}", help=f"Not: {help_text}", show_default=False)
-    else:
-        option = typer.Option(flag, metavar=metavar, help=help_text)
+    limits: dict[str, Any] = {}
+    metavar = {float: "X", int: "N", str: "NAME"}.get(kind)
+    if kind is bool and default:
+        name, default, help_text = f"no_{name.removeprefix('use_')}", False, more.get("no", "")
+    elif get_origin(kind) is Literal:
+        *first, last = get_args(kind)
+        kind, metavar = str, "NAME"
+        help_text = f"{help_text.rstrip('.')}: {', '.join(first)} or {last}."
+    elif field.is_required() or (metavar is None and kind is not bool):
+        return None
+    if kind is int:
+        least = {"ge": 0, "gt": 1}
+        most = {"le": 0, "lt": -1}
+        for limit in field.metadata:
+            limits |= {
+                "min": getattr(limit, n) + by for n, by in least.items() if hasattr(limit, n)
+            }
+            limits |= {"max": getattr(limit, n) + by for n, by in most.items() if hasattr(limit, n)}
+    flag = more.get("option", f"--{name.replace('_', '-')}")
+    option: Any = typer.Option(flag, metavar=metavar, help=help_text, **limits)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )

@@ -142,7 +142,7 @@ def attach(
     for text in columns:
         name, _, source = text.partition("=")
         if not name or name in names:
-            raise ConfigError(f"--column '{text}' names no column, or one that is named before")
+            raise ConfigError(f"--column '{text}' names no column, or one that was given before")
         names[name] = source or name
     chosen = settings(columns=names)
     if chosen.by == "position":
@@ -196,7 +196,7 @@ def reference(
     settings: type[ReferenceSettings],
     options: LightStepOptions,
 ) -> None:
-    """Unite the stars of several reference surveys, one row a star.
+    """Unite the stars of several reference surveys, one row per star.
 
     Example: sos-dask reference apogee=apogee.stars galah=galah.stars -o reference
     """
@@ -266,6 +266,7 @@ def train(
     Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
     """
     from sos_dask import corrections
+    from sos_dask.corrections.search import search_space
     from sos_dask.stages.train import LOCAL_PAIRS, Train, asks_workers, metrics_of
     from sos_dask.storage.catalog import Catalog
 
@@ -275,6 +276,13 @@ def train(
     params = corrections.check_params(method, seeded | given)
     chosen = settings(method=method, params=params)
     catalog = Catalog.open(pairs)
+    if not {label.diff for label in chosen.problem.labels} <= set(catalog.schema.names):
+        raise CatalogError(
+            f"{pairs} is not a catalog of pairs",
+            "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS.",
+        )
+    if chosen.search and not search_space(method):
+        raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
     stage = Train({"pairs": catalog}, chosen)
     if not asks_workers(catalog, chosen):
         if options.workers != 0:
@@ -344,7 +352,9 @@ def apply(
     from sos_dask.stages.apply import Apply
 
     if coverage is None and fallback != "edge":
-        raise ConfigError("--fallback needs --coverage", "It says where the correction fades.")
+        raise ConfigError(
+            "--fallback needs --coverage", "The correction fades where the coverage is low."
+        )
     [opened] = open_catalogs([catalog], key, "obs_id")
     inputs: dict[str, Any] = {"model": model, "observations": opened}
     given: Mapping[str, Path | None] = {"errors": errors, "coverage": coverage}

@@ -357,10 +357,16 @@ def _show_summary(
             some = [row for row in bins if row["method"] == method]
             found.append(rms_of_medians([b["n"] for b in some], [b["median"] for b in some]))
         cells = [_number(rms, label) for rms, _ in found]
-        table.append([label, against, str(found[0][1]), *cells])
+        table.append([label, against, *([str(found[0][1])] if _is_wide() else []), *cells])
     show_table(
         "Target - reference: rms of the medians of bins, before and after each correction",
-        ["label", "against", ">bins", ">before", *(f">{method}" for method in methods)],
+        [
+            "label",
+            "against",
+            *([">bins"] if _is_wide() else []),
+            ">before",
+            *(f">{method}" for method in methods),
+        ],
         table,
     )
     say("K for teff, dex otherwise. After: of held-out pairs. Bins with 20 pairs or more count.")
@@ -502,7 +508,7 @@ def coverage(
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.correct import FLAG_MEANINGS
+    from sos_dask.correct import COVERAGE_MEANINGS, FLAG_MEANINGS
     from sos_dask.stages.coverage import look
 
     figure = None
@@ -544,11 +550,12 @@ def coverage(
         say(f"Not in the catalog: {', '.join(found['parameters_without_column'])}")
     for kind, text in found["intervals"].items():
         say(f"Width of intervals, {kind}: {text}")
+    meanings = FLAG_MEANINGS | COVERAGE_MEANINGS
     flags = sorted(found["flags"].items(), key=lambda item: int(item[0]))
     show_table(
         "Bits of flag_sos",
         [">bit", ">rows", ""],
-        [(bit, f"{n:,}", FLAG_MEANINGS[int(bit)]) for bit, n in flags],
+        [(bit, f"{n:,}", meanings[int(bit)]) for bit, n in flags],
     )
     if figure is not None and figure.is_file():
         say(f"The maps as a figure: {figure}")
@@ -630,7 +637,7 @@ def report(
     *,
     options: StepOptions,
 ) -> None:
-    """Make a page with figures of the current build, or tell where it is.
+    """Make a page with figures of the current build, or print where it is.
 
     Example: sos-dask report --store store -o report
     """
@@ -643,7 +650,7 @@ def report(
         options.refuse(
             ("workers", "scheduler", "memory_limit", "overwrite"),
             f": the build has its report already, {there}",
-            "Give --out to make it anew in another directory.",
+            "Give --out to make it again in another directory.",
         )
         out, manifest = there, Manifest.checked(there)
     else:
@@ -731,7 +738,7 @@ def verify(
         print_json({"problems": problems})
     elif not as_json:
         for name, found in problems.items():
-            say(f"{name}: {'all invariants hold' if not found else f'{len(found)} problems'}")
+            say(f"{name}: {'no problem found' if not found else f'{len(found)} problems'}")
             for problem in found:
                 say(f"  {problem}")
     for refused in errors:

@@ -133,6 +133,8 @@ def steps(job: Job) -> list[Step]:
         stars[f"stars.{name}"] = f"{name}.stars"
     union = job.reference_union
     union = union.but(order=union.order or tuple(job.reference))
+    if "rows_per_partition" not in job.reference_union.model_fields_set:
+        union = union.but(rows_per_partition=job.ingest.rows_per_partition)
     made.append(Step("reference", Reference, union, stars))
     made += _target_steps(job, str(job.target_name), stars, union.order)
     if job.report.enabled:

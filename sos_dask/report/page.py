@@ -483,7 +483,9 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
         subsets = ordered(table["subset"].to_pylist(), SUBSETS)
         found["comparison"] = {one: comparison(table, labels, method, one) for one in subsets}
         worst = select(table, sample="test", subset="all", statistic="worst_bin", method=method)
-        found["worst"] = _LabelTable(labels).sorted(worst.to_pylist())
+        found["worst"] = _LabelTable(labels).sorted(
+            [row for row in worst.to_pylist() if row["value"] is not None]
+        )
     elif build.choice.get("metrics"):
         found["metrics"] = metrics(build.choice["metrics"], labels, method)
     for name in ("artifacts", "outside", "hit_rates"):

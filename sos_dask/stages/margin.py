@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -13,7 +14,7 @@ from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
-from sos_dask.storage.artifact import Output, Rows
+from sos_dask.storage.artifact import Manifest, Output, Rows
 from sos_dask.storage.catalog import write_collection
 
 
@@ -37,6 +38,11 @@ class Margin(Stage[MarginSettings]):
     version = 6
     Settings = MarginSettings
     roles = (Role("catalog", "Catalog that gets a margin."),)
+
+    def attempt(self, directory: str | Path, **options: Any) -> Manifest | None:
+        """Make the collection in a directory; the output is its folder ``margin``."""
+        self.product = self.product or Path(directory).name
+        return super().attempt(Path(directory) / "margin", **options)
 
     def check(self) -> None:
         """Refuse a catalog of others whose rows have other columns here than in its files."""

@@ -50,7 +50,12 @@ class ReferenceSettings(UnifySettings, Radii):
         le=YEARS[1],
         description="Julian year to which positions with proper motions are moved.",
     )
-    rows_per_partition: int = Field(1_000_000, ge=1, le=MOST_ROWS)
+    rows_per_partition: int = Field(
+        1_000_000,
+        ge=1,
+        le=MOST_ROWS,
+        description="Pixels are split until each contains at most this many rows.",
+    )
 
 
 class _Count(NamedTuple):
@@ -104,10 +109,9 @@ class Reference(Stage[ReferenceSettings]):
             run.parts("common", parts, self.compare_surveys, "zero points")
             self.unify = self.unify.but(offsets=_zero_points(run.output, list(parts)))
         done = run.parts("stars", parts, self.stars_of_pixel)
+        names = [HEALPIX_COLUMN, *_COLUMNS]
         no_rows = {
-            survey: pa.schema(
-                map(one.schema.field, one.columns([HEALPIX_COLUMN, *_COLUMNS]))
-            ).empty_table()
+            survey: one.schema.empty_table().select(one.columns(names))
             for survey, one in catalogs.items()
         }
         nobody = np.empty(0, dtype=np.int64)

@@ -67,7 +67,11 @@ class Radii(Settings):
     id_radius_arcsec: float = Field(
         10.0, gt=0, lt=3600, description="Largest separation of rows of one Gaia id."
     )
-    use_gaia_id: bool = Field(True, description="Gaia ids count, not only positions.")
+    use_gaia_id: bool = Field(
+        True,
+        description="Gaia ids count, not only positions.",
+        json_schema_extra={"no": "Only positions count, Gaia ids do not."},
+    )
 
     @model_validator(mode="after")
     def _ids_reach_farther(self) -> Self:

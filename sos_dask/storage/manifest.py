@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sos_dask.errors import CatalogError
+from sos_dask.errors import CatalogError, ConfigError
 
 MANIFEST = "manifest.json"
 WORK = ".work"
@@ -95,15 +95,19 @@ def read_sealed(path: Path, hint: str) -> dict[str, Any]:
     FileNotFoundError, NotADirectoryError
     """
     try:
-        document = json.loads(path.read_bytes())
-        if not isinstance(document, dict):
-            raise ValueError("it is not a JSON object")
-        stated = document.pop(_DIGEST, None)
-        digest = sha256_of(document)
+        content = path.read_bytes()
+    except ValueError:  # no path at all
+        raise ConfigError(f"the path {str(path)!r} contains a NUL character") from None
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise CatalogError(f"{path} cannot be read: {error.strerror}", hint) from None
+    try:
+        document = json.loads(content)
+        if not isinstance(document, dict):
+            raise ValueError("it is not a JSON object")
+        stated = document.pop(_DIGEST, None)
+        digest = sha256_of(document)
     except (ValueError, RecursionError) as error:
         raise CatalogError(f"{path} is damaged: {error}", hint) from None
     if stated is None:

@@ -20,6 +20,7 @@ from sos_dask.errors import CatalogError, PartitionError, SosError
 from sos_dask.sky.healpix import ang2pix, plan_partitions
 from sos_dask.stages.attach import AttachSettings
 from sos_dask.stages.crossmatch import CrossmatchSettings
+from sos_dask.stages.margin import MarginSettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
 from tests.sky import observations, write_catalog
@@ -429,11 +430,15 @@ def test_another_product_of_hats_is_refused_by_every_command(tmp_path, run, expe
 
 def test_a_margin_is_made_only_where_it_has_the_columns_of_its_catalog(tmp_path):
     table = stars()
-    margin(Catalog.open(of_others(tmp_path / "good", table)), tmp_path / "margin", 60.0)
+    margin(
+        Catalog.open(of_others(tmp_path / "good", table)),
+        tmp_path / "margin",
+        MarginSettings(radius_arcsec=60.0),
+    )
     assert verify(tmp_path / "margin/margin") == []
     named = of_others(tmp_path / "named", table, hats_col_ra="RA_ICRS")
     with pytest.raises(CatalogError, match="other names or types"):
-        margin(Catalog.open(named), tmp_path / "no", 60.0)
+        margin(Catalog.open(named), tmp_path / "no", MarginSettings(radius_arcsec=60.0))
     assert not (tmp_path / "no").exists()
 
 
@@ -452,7 +457,7 @@ def test_observations_of_others_are_deduped_like_our_own(tmp_path, run):
 
 def test_our_own_margin_is_refused_and_its_collection_is_the_catalog(tmp_path, expected):
     left = expected[0]
-    margin(left, tmp_path / "c", 60.0)
+    margin(left, tmp_path / "c", MarginSettings(radius_arcsec=60.0))
     with pytest.raises(CatalogError, match="dataproduct_type is margin"):
         Catalog.open(tmp_path / "c/margin")
     assert verify(tmp_path / "c/margin") == []

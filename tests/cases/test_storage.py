@@ -12,6 +12,7 @@ import pytest
 
 from sos_dask.api import dedupe, margin
 from sos_dask.errors import CatalogError, PartitionError
+from sos_dask.stages.margin import MarginSettings
 from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage.artifact import MANIFEST, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
@@ -180,7 +181,7 @@ def test_a_collection_that_names_no_catalog_below_is_refused(tmp_path, cli, targ
 
 
 def test_a_damaged_margin_is_seen_whatever_the_collection_says(catalog, tmp_path):
-    margin(Catalog.open(catalog), tmp_path / "coll", 3000.0)
+    margin(Catalog.open(catalog), tmp_path / "coll", MarginSettings(radius_arcsec=3000.0))
     assert verify(tmp_path / "coll") == []
     path = tmp_path / "coll/collection.properties"
     text = path.read_text()

@@ -12,7 +12,6 @@ from sos_dask.api import train
 from sos_dask.columns import floats32, key_numbers
 from sos_dask.corrections import load
 from sos_dask.errors import CatalogError, ClusterError
-from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.stages.compare import Compare
@@ -30,7 +29,7 @@ from sos_dask.stages.train import TrainSettings
 from sos_dask.stages.trends import Trends
 from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.storage.catalog import Catalog
-from tests.run import make_evidence
+from tests.run import features, make_evidence
 from tests.sky import write_catalog
 
 COLUMNS = ["star", "fold", *DIFFERENCES]

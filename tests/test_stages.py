@@ -339,10 +339,10 @@ def test_reference_does_not_depend_on_the_order_of_arguments(stars, tmp_path):
     )
     catalogs = {name: Catalog.open(stars / f"stars{n}-40") for name, n in
                 (("apogee", 2), ("galah", 3))}  # fmt: skip
-    first = reference(catalogs, tmp_path / "1", settings, name="reference")
-    second = reference(dict(reversed(catalogs.items())), tmp_path / "2", settings, name="reference")
+    first = reference(catalogs, tmp_path / "1" / "reference", settings)
+    second = reference(dict(reversed(catalogs.items())), tmp_path / "2" / "reference", settings)
     assert first.fingerprint == second.fingerprint
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert contents(tmp_path / "1" / "reference") == contents(tmp_path / "2" / "reference")
 
 
 # -- folds ----------------------------------------------------------------------------------------

@@ -11,19 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
-from sos_dask.corrections import SEAL, sealed
+from sos_dask.corrections.base import SEAL, sealed
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.error_tables import load_errors
 from sos_dask.evidence.intervals import binomial_interval
-from sos_dask.problem import features
 from sos_dask.schema import LABELS
 from sos_dask.stages.common import common_stars
 from sos_dask.stages.uncertainty import UncertaintySettings, read_calibration
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents
-from tests.run import Surveys, apply, uncertainty
+from tests.run import Surveys, apply, features, uncertainty
 from tests.sky import write_catalog
 
 

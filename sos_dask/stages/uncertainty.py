@@ -35,7 +35,7 @@ from sos_dask.evidence.intervals import (
     fit_label,
 )
 from sos_dask.evidence.three_cornered_hat import three_cornered_hat
-from sos_dask.problem import TEFF_UNIT_K, features
+from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS, SEEDS
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
@@ -166,7 +166,7 @@ class Uncertainty(Stage[UncertaintySettings]):
         names = ["star", "held_out", *LABELS, *DIFFERENCES, *held_out_columns(self.method)]
         more = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
         table = read_evidence(self.path("evidence"), names, more)
-        x = features(*(floats(table, label) for label in LABELS))
+        x = DEFAULT.matrix(table)
         placed = np.asarray(np.isfinite(x).all(axis=1))
         is_held = table["held_out"].to_numpy()
         rows = np.flatnonzero(is_held)
@@ -204,7 +204,7 @@ class Uncertainty(Stage[UncertaintySettings]):
 
     def _sparseness(self, output: Output, grid: Grid) -> dict[str, Any]:
         table = read_piece(_file(output, "pairs"))
-        x = features(*(floats(table, label) for label in LABELS))
+        x = DEFAULT.matrix(table)
         placed = np.asarray(np.isfinite(x).all(axis=1))
         sparseness = Sparseness.of(x[placed], grid, self.settings.sparse_fraction)
         of_pairs = np.zeros(len(x), dtype=np.bool_)
@@ -249,7 +249,7 @@ class Uncertainty(Stage[UncertaintySettings]):
             paired = row[both] >= 0
             mine = table.take(pa.array(row[both[paired]]))
             labels = [floats(mine, label) for label in LABELS]
-            target = np.stack(labels, axis=1) - correction.predict(features(*labels))
+            target = np.stack(labels, axis=1) - correction.predict(correction.problem.matrix(mine))
             for number, label in enumerate(LABELS):
                 three = [target[:, number], base[label][i[paired]], other[label][j[paired]]]
                 if np.isfinite(three).all(axis=0).sum() < _MIN_COMMON:

@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from sos_dask import corrections as models
-from sos_dask.problem import features
 from sos_dask.schema import LABELS
 from sos_dask.stats.binned import binned_median_rms, equal_count_edges
 from sos_dask.stats.numbers import scatter
 from tests.bench.accuracy import FloatArray, read_pairs
+from tests.run import features
 
 METHODS = {
     "polynomial": ("polynomial", {}),

@@ -850,9 +850,9 @@ def test_uncertainty_shows_what_was_checked(cli, small_store, tmp_path):
     ):
         assert text in ran.out
     found = cli("uncertainty", "--store", small_store, "--json").json
-    share = {"coverage": float, "low": float, "high": float}
+    share = {"hit_rate": float, "low": float, "high": float}
     one = {"label": str, "subset": str, "level": float, "n": int, **share}
-    assert_shape(found["coverage"], [one])
+    assert_shape(found["hit_rates"], [one])
     assert {"path", "method", "reference_error", "factors_95", "error_factors"} <= set(found)
     assert set(found["error_factors"]) == {"lamost", "apogee", "galah"}
     assert_error(cli("uncertainty", "--store", tmp_path), 5, "no sos-dask store at")

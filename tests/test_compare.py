@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import asdict
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 from sos_dask.errors import ModelError
 from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.stats.binned import (
-    binned_median_rms,
     binned_quantiles,
     bins_of,
     equal_count_edges,
@@ -46,6 +46,13 @@ def test_a_label_without_held_out_pair_is_an_error():
     differences[:, 2] = np.nan
     with pytest.raises(ModelError, match="m: no held-out pair has feh"):
         held_out_metrics("m", ("teff", "logg", "feh"), differences, np.zeros_like(differences))
+
+
+def binned_median_rms(x, residual, edges, min_count=20) -> float:
+    n_bins = max(len(edges) - 1, 0)
+    found = binned_quantiles(bins_of(x, edges), residual, n_bins)
+    rms, _ = rms_of_medians(found.n, found.median, min_count)
+    return math.nan if rms is None else rms
 
 
 def test_binned_medians_find_a_trend_that_medians_hide():

@@ -22,7 +22,7 @@ from tests.job import contents
 from tests.run import features, trends
 from tests.sky import write_catalog
 
-FILES = ("planes.parquet", "reference_planes.parquet", "references.parquet", "trends.parquet")
+FILES = ("planes.parquet", "references.parquet", "trends.parquet")
 FEW = TrendSettings(
     axes=(Axis("teff", 3000.0, 9000.0, 500.0), Axis("logg", 0.0, 5.0, 0.5)),
     n_count_bins=6,

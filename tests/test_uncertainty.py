@@ -7,19 +7,21 @@ import numpy as np
 import pytest
 
 from sos_dask.errors import ModelError
-from sos_dask.evidence.error_tables import ErrorModel, Grid, load_errors
+from sos_dask.evidence.error_tables import ErrorModel, error_grid, load_errors
 from sos_dask.evidence.intervals import (
     LEVELS,
+    Checked,
     HeldOut,
-    Sparseness,
-    binomial_interval,
-    coverages,
     error_model,
     fit_label,
+    hit_rates,
+    least_log_snr,
 )
 from sos_dask.schema import LABELS
+from sos_dask.stats.numbers import find_sparse
+from sos_dask.stats.table import Grid
 
-GRID = Grid((0.7, 0.0, -2.5), (1.5, 5.0, 0.5))
+GRID = error_grid((0.7, 0.0, -2.5), (1.5, 5.0, 0.5))
 LOW, HIGH = np.array(GRID.low), np.array(GRID.high)
 UNITS = np.array([50.0, 0.1, 0.05])
 
@@ -58,10 +60,15 @@ def fitted_on(n: int, seed: int, heavy: bool = False):
 
 
 def fitted(pairs: HeldOut, grid: Grid = GRID, **more):
-    sparse = Sparseness.of(pairs.features, grid).of_cells
+    _, sparse = find_sparse(pairs.features, grid.centers())
     of_label = [fit_label(pairs, label, grid, sparse) for label in LABELS]
     errors = error_model(
-        [one for one, _ in of_label], grid, sparse, pairs.least, correction="0" * 64, **more
+        [one for one, _ in of_label],
+        grid,
+        sparse,
+        least_log_snr(pairs.snr),
+        correction="0" * 64,
+        **more,
     )
     return errors, [checked for _, checked in of_label]
 
@@ -104,8 +111,8 @@ def test_the_check_sees_intervals_that_are_wrong():
     pairs.residuals[pairs.part == 0] *= 4
     _, checked = fitted(pairs)
     of_part = {
-        one.subset: one.coverage
-        for one in coverages("feh", checked[2], {"0": pairs.part == 0, "others": pairs.part != 0})
+        one.subset: one.hit_rate
+        for one in hit_rates("feh", checked[2], {"0": pairs.part == 0, "others": pairs.part != 0})
         if one.level == 0.68
     }
     assert of_part["0"] < 0.45 < 0.65 < of_part["others"]
@@ -136,7 +143,7 @@ def test_without_snr_there_is_no_profile():
     errors, checked = fitted(held_out(3000, 4, with_snr=False))
     assert (errors.profile == 1).all()
     everyone = {"all": np.ones(3000, bool)}
-    assert [one for one in coverages("teff", checked[0], everyone) if one.level == 0.68]
+    assert [one for one in hit_rates("teff", checked[0], everyone) if one.level == 0.68]
     x, snr = stars(50, np.random.default_rng(1))
     assert (errors.half_width(x, snr) == errors.half_width(x, None)).all()
 
@@ -204,7 +211,7 @@ def test_equal_labels_have_a_tiny_error(n_others):
 def test_constant_features():
     pairs = held_out(500, 0)
     pairs.features[:, 1] = 2.5
-    grid = Grid((0.7, 2.5, -2.5), (1.5, 2.5, 0.5))
+    grid = error_grid((0.7, 2.5, -2.5), (1.5, 2.5, 0.5))
     errors, _ = fitted(pairs, grid)
     assert np.isfinite(errors.half_width(pairs.features, pairs.snr)).all()
 
@@ -216,7 +223,8 @@ def test_constant_features():
 def saved(tmp_path_factory) -> tuple[ErrorModel, bytes, bytes]:
     folder = tmp_path_factory.mktemp("errors")
     errors, _ = fitted(held_out(500, 0))
-    errors.save(folder)
+    for name, content in errors.files().items():
+        (folder / name).write_bytes(content)
     return errors, (folder / "error.json").read_bytes(), (folder / "error.npy").read_bytes()
 
 
@@ -261,6 +269,9 @@ def test_errors_belong_to_one_correction(saved):
         saved[0].require("1" * 64)
 
 
-def test_binomial_intervals():
-    assert binomial_interval(0, 10)[0] == 0.0 and binomial_interval(10, 10)[1] == 1.0
-    assert list(binomial_interval(68, 100)) == pytest.approx([0.5792, 0.7698], abs=1e-3)
+def test_the_interval_of_a_hit_rate_is_the_binomial_one():
+    inside = np.arange(100)[:, None] < np.array([68, 100])
+    checked = Checked(np.ones(100, bool), inside, {})
+    one, other = hit_rates("teff", checked, {"all": np.ones(100, bool)})
+    assert [one.low, one.high] == pytest.approx([0.5792, 0.7698], abs=1e-3)
+    assert (other.hit_rate, other.high) == (1.0, 1.0) and other.low > 0.95

@@ -9,20 +9,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import binomtest
 
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.corrections.base import SEAL, sealed
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.error_tables import load_errors
-from sos_dask.evidence.intervals import binomial_interval
+from sos_dask.problem import DEFAULT
 from sos_dask.schema import LABELS
-from sos_dask.stages.common import common_stars
+from sos_dask.stages.reference import common_stars
 from sos_dask.stages.uncertainty import UncertaintySettings, read_calibration
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents
-from tests.run import Surveys, apply, features, uncertainty
+from tests.run import Surveys, apply, uncertainty
 from tests.sky import write_catalog
 
 
@@ -70,14 +71,14 @@ def test_a_rebuild_makes_the_errors(build):
     assert {one["level"] for one in calibration} == {0.68, 0.95}
     assert {"all", "dense", "sparse", "giants", "low snr"} <= {one["subset"] for one in calibration}
     for one in calibration:
-        hits = round(one["coverage"] * one["n"])
-        assert (one["low"], one["high"]) == binomial_interval(hits, one["n"])
+        test = binomtest(round(one["hit_rate"] * one["n"]), one["n"])
+        assert [one["low"], one["high"]] == list(test.proportion_ci(0.95))
         if one["subset"] in ("all", "dense"):
-            low, high = binomial_interval(hits, one["n"], 0.9999)
+            low, high = test.proportion_ci(0.9999)
             assert low < one["level"] < high, one
     counted = [one for one in calibration if one["subset"] in ("dense", "sparse")]
     assert sum(one["n"] for one in counted) == 2 * 3 * used.num_rows
-    assert manifest.summary["coverage"] == [
+    assert manifest.summary["hit_rates"] == [
         one for one in calibration if one["subset"] in ("all", "dense", "sparse")
     ]
 
@@ -96,7 +97,7 @@ def test_factors_of_stated_errors_are_those_that_were_simulated(build):
 def test_corrected_rows_carry_the_errors(build):
     table = read(build / "lamost.corrected")
     errors = load_errors(build / "uncertainty")
-    x = features(*(pc.fill_null(table[label], np.nan).to_numpy() for label in LABELS))
+    x = DEFAULT.matrix(table)
     wanted = errors.half_width(x, table["snr"].to_numpy())
     kind = read(build / "coverage")["kind_coverage"].fill_null(0).to_numpy()
     known = CoverageModel.load(build / "coverage")
@@ -145,14 +146,16 @@ def test_single_observations_are_preferred(build, tmp_path):
 
 def test_common_stars_have_the_labels_of_both(build):
     found = common_stars(Catalog.open(build / "reference"), surveys(build).stars)
+    ((first, second, one, other),) = found
+    assert (first, second) == ("apogee", "galah")
+    assert one["united"].to_pylist() == other["united"].to_pylist()
     reference = read(build / "reference").filter(pc.field("n_surveys") > 1)
-    assert sorted(found.star_id.to_pylist()) == sorted(reference["star_id"].to_pylist())
-    place = {star: number for number, star in enumerate(found.star_id.to_pylist())}
-    rows, labels = found.labels["apogee"]
-    mine = dict(zip(rows.tolist(), labels["teff"].tolist(), strict=True))
+    mine = dict(zip(one["united"].to_pylist(), one["teff"].to_pylist(), strict=True))
+    assert len(mine) == one.num_rows > 20
+    assert mine.keys() <= set(reference["star_id"].to_pylist())
     for star in reference.filter(pc.equal(reference["survey"], "apogee")).to_pylist():
-        if star["quality"] == 0 and place[star["star_id"]] in mine:
-            assert mine[place[star["star_id"]]] == pytest.approx(star["teff"], abs=1.0)
+        if star["quality"] == 0 and star["star_id"] in mine:
+            assert mine[star["star_id"]] == pytest.approx(star["teff"], abs=1.0)
 
 
 def test_the_hat_is_that_of_the_common_stars(build, tmp_path):

@@ -440,9 +440,7 @@ def uncertainty(job: JobOrStore = None, store: Store = None, as_json: Json = Fal
 
 
 def _share(one: Mapping[str, Any]) -> list[str]:
-    share = one.get("hit_rate", one.get("coverage"))
-    assert share is not None
-    return [f"{100 * share:.1f}", f"{100 * one['low']:.1f}-{100 * one['high']:.1f}"]
+    return [f"{100 * one['hit_rate']:.1f}", f"{100 * one['low']:.1f}-{100 * one['high']:.1f}"]
 
 
 def _snr_range(one: Mapping[str, Any]) -> str:

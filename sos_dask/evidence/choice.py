@@ -104,26 +104,23 @@ def choose(
     found = {}
     for method in methods:
         low, high = interval(*scatter[method])
-        found[method] = {
-            "scatter": scatter[method].value,
-            "scatter_low": max(low, 0.0),
-            "scatter_high": high,
-            "roughness": smooth.get(method),
-            "worse_in": worse[method],
-        }
-    least = min(methods, key=lambda method: scatter[method].value)  # of equals the first by name
-    if rule == SCATTER and len(methods) > 1:
-        low, high = interval(*scatter[least])
-        why = (
-            f"{least}: the smallest held-out scatter averaged over the labels, "
-            f"{scatter[least].value:.4f} [{low:.4f}, {high:.4f}] of the uncorrected one"
-        )
-        return Choice(least, rule, why, found)
+        found[method] = {"scatter": scatter[method].value, "scatter_low": max(low, 0.0)}
+        found[method] |= {"scatter_high": high, "roughness": smooth.get(method)}
+        found[method]["worse_in"] = worse[method]
+    chosen = min(methods, key=lambda method: scatter[method].value)  # of equals the first by name
     if rule not in RULES:
-        return Choice(rule, rule, f"{rule}: the job names it", found)
-    if len(methods) == 1:
-        return Choice(least, rule, f"{least}: the only method", found)
-    return Choice(*_balanced(rule, scatter, worse, smooth, tolerance), found)
+        chosen, why = rule, "the job names it"
+    elif len(methods) == 1:
+        why = "the only method"
+    elif rule == SCATTER:
+        value, low, high = (found[chosen][f"scatter{end}"] for end in ("", "_low", "_high"))
+        why = (
+            f"the smallest held-out scatter averaged over the labels, {value:.4f} "
+            f"[{low:.4f}, {high:.4f}] of the uncorrected one"
+        )
+    else:
+        chosen, why = _balanced(scatter, worse, smooth, tolerance)
+    return Choice(chosen, rule, f"{chosen}: {why}", found)
 
 
 def _averaged(figures: Mapping[str, Mapping[tuple[str, str], Scored]], method: str) -> Scored:
@@ -148,13 +145,12 @@ def _worse(scores: Mapping[str, Scored], tolerance: float) -> dict[str, _Share]:
 
 
 def _balanced(
-    rule: str,
     scatter: Mapping[str, Scored],
     worse: Mapping[str, Mapping[str, _Share]],
     smooth: Mapping[str, float],
     tolerance: float,
-) -> tuple[str, str, str]:
-    """Method, rule and why."""
+) -> tuple[str, str]:
+    """Method and why."""
     good = [method for method in scatter if not worse[method]]
     what = "in no label worse than the best"
     if not good:
@@ -181,4 +177,4 @@ def _balanced(
             more = f", and in {len(worse[method]) - 1} more" if len(worse[method]) > 1 else ""
             rejected.append(f"{method} is worse in {name} by {by:.2f} % [{low:.2f}, {high:.2f}]")
             rejected[-1] += more
-    return chosen, rule, "; ".join([f"{chosen}: {why}", *rejected])
+    return chosen, "; ".join([why, *rejected])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sos_dask import __version__
 from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT
 from sos_dask.schema import LABELS
+from sos_dask.stats.table import Grid
 
 ERROR_FORMAT = 1
 ERROR_FILE, TABLE_FILE = "error.json", "error.npy"
@@ -31,51 +32,15 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Equal cells over the box of the training pairs.
-
-    Parameters
-    ----------
-    low, high : tuple of float
-        Of each feature (Teff / 5040 K, log g, [Fe/H]).
-    """
-
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-
-    def cells(self, features: Float32Array) -> IntArray:
-        """Number of the cell, shape (n,)."""
-        cell = self._along(0, features)
-        for axis in (1, 2):
-            cell *= N_CELLS
-            cell += self._along(axis, features)
-        return cell
-
-    def _along(self, axis: int, features: Float32Array) -> IntArray:
-        low, high = np.float32(self.low[axis]), np.float32(self.high[axis])
-        place = np.clip(features[:, axis], low, high)
-        place -= low
-        place *= np.float32(N_CELLS) / (high - low if high > low else np.float32(1))
-        np.fmin(place, np.float32(N_CELLS - 1), out=place)  # and a number for nan
-        return place.astype(np.int64)
-
-    def centers(self) -> FloatArray:
-        """Middle of every cell, shape (N_CELLS ** 3, 3)."""
-        low, high = np.array(self.low), np.array(self.high)
-        return np.asarray(low + (high - low) * (every_cell() + 0.5) / N_CELLS)
+def error_grid(low: Sequence[float], high: Sequence[float]) -> Grid:
+    """Cut the box of the training pairs, between two corners in the inputs, into cells."""
+    return Grid(tuple(low), tuple(high), (N_CELLS,) * len(low))
 
 
 def snr_steps() -> FloatArray:
-    """Logarithm of S/N in the middle of every step of a profile, shape (N_STEPS,)."""
+    """Find the logarithm of S/N in the middle of every step of a profile, shape (N_STEPS,)."""
     low, high = LOG_SNR
     return low + (np.arange(N_STEPS) + 0.5) * (high - low) / N_STEPS
-
-
-@cache
-def every_cell() -> IntArray:
-    """Numbers along the axes of every cell, shape (N_CELLS ** 3, 3)."""
-    return np.stack(np.unravel_index(np.arange(N_CELLS**3), (N_CELLS,) * 3), axis=1)
 
 
 @dataclass(frozen=True)
@@ -109,7 +74,7 @@ class ErrorModel:
     about: Mapping[str, Any]
 
     def half_width(self, features: Float32Array, snr: NDArray[np.floating] | None) -> Float32Array:
-        """Half-width of the 68 % interval.
+        """Look up the half-width of the 68 % interval.
 
         Parameters
         ----------
@@ -149,7 +114,7 @@ class ErrorModel:
         )
 
     def is_sparse(self, features: Float32Array) -> BoolArray:
-        """Rows of the sparse class, shape (n,)."""
+        """Tell which rows are of the sparse class, shape (n,)."""
         return np.asarray(self.sparse[self.grid.cells(features)])
 
     def require(self, correction: str) -> None:
@@ -161,7 +126,7 @@ class ErrorModel:
             )
 
     def describe(self, label: str) -> str:
-        """Meaning of the half-widths of a label."""
+        """Say what the half-widths of a label are."""
         factors = self.about["factors_95"][label]
         whose = (
             "corrected - reference"
@@ -175,35 +140,21 @@ class ErrorModel:
 
     def _steps(self, snr: NDArray[np.floating] | None) -> IntArray:
         low, high = LOG_SNR
+        unknown = int(self.about["unknown_snr"])
         if snr is None:
-            return np.full(1, self._unknown_snr)
+            return np.full(1, unknown)
         with np.errstate(divide="ignore", invalid="ignore"):
             place = (np.log(snr, dtype=np.float32) - np.float32(low)) * np.float32(
                 N_STEPS / (high - low)
             )
-        known = np.isfinite(place)
-        if not known.all():
-            place = np.where(known, place, np.float32(self._unknown_snr))
+        place = np.where(np.isfinite(place), place, np.float32(unknown))
         return np.asarray(np.clip(place, 0, N_STEPS - 1), dtype=np.int64)
 
-    @cached_property
-    def _unknown_snr(self) -> int:
-        return int(self.about["unknown_snr"])
-
-    def _arrays(self) -> tuple[NDArray[Any], ...]:
-        tables = (self.values, self.profile, self.sparse)
-        return (*tables, self.reference, self.reference_profile)
-
-    def save(self, directory: Path) -> None:
-        """Write ``error.json`` and ``error.npy``; equal models give equal bytes."""
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files().items():
-            (directory / name).write_bytes(content)
-
     def files(self) -> dict[str, bytes]:
-        """Content of the files of the model, by name."""
+        """Pack the model into files, by name; equal models give equal bytes."""
         file = io.BytesIO()
-        for array in self._arrays():
+        tables = (self.values, self.profile, self.sparse)
+        for array in (*tables, self.reference, self.reference_profile):
             np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
         table = file.getvalue()
         document = {
@@ -224,7 +175,7 @@ class ErrorModel:
 
 
 def without_reference(width: NDArray[Any], reference: NDArray[Any]) -> NDArray[Any]:
-    """Half-widths less the reference's error in quadrature, at least a third of what they were."""
+    """Take off the error of the reference in quadrature; at least a third of a width is left."""
     return np.asarray(np.sqrt(np.maximum(width * width - reference * reference, width * width / 9)))
 
 
@@ -234,7 +185,7 @@ def _digest(document: Mapping[str, Any]) -> str:
 
 
 def load_errors(directory: Path) -> ErrorModel:
-    """Read what `ErrorModel.save` wrote.
+    """Read the files of an `ErrorModel`.
 
     Raises
     ------
@@ -266,7 +217,7 @@ def load_errors(directory: Path) -> ErrorModel:
     file = io.BytesIO(content)
     arrays = [np.lib.format.read_array(file, allow_pickle=False) for _ in range(5)]
     values, profile, sparse, reference, reference_profile = arrays
-    grid = Grid(tuple(document["low"]), tuple(document["high"]))
+    grid = error_grid(document["low"], document["high"])
     return ErrorModel(
         grid, values, profile, sparse, reference, reference_profile, document["about"]
     )

@@ -6,54 +6,33 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.errors import ModelError
-from sos_dask.evidence.error_tables import LOG_SNR, N_CELLS, ErrorModel, Grid, snr_steps
-from sos_dask.evidence.scale import MIN_FOR_TREES, Scale, fit_scale
+from sos_dask.evidence.error_tables import LOG_SNR, N_CELLS, ErrorModel, snr_steps
 from sos_dask.schema import LABELS
-from sos_dask.stats.numbers import SPARSE_SHARE, find_sparse
+from sos_dask.stats.table import Grid
 
 LEVELS = (0.68, 0.95)
 DENSE, SPARSE = "dense", "sparse"
 MIN_PAIRS = 40
+MIN_FOR_TREES = 2000
+_SNR_KNOTS = 12
+_MIN_IN_KNOT = 40
+_ROUNDS = 150
+# Residuals are not taken for smaller than this part of their median: the logarithm of a residual
+# that happens to be zero says nothing of its scale.
+_SMALLEST = 0.05
 _LEAST = 1e-6  # K, dex: an error of 0 would weigh without end, and residuals can all be zero
 _WRONG = 8.0  # times the median size: 5.4 standard deviations of a normal distribution
 
 Float32Array = NDArray[np.float32]
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.integer]
 BoolArray = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Sparseness:
-    """Where the training stars are sparse.
-
-    Parameters
-    ----------
-    of_stars : ndarray of bool, shape (n,)
-        Training stars whose 16th neighbour is far.
-    of_cells : ndarray of bool, shape (N_CELLS ** 3,)
-        Cells whose middle is as far from its 16th neighbour.
-    """
-
-    of_stars: BoolArray
-    of_cells: BoolArray
-
-    @classmethod
-    def of(cls, training: Float32Array, grid: Grid, fraction: float = SPARSE_SHARE) -> Sparseness:
-        """Far is what makes a share of the training stars sparse.
-
-        Parameters
-        ----------
-        training : ndarray of float32, shape (n, 3)
-            Finite features.
-        grid : Grid
-        fraction : float
-        """
-        return cls(*find_sparse(training, grid.centers(), fraction))
 
 
 @dataclass(frozen=True)
@@ -84,49 +63,29 @@ class HeldOut:
         """Logarithm of S/N, nan where it is unknown or not positive."""
         return np.asarray(np.log(np.where(self.snr > 0, self.snr, np.nan)))
 
-    @property
-    def least(self) -> float:
-        """Logarithm of the lowest S/N."""
-        known = np.isfinite(self.log_snr).any()
-        return float(np.nanmin(self.log_snr)) if known else LOG_SNR[0]
+
+def least_log_snr(snr: FloatArray) -> float:
+    """Find the logarithm of the lowest positive S/N; that of the tables where none is known."""
+    known = snr[snr > 0]
+    return float(np.log(known.min())) if len(known) else LOG_SNR[0]
 
 
-@dataclass(frozen=True)
-class LabelErrors:
-    """Errors of one label: columns of the tables of `ErrorModel`.
+class LabelErrors(NamedTuple):
+    """Errors of one label: columns of the tables of `ErrorModel`."""
 
-    Parameters
-    ----------
-    values, reference : ndarray of float32, shape (N_CELLS ** 3,)
-    profile, reference_profile : ndarray of float32, shape (N_STEPS,)
-    factors_95 : mapping of str to float
-        By class.
-    """
-
-    values: Float32Array
+    values: Float32Array  # (N_CELLS ** 3,)
+    profile: Float32Array  # (N_STEPS,)
     reference: Float32Array
-    profile: Float32Array
     reference_profile: Float32Array
-    factors_95: Mapping[str, float]
+    factors_95: Mapping[str, float]  # by class
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What intervals of a label made without a pair say of that pair.
+class Checked(NamedTuple):
+    """Whether cross-fitted intervals of a label contain each held-out pair."""
 
-    Parameters
-    ----------
-    known : ndarray of bool, shape (n,)
-        Pairs with a residual.
-    inside : ndarray of bool, shape (n, 2)
-        Whether it lies inside the interval of each of `LEVELS`.
-    n_class : mapping of str to int
-        Pairs that the factors of a class were counted on.
-    """
-
-    known: BoolArray
-    inside: BoolArray
-    n_class: Mapping[str, int]
+    known: BoolArray  # (n,): pairs with a residual
+    inside: BoolArray  # (n, 2): in the interval of each of `LEVELS`
+    n_class: Mapping[str, int]  # pairs that the factors of a class were counted on
 
 
 def fit_label(
@@ -140,7 +99,7 @@ def fit_label(
     label : str
     grid : Grid
     sparse : ndarray of bool, shape (N_CELLS ** 3,)
-        See `Sparseness`.
+        Cells of the sparse class: `find_sparse` of the training pairs at the centers of the cells.
 
     Raises
     ------
@@ -163,22 +122,21 @@ def fit_label(
             "Match more stars; if there are many, check the ids: pairs with an id in common count "
             "as one star.",
         )
-    cell = grid.cells(held_out.features)
-    log_snr = held_out.log_snr
+    cell, log_snr = grid.cells(held_out.features), held_out.log_snr
     one = _Label(
         cell[rows],
         log_snr[rows],
         held_out.residuals[rows, number],
         held_out.part[rows],
         sparse[cell[rows]],
-        ~wrong_measurements(held_out.residuals)[rows],
+        ~_wrong(held_out.residuals)[rows],
     )
     inside = np.zeros((len(known), len(LEVELS)), dtype=np.bool_)
     scores, inside[rows] = one.cross_fitted()
     factors = _factors(scores, one.is_sparse)
-    scale = one.scale(one.right)
+    scale = fit_scale(*(values[one.right] for values in one[:3]), with_trees=one.with_trees)
     of_class = np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
-    every, steps = np.arange(N_CELLS**3), snr_steps()
+    every, steps = np.arange(grid.size), snr_steps()
     reference, reference_profile = np.zeros(len(every)), np.ones(len(steps))
     stated = rows[held_out.reference_errors[rows, number] > 0]
     if 2 * len(stated) >= len(rows):
@@ -186,16 +144,13 @@ def fit_label(
         theirs = fit_scale(cell[stated], log_snr[stated], error, one.with_trees)
         reference = np.exp(theirs.middle + theirs.of_cell(every))
         # The noise of a target tells nothing of a reference fainter than those of the pairs.
-        reference_profile = np.exp(theirs.of_snr(np.maximum(steps, held_out.least)))
+        reference_profile = np.exp(theirs.of_snr(np.maximum(steps, least_log_snr(held_out.snr))))
+    values, profile = of_class * np.exp(scale.of_cell(every)), np.exp(scale.of_snr(steps))
+    tables = (values, profile, reference, reference_profile)
+    factors_95 = {name: both[1] / both[0] for name, both in factors.items()}
     n_sparse = int(np.count_nonzero(one.is_sparse))
     return (
-        LabelErrors(
-            (of_class * np.exp(scale.of_cell(every))).astype(np.float32),
-            reference.astype(np.float32),
-            np.exp(scale.of_snr(steps)).astype(np.float32),
-            reference_profile.astype(np.float32),
-            {name: both[1] / both[0] for name, both in factors.items()},
-        ),
+        LabelErrors(*(table.astype(np.float32) for table in tables), factors_95),
         Checked(known, inside, {DENSE: len(rows) - n_sparse, SPARSE: n_sparse}),
     )
 
@@ -218,40 +173,29 @@ def error_model(
     grid : Grid
     sparse : ndarray of bool, shape (N_CELLS ** 3,)
     least : float
-        `HeldOut.least`.
+        `least_log_snr` of the pairs.
     correction : str
         SHA-256 of the correction whose residuals these are.
     reference_error : {"included", "removed"}
         Whether the model gives half-widths with the error of the reference.
     """
-    return ErrorModel(
-        grid,
-        np.stack([one.values for one in of_label], axis=1),
-        np.stack([one.profile for one in of_label], axis=1),
-        sparse,
-        np.stack([one.reference for one in of_label], axis=1),
-        np.stack([one.reference_profile for one in of_label], axis=1),
-        {
-            "correction": correction,
-            "factors_95": {
-                label: dict(one.factors_95) for label, one in zip(LABELS, of_label, strict=True)
-            },
-            "reference_error": reference_error,
-            "unknown_snr": int(np.searchsorted(snr_steps(), least)),
+    about = {
+        "correction": correction,
+        "factors_95": {
+            label: dict(one.factors_95) for label, one in zip(LABELS, of_label, strict=True)
         },
-    )
+        "reference_error": reference_error,
+        "unknown_snr": int(np.searchsorted(snr_steps(), least)),
+    }
+    tables = [np.stack([one[place] for one in of_label], axis=1) for place in range(4)]
+    return ErrorModel(grid, tables[0], tables[1], sparse, tables[2], tables[3], about)
 
 
-def wrong_measurements(residuals: FloatArray) -> BoolArray:
+def _wrong(residuals: FloatArray) -> BoolArray:
     """Pairs that are far off in all labels at once: one of the two measurements is wrong.
 
     They are few, but where stars are few they may be most of the pairs, and would set the scale
-    there. The share of pairs that an interval holds is counted with them.
-
-    Parameters
-    ----------
-    residuals : ndarray of float64, shape (n, 3)
-        nan where unknown: such a pair counts as right.
+    there. The hit rate is counted with them.
     """
     size = np.abs(residuals)
     known = np.asarray(np.isfinite(size).all(axis=1))
@@ -260,8 +204,7 @@ def wrong_measurements(residuals: FloatArray) -> BoolArray:
     return np.asarray(known & (size > _WRONG * np.median(size[known], axis=0)).all(axis=1))
 
 
-@dataclass(frozen=True)
-class _Label:
+class _Label(NamedTuple):
     """Held-out pairs that know a label."""
 
     cell: NDArray[np.int64]
@@ -276,14 +219,12 @@ class _Label:
         """Whether the pairs are enough to see how residuals depend on the star."""
         return len(self.residual) >= MIN_FOR_TREES
 
-    def scale(self, used: BoolArray) -> Scale:
-        """Scale fitted to some pairs."""
-        return fit_scale(self.cell[used], self.log_snr[used], self.residual[used], self.with_trees)
-
-    def log_scale(self, without: tuple[int, ...], at: BoolArray) -> FloatArray:
-        """Scale of some pairs by a model fitted to right measurements without some parts."""
-        scale = self.scale(self.right & ~np.isin(self.part, without))
-        return scale.of_cell(self.cell[at]) + scale.of_snr(self.log_snr[at])
+    def scores(self, without: tuple[int, ...], at: BoolArray) -> FloatArray:
+        """Residuals of some pairs over a scale fitted to right measurements without some parts."""
+        used = self.right & ~np.isin(self.part, without)
+        scale = fit_scale(*(values[used] for values in self[:3]), with_trees=self.with_trees)
+        size = np.exp(scale.of_cell(self.cell[at]) + scale.of_snr(self.log_snr[at]))
+        return np.asarray(np.abs(self.residual[at]) / size)
 
     def cross_fitted(self) -> tuple[FloatArray, BoolArray]:
         """Scores of all pairs, and whether they lie inside intervals made without them.
@@ -291,42 +232,33 @@ class _Label:
         A score comes from a scale fitted without its part. To check a part, the scores of the
         others come from scales that have not seen it either: fitted without both.
         """
-        size = np.abs(self.residual)
-        parts = [int(part) for part in np.unique(self.part)]
-        scores = np.empty(len(size))
-        own = {}
+        n, parts = len(self.residual), np.unique(self.part).tolist()
+        scores = np.empty(n)
         for part in parts:
             at = self.part == part
-            own[part] = np.exp(self.log_scale((part,), at))
-            scores[at] = size[at] / own[part]
-        without: dict[int, FloatArray] = {part: np.empty(len(size)) for part in parts}
+            scores[at] = self.scores((part,), at)
+        without = {part: np.empty(n) for part in parts}
         for one, other in itertools.combinations(parts, 2):
             at = np.isin(self.part, (one, other))
-            found = size[at] / np.exp(self.log_scale((one, other), at))
-            of_one = self.part[at] == one
+            found, of_one = self.scores((one, other), at), self.part[at] == one
             without[one][self.part == other] = found[~of_one]
             without[other][self.part == one] = found[of_one]
-        inside = np.zeros((len(size), len(LEVELS)), dtype=np.bool_)
+        inside = np.zeros((n, len(LEVELS)), dtype=np.bool_)
         for part in parts:
             at = self.part == part
             factors = _factors(without[part][~at], self.is_sparse[~at])
-            for level in range(len(LEVELS)):
-                of_class = np.where(
-                    self.is_sparse[at], factors[SPARSE][level], factors[DENSE][level]
-                )
-                inside[at, level] = size[at] <= of_class * own[part]
+            for level, (dense, sparse) in enumerate(zip(*factors.values(), strict=True)):
+                inside[at, level] = scores[at] <= np.where(self.is_sparse[at], sparse, dense)
         return scores, inside
 
 
 def _factors(scores: FloatArray, is_sparse: BoolArray) -> dict[str, tuple[float, ...]]:
     """Factor of each level, by class."""
     everyone = np.sort(scores)
+    classes = {DENSE: np.sort(scores[~is_sparse]), SPARSE: np.sort(scores[is_sparse])}
     return {
         name: tuple(_quantile(mine, everyone, level) for level in LEVELS)
-        for name, mine in (
-            (DENSE, np.sort(scores[~is_sparse])),
-            (SPARSE, np.sort(scores[is_sparse])),
-        )
+        for name, mine in classes.items()
     }
 
 
@@ -343,7 +275,7 @@ def _quantile(mine: FloatArray, everyone: FloatArray, level: float) -> float:
 
 
 @dataclass(frozen=True)
-class Coverage:
+class HitRate:
     """Share of held-out pairs inside their interval.
 
     Parameters
@@ -353,7 +285,7 @@ class Coverage:
         0.68 or 0.95.
     n : int
         Pairs.
-    coverage : float
+    hit_rate : float
     low, high : float
         95 % interval of it (Clopper & Pearson 1934, Biometrika 26, 404).
     """
@@ -362,13 +294,13 @@ class Coverage:
     subset: str
     level: float
     n: int
-    coverage: float
+    hit_rate: float
     low: float
     high: float
 
 
-def coverages(label: str, checked: Checked, subsets: Mapping[str, BoolArray]) -> list[Coverage]:
-    """Coverage of a label at every level in some subsets; those without pairs are left out.
+def hit_rates(label: str, checked: Checked, subsets: Mapping[str, BoolArray]) -> list[HitRate]:
+    """Count the hits of a label at every level in some subsets; those without pairs are left out.
 
     Parameters
     ----------
@@ -376,23 +308,152 @@ def coverages(label: str, checked: Checked, subsets: Mapping[str, BoolArray]) ->
     checked : Checked
     subsets : mapping of str to ndarray of bool, shape (n,)
     """
+    from scipy.stats import binomtest
+
     found = []
     for subset, chosen in subsets.items():
-        rows = chosen & checked.known
-        n = int(np.count_nonzero(rows))
-        for place, level in enumerate(LEVELS):
-            if n:
-                hits = int(np.count_nonzero(checked.inside[rows, place]))
-                low, high = binomial_interval(hits, n)
-                found.append(Coverage(label, subset, level, n, hits / n, low, high))
+        inside = checked.inside[chosen & checked.known]
+        for level, hits in zip(LEVELS, np.count_nonzero(inside, axis=0).tolist(), strict=True):
+            if n := len(inside):
+                limits = binomtest(hits, n).proportion_ci(0.95)
+                low, high = float(limits.low), float(limits.high)
+                found.append(HitRate(label, subset, level, n, hits / n, low, high))
     return found
 
 
-def binomial_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a probability after so many hits of n (Clopper & Pearson 1934)."""
-    from scipy.special import betaincinv
+# --- the size of residuals as a function of the star and of S/N ---------------------------------
 
-    tail = (1 - level) / 2
-    low = float(betaincinv(hits, n - hits + 1, tail)) if hits else 0.0
-    high = float(betaincinv(hits + 1, n - hits, 1 - tail)) if hits < n else 1.0
-    return low, high
+
+@dataclass(frozen=True)
+class Scale:
+    """Size of residuals as a function of cell and S/N: exp(of_cell + of_snr).
+
+    Parameters
+    ----------
+    trees : xgboost.Booster, optional
+        Of the numbers of a cell along the axes; None: 0.
+    knots, levels : ndarray of float64, shape (m,)
+        log S/N and its contribution, which never rises; no knots: no dependence.
+    middle : float
+        Mean logarithm of what was fitted: add it to have the size itself.
+    """
+
+    trees: Any
+    knots: FloatArray
+    levels: FloatArray
+    middle: float = 0.0
+
+    def of_cell(self, cell: IntArray) -> FloatArray:
+        """Find the logarithm of the scale by cell."""
+        if self.trees is None:
+            return np.zeros(len(cell))
+        used = np.flatnonzero(np.bincount(cell))
+        of_cell = np.empty(N_CELLS**3)
+        of_cell[used] = self.trees.inplace_predict(_numbers(used))
+        return np.asarray(of_cell[cell])
+
+    def of_snr(self, log_snr: FloatArray) -> FloatArray:
+        """Find the logarithm of the scale by S/N: see `ErrorModel.half_width` for the ends."""
+        if not len(self.knots):
+            return np.zeros(len(log_snr))
+        inside = np.interp(np.nan_to_num(log_snr, nan=-np.inf), self.knots, self.levels)
+        below = np.nan_to_num(self.knots[0] - log_snr, nan=0.0)
+        return np.asarray(inside + np.maximum(below, 0.0))
+
+
+def fit_scale(
+    cell: IntArray,
+    log_snr: FloatArray,
+    residual: NDArray[np.floating],
+    with_trees: bool,
+) -> Scale:
+    """Fit the size of residuals.
+
+    Parameters
+    ----------
+    cell : ndarray of int, shape (n,)
+        `Grid.cells` of the pairs.
+    log_snr : ndarray of float64, shape (n,)
+        nan where unknown.
+    residual : ndarray of float, shape (n,)
+        target - reference - correction, finite.
+    with_trees : bool
+        Whether the size depends on the cell; the same for all fits whose scores are put together.
+    """
+    size = np.abs(np.asarray(residual, dtype=np.float64))
+    middle = float(np.median(size) or size.mean() or 1.0)
+    log_size = np.log(np.maximum(size, _SMALLEST * middle))
+    center = float(log_size.mean())
+    log_size -= center
+    bins = _bins(log_snr)
+    plain = Scale(None, *_falling(bins, log_snr, log_size), center)
+    if not with_trees:
+        return plain
+    trees, of_cell = _fit_trees(cell, log_size - plain.of_snr(log_snr))
+    return Scale(trees, *_falling(bins, log_snr, log_size - of_cell), center)
+
+
+def _bins(log_snr: FloatArray) -> list[IntArray]:
+    """Pairs in bins of S/N with equally many, or none."""
+    order = np.argsort(log_snr, kind="stable")
+    order = order[np.isfinite(log_snr[order])]
+    n_bins = min(_SNR_KNOTS, len(order) // _MIN_IN_KNOT)
+    if n_bins < 2 or log_snr[order[0]] == log_snr[order[-1]]:
+        return []
+    return np.array_split(order, n_bins)
+
+
+def _falling(
+    bins: list[IntArray], log_snr: FloatArray, log_size: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Means in the bins, made to fall with S/N."""
+    from scipy.optimize import isotonic_regression
+
+    if not bins:
+        return np.empty(0), np.empty(0)
+    knots = np.array([log_snr[rows].mean() for rows in bins])
+    means = np.array([log_size[rows].mean() for rows in bins])
+    weights = np.array([float(len(rows)) for rows in bins])
+    levels = isotonic_regression(means, weights=weights, increasing=False).x
+    knots, first = np.unique(knots, return_index=True)
+    return knots, np.asarray(levels, dtype=np.float64)[first]
+
+
+def _fit_trees(cell: IntArray, log_size: FloatArray) -> tuple[Any, FloatArray]:
+    """Boosted trees of a logarithm over the numbers of the cells: constant on every cell.
+
+    Least squares see of a cell only the mean and the number of its pairs, so that a fit takes as
+    long as there are cells with pairs. Beside the trees it gives their value for every pair.
+    """
+    import xgboost
+
+    n = np.bincount(cell)
+    used = np.flatnonzero(n)
+    mean = np.bincount(cell, log_size)[used] / n[used]
+    matrix = xgboost.QuantileDMatrix(
+        _numbers(used),
+        mean.astype(np.float32),
+        weight=n[used].astype(np.float32),
+        max_bin=N_CELLS + 1,
+        nthread=1,
+    )
+    params = {
+        "tree_method": "hist",
+        "max_depth": 3,
+        "learning_rate": 0.05,
+        "min_child_weight": max(50.0, len(log_size) / 400),
+        "reg_lambda": 20.0,
+        "max_bin": N_CELLS + 1,
+        "base_score": 0.0,
+        "nthread": 1,
+        "verbosity": 0,
+    }
+    trees = xgboost.train(params, matrix, _ROUNDS)
+    of_cell = np.empty(len(n))
+    of_cell[used] = trees.predict(matrix)  # known since the last tree was made
+    return trees, of_cell[cell]
+
+
+def _numbers(cell: IntArray) -> Float32Array:
+    """Numbers of cells along the axes."""
+    return np.stack(np.unravel_index(cell, (N_CELLS,) * 3), axis=1).astype(np.float32)

@@ -81,10 +81,9 @@ class Cells:
         return np.argwhere(self.covered)
 
     @property
-    def typical_count(self) -> float:
-        """Median of the pairs in covered cells; nan without any."""
-        counts = self.counts[self.covered]
-        return float(np.median(counts)) if len(counts) else float("nan")
+    def typical_count(self) -> float | None:
+        """Median of the pairs in covered cells; None without any."""
+        return float(np.median(self.counts[self.covered])) if self.covered.any() else None
 
     def centres(self, places: IntArray) -> FloatArray:
         """Labels at the middle of cells, shape (n, n_labels)."""
@@ -141,17 +140,19 @@ def artifacts(
     for k in range(n_labels):
         value = float(np.sqrt(np.mean(square[:, k])))
         low, high = interval(value, np.sqrt(weights @ square[:, k] / totals))
-        rows = [
-            _outside(where, inside[k], values[:, k], steps[:, k], weights, seed)
-            for where, (values, steps) in outside.items()
-        ]
-        found.append(
-            {
-                "second_difference": [value, max(low, 0.0), high],
-                **_extreme("jump", change[:, k], weights),
-                "outside": rows,
-            }
-        )
+        one = {"second_difference": [value, max(low, 0.0), high]}
+        one |= _extreme("jump", change[:, k], weights)
+        one["outside"] = []
+        for where, (values, steps) in outside.items():
+            low, high = (float(limit) for limit in inside[k])
+            excess = np.maximum(np.maximum(values[:, k] - high, low - values[:, k]), 0.0)
+            resamples = draw(len(weights), seed, len(excess)) if len(excess) else weights[:, :0]
+            row = {"where": where, "inside_low": low, "inside_high": high}
+            row |= _extreme("exceeds", excess, resamples)
+            row["share"] = float(np.mean(excess > 0)) if len(excess) else None
+            row |= _extreme("step", steps[:, k], weights)
+            one["outside"].append({**row, "n_cells": len(excess)})
+        found.append(one)
     return found
 
 
@@ -210,27 +211,6 @@ def _beyond(
             values.append(held)
             steps[last] = np.maximum(steps[last], np.abs(held - at[last]))
     return np.concatenate(values), steps
-
-
-def _outside(
-    where: str,
-    inside: FloatArray,
-    values: FloatArray,
-    steps: FloatArray,
-    weights: FloatArray,
-    seed: int,
-) -> dict[str, Any]:
-    excess = np.maximum(np.maximum(values - inside[1], inside[0] - values), 0.0)
-    resamples = draw(len(weights), seed, len(excess)) if len(excess) else weights[:, :0]
-    return {
-        "where": where,
-        "inside_low": float(inside[0]),
-        "inside_high": float(inside[1]),
-        **_extreme("exceeds", excess, resamples),
-        "share": float(np.mean(excess > 0)) if len(excess) else None,
-        **_extreme("step", steps, weights),
-        "n_cells": len(excess),
-    }
 
 
 def _extreme(name: str, values: FloatArray, weights: FloatArray) -> dict[str, float | None]:

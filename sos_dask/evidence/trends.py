@@ -8,16 +8,16 @@ stars in one bin; and directly, second - first of the stars that both have.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from scipy.special import chdtrc
 
 from sos_dask.errors import ConfigError
 from sos_dask.sky.healpix import FloatArray, IntArray
-from sos_dask.stats.binned import MIN_COUNT, Axis, Quantiles, binned_quantiles, bins_of
+from sos_dask.stats.binned import MIN_COUNT, Axis, binned_quantiles, bins_of
 
 EQUAL_WIDTH, EQUAL_COUNT = "equal-width", "equal-count"
 BEFORE, AFTER, FITTED = "before", "after", "fitted"
@@ -32,6 +32,8 @@ AXES = (
     Axis("bp_rp", -0.5, 4.0, 0.25),
 )
 PLANE = ("teff", "logg")
+Columns = Mapping[str, Any]
+"""Of bins: arrays with one entry for each, and values that all have."""
 
 
 def _fields(kind: pa.DataType, *names: str) -> tuple[tuple[str, pa.DataType], ...]:
@@ -42,259 +44,171 @@ _BIN = (("bin", pa.int32()), *_fields(pa.float64(), "low", "high", "centre"))
 _CELL = _fields(pa.float64(), *(f"{name}_{side}" for name in PLANE for side in ("low", "high")))
 _NAMES = _fields(pa.string(), "label", "against", "binning")
 _SAMPLE = _fields(pa.string(), "subset", "sample", "method")
-_PAIR = _fields(pa.string(), "first", "second")
 _QUANTILES = (("n", pa.int64()), *_fields(pa.float64(), "median", "p16", "p84", "error"))
-_CONTRAST = (
-    *(("n_first", pa.int64()), *_fields(pa.float64(), "median_first", "error_first")),
-    *(("n_second", pa.int64()), *_fields(pa.float64(), "median_second", "error_second")),
-    *_fields(pa.float64(), "difference", "error", "significance"),
-    *(("n_common", pa.int64()), *_fields(pa.float64(), "median_common", "error_common")),
-    ("significance_common", pa.float64()),
-)
 TREND_SCHEMA = pa.schema([*_NAMES, *_SAMPLE, *_BIN, *_QUANTILES])
 PLANE_SCHEMA = pa.schema([_NAMES[0], *_SAMPLE, *_CELL, *_QUANTILES])
-CONTRAST_SCHEMA = pa.schema([*_NAMES, *_PAIR, *_BIN, *_CONTRAST])
-PLANE_CONTRAST_SCHEMA = pa.schema([_NAMES[0], *_PAIR, *_CELL, *_CONTRAST])
-
-
-@dataclass(frozen=True, eq=False)
-class Trend:
-    """Difference target - reference in bins of one quantity, or of several at once.
-
-    Parameters
-    ----------
-    label : str
-        Of which the difference is.
-    against : tuple of str
-        Quantities of the bins: one, or two for a plane.
-    binning : str
-        ``equal-width`` or ``equal-count``.
-    subset : str
-        ``all`` pairs, or those whose reference labels are of this survey.
-    sample : str
-        ``before`` the correction; ``after``: difference less what a model that was not trained on
-        the star predicts; ``fitted``: the same of the pairs that trained the model.
-    method : str, optional
-        Of the correction; None before it.
-    low, high : ndarray of float64, shape (n_bins, len(against))
-        A bin includes its lower edges; the last one along a quantity its upper edge, too.
-    quantiles : Quantiles
-        In the unit of the label.
-    """
-
-    label: str
-    against: tuple[str, ...]
-    binning: str
-    subset: str
-    sample: str
-    method: str | None
-    low: FloatArray
-    high: FloatArray
-    quantiles: Quantiles
+CONTRAST_SCHEMA = pa.schema(
+    [
+        *_NAMES,
+        *_fields(pa.string(), "first", "second"),
+        *_BIN,
+        *(("n_first", pa.int64()), *_fields(pa.float64(), "median_first", "error_first")),
+        *(("n_second", pa.int64()), *_fields(pa.float64(), "median_second", "error_second")),
+        *_fields(pa.float64(), "difference", "error", "significance"),
+        *(("n_common", pa.int64()), *_fields(pa.float64(), "median_common", "error_common")),
+        ("significance_common", pa.float64()),
+    ]
+)
 
 
 def trend(
-    x: Sequence[NDArray[np.floating]],
+    x: Mapping[str, NDArray[np.floating]],
     difference: NDArray[np.floating],
     edges: Sequence[FloatArray],
-    *,
-    label: str,
-    against: tuple[str, ...],
-    binning: str,
-    subset: str = ALL,
-    sample: str = BEFORE,
-    method: str | None = None,
-) -> Trend:
+    **about: str | None,
+) -> dict[str, Any]:
     """Bin a difference by one quantity, or by several at once.
 
     Parameters
     ----------
-    x : sequence of ndarray of float, shape (n,)
-        The quantities of ``against``.
+    x : mapping of str to ndarray of float, shape (n,)
+        The quantities.
     difference : ndarray of float, shape (n,)
         In the unit of the label; nan where it is not known.
     edges : sequence of ndarray of float64
-        Of the bins, one array a quantity.
-    label, against, binning, subset, sample, method
-        As in `Trend`.
+        Of the bins, one array for each quantity. A bin includes its lower edges; the last one
+        along a quantity its upper edge, too.
+    about : str
+        Further columns: ``label``, of which the difference is; ``binning``; ``subset``, ``all``
+        pairs or those whose reference labels are of this survey; ``sample``, ``before`` the
+        correction, ``after``: less what a model that was not trained on the star predicts, or
+        ``fitted``: the same of the pairs that trained the model; ``method``, None before it.
+
+    Returns
+    -------
+    dict
+        Columns of `TREND_SCHEMA`, and of `PLANE_SCHEMA` for its quantities.
 
     Raises
     ------
     ConfigError
-        Not one array of edges a quantity.
+        Not one array of edges for each quantity.
     """
-    if not len(x) == len(edges) == len(against) > 0:
-        raise ConfigError(f"{len(edges)} arrays of edges for {len(against)} quantities")
+    if not len(x) == len(edges) > 0:
+        raise ConfigError(f"{len(edges)} arrays of edges for {len(x)} quantities")
     shape = tuple(max(len(e) - 1, 0) for e in edges)
     n_cells = int(np.prod(shape))
-    index = np.stack([bins_of(values, bounds) for values, bounds in zip(x, edges, strict=True)])
+    index = np.stack([bins_of(v, bounds) for v, bounds in zip(x.values(), edges, strict=True)])
     inside = (index >= 0).all(axis=0)
     cell: IntArray = np.full(len(difference), -1, dtype=np.int64)
     if n_cells:
         cell[inside] = np.ravel_multi_index(tuple(index[:, inside]), shape)
-    place = np.indices(shape).reshape(len(shape), n_cells)
-    low = [bounds[:-1][at] for bounds, at in zip(edges, place, strict=True)]
-    high = [bounds[1:][at] for bounds, at in zip(edges, place, strict=True)]
-    quantiles = binned_quantiles(cell, difference, n_cells)
-    sides = np.stack(low, axis=1), np.stack(high, axis=1)
-    return Trend(label, against, binning, subset, sample, method, *sides, quantiles)
+    found: dict[str, Any] = {**about, "against": ",".join(x), "bin": np.arange(n_cells)}
+    places = np.indices(shape).reshape(len(shape), n_cells)
+    for name, bounds, place in reversed([*zip(x, edges, places, strict=True)]):
+        found["low"], found["high"] = low, high = bounds[:-1][place], bounds[1:][place]
+        found |= {"centre": (low + high) / 2, f"{name}_low": low, f"{name}_high": high}
+    return found | binned_quantiles(cell, difference, n_cells)._asdict()
 
 
-@dataclass(frozen=True, eq=False)
-class Contrast:
-    """Two reference surveys, compared through the target and on the stars that both have.
+def contrast(
+    first: Columns, second: Columns, common: Columns | None = None, min_count: int = MIN_COUNT
+) -> dict[str, Any]:
+    """Compare two reference surveys through the target and on the stars that both have.
 
     Parameters
     ----------
-    first, second : Trend
-        Of the pairs of each survey, in the same bins.
-    common : Trend, optional
-        Of second - first on common stars, in the same bins, of the first survey's labels.
+    first, second : mapping
+        `trend` of the pairs of each survey, in the same bins.
+    common : mapping, optional
+        `trend` of second - first on common stars, in the same bins of the first survey's labels.
     min_count : int
         Bins with fewer pairs of either survey are not judged.
+
+    Returns
+    -------
+    dict
+        Columns of `CONTRAST_SCHEMA`, nan where a bin is not judged: ``difference`` is second -
+        first through the target, ``significance`` it over its error, nan where all values are
+        equal.
     """
+    judged = np.minimum(first["n"], second["n"]) >= max(min_count, 2)
+    difference = np.where(judged, first["median"] - second["median"], np.nan)
+    error = np.where(judged, np.hypot(first["error"], second["error"]), np.nan)
+    if common is None:
+        none = binned_quantiles(np.empty(0, np.int64), np.empty(0), len(judged))
+        common = none._asdict()
+    found: dict[str, Any] = {**first, "first": first["subset"], "second": second["subset"]}
+    found |= {"difference": difference, "error": error, "significance": _over(difference, error)}
+    for name, of in (("first", first), ("second", second), ("common", common)):
+        found |= {f"{key}_{name}": of[key] for key in ("n", "median", "error")}
+    return found | {"significance_common": _over(common["median"], common["error"])}
 
-    first: Trend
-    second: Trend
-    common: Trend | None = None
-    min_count: int = MIN_COUNT
 
-    @property
-    def columns(self) -> dict[str, NDArray[Any]]:
-        """Columns of `CONTRAST_SCHEMA` bin by bin, nan where a bin is not judged.
+def agreements(columns: Columns, min_count: int = MIN_COUNT) -> list[dict[str, Any]]:
+    """Sum up all bins of a `contrast`: through the target and, where there are any, common stars.
 
-        ``difference`` is second - first through the target, ``significance`` it over its error,
-        nan where all values are equal.
-        """
-        one, other = self.first.quantiles, self.second.quantiles
-        judged = np.minimum(one.n, other.n) >= max(self.min_count, 2)
-        difference = np.where(judged, one.median - other.median, np.nan)
-        error = np.where(judged, np.hypot(one.error, other.error), np.nan)
-        found: dict[str, NDArray[Any]] = {"difference": difference, "error": error}
-        found["significance"] = _over(difference, error)
-        nothing = binned_quantiles(np.empty(0, np.int64), np.empty(0), len(one.n))
-        direct = nothing if self.common is None else self.common.quantiles
-        for name, of in (("first", one), ("second", other), ("common", direct)):
-            found |= {f"n_{name}": of.n, f"median_{name}": of.median, f"error_{name}": of.error}
-        found["significance_common"] = _over(direct.median, direct.error)
-        return found
-
-    def agreements(self) -> list[dict[str, Any]]:
-        """Sum up all bins: through the target and, where there are any, on common stars.
-
-        Returns
-        -------
-        list of dict
-            ``first``, ``second``, ``label``, ``against``; ``by`` ``target`` or ``common``;
-            ``n_bins`` that are judged; ``median`` and ``rms`` of second - first over them, None
-            without bins; ``excess``, the rms beyond what the errors explain, ``sqrt(rms**2 -
-            mean(error**2))``; ``chi2``, sum of squared significances, and ``p_value``, the chance
-            of one so large were there no difference; ``n_significant``, bins more than 3 errors
-            from zero.
-        """
-        columns = self.columns
-        found = [self._agreement("target", columns["difference"], columns["error"])]
-        if self.common is not None:
-            judged = columns["n_common"] >= max(self.min_count, 2)
-            median, error = (
-                np.where(judged, columns[f"{name}_common"], np.nan) for name in ("median", "error")
-            )
-            found.append(self._agreement("common", median, error))
-        return found
-
-    def _agreement(self, by: str, difference: FloatArray, error: FloatArray) -> dict[str, Any]:
-        from scipy.special import chdtrc
-
+    Returns
+    -------
+    list of dict
+        ``first``, ``second``, ``label``, ``against``, ``binning``; ``by`` ``target`` or
+        ``common``; ``n_bins`` that are judged; ``median`` and ``rms`` of second - first over them,
+        None without bins; ``excess``, the rms beyond what the errors explain, ``sqrt(rms**2 -
+        mean(error**2))``; ``p_value``, the chance of so large a sum of squared significances were
+        there no difference; ``n_significant``, bins more than 3 errors from zero.
+    """
+    samples = {"target": (columns["difference"], columns["error"])}
+    if columns["n_common"].any():
+        judged = columns["n_common"] >= max(min_count, 2)
+        median = np.where(judged, columns["median_common"], np.nan)
+        samples["common"] = (median, columns["error_common"])
+    found = []
+    for by, (difference, error) in samples.items():
         judged = ~np.isnan(_over(difference, error))
         d, e = difference[judged], error[judged]
         n_bins = len(d)
         square, noise = (float(np.mean(v**2)) if n_bins else 0.0 for v in (d, e))
-        total = float(np.sum((d / e) ** 2))
-        return {
-            "first": self.first.subset,
-            "second": self.second.subset,
-            "label": self.first.label,
-            "against": ",".join(self.first.against),
-            "by": by,
-            "n_bins": n_bins,
-            "median": float(np.median(d)) if n_bins else None,
-            "rms": float(np.sqrt(square)) if n_bins else None,
-            "excess": float(np.sqrt(max(square - noise, 0.0))) if n_bins else None,
-            "chi2": total,
-            "p_value": float(chdtrc(n_bins, total)) if n_bins else 1.0,
-            "n_significant": int(np.count_nonzero(np.abs(d) > 3 * e)),
-        }
+        row = {name: columns[name] for name in ("first", "second", "label", "against", "binning")}
+        row |= {"by": by, "n_bins": n_bins, "median": None, "rms": None, "excess": None}
+        if n_bins:
+            row |= {"median": float(np.median(d)), "rms": float(np.sqrt(square))}
+            row["excess"] = float(np.sqrt(max(square - noise, 0.0)))
+        row["p_value"] = float(chdtrc(n_bins, np.sum((d / e) ** 2))) if n_bins else 1.0
+        found.append({**row, "n_significant": int(np.count_nonzero(np.abs(d) > 3 * e))})
+    return found
 
 
 def _over(difference: FloatArray, error: FloatArray) -> FloatArray:
     return difference / np.where(error > 0, error, np.nan)
 
 
-def trend_table(trends: Sequence[Trend], plane: bool = False) -> pa.Table:
-    """Put trends into one long table.
+def trend_table(trends: Sequence[Columns], plane: bool = False) -> pa.Table:
+    """Put trends into one long table: `TREND_SCHEMA`, or `PLANE_SCHEMA` on the plane.
 
-    Parameters
-    ----------
-    trends : sequence of Trend
-    plane : bool
-        They are on the plane: cells without pairs are left out. Bins of one quantity without
-        pairs stay, with ``n`` 0 and nulls.
-
-    Returns
-    -------
-    pyarrow.Table
-        `TREND_SCHEMA` or `PLANE_SCHEMA`.
+    Cells of the plane without pairs are left out. Bins of one quantity without pairs stay, with
+    ``n`` 0 and nulls.
     """
-    tables = [(PLANE_SCHEMA if plane else TREND_SCHEMA).empty_table()]
-    for one in trends:
-        about = {"subset": one.subset, "sample": one.sample, "method": one.method}
-        columns = about | asdict(one.quantiles)
-        tables.append(_long(one, columns, tables[0].schema, one.quantiles.n > 0 if plane else None))
+    table = _long(trends, PLANE_SCHEMA if plane else TREND_SCHEMA)
+    return table.filter(pa.array(table["n"].to_numpy() > 0)) if plane else table
+
+
+def contrast_table(contrasts: Sequence[Columns]) -> pa.Table:
+    """Put contrasts into one long table: bins with pairs of both surveys or with common stars."""
+    table = _long(contrasts, CONTRAST_SCHEMA)
+    first, second, common = (
+        table[f"n_{name}"].to_numpy() for name in ("first", "second", "common")
+    )
+    return table.filter(pa.array(np.minimum(first, second) + common > 0))
+
+
+def _long(items: Sequence[Columns], schema: pa.Schema) -> pa.Table:
+    tables = [schema.empty_table()]
+    for columns in items:
+        arrays = []
+        for field in schema:
+            value = columns[field.name]
+            if not isinstance(value, np.ndarray):  # a single text is repeated
+                value = [value] * len(columns["bin"])
+            arrays.append(pa.array(value, field.type, from_pandas=True))
+        tables.append(pa.table(arrays, schema=schema))
     return pa.concat_tables(tables).combine_chunks()
-
-
-def contrast_table(contrasts: Sequence[Contrast], plane: bool = False) -> pa.Table:
-    """Put contrasts into one long table: bins with pairs of both surveys or with common stars.
-
-    Returns
-    -------
-    pyarrow.Table
-        `CONTRAST_SCHEMA` or `PLANE_CONTRAST_SCHEMA`.
-    """
-    tables = [(PLANE_CONTRAST_SCHEMA if plane else CONTRAST_SCHEMA).empty_table()]
-    for one in contrasts:
-        columns = one.columns
-        n = np.minimum(columns["n_first"], columns["n_second"]) + columns["n_common"]
-        pair = {"first": one.first.subset, "second": one.second.subset}
-        tables.append(_long(one.first, {**columns, **pair}, tables[0].schema, n > 0))
-    return pa.concat_tables(tables).combine_chunks()
-
-
-def _long(
-    trend: Trend,
-    values: Mapping[str, object],
-    schema: pa.Schema,
-    kept: NDArray[np.bool_] | None,
-) -> pa.Table:
-    """One row a bin, or of those that are kept."""
-    n_bins, low, high = len(trend.low), trend.low[:, 0], trend.high[:, 0]
-    columns: dict[str, object] = {
-        "label": trend.label,
-        "against": ",".join(trend.against),
-        "binning": trend.binning,
-        "bin": np.arange(n_bins),
-        "low": low,
-        "high": high,
-        "centre": (low + high) / 2,
-        **{f"{name}_low": trend.low[:, i] for i, name in enumerate(trend.against)},
-        **{f"{name}_high": trend.high[:, i] for i, name in enumerate(trend.against)},
-        **values,
-    }
-    arrays = []
-    for field in schema:
-        value = columns[field.name]
-        if not isinstance(value, np.ndarray):  # a single text is repeated
-            value = [value] * n_bins
-        arrays.append(pa.array(value, field.type, from_pandas=True))
-    table = pa.table(arrays, schema=schema)
-    return table if kept is None else table.filter(pa.array(kept))

@@ -98,11 +98,7 @@ class Build:
         if not self.one(kind) or not path.is_file():
             return None
         with partition_errors(path):
-            table = pq.read_table(path)
-        if name == "hit_rates" and "coverage" in table.column_names:
-            names = ["hit_rate" if one == "coverage" else one for one in table.column_names]
-            table = table.rename_columns(names)
-        return table
+            return pq.read_table(path)
 
     @property
     def choice(self) -> Row:

@@ -29,7 +29,7 @@ from sos_dask.errors import ConfigError, StorageError, SurveyError
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
-from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows, atomic_path
 from sos_dask.storage.catalog import Catalog, write_catalog_metadata, write_parquet, write_partition
 
 S = TypeVar("S", bound=Settings)
@@ -414,6 +414,26 @@ def by_pixel(pixels: Sequence[HealpixPixel]) -> dict[str, HealpixPixel]:
 def partition_record(output: Output, pixel: HealpixPixel, table: pa.Table) -> dict[str, Any] | None:
     """Write a partition, unless it has no rows; its record for `Run.write_catalog`."""
     return asdict(write_partition(output, pixel, table)) if table.num_rows else None
+
+
+def piece(output: Output, name: str) -> Path:
+    """Path of an intermediate table of an output."""
+    return output.work / "pieces" / f"{name}.arrow"
+
+
+def write_piece(path: Path, table: pa.Table) -> None:
+    """Keep an intermediate table as an Arrow file, written atomically."""
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
+
+
+def read_piece(path: Path) -> pa.Table:
+    """An intermediate table, memory-mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import floats32, matrix32
+from sos_dask.errors import ModelError
 from sos_dask.evidence.choice import BALANCED, TOLERANCE, check_rule, choose
 from sos_dask.evidence.figures import (
     FIGURE_SCHEMA,
@@ -51,7 +52,6 @@ from sos_dask.stages.evidence import (
     read_evidence,
     require_rows,
 )
-from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stats.binned import Axis
 from sos_dask.stats.bootstrap import draw
 from sos_dask.storage.artifact import Manifest, Output
@@ -97,7 +97,7 @@ class Compare(Stage[CompareSettings]):
     Settings = CompareSettings
     roles = (
         Role("evidence", "Pairs with the predictions of the models.", "output"),
-        Role("model", "Trained corrections.", "output", many=True),
+        Role("model", "Trained corrections.", "output", optional=True, many=True),
     )
 
     @property
@@ -106,7 +106,11 @@ class Compare(Stage[CompareSettings]):
         return sorted(name.removeprefix("model.") for name in self.named("model"))
 
     def check(self) -> None:
-        """Refuse a rule that is none."""
+        """Refuse no models, and a rule that is none."""
+        if not self.methods:
+            raise ModelError(
+                "there is no model to compare", "Give the outputs of 'sos-dask train'."
+            )
         check_rule(self.settings.rule, self.methods)
 
     def make(self, run: Run) -> Made:
@@ -126,8 +130,8 @@ class Compare(Stage[CompareSettings]):
             for method in self.methods
         }
         choice = choose(self.settings.rule, scored, roughness, self.settings.tolerance)
-        found = [read_piece(_figures_file(run.output, label)) for label in labels]
-        run.write(COMPARISON, pa.concat_tables(found))
+        rows = [row for record in of_labels for row in record["figures"]]
+        run.write(COMPARISON, pa.Table.from_pylist(rows, schema=FIGURE_SCHEMA))
         run.write(ARTIFACTS, pa.Table.from_pylist(rough, schema=ARTIFACT_SCHEMA))
         run.write(OUTSIDE, pa.Table.from_pylist(outside, schema=OUTSIDE_SCHEMA))
         manifests = [self.manifest(f"model.{method}") for method in self.methods]
@@ -159,16 +163,13 @@ class Compare(Stage[CompareSettings]):
                 for one, value in zip(problem.inputs, values, strict=True)
             }
             box.append(np.array([at[name] for name in axes]))
-        n_labels = len(problem.labels)
-        found = artifacts(
-            predict, cells, (box[0], box[1]), n_labels, settings.n_bootstrap, settings.seed
-        )
-        n_cells = len(cells.places)
-        typical = cells.typical_count if n_cells else None
-        return {"n_cells": n_cells, "typical_count": typical, "labels": found}
+        n, many = len(problem.labels), settings.n_bootstrap
+        found = artifacts(predict, cells, (box[0], box[1]), n, many, settings.seed)
+        count = {"n_cells": len(cells.places), "typical_count": cells.typical_count}
+        return {**count, "labels": found}
 
     def figures_of(self, output: Output, label: str, item: None) -> dict[str, Any]:
-        """Write the figures of one label in both samples."""
+        """Measure one label in both samples."""
         settings, path = self.settings, self.path("evidence")
         there = columns_of(path)
         edges = {axis.name: axis.edges for axis in settings.axes if axis.name in there}
@@ -199,12 +200,7 @@ class Compare(Stage[CompareSettings]):
                 for key, score in scored.items()
                 if key[1] in ("mad", "rms_binned")
             ]
-        write_piece(_figures_file(output, label), pa.Table.from_pylist(rows, schema=FIGURE_SCHEMA))
-        return {"n": n, "scores": scores[TEST]}
-
-
-def _figures_file(output: Output, label: str) -> Path:
-    return output.work / "pieces" / f"figures-{label}.arrow"
+        return {"n": n, "scores": scores[TEST], "figures": rows}
 
 
 def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -43,9 +43,21 @@ from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
-from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
-from sos_dask.stages.evidence import held_out_columns, read_evidence, single_observations
-from sos_dask.stages.pieces import read_piece, write_piece
+from sos_dask.stages.base import (
+    Made,
+    Role,
+    Run,
+    by_pixel,
+    partition_record,
+    read_piece,
+    write_piece,
+)
+from sos_dask.stages.evidence import (
+    OfModel,
+    held_out_columns,
+    read_evidence,
+    single_observations,
+)
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
 from sos_dask.stats.numbers import uniform
@@ -111,7 +123,7 @@ class CoverageSettings(Settings):
         return Limits(inside=self.inside, outside=self.outside)
 
 
-class Coverage(Stage[CoverageSettings]):
+class Coverage(OfModel[CoverageSettings]):
     """Fit a coverage model and score every row of a catalog.
 
     Makes a catalog on the partitions of the observations (``_healpix_29``, key, position,

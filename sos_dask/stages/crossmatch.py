@@ -28,9 +28,17 @@ from sos_dask.columns import KeyArray, key_numbers
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, SEEDS
 from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray
 from sos_dask.sky.neighbours import near_edge, near_pixel, rows_near, surroundings
-from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
+from sos_dask.stages.base import (
+    Made,
+    Role,
+    Run,
+    Stage,
+    by_pixel,
+    partition_record,
+    read_piece,
+    write_piece,
+)
 from sos_dask.stages.ids import key_column, motion_of, require_numbers, require_whole
-from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
 from sos_dask.stars.group import GAIA_IDS, id_values
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec

@@ -32,7 +32,7 @@ from sos_dask.stages.base import Made, Role, Run, S, Stage
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stats.bootstrap import groups_of
 from sos_dask.stats.numbers import find_sparse
-from sos_dask.storage.artifact import FileRecord, Manifest, Output, Rows
+from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
 
 EVIDENCE = "evidence.parquet"
@@ -161,6 +161,21 @@ def _predicted(model: Path, problem: Problem, x: NDArray[np.float32]) -> NDArray
     return correction.predict(x)
 
 
+class OfModel(Stage[S]):
+    """Stage on the evidence of one model.
+
+    Its table follows from pairs and models: only the version of the table is part of the recipe, so
+    that a further method does not make again what depends on the chosen model alone.
+    """
+
+    @classmethod
+    def recipe(cls, settings: S, fingerprints: Mapping[str, str]) -> Recipe:
+        """Recipe with the version of the table of evidence instead of its fingerprint."""
+        params = {"settings": settings.as_json, "evidence_version": Evidence.version}
+        inputs = {name: value for name, value in fingerprints.items() if name != "evidence"}
+        return Recipe(cls.name, cls.version, params, inputs)
+
+
 def on_pairs(
     stage: type[Stage[S]],
     pairs: Catalog,
@@ -195,12 +210,11 @@ def on_pairs(
     one = stage({"evidence": path, **more}, settings)
     evidence.check()
     prints = {
-        "evidence": Evidence.recipe(evidence.settings, evidence.fingerprints()).fingerprint,
-        **{
-            name: x.fingerprint if isinstance(x, Catalog) else Manifest.load(x).fingerprint
-            for name, x in more.items()
-        },
+        name: x.fingerprint if isinstance(x, Catalog) else Manifest.load(x).fingerprint
+        for name, x in more.items()
     }
+    recipe = Evidence.recipe(evidence.settings, evidence.fingerprints())
+    prints["evidence"] = recipe.fingerprint
     if Output(directory, stage.recipe(one.settings, prints)).complete:
         return Manifest.checked(directory)
     try:
@@ -318,11 +332,6 @@ def sparse_pairs(x: NDArray[np.float32], trained: NDArray[np.bool_]) -> NDArray[
 def require_rows(run: Run, evidence: Path, process_bytes: int, bytes_a_pair: int) -> None:
     """Refuse a table that does not fit into a worker, or into this process without one.
 
-    Parameters
-    ----------
-    process_bytes, bytes_a_pair : int
-        Of a process of the stage, and of a pair in it.
-
     Raises
     ------
     ClusterError
@@ -343,18 +352,12 @@ def require_evidence(
 ) -> None:
     """Refuse a stage whose pairs do not fit into a worker, or into this process without one.
 
-    Parameters
-    ----------
-    step : str
-        The stage.
-    process_bytes, bytes_a_pair : int
-        Of a process of the stage, and of a pair in it. Of a pair that is left out it holds 16 bytes
-        for a moment: its fold, whether it is kept, and its place among those held out.
-
     Raises
     ------
     ClusterError
     """
+    # Of a pair that is left out it holds 16 bytes for a moment: its fold, whether it is kept, and
+    # its place among those held out.
     n_pairs = min(pairs.n_rows, MOST_PAIRS)
     n_bytes = process_bytes + bytes_a_pair * n_pairs + 16 * pairs.n_rows
     _require_bytes(cluster, n_bytes, f"{step}: {n_pairs:,} pairs of {pairs.path}")
@@ -363,7 +366,7 @@ def require_evidence(
 def single_observations(
     table: pa.Table, rows: NDArray[np.int64], least: int = 1000
 ) -> NDArray[np.bool_]:
-    """Which pairs tell of the error of one observation, because observations are corrected.
+    """Tell which pairs say the error of one observation, because observations are corrected.
 
     Those whose target was observed once where there are as many among the rows, else all.
     """

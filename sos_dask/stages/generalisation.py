@@ -6,19 +6,18 @@ run beside each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import floats32, floats_or_nan
+from sos_dask.columns import floats_or_nan
 from sos_dask.errors import ModelError
 from sos_dask.evidence.figures import NONE
 from sos_dask.evidence.left_out import (
@@ -35,13 +34,21 @@ from sos_dask.problem import Problem
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import problem_of, read_evidence
-from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stages.train import VERSION as TRAIN_VERSION
 from sos_dask.stats.numbers import scatter
 from sos_dask.storage.artifact import Output, Recipe, Rows
 
 TABLE = "generalisation.parquet"
 Fit = tuple[str, str, str]  # method, split, group
+_FIGURES = ("n", "median", "mad")
+_KINDS = {"n_train": pa.int64(), "n": pa.int64(), "median": pa.float64(), "mad": pa.float64()}
+_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("split", "group", "method", "label")),
+        *_KINDS.items(),
+        *((f"{name}_random", _KINDS[name]) for name in _FIGURES),
+    ]
+)
 
 
 class GeneralisationSettings(Settings):
@@ -86,7 +93,7 @@ class Generalisation(Stage[GeneralisationSettings]):
         return Recipe(cls.name, cls.version, params, dict(fingerprints))
 
     def make(self, run: Run) -> Made:
-        """Fit every method without every group, then compare."""
+        """Fit every method without every group, then put the figures together."""
         given = self.manifest("evidence").rows
         table = self._pairs()
         splits = {name: table[name].to_pylist() for name in (DENSITY, REGION, REFERENCE)}
@@ -97,17 +104,27 @@ class Generalisation(Stage[GeneralisationSettings]):
                 f"training: each and its rest need {self.settings.min_pairs}",
                 "Match more stars, or lower [generalisation] min_pairs.",
             )
-        write_piece(_pairs_file(run.output), table)
         fits: dict[str, Fit] = {}
         for method in self.settings.methods:
             for split, group in [(RANDOM, ""), *groups]:
                 fits[f"{method}-{split}-{group}".replace("/", " per ")] = (method, split, group)
-        done = run.parts("fits", fits, self.fit)
-        run.write(TABLE, self._figures(run.output, table, fits, groups))
+        done = run.parts("fits", fits, partial(self.fit, groups=groups))
+        bare = problem_of(self.path("evidence")).differences(table)
+        rows = {
+            (NONE, *place): row | {f"{name}_random": row[name] for name in _FIGURES}
+            for place, row in self._figures(table, bare, groups).items()
+        }
+        for (method, split, _), one in zip(fits.values(), done, strict=True):
+            for *place, found in one["figures"]:
+                end = "_random" if split == RANDOM else ""
+                row = rows.setdefault((method, *place), {})
+                row |= {f"{name}{end}" if name in _FIGURES else name: found[name] for name in found}
+        keys = ("method", "split", "group", "label")
+        table_rows = [{**dict(zip(keys, key, strict=True)), **row} for key, row in rows.items()]
+        run.write(TABLE, pa.Table.from_pylist(table_rows, _SCHEMA))
         refused = {key: one["refused"] for key, one in zip(fits, done, strict=True)}
         dropped = {**given.dropped, "of other stars": given.n_out - table.num_rows}
-        rows = Rows(given.n_in, table.num_rows, 0, dropped)
-        return rows, {
+        return Rows(given.n_in, table.num_rows, 0, dropped), {
             "groups": [list(group) for group in groups],
             "refused": {key: why for key, why in refused.items() if why},
         }
@@ -121,68 +138,52 @@ class Generalisation(Stage[GeneralisationSettings]):
         if table.num_rows > self.settings.max_pairs:
             star, n = table["star"].to_numpy(), self.settings.max_pairs
             table = table.filter(pa.array(star < np.partition(star, n)[n]))
-        sparse = np.where(table["sparse"].to_numpy(), SPARSE, DENSE)
         known = np.isfinite(problem.matrix(table)).all(axis=1)
+        sparse = np.where(known, np.where(table["sparse"].to_numpy(), SPARSE, DENSE), "")
         survey = pa.array([""] * table.num_rows, pa.string())
         if "survey_ref" in table.column_names:
             survey = table["survey_ref"].fill_null("").cast(pa.string())
-        teff, logg = (floats_or_nan(table, name) for name in ("teff", "logg"))
-        region = region_groups(teff, logg)
-        found = table.select(list(kept))
-        found = found.append_column(DENSITY, pa.array(np.where(known, sparse, "")))
-        found = found.append_column(REGION, pa.array(region, pa.string()))
-        return found.append_column(REFERENCE, survey).combine_chunks()
+        region = region_groups(*(floats_or_nan(table, name) for name in ("teff", "logg")))
+        for name, values in ((DENSITY, sparse), (REGION, region), (REFERENCE, survey)):
+            table = table.append_column(name, pa.array(values, pa.string()))
+        return table.combine_chunks()
 
-    def fit(self, output: Output, key: str, item: Fit) -> dict[str, Any]:
-        """Fit without the group, and keep the predictions of all pairs that were left out."""
+    def fit(
+        self, output: Output, key: str, item: Fit, groups: Sequence[tuple[str, str]]
+    ) -> dict[str, Any]:
+        """Fit without a group and measure it; without random pairs, measure every group."""
         method, split, group = item
-        table = read_piece(_pairs_file(output))
+        problem, table = problem_of(self.path("evidence")), self._pairs()
         fold = _folds(table, split, group)
-        problem = problem_of(self.path("evidence"))
         x, differences = problem.matrix(table), problem.differences(table)
-        source = _Source(
-            corrections.Batch(x, differences, fold, np.ones(len(x), np.float32)), problem
-        )
+        batch = corrections.Batch(x, differences, fold, np.ones(len(x), np.float32))
         params = corrections.check_params(method, self.settings.methods[method])
         predicted, refused = np.full_like(differences, np.nan), ""
         try:
+            source = _Source(batch, problem)
             fitted = corrections.fit(method, source, train_folds=[0], params=params)
             predicted[fold == 1] = fitted.predict(x[fold == 1])
         except ModelError as error:
             refused = error.message
-        write_piece(_piece(output, key), pa.table(list(predicted.T.copy()), problem.names))
-        return {"refused": refused}
+        left = differences.astype(np.float64) - predicted
+        found = self._figures(table, left, groups if split == RANDOM else [(split, group)])
+        return {"refused": refused, "figures": [[*key, row] for key, row in found.items()]}
 
     def _figures(
-        self,
-        output: Output,
-        table: pa.Table,
-        fits: Mapping[str, Fit],
-        groups: list[tuple[str, str]],
-    ) -> pa.Table:
-        labels = problem_of(self.path("evidence")).labels
-        predicted = {fit: read_piece(_piece(output, key)) for key, fit in fits.items()}
-        rows = []
-        for method in (NONE, *self.settings.methods):
-            for split, group in groups:
-                fold = _folds(table, split, group)
-                for label in labels:
-                    row: dict[str, Any] = {"split": split, "group": group, "method": method}
-                    row |= {"label": label.name, "n_train": int(np.count_nonzero(fold == 0))}
-                    bare = floats32(table, label.diff).astype(np.float64)
-                    for fit, end in (
-                        ((method, split, group), ""),
-                        ((method, RANDOM, ""), "_random"),
-                    ):
-                        left = (
-                            bare if method == NONE else bare - floats32(predicted[fit], label.name)
-                        )
-                        left = left[(fold == 1) & np.isfinite(left)]
-                        row[f"n{end}"] = len(left)
-                        row[f"median{end}"] = float(np.median(left)) if len(left) else None
-                        row[f"mad{end}"] = scatter(left) if len(left) else None
-                    rows.append(row)
-        return pa.Table.from_pylist(rows)
+        self, table: pa.Table, left: NDArray[np.floating], groups: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """Figures of what is left of the differences in some groups, by split, group and label."""
+        found = {}
+        for split, group in groups:
+            fold = _folds(table, split, group)
+            for label, values in zip(problem_of(self.path("evidence")).names, left.T, strict=True):
+                of_group = values[(fold == 1) & np.isfinite(values)].astype(np.float64)
+                row: dict[str, Any] = {"n_train": int(np.count_nonzero(fold == 0))}
+                row |= {"n": len(of_group), "median": None, "mad": None}
+                if len(of_group):
+                    row |= {"median": float(np.median(of_group)), "mad": scatter(of_group)}
+                found[split, group, label] = row
+        return found
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,7 @@ class _Source:
 
     batch: corrections.Batch
     problem: Problem
-
-    @property
-    def n_batches(self) -> int:
-        return 1
+    n_batches = 1
 
     def load(self, index: int) -> corrections.Batch:
         return self.batch
@@ -204,14 +202,5 @@ def _folds(table: pa.Table, split: str, group: str) -> NDArray[np.int8]:
     """Train (0), left out (1), or neither (2): pairs that a split gives to no group."""
     if split == RANDOM:
         return np.asarray(table["fold"].to_numpy() == 0, dtype=np.int8)
-    is_group = pc.equal(table[split], group).to_numpy(zero_copy_only=False)
-    in_none = pc.equal(table[split], "").to_numpy(zero_copy_only=False)
-    return np.where(in_none, 2, is_group).astype(np.int8)
-
-
-def _pairs_file(output: Output) -> Path:
-    return output.work / "pairs.arrow"
-
-
-def _piece(output: Output, key: str) -> Path:
-    return output.work / "predictions" / f"{key}.arrow"
+    names = table[split].to_numpy()
+    return np.where(names == "", 2, names == group).astype(np.int8)

@@ -31,8 +31,16 @@ from sos_dask.evidence.projection import (
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
 from sos_dask.sky.healpix import HealpixPixel
-from sos_dask.stages.base import Made, Role, Run, Stage, partition_record
-from sos_dask.stages.pieces import read_piece, write_piece
+from sos_dask.stages.base import (
+    Made,
+    Role,
+    Run,
+    Stage,
+    partition_record,
+    piece,
+    read_piece,
+    write_piece,
+)
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, Rows
 from sos_dask.storage.catalog import partition_errors
@@ -122,7 +130,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         asked = {key: (place, rates[place[0]]) for key, place in places.items()}
         run.run_parts("sampled", asked, self.sample, "sample")
         names = self.parameters
-        sample = pa.concat_tables(read_piece(_piece(run.output, "samples", key)) for key in places)
+        sample = pa.concat_tables(read_piece(piece(run.output, f"samples-{key}")) for key in places)
         order = [(name, "ascending") for name in ("place", *names)]
         sample = sample.sort_by([("sample", "descending"), *order])
         parameters = np.stack([sample[name].to_numpy() for name in names], axis=1)
@@ -162,7 +170,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         values = DEFAULT.parameter_matrix(columns, self.parameters)[chosen]
         kept = {"sample": pa.array([sample] * len(values), pa.string()), "place": numbers[chosen]}
         kept |= dict(zip(self.parameters, values.T.copy(), strict=True))
-        write_piece(_piece(output, "samples", key), pa.table(kept))
+        write_piece(piece(output, f"samples-{key}"), pa.table(kept))
         return {"rows": len(values)}
 
     def place(self, output: Output, key: str, item: Place) -> dict[str, Any]:
@@ -181,7 +189,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         place = plane.place(parameters)
         missing = np.isnan(place[:, 0])
         counts = density_map(place, plane.limits(), self.settings.map_bins)
-        write_piece(_piece(output, "maps", key), pa.table({"n": counts.ravel()}))
+        write_piece(piece(output, f"maps-{key}"), pa.table({"n": counts.ravel()}))
         n_missing = int(np.count_nonzero(missing)) - n_left
         record: dict[str, Any] = {"without_place": n_missing, "not_asked": n_left}
         if sample == TARGET:
@@ -194,15 +202,11 @@ class ProjectionStage(Stage[ProjectionSettings]):
         bins = self.settings.map_bins
         total = {sample: np.zeros(bins * bins, dtype=np.int64) for sample in _INPUTS}
         for key, (sample, _) in places.items():
-            total[sample] += read_piece(_piece(run.output, "maps", key))["n"].to_numpy()
+            total[sample] += read_piece(piece(run.output, f"maps-{key}"))["n"].to_numpy()
         used = np.flatnonzero(total[TARGET] + total[OVERLAP])
         first, second = (index.astype(np.int32) for index in np.divmod(used, bins))
         counts = {f"n_{sample}": n[used] for sample, n in total.items()}
         run.write(MAPS, pa.table({"cell_1": first, "cell_2": second, **counts}))
-
-
-def _piece(output: Output, kind: str, key: str) -> Path:
-    return output.work / kind / f"{key}.arrow"
 
 
 def _schema() -> pa.Schema:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,20 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 
+from sos_dask.columns import floats
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, MOST_ROWS, YEARS
 from sos_dask.sky.healpix import HealpixPixel, IntArray, Ranges, in_ranges, plan_partitions
-from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
+from sos_dask.stages.base import (
+    Made,
+    Role,
+    Run,
+    Stage,
+    by_pixel,
+    partition_record,
+    read_piece,
+    write_piece,
+)
 from sos_dask.stages.ids import motion_of
-from sos_dask.stages.pieces import read_piece, write_piece
 from sos_dask.stars.group import GAIA_IDS, Radii, group_around, rank_of
 from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
 from sos_dask.stars.unify import UnifySettings, common_differences, unify
@@ -221,3 +231,83 @@ def _ranks(table: pa.Table, order: tuple[str, ...]) -> IntArray:
         rank[rows] = first + rank_of(table["star_id"].take(pa.array(rows)))
         first += len(rows)
     return rank
+
+
+def common_stars(
+    reference: Catalog, stars: Mapping[str, Catalog], order: Sequence[str] = ()
+) -> Iterator[tuple[str, str, pa.Table, pa.Table]]:
+    """Yield the stars that two surveys have, for every two surveys of a united reference.
+
+    Of a survey's rows of one star, the first that passes its cuts counts.
+
+    Parameters
+    ----------
+    reference : Catalog
+        Output of this stage.
+    stars : mapping of str to Catalog
+        The catalogs it was made from, by survey.
+    order : sequence of str
+        Surveys that come first; others follow by name.
+
+    Yields
+    ------
+    first, second : str
+    table_of_first, table_of_second : pyarrow.Table
+        Row by row the same stars: ``united``, the ``star_id`` of the reference, and labels (K,
+        dex, dex) of the survey on the zero points of the reference.
+    """
+    reference.require("n_surveys", "sources")
+    members = _members(reference)
+    manifest = reference.manifest
+    offsets = manifest.summary.get("offsets", {}) if manifest is not None else {}
+    found = {}
+    for name in in_order(stars, order):
+        mine = members.filter(pc.equal(members["survey"], name))
+        rows = _good_rows(stars[name], mine["key"])
+        place = pc.index_in(mine["key"], rows["star_id"].combine_chunks())
+        good = np.flatnonzero(place.is_valid().to_numpy())
+        number, first = np.unique(mine["number"].to_numpy()[good], return_index=True)
+        chosen = rows.take(place.take(pa.array(good[first])))
+        zero = offsets.get(name, {})
+        columns = {one: floats(chosen, one) - zero.get(one, 0.0) for one in LABELS}
+        united = mine["united"].take(pa.array(good[first]))
+        found[name] = (number, pa.table({"united": united, **columns}))
+    for one, other in combinations(found, 2):
+        (ours, table), (theirs, others) = found[one], found[other]
+        _, i, j = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
+        yield one, other, table.take(pa.array(i)), others.take(pa.array(j))
+
+
+def in_order(surveys: Iterable[str], order: Sequence[str]) -> list[str]:
+    """List surveys in the given order, others after them by name."""
+    surveys = sorted(surveys)
+    return [name for name in order if name in surveys] + [s for s in surveys if s not in order]
+
+
+def _members(reference: Catalog) -> pa.Table:
+    """Rows of the stars that several surveys have: number and id of the star, survey, key there."""
+    names = ["star_id", "sources"]
+    tables = [pa.schema([(name, pa.string()) for name in names]).empty_table()]
+    for pixel in reference.pixels:
+        table = reference.read(pixel, [*names, "n_surveys"])
+        table = table.filter(pc.greater(table["n_surveys"], 1)).select(names)
+        tables.append(table.cast(tables[0].schema))
+    stars = pa.concat_tables(tables).combine_chunks()
+    split = pc.split_pattern(stars["sources"].combine_chunks(), ";")
+    parts = pc.split_pattern(pc.list_flatten(split), ":", max_splits=1)
+    number = pc.list_parent_indices(split)
+    columns = {"number": number, "united": stars["star_id"].take(number)}
+    both = {"survey": pc.list_element(parts, 0), "key": pc.list_element(parts, 1)}
+    return pa.table({**columns, **both})
+
+
+def _good_rows(catalog: Catalog, wanted: pa.ChunkedArray) -> pa.Table:
+    """Rows with quality 0 of a catalog of stars, by key as text."""
+    names = ["star_id", "quality", *LABELS]
+    tables = [pa.schema([catalog.schema.field(name) for name in names]).empty_table()]
+    kept = []
+    for table in chain(tables, (catalog.read(pixel, names) for pixel in catalog.pixels)):
+        table = table.filter(pc.equal(table["quality"], 0))
+        table = table.set_column(0, "star_id", table["star_id"].cast(pa.string()))
+        kept.append(table.filter(pc.is_in(table["star_id"], wanted)))
+    return pa.concat_tables(kept)

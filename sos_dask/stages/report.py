@@ -40,8 +40,15 @@ from sos_dask.report.style import Drawn, render, word
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, FloatArray, HealpixPixel, IntArray
-from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel
-from sos_dask.stages.pieces import read_piece, write_piece
+from sos_dask.stages.base import (
+    Made,
+    Role,
+    Run,
+    Stage,
+    by_pixel,
+    read_piece,
+    write_piece,
+)
 from sos_dask.stages.projection import load_projection
 from sos_dask.storage.artifact import FileRecord, Output, Recipe, Rows
 from sos_dask.storage.catalog import Catalog

@@ -6,9 +6,8 @@ bytes a pair, and 50 more while it ranks (measured).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import combinations
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask.columns import floats32
+from sos_dask.columns import floats, floats32
 from sos_dask.evidence.trends import (
     AFTER,
     ALL,
@@ -29,16 +28,16 @@ from sos_dask.evidence.trends import (
     EQUAL_WIDTH,
     FITTED,
     PLANE,
-    Contrast,
-    Trend,
+    Columns,
+    agreements,
+    contrast,
     contrast_table,
     trend,
     trend_table,
 )
 from sos_dask.schema import LABELS
 from sos_dask.settings import Settings
-from sos_dask.stages.base import Made, Role, Run, Stage
-from sos_dask.stages.common import common_stars
+from sos_dask.stages.base import Made, Role, Run, Stage, piece, read_piece, write_piece
 from sos_dask.stages.evidence import (
     DIFFERENCES,
     columns_of,
@@ -48,17 +47,14 @@ from sos_dask.stages.evidence import (
     read_evidence,
     require_rows,
 )
-from sos_dask.stages.pieces import read_piece, write_piece
+from sos_dask.stages.reference import common_stars, in_order
 from sos_dask.stats.binned import MIN_COUNT, Axis, equal_count_edges
 from sos_dask.storage.artifact import Manifest, Output
-from sos_dask.storage.catalog import Catalog, partition_errors
+from sos_dask.storage.catalog import partition_errors
 
-TRENDS, PLANES = "trends.parquet", "planes.parquet"
-REFERENCES, REFERENCE_PLANES = "references.parquet", "reference_planes.parquet"
+TRENDS, PLANES, REFERENCES = "trends.parquet", "planes.parquet", "references.parquet"
 _PROCESS_BYTES, _BYTES_A_PAIR = 200 << 20, 200
 _PLANE_KEY = "plane"
-
-FloatArray = NDArray[np.float64]
 
 
 class TrendSettings(Settings):
@@ -84,15 +80,15 @@ class Trends(Stage[TrendSettings]):
     """Bin target - reference by other quantities, before and after every correction.
 
     Tables: ``trends.parquet`` (bins of one quantity), ``planes.parquet`` (cells in Teff and log g),
-    and the comparison of the reference surveys in the same bins, ``references.parquet`` and
-    ``reference_planes.parquet``. Labels in them have their own units. Summary: pairs by survey,
-    common stars, pairs in no bin of equal width, and agreements (`evidence.trends`).
+    and ``references.parquet``, the comparison of the reference surveys in the bins of one quantity.
+    Labels in them have their own units. Summary: pairs by survey, common stars, pairs in no bin of
+    equal width, and agreements (`evidence.trends`).
 
     Example: sos-dask trends pairs model.boosted -o trends
     """
 
     name = "trends"
-    version = 5
+    version = 6
     Settings = TrendSettings
     roles = (
         Role("evidence", "Pairs with the predictions of models.", "output"),
@@ -111,16 +107,15 @@ class Trends(Stage[TrendSettings]):
             groups[_PLANE_KEY] = tuple(by_name[name] for name in PLANE)
         (common,) = run.parts("common", {"common": None}, self.common, "common stars")
         done = run.parts("trends", groups, self.trends_of)
-        lines = [key for key in groups if key != _PLANE_KEY]
-        planes = [key for key in groups if key == _PLANE_KEY]
-        for file, kind, keys, empty in (
-            (TRENDS, "trends", lines, trend_table([])),
-            (PLANES, "trends", planes, trend_table([], plane=True)),
-            (REFERENCES, "contrasts", lines, contrast_table([])),
-            (REFERENCE_PLANES, "contrasts", planes, contrast_table([], plane=True)),
-        ):
-            pieces = [read_piece(_piece_file(run.output, kind, key)) for key in keys]
-            run.write(file, pa.concat_tables([empty, *pieces]))
+        tables = {TRENDS: [trend_table([])], REFERENCES: [contrast_table([])]}
+        tables[PLANES] = [trend_table([], plane=True)]
+        for key in groups:
+            name = PLANES if key == _PLANE_KEY else TRENDS
+            tables[name].append(read_piece(piece(run.output, f"trends-{key}")))
+            if key != _PLANE_KEY:
+                tables[REFERENCES].append(read_piece(piece(run.output, f"contrasts-{key}")))
+        for name, pieces in tables.items():
+            run.write(name, pa.concat_tables(pieces))
         return evidence.rows, {
             "surveys": done[0]["surveys"] if done else {},
             "common_stars": common["stars"],
@@ -129,83 +124,88 @@ class Trends(Stage[TrendSettings]):
         }
 
     def common(self, output: Output, key: str, item: None) -> dict[str, Any]:
-        """Keep the stars that two references have."""
-        reference = self.catalog("reference") if self.named("reference") else None
-        stars = {name.removeprefix("stars."): self.catalog(name) for name in self.named("stars")}
-        found = _common_stars(reference, stars, self.settings.order)
-        write_piece(_piece_file(output, "common", "common"), found)
-        return {"stars": found.num_rows}
+        """Keep the stars that two references have: labels of the first, differences."""
+        names = (*LABELS, *DIFFERENCES)
+        texts = [("first", pa.string()), ("second", pa.string())]
+        schema = pa.schema([*texts, *((name, pa.float32()) for name in names)])
+        tables = [schema.empty_table()]
+        if self.named("reference"):
+            stars = {
+                name.removeprefix("stars."): self.catalog(name) for name in self.named("stars")
+            }
+            found = common_stars(self.catalog("reference"), stars, self.settings.order)
+            for first, second, one, other in found:
+                values = [floats(one, label) for label in LABELS]
+                values += [floats(other, label) - floats(one, label) for label in LABELS]
+                arrays = [pa.array([name] * len(one), pa.string()) for name in (first, second)]
+                arrays += [pa.array(column, pa.float32(), from_pandas=True) for column in values]
+                tables.append(pa.table(arrays, schema=schema))
+        table = pa.concat_tables(tables)
+        write_piece(piece(output, "common"), table)
+        return {"stars": table.num_rows}
 
     def trends_of(self, output: Output, key: str, axes: tuple[Axis, ...]) -> dict[str, Any]:
         """Write all trends against one quantity, or on the plane."""
-        names = tuple(axis.name for axis in axes)
+        settings, plane = self.settings, key == _PLANE_KEY
         methods = self.manifest("evidence").summary["methods"]
         labels = problem_of(self.path("evidence")).names
-        wanted = [*names, *(f"{label}_diff" for label in labels), "trained"]
+        wanted = [*(axis.name for axis in axes), *(f"{label}_diff" for label in labels), "trained"]
         for method in methods:
             wanted += [*held_out_columns(method, labels), *fitted_columns(method, labels)]
         table = read_evidence(self.path("evidence"), wanted, ["survey_ref"])
-        x = [floats32(table, name) for name in names]
-        subsets = _subsets(table, self.settings.order)
-        plane = key == _PLANE_KEY
+        x = {axis.name: floats32(table, axis.name) for axis in axes}
+        subsets = _subsets(table, settings.order)
+        common = read_piece(piece(output, "common"))
         binnings = {EQUAL_WIDTH: [axis.edges for axis in axes]}
         if not plane:
-            n_bins = self.settings.n_count_bins
-            binnings[EQUAL_COUNT] = [equal_count_edges(values, n_bins) for values in x]
-        trends: list[Trend] = []
-        contrasts: list[Contrast] = []
-        in_no_bin = {}
-        for label in labels:
-            for binning, edges in binnings.items():
-                about = partial(trend, edges=edges, label=label, against=names, binning=binning)
-                before: dict[str, Trend] = {}
-                for sample, method, values in _samples(table, label, methods):
-                    for subset, inside in subsets.items():
-                        chosen = np.where(inside, values, np.nan)
-                        one = about(x, chosen, subset=subset, sample=sample, method=method)
-                        trends.append(one)
-                        before.setdefault(subset, one)
-                contrasts += self._contrasts(output, before, about)
-                if binning == EQUAL_WIDTH:
-                    n_known = np.count_nonzero(np.isfinite(floats32(table, f"{label}_diff")))
-                    in_no_bin[label] = int(n_known - before[ALL].quantiles.n.sum())
-        write_piece(_piece_file(output, "trends", key), trend_table(trends, plane))
-        write_piece(_piece_file(output, "contrasts", key), contrast_table(contrasts, plane))
+            edges = [equal_count_edges(values, settings.n_count_bins) for values in x.values()]
+            binnings[EQUAL_COUNT] = edges
+        trends, contrasts, in_no_bin = [], [], {}
+        for label, (binning, edges) in itertools.product(labels, binnings.items()):
+            about = {"label": label, "binning": binning}
+            before: dict[str, Columns] = {}
+            for sample, method, values in _samples(table, label, methods):
+                for subset, inside in subsets.items():
+                    chosen = np.where(inside, values, np.nan)
+                    more = {"subset": subset, "sample": sample, "method": method}
+                    trends.append(trend(x, chosen, edges, **about, **more))
+                    before.setdefault(subset, trends[-1])
+            if not plane:
+                contrasts += self._contrasts(common, before, [*x], edges, about)
+            if binning == EQUAL_WIDTH:
+                n_known = np.count_nonzero(np.isfinite(floats32(table, f"{label}_diff")))
+                in_no_bin[label] = int(n_known - before[ALL]["n"].sum())
+        write_piece(piece(output, f"trends-{key}"), trend_table(trends, plane))
+        write_piece(piece(output, f"contrasts-{key}"), contrast_table(contrasts))
         n_pairs = {name: int(np.count_nonzero(inside)) for name, inside in subsets.items()}
         del n_pairs[ALL]
-        agreements = [
-            {"binning": contrast.first.binning, **one}
-            for contrast in contrasts
-            for one in contrast.agreements()
-        ]
-        return {"surveys": n_pairs, "in_no_bin": in_no_bin, "agreements": agreements}
+        agreed = [row for one in contrasts for row in agreements(one, settings.min_count)]
+        return {"surveys": n_pairs, "in_no_bin": in_no_bin, "agreements": agreed}
 
     def _contrasts(
-        self, output: Output, before: Mapping[str, Trend], about: Callable[..., Trend]
-    ) -> Iterator[Contrast]:
+        self,
+        common: pa.Table,
+        before: Mapping[str, Columns],
+        against: Sequence[str],
+        edges: Sequence[NDArray[np.float64]],
+        about: Mapping[str, str],
+    ) -> Iterator[Columns]:
         """Every two reference surveys, also on their common stars where the bins are of labels."""
-        common = read_piece(_piece_file(output, "common", "common"))
-        label, against = before[ALL].label, before[ALL].against
-        for first, second in combinations([name for name in before if name != ALL], 2):
-            both = common.filter(
-                pc.and_(pc.equal(common["first"], first), pc.equal(common["second"], second))
-            )
-            direct = None
-            if both.num_rows and {*against, f"{label}_diff"} <= set(both.column_names):
-                x = [floats32(both, name) for name in against]
-                direct = about(x, floats32(both, f"{label}_diff"), subset=f"{first},{second}")
-            yield Contrast(before[first], before[second], direct, self.settings.min_count)
-
-
-def _piece_file(output: Output, kind: str, key: str) -> Path:
-    return output.work / "pieces" / f"{kind}-{key}.arrow"
+        difference = f"{about['label']}_diff"
+        for first, second in itertools.combinations([name for name in before if name != ALL], 2):
+            is_pair = pc.and_(pc.equal(common["first"], first), pc.equal(common["second"], second))
+            both, direct = common.filter(is_pair), None
+            if both.num_rows and {*against, difference} <= set(both.column_names):
+                x = {name: floats32(both, name) for name in against}
+                direct = trend(x, floats32(both, difference), edges, **about)
+            yield contrast(before[first], before[second], direct, self.settings.min_count)
 
 
 def _subsets(table: pa.Table, order: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
     """All pairs, and those of each reference survey."""
     subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
     if "survey_ref" in table.column_names:
-        for name in _ordered(pc.unique(table["survey_ref"]).drop_null().to_pylist(), order):
+        for name in in_order(pc.unique(table["survey_ref"]).drop_null().to_pylist(), order):
             inside = pc.fill_null(pc.equal(table["survey_ref"], name), False)
             subsets[name] = inside.to_numpy()
     return subsets
@@ -213,7 +213,7 @@ def _subsets(table: pa.Table, order: Sequence[str]) -> dict[str, NDArray[np.bool
 
 def _samples(
     table: pa.Table, label: str, methods: Sequence[str]
-) -> Iterator[tuple[str, str | None, FloatArray]]:
+) -> Iterator[tuple[str, str | None, NDArray[np.float64]]]:
     """Differences of a label before and after each correction, nan outside the sample."""
     before = floats32(table, f"{label}_diff").astype(np.float64)
     yield BEFORE, None, before
@@ -222,40 +222,6 @@ def _samples(
         yield AFTER, method, before - floats32(table, held_out_columns(method, (label,))[0])
         left = before - floats32(table, fitted_columns(method, (label,))[0])
         yield FITTED, method, np.where(trained, left, np.nan)
-
-
-def _ordered(surveys: Sequence[str], order: Sequence[str]) -> list[str]:
-    """Surveys in the given order, others after them by name."""
-    return [
-        *(name for name in order if name in surveys),
-        *sorted(name for name in surveys if name not in order),
-    ]
-
-
-def _common_stars(
-    reference: Catalog | None, stars: Mapping[str, Catalog], order: Sequence[str]
-) -> pa.Table:
-    """Stars that two references have: labels of the first, differences second - first.
-
-    Values are on the zero points of ``reference``. Of a survey's rows of one star, the first that
-    passes its cuts counts.
-    """
-    names = (*LABELS, *DIFFERENCES)
-    texts = [("first", pa.string()), ("second", pa.string())]
-    schema = pa.schema([*texts, *((name, pa.float32()) for name in names)])
-    tables = [schema.empty_table()]
-    if reference is None or len(stars) < 2:
-        return tables[0]
-    labels = common_stars(reference, stars).labels
-    for pair in combinations(_ordered(list(stars), order), 2):
-        (ours, base), (theirs, other) = (labels[name] for name in pair)
-        _, i, j = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
-        columns = [base[label][i] for label in LABELS]
-        columns += [other[label][j] - base[label][i] for label in LABELS]
-        arrays = [pa.array([name] * len(i), pa.string()) for name in pair]
-        arrays += [pa.array(column, pa.float32(), from_pandas=True) for column in columns]
-        tables.append(pa.table(arrays, schema=schema))
-    return pa.concat_tables(tables)
 
 
 def read_trends(directory: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stage uncertainty: errors of corrected labels, calibrated on held-out pairs, and their hit rates.
 
-A task reads the evidence table; one looks where pairs are sparse, one compares three surveys, and
-one fits each label. None is left to the process that asks.
+One task looks where pairs are sparse, one compares three surveys, and one fits each label. Each
+reads the evidence by itself: none is left to the process that asks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,34 +21,34 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import floats, floats_or_nan, key_numbers, matrix32, mixed
-from sos_dask.evidence.error_tables import Grid
+from sos_dask.evidence.error_tables import error_grid
 from sos_dask.evidence.intervals import (
     DENSE,
     SPARSE,
-    Coverage,
     HeldOut,
     LabelErrors,
-    Sparseness,
-    coverages,
     error_model,
     fit_label,
+    hit_rates,
+    least_log_snr,
 )
 from sos_dask.evidence.three_cornered_hat import three_cornered_hat
 from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS, SEEDS
 from sos_dask.settings import Settings
-from sos_dask.stages.base import Made, Role, Run, Stage
-from sos_dask.stages.common import common_stars
+from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
 from sos_dask.stages.evidence import (
     DIFFERENCES,
+    OfModel,
     held_out_columns,
     read_evidence,
     require_rows,
     single_observations,
 )
-from sos_dask.stages.pieces import read_piece, write_piece
+from sos_dask.stages.reference import common_stars
 from sos_dask.stars.folds import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import GIANT_LOGG, normalisation
+from sos_dask.stats.numbers import find_sparse
 from sos_dask.storage.artifact import Manifest, Output, Rows
 from sos_dask.storage.catalog import partition_errors
 
@@ -57,7 +56,7 @@ CALIBRATION = "calibration.parquet"
 _MIN_COMMON = 30
 # Measured with boosted trees, 160 MiB more than with a polynomial, and a tenth more.
 _PROCESS_BYTES, _BYTES_A_PAIR = 450 << 20, 250
-_TABLES = {"cells": ("values", "reference"), "steps": ("profile", "reference_profile")}
+_TABLES = LabelErrors._fields[:4]
 _ERRORS = tuple(f"{label}_err_ref" for label in LABELS)
 
 FloatArray = NDArray[np.float64]
@@ -84,7 +83,7 @@ class UncertaintySettings(Settings):
     seed: int = Field(0, ge=SEEDS[0], le=SEEDS[1], description="Other seeds give other parts.")
 
 
-class Uncertainty(Stage[UncertaintySettings]):
+class Uncertainty(OfModel[UncertaintySettings]):
     """Model the errors of corrected labels and check them on held-out pairs.
 
     Writes the error model (``error.json``, ``error.npy``) and ``calibration.parquet``: hit rates
@@ -94,7 +93,7 @@ class Uncertainty(Stage[UncertaintySettings]):
     """
 
     name = "uncertainty"
-    version = 5
+    version = 6
     Settings = UncertaintySettings
     roles = (
         Role("evidence", "Pairs with the predictions of the model.", "output"),
@@ -121,147 +120,138 @@ class Uncertainty(Stage[UncertaintySettings]):
         }
 
     def make(self, run: Run) -> Made:
-        """Read the pairs, see where they are sparse, fit each label."""
+        """See where the pairs are sparse, then fit each label."""
         require_rows(run, self.path("evidence"), _PROCESS_BYTES, _BYTES_A_PAIR)
-        output = run.output
-        (about,) = run.parts("pairs", {"pairs": None}, self.held_pairs, "uncertainty pairs")
-        low, high = about["box"]
-        grid = Grid(tuple(low), tuple(high))
-        looks = {"sparseness": grid, "hats": None}
-        _, hats = run.parts("looks", looks, self.look, "uncertainty stars")
-        of_label = run.parts("labels", dict.fromkeys(LABELS, grid), self.fit_label)
-        tables = [
-            _label_errors(output, label, one["factors_95"])
-            for label, one in zip(LABELS, of_label, strict=True)
-        ]
+        looks = dict.fromkeys(("sparse", "hats"))
+        about, hats = run.parts("looks", looks, self.look, "uncertainty pairs")
+        box = about["box"]
+        fitted = run.parts("labels", dict.fromkeys(LABELS, box), self.fit_label)
+        errors = []
+        for label, one in zip(LABELS, fitted, strict=True):
+            table = read_piece(piece(run.output, f"errors-{label}"))
+            columns = [table[name].combine_chunks().values.to_numpy() for name in _TABLES]
+            errors.append(LabelErrors(*columns, factors_95=one["factors_95"]))
         model_file = self.path("model") / corrections.MODEL_FILE
-        errors = error_model(
-            tables,
-            grid,
-            read_piece(_file(output, "cells"))["sparse"].to_numpy(),
+        model = error_model(
+            errors,
+            error_grid(*box),
+            read_piece(piece(run.output, "sparse-cells"))["sparse"].to_numpy(),
             about["least_log_snr"],
             correction=hashlib.sha256(model_file.read_bytes()).hexdigest(),
             reference_error=self.settings.reference_error,
         )
-        found = [asdict(Coverage(**row)) for one in of_label for row in one["coverage"]]
-        for name, content in errors.files().items():
+        for name, content in model.files().items():
             run.write_bytes(name, content)
+        found = [row for one in fitted for row in one["hit_rates"]]
         run.write(CALIBRATION, pa.Table.from_pylist(found))
         given = self.manifest("evidence").rows
         rows = Rows(given.n_in, about["n_used"], 0, {**given.dropped, **about["dropped"]})
         return rows, {
-            "method": about["method"],
+            "method": self.method,
             "reference_error": self.settings.reference_error,
-            "factors_95": errors.about["factors_95"],
-            "pairs_by_class": {
-                label: one["n_class"] for label, one in zip(LABELS, of_label, strict=True)
-            },
-            "coverage": [row for row in found if row["subset"] in ("all", DENSE, SPARSE)],
+            "factors_95": model.about["factors_95"],
+            "pairs_by_class": dict(zip(LABELS, (one["n_class"] for one in fitted), strict=True)),
+            "hit_rates": [row for row in found if row["subset"] in ("all", DENSE, SPARSE)],
             "error_factors": self.error_factors(),
             "three_cornered_hat": hats["found"],
         }
 
-    def held_pairs(self, output: Output, key: str, item: None) -> dict[str, Any]:
-        """Keep what the other tasks need of the pairs, and of those that were held out."""
-        names = ["star", "held_out", *LABELS, *DIFFERENCES, *held_out_columns(self.method)]
-        more = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
-        table = read_evidence(self.path("evidence"), names, more)
-        x = DEFAULT.matrix(table)
-        placed = np.asarray(np.isfinite(x).all(axis=1))
-        is_held = table["held_out"].to_numpy()
-        rows = np.flatnonzero(is_held)
-        single = single_observations(table, rows, self.settings.min_single)
-        used = np.flatnonzero(is_held & single & placed)
-        held = table.take(pa.array(used))
-        predicted = matrix32(held, held_out_columns(self.method))
-        held_out = HeldOut(
-            x[used],
-            floats_or_nan(held, "snr"),
-            matrix32(held, DIFFERENCES).astype(np.float64) - predicted,
-            _reference_errors(held, self.error_factors()),
-            _parts(held, self.settings),
-        )
-        kept = table.select([*LABELS, "star"]).append_column("single", pa.array(single))
-        write_piece(_file(output, "pairs"), kept)
-        write_piece(_file(output, "held"), _held_table(held_out, used))
-        n_placed = int(np.count_nonzero(placed[rows]))
+    def look(self, output: Output, key: str, item: None) -> dict[str, Any]:
+        """See which held-out pairs and cells are sparse, or what three surveys say."""
+        return self._hats() if key == "hats" else self._sparse(output)
+
+    def _read(self, *more: str) -> tuple[pa.Table, BoolArray]:
+        """Columns of the evidence, and whether a pair has all labels."""
+        names = dict.fromkeys([*LABELS, "star", "held_out", *more])
+        wanted = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
+        table = read_evidence(self.path("evidence"), list(names), wanted)
+        return table, np.isfinite(DEFAULT.matrix(table)).all(axis=1)
+
+    def _chosen(self, table: pa.Table, placed: BoolArray) -> NDArray[np.int64]:
+        """Held-out pairs that intervals are made from."""
+        held = table["held_out"].to_numpy()
+        single = single_observations(table, np.flatnonzero(held), self.settings.min_single)
+        return np.flatnonzero(held & single & placed)
+
+    def _sparse(self, output: Output) -> dict[str, Any]:
+        table, placed = self._read()
+        x, used = DEFAULT.matrix(table), self._chosen(table, placed)
         info = corrections.load(self.path("model")).info
+        box = [list(info.minimum), list(info.maximum)]
+        of_pairs = np.zeros(len(x), dtype=np.bool_)
+        centers = error_grid(*box).centers()
+        of_pairs[placed], cells = find_sparse(x[placed], centers, self.settings.sparse_fraction)
+        write_piece(piece(output, "sparse-cells"), pa.table({"sparse": cells}))
+        write_piece(piece(output, "sparse-pairs"), pa.table({"sparse": of_pairs[used]}))
+        held = table["held_out"].to_numpy()
+        n_held, n_placed = (int(np.count_nonzero(some)) for some in (held, held & placed))
+        snr = floats_or_nan(table.take(pa.array(used)), "snr")
         return {
             "n_used": len(used),
             "dropped": {
-                "not held out": table.num_rows - len(rows),
-                "without all labels": len(rows) - n_placed,
+                "not held out": len(x) - n_held,
+                "without all labels": n_held - n_placed,
                 "of several observations": n_placed - len(used),
             },
-            "method": info.method,
-            "box": [list(info.minimum), list(info.maximum)],
-            "least_log_snr": held_out.least,
+            "box": box,
+            "least_log_snr": least_log_snr(snr),
         }
 
-    def look(self, output: Output, key: str, grid: Grid | None) -> dict[str, Any]:
-        """See which held-out pairs and cells are sparse, or what three surveys say."""
-        return self._hats(output) if grid is None else self._sparseness(output, grid)
-
-    def _sparseness(self, output: Output, grid: Grid) -> dict[str, Any]:
-        table = read_piece(_file(output, "pairs"))
-        x = DEFAULT.matrix(table)
-        placed = np.asarray(np.isfinite(x).all(axis=1))
-        sparseness = Sparseness.of(x[placed], grid, self.settings.sparse_fraction)
-        of_pairs = np.zeros(len(x), dtype=np.bool_)
-        of_pairs[placed] = sparseness.of_stars
-        rows = read_piece(_file(output, "held"))["row"].to_numpy()
-        write_piece(_file(output, "stars"), pa.table({"sparse": of_pairs[rows]}))
-        write_piece(_file(output, "cells"), pa.table({"sparse": sparseness.of_cells}))
-        return {"pairs": len(x)}
-
-    def fit_label(self, output: Output, label: str, grid: Grid) -> dict[str, Any]:
+    def fit_label(self, output: Output, label: str, box: list[list[float]]) -> dict[str, Any]:
         """Keep the errors of a label, and count how often its intervals hit."""
-        held_out = _held_out(read_piece(_file(output, "held")))
-        sparse = read_piece(_file(output, "cells"))["sparse"].to_numpy()
-        is_sparse = read_piece(_file(output, "stars"))["sparse"].to_numpy()
-        errors, checked = fit_label(held_out, label, grid, sparse)
-        subsets = _subsets(held_out, is_sparse, sparse[grid.cells(held_out.features)])
-        for name, columns in _TABLES.items():
-            kept = pa.table({column: getattr(errors, column) for column in columns})
-            write_piece(_file(output, f"{name}-{label}"), kept)
+        predictions = held_out_columns(self.method)
+        table, placed = self._read(*DIFFERENCES, *predictions)
+        held = table.take(pa.array(self._chosen(table, placed)))
+        held_out = HeldOut(
+            DEFAULT.matrix(held),
+            floats_or_nan(held, "snr"),
+            matrix32(held, DIFFERENCES).astype(np.float64) - matrix32(held, predictions),
+            _reference_errors(held, self.error_factors()),
+            _parts(held, self.settings),
+        )
+        cells = read_piece(piece(output, "sparse-cells"))["sparse"].to_numpy()
+        is_sparse = read_piece(piece(output, "sparse-pairs"))["sparse"].to_numpy()
+        grid = error_grid(*box)
+        errors, checked = fit_label(held_out, label, grid, cells)
+        tables = {name: [getattr(errors, name)] for name in _TABLES}
+        write_piece(piece(output, f"errors-{label}"), pa.table(tables))
+        subsets = _subsets(held_out, is_sparse, cells[grid.cells(held_out.features)])
         return {
             "factors_95": errors.factors_95,
             "n_class": checked.n_class,
-            "coverage": [asdict(one) for one in coverages(label, checked, subsets)],
+            "hit_rates": [asdict(one) for one in hit_rates(label, checked, subsets)],
         }
 
-    def _hats(self, output: Output) -> dict[str, Any]:
+    def _hats(self) -> dict[str, Any]:
         """Errors of the corrected target and two references on their common stars, by label."""
-        surveys = {name.removeprefix("stars."): self.catalog(name) for name in self.named("stars")}
-        if not self.named("reference") or len(surveys) < 2:
+        stars = {name.removeprefix("stars."): self.catalog(name) for name in self.named("stars")}
+        if not self.named("reference") or len(stars) < 2:
             return {"found": []}
-        common = common_stars(self.catalog("reference"), surveys)
-        table = read_piece(_file(output, "pairs"))
-        table = table.filter(table["single"])
-        wanted = key_numbers(pa.chunked_array([common.star_id]), 0)
-        stars = table["star"].combine_chunks()
-        row = pc.fill_null(pc.index_in(pa.array(wanted), stars), -1).to_numpy()
+        table, _ = self._read()
+        held = np.flatnonzero(table["held_out"].to_numpy())
+        single = single_observations(table, held, self.settings.min_single)
+        table = table.filter(pa.array(single))
         correction = corrections.load(self.path("model"))
         found = []
-        for first, second in combinations(sorted(surveys), 2):
-            (ours, base), (theirs, other) = common.labels[first], common.labels[second]
-            both, i, j = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
-            paired = row[both] >= 0
-            mine = table.take(pa.array(row[both[paired]]))
-            labels = [floats(mine, label) for label in LABELS]
-            target = np.stack(labels, axis=1) - correction.predict(correction.problem.matrix(mine))
+        for first, second, one, other in common_stars(self.catalog("reference"), stars):
+            wanted = pa.array(key_numbers(one["united"], 0))
+            row = pc.index_in(wanted, table["star"].combine_chunks())
+            one, other = (both.filter(row.is_valid()) for both in (one, other))
+            mine = table.take(row.drop_null())
+            target = np.stack(
+                [floats(mine, label) for label in LABELS], axis=1
+            ) - correction.predict(DEFAULT.matrix(mine))
             for number, label in enumerate(LABELS):
-                three = [target[:, number], base[label][i[paired]], other[label][j[paired]]]
-                if np.isfinite(three).all(axis=0).sum() < _MIN_COMMON:
-                    continue
-                names = (self.settings.target, first, second)
-                corners = three_cornered_hat(three, names, self.settings.seed)
-                found += [{"label": label, **corner} for corner in corners]
+                three = [target[:, number], floats(one, label), floats(other, label)]
+                if np.isfinite(three).all(axis=0).sum() >= _MIN_COMMON:
+                    names = (self.settings.target, first, second)
+                    corners = three_cornered_hat(three, names, self.settings.seed)
+                    found += [{"label": label, **corner} for corner in corners]
         return {"found": found}
 
 
 def read_calibration(directory: Path) -> list[dict[str, Any]]:
-    """Read the rows of ``calibration.parquet``, `intervals.Coverage` as mappings, in its order.
+    """Read the rows of ``calibration.parquet``, `intervals.HitRate` as mappings, in its order.
 
     Raises
     ------
@@ -272,45 +262,6 @@ def read_calibration(directory: Path) -> list[dict[str, Any]]:
     Manifest.checked(directory)
     with partition_errors(path):
         return list(pq.read_table(path).to_pylist())
-
-
-def _file(output: Output, name: str) -> Path:
-    return output.work / "pieces" / f"{name}.arrow"
-
-
-def _columns(name: str, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    return {f"{name}_{i}": np.ascontiguousarray(column) for i, column in enumerate(values.T)}
-
-
-def _matrix(table: pa.Table, name: str) -> NDArray[Any]:
-    columns = [table[column].to_numpy() for column in table.column_names if column.startswith(name)]
-    return np.stack(columns, axis=1)
-
-
-def _held_table(held_out: HeldOut, rows: NDArray[np.int64]) -> pa.Table:
-    matrices = ("features", "residuals", "reference_errors")
-    columns: dict[str, NDArray[Any]] = {"row": rows, "snr": held_out.snr, "part": held_out.part}
-    for name in matrices:
-        columns |= _columns(name, getattr(held_out, name))
-    return pa.table(columns)
-
-
-def _held_out(table: pa.Table) -> HeldOut:
-    return HeldOut(
-        _matrix(table, "features"),
-        table["snr"].to_numpy(),
-        _matrix(table, "residuals"),
-        _matrix(table, "reference_errors"),
-        table["part"].to_numpy(),
-    )
-
-
-def _label_errors(output: Output, label: str, factors_95: Mapping[str, float]) -> LabelErrors:
-    tables = {name: read_piece(_file(output, f"{name}-{label}")) for name in _TABLES}
-    columns = {
-        column: tables[name][column].to_numpy() for name, some in _TABLES.items() for column in some
-    }
-    return LabelErrors(**columns, factors_95=factors_95)
 
 
 def _parts(held: pa.Table, settings: UncertaintySettings) -> NDArray[np.int8]:
@@ -343,7 +294,7 @@ def _reference_errors(
 
 
 def _subsets(held: HeldOut, is_sparse: BoolArray, in_sparse_cell: BoolArray) -> dict[str, Any]:
-    """Held-out pairs whose coverage is looked at separately."""
+    """Held-out pairs whose hit rate is looked at separately."""
     teff, logg, feh = held.features[:, 0] * TEFF_UNIT_K, held.features[:, 1], held.features[:, 2]
     found = {
         "all": np.ones(len(teff), dtype=np.bool_),

@@ -13,6 +13,7 @@ It takes the values for independent: repeated observations of one star make it t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -90,8 +91,7 @@ def bins_of(x: NDArray[np.floating], edges: FloatArray) -> IntArray:
     return index
 
 
-@dataclass(frozen=True)
-class Quantiles:
+class Quantiles(NamedTuple):
     """Percentiles of the values in each bin: float64 arrays, one entry a bin, nan where none.
 
     Parameters
@@ -157,22 +157,3 @@ def rms_of_medians(
     """
     used = np.asarray(median, dtype=np.float64)[np.asarray(n) >= max(min_count, 1)]
     return (float(np.sqrt(np.mean(used**2))) if len(used) else None), len(used)
-
-
-def binned_median_rms(
-    x: NDArray[np.floating],
-    residual: NDArray[np.floating],
-    edges: FloatArray,
-    min_count: int = MIN_COUNT,
-) -> float:
-    """Measure how far medians of residuals in bins of another quantity are from zero.
-
-    Returns
-    -------
-    float
-        Of `rms_of_medians`; nan without bins.
-    """
-    n_bins = max(len(edges) - 1, 0)
-    found = binned_quantiles(bins_of(x, edges), residual, n_bins)
-    rms, _ = rms_of_medians(found.n, found.median, min_count)
-    return float("nan") if rms is None else rms

@@ -25,7 +25,7 @@ import numpy as np
 
 from sos_dask import corrections as models
 from sos_dask.schema import LABELS
-from sos_dask.stats.binned import binned_median_rms, equal_count_edges
+from sos_dask.stats.binned import binned_quantiles, bins_of, equal_count_edges, rms_of_medians
 from sos_dask.stats.numbers import scatter
 from tests.bench.accuracy import FloatArray, read_pairs
 from tests.run import features
@@ -76,7 +76,9 @@ def main() -> None:
             t = labels[:, k]
             normal = np.var(noise[:, k]) / np.var(t)
             edges = equal_count_edges(true[:, k], 20)
-            recovered = binned_median_rms(true[:, k], at_truth[:, k] - bias[:, k], edges)
+            bins = bins_of(true[:, k], edges)
+            binned = binned_quantiles(bins, at_truth[:, k] - bias[:, k], len(edges) - 1)
+            recovered = rms_of_medians(binned.n, binned.median)[0] or np.nan
             slopes = (normal, slope(t, t - true[:, k]), slope(t, predicted[:, k]))
             figures = [*slopes, recovered, scatter(left[:, k])]
             print(f"{label:6} {name:17}", *(f"{figure:8.4f}" for figure in figures), flush=True)

@@ -248,7 +248,7 @@ def members(
     for one in group:
         if one >= 0:
             place[one] += 1
-    # Written always and counted where it holds: a branch that nobody can foresee costs more.
+    # Branch-free: write always, advance only on a hit; an unpredictable branch is slower.
     found, total = 0, 0
     for one in range(len(group)):
         size = place[one]
@@ -269,10 +269,7 @@ def members(
 
 
 def repeated(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Groups with several rows, where the rows of each begin (and the end), and the rows.
-
-    See `members`.
-    """
+    """Find groups with several rows, where the rows of each begin and end, and the rows."""
     n, count = len(group), np.zeros(1, dtype=np.int64)
     groups, first = np.empty((2, n // 2 + 1), dtype=np.int64)
     row = np.empty(n, dtype=np.int64)

@@ -124,7 +124,7 @@ def is_crowded(cells29: IntArray, radius_arcsec: float) -> bool:
 
 
 def largest_step(reach_arcsec: FloatArray) -> FloatArray:
-    """How far a reach can change a coordinate, in sides of a base pixel.
+    """Bound how far a reach changes a coordinate, in sides of a base pixel.
 
     Two order-29 cells (0.8 mas) more stand for the rounding of positions to cells.
     """
@@ -132,7 +132,7 @@ def largest_step(reach_arcsec: FloatArray) -> FloatArray:
 
 
 def surrounding_cells(pixel: HealpixPixel, order: int, layers: int) -> list[IntArray]:
-    """Rings of cells around a pixel: ring i holds the cells that are i steps away.
+    """List rings of cells around a pixel: ring i holds the cells that are i steps away.
 
     Parameters
     ----------
@@ -147,17 +147,14 @@ def surrounding_cells(pixel: HealpixPixel, order: int, layers: int) -> list[IntA
     code = np.arange(1 << 2 * depth)
     x, y = coordinates(code)
     last = (1 << depth) - 1
-    edge = first + code[(x == 0) | (x == last) | (y == 0) | (y == last)]
-    seen = edge
+    front = seen = first + code[(x == 0) | (x == last) | (y == 0) | (y == last)]
     rings = []
-    front = edge
     for _ in range(layers):
         ring = np.unique(with_neighbours(front, order)[:, 1:])
         ring = ring[(ring >= 0) & ((ring < first) | (ring >= first + len(code)))]
-        ring = np.setdiff1d(ring, seen, assume_unique=True)
-        rings.append(ring)
-        seen = np.union1d(seen, ring)
-        front = ring
+        front = np.setdiff1d(ring, seen, assume_unique=True)
+        seen = np.union1d(seen, front)
+        rings.append(front)
     return rings
 
 
@@ -191,7 +188,7 @@ def surroundings(pixel: HealpixPixel, radius_arcsec: float, layers: int = 1) -> 
 
 
 def near_pixel(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> NDArray[np.bool_]:
-    """Which cells lie in a pixel or may lie within a reach of it.
+    """Tell which cells lie in a pixel or may lie within a reach of it.
 
     Parameters
     ----------
@@ -209,18 +206,15 @@ def near_pixel(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> N
     order = order_for_radius(reach_arcsec)
     rows = np.flatnonzero(~near)
     around = with_neighbours(cells29[rows] >> 2 * (MAX_ORDER - order), order)
-    if order < pixel.order:
-        parent = pixel.pixel >> 2 * (pixel.order - order)
-        near[rows] = np.any(around == parent, axis=1)
-    else:
-        near[rows] = np.any(around >> 2 * (order - pixel.order) == pixel.pixel, axis=1)
+    parent = pixel.pixel >> 2 * max(pixel.order - order, 0)
+    near[rows] = np.any(around >> 2 * max(order - pixel.order, 0) == parent, axis=1)
     return near
 
 
 def near_edge(
     pixel: HealpixPixel, cells29: IntArray, reach_arcsec: FloatArray | float
 ) -> NDArray[np.bool_]:
-    """Positions from which a reach may lead out of a pixel.
+    """Tell from which positions a reach may lead out of a pixel.
 
     Parameters
     ----------

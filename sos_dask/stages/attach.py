@@ -190,11 +190,9 @@ def companion_survey(
     epoch : float, yr
         Julian year of the positions.
     """
-    wanted = {"obs_id": key, "ra": ra, "dec": dec}
-    if by != "position":
-        wanted[by] = key
-    wanted |= dict(columns)
-    known: dict[str, Any] = {product: {"source": wanted[product]} for product in wanted}
+    by_id = {by: key} if by != "position" else {}
+    wanted = {"obs_id": key, "ra": ra, "dec": dec, **by_id, **columns}
+    known: dict[str, Any] = {product: {"source": source} for product, source in wanted.items()}
     survey = Survey(
         name=name,
         title=f"Columns {', '.join(columns)} of {name}",

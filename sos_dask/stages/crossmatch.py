@@ -12,10 +12,10 @@ Its memory goes with the edge pairs: some percent of all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -53,8 +53,7 @@ BoolArray = NDArray[np.bool_]
 _Found = list[tuple[HealpixPixel, IntArray]]  # rows of partitions
 
 
-@dataclass(frozen=True)
-class _Change:
+class _Change(NamedTuple):
     """Rows of a partition of pairs whose folds change, and their folds."""
 
     pixel: HealpixPixel
@@ -178,18 +177,10 @@ class Crossmatch(Stage[CrossmatchSettings]):
         fields += [
             right.schema.field(name).with_name(f"{name}_ref") for name in right.columns(_REFERENCE)
         ]
-        fields += [
-            pa.field(
-                f"{label}_diff",
-                pa.float32(),
-                metadata={
-                    "unit": CANONICAL[label].unit,
-                    "description": f"target - reference {label}",
-                },
-            )
-            for label in LABELS
-            if label in left.schema.names and label in right.schema.names
-        ]
+        for label in LABELS:
+            if label in left.schema.names and label in right.schema.names:
+                text = {"unit": CANONICAL[label].unit, "description": f"target - reference {label}"}
+                fields.append(pa.field(f"{label}_diff", pa.float32(), metadata=text))
         return pa.schema(fields)
 
     def pairs_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
@@ -224,10 +215,8 @@ class Crossmatch(Stage[CrossmatchSettings]):
             "fold": fold_of(smallest, self.settings.n_folds),
             "use": use,
         }
-        for name in self.target.columns(_CARRIED):
-            columns[name] = target[name]
-        for name in self.reference.columns(_REFERENCE):
-            columns[f"{name}_ref"] = reference[name]
+        columns |= {name: target[name] for name in self.target.columns(_CARRIED)}
+        columns |= {f"{n}_ref": reference[n] for n in self.reference.columns(_REFERENCE)}
         for label in LABELS:
             if label in target.schema.names and label in reference.schema.names:
                 difference = pc.subtract(target[label], reference[label])
@@ -260,10 +249,9 @@ class Crossmatch(Stage[CrossmatchSettings]):
         if self.shared_ids:
             deciding += GAIA_IDS.values()
         columns = reference.columns([HEALPIX_COLUMN, *deciding])
-        empty = pa.schema([reference.schema.field(name) for name in columns]).empty_table()
-        right = pa.concat_tables(
-            [reference.take(other, rows, columns) for other, rows in right_at] or [empty]
-        )
+        empty = reference.schema.empty_table().select(columns)
+        found = [reference.take(other, rows, columns) for other, rows in right_at]
+        right = pa.concat_tables(found or [empty])
         cells = target.cells(pixel) if right.num_rows else np.empty(0, dtype=np.int64)
         reaches_of = self.reach_arcsec(_total_pm(right))
         rows = rows_near(cells, right[HEALPIX_COLUMN].to_numpy(), reaches_of)
@@ -281,7 +269,7 @@ def _take(
     unique = np.flatnonzero(is_wanted)
     place = np.cumsum(is_wanted)[wanted] - 1
     columns = [name for name in catalog.columns(names) if name not in known.schema.names]
-    tables = [pa.schema([catalog.schema.field(name) for name in columns]).empty_table()]
+    tables = [catalog.schema.empty_table().select(columns)]
     first = 0
     for pixel, rows in found:
         low, high = np.searchsorted(unique, (first, first + len(rows)))
@@ -306,10 +294,8 @@ def _total_pm(rows: pa.Table) -> FloatArray:
 def _is_good(rows: pa.Table) -> NDArray[np.bool_]:
     """Rows that pass all cuts and whose repeats agree."""
     good = np.ones(rows.num_rows, dtype=bool)
-    if "quality" in rows.schema.names:
-        good &= rows["quality"].to_numpy() == 0
-    if "flag_spread" in rows.schema.names:
-        good &= ~rows["flag_spread"].to_numpy()
+    for name in set(_FLAGS) & set(rows.schema.names):
+        good &= rows[name].to_numpy() == 0
     return good
 
 

@@ -119,10 +119,9 @@ class Reference(Stage[ReferenceSettings]):
             run.parts("common", parts, self.compare_surveys, "zero points")
             self.unify = self.unify.but(offsets=_zero_points(run.output, list(parts)))
         done = run.parts("stars", parts, self.stars_of_pixel)
+        names = [HEALPIX_COLUMN, *_COLUMNS]
         no_rows = {
-            survey: pa.schema(
-                map(one.schema.field, one.columns([HEALPIX_COLUMN, *_COLUMNS]))
-            ).empty_table()
+            survey: one.schema.empty_table().select(one.columns(names))
             for survey, one in catalogs.items()
         }
         nobody = np.empty(0, dtype=np.int64)

@@ -26,7 +26,7 @@ def same_targets(
     radius_arcsec: float,
     id_radius_arcsec: float,
 ) -> tuple[IntArray, IntArray]:
-    """Links between pairs whose targets may be one star.
+    """Find links between pairs whose targets may be one star.
 
     Parameters
     ----------
@@ -36,10 +36,8 @@ def same_targets(
         Order-29 cells of the targets, ascending.
     ids : list of ndarray of int64, shape (n,)
         Gaia ids of each release, not positive where there is none.
-    radius_arcsec : float
-        Targets within it are linked,
-    id_radius_arcsec : float
-        and within this, where they share an id.
+    radius_arcsec, id_radius_arcsec : float
+        Targets within the first are linked, and within the second where they share an id.
 
     Returns
     -------
@@ -71,7 +69,7 @@ def same_targets(
 def smallest_of_joined(
     smallest: KeyArray, number: KeyArray, links: tuple[IntArray, IntArray]
 ) -> KeyArray:
-    """The smallest number of all pairs that are joined with each pair, in one or more steps.
+    """Find the smallest number of all pairs that are joined with each pair, in one or more steps.
 
     Parameters
     ----------
@@ -98,9 +96,8 @@ def smallest_of_joined(
 def _first_of_joined(n: int, i: IntArray, j: IntArray) -> IntArray:
     """The first of all nodes that are joined with each of ``n`` nodes by edges between i and j.
 
-    Trees of edges to earlier nodes, joined at their roots until no edge leads from one to another
-    (after Shiloach & Vishkin 1982, J. Algorithms 3, 57, without the step that bounds their rounds:
-    groups have few stars). Importing scipy for it would take a worker longer than all its folds.
+    After Shiloach & Vishkin 1982, J. Algorithms 3, 57, without the step that bounds their rounds:
+    groups have few stars. Importing scipy would take a worker longer than all its folds.
     """
     root = np.arange(n)
     while True:

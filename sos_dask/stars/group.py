@@ -372,9 +372,8 @@ class _Crowd:
             others = self._places(row, np.repeat(held[some] % len(names), count[some]))
             found.append(asked.candidates(others, self.settings.radius_arcsec))
         older, newer = (np.concatenate(side) for side in zip(*found, strict=True))
-        order = np.lexsort(
-            (older, newer, sky.rank[older], sky.rank[newer], sky.separation(older, newer))
-        )[::-1]
+        ranks = sky.rank[older], sky.rank[newer]
+        order = np.lexsort((older, newer, *ranks, sky.separation(older, newer)))[::-1]
         joins[star[older[order]]] = star[newer[order]]  # the first is written last
         # Stars without any such id, and groups that are left.
         hosts = hosts[~np.isin(star[hosts], star[holders])]
@@ -384,9 +383,8 @@ class _Crowd:
         _, code = np.unique(ids[guest_stars], return_inverse=True)
         from sos_dask.stars.crowds import join_in_order
 
-        host_of = join_in_order(
-            sky, hosts, host_star, guests, guest_star, code, self.settings.radius_arcsec
-        )
+        sides = hosts, host_star, guests, guest_star
+        host_of = join_in_order(sky, *sides, code, self.settings.radius_arcsec)
         joined = host_of >= 0
         joins[guest_stars[joined]] = host_stars[host_of[joined]]
         star[:] = joins[star]
@@ -479,10 +477,7 @@ def _join_older(
     in order of preference, those that come first for both their star and their group are taken at
     once: no link that goes before them can concern either.
     """
-    values, code = np.unique(
-        np.concatenate([ids[older], ids[holders]]), return_inverse=True, sorted=True
-    )
-    code = code.astype(np.int64)
+    values, code = np.unique(np.append(ids[older], ids[holders]), return_inverse=True)
     held = star[holders] * len(values) + code[len(older) :]
     code = code[: len(older)]
     shares = np.isin(star[newer] * len(values) + code, held)

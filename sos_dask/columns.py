@@ -117,9 +117,10 @@ def is_text(values: Values) -> bool:
     return isinstance(values, pa.Array) and pa.types.is_string(values.type)
 
 
-def is_valid(column: pa.Array) -> NDArray[np.bool_]:
+def is_valid(column: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:
     """Rows that have a value."""
-    return np.asarray(column.is_valid().to_numpy(zero_copy_only=False))
+    # By way of bytes: Arrow turns bits into booleans of NumPy one by one.
+    return np.asarray(column.is_valid().cast(pa.uint8()).to_numpy().view(np.bool_))
 
 
 def split(values: Values) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
@@ -157,5 +158,5 @@ def taken(column: pa.Array, index: NDArray[np.int64]) -> pa.Array:
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """All chunks of a column as one array."""
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    """All chunks of a column as one array; one alone is not copied."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

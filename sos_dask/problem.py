@@ -186,6 +186,25 @@ class Problem(Settings):
         parts = [item.values(_column(columns, item.column)) for item in self.inputs]
         return np.stack(parts, dtype=np.float32).T
 
+    def parameter_matrix(
+        self, columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]
+    ) -> FloatArray:
+        """Make parameters as scores and projections see them, nan where unknown.
+
+        Parameters
+        ----------
+        columns : mapping of str to ndarray of float, shape (n,)
+        names : sequence of str
+            Columns of some of `parameters`, in this order.
+
+        Returns
+        -------
+        ndarray of float64, shape (n, len(names))
+        """
+        known = {item.column: item for item in self.parameters}
+        parts = [known[name].values(np.asarray(columns[name], dtype=np.float64)) for name in names]
+        return np.stack(parts, axis=1)
+
     def differences(self, columns: Columns) -> Float32Array:
         """Collect the differences target - reference of pairs, shape (n, l)."""
         return np.stack([_column(columns, label.diff) for label in self.labels], axis=1)
@@ -198,43 +217,3 @@ def _column(columns: Columns, name: str) -> Float32Array:
 
 
 DEFAULT = Problem()
-FEATURES = DEFAULT.features
-PARAMETERS = tuple(item.column for item in DEFAULT.parameters)
-
-
-def features(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> Float32Array:
-    """Make the inputs of the default problem.
-
-    Parameters
-    ----------
-    teff : array_like, shape (n,), K
-    logg : array_like, shape (n,), dex (cgs)
-    feh : array_like, shape (n,), dex
-        Of the target, nan where unknown.
-
-    Returns
-    -------
-    ndarray of float32, shape (n, 3)
-        Columns `FEATURES`: Teff / 5040 K, log g, [Fe/H]; each is contiguous.
-    """
-    return DEFAULT.matrix({"teff": teff, "logg": logg, "feh": feh})
-
-
-def parameters_of(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) -> FloatArray:
-    """Make parameters as scores and projections see them, with the transforms of `KNOWN_INPUTS`.
-
-    Parameters
-    ----------
-    columns : mapping of str to ndarray of float, shape (n,)
-        nan where unknown.
-    names : sequence of str
-        Some of `PARAMETERS`, in this order.
-
-    Returns
-    -------
-    ndarray of float64, shape (n, len(names))
-        nan where unknown.
-    """
-    known = {item.column: item for item in KNOWN_INPUTS}
-    parts = [known[name].values(np.asarray(columns[name], dtype=np.float64)) for name in names]
-    return np.stack(parts, axis=1)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import ArrayLike
+
+from sos_dask.problem import DEFAULT, Float32Array
 from sos_dask.stages.apply import Apply, ApplySettings
 from sos_dask.stages.compare import Compare, CompareSettings
 from sos_dask.stages.coverage import Coverage, CoverageSettings
@@ -19,6 +22,12 @@ from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 
 Models = Mapping[str, Path]
+FEATURES = DEFAULT.features
+
+
+def features(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> Float32Array:
+    """Inputs of the default problem."""
+    return DEFAULT.matrix({"teff": teff, "logg": logg, "feh": feh})
 
 
 @dataclass(frozen=True)

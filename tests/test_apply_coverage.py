@@ -97,7 +97,7 @@ def test_a_coverage_that_does_not_fit_is_refused(cli: Cli, build, tmp_path):
     inputs = [build / "pairs", model, catalog, build / "lamost.stars"]
     assert cli("coverage", *inputs, "-o", "plain", "-w", 0).code == 0
     ran = cli("apply", model, catalog, *given, "plain", "--errors", build / "uncertainty")
-    assert_error(ran, 7, "was made without these errors", "with the same --errors")
+    assert_error(ran, 7, "was made without these errors", "Rerun sos-dask coverage .* --errors")
     boosted = ["train", build / "pairs", "-m", "boosted", "-p", "n_rounds=5", "-w", 0]
     assert cli(*boosted, "-o", "trees").code == 0
     ran = cli("apply", model, catalog, *given, build / "coverage", "--fallback", "trees")

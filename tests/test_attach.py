@@ -6,7 +6,7 @@ import pytest
 
 from sos_dask.api import attach
 from sos_dask.errors import CatalogError, ConfigError
-from sos_dask.sky.sphere import separation_arcsec
+from sos_dask.sky.healpix import separation_arcsec
 from sos_dask.stages.attach import AttachSettings
 from sos_dask.storage.catalog import Catalog
 from tests.sky import observations, write_catalog

@@ -10,7 +10,7 @@ from sos_dask import corrections as models
 from sos_dask.corrections import Batch, boosted
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.errors import ModelError
-from sos_dask.problem import FEATURES
+from tests.run import FEATURES
 from tests.test_boosted import QUICK, fit
 from tests.test_models import NOISE, ArraySource, biased_pairs
 

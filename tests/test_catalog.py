@@ -128,8 +128,7 @@ def test_surroundings_hold_every_neighbour(catalog):
     """Rows within the radius of a partition's rows are in the partition or in its first layer."""
     table = observations(3000, spread=True)
     cells = table["_healpix_29"].to_numpy()
-    from sos_dask.sky.healpix import in_ranges
-    from sos_dask.sky.sphere import separation_arcsec
+    from sos_dask.sky.healpix import in_ranges, separation_arcsec
 
     ra, dec = table["ra"].to_numpy(), table["dec"].to_numpy()
     radius = 5000.0

@@ -14,7 +14,6 @@ from sos_dask.api import train
 from sos_dask.errors import CatalogError, ClusterError, ConfigError, ModelError, SosError
 from sos_dask.evidence.figures import FIGURE_SCHEMA, STATISTICS, SUBSETS
 from sos_dask.evidence.smoothness import ARTIFACT_SCHEMA, OUTSIDE_SCHEMA
-from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.stages.compare import Compare, CompareSettings, read_comparison
@@ -23,7 +22,7 @@ from sos_dask.stats.numbers import scatter
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents
-from tests.run import compare
+from tests.run import compare, features
 from tests.sky import write_catalog
 
 FEW = CompareSettings(n_bootstrap=100, min_bin_pairs=20)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.sky.healpix import ang2pix
+from sos_dask.sky.healpix import ang2pix, separation_arcsec
 from sos_dask.sky.loops import (
     choose,
     claim,
@@ -24,7 +24,6 @@ from sos_dask.sky.loops import (
     sort_members,
 )
 from sos_dask.sky.neighbours import order_for_radius
-from sos_dask.sky.sphere import separation_arcsec
 
 RUNS = settings(deadline=None, derandomize=True, max_examples=100)
 seeds = st.integers(0, 2**32 - 1)

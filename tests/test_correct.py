@@ -14,8 +14,8 @@ from sos_dask.correct import (
     correct,
     corrected_schema,
 )
-from sos_dask.problem import features
 from sos_dask.schema import CANONICAL, LABELS
+from tests.run import features
 from tests.sky import observations
 
 NEW = ["teff_sos", "logg_sos", "feh_sos", "teff_delta", "logg_delta", "feh_delta", "flag_sos"]

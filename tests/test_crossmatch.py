@@ -15,9 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sos_dask.errors import ConfigError, PartitionError
-from sos_dask.sky.healpix import FloatArray, HealpixPixel, ang2pix, in_ranges
+from sos_dask.sky.healpix import (
+    FloatArray,
+    HealpixPixel,
+    ang2pix,
+    in_ranges,
+    propagate,
+    separation_arcsec,
+)
 from sos_dask.sky.neighbours import surroundings
-from sos_dask.sky.sphere import propagate, separation_arcsec
 from sos_dask.stars import match as crossmatch
 from sos_dask.stars.match import Matches, MatchSettings, Motion, match, reach_arcsec
 

@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sos_dask.errors import ConfigError, PartitionError
-from sos_dask.sky.healpix import HealpixPixel, ang2pix, in_ranges
-from sos_dask.sky.sphere import propagate, separation_arcsec
-from sos_dask.stars import crowds
+from sos_dask.sky import neighbours
+from sos_dask.sky.healpix import HealpixPixel, ang2pix, in_ranges, propagate, separation_arcsec
 from sos_dask.stars import group as grouping
 from sos_dask.stars.combine import combine
 from sos_dask.stars.crowds import Places
@@ -377,10 +376,10 @@ def test_who_claims_is_decided_by_what_is_measured(monkeypatch):
     ra, dec = np.array([45.0, 45.0]), np.array([0.0, 1e-4])
     radius = float(separation_arcsec(ra[:1], dec[:1], ra[1:], dec[1:])[0])
     cells = ang2pix(ra, dec)
-    places = Places.of(crowds.Sky(ra, dec, cells, np.arange(2)), np.arange(2))
+    places = Places.of(neighbours.Sky(ra, dec, cells, np.arange(2)), np.arange(2))
     assert places.leading(radius).tolist() == [0]
     measured = separation_arcsec
-    monkeypatch.setattr(crowds, "separation_arcsec", lambda *at: measured(*at) * (1 + 1e-12))
+    monkeypatch.setattr(neighbours, "separation_arcsec", lambda *at: measured(*at) * (1 + 1e-12))
     assert sorted(places.leading(radius).tolist()) == [0, 1]
 
 

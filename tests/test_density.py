@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.stats.numbers import knn_distance, robust_scale
+from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
 
 
 def test_scales_are_those_of_normal_columns_and_ignore_outliers():
@@ -34,3 +34,12 @@ def test_distances_are_those_of_brute_force(seed, k):
     np.testing.assert_allclose(found, every[:, min(k, len(train)) - 1])
     order = rng.permutation(len(train))
     np.testing.assert_array_equal(knn_distance(train[order], query[:3], k), found[:3])
+
+
+def test_rows_within_a_radius_are_those_of_brute_force():
+    rng = np.random.default_rng(2)
+    train, query = rng.normal(size=(200, 3)), rng.normal(size=(30, 3))
+    radius = rng.uniform(0, 2, 30)
+    every = np.linalg.norm(train[None] - query[:, None], axis=2)
+    found = count_within(train, query, radius)
+    assert found.tolist() == (every <= radius[:, None]).sum(axis=1).tolist()

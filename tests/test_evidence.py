@@ -12,12 +12,13 @@ from sos_dask.api import train
 from sos_dask.columns import floats32, key_numbers
 from sos_dask.corrections import load
 from sos_dask.errors import CatalogError, ClusterError
-from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.stages.compare import Compare
+from sos_dask.stages.coverage import Coverage
 from sos_dask.stages.evidence import (
     DIFFERENCES,
+    Evidence,
     EvidenceSettings,
     fitted_columns,
     held_out_columns,
@@ -30,7 +31,7 @@ from sos_dask.stages.train import TrainSettings
 from sos_dask.stages.trends import Trends
 from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.storage.catalog import Catalog
-from tests.run import make_evidence
+from tests.run import features, make_evidence
 from tests.sky import write_catalog
 
 COLUMNS = ["star", "fold", *DIFFERENCES]
@@ -201,3 +202,13 @@ def test_memory_that_is_needed_stops_growing(pairs, monkeypatch):
     monkeypatch.setattr("sos_dask.run.cluster.memory_bytes", lambda: 500 << 20)
     with pytest.raises(ClusterError, match="compare: 1,000,000 pairs"):
         require_evidence(Cluster(), Many(10**7), "compare", 300 << 20, 400)  # type: ignore[arg-type]
+
+
+def test_a_further_method_leaves_what_depends_on_the_chosen_model_alone():
+    prints = {"model": "m", "observations": "o"}
+    for stage, same in ((Uncertainty, True), (Coverage, True), (Compare, False)):
+        recipes = [
+            stage.recipe(stage.Settings(), {**prints, "evidence": table}) for table in ("a", "b")
+        ]
+        assert (recipes[0].fingerprint == recipes[1].fingerprint) is same
+        assert (recipes[0].params.get("evidence_version") == Evidence.version) is same

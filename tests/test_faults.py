@@ -40,7 +40,6 @@ methods = ["polynomial"]
 validation = "holdout"
 [compare]
 n_bootstrap = 100
-[coverage]
 [report]
 enabled = false
 """

@@ -14,8 +14,9 @@ from sos_dask.corrections.polynomial import (
     polynomial_terms,
 )
 from sos_dask.errors import ConfigError
-from sos_dask.problem import BLOCK_ROWS, DEFAULT, FEATURES, Input, Label, Problem, features
+from sos_dask.problem import BLOCK_ROWS, DEFAULT, Input, Label, Problem
 from sos_dask.schema import LABELS
+from tests.run import FEATURES, features
 
 
 def test_features_are_scaled_and_keep_unknown_values():

@@ -1,13 +1,11 @@
 import json
 import pickle
-from functools import partial
 
 import numpy as np
 import pytest
 
 from sos_dask import corrections as models
 from sos_dask.corrections import Batch, boosted, hybrid, polynomial
-from sos_dask.corrections.base import ChangedSource
 from sos_dask.corrections.hybrid import HybridCorrection, residuals
 from sos_dask.corrections.polynomial import PolynomialCorrection
 from sos_dask.errors import ConfigError, ModelError
@@ -106,13 +104,14 @@ def test_outliers_at_an_end_do_not_move_it():
 
 
 def test_it_is_the_sum_of_its_parts():
-    source = ArraySource(biased_pairs(2000, 3))
+    batch = biased_pairs(2000, 3)
+    source = ArraySource(batch)
     out = models.fit("hybrid", source, params={**QUICK, "smoothing": 0.02})
     assert isinstance(out, HybridCorrection)
     smooth = models.fit("polynomial", source, params={"order": 2})
     assert isinstance(smooth, PolynomialCorrection)
     of_trees = {k: v for k, v in out.info.params.items() if k in boosted.Settings.model_fields}
-    left = ChangedSource(source, partial(residuals, smooth=smooth, outlier=7.0))
+    left = ArraySource(residuals(batch, smooth, 7.0))
     trees = models.fit("boosted", left, params=of_trees)
     x = biased_pairs(500, 4).features
     local = out.predict(x) - smooth.predict(x)
@@ -219,8 +218,8 @@ def test_changed_and_missing_files_are_named(saved):
     for name in document["files"]:
         kept = {k: v for k, v in document["files"].items() if k != name}
         edited = {**document, "files": kept}
-        del edited[models.SEAL]
-        (saved / "model.json").write_bytes(models.sealed(edited))
+        del edited[models.base.SEAL]
+        (saved / "model.json").write_bytes(models.base.sealed(edited))
         with pytest.raises(ModelError, match=r"damaged|JSON"):
             models.load(saved)
 

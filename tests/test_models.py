@@ -16,10 +16,11 @@ from sos_dask import corrections as models
 from sos_dask.corrections import Batch, lookup
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.figures import held_out_metrics
-from sos_dask.problem import DEFAULT, FEATURES, Input, Label, Problem, features
+from sos_dask.problem import DEFAULT, Input, Label, Problem
 from sos_dask.schema import LABELS
-from sos_dask.sky.sphere import unit_vectors
+from sos_dask.sky.healpix import unit_vectors
 from sos_dask.stats.numbers import Histogram, count
+from tests.run import FEATURES, features
 
 NOISE = np.array([60.0, 0.12, 0.06])
 
@@ -157,11 +158,11 @@ def test_rows_that_cannot_train_are_left_out():
     y[4, 1] = np.inf
     weight = np.array([1, 1, 1, 1, 1, 0, 1], dtype=np.float32)
     fold = np.array([0, 0, 0, 0, 0, 0, 4], dtype=np.int8)
-    rows = models.training_rows(Batch(x, y, fold, weight), None)
+    rows = models.base.training_rows(Batch(x, y, fold, weight), None)
     assert len(rows.features) == 3
     assert np.isnan(rows.differences[1, 1])
-    assert len(models.training_rows(Batch(x, y, fold, weight), [4]).features) == 1
-    assert len(models.training_rows(Batch(x, y, fold, weight), []).features) == 0
+    assert len(models.base.training_rows(Batch(x, y, fold, weight), [4]).features) == 1
+    assert len(models.base.training_rows(Batch(x, y, fold, weight), []).features) == 0
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4])
@@ -302,7 +303,7 @@ def test_the_same_pairs_give_the_same_bytes(fitted):
 
 def test_what_a_model_states(fitted, saved):
     document = json.loads((saved / "model.json").read_text())
-    assert document["format"] == models.MODEL_FORMAT
+    assert document["format"] == models.base.MODEL_FORMAT
     assert document["method"] == fitted.method
     assert document["labels"] == list(LABELS)
     assert document["features"] == list(FEATURES)
@@ -338,8 +339,8 @@ def test_a_missing_file_is_named(saved):
 
 def _edit(saved: Path, **changes: object) -> None:
     document = json.loads((saved / "model.json").read_text())
-    del document[models.SEAL]
-    (saved / "model.json").write_bytes(models.sealed({**document, **changes}))
+    del document[models.base.SEAL]
+    (saved / "model.json").write_bytes(models.base.sealed({**document, **changes}))
 
 
 def test_an_edited_model_is_refused(saved):
@@ -356,7 +357,7 @@ def test_an_edited_model_is_refused(saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": models.MODEL_FORMAT + 1}, r"model format 3 is not 2"),
+        ({"format": models.base.MODEL_FORMAT + 1}, r"model format 3 is not 2"),
         ({"format": None}, "model format None"),
         ({"labels": ["teff", "feh", "logg"]}, "labels are"),
         ({"features": ["teff", "logg", "feh"]}, "features are"),
@@ -472,8 +473,8 @@ def test_trees_of_too_many_cells_predict_directly_and_say_so(tmp_path, monkeypat
 def test_a_model_without_a_problem_is_of_the_default_one(saved, fitted):
     document = json.loads((saved / "model.json").read_text())
     assert document["problem"] == DEFAULT.as_json
-    del document[models.SEAL], document["problem"]
-    (saved / "model.json").write_bytes(models.sealed(document))
+    del document[models.base.SEAL], document["problem"]
+    (saved / "model.json").write_bytes(models.base.sealed(document))
     assert models.load(saved).info == fitted.info
 
 

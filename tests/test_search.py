@@ -39,15 +39,15 @@ def test_the_best_is_found_and_all_are_told():
     assert found.params["order"] in (2, 3, 4)
     assert set(found.params) == set(models.parameters("polynomial"))
     assert len(found.trials) == 10
-    judged = [len(trial.losses) for trial in found.trials]
+    judged = [len(trial["losses"]) for trial in found.trials]
     assert judged == sorted(judged, reverse=True)
     assert judged[0] == 4
     assert judged.count(1) == 5
-    finals = [trial.loss for trial in found.trials if len(trial.losses) == 4]
+    finals = [trial["loss"] for trial in found.trials if len(trial["losses"]) == 4]
     assert finals == sorted(finals)
-    first = next(trial for trial in found.trials if trial.params["order"] == 1)
-    assert first.losses[0] > found.trials[0].losses[0]
-    assert models.to_json(found.table())
+    first = next(trial for trial in found.trials if trial["params"]["order"] == 1)
+    assert first["losses"][0] > found.trials[0]["losses"][0]
+    assert models.base.to_json(found.trials)
 
 
 def test_held_out_folds_have_no_part():
@@ -69,7 +69,7 @@ def test_candidates_that_are_too_large_lose():
     source = ArraySource(biased_pairs(90))
     found = search("polynomial", source, [0, 1, 2, 3, 4], defaults("polynomial", order=5), 8)
     assert int(found.params["order"]) < 5
-    assert any(row["loss"] is None for row in found.table())
+    assert any(row["loss"] is None for row in found.trials)
     with pytest.raises(ModelError, match="no candidate"):
         search("polynomial", ArraySource(biased_pairs(12)), [0, 1], defaults("polynomial"), 4)
 

@@ -11,7 +11,8 @@ from sos_dask import corrections as models
 from sos_dask.corrections import Batch
 from sos_dask.corrections.simex import LAMBDAS, noisy, part_weights
 from sos_dask.errors import ModelError
-from sos_dask.problem import DEFAULT, features
+from sos_dask.problem import DEFAULT
+from tests.run import features
 from tests.test_models import ArraySource, biased_pairs
 
 CENTER = np.array([5000.0, 3.0, -0.3])
@@ -145,7 +146,7 @@ def test_saved_and_loaded(base, tmp_path):
     assert models.fit("simex", source, params=params).files() == fitted.files()
     document = json.loads((tmp_path / "model" / "model.json").read_text())
     del document["params"]["base"]
-    del document[models.SEAL]
-    (tmp_path / "model" / "model.json").write_bytes(models.sealed(document))
+    del document[models.base.SEAL]
+    (tmp_path / "model" / "model.json").write_bytes(models.base.sealed(document))
     with pytest.raises(ModelError, match="incomplete or damaged"):
         models.load(tmp_path / "model")

@@ -30,7 +30,7 @@ from sos_dask.simulate import (
 )
 from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, from_galactic, make_plates, to_galactic
 from sos_dask.simulate.surveys import columns
-from sos_dask.sky import healpix, sphere
+from sos_dask.sky import healpix
 from sos_dask.surveys.definition import load_survey
 
 N_LAMOST = 40_000
@@ -94,7 +94,7 @@ def sky(tmp_path_factory):
 def moved(table, years):
     """Special stars at another epoch."""
     ra, dec, pmra, pmdec = table.T
-    return sphere.propagate(ra, dec, pmra, pmdec, years)
+    return healpix.propagate(ra, dec, pmra, pmdec, years)
 
 
 def digests(paths):
@@ -220,7 +220,7 @@ def test_repeats(sky):
     order = np.lexsort((truth["row"], truth["star"]))
     same = np.flatnonzero(np.diff(truth["star"][order]) == 0)
     a, b = order[same], order[same + 1]
-    apart = sphere.separation_arcsec(*(seen[name][i] for i in (a, b) for name in ("ra", "dec")))
+    apart = healpix.separation_arcsec(*(seen[name][i] for i in (a, b) for name in ("ra", "dec")))
     assert 0.1 < np.median(apart) < 0.3
     assert apart.max() < 1.5
     assert np.median(b - a) > 1000
@@ -393,7 +393,7 @@ def test_overlap_by_id_and_by_place_is_that_of_the_truth(sky):
     lamost, star_l = sky.seen[LAMOST], sky.truth[LAMOST]["star"]
     gaia_l = lamost["gaia_dr3_source_id"]
     first = np.unique(star_l, return_index=True)[1]
-    tree = cKDTree(sphere.unit_vectors(lamost["ra"][first], lamost["dec"][first]))
+    tree = cKDTree(healpix.unit_vectors(lamost["ra"][first], lamost["dec"][first]))
     # Everything at the epoch of LAMOST, J2000.
     columns = (sky.gaia[name].to_pylist() for name in ("source_id", "pmra", "pmdec"))
     motion = {key: pm for key, *pm in zip(*columns, strict=True)}
@@ -404,11 +404,11 @@ def test_overlap_by_id_and_by_place_is_that_of_the_truth(sky):
         good = np.isfinite(pm).all(axis=1) & (true_ids > 0) & np.isfinite(seen["ra"])
         years = 2000.0 - SURVEYS[survey].epoch
         pmra, pmdec = pm[good].T
-        place = sphere.propagate(seen["ra"][good], seen["dec"][good], pmra, pmdec, years)
+        place = healpix.propagate(seen["ra"][good], seen["dec"][good], pmra, pmdec, years)
         shared = np.isin(star[good], star_l)
         assert shared.mean() > least
-        distance, nearest = tree.query(sphere.unit_vectors(*place))
-        found = distance * sphere.ARCSEC_PER_RADIAN < 1.5
+        distance, nearest = tree.query(healpix.unit_vectors(*place))
+        found = distance * healpix.ARCSEC_PER_RADIAN < 1.5
         assert np.all(found[shared])
         assert (star_l[first][nearest][shared] == star[good][shared]).mean() > 0.999
         assert found[~shared].mean() < 0.005
@@ -455,7 +455,7 @@ def test_special_stars_are_in_every_survey(sky):
         np.testing.assert_array_equal(ra[still], table[still, 0])
         np.testing.assert_array_equal(dec[still], table[still, 1])
         there = moved(table, SURVEYS[survey].epoch - 2016.0)
-        assert sphere.separation_arcsec(ra, dec, *there).max() < 1e-3
+        assert healpix.separation_arcsec(ra, dec, *there).max() < 1e-3
         assert np.all(seen["gaia_dr3_source_id"][index] > 0)
         assert np.all(np.isfinite(sky.labels(survey)[index]))
     assert not sky.rows[APOGEE]["ASPCAPFLAG"][sky.truth[APOGEE]["is_special"]].any()
@@ -474,8 +474,8 @@ def test_special_stars_are_where_they_claim():
         assert len(cells) > 1, (border_ra, border_dec)
     assert np.all(np.hypot(pmra, pmdec)[20:] > 1000)
     for epoch in (2000.0, 2008.0, 2016.0):
-        x = sphere.unit_vectors(*moved(table, epoch - 2016.0))
-        distance = cKDTree(x).query(x, k=2)[0][:, 1] * sphere.ARCSEC_PER_RADIAN
+        x = healpix.unit_vectors(*moved(table, epoch - 2016.0))
+        distance = cKDTree(x).query(x, k=2)[0][:, 1] * healpix.ARCSEC_PER_RADIAN
         if epoch != 2008.0:
             assert distance.min() > 5
     old_ra = moved(table, -16.0)[0]
@@ -487,7 +487,7 @@ def test_special_stars_are_where_they_claim():
 def test_galactic_coordinates_round_trip(ra, dec):
     lon, lat = to_galactic(np.array([ra]), np.array([dec]))
     back = from_galactic(lon, lat)
-    assert sphere.separation_arcsec(np.array([ra]), np.array([dec]), *back)[0] < 0.01
+    assert healpix.separation_arcsec(np.array([ra]), np.array([dec]), *back)[0] < 0.01
 
 
 def test_galactic_coordinates_of_known_places():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sos_dask.sky.sphere import ARCSEC_PER_RADIAN, propagate, separation_arcsec, unit_vectors
+from sos_dask.sky.healpix import ARCSEC_PER_RADIAN, propagate, separation_arcsec, unit_vectors
 from tests.geometry import SETTINGS, around, declinations, on_sphere, right_ascensions, seeds
 
 

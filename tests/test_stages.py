@@ -23,8 +23,7 @@ from sos_dask.errors import CatalogError, ConfigError, ModelError, SurveyError
 from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import CANONICAL, LABELS
-from sos_dask.sky.healpix import HealpixPixel, ang2pix
-from sos_dask.sky.sphere import propagate, separation_arcsec
+from sos_dask.sky.healpix import HealpixPixel, ang2pix, propagate, separation_arcsec
 from sos_dask.stages.apply import parse_partitions
 from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.stages.ingest import IngestSettings, ingest
@@ -340,10 +339,10 @@ def test_reference_does_not_depend_on_the_order_of_arguments(stars, tmp_path):
     )
     catalogs = {name: Catalog.open(stars / f"stars{n}-40") for name, n in
                 (("apogee", 2), ("galah", 3))}  # fmt: skip
-    first = reference(catalogs, tmp_path / "1", settings, name="reference")
-    second = reference(dict(reversed(catalogs.items())), tmp_path / "2", settings, name="reference")
+    first = reference(catalogs, tmp_path / "1" / "reference", settings)
+    second = reference(dict(reversed(catalogs.items())), tmp_path / "2" / "reference", settings)
     assert first.fingerprint == second.fingerprint
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert contents(tmp_path / "1" / "reference") == contents(tmp_path / "2" / "reference")
 
 
 # -- folds ----------------------------------------------------------------------------------------

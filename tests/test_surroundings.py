@@ -7,7 +7,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sos_dask.errors import ConfigError
-from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, ang2pix, in_ranges, with_neighbours
+from sos_dask.sky.healpix import (
+    MAX_ORDER,
+    HealpixPixel,
+    ang2pix,
+    in_ranges,
+    separation_arcsec,
+    with_neighbours,
+)
 from sos_dask.sky.neighbours import (
     near_edge,
     near_pixel,
@@ -15,7 +22,6 @@ from sos_dask.sky.neighbours import (
     surrounding_cells,
     surroundings,
 )
-from sos_dask.sky.sphere import separation_arcsec
 from tests.geometry import HARD, SETTINGS, around, on_sphere, pixels, seeds
 
 

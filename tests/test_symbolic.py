@@ -12,9 +12,9 @@ from sos_dask.corrections import Batch, symbolic
 from sos_dask.corrections.formula import Formula, Template
 from sos_dask.corrections.symbolic import Scale, SymbolicCorrection, draw_sample, fit_numbers
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.problem import FEATURES
 from sos_dask.schema import LABELS
 from sos_dask.stats.numbers import scatter
+from tests.run import FEATURES
 from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
 QUICK = {"n_sample": 1000, "population": 100, "generations": 15, "max_length": 15}
@@ -224,7 +224,7 @@ def test_a_row_is_evaluated_the_same_in_any_company():
 
 def sample_of(source, wanted=1000):
     training = models.Training(source)
-    summary = models.summarise(training, "symbolic", 1)
+    summary = models.base.summarise(training, "symbolic", 1)
     return draw_sample(training, Scale.of(summary, FEATURES), wanted)
 
 

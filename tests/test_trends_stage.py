@@ -11,7 +11,6 @@ import pytest
 from sos_dask import corrections as models
 from sos_dask.errors import CatalogError, ClusterError
 from sos_dask.evidence.trends import CONTRAST_SCHEMA, TREND_SCHEMA
-from sos_dask.problem import features
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.simulate import lamost_bias
@@ -20,7 +19,7 @@ from sos_dask.stats.binned import Axis
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents
-from tests.run import trends
+from tests.run import features, trends
 from tests.sky import write_catalog
 
 FILES = ("planes.parquet", "references.parquet", "trends.parquet")

@@ -12,11 +12,11 @@ import pytest
 from scipy.stats import binomtest
 
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
-from sos_dask.corrections import SEAL, sealed
+from sos_dask.corrections.base import SEAL, sealed
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.error_tables import load_errors
-from sos_dask.problem import features
+from sos_dask.problem import DEFAULT
 from sos_dask.schema import LABELS
 from sos_dask.stages.reference import common_stars
 from sos_dask.stages.uncertainty import UncertaintySettings, read_calibration
@@ -97,7 +97,7 @@ def test_factors_of_stated_errors_are_those_that_were_simulated(build):
 def test_corrected_rows_carry_the_errors(build):
     table = read(build / "lamost.corrected")
     errors = load_errors(build / "uncertainty")
-    x = features(*(pc.fill_null(table[label], np.nan).to_numpy() for label in LABELS))
+    x = DEFAULT.matrix(table)
     wanted = errors.half_width(x, table["snr"].to_numpy())
     kind = read(build / "coverage")["kind_coverage"].fill_null(0).to_numpy()
     known = CoverageModel.load(build / "coverage")

@@ -329,13 +329,11 @@ def _option(name: str, field: Any) -> inspect.Parameter | None:
     elif field.is_required() or (metavar is None and kind is not bool):
         return None
     if kind is int:
-        least = {"ge": 0, "gt": 1}
-        most = {"le": 0, "lt": -1}
+        ends = {"ge": ("min", 0), "gt": ("min", 1), "le": ("max", 0), "lt": ("max", -1)}
         for limit in field.metadata:
-            limits |= {
-                "min": getattr(limit, n) + by for n, by in least.items() if hasattr(limit, n)
-            }
-            limits |= {"max": getattr(limit, n) + by for n, by in most.items() if hasattr(limit, n)}
+            for name_of, (end, more_by) in ends.items():
+                if hasattr(limit, name_of):
+                    limits[end] = getattr(limit, name_of) + more_by
     flag = more.get("option", f"--{name.replace('_', '-')}")
     option: Any = typer.Option(flag, metavar=metavar, help=help_text, **limits)
     return inspect.Parameter(

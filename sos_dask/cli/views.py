@@ -506,7 +506,7 @@ def coverage(
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.correct import COVERAGE_MEANINGS, FLAG_MEANINGS
+    from sos_dask.correct import COVERAGE_MEANINGS
     from sos_dask.stages.coverage import look
 
     figure = None
@@ -548,12 +548,11 @@ def coverage(
         say(f"Not in the catalog: {', '.join(found['parameters_without_column'])}")
     for kind, text in found["intervals"].items():
         say(f"Width of intervals, {kind}: {text}")
-    meanings = FLAG_MEANINGS | COVERAGE_MEANINGS
     flags = sorted(found["flags"].items(), key=lambda item: int(item[0]))
     show_table(
         "Bits of flag_sos",
         [">bit", ">rows", ""],
-        [(bit, f"{n:,}", meanings[int(bit)]) for bit, n in flags],
+        [(bit, f"{n:,}", COVERAGE_MEANINGS[int(bit)]) for bit, n in flags],
     )
     if figure is not None and figure.is_file():
         say(f"The maps as a figure: {figure}")

@@ -33,10 +33,7 @@ from sos_dask.corrections.base import (
     Training,
     TrainingSource,
     parse_json,
-    sealed,
-    summarise,
     to_json,
-    training_rows,
 )
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.problem import Problem
@@ -45,8 +42,6 @@ from sos_dask.settings import Settings
 
 __all__ = [
     "MODEL_FILE",
-    "MODEL_FORMAT",
-    "SEAL",
     "Batch",
     "Correction",
     "ModelInfo",
@@ -59,11 +54,6 @@ __all__ = [
     "method_settings",
     "methods",
     "parameters",
-    "parse_json",
-    "sealed",
-    "summarise",
-    "to_json",
-    "training_rows",
 ]
 
 _METHODS: Mapping[str, Any] = {
@@ -209,7 +199,8 @@ def load(directory: Path, *, check: bool = True) -> Correction:
         the method is not known.
     """
     path = Path(directory) / MODEL_FILE
-    document = parse_json(_read(path), path)
+    hint = "A model is a directory that 'sos-dask train' has written."
+    document = parse_json(bytes(_mapped(path, hint)), path)
     if document.get("format") != MODEL_FORMAT:
         raise ModelError(
             f"{path}: model format {document.get('format')!r} is not {MODEL_FORMAT}",
@@ -236,7 +227,10 @@ def load(directory: Path, *, check: bool = True) -> Correction:
                 f"{path.parent / name} is not the file that was saved with the model",
                 "Its SHA-256 is another one: restore it, or train the model again.",
             )
-    fitted: Correction = _METHODS[info.method].restore(info, files)
+    try:
+        fitted: Correction = _METHODS[info.method].restore(info, files)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"model '{info.method}': incomplete or damaged ({error!r})") from None
     return fitted
 
 
@@ -267,7 +261,7 @@ def _stated(document: Mapping[str, Any], path: Path) -> tuple[ModelInfo, dict[st
         raise ModelError(f"{path}: incomplete or damaged ({error!r})") from None
 
 
-def _mapped(path: Path) -> Content:
+def _mapped(path: Path, hint: str = "") -> Content:
     """Content of a file that workers on one machine share in memory; small ones are read."""
     try:
         with path.open("rb") as file:
@@ -275,13 +269,4 @@ def _mapped(path: Path) -> Content:
                 return file.read()
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(
-            f"{path}: {error.strerror}", "A model is a directory that 'sos-dask train' has written."
-        ) from None
+        raise ModelError(f"{path}: {error.strerror}", hint) from None

@@ -76,35 +76,6 @@ class TrainingSource(Protocol):
 
 
 @dataclass(frozen=True)
-class ChangedSource:
-    """Pairs of another source, of which each batch is changed.
-
-    Parameters
-    ----------
-    source : TrainingSource
-    change : callable
-        Takes a `Batch` and gives another one; importable by its name on every worker.
-    """
-
-    source: TrainingSource
-    change: Callable[[Batch], Batch]
-
-    @property
-    def problem(self) -> Problem:
-        """Labels and inputs."""
-        return self.source.problem
-
-    @property
-    def n_batches(self) -> int:
-        """Number of batches."""
-        return self.source.n_batches
-
-    def load(self, index: int) -> Batch:
-        """Read one batch."""
-        return self.change(self.source.load(index))
-
-
-@dataclass(frozen=True)
 class Rows:
     """Training rows of a batch: features are finite, the weight is positive."""
 
@@ -144,14 +115,17 @@ class Training:
         Only pairs of these folds are used; None: all pairs.
     client : distributed.Client, optional
         None: all in this process. It stays here when the rest travels to its workers.
+    changes : tuple of callable
+        Each takes a `Batch` and gives another one; importable by its name on every worker.
     """
 
     source: TrainingSource
     folds: tuple[int, ...] | None = None
     client: Any = None
+    changes: tuple[Callable[[Batch], Batch], ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Training, (self.source, self.folds)
+        return Training, (self.source, self.folds, None, self.changes)
 
     @property
     def problem(self) -> Problem:
@@ -160,7 +134,8 @@ class Training:
 
     def rows(self, index: int) -> Rows:
         """Training rows of one batch."""
-        return training_rows(self.source.load(index), self.folds)
+        batch = functools.reduce(lambda b, change: change(b), self.changes, self.source.load(index))
+        return training_rows(batch, self.folds)
 
     def map(self, function: Callable[..., R], *arguments: Any) -> list[R]:
         """Call ``function(rows, *arguments)`` for the training rows of every batch.
@@ -250,7 +225,7 @@ class Summary:
     n_pairs : ndarray of int64, shape (l,)
         Rows with a known difference, per label.
     minimum, maximum, mean, deviation : ndarray of float64, shape (k,)
-        Of the inputs.
+        Of the inputs; the deviation is 1 where all are equal.
     center, spread : ndarray of float64, shape (l,)
         Median and robust standard deviation of the differences; 1 where all are equal.
     constant : ndarray of bool, shape (l,)
@@ -332,13 +307,15 @@ def summarise(training: Training, method: str, needed: int) -> Summary:
     constant = width == 0
     total = int(n_rows.sum())
     mean = sums / total
+    deviation = np.sqrt(np.maximum(squares / total - mean**2, 0.0))
+    wide = deviation > 1e-6 * np.maximum(1.0, np.abs(mean))
     return Summary(
         n_rows=n_rows,
         n_pairs=n_pairs,
         minimum=np.min([part["low"] for part in parts], axis=0),
         maximum=np.max([part["high"] for part in parts], axis=0),
         mean=mean,
-        deviation=np.sqrt(np.maximum(squares / total - mean**2, 0.0)),
+        deviation=np.where(wide, deviation, 1.0),
         center=np.where(constant, lowest, quartiles[:, 1]),
         spread=np.where(constant, 1.0, spread),
         constant=constant,
@@ -398,13 +375,11 @@ class ModelInfo:
 
     def by_label(self, values: Sequence[Any] | NDArray[Any]) -> dict[str, Any]:
         """Values by the names of the labels, as JSON takes them."""
-        plain = values.tolist() if isinstance(values, np.ndarray) else values
-        return dict(zip(self.problem.names, plain, strict=True))
+        return dict(zip(self.problem.names, np.asarray(values).tolist(), strict=True))
 
     def by_input(self, values: Sequence[Any] | NDArray[Any]) -> dict[str, Any]:
         """Values by the names of the inputs, as JSON takes them."""
-        plain = values.tolist() if isinstance(values, np.ndarray) else values
-        return dict(zip(self.problem.features, plain, strict=True))
+        return dict(zip(self.problem.features, np.asarray(values).tolist(), strict=True))
 
     def of_labels(self, values: Mapping[str, Any]) -> FloatArray:
         """Numbers in the order of the labels."""
@@ -415,6 +390,7 @@ class ModelInfo:
         return np.array([values[name] for name in self.problem.features], dtype=np.float64)
 
 
+@dataclass(eq=False)
 class Correction(abc.ABC):
     """A fitted correction: the difference target - reference of each label, predicted.
 
@@ -426,8 +402,7 @@ class Correction(abc.ABC):
     info : ModelInfo
     """
 
-    def __init__(self, info: ModelInfo) -> None:
-        self.info = info
+    info: ModelInfo
 
     @property
     def method(self) -> str:
@@ -465,15 +440,12 @@ class Correction(abc.ABC):
         out = np.empty((len(self.labels), len(x)), dtype=np.float32).T
         for start in range(0, len(x), BLOCK_ROWS):
             block = x[start : start + BLOCK_ROWS]
-            known = _in_all_columns(np.isfinite(block))
+            unknown = ~_in_all_columns(np.isfinite(block))
             block = np.clip(block, low, high)
-            if known.all():
-                out[start : start + BLOCK_ROWS] = self.evaluate(block)
-            else:
-                block[~known] = low
-                found = self.evaluate(block)
-                found[~known] = np.nan
-                out[start : start + BLOCK_ROWS] = found
+            block[unknown] = low
+            found = self.evaluate(block)
+            found[unknown] = np.nan
+            out[start : start + BLOCK_ROWS] = found
         return out
 
     def in_range(self, features: Float32Array) -> NDArray[np.bool_]:
@@ -506,7 +478,10 @@ class Correction(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, features: Float32Array) -> Float32Array:
-        """Differences at finite inputs inside the box, shape (n, l); a new array."""
+        """Differences at finite inputs inside the box, shape (n, l); a new array.
+
+        `predict` gives blocks of `BLOCK_ROWS` rows at most.
+        """
 
     @abc.abstractmethod
     def files(self) -> Mapping[str, bytes]:
@@ -535,9 +510,7 @@ class Correction(abc.ABC):
             "params": dict(sorted(info.params.items())),
             "train_folds": None if info.train_folds is None else list(info.train_folds),
             "n_pairs": info.by_label(info.n_pairs),
-            "training_range": info.by_input(
-                [list(ends) for ends in zip(info.minimum, info.maximum, strict=True)]
-            ),
+            "training_range": info.by_input(np.transpose([info.minimum, info.maximum])),
             "files": {
                 name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())
             },
@@ -548,6 +521,11 @@ class Correction(abc.ABC):
 def _in_all_columns(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     # Several times faster than a reduction over so short an axis.
     return functools.reduce(np.logical_and, mask.T)
+
+
+def files_of_part(files: Mapping[str, Content], start: str) -> dict[str, Content]:
+    """Files of a model inside of another one, whose names start so, by their own names."""
+    return {k.removeprefix(start): v for k, v in files.items() if k.startswith(start)}
 
 
 def sealed(document: Mapping[str, Any]) -> bytes:

@@ -42,6 +42,7 @@ from sos_dask.corrections.base import (
     Summary,
     Training,
     parse_json,
+    run_tasks,
     summarise,
     to_json,
 )
@@ -112,6 +113,7 @@ SEARCH = {
 }
 
 
+@dataclass(eq=False)
 class BoostedCorrection(Correction):
     """Sums of trees.
 
@@ -127,19 +129,10 @@ class BoostedCorrection(Correction):
         The differences, compiled; a saved model has it unless its thresholds make too many cells.
     """
 
-    def __init__(
-        self,
-        info: ModelInfo,
-        ensembles: tuple[Content, ...],
-        center: FloatArray,
-        spread: FloatArray,
-        table: LookupTable | None = None,
-    ) -> None:
-        super().__init__(info)
-        self.ensembles = ensembles
-        self.center = center
-        self.spread = spread
-        self.table = table
+    ensembles: tuple[Content, ...]
+    center: FloatArray
+    spread: FloatArray
+    table: LookupTable | None = None
 
     @cached_property
     def boosters(self) -> tuple[Any, ...]:
@@ -198,12 +191,9 @@ def _file(label: str) -> str:
 
 def restore(info: ModelInfo, files: Mapping[str, Content]) -> BoostedCorrection:
     """Model from its files; `ModelError` where they are incomplete."""
-    document = parse_json(bytes(files.get(FILE, b"")), FILE)
-    try:
-        center, spread = info.of_labels(document["center"]), info.of_labels(document["spread"])
-        ensembles = tuple(files[_file(label)] for label in info.problem.names)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"model 'boosted': incomplete or damaged ({error!r})") from None
+    document = parse_json(bytes(files[FILE]), FILE)
+    center, spread = info.of_labels(document["center"]), info.of_labels(document["spread"])
+    ensembles = tuple(files[_file(label)] for label in info.problem.names)
     table = LookupTable.from_buffer(files[TABLE]) if TABLE in files else None
     correction = BoostedCorrection(info, ensembles, center, spread, table)
     if table is None:
@@ -218,12 +208,14 @@ def fit(training: Training, settings: Settings, progress: Progress) -> BoostedCo
     """
     client = training.client
     if settings.device == "cuda" and client is None:
-        boosted_cluster.find_gpu().require()
+        boosted_cluster.find_gpu()
     summary = summarise(training, "boosted", MIN_PAIRS)
     edges = bin_edges(training, summary, settings.max_bin)
     job = Job(training, settings, summary, edges, (settings.n_rounds,) * len(summary.center))
     if settings.stop_rounds:
-        job = replace(job, rounds=boosted_cluster.run_apart(count_rounds, job, client))
+        what = "stop_rounds: the fit that counts trees"
+        advice = "it needs all pairs. Give workers more, or set stop_rounds = 0."
+        job = replace(job, rounds=run_tasks(count_rounds, [job], client, what, advice)[0])
     boosters = train(job, progress) if client is None else boosted_cluster.train(job, progress)
     info = summary.info("boosted", settings, training)
     ensembles = tuple(bytes(booster.save_raw("ubj")) for booster in boosters)
@@ -322,7 +314,7 @@ def count_rounds(job: Job) -> tuple[int, ...]:
     import xgboost
 
     if job.settings.device == "cuda":
-        boosted_cluster.find_gpu().require()
+        boosted_cluster.find_gpu()
     training, n = job.training, job.training.source.n_batches
     folds = training.folds
     if folds is None:

@@ -19,14 +19,13 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sos_dask.corrections.base import Progress, R, Rows, release, run_tasks
+from sos_dask.corrections.base import Progress, Rows, release
 from sos_dask.errors import ClusterError, ModelError, SosError
 
 if TYPE_CHECKING:
@@ -35,12 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRIES = 3
-
-
-def run_apart(function: Callable[[Job], R], job: Job, client: Any) -> R:
-    """Call a function by one worker, or here without a client."""
-    advice = "it needs all pairs. Give workers more, or set stop_rounds = 0."
-    return run_tasks(function, [job], client, "stop_rounds: the fit that counts trees", advice)[0]
 
 
 def train(job: Job, progress: Progress) -> tuple[Any, ...]:
@@ -53,22 +46,16 @@ def train(job: Job, progress: Progress) -> tuple[Any, ...]:
     ModelError
         A worker has no GPU for ``device = "cuda"``.
     """
-    import xgboost
     from distributed import CancelledError, KilledWorker
-    from distributed.comm import CommClosedError
 
     losses = (
-        xgboost.core.XGBoostError,
         CancelledError,
         asyncio.CancelledError,
-        CommClosedError,
         KilledWorker,
-        _LostError,
         AssertionError,  # xgboost.dask asserts that all parts are there
         RuntimeError,  # xgboost.dask: "Missing required workers"
-        ValueError,  # xgboost.dask: "Invalid worker address"
-        OSError,
-        TimeoutError,
+        ValueError,  # xgboost.dask: "Invalid worker address"; XGBoostError
+        OSError,  # closed connections, `ConnectionError` of this module, timeouts
     )
     client, timeout_s = job.training.client, job.settings.timeout_s
     boosters: dict[int, Any] = {}
@@ -80,7 +67,7 @@ def train(job: Job, progress: Progress) -> tuple[Any, ...]:
             if job.settings.device == "cuda":
                 asked = [client.submit(find_gpu, pure=False, **_on(w)) for w in workers]
                 _collect(client, asked, workers, timeout_s)
-                workers = one_each(dict(zip(workers, client.gather(asked), strict=True)))
+                workers = one_each(workers, client.gather(asked))
             _train_labels(job, workers, boosters, tracker, progress)
             return tuple(boosters[number] for number in range(len(job.rounds)))
         except SosError:
@@ -98,10 +85,6 @@ def train(job: Job, progress: Progress) -> tuple[Any, ...]:
         "Look at the workers' logs: most often they run out of memory or their node goes away. "
         "Where workers only wait long for each other, raise boosted.timeout_s.",
     )
-
-
-class _LostError(Exception):
-    """A worker is gone or does not answer."""
 
 
 def _on(worker: str) -> dict[str, Any]:
@@ -124,7 +107,7 @@ def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
     with contextlib.suppress(TimeoutError):
         client.wait_for_workers(wanted, timeout=20)
     asked = {
-        worker: client.submit(_ping, worker, pure=False, workers=[worker])
+        worker: client.submit(str, worker, pure=False, workers=[worker])
         for worker in _heartbeats(client)
     }
     if asked:
@@ -133,12 +116,8 @@ def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
     alive = [worker for worker, future in asked.items() if future.status == "finished"]
     release(list(asked.values()))
     if not alive:
-        raise _LostError("no worker answers")
+        raise ConnectionError("no worker answers")
     return alive
-
-
-def _ping(worker: str) -> str:
-    return worker
 
 
 def _collect(client: Any, futures: Sequence[Any], workers: Sequence[str], timeout_s: float) -> None:
@@ -154,17 +133,17 @@ def _collect(client: Any, futures: Sequence[Any], workers: Sequence[str], timeou
         for future in futures:
             if future.status in ("error", "cancelled", "lost"):
                 future.result(timeout=10)
-                raise _LostError(f"a task is {future.status}")
+                raise ConnectionError(f"a task is {future.status}")
         if all(future.status == "finished" for future in futures):
             return
         now, beats = time.monotonic(), _heartbeats(client)
         for worker, (beat, since) in heard.items():
             if worker not in beats:
-                raise _LostError(f"worker {worker} is gone")
+                raise ConnectionError(f"worker {worker} is gone")
             if beats[worker] != beat:
                 heard[worker] = (beats[worker], now)
             elif now - since > patience_s:
-                raise _LostError(f"worker {worker} has been silent for {patience_s:g} s")
+                raise ConnectionError(f"worker {worker} has been silent for {patience_s:g} s")
 
 
 def _train_labels(
@@ -179,7 +158,7 @@ def _train_labels(
     cuts = _shares(job.summary.n_rows, len(workers))
     used = list(workers[: len(cuts)])
     blocks = [
-        client.submit(_block, job, first, stop, pure=False, **_on(worker))
+        client.submit(job.block, first, stop, pure=False, **_on(worker))
         for worker, (first, stop) in zip(used, cuts, strict=True)
     ]
     try:
@@ -190,10 +169,6 @@ def _train_labels(
             progress("boosted", number + 1, len(job.rounds))
     finally:
         release(blocks)
-
-
-def _block(job: Job, first: int, stop: int) -> Rows:
-    return job.block(first, stop)
 
 
 def _shares(n_rows: Sequence[int] | Any, n_workers: int) -> list[tuple[int, int]]:
@@ -343,35 +318,24 @@ def stop_tracker(name: str) -> None:
 # --- GPUs --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """GPU that XGBoost would use in a process.
+def find_gpu() -> tuple[str, ...]:
+    """Find the GPU of this process by training a tree on it.
 
-    Parameters
-    ----------
-    problem, hint : str
-        Why it would quietly train on the CPU, and what to do; empty where it would not.
-    device : tuple of str
+    Returns
+    -------
+    tuple of str
         Equal for processes that share a GPU.
+
+    Raises
+    ------
+    ModelError
+        XGBoost would quietly train on the CPU.
     """
-
-    problem: str
-    hint: str = ""
-    device: tuple[str, ...] = ()
-
-    def require(self) -> None:
-        """Raise `ModelError` where there is a problem."""
-        if self.problem:
-            raise ModelError(f"device = 'cuda': {self.problem}", self.hint)
-
-
-def find_gpu() -> Gpu:
-    """Look for the GPU of this process by training a tree on it."""
     import xgboost
 
     if not xgboost.build_info().get("USE_CUDA", False):
-        return Gpu(
-            f"XGBoost {xgboost.__version__} was built without CUDA",
+        raise ModelError(
+            f"device = 'cuda': XGBoost {xgboost.__version__} was built without CUDA",
             "Install 'xgboost' (not 'xgboost-cpu'), or set device = 'cpu'.",
         )
     x = np.zeros((4, 1), dtype=np.float32)
@@ -384,41 +348,24 @@ def find_gpu() -> Gpu:
             used = json.loads(booster.save_config())["learner"]["generic_param"]["device"]
         except xgboost.core.XGBoostError as error:
             used = str(error).strip().splitlines()[0]
-    if str(used).startswith("cuda"):
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return Gpu("", device=(socket.gethostname(), visible, _uuids()))
-    return Gpu(
-        f"no usable GPU here (XGBoost answers '{used}')",
-        "Run where 'nvidia-smi' lists a GPU, or set device = 'cpu'.",
-    )
-
-
-def _uuids() -> str:
-    """The GPUs that this process may see: a batch system may number them all 0."""
+    if not str(used).startswith("cuda"):
+        raise ModelError(
+            f"device = 'cuda': no usable GPU here (XGBoost answers '{used}')",
+            "Run where 'nvidia-smi' lists a GPU, or set device = 'cpu'.",
+        )
+    # A batch system may number the GPUs that each process may see 0.
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-    try:
-        return subprocess.run(
+    uuids = ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        uuids = subprocess.run(
             command, capture_output=True, text=True, timeout=20, check=False
         ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    return socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), uuids
 
 
-def one_each(gpus: Mapping[str, Gpu]) -> list[str]:
-    """Choose the first of all workers that share a GPU: NCCL takes one process a GPU.
-
-    Parameters
-    ----------
-    gpus : mapping of str to Gpu
-        By worker.
-
-    Raises
-    ------
-    ModelError
-        One of them has none.
-    """
+def one_each(workers: Sequence[str], gpus: Sequence[tuple[str, ...]]) -> list[str]:
+    """Choose the first of all workers that share a GPU: NCCL takes one process a GPU."""
     first: dict[tuple[str, ...], str] = {}
-    for worker, gpu in gpus.items():
-        gpu.require()
-        first.setdefault(gpu.device, worker)
+    for worker, gpu in zip(workers, gpus, strict=True):
+        first.setdefault(gpu, worker)
     return list(first.values())

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sos_dask.corrections.base import FloatArray
 from sos_dask.errors import ModelError
-from sos_dask.problem import BLOCK_ROWS, DEFAULT
+from sos_dask.problem import DEFAULT
 
 DIGITS = 7
 LATEX_NAMES = {
@@ -35,19 +35,13 @@ MAX_POWER = 12
 # A divisor may fall to this share of its largest value in the box, no lower.
 SMALLEST_DIVISOR = 0.02
 
-_BINARY: dict[type[ast.operator], str] = {
-    ast.Add: "+",
-    ast.Sub: "-",
-    ast.Mult: "*",
-    ast.Div: "/",
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
 }
-_APPLY: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-}
-Step = tuple[str, float]
+Step = tuple[str | Callable[[Any, Any], Any], float]
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ class Formula:
                 stack.append(_power(stack.pop(), int(value)))
             else:
                 right = stack.pop()
-                stack.append(_APPLY[kind](stack.pop(), right))
+                stack.append(kind(stack.pop(), right))  # type: ignore[operator]
         return stack.pop()
 
     def evaluate(self, features: NDArray[np.floating]) -> FloatArray:
@@ -125,13 +119,9 @@ class Formula:
         -------
         ndarray of float64, shape (n,)
         """
-        out = np.empty(len(features))
-        for start in range(0, len(features), BLOCK_ROWS):
-            block = slice(start, start + BLOCK_ROWS)
-            columns = np.ascontiguousarray(features[block].T, dtype=np.float64)
-            with np.errstate(all="ignore"):
-                out[block] = self.run(list(columns))
-        return out
+        columns = np.ascontiguousarray(features.T, dtype=np.float64)
+        with np.errstate(all="ignore"):
+            return np.broadcast_to(self.run(list(columns)), len(features))
 
     def is_finite(
         self, minimum: Sequence[float], maximum: Sequence[float], cells: int = 12

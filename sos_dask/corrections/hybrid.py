@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,13 @@ from sos_dask import settings
 from sos_dask.corrections import boosted, polynomial
 from sos_dask.corrections.base import (
     Batch,
-    ChangedSource,
     Content,
     Correction,
     Float32Array,
     ModelInfo,
     Progress,
     Training,
+    files_of_part,
     summarise,
 )
 from sos_dask.corrections.lookup import SmearedTable, smeared
@@ -87,6 +87,7 @@ def residuals(batch: Batch, smooth: PolynomialCorrection, outlier: float) -> Bat
     return replace(batch, differences=np.where(far, np.float32(np.nan), left))
 
 
+@dataclass(eq=False)
 class HybridCorrection(Correction):
     """Sum of a polynomial and of smeared trees.
 
@@ -98,10 +99,8 @@ class HybridCorrection(Correction):
         The smeared trees over the training box.
     """
 
-    def __init__(self, info: ModelInfo, smooth: PolynomialCorrection, local: SmearedTable) -> None:
-        super().__init__(info)
-        self.smooth = smooth
-        self.local = local
+    smooth: PolynomialCorrection
+    local: SmearedTable
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
@@ -117,13 +116,9 @@ class HybridCorrection(Correction):
 
 def restore(info: ModelInfo, files: Mapping[str, Content]) -> HybridCorrection:
     """Model from its files; `ModelError` where they are incomplete."""
-    own = {
-        name.removeprefix(POLYNOMIAL): content
-        for name, content in files.items()
-        if name.startswith(POLYNOMIAL)
-    }
-    smooth = polynomial.restore(info.of_part("polynomial", polynomial.Settings), own)
-    return HybridCorrection(info, smooth, SmearedTable.from_bytes(files.get(GRID, b"")))
+    info_of_smooth = info.of_part("polynomial", polynomial.Settings)
+    smooth = polynomial.restore(info_of_smooth, files_of_part(files, POLYNOMIAL))
+    return HybridCorrection(info, smooth, SmearedTable.from_bytes(files[GRID]))
 
 
 def part_settings(kind: type[settings.Settings], whole: settings.Settings) -> Any:
@@ -139,7 +134,7 @@ def fit(training: Training, settings: Settings, progress: Progress) -> HybridCor
     of_smooth = part_settings(polynomial.Settings, settings)
     smooth = polynomial.fit(training, of_smooth, progress)
     change = partial(residuals, smooth=smooth, outlier=settings.outlier)
-    left = replace(training, source=ChangedSource(training.source, change))
+    left = replace(training, changes=(*training.changes, change))
     trees = boosted.fit(left, part_settings(boosted.Settings, settings), progress)
     low, high = (np.array(ends, dtype=np.float32) for ends in (info.minimum, info.maximum))
     local = smeared(trees.evaluate, low, high, settings.smoothing * smooth.scale.width)

@@ -18,7 +18,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from sos_dask.corrections.base import Content, Float32Array, FloatArray, IntArray
 from sos_dask.errors import ModelError
-from sos_dask.problem import BLOCK_ROWS
 from sos_dask.stats.table import Grid
 
 MAX_CELLS = 1 << 25
@@ -42,13 +41,10 @@ SPACING = 0.7
 
 def pack(arrays: Sequence[NDArray[Any]]) -> bytes:
     """Content of a file: NumPy arrays one after the other."""
-    parts: list[Any] = []
-    for array in map(np.ascontiguousarray, arrays):
-        head = io.BytesIO()
-        header = np.lib.format.header_data_from_array_1_0(array)
-        np.lib.format.write_array_header_1_0(head, header)
-        parts += [head.getvalue(), array.data]
-    return b"".join(parts)
+    file = io.BytesIO()
+    for array in arrays:
+        np.lib.format.write_array(file, np.ascontiguousarray(array))
+    return file.getvalue()
 
 
 def unpack(content: Content, what: str) -> list[NDArray[Any]]:
@@ -79,8 +75,7 @@ class LookupTable:
     Parameters
     ----------
     edges : tuple of ndarray of float32
-        Thresholds of each input, sorted. A value v is in bin ``number of thresholds <= v``; the
-        bin after the last is that of missing values.
+        Thresholds of each input, sorted. A value v is in bin ``number of thresholds <= v``.
     values : ndarray of float32, shape (n0, n1, ..., n_labels)
     """
 
@@ -88,19 +83,13 @@ class LookupTable:
     values: Float32Array
 
     def predict(self, features: Float32Array) -> Float32Array:
-        """Sums of the trees, shape (n, n_labels); each tree sends nan its own way."""
-        n_labels = self.values.shape[-1]
-        flat = self.values.reshape(-1, n_labels)
-        out = np.empty((len(features), n_labels), dtype=np.float32)
-        for first in range(0, len(features), BLOCK_ROWS):
-            block = features[first : first + BLOCK_ROWS]
-            cell = np.zeros(len(block), dtype=np.int64)
-            for axis, bins in enumerate(self._bins):
-                cell *= self.values.shape[axis]
-                cell += bins.of(np.ascontiguousarray(block[:, axis]))
-            # No cell is outside; the mode that checks it would copy all once more.
-            np.take(flat, cell, axis=0, out=out[first : first + BLOCK_ROWS], mode="clip")
-        return out
+        """Sums of the trees at finite inputs, shape (n, n_labels)."""
+        cell = np.zeros(len(features), dtype=np.int64)
+        for axis, bins in enumerate(self._bins):
+            cell *= self.values.shape[axis]
+            cell += bins.of(np.ascontiguousarray(features[:, axis]))
+        # No cell is outside; an index in brackets, or a mode that checks, takes longer.
+        return self.values.reshape(-1, self.values.shape[-1]).take(cell, axis=0, mode="clip")
 
     @cached_property
     def _bins(self) -> tuple[_Bins, ...]:
@@ -115,7 +104,9 @@ class LookupTable:
         """Table in a buffer written by `to_bytes`; `ModelError` where it is none."""
         what = "the look-up table of the trees"
         *edges, values = unpack(buffer, what)
-        if values.shape[:-1] != tuple(len(part) + 2 for part in edges):
+        # Tables of earlier versions have a bin more along each axis, which nothing falls into.
+        n_bins = np.array([len(part) + 1 for part in edges])
+        if values.ndim != len(edges) + 1 or not np.isin(values.shape[:-1] - n_bins, (0, 1)).all():
             raise ModelError(f"{what} is damaged: it has other axes")
         return cls(tuple(edges), values)
 
@@ -137,17 +128,16 @@ class _Bins:
 
     @classmethod
     def of_edges(cls, edges: Float32Array) -> _Bins:
-        width = float(edges[-1] - edges[0]) if len(edges) else 0.0
+        low, high = (edges[0], edges[-1]) if len(edges) else (np.float32(0), np.float32(0))
+        width = float(high) - float(low)
         places = _PLACES / width if width > 0 else 0.0
         # Without a scale all are in one place: also of widths that float32 cannot divide by.
         scale = np.float32(places if places < float(np.finfo(np.float32).max) else 0.0)
-        low, high = (edges[0], edges[-1]) if len(edges) else (np.float32(0), np.float32(0))
         bins = cls(edges, np.zeros(_PLACES, dtype=np.intp), 0, low, high, scale)
         counts = np.bincount(bins._place(edges), minlength=_PLACES)
         most = int(counts.max(initial=0))
-        base = np.concatenate([[0], np.cumsum(counts)[:-1]])
         padded = np.append(edges, np.full(most, np.inf, np.float32))
-        return cls(padded, base, most, low, high, scale)
+        return replace(bins, edges=padded, base=np.cumsum(counts) - counts, most=most)
 
     def _place(self, values: Float32Array) -> NDArray[np.intp]:
         if not len(self.edges):
@@ -160,26 +150,19 @@ class _Bins:
         return numbers
 
     def of(self, values: Float32Array) -> NDArray[np.intp]:
-        """Number of thresholds not above each value; one more for a missing value."""
-        missing = np.isnan(values)
-        if missing.any():
-            values = np.where(missing, np.float32(np.inf), values)
+        """Number of thresholds not above each value."""
         # No place is outside; an index in brackets takes half as long again.
         base = self.base.take(self._place(values), mode="clip")
         index = base.copy()
         for step in range(self.most):
             index += values >= self.edges.take(base + step, mode="clip")
-        n_edges = len(self.edges) - self.most
-        np.minimum(index, n_edges, out=index)  # the infinities are no thresholds
-        if missing.any():
-            index[missing] = n_edges + 1
         return index
 
 
 def compile_trees(
     boosters: Sequence[Any],
-    center: Sequence[float] | FloatArray | None = None,
-    spread: Sequence[float] | FloatArray | None = None,
+    center: Sequence[float] | FloatArray,
+    spread: Sequence[float] | FloatArray,
 ) -> LookupTable | None:
     """Make the table of several ensembles over the same inputs.
 
@@ -187,8 +170,8 @@ def compile_trees(
     ----------
     boosters : sequence of xgboost.Booster
         One a label; regression with an identity link.
-    center, spread : sequence of float, optional
-        By label: the table holds ``center + spread * (sum of the trees)``; default 0 and 1.
+    center, spread : sequence of float
+        By label: the table holds ``center + spread * (sum of the trees)``.
 
     Returns
     -------
@@ -198,7 +181,7 @@ def compile_trees(
     models = [json.loads(bytes(booster.save_raw("json")))["learner"] for booster in boosters]
     forests = [_Forest.of(model["gradient_booster"]["model"]["trees"]) for model in models]
     edges = _edges(forests, int(models[0]["learner_model_param"]["num_feature"]))
-    shape = tuple(len(part) + 2 for part in edges)
+    shape = tuple(len(part) + 1 for part in edges)
     if np.prod([float(n) for n in shape]) > MAX_CELLS:
         return None
     corners = [_corners(forest, edges) for forest in forests]
@@ -214,11 +197,7 @@ def compile_trees(
             for axis in range(sums.ndim):
                 np.cumsum(sums, axis=axis, out=sums)
             sums += bases[label]
-            if spread is not None:
-                sums *= spread[label]
-            if center is not None:
-                sums += center[label]
-            of_labels[..., label] = sums
+            of_labels[..., label] = sums * spread[label] + center[label]
     return LookupTable(edges, values)
 
 
@@ -237,7 +216,6 @@ class _Forest:
     right: IntArray
     feature: IntArray
     value: Float32Array  # threshold of a split
-    missing_left: NDArray[np.bool_]
 
     @classmethod
     def of(cls, trees: Sequence[dict[str, Any]]) -> _Forest:
@@ -255,7 +233,6 @@ class _Forest:
             right + before,
             joined("split_indices", np.int64),
             joined("split_conditions", np.float32),
-            joined("default_left", np.bool_),
         )
 
 
@@ -272,17 +249,12 @@ def _corners(
     forest: _Forest, edges: tuple[Float32Array, ...]
 ) -> tuple[IntArray, IntArray, FloatArray]:
     """Where the sums change: first entry of each plane of the first axis, cells in it, amounts."""
-    shape = np.array([len(part) + 2 for part in edges])
-    low, stop, missing, value = _leaves(forest, edges)
-    known = low < stop
+    shape = np.array([len(part) + 1 for part in edges])
+    *ends, value = _leaves(forest, edges)
     places, amounts = [], []
-    # Of each axis the bins of a leaf are a run of them, or that of missing values, or both.
-    for of_missing in itertools.product((False, True), repeat=len(shape)):
-        some = np.flatnonzero(np.all(np.where(of_missing, missing, known), axis=1))
-        ends = np.where(of_missing, shape - 1, low[some]), np.where(of_missing, shape, stop[some])
-        for corner in itertools.product((0, 1), repeat=len(shape)):
-            places.append(np.stack([ends[end][:, axis] for axis, end in enumerate(corner)], axis=1))
-            amounts.append(-value[some] if sum(corner) % 2 else value[some])
+    for corner in itertools.product((0, 1), repeat=len(shape)):
+        places.append(np.stack([ends[end][:, axis] for axis, end in enumerate(corner)], axis=1))
+        amounts.append(-value if sum(corner) % 2 else value)
     place, amount = np.concatenate(places), np.concatenate(amounts)
     inside = (place < shape).all(axis=1)
     place, amount = place[inside], amount[inside]
@@ -295,8 +267,8 @@ def _corners(
 
 def _leaves(
     forest: _Forest, edges: tuple[Float32Array, ...]
-) -> tuple[IntArray, IntArray, NDArray[np.bool_], FloatArray]:
-    """Of each leaf, by axis: first bin, stop, whether missing values come here; and its value."""
+) -> tuple[IntArray, IntArray, FloatArray]:
+    """Of each leaf that some value reaches: first bin and stop by axis, and its value."""
     cut = np.zeros(len(forest.left), dtype=np.int64)
     for axis, part in enumerate(edges):
         of_axis = forest.feature == axis
@@ -304,29 +276,25 @@ def _leaves(
     node = forest.roots
     low: IntArray = np.zeros((len(node), len(edges)), dtype=np.int64)
     stop: IntArray = low + np.array([len(part) + 1 for part in edges])
-    missing: NDArray[np.bool_] = np.ones((len(node), len(edges)), dtype=np.bool_)
     found: list[tuple[NDArray[Any], ...]] = []
     while True:
         is_leaf = forest.left[node] < 0
-        value = forest.value[node[is_leaf]].astype(np.float64)
-        found.append((low[is_leaf], stop[is_leaf], missing[is_leaf], value))
         is_split = ~is_leaf
-        node, low, stop, missing = node[is_split], low[is_split], stop[is_split], missing[is_split]
+        is_leaf &= (low < stop).all(axis=1)
+        value = forest.value[node[is_leaf]].astype(np.float64)
+        found.append((low[is_leaf], stop[is_leaf], value))
+        node, low, stop = node[is_split], low[is_split], stop[is_split]
         if not len(node):
             break
         # Thresholds above the cut's own are in the bins from it on: v >= t is bin index >= cut.
         n, here = len(node), (np.arange(len(node)), forest.feature[node])
         middle = np.clip(cut[node], low[here], stop[here])
-        to_left = forest.missing_left[node]
         node = np.concatenate([forest.left[node], forest.right[node]])
         low, stop = np.concatenate([low, low]), np.concatenate([stop, stop])
-        missing = np.concatenate([missing, missing])
         stop[:n][here] = middle
         low[n:][here] = middle
-        missing[:n][here] &= to_left
-        missing[n:][here] &= ~to_left
-    first, after, of_missing, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return first, after, of_missing, values
+    first, after, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return first, after, values
 
 
 @dataclass(frozen=True)

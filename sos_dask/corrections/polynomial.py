@@ -39,7 +39,6 @@ from sos_dask.corrections.base import (
     ModelInfo,
     Progress,
     Rows,
-    Summary,
     Training,
     parse_json,
     summarise,
@@ -95,6 +94,7 @@ class Scale:
         return (features.astype(np.float64) - self.center) / self.width
 
 
+@dataclass(eq=False)
 class PolynomialCorrection(Correction):
     """Polynomials of the standardised inputs.
 
@@ -111,30 +111,17 @@ class PolynomialCorrection(Correction):
         Passes over the pairs that were made.
     """
 
-    def __init__(
-        self,
-        info: ModelInfo,
-        scale: Scale,
-        exponents: IntArray,
-        coefficients: FloatArray,
-        scatter: FloatArray,
-        passes: int,
-    ) -> None:
-        super().__init__(info)
-        self.scale = scale
-        self.exponents = exponents
-        self.coefficients = coefficients
-        self.scatter = scatter
-        self.passes = passes
+    scale: Scale
+    exponents: IntArray
+    coefficients: FloatArray
+    scatter: FloatArray
+    passes: int
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
-        out = np.empty((len(features), len(self.labels)), dtype=np.float32)
-        for start in range(0, len(features), BLOCK_ROWS):
-            block = slice(start, start + BLOCK_ROWS)
-            z = self.scale.apply(features[block])
-            out[block] = evaluate_polynomials(z, self.exponents, self.coefficients)
-        return out
+        z = self.scale.apply(features)
+        out = evaluate_polynomials(z, self.exponents, self.coefficients)
+        return out.astype(np.float32, order="C")
 
     def files(self) -> Mapping[str, bytes]:
         """``coefficients.json``: every float64 with all its digits."""
@@ -153,16 +140,12 @@ class PolynomialCorrection(Correction):
 
 def restore(info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrection:
     """Model from its files; `ModelError` where they are incomplete."""
-    document = parse_json(bytes(files.get(FILE, b"")), FILE)
-    try:
-        scale = Scale(info.of_inputs(document["center"]), info.of_inputs(document["width"]))
-        exponents = np.array(document["exponents"], dtype=np.int64)
-        exponents = exponents.reshape(-1, len(info.problem.inputs))
-        coefficients = info.of_labels(document["coefficients"]).T
-        scatter = info.of_labels(document["scatter"])
-        passes = int(document["passes"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
+    document = parse_json(bytes(files[FILE]), FILE)
+    scale = Scale(info.of_inputs(document["center"]), info.of_inputs(document["width"]))
+    exponents = np.array(document["exponents"], dtype=np.int64)
+    exponents = exponents.reshape(-1, len(info.problem.inputs))
+    coefficients = info.of_labels(document["coefficients"]).T
+    scatter, passes = info.of_labels(document["scatter"]), int(document["passes"])
     shape = (len(exponents), len(info.problem.labels))
     if coefficients.shape != shape or not np.isfinite(coefficients).all():
         raise ModelError(f"{FILE}: needs one finite coefficient for each term and label")
@@ -174,7 +157,7 @@ def fit(training: Training, settings: Settings, progress: Progress) -> Polynomia
     exponents = polynomial_terms(settings.order, len(training.problem.inputs))
     m = len(exponents)
     summary = summarise(training, "polynomial", 2 * m)
-    scale = _scale(summary)
+    scale = Scale(_short(summary.mean), _short(summary.deviation))
     coefficients = np.zeros((m, len(summary.center)))
     coefficients[0] = summary.center
     sigma = summary.spread
@@ -191,8 +174,7 @@ def fit(training: Training, settings: Settings, progress: Progress) -> Polynomia
         if with_counts:
             sigma = np.maximum(_sigma(parts) * freedom, floor)
         with one_thread():
-            new, change = _solve(parts, coefficients, settings.ridge)
-        coefficients = new
+            coefficients, change = _solve(parts, coefficients, settings.ridge)
         passes += 1
         calm = bool((change <= settings.tolerance * sigma).all())
         if huber:
@@ -221,17 +203,9 @@ def _thread_pools() -> Any:
     return ThreadpoolController()
 
 
-def _scale(summary: Summary) -> Scale:
-    """Mean and standard deviation to four digits, so that the last bits of sums do not matter."""
-
-    def short(value: float) -> float:
-        return float(f"{value:.3e}")
-
-    width = [
-        short(deviation) if deviation > 1e-6 * max(1.0, abs(mean)) else 1.0
-        for mean, deviation in zip(summary.mean.tolist(), summary.deviation.tolist(), strict=True)
-    ]
-    return Scale(np.array([short(mean) for mean in summary.mean.tolist()]), np.array(width))
+def _short(values: FloatArray) -> FloatArray:
+    """Numbers of four digits, so that the last bits of sums do not matter."""
+    return np.array([float(f"{value:.3e}") for value in values.tolist()])
 
 
 Part = tuple[FloatArray, FloatArray, list[tuple[NDArray[np.uint16], IntArray]]]
@@ -306,15 +280,14 @@ def _weight(u: FloatArray, huber: bool) -> FloatArray:
 
 
 def _sigma(parts: Sequence[Part]) -> FloatArray:
-    return np.array([scale_of(counts) for counts in zip(*(part[2] for part in parts), strict=True)])
-
-
-def scale_of(counts: Sequence[tuple[NDArray[np.uint16], IntArray]]) -> float:
-    """Robust standard deviation of residuals, from the counts of their sizes."""
-    histogram = Histogram()
-    for part in counts:
-        histogram.add(part)
-    return MAD_TO_SIGMA * float(histogram.quantiles((0.5,))[0])
+    """Robust standard deviation of the residuals of each label, from the counts of their sizes."""
+    scales = []
+    for of_label in zip(*(part[2] for part in parts), strict=True):
+        histogram = Histogram()
+        for counts in of_label:
+            histogram.add(counts)
+        scales.append(MAD_TO_SIGMA * float(histogram.quantiles((0.5,))[0]))
+    return np.array(scales)
 
 
 def _solve(
@@ -407,12 +380,8 @@ def evaluate_polynomials(
     ndarray of float64, shape (n, l)
     """
     plan = _nest(exponents, np.asarray(coefficients, dtype=np.float64))
-    out = np.empty((len(z), coefficients.shape[1]))
-    for start in range(0, len(z), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        columns = list(np.ascontiguousarray(z[block].T, dtype=np.float64))
-        out[block] = _horner(plan, columns).T
-    return out
+    found = _horner(plan, list(np.ascontiguousarray(z.T, dtype=np.float64)))
+    return np.broadcast_to(found, (len(found), len(z))).T
 
 
 def _nest(exponents: IntArray, coefficients: FloatArray) -> Any:

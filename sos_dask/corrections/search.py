@@ -12,8 +12,7 @@ estimator around each method and would travel with all pairs in every task.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,50 +29,26 @@ MAX_FOLDS = 5
 Params = Mapping[str, int | float | str]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A candidate, and its loss on each fold that was kept aside for it.
+class Found(NamedTuple):
+    """Result of a search.
 
-    A loss is the mean over the labels of the mean absolute residual, in spreads of the differences.
+    Parameters
+    ----------
+    params : mapping
+        Complete parameters of the best candidate.
+    trials : list of dict
+        All candidates as JSON, the best first: their parameters, their loss on each fold kept aside
+        for them, and the mean. A loss is the mean over the labels of the mean absolute residual, in
+        spreads of the differences; None where a candidate could not be fitted.
     """
 
     params: Params
-    losses: tuple[float, ...]
-
-    @property
-    def loss(self) -> float:
-        """Mean of the losses."""
-        return float(np.mean(self.losses))
-
-
-@dataclass(frozen=True)
-class Found:
-    """Complete parameters of the best candidate, and all candidates, the best first."""
-
-    params: Params
-    trials: tuple[Trial, ...]
-
-    def table(self) -> list[dict[str, Any]]:
-        """Trials as JSON; a loss is None where a candidate could not be fitted."""
-
-        def shown(loss: float) -> float | None:
-            return loss if np.isfinite(loss) else None
-
-        return [
-            {
-                "params": dict(trial.params),
-                "losses": [shown(loss) for loss in trial.losses],
-                "loss": shown(trial.loss),
-            }
-            for trial in self.trials
-        ]
+    trials: list[dict[str, Any]]
 
 
 def search_space(method: str) -> Mapping[str, Sequence[int | float | str]]:
     """Values of the parameters that are searched; empty for a method that has none."""
-    space: Mapping[str, Sequence[int | float | str]]
-    space = getattr(method_module(method), "SEARCH", {})
-    return space
+    return getattr(method_module(method), "SEARCH", {})
 
 
 def candidates(method: str, params: Params, n: int, seed: int) -> list[Params]:
@@ -156,8 +131,19 @@ def search(
             raise ModelError(f"no candidate of the search of '{method}' can be fitted")
         alive = alive[: max((len(alive) + 1) // 2, 2)]
     order = sorted(losses, key=lambda i: (-len(losses[i]), np.mean(losses[i]), i))
-    trials = tuple(Trial(drawn[i], tuple(losses[i])) for i in order)
-    return Found({**params, **trials[0].params}, trials)
+    trials = [
+        {
+            "params": dict(drawn[i]),
+            "losses": [_shown(loss) for loss in losses[i]],
+            "loss": _shown(float(np.mean(losses[i]))),
+        }
+        for i in order
+    ]
+    return Found({**params, **drawn[order[0]]}, trials)
+
+
+def _shown(loss: float) -> float | None:
+    return loss if np.isfinite(loss) else None
 
 
 def _loss(job: tuple[str, TrainingSource, Sequence[int], int, Params]) -> float:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Literal
@@ -31,7 +31,6 @@ from sos_dask.columns import mixed
 from sos_dask.corrections import hybrid, polynomial
 from sos_dask.corrections.base import (
     Batch,
-    ChangedSource,
     Content,
     Correction,
     Float32Array,
@@ -40,12 +39,14 @@ from sos_dask.corrections.base import (
     Progress,
     Rows,
     Training,
+    files_of_part,
     summarise,
 )
 from sos_dask.errors import ModelError
 from sos_dask.problem import Problem
 
 LAMBDAS = (0.5, 1.0, 1.5, 2.0)
+_BASES: Mapping[str, ModuleType] = {"polynomial": polynomial, "hybrid": hybrid}
 
 
 class Settings(hybrid.Settings):
@@ -123,6 +124,7 @@ def _normals(batch: Batch, seed: int) -> FloatArray:
     return np.asarray(ndtri(uniform / 2.0**53))
 
 
+@dataclass(eq=False)
 class SimexCorrection(Correction):
     """Weighted sum of fits with and without added noise.
 
@@ -133,9 +135,7 @@ class SimexCorrection(Correction):
         One without added noise, then those of each of `LAMBDAS`.
     """
 
-    def __init__(self, info: ModelInfo, parts: tuple[Correction, ...]) -> None:
-        super().__init__(info)
-        self.parts = parts
+    parts: tuple[Correction, ...]
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
@@ -167,22 +167,11 @@ def part_weights(replicas: int) -> FloatArray:
     return np.concatenate([at_minus_one[:1], np.repeat(at_minus_one[1:] / replicas, replicas)])
 
 
-def _base(name: str) -> ModuleType:
-    return {"polynomial": polynomial, "hybrid": hybrid}[name]
-
-
 def restore(info: ModelInfo, files: Mapping[str, Content]) -> SimexCorrection:
     """Model from its files; `ModelError` where they are incomplete."""
-    try:
-        name = str(info.params["base"])
-        module, n_parts = _base(name), 1 + len(LAMBDAS) * int(info.params["replicas"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"model 'simex': incomplete or damaged ({error!r})") from None
-    parts = []
-    for number in range(n_parts):
-        start = f"{number}-"
-        own = {k.removeprefix(start): v for k, v in files.items() if k.startswith(start)}
-        parts.append(module.restore(info.of_part(name, module.Settings), own))
+    module, n_parts = _BASES[info.params["base"]], 1 + len(LAMBDAS) * int(info.params["replicas"])
+    of_part = info.of_part(info.params["base"], module.Settings)
+    parts = (module.restore(of_part, files_of_part(files, f"{n}-")) for n in range(n_parts))
     return SimexCorrection(info, tuple(parts))
 
 
@@ -192,16 +181,16 @@ def fit(training: Training, settings: Settings, progress: Progress) -> SimexCorr
 
     def with_noise(amount: float, seed: int, constant: tuple[bool, ...] = ()) -> Training:
         change = partial(noisy, problem=problem, amount=amount, seed=seed, constant=constant)
-        return replace(training, source=ChangedSource(training.source, change))
+        return replace(training, changes=(*training.changes, change))
 
     # Pairs without errors are left out of the fit without noise too.
     plain = with_noise(0.0, 0)
-    if not any(replace(plain, folds=None).map(_known)):
+    if not any(replace(plain, folds=None).map(_n_rows)):
         raise _no_errors(problem, "no pair has all of them")
     terms = polynomial.polynomial_terms(settings.order, len(problem.inputs))
     summary = summarise(plain, "simex", 2 * len(terms))
     constant = tuple(summary.constant.tolist())
-    module = _base(settings.base)
+    module = _BASES[settings.base]
     of_base = hybrid.part_settings(module.Settings, settings)
     amounts = [0.0, *np.repeat(np.sqrt(LAMBDAS), settings.replicas)]
     parts: list[Correction] = []
@@ -212,5 +201,5 @@ def fit(training: Training, settings: Settings, progress: Progress) -> SimexCorr
     return SimexCorrection(summary.info("simex", settings, training), tuple(parts))
 
 
-def _known(rows: Rows) -> bool:
-    return len(rows.weight) > 0
+def _n_rows(rows: Rows) -> int:
+    return len(rows.weight)

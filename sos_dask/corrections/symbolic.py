@@ -24,7 +24,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -111,6 +111,7 @@ class Choice(settings.Settings):
     )
 
 
+@dataclass(eq=False)
 class SymbolicCorrection(Correction):
     """One formula a label.
 
@@ -122,11 +123,13 @@ class SymbolicCorrection(Correction):
         Pairs that searched and judged.
     """
 
-    def __init__(self, info: ModelInfo, choices: tuple[Choice, ...], n_sample: int) -> None:
-        super().__init__(info)
-        self.choices = choices
-        self.n_sample = n_sample
-        self.formulas = [Formula.parse(one.formula, info.problem.features) for one in choices]
+    choices: tuple[Choice, ...]
+    n_sample: int
+
+    @cached_property
+    def formulas(self) -> list[Formula]:
+        """The formulas of the labels, parsed."""
+        return [Formula.parse(one.formula, self.problem.features) for one in self.choices]
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
@@ -145,7 +148,7 @@ class SymbolicCorrection(Correction):
 
 def restore(info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection:
     """Model from its files; `ModelError` where they are incomplete or hold more than arithmetic."""
-    document = parse_json(bytes(files.get(FILE, b"")), FILE)
+    document = parse_json(bytes(files[FILE]), FILE)
     choices = []
     try:
         for label in info.problem.names:
@@ -155,8 +158,8 @@ def restore(info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection
                 raise ModelError(f"the formula of {label} is not finite in the training range")
             choices.append(choice)
         return SymbolicCorrection(info, tuple(choices), int(document["n_sample"]))
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
+    except ConfigError as error:
+        raise ModelError(f"{FILE}: incomplete or damaged ({error})") from None
     except ModelError as error:
         raise ModelError(f"{FILE}: {label}: {error.message}", error.hint) from None
 
@@ -405,8 +408,7 @@ class Scale:
         """Of the pairs that are trained with."""
         pivot, width = [], []
         for mean, deviation in zip(summary.mean.tolist(), summary.deviation.tolist(), strict=True):
-            wide = deviation > 1e-6 * max(1.0, abs(mean))
-            size = float(f"{deviation:.1e}") if wide else 1.0
+            size = float(f"{deviation:.1e}")
             # A short number within half of the width.
             pivot.append(round(mean, -math.floor(math.log10(size))) + 0.0)
             width.append(size)

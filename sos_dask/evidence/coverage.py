@@ -44,7 +44,7 @@ from sos_dask.errors import ModelError
 from sos_dask.evidence.growth import Growth, Noise
 from sos_dask.evidence.widening import LACKING, OUTSIDE, Limits, Placed, Widths, fit_widths
 from sos_dask.problem import DEFAULT, Input, Problem
-from sos_dask.stats.numbers import knn_distance, robust_scale
+from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
 from sos_dask.stats.table import Grid
 
 FloatArray = NDArray[np.float64]
@@ -58,8 +58,8 @@ LEAST_SHARE = 0.25  # 0.2 to 0.4 find the same rows on the simulation
 MIN_HELD_OUT = 100
 WRONG_SIGMA = 4.0
 _REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
-_MOST_NODES = 72**3
-_NODES_A_STAR = 6.0  # along an axis, for each of n^(1/k) stars: far finer than their distances
+_MOST_NODES, _NODES_A_STAR = 72**3, 256  # steps far finer than distances to the 16th neighbour
+_MOST_ALONG = 512  # nodes of an axis
 _EDGE = 0.0005  # share of the stars beyond each side of the grid
 _FORMAT = 5
 MODEL_FILE, TABLE_FILE, OVERLAP_FILE, RATIO_FILE = (
@@ -138,8 +138,7 @@ class _Neighbours:
         # Where they lie as near as in the denser four fifths of the overlap, nothing is lacking.
         rows = np.flatnonzero(distance > self._near)
         if most < len(self.catalog) and len(rows):
-            farthest = float(distance[rows].max())
-            found[rows] = knn_distance(self.catalog, x[rows], most + 1, farthest) <= distance[rows]
+            found[rows] = count_within(self.catalog, x[rows], distance[rows]) > most
         return found
 
     @cached_property
@@ -168,14 +167,14 @@ class Places:
     @classmethod
     def of(cls, around: _Neighbours, last: float) -> Places:
         """Count the neighbours of every node; beyond twice the distance ``last`` all is as far."""
-        k = around.overlap.shape[1]
         stars = np.concatenate([around.overlap, around.catalog])
         low, high = np.quantile(stars, (_EDGE, 1 - _EDGE), axis=0)
-        n = _NODES_A_STAR * len(around.overlap) ** (1 / k)
-        n = int(np.clip(n, 8, round(_MOST_NODES ** (1 / k))))
-        grid = Grid(tuple(low.tolist()), tuple(high.tolist()), (n,) * k)
-        step = float(np.linalg.norm((high - low) / (n - 1)))
-        farthest = 2 * last + step
+        n_nodes = min(_MOST_NODES, _NODES_A_STAR * len(around.overlap))
+        extent = np.maximum(high - low, 1e-6)
+        step = float((np.prod(extent) / n_nodes) ** (1 / len(extent)))
+        shape = np.clip(np.ceil(extent / step), 2, _MOST_ALONG).astype(int)
+        grid = Grid(tuple(low.tolist()), tuple(high.tolist()), tuple(shape.tolist()))
+        farthest = 2 * last + 2 * step
         nodes = grid.nodes()
         distance = np.minimum(around.distance(nodes, farthest), farthest)
         lacks = around.lacks(nodes, distance)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sos_dask import __version__
 from sos_dask.errors import ModelError
-from sos_dask.problem import BLOCK_ROWS, FEATURES
+from sos_dask.problem import BLOCK_ROWS, DEFAULT
 from sos_dask.schema import LABELS
 from sos_dask.stats.table import Grid
 
@@ -161,7 +161,7 @@ class ErrorModel:
             "format": ERROR_FORMAT,
             "sos_dask": __version__,
             "labels": list(LABELS),
-            "features": list(FEATURES),
+            "features": list(DEFAULT.features),
             "low": list(self.grid.low),
             "high": list(self.grid.high),
             "about": dict(self.about),

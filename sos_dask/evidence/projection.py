@@ -146,7 +146,7 @@ class Projection:
         Parameters
         ----------
         parameters : ndarray of float64, shape (n, k)
-            Of `features.parameters_of`.
+            Of `Problem.parameter_matrix`.
 
         Returns
         -------
@@ -185,7 +185,7 @@ def fit_projection(
     Parameters
     ----------
     parameters : ndarray of float64, shape (n, k)
-        Of `features.parameters_of`; rows with a missing parameter are left out.
+        Of `Problem.parameter_matrix`; rows with a missing parameter are left out.
     names : sequence of str
     settings : ProjectionSettings
 

@@ -16,8 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from sos_dask.settings import Settings
-from sos_dask.sky.healpix import ang2pix
-from sos_dask.sky.sphere import propagate, unit_vectors
+from sos_dask.sky.healpix import ang2pix, propagate, unit_vectors
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

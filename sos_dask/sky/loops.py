@@ -62,6 +62,49 @@ def _nearness(d_ra: float, d_dec: float, cos_cos: float, low: float, high: float
     return 2
 
 
+@njit(inline="always")
+def _neighbour(bit: int, face: int, x: int, y: int, even: int, odd: int) -> int:
+    """Cell in one of eight directions; -1 where it lies on another base pixel.
+
+    The directions are those of healpy: SW, W, NW, N, NE, E, SE, S.
+    """
+    if bit in (3, 4, 5):
+        if x == even:
+            return -1
+        # Odd bits all set let a carry pass from one even bit to the next.
+        x = ((x | odd) + 1) & even
+    elif bit in (0, 1, 7):
+        if x == 0:
+            return -1
+        x = (x - 1) & even
+    if bit in (1, 2, 3):
+        if y == odd:
+            return -1
+        y = ((y | even) + 2) & odd
+    elif bit in (5, 6, 7):
+        if y == 0:
+            return -1
+        y = (y - 2) & odd
+    return face | x | y
+
+
+@njit(inline="always")
+def _first_from(cells: IntArray, q: int, start: int) -> int:
+    """The first row from q on that is not before a cell: most often it is near."""
+    step, n = 1, len(cells)
+    while q + step < n and cells[q + step] < start:
+        q += step
+        step *= 2
+    stop = min(n, q + step)
+    while q < stop:
+        middle = (q + stop) // 2
+        if cells[middle] < start:
+            q = middle + 1
+        else:
+            stop = middle
+    return q
+
+
 @compiled
 def pairs_on_faces(
     cells: IntArray,
@@ -90,56 +133,22 @@ def pairs_on_faces(
     """
     low, high = radius * radius * (1.0 - 1e-7), radius * radius * (1.0 + 1e-7)
     shift, found, n = 58 - 2 * order, 0, len(cells)
-    even = np.int64((1 << 2 * order) - 1) & np.int64(0x5555555555555555)
+    even: Any = np.int64((1 << 2 * order) - 1) & np.int64(0x5555555555555555)
     odd = even << 1
     for p in range(n):
         own = cells[p] >> shift
         mask = touches[(cells[p] >> (shift - 2 * depth)) & (len(touches) - 1)]
-        face, x, y = own & ~(even | odd), own & even, own & odd
         after = p + 1
         for bit in range(-1, 8):
-            cell = own
+            cell, q = own, after
             if bit >= 0:
                 if not (mask >> bit) & 1:
                     continue
-                # Steps in the order of healpy: SW, W, NW, N, NE, E, SE, S.
-                right, left = bit in (3, 4, 5), bit in (0, 1, 7)
-                up, down = bit in (1, 2, 3), bit in (5, 6, 7)
-                if (
-                    (right and x == even)
-                    or (left and x == 0)
-                    or (up and y == odd)
-                    or (down and y == 0)
-                ):
-                    crosses[p] = True
-                    continue
-                # Odd bits all set let a carry pass from one even bit to the next.
-                to_x, to_y = x, y
-                if right:
-                    to_x = ((x | odd) + 1) & even
-                elif left:
-                    to_x = (x - 1) & even
-                if up:
-                    to_y = ((y | even) + 2) & odd
-                elif down:
-                    to_y = (y - 2) & odd
-                cell = face | to_x | to_y
+                cell = _neighbour(bit, own & ~(even | odd), own & even, own & odd, even, odd)
                 if cell < own:
+                    crosses[p] |= cell < 0
                     continue
-            q = after
-            if bit >= 0:
-                # Most neighbours are empty and not far: steps that double, then bisection.
-                start, step = cell << shift, 1
-                while q + step < n and cells[q + step] < start:
-                    q += step
-                    step *= 2
-                stop = min(n, q + step)
-                while q < stop:
-                    middle = (q + stop) // 2
-                    if cells[middle] < start:
-                        q = middle + 1
-                    else:
-                        stop = middle
+                q = _first_from(cells, after, cell << shift)
             while q < n and cells[q] >> shift == cell:
                 state = _nearness(
                     ra[p] - ra[q], dec[p] - dec[q], cos_dec[p] * cos_dec[q], low, high
@@ -395,6 +404,27 @@ def combine_label(
             error_out[star] = 1.0 / np.sqrt(weights) if n_stated else np.nan
 
 
+@njit(inline="always")
+def _pull_bin(
+    difference: float, variance: float, lowest: float, bins_an_octave: float, n_bins: int
+) -> int:
+    pull = abs(difference) / np.sqrt(variance)
+    if not pull > 0:
+        return 0
+    return max(0, min(n_bins - 1, int(np.floor((np.log2(pull) - lowest) * bins_an_octave))))
+
+
+@njit(inline="always")
+def _snr_bin(one: float, other: float, edges: FloatArray) -> int:
+    """Bin of the worse S/N; the last one where it is not known."""
+    if not (np.isfinite(one) and np.isfinite(other)):
+        return len(edges) + 1
+    worse, place = np.float64(min(one, other)), 0
+    for edge in edges:
+        place += edge <= worse
+    return place
+
+
 @compiled
 def count_pulls(
     first: IntArray,
@@ -418,22 +448,9 @@ def count_pulls(
     """
     logg = values[1]
     last = np.empty(3, dtype=np.int64)
-    # With a logarithm each it takes half as long again: bins by the first bits of the squared pull,
-    # 256 steps an octave; -1 where a step is in two bins.
-    octave = int(np.floor(2 * lowest))
-    n_octaves = int(np.ceil(2 * counts.shape[3] / bins_an_octave)) + 1
-    lowest_key = (1023 + octave) << 8
-    bin_of = np.empty(n_octaves << 8, dtype=np.int64)
-    for key in range(len(bin_of)):
-        unit = 2.0 ** ((key >> 8) + octave)
-        start, stop = unit * (1 + (key & 255) / 256), unit * (1 + ((key & 255) + 1) / 256)
-        start = np.floor((np.log2(start * (1 - 1e-9)) / 2 - lowest) * bins_an_octave)
-        stop = np.floor((np.log2(stop * (1 + 1e-9)) / 2 - lowest) * bins_an_octave)
-        bin_of[key] = max(0, min(counts.shape[3] - 1, int(start))) if start == stop else -1
     for star in range(len(first) - 1):
         before, last[:] = -1, -1
-        for place in range(first[star], first[star + 1]):
-            one = row[place]
+        for one in row[first[star] : first[star + 1]]:
             if quality[one] != 0:
                 continue
             same = before >= 0
@@ -442,35 +459,20 @@ def count_pulls(
             before = one
             if same:
                 continue
-            other, kind, snr_bin = -1, 0, 0
             for label in range(3):
                 value, error = np.float64(values[label][one]), np.float64(errors[label][one])
                 error = error if error > 0 else expected_error[label]
                 if not (np.isfinite(value) and np.isfinite(error)):
                     continue
-                partner = last[label]
+                other = last[label]
                 last[label] = one
-                if partner < 0:
+                if other < 0:
                     continue
-                if partner != other:  # most often it is that of the other labels
-                    other = partner
-                    both = np.float64(logg[one]) + np.float64(logg[other])
-                    kind = 1 if both < 2 * giant_logg else 0
-                    snr_bin = len(snr_edges) + 1
-                    if np.isfinite(snr[one]) and np.isfinite(snr[other]):
-                        worse, snr_bin = np.float64(min(snr[one], snr[other])), 0
-                        for edge in snr_edges:
-                            snr_bin += edge <= worse
+                both = np.float64(logg[one]) + np.float64(logg[other])
+                kind = 1 if both < 2 * giant_logg else 0
                 error_2 = np.float64(errors[label][other])
                 error_2 = error_2 if error_2 > 0 else expected_error[label]
                 difference = value - np.float64(values[label][other])
                 variance = error * error + error_2 * error_2
-                square = np.float64(difference * difference / variance)
-                step = (square.view(np.int64) >> 44) - lowest_key
-                at = int(bin_of[step]) if 0 <= step < len(bin_of) else -1
-                if at < 0:
-                    pull, at = abs(difference) / np.sqrt(variance), 0
-                    if pull > 0:
-                        at = int(np.floor((np.log2(pull) - lowest) * bins_an_octave))
-                        at = max(0, min(counts.shape[3] - 1, at))
-                counts[label, kind, snr_bin, at] += 1
+                at = _pull_bin(difference, variance, lowest, bins_an_octave, counts.shape[3])
+                counts[label, kind, _snr_bin(snr[one], snr[other], snr_edges), at] += 1

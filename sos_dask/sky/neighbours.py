@@ -8,13 +8,16 @@ from its place inside its own cell, also where only three base pixels meet.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.errors import ConfigError
 from sos_dask.sky.healpix import (
+    ARCSEC_PER_RADIAN,
     MAX_ORDER,
     FloatArray,
     HealpixPixel,
@@ -22,9 +25,9 @@ from sos_dask.sky.healpix import (
     Ranges,
     cell_ranges,
     coordinates,
+    separation_arcsec,
     with_neighbours,
 )
-from sos_dask.sky.sphere import ARCSEC_PER_RADIAN, separation_arcsec
 
 # Largest gradient of a HEALPix coordinate on the sphere, in sides of a base pixel per radian. In
 # the polar caps x = t * sqrt(6) * sin(theta / 2), t in [0, 1] the longitude in quarter turns, so
@@ -56,6 +59,68 @@ def order_for_radius(radius_arcsec: float) -> int:
     side_arcsec = np.sqrt(np.pi / 3.0) * ARCSEC_PER_RADIAN  # order 0
     order = int(np.floor(np.log2(side_arcsec / (2.0 * radius_arcsec))))
     return max(0, min(MAX_ORDER, order))
+
+
+@dataclass(frozen=True)
+class Sky:
+    """Rows on the sky.
+
+    Parameters
+    ----------
+    ra, dec : ndarray of float64, shape (n,), deg
+    cells : ndarray of int64, shape (n,)
+        Order-29 cells of the positions.
+    rank : ndarray of int64, shape (n,)
+        Preference, the smallest first; of equal ranks the first row.
+    """
+
+    ra: FloatArray
+    dec: FloatArray
+    cells: IntArray
+    rank: IntArray
+
+    def separation(self, i: IntArray, j: IntArray) -> FloatArray:
+        """Separations of rows in arcsec."""
+        return separation_arcsec(self.ra[i], self.dec[i], self.ra[j], self.dec[j])
+
+    def preferred(self, rows: IntArray, *keys: NDArray[Any]) -> tuple[IntArray, IntArray]:
+        """The same as `preferred` of some rows."""
+        first, place = preferred((rows, self.rank[rows]), *keys)
+        return rows[first], place
+
+
+def preferred(order: tuple[IntArray, ...], *keys: NDArray[Any]) -> tuple[IntArray, IntArray]:
+    """Of rows with equal keys the first one in an order, and which of these each row belongs to.
+
+    Parameters
+    ----------
+    order : tuple of ndarray of int64, shape (n,)
+        The last one counts first.
+    keys : ndarray, shape (n,)
+        The last one counts first, too.
+
+    Returns
+    -------
+    rows : ndarray of int64, shape (m,)
+        In the order of the keys.
+    place : ndarray of int64, shape (n,)
+        Place among them by row.
+    """
+    at = np.lexsort((*order, *keys))
+    new = np.zeros(len(at), dtype=np.bool_)
+    new[:1] = True
+    for key in keys:
+        values = key[at]
+        new[1:] |= values[1:] != values[:-1]
+    place = np.empty(len(at), dtype=np.int64)
+    place[at] = np.cumsum(new) - 1
+    return at[new], place
+
+
+def is_crowded(cells29: IntArray, radius_arcsec: float) -> bool:
+    """Whether more than 64 rows (sorted on the sky) share a cell a few radii wide."""
+    cells = cells29 >> 2 * (MAX_ORDER - order_for_radius(radius_arcsec))
+    return bool(np.any(cells[_CROWDED:] == cells[:-_CROWDED]))
 
 
 def largest_step(reach_arcsec: FloatArray) -> FloatArray:
@@ -179,19 +244,13 @@ def near_edge(
 
 
 def candidates(
-    cells: IntArray,
-    reach_arcsec: FloatArray | float,
-    sorted_cells: IntArray,
-    *,
-    later_only: bool = False,
+    cells: IntArray, reach_arcsec: FloatArray | float, sorted_cells: IntArray
 ) -> Iterator[tuple[IntArray, IntArray]]:
-    """Index pairs that contain every pair of positions within reach of each other, in blocks.
+    """Find index pairs that contain every pair of positions within reach, in blocks.
 
     Each position is entered into its cell and into those neighbours that the reach can touch, at
     an order whose cells are wider than the reach; the entries are joined with the sorted side by
-    binary search. No path on the sphere changes a HEALPix coordinate faster than a known gradient,
-    and coordinates continue across the edges of base pixels, so the cells entered hold everything
-    within reach, also where only three base pixels meet.
+    binary search.
 
     Parameters
     ----------
@@ -201,8 +260,6 @@ def candidates(
         How far each position looks. At most 20 degrees.
     sorted_cells : ndarray of int64, shape (m,)
         Order-29 cells of the other side, ascending.
-    later_only : bool
-        The two sides are the same rows: give each pair once, with i < j.
 
     Yields
     ------
@@ -215,16 +272,15 @@ def candidates(
     ConfigError
         A reach is negative, not finite or over 20 degrees.
     """
-    for found in _runs(cells, reach_arcsec, sorted_cells, later_only=later_only):
-        yield from _expand(*found)
+    for rows, low, count in _runs(cells, reach_arcsec, sorted_cells):
+        some = count > 0
+        rows, low, count = rows[some], low[some], count[some]
+        for block in blocks(count):
+            yield np.repeat(rows[block], count[block]), runs(low[block], count[block])
 
 
 def _runs(
-    cells: IntArray,
-    reach_arcsec: FloatArray | float,
-    sorted_cells: IntArray,
-    *,
-    later_only: bool = False,
+    cells: IntArray, reach_arcsec: FloatArray | float, sorted_cells: IntArray
 ) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
     """The pairs of `candidates`: row, first of the sorted rows, and how many from there on."""
     if len(cells) == 0 or len(sorted_cells) == 0:
@@ -235,29 +291,20 @@ def _runs(
     step = largest_step(reach)
     deepest = np.ceil(-np.log2(step)).astype(np.int64) - 1
     start = np.maximum(deepest - int(np.log2(_CELLS_PER_REACH)) + 1, 0)
-    waiting: dict[int, list[IntArray]] = {}
     if start.ndim == 0:
-        waiting[int(start)] = [np.arange(len(cells), dtype=np.int64)]
+        waiting = {int(start): [np.arange(len(cells), dtype=np.int64)]}
     else:
-        for order in np.flatnonzero(np.bincount(start)).tolist():
-            waiting[order] = [np.flatnonzero(start == order)]
+        orders = np.flatnonzero(np.bincount(start)).tolist()
+        waiting = {order: [np.flatnonzero(start == order)] for order in orders}
     while waiting:
         order = min(waiting)
         rows = np.concatenate(waiting.pop(order))
         shift = 2 * (MAX_ORDER - order)
-        everything = len(rows) == len(cells)
-        if everything:
-            rows = np.arange(len(cells), dtype=np.int64)
-        fine = cells if everything else cells[rows]
+        fine = cells if start.ndim == 0 and len(rows) == len(cells) else cells[rows]
         own = fine >> shift
         step_max = float(step if step.ndim == 0 else step[rows].max())
-        at, entered = _touched(fine, own, order, step_max * 2.0**order, later_only)
-        if not later_only:
-            low, found = _rows_in(own, shift, sorted_cells)
-        elif everything:
-            low, found = rows + 1, _run_stops(own) - rows - 1
-        else:
-            low, found = rows + 1, np.searchsorted(sorted_cells, (own + 1) << shift) - rows - 1
+        at, entered = _touched(fine, own, order, step_max * 2.0**order)
+        low, found = _rows_in(own, shift, sorted_cells)
         near_low, near_found = _rows_in(entered, shift, sorted_cells)
         crowded = found > _CROWDED
         crowded[at[near_found > _CROWDED]] = True
@@ -310,27 +357,18 @@ def _rows_in(cells: IntArray, shift: int, sorted_cells: IntArray) -> tuple[IntAr
     return low, count
 
 
-def _run_stops(values: IntArray) -> IntArray:
-    """Where the run of equal values ends that each value of a sorted array is in."""
-    stops = np.flatnonzero(np.append(values[1:] != values[:-1], True)) + 1
-    return np.repeat(stops, np.diff(stops, prepend=0))
-
-
-def _touched(
-    fine: IntArray, own: IntArray, order: int, step: float, later_only: bool
-) -> tuple[IntArray, IntArray]:
+def _touched(fine: IntArray, own: IntArray, order: int, step: float) -> tuple[IntArray, IntArray]:
     """Neighbour cells that positions may reach: index of the position, cell.
 
     ``step`` is the largest change of a coordinate, in cells of the order. A table over the place
     inside the cell (a few more bits of the Morton code) says which neighbours it may touch.
     """
     table, depth = _touch_table(order, step)
-    place = (fine >> 2 * (MAX_ORDER - order - depth)) & (len(table) - 1)
-    mask = table[place]
+    mask = table[(fine >> 2 * (MAX_ORDER - order - depth)) & (len(table) - 1)]
     at = np.flatnonzero(mask)
     around = with_neighbours(own[at], order)[:, 1:].T
     wanted = (mask[at] >> np.arange(8, dtype=np.uint8)[:, None]) & 1 == 1
-    wanted &= around > (own[at] if later_only else -1)
+    wanted &= around >= 0
     return np.broadcast_to(at, wanted.shape)[wanted], around[wanted]
 
 
@@ -350,19 +388,20 @@ def _touch_table(order: int, step: float) -> tuple[NDArray[np.uint8], int]:
     return table, depth
 
 
-def _expand(rows: IntArray, low: IntArray, count: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
-    """Pairs of each row with the ``count`` rows from ``low`` on, in blocks of bounded size."""
-    some = np.flatnonzero(count > 0)
-    rows, low, count = rows[some], low[some], count[some]
-    stop = np.cumsum(count)
-    first = 0
-    while first < len(rows):
+def blocks(count: IntArray) -> Iterator[slice]:
+    """Slice entries so that of each slice not much more than 2 million things are counted."""
+    stop, first = np.cumsum(count), 0
+    while first < len(count):
         done = stop[first - 1] if first else 0
         last = max(first + 1, int(np.searchsorted(stop, done + _BLOCK, side="right")))
-        counts = count[first:last]
-        offset = np.repeat(low[first:last] - (stop[first:last] - counts - done), counts)
-        yield np.repeat(rows[first:last], counts), np.arange(len(offset)) + offset
+        yield slice(first, last)
         first = last
+
+
+def runs(first: IntArray, count: IntArray) -> IntArray:
+    """List ``count`` numbers from each ``first`` on, one run after the other."""
+    start = np.repeat(first - (np.cumsum(count) - count), count)
+    return np.asarray(np.arange(len(start)) + start)
 
 
 def pairs_within(

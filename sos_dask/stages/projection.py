@@ -28,7 +28,7 @@ from sos_dask.evidence.projection import (
     sampling_rates,
     strata,
 )
-from sos_dask.problem import PARAMETERS, parameters_of
+from sos_dask.problem import DEFAULT
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.base import (
@@ -49,6 +49,7 @@ SAMPLE, MAPS, MODEL = "sample.parquet", "maps.parquet", "projection.json"
 TARGET, OVERLAP = "target", "overlap"
 _INPUTS = {TARGET: "observations", OVERLAP: "pairs"}
 _KEY = "obs_id"
+_PARAMETERS = tuple(item.column for item in DEFAULT.parameters)
 _PLANE = ("umap_1", "umap_2")
 Place = tuple[str, HealpixPixel]  # sample and partition
 
@@ -72,7 +73,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
     def parameters(self) -> tuple[str, ...]:
         """Parameters that observations and pairs have."""
         schemas = [self.catalog(name).schema.names for name in _INPUTS.values()]
-        return tuple(name for name in PARAMETERS if all(name in names for names in schemas))
+        return tuple(name for name in _PARAMETERS if all(name in names for names in schemas))
 
     def check(self) -> None:
         """Refuse catalogs that share fewer than two parameters."""
@@ -82,7 +83,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
             raise ModelError(
                 f"{self.path('observations')} and {self.path('pairs')} share "
                 f"{', '.join(self.parameters) or 'none'} of the parameters "
-                f"{', '.join(PARAMETERS)}: a projection needs two",
+                f"{', '.join(_PARAMETERS)}: a projection needs two",
                 "Attach a catalog that has them.",
             )
 
@@ -106,7 +107,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         self._write_maps(run, places)
         return Rows(target.n_rows, n_rows), {
             "parameters": list(self.parameters),
-            "left_out": [name for name in PARAMETERS if name not in self.parameters],
+            "left_out": [name for name in _PARAMETERS if name not in self.parameters],
             "sample_rows": n_sample,
             "without_place": dict(without),
             "not_asked": sum(record["not_asked"] for record in done),
@@ -166,7 +167,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         numbers = catalog.read(pixel, [HEALPIX_COLUMN])[HEALPIX_COLUMN].to_numpy()
         cells = strata(columns, self.parameters)
         chosen = chosen_rows(numbers, cells, rates, self.settings.seed)
-        values = parameters_of(columns, self.parameters)[chosen]
+        values = DEFAULT.parameter_matrix(columns, self.parameters)[chosen]
         kept = {"sample": pa.array([sample] * len(values), pa.string()), "place": numbers[chosen]}
         kept |= dict(zip(self.parameters, values.T.copy(), strict=True))
         write_piece(piece(output, f"samples-{key}"), pa.table(kept))
@@ -176,7 +177,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         """Place the rows of a partition."""
         sample, pixel = item
         plane = _load(str(output.directory), output.fingerprint)
-        parameters = parameters_of(self._columns(item), self.parameters)
+        parameters = DEFAULT.parameter_matrix(self._columns(item), self.parameters)
         n_left = 0
         if sample == TARGET:
             keys = self.catalog("observations").read(pixel, [HEALPIX_COLUMN, _KEY])

@@ -175,7 +175,7 @@ class Train(Stage[TrainSettings]):
         table = pa.concat_tables(predicted)
         run.write("held_out.parquet", table)
         if fits.searches:
-            run.write_bytes(SEARCH_FILE, models.to_json(fits.searches))
+            run.write_bytes(SEARCH_FILE, models.base.to_json(fits.searches))
         deltas = [label.delta for label in settings.problem.labels]
         metrics = held_out_metrics(
             settings.method,
@@ -234,7 +234,7 @@ class _Fits:
                 self.run.cluster.client,
             )
             params = found.params
-            self.searches.append({"train_folds": folds, "trials": found.table()})
+            self.searches.append({"train_folds": folds, "trials": found.trials})
         return models.fit(
             settings.method,
             self.source,

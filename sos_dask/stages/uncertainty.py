@@ -34,7 +34,7 @@ from sos_dask.evidence.intervals import (
     least_log_snr,
 )
 from sos_dask.evidence.three_cornered_hat import three_cornered_hat
-from sos_dask.problem import TEFF_UNIT_K, features
+from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS, SEEDS
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
@@ -165,7 +165,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         names = dict.fromkeys([*LABELS, "star", "held_out", *more])
         wanted = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
         table = read_evidence(self.path("evidence"), list(names), wanted)
-        return table, np.asarray(np.isfinite(_features(table)).all(axis=1))
+        return table, np.asarray(np.isfinite(DEFAULT.matrix(table)).all(axis=1))
 
     def _chosen(self, table: pa.Table, placed: BoolArray) -> NDArray[np.int64]:
         """Held-out pairs that intervals are made from."""
@@ -175,7 +175,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def _sparse(self, output: Output) -> dict[str, Any]:
         table, placed = self._read()
-        x, used = _features(table), self._chosen(table, placed)
+        x, used = DEFAULT.matrix(table), self._chosen(table, placed)
         info = corrections.load(self.path("model")).info
         box = [list(info.minimum), list(info.maximum)]
         of_pairs = np.zeros(len(x), dtype=np.bool_)
@@ -203,7 +203,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         table, placed = self._read(*DIFFERENCES, *predictions)
         held = table.take(pa.array(self._chosen(table, placed)))
         held_out = HeldOut(
-            _features(held),
+            DEFAULT.matrix(held),
             floats_or_nan(held, "snr"),
             matrix32(held, DIFFERENCES).astype(np.float64) - matrix32(held, predictions),
             _reference_errors(held, self.error_factors()),
@@ -240,7 +240,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
             mine = table.take(row.drop_null())
             target = np.stack(
                 [floats(mine, label) for label in LABELS], axis=1
-            ) - correction.predict(_features(mine))
+            ) - correction.predict(DEFAULT.matrix(mine))
             for number, label in enumerate(LABELS):
                 three = [target[:, number], floats(one, label), floats(other, label)]
                 if np.isfinite(three).all(axis=0).sum() >= _MIN_COMMON:
@@ -262,10 +262,6 @@ def read_calibration(directory: Path) -> list[dict[str, Any]]:
     Manifest.checked(directory)
     with partition_errors(path):
         return list(pq.read_table(path).to_pylist())
-
-
-def _features(table: pa.Table) -> NDArray[np.float32]:
-    return features(*(floats(table, label) for label in LABELS))
 
 
 def _parts(held: pa.Table, settings: UncertaintySettings) -> NDArray[np.int8]:

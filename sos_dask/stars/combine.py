@@ -32,10 +32,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.columns import reals_or_nan
+from sos_dask.columns import as_array, is_valid, one_array, reals_or_nan
 from sos_dask.errors import PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, QUALITY, Column, require_columns
 from sos_dask.sky.healpix import IntArray
+from sos_dask.sky.neighbours import runs
 from sos_dask.stars.group import DedupeSettings
 
 BoolArray = NDArray[np.bool_]
@@ -88,85 +89,59 @@ def combine(
     leading = table.slice(0, leaders[-1] + 1 if len(leaders) else 0)
     leaders = leaders[sky_order(leading, leaders, "obs_id")]
     repeats = _Repeats.of(table, primary, leaders)
-
     source = leaders.copy()
     source[repeats.star] = repeats.best
-    combined = repeats.columns(source, settings, expected_error)
-    columns = _columns(table, leading, leaders, source, repeats, combined)
-    n_obs, n_used = np.ones((2, len(leaders)), dtype=np.int32)
-    n_obs[repeats.star] = np.diff(repeats.first)
-    n_used[repeats.star] = np.diff(repeats.used_first)
-    return _star_table(table.schema, columns, n_obs, n_used, combined)
-
-
-def _columns(
-    table: pa.Table,
-    leading: pa.Table,
-    leaders: IntArray,
-    source: IntArray,
-    repeats: _Repeats,
-    combined: Mapping[str, pa.Array],
-) -> dict[str, pa.Array]:
-    """Every column of the stars: combined, or of the primary row, or of the row it comes from."""
-    columns: dict[str, pa.Array] = {}
-    for name in table.schema.names:
-        if name in combined:
-            columns[name] = combined[name]
+    columns = repeats.columns(source, settings, expected_error)
+    names = table.schema.names
+    motion = ("pmra", "pmdec") if {"pmra", "pmdec"} <= set(names) else ()
+    for name in names:
+        if name in columns:
             continue
         column, rows = table.column(name), source
         if name in (HEALPIX_COLUMN, "obs_id", "ra", "dec", "position_epoch"):
             column, rows = leading.column(name), leaders
-        elif name in ("pmra", "pmdec") and {"pmra", "pmdec"} <= set(table.schema.names):
-            rows = repeats.source_of(source, ("pmra", "pmdec"))
+        elif name in motion:
+            rows = repeats.source_of(source, motion)
         elif name.startswith("gaia_") and name.endswith("_source_id"):
             rows = repeats.source_of(source, (name,))
-        values = pc.take(_one_chunk(column), pa.array(rows), boundscheck=False)
+        values = pc.take(one_array(column), pa.array(rows), boundscheck=False)
         is_coded = pa.types.is_dictionary(values.type)
         columns[name] = values.dictionary_decode() if is_coded else values
-    return columns
+    for name, first in (("n_obs", repeats.first), ("n_used", repeats.used_first)):
+        count = np.ones(len(leaders), dtype=np.int32)
+        count[repeats.star] = np.diff(first)
+        columns[name] = pa.array(count)
+    columns["star_id"] = columns.pop("obs_id")
+    fields = _star_fields(table.schema, columns)
+    return pa.table([columns[field.name] for field in fields], schema=pa.schema(fields))
 
 
-def _star_table(
-    schema: pa.Schema,
-    columns: dict[str, pa.Array],
-    n_obs: NDArray[np.int32],
-    n_used: NDArray[np.int32],
-    combined: Mapping[str, pa.Array],
-) -> pa.Table:
-    key = schema.field("obs_id")
-    text = "Key of the star: that of its primary observation"
-    out: list[tuple[pa.Field, pa.Array]] = [
-        (schema.field(HEALPIX_COLUMN), columns.pop(HEALPIX_COLUMN)),
-        (
-            Column("star_id", "int64", "", "meta.id;meta.main", text)
-            .arrow(nullable=False)
-            .with_type(key.type),
-            columns.pop("obs_id"),
-        ),
-        (_count_field("n_obs", "Observations of the star"), pa.array(n_obs)),
-        (_count_field("n_used", "Observations that were combined"), pa.array(n_used)),
-        (schema.field("ra"), columns.pop("ra")),
-        (schema.field("dec"), columns.pop("dec")),
-    ]
-    quality = columns.pop("quality")
-    out += [(schema.field(name).with_type(values.type), values) for name, values in columns.items()]
-    for label in LABELS:
-        unit = (
-            dict(schema.field(label).metadata or {}).get(b"unit", b"") if label in columns else b""
-        )
-        column = Column(
-            f"{label}_spread", "float32", unit.decode(), "", f"Standard deviation of {label}"
-        )
-        out.append((column.arrow(), combined[f"{label}_spread"]))
-    flag_field = pa.field(
-        "flag_spread", pa.bool_(), False, {"description": "Spread over the limit"}
+def _star_fields(schema: pa.Schema, columns: Mapping[str, pa.Array]) -> list[pa.Field]:
+    """Fields of the stars in their order."""
+    told: tuple[tuple[str, str, str], ...] = (
+        ("star_id", "meta.id;meta.main", "Key of the star: that of its primary observation"),
+        ("n_obs", "meta.number", "Observations of the star"),
+        ("n_used", "meta.number", "Observations that were combined"),
     )
-    out += [(flag_field, combined["flag_spread"]), (QUALITY.arrow(nullable=False), quality)]
-    return pa.table([values for _, values in out], schema=pa.schema([field for field, _ in out]))
-
-
-def _count_field(name: str, description: str) -> pa.Field:
-    return pa.field(name, pa.int32(), False, {"ucd": "meta.number", "description": description})
+    key, *counts = (
+        pa.field(name, columns[name].type, False, {"ucd": ucd, "description": text})
+        for name, ucd, text in told
+    )
+    first = (HEALPIX_COLUMN, "ra", "dec")
+    place, ra, dec = (schema.field(name) for name in first)
+    others = [
+        field.with_type(columns[field.name].type)
+        for field in schema
+        if field.name not in (*first, "obs_id", "quality")
+    ]
+    spreads = []
+    for label in LABELS:
+        metadata = dict(schema.field(label).metadata or {}) if label in schema.names else {}
+        unit, text = metadata.get(b"unit", b"").decode(), f"Standard deviation of {label}"
+        spreads.append(Column(f"{label}_spread", "float32", unit, "", text).arrow())
+    flag = pa.field("flag_spread", pa.bool_(), False, {"description": "Spread over the limit"})
+    quality = QUALITY.arrow(nullable=False)
+    return [place, key, *counts, ra, dec, *others, *spreads, flag, quality]
 
 
 @dataclass(frozen=True)
@@ -174,8 +149,7 @@ class _Repeats:
     """Rows of the stars with several observations, by star and then by ``obs_id``.
 
     The rows of a star are row[first[s]:first[s + 1]], those used of them are
-    used_row[used_first[s]:used_first[s + 1]]; the others have one entry a star. ``best_at`` is a
-    place in ``row``; ``snr`` the total signal to noise.
+    used_row[used_first[s]:used_first[s + 1]]; ``best_at`` is a place in ``row``.
     """
 
     table: pa.Table
@@ -204,7 +178,7 @@ class _Repeats:
         used_first, used_row = np.empty_like(first), np.empty_like(row)
         best_at, bits = np.empty((2, len(of_star)), dtype=np.int64)
         total = np.empty(len(of_star), dtype=snr.dtype)
-        quality = _one_chunk(table.column("quality")).to_numpy()
+        quality = one_array(table.column("quality")).to_numpy()
         choose(first, row, quality, snr, used_first, used_row, best_at, bits, total)
         star = number[of_star]
         return cls(table, star, first, row, used_first, used_row, best_at, bits, total)
@@ -221,12 +195,11 @@ class _Repeats:
             return rows
         has = np.ones(self.table.num_rows, dtype=np.bool_)
         for name in names:
-            has &= _is_valid(self.table.column(name))
+            has &= is_valid(self.table.column(name))
         lacking = np.flatnonzero(~has.take(self.best))
         # Places in ``row`` of their members, those of them that have them, and the first of each.
         count = self.first[lacking + 1] - self.first[lacking]
-        stop = np.cumsum(count)
-        place = np.arange(count.sum()) + np.repeat(self.first[lacking + 1] - stop, count)
+        place = runs(self.first[lacking], count)
         having = np.append(place[has[self.row[place]]], len(self.row))
         at = having[np.searchsorted(having, self.first[lacking])]
         found = at < self.first[lacking + 1]
@@ -239,12 +212,13 @@ class _Repeats:
         """Columns that are combined, by name; ``source`` is the best row of every star."""
         flag = np.zeros(len(source), dtype=np.bool_)
         out: dict[str, pa.Array] = {}
+        median_error = _MEDIAN_ERROR if settings.method == "median" else 0.0
         for label in (*LABELS, "rv"):
             values = reals_or_nan(self.table, label)
             errors = reals_or_nan(self.table, f"{label}_err")
-            value, error, of_stars, is_wide = self._label(
-                values, errors, settings, expected_error.get(label)
-            )
+            limits = expected_error.get(label, np.nan), settings.max_spread, median_error
+            used = self.used_first, self.used_row
+            value, error, of_stars, is_wide = label_of_stars(*used, values, errors, *limits)
             if label in LABELS:
                 flag[self.star] |= is_wide
                 spread = np.full(len(source), np.nan, dtype=np.float32)
@@ -255,32 +229,9 @@ class _Repeats:
                 out |= self._replaced(f"{label}_err", errors, source, error)
         if settings.method != "best-snr":
             out |= self._replaced("snr", reals_or_nan(self.table, "snr"), source, self.snr)
-        quality = _one_chunk(self.table.column("quality")).to_numpy().take(source)
+        quality = one_array(self.table.column("quality")).to_numpy().take(source)
         quality[self.star] = self.quality
         return out | {"quality": pa.array(quality), "flag_spread": pa.array(flag)}
-
-    def _label(
-        self,
-        values: FloatArray,
-        errors: FloatArray,
-        settings: DedupeSettings,
-        expected_error: float | None,
-    ) -> tuple[FloatArray, FloatArray, NDArray[np.float32], BoolArray]:
-        """Value, error, spread and whether that is wide of a label of the stars; NaN: none."""
-        if values.dtype != errors.dtype:
-            values, errors = values.astype(np.float64), errors.astype(np.float64)
-        value, error = np.empty((2, len(self.star)), dtype=values.dtype)
-        spread = np.empty(len(self.star), dtype=np.float32)
-        is_wide = np.zeros(len(self.star), dtype=np.bool_)
-        if len(self.star):
-            from sos_dask.sky.loops import combine_label
-
-            expected = np.nan if expected_error is None else expected_error
-            median_error = _MEDIAN_ERROR if settings.method == "median" else 0.0
-            limits = (expected, settings.max_spread, median_error)
-            out: tuple[Any, ...] = (value, error, spread, is_wide)
-            combine_label(self.used_first, self.used_row, values, errors, *limits, *out)
-        return value, error, spread, is_wide
 
     def _replaced(
         self, name: str, values: FloatArray, source: IntArray, combined: FloatArray
@@ -293,31 +244,51 @@ class _Repeats:
         return {name: _nullable(of_stars, self.table.schema.field(name).type)}
 
 
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    # One chunk would be copied, too.
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+def label_of_stars(
+    first: IntArray,
+    row: IntArray,
+    values: FloatArray,
+    errors: FloatArray,
+    expected_error: float,
+    max_spread: float,
+    median_error: float = 0.0,
+) -> tuple[FloatArray, FloatArray, NDArray[np.float32], BoolArray]:
+    """Combine a label over the rows row[first[s]:first[s + 1]] of each star; NaN: none.
 
+    Parameters
+    ----------
+    first, row : ndarray of int64
+    values, errors : ndarray of float, by row
+    expected_error : float
+        Of one row, used where none is stated; NaN: unknown.
+    max_spread : float
+    median_error : float
+        That of the median over that of the mean; 0: mean weighted by 1 / error**2.
 
-def _is_valid(column: pa.ChunkedArray) -> BoolArray:
-    """Where a column is not null."""
-    # By way of bytes: Arrow turns bits into booleans of NumPy one by one.
-    valid: BoolArray = column.is_valid().cast(pa.uint8()).to_numpy().view(np.bool_)
-    return valid
+    Returns
+    -------
+    value, error, spread, is_wide : ndarray by star
+    """
+    if values.dtype != errors.dtype:
+        values, errors = values.astype(np.float64), errors.astype(np.float64)
+    value, error = np.empty((2, len(first) - 1), dtype=values.dtype)
+    spread, is_wide = np.empty(len(value), dtype=np.float32), np.zeros(len(value), dtype=np.bool_)
+    if len(value):
+        from sos_dask.sky.loops import combine_label
+
+        limits = expected_error, max_spread, median_error
+        combine_label(first, row, values, errors, *limits, value, error, spread, is_wide)
+    return value, error, spread, is_wide
 
 
 def _are_primaries(primary: IntArray) -> bool:
-    """Whether all rows that are not left out name a row that is its own primary."""
-    return (
-        bool(np.all((primary.take(primary) == primary) | (primary < 0))) if len(primary) else True
-    )
+    """Tell whether all rows that are not left out name a row that is its own primary."""
+    return not len(primary) or bool(np.all((primary.take(primary) == primary) | (primary < 0)))
 
 
 def _nullable(values: FloatArray, dtype: pa.DataType) -> pa.Array:
-    """Array with null for NaN, without a copy."""
-    if pa.from_numpy_dtype(values.dtype) != dtype:
-        return pa.array(values, dtype, from_pandas=True)
-    valid = pa.py_buffer(np.packbits(~np.isnan(values), bitorder="little"))
-    return pa.Array.from_buffers(dtype, len(values), [valid, pa.py_buffer(values)])
+    """Array with null for NaN."""
+    return as_array(values, ~np.isnan(values)).cast(dtype)
 
 
 def sky_order(table: pa.Table, rows: IntArray, key: str) -> IntArray:
@@ -343,7 +314,7 @@ def ties(*keys: NDArray[Any]) -> BoolArray:
 def _keys(keys: pa.ChunkedArray, rows: IntArray) -> IntArray:
     """Keys as integers in the same order; of text only those of some rows."""
     if pa.types.is_integer(keys.type):
-        return np.asarray(_one_chunk(keys).to_numpy(), dtype=np.int64)
+        return np.asarray(one_array(keys).to_numpy(), dtype=np.int64)
     out = np.zeros(len(keys), dtype=np.int64)
     out[rows] = pc.rank(keys.take(pa.array(rows)), tiebreaker="dense").to_numpy()
     return out

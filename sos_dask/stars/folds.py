@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask.columns import KeyArray
-from sos_dask.sky import neighbours, sphere
+from sos_dask.sky import healpix, neighbours
 from sos_dask.sky.healpix import FloatArray, IntArray
-from sos_dask.stars.crowds import Places, Sky, is_crowded
+from sos_dask.sky.neighbours import Sky, is_crowded
 
 
 def same_targets(
@@ -46,25 +46,26 @@ def same_targets(
     i, j : ndarray of int64
         Row numbers, i < j; where many targets crowd, enough of all links that the same are joined.
     """
+    reach = max(radius_arcsec, id_radius_arcsec) if ids else radius_arcsec
     if is_crowded(cells29, radius_arcsec):
+        from sos_dask.stars.crowds import Places
+
         sky = Sky(ra, dec, cells29, np.zeros(len(ra), dtype=np.int64))
-        places = [(Places.of(sky, np.arange(len(ra))), radius_arcsec)]
+        links = [Places.of(sky, np.arange(len(ra))).links(radius_arcsec)]
         for release in ids:
             rows = np.flatnonzero(release > 0)
-            places.append((Places.of(sky, rows, release[rows]), id_radius_arcsec))
-        links = [place.links(radius) for place, radius in places]
-        return np.concatenate([i for i, _ in links]), np.concatenate([j for _, j in links])
-    first, second = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-    reach = max(radius_arcsec, id_radius_arcsec) if ids else radius_arcsec
-    for i, j in neighbours.candidates(cells29, reach, cells29, later_only=True):
-        separation = sphere.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
-        linked = separation <= radius_arcsec
-        for release in ids:
-            equal = (release[i] == release[j]) & (release[i] > 0)
-            linked |= equal & (separation <= id_radius_arcsec)
-        first.append(i[linked])
-        second.append(j[linked])
-    return np.concatenate(first), np.concatenate(second)
+            links.append(Places.of(sky, rows, release[rows]).links(id_radius_arcsec))
+    else:
+        links = [(np.empty(0, dtype=np.int64),) * 2]
+        for i, j in neighbours.candidates(cells29, reach, cells29):
+            i, j = i[i < j], j[i < j]
+            separation = healpix.separation_arcsec(ra[i], dec[i], ra[j], dec[j])
+            linked = separation <= radius_arcsec
+            for release in ids:
+                equal = (release[i] == release[j]) & (release[i] > 0)
+                linked |= equal & (separation <= id_radius_arcsec)
+            links.append((i[linked], j[linked]))
+    return np.concatenate([i for i, _ in links]), np.concatenate([j for _, j in links])
 
 
 def smallest_of_joined(

@@ -27,10 +27,10 @@ too many, a tree finds those that decide (`crowds`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +43,10 @@ from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky import neighbours
 from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray, Ranges, in_ranges
-from sos_dask.stars.crowds import Places, Sky, join_in_order
+from sos_dask.sky.neighbours import Sky
+
+if TYPE_CHECKING:
+    from sos_dask.stars.crowds import Places
 
 BoolArray = NDArray[np.bool_]
 
@@ -52,8 +55,6 @@ GAIA_IDS = {"dr3": "gaia_dr3_source_id", "dr2": "gaia_dr2_source_id"}
 # Links are listed up to so many a row, and these more; beyond, rows crowd.
 _MOST_A_ROW = 8
 _MOST = 65536
-# Rows of stars are looked through for their ids in parts of so many.
-_BLOCK = 1 << 22
 _MAX_LAYERS = 256
 
 
@@ -97,8 +98,7 @@ class DedupeSettings(Radii):
     )
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """Which star every row belongs to.
 
     Parameters
@@ -106,7 +106,7 @@ class Groups:
     primary : ndarray of int64, shape (n,)
         Row number of the star's primary row.
     touches_frontier : ndarray of bool, shape (n,)
-        The row's component holds a frontier row: rows not given may belong to it.
+        The row's component contains a frontier row: rows not given may belong to it.
     """
 
     primary: IntArray
@@ -154,7 +154,7 @@ def group(
     near = _Listed.of(sky, releases, settings) or _Crowd(sky, releases, settings)
     touched = np.zeros(len(ra), dtype=np.bool_)
     if frontier is not None and frontier.any():
-        root = near.every().components(len(ra))
+        root = _components(near.every(), len(ra))
         touched[root[frontier]] = True
         touched = touched[root]
     primary = np.arange(len(ra), dtype=np.int64)
@@ -237,41 +237,33 @@ def rank_of(keys: pa.ChunkedArray) -> NDArray[np.int64]:
     return rank
 
 
-@dataclass(frozen=True)
-class _Links:
-    """Pairs of rows, i < j."""
+_Links = tuple[IntArray, IntArray]  # pairs of rows, i < j
 
-    i: IntArray
-    j: IntArray
 
-    @classmethod
-    def joined(cls, parts: list[_Links]) -> _Links:
-        if len(parts) == 1:
-            return parts[0]
-        return cls(
-            np.concatenate([np.empty(0, dtype=np.int64), *(part.i for part in parts)]),
-            np.concatenate([np.empty(0, dtype=np.int64), *(part.j for part in parts)]),
-        )
+def _joined(parts: Iterable[_Links]) -> _Links:
+    i, j = (np.concatenate(side) for side in zip(*parts, strict=True))
+    return i, j
 
-    def where(self, mask: BoolArray) -> _Links:
-        return _Links(self.i[mask], self.j[mask])
 
-    def components(self, n: int) -> IntArray:
-        """The first row of the component of each of ``n`` rows."""
-        root = np.arange(n, dtype=np.int64)
-        if len(self.i):
-            from sos_dask.sky.loops import components
+def _where(links: _Links, mask: BoolArray) -> _Links:
+    return links[0][mask], links[1][mask]
 
-            components(self.i, self.j, root)
-        return root
 
-    def between(self, one: BoolArray, other: BoolArray) -> tuple[IntArray, IntArray]:
-        """Rows of links from the rows of one kind to those of another kind."""
-        forward, backward = one[self.i] & other[self.j], one[self.j] & other[self.i]
-        return (
-            np.concatenate([self.i[forward], self.j[backward]]),
-            np.concatenate([self.j[forward], self.i[backward]]),
-        )
+def _components(links: _Links, n: int) -> IntArray:
+    """The first row of the component of each of ``n`` rows."""
+    root = np.arange(n, dtype=np.int64)
+    if len(links[0]):
+        from sos_dask.sky.loops import components
+
+        components(*links, root)
+    return root
+
+
+def _between(links: _Links, one: BoolArray, other: BoolArray) -> _Links:
+    """Rows of links from the rows of one kind to those of another kind."""
+    i, j = links
+    forward, backward = one[i] & other[j], one[j] & other[i]
+    return np.append(i[forward], j[backward]), np.append(j[forward], i[backward])
 
 
 @dataclass(frozen=True)
@@ -290,13 +282,13 @@ class _Listed:
         pairs = neighbours.pairs_within(sky.ra, sky.dec, sky.cells, settings.radius_arcsec, most)
         if pairs is None:
             return None
-        links = [_Links(*pairs)]
+        links = [pairs]
         for release in releases:
             far = _far_links(sky, release, links[0], settings, most)
             if far is None:
                 return None
             links.append(far)
-        return cls(sky, releases, links[0], _Links.joined(links))
+        return cls(sky, releases, links[0], _joined(links) if releases else pairs)
 
     def every(self) -> _Links:
         """Links with the components of all."""
@@ -304,13 +296,13 @@ class _Listed:
 
     def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
         """Links with the components of those among rows known by equal ids of a release."""
-        i, j = self.all_links.i, self.all_links.j
+        i, j = self.all_links
         same = (tier[i] == tier[j]) & (name[i] == name[j]) & (tier[i] < len(self.releases))
-        return self.all_links.where(same)
+        return i[same], j[same]
 
     def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
         """Join groups known by a release to stars known by a newer one (rule 2), in place."""
-        newer, older = self.all_links.between(tier < number, tier == number)
+        newer, older = _between(self.all_links, tier < number, tier == number)
         if len(newer):
             ids = self.releases[number]
             holders = np.flatnonzero((tier < number) & (ids > 0))
@@ -321,11 +313,11 @@ class _Listed:
         """Group the rows without ids (rules 3 and 4), in place."""
         links = self.links
         if self.releases:
-            row, target = _nearest(*links.between(~known, known), self.sky)
+            row, target = _nearest(*_between(links, ~known, known), self.sky)
             primary[row] = primary[target]
             done = known.copy()
             done[row] = True
-            links = links.where(~done[links.i] & ~done[links.j])
+            links = _where(links, ~done[links[0]] & ~done[links[1]])
         _group_by_rank(primary, links, self.sky)
 
 
@@ -337,19 +329,22 @@ class _Crowd:
     releases: list[IntArray]
     settings: Radii
 
+    def _places(self, rows: IntArray, key: IntArray | None = None) -> Places:
+        from sos_dask.stars.crowds import Places
+
+        return Places.of(self.sky, rows, key)
+
     def every(self) -> _Links:
-        places = Places.of(self.sky, np.arange(len(self.sky.ra)))
-        near = _Links(*places.links(self.settings.radius_arcsec))
-        return _Links.joined([near, *(self._of_ids(ids, ids > 0) for ids in self.releases)])
+        places = self._places(np.arange(len(self.sky.ra)))
+        near = places.links(self.settings.radius_arcsec)
+        return _joined([near, *(self._of_ids(ids, ids > 0) for ids in self.releases)])
 
     def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
-        return _Links.joined(
-            [self._of_ids(ids, tier == number) for number, ids in enumerate(self.releases)]
-        )
+        return _joined(self._of_ids(ids, tier == n) for n, ids in enumerate(self.releases))
 
     def _of_ids(self, ids: IntArray, chosen: BoolArray) -> _Links:
         rows = np.flatnonzero(chosen)
-        return _Links(*Places.of(self.sky, rows, ids[rows]).links(self.settings.id_radius_arcsec))
+        return self._places(rows, ids[rows]).links(self.settings.id_radius_arcsec)
 
     def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
         sky, ids = self.sky, self.releases[number]
@@ -359,23 +354,22 @@ class _Crowd:
         joins = np.arange(len(star), dtype=np.int64)
         # Stars that have the id of a group: the nearest row of one, of those without the id, too.
         names, code = np.unique(ids[guests], return_inverse=True)
-        asked = Places.of(sky, guests, code)
+        asked = self._places(guests, code)
         holders = hosts[ids[hosts] > 0]
         place = np.minimum(np.searchsorted(names, ids[holders]), len(names) - 1)
         of_guests = names[place] == ids[holders]
-        some, place = holders[of_guests], place[of_guests]
-        found = [asked.candidates(Places.of(sky, some, place), self.settings.id_radius_arcsec)]
+        with_id, place = holders[of_guests], place[of_guests]
+        found = [asked.candidates(self._places(with_id, place), self.settings.id_radius_arcsec)]
         # Rows without the id need a look where not all of a star have it: one a position.
-        at = star[some] * len(names) + place
+        at = star[with_id] * len(names) + place
         held, count = np.unique(at, return_counts=True)
         held = held[count < np.bincount(star[hosts], minlength=len(star))[held // len(names)]]
-        rows = Places.of(sky, hosts, star[hosts]).row
+        rows = self._places(hosts, star[hosts]).row
         low = np.searchsorted(star[rows], held // len(names))
         count = np.searchsorted(star[rows], held // len(names), side="right") - low
-        for first, last in _blocks(count):
-            n, stop = count[first:last], np.cumsum(count[first:last])
-            row = rows[np.arange(n.sum()) + np.repeat(low[first:last] - stop + n, n)]
-            others = Places.of(sky, row, np.repeat(held[first:last] % len(names), n))
+        for some in neighbours.blocks(count):
+            row = rows[neighbours.runs(low[some], count[some])]
+            others = self._places(row, np.repeat(held[some] % len(names), count[some]))
             found.append(asked.candidates(others, self.settings.radius_arcsec))
         older, newer = (np.concatenate(side) for side in zip(*found, strict=True))
         order = np.lexsort(
@@ -388,6 +382,8 @@ class _Crowd:
         host_stars, host_star = np.unique(star[hosts], return_inverse=True)
         guest_stars, guest_star = np.unique(star[guests], return_inverse=True)
         _, code = np.unique(ids[guest_stars], return_inverse=True)
+        from sos_dask.stars.crowds import join_in_order
+
         host_of = join_in_order(
             sky, hosts, host_star, guests, guest_star, code, self.settings.radius_arcsec
         )
@@ -398,12 +394,12 @@ class _Crowd:
     def group_others(self, primary: IntArray, known: BoolArray) -> None:
         left, radius = ~known, self.settings.radius_arcsec
         if known.any():
-            hosts = Places.of(self.sky, np.flatnonzero(known))
-            row, target = self._follow(Places.of(self.sky, np.flatnonzero(left)), hosts)
+            hosts = self._places(np.flatnonzero(known))
+            row, target = self._follow(self._places(np.flatnonzero(left)), hosts)
             primary[row] = primary[target]
             left[row] = False
-        places = Places.of(self.sky, np.flatnonzero(left))
-        row, target = self._follow(places, Places.of(self.sky, places.leading(radius)))
+        places = self._places(np.flatnonzero(left))
+        row, target = self._follow(places, self._places(places.leading(radius)))
         primary[row] = target
 
     def _follow(self, places: Places, hosts: Places) -> tuple[IntArray, IntArray]:
@@ -427,21 +423,19 @@ def _far_links(sky: Sky, ids: IntArray, near: _Links, settings: Radii, most: int
     count = np.bincount(code[rows], minlength=len(encoded.dictionary))
     pairs = count * (count - 1) // 2
     # Where the pairs within the radius are all pairs of an id, nothing is left to find.
-    same = (ids[near.i] == ids[near.j]) & (ids[near.i] > 0)
-    found = np.bincount(code[near.i[same]], minlength=len(count))
+    same = (ids[near[0]] == ids[near[1]]) & (ids[near[0]] > 0)
+    found = np.bincount(code[near[0][same]], minlength=len(count))
     if pairs[found < pairs].sum() > most:
         return None
     rows = rows[(found < pairs)[code[rows]]]
     rows = rows[np.argsort(code[rows], kind="stable")]
-    last = np.append(code[rows[1:]] != code[rows[:-1]], True)[: len(rows)]
-    stop = np.flatnonzero(last) + 1
-    after = np.repeat(stop, np.diff(stop, prepend=0)) - np.arange(1, len(rows) + 1)
-    first = np.repeat(np.arange(len(rows)), after)
-    second = first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(after) - after, after)
-    i, j = rows[first], rows[second]
+    # Each row with all that follow of its id.
+    after = np.searchsorted(code[rows], code[rows], side="right") - np.arange(1, len(rows) + 1)
+    i = np.repeat(rows, after)
+    j = rows[neighbours.runs(np.arange(1, len(rows) + 1), after)]
     separation = sky.separation(i, j)
     beyond = (separation > settings.radius_arcsec) & (separation <= settings.id_radius_arcsec)
-    return _Links(i, j).where(beyond)
+    return i[beyond], j[beyond]
 
 
 def _group_known(
@@ -456,7 +450,7 @@ def _group_known(
         tier[has] = number
         name[has] = releases[number][has]
     known = tier < len(releases)
-    star = near.equal(tier, name).components(n)
+    star = _components(near.equal(tier, name), n)
     for number in range(1, len(releases)):
         near.join_older(star, tier, number)
     rows = np.flatnonzero(known)
@@ -468,16 +462,6 @@ def _group_known(
     leader[star[first]] = first
     primary[rows] = leader[star[rows]]
     return known
-
-
-def _blocks(count: IntArray) -> Iterator[tuple[int, int]]:
-    """Ranges of entries of which not much more than `_BLOCK` things are counted."""
-    stop, first = np.cumsum(count), 0
-    while first < len(count):
-        done = stop[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(stop, done + _BLOCK, side="right")))
-        yield first, last
-        first = last
 
 
 def _join_older(
@@ -523,17 +507,16 @@ def _join_older(
 
 def _group_by_rank(primary: IntArray, links: _Links, sky: Sky) -> None:
     """Primaries in the order of rank and their nearest rows (rule 4), in place."""
-    if not len(links.i):
+    if not len(links[0]):
         return
     from sos_dask.sky.loops import claim, join_claimed
 
     claimed = np.zeros(len(primary), dtype=np.bool_)
-    claim(links.i, links.j, sky.rank, claimed)
-    several, count = np.empty_like(links.i), np.zeros(1, dtype=np.int64)
-    join_claimed(links.i, links.j, claimed, primary, several, count)
-    several = several[: count[0]]
-    links = _Links(links.i[several], links.j[several])
-    row, target = _nearest(*links.between(claimed, ~claimed), sky)
+    claim(*links, sky.rank, claimed)
+    several, count = np.empty_like(links[0]), np.zeros(1, dtype=np.int64)
+    join_claimed(*links, claimed, primary, several, count)
+    i, j = (side[several[: count[0]]] for side in links)
+    row, target = _nearest(*_between((i, j), claimed, ~claimed), sky)
     primary[row] = target
 
 
@@ -544,4 +527,4 @@ def _nearest(row: IntArray, target: IntArray, sky: Sky) -> tuple[IntArray, IntAr
     order = np.lexsort((at, sky.rank[at], sky.separation(some, at), some))
     some, at = some[order], at[order]
     first = np.append(True, some[1:] != some[:-1])[: len(some)]
-    return np.concatenate([row[~choice], some[first]]), np.concatenate([target[~choice], at[first]])
+    return np.append(row[~choice], some[first]), np.append(target[~choice], at[first])

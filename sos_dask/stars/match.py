@@ -5,7 +5,7 @@ The rule for one pair of rows:
 * **Common epoch.** If the right row has a proper motion (both components) and both rows have an
   epoch, the right row is moved to the left row's epoch; else, if the left row has one and both
   have an epoch, the left row is moved to the right row's epoch; else both stay where they are. Rows
-  move along great circles (`sphere.propagate`).
+  move along great circles (`healpix.propagate`).
 * **Ids.** In a Gaia release in which both rows have an id, the ids decide. Equal in any release:
   the pair is a candidate when its separation is at most ``id_radius_arcsec`` (``by_id``). Different
   in every common release: never a pair, however near (a conflict). Ids of different releases are
@@ -36,10 +36,10 @@ from pydantic import Field
 from sos_dask.columns import floats_or_nan
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, require_columns
-from sos_dask.sky import healpix, neighbours, sphere
+from sos_dask.sky import healpix, neighbours
 from sos_dask.sky.healpix import FloatArray, IntArray
+from sos_dask.sky.neighbours import is_crowded, preferred
 from sos_dask.stars.combine import ties
-from sos_dask.stars.crowds import is_crowded, preferred
 from sos_dask.stars.group import GAIA_IDS, Radii
 
 BoolArray = NDArray[np.bool_]
@@ -120,7 +120,7 @@ def reach_arcsec(
     ids: bool,
     pm_mas_yr: FloatArray | float | None = None,
 ) -> FloatArray | float:
-    """How far apart the stored positions of a pair can be: the margin a partition needs.
+    """Bound how far apart the stored positions of a pair can be: the margin a partition needs.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def at_epoch(table: pa.Table, epoch: float) -> pa.Table:
     pmra, pmdec, since = (np.asarray(table[name].to_numpy(), np.float64) for name in MOTION)
     moving = np.isfinite(pmra) & np.isfinite(pmdec) & np.isfinite(since)
     pmra, pmdec, years = (np.where(moving, values, 0.0) for values in (pmra, pmdec, epoch - since))
-    ra, dec = sphere.propagate(table["ra"].to_numpy(), table["dec"].to_numpy(), pmra, pmdec, years)
+    ra, dec = healpix.propagate(table["ra"].to_numpy(), table["dec"].to_numpy(), pmra, pmdec, years)
     new = {"ra": ra, "dec": dec, HEALPIX_COLUMN: healpix.ang2pix(ra, dec)}
     new["position_epoch"] = np.where(moving, epoch, since)
     for name, values in new.items():
@@ -261,7 +261,7 @@ class _Side:
     def at(self, rows: IntArray, epoch: FloatArray | float) -> tuple[FloatArray, FloatArray]:
         """Positions of rows that move, at an epoch."""
         ra, dec, own, pmra, pmdec = (values[rows] for values in self.position)
-        return sphere.propagate(ra, dec, pmra, pmdec, epoch - own)
+        return healpix.propagate(ra, dec, pmra, pmdec, epoch - own)
 
 
 _Block = tuple[IntArray, IntArray, FloatArray]
@@ -376,7 +376,7 @@ def _pairs_of(one: _Classes, other: _Classes, block: _Block) -> _Block:
     p, q, separation = block
     (rows, first), (others, other_first) = one.members(), other.members()
     n_pairs = one.size[p] * other.size[q]
-    at = np.arange(n_pairs.sum()) - np.repeat(np.cumsum(n_pairs) - n_pairs, n_pairs)
+    at = neighbours.runs(np.zeros_like(n_pairs), n_pairs)
     p, q = np.repeat(p, n_pairs), np.repeat(q, n_pairs)
     i, j = rows[first[p] + at // other.size[q]], others[other_first[q] + at % other.size[q]]
     return i, j, np.repeat(separation, n_pairs)
@@ -423,7 +423,7 @@ def _separation(a: _Side, b: _Side, i: IntArray, j: IntArray) -> FloatArray:
         left = ~right & a.moves[i] & b.has_epoch[j]
         if left.any():
             ra1[left], dec1[left] = a.at(i[left], b.epoch[j[left]])
-    return sphere.separation_arcsec(ra1, dec1, ra2, dec2)
+    return healpix.separation_arcsec(ra1, dec1, ra2, dec2)
 
 
 def _near(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
@@ -434,12 +434,11 @@ def _near(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
         yield i[near], j[near], separation[near]
 
 
-def _near_candidates(
-    a: _Side, b: _Side, radius_arcsec: float
-) -> Iterator[tuple[IntArray, IntArray]]:
+def _near_candidates(a: _Side, b: _Side, radius: float) -> Iterator[tuple[IntArray, IntArray]]:
     """Pairs that contain all those within a radius, by which of the two rows would move."""
-    yield from _moved(b, b.moves, a, a.has_epoch, radius_arcsec, swap=True)
-    yield from _moved(a, a.moves, b, b.has_epoch & ~b.moves, radius_arcsec, swap=False)
+    for j, i in _moved(b, b.moves, a, a.has_epoch, radius):
+        yield i, j
+    yield from _moved(a, a.moves, b, b.has_epoch & ~b.moves, radius)
     for left, right in (
         (~a.has_epoch, b.moves),
         (~a.moves, b.has_epoch & ~b.moves),
@@ -447,17 +446,17 @@ def _near_candidates(
     ):
         i, j = np.flatnonzero(left), np.flatnonzero(right)
         if len(i) <= len(j):
-            for one, other in neighbours.candidates(a.cells[i], radius_arcsec, b.cells[j]):
+            for one, other in neighbours.candidates(a.cells[i], radius, b.cells[j]):
                 yield i[one], j[other]
         else:
-            for other, one in neighbours.candidates(b.cells[j], radius_arcsec, a.cells[i]):
+            for other, one in neighbours.candidates(b.cells[j], radius, a.cells[i]):
                 yield i[one], j[other]
 
 
 def _moved(
-    mover: _Side, moves: BoolArray, other: _Side, stays: BoolArray, radius_arcsec: float, swap: bool
+    mover: _Side, moves: BoolArray, other: _Side, stays: BoolArray, radius_arcsec: float
 ) -> Iterator[tuple[IntArray, IntArray]]:
-    """Candidates between rows that move to the other row's epoch and rows that stay.
+    """Candidates of rows that move to the other row's epoch with rows that stay.
 
     A row is moved to the middle of the epochs it may meet, and looks half their span farther.
     """
@@ -470,7 +469,7 @@ def _moved(
     total_pm = np.hypot(mover.position[3][rows], mover.position[4][rows])
     reach = radius_arcsec + total_pm * ((last - first) / 2000.0)
     for i, j in neighbours.candidates(healpix.ang2pix(ra, dec), reach, other.cells[others]):
-        yield (others[j], rows[i]) if swap else (rows[i], others[j])
+        yield rows[i], others[j]
 
 
 def _equal_ids(a: _Side, b: _Side, radius_arcsec: float) -> Iterator[_Block]:
@@ -507,9 +506,7 @@ def _join_ids(
             same = one[rows[p]] == other[others[q]]
             yield rows[p[same]], others[q[same]], separation[same]
         i, value = i[~crowded[value]], value[~crowded[value]]
-    repeats = count[value]
-    offset = np.repeat(first[value] - (np.cumsum(repeats) - repeats), repeats)
-    i, j = np.repeat(i, repeats), order[offset + np.arange(len(offset))]
+    i, j = np.repeat(i, count[value]), order[neighbours.runs(first[value], count[value])]
     yield i, j, _separation(a, b, i, j)
 
 
@@ -534,8 +531,7 @@ def _ordered(
             np.lexsort((right[some], key, separation[some], by_position[some], left[some]))
         ]
     left, right, separation = left[order], right[order], separation[order]
-    is_first = np.concatenate([[True], left[1:] != left[:-1]])[: len(left)]
-    starts = np.flatnonzero(is_first)
+    starts = np.flatnonzero(np.append(True, left[1:] != left[:-1])[: len(left)])
     count = np.diff(np.append(starts, len(left)))
     keep = slice(None) if every else starts
     return Matches(

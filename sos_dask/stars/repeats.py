@@ -42,7 +42,7 @@ CLIP = 4.0  # normal numbers are beyond once in 16,000
 _OCTAVES, _BINS_AN_OCTAVE = 16, 12
 _N_BINS = _OCTAVES * _BINS_AN_OCTAVE  # of |pull|, from 2^-10 to 2^6, 6 % wide
 _LOWEST = -10.0
-_COLUMNS = frozenset({*LABELS, *(f"{label}_err" for label in LABELS), "snr"})
+_LIMITS = tuple(zip((None, *SNR_EDGES), (*SNR_EDGES, None), strict=True))
 _SHAPE = (len(LABELS), len(KINDS), len(SNR_EDGES) + 2, _N_BINS)
 
 
@@ -97,39 +97,26 @@ def pull_counts(
     """
     counts = np.zeros(_SHAPE, dtype=np.int64)
     if table.num_rows:
-        _count(table, primary, expected_error or {}, counts)
+        from sos_dask.sky.loops import count_pulls, repeated, sort_members
+
+        _, first, row = repeated(primary)
+        # Rows of one cell stand in the order of their keys already: the order of the catalog.
+        sort_members(first, row, table[HEALPIX_COLUMN].to_numpy())
+        names = [*LABELS, *(f"{label}_err" for label in LABELS), "snr"]
+        columns = [reals_or_nan(table, name).view() for name in names]
+        if len({values.dtype for values in columns}) > 1:
+            columns = [values.astype(np.float64) for values in columns]
+        for values in columns:
+            values.flags.writeable = False  # all of one type
+        *labels, snr = columns
+        known = expected_error or {}
+        expected = np.array([known.get(label, np.nan) for label in LABELS], dtype=np.float64)
+        given = tuple(labels[: len(LABELS)]), tuple(labels[len(LABELS) :]), expected, snr
+        bins = np.array(SNR_EDGES), _LOWEST, _BINS_AN_OCTAVE
+        count_pulls(first, row, table["quality"].to_numpy(), *given, GIANT_LOGG, *bins, counts)
     filled = np.flatnonzero(counts)
     flat: list[int] = np.stack([filled, counts.ravel()[filled]], axis=1).ravel().tolist()
     return flat
-
-
-def _count(
-    table: pa.Table, primary: IntArray, expected_error: Mapping[str, float], counts: IntArray
-) -> None:
-    from sos_dask.sky.loops import count_pulls, repeated, sort_members
-
-    _, first, row = repeated(primary)
-    # Rows of one cell stand in the order of their keys already: the order of the catalog.
-    sort_members(first, row, table[HEALPIX_COLUMN].to_numpy())
-    columns = {name: reals_or_nan(table, name).view() for name in _COLUMNS}
-    if len({values.dtype for values in columns.values()}) > 1:
-        columns = {name: values.astype(np.float64) for name, values in columns.items()}
-    for values in columns.values():
-        values.flags.writeable = False  # all of one type
-    count_pulls(
-        first,
-        row,
-        table["quality"].to_numpy(),
-        tuple(columns[label] for label in LABELS),
-        tuple(columns[f"{label}_err"] for label in LABELS),
-        np.array([expected_error.get(label, np.nan) for label in LABELS], dtype=np.float64),
-        columns["snr"],
-        GIANT_LOGG,
-        np.array(SNR_EDGES),
-        _LOWEST,
-        _BINS_AN_OCTAVE,
-        counts,
-    )
 
 
 def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
@@ -145,16 +132,15 @@ def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
     for part in parts:
         place, count = np.array(part, dtype=np.int64).reshape(-1, 2).T
         counts.ravel()[place] += count
-    edges = [None, *SNR_EDGES, None]
     found = []
     for number, label in enumerate(LABELS):
-        found.append(_factor(counts[number].sum(axis=(0, 1)), label, "all", None, None))
+        found.append(_factor(counts[number].sum(axis=(0, 1)), label, "all"))
         for kind, name in enumerate(KINDS):
             of_kind = counts[number, kind]
-            some = [_factor(of_kind.sum(axis=0), label, name, None, None)]
+            some = [_factor(of_kind.sum(axis=0), label, name)]
             some += [
-                _factor(of_kind[place], label, name, edges[place], edges[place + 1])
-                for place in range(len(SNR_EDGES) + 1)
+                _factor(one, label, name, *limits)
+                for one, limits in zip(of_kind, _LIMITS, strict=False)
             ]
             found += [factor for factor in some if factor.n]
     return found
@@ -187,14 +173,12 @@ def normalisation(
         for one in factors
         if one["label"] == label and one["n"] >= MIN_PULLS
     }
-    edges = [None, *SNR_EDGES, None]
     whole = known.get(("all", None, None), 1.0)
     table = np.full((len(KINDS), len(SNR_EDGES) + 2), whole)
     for kind, name in enumerate(KINDS):
         table[kind] = known.get((name, None, None), whole)
-        for place in range(len(SNR_EDGES) + 1):
-            limits = (name, edges[place], edges[place + 1])
-            table[kind, place] = known.get(limits, table[kind, -1])
+        for place, limits in enumerate(_LIMITS):
+            table[kind, place] = known.get((name, *limits), table[kind, -1])
     is_giant = (np.asarray(logg) < GIANT_LOGG).astype(np.int64)
     return np.asarray(table[is_giant, snr_bin(np.asarray(snr, dtype=np.float64))])
 
@@ -205,20 +189,14 @@ def snr_bin(snr: FloatArray) -> IntArray:
     return np.where(np.isfinite(snr), place, len(SNR_EDGES) + 1)
 
 
-def _pull_bin(pull: FloatArray) -> IntArray:
-    with np.errstate(divide="ignore"):
-        place = np.floor((np.log2(pull) - _LOWEST) * _BINS_AN_OCTAVE)
-    return np.clip(place, 0, _N_BINS - 1).astype(np.int64)
-
-
 def _factor(
-    counts: IntArray, label: str, kind: str, low: float | None, high: float | None
+    counts: IntArray, label: str, kind: str, low: float | None = None, high: float | None = None
 ) -> Factor:
     width, stop = 1.0, len(counts)
     while counts[:stop].any():
         width = 2.0 ** (_LOWEST + _median_bin(counts[:stop]) / _BINS_AN_OCTAVE)
         width /= _HALF_NORMAL_MEDIAN
-        limit = int(_pull_bin(np.array(CLIP * width))) + 1
+        limit = int((np.log2(CLIP * width) - _LOWEST) * _BINS_AN_OCTAVE) + 1
         if limit >= stop:
             break
         stop = limit

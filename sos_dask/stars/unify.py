@@ -36,18 +36,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from sos_dask.columns import floats_or_nan
+from sos_dask.columns import floats_or_nan, is_valid
 from sos_dask.errors import PartitionError
-from sos_dask.schema import (
-    CANONICAL,
-    HEALPIX_COLUMN,
-    LABELS,
-    QUALITY,
-    require_columns,
-)
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, QUALITY, require_columns
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import FloatArray, IntArray
-from sos_dask.stars.combine import sky_order, ties
+from sos_dask.stars.combine import label_of_stars, sky_order, ties
 
 BoolArray = NDArray[np.bool_]
 
@@ -139,18 +133,28 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     if len(primary) != table.num_rows or not np.array_equal(primary[primary], primary):
         raise PartitionError("primaries do not belong to the stars to be united")
     table = table.combine_chunks()
-    names = set(table.schema.names)
     key = pc.binary_join_element_wise(table["survey"], table["star_id"], ":")
     table = table.set_column(table.schema.get_field_index("star_id"), "star_id", key)
     leaders = np.flatnonzero(primary == np.arange(len(primary)))
     leaders = leaders[sky_order(table, leaders, "star_id")]
     members = _Members.of(table, primary, leaders, settings.order)
     united = _unite_labels(table, members, settings)
+    columns = _columns(table, leaders, members, united)
+    schema = pa.schema([about for about, _ in columns])
+    return pa.table([values for _, values in columns], schema=schema)
+
+
+_Columns = list[tuple[pa.Field, pa.Array | pa.ChunkedArray]]
+
+
+def _columns(table: pa.Table, leaders: IntArray, members: _Members, united: _United) -> _Columns:
+    """Every column of the stars: of the primary, or of the labels, or of who has it."""
+    names = set(table.schema.names)
     of_primary, of_chosen = pa.array(leaders), pa.array(members.row[united.chosen])
-    key_field = _field("star_id", pa.string(), "Survey and star_id of the primary", _KEY_UCD)
+    key = _field("star_id", pa.string(), "Survey and star_id of the primary", _KEY_UCD)
     columns: _Columns = [
         (table.schema.field(HEALPIX_COLUMN), table[HEALPIX_COLUMN].take(of_primary)),
-        (key_field, table["star_id"].take(of_primary)),
+        (key, table["star_id"].take(of_primary)),
     ]
     for name in (name for name in CANONICAL if name in names):
         about = table.schema.field(name)
@@ -163,30 +167,21 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
             out = table[name].take(of_chosen)
         else:
             both = name in _MOTION and names.issuperset(_MOTION)
-            out = table[name].take(members.givers(table, _MOTION if both else (name,)))
+            has = np.all([is_valid(table[n]) for n in (_MOTION if both else (name,))], axis=0)
+            out = table[name].take(pa.array(members.row[members.first_in(has[members.row])]))
         columns.append((about, out))
-    columns += _told(table, members, united)
-    schema = pa.schema([about for about, _ in columns])
-    return pa.table([values for _, values in columns], schema=schema)
-
-
-_Columns = list[tuple[pa.Field, pa.Array | pa.ChunkedArray]]
-
-
-def _told(table: pa.Table, members: _Members, united: _United) -> _Columns:
-    """Columns on who the members are, who gave labels, and whether they agree."""
+    sources = table["star_id"].take(pa.array(members.row)).combine_chunks()
     survey = _field("survey", pa.string(), "Surveys that gave the labels", nullable=True)
     every = _field("sources", pa.string(), "Every member: survey and star_id")
     several = _field("n_surveys", pa.int32(), "Surveys that observed the star", "meta.number")
     flag = _field("flag_spread", pa.bool_(), "Labels scatter over the limit")
-    sources = table["star_id"].take(pa.array(members.row))
-    quality = table["quality"].take(pa.array(members.row[united.chosen]))
     return [
+        *columns,
         (survey, members.joined_surveys(united.contributes)),
         (every, _joined(sources, members.first, ";")),
         (several, pa.array(members.n_surveys())),
         (flag, pa.array(united.flag)),
-        (QUALITY.arrow(nullable=False), quality),
+        (QUALITY.arrow(nullable=False), table["quality"].take(of_chosen)),
     ]
 
 
@@ -208,18 +203,26 @@ def _unite_labels(table: pa.Table, members: _Members, settings: UnifySettings) -
     measured = {label: members.measured(table, label, settings.known_offsets) for label in names}
     has_label = [~np.isnan(measured[label][0]) for label in LABELS]
     usable = passes & np.any(has_label, axis=0)
-    chosen, gives = members.choose(has_label, usable, flagged)
+    some, every = np.any(has_label, axis=0), np.all(has_label, axis=0)
+    chosen = members.first
+    for preferred in (some, usable, usable & ~flagged & every):  # the best comes last
+        chosen = members.first_in(preferred, chosen)
+    gives = members.any(some)
     united = members.any(usable) & (settings.method == "weighted-mean")
     contributes = np.zeros(len(members.row), dtype=np.bool_)
     contributes[chosen[gives & ~united]] = True
     flag = np.zeros(len(members.first), dtype=np.bool_)
     results: dict[str, FloatArray] = {}
+    row = np.flatnonzero(usable)
+    first = np.searchsorted(members.segment[row], np.arange(len(flag) + 1))
     for label, (value, error) in measured.items():
         limits = settings.expected_error.get(label, np.nan), settings.max_spread
-        mean, mean_error, is_wide = members.mean(value, error, usable, *limits)
+        mean, mean_error, _, is_wide = label_of_stars(first, row, value, error, *limits)
         at, averaged = chosen, united
         if label == "rv":
-            at, averaged = members.first_with(~np.isnan(value), chosen), united & ~np.isnan(mean)
+            has = ~np.isnan(value)
+            at = members.first_in(has & ~has[chosen][members.segment], chosen)
+            averaged = united & ~np.isnan(mean)
         else:
             weighs = (error > 0) | np.isnan(mean_error)[members.segment]
             weighs &= usable & ~np.isnan(value)
@@ -248,24 +251,20 @@ def common_differences(table: pa.Table, primary: IntArray, order: tuple[str, ...
         ``survey`` and, for each label, that survey's value less the first one's (float64); one row
         for each pair of rows with quality 0 and all labels, in the order of ``table``.
     """
-    good = pc.equal(table["quality"], 0)
-    for label in LABELS:
-        good = pc.and_(good, pc.is_valid(table[label]))
-    chosen = np.flatnonzero(pc.fill_null(good, False).to_numpy())
+    good = pc.fill_null(pc.equal(table["quality"], 0), False).to_numpy()
+    chosen = np.flatnonzero(good & np.all([is_valid(table[label]) for label in LABELS], axis=0))
     rows = table.select(["survey", *LABELS]).take(pa.array(chosen))
     star = np.asarray(primary)[chosen]
     surveys = rows["survey"].to_numpy(zero_copy_only=False)
-    base = np.flatnonzero(surveys == (order[0] if order else ""))
-    _, first = np.unique(star[base], return_index=True)
-    base = base[first]  # one row a star, the first
-    other = np.flatnonzero(surveys != (order[0] if order else ""))
-    place = np.searchsorted(star[base], star[other])
-    place = np.minimum(place, max(len(base) - 1, 0))
-    found = star[base][place] == star[other] if len(base) else np.zeros(len(other), dtype=np.bool_)
-    columns = {"survey": rows["survey"].take(pa.array(other[found]))}
+    is_base = surveys == (order[0] if order else "")
+    base, other = np.flatnonzero(is_base), np.flatnonzero(~is_base)
+    base_of = np.full(len(primary), -1)
+    base_of[star[base[::-1]]] = base[::-1]  # one row a star, the first
+    other = other[base_of[star[other]] >= 0]
+    columns = {"survey": rows["survey"].take(pa.array(other))}
     for label in LABELS:
         values = rows[label].to_numpy().astype(np.float64)
-        columns[label] = pa.array(values[other[found]] - values[base[place[found]]])
+        columns[label] = pa.array(values[other] - values[base_of[star[other]]])
     return pa.table(columns)
 
 
@@ -273,7 +272,7 @@ def common_differences(table: pa.Table, primary: IntArray, order: tuple[str, ...
 class _Members:
     """Rows by star and, inside, by precedence of the survey and ``star_id``.
 
-    ``first`` has one entry a star, the place of its first member; the others one a member.
+    ``first`` is the place of each star's first member.
     """
 
     row: IntArray
@@ -301,47 +300,18 @@ class _Members:
         is_first = np.append(True, np.diff(star[row]) != 0)[: len(row)]
         return cls(row, star[row], np.flatnonzero(is_first), place[row].astype(np.int64), surveys)
 
-    def mean(
-        self,
-        value: FloatArray,
-        error: FloatArray,
-        usable: BoolArray,
-        expected_error: float,
-        max_spread: float,
-    ) -> tuple[FloatArray, FloatArray, BoolArray]:
-        """Weighted mean of a label over usable members, its error, and whether they disagree."""
-        n = len(self.first)
-        mean, mean_error = np.full((2, n), np.nan)
-        is_wide = np.zeros(n, dtype=np.bool_)
-        if n:
-            from sos_dask.sky.loops import combine_label
-
-            row = np.flatnonzero(usable)
-            first = np.searchsorted(self.segment[row], np.arange(n + 1))
-            out = (mean, mean_error, np.empty(n, dtype=np.float32), is_wide)
-            combine_label(first, row, value, error, expected_error, max_spread, 0.0, *out)
-        return mean, mean_error, is_wide
-
     def any(self, mask: BoolArray) -> BoolArray:
         """Whether any member of each star is in the mask."""
         out = np.zeros(len(self.first), dtype=np.bool_)
         out[self.segment[mask]] = True
         return out
 
-    def first_with(self, mask: BoolArray, otherwise: IntArray) -> IntArray:
-        """For each star its ``otherwise`` if that is in the mask, else its first member in it."""
-        at = np.flatnonzero(mask & ~mask[otherwise][self.segment])
-        out = otherwise.copy()
-        # Written backwards, so that the first of a star stays.
-        out[self.segment[at[::-1]]] = at[::-1]
+    def first_in(self, mask: BoolArray, otherwise: IntArray | None = None) -> IntArray:
+        """First member of each star in the mask; else another one, by default the first of all."""
+        out = (self.first if otherwise is None else otherwise).copy()
+        at = np.flatnonzero(mask)[::-1]  # written backwards, so that the first of a star stays
+        out[self.segment[at]] = at
         return out
-
-    def givers(self, table: pa.Table, names: tuple[str, ...]) -> pa.Array:
-        """Row of each star's first member that has all of some columns."""
-        has = np.ones(table.num_rows, dtype=np.bool_)
-        for name in names:
-            has &= table[name].is_valid().to_numpy()
-        return pa.array(self.row[self.first_with(has[self.row], self.first)])
 
     def measured(
         self, table: pa.Table, label: str, offsets: Mapping[str, Mapping[str, float]]
@@ -352,20 +322,6 @@ class _Members:
         if len(shift):
             value = value - shift[self.survey]
         return value, floats_or_nan(table, f"{label}_err")[self.row]
-
-    def choose(
-        self, has_label: list[BoolArray], usable: BoolArray, flagged: BoolArray
-    ) -> tuple[IntArray, BoolArray]:
-        """Member of each star that gives its labels by precedence, and whether it has any."""
-        some = np.any(has_label, axis=0)
-        complete = usable & ~flagged & np.all(has_label, axis=0)
-        chosen = self.first
-        for mask in (some, usable, complete):
-            # Written backwards, so that the first of a star stays; the best kind comes last.
-            at = np.flatnonzero(mask)
-            chosen = chosen.copy()
-            chosen[self.segment[at[::-1]]] = at[::-1]
-        return chosen, self.any(some)
 
     def n_surveys(self) -> NDArray[np.int32]:
         new = np.append(True, np.diff(self.survey) != 0)[: len(self.row)]
@@ -391,9 +347,7 @@ def _field(
     return pa.field(name, dtype, nullable, metadata)
 
 
-def _joined(texts: pa.Array | pa.ChunkedArray, first: IntArray, separator: str) -> pa.Array:
+def _joined(texts: pa.Array, first: IntArray, separator: str) -> pa.Array:
     """Texts joined from each start to the next."""
-    if isinstance(texts, pa.ChunkedArray):
-        texts = texts.combine_chunks()
     offsets = pa.array(np.append(first, len(texts)).astype(np.int32))
     return pc.binary_join(pa.ListArray.from_arrays(offsets, texts), separator)

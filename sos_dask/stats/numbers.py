@@ -90,6 +90,16 @@ def knn_distance(
     return found
 
 
+def count_within(
+    train: NDArray[np.floating], query: NDArray[np.floating], radius: FloatArray
+) -> IntArray:
+    """Count the rows of a sample (n, d) within a radius (m,) of each row (m, d), shape (m,)."""
+    from scipy.spatial import cKDTree
+
+    tree = cKDTree(np.asarray(train, dtype=np.float64), leafsize=_LEAF)
+    return np.asarray(tree.query_ball_point(query, radius, return_length=True), dtype=np.int64)
+
+
 def find_sparse(
     sample: NDArray[np.floating],
     others: NDArray[np.floating],

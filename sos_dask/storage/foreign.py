@@ -34,9 +34,9 @@ from sos_dask.sky.healpix import (
     Ranges,
     ang2pix,
     centre,
+    unit_vectors,
     with_neighbours,
 )
-from sos_dask.sky.sphere import unit_vectors
 from sos_dask.storage.artifact import Recipe, footer_of, open_parquet, partition_errors, taken
 from sos_dask.storage.catalog import (
     COMMON_METADATA,

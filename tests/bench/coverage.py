@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 
 from sos_dask.evidence.coverage import MEASURES, CoverageModel, fit
 from sos_dask.evidence.widening import CLASSES, LACKING, OUTSIDE
-from sos_dask.problem import PARAMETERS
+from sos_dask.problem import DEFAULT
 from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, references_avoid
 from sos_dask.simulate.surveys import SURVEYS, difficulty
@@ -39,6 +39,7 @@ from tests.job import DEFAULT_PARTITIONS, build, methods
 Rows = dict[str, NDArray[Any]]
 FloatArray = NDArray[np.float64]
 LEVEL = 0.68
+PARAMETERS = tuple(item.column for item in DEFAULT.parameters)
 _SPACING = np.array([600.0, 0.6, 0.3])  # K, dex, dex that are as far as a factor e of S/N
 
 

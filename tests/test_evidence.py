@@ -1,6 +1,7 @@
 """Pairs that statements rest on: all, or those of some stars, and what was held out of them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -206,7 +207,8 @@ def test_memory_that_is_needed_stops_growing(pairs, monkeypatch):
 
 def test_a_further_method_leaves_what_depends_on_the_chosen_model_alone():
     prints = {"model": "m", "observations": "o"}
-    for stage, same in ((Uncertainty, True), (Coverage, True), (Compare, False)):
+    stages: list[tuple[Any, bool]] = [(Uncertainty, True), (Coverage, True), (Compare, False)]
+    for stage, same in stages:
         recipes = [
             stage.recipe(stage.Settings(), {**prints, "evidence": table}) for table in ("a", "b")
         ]

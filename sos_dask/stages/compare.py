@@ -7,6 +7,7 @@ that while a label is ranked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -201,7 +202,10 @@ class Compare(Stage[CompareSettings]):
                 if key[1] in ("mad", "rms_binned")
             ]
         # A record has no nan.
-        known = [{k: None if v != v else v for k, v in row.items()} for row in rows]
+        known = [
+            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+            for row in rows
+        ]
         return {"n": n, "scores": scores[TEST], "figures": known}
 
 

@@ -131,15 +131,16 @@ def search(
             raise ModelError(f"no candidate of the search of '{method}' can be fitted")
         alive = alive[: max((len(alive) + 1) // 2, 2)]
     order = sorted(losses, key=lambda i: (-len(losses[i]), np.mean(losses[i]), i))
-    trials = [
-        {
-            "params": dict(drawn[i]),
-            "losses": [_shown(loss) for loss in losses[i]],
-            "loss": _shown(float(np.mean(losses[i]))),
-        }
-        for i in order
-    ]
+    trials = [_trial(drawn[i], losses[i]) for i in order]
     return Found({**params, **drawn[order[0]]}, trials)
+
+
+def _trial(params: Params, losses: Sequence[float]) -> dict[str, Any]:
+    return {
+        "params": dict(params),
+        "losses": [_shown(loss) for loss in losses],
+        "loss": _shown(float(np.mean(losses))),
+    }
 
 
 def _shown(loss: float) -> float | None:

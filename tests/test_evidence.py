@@ -15,8 +15,10 @@ from sos_dask.errors import CatalogError, ClusterError
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.stages.compare import Compare
+from sos_dask.stages.coverage import Coverage
 from sos_dask.stages.evidence import (
     DIFFERENCES,
+    Evidence,
     EvidenceSettings,
     fitted_columns,
     held_out_columns,
@@ -200,3 +202,13 @@ def test_memory_that_is_needed_stops_growing(pairs, monkeypatch):
     monkeypatch.setattr("sos_dask.run.cluster.memory_bytes", lambda: 500 << 20)
     with pytest.raises(ClusterError, match="compare: 1,000,000 pairs"):
         require_evidence(Cluster(), Many(10**7), "compare", 300 << 20, 400)  # type: ignore[arg-type]
+
+
+def test_a_further_method_leaves_what_depends_on_the_chosen_model_alone():
+    prints = {"model": "m", "observations": "o"}
+    for stage, same in ((Uncertainty, True), (Coverage, True), (Compare, False)):
+        recipes = [
+            stage.recipe(stage.Settings(), {**prints, "evidence": table}) for table in ("a", "b")
+        ]
+        assert (recipes[0].fingerprint == recipes[1].fingerprint) is same
+        assert (recipes[0].params.get("evidence_version") == Evidence.version) is same

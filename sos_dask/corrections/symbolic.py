@@ -148,7 +148,7 @@ class SymbolicCorrection(Correction):
 
 def restore(info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection:
     """Model from its files; `ModelError` where they are incomplete or hold more than arithmetic."""
-    document = parse_json(bytes(files[FILE]), FILE)
+    document = parse_json(bytes(files.get(FILE, b"")), FILE)
     choices = []
     try:
         for label in info.problem.names:
@@ -158,8 +158,8 @@ def restore(info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection
                 raise ModelError(f"the formula of {label} is not finite in the training range")
             choices.append(choice)
         return SymbolicCorrection(info, tuple(choices), int(document["n_sample"]))
-    except ConfigError as error:
-        raise ModelError(f"{FILE}: incomplete or damaged ({error})") from None
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
     except ModelError as error:
         raise ModelError(f"{FILE}: {label}: {error.message}", error.hint) from None
 

@@ -101,7 +101,7 @@ def choose(
             for method, how_much in _worse(scores, tolerance).items():
                 worse[method][f"{label} {text}"] = how_much
     smooth = {m: roughness[m] for m in methods if np.isfinite(roughness.get(m, np.nan))}
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for method in methods:
         low, high = interval(*scatter[method])
         found[method] = {"scatter": scatter[method].value, "scatter_low": max(low, 0.0)}

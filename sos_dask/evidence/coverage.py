@@ -50,6 +50,7 @@ from sos_dask.stats.table import Grid
 FloatArray = NDArray[np.float64]
 Float32Array = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
 Columns = Mapping[str, NDArray[np.floating]]
 
 MEASURES = ("neighbours", "ratio")
@@ -467,15 +468,7 @@ def fit(
     sample = sample[np.isfinite(sample[:, :k]).all(axis=1)]
     # A row an overlap star: more are not counted better, the overlap stars are few.
     some = np.sort(np.random.default_rng(seed).permutation(len(sample))[: len(x)])
-    distance, lacks = np.full(len(x), np.nan), np.zeros(len(x), dtype=np.bool_)
-    for fold in np.unique(overlap.fold[held_out]):
-        rows, others = held_out & (overlap.fold == fold), overlap.fold != fold
-        nearer = max(round(NEIGHBOURS * float(np.mean(others))), 1)
-        around = _Neighbours(x[others, :k], sample[some, :k], nearer)
-        distance[rows] = around.distance(x[rows, :k])
-        lacks[rows] = around.lacks(x[rows, :k], distance[rows])
-        if measure == "ratio":
-            distance[rows] = Ratio.fit(x[others], sample, seed).distance(x[rows])
+    distance, lacks = _held_out_places(overlap, x, sample, some, k, measure, seed)
     noise, ratio = _noise(overlap, distance)
     wrong = np.abs(ratio).min(axis=1) > WRONG_SIGMA
     growth, bins = Growth.fit(distance[held_out][~wrong], ratio[~wrong])
@@ -499,20 +492,57 @@ def fit(
     kind[held_out] = model.coverage_at(distance[held_out], lacks[held_out])[1]
     n_width: tuple[tuple[int, ...], ...] = ()
     if target and overlap.half_width is not None and overlap.error_class is not None:
-        told = np.asarray(held_out & np.isfinite(overlap.half_width).all(axis=1))
-        snr = _column(overlap.columns, "snr", len(x))
-        placed = Placed(kind, overlap.error_class, x[:, :k], snr).take(told)
-        widths, n_width = fit_widths(
-            overlap.residual[told],
-            overlap.half_width[told],
-            ~wrong[told[held_out]],
-            placed,
-            _placed(model, target),
-            limits,
-        )
+        widths, n_width = _widths(overlap, model, target, kind, wrong)
         model = replace(model, widths=widths)
     outside = float(np.mean(kind[held_out] >= OUTSIDE))
     return Fit(model, bins, n_held_out, int(np.count_nonzero(wrong)), outside, n_width)
+
+
+def _held_out_places(
+    overlap: Overlap,
+    x: FloatArray,
+    sample: FloatArray,
+    some: IntArray,
+    k: int,
+    measure: str,
+    seed: int,
+) -> tuple[FloatArray, BoolArray]:
+    """Distance of held-out pairs from those of the other folds, and whether these lack stars."""
+    held_out = overlap.held_out
+    distance, lacks = np.full(len(x), np.nan), np.zeros(len(x), dtype=np.bool_)
+    for fold in np.unique(overlap.fold[held_out]):
+        rows, others = held_out & (overlap.fold == fold), overlap.fold != fold
+        nearer = max(round(NEIGHBOURS * float(np.mean(others))), 1)
+        around = _Neighbours(x[others, :k], sample[some, :k], nearer)
+        distance[rows] = around.distance(x[rows, :k])
+        lacks[rows] = around.lacks(x[rows, :k], distance[rows])
+        if measure == "ratio":
+            distance[rows] = Ratio.fit(x[others], sample, seed).distance(x[rows])
+    return distance, lacks
+
+
+def _widths(
+    overlap: Overlap,
+    model: CoverageModel,
+    target: Target,
+    kind: NDArray[np.int8],
+    wrong: BoolArray,
+) -> tuple[Widths, tuple[tuple[int, ...], ...]]:
+    """Widths counted on the held-out pairs that the error model speaks of."""
+    assert overlap.half_width is not None and overlap.error_class is not None
+    held_out = overlap.held_out
+    told = np.asarray(held_out & np.isfinite(overlap.half_width).all(axis=1))
+    snr = _column(overlap.columns, "snr", len(kind))
+    placed = Placed(kind, overlap.error_class, model.overlap, snr).take(told)
+    right = ~wrong[told[held_out]]
+    return fit_widths(
+        overlap.residual[told],
+        overlap.half_width[told],
+        right,
+        placed,
+        _placed(model, target),
+        model.limits,
+    )
 
 
 def _noise(overlap: Overlap, distance: FloatArray) -> tuple[Noise, FloatArray]:

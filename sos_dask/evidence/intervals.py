@@ -17,6 +17,7 @@ from sos_dask.schema import LABELS
 from sos_dask.stats.table import Grid
 
 LEVELS = (0.68, 0.95)
+TABLES = ("values", "profile", "reference", "reference_profile")
 DENSE, SPARSE = "dense", "sparse"
 MIN_PAIRS = 40
 MIN_FOR_TREES = 2000
@@ -73,10 +74,7 @@ def least_log_snr(snr: FloatArray) -> float:
 class LabelErrors(NamedTuple):
     """Errors of one label: columns of the tables of `ErrorModel`."""
 
-    values: Float32Array  # (N_CELLS ** 3,)
-    profile: Float32Array  # (N_STEPS,)
-    reference: Float32Array
-    reference_profile: Float32Array
+    tables: tuple[Float32Array, ...]  # of `TABLES`
     factors_95: Mapping[str, float]  # by class
 
 
@@ -134,7 +132,7 @@ def fit_label(
     inside = np.zeros((len(known), len(LEVELS)), dtype=np.bool_)
     scores, inside[rows] = one.cross_fitted()
     factors = _factors(scores, one.is_sparse)
-    scale = fit_scale(*(values[one.right] for values in one[:3]), with_trees=one.with_trees)
+    scale = one.fit(one.right)
     of_class = np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
     every, steps = np.arange(grid.size), snr_steps()
     reference, reference_profile = np.zeros(len(every)), np.ones(len(steps))
@@ -150,7 +148,7 @@ def fit_label(
     factors_95 = {name: both[1] / both[0] for name, both in factors.items()}
     n_sparse = int(np.count_nonzero(one.is_sparse))
     return (
-        LabelErrors(*(table.astype(np.float32) for table in tables), factors_95),
+        LabelErrors(tuple(table.astype(np.float32) for table in tables), factors_95),
         Checked(known, inside, {DENSE: len(rows) - n_sparse, SPARSE: n_sparse}),
     )
 
@@ -187,8 +185,9 @@ def error_model(
         "reference_error": reference_error,
         "unknown_snr": int(np.searchsorted(snr_steps(), least)),
     }
-    tables = [np.stack([one[place] for one in of_label], axis=1) for place in range(4)]
-    return ErrorModel(grid, tables[0], tables[1], sparse, tables[2], tables[3], about)
+    columns = zip(*(one.tables for one in of_label), strict=True)
+    values, profile, error, error_profile = (np.stack(column, axis=1) for column in columns)
+    return ErrorModel(grid, values, profile, sparse, error, error_profile, about)
 
 
 def _wrong(residuals: FloatArray) -> BoolArray:
@@ -219,10 +218,14 @@ class _Label(NamedTuple):
         """Whether the pairs are enough to see how residuals depend on the star."""
         return len(self.residual) >= MIN_FOR_TREES
 
+    def fit(self, used: BoolArray) -> Scale:
+        """Scale of some pairs."""
+        return fit_scale(self.cell[used], self.log_snr[used], self.residual[used], self.with_trees)
+
     def scores(self, without: tuple[int, ...], at: BoolArray) -> FloatArray:
         """Residuals of some pairs over a scale fitted to right measurements without some parts."""
         used = self.right & ~np.isin(self.part, without)
-        scale = fit_scale(*(values[used] for values in self[:3]), with_trees=self.with_trees)
+        scale = self.fit(used)
         size = np.exp(scale.of_cell(self.cell[at]) + scale.of_snr(self.log_snr[at]))
         return np.asarray(np.abs(self.residual[at]) / size)
 

@@ -83,19 +83,15 @@ def sampling_rates(counts: Mapping[int, int], sample_rows: int) -> dict[int, flo
     Strata get places in proportion to the square root of their rows (Bankier 1988, The American
     Statistician 42, 174, with power 1/2), so that rare stars are there without ruling the picture.
     """
-    rates = {cell: 1.0 for cell in counts}
-    open_cells = dict(counts)
-    left = float(sample_rows)
-    while open_cells:
-        total = sum(np.sqrt(n) for n in open_cells.values())
-        full = [cell for cell, n in open_cells.items() if left * np.sqrt(n) / total >= n]
-        if not full:
-            return rates | {
-                cell: float(left * np.sqrt(n) / total / n) for cell, n in open_cells.items()
-            }
-        for cell in full:
-            left -= open_cells.pop(cell)
-    return rates
+    n = np.array(list(counts.values()), dtype=np.float64)
+    places, is_full = np.zeros(len(n)), np.zeros(len(n), dtype=np.bool_)
+    while not is_full.all():
+        left, root = sample_rows - n[is_full].sum(), np.sqrt(n)
+        places = np.where(is_full, n, left * root / root[~is_full].sum())
+        if not (places[~is_full] >= n[~is_full]).any():
+            break
+        is_full |= places >= n
+    return dict(zip(counts, np.minimum(places / n, 1.0).tolist(), strict=True))
 
 
 def chosen_rows(

@@ -140,14 +140,14 @@ def artifacts(
     for k in range(n_labels):
         value = float(np.sqrt(np.mean(square[:, k])))
         low, high = interval(value, np.sqrt(weights @ square[:, k] / totals))
-        one = {"second_difference": [value, max(low, 0.0), high]}
+        one: dict[str, Any] = {"second_difference": [value, max(low, 0.0), high]}
         one |= _extreme("jump", change[:, k], weights)
         one["outside"] = []
         for where, (values, steps) in outside.items():
             low, high = (float(limit) for limit in inside[k])
             excess = np.maximum(np.maximum(values[:, k] - high, low - values[:, k]), 0.0)
             resamples = draw(len(weights), seed, len(excess)) if len(excess) else weights[:, :0]
-            row = {"where": where, "inside_low": low, "inside_high": high}
+            row: dict[str, Any] = {"where": where, "inside_low": low, "inside_high": high}
             row |= _extreme("exceeds", excess, resamples)
             row["share"] = float(np.mean(excess > 0)) if len(excess) else None
             row |= _extreme("step", steps[:, k], weights)

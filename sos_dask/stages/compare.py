@@ -93,7 +93,7 @@ class Compare(Stage[CompareSettings]):
     """
 
     name = "compare"
-    version = 4
+    version = 5
     Settings = CompareSettings
     roles = (
         Role("evidence", "Pairs with the predictions of the models.", "output"),
@@ -200,7 +200,9 @@ class Compare(Stage[CompareSettings]):
                 for key, score in scored.items()
                 if key[1] in ("mad", "rms_binned")
             ]
-        return {"n": n, "scores": scores[TEST], "figures": rows}
+        # A record has no nan.
+        known = [{k: None if v != v else v for k, v in row.items()} for row in rows]
+        return {"n": n, "scores": scores[TEST], "figures": known}
 
 
 def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:

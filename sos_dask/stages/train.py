@@ -14,6 +14,7 @@ from pydantic import Field
 
 from sos_dask import corrections as models
 from sos_dask.columns import matrix32
+from sos_dask.corrections.base import to_json
 from sos_dask.corrections.search import search, search_space
 from sos_dask.errors import ModelError
 from sos_dask.evidence.figures import Metric, held_out_metrics
@@ -175,7 +176,7 @@ class Train(Stage[TrainSettings]):
         table = pa.concat_tables(predicted)
         run.write("held_out.parquet", table)
         if fits.searches:
-            run.write_bytes(SEARCH_FILE, models.base.to_json(fits.searches))
+            run.write_bytes(SEARCH_FILE, to_json(fits.searches))
         deltas = [label.delta for label in settings.problem.labels]
         metrics = held_out_metrics(
             settings.method,

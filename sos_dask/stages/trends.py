@@ -160,7 +160,9 @@ class Trends(Stage[TrendSettings]):
         if not plane:
             edges = [equal_count_edges(values, settings.n_count_bins) for values in x.values()]
             binnings[EQUAL_COUNT] = edges
-        trends, contrasts, in_no_bin = [], [], {}
+        trends: list[Columns] = []
+        contrasts: list[Columns] = []
+        in_no_bin = {}
         for label, (binning, edges) in itertools.product(labels, binnings.items()):
             about = {"label": label, "binning": binning}
             before: dict[str, Columns] = {}

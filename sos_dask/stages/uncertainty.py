@@ -25,6 +25,7 @@ from sos_dask.evidence.error_tables import error_grid
 from sos_dask.evidence.intervals import (
     DENSE,
     SPARSE,
+    TABLES,
     HeldOut,
     LabelErrors,
     error_model,
@@ -56,7 +57,6 @@ CALIBRATION = "calibration.parquet"
 _MIN_COMMON = 30
 # Measured with boosted trees, 160 MiB more than with a polynomial, and a tenth more.
 _PROCESS_BYTES, _BYTES_A_PAIR = 450 << 20, 250
-_TABLES = LabelErrors._fields[:4]
 _ERRORS = tuple(f"{label}_err_ref" for label in LABELS)
 
 FloatArray = NDArray[np.float64]
@@ -129,8 +129,8 @@ class Uncertainty(OfModel[UncertaintySettings]):
         errors = []
         for label, one in zip(LABELS, fitted, strict=True):
             table = read_piece(piece(run.output, f"errors-{label}"))
-            columns = [table[name].combine_chunks().values.to_numpy() for name in _TABLES]
-            errors.append(LabelErrors(*columns, factors_95=one["factors_95"]))
+            columns = (table[name].combine_chunks().values.to_numpy() for name in TABLES)
+            errors.append(LabelErrors(tuple(columns), one["factors_95"]))
         model_file = self.path("model") / corrections.MODEL_FILE
         model = error_model(
             errors,
@@ -165,7 +165,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         names = dict.fromkeys([*LABELS, "star", "held_out", *more])
         wanted = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
         table = read_evidence(self.path("evidence"), list(names), wanted)
-        return table, np.isfinite(DEFAULT.matrix(table)).all(axis=1)
+        return table, np.asarray(np.isfinite(DEFAULT.matrix(table)).all(axis=1))
 
     def _chosen(self, table: pa.Table, placed: BoolArray) -> NDArray[np.int64]:
         """Held-out pairs that intervals are made from."""
@@ -213,7 +213,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         is_sparse = read_piece(piece(output, "sparse-pairs"))["sparse"].to_numpy()
         grid = error_grid(*box)
         errors, checked = fit_label(held_out, label, grid, cells)
-        tables = {name: [getattr(errors, name)] for name in _TABLES}
+        tables = {name: [table] for name, table in zip(TABLES, errors.tables, strict=True)}
         write_piece(piece(output, f"errors-{label}"), pa.table(tables))
         subsets = _subsets(held_out, is_sparse, cells[grid.cells(held_out.features)])
         return {

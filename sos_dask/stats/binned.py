@@ -92,21 +92,13 @@ def bins_of(x: NDArray[np.floating], edges: FloatArray) -> IntArray:
 
 
 class Quantiles(NamedTuple):
-    """Percentiles of the values in each bin: float64 arrays, one entry a bin, nan where none.
-
-    Parameters
-    ----------
-    n : ndarray of int64
-    median, p16, p84 : ndarray of float64
-    error : ndarray of float64
-        Of the median, by the formula of this module; nan below two values.
-    """
+    """Percentiles of the values in each bin: one entry for each, nan where there are none."""
 
     n: IntArray
     median: FloatArray
     p16: FloatArray
     p84: FloatArray
-    error: FloatArray
+    error: FloatArray  # of the median, by the formula of this module; nan below two values
 
 
 def binned_quantiles(bins: IntArray, values: NDArray[np.floating], n_bins: int) -> Quantiles:

@@ -65,15 +65,11 @@ def interval(value: float, replicates: FloatArray) -> tuple[float, float]:
 
 
 class Replicates(NamedTuple):
-    """Figures of one sample in every resample, each of shape (n_resamples,).
-
-    Median; 1.4826 times the median absolute deviation from it; half of the width from the 16th to
-    the 84th percentile.
-    """
+    """Figures of one sample in every resample, each of shape (n_resamples,)."""
 
     median: FloatArray
-    mad: FloatArray
-    width: FloatArray
+    mad: FloatArray  # 1.4826 times the median absolute deviation from the median
+    width: FloatArray  # half of that from the 16th to the 84th percentile
 
 
 @dataclass(frozen=True, eq=False)

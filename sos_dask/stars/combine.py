@@ -70,8 +70,8 @@ def combine(
     -------
     pyarrow.Table
         ``_healpix_29``, ``star_id``, ``n_obs``, ``n_used``, ``ra``, ``dec``, the other columns in
-        their order, ``teff_spread``, ``logg_spread``, ``feh_spread``, ``flag_spread``, ``quality``;
-        sorted by (``_healpix_29``, ``star_id``).
+        their order, the spread of each label, ``flag_spread``, ``quality``; sorted by
+        (``_healpix_29``, ``star_id``).
 
     Raises
     ------
@@ -92,28 +92,26 @@ def combine(
     source = leaders.copy()
     source[repeats.star] = repeats.best
     columns = repeats.columns(source, settings, expected_error)
-    names = table.schema.names
-    motion = ("pmra", "pmdec") if {"pmra", "pmdec"} <= set(names) else ()
-    for name in names:
+    for name in table.schema.names:
         if name in columns:
             continue
-        column, rows = table.column(name), source
         if name in (HEALPIX_COLUMN, "obs_id", "ra", "dec", "position_epoch"):
-            column, rows = leading.column(name), leaders
-        elif name in motion:
-            rows = repeats.source_of(source, motion)
-        elif name.startswith("gaia_") and name.endswith("_source_id"):
-            rows = repeats.source_of(source, (name,))
-        values = pc.take(one_array(column), pa.array(rows), boundscheck=False)
-        is_coded = pa.types.is_dictionary(values.type)
-        columns[name] = values.dictionary_decode() if is_coded else values
-    for name, first in (("n_obs", repeats.first), ("n_used", repeats.used_first)):
-        count = np.ones(len(leaders), dtype=np.int32)
-        count[repeats.star] = np.diff(first)
-        columns[name] = pa.array(count)
+            columns[name] = _taken(leading.column(name), leaders)
+        else:
+            columns[name] = _taken(table.column(name), repeats.source_of(source, name))
+    n_obs, n_used = np.ones((2, len(leaders)), dtype=np.int32)
+    n_obs[repeats.star] = np.diff(repeats.first)
+    n_used[repeats.star] = np.diff(repeats.used_first)
+    columns |= {"n_obs": pa.array(n_obs), "n_used": pa.array(n_used)}
     columns["star_id"] = columns.pop("obs_id")
     fields = _star_fields(table.schema, columns)
     return pa.table([columns[field.name] for field in fields], schema=pa.schema(fields))
+
+
+def _taken(column: pa.ChunkedArray, rows: IntArray) -> pa.Array:
+    """Rows of a column; text that is coded becomes plain."""
+    values = pc.take(one_array(column), pa.array(rows), boundscheck=False)
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
 def _star_fields(schema: pa.Schema, columns: Mapping[str, pa.Array]) -> list[pa.Field]:
@@ -188,14 +186,20 @@ class _Repeats:
         """Best row of each star."""
         return self.row[self.best_at]
 
-    def source_of(self, source: IntArray, names: tuple[str, ...]) -> IntArray:
-        """Row of each star that gives these columns: the best row, or the first that has them."""
+    def source_of(self, source: IntArray, name: str) -> IntArray:
+        """Row of each star that gives a column: the best row, or for some the first that has it."""
+        motion = "pmra", "pmdec"
+        names: tuple[str, ...] = (name,)
+        if name in motion and set(motion) <= set(self.table.schema.names):
+            names = motion
+        elif not (name.startswith("gaia_") and name.endswith("_source_id")):
+            return source
         rows = source.copy()
-        if not any(self.table.column(name).null_count for name in names) or not len(self.star):
+        if not any(self.table.column(one).null_count for one in names) or not len(self.star):
             return rows
         has = np.ones(self.table.num_rows, dtype=np.bool_)
-        for name in names:
-            has &= is_valid(self.table.column(name))
+        for one in names:
+            has &= is_valid(self.table.column(one))
         lacking = np.flatnonzero(~has.take(self.best))
         # Places in ``row`` of their members, those of them that have them, and the first of each.
         count = self.first[lacking + 1] - self.first[lacking]

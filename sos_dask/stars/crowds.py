@@ -374,10 +374,9 @@ def _join_in_order(
     and ``host_of`` (at first -1) are by number of the guest.
     """
     n_free = np.zeros(len(tree.boxes), dtype=np.int64)
-    where = np.empty_like(hosts.star)
     for s in range(len(tree.points)):
         _add(n_free, len(n_free) // 2 + s // LEAF, 1)
-        where[hosts.first[s] : hosts.first[s + 1]] = s
+    where = np.repeat(np.arange(len(tree.points)), np.diff(hosts.first))
     owner = np.full(hosts.star.max() + 1, -1)
     next_host, next_guest = hosts.first[:-1].copy(), guests.first[:-1].copy()
     taken = np.full(code.max() + 1, -1)  # the last entry of hosts taken by guests of a code
@@ -393,8 +392,7 @@ def _join_in_order(
         if t >= len(asked.points):
             _, _, _, _, row, t, entry = heappop(queue)
             at = next_guest[t]
-            g, h = guests.star[at], hosts.star[entry]
-            c = code[g]
+            g, h, c = guests.star[at], hosts.star[entry], code[guests.star[at]]
             if guests.row[at] == row and host_of[g] < 0 and (owner[h] < 0 or owner[h] == c):
                 host_of[g] = h
                 if owner[h] < 0 and not is_alone[g]:

@@ -514,9 +514,9 @@ def _ordered(
     found: list[_Block], n_by_id: int, n_conflicts: int, keys_of: _KeysOf, every: bool
 ) -> Matches:
     """Sort candidates, count those of each left row, and keep the best or all."""
-    left = np.concatenate([np.empty(0, dtype=np.int64), *(i for i, _, _ in found)])
-    right = np.concatenate([np.empty(0, dtype=np.int64), *(j for _, j, _ in found)])
-    separation = np.concatenate([np.empty(0), *(s for _, _, s in found)])
+    none = np.empty(0, dtype=np.int64)
+    blocks = zip((none, none, np.empty(0)), *found, strict=True)
+    left, right, separation = (np.concatenate(side) for side in blocks)
     by_position = np.arange(len(left)) >= n_by_id
     order = np.argsort(left, kind="stable")
     at = np.flatnonzero(ties(left[order]))  # of few rows there are several candidates

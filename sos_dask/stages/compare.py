@@ -201,8 +201,9 @@ class Compare(Stage[CompareSettings]):
                 if key[1] in ("mad", "rms_binned")
             ]
         # A record has no nan.
-        known = [{k: None if v != v else v for k, v in row.items()} for row in rows]
-        return {"n": n, "scores": scores[TEST], "figures": known}
+        for row in rows:
+            row |= {k: None for k, v in row.items() if isinstance(v, float) and np.isnan(v)}
+        return {"n": n, "scores": scores[TEST], "figures": rows}
 
 
 def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:

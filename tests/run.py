@@ -98,7 +98,7 @@ def uncertainty(
 ) -> Manifest:
     surveys, settings = surveys or Surveys(), settings or UncertaintySettings()
     more: dict[str, Catalog | Path] = {"model": model}
-    given = {"target": surveys.target_stars, "reference": surveys.reference}
+    given = {"target_stars": surveys.target_stars, "reference": surveys.reference}
     more |= {name: one for name, one in given.items() if one is not None}
     more |= {f"stars.{name}": one for name, one in surveys.stars.items()}
     method = Manifest.load(model).recipe.stage.removeprefix("train-")

@@ -176,7 +176,7 @@ def _target_steps(
     both = {"reference": "reference", **stars}
     yield Step("trends", Trends, Trends.Settings(order=order), {**seen, **both})
     errors = _own(job, Uncertainty, job.uncertainty).but(target=target)
-    inputs = {**seen, "model": CHOSEN, "target": target_stars, **both}
+    inputs = {**seen, "model": CHOSEN, "target_stars": target_stars, **both}
     yield Step("uncertainty", Uncertainty, errors, inputs)
     radius = (job.target.dedupe or job.dedupe).radius_arcsec
     inputs = {**seen, "model": CHOSEN, "pairs": "pairs", "observations": observations}

@@ -7,7 +7,6 @@ that while a label is ranked.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -202,11 +201,9 @@ class Compare(Stage[CompareSettings]):
                 if key[1] in ("mad", "rms_binned")
             ]
         # A record has no nan.
-        known = [
-            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-            for row in rows
-        ]
-        return {"n": n, "scores": scores[TEST], "figures": known}
+        for row in rows:
+            row |= {k: None for k, v in row.items() if isinstance(v, float) and np.isnan(v)}
+        return {"n": n, "scores": scores[TEST], "figures": rows}
 
 
 def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:

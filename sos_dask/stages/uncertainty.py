@@ -98,7 +98,11 @@ class Uncertainty(OfModel[UncertaintySettings]):
     roles = (
         Role("evidence", "Pairs with the predictions of the model.", "output"),
         Role("model", "Trained correction.", "output"),
-        Role("target", "Stars of the target: how far its quoted errors are wrong.", optional=True),
+        Role(
+            "target_stars",
+            "Stars of the target: how far its quoted errors are wrong.",
+            optional=True,
+        ),
         Role("reference", "United reference.", optional=True),
         Role("stars", "Stars of the surveys that it was made from.", optional=True, many=True),
     )
@@ -110,7 +114,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def error_factors(self) -> dict[str, list[dict[str, Any]]]:
         """Factors of quoted errors by survey; none where a survey has no repeats."""
-        names = {self.settings.target: "target"} if self.named("target") else {}
+        names = {self.settings.target: "target_stars"} if self.named("target_stars") else {}
         names |= {name.removeprefix("stars."): name for name in self.named("stars")}
         manifests = {survey: self.catalog(name).manifest for survey, name in names.items()}
         return {

@@ -187,7 +187,8 @@ def _columns(name: str, old: pd.DataFrame, new: pd.DataFrame) -> str:
 
 
 def _place(index: pd.Index[Any], at: int) -> str:
-    row = dict(zip(index.names, index[int(at)], strict=True))
+    value = index[int(at)]
+    row = dict(zip(index.names, value if isinstance(value, tuple) else (value,), strict=True))
     if row[_OCCURRENCE] == 0 and len(row) > 1:
         del row[_OCCURRENCE]
     known = [f"{name}={value}" for name, value in row.items() if value not in ("", "nan")]

@@ -42,11 +42,11 @@ _GROUPS = {
     "Look and check": (
         views.compare,
         views.trends,
-        views.uncertainty,
+        store.uncertainty,
         views.coverage,
-        views.report,
-        views.surveys,
-        views.verify,
+        store.report,
+        store.surveys,
+        store.verify,
     ),
 }
 for _title, _commands in _GROUPS.items():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LABEL_UNITS = {"teff": "K", "logg": "dex", "feh": "dex"}
 _LOG_SECONDS = 10.0
+_WIDE = 110  # columns of a terminal
 _WIDTH = 120  # of a table that goes into a file
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode: control, format, half a character, line ends
 
@@ -123,6 +124,21 @@ def console() -> Console:
     # Its own answer to a reader that went away hides which pipe it was.
     vars(made)["on_broken_pipe"] = _reader_went_away
     return made
+
+
+def digits_of(label: str) -> int:
+    """Decimals with which a label is shown."""
+    return 1 if label == "teff" else 4
+
+
+def with_unit(label: str) -> str:
+    """Name a label with its unit."""
+    return f"{label} [{LABEL_UNITS[label]}]" if label in LABEL_UNITS else label
+
+
+def is_wide() -> bool:
+    """Tell whether the terminal has room for every interval; --json always has them."""
+    return console().width >= _WIDE
 
 
 def _reader_went_away() -> None:

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from sos_dask.cli.options import (
-    JobOrStore,
-    Json,
     Key,
     OptionalOut,
     StepOptions,
@@ -22,23 +20,20 @@ from sos_dask.cli.options import (
 )
 from sos_dask.cli.output import (
     LABEL_UNITS,
-    complain,
-    console,
+    digits_of,
+    is_wide,
     print_json,
     reporting,
     say,
     show_table,
-    shown,
-    shown_lines,
+    with_unit,
 )
-from sos_dask.cli.steps import run_step
-from sos_dask.errors import CatalogError, ConfigError, SosError
+from sos_dask.errors import ConfigError
 from sos_dask.schema import nearest
 from sos_dask.stages.base import Stage
 from sos_dask.stages.compare import CompareSettings
 from sos_dask.stages.coverage import CoverageSettings
 
-_WIDE = 110  # columns of a terminal
 _SAMPLES = {"test": "held-out", "train": "training"}
 _MARK = " +"
 
@@ -104,12 +99,21 @@ def compare(
         rows = [r for r in found["figures"] if (r["label"], r["sample"]) == (name, sample)]
         _show_figures(name, sample, rows, found["method"])
         _show_subsets(name, sample, rows)
+    _show_smoothness(found)
+    if taken is not None:
+        rows = [(method, *map(_seconds, cost.values())) for method, cost in taken.items()]
+        show_table("Cost of training when it was run", ["method", ">CPU s", ">wall s"], rows)
+    say(f"Rule '{found['rule']}' chose {found['why']}.")
+
+
+def _show_smoothness(found: Mapping[str, Any]) -> None:
+    """Print artifacts, and what corrections do outside the overlap."""
     show_table(
         "Artifacts: second differences over the noise, largest step, with 95 % intervals",
         ["label", "method", ">roughness", ">jump", ">noise", ">cells"],
         [
             (
-                _with_unit(row["label"]),
+                with_unit(row["label"]),
                 row["method"],
                 _interval(row, "roughness", digits=4),
                 _interval(row, "jump"),
@@ -125,7 +129,7 @@ def compare(
             ["label", "method", "where", ">exceeds", ">of cells", ">step"],
             [
                 (
-                    _with_unit(row["label"]),
+                    with_unit(row["label"]),
                     row["method"],
                     row["where"],
                     _interval(row, "exceeds", narrow=False),
@@ -135,10 +139,6 @@ def compare(
                 for row in found["outside"]
             ],
         )
-    if taken is not None:
-        rows = [(method, *map(_seconds, cost.values())) for method, cost in taken.items()]
-        show_table("Cost of training when it was run", ["method", ">CPU s", ">wall s"], rows)
-    say(f"Rule '{found['rule']}' chose {found['why']}.")
 
 
 def _training_costs(store: Path, known: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -207,21 +207,8 @@ def _on_pairs(
     return out
 
 
-def _is_wide() -> bool:
-    """Tell whether the terminal shows every interval; --json always does."""
-    return console().width >= _WIDE
-
-
-def _digits(label: str) -> int:
-    return 1 if label == "teff" else 4
-
-
 def _number(value: float | None, label: str, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.{_digits(label)}f}"
-
-
-def _with_unit(label: str) -> str:
-    return f"{label} [{LABEL_UNITS[label]}]" if label in LABEL_UNITS else label
+    return "-" if value is None else f"{value:{sign}.{digits_of(label)}f}"
 
 
 def _interval(
@@ -232,12 +219,12 @@ def _interval(
     value, low, high = row[name or "value"], row[f"{prefix}low"], row[f"{prefix}high"]
     if value is None:
         return "-"
-    digits = digits or _digits(row["label"])
+    digits = digits or digits_of(row["label"])
     mark = _MARK if row.get("behind_low") is not None and row["behind_low"] > 0 else ""
-    if not (narrow or _is_wide()):
+    if not (narrow or is_wide()):
         return f"{value:.{digits}f}{mark}"
     interval = f"{low:.{digits}f}, {high:.{digits}f}"
-    if not _is_wide() and digits == 4:
+    if not is_wide() and digits == 4:
         interval = interval.replace("-0.", "-.").replace(" 0.", " .").removeprefix("0")
     return f"{value:.{digits}f}{mark}\n{interval}"
 
@@ -246,7 +233,7 @@ def _show_figures(label: str, sample: str, rows: Sequence[dict[str, Any]], chose
     whole = {(r["method"], r["statistic"]): r for r in rows if r["subset"] == "all"}
     statistics = {"median": ">median", "mad": ">scatter", "width": ">half-width"}
     statistics |= {"rms_binned": ">rms of bins"}
-    if not _is_wide():
+    if not is_wide():
         del statistics["width"]
     table = []
     for method in dict.fromkeys(method for method, _ in whole):
@@ -259,7 +246,7 @@ def _show_figures(label: str, sample: str, rows: Sequence[dict[str, Any]], chose
         name = method + (" *" if method == chosen else "")
         table.append([name, *(_interval(whole[method, one]) for one in statistics), place])
     n = next(iter(whole.values()))["n"]
-    title = f"{_with_unit(label)}: target - reference of {n:,} {_SAMPLES[sample]} pairs"
+    title = f"{with_unit(label)}: target - reference of {n:,} {_SAMPLES[sample]} pairs"
     headers = ["method", *statistics.values(), ">worst bin"]
     show_table(f"{title}, with 95 % intervals", headers, table)
 
@@ -273,7 +260,7 @@ def _show_subsets(label: str, sample: str, rows: Sequence[dict[str, Any]]) -> No
         cells = (_interval(row, narrow=False) for row in ours)
         table.append([subset, f"{ours[0]['n']:,}", *cells])
     show_table(
-        f"{_with_unit(label)}: scatter (1.4826 MAD) of {_SAMPLES[sample]} pairs",
+        f"{with_unit(label)}: scatter (1.4826 MAD) of {_SAMPLES[sample]} pairs",
         ["subset", ">pairs", *(f">{method}" for method in methods)],
         table,
     )
@@ -357,13 +344,13 @@ def _show_summary(
             some = [row for row in bins if row["method"] == method]
             found.append(rms_of_medians([b["n"] for b in some], [b["median"] for b in some]))
         cells = [_number(rms, label) for rms, _ in found]
-        table.append([label, against, *([str(found[0][1])] if _is_wide() else []), *cells])
+        table.append([label, against, *([str(found[0][1])] if is_wide() else []), *cells])
     show_table(
         "Target - reference: rms of the medians of bins, before and after each correction",
         [
             "label",
             "against",
-            *([">bins"] if _is_wide() else []),
+            *([">bins"] if is_wide() else []),
             ">before",
             *(f">{method}" for method in methods),
         ],
@@ -388,83 +375,15 @@ def _show_bins(
         for method in (None, *methods):
             one = found.get(method, {"median": None, "error": None})
             error = f" ± {_number(one['error'], label)}" if one["error"] is not None else ""
-            cells.append(_number(one["median"], label, "+") + (error if _is_wide() else ""))
+            cells.append(_number(one["median"], label, "+") + (error if is_wide() else ""))
         place = f"{before['low']:g}..{before['high']:g}"
         table.append([place, f"{before['n']:,}", *cells])
     after = (f">{'after' if number == 0 else ''}\n{name}" for number, name in enumerate(methods))
     show_table(
-        f"{_with_unit(label)} against {against}: median of target - reference",
+        f"{with_unit(label)} against {against}: median of target - reference",
         [against, ">pairs", ">before", *after],
         table,
     )
-
-
-def uncertainty(job: JobOrStore = None, store: Store = None, as_json: Json = False) -> None:
-    """Show the errors of the current build: hit rates, factors of quoted errors, hat.
-
-    Example: sos-dask uncertainty --store store
-    """
-    from sos_dask.stages.uncertainty import read_calibration
-    from sos_dask.storage.manifest import Manifest
-
-    directory = _current(find_store(store, job), "uncertainty")
-    summary = Manifest.load(directory).summary
-    calibration = read_calibration(directory)
-    if as_json:
-        print_json({"path": directory, **summary, "hit_rates": calibration})
-        return
-    show_table(
-        f"Held-out pairs inside their interval, with its 95 % range (method {summary['method']}; "
-        f"error of the reference {summary['reference_error']})",
-        ["label", "pairs", ">n", ">68 %", ">range", ">95 %", ">range"],
-        [
-            [one["label"], one["subset"], f"{one['n']:,}", *_share(one), *_share(other)]
-            for one, other in zip(calibration[::2], calibration[1::2], strict=True)
-        ],
-    )
-    show_table(
-        "Quoted errors by repeats: what they must be multiplied by (1 where too few are known)",
-        ["survey", "label", "stars", "S/N", ">n", ">factor", ">95 % range"],
-        [
-            [survey, one["label"], one["kind"], _snr_range(one), f"{one['n']:,}", *_factor(one)]
-            for survey, factors in summary["error_factors"].items()
-            for one in factors
-        ],
-    )
-    if summary["three_cornered_hat"]:
-        show_table(
-            "Errors of three surveys from their differences on common stars",
-            ["label", "survey", ">stars", ">error", ">95 % range"],
-            [_corner(one) for one in summary["three_cornered_hat"]],
-        )
-
-
-def _share(one: Mapping[str, Any]) -> list[str]:
-    return [f"{100 * one['hit_rate']:.1f}", f"{100 * one['low']:.1f}-{100 * one['high']:.1f}"]
-
-
-def _snr_range(one: Mapping[str, Any]) -> str:
-    low, high = one["snr_low"], one["snr_high"]
-    if low is None:
-        return "all" if high is None else f"< {high:g}"
-    return f">= {low:g}" if high is None else f"{low:g}-{high:g}"
-
-
-def _factor(one: Mapping[str, Any]) -> list[str]:
-    known = one["low"] is not None
-    return [f"{one['factor']:.3f}", f"{one['low']:.3f}-{one['high']:.3f}" if known else ""]
-
-
-def _corner(one: Mapping[str, Any]) -> list[str]:
-    digits = _digits(one["label"])
-    error = "negative" if one["sigma"] is None else f"{one['sigma']:.{digits}f}"
-    return [
-        _with_unit(one["label"]),
-        one["survey"],
-        f"{one['n']:,}",
-        error + (" !" if one["negative"] and one["sigma"] is not None else ""),
-        f"{one['low']:.{digits}f} .. {one['high']:.{digits}f}",
-    ]
 
 
 @with_settings
@@ -506,7 +425,6 @@ def coverage(
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.correct import COVERAGE_MEANINGS
     from sos_dask.stages.coverage import look
 
     figure = None
@@ -526,6 +444,13 @@ def coverage(
     if options.as_json:
         print_json(found)
         return
+    _show_coverage(found, figure)
+
+
+def _show_coverage(found: Mapping[str, Any], figure: Path | None) -> None:
+    """Print shares, flags, the sky and where follow-up would gain most."""
+    from sos_dask.correct import COVERAGE_MEANINGS
+
     stars = found["stars"]
     unknown = "a label is missing: no coverage"
     show_table(
@@ -616,132 +541,3 @@ def _limits(text: str) -> tuple[str, tuple[float, float]]:
             f"--grid '{text}' is not LABEL=LOW,HIGH", "For example teff=3500,8500; also logg, feh."
         )
     return label, (low, high)
-
-
-@with_settings
-def report(
-    job: JobOrStore = None,
-    store: Store = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="DIRECTORY",
-            help="Directory that gets the report. Default: that of the build, or STORE/report.",
-        ),
-    ] = None,
-    *,
-    options: StepOptions,
-) -> None:
-    """Make a page with figures of the current build, or print where it is.
-
-    Example: sos-dask report --store store -o report
-    """
-    from sos_dask.stages.report import PAGE, of_build
-    from sos_dask.storage.manifest import Manifest
-
-    store = find_store(store, job)
-    there = (store / "current" / "report").resolve()
-    if out is None and (there / PAGE).is_file():
-        options.refuse(
-            ("workers", "scheduler", "memory_limit", "overwrite"),
-            f": the build has its report already, {there}",
-            "Give --out to make it again in another directory.",
-        )
-        out, manifest = there, Manifest.checked(there)
-    else:
-        out = out or store / "report"
-        made = run_step(of_build(store), out, options)
-        assert made is not None
-        manifest = made
-    page = out / PAGE
-    if options.as_json:
-        print_json({"path": out, "page": page, **manifest.summary})
-    else:
-        say(f"{page}: {len(manifest.summary['figures'])} figures, also in {out / 'figures'}")
-
-
-def surveys(
-    name: Annotated[
-        str | None, typer.Argument(help="Name of a survey, or path of a survey TOML.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """List the surveys, or explain one: columns, units, missing values, quality cuts.
-
-    Example: sos-dask surveys lamost-dr11-lrs
-    """
-    from sos_dask.surveys import definition as of
-
-    if name is None:
-        found = [of.load_survey(item) for item in of.builtin_surveys()]
-        if as_json:
-            print_json({"surveys": [{"name": s.name, "title": s.title} for s in found]})
-        else:
-            show_table("Surveys", ["name", "title"], [(s.name, s.title) for s in found])
-            say("Run sos-dask surveys NAME for columns and quality cuts.")
-        return
-    survey = of.load_survey(name)
-    columns, cuts = of.describe_columns(survey), of.describe_cuts(survey)
-    if as_json:
-        print_json(
-            {
-                "name": survey.name,
-                "title": survey.title,
-                "reference": survey.reference,
-                "columns": [dict(zip(of.COLUMN_HEADINGS, row, strict=True)) for row in columns],
-                "cuts": [dict(zip(of.CUT_HEADINGS, row, strict=True)) for row in cuts],
-                "missing": survey.missing,
-                "missing_text": survey.missing_text,
-                "notes": survey.notes,
-            }
-        )
-        return
-    say(f"{survey.name}: {survey.title}\n{survey.reference}\n")
-    # Types and UCDs need a wide terminal; --json always has them.
-    places = range(6) if _is_wide() else (0, 1, 2, 5)
-    headings = [of.COLUMN_HEADINGS[place] for place in places]
-    show_table("Columns", headings, [[row[place] for place in places] for row in columns])
-    show_table("Quality cuts: a row that fails one has its bit in quality", of.CUT_HEADINGS, cuts)
-    if survey.missing:
-        say(f"Missing values: {', '.join(f'{value:g}' for value in survey.missing)}")
-    if survey.notes:
-        console().print(shown_lines(survey.notes.strip()), markup=False, emoji=False)
-
-
-def verify(
-    catalogs: Annotated[
-        list[Path], typer.Argument(help="Directories of outputs; of a store or build: all in it.")
-    ],
-    as_json: Json = False,
-) -> None:
-    """Check every invariant of catalogs (rows, order, pixels, keys, hashes) and other outputs.
-
-    Example: sos-dask verify store/current
-    """
-    from sos_dask.storage.store import outputs_of
-    from sos_dask.storage.store import verify as run
-
-    problems: dict[str, list[str]] = {}
-    errors: list[SosError] = []
-    for given in catalogs:
-        try:
-            for path in outputs_of(given):
-                problems[str(path)] = run(path)
-        except SosError as error:
-            errors.append(error)
-    if as_json and (problems or not errors):
-        print_json({"problems": problems})
-    elif not as_json:
-        for name, found in problems.items():
-            say(f"{name}: {'no problem found' if not found else f'{len(found)} problems'}")
-            for problem in found:
-                say(f"  {problem}")
-    for refused in errors:
-        complain(f"error: {shown(refused.message)}", refused.hint)
-    codes = [refused.exit_code for refused in errors]
-    if any(problems.values()):
-        codes.append(CatalogError.exit_code)
-    if codes:
-        raise typer.Exit(max(codes))

@@ -184,13 +184,13 @@ def reference(
         typer.Argument(help="Catalogs of stars as NAME=DIRECTORY, the preferred one first."),
     ],
     out: Out,
-    measure_offsets: Annotated[
+    no_offsets: Annotated[
         bool,
         typer.Option(
-            "--measure-offsets/--no-offsets",
-            help="Put every survey on the zero point of the first: their median differences.",
+            "--no-offsets",
+            help="Do not put every survey on the zero point of the first by median differences.",
         ),
-    ] = True,
+    ] = False,
     key: Key = None,
     *,
     settings: type[ReferenceSettings],
@@ -214,7 +214,7 @@ def reference(
         paths[name] = path
     opened = open_catalogs(paths.values(), key)
     stars = {f"stars.{name}": one for name, one in zip(paths, opened, strict=True)}
-    chosen = settings(order=tuple(paths), offsets="measured" if measure_offsets else {})
+    chosen = settings(order=tuple(paths), offsets={} if no_offsets else "measured")
     _step(Reference(stars, chosen), out, options)
 
 

@@ -19,7 +19,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.spatial import cKDTree
 
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.settings import Settings
@@ -138,6 +137,8 @@ class Projection:
 
     @cached_property
     def _tree(self) -> cKDTree:
+        from scipy.spatial import cKDTree
+
         return cKDTree(self.sample, leafsize=_LEAF)
 
     def place(self, parameters: FloatArray) -> Float32Array:

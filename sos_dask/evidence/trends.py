@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.special import chdtrc
 
 from sos_dask.errors import ConfigError
 from sos_dask.sky.healpix import FloatArray, IntArray
@@ -157,6 +156,8 @@ def agreements(columns: Columns, min_count: int = MIN_COUNT) -> list[dict[str, A
         mean(error**2))``; ``p_value``, the chance of so large a sum of squared significances were
         there no difference; ``n_significant``, bins more than 3 errors from zero.
     """
+    from scipy.special import chdtrc
+
     samples = {"target": (columns["difference"], columns["error"])}
     if columns["n_common"].any():
         judged = columns["n_common"] >= max(min_count, 2)

@@ -1,5 +1,6 @@
 """Options, jobs, paths and environments that go wrong in the field."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -150,7 +151,7 @@ STEPS = {
     "trends": ["trends"],
 }
 OPTIONS = [
-    ("ingest", 3, "--margin-arcsec=nan"),
+    ("ingest", 2, "--margin-arcsec=nan"),
     ("ingest", 3, "--rows-per-partition=9999999999999999999999"),
     ("dedupe", 3, "--radius-arcsec=nan"),
     ("dedupe", 3, "--radius-arcsec=1e400"),
@@ -414,4 +415,4 @@ def test_the_python_functions_take_text(small_store, small_sky, tmp_path, monkey
     ):
         with pytest.raises(kind):
             wrong()
-    assert "str | pathlib.Path" in str(api.status.__signature__)  # type: ignore[attr-defined]
+    assert list(inspect.signature(api.status).parameters) == ["store"]

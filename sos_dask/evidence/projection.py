@@ -136,7 +136,7 @@ class Projection:
     neighbors: int
 
     @cached_property
-    def _tree(self) -> cKDTree:
+    def _tree(self) -> Any:
         from scipy.spatial import cKDTree
 
         return cKDTree(self.sample, leafsize=_LEAF)

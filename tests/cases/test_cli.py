@@ -151,8 +151,8 @@ STEPS = {
     "trends": ["trends"],
 }
 OPTIONS = [
-    ("ingest", 2, "--margin-arcsec=nan"),
-    ("ingest", 3, "--rows-per-partition=9999999999999999999999"),
+    ("ingest", 3, "--margin-arcsec=nan"),
+    ("ingest", 2, "--rows-per-partition=9999999999999999999999"),
     ("dedupe", 3, "--radius-arcsec=nan"),
     ("dedupe", 3, "--radius-arcsec=1e400"),
     ("dedupe", 3, "--max-spread=inf"),

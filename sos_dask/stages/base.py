@@ -226,8 +226,8 @@ class Stage(Generic[S]):
             self.require_partition(run.cluster, self.catalog(self.partitioned))
         with unless_complete(output):
             made = self.make(run)
-            if made is None:
-                return None
+            if made is None:  # unless another process has just completed it
+                return output.load_manifest() if output.complete else None
             rows, summary = made
             output.commit(rows, tuple(run.files), summary)
         return output.load_manifest()

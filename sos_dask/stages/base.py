@@ -226,8 +226,8 @@ class Stage(Generic[S]):
             self.require_partition(run.cluster, self.catalog(self.partitioned))
         with unless_complete(output):
             made = self.make(run)
-            if made is None:  # unless another process has just completed it
-                return output.load_manifest() if output.complete else None
+            if made is None:
+                return _made_by_another(output)
             rows, summary = made
             output.commit(rows, tuple(run.files), summary)
         return output.load_manifest()
@@ -281,6 +281,11 @@ class Stage(Generic[S]):
         share = n_bytes * rows[largest] // max(sum(rows), 1)
         what = f"partition {pixels[largest]} of {self.product} ({rows[largest]:,} rows)"
         cluster.require_memory(self.needed_bytes(share), f"{self.name}: {what}")
+
+
+def _made_by_another(output: Output) -> Manifest | None:
+    """Manifest of an output that another process has completed meanwhile."""
+    return output.load_manifest() if output.complete else None
 
 
 @dataclass(frozen=True)

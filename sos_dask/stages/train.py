@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -267,7 +268,8 @@ def _predict_fold(source: PairsSource, correction: models.Correction, fold: int)
 
 def _save(run: Run, correction: models.Correction) -> None:
     """Save the model; its own ``model.json`` comes last, so that half a model never loads."""
-    scratch = run.output.work / "model"
+    # Of this process alone: another one may work on the same output.
+    scratch = run.output.work / f"model-{uuid.uuid4().hex}"
     scratch.mkdir(parents=True, exist_ok=True)
     correction.save(scratch)
     last = models.MODEL_FILE

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import psutil
@@ -26,7 +26,10 @@ from sos_dask.cli import app, main
 from sos_dask.cli.output import reporting
 from sos_dask.errors import SosError
 from sos_dask.evidence.coverage import MEASURES
+from sos_dask.stages.coverage import CoverageSettings
 from sos_dask.stages.report import figures
+from sos_dask.stars.group import DedupeSettings
+from sos_dask.stars.unify import UnifySettings
 from sos_dask.storage.artifact import MANIFEST
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import sealed_json
@@ -1073,8 +1076,12 @@ def test_the_readme_states_the_exit_codes():
 def test_help_names_every_method(cli):
     trained = cli("train", "--help").out
     assert [name for name in models.methods() if name not in trained] == []
-    deduping = cli("dedupe", "--help").out
-    assert all(name in deduping for name in ("inverse-variance", "best-snr", "median"))
+    for command, settings in (("dedupe", DedupeSettings), ("reference", UnifySettings)):
+        names = get_args(settings.model_fields["method"].annotation)
+        assert len(names) > 1
+        helping = cli(command, "--help").out
+        assert [name for name in names if name not in helping] == []
+    assert get_args(CoverageSettings.model_fields["measure"].annotation) == MEASURES
     assert [name for name in MEASURES if name not in cli("coverage", "--help").out] == []
 
 

@@ -103,6 +103,13 @@ def test_groups_are_of_the_id_alone_and_even():
     star = key_numbers(pa.array([f"star {number}" for number in range(20_000)]), 0)
     groups = groups_of(star)
     np.testing.assert_array_equal(groups_of(star[7000:7010]), groups[7000:7010])
+    # Groups that are other numbers would be other resamples, and other products.
+    assert N_GROUPS == 1024
+    known = np.array(
+        [0, 1, 2**20 - 1, 2**20, 5 * 2**20 + 3, 2**30 - 1, 2**30, 2**64 - 1], np.uint64
+    )
+    assert groups_of(known).tolist() == [0, 0, 0, 1, 5, 1023, 0, 1023]
+    assert groups[:5].tolist() == [557, 539, 536, 95, 815]
     counts = np.bincount(groups, minlength=N_GROUPS)
     assert counts.min() > 0 and counts.var() == pytest.approx(counts.mean(), rel=0.2)
     for some in (star % 16 == 0, star < 2**60):  # a fold; what is kept of many

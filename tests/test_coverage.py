@@ -1,5 +1,6 @@
 """Kernel of coverage: measures, calibration, classes, maps."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +36,7 @@ from sos_dask.evidence.widening import (
     weights,
 )
 from sos_dask.schema import LABELS
+from sos_dask.stages.coverage import CoverageSettings
 
 
 def sky(n, rng, low=0.0, high=3.0):
@@ -232,6 +234,21 @@ def test_a_kind_of_which_the_overlap_has_too_little_is_outside():
     assert lacks(overlap[::10])[rows[:, 1] < 1.5].mean() < 0.01
 
 
+def half_diagonal(places: Places) -> float:
+    """How far at most a row's distance is from that between the nodes of the grid around it.
+
+    A distance to the k-th star changes no faster than the place; a row lies among the nodes of its
+    cell as their weights say, at a mean distance from them of at most half the cell's diagonal.
+    """
+    grid = places.grid
+    steps = (np.array(grid.high) - np.array(grid.low)) / (np.array(grid.shape) - 1)
+    return float(np.sqrt(np.sum(steps**2))) / 2
+
+
+def inside_of(places: Places, x):
+    return ((x >= places.grid.low) & (x <= places.grid.high)).all(axis=1)
+
+
 def test_rows_are_looked_up_as_their_neighbours_say():
     rng = np.random.default_rng(16)
     x = rng.normal(0, 1, (20_000, 3))
@@ -239,12 +256,33 @@ def test_rows_are_looked_up_as_their_neighbours_say():
     places, rows = Places.of(around, last=2.0), rng.normal(0, 1.1, (5000, 3))
     exact = around.distance(rows)
     distance, lacks = places(rows)
-    near = exact < 2.0
-    assert np.abs(distance / exact - 1)[near].max() < 0.25
+    near = (exact < 2.0) & inside_of(places, rows)
+    bound = half_diagonal(places)
+    assert bound < 0.1 and np.count_nonzero(near) > 4000
+    assert np.abs(distance - exact)[near].max() < bound + 1e-5
+    assert np.abs(distance / exact - 1)[exact < 2.0].max() < 0.25
     assert np.median(np.abs(distance / exact - 1)[near]) < 0.02
     assert (distance[exact > 2.5] > 2.0).all()
-    assert np.mean(lacks == around.lacks(rows, exact)) > 0.97
+    # Where a row's answer differs, it is next to rows with the other one.
+    truth = around.lacks(rows, exact)
+    assert np.mean(lacks == truth) > 0.97
     assert np.isnan(places(np.full((1, 3), np.nan))[0]).all()
+
+
+def test_without_its_table_a_row_has_the_same_coverage(fitted):
+    """Rows against their own neighbours: the table is all that stands between."""
+    model, columns = fitted.model, sky(3000, np.random.default_rng(17))
+    score, kind = model.coverage(columns)
+    rows = model.scaled(columns)[:, : model.n_inputs]
+    exact = _Neighbours(model.overlap, rows[:0]).distance(rows)
+    bound = half_diagonal(model.places)
+    some = inside_of(model.places, rows) & (kind < LACKING)
+    some &= np.abs(exact - model.growth.last) > bound
+    assert np.count_nonzero(some) > 2000
+    ends = [1 / model.growth(exact + step) for step in (bound + 1e-5, -bound - 1e-5)]
+    below = np.nextafter(np.float32(model.limits.outside), np.float32(0))
+    low, high = (np.where(exact > model.growth.last, np.minimum(end, below), end) for end in ends)
+    assert (score[some] >= low[some] - 1e-6).all() and (score[some] <= high[some] + 1e-6).all()
 
 
 def test_growth_of_the_error_is_recovered():
@@ -297,16 +335,42 @@ def test_measures_are_saved_and_say_nothing_of_rows_without_a_label(name, tmp_pa
     rows["logg"][:10] = np.nan
     rows["rv"][10:20] = np.nan
     model = fit_coverage(overlap, sky(2000, rng), name, Limits(), seed=7).model
-    again = fit_coverage(overlap, sky(2000, np.random.default_rng(8)), name, Limits(), seed=7).model
     for file, content in model.files().items():
         (tmp_path / file).write_bytes(content)
     score, kind = model.coverage(rows)
     assert np.isnan(score[:10]).all() and np.isfinite(score[10:]).all()
     assert ((kind < 0) == np.isnan(score)).all()
     assert CoverageModel.load(tmp_path).coverage(rows)[0].tobytes() == score.tobytes()
-    if name != "ratio":  # that one learns of the sample of the catalog, too
-        # The nodes of the grid are elsewhere.
-        assert again.coverage(rows)[0] == pytest.approx(score, abs=0.05, nan_ok=True)
+
+
+def test_only_the_grid_and_what_is_lacking_depend_on_the_sample_of_the_catalog():
+    rng = np.random.default_rng(6)
+    overlap, rows = overlap_of(sky(1500, rng), rng), sky(2000, np.random.default_rng(20))
+    one, other = (
+        fit_coverage(overlap, sky(2000, np.random.default_rng(seed)), "neighbours", Limits())
+        for seed in (8, 9)
+    )
+    assert (one.bins, one.n_held_out, one.n_wrong) == (other.bins, other.n_held_out, other.n_wrong)
+    documents = []
+    for found in (one, other):
+        files = found.model.files()
+        documents.append(json.loads(files.pop("coverage.json")))
+        del documents[-1]["grid"], files["coverage.npy"]  # their nodes are elsewhere
+        documents[-1] |= files
+    assert documents[0] == documents[1], "to the byte"
+    # What is looked up differs by no more than the cells of both grids allow.
+    bound = sum(half_diagonal(found.model.places) for found in (one, other)) + 1e-5
+    x = one.model.scaled(rows)
+    (mine, lacks), (its, others) = (found.model.places(x) for found in (one, other))
+    common = inside_of(one.model.places, x) & inside_of(other.model.places, x)
+    assert np.count_nonzero(common) > 1900
+    assert 0 < np.abs(mine - its)[common].max() < bound
+    # So do scores, but at the two borders beyond which a row is outside.
+    last = one.model.growth.last
+    border = (lacks != others) | ((mine > last) != (its > last))
+    assert np.mean(border) < 0.01
+    score, again = (found.model.coverage(rows)[0][~border] for found in (one, other))
+    assert score == pytest.approx(again, abs=0.05)
 
 
 def test_a_smooth_model_is_extended_only_so_far(fitted):
@@ -318,6 +382,14 @@ def test_a_smooth_model_is_extended_only_so_far(fitted):
     assert distance == pytest.approx(model.reach, rel=1e-3)
     inside = (model.overlap[:5] * model.scale + model.center).astype(np.float32)
     assert model.within_reach(inside) == pytest.approx(inside, rel=1e-5)
+
+
+@pytest.mark.parametrize("measure", ["neighbors", "Ratio", "", "neighbours8", None, 1])
+def test_a_measure_that_is_none_is_refused(measure):
+    with pytest.raises(ConfigError) as caught:
+        CoverageSettings(measure=measure)
+    assert "measure" in str(caught.value)
+    assert all(f"'{name}'" in str(caught.value) for name in MEASURES), "and which there are"
 
 
 def test_bad_limits_and_too_few_pairs_are_refused(tmp_path):

@@ -171,6 +171,13 @@ def test_limits_of_a_grid_that_are_none(cli, grid):
     assert_error(ran, 3, f"'{grid}' is not LABEL=LOW,HIGH", "teff=3500,8500")
 
 
+@pytest.mark.parametrize("measure", ["neighbors", "Ratio"])
+def test_a_measure_that_is_none(cli, measure):
+    ran = cli("coverage", *"abcd", "-o", "out", "--measure", measure)
+    assert_error(ran, 3, "measure", "neighbours", "ratio", f"given: .{measure}")
+    assert not Path("out").exists()
+
+
 def test_maps_are_a_table(small_store):
     found = look(small_store / "current" / "coverage")
     maps = pq.read_table(small_store / "current" / "coverage" / "maps.parquet")

@@ -1,10 +1,11 @@
 """Grouping and combining of repeats against plain-Python versions of the stated rules."""
 
 import csv
+import itertools
 import math
 import pickle
 import statistics
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import healpy
@@ -312,6 +313,49 @@ def test_rule_by_example(positions, dr3, dr2, primaries, listed):
         assert row_of_sky(positions, dr3, dr2) == primaries
 
 
+@THOROUGH
+@given(seeds, st.integers(0, 29), st.sampled_from([0.01, 1.5, 600.0]), st.booleans())
+def test_what_reaches_out_of_a_pixel_is_read(seed, order, reach, moving):
+    """Every row within reach of a row inside, and no row of a link that is cut off unmarked."""
+    rng = np.random.default_rng(seed)
+    n, chosen = 60, DedupeSettings(radius_arcsec=reach, use_gaia_id=False)
+    sky = Sky(rng, n, reach, (), ties=False)
+    moved = reach * rng.uniform(0, 2) if moving else 0.0
+    stored = ang2pix(*sky.around(rng, sky.ra, sky.dec, moved)) if moving else sky.cells
+    pixel = HealpixPixel(order, int(stored[rng.integers(n)] >> 2 * (29 - order)))
+    inside = in_ranges(stored, [(pixel.first, pixel.stop)])
+    i, j = (grid.ravel() for grid in np.meshgrid(np.arange(n), np.arange(n)))
+    apart = separation_arcsec(sky.ra[i], sky.dec[i], sky.ra[j], sky.dec[j])
+    linked = (apart <= reach).reshape(n, n)
+    table = pa.table({"_healpix_29": sky.cells, "ra": sky.ra, "dec": sky.dec, "row": np.arange(n)})
+    reads: list[Any] = []
+
+    def read(ranges: Any) -> Any:
+        assert all(low < high for low, high in ranges)
+        assert all(one[1] <= other[0] for one, other in itertools.pairwise(ranges))
+        known = in_ranges(stored, ranges)
+        assert in_ranges(np.array([pixel.first, pixel.stop - 1]), ranges).all()
+        assert known[linked[inside].any(axis=0)].all(), "within reach of a row inside"
+        reads.append(known)
+        return table.filter(pa.array(known)), inside[known]
+
+    def marked(ra: Any, dec: Any, cells: Any, rank: Any, ids: Any, frontier: Any, used: Any) -> Any:
+        known = reads[-1]
+        assert not frontier[inside[known]].any()
+        whole = np.flatnonzero(known)[~frontier]
+        assert known[linked[whole].any(axis=0)].all(), "all links of a row that is not marked"
+        return group(ra, dec, cells, rank, ids, frontier, used)
+
+    with mock.patch.object(grouping, "group", marked):
+        found, own, primary = group_around(
+            pixel, read, lambda some: sky.rank[some["row"].to_numpy()], reach + moved, chosen, ""
+        )
+    rows = found["row"].to_numpy()
+    np.testing.assert_array_equal(rows[own], np.flatnonzero(inside))
+    sky.frontier = np.zeros(n, dtype=bool)
+    np.testing.assert_array_equal(rows[primary[own]], sky.group(chosen).primary[rows[own]])
+
+
 def test_members_lie_within_the_radius_of_their_primary():
     rng = np.random.default_rng(0)
     n = 20_000
@@ -471,7 +515,7 @@ def test_settings_cross_processes():
     )
 
 
-METHODS = ("inverse-variance", "best-snr", "median")
+METHODS = get_args(DedupeSettings.model_fields["method"].annotation)
 LABELS = ("teff", "logg", "feh", "rv")
 FLOATS = (*LABELS, *(f"{label}_err" for label in LABELS), "snr", "phot_g_mean_mag")
 

@@ -32,6 +32,7 @@ from sos_dask.stages.train import TrainSettings
 from sos_dask.stages.trends import Trends
 from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from tests.run import features, make_evidence
 from tests.sky import write_catalog
 
@@ -214,3 +215,30 @@ def test_a_further_method_leaves_what_depends_on_the_chosen_model_alone():
         ]
         assert (recipes[0].fingerprint == recipes[1].fingerprint) is same
         assert (recipes[0].params.get("evidence_version") == Evidence.version) is same
+
+
+@pytest.mark.parametrize("stage", [Compare, Trends, Uncertainty])
+@pytest.mark.parametrize("has_workers", [True, False])
+def test_a_finished_table_too_large_for_a_worker_is_refused(
+    build, stage, has_workers, tmp_path, monkeypatch
+):
+    """The stage that reads it says so by its own name, and starts nothing."""
+
+    class Small(Cluster):
+        @property
+        def memory_limit_bytes(self) -> int | None:
+            return 100 << 20 if has_workers else None
+
+    if not has_workers:
+        monkeypatch.setattr("sos_dask.run.cluster.memory_bytes", lambda: 100 << 20)
+    model = build / "model.polynomial"
+    more = {Compare: {"model.polynomial": model}, Trends: {}, Uncertainty: {"model": model}}
+    monkeypatch.setattr(Evidence, "make", lambda *_: pytest.fail("the table is finished"))
+    inputs = {"evidence": build / "evidence", **more[stage]}
+    n_pairs = Manifest.load(build / "evidence").rows.n_out
+    with pytest.raises(ClusterError) as caught:
+        stage(inputs).run(tmp_path / "out", cluster=Small())
+    wanted = f"{stage.name}: {n_pairs:,} pairs of {build / 'evidence'}"
+    assert wanted in str(caught.value), str(caught.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert list((tmp_path / "out").glob("*.parquet")) == []

@@ -1,12 +1,17 @@
+import itertools
+
 import numpy as np
 import pytest
 import xgboost
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.corrections import lookup
+from sos_dask import corrections
+from sos_dask.corrections import Batch, lookup
+from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.lookup import LookupTable, compile_trees
 from sos_dask.errors import ModelError
+from tests.test_models import ArraySource
 
 
 def random_booster(rng: np.random.Generator, rounds: int, depth: int, bins: int) -> xgboost.Booster:
@@ -77,3 +82,39 @@ def test_thresholds_closer_than_float32_divides_by():
     edges = np.array([0.0, 1e-41, 3e-41], np.float32)
     values = np.array([-1.0, 0.0, 5e-42, 1e-41, 2e-41, 3e-41, 1.0], np.float32)
     assert lookup._Bins.of_edges(edges).of(values).tolist() == [0, 1, 1, 2, 2, 3, 3]
+
+
+def test_unknown_inputs_of_a_model_with_a_table_give_unknown_labels(tmp_path):
+    """A table has a cell for every number, the unknown ones too: the model must leave them out."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(1500, 3)).astype(np.float32)
+    y = np.stack([x.sum(axis=1), x[:, 0] * x[:, 1], x[:, 2]], axis=1).astype(np.float32)
+    batch = Batch(x, y, (np.arange(1500) % 5).astype(np.int8), np.ones(1500, np.float32))
+    trained = corrections.fit("boosted", ArraySource(batch), params={"n_rounds": 20})
+    trained.save(tmp_path / "model")
+    loaded = corrections.load(tmp_path / "model")
+    assert isinstance(loaded, BoostedCorrection) and loaded.table is not None
+    monsters = [np.nan, np.inf, -np.inf]
+    rows = np.concatenate([np.tile(x[7], (10, 1)), x[:500]])
+    for row, (column, value) in enumerate(itertools.product(range(3), monsters)):
+        rows[row, column] = value
+    assert np.isfinite(loaded.table.predict(rows[9:])).all()
+    found = loaded.predict(rows)
+    assert np.isnan(found[:9]).all(), "in all labels, whichever input is unknown"
+    np.testing.assert_array_equal(found[9], found[10 + 7])
+    np.testing.assert_allclose(found, trained.predict(rows), rtol=3e-6, atol=3e-6)
+    # Those beside it change nothing of a row.
+    np.testing.assert_array_equal(loaded.predict(rows[9:]), found[9:])
+    everything = np.full((4, 3), np.nan, np.float32)
+    assert np.isnan(loaded.predict(everything)).all()
+
+
+def test_a_finite_row_is_in_the_table_wherever_it_is(tmp_path):
+    table = compile_trees([random_booster(np.random.default_rng(6), 5, 3, 16)], [0], [1])
+    assert table is not None
+    largest = np.finfo(np.float32).max
+    corner = np.array([[largest] * 3, [-largest] * 3, [largest, -largest, 0]], np.float32)
+    ends = [np.concatenate([[part[0] - 1], part, [part[-1] + 1]]) for part in table.edges]
+    near = np.array([[end[-1] for end in ends], [end[0] for end in ends],
+                     [ends[0][-1], ends[1][0], 0]], np.float32)  # fmt: skip
+    np.testing.assert_array_equal(table.predict(corner), table.predict(near))

@@ -20,13 +20,14 @@ from scipy.stats import spearmanr
 
 from sos_dask.correct import FLAG_NULL_INPUT, FLAG_QUALITY
 from sos_dask.errors import CatalogError, ConfigError, ModelError, PartitionError, SurveyError
+from sos_dask.evidence.coverage import WRONG_SIGMA, CoverageModel
 from sos_dask.rebuild.job import ReportSection, load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.rebuild.plan import plan
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.stages.coverage import read_overlap
-from sos_dask.stats.numbers import knn_distance, robust_scale
+from sos_dask.stages.evidence import read_evidence
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import costs, gc, status, verify
@@ -534,7 +535,7 @@ def test_real_giants_are_corrected(real_data, cluster, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_distance_from_the_pairs_tells_errors_of_real_stars(real_data, tmp_path, monkeypatch):
+def test_the_coverage_tells_errors_of_real_stars(real_data, tmp_path, monkeypatch):
     monkeypatch.setenv("SOS_REAL_DATA", str(real_data))
     job = load_job(ROOT / "jobs/real-galah.toml")
     # The report takes as long as the rest, and `test_real_giants_are_corrected` makes one.
@@ -545,17 +546,29 @@ def test_the_distance_from_the_pairs_tells_errors_of_real_stars(real_data, tmp_p
     current = (tmp_path / "store" / "current").resolve()
     method = Manifest.load(current / "comparison").summary["method"]
     overlap = read_overlap(current / "evidence", current / f"model.{method}")
-    x = np.stack([overlap.columns[label] for label in LABELS], axis=1)
-    center, scale = robust_scale(x)
-    x, distance = (x - center) / scale, np.empty(len(x))
-    for fold in range(5):
-        mine = overlap.fold == fold
-        distance[mine] = knn_distance(x[~mine], x[mine], 13)
-    noise = np.median(np.abs(overlap.residual), axis=0)
-    error = np.sqrt(np.mean(np.square(overlap.residual / noise), axis=1))
-    right = np.abs(overlap.residual / noise).min(axis=1) < 6
+    stars = read_evidence(current / "evidence", ["star"])["star"].to_numpy()
+    model = CoverageModel.load(current / "coverage")
+    score, _ = model.coverage(overlap.columns)
+    logg, snr = (overlap.columns[name] for name in ("logg", "snr"))
+    noise = model.noise.of_pairs(logg, snr, overlap.reference_error)
+    ratio = np.abs(overlap.residual / noise)
+    right = ratio.min(axis=1) <= WRONG_SIGMA
     assert np.count_nonzero(right) > 590
-    distance, error = distance[right], error[right]
-    assert spearmanr(distance, error).statistic > 0.15
-    far, near = distance >= np.quantile(distance, 0.9), distance <= np.median(distance)
-    assert error[far].mean() > 1.2 * error[near].mean()
+    distance, error = -score[right], np.sqrt(np.mean(np.square(ratio[right]), axis=1))
+
+    def found(rows) -> tuple[float, float]:
+        """Rank correlation, and mean error of the farthest tenth over that of the nearer half."""
+        d, e = distance[rows], error[rows]
+        far, near = d >= np.quantile(d, 0.9), d <= np.median(d)
+        return spearmanr(d, e).statistic, e[far].mean() / e[near].mean()
+
+    # Resamples of stars, whose pairs are drawn together.
+    _, star = np.unique(stars[right], return_inverse=True)
+    rows, rng, drawn = np.argsort(star, kind="stable"), np.random.default_rng(0), []
+    of_star = np.split(rows, np.flatnonzero(np.diff(star[rows])) + 1)
+    assert 500 < len(of_star) < len(rows)
+    for _ in range(1000):
+        chosen = rng.integers(0, len(of_star), len(of_star))
+        drawn.append(found(np.concatenate([of_star[number] for number in chosen])))
+    low = np.percentile(drawn, 2.5, axis=0)
+    assert low[0] > 0.15 and low[1] > 1.2, (low, found(rows))

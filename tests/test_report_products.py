@@ -1,7 +1,9 @@
 """Figures and tables of the report from the real products of the small store."""
 
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.errors import CatalogError
 from sos_dask.evidence.maps import SKY_ORDER, STEPS
 from sos_dask.evidence.projection import ProjectionSettings
@@ -17,9 +20,9 @@ from sos_dask.report import maps as kinds
 from sos_dask.report import page
 from sos_dask.report.figures import calibration_figure, left_out_figure
 from sos_dask.report.maps import Plane, growth_figure
-from sos_dask.report.style import Drawn, percent, readable
+from sos_dask.report.style import Drawn, percent, readable, render
 from sos_dask.stages.generalisation import GeneralisationSettings
-from sos_dask.stages.projection import ProjectionStage
+from sos_dask.stages.projection import ProjectionStage, load_projection
 from sos_dask.stages.report import PAGE, ReportSettings, figures
 from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
@@ -137,22 +140,56 @@ def test_the_page_has_the_plane_and_the_groups(current, plane, left_out, tmp_pat
         "sos_dask.stages.report.figures",
         lambda build: {name: draw for name, draw in figures(build).items() if name in wanted},
     )
+    panels = {}
+
+    def watched(draw):
+        def kept():
+            if (found := draw()) is not None:
+                panels.update({axes.get_title(): axes for axes in found.figure.axes})
+            return found
+
+        return render(kept)
+
+    monkeypatch.setattr("sos_dask.stages.report.render", watched)
     products = {name: current / name for name in read_build(current)["products"]}
     more = {"generalisation": left_out, "projection": plane}
     manifest = report({**products, **more}, tmp_path / "out", SETTINGS)
     assert set(manifest.summary["figures"]) == wanted
     text = (tmp_path / "out" / PAGE).read_text()
-    # The same rows counted at once, without partitions.
-    scores = Catalog.open(current / "coverage")
-    places = Catalog.open(plane)
-    n = 0
-    for pixel in places.pixels:
-        table = places.read(pixel, ["umap_1"]).append_column(
-            "coverage", scores.read(pixel, ["coverage"])["coverage"]
-        )
-        n += sum(row["umap_1"] is not None and row["coverage"] is not None
-                 for row in table.to_pylist())  # fmt: skip
-    assert n > 1000 and f"({n:,} scored rows)" in text
+    known, outside = by_row(plane, current / "coverage")
+    assert known.sum() > 1000 and f"({known.sum():,} scored rows)" in text
+    # The right panel of the figure as it was drawn: each cell with its own share.
+    image = panels["outside the coverage"].collections[0]
+    share = np.full(known.shape, np.nan)
+    np.divide(100.0 * outside, known, out=share, where=known > 0)
+    assert np.nanmin(share) == 0 and np.nanmax(share) > 50 and len(np.unique(share)) > 10
+    shown = np.ma.filled(np.ma.asarray(image.get_array()), np.nan)
+    np.testing.assert_array_equal(shown, share.T, "the first coordinate is drawn to the right")
+
+
+def by_row(plane: Path, coverage: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with a coverage in each coarse cell, and those outside: each row found by its id."""
+
+    def rows(folder: Path, *names: str) -> dict[Any, dict]:
+        found = pq.read_table(folder / "dataset", columns=["obs_id", *names]).to_pylist()
+        by_id = {row["obs_id"]: row for row in found}
+        assert len(by_id) == len(found)
+        return by_id
+
+    scores = rows(coverage, "coverage", FLAGS)
+    bins = Manifest.load(plane).recipe.params["settings"]["map_bins"]
+    group = -(-bins // 64)
+    low_1, high_1, low_2, high_2 = load_projection(plane).limits()
+    known, outside = np.zeros((2, -(-bins // group), -(-bins // group)), dtype=int)
+    for key, row in rows(plane, "umap_1", "umap_2").items():
+        if row["umap_1"] is None or scores[key]["coverage"] is None:
+            continue
+        i = math.floor((row["umap_1"] - low_1) * (bins / (high_1 - low_1)))
+        j = math.floor((row["umap_2"] - low_2) * (bins / (high_2 - low_2)))
+        if 0 <= i < bins and 0 <= j < bins:
+            known[i // group, j // group] += 1
+            outside[i // group, j // group] += bool(scores[key][FLAGS] & FLAG_OUTSIDE)
+    return known, outside
 
 
 def test_a_plane_of_other_rows_is_refused(current, plane, tmp_path):

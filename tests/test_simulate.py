@@ -1,8 +1,11 @@
 """The mock sky: what it promises about its files, its truth and its difficult stars."""
 
+import errno
 import hashlib
+import io
 import warnings
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +43,27 @@ DEFINITIONS = {
     GALAH: load_survey("galah-dr4"),
 }
 LABELS = ("teff", "logg", "feh")
+# The columns of the DR11 LRS catalogue of A, F, G and K stars.
+LAMOST_COLUMNS = [
+    "obsid", "uid", "gp_id", "designation", "obsdate", "lmjd", "mjd", "planid", "spid",
+    "fiberid", "ra_obs", "dec_obs", "snru", "snrg", "snrr", "snri", "snrz", "class", "subclass",
+    "z", "z_err", "ps_id", "mag_ps_g", "mag_ps_r", "mag_ps_i", "mag_ps_z", "mag_ps_y",
+    "gaia_source_id", "gaia_g_mean_mag", "fibertype", "offsets", "offsets_v", "ra", "dec",
+    "fibermask", "with_norm_flux", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err",
+    "rv", "rv_err", "alpha_m", "alpha_m_err", "vsini_lasp",
+]  # fmt: skip
+GAIA_COLUMNS = {
+    "source_id": "int64", "ra": "double deg", "dec": "double deg", "parallax": "float mas",
+    "parallax_error": "float mas", "pmra": "double mas/yr", "pmdec": "double mas/yr",
+    "phot_g_mean_mag": "float mag", "phot_bp_mean_mag": "float mag",
+    "phot_rp_mean_mag": "float mag", "distance": "float pc", "ebv": "float mag",
+}  # fmt: skip
+TRUTH_COLUMNS = {
+    "survey": "string", "obs_id": "string", "row": "int64", "star": "int64",
+    "gaia_source_id": "int64", "teff": "float K", "logg": "float dex", "feh": "float dex",
+    "rv": "float km/s", "distance": "float pc", "ebv": "float mag", "is_outlier": "bool",
+    "is_special": "bool", "bias_teff": "float K", "bias_logg": "float dex", "bias_feh": "float dex",
+}  # fmt: skip
 SMALL: dict[str, Any] = {"n_lamost": 600, "n_apogee": 200, "n_galah": 200}
 
 
@@ -146,7 +170,7 @@ def test_files_open_with_astropy_without_complaint(sky):
             with fits.open(sky.paths[survey.name]) as hdus:
                 hdus.verify("exception")
         table = Table.read(sky.paths["lamost"], hdu=1)
-    assert len(table.colnames) == 47
+    assert table.colnames == LAMOST_COLUMNS
     assert [str(table[name].unit) for name in ("ra", "teff", "rv")] == ["deg", "K", "km / s"]
     assert table["gaia_source_id"].dtype.newbyteorder("=") == np.int64
     assert table["ra"].dtype.newbyteorder("=") == np.float64
@@ -191,10 +215,15 @@ def test_row_counts(sky):
 
 
 def test_parquet_schemas(sky):
-    for schema in (sky.truth_table.schema, sky.gaia.schema):
-        assert all(field.metadata[b"description"] for field in schema)
-    assert sky.gaia.schema.field("ra").metadata[b"unit"] == b"deg"
-    assert not sky.truth_table["obs_id"].null_count
+    for table, known in ((sky.truth_table, TRUTH_COLUMNS), (sky.gaia, GAIA_COLUMNS)):
+        found = {field.name: f"{field.type} {field.metadata.get(b'unit', b'').decode()}".strip()
+                 for field in table.schema}  # fmt: skip
+        assert list(found.items()) == list(known.items()), "in this order"
+        assert all(field.metadata[b"description"] for field in table.schema)
+        assert all(set(field.metadata) <= {b"unit", b"description"} for field in table.schema)
+    nulls = {name for name in TRUTH_COLUMNS if sky.truth_table[name].null_count}
+    assert nulls == {"gaia_source_id"}
+    assert not any(sky.gaia[name].null_count for name in ("source_id", "ra", "dec"))
 
 
 def test_ids_are_unique_and_files_not_sorted_on_the_sky(sky):
@@ -554,12 +583,66 @@ def test_failure_leaves_nothing_behind(tmp_path):
 
 def test_full_disk_is_a_storage_error(tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files, "_truth_table", full)
     with pytest.raises(StorageError, match="the disk is full"):
         simulate(SkySettings(**SMALL), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk on which so many more bytes fit, without a buffer."""
+
+    left = 0
+
+    def write(self, content: Any) -> int:
+        size = memoryview(content).nbytes
+        if size > self.left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.left -= size
+        return super().write(content)
+
+    def truncate(self, size: int | None = None) -> int:
+        self.write(
+            bytes((size or 0) - self.seek(0, 2))
+        )  # the rest of the last block is written, too
+        return super().truncate(size)
+
+
+@pytest.mark.parametrize("survey", SURVEYS)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])  # in the header, among the rows, at the end
+def test_full_disk_while_a_fits_table_is_written(survey, share, tmp_path, monkeypatch):
+    before = digests(simulate(SkySettings(**SMALL), tmp_path))
+    path = tmp_path / f"{SURVEYS[survey].name}.fits"
+    with fits.open(path) as hdus:
+        rows = hdus[1].fileinfo()
+        size = hdus[1].header["NAXIS1"] * hdus[1].header["NAXIS2"]
+    limit = int(rows["datLoc"] * (share > 0) + share * size)
+    opened = []
+    open_file = Path.open
+
+    def open_on_full_disk(file, mode="r", *more, **options):
+        if mode != "w+b" or not file.name.startswith(f".{path.name}"):
+            return open_file(file, mode, *more, **options)
+        full = FullDisk(file, mode)
+        full.left = limit
+        opened.append(file)
+        return full
+
+    monkeypatch.setattr(Path, "open", open_on_full_disk)
+    with pytest.raises(StorageError, match=rf"the disk is full: cannot write .*{path.name}"):
+        simulate(SkySettings(**SMALL, seed=2), tmp_path)
+    assert len(opened) == 1
+    left = digests({file.stem: file for file in tmp_path.iterdir()})
+    assert left.keys() == before.keys(), "no half of a file is left"
+    assert left[SURVEYS[survey].name] == before[SURVEYS[survey].name]
+    if share < 1:
+        assert left == before
+    else:  # other files are complete by then: each is the one of before, or a whole new one
+        monkeypatch.setattr(Path, "open", open_file)
+        after = digests(simulate(SkySettings(**SMALL, seed=2), tmp_path / "whole"))
+        assert all(left[name] in (before[name], after[name]) for name in left)
 
 
 def test_directory_that_cannot_be_made(tmp_path):

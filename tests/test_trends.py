@@ -120,6 +120,32 @@ def test_bins_of_equal_count_of_many_ties():
     assert one(np.ones(7), np.arange(7.0), equal_count_edges(np.ones(7), 4))["n"][0] == 7
 
 
+@pytest.mark.parametrize(
+    "edges",
+    [[2.0, 1.0], [0.0, 2.0, 1.0], [0.0, math.nan, 2.0], [math.nan, math.nan], [math.nan, 1.0]],
+)
+def test_edges_that_do_not_rise_are_refused(edges):
+    with pytest.raises(ConfigError, match="edges of bins must be rising numbers"):
+        bins_of(np.arange(9.0), np.array(edges))
+    with pytest.raises(ConfigError, match="edges of bins must be rising numbers"):
+        one(np.arange(9.0), np.arange(9.0), np.array(edges))
+
+
+@pytest.mark.parametrize("edges", [[], [1.0]])
+def test_fewer_than_two_edges_are_no_bin(edges):
+    bins = bins_of(np.arange(4.0), np.array(edges))
+    assert bins.tolist() == [-1] * 4
+    found = binned_quantiles(bins, np.arange(4.0), max(len(edges) - 1, 0))
+    assert all(len(column) == 0 for column in found)
+
+
+def test_a_bin_without_width_has_no_value_and_takes_none():
+    bins = bins_of(np.array([0.5, 1.0, 1.5, 2.0, 2.5]), np.array([1.0, 1.0, 2.0]))
+    assert bins.tolist() == [-1, 1, 1, 1, -1]
+    found = binned_quantiles(bins, np.arange(5.0), 2)
+    assert found.n.tolist() == [0, 3] and np.isnan(found.median[0]) and found.median[1] == 2.0
+
+
 def test_edges_of_equal_width():
     assert Axis("x", 0.0, 1.0, 0.1).edges.tolist() == [k / 10 for k in range(11)]
     assert Axis("x", 0.0, 1.0, 0.4).edges.tolist() == [0.0, 0.4, 0.8, 1.0]

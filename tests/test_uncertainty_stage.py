@@ -145,17 +145,40 @@ def test_single_observations_are_preferred(build, tmp_path):
 
 
 def test_common_stars_have_the_labels_of_both(build):
-    found = common_stars(Catalog.open(build / "reference"), surveys(build).stars)
-    ((first, second, one, other),) = found
+    """All stars that both surveys have with a good row, each with the labels of its first one."""
+    given = surveys(build).stars
+    ((first, second, one, other),) = common_stars(Catalog.open(build / "reference"), given)
     assert (first, second) == ("apogee", "galah")
-    assert one["united"].to_pylist() == other["united"].to_pylist()
-    reference = read(build / "reference").filter(pc.field("n_surveys") > 1)
-    mine = dict(zip(one["united"].to_pylist(), one["teff"].to_pylist(), strict=True))
-    assert len(mine) == one.num_rows > 20
-    assert mine.keys() <= set(reference["star_id"].to_pylist())
-    for star in reference.filter(pc.equal(reference["survey"], "apogee")).to_pylist():
-        if star["quality"] == 0 and star["star_id"] in mine:
-            assert mine[star["star_id"]] == pytest.approx(star["teff"], abs=1.0)
+    good = {
+        name: {str(row["star_id"]): row for row in read(build / f"{name}.stars").to_pylist()
+               if row["quality"] == 0}
+        for name in given
+    }  # fmt: skip
+    known = Manifest.load(build / "reference").summary["offsets"]
+    offsets = {name: known.get(name, {}) for name in given}
+    assert any(offsets.values()), "there is a zero point to forget"
+    expected: dict[str, dict[str, dict]] = {name: {} for name in given}
+    n_bad = 0
+    for star in read(build / "reference").to_pylist():
+        sources = [text.split(":", 1) for text in star["sources"].split(";")]
+        rows = {name: [good[name].get(key) for survey, key in sources if survey == name]
+                for name in given}  # fmt: skip
+        found = {name: [row for row in of if row] for name, of in rows.items()}
+        if all(found.values()):
+            for name, of in found.items():
+                expected[name][star["star_id"]] = of[0]
+        n_bad += all(rows.values()) and not all(found.values())
+    assert n_bad > 0, "some stars are left out"
+    for name, table in zip(given, (one, other), strict=True):
+        assert table.column_names == ["united", *LABELS]
+        united = table["united"].to_pylist()
+        assert len(set(united)) == len(united) > 20
+        assert set(united) == set(expected[name])
+        assert united == one["united"].to_pylist(), "row by row the same stars"
+        for label in LABELS:
+            values = [expected[name][star][label] for star in united]
+            wanted = np.array(values, dtype=float) - offsets[name].get(label, 0.0)
+            np.testing.assert_allclose(table[label].to_numpy(), wanted, rtol=1e-6)
 
 
 def test_the_hat_is_that_of_the_common_stars(build, tmp_path):

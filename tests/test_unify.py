@@ -3,7 +3,7 @@
 import math
 import pickle
 import statistics
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ THOROUGH = settings(
 )
 LABELS = ("teff", "logg", "feh")
 MEASURED = (*LABELS, "rv")
-METHODS = ("precedence", "weighted-mean")
+METHODS = get_args(UnifySettings.model_fields["method"].annotation)
 SURVEYS = ("apogee-dr17", "galah-dr4", "lamost-dr11-lrs")
 Rng = np.random.Generator
 

@@ -17,7 +17,7 @@ from sos_dask.errors import StorageError
 from sos_dask.simulate import sky, surveys
 from sos_dask.simulate.sky import APOGEE, LAMOST, BoolArray, Draws, Plates, SkySettings, Stars
 from sos_dask.simulate.surveys import SURVEYS, TABLES, Records, Visits
-from sos_dask.storage.artifact import atomic_path
+from sos_dask.storage.artifact import atomic_path, storage_errors
 
 BLOCK_STARS = 65_536
 """Stars in memory at once (about 300 MB). It changes no byte of the output."""
@@ -155,8 +155,9 @@ def _fits_table(path: Path, survey: int, plates: Plates) -> Iterator[Callable[[i
             file.write(header)
 
             def write(first_row: int, rows: Records) -> None:
-                file.seek(len(header) + first_row * size)
-                file.write(np.ascontiguousarray(rows).data)
+                with storage_errors(path):  # here: other files are open, which would be named
+                    file.seek(len(header) + first_row * size)
+                    file.write(np.ascontiguousarray(rows).data)
 
             yield write
             n_distinct = int(plates.counts[survey].sum())

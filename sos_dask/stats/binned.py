@@ -82,7 +82,14 @@ def bins_of(x: NDArray[np.floating], edges: FloatArray) -> IntArray:
     """Number the bin of every value; -1 outside the edges and for nan.
 
     A bin includes its lower edge, the last one its upper edge, too.
+
+    Raises
+    ------
+    ConfigError
+        The edges fall, or one is nan.
     """
+    if not (np.diff(edges) >= 0).all():
+        raise ConfigError("edges of bins must be rising numbers")
     n_bins = len(edges) - 1
     index = np.searchsorted(edges, x, side="right") - 1
     if n_bins > 0:

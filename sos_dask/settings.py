@@ -141,26 +141,29 @@ def explained(model: type[BaseModel], error: ValidationError, where: str = "") -
     errors = error.errors(include_url=False)
     # A wrong name makes others missing: it is the fault.
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    place = ".".join(str(part) for part in first["loc"])
+    # Members of a union are no keys.
+    loc = [part for part in map(str, first["loc"]) if not re.match(r"[\w-]+\[", part)]
+    place = ".".join(loc)
     inside: Any = model
-    for part in first["loc"][:-1]:
-        inside = _inner(inside, str(part))
+    for part in loc[:-1]:
+        inside = _inner(inside, part)
     if first["type"] == "extra_forbidden":
         fields = getattr(inside, "model_fields", {})
         known = [name for name, field in fields.items() if not field.exclude or field.description]
         return ConfigError(
             f"{where}unknown key '{place}'",
-            nearest(str(first["loc"][-1]), known) or f"Known are: {', '.join(known)}.",
+            nearest(loc[-1], known) or f"Known are: {', '.join(known)}.",
         )
     if first["type"] == "missing":
         return ConfigError(f"{where}'{place}' is missing")
     if first["type"] in ("model_type", "dict_type"):
-        hint = getattr(model, "TABLE_HINTS", {}).get(first["loc"][0])
+        hint = getattr(model, "TABLE_HINTS", {}).get(loc[0])
         return ConfigError(
             f"{where}{place} = {first['input']!r:.60} is given where a table is needed",
             hint or f"Write a table [{place}] with its keys.",
         )
     message = str(first["msg"]).removeprefix("Value error, ").replace("valid tuple", "list")
+    message = message.replace("Input should be", "must be")
     given = first["input"]
     shown = "" if not place or isinstance(given, dict | BaseModel) else f" (given: {given!r:.60})"
     return ConfigError(f"{where}{place + ': ' if place else ''}{message}{shown}")

@@ -50,6 +50,7 @@ from sos_dask.stages.evidence import (
     held_out_columns,
     problem_of,
     read_evidence,
+    require_models_of,
     require_rows,
 )
 from sos_dask.stats.binned import Axis
@@ -115,6 +116,7 @@ class Compare(Stage[CompareSettings]):
 
     def make(self, run: Run) -> Made:
         """Measure every method and every label, then choose."""
+        require_models_of(self)
         evidence, labels = self.manifest("evidence"), problem_of(self.path("evidence")).names
         require_rows(run, self.path("evidence"), _PROCESS_BYTES, _BYTES_A_PAIR)
         of_methods = run.parts("methods", dict.fromkeys(self.methods), self.artifacts_of)

@@ -43,6 +43,7 @@ from sos_dask.stages.evidence import (
     OfModel,
     held_out_columns,
     read_evidence,
+    require_models_of,
     require_rows,
     single_observations,
 )
@@ -79,7 +80,7 @@ class UncertaintySettings(Settings):
         "errors are those of one observation, because observations are corrected.",
     )
     n_parts: int = Field(5, ge=2, le=100, description="Parts of the stars left out in turn.")
-    target: str = Field("target", description="Name of the target survey.", exclude=True)
+    target: str = Field("target", description="Name of the target survey.")
     seed: int = Field(0, ge=SEEDS[0], le=SEEDS[1], description="Other seeds give other parts.")
 
 
@@ -125,6 +126,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def make(self, run: Run) -> Made:
         """See where the pairs are sparse, then fit each label."""
+        require_models_of(self)
         require_rows(run, self.path("evidence"), _PROCESS_BYTES, _BYTES_A_PAIR)
         looks = dict.fromkeys(("sparse", "hats"))
         about, hats = run.parts("looks", looks, self.look, "uncertainty pairs")

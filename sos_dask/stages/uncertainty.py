@@ -21,6 +21,7 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import floats, floats_or_nan, key_numbers, matrix32, mixed
+from sos_dask.errors import ModelError
 from sos_dask.evidence.error_tables import error_grid
 from sos_dask.evidence.intervals import (
     DENSE,
@@ -123,6 +124,17 @@ class Uncertainty(OfModel[UncertaintySettings]):
             for survey, manifest in manifests.items()
             if manifest is not None
         }
+
+    def check(self) -> None:
+        """Refuse a correction of other labels or by other inputs: errors know only these."""
+        problem = corrections.load(self.path("model")).problem
+        if problem != DEFAULT:
+            raise ModelError(
+                f"{self.path('model')} predicts {', '.join(problem.names)} from "
+                f"{', '.join(problem.features)}: errors are modelled for "
+                f"{', '.join(DEFAULT.names)} from {', '.join(DEFAULT.features)} alone",
+                "Apply it without --errors.",
+            )
 
     def make(self, run: Run) -> Made:
         """See where the pairs are sparse, then fit each label."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sos_dask.errors import ConfigError, SosError
-from sos_dask.schema import nearest
+from sos_dask.schema import MOST_ROWS, nearest
 
 NAME_RULE = "use lower-case letters, digits and dashes, 64 at most"
 COLUMN_RULE = "use letters, digits and _ only, 64 at most, and no digit first"
@@ -90,6 +90,17 @@ def _problem(value: Any) -> str:
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return "is a number of more than 64 bits"
     return ""
+
+
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+RowsPerPartition = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=MOST_ROWS,
+        description="Pixels are split until each contains at most this many rows.",
+    ),
+]
 
 
 class Settings(BaseModel):

@@ -42,7 +42,7 @@ from sos_dask.evidence.smoothness import (
 )
 from sos_dask.evidence.trends import AXES
 from sos_dask.schema import LABELS
-from sos_dask.settings import Settings
+from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import (
     columns_of,
@@ -76,7 +76,7 @@ class CompareSettings(Settings):
     tolerance: float = Field(
         TOLERANCE, ge=0, lt=1, description="Worse is only what is so by a larger share of the best"
     )
-    seed: int = Field(0, ge=0, description="Of the resamples")
+    seed: Seed = Field(0, description="Of the resamples")
     axes: tuple[Axis, ...] = Field(
         tuple(axis for axis in AXES if axis.name in LABELS),
         description="Bins along each label of the target; their cells are those of the artifacts",

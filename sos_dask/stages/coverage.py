@@ -40,7 +40,7 @@ from sos_dask.evidence.maps import SKY_ORDER, coarse, count_maps, follow_up, sum
 from sos_dask.evidence.widening import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, Limits, counted
 from sos_dask.problem import Problem
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.settings import Settings
+from sos_dask.settings import Seed, Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.base import (
@@ -104,7 +104,7 @@ class CoverageSettings(Settings):
         le=180 * 3600,
         description="Within it a row belongs to a star with a large spread or an ambiguous match",
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="Other seeds sample other rows")
+    seed: Seed = Field(0, description="Other seeds sample other rows")
 
     @field_validator("grid")
     @classmethod

@@ -36,8 +36,8 @@ from sos_dask.evidence.intervals import (
 )
 from sos_dask.evidence.three_cornered_hat import three_cornered_hat
 from sos_dask.problem import DEFAULT, TEFF_UNIT_K
-from sos_dask.schema import LABELS, SEEDS
-from sos_dask.settings import Settings
+from sos_dask.schema import LABELS
+from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
 from sos_dask.stages.evidence import (
     DIFFERENCES,
@@ -82,7 +82,7 @@ class UncertaintySettings(Settings):
     )
     n_parts: int = Field(5, ge=2, le=100, description="Parts of the stars left out in turn.")
     target: str = Field("target", description="Name of the target survey.")
-    seed: int = Field(0, ge=SEEDS[0], le=SEEDS[1], description="Other seeds give other parts.")
+    seed: Seed = Field(0, description="Other seeds give other parts.")
 
 
 class Uncertainty(OfModel[UncertaintySettings]):

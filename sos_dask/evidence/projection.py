@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.settings import Settings
+from sos_dask.settings import Seed, Settings
 from sos_dask.stats.numbers import uniform
 
 Float32Array = NDArray[np.float32]
@@ -62,7 +62,7 @@ class ProjectionSettings(Settings):
         description="Of the rows of the target that get a place, chosen by their keys; the pairs "
         "all get one",
     )
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 def strata(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) -> IntArray:

@@ -175,7 +175,7 @@ class Apply(Stage[ApplySettings]):
             self._check_coverage()
         if "errors" in self.inputs:
             sha256 = sha256_of_file(self.path("model") / corrections.MODEL_FILE)
-            load_errors(self.path("errors")).require(sha256)
+            load_errors(self.path("errors"), correction.problem).require(sha256)
 
     def _check_coverage(self) -> None:
         """Refuse a coverage of other rows, or that tells of another correction or other errors."""

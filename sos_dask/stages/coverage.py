@@ -34,7 +34,7 @@ from sos_dask.correct import (
 from sos_dask.errors import CatalogError
 from sos_dask.evidence.coverage import CoverageModel, Overlap, Target
 from sos_dask.evidence.coverage import fit as fit_coverage
-from sos_dask.evidence.error_tables import ErrorModel, load_errors
+from sos_dask.evidence.error_tables import ErrorModel, load_errors, require_default
 from sos_dask.evidence.growth import MIN_GROWTH_PAIRS
 from sos_dask.evidence.maps import SKY_ORDER, coarse, count_maps, follow_up, sum_maps
 from sos_dask.evidence.widening import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, Limits, counted
@@ -161,11 +161,15 @@ class Coverage(OfModel[CoverageSettings]):
     @property
     def errors(self) -> ErrorModel | None:
         """Error model of the correction, where it is given."""
-        return load_errors(self.path("errors")) if "errors" in self.inputs else None
+        if "errors" not in self.inputs:
+            return None
+        return load_errors(self.path("errors"), self.problem)
 
     def check(self) -> None:
-        """Refuse a catalog that lacks a column."""
+        """Refuse a catalog that lacks a column, and errors of another problem."""
         self.observations.require(*self.problem.columns, HEALPIX_COLUMN, "obs_id", "ra", "dec")
+        if "errors" in self.inputs:
+            require_default(self.problem)
 
     def make(self, run: Run) -> Made:
         """Sample the rows, fit the model, score all rows and count them."""

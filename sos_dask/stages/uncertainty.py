@@ -21,7 +21,7 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import floats, floats_or_nan, key_numbers, matrix32, mixed
-from sos_dask.evidence.error_tables import error_grid
+from sos_dask.evidence.error_tables import error_grid, require_default
 from sos_dask.evidence.intervals import (
     DENSE,
     SPARSE,
@@ -111,6 +111,10 @@ class Uncertainty(OfModel[UncertaintySettings]):
     def method(self) -> str:
         """Method of the model."""
         return self.manifest("model").recipe.stage.removeprefix("train-")
+
+    def check(self) -> None:
+        """Refuse a correction of other labels or inputs than errors can be modelled of."""
+        require_default(corrections.load(self.path("model")).problem)
 
     def error_factors(self) -> dict[str, list[dict[str, Any]]]:
         """Factors of quoted errors by survey; none where a survey has no repeats."""

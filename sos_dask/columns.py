@@ -15,6 +15,7 @@ KeyArray: TypeAlias = NDArray[np.uint64]
 # SplitMix64 (Steele, Lea & Flood 2014, OOPSLA): the step of its counter and its finaliser.
 GOLDEN = 0x9E3779B97F4A7C15
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], dtype=np.uint64)  # of a word
 
 
 def floats(table: pa.Table, name: str) -> NDArray[np.float64]:
@@ -53,7 +54,7 @@ def _filled(column: pa.ChunkedArray) -> NDArray[np.floating]:
     return np.asarray(pc.fill_null(column, np.nan).to_numpy())
 
 
-def key_numbers(ids: pa.ChunkedArray, seed: int) -> KeyArray:
+def key_numbers(ids: pa.Array | pa.ChunkedArray, seed: int) -> KeyArray:
     """Numbers of 64 bits that follow from ids, by SplitMix64 over their text.
 
     Two of a hundred million ids get the same number once in 4000 times; they then share a fold.
@@ -70,27 +71,34 @@ def key_numbers(ids: pa.ChunkedArray, seed: int) -> KeyArray:
     ndarray of uint64, shape (n,)
     """
     text = pc.cast(ids, pa.string())
-    length = np.asarray(pc.binary_length(text).to_numpy(), dtype=np.uint64)
-    if len(length) == 0:
+    chunks = text.chunks if isinstance(text, pa.ChunkedArray) else [text]
+    numbers = (_text_numbers(chunk, seed) for chunk in chunks)
+    return np.concatenate([np.empty(0, dtype=np.uint64), *numbers])
+
+
+def _text_numbers(text: pa.Array, seed: int) -> KeyArray:
+    """See `key_numbers`: eight bytes of all rows at a time, in memory of the size of the texts."""
+    if not len(text):
         return np.empty(0, dtype=np.uint64)
-    n_words = max(int(length.max()) + 7, 8) // 8
-    padded = pc.ascii_rpad(text, 8 * n_words, "\0")
-    chunks = padded.chunks if isinstance(padded, pa.ChunkedArray) else [padded]
-    words = np.concatenate([_bytes_of(chunk) for chunk in chunks]).view("<u8")
-    words = words.reshape(-1, n_words)
-    number = mixed(length + np.uint64((seed * GOLDEN) % 2**64))
-    for place in range(n_words):
-        # A number must not depend on how long the longest id beside it is.
-        has = length > 8 * place
-        number = np.where(has, mixed(number ^ words[:, place]), number)
+    _, offsets, data = text.buffers()
+    bounds = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1]
+    padded = np.zeros(int(bounds[-1] - bounds[0]) + 8, dtype=np.uint8)
+    if len(padded) > 8:
+        padded[:-8] = np.frombuffer(data, np.uint8)[bounds[0] : bounds[-1]]
+    words = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))  # one from every byte on
+    length, start = np.diff(bounds), bounds[:-1].astype(np.int64) - bounds[0]
+    number = mixed(length.astype(np.uint64) + np.uint64((seed * GOLDEN) % 2**64))
+    rows: slice | NDArray[np.int64] = slice(None)
+    left = length > 0
+    while left.any():  # only rows with bytes left: one long text costs no other row anything
+        if not left.all():
+            rows = np.flatnonzero(left) if isinstance(rows, slice) else rows[left]
+            start, length = start[left], length[left]
+        word = words[start] & _FIRST_BYTES[np.minimum(length, 8)]
+        number[rows] = mixed(number[rows] ^ word)
+        start, length = start + 8, length - 8
+        left = length > 0
     return number
-
-
-def _bytes_of(text: pa.Array) -> NDArray[np.uint8]:
-    """The bytes of texts, one after the other."""
-    offsets = np.frombuffer(text.buffers()[1], np.int32)[text.offset : text.offset + len(text) + 1]
-    data = text.buffers()[2]
-    return np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]] if data else np.empty(0, "u1")
 
 
 def mixed(state: KeyArray) -> KeyArray:
@@ -101,7 +109,7 @@ def mixed(state: KeyArray) -> KeyArray:
     return np.asarray(z ^ (z >> np.uint64(31)))
 
 
-def key_hashes(column: pa.ChunkedArray) -> KeyArray:
+def key_hashes(column: pa.Array | pa.ChunkedArray) -> KeyArray:
     """64-bit values of a key column: the integers themselves, or `key_numbers` of the text."""
     if pa.types.is_integer(column.type):
         return np.asarray(column.to_numpy(), dtype=np.int64).view(np.uint64)

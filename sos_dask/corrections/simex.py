@@ -40,6 +40,7 @@ from sos_dask.corrections.base import (
     Rows,
     Training,
     files_of_part,
+    hash_rows,
     summarise,
 )
 from sos_dask.errors import ModelError
@@ -115,10 +116,7 @@ def _normals(batch: Batch, seed: int) -> FloatArray:
     """Standard normal numbers, shape (n, l), from a hash of each pair."""
     from scipy.special import ndtri
 
-    content = np.concatenate([batch.features, batch.differences], axis=1)
-    state = np.full(len(content), seed + 1, dtype=np.uint64)
-    for column in np.ascontiguousarray(content.T, dtype=np.float32).view(np.uint32):
-        state = mixed(state ^ column)
+    state = mixed(hash_rows(batch.features, batch.differences) + np.uint64(seed))
     columns = [mixed(state + np.uint64(number)) for number in range(batch.differences.shape[1])]
     uniform = (np.stack(columns, axis=1) >> np.uint64(11)).astype(np.float64) + 0.5
     return np.asarray(ndtri(uniform / 2.0**53))

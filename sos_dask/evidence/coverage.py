@@ -449,7 +449,7 @@ def fit(
     Raises
     ------
     ModelError
-        Too few held-out pairs.
+        Too few held-out pairs, or a parameter of the catalog that no overlap star has.
     """
     held_out = overlap.held_out
     n_held_out = int(np.count_nonzero(held_out))
@@ -466,6 +466,13 @@ def fit(
     x = (x - center) / scale
     sample = (_matrix(parameters, catalog) - center) / scale
     sample = sample[np.isfinite(sample[:, :k]).all(axis=1)]
+    lacking = np.isnan(x).all(axis=0) & np.isfinite(sample).any(axis=0)
+    if lacking.any():
+        names = [one.column for one, lacks in zip(parameters, lacking, strict=True) if lacks]
+        raise ModelError(
+            "no overlap star has the parameters that some rows have: " + ", ".join(names),
+            "Measure the coverage by 'neighbours', or match stars that have them.",
+        )
     # A row an overlap star: more are not counted better, the overlap stars are few.
     some = np.sort(np.random.default_rng(seed).permutation(len(sample))[: len(x)])
     distance, lacks = _held_out_places(overlap, x, sample, some, k, measure, seed)

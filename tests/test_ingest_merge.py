@@ -252,7 +252,9 @@ def test_ranges_of_keys_are_about_equal():
 
 
 def test_texts_that_share_a_hash_are_not_the_same_key(monkeypatch):
-    monkeypatch.setattr("sos_dask.ingest.keys.key_hashes", lambda ids: np.zeros(len(ids), np.uint64))
+    monkeypatch.setattr(
+        "sos_dask.ingest.keys.key_hashes", lambda ids: np.zeros(len(ids), np.uint64)
+    )
     table = pa.table({"obs_id": ["a", "b", "c", "c"], "_healpix_29": [1, 2, 3, 4]})
     assert conflicting([table]).to_pylist() == ["c"]
 

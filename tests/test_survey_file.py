@@ -331,7 +331,9 @@ def test_extras_take_no_reserved_name(name):
 
 
 def test_columns_that_corrections_add_are_reserved():
-    added = with_coverage_schema(corrected_schema(pa.schema([]), SimpleNamespace(describe=str))).names
+    added = with_coverage_schema(
+        corrected_schema(pa.schema([]), SimpleNamespace(describe=str))
+    ).names
     assert len(added) == 11
     assert {*added, FLAGS, KIND_FIELD.name} <= set(RESERVED)
 

@@ -289,7 +289,9 @@ def test_errors_of_other_labels_or_inputs_are_refused(saved, tmp_path, key, name
 )
 def test_only_the_default_problem_has_errors(saved, tmp_path, problem):
     _, document, table = saved
-    with pytest.raises(ModelError, match="errors can be modelled of teff, logg, feh by teff / 5040"):
+    with pytest.raises(
+        ModelError, match="errors can be modelled of teff, logg, feh by teff / 5040"
+    ):
         load_errors(write(tmp_path, document, table), problem)
 
 

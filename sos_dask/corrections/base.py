@@ -21,7 +21,7 @@ from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.settings import Settings
 from sos_dask.stats.numbers import Histogram, count
 
-MODEL_FORMAT = 2
+MODEL_FORMAT = 3
 MODEL_FILE = "model.json"
 SEAL = "sha256"
 

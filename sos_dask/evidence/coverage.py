@@ -29,7 +29,6 @@ Neighbours are counted once, at the nodes of a grid over the inputs; rows are lo
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -45,7 +44,7 @@ from sos_dask.evidence.growth import Growth, Noise
 from sos_dask.evidence.widening import LACKING, OUTSIDE, Limits, Placed, Widths, fit_widths
 from sos_dask.problem import DEFAULT, Input, Problem
 from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
-from sos_dask.stats.table import Grid
+from sos_dask.stats.table import Grid, pack
 
 FloatArray = NDArray[np.float64]
 Float32Array = NDArray[np.float32]
@@ -338,10 +337,7 @@ class CoverageModel:
             "widths": self.widths.as_json(),
         }
         files = {MODEL_FILE: json.dumps(document, indent=1, sort_keys=True).encode()}
-        for name, array in ((TABLE_FILE, self.places.values), (OVERLAP_FILE, self.overlap)):
-            file = io.BytesIO()
-            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-            files[name] = file.getvalue()
+        files |= {TABLE_FILE: pack([self.places.values]), OVERLAP_FILE: pack([self.overlap])}
         if self.ratio is not None:
             files[RATIO_FILE] = self.ratio.model
         return files

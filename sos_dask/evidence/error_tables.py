@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from sos_dask import __version__
 from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.schema import LABELS
-from sos_dask.stats.table import Grid
+from sos_dask.stats.table import Grid, pack, unpack
 
 ERROR_FORMAT = 1
 ERROR_FILE, TABLE_FILE = "error.json", "error.npy"
@@ -160,11 +159,8 @@ class ErrorModel:
 
     def files(self) -> dict[str, bytes]:
         """Pack the model into files, by name; equal models give equal bytes."""
-        file = io.BytesIO()
         tables = (self.values, self.profile, self.sparse)
-        for array in (*tables, self.reference, self.reference_profile):
-            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-        table = file.getvalue()
+        table = pack([*tables, self.reference, self.reference_profile])
         document = {
             "format": ERROR_FORMAT,
             "sos_dask": __version__,
@@ -256,9 +252,7 @@ def load_errors(directory: Path, problem: Problem = DEFAULT) -> ErrorModel:
                 f"{list(expected)}",
                 "Give the error model that was made from this correction's held-out pairs.",
             )
-    file = io.BytesIO(content)
-    arrays = [np.lib.format.read_array(file, allow_pickle=False) for _ in range(5)]
-    values, profile, sparse, reference, reference_profile = arrays
+    values, profile, sparse, reference, reference_profile = unpack(content, str(table))
     grid = error_grid(document["low"], document["high"])
     return ErrorModel(
         grid, values, profile, sparse, reference, reference_profile, document["about"]

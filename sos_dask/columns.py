@@ -10,6 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+FloatArray: TypeAlias = NDArray[np.float64]
+Float32Array: TypeAlias = NDArray[np.float32]
+IntArray: TypeAlias = NDArray[np.int64]
+FloatingArray: TypeAlias = NDArray[np.floating]
+"""Of either precision."""
+BoolArray: TypeAlias = NDArray[np.bool_]
 KeyArray: TypeAlias = NDArray[np.uint64]
 
 # SplitMix64 (Steele, Lea & Flood 2014, OOPSLA): the step of its counter and its finaliser.
@@ -18,24 +24,24 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], dtype=np.uint64)  # of a word
 
 
-def floats(table: pa.Table, name: str) -> NDArray[np.float64]:
+def floats(table: pa.Table, name: str) -> FloatArray:
     """A column of numbers, shape (n,); it may share memory with the table."""
     return np.asarray(_filled(table[name].cast(pa.float64())))
 
 
-def floats_or_nan(table: pa.Table, name: str) -> NDArray[np.float64]:
+def floats_or_nan(table: pa.Table, name: str) -> FloatArray:
     """A column of numbers, shape (n,); all nan where the table does not have it."""
     if name not in table.schema.names:
         return np.full(table.num_rows, np.nan)
     return floats(table, name)
 
 
-def floats32(table: pa.Table, name: str) -> NDArray[np.float32]:
+def floats32(table: pa.Table, name: str) -> Float32Array:
     """A column of numbers, shape (n,), rounded; it may share memory with the table."""
     return np.asarray(_filled(table[name].cast(pa.float32())))
 
 
-def matrix32(table: pa.Table, names: Sequence[str]) -> NDArray[np.float32]:
+def matrix32(table: pa.Table, names: Sequence[str]) -> Float32Array:
     """Columns of numbers side by side, shape (n, len(names)), rounded."""
     return np.stack([floats32(table, name) for name in names], axis=1)
 
@@ -88,7 +94,7 @@ def _text_numbers(text: pa.Array, seed: int) -> KeyArray:
     words = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))  # one from every byte on
     length, start = np.diff(bounds), bounds[:-1].astype(np.int64) - bounds[0]
     number = mixed(length.astype(np.uint64) + np.uint64((seed * GOLDEN) % 2**64))
-    rows: slice | NDArray[np.int64] = slice(None)
+    rows: slice | IntArray = slice(None)
     left = length > 0
     while left.any():  # only rows with bytes left: one long text costs no other row anything
         if not left.all():
@@ -125,13 +131,13 @@ def is_text(values: Values) -> bool:
     return isinstance(values, pa.Array) and pa.types.is_string(values.type)
 
 
-def is_valid(column: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:
+def is_valid(column: pa.Array | pa.ChunkedArray) -> BoolArray:
     """Rows that have a value."""
     # By way of bytes: Arrow turns bits into booleans of NumPy one by one.
     return np.asarray(column.is_valid().cast(pa.uint8()).to_numpy().view(np.bool_))
 
 
-def split(values: Values) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+def split(values: Values) -> tuple[NDArray[Any], BoolArray | None]:
     """Numbers, 0 where null, and where they are null (None: nowhere)."""
     if not isinstance(values, pa.Array):
         return values, None
@@ -141,7 +147,7 @@ def split(values: Values) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
     return filled.to_numpy(zero_copy_only=False), ~is_valid(values)
 
 
-def as_array(values: NDArray[Any], valid: NDArray[np.bool_] | None = None) -> pa.Array:
+def as_array(values: NDArray[Any], valid: BoolArray | None = None) -> pa.Array:
     """Numbers as an Arrow array that shares their memory, null where they are not valid."""
     if valid is None or valid.all():
         return pa.array(values)
@@ -151,7 +157,7 @@ def as_array(values: NDArray[Any], valid: NDArray[np.bool_] | None = None) -> pa
     return pa.Array.from_buffers(kind, len(values), [bits, pa.py_buffer(values)])
 
 
-def taken(column: pa.Array, index: NDArray[np.int64]) -> pa.Array:
+def taken(column: pa.Array, index: IntArray) -> pa.Array:
     """Rows of an array in the order of an index, in half the time of `pyarrow.Array.take`.
 
     Numbers and nulls are taken apart, and the index is not checked.

@@ -475,7 +475,7 @@ def test_a_model_without_a_problem_is_refused(saved):
     assert document["problem"] == DEFAULT.as_json
     del document[models.base.SEAL], document["problem"]
     (saved / "model.json").write_bytes(models.base.sealed(document))
-    with pytest.raises(ModelError, match="model.json: incomplete: it has no problem"):
+    with pytest.raises(ModelError, match=r"model\.json: incomplete: it has no problem"):
         models.load(saved)
 
 

@@ -127,7 +127,7 @@ def test_a_correction_by_other_inputs_is_refused(build, tmp_path):
     del document[SEAL]
     (model / "model.json").write_bytes(sealed(document))
     stage = Uncertainty({"evidence": build / "evidence", "model": model})
-    with pytest.raises(ModelError, match="the correction is of teff, logg, feh by .* logg, rv"):
+    with pytest.raises(ModelError, match=r"the correction is of teff, logg, feh by .* logg, rv"):
         stage.check()
 
 

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.corrections.base import Content, Float32Array, FloatArray, IntArray
+from sos_dask.columns import Float32Array, FloatArray, IntArray
+from sos_dask.corrections.base import Content
 from sos_dask.errors import ModelError
 from sos_dask.stats.table import Grid, pack, unpack
 

@@ -27,14 +27,12 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from sos_dask.columns import mixed
+from sos_dask.columns import Float32Array, FloatArray, mixed
 from sos_dask.corrections import hybrid, polynomial
 from sos_dask.corrections.base import (
     Batch,
     Content,
     Correction,
-    Float32Array,
-    FloatArray,
     ModelInfo,
     Progress,
     Rows,

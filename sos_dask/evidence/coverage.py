@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.evidence.growth import Growth, Noise
 from sos_dask.evidence.widening import LACKING, OUTSIDE, Limits, Placed, Widths, fit_widths
@@ -46,10 +47,6 @@ from sos_dask.problem import DEFAULT, Input, Problem
 from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
 from sos_dask.stats.table import Grid, pack
 
-FloatArray = NDArray[np.float64]
-Float32Array = NDArray[np.float32]
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
 Columns = Mapping[str, NDArray[np.floating]]
 
 MEASURES = ("neighbours", "ratio")
@@ -462,9 +459,12 @@ def fit(
     x = (x - center) / scale
     sample = (_matrix(parameters, catalog) - center) / scale
     sample = sample[np.isfinite(sample[:, :k]).all(axis=1)]
-    lacking = np.isnan(x).all(axis=0) & np.isfinite(sample).any(axis=0)
-    if lacking.any():
-        names = [one.column for one, lacks in zip(parameters, lacking, strict=True) if lacks]
+    names = [
+        one.column
+        for one, of_overlap, of_rows in zip(parameters, x.T, sample.T, strict=True)
+        if np.isnan(of_overlap).all() and np.isfinite(of_rows).any()
+    ]
+    if names:
         raise ModelError(
             "no overlap star has the parameters that some rows have: " + ", ".join(names),
             "Measure the coverage by 'neighbours', or match stars that have them.",

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask import __version__
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.schema import LABELS
@@ -24,11 +25,6 @@ ERROR_FILE, TABLE_FILE = "error.json", "error.npy"
 N_CELLS = 48  # along each axis
 N_STEPS = 1024  # of log S/N
 LOG_SNR = (float(np.log(0.1)), float(np.log(1e4)))
-
-Float32Array = NDArray[np.float32]
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 
 def error_grid(low: Sequence[float], high: Sequence[float]) -> Grid:
@@ -193,7 +189,7 @@ def require_default(problem: Problem) -> None:
     if problem != DEFAULT:
         raise ModelError(
             f"errors can be modelled of {_words(DEFAULT)}; the correction is of {_words(problem)}",
-            "Train it with the default labels and inputs, or run coverage and apply without errors.",
+            "Train with the default labels and inputs, or run coverage and apply without errors.",
         )
 
 

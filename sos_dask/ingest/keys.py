@@ -17,7 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.columns import KeyArray, is_valid, key_hashes, one_array, taken
+from sos_dask.columns import (
+    BoolArray,
+    IntArray,
+    KeyArray,
+    is_valid,
+    key_hashes,
+    one_array,
+    taken,
+)
 from sos_dask.errors import SurveyError
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
@@ -40,8 +48,6 @@ _SHIFT = 2 * (MAX_ORDER - HISTOGRAM_ORDER)
 _LARGEST = (1 << 64) - 1
 _SAMPLES, _GOLDEN_RATIO = 64, 0.6180339887498949
 
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
 Run: TypeAlias = KeyArray | Path
 """Ascending hashes, or the NumPy file that contains them."""
 

@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask.columns import KeyArray, key_numbers
+from sos_dask.columns import FloatArray, IntArray, KeyArray, key_numbers
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, SEEDS
-from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray
+from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import near_edge, near_pixel, rows_near, surroundings
 from sos_dask.stages.base import (
     Made,

@@ -14,9 +14,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask.columns import floats
+from sos_dask.columns import IntArray, floats
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, MOST_ROWS, YEARS
-from sos_dask.sky.healpix import HealpixPixel, IntArray, Ranges, in_ranges, plan_partitions
+from sos_dask.sky.healpix import (
+    HealpixPixel,
+    Ranges,
+    in_ranges,
+    plan_partitions,
+)
 from sos_dask.stages.base import (
     Made,
     Role,

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sos_dask.columns import FloatArray, IntArray
 from sos_dask.errors import ConfigError
-from sos_dask.sky.healpix import FloatArray, IntArray
 
 MEDIAN_ERROR = float(np.sqrt(np.pi / 2))  # 1.2533: of a median, in units of that of a mean
 MIN_COUNT = 20

@@ -16,11 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.columns import Float32Array, FloatArray, IntArray
 from sos_dask.errors import ModelError
-
-FloatArray = NDArray[np.float64]
-Float32Array = NDArray[np.float32]
-IntArray = NDArray[np.int64]
 
 _BLOCK_ROWS = 8192  # the arrays of a block fit the second-level cache
 

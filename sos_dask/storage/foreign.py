@@ -23,14 +23,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask.columns import key_hashes
+from sos_dask.columns import FloatArray, IntArray, key_hashes
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.schema import HEALPIX, HEALPIX_COLUMN, KEYS, nearest
 from sos_dask.sky.healpix import (
     MAX_ORDER,
-    FloatArray,
     HealpixPixel,
-    IntArray,
     Ranges,
     ang2pix,
     centre,

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from scipy.stats import spearmanr
 
+from sos_dask.columns import FloatArray
 from sos_dask.evidence.coverage import MEASURES, CoverageModel, fit
 from sos_dask.evidence.widening import CLASSES, LACKING, OUTSIDE
 from sos_dask.problem import DEFAULT
@@ -37,7 +38,6 @@ from sos_dask.storage.catalog import Catalog
 from tests.job import DEFAULT_PARTITIONS, build, methods
 
 Rows = dict[str, NDArray[Any]]
-FloatArray = NDArray[np.float64]
 LEVEL = 0.68
 PARAMETERS = tuple(item.column for item in DEFAULT.parameters)
 _SPACING = np.array([600.0, 0.6, 0.3])  # K, dex, dex that are as far as a factor e of S/N

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import verify
 from tests.job import contents
 from tests.run import apply

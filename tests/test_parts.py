@@ -5,7 +5,8 @@ import pytest
 from sos_dask.errors import StorageError
 from sos_dask.run.cluster import Cluster, silent
 from sos_dask.stages.base import Run
-from sos_dask.storage.artifact import Output, Recipe
+from sos_dask.storage.artifact import Output
+from sos_dask.storage.manifest import Recipe
 
 
 def test_a_missing_record_is_an_error_not_an_empty_product(tmp_path):

@@ -27,8 +27,8 @@ from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.stages.coverage import read_overlap
 from sos_dask.stats.numbers import knn_distance, robust_scale
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import costs, gc, status, verify
 from tests.conftest import ROOT
 from tests.job import contents, write_job

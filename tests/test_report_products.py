@@ -21,8 +21,8 @@ from sos_dask.report.style import Drawn, percent, readable
 from sos_dask.stages.generalisation import GeneralisationSettings
 from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.report import PAGE, ReportSettings, figures
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import read_build
 from tests.run import generalisation, report
 

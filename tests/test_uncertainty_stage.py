@@ -20,8 +20,8 @@ from sos_dask.problem import DEFAULT
 from sos_dask.schema import LABELS
 from sos_dask.stages.reference import common_stars
 from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings, read_calibration
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from tests.job import contents
 from tests.run import Surveys, apply, uncertainty
 from tests.sky import write_catalog

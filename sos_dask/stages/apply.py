@@ -36,9 +36,9 @@ from sos_dask.evidence.widening import INSIDE, KIND_FIELD
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
-from sos_dask.storage.artifact import Output, Recipe, Rows
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import sha256_of_file
+from sos_dask.storage.manifest import Recipe, Rows, sha256_of_file
 
 _SCORES = ("obs_id", "coverage", FLAGS, KIND_FIELD.name)
 # What is calculated of rows takes several times the memory of what is kept.

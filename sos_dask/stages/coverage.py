@@ -61,8 +61,9 @@ from sos_dask.stages.evidence import (
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
 from sos_dask.stats.numbers import uniform
-from sos_dask.storage.artifact import FileRecord, Manifest, Output, Rows
-from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
+from sos_dask.storage.artifact import Output, partition_errors, write_parquet
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import FileRecord, Manifest, Rows
 
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""

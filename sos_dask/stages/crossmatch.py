@@ -42,8 +42,9 @@ from sos_dask.stages.ids import key_column, motion_of, require_numbers, require_
 from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
 from sos_dask.stars.group import GAIA_IDS, id_values
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
-from sos_dask.storage.artifact import WORK, Output, Rows, storage_errors
-from sos_dask.storage.catalog import Catalog, partition_errors, partition_path, write_parquet
+from sos_dask.storage.artifact import Output, partition_errors, storage_errors, write_parquet
+from sos_dask.storage.catalog import Catalog, partition_path
+from sos_dask.storage.manifest import WORK, Rows
 
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
             "rv_err", "phot_g_mean_mag", "distance", "ebv", "n_obs")  # fmt: skip

@@ -36,8 +36,9 @@ from sos_dask.stages.ids import motion_of
 from sos_dask.stars.group import GAIA_IDS, Radii, group_around, rank_of
 from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
 from sos_dask.stars.unify import UnifySettings, common_differences, unify
-from sos_dask.storage.artifact import Output, Rows
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Rows
 
 _HISTOGRAM_ORDER = 8
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))

@@ -50,8 +50,9 @@ from sos_dask.stages.base import (
     write_piece,
 )
 from sos_dask.stages.projection import load_projection
-from sos_dask.storage.artifact import FileRecord, Output, Recipe, Rows
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import FileRecord, Recipe, Rows
 from sos_dask.storage.store import file_names, read_build, require_store
 
 PAGE = "report.html"

@@ -23,8 +23,8 @@ from sos_dask.problem import DEFAULT, Problem
 from sos_dask.schema import SEEDS
 from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
-from sos_dask.storage.artifact import Manifest, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest, Recipe, Rows
 
 VERSION = 8
 SEARCH_FILE = "search.json"

@@ -50,8 +50,8 @@ from sos_dask.stages.reference import common_stars
 from sos_dask.stars.folds import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import GIANT_LOGG, normalisation
 from sos_dask.stats.numbers import find_sparse
-from sos_dask.storage.artifact import Manifest, Output, Rows
-from sos_dask.storage.catalog import partition_errors
+from sos_dask.storage.artifact import Output, partition_errors
+from sos_dask.storage.manifest import Manifest, Rows
 
 CALIBRATION = "calibration.parquet"
 _MIN_COMMON = 30

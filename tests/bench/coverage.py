@@ -33,8 +33,8 @@ from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, references_avoid
 from sos_dask.simulate.surveys import SURVEYS, difficulty
 from sos_dask.stages.coverage import read_overlap
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from tests.job import DEFAULT_PARTITIONS, build, methods
 
 Rows = dict[str, NDArray[Any]]

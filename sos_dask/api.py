@@ -110,11 +110,13 @@ def _step(stage: type[Stage[Any]]) -> Callable[..., Any]:
         return made.attempt(given["directory"], **options)
 
     place, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    fields = stage.Settings.model_fields.values()
+    needed = inspect.Parameter.empty if any(one.is_required() for one in fields) else None
     signature = inspect.Signature(
         [
             *(inspect.Parameter(role.name, place) for role in fixed),
             inspect.Parameter("directory", place),
-            inspect.Parameter("settings", place, default=None),
+            inspect.Parameter("settings", place, default=needed),
             *(inspect.Parameter(role.name, named, default=None) for role in further),
             inspect.Parameter("name", named, default=""),
             inspect.Parameter("overwrite", named, default=False),
@@ -130,7 +132,7 @@ def _step(stage: type[Stage[Any]]) -> Callable[..., Any]:
         lines.append(f"{role.name} : {many}{kind}{optional}\n    {role.text}")
     lines += [
         "directory : path\n    Where the output goes; several processes may share it.",
-        f"settings : {stage.Settings.__name__}, optional",
+        f"settings : {stage.Settings.__name__}{', optional' if needed is None else ''}",
         "name : str\n    Name of the catalog; default that of the directory.",
         "overwrite : bool\n    Replace another output in ``directory``.",
     ]

@@ -135,7 +135,6 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 MOST_ROWS = 1_000_000_000
 YEARS = (1800.0, 2100.0)
-SEEDS = (0, 2**31 - 1)
 
 
 def find_name(name: str, known: Collection[str]) -> str | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sos_dask.errors import ConfigError, SosError
-from sos_dask.schema import nearest
+from sos_dask.schema import MOST_ROWS, nearest
 
 NAME_RULE = "use lower-case letters, digits and dashes, 64 at most"
 COLUMN_RULE = "use letters, digits and _ only, 64 at most, and no digit first"
@@ -92,6 +92,17 @@ def _problem(value: Any) -> str:
     return ""
 
 
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+RowsPerPartition = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=MOST_ROWS,
+        description="Pixels are split until each contains at most this many rows.",
+    ),
+]
+
+
 class Settings(BaseModel):
     """Settings of a stage, a method or a job: frozen, every field with its limits and meaning.
 
@@ -141,26 +152,29 @@ def explained(model: type[BaseModel], error: ValidationError, where: str = "") -
     errors = error.errors(include_url=False)
     # A wrong name makes others missing: it is the fault.
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    place = ".".join(str(part) for part in first["loc"])
+    # Members of a union are no keys.
+    loc = [part for part in map(str, first["loc"]) if not re.match(r"[\w-]+\[", part)]
+    place = ".".join(loc)
     inside: Any = model
-    for part in first["loc"][:-1]:
-        inside = _inner(inside, str(part))
+    for part in loc[:-1]:
+        inside = _inner(inside, part)
     if first["type"] == "extra_forbidden":
         fields = getattr(inside, "model_fields", {})
         known = [name for name, field in fields.items() if not field.exclude or field.description]
         return ConfigError(
             f"{where}unknown key '{place}'",
-            nearest(str(first["loc"][-1]), known) or f"Known are: {', '.join(known)}.",
+            nearest(loc[-1], known) or f"Known are: {', '.join(known)}.",
         )
     if first["type"] == "missing":
         return ConfigError(f"{where}'{place}' is missing")
     if first["type"] in ("model_type", "dict_type"):
-        hint = getattr(model, "TABLE_HINTS", {}).get(first["loc"][0])
+        hint = getattr(model, "TABLE_HINTS", {}).get(loc[0])
         return ConfigError(
             f"{where}{place} = {first['input']!r:.60} is given where a table is needed",
             hint or f"Write a table [{place}] with its keys.",
         )
     message = str(first["msg"]).removeprefix("Value error, ").replace("valid tuple", "list")
+    message = message.replace("Input should be", "must be")
     given = first["input"]
     shown = "" if not place or isinstance(given, dict | BaseModel) else f" (given: {given!r:.60})"
     return ConfigError(f"{where}{place + ': ' if place else ''}{message}{shown}")

@@ -2,11 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
+from sos_dask.errors import ConfigError, ModelError
+from sos_dask.stages.apply import Apply, ApplySettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import verify
@@ -61,6 +64,20 @@ def test_the_steps_before_make_the_bytes_of_a_rebuild(cli: Cli, build, tmp_path)
     made("model.polynomial", "train", tmp_path / "pairs", "-m", "polynomial")
     assert cli(*united, "--no-offsets", "-o", "unshifted", "-w", 0).code == 0
     assert not rows(tmp_path / "unshifted").equals(rows(build / "reference"))
+
+
+def test_a_fallback_that_is_not_there_is_refused(build, tmp_path):
+    inputs = {"model": build / "model.polynomial", "observations": build / "lamost.observations"}
+    covered = {**inputs, "coverage": build / "coverage"}
+    cases: list[tuple[dict[str, Path], Any]]
+    cases = [(covered, "polynomial"), (inputs, "none"), (inputs, "polynomial")]
+    for given, fallback in cases:
+        with pytest.raises(ConfigError, match=f"the fallback is '{fallback}'"):
+            Apply(given, ApplySettings(fallback=fallback)).run(tmp_path / "out")
+    smooth = {"smooth": build / "model.polynomial"}
+    for given in ({**covered, **smooth}, {**inputs, **smooth}):
+        with pytest.raises((ConfigError, ModelError), match="the fallback is 'edge'"):
+            Apply(given).run(tmp_path / "out")
 
 
 def test_what_the_correction_fades_to(cli: Cli, build, tmp_path):

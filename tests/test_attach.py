@@ -88,5 +88,5 @@ def test_nothing_is_overwritten_or_made_up(tmp_path, companion):
             tmp_path / "c",
             AttachSettings(columns={"ebv": "ebv"}, by="position"),
         )
-    with pytest.raises(ConfigError, match="by: Input should be"):
+    with pytest.raises(ConfigError, match="by: must be"):
         AttachSettings(columns={"ebv": "ebv"}, by="name")  # type: ignore[arg-type]

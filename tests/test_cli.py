@@ -322,7 +322,7 @@ def test_too_few_pairs(cli, small_store, small_sky, tmp_path):
 
 BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "radius 0": (["crossmatch", "{lamost.stars}", "{reference}", "--radius-arcsec", "0"], 3,
-                 ["radius_arcsec: Input should be greater than 0"]),
+                 ["radius_arcsec: must be greater than 0"]),
     "radius below 0": (["dedupe", "{lamost.observations}", "--radius-arcsec", "-1"], 3,
                        [r"radius_arcsec: .*given: -1\.0"]),
     "radius nan": (["reference", "a={apogee.stars}", "--radius-arcsec", "nan"], 3,
@@ -332,10 +332,10 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "partition": (["apply", "{model.polynomial}", "{lamost.observations}", "--partitions", "99"],
                   3, ["partitions are 0 to"]),
     "dedupe method": (["dedupe", "{lamost.observations}", "--method", "mean"], 3,
-                      ["method: Input should be 'inverse-variance'"]),
+                      ["method: must be 'inverse-variance'"]),
     "unify method": (["reference", "a={apogee.stars}", "--method", "mean"], 3, ["precedence"]),
     "pairs": (["crossmatch", "{lamost.stars}", "{reference}", "--radius-arcsec", "1", "--pairs",
-               "most"], 3, ["pairs: Input should be 'best' or 'all'"]),
+               "most"], 3, ["pairs: must be 'best' or 'all'"]),
     "same name": (["reference", "a={apogee.stars}", "a={galah.stars}"], 3,
                   ["two surveys are named 'a'"]),
     "no name": (["reference", "{apogee.stars}"], 3, ["is not NAME=DIRECTORY"]),

@@ -32,7 +32,10 @@ EQUAL = {"boosted": (1.0, 1.0, 1.0), "hybrid": (1.0, 1.0, 1.0), "polynomial": (1
 def test_the_smoothest_of_those_that_are_as_good():
     choice = chosen("balanced", EQUAL)
     assert choice.method == "hybrid"
-    assert choice.why.startswith("hybrid: the smoothest (roughness 0.100) of boosted and hybrid")
+    assert choice.why.startswith(
+        "hybrid: no label is significantly worse than with the best method; the smoothest "
+        "(roughness 0.100) of boosted and hybrid; "
+    )
     assert "polynomial is worse in teff scatter by 5.00 % [4." in choice.why
     by, low, high = choice.scores["polynomial"]["worse_in"]["teff scatter"]
     assert low < by < high

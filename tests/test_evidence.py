@@ -12,7 +12,7 @@ import pytest
 from sos_dask.api import train
 from sos_dask.columns import floats32, key_numbers
 from sos_dask.corrections import load
-from sos_dask.errors import CatalogError, ClusterError
+from sos_dask.errors import CatalogError, ClusterError, ModelError
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.stages.compare import Compare
@@ -203,6 +203,36 @@ def test_memory_that_is_needed_stops_growing(pairs, monkeypatch):
     monkeypatch.setattr("sos_dask.run.cluster.memory_bytes", lambda: 500 << 20)
     with pytest.raises(ClusterError, match="compare: 1,000,000 pairs"):
         require_evidence(Cluster(), Many(10**7), "compare", 300 << 20, 400)  # type: ignore[arg-type]
+
+
+def test_evidence_of_another_model_is_refused(build, pairs, tmp_path):
+    """Two models of one method: columns are found by the method's name."""
+    other = tmp_path / "other"
+    train(pairs, other, TrainSettings(method="polynomial", params={"order": 1}))
+    make_evidence(pairs, {"polynomial": build / "model.polynomial"}, tmp_path / "evidence")
+    of_table = {"evidence": tmp_path / "evidence"}
+    with pytest.raises(ModelError, match="was made without the model"):
+        Uncertainty({**of_table, "model": other}).run(tmp_path / "uncertainty")
+    with pytest.raises(ModelError, match="was made without the model"):
+        Compare({**of_table, "model.polynomial": other}).run(tmp_path / "compare")
+    more = {
+        "pairs": pairs,
+        "observations": build / "lamost.observations",
+        "stars": build / "lamost.stars",
+    }
+    with pytest.raises(ModelError, match="was made without the model"):
+        Coverage({**of_table, "model": other, **more}).run(tmp_path / "coverage")
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("other", "evidence")]
+
+
+def test_other_pairs_of_the_evidence_are_another_output(build, pairs, tmp_path):
+    model = build / "model.polynomial"
+    prints = []
+    for name, settings in (("all", None), ("some", EvidenceSettings(max_pairs=200))):
+        make_evidence(pairs, {"polynomial": model}, tmp_path / name, settings)
+        stage = Uncertainty({"evidence": tmp_path / name, "model": model})
+        prints.append(Uncertainty.recipe(stage.settings, stage.fingerprints()).fingerprint)
+    assert prints[0] != prints[1]
 
 
 def test_a_further_method_leaves_what_depends_on_the_chosen_model_alone():

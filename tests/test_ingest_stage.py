@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -88,6 +90,18 @@ def test_what_decides_no_row_is_not_in_the_recipe():
     assert recipes[0] == recipes[1] == recipes[2]
     other = SurveySettings(survey=survey(missing=[]), name="mock")
     assert recipes[0] != Ingest.recipe(other, {"file.0": "a" * 64})
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
+    path = write_fits(tmp_path / "stars.fits", rows(500))
+
+    def change(step: str, done: int, total: int) -> None:
+        if step.startswith("write") and done == 0:
+            os.utime(path, ns=(1, 1))
+
+    with pytest.raises(CatalogError, match="was changed while"):
+        ingest(survey(), [path], tmp_path / "out", report=change)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_refused_files_leave_nothing_behind(tmp_path):

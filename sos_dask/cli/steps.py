@@ -283,6 +283,8 @@ def train(
         )
     if chosen.search and not search_space(method):
         raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
+    if chosen.validation != "auto":
+        options.refuse(("kfold_limit",), f"with --validation {chosen.validation}")
     stage = Train({"pairs": catalog}, chosen)
     if not asks_workers(catalog, chosen):
         if options.workers != 0:

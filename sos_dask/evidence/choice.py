@@ -152,22 +152,22 @@ def _balanced(
 ) -> tuple[str, str]:
     """Method and why."""
     good = [method for method in scatter if not worse[method]]
-    what = "in no label worse than the best"
+    what = "no label is significantly worse than with the best method"
     if not good:
         behind = _worse(scatter, tolerance)
         good = [method for method in scatter if method not in behind]
-        what = "worse than the best in some label, but not in the scatter averaged over them"
+        what = "every method is worse in some label; not in the scatter averaged over them"
     listed = " and ".join([", ".join(good[:-1]), good[-1]])
     if len(good) == 1:
-        chosen, why = good[0], f"the only one {what}"
+        chosen, why = good[0], what
     elif known := [method for method in good if method in smooth]:
         chosen = min(known, key=lambda method: smooth[method])
-        why = f"the smoothest (roughness {smooth[chosen]:.3f}) of {listed}, {what}"
+        why = f"{what}; the smoothest (roughness {smooth[chosen]:.3f}) of {listed}"
     else:
         chosen = min(good, key=lambda method: scatter[method].value)
         why = (
-            f"the smallest held-out scatter of {listed}, {what}; which is smoothest too few "
-            "cells with pairs can tell"
+            f"{what}; the smallest held-out scatter of {listed}: too few cells have pairs to "
+            "compare their smoothness"
         )
     rejected = []
     for method in scatter:

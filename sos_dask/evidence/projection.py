@@ -23,7 +23,7 @@ from pydantic import Field
 
 from sos_dask.columns import Float32Array, FloatArray, IntArray
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.settings import Settings
+from sos_dask.settings import Seed, Settings
 from sos_dask.stats.numbers import uniform
 
 # Cells of label space whose rows are sampled alike.
@@ -59,7 +59,7 @@ class ProjectionSettings(Settings):
         description="Of the rows of the target that get a place, chosen by their keys; the pairs "
         "all get one",
     )
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 def strata(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) -> IntArray:

@@ -24,6 +24,21 @@ from sos_dask.stages.uncertainty import UncertaintySettings
 from sos_dask.stars.group import DedupeSettings
 
 JOB_FORMAT = 1
+_SEED = "Give seed at the top of the job."
+# Settings of stages that a job gives in another place, or that are gone.
+_ELSEWHERE = {
+    ("crossmatch", "seed"): _SEED,
+    ("compare", "seed"): _SEED,
+    ("compare", "axes"): "The bins are fixed.",
+    ("uncertainty", "seed"): _SEED,
+    ("uncertainty", "target"): "Give target_name at the top of the job.",
+    ("coverage", "seed"): _SEED,
+    ("coverage", "radius_arcsec"): "It is that of [dedupe].",
+    ("coverage", "compare"): "It is gone: measures are no longer ranked.",
+    ("projection", "seed"): _SEED,
+    ("generalisation", "seed"): _SEED,
+    ("generalisation", "methods"): "They are those of [train].",
+}
 
 
 class SurveySection(Settings):
@@ -218,6 +233,9 @@ def load_job(path: str | Path) -> Job:
         text, raw = parse_toml(content, ConfigError)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}", error.hint) from None
+    for (section, key), hint in _ELSEWHERE.items():
+        if isinstance(raw.get(section), dict) and key in raw[section]:
+            raise ConfigError(f"{path}: unknown key '{section}.{key}'", hint)
     if "unify" in raw:
         raise ConfigError(
             f"{path}: [unify] was renamed", "Write [reference_union]; its keys are the same."

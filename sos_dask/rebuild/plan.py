@@ -69,12 +69,15 @@ class Step:
     settings : Settings
     inputs : mapping of str to str or Path
         By role: the name of a product, or a path for what no step makes.
+    catalog : str
+        Name that a catalog gives itself; default that of the product.
     """
 
     product: str
     stage: type[Stage[Any]]
     settings: Settings
     inputs: Mapping[str, str | Path]
+    catalog: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,9 @@ class Planned:
 
     def run(self, cluster: Cluster, report: Report) -> None:
         """Make the output."""
+        name = self.step.catalog or self.product
         stage = self.step.stage(
-            self.inputs, self.step.settings, product=self.product, known=self.fingerprints
+            self.inputs, self.step.settings, product=name, known=self.fingerprints
         )
         stage.run(self.directory, cluster=cluster, report=report)
 
@@ -195,7 +199,7 @@ def _target_steps(
     if job.projection is not None:
         settings = _own(job, ProjectionStage, job.projection)
         inputs = {"observations": observations, "pairs": "pairs"}
-        yield Step("projection", ProjectionStage, settings, inputs)
+        yield Step("projection", ProjectionStage, settings, inputs, f"{target}.projection")
 
 
 def _apply_step(job: Job, target: str, observations: str) -> Step:
@@ -233,7 +237,7 @@ def _survey_steps(
         settings = _own(job, Attach, attached).but(columns=columns)
         inputs = {"catalog": observations, "other": other}
         observations = f"{name}.with-{companion}"
-        yield Step(observations, Attach, settings, inputs)
+        yield Step(observations, Attach, settings, inputs, f"{name}.observations")
     if job.ingest.margin_arcsec is not None:
         margin = Margin.Settings(radius_arcsec=job.ingest.margin_arcsec)
         yield Step(f"{name}.collection", Margin, margin, {"catalog": observations})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -57,25 +56,6 @@ class ApplySettings(Settings):
     partitions: str = Field(
         "all", exclude=True, description="all, i/N, indices 0-9,12 or HEALPix pixels 2:44"
     )
-
-
-@dataclass(frozen=True)
-class Trust:
-    """How far the correction is trusted, and what stands in for it where it is not.
-
-    Parameters
-    ----------
-    coverage : Catalog
-        Output of the stage coverage for the same catalog.
-    fallback : str
-        See `ApplySettings`.
-    smooth : Path, optional
-        Directory of the smooth model.
-    """
-
-    coverage: Catalog
-    fallback: str = "edge"
-    smooth: Path | None = None
 
 
 def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
@@ -173,6 +153,15 @@ class Apply(Stage[ApplySettings]):
         parse_partitions(self.settings.partitions, self.observations.pixels)
         if "coverage" in self.inputs:
             self._check_coverage()
+        fallback = self.settings.fallback
+        fades = "coverage" in self.inputs and fallback == "polynomial"
+        if fades != ("smooth" in self.inputs) or (
+            fallback != "edge" and "coverage" not in self.inputs
+        ):
+            raise ConfigError(
+                f"the fallback is '{fallback}', but the inputs are {', '.join(self.inputs)}",
+                "A fallback needs a coverage; 'polynomial' and only it needs a smooth model, too.",
+            )
         if "errors" in self.inputs:
             sha256 = sha256_of_file(self.path("model") / corrections.MODEL_FILE)
             load_errors(self.path("errors"), correction.problem).require(sha256)

@@ -46,14 +46,12 @@ class Role:
     Parameters
     ----------
     name : str
-        Name of the input. With ``many`` its inputs are ``<prefix><name of the input>``.
+        Name of the input; with ``many`` of ``<name>.<...>``, such as ``model.boosted``.
     text : str
         What it is, for help.
     kind : str
         ``catalog``, or ``output``: a directory that another stage made.
-    optional : bool
-    many : str
-        Prefix, or empty for one input: ``model.`` for ``model.boosted``, ``model.polynomial``.
+    optional, many : bool
     """
 
     name: str
@@ -187,7 +185,11 @@ class Stage(Generic[S]):
     def run(self, directory: str | Path, **options: Any) -> Manifest:
         """Make the output, or finish it: `attempt` where no other process makes parts of it."""
         made = self.attempt(directory, **options)
-        assert made is not None, f"parts of {directory} are missing"
+        if made is None:
+            raise StorageError(
+                f"{directory}: parts of other processes are missing",
+                "Run the other parts, too; `attempt` is for one of several processes.",
+            )
         return made
 
     def attempt(
@@ -223,9 +225,9 @@ class Stage(Generic[S]):
         if output.complete:
             return output.load_manifest()
         run = Run(output, cluster or Cluster(), report)
-        if self.partitioned:
-            self.require_partition(run.cluster, self.catalog(self.partitioned))
         with unless_complete(output):
+            if self.partitioned:
+                self.require_partition(run.cluster, self.catalog(self.partitioned))
             made = self.make(run)
             if made is None:
                 return _made_by_another(output)

@@ -42,7 +42,7 @@ from sos_dask.evidence.smoothness import (
 )
 from sos_dask.evidence.trends import AXES
 from sos_dask.schema import LABELS
-from sos_dask.settings import Settings
+from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import (
     columns_of,
@@ -50,6 +50,7 @@ from sos_dask.stages.evidence import (
     held_out_columns,
     problem_of,
     read_evidence,
+    require_models_of,
     require_rows,
 )
 from sos_dask.stats.binned import Axis
@@ -75,7 +76,7 @@ class CompareSettings(Settings):
     tolerance: float = Field(
         TOLERANCE, ge=0, lt=1, description="Worse is only what is so by a larger share of the best"
     )
-    seed: int = Field(0, ge=0, description="Of the resamples")
+    seed: Seed = Field(0, description="Of the resamples")
     axes: tuple[Axis, ...] = Field(
         tuple(axis for axis in AXES if axis.name in LABELS),
         description="Bins along each label of the target; their cells are those of the artifacts",
@@ -115,6 +116,7 @@ class Compare(Stage[CompareSettings]):
 
     def make(self, run: Run) -> Made:
         """Measure every method and every label, then choose."""
+        require_models_of(self)
         evidence, labels = self.manifest("evidence"), problem_of(self.path("evidence")).names
         require_rows(run, self.path("evidence"), _PROCESS_BYTES, _BYTES_A_PAIR)
         of_methods = run.parts("methods", dict.fromkeys(self.methods), self.artifacts_of)

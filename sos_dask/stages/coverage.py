@@ -34,13 +34,13 @@ from sos_dask.correct import (
 from sos_dask.errors import CatalogError
 from sos_dask.evidence.coverage import CoverageModel, Overlap, Target
 from sos_dask.evidence.coverage import fit as fit_coverage
-from sos_dask.evidence.error_tables import ErrorModel, load_errors, require_default
+from sos_dask.evidence.error_tables import ErrorModel, load_errors
 from sos_dask.evidence.growth import MIN_GROWTH_PAIRS
 from sos_dask.evidence.maps import SKY_ORDER, coarse, count_maps, follow_up, sum_maps
 from sos_dask.evidence.widening import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, Limits, counted
 from sos_dask.problem import Problem
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.settings import Settings
+from sos_dask.settings import Seed, Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.base import (
@@ -56,6 +56,7 @@ from sos_dask.stages.evidence import (
     OfModel,
     held_out_columns,
     read_evidence,
+    require_models_of,
     single_observations,
 )
 from sos_dask.stars.group import GAIA_IDS
@@ -63,7 +64,7 @@ from sos_dask.stars.match import MatchSettings, match
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, partition_errors, write_parquet
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import FileRecord, Manifest, Rows
+from sos_dask.storage.manifest import FileRecord, Manifest, Rows, sha256_of_file
 
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
@@ -103,19 +104,22 @@ class CoverageSettings(Settings):
         le=180 * 3600,
         description="Within it a row belongs to a star with a large spread or an ambiguous match",
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="Other seeds sample other rows")
+    seed: Seed = Field(0, description="Other seeds sample other rows")
 
     @field_validator("grid")
     @classmethod
     def _low_and_high(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
         for label, (low, high) in value.items():
+            if label not in GRID_STEPS:
+                raise ValueError(f"'{label}' is not one of {', '.join(GRID_STEPS)}")
             if not low < high:
                 raise ValueError(f"{label}: {low:g} is not below {high:g}")
         return value
 
     @model_validator(mode="after")
     def _limits_in_order(self) -> CoverageSettings:
-        Limits(inside=self.inside, outside=self.outside)
+        if not self.outside < self.inside:
+            raise ValueError(f"outside = {self.outside:g} is not below inside = {self.inside:g}")
         return self
 
     @property
@@ -167,13 +171,15 @@ class Coverage(OfModel[CoverageSettings]):
         return load_errors(self.path("errors"), self.problem)
 
     def check(self) -> None:
-        """Refuse a catalog that lacks a column, and errors of another problem."""
-        self.observations.require(*self.problem.columns, HEALPIX_COLUMN, "obs_id", "ra", "dec")
+        """Refuse a catalog that lacks a column, and errors of another correction."""
         if "errors" in self.inputs:
-            require_default(self.problem)
+            sha256 = sha256_of_file(self.path("model") / corrections.MODEL_FILE)
+            load_errors(self.path("errors"), self.problem).require(sha256)
+        self.observations.require(*self.problem.columns, HEALPIX_COLUMN, "obs_id", "ra", "dec")
 
     def make(self, run: Run) -> Made:
         """Sample the rows, fit the model, score all rows and count them."""
+        require_models_of(self)
         catalog = self.observations
         samples = {
             f"{_KEYS[role]}-{key}": (role, pixel)

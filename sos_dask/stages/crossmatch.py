@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask.columns import FloatArray, IntArray, KeyArray, key_numbers
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, SEEDS
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
+from sos_dask.settings import Seed
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import near_edge, near_pixel, rows_near, surroundings
 from sos_dask.stages.base import (
@@ -72,7 +73,7 @@ class CrossmatchSettings(MatchSettings):
         description="Folds for cross-validation; all pairs of a star are in one.",
         json_schema_extra={"option": "--folds"},
     )
-    seed: int = Field(0, ge=SEEDS[0], le=SEEDS[1], description="Other seeds give other folds.")
+    seed: Seed = Field(0, description="Other seeds give other folds.")
 
     @property
     def radii(self) -> tuple[float, float]:

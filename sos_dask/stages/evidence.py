@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -23,18 +22,18 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import floats32, key_numbers, matrix32
-from sos_dask.errors import CatalogError, ModelError
+from sos_dask.errors import CatalogError, ModelError, SosError
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.settings import Settings
-from sos_dask.stages.base import Made, Role, Run, S, Stage
+from sos_dask.stages.base import Made, Role, Run, S, Stage, unless_complete
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stats.bootstrap import groups_of
 from sos_dask.stats.numbers import find_sparse
 from sos_dask.storage.artifact import Output, partition_errors, write_parquet
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
+from sos_dask.storage.manifest import WORK, FileRecord, Manifest, Recipe, Rows
 
 EVIDENCE = "evidence.parquet"
 HELD_OUT = "held_out.parquet"
@@ -99,7 +98,8 @@ class Evidence(Stage[EvidenceSettings]):
         """Make the table in one task."""
         pairs = self.catalog("pairs")
         bytes_a_pair = _BYTES_A_PAIR + 24 * len(self.methods)
-        require_evidence(run.cluster, pairs, self.name, _PROCESS_BYTES, bytes_a_pair)
+        most = self.settings.max_pairs
+        require_evidence(run.cluster, pairs, self.name, _PROCESS_BYTES, bytes_a_pair, most)
         (done,) = run.parts("table", {"table": None}, self.table)
         run.files.append(FileRecord(**done["file"]))
         n_left_out = pairs.n_rows - done["n_fit"]
@@ -176,6 +176,34 @@ class OfModel(Stage[S]):
         inputs = {name: value for name, value in fingerprints.items() if name != "evidence"}
         return Recipe(cls.name, cls.version, params, inputs)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the inputs, and what else than the default the evidence was made with."""
+        prints = super().fingerprints()
+        if not self.known:
+            given = self.manifest("evidence").recipe.params["settings"]
+            most = EvidenceSettings.model_fields["max_pairs"].default
+            if given["max_pairs"] != most:
+                prints["evidence_pairs"] = str(given["max_pairs"])
+        return prints
+
+
+def require_models_of(stage: Stage[Any]) -> None:
+    """Refuse evidence that does not have the predictions of the models that a stage gets.
+
+    Raises
+    ------
+    ModelError
+        Naming the model.
+    """
+    inputs = stage.manifest("evidence").recipe.inputs
+    made_of = {value for name, value in inputs.items() if name.startswith("model.")}
+    for name in stage.named("model"):
+        if stage.manifest(name).fingerprint not in made_of:
+            raise ModelError(
+                f"{stage.path('evidence')} was made without the model {stage.path(name)}",
+                "Make the evidence of these pairs and all models that are asked for.",
+            )
+
 
 def on_pairs(
     stage: type[Stage[S]],
@@ -189,7 +217,7 @@ def on_pairs(
     cluster: Cluster | None = None,
     report: Report = silent,
 ) -> Manifest:
-    """Run a stage by itself: its evidence is made beside the output, and removed afterwards.
+    """Run a stage by itself: its evidence is an intermediate product of the output.
 
     Parameters
     ----------
@@ -206,23 +234,29 @@ def on_pairs(
     """
     named = {f"model.{method}": path for method, path in models.items()}
     evidence = Evidence({"pairs": pairs, **named})
-    # Of this process alone: another one may work on the same output.
-    path = directory.absolute().with_name(f".{directory.name}.evidence-{uuid.uuid4().hex[:8]}")
+    path = directory.absolute() / WORK / "evidence"
     one = stage({"evidence": path, **more}, settings)
     evidence.check()
+    one.check()
     prints = {
         name: x.fingerprint if isinstance(x, Catalog) else Manifest.load(x).fingerprint
         for name, x in more.items()
     }
     recipe = Evidence.recipe(evidence.settings, evidence.fingerprints())
     prints["evidence"] = recipe.fingerprint
-    if Output(directory, stage.recipe(one.settings, prints)).complete:
-        return Manifest.checked(directory)
-    try:
+    inputs = [pairs.path, *models.values(), *(one.path(name) for name in more)]
+    output = Output.prepare(directory, stage.recipe(one.settings, prints), overwrite, inputs)
+    if output.complete:
+        return output.load_manifest()
+    with unless_complete(output):
         evidence.run(path, cluster=cluster, report=report)
-        return one.run(directory, overwrite=overwrite, cluster=cluster, report=report)
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+    try:
+        return one.run(directory, cluster=cluster, report=report)
+    except SosError:  # what is refused leaves nothing; what is killed goes on with its evidence
+        if not output.complete:
+            shutil.rmtree(path, ignore_errors=True)
+            output.release()
+        raise
 
 
 def columns_of(path: Path) -> list[str]:
@@ -242,7 +276,7 @@ def read_evidence(path: Path, columns: Sequence[str], more: Sequence[str] = ()) 
     Parameters
     ----------
     path : Path
-        Output of `make_evidence`.
+        Output of `Evidence`.
     columns : sequence of str
     more : sequence of str
         Columns that are read where the pairs had them.
@@ -349,7 +383,12 @@ def _require_bytes(cluster: Cluster, n_bytes: int, what: str) -> None:
 
 
 def require_evidence(
-    cluster: Cluster, pairs: Catalog, step: str, process_bytes: int, bytes_a_pair: int
+    cluster: Cluster,
+    pairs: Catalog,
+    step: str,
+    process_bytes: int,
+    bytes_a_pair: int,
+    most: int = MOST_PAIRS,
 ) -> None:
     """Refuse a stage whose pairs do not fit into a worker, or into this process without one.
 
@@ -359,7 +398,7 @@ def require_evidence(
     """
     # Of a pair that is left out it holds 16 bytes for a moment: its fold, whether it is kept, and
     # its place among those held out.
-    n_pairs = min(pairs.n_rows, MOST_PAIRS)
+    n_pairs = min(pairs.n_rows, most)
     n_bytes = process_bytes + bytes_a_pair * n_pairs + 16 * pairs.n_rows
     _require_bytes(cluster, n_bytes, f"{step}: {n_pairs:,} pairs of {pairs.path}")
 

@@ -41,7 +41,7 @@ from sos_dask.ingest.keys import (
 from sos_dask.ingest.readers import Source, open_source
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, MOST_ROWS
-from sos_dask.settings import Settings
+from sos_dask.settings import RowsPerPartition, Settings
 from sos_dask.sky.healpix import HealpixPixel, plan_partitions
 from sos_dask.stages.base import (
     Made,
@@ -66,9 +66,7 @@ _PROCESS_BYTES, _CHUNK_BYTES = 230 << 20, 460
 class IngestSettings(Settings):
     """Sizes of partitions and chunks."""
 
-    rows_per_partition: int = Field(
-        1_000_000, ge=1, le=MOST_ROWS, description="pixels are split until none has more rows"
-    )
+    rows_per_partition: RowsPerPartition = 1_000_000
     chunk_rows: int = Field(
         500_000,
         ge=1,

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask.columns import IntArray, floats
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, MOST_ROWS, YEARS
+from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, YEARS
+from sos_dask.settings import RowsPerPartition
 from sos_dask.sky.healpix import (
     HealpixPixel,
     Ranges,
@@ -66,12 +67,7 @@ class ReferenceSettings(UnifySettings, Radii):
         le=YEARS[1],
         description="Julian year to which positions with proper motions are moved.",
     )
-    rows_per_partition: int = Field(
-        1_000_000,
-        ge=1,
-        le=MOST_ROWS,
-        description="Pixels are split until each contains at most this many rows.",
-    )
+    rows_per_partition: RowsPerPartition = 1_000_000
 
 
 class _Count(NamedTuple):

@@ -8,7 +8,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,11 @@ class ReportSettings(Settings):
     software: dict[str, str] = Field(default_factory=software, description="Versions.")
 
 
+@lru_cache(maxsize=2)
+def _opened(products: tuple[tuple[str, Path], ...], key: tuple[tuple[str, str], ...]) -> Build:
+    return Build.open(dict(products))
+
+
 class ReportStage(Stage[ReportSettings]):
     """Make the page and its figures; see `report`."""
 
@@ -104,8 +109,9 @@ class ReportStage(Stage[ReportSettings]):
 
     @property
     def build(self) -> Build:
-        """The products, opened."""
-        return Build.open({n.removeprefix("product."): self.path(n) for n in self.inputs})
+        """The products, opened once in a process."""
+        found = {name.removeprefix("product."): self.path(name) for name in self.inputs}
+        return _opened(tuple(found.items()), tuple(self.fingerprints().items()))
 
     def check(self) -> None:
         """Refuse products without a chosen method."""

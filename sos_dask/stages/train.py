@@ -20,8 +20,7 @@ from sos_dask.corrections.search import search, search_space
 from sos_dask.errors import ModelError
 from sos_dask.evidence.figures import Metric, held_out_metrics
 from sos_dask.problem import DEFAULT, Problem
-from sos_dask.schema import SEEDS
-from sos_dask.settings import Settings
+from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, Recipe, Rows
@@ -57,7 +56,7 @@ class TrainSettings(Settings):
         "and sees only the folds that train; with kfold every fit has its own. 0: none. A method "
         "without parameters to search is fitted as it is",
     )
-    seed: int = Field(0, ge=SEEDS[0], le=SEEDS[1], description="Seed of the search")
+    seed: Seed = Field(0, description="Seed of the search")
     problem: Problem = Field(DEFAULT, description="Labels, and the inputs that corrections see")
 
 

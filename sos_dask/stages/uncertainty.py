@@ -35,14 +35,15 @@ from sos_dask.evidence.intervals import (
 )
 from sos_dask.evidence.three_cornered_hat import three_cornered_hat
 from sos_dask.problem import DEFAULT, TEFF_UNIT_K
-from sos_dask.schema import LABELS, SEEDS
-from sos_dask.settings import Settings
+from sos_dask.schema import LABELS
+from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
 from sos_dask.stages.evidence import (
     DIFFERENCES,
     OfModel,
     held_out_columns,
     read_evidence,
+    require_models_of,
     require_rows,
     single_observations,
 )
@@ -79,8 +80,8 @@ class UncertaintySettings(Settings):
         "errors are those of one observation, because observations are corrected.",
     )
     n_parts: int = Field(5, ge=2, le=100, description="Parts of the stars left out in turn.")
-    target: str = Field("target", description="Name of the target survey.", exclude=True)
-    seed: int = Field(0, ge=SEEDS[0], le=SEEDS[1], description="Other seeds give other parts.")
+    target: str = Field("target", description="Name of the target survey.")
+    seed: Seed = Field(0, description="Other seeds give other parts.")
 
 
 class Uncertainty(OfModel[UncertaintySettings]):
@@ -129,6 +130,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def make(self, run: Run) -> Made:
         """See where the pairs are sparse, then fit each label."""
+        require_models_of(self)
         require_rows(run, self.path("evidence"), _PROCESS_BYTES, _BYTES_A_PAIR)
         looks = dict.fromkeys(("sparse", "hats"))
         about, hats = run.parts("looks", looks, self.look, "uncertainty pairs")

@@ -441,7 +441,13 @@ class Output:
 
 
 def _state_of(directory: Path) -> str:
-    """Digest of a manifest; without one, of the names, sizes and times of all files."""
+    """Digest of a manifest; without one, of the names, sizes and times of all files.
+
+    Of a survey file, its size and time.
+    """
+    if directory.is_file():
+        stat = directory.stat()
+        return sha256_of([stat.st_size, stat.st_mtime_ns])
     if (directory / MANIFEST).is_file():
         return sha256_of(Manifest.load(directory).document)
     found = {

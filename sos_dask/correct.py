@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.columns import floats32
+from sos_dask.columns import Float32Array, floats32
 from sos_dask.errors import PartitionError
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.schema import CANONICAL
@@ -45,7 +45,6 @@ COVERAGE_FIELD = pa.field(
         "description": "Error in the dense overlap over the error here, at equal snr",
     },
 )
-Float32Array = NDArray[np.float32]
 
 
 class Predictor(Protocol):

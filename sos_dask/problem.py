@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from pydantic import AfterValidator, Field, model_validator
 
-from sos_dask.columns import floats32
+from sos_dask.columns import Float32Array, FloatArray, floats32
 from sos_dask.schema import CANONICAL, LABELS
 from sos_dask.settings import COLUMN_RULE, Settings, is_column
 
@@ -18,8 +18,6 @@ TEFF_UNIT_K = 5040.0
 # Rows of one block: the few arrays of a block that are alive at once fit the second-level cache.
 BLOCK_ROWS = 8192
 
-FloatArray = NDArray[np.float64]
-Float32Array = NDArray[np.float32]
 Columns: TypeAlias = pa.Table | Mapping[str, ArrayLike]
 
 

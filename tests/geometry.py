@@ -5,7 +5,8 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from sos_dask.sky.healpix import MAX_ORDER, FloatArray, HealpixPixel
+from sos_dask.columns import FloatArray
+from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 
 SETTINGS = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=100

@@ -9,7 +9,8 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from sos_dask.problem import DEFAULT, Float32Array
+from sos_dask.columns import Float32Array
+from sos_dask.problem import DEFAULT
 from sos_dask.stages.apply import Apply, ApplySettings
 from sos_dask.stages.compare import Compare, CompareSettings
 from sos_dask.stages.coverage import Coverage, CoverageSettings

@@ -10,8 +10,9 @@ from sos_dask.run.cluster import Cluster, silent
 from sos_dask.schema import CANONICAL, HEALPIX, QUALITY
 from sos_dask.sky.healpix import HealpixPixel, ang2pix, plan_partitions
 from sos_dask.stages.base import Run, partition_record
-from sos_dask.storage.artifact import Output, Recipe, Rows
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Recipe, Rows
 
 
 def hard_positions(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

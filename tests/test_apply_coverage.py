@@ -10,8 +10,8 @@ import pytest
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.stages.apply import Apply, ApplySettings
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import verify
 from tests.job import contents
 from tests.run import apply

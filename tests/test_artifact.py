@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sos_dask.errors import CatalogError, StorageError
-from sos_dask.storage.artifact import (
+from sos_dask.storage.artifact import Output, atomic_path, storage_errors
+from sos_dask.storage.manifest import (
     MANIFEST,
     Manifest,
-    Output,
     Recipe,
     Rows,
-    atomic_path,
-    storage_errors,
+    canonical_json,
+    sealed_json,
+    sha256_of_file,
 )
-from sos_dask.storage.manifest import canonical_json, sealed_json, sha256_of_file
 
 RECIPE = Recipe("dedupe", 1, {"radius_arcsec": 1.5}, {"observations": "abc"})
 json_values = st.recursive(

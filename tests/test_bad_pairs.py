@@ -12,8 +12,8 @@ from sos_dask.api import train
 from sos_dask.errors import ModelError
 from sos_dask.stages.compare import CompareSettings
 from sos_dask.stages.train import TrainSettings
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from tests.run import apply, compare, uncertainty
 from tests.sky import observations, write_catalog
 

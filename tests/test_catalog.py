@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
-from sos_dask.storage.catalog import Catalog, partition_path, write_parquet
+from sos_dask.storage.artifact import write_parquet
+from sos_dask.storage.catalog import Catalog, partition_path
 from sos_dask.storage.store import verify
 from tests.sky import observations, write_catalog
 

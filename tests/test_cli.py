@@ -30,9 +30,8 @@ from sos_dask.stages.coverage import CoverageSettings
 from sos_dask.stages.report import figures
 from sos_dask.stars.group import DedupeSettings
 from sos_dask.stars.unify import UnifySettings
-from sos_dask.storage.artifact import MANIFEST
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import sealed_json
+from sos_dask.storage.manifest import MANIFEST, sealed_json
 from sos_dask.surveys.definition import builtin_surveys
 from tests.conftest import ROOT
 from tests.job import contents, write_job

@@ -19,8 +19,8 @@ from sos_dask.schema import LABELS
 from sos_dask.stages.compare import Compare, CompareSettings, read_comparison
 from sos_dask.stages.train import TrainSettings
 from sos_dask.stats.numbers import scatter
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from tests.job import contents
 from tests.run import compare, features
 from tests.sky import write_catalog

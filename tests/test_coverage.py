@@ -398,6 +398,12 @@ def test_bad_limits_and_too_few_pairs_are_refused(tmp_path):
     rng = np.random.default_rng(0)
     with pytest.raises(ModelError, match="50 held-out pairs are too few"):
         fit_coverage(overlap_of(sky(50, rng), rng), sky(50, rng), "neighbours", Limits())
+    columns = sky(500, rng)
+    columns["rv"][:] = np.nan
+    overlap, message = overlap_of(columns, rng), "no overlap star has the parameters .* have: rv\n"
+    with pytest.raises(ModelError, match=message):
+        fit_coverage(overlap, sky(500, rng), "ratio", Limits())
+    assert fit_coverage(overlap, columns, "ratio", Limits()).model.ratio is not None
     with pytest.raises(ModelError, match="missing or damaged"):
         CoverageModel.load(tmp_path)
 

@@ -17,9 +17,9 @@ from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.widening import KINDS
 from sos_dask.problem import DEFAULT
 from sos_dask.stages.coverage import Coverage, CoverageSettings, look, parameter_columns
-from sos_dask.storage.artifact import Manifest, Output
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import sealed_json
+from sos_dask.storage.manifest import Manifest, sealed_json
 from tests.job import contents
 from tests.run import coverage
 from tests.test_cli import assert_error, cli

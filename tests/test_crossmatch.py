@@ -14,9 +14,9 @@ from astropy.coordinates import SkyCoord, search_around_sky
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sos_dask.columns import FloatArray
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.sky.healpix import (
-    FloatArray,
     HealpixPixel,
     ang2pix,
     in_ranges,

@@ -1,5 +1,7 @@
 """Folds depend on the stars alone, and keep together what belongs together."""
 
+import tracemalloc
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -146,6 +148,15 @@ def test_ids_that_are_numbers_have_those_of_their_text():
     ids = np.arange(100) + 10**18
     as_text = pa.chunked_array([ids.astype(str).tolist()])
     assert key_numbers(pa.chunked_array([ids]), 0).tolist() == key_numbers(as_text, 0).tolist()
+
+
+def test_one_long_id_costs_no_other_one_memory():
+    ids = pa.chunked_array([[*map(str, range(20_000)), "x" * 10_000]])
+    tracemalloc.start()
+    key_numbers(ids, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 << 20
 
 
 def test_chunks_of_the_ids_do_not_matter():

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sos_dask.columns import IntArray
 from sos_dask.errors import ConfigError
 from sos_dask.sky.healpix import (
     MAX_ORDER,
     HealpixPixel,
-    IntArray,
     ang2pix,
     cell_ranges,
     in_ranges,

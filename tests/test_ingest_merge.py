@@ -10,12 +10,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sos_dask.columns import one_array
+from sos_dask.columns import key_hashes, one_array
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.keys import (
     check_conflicts,
     conflicting_keys,
-    hashes_of,
     holders,
     key_ranges,
     losing_rows,
@@ -253,7 +252,9 @@ def test_ranges_of_keys_are_about_equal():
 
 
 def test_texts_that_share_a_hash_are_not_the_same_key(monkeypatch):
-    monkeypatch.setattr("sos_dask.ingest.keys.hashes_of", lambda ids: np.zeros(len(ids), np.uint64))
+    monkeypatch.setattr(
+        "sos_dask.ingest.keys.key_hashes", lambda ids: np.zeros(len(ids), np.uint64)
+    )
     table = pa.table({"obs_id": ["a", "b", "c", "c"], "_healpix_29": [1, 2, 3, 4]})
     assert conflicting([table]).to_pylist() == ["c"]
 
@@ -264,9 +265,9 @@ def test_texts_that_share_a_hash_are_not_the_same_key(monkeypatch):
 @given(st.lists(st.text(max_size=30)))
 def test_hashes_of_text_differ_as_the_texts_do(texts):
     column = pa.array(["prefix", *texts], pa.string()).slice(1)
-    hashes = hashes_of(column)
+    hashes = key_hashes(column)
     assert len(set(hashes.tolist())) == len(set(texts))
-    again = {text: hashes_of(pa.array([text]))[0] for text in texts}
+    again = {text: key_hashes(pa.array([text]))[0] for text in texts}
     assert [again[text] for text in texts] == hashes.tolist()
 
 

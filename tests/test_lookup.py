@@ -67,7 +67,8 @@ def test_survives_bytes_and_does_not_copy():
     x = probes(rng, table)
     assert np.array_equal(again.predict(x), table.predict(x))
     assert again.to_bytes() == content
-    for damaged in (b"", content[:40], content[:-1], b"x" * 600):
+    wide = LookupTable(table.edges, np.pad(table.values, ((0, 1),) * 3 + ((0, 0),)))
+    for damaged in (b"", content[:40], content[:-1], b"x" * 600, wide.to_bytes()):
         with pytest.raises(ModelError, match="damaged"):
             LookupTable.from_buffer(damaged)
 

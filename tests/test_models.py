@@ -348,7 +348,7 @@ def test_an_edited_model_is_refused(saved):
     text = (saved / "model.json").read_text()
     document = json.loads(text)
     document["training_range"]["logg"][1] += 1.0
-    for edited in (json.dumps(document), text.replace('"format": 2', '"format":  2, "x": 1')):
+    for edited in (json.dumps(document), text.replace('"format": 3', '"format":  3, "x": 1')):
         (saved / "model.json").write_text(edited)
         with pytest.raises(ModelError, match="was changed after the model was saved"):
             models.load(saved)
@@ -357,7 +357,7 @@ def test_an_edited_model_is_refused(saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": models.base.MODEL_FORMAT + 1}, r"model format 3 is not 2"),
+        ({"format": models.base.MODEL_FORMAT + 1}, r"model format 4 is not 3"),
         ({"format": None}, "model format None"),
         ({"labels": ["teff", "feh", "logg"]}, "labels are"),
         ({"features": ["teff", "logg", "feh"]}, "features are"),
@@ -371,7 +371,7 @@ def test_an_edited_model_is_refused(saved):
         ({"training_range": {"logg": [0, 1]}}, "damaged"),
         ({"training_range": {name: [0, "x"] for name in FEATURES}}, "damaged"),
         ({"n_pairs": None}, "damaged"),
-        ({"format": 1}, r"model format 1 is not 2(.|\n)*train it again"),
+        ({"format": 2}, r"model format 2 is not 3(.|\n)*train it again"),
     ],
 )
 def test_a_model_of_another_kind_is_refused(saved, changes, message):
@@ -470,12 +470,13 @@ def test_trees_of_too_many_cells_predict_directly_and_say_so(tmp_path, monkeypat
     np.testing.assert_array_equal(models.load(tmp_path / "model").predict(x), fitted.predict(x))
 
 
-def test_a_model_without_a_problem_is_of_the_default_one(saved, fitted):
+def test_a_model_without_a_problem_is_refused(saved):
     document = json.loads((saved / "model.json").read_text())
     assert document["problem"] == DEFAULT.as_json
     del document[models.base.SEAL], document["problem"]
     (saved / "model.json").write_bytes(models.base.sealed(document))
-    assert models.load(saved).info == fitted.info
+    with pytest.raises(ModelError, match=r"model\.json: incomplete: it has no problem"):
+        models.load(saved)
 
 
 # --- real stars --------------------------------------------------------------------------------

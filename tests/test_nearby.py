@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sos_dask.columns import FloatArray
 from sos_dask.errors import ConfigError
-from sos_dask.sky.healpix import FloatArray, ang2pix, separation_arcsec
+from sos_dask.sky.healpix import ang2pix, separation_arcsec
 from sos_dask.sky.neighbours import candidates, pairs_within, rows_near
 from tests.geometry import HARD, SETTINGS, around, seeds
 

@@ -7,7 +7,8 @@ from sos_dask.run.cluster import Cluster, silent
 from sos_dask.stages.base import Run
 from sos_dask.stages.dedupe import Dedupe
 from sos_dask.stars.group import DedupeSettings
-from sos_dask.storage.artifact import Output, Recipe
+from sos_dask.storage.artifact import Output
+from sos_dask.storage.manifest import Recipe
 from tests.sky import observations, write_catalog
 
 

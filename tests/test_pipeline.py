@@ -28,8 +28,8 @@ from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.stages.coverage import read_overlap
 from sos_dask.stages.evidence import read_evidence
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import costs, gc, status, verify
 from tests.conftest import ROOT
 from tests.job import contents, write_job

@@ -24,8 +24,8 @@ from sos_dask.report.style import Drawn, percent, readable, render
 from sos_dask.stages.generalisation import GeneralisationSettings
 from sos_dask.stages.projection import ProjectionStage, load_projection
 from sos_dask.stages.report import PAGE, ReportSettings, figures
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import read_build
 from tests.run import generalisation, report
 

@@ -21,8 +21,8 @@ from sos_dask.stages.report import (
     figures,
     of_build,
 )
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from tests.job import contents
 from tests.run import report
 

@@ -109,6 +109,17 @@ def test_noise_belongs_to_the_pair():
     assert not np.isclose(other.features, whole.features).all(axis=1).any()
 
 
+def test_noise_follows_from_numbers_not_from_bits():
+    batch = noisy_normal(10, 0.0)
+    batch.features[:, 1], batch.differences[:, 2] = 0.0, np.nan
+    other = replace(batch, features=batch.features.copy(), differences=batch.differences.copy())
+    other.features[:, 1] = -0.0
+    other.differences[:, 2].view(np.uint32)[:] = 0xFFC00001  # another NaN
+    one, two = (noisy(b, DEFAULT, 1.0, 7) for b in (batch, other))
+    np.testing.assert_array_equal(one.features, two.features)
+    np.testing.assert_array_equal(one.differences, two.differences)
+
+
 def test_weights_follow_a_parabola_back():
     weights = part_weights(2)
     amounts = np.array([0, *np.repeat(LAMBDAS, 2)])

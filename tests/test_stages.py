@@ -33,8 +33,8 @@ from sos_dask.stars.combine import combine
 from sos_dask.stars.group import GAIA_IDS, DedupeSettings, group, id_values, rank_of
 from sos_dask.stars.match import match
 from sos_dask.stars.unify import unify
-from sos_dask.storage.artifact import MANIFEST, Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import MANIFEST, Manifest
 from sos_dask.storage.store import verify
 from sos_dask.surveys.definition import load_survey
 from tests.job import contents

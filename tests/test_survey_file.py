@@ -2,11 +2,15 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from sos_dask.correct import FLAGS, corrected_schema, with_coverage_schema
 from sos_dask.errors import SosError, SurveyError
+from sos_dask.evidence.widening import KIND_FIELD
 from sos_dask.schema import CANONICAL, RESERVED, nearest
 from sos_dask.surveys.definition import Cut, load_survey, parse_survey
 from tests.survey_files import document, with_column, with_cut, with_extra
@@ -324,6 +328,14 @@ def test_wrong_definitions_are_refused(case):
 def test_extras_take_no_reserved_name(name):
     with pytest.raises(SurveyError, match="taken"):
         parse_survey(with_extra(SOME, name))
+
+
+def test_columns_that_corrections_add_are_reserved():
+    added = with_coverage_schema(
+        corrected_schema(pa.schema([]), SimpleNamespace(describe=str))
+    ).names
+    assert len(added) == 11
+    assert {*added, FLAGS, KIND_FIELD.name} <= set(RESERVED)
 
 
 def test_wrong_names_get_suggestions():

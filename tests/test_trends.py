@@ -160,6 +160,14 @@ def test_axes_without_bins_are_refused(limits):
         Axis("teff", *limits)
 
 
+def test_axes_of_too_many_bins_are_refused():
+    """Bins are numbered in 16 bits where figures are resampled."""
+    assert len(Axis("teff", 0.0, 10_000.0, 1.0).edges) == 10_001
+    for width in (0.999, 1e-300):
+        with pytest.raises(ConfigError, match=r"bins of teff .*: there are more than 10,000"):
+            Axis("teff", 0.0, 10_000.0, width)
+
+
 def test_wrong_numbers_of_bins_are_refused():
     with pytest.raises(ConfigError, match="must be positive, got 0"):
         equal_count_edges(np.ones(3), 0)

@@ -16,8 +16,8 @@ from sos_dask.schema import LABELS
 from sos_dask.simulate import lamost_bias
 from sos_dask.stages.trends import Trends, TrendSettings
 from sos_dask.stats.binned import Axis
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from tests.job import contents
 from tests.run import features, trends
 from tests.sky import write_catalog

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sos_dask.errors import ModelError
-from sos_dask.evidence.error_tables import ErrorModel, error_grid, load_errors
+from sos_dask.evidence.error_tables import ErrorModel, _digest, error_grid, load_errors
 from sos_dask.evidence.intervals import (
     LEVELS,
     Checked,
@@ -17,6 +17,7 @@ from sos_dask.evidence.intervals import (
     hit_rates,
     least_log_snr,
 )
+from sos_dask.problem import DEFAULT, Input, Problem
 from sos_dask.schema import LABELS
 from sos_dask.stats.numbers import find_sparse
 from sos_dask.stats.table import Grid
@@ -267,6 +268,36 @@ def test_errors_belong_to_one_correction(saved):
     saved[0].require("0" * 64)
     with pytest.raises(ModelError, match="made for another correction"):
         saved[0].require("1" * 64)
+
+
+@pytest.mark.parametrize(("key", "names"), [("labels", ["teff", "logg", "rv"]), ("features", [])])
+def test_errors_of_other_labels_or_inputs_are_refused(saved, tmp_path, key, names):
+    _, document, table = saved
+    changed = {**json.loads(document), key: names}
+    changed["sha256"] = _digest(changed)
+    with pytest.raises(ModelError, match=rf"error.json: its {key} are \[.*those of the correction"):
+        load_errors(write(tmp_path, json.dumps(changed).encode(), table))
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(inputs=(*DEFAULT.inputs, Input(column="snr", log10=True))),
+        Problem(inputs=(*DEFAULT.inputs[:2], Input(column="snr", log10=True, name="feh"))),
+        Problem(labels=DEFAULT.labels[:2]),
+    ],
+)
+def test_only_the_default_problem_has_errors(saved, tmp_path, problem):
+    _, document, table = saved
+    with pytest.raises(
+        ModelError, match="errors can be modelled of teff, logg, feh by teff / 5040"
+    ):
+        load_errors(write(tmp_path, document, table), problem)
+
+
+def test_features_of_another_shape_are_refused(saved):
+    with pytest.raises(ModelError, match=r"features have shape \(2, 4\), not \(n, 3\)"):
+        saved[0].half_width(np.ones((2, 4), np.float32), None)
 
 
 def test_the_interval_of_a_hit_rate_is_the_binomial_one():

@@ -19,9 +19,9 @@ from sos_dask.evidence.error_tables import load_errors
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import LABELS
 from sos_dask.stages.reference import common_stars
-from sos_dask.stages.uncertainty import UncertaintySettings, read_calibration
-from sos_dask.storage.artifact import Manifest
+from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings, read_calibration
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from tests.job import contents
 from tests.run import Surveys, apply, uncertainty
 from tests.sky import write_catalog
@@ -117,6 +117,18 @@ def test_corrected_rows_carry_the_errors(build):
     assert metadata[b"unit"] == b"K"
     assert metadata[b"ucd"] == b"stat.error;phys.temperature.effective"
     assert b"for 95 % times" in metadata[b"description"]
+
+
+def test_a_correction_by_other_inputs_is_refused(build, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(build / "model.polynomial", model)
+    document = json.loads((model / "model.json").read_text())
+    document["problem"]["inputs"][2]["column"] = "rv"
+    del document[SEAL]
+    (model / "model.json").write_bytes(sealed(document))
+    stage = Uncertainty({"evidence": build / "evidence", "model": model})
+    with pytest.raises(ModelError, match=r"the correction is of teff, logg, feh by .* logg, rv"):
+        stage.check()
 
 
 def test_the_same_in_any_partitions(build, tmp_path):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sos_dask.evidence.figures import Metric
     from sos_dask.rebuild.pipeline import Build
     from sos_dask.run.cluster import Report
-    from sos_dask.storage.artifact import Manifest, Rows
+    from sos_dask.storage.manifest import Manifest, Rows
     from sos_dask.storage.store import StageResult
 
 LABEL_UNITS = {"teff": "K", "logg": "dex", "feh": "dex"}

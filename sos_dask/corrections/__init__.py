@@ -237,8 +237,9 @@ def load(directory: Path, *, check: bool = True) -> Correction:
 def _stated(document: Mapping[str, Any], path: Path) -> tuple[ModelInfo, dict[str, str]]:
     """Statement of a model, and the SHA-256 of its files."""
     try:
-        # A model of an earlier version has no problem: it is the default one.
-        problem = Problem(**document.get("problem", {}))
+        problem = Problem(**document["problem"])
+    except KeyError:
+        raise ModelError(f"{path}: incomplete: it has no problem (labels and inputs)") from None
     except (ConfigError, TypeError) as error:
         raise ModelError(f"{path}: its problem is damaged: {error}") from None
     for key, expected in (("labels", problem.names), ("features", problem.features)):

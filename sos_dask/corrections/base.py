@@ -15,19 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask import __version__
-from sos_dask.columns import mixed
+from sos_dask.columns import Float32Array, FloatArray, IntArray, mixed
 from sos_dask.errors import ClusterError, ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.settings import Settings
 from sos_dask.stats.numbers import Histogram, count
 
-MODEL_FORMAT = 2
+MODEL_FORMAT = 3
 MODEL_FILE = "model.json"
 SEAL = "sha256"
 
-Float32Array = NDArray[np.float32]
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
 Content = bytes | memoryview
 R = TypeVar("R")

@@ -29,13 +29,11 @@ import numpy as np
 from pydantic import Field
 
 from sos_dask import settings
+from sos_dask.columns import Float32Array, FloatArray, IntArray
 from sos_dask.corrections import boosted_cluster
 from sos_dask.corrections.base import (
     Content,
     Correction,
-    Float32Array,
-    FloatArray,
-    IntArray,
     ModelInfo,
     Progress,
     Rows,

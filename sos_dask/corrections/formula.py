@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.corrections.base import FloatArray
+from sos_dask.columns import FloatArray
 from sos_dask.errors import ModelError
 from sos_dask.problem import DEFAULT
 

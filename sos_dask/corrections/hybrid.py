@@ -21,12 +21,12 @@ import numpy as np
 from pydantic import Field
 
 from sos_dask import settings
+from sos_dask.columns import Float32Array
 from sos_dask.corrections import boosted, polynomial
 from sos_dask.corrections.base import (
     Batch,
     Content,
     Correction,
-    Float32Array,
     ModelInfo,
     Progress,
     Training,

@@ -14,7 +14,6 @@ the cache, and between the nodes there are no steps at all.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -25,9 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.corrections.base import Content, Float32Array, FloatArray, IntArray
+from sos_dask.columns import Float32Array, FloatArray, IntArray
+from sos_dask.corrections.base import Content
 from sos_dask.errors import ModelError
-from sos_dask.stats.table import Grid
+from sos_dask.stats.table import Grid, pack, unpack
 
 MAX_CELLS = 1 << 25
 _PLACES = 1 << 13
@@ -39,30 +39,9 @@ MAX_NODES = 128
 SPACING = 0.7
 
 
-def pack(arrays: Sequence[NDArray[Any]]) -> bytes:
-    """Content of a file: NumPy arrays one after the other."""
-    file = io.BytesIO()
-    for array in arrays:
-        np.lib.format.write_array(file, np.ascontiguousarray(array))
-    return file.getvalue()
-
-
-def unpack(content: Content, what: str) -> list[NDArray[Any]]:
-    """Arrays of a buffer that `pack` made, not copied; `ModelError` where it is none."""
-    view = memoryview(content)
-    arrays: list[NDArray[Any]] = []
-    try:
-        position = 0
-        while position < len(view):
-            head = io.BytesIO(bytes(view[position : position + 512]))
-            np.lib.format.read_magic(head)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(head)
-            position += head.tell()
-            array = np.frombuffer(view, dtype, int(np.prod(shape)), position).reshape(shape)
-            arrays.append(array)
-            position += array.nbytes
-    except (ValueError, EOFError) as error:
-        raise ModelError(f"{what} is damaged: {error}") from None
+def _unpacked(content: Content, what: str) -> list[NDArray[Any]]:
+    """Axes, then values, of `pack`."""
+    arrays = unpack(content, what)
     if len(arrays) < 2 or any(axis.ndim != 1 for axis in arrays[:-1]):
         raise ModelError(f"{what} is damaged: it has other axes")
     return arrays
@@ -103,10 +82,8 @@ class LookupTable:
     def from_buffer(cls, buffer: Content) -> LookupTable:
         """Table in a buffer written by `to_bytes`; `ModelError` where it is none."""
         what = "the look-up table of the trees"
-        *edges, values = unpack(buffer, what)
-        # Tables of earlier versions have a bin more along each axis, which nothing falls into.
-        n_bins = np.array([len(part) + 1 for part in edges])
-        if values.ndim != len(edges) + 1 or not np.isin(values.shape[:-1] - n_bins, (0, 1)).all():
+        *edges, values = _unpacked(buffer, what)
+        if values.shape[:-1] != tuple(len(part) + 1 for part in edges):
             raise ModelError(f"{what} is damaged: it has other axes")
         return cls(tuple(edges), values)
 
@@ -326,7 +303,7 @@ class SmearedTable:
     def from_bytes(cls, content: Content) -> SmearedTable:
         """Table from what `to_bytes` gave; `ModelError` where it is none."""
         what = "the grid of the residuals"
-        arrays = unpack(content, what)
+        arrays = _unpacked(content, what)
         shape = arrays[-1].shape[:-1]
         ends = [len(axis) for axis in arrays[:-1]]
         if ends != [len(shape)] * 2 or min(shape, default=0) < 2:

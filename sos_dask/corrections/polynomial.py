@@ -30,12 +30,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import settings
+from sos_dask.columns import Float32Array, FloatArray, IntArray
 from sos_dask.corrections.base import (
     Content,
     Correction,
-    Float32Array,
-    FloatArray,
-    IntArray,
     ModelInfo,
     Progress,
     Rows,

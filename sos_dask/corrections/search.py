@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sos_dask.columns import FloatArray
 from sos_dask.corrections import fit, method_module
-from sos_dask.corrections.base import FloatArray, Training, TrainingSource, run_tasks
+from sos_dask.corrections.base import Training, TrainingSource, run_tasks
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.stats.numbers import MAD_TO_SIGMA
 

@@ -27,19 +27,18 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from sos_dask.columns import mixed
+from sos_dask.columns import Float32Array, FloatArray, mixed
 from sos_dask.corrections import hybrid, polynomial
 from sos_dask.corrections.base import (
     Batch,
     Content,
     Correction,
-    Float32Array,
-    FloatArray,
     ModelInfo,
     Progress,
     Rows,
     Training,
     files_of_part,
+    hash_rows,
     summarise,
 )
 from sos_dask.errors import ModelError
@@ -115,10 +114,7 @@ def _normals(batch: Batch, seed: int) -> FloatArray:
     """Standard normal numbers, shape (n, l), from a hash of each pair."""
     from scipy.special import ndtri
 
-    content = np.concatenate([batch.features, batch.differences], axis=1)
-    state = np.full(len(content), seed + 1, dtype=np.uint64)
-    for column in np.ascontiguousarray(content.T, dtype=np.float32).view(np.uint32):
-        state = mixed(state ^ column)
+    state = mixed(hash_rows(batch.features, batch.differences) + np.uint64(seed))
     columns = [mixed(state + np.uint64(number)) for number in range(batch.differences.shape[1])]
     uniform = (np.stack(columns, axis=1) >> np.uint64(11)).astype(np.float64) + 0.5
     return np.asarray(ndtri(uniform / 2.0**53))

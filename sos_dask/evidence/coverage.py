@@ -29,7 +29,6 @@ Neighbours are counted once, at the nodes of a grid over the inputs; rows are lo
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -40,17 +39,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.evidence.growth import Growth, Noise
 from sos_dask.evidence.widening import LACKING, OUTSIDE, Limits, Placed, Widths, fit_widths
 from sos_dask.problem import DEFAULT, Input, Problem
 from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
-from sos_dask.stats.table import Grid
+from sos_dask.stats.table import Grid, pack
 
-FloatArray = NDArray[np.float64]
-Float32Array = NDArray[np.float32]
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
 Columns = Mapping[str, NDArray[np.floating]]
 
 MEASURES = ("neighbours", "ratio")
@@ -338,10 +334,7 @@ class CoverageModel:
             "widths": self.widths.as_json(),
         }
         files = {MODEL_FILE: json.dumps(document, indent=1, sort_keys=True).encode()}
-        for name, array in ((TABLE_FILE, self.places.values), (OVERLAP_FILE, self.overlap)):
-            file = io.BytesIO()
-            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-            files[name] = file.getvalue()
+        files |= {TABLE_FILE: pack([self.places.values]), OVERLAP_FILE: pack([self.overlap])}
         if self.ratio is not None:
             files[RATIO_FILE] = self.ratio.model
         return files
@@ -449,7 +442,7 @@ def fit(
     Raises
     ------
     ModelError
-        Too few held-out pairs.
+        Too few held-out pairs, or a parameter of the catalog that no overlap star has.
     """
     held_out = overlap.held_out
     n_held_out = int(np.count_nonzero(held_out))
@@ -466,6 +459,16 @@ def fit(
     x = (x - center) / scale
     sample = (_matrix(parameters, catalog) - center) / scale
     sample = sample[np.isfinite(sample[:, :k]).all(axis=1)]
+    names = [
+        one.column
+        for one, of_overlap, of_rows in zip(parameters, x.T, sample.T, strict=True)
+        if np.isnan(of_overlap).all() and np.isfinite(of_rows).any()
+    ]
+    if names:
+        raise ModelError(
+            "no overlap star has the parameters that some rows have: " + ", ".join(names),
+            "Measure the coverage by 'neighbours', or match stars that have them.",
+        )
     # A row an overlap star: more are not counted better, the overlap stars are few.
     some = np.sort(np.random.default_rng(seed).permutation(len(sample))[: len(x)])
     distance, lacks = _held_out_places(overlap, x, sample, some, k, measure, seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,21 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask import __version__
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
 from sos_dask.errors import ModelError
-from sos_dask.problem import BLOCK_ROWS, DEFAULT
+from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.schema import LABELS
-from sos_dask.stats.table import Grid
+from sos_dask.stats.table import Grid, pack, unpack
 
 ERROR_FORMAT = 1
 ERROR_FILE, TABLE_FILE = "error.json", "error.npy"
 N_CELLS = 48  # along each axis
 N_STEPS = 1024  # of log S/N
 LOG_SNR = (float(np.log(0.1)), float(np.log(1e4)))
-
-Float32Array = NDArray[np.float32]
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 
 def error_grid(low: Sequence[float], high: Sequence[float]) -> Grid:
@@ -88,7 +83,15 @@ class ErrorModel:
         -------
         ndarray of float32, shape (n, 3)
             K, dex, dex; nan where a feature is nan or infinite. Each label is contiguous.
+
+        Raises
+        ------
+        ModelError
+            Another number of features.
         """
+        k = len(self.grid.shape)
+        if features.ndim != 2 or features.shape[1] != k:
+            raise ModelError(f"error model: features have shape {features.shape}, not (n, {k})")
         out = np.empty((len(LABELS), len(features)), dtype=np.float32)
         removed = self.about["reference_error"] == "removed"
         for first in range(0, len(features), BLOCK_ROWS):
@@ -152,11 +155,8 @@ class ErrorModel:
 
     def files(self) -> dict[str, bytes]:
         """Pack the model into files, by name; equal models give equal bytes."""
-        file = io.BytesIO()
         tables = (self.values, self.profile, self.sparse)
-        for array in (*tables, self.reference, self.reference_profile):
-            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-        table = file.getvalue()
+        table = pack([*tables, self.reference, self.reference_profile])
         document = {
             "format": ERROR_FORMAT,
             "sos_dask": __version__,
@@ -184,14 +184,41 @@ def _digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_errors(directory: Path) -> ErrorModel:
+def require_default(problem: Problem) -> None:
+    """Raise `ModelError` unless a correction is of the one problem that has error models."""
+    if problem != DEFAULT:
+        raise ModelError(
+            f"errors can be modelled of {_words(DEFAULT)}; the correction is of {_words(problem)}",
+            "Train with the default labels and inputs, or run coverage and apply without errors.",
+        )
+
+
+def _words(problem: Problem) -> str:
+    inputs = (
+        ("log10 " if one.log10 else "")
+        + one.column
+        + (f" / {one.scale:g}" if one.scale != 1 else "")
+        for one in problem.inputs
+    )
+    return f"{', '.join(problem.names)} by {', '.join(inputs)}"
+
+
+def load_errors(directory: Path, problem: Problem = DEFAULT) -> ErrorModel:
     """Read the files of an `ErrorModel`.
+
+    Parameters
+    ----------
+    directory : Path
+    problem : Problem
+        That of the correction whose errors are wanted.
 
     Raises
     ------
     ModelError
-        A file is missing or not the one that was saved, or of another format.
+        A file is missing or not the one that was saved, of another format, or of other labels or
+        inputs than the correction.
     """
+    require_default(problem)
     path, table = directory / ERROR_FILE, directory / TABLE_FILE
     try:
         document = json.loads(path.read_bytes())
@@ -214,9 +241,14 @@ def load_errors(directory: Path) -> ErrorModel:
                 f"{name} is not the file that was saved with the error model",
                 "Its SHA-256 is another one: restore it, or rebuild.",
             )
-    file = io.BytesIO(content)
-    arrays = [np.lib.format.read_array(file, allow_pickle=False) for _ in range(5)]
-    values, profile, sparse, reference, reference_profile = arrays
+    for key, expected in (("labels", problem.names), ("features", problem.features)):
+        if document.get(key) != list(expected):
+            raise ModelError(
+                f"{path}: its {key} are {document.get(key)}; those of the correction are "
+                f"{list(expected)}",
+                "Give the error model that was made from this correction's held-out pairs.",
+            )
+    values, profile, sparse, reference, reference_profile = unpack(content, str(table))
     grid = error_grid(document["low"], document["high"])
     return ErrorModel(
         grid, values, profile, sparse, reference, reference_profile, document["about"]

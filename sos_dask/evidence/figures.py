@@ -26,9 +26,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sos_dask.columns import FloatArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.stats.binned import bins_of
-from sos_dask.stats.bootstrap import FloatArray, IntArray, Ranked, interval
+from sos_dask.stats.bootstrap import Ranked, interval
 from sos_dask.stats.numbers import scatter
 
 NONE = "none"

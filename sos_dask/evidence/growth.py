@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
+from sos_dask.columns import FloatArray
+
 _GIANT_LOGG = 3.5
 _KIND_PAIRS = 400  # with fewer the kinds share one law
 _ONE_SIGMA = 0.6826894921370859  # of a normal distribution within one standard deviation

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.evidence.error_tables import LOG_SNR, N_CELLS, ErrorModel, snr_steps
 from sos_dask.schema import LABELS
@@ -29,11 +30,6 @@ _ROUNDS = 150
 _SMALLEST = 0.05
 _LEAST = 1e-6  # K, dex: an error of 0 would weigh without end, and residuals can all be zero
 _WRONG = 8.0  # times the median size: 5.4 standard deviations of a normal distribution
-
-Float32Array = NDArray[np.float32]
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.integer]
-BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sos_dask.columns import IntArray
 from sos_dask.evidence.widening import CLASSES, OUTSIDE
 from sos_dask.sky.healpix import MAX_ORDER
 
-IntArray = NDArray[np.int64]
 Columns = Mapping[str, NDArray[np.floating]]
 
 SKY_ORDER = 4

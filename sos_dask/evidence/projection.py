@@ -21,13 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from sos_dask.columns import Float32Array, FloatArray, IntArray
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.settings import Seed, Settings
 from sos_dask.stats.numbers import uniform
-
-Float32Array = NDArray[np.float32]
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 # Cells of label space whose rows are sampled alike.
 STRATA = {"teff": 500.0, "logg": 0.5, "feh": 0.5}

@@ -26,7 +26,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sos_dask.stats.bootstrap import FloatArray, IntArray, draw, interval
+from sos_dask.columns import FloatArray, IntArray
+from sos_dask.stats.bootstrap import draw, interval
 
 STEPS = 8
 MIN_CELLS = 5

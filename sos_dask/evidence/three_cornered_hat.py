@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.columns import FloatArray
 from sos_dask.errors import ConfigError
-from sos_dask.stats.numbers import MAD_TO_SIGMA, FloatArray
+from sos_dask.stats.numbers import MAD_TO_SIGMA
 
 _SAMPLES = 500
 _BLOCK = 1 << 21

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sos_dask.columns import FloatArray, IntArray
 from sos_dask.errors import ConfigError
-from sos_dask.sky.healpix import FloatArray, IntArray
 from sos_dask.stats.binned import MIN_COUNT, Axis, binned_quantiles, bins_of
 
 EQUAL_WIDTH, EQUAL_COUNT = "equal-width", "equal-count"

@@ -20,9 +20,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from sos_dask.columns import FloatArray
 from sos_dask.settings import Settings
 
-FloatArray = NDArray[np.float64]
 INSIDE, SPARSE, OUTSIDE, LACKING = 0, 1, 2, 3
 CLASSES = ("inside", "sparse", "outside")
 KINDS = (

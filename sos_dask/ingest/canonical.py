@@ -19,7 +19,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from sos_dask.columns import Values, as_array, is_text, is_valid, split, taken
+from sos_dask.columns import (
+    BoolArray,
+    IntArray,
+    Values,
+    as_array,
+    is_text,
+    is_valid,
+    split,
+    taken,
+)
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.keys import FILE, REJECTED_SCHEMA, ROW, sort_order, sorted_hashes
 from sos_dask.ingest.readers import Source, read_native
@@ -32,8 +41,6 @@ from sos_dask.surveys.definition import SourceColumn, Survey
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
 _LABEL_SHIFT = 19  # keeps sign, exponent and four bits of the fraction of a float32
 
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
 Example = tuple[int, int, str]
 """Index of a file, row there, and what stands there."""
 

@@ -17,7 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.columns import is_valid, one_array, taken
+from sos_dask.columns import (
+    BoolArray,
+    IntArray,
+    KeyArray,
+    is_valid,
+    key_hashes,
+    one_array,
+    taken,
+)
 from sos_dask.errors import SurveyError
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
@@ -37,15 +45,10 @@ REJECTED_SCHEMA = pa.schema(
 CONFLICT = "conflicting obs_id"
 HISTOGRAM_ORDER = 10
 _SHIFT = 2 * (MAX_ORDER - HISTOGRAM_ORDER)
-_HASH_FACTOR = np.uint64(0xFF51AFD7ED558CCD)  # of MurmurHash3's finaliser
-_LENGTH_FACTOR = np.uint64(0xC4CEB9FE1A85EC53)  # its other one
 _LARGEST = (1 << 64) - 1
 _SAMPLES, _GOLDEN_RATIO = 64, 0.6180339887498949
 
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
-HashArray: TypeAlias = NDArray[np.uint64]
-Run: TypeAlias = HashArray | Path
+Run: TypeAlias = KeyArray | Path
 """Ascending hashes, or the NumPy file that contains them."""
 
 
@@ -118,34 +121,9 @@ def _codes(column: pa.Array) -> IntArray:
 # --- keys that stand at more than one place -------------------------------------------------------
 
 
-def sorted_hashes(ids: pa.Array) -> HashArray:
-    """`hashes_of`, ascending: next to nothing where the keys of a file are."""
-    return np.sort(hashes_of(ids), kind="stable")
-
-
-def hashes_of(ids: pa.Array) -> HashArray:
-    """Integers themselves; of text a 64-bit hash, eight bytes of all rows at a time."""
-    if not pa.types.is_string(ids.type):
-        return np.asarray(ids.to_numpy().view(np.uint64))
-    n_rows = len(ids)
-    _, offsets, data = ids.buffers()
-    bounds = np.frombuffer(offsets, np.int32)[ids.offset : ids.offset + n_rows + 1].astype(np.int64)
-    low, stop = (int(bounds[0]), int(bounds[-1])) if n_rows else (0, 0)
-    padded = np.zeros(stop - low + 8, dtype=np.uint8)
-    if stop > low:
-        padded[:-8] = np.frombuffer(data, np.uint8)[low:stop]
-    words = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))  # one from every byte on
-    starts, lengths = bounds[:-1] - low, np.diff(bounds)
-    kept = (np.uint64(1) << (np.arange(8, dtype=np.uint64) * np.uint64(8))) - np.uint64(1)
-    kept = np.append(kept, np.uint64(2**64 - 1))  # of 0 to 8 bytes
-    # A length alone differs from a first word by too little.
-    hashes = (lengths.astype(np.uint64) + np.uint64(1)) * _LENGTH_FACTOR
-    for step in range(0, int(lengths.max(initial=0)), 8):
-        word = words[np.minimum(starts + step, len(words) - 1)]
-        mixed = (hashes ^ (word & kept[np.clip(lengths - step, 0, 8)])) * _HASH_FACTOR
-        # Rows that have ended stay as they are: the hash must not know the longest of its batch.
-        hashes = np.where(lengths > step, mixed ^ (mixed >> np.uint64(32)), hashes)
-    return hashes
+def sorted_hashes(ids: pa.Array) -> KeyArray:
+    """`key_hashes`, ascending: next to nothing where the keys of a file are."""
+    return np.sort(key_hashes(ids), kind="stable")
 
 
 def key_ranges(runs: Sequence[Run], n_ranges: int) -> list[tuple[int, int]]:
@@ -204,7 +182,7 @@ def conflicting_keys(
     count = np.zeros(len(repeated), dtype=np.int64)
     held = [pieces[number] for number in holders(runs, repeated)]
     for ids, cell in _keys(held):
-        row, place = _found(hashes_of(ids), repeated)
+        row, place = _found(key_hashes(ids), repeated)
         np.minimum.at(low, place, cell[row])
         np.maximum.at(high, place, cell[row])
         count += np.bincount(place, minlength=len(repeated))
@@ -214,7 +192,7 @@ def conflicting_keys(
         return pa.array([], kind)
     found_ids, found_cells = [], []
     for ids, cell in _keys(held):
-        row, _ = _found(hashes_of(ids), conflicts)
+        row, _ = _found(key_hashes(ids), conflicts)
         found_ids.append(ids.take(pa.array(row)))
         found_cells.append(pa.array(cell[row]))
         if n_excess > 100 and len(found_ids[-1]):
@@ -226,7 +204,7 @@ def conflicting_keys(
     return one_array(keys.take(pc.sort_indices(keys)))
 
 
-def holders(runs: Sequence[Run], wanted: HashArray) -> list[int]:
+def holders(runs: Sequence[Run], wanted: KeyArray) -> list[int]:
     """Numbers of the runs that contain one of the hashes."""
     found = []
     for number, run in enumerate(map(_mapped, runs) if len(wanted) else ()):
@@ -250,7 +228,7 @@ def check_conflicts(n_conflicts: int, n_rows: int, example: str, where: str = ""
         )
 
 
-def _mapped(run: Run) -> HashArray:
+def _mapped(run: Run) -> KeyArray:
     """A run to look into; not to be kept, for each that is mapped keeps a file open."""
     return np.load(run, mmap_mode="r") if isinstance(run, Path) else run
 
@@ -263,7 +241,7 @@ def _keys(pieces: Sequence[Path | pa.Table]) -> Iterator[tuple[pa.Array, IntArra
             yield batch["obs_id"], batch[HEALPIX_COLUMN].to_numpy()
 
 
-def _found(hashes: HashArray, wanted: HashArray) -> tuple[IntArray, IntArray]:
+def _found(hashes: KeyArray, wanted: KeyArray) -> tuple[IntArray, IntArray]:
     """Rows whose hash is among those wanted (ascending), and its place there."""
     may_be = np.zeros(1 << 16, dtype=bool)
     may_be[wanted.astype(np.uint16)] = True

@@ -13,7 +13,8 @@ from sos_dask.evidence.figures import Metric
 from sos_dask.rebuild.job import Job
 from sos_dask.rebuild.plan import COMPARISON, Plan, Planned
 from sos_dask.run.cluster import Cluster, Report, silent
-from sos_dask.storage.artifact import Manifest, Output
+from sos_dask.storage.artifact import Output
+from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import (
     Cost,
     StageResult,

@@ -20,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from sos_dask.columns import FloatArray, IntArray
 from sos_dask.report.figures import select
 from sos_dask.report.style import (
     BLACK,
@@ -38,7 +39,7 @@ from sos_dask.report.style import (
     share_of_width,
     tidy_ticks,
 )
-from sos_dask.sky.healpix import FloatArray, IntArray, ang2pix
+from sos_dask.sky.healpix import ang2pix
 
 ORDER = 6  # HEALPix cells of 0.92 degrees
 N_SKY = 12 << (2 * ORDER)

@@ -33,8 +33,9 @@ from sos_dask.report.style import (
     readable,
     word,
 )
-from sos_dask.storage.artifact import Manifest
-from sos_dask.storage.catalog import Catalog, partition_errors
+from sos_dask.storage.artifact import partition_errors
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import home
 from sos_dask.surveys.definition import Cut
 

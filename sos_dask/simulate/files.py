@@ -13,9 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.errors import StorageError
 from sos_dask.simulate import sky, surveys
-from sos_dask.simulate.sky import APOGEE, LAMOST, BoolArray, Draws, Plates, SkySettings, Stars
+from sos_dask.simulate.sky import (
+    APOGEE,
+    LAMOST,
+    Draws,
+    Plates,
+    SkySettings,
+    Stars,
+)
 from sos_dask.simulate.surveys import SURVEYS, TABLES, Records, Visits
 from sos_dask.storage.artifact import atomic_path, storage_errors
 
@@ -187,7 +195,7 @@ class _Block:
     """Stars of some plates, and the random numbers of their observations by survey."""
 
     stars: Stars
-    plate: sky.IntArray  # of each star
+    plate: IntArray  # of each star
     uniform: Draws
     normal: Draws
     visits: dict[int, tuple[Draws, Draws]]
@@ -195,7 +203,7 @@ class _Block:
 
 def _make_block(plates: Plates, block: slice, settings: SkySettings) -> _Block:
     kinds = [(sky.UNIFORMS, sky.NORMALS), *[(surveys.UNIFORMS, surveys.NORMALS)] * len(SURVEYS)]
-    drawn: list[tuple[list[sky.FloatArray], list[sky.FloatArray]]] = [([], []) for _ in kinds]
+    drawn: list[tuple[list[FloatArray], list[FloatArray]]] = [([], []) for _ in kinds]
     for plate in range(block.start, block.stop):
         rng = plates.generator(settings.seed, plate)
         numbers = [plates.n_stars[plate]]
@@ -212,11 +220,11 @@ def _make_block(plates: Plates, block: slice, settings: SkySettings) -> _Block:
     return _Block(stars, plate_of, uniform, normal, dict(zip(SURVEYS, of_surveys, strict=True)))
 
 
-def _named(names: Sequence[str], pieces: list[sky.FloatArray]) -> Draws:
+def _named(names: Sequence[str], pieces: list[FloatArray]) -> Draws:
     return dict(zip(names, np.concatenate(pieces, axis=1), strict=True))
 
 
-def _selection_key(stars: Stars, uniform: sky.FloatArray, survey: int) -> sky.FloatArray:
+def _selection_key(stars: Stars, uniform: FloatArray, survey: int) -> FloatArray:
     """Small for stars that a reference prefers: bright ones, giants for APOGEE; 1 for the avoided.
 
     The smallest keys 1 - u^(1/w) are a sample with weights w (Efraimidis & Spirakis 2006,
@@ -237,7 +245,7 @@ def _visits(
     n_stars, plate = plates.n_stars[block], made.plate
     starts = np.repeat(np.cumsum(n_stars) - n_stars, n_stars)
 
-    def rank(key: sky.FloatArray) -> sky.IntArray:
+    def rank(key: FloatArray) -> IntArray:
         """Rank of each star by key (0 to 1) among those of its plate."""
         order = np.argsort(plate - block.start + np.minimum(key, 1.0 - 1e-9), kind="stable")
         found = np.empty(len(key), dtype=np.int64)

@@ -15,12 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import ang2pix, propagate, unit_vectors
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 Draws = Mapping[str, FloatArray]
 
 SPECIAL, LAMOST, APOGEE, GALAH = 0, 1, 2, 3

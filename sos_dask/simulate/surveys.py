@@ -15,16 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.schema import LABELS
 from sos_dask.simulate.sky import (
     APOGEE,
     GALAH,
     LAMOST,
     SPECIAL,
-    BoolArray,
     Draws,
-    FloatArray,
-    IntArray,
     SkySettings,
     Stars,
     to_galactic,

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.columns import FloatArray, IntArray
 from sos_dask.errors import ConfigError
 
 MAX_ORDER = 29
 ARCSEC_PER_RADIAN = 648000.0 / np.pi
 
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 Ranges = list[tuple[int, int]]
 """Half-open ranges (first, stop) of order-29 cells."""
 

@@ -18,10 +18,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from sos_dask.columns import BoolArray, FloatingArray, IntArray
+
 F = TypeVar("F", bound=Callable[..., Any])
-FloatArray = NDArray[np.floating]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 
 def _load_numba() -> None:
@@ -108,9 +107,9 @@ def _first_from(cells: IntArray, q: int, start: int) -> int:
 @compiled
 def pairs_on_faces(
     cells: IntArray,
-    ra: FloatArray,
-    dec: FloatArray,
-    cos_dec: FloatArray,
+    ra: FloatingArray,
+    dec: FloatingArray,
+    cos_dec: FloatingArray,
     radius: float,
     order: int,
     touches: NDArray[np.uint8],
@@ -300,12 +299,12 @@ def choose(
     first: IntArray,
     row: IntArray,
     quality: IntArray,
-    snr: FloatArray,
+    snr: FloatingArray,
     used_first: IntArray,
     used_row: IntArray,
     best: IntArray,
     bits: IntArray,
-    total_snr: FloatArray,
+    total_snr: FloatingArray,
 ) -> None:
     """Used rows, best row, quality and S/N of stars whose rows are row[first[s]:first[s + 1]].
 
@@ -342,14 +341,14 @@ def choose(
 def combine_label(
     first: IntArray,
     row: IntArray,
-    values: FloatArray,
-    errors: FloatArray,
+    values: FloatingArray,
+    errors: FloatingArray,
     expected_error: float,
     max_spread: float,
     median_error: float,
-    value_out: FloatArray,
-    error_out: FloatArray,
-    spread_out: FloatArray,
+    value_out: FloatingArray,
+    error_out: FloatingArray,
+    spread_out: FloatingArray,
     is_wide: BoolArray,
 ) -> None:
     """Value, error and spread of stars over their rows row[first[s]:first[s + 1]].
@@ -412,7 +411,7 @@ def _pull_bin(
 
 
 @njit(inline="always")
-def _snr_bin(one: float, other: float, edges: FloatArray) -> int:
+def _snr_bin(one: float, other: float, edges: FloatingArray) -> int:
     """Bin of the worse S/N; the last one where it is not known."""
     if not (np.isfinite(one) and np.isfinite(other)):
         return len(edges) + 1
@@ -427,12 +426,12 @@ def count_pulls(
     first: IntArray,
     row: IntArray,
     quality: IntArray,
-    values: tuple[FloatArray, ...],
-    errors: tuple[FloatArray, ...],
-    expected_error: FloatArray,
-    snr: FloatArray,
+    values: tuple[FloatingArray, ...],
+    errors: tuple[FloatingArray, ...],
+    expected_error: FloatingArray,
+    snr: FloatingArray,
     giant_logg: float,
-    snr_edges: FloatArray,
+    snr_edges: FloatingArray,
     lowest: float,
     bins_an_octave: float,
     counts: IntArray,

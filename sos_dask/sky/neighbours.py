@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.columns import FloatArray, IntArray
 from sos_dask.errors import ConfigError
 from sos_dask.sky.healpix import (
     ARCSEC_PER_RADIAN,
     MAX_ORDER,
-    FloatArray,
     HealpixPixel,
-    IntArray,
     Ranges,
     cell_ranges,
     coordinates,

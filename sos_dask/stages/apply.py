@@ -35,9 +35,9 @@ from sos_dask.evidence.widening import INSIDE, KIND_FIELD
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
-from sos_dask.storage.artifact import Output, Recipe, Rows
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import sha256_of_file
+from sos_dask.storage.manifest import Recipe, Rows, sha256_of_file
 
 _SCORES = ("obs_id", "coverage", FLAGS, KIND_FIELD.name)
 # What is calculated of rows takes several times the memory of what is kept.
@@ -164,7 +164,7 @@ class Apply(Stage[ApplySettings]):
             )
         if "errors" in self.inputs:
             sha256 = sha256_of_file(self.path("model") / corrections.MODEL_FILE)
-            load_errors(self.path("errors")).require(sha256)
+            load_errors(self.path("errors"), correction.problem).require(sha256)
 
     def _check_coverage(self) -> None:
         """Refuse a coverage of other rows, or that tells of another correction or other errors."""

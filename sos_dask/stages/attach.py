@@ -21,8 +21,9 @@ from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
 from sos_dask.stages.ids import key_column, motion_of, require_whole
 from sos_dask.stars.match import MOTION, MatchSettings, match, reach_arcsec
-from sos_dask.storage.artifact import Output, Recipe, Rows
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Recipe, Rows
 from sos_dask.surveys.definition import Survey
 
 

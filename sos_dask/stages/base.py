@@ -29,8 +29,9 @@ from sos_dask.errors import ConfigError, StorageError, SurveyError
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
-from sos_dask.storage.artifact import FileRecord, Manifest, Output, Recipe, Rows, atomic_path
-from sos_dask.storage.catalog import Catalog, write_catalog_metadata, write_parquet, write_partition
+from sos_dask.storage.artifact import Output, atomic_path, write_parquet
+from sos_dask.storage.catalog import Catalog, write_catalog_metadata, write_partition
+from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")

@@ -55,8 +55,8 @@ from sos_dask.stages.evidence import (
 )
 from sos_dask.stats.binned import Axis
 from sos_dask.stats.bootstrap import draw
-from sos_dask.storage.artifact import Manifest, Output
-from sos_dask.storage.catalog import partition_errors
+from sos_dask.storage.artifact import Output, partition_errors
+from sos_dask.storage.manifest import Manifest
 
 COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
 _PROCESS_BYTES, _BYTES_A_PAIR = 300 << 20, 400

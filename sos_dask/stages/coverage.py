@@ -62,9 +62,9 @@ from sos_dask.stages.evidence import (
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
 from sos_dask.stats.numbers import uniform
-from sos_dask.storage.artifact import FileRecord, Manifest, Output, Rows
-from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
-from sos_dask.storage.manifest import sha256_of_file
+from sos_dask.storage.artifact import Output, partition_errors, write_parquet
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import FileRecord, Manifest, Rows, sha256_of_file
 
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
@@ -166,13 +166,15 @@ class Coverage(OfModel[CoverageSettings]):
     @property
     def errors(self) -> ErrorModel | None:
         """Error model of the correction, where it is given."""
-        return load_errors(self.path("errors")) if "errors" in self.inputs else None
+        if "errors" not in self.inputs:
+            return None
+        return load_errors(self.path("errors"), self.problem)
 
     def check(self) -> None:
         """Refuse a catalog that lacks a column, and errors of another correction."""
         if "errors" in self.inputs:
             sha256 = sha256_of_file(self.path("model") / corrections.MODEL_FILE)
-            load_errors(self.path("errors")).require(sha256)
+            load_errors(self.path("errors"), self.problem).require(sha256)
         self.observations.require(*self.problem.columns, HEALPIX_COLUMN, "obs_id", "ra", "dec")
 
     def make(self, run: Run) -> Made:

@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask.columns import KeyArray, key_numbers
+from sos_dask.columns import FloatArray, IntArray, KeyArray, key_numbers
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
 from sos_dask.settings import Seed
-from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray
+from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import near_edge, near_pixel, rows_near, surroundings
 from sos_dask.stages.base import (
     Made,
@@ -43,8 +43,9 @@ from sos_dask.stages.ids import key_column, motion_of, require_numbers, require_
 from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
 from sos_dask.stars.group import GAIA_IDS, id_values
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
-from sos_dask.storage.artifact import WORK, Output, Rows, storage_errors
-from sos_dask.storage.catalog import Catalog, partition_errors, partition_path, write_parquet
+from sos_dask.storage.artifact import Output, partition_errors, storage_errors, write_parquet
+from sos_dask.storage.catalog import Catalog, partition_path
+from sos_dask.storage.manifest import WORK, Rows
 
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
             "rv_err", "phot_g_mean_mag", "distance", "ebv", "n_obs")  # fmt: skip

@@ -22,8 +22,9 @@ from sos_dask.stars.combine import combine
 from sos_dask.stars.group import GAIA_IDS, DedupeSettings, group_around, rank_of
 from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
 from sos_dask.stars.repeats import merged_pulls, pull_counts
-from sos_dask.storage.artifact import Output, Rows
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Rows
 
 PRELOAD = ("sos_dask.sky.loops",)  # for workers: this module itself imports it where it has rows
 

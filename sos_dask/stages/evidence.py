@@ -31,8 +31,9 @@ from sos_dask.stages.base import Made, Role, Run, S, Stage, unless_complete
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stats.bootstrap import groups_of
 from sos_dask.stats.numbers import find_sparse
-from sos_dask.storage.artifact import WORK, FileRecord, Manifest, Output, Recipe, Rows
-from sos_dask.storage.catalog import Catalog, partition_errors, write_parquet
+from sos_dask.storage.artifact import Output, partition_errors, write_parquet
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import WORK, FileRecord, Manifest, Recipe, Rows
 
 EVIDENCE = "evidence.parquet"
 HELD_OUT = "held_out.parquet"

@@ -36,7 +36,8 @@ from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import problem_of, read_evidence
 from sos_dask.stages.train import VERSION as TRAIN_VERSION
 from sos_dask.stats.numbers import scatter
-from sos_dask.storage.artifact import Output, Recipe, Rows
+from sos_dask.storage.artifact import Output
+from sos_dask.storage.manifest import Recipe, Rows
 
 TABLE = "generalisation.parquet"
 Fit = tuple[str, str, str]  # method, split, group

@@ -53,9 +53,9 @@ from sos_dask.stages.base import (
     read_piece,
     write_piece,
 )
-from sos_dask.storage.artifact import REJECTED, Manifest, Output, Recipe, Rows, atomic_path
+from sos_dask.storage.artifact import REJECTED, Output, atomic_path
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import sha256_of_file
+from sos_dask.storage.manifest import Manifest, Recipe, Rows, sha256_of_file
 from sos_dask.surveys.definition import Survey
 
 _KEYS_PER_RANGE = 10_000_000

@@ -14,8 +14,9 @@ from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
-from sos_dask.storage.artifact import Manifest, Output, Rows
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import write_collection
+from sos_dask.storage.manifest import Manifest, Rows
 
 
 class MarginSettings(Settings):

@@ -42,8 +42,8 @@ from sos_dask.stages.base import (
     write_piece,
 )
 from sos_dask.stats.numbers import uniform
-from sos_dask.storage.artifact import Output, Rows
-from sos_dask.storage.catalog import partition_errors
+from sos_dask.storage.artifact import Output, partition_errors
+from sos_dask.storage.manifest import Rows
 
 SAMPLE, MAPS, MODEL = "sample.parquet", "maps.parquet", "projection.json"
 TARGET, OVERLAP = "target", "overlap"

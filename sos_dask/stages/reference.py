@@ -14,10 +14,15 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask.columns import floats
+from sos_dask.columns import IntArray, floats
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, YEARS
 from sos_dask.settings import RowsPerPartition
-from sos_dask.sky.healpix import HealpixPixel, IntArray, Ranges, in_ranges, plan_partitions
+from sos_dask.sky.healpix import (
+    HealpixPixel,
+    Ranges,
+    in_ranges,
+    plan_partitions,
+)
 from sos_dask.stages.base import (
     Made,
     Role,
@@ -32,8 +37,9 @@ from sos_dask.stages.ids import motion_of
 from sos_dask.stars.group import GAIA_IDS, Radii, group_around, rank_of
 from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
 from sos_dask.stars.unify import UnifySettings, common_differences, unify
-from sos_dask.storage.artifact import Output, Rows
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Rows
 
 _HISTOGRAM_ORDER = 8
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))

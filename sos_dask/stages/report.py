@@ -19,7 +19,7 @@ from pydantic import Field
 
 from sos_dask import __version__
 from sos_dask import corrections as models
-from sos_dask.columns import floats32
+from sos_dask.columns import FloatArray, IntArray, floats32
 from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.corrections.symbolic import FILE as FORMULA_FILE
 from sos_dask.errors import CatalogError, ConfigError
@@ -39,7 +39,7 @@ from sos_dask.report.page import (
 from sos_dask.report.style import Drawn, render, word
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
-from sos_dask.sky.healpix import MAX_ORDER, FloatArray, HealpixPixel, IntArray
+from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.stages.base import (
     Made,
     Role,
@@ -50,8 +50,9 @@ from sos_dask.stages.base import (
     write_piece,
 )
 from sos_dask.stages.projection import load_projection
-from sos_dask.storage.artifact import FileRecord, Output, Recipe, Rows
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import FileRecord, Recipe, Rows
 from sos_dask.storage.store import file_names, read_build, require_store
 
 PAGE = "report.html"

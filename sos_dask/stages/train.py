@@ -22,10 +22,10 @@ from sos_dask.evidence.figures import Metric, held_out_metrics
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
-from sos_dask.storage.artifact import Manifest, Recipe, Rows
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest, Recipe, Rows
 
-VERSION = 7
+VERSION = 8
 SEARCH_FILE = "search.json"
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 # As many train faster in one process: workers meet at every level of every tree, for a millisecond

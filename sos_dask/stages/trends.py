@@ -49,8 +49,8 @@ from sos_dask.stages.evidence import (
 )
 from sos_dask.stages.reference import common_stars, in_order
 from sos_dask.stats.binned import MIN_COUNT, Axis, equal_count_edges
-from sos_dask.storage.artifact import Manifest, Output
-from sos_dask.storage.catalog import partition_errors
+from sos_dask.storage.artifact import Output, partition_errors
+from sos_dask.storage.manifest import Manifest
 
 TRENDS, PLANES, REFERENCES = "trends.parquet", "planes.parquet", "references.parquet"
 _PROCESS_BYTES, _BYTES_A_PAIR = 200 << 20, 200

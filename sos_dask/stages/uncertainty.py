@@ -21,8 +21,7 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import floats, floats_or_nan, key_numbers, matrix32, mixed
-from sos_dask.errors import ModelError
-from sos_dask.evidence.error_tables import error_grid
+from sos_dask.evidence.error_tables import error_grid, require_default
 from sos_dask.evidence.intervals import (
     DENSE,
     SPARSE,
@@ -52,8 +51,8 @@ from sos_dask.stages.reference import common_stars
 from sos_dask.stars.folds import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import GIANT_LOGG, normalisation
 from sos_dask.stats.numbers import find_sparse
-from sos_dask.storage.artifact import Manifest, Output, Rows
-from sos_dask.storage.catalog import partition_errors
+from sos_dask.storage.artifact import Output, partition_errors
+from sos_dask.storage.manifest import Manifest, Rows
 
 CALIBRATION = "calibration.parquet"
 _MIN_COMMON = 30
@@ -114,6 +113,10 @@ class Uncertainty(OfModel[UncertaintySettings]):
         """Method of the model."""
         return self.manifest("model").recipe.stage.removeprefix("train-")
 
+    def check(self) -> None:
+        """Refuse a correction of other labels or inputs than errors can be modelled of."""
+        require_default(corrections.load(self.path("model")).problem)
+
     def error_factors(self) -> dict[str, list[dict[str, Any]]]:
         """Factors of quoted errors by survey; none where a survey has no repeats."""
         names = {self.settings.target: "target_stars"} if self.named("target_stars") else {}
@@ -124,17 +127,6 @@ class Uncertainty(OfModel[UncertaintySettings]):
             for survey, manifest in manifests.items()
             if manifest is not None
         }
-
-    def check(self) -> None:
-        """Refuse a correction of other labels or by other inputs: errors know only these."""
-        problem = corrections.load(self.path("model")).problem
-        if problem != DEFAULT:
-            raise ModelError(
-                f"{self.path('model')} predicts {', '.join(problem.names)} from "
-                f"{', '.join(problem.features)}: errors are modelled for "
-                f"{', '.join(DEFAULT.names)} from {', '.join(DEFAULT.features)} alone",
-                "Apply it without --errors.",
-            )
 
     def make(self, run: Run) -> Made:
         """See where the pairs are sparse, then fit each label."""

@@ -32,15 +32,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.columns import as_array, is_valid, one_array, reals_or_nan
+from sos_dask.columns import (
+    BoolArray,
+    FloatingArray,
+    IntArray,
+    as_array,
+    is_valid,
+    one_array,
+    reals_or_nan,
+)
 from sos_dask.errors import PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, QUALITY, Column, require_columns
-from sos_dask.sky.healpix import IntArray
 from sos_dask.sky.neighbours import runs
 from sos_dask.stars.group import DedupeSettings
-
-BoolArray = NDArray[np.bool_]
-FloatArray = NDArray[np.floating]
 
 # Standard error of the median of many normal values over that of the mean: the square root of one
 # over its asymptotic efficiency 2 / pi (Kendall & Stuart, The Advanced Theory of Statistics).
@@ -158,7 +162,7 @@ class _Repeats:
     used_row: IntArray
     best_at: IntArray
     quality: IntArray
-    snr: FloatArray
+    snr: FloatingArray
 
     @classmethod
     def of(cls, table: pa.Table, primary: IntArray, leaders: IntArray) -> _Repeats:
@@ -238,7 +242,7 @@ class _Repeats:
         return out | {"quality": pa.array(quality), "flag_spread": pa.array(flag)}
 
     def _replaced(
-        self, name: str, values: FloatArray, source: IntArray, combined: FloatArray
+        self, name: str, values: FloatingArray, source: IntArray, combined: FloatingArray
     ) -> dict[str, pa.Array]:
         """A column with the values of these stars; none if the table lacks it."""
         if name not in self.table.schema.names:
@@ -251,12 +255,12 @@ class _Repeats:
 def label_of_stars(
     first: IntArray,
     row: IntArray,
-    values: FloatArray,
-    errors: FloatArray,
+    values: FloatingArray,
+    errors: FloatingArray,
     expected_error: float,
     max_spread: float,
     median_error: float = 0.0,
-) -> tuple[FloatArray, FloatArray, NDArray[np.float32], BoolArray]:
+) -> tuple[FloatingArray, FloatingArray, NDArray[np.float32], BoolArray]:
     """Combine a label over the rows row[first[s]:first[s + 1]] of each star; NaN: none.
 
     Parameters
@@ -290,7 +294,7 @@ def _are_primaries(primary: IntArray) -> bool:
     return not len(primary) or bool(np.all((primary.take(primary) == primary) | (primary < 0)))
 
 
-def _nullable(values: FloatArray, dtype: pa.DataType) -> pa.Array:
+def _nullable(values: FloatingArray, dtype: pa.DataType) -> pa.Array:
     """Array with null for NaN."""
     return as_array(values, ~np.isnan(values)).cast(dtype)
 

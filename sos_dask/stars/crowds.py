@@ -19,13 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
-from sos_dask.sky.healpix import ARCSEC_PER_RADIAN, FloatArray, IntArray, unit_vectors
+from sos_dask.columns import BoolArray, FloatArray, IntArray
+from sos_dask.sky.healpix import ARCSEC_PER_RADIAN, unit_vectors
 from sos_dask.sky.loops import compiled
 from sos_dask.sky.neighbours import Sky
-
-BoolArray = NDArray[np.bool_]
 
 LEAF = 4
 _DEPTH = 256

@@ -12,9 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.columns import KeyArray
+from sos_dask.columns import FloatArray, IntArray, KeyArray
 from sos_dask.sky import healpix, neighbours
-from sos_dask.sky.healpix import FloatArray, IntArray
 from sos_dask.sky.neighbours import Sky, is_crowded
 
 

@@ -38,17 +38,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.errors import PartitionError
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky import neighbours
-from sos_dask.sky.healpix import FloatArray, HealpixPixel, IntArray, Ranges, in_ranges
+from sos_dask.sky.healpix import HealpixPixel, Ranges, in_ranges
 from sos_dask.sky.neighbours import Sky
 
 if TYPE_CHECKING:
     from sos_dask.stars.crowds import Places
 
-BoolArray = NDArray[np.bool_]
 
 GAIA_IDS = {"dr3": "gaia_dr3_source_id", "dr2": "gaia_dr2_source_id"}
 """Columns of ids of Gaia, by its release."""

@@ -33,16 +33,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask.columns import floats_or_nan
+from sos_dask.columns import BoolArray, FloatArray, IntArray, floats_or_nan
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, require_columns
 from sos_dask.sky import healpix, neighbours
-from sos_dask.sky.healpix import FloatArray, IntArray
 from sos_dask.sky.neighbours import is_crowded, preferred
 from sos_dask.stars.combine import ties
 from sos_dask.stars.group import GAIA_IDS, Radii
 
-BoolArray = NDArray[np.bool_]
 MOTION = ("pmra", "pmdec", "position_epoch")
 _KeysOf = Callable[[IntArray], pa.ChunkedArray]  # keys of rows
 

@@ -24,11 +24,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sos_dask.columns import reals_or_nan
+from sos_dask.columns import FloatArray, IntArray, reals_or_nan
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 SNR_EDGES = (10.0, 20.0, 30.0, 50.0, 100.0, 200.0)  # bins: below the first, ..., above the last
 KINDS = ("dwarf", "giant")

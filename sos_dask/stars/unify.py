@@ -36,14 +36,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from sos_dask.columns import floats_or_nan, is_valid
+from sos_dask.columns import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    floats_or_nan,
+    is_valid,
+)
 from sos_dask.errors import PartitionError
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, QUALITY, require_columns
 from sos_dask.settings import Settings
-from sos_dask.sky.healpix import FloatArray, IntArray
 from sos_dask.stars.combine import label_of_stars, sky_order, ties
-
-BoolArray = NDArray[np.bool_]
 
 _MEASURED = (*LABELS, "rv")
 _OF_PRIMARY = ("ra", "dec", "position_epoch")

@@ -18,11 +18,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sos_dask.columns import FloatArray, IntArray
 from sos_dask.errors import ConfigError
-from sos_dask.sky.healpix import FloatArray, IntArray
 
 MEDIAN_ERROR = float(np.sqrt(np.pi / 2))  # 1.2533: of a median, in units of that of a mean
 MIN_COUNT = 20
+MOST_BINS = 10_000  # of an axis
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Axis:
     Raises
     ------
     ConfigError
-        The limits do not rise, or the width is not positive or leaves no bin.
+        The limits do not rise, or the width is not positive, leaves no bin or more than
+        `MOST_BINS`.
     """
 
     name: str
@@ -52,6 +54,12 @@ class Axis:
             raise ConfigError(
                 f"bins of {self.name} from {self.low} to {self.high}, {self.width} wide: there "
                 "are none"
+            )
+        if (self.high - self.low) / self.width > MOST_BINS:
+            raise ConfigError(
+                f"bins of {self.name} from {self.low} to {self.high}, {self.width} wide: there "
+                f"are more than {MOST_BINS:,}",
+                "Give a larger width.",
             )
 
     @property

@@ -19,10 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sos_dask.columns import FloatArray, IntArray
 from sos_dask.stats.numbers import MAD_TO_SIGMA
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 N_GROUPS = 1024
 LEVEL = 0.95

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.columns import GOLDEN, mixed
-
-FloatArray = NDArray[np.float64]
-Float32Array = NDArray[np.float32]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
+from sos_dask.columns import (
+    GOLDEN,
+    BoolArray,
+    Float32Array,
+    FloatArray,
+    IntArray,
+    mixed,
+)
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 SPARSE_SHARE = 0.05

@@ -7,15 +7,17 @@ one; where it is smooth (distances, smeared trees) `Grid.interpolate` is linear 
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
-Float32Array = NDArray[np.float32]
-IntArray = NDArray[np.int64]
+from sos_dask.columns import Float32Array, FloatArray, IntArray
+from sos_dask.errors import ModelError
 
 _BLOCK_ROWS = 8192  # the arrays of a block fit the second-level cache
 
@@ -118,3 +120,42 @@ def _between(
     above *= shares[0]
     above += below
     return above
+
+
+def pack(arrays: Sequence[NDArray[Any]]) -> bytes:
+    """Write arrays one after the other, in the format of NumPy, as the content of a file."""
+    file = io.BytesIO()
+    for array in arrays:
+        np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+    return file.getvalue()
+
+
+def unpack(content: bytes | memoryview, what: str) -> list[NDArray[Any]]:
+    """Read the arrays of a content that `pack` made; they share its memory.
+
+    Parameters
+    ----------
+    content : bytes or memoryview
+    what : str
+        Its name in messages.
+
+    Raises
+    ------
+    ModelError
+        It is damaged.
+    """
+    view = memoryview(content)
+    arrays: list[NDArray[Any]] = []
+    try:
+        position = 0
+        while position < len(view):
+            head = io.BytesIO(bytes(view[position : position + 512]))
+            np.lib.format.read_magic(head)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+            position += head.tell()
+            array = np.frombuffer(view, dtype, int(np.prod(shape)), position).reshape(shape)
+            arrays.append(array)
+            position += array.nbytes
+    except (ValueError, EOFError) as error:
+        raise ModelError(f"{what} is damaged: {error}") from None
+    return arrays

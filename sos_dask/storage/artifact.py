@@ -43,19 +43,6 @@ from sos_dask.storage.manifest import (
     sum_of_file,
 )
 
-__all__ = [
-    "MANIFEST",
-    "REJECTED",
-    "WORK",
-    "FileRecord",
-    "Manifest",
-    "Output",
-    "Recipe",
-    "Rows",
-    "atomic_path",
-    "storage_errors",
-    "write_text",
-]
 REJECTED = "rejected.parquet"
 ROW_GROUP_ROWS = 1 << 15
 _WITH_BOUNDS = (HEALPIX_COLUMN, "ra", "dec", "pmra", "pmdec", "position_epoch", *LABELS)

@@ -37,15 +37,6 @@ from sos_dask.storage.artifact import (
 )
 from sos_dask.storage.manifest import MANIFEST, WORK, FileRecord, Manifest, sha256_of_file
 
-__all__ = [
-    "Catalog",
-    "partition_errors",
-    "partition_path",
-    "write_catalog_metadata",
-    "write_collection",
-    "write_parquet",
-    "write_partition",
-]
 BUILDER = "sos-dask"
 PROPERTIES = "hats.properties"
 COLLECTION = "collection.properties"

@@ -23,21 +23,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sos_dask.columns import key_hashes
+from sos_dask.columns import FloatArray, IntArray, key_hashes
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.schema import HEALPIX, HEALPIX_COLUMN, KEYS, nearest
 from sos_dask.sky.healpix import (
     MAX_ORDER,
-    FloatArray,
     HealpixPixel,
-    IntArray,
     Ranges,
     ang2pix,
     centre,
     unit_vectors,
     with_neighbours,
 )
-from sos_dask.storage.artifact import Recipe, footer_of, open_parquet, partition_errors, taken
+from sos_dask.storage.artifact import footer_of, open_parquet, partition_errors, taken
 from sos_dask.storage.catalog import (
     COMMON_METADATA,
     NOT_A_CATALOG,
@@ -52,7 +50,7 @@ from sos_dask.storage.catalog import (
     read_properties,
     rows_between,
 )
-from sos_dask.storage.manifest import sha256_of_file
+from sos_dask.storage.manifest import Recipe, sha256_of_file
 
 # Positions are rounded to single precision by some writers, which can carry a row over the edge of
 # its partition: it keeps the nearest cell inside. Farther out it is in the wrong file.

@@ -33,13 +33,12 @@ from sos_dask.run.machine import n_cores
 from sos_dask.schema import HEALPIX_COLUMN, KEYS
 from sos_dask.settings import is_product
 from sos_dask.sky.healpix import HealpixPixel, ang2pix
-from sos_dask.storage.artifact import REJECTED, storage_errors, write_text
+from sos_dask.storage.artifact import REJECTED, partition_errors, storage_errors, write_text
 from sos_dask.storage.catalog import (
     COLLECTION,
     PROPERTIES,
     Catalog,
     is_ours,
-    partition_errors,
     primary_of,
     properties_file,
     read_properties,

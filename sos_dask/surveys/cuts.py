@@ -10,11 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.columns import is_text, split
+from sos_dask.columns import BoolArray, is_text, split
 from sos_dask.errors import SurveyError
 from sos_dask.surveys.definition import Cut, Survey
-
-BoolArray = NDArray[np.bool_]
 
 
 def quality_mask(

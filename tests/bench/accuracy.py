@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask import corrections as models
+from sos_dask.columns import FloatArray
 from sos_dask.schema import LABELS
 from sos_dask.stages.train import PairsSource
 from sos_dask.stats.numbers import scatter
@@ -33,7 +34,6 @@ EDGES = {
     "feh": np.arange(-3.0, 1.01, 0.1),
 }
 MIN_STARS = 200
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from scipy.stats import spearmanr
 
+from sos_dask.columns import FloatArray
 from sos_dask.evidence.coverage import MEASURES, CoverageModel, fit
 from sos_dask.evidence.widening import CLASSES, LACKING, OUTSIDE
 from sos_dask.problem import DEFAULT
@@ -32,12 +33,11 @@ from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, references_avoid
 from sos_dask.simulate.surveys import SURVEYS, difficulty
 from sos_dask.stages.coverage import read_overlap
-from sos_dask.storage.artifact import Manifest
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
 from tests.job import DEFAULT_PARTITIONS, build, methods
 
 Rows = dict[str, NDArray[Any]]
-FloatArray = NDArray[np.float64]
 LEVEL = 0.68
 PARAMETERS = tuple(item.column for item in DEFAULT.parameters)
 _SPACING = np.array([600.0, 0.6, 0.3])  # K, dex, dex that are as far as a factor e of S/N

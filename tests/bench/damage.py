@@ -31,7 +31,8 @@ from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.rebuild.plan import Planned, plan
 from sos_dask.run.cluster import Cluster, silent
-from sos_dask.storage.artifact import WORK, Output
+from sos_dask.storage.artifact import Output
+from sos_dask.storage.manifest import WORK
 from tests.job import WITH_REPORT, build, contents, methods
 
 # Stages that are left unfinished, so that their records and pieces can be damaged.

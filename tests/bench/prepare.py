@@ -23,8 +23,9 @@ from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.simulate import SkySettings, simulate
 from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.stars.group import DedupeSettings
-from sos_dask.storage.artifact import Output, Recipe
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog, write_partition
+from sos_dask.storage.manifest import Recipe
 from sos_dask.surveys.definition import load_survey
 from tests.sky import commit
 

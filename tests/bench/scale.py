@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from sos_dask.schema import CANONICAL, HEALPIX, QUALITY
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, ang2pix
-from sos_dask.storage.artifact import Output, Recipe
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import write_partition
+from sos_dask.storage.manifest import Recipe
 from tests.sky import commit
 
 ROWS_PER_PARTITION = 1_000_000

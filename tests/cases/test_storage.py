@@ -14,9 +14,9 @@ from sos_dask.api import dedupe, margin
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.stages.margin import MarginSettings
 from sos_dask.stars.group import DedupeSettings
-from sos_dask.storage.artifact import MANIFEST, Manifest, Output, Recipe, Rows
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import sealed_json
+from sos_dask.storage.manifest import MANIFEST, Manifest, Recipe, Rows, sealed_json
 from sos_dask.storage.store import costs, file_names, status, verify
 from tests.job import contents
 from tests.sky import observations, write_catalog

@@ -541,7 +541,7 @@ def test_holdout_never_trains_on_fold_zero(current, tmp_path):
             "polynomial",
             {},
             "kfolds",
-            "should be 'auto', 'kfold' or 'holdout' (given: 'kfolds')",
+            "must be 'auto', 'kfold' or 'holdout' (given: 'kfolds')",
         ),
     ],
 )

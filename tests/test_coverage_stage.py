@@ -143,10 +143,9 @@ def test_a_store_without_coverage_is_told_what_to_do(small_store, tmp_path):
         sealed_json({"products": {"coverage": ""}, "stages": {"coverage": ""}})
     )
     shutil.copytree(small_store / "current" / "coverage", current / "coverage")
-    manifest = current / "coverage" / "manifest.json"
-    document = json.loads(manifest.read_text())
-    del document["summary"]["stars"]
-    manifest.write_text(sealed_json(document))
+    made = Manifest.load(current / "coverage")
+    older = replace(made, recipe=replace(made.recipe, version=made.recipe.version - 1))
+    (current / "coverage" / "manifest.json").write_text(sealed_json(older.document))
     with pytest.raises(CatalogError, match="made by another version"):
         app(command)
 

@@ -73,7 +73,7 @@ def compare(
 
     Example: sos-dask compare --store store --label feh
     """
-    from sos_dask.stages.compare import Compare, read_comparison
+    from sos_dask.stages.compare import Compare
     from sos_dask.storage.store import costs
 
     _one_of("label", label, LABEL_UNITS)
@@ -87,7 +87,8 @@ def compare(
         place = find_store(store)
         directory = _current(place, "comparison")
         taken = _training_costs(place, costs(place))
-    found = read_comparison(directory)
+    found = Compare.load(directory)
+    del found["metrics"]
     for name in ("figures", "artifacts", "outside"):
         found[name] = [row for row in found[name] if label in (None, row["label"])]
     if options.as_json:
@@ -296,7 +297,7 @@ def trends(
 
     Example: sos-dask trends --store store --label feh --against logg
     """
-    from sos_dask.stages.trends import Trends, read_trends
+    from sos_dask.stages.compare import Trends
 
     if inputs:
         options.refuse(("store",), "with PAIRS")
@@ -305,7 +306,7 @@ def trends(
         options.refuse_all_but("label", "against", "method")
         directory = _current(find_store(store), "trends")
     _one_of("label", label, LABEL_UNITS)
-    found = read_trends(directory)
+    found = Trends.load(directory)
     rows = found["trends"]
     _one_of("against", against, dict.fromkeys(row["against"] for row in rows))
     methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name]

@@ -57,8 +57,8 @@ class Limits(Settings):
     def _check(self) -> Self:
         if not self.outside < self.inside:
             raise ValueError(
-                f"limits of coverage: 0 < outside = {self.outside:g} < inside = {self.inside:g} "
-                "< 1 does not hold"
+                f"limits of coverage: outside = {self.outside:g} is not below inside = "
+                f"{self.inside:g}"
             )
         return self
 

@@ -1,9 +1,13 @@
-"""Stage train: one correction fitted to the pairs, with its held-out predictions."""
+"""Stages train and generalisation: corrections fitted to the pairs, and to all but a region.
+
+train fits one method and predicts what was held out. generalisation trains every method without a
+region, a reference or the sparse pairs; its tasks are such fits, each in one process.
+"""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,22 +15,35 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask import corrections as models
-from sos_dask.columns import matrix32
+from sos_dask import corrections
+from sos_dask.columns import floats_or_nan, matrix32
 from sos_dask.corrections.base import to_json
 from sos_dask.corrections.search import search, search_space
 from sos_dask.errors import ModelError
-from sos_dask.evidence.figures import Metric, held_out_metrics
+from sos_dask.evidence.figures import NONE, Metric, held_out_metrics
+from sos_dask.evidence.left_out import (
+    DENSE,
+    DENSITY,
+    RANDOM,
+    REFERENCE,
+    REGION,
+    SPARSE,
+    left_out_groups,
+    region_groups,
+)
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
+from sos_dask.stages.evidence import HELD_OUT, OnEvidence
+from sos_dask.stats.numbers import scatter
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, Recipe, Rows
 
-VERSION = 8
-SEARCH_FILE = "search.json"
+SEARCH_FILE, TABLE = "search.json", "generalisation.parquet"
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 # As many train faster in one process: workers meet at every level of every tree, for a millisecond
 # each. Measured with 1,000,000 pairs and 100 trees on two cores: 11 CPU-s in all, and 19 by two
@@ -72,17 +89,17 @@ class PairsSource:
         """Partitions of the pairs."""
         return len(self.catalog.pixels)
 
-    def load(self, index: int) -> models.Batch:
+    def load(self, index: int) -> corrections.Batch:
         """Inputs and differences of one partition."""
         catalog = self.catalog
-        if catalog.n_rows <= _KEPT_ROWS:
-            path = str(catalog.path.absolute())
-            return _kept_batch(path, catalog.fingerprint, index, self.problem)
-        return _read_batch(catalog, index, self.problem)
+        if catalog.n_rows > _KEPT_ROWS:
+            return _read_batch(catalog, index, self.problem)
+        path = str(catalog.path.absolute())
+        return _kept_batch(path, catalog.fingerprint, index, self.problem)
 
 
 @lru_cache(maxsize=4096)
-def _kept_batch(path: str, fingerprint: str, index: int, problem: Problem) -> models.Batch:
+def _kept_batch(path: str, fingerprint: str, index: int, problem: Problem) -> corrections.Batch:
     return _read_batch(Catalog.read_only(path), index, problem)
 
 
@@ -91,13 +108,13 @@ def _columns(problem: Problem) -> tuple[str, ...]:
     return (*problem.columns, *(label.diff for label in problem.labels), "fold", "use")
 
 
-def _read_batch(catalog: Catalog, index: int, problem: Problem) -> models.Batch:
+def _read_batch(catalog: Catalog, index: int, problem: Problem) -> corrections.Batch:
     errors = [label.error for label in problem.labels]
     errors = errors if set(errors) <= set(catalog.schema.names) else []
     columns = dict.fromkeys((*_columns(problem), *errors))
     table = catalog.read(catalog.pixels[index], tuple(columns))
     table = table.filter(table["use"])
-    return models.Batch(
+    return corrections.Batch(
         features=problem.matrix(table),
         differences=problem.differences(table),
         fold=table["fold"].to_numpy(),
@@ -124,7 +141,7 @@ class Train(Stage[TrainSettings]):
     """
 
     name = "train"
-    version = VERSION
+    version = 8
     Settings = TrainSettings
     roles = (Role("pairs", "Pairs, as crossmatch makes them."),)
 
@@ -141,111 +158,78 @@ class Train(Stage[TrainSettings]):
     def check(self) -> None:
         """Refuse pairs without a column, and a wrong method or parameter."""
         self.catalog("pairs").require(*_columns(self.settings.problem))
-        models.check_params(self.settings.method, self.settings.params)
+        corrections.check_params(self.settings.method, self.settings.params)
 
     def make(self, run: Run) -> Made:
         """Fit once a fold, or once, and predict what was held out."""
         settings, pairs = self.settings, self.catalog("pairs")
         source = PairsSource(pairs, settings.problem)
         loaded = [source.load(index).fold for index in range(source.n_batches)]
-        folds = np.concatenate([np.empty(0, np.int8), *loaded])
-        names = [int(fold) for fold in np.unique(folds)]
-        if len(names) < 2:
+        fold = np.concatenate([np.empty(0, np.int8), *loaded])
+        folds = np.unique(fold).tolist()
+        if len(folds) < 2:
             raise ModelError(
-                f"{pairs.path}: {len(folds)} pairs are fit for training, in {len(names)} folds",
+                f"{pairs.path}: {len(fold)} pairs are fit for training, in {len(folds)} folds",
                 "At least two folds are needed: match more stars or loosen the cuts.",
             )
         validation = settings.validation
         if validation == "auto":
-            validation = "kfold" if len(folds) < settings.kfold_limit else "holdout"
-        fits = _Fits(run, source, settings, names, len(folds), validation == "kfold")
+            validation = "kfold" if len(fold) < settings.kfold_limit else "holdout"
+        # What each fit trains on; None: all. The last one is saved.
+        fits: list[list[int] | None] = [folds[1:]]
         if validation == "kfold":
-            predicted = []
-            for fold in names:
-                correction = fits.next([name for name in names if name != fold])
-                predicted.append(_predict_fold(source, correction, fold))
-            correction = fits.next(None)
-            _save(run, correction)
-        else:
-            correction = fits.next(names[1:])
-            _save(run, correction)
+            fits = [*([one for one in folds if one != held_out] for held_out in folds), None]
+        step, predicted, searches = f"train {settings.method}", [], []
+        for number, train_folds in enumerate(fits):
+            run.report(step, number, len(fits))
+            params, trials = self._params(run, source, train_folds or folds)
+            searches += [{"train_folds": train_folds or folds, "trials": one} for one in trials]
+            correction = corrections.fit(
+                settings.method,
+                source,
+                train_folds=train_folds,
+                params=params,
+                client=run.cluster.client if _needs_workers(len(fold), settings) else None,
+            )
+            if number < len(fits) - 1:
+                predicted.append(_predict_fold(source, correction, folds[number]))
+        _save(run, correction)
+        if validation == "holdout":
             # As it corrects: what is saved of boosted trees is also their table, many times faster.
-            saved = models.load(run.output.directory, check=False)
-            predicted = [_predict_fold(source, saved, names[0])]
-        run.report(fits.step, fits.n, fits.n)
+            saved = corrections.load(run.output.directory, check=False)
+            predicted = [_predict_fold(source, saved, folds[0])]
+        run.report(step, len(fits), len(fits))
         table = pa.concat_tables(predicted)
-        run.write("held_out.parquet", table)
-        if fits.searches:
-            run.write_bytes(SEARCH_FILE, to_json(fits.searches))
-        deltas = [label.delta for label in settings.problem.labels]
-        metrics = held_out_metrics(
-            settings.method,
-            settings.problem.names,
-            settings.problem.differences(table),
-            matrix32(table, deltas),
-        )
-        summary = {
+        run.write(HELD_OUT, table)
+        if searches:
+            run.write_bytes(SEARCH_FILE, to_json(searches))
+        problem = settings.problem
+        deltas = matrix32(table, [label.delta for label in problem.labels])
+        differences = problem.differences(table)
+        metrics = held_out_metrics(settings.method, problem.names, differences, deltas)
+        unfit = {"not fit for training": pairs.n_rows - len(fold)}
+        return Rows(pairs.n_rows, len(fold), 0, unfit), {
             "method": settings.method,
             "params": dict(correction.info.params),
             "validation": validation,
-            "folds": {str(name): int(np.count_nonzero(folds == name)) for name in names},
+            "folds": {str(one): int(np.count_nonzero(fold == one)) for one in folds},
             "metrics": [asdict(metric) for metric in metrics],
         }
-        unfit = pairs.n_rows - len(folds)
-        return Rows(pairs.n_rows, len(folds), 0, {"not fit for training": unfit}), summary
+
+    def _params(
+        self, run: Run, source: PairsSource, folds: Sequence[int]
+    ) -> tuple[Mapping[str, Any], list[list[dict[str, Any]]]]:
+        """Parameters of a fit to some folds, and what a search for them has tried, if any."""
+        method, params, n = self.settings.method, self.settings.params, self.settings.search
+        if not n or not search_space(method):
+            return params, []
+        params = corrections.check_params(method, params)
+        seed, client = self.settings.seed, run.cluster.client
+        found = search(method, source, folds, params, n, seed, client)
+        return found.params, [found.trials]
 
 
-class _Fits:
-    """The fits of a stage one after the other, each with its search and its progress."""
-
-    def __init__(
-        self,
-        run: Run,
-        source: PairsSource,
-        settings: TrainSettings,
-        folds: list[int],
-        n_pairs: int,
-        kfold: bool,
-    ) -> None:
-        self.run, self.source, self.settings, self.folds = run, source, settings, folds
-        self.step = f"train {settings.method}"
-        self.n = len(folds) + 1 if kfold else 1
-        self.done = 0
-        self.searches: list[dict[str, Any]] = []
-        # The GPU is with the workers.
-        on_gpu = settings.params.get("device") == "cuda"
-        wanted = n_pairs > LOCAL_PAIRS or on_gpu
-        self.client = run.cluster.client if wanted else None
-
-    def next(self, train_folds: list[int] | None) -> models.Correction:
-        """Fit to the pairs of some folds; None: all."""
-        settings = self.settings
-        self.run.report(self.step, self.done, self.n)
-        self.done += 1
-        params: Mapping[str, Any] = settings.params
-        if settings.search and search_space(settings.method):
-            folds = train_folds or self.folds
-            found = search(
-                settings.method,
-                self.source,
-                folds,
-                models.check_params(settings.method, params),
-                settings.search,
-                settings.seed,
-                self.run.cluster.client,
-            )
-            params = found.params
-            self.searches.append({"train_folds": folds, "trials": found.trials})
-        return models.fit(
-            settings.method,
-            self.source,
-            train_folds=train_folds,
-            params=params,
-            client=self.client,
-        )
-
-
-def _predict_fold(source: PairsSource, correction: models.Correction, fold: int) -> pa.Table:
+def _predict_fold(source: PairsSource, correction: corrections.Correction, fold: int) -> pa.Table:
     """Inputs, differences and predictions of the pairs of one fold, in the order of the sky."""
     problem = source.problem
     names = [
@@ -265,13 +249,13 @@ def _predict_fold(source: PairsSource, correction: models.Correction, fold: int)
     return pa.concat_tables(tables)
 
 
-def _save(run: Run, correction: models.Correction) -> None:
+def _save(run: Run, correction: corrections.Correction) -> None:
     """Save the model; its own ``model.json`` comes last, so that half a model never loads."""
     # Of this process alone: another one may work on the same output.
     scratch = run.output.work / f"model-{uuid.uuid4().hex}"
     scratch.mkdir(parents=True, exist_ok=True)
     correction.save(scratch)
-    last = models.MODEL_FILE
+    last = corrections.MODEL_FILE
     for file in sorted(scratch.iterdir(), key=lambda file: (file.name == last, file.name)):
         run.files.append(run.output.write_file(file.name, partial(_move, file)))
 
@@ -287,7 +271,181 @@ def metrics_of(manifest: Manifest) -> list[Metric]:
     return [Metric(**item) for item in manifest.summary["metrics"]]
 
 
+def _needs_workers(n_pairs: int, settings: TrainSettings) -> bool:
+    # The GPU is with the workers.
+    return n_pairs > LOCAL_PAIRS or settings.params.get("device") == "cuda"
+
+
 def asks_workers(pairs: Catalog, settings: TrainSettings) -> bool:
-    """Tell whether training may have anything to do for workers; the GPU is with them."""
-    on_gpu = settings.params.get("device") == "cuda"
-    return pairs.n_rows > LOCAL_PAIRS or on_gpu or settings.search > 0
+    """Tell whether training may have anything to do for workers."""
+    return settings.search > 0 or _needs_workers(pairs.n_rows, settings)
+
+
+Fit = tuple[str, str, str]  # method, split, group
+_FIGURES = ("n", "median", "mad")
+_KINDS = {"n_train": pa.int64(), "n": pa.int64(), "median": pa.float64(), "mad": pa.float64()}
+_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("split", "group", "method", "label")),
+        *_KINDS.items(),
+        *((f"{name}_random", _KINDS[name]) for name in _FIGURES),
+    ]
+)
+
+
+class GeneralisationSettings(Settings):
+    """Methods trained without one region after the other."""
+
+    methods: Mapping[str, Mapping[str, Any]] = Field(
+        {}, description="Hyper-parameters of each method"
+    )
+    max_pairs: int = Field(
+        20_000, ge=100, description="Of more pairs, those of some stars are used: about as many"
+    )
+    min_pairs: int = Field(
+        200, ge=10, description="Smallest group that is left out, and smallest rest that trains"
+    )
+
+
+class Generalisation(OnEvidence[GeneralisationSettings]):
+    """Train every method without one group of pairs after the other, and predict that group.
+
+    Groups are the sparse pairs, cells of the Kiel diagram, and the pairs of each reference survey.
+    Table: of each split, group, method and label the pairs trained on and left out, and median and
+    scatter (1.4826 MAD) of the left-out pairs, corrected by a model that never saw their group
+    (``median``, ``mad``), and by one that was trained on a random four fifths of all pairs
+    (``median_random``, ``mad_random``, of those pairs of the group that it was not trained on,
+    ``n_random``). Method ``none`` is the bare difference. Summary: groups left out, fits that were
+    refused with the reason.
+    """
+
+    name = "generalisation"
+    version = 4
+    Settings = GeneralisationSettings
+    roles = (Role("evidence", "Pairs.", "output"),)
+
+    @classmethod
+    def recipe(cls, settings: GeneralisationSettings, fingerprints: Mapping[str, str]) -> Recipe:
+        """Recipe with the complete parameters of the methods, and what training makes of them."""
+        methods = {
+            name: corrections.check_params(name, params)
+            for name, params in settings.methods.items()
+        }
+        params = {"settings": settings.but(methods=methods).as_json, "train_version": Train.version}
+        return Recipe(cls.name, cls.version, params, dict(fingerprints))
+
+    def measure(self, run: Run) -> Made:
+        """Fit every method without every group, then put the figures together."""
+        given, table = self.manifest("evidence").rows, self._pairs()
+        splits = {name: table[name].to_pylist() for name in (DENSITY, REGION, REFERENCE)}
+        groups = left_out_groups(splits, self.settings.min_pairs)
+        if not groups:
+            raise ModelError(
+                f"{self.path('evidence')}: no group of {table.num_rows} pairs can be left out of "
+                f"training: each and its rest need {self.settings.min_pairs}",
+                "Match more stars, or lower [generalisation] min_pairs.",
+            )
+        fits: dict[str, Fit] = {}
+        for method in self.settings.methods:
+            for split, group in [(RANDOM, ""), *groups]:
+                fits[f"{method}-{split}-{group}".replace("/", " per ")] = (method, split, group)
+        done = run.parts("fits", fits, partial(self.fit, groups=groups))
+        bare = self._figures(table, self.problem.differences(table), groups)
+        rows: dict[tuple[str, ...], dict[str, Any]] = {
+            (NONE, *place): row | {f"{name}_random": row[name] for name in _FIGURES}
+            for place, row in bare
+        }
+        for (method, split, _), one in zip(fits.values(), done, strict=True):
+            for place, found in one["figures"]:
+                row = rows.setdefault((method, *place), {})
+                if split == RANDOM:
+                    row |= {f"{name}_random": found[name] for name in _FIGURES}
+                else:
+                    row |= found
+        keys = ("method", "split", "group", "label")
+        table_rows = [{**dict(zip(keys, key, strict=True)), **row} for key, row in rows.items()]
+        run.write(TABLE, pa.Table.from_pylist(table_rows, _SCHEMA))
+        refused = {key: one["refused"] for key, one in zip(fits, done, strict=True)}
+        dropped = {**given.dropped, "of other stars": given.n_out - table.num_rows}
+        return Rows(given.n_in, table.num_rows, 0, dropped), {
+            "groups": [list(group) for group in groups],
+            "refused": {key: why for key, why in refused.items() if why},
+        }
+
+    def _pairs(self) -> pa.Table:
+        """Pairs, of very many those of some stars, with their groups."""
+        problem, n_most = self.problem, self.settings.max_pairs
+        wanted = [*problem.columns, *(one.diff for one in problem.labels), "fold", "star", "sparse"]
+        table = self.read(wanted, ["survey_ref", "teff", "logg"])
+        if table.num_rows > n_most:
+            star = table["star"].to_numpy()
+            table = table.filter(pa.array(star < np.partition(star, n_most)[n_most]))
+        known = np.isfinite(problem.matrix(table)).all(axis=1)
+        survey = pa.array([""] * table.num_rows, pa.string())
+        if "survey_ref" in table.column_names:
+            survey = table["survey_ref"].fill_null("").cast(pa.string())
+        groups = {
+            DENSITY: np.where(known, np.where(table["sparse"].to_numpy(), SPARSE, DENSE), ""),
+            REGION: region_groups(*(floats_or_nan(table, name) for name in ("teff", "logg"))),
+            REFERENCE: survey,
+        }
+        for name, values in groups.items():
+            table = table.append_column(name, pa.array(values, pa.string()))
+        return table.combine_chunks()
+
+    def fit(
+        self, output: Output, key: str, item: Fit, groups: Sequence[tuple[str, str]]
+    ) -> dict[str, Any]:
+        """Fit without a group and measure it; without random pairs, measure every group."""
+        method, split, group = item
+        table, problem = self._pairs(), self.problem
+        fold = _folds(table, split, group)
+        x, differences = problem.matrix(table), problem.differences(table)
+        batch = corrections.Batch(x, differences, fold, np.ones(len(x), np.float32))
+        params = corrections.check_params(method, self.settings.methods[method])
+        predicted, refused = np.full_like(differences, np.nan), ""
+        try:
+            source = _OneBatch(batch, problem)
+            fitted = corrections.fit(method, source, train_folds=[0], params=params)
+            predicted[fold == 1] = fitted.predict(x[fold == 1])
+        except ModelError as error:
+            refused = error.message
+        left = differences.astype(np.float64) - predicted
+        measured = groups if split == RANDOM else [(split, group)]
+        return {"refused": refused, "figures": self._figures(table, left, measured)}
+
+    def _figures(
+        self, table: pa.Table, left: NDArray[np.floating], groups: Sequence[tuple[str, str]]
+    ) -> list[tuple[list[str], dict[str, Any]]]:
+        """Figures of what is left of the differences, each with its split, group and label."""
+        found = []
+        for split, group in groups:
+            fold = _folds(table, split, group)
+            for label, values in zip(self.problem.names, left.T, strict=True):
+                of_group = values[(fold == 1) & np.isfinite(values)].astype(np.float64)
+                row: dict[str, Any] = {"n_train": int(np.count_nonzero(fold == 0))}
+                row |= {"n": len(of_group), "median": None, "mad": None}
+                if len(of_group):
+                    row |= {"median": float(np.median(of_group)), "mad": scatter(of_group)}
+                found.append(([split, group, label], row))
+        return found
+
+
+@dataclass(frozen=True)
+class _OneBatch:
+    """All pairs as one batch; fold 1 is left out."""
+
+    batch: corrections.Batch
+    problem: Problem
+    n_batches = 1
+
+    def load(self, index: int) -> corrections.Batch:
+        return self.batch
+
+
+def _folds(table: pa.Table, split: str, group: str) -> NDArray[np.int8]:
+    """Train (0), left out (1), or neither (2): pairs that a split gives to no group."""
+    if split == RANDOM:
+        return np.asarray(table["fold"].to_numpy() == 0, dtype=np.int8)
+    names = table[split].to_numpy()
+    return np.where(names == "", 2, names == group).astype(np.int8)

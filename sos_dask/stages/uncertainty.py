@@ -6,21 +6,26 @@ reads the evidence by itself: none is left to the process that asks.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import floats, floats_or_nan, key_numbers, matrix32, mixed
+from sos_dask.columns import (
+    BoolArray,
+    FloatArray,
+    floats,
+    floats_or_nan,
+    key_numbers,
+    matrix32,
+    mixed,
+)
 from sos_dask.evidence.error_tables import error_grid, require_default
 from sos_dask.evidence.intervals import (
     DENSE,
@@ -38,30 +43,16 @@ from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
-from sos_dask.stages.evidence import (
-    DIFFERENCES,
-    OfModel,
-    held_out_columns,
-    read_evidence,
-    require_models_of,
-    require_rows,
-    single_observations,
-)
-from sos_dask.stages.reference import common_stars
+from sos_dask.stages.evidence import DIFFERENCES, OfModel, held_out_columns, single_observations
 from sos_dask.stars.folds import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import GIANT_LOGG, normalisation
 from sos_dask.stats.numbers import find_sparse
-from sos_dask.storage.artifact import Output, partition_errors
-from sos_dask.storage.manifest import Manifest, Rows
+from sos_dask.storage.artifact import Output
+from sos_dask.storage.manifest import Rows, sha256_of_file
 
 CALIBRATION = "calibration.parquet"
 _MIN_COMMON = 30
-# Measured with boosted trees, 160 MiB more than with a polynomial, and a tenth more.
-_PROCESS_BYTES, _BYTES_A_PAIR = 450 << 20, 250
 _ERRORS = tuple(f"{label}_err_ref" for label in LABELS)
-
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
 
 
 class UncertaintySettings(Settings):
@@ -99,39 +90,20 @@ class Uncertainty(OfModel[UncertaintySettings]):
     roles = (
         Role("evidence", "Pairs with the predictions of the model.", "output"),
         Role("model", "Trained correction.", "output"),
-        Role(
-            "target_stars",
-            "Stars of the target: how far its quoted errors are wrong.",
-            optional=True,
-        ),
+        Role("target_stars", "Stars of the target, for its quoted errors.", optional=True),
         Role("reference", "United reference.", optional=True),
         Role("stars", "Stars of the surveys that it was made from.", optional=True, many=True),
     )
-
-    @property
-    def method(self) -> str:
-        """Method of the model."""
-        return self.manifest("model").recipe.stage.removeprefix("train-")
+    # Measured with boosted trees, 160 MiB more than with a polynomial, and a tenth more.
+    pairs_memory = (450, 250)
+    tables = (("hit_rates", CALIBRATION),)
 
     def check(self) -> None:
         """Refuse a correction of other labels or inputs than errors can be modelled of."""
         require_default(corrections.load(self.path("model")).problem)
 
-    def error_factors(self) -> dict[str, list[dict[str, Any]]]:
-        """Factors of quoted errors by survey; none where a survey has no repeats."""
-        names = {self.settings.target: "target_stars"} if self.named("target_stars") else {}
-        names |= {name.removeprefix("stars."): name for name in self.named("stars")}
-        manifests = {survey: self.catalog(name).manifest for survey, name in names.items()}
-        return {
-            survey: list(manifest.summary.get("error_factors", []))
-            for survey, manifest in manifests.items()
-            if manifest is not None
-        }
-
-    def make(self, run: Run) -> Made:
+    def measure(self, run: Run) -> Made:
         """See where the pairs are sparse, then fit each label."""
-        require_models_of(self)
-        require_rows(run, self.path("evidence"), _PROCESS_BYTES, _BYTES_A_PAIR)
         looks = dict.fromkeys(("sparse", "hats"))
         about, hats = run.parts("looks", looks, self.look, "uncertainty pairs")
         box = about["box"]
@@ -141,14 +113,14 @@ class Uncertainty(OfModel[UncertaintySettings]):
             table = read_piece(piece(run.output, f"errors-{label}"))
             columns = (table[name].combine_chunks().values.to_numpy() for name in TABLES)
             errors.append(LabelErrors(tuple(columns), one["factors_95"]))
-        model_file = self.path("model") / corrections.MODEL_FILE
+        reference_error = self.settings.reference_error
         model = error_model(
             errors,
             error_grid(*box),
             read_piece(piece(run.output, "sparse-cells"))["sparse"].to_numpy(),
             about["least_log_snr"],
-            correction=hashlib.sha256(model_file.read_bytes()).hexdigest(),
-            reference_error=self.settings.reference_error,
+            correction=sha256_of_file(self.path("model") / corrections.MODEL_FILE),
+            reference_error=reference_error,
         )
         for name, content in model.files().items():
             run.write_bytes(name, content)
@@ -157,35 +129,43 @@ class Uncertainty(OfModel[UncertaintySettings]):
         given = self.manifest("evidence").rows
         rows = Rows(given.n_in, about["n_used"], 0, {**given.dropped, **about["dropped"]})
         return rows, {
-            "method": self.method,
-            "reference_error": self.settings.reference_error,
+            "method": self.manifest("model").summary["method"],
+            "reference_error": reference_error,
             "factors_95": model.about["factors_95"],
             "pairs_by_class": dict(zip(LABELS, (one["n_class"] for one in fitted), strict=True)),
             "hit_rates": [row for row in found if row["subset"] in ("all", DENSE, SPARSE)],
-            "error_factors": self.error_factors(),
+            "error_factors": self._error_factors(),
             "three_cornered_hat": hats["found"],
+        }
+
+    def _error_factors(self) -> dict[str, list[dict[str, Any]]]:
+        """Factors of quoted errors by survey; none where a survey has no repeats."""
+        given = [(self.settings.target, name) for name in self.named("target_stars")]
+        given += [(name.removeprefix("stars."), name) for name in self.named("stars")]
+        manifests = {survey: self.catalog(name).manifest for survey, name in given}
+        return {
+            survey: list(manifest.summary.get("error_factors", []))
+            for survey, manifest in manifests.items()
+            if manifest is not None
         }
 
     def look(self, output: Output, key: str, item: None) -> dict[str, Any]:
         """See which held-out pairs and cells are sparse, or what three surveys say."""
         return self._hats() if key == "hats" else self._sparse(output)
 
-    def _read(self, *more: str) -> tuple[pa.Table, BoolArray]:
-        """Columns of the evidence, and whether a pair has all labels."""
-        names = dict.fromkeys([*LABELS, "star", "held_out", *more])
+    def _pairs(self, *more: str) -> tuple[pa.Table, BoolArray, BoolArray]:
+        """Columns of the evidence; pairs that have all labels, and those of one observation."""
         wanted = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
-        table = read_evidence(self.path("evidence"), list(names), wanted)
-        return table, np.asarray(np.isfinite(DEFAULT.matrix(table)).all(axis=1))
-
-    def _chosen(self, table: pa.Table, placed: BoolArray) -> NDArray[np.int64]:
-        """Held-out pairs that intervals are made from."""
-        held = table["held_out"].to_numpy()
-        single = single_observations(table, np.flatnonzero(held), self.settings.min_single)
-        return np.flatnonzero(held & single & placed)
+        table = self.read([*LABELS, "star", "held_out", *more], wanted)
+        held = np.flatnonzero(table["held_out"].to_numpy())
+        single = single_observations(table, held, self.settings.min_single)
+        placed = np.isfinite(DEFAULT.matrix(table)).all(axis=1)
+        return table, np.asarray(placed), single
 
     def _sparse(self, output: Output) -> dict[str, Any]:
-        table, placed = self._read()
-        x, used = DEFAULT.matrix(table), self._chosen(table, placed)
+        table, placed, single = self._pairs()
+        x, held = DEFAULT.matrix(table), table["held_out"].to_numpy()
+        used = held & placed & single
         info = corrections.load(self.path("model")).info
         box = [list(info.minimum), list(info.maximum)]
         of_pairs = np.zeros(len(x), dtype=np.bool_)
@@ -193,34 +173,35 @@ class Uncertainty(OfModel[UncertaintySettings]):
         of_pairs[placed], cells = find_sparse(x[placed], centers, self.settings.sparse_fraction)
         write_piece(piece(output, "sparse-cells"), pa.table({"sparse": cells}))
         write_piece(piece(output, "sparse-pairs"), pa.table({"sparse": of_pairs[used]}))
-        held = table["held_out"].to_numpy()
-        n_held, n_placed = (int(np.count_nonzero(some)) for some in (held, held & placed))
-        snr = floats_or_nan(table.take(pa.array(used)), "snr")
+        counts = (np.count_nonzero(some) for some in (held, held & placed, used))
+        n_held, n_placed, n_used = map(int, counts)
         return {
-            "n_used": len(used),
+            "n_used": n_used,
             "dropped": {
                 "not held out": len(x) - n_held,
                 "without all labels": n_held - n_placed,
-                "of several observations": n_placed - len(used),
+                "of several observations": n_placed - n_used,
             },
             "box": box,
-            "least_log_snr": least_log_snr(snr),
+            "least_log_snr": least_log_snr(floats_or_nan(table, "snr")[used]),
         }
 
     def fit_label(self, output: Output, label: str, box: list[list[float]]) -> dict[str, Any]:
         """Keep the errors of a label, and count how often its intervals hit."""
-        predictions = held_out_columns(self.method)
-        table, placed = self._read(*DIFFERENCES, *predictions)
-        held = table.take(pa.array(self._chosen(table, placed)))
+        predictions = held_out_columns(self.manifest("model").summary["method"])
+        table, placed, single = self._pairs(*DIFFERENCES, *predictions)
+        held = table.filter(pa.array(table["held_out"].to_numpy() & placed & single))
         held_out = HeldOut(
             DEFAULT.matrix(held),
             floats_or_nan(held, "snr"),
             matrix32(held, DIFFERENCES).astype(np.float64) - matrix32(held, predictions),
-            _reference_errors(held, self.error_factors()),
+            _reference_errors(held, self._error_factors()),
             _parts(held, self.settings),
         )
-        cells = read_piece(piece(output, "sparse-cells"))["sparse"].to_numpy()
-        is_sparse = read_piece(piece(output, "sparse-pairs"))["sparse"].to_numpy()
+        cells, is_sparse = (
+            read_piece(piece(output, f"sparse-{of}"))["sparse"].to_numpy()
+            for of in ("cells", "pairs")
+        )
         grid = error_grid(*box)
         errors, checked = fit_label(held_out, label, grid, cells)
         tables = {name: [table] for name, table in zip(TABLES, errors.tables, strict=True)}
@@ -234,44 +215,23 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def _hats(self) -> dict[str, Any]:
         """Errors of the corrected target and two references on their common stars, by label."""
-        stars = {name.removeprefix("stars."): self.catalog(name) for name in self.named("stars")}
-        if not self.named("reference") or len(stars) < 2:
-            return {"found": []}
-        table, _ = self._read()
-        held = np.flatnonzero(table["held_out"].to_numpy())
-        single = single_observations(table, held, self.settings.min_single)
+        table, _, single = self._pairs()
         table = table.filter(pa.array(single))
         correction = corrections.load(self.path("model"))
         found = []
-        for first, second, one, other in common_stars(self.catalog("reference"), stars):
+        for first, second, one, other in self.common_stars():
             wanted = pa.array(key_numbers(one["united"], 0))
             row = pc.index_in(wanted, table["star"].combine_chunks())
             one, other = (both.filter(row.is_valid()) for both in (one, other))
             mine = table.take(row.drop_null())
-            target = np.stack(
-                [floats(mine, label) for label in LABELS], axis=1
-            ) - correction.predict(DEFAULT.matrix(mine))
-            for number, label in enumerate(LABELS):
-                three = [target[:, number], floats(one, label), floats(other, label)]
+            predicted = correction.predict(DEFAULT.matrix(mine))
+            for label, delta in zip(LABELS, predicted.T, strict=True):
+                three = [floats(mine, label) - delta, floats(one, label), floats(other, label)]
                 if np.isfinite(three).all(axis=0).sum() >= _MIN_COMMON:
                     names = (self.settings.target, first, second)
                     corners = three_cornered_hat(three, names, self.settings.seed)
                     found += [{"label": label, **corner} for corner in corners]
         return {"found": found}
-
-
-def read_calibration(directory: Path) -> list[dict[str, Any]]:
-    """Read the rows of ``calibration.parquet``, `intervals.HitRate` as mappings, in its order.
-
-    Raises
-    ------
-    PartitionError
-        The file is missing or damaged.
-    """
-    path = directory / CALIBRATION
-    Manifest.checked(directory)
-    with partition_errors(path):
-        return list(pq.read_table(path).to_pylist())
 
 
 def _parts(held: pa.Table, settings: UncertaintySettings) -> NDArray[np.int8]:

@@ -193,7 +193,7 @@ def test_memory_that_is_needed_stops_growing(pairs, tmp_path, monkeypatch):
     for most in (10, 20, 30):
         settings = EvidenceSettings(max_pairs=most)
         make_evidence(pairs, {}, tmp_path / str(most), settings, cluster=Asked())
-    assert asked[0] == (300 << 20) + 400 * 10 + 16 * pairs.n_rows
+    assert asked[0] == (300 << 20) + 400 * 10 + 40 * pairs.n_rows
     assert np.diff(asked).tolist() == [4000, 4000]
     monkeypatch.setattr("sos_dask.run.cluster.memory_bytes", lambda: 300 << 20)
     with pytest.raises(ClusterError, match="evidence: 40 pairs"):

@@ -30,9 +30,9 @@ from sos_dask.cli.output import (
 )
 from sos_dask.errors import ConfigError
 from sos_dask.schema import nearest
-from sos_dask.stages.base import Stage
 from sos_dask.stages.compare import CompareSettings
 from sos_dask.stages.coverage import CoverageSettings
+from sos_dask.stages.evidence import OnEvidence, on_pairs
 
 _SAMPLES = {"test": "held-out", "train": "training"}
 _MARK = " +"
@@ -177,7 +177,7 @@ def _current(store: Path, product: str) -> Path:
 
 
 def _on_pairs(
-    stage: type[Stage[Any]],
+    stage: type[OnEvidence[Any]],
     settings: Any,
     pairs: Path,
     models: Sequence[Path],
@@ -186,7 +186,6 @@ def _on_pairs(
     options: StepOptions,
 ) -> Path:
     """Run a stage on pairs and models given by path; where its output is."""
-    from sos_dask.stages.evidence import on_pairs
     from sos_dask.storage.catalog import Catalog
     from sos_dask.storage.manifest import Manifest
 

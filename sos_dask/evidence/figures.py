@@ -145,12 +145,18 @@ class Sample:
     def subsets(self) -> dict[str, NDArray[np.bool_]]:
         """Pairs in each of `SUBSETS`, of `EDGES` those whose label there is."""
         found = {ALL: np.ones_like(self.sparse), DENSE: ~self.sparse, SPARSE: self.sparse}
-        for name in EDGES:
-            label, sign, limit = name.split()
-            if label in self.labels:
-                values = self.labels[label]
-                found[name] = values < float(limit) if sign == "<" else values > float(limit)
-        return found
+        return found | edges(self.labels)
+
+
+def edges(labels: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray[np.bool_]]:
+    """Find the pairs in each of `EDGES` whose label is known."""
+    found = {}
+    for name in EDGES:
+        label, sign, limit = name.split()
+        if label in labels:
+            values = labels[label]
+            found[name] = values < float(limit) if sign == "<" else values > float(limit)
+    return found
 
 
 def figures(

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import BoolArray, FloatArray, floats, floats32, matrix32
+from sos_dask.columns import FloatArray, floats, floats32, matrix32
 from sos_dask.errors import ModelError
 from sos_dask.evidence import trends as binned
 from sos_dask.evidence.choice import BALANCED, TOLERANCE, check_rule, choose
@@ -37,10 +38,12 @@ from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
 from sos_dask.stages.evidence import (
     DIFFERENCES,
+    EVIDENCE,
     OnEvidence,
     fitted_columns,
     held_out_columns,
     methods_of,
+    of_surveys,
 )
 from sos_dask.stages.reference import in_order
 from sos_dask.stats.binned import MIN_COUNT, Axis, equal_count_edges
@@ -154,12 +157,12 @@ class Compare(OnEvidence[CompareSettings]):
 
     def figures_of(self, output: Output, label: str, item: None) -> dict[str, Any]:
         """Measure one label in both samples."""
-        settings, there, methods = self.settings, self.columns, methods_of(self)
-        edges = {axis.name: axis.edges for axis in settings.axes if axis.name in there}
-        names = [*edges, f"{label}_diff", "group", "sparse", "held_out", "trained"]
+        settings, methods = self.settings, methods_of(self)
+        names = [f"{label}_diff", "group", "sparse", "held_out", "trained"]
         for _, columns in _SAMPLES.values():
             names += [columns(method, (label,))[0] for method in methods]
-        table = self.read(names)
+        table = self.read(names, [axis.name for axis in settings.axes])
+        edges = {one.name: one.edges for one in settings.axes if one.name in table.column_names}
         weights = draw(settings.n_bootstrap, settings.seed)
         rows, n, scores = [], {}, {}
         for name, (inside, columns) in _SAMPLES.items():
@@ -235,7 +238,8 @@ class Trends(OnEvidence[TrendSettings]):
 
     def measure(self, run: Run) -> Made:
         """Bin by one quantity after the other."""
-        there = self.columns
+        with pq.ParquetFile(self.path("evidence") / EVIDENCE) as file:
+            there = file.schema_arrow.names
         axes = {axis.name: axis for axis in self.settings.axes if axis.name in there}
         groups: dict[str, tuple[Axis, ...]] = {name: (axis,) for name, axis in axes.items()}
         if axes.keys() >= set(binned.PLANE):
@@ -280,7 +284,9 @@ class Trends(OnEvidence[TrendSettings]):
             wanted += [*held_out_columns(method, labels), *fitted_columns(method, labels)]
         table = self.read(wanted, ["survey_ref"])
         x = {axis.name: floats32(table, axis.name) for axis in axes}
-        subsets = _subsets(table, settings.order)
+        surveys = of_surveys(table)
+        subsets = {binned.ALL: np.ones(table.num_rows, dtype=np.bool_)}
+        subsets |= {name: surveys[name] for name in in_order(surveys, settings.order)}
         common = read_piece(piece(output, "common"))
         binnings = {binned.EQUAL_WIDTH: [axis.edges for axis in axes]}
         if key != _PLANE:
@@ -305,8 +311,7 @@ class Trends(OnEvidence[TrendSettings]):
                 in_no_bin[label] = int(n_known - before[binned.ALL]["n"].sum())
         write_piece(piece(output, f"trends-{key}"), binned.trend_table(trends, key == _PLANE))
         write_piece(piece(output, f"contrasts-{key}"), binned.contrast_table(contrasts))
-        n_pairs = {name: int(np.count_nonzero(inside)) for name, inside in subsets.items()}
-        del n_pairs[binned.ALL]
+        n_pairs = {name: int(np.count_nonzero(inside)) for name, inside in surveys.items()}
         agreed = [row for one in contrasts for row in binned.agreements(one, settings.min_count)]
         return {"surveys": n_pairs, "in_no_bin": in_no_bin, "agreements": agreed}
 
@@ -328,16 +333,6 @@ class Trends(OnEvidence[TrendSettings]):
                 x = {against: floats32(both, against)}
                 direct = binned.trend(x, floats32(both, difference), edges, **about)
             yield binned.contrast(before[first], before[second], direct, self.settings.min_count)
-
-
-def _subsets(table: pa.Table, order: Sequence[str]) -> dict[str, BoolArray]:
-    """All pairs, and those of each reference survey."""
-    subsets = {binned.ALL: np.ones(table.num_rows, dtype=np.bool_)}
-    if "survey_ref" in table.column_names:
-        for name in in_order(pc.unique(table["survey_ref"]).drop_null().to_pylist(), order):
-            inside = pc.fill_null(pc.equal(table["survey_ref"], name), False)
-            subsets[name] = inside.to_numpy()
-    return subsets
 
 
 def _samples(

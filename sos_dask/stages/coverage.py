@@ -19,18 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from sos_dask import corrections
+from sos_dask import correct, corrections
 from sos_dask.columns import FloatArray, floats, floats_or_nan, key_hashes, matrix32
-from sos_dask.correct import (
-    COVERAGE_FIELD,
-    COVERAGE_MEANINGS,
-    FLAG_AMBIGUOUS,
-    FLAG_GRID_EDGE,
-    FLAG_OUTSIDE,
-    FLAG_SPARSE,
-    FLAG_SPREAD,
-    FLAGS,
-)
 from sos_dask.evidence.coverage import CoverageModel, Overlap, Target
 from sos_dask.evidence.coverage import fit as fit_coverage
 from sos_dask.evidence.error_tables import ErrorModel, load_errors
@@ -104,11 +94,6 @@ class CoverageSettings(Limits):
                 raise ValueError(f"{label}: {low:g} is not below {high:g}")
         return value
 
-    @property
-    def limits(self) -> Limits:
-        """Limits of the classes."""
-        return Limits(inside=self.inside, outside=self.outside)
-
 
 class Coverage(OfModel[CoverageSettings]):
     """Fit a coverage model and score every row of a catalog.
@@ -167,7 +152,7 @@ class Coverage(OfModel[CoverageSettings]):
             for role in _KEYS
             for key, pixel in by_pixel(self.catalog(role).pixels).items()
         }
-        run.run_parts("samples", samples, self.sample, "coverage: sample")
+        run.parts("samples", samples, self.sample, "coverage: sample")
         (fitted,) = run.parts("fit", {"model": list(samples)}, self.fit, "coverage: fit")
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
         pixels = by_pixel(catalog.pixels)
@@ -187,9 +172,9 @@ class Coverage(OfModel[CoverageSettings]):
             "shares": shares,
             "rows": counts,
             "flags": {
-                str(bit): sum(one["flags"][str(bit)] for one in done) for bit in COVERAGE_MEANINGS
+                str(bit): sum(one["flags"][str(bit)] for one in done)
+                for bit in correct.COVERAGE_MEANINGS
             },
-            "limits": self.settings.limits.as_json,
             "meaning": self.settings.meaning(),
             "grid": {label: list(limits) for label, limits in grid.items()},
             "warnings": _warnings(fitted, shares["outside"]),
@@ -222,16 +207,14 @@ class Coverage(OfModel[CoverageSettings]):
         overlap = read_overlap(self.path("evidence"), self.path("model"), errors)
         target = None
         if errors is not None:
-            good = rows
-            if "quality" in rows.schema.names:
-                good = rows.filter(pc.equal(rows["quality"], 0))
+            has_quality = "quality" in rows.schema.names
+            good = rows.filter(pc.equal(rows["quality"], 0)) if has_quality else rows
             columns = parameter_columns(good, problem)
-            sparse = errors.is_sparse(problem.matrix(columns)).astype(np.int8)
-            target = Target(columns, sparse)
-        columns, limits = parameter_columns(rows, problem), settings.limits
-        found = fit_coverage(
-            overlap, columns, settings.measure, limits, settings.seed, target, problem
-        )
+            target = Target(columns, errors.is_sparse(problem.matrix(columns)).astype(np.int8))
+        columns = parameter_columns(rows, problem)
+        limits = Limits(inside=settings.inside, outside=settings.outside)
+        how = settings.measure, limits, settings.seed
+        found = fit_coverage(overlap, columns, *how, target, problem)
         model = found.model
         files = [output.write_bytes(name, content) for name, content in model.files().items()]
         bins = pa.Table.from_pylist(found.bins, _BINS)
@@ -242,6 +225,7 @@ class Coverage(OfModel[CoverageSettings]):
             "held_out_pairs": found.n_held_out,
             "wrong_measurements": found.n_wrong,
             "pairs_outside": found.outside,
+            "limits": model.limits.as_json,
             "growth": asdict(model.growth),
             "noise": asdict(model.noise),
             "widths": model.widths.as_json(),
@@ -261,11 +245,11 @@ class Coverage(OfModel[CoverageSettings]):
         known, place = kind >= 0, np.minimum(kind, OUTSIDE)
         stars, pairs = self.catalog("stars"), self.catalog("pairs")
         flags = star_flags(table, pixel, stars, pairs, self.settings.radius_arcsec)
-        flags[place == SPARSE] |= FLAG_SPARSE
-        flags[place == OUTSIDE] |= FLAG_OUTSIDE
+        flags[place == SPARSE] |= correct.FLAG_SPARSE
+        flags[place == OUTSIDE] |= correct.FLAG_OUTSIDE
         for label, (low, high) in self.grid.items():
             step, values = GRID_STEPS.get(label, 0.0), floats_or_nan(table, label)
-            flags[(values <= low + step) | (values >= high - step)] |= FLAG_GRID_EDGE
+            flags[(values <= low + step) | (values >= high - step)] |= correct.FLAG_GRID_EDGE
         counts = count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
         write_piece(piece(output, f"maps-{key}"), counts)
         scores = [pa.array(score, pa.float32(), mask=~known), pa.array(flags)]
@@ -276,7 +260,9 @@ class Coverage(OfModel[CoverageSettings]):
             **{name: int(np.count_nonzero(place == c)) for c, name in enumerate(CLASSES)},
             "unknown": int(np.count_nonzero(~known)),
             "missing": {n: int(np.count_nonzero(~np.isfinite(v))) for n, v in columns.items()},
-            "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in COVERAGE_MEANINGS},
+            "flags": {
+                str(bit): int(np.count_nonzero(flags & bit)) for bit in correct.COVERAGE_MEANINGS
+            },
         }
 
 
@@ -287,7 +273,9 @@ def _load(directory: str, fingerprint: str) -> CoverageModel:
 
 def _schema(catalog: Catalog) -> pa.Schema:
     own = [catalog.schema.field(name) for name in _OWN]
-    return pa.schema([*own, COVERAGE_FIELD, pa.field(FLAGS, pa.int32(), False), KIND_FIELD])
+    return pa.schema(
+        [*own, correct.COVERAGE_FIELD, pa.field(correct.FLAGS, pa.int32(), False), KIND_FIELD]
+    )
 
 
 def _shares(columns: Columns, model: CoverageModel) -> dict[str, Any]:
@@ -326,23 +314,16 @@ def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
 def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) -> Overlap:
     """Read the pairs as the coverage sees them, with residuals of those that a model held out.
 
-    Parameters
-    ----------
-    evidence : Path
-        Table of evidence with the predictions of the model.
-    model : Path
-        Output of train.
-    errors : ErrorModel, optional
-        Of this correction.
+    The evidence is a table with the predictions of the model, an output of train; its errors are
+    those of this correction.
     """
     correction = corrections.load(model)
     problem = correction.problem
     predicted = held_out_columns(correction.method)
     difference = [label.diff for label in problem.labels]
     stated = [f"{label.error}_ref" for label in problem.labels]
-    known = [one.column for one in problem.parameters]
-    needed = ["fold", "held_out", *difference, *predicted]
-    table = read_evidence(evidence, needed, [*stated, "n_obs", *known])
+    more = [*stated, "n_obs", *(one.column for one in problem.parameters)]
+    table = read_evidence(evidence, ["fold", "held_out", *difference, *predicted], more)
     residual = matrix32(table, difference).astype(np.float64) - matrix32(table, predicted)
     columns = parameter_columns(table, problem)
     half_width = error_class = None
@@ -368,19 +349,9 @@ def star_flags(
 ) -> NDArray[np.int32]:
     """Bits `correct.FLAG_SPREAD` and `correct.FLAG_AMBIGUOUS` of observations, shape (n,).
 
-    An observation belongs to the star with its Gaia id, else to the nearest: what is marked is
-    looked for first, and what is found near it is asked for its own star among all.
-
-    Parameters
-    ----------
-    table : pyarrow.Table
-        Observations of one partition.
-    stars : Catalog
-        Output of dedupe.
-    pairs : Catalog
-        Output of crossmatch, of these stars or of the observations themselves.
-    radius_arcsec : float
-        Largest separation of an observation and its star.
+    An observation belongs to the star with its Gaia id, else to the nearest within a radius: what
+    is marked is looked for first, and what is found near it is asked for its own star among all.
+    Pairs are those of the stars, or of the observations themselves.
     """
     flags = np.zeros(table.num_rows, dtype=np.int32)
     radius = max(radius_arcsec, _ID_RADIUS_ARCSEC)
@@ -390,14 +361,14 @@ def star_flags(
     matched = pairs.read_ranges(ranges, [key, "ambiguous"])
     ambiguous = matched.filter(matched["ambiguous"])[key].combine_chunks()
     if not of_stars and len(ambiguous):
-        flags[pc.is_in(table["obs_id"], ambiguous).to_numpy()] = FLAG_AMBIGUOUS
+        flags[pc.is_in(table["obs_id"], ambiguous).to_numpy()] = correct.FLAG_AMBIGUOUS
     names = [HEALPIX_COLUMN, "star_id", "ra", "dec", "position_epoch", *GAIA_IDS.values()]
     near = stars.read_ranges(ranges, stars.columns([*names, "flag_spread"]))
     mark = np.zeros(near.num_rows, dtype=np.int32)
     if "flag_spread" in near.schema.names:
-        mark[near["flag_spread"].to_numpy()] = FLAG_SPREAD
+        mark[near["flag_spread"].to_numpy()] = correct.FLAG_SPREAD
     if of_stars and len(ambiguous):
-        mark[pc.is_in(near["star_id"], ambiguous).to_numpy()] |= FLAG_AMBIGUOUS
+        mark[pc.is_in(near["star_id"], ambiguous).to_numpy()] |= correct.FLAG_AMBIGUOUS
     if mark.any() and table.num_rows:
         settings = MatchSettings(radius_arcsec=radius_arcsec, id_radius_arcsec=radius)
         some = np.unique(match(table, near.filter(pa.array(mark != 0)), settings, "star_id").left)
@@ -409,15 +380,10 @@ def star_flags(
 def look(directory: Path) -> dict[str, Any]:
     """Tell what a person asks of a coverage product.
 
-    Returns
-    -------
-    dict
-        ``inside``, ``sparse``, ``outside``, ``unknown``: shares of the rows; of the summary
-        ``meaning``, ``limits``, ``measure``, ``parameters``, ``intervals`` (on how many pairs the
-        errors stand, by kind of place), ``pairs_outside``, ``warnings``, ``stars`` (the same shares
-        of at most some 200,000 stars), ``flags`` (rows by bit); ``kiel`` (cells of 500 K and 0.5
-        dex) and ``sky`` (HEALPix base pixels) with ``rows`` and ``outside``; ``follow_up``: see
-        `maps.follow_up`.
+    Shares of the rows (``inside``, ``sparse``, ``outside``, ``unknown``); much of the summary, such
+    as ``intervals`` (on how many pairs the errors stand), ``stars`` (the same shares of at most
+    some 200,000 stars) and ``flags`` (rows by bit); ``kiel`` (cells of 500 K and 0.5 dex) and
+    ``sky`` (HEALPix base pixels) with ``rows`` and ``outside``; ``follow_up``: `maps.follow_up`.
 
     Raises
     ------

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
@@ -24,17 +25,17 @@ from sos_dask import corrections
 from sos_dask.columns import BoolArray, Float32Array, IntArray, floats32, key_numbers, matrix32
 from sos_dask.errors import CatalogError, ModelError, SosError
 from sos_dask.problem import DEFAULT, Problem
-from sos_dask.run.cluster import Cluster, Report, silent
+from sos_dask.run.cluster import Cluster
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.settings import Settings
-from sos_dask.stages.base import Made, Role, Run, S, Stage, unless_complete
+from sos_dask.stages.base import Made, Role, Run, S, Stage
 from sos_dask.stages.reference import common_stars
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stats.bootstrap import groups_of
 from sos_dask.stats.numbers import find_sparse
 from sos_dask.storage.artifact import Output, partition_errors, write_parquet
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import WORK, FileRecord, Manifest, Recipe, Rows
+from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
 
 EVIDENCE, HELD_OUT = "evidence.parquet", "held_out.parquet"
 DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
@@ -90,20 +91,29 @@ class Evidence(Stage[EvidenceSettings]):
         needed = [*problem.names, *problem.columns, *(label.diff for label in problem.labels)]
         self.catalog("pairs").require("use", "fold", "reference_star_id", *needed)
         for name in self.named("model"):
-            stage = self.manifest(name).recipe.stage
-            if not stage.startswith("train-"):
+            path, made = self.path(name), self.manifest(name).recipe
+            if not made.stage.startswith("train-"):
                 raise ModelError(
-                    f"{self.path(name)} is not a trained model but an output of '{stage}'",
+                    f"{path} is not a trained model but an output of '{made.stage}'",
                     "Give the outputs of 'sos-dask train'.",
+                )
+            theirs = Problem(**made.params["settings"]["problem"])
+            if theirs != problem:
+                raise ModelError(
+                    f"{path} predicts {', '.join(theirs.names)} from {', '.join(theirs.features)}: "
+                    f"the table is to have {', '.join(problem.names)} from "
+                    f"{', '.join(problem.features)}",
+                    "Train all methods for the same labels and inputs.",
                 )
 
     def make(self, run: Run) -> Made:
         """Make the table in one task."""
         pairs, methods = self.catalog("pairs"), methods_of(self)
         n_most = min(pairs.n_rows, self.settings.max_pairs)
-        # Of a pair that is left out the task holds 16 bytes for a moment: its fold, whether it is
-        # kept, and its place among those held out.
-        n_bytes = (300 << 20) + (400 + 24 * len(methods)) * n_most + 16 * pairs.n_rows
+        # Of a pair that is left out the task holds for a moment its fold, whether it is kept, its
+        # place among those held out, and its row there.
+        left = (16 + 8 * len(self.settings.problem.labels)) * pairs.n_rows
+        n_bytes = (300 << 20) + (400 + 24 * len(methods)) * n_most + left
         _require_bytes(run.cluster, n_bytes, f"{self.name}: {n_most:,} pairs of {pairs.path}")
         (done,) = run.parts("table", {"table": None}, self.table)
         run.files.append(FileRecord(**done["file"]))
@@ -136,7 +146,7 @@ class Evidence(Stage[EvidenceSettings]):
             of_pairs[rows] = predicted
             for names, values, mask in (
                 (held_out_columns(method, problem.names), of_pairs, ~held_out),
-                (fitted_columns(method, problem.names), _predicted(model, problem, x), None),
+                (fitted_columns(method, problem.names), corrections.load(model).predict(x), None),
             ):
                 arrays = (pa.array(np.ascontiguousarray(one), mask=mask) for one in values.T)
                 predictions |= dict(zip(names, arrays, strict=True))
@@ -147,19 +157,6 @@ class Evidence(Stage[EvidenceSettings]):
             table = table.append_column(name, pa.array(values))
         record = output.write_file(EVIDENCE, partial(write_parquet, table))
         return {"file": asdict(record), "n_fit": len(fold)}
-
-
-def _predicted(model: Path, problem: Problem, x: Float32Array) -> Float32Array:
-    """Predictions of a saved model, which is of this problem."""
-    correction = corrections.load(model)
-    if correction.problem != problem:
-        raise ModelError(
-            f"{model} predicts {', '.join(correction.problem.names)} from "
-            f"{', '.join(correction.problem.features)}: the table is to have "
-            f"{', '.join(problem.names)} from {', '.join(problem.features)}",
-            "Train all methods for the same labels and inputs.",
-        )
-    return correction.predict(x)
 
 
 def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], BoolArray]:
@@ -210,22 +207,18 @@ def held_out_pairs(
     names = [label.diff for label in problem.labels]
     kept = np.ones(len(fold), dtype=np.bool_) if kept is None else kept
     with partition_errors(path), pq.ParquetFile(path) as file:
-        held_out = file.read(["fold"])["fold"].to_numpy()
-        rows = np.flatnonzero(np.isin(fold, np.unique(held_out)))
-        rows = rows[np.argsort(fold[rows], kind="stable")]
-        same = np.array_equal(fold[rows], held_out)
-        if same:
-            wanted, first, tables = kept[rows], 0, []
-            for batch in file.iter_batches(columns=[*names, *predictions]):
-                inside = pa.array(wanted[first : first + batch.num_rows])
-                tables.append(pa.Table.from_batches([batch]).filter(inside))
-                first += batch.num_rows
-            table = pa.concat_tables(tables)
-            rows = (np.cumsum(kept) - 1)[rows[wanted]]
-            same = all(
-                np.array_equal(mine[rows], floats32(table, name), equal_nan=True)
-                for mine, name in zip(differences, names, strict=True)
-            )
+        table = file.read(["fold", *names, *predictions])
+    held_out = table["fold"].to_numpy()
+    rows = np.flatnonzero(np.isin(fold, np.unique(held_out)))
+    rows = rows[np.argsort(fold[rows], kind="stable")]
+    same = np.array_equal(fold[rows], held_out)
+    if same:
+        table = table.filter(pa.array(kept[rows]))
+        rows = (np.cumsum(kept) - 1)[rows[kept[rows]]]
+        same = all(
+            np.array_equal(mine[rows], floats32(table, name), equal_nan=True)
+            for mine, name in zip(differences, names, strict=True)
+        )
     if not same:
         raise CatalogError(
             f"{path} does not hold the pairs that are asked for",
@@ -235,19 +228,15 @@ def held_out_pairs(
 
 
 def sparse_pairs(x: Float32Array, trained: BoolArray) -> BoolArray:
-    """Tell where the training pairs are as thin as around the thinnest 5 % of themselves.
+    """Tell where pairs (n, k) are as thin as around the thinnest 5 % of those that are trained on.
 
-    Parameters
-    ----------
-    x : ndarray of float32, shape (n, k)
-        Inputs; where one is not known a pair is sparse.
-    trained : ndarray of bool, shape (n,)
+    They are sparse, too, where an input is not known.
     """
     known = np.isfinite(x).all(axis=1)
-    sample = known & trained
+    sample, others = known & trained, known & ~trained
     sparse = np.ones(len(x), dtype=np.bool_)
     if sample.any():
-        sparse[sample], sparse[known & ~trained] = find_sparse(x[sample], x[known & ~trained])
+        sparse[sample], sparse[others] = find_sparse(x[sample], x[others])
     return sparse
 
 
@@ -265,6 +254,8 @@ class OnEvidence(Stage[S]):
     """MiB of the process that reads the table, and bytes a pair beside that (measured)."""
     tables: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Key that the rows of each file get that `load` reads, and the file."""
+    first: Evidence | None = None
+    """Stage that makes the table as an intermediate product: see `on_pairs`."""
 
     def measure(self, run: Run) -> Made:
         """Make the output of evidence that fits: see `Stage.make`."""
@@ -272,31 +263,32 @@ class OnEvidence(Stage[S]):
 
     def make(self, run: Run) -> Made:
         """Refuse evidence without a model that is given, or too large for a worker."""
-        evidence = self.manifest("evidence")
-        made_of = {v for name, v in evidence.recipe.inputs.items() if name.startswith("model.")}
-        for name in self.named("model"):
-            if self.manifest(name).fingerprint not in made_of:
-                raise ModelError(
-                    f"{self.path('evidence')} was made without the model {self.path(name)}",
-                    "Make the evidence of these pairs and all models that are asked for.",
-                )
-        mib, bytes_a_pair = self.pairs_memory
-        n_pairs = evidence.rows.n_out
-        what = f"{run.output.recipe.stage}: {n_pairs:,} pairs of {self.path('evidence')}"
-        _require_bytes(run.cluster, (mib << 20) + bytes_a_pair * n_pairs, what)
-        return self.measure(run)
+        first, self.first = self.first, None
+        if first is not None:
+            self.inputs["evidence"] = run.output.work.absolute() / "evidence"
+            first.run(self.path("evidence"), cluster=run.cluster, report=run.report)
+        try:
+            evidence = self.manifest("evidence")
+            made_of = {v for name, v in evidence.recipe.inputs.items() if name.startswith("model.")}
+            for name in self.named("model"):
+                if self.manifest(name).fingerprint not in made_of:
+                    raise ModelError(
+                        f"{self.path('evidence')} was made without the model {self.path(name)}",
+                        "Make the evidence of these pairs and all models that are asked for.",
+                    )
+            n_pairs, (mib, bytes_a_pair) = evidence.rows.n_out, self.pairs_memory
+            what = f"{self.name}: {n_pairs:,} pairs of {self.path('evidence')}"
+            _require_bytes(run.cluster, (mib << 20) + bytes_a_pair * n_pairs, what)
+            return self.measure(run)
+        except SosError:  # what is refused leaves nothing; what is killed keeps its evidence
+            if first is not None:
+                shutil.rmtree(self.path("evidence"), ignore_errors=True)
+            raise
 
     @cached_property
     def problem(self) -> Problem:
         """Problem of the evidence."""
         return Problem(**self.manifest("evidence").summary["problem"])
-
-    @property
-    def columns(self) -> list[str]:
-        """Columns of the evidence."""
-        path = self.path("evidence") / EVIDENCE
-        with partition_errors(path):
-            return list(pq.read_schema(path).names)
 
     def read(self, columns: Iterable[str], more: Sequence[str] = ()) -> pa.Table:
         """Read columns of the evidence: see `read_evidence`."""
@@ -351,23 +343,19 @@ class OfModel(OnEvidence[S]):
 
 
 def on_pairs(
-    stage: type[Stage[S]],
+    stage: type[OnEvidence[S]],
     pairs: Catalog,
     models: Mapping[str, Path],
     directory: Path,
     settings: S | None,
     more: Mapping[str, Catalog | Path],
-    *,
-    overwrite: bool = False,
-    cluster: Cluster | None = None,
-    report: Report = silent,
+    **options: Any,
 ) -> Manifest:
     """Run a stage by itself: its evidence is an intermediate product of the output.
 
     Parameters
     ----------
-    stage : type of Stage
-        With the input ``evidence``.
+    stage : type of OnEvidence
     pairs : Catalog
     models : mapping of str to Path
         Trained on them, by method.
@@ -376,57 +364,39 @@ def on_pairs(
     settings : Settings
     more : mapping of str to Catalog or Path
         Its other inputs.
+    options
+        See `Stage.attempt`.
     """
-    path = directory.absolute() / WORK / "evidence"
-    evidence = Evidence({"pairs": pairs, **{f"model.{name}": one for name, one in models.items()}})
-    one = stage({"evidence": path, **more}, settings)
-    for each in (evidence, one):
-        each.check()
+    first = Evidence({"pairs": pairs, **{f"model.{name}": one for name, one in models.items()}})
+    first.check()
     prints = {
-        name: x.fingerprint if isinstance(x, Catalog) else Manifest.load(x).fingerprint
-        for name, x in more.items()
+        name: one.fingerprint if isinstance(one, Catalog) else Manifest.load(one).fingerprint
+        for name, one in more.items()
     }
-    recipe = Evidence.recipe(evidence.settings, evidence.fingerprints())
-    one.known = {**prints, "evidence": recipe.fingerprint}
-    inputs = [pairs.path, *models.values(), *map(one.path, more)]
-    output = Output.prepare(directory, stage.recipe(one.settings, one.known), overwrite, inputs)
-    if not output.complete:
-        with unless_complete(output):
-            try:
-                evidence.run(path, cluster=cluster, report=report)
-                one.run(directory, cluster=cluster, report=report)
-            except SosError:  # what is refused leaves nothing; what is killed keeps its evidence
-                shutil.rmtree(path, ignore_errors=True)
-                raise
-    return output.load_manifest()
+    prints["evidence"] = Evidence.recipe(first.settings, first.fingerprints()).fingerprint
+    made = stage({"evidence": pairs.path, **more}, settings, known=prints)
+    made.first = first
+    return made.run(directory, **options)
 
 
 def read_evidence(path: Path, columns: Sequence[str], more: Sequence[str] = ()) -> pa.Table:
-    """Read columns of an evidence table.
-
-    Parameters
-    ----------
-    path : Path
-        Output of `Evidence`.
-    columns : sequence of str
-    more : sequence of str
-        Columns that are read where the pairs had them.
+    """Read columns of an output of `Evidence`, and of ``more`` those that the pairs had.
 
     Raises
     ------
     CatalogError
-        Not such an output, or a column is missing.
+        A column is missing.
     PartitionError
         The table cannot be read.
     """
     with partition_errors(path / EVIDENCE), pq.ParquetFile(path / EVIDENCE) as file:
         there = file.schema_arrow.names
-        missing = [name for name in columns if name not in there]
-        if missing:
-            raise CatalogError(
-                f"{path / EVIDENCE} has no column '{missing[0]}'",
-                "Make it again of pairs that have it, with all models that are asked for.",
-            )
+        for name in columns:
+            if name not in there:
+                raise CatalogError(
+                    f"{path / EVIDENCE} has no column '{name}'",
+                    "Make it again of pairs that have it, with all models that are asked for.",
+                )
         wanted = dict.fromkeys([*columns, *(name for name in more if name in there)])
         return file.read(list(wanted)).replace_schema_metadata()
 
@@ -441,3 +411,14 @@ def single_observations(table: pa.Table, rows: IntArray, least: int = 1000) -> B
         if np.count_nonzero(single[rows]) >= least:
             return single
     return np.ones(table.num_rows, dtype=np.bool_)
+
+
+def of_surveys(table: pa.Table) -> dict[str, BoolArray]:
+    """Find the pairs of each reference survey, shape (n,); empty where it is not known."""
+    if "survey_ref" not in table.column_names:
+        return {}
+    column = table["survey_ref"]
+    return {
+        name: pc.fill_null(pc.equal(column, name), False).to_numpy()
+        for name in pc.unique(column).drop_null().to_pylist()
+    }

@@ -6,6 +6,7 @@ region, a reference or the sparse pairs; its tasks are such fits, each in one pr
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ from sos_dask.evidence.left_out import (
 )
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, Stage
+from sos_dask.stages.base import Made, Role, Run, Stage, piece, read_piece, write_piece
 from sos_dask.stages.evidence import HELD_OUT, OnEvidence
 from sos_dask.stats.numbers import scatter
 from sos_dask.storage.artifact import Output
@@ -91,11 +92,10 @@ class PairsSource:
 
     def load(self, index: int) -> corrections.Batch:
         """Inputs and differences of one partition."""
-        catalog = self.catalog
-        if catalog.n_rows > _KEPT_ROWS:
-            return _read_batch(catalog, index, self.problem)
-        path = str(catalog.path.absolute())
-        return _kept_batch(path, catalog.fingerprint, index, self.problem)
+        if self.catalog.n_rows > _KEPT_ROWS:
+            return _read_batch(self.catalog, index, self.problem)
+        path = str(self.catalog.path.absolute())
+        return _kept_batch(path, self.catalog.fingerprint, index, self.problem)
 
 
 @lru_cache(maxsize=4096)
@@ -104,22 +104,21 @@ def _kept_batch(path: str, fingerprint: str, index: int, problem: Problem) -> co
 
 
 def _columns(problem: Problem) -> tuple[str, ...]:
-    """Columns of pairs that training needs."""
     return (*problem.columns, *(label.diff for label in problem.labels), "fold", "use")
 
 
 def _read_batch(catalog: Catalog, index: int, problem: Problem) -> corrections.Batch:
     errors = [label.error for label in problem.labels]
-    errors = errors if set(errors) <= set(catalog.schema.names) else []
-    columns = dict.fromkeys((*_columns(problem), *errors))
-    table = catalog.read(catalog.pixels[index], tuple(columns))
+    known = set(errors) <= set(catalog.schema.names)
+    names = dict.fromkeys([*_columns(problem), *(errors if known else ())])
+    table = catalog.read(catalog.pixels[index], list(names))
     table = table.filter(table["use"])
     return corrections.Batch(
         features=problem.matrix(table),
         differences=problem.differences(table),
         fold=table["fold"].to_numpy(),
         weight=np.ones(table.num_rows, dtype=np.float32),
-        errors=matrix32(table, errors) if errors else None,
+        errors=matrix32(table, errors) if known else None,
     )
 
 
@@ -175,38 +174,34 @@ class Train(Stage[TrainSettings]):
         validation = settings.validation
         if validation == "auto":
             validation = "kfold" if len(fold) < settings.kfold_limit else "holdout"
-        # What each fit trains on; None: all. The last one is saved.
-        fits: list[list[int] | None] = [folds[1:]]
+        # The folds that each fit trains on, None: all. The last one is saved.
+        plan: list[list[int] | None] = [folds[1:]]
         if validation == "kfold":
-            fits = [*([one for one in folds if one != held_out] for held_out in folds), None]
+            plan = [*([one for one in folds if one != held_out] for held_out in folds), None]
         step, predicted, searches = f"train {settings.method}", [], []
-        for number, train_folds in enumerate(fits):
-            run.report(step, number, len(fits))
-            params, trials = self._params(run, source, train_folds or folds)
-            searches += [{"train_folds": train_folds or folds, "trials": one} for one in trials]
+        workers = run.cluster.client if _needs_workers(len(fold), settings) else None
+        for number, trained in enumerate(plan):
+            run.report(step, number, len(plan))
+            params, trials = self._searched(run, source, trained or folds)
+            searches += [{"train_folds": trained or folds, "trials": trials}] if trials else []
             correction = corrections.fit(
-                settings.method,
-                source,
-                train_folds=train_folds,
-                params=params,
-                client=run.cluster.client if _needs_workers(len(fold), settings) else None,
+                settings.method, source, train_folds=trained, params=params, client=workers
             )
-            if number < len(fits) - 1:
+            if number < len(plan) - 1:
                 predicted.append(_predict_fold(source, correction, folds[number]))
         _save(run, correction)
         if validation == "holdout":
             # As it corrects: what is saved of boosted trees is also their table, many times faster.
             saved = corrections.load(run.output.directory, check=False)
             predicted = [_predict_fold(source, saved, folds[0])]
-        run.report(step, len(fits), len(fits))
-        table = pa.concat_tables(predicted)
+        run.report(step, len(plan), len(plan))
+        table, problem = pa.concat_tables(predicted), settings.problem
         run.write(HELD_OUT, table)
         if searches:
             run.write_bytes(SEARCH_FILE, to_json(searches))
-        problem = settings.problem
         deltas = matrix32(table, [label.delta for label in problem.labels])
-        differences = problem.differences(table)
-        metrics = held_out_metrics(settings.method, problem.names, differences, deltas)
+        truth = problem.differences(table)
+        metrics = held_out_metrics(settings.method, problem.names, truth, deltas)
         unfit = {"not fit for training": pairs.n_rows - len(fold)}
         return Rows(pairs.n_rows, len(fold), 0, unfit), {
             "method": settings.method,
@@ -216,36 +211,30 @@ class Train(Stage[TrainSettings]):
             "metrics": [asdict(metric) for metric in metrics],
         }
 
-    def _params(
+    def _searched(
         self, run: Run, source: PairsSource, folds: Sequence[int]
-    ) -> tuple[Mapping[str, Any], list[list[dict[str, Any]]]]:
-        """Parameters of a fit to some folds, and what a search for them has tried, if any."""
+    ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+        """Parameters of a fit to some folds, and what a search for them has tried."""
         method, params, n = self.settings.method, self.settings.params, self.settings.search
         if not n or not search_space(method):
             return params, []
-        params = corrections.check_params(method, params)
-        seed, client = self.settings.seed, run.cluster.client
-        found = search(method, source, folds, params, n, seed, client)
-        return found.params, [found.trials]
+        params, client = corrections.check_params(method, params), run.cluster.client
+        return search(method, source, folds, params, n, self.settings.seed, client)
 
 
 def _predict_fold(source: PairsSource, correction: corrections.Correction, fold: int) -> pa.Table:
     """Inputs, differences and predictions of the pairs of one fold, in the order of the sky."""
-    problem = source.problem
-    names = [
-        "fold",
-        *(f"x_{item.column}" for item in problem.inputs),
-        *(label.diff for label in problem.labels),
-        *(label.delta for label in problem.labels),
-    ]
+    inputs, labels = source.problem.inputs, source.problem.labels
+    names = [f"x_{item.column}" for item in inputs]
+    names += [*(label.diff for label in labels), *(label.delta for label in labels)]
     tables = []
     for index in range(source.n_batches):
         batch = source.load(index)
         chosen = batch.fold == fold
         x = batch.features[chosen]
         values = np.concatenate([x, batch.differences[chosen], correction.predict(x)], axis=1)
-        columns = [pa.array(np.ascontiguousarray(column)) for column in values.T]
-        tables.append(pa.table([pa.array(batch.fold[chosen]), *columns], names=names))
+        columns = [batch.fold[chosen], *np.ascontiguousarray(values.T)]
+        tables.append(pa.table(columns, ["fold", *names]))
     return pa.concat_tables(tables)
 
 
@@ -281,16 +270,12 @@ def asks_workers(pairs: Catalog, settings: TrainSettings) -> bool:
     return settings.search > 0 or _needs_workers(pairs.n_rows, settings)
 
 
-Fit = tuple[str, str, str]  # method, split, group
-_FIGURES = ("n", "median", "mad")
-_KINDS = {"n_train": pa.int64(), "n": pa.int64(), "median": pa.float64(), "mad": pa.float64()}
+_FIGURES = ("n_train", "n", "median", "mad", "n_random", "median_random", "mad_random")
 _SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("split", "group", "method", "label")),
-        *_KINDS.items(),
-        *((f"{name}_random", _KINDS[name]) for name in _FIGURES),
-    ]
+    [(name, pa.string()) for name in ("split", "group", "method", "label")]
+    + [(name, pa.int64() if name.startswith("n") else pa.float64()) for name in _FIGURES]
 )
+Fit = tuple[str, str, str]  # method, split, group
 
 
 class GeneralisationSettings(Settings):
@@ -345,31 +330,38 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
                 f"training: each and its rest need {self.settings.min_pairs}",
                 "Match more stars, or lower [generalisation] min_pairs.",
             )
-        fits: dict[str, Fit] = {}
-        for method in self.settings.methods:
-            for split, group in [(RANDOM, ""), *groups]:
-                fits[f"{method}-{split}-{group}".replace("/", " per ")] = (method, split, group)
-        done = run.parts("fits", fits, partial(self.fit, groups=groups))
-        bare = self._figures(table, self.problem.differences(table), groups)
-        rows: dict[tuple[str, ...], dict[str, Any]] = {
-            (NONE, *place): row | {f"{name}_random": row[name] for name in _FIGURES}
-            for place, row in bare
+        methods = list(self.settings.methods)
+        fits: dict[str, Fit] = {
+            f"{method}-{split}-{group}".replace("/", " per "): (method, split, group)
+            for method, (split, group) in itertools.product(methods, [(RANDOM, ""), *groups])
         }
-        for (method, split, _), one in zip(fits.values(), done, strict=True):
-            for place, found in one["figures"]:
-                row = rows.setdefault((method, *place), {})
-                if split == RANDOM:
-                    row |= {f"{name}_random": found[name] for name in _FIGURES}
-                else:
-                    row |= found
-        keys = ("method", "split", "group", "label")
-        table_rows = [{**dict(zip(keys, key, strict=True)), **row} for key, row in rows.items()]
-        run.write(TABLE, pa.Table.from_pylist(table_rows, _SCHEMA))
-        refused = {key: one["refused"] for key, one in zip(fits, done, strict=True)}
+        done = run.parts("fits", fits, self.fit)
+        names, bare = self.problem.names, self.problem.differences(table)
+        left = {
+            one: np.stack(read_piece(piece(run.output, key)).columns, axis=1)
+            for key, one in fits.items()
+        }
+        rows: list[dict[str, Any]] = []
+        for method, (split, group) in itertools.product([NONE, *methods], groups):
+            fold = _folds(table, split, group)
+            sides = {"": (method, split, group), "_random": (method, RANDOM, "")}
+            for number, label in enumerate(names):
+                rows.append({"split": split, "group": group, "method": method, "label": label})
+                rows[-1]["n_train"] = int(np.count_nonzero(fold == 0))
+                for end, side in sides.items():
+                    values = left.get(side, bare)[fold == 1, number].astype(np.float64)
+                    values = values[np.isfinite(values)]
+                    found: dict[str, Any] = {"n": len(values), "median": None, "mad": None}
+                    if len(values):
+                        found |= {"median": float(np.median(values)), "mad": scatter(values)}
+                    rows[-1] |= {f"{name}{end}": value for name, value in found.items()}
+        run.write(TABLE, pa.Table.from_pylist(rows, _SCHEMA))
         dropped = {**given.dropped, "of other stars": given.n_out - table.num_rows}
         return Rows(given.n_in, table.num_rows, 0, dropped), {
             "groups": [list(group) for group in groups],
-            "refused": {key: why for key, why in refused.items() if why},
+            "refused": {
+                key: one["refused"] for key, one in zip(fits, done, strict=True) if one["refused"]
+            },
         }
 
     def _pairs(self) -> pa.Table:
@@ -381,54 +373,36 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
             star = table["star"].to_numpy()
             table = table.filter(pa.array(star < np.partition(star, n_most)[n_most]))
         known = np.isfinite(problem.matrix(table)).all(axis=1)
-        survey = pa.array([""] * table.num_rows, pa.string())
+        survey = pa.nulls(table.num_rows, pa.string())
         if "survey_ref" in table.column_names:
-            survey = table["survey_ref"].fill_null("").cast(pa.string())
-        groups = {
-            DENSITY: np.where(known, np.where(table["sparse"].to_numpy(), SPARSE, DENSE), ""),
-            REGION: region_groups(*(floats_or_nan(table, name) for name in ("teff", "logg"))),
-            REFERENCE: survey,
-        }
-        for name, values in groups.items():
+            survey = table["survey_ref"].cast(pa.string())
+        region = region_groups(*(floats_or_nan(table, name) for name in ("teff", "logg")))
+        sparse = np.where(known, np.where(table["sparse"].to_numpy(), SPARSE, DENSE), "")
+        for name, values in (
+            (DENSITY, sparse),
+            (REGION, region),
+            (REFERENCE, survey.fill_null("")),
+        ):
             table = table.append_column(name, pa.array(values, pa.string()))
         return table.combine_chunks()
 
-    def fit(
-        self, output: Output, key: str, item: Fit, groups: Sequence[tuple[str, str]]
-    ) -> dict[str, Any]:
-        """Fit without a group and measure it; without random pairs, measure every group."""
+    def fit(self, output: Output, key: str, item: Fit) -> dict[str, Any]:
+        """Fit without a group, and keep what it leaves of its differences."""
         method, split, group = item
         table, problem = self._pairs(), self.problem
         fold = _folds(table, split, group)
         x, differences = problem.matrix(table), problem.differences(table)
         batch = corrections.Batch(x, differences, fold, np.ones(len(x), np.float32))
         params = corrections.check_params(method, self.settings.methods[method])
-        predicted, refused = np.full_like(differences, np.nan), ""
+        left, out, refused = np.full(differences.shape, np.nan), fold == 1, ""
         try:
             source = _OneBatch(batch, problem)
             fitted = corrections.fit(method, source, train_folds=[0], params=params)
-            predicted[fold == 1] = fitted.predict(x[fold == 1])
+            left[out] = differences[out].astype(np.float64) - fitted.predict(x[out])
         except ModelError as error:
             refused = error.message
-        left = differences.astype(np.float64) - predicted
-        measured = groups if split == RANDOM else [(split, group)]
-        return {"refused": refused, "figures": self._figures(table, left, measured)}
-
-    def _figures(
-        self, table: pa.Table, left: NDArray[np.floating], groups: Sequence[tuple[str, str]]
-    ) -> list[tuple[list[str], dict[str, Any]]]:
-        """Figures of what is left of the differences, each with its split, group and label."""
-        found = []
-        for split, group in groups:
-            fold = _folds(table, split, group)
-            for label, values in zip(self.problem.names, left.T, strict=True):
-                of_group = values[(fold == 1) & np.isfinite(values)].astype(np.float64)
-                row: dict[str, Any] = {"n_train": int(np.count_nonzero(fold == 0))}
-                row |= {"n": len(of_group), "median": None, "mad": None}
-                if len(of_group):
-                    row |= {"median": float(np.median(of_group)), "mad": scatter(of_group)}
-                found.append(([split, group, label], row))
-        return found
+        write_piece(piece(output, key), pa.table(list(left.T.copy()), problem.names))
+        return {"refused": refused}
 
 
 @dataclass(frozen=True)

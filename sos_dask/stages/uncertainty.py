@@ -27,6 +27,7 @@ from sos_dask.columns import (
     mixed,
 )
 from sos_dask.evidence.error_tables import error_grid, require_default
+from sos_dask.evidence.figures import edges
 from sos_dask.evidence.intervals import (
     DENSE,
     SPARSE,
@@ -43,7 +44,13 @@ from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
-from sos_dask.stages.evidence import DIFFERENCES, OfModel, held_out_columns, single_observations
+from sos_dask.stages.evidence import (
+    DIFFERENCES,
+    OfModel,
+    held_out_columns,
+    of_surveys,
+    single_observations,
+)
 from sos_dask.stars.folds import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import GIANT_LOGG, normalisation
 from sos_dask.stats.numbers import find_sparse
@@ -238,13 +245,10 @@ def _parts(held: pa.Table, settings: UncertaintySettings) -> NDArray[np.int8]:
     """Parts of the held-out pairs; those that share a star are in one, whatever their fold."""
     # Folds of the pairs come from the same numbers: another state makes the parts independent.
     number = mixed(held["star"].to_numpy() + np.uint64(settings.seed + 1))
-    if "target" not in held.column_names:
-        return fold_of(number, settings.n_parts)
-    target = held["target"].to_numpy()
-    order = np.argsort(target, kind="stable")
-    same = np.flatnonzero(target[order[1:]] == target[order[:-1]])
-    joined = smallest_of_joined(number, number, (order[same], order[same + 1]))
-    return fold_of(joined, settings.n_parts)
+    if "target" in held.column_names:
+        links = (np.empty(0, dtype=np.int64),) * 2
+        number = smallest_of_joined(number, held["target"].to_numpy(), links)
+    return fold_of(number, settings.n_parts)
 
 
 def _reference_errors(
@@ -252,11 +256,8 @@ def _reference_errors(
 ) -> FloatArray:
     """Stated errors of the reference times the factors of its survey, shape (n, 3)."""
     errors = np.stack([floats_or_nan(held, name) for name in _ERRORS], axis=1)
-    if "survey_ref" not in held.schema.names:
-        return errors
     logg, snr = (floats_or_nan(held, name) for name in ("logg_ref", "snr_ref"))
-    for survey in pc.unique(held["survey_ref"]).drop_null().to_pylist():
-        mine = pc.fill_null(pc.equal(held["survey_ref"], survey), False).to_numpy()
+    for survey, mine in of_surveys(held).items():
         for number, label in enumerate(LABELS):
             of_survey = factors.get(survey, ())
             errors[mine, number] *= normalisation(of_survey, label, logg[mine], snr[mine])
@@ -274,11 +275,8 @@ def _subsets(held: HeldOut, is_sparse: BoolArray, in_sparse_cell: BoolArray) -> 
         "sparse cells": in_sparse_cell,
         "giants": logg < GIANT_LOGG,
         "dwarfs": logg >= GIANT_LOGG,
-        "logg < 1": logg < 1,
-        "teff > 7000": teff > 7000,
-        "feh < -2": feh < -2,
-        "feh > 0.2": feh > 0.2,
     }
+    found |= edges({"teff": teff, "logg": logg, "feh": feh})
     known = np.isfinite(held.snr)
     if known.any():
         low, high = np.quantile(held.snr[known], [1 / 3, 2 / 3])

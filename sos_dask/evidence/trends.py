@@ -1,8 +1,14 @@
-"""Trends: how the difference target - reference runs with another quantity.
+"""How surveys differ: along other quantities, from each other, and each from the truth.
 
-Medians, percentiles and their errors are those of `stats.binned`. Two reference surveys are
+Medians, percentiles and their errors are those of `stats.numbers`. Two reference surveys are
 compared through the target, (target - first) - (target - second) = second - first, of different
 stars in one bin; and directly, second - first of the stars that both have.
+
+The three-cornered hat finds the error of each of three surveys from their differences alone. For
+independent errors s_ab^2 = s_a^2 + s_b^2 and so on, hence s_a^2 = (s_ab^2 + s_ac^2 - s_bc^2) / 2
+(Gray & Allan 1974, Proc. 28th Frequency Control Symposium, p. 243). A negative result says that the
+errors are not independent, or smaller than can be told from so many stars: it is given, and
+flagged.
 """
 
 from __future__ import annotations
@@ -16,11 +22,10 @@ from numpy.typing import NDArray
 
 from sos_dask.columns import FloatArray, IntArray
 from sos_dask.errors import ConfigError
-from sos_dask.stats.binned import MIN_COUNT, Axis, binned_quantiles, bins_of
+from sos_dask.stats.numbers import MAD_TO_SIGMA, MIN_COUNT, Axis, binned_quantiles, bins_of
 
 EQUAL_WIDTH, EQUAL_COUNT = "equal-width", "equal-count"
 BEFORE, AFTER, FITTED = "before", "after", "fitted"
-ALL = "all"
 AXES = (
     Axis("teff", 3000.0, 10000.0, 250.0),
     Axis("logg", -0.5, 5.5, 0.25),
@@ -31,6 +36,7 @@ AXES = (
     Axis("bp_rp", -0.5, 4.0, 0.25),
 )
 PLANE = ("teff", "logg")
+_SAMPLES, _BLOCK = 500, 1 << 21  # of the bootstrap of a hat; values of a block
 Columns = Mapping[str, Any]
 """Of bins: arrays with one entry for each, and values that all have."""
 
@@ -135,8 +141,7 @@ def contrast(
     difference = np.where(judged, first["median"] - second["median"], np.nan)
     error = np.where(judged, np.hypot(first["error"], second["error"]), np.nan)
     if common is None:
-        none = binned_quantiles(np.empty(0, np.int64), np.empty(0), len(judged))
-        common = none._asdict()
+        common = binned_quantiles(np.empty(0, np.int64), np.empty(0), len(judged))._asdict()
     found: dict[str, Any] = {**first, "first": first["subset"], "second": second["subset"]}
     found |= {"difference": difference, "error": error, "significance": _over(difference, error)}
     for name, of in (("first", first), ("second", second), ("common", common)):
@@ -167,14 +172,13 @@ def agreements(columns: Columns, min_count: int = MIN_COUNT) -> list[dict[str, A
     for by, (difference, error) in samples.items():
         judged = ~np.isnan(_over(difference, error))
         d, e = difference[judged], error[judged]
-        n_bins = len(d)
-        square, noise = (float(np.mean(v**2)) if n_bins else 0.0 for v in (d, e))
         row = {name: columns[name] for name in ("first", "second", "label", "against", "binning")}
-        row |= {"by": by, "n_bins": n_bins, "median": None, "rms": None, "excess": None}
-        if n_bins:
+        row |= {"by": by, "n_bins": len(d), "median": None, "rms": None, "excess": None}
+        if len(d):
+            square, noise = float(np.mean(d**2)), float(np.mean(e**2))
             row |= {"median": float(np.median(d)), "rms": float(np.sqrt(square))}
             row["excess"] = float(np.sqrt(max(square - noise, 0.0)))
-        row["p_value"] = float(chdtrc(n_bins, np.sum((d / e) ** 2))) if n_bins else 1.0
+        row["p_value"] = float(chdtrc(len(d), np.sum((d / e) ** 2))) if len(d) else 1.0
         found.append({**row, "n_significant": int(np.count_nonzero(np.abs(d) > 3 * e))})
     return found
 
@@ -213,3 +217,68 @@ def _long(items: Sequence[Columns], schema: pa.Schema) -> pa.Table:
             arrays.append(pa.array(value, field.type, from_pandas=True))
         tables.append(pa.table(arrays, schema=schema))
     return pa.concat_tables(tables).combine_chunks()
+
+
+def three_cornered_hat(
+    values: Sequence[NDArray[np.floating]], surveys: Sequence[str], seed: int = 0
+) -> list[dict[str, Any]]:
+    """Find the errors of three surveys on the stars that all have.
+
+    Parameters
+    ----------
+    values : sequence of three ndarray of float, shape (n,)
+        A label in each survey, star by star; stars with a nan are left out. Constant offsets
+        between surveys do not matter; trends between them count as errors.
+    surveys : sequence of three str
+    seed : int
+        Of the bootstrap over stars.
+
+    Returns
+    -------
+    list of dict
+        Of each ``survey``: ``n`` stars that all three have; ``variance`` of its errors, from
+        1.4826 MAD of the differences; ``sigma``, the root, None where it is negative; ``low`` and
+        ``high``, the 95 % bootstrap interval of the signed root sign(variance)
+        sqrt(abs(variance)); ``negative`` where the variance or ``low`` is below zero.
+
+    Raises
+    ------
+    ConfigError
+        Not three surveys, or fewer than 10 stars.
+    """
+    from scipy.stats import bootstrap
+
+    if len(values) != 3 or len(surveys) != 3:
+        raise ConfigError(f"a three-cornered hat needs three surveys, not {len(surveys)}")
+    table = np.stack([np.asarray(value, dtype=np.float64) for value in values])
+    table = table[:, np.isfinite(table).all(axis=0)]
+    n = table.shape[1]
+    if n < 10:
+        raise ConfigError(f"{', '.join(surveys)} have only {n} stars in common")
+    resampled = bootstrap(
+        table,
+        _variances,
+        n_resamples=_SAMPLES,
+        batch=max(1, _BLOCK // n),
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    found = []
+    for name, variance, *limits in zip(
+        surveys, _variances(*table), resampled.low, resampled.high, strict=True
+    ):
+        low, high = (float(np.sign(limit) * np.sqrt(abs(limit))) for limit in limits)
+        row: dict[str, Any] = {"survey": name, "n": n, "variance": float(variance)}
+        row["sigma"] = float(np.sqrt(variance)) if variance >= 0 else None
+        found.append({**row, "low": low, "high": high, "negative": bool(min(variance, low) < 0)})
+    return found
+
+
+def _variances(a: FloatArray, b: FloatArray, c: FloatArray, axis: int = -1) -> FloatArray:
+    """Squared errors of the three along the last axis."""
+    differences = np.stack([a - b, a - c, b - c])
+    middle = np.median(differences, axis=-1, keepdims=True)
+    mad = np.median(np.abs(differences - middle), axis=-1)
+    ab, ac, bc = (MAD_TO_SIGMA * mad) ** 2
+    return np.stack([ab + ac - bc, ab + bc - ac, ac + bc - ab]) / 2

@@ -22,14 +22,17 @@ from pydantic import Field
 from sos_dask import corrections
 from sos_dask.columns import floats32, matrix32
 from sos_dask.errors import ModelError
-from sos_dask.evidence.choice import BALANCED, TOLERANCE, check_rule, choose
 from sos_dask.evidence.figures import (
+    BALANCED,
     FIGURE_SCHEMA,
     NONE,
     TEST,
+    TOLERANCE,
     TRAIN,
     Sample,
     Scored,
+    check_rule,
+    choose,
     figures,
 )
 from sos_dask.evidence.smoothness import (
@@ -53,8 +56,8 @@ from sos_dask.stages.evidence import (
     require_models_of,
     require_rows,
 )
-from sos_dask.stats.binned import Axis
 from sos_dask.stats.bootstrap import draw
+from sos_dask.stats.numbers import Axis
 from sos_dask.storage.artifact import Output, partition_errors
 from sos_dask.storage.manifest import Manifest
 

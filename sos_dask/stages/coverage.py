@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from sos_dask import corrections
 from sos_dask.columns import floats, floats_or_nan, key_hashes, matrix32
@@ -32,15 +32,30 @@ from sos_dask.correct import (
     FLAGS,
 )
 from sos_dask.errors import CatalogError
-from sos_dask.evidence.coverage import CoverageModel, Overlap, Target
+from sos_dask.evidence.coverage import (
+    SKY_ORDER,
+    CoverageModel,
+    Overlap,
+    Target,
+    coarse,
+    count_maps,
+    follow_up,
+    sum_maps,
+)
 from sos_dask.evidence.coverage import fit as fit_coverage
-from sos_dask.evidence.error_tables import ErrorModel, load_errors
-from sos_dask.evidence.growth import MIN_GROWTH_PAIRS
-from sos_dask.evidence.maps import SKY_ORDER, coarse, count_maps, follow_up, sum_maps
-from sos_dask.evidence.widening import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, Limits, counted
+from sos_dask.evidence.intervals import ErrorModel, load_errors
+from sos_dask.evidence.widening import (
+    CLASSES,
+    KIND_FIELD,
+    MIN_GROWTH_PAIRS,
+    OUTSIDE,
+    SPARSE,
+    Limits,
+    counted,
+)
 from sos_dask.problem import Problem
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.settings import Seed, Settings
+from sos_dask.settings import Seed
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.base import (
@@ -81,17 +96,11 @@ _ID_RADIUS_ARCSEC = 10.0  # observations with one Gaia id are of one star
 Columns = Mapping[str, NDArray[np.float64]]
 
 
-class CoverageSettings(Settings):
+class CoverageSettings(Limits):
     """Settings of the stage."""
 
     measure: Literal["neighbours", "ratio"] = Field(
         "neighbours", description="Distance from the pairs: neighbours, or ratio of densities"
-    )
-    inside: float = Field(
-        0.8, gt=0, lt=1, description="From this coverage on a row is inside: its error is small"
-    )
-    outside: float = Field(
-        0.5, gt=0, lt=1, description="Below this coverage a row is outside; between, sparse"
     )
     grid: dict[str, Annotated[tuple[float, float], Field(strict=False)]] = Field(
         default_factory=dict,
@@ -115,12 +124,6 @@ class CoverageSettings(Settings):
             if not low < high:
                 raise ValueError(f"{label}: {low:g} is not below {high:g}")
         return value
-
-    @model_validator(mode="after")
-    def _limits_in_order(self) -> CoverageSettings:
-        if not self.outside < self.inside:
-            raise ValueError(f"outside = {self.outside:g} is not below inside = {self.inside:g}")
-        return self
 
     @property
     def limits(self) -> Limits:

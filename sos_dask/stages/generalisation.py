@@ -19,14 +19,12 @@ from pydantic import Field
 from sos_dask import corrections
 from sos_dask.columns import floats_or_nan
 from sos_dask.errors import ModelError
-from sos_dask.evidence.figures import NONE
-from sos_dask.evidence.left_out import (
-    DENSE,
+from sos_dask.evidence.figures import (
     DENSITY,
+    NONE,
     RANDOM,
     REFERENCE,
     REGION,
-    SPARSE,
     left_out_groups,
     region_groups,
 )
@@ -35,7 +33,7 @@ from sos_dask.settings import Settings
 from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import problem_of, read_evidence
 from sos_dask.stages.train import VERSION as TRAIN_VERSION
-from sos_dask.stats.numbers import scatter
+from sos_dask.stats.numbers import DENSE, SPARSE, scatter
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Recipe, Rows
 

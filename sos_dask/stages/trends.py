@@ -21,7 +21,6 @@ from pydantic import Field
 from sos_dask.columns import floats, floats32
 from sos_dask.evidence.trends import (
     AFTER,
-    ALL,
     AXES,
     BEFORE,
     EQUAL_COUNT,
@@ -48,7 +47,7 @@ from sos_dask.stages.evidence import (
     require_rows,
 )
 from sos_dask.stages.reference import common_stars, in_order
-from sos_dask.stats.binned import MIN_COUNT, Axis, equal_count_edges
+from sos_dask.stats.numbers import ALL, MIN_COUNT, Axis, equal_count_edges
 from sos_dask.storage.artifact import Output, partition_errors
 from sos_dask.storage.manifest import Manifest
 

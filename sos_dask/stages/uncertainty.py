@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,19 +20,18 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import floats, floats_or_nan, key_numbers, matrix32, mixed
-from sos_dask.evidence.error_tables import error_grid, require_default
 from sos_dask.evidence.intervals import (
-    DENSE,
-    SPARSE,
     TABLES,
     HeldOut,
     LabelErrors,
+    error_grid,
     error_model,
     fit_label,
     hit_rates,
     least_log_snr,
+    require_default,
 )
-from sos_dask.evidence.three_cornered_hat import three_cornered_hat
+from sos_dask.evidence.trends import three_cornered_hat
 from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
@@ -49,8 +47,8 @@ from sos_dask.stages.evidence import (
 )
 from sos_dask.stages.reference import common_stars
 from sos_dask.stars.folds import fold_of, smallest_of_joined
-from sos_dask.stars.repeats import GIANT_LOGG, normalisation
-from sos_dask.stats.numbers import find_sparse
+from sos_dask.stars.repeats import normalisation
+from sos_dask.stats.numbers import ALL, DENSE, GIANT_LOGG, SPARSE, find_sparse
 from sos_dask.storage.artifact import Output, partition_errors
 from sos_dask.storage.manifest import Manifest, Rows
 
@@ -161,7 +159,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
             "reference_error": self.settings.reference_error,
             "factors_95": model.about["factors_95"],
             "pairs_by_class": dict(zip(LABELS, (one["n_class"] for one in fitted), strict=True)),
-            "hit_rates": [row for row in found if row["subset"] in ("all", DENSE, SPARSE)],
+            "hit_rates": [row for row in found if row["subset"] in (ALL, DENSE, SPARSE)],
             "error_factors": self.error_factors(),
             "three_cornered_hat": hats["found"],
         }
@@ -229,7 +227,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         return {
             "factors_95": errors.factors_95,
             "n_class": checked.n_class,
-            "hit_rates": [asdict(one) for one in hit_rates(label, checked, subsets)],
+            "hit_rates": hit_rates(label, checked, subsets),
         }
 
     def _hats(self) -> dict[str, Any]:
@@ -261,7 +259,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
 
 def read_calibration(directory: Path) -> list[dict[str, Any]]:
-    """Read the rows of ``calibration.parquet``, `intervals.HitRate` as mappings, in its order.
+    """Read the rows of ``calibration.parquet``, those of `intervals.hit_rates`.
 
     Raises
     ------
@@ -307,7 +305,7 @@ def _subsets(held: HeldOut, is_sparse: BoolArray, in_sparse_cell: BoolArray) -> 
     """Held-out pairs whose hit rate is looked at separately."""
     teff, logg, feh = held.features[:, 0] * TEFF_UNIT_K, held.features[:, 1], held.features[:, 2]
     found = {
-        "all": np.ones(len(teff), dtype=np.bool_),
+        ALL: np.ones(len(teff), dtype=np.bool_),
         DENSE: ~is_sparse,
         SPARSE: is_sparse,
         "dense cells": ~in_sparse_cell,

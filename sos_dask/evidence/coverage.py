@@ -69,10 +69,7 @@ _FORMAT = 5
 _MODEL, _TABLE, _OVERLAP, _RATIO = "coverage.json", "coverage.npy", "overlap.npy", "ratio.ubj"
 
 SKY_ORDER = 4
-STEPS = {
-    "kiel": {"teff": 100.0, "logg": 0.1},
-    "labels": {"teff": 250.0, "logg": 0.25, "feh": 0.25},
-}
+STEPS = {"kiel": {"teff": 100.0, "logg": 0.1}, "labels": {"teff": 250.0, "logg": 0.25, "feh": 0.25}}
 """Width of the cells of each map; a cell begins at a whole multiple of it."""
 _BITS, _OFFSET = 16, 1 << 15
 _AT_ONCE = 32

@@ -22,6 +22,7 @@ blocked cross-validation): what is found there is what to expect where the overl
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sos_dask.columns import BoolArray, FloatArray, IntArray
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.schema import nearest
 from sos_dask.stats.bootstrap import interval, resampled, resampled_bins
@@ -42,22 +43,28 @@ STATISTICS = ("median", "mad", "width", "rms_binned", "worst_bin")
 EDGES = ("logg < 1", "teff > 7000", "feh < -2", "feh > 0.2")
 SUBSETS = (ALL, DENSE, SPARSE, *EDGES)
 _MIN_STARS = 20  # with fewer a resample may contain none of them
-FIGURE_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("method", "label", "sample", "subset", "statistic")),
-        *((name, pa.float64()) for name in ("value", "low", "high", "error")),
-        ("n", pa.int64()),
-        *((name, pa.float64()) for name in ("behind", "behind_low", "behind_high")),
-        ("against", pa.string()),
-        *((name, pa.float64()) for name in ("bin_low", "bin_high")),
-    ]
-)
 BALANCED, SCATTER = "balanced", "scatter"
 TOLERANCE = 0.01
 _NAMES = {"mad": "scatter", "rms_binned": "binned medians"}
 _Share = tuple[float, float, float]  # with its interval
 DENSITY, REGION, REFERENCE, RANDOM = "density", "region", "reference", "random"
 _TEFF_EDGES_K, _LOGG_EDGES = (4500.0, 5250.0, 6000.0, 7000.0), (1.0, 2.0, GIANT_LOGG)
+
+
+def figure_schema(names: str) -> pa.Schema:
+    """Make the schema of figures: names of columns say what they contain, most of them numbers."""
+    texts = "method label sample subset statistic against binning first second where"
+    kinds = dict.fromkeys(texts.split(), pa.string()) | {"n": pa.int64(), "bin": pa.int32()}
+    counts = pa.int64(), pa.float64()
+    return pa.schema(
+        [(one, kinds.get(one, counts[not one.startswith("n_")])) for one in names.split()]
+    )
+
+
+FIGURE_SCHEMA = figure_schema(
+    "method label sample subset statistic value low high error n behind behind_low behind_high "
+    "against bin_low bin_high"
+)
 
 
 @dataclass(frozen=True)
@@ -75,19 +82,9 @@ class Metric:
 
 
 def held_out_metrics(
-    method: str,
-    labels: Sequence[str],
-    differences: NDArray[np.float32],
-    predicted: NDArray[np.float32],
+    method: str, labels: Sequence[str], differences: Float32Array, predicted: Float32Array
 ) -> list[Metric]:
-    """Measure each label on held-out pairs.
-
-    Parameters
-    ----------
-    method : str
-    labels : sequence of str
-    differences, predicted : ndarray of float32, shape (n, n_labels)
-        Pairs with a nan in a label are left out of that label.
+    """Measure each label on held-out pairs with a difference and a prediction (n, n_labels) of it.
 
     Raises
     ------
@@ -149,7 +146,9 @@ def figures(
     min_pairs: int,
     min_bin_pairs: int,
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], Scored]]:
-    """Measure all figures of one label in one sample.
+    """Measure all figures of one label in one sample: rows of `FIGURE_SCHEMA`.
+
+    Those of the subset ``all`` are given in every resample, too, by method and statistic.
 
     Parameters
     ----------
@@ -163,13 +162,6 @@ def figures(
         See `bootstrap.draw`.
     min_pairs, min_bin_pairs : int
         A subset with fewer pairs has no figures, a bin with fewer no median.
-
-    Returns
-    -------
-    list of dict
-        Rows of `FIGURE_SCHEMA`.
-    dict
-        Of the subset ``all`` by method and statistic.
 
     Raises
     ------
@@ -223,11 +215,10 @@ def _whole(values: FloatArray, groups: IntArray, weights: FloatArray) -> dict[st
     """Median and both widths."""
     replicates, n = resampled(values, groups, weights), len(values)
     p16, median, p84 = np.percentile(values, [16, 50, 84])
-    return {
-        "median": _Found(Scored(float(median), replicates.median), n),
-        "mad": _Found(Scored(scatter(values), replicates.mad), n),
-        "width": _Found(Scored(float(p84 - p16) / 2, replicates.width), n),
-    }
+    found = float(median), scatter(values), float(p84 - p16) / 2
+    scored = zip(found, replicates, strict=True)
+    names = ("median", "mad", "width")
+    return {name: _Found(Scored(*one), n) for name, one in zip(names, scored, strict=True)}
 
 
 def _binned(
@@ -437,24 +428,17 @@ def _balanced(
 
 
 def region_groups(teff: NDArray[np.floating], logg: NDArray[np.floating]) -> list[str]:
-    """Name the cell of the Kiel diagram of every pair; empty where a label is not known.
+    """Name the cell of the Kiel diagram of pairs by Teff (n,) in K and log g (n,) in dex (cgs).
 
-    Parameters
-    ----------
-    teff : ndarray of float, shape (n,), K
-    logg : ndarray of float, shape (n,), dex (cgs)
+    Empty where one is not known.
     """
-    across, down = _intervals("Teff", _TEFF_EDGES_K), _intervals("log g", _LOGG_EDGES)
-    names = np.array([[f"{one}, {other}" for other in down] for one in across])
-    hot = np.searchsorted(_TEFF_EDGES_K, teff, side="right")
-    compact = np.searchsorted(_LOGG_EDGES, logg, side="right")
-    found: list[str] = np.where(np.isfinite(teff + logg), names[hot, compact], "").tolist()
-    return found
-
-
-def _intervals(name: str, edges: tuple[float, ...]) -> list[str]:
-    inner = [f"{low:g} <= {name} < {high:g}" for low, high in itertools.pairwise(edges)]
-    return [f"{name} < {edges[0]:g}", *inner, f"{name} >= {edges[-1]:g}"]
+    parts = []
+    for name, edges, x in (("Teff", _TEFF_EDGES_K, teff), ("log g", _LOGG_EDGES, logg)):
+        inner = [f"{low:g} <= {name} < {high:g}" for low, high in itertools.pairwise(edges)]
+        names = np.array([f"{name} < {edges[0]:g}", *inner, f"{name} >= {edges[-1]:g}"])
+        parts.append(names[np.searchsorted(edges, x, side="right")].tolist())
+    known = np.isfinite(teff + logg).tolist()
+    return [f"{one}, {other}" if k else "" for one, other, k in zip(*parts, known, strict=True)]
 
 
 def left_out_groups(splits: Mapping[str, Sequence[str]], min_pairs: int) -> list[tuple[str, str]]:
@@ -463,13 +447,10 @@ def left_out_groups(splits: Mapping[str, Sequence[str]], min_pairs: int) -> list
     A group is left out if it and the rest have ``min_pairs`` pairs each. Of the dense and the
     sparse pairs only the sparse ones are: the question is what training on the dense ones gives.
     """
-    chosen = []
-    for split, groups in splits.items():
-        names, counts = np.unique([name for name in groups if name], return_counts=True)
-        total = int(counts.sum())
-        chosen += [
-            (split, str(name))
-            for name, n in zip(names, counts.tolist(), strict=True)
-            if min(n, total - n) >= min_pairs and (split, name) != (DENSITY, DENSE)
-        ]
-    return sorted(chosen)
+    counts = {split: Counter(name for name in groups if name) for split, groups in splits.items()}
+    return sorted(
+        (split, name)
+        for split, of in counts.items()
+        for name, n in of.items()
+        if min(n, of.total() - n) >= min_pairs and (split, name) != (DENSITY, DENSE)
+    )

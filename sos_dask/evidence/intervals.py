@@ -61,35 +61,26 @@ def _snr_steps() -> FloatArray:
 class ErrorModel:
     """Half-widths of intervals around corrected labels.
 
-    Parameters
-    ----------
-    grid : Grid
-    about : mapping
-        What else the file says: ``correction`` (SHA-256 of the model whose residuals these are),
-        ``factors_95`` (by label and class: half-width of the 95 % interval in that of the 68 %
-        one), ``reference_error`` (``included`` or ``removed``), ``unknown_snr`` (step that counts
-        where the S/N is not known).
-    values : ndarray of float32, shape (48 ** 3, 3)
-        Half-width of the 68 % interval in each cell (K, dex, dex), at S/N where the profile is 1.
-    profile : ndarray of float32, shape (1024, 3)
-        Factor by S/N, in equal steps of its logarithm.
-    sparse : ndarray of bool, shape (48 ** 3,)
-        Cells of the sparse class.
-    reference, reference_profile : ndarray of float32, shapes of values and profile
-        The same two tables of the error of the reference, which the half-widths include; 0 where it
-        is not stated.
+    ``about`` has ``correction`` (SHA-256 of the model whose residuals these are), ``factors_95``
+    (by label and class: half-width of the 95 % interval in that of the 68 % one),
+    ``reference_error`` (``included`` or ``removed``) and ``unknown_snr`` (step that counts where
+    the S/N is not known).
     """
 
     grid: Grid
     about: Mapping[str, Any]
-    values: Float32Array
-    profile: Float32Array
-    sparse: BoolArray
+    values: Float32Array  # (48 ** 3, 3): of the 68 % interval in each cell, where the profile is 1
+    profile: Float32Array  # (1024, 3): factor by S/N, in equal steps of its logarithm
+    sparse: BoolArray  # (48 ** 3,): cells of the sparse class
+    # The same two tables of the error of the reference, which the half-widths include; 0 where it
+    # is not stated.
     reference: Float32Array
     reference_profile: Float32Array
 
     def half_width(self, features: Float32Array, snr: NDArray[np.floating] | None) -> Float32Array:
-        """Look up the half-width of the 68 % interval.
+        """Look up the half-widths (n, 3) of the 68 % intervals in K, dex, dex.
+
+        nan where a feature is nan or infinite. Each label is contiguous.
 
         Parameters
         ----------
@@ -98,11 +89,6 @@ class ErrorModel:
         snr : ndarray of float, shape (n,), optional
             Below the smallest of the pairs half-widths grow as its inverse, above the largest they
             stay; where it is unknown or not positive, that of the noisiest pairs counts.
-
-        Returns
-        -------
-        ndarray of float32, shape (n, 3)
-            K, dex, dex; nan where a feature is nan or infinite. Each label is contiguous.
 
         Raises
         ------
@@ -209,13 +195,7 @@ def _words(problem: Problem) -> str:
 
 
 def load_errors(directory: Path, problem: Problem = DEFAULT) -> ErrorModel:
-    """Read the files of an `ErrorModel`.
-
-    Parameters
-    ----------
-    directory : Path
-    problem : Problem
-        That of the correction whose errors are wanted.
+    """Read the files of an `ErrorModel` for the correction of a problem.
 
     Raises
     ------
@@ -295,14 +275,7 @@ def fit_label(
 ) -> tuple[LabelErrors, Checked]:
     """Fit and calibrate half-widths of a label, and check the procedure on pairs it has not seen.
 
-    Parameters
-    ----------
-    held_out : HeldOut
-    label : str
-    grid : Grid
-        Of `error_grid`.
-    sparse : ndarray of bool, shape (48 ** 3,)
-        Cells of the sparse class: `find_sparse` of the training pairs at the centers of the cells.
+    Sparse cells are `find_sparse` of the training pairs at the centers of the grid.
 
     Raises
     ------
@@ -368,18 +341,7 @@ def error_model(
     correction: str,
     reference_error: str = "included",
 ) -> ErrorModel:
-    """Put the errors of all `LABELS` together.
-
-    Parameters
-    ----------
-    of_label : sequence of LabelErrors
-    grid, sparse
-        As of `fit_label`.
-    least : float
-        `least_log_snr` of the pairs.
-    correction, reference_error : str
-        See `ErrorModel`.
-    """
+    """Put the errors of all `LABELS` together; ``least`` is `least_log_snr` of the pairs."""
     factors = {label: dict(one.factors_95) for label, one in zip(LABELS, of_label, strict=True)}
     about = {
         "correction": correction,
@@ -480,11 +442,8 @@ def hit_rates(
 ) -> list[dict[str, Any]]:
     """Count the held-out pairs inside their interval at every level, in subsets (n,) with pairs.
 
-    Returns
-    -------
-    list of dict
-        ``label``, ``subset``, ``level`` (0.68 or 0.95), ``n`` pairs, ``hit_rate``, and its 95 %
-        interval ``low`` to ``high`` (Clopper & Pearson 1934, Biometrika 26, 404).
+    Each has ``label``, ``subset``, ``level`` (0.68 or 0.95), ``n`` pairs, ``hit_rate``, and its
+    95 % interval ``low`` to ``high`` (Clopper & Pearson 1934, Biometrika 26, 404).
     """
     from scipy.stats import binomtest
 
@@ -585,16 +544,10 @@ def _fit_trees(cell: IntArray, log_size: FloatArray) -> Any:
         _numbers(used), mean, weight=weight, max_bin=_N_CELLS + 1, nthread=1
     )
     params = {
-        "tree_method": "hist",
-        "max_depth": 3,
-        "learning_rate": 0.05,
-        "min_child_weight": max(50.0, len(log_size) / 400),
-        "reg_lambda": 20.0,
-        "max_bin": _N_CELLS + 1,
-        "base_score": 0.0,
-        "nthread": 1,
-        "verbosity": 0,
-    }
+        "tree_method": "hist", "max_depth": 3, "learning_rate": 0.05, "reg_lambda": 20.0,
+        "min_child_weight": max(50.0, len(log_size) / 400), "max_bin": _N_CELLS + 1,
+        "base_score": 0.0, "nthread": 1, "verbosity": 0,
+    }  # fmt: skip
     return xgboost.train(params, matrix, _ROUNDS)
 
 

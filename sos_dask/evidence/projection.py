@@ -95,14 +95,7 @@ def chosen_rows(
 ) -> BoolArray:
     """Choose the rows of the sample by a hash of their keys, whatever their order or partition.
 
-    Parameters
-    ----------
-    keys : ndarray of int64, shape (n,)
-    cells : ndarray of int64, shape (n,)
-        Of `strata`.
-    rates : mapping of int to float
-        Of `sampling_rates`; a cell that it lacks gives no row.
-    seed : int
+    Cells (n,) are those of `strata`; one that the `sampling_rates` lack gives no row.
     """
     known, place = np.unique(cells, return_inverse=True)
     share = np.array([rates.get(cell, 0.0) for cell in known.tolist()])
@@ -127,17 +120,9 @@ class Projection:
         return cKDTree(self.sample, leafsize=_LEAF)
 
     def place(self, parameters: FloatArray) -> Float32Array:
-        """Place rows on the plane; a row's place does not depend on the other rows.
+        """Place rows with parameters (n, k) on the plane (n, 2), nan where one is unknown.
 
-        Parameters
-        ----------
-        parameters : ndarray of float64, shape (n, k)
-            Of `Problem.parameter_matrix`.
-
-        Returns
-        -------
-        ndarray of float32, shape (n, 2)
-            nan where any parameter is unknown.
+        A row's place does not depend on the other rows.
         """
         out = np.full((len(parameters), 2), np.nan, dtype=np.float32)
         known = np.flatnonzero(np.isfinite(parameters).all(axis=1))
@@ -168,12 +153,7 @@ def fit_projection(
 ) -> Projection:
     """Lay out a sample with UMAP; the same sample gives the same plane.
 
-    Parameters
-    ----------
-    parameters : ndarray of float64, shape (n, k)
-        Of `Problem.parameter_matrix`; rows with a missing parameter are left out.
-    names : sequence of str
-    settings : ProjectionSettings
+    Rows of the parameters (n, k), of `Problem.parameter_matrix`, are left out where one is nan.
 
     Raises
     ------
@@ -202,15 +182,10 @@ def fit_projection(
         if not width > 0:
             raise ModelError(f"{name} is the same in most rows: it cannot be scaled")
     z = _scaled(known, center, scale)
-    plane = umap.UMAP(
-        n_neighbors=min(settings.n_neighbors, len(z) - 1),
-        min_dist=settings.min_dist,
-        random_state=settings.seed,
-        n_jobs=1,
-    ).fit_transform(z)
-    return Projection(
-        tuple(names), center, scale, z, np.asarray(plane, dtype=np.float32), settings.neighbors
-    )
+    near, how = min(settings.n_neighbors, len(z) - 1), {"min_dist": settings.min_dist, "n_jobs": 1}
+    layout = umap.UMAP(n_neighbors=near, random_state=settings.seed, **how)
+    plane = np.asarray(layout.fit_transform(z), dtype=np.float32)
+    return Projection(tuple(names), center, scale, z, plane, settings.neighbors)
 
 
 def density_map(
@@ -220,6 +195,5 @@ def density_map(
 
     Rows without a place, or outside the limits, are not counted.
     """
-    sides = (limits[:2], limits[2:])
-    counts, _, _ = np.histogram2d(plane[:, 0], plane[:, 1], bins, range=sides)
+    counts, _, _ = np.histogram2d(plane[:, 0], plane[:, 1], bins, range=(limits[:2], limits[2:]))
     return counts.astype(np.int64)

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray
+from sos_dask.evidence.figures import figure_schema
 from sos_dask.stats.bootstrap import draw, interval
 
 STEPS = 8
@@ -34,18 +34,12 @@ MIN_CELLS = 5
 UNCOVERED, BEYOND = "uncovered", "beyond"
 Predict = Callable[[FloatArray], NDArray[np.floating]]
 
-_ROUGH = ("roughness", "roughness_low", "roughness_high", "jump", "jump_low", "jump_high", "noise")
-_OUTSIDE = ("inside_low", "inside_high", "exceeds", "exceeds_low", "exceeds_high", "share",
-            "step", "step_low", "step_high")  # fmt: skip
-
-
-def _schema(texts: Sequence[str], numbers: Sequence[str]) -> pa.Schema:
-    fields = [(name, pa.string()) for name in texts] + [(name, pa.float64()) for name in numbers]
-    return pa.schema([*fields, ("n_cells", pa.int64())])
-
-
-ARTIFACT_SCHEMA = _schema(("method", "label"), _ROUGH)
-OUTSIDE_SCHEMA = _schema(("method", "label", "where"), _OUTSIDE)
+_ROUGH = ("roughness", "roughness_low", "roughness_high", "jump", "jump_low", "jump_high")
+ARTIFACT_SCHEMA = figure_schema(f"method label {' '.join(_ROUGH)} noise n_cells")
+OUTSIDE_SCHEMA = figure_schema(
+    "method label where inside_low inside_high exceeds exceeds_low exceeds_high share "
+    "step step_low step_high n_cells"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +85,10 @@ def artifacts(
 ) -> list[dict[str, Any]]:
     """Measure a correction on cells of label space.
 
+    Each label has ``second_difference``, its root mean square in the unit of the label with its
+    interval; ``jump`` with ``jump_low`` and ``jump_high``; ``outside``, rows of `OUTSIDE_SCHEMA`
+    but for method and label. None with fewer than `MIN_CELLS` covered cells.
+
     Parameters
     ----------
     predict : callable
@@ -99,13 +97,6 @@ def artifacts(
     box : tuple of two ndarray of float64, shape (n_labels,)
         Smallest and largest label of the training pairs.
     n_labels, n_resamples, seed : int
-
-    Returns
-    -------
-    list of dict
-        One a label: ``second_difference``, its root mean square in the unit of the label with its
-        interval; ``jump`` with ``jump_low`` and ``jump_high``; ``outside``, rows of
-        `OUTSIDE_SCHEMA` but for method and label. None with fewer than `MIN_CELLS` covered cells.
     """
     places = cells.places
     if len(places) < MIN_CELLS:
@@ -117,10 +108,8 @@ def artifacts(
     square = np.mean(np.diff(curves, n=2, axis=2) ** 2, axis=(1, 2))
     change = np.abs(np.diff(curves, axis=2)).max(axis=(1, 2))
     lows, highs = curves.min(axis=(0, 1, 2)).tolist(), curves.max(axis=(0, 1, 2)).tolist()
-    outside = {
-        UNCOVERED: _uncovered(predict, cells, box, at),
-        BEYOND: _beyond(predict, cells, box, at),
-    }
+    ways = {UNCOVERED: _uncovered, BEYOND: _beyond}
+    outside = {where: way(predict, cells, box, at) for where, way in ways.items()}
     found = []
     for k, (least, most) in enumerate(zip(lows, highs, strict=True)):
         value = float(np.sqrt(np.mean(square[:, k])))
@@ -209,13 +198,9 @@ def artifact_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Put measured artifacts of methods into rows of `ARTIFACT_SCHEMA` and of `OUTSIDE_SCHEMA`.
 
-    Parameters
-    ----------
-    records : mapping
-        By method: ``n_cells``, ``typical_count`` (of pairs, as `Cells` has it) and ``labels``, what
-        `artifacts` gives for each of the labels of ``scatter``.
-    scatter : mapping of str to float
-        By label, of the best corrected pairs.
+    Records are, by method, ``n_cells``, ``typical_count`` (of pairs, as `Cells` has it) and
+    ``labels``, what `artifacts` gives for each of the labels of ``scatter``: by label, that of the
+    best corrected pairs.
     """
     rough, outside = [], []
     for method, record in records.items():
@@ -223,7 +208,7 @@ def artifact_rows(
             about, count = {"method": method, "label": label}, record["typical_count"]
             noise = spread / np.sqrt(count) if count else None
             row = {**about, "noise": noise, "n_cells": record["n_cells"]}
-            row |= {name: one[name] for name in _ROUGH[3:6]}
+            row |= {name: one[name] for name in _ROUGH[3:]}
             for name, value in zip(_ROUGH[:3], one["second_difference"], strict=True):
                 row[name] = value / noise if noise and value is not None else None
             rough.append(row)

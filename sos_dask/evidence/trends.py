@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from sos_dask.columns import FloatArray, IntArray
 from sos_dask.errors import ConfigError
+from sos_dask.evidence.figures import figure_schema
 from sos_dask.stats.numbers import MAD_TO_SIGMA, MIN_COUNT, Axis, binned_quantiles, bins_of
 
 EQUAL_WIDTH, EQUAL_COUNT = "equal-width", "equal-count"
@@ -41,28 +42,13 @@ Columns = Mapping[str, Any]
 """Of bins: arrays with one entry for each, and values that all have."""
 
 
-def _fields(kind: pa.DataType, *names: str) -> tuple[tuple[str, pa.DataType], ...]:
-    return tuple((name, kind) for name in names)
-
-
-_BIN = (("bin", pa.int32()), *_fields(pa.float64(), "low", "high", "centre"))
-_CELL = _fields(pa.float64(), *(f"{name}_{side}" for name in PLANE for side in ("low", "high")))
-_NAMES = _fields(pa.string(), "label", "against", "binning")
-_SAMPLE = _fields(pa.string(), "subset", "sample", "method")
-_QUANTILES = (("n", pa.int64()), *_fields(pa.float64(), "median", "p16", "p84", "error"))
-TREND_SCHEMA = pa.schema([*_NAMES, *_SAMPLE, *_BIN, *_QUANTILES])
-PLANE_SCHEMA = pa.schema([_NAMES[0], *_SAMPLE, *_CELL, *_QUANTILES])
-CONTRAST_SCHEMA = pa.schema(
-    [
-        *_NAMES,
-        *_fields(pa.string(), "first", "second"),
-        *_BIN,
-        *(("n_first", pa.int64()), *_fields(pa.float64(), "median_first", "error_first")),
-        *(("n_second", pa.int64()), *_fields(pa.float64(), "median_second", "error_second")),
-        *_fields(pa.float64(), "difference", "error", "significance"),
-        *(("n_common", pa.int64()), *_fields(pa.float64(), "median_common", "error_common")),
-        ("significance_common", pa.float64()),
-    ]
+_SAMPLE, _BIN, _QUANTILES = "subset sample method", "bin low high centre", "n median p16 p84 error"
+TREND_SCHEMA = figure_schema(f"label against binning {_SAMPLE} {_BIN} {_QUANTILES}")
+PLANE_SCHEMA = figure_schema(f"label {_SAMPLE} teff_low teff_high logg_low logg_high {_QUANTILES}")
+CONTRAST_SCHEMA = figure_schema(
+    f"label against binning first second {_BIN} n_first median_first error_first "
+    "n_second median_second error_second difference error significance "
+    "n_common median_common error_common significance_common"
 )
 
 
@@ -72,7 +58,7 @@ def trend(
     edges: Sequence[FloatArray],
     **about: str | None,
 ) -> dict[str, Any]:
-    """Bin a difference by one quantity, or by several at once.
+    """Make columns of `TREND_SCHEMA` and `PLANE_SCHEMA`: a difference binned by some quantities.
 
     Parameters
     ----------
@@ -81,18 +67,12 @@ def trend(
     difference : ndarray of float, shape (n,)
         In the unit of the label; nan where it is not known.
     edges : sequence of ndarray of float64
-        Of the bins, one array for each quantity. A bin includes its lower edges; the last one
-        along a quantity its upper edge, too.
+        Of the bins along each quantity, as in `bins_of`.
     about : str
         Further columns: ``label``, of which the difference is; ``binning``; ``subset``, ``all``
         pairs or those whose reference labels are of this survey; ``sample``, ``before`` the
         correction, ``after``: less what a model that was not trained on the star predicts, or
         ``fitted``: the same of the pairs that trained the model; ``method``, None before it.
-
-    Returns
-    -------
-    dict
-        Columns of `TREND_SCHEMA`, and of `PLANE_SCHEMA` for its quantities.
 
     Raises
     ------
@@ -119,7 +99,11 @@ def trend(
 def contrast(
     first: Columns, second: Columns, common: Columns | None = None, min_count: int = MIN_COUNT
 ) -> dict[str, Any]:
-    """Compare two reference surveys through the target and on the stars that both have.
+    """Compare two reference surveys: columns of `CONTRAST_SCHEMA`.
+
+    ``difference`` is second - first through the target, ``significance`` it over its error, nan
+    where all values are equal. Bins with less than ``min_count`` pairs of either are not judged:
+    both are nan.
 
     Parameters
     ----------
@@ -127,15 +111,6 @@ def contrast(
         `trend` of the pairs of each survey, in the same bins.
     common : mapping, optional
         `trend` of second - first on common stars, in the same bins of the first survey's labels.
-    min_count : int
-        Bins with fewer pairs of either survey are not judged.
-
-    Returns
-    -------
-    dict
-        Columns of `CONTRAST_SCHEMA`, nan where a bin is not judged: ``difference`` is second -
-        first through the target, ``significance`` it over its error, nan where all values are
-        equal.
     """
     judged = np.minimum(first["n"], second["n"]) >= max(min_count, 2)
     difference = np.where(judged, first["median"] - second["median"], np.nan)
@@ -152,14 +127,11 @@ def contrast(
 def agreements(columns: Columns, min_count: int = MIN_COUNT) -> list[dict[str, Any]]:
     """Sum up all bins of a `contrast`: through the target and, where there are any, common stars.
 
-    Returns
-    -------
-    list of dict
-        ``first``, ``second``, ``label``, ``against``, ``binning``; ``by`` ``target`` or
-        ``common``; ``n_bins`` that are judged; ``median`` and ``rms`` of second - first over them,
-        None without bins; ``excess``, the rms beyond what the errors explain, ``sqrt(rms**2 -
-        mean(error**2))``; ``p_value``, the chance of so large a sum of squared significances were
-        there no difference; ``n_significant``, bins more than 3 errors from zero.
+    Each has ``first``, ``second``, ``label``, ``against``, ``binning``; ``by`` ``target`` or
+    ``common``; ``n_bins`` that are judged; ``median`` and ``rms`` of second - first over them, None
+    without bins; ``excess``, the rms beyond what the errors explain, ``sqrt(rms**2 -
+    mean(error**2))``; ``p_value``, the chance of so large a sum of squared significances were there
+    no difference; ``n_significant``, bins more than 3 errors from zero.
     """
     from scipy.special import chdtrc
 
@@ -188,11 +160,7 @@ def _over(difference: FloatArray, error: FloatArray) -> FloatArray:
 
 
 def trend_table(trends: Sequence[Columns], plane: bool = False) -> pa.Table:
-    """Put trends into one long table: `TREND_SCHEMA`, or `PLANE_SCHEMA` on the plane.
-
-    Cells of the plane without pairs are left out. Bins of one quantity without pairs stay, with
-    ``n`` 0 and nulls.
-    """
+    """Put trends into one long table; cells of the plane without pairs are left out."""
     table = _long(trends, PLANE_SCHEMA if plane else TREND_SCHEMA)
     return table.filter(pa.array(table["n"].to_numpy() > 0)) if plane else table
 
@@ -200,9 +168,7 @@ def trend_table(trends: Sequence[Columns], plane: bool = False) -> pa.Table:
 def contrast_table(contrasts: Sequence[Columns]) -> pa.Table:
     """Put contrasts into one long table: bins with pairs of both surveys or with common stars."""
     table = _long(contrasts, CONTRAST_SCHEMA)
-    first, second, common = (
-        table[f"n_{name}"].to_numpy() for name in ("first", "second", "common")
-    )
+    first, second, common = (table[f"n_{one}"].to_numpy() for one in ("first", "second", "common"))
     return table.filter(pa.array(np.minimum(first, second) + common > 0))
 
 
@@ -224,11 +190,12 @@ def three_cornered_hat(
 ) -> list[dict[str, Any]]:
     """Find the errors of three surveys on the stars that all have.
 
+    Constant offsets between surveys do not matter; trends between them count as errors.
+
     Parameters
     ----------
     values : sequence of three ndarray of float, shape (n,)
-        A label in each survey, star by star; stars with a nan are left out. Constant offsets
-        between surveys do not matter; trends between them count as errors.
+        A label in each survey, star by star; stars with a nan are left out.
     surveys : sequence of three str
     seed : int
         Of the bootstrap over stars.
@@ -255,19 +222,12 @@ def three_cornered_hat(
     n = table.shape[1]
     if n < 10:
         raise ConfigError(f"{', '.join(surveys)} have only {n} stars in common")
-    resampled = bootstrap(
-        table,
-        _variances,
-        n_resamples=_SAMPLES,
-        batch=max(1, _BLOCK // n),
-        paired=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    how = {"paired": True, "method": "percentile", "rng": np.random.default_rng(seed)}
+    batch = max(1, _BLOCK // n)
+    resampled = bootstrap(table, _variances, n_resamples=_SAMPLES, batch=batch, **how)
+    ends = resampled.confidence_interval
     found = []
-    for name, variance, *limits in zip(
-        surveys, _variances(*table), resampled.low, resampled.high, strict=True
-    ):
+    for name, variance, *limits in zip(surveys, _variances(*table), *ends, strict=True):
         low, high = (float(np.sign(limit) * np.sqrt(abs(limit))) for limit in limits)
         row: dict[str, Any] = {"survey": name, "n": n, "variance": float(variance)}
         row["sigma"] = float(np.sqrt(variance)) if variance >= 0 else None

@@ -81,10 +81,8 @@ class Limits(Settings):
 
     def classify(self, coverage: NDArray[np.floating]) -> NDArray[np.int8]:
         """`INSIDE`, `SPARSE` or `OUTSIDE` of every coverage; nan is outside."""
-        place = np.full(len(coverage), OUTSIDE, dtype=np.int8)
-        place[coverage >= self.outside] = SPARSE
-        place[coverage >= self.inside] = INSIDE
-        return place
+        reached = (coverage >= self.outside).astype(np.int8) + (coverage >= self.inside)
+        return np.asarray(OUTSIDE - reached, dtype=np.int8)
 
 
 def _width(values: NDArray[np.floating]) -> float:
@@ -180,21 +178,11 @@ class Growth:
 
     @classmethod
     def fit(cls, distance: FloatArray, ratio: FloatArray) -> tuple[Growth, list[dict[str, float]]]:
-        """Fit to residuals over noise of held-out pairs.
+        """Fit to residuals over noise (n, l) of held-out pairs at distances (n,); give its bins.
 
-        Parameters
-        ----------
-        distance : ndarray of float64, shape (n,)
-        ratio : ndarray of float64, shape (n, l)
-            A label whose errors are all 0 in the nearer half is left out.
-
-        Returns
-        -------
-        Growth
-        list of dict
-            Bins of the fit: ``distance``, ``n``, ``growth_measured``, ``growth``. Empty, with a
-            growth of 1, where there are fewer than `MIN_GROWTH_PAIRS` pairs, all are equally
-            far, or no label has errors.
+        A label whose errors are all 0 in the nearer half is left out. Without any bin the growth is
+        1: there are fewer than `MIN_GROWTH_PAIRS` pairs, all are equally far, or no label has
+        errors.
         """
         from scipy.optimize import isotonic_regression
 
@@ -292,15 +280,8 @@ def fit_widths(
     the class says. So it does where the overlap lacks stars, from right pairs: nothing is there to
     count, and nothing says that more measurements are wrong.
 
-    Parameters
-    ----------
-    residual, half_width : ndarray of float64, shape (n, l)
-        Of held-out pairs.
-    right : ndarray of bool, shape (n,)
-        Pairs that are no wrong measurements.
-    pairs, rows : Placed
-        The pairs, and the rows whose intervals are to hold.
-    limits : Limits
+    Residuals and half-widths (n, l) are those of held-out pairs, of which some are right; the
+    intervals are those of the rows.
     """
     score = np.abs(residual) / half_width
     factors = np.ones((2, len(CLASSES), residual.shape[1]))

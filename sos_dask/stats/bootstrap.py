@@ -22,7 +22,6 @@ from sos_dask.columns import FloatArray, IntArray
 from sos_dask.stats.numbers import MAD_TO_SIGMA
 
 N_GROUPS = 1024
-_TAIL = 2.5  # percent of the resamples beyond each end of an interval
 _COLUMNS = 256  # between nodes, of a whole sample
 _COLUMNS_A_BIN = 16
 _REACH = 5.0  # of the nodes around the median of a bin, in 1 / sqrt(n): ten standard errors
@@ -55,9 +54,8 @@ def interval(value: float, replicates: FloatArray) -> tuple[float, float]:
     known = replicates[np.isfinite(replicates)]
     if not len(known) or not np.isfinite(value):
         return float("nan"), float("nan")
-    low, high = np.percentile(known, [_TAIL, 100 - _TAIL])
-    shift = value - float(np.mean(known))
-    return float(low + shift), float(high + shift)
+    low, high = np.percentile(known, [2.5, 97.5]) + (value - np.mean(known))
+    return float(low), float(high)
 
 
 class Replicates(NamedTuple):
@@ -69,16 +67,9 @@ class Replicates(NamedTuple):
 
 
 def resampled(values: FloatArray, groups: IntArray, weights: FloatArray) -> Replicates:
-    """Measure a sample in every resample; nan where one is empty.
+    """Measure rising values (n,), with the groups (n,) of their stars, in every resample of `draw`.
 
-    Parameters
-    ----------
-    values : ndarray of float64, shape (n,)
-        In rising order.
-    groups : ndarray of int64, shape (n,)
-        Of the stars.
-    weights : ndarray of float64, shape (n_resamples, n_groups)
-        Of `draw`.
+    nan where a resample is empty.
     """
     n = len(values)
     ranks = np.unique(np.linspace(0, n, min(n, _COLUMNS) + 1).astype(np.int64))
@@ -97,24 +88,14 @@ def resampled_bins(
     n_bins: int,
     min_count: int,
 ) -> tuple[IntArray, FloatArray, FloatArray]:
-    """Find the median of the values in each bin, and in every resample.
-
-    Parameters
-    ----------
-    values, groups, weights
-        As of `resampled`.
-    bins : ndarray of int, shape (n,)
-        Bin of each value, negative where it is in none.
-    n_bins : int
-    min_count : int
-        Bins with fewer values have no median.
+    """Find the medians of bins (n,) of values as those of `resampled`; a negative bin is none.
 
     Returns
     -------
     n : ndarray of int64, shape (n_bins,)
     medians : ndarray of float64, shape (n_bins,)
+        nan in bins with less than ``min_count`` values.
     replicates : ndarray of float64, shape (n_resamples, n_bins)
-        nan where there is no median.
     """
     inside = np.flatnonzero(bins >= 0)
     # Few small numbers sort by radix; inside a bin the order of the values stays.

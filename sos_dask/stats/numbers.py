@@ -1,14 +1,4 @@
-"""Numbers that are counted once for all rooms: scales, sparse places, medians of bins, quantiles.
-
-All values of a bin are ranked, so medians and percentiles are exact and depend neither on the order
-of the values nor on how they were partitioned. Percentiles are interpolated linearly between order
-statistics (definition 7 of Hyndman & Fan 1996, The American Statistician 50, 361; numpy's default).
-
-The error of a median is the asymptotic one of a sample from a normal distribution,
-``sqrt(pi / 2) * sigma / sqrt(n)`` (Kendall & Stuart, The Advanced Theory of Statistics, vol. 1,
-§10.10), with sigma half the width from the 16th to the 84th percentile, which outliers do not move.
-It takes the values for independent: repeated observations of one star make it too small.
-"""
+"""Numbers that are counted once for all rooms: scales, sparse places, medians, quantiles."""
 
 from __future__ import annotations
 
@@ -41,20 +31,11 @@ def scatter(values: NDArray[np.floating]) -> float:
 
 
 def robust_scale(x: NDArray[np.floating]) -> tuple[FloatArray, FloatArray]:
-    """Find center and scale of each column, which outliers do not move.
+    """Find center and scale (k,) of the columns of x (n, k), which outliers do not move.
 
-    Parameters
-    ----------
-    x : ndarray of float, shape (n, k)
-        nan where unknown; at least one row.
-
-    Returns
-    -------
-    center : ndarray of float64, shape (k,)
-        Medians; 0 where a column has no values.
-    scale : ndarray of float64, shape (k,)
-        1.4826 times the median absolute deviation from the median; where more than half of the
-        values are equal the standard deviation, and 1 where all are.
+    The center is the median of the values that are not nan; 0 where there are none. The scale is
+    1.4826 times the median absolute deviation from it; where more than half of the values are equal
+    the standard deviation, and 1 where all are.
     """
     center, scale = np.zeros(x.shape[1]), np.ones(x.shape[1])
     for number, column in enumerate(np.asarray(x, dtype=np.float64).T):
@@ -75,16 +56,12 @@ def knn_distance(
     train : ndarray of float, shape (n, d)
         The sample; finite, on one scale.
     query : ndarray of float, shape (m, d)
-        Rows of the sample itself count as their own first neighbour: ask for one more.
+        Rows of the sample itself count as their own first neighbour: ask for one more. The distance
+        of a row depends neither on the others nor on the order of the sample.
     k : int
         From 1; of a sample with fewer rows the farthest one counts.
     within : float
         Farther ones may be given as infinite, which is far cheaper to know.
-
-    Returns
-    -------
-    ndarray of float64, shape (m,)
-        Of a row it does not depend on the other rows asked for, nor on the order of the sample.
     """
     from scipy.spatial import cKDTree
 
@@ -113,23 +90,10 @@ def count_within(
 def find_sparse(
     sample: NDArray[np.floating], others: NDArray[np.floating], share: float = _SPARSE_SHARE
 ) -> tuple[BoolArray, BoolArray]:
-    """Tell which rows lie where a sample is as thin as around the thinnest 5 % of itself.
+    """Tell which rows lie where a sample is as thin as around the thinnest ``share`` of itself.
 
-    Thin is where the 16th neighbour is far, on the `robust_scale` of the sample.
-
-    Parameters
-    ----------
-    sample : ndarray of float, shape (n, k)
-        Finite, at least one row.
-    others : ndarray of float, shape (m, k)
-        Finite rows that are not of the sample.
-    share : float
-        Of the sample, that is sparse.
-
-    Returns
-    -------
-    of_sample : ndarray of bool, shape (n,)
-    of_others : ndarray of bool, shape (m,)
+    Thin is where the 16th neighbour is far, on the `robust_scale` of the sample. All rows of the
+    sample (n, k) and of the others (m, k) are finite; the answers are of shape (n,) and (m,).
     """
     center, scale = robust_scale(sample)
     scaled = (sample - center) / scale
@@ -150,14 +114,7 @@ def uniform(keys: NDArray[np.integer], seed: int) -> FloatArray:
 
 @dataclass(frozen=True)
 class Axis:
-    """A quantity with its bins of equal width.
-
-    Parameters
-    ----------
-    name : str
-        A column of the pairs.
-    low, high, width : float
-        In the unit of the column.
+    """A column of the pairs with its bins of equal width, in the unit of the column.
 
     Raises
     ------
@@ -228,19 +185,19 @@ class Quantiles(NamedTuple):
     median: FloatArray
     p16: FloatArray
     p84: FloatArray
-    error: FloatArray  # of the median, by the formula of this module; nan below two values
+    error: FloatArray  # of the median; nan below two values
 
 
 def binned_quantiles(bins: IntArray, values: NDArray[np.floating], n_bins: int) -> Quantiles:
-    """Rank the values of each bin.
+    """Rank the finite values (n,) of each bin; a negative number of a bin (n,) is in none.
 
-    Parameters
-    ----------
-    bins : ndarray of int64, shape (n,)
-        From 0; negative: in no bin.
-    values : ndarray of float, shape (n,)
-        Those that are not finite are left out.
-    n_bins : int
+    Percentiles are exact and depend neither on the order of the values nor on how they were
+    partitioned. They are interpolated linearly between order statistics (definition 7 of Hyndman &
+    Fan 1996, The American Statistician 50, 361; numpy's default). The error of a median is the
+    asymptotic one of a sample from a normal distribution, ``sqrt(pi / 2) * sigma / sqrt(n)``
+    (Kendall & Stuart, The Advanced Theory of Statistics, vol. 1, §10.10), with sigma half the width
+    from the 16th to the 84th percentile, which outliers do not move. It takes the values for
+    independent: repeated observations of one star make it too small.
     """
     known = (bins >= 0) & np.isfinite(values)
     bins, ranked = bins[known], values[known].astype(np.float64) + 0.0
@@ -261,14 +218,9 @@ def binned_quantiles(bins: IntArray, values: NDArray[np.floating], n_bins: int) 
 def rms_of_medians(
     n: ArrayLike, median: ArrayLike, min_count: int = MIN_COUNT
 ) -> tuple[float | None, int]:
-    """Average the squared medians of bins with enough values: a trend that is left shows here.
+    """Find the root mean square of medians of bins with enough values, and how many these are.
 
-    Returns
-    -------
-    float or None
-        Root mean square, every bin counted once; None without any.
-    int
-        Bins that count.
+    A trend that is left shows here, every bin counted once; None without any bin.
     """
     used = np.asarray(median, dtype=np.float64)[np.asarray(n) >= max(min_count, 1)]
     return (float(np.sqrt(np.mean(used**2))) if len(used) else None), len(used)

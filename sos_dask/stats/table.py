@@ -23,19 +23,11 @@ _BLOCK_ROWS = 8192  # the arrays of a block fit the second-level cache
 
 @dataclass(frozen=True)
 class Grid:
-    """Equal steps along each axis of a box.
+    """Equal steps along each of the k axes of a box."""
 
-    Parameters
-    ----------
-    low, high : tuple of float
-        Corners of the box; outside it the nearest place on it counts.
-    shape : tuple of int
-        Cells, or nodes (at least two), along each axis.
-    """
-
-    low: tuple[float, ...]
+    low: tuple[float, ...]  # corners of the box; outside it the nearest place on it counts
     high: tuple[float, ...]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # cells, or nodes (at least two), along each axis
 
     @property
     def size(self) -> int:
@@ -72,17 +64,9 @@ class Grid:
         return place
 
     def interpolate(self, values: Float32Array, x: Float32Array) -> Float32Array:
-        """Interpolate values at the nodes linearly; a row does not depend on the others.
+        """Interpolate values (size, m) at the nodes linearly to rows x (n, k), shape (n, m).
 
-        Parameters
-        ----------
-        values : ndarray of float32, shape (size, m)
-        x : ndarray of float32, shape (n, k)
-
-        Returns
-        -------
-        ndarray of float32, shape (n, m)
-            nan where a row has one.
+        nan where a row has one; a row does not depend on the others.
         """
         out = np.empty((len(x), values.shape[1]), dtype=np.float32)
         strides = [int(np.prod(self.shape[axis + 1 :])) for axis in range(len(self.shape))]

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.errors import ModelError
-from sos_dask.evidence.left_out import (
+from sos_dask.evidence.figures import (
     DENSITY,
     REFERENCE,
     REGION,

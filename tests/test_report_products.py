@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.errors import CatalogError
-from sos_dask.evidence.maps import SKY_ORDER, STEPS
+from sos_dask.evidence.coverage import SKY_ORDER, STEPS
 from sos_dask.evidence.projection import ProjectionSettings
 from sos_dask.report import maps as kinds
 from sos_dask.report import page

@@ -15,7 +15,7 @@ from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.corrections.base import SEAL, sealed
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
-from sos_dask.evidence.error_tables import load_errors
+from sos_dask.evidence.intervals import load_errors
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import LABELS
 from sos_dask.stages.reference import common_stars

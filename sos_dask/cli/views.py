@@ -335,7 +335,7 @@ def trends(
 def _show_summary(
     tables: Mapping[tuple[str, str], Sequence[dict[str, Any]]], methods: Sequence[str]
 ) -> None:
-    from sos_dask.stats.binned import rms_of_medians
+    from sos_dask.stats.numbers import rms_of_medians
 
     table = []
     for (label, against), bins in tables.items():

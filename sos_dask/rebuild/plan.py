@@ -17,7 +17,7 @@ from typing import Any
 
 from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
-from sos_dask.evidence.choice import check_rule
+from sos_dask.evidence.figures import check_rule
 from sos_dask.rebuild.job import AttachSection, Job, SurveySection
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores

@@ -22,17 +22,8 @@ from pydantic import Field
 from sos_dask import corrections
 from sos_dask.columns import FloatArray, floats, floats32, matrix32
 from sos_dask.errors import ModelError
+from sos_dask.evidence import figures, smoothness
 from sos_dask.evidence import trends as binned
-from sos_dask.evidence.choice import BALANCED, TOLERANCE, check_rule, choose
-from sos_dask.evidence.figures import FIGURE_SCHEMA, NONE, TEST, TRAIN, Sample, Scored, figures
-from sos_dask.evidence.smoothness import (
-    ARTIFACT_SCHEMA,
-    MIN_CELLS,
-    OUTSIDE_SCHEMA,
-    Cells,
-    artifact_rows,
-    artifacts,
-)
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
@@ -46,20 +37,23 @@ from sos_dask.stages.evidence import (
     of_surveys,
 )
 from sos_dask.stages.reference import in_order
-from sos_dask.stats.binned import MIN_COUNT, Axis, equal_count_edges
 from sos_dask.stats.bootstrap import draw
+from sos_dask.stats.numbers import ALL, MIN_COUNT, Axis, equal_count_edges
 from sos_dask.storage.artifact import Output
 
 COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
 TRENDS, PLANES, REFERENCES = "trends.parquet", "planes.parquet", "references.parquet"
-_SAMPLES = {TEST: ("held_out", held_out_columns), TRAIN: ("trained", fitted_columns)}
+_SAMPLES = {
+    figures.TEST: ("held_out", held_out_columns),
+    figures.TRAIN: ("trained", fitted_columns),
+}
 _PLANE = "plane"
 
 
 class CompareSettings(Settings):
     """How the methods are compared, and by which rule one of them corrects the catalog."""
 
-    rule: str = Field(BALANCED, description="balanced, scatter or the name of a method")
+    rule: str = Field(figures.BALANCED, description="balanced, scatter or the name of a method")
     n_bootstrap: int = Field(400, ge=100, le=10_000, description="Resamples")
     min_pairs: int = Field(30, ge=10, description="A subset with fewer pairs has no figures")
     min_bin_pairs: int = Field(50, ge=5, description="A bin with fewer pairs has no median")
@@ -67,7 +61,10 @@ class CompareSettings(Settings):
         5, ge=1, description="A cell of label space with fewer training pairs is not covered"
     )
     tolerance: float = Field(
-        TOLERANCE, ge=0, lt=1, description="Worse is only what is so by a larger share of the best"
+        figures.TOLERANCE,
+        ge=0,
+        lt=1,
+        description="Worse is only what is so by a larger share of the best",
     )
     seed: Seed = Field(0, description="Of the resamples")
     axes: tuple[Axis, ...] = Field(
@@ -102,25 +99,30 @@ class Compare(OnEvidence[CompareSettings]):
             raise ModelError(
                 "there is no model to compare", "Give the outputs of 'sos-dask train'."
             )
-        check_rule(self.settings.rule, methods_of(self))
+        figures.check_rule(self.settings.rule, methods_of(self))
 
     def measure(self, run: Run) -> Made:
-        """Measure every method and every label, then choose."""
+        """Measure every method and every label, then figures.choose."""
         methods, labels = methods_of(self), self.problem.names
         of_methods = run.parts("methods", dict.fromkeys(methods), self.artifacts_of)
         of_labels = run.parts("labels", dict.fromkeys(labels), self.figures_of, "compare labels")
         scored, noise = {}, {}
         for label, record in zip(labels, of_labels, strict=True):
-            of = {(m, name): Scored(x, np.array(rest)) for m, name, x, rest in record["scores"]}
+            of = {
+                (m, name): figures.Scored(x, np.array(rest))
+                for m, name, x, rest in record["scores"]
+            }
             scored[label] = of
             noise[label] = min(of[method, "mad"].value for method in methods)
-        rough, outside = artifact_rows(dict(zip(methods, of_methods, strict=True)), noise)
+        rough, outside = smoothness.artifact_rows(
+            dict(zip(methods, of_methods, strict=True)), noise
+        )
         roughness = {m: _roughness([row for row in rough if row["method"] == m]) for m in methods}
-        choice = choose(self.settings.rule, scored, roughness, self.settings.tolerance)
+        choice = figures.choose(self.settings.rule, scored, roughness, self.settings.tolerance)
         rows = [row for record in of_labels for row in record["figures"]]
-        run.write(COMPARISON, pa.Table.from_pylist(rows, schema=FIGURE_SCHEMA))
-        run.write(ARTIFACTS, pa.Table.from_pylist(rough, schema=ARTIFACT_SCHEMA))
-        run.write(OUTSIDE, pa.Table.from_pylist(outside, schema=OUTSIDE_SCHEMA))
+        run.write(COMPARISON, pa.Table.from_pylist(rows, schema=figures.FIGURE_SCHEMA))
+        run.write(ARTIFACTS, pa.Table.from_pylist(rough, schema=smoothness.ARTIFACT_SCHEMA))
+        run.write(OUTSIDE, pa.Table.from_pylist(outside, schema=smoothness.OUTSIDE_SCHEMA))
         summaries = [self.manifest(f"model.{method}").summary for method in methods]
         metrics = [metric for summary in summaries for metric in summary["metrics"]]
         summary = {**asdict(choice), "metrics": metrics, **of_labels[0]["n"]}
@@ -133,7 +135,9 @@ class Compare(OnEvidence[CompareSettings]):
         table = self.read([*problem.columns, "trained"])
         known = np.isfinite(problem.matrix(table)).all(axis=1)
         table = table.filter(pc.and_(table["trained"], pa.array(known)))
-        cells = Cells.of(matrix32(table, list(axes)), list(axes.values()), settings.min_cell_pairs)
+        cells = smoothness.Cells.of(
+            matrix32(table, list(axes)), list(axes.values()), settings.min_cell_pairs
+        )
         others = [name for name in problem.columns if name not in axes]
         medians = {name: np.median(floats32(table, name)) for name in others}
         correction = corrections.load(self.path(f"model.{method}"))
@@ -151,7 +155,7 @@ class Compare(OnEvidence[CompareSettings]):
             }
             box.append(np.array([at[name] for name in axes]))
         n, many = len(problem.labels), settings.n_bootstrap
-        found = artifacts(predict, cells, (box[0], box[1]), n, many, settings.seed)
+        found = smoothness.artifacts(predict, cells, (box[0], box[1]), n, many, settings.seed)
         count = {"n_cells": len(cells.places), "typical_count": cells.typical_count}
         return {**count, "labels": found}
 
@@ -169,12 +173,15 @@ class Compare(OnEvidence[CompareSettings]):
             some = table.filter(table[inside])
             labels = {axis: floats32(some, axis) for axis in edges}
             group, sparse = (some[column].to_numpy() for column in ("group", "sparse"))
-            sample = Sample(name, labels, group.astype(np.int64), sparse)
+            sample = figures.Sample(name, labels, group.astype(np.int64), sparse)
             before = floats32(some, f"{label}_diff").astype(np.float64)
             predicted = {m: floats32(some, columns(m, (label,))[0]) for m in methods}
-            residuals = {NONE: before, **{m: before - values for m, values in predicted.items()}}
+            residuals = {
+                figures.NONE: before,
+                **{m: before - values for m, values in predicted.items()},
+            }
             least = settings.min_pairs, settings.min_bin_pairs
-            found, scored = figures(sample, label, residuals, edges, weights, *least)
+            found, scored = figures.figures(sample, label, residuals, edges, weights, *least)
             rows += found
             n[f"n_{name}"] = some.num_rows
             scores[name] = [
@@ -185,13 +192,13 @@ class Compare(OnEvidence[CompareSettings]):
         # A record has no nan.
         for row in rows:
             row |= {k: None for k, v in row.items() if isinstance(v, float) and np.isnan(v)}
-        return {"n": n, "scores": scores[TEST], "figures": rows}
+        return {"n": n, "scores": scores[figures.TEST], "figures": rows}
 
 
 def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:
     """Mean roughness of the labels that have one; nan in too few cells, or without noise."""
     known = [row["roughness"] for row in rows if row["roughness"] is not None]
-    enough = known and rows[0]["n_cells"] >= MIN_CELLS
+    enough = known and rows[0]["n_cells"] >= smoothness.MIN_CELLS
     return float(np.mean(known)) if enough else float("nan")
 
 
@@ -285,7 +292,7 @@ class Trends(OnEvidence[TrendSettings]):
         table = self.read(wanted, ["survey_ref"])
         x = {axis.name: floats32(table, axis.name) for axis in axes}
         surveys = of_surveys(table)
-        subsets = {binned.ALL: np.ones(table.num_rows, dtype=np.bool_)}
+        subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
         subsets |= {name: surveys[name] for name in in_order(surveys, settings.order)}
         common = read_piece(piece(output, "common"))
         binnings = {binned.EQUAL_WIDTH: [axis.edges for axis in axes]}
@@ -308,7 +315,7 @@ class Trends(OnEvidence[TrendSettings]):
                 contrasts += self._contrasts(common, before, key, edges, about)
             if binning == binned.EQUAL_WIDTH:
                 n_known = np.count_nonzero(np.isfinite(floats32(table, f"{label}_diff")))
-                in_no_bin[label] = int(n_known - before[binned.ALL]["n"].sum())
+                in_no_bin[label] = int(n_known - before[ALL]["n"].sum())
         write_piece(piece(output, f"trends-{key}"), binned.trend_table(trends, key == _PLANE))
         write_piece(piece(output, f"contrasts-{key}"), binned.contrast_table(contrasts))
         n_pairs = {name: int(np.count_nonzero(inside)) for name, inside in surveys.items()}
@@ -325,7 +332,7 @@ class Trends(OnEvidence[TrendSettings]):
     ) -> Iterator[binned.Columns]:
         """Every two reference surveys, also on their common stars where the bins are of labels."""
         difference = f"{about['label']}_diff"
-        surveys = [name for name in before if name != binned.ALL]
+        surveys = [name for name in before if name != ALL]
         for first, second in itertools.combinations(surveys, 2):
             is_pair = pc.and_(pc.equal(common["first"], first), pc.equal(common["second"], second))
             both, direct = common.filter(is_pair), None

@@ -21,12 +21,17 @@ from pydantic import Field, field_validator
 
 from sos_dask import correct, corrections
 from sos_dask.columns import FloatArray, floats, floats_or_nan, key_hashes, matrix32
-from sos_dask.evidence.coverage import CoverageModel, Overlap, Target
-from sos_dask.evidence.coverage import fit as fit_coverage
-from sos_dask.evidence.error_tables import ErrorModel, load_errors
-from sos_dask.evidence.growth import MIN_GROWTH_PAIRS
-from sos_dask.evidence.maps import SKY_ORDER, coarse, count_maps, follow_up, sum_maps
-from sos_dask.evidence.widening import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, Limits, counted
+from sos_dask.evidence import coverage as kernel
+from sos_dask.evidence.intervals import ErrorModel, load_errors
+from sos_dask.evidence.widening import (
+    CLASSES,
+    KIND_FIELD,
+    MIN_GROWTH_PAIRS,
+    OUTSIDE,
+    SPARSE,
+    Limits,
+    counted,
+)
 from sos_dask.problem import Problem
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Seed
@@ -157,7 +162,7 @@ class Coverage(OfModel[CoverageSettings]):
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
         pixels = by_pixel(catalog.pixels)
         done = run.parts("scores", pixels, self.score)
-        run.write(MAPS, sum_maps(read_piece(piece(output, f"maps-{key}")) for key in pixels))
+        run.write(MAPS, kernel.sum_maps(read_piece(piece(output, f"maps-{key}")) for key in pixels))
         name = catalog.name.removesuffix(".observations") + ".coverage"
         n_out = run.write_catalog(name, catalog.pixels, done, _schema(catalog))
         counts = {name: sum(one[name] for one in done) for name in (*CLASSES, "unknown")}
@@ -210,11 +215,13 @@ class Coverage(OfModel[CoverageSettings]):
             has_quality = "quality" in rows.schema.names
             good = rows.filter(pc.equal(rows["quality"], 0)) if has_quality else rows
             columns = parameter_columns(good, problem)
-            target = Target(columns, errors.is_sparse(problem.matrix(columns)).astype(np.int8))
+            target = kernel.Target(
+                columns, errors.is_sparse(problem.matrix(columns)).astype(np.int8)
+            )
         columns = parameter_columns(rows, problem)
         limits = Limits(inside=settings.inside, outside=settings.outside)
         how = settings.measure, limits, settings.seed
-        found = fit_coverage(overlap, columns, *how, target, problem)
+        found = kernel.fit(overlap, columns, *how, target, problem)
         model = found.model
         files = [output.write_bytes(name, content) for name, content in model.files().items()]
         bins = pa.Table.from_pylist(found.bins, _BINS)
@@ -250,7 +257,7 @@ class Coverage(OfModel[CoverageSettings]):
         for label, (low, high) in self.grid.items():
             step, values = GRID_STEPS.get(label, 0.0), floats_or_nan(table, label)
             flags[(values <= low + step) | (values >= high - step)] |= correct.FLAG_GRID_EDGE
-        counts = count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
+        counts = kernel.count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
         write_piece(piece(output, f"maps-{key}"), counts)
         scores = [pa.array(score, pa.float32(), mask=~known), pa.array(flags)]
         scores.append(pa.array(kind, mask=~known))
@@ -267,8 +274,8 @@ class Coverage(OfModel[CoverageSettings]):
 
 
 @lru_cache(maxsize=2)
-def _load(directory: str, fingerprint: str) -> CoverageModel:
-    return CoverageModel.load(Path(directory))
+def _load(directory: str, fingerprint: str) -> kernel.CoverageModel:
+    return kernel.CoverageModel.load(Path(directory))
 
 
 def _schema(catalog: Catalog) -> pa.Schema:
@@ -278,7 +285,7 @@ def _schema(catalog: Catalog) -> pa.Schema:
     )
 
 
-def _shares(columns: Columns, model: CoverageModel) -> dict[str, Any]:
+def _shares(columns: Columns, model: kernel.CoverageModel) -> dict[str, Any]:
     """Shares of a sample of stars in each class, by their combined labels, and how many it has."""
     kind = model.coverage(columns)[1]
     counts = np.bincount(np.minimum(kind, OUTSIDE) + 1, minlength=len(CLASSES) + 1)
@@ -311,7 +318,7 @@ def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
     return found
 
 
-def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) -> Overlap:
+def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) -> kernel.Overlap:
     """Read the pairs as the coverage sees them, with residuals of those that a model held out.
 
     The evidence is a table with the predictions of the model, an output of train; its errors are
@@ -335,7 +342,7 @@ def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) 
         half_width[~single_observations(table, held_out)] = np.nan
     reference_error = np.stack([floats_or_nan(table, name) for name in stated], axis=1)
     fold = table["fold"].to_numpy()
-    return Overlap(columns, fold, residual, reference_error, half_width, error_class)
+    return kernel.Overlap(columns, fold, residual, reference_error, half_width, error_class)
 
 
 def parameter_columns(table: pa.Table, problem: Problem) -> dict[str, FloatArray]:
@@ -401,7 +408,7 @@ def look(directory: Path) -> dict[str, Any]:
     return {
         **summary["shares"],
         **{name: summary[name] for name in kept},
-        "kiel": coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
-        "sky": coarse(maps, "sky", {"pixel": 4**SKY_ORDER}),
-        "follow_up": follow_up(maps),
+        "kiel": kernel.coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
+        "sky": kernel.coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
+        "follow_up": kernel.follow_up(maps),
     }

@@ -18,15 +18,8 @@ import pyarrow.parquet as pq
 
 from sos_dask.columns import FloatArray, floats, key_hashes
 from sos_dask.errors import ModelError
-from sos_dask.evidence.projection import (
-    Projection,
-    ProjectionSettings,
-    chosen_rows,
-    density_map,
-    fit_projection,
-    sampling_rates,
-    strata,
-)
+from sos_dask.evidence import projection as kernel
+from sos_dask.evidence.projection import Projection, ProjectionSettings
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
 from sos_dask.sky.healpix import HealpixPixel
@@ -126,7 +119,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         for (sample, _), record in zip(places.values(), counted, strict=True):
             totals[sample].update({int(cell): n for cell, n in record["counts"].items()})
         half, names = self.settings.sample_rows // 2, self.parameters
-        rates = {sample: sampling_rates(total, half) for sample, total in totals.items()}
+        rates = {sample: kernel.sampling_rates(total, half) for sample, total in totals.items()}
         asked = {key: (place, rates[place[0]]) for key, place in places.items()}
         run.parts("sampled", asked, self.sample, "sample")
         sample = pa.concat_tables(read_piece(piece(run.output, f"samples-{key}")) for key in places)
@@ -134,7 +127,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         sample = sample.sort_by(order)
         parameters = np.stack([sample[name].to_numpy() for name in names], axis=1)
         run.report("umap", 0, 1)
-        plane = fit_projection(parameters, names, self.settings)
+        plane = kernel.fit_projection(parameters, names, self.settings)
         run.report("umap", 1, 1)
         known = np.isfinite(parameters).all(axis=1)
         columns = {"sample": sample["sample"].filter(pa.array(known))}
@@ -160,7 +153,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
     def count(self, output: Output, key: str, place: Place) -> dict[str, Any]:
         """Count the rows of each stratum."""
         _, columns = self._read(place)
-        cells, counts = np.unique(strata(columns, self.parameters), return_counts=True)
+        cells, counts = np.unique(kernel.strata(columns, self.parameters), return_counts=True)
         return {"counts": dict(zip(map(str, cells.tolist()), counts.tolist(), strict=True))}
 
     def sample(
@@ -169,8 +162,8 @@ class ProjectionStage(Stage[ProjectionSettings]):
         """Keep the rows of the sample."""
         place, rates = item
         keys, columns = self._read(place, HEALPIX_COLUMN)
-        numbers, cells = keys[HEALPIX_COLUMN].to_numpy(), strata(columns, self.parameters)
-        chosen = chosen_rows(numbers, cells, rates, self.settings.seed)
+        numbers, cells = keys[HEALPIX_COLUMN].to_numpy(), kernel.strata(columns, self.parameters)
+        chosen = kernel.chosen_rows(numbers, cells, rates, self.settings.seed)
         values = DEFAULT.parameter_matrix(columns, self.parameters)[chosen]
         kept = {"sample": pa.array([place[0]] * len(values), pa.string()), "place": numbers[chosen]}
         kept |= dict(zip(self.parameters, values.T.copy(), strict=True))
@@ -190,7 +183,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         parameters[left] = np.nan
         place = plane.place(parameters)
         missing = np.isnan(place[:, 0])
-        counts = density_map(place, plane.limits(), self.settings.map_bins)
+        counts = kernel.density_map(place, plane.limits(), self.settings.map_bins)
         write_piece(piece(output, f"maps-{key}"), pa.table({"n": counts.ravel()}))
         n_left, n_missing = (int(np.count_nonzero(rows)) for rows in (left, missing))
         record: dict[str, Any] = {"without_place": n_missing - n_left, "not_asked": n_left}

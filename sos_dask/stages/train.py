@@ -24,14 +24,15 @@ from sos_dask.columns import floats_or_nan, matrix32
 from sos_dask.corrections.base import to_json
 from sos_dask.corrections.search import search, search_space
 from sos_dask.errors import ModelError
-from sos_dask.evidence.figures import NONE, Metric, held_out_metrics
-from sos_dask.evidence.left_out import (
-    DENSE,
+from sos_dask.evidence.figures import (
     DENSITY,
+    NONE,
     RANDOM,
     REFERENCE,
     REGION,
-    SPARSE,
+    Metric,
+    figure_schema,
+    held_out_metrics,
     left_out_groups,
     region_groups,
 )
@@ -39,7 +40,7 @@ from sos_dask.problem import DEFAULT, Problem
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, Stage, piece, read_piece, write_piece
 from sos_dask.stages.evidence import HELD_OUT, OnEvidence
-from sos_dask.stats.numbers import scatter
+from sos_dask.stats.numbers import DENSE, SPARSE, scatter
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, Recipe, Rows
@@ -270,10 +271,8 @@ def asks_workers(pairs: Catalog, settings: TrainSettings) -> bool:
     return settings.search > 0 or _needs_workers(pairs.n_rows, settings)
 
 
-_FIGURES = ("n_train", "n", "median", "mad", "n_random", "median_random", "mad_random")
-_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("split", "group", "method", "label")]
-    + [(name, pa.int64() if name.startswith("n") else pa.float64()) for name in _FIGURES]
+_SCHEMA = figure_schema(
+    "split group method label n_train n median mad n_random median_random mad_random"
 )
 Fit = tuple[str, str, str]  # method, split, group
 

@@ -7,7 +7,6 @@ reads the evidence by itself: none is left to the process that asks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
@@ -26,20 +25,9 @@ from sos_dask.columns import (
     matrix32,
     mixed,
 )
-from sos_dask.evidence.error_tables import error_grid, require_default
-from sos_dask.evidence.figures import edges
-from sos_dask.evidence.intervals import (
-    DENSE,
-    SPARSE,
-    TABLES,
-    HeldOut,
-    LabelErrors,
-    error_model,
-    fit_label,
-    hit_rates,
-    least_log_snr,
-)
-from sos_dask.evidence.three_cornered_hat import three_cornered_hat
+from sos_dask.evidence import intervals
+from sos_dask.evidence.figures import edge_subsets
+from sos_dask.evidence.trends import three_cornered_hat
 from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
@@ -52,8 +40,8 @@ from sos_dask.stages.evidence import (
     single_observations,
 )
 from sos_dask.stars.folds import fold_of, smallest_of_joined
-from sos_dask.stars.repeats import GIANT_LOGG, normalisation
-from sos_dask.stats.numbers import find_sparse
+from sos_dask.stars.repeats import normalisation
+from sos_dask.stats.numbers import ALL, DENSE, GIANT_LOGG, SPARSE, find_sparse
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Rows, sha256_of_file
 
@@ -107,7 +95,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def check(self) -> None:
         """Refuse a correction of other labels or inputs than errors can be modelled of."""
-        require_default(corrections.load(self.path("model")).problem)
+        intervals.require_default(corrections.load(self.path("model")).problem)
 
     def measure(self, run: Run) -> Made:
         """See where the pairs are sparse, then fit each label."""
@@ -118,12 +106,12 @@ class Uncertainty(OfModel[UncertaintySettings]):
         errors = []
         for label, one in zip(LABELS, fitted, strict=True):
             table = read_piece(piece(run.output, f"errors-{label}"))
-            columns = (table[name].combine_chunks().values.to_numpy() for name in TABLES)
-            errors.append(LabelErrors(tuple(columns), one["factors_95"]))
+            columns = (table[name].combine_chunks().values.to_numpy() for name in intervals.TABLES)
+            errors.append(intervals.LabelErrors(tuple(columns), one["factors_95"]))
         reference_error = self.settings.reference_error
-        model = error_model(
+        model = intervals.error_model(
             errors,
-            error_grid(*box),
+            intervals.error_grid(*box),
             read_piece(piece(run.output, "sparse-cells"))["sparse"].to_numpy(),
             about["least_log_snr"],
             correction=sha256_of_file(self.path("model") / corrections.MODEL_FILE),
@@ -140,7 +128,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
             "reference_error": reference_error,
             "factors_95": model.about["factors_95"],
             "pairs_by_class": dict(zip(LABELS, (one["n_class"] for one in fitted), strict=True)),
-            "hit_rates": [row for row in found if row["subset"] in ("all", DENSE, SPARSE)],
+            "hit_rates": [row for row in found if row["subset"] in (ALL, DENSE, SPARSE)],
             "error_factors": self._error_factors(),
             "three_cornered_hat": hats["found"],
         }
@@ -176,7 +164,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         info = corrections.load(self.path("model")).info
         box = [list(info.minimum), list(info.maximum)]
         of_pairs = np.zeros(len(x), dtype=np.bool_)
-        centers = error_grid(*box).centers()
+        centers = intervals.error_grid(*box).centers()
         of_pairs[placed], cells = find_sparse(x[placed], centers, self.settings.sparse_fraction)
         write_piece(piece(output, "sparse-cells"), pa.table({"sparse": cells}))
         write_piece(piece(output, "sparse-pairs"), pa.table({"sparse": of_pairs[used]}))
@@ -190,7 +178,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
                 "of several observations": n_placed - n_used,
             },
             "box": box,
-            "least_log_snr": least_log_snr(floats_or_nan(table, "snr")[used]),
+            "least_log_snr": intervals.least_log_snr(floats_or_nan(table, "snr")[used]),
         }
 
     def fit_label(self, output: Output, label: str, box: list[list[float]]) -> dict[str, Any]:
@@ -198,7 +186,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         predictions = held_out_columns(self.manifest("model").summary["method"])
         table, placed, single = self._pairs(*DIFFERENCES, *predictions)
         held = table.filter(pa.array(table["held_out"].to_numpy() & placed & single))
-        held_out = HeldOut(
+        held_out = intervals.HeldOut(
             DEFAULT.matrix(held),
             floats_or_nan(held, "snr"),
             matrix32(held, DIFFERENCES).astype(np.float64) - matrix32(held, predictions),
@@ -209,15 +197,17 @@ class Uncertainty(OfModel[UncertaintySettings]):
             read_piece(piece(output, f"sparse-{of}"))["sparse"].to_numpy()
             for of in ("cells", "pairs")
         )
-        grid = error_grid(*box)
-        errors, checked = fit_label(held_out, label, grid, cells)
-        tables = {name: [table] for name, table in zip(TABLES, errors.tables, strict=True)}
+        grid = intervals.error_grid(*box)
+        errors, checked = intervals.fit_label(held_out, label, grid, cells)
+        tables = {
+            name: [table] for name, table in zip(intervals.TABLES, errors.tables, strict=True)
+        }
         write_piece(piece(output, f"errors-{label}"), pa.table(tables))
         subsets = _subsets(held_out, is_sparse, cells[grid.cells(held_out.features)])
         return {
             "factors_95": errors.factors_95,
             "n_class": checked.n_class,
-            "hit_rates": [asdict(one) for one in hit_rates(label, checked, subsets)],
+            "hit_rates": intervals.hit_rates(label, checked, subsets),
         }
 
     def _hats(self) -> dict[str, Any]:
@@ -264,11 +254,13 @@ def _reference_errors(
     return errors
 
 
-def _subsets(held: HeldOut, is_sparse: BoolArray, in_sparse_cell: BoolArray) -> dict[str, Any]:
+def _subsets(
+    held: intervals.HeldOut, is_sparse: BoolArray, in_sparse_cell: BoolArray
+) -> dict[str, Any]:
     """Held-out pairs whose hit rate is looked at separately."""
     teff, logg, feh = held.features[:, 0] * TEFF_UNIT_K, held.features[:, 1], held.features[:, 2]
     found = {
-        "all": np.ones(len(teff), dtype=np.bool_),
+        ALL: np.ones(len(teff), dtype=np.bool_),
         DENSE: ~is_sparse,
         SPARSE: is_sparse,
         "dense cells": ~in_sparse_cell,
@@ -276,7 +268,7 @@ def _subsets(held: HeldOut, is_sparse: BoolArray, in_sparse_cell: BoolArray) -> 
         "giants": logg < GIANT_LOGG,
         "dwarfs": logg >= GIANT_LOGG,
     }
-    found |= edges({"teff": teff, "logg": logg, "feh": feh})
+    found |= edge_subsets({"teff": teff, "logg": logg, "feh": feh})
     known = np.isfinite(held.snr)
     if known.any():
         low, high = np.quantile(held.snr[known], [1 / 3, 2 / 3])

@@ -14,7 +14,7 @@ from sos_dask import corrections as models
 from sos_dask.cli import main
 from sos_dask.cli.output import show_build
 from sos_dask.corrections.search import search
-from sos_dask.evidence.growth import MIN_GROWTH_PAIRS, Growth
+from sos_dask.evidence.widening import MIN_GROWTH_PAIRS, Growth
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.run import machine
@@ -45,7 +45,7 @@ def test_pairs_are_called_outside_as_often_as_their_errors_are_twice_the_unit(la
         assert called == pytest.approx(np.mean(error / unit > 2), abs=0.1), seed
         found = growth(np.append(np.sort(d), 1e9))
         assert (np.diff(found) >= 0).all() and (found[: 630 // 2] == 1).all()
-        assert growth.measured and sum(row["n"] for row in bins) == 630
+        assert len(growth.distance) > 1 and sum(row["n"] for row in bins) == 630
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_pairs_are_called_outside_as_often_as_their_errors_are_twice_the_unit(la
 def test_a_growth_that_cannot_be_measured_is_one(distance, ratio):
     errors = ratio * np.random.default_rng(0).normal(size=(len(distance), 3))
     growth, bins = Growth.fit(distance, errors)
-    assert not growth.measured and bins == [] and growth.d0 == np.inf
+    assert len(growth.distance) == 1 and bins == []
     assert growth(np.array([0.0, 3.0, 1e9])).tolist() == [1, 1, 1]
 
 

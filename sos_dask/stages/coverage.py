@@ -186,7 +186,7 @@ class Coverage(OfModel[CoverageSettings]):
             for role in _KEYS
             for key, pixel in by_pixel(self.catalog(role).pixels).items()
         }
-        run.run_parts("samples", samples, self.sample, "coverage: sample")
+        run.parts("samples", samples, self.sample, "coverage: sample")
         (fitted,) = run.parts("fit", {"model": list(samples)}, self.fit, "coverage: fit")
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
         output, pixels, grid = run.output, by_pixel(catalog.pixels), self.grid

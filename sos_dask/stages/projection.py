@@ -128,7 +128,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         half = self.settings.sample_rows // 2
         rates = {sample: sampling_rates(total, half) for sample, total in totals.items()}
         asked = {key: (place, rates[place[0]]) for key, place in places.items()}
-        run.run_parts("sampled", asked, self.sample, "sample")
+        run.parts("sampled", asked, self.sample, "sample")
         names = self.parameters
         sample = pa.concat_tables(read_piece(piece(run.output, f"samples-{key}")) for key in places)
         order = [(name, "ascending") for name in ("place", *names)]

@@ -84,7 +84,8 @@ def test_pairs_of_another_model_are_refused(small_store, tmp_path):
     pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
     stars = opened(small_store, "lamost.stars")
     manifest = Manifest.load(model)
-    Output(model, replace(manifest.recipe, params={})).commit(manifest.rows, ())
+    other = replace(manifest.recipe, params={**manifest.recipe.params, "again": 1})
+    Output(model, other).commit(manifest.rows, ())
     with pytest.raises(CatalogError, match="does not hold the pairs"):
         coverage(model, pairs, rows, stars, tmp_path / "out", CoverageSettings())
 

@@ -23,7 +23,7 @@ from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
 from sos_dask.settings import Settings
 from sos_dask.stages.apply import Apply
-from sos_dask.stages.attach import Attach, companion_survey
+from sos_dask.stages.attach import Attach, Margin, companion_survey
 from sos_dask.stages.base import Stage
 from sos_dask.stages.compare import Compare, Trends
 from sos_dask.stages.coverage import Coverage
@@ -31,7 +31,6 @@ from sos_dask.stages.crossmatch import Crossmatch
 from sos_dask.stages.dedupe import Dedupe
 from sos_dask.stages.evidence import Evidence
 from sos_dask.stages.ingest import Ingest
-from sos_dask.stages.margin import Margin
 from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.reference import Reference
 from sos_dask.stages.report import ReportStage

@@ -26,7 +26,7 @@ from sos_dask.evidence import figures, smoothness
 from sos_dask.evidence import trends as binned
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
 from sos_dask.stages.evidence import (
     DIFFERENCES,
     EVIDENCE,
@@ -259,7 +259,7 @@ class Trends(OnEvidence[TrendSettings]):
             (REFERENCES, binned.contrast_table([]), [f"contrasts-{key}" for key in axes]),
             (PLANES, binned.trend_table([], plane=True), [f"trends-{key}" for key in planes]),
         ):
-            tables = (read_piece(piece(run.output, key)) for key in keys)
+            tables = (read_piece(run.output, key) for key in keys)
             run.write(name, pa.concat_tables([nothing, *tables]))
         return self.manifest("evidence").rows, {
             "surveys": done[0]["surveys"] if done else {},
@@ -279,7 +279,7 @@ class Trends(OnEvidence[TrendSettings]):
             columns += [floats(other, name) - x for name, x in zip(LABELS, labels, strict=True)]
             tables.append(pa.table(columns, [name for name, _ in kinds]).cast(tables[0].schema))
         table = pa.concat_tables(tables)
-        write_piece(piece(output, "common"), table)
+        write_piece(output, "common", table)
         return {"stars": table.num_rows}
 
     def trends_of(self, output: Output, key: str, axes: tuple[Axis, ...]) -> dict[str, Any]:
@@ -294,7 +294,7 @@ class Trends(OnEvidence[TrendSettings]):
         surveys = of_surveys(table)
         subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
         subsets |= {name: surveys[name] for name in in_order(surveys, settings.order)}
-        common = read_piece(piece(output, "common"))
+        common = read_piece(output, "common")
         binnings = {binned.EQUAL_WIDTH: [axis.edges for axis in axes]}
         if key != _PLANE:
             edges = [equal_count_edges(values, settings.n_count_bins) for values in x.values()]
@@ -316,8 +316,8 @@ class Trends(OnEvidence[TrendSettings]):
             if binning == binned.EQUAL_WIDTH:
                 n_known = np.count_nonzero(np.isfinite(floats32(table, f"{label}_diff")))
                 in_no_bin[label] = int(n_known - before[ALL]["n"].sum())
-        write_piece(piece(output, f"trends-{key}"), binned.trend_table(trends, key == _PLANE))
-        write_piece(piece(output, f"contrasts-{key}"), binned.contrast_table(contrasts))
+        write_piece(output, f"trends-{key}", binned.trend_table(trends, key == _PLANE))
+        write_piece(output, f"contrasts-{key}", binned.contrast_table(contrasts))
         n_pairs = {name: int(np.count_nonzero(inside)) for name, inside in surveys.items()}
         agreed = [row for one in contrasts for row in binned.agreements(one, settings.min_count)]
         return {"surveys": n_pairs, "in_no_bin": in_no_bin, "agreements": agreed}

@@ -43,7 +43,6 @@ from sos_dask.stages.base import (
     Run,
     by_pixel,
     partition_record,
-    piece,
     read_piece,
     write_piece,
 )
@@ -162,7 +161,7 @@ class Coverage(OfModel[CoverageSettings]):
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
         pixels = by_pixel(catalog.pixels)
         done = run.parts("scores", pixels, self.score)
-        run.write(MAPS, kernel.sum_maps(read_piece(piece(output, f"maps-{key}")) for key in pixels))
+        run.write(MAPS, kernel.sum_maps(read_piece(output, f"maps-{key}") for key in pixels))
         name = catalog.name.removesuffix(".observations") + ".coverage"
         n_out = run.write_catalog(name, catalog.pixels, done, _schema(catalog))
         counts = {name: sum(one[name] for one in done) for name in (*CLASSES, "unknown")}
@@ -195,7 +194,7 @@ class Coverage(OfModel[CoverageSettings]):
         share = _SAMPLE_ROWS / max(catalog.n_rows, 1)
         chosen = uniform(key_hashes(table[_KEYS[role]]), self.settings.seed) < share
         table = table.filter(pa.array(chosen)).drop_columns(_KEYS[role])
-        write_piece(piece(output, f"samples-{key}"), table)
+        write_piece(output, f"samples-{key}", table)
         return {"rows": table.num_rows}
 
     def fit(self, output: Output, key: str, samples: Sequence[str]) -> dict[str, Any]:
@@ -203,9 +202,7 @@ class Coverage(OfModel[CoverageSettings]):
         problem, errors, settings = self.problem, self.errors, self.settings
         rows, stars = (
             pa.concat_tables(
-                read_piece(piece(output, f"samples-{one}"))
-                for one in samples
-                if one.startswith(role)
+                read_piece(output, f"samples-{one}") for one in samples if one.startswith(role)
             )
             for role in _KEYS
         )
@@ -258,7 +255,7 @@ class Coverage(OfModel[CoverageSettings]):
             step, values = GRID_STEPS.get(label, 0.0), floats_or_nan(table, label)
             flags[(values <= low + step) | (values >= high - step)] |= correct.FLAG_GRID_EDGE
         counts = kernel.count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
-        write_piece(piece(output, f"maps-{key}"), counts)
+        write_piece(output, f"maps-{key}", counts)
         scores = [pa.array(score, pa.float32(), mask=~known), pa.array(flags)]
         scores.append(pa.array(kind, mask=~known))
         out = pa.table([*(table[name] for name in _OWN), *scores], schema=_schema(catalog))

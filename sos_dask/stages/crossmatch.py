@@ -35,7 +35,6 @@ from sos_dask.stages.base import (
     key_column,
     motion_of,
     partition_record,
-    piece,
     read_piece,
     require_whole,
     write_piece,
@@ -180,7 +179,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
         for name in (HEALPIX_COLUMN, "ra", "dec", *GAIA_IDS.values()):
             if name in target.schema.names:
                 edge = edge.append_column(name, target[name].take(pa.array(rows)))
-        write_piece(piece(output, f"edge-{key}"), edge)
+        write_piece(output, f"edge-{key}", edge)
         ambiguous = matches.n_candidates > 1
         use = ~ambiguous & _is_good(target) & _is_good(reference)
         columns: dict[str, Any] = {
@@ -202,7 +201,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
                 use &= pc.is_valid(columns[name]).to_numpy()
         columns["use"] = use
         pairs = pa.table({name: columns[name] for name in schema.names}).cast(schema)
-        write_piece(piece(output, f"pairs-{key}"), pairs)
+        write_piece(output, f"pairs-{key}", pairs)
         return {
             "n_matched": int(np.count_nonzero(np.diff(matches.left, prepend=-1))),
             "n_stars": len(np.unique(number)),
@@ -247,7 +246,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
 
         The record counts reference stars that several partitions have, but for one of these.
         """
-        tables = [read_piece(piece(output, f"edge-{one}")) for one in pixels]
+        tables = [read_piece(output, f"edge-{one}") for one in pixels]
         if not tables:
             return {"n_again": 0}
         edges = pa.concat_tables(tables)
@@ -260,13 +259,13 @@ class Crossmatch(Stage[CrossmatchSettings]):
             first = here.stop
             n_stars += len(np.unique(number[here]))
             final = pa.table({"row": table["row"], "fold": folds[here]})
-            write_piece(piece(output, f"folds-{one}"), final)
+            write_piece(output, f"folds-{one}", final)
         return {"n_again": n_stars - len(np.unique(number))}
 
 
 def _write_pairs(output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
     """Write a partition of pairs with its final folds."""
-    pairs, final = (read_piece(piece(output, f"{kind}-{key}")) for kind in ("pairs", "folds"))
+    pairs, final = (read_piece(output, f"{kind}-{key}") for kind in ("pairs", "folds"))
     folds = pairs["fold"].to_numpy().copy()
     folds[final["row"].to_numpy()] = final["fold"].to_numpy()
     place = pairs.schema.get_field_index("fold")

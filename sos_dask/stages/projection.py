@@ -23,16 +23,7 @@ from sos_dask.evidence.projection import Projection, ProjectionSettings
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
 from sos_dask.sky.healpix import HealpixPixel
-from sos_dask.stages.base import (
-    Made,
-    Role,
-    Run,
-    Stage,
-    partition_record,
-    piece,
-    read_piece,
-    write_piece,
-)
+from sos_dask.stages.base import Made, Role, Run, Stage, partition_record, read_piece, write_piece
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, partition_errors
 from sos_dask.storage.manifest import Rows
@@ -96,7 +87,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         n = {f"n_{sample}": np.zeros(bins * bins, dtype=np.int64) for sample in _INPUTS}
         for (key, (sample, _)), record in zip(places.items(), placed, strict=True):
             without[sample] += record["without_place"]
-            n[f"n_{sample}"] += read_piece(piece(run.output, f"maps-{key}"))["n"].to_numpy()
+            n[f"n_{sample}"] += read_piece(run.output, f"maps-{key}")["n"].to_numpy()
         target = self.catalog("observations")
         done = placed[: len(target.pixels)]
         n_rows = run.write_catalog(self.product, target.pixels, done, _SCHEMA)
@@ -122,7 +113,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         rates = {sample: kernel.sampling_rates(total, half) for sample, total in totals.items()}
         asked = {key: (place, rates[place[0]]) for key, place in places.items()}
         run.parts("sampled", asked, self.sample, "sample")
-        sample = pa.concat_tables(read_piece(piece(run.output, f"samples-{key}")) for key in places)
+        sample = pa.concat_tables(read_piece(run.output, f"samples-{key}") for key in places)
         order = [("sample", "descending"), *((name, "ascending") for name in ("place", *names))]
         sample = sample.sort_by(order)
         parameters = np.stack([sample[name].to_numpy() for name in names], axis=1)
@@ -167,7 +158,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         values = DEFAULT.parameter_matrix(columns, self.parameters)[chosen]
         kept = {"sample": pa.array([place[0]] * len(values), pa.string()), "place": numbers[chosen]}
         kept |= dict(zip(self.parameters, values.T.copy(), strict=True))
-        write_piece(piece(output, f"samples-{key}"), pa.table(kept))
+        write_piece(output, f"samples-{key}", pa.table(kept))
         return {"rows": len(values)}
 
     def place(self, output: Output, key: str, item: Place) -> dict[str, Any]:
@@ -184,7 +175,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         place = plane.place(parameters)
         missing = np.isnan(place[:, 0])
         counts = kernel.density_map(place, plane.limits(), self.settings.map_bins)
-        write_piece(piece(output, f"maps-{key}"), pa.table({"n": counts.ravel()}))
+        write_piece(output, f"maps-{key}", pa.table({"n": counts.ravel()}))
         n_left, n_missing = (int(np.count_nonzero(rows)) for rows in (left, missing))
         record: dict[str, Any] = {"without_place": n_missing - n_left, "not_asked": n_left}
         if sample == TARGET:

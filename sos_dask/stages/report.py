@@ -40,7 +40,7 @@ from sos_dask.report.style import Drawn, render, word
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
-from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, piece, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, read_piece, write_piece
 from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.projection import load_projection
 from sos_dask.storage.artifact import Output
@@ -151,7 +151,7 @@ class ReportStage(Stage[ReportSettings]):
         found = _counted(self.build, *item)
         used = np.flatnonzero(np.any(list(found.values()), axis=0))
         columns = {what: counts[used] for what, counts in found.items()}
-        write_piece(piece(output, key), pa.table({"cell": used, **columns}))
+        write_piece(output, key, pa.table({"cell": used, **columns}))
         return {}
 
     def draw_figure(self, output: Output, key: str, item: None) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def _sums(output: Output, build: Build, product: str) -> dict[str, IntArray]:
     """Counts of a product, one partition after the other: all together they grow with these."""
     total = _counted(build, product, None)
     for key in by_pixel(build.counted[product].pixels):
-        table = read_piece(piece(output, f"{product}-{key}"))
+        table = read_piece(output, f"{product}-{key}")
         for what, counts in total.items():
             counts[table["cell"].to_numpy()] += table[what].to_numpy()
     return total

@@ -38,7 +38,7 @@ from sos_dask.evidence.figures import (
 )
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, Stage, piece, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run, Stage, read_piece, write_piece
 from sos_dask.stages.evidence import HELD_OUT, OnEvidence
 from sos_dask.stats.numbers import DENSE, SPARSE, scatter
 from sos_dask.storage.artifact import Output
@@ -337,8 +337,7 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
         done = run.parts("fits", fits, self.fit)
         names, bare = self.problem.names, self.problem.differences(table)
         left = {
-            one: np.stack(read_piece(piece(run.output, key)).columns, axis=1)
-            for key, one in fits.items()
+            one: np.stack(read_piece(run.output, key).columns, axis=1) for key, one in fits.items()
         }
         rows: list[dict[str, Any]] = []
         for method, (split, group) in itertools.product([NONE, *methods], groups):
@@ -400,7 +399,7 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
             left[out] = differences[out].astype(np.float64) - fitted.predict(x[out])
         except ModelError as error:
             refused = error.message
-        write_piece(piece(output, key), pa.table(list(left.T.copy()), problem.names))
+        write_piece(output, key, pa.table(list(left.T.copy()), problem.names))
         return {"refused": refused}
 
 

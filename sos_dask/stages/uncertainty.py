@@ -31,7 +31,7 @@ from sos_dask.evidence.trends import three_cornered_hat
 from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
 from sos_dask.stages.evidence import (
     DIFFERENCES,
     OfModel,
@@ -105,14 +105,14 @@ class Uncertainty(OfModel[UncertaintySettings]):
         fitted = run.parts("labels", dict.fromkeys(LABELS, box), self.fit_label)
         errors = []
         for label, one in zip(LABELS, fitted, strict=True):
-            table = read_piece(piece(run.output, f"errors-{label}"))
+            table = read_piece(run.output, f"errors-{label}")
             columns = (table[name].combine_chunks().values.to_numpy() for name in intervals.TABLES)
             errors.append(intervals.LabelErrors(tuple(columns), one["factors_95"]))
         reference_error = self.settings.reference_error
         model = intervals.error_model(
             errors,
             intervals.error_grid(*box),
-            read_piece(piece(run.output, "sparse-cells"))["sparse"].to_numpy(),
+            read_piece(run.output, "sparse-cells")["sparse"].to_numpy(),
             about["least_log_snr"],
             correction=sha256_of_file(self.path("model") / corrections.MODEL_FILE),
             reference_error=reference_error,
@@ -166,8 +166,8 @@ class Uncertainty(OfModel[UncertaintySettings]):
         of_pairs = np.zeros(len(x), dtype=np.bool_)
         centers = intervals.error_grid(*box).centers()
         of_pairs[placed], cells = find_sparse(x[placed], centers, self.settings.sparse_fraction)
-        write_piece(piece(output, "sparse-cells"), pa.table({"sparse": cells}))
-        write_piece(piece(output, "sparse-pairs"), pa.table({"sparse": of_pairs[used]}))
+        write_piece(output, "sparse-cells", pa.table({"sparse": cells}))
+        write_piece(output, "sparse-pairs", pa.table({"sparse": of_pairs[used]}))
         counts = (np.count_nonzero(some) for some in (held, held & placed, used))
         n_held, n_placed, n_used = map(int, counts)
         return {
@@ -194,15 +194,14 @@ class Uncertainty(OfModel[UncertaintySettings]):
             _parts(held, self.settings),
         )
         cells, is_sparse = (
-            read_piece(piece(output, f"sparse-{of}"))["sparse"].to_numpy()
-            for of in ("cells", "pairs")
+            read_piece(output, f"sparse-{of}")["sparse"].to_numpy() for of in ("cells", "pairs")
         )
         grid = intervals.error_grid(*box)
         errors, checked = intervals.fit_label(held_out, label, grid, cells)
         tables = {
             name: [table] for name, table in zip(intervals.TABLES, errors.tables, strict=True)
         }
-        write_piece(piece(output, f"errors-{label}"), pa.table(tables))
+        write_piece(output, f"errors-{label}", pa.table(tables))
         subsets = _subsets(held_out, is_sparse, cells[grid.cells(held_out.features)])
         return {
             "factors_95": errors.factors_95,

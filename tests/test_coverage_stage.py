@@ -16,7 +16,7 @@ from sos_dask.errors import CatalogError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.widening import KINDS
 from sos_dask.problem import DEFAULT
-from sos_dask.stages.coverage import Coverage, CoverageSettings, look, parameter_columns
+from sos_dask.stages.coverage import Coverage, CoverageSettings, parameter_columns
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, sealed_json
@@ -116,7 +116,7 @@ def test_the_command_tells_shares_maps_and_follow_up(small_store, capsys):
 
 
 def test_shares_of_stars_are_those_of_their_labels(small_store):
-    found = look(small_store / "current" / "coverage")
+    found = Coverage.load(small_store / "current" / "coverage")
     model = CoverageModel.load(small_store / "current" / "coverage")
     stars = opened(small_store, "lamost.stars")
     table = pa.concat_tables([stars.read(pixel) for pixel in stars.pixels])
@@ -179,6 +179,6 @@ def test_a_measure_that_is_none(cli, measure):
 
 
 def test_maps_are_a_table(small_store):
-    found = look(small_store / "current" / "coverage")
+    found = Coverage.load(small_store / "current" / "coverage")
     maps = pq.read_table(small_store / "current" / "coverage" / "maps.parquet")
     assert isinstance(maps, pa.Table) and set(found["meaning"]) >= {"inside", "outside"}

@@ -425,7 +425,7 @@ def coverage(
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.stages.coverage import look
+    from sos_dask.stages.coverage import Coverage
 
     figure = None
     if inputs:
@@ -440,7 +440,7 @@ def coverage(
         place = find_store(store)
         directory = _current(place, "coverage")
         figure = place / "current" / "report" / "figures" / "coverage.png"
-    found = look(directory)
+    found = Coverage.load(directory)
     if options.as_json:
         print_json(found)
         return

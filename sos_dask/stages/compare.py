@@ -24,6 +24,7 @@ from sos_dask.columns import FloatArray, floats, floats32, matrix32
 from sos_dask.errors import ModelError
 from sos_dask.evidence import figures, smoothness
 from sos_dask.evidence import trends as binned
+from sos_dask.evidence.figures import BALANCED, NONE, TEST, TOLERANCE, TRAIN, Sample, Scored
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
@@ -43,17 +44,14 @@ from sos_dask.storage.artifact import Output
 
 COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
 TRENDS, PLANES, REFERENCES = "trends.parquet", "planes.parquet", "references.parquet"
-_SAMPLES = {
-    figures.TEST: ("held_out", held_out_columns),
-    figures.TRAIN: ("trained", fitted_columns),
-}
+_SAMPLES = {TEST: ("held_out", held_out_columns), TRAIN: ("trained", fitted_columns)}
 _PLANE = "plane"
 
 
 class CompareSettings(Settings):
     """How the methods are compared, and by which rule one of them corrects the catalog."""
 
-    rule: str = Field(figures.BALANCED, description="balanced, scatter or the name of a method")
+    rule: str = Field(BALANCED, description="balanced, scatter or the name of a method")
     n_bootstrap: int = Field(400, ge=100, le=10_000, description="Resamples")
     min_pairs: int = Field(30, ge=10, description="A subset with fewer pairs has no figures")
     min_bin_pairs: int = Field(50, ge=5, description="A bin with fewer pairs has no median")
@@ -61,10 +59,7 @@ class CompareSettings(Settings):
         5, ge=1, description="A cell of label space with fewer training pairs is not covered"
     )
     tolerance: float = Field(
-        figures.TOLERANCE,
-        ge=0,
-        lt=1,
-        description="Worse is only what is so by a larger share of the best",
+        TOLERANCE, ge=0, lt=1, description="Worse is only what is so by a larger share of the best"
     )
     seed: Seed = Field(0, description="Of the resamples")
     axes: tuple[Axis, ...] = Field(
@@ -102,29 +97,28 @@ class Compare(OnEvidence[CompareSettings]):
         figures.check_rule(self.settings.rule, methods_of(self))
 
     def measure(self, run: Run) -> Made:
-        """Measure every method and every label, then figures.choose."""
+        """Measure every method and every label, then choose."""
         methods, labels = methods_of(self), self.problem.names
         of_methods = run.parts("methods", dict.fromkeys(methods), self.artifacts_of)
         of_labels = run.parts("labels", dict.fromkeys(labels), self.figures_of, "compare labels")
-        scored, noise = {}, {}
-        for label, record in zip(labels, of_labels, strict=True):
-            of = {
-                (m, name): figures.Scored(x, np.array(rest))
-                for m, name, x, rest in record["scores"]
-            }
-            scored[label] = of
-            noise[label] = min(of[method, "mad"].value for method in methods)
-        rough, outside = smoothness.artifact_rows(
-            dict(zip(methods, of_methods, strict=True)), noise
-        )
-        roughness = {m: _roughness([row for row in rough if row["method"] == m]) for m in methods}
+        scored = {
+            label: {(m, name): Scored(x, np.array(rest)) for m, name, x, rest in record["scores"]}
+            for label, record in zip(labels, of_labels, strict=True)
+        }
+        noise = {name: min(of[m, "mad"].value for m in methods) for name, of in scored.items()}
+        found = dict(zip(methods, of_methods, strict=True))
+        rough, outside = smoothness.artifact_rows(found, noise)
+        known: dict[str, list[float]] = {}
+        for row in rough:
+            if row["roughness"] is not None:  # in too few cells, or without noise
+                known.setdefault(row["method"], []).append(row["roughness"])
+        roughness = {method: float(np.mean(values)) for method, values in known.items()}
         choice = figures.choose(self.settings.rule, scored, roughness, self.settings.tolerance)
         rows = [row for record in of_labels for row in record["figures"]]
         run.write(COMPARISON, pa.Table.from_pylist(rows, schema=figures.FIGURE_SCHEMA))
         run.write(ARTIFACTS, pa.Table.from_pylist(rough, schema=smoothness.ARTIFACT_SCHEMA))
         run.write(OUTSIDE, pa.Table.from_pylist(outside, schema=smoothness.OUTSIDE_SCHEMA))
-        summaries = [self.manifest(f"model.{method}").summary for method in methods]
-        metrics = [metric for summary in summaries for metric in summary["metrics"]]
+        metrics = [one for m in methods for one in self.manifest(f"model.{m}").summary["metrics"]]
         summary = {**asdict(choice), "metrics": metrics, **of_labels[0]["n"]}
         return self.manifest("evidence").rows, summary
 
@@ -139,19 +133,19 @@ class Compare(OnEvidence[CompareSettings]):
             matrix32(table, list(axes)), list(axes.values()), settings.min_cell_pairs
         )
         others = [name for name in problem.columns if name not in axes]
-        medians = {name: np.median(floats32(table, name)) for name in others}
+        medians = {name: float(np.median(floats32(table, name))) for name in others}
         correction = corrections.load(self.path(f"model.{method}"))
 
         def predict(points: NDArray[np.floating]) -> NDArray[np.floating]:
             """Predict at columns of the axes; the other inputs stand at their median."""
             at = {name: np.full(len(points), value) for name, value in medians.items()}
-            return correction.predict(problem.matrix({**at, **dict(zip(axes, points.T))}))  # noqa: B905
+            return correction.predict(problem.matrix(at | dict(zip(axes, points.T, strict=True))))
 
         box = []
-        for values in (correction.info.minimum, correction.info.maximum):
+        for corner in (correction.info.minimum, correction.info.maximum):
             at = {
                 one.column: one.scale * (10.0**value if one.log10 else value)
-                for one, value in zip(problem.inputs, values, strict=True)
+                for one, value in zip(problem.inputs, corner, strict=True)
             }
             box.append(np.array([at[name] for name in axes]))
         n, many = len(problem.labels), settings.n_bootstrap
@@ -173,13 +167,10 @@ class Compare(OnEvidence[CompareSettings]):
             some = table.filter(table[inside])
             labels = {axis: floats32(some, axis) for axis in edges}
             group, sparse = (some[column].to_numpy() for column in ("group", "sparse"))
-            sample = figures.Sample(name, labels, group.astype(np.int64), sparse)
+            sample = Sample(name, labels, group.astype(np.int64), sparse)
             before = floats32(some, f"{label}_diff").astype(np.float64)
             predicted = {m: floats32(some, columns(m, (label,))[0]) for m in methods}
-            residuals = {
-                figures.NONE: before,
-                **{m: before - values for m, values in predicted.items()},
-            }
+            residuals = {NONE: before, **{m: before - values for m, values in predicted.items()}}
             least = settings.min_pairs, settings.min_bin_pairs
             found, scored = figures.figures(sample, label, residuals, edges, weights, *least)
             rows += found
@@ -192,14 +183,7 @@ class Compare(OnEvidence[CompareSettings]):
         # A record has no nan.
         for row in rows:
             row |= {k: None for k, v in row.items() if isinstance(v, float) and np.isnan(v)}
-        return {"n": n, "scores": scores[figures.TEST], "figures": rows}
-
-
-def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Mean roughness of the labels that have one; nan in too few cells, or without noise."""
-    known = [row["roughness"] for row in rows if row["roughness"] is not None]
-    enough = known and rows[0]["n_cells"] >= smoothness.MIN_CELLS
-    return float(np.mean(known)) if enough else float("nan")
+        return {"n": n, "scores": scores[TEST], "figures": rows}
 
 
 class TrendSettings(Settings):

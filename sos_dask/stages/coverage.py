@@ -52,7 +52,7 @@ from sos_dask.stars.match import MatchSettings, match
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, partition_errors, write_parquet
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import FileRecord, Manifest, Rows, sha256_of_file
+from sos_dask.storage.manifest import FileRecord, Rows, sha256_of_file
 
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
@@ -183,6 +183,24 @@ class Coverage(OfModel[CoverageSettings]):
             "grid": {label: list(limits) for label, limits in grid.items()},
             "warnings": _warnings(fitted, shares["outside"]),
             **fitted,
+        }
+
+    @classmethod
+    def load(cls, directory: Path) -> dict[str, Any]:
+        """Read the summary as `OnEvidence.load` does, the shares of the rows, and maps of them.
+
+        ``kiel`` (cells of 500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) have ``rows`` and
+        ``outside``; ``follow_up``: see `evidence.coverage.follow_up`.
+        """
+        summary = super().load(directory)
+        with partition_errors(directory / MAPS):
+            maps = pq.read_table(directory / MAPS)
+        return {
+            **summary.pop("shares"),
+            **summary,
+            "kiel": kernel.coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
+            "sky": kernel.coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
+            "follow_up": kernel.follow_up(maps),
         }
 
     def sample(self, output: Output, key: str, item: tuple[str, HealpixPixel]) -> dict[str, Any]:
@@ -379,33 +397,3 @@ def star_flags(
         found = match(table.take(pa.array(some)), near, settings, "star_id")
         flags[some[found.left]] |= mark[found.right]
     return flags
-
-
-def look(directory: Path) -> dict[str, Any]:
-    """Tell what a person asks of a coverage product.
-
-    Shares of the rows (``inside``, ``sparse``, ``outside``, ``unknown``); much of the summary, such
-    as ``intervals`` (on how many pairs the errors stand), ``stars`` (the same shares of at most
-    some 200,000 stars) and ``flags`` (rows by bit); ``kiel`` (cells of 500 K and 0.5 dex) and
-    ``sky`` (HEALPix base pixels) with ``rows`` and ``outside``; ``follow_up``: `maps.follow_up`.
-
-    Raises
-    ------
-    CatalogError
-        There is no such product, or another version made it.
-    PartitionError
-        Its maps cannot be read.
-    """
-    summary = Manifest.of_stage(directory, Coverage.name, Coverage.version).summary
-    with partition_errors(directory / MAPS):
-        maps = pq.read_table(directory / MAPS)
-    kept = ("meaning", "limits", "measure", "parameters", "parameters_without_column",
-            "rows_without", "rows", "stars", "flags", "held_out_pairs",
-            "wrong_measurements", "intervals", "pairs_outside", "warnings")  # fmt: skip
-    return {
-        **summary["shares"],
-        **{name: summary[name] for name in kept},
-        "kiel": kernel.coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
-        "sky": kernel.coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
-        "follow_up": kernel.follow_up(maps),
-    }

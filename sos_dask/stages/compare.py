@@ -8,7 +8,7 @@ or a quantity, and reads the columns of the evidence that it needs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,9 +27,8 @@ from sos_dask.evidence import trends as binned
 from sos_dask.evidence.figures import BALANCED, NONE, TEST, TOLERANCE, TRAIN, Sample, Scored
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
 from sos_dask.stages.evidence import (
-    DIFFERENCES,
     EVIDENCE,
     OnEvidence,
     fitted_columns,
@@ -254,17 +253,13 @@ class Trends(OnEvidence[TrendSettings]):
 
     def common(self, output: Output, key: str, item: None) -> dict[str, Any]:
         """Keep the stars that two references have: labels of the first, differences."""
-        kinds = [(name, pa.string()) for name in ("first", "second")]
-        kinds += [(name, pa.float32()) for name in (*LABELS, *DIFFERENCES)]
-        tables = [pa.schema(kinds).empty_table()]
+        n_stars = 0
         for first, second, one, other in self.common_stars(self.settings.order):
-            labels = [floats(one, label) for label in LABELS]
-            columns = [[first] * len(one), [second] * len(one), *labels]
-            columns += [floats(other, name) - x for name, x in zip(LABELS, labels, strict=True)]
-            tables.append(pa.table(columns, [name for name, _ in kinds]).cast(tables[0].schema))
-        table = pa.concat_tables(tables)
-        write_piece(output, "common", table)
-        return {"stars": table.num_rows}
+            columns = {label: floats(one, label) for label in LABELS}
+            columns |= {f"{name}_diff": floats(other, name) - x for name, x in columns.items()}
+            write_piece(output, f"common-{first}-{second}", pa.table(columns))
+            n_stars += len(one)
+        return {"stars": n_stars}
 
     def trends_of(self, output: Output, key: str, axes: tuple[Axis, ...]) -> dict[str, Any]:
         """Write all trends against one quantity, or on the plane."""
@@ -278,62 +273,62 @@ class Trends(OnEvidence[TrendSettings]):
         surveys = of_surveys(table)
         subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
         subsets |= {name: surveys[name] for name in in_order(surveys, settings.order)}
-        common = read_piece(output, "common")
         binnings = {binned.EQUAL_WIDTH: [axis.edges for axis in axes]}
         if key != _PLANE:
             edges = [equal_count_edges(values, settings.n_count_bins) for values in x.values()]
             binnings[binned.EQUAL_COUNT] = edges
-        trends: list[binned.Columns] = []
-        contrasts: list[binned.Columns] = []
-        in_no_bin = {}
+        trends, contrasts, in_no_bin = [], [], {}
         for label, (binning, edges) in itertools.product(labels, binnings.items()):
             about = {"label": label, "binning": binning}
             before: dict[str, binned.Columns] = {}
-            for sample, method, values in _samples(table, label, methods):
+            for (sample, method), values in _samples(table, label, methods).items():
                 for subset, inside in subsets.items():
                     chosen = np.where(inside, values, np.nan)
                     more = {"subset": subset, "sample": sample, "method": method}
                     trends.append(binned.trend(x, chosen, edges, **about, **more))
                     before.setdefault(subset, trends[-1])
-            if key != _PLANE:
-                contrasts += self._contrasts(common, before, key, edges, about)
+            n_binned = before.pop(ALL)["n"].sum()
             if binning == binned.EQUAL_WIDTH:
                 n_known = np.count_nonzero(np.isfinite(floats32(table, f"{label}_diff")))
-                in_no_bin[label] = int(n_known - before[ALL]["n"].sum())
+                in_no_bin[label] = int(n_known - n_binned)
+            for first, second in itertools.combinations(before if key != _PLANE else (), 2):
+                direct = _direct(output, (first, second), x, edges, about)
+                both = before[first], before[second], direct
+                contrasts.append(binned.contrast(*both, settings.min_count))
         write_piece(output, f"trends-{key}", binned.trend_table(trends, key == _PLANE))
         write_piece(output, f"contrasts-{key}", binned.contrast_table(contrasts))
         n_pairs = {name: int(np.count_nonzero(inside)) for name, inside in surveys.items()}
         agreed = [row for one in contrasts for row in binned.agreements(one, settings.min_count)]
         return {"surveys": n_pairs, "in_no_bin": in_no_bin, "agreements": agreed}
 
-    def _contrasts(
-        self,
-        common: pa.Table,
-        before: Mapping[str, binned.Columns],
-        against: str,
-        edges: Sequence[FloatArray],
-        about: Mapping[str, str],
-    ) -> Iterator[binned.Columns]:
-        """Every two reference surveys, also on their common stars where the bins are of labels."""
-        difference = f"{about['label']}_diff"
-        surveys = [name for name in before if name != ALL]
-        for first, second in itertools.combinations(surveys, 2):
-            is_pair = pc.and_(pc.equal(common["first"], first), pc.equal(common["second"], second))
-            both, direct = common.filter(is_pair), None
-            if both.num_rows and {against, difference} <= set(both.column_names):
-                x = {against: floats32(both, against)}
-                direct = binned.trend(x, floats32(both, difference), edges, **about)
-            yield binned.contrast(before[first], before[second], direct, self.settings.min_count)
-
 
 def _samples(
     table: pa.Table, label: str, methods: Sequence[str]
-) -> Iterator[tuple[str, str | None, FloatArray]]:
+) -> dict[tuple[str, str | None], FloatArray]:
     """Differences of a label before and after each correction, nan outside the sample."""
-    before = floats32(table, f"{label}_diff").astype(np.float64)
-    yield binned.BEFORE, None, before
-    trained = table["trained"].to_numpy()
+    before, trained = (
+        floats32(table, f"{label}_diff").astype(np.float64),
+        table["trained"].to_numpy(),
+    )
+    found: dict[tuple[str, str | None], FloatArray] = {(binned.BEFORE, None): before}
     for method in methods:
-        yield binned.AFTER, method, before - floats32(table, held_out_columns(method, (label,))[0])
-        left = before - floats32(table, fitted_columns(method, (label,))[0])
-        yield binned.FITTED, method, np.where(trained, left, np.nan)
+        found[binned.AFTER, method] = before - floats32(table, held_out_columns(method, [label])[0])
+        left = before - floats32(table, fitted_columns(method, [label])[0])
+        found[binned.FITTED, method] = np.where(trained, left, np.nan)
+    return found
+
+
+def _direct(
+    output: Output,
+    surveys: tuple[str, str],
+    against: Iterable[str],
+    edges: Sequence[FloatArray],
+    about: Mapping[str, str],
+) -> binned.Columns | None:
+    """Trend of the second survey less the first on common stars, where the bins are of a label."""
+    name, wanted = "-".join(("common", *surveys)), {*against, f"{about['label']}_diff"}
+    both = read_piece(output, name) if piece(output, name).is_file() else pa.table({})
+    if not both.num_rows or not wanted <= set(both.column_names):
+        return None
+    x = {name: floats32(both, name) for name in against}
+    return binned.trend(x, floats32(both, f"{about['label']}_diff"), edges, **about)

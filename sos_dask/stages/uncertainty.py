@@ -112,7 +112,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         model = intervals.error_model(
             errors,
             intervals.error_grid(*box),
-            read_piece(run.output, "sparse-cells")["sparse"].to_numpy(),
+            read_piece(run.output, "cells")["sparse"].to_numpy(),
             about["least_log_snr"],
             correction=sha256_of_file(self.path("model") / corrections.MODEL_FILE),
             reference_error=reference_error,
@@ -148,61 +148,60 @@ class Uncertainty(OfModel[UncertaintySettings]):
         """See which held-out pairs and cells are sparse, or what three surveys say."""
         return self._hats() if key == "hats" else self._sparse(output)
 
-    def _pairs(self, *more: str) -> tuple[pa.Table, BoolArray, BoolArray]:
-        """Columns of the evidence; pairs that have all labels, and those of one observation."""
-        wanted = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
-        table = self.read([*LABELS, "star", "held_out", *more], wanted)
+    def _pairs(self) -> tuple[pa.Table, BoolArray]:
+        """Pairs of the evidence, and those that say the error of one observation."""
+        names = [*LABELS, *DIFFERENCES, "star", "held_out", *self._predictions]
+        more = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
+        table = self.read(names, more)
         held = np.flatnonzero(table["held_out"].to_numpy())
-        single = single_observations(table, held, self.settings.min_single)
-        placed = np.isfinite(DEFAULT.matrix(table)).all(axis=1)
-        return table, np.asarray(placed), single
+        return table, single_observations(table, held, self.settings.min_single)
+
+    @property
+    def _predictions(self) -> tuple[str, ...]:
+        return held_out_columns(self.manifest("model").summary["method"])
 
     def _sparse(self, output: Output) -> dict[str, Any]:
-        table, placed, single = self._pairs()
+        """Keep the pairs that intervals are made from, and the cells where pairs are sparse."""
+        table, single = self._pairs()
         x, held = DEFAULT.matrix(table), table["held_out"].to_numpy()
-        used = held & placed & single
+        placed, sparse = np.isfinite(x).all(axis=1), np.zeros(len(x), dtype=np.bool_)
         info = corrections.load(self.path("model")).info
         box = [list(info.minimum), list(info.maximum)]
-        of_pairs = np.zeros(len(x), dtype=np.bool_)
         centers = intervals.error_grid(*box).centers()
-        of_pairs[placed], cells = find_sparse(x[placed], centers, self.settings.sparse_fraction)
-        write_piece(output, "sparse-cells", pa.table({"sparse": cells}))
-        write_piece(output, "sparse-pairs", pa.table({"sparse": of_pairs[used]}))
-        counts = (np.count_nonzero(some) for some in (held, held & placed, used))
-        n_held, n_placed, n_used = map(int, counts)
+        sparse[placed], cells = find_sparse(x[placed], centers, self.settings.sparse_fraction)
+        used = table.append_column("sparse", pa.array(sparse)).filter(
+            pa.array(held & placed & single)
+        )
+        write_piece(output, "used", used)
+        write_piece(output, "cells", pa.table({"sparse": cells}))
+        n_held, n_placed = (int(np.count_nonzero(some)) for some in (held, held & placed))
         return {
-            "n_used": n_used,
+            "n_used": len(used),
             "dropped": {
                 "not held out": len(x) - n_held,
                 "without all labels": n_held - n_placed,
-                "of several observations": n_placed - n_used,
+                "of several observations": n_placed - len(used),
             },
             "box": box,
-            "least_log_snr": intervals.least_log_snr(floats_or_nan(table, "snr")[used]),
+            "least_log_snr": intervals.least_log_snr(floats_or_nan(used, "snr")),
         }
 
     def fit_label(self, output: Output, label: str, box: list[list[float]]) -> dict[str, Any]:
         """Keep the errors of a label, and count how often its intervals hit."""
-        predictions = held_out_columns(self.manifest("model").summary["method"])
-        table, placed, single = self._pairs(*DIFFERENCES, *predictions)
-        held = table.filter(pa.array(table["held_out"].to_numpy() & placed & single))
+        pairs, grid = read_piece(output, "used"), intervals.error_grid(*box)
+        cells = read_piece(output, "cells")["sparse"].to_numpy()
         held_out = intervals.HeldOut(
-            DEFAULT.matrix(held),
-            floats_or_nan(held, "snr"),
-            matrix32(held, DIFFERENCES).astype(np.float64) - matrix32(held, predictions),
-            _reference_errors(held, self._error_factors()),
-            _parts(held, self.settings),
+            DEFAULT.matrix(pairs),
+            floats_or_nan(pairs, "snr"),
+            matrix32(pairs, DIFFERENCES).astype(np.float64) - matrix32(pairs, self._predictions),
+            _reference_errors(pairs, self._error_factors()),
+            _parts(pairs, self.settings),
         )
-        cells, is_sparse = (
-            read_piece(output, f"sparse-{of}")["sparse"].to_numpy() for of in ("cells", "pairs")
-        )
-        grid = intervals.error_grid(*box)
         errors, checked = intervals.fit_label(held_out, label, grid, cells)
-        tables = {
-            name: [table] for name, table in zip(intervals.TABLES, errors.tables, strict=True)
-        }
-        write_piece(output, f"errors-{label}", pa.table(tables))
-        subsets = _subsets(held_out, is_sparse, cells[grid.cells(held_out.features)])
+        tables = zip(intervals.TABLES, ([one] for one in errors.tables), strict=True)
+        write_piece(output, f"errors-{label}", pa.table(dict(tables)))
+        in_sparse_cell = cells[grid.cells(held_out.features)]
+        subsets = _subsets(held_out, pairs["sparse"].to_numpy(), in_sparse_cell)
         return {
             "factors_95": errors.factors_95,
             "n_class": checked.n_class,
@@ -211,7 +210,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def _hats(self) -> dict[str, Any]:
         """Errors of the corrected target and two references on their common stars, by label."""
-        table, _, single = self._pairs()
+        table, single = self._pairs()
         table = table.filter(pa.array(single))
         correction = corrections.load(self.path("model"))
         found = []

@@ -84,7 +84,8 @@ def test_held_out_pairs_are_those_of_the_model(build, pairs):
     whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
     whole = whole.filter(whole["use"])
     fold, differences = whole["fold"].to_numpy(), [floats32(whole, name) for name in DIFFERENCES]
-    rows, predicted = held_out_pairs(model, fold, differences)
+    every = np.ones(len(fold), bool)
+    rows, predicted = held_out_pairs(model, fold, differences, every)
     kept = np.arange(len(fold)) % 3 == 0
     some, of_some = held_out_pairs(model, fold, [one[kept] for one in differences], kept)
     inside = kept[rows]
@@ -92,7 +93,7 @@ def test_held_out_pairs_are_those_of_the_model(build, pairs):
     assert np.array_equal(of_some, predicted[inside])
     differences[0] = differences[0] + 1
     with pytest.raises(CatalogError, match="does not hold the pairs"):
-        held_out_pairs(model, fold, differences)
+        held_out_pairs(model, fold, differences, every)
 
 
 def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, pairs, tmp_path):

@@ -353,8 +353,7 @@ def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) 
         x = problem.matrix(columns)
         half_width = errors.half_width(x, columns.get("snr")).astype(np.float64)
         error_class = errors.is_sparse(x).astype(np.int8)
-        held_out = np.flatnonzero(table["held_out"].to_numpy())
-        half_width[~single_observations(table, held_out)] = np.nan
+        half_width[~single_observations(table)] = np.nan
     reference_error = np.stack([floats_or_nan(table, name) for name in stated], axis=1)
     fold = table["fold"].to_numpy()
     return kernel.Overlap(columns, fold, residual, reference_error, half_width, error_class)

@@ -41,6 +41,7 @@ EVIDENCE, HELD_OUT = "evidence.parquet", "held_out.parquet"
 DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _LEFT = (HEALPIX_COLUMN, "fold", "ra", "dec", "position_epoch", *GAIA_IDS.values(),
          "separation_arcsec", "n_candidates", "quality")  # fmt: skip
+_NUMBERS = pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal
 
 
 def held_out_columns(method: str, labels: Sequence[str] = LABELS) -> tuple[str, ...]:
@@ -164,7 +165,9 @@ def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], 
     target = next((name for name in pairs.schema.names if name.startswith("target_")), None)
     ids = {"star": "reference_star_id", **({"target": target} if target else {})}
     left = {*_LEFT, *ids.values()}
-    numbers = [f.name for f in pairs.schema if f.name not in left and _is_number(f.type)]
+    numbers = [
+        f.name for f in pairs.schema if f.name not in left and any(is_(f.type) for is_ in _NUMBERS)
+    ]
     more = pairs.columns(["survey_ref"])
     limit = np.uint64(min(most / max(pairs.n_rows, 1), 1.0) * (2**64 - 2048))
     fold, kept, tables = [], [], []
@@ -184,16 +187,11 @@ def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], 
     return pa.concat_tables(tables), np.concatenate(fold), np.concatenate(kept)
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    types = pa.types
-    return any(test(kind) for test in (types.is_floating, types.is_integer, types.is_decimal))
-
-
 def held_out_pairs(
     model: Path,
     fold: NDArray[np.int8],
     differences: Iterable[Float32Array],
-    kept: BoolArray | None = None,
+    kept: BoolArray,
     problem: Problem = DEFAULT,
 ) -> tuple[IntArray, Float32Array]:
     """Find the held-out pairs of a model among pairs, and its predictions of them.
@@ -205,7 +203,6 @@ def held_out_pairs(
     path = model / HELD_OUT
     predictions = [label.delta for label in problem.labels]
     names = [label.diff for label in problem.labels]
-    kept = np.ones(len(fold), dtype=np.bool_) if kept is None else kept
     with partition_errors(path), pq.ParquetFile(path) as file:
         table = file.read(["fold", *names, *predictions])
     held_out = table["fold"].to_numpy()
@@ -353,19 +350,8 @@ def on_pairs(
 ) -> Manifest:
     """Run a stage by itself: its evidence is an intermediate product of the output.
 
-    Parameters
-    ----------
-    stage : type of OnEvidence
-    pairs : Catalog
-    models : mapping of str to Path
-        Trained on them, by method.
-    directory : Path
-        Of the stage.
-    settings : Settings
-    more : mapping of str to Catalog or Path
-        Its other inputs.
-    options
-        See `Stage.attempt`.
+    Models, by method, are trained on the pairs; ``more`` are the other inputs of the stage, and
+    ``options`` those of `Stage.attempt`.
     """
     first = Evidence({"pairs": pairs, **{f"model.{name}": one for name, one in models.items()}})
     first.check()
@@ -401,16 +387,17 @@ def read_evidence(path: Path, columns: Sequence[str], more: Sequence[str] = ()) 
         return file.read(list(wanted)).replace_schema_metadata()
 
 
-def single_observations(table: pa.Table, rows: IntArray, least: int = 1000) -> BoolArray:
+def single_observations(table: pa.Table, least: int = 1000) -> BoolArray:
     """Tell which pairs say the error of one observation, because observations are corrected.
 
-    Those whose target was observed once where there are as many among the rows, else all.
+    Those whose target was observed once where there are as many among the held out, else all.
     """
+    single = np.ones(table.num_rows, dtype=np.bool_)
     if "n_obs" in table.schema.names:
-        single = np.asarray(table["n_obs"].to_numpy() == 1)
-        if np.count_nonzero(single[rows]) >= least:
-            return single
-    return np.ones(table.num_rows, dtype=np.bool_)
+        once = np.asarray(table["n_obs"].to_numpy() == 1)
+        if np.count_nonzero(once & table["held_out"].to_numpy()) >= least:
+            single = once
+    return single
 
 
 def of_surveys(table: pa.Table) -> dict[str, BoolArray]:

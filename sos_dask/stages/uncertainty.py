@@ -153,8 +153,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         names = [*LABELS, *DIFFERENCES, "star", "held_out", *self._predictions]
         more = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
         table = self.read(names, more)
-        held = np.flatnonzero(table["held_out"].to_numpy())
-        return table, single_observations(table, held, self.settings.min_single)
+        return table, single_observations(table, self.settings.min_single)
 
     @property
     def _predictions(self) -> tuple[str, ...]:

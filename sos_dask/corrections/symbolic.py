@@ -37,7 +37,6 @@ from sos_dask.corrections.base import (
     Content,
     Correction,
     ModelInfo,
-    Progress,
     Rows,
     Summary,
     Training,
@@ -121,6 +120,8 @@ class SymbolicCorrection(Correction):
         Pairs that searched and judged.
     """
 
+    parameters = Settings
+
     choices: tuple[Choice, ...]
     n_sample: int
 
@@ -143,45 +144,42 @@ class SymbolicCorrection(Correction):
         }
         return {FILE: to_json(document)}
 
+    @classmethod
+    def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection:
+        """Read a model from its own files; `ModelError` where they are more than arithmetic."""
+        document = parse_json(bytes(files.get(FILE, b"")), FILE)
+        choices = []
+        try:
+            for label in info.problem.names:
+                choice = Choice(**document["labels"][label])
+                formula = Formula.parse(choice.formula, info.problem.features)
+                if not formula.is_finite(info.minimum, info.maximum):
+                    raise ModelError(f"the formula of {label} is not finite in the training range")
+                choices.append(choice)
+            return cls(info, tuple(choices), int(document["n_sample"]))
+        except (ConfigError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
+        except ModelError as error:
+            raise ModelError(f"{FILE}: {label}: {error.message}", error.hint) from None
 
-def restore(info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection:
-    """Model from its files; `ModelError` where they are incomplete or hold more than arithmetic."""
-    document = parse_json(bytes(files.get(FILE, b"")), FILE)
-    choices = []
-    try:
-        for label in info.problem.names:
-            choice = Choice(**document["labels"][label])
-            formula = Formula.parse(choice.formula, info.problem.features)
-            if not formula.is_finite(info.minimum, info.maximum):
-                raise ModelError(f"the formula of {label} is not finite in the training range")
-            choices.append(choice)
-        return SymbolicCorrection(info, tuple(choices), int(document["n_sample"]))
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
-    except ModelError as error:
-        raise ModelError(f"{FILE}: {label}: {error.message}", error.hint) from None
+    @classmethod
+    def fit(cls, training: Training, settings: Settings) -> SymbolicCorrection:
+        """Fit; see `sos_dask.corrections.fit`.
 
-
-def fit(training: Training, settings: Settings, progress: Progress) -> SymbolicCorrection:
-    """Fit; see `sos_dask.corrections.fit`.
-
-    With a client the labels evolve on its workers, at the same time. The formulas are the same.
-    """
-    summary = summarise(training, "symbolic", MIN_PAIRS)
-    require(settings.engine)
-    scale = Scale.of(summary, training.problem.features)
-    sample = draw_sample(training, scale, settings.n_sample)
-    pairs = draw_sample(training, scale, MOST_PAIRS, even=False)
-    progress("symbolic", 1, 2)
-    search = partial(
-        _search, scale=scale, summary=summary, settings=settings, sample=sample, pairs=pairs
-    )
-    labels = range(len(summary.center))
-    what, advice = "symbolic: the search of formulas", "give workers more, or lower n_sample."
-    choices = run_tasks(search, labels, training.client, what, advice)
-    progress("symbolic", 2, 2)
-    info = summary.info("symbolic", settings, training)
-    return SymbolicCorrection(info, tuple(choices), len(sample.features))
+        With a client the labels evolve on its workers, at the same time. The formulas are the same.
+        """
+        summary = summarise(training, "symbolic", settings, MIN_PAIRS)
+        require(settings.engine)
+        scale = Scale.of(summary)
+        sample = draw_sample(training, scale, settings.n_sample)
+        pairs = draw_sample(training, scale, MOST_PAIRS, even=False)
+        search = partial(
+            _search, scale=scale, summary=summary, settings=settings, sample=sample, pairs=pairs
+        )
+        labels = range(len(summary.center))
+        what, advice = "symbolic: the search of formulas", "give workers more, or lower n_sample."
+        choices = run_tasks(search, labels, training.client, what, advice)
+        return cls(summary.info, tuple(choices), len(sample.features))
 
 
 # --- the search --------------------------------------------------------------------------------
@@ -402,7 +400,7 @@ class Scale:
     maximum: tuple[float, ...]
 
     @classmethod
-    def of(cls, summary: Summary, names: tuple[str, ...]) -> Scale:
+    def of(cls, summary: Summary) -> Scale:
         """Of the pairs that are trained with."""
         pivot, width = [], []
         for mean, deviation in zip(summary.mean.tolist(), summary.deviation.tolist(), strict=True):
@@ -410,8 +408,8 @@ class Scale:
             # A short number within half of the width.
             pivot.append(round(mean, -math.floor(math.log10(size))) + 0.0)
             width.append(size)
-        ends = (tuple(summary.minimum.tolist()), tuple(summary.maximum.tolist()))
-        return cls(names, tuple(pivot), tuple(width), *ends)
+        info = summary.info
+        return cls(info.problem.features, tuple(pivot), tuple(width), info.minimum, info.maximum)
 
     def shift(self, features: Float32Array) -> FloatArray:
         """Columns of inputs less their pivots, shape (k, n)."""

@@ -16,7 +16,7 @@ from pydantic import Field
 from sos_dask import corrections as models
 from sos_dask.columns import matrix32
 from sos_dask.corrections.base import to_json
-from sos_dask.corrections.search import search, search_space
+from sos_dask.corrections.search import search
 from sos_dask.errors import ModelError
 from sos_dask.evidence.figures import Metric, held_out_metrics
 from sos_dask.problem import DEFAULT, Problem
@@ -223,7 +223,7 @@ class _Fits:
         self.run.report(self.step, self.done, self.n)
         self.done += 1
         params: Mapping[str, Any] = settings.params
-        if settings.search and search_space(settings.method):
+        if settings.search and models.search_space(settings.method):
             folds = train_folds or self.folds
             found = search(
                 settings.method,

@@ -9,9 +9,6 @@ An iteration is one pass over the batches. What they give back is summed in thei
 coefficients do not depend on the number of workers. The scale of the residuals is their median
 absolute value in the pass before, from a logarithmic histogram (`Histogram`); the
 last passes keep it, because together with the weights it might circle for ever.
-
-Nothing of dask-ml is used: its LinearRegression has no robust loss, and its solvers take single
-dask arrays, with every term of every pair in them.
 """
 
 from __future__ import annotations
@@ -21,9 +18,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +32,8 @@ from sos_dask.corrections.base import (
     Content,
     Correction,
     ModelInfo,
-    Progress,
     Rows,
+    Summary,
     Training,
     parse_json,
     summarise,
@@ -77,29 +74,14 @@ class Settings(settings.Settings):
     max_passes: int = Field(60, ge=1, le=1000, description="Largest number of passes")
 
 
-SEARCH = {"order": (2, 3, 4, 5), "ridge": (0.1, 1.0, 3.0, 10.0)}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Standardised inputs: (x - center) / width."""
-
-    center: FloatArray
-    width: FloatArray
-
-    def apply(self, features: Float32Array) -> FloatArray:
-        """Standardised inputs in double precision, shape (n, k)."""
-        return (features.astype(np.float64) - self.center) / self.width
-
-
 @dataclass(eq=False)
 class PolynomialCorrection(Correction):
-    """Polynomials of the standardised inputs.
+    """Polynomials of the standardised inputs (x - center) / width.
 
     Parameters
     ----------
     info : ModelInfo
-    scale : Scale
+    center, width : ndarray of float64, shape (k,)
     exponents : ndarray of int64, shape (m, k)
     coefficients : ndarray of float64, shape (m, l)
         One column a label.
@@ -109,7 +91,11 @@ class PolynomialCorrection(Correction):
         Passes over the pairs that were made.
     """
 
-    scale: Scale
+    parameters = Settings
+    search: ClassVar = {"order": (2, 3, 4, 5), "ridge": (0.1, 1.0, 3.0, 10.0)}
+
+    center: FloatArray
+    width: FloatArray
     exponents: IntArray
     coefficients: FloatArray
     scatter: FloatArray
@@ -117,17 +103,21 @@ class PolynomialCorrection(Correction):
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
-        z = self.scale.apply(features)
+        z = self.standardised(features)
         out = evaluate_polynomials(z, self.exponents, self.coefficients)
         return out.astype(np.float32, order="C")
+
+    def standardised(self, features: Float32Array) -> FloatArray:
+        """Standardised inputs in double precision, shape (n, k)."""
+        return (features.astype(np.float64) - self.center) / self.width
 
     def files(self) -> Mapping[str, bytes]:
         """``coefficients.json``: every float64 with all its digits."""
         document = {
             "formula": "sum over terms of coefficient * product of z^exponent, "
             "z = (feature - center) / width",
-            "center": self.info.by_input(self.scale.center),
-            "width": self.info.by_input(self.scale.width),
+            "center": self.info.by_input(self.center),
+            "width": self.info.by_input(self.width),
             "exponents": self.exponents.tolist(),
             "coefficients": self.info.by_label(self.coefficients.T),
             "scatter": self.info.by_label(self.scatter),
@@ -135,56 +125,65 @@ class PolynomialCorrection(Correction):
         }
         return {FILE: to_json(document)}
 
+    @classmethod
+    def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrection:
+        """Read a model from its own files."""
+        document = parse_json(bytes(files[FILE]), FILE)
+        center, width = info.of_inputs(document["center"]), info.of_inputs(document["width"])
+        exponents = np.array(document["exponents"], dtype=np.int64)
+        exponents = exponents.reshape(-1, len(info.problem.inputs))
+        coefficients = info.of_labels(document["coefficients"]).T
+        scatter, passes = info.of_labels(document["scatter"]), int(document["passes"])
+        shape = (len(exponents), len(info.problem.labels))
+        if coefficients.shape != shape or not np.isfinite(coefficients).all():
+            raise ModelError(f"{FILE}: needs one finite coefficient for each term and label")
+        return cls(info, center, width, exponents, coefficients, scatter, passes)
 
-def restore(info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrection:
-    """Model from its files; `ModelError` where they are incomplete."""
-    document = parse_json(bytes(files[FILE]), FILE)
-    scale = Scale(info.of_inputs(document["center"]), info.of_inputs(document["width"]))
-    exponents = np.array(document["exponents"], dtype=np.int64)
-    exponents = exponents.reshape(-1, len(info.problem.inputs))
-    coefficients = info.of_labels(document["coefficients"]).T
-    scatter, passes = info.of_labels(document["scatter"]), int(document["passes"])
-    shape = (len(exponents), len(info.problem.labels))
-    if coefficients.shape != shape or not np.isfinite(coefficients).all():
-        raise ModelError(f"{FILE}: needs one finite coefficient for each term and label")
-    return PolynomialCorrection(info, scale, exponents, coefficients, scatter, passes)
-
-
-def fit(training: Training, settings: Settings, progress: Progress) -> PolynomialCorrection:
-    """Fit; see `sos_dask.corrections.fit`."""
-    exponents = polynomial_terms(settings.order, len(training.problem.inputs))
-    m = len(exponents)
-    summary = summarise(training, "polynomial", 2 * m)
-    scale = Scale(_short(summary.mean), _short(summary.deviation))
-    coefficients = np.zeros((m, len(summary.center)))
-    coefficients[0] = summary.center
-    sigma = summary.spread
-    # A residual of pairs without noise must not become a scale of zero.
-    floor = np.maximum(1e-6 * summary.spread, np.finfo(np.float64).tiny)
-    freedom = np.sqrt(summary.n_pairs / (summary.n_pairs - m))
-    quiet, passes, huber_left, scale_left = 0, 0, HUBER_PASSES, SCALE_PASSES
-    # Two passes without change, because the scale of a pass is that of the pass before.
-    once = _once(training, int(summary.n_rows.sum()))
-    while passes < settings.max_passes and quiet < 2:
-        huber, with_counts = huber_left > 0, scale_left > 0
-        step = _Step(scale, exponents, coefficients, sigma, huber, with_counts, summary.mean_weight)
-        parts = once(step)
-        if with_counts:
-            sigma = np.maximum(_sigma(parts) * freedom, floor)
-        with one_thread():
-            coefficients, change = _solve(parts, coefficients, settings.ridge)
-        passes += 1
-        calm = bool((change <= settings.tolerance * sigma).all())
-        if huber:
-            huber_left = 0 if calm else huber_left - 1
-        else:
-            scale_left -= 1
-            quiet = quiet + 1 if calm else 0
-        progress("polynomial", passes, settings.max_passes)
-    if not np.isfinite(coefficients).all():
-        raise ModelError("the polynomial has no finite solution: lower 'order' or raise 'ridge'")
-    info = summary.info("polynomial", settings, training)
-    return PolynomialCorrection(info, scale, exponents, coefficients, sigma / freedom, passes)
+    @classmethod
+    def fit(cls, training: Training, settings: Settings) -> PolynomialCorrection:
+        """Fit; see `sos_dask.corrections.fit`."""
+        exponents = polynomial_terms(settings.order, len(training.problem.inputs))
+        m = len(exponents)
+        summary = summarise(training, "polynomial", settings, 2 * m)
+        coefficients = np.zeros((m, len(summary.center)))
+        coefficients[0] = summary.center
+        found = cls(
+            info=summary.info,
+            center=_short(summary.mean),
+            width=_short(summary.deviation),
+            exponents=exponents,
+            coefficients=coefficients,
+            scatter=summary.spread,
+            passes=0,
+        )
+        # A residual of pairs without noise must not become a scale of zero.
+        floor = np.maximum(1e-6 * summary.spread, np.finfo(np.float64).tiny)
+        n_pairs = np.array(summary.info.n_pairs)
+        freedom = np.sqrt(n_pairs / (n_pairs - m))
+        quiet, huber_left, scale_left = 0, HUBER_PASSES, SCALE_PASSES
+        one_pass = _one_pass(training, summary)
+        # Two passes without change, because the scale of a pass is that of the pass before.
+        while found.passes < settings.max_passes and quiet < 2:
+            huber, with_counts = huber_left > 0, scale_left > 0
+            parts = one_pass(found, huber, with_counts)
+            sigma = found.scatter
+            if with_counts:
+                sigma = np.maximum(_sigma(parts) * freedom, floor)
+            with one_thread():
+                coefficients, change = _solve(parts, found.coefficients, settings.ridge)
+            passes = found.passes + 1
+            found = replace(found, coefficients=coefficients, scatter=sigma, passes=passes)
+            calm = bool((change <= settings.tolerance * sigma).all())
+            if huber:
+                huber_left = 0 if calm else huber_left - 1
+            else:
+                scale_left -= 1
+                quiet = quiet + 1 if calm else 0
+        if not np.isfinite(found.coefficients).all():
+            raise ModelError(
+                "the polynomial has no finite solution: lower 'order' or raise 'ridge'"
+            )
+        return replace(found, scatter=found.scatter / freedom)
 
 
 def one_thread() -> AbstractContextManager[Any]:
@@ -206,57 +205,44 @@ def _short(values: FloatArray) -> FloatArray:
     return np.array([float(f"{value:.3e}") for value in values.tolist()])
 
 
-Part = tuple[FloatArray, FloatArray, list[tuple[NDArray[np.uint16], IntArray]]]
+_Part = tuple[FloatArray, FloatArray, list[tuple[NDArray[np.uint16], IntArray]]]
 
 
-@dataclass(frozen=True)
-class _Step:
-    """Start of a pass."""
-
-    scale: Scale
-    exponents: IntArray
-    coefficients: FloatArray
-    sigma: FloatArray
-    huber: bool
-    with_counts: bool
-    mean_weight: float
-
-
-def _once(training: Training, n_rows: int) -> Callable[[_Step], list[Part]]:
-    """A pass over all batches, as a function of its step; parts are in the order of the batches."""
+def _one_pass(training: Training, summary: Summary) -> Callable[..., list[_Part]]:
+    """A pass over all batches, as a function of its start; parts are in the order of batches."""
+    n_rows, weight = int(summary.n_rows.sum()), summary.mean_weight
     if training.client is not None or n_rows > _KEPT_ROWS:
-        return lambda step: training.map(_pass, step)
+        return lambda *start: training.map(_of_batch, weight, *start)
     rows = [training.rows(index) for index in range(training.source.n_batches)]
     threads = n_threads(n_rows, _THREAD_ROWS)
 
-    def once(step: _Step) -> list[Part]:
-        with one_thread():
-            if threads == 1:
-                return [_normal_equations(part, step) for part in rows]
-            with ThreadPoolExecutor(threads) as pool:
-                return list(pool.map(partial(_normal_equations, step=step), rows))
+    def one_pass(*start: Any) -> list[_Part]:
+        with one_thread(), ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda part: _normal_equations(part, weight, *start), rows))
 
-    return once
+    return one_pass
 
 
-def _pass(rows: Rows, step: _Step) -> Part:
+def _of_batch(rows: Rows, *start: Any) -> _Part:
     with one_thread():
-        return _normal_equations(rows, step)
+        return _normal_equations(rows, *start)
 
 
-def _normal_equations(rows: Rows, step: _Step) -> Part:
+def _normal_equations(
+    rows: Rows, mean_weight: float, model: PolynomialCorrection, huber: bool, with_counts: bool
+) -> _Part:
     """Weighted normal equations of one batch, shapes (l, m, m) and (l, m), and |residuals|."""
-    m, n_labels = step.coefficients.shape
+    m, n_labels = model.coefficients.shape
     normal, right = np.zeros((n_labels, m, m)), np.zeros((n_labels, m))
     residuals = np.empty((n_labels, len(rows.features)), dtype=np.float32)
-    for start in range(0, len(rows.features), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        terms = design_matrix(step.scale.apply(rows.features[block]), step.exponents).T
+    for first in range(0, len(rows.features), BLOCK_ROWS):
+        block = slice(first, first + BLOCK_ROWS)
+        terms = design_matrix(model.standardised(rows.features[block]), model.exponents).T
         y = rows.differences[block].T.astype(np.float64)
-        residual = y - step.coefficients.T @ terms
+        residual = y - model.coefficients.T @ terms
         residuals[:, block] = np.abs(residual)
-        weight = _weight(residual / step.sigma[:, None], step.huber)
-        weight *= rows.weight[block].astype(np.float64) / step.mean_weight
+        weight = _weight(residual / model.scatter[:, None], huber)
+        weight *= rows.weight[block].astype(np.float64) / mean_weight
         known = np.isfinite(y)
         weight = np.where(known, weight, 0.0)
         y = np.where(known, y, 0.0)
@@ -265,7 +251,7 @@ def _normal_equations(rows: Rows, step: _Step) -> Part:
             np.multiply(terms, weight[label], out=weighted)
             normal[label] += weighted @ terms.T
             right[label] += weighted @ y[label]
-    counts = [count(one[np.isfinite(one)]) for one in residuals] if step.with_counts else []
+    counts = [count(one[np.isfinite(one)]) for one in residuals] if with_counts else []
     return normal, right, counts
 
 
@@ -277,7 +263,7 @@ def _weight(u: FloatArray, huber: bool) -> FloatArray:
     return np.square(np.maximum(0.0, 1.0 - np.square(size / BISQUARE)))
 
 
-def _sigma(parts: Sequence[Part]) -> FloatArray:
+def _sigma(parts: Sequence[_Part]) -> FloatArray:
     """Robust standard deviation of the residuals of each label, from the counts of their sizes."""
     scales = []
     for of_label in zip(*(part[2] for part in parts), strict=True):
@@ -289,9 +275,7 @@ def _sigma(parts: Sequence[Part]) -> FloatArray:
 
 
 def _solve(
-    parts: Sequence[Part],
-    coefficients: FloatArray,
-    ridge: float,
+    parts: Sequence[_Part], coefficients: FloatArray, ridge: float
 ) -> tuple[FloatArray, FloatArray]:
     """New coefficients and, per label, the root mean square change of the fitted values."""
     normal, right = np.zeros_like(parts[0][0]), np.zeros_like(parts[0][1])
@@ -299,8 +283,7 @@ def _solve(
         normal += part_normal
         right += part_right
     new, change = np.empty_like(coefficients), np.empty(len(normal))
-    for label in range(len(normal)):
-        matrix = normal[label]
+    for label, matrix in enumerate(normal):
         # The constant is the first term, so this is the sum of the weights.
         total = matrix[0, 0]
         size = np.sqrt(np.diag(matrix))
@@ -330,31 +313,21 @@ def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
 
 
 def design_matrix(z: FloatArray, exponents: IntArray) -> FloatArray:
-    """Monomials of every row, shape (n, m), each contiguous.
-
-    Of any exponents, shape (m, k); with those of `polynomial_terms` each costs one multiplication.
-    """
+    """Monomials of every row, shape (n, m), each contiguous; exponents of `polynomial_terms`."""
     z = np.asarray(z, dtype=np.float64)
     if exponents.shape[1] != z.shape[1]:
         raise ConfigError(
             f"exponents of {exponents.shape[1]} variables do not fit {z.shape[1]} columns"
         )
     columns = np.ascontiguousarray(z.T)
-    out = np.empty((len(exponents), len(z)))
-    known: dict[tuple[int, ...], int] = {}
-    for row, exponent in enumerate(map(tuple, exponents.tolist())):
-        used = [variable for variable, power in enumerate(exponent) if power]
-        # A lower monomial that is there already, times one variable.
-        for variable in used:
+    out = np.ones((len(exponents), len(z)))
+    places = {exponent: row for row, exponent in enumerate(map(tuple, exponents.tolist()))}
+    for exponent, row in places.items():
+        # A lower monomial, which is there already, times one variable.
+        variable = next((number for number, power in enumerate(exponent) if power), None)
+        if variable is not None:
             lower = tuple(p - (v == variable) for v, p in enumerate(exponent))
-            if lower in known:
-                np.multiply(out[known[lower]], columns[variable], out=out[row])
-                break
-        else:
-            out[row] = 1.0
-            for variable in used:
-                out[row] *= columns[variable] ** exponent[variable]
-        known[exponent] = row
+            np.multiply(out[places[lower]], columns[variable], out=out[row])
     return out.T
 
 

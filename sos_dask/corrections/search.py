@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sos_dask.columns import FloatArray
-from sos_dask.corrections import fit, method_module
+from sos_dask.corrections import fit, search_space
 from sos_dask.corrections.base import Training, TrainingSource, run_tasks
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.stats.numbers import MAD_TO_SIGMA
@@ -45,11 +45,6 @@ class Found(NamedTuple):
 
     params: Params
     trials: list[dict[str, Any]]
-
-
-def search_space(method: str) -> Mapping[str, Sequence[int | float | str]]:
-    """Values of the parameters that are searched; empty for a method that has none."""
-    return getattr(method_module(method), "SEARCH", {})
 
 
 def candidates(method: str, params: Params, n: int, seed: int) -> list[Params]:

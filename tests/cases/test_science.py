@@ -20,7 +20,7 @@ from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.run import machine
 from sos_dask.schema import LABELS
 from sos_dask.stages.coverage import Coverage, _warnings
-from tests.test_models import ArraySource, biased_pairs
+from tests.corrections.pairs import ArraySource, biased_pairs
 
 LAWS: dict[str, Any] = {
     "given": lambda d: np.maximum(d, 0.35),

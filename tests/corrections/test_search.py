@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from sos_dask import corrections as models
-from sos_dask.corrections.search import candidates, search, search_space
+from sos_dask.corrections import search_space
+from sos_dask.corrections.search import candidates, search
 from sos_dask.errors import ConfigError, ModelError
-from tests.test_models import ArraySource, biased_pairs
+from tests.corrections.pairs import ArraySource, biased_pairs
 
 SOURCE = ArraySource(biased_pairs(1000, 1), (300,))
 

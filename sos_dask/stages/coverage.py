@@ -22,6 +22,7 @@ from pydantic import Field, field_validator
 from sos_dask import correct, corrections
 from sos_dask.columns import FloatArray, floats, floats_or_nan, key_hashes, matrix32
 from sos_dask.evidence import coverage as kernel
+from sos_dask.evidence.figures import figure_schema
 from sos_dask.evidence.intervals import ErrorModel, load_errors
 from sos_dask.evidence.widening import (
     CLASSES,
@@ -57,10 +58,7 @@ from sos_dask.storage.manifest import FileRecord, Rows, sha256_of_file
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS, CALIBRATION = "maps.parquet", "calibration.parquet"
-_BINS = pa.schema(
-    [("distance", pa.float64()), ("n", pa.int64())]
-    + [(name, pa.float64()) for name in ("growth_measured", "growth")]
-)
+_BINS = figure_schema("distance n growth_measured growth")
 _KEYS = {"observations": "obs_id", "stars": "star_id"}
 _OWN = (HEALPIX_COLUMN, "obs_id", "ra", "dec")
 _SAMPLE_ROWS = 200_000
@@ -164,7 +162,8 @@ class Coverage(OfModel[CoverageSettings]):
         run.write(MAPS, kernel.sum_maps(read_piece(output, f"maps-{key}") for key in pixels))
         name = catalog.name.removesuffix(".observations") + ".coverage"
         n_out = run.write_catalog(name, catalog.pixels, done, _schema(catalog))
-        counts = {name: sum(one[name] for one in done) for name in (*CLASSES, "unknown")}
+        counts = {n: sum(one["rows"][n] for one in done) for n in (*CLASSES, "unknown")}
+        bits = list(map(str, correct.COVERAGE_MEANINGS))
         shares = {name: count / max(catalog.n_rows, 1) for name, count in counts.items()}
         known = [one.column for one in self.problem.parameters]
         there = catalog.columns(known)
@@ -175,10 +174,7 @@ class Coverage(OfModel[CoverageSettings]):
             "rows_without": {n: sum(one["missing"].get(n, 0) for one in done) for n in there},
             "shares": shares,
             "rows": counts,
-            "flags": {
-                str(bit): sum(one["flags"][str(bit)] for one in done)
-                for bit in correct.COVERAGE_MEANINGS
-            },
+            "flags": {b: sum(one["flags"][b] for one in done) for b in bits},
             "meaning": self.settings.meaning(),
             "grid": {label: list(limits) for label, limits in grid.items()},
             "warnings": _warnings(fitted, shares["outside"]),
@@ -238,6 +234,8 @@ class Coverage(OfModel[CoverageSettings]):
         how = settings.measure, limits, settings.seed
         found = kernel.fit(overlap, columns, *how, target, problem)
         model = found.model
+        n_stars = _counts(model.coverage(parameter_columns(stars, problem))[1])
+        sampled = sum(n_stars.values())
         files = [output.write_bytes(name, content) for name, content in model.files().items()]
         bins = pa.Table.from_pylist(found.bins, _BINS)
         files.append(output.write_file(CALIBRATION, partial(write_parquet, bins)))
@@ -253,7 +251,8 @@ class Coverage(OfModel[CoverageSettings]):
             "widths": model.widths.as_json(),
             "width_pairs": found.n_width,
             "intervals": counted(found.n_width),
-            "stars": _shares(parameter_columns(stars, problem), model),
+            "stars": {name: n / max(sampled, 1) for name, n in n_stars.items()}
+            | {"sampled": sampled},
         }
 
     def score(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
@@ -279,12 +278,9 @@ class Coverage(OfModel[CoverageSettings]):
         out = pa.table([*(table[name] for name in _OWN), *scores], schema=_schema(catalog))
         return {
             "file": partition_record(output, pixel, out),
-            **{name: int(np.count_nonzero(place == c)) for c, name in enumerate(CLASSES)},
-            "unknown": int(np.count_nonzero(~known)),
+            "rows": _counts(kind),
             "missing": {n: int(np.count_nonzero(~np.isfinite(v))) for n, v in columns.items()},
-            "flags": {
-                str(bit): int(np.count_nonzero(flags & bit)) for bit in correct.COVERAGE_MEANINGS
-            },
+            "flags": {str(b): int(np.count_nonzero(flags & b)) for b in correct.COVERAGE_MEANINGS},
         }
 
 
@@ -300,12 +296,10 @@ def _schema(catalog: Catalog) -> pa.Schema:
     )
 
 
-def _shares(columns: Columns, model: kernel.CoverageModel) -> dict[str, Any]:
-    """Shares of a sample of stars in each class, by their combined labels, and how many it has."""
-    kind = model.coverage(columns)[1]
-    counts = np.bincount(np.minimum(kind, OUTSIDE) + 1, minlength=len(CLASSES) + 1)
-    shares = (counts / max(len(kind), 1)).tolist()
-    return {"sampled": len(kind), **dict(zip(("unknown", *CLASSES), shares, strict=True))}
+def _counts(kind: NDArray[np.int8]) -> dict[str, int]:
+    """Count the rows of each class, and those without a coverage."""
+    n = np.bincount(np.minimum(kind, OUTSIDE) + 1, minlength=len(CLASSES) + 1).tolist()
+    return dict(zip(("unknown", *CLASSES), n, strict=True))
 
 
 def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
@@ -342,11 +336,11 @@ def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) 
     correction = corrections.load(model)
     problem = correction.problem
     predicted = held_out_columns(correction.method)
-    difference = [label.diff for label in problem.labels]
     stated = [f"{label.error}_ref" for label in problem.labels]
     more = [*stated, "n_obs", *(one.column for one in problem.parameters)]
-    table = read_evidence(evidence, ["fold", "held_out", *difference, *predicted], more)
-    residual = matrix32(table, difference).astype(np.float64) - matrix32(table, predicted)
+    needed = ["fold", "held_out", *(label.diff for label in problem.labels)]
+    table = read_evidence(evidence, [*needed, *predicted], more)
+    residual = problem.differences(table).astype(np.float64) - matrix32(table, predicted)
     columns = parameter_columns(table, problem)
     half_width = error_class = None
     if errors is not None:

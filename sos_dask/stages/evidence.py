@@ -38,7 +38,6 @@ from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
 
 EVIDENCE, HELD_OUT = "evidence.parquet", "held_out.parquet"
-DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _LEFT = (HEALPIX_COLUMN, "fold", "ra", "dec", "position_epoch", *GAIA_IDS.values(),
          "separation_arcsec", "n_candidates", "quality")  # fmt: skip
 _NUMBERS = pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal

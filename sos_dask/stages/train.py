@@ -24,18 +24,8 @@ from sos_dask.columns import floats_or_nan, matrix32
 from sos_dask.corrections.base import to_json
 from sos_dask.corrections.search import search
 from sos_dask.errors import ModelError
-from sos_dask.evidence.figures import (
-    DENSITY,
-    NONE,
-    RANDOM,
-    REFERENCE,
-    REGION,
-    Metric,
-    figure_schema,
-    held_out_metrics,
-    left_out_groups,
-    region_groups,
-)
+from sos_dask.evidence import figures
+from sos_dask.evidence.figures import NONE, RANDOM
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, Stage, read_piece, write_piece
@@ -202,7 +192,7 @@ class Train(Stage[TrainSettings]):
             run.write_bytes(SEARCH_FILE, to_json(searches))
         deltas = matrix32(table, [label.delta for label in problem.labels])
         truth = problem.differences(table)
-        metrics = held_out_metrics(settings.method, problem.names, truth, deltas)
+        metrics = figures.held_out_metrics(settings.method, problem.names, truth, deltas)
         unfit = {"not fit for training": pairs.n_rows - len(fold)}
         return Rows(pairs.n_rows, len(fold), 0, unfit), {
             "method": settings.method,
@@ -256,9 +246,9 @@ def _move(file: Path, target: Path) -> int:
     return 0
 
 
-def metrics_of(manifest: Manifest) -> list[Metric]:
+def metrics_of(manifest: Manifest) -> list[figures.Metric]:
     """Held-out metrics of a trained model."""
-    return [Metric(**item) for item in manifest.summary["metrics"]]
+    return [figures.Metric(**item) for item in manifest.summary["metrics"]]
 
 
 def _needs_workers(n_pairs: int, settings: TrainSettings) -> bool:
@@ -271,7 +261,7 @@ def asks_workers(pairs: Catalog, settings: TrainSettings) -> bool:
     return settings.search > 0 or _needs_workers(pairs.n_rows, settings)
 
 
-_SCHEMA = figure_schema(
+_SCHEMA = figures.figure_schema(
     "split group method label n_train n median mad n_random median_random mad_random"
 )
 Fit = tuple[str, str, str]  # method, split, group
@@ -321,8 +311,11 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
     def measure(self, run: Run) -> Made:
         """Fit every method without every group, then put the figures together."""
         given, table = self.manifest("evidence").rows, self._pairs()
-        splits = {name: table[name].to_pylist() for name in (DENSITY, REGION, REFERENCE)}
-        groups = left_out_groups(splits, self.settings.min_pairs)
+        splits = {
+            name: table[name].to_pylist()
+            for name in (figures.DENSITY, figures.REGION, figures.REFERENCE)
+        }
+        groups = figures.left_out_groups(splits, self.settings.min_pairs)
         if not groups:
             raise ModelError(
                 f"{self.path('evidence')}: no group of {table.num_rows} pairs can be left out of "
@@ -374,12 +367,12 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
         survey = pa.nulls(table.num_rows, pa.string())
         if "survey_ref" in table.column_names:
             survey = table["survey_ref"].cast(pa.string())
-        region = region_groups(*(floats_or_nan(table, name) for name in ("teff", "logg")))
+        region = figures.region_groups(*(floats_or_nan(table, name) for name in ("teff", "logg")))
         sparse = np.where(known, np.where(table["sparse"].to_numpy(), SPARSE, DENSE), "")
         for name, values in (
-            (DENSITY, sparse),
-            (REGION, region),
-            (REFERENCE, survey.fill_null("")),
+            (figures.DENSITY, sparse),
+            (figures.REGION, region),
+            (figures.REFERENCE, survey.fill_null("")),
         ):
             table = table.append_column(name, pa.array(values, pa.string()))
         return table.combine_chunks()

@@ -32,13 +32,7 @@ from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
-from sos_dask.stages.evidence import (
-    DIFFERENCES,
-    OfModel,
-    held_out_columns,
-    of_surveys,
-    single_observations,
-)
+from sos_dask.stages.evidence import OfModel, held_out_columns, of_surveys, single_observations
 from sos_dask.stars.folds import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import normalisation
 from sos_dask.stats.numbers import ALL, DENSE, GIANT_LOGG, SPARSE, find_sparse
@@ -150,9 +144,9 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def _pairs(self) -> tuple[pa.Table, BoolArray]:
         """Pairs of the evidence, and those that say the error of one observation."""
-        names = [*LABELS, *DIFFERENCES, "star", "held_out", *self._predictions]
+        names = [*LABELS, *(label.diff for label in DEFAULT.labels), *self._predictions]
         more = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
-        table = self.read(names, more)
+        table = self.read([*names, "star", "held_out"], more)
         return table, single_observations(table, self.settings.min_single)
 
     @property
@@ -192,7 +186,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         held_out = intervals.HeldOut(
             DEFAULT.matrix(pairs),
             floats_or_nan(pairs, "snr"),
-            matrix32(pairs, DIFFERENCES).astype(np.float64) - matrix32(pairs, self._predictions),
+            DEFAULT.differences(pairs).astype(np.float64) - matrix32(pairs, self._predictions),
             _reference_errors(pairs, self._error_factors()),
             _parts(pairs, self.settings),
         )

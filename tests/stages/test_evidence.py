@@ -18,7 +18,6 @@ from sos_dask.schema import LABELS
 from sos_dask.stages.compare import Compare, Trends
 from sos_dask.stages.coverage import Coverage
 from sos_dask.stages.evidence import (
-    DIFFERENCES,
     Evidence,
     EvidenceSettings,
     fitted_columns,
@@ -34,6 +33,7 @@ from sos_dask.storage.manifest import Manifest
 from tests.run import features, make_evidence
 from tests.sky import write_catalog
 
+DIFFERENCES = [f"{label}_diff" for label in LABELS]
 COLUMNS = ["star", "fold", *DIFFERENCES]
 
 

@@ -197,8 +197,9 @@ def _on_pairs(
         if method in by_method:
             raise ConfigError(f"{path} and {by_method[method]} are both models of '{method}'")
         by_method[method] = path
-    named = {f"model.{method}": path for method, path in by_method.items()}
-    inputs = {name: path for name, path in named.items() if stage.takes(name)} | dict(more)
+    takes_models = any(role.many and role.name == "model" for role in stage.roles)
+    inputs = {f"model.{method}": path for method, path in by_method.items() if takes_models}
+    inputs |= more
     with reporting() as report, options.start() as cluster:
         given: dict[str, Any] = {"overwrite": options.overwrite, "cluster": cluster}
         on_pairs(

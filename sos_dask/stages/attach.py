@@ -195,11 +195,12 @@ def companion_survey(
     by_id = {by: key} if by != "position" else {}
     wanted = {"obs_id": key, "ra": ra, "dec": dec, **by_id, **columns}
     known: dict[str, Any] = {product: {"source": source} for product, source in wanted.items()}
+    extra = {product: known.pop(product) for product in wanted if product not in CANONICAL}
     survey = Survey(
         name=name,
         title=f"Columns {', '.join(columns)} of {name}",
-        columns={product: known[product] for product in known if product in CANONICAL},
-        extra={product: known[product] for product in known if product not in CANONICAL},
+        columns=known,
+        extra=extra,
         position_epoch=epoch,
         # These tables are what the caller says they are, in parts of the sky too.
         allow=("ra_below_24",),

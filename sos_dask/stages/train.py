@@ -225,7 +225,7 @@ class _Fits:
         params: Mapping[str, Any] = settings.params
         if settings.search and models.search_space(settings.method):
             folds = train_folds or self.folds
-            found = search(
+            params, trials = search(
                 settings.method,
                 self.source,
                 folds,
@@ -234,8 +234,7 @@ class _Fits:
                 settings.seed,
                 self.run.cluster.client,
             )
-            params = found.params
-            self.searches.append({"train_folds": folds, "trials": found.trials})
+            self.searches.append({"train_folds": folds, "trials": trials})
         return models.fit(
             settings.method,
             self.source,

@@ -35,19 +35,8 @@ from pydantic import Field
 
 from sos_dask import settings
 from sos_dask.columns import Float32Array, FloatArray, IntArray
-from sos_dask.corrections import boosted_cluster
-from sos_dask.corrections.base import (
-    Content,
-    Correction,
-    ModelInfo,
-    Rows,
-    Summary,
-    Training,
-    parse_json,
-    run_tasks,
-    summarise,
-    to_json,
-)
+from sos_dask.corrections import base, boosted_cluster
+from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
 from sos_dask.errors import ModelError
 from sos_dask.run.machine import n_threads
 from sos_dask.stats.table import pack, unpack
@@ -185,13 +174,13 @@ class BoostedCorrection(Correction):
         if table is None:
             why = f"their thresholds make more than {MAX_CELLS:,} cells"
             logger.warning("boosted: no look-up table, the trees predict directly: %s", why)
-            return {FILE: to_json({**document, "no_table": why}), **trees}
-        return {FILE: to_json(document), **trees, TABLE: pack([*table.edges, table.values])}
+            return {FILE: base.to_json({**document, "no_table": why}), **trees}
+        return {FILE: base.to_json(document), **trees, TABLE: pack([*table.edges, table.values])}
 
     @classmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> BoostedCorrection:
         """Read a model from its own files."""
-        document = parse_json(bytes(files[FILE]), FILE)
+        document = base.parse_json(bytes(files[FILE]), FILE)
         center, spread = info.of_labels(document["center"]), info.of_labels(document["spread"])
         ensembles = tuple(files[_file(label)] for label in info.problem.names)
         table = LookupTable.from_buffer(files[TABLE]) if TABLE in files else None
@@ -209,13 +198,13 @@ class BoostedCorrection(Correction):
         client = training.client
         if settings.device == "cuda" and client is None:
             boosted_cluster.find_gpu()
-        summary = summarise(training, "boosted", settings, MIN_PAIRS)
+        summary = base.summarise(training, "boosted", settings, MIN_PAIRS)
         edges = _bin_edges(training, summary.info, settings.max_bin)
         job = Job(training, settings, summary, edges, (settings.n_rounds,) * len(summary.center))
         if settings.stop_rounds:
             what = "stop_rounds: the fit that counts trees"
             advice = "it needs all pairs. Give workers more, or set stop_rounds = 0."
-            job = replace(job, rounds=run_tasks(_count_rounds, [job], client, what, advice)[0])
+            job = replace(job, rounds=base.run_tasks(_count_rounds, [job], client, what, advice)[0])
         boosters = train(job) if client is None else boosted_cluster.train(job)
         ensembles = tuple(bytes(booster.save_raw("ubj")) for booster in boosters)
         return cls(summary.info, ensembles, summary.center, summary.spread)
@@ -259,10 +248,7 @@ class Job:
         """
         summary = self.summary
         parts = [self.training.rows(n) for n in range(first, stop) if summary.n_rows[n]]
-        features, differences, weight = (
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("features", "differences", "weight")
-        )
+        features, differences, weight = map(np.concatenate, zip(*parts, strict=True))
         bins = [
             np.searchsorted(edges, column, side="right") - 1
             for edges, column in zip(self.edges, features.T, strict=True)

@@ -23,7 +23,6 @@ from sos_dask.columns import floats, floats_or_nan, key_numbers, matrix32, mixed
 from sos_dask.evidence.intervals import (
     TABLES,
     HeldOut,
-    LabelErrors,
     error_grid,
     error_model,
     fit_label,
@@ -134,14 +133,14 @@ class Uncertainty(OfModel[UncertaintySettings]):
         about, hats = run.parts("looks", looks, self.look, "uncertainty pairs")
         box = about["box"]
         fitted = run.parts("labels", dict.fromkeys(LABELS, box), self.fit_label)
-        errors = []
-        for label, one in zip(LABELS, fitted, strict=True):
+        tables = []
+        for label in LABELS:
             table = read_piece(piece(run.output, f"errors-{label}"))
-            columns = (table[name].combine_chunks().values.to_numpy() for name in TABLES)
-            errors.append(LabelErrors(tuple(columns), one["factors_95"]))
+            tables.append([table[name].combine_chunks().values.to_numpy() for name in TABLES])
         model_file = self.path("model") / corrections.MODEL_FILE
         model = error_model(
-            errors,
+            tables,
+            [one["factors_95"] for one in fitted],
             error_grid(*box),
             read_piece(piece(run.output, "sparse-cells"))["sparse"].to_numpy(),
             about["least_log_snr"],
@@ -220,14 +219,14 @@ class Uncertainty(OfModel[UncertaintySettings]):
         cells = read_piece(piece(output, "sparse-cells"))["sparse"].to_numpy()
         is_sparse = read_piece(piece(output, "sparse-pairs"))["sparse"].to_numpy()
         grid = error_grid(*box)
-        errors, checked = fit_label(held_out, label, grid, cells)
+        errors = fit_label(held_out, label, grid, cells)
         tables = {name: [table] for name, table in zip(TABLES, errors.tables, strict=True)}
         write_piece(piece(output, f"errors-{label}"), pa.table(tables))
         subsets = _subsets(held_out, is_sparse, cells[grid.cells(held_out.features)])
         return {
             "factors_95": errors.factors_95,
-            "n_class": checked.n_class,
-            "hit_rates": hit_rates(label, checked, subsets),
+            "n_class": errors.n_class,
+            "hit_rates": hit_rates(label, errors, subsets),
         }
 
     def _hats(self) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from sos_dask.report import page
 from sos_dask.report.figures import calibration_figure, left_out_figure
 from sos_dask.report.maps import Plane, growth_figure
 from sos_dask.report.style import Drawn, percent, readable, render
-from sos_dask.stages.generalisation import GeneralisationSettings
 from sos_dask.stages.projection import ProjectionStage, load_projection
 from sos_dask.stages.report import PAGE, ReportSettings, figures
+from sos_dask.stages.train import GeneralisationSettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import read_build

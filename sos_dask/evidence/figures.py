@@ -53,7 +53,7 @@ _TEFF_EDGES_K, _LOGG_EDGES = (4500.0, 5250.0, 6000.0, 7000.0), (1.0, 2.0, GIANT_
 
 def figure_schema(names: str) -> pa.Schema:
     """Make the schema of figures: names of columns say what they contain, most of them numbers."""
-    texts = "method label sample subset statistic against binning first second where"
+    texts = "method label sample subset statistic against binning first second where split group"
     kinds = dict.fromkeys(texts.split(), pa.string()) | {"n": pa.int64(), "bin": pa.int32()}
     counts = pa.int64(), pa.float64()
     return pa.schema(
@@ -125,12 +125,18 @@ class Sample(NamedTuple):
     def subsets(self) -> dict[str, BoolArray]:
         """Pairs in each of `SUBSETS`, of `EDGES` those whose label there is."""
         found = {ALL: np.ones_like(self.sparse), DENSE: ~self.sparse, SPARSE: self.sparse}
-        for name in EDGES:
-            label, sign, limit = name.split()
-            if label in self.labels:
-                values = self.labels[label]
-                found[name] = values < float(limit) if sign == "<" else values > float(limit)
-        return found
+        return found | edge_subsets(self.labels)
+
+
+def edge_subsets(labels: Mapping[str, NDArray[np.floating]]) -> dict[str, BoolArray]:
+    """Find the pairs in each of `EDGES` whose label is known."""
+    found = {}
+    for name in EDGES:
+        label, sign, limit = name.split()
+        if label in labels:
+            values = labels[label]
+            found[name] = values < float(limit) if sign == "<" else values > float(limit)
+    return found
 
 
 def figures(

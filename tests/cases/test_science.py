@@ -19,7 +19,7 @@ from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.run import machine
 from sos_dask.schema import LABELS
-from sos_dask.stages.coverage import _warnings, look
+from sos_dask.stages.coverage import Coverage, _warnings
 from tests.test_models import ArraySource, biased_pairs
 
 LAWS: dict[str, Any] = {
@@ -76,7 +76,7 @@ def test_a_label_without_errors_takes_no_part_in_the_growth():
 
 def test_warnings_when_most_is_outside(small_store, monkeypatch, capsys):
     directory = (small_store / "current/coverage").resolve()
-    found = look(directory)
+    found = Coverage.load(directory)
     fitted = {"growth": {"distance": [1.0, 2.0]}, "held_out_pairs": 629, "pairs_outside": 0.33}
     assert _warnings(fitted, 0.5) == []
     (pairs,) = _warnings({**fitted, "pairs_outside": 0.34}, 0.1)
@@ -84,7 +84,7 @@ def test_warnings_when_most_is_outside(small_store, monkeypatch, capsys):
     (few,) = _warnings({**fitted, "growth": {"distance": [1.0]}}, 0.1)
     assert "34% of the held-out training pairs are outside" in pairs
     assert "51% of the rows" in rows and "too few to measure" in few
-    monkeypatch.setattr("sos_dask.stages.coverage.look", lambda _: {**found, "warnings": [pairs]})
+    monkeypatch.setattr(Coverage, "load", lambda _: {**found, "warnings": [pairs]})
     code, out, _ = run(monkeypatch, capsys, "coverage", "--store", small_store)
     assert code == 0 and f"Warning: {pairs}" in out
 

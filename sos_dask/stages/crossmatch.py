@@ -44,7 +44,8 @@ from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
 from sos_dask.stars.group import GAIA_IDS, id_values
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
 from sos_dask.storage.artifact import Output, partition_errors, storage_errors, write_parquet
-from sos_dask.storage.catalog import Catalog, partition_path
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.hats import partition_path
 from sos_dask.storage.manifest import WORK, Rows
 
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sos_dask.errors import CatalogError, ConfigError
+from sos_dask.errors import CatalogError
 
 MANIFEST = "manifest.json"
 WORK = ".work"
@@ -29,7 +29,14 @@ _TAIL = 8  # of a Parquet file: length of the footer, magic
 Check = Literal["sha256", "size"]
 
 
-# -- digests --------------------------------------------------------------------------------------
+# -- files and digests ----------------------------------------------------------------------------
+
+
+def files_below(directory: Path) -> Iterator[Path]:
+    """Files of a directory but for those that a killed process left half written."""
+    return (
+        path for path in directory.rglob("*") if path.is_file() and not path.name.endswith(".tmp")
+    )
 
 
 def canonical_json(value: Any) -> str:
@@ -68,13 +75,10 @@ def sum_of_file(path: Path) -> list[int]:
     if not path.is_file():
         return []
     total = size = 0
-    content = bytearray(_BLOCK)
-    words = np.frombuffer(content, np.uint64)
-    with path.open("rb", buffering=0) as file:
-        while n_bytes := file.readinto(content):
-            content[n_bytes : n_bytes + -n_bytes % 8] = bytes(-n_bytes % 8)
-            size += n_bytes
-            total += int(words[: -(-n_bytes // 8)].sum())
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            size += len(block)
+            total += int(np.frombuffer(block + bytes(-len(block) % 8), np.uint64).sum())
     return [size, total]
 
 
@@ -96,8 +100,6 @@ def read_sealed(path: Path, hint: str) -> dict[str, Any]:
     """
     try:
         content = path.read_bytes()
-    except ValueError:  # no path at all
-        raise ConfigError(f"the path {str(path)!r} contains a NUL character") from None
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
@@ -111,10 +113,8 @@ def read_sealed(path: Path, hint: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CatalogError(f"{path} is damaged: {error}", hint) from None
     if stated is None:
-        raise CatalogError(
-            f"{path} has no digest: an older version of sos-dask made it, or it is damaged",
-            f"{hint} A store of an older version must be made again as a whole.".lstrip(),
-        )
+        what = "has no digest: it is damaged, or an older version of sos-dask made it"
+        raise CatalogError(f"{path} {what}", hint)
     if stated != digest:
         raise CatalogError(f"{path} was changed: its digest does not fit its content", hint)
     return document
@@ -233,7 +233,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete output is, was made from, and holds."""
+    """What a complete output is, was made from, and contains."""
 
     recipe: Recipe
     rows: Rows
@@ -248,18 +248,12 @@ class Manifest:
     @property
     def document(self) -> dict[str, Any]:
         """JSON value of the manifest, without its digest."""
-        rows = self.rows
+        rows = vars(self.rows)
         return {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
             **vars(self.recipe),
-            "rows": {
-                "in": rows.n_in,
-                "out": rows.n_out,
-                "rejected": rows.rejected,
-                "dropped": rows.dropped,
-                "added": rows.added,
-            },
+            "rows": {name.removeprefix("n_"): value for name, value in rows.items()},
             "summary": self.summary,
             "files": {
                 record.path: {k: v for k, v in vars(record).items() if k != "path" and v != ""}
@@ -274,7 +268,7 @@ class Manifest:
         Raises
         ------
         CatalogError
-            No manifest (unfinished or not ours), damaged, or of a newer format.
+            No manifest (unfinished or not ours), damaged, or of another format.
         """
         path = directory / MANIFEST
         again = f"Remove {directory} and run again."
@@ -283,32 +277,21 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             raise _no_manifest(directory) from None
         try:
-            if raw["format"] > _FORMAT:
+            if raw["format"] != _FORMAT:
+                newer = raw["format"] > _FORMAT
                 raise CatalogError(
-                    f"{path} has format {raw['format']}, newer than {_FORMAT} known here",
-                    "Install a newer sos-dask.",
-                )
-            if raw["format"] < _FORMAT:
-                raise CatalogError(
-                    f"{path} has format {raw['format']} of an older version of sos-dask, whose "
-                    f"outputs are laid out otherwise than in format {_FORMAT}",
-                    "Run the rebuild again into an empty store, or the command that made it.",
+                    f"{path} has format {raw['format']} of {'a newer' if newer else 'an older'} "
+                    f"version of sos-dask, known here is format {_FORMAT}",
+                    "Install that version, or make it again: "
+                    "Run the rebuild into an empty store, or the command that made it.",
                 )
             if not isinstance(raw["stage"], str) or not isinstance(raw["version"], int):
                 raise TypeError("stage or version")
-            rows = raw["rows"]
-            manifest = cls(
-                Recipe(raw["stage"], raw["version"], {**raw["params"]}, {**raw["inputs"]}),
-                Rows(
-                    rows["in"],
-                    rows["out"],
-                    rows["rejected"],
-                    {**rows["dropped"]},
-                    {**rows["added"]},
-                ),
-                tuple(FileRecord(name, **item) for name, item in raw["files"].items()),
-                {**raw["summary"]},
-            )
+            recipe = Recipe(raw["stage"], raw["version"], {**raw["params"]}, {**raw["inputs"]})
+            n_in, n_out, *others = (raw["rows"][name] for name in ("in", "out", "rejected"))
+            reasons = ({**raw["rows"][name]} for name in ("dropped", "added"))
+            files = tuple(FileRecord(name, **item) for name, item in raw["files"].items())
+            manifest = cls(recipe, Rows(n_in, n_out, *others, *reasons), files, {**raw["summary"]})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CatalogError(f"{path} is damaged: {error!r} is missing or wrong", again) from None
         if manifest.fingerprint != raw.get("fingerprint"):
@@ -355,7 +338,7 @@ class Manifest:
         manifest = cls.checked(directory)
         made = manifest.recipe
         if made.stage != stage:
-            raise CatalogError(f"{directory} is no output of '{stage}' but of '{made.stage}'")
+            raise CatalogError(f"{directory} is not an output of '{stage}' but of '{made.stage}'")
         if made.version != version:
             raise CatalogError(
                 f"{directory} was made by another version of sos-dask: it has version "
@@ -366,6 +349,7 @@ class Manifest:
 
 
 def _no_manifest(directory: Path) -> CatalogError:
+    """Tell why a directory has no manifest."""
     if not directory.exists():
         return CatalogError(f"{directory} does not exist")
     if not directory.is_dir():

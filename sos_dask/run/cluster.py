@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -77,14 +78,8 @@ _DASK = {
 }
 # What every worker imports before its first task, beside the stages in use here and what these name
 # as PRELOAD.
-_PRELOADED = [
-    "sos_dask.run.machine",
-    "distributed",
-    "distributed.nanny",
-    "pyarrow.compute",
-    "sos_dask.storage.catalog",
-]
-
+_PRELOADED = ["sos_dask.run.machine", "distributed", "distributed.nanny", "pyarrow.compute"]
+_PRELOADED += ["sos_dask.storage.catalog"]
 
 Report: TypeAlias = Callable[[str, int, int], None]
 """Gets a step and how many of its parts are done, of how many; the command line draws it."""
@@ -94,24 +89,16 @@ def silent(step: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
+@dataclass(eq=False)
 class Cluster:
     """Runs tasks on a Dask cluster, or in this process when there is no client.
 
-    Parameters
-    ----------
-    client : distributed.Client, optional
-    n_threads : int
-        Tasks at once without a client.
-    thread_bytes : int, optional
-        Memory that each of them may use.
+    There, ``n_threads`` of them run at once, each of which may use ``thread_bytes`` of memory.
     """
 
-    def __init__(
-        self, client: Any = None, n_threads: int = 1, thread_bytes: int | None = None
-    ) -> None:
-        self.client = client
-        self._n_threads = n_threads
-        self._thread_bytes = thread_bytes
+    client: Any = None  # distributed.Client
+    n_threads: int = 1
+    thread_bytes: int | None = None
 
     @property
     def _workers(self) -> dict[str, Any]:
@@ -120,13 +107,13 @@ class Cluster:
     @property
     def n_workers(self) -> int:
         """Workers at present; without a cluster threads."""
-        return self._n_threads if self.client is None else max(1, len(self._workers))
+        return self.n_threads if self.client is None else max(1, len(self._workers))
 
     @property
     def memory_limit_bytes(self) -> int | None:
         """Memory limit of the smallest worker; None where there is none."""
         if self.client is None:
-            return self._thread_bytes
+            return self.thread_bytes
         limits = [worker["memory_limit"] for worker in self._workers.values()]
         return min(filter(None, limits), default=None)
 
@@ -176,25 +163,18 @@ class Cluster:
     ) -> list[R]:
         """Run a function for every task; results in the order of the tasks.
 
-        Parameters
-        ----------
-        function : callable
-            Importable by its name on every worker.
-        tasks : sequence
-        step : str
-            Name in a progress bar.
+        The function is importable by its name on every worker; ``report`` gets the progress of a
+        ``step``. An error of a task is raised as it was, and the other tasks are cancelled.
 
         Raises
         ------
-        SosError
-            As raised by a task; the other tasks are cancelled.
         ClusterError
             A task killed its worker several times, or the scheduler is gone.
         """
         done: _Done[R] = ((index, function(task)) for index, task in enumerate(tasks))
         if self.client is not None:
             done = self._done_on_client(function, tasks, step)
-        elif self._n_threads > 1:
+        elif self.n_threads > 1:
             done = self._done_in_threads(function, tasks)
         results: dict[int, R] = {}
         report(step, 0, len(tasks))
@@ -206,7 +186,7 @@ class Cluster:
 
     def _done_in_threads(self, function: Callable[[T], R], tasks: Sequence[T]) -> _Done[R]:
         """Numbers and results of tasks as threads finish them."""
-        pool = futures.ThreadPoolExecutor(self._n_threads, "task")
+        pool = futures.ThreadPoolExecutor(self.n_threads, "task")
         try:
             index_of = {pool.submit(function, task): index for index, task in enumerate(tasks)}
             for future in futures.as_completed(index_of):
@@ -234,16 +214,16 @@ class Cluster:
                     index_of[further] = index
                     running.add(further)
         except KilledWorker as error:
-            raise ClusterError(
-                f"{step}: a task killed its worker again and again ({error})",
-                "Most often it ran out of memory: give workers more, or lower rows_per_partition.",
-            ) from error
+            what = f"{step}: a task killed its worker again and again ({error})"
+            hint = (
+                "Most often it ran out of memory: give workers more, or lower rows_per_partition."
+            )
+            raise ClusterError(what, hint) from error
         except (CancelledError, TimeoutError, OSError) as error:
             if future is not None and future.status == "error":
                 raise  # of the task itself
-            raise ClusterError(
-                f"{step}: the cluster is gone ({error!r})", "Run the same command again."
-            ) from error
+            what = f"{step}: the cluster is gone ({error!r})"
+            raise ClusterError(what, "Run the same command again.") from error
         finally:
             with contextlib.suppress(Exception):
                 self.client.cancel(list(running.futures), force=True)
@@ -261,10 +241,7 @@ def _run_task(function: Callable[[T], R], task: T, step: str) -> R:
 
 @lru_cache(maxsize=1)
 def _give_back(step: str) -> None:
-    """Give back what the stage before has left, once for the first task of a step.
-
-    Freed memory is kept for the next task of a kind. Over stages, it would add to the peak of each.
-    """
+    """Give back what the stage before has left: over stages it would add to the peak of each."""
     give_back_memory()
 
 
@@ -312,26 +289,24 @@ def start(
         See `check_place`.
     """
     check_place(n_workers, memory_limit, scheduler, n_threads)
-    limit = None if memory_limit == "auto" else _limit_bytes(memory_limit)
-    if n_threads is not None or (scheduler is None and n_workers == 0):
+    limited = memory_limit != "auto"
+    limit = _limit_bytes(memory_limit) if limited else None
+    if n_threads or (scheduler is None and n_workers == 0):
         keep_freed_memory()
-        n_threads = n_threads or 1
-        share = memory_bytes() // n_threads if memory_limit == "auto" else limit
-        yield Cluster(None, n_threads, share)
+        share = memory_bytes() // (n_threads or 1)
+        yield Cluster(None, n_threads or 1, limit if limited else share)
         return
     import dask
     import distributed  # noqa: F401  its defaults are those of Dask's configuration, below ours
 
     quiet = logging.getLogger("distributed")
-    level = quiet.level
     with dask.config.set(_DASK), contextlib.ExitStack() as stack:
+        stack.callback(quiet.setLevel, quiet.level)
         quiet.setLevel(logging.CRITICAL)
-        stack.callback(quiet.setLevel, level)
         if scheduler is not None:
-            client = stack.enter_context(_connected(scheduler))
+            yield Cluster(stack.enter_context(_connected(scheduler)))
         else:
-            client = _local_client(stack, n_workers, "auto" if memory_limit == "auto" else limit)
-        yield Cluster(client)
+            yield Cluster(_local_client(stack, n_workers, limit if limited else "auto"))
 
 
 def _connected(scheduler: str) -> Any:
@@ -345,10 +320,9 @@ def _connected(scheduler: str) -> Any:
         place = {"scheduler_file": scheduler} if is_file else {"address": scheduler}
         return Client(**place, timeout=_CONNECT)
     except Exception as error:  # an address or a file can be wrong in many ways
-        raise ClusterError(
-            f"no Dask scheduler answers at {scheduler}: {error!r}",
-            "Check the address, or leave it out to work on this machine.",
-        ) from error
+        hint = "Check the address, or leave it out to work on this machine."
+        what = f"no Dask scheduler answers at {scheduler}: {error!r}"
+        raise ClusterError(what, hint) from error
 
 
 def _local_client(
@@ -388,15 +362,12 @@ def _limit_bytes(memory_limit: str) -> int | None:
         limit = int(parse_bytes(memory_limit))
     except (ValueError, OverflowError):
         limit = -1
-    if not 0 <= limit <= 2**60 or not memory_limit.strip()[0].isdigit():
+    sound = limit == 0 or _LEAST_BYTES <= limit <= 2**60
+    if not sound or not memory_limit.strip()[0].isdigit():
+        least = f"{_LEAST_BYTES >> 20}MiB or more; most steps need some hundred"
         raise ConfigError(
             f"{memory_limit!r} is not a memory limit",
-            "Give a number with its unit, as in 4GiB; auto, or 0 for none.",
-        )
-    if 0 < limit < _LEAST_BYTES:
-        raise ConfigError(
-            f"a memory limit of {memory_limit!r} is too small for any work",
-            f"Give {_LEAST_BYTES >> 20}MiB or more; most steps need some hundred.",
+            f"Give a number with its unit, as in 4GiB ({least}); auto, or 0 for none.",
         )
     return limit or None
 
@@ -457,7 +428,6 @@ def _hanging_workers_killed(local: Any) -> Iterator[None]:
 
     Dask waits for ever for a worker that has not yet told its nanny that it runs.
     """
-    yield
     closed = threading.Event()
 
     def watch() -> None:
@@ -466,6 +436,7 @@ def _hanging_workers_killed(local: Any) -> Iterator[None]:
                 with contextlib.suppress(OSError, TypeError):  # ended by itself, or not there yet
                     os.kill(nanny.pid, signal.SIGKILL)
 
+    yield
     threading.Thread(target=watch, name="closing", daemon=True).start()
     try:
         local.close()

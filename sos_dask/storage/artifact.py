@@ -61,10 +61,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         if number is None and ("errno 28" in text or "requested and" in text):
             number = errno.ENOSPC
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StorageError(
-                f"the disk is full: cannot write {path}",
-                "Free some space and run the same command again: it goes on where it stopped.",
-            ) from error
+            hint = "Free some space and run the same command again: it goes on where it stopped."
+            raise StorageError(f"the disk is full: cannot write {path}", hint) from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise StorageError(f"cannot write {path}: {os.strerror(number)}") from error
         raise
@@ -140,14 +138,11 @@ def partition_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise PartitionError(
-            f"partition {path} is missing", "Remove its catalog and make it again."
-        ) from None
+        hint = "Remove its catalog and make it again."
+        raise PartitionError(f"partition {path} is missing", hint) from None
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
-        raise PartitionError(
-            f"partition {path} cannot be read: {error}",
-            "The file is damaged: remove its catalog and make it again.",
-        ) from error
+        hint = "The file is damaged: remove its catalog and make it again."
+        raise PartitionError(f"partition {path} cannot be read: {error}", hint) from error
 
 
 @contextlib.contextmanager
@@ -168,7 +163,7 @@ def open_parquet(
         pa.OSFile(str(path)) as source,
         pq.ParquetFile(
             source,
-            metadata=footer or footer_of(path),
+            metadata=footer or footer_of(stamp_of(path)),
             pre_buffer=False,
             read_dictionary=coded,
             page_checksum_verification=True,
@@ -195,21 +190,24 @@ def taken(file: pq.ParquetFile, rows: NDArray[np.int64], columns: Sequence[str])
     return tables
 
 
-def footer_of(path: Path, sha256: str = "") -> pq.FileMetaData:
+def stamp_of(path: Path) -> tuple[Path, int, int]:
+    """Path of a file with its time and size, by which what was read of it is kept."""
+    with partition_errors(path):
+        found = path.stat()
+    return path, found.st_mtime_ns, found.st_size
+
+
+@lru_cache(maxsize=16)
+def footer_of(stamp: tuple[Path, int, int], sha256: str = "") -> pq.FileMetaData:
     """Read the footer of a file, which must have the SHA-256 that is given; the last few are kept.
 
     Tasks read their partitions in several steps.
     """
-    found = path.stat()
-    return _kept_footer(str(path), found.st_mtime_ns, found.st_size, sha256)
-
-
-@lru_cache(maxsize=16)
-def _kept_footer(path: str, stamp: int, size: int, sha256: str) -> pq.FileMetaData:
-    content = footer_bytes(Path(path))
-    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
-        raise OSError("its footer is not the one that was written")
-    return pq.read_metadata(pa.BufferReader(content))
+    with partition_errors(stamp[0]):
+        content = footer_bytes(stamp[0])
+        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+            raise OSError("its footer is not the one that was written")
+        return pq.read_metadata(pa.BufferReader(content))
 
 
 def row_group_bounds(footer: pq.FileMetaData, column: str) -> list[tuple[Any, Any]]:
@@ -219,14 +217,11 @@ def row_group_bounds(footer: pq.FileMetaData, column: str) -> list[tuple[Any, An
     """
     if column not in footer.schema.names:
         raise PartitionError(f"a partition has no column '{column}'")
-    index = footer.schema.names.index(column)
-    out: list[tuple[Any, Any]] = []
+    index, out = footer.schema.names.index(column), []
     for group in map(footer.row_group, range(footer.num_row_groups)):
-        statistics = group.column(index).statistics
-        if statistics is not None and statistics.has_min_max:
-            out.append((statistics.min, statistics.max))
-        elif statistics is not None and statistics.null_count == group.num_rows:
-            out.append((None, None))
+        found = group.column(index).statistics
+        if found is not None and (found.has_min_max or found.null_count == group.num_rows):
+            out.append((found.min, found.max) if found.has_min_max else (None, None))
         elif column == HEALPIX_COLUMN:
             out.append((0, (12 << 58) - 1))  # unknown: anywhere
         else:
@@ -258,12 +253,8 @@ class Output:
     ) -> Output:
         """Claim a directory for a recipe; a partly finished run of the same recipe goes on.
 
-        Raises
-        ------
-        CatalogError
-            The directory contains something else and ``overwrite`` is false.
-        ConfigError
-            The directory is an input of what is to replace it.
+        Raises `CatalogError` where it contains something else and ``overwrite`` is false, and
+        `ConfigError` where it is an input of what is to replace it.
         """
         states = []
         for path in inputs:
@@ -388,10 +379,8 @@ class Output:
         for path, state in self.inputs:
             if _state_of(path) != state:
                 self.discard()
-                raise CatalogError(
-                    f"{path} was changed while {self.directory} was made from it",
-                    "Run the same command again.",
-                )
+                what = f"{path} was changed while {self.directory} was made from it"
+                raise CatalogError(what, "Run the same command again.")
         manifest = Manifest(self.recipe, rows, files, summary or {})
         write_text(self.directory / MANIFEST, sealed_json(manifest.document))
         self.tidy()

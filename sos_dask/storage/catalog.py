@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sos_dask.columns import BoolArray, IntArray, KeyArray, key_hashes
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, KEYS, described, nearest
 from sos_dask.sky.healpix import HealpixPixel, Ranges
+from sos_dask.sky.neighbours import runs
 from sos_dask.storage import hats
 from sos_dask.storage.artifact import (
     Output,
@@ -32,6 +34,7 @@ from sos_dask.storage.artifact import (
     open_parquet,
     partition_errors,
     row_group_bounds,
+    stamp_of,
     taken,
     write_parquet,
     write_text,
@@ -118,7 +121,6 @@ class Catalog:
         Column that was given as key, and its name here.
     stored : mapping of str to str
         Names of the columns in the files by their names here, without a computed ``_healpix_29``.
-    files : mapping of HealpixPixel to tuple of Path
     known_as_written : bool
         Set in tasks, whose driver has looked at every row.
     """
@@ -176,20 +178,25 @@ class Catalog:
             raise CatalogError(f"{path} is not a catalog: it has no {PROPERTIES}")
         properties = hats.read_properties(file)
         hats.require_kind(path, properties, "object", "source", "margin")  # of `verify`
+        pixels = [pixel for pixel, _ in hats.listed(path)]
         if manifest is None:
-            files = hats.partitions_of(path, properties)
-            pixels = sorted(files, key=lambda pixel: pixel.first)
-            first = [file for pixel in pixels[:1] for file in files[pixel][:1]]
-            whole = hats.first_schema(path, *first, path / COMMON_METADATA)
+            there = hats.files_by_pixel(path, properties)
+            pixels = sorted(
+                pixels if (path / PARTITION_INFO).is_file() else there, key=attrgetter("first")
+            )
+            for pixel in pixels:
+                if pixel not in there:
+                    what = f"partition {path / hats.partition_path(pixel)} is missing"
+                    raise PartitionError(what, f"{PARTITION_INFO} lists it. {hats.NOT_A_CATALOG}")
+            files = {pixel: there[pixel] for pixel in pixels}
+            whole = hats.first_schema(path, *chain(*files.values()), path / COMMON_METADATA)
             schema, stored = hats.columns_here(path, whole, properties, key, key_name)
             known = {**properties, "hats_col_ra": "ra", "hats_col_dec": "dec"}  # as named here
             return cls(path, tuple(pixels), schema, known, None, key, key_name, stored, files)
         if key and key not in KEYS:
-            raise CatalogError(
-                f"{path} was made by sos-dask: the key of its rows is not '{key}'",
-                f"Leave --key out: it is {' or '.join(KEYS)}.",
-            )
-        pixels = sorted((pixel for pixel, _ in hats.listed(path)), key=lambda pixel: pixel.first)
+            what = f"{path} was made by sos-dask: the key of its rows is not '{key}'"
+            raise CatalogError(what, f"Leave --key out: it is {' or '.join(KEYS)}.")
+        pixels.sort(key=attrgetter("first"))
         first = [path / hats.partition_path(pixel) for pixel in pixels[:1]]
         schema = hats.first_schema(path, path / COMMON_METADATA, *first)
         return cls(path, tuple(pixels), schema, properties, manifest)
@@ -364,14 +371,8 @@ class Catalog:
     ) -> IntArray:
         """Find the rows of a partition whose ``_healpix_29`` lies in one of the ranges.
 
-        Nothing but the cells is read, and only of row groups that lie partly in the ranges.
-
-        Parameters
-        ----------
-        ranges : list of (first, stop)
-            Half-open, sorted, disjoint.
-        wanted : callable, optional
-            Tells which of the cells that lie in the ranges are wanted.
+        Nothing but the cells is read, and only of row groups that lie partly in the ranges (sorted,
+        disjoint, half-open). ``wanted`` tells which of the cells that lie in them count.
 
         Returns
         -------
@@ -505,21 +506,20 @@ class Catalog:
         primitive = (item for item in self.schema if pa.types.is_primitive(item.type))
         widths = {item.name: item.type.bit_width // 8 for item in primitive}
         n_bytes = 0
-        for footer in self._footers(pixel):
-            for chunk in chain(*(_chunks(footer, n) for n in range(footer.num_row_groups))):
-                width = widths.get(chunk.path_in_schema, 0)
-                n_bytes += max(chunk.total_uncompressed_size, width * chunk.num_values)
+        for chunk in chain(*map(_chunks, self._footers(pixel))):
+            width = widths.get(chunk.path_in_schema, 0)
+            n_bytes += max(chunk.total_uncompressed_size, width * chunk.num_values)
         return pixel, n_bytes
 
     def _footers(self, pixel: HealpixPixel) -> list[pq.FileMetaData]:
         """Footers of the files of a partition, which must be those that were written."""
         stated, footers = self.stated.get(hats.partition_path(pixel)), []
         for path in self.files_of(pixel):
-            with partition_errors(path):
-                footers.append(footer_of(path, stated.footer if stated else ""))
-                n_rows = footers[-1].num_rows
-                if stated and stated.rows != n_rows:
-                    raise OSError(f"it has {n_rows} rows, the manifest states {stated.rows}")
+            footers.append(footer_of(stamp_of(path), stated.footer if stated else ""))
+            n_rows = footers[-1].num_rows
+            if stated and stated.rows != n_rows:
+                what = f"has {n_rows} rows, the manifest states {stated.rows}"
+                raise PartitionError(f"partition {path} {what}", "Make its catalog again.")
         return footers
 
 
@@ -530,25 +530,21 @@ def edges_of(ranges: Ranges) -> IntArray:
 
 def rows_between(cells: IntArray, starts: IntArray, stops: IntArray) -> IntArray:
     """Find the places of ascending cells that lie between starts and stops."""
-    low, high = np.searchsorted(cells, starts), np.searchsorted(cells, stops)
-    count = high - low
-    return np.arange(count.sum()) + np.repeat(high - np.cumsum(count), count)
+    low = np.searchsorted(cells, starts)
+    return runs(low, np.searchsorted(cells, stops) - low)
 
 
-def _chunks(footer: pq.FileMetaData, number: int) -> list[pq.ColumnChunkMetaData]:
-    """Chunks of the columns of a row group."""
-    group = footer.row_group(number)
-    return [group.column(column) for column in range(group.num_columns)]
+def _chunks(footer: pq.FileMetaData) -> Iterator[pq.ColumnChunkMetaData]:
+    """Chunks of the columns of all row groups."""
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        yield from map(group.column, range(group.num_columns))
 
 
 def _text_of_few_values(footer: pq.FileMetaData) -> list[str]:
     """Columns of text that take at most two bytes a row: different values would take five."""
-    return [
-        chunk.path_in_schema
-        for chunk in (_chunks(footer, 0) if footer.num_row_groups else [])
-        if chunk.physical_type == "BYTE_ARRAY"
-        and chunk.total_uncompressed_size <= 2 * chunk.num_values
-    ]
+    first = islice(_chunks(footer), footer.num_columns)
+    text = (chunk for chunk in first if chunk.physical_type == "BYTE_ARRAY")
+    return [c.path_in_schema for c in text if c.total_uncompressed_size <= 2 * c.num_values]
 
 
 @lru_cache(maxsize=8)

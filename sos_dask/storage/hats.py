@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -24,14 +25,13 @@ from sos_dask.columns import FloatArray, IntArray
 from sos_dask.errors import CatalogError, ConfigError, PartitionError
 from sos_dask.schema import HEALPIX, HEALPIX_COLUMN, KEYS, nearest
 from sos_dask.sky.healpix import (
-    MAX_ORDER,
     HealpixPixel,
     ang2pix,
     centre,
     unit_vectors,
     with_neighbours,
 )
-from sos_dask.storage.artifact import open_parquet, partition_errors
+from sos_dask.storage.artifact import open_parquet, partition_errors, stamp_of
 from sos_dask.storage.manifest import MANIFEST, WORK, files_below
 
 BUILDER = "sos-dask"
@@ -128,29 +128,6 @@ def first_schema(path: Path, *files: Path) -> pa.Schema:
 # -- partitions and columns of other programs -----------------------------------------------------
 
 
-def partitions_of(
-    path: Path, properties: Mapping[str, str]
-) -> dict[HealpixPixel, tuple[Path, ...]]:
-    """Find the files of each partition; without ``partition_info.csv`` of those that are there."""
-    suffix = properties.get("hats_npix_suffix", ".parquet")
-    if suffix != "/" and (not suffix.startswith(".") or "/" in suffix):
-        raise CatalogError(f"{path}: {PROPERTIES} states hats_npix_suffix={suffix}")
-    there = _by_numbers(path, suffix)
-    if not (path / PARTITION_INFO).is_file():
-        return there
-    found: dict[HealpixPixel, tuple[Path, ...]] = {}
-    for pixel, _ in listed(path):
-        if pixel in found:
-            raise CatalogError(f"{path / PARTITION_INFO} lists partition {pixel} twice")
-        if pixel not in there:
-            raise PartitionError(
-                f"partition {path / partition_path(pixel)} is missing",
-                f"{PARTITION_INFO} lists it. {NOT_A_CATALOG}",
-            )
-        found[pixel] = there[pixel]
-    return found
-
-
 def _visible(folder: Path) -> list[Path]:
     """Files of a folder but for hidden ones and metadata, in the order of their names."""
     return [file for file in sorted(files_below(folder)) if not file.name.startswith((".", "_"))]
@@ -162,23 +139,26 @@ def data_files(path: Path) -> Iterator[Path]:
         yield from [place] if place.is_file() else _visible(place)
 
 
-def _by_numbers(path: Path, suffix: str) -> dict[HealpixPixel, tuple[Path, ...]]:
-    """Files of partitions in any tree, by order and pixel in their names.
+def files_by_pixel(
+    path: Path, properties: Mapping[str, str]
+) -> dict[HealpixPixel, tuple[Path, ...]]:
+    """Find the files of partitions in any tree, by order and pixel in their names.
 
     A wrong guess is refused when rows are read: they lie outside the partition.
     """
+    suffix = properties.get("hats_npix_suffix", ".parquet")
+    if suffix != "/" and (not suffix.startswith(".") or "/" in suffix):
+        raise CatalogError(f"{path}: {PROPERTIES} states hats_npix_suffix={suffix}")
     found: dict[HealpixPixel, tuple[Path, ...]] = {}
     standard = list(data_files(path))
     pattern = r"Norder=(\d+)/.*Npix=(\d+)" if standard else r"(\d+)\D+(\d+)\D*$"
     for file in standard or _visible(path):
         numbers = re.search(pattern, file.relative_to(path).with_suffix("").as_posix())
         in_folder = standard and file.parent.name.startswith("Npix=")
-        if numbers is None or not (in_folder or file.suffix.startswith((".p", suffix))):
-            continue
-        order, pixel = int(numbers[1]), int(numbers[2])
-        if order <= MAX_ORDER and pixel < 12 * 4**order:
-            key = HealpixPixel(order, pixel)
-            found[key] = (*found.get(key, ()), file)
+        if numbers and (in_folder or file.suffix.startswith((".p", suffix))):
+            with suppress(ConfigError):  # numbers of something else
+                pixel = HealpixPixel(int(numbers[1]), int(numbers[2]))
+                found[pixel] = (*found.get(pixel, ()), file)
     return found
 
 
@@ -240,27 +220,12 @@ class Order(NamedTuple):
 
 
 def order_of(files: Sequence[Path], pixel: HealpixPixel | None, names: tuple[str, ...]) -> Order:
-    """Find the order of the rows of a partition.
+    """Find the order of the rows of a partition, which lie in a pixel unless it is a margin.
 
-    Parameters
-    ----------
-    files : sequence of Path
-    pixel : HealpixPixel or None
-        Where the rows lie; None of a margin.
-    names : tuple of str
-        Stored names of ra, dec, key and cells; empty where there is none.
-
-    Raises
-    ------
-    PartitionError
-        A row has no position, or one outside of the pixel.
+    ``names`` are those stored of ra, dec, key and cells, empty where there is none. Raises
+    `PartitionError` where a row has no position, or one outside of the pixel.
     """
-    stamps = []
-    for file in files:
-        with partition_errors(file):
-            stat = file.stat()
-        stamps.append((file, stat.st_mtime_ns, stat.st_size))
-    return _kept_order(tuple(stamps), pixel, *names)
+    return _kept_order(tuple(map(stamp_of, files)), pixel, *names)
 
 
 @lru_cache(maxsize=4)
@@ -272,7 +237,6 @@ def _kept_order(
     key: str,
     cells: str,
 ) -> Order:
-    """Order of the rows of the files with these times and sizes."""
     files = [path for path, _, _ in stamps]
     found: list[IntArray] = []
     for path in files:
@@ -289,9 +253,9 @@ def _kept_order(
         keys = column_of(files, key).take(pa.array(some))
         rank = pc.rank(keys, tiebreaker="dense").to_numpy()
         rows[ties] = some[np.lexsort((some, rank, computed[some]))]
-    if np.array_equal(rows, np.arange(len(rows))):
-        return Order(ordered, None, bool(cells) and _are_cells(column_of(files, cells), ordered))
-    return Order(ordered, rows, False)
+    if np.any(rows[1:] < rows[:-1]):
+        return Order(ordered, rows, False)
+    return Order(ordered, None, bool(cells) and _are_cells(column_of(files, cells), ordered))
 
 
 def column_of(files: Sequence[Path], name: str) -> pa.ChunkedArray:

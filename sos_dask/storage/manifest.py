@@ -92,26 +92,17 @@ def sealed_json(document: Mapping[str, Any], sort_keys: bool = True) -> str:
 def read_sealed(path: Path, hint: str) -> dict[str, Any]:
     """Read what `sealed_json` made, without the digest.
 
-    Raises
-    ------
-    CatalogError
-        The file is damaged (with the given hint), or an older version wrote it.
-    FileNotFoundError, NotADirectoryError
+    Raises `CatalogError` with the hint where it is damaged, and `FileNotFoundError` or
+    `NotADirectoryError` where it is not there.
     """
     try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise CatalogError(f"{path} cannot be read: {error.strerror}", hint) from None
-    try:
-        document = json.loads(content)
-        if not isinstance(document, dict):
-            raise ValueError("it is not a JSON object")
+        document: dict[str, Any] = json.loads(path.read_bytes())
         stated = document.pop(_DIGEST, None)
         digest = sha256_of(document)
-    except (ValueError, RecursionError) as error:
-        raise CatalogError(f"{path} is damaged: {error}", hint) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CatalogError(f"{path} is damaged or cannot be read: {error}", hint) from None
     if stated is None:
         what = "has no digest: it is damaged, or an older version of sos-dask made it"
         raise CatalogError(f"{path} {what}", hint)
@@ -127,15 +118,9 @@ def read_sealed(path: Path, hint: str) -> dict[str, Any]:
 class Recipe:
     """Everything that decides what a stage writes.
 
-    Parameters
-    ----------
-    stage : str
-    version : int
-        Raised when the code of a stage changes its output.
-    params : mapping
-        Exactly the settings that the stage reads; JSON values.
-    inputs : mapping of str to str
-        Fingerprints of the inputs: other recipes, or content hashes of raw files.
+    ``version`` is raised when the code of a stage changes its output, ``params`` are exactly the
+    settings that it reads (JSON values), ``inputs`` the fingerprints of its inputs: other recipes,
+    or content hashes of raw files.
     """
 
     stage: str
@@ -168,8 +153,6 @@ class FileRecord:
         if inside.is_absolute() or ".." in inside.parts or not inside.parts or "\0" in self.path:
             raise ValueError(f"the path {self.path!r} is not inside the output")
         _require_counts(self.rows, self.bytes)
-        if {type(self.sha256), type(self.footer)} != {str}:
-            raise TypeError(f"the SHA-256 of {self.path!r} is not a text")
 
     @property
     def is_partition(self) -> bool:
@@ -202,11 +185,7 @@ def _require_counts(*values: Any) -> None:
 class Rows:
     """Row accounting: ``n_in + sum(added) == n_out + rejected + sum(dropped)``.
 
-    Parameters
-    ----------
-    n_in, n_out, rejected : int
-    dropped, added : mapping of str to int
-        Rows that were left out or came more than once on purpose, by reason.
+    Rows were dropped, or came more than once, on purpose: their numbers by reason.
     """
 
     n_in: int
@@ -265,10 +244,8 @@ class Manifest:
     def load(cls, directory: Path) -> Manifest:
         """Read the manifest of a complete output.
 
-        Raises
-        ------
-        CatalogError
-            No manifest (unfinished or not ours), damaged, or of another format.
+        Raises `CatalogError` where there is none (unfinished or not ours), or it is damaged or of
+        another format.
         """
         path = directory / MANIFEST
         again = f"Remove {directory} and run again."
@@ -278,13 +255,10 @@ class Manifest:
             raise _no_manifest(directory) from None
         try:
             if raw["format"] != _FORMAT:
-                newer = raw["format"] > _FORMAT
-                raise CatalogError(
-                    f"{path} has format {raw['format']} of {'a newer' if newer else 'an older'} "
-                    f"version of sos-dask, known here is format {_FORMAT}",
-                    "Install that version, or make it again: "
-                    "Run the rebuild into an empty store, or the command that made it.",
-                )
+                age = "a newer" if raw["format"] > _FORMAT else "an older"
+                what = f"{path} has format {raw['format']} of {age} version of sos-dask"
+                hint = "Run the rebuild into an empty store, or the command that made it."
+                raise CatalogError(f"{what}, known here is format {_FORMAT}", hint)
             if not isinstance(raw["stage"], str) or not isinstance(raw["version"], int):
                 raise TypeError("stage or version")
             recipe = Recipe(raw["stage"], raw["version"], {**raw["params"]}, {**raw["inputs"]})
@@ -304,32 +278,20 @@ class Manifest:
     def checked(cls, directory: Path, by: Check | None = None, n_threads: int = 1) -> Manifest:
         """Read the manifest of a complete output and compare its files with it.
 
-        Parameters
-        ----------
-        directory : Path
-        by : str, optional
-            ``size`` compares bytes alone. Default: SHA-256 of all files but the partitions, whose
-            footers are checked where they are read.
-        n_threads : int
-            Threads that hash; hashing does not hold the lock of the interpreter.
-
-        Raises
-        ------
-        CatalogError
-            As `load`, or a file is not the one that was written.
+        By ``sha256`` or ``size`` (bytes); by default by SHA-256 all files but the partitions, whose
+        footers are checked where they are read. ``n_threads`` hash without holding the lock of the
+        interpreter. Raises `CatalogError` as `load`, or where a file is not the one written.
         """
         manifest = cls.load(directory)
 
         def compare(record: FileRecord) -> str:
             return record.problem(directory, by or ("size" if record.is_partition else "sha256"))
 
+        hint = f"Restore the file, or remove {directory} and make it again."
         with ThreadPoolExecutor(n_threads) as pool:
             for problem in (pool.map if n_threads > 1 else map)(compare, manifest.files):
                 if problem:
-                    raise CatalogError(
-                        f"{directory}/{problem}",
-                        f"Restore the file, or remove {directory} and make it again.",
-                    )
+                    raise CatalogError(f"{directory}/{problem}", hint)
         return manifest
 
     @classmethod
@@ -340,9 +302,9 @@ class Manifest:
         if made.stage != stage:
             raise CatalogError(f"{directory} is not an output of '{stage}' but of '{made.stage}'")
         if made.version != version:
+            what = f"{directory} was made by another version of sos-dask: it has version"
             raise CatalogError(
-                f"{directory} was made by another version of sos-dask: it has version "
-                f"{made.version} of '{stage}', known here is version {version}",
+                f"{what} {made.version} of '{stage}', known here is version {version}",
                 "Run the rebuild again, or the command that made it.",
             )
         return manifest
@@ -352,14 +314,13 @@ def _no_manifest(directory: Path) -> CatalogError:
     """Tell why a directory has no manifest."""
     if not directory.exists():
         return CatalogError(f"{directory} does not exist")
-    if not directory.is_dir():
-        return CatalogError(
-            f"{directory} is a file: a directory that sos-dask or HATS made is needed",
-            "Make one of a table: sos-dask ingest SURVEY FILE -o DIR; the columns of another one "
-            "in a job: [attach.NAME] with files.",
-        )
-    unfinished = "It is unfinished: run the command that makes it again."
+    if directory.is_dir():
+        is_unfinished = (directory / WORK).is_dir()
+        again = "It is unfinished: run the command that makes it again."
+        hint = again if is_unfinished else "It is not an output of sos-dask."
+        return CatalogError(f"{directory} has no {MANIFEST}", hint)
     return CatalogError(
-        f"{directory} has no {MANIFEST}",
-        unfinished if (directory / WORK).is_dir() else "It is not an output of sos-dask.",
+        f"{directory} is a file: a directory that sos-dask or HATS made is needed",
+        "Make one of a table: sos-dask ingest SURVEY FILE -o DIR; the columns of another one in a "
+        "job: [attach.NAME] with files.",
     )

@@ -35,7 +35,7 @@ from sos_dask.sky.healpix import HealpixPixel, ang2pix
 from sos_dask.storage import hats
 from sos_dask.storage.artifact import REJECTED, partition_errors, storage_errors, write_text
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.hats import COLLECTION, PROPERTIES
+from sos_dask.storage.hats import COLLECTION
 from sos_dask.storage.manifest import (
     MANIFEST,
     WORK,
@@ -85,20 +85,16 @@ def result_of(product: str, stage: str, directory: Path, ran: bool, why: str) ->
 def check_product(product: str, stage: str, directory: Path, by: Check) -> None:
     """Compare the files of a product, by SHA-256 or size, with its manifest.
 
-    Raises
-    ------
-    CatalogError
-        A file is missing or not the one that was written: the product is not published.
+    Raises `CatalogError` where a file is missing or not the one written: it is not published.
     """
     try:
         manifest = Manifest.checked(home(stage, directory), by, n_cores())
         if stage == _MARGIN and not _is_stated(directory / COLLECTION, manifest):
             raise CatalogError(f"{directory / COLLECTION} is not the file that was written")
     except (CatalogError, OSError) as error:
-        raise CatalogError(
-            f"product '{product}' is not published: {_said(error)}",
-            f"Remove {directory} and run the rebuild again: it is made anew.",
-        ) from None
+        hint = f"Remove {directory} and run the rebuild again: it is made anew."
+        what = f"product '{product}' is not published: {_said(error)}"
+        raise CatalogError(what, hint) from None
 
 
 def _is_stated(collection: Path, margin: Manifest) -> bool:
@@ -117,12 +113,7 @@ def publish(
 ) -> Path:
     """Link the products into a new build and let ``current`` name it; an equal build is kept.
 
-    Parameters
-    ----------
-    job, job_text : str
-        Name and text of the job.
-    products : mapping of str to (Recipe, Path)
-        Recipe and directory of each, in the order of the plan.
+    ``products`` are recipe and directory of each, in the order of the plan.
     """
     for product in products:
         if not is_product(product):
@@ -196,10 +187,8 @@ def current_product(store: Path, product: str) -> Path:
     """Find the directory of a product of the current build, or raise `CatalogError`."""
     require_store(store)
     if product not in read_build(store / "current")["products"]:
-        raise CatalogError(
-            f"the current build of {store} has no product '{product}'",
-            "It was made by another version: run the rebuild again.",
-        )
+        hint = "It was made by another version: run the rebuild again."
+        raise CatalogError(f"the current build of {store} has no product '{product}'", hint)
     return (store / "current" / product).resolve()
 
 
@@ -261,10 +250,8 @@ def require_store(store: Path, built: bool = True) -> None:
     """Raise `CatalogError` unless a folder is a store, and has a current build if asked for."""
     if not (store / "artifacts").is_dir():
         near = [str(path) for path in stores_near(store)[:5]]
-        raise CatalogError(
-            f"no sos-dask store at '{store}'; give --store or a job file",
-            f"Stores near it: {', '.join(near)}." if near else "A rebuild makes one.",
-        )
+        hint = f"Stores near it: {', '.join(near)}." if near else "A rebuild makes one."
+        raise CatalogError(f"no sos-dask store at '{store}'; give --store or a job file", hint)
     if built and not (store / "current").exists():
         raise CatalogError(f"{store} has no current build", "Run a rebuild first.")
 
@@ -312,19 +299,8 @@ def status(store: Path) -> StoreStatus:
 def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tuple[Path, int]]:
     """Remove old builds and every output that no kept build uses, unfinished ones too.
 
-    Do not run it beside a rebuild.
-
-    Parameters
-    ----------
-    keep_builds : int
-        How many of the latest builds stay, at least 1: the current one always does.
-    dry_run : bool
-        Only list what would go.
-
-    Returns
-    -------
-    list of (Path, int)
-        What was (would be) removed, with its bytes.
+    ``keep_builds`` of the latest builds stay, at least 1: the current one always does. Do not run
+    it beside a rebuild. Returns what was (with ``dry_run``: would be) removed, with its bytes.
     """
     if keep_builds < 1:
         raise ConfigError(f"{keep_builds} builds cannot be kept: the current one always stays")
@@ -379,12 +355,8 @@ def verify(path: str | Path) -> list[str]:
     Returns
     -------
     list of str
-        One sentence for each thing that is wrong, naming file, pixel, column or row.
-
-    Raises
-    ------
-    CatalogError
-        There is no manifest that can be read, or it names a file outside of the output.
+        One sentence for each thing that is wrong, naming file, pixel, column or row. `CatalogError`
+        where no manifest can be read, or it names a file outside of the output.
     """
     path = Path(path)
     is_catalog = hats.properties_file(path).is_file()
@@ -444,9 +416,6 @@ def _account_problems(root: Path, manifest: Manifest) -> Iterator[str]:
     except CatalogError as error:
         yield error.message
     of = {record.path: record.rows for record in manifest.files}
-    n_rows = sum(record.rows for record in manifest.files if record.is_partition)
-    if (n_rows or PROPERTIES in of) and n_rows != rows.n_out:
-        yield f"the account has {rows.n_out} rows out, its partitions {n_rows}"
     n_rejected = of.get(REJECTED, 0)
     if stage == "ingest" and n_rejected != rows.rejected:
         yield f"the account has {rows.rejected} rejected, {REJECTED} {n_rejected}"
@@ -513,6 +482,3 @@ def _partition_problems(catalog: Catalog, pixel: HealpixPixel, table: pa.Table) 
             wrong = np.flatnonzero(ang2pix(ra.to_numpy(), dec.to_numpy()) != cells)
             if len(wrong):
                 yield f"{HEALPIX_COLUMN} does not fit ra and dec at row {wrong[0]}"
-    if catalog.manifest is not None and catalog.partition_rows(pixel) != table.num_rows:
-        stated = catalog.partition_rows(pixel)
-        yield f"{table.num_rows} rows, the manifest says {stated}"

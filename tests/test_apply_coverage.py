@@ -105,7 +105,7 @@ def test_a_coverage_that_does_not_fit_is_refused(cli: Cli, build, tmp_path):
     given = ["-o", "out", "-w", 0, "--coverage"]
     ran = cli("apply", model, catalog, *given, build / "pairs")
     assert_error(
-        ran, 5, "pairs is no product 'coverage'", "sos-dask coverage PAIRS MODEL CATALOG STARS"
+        ran, 5, "pairs is not a product 'coverage'", "sos-dask coverage PAIRS MODEL CATALOG STARS"
     )
     ran = cli("apply", model, build / "lamost.stars", *given, build / "coverage")
     assert_error(ran, 5, "is not the coverage of .*lamost.stars")

@@ -108,6 +108,9 @@ class Widths:
         base = x[:, 0] if snr is None else x[:, 0] * 100 / snr
         return np.stack([base, 2 * base, 3 * base], axis=1).astype(np.float32)
 
+    def is_sparse(self, x: np.ndarray) -> np.ndarray:
+        return np.zeros(len(x), dtype=bool)
+
     def describe(self, label: str) -> str:
         return f"half-width of {label}"
 

@@ -1,5 +1,7 @@
 """Parts of a stage and their records."""
 
+from typing import Any
+
 import pytest
 
 from sos_dask.errors import ClusterError, StorageError
@@ -27,12 +29,18 @@ def test_a_run_that_is_refused_leaves_no_claim(tmp_path):
     assert made.rows.n_in == 500
 
 
+def _part(output: Output, key: str, item: int) -> dict[str, int]:
+    return {"rows": item}
+
+
 def test_a_missing_record_is_an_error_not_an_empty_product(tmp_path):
+    class Forgetful(Cluster):
+        def run(self, *arguments: Any) -> list[Any]:
+            return []
+
     output = Output.prepare(tmp_path / "out", Recipe("dedupe", 1, {}, {}))
-    run = Run(output, Cluster(), silent)
-    output.put_record("stars", "0-1", {"rows": 3})
-    assert run.finished("stars", ["0-1"])
-    assert run.records("stars", ["0-1"]) == [{"rows": 3}]
-    assert not run.finished("stars", ["0-1", "0-2"])
+    assert Run(output, Cluster(), silent).parts("stars", {"0-1": 3}, _part) == [{"rows": 3}]
+    run = Run(output, Forgetful(), silent)
+    assert run.parts("stars", {"0-1": 4}, _part) == [{"rows": 3}], "made before"
     with pytest.raises(StorageError, match="'stars/0-2' of a finished part is missing"):
-        run.records("stars", ["0-1", "0-2"])
+        run.parts("stars", {"0-1": 3, "0-2": 5}, _part)

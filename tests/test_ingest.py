@@ -10,7 +10,7 @@ from astropy.table import Table
 
 from sos_dask.ingest.canonical import Profile, check_profile, plan_chunks, read_chunk
 from sos_dask.ingest.keys import conflicting_keys, merge_rows
-from sos_dask.ingest.readers import open_source
+from sos_dask.ingest.reader import open_source
 from sos_dask.sky.healpix import ang2pix
 from sos_dask.surveys.definition import Survey, load_survey, parse_survey
 from tests.survey_files import NAMES, fails, ipc_bytes, read, rows, survey, write_csv, write_fits

@@ -38,7 +38,7 @@ from sos_dask.ingest.keys import (
     sorted_hashes,
     without_rows,
 )
-from sos_dask.ingest.readers import Source, open_source
+from sos_dask.ingest.reader import Source, open_source
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, MOST_ROWS
 from sos_dask.settings import RowsPerPartition, Settings
@@ -259,7 +259,7 @@ class Ingest(Stage[SurveySettings]):
                 pa.concat_tables([t.filter(pc.is_in(t["obs_id"], value_set=keys)) for t in tables])
             )
             losers = lost.select([FILE, ROW])
-            rejected = rejected_rows(lost, CONFLICT, self.file_names)
+            rejected = rejected_rows(lost, self.file_names)
             write_piece(_file(output, "rejected", "conflicts"), rejected)
         write_piece(_file(output, "conflicts", "losers"), losers)
         output.put_record("conflicts", "losers", {})

@@ -1,18 +1,20 @@
 """Surveys: native columns, missing values and quality cuts of a catalog, as TOML files.
 
 A survey is a file and no code. `load_survey` reads a built-in definition or a user's own; the
-models below are its tables, and every key is checked.
+models below are its tables, and every key is checked. `quality_mask` evaluates the cuts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -24,19 +26,10 @@ from pydantic import (
     model_validator,
 )
 
+from sos_dask import schema
+from sos_dask.columns import BoolArray, Values, is_text, split
 from sos_dask.errors import SurveyError
-from sos_dask.schema import (
-    CANONICAL,
-    HEALPIX,
-    QUALITY,
-    REQUIRED,
-    RESERVED,
-    TEXT_UNITS,
-    YEARS,
-    Column,
-    is_gaia_id,
-    nearest,
-)
+from sos_dask.schema import CANONICAL, YEARS, Column, nearest
 from sos_dask.settings import (
     COLUMN_RULE,
     NAME_RULE,
@@ -50,6 +43,7 @@ from sos_dask.settings import (
 SURVEY_FORMAT = 1
 COLUMN_HEADINGS = ("column", "native", "unit", "dtype", "UCD", "description")
 CUT_HEADINGS = ("cut", "test", "reason", "bit")
+_FOLDER = Path(__file__).parent
 
 
 def _name(text: str) -> str:
@@ -117,12 +111,12 @@ class SourceColumn(Settings):
     @computed_field  # type: ignore[prop-decorator]
     @cached_property
     def factor(self) -> float:
-        """Product value = native value * ``factor``; follows from the two units."""
+        """Product value = native value * ``factor``, by the two units."""
         native, product = self.unit, self.column.unit
         if native == product:
             return 1.0
         problem = f"unit '{native}' does not convert to '{product}': write "
-        if native in TEXT_UNITS or product in TEXT_UNITS:
+        if native in schema.TEXT_UNITS or product in schema.TEXT_UNITS:
             raise ValueError(f'{problem}unit = "{product}" where it is the same')
         from astropy import units  # half a second, which most definitions never need
 
@@ -146,14 +140,12 @@ class SourceColumn(Settings):
         column, dtype = self.column, self.dtype
         if bool(self.source) == bool(self.join):
             raise ValueError("the table needs either 'source' or 'join'")
-        if column.name == "obs_id":
-            if dtype not in ("int64", "string"):
-                raise ValueError(f"obs_id is int64 or string, not {dtype}")
-        elif dtype != column.dtype:
-            raise ValueError(f"{column.name} is {column.dtype}, not {dtype}")
+        possible = ("int64", "string") if column.name == "obs_id" else (column.dtype,)
+        if dtype not in possible:
+            raise ValueError(f"{column.name} is {' or '.join(possible)}, not {dtype}")
         if self.join and dtype != "string":
             raise ValueError(f"joined columns are strings, not {dtype}")
-        if is_gaia_id(self.name) and dtype.startswith("float"):
+        if schema.is_gaia_id(self.name) and dtype.startswith("float"):
             raise ValueError(f"a 19-digit id loses digits as {dtype}: use int64")
         limited = column.minimum is not None or column.maximum is not None
         if dtype == "string" and (self.unit or self.missing or limited):
@@ -214,9 +206,8 @@ class Cut(Settings):
 
     @model_validator(mode="after")
     def _one_test(self) -> Self:
-        given = {"min": self.min is not None, "max": self.max is not None}
-        given |= {"bits_unset": bool(self.bits_unset), "values": bool(self.values)}
-        tests = [key for key, is_given in given.items() if is_given]
+        keys = ("min", "max", "bits_unset", "values")
+        tests = [key for key in keys if getattr(self, key) not in (None, ())]
         if len(tests) != 1 and tests != ["min", "max"]:
             raise ValueError(
                 f"a cut needs one test, and has {' and '.join(tests) or 'none'}: give min, max or "
@@ -233,12 +224,12 @@ class Cut(Settings):
         elif self.values:
             shown = ", ".join(plain(value) for value in self.values)
             text = f"{self.column} {'=' if len(self.values) == 1 else 'is one of'} {shown}"
-        elif self.min is not None and self.max is not None:
-            text = f"{plain(self.min)} <= {self.column} <= {plain(self.max)}"
-        elif self.min is not None:
+        elif self.min is None:
+            text = f"{self.column} <= {plain(self.max or 0.0)}"
+        elif self.max is None:
             text = f"{self.column} >= {plain(self.min)}"
         else:
-            text = f"{self.column} <= {plain(self.max or 0.0)}"
+            text = f"{plain(self.min)} <= {self.column} <= {plain(self.max)}"
         return text + (" or null" if self.null_passes else "")
 
 
@@ -304,6 +295,18 @@ class Survey(Settings):
 
     @model_validator(mode="after")
     def _united(self) -> Self:
+        for name in schema.REQUIRED:
+            if name not in self.columns:
+                raise SurveyError(f"[columns.{name}] is missing")
+        taken = {name.lower() for name in (*CANONICAL, *schema.RESERVED)}
+        for name in self.extra:
+            if not is_column(name):
+                raise SurveyError(f"[extra.{name}]: '{name}' is no name of a column: {COLUMN_RULE}")
+            if name.lower() in taken:  # SQL and FITS ignore the case of names
+                raise SurveyError(
+                    f"[extra.{name}] has a name that is taken", "Choose another name."
+                )
+            taken.add(name.lower())
         users: dict[int, str] = {}
         for cut in self.cuts.values():
             if cut.bit in users:
@@ -321,25 +324,29 @@ class Survey(Settings):
         """Names of the columns: a mapping loses its order in JSON, and it decides the product."""
         return list(self.columns)
 
+    @property
+    def constant_epoch(self) -> float | None:
+        """Epoch of all positions; None where a column has it or nothing states it."""
+        return None if "position_epoch" in self.columns else self.position_epoch
+
     def arrow_schema(self) -> pa.Schema:
         """Schema of the observations: ``_healpix_29``, the survey's columns, then ``quality``.
 
         ``position_epoch`` stands before ``quality`` where it is one value for the whole survey.
         """
-        fields = [HEALPIX.arrow(nullable=False)]
-        for source in self.columns.values():
-            required = source.name in ("obs_id", "ra", "dec")
-            fields.append(source.column.arrow(source.dtype, nullable=not required))
-        if "position_epoch" not in self.columns and self.position_epoch is not None:
+        fields = [
+            source.column.arrow(source.dtype, nullable=name not in ("obs_id", "ra", "dec"))
+            for name, source in self.columns.items()
+        ]
+        if self.constant_epoch is not None:
             fields.append(CANONICAL["position_epoch"].arrow())
-        fields.append(QUALITY.arrow(nullable=False))
-        return pa.schema(fields)
+        ends = (column.arrow(nullable=False) for column in (schema.HEALPIX, schema.QUALITY))
+        return pa.schema([next(ends), *fields, *ends])
 
 
 def builtin_surveys() -> list[str]:
     """Names of the surveys that come with the package, sorted."""
-    folder = resources.files("sos_dask") / "surveys"
-    return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".toml"))
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
 def load_survey(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Survey:
@@ -359,30 +366,28 @@ def load_survey(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
         Unknown name, unreadable file, unknown key, value of a wrong type, missing column, a bit
         used twice. The message begins with ``name_or_path``.
     """
-    name_or_path = str(name_or_path)
-    if name_or_path.endswith(".toml") or "/" in name_or_path:
-        path = Path(name_or_path)
-        if not path.is_file():
+    text = str(name_or_path)
+    path = Path(text)
+    if not (text.endswith(".toml") or "/" in text):
+        if text not in builtin_surveys():
             raise SurveyError(
-                f"survey definition {path} does not exist",
-                "'sos-dask surveys' lists the built-in ones, which have no path.",
-            )
-        source = path.read_bytes
-    else:
-        if name_or_path not in builtin_surveys():
-            raise SurveyError(
-                f"there is no survey '{name_or_path}'",
-                nearest(name_or_path, builtin_surveys())
+                f"there is no survey '{text}'",
+                nearest(text, builtin_surveys())
                 or "'sos-dask surveys' lists them; a path of a TOML file works too.",
             )
-        source = (resources.files("sos_dask") / "surveys" / f"{name_or_path}.toml").read_bytes
+        path = _FOLDER / f"{text}.toml"
+    elif not path.is_file():
+        raise SurveyError(
+            f"survey definition {path} does not exist",
+            "'sos-dask surveys' lists the built-in ones, which have no path.",
+        )
     try:
-        _, raw = parse_toml(source(), SurveyError)
+        _, raw = parse_toml(path.read_bytes(), SurveyError)
         return parse_survey(_merged(raw, _table(overrides or {}, "the overrides")))
     except OSError as error:
-        raise SurveyError(f"{name_or_path}: cannot be read: {error.strerror}") from None
+        raise SurveyError(f"{text}: cannot be read: {error.strerror}") from None
     except SurveyError as error:
-        raise SurveyError(f"{name_or_path}: {error.message}", error.hint) from None
+        raise SurveyError(f"{text}: {error.message}", error.hint) from None
 
 
 def _table(value: object, where: str) -> Mapping[str, Any]:
@@ -419,21 +424,10 @@ def parse_survey(raw: Mapping[str, Any]) -> Survey:
             f"Write format = {SURVEY_FORMAT}, or install the version that made the file.",
         )
     try:
-        survey = Survey.model_validate(content)
+        return Survey.model_validate(content)
     except ValidationError as error:
         found = explained(Survey, error)
         raise SurveyError(found.message, found.hint) from None
-    for name in REQUIRED:
-        if name not in survey.columns:
-            raise SurveyError(f"[columns.{name}] is missing")
-    taken = {name.lower() for name in (*CANONICAL, *RESERVED)}
-    for name in survey.extra:
-        if not is_column(name):
-            raise SurveyError(f"[extra.{name}]: '{name}' is no name of a column: {COLUMN_RULE}")
-        if name.lower() in taken:  # SQL and FITS ignore the case of names
-            raise SurveyError(f"[extra.{name}] has a name that is taken", "Choose another name.")
-        taken.add(name.lower())
-    return survey
 
 
 def describe_columns(survey: Survey) -> list[tuple[str, ...]]:
@@ -442,19 +436,16 @@ def describe_columns(survey: Survey) -> list[tuple[str, ...]]:
     Native names stand as ``a or b`` (the first in the file), ``a + b`` (joined) or ``a[2]`` (an
     element); a native unit that is converted follows as ``a in kpc``.
     """
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[Column, str, str]] = []
     for source in survey.columns.values():
-        column = source.column
         native = (" + " if source.join else " or ").join(source.sources)
         native += "" if source.element is None else f"[{source.element}]"
         native += f" in {source.unit}" if source.factor != 1.0 else ""
-        rows.append(
-            (column.name, native, column.unit, source.dtype, column.ucd, column.description)
-        )
-    if "position_epoch" not in survey.columns and survey.position_epoch is not None:
-        epoch, value = CANONICAL["position_epoch"], f"= {plain(survey.position_epoch)}"
-        rows.append((epoch.name, value, epoch.unit, epoch.dtype, epoch.ucd, epoch.description))
-    return rows
+        rows.append((source.column, native, source.dtype))
+    if survey.constant_epoch is not None:
+        epoch = CANONICAL["position_epoch"]
+        rows.append((epoch, f"= {plain(survey.constant_epoch)}", epoch.dtype))
+    return [(of.name, native, of.unit, dtype, of.ucd, of.description) for of, native, dtype in rows]
 
 
 def describe_cuts(survey: Survey) -> list[tuple[str, ...]]:
@@ -466,3 +457,93 @@ def plain(value: float | str) -> str:
     """A value as text, whole numbers without a point."""
     whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
     return str(int(value) if whole else value)
+
+
+# --- cuts ----------------------------------------------------------------------------------------
+
+
+def quality_mask(native: Mapping[str, Values], survey: Survey) -> NDArray[np.int64]:
+    """Evaluate all cuts of a survey.
+
+    NaN, infinity, Arrow nulls and the survey's sentinels are nulls, and a null fails a cut unless
+    it has ``null_passes``. In a flag whose bits are tested a sentinel is a value as any other.
+
+    Parameters
+    ----------
+    native : mapping of str to array, each of shape (n,)
+        The columns that the cuts name, numbers or text. Those of optional cuts may be missing.
+    survey : Survey
+
+    Returns
+    -------
+    ndarray of int64, shape (n,)
+        Sum of ``1 << bit`` of the failed cuts; 0 where all pass.
+
+    Raises
+    ------
+    SurveyError
+        A column holds values that its cut cannot test.
+    """
+    quality = np.zeros(len(next(iter(native.values()), ())), dtype=np.int64)
+    for cut in survey.cuts.values():
+        if cut.column in native or not cut.optional:
+            column = native[cut.column]
+            passes, null = (_text_passes if is_text(column) else _passes)(cut, column, survey)
+            fails = np.where(null, not cut.null_passes, ~passes)
+            quality |= fails.astype(np.int64) << cut.bit
+    return quality
+
+
+def _passes(cut: Cut, column: Values, survey: Survey) -> tuple[BoolArray, BoolArray]:
+    """Rows whose number passes, and those without one."""
+    values, missing = split(column)
+    null = np.zeros(len(values), dtype=bool) if missing is None else missing
+    if any(isinstance(value, str) for value in cut.values):
+        raise _not_testable(cut, survey, "numbers, and the cut lists text")
+    if values.dtype.kind == "f":
+        null |= ~np.isfinite(values)
+    if cut.bits_unset:
+        return _bits_pass(cut, np.where(null, 0, values), survey), null
+
+    def stored(value: Any) -> Any:
+        """A limit as the column would hold it: 0.1 as float32 is not below the limit 0.1."""
+        return values.dtype.type(value) if values.dtype.kind == "f" else value
+
+    for value in survey.missing:
+        null |= values == stored(value)
+    passes = np.ones(len(values), dtype=bool)
+    if cut.values:
+        passes = np.isin(values, [stored(value) for value in cut.values])
+    if cut.min is not None:
+        passes &= values >= stored(cut.min)
+    if cut.max is not None:
+        passes &= values <= stored(cut.max)
+    return passes, null
+
+
+def _bits_pass(cut: Cut, values: NDArray[Any], survey: Survey) -> BoolArray:
+    if values.dtype.kind == "f" and ((values != np.rint(values)) | (np.abs(values) >= 2**53)).any():
+        raise _not_testable(cut, survey, "fractions, which have no bits")
+    mask = np.uint64(sum(1 << bit for bit in set(cut.bits_unset)))
+    # Sign extension of a narrow negative flag sets its higher bits as well, as in its own type.
+    return np.asarray((values.astype(np.int64, copy=False).view(np.uint64) & mask) == 0)
+
+
+def _text_passes(cut: Cut, column: Values, survey: Survey) -> tuple[BoolArray, BoolArray]:
+    """Rows whose text passes, and the others without one: "" may be an accepted value."""
+    if not all(isinstance(value, str) for value in cut.values) or not cut.values:
+        raise _not_testable(cut, survey, "text")
+    text = pc.fill_null(pc.ascii_trim_whitespace(column), "")
+    words = [value.strip() for value in cut.values], ["", *survey.missing_text]
+    passes, null = (
+        pc.is_in(text, value_set=pa.array(some)).to_numpy(zero_copy_only=False) for some in words
+    )
+    return passes, null & ~passes
+
+
+def _not_testable(cut: Cut, survey: Survey, what: str) -> SurveyError:
+    return SurveyError(
+        f"survey {survey.name}: cut '{cut.name}' ({cut.test_text()}): column '{cut.column}' holds "
+        f"{what}",
+        f"Correct [cuts.{cut.name}] of the survey.",
+    )

@@ -11,11 +11,11 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeAlias
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 
 from sos_dask.columns import split
 from sos_dask.errors import SurveyError
-from sos_dask.ingest.readers import (
-    DAMAGED,
+from sos_dask.ingest.reader import (
     Batches,
     Contents,
     Native,
@@ -36,6 +35,7 @@ from sos_dask.ingest.readers import (
     regrouped,
     stated_by_astropy,
 )
+from sos_dask.schema import is_gaia_id
 from sos_dask.surveys.definition import Survey
 
 _BLOCK_BYTES = 1 << 20  # no row is longer
@@ -46,14 +46,12 @@ _OTHERS = {
 }
 _FORTRAN = r"^([+-]?[0-9.]+)[dD]([+-]?[0-9]+)$"
 _NULL_NUMBERS = ("", "nan", "NaN", "NAN", "null", "NULL", "None")
-Stated: TypeAlias = dict[str, dict[str, Any]]
-"""What a file states of each column: its unit and type, as astropy names them."""
 _TRUTH = {"false": 0, "f": 0, "0": 0, "true": 1, "t": 1, "1": 1}
 
 
-def open_text(path: Path, gzipped: bool) -> Contents:
+def open_text(path: Path, data_path: Path, survey: Survey) -> Contents:
     """Find out what delimited text contains, from its first lines."""
-    with opened(path, gzipped) as file:
+    with opened(path) as file:
         _refuse_others(path, file.read(1 << 16))
         file.seek(0)
         comments, line = _head(path, file)
@@ -62,14 +60,16 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         file.seek(offset)
         has_rows = any(block.strip() for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
     comments = [comment for comment in comments if comment.startswith("#")]
-    stated: Stated = {}
+    stated: dict[str, dict[str, Any]] = {}  # of each column: its unit and type, as astropy does
     masks: dict[str, str] = {}
     if comments and re.match(r"# ?%ECSV", comments[0]):
         yaml = [comment[1:].removeprefix(" ").rstrip("\r\n") for comment in comments[1:]]
         stated, masks = stated_by_astropy(yaml)
         delimiter = "," if re.search(r"^delimiter: *['\"]?,", "\n".join(yaml), re.M) else " "
     else:
-        delimiter = _delimiter_of(line)
+        unquoted = re.sub(r'"[^"]*"', "", line)
+        delimiter = max(",|;\t", key=unquoted.count)
+        delimiter = delimiter if delimiter in unquoted else " "
         values = _fields(line, delimiter) if comments else []
         if any(map(_is_number, values)):
             # The header is a comment: the last that has a name for each value.
@@ -94,7 +94,13 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         units = zip(header, _fields(following[0], delimiter), strict=False)
         stated = {name: {"unit": unit} for name, unit in units}
     counts = Counter(header)
-    natives = [_native(name, counts, stated, masks) for name in header if name]
+    hidden = {*masks.values(), *(f"{name}.mask" for name in header)}
+    natives = []
+    for name in filter(None, header):
+        item = stated.get(name, {})
+        kind = "bool" if item.get("datatype") == "bool" or name in hidden else "text"
+        kind, unit = str(item.get("subtype") or kind), str(item.get("unit") or "")
+        natives.append(Native(name, kind, unit=unit, mask=masks.get(name, "")))
     layout = {
         # Arrow takes no name twice; the survey uses none of these.
         "header": tuple(
@@ -104,17 +110,8 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         "delimiter": delimiter,
         "offset": offset,
         "skip_lines": skip_lines + below,
-        "gzipped": gzipped,
     }
-    return Contents(natives, None if has_rows else 0, layout)
-
-
-def _native(name: str, known: Collection[str], stated: Stated, masks: dict[str, str]) -> Native:
-    item = stated.get(name, {})
-    is_mask = name in masks.values() or (name[-5:] == ".mask" and name[:-5] in known)
-    kind = "bool" if item.get("datatype") == "bool" or is_mask else "text"
-    unit = str(item.get("unit") or "")
-    return Native(name, str(item.get("subtype") or kind), unit=unit, mask=masks.get(name, ""))
+    return natives, None if has_rows else 0, layout
 
 
 def _below_vizier(following: list[str], delimiter: str) -> int:
@@ -175,12 +172,6 @@ def _encoded(line: str) -> bytes:
     return line.encode("utf-8", "surrogateescape")
 
 
-def _delimiter_of(line: str) -> str:
-    unquoted = re.sub(r'"[^"]*"', "", line)
-    delimiter = max(",|;\t", key=unquoted.count)
-    return delimiter if delimiter in unquoted else " "
-
-
 def _fields(line: str, delimiter: str) -> list[str]:
     """Stripped values of one line."""
     line = _encoded(line).decode("latin-1" if re.search("[\udc80-\udcff]", line) else "utf-8")
@@ -193,18 +184,13 @@ def _is_number(text: str) -> bool:
     return bool(re.fullmatch(r"[+-]?\.?[0-9][0-9.]*([eEdD][+-]?[0-9]+)?", text))
 
 
-@contextlib.contextmanager
-def _below_header(source: Source) -> Iterator[BinaryIO]:
-    with opened(Path(source.path), source.gzipped) as file:
+class _Rows(io.RawIOBase):
+    """Text below the header; where blanks part it, one for each run of them outside quotes."""
+
+    def __init__(self, source: Source, file: BinaryIO) -> None:
         file.seek(source.offset)
-        yield io.BufferedReader(_Blanks(file)) if source.delimiter == " " else file
-
-
-class _Blanks(io.RawIOBase):
-    """Text with one blank for each run of them outside quotes, and none at the ends of lines."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._held = file, b""
+        self._file, self._blanks, self._held = file, source.delimiter == " ", b""
+        self.n_lines, self.quoted = 0, False
 
     def readable(self) -> bool:
         return True
@@ -215,37 +201,15 @@ class _Blanks(io.RawIOBase):
             if not block:
                 return 0
             block += self._file.readline(_BLOCK_BYTES)
-            if b'"' in block:
+            self.n_lines += block.count(b"\n") + (block[-1:] != b"\n")
+            self.quoted = self.quoted or b'"' in block
+            if self._blanks:
                 block = re.sub(rb'("[^"]*")|[ \t]+', lambda match: match[1] or b" ", block)
-            else:
-                block = re.sub(rb"[ \t]+", b" ", block)
-            self._held = re.sub(rb"(?m)^ +| +(?=\r?$)", b"", block)
+                block = re.sub(rb"(?m)^ +| +(?=\r?$)", b"", block)
+            self._held = block
         n = min(len(target), len(self._held))
         target[:n], self._held = self._held[:n], self._held[n:]
         return n
-
-
-class _Counted:
-    """What Arrow reads of a file, and the lines that it has; ``quoted`` where quotes are in it."""
-
-    closed = False
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._last = file, b"\n"
-        self.n_lines, self.quoted = 0, False
-
-    def read(self, size: int = -1) -> bytes:
-        block = self._file.read(size)
-        self.n_lines += block.count(b"\n")
-        self.quoted = self.quoted or b'"' in block
-        if block:
-            self._last = block[-1:]
-        elif self._last != b"\n":
-            self.n_lines, self._last = self.n_lines + 1, b"\n"
-        return block
-
-    def close(self) -> None:
-        """Leave the file to who has opened it."""
 
 
 def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
@@ -254,17 +218,18 @@ def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> 
     natives = source.natives.values()
     types = {native.name: pa.binary() for native in natives}
     n_rows = 0
-    with _below_header(source) as file:
-        counted = _Counted(file)
+    with opened(Path(source.path)) as file:
+        below = _Rows(source, file)
+        options = (
+            pa_csv.ReadOptions(
+                use_threads=False, block_size=_BLOCK_BYTES, column_names=source.header
+            ),
+            pa_csv.ParseOptions(delimiter=source.delimiter, newlines_in_values=True),
+            pa_csv.ConvertOptions(column_types=types, include_columns=list(types)),
+        )
         try:
-            with pa_csv.open_csv(
-                pa.PythonFile(counted, "r"),
-                pa_csv.ReadOptions(
-                    use_threads=False, block_size=_BLOCK_BYTES, column_names=source.header
-                ),
-                pa_csv.ParseOptions(delimiter=source.delimiter, newlines_in_values=True),
-                pa_csv.ConvertOptions(column_types=types, include_columns=list(types)),
-            ) as reader:
+            content = pa.PythonFile(io.BufferedReader(below, _BLOCK_BYTES), "r")
+            with pa_csv.open_csv(content, *options) as reader:
                 for first, batch in regrouped(reader, batch_rows):
                     n_rows = first + batch.num_rows
                     texts = {name: decoded(batch[name].combine_chunks()) for name in types}
@@ -272,11 +237,12 @@ def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> 
                         if native.kind == "bool":
                             texts[native.name] = _truth(source, native.name, texts[native.name])
                     yield first, texts
-        except pa.ArrowInvalid as error:
-            _explain_text(source, error)
-    if counted.quoted and counted.n_lines > n_rows:
-        # A quote that is not closed swallows rows, and Arrow does not mind.
-        _check_rows(source, strict=True)
+        except pa.ArrowInvalid:
+            _check_rows(source)
+            raise
+        if below.quoted and below.n_lines > n_rows:
+            # A quote that is not closed swallows rows, and Arrow does not mind.
+            _check_rows(source, strict=True)
 
 
 def _truth(source: Source, name: str, text: pa.Array) -> pa.Array:
@@ -289,52 +255,36 @@ def _truth(source: Source, name: str, text: pa.Array) -> pa.Array:
     return pa.array(list(_TRUTH.values()), pa.int8()).take(place)
 
 
-def _rows(source: Source, file: BinaryIO, strict: bool) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank, each with the number of its first line."""
-    rows = csv.reader(
-        _lines(source.path, file, source.skip_lines), delimiter=source.delimiter, strict=strict
-    )
+def _rows(source: Source, strict: bool) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not blank, each with the number of its first line (a slow pass)."""
     begin = source.skip_lines + 1
-    try:
-        for row in rows:
-            if row:
-                yield begin, row
-            begin = source.skip_lines + rows.line_num + 1
-    except csv.Error as error:
-        raise SurveyError(
-            f"{source.path}: line {begin}: a quoted text does not end where a field ends: {error}",
-            "Close the quote, or write quotes inside a quoted text twice.",
-        ) from None
+    with opened(Path(source.path)) as file:
+        below = io.BufferedReader(_Rows(source, file), _BLOCK_BYTES)
+        lines = _lines(source.path, below, source.skip_lines)
+        rows = csv.reader(lines, delimiter=source.delimiter, strict=strict)
+        try:
+            for row in rows:
+                if row:
+                    yield begin, row
+                begin = source.skip_lines + rows.line_num + 1
+        except csv.Error as error:
+            raise SurveyError(
+                f"{source.path}: line {begin}: a quoted text does not end where a field ends: "
+                f"{error}",
+                "Close the quote, or write quotes inside a quoted text twice.",
+            ) from None
 
 
 def _check_rows(source: Source, strict: bool = False) -> None:
-    """Raise `SurveyError` of the first row that does not fit the header (a slow pass)."""
-    with _below_header(source) as file:
-        for line, row in _rows(source, file, strict):
-            if len(row) != len(source.header):
-                raise SurveyError(
-                    f"{source.path}: line {line} has {len(row)} fields, "
-                    f"the header has {len(source.header)}",
-                    "The file is damaged or truncated, or a field with the delimiter in it is "
-                    "not quoted.",
-                ) from None
-
-
-def _explain_text(source: Source, error: Exception) -> NoReturn:
-    """Name the line of a text file that is wrong."""
-    _check_rows(source)
-    raise SurveyError(f"{source.path} cannot be read: {error}", DAMAGED) from error
-
-
-def text_line(source: Source, row: int) -> int | None:
-    """Line of a text file (from 1) that holds a data row (from 0); None for other formats."""
-    if source.kind != "csv":
-        return None
-    with _below_header(source) as file:
-        for number, (line, _) in enumerate(_rows(source, file, strict=False)):
-            if number == row:
-                return line
-    return None
+    """Raise `SurveyError` of the first row that does not fit the header."""
+    for line, row in _rows(source, strict):
+        if len(row) != len(source.header):
+            raise SurveyError(
+                f"{source.path}: line {line} has {len(row)} fields, "
+                f"the header has {len(source.header)}",
+                "The file is damaged or truncated, or a field with the delimiter in it is not "
+                "quoted.",
+            ) from None
 
 
 # --- numbers that stand as text ----------------------------------------------------------------
@@ -351,8 +301,10 @@ class Place:
     def fail(self, key: str, index: int, problem: str, hint: str = "") -> NoReturn:
         """Raise `SurveyError` of one value, which stands in this row of the batch."""
         row = self.first_row + index
-        line = text_line(self.source, row)
-        where = f"row {row}" + ("" if line is None else f" (line {line})")
+        where = f"row {row}"
+        if self.source.kind == "csv":
+            for line, _ in islice(_rows(self.source, strict=False), row, row + 1):
+                where += f" (line {line})"
         raise SurveyError(f"{self.source.path}: column '{key}', {where}: {problem}", hint)
 
 
@@ -369,7 +321,7 @@ def whole_numbers(place: Place, key: str, numbers: NDArray[Any]) -> NDArray[np.i
     return numbers.astype(np.int64)
 
 
-def parse_floats(place: Place, key: str, text: pa.Array) -> pa.Array:
+def parse_floats(place: Place, key: str, text: pa.Array, product: str = "") -> pa.Array:
     """Text as float64; the survey's words for no value are null."""
     text, numbers = _cast(place, text, pa.float64())
     if numbers is None:
@@ -378,10 +330,11 @@ def parse_floats(place: Place, key: str, text: pa.Array) -> pa.Array:
     return numbers
 
 
-def parse_integers(
-    place: Place, key: str, text: pa.Array, is_id: bool = False, product: str = ""
-) -> pa.Array:
-    """Text as int64; an id that is written as a float is an error, as its digits are lost."""
+def parse_integers(place: Place, key: str, text: pa.Array, product: str = "") -> pa.Array:
+    """Text as int64; an id that is written as a float is an error, as its digits are lost.
+
+    ``product`` is the column of the product, where the integers are its values.
+    """
     text, numbers = _cast(place, text, pa.int64())
     if numbers is not None:
         return numbers
@@ -396,14 +349,10 @@ def parse_integers(
     numbers, null = split(rest.slice(0, stop).cast(pa.float64()))
     present = np.isfinite(numbers) if null is None else np.isfinite(numbers) & ~null
     floats = np.flatnonzero(present & (numbers > 0))
-    if is_id and len(floats):
+    if is_gaia_id(product) and len(floats):
         index = int(floats[0])
-        place.fail(
-            key,
-            index,
-            f"the id '{text[index]}' is stored as float: digits are lost",
-            "Get the file with integer ids; these cannot be repaired.",
-        )
+        problem = f"the id '{text[index]}' is stored as float: digits are lost"
+        place.fail(key, index, problem, "Get the file with integer ids; these cannot be repaired.")
     integers = pa.array(whole_numbers(place, key, np.where(present, numbers, 0)), mask=~present)
     if stop < len(text):
         word = text[stop].as_py()
@@ -417,24 +366,16 @@ def parse_integers(
 def _cast(place: Place, text: pa.Array, kind: pa.DataType) -> tuple[pa.Array, pa.Array | None]:
     """Text, without words for no value where it has any, and its numbers if all are."""
     words = list(dict.fromkeys((*_NULL_NUMBERS, *place.survey.missing_text)))
-    if not any(map(_is_finite, words)):
+    if not any(map(_is_number, words)):
         with contextlib.suppress(pa.ArrowInvalid):
             return text, text.cast(kind)
     text = pc.ascii_trim_whitespace(text)
     text = pc.if_else(pc.is_in(text, value_set=pa.array(words)), None, text)
-    for tried in (text, None):
-        if tried is None:
-            tried = pc.replace_substring_regex(text, _FORTRAN, r"\1e\2")
-        with contextlib.suppress(pa.ArrowInvalid):
-            return text, tried.cast(kind)
+    with contextlib.suppress(pa.ArrowInvalid):
+        return text, text.cast(kind)
+    with contextlib.suppress(pa.ArrowInvalid):
+        return text, pc.replace_substring_regex(text, _FORTRAN, r"\1e\2").cast(kind)
     return text, None
-
-
-def _is_finite(word: str) -> bool:
-    try:
-        return bool(np.isfinite(float(word)))
-    except ValueError:
-        return False
 
 
 def _first_failure(text: pa.Array, kind: pa.DataType) -> int:

@@ -269,6 +269,17 @@ def test_cuts_on_native_and_canonical_columns(tmp_path):
     assert "teff" in error.hint
 
 
+def test_each_cut_has_its_bit(tmp_path):
+    data = rows(2) | {"x": np.array([-1.0, 1.0]), "y": np.array([1, 1])}
+    cuts = {
+        "a": {"bit": 0, "column": "x", "min": 0},
+        "b": {"bit": 62, "column": "y", "bits_unset": [0]},
+        "c": {"bit": 5, "column": "gone", "min": 0, "optional": True},
+    }
+    out = read(write_fits(tmp_path / "a", data), survey(cuts=cuts))
+    assert out.column("quality") == [1 | 1 << 62, 1 << 62]
+
+
 def test_without_cuts_all_rows_pass(tmp_path):
     assert read(write_fits(tmp_path / "a", rows(4)), survey()).column("quality") == [0] * 4
 

@@ -23,10 +23,10 @@ from sos_dask.columns import BoolArray, IntArray, Values, as_array, is_text, is_
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.keys import FILE, REJECTED_SCHEMA, ROW, sort_order, sorted_hashes
 from sos_dask.ingest.reader import Source, read_native
-from sos_dask.ingest.text import Place, parse_floats, parse_integers, whole_numbers
+from sos_dask.ingest.text import Place, parse_numbers, whole_numbers
 from sos_dask.schema import LABELS, is_gaia_id
 from sos_dask.sky.healpix import ang2pix
-from sos_dask.surveys.definition import SourceColumn, Survey, quality_mask
+from sos_dask.surveys.definition import Cut, SourceColumn, Survey, passing
 
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
 _LABEL_SHIFT = 19  # keeps sign, exponent and four bits of the fraction of a float32
@@ -97,8 +97,12 @@ def _canonical(place: Place, native: Mapping[str, Values]) -> Batch:
     n_rows = len(ra.data)
     if survey.constant_epoch is not None:
         made["position_epoch"] = _Made(np.full(n_rows, survey.constant_epoch, np.float32))
-    for_cuts = _for_cuts(place, native, made)
-    made["quality"] = _Made(quality_mask(for_cuts, survey) if for_cuts else np.zeros(n_rows, int))
+    quality = np.zeros(n_rows, dtype=np.int64)
+    for cut in survey.cuts.values():
+        tested = _tested(place, cut, native, made)
+        if tested is not None:
+            quality |= (~passing(cut, tested, survey)).astype(np.int64) << cut.bit
+    made["quality"] = _Made(quality)
     reasons = np.zeros(n_rows, dtype=np.int8)  # why a row is rejected, as index into _REASONS
     reasons[(dec.data < -90.0) | (dec.data > 90.0)] = 4
     reasons[(ra.data < -180.0) | (ra.data > 360.0)] = 3
@@ -136,31 +140,23 @@ def _canonical(place: Place, native: Mapping[str, Values]) -> Batch:
     return Batch(rows, rejected, sorted_hashes(good_ids), profile)
 
 
-def _for_cuts(
-    place: Place, native: Mapping[str, Values], made: Mapping[str, _Made]
-) -> dict[str, Values]:
-    """The columns that the cuts name: numbers are numbers, and impossible values are nulls."""
-    columns: dict[str, Values] = {}
-    made_from = {keys[0]: name for name, keys in place.source.columns.items() if len(keys) == 1}
-    for name in {cut.column: None for cut in place.survey.cuts.values()}:
-        cuts = [cut for cut in place.survey.cuts.values() if cut.column == name]
-        key = place.source.cuts.get(name)
-        if key is None:
-            if name in made:
-                columns[name] = made[name].taken(np.arange(len(made["ra"].data)))
-            continue
-        values = native[key]
-        of_bits = any(cut.bits_unset for cut in cuts)
-        of_text = any(isinstance(value, str) for cut in cuts for value in cut.values)
-        if is_text(values) and not of_text:
-            values = (parse_integers if of_bits else parse_floats)(place, key, values)
-        product = made.get(made_from.get(key, ""))
-        if product is not None and product.valid is not None and not of_bits | is_text(values):
-            numbers, null = split(values)
-            usable = product.valid if null is None else product.valid & ~null
-            values = as_array(np.ascontiguousarray(numbers), usable)
-        columns[name] = values
-    return columns
+def _tested(
+    place: Place, cut: Cut, native: Mapping[str, Values], made: Mapping[str, _Made]
+) -> Values | None:
+    """The column that a cut tests, with impossible values as nulls; None where there is none."""
+    key = place.source.cuts.get(cut.column)
+    if key is None:
+        column = made.get(cut.column)
+        return None if column is None else column.taken(np.arange(len(column.data)))
+    values = native[key]
+    if is_text(values) and not any(isinstance(value, str) for value in cut.values):
+        values = parse_numbers(place, key, values, pa.int64() if cut.bits_unset else pa.float64())
+    products = [made[name] for name, keys in place.source.columns.items() if keys == (key,)]
+    valid = products[-1].valid if products else None
+    if valid is None or cut.bits_unset or is_text(values):
+        return values
+    numbers, null = split(values)
+    return as_array(np.ascontiguousarray(numbers), valid if null is None else valid & ~null)
 
 
 # --- one column ----------------------------------------------------------------------------------
@@ -203,8 +199,8 @@ def _numbers(place: Place, source: SourceColumn, key: str, values: Values) -> _M
     """A column of numbers; impossible values are null and counted."""
     is_whole, is_id = source.dtype == "int64", is_gaia_id(source.name)
     if is_text(values):
-        parse = parse_integers if is_whole else parse_floats
-        values = parse(place, key, values, source.name)
+        kind = pa.int64() if is_whole else pa.float64()
+        values = parse_numbers(place, key, values, kind, source.name)
     raw, missing = _missing(place.survey, source, values)
     if is_whole:
         if raw.dtype.kind == "f":

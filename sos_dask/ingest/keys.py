@@ -8,9 +8,8 @@ of conflicting rows one is kept.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -25,14 +24,8 @@ from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 FILE, ROW = "_file", "_row"
 """Columns of rows on their way: index of the file, and row there from 0."""
 REJECTED_SCHEMA = pa.schema(
-    {
-        "file": pa.string(),
-        "row": pa.int64(),
-        "reason": pa.string(),
-        "obs_id": pa.string(),
-        "ra": pa.float64(),
-        "dec": pa.float64(),
-    }
+    {"file": pa.string(), "row": pa.int64(), "reason": pa.string(), "obs_id": pa.string()}
+    | dict.fromkeys(("ra", "dec"), pa.float64())
 )
 CONFLICT = "conflicting obs_id"
 HISTOGRAM_ORDER = 10
@@ -50,14 +43,9 @@ Run: TypeAlias = KeyArray | Path
 def histogram_of(cells29: IntArray) -> NDArray[np.int32]:
     """Cells of ``HISTOGRAM_ORDER`` with rows, and the rows in each, shape (2, m).
 
-    Parameters
-    ----------
-    cells29 : ndarray of int64, shape (n,)
-        ``_healpix_29`` of the rows, ascending.
+    ``cells29`` is ``_healpix_29`` of the rows.
     """
-    cells = cells29 >> _SHIFT
-    first = np.flatnonzero(np.append(True, cells[1:] != cells[:-1])[: len(cells)])
-    return np.stack([cells[first], np.diff(first, append=len(cells))]).astype(np.int32)
+    return np.stack(np.unique(cells29 >> _SHIFT, return_counts=True)).astype(np.int32)
 
 
 def partition_edges(
@@ -65,15 +53,11 @@ def partition_edges(
 ) -> NDArray[np.int32]:
     """Where the rows of each partition begin in sorted pieces, shape (partitions + 1, pieces).
 
-    Parameters
-    ----------
-    pixels : sequence of HealpixPixel
-        Partitions in the order of the sky; together they have all rows, so that where one ends the
-        next begins. The last row of the result has the rows of the pieces.
-    histograms : iterable of ndarray of int32, shape (2, m)
-        `histogram_of` each piece.
+    ``pixels`` are the partitions in the order of the sky; together they have all rows, so that
+    where one ends the next begins. The last row of the result has the rows of the pieces, of which
+    ``histograms`` has `histogram_of` each.
     """
-    starts = np.array([pixel.first >> _SHIFT for pixel in pixels], dtype=np.int64)
+    starts = [pixel.first >> _SHIFT for pixel in pixels]
     edges = [
         np.append(0, np.cumsum(n_rows))[[*np.searchsorted(cells, starts), len(cells)]]
         for cells, n_rows in histograms
@@ -146,9 +130,7 @@ def conflicting_keys(
         Tables or uncompressed Arrow IPC files (memory-mapped) with ``obs_id`` and ``_healpix_29``;
         only those with a key that stands twice are read.
     runs : sequence of Run
-        `sorted_hashes` of each piece.
-    first, last : int
-        Only keys with a hash in this range are looked at, so that their 8 bytes fit in memory.
+        `sorted_hashes` of each piece, of which those from ``first`` to ``last`` fit in memory.
 
     Raises
     ------
@@ -192,7 +174,7 @@ def conflicting_keys(
 def holders(runs: Sequence[Run], wanted: KeyArray) -> list[int]:
     """Numbers of the runs that contain one of the hashes."""
     found = []
-    for number, run in enumerate(map(_mapped, runs) if len(wanted) else ()):
+    for number, run in enumerate(map(_mapped, runs)):
         if len(run):
             place = np.minimum(run.searchsorted(wanted), len(run) - 1)
             if (run[place] == wanted).any():
@@ -239,17 +221,12 @@ def _found(hashes: KeyArray, wanted: KeyArray) -> tuple[IntArray, IntArray]:
 # --- rows with one key ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Merged:
-    """One partition: its rows, those rejected, and how many exact duplicates were left out.
+class Merged(NamedTuple):
+    """One partition."""
 
-    ``rows`` are sorted by ``_healpix_29`` and ``obs_id``, each key once, without ``_file`` and
-    ``_row``; the key of a rejected row another row with other content has.
-    """
-
-    rows: pa.Table
-    rejected: pa.Table
-    n_duplicates: int
+    rows: pa.Table  # by _healpix_29 and obs_id, each key once, without _file and _row
+    rejected: pa.Table  # rows whose key another row with other content has
+    n_duplicates: int  # exact ones, which were left out
 
 
 def merge_rows(tables: Sequence[pa.Table], files: Sequence[str]) -> Merged:
@@ -257,14 +234,8 @@ def merge_rows(tables: Sequence[pa.Table], files: Sequence[str]) -> Merged:
 
     Of rows with one ``obs_id`` at one place the one with most values is kept, then with the fewest
     failed cuts, then with the highest ``snr``, then with the smallest content, so that the result
-    depends on the rows alone. The others are duplicates (equal content) or rejected.
-
-    Parameters
-    ----------
-    tables : sequence of pyarrow.Table
-        At least one.
-    files : sequence of str
-        Names for ``rejected``, by file index.
+    depends on the rows alone. The others are duplicates (equal content) or rejected; ``files`` are
+    the names there, by index.
     """
     table = pa.concat_tables(tables)
     cells, ids = table[HEALPIX_COLUMN].to_numpy(), one_array(table["obs_id"])
@@ -295,8 +266,8 @@ def _rows(table: pa.Table, index: IntArray) -> pa.Table:
 def losing_rows(rows: pa.Table) -> pa.Table:
     """Rows that lose where one ``obs_id`` stands at several places, by the rule of `merge_rows`.
 
-    Of all rows of these keys, as `Batch.rows` in any order, those to take out, in the order of
-    files and rows. Rows equal to the one that is kept stay: `merge_rows` drops them.
+    Of all `Batch.rows` of these keys those to take out, in the order of files and rows. Rows equal
+    to the one that is kept stay: `merge_rows` drops them.
     """
     codes = _codes(one_array(rows["obs_id"]))
     order = np.argsort(codes, kind="stable")
@@ -307,15 +278,12 @@ def losing_rows(rows: pa.Table) -> pa.Table:
 
 
 def without_rows(rows: pa.Table, losers: pa.Table) -> pa.Table:
-    """Rows that are not among others, of which there is at least one."""
-    lost, numbers = np.sort(_row_numbers(losers)), _row_numbers(rows)
-    place = np.minimum(np.searchsorted(lost, numbers), len(lost) - 1)
-    return rows.filter(pa.array(lost[place] != numbers))
-
-
-def _row_numbers(rows: pa.Table) -> IntArray:
-    """File and row there as one number: files have less than 10**12 rows."""
-    return np.asarray(rows[FILE].to_numpy().astype(np.int64) << 40 | rows[ROW].to_numpy())
+    """Rows that are not among others."""
+    lost, numbers = (  # file and row there as one: files have less than 10**12 rows
+        some[FILE].to_numpy().astype(np.int64) << 40 | some[ROW].to_numpy()
+        for some in (losers, rows)
+    )
+    return rows.filter(pa.array(~np.isin(numbers, lost)))
 
 
 def rejected_rows(rows: pa.Table, files: Sequence[str]) -> pa.Table:

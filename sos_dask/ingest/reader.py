@@ -32,7 +32,7 @@ from sos_dask.surveys.definition import SourceColumn, Survey
 
 DAMAGED = "Download it again and compare its size and checksum with the survey's."
 _GZIP = b"\x1f\x8b"
-_WIDE = (b"\xff\xfe", b"\xfe\xff")
+_KINDS = {b"SIMPLE  =": "fits", b"PAR1": "parquet", b"<?xml": "votable", b"<votable": "votable"}
 _PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -196,20 +196,16 @@ def _kind_of(path: Path) -> tuple[str, bool]:
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not text:
         raise SurveyError(f"{path} is empty", DAMAGED)
-    if head.startswith(b"SIMPLE  ="):
-        return "fits", gzipped
-    if head.startswith(b"PAR1"):
-        return "parquet", gzipped
+    for begin, kind in _KINDS.items():
+        if head.startswith(begin) or text.startswith(begin):
+            return kind, gzipped
     if text.startswith((b"<!doctype html", b"<html")):
-        raise SurveyError(
-            f"{path} is a web page, not a table", "The download failed: open it to see why."
-        )
-    if text.startswith((b"<?xml", b"<votable")):
-        return "votable", gzipped
-    for magic, name in _PACKED.items():
-        if head.startswith(magic):
+        hint = "The download failed: open it to see why."
+        raise SurveyError(f"{path} is a web page, not a table", hint)
+    for begin, name in _PACKED.items():
+        if head.startswith(begin):
             raise SurveyError(f"{path} is {name}-compressed", "Decompress it first.")
-    if head.startswith(_WIDE) or b",\0" in head[:1000]:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b",\0" in head[:1000]:
         raise SurveyError(f"{path} is UTF-16 text", "Save it as UTF-8.")
     if b"\0" in head:
         raise SurveyError(

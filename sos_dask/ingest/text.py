@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 from numpy.typing import NDArray
 
-from sos_dask.columns import split
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.reader import (
     Batches,
@@ -311,87 +311,65 @@ class Place:
 def whole_numbers(place: Place, key: str, numbers: NDArray[Any]) -> NDArray[np.int64]:
     """Integers that a file has as floats, as long as none can have lost a digit."""
     limit = 2.0**24 if numbers.dtype.itemsize == 4 else 2.0**53
-    broken = np.flatnonzero((np.abs(numbers) >= limit) | (numbers != np.rint(numbers)))
-    if len(broken):
-        value = numbers[broken[0]]
-        is_large = abs(value) >= limit
-        problem = "is stored as float: digits are lost" if is_large else "is no integer"
-        hint = "Get the file with integer or text ids."
-        place.fail(key, int(broken[0]), f"{value!s} {problem}", hint)
+    for index in np.flatnonzero((np.abs(numbers) >= limit) | (numbers != np.rint(numbers))):
+        place.fail(key, int(index), *_not_whole(numbers[index], limit))
     return numbers.astype(np.int64)
 
 
-def parse_floats(place: Place, key: str, text: pa.Array, product: str = "") -> pa.Array:
-    """Text as float64; the survey's words for no value are null."""
-    text, numbers = _cast(place, text, pa.float64())
-    if numbers is None:
-        index = _first_failure(text, pa.float64())
-        place.fail(key, index, f"'{text[index]}' is not a number", _word_hint(text[index].as_py()))
-    return numbers
+def _not_whole(number: float, limit: float) -> tuple[str, str]:
+    is_large = abs(number) >= limit
+    problem = "is stored as float: digits are lost" if is_large else "is no integer"
+    return f"{number!s} {problem}", "Get the file with integer or text ids."
 
 
-def parse_integers(place: Place, key: str, text: pa.Array, product: str = "") -> pa.Array:
-    """Text as int64; an id that is written as a float is an error, as its digits are lost.
+def parse_numbers(
+    place: Place, key: str, text: pa.Array, kind: pa.DataType, product: str = ""
+) -> pa.Array:
+    """Text as int64 or float64; the survey's words for no value are null.
 
-    ``product`` is the column of the product, where the integers are its values.
+    ``product`` is the column that they are for. In one of ids a float is an error: it lost digits.
     """
-    text, numbers = _cast(place, text, pa.int64())
-    if numbers is not None:
-        return numbers
-    # Some are not plain integers: 5.0 and 1e3 will do, until the first that will not.
-    is_whole = pc.match_substring_regex(text, r"^[+-]?[0-9]+$")
-    whole = pc.ascii_ltrim(pc.if_else(is_whole, text, None), characters="+")
-    rest = pc.if_else(is_whole, None, text)
-    stop, problem = min(
-        (_first_failure(whole, pa.int64()), "does not fit into 64 bits"),
-        (_first_failure(rest, pa.float64()), "is not an integer"),
-    )
-    numbers, null = split(rest.slice(0, stop).cast(pa.float64()))
-    present = np.isfinite(numbers) if null is None else np.isfinite(numbers) & ~null
-    floats = np.flatnonzero(present & (numbers > 0))
-    if is_gaia_id(product) and len(floats):
-        index = int(floats[0])
-        problem = f"the id '{text[index]}' is stored as float: digits are lost"
-        place.fail(key, index, problem, "Get the file with integer ids; these cannot be repaired.")
-    integers = pa.array(whole_numbers(place, key, np.where(present, numbers, 0)), mask=~present)
-    if stop < len(text):
-        word = text[stop].as_py()
-        hint = _word_hint(word)
-        if product == "obs_id":
-            hint = 'If the keys are text, set dtype = "string" in [columns.obs_id] of the survey.'
-        place.fail(key, stop, f"'{word}' {problem}", hint)
-    return pc.coalesce(whole.cast(pa.int64()), integers)
-
-
-def _cast(place: Place, text: pa.Array, kind: pa.DataType) -> tuple[pa.Array, pa.Array | None]:
-    """Text, without words for no value where it has any, and its numbers if all are."""
     words = list(dict.fromkeys((*_NULL_NUMBERS, *place.survey.missing_text)))
     if not any(map(_is_number, words)):
         with contextlib.suppress(pa.ArrowInvalid):
-            return text, text.cast(kind)
+            return text.cast(kind)
     text = pc.ascii_trim_whitespace(text)
     text = pc.if_else(pc.is_in(text, value_set=pa.array(words)), None, text)
     with contextlib.suppress(pa.ArrowInvalid):
-        return text, text.cast(kind)
-    with contextlib.suppress(pa.ArrowInvalid):
-        return text, pc.replace_substring_regex(text, _FORTRAN, r"\1e\2").cast(kind)
-    return text, None
-
-
-def _first_failure(text: pa.Array, kind: pa.DataType) -> int:
-    """Index of the first text that does not cast, found by halving; their number if all do."""
-    low, high = 0, len(text) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
+        return text.cast(kind)
+    numbers: list[float | None] = []
+    for index, word in enumerate(text.to_pylist()):  # 5.0 and 1e3 are integers, 1.5D+03 a number
         try:
-            text.slice(low, middle - low).cast(kind)
-            low = middle
-        except pa.ArrowInvalid:
-            high = middle
-    return low
+            numbers.append(None if word is None else _number(word, kind == pa.int64(), product))
+        except ValueError as error:
+            place.fail(key, index, *error.args)
+    return pa.array(numbers, kind)
 
 
-def _word_hint(word: str) -> str:
+def _number(word: str, is_whole: bool, product: str) -> float | None:
+    """One number, null where it is not finite; raise `ValueError` of what is wrong and a hint."""
+    if is_whole and re.fullmatch(r"[+-]?[0-9]+", word):
+        if len(word) > 20 or not -(2**63) <= int(word) < 2**63:
+            raise ValueError(f"'{word}' does not fit into 64 bits", _word_hint(word, product))
+        return int(word)
+    try:
+        number = float(re.sub(_FORTRAN, r"\1e\2", word.replace("_", "?")))
+    except ValueError:
+        what = "an integer" if is_whole else "a number"
+        raise ValueError(f"'{word}' is not {what}", _word_hint(word, product)) from None
+    if not math.isfinite(number):
+        return None
+    if is_whole and is_gaia_id(product) and number > 0:
+        hint = "Get the file with integer ids; these cannot be repaired."
+        raise ValueError(f"the id '{word}' is stored as float: digits are lost", hint)
+    if is_whole and (abs(number) >= 2.0**53 or not number.is_integer()):
+        raise ValueError(*_not_whole(number, 2.0**53))
+    return int(number) if is_whole else number
+
+
+def _word_hint(word: str, product: str) -> str:
+    if product == "obs_id":
+        return 'If the keys are text, set dtype = "string" in [columns.obs_id] of the survey.'
     if ":" in word:
         return "Sexagesimal coordinates are not read: convert them to degrees."
     if re.fullmatch(r"[+-]?[0-9.]+(,[0-9.]+)+", word):

@@ -1,20 +1,20 @@
 """Surveys: native columns, missing values and quality cuts of a catalog, as TOML files.
 
 A survey is a file and no code. `load_survey` reads a built-in definition or a user's own; the
-models below are its tables, and every key is checked. `quality_mask` evaluates the cuts.
+models below are its tables, and every key is checked. `passing` evaluates a cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -222,8 +222,8 @@ class Cut(Settings):
             word = "bit" if len(self.bits_unset) == 1 else "bits"
             text = f"{self.column} {word} {', '.join(map(str, self.bits_unset))} unset"
         elif self.values:
-            shown = ", ".join(plain(value) for value in self.values)
-            text = f"{self.column} {'=' if len(self.values) == 1 else 'is one of'} {shown}"
+            word = "=" if len(self.values) == 1 else "is one of"
+            text = f"{self.column} {word} {', '.join(map(plain, self.values))}"
         elif self.min is None:
             text = f"{self.column} <= {plain(self.max or 0.0)}"
         elif self.max is None:
@@ -280,6 +280,7 @@ class Survey(Settings):
         """Entries with their names, which are the keys of the table."""
         if not isinstance(table, Mapping):
             return table
+        entries = {}
         for name, entry in table.items():
             if info.field_name == "columns" and name not in CANONICAL:
                 raise SurveyError(
@@ -288,10 +289,8 @@ class Survey(Settings):
                 )
             if isinstance(entry, Mapping) and "name" in entry:
                 raise SurveyError(f"unknown key '{info.field_name}.{name}.name'")
-        return {
-            name: {**entry, "name": name} if isinstance(entry, Mapping) else entry
-            for name, entry in table.items()
-        }
+            entries[name] = {**entry, "name": name} if isinstance(entry, Mapping) else entry
+        return entries
 
     @model_validator(mode="after")
     def _united(self) -> Self:
@@ -307,14 +306,12 @@ class Survey(Settings):
                     f"[extra.{name}] has a name that is taken", "Choose another name."
                 )
             taken.add(name.lower())
-        users: dict[int, str] = {}
-        for cut in self.cuts.values():
-            if cut.bit in users:
+        for one, other in combinations(self.cuts.values(), 2):
+            if one.bit == other.bit:
                 raise SurveyError(
-                    f"bit {cut.bit} is used by [cuts.{users[cut.bit]}] and [cuts.{cut.name}]",
+                    f"bit {one.bit} is used by [cuts.{one.name}] and [cuts.{other.name}]",
                     "Give each cut a bit of its own, 0 to 62.",
                 )
-            users[cut.bit] = cut.name
         self.columns.update(self.extra)
         return self
 
@@ -363,8 +360,7 @@ def load_survey(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     Raises
     ------
     SurveyError
-        Unknown name, unreadable file, unknown key, value of a wrong type, missing column, a bit
-        used twice. The message begins with ``name_or_path``.
+        What is wrong, or with which name or file, after ``name_or_path``.
     """
     text = str(name_or_path)
     path = Path(text)
@@ -383,17 +379,11 @@ def load_survey(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
         )
     try:
         _, raw = parse_toml(path.read_bytes(), SurveyError)
-        return parse_survey(_merged(raw, _table(overrides or {}, "the overrides")))
+        return parse_survey(raw, overrides)
     except OSError as error:
         raise SurveyError(f"{text}: cannot be read: {error.strerror}") from None
     except SurveyError as error:
         raise SurveyError(f"{text}: {error.message}", error.hint) from None
-
-
-def _table(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise SurveyError(f"{where} must be a table, not {value!r:.60}")
-    return value
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -408,15 +398,12 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parse_survey(raw: Mapping[str, Any]) -> Survey:
-    """Make a `Survey` of a decoded TOML document (see `load_survey`).
-
-    Raises
-    ------
-    SurveyError
-        The message names the table and key.
-    """
-    content = dict(_table(raw, "the survey"))
+def parse_survey(raw: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Survey:
+    """Make a `Survey` of a decoded TOML document: see `load_survey`."""
+    for where, table in (("the survey", raw), ("the overrides", overrides or {})):
+        if not isinstance(table, Mapping):
+            raise SurveyError(f"{where} must be a table, not {table!r:.60}")
+    content = _merged(raw, overrides or {})
     stated = content.pop("format", None)
     if type(stated) is not int or stated != SURVEY_FORMAT:
         raise SurveyError(
@@ -433,8 +420,8 @@ def parse_survey(raw: Mapping[str, Any]) -> Survey:
 def describe_columns(survey: Survey) -> list[tuple[str, ...]]:
     """One row a column, as text under ``COLUMN_HEADINGS``.
 
-    Native names stand as ``a or b`` (the first in the file), ``a + b`` (joined) or ``a[2]`` (an
-    element); a native unit that is converted follows as ``a in kpc``.
+    Native names are ``a or b`` (the first in the file), ``a + b`` (joined) or ``a[2]`` (an
+    element); ``a in kpc`` is converted.
     """
     rows: list[tuple[Column, str, str]] = []
     for source in survey.columns.values():
@@ -462,52 +449,48 @@ def plain(value: float | str) -> str:
 # --- cuts ----------------------------------------------------------------------------------------
 
 
-def quality_mask(native: Mapping[str, Values], survey: Survey) -> NDArray[np.int64]:
-    """Evaluate all cuts of a survey.
+def passing(cut: Cut, column: Values, survey: Survey) -> BoolArray:
+    """Tell which rows pass a cut of a survey, by the column that it tests.
 
-    NaN, infinity, Arrow nulls and the survey's sentinels are nulls, and a null fails a cut unless
-    it has ``null_passes``. In a flag whose bits are tested a sentinel is a value as any other.
-
-    Parameters
-    ----------
-    native : mapping of str to array, each of shape (n,)
-        The columns that the cuts name, numbers or text. Those of optional cuts may be missing.
-    survey : Survey
-
-    Returns
-    -------
-    ndarray of int64, shape (n,)
-        Sum of ``1 << bit`` of the failed cuts; 0 where all pass.
+    NaN, infinity, Arrow nulls and the survey's sentinels are nulls, and a null fails unless the cut
+    has ``null_passes``. In a flag whose bits are tested a sentinel is a value as any other.
 
     Raises
     ------
     SurveyError
-        A column holds values that its cut cannot test.
+        The column holds values that the cut cannot test.
     """
-    quality = np.zeros(len(next(iter(native.values()), ())), dtype=np.int64)
-    for cut in survey.cuts.values():
-        if cut.column in native or not cut.optional:
-            column = native[cut.column]
-            passes, null = (_text_passes if is_text(column) else _passes)(cut, column, survey)
-            fails = np.where(null, not cut.null_passes, ~passes)
-            quality |= fails.astype(np.int64) << cut.bit
-    return quality
+    try:
+        passes, null = (_text_passes if is_text(column) else _passes)(cut, column, survey)
+    except ValueError as error:
+        raise SurveyError(
+            f"survey {survey.name}: cut '{cut.name}' ({cut.test_text()}): column '{cut.column}' "
+            f"holds {error}",
+            f"Correct [cuts.{cut.name}] of the survey.",
+        ) from None
+    return np.where(null, cut.null_passes, passes)
 
 
 def _passes(cut: Cut, column: Values, survey: Survey) -> tuple[BoolArray, BoolArray]:
     """Rows whose number passes, and those without one."""
     values, missing = split(column)
     null = np.zeros(len(values), dtype=bool) if missing is None else missing
+    is_float = values.dtype.kind == "f"
     if any(isinstance(value, str) for value in cut.values):
-        raise _not_testable(cut, survey, "numbers, and the cut lists text")
-    if values.dtype.kind == "f":
+        raise ValueError("numbers, and the cut lists text")
+    if is_float:
         null |= ~np.isfinite(values)
     if cut.bits_unset:
-        return _bits_pass(cut, np.where(null, 0, values), survey), null
+        values = np.where(null, 0, values)
+        if is_float and ((values != np.rint(values)) | (np.abs(values) >= 2.0**53)).any():
+            raise ValueError("fractions, which have no bits")
+        mask = np.uint64(sum(1 << bit for bit in set(cut.bits_unset)))
+        # Sign extension of a narrow negative flag sets its higher bits as well, as in its own type.
+        return (values.astype(np.int64).view(np.uint64) & mask) == 0, null
 
     def stored(value: Any) -> Any:
         """A limit as the column would hold it: 0.1 as float32 is not below the limit 0.1."""
-        return values.dtype.type(value) if values.dtype.kind == "f" else value
+        return values.dtype.type(value) if is_float else value
 
     for value in survey.missing:
         null |= values == stored(value)
@@ -521,29 +504,13 @@ def _passes(cut: Cut, column: Values, survey: Survey) -> tuple[BoolArray, BoolAr
     return passes, null
 
 
-def _bits_pass(cut: Cut, values: NDArray[Any], survey: Survey) -> BoolArray:
-    if values.dtype.kind == "f" and ((values != np.rint(values)) | (np.abs(values) >= 2**53)).any():
-        raise _not_testable(cut, survey, "fractions, which have no bits")
-    mask = np.uint64(sum(1 << bit for bit in set(cut.bits_unset)))
-    # Sign extension of a narrow negative flag sets its higher bits as well, as in its own type.
-    return np.asarray((values.astype(np.int64, copy=False).view(np.uint64) & mask) == 0)
-
-
 def _text_passes(cut: Cut, column: Values, survey: Survey) -> tuple[BoolArray, BoolArray]:
     """Rows whose text passes, and the others without one: "" may be an accepted value."""
     if not all(isinstance(value, str) for value in cut.values) or not cut.values:
-        raise _not_testable(cut, survey, "text")
+        raise ValueError("text")
     text = pc.fill_null(pc.ascii_trim_whitespace(column), "")
     words = [value.strip() for value in cut.values], ["", *survey.missing_text]
     passes, null = (
         pc.is_in(text, value_set=pa.array(some)).to_numpy(zero_copy_only=False) for some in words
     )
     return passes, null & ~passes
-
-
-def _not_testable(cut: Cut, survey: Survey, what: str) -> SurveyError:
-    return SurveyError(
-        f"survey {survey.name}: cut '{cut.name}' ({cut.test_text()}): column '{cut.column}' holds "
-        f"{what}",
-        f"Correct [cuts.{cut.name}] of the survey.",
-    )

@@ -8,8 +8,10 @@ file can be what its survey says.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from sos_dask.surveys.definition import Cut, SourceColumn, Survey, passing
 
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
 _LABEL_SHIFT = 19  # keeps sign, exponent and four bits of the fraction of a float32
+_LABEL_BINS = 1 << (31 - _LABEL_SHIFT)  # of either sign
 
 Example = tuple[int, int, str]
 """Index of a file, row there, and what stands there."""
@@ -278,34 +281,29 @@ class Profile(BaseModel):
     nulls: dict[str, int] = {}  # of each column of the product
     impossible: dict[str, int] = {}  # values outside the limits of their column (nulls too)
     first_impossible: dict[str, Example] = {}
-    bounds: dict[str, tuple[float, float]] = {}  # of ra and dec, as the file has them, deg
+    lowest: dict[str, float] = {}  # of ra and dec, as the file has them, deg
+    highest: dict[str, float] = {}
     # Rows in each sixteenth of an octave of a label, impossible values among them.
     labels: dict[str, dict[int, int]] = {}
 
     @classmethod
     def merge(cls, profiles: Sequence[Profile]) -> Profile:
         """Profile of all rows together."""
-        first: dict[str, Example] = {}
-        bounds: dict[str, tuple[float, float]] = {}
-        for profile in profiles:
-            for name, example in profile.first_impossible.items():
-                first[name] = min(example, first.get(name, example))
-            for name, (low, high) in profile.bounds.items():
-                known = bounds.get(name, (low, high))
-                bounds[name] = (min(low, known[0]), max(high, known[1]))
-        rejected = [item.first_rejected for item in profiles if item.first_rejected is not None]
+
+        def united(field: str, how: Callable[[Any, Any], Any]) -> dict[str, Any]:
+            return _united([getattr(profile, field) for profile in profiles], how)
+
+        rejected = (profile.first_rejected for profile in profiles)
         return cls(
             n_rows=sum(profile.n_rows for profile in profiles),
-            rejected=_added(profile.rejected for profile in profiles),
-            first_rejected=min(rejected, default=None),
-            nulls=_added(profile.nulls for profile in profiles),
-            impossible=_added(profile.impossible for profile in profiles),
-            first_impossible=first,
-            bounds=bounds,
-            labels={
-                name: _added(profile.labels.get(name, {}) for profile in profiles)
-                for name in {name for profile in profiles for name in profile.labels}
-            },
+            rejected=united("rejected", add),
+            first_rejected=min(filter(None, rejected), default=None),
+            nulls=united("nulls", add),
+            impossible=united("impossible", add),
+            first_impossible=united("first_impossible", min),
+            lowest=united("lowest", min),
+            highest=united("highest", max),
+            labels=united("labels", lambda one, other: _united((one, other), add)),
         )
 
     def median(self, label: str) -> float | None:
@@ -322,37 +320,36 @@ class Profile(BaseModel):
 
 def label_bins(values: NDArray[np.floating]) -> dict[int, int]:
     """How many values lie in each sixteenth of an octave."""
-    if not len(values):
-        return {}
     bins = values.astype(np.float32).view(np.int32) >> _LABEL_SHIFT
-    low = int(bins.min())
-    counts = np.bincount(bins - low)
-    return {low + int(i): int(counts[i]) for i in np.flatnonzero(counts)}
+    counts = np.bincount(bins + _LABEL_BINS)
+    return {int(i) - _LABEL_BINS: int(counts[i]) for i in np.flatnonzero(counts)}
 
 
-def _added(counts: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
-    """Sums of counts by key, sorted."""
-    total: Counter[Any] = Counter()
-    for item in counts:
-        total.update(item)
-    return dict(sorted(total.items()))
+def _united(
+    mappings: Iterable[Mapping[Any, Any]], how: Callable[[Any, Any], Any]
+) -> dict[Any, Any]:
+    """One mapping of all keys, sorted, with one value made of those of each."""
+    found: dict[Any, Any] = {}
+    for key, value in chain.from_iterable(mapping.items() for mapping in mappings):
+        found[key] = how(found[key], value) if key in found else value
+    return dict(sorted(found.items()))
 
 
 def _profile(place: Place, made: Mapping[str, _Made], rejected: pa.Table) -> Profile:
     file = place.source.index
-    first, bounds = None, {}
+    first = None
     if rejected.num_rows:
         row = rejected.slice(0, 1).to_pylist()[0]
         text = f"{row['reason']} (obs_id {row['obs_id']}, ra {row['ra']}, dec {row['dec']})"
         first = (file, row["row"], text.replace("None", "null"))
-    for name in ("dec", "ra"):
-        data = made[name].data if made[name].valid is None else made[name].data[made[name].valid]
-        if len(data):
-            bounds[name] = (float(data.min()), float(data.max()))
+    known = {
+        name: made[name].data[slice(None) if made[name].valid is None else made[name].valid]
+        for name in ("dec", "ra")
+    }
     outside = {name: column for name, column in made.items() if column.n_impossible}
     return Profile(
         n_rows=len(made["ra"].data),
-        rejected=_added([Counter(rejected["reason"].to_pylist())]),
+        rejected=dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
         first_rejected=first,
         nulls={
             name: int(np.count_nonzero(~column.valid))
@@ -364,7 +361,8 @@ def _profile(place: Place, made: Mapping[str, _Made], rejected: pa.Table) -> Pro
             name: (file, place.first_row + column.first[0], column.first[1])
             for name, column in outside.items()
         },
-        bounds=bounds,
+        lowest={name: float(data.min()) for name, data in known.items() if len(data)},
+        highest={name: float(data.max()) for name, data in known.items() if len(data)},
         labels={name: made[name].histogram for name in LABELS if name in made},
     )
 
@@ -389,28 +387,29 @@ def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> Non
             "Check the columns of the survey; if the file is right, raise max_rejected_fraction "
             f"({survey.max_rejected_fraction:g}).",
         )
-    if n_rows >= 50 and "ra" in profile.bounds and "dec" in profile.bounds:
-        (ra_low, ra_high), (dec_low, dec_high) = profile.bounds["ra"], profile.bounds["dec"]
-        ra_span, dec_span = ra_high - ra_low, dec_high - dec_low
-        unit = ""
-        if ra_low >= 0 and ra_high <= 24 and ra_span > 12 and dec_span > 20:
-            unit = "hours"
-        # A wide survey in radians fills this box; few fields in degrees do, from edge to edge.
-        elif ra_low >= 0 and ra_high <= 6.2832 and max(-dec_low, dec_high) <= 1.5708:
-            unit = "radians" if ra_span > 4 and dec_span > 1 else ""
-        if unit and "ra_below_24" not in survey.allow:
-            fix = {
-                "hours": 'unit = "hourangle" in [columns.ra]',
-                "radians": 'unit = "rad" in [columns.ra] and [columns.dec]',
-            }
-            raise SurveyError(
-                f"{files[0]}: column {_native_names(survey, 'ra')} ('ra') runs from {ra_low:g} to "
-                f"{ra_high:g}: it looks like {unit}, not degrees",
-                f'Set {fix[unit]}; if they are degrees, allow = ["ra_below_24"] in the survey.',
-            )
+    if n_rows >= 50 and len(profile.lowest) == 2 and "ra_below_24" not in survey.allow:
+        _check_positions(profile, survey, files)
     for label in LABELS:
         if label in survey.columns:  # a companion of a survey has none
             _check_label(label, profile, survey, files)
+
+
+def _check_positions(profile: Profile, survey: Survey, files: Sequence[str]) -> None:
+    (dec_low, ra_low), (dec_high, ra_high) = profile.lowest.values(), profile.highest.values()
+    ra_span, dec_span = ra_high - ra_low, dec_high - dec_low
+    # A wide survey in radians fills this box; few fields in degrees do, from edge to edge.
+    in_box = ra_low >= 0 and ra_high <= 6.2832 and max(-dec_low, dec_high) <= 1.5708
+    unit = fix = ""
+    if ra_low >= 0 and ra_high <= 24 and ra_span > 12 and dec_span > 20:
+        unit, fix = "hours", 'unit = "hourangle" in [columns.ra]'
+    elif in_box and ra_span > 4 and dec_span > 1:
+        unit, fix = "radians", 'unit = "rad" in [columns.ra] and [columns.dec]'
+    if unit:
+        raise SurveyError(
+            f"{files[0]}: column {_native_names(survey, 'ra')} ('ra') runs from {ra_low:g} to "
+            f"{ra_high:g}: it looks like {unit}, not degrees",
+            f'Set {fix}; if they are degrees, allow = ["ra_below_24"] in the survey.',
+        )
 
 
 def _check_label(label: str, profile: Profile, survey: Survey, files: Sequence[str]) -> None:

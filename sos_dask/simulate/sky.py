@@ -127,7 +127,8 @@ def reference_rows(n_lamost: int) -> int:
     That is 1.7 million for 19 million rows of LAMOST. 16 % of the LAMOST stars have a reference at
     200,000 rows and 3 % at 19 million (about 600,000 pairs of observations).
     """
-    return round(min(1e5 * float(n_lamost / 2e5) ** 0.622, n_lamost / 2.0))
+    rows: float = min(1e5 * (n_lamost / 2e5) ** 0.622, n_lamost / 2.0)
+    return round(rows)
 
 
 def references_avoid(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> BoolArray:

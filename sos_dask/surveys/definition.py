@@ -138,23 +138,21 @@ class SourceColumn(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         column, dtype = self.column, self.dtype
-        if bool(self.source) == bool(self.join):
-            raise ValueError("the table needs either 'source' or 'join'")
         possible = ("int64", "string") if column.name == "obs_id" else (column.dtype,)
-        if dtype not in possible:
-            raise ValueError(f"{column.name} is {' or '.join(possible)}, not {dtype}")
-        if self.join and dtype != "string":
-            raise ValueError(f"joined columns are strings, not {dtype}")
-        if schema.is_gaia_id(self.name) and dtype.startswith("float"):
-            raise ValueError(f"a 19-digit id loses digits as {dtype}: use int64")
         limited = column.minimum is not None or column.maximum is not None
-        if dtype == "string" and (self.unit or self.missing or limited):
-            raise ValueError(
-                "a string has no unit, limits or missing numbers; words that mean null go to "
-                "'missing_text' of the survey"
-            )
-        if self.join and self.element is not None:
-            raise ValueError("joined columns have no 'element'")
+        is_id, of_text = schema.is_gaia_id(self.name), dtype == "string"
+        problems = {
+            "the table needs either 'source' or 'join'": bool(self.source) == bool(self.join),
+            f"{column.name} is {' or '.join(possible)}, not {dtype}": dtype not in possible,
+            f"joined columns are strings, not {dtype}": self.join and not of_text,
+            f"a 19-digit id loses digits as {dtype}: use int64": is_id and dtype[:5] == "float",
+            "a string has no unit, limits or missing numbers; words that mean null go to "
+            "'missing_text' of the survey": of_text and (self.unit or self.missing or limited),
+            "joined columns have no 'element'": self.join and self.element is not None,
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                raise ValueError(problem)
         _ = self.factor
         return self
 

@@ -361,37 +361,6 @@ def _check_unit(where: str, source: SourceColumn, stated: str) -> None:
 # --- what several formats share -----------------------------------------------------------------
 
 
-def stated_by_astropy(lines: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Read the YAML header that astropy writes into ECSV and Parquet.
-
-    Returns
-    -------
-    tuple of dict and dict
-        What is stated of each column (``datatype``, ``unit``, ...), and the mask of each column
-        that has one.
-    """
-    from astropy.table.meta import get_header_from_yaml
-
-    header = get_header_from_yaml(lines)
-    meta = header.get("meta") or {}
-    masks = dict(_masks(meta.get("__serialized_columns__") or {}))
-    return {str(item["name"]): dict(item) for item in header["datatype"]}, masks
-
-
-def _masks(node: Any, mask: str = "") -> Iterator[tuple[str, str]]:
-    """Columns with the mask that stands beside them at any depth of astropy's description."""
-    if not isinstance(node, Mapping):
-        return
-    own = node.get("mask")
-    if isinstance(own, Mapping) and isinstance(own.get("name"), str):
-        mask = own["name"]
-    if mask and isinstance(node.get("name"), str):
-        yield node["name"], mask
-    for key, item in node.items():
-        if key != "mask":
-            yield from _masks(item, mask)
-
-
 def decoded(column: pa.Array) -> pa.Array:
     """Binary as text: UTF-8, and where it is not, Latin-1 (every byte has a meaning there)."""
     try:

@@ -19,16 +19,8 @@ import pyarrow.parquet as pq
 
 from sos_dask.columns import Values
 from sos_dask.errors import SurveyError
-from sos_dask.ingest.reader import (
-    DAMAGED,
-    Batches,
-    Contents,
-    Native,
-    Source,
-    decoded,
-    regrouped,
-    stated_by_astropy,
-)
+from sos_dask.ingest.reader import DAMAGED, Batches, Contents, Native, Source, decoded, regrouped
+from sos_dask.ingest.text import stated_by_astropy
 from sos_dask.surveys.definition import Survey
 
 _TEXT_BYTES = 1 << 29  # of one column at once

@@ -11,8 +11,8 @@ import csv
 import io
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,16 +25,7 @@ import pyarrow.csv as pa_csv
 from numpy.typing import NDArray
 
 from sos_dask.errors import SurveyError
-from sos_dask.ingest.reader import (
-    Batches,
-    Contents,
-    Native,
-    Source,
-    decoded,
-    opened,
-    regrouped,
-    stated_by_astropy,
-)
+from sos_dask.ingest.reader import Batches, Contents, Native, Source, decoded, opened, regrouped
 from sos_dask.schema import is_gaia_id
 from sos_dask.surveys.definition import Survey
 
@@ -46,7 +37,7 @@ _OTHERS = {
 }
 _FORTRAN = r"^([+-]?[0-9.]+)[dD]([+-]?[0-9]+)$"
 _NULL_NUMBERS = ("", "nan", "NaN", "NAN", "null", "NULL", "None")
-_TRUTH = {"false": 0, "f": 0, "0": 0, "true": 1, "t": 1, "1": 1}
+_TRUTH = {"false": 0, "f": 0, "0": 0, "true": 1, "t": 1, "1": 1, "": None, "null": None}
 
 
 def open_text(path: Path, data_path: Path, survey: Survey) -> Contents:
@@ -112,6 +103,34 @@ def open_text(path: Path, data_path: Path, survey: Survey) -> Contents:
         "skip_lines": skip_lines + below,
     }
     return natives, None if has_rows else 0, layout
+
+
+def stated_by_astropy(lines: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Read the YAML header that astropy writes into ECSV and Parquet.
+
+    Returns what is stated of each column (``datatype``, ``unit``, ...), and the column with its
+    mask of each that has one.
+    """
+    from astropy.table.meta import get_header_from_yaml
+
+    header = get_header_from_yaml(lines)
+    meta = header.get("meta") or {}
+    masks = dict(_masks(meta.get("__serialized_columns__") or {}))
+    return {str(item["name"]): dict(item) for item in header["datatype"]}, masks
+
+
+def _masks(node: Any, mask: str = "") -> Iterator[tuple[str, str]]:
+    """Columns with the mask that stands beside them at any depth of astropy's description."""
+    if not isinstance(node, Mapping):
+        return
+    own = node.get("mask")
+    if isinstance(own, Mapping) and isinstance(own.get("name"), str):
+        mask = own["name"]
+    if mask and isinstance(node.get("name"), str):
+        yield node["name"], mask
+    for key, item in node.items():
+        if key != "mask":
+            yield from _masks(item, mask)
 
 
 def _below_vizier(following: list[str], delimiter: str) -> int:
@@ -238,52 +257,46 @@ def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> 
                             texts[native.name] = _truth(source, native.name, texts[native.name])
                     yield first, texts
         except pa.ArrowInvalid:
-            _check_rows(source)
+            deque(_rows(source, strict=False), 0)
             raise
         if below.quoted and below.n_lines > n_rows:
             # A quote that is not closed swallows rows, and Arrow does not mind.
-            _check_rows(source, strict=True)
+            deque(_rows(source, strict=True), 0)
 
 
 def _truth(source: Source, name: str, text: pa.Array) -> pa.Array:
     words = pc.utf8_lower(pc.ascii_trim_whitespace(text))
     place = pc.index_in(words, value_set=pa.array(list(_TRUTH)))
-    known = pc.or_kleene(pc.is_valid(place), pc.is_in(words, value_set=pa.array(["", "null"])))
-    if not pc.all(pc.or_(known, pc.is_null(words))).as_py():
-        word = words.filter(pc.invert(known))[0]
+    if place.null_count > words.null_count:
+        word = words.filter(pc.is_null(place)).drop_null()[0]
         raise SurveyError(f"{source.path}: column '{name}': '{word}' is neither True nor False")
     return pa.array(list(_TRUTH.values()), pa.int8()).take(place)
 
 
-def _rows(source: Source, strict: bool) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank, each with the number of its first line (a slow pass)."""
-    begin = source.skip_lines + 1
+def _rows(source: Source, strict: bool) -> Iterator[int]:
+    """Number of the first line of each row; raise `SurveyError` of one that is wrong (slow)."""
+    begin, n_fields = source.skip_lines + 1, len(source.header)
     with opened(Path(source.path)) as file:
         below = io.BufferedReader(_Rows(source, file), _BLOCK_BYTES)
         lines = _lines(source.path, below, source.skip_lines)
         rows = csv.reader(lines, delimiter=source.delimiter, strict=strict)
         try:
             for row in rows:
+                if row and len(row) != n_fields:
+                    raise SurveyError(
+                        f"{source.path}: line {begin} has {len(row)} fields, the header has "
+                        f"{n_fields}",
+                        "The file is damaged or truncated, or a field with the delimiter in it is "
+                        "not quoted.",
+                    )
                 if row:
-                    yield begin, row
+                    yield begin
                 begin = source.skip_lines + rows.line_num + 1
         except csv.Error as error:
             raise SurveyError(
                 f"{source.path}: line {begin}: a quoted text does not end where a field ends: "
                 f"{error}",
                 "Close the quote, or write quotes inside a quoted text twice.",
-            ) from None
-
-
-def _check_rows(source: Source, strict: bool = False) -> None:
-    """Raise `SurveyError` of the first row that does not fit the header."""
-    for line, row in _rows(source, strict):
-        if len(row) != len(source.header):
-            raise SurveyError(
-                f"{source.path}: line {line} has {len(row)} fields, "
-                f"the header has {len(source.header)}",
-                "The file is damaged or truncated, or a field with the delimiter in it is not "
-                "quoted.",
             ) from None
 
 
@@ -303,7 +316,7 @@ class Place:
         row = self.first_row + index
         where = f"row {row}"
         if self.source.kind == "csv":
-            for line, _ in islice(_rows(self.source, strict=False), row, row + 1):
+            for line in islice(_rows(self.source, strict=False), row, row + 1):
                 where += f" (line {line})"
         raise SurveyError(f"{self.source.path}: column '{key}', {where}: {problem}", hint)
 

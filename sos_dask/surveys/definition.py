@@ -26,19 +26,11 @@ from pydantic import (
     model_validator,
 )
 
-from sos_dask import schema
+from sos_dask import schema, settings
 from sos_dask.columns import BoolArray, Values, is_text, split
 from sos_dask.errors import SurveyError
 from sos_dask.schema import CANONICAL, YEARS, Column, nearest
-from sos_dask.settings import (
-    COLUMN_RULE,
-    NAME_RULE,
-    Settings,
-    explained,
-    is_column,
-    is_name,
-    parse_toml,
-)
+from sos_dask.settings import Settings, explained, is_column, is_name, parse_toml
 
 SURVEY_FORMAT = 1
 COLUMN_HEADINGS = ("column", "native", "unit", "dtype", "UCD", "description")
@@ -48,7 +40,7 @@ _FOLDER = Path(__file__).parent
 
 def _name(text: str) -> str:
     if not is_name(text):
-        raise ValueError(f"'{text}' is no name of a survey: {NAME_RULE}")
+        raise ValueError(f"'{text}' cannot be the name of a survey: {settings.NAME_RULE}")
     return text
 
 
@@ -298,11 +290,11 @@ class Survey(Settings):
         taken = {name.lower() for name in (*CANONICAL, *schema.RESERVED)}
         for name in self.extra:
             if not is_column(name):
-                raise SurveyError(f"[extra.{name}]: '{name}' is no name of a column: {COLUMN_RULE}")
+                problem = f"'{name}' cannot be the name of a column: {settings.COLUMN_RULE}"
+                raise SurveyError(f"[extra.{name}]: {problem}")
             if name.lower() in taken:  # SQL and FITS ignore the case of names
-                raise SurveyError(
-                    f"[extra.{name}] has a name that is taken", "Choose another name."
-                )
+                problem = "has a name that is taken"
+                raise SurveyError(f"[extra.{name}] {problem}", "Choose another name.")
             taken.add(name.lower())
         for one, other in combinations(self.cuts.values(), 2):
             if one.bit == other.bit:

@@ -401,7 +401,7 @@ class Output:
 def _state_of(path: Path) -> str:
     """Digest of a manifest; without one, of size and time of a file, or of all files below."""
     if (path / MANIFEST).is_file():
-        return sha256_of(Manifest.load(path).document)
+        return sha256_of_file(path / MANIFEST)
     stats = {file: file.stat() for file in ([path] if path.is_file() else files_below(path))}
     times = {str(f.relative_to(path)): [s.st_size, s.st_mtime_ns] for f, s in stats.items()}
     return sha256_of(times)

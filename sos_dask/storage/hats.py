@@ -66,10 +66,9 @@ def require_kind(path: Path, properties: Mapping[str, str], *kinds: str) -> None
     if kind not in kinds:
         names = ("hats_primary_table_url", "hats_assn_join_table_url")
         of = " or ".join(properties[name] for name in names if name in properties)
-        raise CatalogError(
-            f"{path}: its dataproduct_type is {kind}: a catalog of stars or observations is needed",
-            f"Give the catalog that it belongs to: {of}." if of else "",
-        )
+        what = f"its dataproduct_type is {kind}: a catalog of stars or observations is needed"
+        hint = f"Give the catalog that it belongs to: {of}." if of else ""
+        raise CatalogError(f"{path}: {what}", hint)
 
 
 def read_properties(path: Path) -> dict[str, str]:

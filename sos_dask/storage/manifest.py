@@ -17,10 +17,12 @@ from typing import Any, Literal
 import numpy as np
 
 from sos_dask.errors import CatalogError
+from sos_dask.run.machine import n_cores
 
 MANIFEST = "manifest.json"
 WORK = ".work"
 _FORMAT = 2  # of manifests
+_ROWS = ("in", "out", "rejected", "dropped", "added")
 _MOST_ROWS = 1 << 62
 _DIGEST = "sha256"
 _BLOCK = 1 << 18
@@ -227,12 +229,11 @@ class Manifest:
     @property
     def document(self) -> dict[str, Any]:
         """JSON value of the manifest, without its digest."""
-        rows = vars(self.rows)
         return {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
             **vars(self.recipe),
-            "rows": {name.removeprefix("n_"): value for name, value in rows.items()},
+            "rows": dict(zip(_ROWS, vars(self.rows).values(), strict=True)),
             "summary": self.summary,
             "files": {
                 record.path: {k: v for k, v in vars(record).items() if k != "path" and v != ""}
@@ -262,10 +263,9 @@ class Manifest:
             if not isinstance(raw["stage"], str) or not isinstance(raw["version"], int):
                 raise TypeError("stage or version")
             recipe = Recipe(raw["stage"], raw["version"], {**raw["params"]}, {**raw["inputs"]})
-            n_in, n_out, *others = (raw["rows"][name] for name in ("in", "out", "rejected"))
-            reasons = ({**raw["rows"][name]} for name in ("dropped", "added"))
+            rows = Rows(*(raw["rows"][name] for name in _ROWS))
             files = tuple(FileRecord(name, **item) for name, item in raw["files"].items())
-            manifest = cls(recipe, Rows(n_in, n_out, *others, *reasons), files, {**raw["summary"]})
+            manifest = cls(recipe, rows, files, {**raw["summary"]})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CatalogError(f"{path} is damaged: {error!r} is missing or wrong", again) from None
         if manifest.fingerprint != raw.get("fingerprint"):
@@ -275,12 +275,12 @@ class Manifest:
         return manifest
 
     @classmethod
-    def checked(cls, directory: Path, by: Check | None = None, n_threads: int = 1) -> Manifest:
+    def checked(cls, directory: Path, by: Check | None = None) -> Manifest:
         """Read the manifest of a complete output and compare its files with it.
 
         By ``sha256`` or ``size`` (bytes); by default by SHA-256 all files but the partitions, whose
-        footers are checked where they are read. ``n_threads`` hash without holding the lock of the
-        interpreter. Raises `CatalogError` as `load`, or where a file is not the one written.
+        footers are checked where they are read. Raises `CatalogError` as `load`, or where a file is
+        not the one written.
         """
         manifest = cls.load(directory)
 
@@ -288,8 +288,8 @@ class Manifest:
             return record.problem(directory, by or ("size" if record.is_partition else "sha256"))
 
         hint = f"Restore the file, or remove {directory} and make it again."
-        with ThreadPoolExecutor(n_threads) as pool:
-            for problem in (pool.map if n_threads > 1 else map)(compare, manifest.files):
+        with ThreadPoolExecutor(n_cores()) as pool:  # hashing holds no lock of the interpreter
+            for problem in (pool.map if by else map)(compare, manifest.files):
                 if problem:
                     raise CatalogError(f"{directory}/{problem}", hint)
         return manifest

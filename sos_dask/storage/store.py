@@ -28,7 +28,6 @@ import pyarrow.parquet as pq
 from sos_dask import __version__
 from sos_dask.columns import key_hashes
 from sos_dask.errors import CatalogError, ConfigError, PartitionError, SosError
-from sos_dask.run.machine import n_cores
 from sos_dask.schema import HEALPIX_COLUMN, KEYS
 from sos_dask.settings import is_product
 from sos_dask.sky.healpix import HealpixPixel, ang2pix
@@ -88,7 +87,7 @@ def check_product(product: str, stage: str, directory: Path, by: Check) -> None:
     Raises `CatalogError` where a file is missing or not the one written: it is not published.
     """
     try:
-        manifest = Manifest.checked(home(stage, directory), by, n_cores())
+        manifest = Manifest.checked(home(stage, directory), by)
         if stage == _MARGIN and not _is_stated(directory / COLLECTION, manifest):
             raise CatalogError(f"{directory / COLLECTION} is not the file that was written")
     except (CatalogError, OSError) as error:

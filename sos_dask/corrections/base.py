@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ MODEL_FILE = "model.json"
 SEAL = "sha256"
 
 Content = bytes | memoryview
+Counts = tuple[NDArray[np.uint16], IntArray]
 R = TypeVar("R")
 
 
@@ -71,8 +72,7 @@ class TrainingSource(Protocol):
         """Read one batch."""
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Training rows of a batch: features are finite, the weight is positive."""
 
     features: Float32Array
@@ -113,32 +113,26 @@ class Training:
         """Labels and inputs."""
         return self.source.problem
 
+    def changed(self, change: Callable[[Batch], Batch]) -> Training:
+        """The same pairs after a further change."""
+        return replace(self, changes=(*self.changes, change))
+
     def rows(self, index: int) -> Rows:
         """Rows of a batch that can train: of the folds, inputs finite, a difference known."""
         batch = functools.reduce(lambda b, change: change(b), self.changes, self.source.load(index))
-        use = np.isfinite(batch.features).all(axis=1)
-        use &= np.isfinite(batch.differences).any(axis=1) & (batch.weight > 0)
-        use &= np.isfinite(batch.weight)
+        use = np.isfinite(batch.features).all(axis=1) & np.isfinite(batch.differences).any(axis=1)
+        use &= (batch.weight > 0) & np.isfinite(batch.weight)
         if self.folds is not None:
             use &= np.isin(batch.fold, np.asarray(self.folds, dtype=np.int64))
         differences = batch.differences[use]
         differences[~np.isfinite(differences)] = np.nan
         return Rows(batch.features[use], differences, batch.weight[use])
 
-    def changed(self, change: Callable[[Batch], Batch]) -> Training:
-        """The same pairs after a further change."""
-        return replace(self, changes=(*self.changes, change))
-
     def map(self, function: Callable[..., R], *arguments: Any) -> list[R]:
         """Call ``function(rows, *arguments)`` for the training rows of every batch.
 
         Results are in the order of the batches. The function is importable by its name on every
-        worker, and what it gives back is small.
-
-        Raises
-        ------
-        ClusterError
-            A batch kills its worker again and again.
+        worker, and what it gives back is small. See `run_tasks` for errors.
         """
         call = functools.partial(self._call, function, arguments)
         advice = "give workers more, or lower rows_per_partition."
@@ -174,11 +168,9 @@ def run_tasks(
 
 
 def release(futures: Sequence[Any]) -> None:
-    """Let go of futures; what no one else wants is stopped and forgotten.
-
-    ``Client.cancel`` is no substitute: where a cancelled task has dependents, the scheduler of
-    distributed 2026.7 drops the connection to the client.
-    """
+    """Let go of futures; what no one else wants is stopped and forgotten."""
+    # No Client.cancel: where a cancelled task has dependents, the scheduler of distributed 2026.7
+    # drops the connection to the client.
     for future in futures:
         future.release()
 
@@ -203,7 +195,7 @@ class Summary:
     Parameters
     ----------
     info : ModelInfo
-        Statement of a model that is fitted to these pairs.
+        Of a model that is fitted to these pairs.
     n_rows : ndarray of int64, shape (n_batches,)
         Training rows of each batch.
     mean, deviation : ndarray of float64, shape (k,)
@@ -240,12 +232,8 @@ def summarise(training: Training, method: str, settings: Settings, needed: int) 
     """
     problem, folds = training.problem, training.folds
     parts = training.map(_summarise_batch)
-    n_rows = np.array([part["n"] for part in parts], dtype=np.int64)
-    histograms = [Histogram() for _ in problem.labels]
-    for part in parts:
-        for histogram, counts in zip(histograms, part["counts"], strict=True):
-            histogram.add(counts)
-    n_pairs = np.array([histogram.n for histogram in histograms], dtype=np.int64)
+    histograms = summed([counts for *_, counts in parts], len(problem.labels))
+    n_pairs = tuple(histogram.n for histogram in histograms)
     of_folds = "" if folds is None else f" of folds {', '.join(map(str, folds))}"
     for label, n in zip(problem.names, n_pairs, strict=True):
         if n < max(needed, 1):
@@ -254,56 +242,56 @@ def summarise(training: Training, method: str, settings: Settings, needed: int) 
                 f"{label} difference, and there are {n}",
                 "Widen the quality cuts or the match radius, or choose a simpler method.",
             )
+    n_rows, sums, lows, highs, _ = map(list, zip(*parts, strict=True))
     # One after the other: the sums must not depend on how NumPy adds a column.
-    sums, squares = (sum(part[name] for part in parts) for name in ("sum", "square"))
-    weight = sum(part["weight"] for part in parts)
-    lowest = np.min([part["label_low"] for part in parts], axis=0).astype(np.float64)
-    width = np.max([part["label_high"] for part in parts], axis=0) - lowest
-    quartiles = np.array([h.quantiles((0.25, 0.5, 0.75)) for h in histograms])
+    weight, *moments = sum(sums) / sum(n_rows)
+    mean, square = np.split(np.array(moments), 2)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0.0))
+    wide = deviation > 1e-6 * np.maximum(1.0, np.abs(mean))
+    low, high, k = np.min(lows, axis=0), np.max(highs, axis=0), len(mean)
+    lowest, width = low[k:], high[k:] - low[k:]
+    first, middle, third = np.transpose([h.quantiles((0.25, 0.5, 0.75)) for h in histograms])
     # Inside a bin of the histogram nothing is told apart.
-    spread = np.maximum(quartiles[:, 2] - quartiles[:, 0], np.abs(quartiles[:, 1]) / 128) / _IQR
+    spread = np.maximum(third - first, np.abs(middle) / 128) / _IQR
     # More than half of the differences may be equal, or all: these are a zero point.
     spread = np.where(spread > _LEAST_SPREAD * width, spread, width / 6)
     constant = width == 0
-    total = int(n_rows.sum())
-    mean = sums / total
-    deviation = np.sqrt(np.maximum(squares / total - mean**2, 0.0))
-    wide = deviation > 1e-6 * np.maximum(1.0, np.abs(mean))
-    info = ModelInfo(
-        method=method,
-        params=settings.as_json,
-        minimum=tuple(np.min([part["low"] for part in parts], axis=0).tolist()),
-        maximum=tuple(np.max([part["high"] for part in parts], axis=0).tolist()),
-        n_pairs=tuple(n_pairs.tolist()),
-        train_folds=folds,
-        problem=problem,
-    )
+    box = tuple(low[:k].tolist()), tuple(high[:k].tolist())
     return Summary(
-        info=info,
-        n_rows=n_rows,
+        info=ModelInfo(method, settings.as_json, *box, n_pairs, folds, problem),
+        n_rows=np.array(n_rows),
         mean=mean,
         deviation=np.where(wide, deviation, 1.0),
-        center=np.where(constant, lowest, quartiles[:, 1]),
+        center=np.where(constant, lowest, middle),
         spread=np.where(constant, 1.0, spread),
         constant=constant,
-        mean_weight=weight / total,
+        mean_weight=float(weight),
     )
 
 
-def _summarise_batch(rows: Rows) -> dict[str, Any]:
+def _summarise_batch(rows: Rows) -> tuple[int, FloatArray, FloatArray, FloatArray, list[Counts]]:
+    """Number of rows; sums of weight, inputs and squares; least and largest values; counts."""
     x, y = rows.features.astype(np.float64), rows.differences
     known = np.isfinite(y)
-    return {
-        "n": len(x),
-        "sum": x.sum(axis=0),
-        "square": (x**2).sum(axis=0),
-        "weight": float(rows.weight.sum(dtype=np.float64)),
-        "low": x.min(axis=0, initial=np.inf),
-        "high": x.max(axis=0, initial=-np.inf),
-        "label_low": y.min(axis=0, initial=np.inf, where=known),
-        "label_high": y.max(axis=0, initial=-np.inf, where=known),
-        "counts": [count(column[of]) for column, of in zip(y.T, known.T, strict=True)],
-    }
+    least = x.min(axis=0, initial=np.inf), y.min(axis=0, initial=np.inf, where=known)
+    largest = x.max(axis=0, initial=-np.inf), y.max(axis=0, initial=-np.inf, where=known)
+    weight = rows.weight.sum(dtype=np.float64)
+    return (
+        len(x),
+        np.array([weight, *x.sum(axis=0), *(x**2).sum(axis=0)]),
+        np.concatenate(least, dtype=np.float64),
+        np.concatenate(largest, dtype=np.float64),
+        [count(column[of]) for column, of in zip(y.T, known.T, strict=True)],
+    )
+
+
+def summed(parts: Sequence[Sequence[Counts]], n_labels: int) -> list[Histogram]:
+    """Histogram of each label, from the counts of each batch and label."""
+    histograms = [Histogram() for _ in range(n_labels)]
+    for part in parts:
+        for histogram, counts in zip(histograms, part, strict=True):
+            histogram.add(counts)
+    return histograms
 
 
 # --- fitted corrections ------------------------------------------------------------------------
@@ -313,18 +301,8 @@ def _summarise_batch(rows: Rows) -> dict[str, Any]:
 class ModelInfo:
     """Statement of a model about itself.
 
-    Parameters
-    ----------
-    method : str
-    params : mapping
-        Complete.
-    minimum, maximum : tuple of float
-        Range of each input over the training pairs.
-    n_pairs : tuple of int
-        Training pairs of each label.
-    train_folds : tuple of int, optional
-        None: all.
-    problem : Problem
+    Its method with all parameters, the range of each input over the training pairs, the number of
+    training pairs of each label, the folds they are of (None: all), and the problem.
     """
 
     method: str
@@ -365,6 +343,7 @@ class Correction(abc.ABC):
     """
 
     parameters: ClassVar[type[Settings]]
+    # Values of parameters that a search tries.
     search: ClassVar[Mapping[str, Sequence[int | float | str]]] = {}
 
     info: ModelInfo

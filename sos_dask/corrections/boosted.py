@@ -35,19 +35,8 @@ from pydantic import Field
 
 from sos_dask import settings
 from sos_dask.columns import Float32Array, FloatArray, IntArray
-from sos_dask.corrections import boosted_cluster
-from sos_dask.corrections.base import (
-    Content,
-    Correction,
-    ModelInfo,
-    Rows,
-    Summary,
-    Training,
-    parse_json,
-    run_tasks,
-    summarise,
-    to_json,
-)
+from sos_dask.corrections import base, boosted_cluster
+from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
 from sos_dask.errors import ModelError
 from sos_dask.run.machine import n_threads
 from sos_dask.stats.table import pack, unpack
@@ -110,18 +99,11 @@ class Settings(settings.Settings):
 
 @dataclass(eq=False)
 class BoostedCorrection(Correction):
-    """Sums of trees.
+    """Differences of ``center + spread * (sum of the trees)`` of each label.
 
-    Parameters
-    ----------
-    info : ModelInfo
-    ensembles : tuple of bytes
-        The trees of each label in XGBoost's UBJSON; decoded where they are needed, since with a
-        table they are not, and XGBoost takes more than a second to import.
-    center, spread : ndarray of float64, shape (l,)
-        A difference is ``center + spread * (sum of the trees)``.
-    table : LookupTable, optional
-        The differences, compiled; a saved model has it unless its thresholds make too many cells.
+    ``ensembles`` are the trees in XGBoost's UBJSON; decoded where they are needed, since with a
+    table they are not, and XGBoost takes more than a second to import. ``table`` has the
+    differences; a saved model has it unless its thresholds make too many cells.
     """
 
     parameters = Settings
@@ -152,10 +134,8 @@ class BoostedCorrection(Correction):
             ) from None
         n_inputs = len(self.problem.inputs)
         for label, booster in zip(self.labels, boosters, strict=True):
-            if booster.num_features() != n_inputs:
-                raise ModelError(
-                    f"{_file(label)}: {booster.num_features()} features, not {n_inputs}"
-                )
+            if (n := booster.num_features()) != n_inputs:
+                raise ModelError(f"{label}.ubj: {n} features, not {n_inputs}")
             # A model trained on a GPU is used anywhere.
             booster.set_param({"nthread": 1, "device": "cpu"})
         return boosters
@@ -178,22 +158,21 @@ class BoostedCorrection(Correction):
             "center": self.info.by_label(self.center),
             "spread": self.info.by_label(self.spread),
         }
-        trees = {
-            _file(label): bytes(e) for label, e in zip(self.labels, self.ensembles, strict=True)
-        }
+        names = (f"{label}.ubj" for label in self.labels)
+        trees = dict(zip(names, map(bytes, self.ensembles), strict=True))
         table = self.table or compile_trees(self.boosters, self.center, self.spread)
         if table is None:
             why = f"their thresholds make more than {MAX_CELLS:,} cells"
             logger.warning("boosted: no look-up table, the trees predict directly: %s", why)
-            return {FILE: to_json({**document, "no_table": why}), **trees}
-        return {FILE: to_json(document), **trees, TABLE: pack([*table.edges, table.values])}
+            return {FILE: base.to_json({**document, "no_table": why}), **trees}
+        return {FILE: base.to_json(document), **trees, TABLE: pack([*table.edges, table.values])}
 
     @classmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> BoostedCorrection:
         """Read a model from its own files."""
-        document = parse_json(bytes(files[FILE]), FILE)
+        document = base.parse_json(bytes(files[FILE]), FILE)
         center, spread = info.of_labels(document["center"]), info.of_labels(document["spread"])
-        ensembles = tuple(files[_file(label)] for label in info.problem.names)
+        ensembles = tuple(files[f"{label}.ubj"] for label in info.problem.names)
         table = LookupTable.from_buffer(files[TABLE]) if TABLE in files else None
         correction = cls(info, ensembles, center, spread, table)
         if table is None:
@@ -202,34 +181,26 @@ class BoostedCorrection(Correction):
 
     @classmethod
     def fit(cls, training: Training, settings: Settings) -> BoostedCorrection:
-        """Fit; see `sos_dask.corrections.fit`.
-
-        Without a client the same trees are trained in this process, all pairs in its memory.
-        """
+        """Fit; see `sos_dask.corrections.fit`. Without a client all pairs are in memory."""
         client = training.client
         if settings.device == "cuda" and client is None:
             boosted_cluster.find_gpu()
-        summary = summarise(training, "boosted", settings, MIN_PAIRS)
+        summary = base.summarise(training, "boosted", settings, MIN_PAIRS)
         edges = _bin_edges(training, summary.info, settings.max_bin)
         job = Job(training, settings, summary, edges, (settings.n_rounds,) * len(summary.center))
         if settings.stop_rounds:
             what = "stop_rounds: the fit that counts trees"
             advice = "it needs all pairs. Give workers more, or set stop_rounds = 0."
-            job = replace(job, rounds=run_tasks(_count_rounds, [job], client, what, advice)[0])
+            job = job._replace(rounds=base.run_tasks(_count_rounds, [job], client, what, advice)[0])
         boosters = train(job) if client is None else boosted_cluster.train(job)
         ensembles = tuple(bytes(booster.save_raw("ubj")) for booster in boosters)
         return cls(summary.info, ensembles, summary.center, summary.spread)
 
 
-def _file(label: str) -> str:
-    return f"{label}.ubj"
-
-
 # --- training ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """Trees to train (``rounds`` of each label), the pairs, and the edges of the bins."""
 
     training: Training
@@ -259,10 +230,7 @@ class Job:
         """
         summary = self.summary
         parts = [self.training.rows(n) for n in range(first, stop) if summary.n_rows[n]]
-        features, differences, weight = (
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("features", "differences", "weight")
-        )
+        features, differences, weight = map(np.concatenate, zip(*parts, strict=True))
         bins = [
             np.searchsorted(edges, column, side="right") - 1
             for edges, column in zip(self.edges, features.T, strict=True)
@@ -302,15 +270,9 @@ def _matrix(job: Job, rows: Rows, label: int, bins_of: Any = None) -> Any:
     import xgboost
 
     x, y, weight = rows.of_label(label)
-    return xgboost.QuantileDMatrix(
-        x,
-        y,
-        weight=weight,
-        feature_names=list(job.training.problem.features),
-        max_bin=job.settings.max_bin,
-        nthread=job.settings.nthread,
-        ref=bins_of,
-    )
+    names, settings = list(job.training.problem.features), job.settings
+    made = {"max_bin": settings.max_bin, "nthread": settings.nthread, "ref": bins_of}
+    return xgboost.QuantileDMatrix(x, y, weight=weight, feature_names=names, **made)
 
 
 def _count_rounds(job: Job) -> tuple[int, ...]:
@@ -320,10 +282,10 @@ def _count_rounds(job: Job) -> tuple[int, ...]:
     if job.settings.device == "cuda":
         boosted_cluster.find_gpu()
     training, n = job.training, job.training.source.n_batches
-    folds = training.folds
+    folds: Sequence[int] | None = training.folds
     if folds is None:
         seen = [training.source.load(index).fold for index in range(n)]
-        folds = tuple(int(fold) for fold in np.unique(np.concatenate(seen)))
+        folds = np.unique(np.concatenate(seen)).tolist()
     if len(folds) < 2:
         raise ModelError(
             f"stop_rounds needs two training folds or more, not {len(folds)}",
@@ -331,7 +293,7 @@ def _count_rounds(job: Job) -> tuple[int, ...]:
         )
     *others, kept = sorted(folds)
     grown, aside = (
-        replace(job, training=replace(training, folds=chosen)).block(0, n)
+        job._replace(training=replace(training, folds=chosen)).block(0, n)
         for chosen in (tuple(others), (kept,))
     )
     rounds = []
@@ -361,15 +323,12 @@ def train(job: Job) -> tuple[Any, ...]:
     # Trees do not depend on it.
     params["nthread"] = max(params["nthread"], n_threads(len(rows.features), _THREAD_ROWS))
     matrix: Any = None
-    before: Any = None
-    boosters = []
+    known, boosters = np.isfinite(rows.differences), []
     for number, n_rounds in enumerate(job.rounds):
-        known = np.isfinite(rows.differences[:, number])
-        if matrix is not None and np.array_equal(known, before):
-            matrix.set_label(rows.differences[known, number])  # the bins are the same
+        if number and np.array_equal(known[:, number], known[:, number - 1]):
+            matrix.set_label(rows.of_label(number)[1])  # the bins are the same
         else:
             matrix = _matrix(job, rows, number)
-        before = known
         boosters.append(xgboost.train(params, matrix, n_rounds))
     return tuple(boosters)
 
@@ -379,13 +338,10 @@ def train(job: Job) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class LookupTable:
-    """Sums of trees on a grid of cells.
+    """Sums of trees on a grid of cells: ``values`` has shape (n0, n1, ..., n_labels).
 
-    Parameters
-    ----------
-    edges : tuple of ndarray of float32
-        Thresholds of each input, sorted. A value v is in bin ``number of thresholds <= v``.
-    values : ndarray of float32, shape (n0, n1, ..., n_labels)
+    ``edges`` are the thresholds of each input, sorted; a value v is in bin
+    ``number of thresholds <= v``.
     """
 
     edges: tuple[Float32Array, ...]
@@ -502,20 +458,15 @@ class _Forest(NamedTuple):
 
 
 def _forest(trees: Sequence[dict[str, Any]]) -> _Forest:
-    def joined(name: str, dtype: Any) -> NDArray[Any]:
-        return np.array(list(itertools.chain.from_iterable(tree[name] for tree in trees)), dtype)
+    def joined(name: str) -> NDArray[Any]:
+        return np.concatenate([np.empty(0), *(tree[name] for tree in trees)])
 
-    sizes = [len(tree["left_children"]) for tree in trees]
-    roots = np.cumsum([0, *sizes])[:-1]
-    before = np.repeat(roots, sizes)
-    left = joined("left_children", np.int64)
-    return _Forest(
-        roots,
-        np.where(left < 0, -1, left + before),
-        joined("right_children", np.int64) + before,
-        joined("split_indices", np.int64),
-        joined("split_conditions", np.float32),
-    )
+    roots = np.cumsum([0, *(len(tree["left_children"]) for tree in trees)])
+    before = np.repeat(roots[:-1], np.diff(roots))
+    left, right = joined("left_children").astype(int), joined("right_children").astype(int)
+    left = np.where(left < 0, -1, left + before)
+    value = joined("split_conditions").astype(np.float32)
+    return _Forest(roots[:-1], left, right + before, joined("split_indices").astype(int), value)
 
 
 def _corners(
@@ -523,23 +474,22 @@ def _corners(
 ) -> tuple[IntArray, IntArray, FloatArray]:
     """Where the sums change: first entry of each plane of the first axis, cells in it, amounts."""
     shape = np.array([len(part) + 1 for part in edges])
-    *ends, value = _leaves(forest, edges)
+    low, stop, value = _leaves(forest, edges, shape)
     places, amounts = [], []
     for corner in itertools.product((0, 1), repeat=len(shape)):
-        places.append(np.stack([ends[end][:, axis] for axis, end in enumerate(corner)], axis=1))
+        places.append(np.where(corner, stop, low))
         amounts.append(-value if sum(corner) % 2 else value)
     place, amount = np.concatenate(places), np.concatenate(amounts)
     inside = (place < shape).all(axis=1)
-    place, amount = place[inside], amount[inside]
-    order = np.argsort(place[:, 0], kind="stable")
-    place = place[order]
+    order = np.argsort(place[inside, 0], kind="stable")
+    place, amount = place[inside][order], amount[inside][order]
     first = np.searchsorted(place[:, 0], np.arange(shape[0] + 1))
     strides = np.append(np.cumprod(shape[:1:-1])[::-1], 1)[: len(shape) - 1]
-    return first, place[:, 1:] @ strides, amount[order]
+    return first, place[:, 1:] @ strides, amount
 
 
 def _leaves(
-    forest: _Forest, edges: tuple[Float32Array, ...]
+    forest: _Forest, edges: tuple[Float32Array, ...], shape: IntArray
 ) -> tuple[IntArray, IntArray, FloatArray]:
     """Of each leaf that some value reaches: first bin and stop by axis, and its value."""
     cut = np.zeros(len(forest.left), dtype=np.int64)
@@ -548,7 +498,7 @@ def _leaves(
         cut[of_axis] = np.searchsorted(part, forest.value[of_axis]) + 1
     node = forest.roots
     low: IntArray = np.zeros((len(node), len(edges)), dtype=np.int64)
-    stop: IntArray = low + np.array([len(part) + 1 for part in edges])
+    stop: IntArray = low + shape
     found: list[tuple[NDArray[Any], ...]] = []
     while len(node) or not found:
         is_split = forest.left[node] >= 0

@@ -180,8 +180,7 @@ def _train_label(
             )
         return result["booster"]
     finally:
-        for parts in columns:
-            release(parts)
+        release([future for futures in columns for future in futures])
 
 
 def _column(rows: Rows, label: int, item: int) -> Any:
@@ -240,16 +239,12 @@ def _ask_tracker(name: str, request: str) -> dict[str, str | int]:
     process = _TRACKERS.get(name)
     if process is None or process.poll() is not None:
         _stop_tracker(name)
-        pipe = subprocess.PIPE
-        process = _TRACKERS[name] = subprocess.Popen(
-            [sys.executable, "-c", _TRACKER],
-            stdin=pipe,
-            stdout=pipe,
-            stderr=subprocess.DEVNULL,
-            text=True,
+        command, pipe = [sys.executable, "-c", _TRACKER], subprocess.PIPE
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
         )
-    assert process.stdin is not None
-    assert process.stdout is not None
+        _TRACKERS[name] = process
+    assert process.stdin and process.stdout
     print(request, file=process.stdin, flush=True)
     answer: dict[str, str | int] | None = json.loads(process.stdout.readline() or "null")
     if answer is None:
@@ -259,8 +254,7 @@ def _ask_tracker(name: str, request: str) -> dict[str, str | int]:
 
 def _stop_tracker(name: str) -> None:
     """Runs in the scheduler: end the trackers of one fit."""
-    process = _TRACKERS.pop(name, None)
-    if process is not None:
+    if process := _TRACKERS.pop(name, None):
         process.kill()
         process.communicate()
 
@@ -269,12 +263,7 @@ def _stop_tracker(name: str) -> None:
 
 
 def find_gpu() -> tuple[str, ...]:
-    """Find the GPU of this process by training a tree on it.
-
-    Returns
-    -------
-    tuple of str
-        Equal for processes that share a GPU.
+    """Find the GPU of this process by training a tree on it; equal where processes share one.
 
     Raises
     ------
@@ -306,16 +295,11 @@ def find_gpu() -> tuple[str, ...]:
     # A batch system may number the GPUs that each process may see 0.
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
     uuids = ""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        uuids = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=False
-        ).stdout
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        uuids = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=20)
     return socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), uuids
 
 
 def one_each(workers: Sequence[str], gpus: Sequence[tuple[str, ...]]) -> list[str]:
     """Choose the first of all workers that share a GPU: NCCL takes one process a GPU."""
-    first: dict[tuple[str, ...], str] = {}
-    for worker, gpu in zip(workers, gpus, strict=True):
-        first.setdefault(gpu, worker)
-    return list(first.values())
+    return [worker for n, worker in enumerate(workers) if gpus[n] not in gpus[:n]]

@@ -36,17 +36,8 @@ import numpy as np
 from pydantic import Field
 
 from sos_dask.columns import Float32Array, FloatArray, mixed
-from sos_dask.corrections import boosted, polynomial
-from sos_dask.corrections.base import (
-    Batch,
-    Content,
-    Correction,
-    ModelInfo,
-    Rows,
-    Training,
-    hash_rows,
-    summarise,
-)
+from sos_dask.corrections import base, boosted, polynomial
+from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Rows, Training
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.polynomial import PolynomialCorrection, polynomial_terms
 from sos_dask.errors import ModelError
@@ -173,7 +164,7 @@ class HybridCorrection(Correction):
         """Fit; see `sos_dask.corrections.fit`."""
         terms = polynomial_terms(settings.order, len(training.problem.inputs))
         needed = max(2 * len(terms), boosted.MIN_PAIRS)
-        info = summarise(training, "hybrid", settings, needed).info
+        info = base.summarise(training, "hybrid", settings, needed).info
         smooth = PolynomialCorrection.fit(training, _settings_of(PolynomialCorrection, settings))
         left = training.changed(partial(residuals, smooth=smooth, outlier=settings.outlier))
         trees = BoostedCorrection.fit(left, _settings_of(BoostedCorrection, settings))
@@ -283,7 +274,7 @@ def _normals(batch: Batch, seed: int) -> FloatArray:
     """Standard normal numbers, shape (n, l), from a hash of each pair."""
     from scipy.special import ndtri
 
-    state = mixed(hash_rows(batch.features, batch.differences) + np.uint64(seed))
+    state = mixed(base.hash_rows(batch.features, batch.differences) + np.uint64(seed))
     columns = [mixed(state + np.uint64(number)) for number in range(batch.differences.shape[1])]
     uniform = (np.stack(columns, axis=1) >> np.uint64(11)).astype(np.float64) + 0.5
     return np.asarray(ndtri(uniform / 2.0**53))
@@ -339,7 +330,7 @@ class SimexCorrection(Correction):
         if not any(replace(plain, folds=None).map(_n_rows)):
             raise _no_errors(problem, "no pair has all of them")
         needed = 2 * len(polynomial_terms(settings.order, len(problem.inputs)))
-        summary = summarise(plain, "simex", settings, needed)
+        summary = base.summarise(plain, "simex", settings, needed)
         kind, parts = _BASES[settings.base], []
         of_base = _settings_of(kind, settings)
         amounts = [0.0, *np.repeat(np.sqrt(LAMBDAS), settings.replicas)]

@@ -7,8 +7,8 @@ one, then with the bisquare of Tukey, which ignores outliers altogether. Tuning 
 
 An iteration is one pass over the batches. What they give back is summed in their order, so the
 coefficients do not depend on the number of workers. The scale of the residuals is their median
-absolute value in the pass before, from a logarithmic histogram (`Histogram`); the
-last passes keep it, because together with the weights it might circle for ever.
+absolute value in the pass before, from a logarithmic histogram; the last passes keep it, because
+together with the weights it might circle for ever.
 """
 
 from __future__ import annotations
@@ -23,33 +23,22 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import settings
 from sos_dask.columns import Float32Array, FloatArray, IntArray
-from sos_dask.corrections.base import (
-    Content,
-    Correction,
-    ModelInfo,
-    Rows,
-    Summary,
-    Training,
-    parse_json,
-    summarise,
-    to_json,
-)
+from sos_dask.corrections import base
+from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.problem import BLOCK_ROWS
 from sos_dask.run.machine import n_threads
-from sos_dask.stats.numbers import MAD_TO_SIGMA, Histogram, count
+from sos_dask.stats.numbers import MAD_TO_SIGMA, count
 
 FILE = "coefficients.json"
 HUBER = 1.345
 BISQUARE = 4.685
 HUBER_PASSES = 10
-# Passes with the bisquare that still renew the scale.
-SCALE_PASSES = 10
+SCALE_PASSES = 10  # with the bisquare, that still renew the scale
 _KEPT_ROWS = 1_000_000  # 28 MB
 _THREAD_ROWS = 20_000
 
@@ -76,19 +65,10 @@ class Settings(settings.Settings):
 
 @dataclass(eq=False)
 class PolynomialCorrection(Correction):
-    """Polynomials of the standardised inputs (x - center) / width.
+    """Polynomials of the standardised inputs (x - center) / width, fitted in some passes.
 
-    Parameters
-    ----------
-    info : ModelInfo
-    center, width : ndarray of float64, shape (k,)
-    exponents : ndarray of int64, shape (m, k)
-    coefficients : ndarray of float64, shape (m, l)
-        One column a label.
-    scatter : ndarray of float64, shape (l,)
-        1.4826 times the median absolute residual of the training pairs.
-    passes : int
-        Passes over the pairs that were made.
+    ``exponents`` has shape (m, k), ``coefficients`` (m, l); ``scatter``, shape (l,), is 1.4826
+    times the median absolute residual of the training pairs.
     """
 
     parameters = Settings
@@ -101,15 +81,15 @@ class PolynomialCorrection(Correction):
     scatter: FloatArray
     passes: int
 
+    def standardised(self, features: Float32Array) -> FloatArray:
+        """Standardised inputs in double precision, shape (n, k)."""
+        return (features.astype(np.float64) - self.center) / self.width
+
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
         z = self.standardised(features)
         out = evaluate_polynomials(z, self.exponents, self.coefficients)
         return out.astype(np.float32, order="C")
-
-    def standardised(self, features: Float32Array) -> FloatArray:
-        """Standardised inputs in double precision, shape (n, k)."""
-        return (features.astype(np.float64) - self.center) / self.width
 
     def files(self) -> Mapping[str, bytes]:
         """``coefficients.json``: every float64 with all its digits."""
@@ -123,18 +103,17 @@ class PolynomialCorrection(Correction):
             "scatter": self.info.by_label(self.scatter),
             "passes": self.passes,
         }
-        return {FILE: to_json(document)}
+        return {FILE: base.to_json(document)}
 
     @classmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrection:
         """Read a model from its own files."""
-        document = parse_json(bytes(files[FILE]), FILE)
+        document = base.parse_json(bytes(files[FILE]), FILE)
         center, width = info.of_inputs(document["center"]), info.of_inputs(document["width"])
-        exponents = np.array(document["exponents"], dtype=np.int64)
-        exponents = exponents.reshape(-1, len(info.problem.inputs))
+        exponents = np.array(document["exponents"], dtype=np.int64).reshape(-1, len(center))
         coefficients = info.of_labels(document["coefficients"]).T
         scatter, passes = info.of_labels(document["scatter"]), int(document["passes"])
-        shape = (len(exponents), len(info.problem.labels))
+        shape = (len(exponents), len(scatter))
         if coefficients.shape != shape or not np.isfinite(coefficients).all():
             raise ModelError(f"{FILE}: needs one finite coefficient for each term and label")
         return cls(info, center, width, exponents, coefficients, scatter, passes)
@@ -144,18 +123,15 @@ class PolynomialCorrection(Correction):
         """Fit; see `sos_dask.corrections.fit`."""
         exponents = polynomial_terms(settings.order, len(training.problem.inputs))
         m = len(exponents)
-        summary = summarise(training, "polynomial", settings, 2 * m)
+        summary = base.summarise(training, "polynomial", settings, 2 * m)
+        # Numbers of four digits, so that the last bits of sums do not matter.
+        center, width = (
+            np.array([float(f"{value:.3e}") for value in values.tolist()])
+            for values in (summary.mean, summary.deviation)
+        )
         coefficients = np.zeros((m, len(summary.center)))
         coefficients[0] = summary.center
-        found = cls(
-            info=summary.info,
-            center=_short(summary.mean),
-            width=_short(summary.deviation),
-            exponents=exponents,
-            coefficients=coefficients,
-            scatter=summary.spread,
-            passes=0,
-        )
+        found = cls(summary.info, center, width, exponents, coefficients, summary.spread, 0)
         # A residual of pairs without noise must not become a scale of zero.
         floor = np.maximum(1e-6 * summary.spread, np.finfo(np.float64).tiny)
         n_pairs = np.array(summary.info.n_pairs)
@@ -164,25 +140,26 @@ class PolynomialCorrection(Correction):
         one_pass = _one_pass(training, summary)
         # Two passes without change, because the scale of a pass is that of the pass before.
         while found.passes < settings.max_passes and quiet < 2:
-            huber, with_counts = huber_left > 0, scale_left > 0
-            parts = one_pass(found, huber, with_counts)
+            parts = one_pass(found, huber_left > 0, scale_left > 0)
             sigma = found.scatter
-            if with_counts:
-                sigma = np.maximum(_sigma(parts) * freedom, floor)
+            if scale_left > 0:
+                histograms = base.summed([counts for *_, counts in parts], len(sigma))
+                medians = np.array([one.quantiles((0.5,))[0] for one in histograms])
+                sigma = np.maximum(MAD_TO_SIGMA * medians * freedom, floor)
             with one_thread():
                 coefficients, change = _solve(parts, found.coefficients, settings.ridge)
-            passes = found.passes + 1
-            found = replace(found, coefficients=coefficients, scatter=sigma, passes=passes)
+            found = replace(
+                found, coefficients=coefficients, scatter=sigma, passes=found.passes + 1
+            )
             calm = bool((change <= settings.tolerance * sigma).all())
-            if huber:
+            if huber_left > 0:
                 huber_left = 0 if calm else huber_left - 1
             else:
                 scale_left -= 1
                 quiet = quiet + 1 if calm else 0
         if not np.isfinite(found.coefficients).all():
-            raise ModelError(
-                "the polynomial has no finite solution: lower 'order' or raise 'ridge'"
-            )
+            advice = "lower 'order' or raise 'ridge'"
+            raise ModelError(f"the polynomial has no finite solution: {advice}")
         return replace(found, scatter=found.scatter / freedom)
 
 
@@ -200,12 +177,7 @@ def _thread_pools() -> Any:
     return ThreadpoolController()
 
 
-def _short(values: FloatArray) -> FloatArray:
-    """Numbers of four digits, so that the last bits of sums do not matter."""
-    return np.array([float(f"{value:.3e}") for value in values.tolist()])
-
-
-_Part = tuple[FloatArray, FloatArray, list[tuple[NDArray[np.uint16], IntArray]]]
+_Part = tuple[FloatArray, FloatArray, list[base.Counts]]
 
 
 def _one_pass(training: Training, summary: Summary) -> Callable[..., list[_Part]]:
@@ -229,7 +201,7 @@ def _of_batch(rows: Rows, *start: Any) -> _Part:
 
 
 def _normal_equations(
-    rows: Rows, mean_weight: float, model: PolynomialCorrection, huber: bool, with_counts: bool
+    rows: Rows, mean_weight: float, model: PolynomialCorrection, huber: bool, counted: bool
 ) -> _Part:
     """Weighted normal equations of one batch, shapes (l, m, m) and (l, m), and |residuals|."""
     m, n_labels = model.coefficients.shape
@@ -241,7 +213,11 @@ def _normal_equations(
         y = rows.differences[block].T.astype(np.float64)
         residual = y - model.coefficients.T @ terms
         residuals[:, block] = np.abs(residual)
-        weight = _weight(residual / model.scatter[:, None], huber)
+        size = np.abs(residual / model.scatter[:, None])
+        if huber:
+            weight = HUBER / np.maximum(size, HUBER)
+        else:
+            weight = np.square(np.maximum(0.0, 1.0 - np.square(size / BISQUARE)))
         weight *= rows.weight[block].astype(np.float64) / mean_weight
         known = np.isfinite(y)
         weight = np.where(known, weight, 0.0)
@@ -251,38 +227,17 @@ def _normal_equations(
             np.multiply(terms, weight[label], out=weighted)
             normal[label] += weighted @ terms.T
             right[label] += weighted @ y[label]
-    counts = [count(one[np.isfinite(one)]) for one in residuals] if with_counts else []
+    counts = [count(one[np.isfinite(one)]) for one in residuals] if counted else []
     return normal, right, counts
-
-
-def _weight(u: FloatArray, huber: bool) -> FloatArray:
-    """Weights of residuals in units of their scale (Holland & Welsch 1977)."""
-    size = np.abs(u)
-    if huber:
-        return HUBER / np.maximum(size, HUBER)
-    return np.square(np.maximum(0.0, 1.0 - np.square(size / BISQUARE)))
-
-
-def _sigma(parts: Sequence[_Part]) -> FloatArray:
-    """Robust standard deviation of the residuals of each label, from the counts of their sizes."""
-    scales = []
-    for of_label in zip(*(part[2] for part in parts), strict=True):
-        histogram = Histogram()
-        for counts in of_label:
-            histogram.add(counts)
-        scales.append(MAD_TO_SIGMA * float(histogram.quantiles((0.5,))[0]))
-    return np.array(scales)
 
 
 def _solve(
     parts: Sequence[_Part], coefficients: FloatArray, ridge: float
 ) -> tuple[FloatArray, FloatArray]:
     """New coefficients and, per label, the root mean square change of the fitted values."""
-    normal, right = np.zeros_like(parts[0][0]), np.zeros_like(parts[0][1])
-    for part_normal, part_right, _ in parts:
-        normal += part_normal
-        right += part_right
-    new, change = np.empty_like(coefficients), np.empty(len(normal))
+    normal: Any = sum(part[0] for part in parts)
+    right: Any = sum(part[1] for part in parts)
+    new, change = np.empty_like(coefficients), np.empty(len(right))
     for label, matrix in enumerate(normal):
         # The constant is the first term, so this is the sum of the weights.
         total = matrix[0, 0]
@@ -298,14 +253,14 @@ def _solve(
     return new, change
 
 
-def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
-    """Exponents of all monomials of n variables up to a total order.
+# --- polynomials -------------------------------------------------------------------------------
 
-    Returns
-    -------
-    ndarray of int64, shape ((order + n)! / (order! n!), n)
-        By total order, then by falling exponent of the first variable, the second, and so on:
-        1, x, y, z, x^2, xy, xz, y^2, yz, z^2, ... (35 terms for order 4 of three variables).
+
+def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
+    """List the exponents of all monomials of n variables up to a total order, shape (m, n).
+
+    By total order, then by falling exponent of the first variable, the second, and so on: 1, x, y,
+    z, x^2, xy, xz, y^2, yz, z^2, ... (35 terms for order 4 of three variables).
     """
     exponents = [e for e in itertools.product(range(order + 1), repeat=n) if sum(e) <= order]
     exponents.sort(key=lambda e: (sum(e), tuple(-power for power in e)))
@@ -323,9 +278,9 @@ def design_matrix(z: FloatArray, exponents: IntArray) -> FloatArray:
     out = np.ones((len(exponents), len(z)))
     places = {exponent: row for row, exponent in enumerate(map(tuple, exponents.tolist()))}
     for exponent, row in places.items():
-        # A lower monomial, which is there already, times one variable.
-        variable = next((number for number, power in enumerate(exponent) if power), None)
-        if variable is not None:
+        if any(exponent):
+            # A lower monomial, which is there already, times one variable.
+            variable = next(number for number, power in enumerate(exponent) if power)
             lower = tuple(p - (v == variable) for v, p in enumerate(exponent))
             np.multiply(out[places[lower]], columns[variable], out=out[row])
     return out.T
@@ -350,33 +305,23 @@ def evaluate_polynomials(
     -------
     ndarray of float64, shape (n, l)
     """
-    plan = _nest(exponents, np.asarray(coefficients, dtype=np.float64))
-    found = _horner(plan, list(np.ascontiguousarray(z.T, dtype=np.float64)))
+    columns = list(np.ascontiguousarray(z.T, dtype=np.float64))
+    found = _horner(exponents, np.asarray(coefficients, dtype=np.float64), columns)
     return np.broadcast_to(found, (len(found), len(z))).T
 
 
-def _nest(exponents: IntArray, coefficients: FloatArray) -> Any:
-    """A polynomial as polynomials in the other variables, one per power of the first or None."""
-    if exponents.shape[1] == 0:
-        return coefficients[0][:, None]
-    powers = exponents[:, 0]
-    return [
-        _nest(exponents[powers == p][:, 1:], coefficients[powers == p])
-        if (powers == p).any()
-        else None
-        for p in range(int(powers.max()) + 1)
-    ]
-
-
-def _horner(plan: Any, columns: list[FloatArray]) -> FloatArray:
+def _horner(
+    exponents: IntArray, coefficients: FloatArray, columns: Sequence[FloatArray]
+) -> FloatArray:
     """Value of a nested polynomial, shape (l, 1) where it is a constant, else (l, n)."""
-    if not isinstance(plan, list):
-        return np.asarray(plan)
-    total = _horner(plan[-1], columns[1:])
-    own = False
-    for lower in reversed(plan[:-1]):
-        total = np.multiply(total, columns[0], out=total if own else None)
-        own = True
-        if lower is not None:
-            total += _horner(lower, columns[1:])
-    return total
+    if not columns:
+        return np.asarray(coefficients[0][:, None])
+    total: Any = None
+    for done, power in enumerate(range(int(exponents[:, 0].max()), -1, -1)):
+        if done:
+            total = np.multiply(total, columns[0], out=total if done > 1 else None)
+        of_power = exponents[:, 0] == power
+        if of_power.any():
+            lower = _horner(exponents[of_power, 1:], coefficients[of_power], columns[1:])
+            total = np.add(total, lower, out=total) if done else lower
+    return np.asarray(total)

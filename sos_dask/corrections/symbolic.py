@@ -33,19 +33,8 @@ from pydantic import Field
 
 from sos_dask import settings
 from sos_dask.columns import Float32Array, FloatArray, IntArray
-from sos_dask.corrections.base import (
-    Content,
-    Correction,
-    ModelInfo,
-    Rows,
-    Summary,
-    Training,
-    hash_rows,
-    parse_json,
-    run_tasks,
-    summarise,
-    to_json,
-)
+from sos_dask.corrections import base
+from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
 from sos_dask.corrections.formula import Formula, Template
 from sos_dask.corrections.polynomial import BISQUARE, one_thread
 from sos_dask.errors import ConfigError, ModelError
@@ -142,12 +131,12 @@ class SymbolicCorrection(Correction):
             "n_sample": self.n_sample,
             "labels": self.info.by_label([choice.as_json for choice in self.choices]),
         }
-        return {FILE: to_json(document)}
+        return {FILE: base.to_json(document)}
 
     @classmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection:
         """Read a model from its own files; `ModelError` where they are more than arithmetic."""
-        document = parse_json(bytes(files.get(FILE, b"")), FILE)
+        document = base.parse_json(bytes(files.get(FILE, b"")), FILE)
         choices = []
         try:
             for label in info.problem.names:
@@ -168,7 +157,7 @@ class SymbolicCorrection(Correction):
 
         With a client the labels evolve on its workers, at the same time. The formulas are the same.
         """
-        summary = summarise(training, "symbolic", settings, MIN_PAIRS)
+        summary = base.summarise(training, "symbolic", settings, MIN_PAIRS)
         _require(settings.engine)
         scale = Scale.of(summary)
         sample = draw_sample(training, scale, settings.n_sample)
@@ -178,7 +167,7 @@ class SymbolicCorrection(Correction):
         )
         labels = range(len(summary.center))
         what, advice = "symbolic: the search of formulas", "give workers more, or lower n_sample."
-        choices = run_tasks(search, labels, training.client, what, advice)
+        choices = base.run_tasks(search, labels, training.client, what, advice)
         return cls(summary.info, tuple(choices), len(sample.features))
 
 
@@ -440,7 +429,9 @@ def _shares(counts: IntArray, wanted: int, even: bool) -> FloatArray:
     if counts.sum() <= wanted:
         return np.ones(len(counts))
     root = np.sqrt(np.maximum(counts, 1)) if even else np.ones(len(counts))
-    a = brentq(lambda a: counts @ np.minimum(1.0, a / root) - wanted, 0.0, root.max(), xtol=1e-12)
+    a: float = brentq(
+        lambda a: counts @ np.minimum(1.0, a / root) - wanted, 0.0, root.max(), xtol=1e-12
+    )
     return np.minimum(1.0, a / root)
 
 
@@ -455,7 +446,7 @@ def _cell_counts(rows: Rows, scale: Scale) -> IntArray:
 
 
 def _chosen_rows(rows: Rows, scale: Scale, share: FloatArray) -> tuple[NDArray[Any], ...]:
-    hashes = hash_rows(rows.features, rows.differences, rows.weight[:, None])
+    hashes = base.hash_rows(rows.features, rows.differences, rows.weight[:, None])
     chosen = (hashes >> np.uint64(11)) * 2.0**-53 < share[_cells(rows, scale)]
     columns = (hashes, rows.features, rows.differences, rows.weight)
     return tuple(column[chosen] for column in columns)

@@ -248,7 +248,7 @@ class Coverage(OfModel[CoverageSettings]):
             "limits": model.limits.as_json,
             "growth": asdict(model.growth),
             "noise": asdict(model.noise),
-            "widths": model.widths.as_json(),
+            "widths": asdict(model.widths),
             "width_pairs": found.n_width,
             "intervals": counted(found.n_width),
             "stars": {name: n / max(sampled, 1) for name, n in n_stars.items()}

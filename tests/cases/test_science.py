@@ -138,8 +138,8 @@ def test_a_search_with_constant_labels():
     batch = biased_pairs(600, 3)
     batch.differences[:] = [64, 0.0, 0.125]
     params = models.check_params("polynomial", {})
-    found = search("polynomial", ArraySource(batch), [0, 1, 2, 3, 4], params, 3)
-    assert all(trial["loss"] is not None for trial in found.trials)
+    _, trials = search("polynomial", ArraySource(batch), [0, 1, 2, 3, 4], params, 3)
+    assert all(trial["loss"] is not None for trial in trials)
 
 
 def _survey(folder: Path, name: str, columns: dict[str, np.ndarray]) -> None:

@@ -228,8 +228,7 @@ class Trends(OnEvidence[TrendSettings]):
 
     def measure(self, run: Run) -> Made:
         """Bin by one quantity after the other."""
-        with pq.ParquetFile(self.path("evidence") / EVIDENCE) as file:
-            there = file.schema_arrow.names
+        there = pq.read_schema(self.path("evidence") / EVIDENCE).names
         axes = {axis.name: axis for axis in self.settings.axes if axis.name in there}
         groups: dict[str, tuple[Axis, ...]] = {name: (axis,) for name, axis in axes.items()}
         if axes.keys() >= set(binned.PLANE):

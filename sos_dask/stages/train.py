@@ -7,11 +7,9 @@ region, a reference or the sparse pairs; its tasks are such fits, each in one pr
 from __future__ import annotations
 
 import itertools
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -180,7 +178,8 @@ class Train(Stage[TrainSettings]):
             )
             if number < len(plan) - 1:
                 predicted.append(_predict_fold(source, correction, folds[number]))
-        _save(run, correction)
+        for name, content in correction.contents().items():  # model.json last: half never loads
+            run.write_bytes(name, content)
         if validation == "holdout":
             # As it corrects: what is saved of boosted trees is also their table, many times faster.
             saved = corrections.load(run.output.directory, check=False)
@@ -227,23 +226,6 @@ def _predict_fold(source: PairsSource, correction: corrections.Correction, fold:
         columns = [batch.fold[chosen], *np.ascontiguousarray(values.T)]
         tables.append(pa.table(columns, ["fold", *names]))
     return pa.concat_tables(tables)
-
-
-def _save(run: Run, correction: corrections.Correction) -> None:
-    """Save the model; its own ``model.json`` comes last, so that half a model never loads."""
-    # Of this process alone: another one may work on the same output.
-    scratch = run.output.work / f"model-{uuid.uuid4().hex}"
-    scratch.mkdir(parents=True, exist_ok=True)
-    correction.save(scratch)
-    last = corrections.MODEL_FILE
-    for file in sorted(scratch.iterdir(), key=lambda file: (file.name == last, file.name)):
-        run.files.append(run.output.write_file(file.name, partial(_move, file)))
-
-
-def _move(file: Path, target: Path) -> int:
-    """Move a file of no rows."""
-    file.replace(target)
-    return 0
 
 
 def metrics_of(manifest: Manifest) -> list[figures.Metric]:

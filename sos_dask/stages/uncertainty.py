@@ -132,12 +132,11 @@ class Uncertainty(OfModel[UncertaintySettings]):
         """Factors of quoted errors by survey; none where a survey has no repeats."""
         given = [(self.settings.target, name) for name in self.named("target_stars")]
         given += [(name.removeprefix("stars."), name) for name in self.named("stars")]
-        manifests = {survey: self.catalog(name).manifest for survey, name in given}
-        return {
-            survey: list(manifest.summary.get("error_factors", []))
-            for survey, manifest in manifests.items()
-            if manifest is not None
-        }
+        found = {}
+        for survey, name in given:
+            if (manifest := self.catalog(name).manifest) is not None:
+                found[survey] = list(manifest.summary.get("error_factors", []))
+        return found
 
     def look(self, output: Output, key: str, item: None) -> dict[str, Any]:
         """See which held-out pairs and cells are sparse, or what three surveys say."""

@@ -7,7 +7,7 @@ region, a reference or the sparse pairs; its tasks are such fits, each in one pr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -151,6 +151,7 @@ class Train(Stage[TrainSettings]):
     def make(self, run: Run) -> Made:
         """Fit once a fold, or once, and predict what was held out."""
         settings, pairs = self.settings, self.catalog("pairs")
+        method = settings.method
         source = PairsSource(pairs, settings.problem)
         loaded = [source.load(index).fold for index in range(source.n_batches)]
         fold = np.concatenate([np.empty(0, np.int8), *loaded])
@@ -167,14 +168,18 @@ class Train(Stage[TrainSettings]):
         plan: list[list[int] | None] = [folds[1:]]
         if validation == "kfold":
             plan = [*([one for one in folds if one != held_out] for held_out in folds), None]
-        step, predicted, searches = f"train {settings.method}", [], []
+        step, predicted, searches = f"train {method}", [], []
         workers = run.cluster.client if _needs_workers(len(fold), settings) else None
         for number, trained in enumerate(plan):
             run.report(step, number, len(plan))
-            params, trials = self._searched(run, source, trained or folds)
-            searches += [{"train_folds": trained or folds, "trials": trials}] if trials else []
+            params: Mapping[str, Any] = settings.params
+            if settings.search and corrections.search_space(method):
+                given = corrections.check_params(method, params)
+                how = settings.search, settings.seed, run.cluster.client
+                params, trials = search(method, source, trained or folds, given, *how)
+                searches.append({"train_folds": trained or folds, "trials": trials})
             correction = corrections.fit(
-                settings.method, source, train_folds=trained, params=params, client=workers
+                method, source, train_folds=trained, params=params, client=workers
             )
             if number < len(plan) - 1:
                 predicted.append(_predict_fold(source, correction, folds[number]))
@@ -191,25 +196,15 @@ class Train(Stage[TrainSettings]):
             run.write_bytes(SEARCH_FILE, to_json(searches))
         deltas = matrix32(table, [label.delta for label in problem.labels])
         truth = problem.differences(table)
-        metrics = figures.held_out_metrics(settings.method, problem.names, truth, deltas)
+        metrics = figures.held_out_metrics(method, problem.names, truth, deltas)
         unfit = {"not fit for training": pairs.n_rows - len(fold)}
         return Rows(pairs.n_rows, len(fold), 0, unfit), {
-            "method": settings.method,
+            "method": method,
             "params": dict(correction.info.params),
             "validation": validation,
             "folds": {str(one): int(np.count_nonzero(fold == one)) for one in folds},
             "metrics": [asdict(metric) for metric in metrics],
         }
-
-    def _searched(
-        self, run: Run, source: PairsSource, folds: Sequence[int]
-    ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
-        """Parameters of a fit to some folds, and what a search for them has tried."""
-        method, params, n = self.settings.method, self.settings.params, self.settings.search
-        if not n or not corrections.search_space(method):
-            return params, []
-        params, client = corrections.check_params(method, params), run.cluster.client
-        return search(method, source, folds, params, n, self.settings.seed, client)
 
 
 def _predict_fold(source: PairsSource, correction: corrections.Correction, fold: int) -> pa.Table:

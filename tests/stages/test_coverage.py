@@ -51,27 +51,20 @@ def test_columns_stand_beside_the_observations(small_store):
     assert summary["parameters_without_column"] == ["distance", "ebv"]
 
 
-def test_same_bytes_with_workers(small_store, cluster, tmp_path):
-    current = small_store / "current"
-    pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
-    stars = opened(small_store, "lamost.stars")
-    model = (current / "model.polynomial").resolve()
-    for name, workers in (("alone", None), ("workers", cluster)):
-        coverage(model, pairs, rows, stars, tmp_path / name, CoverageSettings(), cluster=workers)
-    assert contents(tmp_path / "alone") == contents(tmp_path / "workers")
+def test_workers_and_what_was_there_before_change_no_byte(build, cluster, tmp_path):
+    given = [
+        Catalog.open(build / name) for name in ("pairs", "lamost.observations", "lamost.stars")
+    ]
+    first, second = CoverageSettings(), CoverageSettings(inside=0.95, outside=0.9)
 
+    def made(name: str, settings: CoverageSettings, **options) -> dict[str, str]:
+        coverage(build / "model.polynomial", *given, tmp_path / name, settings, **options)
+        return contents(tmp_path / name)
 
-def test_other_limits_in_the_same_folder_and_process(small_store, tmp_path):
-    pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
-    stars = opened(small_store, "lamost.stars")
-    model = (small_store / "current" / "model.polynomial").resolve()
-    first = CoverageSettings()
-    second = CoverageSettings(inside=0.95, outside=0.9)
-    coverage(model, pairs, rows, stars, tmp_path / "out", first)
-    before = contents(tmp_path / "out")
-    coverage(model, pairs, rows, stars, tmp_path / "out", second, overwrite=True)
-    coverage(model, pairs, rows, stars, tmp_path / "fresh", second)
-    assert before != contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    before = made("out", first)
+    assert made("workers", first, cluster=cluster) == before
+    # In the same folder and process.
+    assert before != made("out", second, overwrite=True) == made("fresh", second)
 
 
 def test_pairs_of_another_model_are_refused(small_store, tmp_path):

@@ -1,10 +1,8 @@
 """Pairs that statements rest on: all, or those of some stars, and what was held out of them."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -32,15 +30,9 @@ from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from tests.run import features, make_evidence
 from tests.sky import write_catalog
+from tests.stages.pairs import read
 
 DIFFERENCES = [f"{label}_diff" for label in LABELS]
-COLUMNS = ["star", "fold", *DIFFERENCES]
-
-
-@pytest.fixture
-def build(small_store) -> Path:
-    found: Path = (small_store / "current").resolve()
-    return found
 
 
 @pytest.fixture
@@ -60,28 +52,9 @@ def test_the_thin_part_of_the_pairs_is_sparse():
     assert sparse_pairs(np.full((5, 3), np.nan, np.float32), np.ones(5, bool)).all()
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_of_many_pairs_those_of_some_stars(pairs, tmp_path, share):
-    make_evidence(pairs, {}, tmp_path / "all")
-    everything = read_evidence(tmp_path / "all", COLUMNS)
-    settings = EvidenceSettings(max_pairs=int(share * pairs.n_rows))
-    rows = make_evidence(pairs, {}, tmp_path / "some", settings).rows
-    found = read_evidence(tmp_path / "some", COLUMNS)
-    expected = share * everything.num_rows
-    assert abs(found.num_rows - expected) < 5 * np.sqrt(expected)
-    is_kept = pc.is_in(everything["star"], found["star"].unique())
-    assert found.equals(everything.filter(is_kept)), "a star is kept whole"
-    assert sum(rows.dropped.values()) == pairs.n_rows - found.num_rows
-    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
-    other = write_catalog(whole, tmp_path / "pairs", 20, "pairs")
-    assert len(other.pixels) > len(pairs.pixels)
-    make_evidence(other, {}, tmp_path / "other", settings)
-    assert read_evidence(tmp_path / "other", COLUMNS).equals(found), "in any partitions"
-
-
 def test_held_out_pairs_are_those_of_the_model(build, pairs):
     model = build / "model.polynomial"
-    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    whole = read(pairs.path)
     whole = whole.filter(whole["use"])
     fold, differences = whole["fold"].to_numpy(), [floats32(whole, name) for name in DIFFERENCES]
     every = np.ones(len(fold), bool)
@@ -99,7 +72,7 @@ def test_held_out_pairs_are_those_of_the_model(build, pairs):
 def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, pairs, tmp_path):
     models = {"polynomial": build / "model.polynomial"}
     manifest = make_evidence(pairs, models, tmp_path / "evidence")
-    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    whole = read(pairs.path)
     whole = whole.filter(whole["use"])
     assert manifest.rows.n_out == whole.num_rows and manifest.rows.n_in == pairs.n_rows
     names = ["fold", "survey_ref", *LABELS, *DIFFERENCES, "snr", "feh_err_ref"]
@@ -157,7 +130,7 @@ def test_the_table_of_many_pairs_is_of_some_stars(build, pairs, tmp_path, share)
     kept = pc.is_in(everything["star"], found["star"].unique())
     assert found.equals(everything.filter(kept)), "a star is kept whole"
     assert sum(manifest.rows.dropped.values()) == pairs.n_rows - found.num_rows
-    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    whole = read(pairs.path)
     other = write_catalog(whole, tmp_path / "pairs", 20, "pairs")
     assert len(other.pixels) > len(pairs.pixels)
     make_evidence(other, models, tmp_path / "other", settings)

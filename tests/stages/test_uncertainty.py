@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -25,17 +24,7 @@ from sos_dask.storage.manifest import Manifest
 from tests.job import contents
 from tests.run import Surveys, apply, uncertainty
 from tests.sky import write_catalog
-
-
-@pytest.fixture
-def build(small_store) -> Path:
-    found: Path = (small_store / "current").resolve()
-    return found
-
-
-def read(path: Path) -> pa.Table:
-    catalog = Catalog.open(path)
-    return pa.concat_tables([catalog.read(pixel) for pixel in catalog.pixels])
+from tests.stages.pairs import read
 
 
 def surveys(build: Path) -> Surveys:
@@ -55,6 +44,14 @@ def run(build: Path, directory: Path, **settings) -> Manifest:
         UncertaintySettings(**settings),
         surveys(build),
     )
+
+
+@pytest.fixture(scope="module")
+def alone(build, tmp_path_factory) -> Path:
+    """Errors made by the single step."""
+    directory: Path = tmp_path_factory.mktemp("uncertainty") / "one"
+    run(build, directory)
+    return directory
 
 
 def test_a_rebuild_makes_the_errors(build):
@@ -131,15 +128,14 @@ def test_a_correction_by_other_inputs_is_refused(build, tmp_path):
         stage.check()
 
 
-def test_the_same_in_any_partitions(build, tmp_path):
-    run(build, tmp_path / "one")
+def test_the_same_in_any_partitions(build, alone, tmp_path):
     pairs = read(build / "pairs")
     again = write_catalog(pairs, tmp_path / "pairs", 20, "pairs")
     assert len(again.pixels) > len(Catalog.open(build / "pairs").pixels)
     uncertainty(
         build / "model.polynomial", again, tmp_path / "two", UncertaintySettings(), surveys(build)
     )
-    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    one, two = contents(alone), contents(tmp_path / "two")
     for name in ("error.json", "error.npy", "calibration.parquet"):
         assert one[name] == two[name]
     assert contents((build / "uncertainty").resolve())["error.npy"] == one["error.npy"]
@@ -193,16 +189,15 @@ def test_common_stars_have_the_labels_of_both(build):
             np.testing.assert_allclose(table[label].to_numpy(), wanted, rtol=1e-6)
 
 
-def test_the_hat_is_that_of_the_common_stars(build, tmp_path):
-    hats = run(build, tmp_path / "u").summary["three_cornered_hat"]
+def test_the_hat_is_that_of_the_common_stars(build, alone, tmp_path):
+    hats = Manifest.load(alone).summary["three_cornered_hat"]
     for one in hats:
         assert one["survey"] in ("lamost", "apogee", "galah") and one["n"] >= 30
         assert one["negative"] == (one["variance"] < 0 or one["low"] < 0)
-    alone = uncertainty(
-        build / "model.polynomial", Catalog.open(build / "pairs"), tmp_path / "alone"
-    )
-    assert alone.summary["three_cornered_hat"] == []
-    assert alone.summary["error_factors"] == {}
+    bare = uncertainty(
+        build / "model.polynomial", Catalog.open(build / "pairs"), tmp_path / "bare"
+    ).summary
+    assert bare["three_cornered_hat"] == [] and bare["error_factors"] == {}
 
 
 def test_errors_of_another_correction_are_refused(build, tmp_path):

@@ -11,15 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.cli import app
+from sos_dask.columns import key_hashes
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.errors import CatalogError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.widening import KINDS
 from sos_dask.problem import DEFAULT
-from sos_dask.stages.coverage import Coverage, CoverageSettings, parameter_columns
+from sos_dask.stages.base import read_piece
+from sos_dask.stages.coverage import Coverage, CoverageSettings, _counts, parameter_columns
+from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import Manifest, sealed_json
+from sos_dask.storage.manifest import Manifest, Recipe, sealed_json
 from tests.job import contents
 from tests.run import coverage
 from tests.test_cli import assert_error, cli
@@ -175,3 +178,27 @@ def test_maps_are_a_table(small_store):
     found = Coverage.load(small_store / "current" / "coverage")
     maps = pq.read_table(small_store / "current" / "coverage" / "maps.parquet")
     assert isinstance(maps, pa.Table) and set(found["meaning"]) >= {"inside", "outside"}
+
+
+def test_a_sample_is_chosen_by_the_keys_alone(build, tmp_path, monkeypatch):
+    names = {"pairs": "pairs", "observations": "lamost.observations", "stars": "lamost.stars"}
+    inputs = {role: build / name for role, name in names.items()}
+    inputs |= {"evidence": build / "evidence", "model": build / "model.polynomial"}
+    stage = Coverage(inputs, CoverageSettings(seed=3))
+    monkeypatch.setattr("sos_dask.stages.coverage._SAMPLE_ROWS", 500)
+    output = Output(tmp_path / "out", Recipe("coverage", 1, {}, {}))
+    for role, key in (("observations", "obs_id"), ("stars", "star_id")):
+        catalog = stage.catalog(role)
+        for number, pixel in enumerate(catalog.pixels):
+            stage.sample(output, f"{role}-{number}", (role, pixel))
+            rows = catalog.read(pixel)
+            chosen = uniform(key_hashes(rows[key]), 3) < 500 / catalog.n_rows
+            found = read_piece(output, f"samples-{role}-{number}")
+            assert found["teff"].equals(rows["teff"].filter(pa.array(chosen)))
+            assert key not in found.column_names
+
+
+def test_classes_are_counted():
+    kind = np.array([-1, 0, 0, 1, 2, 3, 3, -1], dtype=np.int8)
+    assert _counts(kind) == {"unknown": 2, "inside": 2, "sparse": 1, "outside": 3}
+    assert sum(_counts(kind[:0]).values()) == 0

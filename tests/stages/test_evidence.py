@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +22,9 @@ from sos_dask.stages.evidence import (
     fitted_columns,
     held_out_columns,
     held_out_pairs,
+    of_surveys,
     read_evidence,
+    single_observations,
     sparse_pairs,
 )
 from sos_dask.stages.train import TrainSettings
@@ -50,6 +53,22 @@ def test_the_thin_part_of_the_pairs_is_sparse():
     assert found[7] and abs(found[trained].sum() - 40) <= 1
     assert found[:50].mean() > 0.75 and found[50:][~trained[50:]].mean() < 0.1
     assert sparse_pairs(np.full((5, 3), np.nan, np.float32), np.ones(5, bool)).all()
+
+
+def test_single_observations_where_there_are_as_many():
+    table = pa.table({"n_obs": [1, 1, 2, 1, 3], "held_out": [True, True, True, False, False]})
+    assert single_observations(table, 2).tolist() == [True, True, False, True, False]
+    assert single_observations(table, 3).all(), "of those held out there are two"
+    assert single_observations(table.drop_columns(["n_obs"]), 1).all()
+
+
+def test_pairs_by_their_reference_survey():
+    found = of_surveys(pa.table({"survey_ref": ["b", None, "a", "b"]}))
+    assert {name: mine.tolist() for name, mine in found.items()} == {
+        "b": [True, False, False, True],
+        "a": [False, False, True, False],
+    }
+    assert of_surveys(pa.table({"star": [1]})) == {}
 
 
 def test_held_out_pairs_are_those_of_the_model(build, pairs):

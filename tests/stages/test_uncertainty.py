@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import binomtest
 
+from sos_dask.columns import floats, floats32
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.corrections.base import SEAL, sealed
 from sos_dask.errors import CatalogError, ModelError
@@ -17,8 +18,10 @@ from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.intervals import load_errors
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import LABELS
+from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.reference import common_stars
 from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
+from sos_dask.stars.repeats import normalisation
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from tests.job import contents
@@ -78,6 +81,61 @@ def test_a_rebuild_makes_the_errors(build):
     assert manifest.summary["hit_rates"] == [
         one for one in calibration if one["subset"] in ("all", "dense", "sparse")
     ]
+
+
+def test_subsets_are_those_of_the_pairs(build):
+    """Counted on the table of evidence itself; where every pair is held out and of one star."""
+    table = read_evidence(build / "evidence", [*LABELS, "snr"])
+    teff, logg, feh, snr = (floats32(table, name) for name in (*LABELS, "snr"))
+    low, high = np.quantile(snr, [1 / 3, 2 / 3])
+    n = {
+        (one["subset"], one["label"]): one["n"]
+        for one in Uncertainty.load(build / "uncertainty")["hit_rates"]
+    }
+    expected = {
+        "all": np.ones(len(teff), bool), "giants": logg < 3.5, "dwarfs": logg >= 3.5,
+        "logg < 1": logg < 1, "feh > 0.2": feh > 0.2, "low snr": snr < low, "high snr": snr >= high,
+    }  # fmt: skip
+    for name, inside in expected.items():
+        if inside.any():
+            assert n[name, "teff"] == np.count_nonzero(inside), name
+    assert n["dense", "teff"] + n["sparse", "teff"] == n["all", "teff"]
+    assert n["dense cells", "feh"] + n["sparse cells", "feh"] == n["all", "feh"]
+    assert n["sparse", "teff"] == pytest.approx(0.05 * n["all", "teff"], abs=1)
+
+
+def test_errors_of_the_reference_are_normalised_by_its_survey(build, tmp_path, monkeypatch):
+    seen = {}
+
+    def fit_label(held_out, label, grid, cells):
+        seen[label] = held_out
+        raise ModelError("seen")
+
+    monkeypatch.setattr("sos_dask.evidence.intervals.fit_label", fit_label)
+    with pytest.raises(ModelError, match="seen"):
+        run(build, tmp_path / "out")
+    held_out = seen[LABELS[0]]
+    names = [*(f"{label}_err_ref" for label in LABELS), "logg_ref", "snr_ref", "survey_ref"]
+    table = read_evidence(build / "evidence", [*names, "star", "target"])
+    factors = {
+        name: Manifest.load(build / f"{name}.stars").summary["error_factors"]
+        for name in ("apogee", "galah")
+    }
+    logg, snr = (floats(table, name) for name in ("logg_ref", "snr_ref"))
+    changed = 0
+    for survey, of_survey in factors.items():
+        mine = np.array(table["survey_ref"].to_pylist()) == survey
+        for number, label in enumerate(LABELS):
+            stated = floats(table, f"{label}_err_ref")[mine]
+            factor = normalisation(of_survey, label, logg[mine], snr[mine])
+            np.testing.assert_array_equal(held_out.reference_errors[mine, number], stated * factor)
+            changed += np.count_nonzero(factor != 1)
+    assert changed > 0
+    for name in ("star", "target"):
+        ids, where = np.unique(table[name].to_numpy(), return_inverse=True)
+        parts = np.stack([np.bincount(where, held_out.part == k, len(ids)) for k in range(5)])
+        assert (np.count_nonzero(parts, axis=0) == 1).all(), "one star, one part"
+    assert np.bincount(held_out.part).min() > 0.15 * len(where)
 
 
 def test_factors_of_stated_errors_are_those_that_were_simulated(build):

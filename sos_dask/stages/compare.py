@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -27,14 +26,7 @@ from sos_dask.evidence.figures import BALANCED, NONE, TEST, TOLERANCE, TRAIN, Sa
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
-from sos_dask.stages.evidence import (
-    EVIDENCE,
-    OnEvidence,
-    fitted_columns,
-    held_out_columns,
-    methods_of,
-    of_surveys,
-)
+from sos_dask.stages.evidence import OnEvidence, fitted_columns, held_out_columns, of_surveys
 from sos_dask.stages.reference import in_order
 from sos_dask.stats.bootstrap import draw
 from sos_dask.stats.numbers import ALL, MIN_COUNT, Axis, equal_count_edges
@@ -88,15 +80,15 @@ class Compare(OnEvidence[CompareSettings]):
 
     def check(self) -> None:
         """Refuse no models, and an unknown rule."""
-        if not methods_of(self):
+        if not self.many("model"):
             raise ModelError(
                 "there is no model to compare", "Give the outputs of 'sos-dask train'."
             )
-        figures.check_rule(self.settings.rule, methods_of(self))
+        figures.check_rule(self.settings.rule, self.many("model"))
 
     def measure(self, run: Run) -> Made:
         """Measure every method and every label, then choose."""
-        methods, labels = methods_of(self), self.problem.names
+        methods, labels = self.many("model"), self.problem.names
         of_methods = run.parts("methods", dict.fromkeys(methods), self.artifacts_of)
         of_labels = run.parts("labels", dict.fromkeys(labels), self.figures_of, "compare labels")
         scored = {
@@ -146,7 +138,7 @@ class Compare(OnEvidence[CompareSettings]):
 
     def figures_of(self, output: Output, label: str, item: None) -> dict[str, Any]:
         """Measure one label in both samples."""
-        settings, methods = self.settings, methods_of(self)
+        settings, methods = self.settings, self.many("model")
         names = [f"{label}_diff", "group", "sparse", "held_out", "trained"]
         for _, columns in _SAMPLES.values():
             names += [columns(method, (label,))[0] for method in methods]
@@ -220,7 +212,7 @@ class Trends(OnEvidence[TrendSettings]):
 
     def measure(self, run: Run) -> Made:
         """Bin by one quantity after the other."""
-        there = pq.read_schema(self.path("evidence") / EVIDENCE).names
+        there = self.names
         axes = {axis.name: axis for axis in self.settings.axes if axis.name in there}
         groups: dict[str, tuple[Axis, ...]] = {name: (axis,) for name, axis in axes.items()}
         if axes.keys() >= set(binned.PLANE):

@@ -22,31 +22,17 @@ from pydantic import Field, field_validator
 from sos_dask import correct, corrections
 from sos_dask.columns import FloatArray, floats, floats_or_nan, key_hashes, matrix32
 from sos_dask.evidence import coverage as kernel
+from sos_dask.evidence import widening
 from sos_dask.evidence.figures import figure_schema
 from sos_dask.evidence.intervals import ErrorModel, load_errors
-from sos_dask.evidence.widening import (
-    CLASSES,
-    KIND_FIELD,
-    MIN_GROWTH_PAIRS,
-    OUTSIDE,
-    SPARSE,
-    Limits,
-    counted,
-)
+from sos_dask.evidence.widening import CLASSES, OUTSIDE, Limits
 from sos_dask.problem import Problem
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Seed
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
-from sos_dask.stages.base import (
-    Made,
-    Role,
-    Run,
-    by_pixel,
-    partition_record,
-    read_piece,
-    write_piece,
-)
+from sos_dask.stages import base
+from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
 from sos_dask.stages.evidence import OfModel, held_out_columns, read_evidence, single_observations
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
@@ -152,12 +138,12 @@ class Coverage(OfModel[CoverageSettings]):
         samples = {
             f"{role}-{key}": (role, pixel)
             for role in _KEYS
-            for key, pixel in by_pixel(self.catalog(role).pixels).items()
+            for key, pixel in base.by_pixel(self.catalog(role).pixels).items()
         }
         run.parts("samples", samples, self.sample, "coverage: sample")
         (fitted,) = run.parts("fit", {"model": list(samples)}, self.fit, "coverage: fit")
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
-        pixels = by_pixel(catalog.pixels)
+        pixels = base.by_pixel(catalog.pixels)
         done = run.parts("scores", pixels, self.score)
         run.write(MAPS, kernel.sum_maps(read_piece(output, f"maps-{key}") for key in pixels))
         name = catalog.name.removesuffix(".observations") + ".coverage"
@@ -250,7 +236,7 @@ class Coverage(OfModel[CoverageSettings]):
             "noise": asdict(model.noise),
             "widths": asdict(model.widths),
             "width_pairs": found.n_width,
-            "intervals": counted(found.n_width),
+            "intervals": widening.counted(found.n_width),
             "stars": {name: n / max(sampled, 1) for name, n in n_stars.items()}
             | {"sampled": sampled},
         }
@@ -266,7 +252,7 @@ class Coverage(OfModel[CoverageSettings]):
         known, place = kind >= 0, np.minimum(kind, OUTSIDE)
         stars, pairs = self.catalog("stars"), self.catalog("pairs")
         flags = star_flags(table, pixel, stars, pairs, self.settings.radius_arcsec)
-        flags[place == SPARSE] |= correct.FLAG_SPARSE
+        flags[place == widening.SPARSE] |= correct.FLAG_SPARSE
         flags[place == OUTSIDE] |= correct.FLAG_OUTSIDE
         for label, (low, high) in self.grid.items():
             step, values = GRID_STEPS.get(label, 0.0), floats_or_nan(table, label)
@@ -277,7 +263,7 @@ class Coverage(OfModel[CoverageSettings]):
         scores.append(pa.array(kind, mask=~known))
         out = pa.table([*(table[name] for name in _OWN), *scores], schema=_schema(catalog))
         return {
-            "file": partition_record(output, pixel, out),
+            "file": base.partition_record(output, pixel, out),
             "rows": _counts(kind),
             "missing": {n: int(np.count_nonzero(~np.isfinite(v))) for n, v in columns.items()},
             "flags": {str(b): int(np.count_nonzero(flags & b)) for b in correct.COVERAGE_MEANINGS},
@@ -292,7 +278,12 @@ def _load(directory: str, fingerprint: str) -> kernel.CoverageModel:
 def _schema(catalog: Catalog) -> pa.Schema:
     own = [catalog.schema.field(name) for name in _OWN]
     return pa.schema(
-        [*own, correct.COVERAGE_FIELD, pa.field(correct.FLAGS, pa.int32(), False), KIND_FIELD]
+        [
+            *own,
+            correct.COVERAGE_FIELD,
+            pa.field(correct.FLAGS, pa.int32(), False),
+            widening.KIND_FIELD,
+        ]
     )
 
 
@@ -308,7 +299,7 @@ def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
     if len(fitted["growth"]["distance"]) < 2:
         found.append(
             f"{fitted['held_out_pairs']} held-out pairs are too few to measure how the error grows "
-            f"with the distance from them (at least {MIN_GROWTH_PAIRS} right ones are "
+            f"with the distance from them (at least {widening.MIN_GROWTH_PAIRS} right ones are "
             "needed, with errors): the coverage takes the error as the same everywhere."
         )
     if fitted["pairs_outside"] > _MANY_PAIRS:

@@ -53,11 +53,6 @@ def fitted_columns(method: str, labels: Sequence[str] = LABELS) -> tuple[str, ..
     return tuple(f"{label}_fitted_{method}" for label in labels)
 
 
-def methods_of(stage: Stage[Any]) -> list[str]:
-    """List the methods of the models that a stage gets, sorted."""
-    return sorted(name.removeprefix("model.") for name in stage.named("model"))
-
-
 class EvidenceSettings(Settings):
     """Settings of the stage."""
 
@@ -108,7 +103,7 @@ class Evidence(Stage[EvidenceSettings]):
 
     def make(self, run: Run) -> Made:
         """Make the table in one task."""
-        pairs, methods = self.catalog("pairs"), methods_of(self)
+        pairs, methods = self.catalog("pairs"), self.many("model")
         n_most = min(pairs.n_rows, self.settings.max_pairs)
         # Of a pair that is left out the task holds for a moment its fold, whether it is kept, its
         # place among those held out, and its row there.
@@ -126,7 +121,7 @@ class Evidence(Stage[EvidenceSettings]):
 
     def table(self, output: Output, key: str, item: None) -> dict[str, Any]:
         """Write the table."""
-        problem, methods = self.settings.problem, methods_of(self)
+        problem, methods = self.settings.problem, self.many("model")
         table, fold, kept = _kept_pairs(self.catalog("pairs"), self.settings.max_pairs)
         x, differences = problem.matrix(table), problem.differences(table)
         held_out = np.zeros(len(x), dtype=np.bool_)
@@ -286,6 +281,11 @@ class OnEvidence(Stage[S]):
         """Problem of the evidence."""
         return Problem(**self.manifest("evidence").summary["problem"])
 
+    @property
+    def names(self) -> list[str]:
+        """Columns of the evidence."""
+        return list(pq.read_schema(self.path("evidence") / EVIDENCE).names)
+
     def read(self, columns: Iterable[str], more: Sequence[str] = ()) -> pa.Table:
         """Read columns of the evidence: see `read_evidence`."""
         return read_evidence(self.path("evidence"), list(columns), more)
@@ -294,7 +294,7 @@ class OnEvidence(Stage[S]):
         self, order: Sequence[str] = ()
     ) -> Iterator[tuple[str, str, pa.Table, pa.Table]]:
         """Yield `reference.common_stars` of the inputs, none where there are no two surveys."""
-        stars = {name.removeprefix("stars."): self.catalog(name) for name in self.named("stars")}
+        stars = {name: self.catalog(f"stars.{name}") for name in self.many("stars")}
         if self.named("reference") and len(stars) > 1:
             yield from common_stars(self.catalog("reference"), stars, order)
 

@@ -121,7 +121,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
     def _error_factors(self) -> dict[str, list[dict[str, Any]]]:
         """Factors of quoted errors by survey; none where a survey has no repeats."""
         given = [(self.settings.target, name) for name in self.named("target_stars")]
-        given += [(name.removeprefix("stars."), name) for name in self.named("stars")]
+        given += [(name, f"stars.{name}") for name in self.many("stars")]
         found = {}
         for survey, name in given:
             if (manifest := self.catalog(name).manifest) is not None:

@@ -92,7 +92,7 @@ class Evidence(Stage[EvidenceSettings]):
                     f"{path} is not a trained model but an output of '{made.stage}'",
                     "Give the outputs of 'sos-dask train'.",
                 )
-            theirs = Problem(**made.params["settings"]["problem"])
+            theirs = Problem(**made.params.get("settings", {}).get("problem", {}))
             if theirs != problem:
                 raise ModelError(
                     f"{path} predicts {', '.join(theirs.names)} from {', '.join(theirs.features)}: "

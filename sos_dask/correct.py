@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sos_dask.columns import BoolArray, Float32Array, floats32
 from sos_dask.corrections import Correction
 from sos_dask.errors import PartitionError
-from sos_dask.evidence.error_tables import ErrorModel
+from sos_dask.evidence.intervals import ErrorModel
 from sos_dask.evidence.widening import INSIDE, KIND_FIELD, Limits
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.schema import CANONICAL

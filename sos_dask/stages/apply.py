@@ -23,7 +23,7 @@ from sos_dask.correct import (
 )
 from sos_dask.errors import CatalogError, ConfigError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
-from sos_dask.evidence.error_tables import load_errors
+from sos_dask.evidence.intervals import load_errors
 from sos_dask.evidence.widening import KIND_FIELD
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel

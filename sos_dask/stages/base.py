@@ -345,19 +345,19 @@ def piece(output: Output, name: str) -> Path:
     return output.work / "pieces" / f"{name}.arrow"
 
 
-def write_piece(path: Path, table: pa.Table) -> None:
+def write_piece(output: Output, name: str, table: pa.Table) -> None:
     """Keep an intermediate table as an Arrow file, written atomically."""
     with (
-        atomic_path(path) as temporary,
+        atomic_path(piece(output, name)) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, table.schema) as writer,
     ):
         writer.write_table(table)
 
 
-def read_piece(path: Path) -> pa.Table:
+def read_piece(output: Output, name: str) -> pa.Table:
     """An intermediate table, memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return pa.ipc.open_file(pa.memory_map(str(piece(output, name)))).read_all()
 
 
 @contextmanager

@@ -33,7 +33,6 @@ from sos_dask.stages.base import (
     key_column,
     motion_of,
     partition_record,
-    piece,
     read_piece,
     require_whole,
     write_piece,
@@ -192,7 +191,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
             pairs = pairs.append_column(name, values)
         for name in _ids_in(target):
             pairs = pairs.append_column(name, target[name])
-        write_piece(piece(output, f"pairs-{key}"), pairs)
+        write_piece(output, f"pairs-{key}", pairs)
         return {
             "n_matched": int(np.count_nonzero(np.diff(matches.left, prepend=-1))),
             "n_stars": len(np.unique(number)),
@@ -235,7 +234,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
 
         The record counts reference stars that several partitions have, but for one of these.
         """
-        kept = [read_piece(piece(output, f"pairs-{one}")) for one in pixels]
+        kept = [read_piece(output, f"pairs-{one}") for one in pixels]
         if not kept:
             return {"n_again": 0}
         names = ["smallest", "number", HEALPIX_COLUMN, "ra", "dec", *_ids_in(kept[0])]
@@ -246,13 +245,13 @@ class Crossmatch(Stage[CrossmatchSettings]):
         folds = fold_of(joined, self.settings.n_folds)
         starts = np.cumsum([one.num_rows for one in edges])[:-1]
         for one, fold in zip(pixels, np.split(folds, starts), strict=True):
-            write_piece(piece(output, f"folds-{one}"), pa.table({"fold": fold}))
+            write_piece(output, f"folds-{one}", pa.table({"fold": fold}))
         n_stars = sum(len(np.unique(some)) for some in np.split(number, starts))
         return {"n_again": n_stars - len(np.unique(number))}
 
     def write_pairs(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Write a partition of pairs with its final folds."""
-        pairs, final = (read_piece(piece(output, f"{kind}-{key}")) for kind in ("pairs", "folds"))
+        pairs, final = (read_piece(output, f"{kind}-{key}") for kind in ("pairs", "folds"))
         folds = pairs["fold"].to_numpy().copy()
         folds[pairs["is_edge"].to_numpy()] = final["fold"].to_numpy()
         place, schema = pairs.schema.get_field_index("fold"), self._schema()

@@ -202,7 +202,7 @@ class Ingest(Stage[SurveySettings]):
             if batch.rows.num_rows:
                 pieces.append(f"{key}-{number:06d}")
                 path = piece(output, pieces[-1])
-                write_piece(path, batch.rows)
+                write_piece(output, pieces[-1], batch.rows)
                 cells = histogram_of(batch.rows[HEALPIX_COLUMN].to_numpy())
                 _save(path.with_suffix(".keys.npy"), batch.keys)
                 _save(path.with_suffix(".cells.npy"), cells)
@@ -219,7 +219,7 @@ class Ingest(Stage[SurveySettings]):
         """Keep the keys of one range that stand at more than one position."""
         paths = [piece(output, one) for one in self.pieces]
         keys = conflicting_keys(paths, self._arrays(output, "keys"), *hashes)
-        write_piece(piece(output, f"conflicts-{key}"), pa.table({"obs_id": keys}))
+        write_piece(output, f"conflicts-{key}", pa.table({"obs_id": keys}))
         return {}
 
     def _arrays(self, output: Output, kind: str) -> list[Path]:
@@ -228,17 +228,17 @@ class Ingest(Stage[SurveySettings]):
 
     def settle_conflicts(self, output: Output, key: str, ranges: list[str]) -> dict[str, Any]:
         """Decide which rows lose where one key stands at several positions (rare: done at once)."""
-        tables = [read_piece(piece(output, f"conflicts-{one}")) for one in ranges]
+        tables = [read_piece(output, f"conflicts-{one}") for one in ranges]
         keys = pa.concat_tables(tables)["obs_id"]
         losers = pa.table({FILE: pa.array([], pa.int32()), ROW: pa.array([], pa.int64())})
         if len(keys):
             held = holders(self._arrays(output, "keys"), sorted_hashes(one_array(keys)))
-            found = [read_piece(piece(output, self.pieces[one])) for one in held]
+            found = [read_piece(output, self.pieces[one]) for one in held]
             rows = [one.filter(pc.is_in(one["obs_id"], value_set=keys)) for one in found]
             lost = losing_rows(pa.concat_tables(rows))
             losers = lost.select([FILE, ROW])
             _reject(output, "lost", rejected_rows(lost, CONFLICT, self.file_names))
-        write_piece(piece(output, key), losers)
+        write_piece(output, key, losers)
         return {}
 
     def merged_partition(
@@ -249,11 +249,11 @@ class Ingest(Stage[SurveySettings]):
         edges = np.load(output.work / f"edges-{self.settings.chunk_rows}.npy", mmap_mode="r")
         bounds = zip(self.pieces, *edges[number : number + 2], strict=True)
         slices = [
-            _copied(read_piece(piece(output, one)).slice(first, stop - first))
+            _copied(read_piece(output, one).slice(first, stop - first))
             for one, first, stop in bounds
             if first < stop
         ]
-        losers = read_piece(piece(output, "losers"))
+        losers = read_piece(output, "losers")
         if losers.num_rows:
             slices = [without_rows(rows, losers) for rows in slices]
         merged = merge_rows(slices, self.file_names)
@@ -290,13 +290,13 @@ def _save(path: Path, values: NDArray[Any]) -> None:
 def _reject(output: Output, key: str, rows: pa.Table) -> None:
     """Keep the rejected rows of a part, if there are any."""
     if rows.num_rows:
-        write_piece(piece(output, f"rejected-{key}"), rows)
+        write_piece(output, f"rejected-{key}", rows)
 
 
 def _rejected(output: Output, keys: Sequence[str]) -> pa.Table:
     """Rejected rows of all parts, in the order of files and rows."""
-    files = [piece(output, f"rejected-{key}") for key in keys]
-    tables = [read_piece(file) for file in files if file.is_file()]
+    names = [f"rejected-{key}" for key in keys]
+    tables = [read_piece(output, name) for name in names if piece(output, name).is_file()]
     rejected = pa.concat_tables([REJECTED_SCHEMA.empty_table(), *tables])
     return rejected.sort_by([("file", "ascending"), ("row", "ascending")])
 

@@ -24,7 +24,6 @@ from sos_dask.stages.base import (
     by_pixel,
     motion_of,
     partition_record,
-    piece,
     read_piece,
     write_piece,
 )
@@ -112,7 +111,7 @@ class Reference(Stage[ReferenceSettings]):
         parts = by_pixel(pixels)
         if self.settings.offsets == "measured" and len(catalogs) > 1:
             run.parts("common", parts, self.compare_surveys, "zero points")
-            common = [read_piece(piece(run.output, f"common-{key}")) for key in parts]
+            common = [read_piece(run.output, f"common-{key}") for key in parts]
             self.unify = self.unify.but(offsets=_zero_points(pa.concat_tables(common)))
         done = run.parts("stars", parts, self.stars_of_pixel)
         no_rows = {
@@ -145,7 +144,7 @@ class Reference(Stage[ReferenceSettings]):
         """Keep the differences of the stars of one partition that several surveys have."""
         members, primary = self._members(pixel, _COMPARED)
         table = common_differences(members, primary, self.settings.order)
-        write_piece(piece(output, f"common-{key}"), table)
+        write_piece(output, f"common-{key}", table)
         return {}
 
     def stars_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:

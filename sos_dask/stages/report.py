@@ -23,7 +23,7 @@ from sos_dask.columns import IntArray, floats32, floats_or_nan
 from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.corrections.symbolic import FILE as FORMULA_FILE
 from sos_dask.errors import CatalogError, ConfigError
-from sos_dask.evidence.maps import SKY_ORDER, STEPS
+from sos_dask.evidence.coverage import SKY_ORDER, STEPS
 from sos_dask.report import figures as panels
 from sos_dask.report import maps
 from sos_dask.report.page import (
@@ -40,7 +40,7 @@ from sos_dask.report.style import Drawn, render, word
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
-from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, piece, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, read_piece, write_piece
 from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.projection import load_projection
 from sos_dask.storage.artifact import Output
@@ -160,7 +160,7 @@ class ReportStage(Stage[ReportSettings]):
         else:
             cells = catalog.read(pixel, [HEALPIX_COLUMN])[HEALPIX_COLUMN].to_numpy()
             found = {"sky": _count(cells >> 2 * (MAX_ORDER - maps.ORDER), maps.N_SKY)}
-        write_piece(piece(output, key), pa.table(found))
+        write_piece(output, key, pa.table(found))
         return {}
 
     def draw_figure(self, output: Output, key: str, item: None) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def _sums(output: Output, build: Build, product: str) -> Counts:
     """Counts of a product, one partition after the other: all together they grow with these."""
     total: Counts = {}
     for key in by_pixel(build.counted[product].pixels):
-        table = read_piece(piece(output, f"{product}-{key}"))
+        table = read_piece(output, f"{product}-{key}")
         total = {what: total.get(what, 0) + table[what].to_numpy() for what in table.schema.names}
     return total
 

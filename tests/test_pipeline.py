@@ -550,7 +550,7 @@ def test_the_coverage_tells_errors_of_real_stars(real_data, tmp_path, monkeypatc
     model = CoverageModel.load(current / "coverage")
     score, _ = model.coverage(overlap.columns)
     logg, snr = (overlap.columns[name] for name in ("logg", "snr"))
-    noise = model.noise.of_pairs(logg, snr, overlap.reference_error)
+    noise = model.noise(logg, snr, overlap.reference_error)
     ratio = np.abs(overlap.residual / noise)
     right = ratio.min(axis=1) <= WRONG_SIGMA
     assert np.count_nonzero(right) > 590

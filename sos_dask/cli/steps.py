@@ -103,8 +103,8 @@ def ingest(
 
     Example: sos-dask ingest lamost-dr11-lrs dr11_v2.0_LRS_stellar.fits.gz -o lamost
     """
+    from sos_dask.stages.attach import Margin, MarginSettings
     from sos_dask.stages.ingest import Ingest
-    from sos_dask.stages.margin import Margin, MarginSettings
     from sos_dask.surveys.definition import load_survey
 
     definition = load_survey(survey)

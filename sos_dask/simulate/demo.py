@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from sos_dask.run.cluster import Report, silent
 from sos_dask.schema import LABELS
 from sos_dask.simulate import SkySettings, simulate
-from sos_dask.stats.binned import binned_quantiles, bins_of, rms_of_medians
+from sos_dask.stats.numbers import binned_quantiles, bins_of, rms_of_medians
 from sos_dask.storage.artifact import write_text
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import canonical_json

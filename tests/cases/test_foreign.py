@@ -18,9 +18,8 @@ from sos_dask.api import attach, crossmatch, margin
 from sos_dask.cli import main
 from sos_dask.errors import CatalogError, PartitionError, SosError
 from sos_dask.sky.healpix import ang2pix, plan_partitions
-from sos_dask.stages.attach import AttachSettings
+from sos_dask.stages.attach import AttachSettings, MarginSettings
 from sos_dask.stages.crossmatch import CrossmatchSettings
-from sos_dask.stages.margin import MarginSettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
 from tests.sky import observations, write_catalog

@@ -12,7 +12,7 @@ import pytest
 
 from sos_dask.api import dedupe, margin
 from sos_dask.errors import CatalogError, PartitionError
-from sos_dask.stages.margin import MarginSettings
+from sos_dask.stages.attach import MarginSettings
 from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog

@@ -34,7 +34,7 @@ def test_a_grid_counts_the_pairs_of_its_cells():
     one = Cells.of(np.array([[0.5, 0.5, 0.5]] * 3 + [[8.0, 8.0, 8.0]] + [[9, 1, 1]]), EDGES, 2)
     assert one.counts.sum() == 4 and one.counts[0, 0, 0] == 3 and one.counts[7, 7, 7] == 1
     assert one.places.tolist() == [[0, 0, 0]]
-    assert one.centres(one.places).tolist() == [[0.5, 0.5, 0.5]]
+    assert [part.tolist() for part in one.sides(one.places)] == [[[0.5] * 3], [[1.0] * 3]]
     assert one.typical_count == 3
 
 

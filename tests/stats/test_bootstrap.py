@@ -5,7 +5,15 @@ import pyarrow as pa
 import pytest
 
 from sos_dask.columns import key_numbers
-from sos_dask.stats.bootstrap import N_GROUPS, Ranked, draw, groups_of, interval
+from sos_dask.stats.bootstrap import (
+    N_GROUPS,
+    Replicates,
+    draw,
+    groups_of,
+    interval,
+    resampled,
+    resampled_bins,
+)
 
 SEEDS = 150
 
@@ -16,9 +24,9 @@ def weights_of(number: int) -> np.ndarray:
     return draw(200, number)
 
 
-def ranked(x: np.ndarray, groups: np.ndarray) -> Ranked:
+def measured(x: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> Replicates:
     order = np.argsort(x, kind="stable")
-    return Ranked(x[order], groups[order])
+    return resampled(x[order], groups[order], weights)
 
 
 def figures(x: np.ndarray) -> tuple[float, float, float]:
@@ -34,11 +42,11 @@ def test_intervals_hold_the_truth_in_95_percent_of_samples(n):
     for seed in range(SEEDS):
         rng = np.random.default_rng(seed)
         x = rng.normal(7.0, 2.0, n)
-        replicates = ranked(x, rng.integers(0, N_GROUPS, n)).resampled(weights_of(seed % 10))
-        for number, (value, resampled) in enumerate(
+        replicates = measured(x, rng.integers(0, N_GROUPS, n), weights_of(seed % 10))
+        for number, (value, figure) in enumerate(
             zip(figures(x), (replicates.median, replicates.mad, replicates.width), strict=True)
         ):
-            low, high = interval(value, resampled)
+            low, high = interval(value, figure)
             held[number] += low <= truth[number] <= high
     assert (held / SEEDS > 0.88).all(), held / SEEDS  # 0.95 less four standard errors
     assert (held / SEEDS < 1.0).all(), "as wide as that says nothing"
@@ -48,9 +56,9 @@ def test_pairs_of_one_star_stay_together():
     """Copies of stars bring no certainty: the interval is that of the stars."""
     rng = np.random.default_rng(5)
     star, groups = rng.normal(size=1000), rng.integers(0, N_GROUPS, 1000)
-    once = ranked(star, groups).resampled(draw(400, 1)).median.std()
-    copies = ranked(np.repeat(star, 9), np.repeat(groups, 9)).resampled(draw(400, 1)).median.std()
-    apart = ranked(np.repeat(star, 9), rng.integers(0, N_GROUPS, 9000)).resampled(draw(400, 1))
+    once = measured(star, groups, draw(400, 1)).median.std()
+    copies = measured(np.repeat(star, 9), np.repeat(groups, 9), draw(400, 1)).median.std()
+    apart = measured(np.repeat(star, 9), rng.integers(0, N_GROUPS, 9000), draw(400, 1))
     assert copies == pytest.approx(once, rel=0.1)
     assert apart.median.std() < 0.5 * once
 
@@ -60,7 +68,7 @@ def test_resamples_are_those_of_the_values_written_out():
     rng = np.random.default_rng(2)
     x, groups = rng.normal(size=201), np.arange(201)
     weights = draw(60, 3, 201)
-    found = ranked(x, groups).resampled(weights)
+    found = measured(x, groups, weights)
     spacing = np.diff(np.sort(x)).max()
     for number, counts in enumerate(weights.astype(int)):
         median, mad, width = figures(np.repeat(x, counts))
@@ -76,8 +84,8 @@ def test_medians_of_bins_are_exact_and_their_resamples_spread_as_they_should():
     x = rng.normal(bins.astype(float), 1.0 + np.maximum(bins, 0))
     bins[bins == 4] = np.where(np.arange(np.count_nonzero(bins == 4)) < 15, 4, -1)  # a thin bin
     order = np.argsort(x)
-    one = Ranked(x[order], groups[order])
-    counts, medians, replicates = one.binned_medians(draw(400, 0), bins[order], 5, 20)
+    given = x[order], groups[order], draw(400, 0), bins[order]
+    counts, medians, replicates = resampled_bins(*given, 5, 20)
     assert counts.tolist() == [np.count_nonzero(bins == b) for b in range(5)]
     for b in range(4):
         inside = x[bins == b]
@@ -92,9 +100,9 @@ def test_nothing_depends_on_the_order_of_the_pairs():
     rng = np.random.default_rng(6)
     x, groups = rng.normal(size=5000), rng.integers(0, N_GROUPS, 5000)
     order = rng.permutation(5000)
-    one, other = ranked(x, groups), ranked(x[order], groups[order])
     weights = draw(100, 0)
-    np.testing.assert_array_equal(one.resampled(weights).mad, other.resampled(weights).mad)
+    one, other = measured(x, groups, weights), measured(x[order], groups[order], weights)
+    np.testing.assert_array_equal(one.mad, other.mad)
     np.testing.assert_array_equal(draw(100, 0), weights)
     assert not np.array_equal(draw(100, 1), weights)
 
@@ -118,7 +126,7 @@ def test_groups_are_of_the_id_alone_and_even():
 
 
 def test_equal_values_have_no_spread():
-    found = ranked(np.full(100, 3.0), np.arange(100)).resampled(draw(50, 0))
+    found = measured(np.full(100, 3.0), np.arange(100), draw(50, 0))
     assert (found.median == 3.0).all()
     assert (found.mad == 0).all() and (found.width == 0).all()
     assert interval(3.0, found.median) == (3.0, 3.0)

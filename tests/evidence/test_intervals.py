@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 
 from sos_dask.errors import ModelError
-from sos_dask.evidence.error_tables import ErrorModel, _digest, error_grid, load_errors
 from sos_dask.evidence.intervals import (
     LEVELS,
     Checked,
+    ErrorModel,
     HeldOut,
+    _digest,
+    error_grid,
     error_model,
     fit_label,
     hit_rates,
     least_log_snr,
+    load_errors,
 )
 from sos_dask.problem import DEFAULT, Input, Problem
 from sos_dask.schema import LABELS
@@ -112,9 +115,9 @@ def test_the_check_sees_intervals_that_are_wrong():
     pairs.residuals[pairs.part == 0] *= 4
     _, checked = fitted(pairs)
     of_part = {
-        one.subset: one.hit_rate
+        one["subset"]: one["hit_rate"]
         for one in hit_rates("feh", checked[2], {"0": pairs.part == 0, "others": pairs.part != 0})
-        if one.level == 0.68
+        if one["level"] == 0.68
     }
     assert of_part["0"] < 0.45 < 0.65 < of_part["others"]
 
@@ -144,7 +147,7 @@ def test_without_snr_there_is_no_profile():
     errors, checked = fitted(held_out(3000, 4, with_snr=False))
     assert (errors.profile == 1).all()
     everyone = {"all": np.ones(3000, bool)}
-    assert [one for one in hit_rates("teff", checked[0], everyone) if one.level == 0.68]
+    assert [one for one in hit_rates("teff", checked[0], everyone) if one["level"] == 0.68]
     x, snr = stars(50, np.random.default_rng(1))
     assert (errors.half_width(x, snr) == errors.half_width(x, None)).all()
 
@@ -304,5 +307,5 @@ def test_the_interval_of_a_hit_rate_is_the_binomial_one():
     inside = np.arange(100)[:, None] < np.array([68, 100])
     checked = Checked(np.ones(100, bool), inside, {})
     one, other = hit_rates("teff", checked, {"all": np.ones(100, bool)})
-    assert [one.low, one.high] == pytest.approx([0.5792, 0.7698], abs=1e-3)
-    assert (other.hit_rate, other.high) == (1.0, 1.0) and other.low > 0.95
+    assert [one["low"], one["high"]] == pytest.approx([0.5792, 0.7698], abs=1e-3)
+    assert (other["hit_rate"], other["high"]) == (1.0, 1.0) and other["low"] > 0.95

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.errors import CatalogError
-from sos_dask.evidence.maps import SKY_ORDER, STEPS
+from sos_dask.evidence.coverage import SKY_ORDER, STEPS
 from sos_dask.evidence.projection import ProjectionSettings
 from sos_dask.report import maps as kinds
 from sos_dask.report import page
 from sos_dask.report.figures import calibration_figure, left_out_figure
 from sos_dask.report.maps import Plane, growth_figure
 from sos_dask.report.style import Drawn, percent, readable, render
-from sos_dask.stages.generalisation import GeneralisationSettings
 from sos_dask.stages.projection import ProjectionStage, load_projection
 from sos_dask.stages.report import PAGE, ReportSettings, figures
+from sos_dask.stages.train import GeneralisationSettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import read_build

@@ -23,7 +23,7 @@ from sos_dask.evidence.trends import (
     trend,
     trend_table,
 )
-from sos_dask.stats.binned import Axis, binned_quantiles, bins_of, equal_count_edges
+from sos_dask.stats.numbers import Axis, binned_quantiles, bins_of, equal_count_edges
 
 THOROUGH = settings(deadline=None, derandomize=True, max_examples=200)
 # Few different values, so that there are ties, on edges too; and what is no number.

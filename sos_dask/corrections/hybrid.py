@@ -108,17 +108,7 @@ def residuals(batch: Batch, smooth: PolynomialCorrection, outlier: float) -> Bat
 
 @dataclass(eq=False)
 class HybridCorrection(Correction):
-    """Sum of a polynomial and of smeared trees.
-
-    Parameters
-    ----------
-    info : ModelInfo
-    smooth : PolynomialCorrection
-    low, high : ndarray of float32, shape (k,)
-        First and last node of each axis of a grid.
-    nodes : ndarray of float32, shape (n0, n1, ..., l)
-        The smeared trees there.
-    """
+    """Sum of a polynomial and of smeared trees."""
 
     parameters = Settings
     search: ClassVar = {
@@ -131,9 +121,9 @@ class HybridCorrection(Correction):
     }
 
     smooth: PolynomialCorrection
-    low: Float32Array
+    low: Float32Array  # first and last node of each axis of a grid
     high: Float32Array
-    nodes: Float32Array
+    nodes: Float32Array  # the smeared trees there, shape (n0, n1, ..., l)
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
@@ -282,18 +272,11 @@ def _normals(batch: Batch, seed: int) -> FloatArray:
 
 @dataclass(eq=False)
 class SimexCorrection(Correction):
-    """Weighted sum of fits with and without added noise.
-
-    Parameters
-    ----------
-    info : ModelInfo
-    parts : tuple of Correction
-        One without added noise, then those of each of `LAMBDAS`.
-    """
+    """Weighted sum of fits with and without added noise."""
 
     parameters = SimexSettings
 
-    parts: tuple[Correction, ...]
+    parts: tuple[Correction, ...]  # one without added noise, then those of each of `LAMBDAS`
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
@@ -346,13 +329,7 @@ class SimexCorrection(Correction):
 
 
 def part_weights(replicas: int) -> FloatArray:
-    """Weights of the parts in the value of the least-squares parabola at ``lambda`` = -1.
-
-    Returns
-    -------
-    ndarray of float64, shape (1 + 4 * replicas,)
-        Their sum is 1.
-    """
+    """Weights, of sum 1, of the parts in the least-squares parabola's value at ``lambda`` = -1."""
     amounts = np.array([0.0, *LAMBDAS])
     at_minus_one = np.array([1.0, -1.0, 1.0]) @ np.linalg.pinv(np.vander(amounts, 3, True))
     return np.concatenate([at_minus_one[:1], np.repeat(at_minus_one[1:] / replicas, replicas)])

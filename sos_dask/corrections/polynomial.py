@@ -65,21 +65,17 @@ class Settings(settings.Settings):
 
 @dataclass(eq=False)
 class PolynomialCorrection(Correction):
-    """Polynomials of the standardised inputs (x - center) / width, fitted in some passes.
-
-    ``exponents`` has shape (m, k), ``coefficients`` (m, l); ``scatter``, shape (l,), is 1.4826
-    times the median absolute residual of the training pairs.
-    """
+    """Polynomials of the standardised inputs (x - center) / width."""
 
     parameters = Settings
     search: ClassVar = {"order": (2, 3, 4, 5), "ridge": (0.1, 1.0, 3.0, 10.0)}
 
     center: FloatArray
     width: FloatArray
-    exponents: IntArray
-    coefficients: FloatArray
-    scatter: FloatArray
-    passes: int
+    exponents: IntArray  # shape (m, k)
+    coefficients: FloatArray  # shape (m, l)
+    scatter: FloatArray  # 1.4826 times the median absolute residual of the training pairs
+    passes: int  # over the pairs, that were made
 
     def standardised(self, features: Float32Array) -> FloatArray:
         """Standardised inputs in double precision, shape (n, k)."""

@@ -99,20 +99,12 @@ class Choice(settings.Settings):
 
 @dataclass(eq=False)
 class SymbolicCorrection(Correction):
-    """One formula a label.
-
-    Parameters
-    ----------
-    info : ModelInfo
-    choices : tuple of Choice
-    n_sample : int
-        Pairs that searched and judged.
-    """
+    """One formula a label."""
 
     parameters = Settings
 
     choices: tuple[Choice, ...]
-    n_sample: int
+    n_sample: int  # pairs that searched and judged
 
     @cached_property
     def formulas(self) -> list[Formula]:

@@ -75,13 +75,13 @@ class Settings(settings.Settings):
 class Candidate(settings.Settings):
     """A formula of the front, with numbers fitted to the sample and figures of its judging half."""
 
-    formula: str = Field(description="Of the inputs; Python and SymPy read it")
+    formula: str  # of the inputs; Python and SymPy read it
     latex: str
-    complexity: int = Field(description="Numbers, inputs (less a fixed number) and operators")
-    loss: float = Field(description="Mean bisquare loss, 0 (perfect) to 1")
-    scatter: float = Field(description="1.4826 times the median absolute residual")
-    behind: float = Field(description="Loss less that of the best")
-    standard_error: float = Field(description="Standard error of behind")
+    complexity: int  # numbers, inputs (less a fixed number) and operators
+    loss: float  # mean bisquare loss, 0 (perfect) to 1
+    scatter: float  # 1.4826 times the median absolute residual
+    behind: float  # loss less that of the best
+    standard_error: float  # of behind
 
 
 class Choice(settings.Settings):
@@ -91,10 +91,8 @@ class Choice(settings.Settings):
     latex: str
     complexity: int
     scatter: float
-    chosen: int = Field(description="Position in the front")
-    front: tuple[Candidate, ...] = Field(
-        strict=False, description="By complexity; each is better than all before it"
-    )
+    chosen: int  # position in the front
+    front: list[Candidate]  # by complexity; each is better than all before it
 
 
 @dataclass(eq=False)
@@ -177,6 +175,14 @@ def _search(
         y = (differences.astype(np.float64) - center) / spread
         return scale.shift(x), y, weight.astype(np.float64) / summary.mean_weight
 
+    def fitted(form: Template, *pairs: FloatArray) -> Template:
+        better = fit_numbers(form, *pairs)
+        return better if scale.finite(better) else form  # a pole may have come near
+
+    def written(form: Template) -> dict[str, Any]:
+        text, latex = form.written(scale.pivot, center, spread)
+        return {"formula": text, "latex": latex, "complexity": form.complexity}
+
     u, y, weight = scaled(sample)
     # The sample is in the order of its hash: any two halves are alike.
     half = len(y) // 2
@@ -186,41 +192,24 @@ def _search(
     forms: dict[str, Template] = {}
     for text in ["0", *texts]:
         found = Template.of(text, names, scale.width)
-        if found is not None:
-            forms.setdefault(found.formula.text, found)
+        if found is not None and found.formula.text not in forms and scale.finite(found):
+            forms[found.formula.text] = found
     with one_thread():
-        fitted = [
-            _fitted(form, scale, u[:, :half], y[:half], weight[:half])
-            for form in forms.values()
-            if scale.finite(form)
-        ]
-        front, chosen = _front(fitted, u[:, half:], y[half:], settings)
+        tried = [fitted(form, u[:, :half], y[:half], weight[:half]) for form in forms.values()]
+        front, chosen = _front(tried, u[:, half:], y[half:], settings.standard_errors)
         u, y, weight = scaled(pairs)
-        best = _fitted(front[chosen][0], scale, u, y, weight)
-
-    def written(form: Template) -> dict[str, Any]:
-        text, latex = form.written(scale.pivot, center, spread)
-        return {"formula": text, "latex": latex, "complexity": form.complexity}
-
-    return Choice(
-        **written(best),
-        scatter=_short(_scatter(best.values(u) - y) * spread),
-        front=tuple(
-            Candidate(
-                **written(form),
-                loss=_short(judged["loss"]),
-                scatter=_short(judged["scatter"] * spread),
-                behind=_short(judged["behind"]),
-                standard_error=_short(judged["standard_error"]),
-            )
-            for form, judged in front
-        ),
-        chosen=chosen,
-    )
+        best = fitted(front[chosen][0], u, y, weight)
+    candidates = []
+    for form, judged in front:
+        judged["scatter"] *= spread
+        figures: Any = {name: _short(value) for name, value in judged.items()}
+        candidates.append(Candidate(**written(form), **figures))
+    left = _short(_scatter(best.values(u) - y) * spread)
+    return Choice(**written(best), scatter=left, front=candidates, chosen=chosen)
 
 
 def _front(
-    forms: Sequence[Template], u: FloatArray, y: FloatArray, settings: Settings
+    forms: Sequence[Template], u: FloatArray, y: FloatArray, standard_errors: float
 ) -> tuple[list[tuple[Template, dict[str, float]]], int]:
     """The front with its figures, and the position of the chosen formula in it."""
     residuals = [y - form.values(u) for form in forms]
@@ -233,23 +222,14 @@ def _front(
     for i in sorted(range(len(forms)), key=lambda i: (forms[i].complexity, means[i], i)):
         if np.isfinite(means[i]) and (not front or means[i] < means[front[-1]]):
             front.append(i)
-    best, entries = front[-1], []
+    best, entries, close = front[-1], [], []
     for i in front:
+        behind = means[i] - means[best]
         error = float(np.std(losses[i] - losses[best])) / math.sqrt(len(y))
-        judged = {"loss": means[i], "scatter": scales[i], "behind": means[i] - means[best]}
+        judged = {"loss": means[i], "scatter": scales[i], "behind": behind}
         entries.append((forms[i], {**judged, "standard_error": error}))
-    close = [
-        one["behind"] <= settings.standard_errors * one["standard_error"] for _, one in entries
-    ]
+        close.append(behind <= standard_errors * error)
     return entries, close.index(True)
-
-
-def _fitted(
-    form: Template, scale: Scale, u: FloatArray, y: FloatArray, weight: FloatArray
-) -> Template:
-    """The formula with fitted numbers, unless a pole came near."""
-    better = fit_numbers(form, u, y, weight)
-    return better if scale.finite(better) else form
 
 
 def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray) -> Template:

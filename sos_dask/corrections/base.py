@@ -295,6 +295,7 @@ class Correction(abc.ABC):
     inputs are clamped to the box, one by one. `in_range` says where that was not needed.
     """
 
+    method: ClassVar[str]
     parameters: ClassVar[type[Settings]]
     search: ClassVar[Mapping[str, Sequence[int | float | str]]] = {}  # values that a search tries
 
@@ -309,11 +310,6 @@ class Correction(abc.ABC):
     @abc.abstractmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> Correction:
         """Read a model from its own `files`; `ModelError` where they are damaged."""
-
-    @property
-    def method(self) -> str:
-        """Name of the method."""
-        return self.info.method
 
     @property
     def labels(self) -> tuple[str, ...]:

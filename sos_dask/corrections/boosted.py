@@ -74,10 +74,7 @@ class Settings(settings.Settings):
     )
     max_bin: int = Field(256, ge=2, le=4096, description="Bins of each input")
     huber_slope: float = Field(
-        0.2,
-        ge=0.01,
-        le=100.0,
-        description="Residual at which the loss turns from square to linear, in spreads",
+        0.2, ge=0.01, le=100.0, description="Residual where the loss turns linear, in spreads"
     )
     stop_rounds: int = Field(
         0,
@@ -90,10 +87,7 @@ class Settings(settings.Settings):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the subsamples")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to train")
     timeout_s: int = Field(
-        120,
-        ge=1,
-        le=86400,
-        description="Longest wait of a worker for the others in one step, in seconds",
+        120, ge=1, le=86400, description="Longest wait of a worker for the others, in seconds"
     )
 
 
@@ -106,6 +100,7 @@ class BoostedCorrection(Correction):
     differences; a saved model has it unless its thresholds make too many cells.
     """
 
+    method = "boosted"
     parameters = Settings
     search: ClassVar = {
         "n_rounds": (100, 200, 400, 800),
@@ -185,7 +180,7 @@ class BoostedCorrection(Correction):
         client = training.client
         if settings.device == "cuda" and client is None:
             boosted_cluster.find_gpu()
-        summary = base.summarise(training, "boosted", settings, MIN_PAIRS)
+        summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
         edges = _bin_edges(training, summary.info, settings.max_bin)
         job = Job(training, settings, summary, edges, (settings.n_rounds,) * len(summary.center))
         if settings.stop_rounds:

@@ -71,17 +71,10 @@ class Settings(polynomial.Settings, boosted.Settings):
     reg_lambda: float = _of_trees("reg_lambda", 30.0)
     huber_slope: float = _of_trees("huber_slope", 0.5)
     smoothing: float = Field(
-        0.1,
-        ge=0.02,
-        le=3.0,
-        description="Width of the Gaussian that smears the trees, in standard deviations",
+        0.1, ge=0.02, le=3.0, description="Width of the smearing Gaussian, in standard deviations"
     )
     outlier: float = Field(
-        7.0,
-        ge=2,
-        le=1e6,
-        description="Residuals of the polynomial beyond so many scatters are not shown to the "
-        "trees",
+        7.0, ge=2, le=1e6, description="The trees do not see residuals beyond so many scatters"
     )
 
 
@@ -90,13 +83,11 @@ def _settings_of(kind: type[Correction], whole: Settings) -> Any:
     return kind.parameters(**{name: getattr(whole, name) for name in kind.parameters.model_fields})
 
 
-def _part(
-    kind: type[Correction], method: str, info: ModelInfo, files: Mapping[str, Content], start: str
-) -> Any:
+def _part(kind: type[Correction], info: ModelInfo, files: Mapping[str, Content], start: str) -> Any:
     """A correction inside of another one: of the files whose names start so."""
     own = {k: v for k, v in info.params.items() if k in kind.parameters.model_fields}
     inner = {k.removeprefix(start): v for k, v in files.items() if k.startswith(start)}
-    return kind.restore(replace(info, method=method, params=own), inner)
+    return kind.restore(replace(info, method=kind.method, params=own), inner)
 
 
 def residuals(batch: Batch, smooth: PolynomialCorrection, outlier: float) -> Batch:
@@ -110,6 +101,7 @@ def residuals(batch: Batch, smooth: PolynomialCorrection, outlier: float) -> Bat
 class HybridCorrection(Correction):
     """Sum of a polynomial and of smeared trees."""
 
+    method = "hybrid"
     parameters = Settings
     search: ClassVar = {
         "order": (2, 3, 4, 5),
@@ -140,7 +132,7 @@ class HybridCorrection(Correction):
     @classmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> HybridCorrection:
         """Read a model from its own files."""
-        smooth = _part(PolynomialCorrection, "polynomial", info, files, POLYNOMIAL)
+        smooth = _part(PolynomialCorrection, info, files, POLYNOMIAL)
         what = "the grid of the residuals"
         arrays = unpack(files[GRID], what)
         shapes = [array.shape for array in arrays]
@@ -154,7 +146,7 @@ class HybridCorrection(Correction):
         """Fit; see `sos_dask.corrections.fit`."""
         terms = polynomial_terms(settings.order, len(training.problem.inputs))
         needed = max(2 * len(terms), boosted.MIN_PAIRS)
-        info = base.summarise(training, "hybrid", settings, needed).info
+        info = base.summarise(training, cls.method, settings, needed).info
         smooth = PolynomialCorrection.fit(training, _settings_of(PolynomialCorrection, settings))
         left = training.changed(partial(residuals, smooth=smooth, outlier=settings.outlier))
         trees = BoostedCorrection.fit(left, _settings_of(BoostedCorrection, settings))
@@ -208,17 +200,11 @@ class SimexSettings(Settings):
     )
     replicas: int = Field(2, ge=1, le=100, description="Fits with added noise of each size")
     error_factor: float = Field(
-        1.0,
-        ge=0.0,
-        le=100.0,
-        description="True errors of the labels in units of the quoted ones",
+        1.0, ge=0.0, le=100.0, description="True errors of the labels in units of the quoted ones"
     )
 
 
-_BASES: Mapping[str, type[Correction]] = {
-    "polynomial": PolynomialCorrection,
-    "hybrid": HybridCorrection,
-}
+_BASES = {kind.method: kind for kind in (PolynomialCorrection, HybridCorrection)}
 
 
 def noisy(
@@ -274,13 +260,14 @@ def _normals(batch: Batch, seed: int) -> FloatArray:
 class SimexCorrection(Correction):
     """Weighted sum of fits with and without added noise."""
 
+    method = "simex"
     parameters = SimexSettings
 
     parts: tuple[Correction, ...]  # one without added noise, then those of each of `LAMBDAS`
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
-        weights = part_weights(int(self.info.params["replicas"]))
+        weights = part_weights(self.info.params["replicas"])
         total = np.zeros((len(features), len(self.labels)))
         for weight, part in zip(weights, self.parts, strict=True):
             total += weight * part.evaluate(features)
@@ -297,11 +284,8 @@ class SimexCorrection(Correction):
     @classmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> SimexCorrection:
         """Read a model from its own files."""
-        base, n_parts = info.params["base"], 1 + len(LAMBDAS) * int(info.params["replicas"])
-        return cls(
-            info,
-            tuple(_part(_BASES[base], base, info, files, f"{n}-") for n in range(n_parts)),
-        )
+        kind, n_parts = _BASES[info.params["base"]], len(part_weights(info.params["replicas"]))
+        return cls(info, tuple(_part(kind, info, files, f"{n}-") for n in range(n_parts)))
 
     @classmethod
     def fit(cls, training: Training, settings: SimexSettings) -> SimexCorrection:
@@ -313,7 +297,7 @@ class SimexCorrection(Correction):
         if not any(replace(plain, folds=None).map(_n_rows)):
             raise _no_errors(problem, "no pair has all of them")
         needed = 2 * len(polynomial_terms(settings.order, len(problem.inputs)))
-        summary = base.summarise(plain, "simex", settings, needed)
+        summary = base.summarise(plain, cls.method, settings, needed)
         kind, parts = _BASES[settings.base], []
         of_base = _settings_of(kind, settings)
         amounts = [0.0, *np.repeat(np.sqrt(LAMBDAS), settings.replicas)]

@@ -63,10 +63,7 @@ class Settings(settings.Settings):
         "rational", description="Whether formulas may divide"
     )
     standard_errors: float = Field(
-        1.0,
-        ge=0.0,
-        le=100.0,
-        description="How much worse than the best a simpler formula may be, in standard errors",
+        1.0, ge=0.0, le=100.0, description="A simpler formula may be worse by so many of them"
     )
     engine: Literal["operon", "pysr"] = Field("operon", description="Program for the evolution")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the evolution")
@@ -99,6 +96,7 @@ class Choice(settings.Settings):
 class SymbolicCorrection(Correction):
     """One formula a label."""
 
+    method = "symbolic"
     parameters = Settings
 
     choices: tuple[Choice, ...]
@@ -147,7 +145,7 @@ class SymbolicCorrection(Correction):
 
         With a client the labels evolve on its workers, at the same time. The formulas are the same.
         """
-        summary = base.summarise(training, "symbolic", settings, MIN_PAIRS)
+        summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
         _require(settings.engine)
         scale = Scale.of(summary)
         sample = draw_sample(training, scale, settings.n_sample)

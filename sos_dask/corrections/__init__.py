@@ -32,10 +32,13 @@ __all__ = ["MODEL_FILE", "Batch", "Correction", "Training", "TrainingSource"]
 _SMALL_FILE = 1 << 20
 
 
-_KINDS: tuple[type[Correction], ...] = (
-    BoostedCorrection, HybridCorrection, PolynomialCorrection, SimexCorrection, SymbolicCorrection,
-)  # fmt: skip
-_METHODS = {kind.method: kind for kind in _KINDS}
+_METHODS: Mapping[str, type[Correction]] = {
+    "boosted": BoostedCorrection,
+    "hybrid": HybridCorrection,
+    "polynomial": PolynomialCorrection,
+    "simex": SimexCorrection,
+    "symbolic": SymbolicCorrection,
+}
 
 
 def methods() -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """A readable formula for each difference, found by symbolic regression.
 
-1. A sample of the training pairs: where pairs are dense fewer of them are taken (each cell of a
-   coarse grid gives in proportion to the square root of its pairs). Which ones, a hash of their
-   numbers says, so the sample is the same in any order of the pairs and any partitions.
+1. A sample of the training pairs, fewer of them where pairs are dense: each cell of a coarse grid
+   gives in proportion to the square root of its pairs. A hash of their numbers says which, so the
+   sample is the same in any order of the pairs and any partitions.
 2. Half of the sample evolves formulas: genetic programming with two goals, accuracy and length
    (Operon: Burlacu, Kronberger & Kommenda 2020, GECCO Companion, 1562), on differences clipped at
    ``CLIP`` spreads. One thread and one seed give the same formulas again.
@@ -16,15 +16,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -141,18 +142,13 @@ class SymbolicCorrection(Correction):
 
     @classmethod
     def fit(cls, training: Training, settings: Settings) -> SymbolicCorrection:
-        """Fit; see `sos_dask.corrections.fit`.
-
-        With a client the labels evolve on its workers, at the same time. The formulas are the same.
-        """
+        """Fit; see `sos_dask.corrections.fit`. Labels evolve on the workers of a client at once."""
         summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
         _require(settings.engine)
         scale = Scale.of(summary)
         sample = draw_sample(training, scale, settings.n_sample)
         pairs = draw_sample(training, scale, MOST_PAIRS, even=False)
-        search = partial(
-            _search, scale=scale, summary=summary, settings=settings, sample=sample, pairs=pairs
-        )
+        search = partial(_search, scale, summary, settings, sample, pairs)
         labels = range(len(summary.center))
         what, advice = "symbolic: the search of formulas", "give workers more, or lower n_sample."
         choices = base.run_tasks(search, labels, training.client, what, advice)
@@ -163,7 +159,7 @@ class SymbolicCorrection(Correction):
 
 
 def _search(
-    label: int, *, scale: Scale, summary: Summary, settings: Settings, sample: Rows, pairs: Rows
+    scale: Scale, summary: Summary, settings: Settings, sample: Rows, pairs: Rows, label: int
 ) -> Choice:
     """Evolve formulas of one label and choose one."""
     center, spread = float(summary.center[label]), float(summary.spread[label])
@@ -231,9 +227,9 @@ def _front(
 
 
 def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray) -> Template:
-    """Fit the numbers of a formula robustly (bisquare; Beaton & Tukey 1974, Technometrics 16, 147).
+    """Fit the numbers of a formula robustly, from those it has, which set the scale of the loss.
 
-    The numbers to start from say the scale of the loss.
+    By the bisquare (Beaton & Tukey 1974, Technometrics 16, 147).
     """
     from scipy.optimize import least_squares
 
@@ -248,11 +244,8 @@ def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray
         found = least_squares(
             lambda numbers: (form.with_numbers(numbers).values(u) - y) / sigma,
             form.numbers,
-            jac=lambda numbers: form.with_numbers(numbers).gradient(u) / sigma,
-            loss=loss,
-            x_scale="jac",
-            ftol=1e-6,
-            max_nfev=30,
+            lambda numbers: form.with_numbers(numbers).gradient(u) / sigma,
+            **{"loss": loss, "x_scale": "jac", "ftol": 1e-6, "max_nfev": 30},
         )
     except (ValueError, np.linalg.LinAlgError):  # not finite at a pair
         return form
@@ -274,7 +267,7 @@ def _require(engine: str) -> None:
     """Raise `ModelError` where an engine is not installed, without importing it."""
     # Importing pysr without Julia would download one.
     needed = {"operon": ["pyoperon"], "pysr": ["pysr", "juliacall"]}[engine] + ["sympy"]
-    missing = [name for name in needed if not _installed(name)]
+    missing = [n for n in needed if sys.modules.get(n, n) is None or not find_spec(n)]
     if engine == "operon" and missing:
         raise ModelError(
             f"method 'symbolic' needs {' and '.join(missing)}, which is not installed",
@@ -287,13 +280,6 @@ def _require(engine: str) -> None:
             f"symbolic.engine = 'pysr' needs {', '.join(missing)}, which is not there",
             "Install Julia and 'pip install pysr', or set engine = 'operon'.",
         )
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ValueError:
-        return False
 
 
 def _operon(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:

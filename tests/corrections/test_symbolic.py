@@ -280,7 +280,7 @@ def test_formulas_of_pysr_are_read(monkeypatch):
             assert variable_names == list(FEATURES)
             self.equations_ = {"equation": ["0.1", "logg * feh * 0.3 + 0.1", "1.0 / (feh - feh)"]}
 
-    monkeypatch.setattr(symbolic, "require", lambda engine: None)
+    monkeypatch.setattr(symbolic, "_require", lambda engine: None)
     monkeypatch.setitem(sys.modules, "pysr", SimpleNamespace(PySRRegressor=Regressor))
     batch = biased_pairs(3000, 3)
     out = fit(ArraySource(batch), params={**QUICK, "engine": "pysr"})

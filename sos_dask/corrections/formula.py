@@ -178,9 +178,6 @@ class Interval:
         return Interval(np.where(across, 0.0, np.minimum(a, b)), np.maximum(a, b))
 
 
-# --- normal form, by SymPy ---------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Template:
     """A formula in normal form, with a name (``_0``, ``_1``, ...) for each number a fit may change.

@@ -10,23 +10,22 @@ pairs with outliers its held-out scatter was 0.99 times that of boosted trees al
 differences 3.4 to 8 times smaller.
 
 SIMEX (simulation and extrapolation) is an errors-in-variables variant of another method. Noise of
-the target's labels is in the features and, with the same sign, in the difference target -
-reference. Stars scattered upwards in a label then show a positive difference where there is no bias
-at all: regression dilution. Every other method predicts that part too, because it predicts the
-reference, as it should when noisy labels are to be corrected one by one. This one estimates the
-bias at the true labels: what one survey measures differently from the other. Use it to study or to
-publish the bias of a survey, or to correct labels with much smaller errors than those of the pairs;
-do not use it to predict the reference, whose scatter it leaves larger. More noise of the quoted
-size is added to features and differences together, ``lambda`` = 0.5 to 2 times its variance; the
-fits are followed back to ``lambda`` = -1 by a parabola (Cook & Stefanski 1994, JASA 89, 1314). It
-is only as good as the errors of the pairs, and takes away most of the dilution, not all: where
+the target's labels is in the features and, with the same sign, in the differences: stars scattered
+upwards in a label show a positive difference where there is no bias at all (regression dilution).
+Every other method predicts that part too, because it predicts the reference, as it should when
+noisy labels are to be corrected one by one. This one estimates the bias at the true labels. Use it
+to study or to publish the bias of a survey, or to correct labels with much smaller errors than
+those of the pairs; not to predict the reference, whose scatter it leaves larger. More noise of the
+quoted size is added to features and differences together, ``lambda`` = 0.5 to 2 times its variance;
+the fits are followed back to ``lambda`` = -1 by a parabola (Cook & Stefanski 1994, JASA 89, 1314).
+It is only as good as the errors of the pairs, and takes away most of the dilution, not all: where
 errors are no longer small against the structure of the bias, a parabola is too stiff.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +36,7 @@ from pydantic import Field
 
 from sos_dask.columns import Float32Array, FloatArray, mixed
 from sos_dask.corrections import base, boosted, polynomial
-from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Rows, Training
+from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Training
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.polynomial import PolynomialCorrection, polynomial_terms
 from sos_dask.errors import ModelError
@@ -151,17 +150,14 @@ class HybridCorrection(Correction):
         left = training.changed(partial(residuals, smooth=smooth, outlier=settings.outlier))
         trees = BoostedCorrection.fit(left, _settings_of(BoostedCorrection, settings))
         low, high = (np.array(ends, np.float32) for ends in (info.minimum, info.maximum))
-        nodes = _smeared(trees.evaluate, low, high, settings.smoothing * smooth.width)
+        nodes = _smeared(trees, low, high, settings.smoothing * smooth.width)
         return cls(info, smooth, low, high, nodes)
 
 
 def _smeared(
-    function: Callable[[Float32Array], Float32Array],
-    low: Float32Array,
-    high: Float32Array,
-    width: FloatArray,
+    trees: BoostedCorrection, low: Float32Array, high: Float32Array, width: FloatArray
 ) -> Float32Array:
-    """Values of a function smeared with a Gaussian of this width, at the nodes of a grid.
+    """Values of trees smeared with a Gaussian of this width, at the nodes of a grid.
 
     Beyond the box it stays as at the nearest face. Where ``MAX_NODES`` are too few to follow the
     Gaussian, the nodes are farther apart and the interpolation smears more.
@@ -180,7 +176,7 @@ def _smeared(
     nodes = np.stack(mesh, axis=-1).reshape(-1, len(axes))
     planes = []
     for nodes[:, 0] in axes[0]:
-        planes.append(function(nodes).reshape(*(len(axis) for axis in axes[1:]), -1))
+        planes.append(trees.evaluate(nodes).reshape(*(len(axis) for axis in axes[1:]), -1))
     values = np.stack(planes).astype(np.float64)
     for axis in range(len(axes)):
         if length[axis] > 0:
@@ -195,9 +191,7 @@ def _smeared(
 class SimexSettings(Settings):
     """Parameters of the method: those of the method that is fitted, and its own."""
 
-    base: Literal["polynomial", "hybrid"] = Field(
-        "polynomial", description="The method that is fitted"
-    )
+    base: Literal["polynomial", "hybrid"] = Field("polynomial", description="The fitted method")
     replicas: int = Field(2, ge=1, le=100, description="Fits with added noise of each size")
     error_factor: float = Field(
         1.0, ge=0.0, le=100.0, description="True errors of the labels in units of the quoted ones"
@@ -294,20 +288,17 @@ class SimexCorrection(Correction):
         noise = partial(noisy, problem=problem)
         # Pairs without errors are left out of the fit without noise too.
         plain = training.changed(partial(noise, amount=0.0, seed=0))
-        if not any(replace(plain, folds=None).map(_n_rows)):
+        everything = replace(plain, folds=None)
+        if not any(everything.rows(n).weight.size for n in range(training.source.n_batches)):
             raise _no_errors(problem, "no pair has all of them")
         needed = 2 * len(polynomial_terms(settings.order, len(problem.inputs)))
         summary = base.summarise(plain, cls.method, settings, needed)
         kind, parts = _BASES[settings.base], []
         of_base = _settings_of(kind, settings)
         amounts = [0.0, *np.repeat(np.sqrt(LAMBDAS), settings.replicas)]
-        for number, amount in enumerate(amounts):
-            change = partial(
-                noise,
-                amount=amount * settings.error_factor,
-                seed=settings.seed + number,
-                constant=tuple(summary.constant.tolist()),
-            )
+        noise = partial(noise, constant=tuple(summary.constant.tolist()))
+        for seed, amount in enumerate(amounts, settings.seed):
+            change = partial(noise, amount=amount * settings.error_factor, seed=seed)
             parts.append(kind.fit(training.changed(change), of_base))
         return cls(summary.info, tuple(parts))
 
@@ -317,7 +308,3 @@ def part_weights(replicas: int) -> FloatArray:
     amounts = np.array([0.0, *LAMBDAS])
     at_minus_one = np.array([1.0, -1.0, 1.0]) @ np.linalg.pinv(np.vander(amounts, 3, True))
     return np.concatenate([at_minus_one[:1], np.repeat(at_minus_one[1:] / replicas, replicas)])
-
-
-def _n_rows(rows: Rows) -> int:
-    return len(rows.weight)

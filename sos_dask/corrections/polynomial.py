@@ -243,9 +243,6 @@ def _solve(
     return new, change
 
 
-# --- polynomials -------------------------------------------------------------------------------
-
-
 def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
     """List the exponents of all monomials of n variables up to a total order, shape (m, n).
 

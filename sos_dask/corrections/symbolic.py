@@ -55,9 +55,7 @@ class Settings(settings.Settings):
     n_sample: int = Field(
         4000, ge=200, le=100_000, description="Pairs that search and judge formulas, half each"
     )
-    max_length: int = Field(
-        30, ge=3, le=200, description="Most nodes of a formula while it evolves"
-    )
+    max_length: int = Field(30, ge=3, le=200, description="Most nodes of an evolving formula")
     population: int = Field(400, ge=10, le=100_000, description="Formulas alive at once")
     generations: int = Field(50, ge=1, le=100_000, description="Generations")
     operators: Literal["polynomial", "rational"] = Field(

@@ -151,8 +151,8 @@ def _training_costs(store: Path, known: Mapping[str, Any]) -> dict[str, dict[str
         if product.startswith("model."):
             cost = known.get(fingerprint)
             found[product.removeprefix("model.")] = {
-                "train_cpu_s": cost.cpu_s if cost else None,
-                "train_wall_s": cost.wall_s if cost else None,
+                "train_cpu_s": cost["cpu_s"] if cost else None,
+                "train_wall_s": cost["wall_s"] if cost else None,
             }
     return found
 

@@ -22,7 +22,6 @@ Maps count the rows of each class on the sky, in the Kiel diagram and in label s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -51,7 +50,7 @@ from sos_dask.evidence.widening import (
 from sos_dask.problem import DEFAULT, Input, Problem
 from sos_dask.sky.healpix import MAX_ORDER
 from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
-from sos_dask.stats.table import Grid, pack
+from sos_dask.stats.table import Grid, seal, unseal
 
 Columns = Mapping[str, NDArray[np.floating]]
 
@@ -65,8 +64,7 @@ _MOST_NODES, _NODES_A_STAR = 72**3, 256  # steps far finer than distances to the
 _MOST_ALONG = 512  # nodes of an axis
 _EDGE = 0.0005  # share of the stars beyond each side of the grid
 _LABEL_SCALE = 2.0  # half of a scaled label is as far as a factor e of the signal to noise
-_FORMAT = 5
-_MODEL, _TABLE, _OVERLAP, _RATIO = "coverage.json", "coverage.npy", "overlap.npy", "ratio.ubj"
+_FORMAT = 6
 
 SKY_ORDER = 4
 STEPS = {"kiel": {"teff": 100.0, "logg": 0.1}, "labels": {"teff": 250.0, "logg": 0.25, "feh": 0.25}}
@@ -247,9 +245,8 @@ class CoverageModel:
 
     def files(self) -> dict[str, bytes]:
         """Content of the files of the model, by name."""
-        document: dict[str, Any] = {
+        document = {
             "format": _FORMAT,
-            "measure": MEASURES[self.ratio is not None],
             "parameters": [one.as_json for one in self.parameters],
             "n_inputs": self.n_inputs,
             "center": self.center.tolist(),
@@ -258,11 +255,12 @@ class CoverageModel:
             "noise": asdict(self.noise),
             "growth": asdict(self.growth),
             "limits": self.limits.as_json,
-            "widths": self.widths.as_json(),
+            "widths": asdict(self.widths),
         }
-        files = {_MODEL: json.dumps(document, indent=1, sort_keys=True).encode()}
-        files |= {_TABLE: pack([self.places.values]), _OVERLAP: pack([self.overlap])}
-        return files if self.ratio is None else files | {_RATIO: bytes(self.ratio.save_raw("ubj"))}
+        tables: list[NDArray[Any]] = [self.places.values, self.overlap]
+        if self.ratio is not None:
+            tables.append(np.frombuffer(self.ratio.save_raw("ubj"), np.uint8))
+        return seal("coverage", document, tables)
 
     @classmethod
     def load(cls, directory: Path) -> CoverageModel:
@@ -273,41 +271,27 @@ class CoverageModel:
         ModelError
             A file is missing, damaged or of another format.
         """
-        try:
-            document = json.loads((directory / _MODEL).read_text())
-            if document["format"] != _FORMAT:
-                raise ModelError(
-                    f"{directory / _MODEL} has format {document['format']}, not {_FORMAT}",
-                    "Make the product again with this version of sos-dask.",
-                )
-            grid = Grid(**{name: tuple(value) for name, value in document["grid"].items()})
-            values, widths, ratio = np.load(directory / _TABLE), document["widths"], None
-            few = widths["few"]
-            if values.shape != (grid.size, 2):
-                raise ValueError(f"{_TABLE} has another shape than its grid")
-            if document["measure"] == "ratio":
-                import xgboost
+        document, tables = unseal(directory, "coverage", _FORMAT, "coverage model")
+        values, overlap, *ratio = tables
+        booster = None
+        if ratio:
+            import xgboost
 
-                ratio = xgboost.Booster(model_file=bytearray((directory / _RATIO).read_bytes()))
-                ratio.set_param({"nthread": 1})
-            return cls(
-                tuple(Input(**one) for one in document["parameters"]),
-                document["n_inputs"],
-                np.array(document["center"]),
-                np.array(document["scale"]),
-                Places(grid, values),
-                np.load(directory / _OVERLAP),
-                Noise(**document["noise"]),
-                Growth(**document["growth"]),
-                Limits(**document["limits"]),
-                Widths(np.array(widths["factors"]), few if few is None else np.array(few)),
-                ratio,
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"the coverage model in {directory} is missing or damaged: {error!r}",
-                "Make the product again.",
-            ) from None
+            booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(ratio[0]))
+        grid = Grid(**{name: tuple(value) for name, value in document["grid"].items()})
+        return cls(
+            tuple(Input(**one) for one in document["parameters"]),
+            document["n_inputs"],
+            np.array(document["center"]),
+            np.array(document["scale"]),
+            Places(grid, values),
+            overlap,
+            Noise(**document["noise"]),
+            Growth(**document["growth"]),
+            Limits(**document["limits"]),
+            Widths(**document["widths"]),
+            booster,
+        )
 
 
 class Fit(NamedTuple):
@@ -344,8 +328,6 @@ def fit(
         A sample of the catalog; its columns are the parameters that are used.
     measure : str
         One of `MEASURES`.
-    limits : Limits
-    seed : int
     target : Target, optional
         Without it, or half-widths of the pairs, no widths are counted.
     problem : Problem
@@ -382,22 +364,19 @@ def fit(
     if measure == "ratio":
         last = float(np.nanmax(around.distance(x[:, :k])))
         booster = _fit_ratio(x, sample, seed)
-    widths = Widths(np.ones((2, len(CLASSES), overlap.residual.shape[1])))
+    widths = Widths(np.ones((2, len(CLASSES), overlap.residual.shape[1])).tolist())
     places, stars = Places.of(around, last), x[:, :k]
-    model = CoverageModel(
-        parameters, k, center, scale, places, stars, noise, growth, limits, widths, booster
-    )
+    meant = (noise, growth, limits, widths, booster)
+    model = CoverageModel(parameters, k, center, scale, places, stars, *meant)
     kind = model.coverage_at(distance, lacks)[1]
     n_width: tuple[tuple[int, ...], ...] = ()
     if target and overlap.half_width is not None and overlap.error_class is not None:
-        told = np.asarray(held_out & np.isfinite(overlap.half_width).all(axis=1))
-        pairs = Placed(kind, overlap.error_class, _points(stars, overlap.columns)).take(told)
+        told = np.where(np.isfinite(overlap.half_width).all(axis=1), kind, np.int8(-1))
+        pairs = Placed(told, overlap.error_class, _points(stars, overlap.columns))
         points = _points(model.scaled(target.columns)[:, :k], target.columns)
         rows = Placed(model.coverage(target.columns)[1], target.error_class, points)
-        residual, half_width = overlap.residual[told], overlap.half_width[told]
-        widths, n_width = fit_widths(
-            residual, half_width, ~wrong[told], pairs, rows.take(rows.kind >= 0), limits
-        )
+        residual, half_width = overlap.residual, overlap.half_width
+        widths, n_width = fit_widths(residual, half_width, ~wrong, pairs, rows, limits)
         model = replace(model, widths=widths)
     outside = float(np.mean(kind[held_out] >= OUTSIDE))
     return Fit(model, bins, n_held_out, int(np.count_nonzero(wrong)), outside, n_width)
@@ -460,6 +439,7 @@ def _column(columns: Columns, name: str, n: int) -> FloatArray:
 
 # --- maps ---------------------------------------------------------------------------------------
 
+_G_MEANS = {"unit": "mag", "description": "mean Gaia G of the rows outside"}
 MAP_SCHEMA = pa.schema(
     [
         pa.field("map", pa.string(), False, {"description": "sky, kiel or labels"}),
@@ -468,17 +448,15 @@ MAP_SCHEMA = pa.schema(
         pa.field("logg", pa.float32(), metadata={"unit": "dex", "description": "middle"}),
         pa.field("feh", pa.float32(), metadata={"unit": "dex", "description": "middle"}),
         *(pa.field(name, pa.int64(), False) for name in CLASSES),
-        pa.field(
-            "phot_g_mean_mag",
-            pa.float32(),
-            metadata={"unit": "mag", "description": "mean Gaia G of the rows outside"},
-        ),
+        pa.field("phot_g_mean_mag", pa.float32(), metadata=_G_MEANS),
     ]
 )
 
 
 def count_maps(cells: IntArray, columns: Columns, place: NDArray[np.int8]) -> pa.Table:
     """Count the rows of one partition in every map.
+
+    Columns are ``map``, ``cell``, one a class, and ``n_g`` and ``sum_g`` of the rows outside.
 
     Parameters
     ----------
@@ -488,11 +466,6 @@ def count_maps(cells: IntArray, columns: Columns, place: NDArray[np.int8]) -> pa
         Labels, and ``phot_g_mean_mag`` where there is one; nan where unknown.
     place : ndarray of int8, shape (n,)
         Class of each row; -1 for rows that are not counted.
-
-    Returns
-    -------
-    pyarrow.Table
-        ``map``, ``cell``, one column a class, ``n_g`` and ``sum_g`` of the rows outside.
     """
     known = np.logical_and.reduce([np.isfinite(columns[name]) for name in STEPS["labels"]])
     rows = np.flatnonzero((place >= 0) & known)
@@ -552,13 +525,10 @@ def sum_maps(parts: Iterable[pa.Table]) -> pa.Table:
 
 
 def follow_up(maps: pa.Table, n: int = 10) -> list[dict[str, float | int | None]]:
-    """Cells of label space where references are missed most: those with most rows outside.
+    """Cells of label space where references are missed most: the n with most rows outside.
 
-    Returns
-    -------
-    list of dict
-        At most ``n``, by falling number of rows outside: middle of the cell, rows outside, all
-        rows, mean Gaia G of the rows outside (None where unknown).
+    Each has its middle, the rows outside, all rows, and the mean Gaia G of the rows outside (None
+    where unknown).
     """
     rows = [row for row in maps.to_pylist() if row["map"] == "labels" and row["outside"]]
     rows.sort(key=lambda row: (-row["outside"], row["teff"], row["logg"], row["feh"]))

@@ -110,11 +110,7 @@ class Scored(NamedTuple):
     replicates: FloatArray
 
 
-class _Found(NamedTuple):
-    score: Scored
-    n: int
-    error: float | None = None
-    place: tuple[str, float, float] | None = None
+_Found = tuple[Scored, dict[str, Any]]  # with other columns of `FIGURE_SCHEMA`
 
 
 class Sample(NamedTuple):
@@ -191,7 +187,7 @@ def figures(
             measured[method] = _whole(values, groups, weights)
             measured[method] |= _binned(values, groups, weights, inside, edges, min_bin_pairs)
             if subset == ALL:
-                scores |= {(method, name): item.score for name, item in measured[method].items()}
+                scores |= {(method, name): score for name, (score, _) in measured[method].items()}
         about = {"label": label, "sample": sample.name, "subset": subset}
         for method, statistic in itertools.product(residuals, STATISTICS):
             row = {"method": method, **about, "statistic": statistic, "n": 0 if measured else n}
@@ -222,9 +218,8 @@ def _whole(values: FloatArray, groups: IntArray, weights: FloatArray) -> dict[st
     replicates, n = resampled(values, groups, weights), len(values)
     p16, median, p84 = np.percentile(values, [16, 50, 84])
     found = float(median), scatter(values), float(p84 - p16) / 2
-    scored = zip(found, replicates, strict=True)
-    names = ("median", "mad", "width")
-    return {name: _Found(Scored(*one), n) for name, one in zip(names, scored, strict=True)}
+    whole = zip(STATISTICS, found, replicates, strict=False)
+    return {name: (Scored(value, rest), {"n": n}) for name, value, rest in whole}
 
 
 def _binned(
@@ -253,29 +248,27 @@ def _binned(
     worst = int(np.argmax(np.abs(median)))
     sign = 1.0 if median[worst] >= 0 else -1.0
     largest = Scored(float(sign * median[worst]), sign * replicates[:, worst])
-    return {
-        "rms_binned": _Found(score, int(count.sum()), float(np.sqrt(np.mean(errors**2)))),
-        "worst_bin": _Found(largest, int(count[worst]), float(errors[worst]), places[worst]),
-    }
+    of_all = {"n": int(count.sum()), "error": float(np.sqrt(np.mean(errors**2)))}
+    place = dict(zip(("against", "bin_low", "bin_high"), places[worst], strict=True))
+    of_worst = {"n": int(count[worst]), "error": float(errors[worst]), **place}
+    return {"rms_binned": (score, of_all), "worst_bin": (largest, of_worst)}
 
 
 def _values(
     measured: Mapping[str, Mapping[str, _Found]], method: str, statistic: str
 ) -> dict[str, Any]:
     """Columns of a figure with its distance from the best correction; none of what is unknown."""
-    one = measured.get(method, {}).get(statistic)
-    if one is None:
+    if statistic not in measured.get(method, {}):
         return {}
-    low, high = interval(*one.score)
+    score, more = measured[method][statistic]
+    low, high = interval(*score)
     low = low if statistic == "median" else max(low, 0.0)
-    row: dict[str, Any] = {"value": one.score.value, "low": low, "high": high}
-    row |= {"error": one.error, "n": one.n}
-    if one.place is not None:  # the worst bins of two methods are not the same pairs
-        return row | dict(zip(("against", "bin_low", "bin_high"), one.place, strict=True))
-    others = [of[statistic].score for name, of in sorted(measured.items()) if name != NONE]
-    best = min(others, key=lambda score: abs(score.value))
-    names = ("behind", "behind_low", "behind_high")
-    return row | dict(zip(names, _difference(one.score, best), strict=True))
+    row = {"value": score.value, "low": low, "high": high, **more}
+    if statistic != "worst_bin":  # those of two methods are not the same pairs
+        others = [of[statistic][0] for name, of in sorted(measured.items()) if name != NONE]
+        behind = _difference(score, min(others, key=lambda other: abs(other.value)))
+        row |= dict(zip(("behind", "behind_low", "behind_high"), behind, strict=True))
+    return row
 
 
 def _difference(one: Scored, other: Scored) -> _Share:

@@ -5,9 +5,7 @@ They are kept as tables over the cells of label space and over S/N: an error cos
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +21,12 @@ from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.schema import LABELS
 from sos_dask.stats.numbers import DENSE, SPARSE
-from sos_dask.stats.table import Grid, pack, unpack
+from sos_dask.stats.table import Grid, seal, unseal
 
 LEVELS = (0.68, 0.95)
 TABLES = ("values", "profile", "reference", "reference_profile")
 _FORMAT = 1
-_ERRORS, _TABLES = "error.json", "error.npy"
+_NAME = "error"
 _N_CELLS = 48  # along each axis
 _N_STEPS = 1024  # of log S/N
 _LOG_SNR = (float(np.log(0.1)), float(np.log(1e4)))
@@ -156,7 +154,6 @@ class ErrorModel:
     def files(self) -> dict[str, bytes]:
         """Pack the model into files, by name; equal models give equal bytes."""
         tables = (self.values, self.profile, self.sparse, self.reference, self.reference_profile)
-        table = pack(tables)
         document = {
             "format": _FORMAT,
             "sos_dask": __version__,
@@ -165,16 +162,8 @@ class ErrorModel:
             "low": list(self.grid.low),
             "high": list(self.grid.high),
             "about": dict(self.about),
-            "table_sha256": hashlib.sha256(table).hexdigest(),
         }
-        document["sha256"] = _digest(document)
-        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        return {_TABLES: table, _ERRORS: text.encode()}
-
-
-def _digest(document: Mapping[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in document.items() if k != "sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+        return seal(_NAME, document, tables)
 
 
 def require_default(problem: Problem) -> None:
@@ -204,36 +193,16 @@ def load_errors(directory: Path, problem: Problem = DEFAULT) -> ErrorModel:
         inputs than the correction.
     """
     require_default(problem)
-    path, table = directory / _ERRORS, directory / _TABLES
-    try:
-        document, content = json.loads(path.read_bytes()), table.read_bytes()
-    except OSError as error:
-        raise ModelError(
-            f"{error.filename}: {error.strerror}", "An error model is made by a rebuild."
-        ) from None
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise ModelError(f"{path}: not an error model of format {_FORMAT}, the one known here")
-    sha256 = hashlib.sha256(content).hexdigest()
-    for name, is_whole in (
-        (path, document.get("sha256") == _digest(document)),
-        (table, document.get("table_sha256") == sha256),
-    ):
-        if not is_whole:
-            raise ModelError(
-                f"{name} is not the file that was saved with the error model",
-                "Its SHA-256 is another one: restore it, or rebuild.",
-            )
+    document, tables = unseal(directory, _NAME, _FORMAT, "error model")
     for key, expected in (("labels", problem.names), ("features", problem.features)):
         if document.get(key) != list(expected):
             raise ModelError(
-                f"{path}: its {key} are {document.get(key)}; those of the correction are "
-                f"{list(expected)}",
+                f"{directory / _NAME}.json: its {key} are {document.get(key)}; those of the "
+                f"correction are {list(expected)}",
                 "Give the error model that was made from this correction's held-out pairs.",
             )
     grid = error_grid(document["low"], document["high"])
-    return ErrorModel(grid, document["about"], *unpack(content, str(table)))
+    return ErrorModel(grid, document["about"], *tables)
 
 
 # --- fit ----------------------------------------------------------------------------------------
@@ -256,23 +225,16 @@ def least_log_snr(snr: FloatArray) -> float:
 
 
 class LabelErrors(NamedTuple):
-    """Errors of one label: columns of the tables of `ErrorModel`."""
+    """Errors of one label, and whether cross-fitted intervals contain each of n held-out pairs."""
 
-    tables: tuple[Float32Array, ...]  # of `TABLES`
+    tables: Sequence[Float32Array]  # of `TABLES`: columns of those of `ErrorModel`
     factors_95: Mapping[str, float]  # by class
-
-
-class Checked(NamedTuple):
-    """Whether cross-fitted intervals of a label contain each held-out pair."""
-
     known: BoolArray  # (n,): pairs with a residual
     inside: BoolArray  # (n, 2): in the interval of each of `LEVELS`
     n_class: Mapping[str, int]  # pairs that the factors of a class were counted on
 
 
-def fit_label(
-    held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray
-) -> tuple[LabelErrors, Checked]:
+def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> LabelErrors:
     """Fit and calibrate half-widths of a label, and check the procedure on pairs it has not seen.
 
     Sparse cells are `find_sparse` of the training pairs at the centers of the grid.
@@ -323,17 +285,17 @@ def fit_label(
         reference, reference_profile = theirs.tables(every, steps)
         reference *= np.exp(theirs.middle)
     of_class = np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
-    tables = (of_class * values, profile, reference, reference_profile)
+    found = (of_class * values, profile, reference, reference_profile)
+    tables = [table.astype(np.float32) for table in found]
     factors_95 = {name: both[1] / both[0] for name, both in factors.items()}
     n_sparse = int(np.count_nonzero(one.is_sparse))
-    return (
-        LabelErrors(tuple(table.astype(np.float32) for table in tables), factors_95),
-        Checked(known, inside, {DENSE: len(rows) - n_sparse, SPARSE: n_sparse}),
-    )
+    n_class = {DENSE: len(rows) - n_sparse, SPARSE: n_sparse}
+    return LabelErrors(tables, factors_95, known, inside, n_class)
 
 
 def error_model(
-    of_label: Sequence[LabelErrors],
+    tables: Sequence[Sequence[Float32Array]],
+    factors_95: Sequence[Mapping[str, float]],
     grid: Grid,
     sparse: BoolArray,
     least: float,
@@ -341,15 +303,14 @@ def error_model(
     correction: str,
     reference_error: str = "included",
 ) -> ErrorModel:
-    """Put the errors of all `LABELS` together; ``least`` is `least_log_snr` of the pairs."""
-    factors = {label: dict(one.factors_95) for label, one in zip(LABELS, of_label, strict=True)}
+    """Put the `LabelErrors` of all `LABELS` together; ``least`` is `least_log_snr` of the pairs."""
     about = {
         "correction": correction,
-        "factors_95": factors,
+        "factors_95": {label: dict(of) for label, of in zip(LABELS, factors_95, strict=True)},
         "reference_error": reference_error,
         "unknown_snr": int(np.searchsorted(_snr_steps(), least)),
     }
-    columns = zip(*(one.tables for one in of_label), strict=True)
+    columns = zip(*tables, strict=True)
     values, profile, error, error_profile = (np.stack(column, axis=1) for column in columns)
     return ErrorModel(grid, about, values, profile, sparse, error, error_profile)
 
@@ -438,7 +399,7 @@ def _quantile(mine: FloatArray, everyone: FloatArray, level: float) -> float:
 
 
 def hit_rates(
-    label: str, checked: Checked, subsets: Mapping[str, BoolArray]
+    label: str, checked: LabelErrors, subsets: Mapping[str, BoolArray]
 ) -> list[dict[str, Any]]:
     """Count the held-out pairs inside their interval at every level, in subsets (n,) with pairs.
 

@@ -224,13 +224,9 @@ class Growth:
 class Placed(NamedTuple):
     """Pairs or rows with their places, n of each."""
 
-    kind: NDArray[np.int8]  # number in `KINDS`
+    kind: NDArray[np.int8]  # number in `KINDS`; -1 where they do not count
     error_class: NDArray[np.int8]  # 1: sparse by the error model
     points: FloatArray  # (n, k + 1): scaled labels, logarithm of S/N (nan where unknown)
-
-    def take(self, rows: BoolArray) -> Placed:
-        """Some of them."""
-        return Placed(self.kind[rows], self.error_class[rows], self.points[rows])
 
 
 @dataclass(frozen=True)
@@ -242,8 +238,8 @@ class Widths:
     count as rows of a kind that the reference lacks.
     """
 
-    factors: FloatArray  # (2, 3, l): class of the error model, class of the coverage, label
-    few: FloatArray | None = None  # (l,): half-widths where stars are few, in units of the labels
+    factors: Sequence[Any]  # (2, 3, l): class of the error model, class of the coverage, label
+    few: Sequence[float] | None = None  # (l,): where stars are few, in units of the labels
 
     def widening(
         self,
@@ -252,17 +248,13 @@ class Widths:
         half_width: NDArray[np.floating],
     ) -> FloatArray:
         """Factors (n, l) of half-widths (n, l) of the error model at places of some `KINDS`."""
-        found = np.asarray(self.factors[error_class, np.minimum(kind, OUTSIDE)])
+        factors = np.array(self.factors)
+        found = np.asarray(factors[error_class, np.minimum(kind, OUTSIDE)])
         if self.few is not None:
             rows = np.flatnonzero(kind == OUTSIDE)
-            least = self.factors[error_class[rows], SPARSE]
-            found[rows] = np.maximum(least, self.few / half_width[rows])
+            least = factors[error_class[rows], SPARSE]
+            found[rows] = np.maximum(least, np.array(self.few) / half_width[rows])
         return found
-
-    def as_json(self) -> dict[str, Any]:
-        """JSON values of the fields."""
-        few = None if self.few is None else self.few.tolist()
-        return {"factors": self.factors.tolist(), "few": few}
 
 
 def fit_widths(
@@ -280,15 +272,15 @@ def fit_widths(
     the class says. So it does where the overlap lacks stars, from right pairs: nothing is there to
     count, and nothing says that more measurements are wrong.
 
-    Residuals and half-widths (n, l) are those of held-out pairs, of which some are right; the
-    intervals are those of the rows.
+    Residuals and half-widths (n, l) are those of pairs, of which some are right; the intervals are
+    those of the rows.
     """
     score = np.abs(residual) / half_width
     factors = np.ones((2, len(CLASSES), residual.shape[1]))
     n_pairs = np.zeros((2, len(KINDS)), dtype=np.int64)
-    np.add.at(n_pairs, (pairs.error_class, pairs.kind), 1)
+    np.add.at(n_pairs, (pairs.error_class[pairs.kind >= 0], pairs.kind[pairs.kind >= 0]), 1)
     for number in (0, 1):
-        near = (pairs.error_class == number) & (pairs.kind <= SPARSE)
+        near = (pairs.error_class == number) & np.isin(pairs.kind, (INSIDE, SPARSE))
         for kind, growth in ((INSIDE, 1.0), (SPARSE, 1 / limits.inside)):
             enough = n_pairs[number, kind] >= _MIN_WIDTH_PAIRS
             used = near & (pairs.kind == kind) if enough else near
@@ -300,8 +292,8 @@ def fit_widths(
     few, used = None, pairs.kind == OUTSIDE
     if np.count_nonzero(used) >= _MIN_WIDTH_PAIRS:
         weight = stand_in_weights(pairs.points[used], rows.points[rows.kind == OUTSIDE])
-        few = _quantile(np.abs(residual[used]), weight)
-    widths = Widths(np.maximum(factors, _LEAST_FACTOR), few)
+        few = _quantile(np.abs(residual[used]), weight).tolist()
+    widths = Widths(np.maximum(factors, _LEAST_FACTOR).tolist(), few)
     return widths, tuple(tuple(n) for n in n_pairs.tolist())
 
 

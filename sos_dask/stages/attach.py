@@ -250,7 +250,7 @@ class Margin(Stage[MarginSettings]):
         with suppress(FileExistsError):
             target = os.path.relpath(catalog.path.resolve(), directory.resolve())
             (directory / "catalog").symlink_to(target)
-        collection = write_collection(directory, catalog.name, "catalog", ["margin"])
+        collection = write_collection(directory, catalog.name, "catalog", "margin")
         pixels = by_pixel(catalog.pixels)
         done = run.parts("margin", pixels, self.margin_of_pixel, f"margin of {catalog.name}")
         properties = {

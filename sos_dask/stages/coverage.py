@@ -250,7 +250,7 @@ class Coverage(OfModel[CoverageSettings]):
             "limits": model.limits.as_json,
             "growth": asdict(model.growth),
             "noise": asdict(model.noise),
-            "widths": model.widths.as_json(),
+            "widths": asdict(model.widths),
             "width_pairs": found.n_width,
             "intervals": counted(found.n_width),
             "stars": _shares(parameter_columns(stars, problem), model),

@@ -38,7 +38,7 @@ from sos_dask.ingest.keys import (
     sorted_hashes,
     without_rows,
 )
-from sos_dask.ingest.readers import Source, open_source
+from sos_dask.ingest.reader import Source, open_source
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, MOST_ROWS
 from sos_dask.settings import RowsPerPartition, Settings
@@ -237,7 +237,7 @@ class Ingest(Stage[SurveySettings]):
             rows = [one.filter(pc.is_in(one["obs_id"], value_set=keys)) for one in found]
             lost = losing_rows(pa.concat_tables(rows))
             losers = lost.select([FILE, ROW])
-            _reject(output, "lost", rejected_rows(lost, CONFLICT, self.file_names))
+            _reject(output, "lost", rejected_rows(lost, self.file_names))
         write_piece(output, key, losers)
         return {}
 

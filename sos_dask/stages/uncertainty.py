@@ -103,14 +103,15 @@ class Uncertainty(OfModel[UncertaintySettings]):
         about, hats = run.parts("looks", looks, self.look, "uncertainty pairs")
         box = about["box"]
         fitted = run.parts("labels", dict.fromkeys(LABELS, box), self.fit_label)
-        errors = []
-        for label, one in zip(LABELS, fitted, strict=True):
+        tables = []
+        for label in LABELS:
             table = read_piece(run.output, f"errors-{label}")
-            columns = (table[name].combine_chunks().values.to_numpy() for name in intervals.TABLES)
-            errors.append(intervals.LabelErrors(tuple(columns), one["factors_95"]))
+            columns = (table[name].combine_chunks() for name in intervals.TABLES)
+            tables.append([column.values.to_numpy() for column in columns])
         reference_error = self.settings.reference_error
         model = intervals.error_model(
-            errors,
+            tables,
+            [one["factors_95"] for one in fitted],
             intervals.error_grid(*box),
             read_piece(run.output, "cells")["sparse"].to_numpy(),
             about["least_log_snr"],
@@ -197,15 +198,15 @@ class Uncertainty(OfModel[UncertaintySettings]):
             _reference_errors(pairs, self._error_factors()),
             _parts(pairs, self.settings),
         )
-        errors, checked = intervals.fit_label(held_out, label, grid, cells)
+        errors = intervals.fit_label(held_out, label, grid, cells)
         tables = zip(intervals.TABLES, ([one] for one in errors.tables), strict=True)
         write_piece(output, f"errors-{label}", pa.table(dict(tables)))
         in_sparse_cell = cells[grid.cells(held_out.features)]
         subsets = _subsets(held_out, pairs["sparse"].to_numpy(), in_sparse_cell)
         return {
             "factors_95": errors.factors_95,
-            "n_class": checked.n_class,
-            "hit_rates": intervals.hit_rates(label, checked, subsets),
+            "n_class": errors.n_class,
+            "hit_rates": intervals.hit_rates(label, errors, subsets),
         }
 
     def _hats(self) -> dict[str, Any]:

@@ -7,9 +7,12 @@ one; where it is smooth (distances, smeared trees) `Grid.interpolate` is linear 
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,3 +130,53 @@ def unpack(content: bytes | memoryview, what: str) -> list[NDArray[Any]]:
     except (ValueError, EOFError) as error:
         raise ModelError(f"{what} is damaged: {error}") from None
     return arrays
+
+
+def seal(
+    name: str, document: Mapping[str, Any], arrays: Sequence[NDArray[Any]]
+) -> dict[str, bytes]:
+    """Make the two files of a model, ``NAME.json`` and ``NAME.npy``; equal ones give equal bytes.
+
+    The document says its ``format``; it gets the SHA-256 of the arrays and of itself.
+    """
+    table = pack(arrays)
+    document = {**document, "table_sha256": hashlib.sha256(table).hexdigest()}
+    document["sha256"] = _digest(document)
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    return {f"{name}.npy": table, f"{name}.json": text.encode()}
+
+
+def unseal(
+    directory: Path, name: str, version: int, what: str
+) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+    """Read document and arrays of a model of this format that `seal` made.
+
+    Raises
+    ------
+    ModelError
+        A file is missing or not the one that was saved, or of another format.
+    """
+    path, table = directory / f"{name}.json", directory / f"{name}.npy"
+    try:
+        document, content = json.loads(path.read_bytes()), table.read_bytes()
+    except OSError as error:
+        hint = f"The {what} is made by a rebuild."
+        raise ModelError(f"{error.filename}: {error.strerror}", hint) from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != version:
+        raise ModelError(f"{path}: not the {what} of format {version}, the one known here")
+    digests = {path: _digest(document), table: hashlib.sha256(content).hexdigest()}
+    stated = (document.get("sha256"), document.get("table_sha256"))
+    for file, expected in zip(digests, stated, strict=True):
+        if digests[file] != expected:
+            raise ModelError(
+                f"{file} is not the file that was saved with the model",
+                "Its SHA-256 is another one: restore it, or rebuild.",
+            )
+    return document, unpack(content, str(table))
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in document.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -9,10 +9,9 @@ import pytest
 from sos_dask.errors import ModelError
 from sos_dask.evidence.intervals import (
     LEVELS,
-    Checked,
     ErrorModel,
     HeldOut,
-    _digest,
+    LabelErrors,
     error_grid,
     error_model,
     fit_label,
@@ -23,7 +22,7 @@ from sos_dask.evidence.intervals import (
 from sos_dask.problem import DEFAULT, Input, Problem
 from sos_dask.schema import LABELS
 from sos_dask.stats.numbers import find_sparse
-from sos_dask.stats.table import Grid
+from sos_dask.stats.table import Grid, _digest
 
 GRID = error_grid((0.7, 0.0, -2.5), (1.5, 5.0, 0.5))
 LOW, HIGH = np.array(GRID.low), np.array(GRID.high)
@@ -67,14 +66,15 @@ def fitted(pairs: HeldOut, grid: Grid = GRID, **more):
     _, sparse = find_sparse(pairs.features, grid.centers())
     of_label = [fit_label(pairs, label, grid, sparse) for label in LABELS]
     errors = error_model(
-        [one for one, _ in of_label],
+        [one.tables for one in of_label],
+        [one.factors_95 for one in of_label],
         grid,
         sparse,
         least_log_snr(pairs.snr),
         correction="0" * 64,
         **more,
     )
-    return errors, [checked for _, checked in of_label]
+    return errors, of_label
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_tampered_files_are_refused(saved, tmp_path):
     changed["about"]["factors_95"]["teff"]["dense"] = 0.1
     with pytest.raises(ModelError, match=r"error.json is not the file that was saved"):
         load_errors(write(tmp_path, json.dumps(changed).encode(), table))
-    with pytest.raises(ModelError, match="not an error model of format 1"):
+    with pytest.raises(ModelError, match="not the error model of format 1"):
         load_errors(write(tmp_path, document.replace(b'"format": 1', b'"format": 2'), table))
     with pytest.raises(ModelError, match="not JSON"):
         load_errors(write(tmp_path, b"{", table))
@@ -305,7 +305,7 @@ def test_features_of_another_shape_are_refused(saved):
 
 def test_the_interval_of_a_hit_rate_is_the_binomial_one():
     inside = np.arange(100)[:, None] < np.array([68, 100])
-    checked = Checked(np.ones(100, bool), inside, {})
+    checked = LabelErrors((), {}, np.ones(100, bool), inside, {})
     one, other = hit_rates("teff", checked, {"all": np.ones(100, bool)})
     assert [one["low"], one["high"]] == pytest.approx([0.5792, 0.7698], abs=1e-3)
     assert (other["hit_rate"], other["high"]) == (1.0, 1.0) and other["low"] > 0.95

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +11,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sos_dask.columns import BoolArray, Float32Array, floats32
+from sos_dask.corrections import Correction
 from sos_dask.errors import PartitionError
+from sos_dask.evidence.intervals import ErrorModel
 from sos_dask.evidence.widening import INSIDE, KIND_FIELD, Limits
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.schema import CANONICAL
@@ -46,29 +47,6 @@ COVERAGE_FIELD = pa.field(
         "description": "Error in the dense overlap over the error here, at equal snr",
     },
 )
-
-
-class Predictor(Protocol):
-    """What a correction must offer here."""
-
-    def predict(self, features: Float32Array) -> Float32Array:
-        """Predicted differences, shape (n, l)."""
-
-    def in_range(self, features: Float32Array) -> BoolArray:
-        """Which rows lie in the range of the training pairs."""
-
-
-class ErrorPredictor(Protocol):
-    """What a model of errors must offer here."""
-
-    def half_width(self, features: Float32Array, snr: NDArray[np.floating] | None) -> Float32Array:
-        """Half-widths of the 68 % intervals, shape (n, l); nan where there is no correction."""
-
-    def is_sparse(self, features: Float32Array) -> BoolArray:
-        """Which rows are of the sparse class."""
-
-    def describe(self, label: str) -> str:
-        """What the half-widths of a label mean."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +97,7 @@ class Covered:
 
 def corrected_schema(
     schema: pa.Schema,
-    errors: ErrorPredictor | None = None,
+    errors: ErrorModel | None = None,
     problem: Problem = DEFAULT,
     covered: bool = False,
 ) -> pa.Schema:
@@ -151,8 +129,8 @@ def corrected_schema(
 
 def correct(
     table: pa.Table,
-    correction: Predictor,
-    errors: ErrorPredictor | None = None,
+    correction: Correction,
+    errors: ErrorModel | None = None,
     problem: Problem = DEFAULT,
     covered: Covered | None = None,
 ) -> pa.Table:
@@ -162,8 +140,8 @@ def correct(
     ----------
     table : pyarrow.Table
         Rows with the labels and the inputs of the problem, null where unknown.
-    correction : Predictor
-    errors : ErrorPredictor, optional
+    correction : Correction
+    errors : ErrorModel, optional
     problem : Problem
     covered : Covered, optional
 

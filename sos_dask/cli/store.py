@@ -66,14 +66,12 @@ def demo(
     Example: sos-dask demo --rows 200000 --store demo-store
     """
     from sos_dask.rebuild.job import load_job
-    from sos_dask.simulate import demo as module
+    from sos_dask.simulate.files import against_truth, prepare
 
     with reporting() as report:
-        job = load_job(module.prepare(store, rows, seed, report))
+        job = load_job(prepare(store, rows, seed, report))
     build = _rebuild(job, None, workers, memory_limit, None)
-    recovered = module.against_truth(
-        build.path / "lamost.corrected", store / "sky" / "truth.parquet"
-    )
+    recovered = against_truth(build.path / "lamost.corrected", store / "sky" / "truth.parquet")
     if as_json:
         print_json({**build_document(build), "truth": [asdict(item) for item in recovered]})
         return

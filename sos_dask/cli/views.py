@@ -151,8 +151,8 @@ def _training_costs(store: Path, known: Mapping[str, Any]) -> dict[str, dict[str
         if product.startswith("model."):
             cost = known.get(fingerprint)
             found[product.removeprefix("model.")] = {
-                "train_cpu_s": cost.cpu_s if cost else None,
-                "train_wall_s": cost.wall_s if cost else None,
+                "train_cpu_s": cost["cpu_s"] if cost else None,
+                "train_wall_s": cost["wall_s"] if cost else None,
             }
     return found
 
@@ -197,8 +197,9 @@ def _on_pairs(
         if method in by_method:
             raise ConfigError(f"{path} and {by_method[method]} are both models of '{method}'")
         by_method[method] = path
-    named = {f"model.{method}": path for method, path in by_method.items()}
-    inputs = {name: path for name, path in named.items() if stage.takes(name)} | dict(more)
+    takes_models = any(role.many and role.name == "model" for role in stage.roles)
+    inputs = {f"model.{method}": path for method, path in by_method.items() if takes_models}
+    inputs |= more
     with reporting() as report, options.start() as cluster:
         given: dict[str, Any] = {"overwrite": options.overwrite, "cluster": cluster}
         on_pairs(

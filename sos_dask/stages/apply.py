@@ -51,7 +51,7 @@ class ApplySettings(Settings):
 
 
 def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
-    """Which partitions a text names.
+    """Parse which partitions are meant.
 
     Parameters
     ----------
@@ -71,10 +71,9 @@ def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
     ConfigError
         Bad syntax, an index or a pixel that the catalog does not have.
     """
-    text = text.strip()
-    if text == "all":
+    if text.strip() == "all":
         return list(range(len(pixels)))
-    if shard := re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text):
+    if shard := re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text.strip()):
         number, total = int(shard[1]), int(shard[2])
         if not 1 <= number <= total:
             raise ConfigError(
@@ -83,24 +82,23 @@ def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
             )
         return list(range(number - 1, len(pixels), total))
     chosen: set[int] = set()
-    for item in text.split(","):
-        item = item.strip()
+    for item in map(str.strip, text.split(",")):
         if ":" in item:
             pixel = HealpixPixel.parse(item)
             found = {i for i, other in enumerate(pixels) if pixel.overlaps(other)}
             if not found:
                 raise ConfigError(f"--partitions {item}: the catalog has no rows in that pixel")
-            chosen |= found
         elif span := re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", item):
             first, last = int(span[1]), int(span[2] or span[1])
-            if first > last or last >= len(pixels):
+            if not first <= last < len(pixels):
                 raise ConfigError(f"--partitions {item}: partitions are 0 to {len(pixels) - 1}")
-            chosen |= set(range(first, last + 1))
+            found = set(range(first, last + 1))
         else:
             raise ConfigError(
                 f"--partitions '{item}' is not understood",
                 "Write all, i/N, indices and ranges like 0-9,12, or pixels like 2:44.",
             )
+        chosen |= found
     return sorted(chosen)
 
 

@@ -195,11 +195,12 @@ def companion_survey(
     by_id = {by: key} if by != "position" else {}
     wanted = {"obs_id": key, "ra": ra, "dec": dec, **by_id, **columns}
     known: dict[str, Any] = {product: {"source": source} for product, source in wanted.items()}
+    extra = {product: known.pop(product) for product in wanted if product not in CANONICAL}
     survey = Survey(
         name=name,
         title=f"Columns {', '.join(columns)} of {name}",
-        columns={product: known[product] for product in known if product in CANONICAL},
-        extra={product: known[product] for product in known if product not in CANONICAL},
+        columns=known,
+        extra=extra,
         position_epoch=epoch,
         # These tables are what the caller says they are, in parts of the sky too.
         allow=("ra_below_24",),
@@ -249,7 +250,7 @@ class Margin(Stage[MarginSettings]):
         with suppress(FileExistsError):
             target = os.path.relpath(catalog.path.resolve(), directory.resolve())
             (directory / "catalog").symlink_to(target)
-        collection = write_collection(directory, catalog.name, "catalog", ["margin"])
+        collection = write_collection(directory, catalog.name, "catalog", "margin")
         pixels = by_pixel(catalog.pixels)
         done = run.parts("margin", pixels, self.margin_of_pixel, f"margin of {catalog.name}")
         properties = {

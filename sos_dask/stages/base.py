@@ -3,12 +3,9 @@
 A stage is a subclass of `Stage`: a ``name`` and a ``version``, its ``Settings`` (the only place
 where a setting is declared), its ``roles``, the inputs by what they are to it, and ``make``. That
 runs its parts (`Run.parts`: finished ones are skipped after a restart), gathers their records and
-writes what is made of them; it returns the account of rows and a summary. A part is a method of
-the stage that gets the output, the part's key and a small item, writes its files and returns a
-record. A stage travels to workers as paths and numbers; catalogs are opened there, once.
-
-Class names and roles follow the products: see `rebuild.plan`. Below is also what stages ask of the
-catalogs that they match: keys, whole ids, bounds of the motion.
+writes what is made of them. A part is a method of the stage that gets the output, the part's key
+and a small item, writes its files and returns a record. A stage travels to workers as paths and
+numbers; catalogs are opened there, once. Below is what stages ask of catalogs that they match.
 """
 
 from __future__ import annotations
@@ -44,21 +41,13 @@ _LIKE_KEYS = re.compile(r"(id|ids|key|name|designation|index)$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Role:
-    """An input by what it is to a stage.
+    """An input by what it is to a stage; ``output``: a directory that another stage made.
 
-    Parameters
-    ----------
-    name : str
-        Name of the input; with ``many`` of ``<name>.<...>``, such as ``model.boosted``.
-    text : str
-        What it is, for help.
-    kind : str
-        ``catalog``, or ``output``: a directory that another stage made.
-    optional, many : bool
+    With ``many`` inputs are named ``<name>.<...>``, such as ``model.boosted``.
     """
 
     name: str
-    text: str
+    text: str  # for help
     kind: Literal["catalog", "output"] = "catalog"
     optional: bool = False
     many: bool = False
@@ -125,11 +114,6 @@ class Stage(Generic[S]):
                 return role
         raise ConfigError(f"{cls.name} has no input '{name}'")
 
-    @classmethod
-    def takes(cls, name: str) -> bool:
-        """Tell whether an input of this name is one of its many."""
-        return any(role.many and name.startswith(f"{role.name}.") for role in cls.roles)
-
     def named(self, role: str) -> list[str]:
         """Names of the inputs of a role in their order: one or none, unless it takes many."""
         return [name for name in self.inputs if name == role or name.startswith(f"{role}.")]
@@ -137,11 +121,8 @@ class Stage(Generic[S]):
     def catalog(self, name: str) -> Catalog:
         """Catalog that is an input."""
         found: Any = self.inputs[name]
-        if isinstance(found, tuple):
-            function, arguments = found
-            found = function(*arguments)
-        assert isinstance(found, Catalog)
-        return found
+        catalog: Catalog = found[0](*found[1]) if isinstance(found, tuple) else found
+        return catalog
 
     def path(self, name: str) -> Path:
         """Directory of an input."""
@@ -151,8 +132,6 @@ class Stage(Generic[S]):
     def manifest(self, name: str) -> Manifest:
         """Manifest of an input that another stage made."""
         return Manifest.load(self.path(name))
-
-    # What a stage says of itself.
 
     @classmethod
     def recipe(cls, settings: S, fingerprints: Mapping[str, str]) -> Recipe:
@@ -174,16 +153,11 @@ class Stage(Generic[S]):
         return 0
 
     def make(self, run: Run) -> Made | None:
-        """Make all of the output but its manifest.
+        """Make all of the output but its manifest; give the account of rows and a summary.
 
-        Returns
-        -------
-        (Rows, mapping) or None
-            Account of rows and summary; None while parts of other processes are missing.
+        None while parts of other processes are missing.
         """
         raise NotImplementedError
-
-    # The same for all.
 
     def run(self, directory: str | Path, **options: Any) -> Manifest:
         """Make the output, or finish it: `attempt` where no other process makes parts of it."""
@@ -207,13 +181,10 @@ class Stage(Generic[S]):
 
         Parameters
         ----------
-        directory : str or Path
         overwrite : bool
             Replace another output in ``directory``.
         cluster : Cluster, optional
             Default: tasks run in this process.
-        report : Report
-            Gets the progress.
 
         Returns
         -------
@@ -237,13 +208,7 @@ class Stage(Generic[S]):
         return output.load_manifest() if output.complete else None
 
     def require_partition(self, cluster: Cluster, catalog: Catalog) -> None:
-        """Refuse a catalog whose largest partition does not fit into a worker.
-
-        Raises
-        ------
-        ClusterError
-            Naming the partition, what it needs and what a worker has.
-        """
+        """Raise `ClusterError` where the largest partition of a catalog does not fit a worker."""
         if catalog.pixels and cluster.memory_limit_bytes is not None:
             pixel, n_bytes = catalog.largest_partition()
             n_rows = catalog.partition_rows(pixel)
@@ -256,18 +221,9 @@ class Stage(Generic[S]):
         histogram: NDArray[np.int64],
         n_bytes: int,
     ) -> None:
-        """Refuse partitions that are to be made, one of which would not fit into a worker.
+        """Raise `ClusterError` where the largest partition that is planned will not fit a worker.
 
-        Parameters
-        ----------
-        histogram : ndarray of int64, shape (12 * 4**order,)
-            Rows a cell of the sky.
-        n_bytes : int
-            Of all rows in memory.
-
-        Raises
-        ------
-        ClusterError
+        ``histogram`` has the rows of every cell of the sky, which take ``n_bytes`` in memory.
         """
         shift = 2 * MAX_ORDER - (len(histogram) // 12).bit_length() + 1
         rows = [int(histogram[one.first >> shift : one.stop >> shift].sum()) for one in pixels]
@@ -295,7 +251,7 @@ class Run:
     def parts(
         self, kind: str, items: Mapping[str, T], part: Part[T], step: str = ""
     ) -> list[dict[str, Any]]:
-        """Run a part for each item that has no sound record; records of all in their order.
+        """Run a part for each item that has no sound record; give all records in their order.
 
         Parameters
         ----------
@@ -306,7 +262,7 @@ class Run:
         part : callable
             Function or method ``(output, key, item) -> record``, importable by its name.
         step : str
-            What a progress bar calls it; default the name of the stage.
+            Name for progress; default that of the stage.
 
         Raises
         ------
@@ -353,10 +309,7 @@ class Run:
     ) -> int:
         """Write the catalog's own files; partitions without rows are left out. Returns its rows.
 
-        Parameters
-        ----------
-        records : sequence of mapping
-            Of the pixels; ``file`` is what `partition_record` returned.
+        Of each pixel there is a record, in which ``file`` is what `partition_record` returned.
         """
         files = {
             pixel: FileRecord(**record["file"])
@@ -364,16 +317,11 @@ class Run:
             if record["file"] is not None
         }
         n_rows = sum(file.rows for file in files.values())
-        made = write_catalog_metadata(
-            self.output,
-            name,
-            list(files),
-            schema,
-            n_rows,
-            catalog_type=catalog_type,
-            extra=properties,
+        about = name, list(files), schema, n_rows
+        self.files.extend(files.values())
+        self.files.extend(
+            write_catalog_metadata(self.output, *about, catalog_type=catalog_type, extra=properties)
         )
-        self.files.extend([*files.values(), *made])
         return n_rows
 
 
@@ -454,23 +402,16 @@ def key_column(catalog: Catalog) -> str:
         if item.name != HEALPIX_COLUMN
         and (pa.types.is_integer(item.type) or pa.types.is_string(item.type))
     ]
-    alike = [name for name in able if _LIKE_KEYS.search(name)]
-    raise CatalogError(
-        f"{catalog.path} has neither star_id nor obs_id",
-        "Give the column that names each row, for example --key "
-        f"{' or --key '.join(alike or able)}."
-        if able
-        else "It has no column of integers or text that could name its rows.",
-    )
+    named = " or --key ".join([name for name in able if _LIKE_KEYS.search(name)] or able)
+    hint = f"Give the column that names each row, for example --key {named}."
+    none = "It has no column of integers or text that could name its rows."
+    raise CatalogError(f"{catalog.path} has neither star_id nor obs_id", hint if able else none)
 
 
 def motion_of(catalog: Catalog) -> Motion:
     """Bound proper motion and epoch over a whole catalog, from the footers of its files.
 
-    Raises
-    ------
-    CatalogError
-        Epochs are not Julian years: foreign catalogs may have days.
+    Raises `CatalogError` where epochs are not Julian years: foreign catalogs may have days.
     """
     known = catalog.bounds(*MOTION)
     low, high = known.get("position_epoch", (np.nan, np.nan))

@@ -1,17 +1,15 @@
 """Stage crossmatch: pairs of target and reference stars, with folds for training.
 
-A part matches one partition of the target. Of the rows near any reference star it reads what
-decides (positions, motions, ids), and of the matched rows alone all that is carried along.
+A part matches one partition of the target, of which it reads the rows near a reference star.
 
 A part knows all pairs of its own partition. What it cannot know is which of them are joined with
-pairs of other partitions; it leaves those that may be as *edge pairs*, with all that they are
-joined with. One part joins the edge pairs of all partitions, and tells where that changes a fold;
-then the pairs are written. Its memory goes with the edge pairs: some percent of all.
+pairs of other partitions; those that may be, with all that they are joined with, are *edge pairs*.
+One part joins the edge pairs of all partitions, then the pairs are written with their final folds.
+Its memory goes with the edge pairs: some percent of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -43,7 +41,6 @@ from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
 from sos_dask.stars.group import GAIA_IDS, id_values
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
 from sos_dask.storage.artifact import Output
-from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Rows
 
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
@@ -51,8 +48,10 @@ _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err
 _REFERENCE = (*(c for c in _CARRIED if c not in ("ra", "dec", "n_obs")), "survey")
 _FLAGS = ("quality", "flag_spread")
 _COUNTED = ("n_matched", "n_stars", "ambiguous", "by_id", "refused_by_id", "fit_for_training")
+_NUMBERS = (
+    pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null
+)  # fmt: skip
 _PM = {"pmra", "pmdec"}
-_Further = Callable[[IntArray, list[str]], pa.Table]  # rows of those found, with further columns
 
 
 class CrossmatchSettings(MatchSettings):
@@ -99,15 +98,13 @@ class Crossmatch(Stage[CrossmatchSettings]):
         target, reference = both = self.catalog("target"), self.catalog("reference")
         shared = [n for n in target.columns(GAIA_IDS.values()) if n in reference.schema.names]
         self.shared_ids = bool(shared) and self.settings.use_gaia_id
-        types = pa.types
         for catalog in both:
             key_column(catalog)
             catalog.require("ra", "dec", HEALPIX_COLUMN)
             require_whole(catalog, shared if self.shared_ids else ())
             for name in catalog.columns((*MOTION, *LABELS)):
                 kind = catalog.schema.field(name).type
-                tests = types.is_integer, types.is_floating, types.is_decimal, types.is_null
-                if not any(test(kind) for test in tests):
+                if not any(test(kind) for test in _NUMBERS):
                     raise CatalogError(
                         f"{catalog.path}: column '{name}' has type {kind}, not numbers"
                     )
@@ -119,7 +116,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
         pixels = by_pixel(target.pixels)
         matched = run.parts("matches", pixels, self.pairs_of_pixel)
         [joined] = run.parts("joined", {"folds": list(pixels)}, self.join_folds, "folds")
-        written = run.parts("pairs", pixels, _write_pairs, "folds")
+        written = run.parts("pairs", pixels, self.write_pairs, f"write {self.product}")
         n_out = run.write_catalog(self.product, target.pixels, written, self._schema())
         counts = {name: sum(record[name] for record in matched) for name in _COUNTED}
         n_matched = counts.pop("n_matched")
@@ -159,27 +156,16 @@ class Crossmatch(Stage[CrossmatchSettings]):
 
     def pairs_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Keep the pairs of one partition, with the folds that they have by themselves."""
-        left_key, right_key = (key_column(self.catalog(name)) for name in self.inputs)
-        left, right, targets, references = self._near_rows(pixel)
-
-        def keys_of(rows: IntArray) -> pa.ChunkedArray:  # text that is read for few ties only
-            return references(rows, [right_key])[right_key]
-
-        matches = match(left, right, self.settings, keys_of)
-        target = targets(matches.left, [left_key, *_CARRIED, *GAIA_IDS.values(), *_FLAGS])
-        reference = references(matches.right, [right_key, *_REFERENCE, *_FLAGS])
+        left_key, right_key = (key_column(self.catalog(role.name)) for role in self.roles)
+        left, right = self._near_rows(pixel)
+        matching = self.settings.but(use_gaia_id=self.shared_ids)
+        matches = match(left, right, matching, right_key)
+        target, reference = left.take(matches.left), right.take(matches.right)
         number = key_numbers(reference[right_key], self.settings.seed)
         smallest = smallest_of_joined(number, number, self._links(target))
         reach = self._reach(_total_pm(reference))
         is_open = near_edge(pixel, reference[HEALPIX_COLUMN].to_numpy(), reach)
         is_open |= near_edge(pixel, target[HEALPIX_COLUMN].to_numpy(), self.settings.radii[1])
-        # What may be joined with pairs of other partitions, and what that is joined with.
-        rows = np.flatnonzero(np.isin(smallest, smallest[is_open]))
-        edge = pa.table({"row": rows, "smallest": smallest[rows], "number": number[rows]})
-        for name in (HEALPIX_COLUMN, "ra", "dec", *GAIA_IDS.values()):
-            if name in target.schema.names:
-                edge = edge.append_column(name, target[name].take(pa.array(rows)))
-        write_piece(output, f"edge-{key}", edge)
         ambiguous = matches.n_candidates > 1
         use = ~ambiguous & _is_good(target) & _is_good(reference)
         columns: dict[str, Any] = {
@@ -190,17 +176,21 @@ class Crossmatch(Stage[CrossmatchSettings]):
             "ambiguous": ambiguous,
             "by_id": matches.by_id,
             "fold": fold_of(smallest, self.settings.n_folds),
+            "use": use,
         }
         columns |= {name: target[name] for name in target.schema.names}
         columns |= {f"{name}_ref": reference[name] for name in reference.schema.names}
         schema = self._schema()
-        for name in schema.names:
-            if name.endswith("_diff"):
-                label = name.removesuffix("_diff")
-                columns[name] = pc.subtract(target[label], reference[label])
-                use &= pc.is_valid(columns[name]).to_numpy()
-        columns["use"] = use
+        for label in (name for name in LABELS if f"{name}_diff" in schema.names):
+            columns[f"{label}_diff"] = pc.subtract(target[label], reference[label])
+            use &= pc.is_valid(columns[f"{label}_diff"]).to_numpy()
         pairs = pa.table({name: columns[name] for name in schema.names}).cast(schema)
+        is_edge = np.isin(smallest, smallest[is_open])
+        edge = pa.table({"is_edge": is_edge, "smallest": smallest, "number": number})
+        for name, values in zip(edge.schema.names, edge.columns, strict=True):
+            pairs = pairs.append_column(name, values)
+        for name in _ids_in(target):
+            pairs = pairs.append_column(name, target[name])
         write_piece(output, f"pairs-{key}", pairs)
         return {
             "n_matched": int(np.count_nonzero(np.diff(matches.left, prepend=-1))),
@@ -211,94 +201,66 @@ class Crossmatch(Stage[CrossmatchSettings]):
             "fit_for_training": int(np.count_nonzero(use)),
         }
 
-    def _near_rows(self, pixel: HealpixPixel) -> tuple[pa.Table, pa.Table, _Further, _Further]:
-        """Columns that decide, of rows that can be in a pair, and what reads more of some rows."""
+    def _near_rows(self, pixel: HealpixPixel) -> tuple[pa.Table, pa.Table]:
+        """Rows of both sides that can be in a pair."""
         target, reference, reach = self.catalog("target"), self.catalog("reference"), self._reach()
+        deciding = dict.fromkeys(["ra", "dec", *MOTION, *GAIA_IDS.values(), *_FLAGS])
+        keys = key_column(reference), HEALPIX_COLUMN
+        names = reference.columns(dict.fromkeys([*keys, *deciding, *_REFERENCE]))
         ranges = sorted([(pixel.first, pixel.stop), *surroundings(pixel, float(reach))[0]])
         reaches = partial(near_pixel, pixel, reach_arcsec=float(reach))
-        right_at = {
-            other: rows
+        found = [
+            reference.take(other, rows, names)
             for other in reference.overlapping(ranges)
             if len(rows := reference.rows_in(other, ranges, wanted=reaches))
-        }
-        deciding = ["ra", "dec"]
-        if any(set(side.schema.names) >= _PM for side in (target, reference)):
-            deciding += MOTION
-        if self.shared_ids:
-            deciding += GAIA_IDS.values()
-        right = _rows_of(reference, right_at, reference.columns([HEALPIX_COLUMN, *deciding]))
+        ]
+        right = pa.concat_tables(found or [reference.schema.empty_table().select(names)])
         cells = target.cells(pixel) if right.num_rows else np.empty(0, dtype=np.int64)
         reaches_of = self._reach(_total_pm(right))
         rows = rows_near(cells, right[HEALPIX_COLUMN].to_numpy(), reaches_of)
-        left = target.take(pixel, rows, target.columns(deciding))
+        names = target.columns(dict.fromkeys([key_column(target), *deciding, *_CARRIED]))
+        left = target.take(pixel, rows, names)
         left = left.append_column(target.schema.field(HEALPIX_COLUMN), pa.array(cells[rows]))
-        further = partial(_further, target, {pixel: rows}, left)
-        return left, right, further, partial(_further, reference, right_at, right)
+        return left.combine_chunks(), right.combine_chunks()
 
     def _links(self, targets: pa.Table) -> tuple[IntArray, IntArray]:
         """Pairs whose targets may be one star."""
         ra, dec, cells = (targets[name].to_numpy() for name in ("ra", "dec", HEALPIX_COLUMN))
-        ids = [id_values(targets[n]) for n in GAIA_IDS.values() if n in targets.schema.names]
+        ids = [id_values(targets[name]) for name in _ids_in(targets)]
         return same_targets(ra, dec, cells, ids, *self.settings.radii)
 
     def join_folds(self, output: Output, key: str, pixels: list[str]) -> dict[str, Any]:
-        """Join the edge pairs of all partitions; keep where folds change.
+        """Join the edge pairs of all partitions; keep their folds.
 
         The record counts reference stars that several partitions have, but for one of these.
         """
-        tables = [read_piece(output, f"edge-{one}") for one in pixels]
-        if not tables:
+        kept = [read_piece(output, f"pairs-{one}") for one in pixels]
+        if not kept:
             return {"n_again": 0}
-        edges = pa.concat_tables(tables)
-        smallest, number = edges["smallest"].to_numpy(), edges["number"].to_numpy()
-        joined = smallest_of_joined(smallest, number, self._links(edges))
+        names = ["smallest", "number", HEALPIX_COLUMN, "ra", "dec", *_ids_in(kept[0])]
+        edges = [one.select(names).filter(one["is_edge"]) for one in kept]
+        together = pa.concat_tables(edges)
+        smallest, number = together["smallest"].to_numpy(), together["number"].to_numpy()
+        joined = smallest_of_joined(smallest, number, self._links(together))
         folds = fold_of(joined, self.settings.n_folds)
-        n_stars = first = 0
-        for one, table in zip(pixels, tables, strict=True):
-            here = slice(first, first + table.num_rows)
-            first = here.stop
-            n_stars += len(np.unique(number[here]))
-            final = pa.table({"row": table["row"], "fold": folds[here]})
-            write_piece(output, f"folds-{one}", final)
+        starts = np.cumsum([one.num_rows for one in edges])[:-1]
+        for one, fold in zip(pixels, np.split(folds, starts), strict=True):
+            write_piece(output, f"folds-{one}", pa.table({"fold": fold}))
+        n_stars = sum(len(np.unique(some)) for some in np.split(number, starts))
         return {"n_again": n_stars - len(np.unique(number))}
 
-
-def _write_pairs(output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
-    """Write a partition of pairs with its final folds."""
-    pairs, final = (read_piece(output, f"{kind}-{key}") for kind in ("pairs", "folds"))
-    folds = pairs["fold"].to_numpy().copy()
-    folds[final["row"].to_numpy()] = final["fold"].to_numpy()
-    place = pairs.schema.get_field_index("fold")
-    pairs = pairs.set_column(place, pairs.schema.field("fold"), pa.array(folds))
-    return {"file": partition_record(output, pixel, pairs)}
-
-
-def _rows_of(catalog: Catalog, found: dict[HealpixPixel, IntArray], columns: list[str]) -> pa.Table:
-    """Rows of partitions, one after the other."""
-    tables = [catalog.take(pixel, rows, columns) for pixel, rows in found.items() if len(rows)]
-    return pa.concat_tables(tables or [catalog.schema.empty_table().select(columns)])
+    def write_pairs(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
+        """Write a partition of pairs with its final folds."""
+        pairs, final = (read_piece(output, f"{kind}-{key}") for kind in ("pairs", "folds"))
+        folds = pairs["fold"].to_numpy().copy()
+        folds[pairs["is_edge"].to_numpy()] = final["fold"].to_numpy()
+        place, schema = pairs.schema.get_field_index("fold"), self._schema()
+        pairs = pairs.set_column(place, schema.field("fold"), pa.array(folds))
+        return {"file": partition_record(output, pixel, pairs.select(schema.names))}
 
 
-def _further(
-    catalog: Catalog,
-    found: dict[HealpixPixel, IntArray],
-    known: pa.Table,
-    wanted: IntArray,
-    names: list[str],
-) -> pa.Table:
-    """Rows of those that were found, in any order, with further columns beside the known ones."""
-    is_wanted = np.zeros(known.num_rows, dtype=np.bool_)
-    is_wanted[wanted] = True
-    stops = np.cumsum([len(rows) for rows in found.values()], dtype=np.int64)
-    of_pixel = np.split(is_wanted, stops[:-1])
-    some = {at: rows[mask] for (at, rows), mask in zip(found.items(), of_pixel, strict=False)}
-    columns = [name for name in catalog.columns(names) if name not in known.schema.names]
-    place = pa.array(np.cumsum(is_wanted)[wanted] - 1)
-    further = _rows_of(catalog, some, columns).combine_chunks().take(place)
-    rows = known.take(pa.array(wanted))
-    for name in columns:
-        rows = rows.append_column(further.schema.field(name), further[name])
-    return rows
+def _ids_in(rows: pa.Table) -> list[str]:
+    return [name for name in GAIA_IDS.values() if name in rows.schema.names]
 
 
 def _total_pm(rows: pa.Table) -> FloatArray:

@@ -38,7 +38,7 @@ from sos_dask.ingest.keys import (
     sorted_hashes,
     without_rows,
 )
-from sos_dask.ingest.readers import Source, open_source
+from sos_dask.ingest.reader import Source, open_source
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, MOST_ROWS
 from sos_dask.settings import RowsPerPartition, Settings
@@ -55,7 +55,6 @@ from sos_dask.stages.base import (
     write_piece,
 )
 from sos_dask.storage.artifact import REJECTED, Output, atomic_path
-from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, Recipe, Rows, sha256_of_file
 from sos_dask.surveys.definition import Survey
 
@@ -101,31 +100,21 @@ class Ingest(Stage[SurveySettings]):
     memory = (220, 5.0)
     pieces: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        inputs: Mapping[str, Catalog | Path | str],
-        settings: SurveySettings,
-        *,
-        product: str = "",
-        known: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, inputs: Mapping[str, Any], settings: SurveySettings, **options: Any) -> None:
         survey = settings.survey.name
-        files = {name: Path(str(file)) for name, file in inputs.items()}
+        files = {name: Path(file) for name, file in inputs.items()}
         if not files:
             raise ConfigError(f"no file given for survey {survey}")
         for file in files.values():
             if not file.is_file():
-                raise SurveyError(
-                    f"{file} {'is not a file' if file.exists() else 'does not exist'}"
-                )
-        known = known or {name: sha256_of_file(file) for name, file in files.items()}
+                why = "is not a file" if file.exists() else "does not exist"
+                raise SurveyError(f"{file} {why}")
+        known = options.get("known") or {n: sha256_of_file(file) for n, file in files.items()}
         # The order in which files are given must not matter: neither to the recipe nor to the rows.
         in_order = sorted(files.items(), key=lambda item: (known[item[0]], str(item[1])))
         if len(set(known.values())) < len(files):
-            raise ConfigError(
-                f"the same content is given twice for survey {survey}: "
-                + ", ".join(str(file) for _, file in in_order)
-            )
+            twice = ", ".join(str(file) for _, file in in_order)
+            raise ConfigError(f"the same content is given twice for survey {survey}: {twice}")
         super().__init__(dict(in_order), settings, product=settings.name, known=known)
         # Bytes must not depend on where the files lie.
         self.file_names = [file.name for _, file in in_order]
@@ -139,11 +128,9 @@ class Ingest(Stage[SurveySettings]):
     def make(self, run: Run) -> Made:
         """Read the files, settle conflicts of keys, write the partitions."""
         survey, chunk_rows = self.settings.survey, self.settings.chunk_rows
-        n_bytes = _PROCESS_BYTES + _CHUNK_BYTES * chunk_rows
         what = f"ingest: a chunk of {chunk_rows:,} rows of {self.product}"
-        run.cluster.require_memory(n_bytes, what)
-        paths = [self.path(name) for name in self.inputs]
-        scratch = run.output.work / "scratch"
+        run.cluster.require_memory(_PROCESS_BYTES + _CHUNK_BYTES * chunk_rows, what)
+        paths, scratch = [self.path(name) for name in self.inputs], run.output.work / "scratch"
         sources = [open_source(path, survey, i, scratch) for i, path in enumerate(paths)]
         # The cut into chunks is no part of the recipe: what another left is not taken for ours.
         chunks = {
@@ -157,7 +144,7 @@ class Ingest(Stage[SurveySettings]):
         check_profile(profile, survey, [str(path) for path in paths])
         self.pieces = tuple(piece for record in read for piece in record["pieces"])
         pixels, done = self._partitions(run)
-        rejected = _rejected(run.output, [*chunks, "conflicts", *by_pixel(pixels)])
+        rejected = _rejected(run.output, [*chunks, "lost", *by_pixel(pixels)])
         n_rows = sum(record["rows"] for record in read)
         conflicts = rejected.filter(pc.equal(rejected["reason"], CONFLICT))["obs_id"]
         if len(conflicts):
@@ -187,7 +174,7 @@ class Ingest(Stage[SurveySettings]):
     def _partitions(self, run: Run) -> tuple[list[HealpixPixel], list[dict[str, Any]]]:
         """Second pass: the partitions, and their records."""
         output, cut = run.output, self.settings.chunk_rows
-        cells = [output.work / "pieces" / f"{one}.cells.npy" for one in self.pieces]
+        cells = self._arrays(output, "cells")
         histogram = np.zeros(12 * 4**HISTOGRAM_ORDER, dtype=np.int64)
         for at, n_rows in map(np.load, cells):
             histogram[at] += n_rows
@@ -196,7 +183,7 @@ class Ingest(Stage[SurveySettings]):
         self.require_pixel(run.cluster, pixels, histogram, n_bytes)
         _save(output.work / f"edges-{cut}.npy", partition_edges(pixels, map(np.load, cells)))
         n_ranges = int(histogram.sum()) // _KEYS_PER_RANGE + 1
-        hashes = key_ranges(self._runs(output), n_ranges)
+        hashes = key_ranges(self._arrays(output, "keys"), n_ranges)
         ranges = {f"{cut}-{number}": of for number, of in enumerate(hashes)}
         run.parts("keys", ranges, self.conflicts_of_range, f"check keys of {self.product}")
         run.parts("conflicts", {"losers": list(ranges)}, self.settle_conflicts, "conflicts of keys")
@@ -231,13 +218,13 @@ class Ingest(Stage[SurveySettings]):
     ) -> dict[str, Any]:
         """Keep the keys of one range that stand at more than one position."""
         paths = [piece(output, one) for one in self.pieces]
-        keys = conflicting_keys(paths, self._runs(output), *hashes)
+        keys = conflicting_keys(paths, self._arrays(output, "keys"), *hashes)
         write_piece(output, f"conflicts-{key}", pa.table({"obs_id": keys}))
         return {}
 
-    def _runs(self, output: Output) -> list[Path]:
-        """Hashes of the keys in each piece."""
-        return [output.work / "pieces" / f"{one}.keys.npy" for one in self.pieces]
+    def _arrays(self, output: Output, kind: str) -> list[Path]:
+        """Hashes of the ``keys``, or `histogram_of` the ``cells``, in each piece."""
+        return [output.work / "pieces" / f"{one}.{kind}.npy" for one in self.pieces]
 
     def settle_conflicts(self, output: Output, key: str, ranges: list[str]) -> dict[str, Any]:
         """Decide which rows lose where one key stands at several positions (rare: done at once)."""
@@ -245,13 +232,12 @@ class Ingest(Stage[SurveySettings]):
         keys = pa.concat_tables(tables)["obs_id"]
         losers = pa.table({FILE: pa.array([], pa.int32()), ROW: pa.array([], pa.int64())})
         if len(keys):
-            held = holders(self._runs(output), sorted_hashes(one_array(keys)))
+            held = holders(self._arrays(output, "keys"), sorted_hashes(one_array(keys)))
             found = [read_piece(output, self.pieces[one]) for one in held]
-            lost = losing_rows(
-                pa.concat_tables([t.filter(pc.is_in(t["obs_id"], value_set=keys)) for t in found])
-            )
+            rows = [one.filter(pc.is_in(one["obs_id"], value_set=keys)) for one in found]
+            lost = losing_rows(pa.concat_tables(rows))
             losers = lost.select([FILE, ROW])
-            _reject(output, "conflicts", rejected_rows(lost, CONFLICT, self.file_names))
+            _reject(output, "lost", rejected_rows(lost, self.file_names))
         write_piece(output, key, losers)
         return {}
 
@@ -310,9 +296,9 @@ def _reject(output: Output, key: str, rows: pa.Table) -> None:
 def _rejected(output: Output, keys: Sequence[str]) -> pa.Table:
     """Rejected rows of all parts, in the order of files and rows."""
     names = [f"rejected-{key}" for key in keys]
-    there = [read_piece(output, name) for name in names if piece(output, name).is_file()]
-    tables = [REJECTED_SCHEMA.empty_table(), *there]
-    return pa.concat_tables(tables).sort_by([("file", "ascending"), ("row", "ascending")])
+    tables = [read_piece(output, name) for name in names if piece(output, name).is_file()]
+    rejected = pa.concat_tables([REJECTED_SCHEMA.empty_table(), *tables])
+    return rejected.sort_by([("file", "ascending"), ("row", "ascending")])
 
 
 def ingest(

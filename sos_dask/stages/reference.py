@@ -101,7 +101,10 @@ class Reference(Stage[ReferenceSettings]):
         for record in run.parts("counts", counts, self.count_rows, "reference plan"):
             np.add.at(histogram, record["cells"], record["rows"])
         pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, self.settings.rows_per_partition)
-        n_bytes = sum(_bytes_of(catalog) for catalog in catalogs.values())
+        n_bytes = 0
+        for catalog in (one for one in catalogs.values() if one.n_rows):
+            pixel, of_pixel = catalog.largest_partition()
+            n_bytes += of_pixel * catalog.n_rows // catalog.partition_rows(pixel)
         self.require_pixel(run.cluster, pixels, histogram, n_bytes)
         motions = map(motion_of, catalogs.values())
         self.motion_arcsec = max(moved_arcsec(one, self.settings.epoch) for one in motions)
@@ -174,14 +177,6 @@ class Reference(Stage[ReferenceSettings]):
         ours = inside[primary]
         row_of = np.cumsum(ours) - 1
         return table.filter(pa.array(ours)), row_of[primary[ours]]
-
-
-def _bytes_of(catalog: Catalog) -> int:
-    """What all rows of a catalog take in memory, by its largest partition."""
-    if not catalog.pixels:
-        return 0
-    pixel, n_bytes = catalog.largest_partition()
-    return n_bytes * catalog.n_rows // max(catalog.partition_rows(pixel), 1)
 
 
 def _together(tables: Mapping[str, pa.Table]) -> pa.Table:

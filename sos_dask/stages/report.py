@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from pydantic import Field
 
 from sos_dask import __version__
 from sos_dask import corrections as models
-from sos_dask.columns import IntArray, floats32
+from sos_dask.columns import IntArray, floats32, floats_or_nan
 from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.corrections.symbolic import FILE as FORMULA_FILE
 from sos_dask.errors import CatalogError, ConfigError
@@ -44,6 +44,7 @@ from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, read_piece, w
 from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.projection import load_projection
 from sos_dask.storage.artifact import Output
+from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Recipe, Rows
 from sos_dask.storage.store import file_names, read_build, require_store
 
@@ -53,9 +54,10 @@ _SOFTWARE = (
     "numpy", "scipy", "pyarrow", "healpy", "astropy", "dask", "distributed", "dask-ml",
     "scikit-learn", "xgboost", "pyoperon", "matplotlib",
 )  # fmt: skip
-Counts = Callable[[str], dict[str, IntArray]]
-"""Rows of a product in cells of the sky or of a plane, by what is counted."""
-Draw = Callable[[Counts], Drawn | None]
+Counts = dict[str, IntArray]
+"""Rows in cells of the sky or of a plane, by what is counted."""
+CountsOf = Callable[[str], Counts]
+Draw = Callable[[CountsOf], Drawn | None]
 
 
 def software() -> dict[str, str]:
@@ -147,11 +149,18 @@ class ReportStage(Stage[ReportSettings]):
     def count_partition(
         self, output: Output, key: str, item: tuple[str, HealpixPixel]
     ) -> dict[str, Any]:
-        """Count the rows of one partition in cells; empty cells are left out."""
-        found = _counted(self.build, *item)
-        used = np.flatnonzero(np.any(list(found.values()), axis=0))
-        columns = {what: counts[used] for what, counts in found.items()}
-        write_piece(output, key, pa.table({"cell": used, **columns}))
+        """Count the rows of one partition in cells of the sky or of a plane."""
+        (product, pixel), build = item, self.build
+        catalog = build.counted[product]
+        if product in build.of("projection"):
+            assert build.scores is not None
+            found = _count_places(catalog, pixel, build.scores, _plane(build))
+        elif product in build.of(CORRECTED):
+            found = _count_kiel(catalog, pixel, build.labels)
+        else:
+            cells = catalog.read(pixel, [HEALPIX_COLUMN])[HEALPIX_COLUMN].to_numpy()
+            found = {"sky": _count(cells >> 2 * (MAX_ORDER - maps.ORDER), maps.N_SKY)}
+        write_piece(output, key, pa.table(found))
         return {}
 
     def draw_figure(self, output: Output, key: str, item: None) -> dict[str, Any]:
@@ -170,68 +179,58 @@ class ReportStage(Stage[ReportSettings]):
 # --- counts -------------------------------------------------------------------------------------
 
 
-def _counted(build: Build, product: str, pixel: HealpixPixel | None) -> dict[str, IntArray]:
-    """Count the rows of a partition in all cells; of no partition for None."""
-    catalog = build.counted[product]
+def _count(cells: IntArray, size: int, weights: Any = None) -> IntArray:
+    """Rows in every cell, but for those in none (-1); or sums of their weights, which are whole."""
+    inside = cells >= 0
+    weights = None if weights is None else weights[inside]
+    return np.bincount(cells[inside], weights, minlength=size).astype(np.int64)
 
-    def read(names: list[str]) -> pa.Table:
-        none = catalog.schema.empty_table().select(names)
-        return none if pixel is None else catalog.read(pixel, names)
 
-    def count(cells: IntArray, size: int, weights: Any = None) -> IntArray:
-        inside = cells >= 0
-        weights = None if weights is None else weights[inside]
-        return np.bincount(cells[inside], weights, minlength=size).astype(np.int64)
-
-    if product in build.of("projection"):
-        plane, scores = _plane(build), build.scores
-        places = read([_KEY, "umap_1", "umap_2"])
-        cells = plane.cells(*(floats32(places, name) for name in ("umap_1", "umap_2")))
-        if pixel is not None and scores is not None:
-            scored = scores.read(pixel, [_KEY, "coverage", FLAGS])
-            if not places[_KEY].equals(scored[_KEY]):
-                raise CatalogError(
-                    f"pixel {pixel}: {catalog.path} and {scores.path} contain other rows",
-                    "Make both from the same observations.",
-                )
-            cells = np.where(pc.is_valid(scored["coverage"]).to_numpy(), cells, -1)
-            outside = np.where(scored[FLAGS].to_numpy() & FLAG_OUTSIDE, cells, -1)
-        else:
-            outside = cells
-        size = plane.coarse**2
-        return {"known": count(cells, size), "outside": count(outside, size)}
-    if product not in build.of(CORRECTED):
-        cells = read([HEALPIX_COLUMN])[HEALPIX_COLUMN].to_numpy()
-        return {"sky": count(cells >> 2 * (MAX_ORDER - maps.ORDER), maps.N_SKY)}
-    # Teff and log g before and after, and sums of logarithms of the errors.
-    corrected = [(catalog.columns([f"{n}_sos"]) or [n])[0] for n in ("teff", "logg")]
-    errors = {f"{one}_sos_err": one for one in build.labels}
-    table = read(list(dict.fromkeys(["teff", "logg", *corrected, *catalog.columns(errors)])))
-    size = maps.N_CELLS + 1
-    before, after = (
-        maps.kiel_cells(*(floats32(table, name) for name in pair))
-        for pair in (("teff", "logg"), corrected)
-    )
-    found = {"before": count(before, size), "after": count(after, size)}
-    for name, label in errors.items():
-        cells, whole = np.full_like(before, -1), np.zeros(len(before))
-        if name in table.schema.names:
-            values = floats32(table, name).astype(np.float64)
-            good = values > 0
-            cells[good] = before[good]
-            whole[good] = np.rint(np.log10(values[good]) / maps.LOG_QUANTUM)
-        found[f"{label}_n"] = count(cells, size)
-        found[f"{label}_sum"] = count(cells, size, whole)
+def _count_kiel(catalog: Catalog, pixel: HealpixPixel, labels: Iterable[str]) -> Counts:
+    """Rows in Teff and log g before and after, and sums of logarithms of their errors."""
+    after = [(catalog.columns([f"{name}_sos"]) or [name])[0] for name in ("teff", "logg")]
+    errors = {label: f"{label}_sos_err" for label in labels}
+    names = dict.fromkeys(["teff", "logg", *after, *catalog.columns(errors.values())])
+    table, size = catalog.read(pixel, list(names)), maps.N_CELLS + 1
+    planes = {"before": ("teff", "logg"), "after": after}
+    cells = {
+        when: maps.kiel_cells(*(floats32(table, name) for name in pair))
+        for when, pair in planes.items()
+    }
+    found = {when: _count(at, size) for when, at in cells.items()}
+    for label, name in errors.items():
+        values = floats_or_nan(table, name)
+        at = np.where(np.isfinite(values) & (values > 0), cells["before"], -1)
+        whole = np.rint(np.log10(np.where(at >= 0, values, 1.0)) / maps.LOG_QUANTUM)
+        found |= {f"{label}_n": _count(at, size), f"{label}_sum": _count(at, size, whole)}
     return found
 
 
-def _sums(output: Output, build: Build, product: str) -> dict[str, IntArray]:
+def _count_places(
+    catalog: Catalog, pixel: HealpixPixel, scores: Catalog, plane: maps.Plane
+) -> Counts:
+    """Rows with a coverage in each cell of the plane of all parameters, and those outside it."""
+    names = ["umap_1", "umap_2"]
+    places = catalog.read(pixel, [_KEY, *names])
+    scored = scores.read(pixel, [_KEY, "coverage", FLAGS])
+    if not places[_KEY].equals(scored[_KEY]):
+        raise CatalogError(
+            f"pixel {pixel}: {catalog.path} and {scores.path} contain other rows",
+            "Make both from the same observations.",
+        )
+    cells = plane.cells(*(floats32(places, name) for name in names))
+    known = np.where(pc.is_valid(scored["coverage"]).to_numpy(), cells, -1)
+    outside = np.where(scored[FLAGS].to_numpy() & FLAG_OUTSIDE, known, -1)
+    size = plane.coarse**2
+    return {"known": _count(known, size), "outside": _count(outside, size)}
+
+
+def _sums(output: Output, build: Build, product: str) -> Counts:
     """Counts of a product, one partition after the other: all together they grow with these."""
-    total = _counted(build, product, None)
+    total: Counts = {}
     for key in by_pixel(build.counted[product].pixels):
         table = read_piece(output, f"{product}-{key}")
-        for what, counts in total.items():
-            counts[table["cell"].to_numpy()] += table[what].to_numpy()
+        total = {what: total.get(what, 0) + table[what].to_numpy() for what in table.schema.names}
     return total
 
 
@@ -243,7 +242,7 @@ def figures(build: Build) -> dict[str, Draw]:
     labels, method, target = build.labels, build.method, build.target
     limits = build.summary("coverage").get("limits", {})
     found: dict[str, Draw] = {"sky": partial(_sky, build)}
-    if build.one(CORRECTED):
+    if _has_rows(build, build.one(CORRECTED)):
         found["kiel"] = partial(_kiel, build)
 
     def add(key: str, table: str, draw: Callable[..., Drawn | None], *given: Any) -> None:
@@ -272,20 +271,24 @@ def figures(build: Build) -> dict[str, Draw]:
     return found
 
 
-def _sky(build: Build, counts: Counts) -> Drawn | None:
+def _has_rows(build: Build, product: str) -> bool:
+    return product in build.counted and bool(build.counted[product].pixels)
+
+
+def _sky(build: Build, counts: CountsOf) -> Drawn | None:
     names = {f"{name}.{OBSERVATIONS}": name for name in (build.target, *build.references)}
     names[build.one(PAIRS)] = f"pairs of {build.target} and {build.reference}"
     return maps.sky_figure(
-        {text: counts(name)["sky"] for name, text in names.items() if name in build.counted}
+        {text: counts(name)["sky"] for name, text in names.items() if _has_rows(build, name)}
     )
 
 
-def _kiel(build: Build, counts: Counts) -> Drawn | None:
+def _kiel(build: Build, counts: CountsOf) -> Drawn | None:
     found = counts(build.one(CORRECTED))
     return maps.kiel_figure(found["before"], found["after"])
 
 
-def _correction(build: Build, counts: Counts) -> Drawn | None:
+def _correction(build: Build, counts: CountsOf) -> Drawn | None:
     """The model in Teff and log g, at the medians of the pairs in its other inputs."""
     teff, logg = maps.kiel_centres()
     others = [name for name in build.problem.columns if name not in ("teff", "logg")]
@@ -299,7 +302,7 @@ def _correction(build: Build, counts: Counts) -> Drawn | None:
     inputs = build.problem.matrix({"teff": teff, "logg": logg, **columns})
     values = models.load(build.models[build.method]).predict(inputs).astype(np.float64)
     errors = None
-    if build.one(CORRECTED):
+    if _has_rows(build, build.one(CORRECTED)):
         found = counts(build.one(CORRECTED))
         n, total = (
             np.stack([found[f"{label}_{what}"][: maps.N_CELLS] for label in build.labels], axis=1)
@@ -330,9 +333,9 @@ def _plane(build: Build) -> maps.Plane:
     return maps.Plane(load_projection(build.directories[name]).limits(), int(bins))
 
 
-def _projection(build: Build, counts: Counts) -> Drawn | None:
+def _projection(build: Build, counts: CountsOf) -> Drawn | None:
     summary, scored = build.summary("projection"), None
-    if build.scores is not None:
+    if _has_rows(build, build.one("projection")):
         found = counts(build.one("projection"))
         scored = (found["known"], found["outside"])
     n_not_asked = int(summary["not_asked"])

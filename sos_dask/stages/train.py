@@ -22,7 +22,7 @@ from pydantic import Field
 from sos_dask import corrections
 from sos_dask.columns import floats_or_nan, matrix32
 from sos_dask.corrections.base import to_json
-from sos_dask.corrections.search import search, search_space
+from sos_dask.corrections.search import search
 from sos_dask.errors import ModelError
 from sos_dask.evidence.figures import (
     DENSITY,
@@ -217,7 +217,7 @@ class Train(Stage[TrainSettings]):
     ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
         """Parameters of a fit to some folds, and what a search for them has tried."""
         method, params, n = self.settings.method, self.settings.params, self.settings.search
-        if not n or not search_space(method):
+        if not n or not corrections.search_space(method):
             return params, []
         params, client = corrections.check_params(method, params), run.cluster.client
         return search(method, source, folds, params, n, self.settings.seed, client)

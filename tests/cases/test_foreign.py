@@ -509,7 +509,7 @@ DAMAGES = {
     "declination 91": (
         lambda f: each_file(f, lambda p: p.set_column(3, "dec", pa.array(np.full(len(p), 91.0)))),
         6,
-        "dec=91.0 is no position",
+        "dec=91.0 is not a position",
     ),
     "rows of other pixels": (lambda f: each_file(f, _far), 6, "outside HEALPix pixel"),
     "a line lost": (_lost_line, 5, "does not list dataset/"),

@@ -20,7 +20,7 @@ from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.run import machine
 from sos_dask.schema import LABELS
 from sos_dask.stages.coverage import Coverage, _warnings
-from tests.test_models import ArraySource, biased_pairs
+from tests.corrections.pairs import ArraySource, biased_pairs
 
 LAWS: dict[str, Any] = {
     "given": lambda d: np.maximum(d, 0.35),
@@ -138,8 +138,8 @@ def test_a_search_with_constant_labels():
     batch = biased_pairs(600, 3)
     batch.differences[:] = [64, 0.0, 0.125]
     params = models.check_params("polynomial", {})
-    found = search("polynomial", ArraySource(batch), [0, 1, 2, 3, 4], params, 3)
-    assert all(trial["loss"] is not None for trial in found.trials)
+    _, trials = search("polynomial", ArraySource(batch), [0, 1, 2, 3, 4], params, 3)
+    assert all(trial["loss"] is not None for trial in trials)
 
 
 def _survey(folder: Path, name: str, columns: dict[str, np.ndarray]) -> None:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from sos_dask import corrections as models
-from sos_dask.corrections.search import candidates, search, search_space
+from sos_dask.corrections import search_space
+from sos_dask.corrections.search import candidates, search
 from sos_dask.errors import ConfigError, ModelError
-from tests.test_models import ArraySource, biased_pairs
+from tests.corrections.pairs import ArraySource, biased_pairs
 
 SOURCE = ArraySource(biased_pairs(1000, 1), (300,))
 
@@ -35,19 +36,19 @@ def test_a_small_space_has_few_candidates():
 
 def test_the_best_is_found_and_all_are_told():
     # A line through a curved bias, to begin with.
-    found = search("polynomial", SOURCE, [1, 2, 3, 4], defaults("polynomial", order=1), 10)
-    assert found.params["order"] in (2, 3, 4)
-    assert set(found.params) == set(models.parameters("polynomial"))
-    assert len(found.trials) == 10
-    judged = [len(trial["losses"]) for trial in found.trials]
+    params, trials = search("polynomial", SOURCE, [1, 2, 3, 4], defaults("polynomial", order=1), 10)
+    assert params["order"] in (2, 3, 4)
+    assert set(params) == set(models.parameters("polynomial"))
+    assert len(trials) == 10
+    judged = [len(trial["losses"]) for trial in trials]
     assert judged == sorted(judged, reverse=True)
     assert judged[0] == 4
     assert judged.count(1) == 5
-    finals = [trial["loss"] for trial in found.trials if len(trial["losses"]) == 4]
+    finals = [trial["loss"] for trial in trials if len(trial["losses"]) == 4]
     assert finals == sorted(finals)
-    first = next(trial for trial in found.trials if trial["params"]["order"] == 1)
-    assert first["losses"][0] > found.trials[0]["losses"][0]
-    assert models.base.to_json(found.trials)
+    first = next(trial for trial in trials if trial["params"]["order"] == 1)
+    assert first["losses"][0] > trials[0]["losses"][0]
+    assert models.base.to_json(trials)
 
 
 def test_held_out_folds_have_no_part():
@@ -67,9 +68,11 @@ def test_the_same_on_a_cluster(cluster):
 
 def test_candidates_that_are_too_large_lose():
     source = ArraySource(biased_pairs(90))
-    found = search("polynomial", source, [0, 1, 2, 3, 4], defaults("polynomial", order=5), 8)
-    assert int(found.params["order"]) < 5
-    assert any(row["loss"] is None for row in found.trials)
+    params, trials = search(
+        "polynomial", source, [0, 1, 2, 3, 4], defaults("polynomial", order=5), 8
+    )
+    assert int(params["order"]) < 5
+    assert any(row["loss"] is None for row in trials)
     with pytest.raises(ModelError, match="no candidate"):
         search("polynomial", ArraySource(biased_pairs(12)), [0, 1], defaults("polynomial"), 4)
 

@@ -10,8 +10,8 @@ from sos_dask.corrections import Batch, boosted, boosted_cluster
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.boosted_cluster import find_gpu, one_each
 from sos_dask.errors import ModelError
+from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
 from tests.run import FEATURES
-from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
 QUICK = {"n_rounds": 30, "learning_rate": 0.2}
 
@@ -103,11 +103,11 @@ np.save("found.npy", found)
 def test_damaged_trees_without_a_table_are_refused():
     out = fit(ArraySource(biased_pairs(2000, 16)), params=QUICK)
     files = dict(out.files())
-    assert boosted.restore(out.info, files).ensembles == out.ensembles
+    assert BoostedCorrection.restore(out.info, files).ensembles == out.ensembles
     del files[boosted.TABLE]
     files["logg.ubj"] = files["logg.ubj"][:100]
     with pytest.raises(ModelError, match="cannot read the trees"):
-        boosted.restore(out.info, files)
+        BoostedCorrection.restore(out.info, files)
 
 
 def test_missing_values_do_not_take_the_default_direction():

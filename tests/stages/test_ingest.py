@@ -1,12 +1,18 @@
+"""Observations do not depend on files, chunks or order; what is refused leaves nothing."""
+
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from astropy.io import fits
 
-from sos_dask.errors import CatalogError, SurveyError
+from sos_dask.errors import CatalogError, ConfigError, SurveyError
 from sos_dask.ingest.canonical import Chunk
 from sos_dask.stages.ingest import Ingest, IngestSettings, SurveySettings, ingest
+from sos_dask.storage.manifest import Manifest
 from sos_dask.surveys.definition import load_survey
 from tests.job import contents
 from tests.survey_files import rows, survey, write_fits
@@ -118,3 +124,66 @@ def test_refused_files_leave_nothing_behind(tmp_path):
     assert not (tmp_path / "out").exists()
     (tmp_path / "log.csv").write_text(text.replace(",3.69,", ",4900,"))
     assert ingest(giants, [tmp_path / "log.csv"], tmp_path / "out").rows.n_out == 200
+
+
+@pytest.fixture(scope="module")
+def lamost(small_sky, tmp_path_factory) -> dict[str, list[Path]]:
+    """The same rows as one file, as three, and in another order."""
+    folder = tmp_path_factory.mktemp("files")
+    with fits.open(small_sky / "lamost.fits") as file:
+        data = file[1].data
+        shuffled = np.random.default_rng(5).permutation(len(data))
+        parts = {
+            "a": data[shuffled[:700]], "b": data[shuffled[700:701]], "c": data[shuffled[701:]],
+            "reversed": data[::-1],
+        }  # fmt: skip
+        for name, rows in parts.items():
+            fits.BinTableHDU(rows.copy()).writeto(folder / f"{name}.fits")
+    return {
+        "one": [small_sky / "lamost.fits"],
+        "three": [folder / f"{name}.fits" for name in "abc"],
+        "other order": [folder / f"{name}.fits" for name in "cab"],
+        "reversed": [folder / "reversed.fits"],
+    }
+
+
+@pytest.mark.parametrize("chunk_rows", [500_000, 317])
+def test_ingest_does_not_depend_on_files_chunks_or_order(lamost, tmp_path, chunk_rows):
+    survey = load_survey("lamost-dr11-lrs")
+    found = {}
+    for name, files in lamost.items():
+        settings = IngestSettings(rows_per_partition=1000, chunk_rows=chunk_rows)
+        manifest = ingest(survey, files, tmp_path / name, settings, name="lamost")
+        assert (manifest.rows.n_in, manifest.rows.n_out) == (5000, 4996)
+        found[name] = contents(tmp_path / name / "dataset")
+    assert all(item == found["one"] for item in found.values())
+    assert len(found["one"]) > 12
+    both = [Manifest.load(tmp_path / name) for name in ("three", "other order")]
+    assert both[0] == both[1], "the order in which files are named is no difference"
+    if chunk_rows == 317:
+        whole = ingest(
+            survey,
+            lamost["one"],
+            tmp_path / "whole",
+            IngestSettings(rows_per_partition=1000),
+            name="lamost",
+        )
+        assert whole == Manifest.load(tmp_path / "one"), "chunk_rows decides memory alone"
+
+
+def test_ingest_refuses_a_file_twice(lamost, tmp_path):
+    copy = shutil.copy(lamost["three"][0], tmp_path / "copy.fits")
+    with pytest.raises(ConfigError, match="the same content is given twice"):
+        ingest(load_survey("lamost-dr11-lrs"), [lamost["three"][0], copy], tmp_path / "out")
+
+
+def test_a_run_that_made_nothing_leaves_nothing(lamost, small_sky, tmp_path):
+    """So the same directory serves the next try, with whatever was wrong mended."""
+    survey = load_survey("lamost-dr11-lrs")
+    with pytest.raises(SurveyError, match="no column"):
+        ingest(survey, [small_sky / "apogee.fits"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    ingest(survey, lamost["one"], tmp_path / "out")
+    with pytest.raises(CatalogError, match="--overwrite"):
+        ingest(survey, lamost["three"], tmp_path / "out")
+    ingest(survey, lamost["three"], tmp_path / "out", overwrite=True)

@@ -10,9 +10,9 @@ from sos_dask import corrections as models
 from sos_dask.corrections import Batch, boosted
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.errors import ModelError
+from tests.corrections.pairs import NOISE, ArraySource, biased_pairs
+from tests.corrections.test_boosted import QUICK, fit
 from tests.run import FEATURES
-from tests.test_boosted import QUICK, fit
-from tests.test_models import NOISE, ArraySource, biased_pairs
 
 
 def thresholds(correction: BoostedCorrection) -> list[set[float]]:

@@ -14,8 +14,8 @@ from sos_dask.corrections.symbolic import Scale, SymbolicCorrection, draw_sample
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.schema import LABELS
 from sos_dask.stats.numbers import scatter
+from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
 from tests.run import FEATURES
-from tests.test_models import NOISE, ArraySource, bias, biased_pairs
 
 QUICK = {"n_sample": 1000, "population": 100, "generations": 15, "max_length": 15}
 BOX = ((0.7, 0.0, -2.5), (1.4, 5.0, 0.6))
@@ -224,8 +224,8 @@ def test_a_row_is_evaluated_the_same_in_any_company():
 
 def sample_of(source, wanted=1000):
     training = models.Training(source)
-    summary = models.base.summarise(training, "symbolic", 1)
-    return draw_sample(training, Scale.of(summary, FEATURES), wanted)
+    summary = models.base.summarise(training, "symbolic", symbolic.Settings(), 1)
+    return draw_sample(training, Scale.of(summary), wanted)
 
 
 def test_the_sample_does_not_depend_on_order_or_batches():
@@ -466,12 +466,12 @@ def edited(fitted, **changes):
 )
 def test_a_formula_file_with_more_than_arithmetic_is_refused(fitted, changes, message):
     with pytest.raises(ModelError, match=message):
-        symbolic.restore(fitted.info, edited(fitted, **changes))
+        SymbolicCorrection.restore(fitted.info, edited(fitted, **changes))
 
 
 def test_an_incomplete_file_is_refused(fitted):
     for content in (b"", b"{", b"[]", b"{}", b'{"labels": []}'):
         with pytest.raises(ModelError, match=r"formula\.json"):
-            symbolic.restore(fitted.info, {"formula.json": content})
+            SymbolicCorrection.restore(fitted.info, {"formula.json": content})
     with pytest.raises(ModelError, match=r"formula\.json"):
-        symbolic.restore(fitted.info, {})
+        SymbolicCorrection.restore(fitted.info, {})

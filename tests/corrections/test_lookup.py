@@ -7,11 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sos_dask import corrections
-from sos_dask.corrections import Batch, lookup
-from sos_dask.corrections.boosted import BoostedCorrection
-from sos_dask.corrections.lookup import LookupTable, compile_trees
+from sos_dask.corrections import Batch, boosted
+from sos_dask.corrections.boosted import BoostedCorrection, LookupTable, compile_trees
 from sos_dask.errors import ModelError
-from tests.test_models import ArraySource
+from sos_dask.stats.table import pack
+from tests.corrections.pairs import ArraySource
+
+ZERO, ONE = np.zeros(1), np.ones(1)
 
 
 def random_booster(rng: np.random.Generator, rounds: int, depth: int, bins: int) -> xgboost.Booster:
@@ -39,7 +41,7 @@ def probes(rng: np.random.Generator, table: LookupTable) -> np.ndarray:
 def test_equals_xgboost_on_every_row(seed, rounds, depth, bins):
     rng = np.random.default_rng(seed)
     boosters = [random_booster(rng, rounds, depth, bins) for _ in range(2)]
-    table = compile_trees(boosters, [0, 0], [1, 1])
+    table = compile_trees(boosters, np.zeros(2), np.ones(2))
     assert table is not None
     x = probes(rng, table)
     expected = np.stack([booster.inplace_predict(x) for booster in boosters], axis=1)
@@ -59,30 +61,30 @@ def test_scaled_table_holds_the_differences():
 
 def test_survives_bytes_and_does_not_copy():
     rng = np.random.default_rng(1)
-    table = compile_trees([random_booster(rng, 5, 3, 16)], [0], [1])
+    table = compile_trees([random_booster(rng, 5, 3, 16)], ZERO, ONE)
     assert table is not None
-    content = table.to_bytes()
+    content = pack([*table.edges, table.values])
     again = LookupTable.from_buffer(content)
     assert not again.values.flags.owndata
     x = probes(rng, table)
     assert np.array_equal(again.predict(x), table.predict(x))
-    assert again.to_bytes() == content
+    assert pack([*again.edges, again.values]) == content
     wide = LookupTable(table.edges, np.pad(table.values, ((0, 1),) * 3 + ((0, 0),)))
-    for damaged in (b"", content[:40], content[:-1], b"x" * 600, wide.to_bytes()):
+    for damaged in (b"", content[:40], content[:-1], b"x" * 600, pack([*wide.edges, wide.values])):
         with pytest.raises(ModelError, match="damaged"):
             LookupTable.from_buffer(damaged)
 
 
 def test_too_fine_a_grid_gets_no_table(monkeypatch):
     booster = random_booster(np.random.default_rng(2), 5, 3, 16)
-    monkeypatch.setattr(lookup, "MAX_CELLS", 8)
-    assert compile_trees([booster], [0], [1]) is None
+    monkeypatch.setattr(boosted, "MAX_CELLS", 8)
+    assert compile_trees([booster], ZERO, ONE) is None
 
 
 def test_thresholds_closer_than_float32_divides_by():
     edges = np.array([0.0, 1e-41, 3e-41], np.float32)
     values = np.array([-1.0, 0.0, 5e-42, 1e-41, 2e-41, 3e-41, 1.0], np.float32)
-    assert lookup._Bins.of_edges(edges).of(values).tolist() == [0, 1, 1, 2, 2, 3, 3]
+    assert boosted._Bins(edges).of(values).tolist() == [0, 1, 1, 2, 2, 3, 3]
 
 
 def test_unknown_inputs_of_a_model_with_a_table_give_unknown_labels(tmp_path):
@@ -111,7 +113,7 @@ def test_unknown_inputs_of_a_model_with_a_table_give_unknown_labels(tmp_path):
 
 
 def test_a_finite_row_is_in_the_table_wherever_it_is(tmp_path):
-    table = compile_trees([random_booster(np.random.default_rng(6), 5, 3, 16)], [0], [1])
+    table = compile_trees([random_booster(np.random.default_rng(6), 5, 3, 16)], ZERO, ONE)
     assert table is not None
     largest = np.finfo(np.float32).max
     corner = np.array([[largest] * 3, [-largest] * 3, [largest, -largest, 0]], np.float32)

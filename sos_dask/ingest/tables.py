@@ -7,7 +7,6 @@ that bounds what it takes.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,25 +19,18 @@ import pyarrow.parquet as pq
 
 from sos_dask.columns import Values
 from sos_dask.errors import SurveyError
-from sos_dask.ingest.readers import (
-    DAMAGED,
-    Batches,
-    Contents,
-    Native,
-    Source,
-    decoded,
-    regrouped,
-    stated_by_astropy,
-)
+from sos_dask.ingest.reader import DAMAGED, Batches, Contents, Native, Source, decoded, regrouped
+from sos_dask.ingest.text import stated_by_astropy
 from sos_dask.surveys.definition import Survey
 
 _TEXT_BYTES = 1 << 29  # of one column at once
 _MOST_BYTES = 1 << 30  # of a file, which astropy holds in memory
 _BOMB_BYTES = 1 << 29  # of the columns of a small file
+_LEAST_ROWS = 512  # for which astropy takes memory, however few there are
 _MOST_TEXT = 1 << 27  # between two tags
 
 
-def open_parquet(path: Path, data_path: Path) -> Contents:
+def open_parquet(path: Path, data_path: Path, survey: Survey) -> Contents:
     """Find out what a Parquet file contains, from its footer."""
     try:
         with pq.ParquetFile(data_path) as file:
@@ -48,54 +40,43 @@ def open_parquet(path: Path, data_path: Path) -> Contents:
         raise SurveyError(f"{path}: not a readable Parquet file: {error}", DAMAGED) from None
     if min(groups, default=0) < 0 or sum(groups) != metadata.num_rows:
         raise SurveyError(f"{path}: its row groups have not the rows of the file", DAMAGED)
-    natives = _stated(path, schema, [_arrow_native(item) for item in schema])
-    return Contents(natives, metadata.num_rows, {"group_rows": groups})
-
-
-def _stated(path: Path, schema: pa.Schema, natives: list[Native]) -> list[Native]:
-    """Units and masks from the metadata that astropy and VOParquet put into the file."""
-    metadata = schema.metadata or {}
+    # Units and masks from the metadata that astropy and VOParquet put into the file.
     units: dict[str, str] = {}
-    outline = metadata.get(b"IVOA.VOTable-Parquet.content")
-    if outline:
-        for table in Outline(path).scanned(outline).tables:
-            units |= {item.get("name", ""): item.get("unit", "") for item in table["fields"]}
     masks: dict[str, str] = {}
-    text = metadata.get(b"table_meta_yaml", b"").decode("utf-8", "replace")
-    if text:
-        columns, masks = stated_by_astropy(text.split("\n"))
+    stated = schema.metadata or {}
+    if outline := stated.get(b"IVOA.VOTable-Parquet.content"):
+        for table in _Outline(path, outline).tables:
+            units |= {item.get("name", ""): item.get("unit", "") for item in table["fields"]}
+    if yaml := stated.get(b"table_meta_yaml"):
+        columns, masks = stated_by_astropy(yaml.decode("utf-8", "replace").split("\n"))
         units |= {name: str(item.get("unit") or "") for name, item in columns.items()}
-    return [
-        replace(n, unit=n.unit or units.get(n.name, ""), mask=masks.get(n.name, ""))
-        for n in natives
-    ]
-
-
-def _arrow_native(item: pa.Field) -> Native:
-    kind, width = item.type, 1
-    if pa.types.is_fixed_size_list(kind):
-        kind, width = kind.value_type, kind.list_size
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind, width = kind.value_type, -1
-    unit = (item.metadata or {}).get(b"unit", b"").decode("utf-8", "replace")
-    return Native(item.name, _arrow_kind(kind), width, unit=unit)
+    natives = []
+    for item in schema:
+        kind, width = item.type, 1
+        if pa.types.is_fixed_size_list(kind):
+            kind, width = kind.value_type, kind.list_size
+        elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            kind, width = kind.value_type, -1
+        unit = (item.metadata or {}).get(b"unit", b"").decode("utf-8", "replace")
+        known = unit or units.get(item.name, ""), masks.get(item.name, "")
+        natives.append(Native(item.name, _arrow_kind(kind), width, None, *known))
+    return natives, metadata.num_rows, {"group_rows": groups}
 
 
 def _arrow_kind(kind: pa.DataType) -> str:
-    types = pa.types
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    if types.is_integer(kind) or types.is_null(kind):
-        return "int"
-    if types.is_boolean(kind):
-        return "bool"
-    if types.is_floating(kind):
-        return "float"
-    if types.is_decimal(kind):
+    of = pa.types
+    kind = kind.value_type if of.is_dictionary(kind) else kind
+    if of.is_decimal(kind):
         return "int" if kind.scale <= 0 else "float"
-    text = (types.is_string, types.is_large_string, types.is_string_view)
-    binary = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
-    return "text" if any(test(kind) for test in (*text, *binary)) else str(kind)
+    text = (of.is_string, of.is_large_string, of.is_string_view)
+    tests = {
+        "int": (of.is_integer, of.is_null),
+        "bool": (of.is_boolean,),
+        "float": (of.is_floating,),
+        "text": (*text, of.is_binary, of.is_large_binary, of.is_fixed_size_binary),
+    }
+    found = (name for name, these in tests.items() if any(test(kind) for test in these))
+    return next(found, str(kind))
 
 
 def read_parquet(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
@@ -109,13 +90,11 @@ def read_parquet(source: Source, start: int, stop: int | None, batch_rows: int) 
     with pq.ParquetFile(source.data_path, read_dictionary=coded) as file:
         batches = file.iter_batches(batch_rows, groups, columns=names, use_threads=False)
         for first, table in regrouped(batches, batch_rows):
-            yield (
-                start + first,
-                {
-                    key: _arrow_values(source, native, table[native.name].combine_chunks())
-                    for key, native in source.natives.items()
-                },
-            )
+            columns = {
+                key: _arrow_values(source, native, table[native.name].combine_chunks())
+                for key, native in source.natives.items()
+            }
+            yield start + first, columns
 
 
 def _coded_texts(source: Source, metadata: pq.FileMetaData, batch_rows: int) -> list[str]:
@@ -125,13 +104,12 @@ def _coded_texts(source: Source, metadata: pq.FileMetaData, batch_rows: int) -> 
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         share = min(1.0, batch_rows / max(group.num_rows, 1))
-        for place in range(metadata.num_columns):
-            column = group.column(place)
-            if column.path_in_schema in texts:
-                n_bytes = int(share * column.total_uncompressed_size)
-                _check_texts(source, column.path_in_schema, n_bytes)
+        for column in map(group.column, range(metadata.num_columns)):
+            name = column.path_in_schema
+            if name in texts:
+                _check_texts(source, name, int(share * column.total_uncompressed_size))
                 if column.has_dictionary_page:
-                    coded.add(column.path_in_schema)
+                    coded.add(name)
     return sorted(coded)
 
 
@@ -167,28 +145,19 @@ def _arrow_values(source: Source, native: Native, column: pa.Array) -> pa.Array:
     return column
 
 
-@dataclass
-class Outline:
+class _Outline:
     """Tables of a VOTable and what its service states of it, without the data.
 
     ``tables`` are the attributes of each TABLE, with its ``fields`` (attributes of each) and
-    ``rows`` (of TABLEDATA; 0 of streams).
+    ``rows`` (of TABLEDATA; 0 of streams); ``overflow`` where QUERY_STATUS is that.
     """
 
-    path: Path | str
-    tables: list[dict[str, Any]] = field(default_factory=list)
-    overflow: bool = False  # QUERY_STATUS is OVERFLOW
-    _failed: str = ""
-    _n_text: int = 0
-
-    def scanned(self, content: bytes | Path) -> Outline:
-        """Read a document.
-
-        Raises
-        ------
-        SurveyError
-            It is not XML, its query failed, its data are elsewhere, or it defines entities.
-        """
+    def __init__(self, path: Path, content: bytes | Path) -> None:
+        self._path = path
+        self.tables: list[dict[str, Any]] = []
+        self.overflow = False
+        self._failed = ""
+        self._n_text = 0
         parser = expat.ParserCreate()
         parser.StartElementHandler = self._start
         parser.EndElementHandler = self._end
@@ -201,8 +170,7 @@ class Outline:
                 with content.open("rb") as file:
                     parser.ParseFile(file)
         except expat.ExpatError as error:
-            raise SurveyError(f"{self.path}: not a readable VOTable: {error}", DAMAGED) from None
-        return self
+            raise SurveyError(f"{path}: not a readable VOTable: {error}", DAMAGED) from None
 
     def _start(self, tag: str, attributes: dict[str, str]) -> None:
         tag = tag.rpartition(":")[2]
@@ -215,7 +183,7 @@ class Outline:
             self.tables[-1]["fields"].append(attributes)
         elif tag in ("STREAM", "PARQUET") and "href" in attributes:
             raise SurveyError(
-                f"{self.path}: its rows are in another file, {attributes['href']:.200}",
+                f"{self._path}: its rows are in another file, {attributes['href']:.200}",
                 "Ingest that file, or save the table with its rows inside, as TOPCAT does.",
             )
         elif tag in ("INFO", "PARAM"):
@@ -231,62 +199,46 @@ class Outline:
             self._failed += f" {text.strip()}" if len(self._failed) < 500 else ""
         self._n_text += len(text)
         if self._n_text > _MOST_TEXT:
-            self._too_large(f"a text of over {_MOST_TEXT >> 20} MiB")
+            _too_large(self._path, f"a text of over {_MOST_TEXT >> 20} MiB")
 
     def _end(self, tag: str) -> None:
         if self._failed:
             raise SurveyError(
-                f"{self.path} is the answer of a query that failed ({self._failed.rstrip(' :')})",
+                f"{self._path} is the answer of a query that failed ({self._failed.rstrip(' :')})",
                 "Run the query again; its rows are not complete.",
             )
 
     def _doctype(self, *args: object) -> NoReturn:
-        raise SurveyError(f"{self.path}: a VOTable with a document type is not read", DAMAGED)
-
-    def check_size(self, n_bytes: int) -> None:
-        """Raise `SurveyError` where astropy would take too much memory."""
-        if n_bytes > _MOST_BYTES:
-            self._too_large(f"{n_bytes >> 20} MiB")
-        for table in self.tables:
-            row_bytes = sum(map(_row_bytes, table["fields"]))
-            n_rows = max(table["rows"], stated_rows(table) or 0, 512)
-            if row_bytes * n_rows > max(_BOMB_BYTES, 8 * n_bytes):
-                self._too_large(
-                    f"{n_rows} rows of {row_bytes} bytes by the 'arraysize' of its fields"
-                )
-
-    def _too_large(self, what: str) -> NoReturn:
-        raise SurveyError(
-            f"{self.path} has {what}, and a VOTable is read into memory as a whole",
-            "Convert it: stilts tpipe in=FILE ifmt=votable out=table.fits",
-        )
+        raise SurveyError(f"{self._path}: a VOTable with a document type is not read", DAMAGED)
 
     def number_of(self, hdu: int | None) -> int:
         """Place of the table that is meant, from 0; raises `SurveyError` where that is open."""
-        if hdu is not None and hdu <= len(self.tables):
-            return hdu - 1
-        if hdu is None and len(self.tables) == 1:
-            return 0
+        n_tables = len(self.tables)
+        number = hdu or 1
+        if number <= n_tables and (hdu or n_tables == 1):
+            return number - 1
         if not self.tables:
-            raise SurveyError(f"{self.path} holds no table", DAMAGED)
-        shown = "; ".join(
-            f"{number} '{table.get('name', table.get('ID', ''))}' ("
-            + ", ".join(item.get("name", "") for item in table["fields"][:8])
-            + ("" if len(table["fields"]) <= 8 else ", ...")
-            + ")"
-            for number, table in enumerate(self.tables[:20], start=1)
-        )
-        what = (
-            f"has {len(self.tables)} tables, and which one is meant is not said"
-            if hdu is None
-            else f"has no table {hdu}"
-        )
-        raise SurveyError(
-            f"{self.path} {what}", f"Its tables are {shown}: set hdu in the survey to its number."
-        )
+            raise SurveyError(f"{self._path} holds no table", DAMAGED)
+        shown = []
+        for place, table in enumerate(self.tables[:20], start=1):
+            names = [item.get("name", "") for item in table["fields"]]
+            names[8:] = ["..."] * (len(names) > 8)
+            shown.append(f"{place} '{table.get('name', table.get('ID', ''))}' ({', '.join(names)})")
+        what = f"has no table {hdu}"
+        if hdu is None:
+            what = f"has {n_tables} tables, and which one is meant is not said"
+        hint = f"Its tables are {'; '.join(shown)}: set hdu in the survey to its number."
+        raise SurveyError(f"{self._path} {what}", hint)
 
 
-def stated_rows(table: dict[str, Any]) -> int | None:
+def _too_large(path: Path, what: str) -> NoReturn:
+    raise SurveyError(
+        f"{path} has {what}, and a VOTable is read into memory as a whole",
+        "Convert it: stilts tpipe in=FILE ifmt=votable out=table.fits",
+    )
+
+
+def _stated_rows(table: dict[str, Any]) -> int | None:
     """Rows of a table by its attribute ``nrows``."""
     text = table.get("nrows", "").strip()
     return int(text[:20]) if text.isascii() and text.isdigit() else None
@@ -301,8 +253,15 @@ def _row_bytes(item: dict[str, str]) -> int:
 
 def open_votable(path: Path, data_path: Path, survey: Survey) -> Contents:
     """Find out what the table of a VOTable contains that the survey means."""
-    outline = Outline(path).scanned(data_path)
-    outline.check_size(data_path.stat().st_size)
+    outline, n_bytes = _Outline(path, data_path), data_path.stat().st_size
+    if n_bytes > _MOST_BYTES:
+        _too_large(path, f"{n_bytes >> 20} MiB")
+    for table in outline.tables:
+        row_bytes = sum(map(_row_bytes, table["fields"]))
+        n_rows = max(table["rows"], _stated_rows(table) or 0, _LEAST_ROWS)
+        if row_bytes * n_rows > max(_BOMB_BYTES, 8 * n_bytes):
+            what = f"{n_rows} rows of {row_bytes} bytes by the 'arraysize' of its fields"
+            _too_large(path, what)
     if outline.overflow and "overflow" not in survey.allow:
         raise SurveyError(
             f"{path} is not complete: its service cut it off (QUERY_STATUS OVERFLOW)",
@@ -310,50 +269,45 @@ def open_votable(path: Path, data_path: Path, survey: Survey) -> Contents:
             'allow = ["overflow"] in the survey.',
         )
     number = outline.number_of(survey.hdu)
-    table = _parsed(path, data_path, number)
-    stated = stated_rows(outline.tables[number])
-    if stated not in (None, len(table.array)):
-        raise SurveyError(f"{path} has {len(table.array)} rows, and says {stated}", DAMAGED)
+    stated = _stated_rows(outline.tables[number])
+    parsed = _parsed(path, data_path, number, None)
+    n_rows, types = len(parsed.array), parsed.array.dtype
+    if stated not in (None, n_rows):
+        raise SurveyError(f"{path} has {n_rows} rows, and says {stated}", DAMAGED)
     natives = []
-    for place, item in enumerate(table.fields):
-        dtype = table.array.dtype[place]
-        kind, width = dtype.base.kind, int(np.prod(dtype.shape, dtype=np.int64))
+    for place, item in enumerate(parsed.fields):
+        dtype = types[place]
         names = {"i": "int", "u": "int", "f": "float", "b": "bool", "U": "text", "S": "text"}
-        kind = names.get(kind, str(item.datatype))
-        if dtype.kind == "O" and item.datatype in ("char", "unicodeChar"):
+        kind = names.get(dtype.base.kind, str(item.datatype))
+        if dtype.kind == "O" and kind in ("char", "unicodeChar"):
             kind = "text"
         unit = "" if item.unit is None else str(item.unit)
-        natives.append(Native(str(item.name or item.ID), kind, width, unit=unit, offset=place))
-    layout = {
-        "number": number,
-        "alone": len(outline.tables) == 1,
-        "overflow": outline.overflow,
-    }
-    return Contents(natives, len(table.array), layout)
+        name = str(item.name or item.ID)
+        natives.append(Native(name, kind, prod(dtype.shape), unit=unit, offset=place))
+    alone = len(outline.tables) == 1
+    layout = {"number": number, "alone": alone, "overflow": outline.overflow}
+    return natives, n_rows, layout
 
 
-def _parsed(
-    path: Path,
-    data_path: Path,
-    number: int,
-    strict: bool = False,
-    places: list[int] | None = None,
-) -> Any:
-    """Table of that number, with columns at these places; strict: no value may be changed."""
+def _parsed(path: Path, data_path: Path, number: int, source: Source | None) -> Any:
+    """Table of that number; of an opened file its columns, of which no value may be changed."""
     from astropy.io.votable import exceptions, parse
 
     changes = (
         exceptions.E02, exceptions.W30, exceptions.W31, exceptions.W46, exceptions.W49,
         exceptions.W51,
     )  # fmt: skip
+    places = None
+    if source is not None and source.alone:  # astropy looks for them in every table of the file
+        places = sorted({native.offset for native in source.natives.values()})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for category in changes if strict else ():
+            for category in changes if source is not None else ():
                 warnings.simplefilter("error", category)
             # IRSA writes "null", others "nan", "n/a" or "--"; astropy shows the first letter.
             warnings.filterwarnings("ignore", ".*'[nN-]'", exceptions.W30)
-            verify = "warn" if strict else "ignore"
+            verify = "ignore" if source is None else "warn"
             document = parse(
                 data_path, places, table_number=number, verify=verify, filename=path.name
             )
@@ -370,15 +324,13 @@ def _parsed(
 
 def read_votable(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
     """Native columns of one table of a VOTable, as `read_native` gives them."""
+    table = _parsed(Path(source.path), Path(source.data_path), source.number, source)
+    names = table.array.dtype.names
     places = sorted({native.offset for native in source.natives.values()})
-    # astropy looks for these places in every table of the file.
-    read = places if source.alone else None
-    table = _parsed(Path(source.path), Path(source.data_path), source.number, True, read)
     for first in range(0, len(table.array), batch_rows):
         columns: dict[str, Values] = {}
         for key, native in source.natives.items():
-            place = places.index(native.offset) if source.alone else native.offset
-            name = table.array.dtype.names[place]
+            name = names[places.index(native.offset) if source.alone else native.offset]
             column = table.array[name][first : first + batch_rows]
             if column.ndim > 1:  # also of arraysize="1"
                 column = column.reshape(len(column), -1)[:, native.element or 0]

@@ -9,7 +9,7 @@ from sos_dask.corrections import Batch, boosted, hybrid, polynomial
 from sos_dask.corrections.hybrid import HybridCorrection, residuals
 from sos_dask.corrections.polynomial import PolynomialCorrection
 from sos_dask.errors import ConfigError, ModelError
-from tests.test_models import NOISE, ArraySource, bias, biased_pairs
+from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
 
 QUICK = {"order": 2, "n_rounds": 30, "learning_rate": 0.1}
 

@@ -2,7 +2,8 @@
 
 Formats are told by content, never by name: FITS binary tables (a gzipped one is decompressed once),
 delimited text (ECSV and VizieR's among it), Parquet and VOTable. Only the columns that a survey
-needs are read. Each format has a module, which opens a file as `Contents` and reads `Batches`.
+needs are read. Each format has a function that tells the `Contents` of a file, and one that reads
+`Batches`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import hashlib
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -24,16 +25,14 @@ import pyarrow.compute as pc
 
 from sos_dask.columns import Values, as_array
 from sos_dask.errors import CatalogError, SosError, StorageError, SurveyError
-from sos_dask.schema import CANONICAL, find_name, is_gaia_id, nearest
+from sos_dask.schema import CANONICAL, is_gaia_id, nearest
 from sos_dask.storage.artifact import atomic_path, write_text
 from sos_dask.storage.manifest import read_sealed, sealed_json, sum_of_file
 from sos_dask.surveys.definition import SourceColumn, Survey
 
-Batches: TypeAlias = Iterator[tuple[int, dict[str, Values]]]
-"""Number of the first row (from 0) and the columns by their keys."""
 DAMAGED = "Download it again and compare its size and checksum with the survey's."
 _GZIP = b"\x1f\x8b"
-_WIDE = (b"\xff\xfe", b"\xfe\xff")
+_KINDS = {b"SIMPLE  =": "fits", b"PAR1": "parquet", b"<?xml": "votable", b"<votable": "votable"}
 _PACKED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -50,19 +49,10 @@ class Native:
     # `Source` its key.
     mask: str = ""
     offset: int = 0  # place in a FITS record; of a VOTable the number of the field
-    dtype: str = ""  # NumPy type there, TNULL, TSCAL and TZERO
+    dtype: str = ""  # FITS: NumPy type there, TNULL, TSCAL and TZERO
     null: int | None = None
     scale: float = 1
     zero: float = 0
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a file contains, before the survey's columns are looked up in it."""
-
-    natives: list[Native]
-    n_rows: int | None
-    layout: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class Source:
     """One opened survey file; it has no rows and pickles small."""
 
     path: str  # as the user gave it
-    data_path: str  # what is read: the decompressed copy of a gzipped FITS file
+    data_path: str  # what is read: the decompressed copy of a gzipped file, but for text
     kind: str  # fits, csv, parquet or votable
     index: int  # number of the file in the job
     n_rows: int | None  # None for text, which has to be read to be counted
@@ -86,7 +76,23 @@ class Source:
     header: tuple[str, ...] = ()  # text: all column names, and how to read it
     delimiter: str = ","
     skip_lines: int = 1
-    gzipped: bool = False
+
+
+Contents: TypeAlias = tuple[list[Native], int | None, dict[str, Any]]
+"""Columns of a file, its rows, and the fields of `Source` that its format has."""
+Batches: TypeAlias = Iterator[tuple[int, dict[str, Values]]]
+"""Number of the first row (from 0) and the columns by their keys."""
+
+
+def _format(kind: str) -> tuple[Callable[..., Contents], Callable[..., Batches]]:
+    from sos_dask.ingest import fits, tables, text  # which import this module
+
+    return {
+        "fits": (fits.open_fits, fits.read_fits),
+        "parquet": (tables.open_parquet, tables.read_parquet),
+        "votable": (tables.open_votable, tables.read_votable),
+        "csv": (text.open_text, text.read_text),
+    }[kind]
 
 
 def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source:
@@ -110,62 +116,36 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
     StorageError
         The decompressed copy cannot be written.
     """
-    from sos_dask.ingest.readers import fits, tables, text
-
-    head, gzipped = _first_bytes(path)
-    kind = _kind_of(path, head)
-    data_path = path
-    if gzipped and kind != "csv":
-        data_path, gzipped = _decompressed(path, scratch), False
+    kind, gzipped = _kind_of(path)
+    data_path = _decompressed(path, scratch) if gzipped and kind != "csv" else path
     if kind in ("csv", "parquet") and (survey.hdu or 1) > 1:
         raise SurveyError(f"{path} has one table only, and the survey says hdu = {survey.hdu}")
     with _refused(path):
-        contents = {
-            "fits": lambda: fits.open_fits(path, data_path, survey.hdu),
-            "parquet": lambda: tables.open_parquet(path, data_path),
-            "votable": lambda: tables.open_votable(path, data_path, survey),
-            "csv": lambda: text.open_text(path, gzipped),
-        }[kind]()
-        if contents.n_rows == 0:
+        known, n_rows, layout = _format(kind)[0](path, data_path, survey)
+        if n_rows == 0:
             raise SurveyError(f"{path} has no rows")
-        found = _Found(path, contents.natives, survey)
-        return Source(
-            str(path), str(data_path), kind, index, contents.n_rows,
-            found.natives, found.columns, found.cuts, **contents.layout,
-        )  # fmt: skip
+        found = _Found(path, known, survey)
+    of = (found.natives, found.columns, found.cuts)
+    return Source(str(path), str(data_path), kind, index, n_rows, *of, **layout)
 
 
 def read_native(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
     """Read native columns of rows ``start`` to ``stop``, at most ``batch_rows`` at once.
 
     Of Parquet these are bounds of row groups, of text and VOTable all rows. Numbers come in native
-    byte order, text of binary files without padding (of FITS a dictionary where it is short), text
-    files all as text.
+    byte order, text of binary files without padding, text files all as text.
 
     Raises
     ------
     SurveyError
         The file is damaged or changed since it was opened.
     """
-    from sos_dask.ingest.readers import fits, tables, text
-
-    readers = {
-        "fits": fits.read_fits,
-        "parquet": tables.read_parquet,
-        "votable": tables.read_votable,
-        "csv": text.read_text,
-    }
-    batches = readers[source.kind](source, start, stop, batch_rows)
-    while True:
-        with _refused(source.path):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        first, values = batch
-        for key, native in source.natives.items():
-            if native.mask:
-                values[key] = _masked(values[key], values[native.mask])
-        yield first, values
+    with _refused(source.path):
+        for first, values in _format(source.kind)[1](source, start, stop, batch_rows):
+            for key, native in source.natives.items():
+                if native.mask:
+                    values[key] = _masked(values[key], values[native.mask])
+            yield first, values
 
 
 @contextlib.contextmanager
@@ -191,58 +171,48 @@ def _masked(values: Values, mask: Values) -> pa.Array:
 # --- which format, and the decompressed copy ---------------------------------------------------
 
 
-def _first_bytes(path: Path, size: int = 1 << 16) -> tuple[bytes, bool]:
-    """First bytes of the content, and whether they came out of gzip."""
-    if path.is_dir():
-        raise SurveyError(f"{path} is a directory, not a file", "Name the files in it.")
-    try:
-        with path.open("rb") as file:
-            head = file.read(size)
-        if head.startswith(_GZIP):
-            with opened(path, gzipped=True) as packed:
-                return packed.read(size), True
-    except FileNotFoundError:
-        raise SurveyError(f"{path} does not exist") from None
-    except OSError as error:
-        raise SurveyError(f"{path} cannot be read: {error.strerror or error}") from None
-    return head, False
-
-
 @contextlib.contextmanager
-def opened(path: Path, gzipped: bool) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file that may be gzipped; damage of it is a `SurveyError`."""
     try:
-        with gzip.open(path) if gzipped else path.open("rb") as file:
-            yield file  # type: ignore[misc]  # GzipFile has all that is used of BinaryIO
+        with path.open("rb") as file:
+            packed = file.peek(2).startswith(_GZIP)
+            yield gzip.GzipFile(fileobj=file) if packed else file  # type: ignore[misc]
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise SurveyError(f"{path}: truncated or damaged gzip file: {error}", DAMAGED) from None
 
 
-def _kind_of(path: Path, head: bytes) -> str:
+def _kind_of(path: Path) -> tuple[str, bool]:
+    """Tell the format of a file by its first bytes, and whether it is gzipped."""
+    try:
+        with opened(path) as file:
+            head, gzipped = file.read(1 << 16), isinstance(file, gzip.GzipFile)
+    except FileNotFoundError:
+        raise SurveyError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise SurveyError(f"{path} is a directory, not a file", "Name the files in it.") from None
+    except OSError as error:
+        raise SurveyError(f"{path} cannot be read: {error.strerror or error}") from None
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not text:
         raise SurveyError(f"{path} is empty", DAMAGED)
-    if head.startswith(b"SIMPLE  ="):
-        return "fits"
-    if head.startswith(b"PAR1"):
-        return "parquet"
+    for begin, kind in _KINDS.items():
+        if head.startswith(begin) or text.startswith(begin):
+            return kind, gzipped
     if text.startswith((b"<!doctype html", b"<html")):
-        raise SurveyError(
-            f"{path} is a web page, not a table", "The download failed: open it to see why."
-        )
-    if text.startswith((b"<?xml", b"<votable")):
-        return "votable"
-    for magic, name in _PACKED.items():
-        if head.startswith(magic):
+        hint = "The download failed: open it to see why."
+        raise SurveyError(f"{path} is a web page, not a table", hint)
+    for begin, name in _PACKED.items():
+        if head.startswith(begin):
             raise SurveyError(f"{path} is {name}-compressed", "Decompress it first.")
-    if head.startswith(_WIDE) or b",\0" in head[:1000]:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b",\0" in head[:1000]:
         raise SurveyError(f"{path} is UTF-16 text", "Save it as UTF-8.")
     if b"\0" in head:
         raise SurveyError(
             f"{path} is neither FITS, Parquet, VOTable nor delimited UTF-8 text",
             "Convert it, for example with TOPCAT.",
         )
-    return "csv"
+    return "csv", gzipped
 
 
 def _decompressed(path: Path, scratch: Path) -> Path:
@@ -258,7 +228,7 @@ def _decompressed(path: Path, scratch: Path) -> Path:
     try:
         with (
             atomic_path(target) as temporary,
-            opened(path, gzipped=True) as packed,
+            opened(path) as packed,
             temporary.open("wb") as file,
         ):
             shutil.copyfileobj(packed, file, 1 << 22)
@@ -276,38 +246,34 @@ class _Found:
 
     def __init__(self, path: Path, known: list[Native], survey: Survey) -> None:
         self._path, self._known = path, known
-        self._names = [native.name for native in known]
         self.natives: dict[str, Native] = {}
         self.columns = {
             name: tuple(self._column(name, source)) for name, source in survey.columns.items()
         }
         self.cuts: dict[str, str] = {}
         for cut in survey.cuts.values():
-            match = self._named(cut.column)
-            if match is not None:
-                self._check_shape(f"cut '{cut.name}'", match, None)
-                self.cuts[cut.column] = self._add(match)
+            native = self._named(cut.column)
+            if native is not None:
+                self._check_shape(f"cut '{cut.name}'", native, None)
+                self.cuts[cut.column] = self._add(native)
             elif cut.column not in survey.columns and not cut.optional:
                 raise SurveyError(
                     f"{path}: no column '{cut.column}', which cut '{cut.name}' needs",
-                    nearest(cut.column, self._names)
+                    nearest(cut.column, [native.name for native in known])
                     or "Set optional = true if releases without it are accepted.",
                 )
 
     def _named(self, name: str) -> Native | None:
         """The column of that name, else the only one that is equal but for case."""
-        match = find_name(name, self._names)
-        if match is not None and self._names.count(match) == 1:
-            return self._known[self._names.index(match)]
-        alike = [item for item in self._names if item == match or item.lower() == name.lower()]
-        if not alike:
-            return None
-        raise SurveyError(
-            f"{self._path}: column '{name}' is there {len(alike)} times: '"
-            + "', '".join(alike)
-            + "'",
-            "Rename or remove all but one.",
-        )
+        alike = [native for native in self._known if native.name == name]
+        alike = alike or [item for item in self._known if item.name.lower() == name.lower()]
+        if len(alike) > 1:
+            names = "', '".join(native.name for native in alike)
+            raise SurveyError(
+                f"{self._path}: column '{name}' is there {len(alike)} times: '{names}'",
+                "Rename or remove all but one.",
+            )
+        return alike[0] if alike else None
 
     def _column(self, name: str, source: SourceColumn) -> Iterator[str]:
         """Keys of what one column of the product is made from: one native, or all joined."""
@@ -315,12 +281,12 @@ class _Found:
         matches = [native for native in found.values() if native is not None]
         missing = [wanted for wanted, native in found.items() if native is None]
         if missing and (source.join or not matches):
-            hints = [nearest(wanted, self._names) for wanted in missing]
-            names = ", ".join(list(dict.fromkeys(self._names))[:60])
+            names = list(dict.fromkeys(native.name for native in self._known))
+            hints = (nearest(wanted, names) for wanted in missing)
             quoted = "' or '".join(missing)
             raise SurveyError(
                 f"{self._path}: no column '{quoted}', which '{name}' is made from",
-                next(filter(None, hints), f"It has: {names}."),
+                next(filter(None, hints), f"It has: {', '.join(names[:60])}."),
             )
         for native in matches if source.join else matches[:1]:
             self._check_shape(f"for '{name}'", native, source.element)
@@ -335,22 +301,17 @@ class _Found:
 
     def _check_shape(self, user: str, native: Native, element: int | None) -> None:
         """Raise `SurveyError` where a column has not one number or text a row."""
-        where = f"{self._path}: column '{native.name}' ({user})"
+        problem = hint = ""
         if native.kind not in ("int", "float", "bool", "text"):
-            raise SurveyError(
-                f"{where} has the type {native.kind}, which is neither one number nor one text a "
-                "row",
-                "Convert it to a number or to text.",
-            )
-        if native.width != 1 and element is None:
-            many = "a vector" if native.width < 0 else f"a vector of {native.width} values"
-            raise SurveyError(
-                f"{where} is {many}", "Name the one that is meant: element = 0 is the first."
-            )
-        if element is not None and 0 <= native.width <= element:
-            raise SurveyError(
-                f"{where} has no element {element}", f"It has {native.width}, from 0."
-            )
+            problem = f"has the type {native.kind}, which is neither one number nor one text a row"
+            hint = "Convert it to a number or to text."
+        elif native.width != 1 and element is None:
+            problem = "is a vector" + (f" of {native.width} values" if native.width >= 0 else "")
+            hint = "Name the one that is meant: element = 0 is the first."
+        elif element is not None and 0 <= native.width <= element:
+            problem, hint = f"has no element {element}", f"It has {native.width}, from 0."
+        if problem:
+            raise SurveyError(f"{self._path}: column '{native.name}' ({user}) {problem}", hint)
 
     def _add(self, native: Native, element: int | None = None) -> str:
         """Add a column, or an element of it, to those that are read, with its mask; its key."""
@@ -382,18 +343,15 @@ def _check_unit(where: str, source: SourceColumn, stated: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found, expected = (units.Unit(u, parse_strict="silent") for u in (stated, source.unit))
-    if any(isinstance(unit, units.UnrecognizedUnit) for unit in (found, expected)):
-        return
     if found.is_equivalent(expected):
         is_same = bool(abs(found.to(expected) - 1) < 1e-9)
     else:
         # Logarithms and ratios are written in many ways; lengths, times, angles are not.
-        kinds = [unit.physical_type for unit in (found, expected)]
-        is_same = "dimensionless" in kinds or "unknown" in kinds
+        kinds = {str(unit.physical_type) for unit in (found, expected)}
+        is_same = not kinds.isdisjoint(("dimensionless", "unknown"))
     if not is_same:
         table = "columns" if source.name in CANONICAL else "extra"
-        in_hours = source.name == "ra" and found == units.hour
-        unit = "hourangle" if in_hours else stated
+        unit = "hourangle" if source.name == "ra" and found == units.hour else stated
         raise SurveyError(
             f"{where} is in '{stated}', the survey says '{source.unit}'",
             f'If the file is right, set unit = "{unit}" in [{table}.{source.name}].',
@@ -403,45 +361,13 @@ def _check_unit(where: str, source: SourceColumn, stated: str) -> None:
 # --- what several formats share -----------------------------------------------------------------
 
 
-def stated_by_astropy(lines: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Read the YAML header that astropy writes into ECSV and Parquet.
-
-    Returns
-    -------
-    tuple of dict and dict
-        What is stated of each column (``datatype``, ``unit``, ...), and the mask of each column
-        that has one.
-    """
-    from astropy.table.meta import get_header_from_yaml
-
-    header = get_header_from_yaml(lines)
-    meta = header.get("meta") or {}
-    masks = dict(_masks(meta.get("__serialized_columns__") or {}))
-    return {str(item["name"]): dict(item) for item in header["datatype"]}, masks
-
-
-def _masks(node: Any, mask: str = "") -> Iterator[tuple[str, str]]:
-    """Columns with the mask that stands beside them at any depth of astropy's description."""
-    if not isinstance(node, Mapping):
-        return
-    own = node.get("mask")
-    if isinstance(own, Mapping) and isinstance(own.get("name"), str):
-        mask = own["name"]
-    if mask and isinstance(node.get("name"), str):
-        yield node["name"], mask
-    for key, item in node.items():
-        if key != "mask":
-            yield from _masks(item, mask)
-
-
 def decoded(column: pa.Array) -> pa.Array:
     """Binary as text: UTF-8, and where it is not, Latin-1 (every byte has a meaning there)."""
     try:
         return column.cast(pa.string())
     except pa.ArrowInvalid:
-        return pa.array(
-            [None if v is None else v.decode("latin-1") for v in column.to_pylist()], pa.string()
-        )
+        texts = (None if v is None else v.decode("latin-1") for v in column.to_pylist())
+        return pa.array(texts, pa.string())
 
 
 def regrouped(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterator[tuple[int, pa.Table]]:
@@ -459,12 +385,11 @@ def regrouped(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterator[tu
         n_bytes += batch.nbytes
         if n_bytes > 1 << 29 and n_bytes > n_held << 12:
             raise ValueError(f"{n_held} rows take {n_bytes >> 20} MiB: texts are too long")
-        if n_held >= batch_rows:
+        while n_held >= batch_rows:
             table = pa.Table.from_batches(held)
-            while table.num_rows >= batch_rows:
-                yield first, table.slice(0, batch_rows)
-                first += batch_rows
-                table = table.slice(batch_rows)
+            yield first, table.slice(0, batch_rows)
+            first += batch_rows
+            table = table.slice(batch_rows)
             held, n_held, n_bytes = table.to_batches(), table.num_rows, table.nbytes
     if n_held:
         yield first, pa.Table.from_batches(held)

@@ -1,11 +1,10 @@
-"""What all methods share; `ArraySource` and `biased_pairs` serve the tests of each method too."""
+"""What all methods share."""
 
 import csv
 import hashlib
 import json
 import pickle
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,68 +12,15 @@ import pytest
 from scipy.spatial import cKDTree
 
 from sos_dask import corrections as models
-from sos_dask.corrections import Batch, lookup
+from sos_dask.corrections import Batch, boosted
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.problem import DEFAULT, Input, Label, Problem
 from sos_dask.schema import LABELS
 from sos_dask.sky.healpix import unit_vectors
 from sos_dask.stats.numbers import Histogram, count
+from tests.corrections.pairs import ArraySource, biased_pairs
 from tests.run import FEATURES, features
-
-NOISE = np.array([60.0, 0.12, 0.06])
-
-
-@dataclass(frozen=True)
-class ArraySource:
-    """Pairs in memory, cut at ``cuts``."""
-
-    batch: Batch
-    cuts: tuple[int, ...] = ()
-    problem: Problem = DEFAULT
-
-    @property
-    def n_batches(self) -> int:
-        return len(self.cuts) + 1
-
-    def load(self, index: int) -> Batch:
-        edges = [0, *self.cuts, len(self.batch.fold)]
-        rows = slice(edges[index], edges[index + 1])
-        b = self.batch
-        errors = None if b.errors is None else b.errors[rows]
-        return Batch(b.features[rows], b.differences[rows], b.fold[rows], b.weight[rows], errors)
-
-
-def bias(x: np.ndarray) -> np.ndarray:
-    """Smooth differences with a product of log g and [Fe/H], in K, dex, dex."""
-    t, g, m = (x[:, k].astype(np.float64) for k in range(3))
-    return np.stack(
-        [
-            -40 + 220 * (t - 1) - 300 * (t - 1) ** 2 + 35 * m * (g - 3),
-            0.08 + 0.10 * m * (g - 3) - 0.05 * (g - 3) ** 2,
-            0.04 - 0.15 * (t - 1) - 0.06 * m * (g - 3) + 0.03 * (g - 3) ** 2 * m,
-        ],
-        axis=1,
-    )
-
-
-def biased_pairs(n: int, seed: int = 0, outliers: float = 0.0) -> Batch:
-    """Giants and dwarfs with the differences of `bias`, noise and outliers to one side."""
-    rng = np.random.default_rng(seed)
-    giant = rng.random(n) < 0.5
-    logg = np.where(giant, rng.normal(2.4, 0.5, n), rng.normal(4.3, 0.25, n)).clip(0.5, 5.0)
-    teff = np.where(giant, 4000 + 280 * logg, 5700) + rng.normal(0, 300, n)
-    feh = (rng.normal(-0.3, 0.35, n)).clip(-2, 0.5)
-    x = features(teff, logg, feh)
-    y = bias(x) + NOISE * rng.normal(size=(n, 3))
-    y += np.where(rng.random((n, 3)) < outliers, rng.uniform(8, 15, (n, 3)) * NOISE, 0)
-    return Batch(
-        x,
-        y.astype(np.float32),
-        rng.integers(0, 5, n).astype(np.int8),
-        np.ones(n, dtype=np.float32),
-    )
-
 
 QUICK = {"polynomial": {"order": 2}, "boosted": {"n_rounds": 20}}
 METHODS = sorted(QUICK)
@@ -150,6 +96,10 @@ def test_numbers_get_the_type_of_the_default():
 # --- training rows and their summary -----------------------------------------------------------
 
 
+def rows_of(batch, folds=None):
+    return models.Training(ArraySource(batch), folds).rows(0)
+
+
 def test_rows_that_cannot_train_are_left_out():
     x = np.ones((7, 3), dtype=np.float32)
     y = np.ones((7, 3), dtype=np.float32)
@@ -158,11 +108,11 @@ def test_rows_that_cannot_train_are_left_out():
     y[4, 1] = np.inf
     weight = np.array([1, 1, 1, 1, 1, 0, 1], dtype=np.float32)
     fold = np.array([0, 0, 0, 0, 0, 0, 4], dtype=np.int8)
-    rows = models.base.training_rows(Batch(x, y, fold, weight), None)
+    rows = rows_of(Batch(x, y, fold, weight))
     assert len(rows.features) == 3
     assert np.isnan(rows.differences[1, 1])
-    assert len(models.base.training_rows(Batch(x, y, fold, weight), [4]).features) == 1
-    assert len(models.base.training_rows(Batch(x, y, fold, weight), []).features) == 0
+    assert len(rows_of(Batch(x, y, fold, weight), [4]).features) == 1
+    assert len(rows_of(Batch(x, y, fold, weight), []).features) == 0
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4])
@@ -459,7 +409,7 @@ def test_a_symbolic_formula_of_other_inputs():
 
 
 def test_trees_of_too_many_cells_predict_directly_and_say_so(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(lookup, "MAX_CELLS", 1000)
+    monkeypatch.setattr(boosted, "MAX_CELLS", 1000)
     source = ArraySource(pairs_of(PROBLEM, 2000, 1), (), PROBLEM)
     fitted = models.fit("boosted", source, params={"n_rounds": 20})
     fitted.save(tmp_path / "model")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeAlias
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -23,19 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 from numpy.typing import NDArray
 
-from sos_dask.columns import split
 from sos_dask.errors import SurveyError
-from sos_dask.ingest.readers import (
-    DAMAGED,
-    Batches,
-    Contents,
-    Native,
-    Source,
-    decoded,
-    opened,
-    regrouped,
-    stated_by_astropy,
-)
+from sos_dask.ingest.reader import Batches, Contents, Native, Source, decoded, opened, regrouped
+from sos_dask.schema import is_gaia_id
 from sos_dask.surveys.definition import Survey
 
 _BLOCK_BYTES = 1 << 20  # no row is longer
@@ -46,14 +37,12 @@ _OTHERS = {
 }
 _FORTRAN = r"^([+-]?[0-9.]+)[dD]([+-]?[0-9]+)$"
 _NULL_NUMBERS = ("", "nan", "NaN", "NAN", "null", "NULL", "None")
-Stated: TypeAlias = dict[str, dict[str, Any]]
-"""What a file states of each column: its unit and type, as astropy names them."""
-_TRUTH = {"false": 0, "f": 0, "0": 0, "true": 1, "t": 1, "1": 1}
+_TRUTH = {"false": 0, "f": 0, "0": 0, "true": 1, "t": 1, "1": 1, "": None, "null": None}
 
 
-def open_text(path: Path, gzipped: bool) -> Contents:
+def open_text(path: Path, data_path: Path, survey: Survey) -> Contents:
     """Find out what delimited text contains, from its first lines."""
-    with opened(path, gzipped) as file:
+    with opened(path) as file:
         _refuse_others(path, file.read(1 << 16))
         file.seek(0)
         comments, line = _head(path, file)
@@ -62,14 +51,16 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         file.seek(offset)
         has_rows = any(block.strip() for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
     comments = [comment for comment in comments if comment.startswith("#")]
-    stated: Stated = {}
+    stated: dict[str, dict[str, Any]] = {}  # of each column: its unit and type, as astropy does
     masks: dict[str, str] = {}
     if comments and re.match(r"# ?%ECSV", comments[0]):
         yaml = [comment[1:].removeprefix(" ").rstrip("\r\n") for comment in comments[1:]]
         stated, masks = stated_by_astropy(yaml)
         delimiter = "," if re.search(r"^delimiter: *['\"]?,", "\n".join(yaml), re.M) else " "
     else:
-        delimiter = _delimiter_of(line)
+        unquoted = re.sub(r'"[^"]*"', "", line)
+        delimiter = max(",|;\t", key=unquoted.count)
+        delimiter = delimiter if delimiter in unquoted else " "
         values = _fields(line, delimiter) if comments else []
         if any(map(_is_number, values)):
             # The header is a comment: the last that has a name for each value.
@@ -94,7 +85,13 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         units = zip(header, _fields(following[0], delimiter), strict=False)
         stated = {name: {"unit": unit} for name, unit in units}
     counts = Counter(header)
-    natives = [_native(name, counts, stated, masks) for name in header if name]
+    hidden = {*masks.values(), *(f"{name}.mask" for name in header)}
+    natives = []
+    for name in filter(None, header):
+        item = stated.get(name, {})
+        kind = "bool" if item.get("datatype") == "bool" or name in hidden else "text"
+        kind, unit = str(item.get("subtype") or kind), str(item.get("unit") or "")
+        natives.append(Native(name, kind, unit=unit, mask=masks.get(name, "")))
     layout = {
         # Arrow takes no name twice; the survey uses none of these.
         "header": tuple(
@@ -104,17 +101,36 @@ def open_text(path: Path, gzipped: bool) -> Contents:
         "delimiter": delimiter,
         "offset": offset,
         "skip_lines": skip_lines + below,
-        "gzipped": gzipped,
     }
-    return Contents(natives, None if has_rows else 0, layout)
+    return natives, None if has_rows else 0, layout
 
 
-def _native(name: str, known: Collection[str], stated: Stated, masks: dict[str, str]) -> Native:
-    item = stated.get(name, {})
-    is_mask = name in masks.values() or (name[-5:] == ".mask" and name[:-5] in known)
-    kind = "bool" if item.get("datatype") == "bool" or is_mask else "text"
-    unit = str(item.get("unit") or "")
-    return Native(name, str(item.get("subtype") or kind), unit=unit, mask=masks.get(name, ""))
+def stated_by_astropy(lines: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Read the YAML header that astropy writes into ECSV and Parquet.
+
+    Returns what is stated of each column (``datatype``, ``unit``, ...), and the column with its
+    mask of each that has one.
+    """
+    from astropy.table.meta import get_header_from_yaml
+
+    header = get_header_from_yaml(lines)
+    meta = header.get("meta") or {}
+    masks = dict(_masks(meta.get("__serialized_columns__") or {}))
+    return {str(item["name"]): dict(item) for item in header["datatype"]}, masks
+
+
+def _masks(node: Any, mask: str = "") -> Iterator[tuple[str, str]]:
+    """Columns with the mask that stands beside them at any depth of astropy's description."""
+    if not isinstance(node, Mapping):
+        return
+    own = node.get("mask")
+    if isinstance(own, Mapping) and isinstance(own.get("name"), str):
+        mask = own["name"]
+    if mask and isinstance(node.get("name"), str):
+        yield node["name"], mask
+    for key, item in node.items():
+        if key != "mask":
+            yield from _masks(item, mask)
 
 
 def _below_vizier(following: list[str], delimiter: str) -> int:
@@ -175,12 +191,6 @@ def _encoded(line: str) -> bytes:
     return line.encode("utf-8", "surrogateescape")
 
 
-def _delimiter_of(line: str) -> str:
-    unquoted = re.sub(r'"[^"]*"', "", line)
-    delimiter = max(",|;\t", key=unquoted.count)
-    return delimiter if delimiter in unquoted else " "
-
-
 def _fields(line: str, delimiter: str) -> list[str]:
     """Stripped values of one line."""
     line = _encoded(line).decode("latin-1" if re.search("[\udc80-\udcff]", line) else "utf-8")
@@ -193,18 +203,13 @@ def _is_number(text: str) -> bool:
     return bool(re.fullmatch(r"[+-]?\.?[0-9][0-9.]*([eEdD][+-]?[0-9]+)?", text))
 
 
-@contextlib.contextmanager
-def _below_header(source: Source) -> Iterator[BinaryIO]:
-    with opened(Path(source.path), source.gzipped) as file:
+class _Rows(io.RawIOBase):
+    """Text below the header; where blanks part it, one for each run of them outside quotes."""
+
+    def __init__(self, source: Source, file: BinaryIO) -> None:
         file.seek(source.offset)
-        yield io.BufferedReader(_Blanks(file)) if source.delimiter == " " else file
-
-
-class _Blanks(io.RawIOBase):
-    """Text with one blank for each run of them outside quotes, and none at the ends of lines."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._held = file, b""
+        self._file, self._blanks, self._held = file, source.delimiter == " ", b""
+        self.n_lines, self.quoted = 0, False
 
     def readable(self) -> bool:
         return True
@@ -215,37 +220,15 @@ class _Blanks(io.RawIOBase):
             if not block:
                 return 0
             block += self._file.readline(_BLOCK_BYTES)
-            if b'"' in block:
+            self.n_lines += block.count(b"\n") + (block[-1:] != b"\n")
+            self.quoted = self.quoted or b'"' in block
+            if self._blanks:
                 block = re.sub(rb'("[^"]*")|[ \t]+', lambda match: match[1] or b" ", block)
-            else:
-                block = re.sub(rb"[ \t]+", b" ", block)
-            self._held = re.sub(rb"(?m)^ +| +(?=\r?$)", b"", block)
+                block = re.sub(rb"(?m)^ +| +(?=\r?$)", b"", block)
+            self._held = block
         n = min(len(target), len(self._held))
         target[:n], self._held = self._held[:n], self._held[n:]
         return n
-
-
-class _Counted:
-    """What Arrow reads of a file, and the lines that it has; ``quoted`` where quotes are in it."""
-
-    closed = False
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._last = file, b"\n"
-        self.n_lines, self.quoted = 0, False
-
-    def read(self, size: int = -1) -> bytes:
-        block = self._file.read(size)
-        self.n_lines += block.count(b"\n")
-        self.quoted = self.quoted or b'"' in block
-        if block:
-            self._last = block[-1:]
-        elif self._last != b"\n":
-            self.n_lines, self._last = self.n_lines + 1, b"\n"
-        return block
-
-    def close(self) -> None:
-        """Leave the file to who has opened it."""
 
 
 def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
@@ -254,17 +237,18 @@ def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> 
     natives = source.natives.values()
     types = {native.name: pa.binary() for native in natives}
     n_rows = 0
-    with _below_header(source) as file:
-        counted = _Counted(file)
+    with opened(Path(source.path)) as file:
+        below = _Rows(source, file)
+        options = (
+            pa_csv.ReadOptions(
+                use_threads=False, block_size=_BLOCK_BYTES, column_names=source.header
+            ),
+            pa_csv.ParseOptions(delimiter=source.delimiter, newlines_in_values=True),
+            pa_csv.ConvertOptions(column_types=types, include_columns=list(types)),
+        )
         try:
-            with pa_csv.open_csv(
-                pa.PythonFile(counted, "r"),
-                pa_csv.ReadOptions(
-                    use_threads=False, block_size=_BLOCK_BYTES, column_names=source.header
-                ),
-                pa_csv.ParseOptions(delimiter=source.delimiter, newlines_in_values=True),
-                pa_csv.ConvertOptions(column_types=types, include_columns=list(types)),
-            ) as reader:
+            content = pa.PythonFile(io.BufferedReader(below, _BLOCK_BYTES), "r")
+            with pa_csv.open_csv(content, *options) as reader:
                 for first, batch in regrouped(reader, batch_rows):
                     n_rows = first + batch.num_rows
                     texts = {name: decoded(batch[name].combine_chunks()) for name in types}
@@ -272,69 +256,48 @@ def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> 
                         if native.kind == "bool":
                             texts[native.name] = _truth(source, native.name, texts[native.name])
                     yield first, texts
-        except pa.ArrowInvalid as error:
-            _explain_text(source, error)
-    if counted.quoted and counted.n_lines > n_rows:
-        # A quote that is not closed swallows rows, and Arrow does not mind.
-        _check_rows(source, strict=True)
+        except pa.ArrowInvalid:
+            deque(_rows(source, strict=False), 0)
+            raise
+        if below.quoted and below.n_lines > n_rows:
+            # A quote that is not closed swallows rows, and Arrow does not mind.
+            deque(_rows(source, strict=True), 0)
 
 
 def _truth(source: Source, name: str, text: pa.Array) -> pa.Array:
     words = pc.utf8_lower(pc.ascii_trim_whitespace(text))
     place = pc.index_in(words, value_set=pa.array(list(_TRUTH)))
-    known = pc.or_kleene(pc.is_valid(place), pc.is_in(words, value_set=pa.array(["", "null"])))
-    if not pc.all(pc.or_(known, pc.is_null(words))).as_py():
-        word = words.filter(pc.invert(known))[0]
+    if place.null_count > words.null_count:
+        word = words.filter(pc.is_null(place)).drop_null()[0]
         raise SurveyError(f"{source.path}: column '{name}': '{word}' is neither True nor False")
     return pa.array(list(_TRUTH.values()), pa.int8()).take(place)
 
 
-def _rows(source: Source, file: BinaryIO, strict: bool) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank, each with the number of its first line."""
-    rows = csv.reader(
-        _lines(source.path, file, source.skip_lines), delimiter=source.delimiter, strict=strict
-    )
-    begin = source.skip_lines + 1
-    try:
-        for row in rows:
-            if row:
-                yield begin, row
-            begin = source.skip_lines + rows.line_num + 1
-    except csv.Error as error:
-        raise SurveyError(
-            f"{source.path}: line {begin}: a quoted text does not end where a field ends: {error}",
-            "Close the quote, or write quotes inside a quoted text twice.",
-        ) from None
-
-
-def _check_rows(source: Source, strict: bool = False) -> None:
-    """Raise `SurveyError` of the first row that does not fit the header (a slow pass)."""
-    with _below_header(source) as file:
-        for line, row in _rows(source, file, strict):
-            if len(row) != len(source.header):
-                raise SurveyError(
-                    f"{source.path}: line {line} has {len(row)} fields, "
-                    f"the header has {len(source.header)}",
-                    "The file is damaged or truncated, or a field with the delimiter in it is "
-                    "not quoted.",
-                ) from None
-
-
-def _explain_text(source: Source, error: Exception) -> NoReturn:
-    """Name the line of a text file that is wrong."""
-    _check_rows(source)
-    raise SurveyError(f"{source.path} cannot be read: {error}", DAMAGED) from error
-
-
-def text_line(source: Source, row: int) -> int | None:
-    """Line of a text file (from 1) that holds a data row (from 0); None for other formats."""
-    if source.kind != "csv":
-        return None
-    with _below_header(source) as file:
-        for number, (line, _) in enumerate(_rows(source, file, strict=False)):
-            if number == row:
-                return line
-    return None
+def _rows(source: Source, strict: bool) -> Iterator[int]:
+    """Number of the first line of each row; raise `SurveyError` of one that is wrong (slow)."""
+    begin, n_fields = source.skip_lines + 1, len(source.header)
+    with opened(Path(source.path)) as file:
+        below = io.BufferedReader(_Rows(source, file), _BLOCK_BYTES)
+        lines = _lines(source.path, below, source.skip_lines)
+        rows = csv.reader(lines, delimiter=source.delimiter, strict=strict)
+        try:
+            for row in rows:
+                if row and len(row) != n_fields:
+                    raise SurveyError(
+                        f"{source.path}: line {begin} has {len(row)} fields, the header has "
+                        f"{n_fields}",
+                        "The file is damaged or truncated, or a field with the delimiter in it is "
+                        "not quoted.",
+                    )
+                if row:
+                    yield begin
+                begin = source.skip_lines + rows.line_num + 1
+        except csv.Error as error:
+            raise SurveyError(
+                f"{source.path}: line {begin}: a quoted text does not end where a field ends: "
+                f"{error}",
+                "Close the quote, or write quotes inside a quoted text twice.",
+            ) from None
 
 
 # --- numbers that stand as text ----------------------------------------------------------------
@@ -351,106 +314,75 @@ class Place:
     def fail(self, key: str, index: int, problem: str, hint: str = "") -> NoReturn:
         """Raise `SurveyError` of one value, which stands in this row of the batch."""
         row = self.first_row + index
-        line = text_line(self.source, row)
-        where = f"row {row}" + ("" if line is None else f" (line {line})")
+        where = f"row {row}"
+        if self.source.kind == "csv":
+            for line in islice(_rows(self.source, strict=False), row, row + 1):
+                where += f" (line {line})"
         raise SurveyError(f"{self.source.path}: column '{key}', {where}: {problem}", hint)
 
 
 def whole_numbers(place: Place, key: str, numbers: NDArray[Any]) -> NDArray[np.int64]:
     """Integers that a file has as floats, as long as none can have lost a digit."""
     limit = 2.0**24 if numbers.dtype.itemsize == 4 else 2.0**53
-    broken = np.flatnonzero((np.abs(numbers) >= limit) | (numbers != np.rint(numbers)))
-    if len(broken):
-        value = numbers[broken[0]]
-        is_large = abs(value) >= limit
-        problem = "is stored as float: digits are lost" if is_large else "is no integer"
-        hint = "Get the file with integer or text ids."
-        place.fail(key, int(broken[0]), f"{value!s} {problem}", hint)
+    for index in np.flatnonzero((np.abs(numbers) >= limit) | (numbers != np.rint(numbers))):
+        place.fail(key, int(index), *_not_whole(numbers[index], limit))
     return numbers.astype(np.int64)
 
 
-def parse_floats(place: Place, key: str, text: pa.Array) -> pa.Array:
-    """Text as float64; the survey's words for no value are null."""
-    text, numbers = _cast(place, text, pa.float64())
-    if numbers is None:
-        index = _first_failure(text, pa.float64())
-        place.fail(key, index, f"'{text[index]}' is not a number", _word_hint(text[index].as_py()))
-    return numbers
+def _not_whole(number: float, limit: float) -> tuple[str, str]:
+    is_large = abs(number) >= limit
+    problem = "is stored as float: digits are lost" if is_large else "is no integer"
+    return f"{number!s} {problem}", "Get the file with integer or text ids."
 
 
-def parse_integers(
-    place: Place, key: str, text: pa.Array, is_id: bool = False, product: str = ""
+def parse_numbers(
+    place: Place, key: str, text: pa.Array, kind: pa.DataType, product: str = ""
 ) -> pa.Array:
-    """Text as int64; an id that is written as a float is an error, as its digits are lost."""
-    text, numbers = _cast(place, text, pa.int64())
-    if numbers is not None:
-        return numbers
-    # Some are not plain integers: 5.0 and 1e3 will do, until the first that will not.
-    is_whole = pc.match_substring_regex(text, r"^[+-]?[0-9]+$")
-    whole = pc.ascii_ltrim(pc.if_else(is_whole, text, None), characters="+")
-    rest = pc.if_else(is_whole, None, text)
-    stop, problem = min(
-        (_first_failure(whole, pa.int64()), "does not fit into 64 bits"),
-        (_first_failure(rest, pa.float64()), "is not an integer"),
-    )
-    numbers, null = split(rest.slice(0, stop).cast(pa.float64()))
-    present = np.isfinite(numbers) if null is None else np.isfinite(numbers) & ~null
-    floats = np.flatnonzero(present & (numbers > 0))
-    if is_id and len(floats):
-        index = int(floats[0])
-        place.fail(
-            key,
-            index,
-            f"the id '{text[index]}' is stored as float: digits are lost",
-            "Get the file with integer ids; these cannot be repaired.",
-        )
-    integers = pa.array(whole_numbers(place, key, np.where(present, numbers, 0)), mask=~present)
-    if stop < len(text):
-        word = text[stop].as_py()
-        hint = _word_hint(word)
-        if product == "obs_id":
-            hint = 'If the keys are text, set dtype = "string" in [columns.obs_id] of the survey.'
-        place.fail(key, stop, f"'{word}' {problem}", hint)
-    return pc.coalesce(whole.cast(pa.int64()), integers)
+    """Text as int64 or float64; the survey's words for no value are null.
 
-
-def _cast(place: Place, text: pa.Array, kind: pa.DataType) -> tuple[pa.Array, pa.Array | None]:
-    """Text, without words for no value where it has any, and its numbers if all are."""
+    ``product`` is the column that they are for. In one of ids a float is an error: it lost digits.
+    """
     words = list(dict.fromkeys((*_NULL_NUMBERS, *place.survey.missing_text)))
-    if not any(map(_is_finite, words)):
+    if not any(map(_is_number, words)):
         with contextlib.suppress(pa.ArrowInvalid):
-            return text, text.cast(kind)
+            return text.cast(kind)
     text = pc.ascii_trim_whitespace(text)
     text = pc.if_else(pc.is_in(text, value_set=pa.array(words)), None, text)
-    for tried in (text, None):
-        if tried is None:
-            tried = pc.replace_substring_regex(text, _FORTRAN, r"\1e\2")
-        with contextlib.suppress(pa.ArrowInvalid):
-            return text, tried.cast(kind)
-    return text, None
-
-
-def _is_finite(word: str) -> bool:
-    try:
-        return bool(np.isfinite(float(word)))
-    except ValueError:
-        return False
-
-
-def _first_failure(text: pa.Array, kind: pa.DataType) -> int:
-    """Index of the first text that does not cast, found by halving; their number if all do."""
-    low, high = 0, len(text) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
+    with contextlib.suppress(pa.ArrowInvalid):
+        return text.cast(kind)
+    numbers: list[float | None] = []
+    for index, word in enumerate(text.to_pylist()):  # 5.0 and 1e3 are integers, 1.5D+03 a number
         try:
-            text.slice(low, middle - low).cast(kind)
-            low = middle
-        except pa.ArrowInvalid:
-            high = middle
-    return low
+            numbers.append(None if word is None else _number(word, kind == pa.int64(), product))
+        except ValueError as error:
+            place.fail(key, index, *error.args)
+    return pa.array(numbers, kind)
 
 
-def _word_hint(word: str) -> str:
+def _number(word: str, is_whole: bool, product: str) -> float | None:
+    """One number, null where it is not finite; raise `ValueError` of what is wrong and a hint."""
+    if is_whole and re.fullmatch(r"[+-]?[0-9]+", word):
+        if len(word) > 20 or not -(2**63) <= int(word) < 2**63:
+            raise ValueError(f"'{word}' does not fit into 64 bits", _word_hint(word, product))
+        return int(word)
+    try:
+        number = float(re.sub(_FORTRAN, r"\1e\2", word.replace("_", "?")))
+    except ValueError:
+        what = "an integer" if is_whole else "a number"
+        raise ValueError(f"'{word}' is not {what}", _word_hint(word, product)) from None
+    if not math.isfinite(number):
+        return None
+    if is_whole and is_gaia_id(product) and number > 0:
+        hint = "Get the file with integer ids; these cannot be repaired."
+        raise ValueError(f"the id '{word}' is stored as float: digits are lost", hint)
+    if is_whole and (abs(number) >= 2.0**53 or not number.is_integer()):
+        raise ValueError(*_not_whole(number, 2.0**53))
+    return int(number) if is_whole else number
+
+
+def _word_hint(word: str, product: str) -> str:
+    if product == "obs_id":
+        return 'If the keys are text, set dtype = "string" in [columns.obs_id] of the survey.'
     if ":" in word:
         return "Sexagesimal coordinates are not read: convert them to degrees."
     if re.fullmatch(r"[+-]?[0-9.]+(,[0-9.]+)+", word):

@@ -222,9 +222,9 @@ def show_stages(title: str, stages: Sequence[StageResult], with_reason: bool = T
     """Print the account of rows of every stage, and why it ran."""
     rows = []
     for stage in stages:
-        counts = [stage.rows_in, stage.rows_out, stage.rejected]
+        counts = [stage.rows.n_in, stage.rows.n_out, stage.rows.rejected]
         numbers = [f"{count:,}" for count in counts] if sum(counts) else ["", "", ""]
-        others = _counts(stage.dropped) + [f"+{text}" for text in _counts(stage.added)]
+        others = _counts(stage.rows.dropped) + [f"+{text}" for text in _counts(stage.rows.added)]
         row = [stage.product, *numbers, ", ".join(others)]
         rows.append([*row, stage.why] if with_reason else row)
     headers = ["product", ">rows in", ">rows out", ">rejected", "dropped, +added"]
@@ -284,11 +284,11 @@ def stage_document(stage: StageResult) -> dict[str, Any]:
     return {
         "stage": stage.stage,
         "rows": {
-            "in": stage.rows_in,
-            "out": stage.rows_out,
-            "rejected": stage.rejected,
-            "dropped": stage.dropped,
-            "added": stage.added,
+            "in": stage.rows.n_in,
+            "out": stage.rows.n_out,
+            "rejected": stage.rows.rejected,
+            "dropped": stage.rows.dropped,
+            "added": stage.rows.added,
         },
         "path": stage.path,
         "summary": {key: value for key, value in stage.summary.items() if key != "metrics"},

@@ -103,8 +103,8 @@ def ingest(
 
     Example: sos-dask ingest lamost-dr11-lrs dr11_v2.0_LRS_stellar.fits.gz -o lamost
     """
+    from sos_dask.stages.attach import Margin, MarginSettings
     from sos_dask.stages.ingest import Ingest
-    from sos_dask.stages.margin import Margin, MarginSettings
     from sos_dask.surveys.definition import load_survey
 
     definition = load_survey(survey)
@@ -266,7 +266,6 @@ def train(
     Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
     """
     from sos_dask import corrections
-    from sos_dask.corrections.search import search_space
     from sos_dask.stages.train import LOCAL_PAIRS, Train, asks_workers, metrics_of
     from sos_dask.storage.catalog import Catalog
 
@@ -281,7 +280,7 @@ def train(
             f"{pairs} is not a catalog of pairs",
             "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS.",
         )
-    if chosen.search and not search_space(method):
+    if chosen.search and not corrections.search_space(method):
         raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
     if chosen.validation != "auto":
         options.refuse(("kfold_limit",), f"with --validation {chosen.validation}")

@@ -236,15 +236,14 @@ def uncertainty(job: JobOrStore = None, store: Store = None, as_json: Json = Fal
 
     Example: sos-dask uncertainty --store store
     """
-    from sos_dask.stages.uncertainty import read_calibration
-    from sos_dask.storage.manifest import Manifest
+    from sos_dask.stages.uncertainty import Uncertainty
     from sos_dask.storage.store import current_product
 
     directory = current_product(find_store(store, job), "uncertainty")
-    summary = Manifest.load(directory).summary
-    calibration = read_calibration(directory)
+    summary = Uncertainty.load(directory)
+    rates = summary["hit_rates"]
     if as_json:
-        print_json({"path": directory, **summary, "hit_rates": calibration})
+        print_json({"path": directory, **summary})
         return
     show_table(
         f"Held-out pairs inside their interval, with its 95 % range (method {summary['method']}; "
@@ -252,7 +251,7 @@ def uncertainty(job: JobOrStore = None, store: Store = None, as_json: Json = Fal
         ["label", "pairs", ">n", ">68 %", ">range", ">95 %", ">range"],
         [
             [one["label"], one["subset"], f"{one['n']:,}", *_share(one), *_share(other)]
-            for one, other in zip(calibration[::2], calibration[1::2], strict=True)
+            for one, other in zip(rates[::2], rates[1::2], strict=True)
         ],
     )
     show_table(

@@ -30,9 +30,9 @@ from sos_dask.cli.output import (
 )
 from sos_dask.errors import ConfigError
 from sos_dask.schema import nearest
-from sos_dask.stages.base import Stage
 from sos_dask.stages.compare import CompareSettings
 from sos_dask.stages.coverage import CoverageSettings
+from sos_dask.stages.evidence import OnEvidence, on_pairs
 
 _SAMPLES = {"test": "held-out", "train": "training"}
 _MARK = " +"
@@ -73,7 +73,7 @@ def compare(
 
     Example: sos-dask compare --store store --label feh
     """
-    from sos_dask.stages.compare import Compare, read_comparison
+    from sos_dask.stages.compare import Compare
     from sos_dask.storage.store import costs
 
     _one_of("label", label, LABEL_UNITS)
@@ -87,7 +87,8 @@ def compare(
         place = find_store(store)
         directory = _current(place, "comparison")
         taken = _training_costs(place, costs(place))
-    found = read_comparison(directory)
+    found = Compare.load(directory)
+    del found["metrics"]
     for name in ("figures", "artifacts", "outside"):
         found[name] = [row for row in found[name] if label in (None, row["label"])]
     if options.as_json:
@@ -150,8 +151,8 @@ def _training_costs(store: Path, known: Mapping[str, Any]) -> dict[str, dict[str
         if product.startswith("model."):
             cost = known.get(fingerprint)
             found[product.removeprefix("model.")] = {
-                "train_cpu_s": cost.cpu_s if cost else None,
-                "train_wall_s": cost.wall_s if cost else None,
+                "train_cpu_s": cost["cpu_s"] if cost else None,
+                "train_wall_s": cost["wall_s"] if cost else None,
             }
     return found
 
@@ -176,7 +177,7 @@ def _current(store: Path, product: str) -> Path:
 
 
 def _on_pairs(
-    stage: type[Stage[Any]],
+    stage: type[OnEvidence[Any]],
     settings: Any,
     pairs: Path,
     models: Sequence[Path],
@@ -185,7 +186,6 @@ def _on_pairs(
     options: StepOptions,
 ) -> Path:
     """Run a stage on pairs and models given by path; where its output is."""
-    from sos_dask.stages.evidence import on_pairs
     from sos_dask.storage.catalog import Catalog
     from sos_dask.storage.manifest import Manifest
 
@@ -197,8 +197,9 @@ def _on_pairs(
         if method in by_method:
             raise ConfigError(f"{path} and {by_method[method]} are both models of '{method}'")
         by_method[method] = path
-    named = {f"model.{method}": path for method, path in by_method.items()}
-    inputs = {name: path for name, path in named.items() if stage.takes(name)} | dict(more)
+    takes_models = any(role.many and role.name == "model" for role in stage.roles)
+    inputs = {f"model.{method}": path for method, path in by_method.items() if takes_models}
+    inputs |= more
     with reporting() as report, options.start() as cluster:
         given: dict[str, Any] = {"overwrite": options.overwrite, "cluster": cluster}
         on_pairs(
@@ -296,7 +297,7 @@ def trends(
 
     Example: sos-dask trends --store store --label feh --against logg
     """
-    from sos_dask.stages.trends import Trends, read_trends
+    from sos_dask.stages.compare import Trends
 
     if inputs:
         options.refuse(("store",), "with PAIRS")
@@ -305,7 +306,7 @@ def trends(
         options.refuse_all_but("label", "against", "method")
         directory = _current(find_store(store), "trends")
     _one_of("label", label, LABEL_UNITS)
-    found = read_trends(directory)
+    found = Trends.load(directory)
     rows = found["trends"]
     _one_of("against", against, dict.fromkeys(row["against"] for row in rows))
     methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name]
@@ -335,7 +336,7 @@ def trends(
 def _show_summary(
     tables: Mapping[tuple[str, str], Sequence[dict[str, Any]]], methods: Sequence[str]
 ) -> None:
-    from sos_dask.stats.binned import rms_of_medians
+    from sos_dask.stats.numbers import rms_of_medians
 
     table = []
     for (label, against), bins in tables.items():
@@ -425,7 +426,7 @@ def coverage(
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.stages.coverage import look
+    from sos_dask.stages.coverage import Coverage
 
     figure = None
     if inputs:
@@ -440,7 +441,7 @@ def coverage(
         place = find_store(store)
         directory = _current(place, "coverage")
         figure = place / "current" / "report" / "figures" / "coverage.png"
-    found = look(directory)
+    found = Coverage.load(directory)
     if options.as_json:
         print_json(found)
         return

@@ -27,7 +27,7 @@ from sos_dask.schema import LABELS
 from sos_dask.simulate import sky, surveys
 from sos_dask.simulate.sky import APOGEE, LAMOST, Draws, Plates, SkySettings, Stars
 from sos_dask.simulate.surveys import SURVEYS, TABLES, Records, Visits
-from sos_dask.stats.binned import binned_quantiles, bins_of, rms_of_medians
+from sos_dask.stats.numbers import binned_quantiles, bins_of, rms_of_medians
 from sos_dask.storage.artifact import atomic_path, storage_errors, write_text
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import canonical_json

@@ -112,9 +112,9 @@ def difficulty(teff: FloatArray, logg: FloatArray, feh: FloatArray) -> FloatArra
 class Survey:
     """Parameters of the measurements of a survey.
 
-    The true error of the labels is hypot(floor, slope / S/N) times `difficulty`, the stated one
-    that times `stated_error_factor`. Outliers are off by at least 400 K, 0.6 dex and 0.4 dex, to
-    either side, in all three labels.
+    The true error of the labels is `noise` times `difficulty`, the stated one that times
+    `stated_error_factor`. Outliers are off by at least 400 K, 0.6 dex and 0.4 dex, to either side,
+    in all three labels.
     """
 
     name: str
@@ -129,6 +129,10 @@ class Survey:
     snr_range: tuple[float, float]
     snr_of_special: float = 0.0  # at least
     bias: Callable[[ArrayLike, ArrayLike, ArrayLike], FloatArray] | None = None
+
+    def noise(self, snr: FloatArray) -> FloatArray:
+        """Error of the labels of easy stars, shape (n, 3)."""
+        return np.asarray(np.hypot(np.array(self.floor), np.array(self.slope) / snr[:, None]))
 
 
 SURVEYS = {
@@ -223,9 +227,8 @@ class Visits:
 
     @cached_property
     def _true_error(self) -> FloatArray:
-        stars, survey = self.stars, self.survey
-        noise = np.hypot(np.array(survey.floor), np.array(survey.slope) / self.snr[:, None])
-        return np.asarray(difficulty(stars.teff, stars.logg, stars.feh)[:, None] * noise)
+        stars = self.stars
+        return difficulty(stars.teff, stars.logg, stars.feh)[:, None] * self.survey.noise(self.snr)
 
     @cached_property
     def labels(self) -> FloatArray:

@@ -155,12 +155,10 @@ def test_a_stopped_run_goes_on_and_workers_change_no_byte(
 
 
 def test_what_is_missing_is_left_out(products, tmp_path):
-    without = ("trends", "reference", "galah.stars", "comparison", "uncertainty", "coverage")
-    few = {n: p for n, p in products.items() if n not in without} | {
-        "chosen": products["comparison"]
-    }
+    without = ("trends", "reference", "galah.stars", "uncertainty", "coverage")
+    few = {n: p for n, p in products.items() if n not in without}
     manifest = report(few, tmp_path / "few", SETTINGS)
-    assert set(manifest.summary["figures"]) == {"sky", "kiel"}
+    assert set(manifest.summary["figures"]) == {"sky", "kiel", "comparison"}
     text = (tmp_path / "few" / PAGE).read_text()
     assert "Trends before and after" not in text and "The methods compared" in text
     with pytest.raises(ConfigError, match="nothing to report"):

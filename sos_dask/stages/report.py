@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -322,7 +322,7 @@ def _correction(build: Build, counts: Counts) -> Drawn | None:
     values = models.load(build.models[build.method]).predict(inputs).astype(np.float64)
     planes, errors = build.table("planes"), _errors(build, counts)
     drawn = maps.correction_figure(planes, build.labels, build.method, values, errors)
-    return drawn and drawn.with_facts(at=at)
+    return drawn and replace(drawn, facts={**drawn.facts, "at": at})
 
 
 def _errors(build: Build, counts: Counts) -> FloatArray | None:
@@ -377,11 +377,12 @@ def _projection(build: Build, counts: Counts) -> Drawn | None:
     n_not_asked = int(summary["not_asked"])
     table = build.table("projection")
     drawn = maps.projection_figure(table, _plane(build), scored, n_not_asked > 0)
-    return drawn and drawn.with_facts(
-        parameters=[word(name) for name in summary["parameters"]],
-        n_without=int(summary["without_place"]["target"]),
-        n_not_asked=n_not_asked,
-    )
+    more = {
+        "parameters": [word(name) for name in summary["parameters"]],
+        "n_without": int(summary["without_place"]["target"]),
+        "n_not_asked": n_not_asked,
+    }
+    return drawn and replace(drawn, facts={**drawn.facts, **more})
 
 
 def of_build(store: Path) -> ReportStage:

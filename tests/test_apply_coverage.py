@@ -13,9 +13,9 @@ from sos_dask.stages.apply import Apply, ApplySettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import verify
+from tests.command_line import Cli, assert_error, cli
 from tests.job import contents
 from tests.run import apply
-from tests.test_cli import Cli, assert_error, cli
 
 __all__ = ["cli"]  # a fixture
 

@@ -20,9 +20,9 @@ from sos_dask.stages.coverage import Coverage, CoverageSettings, look, parameter
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, sealed_json
+from tests.command_line import assert_error, cli
 from tests.job import contents
 from tests.run import coverage
-from tests.test_cli import assert_error, cli
 
 __all__ = ["cli"]
 

@@ -88,7 +88,6 @@ _TEXTS = {
     "scheduler": ("ADDRESS",
         "Address or scheduler file of a running Dask cluster, used instead of own workers."),
     "seed": ("N", "Same seed, same sky."),
-    "simulate.overwrite": ("", "Replace the files of an earlier sky."),
     "store": ("DIRECTORY",
         "Folder of artifacts and builds, or a job file: its store. Default: store, or the only "
         "store near it."),
@@ -207,7 +206,10 @@ class Options:
             return stage.attempt(out or self.out, overwrite=self.overwrite, **given)
 
 
-Keys = list[str] | None
+Place = Path | None
+Places = list[Path] | None
+Name = str | None
+Names = list[str] | None
 Shown = Iterator[Row]
 """What a command gives that shows something: yields all that --json prints, then prints text."""
 

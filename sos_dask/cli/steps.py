@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sos_dask import corrections
-from sos_dask.cli.options import Keys, Options, Shown, command, open_catalogs
+from sos_dask.cli.options import Name, Names, Options, Place, Shown, command, open_catalogs
 from sos_dask.cli.output import (
     Row,
     reporting,
@@ -46,8 +46,9 @@ _NO_ID = ("id_radius_arcsec",)
 
 @command()
 def simulate(
-    *, out: Path, rows: int = 200_000, seed: int = 1, no_bias: bool = False, overwrite: bool = False
-) -> Shown:
+    *, out: Path, rows: int = 200_000, seed: int = 1, no_bias: bool = False,
+    overwrite: bool = False,
+) -> Shown:  # fmt: skip
     """Write a mock sky with known truth, as the surveys' own FITS tables.
 
     Example: sos-dask simulate --rows 1000000 -o sky
@@ -89,7 +90,7 @@ def ingest(
 
 @command(Attach)
 def attach(
-    catalog: Path, other: Path, *, columns: list[str], key: Keys = None, options: Options
+    catalog: Path, other: Path, *, columns: list[str], key: Names = None, options: Options
 ) -> Stage[Any]:
     """Add columns of another catalog, by Gaia id or position; null where it has no counterpart.
 
@@ -111,7 +112,7 @@ def attach(
 
 
 @command(Dedupe)
-def dedupe(catalog: Path, *, key: Keys = None, options: Options) -> Stage[Any]:
+def dedupe(catalog: Path, *, key: Names = None, options: Options) -> Stage[Any]:
     """Combine repeats of one star into one row.
 
     Rows with a proper motion and an epoch are compared at the latest epoch of the catalog.
@@ -127,7 +128,7 @@ def dedupe(catalog: Path, *, key: Keys = None, options: Options) -> Stage[Any]:
 
 @command(Reference)
 def reference(
-    catalogs: list[str], *, no_offsets: bool = False, key: Keys = None, options: Options
+    catalogs: list[str], *, no_offsets: bool = False, key: Names = None, options: Options
 ) -> Stage[Any]:
     """Unite the stars of several reference surveys, one row per star.
 
@@ -151,7 +152,7 @@ def reference(
 
 
 @command(Crossmatch)
-def crossmatch(left: Path, right: Path, *, key: Keys = None, options: Options) -> Stage[Any]:
+def crossmatch(left: Path, right: Path, *, key: Names = None, options: Options) -> Stage[Any]:
     """Match a target catalog with a reference catalog, exactly.
 
     Example: sos-dask crossmatch lamost.stars reference -o pairs
@@ -164,7 +165,7 @@ def crossmatch(left: Path, right: Path, *, key: Keys = None, options: Options) -
 
 
 @command(Train)
-def train(pairs: Path, *, method: str, param: list[str] | None = None, options: Options) -> None:
+def train(pairs: Path, *, method: str, param: Names = None, options: Options) -> None:
     """Learn the difference target - reference from pairs; print held-out metrics.
 
     Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
@@ -210,15 +211,9 @@ def _setting(text: str) -> tuple[str, Any]:
 
 @command(Apply)
 def apply(
-    model: Path,
-    catalog: Path,
-    *,
-    errors: Path | None = None,
-    coverage: Path | None = None,
-    fallback: str = "edge",
-    key: Keys = None,
-    options: Options,
-) -> Stage[Any]:
+    model: Path, catalog: Path, *, errors: Place = None, coverage: Place = None,
+    fallback: str = "edge", key: Names = None, options: Options,
+) -> Stage[Any]:  # fmt: skip
     """Correct the labels of every row; several processes may share one output.
 
     Example, one task of a job array: sos-dask apply model lamost -o corrected --partitions 3/16
@@ -242,13 +237,9 @@ def apply(
 
 @command()
 def demo(
-    *,
-    rows: int = 200_000,
-    store: Path = Path("demo-store"),
-    seed: int = 1,
-    workers: int | None = None,
-    memory_limit: str = "auto",
-) -> Shown:
+    *, rows: int = 200_000, store: Path = Path("demo-store"), seed: int = 1,
+    workers: int | None = None, memory_limit: str = "auto",
+) -> Shown:  # fmt: skip
     """Simulate a sky, correct it end to end, and compare with the truth.
 
     Example: sos-dask demo --rows 200000 --store demo-store
@@ -271,14 +262,9 @@ def demo(
 
 @command()
 def rebuild(
-    job: Path,
-    *,
-    store: Path | None = None,
-    dry_run: bool = False,
-    workers: int | None = None,
-    memory_limit: str | None = None,
-    scheduler: str | None = None,
-) -> Shown:
+    job: Path, *, store: Place = None, dry_run: bool = False, workers: int | None = None,
+    memory_limit: Name = None, scheduler: Name = None,
+) -> Shown:  # fmt: skip
     """Run every stage of a job that has changed, and publish the products.
 
     Example: sos-dask rebuild jobs/real.toml --dry-run

@@ -9,7 +9,17 @@ from typing import Any
 
 import typer
 
-from sos_dask.cli.options import Keys, Options, Shown, command, find_store, open_catalogs
+from sos_dask.cli.options import (
+    Name,
+    Names,
+    Options,
+    Place,
+    Places,
+    Shown,
+    command,
+    find_store,
+    open_catalogs,
+)
 from sos_dask.cli.output import (
     LABEL_UNITS,
     Row,
@@ -48,7 +58,7 @@ _MIB = 2**20
 
 
 @command()
-def status(job: Path | None = None, *, store: Path | None = None) -> Shown:
+def status(job: Place = None, *, store: Place = None) -> Shown:
     """Show the current build of a store, unfinished outputs and space.
 
     Example: sos-dask status jobs/real.toml
@@ -69,11 +79,7 @@ def status(job: Path | None = None, *, store: Path | None = None) -> Shown:
 
 @command()
 def gc(
-    job: Path | None = None,
-    *,
-    store: Path | None = None,
-    keep_builds: int = 1,
-    dry_run: bool = False,
+    job: Place = None, *, store: Place = None, keep_builds: int = 1, dry_run: bool = False
 ) -> Shown:
     """Remove old builds and outputs that no kept build uses.
 
@@ -115,7 +121,7 @@ def verify(catalogs: list[Path], *, as_json: bool = False) -> None:
 
 
 @command()
-def surveys(survey: str | None = None) -> Shown:
+def surveys(survey: Name = None) -> Shown:
     """List the surveys, or explain one: columns, units, missing values, quality cuts.
 
     Example: sos-dask surveys lamost-dr11-lrs
@@ -153,13 +159,7 @@ def surveys(survey: str | None = None) -> Shown:
 
 
 @command()
-def report(
-    job: Path | None = None,
-    *,
-    store: Path | None = None,
-    out: Path | None = None,
-    options: Options,
-) -> Shown:
+def report(job: Place = None, *, store: Place = None, out: Place = None, options: Options) -> Shown:
     """Make a page with figures of the current build, or print where it is.
 
     Example: sos-dask report --store store -o report
@@ -184,7 +184,7 @@ def report(
 
 
 @command()
-def uncertainty(job: Path | None = None, *, store: Path | None = None) -> Shown:
+def uncertainty(job: Place = None, *, store: Place = None) -> Shown:
     """Show the errors of the current build: hit rates, factors of quoted errors, hat.
 
     Example: sos-dask uncertainty --store store
@@ -285,14 +285,9 @@ def _one_of(what: str, value: str | None, known: Iterable[str]) -> None:
 
 @command(Compare)
 def compare(
-    inputs: list[Path] | None = None,
-    *,
-    out: Path | None = None,
-    store: Path | None = None,
-    label: str | None = None,
-    sample: str | None = None,
-    options: Options,
-) -> Shown:
+    inputs: Places = None, *, out: Place = None, store: Place = None, label: Name = None,
+    sample: Name = None, options: Options,
+) -> Shown:  # fmt: skip
     """Show how the methods compare: scatter, trends left, artifacts, and which is chosen and why.
 
     Example: sos-dask compare --store store --label feh
@@ -393,15 +388,9 @@ def _show_subsets(label: str, pairs: str, rows: Sequence[Row]) -> None:
 
 @command()
 def trends(
-    inputs: list[Path] | None = None,
-    *,
-    out: Path | None = None,
-    store: Path | None = None,
-    label: str | None = None,
-    against: str | None = None,
-    method: str | None = None,
-    options: Options,
-) -> Shown:
+    inputs: Places = None, *, out: Place = None, store: Place = None, label: Name = None,
+    against: Name = None, method: Name = None, options: Options,
+) -> Shown:  # fmt: skip
     """Show the trends of target - reference before and after each correction.
 
     Without --label and --against a summary; with either the medians of the bins.
@@ -477,15 +466,9 @@ def _show_bins(label: str, against: str, bins: Sequence[Row], methods: Sequence[
 
 @command(Coverage)
 def coverage(
-    inputs: list[Path] | None = None,
-    *,
-    out: Path | None = None,
-    errors: Path | None = None,
-    grid: list[str] | None = None,
-    key: Keys = None,
-    store: Path | None = None,
-    options: Options,
-) -> Shown:
+    inputs: Places = None, *, out: Place = None, errors: Place = None, grid: Names = None,
+    key: Names = None, store: Place = None, options: Options,
+) -> Shown:  # fmt: skip
     """Show which part of the catalog the pairs cover, and where more references would help most.
 
     Example: sos-dask coverage --store store --json

@@ -257,7 +257,7 @@ def kiel_figure(before: IntArray, after: IntArray) -> Drawn | None:
 
 
 def correction_figure(
-    planes: pa.Table, labels: Labels, method: str, correction: FloatArray, errors: FloatArray | None
+    planes: pa.Table, labels: Labels, method: str, correction: FloatArray, errors: FloatArray
 ) -> Drawn | None:
     """Draw the difference before, the correction, the difference after, and the error.
 
@@ -265,11 +265,9 @@ def correction_figure(
     ----------
     planes : pyarrow.Table
         ``planes.parquet`` of the stage trends.
-    correction : ndarray of float64, shape (N_CELLS, n_labels)
-        The model's prediction in each cell; it is shown where there are pairs.
-    errors : ndarray of float64, shape (N_CELLS, n_labels), optional
-        Of a single corrected row, nan where unknown; without it the standard error of the median
-        after is shown.
+    correction, errors : ndarray of float64, shape (N_CELLS, n_labels)
+        The model's prediction in each cell and the error of a corrected row, nan where unknown;
+        they are shown where there are pairs.
     """
     planes = select(planes, subset="all")
     planes = planes.filter(pc.greater_equal(planes["n"], _MIN_CELL))
@@ -288,19 +286,17 @@ def correction_figure(
         left = _mesh(grid[row, 0], *_coarse(mine, "median"), signed, SIGNED_MAP)
         _mesh(grid[row, 1], *_fine(covered, correction[:, row]), signed, SIGNED_MAP)
         _mesh(grid[row, 2], *_coarse(rest, "median"), signed, SIGNED_MAP)
-        error = None if errors is None else errors[:, row]
-        right = _error_map(grid[row, 3], rest, covered, error)
+        shown = errors[covered & np.isfinite(errors[:, row]), row]
+        low, top = np.quantile(shown, (0.02, 0.98)) if len(shown) else (1.0, 2.0)
+        norm = LogNorm(low, max(top, 1.1 * low))
+        right = _mesh(grid[row, 3], *_fine(covered, errors[:, row]), norm, SHARE_MAP)
         bar = figure.colorbar(left, ax=list(grid[row, :3]), pad=0.01, aspect=22, extend="both",
                               ticks=MaxNLocator(4))  # fmt: skip
         bar.set_label(rf"$\Delta$ {axis_label(label, unit)}")
         bar = figure.colorbar(right, ax=grid[row, 3], pad=0.01, aspect=22, label=f"[{unit}]",
-                              extend="max" if errors is None else "both")  # fmt: skip
-        if errors is None:
-            bar.ax.yaxis.set_major_locator(MaxNLocator(4))
-        else:
-            plain_log_ticks(bar.ax.yaxis)
-    titles = ("difference before", "correction", "difference after",
-              "error of the median" if errors is None else "error of a row")  # fmt: skip
+                              extend="both")  # fmt: skip
+        plain_log_ticks(bar.ax.yaxis)
+    titles = ("difference before", "correction", "difference after", "error of a row")
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title)
     teff, logg = (
@@ -310,21 +306,8 @@ def correction_figure(
     _kiel_axes(grid, teff, logg)
     for axes in grid.flat:
         axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
-    facts = {"n_before": n_before, "n_after": n_after, "has_errors": errors is not None}
+    facts = {"n_before": n_before, "n_after": n_after}
     return Drawn(f"The correction on the plane of Teff and log g: {method}", figure, facts)
-
-
-def _error_map(
-    axes: Axes, after: pa.Table, covered: NDArray[np.bool_], errors: FloatArray | None
-) -> QuadMesh:
-    if errors is None:
-        known = after.filter(pc.is_valid(after["error"]))
-        top = float(np.quantile(known["error"].to_numpy(), 0.9)) if known.num_rows else 1.0
-        return _mesh(axes, *_coarse(known, "error"), Normalize(0, top or 1.0), SHARE_MAP)
-    values = errors[covered & np.isfinite(errors)]
-    low, top = np.quantile(values, (0.02, 0.98)) if len(values) else (1.0, 2.0)
-    norm = LogNorm(low, max(top, 1.1 * low))
-    return _mesh(axes, *_fine(covered, errors), norm, SHARE_MAP)
 
 
 def _covered(before: pa.Table) -> NDArray[np.bool_]:
@@ -535,9 +518,8 @@ def projection_figure(
         share = np.full(len(known), np.nan)
         np.divide(100.0 * outside, known, out=share, where=known > 0)
         picture = share.reshape(plane.coarse, plane.coarse).T
-        image = _mesh(
-            panels[2], *plane.edges(plane.group), picture, PowerNorm(0.5, 0, 100), SHARE_MAP
-        )
+        edges = plane.edges(plane.group)
+        image = _mesh(panels[2], *edges, picture, PowerNorm(0.5, 0, 100), SHARE_MAP)
         panels[2].set_title("outside the coverage", fontsize=7)
         bar = figure.colorbar(image, ax=panels[2], location="bottom", aspect=22,
                               label="rows of the cell [%]", ticks=(0, 5, 25, 50, 100))  # fmt: skip

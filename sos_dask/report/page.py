@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sos_dask.evidence.figures import ALL, NONE, SUBSETS, TEST, TRAIN
-from sos_dask.evidence.widening import CLASSES
+from sos_dask.evidence.maps import follow_up as most_outside
 from sos_dask.problem import Problem
 from sos_dask.report.figures import group_words, select
 from sos_dask.report.style import (
@@ -310,7 +310,7 @@ def _agreements(items: Iterable[Row], labels: Labels) -> Table | None:
 
 
 def follow_up(maps: pa.Table, steps: Mapping[str, float], labels: Labels) -> Table:
-    """The ten cells of label space with most rows outside the coverage.
+    """The cells of label space with most rows outside the coverage.
 
     Parameters
     ----------
@@ -319,8 +319,6 @@ def follow_up(maps: pa.Table, steps: Mapping[str, float], labels: Labels) -> Tab
     steps : mapping of str to float
         Width of a cell in each label.
     """
-    found = select(maps, map="labels").to_pylist()
-    regions = sorted(found, key=lambda row: (-row["outside"], *(row[name] for name in steps)))
 
     def region(name: str) -> Callable[[Row], str]:
         half = steps[name] / 2
@@ -328,11 +326,9 @@ def follow_up(maps: pa.Table, steps: Mapping[str, float], labels: Labels) -> Tab
 
     columns: Columns = {
         **{f"{word(name)} [{labels.get(name, '')}]": region(name) for name in steps},
-        ">rows outside": "outside",
-        ">all rows": lambda row: f"{sum(row[name] for name in CLASSES):,}",
-        ">G [mag]": "phot_g_mean_mag",
+        ">rows outside": "outside", ">all rows": "rows", ">G [mag]": "phot_g_mean_mag",
     }  # fmt: skip
-    return _tabulate([row for row in regions[:10] if row["outside"]], columns)
+    return _tabulate(most_outside(maps), columns)
 
 
 def left_out(table: pa.Table, labels: Labels, method: str) -> Table:

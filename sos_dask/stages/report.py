@@ -325,19 +325,16 @@ def _correction(build: Build, counts: Counts) -> Drawn | None:
     return drawn and replace(drawn, facts={**drawn.facts, "at": at})
 
 
-def _errors(build: Build, counts: Counts) -> FloatArray | None:
-    """Geometric means of the errors of corrected rows in Teff and log g; None without errors."""
-    if not build.one(CORRECTED):
-        return None
-    found = counts(build.one(CORRECTED))
-    n, total = (
-        np.stack([found[f"{label}_{what}"][: maps.N_CELLS] for label in build.labels], axis=1)
-        for what in ("n", "sum")
-    )
-    if not n.any():
-        return None
-    means = np.full(n.shape, np.nan)
-    np.divide(total * maps.LOG_QUANTUM, n, out=means, where=n > 0)
+def _errors(build: Build, counts: Counts) -> FloatArray:
+    """Geometric means of the errors of corrected rows in Teff and log g; nan where unknown."""
+    means = np.full((maps.N_CELLS, len(build.labels)), np.nan)
+    if build.one(CORRECTED):
+        found = counts(build.one(CORRECTED))
+        n, total = (
+            np.stack([found[f"{label}_{what}"][: maps.N_CELLS] for label in build.labels], axis=1)
+            for what in ("n", "sum")
+        )
+        np.divide(total * maps.LOG_QUANTUM, n, out=means, where=n > 0)
     return np.asarray(10.0**means)
 
 

@@ -12,12 +12,11 @@ from numpy.typing import ArrayLike
 from sos_dask.columns import Float32Array
 from sos_dask.problem import DEFAULT
 from sos_dask.stages.apply import Apply, ApplySettings
-from sos_dask.stages.compare import Compare, CompareSettings
+from sos_dask.stages.compare import Compare, CompareSettings, Trends, TrendSettings
 from sos_dask.stages.coverage import Coverage, CoverageSettings
 from sos_dask.stages.evidence import Evidence, EvidenceSettings, on_pairs
-from sos_dask.stages.generalisation import Generalisation, GeneralisationSettings
 from sos_dask.stages.report import ReportSettings, ReportStage
-from sos_dask.stages.trends import Trends, TrendSettings
+from sos_dask.stages.train import Generalisation, GeneralisationSettings
 from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest

@@ -135,7 +135,7 @@ def test_an_output_of_another_version_of_its_stage_is_refused(tmp_path):
     assert Manifest.of_stage(tmp_path, "dedupe", 1).recipe == RECIPE
     with pytest.raises(CatalogError, match=r"version 1 of 'dedupe', known here is version 2"):
         Manifest.of_stage(tmp_path, "dedupe", 2)
-    with pytest.raises(CatalogError, match="no output of 'reference' but of 'dedupe'"):
+    with pytest.raises(CatalogError, match="not an output of 'reference' but of 'dedupe'"):
         Manifest.of_stage(tmp_path, "reference", 1)
 
 

@@ -12,7 +12,8 @@ from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.storage.artifact import write_parquet
-from sos_dask.storage.catalog import Catalog, partition_path
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.hats import partition_path
 from sos_dask.storage.store import verify
 from tests.sky import observations, write_catalog
 

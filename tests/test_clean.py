@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sos_dask.errors import SurveyError
-from sos_dask.surveys.cuts import quality_mask
-from sos_dask.surveys.definition import Survey, parse_survey
+from sos_dask.surveys.definition import Survey, parse_survey, passing
 
 
 def survey_with(cuts: dict, **more) -> Survey:
@@ -17,10 +16,9 @@ def survey_with(cuts: dict, **more) -> Survey:
 
 def passes(values, cut: dict, **more) -> list:
     survey = survey_with({"c": {"bit": 5, "column": "x"} | cut}, **more)
-    quality = quality_mask({"x": values}, survey)
-    assert quality.dtype == np.int64
-    assert set(quality.tolist()) <= {0, 32}
-    return [value == 0 for value in quality.tolist()]
+    found = passing(survey.cuts["c"], values, survey)
+    assert found.dtype == bool
+    return found.tolist()
 
 
 def test_limits_are_inclusive():
@@ -100,25 +98,6 @@ def test_text_and_numbers_do_not_mix():
 
 def test_booleans_are_numbers():
     assert passes(pa.array([True, False, None]), {"values": [1]}) == [True, False, False]
-
-
-def test_each_cut_has_its_bit():
-    survey = survey_with(
-        {
-            "a": {"bit": 0, "column": "x", "min": 0},
-            "b": {"bit": 62, "column": "y", "bits_unset": [0]},
-        }
-    )
-    mask = quality_mask({"x": np.array([-1.0, 1.0]), "y": np.array([1, 1])}, survey)
-    assert mask.tolist() == [1 | 1 << 62, 1 << 62]
-
-
-def test_missing_columns():
-    cuts = {"snr": {"bit": 0, "column": "snrg", "min": 20}}
-    with pytest.raises(SurveyError, match="no column 'snrg', which cut 'snr' needs"):
-        quality_mask({"teff": np.zeros(1)}, survey_with(cuts))
-    cuts["snr"]["optional"] = True
-    assert quality_mask({"snrr": np.zeros(2)}, survey_with(cuts)).tolist() == [0, 0]
 
 
 @settings(max_examples=100, deadline=None)

@@ -99,7 +99,7 @@ def test_a_memory_limit_is_a_number_of_bytes_or_none():
         threads.require_memory(1 << 60, "dedupe")
     for n_workers, n_threads in ((None, 2), (1, None)):
         with (
-            pytest.raises(ConfigError, match="'much' is no memory limit"),
+            pytest.raises(ConfigError, match="'much' is not a memory limit"),
             start(n_workers, "much", n_threads=n_threads),
         ):
             pass

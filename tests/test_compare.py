@@ -7,13 +7,13 @@ import pytest
 
 from sos_dask.errors import ModelError
 from sos_dask.evidence.figures import held_out_metrics
-from sos_dask.stats.binned import (
+from sos_dask.stats.numbers import (
     binned_quantiles,
     bins_of,
     equal_count_edges,
     rms_of_medians,
+    scatter,
 )
-from sos_dask.stats.numbers import scatter
 
 
 def test_scatter_is_that_of_a_normal_distribution_and_ignores_outliers():

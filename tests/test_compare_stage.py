@@ -16,7 +16,7 @@ from sos_dask.evidence.figures import FIGURE_SCHEMA, STATISTICS, SUBSETS
 from sos_dask.evidence.smoothness import ARTIFACT_SCHEMA, OUTSIDE_SCHEMA
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
-from sos_dask.stages.compare import Compare, CompareSettings, read_comparison
+from sos_dask.stages.compare import Compare, CompareSettings
 from sos_dask.stages.train import TrainSettings
 from sos_dask.stats.numbers import scatter
 from sos_dask.storage.catalog import Catalog
@@ -97,7 +97,7 @@ def test_held_out_figures_are_of_held_out_pairs_and_training_figures_of_the_save
 ):
     found = {
         (row["method"], row["label"], row["sample"], row["statistic"]): row
-        for row in read_comparison(compared)["figures"]
+        for row in Compare.load(compared)["figures"]
         if row["subset"] == "all"
     }
     pairs = used(build)
@@ -125,7 +125,7 @@ def test_held_out_figures_are_of_held_out_pairs_and_training_figures_of_the_save
 def test_the_thinnest_twentieth_of_the_training_pairs_is_sparse(build, compared):
     n = {
         (row["sample"], row["subset"]): row["n"]
-        for row in read_comparison(compared)["figures"]
+        for row in Compare.load(compared)["figures"]
         if (row["method"], row["label"], row["statistic"]) == ("none", "teff", "mad")
     }
     for sample in ("train", "test"):
@@ -136,7 +136,7 @@ def test_the_thinnest_twentieth_of_the_training_pairs_is_sparse(build, compared)
 
 
 def test_the_better_method_is_chosen_and_said(build, trained, compared):
-    found = read_comparison(compared)
+    found = Compare.load(compared)
     by = {r["method"]: r for r in found["artifacts"] if r["label"] == "logg"}
     assert by["straight"]["roughness"] == pytest.approx(0, abs=1e-3)
     assert by["cubic"]["roughness_low"] > by["straight"]["roughness_high"]
@@ -265,6 +265,6 @@ def test_settings_that_cannot_be(build, trained, tmp_path):
 
 def test_another_output_is_no_comparison(build, compared):
     with pytest.raises(CatalogError, match="is no output of 'compare' but of 'crossmatch'"):
-        read_comparison(build / "pairs")
+        Compare.load(build / "pairs")
     with pytest.raises(CatalogError, match="does not exist"):
-        read_comparison(build / "gone")
+        Compare.load(build / "gone")

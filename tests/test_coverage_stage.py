@@ -16,7 +16,7 @@ from sos_dask.errors import CatalogError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.widening import KINDS
 from sos_dask.problem import DEFAULT
-from sos_dask.stages.coverage import Coverage, CoverageSettings, look, parameter_columns
+from sos_dask.stages.coverage import Coverage, CoverageSettings, parameter_columns
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, sealed_json
@@ -84,7 +84,8 @@ def test_pairs_of_another_model_are_refused(small_store, tmp_path):
     pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
     stars = opened(small_store, "lamost.stars")
     manifest = Manifest.load(model)
-    Output(model, replace(manifest.recipe, params={})).commit(manifest.rows, ())
+    other = replace(manifest.recipe, params={**manifest.recipe.params, "again": 1})
+    Output(model, other).commit(manifest.rows, ())
     with pytest.raises(CatalogError, match="does not hold the pairs"):
         coverage(model, pairs, rows, stars, tmp_path / "out", CoverageSettings())
 
@@ -115,7 +116,7 @@ def test_the_command_tells_shares_maps_and_follow_up(small_store, capsys):
 
 
 def test_shares_of_stars_are_those_of_their_labels(small_store):
-    found = look(small_store / "current" / "coverage")
+    found = Coverage.load(small_store / "current" / "coverage")
     model = CoverageModel.load(small_store / "current" / "coverage")
     stars = opened(small_store, "lamost.stars")
     table = pa.concat_tables([stars.read(pixel) for pixel in stars.pixels])
@@ -143,10 +144,9 @@ def test_a_store_without_coverage_is_told_what_to_do(small_store, tmp_path):
         sealed_json({"products": {"coverage": ""}, "stages": {"coverage": ""}})
     )
     shutil.copytree(small_store / "current" / "coverage", current / "coverage")
-    manifest = current / "coverage" / "manifest.json"
-    document = json.loads(manifest.read_text())
-    del document["summary"]["stars"]
-    manifest.write_text(sealed_json(document))
+    made = Manifest.load(current / "coverage")
+    older = replace(made, recipe=replace(made.recipe, version=made.recipe.version - 1))
+    (current / "coverage" / "manifest.json").write_text(sealed_json(older.document))
     with pytest.raises(CatalogError, match="made by another version"):
         app(command)
 
@@ -179,6 +179,6 @@ def test_a_measure_that_is_none(cli, measure):
 
 
 def test_maps_are_a_table(small_store):
-    found = look(small_store / "current" / "coverage")
+    found = Coverage.load(small_store / "current" / "coverage")
     maps = pq.read_table(small_store / "current" / "coverage" / "maps.parquet")
     assert isinstance(maps, pa.Table) and set(found["meaning"]) >= {"inside", "outside"}

@@ -15,7 +15,7 @@ from sos_dask.corrections import load
 from sos_dask.errors import CatalogError, ClusterError, ModelError
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
-from sos_dask.stages.compare import Compare
+from sos_dask.stages.compare import Compare, Trends
 from sos_dask.stages.coverage import Coverage
 from sos_dask.stages.evidence import (
     DIFFERENCES,
@@ -25,11 +25,9 @@ from sos_dask.stages.evidence import (
     held_out_columns,
     held_out_pairs,
     read_evidence,
-    require_evidence,
     sparse_pairs,
 )
 from sos_dask.stages.train import TrainSettings
-from sos_dask.stages.trends import Trends
 from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
@@ -185,25 +183,21 @@ def test_stages_look_at_no_more_pairs_than_that(build, pairs, tmp_path):
         assert manifest.rows.n_in == manifest.rows.n_out + sum(dropped.values())
 
 
-def test_memory_that_is_needed_stops_growing(pairs, monkeypatch):
+def test_memory_that_is_needed_stops_growing(pairs, tmp_path, monkeypatch):
     asked: list[int] = []
 
     class Asked(Cluster):
         def require_memory(self, n_bytes: int, what: str) -> None:
             asked.append(n_bytes)
 
-    class Many:
-        path = pairs.path
-
-        def __init__(self, n_rows: int) -> None:
-            self.n_rows = n_rows
-
-    for n_rows in (10**6, 10**7, 10**8):
-        require_evidence(Asked(), Many(n_rows), "compare", 300 << 20, 400)  # type: ignore[arg-type]
-    assert np.diff(asked).tolist() == [16 * 9 * 10**6, 16 * 9 * 10**7]
-    monkeypatch.setattr("sos_dask.run.cluster.memory_bytes", lambda: 500 << 20)
-    with pytest.raises(ClusterError, match="compare: 1,000,000 pairs"):
-        require_evidence(Cluster(), Many(10**7), "compare", 300 << 20, 400)  # type: ignore[arg-type]
+    for most in (10, 20, 30):
+        settings = EvidenceSettings(max_pairs=most)
+        make_evidence(pairs, {}, tmp_path / str(most), settings, cluster=Asked())
+    assert asked[0] == (300 << 20) + 400 * 10 + 40 * pairs.n_rows
+    assert np.diff(asked).tolist() == [4000, 4000]
+    monkeypatch.setattr("sos_dask.run.cluster.memory_bytes", lambda: 300 << 20)
+    with pytest.raises(ClusterError, match="evidence: 40 pairs"):
+        make_evidence(pairs, {}, tmp_path / "large", EvidenceSettings(max_pairs=40))
 
 
 def test_evidence_of_another_model_is_refused(build, pairs, tmp_path):

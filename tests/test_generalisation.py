@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.errors import ModelError
-from sos_dask.evidence.left_out import (
+from sos_dask.evidence.figures import (
     DENSITY,
     REFERENCE,
     REGION,
@@ -14,9 +14,9 @@ from sos_dask.evidence.left_out import (
     region_groups,
 )
 from sos_dask.problem import KNOWN_INPUTS, Label, Problem
+from sos_dask.stages.compare import Trends
 from sos_dask.stages.evidence import EvidenceSettings
-from sos_dask.stages.generalisation import TABLE, Generalisation, GeneralisationSettings
-from sos_dask.stages.trends import Trends
+from sos_dask.stages.train import TABLE, Generalisation, GeneralisationSettings
 from tests.job import contents
 from tests.run import generalisation, make_evidence
 from tests.sky import write_catalog

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sos_dask.errors import ConfigError
-from sos_dask.evidence.three_cornered_hat import three_cornered_hat
+from sos_dask.evidence.trends import three_cornered_hat
 
 NAMES = ("a", "b", "c")
 

@@ -10,7 +10,7 @@ from astropy.table import Table
 
 from sos_dask.ingest.canonical import Profile, check_profile, plan_chunks, read_chunk
 from sos_dask.ingest.keys import conflicting_keys, merge_rows
-from sos_dask.ingest.readers import open_source
+from sos_dask.ingest.reader import open_source
 from sos_dask.sky.healpix import ang2pix
 from sos_dask.surveys.definition import Survey, load_survey, parse_survey
 from tests.survey_files import NAMES, fails, ipc_bytes, read, rows, survey, write_csv, write_fits
@@ -267,6 +267,17 @@ def test_cuts_on_native_and_canonical_columns(tmp_path):
         "no column 'teffx', which cut 'snr' needs",
     )
     assert "teff" in error.hint
+
+
+def test_each_cut_has_its_bit(tmp_path):
+    data = rows(2) | {"x": np.array([-1.0, 1.0]), "y": np.array([1, 1])}
+    cuts = {
+        "a": {"bit": 0, "column": "x", "min": 0},
+        "b": {"bit": 62, "column": "y", "bits_unset": [0]},
+        "c": {"bit": 5, "column": "gone", "min": 0, "optional": True},
+    }
+    out = read(write_fits(tmp_path / "a", data), survey(cuts=cuts))
+    assert out.column("quality") == [1 | 1 << 62, 1 << 62]
 
 
 def test_without_cuts_all_rows_pass(tmp_path):

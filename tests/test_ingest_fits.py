@@ -2,7 +2,6 @@ import gzip
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from astropy.io import fits
 from astropy.table import Table
@@ -11,8 +10,8 @@ from hypothesis import strategies as st
 
 from sos_dask.errors import StorageError, SurveyError
 from sos_dask.ingest.canonical import plan_chunks, read_chunk
-from sos_dask.ingest.readers import open_source
-from sos_dask.ingest.readers.fits import _text
+from sos_dask.ingest.fits import _text
+from sos_dask.ingest.reader import open_source
 from tests.survey_files import fails, read, rows, survey, write_csv, write_fits
 
 # --- FITS -------------------------------------------------------------------------------------
@@ -146,11 +145,10 @@ def test_damaged_headers(tmp_path):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.binary(max_size=9), min_size=1, max_size=20))
-def test_short_texts_are_read_as_long_ones(words):
-    short, long = (_text(np.array([word[:8] for word in words], f"S{width}")) for width in (8, 9))
-    assert isinstance(short, pa.DictionaryArray) and not isinstance(long, pa.DictionaryArray)
-    assert short.to_pylist() == long.to_pylist()
+@given(st.lists(st.text("ab \0", max_size=9), min_size=1, max_size=20))
+def test_text_ends_at_a_nul_and_has_no_padding(words):
+    found = _text(np.array(words, "S9")).to_pylist()
+    assert found == [word.rstrip(" \0").split("\0")[0] for word in words]
 
 
 # --- gzip -------------------------------------------------------------------------------------

@@ -108,9 +108,7 @@ def test_merging_depends_on_the_rows_alone(tmp_path_factory, items, random):
             for table in tables
         ]
         merged = merge_rows(tables, ["x", "y"])
-        rejected = pa.concat_tables(
-            [merged.rejected, rejected_rows(lost, "conflicting obs_id", ["x", "y"])]
-        )
+        rejected = pa.concat_tables([merged.rejected, rejected_rows(lost, ["x", "y"])])
         assert merged.rows.num_rows + merged.n_duplicates + rejected.num_rows == len(items)
         assert set(rejected["reason"].to_pylist()) <= {"conflicting obs_id"}
         ids = rejected["obs_id"].to_pylist()

@@ -5,7 +5,7 @@ import pytest
 from astropy.table import MaskedColumn, Table
 
 from sos_dask.ingest.canonical import plan_chunks
-from sos_dask.ingest.readers import open_source
+from sos_dask.ingest.reader import open_source
 from tests.survey_files import fails, read, rows, survey, write_fits
 
 # --- Parquet and VOTable ----------------------------------------------------------------------

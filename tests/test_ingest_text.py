@@ -4,7 +4,7 @@ import pytest
 
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.canonical import plan_chunks, read_chunk
-from sos_dask.ingest.readers import open_source
+from sos_dask.ingest.reader import open_source
 from tests.survey_files import NAMES, fails, read, rows, survey, write_csv
 
 

@@ -282,7 +282,7 @@ def test_what_outputs_took_is_remembered_beside_them(job, store):
     rebuild(job)
     fingerprint = Manifest.load(store / "current/model.polynomial").fingerprint
     cost = costs(store)[fingerprint]
-    assert 0 < cost.cpu_s < 60 and 0 < cost.wall_s < 120
+    assert 0 < cost["cpu_s"] < 60 and 0 < cost["wall_s"] < 120
     (store / "costs.json").write_text("{")
     assert costs(store) == {}
     assert ran(rebuild(job)) == set()
@@ -520,11 +520,11 @@ def test_real_giants_are_corrected(real_data, cluster, tmp_path, monkeypatch):
     build = rebuild(job, tmp_path / "store", cluster=lambda: contextlib.nullcontext(cluster))
     stages = {stage.product: stage for stage in build.stages}
     observations = stages["lamost.observations"]
-    assert (observations.rows_in, observations.rows_out) == (27_125, 21_960)
+    assert (observations.rows.n_in, observations.rows.n_out) == (27_125, 21_960)
     assert observations.dropped == {"exact duplicates": 5165}
-    assert stages["pairs"].rows_out == 736
+    assert stages["pairs"].rows.n_out == 736
     assert stages["pairs"].summary["reference_stars"] == 601
-    assert stages["lamost.corrected"].rows_out == 21_960
+    assert stages["lamost.corrected"].rows.n_out == 21_960
     feh = [metric for metric in build.metrics if metric.label == "feh"]
     assert {metric.method for metric in feh} >= {"polynomial", "boosted"}
     best = min(feh, key=lambda metric: metric.scatter_after)
@@ -542,7 +542,7 @@ def test_the_coverage_tells_errors_of_real_stars(real_data, tmp_path, monkeypatc
     job = job.model_copy(update={"report": ReportSection(enabled=False)})
     build = rebuild(job, tmp_path / "store")
     stages = {stage.product: stage for stage in build.stages}
-    assert stages["pairs"].rows_out == 614
+    assert stages["pairs"].rows.n_out == 614
     current = (tmp_path / "store" / "current").resolve()
     method = Manifest.load(current / "comparison").summary["method"]
     overlap = read_overlap(current / "evidence", current / f"model.{method}")
@@ -550,7 +550,7 @@ def test_the_coverage_tells_errors_of_real_stars(real_data, tmp_path, monkeypatc
     model = CoverageModel.load(current / "coverage")
     score, _ = model.coverage(overlap.columns)
     logg, snr = (overlap.columns[name] for name in ("logg", "snr"))
-    noise = model.noise.of_pairs(logg, snr, overlap.reference_error)
+    noise = model.noise(logg, snr, overlap.reference_error)
     ratio = np.abs(overlap.residual / noise)
     right = ratio.min(axis=1) <= WRONG_SIGMA
     assert np.count_nonzero(right) > 590

@@ -19,20 +19,25 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
 from sos_dask.errors import ConfigError, StorageError
-from sos_dask.simulate import (
-    SURVEYS,
-    SkySettings,
-    files,
-    galah_bias,
-    lamost_bias,
+from sos_dask.simulate import SkySettings, files, simulate
+from sos_dask.simulate.sky import (
+    APOGEE,
+    GALAH,
+    LAMOST,
+    SPECIAL_STARS,
+    from_galactic,
+    make_plates,
     reference_rows,
     references_avoid,
-    simulate,
-    special_stars,
+    to_galactic,
+)
+from sos_dask.simulate.surveys import (
+    SURVEYS,
+    columns,
+    galah_bias,
+    lamost_bias,
     stated_error_factor,
 )
-from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, from_galactic, make_plates, to_galactic
-from sos_dask.simulate.surveys import columns
 from sos_dask.sky import healpix
 from sos_dask.surveys.definition import load_survey
 
@@ -469,7 +474,7 @@ def test_default_overlap_serves_training():
 
 
 def test_special_stars_are_in_every_survey(sky):
-    table = special_stars()
+    table = SPECIAL_STARS
     still = np.hypot(table[:, 2], table[:, 3]) == 0
     fast = np.hypot(table[:, 2], table[:, 3]) > 1000
     assert fast.sum() == 6
@@ -492,7 +497,7 @@ def test_special_stars_are_in_every_survey(sky):
 
 
 def test_special_stars_are_where_they_claim():
-    table = special_stars()
+    table = SPECIAL_STARS
     ra, dec, pmra, pmdec = table.T
     assert np.all(90.0 - np.abs(dec[:7]) < 0.01)
     assert np.all(np.minimum(ra[7:13], 360.0 - ra[7:13]) < 1e-4)

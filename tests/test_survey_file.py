@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from sos_dask.correct import FLAGS, corrected_schema, with_coverage_schema
+from sos_dask.correct import FLAGS, corrected_schema
 from sos_dask.errors import SosError, SurveyError
 from sos_dask.evidence.widening import KIND_FIELD
 from sos_dask.schema import CANONICAL, RESERVED, nearest
@@ -331,9 +331,8 @@ def test_extras_take_no_reserved_name(name):
 
 
 def test_columns_that_corrections_add_are_reserved():
-    added = with_coverage_schema(
-        corrected_schema(pa.schema([]), SimpleNamespace(describe=str))
-    ).names
+    errors: Any = SimpleNamespace(describe=str)
+    added = corrected_schema(pa.schema([]), errors, covered=True).names
     assert len(added) == 11
     assert {*added, FLAGS, KIND_FIELD.name} <= set(RESERVED)
 

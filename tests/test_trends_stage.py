@@ -13,9 +13,9 @@ from sos_dask.errors import CatalogError, ClusterError
 from sos_dask.evidence.trends import CONTRAST_SCHEMA, TREND_SCHEMA
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
-from sos_dask.simulate import lamost_bias
-from sos_dask.stages.trends import Trends, TrendSettings
-from sos_dask.stats.binned import Axis
+from sos_dask.simulate.surveys import lamost_bias
+from sos_dask.stages.compare import Trends, TrendSettings
+from sos_dask.stats.numbers import Axis
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from tests.job import contents

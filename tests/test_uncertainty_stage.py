@@ -15,11 +15,11 @@ from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.corrections.base import SEAL, sealed
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
-from sos_dask.evidence.error_tables import load_errors
+from sos_dask.evidence.intervals import load_errors
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import LABELS
 from sos_dask.stages.reference import common_stars
-from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings, read_calibration
+from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from tests.job import contents
@@ -66,7 +66,7 @@ def test_a_rebuild_makes_the_errors(build):
     used = read(build / "pairs").filter(pc.field("use"))
     assert manifest.rows.n_out == used.num_rows
     assert set(manifest.summary["error_factors"]) == {"lamost", "apogee", "galah"}
-    calibration = read_calibration(directory)
+    calibration = Uncertainty.load(directory)["hit_rates"]
     assert {one["label"] for one in calibration} == set(LABELS)
     assert {one["level"] for one in calibration} == {0.68, 0.95}
     assert {"all", "dense", "sparse", "giants", "low snr"} <= {one["subset"] for one in calibration}

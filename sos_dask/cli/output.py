@@ -17,7 +17,7 @@ from typing import Any
 
 from sos_dask.evidence.figures import Metric
 from sos_dask.run.cluster import Report
-from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.manifest import Manifest, Rows
 from sos_dask.storage.store import StageResult
 
 Row = Mapping[str, Any]
@@ -215,15 +215,15 @@ def stage_document(stage: StageResult) -> Row:
     """What a stage made, as JSON values."""
     return {
         "stage": stage.stage,
-        "rows": _account(stage, stage.rows_in, stage.rows_out),
+        "rows": _account(stage.rows),
         "path": stage.path,
         "summary": {key: value for key, value in stage.summary.items() if key != "metrics"},
     }
 
 
-def _account(rows: Any, n_in: int, n_out: int) -> Row:
+def _account(rows: Rows) -> Row:
     more = {key: getattr(rows, key) for key in ("rejected", "dropped", "added")}
-    return {"in": n_in, "out": n_out, **more}
+    return {"in": rows.n_in, "out": rows.n_out, **more}
 
 
 def show_step(manifest: Manifest | None, out: Path, as_json: bool) -> None:
@@ -233,7 +233,7 @@ def show_step(manifest: Manifest | None, out: Path, as_json: bool) -> None:
     if manifest is not None:
         rows = manifest.rows
         document |= {"stage": manifest.recipe.stage, "summary": manifest.summary}
-        document["rows"] = _account(rows, rows.n_in, rows.n_out)
+        document["rows"] = _account(rows)
         reasons = _reasons({"rejected": rows.rejected, **rows.dropped, **rows.added})
         text = ", ".join([f"{rows.n_in:,} rows in", f"{rows.n_out:,} out", *reasons])
     if as_json:
@@ -250,12 +250,14 @@ def show_stages(title: str, stages: Iterable[StageResult], more: str = "") -> No
     """Print the account of rows of every stage, and further columns."""
     rows = []
     for stage in stages:
-        row = dict(vars(stage))
-        if not (stage.rows_in or stage.rows_out):
-            row |= dict.fromkeys(("rows_in", "rows_out", "rejected"), "")
-        row["others"] = ", ".join(_reasons(stage.dropped) + _reasons(stage.added, "+"))
+        row = {**vars(stage.rows), **vars(stage)}
+        if not (stage.rows.n_in or stage.rows.n_out):
+            row |= dict.fromkeys(("n_in", "n_out", "rejected"), "")
+        row["others"] = ", ".join(_reasons(row["dropped"]) + _reasons(row["added"], "+"))
         rows.append(row)
-    show_table(title, f"product rows_in rows_out rejected others=dropped,_+added {more}", rows)
+    show_table(
+        title, f"product n_in=rows_in n_out=rows_out rejected others=dropped,_+added {more}", rows
+    )
 
 
 def show_metrics(metrics: Iterable[Metric], chosen: str = "") -> None:

@@ -20,18 +20,16 @@ from sos_dask.cli.output import (
     show_table,
     stage_document,
 )
-from sos_dask.corrections.search import search_space
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.rebuild.job import Job, load_job
 from sos_dask.run.cluster import check_place, start
 from sos_dask.settings import NAME_RULE, is_name
 from sos_dask.stages.apply import Apply
-from sos_dask.stages.attach import Attach
+from sos_dask.stages.attach import Attach, Margin, MarginSettings
 from sos_dask.stages.base import Stage
 from sos_dask.stages.crossmatch import Crossmatch
 from sos_dask.stages.dedupe import Dedupe
 from sos_dask.stages.ingest import Ingest
-from sos_dask.stages.margin import Margin, MarginSettings
 from sos_dask.stages.reference import Reference
 from sos_dask.stages.train import LOCAL_PAIRS, Train, asks_workers, metrics_of
 from sos_dask.storage.catalog import Catalog
@@ -181,7 +179,7 @@ def train(pairs: Path, *, method: str, param: Names = None, options: Options) ->
             f"{pairs} is not a catalog of pairs",
             "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS.",
         )
-    if chosen.search and not search_space(method):
+    if chosen.search and not corrections.search_space(method):
         raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
     if chosen.validation != "auto":
         options.refuse(("kfold_limit",), f" with --validation {chosen.validation}")
@@ -244,13 +242,13 @@ def demo(
 
     Example: sos-dask demo --rows 200000 --store demo-store
     """
-    from sos_dask.simulate import demo as module
+    from sos_dask.simulate.files import against_truth, prepare
 
     with reporting() as report:
-        job = load_job(module.prepare(store, rows, seed, report))
+        job = load_job(prepare(store, rows, seed, report))
     build = _rebuild(job, None, workers, memory_limit, None)
     truth = store / "sky" / "truth.parquet"
-    recovered = module.against_truth(build.path / "lamost.corrected", truth)
+    recovered = against_truth(build.path / "lamost.corrected", truth)
     yield {**_build_document(build), "truth": recovered}
     show_build(build)
     show_table(

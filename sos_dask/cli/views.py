@@ -38,13 +38,11 @@ from sos_dask.cli.output import (
 from sos_dask.correct import COVERAGE_MEANINGS
 from sos_dask.errors import CatalogError, ConfigError, SosError
 from sos_dask.schema import nearest
-from sos_dask.stages.base import Stage
-from sos_dask.stages.compare import Compare, read_comparison
-from sos_dask.stages.coverage import Coverage, look
-from sos_dask.stages.evidence import on_pairs
-from sos_dask.stages.trends import Trends, read_trends
-from sos_dask.stages.uncertainty import read_calibration
-from sos_dask.stats.binned import rms_of_medians
+from sos_dask.stages.compare import Compare, Trends
+from sos_dask.stages.coverage import Coverage
+from sos_dask.stages.evidence import OnEvidence, on_pairs
+from sos_dask.stages.uncertainty import Uncertainty
+from sos_dask.stats.numbers import rms_of_medians
 from sos_dask.storage import store as stores
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
@@ -190,9 +188,9 @@ def uncertainty(job: Place = None, *, store: Place = None) -> Shown:
     Example: sos-dask uncertainty --store store
     """
     directory = stores.current_product(find_store(store, job), "uncertainty")
-    summary = Manifest.load(directory).summary
-    rates = read_calibration(directory)
-    yield {"path": directory, **summary, "hit_rates": rates}
+    summary = Uncertainty.load(directory)
+    rates = summary["hit_rates"]
+    yield {"path": directory, **summary}
     show_table(
         f"Held-out pairs inside their interval, with its 95 % range (method {summary['method']}; "
         f"error of the reference {summary['reference_error']})",
@@ -234,7 +232,7 @@ def _with_range(row: Row, name: str, factor: float = 1, form: str = ".3f") -> st
 
 
 def _on_pairs(
-    stage: type[Stage[Any]],
+    stage: type[OnEvidence[Any]],
     pairs: Path,
     models: Sequence[Path],
     out: Path | None,
@@ -252,8 +250,8 @@ def _on_pairs(
         if method in by_method:
             raise ConfigError(f"{path} and {by_method[method]} are both models of '{method}'")
         by_method[method] = path
-    named = {f"model.{method}": path for method, path in by_method.items()}
-    inputs = {name: path for name, path in named.items() if stage.takes(name)}
+    takes_models = any(role.many and role.name == "model" for role in stage.roles)
+    inputs = {f"model.{method}": path for method, path in by_method.items() if takes_models}
     inputs |= more or {}
     given: Any = (stage, Catalog.open(pairs), by_method, out, settings, inputs)
     with reporting() as report, options.start() as cluster:
@@ -301,7 +299,8 @@ def compare(
         place = find_store(store)
         directory = _current(place, "comparison", options, "label", "sample")
         taken = _training_costs(place)
-    found = read_comparison(directory)
+    found = Compare.load(directory)
+    del found["metrics"]
     for name in ("figures", "artifacts", "outside"):
         found[name] = [row for row in found[name] if label in (None, row["label"])]
     figures = [row for row in found["figures"] if sample in (None, row["sample"])]
@@ -336,8 +335,7 @@ def _training_costs(store: Path) -> dict[str, dict[str, float | None]]:
     known = stores.costs(store)
     return {
         product.removeprefix("model."): {
-            f"train_{name}": getattr(known.get(fingerprint), name, None)
-            for name in ("cpu_s", "wall_s")
+            f"train_{name}": known.get(fingerprint, {}).get(name) for name in ("cpu_s", "wall_s")
         }
         for product, fingerprint in stores.published(store).items()
         if product.startswith("model.")
@@ -401,7 +399,7 @@ def trends(
         directory = _on_pairs(Trends, inputs[0], inputs[1:], out, options)
     else:
         directory = _current(find_store(store), "trends", options, "label", "against", "method")
-    found = read_trends(directory)
+    found = Trends.load(directory)
     rows = found["trends"]
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"]))
     _one_of("label", label, LABEL_UNITS)
@@ -490,7 +488,7 @@ def coverage(
         more: dict[str, Any] = {"pairs": pairs, "observations": scored, "stars": stars}
         more |= {"model": model} | ({"errors": errors} if errors else {})
         directory = _on_pairs(Coverage, pairs, [model], out, options, chosen, more)
-    found = look(directory)
+    found = Coverage.load(directory)
     yield found
     _show_shares(found)
     if figure is not None and figure.is_file():

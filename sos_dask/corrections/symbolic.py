@@ -33,20 +33,8 @@ from pydantic import Field
 
 from sos_dask import settings
 from sos_dask.columns import Float32Array, FloatArray, IntArray
-from sos_dask.corrections.base import (
-    Content,
-    Correction,
-    ModelInfo,
-    Progress,
-    Rows,
-    Summary,
-    Training,
-    hash_rows,
-    parse_json,
-    run_tasks,
-    summarise,
-    to_json,
-)
+from sos_dask.corrections import base
+from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
 from sos_dask.corrections.formula import Formula, Template
 from sos_dask.corrections.polynomial import BISQUARE, one_thread
 from sos_dask.errors import ConfigError, ModelError
@@ -121,6 +109,8 @@ class SymbolicCorrection(Correction):
         Pairs that searched and judged.
     """
 
+    parameters = Settings
+
     choices: tuple[Choice, ...]
     n_sample: int
 
@@ -141,47 +131,44 @@ class SymbolicCorrection(Correction):
             "n_sample": self.n_sample,
             "labels": self.info.by_label([choice.as_json for choice in self.choices]),
         }
-        return {FILE: to_json(document)}
+        return {FILE: base.to_json(document)}
 
+    @classmethod
+    def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection:
+        """Read a model from its own files; `ModelError` where they are more than arithmetic."""
+        document = base.parse_json(bytes(files.get(FILE, b"")), FILE)
+        choices = []
+        try:
+            for label in info.problem.names:
+                choice = Choice(**document["labels"][label])
+                formula = Formula.parse(choice.formula, info.problem.features)
+                if not formula.is_finite(info.minimum, info.maximum):
+                    raise ModelError(f"the formula of {label} is not finite in the training range")
+                choices.append(choice)
+            return cls(info, tuple(choices), int(document["n_sample"]))
+        except (ConfigError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
+        except ModelError as error:
+            raise ModelError(f"{FILE}: {label}: {error.message}", error.hint) from None
 
-def restore(info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection:
-    """Model from its files; `ModelError` where they are incomplete or hold more than arithmetic."""
-    document = parse_json(bytes(files.get(FILE, b"")), FILE)
-    choices = []
-    try:
-        for label in info.problem.names:
-            choice = Choice(**document["labels"][label])
-            formula = Formula.parse(choice.formula, info.problem.features)
-            if not formula.is_finite(info.minimum, info.maximum):
-                raise ModelError(f"the formula of {label} is not finite in the training range")
-            choices.append(choice)
-        return SymbolicCorrection(info, tuple(choices), int(document["n_sample"]))
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
-    except ModelError as error:
-        raise ModelError(f"{FILE}: {label}: {error.message}", error.hint) from None
+    @classmethod
+    def fit(cls, training: Training, settings: Settings) -> SymbolicCorrection:
+        """Fit; see `sos_dask.corrections.fit`.
 
-
-def fit(training: Training, settings: Settings, progress: Progress) -> SymbolicCorrection:
-    """Fit; see `sos_dask.corrections.fit`.
-
-    With a client the labels evolve on its workers, at the same time. The formulas are the same.
-    """
-    summary = summarise(training, "symbolic", MIN_PAIRS)
-    require(settings.engine)
-    scale = Scale.of(summary, training.problem.features)
-    sample = draw_sample(training, scale, settings.n_sample)
-    pairs = draw_sample(training, scale, MOST_PAIRS, even=False)
-    progress("symbolic", 1, 2)
-    search = partial(
-        _search, scale=scale, summary=summary, settings=settings, sample=sample, pairs=pairs
-    )
-    labels = range(len(summary.center))
-    what, advice = "symbolic: the search of formulas", "give workers more, or lower n_sample."
-    choices = run_tasks(search, labels, training.client, what, advice)
-    progress("symbolic", 2, 2)
-    info = summary.info("symbolic", settings, training)
-    return SymbolicCorrection(info, tuple(choices), len(sample.features))
+        With a client the labels evolve on its workers, at the same time. The formulas are the same.
+        """
+        summary = base.summarise(training, "symbolic", settings, MIN_PAIRS)
+        _require(settings.engine)
+        scale = Scale.of(summary)
+        sample = draw_sample(training, scale, settings.n_sample)
+        pairs = draw_sample(training, scale, MOST_PAIRS, even=False)
+        search = partial(
+            _search, scale=scale, summary=summary, settings=settings, sample=sample, pairs=pairs
+        )
+        labels = range(len(summary.center))
+        what, advice = "symbolic: the search of formulas", "give workers more, or lower n_sample."
+        choices = base.run_tasks(search, labels, training.client, what, advice)
+        return cls(summary.info, tuple(choices), len(sample.features))
 
 
 # --- the search --------------------------------------------------------------------------------
@@ -202,45 +189,48 @@ def _search(
     # The sample is in the order of its hash: any two halves are alike.
     half = len(y) // 2
     z = np.clip((u.T / np.array(scale.width))[:half], -5, 5)
-    texts = evolve(z, np.clip(y[:half], -CLIP, CLIP), settings, scale.names)
+    evolve, names = _ENGINES[settings.engine], scale.info.problem.features
+    texts = evolve(z, np.clip(y[:half], -CLIP, CLIP), settings, list(names))
     forms: dict[str, Template] = {}
     for text in ["0", *texts]:
-        found = Template.of(text, scale.names, scale.width)
+        found = Template.of(text, names, scale.width)
         if found is not None:
             forms.setdefault(found.formula.text, found)
-    fitted = []
     with one_thread():
-        for form in forms.values():
-            if scale.finite(form):
-                better = fit_numbers(form, u[:, :half], y[:half], weight[:half])
-                fitted.append(better if scale.finite(better) else form)
-        front, chosen, best = _choose(fitted, scale, u[:, half:], y[half:], settings)
+        fitted = [
+            _fitted(form, scale, u[:, :half], y[:half], weight[:half])
+            for form in forms.values()
+            if scale.finite(form)
+        ]
+        front, chosen = _front(fitted, u[:, half:], y[half:], settings)
         u, y, weight = scaled(pairs)
-        better = fit_numbers(best, u, y, weight)
-    # A pole may have come near.
-    best = better if scale.finite(better) else best
+        best = _fitted(front[chosen][0], scale, u, y, weight)
 
     def written(form: Template) -> dict[str, Any]:
         text, latex = form.written(scale.pivot, center, spread)
         return {"formula": text, "latex": latex, "complexity": form.complexity}
 
-    def candidate(form: Template, judged: Mapping[str, float]) -> Candidate:
-        figures = {**judged, "scatter": judged["scatter"] * spread}
-        short: dict[str, Any] = {name: _short(value) for name, value in figures.items()}
-        return Candidate(**written(form), **short)
-
     return Choice(
         **written(best),
         scatter=_short(_scatter(best.values(u) - y) * spread),
-        front=tuple(candidate(form, judged) for form, judged in front),
+        front=tuple(
+            Candidate(
+                **written(form),
+                loss=_short(judged["loss"]),
+                scatter=_short(judged["scatter"] * spread),
+                behind=_short(judged["behind"]),
+                standard_error=_short(judged["standard_error"]),
+            )
+            for form, judged in front
+        ),
         chosen=chosen,
     )
 
 
-def _choose(
-    forms: Sequence[Template], scale: Scale, u: FloatArray, y: FloatArray, settings: Settings
-) -> tuple[list[tuple[Template, dict[str, float]]], int, Template]:
-    """The front with its figures, the position of the chosen formula in it, and that formula."""
+def _front(
+    forms: Sequence[Template], u: FloatArray, y: FloatArray, settings: Settings
+) -> tuple[list[tuple[Template, dict[str, float]]], int]:
+    """The front with its figures, and the position of the chosen formula in it."""
     residuals = [y - form.values(u) for form in forms]
     scales = [_scatter(residual) for residual in residuals]
     # One scale for all, or a formula could buy a small loss with a large scale.
@@ -251,23 +241,23 @@ def _choose(
     for i in sorted(range(len(forms)), key=lambda i: (forms[i].complexity, means[i], i)):
         if np.isfinite(means[i]) and (not front or means[i] < means[front[-1]]):
             front.append(i)
-    best = front[-1]
-    entries = []
+    best, entries = front[-1], []
     for i in front:
-        difference = losses[i] - losses[best]
-        judged = {
-            "loss": means[i],
-            "scatter": scales[i],
-            "behind": means[i] - means[best],
-            "standard_error": float(np.std(difference)) / math.sqrt(len(difference)),
-        }
-        entries.append((forms[i], judged))
-    chosen = next(
-        place
-        for place, (_, judged) in enumerate(entries)
-        if judged["behind"] <= settings.standard_errors * judged["standard_error"]
-    )
-    return entries, chosen, forms[front[chosen]]
+        error = float(np.std(losses[i] - losses[best])) / math.sqrt(len(y))
+        judged = {"loss": means[i], "scatter": scales[i], "behind": means[i] - means[best]}
+        entries.append((forms[i], {**judged, "standard_error": error}))
+    close = [
+        one["behind"] <= settings.standard_errors * one["standard_error"] for _, one in entries
+    ]
+    return entries, close.index(True)
+
+
+def _fitted(
+    form: Template, scale: Scale, u: FloatArray, y: FloatArray, weight: FloatArray
+) -> Template:
+    """The formula with fitted numbers, unless a pole came near."""
+    better = fit_numbers(form, u, y, weight)
+    return better if scale.finite(better) else form
 
 
 def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray) -> Template:
@@ -286,9 +276,9 @@ def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray
 
     try:
         found = least_squares(
-            lambda numbers: (form.values(u, numbers) - y) / sigma,
+            lambda numbers: (form.with_numbers(numbers).values(u) - y) / sigma,
             form.numbers,
-            jac=lambda numbers: form.gradient(u, numbers) / sigma,
+            jac=lambda numbers: form.with_numbers(numbers).gradient(u) / sigma,
             loss=loss,
             x_scale="jac",
             ftol=1e-6,
@@ -310,19 +300,18 @@ def _short(value: float) -> float:
 # --- engines -----------------------------------------------------------------------------------
 
 
-def require(engine: str) -> None:
+def _require(engine: str) -> None:
     """Raise `ModelError` where an engine is not installed, without importing it."""
     # Importing pysr without Julia would download one.
     needed = {"operon": ["pyoperon"], "pysr": ["pysr", "juliacall"]}[engine] + ["sympy"]
     missing = [name for name in needed if not _installed(name)]
-    julia = shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")
-    if engine == "pysr" and not julia:
-        missing.append("julia")
-    if missing and engine == "operon":
+    if engine == "operon" and missing:
         raise ModelError(
             f"method 'symbolic' needs {' and '.join(missing)}, which is not installed",
             "Install it with: pip install 'sos_dask[symbolic]'",
         )
+    if engine == "pysr" and not (shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")):
+        missing.append("julia")
     if missing:
         raise ModelError(
             f"symbolic.engine = 'pysr' needs {', '.join(missing)}, which is not there",
@@ -335,11 +324,6 @@ def _installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ValueError:
         return False
-
-
-def evolve(z: FloatArray, y: FloatArray, settings: Settings, names: Sequence[str]) -> list[str]:
-    """Find formulas of scaled inputs, shape (n, k), with the engine of the settings."""
-    return (_operon if settings.engine == "operon" else _pysr)(z, y, settings, list(names))
 
 
 def _operon(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:
@@ -368,7 +352,7 @@ def _operon(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) 
 
 
 def _pysr(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:
-    """Formulas that PySR finds (Cranmer 2023, arXiv:2305.01582)."""
+    # Cranmer 2023, arXiv:2305.01582
     from pysr import PySRRegressor
 
     with tempfile.TemporaryDirectory() as folder:
@@ -388,6 +372,9 @@ def _pysr(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) ->
         return [str(text) for text in regressor.equations_["equation"]]
 
 
+_ENGINES = {"operon": _operon, "pysr": _pysr}
+
+
 # --- the sample --------------------------------------------------------------------------------
 
 
@@ -395,23 +382,20 @@ def _pysr(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) ->
 class Scale:
     """Inputs are shifted by a short number; while formulas evolve they are scaled too."""
 
-    names: tuple[str, ...]
+    info: ModelInfo
     pivot: tuple[float, ...]
     width: tuple[float, ...]
-    minimum: tuple[float, ...]
-    maximum: tuple[float, ...]
 
     @classmethod
-    def of(cls, summary: Summary, names: tuple[str, ...]) -> Scale:
+    def of(cls, summary: Summary) -> Scale:
         """Of the pairs that are trained with."""
-        pivot, width = [], []
-        for mean, deviation in zip(summary.mean.tolist(), summary.deviation.tolist(), strict=True):
-            size = float(f"{deviation:.1e}")
-            # A short number within half of the width.
-            pivot.append(round(mean, -math.floor(math.log10(size))) + 0.0)
-            width.append(size)
-        ends = (tuple(summary.minimum.tolist()), tuple(summary.maximum.tolist()))
-        return cls(names, tuple(pivot), tuple(width), *ends)
+        width = [float(f"{deviation:.1e}") for deviation in summary.deviation.tolist()]
+        # A short number within half of the width.
+        pivot = [
+            round(mean, -math.floor(math.log10(size))) + 0.0
+            for mean, size in zip(summary.mean.tolist(), width, strict=True)
+        ]
+        return cls(summary.info, tuple(pivot), tuple(width))
 
     def shift(self, features: Float32Array) -> FloatArray:
         """Columns of inputs less their pivots, shape (k, n)."""
@@ -421,8 +405,8 @@ class Scale:
         """Tell whether a formula is finite in the training box."""
         if not np.isfinite(form.numbers).all():
             return False
-        text, _ = form.written(self.pivot)
-        return Formula.parse(text, self.names).is_finite(self.minimum, self.maximum)
+        formula = Formula.parse(form.written(self.pivot)[0], self.info.problem.features)
+        return formula.is_finite(self.info.minimum, self.info.maximum)
 
 
 def draw_sample(training: Training, scale: Scale, wanted: int, *, even: bool = True) -> Rows:
@@ -432,26 +416,23 @@ def draw_sample(training: Training, scale: Scale, wanted: int, *, even: bool = T
     """
     counts = np.sum(training.map(_cell_counts, scale), axis=0)
     chosen = training.map(_chosen_rows, scale, _shares(counts, wanted, even))
-    hashes = np.concatenate([part[0] for part in chosen])
+    hashes, *columns = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
     # Rows of one hash are equal, but for one in 1e19.
     order = np.argsort(hashes, kind="stable")
-    columns = zip(*(part[1] for part in chosen), strict=True)
-    return Rows(*(np.concatenate(parts)[order] for parts in columns))
+    return Rows(*(column[order] for column in columns))
 
 
 def _shares(counts: IntArray, wanted: int, even: bool) -> FloatArray:
     """Share of the pairs of each cell that is taken: about a / sqrt(pairs), at most all."""
+    from scipy.optimize import brentq
+
     if counts.sum() <= wanted:
         return np.ones(len(counts))
     root = np.sqrt(np.maximum(counts, 1)) if even else np.ones(len(counts))
-    low, high = 0.0, float(root.max())
-    for _ in range(60):
-        middle = (low + high) / 2
-        if (counts * np.minimum(1.0, middle / root)).sum() < wanted:
-            low = middle
-        else:
-            high = middle
-    return np.minimum(1.0, low / root)
+    a: float = brentq(
+        lambda a: counts @ np.minimum(1.0, a / root) - wanted, 0.0, root.max(), xtol=1e-12
+    )
+    return np.minimum(1.0, a / root)
 
 
 def _cells(rows: Rows, scale: Scale) -> IntArray:
@@ -461,13 +442,11 @@ def _cells(rows: Rows, scale: Scale) -> IntArray:
 
 
 def _cell_counts(rows: Rows, scale: Scale) -> IntArray:
-    return np.bincount(_cells(rows, scale), minlength=CELLS ** len(scale.names))
+    return np.bincount(_cells(rows, scale), minlength=CELLS ** len(scale.pivot))
 
 
-def _chosen_rows(
-    rows: Rows, scale: Scale, share: FloatArray
-) -> tuple[NDArray[np.uint64], tuple[Float32Array, ...]]:
-    hashes = hash_rows(rows.features, rows.differences, rows.weight[:, None])
+def _chosen_rows(rows: Rows, scale: Scale, share: FloatArray) -> tuple[NDArray[Any], ...]:
+    hashes = base.hash_rows(rows.features, rows.differences, rows.weight[:, None])
     chosen = (hashes >> np.uint64(11)) * 2.0**-53 < share[_cells(rows, scale)]
-    columns = (rows.features, rows.differences, rows.weight)
-    return hashes[chosen], tuple(column[chosen] for column in columns)
+    columns = (hashes, rows.features, rows.differences, rows.weight)
+    return tuple(column[chosen] for column in columns)

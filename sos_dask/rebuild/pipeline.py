@@ -16,7 +16,6 @@ from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import (
-    Cost,
     StageResult,
     check_product,
     home,
@@ -136,4 +135,4 @@ def _measured(store: Path, planned: Planned, cluster: Cluster) -> Iterator[None]
     yield
     after = cluster.cpu_seconds()
     cpu = sum(max(now - before.get(name, 0.0), 0.0) for name, now in after.items())
-    put_cost(store, planned.recipe.fingerprint, Cost(time.monotonic() - wall, cpu))
+    put_cost(store, planned.recipe.fingerprint, wall_s=time.monotonic() - wall, cpu_s=cpu)

@@ -17,27 +17,24 @@ from typing import Any
 
 from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
-from sos_dask.evidence.choice import check_rule
+from sos_dask.evidence.figures import check_rule
 from sos_dask.rebuild.job import AttachSection, Job, SurveySection
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
 from sos_dask.settings import Settings
 from sos_dask.stages.apply import Apply
-from sos_dask.stages.attach import Attach, companion_survey
+from sos_dask.stages.attach import Attach, Margin, companion_survey
 from sos_dask.stages.base import Stage
-from sos_dask.stages.compare import Compare
+from sos_dask.stages.compare import Compare, Trends
 from sos_dask.stages.coverage import Coverage
 from sos_dask.stages.crossmatch import Crossmatch
 from sos_dask.stages.dedupe import Dedupe
 from sos_dask.stages.evidence import Evidence
-from sos_dask.stages.generalisation import Generalisation
 from sos_dask.stages.ingest import Ingest
-from sos_dask.stages.margin import Margin
 from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.reference import Reference
 from sos_dask.stages.report import ReportStage
-from sos_dask.stages.train import Train
-from sos_dask.stages.trends import Trends
+from sos_dask.stages.train import Generalisation, Train
 from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sos_dask.evidence.figures import ALL, NONE, SUBSETS, TEST, TRAIN
-from sos_dask.evidence.maps import follow_up as most_outside
+from sos_dask.evidence.coverage import follow_up as most_outside
+from sos_dask.evidence.figures import NONE, SUBSETS, TEST, TRAIN
 from sos_dask.problem import Problem
 from sos_dask.report.figures import group_words, select
 from sos_dask.report.style import (
@@ -30,6 +30,7 @@ from sos_dask.report.style import (
     readable,
     word,
 )
+from sos_dask.stats.numbers import ALL
 from sos_dask.storage.artifact import partition_errors
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest

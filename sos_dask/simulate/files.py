@@ -1,35 +1,44 @@
-"""Make the mock sky block by block, and write its five files: complete, or not there at all."""
+"""Make the mock sky block by block, and write its five files: complete, or not there at all.
+
+The demonstration is made of it: such a sky with a job file, and the comparison with the truth.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.errors import StorageError
+from sos_dask.run.cluster import Report, silent
+from sos_dask.schema import LABELS
 from sos_dask.simulate import sky, surveys
-from sos_dask.simulate.sky import (
-    APOGEE,
-    LAMOST,
-    Draws,
-    Plates,
-    SkySettings,
-    Stars,
-)
+from sos_dask.simulate.sky import APOGEE, LAMOST, Draws, Plates, SkySettings, Stars
 from sos_dask.simulate.surveys import SURVEYS, TABLES, Records, Visits
-from sos_dask.storage.artifact import atomic_path, storage_errors
+from sos_dask.stats.numbers import binned_quantiles, bins_of, rms_of_medians
+from sos_dask.storage.artifact import atomic_path, storage_errors, write_text
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import canonical_json
 
 BLOCK_STARS = 65_536
 """Stars in memory at once (about 300 MB). It changes no byte of the output."""
 _ROW_GROUP = 131_072
+# Where stars of all kinds are many: 95 % of the overlap; the sparse edges are outside.
+DENSE = {"teff": (4000.0, 6800.0), "logg": (1.2, 5.0), "feh": (-1.2, 0.2)}
+N_BINS = 20
+MIN_STARS_A_BIN = 50
 _FITS_BLOCK = 2880
 
 
@@ -78,13 +87,9 @@ def simulate(
     paths = sky_files(directory)
     done = dict.fromkeys(SURVEYS, 0)
     with ExitStack() as stack:
-        fits = {
-            number: stack.enter_context(_fits_table(paths[survey.name], number, plates))
-            for number, survey in SURVEYS.items()
-        }
-        gaia, truth = (
-            stack.enter_context(_parquet_file(paths[name])) for name in ("gaia", "truth")
-        )
+        opened = stack.enter_context
+        fits = {of: opened(_fits_table(paths[SURVEYS[of].name], of, plates)) for of in SURVEYS}
+        gaia, truth = (opened(_parquet_file(paths[name])) for name in ("gaia", "truth"))
         for block in plates.blocks(BLOCK_STARS):
             made = _make_block(plates, block, settings)
             gaia(_gaia_table(made))
@@ -340,3 +345,69 @@ def _truth_table(visits: Visits, obs_id: NDArray[Any]) -> pa.Table:
         ("bias_logg", _F4, "dex", bias, visits.bias[:, 1], None),
         ("bias_feh", _F4, "dex", bias, visits.bias[:, 2], None),
     )  # fmt: skip
+
+
+# The demonstration
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Rms of the binned medians of label - truth, before and after the correction."""
+
+    label: str
+    binned_by: str
+    n_bins: int  # with enough rows
+    n: int  # rows in them
+    rms_before: float  # in the unit of the label
+    rms_after: float
+
+
+def prepare(store: Path, n_lamost: int, seed: int, report: Report = silent) -> Path:
+    """Simulate the sky of the demonstration, unless it is there, and write its job file.
+
+    The job file, in ``store``, is returned.
+    """
+    sky = store / "sky"
+    wanted = canonical_json({"n_lamost": n_lamost, "seed": seed})
+    done = sky / "settings.json"
+    if not done.is_file() or done.read_text("utf-8") != wanted:
+        done.unlink(missing_ok=True)
+        settings = SkySettings(n_lamost=n_lamost, seed=seed)
+        simulate(settings, sky, lambda survey, *rows: report(f"simulate {survey}", *rows))
+        write_text(done, wanted)
+    job = store / "demo.toml"
+    template = resources.files("sos_dask") / "templates" / "demo.toml"
+    write_text(job, template.read_text("utf-8"))
+    return job
+
+
+def against_truth(corrected: Path, truth: Path) -> list[Recovery]:
+    """Compare corrected LAMOST labels with the truth of the simulation, in the dense region.
+
+    Rows that fail a quality cut, outliers and rows without a correction are left out. The bins are
+    equal parts of the dense region in the observed labels.
+    """
+    catalog = Catalog.open(corrected)
+    columns = ["quality", "obs_id", *LABELS, *(f"{label}_sos" for label in LABELS)]
+    rows = pa.concat_tables([catalog.read(pixel, columns) for pixel in catalog.pixels])
+    rows = rows.filter((pc.field("quality") == 0) & pc.field("feh_sos").is_valid())
+    of_lamost = (pc.field("survey") == "lamost") & ~pc.field("is_outlier")
+    known = pq.read_table(truth, columns=["obs_id", *LABELS], filters=of_lamost)
+    known = known.set_column(0, "obs_id", known["obs_id"].cast(pa.int64()))
+    both = rows.join(known, "obs_id", join_type="inner", right_suffix="_true")
+    before, after, true_labels = (
+        np.stack([both[f"{label}{end}"].to_numpy() for label in LABELS], axis=1)
+        for end in ("", "_sos", "_true")
+    )
+    low, high = np.array([DENSE[label] for label in LABELS]).T
+    inside = ((before >= low) & (before < high)).all(axis=1)
+    found = []
+    for (number, label), (other, binned_by) in product(enumerate(LABELS), repeat=2):
+        bins = bins_of(before[inside, other], np.linspace(*DENSE[binned_by], N_BINS + 1))
+        rms = []
+        for residual in (before - true_labels, after - true_labels):
+            some = binned_quantiles(bins, residual[inside, number], N_BINS)
+            rms.append(rms_of_medians(some.n, some.median, MIN_STARS_A_BIN)[0] or math.nan)
+        used = some.n[some.n >= MIN_STARS_A_BIN]
+        found.append(Recovery(label, binned_by, len(used), int(used.sum()), *rms))
+    return found

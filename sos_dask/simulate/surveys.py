@@ -7,7 +7,7 @@ survey definition reads are there and zero, so that the files are as wide as rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, reduce
 from typing import Any
@@ -17,16 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.schema import LABELS
-from sos_dask.simulate.sky import (
-    APOGEE,
-    GALAH,
-    LAMOST,
-    SPECIAL,
-    Draws,
-    SkySettings,
-    Stars,
-    to_galactic,
-)
+from sos_dask.simulate import sky
+from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, Draws, SkySettings, Stars
 
 Records = NDArray[Any]
 Names = NDArray[np.str_]
@@ -54,11 +46,6 @@ def lamost_bias(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> FloatArray:
 
     Smooth and nonlinear in all labels, with log g x [Fe/H] terms, and strong at the sparse ends
     (log g < 1, Teff > 7000 K, [Fe/H] < -2, [Fe/H] > 0.2), each entered by a logistic step.
-
-    Parameters
-    ----------
-    teff, logg, feh : array_like, shape (n,); K, dex (cgs), dex
-        True labels.
 
     Returns
     -------
@@ -122,9 +109,9 @@ def difficulty(teff: FloatArray, logg: FloatArray, feh: FloatArray) -> FloatArra
 class Survey:
     """Parameters of the measurements of a survey.
 
-    The true error of the labels is `noise` times `difficulty`, the stated one that times
-    `stated_error_factor`. Outliers are off by at least 400 K, 0.6 dex and 0.4 dex, to either side,
-    in all three labels.
+    The true error of the labels is hypot(floor, slope / S/N) times `difficulty`, the stated one
+    that times `stated_error_factor`. Outliers are off by at least 400 K, 0.6 dex and 0.4 dex, to
+    either side, in all three labels.
     """
 
     name: str
@@ -139,10 +126,6 @@ class Survey:
     snr_range: tuple[float, float]
     snr_of_special: float = 0.0  # at least
     bias: Callable[[ArrayLike, ArrayLike, ArrayLike], FloatArray] | None = None
-
-    def noise(self, snr: FloatArray) -> FloatArray:
-        """Error of the labels of easy stars, shape (n, 3)."""
-        return np.asarray(np.hypot(np.array(self.floor), np.array(self.slope) / snr[:, None]))
 
 
 SURVEYS = {
@@ -182,10 +165,10 @@ class Visits:
     uniform: Draws
     normal: Draws
 
-    @cached_property
+    @property
     def special(self) -> BoolArray:
         """Observations of special stars."""
-        return np.asarray(self.stars.kind == SPECIAL)
+        return np.asarray(self.stars.kind == sky.SPECIAL)
 
     @cached_property
     def outlier(self) -> BoolArray:
@@ -220,8 +203,8 @@ class Visits:
     def position(self) -> tuple[FloatArray, FloatArray]:
         """Place (deg) at the survey's epoch; first visits of special stars have no error."""
         sigma = np.where(self.special & (self.round == 0), 0.0, self.survey.position_error)
-        east, north = sigma * self.normal["east"], sigma * self.normal["north"]
-        return self.stars.at_epoch(self.survey.epoch, east, north)
+        error = sigma * self.normal["east"], sigma * self.normal["north"]
+        return self.stars.at_epoch(self.survey.epoch, error)
 
     @property
     def gaia(self) -> IntArray:
@@ -237,8 +220,9 @@ class Visits:
 
     @cached_property
     def _true_error(self) -> FloatArray:
-        stars = self.stars
-        return difficulty(stars.teff, stars.logg, stars.feh)[:, None] * self.survey.noise(self.snr)
+        stars, survey = self.stars, self.survey
+        noise = np.hypot(np.array(survey.floor), np.array(survey.slope) / self.snr[:, None])
+        return np.asarray(difficulty(stars.teff, stars.logg, stars.feh)[:, None] * noise)
 
     @cached_property
     def labels(self) -> FloatArray:
@@ -255,10 +239,11 @@ class Visits:
         value[off] = np.where(outside, value[off] - move, moved)
         return value
 
-    @cached_property
-    def errors(self) -> FloatArray:
-        """Stated errors of the labels."""
-        return self._true_error * stated_error_factor(self.stars.logg, self.snr)[:, None]
+    def measured(self, labels: str, errors: str) -> dict[str, FloatArray]:
+        """Labels and their stated errors, by the names of their columns."""
+        stated = self._true_error * stated_error_factor(self.stars.logg, self.snr)[:, None]
+        names = f"{labels} {errors}".split()
+        return dict(zip(names, [*self.labels.T, *stated.T], strict=True))
 
     @property
     def rv(self) -> tuple[FloatArray, FloatArray]:
@@ -276,13 +261,9 @@ def _joined(*parts: Any) -> Names:
     return np.asarray(reduce(np.strings.add, parts))
 
 
-def _whole(values: IntArray, width: int) -> Names:
+def _digits(values: IntArray, width: int) -> Names:
     """Zero-padded decimal digits."""
     return np.strings.zfill(values.astype(str), width)
-
-
-def _sign(values: FloatArray) -> Names:
-    return np.where(values < 0, "-", "+")
 
 
 def twomass_names(ra: FloatArray, dec: FloatArray) -> Names:
@@ -294,18 +275,18 @@ def twomass_names(ra: FloatArray, dec: FloatArray) -> Names:
         + whole % (60 * part)
         for whole, part in ((second, 100), (arcsec, 10))
     )  # fmt: skip
-    return _joined("2M", _whole(hours, 8), _sign(dec), _whole(degrees, 7))
+    sign = np.where(dec < 0, "-", "+")
+    return _joined("2M", _digits(hours, 8), sign, _digits(degrees, 7))
 
 
 def field_names(ra: FloatArray, dec: FloatArray, turn: IntArray | int = 0) -> Names:
     """Names of fields by Galactic place, as ``270+60``; in a later turn the first is a letter."""
-    lon, lat = to_galactic(ra, dec)
+    lon, lat = sky.to_galactic(ra, dec)
     whole = np.floor(lon).astype(np.int64) % 360
     letters = np.array(list("0bcdefghijklmnopqrstuvwxyz"))[turn]
     first = np.where(np.asarray(turn) > 0, letters, (whole // 100).astype(str))
-    return _joined(
-        first, _whole(whole % 100, 2), _sign(lat), _whole(np.abs(lat).astype(np.int64), 2)
-    )
+    sign, degrees = np.where(lat < 0, "-", "+"), _digits(np.abs(lat).astype(np.int64), 2)
+    return _joined(first, _digits(whole % 100, 2), sign, degrees)
 
 
 def telescopes(dec: FloatArray) -> Names:
@@ -388,13 +369,6 @@ def _records(survey: int, values: Mapping[str, Any], gone: Mapping[str, Any], nu
     return rows
 
 
-def _label_columns(visits: Visits, labels: Sequence[str], errors: Sequence[str]) -> dict[str, Any]:
-    return {
-        **dict(zip(labels, visits.labels.T, strict=True)),
-        **dict(zip(errors, visits.errors.T, strict=True)),
-    }
-
-
 _PLATE_ROWS = 2048
 _SUBCLASS_EDGES = np.array([4300.0, 5000.0, 5600.0, 6000.0, 6500.0, 7200.0, 8200.0])
 _SUBCLASSES = np.array([b"K7", b"K3", b"G8", b"G2", b"F9", b"F5", b"A9", b"A5"])
@@ -415,7 +389,7 @@ def lamost(visits: Visits) -> tuple[Records, NDArray[Any]]:
         "gaia_source_id": gaia, "gaia_g_mean_mag": visits.stars.g, "snrg": visits.snr,
         "class": b"STAR",
         "subclass": _SUBCLASSES[np.searchsorted(_SUBCLASS_EDGES, visits.labels[:, 0])],
-        **_label_columns(visits, LABELS, ("teff_err", "logg_err", "feh_err")),
+        **visits.measured("teff logg feh", "teff_err logg_err feh_err"),
         "rv": rv, "rv_err": 1.2 * rv_error,
     }  # fmt: skip
     no_labels = visits.chance("gap", 0.0, 0.004)
@@ -473,7 +447,7 @@ def apogee(visits: Visits) -> tuple[Records, NDArray[Any]]:
         "ASPCAPFLAG": flag, "FE_H_FLAG": iron_flag,
         "STARFLAG": (snr < 20) * (1 << 4) | visits.chance("gap2", 0.0, 0.03) * (1 << 9),
         "EXTRATARG": (snr < best[visits.star]) * _DUPLICATE,
-        **_label_columns(visits, ("TEFF", "LOGG", "FE_H"), ("TEFF_ERR", "LOGG_ERR", "FE_H_ERR")),
+        **visits.measured("TEFF LOGG FE_H", "TEFF_ERR LOGG_ERR FE_H_ERR"),
     }  # fmt: skip
     gone = {
         "RA DEC": vesta,
@@ -521,7 +495,7 @@ def galah(visits: Visits) -> tuple[Records, NDArray[Any]]:
         "snr_px_ccd3": snr, "rv_comp_1": rv, "e_rv_comp_1": rv_error, "r_med": distance,
         "ebv": stars.ebv, "phot_g_mean_mag": stars.g,
         "parallax": 1000.0 / stars.distance + error * normal["parallax"],
-        **_label_columns(visits, ("teff", "logg", "fe_h"), ("e_teff", "e_logg", "e_fe_h")),
+        **visits.measured("teff logg fe_h", "e_teff e_logg e_fe_h"),
     }  # fmt: skip
     gone = {
         "teff e_teff logg e_logg fe_h e_fe_h": no_labels,

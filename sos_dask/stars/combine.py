@@ -45,10 +45,7 @@ from sos_dask.errors import PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, QUALITY, Column, require_columns
 from sos_dask.sky.neighbours import runs
 from sos_dask.stars.group import DedupeSettings
-
-# Standard error of the median of many normal values over that of the mean: the square root of one
-# over its asymptotic efficiency 2 / pi (Kendall & Stuart, The Advanced Theory of Statistics).
-_MEDIAN_ERROR = float(np.sqrt(np.pi / 2.0))
+from sos_dask.stats.numbers import MEDIAN_ERROR
 
 
 def combine(
@@ -220,7 +217,7 @@ class _Repeats:
         """Columns that are combined, by name; ``source`` is the best row of every star."""
         flag = np.zeros(len(source), dtype=np.bool_)
         out: dict[str, pa.Array] = {}
-        median_error = _MEDIAN_ERROR if settings.method == "median" else 0.0
+        median_error = MEDIAN_ERROR if settings.method == "median" else 0.0
         for label in (*LABELS, "rv"):
             values = reals_or_nan(self.table, label)
             errors = reals_or_nan(self.table, f"{label}_err")

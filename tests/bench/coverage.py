@@ -30,7 +30,7 @@ from sos_dask.evidence.coverage import MEASURES, CoverageModel, fit
 from sos_dask.evidence.widening import CLASSES, LACKING, OUTSIDE
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import LABELS
-from sos_dask.simulate import SkySettings, references_avoid
+from sos_dask.simulate.sky import SkySettings, references_avoid
 from sos_dask.simulate.surveys import SURVEYS, difficulty
 from sos_dask.stages.coverage import read_overlap
 from sos_dask.storage.catalog import Catalog

@@ -130,7 +130,7 @@ def reference(place: Place, cluster: Cluster) -> None:
 def plain(place: Place, cluster: Cluster) -> None:
     """The reference without proper motions and epochs: all that the peers look at is positions."""
     from sos_dask.api import margin
-    from sos_dask.stages.margin import MarginSettings
+    from sos_dask.stages.attach import MarginSettings
 
     source = Catalog.open(place.ours("reference"))
     names = [name for name in source.schema.names if name not in MOTION]

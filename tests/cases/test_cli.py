@@ -14,7 +14,7 @@ from sos_dask.cli.output import shown
 from sos_dask.errors import CatalogError, ConfigError, SosError, SurveyError, understood
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.plan import plan
-from sos_dask.simulate.demo import against_truth
+from sos_dask.simulate.files import against_truth
 from sos_dask.storage.manifest import sealed_json
 from sos_dask.storage.store import publish, read_build
 from tests.command_line import Cli, assert_error, cli, command

@@ -18,9 +18,8 @@ from sos_dask.api import attach, crossmatch, margin
 from sos_dask.cli import main
 from sos_dask.errors import CatalogError, PartitionError, SosError
 from sos_dask.sky.healpix import ang2pix, plan_partitions
-from sos_dask.stages.attach import AttachSettings
+from sos_dask.stages.attach import AttachSettings, MarginSettings
 from sos_dask.stages.crossmatch import CrossmatchSettings
-from sos_dask.stages.margin import MarginSettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
 from tests.sky import observations, write_catalog
@@ -510,7 +509,7 @@ DAMAGES = {
     "declination 91": (
         lambda f: each_file(f, lambda p: p.set_column(3, "dec", pa.array(np.full(len(p), 91.0)))),
         6,
-        "dec=91.0 is no position",
+        "dec=91.0 is not a position",
     ),
     "rows of other pixels": (lambda f: each_file(f, _far), 6, "outside HEALPix pixel"),
     "a line lost": (_lost_line, 5, "does not list dataset/"),

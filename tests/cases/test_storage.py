@@ -12,7 +12,7 @@ import pytest
 
 from sos_dask.api import dedupe, margin
 from sos_dask.errors import CatalogError, PartitionError
-from sos_dask.stages.margin import MarginSettings
+from sos_dask.stages.attach import MarginSettings
 from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
@@ -95,7 +95,7 @@ def test_the_account_is_compared_with_the_rows(catalog, cli):
 
     edit(catalog / MANIFEST, more)
     ran = cli("verify", catalog)
-    assert ran.code == 5 and "has 400 rows out, its partitions 300" in ran.out
+    assert ran.code == 5 and "states 400 rows out, its partitions have 300" in ran.out
     with pytest.raises(CatalogError, match="states 400 rows out"):
         Catalog.open(catalog)
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sos_dask.evidence.maps import STEPS
+from sos_dask.evidence.coverage import STEPS
 from sos_dask.evidence.widening import CLASSES
 from sos_dask.report import page
 from sos_dask.report.figures import comparison_figure

@@ -182,13 +182,17 @@ def current_recipes(store: Path) -> dict[str, Recipe]:
     return recipes
 
 
-def current_product(store: Path, product: str) -> Path:
-    """Find the directory of a product of the current build, or raise `CatalogError`."""
+def current_product(store: Path, kind: str) -> Path:
+    """Find the directory of a product of the current build, such as ``lamost.coverage``.
+
+    Raises `CatalogError` where none has this name, or this last part of it.
+    """
     require_store(store)
-    if product not in read_build(store / "current")["products"]:
-        hint = "It was made by another version: run the rebuild again."
-        raise CatalogError(f"the current build of {store} has no product '{product}'", hint)
-    return (store / "current" / product).resolve()
+    for name in read_build(store / "current")["products"]:
+        if kind in (name, name.split(".")[-1]):
+            return (store / "current" / str(name)).resolve()
+    hint = "It was made by another version: run the rebuild again."
+    raise CatalogError(f"the current build of {store} has no product '{kind}'", hint)
 
 
 def outputs_of(path: Path) -> list[Path]:

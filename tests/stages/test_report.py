@@ -212,14 +212,16 @@ def test_rows_on_the_kiel_plane_and_their_errors_are_counted(small_store):
 
 
 def test_what_is_missing_is_left_out(products, tmp_path):
-    without = ("trends", "reference", "galah.stars", "uncertainty", "coverage")
+    without = (
+        "lamost.trends", "reference", "galah.stars", "lamost.uncertainty", "lamost.coverage",
+    )  # fmt: skip
     few = {n: p for n, p in products.items() if n not in without}
     manifest = report(few, tmp_path / "few", SETTINGS)
     assert set(manifest.summary["figures"]) == {"sky", "kiel", "comparison"}
     text = (tmp_path / "few" / PAGE).read_text()
     assert "Trends before and after" not in text and "The methods compared" in text
     with pytest.raises(ConfigError, match="nothing to report"):
-        report({"pairs": products["pairs"]}, tmp_path / "none", SETTINGS)
+        report({"lamost.pairs": products["lamost.pairs"]}, tmp_path / "none", SETTINGS)
     with pytest.raises(CatalogError, match="already holds"):
         report(products, tmp_path / "few", SETTINGS)
 
@@ -267,7 +269,7 @@ def current(small_store) -> Path:
 def plane(current, tmp_path_factory) -> Path:
     pytest.importorskip("umap")
     folder: Path = tmp_path_factory.mktemp("plane") / "projection"
-    catalogs = [Catalog.open(current / name) for name in ("lamost.observations", "pairs")]
+    catalogs = [Catalog.open(current / name) for name in ("lamost.observations", "lamost.pairs")]
     settings = ProjectionSettings(sample_rows=400, map_bins=96)
     inputs = dict(zip(("observations", "pairs"), catalogs, strict=True))
     ProjectionStage(inputs, settings).run(folder)
@@ -277,7 +279,7 @@ def plane(current, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def left_out(current, tmp_path_factory) -> Path:
     folder: Path = tmp_path_factory.mktemp("left-out") / "generalisation"
-    pairs = Catalog.open(current / "pairs")
+    pairs = Catalog.open(current / "lamost.pairs")
     generalisation(
         pairs, folder, {"polynomial": {"order": 2}}, GeneralisationSettings(min_pairs=20)
     )
@@ -302,11 +304,11 @@ def test_the_page_has_the_plane_and_the_groups(current, plane, left_out, tmp_pat
 
     monkeypatch.setattr("sos_dask.stages.report.render", watched)
     products = {name: current / name for name in read_build(current)["products"]}
-    more = {"generalisation": left_out, "projection": plane}
+    more = {"lamost.generalisation": left_out, "lamost.projection": plane}
     manifest = report({**products, **more}, tmp_path / "out", SETTINGS)
     assert set(manifest.summary["figures"]) == wanted
     text = (tmp_path / "out" / PAGE).read_text()
-    known, outside = by_row(plane, current / "coverage")
+    known, outside = by_row(plane, current / "lamost.coverage")
     assert known.sum() > 1000 and f"({known.sum():,} scored rows)" in text
     # The right panel of the figure as it was drawn: each cell with its own share.
     image = panels["outside the coverage"].collections[0]

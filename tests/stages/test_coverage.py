@@ -55,13 +55,13 @@ def test_columns_stand_beside_the_observations(small_store):
 
 
 def test_workers_and_what_was_there_before_change_no_byte(build, cluster, tmp_path):
-    given = [
-        Catalog.open(build / name) for name in ("pairs", "lamost.observations", "lamost.stars")
-    ]
+    names = ("pairs", "lamost.observations", "lamost.stars")
+    pairs, rows, stars = (Catalog.open(build / name) for name in names)
+    model = build / "model.polynomial"
     first, second = CoverageSettings(), CoverageSettings(inside=0.95, outside=0.9)
 
     def made(name: str, settings: CoverageSettings, **options) -> dict[str, str]:
-        coverage(build / "model.polynomial", *given, tmp_path / name, settings, **options)
+        coverage(model, pairs, rows, stars, tmp_path / name, settings, **options)
         return contents(tmp_path / name)
 
     before = made("out", first)

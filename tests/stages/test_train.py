@@ -55,8 +55,8 @@ def test_validation_is_by_the_number_of_pairs(build, tmp_path):
     pairs = Catalog.open(build / "pairs")
     n = used(build).num_rows
     for limit, expected in ((n, "holdout"), (n + 1, "kfold")):
-        given = {"method": "polynomial", "params": {"order": 1}, "kfold_limit": limit}
-        manifest = train(pairs, tmp_path / expected, TrainSettings(**given))
+        settings = TrainSettings(method="polynomial", params={"order": 1}, kfold_limit=limit)
+        manifest = train(pairs, tmp_path / expected, settings)
         assert manifest.summary["validation"] == expected
 
 
@@ -82,8 +82,9 @@ def test_a_search_sees_the_folds_that_train(build, tmp_path, monkeypatch):
         return {**params, "n_rounds": 2, "max_depth": len(asked)}, [{"params": {}, "loss": 0.5}]
 
     monkeypatch.setattr(stage, "search", found)
-    given = {"params": {"n_rounds": 3}, "validation": "holdout", "search": 4, "seed": 7}
-    settings = TrainSettings(method="boosted", **given)
+    settings = TrainSettings(
+        method="boosted", params={"n_rounds": 3}, validation="holdout", search=4, seed=7
+    )
     manifest = train(Catalog.open(build / "pairs"), tmp_path / "model", settings)
     folds = sorted(map(int, manifest.summary["folds"]))
     (one,) = asked

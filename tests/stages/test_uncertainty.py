@@ -129,7 +129,7 @@ def test_errors_of_the_reference_are_normalised_by_its_survey(build, tmp_path, m
             stated = floats(table, f"{label}_err_ref")[mine]
             factor = normalisation(of_survey, label, logg[mine], snr[mine])
             np.testing.assert_array_equal(held_out.reference_errors[mine, number], stated * factor)
-            changed += np.count_nonzero(factor != 1)
+            changed += int(np.count_nonzero(factor != 1))
     assert changed > 0
     for name in ("star", "target"):
         ids, where = np.unique(table[name].to_numpy(), return_inverse=True)

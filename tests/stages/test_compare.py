@@ -247,7 +247,7 @@ def test_settings_that_cannot_be(build, trained, tmp_path):
 
 
 def test_another_output_is_no_comparison(build, compared):
-    with pytest.raises(CatalogError, match="is no output of 'compare' but of 'crossmatch'"):
+    with pytest.raises(CatalogError, match="is not an output of 'compare' but of 'crossmatch'"):
         Compare.load(build / "lamost.pairs")
     with pytest.raises(CatalogError, match="does not exist"):
         Compare.load(build / "gone")

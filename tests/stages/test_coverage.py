@@ -59,12 +59,12 @@ def test_columns_stand_beside_the_observations(small_store):
 
 def test_workers_and_what_was_there_before_change_no_byte(build, cluster, tmp_path):
     names = ("lamost.pairs", "lamost.observations", "lamost.stars")
-    pairs, catalog, stars = (Catalog.open(build / name) for name in names)
+    pairs, rows, stars = (Catalog.open(build / name) for name in names)
+    model = build / "lamost.model.polynomial"
     first, second = CoverageSettings(), CoverageSettings(inside=0.95, outside=0.9)
 
     def made(name: str, settings: CoverageSettings, **options) -> dict[str, str]:
-        model, directory = build / "lamost.model.polynomial", tmp_path / name
-        coverage(model, pairs, catalog, stars, directory, settings, **options)
+        coverage(model, pairs, rows, stars, tmp_path / name, settings, **options)
         return contents(tmp_path / name)
 
     before = made("out", first)
@@ -187,7 +187,7 @@ def test_maps_are_a_table(small_store):
 
 
 def test_a_sample_is_chosen_by_the_keys_alone(build, tmp_path, monkeypatch):
-    names = {"pairs": "pairs", "observations": "lamost.observations", "stars": "lamost.stars"}
+    names = {"pairs": "lamost.pairs", "observations": "lamost.observations", "stars": "lamost.stars"}
     inputs = {role: build / name for role, name in names.items()}
     inputs |= {"evidence": build / "lamost.evidence", "model": build / "lamost.model.polynomial"}
     stage = Coverage(inputs, CoverageSettings(seed=3))

@@ -55,8 +55,8 @@ def test_validation_is_by_the_number_of_pairs(build, tmp_path):
     pairs = Catalog.open(build / "lamost.pairs")
     n = used(build).num_rows
     for limit, expected in ((n, "holdout"), (n + 1, "kfold")):
-        given = {"method": "polynomial", "params": {"order": 1}, "kfold_limit": limit}
-        manifest = train(pairs, tmp_path / expected, TrainSettings(**given))
+        settings = TrainSettings(method="polynomial", params={"order": 1}, kfold_limit=limit)
+        manifest = train(pairs, tmp_path / expected, settings)
         assert manifest.summary["validation"] == expected
 
 

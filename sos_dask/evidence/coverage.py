@@ -69,7 +69,6 @@ _FORMAT = 6
 SKY_ORDER = 4
 STEPS = {"kiel": {"teff": 100.0, "logg": 0.1}, "labels": {"teff": 250.0, "logg": 0.25, "feh": 0.25}}
 """Width of the cells of each map; a cell begins at a whole multiple of it."""
-_BITS, _OFFSET = 16, 1 << 15
 _AT_ONCE = 32
 
 
@@ -451,10 +450,13 @@ MAP_SCHEMA = pa.schema(
 )
 
 
+_KEYS = ("pixel", *STEPS["labels"])
+
+
 def count_maps(cells: IntArray, columns: Columns, place: NDArray[np.int8]) -> pa.Table:
     """Count the rows of one partition in every map.
 
-    Columns are ``map``, ``cell``, one a class, and ``n_g`` and ``sum_g`` of the rows outside.
+    Columns are those of `MAP_SCHEMA`, but for ``n_g`` and ``sum_g`` of the rows outside.
 
     Parameters
     ----------
@@ -472,23 +474,25 @@ def count_maps(cells: IntArray, columns: Columns, place: NDArray[np.int8]) -> pa
     counts = {name: place == number for number, name in enumerate(CLASSES)}
     # In thousandths, so that sums are exact in any order.
     sum_g = np.rint(np.where(has_g, g, 0) * 1000).astype(np.int64)
-    keys = {"sky": cells[rows] >> 2 * (MAX_ORDER - SKY_ORDER)}
+    keys = {"sky": {"pixel": cells[rows] >> 2 * (MAX_ORDER - SKY_ORDER)}}
     for name, steps in STEPS.items():
-        keys[name] = np.zeros(len(rows), dtype=np.int64)
-        for label, step in steps.items():
-            bin_of = np.floor(columns[label][rows] / step).astype(np.int64) + _OFFSET
-            keys[name] = (keys[name] << _BITS) | np.clip(bin_of, 0, (1 << _BITS) - 1)
-    of_rows = {**counts, "n_g": has_g, "sum_g": sum_g}
-    return pa.concat_tables(
-        _added([pa.table({"map": pa.repeat(name, len(rows)), "cell": key, **of_rows})])
-        for name, key in keys.items()
-    )
+        keys[name] = {
+            label: ((np.floor(columns[label][rows] / step) + 0.5) * step).astype(np.float32)
+            for label, step in steps.items()
+        }
+    tables = []
+    for name, of_map in keys.items():
+        n, kinds = len(rows), ((key, MAP_SCHEMA.field(key).type) for key in _KEYS)
+        own = {key: of_map.get(key, pa.nulls(n, kind)) for key, kind in kinds}
+        named = {"map": pa.repeat(name, n), **own, **counts, "n_g": has_g, "sum_g": sum_g}
+        tables.append(_added([pa.table(named)]))
+    return pa.concat_tables(tables)
 
 
 def _added(counts: list[pa.Table]) -> pa.Table:
     """Counts of equal cells in one row."""
     names = (*CLASSES, "n_g", "sum_g")
-    together = pa.concat_tables(counts).group_by(["map", "cell"])
+    together = pa.concat_tables(counts).group_by(["map", *_KEYS])
     total = together.aggregate([(name, "sum") for name in names])
     return total.rename_columns({f"{name}_sum": name for name in names})
 
@@ -501,25 +505,12 @@ def sum_maps(parts: Iterable[pa.Table]) -> pa.Table:
     left, total = iter(parts), pa.table({})
     while batch := list(islice(left, _AT_ONCE)):
         total = _added([total, *batch] if total.num_columns else batch)
-    total = total.sort_by([("map", "ascending"), ("cell", "ascending")])
-    kind = total["map"].to_numpy(zero_copy_only=False)
-    cell = total["cell"].to_numpy()
-    labels = {label: np.full(len(cell), np.nan, np.float32) for label in STEPS["labels"]}
-    for name, steps in STEPS.items():
-        rest = cell[kind == name]
-        for label, step in reversed(steps.items()):
-            labels[label][kind == name] = ((rest & ((1 << _BITS) - 1)) - _OFFSET + 0.5) * step
-            rest = rest >> _BITS
+    total = total.sort_by([(name, "ascending") for name in ("map", *_KEYS)])
     n_g = total["n_g"].to_numpy()
     mean_g = total["sum_g"].to_numpy() / 1000.0 / np.maximum(n_g, 1)
-    columns = [
-        total["map"],
-        pa.array(cell, mask=kind != "sky"),
-        *(pa.array(values, mask=np.isnan(values)) for values in labels.values()),
-        *(total[name] for name in CLASSES),
-        pa.array(mean_g.astype(np.float32), mask=n_g == 0),
-    ]
-    return pa.table(columns, names=MAP_SCHEMA.names).cast(MAP_SCHEMA)
+    magnitude = pa.array(mean_g.astype(np.float32), mask=n_g == 0)
+    total = total.drop_columns(["n_g", "sum_g"])
+    return total.append_column(MAP_SCHEMA.names[-1], magnitude).cast(MAP_SCHEMA)
 
 
 def follow_up(maps: pa.Table, n: int = 10) -> list[dict[str, float | int | None]]:

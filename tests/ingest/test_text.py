@@ -115,43 +115,60 @@ def test_a_text_file_cut_in_the_middle_of_a_row(tmp_path):
     fails(path, survey(), "fields, the header has 6")
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", ["is empty"]),
-        (b"\xef\xbb\xbf \n\n", ["is empty"]),
-        (b"obsid,ra,dec,teff,logg,feh\n", ["has no rows"]),
-        (b"obsid,ra,dec,teff,logg,feh", ["has no rows"]),
-        (b"obsid,ra,dec,teff,logg,feh\n\n  \n", ["has no rows"]),
-        (b"obsid,ra,ra,teff,logg,feh\n1,2,3,4,5,6\n", ["column 'ra' is there 2 times"]),
-        (b"obsid\n1\n", ["none of the delimiters"]),
-        (b"obsid,ra,dec\r1,2,3\r", ["line 1, the header, has a line break"]),
-        (b"# a\n# b\n", ["has no rows"]),
-        (b"obsid,ra,dek,teff,logg,feh\n1,2,3,4,5,6\n", ["no column 'dec'", "dek"]),
-        (b"<!DOCTYPE html>\n<html><body>404</body>", ["is a web page"]),
-        (b"PK\x03\x04rest", ["is zip-compressed"]),
-        (b"BZh91AY", ["is bzip2-compressed"]),
-        (b"\x89HDF\r\n\x1a\n\0\0\0", ["is neither FITS"]),
-        ("obsid,ra,dec,teff,logg,feh\n1,2,3".encode("utf-16"), ["is UTF-16 text"]),
-        ("obsid,ra,dec,teff,logg,feh\n1,2,3".encode("utf-16-be"), ["is UTF-16 text"]),
-        (b"PAR1rubbish", ["not a readable Parquet file"]),
-        (b"<?xml version='1.0'?><VOTABLE><RESOURCE>", ["not a readable VOTable"]),
-        (b"\x1f\x8bnonsense", ["damaged gzip"]),
-    ],
-)
-def test_files_that_cannot_be_read(tmp_path, content, words):
-    (tmp_path / "a").write_bytes(content)
-    fails(tmp_path / "a", survey(), *words)
-
-
-def test_missing_file_and_directory(tmp_path):
-    fails(tmp_path / "gone.fits", survey(), "does not exist")
-    (tmp_path / "folder").mkdir()
-    fails(tmp_path / "folder", survey(), "is a directory")
-
-
 def test_bytes_that_are_not_utf8(tmp_path):
     text = "obsid,ra,dec,teff,logg,feh,name\n1,2,3,5000,4,0,Ángel\n"
     (tmp_path / "a").write_bytes(text.encode("latin-1"))
     definition = survey(extra={"name": {"source": "name", "dtype": "string"}})
     assert read(tmp_path / "a", definition).column("name") == ["Ángel"]
+
+
+def test_the_largest_integers_of_each_kind(tmp_path):
+    data = rows(5)
+    data["obsid"] = [2**63 - 1, -(2**63), "9007199254740991.0", "-9007199254740991.0", "1e2"]
+    out = read(write_csv(tmp_path / "a", data), survey())
+    expected = [2**63 - 1, -(2**63), 2**53 - 1, 1 - 2**53, 100]
+    assert out.column("obs_id") == expected
+    data["obsid"][1] = 2**63
+    fails(write_csv(tmp_path / "b", data), survey(), "row 1 (line 3)", "does not fit into 64 bits")
+    data["obsid"][1] = -(2**63) - 1
+    fails(write_csv(tmp_path / "c", data), survey(), "does not fit into 64 bits")
+    data["obsid"][1] = "1_000"
+    fails(write_csv(tmp_path / "d", data), survey(), "'1_000' is not an integer")
+
+
+@pytest.mark.parametrize("delimiter", [",", " "])
+def test_lines_and_rows_as_long_as_they_may_be(tmp_path, delimiter, monkeypatch):
+    monkeypatch.setattr("sos_dask.ingest.text._BLOCK_BYTES", 200)
+    head, row = "obsid ra dec teff logg feh name\n", "1 2 3 5000 4 0 "
+    most = 200 - len(row) - 1
+    text = f"{head}{row}{'x' * most}\n2 2 3 5000 4 0 y"
+    (tmp_path / "a").write_text(text.replace(" ", delimiter))
+    definition = survey(extra={"name": {"source": "name", "dtype": "string"}})
+    assert read(tmp_path / "a", definition).column("name") == ["x" * most, "y"]
+    (tmp_path / "b").write_text(text.replace("x\n", "xx\n").replace(" ", delimiter))
+    with pytest.raises(SurveyError, match=r"line 2 is too long|straddling object"):
+        read(tmp_path / "b", definition)
+
+
+def test_many_comments_are_no_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("sos_dask.ingest.text._COMMENT_BYTES", 1000)
+    rest = "obsid,ra,dec,teff,logg,feh\n1,2,3,5000,4,0\n"
+    (tmp_path / "a").write_text("#" + "x" * 998 + "\n" + rest)
+    assert read(tmp_path / "a", survey()).rows.num_rows == 1
+    (tmp_path / "b").write_text("#" + "x" * 999 + "\n" + rest)
+    fails(tmp_path / "b", survey(), "are blank or comments")
+
+
+def test_flags_of_ecsv_are_true_false_or_nothing(tmp_path):
+    names = [*NAMES, "flag"]
+    types = "".join(
+        f"# - {{name: {n}, datatype: {'bool' if n == 'flag' else 'float64'}}}\n" for n in names
+    )
+    words = ("True", "f", "1", '""', " FALSE ")
+    lines = "".join(f"{i},1,2,5000,4,0,{word}\n" for i, word in enumerate(words, 1))
+    head = f"# %ECSV 1.0\n# ---\n# delimiter: ','\n# datatype:\n{types}"
+    (tmp_path / "a").write_text(f"{head}{','.join(names)}\n{lines}")
+    definition = survey(extra={"flag": {"source": "flag", "dtype": "int64"}})
+    assert read(tmp_path / "a", definition).column("flag") == [1, 0, 1, None, 0]
+    (tmp_path / "b").write_text(f"{head}{','.join(names)}\n{lines}6,1,2,5000,4,0,maybe\n")
+    fails(tmp_path / "b", definition, "column 'flag': 'maybe' is neither True nor False")

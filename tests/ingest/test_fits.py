@@ -1,6 +1,3 @@
-import gzip
-from pathlib import Path
-
 import numpy as np
 import pytest
 from astropy.io import fits
@@ -8,13 +5,11 @@ from astropy.table import Table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sos_dask.errors import StorageError, SurveyError
+from sos_dask.errors import SurveyError
 from sos_dask.ingest.canonical import plan_chunks, read_chunk
 from sos_dask.ingest.fits import _text
 from sos_dask.ingest.reader import open_source
-from tests.survey_files import fails, read, rows, survey, write_csv, write_fits
-
-# --- FITS -------------------------------------------------------------------------------------
+from tests.survey_files import fails, read, rows, survey, write_fits
 
 
 def test_fits_types_as_astropy_reads_them(tmp_path):
@@ -149,45 +144,3 @@ def test_damaged_headers(tmp_path):
 def test_text_ends_at_a_nul_and_has_no_padding(words):
     found = _text(np.array(words, "S9")).to_pylist()
     assert found == [word.rstrip(" \0").split("\0")[0] for word in words]
-
-
-# --- gzip -------------------------------------------------------------------------------------
-
-
-def test_a_gzipped_fits_file_is_decompressed_once(tmp_path, monkeypatch):
-    raw = write_fits(tmp_path / "a.fits", rows(50)).read_bytes()
-    path = tmp_path / "a.fits.gz"
-    path.write_bytes(gzip.compress(raw))
-    scratch = tmp_path / "scratch"
-    first = open_source(path, survey(), 0, scratch)
-    assert first.path == str(path)
-    assert Path(first.data_path).read_bytes() == raw
-    name = Path(first.data_path).name
-    assert sorted(item.name for item in scratch.iterdir()) == [name, f"{name}.json"]
-    monkeypatch.setattr("uuid.uuid4", None)  # would be called to write again
-    assert open_source(path, survey(), 0, scratch) == first
-
-
-@pytest.mark.parametrize("kind", ["fits", "csv"])
-@pytest.mark.parametrize("damage", ["half", "trailer", "crc", "tiny"])
-def test_damaged_gzip(tmp_path, kind, damage):
-    data = rows(20000)
-    plain = tmp_path / "plain"
-    (write_fits if kind == "fits" else write_csv)(plain, data)
-    packed = bytearray(gzip.compress(plain.read_bytes()))
-    if damage == "crc":
-        packed[-5] ^= 1
-    else:
-        del packed[{"half": len(packed) // 2, "trailer": len(packed) - 4, "tiny": 15}[damage] :]
-    path = tmp_path / f"a.{kind}.gz"
-    path.write_bytes(packed)
-    fails(path, survey(), "Download it again")
-    assert not list(tmp_path.glob("scratch/*"))
-
-
-def test_scratch_that_cannot_be_written(tmp_path):
-    path = tmp_path / "a.gz"
-    path.write_bytes(gzip.compress(write_fits(tmp_path / "a", rows(3)).read_bytes()))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot decompress"):
-        open_source(path, survey(), 0, tmp_path / "file")

@@ -12,7 +12,7 @@ from sos_dask.correct import FLAGS, corrected_schema
 from sos_dask.errors import SosError, SurveyError
 from sos_dask.evidence.widening import KIND_FIELD
 from sos_dask.schema import CANONICAL, RESERVED, nearest
-from sos_dask.surveys.definition import Cut, load_survey, parse_survey
+from sos_dask.surveys.definition import Cut, describe_columns, load_survey, parse_survey
 from tests.survey_files import document, with_column, with_cut, with_extra
 
 
@@ -66,6 +66,8 @@ def test_missing_and_elements_and_extras():
 
 
 SOME = {"source": "x"}
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "not a table": ([], "the survey must be a table"),
     "no format": (document(format=None), "format None is not 1"),
@@ -353,8 +355,6 @@ def test_wrong_names_get_suggestions():
     assert nearest("TEFF_ER", ["teff_err", "ra"]) == "Did you mean teff_err?"
 
 
-# --- files and overrides --------------------------------------------------------------------------
-
 TINY = """
 format = 1
 name = "tiny"
@@ -478,3 +478,34 @@ def test_errors_survive_a_process_border():
     error = SurveyError("what", "do this")
     copy = pickle.loads(pickle.dumps(error))
     assert isinstance(copy, SosError) and (copy.message, copy.hint) == ("what", "do this")
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"column": "snrg", "min": 20}, "snrg >= 20"),
+        ({"column": "snrg", "min": 0.5, "null_passes": True}, "snrg >= 0.5 or null"),
+        ({"column": "teff", "max": 8000.0}, "teff <= 8000"),
+        ({"column": "teff", "min": 4000, "max": 8000}, "4000 <= teff <= 8000"),
+        ({"column": "ASPCAPFLAG", "bits_unset": [23]}, "ASPCAPFLAG bit 23 unset"),
+        ({"column": "ASPCAPFLAG", "bits_unset": [16, 23]}, "ASPCAPFLAG bits 16, 23 unset"),
+        ({"column": "flag_sp", "values": [0]}, "flag_sp = 0"),
+        ({"column": "class", "values": ["STAR", "WD"]}, "class is one of STAR, WD"),
+        ({"column": "flag", "min": 2**40}, "flag >= 1099511627776"),
+    ],
+)
+def test_cuts_in_words(entry, text):
+    (cut,) = parse_survey(with_cut(**entry)).cuts.values()
+    assert cut.test_text() == text
+
+
+def test_native_names_in_descriptions():
+    raw = with_column("obs_id", {"join": ["a", "b"]})
+    raw["columns"]["snr"] = {"source": ["snrg", "snr_g"]}
+    raw["columns"]["distance"] = {"source": "d", "unit": "kpc"}
+    raw["columns"]["feh"] = {"source": "PARAM", "element": 3}
+    native = {row[0]: row[1] for row in describe_columns(parse_survey(raw))}
+    assert native["obs_id"] == "a + b"
+    assert native["snr"] == "snrg or snr_g"
+    assert native["distance"] == "d in kpc"
+    assert native["feh"] == "PARAM[3]"

@@ -133,3 +133,10 @@ def test_limits_as_row_by_row(values, low, high, null_passes):
 def test_bits_as_row_by_row(values, bits):
     expected = [all(value >> bit & 1 == 0 for bit in bits) for value in values]
     assert passes(np.array(values, dtype=np.int64), {"bits_unset": sorted(bits)}) == expected
+
+
+def test_floats_hold_bits_up_to_their_fraction():
+    cut = {"bits_unset": [0]}
+    assert passes(np.array([2.0**53 - 1, 2.0**53 - 2]), cut) == [False, True]
+    with pytest.raises(SurveyError, match="holds fractions"):
+        passes(np.array([2.0**53]), cut)

@@ -1,4 +1,5 @@
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 from astropy.table import Table
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sos_dask.ingest.canonical import Profile, check_profile, plan_chunks, read_chunk
+from sos_dask.errors import SurveyError
+from sos_dask.ingest.canonical import Profile, check_profile, label_bins, plan_chunks, read_chunk
 from sos_dask.ingest.keys import conflicting_keys, merge_rows
 from sos_dask.ingest.reader import open_source
 from sos_dask.sky.healpix import ang2pix
 from sos_dask.surveys.definition import Survey, load_survey, parse_survey
 from tests.survey_files import NAMES, fails, ipc_bytes, read, rows, survey, write_csv, write_fits
-
-# --- what comes out ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["fits", "fits.gz", "csv", "csv.gz", "parquet", "vot", "vot.gz"])
@@ -236,9 +238,6 @@ def test_the_first_source_in_the_file_is_used_whatever_its_case(tmp_path):
     assert read(write_fits(tmp_path / "a", data), definition).column("snr") == [1.0, 2.0, 3.0]
 
 
-# --- quality ----------------------------------------------------------------------------------
-
-
 def test_cuts_on_native_and_canonical_columns(tmp_path):
     data = rows(6)
     data["teff"][:3] = [-9999, 500, 5000]
@@ -282,9 +281,6 @@ def test_each_cut_has_its_bit(tmp_path):
 
 def test_without_cuts_all_rows_pass(tmp_path):
     assert read(write_fits(tmp_path / "a", rows(4)), survey()).column("quality") == [0] * 4
-
-
-# --- real files -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -354,3 +350,198 @@ def test_real_fits_as_astropy_reads_it(real_data, tmp_path):
         assert np.count_nonzero(valid) == 771
         star_bad = (native["ASPCAPFLAG"] & (1 << 23)) != 0
         assert ((table["quality"].to_numpy() & 1) != 0).tolist() == star_bad.tolist()
+
+
+def profile_of(tmp_path, data: dict, definition: Survey | None = None, **kwargs):
+    return read(write_fits(tmp_path / "data", data), definition or survey(), **kwargs).profile
+
+
+def test_profiles_do_not_depend_on_chunks_and_survive_json(tmp_path):
+    data = rows(200)
+    data["teff"][::7] = 3.7
+    data["ra"][::50] = 400
+    whole = profile_of(tmp_path, data)
+    parts = read(tmp_path / "data", survey(), chunk_rows=60, batch_rows=17).batches
+    profiles = [batch.profile for batch in parts]
+    for order in (profiles, profiles[::-1], [Profile(), *profiles]):
+        assert Profile.merge(order) == whole
+    for profile in (whole, Profile()):
+        assert Profile(**json.loads(json.dumps(profile.model_dump()))) == profile
+    assert Profile() == Profile.merge([])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-2e5, 2e5, width=32), min_size=1))
+def test_medians(values):
+    median = Profile(labels={"feh": label_bins(np.array(values))}).median("feh")
+    expected = float(np.sort(np.array(values, np.float32))[(len(values) - 1) // 2])
+    assert median == pytest.approx(expected, rel=0.05, abs=1e-37)
+
+
+def test_a_good_file_passes(tmp_path):
+    profile = profile_of(tmp_path, rows(200))
+    check_profile(profile, survey(), ["data"])
+    assert profile.median("teff") == pytest.approx(np.median(rows(200)["teff"]), rel=0.04)
+
+
+def refused(profile: Profile, *words: str, definition: Survey | None = None) -> None:
+    with pytest.raises(SurveyError) as caught:
+        check_profile(profile, definition or survey(), ["a/data.fits", "b/data.fits"])
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_logarithm_of_temperature_is_refused(tmp_path):
+    data = rows(100)
+    data["teff"] = np.log10(data["teff"])
+    data["teff"][:60] = -9999
+    profile = profile_of(tmp_path, data)
+    refused(
+        profile, "a/data.fits", "'teff'", "looks like log10 of a temperature: its median is 3.6"
+    )
+
+
+def test_other_units_are_noticed_by_the_values(tmp_path):
+    data = rows(100)
+    data["teff"] /= 1000
+    data["teff"][0] = 5.0
+    refused(profile_of(tmp_path, data), "'teff'", "100 of 100", "1000 to 100000 K", "row 0")
+    data = rows(100)
+    data["logg"] += 20
+    data["logg"][:3] = 4
+    refused(profile_of(tmp_path, data, index=1), "b/data.fits", "97 of 100", "-2 to 10", "in row 3")
+    data = rows(100)
+    data["feh"] = 10 ** data["feh"] * 1e3
+    refused(profile_of(tmp_path, data), "column 'feh' ('feh')", "[columns.feh]")
+
+
+def test_a_label_without_values_is_refused(tmp_path):
+    data = rows(100)
+    data["feh"][:] = -9999
+    refused(profile_of(tmp_path, data), "column 'feh'", "no value in any row", "[columns.feh]")
+    data["feh"][7] = 0
+    check_profile(profile_of(tmp_path, data), survey(), ["data"])
+
+
+def test_right_ascension_in_hours_is_refused(tmp_path):
+    data = rows(100)
+    data["ra"] /= 15
+    profile = profile_of(tmp_path, data)
+    refused(profile, "column 'ra'", "hours", 'unit = "hourangle"', 'allow = ["ra_below_24"]')
+    check_profile(profile, survey(allow=["ra_below_24"]), ["data"])
+    small = {name: array[:49] for name, array in data.items()}
+    check_profile(profile_of(tmp_path, small), survey(), ["data"])
+    strip = data | {"dec": data["dec"] / 18}
+    check_profile(profile_of(tmp_path, strip), survey(), ["data"])
+
+
+def test_positions_in_radians_are_refused(tmp_path):
+    data = rows(100)
+    data |= {name: np.radians(data[name]) for name in ("ra", "dec")}
+    profile = profile_of(tmp_path, data)
+    refused(profile, "column 'ra'", "radians", 'unit = "rad"', 'allow = ["ra_below_24"]')
+    check_profile(profile, survey(allow=["ra_below_24"]), ["data"])
+    field = data | {"ra": data["ra"] / 2}
+    check_profile(profile_of(tmp_path, field), survey(), ["data"])
+    strip = data | {"dec": data["dec"] / 4}
+    check_profile(profile_of(tmp_path, strip), survey(), ["data"])
+
+
+def test_many_rejected_rows_are_refused(tmp_path):
+    data = rows(1000)
+    data["dec"][100:110] = -99.0
+    check_profile(profile_of(tmp_path, data), survey(), ["data"])
+    data["ra"][50] = np.nan
+    profile = profile_of(tmp_path, data)
+    words = [
+        "11 of 1000",
+        "10 dec out of range",
+        "1 null position",
+        "a/data.fits row 50",
+        "ra null",
+    ]
+    refused(profile, *words, "max_rejected_fraction")
+    check_profile(profile, survey(max_rejected_fraction=0.02), ["data"])
+    few = {name: array[50:51] for name, array in data.items()}
+    refused(profile_of(tmp_path, few), "1 of 1 rows")
+
+
+POSITIONS = {
+    "radians": ((0.0, 6.2831), (-1.5, 1.5707)),
+    "hours": ((0.0, 24.0), (-10.0, 10.1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("unit", "ra", "dec", "n_rows"),
+    [
+        ("radians", None, None, 50),
+        ("radians", (2.2, 6.21), (-0.6, 0.41), 50),
+        ("hours", None, None, 50),
+        ("hours", (0.0, 12.01), None, 50),
+        ("", *POSITIONS["radians"], 49),
+        ("", (0.0, 6.2833), POSITIONS["radians"][1], 50),
+        ("", (-0.01, 6.2), POSITIONS["radians"][1], 50),
+        ("", POSITIONS["radians"][0], (-1.5, 1.5709), 50),
+        ("", POSITIONS["radians"][0], (-1.5709, 1.5), 50),
+        ("", (2.2, 6.2), POSITIONS["radians"][1], 50),
+        ("", POSITIONS["radians"][0], (0.0, 1.0), 50),
+        ("", (0.0, 24.01), POSITIONS["hours"][1], 50),
+        ("", (-0.01, 24.0), POSITIONS["hours"][1], 50),
+        ("", (0.0, 12.0), POSITIONS["hours"][1], 50),
+        ("", POSITIONS["hours"][0], (-10.0, 10.0), 50),
+    ],
+)
+def test_which_positions_look_like_another_unit(unit, ra, dec, n_rows):
+    ra, dec = ra or POSITIONS[unit][0], dec or POSITIONS[unit][1]
+    lowest, highest = ({"dec": dec[i], "ra": ra[i]} for i in (0, 1))
+    profile = Profile(n_rows=n_rows, lowest=lowest, highest=highest)
+    if unit:
+        refused(profile, f"it looks like {unit}, not degrees")
+    else:
+        check_profile(profile, survey(), ["a"])
+
+
+def test_how_many_impossible_values_and_rejected_rows_are_too_many():
+    first = {"feh": (0, 3, "9")}
+    for n_impossible, n_valid, is_refused in ((10, 9, 1), (10, 10, 0), (9, 8, 0)):
+        n_rows = n_impossible + n_valid
+        of_feh = {"nulls": {"feh": n_impossible}, "impossible": {"feh": n_impossible}}
+        labels = {"feh": label_bins(np.full(n_rows, 9.0))}
+        profile = Profile(n_rows=n_rows, first_impossible=first, labels=labels, **of_feh)
+        if is_refused:
+            refused(profile, "10 of 19 values are not within -10 to 2 dex", "median is about 9")
+        else:
+            check_profile(profile, survey(), ["a"])
+    for n_rejected, n_rows, is_refused in ((9, 100, 0), (10, 100, 1), (5, 10, 0), (6, 11, 1)):
+        rejected = {"rejected": {"null obs_id": n_rejected}, "first_rejected": (0, 7, "x")}
+        profile = Profile(n_rows=n_rows, **rejected)
+        if is_refused:
+            refused(profile, f"{n_rejected} of {n_rows} rows cannot be used", "row 7: x")
+        else:
+            check_profile(profile, survey(), ["a"])
+
+
+def test_the_log10_of_a_temperature_is_told_from_other_units():
+    for median, word in ((3.1, "log10"), (4.8, "log10"), (2.8, "1000 to"), (5.3, "1000 to")):
+        labels = {"teff": label_bins(np.full(20, median))}
+        of_teff = {"nulls": {"teff": 20}, "impossible": {"teff": 20}}
+        first = {"teff": (0, 0, str(median))}
+        refused(Profile(n_rows=20, first_impossible=first, labels=labels, **of_teff), word)
+
+
+def test_limits_of_a_column_are_possible_values(tmp_path):
+    data = rows(4) | {"n": np.array([2, 3, 5, 6])}
+    data["feh"][:] = [-10.0, 2.0, -10.001, 2.001]
+    extra = {"n": {"source": "n", "dtype": "int64", "min": 3, "max": 5}}
+    out = read(write_fits(tmp_path / "a", data), survey(extra=extra))
+    assert out.column("feh") == [-10.0, 2.0, None, None]
+    assert out.column("n") == [None, 3, 5, None]
+    assert out.profile.impossible == {"feh": 2, "n": 2}
+    assert out.profile.first_impossible == {"feh": (0, 2, "-10.001"), "n": (0, 0, "2")}
+
+
+def test_a_number_beyond_the_type_of_its_column_is_impossible(tmp_path):
+    data = rows(2) | {"big": np.array([1e39, 1.0])}
+    out = read(write_fits(tmp_path / "a", data), survey(extra={"big": {"source": "big"}}))
+    assert out.column("big") == [None, 1.0] and out.profile.impossible == {"big": 1}

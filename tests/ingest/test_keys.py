@@ -13,19 +13,24 @@ from hypothesis import strategies as st
 from sos_dask.columns import key_hashes, one_array
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.keys import (
+    HISTOGRAM_ORDER,
     check_conflicts,
     conflicting_keys,
+    histogram_of,
     holders,
     key_ranges,
     losing_rows,
     merge_rows,
+    partition_edges,
     rejected_rows,
     sorted_hashes,
 )
-from sos_dask.sky.healpix import ang2pix
+from sos_dask.sky.healpix import HealpixPixel, ang2pix, plan_partitions
 from tests.survey_files import ipc_bytes, read, rows, survey, write_fits
 
 VALUE = st.sampled_from([None, 0.0, 1.0])
+
+
 OBSERVATION = st.tuples(
     st.sampled_from(["a", "b", "é", "longer than eight bytes 1", "longer than eight bytes 2"]),
     st.sampled_from([(0.0, 90.0), (10.0, 0.0)]),
@@ -35,6 +40,8 @@ OBSERVATION = st.tuples(
     VALUE,
     st.sampled_from([0, 1, 3, 4]),
 )
+
+
 MERGE_SURVEY = survey(
     {"obs_id": {"source": "obsid", "dtype": "string"}, "snr": {"source": "snr"}},
     cuts={f"c{i}": {"bit": i, "column": "flag", "bits_unset": [i]} for i in range(3)},
@@ -305,3 +312,38 @@ def test_losing_rows_keeps_the_best_row_and_its_duplicates(tmp_path):
     winner = min((0, 3), key=lambda i: ang2pix(data["ra"][i : i + 1], data["dec"][i : i + 1])[0])
     assert lost["_row"].to_pylist() == ([2, 3] if winner == 0 else [0, 1, 2])
     assert losing_rows(out.slice(0, 0)).num_rows == 0
+
+
+N_CELLS = 12 << 58
+
+
+# Many rows in few cells, in two corners of the sky.
+CELLS = st.integers(0, 40).map(lambda i: i << 36) | st.integers(N_CELLS - 5, N_CELLS - 1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    pieces=st.lists(st.lists(CELLS, max_size=40).map(sorted), max_size=4),
+    rows_per_partition=st.integers(1, 30),
+)
+def test_partitions_lie_in_sorted_pieces_where_their_rows_do(pieces, rows_per_partition):
+    arrays = [np.array(piece, np.int64) for piece in pieces]
+    histograms = [histogram_of(cells) for cells in arrays]
+    total = np.zeros(12 * 4**HISTOGRAM_ORDER, np.int64)
+    for cells, n_rows in histograms:
+        total[cells] += n_rows
+    assert total.sum() == sum(map(len, pieces))
+    pixels = plan_partitions(total, HISTOGRAM_ORDER, rows_per_partition)
+    edges = partition_edges(pixels, histograms)
+    assert edges.shape == (len(pixels) + 1, len(pieces))
+    assert edges[-1].tolist() == [len(piece) for piece in pieces]
+    for pixel, starts, stops in zip(pixels, edges, edges[1:], strict=False):
+        for piece, first, stop in zip(arrays, starts, stops, strict=True):
+            expected = piece[(piece >= pixel.first) & (piece < pixel.stop)]
+            np.testing.assert_array_equal(piece[first:stop], expected)
+
+
+def test_no_rows_and_no_pieces():
+    assert histogram_of(np.empty(0, np.int64)).shape == (2, 0)
+    assert partition_edges([], []).shape == (1, 0)
+    assert partition_edges([HealpixPixel(0, 3)], []).shape == (2, 0)

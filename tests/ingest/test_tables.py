@@ -1,19 +1,16 @@
+import decimal
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from astropy.table import MaskedColumn, Table
 
 from sos_dask.ingest.canonical import plan_chunks
 from sos_dask.ingest.reader import open_source
-from tests.survey_files import fails, read, rows, survey, write_fits
-
-# --- Parquet and VOTable ----------------------------------------------------------------------
+from tests.survey_files import NAMES, fails, read, rows, survey
 
 
 def test_parquet_types(tmp_path):
-    import decimal
-
     n = 3
     table = {
         "gaia": pa.array(["5", None, "2594341150806513152"]).dictionary_encode(),
@@ -100,89 +97,49 @@ def test_votable_masks_and_types(tmp_path):
     assert out.column("v") == [1.0, 3.0, 5.0]
 
 
-# --- columns that would give wrong values -----------------------------------------------------
+def test_whole_decimals_keep_all_digits(tmp_path):
+    big = [decimal.Decimal(2**60 + 1), decimal.Decimal(2**62 - 1)]
+    table = pa.table(rows(2) | {"big": pa.array(big, pa.decimal128(20, 0))})
+    pq.write_table(table, tmp_path / "a")
+    out = read(tmp_path / "a", survey(extra={"big": {"source": "big", "dtype": "int64"}}))
+    assert out.column("big") == [2**60 + 1, 2**62 - 1]
 
 
-@pytest.mark.parametrize("kind", ["fits-D", "fits-E", "parquet", "votable"])
-def test_ids_that_are_stored_as_floats(tmp_path, kind):
-    data = rows(3) | {"gaia": np.full(3, 2594341150806513152.0)}
-    path = tmp_path / "a"
-    if kind.startswith("fits"):
-        data["gaia"] = data["gaia"].astype("f4" if kind == "fits-E" else "f8")
-        write_fits(path, data)
-    elif kind == "parquet":
-        pq.write_table(pa.table(data), path)
-    else:
-        Table(data).write(path, format="votable")
-    definition = survey({"gaia_dr3_source_id": {"source": "gaia"}})
-    fails(path, definition, "column 'gaia' is stored as float: digits are lost")
+FIELDS = "".join(f'<FIELD name="{name}" datatype="double"/>' for name in NAMES)
 
 
-def test_other_integers_stored_as_floats(tmp_path):
-    data = rows(3) | {"obsid": np.array([5.0, 2.0**53 - 1, -9999])}
-    out = read(write_fits(tmp_path / "a", data), survey())
-    assert out.column("obs_id") == [5, 2**53 - 1]
-    data["obsid"][1] = 2.0**53
-    fails(write_fits(tmp_path / "b", data), survey(), "column 'obsid', row 1", "digits are lost")
-    data["obsid"][1] = 1.5
-    fails(write_fits(tmp_path / "c", data), survey(), "row 1", "1.5 is no integer")
-    data["obsid"] = np.array([5, 2**24 - 1, 2**24], dtype=np.float32)
-    fails(write_fits(tmp_path / "d", data), survey(), "row 2", "digits are lost")
+def votable(more: str = "", attributes: str = "", value: str = "<TD>x</TD>") -> str:
+    cells = "".join(f"<TD>{v}</TD>" for v in (1, 2, 3, 5000, 4, 0)) + (value if more else "")
+    data = f"<DATA><TABLEDATA><TR>{cells}</TR></TABLEDATA></DATA>"
+    table = f"<TABLE{attributes}>{FIELDS}{more}{data}</TABLE>"
+    return f'<?xml version="1.0"?><VOTABLE version="1.4"><RESOURCE>{table}</RESOURCE></VOTABLE>'
 
 
-@pytest.mark.parametrize(
-    ("column", "unit", "words"),
-    [
-        ("teff", "kK", ["is in 'kK', the survey says 'K'", 'unit = "kK" in [columns.teff]']),
-        ("ra", "hourangle", ["the survey says 'deg'", "[columns.ra]"]),
-        ("ra", "h", ["is in 'h'", 'unit = "hourangle"']),
-        ("dec", "rad", ["is in 'rad'"]),
-        ("rv", "m/s", ["the survey says 'km/s'"]),
-    ],
-)
-@pytest.mark.parametrize("kind", ["fits", "votable"])
-def test_other_units_than_the_survey_says(tmp_path, column, unit, words, kind):
-    data = rows(3) | {"rv": np.zeros(3)}
-    path = tmp_path / "a"
-    if kind == "fits":
-        write_fits(path, data, {column: unit})
-    else:
-        table = Table(data)
-        table[column].unit = unit
-        table.write(path, format="votable")
-    fails(path, survey({"rv": {"source": "rv"}}), f"column '{column}'", *words)
+def test_what_a_votable_may_take_in_memory(tmp_path, monkeypatch):
+    # Six numbers and characters of four bytes, for 512 rows at least.
+    monkeypatch.setattr("sos_dask.ingest.tables._BOMB_BYTES", 512 * 2048)
+    text = '<FIELD name="t" datatype="char" arraysize="{}"/>'
+    (tmp_path / "a").write_text(votable(text.format(500)))
+    assert read(tmp_path / "a", survey()).rows.num_rows == 1
+    (tmp_path / "b").write_text(votable(text.format(501)))
+    fails(tmp_path / "b", survey(), "512 rows of 2052 bytes by the 'arraysize'", "stilts")
+    # A larger file may take eight times its size.
+    padded = votable(text.format(501)).replace("<RESOURCE>", "<RESOURCE>" + " " * 131_500)
+    (tmp_path / "c").write_text(padded)
+    assert read(tmp_path / "c", survey()).rows.num_rows == 1
+    monkeypatch.setattr("sos_dask.ingest.tables._MOST_BYTES", len(padded) - 1)
+    fails(tmp_path / "c", survey(), "is read into memory as a whole")
+    monkeypatch.setattr("sos_dask.ingest.tables._MOST_TEXT", 100)
+    (tmp_path / "d").write_text(votable(text.format(200), value=f"<TD>{'x' * 101}</TD>"))
+    fails(tmp_path / "d", survey(), "has a text of over 0 MiB")
 
 
-@pytest.mark.parametrize(
-    "units",
-    [
-        {"ra": "degree", "dec": "deg", "teff": "K", "logg": "log(cm/s2)", "feh": "dex"},
-        {"ra": "decimal degrees", "teff": "Kelvins", "logg": "dex", "feh": "[Sun]"},
-    ],
-)
-def test_equal_and_unknown_units_pass(tmp_path, units):
-    assert read(write_fits(tmp_path / "a", rows(3), units), survey()).rows.num_rows == 3
-
-
-def test_missing_columns(tmp_path):
-    data = rows(3)
-    data["teff_k"] = data.pop("teff")
-    path = write_fits(tmp_path / "a", data)
-    error = fails(path, survey(), "no column 'teff', which 'teff' is made from")
-    assert "teff_k" in error.hint
-    definition = survey({"snr": {"source": ["q1", "q2"]}, "teff": {"source": "teff_k"}})
-    error = fails(path, definition, "no column 'q1' or 'q2'")
-    assert "It has: obsid, ra, dec, logg, feh, teff_k." in error.hint
-    joined = survey(
-        {"obs_id": {"join": ["obsid", "plate"], "dtype": "string"}, "teff": {"source": "teff_k"}}
-    )
-    fails(path, joined, "no column 'plate', which 'obs_id' is made from")
-
-
-def test_a_fits_table_without_rows(tmp_path):
-    empty = {name: array[:0] for name, array in rows(1).items()}
-    fails(write_fits(tmp_path / "a", empty), survey(), "has no rows")
-    pq.write_table(pa.table(empty), tmp_path / "b")
-    fails(tmp_path / "b", survey(), "has no rows")
-    Table(empty).write(tmp_path / "c", format="votable")
-    fails(tmp_path / "c", survey(), "has no rows")
+def test_tables_of_a_votable_are_listed_with_some_of_their_fields(tmp_path):
+    content = votable()
+    table = content[content.index("<TABLE") : content.index("</RESOURCE>")]
+    many = "".join(f'<FIELD name="f{i}" datatype="double"/>' for i in range(9))
+    other = f'<TABLE name="x">{many}</TABLE>'
+    (tmp_path / "a").write_text(content.replace(table, table + other))
+    error = fails(tmp_path / "a", survey(), "has 2 tables, and which one is meant is not said")
+    assert "1 '' (obsid, ra, dec, teff, logg, feh); 2 'x' (f0, f1," in error.hint
+    assert "f7, ...)" in error.hint and "f8" not in error.hint

@@ -2,12 +2,11 @@
 
 A measure gives every row a distance from the overlap, small where overlap stars are dense. On pairs
 that no correction was trained on, the residual in units of the noise at its signal to noise grows
-with that distance: it is 1 in the nearer half of the pairs and rises with what is measured beyond
-(`widening.Growth`). Coverage = 1 / growth: where it is c, the error of the corrected labels is 1/c
-times that of a star of the same signal to noise in the dense overlap. The rows are *inside*,
-*sparse* or *outside* by two limits of the coverage. Outside are, too, rows of a kind that the
-overlap lacks (`_Neighbours.lacks`), and rows beyond the outermost held-out pairs, where growth
-cannot be measured: the coverage of both is held below the limit.
+with that distance (`widening.Growth`). Coverage = 1 / growth: where it is c, the error of the
+corrected labels is 1/c times that of a star of the same signal to noise in the dense overlap. The
+rows are *inside*, *sparse* or *outside* by two limits of the coverage. Outside are, too, rows of a
+kind that the overlap lacks (`_Neighbours.lacks`), and rows beyond the outermost held-out pairs,
+where growth cannot be measured: the coverage of both is held below the limit.
 
 Measures:
 
@@ -316,19 +315,15 @@ def fit(
     """Fit a measure to the overlap and calibrate its distances on held-out pairs.
 
     Held-out pairs are measured from the pairs of the other folds alone, as a new star is; these
-    are fewer, and in proportion is the number of the neighbour to which distances are.
+    are fewer, and in proportion is the number of the neighbour to which distances are. Without a
+    target, or half-widths of the pairs, no widths are counted.
 
     Parameters
     ----------
-    overlap : Overlap
     catalog : mapping of str to ndarray of float, shape (m,)
         A sample of the catalog; its columns are the parameters that are used.
     measure : str
         One of `MEASURES`.
-    target : Target, optional
-        Without it, or half-widths of the pairs, no widths are counted.
-    problem : Problem
-        Its inputs are what a correction sees.
 
     Raises
     ------
@@ -398,12 +393,7 @@ def _scaled(
 
 
 def _held_out_places(
-    overlap: Overlap,
-    x: FloatArray,
-    sample: FloatArray,
-    around: _Neighbours,
-    measure: str,
-    seed: int,
+    overlap: Overlap, x: FloatArray, sample: FloatArray, near: _Neighbours, measure: str, seed: int
 ) -> tuple[FloatArray, BoolArray]:
     """Distance of held-out pairs from those of the other folds, and whether these lack stars."""
     held_out = overlap.held_out
@@ -411,9 +401,9 @@ def _held_out_places(
     for fold in np.unique(overlap.fold[held_out]):
         rows, others = held_out & (overlap.fold == fold), overlap.fold != fold
         nearer = max(round(_NEIGHBOURS * float(np.mean(others))), 1)
-        apart = _Neighbours(around.overlap[others], around.catalog, nearer)
-        distance[rows] = apart.distance(around.overlap[rows])
-        lacks[rows] = apart.lacks(around.overlap[rows], distance[rows])
+        apart = _Neighbours(near.overlap[others], near.catalog, nearer)
+        distance[rows] = apart.distance(near.overlap[rows])
+        lacks[rows] = apart.lacks(near.overlap[rows], distance[rows])
         if measure == "ratio":
             distance[rows] = _ratio(_fit_ratio(x[others], sample, seed), x[rows])
     return distance, lacks
@@ -454,18 +444,10 @@ _KEYS = ("pixel", *STEPS["labels"])
 
 
 def count_maps(cells: IntArray, columns: Columns, place: NDArray[np.int8]) -> pa.Table:
-    """Count the rows of one partition in every map.
+    """Count the rows of one partition, by ``_healpix_29`` (n,) and labels (n,), in every map.
 
-    Columns are those of `MAP_SCHEMA`, but for ``n_g`` and ``sum_g`` of the rows outside.
-
-    Parameters
-    ----------
-    cells : ndarray of int64, shape (n,)
-        ``_healpix_29``.
-    columns : mapping of str to ndarray of float, shape (n,)
-        Labels, and ``phot_g_mean_mag`` where there is one; nan where unknown.
-    place : ndarray of int8, shape (n,)
-        Class of each row; -1 for rows that are not counted.
+    Rows without a class (n,), -1, or with an unknown label, nan, are not counted. Columns are those
+    of `MAP_SCHEMA`, but for ``n_g`` and ``sum_g`` of the rows outside.
     """
     known = np.logical_and.reduce([np.isfinite(columns[name]) for name in STEPS["labels"]])
     rows = np.flatnonzero((place >= 0) & known)

@@ -187,8 +187,7 @@ def test_maps_are_a_table(small_store):
 
 
 def test_a_sample_is_chosen_by_the_keys_alone(build, tmp_path, monkeypatch):
-    names = {"pairs": "lamost.pairs", "observations": "lamost.observations", "stars": "lamost.stars"}
-    inputs = {role: build / name for role, name in names.items()}
+    inputs = {role: build / f"lamost.{role}" for role in ("pairs", "observations", "stars")}
     inputs |= {"evidence": build / "lamost.evidence", "model": build / "lamost.model.polynomial"}
     stage = Coverage(inputs, CoverageSettings(seed=3))
     monkeypatch.setattr("sos_dask.stages.coverage._SAMPLE_ROWS", 500)

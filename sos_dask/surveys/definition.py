@@ -83,9 +83,7 @@ class SourceColumn(Settings):
     ] = Field((), description="native columns, of which the first that is there is used")
     join: _Sources = Field((), description="native columns whose texts are joined by dots")
     unit: str = Field("", description="unit of the native column, as astropy writes it")
-    dtype: Literal["int64", "float32", "float64", "string"] = Field(
-        "float32", description="type in the product"
-    )
+    dtype: Literal["int64", "float32", "float64", "string"] = "float32"
     missing: _Numbers = Field((), description="numbers that mean null here, beside the survey's")
     element: int | None = Field(None, ge=0, description="element of a vector column, from 0")
 
@@ -187,9 +185,7 @@ class Cut(Settings):
     bits_unset: Annotated[tuple[Annotated[int, Field(ge=0, le=63)], ...], _Lax] = Field(
         (), description="numbers (0 is the lowest) of the bits that must be 0 in an integer flag"
     )
-    values: Annotated[tuple[Any, ...], _Lax, AfterValidator(_values)] = Field(
-        (), description="accepted values"
-    )
+    values: Annotated[tuple[Any, ...], _Lax, AfterValidator(_values)] = ()
     null_passes: bool = Field(False, description="a null passes; by default it fails")
     optional: bool = Field(False, description="a file without the column passes")
     reason: str = Field("", exclude=True, description="why, with the source")
@@ -241,16 +237,11 @@ class Survey(Settings):
     columns: dict[str, SourceColumn] = Field(description="canonical columns")
     extra: dict[str, ExtraColumn] = Field({}, exclude=True, description="further native columns")
     reference: str = Field("", exclude=True, description="where it is described")
-    hdu: int | None = Field(
-        None, ge=1, description="table of a FITS file or VOTable, from 1, where it has several"
-    )
-    position_epoch: float | None = Field(
-        None, ge=YEARS[0], le=YEARS[1], description="Julian year of ra and dec without a column"
-    )
+    hdu: int | None = Field(None, ge=1, description="which table of a FITS file or VOTable, from 1")
+    # Julian year of ra and dec where no column states it.
+    position_epoch: float | None = Field(None, ge=YEARS[0], le=YEARS[1])
     missing: _Numbers = Field((), description="numbers that mean null in every numeric column")
-    missing_text: _Texts = Field(
-        (), description="words that mean null, beside the empty one, in text and in text files"
-    )
+    missing_text: _Texts = Field((), description="words that mean null, beside the empty one")
     cuts: dict[str, Cut] = Field({}, description="quality cuts")
     expected_error: dict[Literal["teff", "logg", "feh", "rv"], Annotated[float, Field(gt=0)]] = (
         Field({}, description="typical error where the survey states none, in canonical units")

@@ -50,7 +50,7 @@ from sos_dask.storage.manifest import (
 
 logger = logging.getLogger(__name__)
 BUILD_FILE = "build.json"
-COSTS = "costs.json"
+_COSTS = "costs.json"
 DIGESTS_FILE = "digests.json"
 _MARGIN = "margin"
 # Input whose rows a stage takes: the first of these roles that its recipe has.
@@ -225,12 +225,12 @@ def remembered(path: Path) -> dict[str, Any]:
 def put_cost(store: Path, fingerprint: str, **seconds: float) -> None:
     """Remember the seconds that the run which finished an output took."""
     cost = {name: round(value, 3) for name, value in seconds.items()}
-    remember(store / COSTS, {**costs(store), fingerprint: cost})
+    remember(store / _COSTS, {**costs(store), fingerprint: cost})
 
 
 def costs(store: Path) -> dict[str, dict[str, float]]:
     """Read the known costs of outputs (``wall_s``, ``cpu_s`` of all processes) by fingerprint."""
-    return remembered(store / COSTS)
+    return remembered(store / _COSTS)
 
 
 def file_names(store: Path) -> dict[str, str]:

@@ -71,13 +71,13 @@ def open_text(path: Path, data_path: Path, survey: Survey) -> Contents:
     header = _fields(line, delimiter)
     if delimiter == " " and re.search(r"\.fits?(\.|$)", path.name.lower()):
         raise SurveyError(
-            f"{path} is no FITS file: it begins with {line:.80}",
+            f"{path} is not a FITS file: it begins with {line:.80}",
             "Download it again; a table of text may have any other name, like .csv.",
         )
     if len(header) < 2:
         raise SurveyError(
             f"{path}: its first line has none of the delimiters , | ; tab and blank: {line:.80}",
-            "The first line must hold the column names.",
+            "The first line must contain the column names.",
         )
     below = _below_vizier(following[:2], delimiter)
     offset += sum(len(_encoded(text)) for text in following[:below])
@@ -180,7 +180,7 @@ def _lines(path: Path | str, file: BinaryIO, number: int = 0) -> Iterator[str]:
         if len(line) > _BLOCK_BYTES:
             raise SurveyError(
                 f"{path}: line {number} is too long, over {_BLOCK_BYTES >> 20} MiB",
-                "It is no table of text, or its line ends are lost.",
+                "It is not a table of text, or its line ends are lost.",
             )
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         yield line.decode("utf-8", "surrogateescape")
@@ -305,7 +305,7 @@ def _rows(source: Source, strict: bool) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where values come from, to say it of a bad one."""
+    """Origin of values, which the message of a bad one names."""
 
     source: Source
     survey: Survey
@@ -331,7 +331,7 @@ def whole_numbers(place: Place, key: str, numbers: NDArray[Any]) -> NDArray[np.i
 
 def _not_whole(number: float, limit: float) -> tuple[str, str]:
     is_large = abs(number) >= limit
-    problem = "is stored as float: digits are lost" if is_large else "is no integer"
+    problem = "is stored as float: digits are lost" if is_large else "is not an integer"
     return f"{number!s} {problem}", "Get the file with integer or text ids."
 
 

@@ -101,10 +101,10 @@ def test_wrong_hdu(tmp_path):
     fails(path, survey(hdu=2), "HDU 2 does not exist", "1 'CATALOG' (3 rows)")
     hdus = [fits.PrimaryHDU(), fits.ImageHDU(np.zeros(3)), fits.BinTableHDU(Table(rows(3)))]
     fits.HDUList(hdus).writeto(tmp_path / "b")
-    fails(tmp_path / "b", survey(hdu=1), "HDU 1 is no binary table", "2 '' (3 rows)")
+    fails(tmp_path / "b", survey(hdu=1), "HDU 1 is not a binary table", "2 '' (3 rows)")
     assert read(tmp_path / "b", survey()).rows.num_rows == 3  # the only table
     fits.PrimaryHDU(np.zeros(3)).writeto(tmp_path / "c")
-    fails(tmp_path / "c", survey(), "holds no binary table")
+    fails(tmp_path / "c", survey(), "contains no binary table")
 
 
 @pytest.mark.parametrize("cut", [1, 100, 2881, 5000])

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.evidence.widening import (
     CLASSES,
@@ -52,7 +52,7 @@ from sos_dask.sky.healpix import MAX_ORDER
 from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
 from sos_dask.stats.table import Grid, seal, unseal
 
-Columns = Mapping[str, NDArray[np.floating]]
+Columns = Mapping[str, FloatingArray]
 
 MEASURES = ("neighbours", "ratio")
 WRONG_SIGMA = 4.0
@@ -300,9 +300,7 @@ class Fit(NamedTuple):
     model: CoverageModel
     bins: list[dict[str, float]]  # of held-out pairs by distance: measured and fitted growth
     n_held_out: int
-    # Of them off by more than `WRONG_SIGMA` in all labels at once: wrong measurements, which say
-    # nothing of the growth and are left out of it.
-    n_wrong: int
+    n_wrong: int  # of them off by more than `WRONG_SIGMA` in all labels at once: left out of growth
     outside: float  # share of the held-out pairs that the model calls outside
     n_width: tuple[tuple[int, ...], ...]  # pairs that the widths were counted on: see `fit_widths`
 

@@ -23,16 +23,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sos_dask.columns import BoolArray, FloatArray, IntArray
+from sos_dask.columns import BoolArray, FloatArray, FloatingArray, IntArray
 from sos_dask.evidence.figures import figure_schema
 from sos_dask.stats.bootstrap import draw, interval
 
 STEPS = 8
 MIN_CELLS = 5
 UNCOVERED, BEYOND = "uncovered", "beyond"
-Predict = Callable[[FloatArray], NDArray[np.floating]]
+Predict = Callable[[FloatArray], FloatingArray]
 
 _ROUGH = ("roughness", "roughness_low", "roughness_high", "jump", "jump_low", "jump_high")
 ARTIFACT_SCHEMA = figure_schema(f"method label {' '.join(_ROUGH)} noise n_cells")
@@ -51,7 +50,7 @@ class Cells:
     covered: BoolArray
 
     @classmethod
-    def of(cls, labels: NDArray[np.floating], edges: Sequence[FloatArray], min_count: int) -> Cells:
+    def of(cls, labels: FloatingArray, edges: Sequence[FloatArray], min_count: int) -> Cells:
         """Count the pairs of these labels, shape (n, n_labels); none outside."""
         counts, _ = np.histogramdd(np.asarray(labels, dtype=np.float64), bins=list(edges))
         return cls(tuple(edges), counts.astype(np.int64), counts >= max(min_count, 1))

@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from sos_dask.columns import FloatArray, IntArray
+from sos_dask.columns import FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ConfigError
 from sos_dask.evidence.figures import figure_schema
 from sos_dask.stats.numbers import MAD_TO_SIGMA, MIN_COUNT, Axis, binned_quantiles, bins_of
@@ -53,8 +52,8 @@ CONTRAST_SCHEMA = figure_schema(
 
 
 def trend(
-    x: Mapping[str, NDArray[np.floating]],
-    difference: NDArray[np.floating],
+    x: Mapping[str, FloatingArray],
+    difference: FloatingArray,
     edges: Sequence[FloatArray],
     **about: str | None,
 ) -> dict[str, Any]:
@@ -186,27 +185,15 @@ def _long(items: Sequence[Columns], schema: pa.Schema) -> pa.Table:
 
 
 def three_cornered_hat(
-    values: Sequence[NDArray[np.floating]], surveys: Sequence[str], seed: int = 0
+    values: Sequence[FloatingArray], surveys: Sequence[str], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Find the errors of three surveys on the stars that all have.
+    """Find the errors of three surveys from values (n,) of a label in each, star by star.
 
-    Constant offsets between surveys do not matter; trends between them count as errors.
-
-    Parameters
-    ----------
-    values : sequence of three ndarray of float, shape (n,)
-        A label in each survey, star by star; stars with a nan are left out.
-    surveys : sequence of three str
-    seed : int
-        Of the bootstrap over stars.
-
-    Returns
-    -------
-    list of dict
-        Of each ``survey``: ``n`` stars that all three have; ``variance`` of its errors, from
-        1.4826 MAD of the differences; ``sigma``, the root, None where it is negative; ``low`` and
-        ``high``, the 95 % bootstrap interval of the signed root sign(variance)
-        sqrt(abs(variance)); ``negative`` where the variance or ``low`` is below zero.
+    Stars with a nan are left out. Constant offsets between surveys do not matter; trends between
+    them count as errors. Of each ``survey`` there are ``n`` stars that all three have; ``variance``
+    of its errors, from 1.4826 MAD of the differences; ``sigma``, the root, None where it is
+    negative; ``low`` and ``high``, the 95 % bootstrap interval, over stars, of the signed root
+    sign(variance) sqrt(abs(variance)); ``negative`` where the variance or ``low`` is below zero.
 
     Raises
     ------

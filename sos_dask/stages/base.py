@@ -118,6 +118,10 @@ class Stage(Generic[S]):
         """Names of the inputs of a role in their order: one or none, unless it takes many."""
         return [name for name in self.inputs if name == role or name.startswith(f"{role}.")]
 
+    def many(self, role: str) -> list[str]:
+        """Names of the many inputs of a role, each without that of the role, sorted."""
+        return sorted(name.removeprefix(f"{role}.") for name in self.named(role))
+
     def catalog(self, name: str) -> Catalog:
         """Catalog that is an input."""
         found: Any = self.inputs[name]

@@ -91,12 +91,12 @@ def test_the_gradient_is_that_of_small_steps(text):
     x = points(50).T
     form = template(text)
     start = np.array(form.numbers)
-    gradient = form.gradient(x, start)
+    gradient = form.gradient(x)
     assert gradient.shape == (50, len(start))
     for k, of_one in enumerate(gradient.T):
         step = np.zeros(len(start))
         step[k] = 1e-6
-        ends = [form.values(x, start + s) for s in (step, -step)]
+        ends = [form.with_numbers(start + s).values(x) for s in (step, -step)]
         np.testing.assert_allclose(of_one, (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-5)
 
 
@@ -280,7 +280,7 @@ def test_formulas_of_pysr_are_read(monkeypatch):
             assert variable_names == list(FEATURES)
             self.equations_ = {"equation": ["0.1", "logg * feh * 0.3 + 0.1", "1.0 / (feh - feh)"]}
 
-    monkeypatch.setattr(symbolic, "require", lambda engine: None)
+    monkeypatch.setattr(symbolic, "_require", lambda engine: None)
     monkeypatch.setitem(sys.modules, "pysr", SimpleNamespace(PySRRegressor=Regressor))
     batch = biased_pairs(3000, 3)
     out = fit(ArraySource(batch), params={**QUICK, "engine": "pysr"})

@@ -21,6 +21,13 @@ def stars(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def build(small_store) -> Path:
+    """The build of the small store itself, behind its link."""
+    found: Path = (small_store / "current").resolve()
+    return found
+
+
+@pytest.fixture(scope="session")
 def current(small_store) -> Path:
     folder: Path = small_store / "current"
     return folder

@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sos_dask.api import train
-from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
+from sos_dask.correct import COVERAGE_MEANINGS, FLAG_MEANINGS, FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.errors import CatalogError, ConfigError, ModelError
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.apply import Apply, ApplySettings, parse_partitions
@@ -260,6 +261,26 @@ def test_rows_do_not_depend_on_how_many_are_corrected_at_once(build, tmp_path, m
         monkeypatch.setattr("sos_dask.stages.apply._ROWS_AT_ONCE", n_rows)
         Apply(inputs, ApplySettings(fallback="none")).run(tmp_path / str(n_rows) / "corrected")
     assert contents(tmp_path / "97") == contents(tmp_path / str(1 << 17))
+
+
+def test_a_worker_must_hold_the_models_too(build):
+    inputs = {"model": build / "model.polynomial", "observations": build / "lamost.observations"}
+    sizes = [
+        sum(file.stat().st_size for file in (build / name).iterdir())
+        for name in ("model.polynomial", "uncertainty")
+    ]
+    assert Apply(inputs).held_bytes() == sizes[0]
+    assert Apply({**inputs, "errors": build / "uncertainty"}).held_bytes() == sum(sizes)
+
+
+def test_flags_are_counted(build):
+    rows, manifest = rows_of(build / "lamost.corrected"), Manifest.load(build / "lamost.corrected")
+    meanings = FLAG_MEANINGS | COVERAGE_MEANINGS
+    flags = rows["flag_sos"].to_numpy()
+    assert manifest.summary["flags"] == {
+        text: int(np.count_nonzero(flags & bit)) for bit, text in meanings.items()
+    }
+    assert sum(manifest.summary["flags"].values()) > 100
 
 
 def test_paths_that_are_missing(cli: Cli, build):

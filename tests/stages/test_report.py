@@ -7,6 +7,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,6 +15,7 @@ from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.rebuild.plan import plan
+from sos_dask.stages import report as stage
 from sos_dask.stages.report import (
     PAGE,
     ReportSettings,
@@ -135,6 +137,11 @@ def test_a_stopped_run_goes_on_and_workers_change_no_byte(
     out = tmp_path / "out"
     drawn: list[str] = []
     part = ReportStage.draw_figure
+    few = ("sky", "kiel", "comparison", "calibration", "correction")
+    monkeypatch.setattr(
+        "sos_dask.stages.report.figures",
+        lambda build: {name: draw for name, draw in figures(build).items() if name in few},
+    )
 
     def stopping(self, output, key, item):
         if len(drawn) == 2:
@@ -151,7 +158,38 @@ def test_a_stopped_run_goes_on_and_workers_change_no_byte(
     assert {path.stem for path in before} == set(drawn)
     report(products, out, SETTINGS, cluster=cluster)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "none is drawn twice"
-    assert contents(out) == contents(made)
+    whole, found = contents(made / "figures"), contents(out / "figures")
+    names = [f"{name}.{kind}" for name in few for kind in ("png", "pdf")]
+    assert found == {name: whole[name] for name in names}
+
+
+def test_rows_on_the_kiel_plane_and_their_errors_are_counted(small_store):
+    current = small_store / "current"
+    catalog = Catalog.open(current / "lamost.corrected")
+    pixel = catalog.pixels[0]
+    counts = stage._count_kiel(catalog, pixel, ["teff", "feh"])
+    known, beyond = 0, 0
+    cells: dict[int, list[float]] = {}
+    for row in catalog.read(pixel).to_pylist():
+        if row["teff"] is None or row["logg"] is None:
+            continue
+        known += 1
+        i, j = int((row["teff"] - 3000) // 50), int((row["logg"] + 0.5) // 0.05)
+        if not (0 <= i < 140 and 0 <= j < 120):
+            beyond += 1
+        elif row["teff_sos_err"] is not None and row["teff_sos_err"] > 0:
+            cells.setdefault(i * 120 + j, []).append(row["teff_sos_err"])
+    assert counts["before"].sum() == known > 500 and counts["before"][-1] == beyond
+    assert set(counts) == {"before", "after", "teff_n", "teff_sum", "feh_n", "feh_sum"}
+    assert counts["teff_n"][:-1].sum() == sum(map(len, cells.values())) > 300
+    n, total = counts["teff_n"], counts["teff_sum"]
+    off = 0
+    for cell, errors in cells.items():
+        if n[cell] != len(errors):
+            off += 1  # a label on the edge of a cell, in another precision
+            continue
+        assert total[cell] * 1e-6 == pytest.approx(np.sum(np.log10(errors)), abs=1e-6 * len(errors))
+    assert off < 0.02 * len(cells)
 
 
 def test_what_is_missing_is_left_out(products, tmp_path):

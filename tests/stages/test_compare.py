@@ -4,8 +4,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -24,14 +22,9 @@ from sos_dask.storage.manifest import Manifest
 from tests.job import contents
 from tests.run import compare, features
 from tests.sky import write_catalog
+from tests.stages.pairs import column, read, used
 
 FEW = CompareSettings(n_bootstrap=100, min_bin_pairs=20)
-
-
-@pytest.fixture(scope="module")
-def build(small_store) -> Path:
-    found: Path = (small_store / "current").resolve()
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +46,6 @@ def compared(build, trained, tmp_path_factory) -> Path:
     directory: Path = tmp_path_factory.mktemp("compared") / "out"
     compare(Catalog.open(build / "pairs"), trained, directory, FEW)
     return directory
-
-
-def used(build: Path) -> pa.Table:
-    pairs = Catalog.open(build / "pairs")
-    table = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
-    return table.filter(table["use"])
-
-
-def column(table: pa.Table, name: str) -> np.ndarray:
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float64)
 
 
 def test_a_rebuild_makes_the_comparison(build):
@@ -153,7 +136,7 @@ def test_the_bytes_depend_neither_on_workers_nor_on_partitions(
     pairs = Catalog.open(build / "pairs")
     compare(pairs, trained, tmp_path / "workers", FEW, cluster=cluster)
     assert contents(tmp_path / "workers") == whole
-    table = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    table = read(pairs.path)
     cut = write_catalog(table, tmp_path / "pairs", 50, "pairs")
     assert len(cut.pixels) > len(pairs.pixels)
     compare(cut, trained, tmp_path / "cut", FEW)
@@ -234,7 +217,7 @@ def test_damaged_held_out_pairs(build, model, trained, tmp_path):
 
 def test_models_of_other_pairs_or_validation(build, trained, tmp_path):
     pairs = Catalog.open(build / "pairs")
-    table = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    table = read(pairs.path)
     other = write_catalog(table.slice(3), tmp_path / "other")
     with pytest.raises(CatalogError, match="does not hold the pairs"):
         compare(other, trained, tmp_path / "out", FEW)

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from scipy.stats import binomtest
 
+from sos_dask.columns import floats, floats32
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.corrections.base import SEAL, sealed
 from sos_dask.errors import CatalogError, ModelError
@@ -18,24 +18,16 @@ from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.intervals import load_errors
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import LABELS
+from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.reference import common_stars
 from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
+from sos_dask.stars.repeats import normalisation
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from tests.job import contents
 from tests.run import Surveys, apply, uncertainty
 from tests.sky import write_catalog
-
-
-@pytest.fixture
-def build(small_store) -> Path:
-    found: Path = (small_store / "current").resolve()
-    return found
-
-
-def read(path: Path) -> pa.Table:
-    catalog = Catalog.open(path)
-    return pa.concat_tables([catalog.read(pixel) for pixel in catalog.pixels])
+from tests.stages.pairs import read
 
 
 def surveys(build: Path) -> Surveys:
@@ -55,6 +47,14 @@ def run(build: Path, directory: Path, **settings) -> Manifest:
         UncertaintySettings(**settings),
         surveys(build),
     )
+
+
+@pytest.fixture(scope="module")
+def alone(build, tmp_path_factory) -> Path:
+    """Errors made by the single step."""
+    directory: Path = tmp_path_factory.mktemp("uncertainty") / "one"
+    run(build, directory)
+    return directory
 
 
 def test_a_rebuild_makes_the_errors(build):
@@ -81,6 +81,61 @@ def test_a_rebuild_makes_the_errors(build):
     assert manifest.summary["hit_rates"] == [
         one for one in calibration if one["subset"] in ("all", "dense", "sparse")
     ]
+
+
+def test_subsets_are_those_of_the_pairs(build):
+    """Counted on the table of evidence itself; where every pair is held out and of one star."""
+    table = read_evidence(build / "evidence", [*LABELS, "snr"])
+    teff, logg, feh, snr = (floats32(table, name) for name in (*LABELS, "snr"))
+    low, high = np.quantile(snr, [1 / 3, 2 / 3])
+    n = {
+        (one["subset"], one["label"]): one["n"]
+        for one in Uncertainty.load(build / "uncertainty")["hit_rates"]
+    }
+    expected = {
+        "all": np.ones(len(teff), bool), "giants": logg < 3.5, "dwarfs": logg >= 3.5,
+        "logg < 1": logg < 1, "feh > 0.2": feh > 0.2, "low snr": snr < low, "high snr": snr >= high,
+    }  # fmt: skip
+    for name, inside in expected.items():
+        if inside.any():
+            assert n[name, "teff"] == np.count_nonzero(inside), name
+    assert n["dense", "teff"] + n["sparse", "teff"] == n["all", "teff"]
+    assert n["dense cells", "feh"] + n["sparse cells", "feh"] == n["all", "feh"]
+    assert n["sparse", "teff"] == pytest.approx(0.05 * n["all", "teff"], abs=1)
+
+
+def test_errors_of_the_reference_are_normalised_by_its_survey(build, tmp_path, monkeypatch):
+    seen = {}
+
+    def fit_label(held_out, label, grid, cells):
+        seen[label] = held_out
+        raise ModelError("seen")
+
+    monkeypatch.setattr("sos_dask.evidence.intervals.fit_label", fit_label)
+    with pytest.raises(ModelError, match="seen"):
+        run(build, tmp_path / "out")
+    held_out = seen[LABELS[0]]
+    names = [*(f"{label}_err_ref" for label in LABELS), "logg_ref", "snr_ref", "survey_ref"]
+    table = read_evidence(build / "evidence", [*names, "star", "target"])
+    factors = {
+        name: Manifest.load(build / f"{name}.stars").summary["error_factors"]
+        for name in ("apogee", "galah")
+    }
+    logg, snr = (floats(table, name) for name in ("logg_ref", "snr_ref"))
+    changed = 0
+    for survey, of_survey in factors.items():
+        mine = np.array(table["survey_ref"].to_pylist()) == survey
+        for number, label in enumerate(LABELS):
+            stated = floats(table, f"{label}_err_ref")[mine]
+            factor = normalisation(of_survey, label, logg[mine], snr[mine])
+            np.testing.assert_array_equal(held_out.reference_errors[mine, number], stated * factor)
+            changed += np.count_nonzero(factor != 1)
+    assert changed > 0
+    for name in ("star", "target"):
+        ids, where = np.unique(table[name].to_numpy(), return_inverse=True)
+        parts = np.stack([np.bincount(where, held_out.part == k, len(ids)) for k in range(5)])
+        assert (np.count_nonzero(parts, axis=0) == 1).all(), "one star, one part"
+    assert np.bincount(held_out.part).min() > 0.15 * len(where)
 
 
 def test_factors_of_stated_errors_are_those_that_were_simulated(build):
@@ -131,15 +186,14 @@ def test_a_correction_by_other_inputs_is_refused(build, tmp_path):
         stage.check()
 
 
-def test_the_same_in_any_partitions(build, tmp_path):
-    run(build, tmp_path / "one")
+def test_the_same_in_any_partitions(build, alone, tmp_path):
     pairs = read(build / "pairs")
     again = write_catalog(pairs, tmp_path / "pairs", 20, "pairs")
     assert len(again.pixels) > len(Catalog.open(build / "pairs").pixels)
     uncertainty(
         build / "model.polynomial", again, tmp_path / "two", UncertaintySettings(), surveys(build)
     )
-    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    one, two = contents(alone), contents(tmp_path / "two")
     for name in ("error.json", "error.npy", "calibration.parquet"):
         assert one[name] == two[name]
     assert contents((build / "uncertainty").resolve())["error.npy"] == one["error.npy"]
@@ -193,16 +247,15 @@ def test_common_stars_have_the_labels_of_both(build):
             np.testing.assert_allclose(table[label].to_numpy(), wanted, rtol=1e-6)
 
 
-def test_the_hat_is_that_of_the_common_stars(build, tmp_path):
-    hats = run(build, tmp_path / "u").summary["three_cornered_hat"]
+def test_the_hat_is_that_of_the_common_stars(build, alone, tmp_path):
+    hats = Manifest.load(alone).summary["three_cornered_hat"]
     for one in hats:
         assert one["survey"] in ("lamost", "apogee", "galah") and one["n"] >= 30
         assert one["negative"] == (one["variance"] < 0 or one["low"] < 0)
-    alone = uncertainty(
-        build / "model.polynomial", Catalog.open(build / "pairs"), tmp_path / "alone"
-    )
-    assert alone.summary["three_cornered_hat"] == []
-    assert alone.summary["error_factors"] == {}
+    bare = uncertainty(
+        build / "model.polynomial", Catalog.open(build / "pairs"), tmp_path / "bare"
+    ).summary
+    assert bare["three_cornered_hat"] == [] and bare["error_factors"] == {}
 
 
 def test_errors_of_another_correction_are_refused(build, tmp_path):

@@ -1,6 +1,5 @@
 """Pairs that statements rest on: all, or those of some stars, and what was held out of them."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,14 @@ from sos_dask.schema import LABELS
 from sos_dask.stages.compare import Compare, Trends
 from sos_dask.stages.coverage import Coverage
 from sos_dask.stages.evidence import (
-    DIFFERENCES,
     Evidence,
     EvidenceSettings,
     fitted_columns,
     held_out_columns,
     held_out_pairs,
+    of_surveys,
     read_evidence,
+    single_observations,
     sparse_pairs,
 )
 from sos_dask.stages.train import TrainSettings
@@ -33,14 +33,9 @@ from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from tests.run import features, make_evidence
 from tests.sky import write_catalog
+from tests.stages.pairs import read
 
-COLUMNS = ["star", "fold", *DIFFERENCES]
-
-
-@pytest.fixture
-def build(small_store) -> Path:
-    found: Path = (small_store / "current").resolve()
-    return found
+DIFFERENCES = [f"{label}_diff" for label in LABELS]
 
 
 @pytest.fixture
@@ -60,31 +55,29 @@ def test_the_thin_part_of_the_pairs_is_sparse():
     assert sparse_pairs(np.full((5, 3), np.nan, np.float32), np.ones(5, bool)).all()
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_of_many_pairs_those_of_some_stars(pairs, tmp_path, share):
-    make_evidence(pairs, {}, tmp_path / "all")
-    everything = read_evidence(tmp_path / "all", COLUMNS)
-    settings = EvidenceSettings(max_pairs=int(share * pairs.n_rows))
-    rows = make_evidence(pairs, {}, tmp_path / "some", settings).rows
-    found = read_evidence(tmp_path / "some", COLUMNS)
-    expected = share * everything.num_rows
-    assert abs(found.num_rows - expected) < 5 * np.sqrt(expected)
-    is_kept = pc.is_in(everything["star"], found["star"].unique())
-    assert found.equals(everything.filter(is_kept)), "a star is kept whole"
-    assert sum(rows.dropped.values()) == pairs.n_rows - found.num_rows
-    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
-    other = write_catalog(whole, tmp_path / "pairs", 20, "pairs")
-    assert len(other.pixels) > len(pairs.pixels)
-    make_evidence(other, {}, tmp_path / "other", settings)
-    assert read_evidence(tmp_path / "other", COLUMNS).equals(found), "in any partitions"
+def test_single_observations_where_there_are_as_many():
+    table = pa.table({"n_obs": [1, 1, 2, 1, 3], "held_out": [True, True, True, False, False]})
+    assert single_observations(table, 2).tolist() == [True, True, False, True, False]
+    assert single_observations(table, 3).all(), "of those held out there are two"
+    assert single_observations(table.drop_columns(["n_obs"]), 1).all()
+
+
+def test_pairs_by_their_reference_survey():
+    found = of_surveys(pa.table({"survey_ref": ["b", None, "a", "b"]}))
+    assert {name: mine.tolist() for name, mine in found.items()} == {
+        "b": [True, False, False, True],
+        "a": [False, False, True, False],
+    }
+    assert of_surveys(pa.table({"star": [1]})) == {}
 
 
 def test_held_out_pairs_are_those_of_the_model(build, pairs):
     model = build / "model.polynomial"
-    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    whole = read(pairs.path)
     whole = whole.filter(whole["use"])
     fold, differences = whole["fold"].to_numpy(), [floats32(whole, name) for name in DIFFERENCES]
-    rows, predicted = held_out_pairs(model, fold, differences)
+    every = np.ones(len(fold), bool)
+    rows, predicted = held_out_pairs(model, fold, differences, every)
     kept = np.arange(len(fold)) % 3 == 0
     some, of_some = held_out_pairs(model, fold, [one[kept] for one in differences], kept)
     inside = kept[rows]
@@ -92,13 +85,13 @@ def test_held_out_pairs_are_those_of_the_model(build, pairs):
     assert np.array_equal(of_some, predicted[inside])
     differences[0] = differences[0] + 1
     with pytest.raises(CatalogError, match="does not hold the pairs"):
-        held_out_pairs(model, fold, differences)
+        held_out_pairs(model, fold, differences, every)
 
 
 def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, pairs, tmp_path):
     models = {"polynomial": build / "model.polynomial"}
     manifest = make_evidence(pairs, models, tmp_path / "evidence")
-    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    whole = read(pairs.path)
     whole = whole.filter(whole["use"])
     assert manifest.rows.n_out == whole.num_rows and manifest.rows.n_in == pairs.n_rows
     names = ["fold", "survey_ref", *LABELS, *DIFFERENCES, "snr", "feh_err_ref"]
@@ -156,7 +149,7 @@ def test_the_table_of_many_pairs_is_of_some_stars(build, pairs, tmp_path, share)
     kept = pc.is_in(everything["star"], found["star"].unique())
     assert found.equals(everything.filter(kept)), "a star is kept whole"
     assert sum(manifest.rows.dropped.values()) == pairs.n_rows - found.num_rows
-    whole = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    whole = read(pairs.path)
     other = write_catalog(whole, tmp_path / "pairs", 20, "pairs")
     assert len(other.pixels) > len(pairs.pixels)
     make_evidence(other, models, tmp_path / "other", settings)

@@ -84,7 +84,7 @@ print(kept - before, resident() - before)
 def test_threads_use_freed_memory_again(keep):
     """A process of its own, because the setting stays."""
     code = _FILL.format(keep=keep)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     run = [sys.executable, "-c", code]
     printed = subprocess.run(run, cwd=root, env=plain, check=True, capture_output=True)
@@ -107,4 +107,10 @@ assert "pandas" not in sys.modules
 import pandas
 assert pandas.Series([1]).sum() == 1
 """
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+@pytest.mark.parametrize(("n_rows", "n_threads"), [(0, 1), (9, 1), (10, 1), (20, 2), (10**9, 3)])
+def test_threads_have_rows_enough(monkeypatch, n_rows, n_threads):
+    monkeypatch.setattr(machine, "n_cores", lambda: 3)
+    assert machine.n_threads(n_rows, 10) == n_threads

@@ -21,6 +21,7 @@ from sos_dask.storage.manifest import Manifest
 from tests.job import contents
 from tests.run import features, trends
 from tests.sky import write_catalog
+from tests.stages.pairs import column, read, used
 
 FILES = ("planes.parquet", "references.parquet", "trends.parquet")
 FEW = TrendSettings(
@@ -28,22 +29,6 @@ FEW = TrendSettings(
     n_count_bins=6,
     min_count=5,
 )
-
-
-@pytest.fixture
-def build(small_store) -> Path:
-    found: Path = (small_store / "current").resolve()
-    return found
-
-
-def used(build: Path) -> pa.Table:
-    pairs = Catalog.open(build / "pairs")
-    table = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
-    return table.filter(table["use"])
-
-
-def column(table: pa.Table, name: str) -> np.ndarray:
-    return np.asarray(pc.fill_null(table[name], np.nan).to_numpy(), dtype=np.float64)
 
 
 def rows(path: Path, **wanted) -> pa.Table:
@@ -187,7 +172,7 @@ def test_fitted_pairs_are_those_that_trained_the_model(build):
 
 def test_partitions_and_workers_change_no_byte(build, cluster, tmp_path):
     pairs = Catalog.open(build / "pairs")
-    table = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    table = read(pairs.path)
     found = run(build, tmp_path / "a", pairs)
     assert len(found) == len(FILES)
     whole = write_catalog(table, tmp_path / "whole")
@@ -254,7 +239,7 @@ def test_the_order_says_whose_difference_it_is(build, tmp_path):
 
 def test_pairs_without_surveys_magnitudes_or_references(build, tmp_path):
     pairs = Catalog.open(build / "pairs")
-    table = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    table = read(pairs.path)
     bare = write_catalog(table.drop_columns(["survey_ref", "logg_ref", "snr"]), tmp_path / "pairs")
     manifest = trends(bare, tmp_path / "out")
     assert manifest.summary["surveys"] == {} and manifest.summary["agreements"] == []
@@ -271,7 +256,7 @@ def test_pairs_without_surveys_magnitudes_or_references(build, tmp_path):
 
 def test_a_model_of_other_pairs_is_refused_and_leaves_nothing(build, tmp_path):
     pairs = Catalog.open(build / "pairs")
-    table = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    table = read(pairs.path)
     other = write_catalog(table.slice(3), tmp_path / "other")
     models = {"polynomial": build / "model.polynomial"}
     with pytest.raises(CatalogError, match="does not hold the pairs"):

@@ -13,8 +13,6 @@ from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.storage.artifact import write_parquet
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.hats import partition_path
-from sos_dask.storage.store import verify
 from tests.sky import observations, write_catalog
 
 
@@ -172,81 +170,9 @@ def test_every_type_reads_back_in_few_bytes(tmp_path):
     assert ours < 0.95 * plain
 
 
-def test_missing_column_names_the_nearest(catalog):
-    with pytest.raises(CatalogError, match="Did you mean teff"):
-        catalog.require("tef")
-
-
-def test_not_a_catalog(tmp_path):
-    with pytest.raises(CatalogError, match="does not exist"):
-        Catalog.open(tmp_path / "nothing")
-    with pytest.raises(CatalogError, match="not an output of sos-dask"):
-        Catalog.open(tmp_path)
-
-
-# -- verify ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def small(tmp_path) -> Catalog:
     return write_catalog(observations(500, spread=True), tmp_path / "cat", 100)
-
-
-def rewrite(catalog: Catalog, change) -> HealpixPixel:
-    """Damage one partition behind the manifest's back."""
-    pixel = catalog.pixels[3]
-    path = catalog.partition_file(pixel)
-    pq.write_table(change(pq.ParquetFile(path).read()), path)
-    return pixel
-
-
-def test_a_sound_catalog_has_no_problems(small):
-    assert verify(small.path) == []
-
-
-def test_verify_finds_a_changed_byte(small):
-    path = small.partition_file(small.pixels[2])
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert any("SHA-256" in problem and path.name in problem for problem in verify(small.path))
-
-
-def test_verify_finds_wrong_order(small):
-    pixel = rewrite(small, lambda table: table.take(list(range(table.num_rows))[::-1]))
-    assert any(f"pixel {pixel}: not sorted" in problem for problem in verify(small.path))
-
-
-def test_verify_finds_rows_of_another_pixel(small):
-    other = small.read(small.pixels[4])
-    pixel = rewrite(small, lambda table: pa.concat_tables([table, other.slice(0, 1)]))
-    found = verify(small.path)
-    assert any(f"pixel {pixel}: 1 rows lie outside" in problem for problem in found)
-    assert any("keys occur more than once" in problem for problem in found)
-    assert any("the manifest says" in problem for problem in found)
-
-
-def test_verify_finds_a_wrong_cell(small):
-    def shift(table):
-        cells = table["_healpix_29"].to_numpy() + 1
-        return table.set_column(0, table.schema.field(0), pa.array(cells))
-
-    pixel = rewrite(small, shift)
-    assert any(
-        f"pixel {pixel}: _healpix_29 does not fit" in problem for problem in verify(small.path)
-    )
-
-
-def test_verify_finds_missing_and_foreign_files(small):
-    gone = small.partition_file(small.pixels[0])
-    stray = small.path / "dataset/Norder=9/Dir=0/Npix=1.parquet"
-    stray.parent.mkdir(parents=True)
-    gone.rename(stray)
-    found = verify(small.path)
-    assert any(
-        partition_path(small.pixels[0]) in problem and "missing" in problem for problem in found
-    )
-    assert any("Npix=1.parquet is not in the manifest" in problem for problem in found)
 
 
 def test_a_flipped_bit_is_seen_by_what_reads_its_column(small):
@@ -269,11 +195,39 @@ def test_a_flipped_bit_is_seen_by_what_reads_its_column(small):
     path.write_bytes(content)
 
 
-def test_corrupt_partition_is_named(small):
-    path = small.partition_file(small.pixels[1])
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(
-        PartitionError, match=f"Npix={small.pixels[1].pixel}.parquet cannot be read"
-    ):
-        small.read(small.pixels[1])
-    assert any(f"pixel {small.pixels[1]}" in problem for problem in verify(small.path))
+def test_missing_column_names_the_nearest(catalog):
+    with pytest.raises(CatalogError, match="Did you mean teff"):
+        catalog.require("tef")
+
+
+def test_not_a_catalog(tmp_path):
+    with pytest.raises(CatalogError, match="does not exist"):
+        Catalog.open(tmp_path / "nothing")
+    with pytest.raises(CatalogError, match="not an output of sos-dask"):
+        Catalog.open(tmp_path)
+
+
+def test_the_bytes_of_the_largest_partition(catalog):
+    pixel, n_bytes = catalog.largest_partition()
+    assert catalog.partition_rows(pixel) == max(map(catalog.partition_rows, catalog.pixels))
+    own = catalog.read(pixel).nbytes  # without text and nulls: what it takes
+    assert own <= n_bytes < 1.1 * own + 3000
+
+
+def test_text_of_few_values_comes_as_codes(tmp_path):
+    table = observations(20_000, spread=True)
+    few = pa.array([f"s{number % 3}" for number in range(20_000)])
+    many = pa.array([f"star {number}" for number in range(20_000)])
+    table = table.append_column("few", few).append_column("many", many)
+    written = write_catalog(table, tmp_path / "cat")
+    read = written.read(written.pixels[0], ["few", "many"], coded=True)
+    assert pa.types.is_dictionary(read["few"].type) and pa.types.is_string(read["many"].type)
+    assert read["few"].cast(pa.string()).equals(written.read(written.pixels[0])["few"])
+
+
+def test_nothing_lies_in_no_range(catalog):
+    assert catalog.overlapping([]) == []
+    assert catalog.rows_in(catalog.pixels[0], []).tolist() == []
+    assert catalog.read_ranges([], ["obs_id"]).num_rows == 0
+    edges = [(pixel.stop, pixel.stop) for pixel in catalog.pixels[:1]]
+    assert catalog.overlapping(edges) == []

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from sos_dask.errors import ClusterError, ConfigError, SurveyError
-from sos_dask.run.cluster import Cluster, start
-from sos_dask.run.machine import memory_bytes
+from sos_dask.run.cluster import Cluster, check_place, start
+from sos_dask.run.machine import memory_bytes, n_cores
 from sos_dask.sky.healpix import ang2pix
 
 
@@ -248,3 +248,45 @@ def _busy(seconds: float) -> None:
     start = time.process_time()
     while time.process_time() - start < seconds:
         pass
+
+
+@pytest.mark.parametrize(("limit", "n_bytes"), [("64MiB", 64 << 20), ("1GB", 10**9), ("0", None)])
+def test_limits_of_memory(limit, n_bytes):
+    with start(0, limit) as here:
+        assert here.memory_limit_bytes == n_bytes
+
+
+@pytest.mark.parametrize("limit", ["63MiB", "-1GiB", "1e30", "GiB", "", "2000000TiB"])
+def test_limits_of_memory_that_cannot_be_meant(limit):
+    with pytest.raises(ConfigError, match="not a memory limit"):
+        check_place(1, limit)
+
+
+def test_what_a_worker_can_use_of_its_limit():
+    here = Cluster(thread_bytes=1000)
+    here.require_memory(950, "work")
+    with pytest.raises(ClusterError, match="95% can be used"):
+        here.require_memory(951, "work")
+    here.require_driver_memory(memory_bytes(), "work")
+    with pytest.raises(ClusterError, match="in the process that was started"):
+        here.require_driver_memory(memory_bytes() + 1, "work")
+
+
+def test_places_that_are_impossible(tmp_path):
+    most = 64 * n_cores()
+    check_place(most), check_place(0), check_place(None, n_threads=most)
+    (tmp_path / "scheduler.json").touch()
+    check_place(None, scheduler=str(tmp_path / "scheduler.json"))
+    for given, words in (
+        ({"n_workers": most + 1}, "workers are not possible"),
+        ({"n_workers": -1}, "workers are not possible"),
+        ({"n_workers": None, "n_threads": 0}, "threads are not possible"),
+        ({"n_workers": 1, "n_threads": 1}, "--threads goes with neither"),
+        ({"n_workers": None, "n_threads": 1, "scheduler": "a:1"}, "--threads goes with neither"),
+        ({"n_workers": 1, "scheduler": "a:1"}, "of its own"),
+        ({"n_workers": None, "scheduler": "a:1", "memory_limit": "1GiB"}, "of its own"),
+        ({"n_workers": None, "scheduler": str(tmp_path)}, "there is no file"),
+        ({"n_workers": None, "scheduler": "none.json"}, "there is no file"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_place(**given)

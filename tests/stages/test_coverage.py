@@ -11,15 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.cli import app
+from sos_dask.columns import key_hashes
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.errors import CatalogError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.widening import KINDS
 from sos_dask.problem import DEFAULT
-from sos_dask.stages.coverage import Coverage, CoverageSettings, parameter_columns
+from sos_dask.stages.base import read_piece
+from sos_dask.stages.coverage import Coverage, CoverageSettings, _counts, parameter_columns
+from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import Manifest, sealed_json
+from sos_dask.storage.manifest import Manifest, Recipe, sealed_json
 from tests.job import contents
 from tests.run import coverage
 from tests.test_cli import assert_error, cli
@@ -51,27 +54,20 @@ def test_columns_stand_beside_the_observations(small_store):
     assert summary["parameters_without_column"] == ["distance", "ebv"]
 
 
-def test_same_bytes_with_workers(small_store, cluster, tmp_path):
-    current = small_store / "current"
-    pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
-    stars = opened(small_store, "lamost.stars")
-    model = (current / "model.polynomial").resolve()
-    for name, workers in (("alone", None), ("workers", cluster)):
-        coverage(model, pairs, rows, stars, tmp_path / name, CoverageSettings(), cluster=workers)
-    assert contents(tmp_path / "alone") == contents(tmp_path / "workers")
+def test_workers_and_what_was_there_before_change_no_byte(build, cluster, tmp_path):
+    given = [
+        Catalog.open(build / name) for name in ("pairs", "lamost.observations", "lamost.stars")
+    ]
+    first, second = CoverageSettings(), CoverageSettings(inside=0.95, outside=0.9)
 
+    def made(name: str, settings: CoverageSettings, **options) -> dict[str, str]:
+        coverage(build / "model.polynomial", *given, tmp_path / name, settings, **options)
+        return contents(tmp_path / name)
 
-def test_other_limits_in_the_same_folder_and_process(small_store, tmp_path):
-    pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
-    stars = opened(small_store, "lamost.stars")
-    model = (small_store / "current" / "model.polynomial").resolve()
-    first = CoverageSettings()
-    second = CoverageSettings(inside=0.95, outside=0.9)
-    coverage(model, pairs, rows, stars, tmp_path / "out", first)
-    before = contents(tmp_path / "out")
-    coverage(model, pairs, rows, stars, tmp_path / "out", second, overwrite=True)
-    coverage(model, pairs, rows, stars, tmp_path / "fresh", second)
-    assert before != contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    before = made("out", first)
+    assert made("workers", first, cluster=cluster) == before
+    # In the same folder and process.
+    assert before != made("out", second, overwrite=True) == made("fresh", second)
 
 
 def test_pairs_of_another_model_are_refused(small_store, tmp_path):
@@ -182,3 +178,27 @@ def test_maps_are_a_table(small_store):
     found = Coverage.load(small_store / "current" / "coverage")
     maps = pq.read_table(small_store / "current" / "coverage" / "maps.parquet")
     assert isinstance(maps, pa.Table) and set(found["meaning"]) >= {"inside", "outside"}
+
+
+def test_a_sample_is_chosen_by_the_keys_alone(build, tmp_path, monkeypatch):
+    names = {"pairs": "pairs", "observations": "lamost.observations", "stars": "lamost.stars"}
+    inputs = {role: build / name for role, name in names.items()}
+    inputs |= {"evidence": build / "evidence", "model": build / "model.polynomial"}
+    stage = Coverage(inputs, CoverageSettings(seed=3))
+    monkeypatch.setattr("sos_dask.stages.coverage._SAMPLE_ROWS", 500)
+    output = Output(tmp_path / "out", Recipe("coverage", 1, {}, {}))
+    for role, key in (("observations", "obs_id"), ("stars", "star_id")):
+        catalog = stage.catalog(role)
+        for number, pixel in enumerate(catalog.pixels):
+            stage.sample(output, f"{role}-{number}", (role, pixel))
+            rows = catalog.read(pixel)
+            chosen = uniform(key_hashes(rows[key]), 3) < 500 / catalog.n_rows
+            found = read_piece(output, f"samples-{role}-{number}")
+            assert found["teff"].equals(rows["teff"].filter(pa.array(chosen)))
+            assert key not in found.column_names
+
+
+def test_classes_are_counted():
+    kind = np.array([-1, 0, 0, 1, 2, 3, 3, -1], dtype=np.int8)
+    assert _counts(kind) == {"unknown": 2, "inside": 2, "sparse": 1, "outside": 3}
+    assert sum(_counts(kind[:0]).values()) == 0

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sos_dask.corrections import Batch, fit
 from sos_dask.errors import ModelError
 from sos_dask.evidence.figures import (
     DENSITY,
@@ -13,10 +14,12 @@ from sos_dask.evidence.figures import (
     left_out_groups,
     region_groups,
 )
-from sos_dask.problem import KNOWN_INPUTS, Label, Problem
+from sos_dask.problem import DEFAULT, KNOWN_INPUTS, Label, Problem
+from sos_dask.schema import LABELS
 from sos_dask.stages.compare import Trends
 from sos_dask.stages.evidence import EvidenceSettings
 from sos_dask.stages.train import TABLE, Generalisation, GeneralisationSettings
+from sos_dask.stats.numbers import scatter
 from tests.job import contents
 from tests.run import generalisation, make_evidence
 from tests.sky import write_catalog
@@ -83,6 +86,47 @@ def test_a_region_unlike_the_others_is_found_out_only_by_leaving_it_out(made):
     # What was never seen cannot be corrected; what was seen is.
     assert rows.loc["boosted", "median"] > 0.2
     assert abs(rows.loc["boosted", "median_random"]) < 0.06
+
+
+def test_figures_are_those_of_a_fit_without_the_group(pairs, made):
+    """Brute force: the polynomial without one reference, and without the other folds."""
+    _, _, table = made
+    rows = pa.concat_tables([pairs.read(pixel) for pixel in pairs.pixels])
+    rows = rows.filter(rows["use"])
+    x, differences = DEFAULT.matrix(rows), DEFAULT.differences(rows)
+    out = np.array(rows["survey_ref"].to_pylist()) == "galah"
+    at_random = rows["fold"].to_numpy() == 0
+
+    def left(train: np.ndarray, at: np.ndarray) -> np.ndarray:
+        weight = np.ones(len(rows), np.float32)
+        batch = Batch(x, differences, np.where(train, 0, 1).astype(np.int8), weight)
+
+        class Source:
+            problem, n_batches = DEFAULT, 1
+
+            def load(self, index: int) -> Batch:
+                return batch
+
+        fitted = fit("polynomial", Source(), train_folds=[0], params=METHODS["polynomial"])
+        return differences[at].astype(np.float64) - fitted.predict(x[at])
+
+    expected = {
+        "": left(~out, out),
+        "_random": left(~at_random, out & at_random),
+    }
+    of_group = table[(table.split == REFERENCE) & (table.group == "galah")]
+    for number, label in enumerate(LABELS):
+        found = of_group[of_group.label == label].set_index("method")
+        assert found.loc["polynomial", "n_train"] == np.count_nonzero(~out)
+        for end, values in expected.items():
+            row = found.loc["polynomial"]
+            assert row[f"n{end}"] == len(values)
+            assert row[f"median{end}"] == np.median(values[:, number])
+            assert row[f"mad{end}"] == scatter(values[:, number])
+        bare = differences[out, number].astype(np.float64)
+        for end in ("", "_random"):
+            assert found.loc["none", f"n{end}"] == len(bare)
+            assert found.loc["none", f"median{end}"] == np.median(bare)
 
 
 def test_references_and_sparse_pairs_are_left_out_too(made):

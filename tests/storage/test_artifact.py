@@ -1,60 +1,31 @@
 import errno
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sos_dask.errors import CatalogError, StorageError
-from sos_dask.storage.artifact import Output, atomic_path, storage_errors
+from sos_dask.errors import CatalogError, ConfigError, PartitionError, StorageError
+from sos_dask.storage.artifact import (
+    Output,
+    atomic_path,
+    open_parquet,
+    row_group_bounds,
+    storage_errors,
+    taken,
+)
 from sos_dask.storage.manifest import (
     MANIFEST,
     Manifest,
     Recipe,
     Rows,
-    canonical_json,
-    sealed_json,
     sha256_of_file,
 )
 
 RECIPE = Recipe("dedupe", 1, {"radius_arcsec": 1.5}, {"observations": "abc"})
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.text()
-    | st.floats(allow_nan=False, allow_infinity=False, width=32),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=12,
-)
-
-
-@given(st.dictionaries(st.text(), json_values, max_size=5))
-def test_fingerprint_does_not_depend_on_the_order_of_keys(params):
-    backwards = dict(reversed(params.items()))
-    assert Recipe("s", 1, params, {}).fingerprint == Recipe("s", 1, backwards, {}).fingerprint
-
-
-@given(st.dictionaries(st.text(), json_values, min_size=1, max_size=5), st.data())
-def test_any_changed_setting_is_another_fingerprint(params, data):
-    key = data.draw(st.sampled_from(sorted(params)))
-    changed = {**params, key: data.draw(json_values)}
-    same = canonical_json(params) == canonical_json(changed)
-    before, after = Recipe("s", 1, params, {}), Recipe("s", 1, changed, {})
-    assert (before.fingerprint == after.fingerprint) is same
-
-
-def test_each_part_of_a_recipe_counts():
-    others = [
-        Recipe("other", 1, RECIPE.params, RECIPE.inputs),
-        Recipe("dedupe", 2, RECIPE.params, RECIPE.inputs),
-        Recipe("dedupe", 1, {"radius_arcsec": 2.0}, RECIPE.inputs),
-        Recipe("dedupe", 1, RECIPE.params, {"observations": "abd"}),
-    ]
-    assert len({RECIPE.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
 def test_output_is_complete_only_with_its_manifest(tmp_path):
@@ -113,38 +84,6 @@ def test_account_of_rows_must_close(tmp_path):
     output.commit(Rows(10, 8, 1, {"merged": 2}, {"twice": 1}), ())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda raw: {**raw, "format": 99}, "newer"),
-        (lambda raw: {**raw, "format": 1}, "of an older version of sos-dask.*Run the rebuild"),
-        (lambda raw: {**raw, "params": {"radius_arcsec": 2}}, "was changed"),
-        (lambda raw: {key: value for key, value in raw.items() if key != "rows"}, "damaged"),
-    ],
-)
-def test_manifest_of_another_kind_is_refused(tmp_path, change, message):
-    Output.prepare(tmp_path, RECIPE).commit(Rows(0, 0), ())
-    path = tmp_path / MANIFEST
-    path.write_text(sealed_json(change(json.loads(path.read_text()))))
-    with pytest.raises(CatalogError, match=f"(?s){message}"):
-        Manifest.load(tmp_path)
-
-
-def test_an_output_of_another_version_of_its_stage_is_refused(tmp_path):
-    Output.prepare(tmp_path, RECIPE).commit(Rows(0, 0), ())
-    assert Manifest.of_stage(tmp_path, "dedupe", 1).recipe == RECIPE
-    with pytest.raises(CatalogError, match=r"version 1 of 'dedupe', known here is version 2"):
-        Manifest.of_stage(tmp_path, "dedupe", 2)
-    with pytest.raises(CatalogError, match="not an output of 'reference' but of 'dedupe'"):
-        Manifest.of_stage(tmp_path, "reference", 1)
-
-
-def test_damaged_json_is_named(tmp_path):
-    (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(CatalogError, match=r"manifest\.json is damaged"):
-        Manifest.load(tmp_path)
-
-
 def test_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="boom"), atomic_path(tmp_path / "a") as temporary:
         temporary.write_text("half")
@@ -190,3 +129,71 @@ def test_two_processes_may_write_the_same_file(tmp_path):
     assert [process.wait() for process in running] == [0, 0]
     assert (tmp_path / "a").read_text() == "x" * 5000
     assert [item.name for item in tmp_path.iterdir()] == ["a"]
+
+
+def test_only_the_row_groups_of_wanted_rows_are_read(tmp_path):
+    table = pa.table({"a": range(100), "b": range(100, 200)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10)
+    with open_parquet(tmp_path / "a.parquet", must_have=["a"]) as file:
+        for rows in ([0], [9, 10], [99], [], list(range(20, 40)), [5, 25, 26, 98]):
+            found = taken(file, np.array(rows, dtype=np.int64), ["b"])
+            assert len(found) == len({row // 10 for row in rows})
+            assert [v for one in found for v in one["b"].to_pylist()] == [r + 100 for r in rows]
+    with (
+        pytest.raises(PartitionError, match="no column 'c'"),
+        open_parquet(tmp_path / "a.parquet", must_have=["a", "c"]),
+    ):
+        pass
+
+
+def test_bounds_of_row_groups(tmp_path):
+    table = pa.table({"a": [3, 1, None, None, 7, None], "_healpix_29": range(6)})
+    for statistics, path in ((["a"], tmp_path / "some"), (False, tmp_path / "none")):
+        pq.write_table(table, path, row_group_size=2, write_statistics=statistics)
+    footer = pq.read_metadata(tmp_path / "some")
+    assert row_group_bounds(footer, "a") == [(1, 3), (None, None), (7, 7)]
+    assert row_group_bounds(footer, "_healpix_29") == [(0, (12 << 58) - 1)] * 3
+    with pytest.raises(PartitionError, match="no statistics of column 'a'"):
+        row_group_bounds(pq.read_metadata(tmp_path / "none"), "a")
+    with pytest.raises(PartitionError, match="no column 'b'"):
+        row_group_bounds(footer, "b")
+
+
+def test_a_record_is_of_the_files_that_its_thread_has_written(tmp_path):
+    output = Output.prepare(tmp_path / "out", RECIPE)
+    output.write_bytes("a", b"first")
+    output.put_record("part", "1", {})
+    with atomic_path(tmp_path / "elsewhere") as temporary:
+        temporary.write_text("not of the output")
+    output.write_bytes("b", b"second")
+    output.put_record("part", "2", {})
+    (output.directory / "a").write_bytes(b"First")
+    assert not output.intact("part", "1") and output.intact("part", "2")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_a_refused_write_names_its_path(number):
+    with pytest.raises(StorageError, match="cannot write /data/x"), storage_errors(Path("/data/x")):
+        raise OSError(number, "refused")
+
+
+@pytest.mark.parametrize("text", ["[Errno 28] on device", "1100 requested and 1008 written"])
+def test_a_full_disk_that_only_the_text_tells(text):
+    with pytest.raises(StorageError, match="disk is full"), storage_errors(Path("/data/x")):
+        raise OSError(text)
+
+
+def test_an_output_is_not_replaced_by_what_is_made_from_it(tmp_path):
+    made = Output.prepare(tmp_path, RECIPE).commit(Rows(0, 0), ())
+    with pytest.raises(ConfigError, match="is made from it"):
+        Output.prepare(tmp_path, Recipe("x", 1, {}, {"a": made.fingerprint}), overwrite=True)
+
+
+def test_what_a_stage_leaves_without_having_made_anything(tmp_path):
+    output = Output.prepare(tmp_path / "a", RECIPE)
+    output.release()
+    assert not (tmp_path / "a").exists()
+    output = Output.prepare(tmp_path / "b", RECIPE)
+    output.write_bytes("part", b"x")
+    output.release()
+    assert (tmp_path / "b/part").exists()

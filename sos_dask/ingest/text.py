@@ -85,24 +85,18 @@ def open_text(path: Path, data_path: Path, survey: Survey) -> Contents:
         units = zip(header, _fields(following[0], delimiter), strict=False)
         stated = {name: {"unit": unit} for name, unit in units}
     counts = Counter(header)
-    hidden = {*masks.values(), *(f"{name}.mask" for name in header)}
-    natives = []
-    for name in filter(None, header):
-        item = stated.get(name, {})
-        kind = "bool" if item.get("datatype") == "bool" or name in hidden else "text"
-        kind, unit = str(item.get("subtype") or kind), str(item.get("unit") or "")
-        natives.append(Native(name, kind, unit=unit, mask=masks.get(name, "")))
-    layout = {
-        # Arrow takes no name twice; the survey uses none of these.
-        "header": tuple(
-            name if name and counts[name] == 1 else f"\0{number}"
-            for number, name in enumerate(header)
-        ),
-        "delimiter": delimiter,
-        "offset": offset,
-        "skip_lines": skip_lines + below,
-    }
-    return natives, None if has_rows else 0, layout
+    natives = [_native(name, counts, stated.get(name, {}), masks) for name in header if name]
+    # Arrow takes no name twice; the survey uses none of these.
+    names = (n if n and counts[n] == 1 else f"\0{place}" for place, n in enumerate(header))
+    layout = {"header": tuple(names), "delimiter": delimiter, "offset": offset}
+    return natives, None if has_rows else 0, layout | {"skip_lines": skip_lines + below}
+
+
+def _native(name: str, known: Counter[str], item: dict[str, Any], masks: dict[str, str]) -> Native:
+    is_mask = name in masks.values() or (name[-5:] == ".mask" and name[:-5] in known)
+    kind = "bool" if item.get("datatype") == "bool" or is_mask else "text"
+    kind, unit = str(item.get("subtype") or kind), str(item.get("unit") or "")
+    return Native(name, kind, unit=unit, mask=masks.get(name, ""))
 
 
 def stated_by_astropy(lines: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

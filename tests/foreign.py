@@ -14,7 +14,7 @@ from sos_dask.sky.healpix import ang2pix, plan_partitions
 from sos_dask.stages.attach import AttachSettings
 from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.storage.catalog import Catalog
-from tests.sky import observations, write_catalog
+from tests.skies import observations, write_catalog
 
 SETTINGS = CrossmatchSettings(radius_arcsec=1.0, use_gaia_id=False)
 

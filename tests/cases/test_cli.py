@@ -17,8 +17,8 @@ from sos_dask.rebuild.plan import plan
 from sos_dask.simulate.files import against_truth
 from sos_dask.storage.manifest import sealed_json
 from sos_dask.storage.store import publish, read_build
+from tests.command_line import Cli, assert_error, cli, command
 from tests.job import write_job
-from tests.test_cli import Cli, assert_error, cli, command
 
 __all__ = ["cli"]  # a fixture
 

@@ -26,7 +26,7 @@ from tests.foreign import (
     run,
     stars,
 )
-from tests.sky import observations, write_catalog
+from tests.skies import observations, write_catalog
 
 __all__ = ["expected", "run"]
 

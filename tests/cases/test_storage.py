@@ -18,9 +18,9 @@ from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import MANIFEST, Manifest, Recipe, Rows, sealed_json
 from sos_dask.storage.store import costs, file_names, status, verify
+from tests.command_line import assert_error, assert_nothing_final, cli
 from tests.job import contents
-from tests.sky import observations, write_catalog
-from tests.test_cli import assert_error, assert_nothing_final, cli
+from tests.skies import observations, write_catalog
 
 __all__ = ["cli"]
 

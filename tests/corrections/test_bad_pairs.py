@@ -14,8 +14,8 @@ from sos_dask.stages.compare import CompareSettings
 from sos_dask.stages.train import TrainSettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
-from tests.run import apply, compare, uncertainty
-from tests.sky import observations, write_catalog
+from tests.skies import observations, write_catalog
+from tests.steps import apply, compare, uncertainty
 
 FEW = CompareSettings(n_bootstrap=100, min_bin_pairs=20)
 PARAMS = {"polynomial": {"order": 2}, "boosted": {"n_rounds": 5}, "hybrid": {"n_rounds": 5}}

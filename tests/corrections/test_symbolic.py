@@ -15,7 +15,7 @@ from sos_dask.errors import ConfigError, ModelError
 from sos_dask.schema import LABELS
 from sos_dask.stats.numbers import scatter
 from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
-from tests.run import FEATURES
+from tests.steps import FEATURES
 
 QUICK = {"n_sample": 1000, "population": 100, "generations": 15, "max_length": 15}
 BOX = ((0.7, 0.0, -2.5), (1.4, 5.0, 0.6))

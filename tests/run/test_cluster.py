@@ -198,7 +198,7 @@ def test_a_partition_too_large_for_a_worker_is_refused_before_it_starts(tmp_path
     """What is refused with its limit fits into a worker that has what the message asks for."""
     from sos_dask.api import dedupe
     from sos_dask.stars.group import DedupeSettings
-    from tests.sky import observations, write_catalog
+    from tests.skies import observations, write_catalog
 
     table = in_one_pixel(observations(300_000, spread=True))
     large = write_catalog(table, tmp_path / "large")

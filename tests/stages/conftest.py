@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sos_dask.api import dedupe
-from tests.sky import write_catalog
+from tests.skies import write_catalog
 from tests.stages.clumps import N_ROWS, SETTINGS, SIZES, sky
 
 

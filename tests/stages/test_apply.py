@@ -22,10 +22,10 @@ from sos_dask.stages.train import TrainSettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import MANIFEST, Manifest
 from sos_dask.storage.store import verify
+from tests.command_line import Cli, assert_error, cli
 from tests.job import contents
-from tests.run import apply
 from tests.stages.clumps import rows_of
-from tests.test_cli import Cli, assert_error, cli
+from tests.steps import apply
 
 __all__ = ["cli"]  # a fixture
 

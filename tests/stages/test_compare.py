@@ -20,9 +20,9 @@ from sos_dask.stats.numbers import scatter
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from tests.job import contents
-from tests.run import compare, features
-from tests.sky import write_catalog
+from tests.skies import write_catalog
 from tests.stages.pairs import column, read, used
+from tests.steps import compare, features
 
 FEW = CompareSettings(n_bootstrap=100, min_bin_pairs=20)
 

@@ -23,9 +23,9 @@ from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, Recipe, sealed_json
+from tests.command_line import assert_error, cli
 from tests.job import contents
-from tests.run import coverage
-from tests.test_cli import assert_error, cli
+from tests.steps import coverage
 
 __all__ = ["cli"]
 

@@ -31,9 +31,9 @@ from sos_dask.stages.train import TrainSettings
 from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
-from tests.run import features, make_evidence
-from tests.sky import write_catalog
+from tests.skies import write_catalog
 from tests.stages.pairs import read
+from tests.steps import features, make_evidence
 
 DIFFERENCES = [f"{label}_diff" for label in LABELS]
 

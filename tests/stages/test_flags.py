@@ -15,7 +15,7 @@ from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage.catalog import Catalog
 from tests.job import write_job
-from tests.sky import observations, write_catalog
+from tests.skies import observations, write_catalog
 
 GRID = {"teff": (4500.0, 6500.0), "feh": (-0.5, 9.0)}
 ARCSEC = 1 / 3600

@@ -21,8 +21,8 @@ from sos_dask.stages.evidence import EvidenceSettings
 from sos_dask.stages.train import TABLE, Generalisation, GeneralisationSettings
 from sos_dask.stats.numbers import scatter
 from tests.job import contents
-from tests.run import generalisation, make_evidence
-from tests.sky import write_catalog
+from tests.skies import write_catalog
+from tests.steps import generalisation, make_evidence
 
 METHODS: dict[str, dict[str, float]] = {"polynomial": {"order": 2}, "boosted": {"n_rounds": 100}}
 

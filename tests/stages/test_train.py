@@ -18,7 +18,7 @@ from sos_dask.stages.crossmatch import CrossmatchSettings
 from sos_dask.stages.train import PairsSource, TrainSettings, asks_workers, metrics_of
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
-from tests.sky import write_catalog
+from tests.skies import write_catalog
 from tests.stages.clumps import N_ROWS, rows_of, sky
 from tests.stages.pairs import used
 

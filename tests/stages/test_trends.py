@@ -19,9 +19,9 @@ from sos_dask.stats.numbers import Axis
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from tests.job import contents
-from tests.run import features, trends
-from tests.sky import write_catalog
+from tests.skies import write_catalog
 from tests.stages.pairs import column, read, used
+from tests.steps import features, trends
 
 FILES = ("planes.parquet", "references.parquet", "trends.parquet")
 FEW = TrendSettings(

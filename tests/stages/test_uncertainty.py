@@ -25,9 +25,9 @@ from sos_dask.stars.repeats import normalisation
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from tests.job import contents
-from tests.run import Surveys, apply, uncertainty
-from tests.sky import write_catalog
+from tests.skies import write_catalog
 from tests.stages.pairs import read
+from tests.steps import Surveys, apply, uncertainty
 
 
 def surveys(build: Path) -> Surveys:

@@ -13,7 +13,7 @@ from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.storage.artifact import write_parquet
 from sos_dask.storage.catalog import Catalog
-from tests.sky import observations, write_catalog
+from tests.skies import observations, write_catalog
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from tests.foreign import (
     run,
     stars,
 )
-from tests.sky import write_catalog
+from tests.skies import write_catalog
 
 __all__ = ["expected", "run"]
 

@@ -21,7 +21,7 @@ from sos_dask.storage.store import (
     stores_near,
     verify,
 )
-from tests.sky import observations, write_catalog
+from tests.skies import observations, write_catalog
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Commands compare and trends: what they show of a store, single steps, bad input."""
+"""What is shown of builds, stores, surveys and outputs."""
 
 import re
 import shutil
@@ -7,11 +7,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.test_cli import Cli, assert_error, assert_shape, cli
-
-__all__ = ["cli"]  # a fixture
+from sos_dask.surveys.definition import builtin_surveys
+from tests.command_line import LAMOST, STAGE, Cli, assert_error, assert_shape
+from tests.job import write_job
 
 INTERVAL = r"-?[\d.]+, [\d.]+"
+
+
 FIGURE = {
     "method": str, "label": str, "sample": str, "subset": str, "statistic": str, "value": object,
     "low": object, "high": object, "error": object, "n": int, "behind": object,
@@ -135,3 +137,75 @@ def test_stores_and_models_that_are_none(cli: Cli, small_store, store):
     assert_error(cli("compare", "--store", store), 5, r"comparison\.parquet has 100 bytes")
     shutil.rmtree(path.parent)
     assert_error(cli("compare", "--store", store), 5, "does not exist")
+
+
+def test_other_documents(cli, small_store, small_sky, tmp_path):
+    store = Path(shutil.copytree(small_store, tmp_path / "store", symlinks=True))
+    job = write_job(tmp_path, small_sky, ("[train]", "[crossmatch]\nn_folds = 4\n[train]"))
+    planned = cli("rebuild", job, "--dry-run", "--json").json
+    assert_shape(planned, {"stages": {str: {"stage": str, "runs": bool, "why": str}}})
+    assert planned["stages"]["pairs"] == {
+        "stage": "crossmatch", "runs": True, "why": "n_folds 5 -> 4"
+    }  # fmt: skip
+    found = cli("status", "--store", store, "--json").json
+    assert_shape(
+        found,
+        {
+            "store": str, "current": str, "builds": [str], "products": {str: STAGE},
+            "missing": list, "unfinished": list, "bytes": int, "unused_bytes": int,
+        },
+    )  # fmt: skip
+    assert next(iter(found["products"])) == "lamost.observations"
+    (store / "artifacts/apply/123/.work").mkdir(parents=True)
+    removed = cli("gc", "--store", store, "--dry-run", "--json").json
+    assert removed["dry_run"] is True
+    assert_shape(removed["removed"], [{"path": str, "bytes": int}])
+    listed = cli("surveys", "--json").json
+    assert_shape(listed, {"surveys": [{"name": str, "title": str}]})
+    assert [item["name"] for item in listed["surveys"]] == builtin_surveys()
+    explained = cli("surveys", LAMOST, "--json").json
+    assert {"column": "teff", "unit": "K"}.items() <= explained["columns"][4].items()
+    assert {cut["cut"] for cut in explained["cuts"]} >= {"snr", "teff"}
+    simulated = cli("simulate", "-o", "mock", "--rows", 1000, "--json").json
+    assert set(simulated["files"]) >= {"lamost", "apogee", "galah", "truth"}
+    assert all(Path(file).is_file() for file in simulated["files"].values())
+
+
+def test_uncertainty_shows_what_was_checked(cli, small_store, tmp_path):
+    ran = cli("uncertainty", "--store", small_store)
+    assert ran.code == 0, ran.err
+    for text in (
+        "Held-out pairs inside their interval",
+        "sparse cells",
+        "Quoted errors by repeats",
+    ):
+        assert text in ran.out
+    found = cli("uncertainty", "--store", small_store, "--json").json
+    share = {"hit_rate": float, "low": float, "high": float}
+    one = {"label": str, "subset": str, "level": float, "n": int, **share}
+    assert_shape(found["hit_rates"], [one])
+    assert {"path", "method", "reference_error", "factors_95", "error_factors"} <= set(found)
+    assert set(found["error_factors"]) == {"lamost", "apogee", "galah"}
+    assert_error(cli("uncertainty", "--store", tmp_path), 5, "no sos-dask store at")
+
+
+def test_verify_takes_a_build(cli, small_store):
+    ran = cli("verify", small_store / "current")
+    assert ran.code == 0
+    assert ran.out.count("no problem found") == len(ran.out.splitlines()) >= 9
+    for product in ("lamost.corrected", "model.polynomial", "comparison", "uncertainty"):
+        assert f"{small_store}/current/{product}: " in ran.out
+    assert cli("verify", small_store).out == ran.out
+    each = cli("verify", *sorted((small_store / "current").iterdir()))
+    assert sorted(each.out.splitlines()) == sorted(ran.out.splitlines())
+    assert each.code == 5
+    assert "current/build.json is a file: a directory" in each.err
+
+
+def test_verify_reads_models(cli, small_store, tmp_path):
+    shutil.copytree(small_store / "current/model.polynomial", tmp_path / "model")
+    with (tmp_path / "model/held_out.parquet").open("ab") as file:
+        file.write(b"x")
+    ran = cli("verify", "gone", "model")
+    assert ran.code == 5 and "held_out.parquet has " in ran.out
+    assert "gone does not exist" in ran.err

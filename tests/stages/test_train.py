@@ -92,6 +92,7 @@ def test_a_search_sees_the_folds_that_train(build, tmp_path, monkeypatch):
     assert manifest.summary["params"]["max_depth"] == 1
     trials = json.loads((tmp_path / "model/search.json").read_text())
     assert trials == [{"train_folds": folds[1:], "trials": [{"params": {}, "loss": 0.5}]}]
+    monkeypatch.setattr(models, "search_space", lambda method: {})
     plain = TrainSettings(method="polynomial", params={"order": 1}, search=4)
     train(Catalog.open(build / "lamost.pairs"), tmp_path / "plain", plain)
     assert len(asked) == 1 and not (tmp_path / "plain/search.json").exists()

@@ -145,17 +145,12 @@ class Problem(Settings):
         return (*self.inputs, *known)
 
     def matrix(self, columns: Columns) -> Float32Array:
-        """Make the inputs of a correction.
+        """Make the inputs of a correction, float32 of shape (n, k); each column is contiguous.
 
         Parameters
         ----------
         columns : pyarrow.Table or mapping of str to array_like, shape (n,)
             Null or NaN where unknown.
-
-        Returns
-        -------
-        ndarray of float32, shape (n, k)
-            Columns `inputs`; each is contiguous.
         """
         parts = [item.values(_column(columns, item.column)) for item in self.inputs]
         return np.stack(parts, dtype=np.float32).T

@@ -16,19 +16,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sos_dask import __version__
-from sos_dask.corrections.base import (
-    MODEL_FILE,
-    MODEL_FORMAT,
-    SEAL,
-    Batch,
-    Content,
-    Correction,
-    ModelInfo,
-    Training,
-    TrainingSource,
-    parse_json,
-    to_json,
-)
+from sos_dask.corrections import base
+from sos_dask.corrections.base import MODEL_FILE, Batch, Correction, Training, TrainingSource
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.hybrid import HybridCorrection, SimexCorrection
 from sos_dask.corrections.polynomial import PolynomialCorrection
@@ -38,20 +27,7 @@ from sos_dask.problem import Problem
 from sos_dask.schema import nearest
 from sos_dask.settings import Settings
 
-__all__ = [
-    "MODEL_FILE",
-    "Batch",
-    "Correction",
-    "ModelInfo",
-    "Training",
-    "TrainingSource",
-    "check_params",
-    "fit",
-    "load",
-    "methods",
-    "parameters",
-    "search_space",
-]
+__all__ = ["MODEL_FILE", "Batch", "Correction", "Training", "TrainingSource"]
 
 _SMALL_FILE = 1 << 20
 
@@ -185,20 +161,20 @@ def load(directory: Path, *, check: bool = True) -> Correction:
     """
     path = Path(directory) / MODEL_FILE
     hint = "A model is a directory that 'sos-dask train' has written."
-    document = parse_json(bytes(_mapped(path, hint)), path)
-    if document.get("format") != MODEL_FORMAT:
+    document = base.parse_json(bytes(_mapped(path, hint)), path)
+    if document.get("format") != base.MODEL_FORMAT:
         raise ModelError(
-            f"{path}: model format {document.get('format')!r} is not {MODEL_FORMAT}",
+            f"{path}: model format {document.get('format')!r} is not {base.MODEL_FORMAT}",
             f"It was written by sos-dask {document.get('sos_dask')}, this is {__version__}: train "
             "it again.",
         )
-    if document.pop(SEAL, None) != hashlib.sha256(to_json(document)).hexdigest():
+    if document.pop(base.SEAL, None) != hashlib.sha256(base.to_json(document)).hexdigest():
         raise ModelError(
             f"{path} was changed after the model was saved: its SHA-256 is another one",
             "Restore it, or train the model again.",
         )
     info, hashes = _stated(document, path)
-    files: dict[str, Content] = {}
+    files: dict[str, base.Content] = {}
     for name, expected in hashes.items():
         if Path(name).name != name:
             raise ModelError(f"{path}: '{name}' is not a file name")
@@ -214,7 +190,7 @@ def load(directory: Path, *, check: bool = True) -> Correction:
         raise ModelError(f"model '{info.method}': incomplete or damaged ({error!r})") from None
 
 
-def _stated(document: Mapping[str, Any], path: Path) -> tuple[ModelInfo, dict[str, str]]:
+def _stated(document: Mapping[str, Any], path: Path) -> tuple[base.ModelInfo, dict[str, str]]:
     """Statement of a model, and the SHA-256 of its files."""
     if document.get("method") not in methods():
         raise ModelError(
@@ -229,7 +205,7 @@ def _stated(document: Mapping[str, Any], path: Path) -> tuple[ModelInfo, dict[st
                 raise ModelError(f"{path}: {key} are {document[key]}, not {list(expected)}")
         folds = document["train_folds"]
         ranges = [document["training_range"][name] for name in problem.features]
-        info = ModelInfo(
+        info = base.ModelInfo(
             method=document["method"],
             params=document["params"],
             minimum=tuple(float(low) for low, _ in ranges),
@@ -245,7 +221,7 @@ def _stated(document: Mapping[str, Any], path: Path) -> tuple[ModelInfo, dict[st
         raise ModelError(f"{path}: incomplete or damaged ({error!r})") from None
 
 
-def _mapped(path: Path, hint: str = "") -> Content:
+def _mapped(path: Path, hint: str = "") -> base.Content:
     """Content of a file that workers on one machine share in memory; small ones are read."""
     try:
         with path.open("rb") as file:

@@ -35,26 +35,13 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs of one partition.
+    """Pairs of one partition."""
 
-    Parameters
-    ----------
-    features : ndarray of float32, shape (n, k)
-        Inputs of the target, as `sos_dask.problem.Problem.matrix` makes them.
-    differences : ndarray of float32, shape (n, l)
-        Target - reference in the order and units of the labels; nan where unknown.
-    fold : ndarray of int8, shape (n,)
-    weight : ndarray of float32, shape (n,)
-        Relative: only ratios matter. Pairs of weight 0 are not used.
-    errors : ndarray of float32, shape (n, l), optional
-        Of the target's labels; nan where unknown.
-    """
-
-    features: Float32Array
-    differences: Float32Array
+    features: Float32Array  # inputs of the target, shape (n, k), as `Problem.matrix` makes them
+    differences: Float32Array  # target - reference in units of the labels, (n, l); nan: unknown
     fold: NDArray[np.int8]
-    weight: Float32Array
-    errors: Float32Array | None = None
+    weight: Float32Array  # only ratios matter; pairs of weight 0 are not used
+    errors: Float32Array | None = None  # of the target's labels, shape (n, l); nan where unknown
 
 
 class TrainingSource(Protocol):
@@ -87,23 +74,12 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """The pairs of a fit, and the workers that load and work on them.
-
-    Parameters
-    ----------
-    source : TrainingSource
-    folds : tuple of int, optional
-        Only pairs of these folds are used; None: all pairs.
-    client : distributed.Client, optional
-        None: all in this process. It stays here when the rest travels to its workers.
-    changes : tuple of callable
-        Each takes a `Batch` and gives another one; importable by its name on every worker.
-    """
+    """The pairs of a fit, and the workers that load and work on them."""
 
     source: TrainingSource
-    folds: tuple[int, ...] | None = None
-    client: Any = None
-    changes: tuple[Callable[[Batch], Batch], ...] = ()
+    folds: tuple[int, ...] | None = None  # None: all pairs are used
+    client: Any = None  # stays here when the rest travels to its workers; None: all in this process
+    changes: tuple[Callable[[Batch], Batch], ...] = ()  # importable by name on every worker
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Training, (self.source, self.folds, None, self.changes)
@@ -190,30 +166,15 @@ def hash_rows(*parts: Float32Array) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Training pairs in a few numbers, which a fit starts from.
+    """Training pairs in a few numbers, which a fit starts from."""
 
-    Parameters
-    ----------
-    info : ModelInfo
-        Of a model that is fitted to these pairs.
-    n_rows : ndarray of int64, shape (n_batches,)
-        Training rows of each batch.
-    mean, deviation : ndarray of float64, shape (k,)
-        Of the inputs; the deviation is 1 where all are equal.
-    center, spread : ndarray of float64, shape (l,)
-        Median and robust standard deviation of the differences; 1 where all are equal.
-    constant : ndarray of bool, shape (l,)
-        Labels whose differences are all equal.
-    mean_weight : float
-    """
-
-    info: ModelInfo
-    n_rows: IntArray
-    mean: FloatArray
-    deviation: FloatArray
-    center: FloatArray
-    spread: FloatArray
-    constant: NDArray[np.bool_]
+    info: ModelInfo  # of a model that is fitted to these pairs
+    n_rows: IntArray  # of each batch
+    mean: FloatArray  # of the inputs
+    deviation: FloatArray  # of the inputs; 1 where all are equal
+    center: FloatArray  # median of the differences of each label
+    spread: FloatArray  # their robust standard deviation; 1 where all are equal
+    constant: NDArray[np.bool_]  # labels whose differences are all equal
     mean_weight: float
 
 
@@ -299,18 +260,14 @@ def summed(parts: Sequence[Sequence[Counts]], n_labels: int) -> list[Histogram]:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Statement of a model about itself.
-
-    Its method with all parameters, the range of each input over the training pairs, the number of
-    training pairs of each label, the folds they are of (None: all), and the problem.
-    """
+    """Statement of a model about itself."""
 
     method: str
-    params: Mapping[str, Any]
-    minimum: tuple[float, ...]
+    params: Mapping[str, Any]  # all of them
+    minimum: tuple[float, ...]  # of each input over the training pairs
     maximum: tuple[float, ...]
-    n_pairs: tuple[int, ...]
-    train_folds: tuple[int, ...] | None = None
+    n_pairs: tuple[int, ...]  # training pairs of each label
+    train_folds: tuple[int, ...] | None = None  # None: all
     problem: Problem = DEFAULT
 
     def by_label(self, values: Sequence[Any] | NDArray[Any]) -> dict[str, Any]:
@@ -336,15 +293,11 @@ class Correction(abc.ABC):
 
     Outside the box of its training pairs a correction is held at the value on the nearest face:
     inputs are clamped to the box, one by one. `in_range` says where that was not needed.
-
-    Parameters
-    ----------
-    info : ModelInfo
     """
 
+    method: ClassVar[str]
     parameters: ClassVar[type[Settings]]
-    # Values of parameters that a search tries.
-    search: ClassVar[Mapping[str, Sequence[int | float | str]]] = {}
+    search: ClassVar[Mapping[str, Sequence[int | float | str]]] = {}  # values that a search tries
 
     info: ModelInfo
 
@@ -357,11 +310,6 @@ class Correction(abc.ABC):
     @abc.abstractmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> Correction:
         """Read a model from its own `files`; `ModelError` where they are damaged."""
-
-    @property
-    def method(self) -> str:
-        """Name of the method."""
-        return self.info.method
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -426,12 +374,14 @@ class Correction(abc.ABC):
         """Content of the method's own files, by name; the same model gives the same bytes."""
 
     def save(self, directory: Path) -> None:
-        """Write ``model.json`` and the method's own files; equal models give equal bytes."""
+        """Write all files."""
         directory.mkdir(parents=True, exist_ok=True)
-        files = self.files()
-        for name, content in files.items():
+        for name, content in self.contents().items():
             (directory / name).write_bytes(content)
-        info = self.info
+
+    def contents(self) -> dict[str, bytes]:
+        """Content of all files, ``model.json`` last; equal models give equal bytes."""
+        files, info = self.files(), self.info
         document = {
             "format": MODEL_FORMAT,
             "sos_dask": __version__,
@@ -447,7 +397,7 @@ class Correction(abc.ABC):
                 name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())
             },
         }
-        (directory / MODEL_FILE).write_bytes(sealed(document))
+        return {**files, MODEL_FILE: sealed(document)}
 
 
 def _in_all_columns(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -60,40 +60,22 @@ class Settings(settings.Settings):
 
     n_rounds: int = Field(400, ge=1, le=20000, description="Trees per label")
     max_depth: int = Field(4, ge=1, le=12, description="Depth of a tree")
-    learning_rate: float = Field(
-        0.04, ge=1e-4, le=1.0, description="Share of each tree's correction that is taken"
-    )
-    min_child_weight: float = Field(
-        2.0, ge=0.0, le=1e6, description="Smallest sum of second derivatives in a leaf"
-    )
-    subsample: float = Field(
-        1.0, ge=0.05, le=1.0, description="Share of the pairs that each tree sees"
-    )
-    reg_lambda: float = Field(
-        3.0, ge=0.0, le=1e6, description="Pull of the leaves to zero, in pairs"
-    )
+    learning_rate: float = Field(0.04, ge=1e-4, le=1.0, description="Share of each tree taken")
+    min_child_weight: float = Field(2.0, ge=0.0, le=1e6, description="Smallest Hessian of a leaf")
+    subsample: float = Field(1.0, ge=0.05, le=1.0, description="Share of pairs that a tree sees")
+    reg_lambda: float = Field(3.0, ge=0.0, le=1e6, description="Pull of leaves to zero, in pairs")
     max_bin: int = Field(256, ge=2, le=4096, description="Bins of each input")
     huber_slope: float = Field(
-        0.2,
-        ge=0.01,
-        le=100.0,
-        description="Residual at which the loss turns from square to linear, in spreads",
+        0.2, ge=0.01, le=100.0, description="Residual where the loss turns linear, in spreads"
     )
     stop_rounds: int = Field(
-        0,
-        ge=0,
-        le=10000,
-        description="End when a training fold that is kept aside has not come closer for so many "
-        "trees, and train so many on all folds; 0: n_rounds trees",
+        0, ge=0, le=10000, description="End after so many trees without gain on a fold; 0: never"
     )
     nthread: int = Field(1, ge=1, le=1024, description="Threads of each worker")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the subsamples")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to train")
     timeout_s: int = Field(
-        120,
-        ge=1,
-        le=86400,
-        description="Longest wait of a worker for the others in one step, in seconds",
+        120, ge=1, le=86400, description="Longest wait of a worker for the others, in seconds"
     )
 
 
@@ -106,6 +88,7 @@ class BoostedCorrection(Correction):
     differences; a saved model has it unless its thresholds make too many cells.
     """
 
+    method = "boosted"
     parameters = Settings
     search: ClassVar = {
         "n_rounds": (100, 200, 400, 800),
@@ -185,7 +168,7 @@ class BoostedCorrection(Correction):
         client = training.client
         if settings.device == "cuda" and client is None:
             boosted_cluster.find_gpu()
-        summary = base.summarise(training, "boosted", settings, MIN_PAIRS)
+        summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
         edges = _bin_edges(training, summary.info, settings.max_bin)
         job = Job(training, settings, summary, edges, (settings.n_rounds,) * len(summary.center))
         if settings.stop_rounds:

@@ -114,13 +114,18 @@ def _train_labels(job: Job, workers: Sequence[str], boosters: dict[int, Any], tr
     """Train the labels that have no booster yet."""
     from distributed import wait
 
-    cuts = _shares(job.summary.n_rows, len(workers))
+    client, cuts = job.training.client, _shares(job.summary.n_rows, len(workers))
     blocks = [
-        job.training.client.submit(job.block, first, stop, pure=False, **_on(worker))
+        client.submit(job.block, first, stop, pure=False, **_on(worker))
         for worker, (first, stop) in zip(workers, cuts, strict=False)
     ]
     try:
-        wait(blocks)  # the scheduler drops a silent worker, and its block moves
+        # The scheduler drops a silent worker, and its block moves; with the last one nothing would.
+        while not all(block.done() for block in blocks):
+            with contextlib.suppress(TimeoutError):
+                wait(blocks, timeout=10)
+            if not client.scheduler_info(n_workers=-1)["workers"]:
+                raise ConnectionError("no worker is left")
         for block in blocks:
             if block.status == "error":
                 block.result()
@@ -186,8 +191,6 @@ def _train_label(
 def _column(rows: Rows, label: int, item: int) -> Any:
     return rows.of_label(label)[item]
 
-
-# --- the tracker -------------------------------------------------------------------------------
 
 _TRACKER = """
 import json, os, sys
@@ -257,9 +260,6 @@ def _stop_tracker(name: str) -> None:
     if process := _TRACKERS.pop(name, None):
         process.kill()
         process.communicate()
-
-
-# --- GPUs --------------------------------------------------------------------------------------
 
 
 def find_gpu() -> tuple[str, ...]:

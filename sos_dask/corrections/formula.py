@@ -88,16 +88,14 @@ class Formula:
         with np.errstate(all="ignore"):
             return np.broadcast_to(self.run(list(columns)), len(features))
 
-    def is_finite(
-        self, minimum: Sequence[float], maximum: Sequence[float], cells: int = 12
-    ) -> bool:
+    def is_finite(self, minimum: Sequence[float], maximum: Sequence[float]) -> bool:
         """Tell whether the formula is finite, and no divisor small, everywhere in a box.
 
-        By interval arithmetic over ``cells`` parts of each side, so a pole cannot hide between
-        grid points; a formula of which this cannot be shown counts as not finite.
+        By interval arithmetic over parts of the box, so a pole cannot hide between grid points; a
+        formula of which this cannot be shown counts as not finite.
         """
         low, high = np.asarray(minimum, dtype=np.float64), np.asarray(maximum, dtype=np.float64)
-        cells = min(cells, int(1e6 ** (1 / len(low))))
+        cells = min(12, int(1e6 ** (1 / len(low))))
         edges = low + (high - low) * np.linspace(0, 1, cells + 1)[:, None]
         lows = np.stack(np.meshgrid(*edges[:-1].T, indexing="ij")).reshape(len(low), -1)
         highs = np.stack(np.meshgrid(*edges[1:].T, indexing="ij")).reshape(len(low), -1)
@@ -178,9 +176,6 @@ class Interval:
         a, b = self.low**exponent, self.high**exponent
         across = (self.low <= 0) & (self.high >= 0) & (exponent % 2 == 0)
         return Interval(np.where(across, 0.0, np.minimum(a, b)), np.maximum(a, b))
-
-
-# --- normal form, by SymPy ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,22 @@ pairs with outliers its held-out scatter was 0.99 times that of boosted trees al
 differences 3.4 to 8 times smaller.
 
 SIMEX (simulation and extrapolation) is an errors-in-variables variant of another method. Noise of
-the target's labels is in the features and, with the same sign, in the difference target -
-reference. Stars scattered upwards in a label then show a positive difference where there is no bias
-at all: regression dilution. Every other method predicts that part too, because it predicts the
-reference, as it should when noisy labels are to be corrected one by one. This one estimates the
-bias at the true labels: what one survey measures differently from the other. Use it to study or to
-publish the bias of a survey, or to correct labels with much smaller errors than those of the pairs;
-do not use it to predict the reference, whose scatter it leaves larger. More noise of the quoted
-size is added to features and differences together, ``lambda`` = 0.5 to 2 times its variance; the
-fits are followed back to ``lambda`` = -1 by a parabola (Cook & Stefanski 1994, JASA 89, 1314). It
-is only as good as the errors of the pairs, and takes away most of the dilution, not all: where
+the target's labels is in the features and, with the same sign, in the differences: stars scattered
+upwards in a label show a positive difference where there is no bias at all (regression dilution).
+Every other method predicts that part too, because it predicts the reference, as it should when
+noisy labels are to be corrected one by one. This one estimates the bias at the true labels. Use it
+to study or to publish the bias of a survey, or to correct labels with much smaller errors than
+those of the pairs; not to predict the reference, whose scatter it leaves larger. More noise of the
+quoted size is added to features and differences together, ``lambda`` = 0.5 to 2 times its variance;
+the fits are followed back to ``lambda`` = -1 by a parabola (Cook & Stefanski 1994, JASA 89, 1314).
+It is only as good as the errors of the pairs, and takes away most of the dilution, not all: where
 errors are no longer small against the structure of the bias, a parabola is too stiff.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +36,7 @@ from pydantic import Field
 
 from sos_dask.columns import Float32Array, FloatArray, mixed
 from sos_dask.corrections import base, boosted, polynomial
-from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Rows, Training
+from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Training
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.polynomial import PolynomialCorrection, polynomial_terms
 from sos_dask.errors import ModelError
@@ -71,17 +70,10 @@ class Settings(polynomial.Settings, boosted.Settings):
     reg_lambda: float = _of_trees("reg_lambda", 30.0)
     huber_slope: float = _of_trees("huber_slope", 0.5)
     smoothing: float = Field(
-        0.1,
-        ge=0.02,
-        le=3.0,
-        description="Width of the Gaussian that smears the trees, in standard deviations",
+        0.1, ge=0.02, le=3.0, description="Width of the smearing Gaussian, in standard deviations"
     )
     outlier: float = Field(
-        7.0,
-        ge=2,
-        le=1e6,
-        description="Residuals of the polynomial beyond so many scatters are not shown to the "
-        "trees",
+        7.0, ge=2, le=1e6, description="The trees do not see residuals beyond so many scatters"
     )
 
 
@@ -90,13 +82,11 @@ def _settings_of(kind: type[Correction], whole: Settings) -> Any:
     return kind.parameters(**{name: getattr(whole, name) for name in kind.parameters.model_fields})
 
 
-def _part(
-    kind: type[Correction], method: str, info: ModelInfo, files: Mapping[str, Content], start: str
-) -> Any:
+def _part(kind: type[Correction], info: ModelInfo, files: Mapping[str, Content], start: str) -> Any:
     """A correction inside of another one: of the files whose names start so."""
     own = {k: v for k, v in info.params.items() if k in kind.parameters.model_fields}
     inner = {k.removeprefix(start): v for k, v in files.items() if k.startswith(start)}
-    return kind.restore(replace(info, method=method, params=own), inner)
+    return kind.restore(replace(info, method=kind.method, params=own), inner)
 
 
 def residuals(batch: Batch, smooth: PolynomialCorrection, outlier: float) -> Batch:
@@ -108,18 +98,9 @@ def residuals(batch: Batch, smooth: PolynomialCorrection, outlier: float) -> Bat
 
 @dataclass(eq=False)
 class HybridCorrection(Correction):
-    """Sum of a polynomial and of smeared trees.
+    """Sum of a polynomial and of smeared trees."""
 
-    Parameters
-    ----------
-    info : ModelInfo
-    smooth : PolynomialCorrection
-    low, high : ndarray of float32, shape (k,)
-        First and last node of each axis of a grid.
-    nodes : ndarray of float32, shape (n0, n1, ..., l)
-        The smeared trees there.
-    """
-
+    method = "hybrid"
     parameters = Settings
     search: ClassVar = {
         "order": (2, 3, 4, 5),
@@ -131,9 +112,9 @@ class HybridCorrection(Correction):
     }
 
     smooth: PolynomialCorrection
-    low: Float32Array
+    low: Float32Array  # first and last node of each axis of a grid
     high: Float32Array
-    nodes: Float32Array
+    nodes: Float32Array  # the smeared trees there, shape (n0, n1, ..., l)
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
@@ -150,7 +131,7 @@ class HybridCorrection(Correction):
     @classmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> HybridCorrection:
         """Read a model from its own files."""
-        smooth = _part(PolynomialCorrection, "polynomial", info, files, POLYNOMIAL)
+        smooth = _part(PolynomialCorrection, info, files, POLYNOMIAL)
         what = "the grid of the residuals"
         arrays = unpack(files[GRID], what)
         shapes = [array.shape for array in arrays]
@@ -164,22 +145,19 @@ class HybridCorrection(Correction):
         """Fit; see `sos_dask.corrections.fit`."""
         terms = polynomial_terms(settings.order, len(training.problem.inputs))
         needed = max(2 * len(terms), boosted.MIN_PAIRS)
-        info = base.summarise(training, "hybrid", settings, needed).info
+        info = base.summarise(training, cls.method, settings, needed).info
         smooth = PolynomialCorrection.fit(training, _settings_of(PolynomialCorrection, settings))
         left = training.changed(partial(residuals, smooth=smooth, outlier=settings.outlier))
         trees = BoostedCorrection.fit(left, _settings_of(BoostedCorrection, settings))
         low, high = (np.array(ends, np.float32) for ends in (info.minimum, info.maximum))
-        nodes = _smeared(trees.evaluate, low, high, settings.smoothing * smooth.width)
+        nodes = _smeared(trees, low, high, settings.smoothing * smooth.width)
         return cls(info, smooth, low, high, nodes)
 
 
 def _smeared(
-    function: Callable[[Float32Array], Float32Array],
-    low: Float32Array,
-    high: Float32Array,
-    width: FloatArray,
+    trees: BoostedCorrection, low: Float32Array, high: Float32Array, width: FloatArray
 ) -> Float32Array:
-    """Values of a function smeared with a Gaussian of this width, at the nodes of a grid.
+    """Values of trees smeared with a Gaussian of this width, at the nodes of a grid.
 
     Beyond the box it stays as at the nearest face. Where ``MAX_NODES`` are too few to follow the
     Gaussian, the nodes are farther apart and the interpolation smears more.
@@ -198,7 +176,7 @@ def _smeared(
     nodes = np.stack(mesh, axis=-1).reshape(-1, len(axes))
     planes = []
     for nodes[:, 0] in axes[0]:
-        planes.append(function(nodes).reshape(*(len(axis) for axis in axes[1:]), -1))
+        planes.append(trees.evaluate(nodes).reshape(*(len(axis) for axis in axes[1:]), -1))
     values = np.stack(planes).astype(np.float64)
     for axis in range(len(axes)):
         if length[axis] > 0:
@@ -213,22 +191,14 @@ def _smeared(
 class SimexSettings(Settings):
     """Parameters of the method: those of the method that is fitted, and its own."""
 
-    base: Literal["polynomial", "hybrid"] = Field(
-        "polynomial", description="The method that is fitted"
-    )
+    base: Literal["polynomial", "hybrid"] = Field("polynomial", description="The fitted method")
     replicas: int = Field(2, ge=1, le=100, description="Fits with added noise of each size")
     error_factor: float = Field(
-        1.0,
-        ge=0.0,
-        le=100.0,
-        description="True errors of the labels in units of the quoted ones",
+        1.0, ge=0.0, le=100.0, description="True errors of the labels in units of the quoted ones"
     )
 
 
-_BASES: Mapping[str, type[Correction]] = {
-    "polynomial": PolynomialCorrection,
-    "hybrid": HybridCorrection,
-}
+_BASES = {kind.method: kind for kind in (PolynomialCorrection, HybridCorrection)}
 
 
 def noisy(
@@ -282,22 +252,16 @@ def _normals(batch: Batch, seed: int) -> FloatArray:
 
 @dataclass(eq=False)
 class SimexCorrection(Correction):
-    """Weighted sum of fits with and without added noise.
+    """Weighted sum of fits with and without added noise."""
 
-    Parameters
-    ----------
-    info : ModelInfo
-    parts : tuple of Correction
-        One without added noise, then those of each of `LAMBDAS`.
-    """
-
+    method = "simex"
     parameters = SimexSettings
 
-    parts: tuple[Correction, ...]
+    parts: tuple[Correction, ...]  # one without added noise, then those of each of `LAMBDAS`
 
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
-        weights = part_weights(int(self.info.params["replicas"]))
+        weights = part_weights(self.info.params["replicas"])
         total = np.zeros((len(features), len(self.labels)))
         for weight, part in zip(weights, self.parts, strict=True):
             total += weight * part.evaluate(features)
@@ -314,11 +278,8 @@ class SimexCorrection(Correction):
     @classmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> SimexCorrection:
         """Read a model from its own files."""
-        base, n_parts = info.params["base"], 1 + len(LAMBDAS) * int(info.params["replicas"])
-        return cls(
-            info,
-            tuple(_part(_BASES[base], base, info, files, f"{n}-") for n in range(n_parts)),
-        )
+        kind, n_parts = _BASES[info.params["base"]], len(part_weights(info.params["replicas"]))
+        return cls(info, tuple(_part(kind, info, files, f"{n}-") for n in range(n_parts)))
 
     @classmethod
     def fit(cls, training: Training, settings: SimexSettings) -> SimexCorrection:
@@ -327,36 +288,23 @@ class SimexCorrection(Correction):
         noise = partial(noisy, problem=problem)
         # Pairs without errors are left out of the fit without noise too.
         plain = training.changed(partial(noise, amount=0.0, seed=0))
-        if not any(replace(plain, folds=None).map(_n_rows)):
+        everything = replace(plain, folds=None)
+        if not any(everything.rows(n).weight.size for n in range(training.source.n_batches)):
             raise _no_errors(problem, "no pair has all of them")
         needed = 2 * len(polynomial_terms(settings.order, len(problem.inputs)))
-        summary = base.summarise(plain, "simex", settings, needed)
+        summary = base.summarise(plain, cls.method, settings, needed)
         kind, parts = _BASES[settings.base], []
         of_base = _settings_of(kind, settings)
         amounts = [0.0, *np.repeat(np.sqrt(LAMBDAS), settings.replicas)]
-        for number, amount in enumerate(amounts):
-            change = partial(
-                noise,
-                amount=amount * settings.error_factor,
-                seed=settings.seed + number,
-                constant=tuple(summary.constant.tolist()),
-            )
+        noise = partial(noise, constant=tuple(summary.constant.tolist()))
+        for seed, amount in enumerate(amounts, settings.seed):
+            change = partial(noise, amount=amount * settings.error_factor, seed=seed)
             parts.append(kind.fit(training.changed(change), of_base))
         return cls(summary.info, tuple(parts))
 
 
 def part_weights(replicas: int) -> FloatArray:
-    """Weights of the parts in the value of the least-squares parabola at ``lambda`` = -1.
-
-    Returns
-    -------
-    ndarray of float64, shape (1 + 4 * replicas,)
-        Their sum is 1.
-    """
+    """Weights, of sum 1, of the parts in the least-squares parabola's value at ``lambda`` = -1."""
     amounts = np.array([0.0, *LAMBDAS])
     at_minus_one = np.array([1.0, -1.0, 1.0]) @ np.linalg.pinv(np.vander(amounts, 3, True))
     return np.concatenate([at_minus_one[:1], np.repeat(at_minus_one[1:] / replicas, replicas)])
-
-
-def _n_rows(rows: Rows) -> int:
-    return len(rows.weight)

@@ -48,38 +48,28 @@ class Settings(settings.Settings):
 
     order: int = Field(4, ge=1, le=6, description="Largest sum of the exponents of a term")
     ridge: float = Field(
-        1.0,
-        ge=0.0,
-        le=1e6,
-        description="Strength of the pull of all coefficients but the constant to zero, in "
-        "training pairs: it steadies some hundred pairs and vanishes among many",
+        1.0, ge=0.0, le=1e6, description="Pull of all coefficients but the constant to 0, in pairs"
     )
     tolerance: float = Field(
-        1e-4,
-        ge=1e-12,
-        le=0.1,
-        description="Largest change of the fit in the last passes, in units of the scatter",
+        1e-4, ge=1e-12, le=0.1, description="Largest change in the last passes, in scatters"
     )
     max_passes: int = Field(60, ge=1, le=1000, description="Largest number of passes")
 
 
 @dataclass(eq=False)
 class PolynomialCorrection(Correction):
-    """Polynomials of the standardised inputs (x - center) / width, fitted in some passes.
+    """Polynomials of the standardised inputs (x - center) / width."""
 
-    ``exponents`` has shape (m, k), ``coefficients`` (m, l); ``scatter``, shape (l,), is 1.4826
-    times the median absolute residual of the training pairs.
-    """
-
+    method = "polynomial"
     parameters = Settings
     search: ClassVar = {"order": (2, 3, 4, 5), "ridge": (0.1, 1.0, 3.0, 10.0)}
 
     center: FloatArray
     width: FloatArray
-    exponents: IntArray
-    coefficients: FloatArray
-    scatter: FloatArray
-    passes: int
+    exponents: IntArray  # shape (m, k)
+    coefficients: FloatArray  # shape (m, l)
+    scatter: FloatArray  # 1.4826 times the median absolute residual of the training pairs
+    passes: int  # over the pairs, that were made
 
     def standardised(self, features: Float32Array) -> FloatArray:
         """Standardised inputs in double precision, shape (n, k)."""
@@ -123,7 +113,7 @@ class PolynomialCorrection(Correction):
         """Fit; see `sos_dask.corrections.fit`."""
         exponents = polynomial_terms(settings.order, len(training.problem.inputs))
         m = len(exponents)
-        summary = base.summarise(training, "polynomial", settings, 2 * m)
+        summary = base.summarise(training, cls.method, settings, 2 * m)
         # Numbers of four digits, so that the last bits of sums do not matter.
         center, width = (
             np.array([float(f"{value:.3e}") for value in values.tolist()])
@@ -251,9 +241,6 @@ def _solve(
         step = new[:, label] - coefficients[:, label]
         change[label] = math.sqrt(max(0.0, float(step @ matrix @ step)) / total)
     return new, change
-
-
-# --- polynomials -------------------------------------------------------------------------------
 
 
 def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:

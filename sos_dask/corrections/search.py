@@ -51,19 +51,8 @@ def search(
 ) -> tuple[Params, list[dict[str, Any]]]:
     """Choose parameters of a method by the folds that train it; no other fold is read.
 
-    Parameters
-    ----------
-    method : str
-    source : TrainingSource
-    train_folds : sequence of int
-        Two or more.
-    params : mapping
-        Complete; the first candidate.
-    n : int
-        Number of candidates.
-    seed : int
-    client : distributed.Client, optional
-        Fits are tasks of its workers, each of which needs all pairs in its memory.
+    Of ``n`` candidates the first is ``params``, which are complete. With a client fits are tasks of
+    its workers, each of which needs all pairs in its memory.
 
     Returns
     -------
@@ -79,7 +68,7 @@ def search(
     ConfigError
         The method has nothing to search.
     ModelError
-        Too few folds, or no candidate can be fitted.
+        Fewer than two folds, or no candidate can be fitted.
     ClusterError
         Fits kill their workers again and again.
     """

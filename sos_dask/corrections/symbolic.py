@@ -1,8 +1,8 @@
 """A readable formula for each difference, found by symbolic regression.
 
-1. A sample of the training pairs: where pairs are dense fewer of them are taken (each cell of a
-   coarse grid gives in proportion to the square root of its pairs). Which ones, a hash of their
-   numbers says, so the sample is the same in any order of the pairs and any partitions.
+1. A sample of the training pairs, fewer of them where pairs are dense: each cell of a coarse grid
+   gives in proportion to the square root of its pairs. A hash of their numbers says which, so the
+   sample is the same in any order of the pairs and any partitions.
 2. Half of the sample evolves formulas: genetic programming with two goals, accuracy and length
    (Operon: Burlacu, Kronberger & Kommenda 2020, GECCO Companion, 1562), on differences clipped at
    ``CLIP`` spreads. One thread and one seed give the same formulas again.
@@ -16,15 +16,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -54,19 +55,14 @@ class Settings(settings.Settings):
     n_sample: int = Field(
         4000, ge=200, le=100_000, description="Pairs that search and judge formulas, half each"
     )
-    max_length: int = Field(
-        30, ge=3, le=200, description="Most nodes of a formula while it evolves"
-    )
+    max_length: int = Field(30, ge=3, le=200, description="Most nodes of an evolving formula")
     population: int = Field(400, ge=10, le=100_000, description="Formulas alive at once")
     generations: int = Field(50, ge=1, le=100_000, description="Generations")
     operators: Literal["polynomial", "rational"] = Field(
         "rational", description="Whether formulas may divide"
     )
     standard_errors: float = Field(
-        1.0,
-        ge=0.0,
-        le=100.0,
-        description="How much worse than the best a simpler formula may be, in standard errors",
+        1.0, ge=0.0, le=100.0, description="A simpler formula may be worse by so many of them"
     )
     engine: Literal["operon", "pysr"] = Field("operon", description="Program for the evolution")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the evolution")
@@ -75,13 +71,13 @@ class Settings(settings.Settings):
 class Candidate(settings.Settings):
     """A formula of the front, with numbers fitted to the sample and figures of its judging half."""
 
-    formula: str = Field(description="Of the inputs; Python and SymPy read it")
+    formula: str  # of the inputs; Python and SymPy read it
     latex: str
-    complexity: int = Field(description="Numbers, inputs (less a fixed number) and operators")
-    loss: float = Field(description="Mean bisquare loss, 0 (perfect) to 1")
-    scatter: float = Field(description="1.4826 times the median absolute residual")
-    behind: float = Field(description="Loss less that of the best")
-    standard_error: float = Field(description="Standard error of behind")
+    complexity: int  # numbers, inputs (less a fixed number) and operators
+    loss: float  # mean bisquare loss, 0 (perfect) to 1
+    scatter: float  # 1.4826 times the median absolute residual
+    behind: float  # loss less that of the best
+    standard_error: float  # of behind
 
 
 class Choice(settings.Settings):
@@ -91,28 +87,19 @@ class Choice(settings.Settings):
     latex: str
     complexity: int
     scatter: float
-    chosen: int = Field(description="Position in the front")
-    front: tuple[Candidate, ...] = Field(
-        strict=False, description="By complexity; each is better than all before it"
-    )
+    chosen: int  # position in the front
+    front: list[Candidate]  # by complexity; each is better than all before it
 
 
 @dataclass(eq=False)
 class SymbolicCorrection(Correction):
-    """One formula a label.
+    """One formula a label."""
 
-    Parameters
-    ----------
-    info : ModelInfo
-    choices : tuple of Choice
-    n_sample : int
-        Pairs that searched and judged.
-    """
-
+    method = "symbolic"
     parameters = Settings
 
     choices: tuple[Choice, ...]
-    n_sample: int
+    n_sample: int  # pairs that searched and judged
 
     @cached_property
     def formulas(self) -> list[Formula]:
@@ -153,18 +140,13 @@ class SymbolicCorrection(Correction):
 
     @classmethod
     def fit(cls, training: Training, settings: Settings) -> SymbolicCorrection:
-        """Fit; see `sos_dask.corrections.fit`.
-
-        With a client the labels evolve on its workers, at the same time. The formulas are the same.
-        """
-        summary = base.summarise(training, "symbolic", settings, MIN_PAIRS)
+        """Fit; see `sos_dask.corrections.fit`. Labels evolve on the workers of a client at once."""
+        summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
         _require(settings.engine)
         scale = Scale.of(summary)
         sample = draw_sample(training, scale, settings.n_sample)
         pairs = draw_sample(training, scale, MOST_PAIRS, even=False)
-        search = partial(
-            _search, scale=scale, summary=summary, settings=settings, sample=sample, pairs=pairs
-        )
+        search = partial(_search, scale, summary, settings, sample, pairs)
         labels = range(len(summary.center))
         what, advice = "symbolic: the search of formulas", "give workers more, or lower n_sample."
         choices = base.run_tasks(search, labels, training.client, what, advice)
@@ -175,7 +157,7 @@ class SymbolicCorrection(Correction):
 
 
 def _search(
-    label: int, *, scale: Scale, summary: Summary, settings: Settings, sample: Rows, pairs: Rows
+    scale: Scale, summary: Summary, settings: Settings, sample: Rows, pairs: Rows, label: int
 ) -> Choice:
     """Evolve formulas of one label and choose one."""
     center, spread = float(summary.center[label]), float(summary.spread[label])
@@ -184,6 +166,14 @@ def _search(
         x, differences, weight = rows.of_label(label)
         y = (differences.astype(np.float64) - center) / spread
         return scale.shift(x), y, weight.astype(np.float64) / summary.mean_weight
+
+    def fitted(form: Template, *pairs: FloatArray) -> Template:
+        better = fit_numbers(form, *pairs)
+        return better if scale.finite(better) else form  # a pole may have come near
+
+    def written(form: Template) -> dict[str, Any]:
+        text, latex = form.written(scale.pivot, center, spread)
+        return {"formula": text, "latex": latex, "complexity": form.complexity}
 
     u, y, weight = scaled(sample)
     # The sample is in the order of its hash: any two halves are alike.
@@ -194,41 +184,24 @@ def _search(
     forms: dict[str, Template] = {}
     for text in ["0", *texts]:
         found = Template.of(text, names, scale.width)
-        if found is not None:
-            forms.setdefault(found.formula.text, found)
+        if found is not None and found.formula.text not in forms and scale.finite(found):
+            forms[found.formula.text] = found
     with one_thread():
-        fitted = [
-            _fitted(form, scale, u[:, :half], y[:half], weight[:half])
-            for form in forms.values()
-            if scale.finite(form)
-        ]
-        front, chosen = _front(fitted, u[:, half:], y[half:], settings)
+        tried = [fitted(form, u[:, :half], y[:half], weight[:half]) for form in forms.values()]
+        front, chosen = _front(tried, u[:, half:], y[half:], settings.standard_errors)
         u, y, weight = scaled(pairs)
-        best = _fitted(front[chosen][0], scale, u, y, weight)
-
-    def written(form: Template) -> dict[str, Any]:
-        text, latex = form.written(scale.pivot, center, spread)
-        return {"formula": text, "latex": latex, "complexity": form.complexity}
-
-    return Choice(
-        **written(best),
-        scatter=_short(_scatter(best.values(u) - y) * spread),
-        front=tuple(
-            Candidate(
-                **written(form),
-                loss=_short(judged["loss"]),
-                scatter=_short(judged["scatter"] * spread),
-                behind=_short(judged["behind"]),
-                standard_error=_short(judged["standard_error"]),
-            )
-            for form, judged in front
-        ),
-        chosen=chosen,
-    )
+        best = fitted(front[chosen][0], u, y, weight)
+    candidates = []
+    for form, judged in front:
+        judged["scatter"] *= spread
+        figures: Any = {name: _short(value) for name, value in judged.items()}
+        candidates.append(Candidate(**written(form), **figures))
+    left = _short(_scatter(best.values(u) - y) * spread)
+    return Choice(**written(best), scatter=left, front=candidates, chosen=chosen)
 
 
 def _front(
-    forms: Sequence[Template], u: FloatArray, y: FloatArray, settings: Settings
+    forms: Sequence[Template], u: FloatArray, y: FloatArray, standard_errors: float
 ) -> tuple[list[tuple[Template, dict[str, float]]], int]:
     """The front with its figures, and the position of the chosen formula in it."""
     residuals = [y - form.values(u) for form in forms]
@@ -241,29 +214,20 @@ def _front(
     for i in sorted(range(len(forms)), key=lambda i: (forms[i].complexity, means[i], i)):
         if np.isfinite(means[i]) and (not front or means[i] < means[front[-1]]):
             front.append(i)
-    best, entries = front[-1], []
+    best, entries, close = front[-1], [], []
     for i in front:
+        behind = means[i] - means[best]
         error = float(np.std(losses[i] - losses[best])) / math.sqrt(len(y))
-        judged = {"loss": means[i], "scatter": scales[i], "behind": means[i] - means[best]}
+        judged = {"loss": means[i], "scatter": scales[i], "behind": behind}
         entries.append((forms[i], {**judged, "standard_error": error}))
-    close = [
-        one["behind"] <= settings.standard_errors * one["standard_error"] for _, one in entries
-    ]
+        close.append(behind <= standard_errors * error)
     return entries, close.index(True)
 
 
-def _fitted(
-    form: Template, scale: Scale, u: FloatArray, y: FloatArray, weight: FloatArray
-) -> Template:
-    """The formula with fitted numbers, unless a pole came near."""
-    better = fit_numbers(form, u, y, weight)
-    return better if scale.finite(better) else form
-
-
 def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray) -> Template:
-    """Fit the numbers of a formula robustly (bisquare; Beaton & Tukey 1974, Technometrics 16, 147).
+    """Fit the numbers of a formula robustly, from those it has, which set the scale of the loss.
 
-    The numbers to start from say the scale of the loss.
+    By the bisquare (Beaton & Tukey 1974, Technometrics 16, 147).
     """
     from scipy.optimize import least_squares
 
@@ -278,11 +242,8 @@ def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray
         found = least_squares(
             lambda numbers: (form.with_numbers(numbers).values(u) - y) / sigma,
             form.numbers,
-            jac=lambda numbers: form.with_numbers(numbers).gradient(u) / sigma,
-            loss=loss,
-            x_scale="jac",
-            ftol=1e-6,
-            max_nfev=30,
+            lambda numbers: form.with_numbers(numbers).gradient(u) / sigma,
+            **{"loss": loss, "x_scale": "jac", "ftol": 1e-6, "max_nfev": 30},
         )
     except (ValueError, np.linalg.LinAlgError):  # not finite at a pair
         return form
@@ -304,7 +265,7 @@ def _require(engine: str) -> None:
     """Raise `ModelError` where an engine is not installed, without importing it."""
     # Importing pysr without Julia would download one.
     needed = {"operon": ["pyoperon"], "pysr": ["pysr", "juliacall"]}[engine] + ["sympy"]
-    missing = [name for name in needed if not _installed(name)]
+    missing = [n for n in needed if sys.modules.get(n, n) is None or not find_spec(n)]
     if engine == "operon" and missing:
         raise ModelError(
             f"method 'symbolic' needs {' and '.join(missing)}, which is not installed",
@@ -317,13 +278,6 @@ def _require(engine: str) -> None:
             f"symbolic.engine = 'pysr' needs {', '.join(missing)}, which is not there",
             "Install Julia and 'pip install pysr', or set engine = 'operon'.",
         )
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ValueError:
-        return False
 
 
 def _operon(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:

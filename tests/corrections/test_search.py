@@ -68,9 +68,7 @@ def test_the_same_on_a_cluster(cluster):
 
 def test_candidates_that_are_too_large_lose():
     source = ArraySource(biased_pairs(90))
-    params, trials = search(
-        "polynomial", source, [0, 1, 2, 3, 4], defaults("polynomial", order=5), 8
-    )
+    params, trials = search("polynomial", source, range(5), defaults("polynomial", order=5), 8)
     assert int(params["order"]) < 5
     assert any(row["loss"] is None for row in trials)
     with pytest.raises(ModelError, match="no candidate"):

@@ -11,7 +11,7 @@ from sos_dask.stages.attach import AttachSettings
 from sos_dask.stages.dedupe import Dedupe
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
-from tests.sky import observations, write_catalog
+from tests.skies import observations, write_catalog
 
 
 def with_ids(table, seed):

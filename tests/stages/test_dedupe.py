@@ -11,7 +11,7 @@ from sos_dask.stars.combine import combine
 from sos_dask.stars.group import DedupeSettings, group, rank_of
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
-from tests.sky import write_catalog
+from tests.skies import write_catalog
 from tests.stages.clumps import N_ROWS, SETTINGS, SIZES, chain, ids_of, rows_of, sky
 
 

@@ -16,7 +16,7 @@ from sos_dask.stars.group import GAIA_IDS, DedupeSettings, group, rank_of
 from sos_dask.stars.unify import unify
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents
-from tests.sky import observations, write_catalog
+from tests.skies import observations, write_catalog
 from tests.stages.clumps import EPOCH, SIZES, chain, ids_of, rows_of
 
 

@@ -21,8 +21,8 @@ from sos_dask.correct import (
 from sos_dask.errors import PartitionError
 from sos_dask.evidence.widening import Limits
 from sos_dask.schema import CANONICAL, LABELS
-from tests.run import features
-from tests.sky import observations
+from tests.skies import observations
+from tests.steps import features
 
 NEW = ["teff_sos", "logg_sos", "feh_sos", "teff_delta", "logg_delta", "feh_delta", "flag_sos"]
 

@@ -374,12 +374,14 @@ class Correction(abc.ABC):
         """Content of the method's own files, by name; the same model gives the same bytes."""
 
     def save(self, directory: Path) -> None:
-        """Write ``model.json`` and the method's own files; equal models give equal bytes."""
+        """Write all files."""
         directory.mkdir(parents=True, exist_ok=True)
-        files = self.files()
-        for name, content in files.items():
+        for name, content in self.contents().items():
             (directory / name).write_bytes(content)
-        info = self.info
+
+    def contents(self) -> dict[str, bytes]:
+        """Content of all files, ``model.json`` last; equal models give equal bytes."""
+        files, info = self.files(), self.info
         document = {
             "format": MODEL_FORMAT,
             "sos_dask": __version__,
@@ -395,7 +397,7 @@ class Correction(abc.ABC):
                 name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())
             },
         }
-        (directory / MODEL_FILE).write_bytes(sealed(document))
+        return {**files, MODEL_FILE: sealed(document)}
 
 
 def _in_all_columns(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -29,9 +29,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.schema import nearest
 from sos_dask.stats.bootstrap import interval, resampled, resampled_bins
@@ -117,7 +116,7 @@ class Sample(NamedTuple):
     """The n pairs that all methods are compared on."""
 
     name: str  # `TRAIN` or `TEST`
-    labels: Mapping[str, NDArray[np.floating]]  # of the target
+    labels: Mapping[str, FloatingArray]  # of the target
     groups: IntArray  # of the stars, for the bootstrap
     sparse: BoolArray
 
@@ -128,21 +127,21 @@ class Sample(NamedTuple):
         return found | edge_subsets(self.labels)
 
 
-def edge_subsets(labels: Mapping[str, NDArray[np.floating]]) -> dict[str, BoolArray]:
+def edge_subsets(labels: Mapping[str, FloatingArray]) -> dict[str, BoolArray]:
     """Find the pairs in each of `EDGES` whose label is known."""
-    found = {}
-    for name in EDGES:
-        label, sign, limit = name.split()
-        if label in labels:
-            values = labels[label]
-            found[name] = values < float(limit) if sign == "<" else values > float(limit)
-    return found
+    sides = {"<": np.less, ">": np.greater}
+    parts = {name: name.split() for name in EDGES}
+    return {
+        name: sides[sign](labels[label], float(limit))
+        for name, (label, sign, limit) in parts.items()
+        if label in labels
+    }
 
 
 def figures(
     sample: Sample,
     label: str,
-    residuals: Mapping[str, NDArray[np.floating]],
+    residuals: Mapping[str, FloatingArray],
     edges: Mapping[str, FloatArray],
     weights: FloatArray,
     min_pairs: int,
@@ -150,20 +149,17 @@ def figures(
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], Scored]]:
     """Measure all figures of one label in one sample: rows of `FIGURE_SCHEMA`.
 
-    Those of the subset ``all`` are given in every resample, too, by method and statistic.
+    Those of the subset ``all`` are given in every resample, too, by method and statistic. A subset
+    with less than ``min_pairs`` has no figures, a bin with less than ``min_bin_pairs`` no median.
 
     Parameters
     ----------
-    sample : Sample
-    label : str
     residuals : mapping of str to ndarray of float, shape (n,)
         By method, `NONE` among them; nan where the difference is not known.
     edges : mapping of str to ndarray of float64
         Edges of the bins along each label.
     weights : ndarray of float64, shape (n_resamples, n_groups)
         See `bootstrap.draw`.
-    min_pairs, min_bin_pairs : int
-        A subset with fewer pairs has no figures, a bin with fewer no median.
 
     Raises
     ------
@@ -184,8 +180,7 @@ def figures(
             rows = order[mask[order]]
             values, groups = residuals[method][rows].astype(np.float64), sample.groups[rows]
             inside = {name: which[rows] for name, which in bins.items()}
-            measured[method] = _whole(values, groups, weights)
-            measured[method] |= _binned(values, groups, weights, inside, edges, min_bin_pairs)
+            measured[method] = _measured(values, groups, weights, inside, edges, min_bin_pairs)
             if subset == ALL:
                 scores |= {(method, name): score for name, (score, _) in measured[method].items()}
         about = {"label": label, "sample": sample.name, "subset": subset}
@@ -213,16 +208,7 @@ def _check_sample(sample: Sample, label: str, known: BoolArray, min_pairs: int) 
         )
 
 
-def _whole(values: FloatArray, groups: IntArray, weights: FloatArray) -> dict[str, _Found]:
-    """Median and both widths."""
-    replicates, n = resampled(values, groups, weights), len(values)
-    p16, median, p84 = np.percentile(values, [16, 50, 84])
-    found = float(median), scatter(values), float(p84 - p16) / 2
-    whole = zip(STATISTICS, found, replicates, strict=False)
-    return {name: (Scored(value, rest), {"n": n}) for name, value, rest in whole}
-
-
-def _binned(
+def _measured(
     values: FloatArray,
     groups: IntArray,
     weights: FloatArray,
@@ -230,7 +216,12 @@ def _binned(
     edges: Mapping[str, FloatArray],
     min_count: int,
 ) -> dict[str, _Found]:
-    """Figures of the medians of bins; none where no bin has enough pairs."""
+    """Figures by statistic; those of the medians of bins where a bin has enough pairs."""
+    n, replicates = len(values), resampled(values, groups, weights)
+    p16, middle, p84 = np.percentile(values, [16, 50, 84])
+    found = float(middle), scatter(values), float(p84 - p16) / 2
+    whole = zip(STATISTICS, found, replicates, strict=False)
+    measured: dict[str, _Found] = {name: (Scored(x, rest), {"n": n}) for name, x, rest in whole}
     parts, places = [], []
     for name, index in bins.items():
         limits = list(itertools.pairwise(edges[name].tolist()))
@@ -239,19 +230,18 @@ def _binned(
         parts.append([column[..., used] for column in part])
         places += [(name, *limits[number]) for number in used]
     if not places:
-        return {}
-    count, median, replicates = (np.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
-    errors = np.nanstd(replicates, axis=0)
-    # A resample may leave out all pairs of a bin.
-    replicates = np.where(np.isnan(replicates), median, replicates)
-    score = Scored(float(np.sqrt(np.mean(median**2))), np.sqrt(np.mean(replicates**2, axis=1)))
+        return measured
+    count, median, rest = (np.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
+    errors = np.nanstd(rest, axis=0)
+    rest = np.where(np.isnan(rest), median, rest)  # a resample may leave out all pairs of a bin
+    rms = Scored(float(np.sqrt(np.mean(median**2))), np.sqrt(np.mean(rest**2, axis=1)))
     worst = int(np.argmax(np.abs(median)))
     sign = 1.0 if median[worst] >= 0 else -1.0
-    largest = Scored(float(sign * median[worst]), sign * replicates[:, worst])
-    of_all = {"n": int(count.sum()), "error": float(np.sqrt(np.mean(errors**2)))}
+    largest = Scored(float(sign * median[worst]), sign * rest[:, worst])
     place = dict(zip(("against", "bin_low", "bin_high"), places[worst], strict=True))
+    of_all = {"n": int(count.sum()), "error": float(np.sqrt(np.mean(errors**2)))}
     of_worst = {"n": int(count[worst]), "error": float(errors[worst]), **place}
-    return {"rms_binned": (score, of_all), "worst_bin": (largest, of_worst)}
+    return measured | {"rms_binned": (rms, of_all), "worst_bin": (largest, of_worst)}
 
 
 def _values(
@@ -327,7 +317,6 @@ def choose(
         By label, what `figures` gives for the held-out sample.
     roughness : mapping of str to float
         By method, mean over the labels; nan where it is not known.
-    tolerance : float
 
     Raises
     ------
@@ -351,9 +340,9 @@ def choose(
     found: dict[str, dict[str, Any]] = {}
     for method in methods:
         low, high = interval(*scatters[method])
-        found[method] = {"scatter": scatters[method].value, "scatter_low": max(low, 0.0)}
-        found[method] |= {"scatter_high": high, "roughness": smooth.get(method)}
-        found[method]["worse_in"] = worse[method]
+        score = {"scatter": scatters[method].value, "scatter_low": max(low, 0.0)}
+        more = {"roughness": smooth.get(method), "worse_in": worse[method]}
+        found[method] = {**score, "scatter_high": high, **more}
     chosen = min(methods, key=lambda method: scatters[method].value)
     if rule in methods:
         chosen, why = rule, "the job names it"
@@ -426,7 +415,7 @@ def _balanced(
 # --- regions left out ---------------------------------------------------------------------------
 
 
-def region_groups(teff: NDArray[np.floating], logg: NDArray[np.floating]) -> list[str]:
+def region_groups(teff: FloatingArray, logg: FloatingArray) -> list[str]:
     """Name the cell of the Kiel diagram of pairs by Teff (n,) in K and log g (n,) in dex (cgs).
 
     Empty where one is not known.

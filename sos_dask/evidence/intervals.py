@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sos_dask import __version__
-from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.schema import LABELS
@@ -75,18 +75,13 @@ class ErrorModel:
     reference: Float32Array
     reference_profile: Float32Array
 
-    def half_width(self, features: Float32Array, snr: NDArray[np.floating] | None) -> Float32Array:
+    def half_width(self, features: Float32Array, snr: FloatingArray | None) -> Float32Array:
         """Look up the half-widths (n, 3) of the 68 % intervals in K, dex, dex.
 
-        nan where a feature is nan or infinite. Each label is contiguous.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (n, 3)
-            Outside the training box those of the nearest place on it count, as in a correction.
-        snr : ndarray of float, shape (n,), optional
-            Below the smallest of the pairs half-widths grow as its inverse, above the largest they
-            stay; where it is unknown or not positive, that of the noisiest pairs counts.
+        nan where a feature (n, 3) is nan or infinite; outside the training box those of the nearest
+        place on it count, as in a correction. Below the smallest S/N (n,) of the pairs half-widths
+        grow as its inverse, above the largest they stay; where it is unknown or not positive, that
+        of the noisiest pairs counts. Each label is contiguous.
 
         Raises
         ------
@@ -119,7 +114,7 @@ class ErrorModel:
         tables = (self.values, self.profile, self.reference, self.reference_profile)
         return list(zip(*(np.ascontiguousarray(table.T) for table in tables), strict=True))
 
-    def _steps(self, snr: NDArray[np.floating] | None) -> IntArray:
+    def _steps(self, snr: FloatingArray | None) -> IntArray:
         unknown = int(self.about["unknown_snr"])
         if snr is None:
             return np.full(1, unknown)
@@ -262,30 +257,24 @@ def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> L
         )
     cell, with_trees = grid.cells(held_out.features), len(rows) >= _MIN_FOR_TREES
     log_snr = np.log(np.where(held_out.snr > 0, held_out.snr, np.nan))
-    one = _Label(
-        cell[rows],
-        log_snr[rows],
-        held_out.residuals[rows, number],
-        held_out.part[rows],
-        sparse[cell[rows]],
-        ~_wrong(held_out.residuals)[rows],
-    )
+    residual, right = held_out.residuals[rows, number], ~_wrong(held_out.residuals)[rows]
+    is_sparse = sparse[cell[rows]]
+    one = _Label(cell[rows], log_snr[rows], residual, held_out.part[rows], is_sparse, right)
     inside = np.zeros((len(known), len(LEVELS)), dtype=np.bool_)
     scores, inside[rows] = one.cross_fitted()
     factors = _factors(scores, one.is_sparse)
     every, steps = np.arange(grid.size), _snr_steps()
-    values, profile = one.fit(one.right).tables(every, steps)
-    reference, reference_profile = np.zeros(len(every)), np.ones(len(steps))
+    scale, of_class = one.fit(one.right), np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
+    found = [of_class * np.exp(scale.of_cell(every)), np.exp(scale.of_snr(steps))]
     stated = rows[held_out.reference_errors[rows, number] > 0]
     if 2 * len(stated) >= len(rows):
         error = held_out.reference_errors[stated, number]
         theirs = _fit_scale(cell[stated], log_snr[stated], error, with_trees)
         # The noise of a target tells nothing of a reference fainter than those of the pairs.
         steps = np.maximum(steps, least_log_snr(held_out.snr))
-        reference, reference_profile = theirs.tables(every, steps)
-        reference *= np.exp(theirs.middle)
-    of_class = np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
-    found = (of_class * values, profile, reference, reference_profile)
+        found += [np.exp(theirs.middle + theirs.of_cell(every)), np.exp(theirs.of_snr(steps))]
+    else:
+        found += [np.zeros(len(every)), np.ones(len(steps))]
     tables = [table.astype(np.float32) for table in found]
     factors_95 = {name: both[1] / both[0] for name, both in factors.items()}
     n_sparse = int(np.count_nonzero(one.is_sparse))
@@ -356,34 +345,28 @@ class _Label(NamedTuple):
         A score comes from a scale fitted without its part. To check a part, the scores of the
         others come from scales that have not seen it either: fitted without both.
         """
-        n, parts = len(self.residual), np.unique(self.part).tolist()
-        scores = np.empty(n)
-        for part in parts:
-            at = self.part == part
-            scores[at] = self.scores((part,), at)
-        without = {part: np.empty(n) for part in parts}
-        for one, other in itertools.combinations(parts, 2):
-            at = np.isin(self.part, (one, other))
-            found, of_one = self.scores((one, other), at), self.part[at] == one
-            without[one][self.part == other] = found[~of_one]
-            without[other][self.part == one] = found[of_one]
+        parts, place = np.unique(self.part, return_inverse=True)
+        n, every = len(place), range(len(parts))
+        table = np.empty((len(parts), n))  # scores of pairs from scales without their and this part
+        for one, other in itertools.combinations_with_replacement(every, 2):
+            at = np.isin(place, (one, other))
+            found, of_one = self.scores((parts[one], parts[other]), at), place[at] == one
+            table[other, place == one] = found[of_one]
+            table[one, place == other] = found[place[at] == other]
         inside = np.zeros((n, len(LEVELS)), dtype=np.bool_)
-        for part in parts:
-            at = self.part == part
-            factors = _factors(without[part][~at], self.is_sparse[~at])
-            for level, (dense, sparse) in enumerate(zip(*factors.values(), strict=True)):
-                inside[at, level] = scores[at] <= np.where(self.is_sparse[at], sparse, dense)
-        return scores, inside
+        for part in every:
+            at = place == part
+            factors = _factors(table[part, ~at], self.is_sparse[~at])
+            limits = np.where(self.is_sparse[at, None], factors[SPARSE], factors[DENSE])
+            inside[at] = table[part, at, None] <= limits
+        return table[place, np.arange(n)], inside
 
 
-def _factors(scores: FloatArray, is_sparse: BoolArray) -> dict[str, tuple[float, ...]]:
+def _factors(scores: FloatArray, is_sparse: BoolArray) -> dict[str, list[float]]:
     """Factor of each level, by class."""
-    everyone = np.sort(scores)
-    classes = {DENSE: np.sort(scores[~is_sparse]), SPARSE: np.sort(scores[is_sparse])}
-    return {
-        name: tuple(_quantile(mine, everyone, level) for level in LEVELS)
-        for name, mine in classes.items()
-    }
+    dense, sparse, every = (np.sort(x) for x in (scores[~is_sparse], scores[is_sparse], scores))
+    classes = ((DENSE, dense), (SPARSE, sparse))
+    return {name: [_quantile(mine, every, level) for level in LEVELS] for name, mine in classes}
 
 
 def _quantile(mine: FloatArray, everyone: FloatArray, level: float) -> float:
@@ -446,13 +429,9 @@ class _Scale(NamedTuple):
         below = np.nan_to_num(self.knots[0] - log_snr, nan=0.0)
         return np.asarray(inside + np.maximum(below, 0.0))
 
-    def tables(self, cell: IntArray, log_snr: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Factors of the size by cell and by S/N."""
-        return np.exp(self.of_cell(cell)), np.exp(self.of_snr(log_snr))
-
 
 def _fit_scale(
-    cell: IntArray, log_snr: FloatArray, residual: NDArray[np.floating], with_trees: bool
+    cell: IntArray, log_snr: FloatArray, residual: FloatingArray, with_trees: bool
 ) -> _Scale:
     """Scale of finite residuals (n,); it depends on the cell where there are trees."""
     size = np.abs(np.asarray(residual, dtype=np.float64))

@@ -18,10 +18,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.settings import Seed, Settings
 from sos_dask.stats.numbers import uniform
@@ -61,7 +60,7 @@ class ProjectionSettings(Settings):
     seed: Seed = 0
 
 
-def strata(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) -> IntArray:
+def strata(columns: Mapping[str, FloatingArray], names: Sequence[str]) -> IntArray:
     """Number the cell of label space of every row; rows with a missing label are in cell 0."""
     cell = np.ones(len(columns[names[0]]), dtype=np.int64)
     for name, width in _STRATA.items():

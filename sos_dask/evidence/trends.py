@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from sos_dask.columns import FloatArray, IntArray
+from sos_dask.columns import FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ConfigError
 from sos_dask.evidence.figures import figure_schema
 from sos_dask.stats.numbers import MAD_TO_SIGMA, MIN_COUNT, Axis, binned_quantiles, bins_of
@@ -53,8 +52,8 @@ CONTRAST_SCHEMA = figure_schema(
 
 
 def trend(
-    x: Mapping[str, NDArray[np.floating]],
-    difference: NDArray[np.floating],
+    x: Mapping[str, FloatingArray],
+    difference: FloatingArray,
     edges: Sequence[FloatArray],
     **about: str | None,
 ) -> dict[str, Any]:
@@ -63,11 +62,9 @@ def trend(
     Parameters
     ----------
     x : mapping of str to ndarray of float, shape (n,)
-        The quantities.
+        The quantities, with the edges of their bins as in `bins_of`.
     difference : ndarray of float, shape (n,)
         In the unit of the label; nan where it is not known.
-    edges : sequence of ndarray of float64
-        Of the bins along each quantity, as in `bins_of`.
     about : str
         Further columns: ``label``, of which the difference is; ``binning``; ``subset``, ``all``
         pairs or those whose reference labels are of this survey; ``sample``, ``before`` the
@@ -103,14 +100,8 @@ def contrast(
 
     ``difference`` is second - first through the target, ``significance`` it over its error, nan
     where all values are equal. Bins with less than ``min_count`` pairs of either are not judged:
-    both are nan.
-
-    Parameters
-    ----------
-    first, second : mapping
-        `trend` of the pairs of each survey, in the same bins.
-    common : mapping, optional
-        `trend` of second - first on common stars, in the same bins of the first survey's labels.
+    both are nan. Given are the `trend` of the pairs of each survey and, in the same bins of the
+    first survey's labels, that of second - first on common stars.
     """
     judged = np.minimum(first["n"], second["n"]) >= max(min_count, 2)
     difference = np.where(judged, first["median"] - second["median"], np.nan)
@@ -186,27 +177,15 @@ def _long(items: Sequence[Columns], schema: pa.Schema) -> pa.Table:
 
 
 def three_cornered_hat(
-    values: Sequence[NDArray[np.floating]], surveys: Sequence[str], seed: int = 0
+    values: Sequence[FloatingArray], surveys: Sequence[str], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Find the errors of three surveys on the stars that all have.
+    """Find the errors of three surveys from values (n,) of a label in each, star by star.
 
-    Constant offsets between surveys do not matter; trends between them count as errors.
-
-    Parameters
-    ----------
-    values : sequence of three ndarray of float, shape (n,)
-        A label in each survey, star by star; stars with a nan are left out.
-    surveys : sequence of three str
-    seed : int
-        Of the bootstrap over stars.
-
-    Returns
-    -------
-    list of dict
-        Of each ``survey``: ``n`` stars that all three have; ``variance`` of its errors, from
-        1.4826 MAD of the differences; ``sigma``, the root, None where it is negative; ``low`` and
-        ``high``, the 95 % bootstrap interval of the signed root sign(variance)
-        sqrt(abs(variance)); ``negative`` where the variance or ``low`` is below zero.
+    Stars with a nan are left out. Constant offsets between surveys do not matter; trends between
+    them count as errors. Of each ``survey`` there are ``n`` stars that all three have; ``variance``
+    of its errors, from 1.4826 MAD of the differences; ``sigma``, the root, None where it is
+    negative; ``low`` and ``high``, the 95 % bootstrap interval, over stars, of the signed root
+    sign(variance) sqrt(abs(variance)); ``negative`` where the variance or ``low`` is below zero.
 
     Raises
     ------

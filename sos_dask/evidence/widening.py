@@ -24,7 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from sos_dask.columns import BoolArray, FloatArray
+from sos_dask.columns import BoolArray, FloatArray, FloatingArray
 from sos_dask.settings import Settings
 from sos_dask.stats.numbers import GIANT_LOGG
 
@@ -70,24 +70,24 @@ class Limits(Settings):
     def meaning(self) -> dict[str, str]:
         """What the coverage and its classes say, in words."""
         low, high = 1 / self.inside, 1 / self.outside
+        few = "so few pairs of its kind that nothing tells"
+        there = "times that in the dense overlap"
         return {
             "coverage": "error in the dense overlap over the error here, at equal signal to noise",
-            "inside": f"the error of a corrected label is at most {low:.2f} times that in the "
-            "dense overlap",
+            "inside": f"the error of a corrected label is at most {low:.2f} {there}",
             "sparse": f"{low:.2f} to {high:.2f} times",
-            "outside": f"more than {high:.2f} times, or so few pairs of its kind that nothing "
-            "tells",
+            "outside": f"more than {high:.2f} times, or {few}",
         }
 
-    def classify(self, coverage: NDArray[np.floating]) -> NDArray[np.int8]:
+    def classify(self, coverage: FloatingArray) -> NDArray[np.int8]:
         """`INSIDE`, `SPARSE` or `OUTSIDE` of every coverage; nan is outside."""
         reached = (coverage >= self.outside).astype(np.int8) + (coverage >= self.inside)
         return np.asarray(OUTSIDE - reached, dtype=np.int8)
 
 
-def _width(values: NDArray[np.floating]) -> float:
-    """Half-width of the interval around 0 that contains 68.27 % of the values."""
-    return float(np.quantile(np.abs(values), _ONE_SIGMA))
+def _width(values: FloatingArray) -> FloatArray:
+    """Half-widths of the intervals around 0 that contain 68.27 % of the values in each column."""
+    return np.asarray(np.quantile(np.abs(values), _ONE_SIGMA, axis=0))
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,7 @@ class Noise:
         return cls(*(tuple(law[part] for law in laws) for part in range(3)))
 
     def __call__(
-        self,
-        logg: NDArray[np.floating],
-        snr: NDArray[np.floating],
-        reference_error: FloatArray | float = 0.0,
+        self, logg: FloatingArray, snr: FloatingArray, reference_error: FloatArray | float = 0.0
     ) -> FloatArray:
         """Widths (n, l) of residuals with this error of the reference; without, errors of rows.
 
@@ -133,7 +130,7 @@ class Noise:
         return np.asarray(np.hypot(own, share * np.nan_to_num(reference_error)))
 
 
-def _inverse(snr: NDArray[np.floating]) -> FloatArray:
+def _inverse(snr: FloatingArray) -> FloatArray:
     return 1.0 / np.where(snr > 0, np.asarray(snr, dtype=np.float64), np.inf)
 
 
@@ -197,7 +194,7 @@ class Growth:
             parts = np.array_split(rows, max(len(rows) // _BIN_PAIRS, _LEAST_BINS))
             bins += [part for part in parts if len(part)]
         middle = np.array([np.median(distance[rows]) for rows in bins])
-        width = np.array([[_width(column) for column in ratio[rows].T] for rows in bins])
+        width = np.array([_width(ratio[rows]) for rows in bins])
         near = middle <= half
         unit = np.sqrt(np.mean(np.square(width[near]), axis=0))
         if near.all() or not unit.any():
@@ -242,10 +239,7 @@ class Widths:
     few: Sequence[float] | None = None  # (l,): where stars are few, in units of the labels
 
     def widening(
-        self,
-        kind: NDArray[np.int8],
-        error_class: NDArray[np.integer],
-        half_width: NDArray[np.floating],
+        self, kind: NDArray[np.int8], error_class: NDArray[np.integer], half_width: FloatingArray
     ) -> FloatArray:
         """Factors (n, l) of half-widths (n, l) of the error model at places of some `KINDS`."""
         factors = np.array(self.factors)
@@ -325,13 +319,9 @@ def _quantile(score: FloatArray, weight: FloatArray) -> FloatArray:
     """
     if len(score) < _MIN_WIDTH_PAIRS:
         return np.ones(score.shape[1])
-    level = _LEVEL * (weight.sum() + weight.mean())
-    found = np.empty(score.shape[1])
-    for label, values in enumerate(score.T):
-        order = np.argsort(values, kind="stable")
-        place = np.searchsorted(np.cumsum(weight[order]), level)
-        found[label] = values[order[min(int(place), len(order) - 1)]]
-    return found
+    level = min(_LEVEL * (1 + 1 / len(weight)), 1.0)
+    found = np.quantile(score, level, axis=0, weights=weight, method="inverted_cdf")
+    return np.asarray(found)
 
 
 def counted(n_pairs: Sequence[Sequence[int]]) -> dict[str, str]:

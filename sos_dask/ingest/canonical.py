@@ -65,12 +65,9 @@ def plan_chunks(source: Source, chunk_rows: int = 1_000_000) -> list[Chunk]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of a file.
+    """Some rows of a file."""
 
-    ``rows`` have ``Survey.arrow_schema()``, then ``_file`` (int32) and ``_row`` (int64, from 0),
-    and are sorted by ``_healpix_29`` and ``obs_id``.
-    """
-
+    # Survey.arrow_schema(), _file (int32) and _row (int64, from 0), by _healpix_29 and obs_id.
     rows: pa.Table
     rejected: pa.Table  # without a usable position or key, in the order of the file
     keys: NDArray[np.uint64]  # `sorted_hashes` of their obs_id
@@ -106,12 +103,9 @@ def _canonical(place: Place, native: Mapping[str, Values]) -> Batch:
         if tested is not None:
             quality |= (~passing(cut, tested, survey)).astype(np.int64) << cut.bit
     made["quality"] = _Made(quality)
-    reasons = np.zeros(n_rows, dtype=np.int8)  # why a row is rejected, as index into _REASONS
-    reasons[(dec.data < -90.0) | (dec.data > 90.0)] = 4
-    reasons[(ra.data < -180.0) | (ra.data > 360.0)] = 3
-    for column, code in ((ra, 2), (dec, 2), (ids, 1)):
-        if column.valid is not None:
-            reasons[~column.valid] = code
+    outside = (ra.data < -180.0) | (ra.data > 360.0), np.abs(dec.data) > 90.0
+    # Why a row is rejected, as index into _REASONS.
+    reasons = np.select([~ids.known, ~(ra.known & dec.known), *outside], [1, 2, 3, 4])
     bad = np.flatnonzero(reasons)
     columns = [
         pa.array([Path(source.path).name] * len(bad), pa.string()),
@@ -174,6 +168,11 @@ class _Made:
     n_impossible: int = 0
     first: tuple[int, str] = (0, "")  # row and value of the first of these
     histogram: dict[int, int] = field(default_factory=dict)  # of a label
+
+    @property
+    def known(self) -> BoolArray:
+        """Rows with a value."""
+        return np.ones(len(self.data), dtype=bool) if self.valid is None else self.valid
 
     def taken(self, index: IntArray) -> pa.Array:
         """Rows of these numbers, with Arrow nulls."""
@@ -319,7 +318,7 @@ class Profile(BaseModel):
 
 
 def label_bins(values: NDArray[np.floating]) -> dict[int, int]:
-    """How many values lie in each sixteenth of an octave."""
+    """Count the values in each sixteenth of an octave."""
     bins = values.astype(np.float32).view(np.int32) >> _LABEL_SHIFT
     counts = np.bincount(bins + _LABEL_BINS)
     return {int(i) - _LABEL_BINS: int(counts[i]) for i in np.flatnonzero(counts)}
@@ -342,10 +341,7 @@ def _profile(place: Place, made: Mapping[str, _Made], rejected: pa.Table) -> Pro
         row = rejected.slice(0, 1).to_pylist()[0]
         text = f"{row['reason']} (obs_id {row['obs_id']}, ra {row['ra']}, dec {row['dec']})"
         first = (file, row["row"], text.replace("None", "null"))
-    known = {
-        name: made[name].data[slice(None) if made[name].valid is None else made[name].valid]
-        for name in ("dec", "ra")
-    }
+    known = {name: made[name].data[made[name].known] for name in ("dec", "ra")}
     outside = {name: column for name, column in made.items() if column.n_impossible}
     return Profile(
         n_rows=len(made["ra"].data),

@@ -170,10 +170,7 @@ class Plates:
     n_rows: dict[int, int]  # of each survey, exact duplicates at the end included
 
     def first_rows(self, survey: int) -> IntArray:
-        """First row of each plate in a survey's file, (n_rounds, n_plates).
-
-        Rounds follow each other, and plates within a round.
-        """
+        """First row of each plate in a survey's file, (n_rounds, n_plates): one round by one."""
         counts = self.counts[survey]
         return np.cumsum(counts.ravel()).reshape(counts.shape) - counts
 
@@ -358,24 +355,17 @@ class Stars:
 def make_stars(plates: Plates, plate: IntArray, u: Draws, normal: Draws, uncovered: float) -> Stars:
     """Make stars from random numbers.
 
-    Parameters
-    ----------
-    plates : Plates
-    plate : ndarray of int64, shape (n,)
-        Plate of each star, all stars of every plate that occurs.
-    u, normal : mapping of str to ndarray of float64, shape (n,)
-        Uniform and normal random numbers by the names in `UNIFORMS` and `NORMALS`.
-    uncovered : float
-        Share of the LAMOST stars in regions that the references avoid (see `references_avoid`).
+    ``plate`` is that of each star, with all stars of every plate that occurs; ``u`` and ``normal``
+    have arrays of shape (n,) by the names in `UNIFORMS` and `NORMALS`; ``uncovered`` is the share
+    of the LAMOST stars where `references_avoid` them.
     """
     number = plates.first_star[plate[0]] + np.arange(len(plate))
     kind, ra, dec = plates.kind[plate], plates.ra[plate], plates.dec[plate]
     special = kind == SPECIAL
     teff, logg, feh, population = _labels(kind, u, normal, uncovered)
     giant = logg < 3.5
-    mass = np.where(giant, 1.15, (teff / 5772.0) ** 1.5) * np.exp(
-        np.where(giant, 0.15, 0.05) * normal["mass"]
-    )
+    mass = np.where(giant, 1.15, (teff / 5772.0) ** 1.5)
+    mass *= np.exp(np.where(giant, 0.15, 0.05) * normal["mass"])
     # Luminosity from mass, Teff, log g; the Sun (IAU 2015, B3): 5772 K, 4.438, M_bol 4.74.
     d_teff = np.clip(teff, 3500.0, 9000.0) - 5772.0
     absolute = (

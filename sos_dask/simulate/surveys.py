@@ -1,4 +1,4 @@
-"""What the surveys measure of the stars, and their own tables: columns, sentinels and flags.
+"""Measurements of the stars, and the surveys' own tables: columns, sentinels and flags.
 
 Names, types and units follow LAMOST DR11 LRS (A, F, G, K stars), APOGEE DR17 allStar and GALAH DR4
 allstar; of the many abundance columns of the last two only some are there. Columns that no built-in
@@ -7,9 +7,12 @@ survey definition reads are there and zero, so that the files are as wide as rea
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, reduce
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -109,9 +112,9 @@ def difficulty(teff: FloatArray, logg: FloatArray, feh: FloatArray) -> FloatArra
 class Survey:
     """Parameters of the measurements of a survey.
 
-    The true error of the labels is hypot(floor, slope / S/N) times `difficulty`, the stated one
-    that times `stated_error_factor`. Outliers are off by at least 400 K, 0.6 dex and 0.4 dex, to
-    either side, in all three labels.
+    The true error of the labels is `noise` times `difficulty`, the stated one that times
+    `stated_error_factor`. Outliers are off by at least 400 K, 0.6 dex and 0.4 dex, to either side,
+    in all three labels.
     """
 
     name: str
@@ -126,6 +129,10 @@ class Survey:
     snr_range: tuple[float, float]
     snr_of_special: float = 0.0  # at least
     bias: Callable[[ArrayLike, ArrayLike, ArrayLike], FloatArray] | None = None
+
+    def noise(self, snr: FloatArray) -> FloatArray:
+        """Error of the labels of easy stars, shape (n, 3)."""
+        return np.asarray(np.hypot(np.array(self.floor), np.array(self.slope) / snr[:, None]))
 
 
 SURVEYS = {
@@ -220,9 +227,8 @@ class Visits:
 
     @cached_property
     def _true_error(self) -> FloatArray:
-        stars, survey = self.stars, self.survey
-        noise = np.hypot(np.array(survey.floor), np.array(survey.slope) / self.snr[:, None])
-        return np.asarray(difficulty(stars.teff, stars.logg, stars.feh)[:, None] * noise)
+        stars = self.stars
+        return difficulty(stars.teff, stars.logg, stars.feh)[:, None] * self.survey.noise(self.snr)
 
     @cached_property
     def labels(self) -> FloatArray:
@@ -294,54 +300,14 @@ def telescopes(dec: FloatArray) -> Names:
     return np.where(dec > -20.0, "apo25m", "lco25m")
 
 
-# Tables: name, TFORM, unit and dimensions of each column, "-" for none
+# Tables
 
-_COLUMNS = {
-    LAMOST: """
-        obsid J | uid 15A | gp_id K | designation 19A | obsdate 10A | lmjd J d | mjd J d
-        planid 8A | spid I | fiberid I | ra_obs D deg | dec_obs D deg
-        snru E | snrg E | snrr E | snri E | snrz E | class 4A | subclass 4A | z E | z_err E
-        ps_id K | mag_ps_g E mag | mag_ps_r E mag | mag_ps_i E mag | mag_ps_z E mag | mag_ps_y E mag
-        gaia_source_id K | gaia_g_mean_mag E mag | fibertype 4A | offsets I | offsets_v E arcsec
-        ra D deg | dec D deg | fibermask J | with_norm_flux I
-        teff E K | teff_err E K | logg E | logg_err E | feh E | feh_err E
-        rv E km/s | rv_err E km/s | alpha_m E | alpha_m_err E | vsini_lasp E km/s
-    """,
-    APOGEE: """
-        APOGEE_ID 18A | TARGET_ID 34A | APSTAR_ID 45A | TELESCOPE 6A | LOCATION_ID J | FIELD 16A
-        J E mag | J_ERR E mag | H E mag | H_ERR E mag | K E mag | K_ERR E mag
-        RA D deg | DEC D deg | GLON D deg | GLAT D deg
-        EXTRATARG J | NVISITS J | SNR E | SNREV E | STARFLAG J | ANDFLAG J
-        VHELIO_AVG E km/s | VSCATTER E km/s | VERR E km/s | RV_TEFF E K | RV_LOGG E | RV_FEH E
-        RV_FLAG J | AK_TARG E mag | AK_WISE E mag | SFD_EBV E mag
-        GAIAEDR3_SOURCE_ID K | GAIAEDR3_PARALLAX E mas | GAIAEDR3_PARALLAX_ERROR E mas
-        GAIAEDR3_PMRA E mas/yr | GAIAEDR3_PMRA_ERROR E mas/yr
-        GAIAEDR3_PMDEC E mas/yr | GAIAEDR3_PMDEC_ERROR E mas/yr
-        GAIAEDR3_PHOT_G_MEAN_MAG E mag | GAIAEDR3_PHOT_BP_MEAN_MAG E mag
-        GAIAEDR3_PHOT_RP_MEAN_MAG E mag
-        GAIAEDR3_R_MED_GEO E pc | GAIAEDR3_R_LO_GEO E pc | GAIAEDR3_R_HI_GEO E pc
-        GAIAEDR3_R_MED_PHOTOGEO E pc | GAIAEDR3_R_LO_PHOTOGEO E pc | GAIAEDR3_R_HI_PHOTOGEO E pc
-        ASPCAP_CHI2 E | FPARAM 9E | FPARAM_COV 81E - (9,9) | PARAM 9E | PARAMFLAG 9J | ASPCAPFLAG K
-        TEFF E K | TEFF_ERR E K | LOGG E | LOGG_ERR E | M_H E | M_H_ERR E
-        ALPHA_M E | ALPHA_M_ERR E | VMICRO E km/s | VSINI E km/s | TEFF_SPEC E K | LOGG_SPEC E
-        X_H 27E | X_H_ERR 27E | ELEMFLAG 27J
-        FE_H E | FE_H_SPEC E | FE_H_ERR E | FE_H_FLAG J
-        MG_FE E | MG_FE_ERR E | MG_FE_FLAG J | VISIT_PK 6J
-    """,
-    GALAH: """
-        sobject_id K | tmass_id 16A | gaiadr3_source_id K | survey_name 15A | field_id J
-        mjd E d | ra D deg | dec D deg
-        flag_sp J | flag_sp_fit J | flag_red J | model_name 12A | chi2_sp E | px_used_perc E
-        snr_px_ccd1 E | snr_px_ccd2 E | snr_px_ccd3 E | snr_px_ccd4 E
-        teff E K | e_teff E K | logg E | e_logg E | fe_h E | e_fe_h E | flag_fe_h J
-        vmic E km/s | vsini E km/s | e_vsini E km/s
-        rv_comp_1 E km/s | e_rv_comp_1 E km/s | rv_gaia_dr3 E km/s | e_rv_gaia_dr3 E km/s
-        mass E solMass | age E Gyr | lbol E solLum | r_med E pc | r_lo E pc | r_hi E pc
-        a_ks E mag | ebv E mag | phot_g_mean_mag E mag | bp_rp E mag | ruwe E
-        parallax E mas | parallax_error E mas | j_m E mag | h_m E mag | ks_m E mag
-        mg_fe E | e_mg_fe E | flag_mg_fe J | o_fe E | e_o_fe E | flag_o_fe J
-    """,
-}
+
+@cache
+def layout(name: str) -> str:
+    """Columns of one of the files, in the words of ``sky-columns.toml``."""
+    text = (resources.files("sos_dask") / "templates" / "sky-columns.toml").read_text("utf-8")
+    return str(tomllib.loads(text)[name]).strip()
 
 
 @cache
@@ -350,7 +316,7 @@ def columns(survey: int) -> Any:
     from astropy.io import fits
 
     found = []
-    for item in _COLUMNS[survey].strip().replace("\n", "|").split("|"):
+    for item in re.split("[|\n]", layout(SURVEYS[survey].name)):
         name, form, *more = item.split()
         unit, shape = (None if text == "-" else text for text in (*more, "-", "-")[:2])
         found.append(fits.Column(name, form, unit=unit, dim=shape))

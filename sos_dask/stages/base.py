@@ -118,6 +118,10 @@ class Stage(Generic[S]):
         """Names of the inputs of a role in their order: one or none, unless it takes many."""
         return [name for name in self.inputs if name == role or name.startswith(f"{role}.")]
 
+    def many(self, role: str) -> list[str]:
+        """Names of the many inputs of a role, each without that of the role, sorted."""
+        return sorted(name.removeprefix(f"{role}.") for name in self.named(role))
+
     def catalog(self, name: str) -> Catalog:
         """Catalog that is an input."""
         found: Any = self.inputs[name]
@@ -205,7 +209,7 @@ class Stage(Generic[S]):
                 if made is not None:
                     output.commit(made[0], tuple(run.files), made[1])
         # Another process may have completed it meanwhile.
-        return output.load_manifest() if output.complete else None
+        return Manifest.checked(directory) if output.complete else None
 
     def require_partition(self, cluster: Cluster, catalog: Catalog) -> None:
         """Raise `ClusterError` where the largest partition of a catalog does not fit a worker."""

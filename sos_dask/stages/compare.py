@@ -8,14 +8,12 @@ or a quantity, and reads the columns of the evidence that it needs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -27,15 +25,8 @@ from sos_dask.evidence import trends as binned
 from sos_dask.evidence.figures import BALANCED, NONE, TEST, TOLERANCE, TRAIN, Sample, Scored
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
-from sos_dask.stages.evidence import (
-    EVIDENCE,
-    OnEvidence,
-    fitted_columns,
-    held_out_columns,
-    methods_of,
-    of_surveys,
-)
+from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
+from sos_dask.stages.evidence import OnEvidence, fitted_columns, held_out_columns, of_surveys
 from sos_dask.stages.reference import in_order
 from sos_dask.stats.bootstrap import draw
 from sos_dask.stats.numbers import ALL, MIN_COUNT, Axis, equal_count_edges
@@ -89,15 +80,15 @@ class Compare(OnEvidence[CompareSettings]):
 
     def check(self) -> None:
         """Refuse no models, and an unknown rule."""
-        if not methods_of(self):
+        if not self.many("model"):
             raise ModelError(
                 "there is no model to compare", "Give the outputs of 'sos-dask train'."
             )
-        figures.check_rule(self.settings.rule, methods_of(self))
+        figures.check_rule(self.settings.rule, self.many("model"))
 
     def measure(self, run: Run) -> Made:
         """Measure every method and every label, then choose."""
-        methods, labels = methods_of(self), self.problem.names
+        methods, labels = self.many("model"), self.problem.names
         of_methods = run.parts("methods", dict.fromkeys(methods), self.artifacts_of)
         of_labels = run.parts("labels", dict.fromkeys(labels), self.figures_of, "compare labels")
         scored = {
@@ -128,9 +119,9 @@ class Compare(OnEvidence[CompareSettings]):
         table = self.read([*problem.columns, "trained"])
         known = np.isfinite(problem.matrix(table)).all(axis=1)
         table = table.filter(pc.and_(table["trained"], pa.array(known)))
-        cells = smoothness.Cells.of(
-            matrix32(table, list(axes)), list(axes.values()), settings.min_cell_pairs
-        )
+        at = matrix32(table, list(axes)).astype(np.float64)
+        cells = smoothness.Cells.of(at, list(axes.values()), settings.min_cell_pairs)
+        box = at.min(axis=0, initial=np.inf), at.max(axis=0, initial=-np.inf)
         others = [name for name in problem.columns if name not in axes]
         medians = {name: float(np.median(floats32(table, name))) for name in others}
         correction = corrections.load(self.path(f"model.{method}"))
@@ -140,21 +131,14 @@ class Compare(OnEvidence[CompareSettings]):
             at = {name: np.full(len(points), value) for name, value in medians.items()}
             return correction.predict(problem.matrix(at | dict(zip(axes, points.T, strict=True))))
 
-        box = []
-        for corner in (correction.info.minimum, correction.info.maximum):
-            at = {
-                one.column: one.scale * (10.0**value if one.log10 else value)
-                for one, value in zip(problem.inputs, corner, strict=True)
-            }
-            box.append(np.array([at[name] for name in axes]))
         n, many = len(problem.labels), settings.n_bootstrap
-        found = smoothness.artifacts(predict, cells, (box[0], box[1]), n, many, settings.seed)
+        found = smoothness.artifacts(predict, cells, box, n, many, settings.seed)
         count = {"n_cells": len(cells.places), "typical_count": cells.typical_count}
         return {**count, "labels": found}
 
     def figures_of(self, output: Output, label: str, item: None) -> dict[str, Any]:
         """Measure one label in both samples."""
-        settings, methods = self.settings, methods_of(self)
+        settings, methods = self.settings, self.many("model")
         names = [f"{label}_diff", "group", "sparse", "held_out", "trained"]
         for _, columns in _SAMPLES.values():
             names += [columns(method, (label,))[0] for method in methods]
@@ -228,8 +212,7 @@ class Trends(OnEvidence[TrendSettings]):
 
     def measure(self, run: Run) -> Made:
         """Bin by one quantity after the other."""
-        with pq.ParquetFile(self.path("evidence") / EVIDENCE) as file:
-            there = file.schema_arrow.names
+        there = self.names
         axes = {axis.name: axis for axis in self.settings.axes if axis.name in there}
         groups: dict[str, tuple[Axis, ...]] = {name: (axis,) for name, axis in axes.items()}
         if axes.keys() >= set(binned.PLANE):
@@ -277,11 +260,22 @@ class Trends(OnEvidence[TrendSettings]):
         if key != _PLANE:
             edges = [equal_count_edges(values, settings.n_count_bins) for values in x.values()]
             binnings[binned.EQUAL_COUNT] = edges
+        known = set(self.many("stars") if self.named("reference") else ())
+        trained = table["trained"].to_numpy()
         trends, contrasts, in_no_bin = [], [], {}
         for label, (binning, edges) in itertools.product(labels, binnings.items()):
-            about = {"label": label, "binning": binning}
+            about, difference = {"label": label, "binning": binning}, f"{label}_diff"
+            bare = floats32(table, difference).astype(np.float64)
+            samples: dict[tuple[str, str | None], FloatArray] = {(binned.BEFORE, None): bare}
+            for method in methods:
+                held_out, fitted = (
+                    bare - floats32(table, columns(method, (label,))[0])
+                    for columns in (held_out_columns, fitted_columns)
+                )
+                samples[binned.AFTER, method] = held_out
+                samples[binned.FITTED, method] = np.where(trained, fitted, np.nan)
             before: dict[str, binned.Columns] = {}
-            for (sample, method), values in _samples(table, label, methods).items():
+            for (sample, method), values in samples.items():
                 for subset, inside in subsets.items():
                     chosen = np.where(inside, values, np.nan)
                     more = {"subset": subset, "sample": sample, "method": method}
@@ -289,46 +283,17 @@ class Trends(OnEvidence[TrendSettings]):
                     before.setdefault(subset, trends[-1])
             n_binned = before.pop(ALL)["n"].sum()
             if binning == binned.EQUAL_WIDTH:
-                n_known = np.count_nonzero(np.isfinite(floats32(table, f"{label}_diff")))
-                in_no_bin[label] = int(n_known - n_binned)
+                in_no_bin[label] = int(np.count_nonzero(np.isfinite(bare)) - n_binned)
             for first, second in itertools.combinations(before if key != _PLANE else (), 2):
-                direct = _direct(output, (first, second), x, edges, about)
-                both = before[first], before[second], direct
-                contrasts.append(binned.contrast(*both, settings.min_count))
+                direct = None
+                if {key, label} <= set(LABELS) and {first, second} <= known:
+                    both = read_piece(output, f"common-{first}-{second}")
+                    of_both = {key: floats32(both, key)}
+                    direct = binned.trend(of_both, floats32(both, difference), edges, **about)
+                found = binned.contrast(before[first], before[second], direct, settings.min_count)
+                contrasts.append(found)
         write_piece(output, f"trends-{key}", binned.trend_table(trends, key == _PLANE))
         write_piece(output, f"contrasts-{key}", binned.contrast_table(contrasts))
         n_pairs = {name: int(np.count_nonzero(inside)) for name, inside in surveys.items()}
         agreed = [row for one in contrasts for row in binned.agreements(one, settings.min_count)]
         return {"surveys": n_pairs, "in_no_bin": in_no_bin, "agreements": agreed}
-
-
-def _samples(
-    table: pa.Table, label: str, methods: Sequence[str]
-) -> dict[tuple[str, str | None], FloatArray]:
-    """Differences of a label before and after each correction, nan outside the sample."""
-    before, trained = (
-        floats32(table, f"{label}_diff").astype(np.float64),
-        table["trained"].to_numpy(),
-    )
-    found: dict[tuple[str, str | None], FloatArray] = {(binned.BEFORE, None): before}
-    for method in methods:
-        found[binned.AFTER, method] = before - floats32(table, held_out_columns(method, [label])[0])
-        left = before - floats32(table, fitted_columns(method, [label])[0])
-        found[binned.FITTED, method] = np.where(trained, left, np.nan)
-    return found
-
-
-def _direct(
-    output: Output,
-    surveys: tuple[str, str],
-    against: Iterable[str],
-    edges: Sequence[FloatArray],
-    about: Mapping[str, str],
-) -> binned.Columns | None:
-    """Trend of the second survey less the first on common stars, where the bins are of a label."""
-    name, wanted = "-".join(("common", *surveys)), {*against, f"{about['label']}_diff"}
-    both = read_piece(output, name) if piece(output, name).is_file() else pa.table({})
-    if not both.num_rows or not wanted <= set(both.column_names):
-        return None
-    x = {name: floats32(both, name) for name in against}
-    return binned.trend(x, floats32(both, f"{about['label']}_diff"), edges, **about)

@@ -22,30 +22,17 @@ from pydantic import Field, field_validator
 from sos_dask import correct, corrections
 from sos_dask.columns import FloatArray, floats, floats_or_nan, key_hashes, matrix32
 from sos_dask.evidence import coverage as kernel
+from sos_dask.evidence import widening
+from sos_dask.evidence.figures import figure_schema
 from sos_dask.evidence.intervals import ErrorModel, load_errors
-from sos_dask.evidence.widening import (
-    CLASSES,
-    KIND_FIELD,
-    MIN_GROWTH_PAIRS,
-    OUTSIDE,
-    SPARSE,
-    Limits,
-    counted,
-)
+from sos_dask.evidence.widening import CLASSES, OUTSIDE, Limits
 from sos_dask.problem import Problem
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Seed
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
-from sos_dask.stages.base import (
-    Made,
-    Role,
-    Run,
-    by_pixel,
-    partition_record,
-    read_piece,
-    write_piece,
-)
+from sos_dask.stages import base
+from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
 from sos_dask.stages.evidence import OfModel, held_out_columns, read_evidence, single_observations
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
@@ -57,10 +44,7 @@ from sos_dask.storage.manifest import FileRecord, Rows, sha256_of_file
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
 MAPS, CALIBRATION = "maps.parquet", "calibration.parquet"
-_BINS = pa.schema(
-    [("distance", pa.float64()), ("n", pa.int64())]
-    + [(name, pa.float64()) for name in ("growth_measured", "growth")]
-)
+_BINS = figure_schema("distance n growth_measured growth")
 _KEYS = {"observations": "obs_id", "stars": "star_id"}
 _OWN = (HEALPIX_COLUMN, "obs_id", "ra", "dec")
 _SAMPLE_ROWS = 200_000
@@ -154,17 +138,18 @@ class Coverage(OfModel[CoverageSettings]):
         samples = {
             f"{role}-{key}": (role, pixel)
             for role in _KEYS
-            for key, pixel in by_pixel(self.catalog(role).pixels).items()
+            for key, pixel in base.by_pixel(self.catalog(role).pixels).items()
         }
         run.parts("samples", samples, self.sample, "coverage: sample")
         (fitted,) = run.parts("fit", {"model": list(samples)}, self.fit, "coverage: fit")
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
-        pixels = by_pixel(catalog.pixels)
+        pixels = base.by_pixel(catalog.pixels)
         done = run.parts("scores", pixels, self.score)
         run.write(MAPS, kernel.sum_maps(read_piece(output, f"maps-{key}") for key in pixels))
         name = catalog.name.removesuffix(".observations") + ".coverage"
         n_out = run.write_catalog(name, catalog.pixels, done, _schema(catalog))
-        counts = {name: sum(one[name] for one in done) for name in (*CLASSES, "unknown")}
+        counts = {n: sum(one["rows"][n] for one in done) for n in (*CLASSES, "unknown")}
+        bits = list(map(str, correct.COVERAGE_MEANINGS))
         shares = {name: count / max(catalog.n_rows, 1) for name, count in counts.items()}
         known = [one.column for one in self.problem.parameters]
         there = catalog.columns(known)
@@ -175,10 +160,7 @@ class Coverage(OfModel[CoverageSettings]):
             "rows_without": {n: sum(one["missing"].get(n, 0) for one in done) for n in there},
             "shares": shares,
             "rows": counts,
-            "flags": {
-                str(bit): sum(one["flags"][str(bit)] for one in done)
-                for bit in correct.COVERAGE_MEANINGS
-            },
+            "flags": {b: sum(one["flags"][b] for one in done) for b in bits},
             "meaning": self.settings.meaning(),
             "grid": {label: list(limits) for label, limits in grid.items()},
             "warnings": _warnings(fitted, shares["outside"]),
@@ -238,6 +220,8 @@ class Coverage(OfModel[CoverageSettings]):
         how = settings.measure, limits, settings.seed
         found = kernel.fit(overlap, columns, *how, target, problem)
         model = found.model
+        n_stars = _counts(model.coverage(parameter_columns(stars, problem))[1])
+        sampled = sum(n_stars.values())
         files = [output.write_bytes(name, content) for name, content in model.files().items()]
         bins = pa.Table.from_pylist(found.bins, _BINS)
         files.append(output.write_file(CALIBRATION, partial(write_parquet, bins)))
@@ -252,8 +236,9 @@ class Coverage(OfModel[CoverageSettings]):
             "noise": asdict(model.noise),
             "widths": asdict(model.widths),
             "width_pairs": found.n_width,
-            "intervals": counted(found.n_width),
-            "stars": _shares(parameter_columns(stars, problem), model),
+            "intervals": widening.counted(found.n_width),
+            "stars": {name: n / max(sampled, 1) for name, n in n_stars.items()}
+            | {"sampled": sampled},
         }
 
     def score(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
@@ -267,7 +252,7 @@ class Coverage(OfModel[CoverageSettings]):
         known, place = kind >= 0, np.minimum(kind, OUTSIDE)
         stars, pairs = self.catalog("stars"), self.catalog("pairs")
         flags = star_flags(table, pixel, stars, pairs, self.settings.radius_arcsec)
-        flags[place == SPARSE] |= correct.FLAG_SPARSE
+        flags[place == widening.SPARSE] |= correct.FLAG_SPARSE
         flags[place == OUTSIDE] |= correct.FLAG_OUTSIDE
         for label, (low, high) in self.grid.items():
             step, values = GRID_STEPS.get(label, 0.0), floats_or_nan(table, label)
@@ -278,13 +263,10 @@ class Coverage(OfModel[CoverageSettings]):
         scores.append(pa.array(kind, mask=~known))
         out = pa.table([*(table[name] for name in _OWN), *scores], schema=_schema(catalog))
         return {
-            "file": partition_record(output, pixel, out),
-            **{name: int(np.count_nonzero(place == c)) for c, name in enumerate(CLASSES)},
-            "unknown": int(np.count_nonzero(~known)),
+            "file": base.partition_record(output, pixel, out),
+            "rows": _counts(kind),
             "missing": {n: int(np.count_nonzero(~np.isfinite(v))) for n, v in columns.items()},
-            "flags": {
-                str(bit): int(np.count_nonzero(flags & bit)) for bit in correct.COVERAGE_MEANINGS
-            },
+            "flags": {str(b): int(np.count_nonzero(flags & b)) for b in correct.COVERAGE_MEANINGS},
         }
 
 
@@ -296,16 +278,19 @@ def _load(directory: str, fingerprint: str) -> kernel.CoverageModel:
 def _schema(catalog: Catalog) -> pa.Schema:
     own = [catalog.schema.field(name) for name in _OWN]
     return pa.schema(
-        [*own, correct.COVERAGE_FIELD, pa.field(correct.FLAGS, pa.int32(), False), KIND_FIELD]
+        [
+            *own,
+            correct.COVERAGE_FIELD,
+            pa.field(correct.FLAGS, pa.int32(), False),
+            widening.KIND_FIELD,
+        ]
     )
 
 
-def _shares(columns: Columns, model: kernel.CoverageModel) -> dict[str, Any]:
-    """Shares of a sample of stars in each class, by their combined labels, and how many it has."""
-    kind = model.coverage(columns)[1]
-    counts = np.bincount(np.minimum(kind, OUTSIDE) + 1, minlength=len(CLASSES) + 1)
-    shares = (counts / max(len(kind), 1)).tolist()
-    return {"sampled": len(kind), **dict(zip(("unknown", *CLASSES), shares, strict=True))}
+def _counts(kind: NDArray[np.int8]) -> dict[str, int]:
+    """Count the rows of each class, and those without a coverage."""
+    n = np.bincount(np.minimum(kind, OUTSIDE) + 1, minlength=len(CLASSES) + 1).tolist()
+    return dict(zip(("unknown", *CLASSES), n, strict=True))
 
 
 def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
@@ -314,7 +299,7 @@ def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
     if len(fitted["growth"]["distance"]) < 2:
         found.append(
             f"{fitted['held_out_pairs']} held-out pairs are too few to measure how the error grows "
-            f"with the distance from them (at least {MIN_GROWTH_PAIRS} right ones are "
+            f"with the distance from them (at least {widening.MIN_GROWTH_PAIRS} right ones are "
             "needed, with errors): the coverage takes the error as the same everywhere."
         )
     if fitted["pairs_outside"] > _MANY_PAIRS:
@@ -342,19 +327,18 @@ def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) 
     correction = corrections.load(model)
     problem = correction.problem
     predicted = held_out_columns(correction.method)
-    difference = [label.diff for label in problem.labels]
     stated = [f"{label.error}_ref" for label in problem.labels]
     more = [*stated, "n_obs", *(one.column for one in problem.parameters)]
-    table = read_evidence(evidence, ["fold", "held_out", *difference, *predicted], more)
-    residual = matrix32(table, difference).astype(np.float64) - matrix32(table, predicted)
+    needed = ["fold", "held_out", *(label.diff for label in problem.labels)]
+    table = read_evidence(evidence, [*needed, *predicted], more)
+    residual = problem.differences(table).astype(np.float64) - matrix32(table, predicted)
     columns = parameter_columns(table, problem)
     half_width = error_class = None
     if errors is not None:
         x = problem.matrix(columns)
         half_width = errors.half_width(x, columns.get("snr")).astype(np.float64)
         error_class = errors.is_sparse(x).astype(np.int8)
-        held_out = np.flatnonzero(table["held_out"].to_numpy())
-        half_width[~single_observations(table, held_out)] = np.nan
+        half_width[~single_observations(table)] = np.nan
     reference_error = np.stack([floats_or_nan(table, name) for name in stated], axis=1)
     fold = table["fold"].to_numpy()
     return kernel.Overlap(columns, fold, residual, reference_error, half_width, error_class)

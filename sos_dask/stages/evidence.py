@@ -38,9 +38,9 @@ from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
 
 EVIDENCE, HELD_OUT = "evidence.parquet", "held_out.parquet"
-DIFFERENCES = tuple(f"{label}_diff" for label in LABELS)
 _LEFT = (HEALPIX_COLUMN, "fold", "ra", "dec", "position_epoch", *GAIA_IDS.values(),
          "separation_arcsec", "n_candidates", "quality")  # fmt: skip
+_NUMBERS = pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal
 
 
 def held_out_columns(method: str, labels: Sequence[str] = LABELS) -> tuple[str, ...]:
@@ -51,11 +51,6 @@ def held_out_columns(method: str, labels: Sequence[str] = LABELS) -> tuple[str, 
 def fitted_columns(method: str, labels: Sequence[str] = LABELS) -> tuple[str, ...]:
     """Name the predictions of the labels by the saved model of a method."""
     return tuple(f"{label}_fitted_{method}" for label in labels)
-
-
-def methods_of(stage: Stage[Any]) -> list[str]:
-    """List the methods of the models that a stage gets, sorted."""
-    return sorted(name.removeprefix("model.") for name in stage.named("model"))
 
 
 class EvidenceSettings(Settings):
@@ -97,7 +92,7 @@ class Evidence(Stage[EvidenceSettings]):
                     f"{path} is not a trained model but an output of '{made.stage}'",
                     "Give the outputs of 'sos-dask train'.",
                 )
-            theirs = Problem(**made.params["settings"]["problem"])
+            theirs = Problem(**made.params.get("settings", {}).get("problem", {}))
             if theirs != problem:
                 raise ModelError(
                     f"{path} predicts {', '.join(theirs.names)} from {', '.join(theirs.features)}: "
@@ -108,7 +103,7 @@ class Evidence(Stage[EvidenceSettings]):
 
     def make(self, run: Run) -> Made:
         """Make the table in one task."""
-        pairs, methods = self.catalog("pairs"), methods_of(self)
+        pairs, methods = self.catalog("pairs"), self.many("model")
         n_most = min(pairs.n_rows, self.settings.max_pairs)
         # Of a pair that is left out the task holds for a moment its fold, whether it is kept, its
         # place among those held out, and its row there.
@@ -126,7 +121,7 @@ class Evidence(Stage[EvidenceSettings]):
 
     def table(self, output: Output, key: str, item: None) -> dict[str, Any]:
         """Write the table."""
-        problem, methods = self.settings.problem, methods_of(self)
+        problem, methods = self.settings.problem, self.many("model")
         table, fold, kept = _kept_pairs(self.catalog("pairs"), self.settings.max_pairs)
         x, differences = problem.matrix(table), problem.differences(table)
         held_out = np.zeros(len(x), dtype=np.bool_)
@@ -164,7 +159,9 @@ def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], 
     target = next((name for name in pairs.schema.names if name.startswith("target_")), None)
     ids = {"star": "reference_star_id", **({"target": target} if target else {})}
     left = {*_LEFT, *ids.values()}
-    numbers = [f.name for f in pairs.schema if f.name not in left and _is_number(f.type)]
+    numbers = [
+        f.name for f in pairs.schema if f.name not in left and any(is_(f.type) for is_ in _NUMBERS)
+    ]
     more = pairs.columns(["survey_ref"])
     limit = np.uint64(min(most / max(pairs.n_rows, 1), 1.0) * (2**64 - 2048))
     fold, kept, tables = [], [], []
@@ -184,16 +181,11 @@ def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], 
     return pa.concat_tables(tables), np.concatenate(fold), np.concatenate(kept)
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    types = pa.types
-    return any(test(kind) for test in (types.is_floating, types.is_integer, types.is_decimal))
-
-
 def held_out_pairs(
     model: Path,
     fold: NDArray[np.int8],
     differences: Iterable[Float32Array],
-    kept: BoolArray | None = None,
+    kept: BoolArray,
     problem: Problem = DEFAULT,
 ) -> tuple[IntArray, Float32Array]:
     """Find the held-out pairs of a model among pairs, and its predictions of them.
@@ -205,7 +197,6 @@ def held_out_pairs(
     path = model / HELD_OUT
     predictions = [label.delta for label in problem.labels]
     names = [label.diff for label in problem.labels]
-    kept = np.ones(len(fold), dtype=np.bool_) if kept is None else kept
     with partition_errors(path), pq.ParquetFile(path) as file:
         table = file.read(["fold", *names, *predictions])
     held_out = table["fold"].to_numpy()
@@ -290,6 +281,11 @@ class OnEvidence(Stage[S]):
         """Problem of the evidence."""
         return Problem(**self.manifest("evidence").summary["problem"])
 
+    @property
+    def names(self) -> list[str]:
+        """Columns of the evidence."""
+        return list(pq.read_schema(self.path("evidence") / EVIDENCE).names)
+
     def read(self, columns: Iterable[str], more: Sequence[str] = ()) -> pa.Table:
         """Read columns of the evidence: see `read_evidence`."""
         return read_evidence(self.path("evidence"), list(columns), more)
@@ -298,7 +294,7 @@ class OnEvidence(Stage[S]):
         self, order: Sequence[str] = ()
     ) -> Iterator[tuple[str, str, pa.Table, pa.Table]]:
         """Yield `reference.common_stars` of the inputs, none where there are no two surveys."""
-        stars = {name.removeprefix("stars."): self.catalog(name) for name in self.named("stars")}
+        stars = {name: self.catalog(f"stars.{name}") for name in self.many("stars")}
         if self.named("reference") and len(stars) > 1:
             yield from common_stars(self.catalog("reference"), stars, order)
 
@@ -353,19 +349,8 @@ def on_pairs(
 ) -> Manifest:
     """Run a stage by itself: its evidence is an intermediate product of the output.
 
-    Parameters
-    ----------
-    stage : type of OnEvidence
-    pairs : Catalog
-    models : mapping of str to Path
-        Trained on them, by method.
-    directory : Path
-        Of the stage.
-    settings : Settings
-    more : mapping of str to Catalog or Path
-        Its other inputs.
-    options
-        See `Stage.attempt`.
+    Models, by method, are trained on the pairs; ``more`` are the other inputs of the stage, and
+    ``options`` those of `Stage.attempt`.
     """
     first = Evidence({"pairs": pairs, **{f"model.{name}": one for name, one in models.items()}})
     first.check()
@@ -401,16 +386,17 @@ def read_evidence(path: Path, columns: Sequence[str], more: Sequence[str] = ()) 
         return file.read(list(wanted)).replace_schema_metadata()
 
 
-def single_observations(table: pa.Table, rows: IntArray, least: int = 1000) -> BoolArray:
+def single_observations(table: pa.Table, least: int = 1000) -> BoolArray:
     """Tell which pairs say the error of one observation, because observations are corrected.
 
-    Those whose target was observed once where there are as many among the rows, else all.
+    Those whose target was observed once where there are as many among the held out, else all.
     """
+    single = np.ones(table.num_rows, dtype=np.bool_)
     if "n_obs" in table.schema.names:
-        single = np.asarray(table["n_obs"].to_numpy() == 1)
-        if np.count_nonzero(single[rows]) >= least:
-            return single
-    return np.ones(table.num_rows, dtype=np.bool_)
+        once = np.asarray(table["n_obs"].to_numpy() == 1)
+        if np.count_nonzero(once & table["held_out"].to_numpy()) >= least:
+            single = once
+    return single
 
 
 def of_surveys(table: pa.Table) -> dict[str, BoolArray]:

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -301,21 +301,18 @@ def _correction(build: Build, counts: CountsOf) -> Drawn | None:
     columns = {name: np.full(len(teff), value) for name, value in at.items()}
     inputs = build.problem.matrix({"teff": teff, "logg": logg, **columns})
     values = models.load(build.models[build.method]).predict(inputs).astype(np.float64)
-    errors = None
+    # Geometric means of the errors of corrected rows.
+    means = np.full((maps.N_CELLS, len(build.labels)), np.nan)
     if _has_rows(build, build.one(CORRECTED)):
         found = counts(build.one(CORRECTED))
         n, total = (
             np.stack([found[f"{label}_{what}"][: maps.N_CELLS] for label in build.labels], axis=1)
             for what in ("n", "sum")
         )
-        if n.any():
-            # Geometric means of the errors of corrected rows.
-            means = np.full(n.shape, np.nan)
-            np.divide(total * maps.LOG_QUANTUM, n, out=means, where=n > 0)
-            errors = np.asarray(10.0**means)
+        np.divide(total * maps.LOG_QUANTUM, n, out=means, where=n > 0)
     planes = build.table("planes")
-    drawn = maps.correction_figure(planes, build.labels, build.method, values, errors)
-    return drawn and drawn.with_facts(at=at)
+    drawn = maps.correction_figure(planes, build.labels, build.method, values, 10.0**means)
+    return drawn and replace(drawn, facts={**drawn.facts, "at": at})
 
 
 def _formulas(build: Build) -> dict[str, Any] | None:
@@ -341,11 +338,12 @@ def _projection(build: Build, counts: CountsOf) -> Drawn | None:
     n_not_asked = int(summary["not_asked"])
     table = build.table("projection")
     drawn = maps.projection_figure(table, _plane(build), scored, n_not_asked > 0)
-    return drawn and drawn.with_facts(
-        parameters=[word(name) for name in summary["parameters"]],
-        n_without=int(summary["without_place"]["target"]),
-        n_not_asked=n_not_asked,
-    )
+    more = {
+        "parameters": [word(name) for name in summary["parameters"]],
+        "n_without": int(summary["without_place"]["target"]),
+        "n_not_asked": n_not_asked,
+    }
+    return drawn and replace(drawn, facts={**drawn.facts, **more})
 
 
 def of_build(store: Path) -> ReportStage:

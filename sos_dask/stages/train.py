@@ -7,11 +7,9 @@ region, a reference or the sparse pairs; its tasks are such fits, each in one pr
 from __future__ import annotations
 
 import itertools
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -24,18 +22,8 @@ from sos_dask.columns import floats_or_nan, matrix32
 from sos_dask.corrections.base import to_json
 from sos_dask.corrections.search import search
 from sos_dask.errors import ModelError
-from sos_dask.evidence.figures import (
-    DENSITY,
-    NONE,
-    RANDOM,
-    REFERENCE,
-    REGION,
-    Metric,
-    figure_schema,
-    held_out_metrics,
-    left_out_groups,
-    region_groups,
-)
+from sos_dask.evidence import figures
+from sos_dask.evidence.figures import NONE, RANDOM
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, Stage, read_piece, write_piece
@@ -163,6 +151,7 @@ class Train(Stage[TrainSettings]):
     def make(self, run: Run) -> Made:
         """Fit once a fold, or once, and predict what was held out."""
         settings, pairs = self.settings, self.catalog("pairs")
+        method = settings.method
         source = PairsSource(pairs, settings.problem)
         loaded = [source.load(index).fold for index in range(source.n_batches)]
         fold = np.concatenate([np.empty(0, np.int8), *loaded])
@@ -179,18 +168,23 @@ class Train(Stage[TrainSettings]):
         plan: list[list[int] | None] = [folds[1:]]
         if validation == "kfold":
             plan = [*([one for one in folds if one != held_out] for held_out in folds), None]
-        step, predicted, searches = f"train {settings.method}", [], []
+        step, predicted, searches = f"train {method}", [], []
         workers = run.cluster.client if _needs_workers(len(fold), settings) else None
         for number, trained in enumerate(plan):
             run.report(step, number, len(plan))
-            params, trials = self._searched(run, source, trained or folds)
-            searches += [{"train_folds": trained or folds, "trials": trials}] if trials else []
+            params: Mapping[str, Any] = settings.params
+            if settings.search and corrections.search_space(method):
+                given = corrections.check_params(method, params)
+                how = settings.search, settings.seed, run.cluster.client
+                params, trials = search(method, source, trained or folds, given, *how)
+                searches.append({"train_folds": trained or folds, "trials": trials})
             correction = corrections.fit(
-                settings.method, source, train_folds=trained, params=params, client=workers
+                method, source, train_folds=trained, params=params, client=workers
             )
             if number < len(plan) - 1:
                 predicted.append(_predict_fold(source, correction, folds[number]))
-        _save(run, correction)
+        for name, content in correction.contents().items():  # model.json last: half never loads
+            run.write_bytes(name, content)
         if validation == "holdout":
             # As it corrects: what is saved of boosted trees is also their table, many times faster.
             saved = corrections.load(run.output.directory, check=False)
@@ -202,25 +196,15 @@ class Train(Stage[TrainSettings]):
             run.write_bytes(SEARCH_FILE, to_json(searches))
         deltas = matrix32(table, [label.delta for label in problem.labels])
         truth = problem.differences(table)
-        metrics = held_out_metrics(settings.method, problem.names, truth, deltas)
+        metrics = figures.held_out_metrics(method, problem.names, truth, deltas)
         unfit = {"not fit for training": pairs.n_rows - len(fold)}
         return Rows(pairs.n_rows, len(fold), 0, unfit), {
-            "method": settings.method,
+            "method": method,
             "params": dict(correction.info.params),
             "validation": validation,
             "folds": {str(one): int(np.count_nonzero(fold == one)) for one in folds},
             "metrics": [asdict(metric) for metric in metrics],
         }
-
-    def _searched(
-        self, run: Run, source: PairsSource, folds: Sequence[int]
-    ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
-        """Parameters of a fit to some folds, and what a search for them has tried."""
-        method, params, n = self.settings.method, self.settings.params, self.settings.search
-        if not n or not corrections.search_space(method):
-            return params, []
-        params, client = corrections.check_params(method, params), run.cluster.client
-        return search(method, source, folds, params, n, self.settings.seed, client)
 
 
 def _predict_fold(source: PairsSource, correction: corrections.Correction, fold: int) -> pa.Table:
@@ -239,26 +223,9 @@ def _predict_fold(source: PairsSource, correction: corrections.Correction, fold:
     return pa.concat_tables(tables)
 
 
-def _save(run: Run, correction: corrections.Correction) -> None:
-    """Save the model; its own ``model.json`` comes last, so that half a model never loads."""
-    # Of this process alone: another one may work on the same output.
-    scratch = run.output.work / f"model-{uuid.uuid4().hex}"
-    scratch.mkdir(parents=True, exist_ok=True)
-    correction.save(scratch)
-    last = corrections.MODEL_FILE
-    for file in sorted(scratch.iterdir(), key=lambda file: (file.name == last, file.name)):
-        run.files.append(run.output.write_file(file.name, partial(_move, file)))
-
-
-def _move(file: Path, target: Path) -> int:
-    """Move a file of no rows."""
-    file.replace(target)
-    return 0
-
-
-def metrics_of(manifest: Manifest) -> list[Metric]:
+def metrics_of(manifest: Manifest) -> list[figures.Metric]:
     """Held-out metrics of a trained model."""
-    return [Metric(**item) for item in manifest.summary["metrics"]]
+    return [figures.Metric(**item) for item in manifest.summary["metrics"]]
 
 
 def _needs_workers(n_pairs: int, settings: TrainSettings) -> bool:
@@ -271,7 +238,7 @@ def asks_workers(pairs: Catalog, settings: TrainSettings) -> bool:
     return settings.search > 0 or _needs_workers(pairs.n_rows, settings)
 
 
-_SCHEMA = figure_schema(
+_SCHEMA = figures.figure_schema(
     "split group method label n_train n median mad n_random median_random mad_random"
 )
 Fit = tuple[str, str, str]  # method, split, group
@@ -321,8 +288,11 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
     def measure(self, run: Run) -> Made:
         """Fit every method without every group, then put the figures together."""
         given, table = self.manifest("evidence").rows, self._pairs()
-        splits = {name: table[name].to_pylist() for name in (DENSITY, REGION, REFERENCE)}
-        groups = left_out_groups(splits, self.settings.min_pairs)
+        splits = {
+            name: table[name].to_pylist()
+            for name in (figures.DENSITY, figures.REGION, figures.REFERENCE)
+        }
+        groups = figures.left_out_groups(splits, self.settings.min_pairs)
         if not groups:
             raise ModelError(
                 f"{self.path('evidence')}: no group of {table.num_rows} pairs can be left out of "
@@ -374,12 +344,12 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
         survey = pa.nulls(table.num_rows, pa.string())
         if "survey_ref" in table.column_names:
             survey = table["survey_ref"].cast(pa.string())
-        region = region_groups(*(floats_or_nan(table, name) for name in ("teff", "logg")))
+        region = figures.region_groups(*(floats_or_nan(table, name) for name in ("teff", "logg")))
         sparse = np.where(known, np.where(table["sparse"].to_numpy(), SPARSE, DENSE), "")
         for name, values in (
-            (DENSITY, sparse),
-            (REGION, region),
-            (REFERENCE, survey.fill_null("")),
+            (figures.DENSITY, sparse),
+            (figures.REGION, region),
+            (figures.REFERENCE, survey.fill_null("")),
         ):
             table = table.append_column(name, pa.array(values, pa.string()))
         return table.combine_chunks()

@@ -6,25 +6,15 @@ reads the evidence by itself: none is left to the process that asks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import (
-    BoolArray,
-    FloatArray,
-    floats,
-    floats_or_nan,
-    key_numbers,
-    matrix32,
-    mixed,
-)
+from sos_dask.columns import BoolArray, floats, floats_or_nan, key_numbers, matrix32, mixed
 from sos_dask.evidence import intervals
 from sos_dask.evidence.figures import edge_subsets
 from sos_dask.evidence.trends import three_cornered_hat
@@ -32,13 +22,7 @@ from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
-from sos_dask.stages.evidence import (
-    DIFFERENCES,
-    OfModel,
-    held_out_columns,
-    of_surveys,
-    single_observations,
-)
+from sos_dask.stages.evidence import OfModel, held_out_columns, of_surveys, single_observations
 from sos_dask.stars.folds import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import normalisation
 from sos_dask.stats.numbers import ALL, DENSE, GIANT_LOGG, SPARSE, find_sparse
@@ -137,13 +121,12 @@ class Uncertainty(OfModel[UncertaintySettings]):
     def _error_factors(self) -> dict[str, list[dict[str, Any]]]:
         """Factors of quoted errors by survey; none where a survey has no repeats."""
         given = [(self.settings.target, name) for name in self.named("target_stars")]
-        given += [(name.removeprefix("stars."), name) for name in self.named("stars")]
-        manifests = {survey: self.catalog(name).manifest for survey, name in given}
-        return {
-            survey: list(manifest.summary.get("error_factors", []))
-            for survey, manifest in manifests.items()
-            if manifest is not None
-        }
+        given += [(name, f"stars.{name}") for name in self.many("stars")]
+        found = {}
+        for survey, name in given:
+            if (manifest := self.catalog(name).manifest) is not None:
+                found[survey] = list(manifest.summary.get("error_factors", []))
+        return found
 
     def look(self, output: Output, key: str, item: None) -> dict[str, Any]:
         """See which held-out pairs and cells are sparse, or what three surveys say."""
@@ -151,11 +134,10 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def _pairs(self) -> tuple[pa.Table, BoolArray]:
         """Pairs of the evidence, and those that say the error of one observation."""
-        names = [*LABELS, *DIFFERENCES, "star", "held_out", *self._predictions]
+        names = [*LABELS, *(label.diff for label in DEFAULT.labels), *self._predictions]
         more = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
-        table = self.read(names, more)
-        held = np.flatnonzero(table["held_out"].to_numpy())
-        return table, single_observations(table, held, self.settings.min_single)
+        table = self.read([*names, "star", "held_out"], more)
+        return table, single_observations(table, self.settings.min_single)
 
     @property
     def _predictions(self) -> tuple[str, ...]:
@@ -191,12 +173,24 @@ class Uncertainty(OfModel[UncertaintySettings]):
         """Keep the errors of a label, and count how often its intervals hit."""
         pairs, grid = read_piece(output, "used"), intervals.error_grid(*box)
         cells = read_piece(output, "cells")["sparse"].to_numpy()
+        stated = np.stack([floats_or_nan(pairs, name) for name in _ERRORS], axis=1)
+        logg, snr = (floats_or_nan(pairs, name) for name in ("logg_ref", "snr_ref"))
+        factors = self._error_factors()
+        for survey, mine in of_surveys(pairs).items():
+            for one, column in zip(LABELS, stated.T, strict=True):
+                of_survey = factors.get(survey, ())
+                column[mine] *= normalisation(of_survey, one, logg[mine], snr[mine])
+        # Folds of the pairs come from the same numbers: another state makes the parts independent.
+        number = mixed(pairs["star"].to_numpy() + np.uint64(self.settings.seed + 1))
+        if "target" in pairs.column_names:
+            links = (np.empty(0, dtype=np.int64),) * 2
+            number = smallest_of_joined(number, pairs["target"].to_numpy(), links)
         held_out = intervals.HeldOut(
             DEFAULT.matrix(pairs),
             floats_or_nan(pairs, "snr"),
-            matrix32(pairs, DIFFERENCES).astype(np.float64) - matrix32(pairs, self._predictions),
-            _reference_errors(pairs, self._error_factors()),
-            _parts(pairs, self.settings),
+            DEFAULT.differences(pairs).astype(np.float64) - matrix32(pairs, self._predictions),
+            stated,
+            fold_of(number, self.settings.n_parts),
         )
         errors = intervals.fit_label(held_out, label, grid, cells)
         tables = zip(intervals.TABLES, ([one] for one in errors.tables), strict=True)
@@ -228,29 +222,6 @@ class Uncertainty(OfModel[UncertaintySettings]):
                     corners = three_cornered_hat(three, names, self.settings.seed)
                     found += [{"label": label, **corner} for corner in corners]
         return {"found": found}
-
-
-def _parts(held: pa.Table, settings: UncertaintySettings) -> NDArray[np.int8]:
-    """Parts of the held-out pairs; those that share a star are in one, whatever their fold."""
-    # Folds of the pairs come from the same numbers: another state makes the parts independent.
-    number = mixed(held["star"].to_numpy() + np.uint64(settings.seed + 1))
-    if "target" in held.column_names:
-        links = (np.empty(0, dtype=np.int64),) * 2
-        number = smallest_of_joined(number, held["target"].to_numpy(), links)
-    return fold_of(number, settings.n_parts)
-
-
-def _reference_errors(
-    held: pa.Table, factors: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> FloatArray:
-    """Stated errors of the reference times the factors of its survey, shape (n, 3)."""
-    errors = np.stack([floats_or_nan(held, name) for name in _ERRORS], axis=1)
-    logg, snr = (floats_or_nan(held, name) for name in ("logg_ref", "snr_ref"))
-    for survey, mine in of_surveys(held).items():
-        for number, label in enumerate(LABELS):
-            of_survey = factors.get(survey, ())
-            errors[mine, number] *= normalisation(of_survey, label, logg[mine], snr[mine])
-    return errors
 
 
 def _subsets(

@@ -16,9 +16,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sos_dask.columns import FloatArray, IntArray
+from sos_dask.columns import FloatArray, FloatingArray, IntArray, KeyArray
 from sos_dask.stats.numbers import MAD_TO_SIGMA
 
 N_GROUPS = 1024
@@ -29,7 +28,7 @@ _HALVINGS = 40
 _EXACT_FLOAT32 = 1 << 22  # sums of so many pairs stay below 2^24
 
 
-def groups_of(star: NDArray[np.uint64]) -> IntArray:
+def groups_of(star: KeyArray) -> IntArray:
     """Find the group of each star by its number alone: 0 to `N_GROUPS` - 1.
 
     The highest bits of the number decide whether very many pairs are thinned, the lowest ones its
@@ -105,9 +104,10 @@ def resampled_bins(
     medians, replicates = np.full(n_bins, np.nan), np.full((len(weights), n_bins), np.nan)
     for number in np.flatnonzero(n >= max(min_count, 1)):
         rows = inside[stops[number] - n[number] : stops[number]]
-        reach = min(0.5, _REACH / np.sqrt(len(rows)))
-        inner = len(rows) * np.linspace(0.5 - reach, 0.5 + reach, _COLUMNS_A_BIN + 1)
-        ranks = np.unique([0, *inner.round().astype(np.int64), len(rows)])
+        many = len(rows)
+        reach = min(0.5, _REACH / np.sqrt(many))
+        inner = np.linspace(many * (0.5 - reach), many * (0.5 + reach), _COLUMNS_A_BIN + 1)
+        ranks = np.unique([0, *inner.round().astype(np.int64), many])
         column = np.repeat(np.arange(len(ranks) - 1), np.diff(ranks))
         below = _below(light, groups[rows], column, len(ranks) - 1)
         medians[number] = np.median(values[rows])
@@ -121,13 +121,13 @@ def _between(values: FloatArray, ranks: IntArray) -> FloatArray:
     return (values[np.maximum(ranks - 1, 0)] + values[np.minimum(ranks, n - 1)]) / 2
 
 
-def _light(weights: FloatArray, n: int) -> NDArray[np.floating]:
+def _light(weights: FloatArray, n: int) -> FloatingArray:
     """Weights in the precision that counts ``n`` pairs exactly."""
     return weights.astype(np.float32) if n < _EXACT_FLOAT32 else weights
 
 
 def _below(
-    weights: NDArray[np.floating], groups: IntArray, column: IntArray, n_columns: int
+    weights: FloatingArray, groups: IntArray, column: IntArray, n_columns: int
 ) -> FloatArray:
     """Weight below each node in each resample, shape (n_resamples, n_columns + 1)."""
     n_groups = weights.shape[1]

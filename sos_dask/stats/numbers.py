@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sos_dask.columns import GOLDEN, BoolArray, Float32Array, FloatArray, IntArray, mixed
+from sos_dask.columns import GOLDEN, BoolArray, FloatArray, FloatingArray, IntArray, mixed
 from sos_dask.errors import ConfigError
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
@@ -23,14 +23,14 @@ _SPARSE_NEIGHBOURS = 16
 _LEAF = 16
 
 
-def scatter(values: NDArray[np.floating]) -> float:
+def scatter(values: FloatingArray) -> float:
     """Multiply the median absolute deviation from the median by 1.4826; nan without values."""
     if not len(values):
         return float("nan")
     return float(MAD_TO_SIGMA * np.median(np.abs(values - np.median(values))))
 
 
-def robust_scale(x: NDArray[np.floating]) -> tuple[FloatArray, FloatArray]:
+def robust_scale(x: FloatingArray) -> tuple[FloatArray, FloatArray]:
     """Find center and scale (k,) of the columns of x (n, k), which outliers do not move.
 
     The center is the median of the values that are not nan; 0 where there are none. The scale is
@@ -47,21 +47,14 @@ def robust_scale(x: NDArray[np.floating]) -> tuple[FloatArray, FloatArray]:
 
 
 def knn_distance(
-    train: NDArray[np.floating], query: NDArray[np.floating], k: int, within: float = np.inf
+    train: FloatingArray, query: FloatingArray, k: int, within: float = np.inf
 ) -> FloatArray:
-    """Measure the distance to the k-th nearest neighbour: large where the sample is thin.
+    """Measure the distance (m,) of rows to the k-th nearest of a sample: large where that is thin.
 
-    Parameters
-    ----------
-    train : ndarray of float, shape (n, d)
-        The sample; finite, on one scale.
-    query : ndarray of float, shape (m, d)
-        Rows of the sample itself count as their own first neighbour: ask for one more. The distance
-        of a row depends neither on the others nor on the order of the sample.
-    k : int
-        From 1; of a sample with fewer rows the farthest one counts.
-    within : float
-        Farther ones may be given as infinite, which is far cheaper to know.
+    The sample (n, d) is finite and on one scale. The distance of a row (m, d) depends neither on
+    the others nor on the order of the sample. Rows of the sample itself count as their own first
+    neighbour: ask for one more. Of a sample with less than k rows the farthest one counts; those
+    farther than ``within`` may be given as infinite, which is far cheaper to know.
     """
     from scipy.spatial import cKDTree
 
@@ -77,9 +70,7 @@ def knn_distance(
     return found
 
 
-def count_within(
-    train: NDArray[np.floating], query: NDArray[np.floating], radius: FloatArray
-) -> IntArray:
+def count_within(train: FloatingArray, query: FloatingArray, radius: FloatArray) -> IntArray:
     """Count the rows of a sample (n, d) within a radius (m,) of each row (m, d), shape (m,)."""
     from scipy.spatial import cKDTree
 
@@ -88,7 +79,7 @@ def count_within(
 
 
 def find_sparse(
-    sample: NDArray[np.floating], others: NDArray[np.floating], share: float = _SPARSE_SHARE
+    sample: FloatingArray, others: FloatingArray, share: float = _SPARSE_SHARE
 ) -> tuple[BoolArray, BoolArray]:
     """Tell which rows lie where a sample is as thin as around the thinnest ``share`` of itself.
 
@@ -141,7 +132,7 @@ class Axis:
         return np.append(np.round(self.low + self.width * np.arange(n_bins), 10), self.high)
 
 
-def equal_count_edges(x: NDArray[np.floating], n_bins: int) -> FloatArray:
+def equal_count_edges(x: FloatingArray, n_bins: int) -> FloatArray:
     """Place edges of bins with equally many values; fewer bins where many values are equal.
 
     Raises
@@ -158,7 +149,7 @@ def equal_count_edges(x: NDArray[np.floating], n_bins: int) -> FloatArray:
     return np.repeat(edges, 2) if len(edges) == 1 else edges
 
 
-def bins_of(x: NDArray[np.floating], edges: FloatArray) -> IntArray:
+def bins_of(x: FloatingArray, edges: FloatArray) -> IntArray:
     """Number the bin of every value; -1 outside the edges and for nan.
 
     A bin includes its lower edge, the last one its upper edge, too.
@@ -188,7 +179,7 @@ class Quantiles(NamedTuple):
     error: FloatArray  # of the median; nan below two values
 
 
-def binned_quantiles(bins: IntArray, values: NDArray[np.floating], n_bins: int) -> Quantiles:
+def binned_quantiles(bins: IntArray, values: FloatingArray, n_bins: int) -> Quantiles:
     """Rank the finite values (n,) of each bin; a negative number of a bin (n,) is in none.
 
     Percentiles are exact and depend neither on the order of the values nor on how they were
@@ -229,7 +220,7 @@ def rms_of_medians(
 # --- quantiles in constant memory ---------------------------------------------------------------
 
 
-def count(values: Float32Array) -> tuple[NDArray[np.uint16], IntArray]:
+def count(values: FloatingArray) -> tuple[NDArray[np.uint16], IntArray]:
     """Fine logarithmic histogram of finite numbers: the bins that are not empty and their counts.
 
     A bin is the upper half of a float32 (sign, exponent, 7 bits of mantissa), so bins are 0.4 to

@@ -179,27 +179,23 @@ class Catalog:
         properties = hats.read_properties(file)
         hats.require_kind(path, properties, "object", "source", "margin")  # of `verify`
         pixels = [pixel for pixel, _ in hats.listed(path)]
+        first = [path / hats.partition_path(pixel) for pixel in pixels[:1]]
+        more: tuple[Any, ...] = (manifest,)
         if manifest is None:
-            there = hats.files_by_pixel(path, properties)
-            pixels = sorted(
-                pixels if (path / PARTITION_INFO).is_file() else there, key=attrgetter("first")
-            )
-            for pixel in pixels:
-                if pixel not in there:
-                    what = f"partition {path / hats.partition_path(pixel)} is missing"
-                    raise PartitionError(what, f"{PARTITION_INFO} lists it. {hats.NOT_A_CATALOG}")
-            files = {pixel: there[pixel] for pixel in pixels}
+            files = hats.files_by_pixel(path, properties)
+            pixels = pixels if (path / PARTITION_INFO).is_file() else list(files)
+            files = {pixel: files[pixel] for pixel in pixels if pixel in files}
             whole = hats.first_schema(path, *chain(*files.values()), path / COMMON_METADATA)
             schema, stored = hats.columns_here(path, whole, properties, key, key_name)
-            known = {**properties, "hats_col_ra": "ra", "hats_col_dec": "dec"}  # as named here
-            return cls(path, tuple(pixels), schema, known, None, key, key_name, stored, files)
-        if key and key not in KEYS:
+            properties |= {"hats_col_ra": "ra", "hats_col_dec": "dec"}  # as columns are named here
+            more = (None, key, key_name, stored, files)
+        elif key and key not in KEYS:
             what = f"{path} was made by sos-dask: the key of its rows is not '{key}'"
             raise CatalogError(what, f"Leave --key out: it is {' or '.join(KEYS)}.")
-        pixels.sort(key=attrgetter("first"))
-        first = [path / hats.partition_path(pixel) for pixel in pixels[:1]]
-        schema = hats.first_schema(path, path / COMMON_METADATA, *first)
-        return cls(path, tuple(pixels), schema, properties, manifest)
+        else:
+            schema = hats.first_schema(path, path / COMMON_METADATA, *first)
+        in_order = tuple(sorted(pixels, key=attrgetter("first")))
+        return cls(path, in_order, schema, properties, *more)
 
     def problems(self) -> Iterator[str]:
         """Compare the list of partitions with the files, and the rows that all of these state."""
@@ -217,9 +213,8 @@ class Catalog:
                 yield f"{PARTITION_INFO}: pixels {left} and {right} overlap"
         if self.manifest is not None:
             named = {hats.partition_path(pixel) for pixel in self.pixels}
-            for name in sorted(
-                named ^ {name for name, one in self.stated.items() if one.is_partition}
-            ):
+            written = {name for name, record in self.stated.items() if record.is_partition}
+            for name in sorted(named ^ written):
                 yield f"{name} is in only one of {MANIFEST} and {PARTITION_INFO}"
             n_out = self.manifest.rows.n_out
             if self.n_rows != n_out:
@@ -447,7 +442,8 @@ class Catalog:
         key = next((name for name in KEYS if name in self.stored), "")
         names = [self.stored.get(name, "") for name in ("ra", "dec", key, HEALPIX_COLUMN)]
         is_margin = self.properties.get("dataproduct_type") == "margin"
-        return hats.order_of(self.files_of(pixel), None if is_margin else pixel, tuple(names))
+        stamps = tuple(map(stamp_of, self.files_of(pixel)))
+        return hats.order_of(stamps, None if is_margin else pixel, tuple(names))
 
     def _no_rows(self, columns: Sequence[str]) -> pa.Table:
         return pa.schema([self.schema.field(name) for name in columns]).empty_table()

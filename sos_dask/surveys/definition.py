@@ -69,7 +69,7 @@ def _check_limits(low: float | None, high: float | None) -> None:
 
 
 class SourceColumn(Settings):
-    """How one column of the product is made from native columns: a table ``[columns.NAME]``.
+    """Recipe of one column of the product: a table ``[columns.NAME]``.
 
     The first of the native columns ``source`` that a file has is used (releases differ); a name
     that the file has in another case only counts as the same. With ``join`` the value is the text
@@ -83,9 +83,7 @@ class SourceColumn(Settings):
     ] = Field((), description="native columns, of which the first that is there is used")
     join: _Sources = Field((), description="native columns whose texts are joined by dots")
     unit: str = Field("", description="unit of the native column, as astropy writes it")
-    dtype: Literal["int64", "float32", "float64", "string"] = Field(
-        "float32", description="type in the product"
-    )
+    dtype: Literal["int64", "float32", "float64", "string"] = "float32"
     missing: _Numbers = Field((), description="numbers that mean null here, beside the survey's")
     element: int | None = Field(None, ge=0, description="element of a vector column, from 0")
 
@@ -187,9 +185,7 @@ class Cut(Settings):
     bits_unset: Annotated[tuple[Annotated[int, Field(ge=0, le=63)], ...], _Lax] = Field(
         (), description="numbers (0 is the lowest) of the bits that must be 0 in an integer flag"
     )
-    values: Annotated[tuple[Any, ...], _Lax, AfterValidator(_values)] = Field(
-        (), description="accepted values"
-    )
+    values: Annotated[tuple[Any, ...], _Lax, AfterValidator(_values)] = ()
     null_passes: bool = Field(False, description="a null passes; by default it fails")
     optional: bool = Field(False, description="a file without the column passes")
     reason: str = Field("", exclude=True, description="why, with the source")
@@ -241,16 +237,11 @@ class Survey(Settings):
     columns: dict[str, SourceColumn] = Field(description="canonical columns")
     extra: dict[str, ExtraColumn] = Field({}, exclude=True, description="further native columns")
     reference: str = Field("", exclude=True, description="where it is described")
-    hdu: int | None = Field(
-        None, ge=1, description="table of a FITS file or VOTable, from 1, where it has several"
-    )
-    position_epoch: float | None = Field(
-        None, ge=YEARS[0], le=YEARS[1], description="Julian year of ra and dec without a column"
-    )
+    hdu: int | None = Field(None, ge=1, description="which table of a FITS file or VOTable, from 1")
+    # Julian year of ra and dec where no column states it.
+    position_epoch: float | None = Field(None, ge=YEARS[0], le=YEARS[1])
     missing: _Numbers = Field((), description="numbers that mean null in every numeric column")
-    missing_text: _Texts = Field(
-        (), description="words that mean null, beside the empty one, in text and in text files"
-    )
+    missing_text: _Texts = Field((), description="words that mean null, beside the empty one")
     cuts: dict[str, Cut] = Field({}, description="quality cuts")
     expected_error: dict[Literal["teff", "logg", "feh", "rv"], Annotated[float, Field(gt=0)]] = (
         Field({}, description="typical error where the survey states none, in canonical units")
@@ -455,7 +446,7 @@ def passing(cut: Cut, column: Values, survey: Survey) -> BoolArray:
     except ValueError as error:
         raise SurveyError(
             f"survey {survey.name}: cut '{cut.name}' ({cut.test_text()}): column '{cut.column}' "
-            f"holds {error}",
+            f"contains {error}",
             f"Correct [cuts.{cut.name}] of the survey.",
         ) from None
     return np.where(null, cut.null_passes, passes)

@@ -34,7 +34,7 @@ from sos_dask.stats.numbers import (
     scatter,
 )
 from tests.bench.accuracy import read_pairs
-from tests.run import features
+from tests.steps import features
 
 METHODS = {
     "polynomial": ("polynomial", {}),

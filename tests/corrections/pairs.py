@@ -6,7 +6,7 @@ import numpy as np
 
 from sos_dask.corrections import Batch
 from sos_dask.problem import DEFAULT, Problem
-from tests.run import features
+from tests.steps import features
 
 NOISE = np.array([60.0, 0.12, 0.06])
 

@@ -14,8 +14,8 @@ from sos_dask.stages.compare import CompareSettings
 from sos_dask.stages.train import TrainSettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
-from tests.run import apply, compare, uncertainty
-from tests.sky import observations, write_catalog
+from tests.skies import observations, write_catalog
+from tests.steps import apply, compare, uncertainty
 
 FEW = CompareSettings(n_bootstrap=100, min_bin_pairs=20)
 PARAMS = {"polynomial": {"order": 2}, "boosted": {"n_rounds": 5}, "hybrid": {"n_rounds": 5}}
@@ -23,7 +23,7 @@ PARAMS = {"polynomial": {"order": 2}, "boosted": {"n_rounds": 5}, "hybrid": {"n_
 
 @pytest.fixture(scope="module")
 def pairs(small_store) -> pa.Table:
-    catalog = Catalog.open(small_store / "current" / "pairs")
+    catalog = Catalog.open(small_store / "current" / "lamost.pairs")
     table = pa.concat_tables([catalog.read(pixel) for pixel in catalog.pixels])
     return table.filter(table["use"])
 

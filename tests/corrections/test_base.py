@@ -21,7 +21,7 @@ from sos_dask.schema import LABELS
 from sos_dask.sky.healpix import unit_vectors
 from sos_dask.stats.numbers import Histogram, count
 from tests.corrections.pairs import ArraySource, biased_pairs
-from tests.run import FEATURES, features
+from tests.steps import FEATURES, features
 
 QUICK = {"polynomial": {"order": 2}, "boosted": {"n_rounds": 20}}
 METHODS = sorted(QUICK)

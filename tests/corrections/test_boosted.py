@@ -11,7 +11,7 @@ from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.boosted_cluster import find_gpu, one_each
 from sos_dask.errors import ModelError
 from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
-from tests.run import FEATURES
+from tests.steps import FEATURES
 
 QUICK = {"n_rounds": 30, "learning_rate": 0.2}
 

@@ -12,7 +12,7 @@ from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.errors import ModelError
 from tests.corrections.pairs import NOISE, ArraySource, biased_pairs
 from tests.corrections.test_boosted import QUICK, fit
-from tests.run import FEATURES
+from tests.steps import FEATURES
 
 
 def thresholds(correction: BoostedCorrection) -> list[set[float]]:

@@ -6,7 +6,7 @@ import pytest
 from sos_dask.corrections.formula import Formula, Interval, Template
 from sos_dask.corrections.symbolic import fit_numbers
 from sos_dask.errors import ModelError
-from tests.run import FEATURES
+from tests.steps import FEATURES
 
 BOX = ((0.7, 0.0, -2.5), (1.4, 5.0, 0.6))
 

@@ -13,7 +13,7 @@ from sos_dask.corrections.hybrid import LAMBDAS, noisy, part_weights
 from sos_dask.errors import ModelError
 from sos_dask.problem import DEFAULT, Input, Label, Problem
 from tests.corrections.pairs import ArraySource, biased_pairs
-from tests.run import features
+from tests.steps import features
 
 CENTER = np.array([5000.0, 3.0, -0.3])
 SPREAD = np.array([400.0, 0.8, 0.3])

@@ -8,7 +8,7 @@ import pytest
 from sos_dask.errors import ConfigError
 from sos_dask.problem import DEFAULT, Input, Label, Problem
 from sos_dask.schema import LABELS
-from tests.run import FEATURES, features
+from tests.steps import FEATURES, features
 
 
 def test_features_are_scaled_and_keep_unknown_values():

@@ -16,7 +16,7 @@ from sos_dask.schema import LABELS
 from sos_dask.stats.numbers import scatter
 from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
 from tests.corrections.test_formula import points, python
-from tests.run import FEATURES
+from tests.steps import FEATURES
 
 QUICK = {"n_sample": 1000, "population": 60, "generations": 10, "max_length": 15}
 

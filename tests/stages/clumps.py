@@ -11,7 +11,7 @@ from sos_dask.sky.healpix import ang2pix, propagate
 from sos_dask.stars.group import GAIA_IDS, DedupeSettings, id_values
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
-from tests.sky import observations
+from tests.skies import observations
 
 EPOCH = 2016.0
 SIZES = (10**6, 40)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sos_dask.api import dedupe
-from tests.sky import write_catalog
+from tests.skies import write_catalog
 from tests.stages.clumps import N_ROWS, SETTINGS, SIZES, sky
 
 
@@ -18,6 +18,13 @@ def stars(tmp_path_factory) -> Path:
         observed = write_catalog(sky(N_ROWS, number), root / f"obs{number}-{size}", size)
         dedupe(observed, root / f"stars{number}-{size}", SETTINGS)
     return root
+
+
+@pytest.fixture(scope="session")
+def build(small_store) -> Path:
+    """The build of the small store itself, behind its link."""
+    found: Path = (small_store / "current").resolve()
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -32,9 +32,9 @@ from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Recipe, Rows
 from tests.job import contents
-from tests.run import apply
-from tests.sky import observations, write_catalog
+from tests.skies import observations, write_catalog
 from tests.stages.clumps import SETTINGS
+from tests.steps import apply
 
 
 def test_a_run_that_is_refused_leaves_no_claim(tmp_path):
@@ -82,7 +82,7 @@ def test_two_workers_give_the_same_bytes(cluster, stars, current, tmp_path):
             CrossmatchSettings(radius_arcsec=1.0),
             cluster=running,
         )
-        model, catalog = current / "model.polynomial", current / "lamost.observations"
+        model, catalog = current / "lamost.model.polynomial", current / "lamost.observations"
         apply(model, Catalog.open(catalog), tmp_path / name / "applied", cluster=running)
     assert contents(tmp_path / "alone") == contents(tmp_path / "together")
 

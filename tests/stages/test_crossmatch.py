@@ -17,7 +17,7 @@ from sos_dask.stars.match import match
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from tests.job import contents
-from tests.sky import write_catalog
+from tests.skies import write_catalog
 from tests.stages.clumps import N_ROWS, SIZES, rows_of, sky
 
 

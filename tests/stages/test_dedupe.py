@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from sos_dask.api import dedupe
@@ -10,7 +11,7 @@ from sos_dask.stars.combine import combine
 from sos_dask.stars.group import DedupeSettings, group, rank_of
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
-from tests.sky import write_catalog
+from tests.skies import write_catalog
 from tests.stages.clumps import N_ROWS, SETTINGS, SIZES, chain, ids_of, rows_of, sky
 
 
@@ -39,8 +40,12 @@ def test_dedupe_equals_one_call_of_the_kernel(stars, number):
     for size in SIZES:
         found = rows_of(stars / f"stars{number}-{size}")
         assert found.equals(expected), size
-        rows = Manifest.load(stars / f"stars{number}-{size}").rows
+        manifest = Manifest.load(stars / f"stars{number}-{size}")
+        rows, summary = manifest.rows, manifest.summary
         assert (rows.n_in, rows.n_out) == (N_ROWS, expected.num_rows)
+        repeats = np.count_nonzero(expected["n_obs"].to_numpy() > 1)
+        assert summary["stars_with_repeats"] == repeats > 50
+        assert summary["stars_with_large_spread"] == pc.sum(expected["flag_spread"]).as_py() > 5
         assert rows.dropped == {"merged": N_ROWS - expected.num_rows}
     n_partitions = {len(Catalog.open(stars / f"obs{number}-{size}").pixels) for size in SIZES}
     assert len(n_partitions) > 1

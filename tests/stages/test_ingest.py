@@ -12,6 +12,7 @@ from astropy.io import fits
 from sos_dask.errors import CatalogError, ConfigError, SurveyError
 from sos_dask.ingest.canonical import Chunk
 from sos_dask.stages.ingest import Ingest, IngestSettings, SurveySettings, ingest
+from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from sos_dask.surveys.definition import load_survey
 from tests.job import contents
@@ -29,7 +30,7 @@ def test_a_key_whose_rows_share_a_position_is_refused(tmp_path):
     path = write_fits(tmp_path / "stars.fits", repeated_keys(2000, 100))
     out = tmp_path / "out"
     with pytest.raises(
-        SurveyError, match="survey mock: 'obs_id' is no key: 1900 of 2000"
+        SurveyError, match="survey mock: 'obs_id' is not a key: 1900 of 2000"
     ) as caught:
         ingest(survey(), [path], out, IngestSettings(rows_per_partition=50))
     assert "join" in caught.value.hint
@@ -187,3 +188,16 @@ def test_a_run_that_made_nothing_leaves_nothing(lamost, small_sky, tmp_path):
     with pytest.raises(CatalogError, match="--overwrite"):
         ingest(survey, lamost["three"], tmp_path / "out")
     ingest(survey, lamost["three"], tmp_path / "out", overwrite=True)
+
+
+def test_rows_are_counted_by_cut(small_store):
+    path = small_store / "current" / "lamost.observations"
+    manifest, catalog = Manifest.load(path), Catalog.open(path)
+    quality = np.concatenate(
+        [catalog.read(pixel, ["quality"])["quality"].to_numpy() for pixel in catalog.pixels]
+    )
+    cuts = load_survey("lamost-dr11-lrs").cuts.values()
+    failed = {cut.name: int(np.count_nonzero(quality & (1 << cut.bit))) for cut in cuts}
+    assert manifest.summary["fail_cut"] == failed and max(failed.values()) > 100
+    assert manifest.summary["pass_all_cuts"] == np.count_nonzero(quality == 0)
+    assert sum(manifest.summary["rejected"].values()) == manifest.rows.rejected

@@ -1,5 +1,7 @@
 """The reference does not depend on how the sky is cut."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -8,13 +10,13 @@ import pytest
 from sos_dask.api import reference
 from sos_dask.schema import CANONICAL
 from sos_dask.sky.healpix import ang2pix, propagate
-from sos_dask.stages.reference import ReferenceSettings
+from sos_dask.stages.reference import MIN_COMMON, ReferenceSettings, common_stars
 from sos_dask.stars.combine import combine
 from sos_dask.stars.group import GAIA_IDS, DedupeSettings, group, rank_of
 from sos_dask.stars.unify import unify
 from sos_dask.storage.catalog import Catalog
 from tests.job import contents
-from tests.sky import write_catalog
+from tests.skies import observations, write_catalog
 from tests.stages.clumps import EPOCH, SIZES, chain, ids_of, rows_of
 
 
@@ -148,3 +150,55 @@ def test_chains_of_moving_stars(tmp_path, n, speed):
     reference(catalogs, tmp_path / "reference", settings)
     assert len(Catalog.open(tmp_path / "reference").pixels) >= 2
     assert rows_of(tmp_path / "reference").equals(expected)
+
+
+def surveys_apart(folder: Path, n: int, shift: float, n_bad: int = 0) -> dict[str, Catalog]:
+    """The same stars in two surveys, the second ``shift`` higher; some of it fail a cut."""
+    rng = np.random.default_rng(3)
+    stars = {}
+    for number, name in enumerate("ab"):
+        table = observations(n, spread=True)
+        quality = np.zeros(n, dtype=np.int64)
+        quality[: number * n_bad] = 1
+        columns = {"teff": 5000.0 + number * shift + rng.normal(0, 1, n), "quality": quality}
+        for label, values in columns.items():
+            place = table.schema.get_field_index(label)
+            field = table.schema.field(place)
+            table = table.set_column(place, field, pa.array(values).cast(field.type))
+        made = combine(table, np.arange(n), DedupeSettings(), {})
+        stars[name] = write_catalog(made, folder / name, 20, f"{name}.stars")
+    return stars
+
+
+@pytest.mark.parametrize("n_bad", [0, 1])
+def test_zero_points_are_medians_of_fifty_common_stars_or_more(tmp_path, n_bad):
+    stars = surveys_apart(tmp_path, MIN_COMMON, 40.0, n_bad)
+    settings = ReferenceSettings(order=("a",), rows_per_partition=20)
+    found = reference(stars, tmp_path / "reference", settings).summary["offsets"]
+    if n_bad:
+        assert found == {}
+        return
+    teff = [
+        {row["ra"]: row["teff"] for row in rows_of(catalog.path).to_pylist()}
+        for catalog in stars.values()
+    ]
+    differences = [teff[1][place] - teff[0][place] for place in teff[0]]
+    assert found["b"]["teff"] == np.median(differences)
+    assert 35 < found["b"]["teff"] < 45 and set(found["b"]) == {"teff", "logg", "feh"}
+    ((first, second, one, other),) = common_stars(
+        Catalog.open(tmp_path / "reference"), stars, ("b",)
+    )
+    assert (first, second) == ("b", "a") and len(one) == len(other) == MIN_COMMON
+    assert one["united"].equals(other["united"])
+    apart = np.array(one["teff"].to_numpy()) - other["teff"].to_numpy()
+    assert sorted(apart) == pytest.approx(sorted(np.array(differences) - found["b"]["teff"]))
+
+
+def test_common_stars_are_those_that_pass_their_cuts(tmp_path):
+    stars = surveys_apart(tmp_path, 60, 0.0, 7)
+    settings = ReferenceSettings(order=("a",), offsets={"b": {"teff": 10.0}})
+    reference(stars, tmp_path / "reference", settings)
+    ((first, _, one, other),) = common_stars(Catalog.open(tmp_path / "reference"), stars)
+    assert first == "a" and len(one) == len(other) == 53
+    given = rows_of(stars["b"].path)["teff"].to_numpy().astype(np.float64)
+    assert np.isin(other["teff"].to_numpy() + 10.0, given).all()

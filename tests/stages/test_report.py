@@ -1,19 +1,33 @@
 """The report of a whole store: complete, self-contained, the same again, and in a real browser."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.errors import CatalogError, ConfigError
+from sos_dask.evidence.projection import ProjectionSettings
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.rebuild.plan import plan
+from sos_dask.report import page
+from sos_dask.report.figures import (
+    left_out_figure,
+)
+from sos_dask.report.style import (
+    render,
+)
+from sos_dask.stages import report as stage
+from sos_dask.stages.projection import ProjectionStage, load_projection
 from sos_dask.stages.report import (
     PAGE,
     ReportSettings,
@@ -21,10 +35,13 @@ from sos_dask.stages.report import (
     figures,
     of_build,
 )
+from sos_dask.stages.train import GeneralisationSettings
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.store import read_build
 from tests.job import contents
-from tests.run import report
+from tests.report.made import UNITS, drawn
+from tests.steps import generalisation, report
 
 FIGURES = {
     "sky",
@@ -38,9 +55,13 @@ FIGURES = {
     "coverage",
     "coverage-growth",
 }
+
+
 SETTINGS = ReportSettings(
     job="small", job_text="a = 1  # <b>", software={"sos-dask": "0", "numpy": "1"}
 )
+
+
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
@@ -135,6 +156,11 @@ def test_a_stopped_run_goes_on_and_workers_change_no_byte(
     out = tmp_path / "out"
     drawn: list[str] = []
     part = ReportStage.draw_figure
+    few = ("sky", "kiel", "comparison", "calibration", "correction")
+    monkeypatch.setattr(
+        "sos_dask.stages.report.figures",
+        lambda build: {name: draw for name, draw in figures(build).items() if name in few},
+    )
 
     def stopping(self, output, key, item):
         if len(drawn) == 2:
@@ -151,20 +177,51 @@ def test_a_stopped_run_goes_on_and_workers_change_no_byte(
     assert {path.stem for path in before} == set(drawn)
     report(products, out, SETTINGS, cluster=cluster)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "none is drawn twice"
-    assert contents(out) == contents(made)
+    whole, found = contents(made / "figures"), contents(out / "figures")
+    names = [f"{name}.{kind}" for name in few for kind in ("png", "pdf")]
+    assert found == {name: whole[name] for name in names}
+
+
+def test_rows_on_the_kiel_plane_and_their_errors_are_counted(small_store):
+    current = small_store / "current"
+    catalog = Catalog.open(current / "lamost.corrected")
+    pixel = catalog.pixels[0]
+    counts = stage._count_kiel(catalog, pixel, ["teff", "feh"])
+    known, beyond = 0, 0
+    cells: dict[int, list[float]] = {}
+    for row in catalog.read(pixel).to_pylist():
+        if row["teff"] is None or row["logg"] is None:
+            continue
+        known += 1
+        i, j = int((row["teff"] - 3000) // 50), int((row["logg"] + 0.5) // 0.05)
+        if not (0 <= i < 140 and 0 <= j < 120):
+            beyond += 1
+        elif row["teff_sos_err"] is not None and row["teff_sos_err"] > 0:
+            cells.setdefault(i * 120 + j, []).append(row["teff_sos_err"])
+    assert counts["before"].sum() == known > 500 and counts["before"][-1] == beyond
+    assert set(counts) == {"before", "after", "teff_n", "teff_sum", "feh_n", "feh_sum"}
+    assert counts["teff_n"][:-1].sum() == sum(map(len, cells.values())) > 300
+    n, total = counts["teff_n"], counts["teff_sum"]
+    off = 0
+    for cell, errors in cells.items():
+        if n[cell] != len(errors):
+            off += 1  # a label on the edge of a cell, in another precision
+            continue
+        assert total[cell] * 1e-6 == pytest.approx(np.sum(np.log10(errors)), abs=1e-6 * len(errors))
+    assert off < 0.02 * len(cells)
 
 
 def test_what_is_missing_is_left_out(products, tmp_path):
-    without = ("trends", "reference", "galah.stars", "comparison", "uncertainty", "coverage")
-    few = {n: p for n, p in products.items() if n not in without} | {
-        "chosen": products["comparison"]
-    }
+    without = (
+        "lamost.trends", "reference", "galah.stars", "lamost.uncertainty", "lamost.coverage",
+    )  # fmt: skip
+    few = {n: p for n, p in products.items() if n not in without}
     manifest = report(few, tmp_path / "few", SETTINGS)
-    assert set(manifest.summary["figures"]) == {"sky", "kiel"}
+    assert set(manifest.summary["figures"]) == {"sky", "kiel", "comparison"}
     text = (tmp_path / "few" / PAGE).read_text()
     assert "Trends before and after" not in text and "The methods compared" in text
     with pytest.raises(ConfigError, match="nothing to report"):
-        report({"pairs": products["pairs"]}, tmp_path / "none", SETTINGS)
+        report({"lamost.pairs": products["lamost.pairs"]}, tmp_path / "none", SETTINGS)
     with pytest.raises(CatalogError, match="already holds"):
         report(products, tmp_path / "few", SETTINGS)
 
@@ -202,9 +259,117 @@ def test_software_is_part_of_the_recipe():
     assert {"python", "numpy", "matplotlib"} <= set(ReportSettings(job="a", job_text="b").software)
 
 
-# --- in a browser -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def current(small_store) -> Path:
+    folder: Path = small_store / "current"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plane(current, tmp_path_factory) -> Path:
+    pytest.importorskip("umap")
+    folder: Path = tmp_path_factory.mktemp("plane") / "projection"
+    catalogs = [Catalog.open(current / name) for name in ("lamost.observations", "lamost.pairs")]
+    settings = ProjectionSettings(sample_rows=400, map_bins=96)
+    inputs = dict(zip(("observations", "pairs"), catalogs, strict=True))
+    ProjectionStage(inputs, settings).run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def left_out(current, tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("left-out") / "generalisation"
+    pairs = Catalog.open(current / "lamost.pairs")
+    generalisation(
+        pairs, folder, {"polynomial": {"order": 2}}, GeneralisationSettings(min_pairs=20)
+    )
+    return folder
+
+
+def test_the_page_has_the_plane_and_the_groups(current, plane, left_out, tmp_path, monkeypatch):
+    wanted = {"projection", "generalisation"}
+    monkeypatch.setattr(
+        "sos_dask.stages.report.figures",
+        lambda build: {name: draw for name, draw in figures(build).items() if name in wanted},
+    )
+    panels = {}
+
+    def watched(draw):
+        def kept():
+            if (found := draw()) is not None:
+                panels.update({axes.get_title(): axes for axes in found.figure.axes})
+            return found
+
+        return render(kept)
+
+    monkeypatch.setattr("sos_dask.stages.report.render", watched)
+    products = {name: current / name for name in read_build(current)["products"]}
+    more = {"lamost.generalisation": left_out, "lamost.projection": plane}
+    manifest = report({**products, **more}, tmp_path / "out", SETTINGS)
+    assert set(manifest.summary["figures"]) == wanted
+    text = (tmp_path / "out" / PAGE).read_text()
+    known, outside = by_row(plane, current / "lamost.coverage")
+    assert known.sum() > 1000 and f"({known.sum():,} scored rows)" in text
+    # The right panel of the figure as it was drawn: each cell with its own share.
+    image = panels["outside the coverage"].collections[0]
+    share = np.full(known.shape, np.nan)
+    np.divide(100.0 * outside, known, out=share, where=known > 0)
+    assert np.nanmin(share) == 0 and np.nanmax(share) > 50 and len(np.unique(share)) > 10
+    shown = np.ma.filled(np.ma.asarray(image.get_array()), np.nan)
+    np.testing.assert_array_equal(shown, share.T, "the first coordinate is drawn to the right")
+
+
+def by_row(plane: Path, coverage: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with a coverage in each coarse cell, and those outside: each row found by its id."""
+
+    def rows(folder: Path, *names: str) -> dict[Any, dict]:
+        found = pq.read_table(folder / "dataset", columns=["obs_id", *names]).to_pylist()
+        by_id = {row["obs_id"]: row for row in found}
+        assert len(by_id) == len(found)
+        return by_id
+
+    scores = rows(coverage, "coverage", FLAGS)
+    bins = Manifest.load(plane).recipe.params["settings"]["map_bins"]
+    group = -(-bins // 64)
+    low_1, high_1, low_2, high_2 = load_projection(plane).limits()
+    known, outside = np.zeros((2, -(-bins // group), -(-bins // group)), dtype=int)
+    for key, row in rows(plane, "umap_1", "umap_2").items():
+        if row["umap_1"] is None or scores[key]["coverage"] is None:
+            continue
+        i = math.floor((row["umap_1"] - low_1) * (bins / (high_1 - low_1)))
+        j = math.floor((row["umap_2"] - low_2) * (bins / (high_2 - low_2)))
+        if 0 <= i < bins and 0 <= j < bins:
+            known[i // group, j // group] += 1
+            outside[i // group, j // group] += bool(scores[key][FLAGS] & FLAG_OUTSIDE)
+    return known, outside
+
+
+def test_a_plane_of_other_rows_is_refused(current, plane, tmp_path):
+    products = {name: current / name for name in read_build(current)["products"]}
+    shutil.copytree(plane, tmp_path / "other")
+    catalog = Catalog.open(tmp_path / "other")
+    file = catalog.partition_file(catalog.pixels[0])
+    pq.write_table(pq.read_table(file).slice(1), file)
+    with pytest.raises(CatalogError):
+        report({**products, "projection": tmp_path / "other"}, tmp_path / "out", SETTINGS)
+
+
+def test_groups_left_out_are_shown_beside_groups_that_trained(left_out):
+    table = pq.read_table(left_out / "generalisation.parquet")
+    said = drawn(left_out_figure(table, UNITS, "polynomial")).facts["pairs"]
+    assert any(name.startswith("apogee") for name in said) and any("≥" in name for name in said)
+    assert left_out_figure(table.slice(0, 0), UNITS, "x") is None
+    shown = page.left_out(table, UNITS, "polynomial")
+    rows = [r for r in table.to_pylist() if r["method"] == "polynomial"]
+    assert len(shown.rows) == len(rows) > 3
+    for row in rows:
+        numbers = (f"{row['n_train']:,}", f"{row['n']:,}")
+        assert any(cells[3:5] == numbers and cells[1] == row["split"] for cells in shown.rows)
+
 
 _RULES = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+
+
 _PROBE = """<script>addEventListener("load", () => {
   const width = document.documentElement.clientWidth, beyond = [];
   for (const e of document.querySelectorAll("body *")) {
@@ -216,6 +381,8 @@ _PROBE = """<script>addEventListener("load", () => {
   const scroll = document.documentElement.scrollWidth;
   parent.postMessage(JSON.stringify({width, scroll, beyond, broken}), "*");
 })</script></body>"""
+
+
 _FRAME = """<body><script>onmessage = e => document.body.dataset.probe = e.data</script>
 <iframe style="border:0" width="{width}" height="800" src="probe.html"></iframe>"""
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sos_dask.corrections.formula import Formula, Template
+from sos_dask.corrections.formula import Formula, Interval, Template
 from sos_dask.corrections.symbolic import fit_numbers
 from sos_dask.errors import ModelError
 from tests.steps import FEATURES
@@ -199,3 +199,24 @@ def test_a_row_is_evaluated_the_same_in_any_company():
     order = np.random.default_rng(1).permutation(len(x))
     np.testing.assert_array_equal(formula.evaluate(x[order]), whole[order])
     np.testing.assert_array_equal(formula.evaluate(x[order[:5]]), whole[order[:5]])
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "feh**2 - feh**3", "1/(feh + 4)**2 - logg", "-logg*feh"])
+def test_bounds_hold_all_values_in_a_cell(text):
+    formula = Formula.parse(text)
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(*BOX, (2, 30, 3))
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    boxes = [Interval(a, b) for a, b in zip(low.T, high.T, strict=True)]
+    bounds = formula.run(boxes, lambda x: Interval(np.float64(x), np.float64(x)))
+    for share in rng.uniform(size=(50, 30, 3)):
+        values = formula.evaluate(low + share * (high - low))
+        assert (values >= bounds.low - 1e-9).all()
+        assert (values <= bounds.high + 1e-9).all()
+
+
+def test_even_powers_of_an_interval_around_zero_start_there():
+    found = Interval(np.float64(-3), np.float64(2))
+    for power, ends in ((1, (-3, 2)), (2, (0, 9)), (3, (-27, 8))):
+        squared = found**power
+        assert (squared.low, squared.high) == ends

@@ -18,7 +18,7 @@ from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
 from tests.corrections.test_formula import points, python
 from tests.steps import FEATURES
 
-QUICK = {"n_sample": 1000, "population": 100, "generations": 15, "max_length": 15}
+QUICK = {"n_sample": 1000, "population": 60, "generations": 10, "max_length": 15}
 
 
 def fit(source, **options) -> SymbolicCorrection:
@@ -124,7 +124,7 @@ def test_simple_formulas_are_recovered_in_spite_of_outliers():
     y = truth(b.features) + NOISE / 2 * rng.normal(size=(20_000, 3))
     y += (rng.random((20_000, 3)) < 0.03) * rng.uniform(8, 15, (20_000, 3)) * NOISE
     source = ArraySource(Batch(b.features, y.astype("f4"), b.fold, b.weight), (3000, 9000))
-    out = fit(source, params={"generations": 25, "population": 250, "n_sample": 3000})
+    out = fit(source, params={"generations": 20, "population": 200, "n_sample": 2000})
     error = (out.predict(b.features) - truth(b.features)) / NOISE
     assert (np.sqrt(np.mean(error**2, axis=0)) < [0.05, 0.05, 0.08]).all()
     assert (np.abs(np.median(error, axis=0)) < 0.03).all()
@@ -283,3 +283,43 @@ def test_an_incomplete_file_is_refused(fitted):
             SymbolicCorrection.restore(fitted.info, {"formula.json": content})
     with pytest.raises(ModelError, match=r"formula\.json"):
         SymbolicCorrection.restore(fitted.info, {})
+
+
+def test_shares_of_cells():
+    counts = np.array([0, 4, 100, 10_000])
+    shares = symbolic._shares(counts, 500, True)
+    assert counts @ shares == pytest.approx(500)
+    assert shares[1] == 1
+    assert shares[2] == pytest.approx(10 * shares[3])
+    even = symbolic._shares(counts, 500, False)
+    np.testing.assert_allclose(even, 500 / counts.sum())
+    np.testing.assert_array_equal(symbolic._shares(counts, 20_000, True), np.ones(4))
+
+
+def test_the_choice_from_a_front():
+    class Form:
+        def __init__(self, complexity, noise):
+            self.complexity, self.noise = complexity, noise
+
+        def values(self, u):
+            return u[0] + self.noise * u[1]
+
+    rng = np.random.default_rng(0)
+    u, y = rng.normal(size=(2, 4000)), np.zeros(4000)
+    y += u[0] + 0.1 * rng.normal(size=4000)
+    # A worse one that is longer has no place; one that is a little worse and shorter is taken.
+    worse = -0.001 * np.sign((y - u[0]) @ u[1])
+    pairs = ((5, 0.0), (9, 20 * worse), (1, 0.5), (3, worse), (3, 0.3))
+    forms: Any = [Form(*pair) for pair in pairs]
+    front, chosen = symbolic._front(forms, u, y, 1.0)
+    assert [form.complexity for form, _ in front] == [1, 3, 5]
+    assert front[1][0] is forms[3]
+    assert chosen == 1
+    assert symbolic._front(forms, u, y, 0.0)[1] == 2
+    best = front[-1][1]
+    assert best["behind"] == best["standard_error"] == 0
+    residual = np.abs(y - u[0])
+    assert best["scatter"] == pytest.approx(1.4826 * np.median(residual))
+    size = residual / best["scatter"] / 4.685
+    loss = np.mean(np.where(size < 1, 1 - (1 - size**2) ** 3, 1))
+    assert best["loss"] == pytest.approx(loss, rel=0.01)

@@ -48,7 +48,7 @@ from sos_dask.stages.evidence import (
     single_observations,
 )
 from sos_dask.stages.reference import common_stars
-from sos_dask.stars.folds import fold_of, smallest_of_joined
+from sos_dask.stars.group import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import GIANT_LOGG, normalisation
 from sos_dask.stats.numbers import find_sparse
 from sos_dask.storage.artifact import Output, partition_errors

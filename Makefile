@@ -8,6 +8,8 @@ PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+# Two processes; neighbours stay together, so that most fixtures of a file are made once.
+TEST_JOBS ?= 2
 TEST_ARGS ?=
 ROWS ?= 19000000
 OUT ?= build/bench
@@ -30,7 +32,7 @@ demo: $(VENV)/.core
 	$(BIN)/sos-dask demo $(DEMO_ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

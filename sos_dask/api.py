@@ -28,18 +28,16 @@ from sos_dask.run.cluster import Cluster, silent, start
 from sos_dask.simulate import SkySettings
 from sos_dask.stages import ingest as _ingest
 from sos_dask.stages.apply import Apply, ApplySettings
-from sos_dask.stages.attach import Attach, AttachSettings
+from sos_dask.stages.attach import Attach, AttachSettings, Margin, MarginSettings
 from sos_dask.stages.base import Stage
-from sos_dask.stages.compare import Compare, CompareSettings
+from sos_dask.stages.compare import Compare, CompareSettings, Trends, TrendSettings
 from sos_dask.stages.coverage import Coverage, CoverageSettings
 from sos_dask.stages.crossmatch import Crossmatch, CrossmatchSettings
 from sos_dask.stages.dedupe import Dedupe
 from sos_dask.stages.evidence import Evidence
 from sos_dask.stages.ingest import IngestSettings
-from sos_dask.stages.margin import Margin, MarginSettings
 from sos_dask.stages.reference import Reference, ReferenceSettings
 from sos_dask.stages.train import Train, TrainSettings
-from sos_dask.stages.trends import Trends, TrendSettings
 from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
 from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage import store as _store

@@ -31,22 +31,13 @@ ColumnName = Annotated[str, AfterValidator(_column_name)]
 
 
 class Label(Settings):
-    """A quantity that is homogenised, and the names of the columns made of it.
-
-    Parameters
-    ----------
-    name : str
-        Its column in a catalog.
-    unit : str
-        As in the metadata of columns.
-    error : str
-        Column of its error; default ``<name>_err``.
-    """
+    """A quantity that is homogenised, and the names of the columns made of it."""
 
     name: ColumnName = Field(description="Column of the label in a catalog")
     unit: str = Field("", description="Unit, as in the metadata of columns")
     error: ColumnName = Field(
-        default_factory=lambda given: f"{given['name']}_err", description="Column of its error"
+        default_factory=lambda given: f"{given['name']}_err",
+        description="Column of its error; default: <name>_err",
     )
 
     @property
@@ -76,32 +67,22 @@ class Label(Settings):
 
 
 class Input(Settings):
-    """A column, with its transform, that a correction sees.
-
-    Parameters
-    ----------
-    column : str
-    scale : float
-        The column is divided by it.
-    log10 : bool
-        Take the decimal logarithm; not known where the column is not positive.
-    name : str
-        Of the input in models and formulas; default: the column.
-    """
+    """A column, with its transform, that a correction sees."""
 
     column: ColumnName = Field(description="Column of a catalog")
     scale: float = Field(1.0, gt=0, description="The column is divided by it")
-    log10: bool = Field(False, description="Take the decimal logarithm")
+    log10: bool = Field(
+        False, description="Take the decimal logarithm; unknown where the column is not positive"
+    )
     name: ColumnName = Field(
-        default_factory=lambda given: given["column"], description="Name in models and formulas"
+        default_factory=lambda given: given["column"],
+        description="Name in models and formulas; default: the column",
     )
 
     def values(self, column: ArrayLike) -> NDArray[np.floating]:
-        """Transform a column in its own precision (logarithms in double), NaN where unknown.
+        """Transform a column, shape (n,), in its own precision (logarithms in double).
 
-        Parameters
-        ----------
-        column : array_like of float32 or float64, shape (n,)
+        NaN where unknown.
         """
         values: NDArray[np.floating] = np.asarray(column)
         if self.scale != 1.0:
@@ -128,11 +109,6 @@ class Problem(Settings):
     """Labels that are corrected, and the inputs that a correction sees.
 
     The default is (teff, logg, feh) by (Teff / 5040 K, log g, [Fe/H]).
-
-    Parameters
-    ----------
-    labels : tuple of Label
-    inputs : tuple of Input
     """
 
     labels: Annotated[tuple[Label, ...], Field(strict=False, min_length=1)] = tuple(
@@ -169,17 +145,12 @@ class Problem(Settings):
         return (*self.inputs, *known)
 
     def matrix(self, columns: Columns) -> Float32Array:
-        """Make the inputs of a correction.
+        """Make the inputs of a correction, float32 of shape (n, k); each column is contiguous.
 
         Parameters
         ----------
         columns : pyarrow.Table or mapping of str to array_like, shape (n,)
             Null or NaN where unknown.
-
-        Returns
-        -------
-        ndarray of float32, shape (n, k)
-            Columns `inputs`; each is contiguous.
         """
         parts = [item.values(_column(columns, item.column)) for item in self.inputs]
         return np.stack(parts, dtype=np.float32).T
@@ -187,18 +158,7 @@ class Problem(Settings):
     def parameter_matrix(
         self, columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]
     ) -> FloatArray:
-        """Make parameters as scores and projections see them, nan where unknown.
-
-        Parameters
-        ----------
-        columns : mapping of str to ndarray of float, shape (n,)
-        names : sequence of str
-            Columns of some of `parameters`, in this order.
-
-        Returns
-        -------
-        ndarray of float64, shape (n, len(names))
-        """
+        """Make the `parameters` of some columns, shape (n, len(names)), nan where unknown."""
         known = {item.column: item for item in self.parameters}
         parts = [known[name].values(np.asarray(columns[name], dtype=np.float64)) for name in names]
         return np.stack(parts, axis=1)

@@ -7,6 +7,10 @@ import pandas  # noqa: F401  programs that results are compared with need it of 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.command_line import cli
+
+__all__ = ["cli"]  # a fixture
+
 # Whether a machine is busy is no property of the software. Threads of XGBoost that wait for each
 # other are not to spin: beside other programs that takes ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -12,7 +12,7 @@ from astropy.io import fits
 
 from sos_dask.errors import SosError, SurveyError
 from sos_dask.ingest.canonical import Profile, plan_chunks, read_chunk
-from sos_dask.ingest.readers import open_source
+from sos_dask.ingest.reader import open_source
 from sos_dask.schema import TEXT_UNITS
 from sos_dask.surveys.definition import Survey, parse_survey
 

@@ -10,10 +10,10 @@ import pytest
 from hats.io.validation import is_valid_catalog
 
 from sos_dask.api import crossmatch, margin
+from sos_dask.stages.attach import MarginSettings
 from sos_dask.stages.crossmatch import CrossmatchSettings
-from sos_dask.stages.margin import MarginSettings
 from sos_dask.storage.catalog import Catalog
-from tests.sky import observations, write_catalog
+from tests.skies import observations, write_catalog
 
 
 @pytest.fixture(scope="module")

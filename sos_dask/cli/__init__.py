@@ -10,8 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from sos_dask.cli import steps, store, views
-from sos_dask.cli.options import DEBUG
+from sos_dask.run import LIGHT
+
+# Read when NumPy and Arrow are loaded: products are small, and threads for them would wait in a
+# loop for the next; memory that threads have freed is used again, not given back.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if set(sys.argv[1:2]) & set(LIGHT):
+    os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
+
+from sos_dask.cli import steps, views
 from sos_dask.cli.output import complain, prepare_streams, shown
 from sos_dask.errors import understood
 
@@ -26,27 +33,17 @@ app = typer.Typer(
     "Start with **sos-dask demo**, then write a job like jobs/real.toml and run "
     "**sos-dask rebuild JOB**.",
 )
+_DEBUG = "--debug"
 _ABANDONED = 141  # exit code of a program whose output nobody reads, as shells give it
 _GROUPS = {
-    "Whole rebuilds": (store.demo, store.rebuild, store.status, store.gc),
+    "Whole rebuilds": (steps.demo, steps.rebuild, views.status, views.gc),
     "Single steps, in their order": (
-        steps.simulate,
-        steps.ingest,
-        steps.attach,
-        steps.dedupe,
-        steps.reference,
-        steps.crossmatch,
-        steps.train,
-        steps.apply,
+        *(steps.simulate, steps.ingest, steps.attach, steps.dedupe),
+        *(steps.reference, steps.crossmatch, steps.train, steps.apply),
     ),
     "Look and check": (
-        views.compare,
-        views.trends,
-        store.uncertainty,
-        views.coverage,
-        store.report,
-        store.surveys,
-        store.verify,
+        *(views.compare, views.trends, views.uncertainty, views.coverage),
+        *(views.report, views.surveys, views.verify),
     ),
 }
 for _title, _commands in _GROUPS.items():
@@ -57,11 +54,8 @@ for _title, _commands in _GROUPS.items():
 def main() -> None:
     """Entry point: runs a command, turns errors into a message and an exit code."""
     gc.set_threshold(100_000)  # imports make many objects and no garbage
-    # Read when NumPy is loaded, which is later: products are small, and threads for them would wait
-    # in a loop for the next.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    debug = DEBUG in sys.argv[1:]
-    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
+    debug = _DEBUG in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
     prepare_streams()
     try:
         for number, argument in enumerate(arguments, start=1):
@@ -100,9 +94,13 @@ def _told(error: Exception) -> int:
         return known.exit_code
     complain(
         f"unexpected error: {type(error).__name__}: {shown(str(error))}",
-        f"Give {DEBUG} to see where, and please report it.",
+        f"Give {_DEBUG} to see where, and please report it.",
     )
     return 1
+
+
+def _write_nowhere() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _nobody_reads() -> bool:
@@ -111,7 +109,7 @@ def _nobody_reads() -> bool:
     poll.register(1, 0)
     gone = any(events & select.POLLERR for _, events in poll.poll(0))
     if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _write_nowhere()
     return gone
 
 
@@ -119,11 +117,10 @@ def _flush() -> None:
     """Write what is left; a reader that went away (``| head``) is no error."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(_ABANDONED) from None
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _write_nowhere()
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(_ABANDONED) from None
         raise
 
 
@@ -143,6 +140,6 @@ def _common(
             "--version", help="Print the version.", callback=_print_version, is_eager=True
         ),
     ] = False,
-    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option(_DEBUG, help="Show tracebacks.")] = False,
 ) -> None:
     """Options of all commands."""

@@ -1,64 +1,107 @@
-"""Options that several commands share."""
+"""Options: their texts in one table, and commands made of functions with settings."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from sos_dask.cli.output import Row, print_json, reporting, show_step
 from sos_dask.errors import ConfigError, StorageError
+from sos_dask.rebuild.job import load_job
+from sos_dask.run import LIGHT
+from sos_dask.run.cluster import Cluster, start
+from sos_dask.run.machine import leave_pandas_out, n_cores
+from sos_dask.schema import nearest
 from sos_dask.settings import Settings
+from sos_dask.stages.base import Stage
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.store import stores_near
 
-if TYPE_CHECKING:
-    from sos_dask.run.cluster import Cluster
-    from sos_dask.storage.catalog import Catalog
-
-DEBUG = "--debug"
-
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        "-w",
-        min=0,
-        metavar="N",
-        help="Worker processes; 0: none, all in this process. Default: one per core.",
-        show_default=False,
+# More threads than this wait for each other: Python itself runs in one at a time.
+_FEW_CORES = 4
+_ENDS = {"workers": (0, None), "threads": (1, None), "rows": (1000, 10**9), "seed": (0, 2**31 - 1)}
+# By parameter, or by command and parameter: names (but for its own) and metavar, and what it does.
+_TEXTS = {
+    "against": ("NAME", "Only bins of this quantity: teff, logg, feh, snr, ..."),
+    "as_json": ("--json", "Print one JSON object; progress goes to stderr."),
+    "catalog": ("", "Directory of a catalog."),
+    "columns": ("--column -c NAME[=OTHER]", "Column to add; repeatable."),
+    "coverage": ("DIRECTORY",
+        "Product 'coverage' of this catalog and model: adds coverage and its flags, fades the "
+        "correction and widens the errors where it is low."),
+    "coverage.errors": ("DIRECTORY",
+        "With PAIRS: product 'uncertainty' of this model, which apply is to widen."),
+    "coverage.inputs": ("PAIRS MODEL CATALOG STARS",
+        "Pairs, a model trained on them, the catalog to score and its stars; without: the current "
+        "build of the store."),
+    "demo.store": ("DIRECTORY", "Folder that gets everything."),
+    "errors": ("DIRECTORY", "Product 'uncertainty' of a build with this model: errors are added."),
+    "fallback": ("MODEL",
+        "With --coverage, what the correction fades to: the directory of a polynomial model; none: "
+        "no correction; edge: nothing fades."),
+    "files": ("", "Files of the survey."),
+    "gc.dry_run": ("", "List what would be removed; remove nothing."),
+    "grid": ("LABEL=LOW,HIGH",
+        "With PAIRS: limits of the grid of the survey's pipeline; repeatable. Default: smallest "
+        "and largest value."),
+    "inputs": (
+        "PAIRS MODEL", "Pairs and models trained on them; without: the current build of the store."
     ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        min=1,
-        metavar="N",
-        help="Threads of this process instead of workers; with up to 4 cores the default, one "
-        "per core. They start at once and share the memory of the process.",
-        show_default=False,
+    "job": ("[JOB]", "Job file (its store is used), or a store."),
+    "keep_builds": ("N", "Number of latest builds to keep."),
+    "key": ("COLUMN",
+        "Key of a catalog that another program made: integers or text, each once. Repeatable: a "
+        "catalog takes the first that it has. Default: star_id or obs_id."),
+    "label": ("NAME", "Only this label, such as feh."),
+    "left": ("", "Target: observations or stars, or any HATS catalog."),
+    "margin_arcsec": ("X", "Also write a margin catalog, OUT.collection, for LSDB."),
+    "memory_limit": ("SIZE", "Memory of each worker or thread, like 4GiB."),
+    "model": ("", "Directory of a trained model."),
+    "no_bias": ("", "No systematic difference between the surveys."),
+    "no_offsets": (
+        "", "Do not put every survey on the zero point of the first by median differences."
     ),
-]
-_MEMORY = typer.Option(
-    "--memory-limit", metavar="SIZE", help="Memory of each worker or thread, like 4GiB."
-)
-MemoryLimit = Annotated[str, _MEMORY]
-OptionalMemoryLimit = Annotated[str | None, _MEMORY]
-
-
-Scheduler = Annotated[
-    str | None,
-    typer.Option(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="Address or scheduler file of a running Dask cluster, used instead of own workers.",
+    "other": ("", "Directory of any HATS catalog."),
+    "out": ("--out -o DIRECTORY", "Directory that gets the output."),
+    "overwrite": ("", "Replace another output in the same directory."),
+    "pairs": ("", "Catalog of pairs."),
+    "param": ("--param -p NAME=VALUE", "Parameter of the method."),
+    "rebuild.dry_run": ("", "List what would run, and why; run nothing."),
+    "rebuild.job": ("", "Job file (TOML)."),
+    "rebuild.store": ("DIRECTORY", "Used instead of the job's store."),
+    "reference.catalogs": (
+        "", "Catalogs of stars as NAME=DIRECTORY, the preferred one first."
     ),
-]
+    "report.out": ("--out -o DIRECTORY",
+        "Directory that gets the report. Default: that of the build, or STORE/report."),
+    "right": ("", "Reference: stars, or any HATS catalog."),
+    "rows": ("N", "Rows of LAMOST."),
+    "sample": ("NAME", "test (held out) or train. Default: test; with --json both."),
+    "scheduler": ("ADDRESS",
+        "Address or scheduler file of a running Dask cluster, used instead of own workers."),
+    "seed": ("N", "Same seed, same sky."),
+    "store": ("DIRECTORY",
+        "Folder of artifacts and builds, or a job file: its store. Default: store, or the only "
+        "store near it."),
+    "survey": ("", "Name of a survey, or path of a survey TOML."),
+    "threads": ("N",
+        "Threads of this process instead of workers; with up to 4 cores the default, one per core. "
+        "They start at once and share the memory of the process."),
+    "train.method": ("--method -m NAME", "polynomial, boosted, hybrid, symbolic or simex."),
+    "trends.method": ("NAME", "Only after this correction."),
+    "verify.catalogs": ("", "Directories of outputs; of a store or build: all in it."),
+    "workers": (
+        "--workers -w N", "Worker processes; 0: none, all in this process. Default: one per core."
+    ),
+}  # fmt: skip
 
 
 def _no_file(path: Path | None) -> Path | None:
@@ -70,62 +113,6 @@ def _no_file(path: Path | None) -> Path | None:
     return path
 
 
-Out = Annotated[
-    Path,
-    typer.Option(
-        "--out",
-        "-o",
-        metavar="DIRECTORY",
-        help="Directory that gets the output.",
-        callback=_no_file,
-    ),
-]
-OptionalOut = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        metavar="DIRECTORY",
-        help="Directory that gets the output; with PAIRS.",
-        callback=_no_file,
-        show_default=False,
-    ),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace another output in the same directory.")
-]
-Key = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--key",
-        metavar="COLUMN",
-        help="Key of a catalog that another program made: integers or text, each once. Repeatable: "
-        "a catalog takes the first that it has. Default: star_id or obs_id.",
-        show_default=False,
-    ),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object; progress goes to stderr.")
-]
-CatalogPath = Annotated[Path, typer.Argument(help="Directory of a catalog.", show_default=False)]
-Store = Annotated[
-    Path | None,
-    typer.Option(
-        "--store",
-        metavar="DIRECTORY",
-        help="Folder of artifacts and builds, or a job file: its store. Default: store, or the "
-        "only store near it.",
-        show_default=False,
-    ),
-]
-JobOrStore = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[JOB]", help="Job file (its store is used), or a store.", show_default=False
-    ),
-]
-
-
 def find_store(store: Path | None, job: Path | None = None) -> Path:
     """Find the store: of a job file, as given, ``store`` or the only one near it.
 
@@ -134,109 +121,17 @@ def find_store(store: Path | None, job: Path | None = None) -> Path:
     ConfigError
         Both are given, or the job file is wrong.
     """
-    from sos_dask.storage.store import stores_near
-
     if store is not None and job is not None:
         raise ConfigError("--store and a job file or store are given", "Give one of them.")
     place = store or job
-    if place is not None and (place.is_file() or (place.suffix == ".toml" and not place.is_dir())):
-        from sos_dask.rebuild.job import load_job
-
-        loaded = load_job(place)
-        return loaded.resolve(loaded.store)
     if place is None:
         place = Path("store")
         near = [] if (place / "artifacts").is_dir() else stores_near(place)
-        place = near[0] if len(near) == 1 else place
+        return near[0] if len(near) == 1 else place
+    if place.is_file() or (place.suffix == ".toml" and not place.is_dir()):
+        loaded = load_job(place)
+        return loaded.resolve(loaded.store)
     return place
-
-
-Rows = Annotated[
-    int,
-    typer.Option("--rows", min=1000, max=10**9, metavar="N", help="Rows of LAMOST."),
-]
-Seed = Annotated[
-    int,
-    typer.Option("--seed", min=0, max=2**31 - 1, metavar="N", help="Same seed, same sky."),
-]
-
-
-# More threads than this wait for each other: Python itself runs in one at a time.
-_FEW_CORES = 4
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """Options shared by all single-step commands: workers, overwrite, output format."""
-
-    workers: Workers = None
-    memory_limit: MemoryLimit = "auto"
-    scheduler: Scheduler = None
-    overwrite: Overwrite = False
-    as_json: Json = False
-    given: tuple[str, ...] = field(default=(), init=False)
-
-    def refuse(self, names: Collection[str], why: str, hint: str = "Leave it out.") -> None:
-        """Refuse options that would have no effect.
-
-        Parameters
-        ----------
-        names : collection of str
-            Parameters of the command, as in Python.
-        why, hint : str
-            The first follows "has no effect".
-
-        Raises
-        ------
-        ConfigError
-            One of them was given, another value than the default.
-        """
-        for name in self.given:
-            if name in names:
-                separator = "" if why.startswith(":") else " "
-                text = f"--{name.replace('_', '-')} has no effect{separator}{why}"
-                raise ConfigError(text, hint)
-
-    def refuse_all_but(self, *names: str) -> None:
-        """Refuse options but some, ``--store`` and ``--json``, of a command that shows a build."""
-        self.refuse(
-            set(self.given) - {"store", "as_json", *names},
-            "where no catalogs are given by path",
-            "Without them the command shows the current build of --store.",
-        )
-
-    def start(self) -> AbstractContextManager[Cluster]:
-        """What runs the tasks of the step."""
-        from sos_dask.run.cluster import start
-        from sos_dask.run.machine import leave_pandas_out
-
-        leave_pandas_out()
-        return start(self.workers, self.memory_limit, self.scheduler)
-
-
-@dataclass(frozen=True)
-class LightStepOptions(StepOptions):
-    """Options of a step whose tasks spend nearly all their time in compiled code.
-
-    Threads can do them. On two cores worker processes take a second to start, which is a third of
-    a whole crossmatch of 19 million rows.
-    """
-
-    threads: Threads = None
-
-    def __post_init__(self) -> None:
-        # Read when Arrow is loaded, which is later: freed memory is used again, not given back.
-        os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
-
-    def start(self) -> AbstractContextManager[Cluster]:
-        """What runs the tasks of the step: threads where there are few cores."""
-        from sos_dask.run.cluster import start
-        from sos_dask.run.machine import leave_pandas_out, n_cores
-
-        leave_pandas_out()
-        is_free = self.workers is None and self.scheduler is None
-        few = n_cores() if is_free and n_cores() <= _FEW_CORES else None
-        return start(self.workers, self.memory_limit, self.scheduler, self.threads or few)
 
 
 def open_catalogs(
@@ -249,9 +144,6 @@ def open_catalogs(
     ConfigError
         A key is in none of the catalogs of other programs.
     """
-    from sos_dask.schema import nearest
-    from sos_dask.storage.catalog import Catalog
-
     opened = [Catalog.open(path) for path in paths]
     names = [name for one in opened if one.manifest is None for name in one.schema.names]
     for key in keys or ():
@@ -267,58 +159,140 @@ def open_catalogs(
     return opened
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each field of its ``settings`` and its ``options``.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options shared by commands that run a stage: where, over what, how it is told.
 
-    Its ``settings`` is annotated with the type of the settings, and gets a function that makes them
-    of the options and of what else they need. Fields that are not numbers, texts, choices or
-    switches have no option.
+    ``given``: parameters of the command, as in Python, with another value than the default.
+    ``settings`` makes those of the stage, of their options and of what else they need.
     """
-    signature = inspect.signature(command, eval_str=True)
-    own = [one for one in signature.parameters.values() if one.name not in ("settings", "options")]
-    made: type[Settings] | None = None
-    settings: dict[str, inspect.Parameter] = {}
-    if "settings" in signature.parameters:
-        [made] = get_args(signature.parameters["settings"].annotation)
-        taken = {one.name for one in own}
-        found = (_option(*item) for item in made.model_fields.items() if item[0] not in taken)
-        settings = {one.name: one for one in found if one is not None}
-    kind = signature.parameters["options"].annotation
-    shared = inspect.signature(kind, eval_str=True).parameters
 
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        changed = tuple(name for name, value in given.items() if value != defaults[name])
-        options = kind(**{name: given.pop(name) for name in shared})
-        object.__setattr__(options, "given", changed)
-        if made is not None:
-            chosen = {name: given.pop(name) for name in settings}
-            for name in [name for name in chosen if name.startswith("no_")]:
-                chosen[_asked(made, name)] = not chosen.pop(name)
-            given["settings"] = functools.partial(made, **chosen)
-        command(options=options, **given)
+    out: Path
+    threads: int | None = None
+    workers: int | None = None
+    memory_limit: str = "auto"
+    scheduler: str | None = None
+    overwrite: bool = False
+    as_json: bool = False
+    command: str
+    given: tuple[str, ...]
+    settings: Callable[..., Any]
 
-    common = inspect.signature(StepOptions).parameters
-    ordered = [shared[name] for name in (*(set(shared) - set(common)), *common)]
-    everything = (*own, *settings.values(), *ordered)
-    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in everything]
-    defaults = {item.name: item.default for item in parameters}
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return run
+    def refuse(self, names: Collection[str], why: str, hint: str = "Leave it out.") -> None:
+        """Refuse options that would have no effect, by their names in Python.
+
+        Raises
+        ------
+        ConfigError
+            One of them was given; ``why`` follows "has no effect".
+        """
+        for name in self.given:
+            if name in names:
+                raise ConfigError(f"--{name.replace('_', '-')} has no effect{why}", hint)
+
+    def start(self) -> AbstractContextManager[Cluster]:
+        """Start what runs the tasks: threads for light ones where there are few cores."""
+        leave_pandas_out()
+        threads = self.threads
+        is_free = (self.workers, self.scheduler, threads) == (None, None, None)
+        if is_free and self.command in LIGHT and n_cores() <= _FEW_CORES:
+            threads = n_cores()
+        return start(self.workers, self.memory_limit, self.scheduler, threads)
+
+    def run(self, stage: Stage[Any], out: Path | None = None) -> Manifest | None:
+        """Run a stage, with progress on stderr; None while parts of other processes are missing."""
+        with reporting() as report, self.start() as cluster:
+            given: dict[str, Any] = {"cluster": cluster, "report": report}
+            return stage.attempt(out or self.out, overwrite=self.overwrite, **given)
 
 
-def _asked(settings: type[Settings], name: str) -> str:
-    """Field that the option ``--no-...`` sets to false."""
-    name = name.removeprefix("no_")
-    return name if name in settings.model_fields else f"use_{name}"
+Place = Path | None
+Places = list[Path] | None
+Name = str | None
+Names = list[str] | None
+Shown = Iterator[Row]
+"""What a command gives that shows something: yields all that --json prints, then prints text."""
+
+
+def command(stage: type[Stage[Any]] | None = None) -> Callable[[Callable[..., Any]], Any]:
+    """Make a command of a function: positional parameters are arguments, others options.
+
+    A stage that it returns is run, and its account printed. ``options`` are `Options`, less those
+    that are its own parameters.
+
+    Parameters
+    ----------
+    stage : type, optional
+        The fields of its settings become options, less those that are parameters.
+    """
+    made: Any = stage.Settings if stage else Settings
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        name = function.__name__
+        own = dict(inspect.signature(function, eval_str=True).parameters)
+        with_options = own.pop("options", None) is not None
+        parameters = {x: _declared(name, one) for x, one in own.items()}
+        field_of = {}
+        for field, info in made.model_fields.items():
+            if field not in own and (one := _option(field, info)) is not None:
+                parameters[one.name] = one
+                field_of[one.name] = field
+        shared = dict(inspect.signature(Options, eval_str=True).parameters)
+        for x in ("command", "given", "settings", *own, *([] if name in LIGHT else ["threads"])):
+            shared.pop(x, None)
+        if not with_options:
+            shared = {x: one for x, one in shared.items() if x == "as_json"}
+        parameters |= {x: _declared(name, one) for x, one in shared.items()}
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            changed = tuple(x for x, value in given.items() if value != parameters[x].default)
+            taken = {"out": Path()} | {x: given.pop(x) for x in shared}
+            values = [(x, field, given.pop(x)) for x, field in field_of.items()]
+            chosen = {field: value if x == field else not value for x, field, value in values}
+            settings = functools.partial(made, **chosen)
+            options = Options(**taken, command=name, given=changed, settings=settings)
+            result = function(**given, **({"options": options} if with_options else {}))
+            if isinstance(result, Stage):
+                show_step(options.run(result), options.out, options.as_json)
+            elif result is not None:
+                document = next(result)
+                if options.as_json:
+                    print_json(document)
+                else:
+                    next(result, None)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        arguments = [x for x, one in own.items() if one.kind is not keyword]
+        order = sorted(parameters, key=lambda x: (x not in arguments, x != "out"))
+        signature = inspect.Signature([parameters[x] for x in order])
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _declared(command: str, parameter: inspect.Parameter) -> inspect.Parameter:
+    """Parameter of a command with its text of the table."""
+    name = parameter.name
+    words, text = _TEXTS.get(f"{command}.{name}") or _TEXTS[name]
+    names = [word for word in words.split() if word.startswith("-")]
+    metavar = words.removeprefix(" ".join(names)).strip() or None
+    made: Any = typer.Argument(metavar=metavar, help=text)
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+        names = names or [f"--{name.replace('_', '-')}"]
+        low, high = _ENDS.get(name, (None, None))
+        check = _no_file if name == "out" else None
+        made = typer.Option(*names, metavar=metavar, help=text, min=low, max=high, callback=check)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return parameter.replace(kind=keyword, annotation=Annotated[parameter.annotation, made])
 
 
 def _option(name: str, field: Any) -> inspect.Parameter | None:
-    """Option of a field of settings; None for a field that has no place on a command line."""
+    """Option of a field of settings, ``no_...`` of a switch that is on; None where it has none."""
     kind, default = field.annotation, field.get_default(call_default_factory=True)
     more = field.json_schema_extra or {}
     help_text = field.description or ""
-    limits: dict[str, Any] = {}
     metavar = {float: "X", int: "N", str: "NAME"}.get(kind)
     if kind is bool and default:
         name, default, help_text = f"no_{name.removeprefix('use_')}", False, more.get("no", "")
@@ -328,14 +302,13 @@ def _option(name: str, field: Any) -> inspect.Parameter | None:
         help_text = f"{help_text.rstrip('.')}: {', '.join(first)} or {last}."
     elif field.is_required() or (metavar is None and kind is not bool):
         return None
-    if kind is int:
-        ends = {"ge": ("min", 0), "gt": ("min", 1), "le": ("max", 0), "lt": ("max", -1)}
-        for limit in field.metadata:
-            for name_of, (end, more_by) in ends.items():
-                if hasattr(limit, name_of):
-                    limits[end] = getattr(limit, name_of) + more_by
+    limits: dict[str, Any] = {}
+    ends = {"ge": ("min", 0), "gt": ("min", 1), "le": ("max", 0), "lt": ("max", -1)}
+    for limit in field.metadata if kind is int else ():
+        for attribute, (end, more_by) in ends.items():
+            if hasattr(limit, attribute):
+                limits[end] = getattr(limit, attribute) + more_by
     flag = more.get("option", f"--{name.replace('_', '-')}")
-    option: Any = typer.Option(flag, metavar=metavar, help=help_text, **limits)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
-    )
+    made: Any = typer.Option(flag, metavar=metavar, help=help_text, **limits)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, made])

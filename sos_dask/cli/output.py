@@ -10,20 +10,17 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from sos_dask.evidence.figures import Metric
+from sos_dask.run.cluster import Report
+from sos_dask.storage.manifest import Manifest, Rows
+from sos_dask.storage.store import StageResult
 
-    from sos_dask.evidence.figures import Metric
-    from sos_dask.rebuild.pipeline import Build
-    from sos_dask.run.cluster import Report
-    from sos_dask.storage.manifest import Manifest, Rows
-    from sos_dask.storage.store import StageResult
-
+Row = Mapping[str, Any]
 LABEL_UNITS = {"teff": "K", "logg": "dex", "feh": "dex"}
 _LOG_SECONDS = 10.0
 _WIDE = 110  # columns of a terminal
@@ -40,13 +37,13 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def shown(text: str) -> str:
+def shown(text: str, kept: str = "") -> str:
     """Escape what a terminal would obey instead of show: names and titles come from files."""
     if text.isprintable():
         return text
     return "".join(
         char.encode("unicode_escape", "surrogatepass").decode()
-        if unicodedata.category(char) in _UNSEEN
+        if unicodedata.category(char) in _UNSEEN and char not in kept
         else char
         for char in text
     )
@@ -67,12 +64,8 @@ def reporting() -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (
-        TextColumn("{task.description:28}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    text = TextColumn("{task.description:28}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks: dict[str, Any] = {}
 
@@ -100,12 +93,14 @@ class _PlainReport:
             print(f"{shown(step)}: {done}/{total}", file=sys.stderr, flush=True)
 
 
-def print_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON object; numbers that are not finite become null."""
+def print_json(document: Row) -> None:
+    """Print one JSON object; numbers that are not finite become null, dataclasses objects."""
     print(json.dumps(_plain(document), indent=1, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -115,7 +110,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def console() -> Console:
+def _console() -> Any:
     """Console for text: as wide as the terminal; 120 columns in files, or COLUMNS."""
     from rich.console import Console
 
@@ -126,9 +121,79 @@ def console() -> Console:
     return made
 
 
-def digits_of(label: str) -> int:
-    """Decimals with which a label is shown."""
-    return 1 if label == "teff" else 4
+def _reader_went_away() -> None:
+    raise BrokenPipeError
+
+
+def is_wide() -> bool:
+    """Tell whether the terminal has room for every interval; --json always has them."""
+    return bool(_console().width >= _WIDE)
+
+
+def say(text: str, wrap: bool = False) -> None:
+    """Print lines as they are: brackets in names are no markup; long paths stay whole."""
+    _console().print(shown(text, kept="\n"), markup=False, emoji=False, soft_wrap=not wrap)
+
+
+def show_table(title: str, columns: str, rows: Iterable[Row]) -> None:
+    """Print a table under its title.
+
+    Parameters
+    ----------
+    columns : str
+        Words ``key:format=header``, of which the last two may be missing; ``_`` in a header is a
+        space. Default format: the decimals of the row's label, with a sign for ``+``, and on the
+        next line the interval ``key_low, key_high``, for ``?`` only in a wide terminal.
+    rows : iterable of mapping
+        A value may be a row itself, whose ``value`` is shown with ``low`` and ``high``. Columns
+        without a letter are of numbers.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    words = [word.partition("=") for word in columns.split()]
+    parts = [word.partition(":") for word, _, _ in words]
+    cells = [[_cell(row, key, form) for key, _, form in parts] for row in rows]
+    for place, (word, _, header) in enumerate(words):
+        firsts = "".join(line[place].partition("\n")[0] for line in cells)
+        is_number = firsts.upper() == firsts.lower()
+        header = header or word.partition(":")[0]
+        header = header.replace("_", "\n" if is_number and len(header) > 9 else " ", 1)
+        table.add_column(
+            Text(shown(header.replace("_", " "), "\n")),
+            justify="right" if is_number else "left",
+            no_wrap=place == 0 or is_number,
+            overflow="fold",
+        )
+    for line in cells:
+        table.add_row(*(Text(shown(cell, "\n")) for cell in line))
+    target = _console()
+    target.print(Text(shown(title, "\n"), "bold"))
+    target.print(table)
+
+
+def _cell(row: Row, key: str, form: str) -> str:
+    """Text of a cell; a dash where there is no value."""
+    value, prefix = row.get(key), f"{key}_"
+    if isinstance(value, Mapping):
+        row, value, prefix = value, value["value"], ""
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        return with_unit(text) if key == "label" else text
+    digits = digits_of(row.get("label", ""))
+    spec = {"": f".{digits}f", "?": f".{digits}f", "+": f"+.{digits}f"}.get(form, form)
+    text = f"{value:{spec}}".removesuffix("%") + " +" * ((row.get("behind_low") or 0) > 0)
+    low, high = (row.get(f"{prefix}{end}") for end in ("low", "high"))
+    if low is None or (form == "?" and not is_wide()):
+        return text
+    interval = f"{low:{spec}}, {high:{spec}}"
+    if not is_wide() and digits == 4:
+        interval = interval.replace("-0.", "-.").replace(" 0.", " .").removeprefix("0")
+    return f"{text}\n{interval}"
 
 
 def with_unit(label: str) -> str:
@@ -136,173 +201,73 @@ def with_unit(label: str) -> str:
     return f"{label} [{LABEL_UNITS[label]}]" if label in LABEL_UNITS else label
 
 
-def is_wide() -> bool:
-    """Tell whether the terminal has room for every interval; --json always has them."""
-    return console().width >= _WIDE
+def digits_of(label: str) -> int:
+    """Decimals with which a label is shown."""
+    return 1 if label == "teff" else 4
 
 
-def _reader_went_away() -> None:
-    raise BrokenPipeError
+def number(value: float | None, label: str, sign: str = "") -> str:
+    """Write a value with the decimals of its label."""
+    return "-" if value is None else f"{value:{sign}.{digits_of(label)}f}"
 
 
-def say(text: str) -> None:
-    """Print lines of text as they are: brackets in names are no markup, long paths stay whole."""
-    console().print(shown_lines(text), markup=False, emoji=False, soft_wrap=True)
-
-
-def shown_lines(text: str) -> str:
-    """Escape each line of a text, see `shown`."""
-    return "\n".join(map(shown, text.split("\n")))
-
-
-def show_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table under its title; a header that begins with ``>`` heads a column of numbers."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for number, header in enumerate(headers):
-        is_number = header.startswith(">")
-        table.add_column(
-            Text(shown_lines(header.removeprefix(">"))),
-            justify="right" if is_number else "left",
-            no_wrap=number == 0 or is_number,
-            overflow="fold",
-        )
-    for row in rows:
-        table.add_row(*(Text(shown_lines(cell)) for cell in row))
-    target = console()
-    target.print(Text(shown_lines(title), "bold"))
-    target.print(table)
-
-
-def rows_document(rows: Rows) -> dict[str, Any]:
-    """Account of rows of one step."""
-    return {
-        "in": rows.n_in,
-        "out": rows.n_out,
-        "rejected": rows.rejected,
-        "dropped": dict(rows.dropped),
-        "added": dict(rows.added),
-    }
-
-
-def show_step(manifest: Manifest | None, out: Path, as_json: bool) -> None:
-    """Print the account of one step; without a manifest other processes have still to finish."""
-    if manifest is None:
-        if as_json:
-            print_json({"complete": False, "path": out})
-        else:
-            say(f"{out}: other partitions are still missing")
-        return
-    rows = manifest.rows
-    if as_json:
-        print_json(
-            {
-                "complete": True,
-                "path": out,
-                "stage": manifest.recipe.stage,
-                "rows": rows_document(rows),
-                "summary": manifest.summary,
-            }
-        )
-        return
-    account = [f"{rows.n_in:,} rows in", f"{rows.n_out:,} out"]
-    account += [f"{rows.rejected:,} rejected"] if rows.rejected else []
-    account += _counts({**rows.dropped, **rows.added})
-    say(f"{out}: {', '.join(account)}")
-
-
-def _counts(reasons: Mapping[str, int]) -> list[str]:
-    return [f"{count:,} {reason}" for reason, count in reasons.items() if count]
-
-
-def show_stages(title: str, stages: Sequence[StageResult], with_reason: bool = True) -> None:
-    """Print the account of rows of every stage, and why it ran."""
-    rows = []
-    for stage in stages:
-        counts = [stage.rows_in, stage.rows_out, stage.rejected]
-        numbers = [f"{count:,}" for count in counts] if sum(counts) else ["", "", ""]
-        others = _counts(stage.dropped) + [f"+{text}" for text in _counts(stage.added)]
-        row = [stage.product, *numbers, ", ".join(others)]
-        rows.append([*row, stage.why] if with_reason else row)
-    headers = ["product", ">rows in", ">rows out", ">rejected", "dropped, +added"]
-    show_table(title, [*headers, "why"] if with_reason else headers, rows)
-
-
-def show_metrics(metrics: Sequence[Metric], chosen: str = "") -> None:
-    """Print median and scatter of held-out pairs by label and method."""
-    order = list(LABEL_UNITS)
-    rows = []
-    for metric in sorted(metrics, key=lambda m: (order.index(m.label), m.method, m.subset)):
-        digits = 1 if metric.label == "teff" else 4
-        rows.append(
-            [
-                f"{metric.label} [{LABEL_UNITS[metric.label]}]",
-                metric.method + (" *" if metric.method == chosen else ""),
-                f"{metric.n:,}",
-                *(f"{x:+.{digits}f}" for x in (metric.median_before, metric.median_after)),
-                *(f"{x:.{digits}f}" for x in (metric.scatter_before, metric.scatter_after)),
-            ]
-        )
-    show_table(
-        "Held-out pairs, target - reference: median and scatter (1.4826 MAD)",
-        [
-            "label",
-            "method",
-            ">pairs",
-            ">median\nbefore",
-            ">\nafter",
-            ">scatter\nbefore",
-            ">\nafter",
-        ],
-        rows,
-    )
-    if chosen:
-        say("* the method that corrects the catalog")
-
-
-def build_document(build: Build) -> dict[str, Any]:
-    """A build as JSON values."""
-    return {
-        "build": build.name,
-        "path": build.path,
-        "chosen": build.chosen,
-        "why": build.why,
-        "stages": {
-            stage.product: {"ran": stage.ran, "why": stage.why, **stage_document(stage)}
-            for stage in build.stages
-        },
-        "metrics": [asdict(metric) for metric in build.metrics],
-        "products": build.products,
-    }
-
-
-def stage_document(stage: StageResult) -> dict[str, Any]:
+def stage_document(stage: StageResult) -> Row:
     """What a stage made, as JSON values."""
     return {
         "stage": stage.stage,
-        "rows": {
-            "in": stage.rows_in,
-            "out": stage.rows_out,
-            "rejected": stage.rejected,
-            "dropped": stage.dropped,
-            "added": stage.added,
-        },
+        "rows": _account(stage.rows),
         "path": stage.path,
         "summary": {key: value for key, value in stage.summary.items() if key != "metrics"},
     }
 
 
-def show_build(build: Build) -> None:
-    """Print a build: its stages, its metrics, and where the products are."""
-    show_stages("Stages", build.stages)
-    show_metrics(build.metrics, build.chosen)
-    say(f"Chosen is {build.why}.")
-    for stage in build.stages:
-        for text in stage.summary.get("warnings", ()):
-            say(f"Warning, {stage.product}: {text}")
-    say(f"Products: {build.path.parent.parent / 'current'} (build {build.name})")
-    if "report" in build.products:
-        say(f"Report: {build.path.parent.parent / 'current' / 'report' / 'report.html'}")
+def _account(rows: Rows) -> Row:
+    more = {key: getattr(rows, key) for key in ("rejected", "dropped", "added")}
+    return {"in": rows.n_in, "out": rows.n_out, **more}
+
+
+def show_step(manifest: Manifest | None, out: Path, as_json: bool) -> None:
+    """Print the account of one step; without a manifest other processes have still to finish."""
+    document: dict[str, Any] = {"complete": manifest is not None, "path": out}
+    text = "other partitions are still missing"
+    if manifest is not None:
+        rows = manifest.rows
+        document |= {"stage": manifest.recipe.stage, "summary": manifest.summary}
+        document["rows"] = _account(rows)
+        reasons = _reasons({"rejected": rows.rejected, **rows.dropped, **rows.added})
+        text = ", ".join([f"{rows.n_in:,} rows in", f"{rows.n_out:,} out", *reasons])
+    if as_json:
+        print_json(document)
+    else:
+        say(f"{out}: {text}")
+
+
+def _reasons(counts: Mapping[str, int], sign: str = "") -> list[str]:
+    return [f"{sign}{count:,} {reason}" for reason, count in counts.items() if count]
+
+
+def show_stages(title: str, stages: Iterable[StageResult], more: str = "") -> None:
+    """Print the account of rows of every stage, and further columns."""
+    rows = []
+    for stage in stages:
+        row = {**vars(stage.rows), **vars(stage)}
+        if not (stage.rows.n_in or stage.rows.n_out):
+            row |= dict.fromkeys(("n_in", "n_out", "rejected"), "")
+        row["others"] = ", ".join(_reasons(row["dropped"]) + _reasons(row["added"], "+"))
+        rows.append(row)
+    show_table(
+        title, f"product n_in=rows_in n_out=rows_out rejected others=dropped,_+added {more}", rows
+    )
+
+
+def show_metrics(metrics: Iterable[Metric], chosen: str = "") -> None:
+    """Print median and scatter of held-out pairs by label and method."""
+    order = list(LABEL_UNITS)
+    rows = sorted(metrics, key=lambda m: (order.index(m.label), m.method, m.subset))
+    show_table(
+        "Held-out pairs, target - reference: median and scatter (1.4826 MAD)",
+        "label method n=pairs median_before:+ median_after:+ scatter_before scatter_after",
+        [{**vars(m), "method": m.method + " *" * (m.method == chosen)} for m in rows],
+    )
+    if chosen:
+        say("* the method that corrects the catalog")

@@ -1,291 +1,188 @@
-"""Commands that do one step of a rebuild on catalogs given by path."""
+"""Commands that make something: single steps on catalogs given by path, and whole rebuilds."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from sos_dask.cli.options import (
-    CatalogPath,
-    Json,
-    Key,
-    LightStepOptions,
-    Out,
-    Rows,
-    Seed,
-    StepOptions,
-    open_catalogs,
-    with_settings,
+from sos_dask import corrections
+from sos_dask.cli.options import Name, Names, Options, Place, Shown, command, open_catalogs
+from sos_dask.cli.output import (
+    Row,
+    reporting,
+    say,
+    show_metrics,
+    show_stages,
+    show_step,
+    show_table,
+    stage_document,
 )
-from sos_dask.cli.output import print_json, reporting, say, show_metrics, show_step
 from sos_dask.errors import CatalogError, ConfigError
+from sos_dask.rebuild.job import Job, load_job
+from sos_dask.run.cluster import check_place, start
 from sos_dask.settings import NAME_RULE, is_name
-from sos_dask.stages.apply import ApplySettings
-from sos_dask.stages.attach import AttachSettings
+from sos_dask.stages.apply import Apply
+from sos_dask.stages.attach import Attach, Margin, MarginSettings
 from sos_dask.stages.base import Stage
-from sos_dask.stages.crossmatch import CrossmatchSettings
-from sos_dask.stages.ingest import SurveySettings
-from sos_dask.stages.reference import ReferenceSettings
-from sos_dask.stages.train import TrainSettings
-from sos_dask.stars.group import DedupeSettings
+from sos_dask.stages.crossmatch import Crossmatch
+from sos_dask.stages.dedupe import Dedupe
+from sos_dask.stages.ingest import Ingest
+from sos_dask.stages.reference import Reference
+from sos_dask.stages.train import LOCAL_PAIRS, Train, asks_workers, metrics_of
+from sos_dask.storage.catalog import Catalog
+from sos_dask.surveys.definition import load_survey
 
 if TYPE_CHECKING:
-    from sos_dask.storage.manifest import Manifest
+    from sos_dask.rebuild.pipeline import Build
 
 
-def run_step(stage: Stage[Any], out: Path, options: StepOptions) -> Manifest | None:
-    """Run a stage with a cluster, and with progress on stderr."""
-    with reporting() as report, options.start() as cluster:
-        return stage.attempt(out, overwrite=options.overwrite, cluster=cluster, report=report)
+_NO_ID = ("id_radius_arcsec",)
 
 
-def _step(stage: Stage[Any], out: Path, options: StepOptions) -> None:
-    """Run a stage and tell its account of rows."""
-    show_step(run_step(stage, out, options), out, options.as_json)
-
-
+@command()
 def simulate(
-    out: Out,
-    rows: Rows = 200_000,
-    seed: Seed = 1,
-    no_bias: Annotated[
-        bool, typer.Option("--no-bias", help="No systematic difference between the surveys.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the files of an earlier sky.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+    *, out: Path, rows: int = 200_000, seed: int = 1, no_bias: bool = False,
+    overwrite: bool = False,
+) -> Shown:  # fmt: skip
     """Write a mock sky with known truth, as the surveys' own FITS tables.
 
     Example: sos-dask simulate --rows 1000000 -o sky
     """
-    from sos_dask.simulate import SkySettings, sky_files
-    from sos_dask.simulate import simulate as run
+    from sos_dask import simulate as module
 
-    there = [path for path in sky_files(out).values() if path.exists()]
+    there = [path for path in module.sky_files(out).values() if path.exists()]
     if there and not overwrite:
         raise CatalogError(
             f"{there[0]} exists", "Choose another directory, or give --overwrite to replace it."
         )
+    settings = module.SkySettings(n_lamost=rows, seed=seed, bias=not no_bias)
     with reporting() as report:
-        files = run(SkySettings(n_lamost=rows, seed=seed, bias=not no_bias), out, report)
-    if as_json:
-        print_json({"files": files})
-        return
+        files = module.simulate(settings, out, report)
+    yield {"files": files}
     for name, path in files.items():
         say(f"{name:8} {path}")
 
 
-@with_settings
+@command(Ingest)
 def ingest(
-    survey: Annotated[str, typer.Argument(help="Name of a survey, or path of a survey TOML.")],
-    files: Annotated[list[Path], typer.Argument(help="Files of the survey.")],
-    out: Out,
-    margin_arcsec: Annotated[
-        float | None,
-        typer.Option(
-            "--margin-arcsec",
-            metavar="X",
-            help="Also write a margin catalog, OUT.collection, for LSDB.",
-        ),
-    ] = None,
-    *,
-    settings: type[SurveySettings],
-    options: LightStepOptions,
+    survey: str, files: list[Path], *, margin_arcsec: float | None = None, options: Options
 ) -> None:
     """Turn survey files into a HEALPix-partitioned catalog of observations.
 
     Example: sos-dask ingest lamost-dr11-lrs dr11_v2.0_LRS_stellar.fits.gz -o lamost
     """
-    from sos_dask.stages.ingest import Ingest
-    from sos_dask.stages.margin import Margin, MarginSettings
-    from sos_dask.surveys.definition import load_survey
-
-    definition = load_survey(survey)
+    out = options.out
+    chosen = options.settings(survey=load_survey(survey), name=out.name)
     if margin_arcsec is not None and not 0 < margin_arcsec < 3600:
         raise ConfigError(f"--margin-arcsec {margin_arcsec:g} is not between 0 and 3600")
-    inputs = {f"file.{number}": file for number, file in enumerate(files)}
-    manifest = run_step(Ingest(inputs, settings(survey=definition, name=out.name)), out, options)
+    inputs = {f"file.{place}": file for place, file in enumerate(files)}
+    manifest = options.run(Ingest(inputs, chosen))
     if margin_arcsec is not None:
         margin = Margin({"catalog": out}, MarginSettings(radius_arcsec=margin_arcsec))
-        run_step(margin, out.with_name(f"{out.name}.collection"), options)
+        options.run(margin, out.with_name(f"{out.name}.collection"))
     show_step(manifest, out, options.as_json)
 
 
-@with_settings
+@command(Attach)
 def attach(
-    catalog: CatalogPath,
-    other: Annotated[Path, typer.Argument(help="Directory of any HATS catalog.")],
-    columns: Annotated[
-        list[str],
-        typer.Option("--column", "-c", metavar="NAME[=OTHER]", help="Column to add; repeatable."),
-    ],
-    out: Out,
-    key: Key = None,
-    *,
-    settings: type[AttachSettings],
-    options: StepOptions,
-) -> None:
+    catalog: Path, other: Path, *, columns: list[str], key: Names = None, options: Options
+) -> Stage[Any]:
     """Add columns of another catalog, by Gaia id or position; null where it has no counterpart.
 
     Example: sos-dask attach lamost gaia -c distance -c ebv -o lamost.with-gaia
     """
-    from sos_dask.stages.attach import Attach
-
     names = {}
     for text in columns:
         name, _, source = text.partition("=")
         if not name or name in names:
             raise ConfigError(f"--column '{text}' names no column, or one that was given before")
         names[name] = source or name
-    chosen = settings(columns=names)
+    chosen = options.settings(columns=names)
     if chosen.by == "position":
-        options.refuse(("id_radius_arcsec",), "by position")
+        options.refuse(_NO_ID, " by position")
     else:
-        options.refuse(("radius_arcsec",), "by Gaia id")
+        options.refuse(("radius_arcsec",), " by Gaia id")
     opened, companion = open_catalogs([catalog, other], key)
-    _step(Attach({"catalog": opened, "other": companion}, chosen), out, options)
+    return Attach({"catalog": opened, "other": companion}, chosen)
 
 
-@with_settings
-def dedupe(
-    catalog: CatalogPath,
-    out: Out,
-    key: Key = None,
-    *,
-    settings: type[DedupeSettings],
-    options: LightStepOptions,
-) -> None:
+@command(Dedupe)
+def dedupe(catalog: Path, *, key: Names = None, options: Options) -> Stage[Any]:
     """Combine repeats of one star into one row.
 
     Rows with a proper motion and an epoch are compared at the latest epoch of the catalog.
 
     Example: sos-dask dedupe lamost -o lamost.stars --method best-snr
     """
-    from sos_dask.stages.dedupe import Dedupe
-
-    chosen = settings()
+    chosen = options.settings()
     if not chosen.use_gaia_id:
-        options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
+        options.refuse(_NO_ID, " with --no-gaia-id")
     [opened] = open_catalogs([catalog], key, "obs_id")
-    _step(Dedupe({"observations": opened}, chosen), out, options)
+    return Dedupe({"observations": opened}, chosen)
 
 
-@with_settings
+@command(Reference)
 def reference(
-    catalogs: Annotated[
-        list[str],
-        typer.Argument(help="Catalogs of stars as NAME=DIRECTORY, the preferred one first."),
-    ],
-    out: Out,
-    no_offsets: Annotated[
-        bool,
-        typer.Option(
-            "--no-offsets",
-            help="Do not put every survey on the zero point of the first by median differences.",
-        ),
-    ] = False,
-    key: Key = None,
-    *,
-    settings: type[ReferenceSettings],
-    options: LightStepOptions,
-) -> None:
+    catalogs: list[str], *, no_offsets: bool = False, key: Names = None, options: Options
+) -> Stage[Any]:
     """Unite the stars of several reference surveys, one row per star.
 
     Example: sos-dask reference apogee=apogee.stars galah=galah.stars -o reference
     """
-    from sos_dask.stages.reference import Reference
-
     paths: dict[str, str] = {}
     for text in catalogs:
-        name, found, path = text.partition("=")
-        if not (name and found and path):
+        name, _, path = text.partition("=")
+        if not (name and path):
             raise ConfigError(f"'{text}' is not NAME=DIRECTORY", "For example apogee=apogee.stars.")
         if not is_name(name):
-            raise ConfigError(f"'{name}' is no name of a survey: {NAME_RULE}")
+            raise ConfigError(f"a survey cannot be named '{name}': {NAME_RULE}")
         if name in paths:
             raise ConfigError(f"two surveys are named '{name}'", "Give each a name of its own.")
         paths[name] = path
     opened = open_catalogs(paths.values(), key)
     stars = {f"stars.{name}": one for name, one in zip(paths, opened, strict=True)}
-    chosen = settings(order=tuple(paths), offsets={} if no_offsets else "measured")
-    _step(Reference(stars, chosen), out, options)
+    return Reference(
+        stars, options.settings(order=tuple(paths), offsets={} if no_offsets else "measured")
+    )
 
 
-@with_settings
-def crossmatch(
-    left: Annotated[
-        Path, typer.Argument(help="Target: observations or stars, or any HATS catalog.")
-    ],
-    right: Annotated[Path, typer.Argument(help="Reference: stars, or any HATS catalog.")],
-    out: Out,
-    key: Key = None,
-    *,
-    settings: type[CrossmatchSettings],
-    options: LightStepOptions,
-) -> None:
+@command(Crossmatch)
+def crossmatch(left: Path, right: Path, *, key: Names = None, options: Options) -> Stage[Any]:
     """Match a target catalog with a reference catalog, exactly.
 
     Example: sos-dask crossmatch lamost.stars reference -o pairs
     """
-    from sos_dask.stages.crossmatch import Crossmatch
-
-    chosen = settings()
+    chosen = options.settings()
     if not chosen.use_gaia_id:
-        options.refuse(("id_radius_arcsec",), "with --no-gaia-id")
+        options.refuse(_NO_ID, " with --no-gaia-id")
     target, stars = open_catalogs([left, right], key)
-    _step(Crossmatch({"target": target, "reference": stars}, chosen), out, options)
+    return Crossmatch({"target": target, "reference": stars}, chosen)
 
 
-@with_settings
-def train(
-    pairs: Annotated[Path, typer.Argument(help="Catalog of pairs.")],
-    out: Out,
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method", "-m", metavar="NAME", help="polynomial, boosted, hybrid, symbolic or simex."
-        ),
-    ],
-    param: Annotated[
-        list[str] | None,
-        typer.Option("--param", "-p", metavar="NAME=VALUE", help="Parameter of the method."),
-    ] = None,
-    *,
-    settings: type[TrainSettings],
-    options: StepOptions,
-) -> None:
+@command(Train)
+def train(pairs: Path, *, method: str, param: Names = None, options: Options) -> None:
     """Learn the difference target - reference from pairs; print held-out metrics.
 
     Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
     """
-    from sos_dask import corrections
-    from sos_dask.corrections.search import search_space
-    from sos_dask.stages.train import LOCAL_PAIRS, Train, asks_workers, metrics_of
-    from sos_dask.storage.catalog import Catalog
-
-    seeded = {"seed": settings(method=method, params={}).seed}
+    seeded = {"seed": options.settings(method=method, params={}).seed}
     seeded = seeded if "seed" in corrections.parameters(method) else {}
     given = dict(_setting(text) for text in param or [])
     params = corrections.check_params(method, seeded | given)
-    chosen = settings(method=method, params=params)
+    chosen = options.settings(method=method, params=params)
     catalog = Catalog.open(pairs)
     if not {label.diff for label in chosen.problem.labels} <= set(catalog.schema.names):
         raise CatalogError(
             f"{pairs} is not a catalog of pairs",
             "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS.",
         )
-    if chosen.search and not search_space(method):
+    if chosen.search and not corrections.search_space(method):
         raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
     if chosen.validation != "auto":
-        options.refuse(("kfold_limit",), f"with --validation {chosen.validation}")
-    stage = Train({"pairs": catalog}, chosen)
+        options.refuse(("kfold_limit",), f" with --validation {chosen.validation}")
     if not asks_workers(catalog, chosen):
         if options.workers != 0:
             options.refuse(
@@ -295,74 +192,148 @@ def train(
                 "Leave it out. A search and training on a GPU use workers for any number.",
             )
         options = replace(options, workers=0)  # none are started to wait
-    manifest = run_step(stage, out, options)
+    manifest = options.run(Train({"pairs": catalog}, chosen))
     if manifest is not None and not options.as_json:
         show_metrics(metrics_of(manifest))
-    show_step(manifest, out, options.as_json)
+    show_step(manifest, options.out, options.as_json)
 
 
 def _setting(text: str) -> tuple[str, Any]:
     name, found, value = text.partition("=")
     if not found or not name:
         raise ConfigError(f"--param '{text}' is not NAME=VALUE", "For example max_depth=4.")
-    try:
+    with suppress(ValueError, RecursionError):
         return name, json.loads(value)
-    except (ValueError, RecursionError):
-        return name, value
+    return name, value
 
 
-@with_settings
+@command(Apply)
 def apply(
-    model: Annotated[Path, typer.Argument(help="Directory of a trained model.")],
-    catalog: CatalogPath,
-    out: Out,
-    errors: Annotated[
-        Path | None,
-        typer.Option(
-            "--errors",
-            metavar="DIRECTORY",
-            help="Product 'uncertainty' of a build with this model: errors are added.",
-        ),
-    ] = None,
-    coverage: Annotated[
-        Path | None,
-        typer.Option(
-            "--coverage",
-            metavar="DIRECTORY",
-            help="Product 'coverage' of this catalog and model: adds coverage and its flags, "
-            "fades the correction and widens the errors where it is low.",
-        ),
-    ] = None,
-    fallback: Annotated[
-        str,
-        typer.Option(
-            "--fallback",
-            metavar="MODEL",
-            help="With --coverage, what the correction fades to: the directory of a polynomial "
-            "model; none: no correction; edge: nothing fades.",
-        ),
-    ] = "edge",
-    key: Key = None,
-    *,
-    settings: type[ApplySettings],
-    options: LightStepOptions,
-) -> None:
+    model: Path, catalog: Path, *, errors: Place = None, coverage: Place = None,
+    fallback: str = "edge", key: Names = None, options: Options,
+) -> Stage[Any]:  # fmt: skip
     """Correct the labels of every row; several processes may share one output.
 
     Example, one task of a job array: sos-dask apply model lamost -o corrected --partitions 3/16
     """
-    from sos_dask.stages.apply import Apply
-
     if coverage is None and fallback != "edge":
         raise ConfigError(
             "--fallback needs --coverage", "The correction fades where the coverage is low."
         )
     [opened] = open_catalogs([catalog], key, "obs_id")
-    inputs: dict[str, Any] = {"model": model, "observations": opened}
-    given: Mapping[str, Path | None] = {"errors": errors, "coverage": coverage}
-    inputs |= {role: path for role, path in given.items() if path is not None}
-    if fallback not in ("none", "edge"):
-        inputs["smooth"] = Path(fallback)
-        fallback = "polynomial"
-    chosen: Any = {"fallback": fallback}
-    _step(Apply(inputs, settings(**chosen)), out, options)
+    smooth = None if fallback in ("none", "edge") else Path(fallback)
+    inputs = {"model": model, "observations": opened, "errors": errors, "coverage": coverage}
+    given: dict[str, Any] = {
+        role: one for role, one in {**inputs, "smooth": smooth}.items() if one is not None
+    }
+    chosen: Any = {"fallback": fallback if smooth is None else "polynomial"}
+    return Apply(given, options.settings(**chosen))
+
+
+# --- whole rebuilds -----------------------------------------------------------------------------
+
+
+@command()
+def demo(
+    *, rows: int = 200_000, store: Path = Path("demo-store"), seed: int = 1,
+    workers: int | None = None, memory_limit: str = "auto",
+) -> Shown:  # fmt: skip
+    """Simulate a sky, correct it end to end, and compare with the truth.
+
+    Example: sos-dask demo --rows 200000 --store demo-store
+    """
+    from sos_dask.simulate.files import against_truth, prepare
+
+    with reporting() as report:
+        job = load_job(prepare(store, rows, seed, report))
+    build = _rebuild(job, None, workers, memory_limit, None)
+    truth = store / "sky" / "truth.parquet"
+    recovered = against_truth(build.path / "lamost.corrected", truth)
+    yield {**_build_document(build), "truth": recovered}
+    show_build(build)
+    show_table(
+        "Label - truth in the dense region: rms of the medians of bins",
+        "label binned_by n_bins=bins n=rows rms_before=before rms_after=after",
+        map(vars, recovered),
+    )
+
+
+@command()
+def rebuild(
+    job: Path, *, store: Place = None, dry_run: bool = False, workers: int | None = None,
+    memory_limit: Name = None, scheduler: Name = None,
+) -> Shown:  # fmt: skip
+    """Run every stage of a job that has changed, and publish the products.
+
+    Example: sos-dask rebuild jobs/real.toml --dry-run
+    """
+    from sos_dask.rebuild.plan import plan
+
+    loaded = load_job(job)
+    if not dry_run:
+        build = _rebuild(loaded, store, workers, memory_limit, scheduler)
+        yield _build_document(build)
+        show_build(build)
+        return
+    stages = {
+        one.product: {"stage": one.recipe.stage, "runs": not one.complete, "why": one.reason}
+        for one in plan(loaded, store)
+    }
+    yield {"stages": stages}
+    rows = [
+        {**one, "product": name, "runs": "yes" if one["runs"] else "no"}
+        for name, one in stages.items()
+    ]
+    show_table("Plan", "product runs why", rows)
+    say(f"{sum(row['runs'] == 'yes' for row in rows)} of {len(rows)} stages would run")
+
+
+def _rebuild(
+    job: Job,
+    store: Path | None,
+    workers: int | None,
+    memory_limit: str | None,
+    scheduler: str | None,
+) -> Build:
+    from sos_dask.rebuild import pipeline
+
+    section = job.cluster
+    if workers is None and scheduler is None:  # else the job's place of work is replaced
+        workers, scheduler = section.n_workers, section.scheduler
+        memory_limit = memory_limit or section.memory_limit
+    elif memory_limit is None:
+        memory_limit = "auto" if scheduler else section.memory_limit
+    place: Any = (workers, memory_limit, scheduler)
+    check_place(*place)
+    with reporting() as report:
+        return pipeline.rebuild(job, store, cluster=lambda: start(*place), report=report)
+
+
+def _build_document(build: Build) -> Row:
+    """A build as JSON values."""
+    return {
+        "build": build.name,
+        "path": build.path,
+        "chosen": build.chosen,
+        "why": build.why,
+        "stages": {
+            one.product: {"ran": one.ran, "why": one.why, **stage_document(one)}
+            for one in build.stages
+        },
+        "metrics": build.metrics,
+        "products": build.products,
+    }
+
+
+def show_build(build: Build) -> None:
+    """Print a build: stages, metrics, and where the products are."""
+    show_stages("Stages", build.stages, "why")
+    show_metrics(build.metrics, build.chosen)
+    say(f"Chosen is {build.why}.")
+    for stage in build.stages:
+        for text in stage.summary.get("warnings", ()):
+            say(f"Warning, {stage.product}: {text}")
+    current = build.path.parent.parent / "current"
+    say(f"Products: {current} (build {build.name})")
+    if "report" in build.products:
+        say(f"Report: {current / 'report' / 'report.html'}")

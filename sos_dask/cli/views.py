@@ -1,194 +1,247 @@
-"""Commands that show the products of a build, or make one of them and show it."""
+"""Commands that show: the products of a build, a store, surveys, what is wrong with outputs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from sos_dask.cli.options import (
-    Key,
-    OptionalOut,
-    StepOptions,
-    Store,
+    Name,
+    Names,
+    Options,
+    Place,
+    Places,
+    Shown,
+    command,
     find_store,
     open_catalogs,
-    with_settings,
 )
 from sos_dask.cli.output import (
     LABEL_UNITS,
-    digits_of,
+    Row,
+    complain,
     is_wide,
+    number,
     print_json,
     reporting,
     say,
+    show_stages,
     show_table,
+    shown,
+    stage_document,
     with_unit,
 )
-from sos_dask.errors import ConfigError
+from sos_dask.correct import COVERAGE_MEANINGS
+from sos_dask.errors import CatalogError, ConfigError, SosError
 from sos_dask.schema import nearest
-from sos_dask.stages.base import Stage
-from sos_dask.stages.compare import CompareSettings
-from sos_dask.stages.coverage import CoverageSettings
+from sos_dask.stages.compare import Compare, Trends
+from sos_dask.stages.coverage import Coverage
+from sos_dask.stages.evidence import OnEvidence, on_pairs
+from sos_dask.stages.uncertainty import Uncertainty
+from sos_dask.stats.numbers import rms_of_medians
+from sos_dask.storage import store as stores
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
+from sos_dask.surveys import definition
 
 _SAMPLES = {"test": "held-out", "train": "training"}
-_MARK = " +"
-
-Inputs = Annotated[
-    list[Path] | None,
-    typer.Argument(
-        metavar="PAIRS MODEL",
-        help="Pairs and models trained on them; without: the current build of the store.",
-        show_default=False,
-    ),
-]
-Label = Annotated[
-    str | None, typer.Option("--label", metavar="NAME", help="Only this label, such as feh.")
-]
+_MIB = 2**20
 
 
-@with_settings
-def compare(
-    inputs: Inputs = None,
-    out: OptionalOut = None,
-    store: Store = None,
-    label: Label = None,
-    sample: Annotated[
-        str | None,
-        typer.Option(
-            "--sample",
-            metavar="NAME",
-            help="test (held out) or train. Default: test; with --json both.",
-            show_default=False,
-        ),
-    ] = None,
-    *,
-    settings: type[CompareSettings],
-    options: StepOptions,
-) -> None:
-    """Show how the methods compare: scatter, trends left, artifacts, and which is chosen and why.
+# --- stores, outputs, surveys -------------------------------------------------------------------
 
-    Example: sos-dask compare --store store --label feh
+
+@command()
+def status(job: Place = None, *, store: Place = None) -> Shown:
+    """Show the current build of a store, unfinished outputs and space.
+
+    Example: sos-dask status jobs/real.toml
     """
-    from sos_dask.stages.compare import Compare, read_comparison
-    from sos_dask.storage.store import costs
+    found = stores.status(find_store(store, job))
+    yield {**vars(found), "products": {one.product: stage_document(one) for one in found.products}}
+    say(f"Current build: {found.current or 'none'} (of {len(found.builds)})")
+    if found.products:
+        show_stages("Products", found.products)
+    for title, texts in (("Missing", found.missing), ("Unfinished", found.unfinished)):
+        for text in texts:
+            say(f"{title}: {text}")
+    say(
+        f"Space: {found.bytes / _MIB:,.1f} MiB, "
+        f"of which no build uses {found.unused_bytes / _MIB:,.1f} MiB"
+    )
 
-    _one_of("label", label, LABEL_UNITS)
-    _one_of("sample", sample, _SAMPLES)
-    if inputs:
-        options.refuse(("store",), "with PAIRS")
-        directory = _on_pairs(Compare, settings(), inputs[0], inputs[1:], {}, out, options)
-        taken = None
-    else:
-        options.refuse_all_but("label", "sample")
-        place = find_store(store)
-        directory = _current(place, "comparison")
-        taken = _training_costs(place, costs(place))
-    found = read_comparison(directory)
-    for name in ("figures", "artifacts", "outside"):
-        found[name] = [row for row in found[name] if label in (None, row["label"])]
-    if options.as_json:
-        found["figures"] = [row for row in found["figures"] if sample in (None, row["sample"])]
-        print_json({"path": directory, **found, "costs": taken})
+
+@command()
+def gc(
+    job: Place = None, *, store: Place = None, keep_builds: int = 1, dry_run: bool = False
+) -> Shown:
+    """Remove old builds and outputs that no kept build uses.
+
+    Example: sos-dask gc --store store --keep-builds 3 --dry-run
+    """
+    removed = stores.gc(find_store(store, job), keep_builds=keep_builds, dry_run=dry_run)
+    yield {"dry_run": dry_run, "removed": [{"path": path, "bytes": n} for path, n in removed]}
+    for path, size in removed:
+        say(f"{'would remove' if dry_run else 'removed'} {path} ({size / _MIB:.1f} MiB)")
+    say(f"{len(removed)} items, {sum(size for _, size in removed) / _MIB:.1f} MiB")
+
+
+@command()
+def verify(catalogs: list[Path], *, as_json: bool = False) -> None:
+    """Check every invariant of catalogs (rows, order, pixels, keys, hashes) and other outputs.
+
+    Example: sos-dask verify store/current
+    """
+    problems: dict[str, list[str]] = {}
+    errors: list[SosError] = []
+    for given in catalogs:
+        try:
+            for path in stores.outputs_of(given):
+                problems[str(path)] = stores.verify(path)
+        except SosError as error:
+            errors.append(error)
+    if as_json and (problems or not errors):
+        print_json({"problems": problems})
+    for name, found in {} if as_json else problems.items():
+        say(f"{name}: {f'{len(found)} problems' if found else 'no problem found'}")
+        for problem in found:
+            say(f"  {problem}")
+    for refused in errors:
+        complain(f"error: {shown(refused.message)}", refused.hint)
+    codes = [refused.exit_code for refused in errors]
+    codes += [CatalogError.exit_code] if any(problems.values()) else []
+    if codes:
+        raise typer.Exit(max(codes))
+
+
+@command()
+def surveys(survey: Name = None) -> Shown:
+    """List the surveys, or explain one: columns, units, missing values, quality cuts.
+
+    Example: sos-dask surveys lamost-dr11-lrs
+    """
+    if survey is None:
+        all_of_them = [definition.load_survey(name) for name in definition.builtin_surveys()]
+        titles = [{"name": one.name, "title": one.title} for one in all_of_them]
+        yield {"surveys": titles}
+        show_table("Surveys", "name title", titles)
+        say("Run sos-dask surveys NAME for columns and quality cuts.")
         return
-    sample = sample or "test"
-    for name in dict.fromkeys(row["label"] for row in found["figures"]):
-        rows = [r for r in found["figures"] if (r["label"], r["sample"]) == (name, sample)]
-        _show_figures(name, sample, rows, found["method"])
-        _show_subsets(name, sample, rows)
-    _show_smoothness(found)
-    if taken is not None:
-        rows = [(method, *map(_seconds, cost.values())) for method, cost in taken.items()]
-        show_table("Cost of training when it was run", ["method", ">CPU s", ">wall s"], rows)
-    say(f"Rule '{found['rule']}' chose {found['why']}.")
+    found = definition.load_survey(survey)
+    columns, cuts = (
+        [dict(zip(headings, row, strict=True)) for row in rows]
+        for headings, rows in (
+            (definition.COLUMN_HEADINGS, definition.describe_columns(found)),
+            (definition.CUT_HEADINGS, definition.describe_cuts(found)),
+        )
+    )
+    kept = ("name", "title", "reference", "missing", "missing_text", "notes")
+    yield {**{key: getattr(found, key) for key in kept}, "columns": columns, "cuts": cuts}
+    say(f"{found.name}: {found.title}\n{found.reference}\n")
+    # Types and UCDs need a wide terminal; --json always has them.
+    headings = [x for x in columns[0] if is_wide() or x not in definition.COLUMN_HEADINGS[3:5]]
+    show_table("Columns", " ".join(headings), columns)
+    title = "Quality cuts: a row that fails one has its bit in quality"
+    show_table(title, " ".join(definition.CUT_HEADINGS), cuts)
+    if found.missing:
+        say(f"Missing values: {', '.join(f'{value:g}' for value in found.missing)}")
+    if found.notes:
+        say(found.notes.strip(), wrap=True)
 
 
-def _show_smoothness(found: Mapping[str, Any]) -> None:
-    """Print artifacts, and what corrections do outside the overlap."""
+# --- products of a build ------------------------------------------------------------------------
+
+
+@command()
+def report(job: Place = None, *, store: Place = None, out: Place = None, options: Options) -> Shown:
+    """Make a page with figures of the current build, or print where it is.
+
+    Example: sos-dask report --store store -o report
+    """
+    from sos_dask.stages.report import PAGE, of_build
+
+    store = find_store(store, job)
+    there = (store / "current" / "report").resolve()
+    if out is None and (there / PAGE).is_file():
+        options.refuse(
+            ("workers", "scheduler", "memory_limit", "overwrite"),
+            f": the build has its report already, {there}",
+            "Give --out to make it again in another directory.",
+        )
+        out = there
+    else:
+        out = out or store / "report"
+        options.run(of_build(store), out)
+    summary = Manifest.checked(out).summary
+    yield {"path": out, "page": out / PAGE, **summary}
+    say(f"{out / PAGE}: {len(summary['figures'])} figures, also in {out / 'figures'}")
+
+
+@command()
+def uncertainty(job: Place = None, *, store: Place = None) -> Shown:
+    """Show the errors of the current build: hit rates, factors of quoted errors, hat.
+
+    Example: sos-dask uncertainty --store store
+    """
+    directory = stores.current_product(find_store(store, job), "uncertainty")
+    summary = Uncertainty.load(directory)
+    rates = summary["hit_rates"]
+    yield {"path": directory, **summary}
     show_table(
-        "Artifacts: second differences over the noise, largest step, with 95 % intervals",
-        ["label", "method", ">roughness", ">jump", ">noise", ">cells"],
+        f"Held-out pairs inside their interval, with its 95 % range (method {summary['method']}; "
+        f"error of the reference {summary['reference_error']})",
+        "name=label subset=pairs n 68=68_% 95=95_%",
         [
-            (
-                with_unit(row["label"]),
-                row["method"],
-                _interval(row, "roughness", digits=4),
-                _interval(row, "jump"),
-                _number(row["noise"], row["label"]),
-                str(row["n_cells"]),
-            )
-            for row in found["artifacts"]
+            {
+                **{"name": one["label"], "subset": one["subset"], "n": one["n"]},
+                **{f"{100 * x['level']:.0f}": _with_range(x, "hit_rate", 100, ".1f") for x in two},
+            }
+            for one, *two in zip(rates[::2], rates[::2], rates[1::2], strict=True)
         ],
     )
-    if found["outside"]:
+    show_table(
+        "Quoted errors by repeats: what they must be multiplied by (1 where too few are known)",
+        "survey name=label kind=stars snr_low:g=from_S/N snr_high:g=to_S/N n text=factor",
+        [
+            {**one, "survey": survey, "name": one["label"], "text": _with_range(one, "factor")}
+            for survey, factors in summary["error_factors"].items()
+            for one in factors
+        ],
+    )
+    if summary["three_cornered_hat"]:
         show_table(
-            "Outside the overlap: how far past the values inside, and the step at the edge",
-            ["label", "method", "where", ">exceeds", ">of cells", ">step"],
+            "Errors of three surveys from their differences on common stars (!: negative variance)",
+            "label survey n=stars text=error",
             [
-                (
-                    with_unit(row["label"]),
-                    row["method"],
-                    row["where"],
-                    _interval(row, "exceeds", narrow=False),
-                    "-" if row["share"] is None else f"{100 * row['share']:.0f} %",
-                    _interval(row, "step", narrow=False),
-                )
-                for row in found["outside"]
+                {**one, "text": _with_range(one, "sigma") + " !" * one["negative"]}
+                for one in summary["three_cornered_hat"]
             ],
         )
 
 
-def _training_costs(store: Path, known: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """CPU and wall seconds that training took, as far as they are known, by method."""
-    from sos_dask.storage.store import published
-
-    found = {}
-    for product, fingerprint in published(store).items():
-        if product.startswith("model."):
-            cost = known.get(fingerprint)
-            found[product.removeprefix("model.")] = {
-                "train_cpu_s": cost.cpu_s if cost else None,
-                "train_wall_s": cost.wall_s if cost else None,
-            }
-    return found
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.1f}"
-
-
-def _one_of(what: str, value: str | None, known: Iterable[str]) -> None:
-    """Refuse a value that is not among those there are."""
-    known = list(known)
-    if value is not None and value not in known:
-        raise ConfigError(
-            f"--{what} '{value}' is not one of {', '.join(known)}", nearest(value, known)
-        )
-
-
-def _current(store: Path, product: str) -> Path:
-    from sos_dask.storage.store import current_product
-
-    return current_product(store, product)
+def _with_range(row: Row, name: str, factor: float = 1, form: str = ".3f") -> str:
+    """Text of a value with its 95 % range, as far as they are known."""
+    value, *ends = (
+        None if row[key] is None else f"{factor * row[key]:{form}}" for key in (name, "low", "high")
+    )
+    return (value or "negative") + (f" ({ends[0]} .. {ends[1]})" if ends[0] else "")
 
 
 def _on_pairs(
-    stage: type[Stage[Any]],
-    settings: Any,
+    stage: type[OnEvidence[Any]],
     pairs: Path,
     models: Sequence[Path],
-    more: Mapping[str, Any],
     out: Path | None,
-    options: StepOptions,
+    options: Options,
+    settings: Any = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Run a stage on pairs and models given by path; where its output is."""
-    from sos_dask.stages.evidence import on_pairs
-    from sos_dask.storage.catalog import Catalog
-    from sos_dask.storage.manifest import Manifest
-
+    options.refuse(("store",), " with PAIRS")
     if out is None:
         raise ConfigError("--out is missing", "Give a directory for the output: -o DIR.")
     by_method: dict[str, Path] = {}
@@ -197,336 +250,259 @@ def _on_pairs(
         if method in by_method:
             raise ConfigError(f"{path} and {by_method[method]} are both models of '{method}'")
         by_method[method] = path
-    named = {f"model.{method}": path for method, path in by_method.items()}
-    inputs = {name: path for name, path in named.items() if stage.takes(name)} | dict(more)
+    takes_models = any(role.many and role.name == "model" for role in stage.roles)
+    inputs = {f"model.{method}": path for method, path in by_method.items() if takes_models}
+    inputs |= more or {}
+    given: Any = (stage, Catalog.open(pairs), by_method, out, settings, inputs)
     with reporting() as report, options.start() as cluster:
-        given: dict[str, Any] = {"overwrite": options.overwrite, "cluster": cluster}
-        on_pairs(
-            stage, Catalog.open(pairs), by_method, out, settings, inputs, report=report, **given
-        )
+        on_pairs(*given, overwrite=options.overwrite, cluster=cluster, report=report)
     return out
 
 
-def _number(value: float | None, label: str, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.{digits_of(label)}f}"
+def _current(store: Path, product: str, options: Options, *names: str) -> Path:
+    """Product of the current build; options but ``--store``, ``--json`` and some are refused."""
+    options.refuse(
+        set(options.given) - {"store", "as_json", *names},
+        " where no catalogs are given by path",
+        "Without them the command shows the current build of --store.",
+    )
+    return stores.current_product(store, product)
 
 
-def _interval(
-    row: Mapping[str, Any], name: str = "", narrow: bool = True, digits: int | None = None
-) -> str:
-    """Format a figure with its interval on the line below, where there is room for it."""
-    prefix = f"{name}_" if name else ""
-    value, low, high = row[name or "value"], row[f"{prefix}low"], row[f"{prefix}high"]
-    if value is None:
-        return "-"
-    digits = digits or digits_of(row["label"])
-    mark = _MARK if row.get("behind_low") is not None and row["behind_low"] > 0 else ""
-    if not (narrow or is_wide()):
-        return f"{value:.{digits}f}{mark}"
-    interval = f"{low:.{digits}f}, {high:.{digits}f}"
-    if not is_wide() and digits == 4:
-        interval = interval.replace("-0.", "-.").replace(" 0.", " .").removeprefix("0")
-    return f"{value:.{digits}f}{mark}\n{interval}"
+def _one_of(what: str, value: str | None, known: Iterable[str]) -> None:
+    """Refuse a value that is not among those there are."""
+    known = list(dict.fromkeys(known))
+    if value is not None and value not in known:
+        raise ConfigError(
+            f"--{what} '{value}' is not one of {', '.join(known)}", nearest(value, known)
+        )
 
 
-def _show_figures(label: str, sample: str, rows: Sequence[dict[str, Any]], chosen: str) -> None:
-    whole = {(r["method"], r["statistic"]): r for r in rows if r["subset"] == "all"}
-    statistics = {"median": ">median", "mad": ">scatter", "width": ">half-width"}
-    statistics |= {"rms_binned": ">rms of bins"}
-    if not is_wide():
-        del statistics["width"]
-    table = []
-    for method in dict.fromkeys(method for method, _ in whole):
-        worst = whole[method, "worst_bin"]
-        place = "-"
-        if worst["value"] is not None:
-            value, error = (_number(worst[name], label) for name in ("value", "error"))
-            low, high = (f"{worst[name]:g}" for name in ("bin_low", "bin_high"))
-            place = f"{value} ± {error}\n{worst['against']} {low}..{high}"
-        name = method + (" *" if method == chosen else "")
-        table.append([name, *(_interval(whole[method, one]) for one in statistics), place])
-    n = next(iter(whole.values()))["n"]
-    title = f"{with_unit(label)}: target - reference of {n:,} {_SAMPLES[sample]} pairs"
-    headers = ["method", *statistics.values(), ">worst bin"]
-    show_table(f"{title}, with 95 % intervals", headers, table)
+# --- compare ------------------------------------------------------------------------------------
 
 
-def _show_subsets(label: str, sample: str, rows: Sequence[dict[str, Any]]) -> None:
-    found = {(r["subset"], r["method"]): r for r in rows if r["statistic"] == "mad"}
-    methods = list(dict.fromkeys(method for _, method in found))
-    table = []
-    for subset in dict.fromkeys(subset for subset, _ in found):
-        ours = [found[subset, method] for method in methods]
-        cells = (_interval(row, narrow=False) for row in ours)
-        table.append([subset, f"{ours[0]['n']:,}", *cells])
+@command(Compare)
+def compare(
+    inputs: Places = None, *, out: Place = None, store: Place = None, label: Name = None,
+    sample: Name = None, options: Options,
+) -> Shown:  # fmt: skip
+    """Show how the methods compare: scatter, trends left, artifacts, and which is chosen and why.
+
+    Example: sos-dask compare --store store --label feh
+    """
+    _one_of("label", label, LABEL_UNITS)
+    _one_of("sample", sample, _SAMPLES)
+    taken = None
+    if inputs:
+        directory = _on_pairs(Compare, inputs[0], inputs[1:], out, options, options.settings())
+    else:
+        place = find_store(store)
+        directory = _current(place, "comparison", options, "label", "sample")
+        taken = _training_costs(place)
+    found = Compare.load(directory)
+    del found["metrics"]
+    for name in ("figures", "artifacts", "outside"):
+        found[name] = [row for row in found[name] if label in (None, row["label"])]
+    figures = [row for row in found["figures"] if sample in (None, row["sample"])]
+    yield {"path": directory, **found, "figures": figures, "costs": taken}
+    sample = sample or "test"
+    for name in dict.fromkeys(row["label"] for row in figures):
+        rows = [row for row in figures if (row["label"], row["sample"]) == (name, sample)]
+        _show_figures(name, _SAMPLES[sample], rows, found["method"])
+        _show_subsets(name, _SAMPLES[sample], rows)
     show_table(
-        f"{with_unit(label)}: scatter (1.4826 MAD) of {_SAMPLES[sample]} pairs",
-        ["subset", ">pairs", *(f">{method}" for method in methods)],
-        table,
+        "Artifacts: second differences over the noise, largest step, with 95 % intervals",
+        "label method roughness jump noise n_cells=cells",
+        found["artifacts"],
+    )
+    if found["outside"]:
+        show_table(
+            "Outside the overlap: how far past the values inside, and the step at the edge",
+            "label method where exceeds:? share:.0%=of_cells step:?",
+            found["outside"],
+        )
+    if taken is not None:
+        show_table(
+            "Cost of training when it was run",
+            "method train_cpu_s:,.1f=CPU_s train_wall_s:,.1f=wall_s",
+            [{"method": method, **cost} for method, cost in taken.items()],
+        )
+    say(f"Rule '{found['rule']}' chose {found['why']}.")
+
+
+def _training_costs(store: Path) -> dict[str, dict[str, float | None]]:
+    """CPU and wall seconds that training took, as far as they are known, by method."""
+    known = stores.costs(store)
+    return {
+        product.split(".")[-1]: {
+            f"train_{name}": known.get(fingerprint, {}).get(name) for name in ("cpu_s", "wall_s")
+        }
+        for product, fingerprint in stores.published(store).items()
+        if ".model." in product
+    }
+
+
+def _show_figures(label: str, pairs: str, rows: Sequence[Row], chosen: str) -> None:
+    """Print the figures of every method over all pairs."""
+    table: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["subset"] == "all":
+            method = row["method"] + " *" * (row["method"] == chosen)
+            value: Any = row
+            if row["statistic"] == "worst_bin" and row["value"] is not None:
+                value = " ± ".join(number(row[name], label) for name in ("value", "error"))
+                value += f"\n{row['against']} {row['bin_low']:g}..{row['bin_high']:g}"
+            table.setdefault(method, {"method": method})[row["statistic"]] = value
+    n = next(iter(table.values()))["median"]["n"]
+    width = "width=half-width" if is_wide() else ""
+    show_table(
+        f"{with_unit(label)}: target - reference of {n:,} {pairs} pairs, with 95 % intervals",
+        f"method median mad=scatter {width} rms_binned=rms_of_bins worst_bin",
+        table.values(),
+    )
+
+
+def _show_subsets(label: str, pairs: str, rows: Sequence[Row]) -> None:
+    """Print the scatter of every method in every subset."""
+    scatters = [row for row in rows if row["statistic"] == "mad"]
+    table: dict[str, dict[str, Any]] = {}
+    for row in scatters:
+        table.setdefault(row["subset"], {"subset": row["subset"], "n": row["n"]})
+        table[row["subset"]][row["method"]] = row
+    methods = dict.fromkeys(row["method"] for row in scatters)
+    show_table(
+        f"{with_unit(label)}: scatter (1.4826 MAD) of {pairs} pairs",
+        " ".join(["subset", "n=pairs", *(f"{method}:?" for method in methods)]),
+        table.values(),
     )
     say("+ larger than the best correction: the interval of the difference excludes 0")
-    if any(row["value"] is None for row in found.values()):
+    if any(row["value"] is None for row in scatters):
         say("- too few pairs")
     say("")
 
 
-@with_settings
+# --- trends -------------------------------------------------------------------------------------
+
+
+@command()
 def trends(
-    inputs: Inputs = None,
-    out: OptionalOut = None,
-    store: Store = None,
-    label: Label = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            metavar="NAME",
-            help="Only bins of this quantity: teff, logg, feh, snr, ...",
-        ),
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", metavar="NAME", help="Only after this correction.")
-    ] = None,
-    *,
-    options: StepOptions,
-) -> None:
+    inputs: Places = None, *, out: Place = None, store: Place = None, label: Name = None,
+    against: Name = None, method: Name = None, options: Options,
+) -> Shown:  # fmt: skip
     """Show the trends of target - reference before and after each correction.
 
     Without --label and --against a summary; with either the medians of the bins.
 
     Example: sos-dask trends --store store --label feh --against logg
     """
-    from sos_dask.stages.trends import Trends, read_trends
-
     if inputs:
-        options.refuse(("store",), "with PAIRS")
-        directory = _on_pairs(Trends, None, inputs[0], inputs[1:], {}, out, options)
+        directory = _on_pairs(Trends, inputs[0], inputs[1:], out, options)
     else:
-        options.refuse_all_but("label", "against", "method")
-        directory = _current(find_store(store), "trends")
-    _one_of("label", label, LABEL_UNITS)
-    found = read_trends(directory)
+        directory = _current(find_store(store), "trends", options, "label", "against", "method")
+    found = Trends.load(directory)
     rows = found["trends"]
-    _one_of("against", against, dict.fromkeys(row["against"] for row in rows))
-    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name]
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["method"]))
+    _one_of("label", label, LABEL_UNITS)
+    _one_of("against", against, (row["against"] for row in rows))
     _one_of("method", method, methods)
-    wanted = {"label": label, "against": against}
     rows = [
         row
         for row in rows
-        if all(value in (None, row[key]) for key, value in wanted.items())
+        if label in (None, row["label"])
+        and against in (None, row["against"])
         and (method is None or row["method"] in (None, method))
     ]
-    if options.as_json:
-        print_json({"path": directory, "trends": rows, "agreements": found["agreements"]})
-        return
-    tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    yield {"path": directory, "trends": rows, "agreements": found["agreements"]}
+    tables: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if (row["subset"], row["binning"]) == ("all", "equal-width"):
             tables.setdefault((row["label"], row["against"]), []).append(row)
-    shown_methods = [method] if method else methods
+    methods = [method] if method else methods
     if label is None and against is None:
-        _show_summary(tables, shown_methods)
+        _show_summary(tables, methods)
         return
     for (name, quantity), bins in tables.items():
-        _show_bins(name, quantity, bins, shown_methods)
+        _show_bins(name, quantity, bins, methods)
 
 
-def _show_summary(
-    tables: Mapping[tuple[str, str], Sequence[dict[str, Any]]], methods: Sequence[str]
-) -> None:
-    from sos_dask.stats.binned import rms_of_medians
-
+def _show_summary(tables: Mapping[tuple[str, str], Sequence[Row]], methods: Sequence[str]) -> None:
     table = []
     for (label, against), bins in tables.items():
-        found = []
-        for method in (None, *methods):
+        line: dict[str, Any] = {"name": label, "against": against}
+        for method in (*methods, None):
             some = [row for row in bins if row["method"] == method]
-            found.append(rms_of_medians([b["n"] for b in some], [b["median"] for b in some]))
-        cells = [_number(rms, label) for rms, _ in found]
-        table.append([label, against, *([str(found[0][1])] if is_wide() else []), *cells])
+            rms, n = rms_of_medians([b["n"] for b in some], [b["median"] for b in some])
+            line |= {method or "before": number(rms, label), "bins": n}
+        table.append(line)
     show_table(
         "Target - reference: rms of the medians of bins, before and after each correction",
-        [
-            "label",
-            "against",
-            *([">bins"] if is_wide() else []),
-            ">before",
-            *(f">{method}" for method in methods),
-        ],
+        " ".join(["name=label against", *(["bins"] if is_wide() else []), "before", *methods]),
         table,
     )
     say("K for teff, dex otherwise. After: of held-out pairs. Bins with 20 pairs or more count.")
     say("Give --label and --against to see the bins.")
 
 
-def _show_bins(
-    label: str, against: str, bins: Sequence[dict[str, Any]], methods: Sequence[str]
-) -> None:
-    by_bin: dict[int, dict[str | None, dict[str, Any]]] = {}
+def _show_bins(label: str, against: str, bins: Sequence[Row], methods: Sequence[str]) -> None:
+    table: dict[str, dict[str, Any]] = {}
     for row in bins:
-        by_bin.setdefault(row["bin"], {})[row["method"]] = row
-    table = []
-    for found in by_bin.values():
-        before = found[None]
-        if not before["n"]:
-            continue
-        cells = []
-        for method in (None, *methods):
-            one = found.get(method, {"median": None, "error": None})
-            error = f" ± {_number(one['error'], label)}" if one["error"] is not None else ""
-            cells.append(_number(one["median"], label, "+") + (error if is_wide() else ""))
-        place = f"{before['low']:g}..{before['high']:g}"
-        table.append([place, f"{before['n']:,}", *cells])
-    after = (f">{'after' if number == 0 else ''}\n{name}" for number, name in enumerate(methods))
-    show_table(
-        f"{with_unit(label)} against {against}: median of target - reference",
-        [against, ">pairs", ">before", *after],
-        table,
-    )
+        place = f"{row['low']:g}..{row['high']:g}"
+        has_error = is_wide() and row["error"] is not None
+        error = f" ± {number(row['error'], label)}" if has_error else ""
+        cell = number(row["median"], label, "+") + error
+        if row["method"] is None and row["n"]:
+            table[place] = {"place": place, "n": row["n"], "before": cell}
+        elif place in table:
+            table[place][row["method"]] = cell
+    after = " ".join(f"{name}=after_{name}" for name in methods)
+    title = f"{with_unit(label)} against {against}: median of target - reference"
+    show_table(title, f"place={against} n=pairs before {after}", table.values())
 
 
-@with_settings
+# --- coverage -----------------------------------------------------------------------------------
+
+
+@command(Coverage)
 def coverage(
-    inputs: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="PAIRS MODEL CATALOG STARS",
-            help="Pairs, a model trained on them, the catalog to score and its stars; without: "
-            "the current build of the store.",
-            show_default=False,
-        ),
-    ] = None,
-    out: OptionalOut = None,
-    errors: Annotated[
-        Path | None,
-        typer.Option(
-            "--errors",
-            metavar="DIRECTORY",
-            help="With PAIRS: product 'uncertainty' of this model, which apply is to widen.",
-        ),
-    ] = None,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--grid",
-            metavar="LABEL=LOW,HIGH",
-            help="With PAIRS: limits of the grid of the survey's pipeline; repeatable. Default: "
-            "smallest and largest value.",
-        ),
-    ] = None,
-    key: Key = None,
-    store: Store = None,
-    *,
-    settings: type[CoverageSettings],
-    options: StepOptions,
-) -> None:
+    inputs: Places = None, *, out: Place = None, errors: Place = None, grid: Names = None,
+    key: Names = None, store: Place = None, options: Options,
+) -> Shown:  # fmt: skip
     """Show which part of the catalog the pairs cover, and where more references would help most.
 
     Example: sos-dask coverage --store store --json
     """
-    from sos_dask.stages.coverage import look
-
     figure = None
-    if inputs:
-        options.refuse(("store",), "with PAIRS")
-        if out is None:
-            raise ConfigError("--out is missing", "Give a directory for the output: -o DIR.")
-        directory = out
-        chosen = settings(grid=dict(_limits(text) for text in grid or []))
-        _score(inputs, out, chosen, errors, key, options)
-    else:
-        options.refuse_all_but()
+    if not inputs:
         place = find_store(store)
-        directory = _current(place, "coverage")
+        directory = _current(place, "coverage", options)
         figure = place / "current" / "report" / "figures" / "coverage.png"
-    found = look(directory)
-    if options.as_json:
-        print_json(found)
-        return
-    _show_coverage(found, figure)
-
-
-def _show_coverage(found: Mapping[str, Any], figure: Path | None) -> None:
-    """Print shares, flags, the sky and where follow-up would gain most."""
-    from sos_dask.correct import COVERAGE_MEANINGS
-
-    stars = found["stars"]
-    unknown = "a label is missing: no coverage"
-    show_table(
-        f"Share of the rows, and of {stars['sampled']:,} stars",
-        ["", ">rows %", ">stars %", "meaning"],
-        [
-            (
-                name,
-                f"{100 * found[name]:.2f}",
-                f"{100 * stars[name]:.2f}",
-                found["meaning"].get(name, unknown),
-            )
-            for name in ("inside", "sparse", "outside", "unknown")
-        ],
-    )
-    for text in found["warnings"]:
-        say(f"Warning: {text}")
-    say(f"Measure: {found['measure']}, of {', '.join(found['parameters'])}")
-    if found["parameters_without_column"]:
-        say(f"Not in the catalog: {', '.join(found['parameters_without_column'])}")
-    for kind, text in found["intervals"].items():
-        say(f"Width of intervals, {kind}: {text}")
-    flags = sorted(found["flags"].items(), key=lambda item: int(item[0]))
-    show_table(
-        "Bits of flag_sos",
-        [">bit", ">rows", ""],
-        [(bit, f"{n:,}", COVERAGE_MEANINGS[int(bit)]) for bit, n in flags],
-    )
-    if figure is not None and figure.is_file():
-        say(f"The maps as a figure: {figure}")
-    show_table(
-        "On the sky: share outside by HEALPix base pixel",
-        [">pixel", ">rows", ">outside %"],
-        [
-            (str(row["pixel"]), f"{row['rows']:,}", f"{100 * row['outside'] / row['rows']:.1f}")
-            for row in found["sky"]
-        ],
-    )
-    show_table(
-        "Where follow-up would gain most: cells with most rows outside",
-        [">Teff K", ">log g", ">[Fe/H]", ">outside", ">rows", ">mean G"],
-        [
-            (
-                f"{row['teff']:.0f}",
-                f"{row['logg']:.2f}",
-                f"{row['feh']:+.2f}",
-                f"{row['outside']:,}",
-                f"{row['rows']:,}",
-                "" if row["phot_g_mean_mag"] is None else f"{row['phot_g_mean_mag']:.1f}",
-            )
-            for row in found["follow_up"]
-        ],
-    )
-
-
-def _score(
-    inputs: list[Path],
-    out: Path,
-    settings: CoverageSettings,
-    errors: Path | None,
-    key: list[str] | None,
-    options: StepOptions,
-) -> None:
-    """Run the stage on inputs given by path."""
-    from sos_dask.stages.coverage import Coverage
-
-    if len(inputs) != 4:
+    elif len(inputs) != 4:
         raise ConfigError(
             f"{len(inputs)} paths are not PAIRS MODEL CATALOG STARS",
             "For example: sos-dask coverage pairs model lamost lamost.stars -o coverage.",
         )
-    pairs, model, catalog, stars = inputs
-    [scored] = open_catalogs([catalog], key, "obs_id")
-    more: dict[str, Any] = {"model": model, "pairs": pairs, "observations": scored}
-    more |= {"stars": stars} | ({"errors": errors} if errors else {})
-    _on_pairs(Coverage, settings, pairs, [model], more, out, options)
+    else:
+        pairs, model, catalog, stars = inputs
+        chosen = options.settings(grid=dict(map(_limits, grid or [])))
+        [scored] = open_catalogs([catalog], key, "obs_id")
+        more: dict[str, Any] = {"pairs": pairs, "observations": scored, "stars": stars}
+        more |= {"model": model} | ({"errors": errors} if errors else {})
+        directory = _on_pairs(Coverage, pairs, [model], out, options, chosen, more)
+    found = Coverage.load(directory)
+    yield found
+    _show_shares(found)
+    if figure is not None and figure.is_file():
+        say(f"The maps as a figure: {figure}")
+    show_table(
+        "On the sky: share outside by HEALPix base pixel",
+        "pixel rows share:.1f=outside_%",
+        [{**row, "share": 100 * row["outside"] / row["rows"]} for row in found["sky"]],
+    )
+    show_table(
+        "Where follow-up would gain most: cells with most rows outside",
+        "teff:.0f=Teff_K logg:.2f=log_g feh:+.2f=[Fe/H] outside rows phot_g_mean_mag:.1f=mean_G",
+        found["follow_up"],
+    )
 
 
 def _limits(text: str) -> tuple[str, tuple[float, float]]:
@@ -541,3 +517,27 @@ def _limits(text: str) -> tuple[str, tuple[float, float]]:
             f"--grid '{text}' is not LABEL=LOW,HIGH", "For example teff=3500,8500; also logg, feh."
         )
     return label, (low, high)
+
+
+def _show_shares(found: Row) -> None:
+    """Print shares of rows and stars in each class, on what they rest, and flags."""
+    stars = found["stars"]
+    meaning = {"unknown": "a label is missing: no coverage", **found["meaning"]}
+    show_table(
+        f"Share of the rows, and of {stars['sampled']:,} stars",
+        "name= rows:.2%=rows_% stars:.2%=stars_% meaning",
+        [
+            {"name": name, "rows": found[name], "stars": stars[name], "meaning": meaning[name]}
+            for name in ("inside", "sparse", "outside", "unknown")
+        ],
+    )
+    for text in found["warnings"]:
+        say(f"Warning: {text}")
+    say(f"Measure: {found['measure']}, of {', '.join(found['parameters'])}")
+    if found["parameters_without_column"]:
+        say(f"Not in the catalog: {', '.join(found['parameters_without_column'])}")
+    for kind, text in found["intervals"].items():
+        say(f"Width of intervals, {kind}: {text}")
+    flags = sorted((int(bit), n) for bit, n in found["flags"].items())
+    rows = [{"bit": bit, "n": n, "meaning": COVERAGE_MEANINGS[bit]} for bit, n in flags]
+    show_table("Bits of flag_sos", "bit n=rows meaning", rows)

@@ -1,11 +1,7 @@
 """Corrections: a difference target - reference per label, as a function of the target's inputs.
 
-A method is a module of this package with
-
-* ``Settings``: its parameters, each with default, limits and meaning;
-* ``fit(training, settings, progress) -> Correction``;
-* ``restore(info, files) -> Correction``, from what `Correction.save` wrote;
-* optionally ``SEARCH``: values of its parameters that `sos_dask.corrections.search` tries.
+A method is a subclass of `Correction`, with its parameters (each with default, limits and meaning),
+`Correction.fit`, `Correction.restore`, and the values of its parameters that a search tries.
 """
 
 from __future__ import annotations
@@ -20,50 +16,29 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sos_dask import __version__
-from sos_dask.corrections import boosted, hybrid, polynomial, simex, symbolic
-from sos_dask.corrections.base import (
-    MODEL_FILE,
-    MODEL_FORMAT,
-    SEAL,
-    Batch,
-    Content,
-    Correction,
-    ModelInfo,
-    Progress,
-    Training,
-    TrainingSource,
-    parse_json,
-    to_json,
-)
+from sos_dask.corrections import base
+from sos_dask.corrections.base import MODEL_FILE, Batch, Correction, Training, TrainingSource
+from sos_dask.corrections.boosted import BoostedCorrection
+from sos_dask.corrections.hybrid import HybridCorrection, SimexCorrection
+from sos_dask.corrections.polynomial import PolynomialCorrection
+from sos_dask.corrections.symbolic import SymbolicCorrection
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.problem import Problem
 from sos_dask.schema import nearest
 from sos_dask.settings import Settings
 
-__all__ = [
-    "MODEL_FILE",
-    "Batch",
-    "Correction",
-    "ModelInfo",
-    "Training",
-    "TrainingSource",
-    "check_params",
-    "fit",
-    "load",
-    "method_module",
-    "method_settings",
-    "methods",
-    "parameters",
-]
+__all__ = ["MODEL_FILE", "Batch", "Correction", "Training", "TrainingSource"]
 
-_METHODS: Mapping[str, Any] = {
-    "boosted": boosted,
-    "hybrid": hybrid,
-    "polynomial": polynomial,
-    "simex": simex,
-    "symbolic": symbolic,
-}
 _SMALL_FILE = 1 << 20
+
+
+_METHODS: Mapping[str, type[Correction]] = {
+    "boosted": BoostedCorrection,
+    "hybrid": HybridCorrection,
+    "polynomial": PolynomialCorrection,
+    "simex": SimexCorrection,
+    "symbolic": SymbolicCorrection,
+}
 
 
 def methods() -> tuple[str, ...]:
@@ -71,30 +46,27 @@ def methods() -> tuple[str, ...]:
     return tuple(_METHODS)
 
 
-def method_module(method: str) -> Any:
-    """Module of a method; `ConfigError` with the nearest names where there is none."""
-    if method not in _METHODS:
+def _method(name: str) -> type[Correction]:
+    if name not in _METHODS:
         raise ConfigError(
-            f"there is no method '{method}'",
-            nearest(method, methods()) or f"Known are: {', '.join(methods())}.",
+            f"there is no method '{name}'",
+            nearest(name, methods()) or f"Known are: {', '.join(methods())}.",
         )
-    return _METHODS[method]
+    return _METHODS[name]
 
 
 def parameters(method: str) -> Mapping[str, FieldInfo]:
-    """Parameters of a method: default, limits and meaning by name.
-
-    Raises
-    ------
-    ConfigError
-        Unknown method.
-    """
-    fields: Mapping[str, FieldInfo] = method_module(method).Settings.model_fields
-    return fields
+    """Parameters of a method by name; `ConfigError` for an unknown method, with the nearest."""
+    return _method(method).parameters.model_fields
 
 
-def method_settings(method: str, params: Mapping[str, Any]) -> Settings:
-    """Make the settings of a method: those given, and the defaults of the others.
+def search_space(method: str) -> Mapping[str, Sequence[int | float | str]]:
+    """Values of the parameters that are searched; empty for a method that has none."""
+    return _method(method).search
+
+
+def check_params(method: str, params: Mapping[str, Any]) -> dict[str, int | float | str]:
+    """Complete the parameters of a method with its defaults.
 
     A whole number may be written as 4.0.
 
@@ -103,22 +75,22 @@ def method_settings(method: str, params: Mapping[str, Any]) -> Settings:
     ConfigError
         Unknown method or parameter (with the nearest name), wrong type, out of range.
     """
-    kind: type[Settings] = method_module(method).Settings
-    fields = kind.model_fields
-    for name in params:
+    return _settings(method, params).as_json
+
+
+def _settings(method: str, params: Mapping[str, Any]) -> Settings:
+    """Settings of a method: those given, and the defaults of the others."""
+    fields, values = parameters(method), dict(params)
+    for name, value in params.items():
         if name not in fields:
             raise ConfigError(
                 f"method '{method}' has no parameter '{name}'",
                 nearest(name, fields) or f"Known are: {', '.join(fields)}.",
             )
-    values = {
-        name: int(value)
-        if fields[name].annotation is int and isinstance(value, float) and value.is_integer()
-        else value
-        for name, value in params.items()
-    }
+        if fields[name].annotation is int and isinstance(value, float) and value.is_integer():
+            values[name] = int(value)
     try:
-        return kind.model_validate(values)
+        return _method(method).parameters.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     name, value = str(first["loc"][0]), first["input"]
@@ -135,11 +107,6 @@ def method_settings(method: str, params: Mapping[str, Any]) -> Settings:
     raise ConfigError(f"{shown} is not {kinds}")
 
 
-def check_params(method: str, params: Mapping[str, Any]) -> dict[str, int | float | str]:
-    """Complete parameters of a method, checked as `method_settings` does."""
-    return method_settings(method, params).as_json
-
-
 def fit(
     method: str,
     source: TrainingSource,
@@ -147,7 +114,6 @@ def fit(
     train_folds: Sequence[int] | None = None,
     params: Mapping[str, Any] | None = None,
     client: Any = None,
-    progress: Progress | None = None,
 ) -> Correction:
     """Fit a correction.
 
@@ -162,8 +128,6 @@ def fit(
         See `parameters`.
     client : distributed.Client, optional
         Batches are loaded and worked on by its workers; None: in this process.
-    progress : callable, optional
-        Called with (step, done, total).
 
     Raises
     ------
@@ -174,12 +138,9 @@ def fit(
     ClusterError
         The cluster lost its workers again and again.
     """
-    settings = method_settings(method, params or {})
+    settings = _settings(method, params or {})
     folds = None if train_folds is None else tuple(int(fold) for fold in train_folds)
-    fitted: Correction = _METHODS[method].fit(
-        Training(source, folds, client), settings, progress or (lambda step, done, total: None)
-    )
-    return fitted
+    return _METHODS[method].fit(Training(source, folds, client), settings)
 
 
 def load(directory: Path, *, check: bool = True) -> Correction:
@@ -200,24 +161,20 @@ def load(directory: Path, *, check: bool = True) -> Correction:
     """
     path = Path(directory) / MODEL_FILE
     hint = "A model is a directory that 'sos-dask train' has written."
-    document = parse_json(bytes(_mapped(path, hint)), path)
-    if document.get("format") != MODEL_FORMAT:
+    document = base.parse_json(bytes(_mapped(path, hint)), path)
+    if document.get("format") != base.MODEL_FORMAT:
         raise ModelError(
-            f"{path}: model format {document.get('format')!r} is not {MODEL_FORMAT}",
+            f"{path}: model format {document.get('format')!r} is not {base.MODEL_FORMAT}",
             f"It was written by sos-dask {document.get('sos_dask')}, this is {__version__}: train "
             "it again.",
         )
-    if document.pop(SEAL, None) != hashlib.sha256(to_json(document)).hexdigest():
+    if document.pop(base.SEAL, None) != hashlib.sha256(base.to_json(document)).hexdigest():
         raise ModelError(
             f"{path} was changed after the model was saved: its SHA-256 is another one",
             "Restore it, or train the model again.",
         )
-    if document.get("method") not in methods():
-        raise ModelError(
-            f"{path}: method {document.get('method')!r} is not one of {', '.join(methods())}"
-        )
     info, hashes = _stated(document, path)
-    files: dict[str, Content] = {}
+    files: dict[str, base.Content] = {}
     for name, expected in hashes.items():
         if Path(name).name != name:
             raise ModelError(f"{path}: '{name}' is not a file name")
@@ -228,27 +185,27 @@ def load(directory: Path, *, check: bool = True) -> Correction:
                 "Its SHA-256 is another one: restore it, or train the model again.",
             )
     try:
-        fitted: Correction = _METHODS[info.method].restore(info, files)
+        return _METHODS[info.method].restore(info, files)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"model '{info.method}': incomplete or damaged ({error!r})") from None
-    return fitted
 
 
-def _stated(document: Mapping[str, Any], path: Path) -> tuple[ModelInfo, dict[str, str]]:
+def _stated(document: Mapping[str, Any], path: Path) -> tuple[base.ModelInfo, dict[str, str]]:
     """Statement of a model, and the SHA-256 of its files."""
+    if document.get("method") not in methods():
+        raise ModelError(
+            f"{path}: method {document.get('method')!r} is not one of {', '.join(methods())}"
+        )
+    if "problem" not in document:
+        raise ModelError(f"{path}: incomplete: it has no problem (labels and inputs)")
     try:
         problem = Problem(**document["problem"])
-    except KeyError:
-        raise ModelError(f"{path}: incomplete: it has no problem (labels and inputs)") from None
-    except (ConfigError, TypeError) as error:
-        raise ModelError(f"{path}: its problem is damaged: {error}") from None
-    for key, expected in (("labels", problem.names), ("features", problem.features)):
-        if document.get(key) != list(expected):
-            raise ModelError(f"{path}: {key} are {document.get(key)}, not {list(expected)}")
-    try:
+        for key, expected in (("labels", problem.names), ("features", problem.features)):
+            if document[key] != list(expected):
+                raise ModelError(f"{path}: {key} are {document[key]}, not {list(expected)}")
         folds = document["train_folds"]
         ranges = [document["training_range"][name] for name in problem.features]
-        info = ModelInfo(
+        info = base.ModelInfo(
             method=document["method"],
             params=document["params"],
             minimum=tuple(float(low) for low, _ in ranges),
@@ -258,11 +215,13 @@ def _stated(document: Mapping[str, Any], path: Path) -> tuple[ModelInfo, dict[st
             problem=problem,
         )
         return info, {str(name): str(value) for name, value in document["files"].items()}
+    except ConfigError as error:
+        raise ModelError(f"{path}: its problem is damaged: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{path}: incomplete or damaged ({error!r})") from None
 
 
-def _mapped(path: Path, hint: str = "") -> Content:
+def _mapped(path: Path, hint: str = "") -> base.Content:
     """Content of a file that workers on one machine share in memory; small ones are read."""
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The frame of all corrections: training pairs, settings, the training box and the saved model."""
+"""The frame of all corrections: training pairs, the training box and the saved model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,8 @@ MODEL_FORMAT = 3
 MODEL_FILE = "model.json"
 SEAL = "sha256"
 
-Progress = Callable[[str, int, int], None]
 Content = bytes | memoryview
+Counts = tuple[NDArray[np.uint16], IntArray]
 R = TypeVar("R")
 
 
@@ -35,26 +35,13 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs of one partition.
+    """Pairs of one partition."""
 
-    Parameters
-    ----------
-    features : ndarray of float32, shape (n, k)
-        Inputs of the target, as `sos_dask.problem.Problem.matrix` makes them.
-    differences : ndarray of float32, shape (n, l)
-        Target - reference in the order and units of the labels; nan where unknown.
-    fold : ndarray of int8, shape (n,)
-    weight : ndarray of float32, shape (n,)
-        Relative: only ratios matter. Pairs of weight 0 are not used.
-    errors : ndarray of float32, shape (n, l), optional
-        Of the target's labels; nan where unknown.
-    """
-
-    features: Float32Array
-    differences: Float32Array
+    features: Float32Array  # inputs of the target, shape (n, k), as `Problem.matrix` makes them
+    differences: Float32Array  # target - reference in units of the labels, (n, l); nan: unknown
     fold: NDArray[np.int8]
-    weight: Float32Array
-    errors: Float32Array | None = None
+    weight: Float32Array  # only ratios matter; pairs of weight 0 are not used
+    errors: Float32Array | None = None  # of the target's labels, shape (n, l); nan where unknown
 
 
 class TrainingSource(Protocol):
@@ -72,8 +59,7 @@ class TrainingSource(Protocol):
         """Read one batch."""
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Training rows of a batch: features are finite, the weight is positive."""
 
     features: Float32Array
@@ -86,40 +72,14 @@ class Rows:
         return self.features[known], self.differences[known, label], self.weight[known]
 
 
-def training_rows(batch: Batch, folds: Sequence[int] | None) -> Rows:
-    """Select the rows that can train: of the folds, all inputs finite and a known difference."""
-    use = np.isfinite(batch.features).all(axis=1)
-    use &= np.isfinite(batch.differences).any(axis=1) & (batch.weight > 0)
-    use &= np.isfinite(batch.weight)
-    if folds is not None:
-        use &= np.isin(batch.fold, np.asarray(folds, dtype=np.int64))
-    differences = batch.differences[use]
-    return Rows(
-        batch.features[use],
-        np.where(np.isfinite(differences), differences, np.float32(np.nan)),
-        batch.weight[use],
-    )
-
-
 @dataclass(frozen=True)
 class Training:
-    """The pairs of a fit, and the workers that load and work on them.
-
-    Parameters
-    ----------
-    source : TrainingSource
-    folds : tuple of int, optional
-        Only pairs of these folds are used; None: all pairs.
-    client : distributed.Client, optional
-        None: all in this process. It stays here when the rest travels to its workers.
-    changes : tuple of callable
-        Each takes a `Batch` and gives another one; importable by its name on every worker.
-    """
+    """The pairs of a fit, and the workers that load and work on them."""
 
     source: TrainingSource
-    folds: tuple[int, ...] | None = None
-    client: Any = None
-    changes: tuple[Callable[[Batch], Batch], ...] = ()
+    folds: tuple[int, ...] | None = None  # None: all pairs are used
+    client: Any = None  # stays here when the rest travels to its workers; None: all in this process
+    changes: tuple[Callable[[Batch], Batch], ...] = ()  # importable by name on every worker
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Training, (self.source, self.folds, None, self.changes)
@@ -129,39 +89,34 @@ class Training:
         """Labels and inputs."""
         return self.source.problem
 
+    def changed(self, change: Callable[[Batch], Batch]) -> Training:
+        """The same pairs after a further change."""
+        return replace(self, changes=(*self.changes, change))
+
     def rows(self, index: int) -> Rows:
-        """Training rows of one batch."""
+        """Rows of a batch that can train: of the folds, inputs finite, a difference known."""
         batch = functools.reduce(lambda b, change: change(b), self.changes, self.source.load(index))
-        return training_rows(batch, self.folds)
+        use = np.isfinite(batch.features).all(axis=1) & np.isfinite(batch.differences).any(axis=1)
+        use &= (batch.weight > 0) & np.isfinite(batch.weight)
+        if self.folds is not None:
+            use &= np.isin(batch.fold, np.asarray(self.folds, dtype=np.int64))
+        differences = batch.differences[use]
+        differences[~np.isfinite(differences)] = np.nan
+        return Rows(batch.features[use], differences, batch.weight[use])
 
     def map(self, function: Callable[..., R], *arguments: Any) -> list[R]:
         """Call ``function(rows, *arguments)`` for the training rows of every batch.
 
-        Parameters
-        ----------
-        function : callable
-            Importable by its name on every worker; what it gives back is small.
-
-        Returns
-        -------
-        list
-            In the order of the batches, whoever was first.
-
-        Raises
-        ------
-        ClusterError
-            A batch kills its worker again and again.
+        Results are in the order of the batches. The function is importable by its name on every
+        worker, and what it gives back is small. See `run_tasks` for errors.
         """
-        call = functools.partial(_call, training=self, function=function, arguments=arguments)
+        call = functools.partial(self._call, function, arguments)
         advice = "give workers more, or lower rows_per_partition."
         what = f"{function.__name__}: a batch"
         return run_tasks(call, range(self.source.n_batches), self.client, what, advice)
 
-
-def _call(
-    index: int, training: Training, function: Callable[..., R], arguments: tuple[Any, ...]
-) -> R:
-    return function(training.rows(index), *arguments)
+    def _call(self, function: Callable[..., R], arguments: tuple[Any, ...], index: int) -> R:
+        return function(self.rows(index), *arguments)
 
 
 def run_tasks(
@@ -189,11 +144,9 @@ def run_tasks(
 
 
 def release(futures: Sequence[Any]) -> None:
-    """Let go of futures; what no one else wants is stopped and forgotten.
-
-    ``Client.cancel`` is no substitute: where a cancelled task has dependents, the scheduler of
-    distributed 2026.7 drops the connection to the client.
-    """
+    """Let go of futures; what no one else wants is stopped and forgotten."""
+    # No Client.cancel: where a cancelled task has dependents, the scheduler of distributed 2026.7
+    # drops the connection to the client.
     for future in futures:
         future.release()
 
@@ -213,45 +166,16 @@ def hash_rows(*parts: Float32Array) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Training pairs in a few numbers, which a fit starts from.
+    """Training pairs in a few numbers, which a fit starts from."""
 
-    Parameters
-    ----------
-    n_rows : ndarray of int64, shape (n_batches,)
-        Training rows of each batch.
-    n_pairs : ndarray of int64, shape (l,)
-        Rows with a known difference, per label.
-    minimum, maximum, mean, deviation : ndarray of float64, shape (k,)
-        Of the inputs; the deviation is 1 where all are equal.
-    center, spread : ndarray of float64, shape (l,)
-        Median and robust standard deviation of the differences; 1 where all are equal.
-    constant : ndarray of bool, shape (l,)
-        Labels whose differences are all equal.
-    mean_weight : float
-    """
-
-    n_rows: IntArray
-    n_pairs: IntArray
-    minimum: FloatArray
-    maximum: FloatArray
-    mean: FloatArray
-    deviation: FloatArray
-    center: FloatArray
-    spread: FloatArray
-    constant: NDArray[np.bool_]
+    info: ModelInfo  # of a model that is fitted to these pairs
+    n_rows: IntArray  # of each batch
+    mean: FloatArray  # of the inputs
+    deviation: FloatArray  # of the inputs; 1 where all are equal
+    center: FloatArray  # median of the differences of each label
+    spread: FloatArray  # their robust standard deviation; 1 where all are equal
+    constant: NDArray[np.bool_]  # labels whose differences are all equal
     mean_weight: float
-
-    def info(self, method: str, settings: Settings, training: Training) -> ModelInfo:
-        """Statement of a model fitted to these pairs."""
-        return ModelInfo(
-            method=method,
-            params=settings.as_json,
-            minimum=tuple(self.minimum.tolist()),
-            maximum=tuple(self.maximum.tolist()),
-            n_pairs=tuple(self.n_pairs.tolist()),
-            train_folds=training.folds,
-            problem=training.problem,
-        )
 
 
 # Quartiles of a normal distribution are 1.349 standard deviations apart; 1.4826 = 2 / 1.349.
@@ -259,30 +183,18 @@ _IQR = 1.3489795003921634
 _LEAST_SPREAD = 1e-6  # of the range
 
 
-def summarise(training: Training, method: str, needed: int) -> Summary:
+def summarise(training: Training, method: str, settings: Settings, needed: int) -> Summary:
     """Look at all training pairs once.
-
-    Parameters
-    ----------
-    training : Training
-    method : str
-        For messages.
-    needed : int
-        Pairs that each label must have.
 
     Raises
     ------
     ModelError
-        A label is never known, or known for too few pairs.
+        Fewer pairs than ``needed`` know a label.
     """
     problem, folds = training.problem, training.folds
     parts = training.map(_summarise_batch)
-    n_rows = np.array([part["n"] for part in parts], dtype=np.int64)
-    histograms = [Histogram() for _ in problem.labels]
-    for part in parts:
-        for histogram, counts in zip(histograms, part["counts"], strict=True):
-            histogram.add(counts)
-    n_pairs = np.array([histogram.n for histogram in histograms], dtype=np.int64)
+    histograms = summed([counts for *_, counts in parts], len(problem.labels))
+    n_pairs = tuple(histogram.n for histogram in histograms)
     of_folds = "" if folds is None else f" of folds {', '.join(map(str, folds))}"
     for label, n in zip(problem.names, n_pairs, strict=True):
         if n < max(needed, 1):
@@ -291,49 +203,56 @@ def summarise(training: Training, method: str, needed: int) -> Summary:
                 f"{label} difference, and there are {n}",
                 "Widen the quality cuts or the match radius, or choose a simpler method.",
             )
+    n_rows, sums, lows, highs, _ = map(list, zip(*parts, strict=True))
     # One after the other: the sums must not depend on how NumPy adds a column.
-    sums, squares = (sum(part[name] for part in parts) for name in ("sum", "square"))
-    weight = sum(part["weight"] for part in parts)
-    lowest = np.min([part["label_low"] for part in parts], axis=0).astype(np.float64)
-    width = np.max([part["label_high"] for part in parts], axis=0) - lowest
-    quartiles = np.array([h.quantiles((0.25, 0.5, 0.75)) for h in histograms])
+    weight, *moments = sum(sums) / sum(n_rows)
+    mean, square = np.split(np.array(moments), 2)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0.0))
+    wide = deviation > 1e-6 * np.maximum(1.0, np.abs(mean))
+    low, high, k = np.min(lows, axis=0), np.max(highs, axis=0), len(mean)
+    lowest, width = low[k:], high[k:] - low[k:]
+    first, middle, third = np.transpose([h.quantiles((0.25, 0.5, 0.75)) for h in histograms])
     # Inside a bin of the histogram nothing is told apart.
-    spread = np.maximum(quartiles[:, 2] - quartiles[:, 0], np.abs(quartiles[:, 1]) / 128) / _IQR
+    spread = np.maximum(third - first, np.abs(middle) / 128) / _IQR
     # More than half of the differences may be equal, or all: these are a zero point.
     spread = np.where(spread > _LEAST_SPREAD * width, spread, width / 6)
     constant = width == 0
-    total = int(n_rows.sum())
-    mean = sums / total
-    deviation = np.sqrt(np.maximum(squares / total - mean**2, 0.0))
-    wide = deviation > 1e-6 * np.maximum(1.0, np.abs(mean))
+    box = tuple(low[:k].tolist()), tuple(high[:k].tolist())
     return Summary(
-        n_rows=n_rows,
-        n_pairs=n_pairs,
-        minimum=np.min([part["low"] for part in parts], axis=0),
-        maximum=np.max([part["high"] for part in parts], axis=0),
+        info=ModelInfo(method, settings.as_json, *box, n_pairs, folds, problem),
+        n_rows=np.array(n_rows),
         mean=mean,
         deviation=np.where(wide, deviation, 1.0),
-        center=np.where(constant, lowest, quartiles[:, 1]),
+        center=np.where(constant, lowest, middle),
         spread=np.where(constant, 1.0, spread),
         constant=constant,
-        mean_weight=weight / total,
+        mean_weight=float(weight),
     )
 
 
-def _summarise_batch(rows: Rows) -> dict[str, Any]:
+def _summarise_batch(rows: Rows) -> tuple[int, FloatArray, FloatArray, FloatArray, list[Counts]]:
+    """Number of rows; sums of weight, inputs and squares; least and largest values; counts."""
     x, y = rows.features.astype(np.float64), rows.differences
     known = np.isfinite(y)
-    return {
-        "n": len(x),
-        "sum": x.sum(axis=0),
-        "square": (x**2).sum(axis=0),
-        "weight": float(rows.weight.sum(dtype=np.float64)),
-        "low": x.min(axis=0, initial=np.inf),
-        "high": x.max(axis=0, initial=-np.inf),
-        "label_low": y.min(axis=0, initial=np.inf, where=known),
-        "label_high": y.max(axis=0, initial=-np.inf, where=known),
-        "counts": [count(column[of]) for column, of in zip(y.T, known.T, strict=True)],
-    }
+    least = x.min(axis=0, initial=np.inf), y.min(axis=0, initial=np.inf, where=known)
+    largest = x.max(axis=0, initial=-np.inf), y.max(axis=0, initial=-np.inf, where=known)
+    weight = rows.weight.sum(dtype=np.float64)
+    return (
+        len(x),
+        np.array([weight, *x.sum(axis=0), *(x**2).sum(axis=0)]),
+        np.concatenate(least, dtype=np.float64),
+        np.concatenate(largest, dtype=np.float64),
+        [count(column[of]) for column, of in zip(y.T, known.T, strict=True)],
+    )
+
+
+def summed(parts: Sequence[Sequence[Counts]], n_labels: int) -> list[Histogram]:
+    """Histogram of each label, from the counts of each batch and label."""
+    histograms = [Histogram() for _ in range(n_labels)]
+    for part in parts:
+        for histogram, counts in zip(histograms, part, strict=True):
+            histogram.add(counts)
+    return histograms
 
 
 # --- fitted corrections ------------------------------------------------------------------------
@@ -341,34 +260,15 @@ def _summarise_batch(rows: Rows) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Statement of a model about itself.
-
-    Parameters
-    ----------
-    method : str
-    params : mapping
-        Complete.
-    minimum, maximum : tuple of float
-        Range of each input over the training pairs.
-    n_pairs : tuple of int
-        Training pairs of each label.
-    train_folds : tuple of int, optional
-        None: all.
-    problem : Problem
-    """
+    """Statement of a model about itself."""
 
     method: str
-    params: Mapping[str, Any]
-    minimum: tuple[float, ...]
+    params: Mapping[str, Any]  # all of them
+    minimum: tuple[float, ...]  # of each input over the training pairs
     maximum: tuple[float, ...]
-    n_pairs: tuple[int, ...]
-    train_folds: tuple[int, ...] | None = None
+    n_pairs: tuple[int, ...]  # training pairs of each label
+    train_folds: tuple[int, ...] | None = None  # None: all
     problem: Problem = DEFAULT
-
-    def of_part(self, method: str, kind: type[Settings]) -> ModelInfo:
-        """Statement of a model inside of this one: its method, and the settings that it knows."""
-        own = {name: value for name, value in self.params.items() if name in kind.model_fields}
-        return replace(self, method=method, params=own)
 
     def by_label(self, values: Sequence[Any] | NDArray[Any]) -> dict[str, Any]:
         """Values by the names of the labels, as JSON takes them."""
@@ -393,18 +293,23 @@ class Correction(abc.ABC):
 
     Outside the box of its training pairs a correction is held at the value on the nearest face:
     inputs are clamped to the box, one by one. `in_range` says where that was not needed.
-
-    Parameters
-    ----------
-    info : ModelInfo
     """
+
+    method: ClassVar[str]
+    parameters: ClassVar[type[Settings]]
+    search: ClassVar[Mapping[str, Sequence[int | float | str]]] = {}  # values that a search tries
 
     info: ModelInfo
 
-    @property
-    def method(self) -> str:
-        """Name of the method."""
-        return self.info.method
+    @classmethod
+    @abc.abstractmethod
+    def fit(cls, training: Training, settings: Any) -> Correction:
+        """Fit; see `sos_dask.corrections.fit`."""
+
+    @classmethod
+    @abc.abstractmethod
+    def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> Correction:
+        """Read a model from its own `files`; `ModelError` where they are damaged."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -432,8 +337,7 @@ class Correction(abc.ABC):
             In the units of the labels, each column contiguous. nan in all labels where any input
             is nan or infinite.
         """
-        x = self._checked(features)
-        low, high = self._box()
+        x, low, high = self._checked(features)
         out = np.empty((len(self.labels), len(x)), dtype=np.float32).T
         for start in range(0, len(x), BLOCK_ROWS):
             block = x[start : start + BLOCK_ROWS]
@@ -446,32 +350,17 @@ class Correction(abc.ABC):
         return out
 
     def in_range(self, features: Float32Array) -> NDArray[np.bool_]:
-        """Tell which rows lie inside the box of the training pairs; False where an input is nan.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (n, k)
-
-        Returns
-        -------
-        ndarray of bool, shape (n,)
-        """
-        x = self._checked(features)
-        low, high = self._box()
+        """Tell which rows, shape (n, k), lie in the training box; False where an input is nan."""
+        x, low, high = self._checked(features)
         return _in_all_columns((x >= low) & (x <= high))
 
-    def _box(self) -> tuple[Float32Array, Float32Array]:
-        return (
-            np.array(self.info.minimum, dtype=np.float32),
-            np.array(self.info.maximum, dtype=np.float32),
-        )
-
-    def _checked(self, features: Float32Array) -> Float32Array:
+    def _checked(self, features: Float32Array) -> tuple[Float32Array, Float32Array, Float32Array]:
+        """Features, which are checked, and the corners of the training box."""
         x = np.asarray(features, dtype=np.float32)
         k = len(self.info.problem.inputs)
         if x.ndim != 2 or x.shape[1] != k:
             raise ModelError(f"features have shape {x.shape}, not (n, {k})")
-        return x
+        return x, np.array(self.info.minimum, "f4"), np.array(self.info.maximum, "f4")
 
     @abc.abstractmethod
     def evaluate(self, features: Float32Array) -> Float32Array:
@@ -485,18 +374,14 @@ class Correction(abc.ABC):
         """Content of the method's own files, by name; the same model gives the same bytes."""
 
     def save(self, directory: Path) -> None:
-        """Write the model: ``model.json`` and the method's own files.
-
-        Parameters
-        ----------
-        directory : Path
-            Made where missing. Equal models give equal bytes.
-        """
+        """Write all files."""
         directory.mkdir(parents=True, exist_ok=True)
-        files = self.files()
-        for name, content in files.items():
+        for name, content in self.contents().items():
             (directory / name).write_bytes(content)
-        info = self.info
+
+    def contents(self) -> dict[str, bytes]:
+        """Content of all files, ``model.json`` last; equal models give equal bytes."""
+        files, info = self.files(), self.info
         document = {
             "format": MODEL_FORMAT,
             "sos_dask": __version__,
@@ -512,17 +397,12 @@ class Correction(abc.ABC):
                 name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())
             },
         }
-        (directory / MODEL_FILE).write_bytes(sealed(document))
+        return {**files, MODEL_FILE: sealed(document)}
 
 
 def _in_all_columns(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     # Several times faster than a reduction over so short an axis.
     return functools.reduce(np.logical_and, mask.T)
-
-
-def files_of_part(files: Mapping[str, Content], start: str) -> dict[str, Content]:
-    """Files of a model inside of another one, whose names start so, by their own names."""
-    return {k.removeprefix(start): v for k, v in files.items() if k.startswith(start)}
 
 
 def sealed(document: Mapping[str, Any]) -> bytes:

@@ -1,63 +1,58 @@
-"""Gradient-boosted trees (XGBoost), one ensemble per label: the model, and its fit here.
+"""Gradient-boosted trees (XGBoost), one ensemble per label: the model, its table, its fit here.
 
 The loss is the pseudo-Huber of ``huber_slope`` times the spread of the differences. On 350,000
 simulated pairs with 3 % outliers to one side it left two thirds of the error, and a third of the
 bias, of squared error on clipped differences; the absolute error was no better and four times
 slower, and its leaves would depend on the number of workers.
 
-The bins of an input are chosen here, from exact counts over all pairs, and not by XGBoost, whose
-sketch depends on the order of the rows and on the workers.
+The bins of an input are chosen here, from exact counts over all pairs: XGBoost's own sketch depends
+on the order of the rows and on the workers. Training is data-parallel over a cluster
+(`boosted_cluster`) or in this process. With pairs laid out one block a worker, in the order of the
+workers' names, equal pairs on equally many workers give equal bytes; another number of workers, or
+none, changes the last digits of sums only. Both are true for ``subsample = 1``, the default: which
+pairs a tree sees otherwise depends on the layout.
 
-Training is data-parallel over a cluster (`boosted_cluster`) or in this process. With pairs laid out
-one block a worker, in the order of the workers' names, equal pairs on equally many workers give
-equal bytes; another number of workers, or none, changes the last digits of sums only. Both hold for
-``subsample = 1``, the default: which pairs a tree sees otherwise depends on the layout.
-
-With ``stop_rounds`` one training fold is kept aside to count the trees that help, label by label;
-then all training folds grow so many. It is off by default, for it costs up to another training.
+Every split of a tree compares one input with a threshold, so an ensemble is constant on each cell
+of the grid that its thresholds make: at most 256 x 256 x 256 cells with 256 bins of three inputs.
+The value of a leaf is added to its box of cells by its corners in a difference array, whose
+cumulative sums along the axes are the table (a summed-area table backwards: Crow 1984, SIGGRAPH,
+p. 207). A prediction is then one look-up, whatever the number of trees, for all labels at once.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import settings
 from sos_dask.columns import Float32Array, FloatArray, IntArray
-from sos_dask.corrections import boosted_cluster
-from sos_dask.corrections.base import (
-    Content,
-    Correction,
-    ModelInfo,
-    Progress,
-    Rows,
-    Summary,
-    Training,
-    parse_json,
-    run_tasks,
-    summarise,
-    to_json,
-)
-from sos_dask.corrections.lookup import MAX_CELLS, LookupTable, compile_trees
+from sos_dask.corrections import base, boosted_cluster
+from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
 from sos_dask.errors import ModelError
 from sos_dask.run.machine import n_threads
+from sos_dask.stats.table import pack, unpack
 
 logger = logging.getLogger(__name__)
 
 FILE = "boosted.json"
 TABLE = "lookup.npy"
 MIN_PAIRS = 50
+MAX_CELLS = 1 << 25
 # Edges of bins lie on a grid of this many cells over the range of an input.
 GRID = 4096
 # Rows are sorted by cells of so many bins along each input; 16 and 32 were a little slower.
 _SIDE = 8
 _THREAD_ROWS = 50_000  # two threads are no faster with fewer than 100,000 pairs
+_PLACES = 1 << 13  # of `_Bins`
 
 
 class Settings(settings.Settings):
@@ -65,67 +60,43 @@ class Settings(settings.Settings):
 
     n_rounds: int = Field(400, ge=1, le=20000, description="Trees per label")
     max_depth: int = Field(4, ge=1, le=12, description="Depth of a tree")
-    learning_rate: float = Field(
-        0.04, ge=1e-4, le=1.0, description="Share of each tree's correction that is taken"
-    )
-    min_child_weight: float = Field(
-        2.0, ge=0.0, le=1e6, description="Smallest sum of second derivatives in a leaf"
-    )
-    subsample: float = Field(
-        1.0, ge=0.05, le=1.0, description="Share of the pairs that each tree sees"
-    )
-    reg_lambda: float = Field(
-        3.0, ge=0.0, le=1e6, description="Pull of the leaves to zero, in pairs"
-    )
+    learning_rate: float = Field(0.04, ge=1e-4, le=1.0, description="Share of each tree taken")
+    min_child_weight: float = Field(2.0, ge=0.0, le=1e6, description="Smallest Hessian of a leaf")
+    subsample: float = Field(1.0, ge=0.05, le=1.0, description="Share of pairs that a tree sees")
+    reg_lambda: float = Field(3.0, ge=0.0, le=1e6, description="Pull of leaves to zero, in pairs")
     max_bin: int = Field(256, ge=2, le=4096, description="Bins of each input")
     huber_slope: float = Field(
-        0.2,
-        ge=0.01,
-        le=100.0,
-        description="Residual at which the loss turns from square to linear, in spreads",
+        0.2, ge=0.01, le=100.0, description="Residual where the loss turns linear, in spreads"
     )
     stop_rounds: int = Field(
-        0,
-        ge=0,
-        le=10000,
-        description="End when a training fold that is kept aside has not come closer for so many "
-        "trees, and train so many on all folds; 0: n_rounds trees",
+        0, ge=0, le=10000, description="End after so many trees without gain on a fold; 0: never"
     )
     nthread: int = Field(1, ge=1, le=1024, description="Threads of each worker")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the subsamples")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to train")
     timeout_s: int = Field(
-        120,
-        ge=1,
-        le=86400,
-        description="Longest wait of a worker for the others in one step, in seconds",
+        120, ge=1, le=86400, description="Longest wait of a worker for the others, in seconds"
     )
-
-
-SEARCH = {
-    "n_rounds": (100, 200, 400, 800),
-    "max_depth": (3, 4, 5, 6, 8),
-    "learning_rate": (0.02, 0.04, 0.08),
-    "min_child_weight": (1.0, 2.0, 5.0, 10.0, 30.0),
-    "reg_lambda": (1.0, 3.0, 10.0, 30.0),
-}
 
 
 @dataclass(eq=False)
 class BoostedCorrection(Correction):
-    """Sums of trees.
+    """Differences of ``center + spread * (sum of the trees)`` of each label.
 
-    Parameters
-    ----------
-    info : ModelInfo
-    ensembles : tuple of bytes
-        The trees of each label in XGBoost's UBJSON; decoded where they are needed, since with a
-        table they are not, and XGBoost takes more than a second to import.
-    center, spread : ndarray of float64, shape (l,)
-        A difference is ``center + spread * (sum of the trees)``.
-    table : LookupTable, optional
-        The differences, compiled; a saved model has it unless its thresholds make too many cells.
+    ``ensembles`` are the trees in XGBoost's UBJSON; decoded where they are needed, since with a
+    table they are not, and XGBoost takes more than a second to import. ``table`` has the
+    differences; a saved model has it unless its thresholds make too many cells.
     """
+
+    method = "boosted"
+    parameters = Settings
+    search: ClassVar = {
+        "n_rounds": (100, 200, 400, 800),
+        "max_depth": (3, 4, 5, 6, 8),
+        "learning_rate": (0.02, 0.04, 0.08),
+        "min_child_weight": (1.0, 2.0, 5.0, 10.0, 30.0),
+        "reg_lambda": (1.0, 3.0, 10.0, 30.0),
+    }
 
     ensembles: tuple[Content, ...]
     center: FloatArray
@@ -146,10 +117,8 @@ class BoostedCorrection(Correction):
             ) from None
         n_inputs = len(self.problem.inputs)
         for label, booster in zip(self.labels, boosters, strict=True):
-            if booster.num_features() != n_inputs:
-                raise ModelError(
-                    f"{_file(label)}: {booster.num_features()} features, not {n_inputs}"
-                )
+            if (n := booster.num_features()) != n_inputs:
+                raise ModelError(f"{label}.ubj: {n} features, not {n_inputs}")
             # A model trained on a GPU is used anywhere.
             booster.set_param({"nthread": 1, "device": "cpu"})
         return boosters
@@ -172,56 +141,49 @@ class BoostedCorrection(Correction):
             "center": self.info.by_label(self.center),
             "spread": self.info.by_label(self.spread),
         }
-        trees = {
-            _file(label): bytes(e) for label, e in zip(self.labels, self.ensembles, strict=True)
-        }
+        names = (f"{label}.ubj" for label in self.labels)
+        trees = dict(zip(names, map(bytes, self.ensembles), strict=True))
         table = self.table or compile_trees(self.boosters, self.center, self.spread)
         if table is None:
             why = f"their thresholds make more than {MAX_CELLS:,} cells"
             logger.warning("boosted: no look-up table, the trees predict directly: %s", why)
-            return {FILE: to_json({**document, "no_table": why}), **trees}
-        return {FILE: to_json(document), **trees, TABLE: table.to_bytes()}
+            return {FILE: base.to_json({**document, "no_table": why}), **trees}
+        return {FILE: base.to_json(document), **trees, TABLE: pack([*table.edges, table.values])}
+
+    @classmethod
+    def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> BoostedCorrection:
+        """Read a model from its own files."""
+        document = base.parse_json(bytes(files[FILE]), FILE)
+        center, spread = info.of_labels(document["center"]), info.of_labels(document["spread"])
+        ensembles = tuple(files[f"{label}.ubj"] for label in info.problem.names)
+        table = LookupTable.from_buffer(files[TABLE]) if TABLE in files else None
+        correction = cls(info, ensembles, center, spread, table)
+        if table is None:
+            _ = correction.boosters  # so that trees that cannot be read are refused here
+        return correction
+
+    @classmethod
+    def fit(cls, training: Training, settings: Settings) -> BoostedCorrection:
+        """Fit; see `sos_dask.corrections.fit`. Without a client all pairs are in memory."""
+        client = training.client
+        if settings.device == "cuda" and client is None:
+            boosted_cluster.find_gpu()
+        summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
+        edges = _bin_edges(training, summary.info, settings.max_bin)
+        job = Job(training, settings, summary, edges, (settings.n_rounds,) * len(summary.center))
+        if settings.stop_rounds:
+            what = "stop_rounds: the fit that counts trees"
+            advice = "it needs all pairs. Give workers more, or set stop_rounds = 0."
+            job = job._replace(rounds=base.run_tasks(_count_rounds, [job], client, what, advice)[0])
+        boosters = train(job) if client is None else boosted_cluster.train(job)
+        ensembles = tuple(bytes(booster.save_raw("ubj")) for booster in boosters)
+        return cls(summary.info, ensembles, summary.center, summary.spread)
 
 
-def _file(label: str) -> str:
-    return f"{label}.ubj"
+# --- training ----------------------------------------------------------------------------------
 
 
-def restore(info: ModelInfo, files: Mapping[str, Content]) -> BoostedCorrection:
-    """Model from its files; `ModelError` where they are incomplete."""
-    document = parse_json(bytes(files[FILE]), FILE)
-    center, spread = info.of_labels(document["center"]), info.of_labels(document["spread"])
-    ensembles = tuple(files[_file(label)] for label in info.problem.names)
-    table = LookupTable.from_buffer(files[TABLE]) if TABLE in files else None
-    correction = BoostedCorrection(info, ensembles, center, spread, table)
-    if table is None:
-        _ = correction.boosters  # so that trees that cannot be read are refused here
-    return correction
-
-
-def fit(training: Training, settings: Settings, progress: Progress) -> BoostedCorrection:
-    """Fit; see `sos_dask.corrections.fit`.
-
-    Without a client the same trees are trained in this process, all pairs in its memory.
-    """
-    client = training.client
-    if settings.device == "cuda" and client is None:
-        boosted_cluster.find_gpu()
-    summary = summarise(training, "boosted", MIN_PAIRS)
-    edges = bin_edges(training, summary, settings.max_bin)
-    job = Job(training, settings, summary, edges, (settings.n_rounds,) * len(summary.center))
-    if settings.stop_rounds:
-        what = "stop_rounds: the fit that counts trees"
-        advice = "it needs all pairs. Give workers more, or set stop_rounds = 0."
-        job = replace(job, rounds=run_tasks(count_rounds, [job], client, what, advice)[0])
-    boosters = train(job, progress) if client is None else boosted_cluster.train(job, progress)
-    info = summary.info("boosted", settings, training)
-    ensembles = tuple(bytes(booster.save_raw("ubj")) for booster in boosters)
-    return BoostedCorrection(info, ensembles, summary.center, summary.spread)
-
-
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """Trees to train (``rounds`` of each label), the pairs, and the edges of the bins."""
 
     training: Training
@@ -233,15 +195,13 @@ class Job:
     @property
     def booster_params(self) -> dict[str, Any]:
         """Parameters as XGBoost names them."""
-        others = {"n_rounds", "stop_rounds", "timeout_s"}
-        names = [name for name in Settings.model_fields if name not in others]
         return {
             "tree_method": "hist",
             "objective": "reg:pseudohubererror",
             "base_score": 0.0,  # differences are centred
             "validate_parameters": True,
             "verbosity": 0,
-            **{name: getattr(self.settings, name) for name in names},
+            **self.settings.model_dump(exclude={"n_rounds", "stop_rounds", "timeout_s"}),
         }
 
     def block(self, first: int, stop: int) -> Rows:
@@ -253,25 +213,22 @@ class Job:
         """
         summary = self.summary
         parts = [self.training.rows(n) for n in range(first, stop) if summary.n_rows[n]]
-        features = np.concatenate([part.features for part in parts])
+        features, differences, weight = map(np.concatenate, zip(*parts, strict=True))
         bins = [
-            np.searchsorted(of_column, column, side="right") - 1
-            for of_column, column in zip(self.edges, features.T, strict=True)
+            np.searchsorted(edges, column, side="right") - 1
+            for edges, column in zip(self.edges, features.T, strict=True)
         ]
         order = np.lexsort([of_column // _SIDE for of_column in bins])
-        differences = np.concatenate([part.differences for part in parts])[order]
-        weight = np.concatenate([part.weight for part in parts])[order]
-        edges = [e[of_column[order]] for e, of_column in zip(self.edges, bins, strict=True)]
-        return Rows(
-            np.stack(edges, 1),
-            ((differences.astype(np.float64) - summary.center) / summary.spread).astype("f4"),
-            (weight / summary.mean_weight).astype(np.float32),
-        )
+        lower = [e[of_column[order]] for e, of_column in zip(self.edges, bins, strict=True)]
+        scaled = (differences[order].astype(np.float64) - summary.center) / summary.spread
+        weight = (weight[order] / summary.mean_weight).astype(np.float32)
+        return Rows(np.stack(lower, 1), scaled.astype(np.float32), weight)
 
 
-def bin_edges(training: Training, summary: Summary, max_bin: int) -> tuple[Float32Array, ...]:
-    """Choose the lower edges of the bins of each input: about equally many pairs in each."""
-    low, width = summary.minimum, summary.maximum - summary.minimum
+def _bin_edges(training: Training, info: ModelInfo, max_bin: int) -> tuple[Float32Array, ...]:
+    """Lower edges of the bins of each input, about equally many pairs in each."""
+    low = np.array(info.minimum)
+    width = np.array(info.maximum) - low
     counts = sum(training.map(_cells, low, width))
     edges = []
     for column, of_cells in enumerate(np.asarray(counts)):
@@ -296,28 +253,22 @@ def _matrix(job: Job, rows: Rows, label: int, bins_of: Any = None) -> Any:
     import xgboost
 
     x, y, weight = rows.of_label(label)
-    return xgboost.QuantileDMatrix(
-        x,
-        y,
-        weight=weight,
-        feature_names=list(job.training.problem.features),
-        max_bin=job.settings.max_bin,
-        nthread=job.settings.nthread,
-        ref=bins_of,
-    )
+    names, settings = list(job.training.problem.features), job.settings
+    made = {"max_bin": settings.max_bin, "nthread": settings.nthread, "ref": bins_of}
+    return xgboost.QuantileDMatrix(x, y, weight=weight, feature_names=names, **made)
 
 
-def count_rounds(job: Job) -> tuple[int, ...]:
-    """Count the trees of each label after which the last training fold came no closer."""
+def _count_rounds(job: Job) -> tuple[int, ...]:
+    """Trees of each label after which the last training fold came no closer."""
     import xgboost
 
     if job.settings.device == "cuda":
         boosted_cluster.find_gpu()
     training, n = job.training, job.training.source.n_batches
-    folds = training.folds
+    folds: Sequence[int] | None = training.folds
     if folds is None:
         seen = [training.source.load(index).fold for index in range(n)]
-        folds = tuple(int(fold) for fold in np.unique(np.concatenate(seen)))
+        folds = np.unique(np.concatenate(seen)).tolist()
     if len(folds) < 2:
         raise ModelError(
             f"stop_rounds needs two training folds or more, not {len(folds)}",
@@ -325,7 +276,7 @@ def count_rounds(job: Job) -> tuple[int, ...]:
         )
     *others, kept = sorted(folds)
     grown, aside = (
-        replace(job, training=replace(training, folds=chosen)).block(0, n)
+        job._replace(training=replace(training, folds=chosen)).block(0, n)
         for chosen in (tuple(others), (kept,))
     )
     rounds = []
@@ -346,7 +297,7 @@ def count_rounds(job: Job) -> tuple[int, ...]:
     return tuple(rounds)
 
 
-def train(job: Job, progress: Progress) -> tuple[Any, ...]:
+def train(job: Job) -> tuple[Any, ...]:
     """Train an ``xgboost.Booster`` of each label in this process."""
     import xgboost
 
@@ -355,14 +306,194 @@ def train(job: Job, progress: Progress) -> tuple[Any, ...]:
     # Trees do not depend on it.
     params["nthread"] = max(params["nthread"], n_threads(len(rows.features), _THREAD_ROWS))
     matrix: Any = None
-    before, boosters = None, []
+    known, boosters = np.isfinite(rows.differences), []
     for number, n_rounds in enumerate(job.rounds):
-        known = np.isfinite(rows.differences[:, number])
-        if before is not None and np.array_equal(known, before):
-            matrix.set_label(rows.differences[known, number])  # the bins are the same
+        if number and np.array_equal(known[:, number], known[:, number - 1]):
+            matrix.set_label(rows.of_label(number)[1])  # the bins are the same
         else:
             matrix = _matrix(job, rows, number)
-        before = known
         boosters.append(xgboost.train(params, matrix, n_rounds))
-        progress("boosted", number + 1, len(job.rounds))
     return tuple(boosters)
+
+
+# --- the look-up table -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LookupTable:
+    """Sums of trees on a grid of cells: ``values`` has shape (n0, n1, ..., n_labels).
+
+    ``edges`` are the thresholds of each input, sorted; a value v is in bin
+    ``number of thresholds <= v``.
+    """
+
+    edges: tuple[Float32Array, ...]
+    values: Float32Array
+
+    def predict(self, features: Float32Array) -> Float32Array:
+        """Sums of the trees at finite inputs, shape (n, n_labels)."""
+        cell = np.zeros(len(features), dtype=np.int64)
+        for axis, bins in enumerate(self._bins):
+            cell *= self.values.shape[axis]
+            cell += bins.of(np.ascontiguousarray(features[:, axis]))
+        # No cell is outside; an index in brackets, or a mode that checks, takes longer.
+        return self.values.reshape(-1, self.values.shape[-1]).take(cell, axis=0, mode="clip")
+
+    @cached_property
+    def _bins(self) -> tuple[_Bins, ...]:
+        return tuple(_Bins(edges) for edges in self.edges)
+
+    @classmethod
+    def from_buffer(cls, buffer: Content) -> LookupTable:
+        """Table in a buffer of packed arrays; `ModelError` where it is damaged."""
+        what = "the look-up table of the trees"
+        *edges, values = unpack(buffer, what) or [np.empty(0)]
+        if not edges or values.shape[:-1] != tuple(part.size + 1 for part in edges):
+            raise ModelError(f"{what} is damaged: it has other axes")
+        return cls(tuple(edges), values)
+
+
+class _Bins:
+    """Bins of values without a binary search: an even grid says nearly where a value belongs.
+
+    The place on the grid never falls where a value rises, whatever the rounding, so that only the
+    thresholds of the same place have to be compared: mostly none or one.
+    """
+
+    def __init__(self, edges: Float32Array) -> None:
+        self._low, self._high = edges[[0, -1]] if len(edges) else np.zeros(2, np.float32)
+        width = float(self._high) - float(self._low)
+        places = _PLACES / width if width > 0 else 0.0
+        # Without a scale all are in one place: also of widths that float32 cannot divide by.
+        self._scale = np.float32(places if places < float(np.finfo(np.float32).max) else 0.0)
+        counts = np.bincount(self._place(edges), minlength=_PLACES)
+        self._before = np.cumsum(counts) - counts  # thresholds before each place
+        self._most = int(counts.max())  # thresholds that share a place
+        self._edges = np.append(edges, np.full(self._most, np.inf, np.float32))
+
+    def _place(self, values: Float32Array) -> NDArray[np.intp]:
+        place = np.clip(values, self._low, self._high)
+        place -= self._low
+        place *= self._scale
+        np.minimum(place, _PLACES - 1, out=place)
+        return place.astype(np.intp)
+
+    def of(self, values: Float32Array) -> NDArray[np.intp]:
+        """Number of thresholds not above each value."""
+        # No place is outside; an index in brackets takes half as long again.
+        before = self._before.take(self._place(values), mode="clip")
+        index = before.copy()
+        for step in range(self._most):
+            index += values >= self._edges.take(before + step, mode="clip")
+        return index
+
+
+def compile_trees(
+    boosters: Sequence[Any], center: FloatArray, spread: FloatArray
+) -> LookupTable | None:
+    """Make the table of ``center + spread * (sum of the trees)`` of one ensemble a label.
+
+    Parameters
+    ----------
+    boosters : sequence of xgboost.Booster
+        Over the same inputs; regression with an identity link.
+    center, spread : ndarray of float64, shape (l,)
+
+    Returns
+    -------
+    LookupTable or None
+        None where the thresholds make more than ``MAX_CELLS`` cells: too large to be worth it.
+    """
+    models = [json.loads(bytes(booster.save_raw("json")))["learner"] for booster in boosters]
+    forests = [_forest(model["gradient_booster"]["model"]["trees"]) for model in models]
+    edges = tuple(
+        np.unique(np.concatenate([f.value[(f.left >= 0) & (f.feature == axis)] for f in forests]))
+        for axis in range(int(models[0]["learner_model_param"]["num_feature"]))
+    )
+    shape = tuple(len(part) + 1 for part in edges)
+    if np.prod(shape, dtype=np.float64) > MAX_CELLS:
+        return None
+    corners = [_corners(forest, edges) for forest in forests]
+    bases = [np.ravel(json.loads(m["learner_model_param"]["base_score"]))[0] for m in models]
+    values = np.empty((*shape, len(boosters)), dtype=np.float32)
+    running = np.zeros((len(boosters), *shape[1:]))
+    # Plane by plane all stays in the cache.
+    for plane, of_labels in enumerate(values):
+        for label, (first, cell, amount) in enumerate(corners):
+            now = slice(first[plane], first[plane + 1])
+            np.add.at(running[label].reshape(-1), cell[now], amount[now])
+            sums = running[label].copy()
+            for axis in range(sums.ndim):
+                np.cumsum(sums, axis=axis, out=sums)
+            sums += np.float32(bases[label])
+            of_labels[..., label] = sums * spread[label] + center[label]
+    return LookupTable(edges, values)
+
+
+class _Forest(NamedTuple):
+    """Nodes of all trees one after the other; a leaf has no left node (-1) and its value."""
+
+    roots: IntArray
+    left: IntArray
+    right: IntArray
+    feature: IntArray
+    value: Float32Array  # threshold of a split
+
+
+def _forest(trees: Sequence[dict[str, Any]]) -> _Forest:
+    def joined(name: str) -> NDArray[Any]:
+        return np.concatenate([np.empty(0), *(tree[name] for tree in trees)])
+
+    roots = np.cumsum([0, *(len(tree["left_children"]) for tree in trees)])
+    before = np.repeat(roots[:-1], np.diff(roots))
+    left, right = joined("left_children").astype(int), joined("right_children").astype(int)
+    left = np.where(left < 0, -1, left + before)
+    value = joined("split_conditions").astype(np.float32)
+    return _Forest(roots[:-1], left, right + before, joined("split_indices").astype(int), value)
+
+
+def _corners(
+    forest: _Forest, edges: tuple[Float32Array, ...]
+) -> tuple[IntArray, IntArray, FloatArray]:
+    """Where the sums change: first entry of each plane of the first axis, cells in it, amounts."""
+    shape = np.array([len(part) + 1 for part in edges])
+    low, stop, value = _leaves(forest, edges, shape)
+    places, amounts = [], []
+    for corner in itertools.product((0, 1), repeat=len(shape)):
+        places.append(np.where(corner, stop, low))
+        amounts.append(-value if sum(corner) % 2 else value)
+    place, amount = np.concatenate(places), np.concatenate(amounts)
+    inside = (place < shape).all(axis=1)
+    order = np.argsort(place[inside, 0], kind="stable")
+    place, amount = place[inside][order], amount[inside][order]
+    first = np.searchsorted(place[:, 0], np.arange(shape[0] + 1))
+    strides = np.append(np.cumprod(shape[:1:-1])[::-1], 1)[: len(shape) - 1]
+    return first, place[:, 1:] @ strides, amount
+
+
+def _leaves(
+    forest: _Forest, edges: tuple[Float32Array, ...], shape: IntArray
+) -> tuple[IntArray, IntArray, FloatArray]:
+    """Of each leaf that some value reaches: first bin and stop by axis, and its value."""
+    cut = np.zeros(len(forest.left), dtype=np.int64)
+    for axis, part in enumerate(edges):
+        of_axis = forest.feature == axis
+        cut[of_axis] = np.searchsorted(part, forest.value[of_axis]) + 1
+    node = forest.roots
+    low: IntArray = np.zeros((len(node), len(edges)), dtype=np.int64)
+    stop: IntArray = low + shape
+    found: list[tuple[NDArray[Any], ...]] = []
+    while len(node) or not found:
+        is_split = forest.left[node] >= 0
+        is_leaf = ~is_split & (low < stop).all(axis=1)
+        found.append((low[is_leaf], stop[is_leaf], forest.value[node[is_leaf]].astype(np.float64)))
+        node, low, stop = node[is_split], low[is_split], stop[is_split]
+        # Thresholds above the cut's own are in the bins from it on: v >= t is bin index >= cut.
+        n, here = len(node), (np.arange(len(node)), forest.feature[node])
+        middle = np.clip(cut[node], low[here], stop[here])
+        node = np.concatenate([forest.left[node], forest.right[node]])
+        low, stop = np.concatenate([low, low]), np.concatenate([stop, stop])
+        stop[:n][here] = middle
+        low[n:][here] = middle
+    first, after, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return first, after, values

@@ -16,7 +16,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sos_dask.corrections.base import Progress, Rows, release
+from sos_dask.corrections.base import Rows, release
 from sos_dask.errors import ClusterError, ModelError, SosError
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 TRIES = 3
 
 
-def train(job: Job, progress: Progress) -> tuple[Any, ...]:
+def train(job: Job) -> tuple[Any, ...]:
     """Train an ``xgboost.Booster`` of each label; after a loss of workers, by those that are left.
 
     Raises
@@ -57,18 +56,17 @@ def train(job: Job, progress: Progress) -> tuple[Any, ...]:
         ValueError,  # xgboost.dask: "Invalid worker address"; XGBoostError
         OSError,  # closed connections, `ConnectionError` of this module, timeouts
     )
-    client, timeout_s = job.training.client, job.settings.timeout_s
+    client = job.training.client
     boosters: dict[int, Any] = {}
     wanted, tracker = 1, uuid.uuid4().hex
     for attempt in range(1, TRIES + 1):
         try:
-            workers = _workers(client, wanted, timeout_s)
+            workers = _workers(client, wanted, job.settings.timeout_s)
             wanted = len(workers)
             if job.settings.device == "cuda":
                 asked = [client.submit(find_gpu, pure=False, **_on(w)) for w in workers]
-                _collect(client, asked, workers, timeout_s)
                 workers = one_each(workers, client.gather(asked))
-            _train_labels(job, workers, boosters, tracker, progress)
+            _train_labels(job, workers, boosters, tracker)
             return tuple(boosters[number] for number in range(len(job.rounds)))
         except SosError:
             raise
@@ -79,7 +77,7 @@ def train(job: Job, progress: Progress) -> tuple[Any, ...]:
             logger.warning("boosted: try %d of %d failed: %s", attempt, TRIES, failure)
         finally:
             with contextlib.suppress(Exception):
-                client.run_on_scheduler(stop_tracker, tracker)
+                client.run_on_scheduler(_stop_tracker, tracker)
     raise ClusterError(
         f"training was lost {TRIES} times, at last by {failure}",
         "Look at the workers' logs: most often they run out of memory or their node goes away. "
@@ -92,13 +90,6 @@ def _on(worker: str) -> dict[str, Any]:
     return {"workers": [worker], "allow_other_workers": True}
 
 
-def _heartbeats(client: Any) -> dict[str, float]:
-    """Addresses of the workers, by name, with the time of their last heartbeat."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    by_name = sorted(workers, key=lambda address: (str(workers[address]["name"]), address))
-    return {address: float(workers[address]["last_seen"]) for address in by_name}
-
-
 def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
     """Addresses of workers that answer, by name. A frozen one is still known to the scheduler."""
     from distributed import wait
@@ -106,67 +97,41 @@ def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
     # Time for a nanny to bring a dead worker back.
     with contextlib.suppress(TimeoutError):
         client.wait_for_workers(wanted, timeout=20)
-    asked = {
-        worker: client.submit(str, worker, pure=False, workers=[worker])
-        for worker in _heartbeats(client)
-    }
+    known = client.scheduler_info(n_workers=-1)["workers"]
+    by_name = sorted(known, key=lambda address: (str(known[address]["name"]), address))
+    asked = [client.submit(str, worker, pure=False, workers=[worker]) for worker in by_name]
     if asked:
         with contextlib.suppress(TimeoutError):
-            wait(list(asked.values()), timeout=min(30.0, timeout_s))
-    alive = [worker for worker, future in asked.items() if future.status == "finished"]
-    release(list(asked.values()))
+            wait(asked, timeout=min(30.0, timeout_s))
+    alive = [w for w, future in zip(by_name, asked, strict=True) if future.status == "finished"]
+    release(asked)
     if not alive:
         raise ConnectionError("no worker answers")
     return alive
 
 
-def _collect(client: Any, futures: Sequence[Any], workers: Sequence[str], timeout_s: float) -> None:
-    """Wait for tasks as long as the workers that were asked are there; raise what they raised."""
+def _train_labels(job: Job, workers: Sequence[str], boosters: dict[int, Any], tracker: str) -> None:
+    """Train the labels that have no booster yet."""
     from distributed import wait
 
-    # The clocks of scheduler and client may differ: only whether a heartbeat is new counts.
-    heard = {worker: (0.0, time.monotonic()) for worker in workers}
-    patience_s = max(timeout_s, 20.0)
-    while True:
-        with contextlib.suppress(TimeoutError):
-            wait(futures, timeout=2)
-        for future in futures:
-            if future.status in ("error", "cancelled", "lost"):
-                future.result(timeout=10)
-                raise ConnectionError(f"a task is {future.status}")
-        if all(future.status == "finished" for future in futures):
-            return
-        now, beats = time.monotonic(), _heartbeats(client)
-        for worker, (beat, since) in heard.items():
-            if worker not in beats:
-                raise ConnectionError(f"worker {worker} is gone")
-            if beats[worker] != beat:
-                heard[worker] = (beats[worker], now)
-            elif now - since > patience_s:
-                raise ConnectionError(f"worker {worker} has been silent for {patience_s:g} s")
-
-
-def _train_labels(
-    job: Job,
-    workers: Sequence[str],
-    boosters: dict[int, Any],
-    tracker: str,
-    progress: Progress,
-) -> None:
-    """Train the labels that have no booster yet."""
-    client = job.training.client
-    cuts = _shares(job.summary.n_rows, len(workers))
-    used = list(workers[: len(cuts)])
+    client, cuts = job.training.client, _shares(job.summary.n_rows, len(workers))
     blocks = [
         client.submit(job.block, first, stop, pure=False, **_on(worker))
-        for worker, (first, stop) in zip(used, cuts, strict=True)
+        for worker, (first, stop) in zip(workers, cuts, strict=False)
     ]
     try:
-        _collect(client, blocks, used, job.settings.timeout_s)
+        # The scheduler drops a silent worker, and its block moves; with the last one nothing would.
+        while not all(block.done() for block in blocks):
+            with contextlib.suppress(TimeoutError):
+                wait(blocks, timeout=10)
+            if not client.scheduler_info(n_workers=-1)["workers"]:
+                raise ConnectionError("no worker is left")
+        for block in blocks:
+            if block.status == "error":
+                block.result()
         for number in range(len(job.rounds)):
             if number not in boosters:
-                boosters[number] = _train_label(job, used, blocks, tracker, number)
-            progress("boosted", number + 1, len(job.rounds))
+                boosters[number] = _train_label(job, workers, blocks, tracker, number)
     finally:
         release(blocks)
 
@@ -192,30 +157,24 @@ def _train_label(
     client, timeout_s = job.training.client, job.settings.timeout_s
     features = list(job.training.problem.features)
     columns = [
-        [client.submit(_column, block, number, item, pure=False, **_on(w)) for item in range(3)]
-        for block, w in zip(blocks, workers, strict=True)
+        [
+            client.submit(_column, block, number, item, pure=False, **_on(worker))
+            for block, worker in zip(blocks, workers, strict=False)
+        ]
+        for item in range(3)
     ]
-    sizes = [
-        client.submit(len, column[1], pure=False, **_on(w))
-        for column, w in zip(columns, workers, strict=True)
-    ]
-    futures = [future for column in columns for future in column]
     try:
-        _collect(client, [*futures, *sizes], workers, timeout_s)
-        n = client.gather(sizes)
         x, y, weight = (
             da.concatenate(
-                [
-                    da.from_delayed(column[item], shape=(rows, *tail), dtype=np.float32)
-                    for column, rows in zip(columns, n, strict=True)
-                ]
+                [da.from_delayed(part, (np.nan, *tail), np.float32) for part in parts],
+                allow_unknown_chunksizes=True,
             )
-            for item, tail in enumerate([(len(features),), (), ()])
+            for parts, tail in zip(columns, [(len(features),), (), ()], strict=True)
         )
         matrix = xgboost_dask.DaskQuantileDMatrix(
             client, x, y, weight=weight, feature_names=features, max_bin=job.settings.max_bin
         )
-        with tracker_apart(tracker):
+        with _tracker_apart(tracker):
             result = xgboost_dask.train(
                 client,
                 job.booster_params,
@@ -226,14 +185,12 @@ def _train_label(
             )
         return result["booster"]
     finally:
-        release([*futures, *sizes])
+        release([future for futures in columns for future in futures])
 
 
 def _column(rows: Rows, label: int, item: int) -> Any:
     return rows.of_label(label)[item]
 
-
-# --- the tracker -------------------------------------------------------------------------------
 
 _TRACKER = """
 import json, os, sys
@@ -260,8 +217,8 @@ _TRACKERS: dict[str, subprocess.Popen[str]] = {}  # of the scheduler's process
 
 
 @contextlib.contextmanager
-def tracker_apart(name: str) -> Iterator[None]:
-    """Make xgboost.dask start its tracker in a process of its own, named for `stop_tracker`."""
+def _tracker_apart(name: str) -> Iterator[None]:
+    """Make xgboost.dask start its tracker in a process of its own, named for `_stop_tracker`."""
     from xgboost import dask as xgboost_dask
 
     original = xgboost_dask._start_tracker
@@ -273,58 +230,40 @@ def tracker_apart(name: str) -> Iterator[None]:
 
 
 async def _start_tracker(
-    name: str,
-    n_workers: int,
-    address_of_scheduler: str | None,
-    address_of_user: tuple[str, int] | None,
-    timeout: int | None,
+    name: str, n_workers: int, of_scheduler: str | None, of_user: Any, timeout: int | None
 ) -> dict[str, str | int]:
     """Runs in the scheduler; what workers need to find a new tracker."""
-    addresses = [address_of_user, (address_of_scheduler, 0), (None, 0)]
-    request = json.dumps([n_workers, [address for address in addresses if address], timeout or 0])
+    addresses = [address for address in (of_user, (of_scheduler, 0), (None, 0)) if address]
+    request = json.dumps([n_workers, addresses, timeout or 0])
     return await asyncio.to_thread(_ask_tracker, name, request)
 
 
 def _ask_tracker(name: str, request: str) -> dict[str, str | int]:
     process = _TRACKERS.get(name)
     if process is None or process.poll() is not None:
-        stop_tracker(name)
+        _stop_tracker(name)
+        command, pipe = [sys.executable, "-c", _TRACKER], subprocess.PIPE
         process = subprocess.Popen(
-            [sys.executable, "-c", _TRACKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
         )
         _TRACKERS[name] = process
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(request + "\n")
-    process.stdin.flush()
+    assert process.stdin and process.stdout
+    print(request, file=process.stdin, flush=True)
     answer: dict[str, str | int] | None = json.loads(process.stdout.readline() or "null")
     if answer is None:
         raise OSError("the tracker of XGBoost did not start")
     return answer
 
 
-def stop_tracker(name: str) -> None:
+def _stop_tracker(name: str) -> None:
     """Runs in the scheduler: end the trackers of one fit."""
-    process = _TRACKERS.pop(name, None)
-    if process is not None:
+    if process := _TRACKERS.pop(name, None):
         process.kill()
         process.communicate()
 
 
-# --- GPUs --------------------------------------------------------------------------------------
-
-
 def find_gpu() -> tuple[str, ...]:
-    """Find the GPU of this process by training a tree on it.
-
-    Returns
-    -------
-    tuple of str
-        Equal for processes that share a GPU.
+    """Find the GPU of this process by training a tree on it; equal where processes share one.
 
     Raises
     ------
@@ -356,16 +295,11 @@ def find_gpu() -> tuple[str, ...]:
     # A batch system may number the GPUs that each process may see 0.
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
     uuids = ""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        uuids = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=False
-        ).stdout
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        uuids = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=20)
     return socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), uuids
 
 
 def one_each(workers: Sequence[str], gpus: Sequence[tuple[str, ...]]) -> list[str]:
     """Choose the first of all workers that share a GPU: NCCL takes one process a GPU."""
-    first: dict[tuple[str, ...], str] = {}
-    for worker, gpu in zip(workers, gpus, strict=True):
-        first.setdefault(gpu, worker)
-    return list(first.values())
+    return [worker for n, worker in enumerate(workers) if gpus[n] not in gpus[:n]]

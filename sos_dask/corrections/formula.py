@@ -12,7 +12,7 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,98 +41,61 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-Step = tuple[str | Callable[[Any, Any], Any], float]
 
 
 @dataclass(frozen=True)
 class Formula:
-    """A formula as it is written.
-
-    Parameters
-    ----------
-    text : str
-    steps : tuple
-        In postfix order: ``number`` with its value, ``name`` with its position, ``power`` with its
-        exponent, ``negate``, or an operator for the two values before it.
-    """
+    """A formula as it is written, its names, and its syntax tree."""
 
     text: str
-    steps: tuple[Step, ...]
+    names: tuple[str, ...]
+    tree: ast.expr
 
     @classmethod
     def parse(cls, text: str, names: Sequence[str] = DEFAULT.features) -> Formula:
-        """Read a formula.
-
-        Parameters
-        ----------
-        text : str
-        names : sequence of str
-            The only names that may stand in it.
+        """Read a formula in which no other names occur.
 
         Raises
         ------
         ModelError
             Anything but arithmetic: calls, attributes, other names, powers that are not whole.
         """
-        allowed = (
-            f"A formula has numbers, {', '.join(names)}, + - * /, parentheses and whole powers; "
-            "nothing in it is ever run."
-        )
         shown = text if len(text) <= 80 else text[:77] + "..."
-        if len(text) > MAX_TEXT or (bad := re.search(r"[^\w.+\-*/() ]", text, re.ASCII)):
-            reason = "it is too long" if len(text) > MAX_TEXT else f"{bad[0]!r} is not arithmetic"  # type: ignore[index]
-            raise ModelError(f"'{shown}' is not a formula: {reason}", allowed)
         try:
-            tree = ast.parse(text.strip(), mode="eval")
-            steps = tuple(_steps(tree.body, list(names), 0))
+            if len(text) > MAX_TEXT:
+                raise ValueError("it is too long")
+            if bad := re.search(r"[^\w.+\-*/() ]", text, re.ASCII):
+                raise ValueError(f"{bad[0]!r} is not arithmetic")
+            formula = cls(text, tuple(names), ast.parse(text.strip(), mode="eval").body)
+            with np.errstate(all="ignore"):
+                formula.run([np.float64(1)] * len(names), np.float64)
         except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
             reason = error.msg if isinstance(error, SyntaxError) else str(error)
-            reason = reason.partition(" - ")[0]
-            raise ModelError(f"'{shown}' is not a formula: {reason}", allowed) from None
-        return cls(text, steps)
+            raise ModelError(
+                f"'{shown}' is not a formula: {reason.partition(' - ')[0]}",
+                f"A formula has numbers, {', '.join(names)}, + - * /, parentheses and whole "
+                "powers; nothing in it is ever run.",
+            ) from None
+        return formula
 
-    def run(self, names: Sequence[Any], number: Callable[[float], Any] = float) -> Any:
+    def run(self, values: Sequence[Any], number: Callable[[float], Any] = float) -> Any:
         """Value, with the arithmetic of whatever stands for the names and the numbers."""
-        stack: list[Any] = []
-        for kind, value in self.steps:
-            if kind == "number":
-                stack.append(number(value))
-            elif kind == "name":
-                stack.append(names[int(value)])
-            elif kind == "negate":
-                stack.append(-stack.pop())
-            elif kind == "power":
-                stack.append(_power(stack.pop(), int(value)))
-            else:
-                right = stack.pop()
-                stack.append(kind(stack.pop(), right))  # type: ignore[operator]
-        return stack.pop()
+        return _value(self.tree, dict(zip(self.names, values, strict=True)), number, 0)
 
     def evaluate(self, features: NDArray[np.floating]) -> FloatArray:
-        """Values in double precision; each row by itself.
-
-        Parameters
-        ----------
-        features : ndarray of float, shape (n, k)
-
-        Returns
-        -------
-        ndarray of float64, shape (n,)
-        """
+        """Values in double precision, shape (n,), of features (n, k); each row by itself."""
         columns = np.ascontiguousarray(features.T, dtype=np.float64)
         with np.errstate(all="ignore"):
             return np.broadcast_to(self.run(list(columns)), len(features))
 
-    def is_finite(
-        self, minimum: Sequence[float], maximum: Sequence[float], cells: int = 12
-    ) -> bool:
+    def is_finite(self, minimum: Sequence[float], maximum: Sequence[float]) -> bool:
         """Tell whether the formula is finite, and no divisor small, everywhere in a box.
 
-        By interval arithmetic over ``cells`` parts of each side, so a pole cannot hide between
-        grid points; a formula of which this cannot be shown counts as not finite.
+        By interval arithmetic over parts of the box, so a pole cannot hide between grid points; a
+        formula of which this cannot be shown counts as not finite.
         """
         low, high = np.asarray(minimum, dtype=np.float64), np.asarray(maximum, dtype=np.float64)
-        cells = min(cells, int(1e6 ** (1 / len(low))))
+        cells = min(12, int(1e6 ** (1 / len(low))))
         edges = low + (high - low) * np.linspace(0, 1, cells + 1)[:, None]
         lows = np.stack(np.meshgrid(*edges[:-1].T, indexing="ij")).reshape(len(low), -1)
         highs = np.stack(np.meshgrid(*edges[1:].T, indexing="ij")).reshape(len(low), -1)
@@ -142,43 +105,41 @@ class Formula:
         return bool(np.isfinite(value.low).all() and np.isfinite(value.high).all())
 
 
-def _steps(node: ast.expr, names: list[str], depth: int) -> Iterator[Step]:
+def _value(
+    node: ast.expr, known: Mapping[str, Any], number: Callable[[float], Any], depth: int
+) -> Any:
+    """Value of a part of a formula; `ValueError` for anything but arithmetic."""
     if depth > MAX_NESTING:
         raise ValueError("it is nested too deeply")
+
+    def inner(part: ast.expr, deeper: int = 1) -> Any:
+        return _value(part, known, number, depth + deeper)
+
     match node:
-        case ast.Constant(value=value) if type(value) in (int, float):
-            number = float(value)  # type: ignore[arg-type]
-            if not math.isfinite(number):
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            if not math.isfinite(float(value)):
                 raise ValueError("a number is infinite")
-            yield "number", number
-        case ast.Name(id=name) if name in names:
-            yield "name", float(names.index(name))
+            return number(float(value))
         case ast.Name(id=name):
-            raise ValueError(f"there is no feature '{name}'")
-        case ast.UnaryOp(op=ast.USub(), operand=inner):
-            yield from _steps(inner, names, depth + 1)
-            yield "negate", 0.0
-        case ast.BinOp(op=ast.Pow(), left=base, right=ast.Constant(value=value)) if (
-            type(value) is int and 0 < value <= MAX_POWER
+            if name not in known:
+                raise ValueError(f"there is no feature '{name}'")
+            return known[name]
+        case ast.UnaryOp(op=ast.USub()):
+            return -inner(node.operand)
+        case ast.BinOp(op=ast.Pow(), right=ast.Constant(value=int() as power)) if (
+            not isinstance(power, bool) and 0 < power <= MAX_POWER
         ):
-            yield from _steps(base, names, depth + 1)
-            yield "power", float(value)
+            base = inner(node.left)
+            # Products of floats are the same in any place of an array; NumPy's power need not be.
+            exact = isinstance(base, Interval)
+            return base**power if exact else functools.reduce(operator.mul, [base] * power)
         case ast.BinOp(op=ast.Pow()):
             raise ValueError(f"a power is not a whole number from 1 to {MAX_POWER}")
-        case ast.BinOp(op=op, left=left, right=right) if type(op) in _BINARY:
+        case ast.BinOp() if type(node.op) in _BINARY:
             # Long sums lean to the left: their depth is no nesting.
-            yield from _steps(left, names, depth + (not isinstance(left, ast.BinOp)))
-            yield from _steps(right, names, depth + 1)
-            yield _BINARY[type(op)], 0.0
-        case _:
-            raise ValueError(f"{type(node).__name__} is not arithmetic")
-
-
-def _power(value: Any, exponent: int) -> Any:
-    # Products of floats are the same in any place of an array; numpy's power need not be.
-    if isinstance(value, Interval):
-        return value**exponent
-    return functools.reduce(operator.mul, [value] * exponent)
+            left = inner(node.left, not isinstance(node.left, ast.BinOp))
+            return _BINARY[type(node.op)](left, inner(node.right))
+    raise ValueError(f"{type(node).__name__} is not arithmetic")
 
 
 @dataclass(frozen=True)
@@ -217,9 +178,6 @@ class Interval:
         return Interval(np.where(across, 0.0, np.minimum(a, b)), np.maximum(a, b))
 
 
-# --- normal form, by SymPy ---------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Template:
     """A formula in normal form, with a name (``_0``, ``_1``, ...) for each number a fit may change.
@@ -228,17 +186,8 @@ class Template:
     parentheses but its first, so that no two numbers do the same. Like terms are one term. Nothing
     is multiplied out.
 
-    Parameters
-    ----------
-    form : sympy.Expr
-        Of the inputs less their pivots, and the names of the numbers.
-    formula : Formula
-        The same.
-    gradients : tuple of Formula
-        Derivatives by the numbers.
-    names : tuple of str
-        Of the inputs.
-    numbers : tuple of float
+    ``form`` (a ``sympy.Expr``) and ``formula`` are the same, of the inputs less their pivots;
+    ``gradients`` are its derivatives by the numbers.
     """
 
     form: Any
@@ -267,22 +216,21 @@ class Template:
         whole, *derivatives = (Formula.parse(_text(e), known) for e in (form, *gradients))
         return cls(form, whole, tuple(derivatives), tuple(names), tuple(numbers))
 
-    def with_numbers(self, numbers: Sequence[float] | FloatArray) -> Template:
+    def with_numbers(self, numbers: FloatArray) -> Template:
         """The same form with other numbers."""
-        return replace(self, numbers=tuple(float(number) for number in numbers))
+        return replace(self, numbers=tuple(numbers.tolist()))
 
-    def values(self, u: FloatArray, numbers: Sequence[float] | FloatArray = ()) -> FloatArray:
-        """Values at inputs less their pivots, shape (k, n); of other numbers where given."""
-        return self._run(self.formula, u, numbers)
+    def values(self, u: FloatArray) -> FloatArray:
+        """Values at inputs less their pivots, shape (k, n)."""
+        return self._run(self.formula, u)
 
-    def gradient(self, u: FloatArray, numbers: Sequence[float] | FloatArray) -> FloatArray:
+    def gradient(self, u: FloatArray) -> FloatArray:
         """Derivatives by the numbers, shape (n, numbers)."""
-        return np.stack([self._run(one, u, numbers) for one in self.gradients], axis=1)
+        return np.stack([self._run(one, u) for one in self.gradients], axis=1)
 
-    def _run(self, formula: Formula, u: FloatArray, numbers: Sequence[float] | Any) -> FloatArray:
-        numbers = numbers if len(numbers) else self.numbers
+    def _run(self, formula: Formula, u: FloatArray) -> FloatArray:
         with np.errstate(all="ignore"):
-            return np.broadcast_to(formula.run([*u, *numbers]), u.shape[1:])
+            return np.broadcast_to(formula.run([*u, *self.numbers]), u.shape[1:])
 
     def _filled(self, spread: float = 1.0) -> Any:
         """Expression with its numbers, times another one."""

@@ -7,11 +7,8 @@ one, then with the bisquare of Tukey, which ignores outliers altogether. Tuning 
 
 An iteration is one pass over the batches. What they give back is summed in their order, so the
 coefficients do not depend on the number of workers. The scale of the residuals is their median
-absolute value in the pass before, from a logarithmic histogram (`Histogram`); the
-last passes keep it, because together with the weights it might circle for ever.
-
-Nothing of dask-ml is used: its LinearRegression has no robust loss, and its solvers take single
-dask arrays, with every term of every pair in them.
+absolute value in the pass before, from a logarithmic histogram; the last passes keep it, because
+together with the weights it might circle for ever.
 """
 
 from __future__ import annotations
@@ -21,38 +18,27 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import settings
 from sos_dask.columns import Float32Array, FloatArray, IntArray
-from sos_dask.corrections.base import (
-    Content,
-    Correction,
-    ModelInfo,
-    Progress,
-    Rows,
-    Training,
-    parse_json,
-    summarise,
-    to_json,
-)
+from sos_dask.corrections import base
+from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.problem import BLOCK_ROWS
 from sos_dask.run.machine import n_threads
-from sos_dask.stats.numbers import MAD_TO_SIGMA, Histogram, count
+from sos_dask.stats.numbers import MAD_TO_SIGMA, count
 
 FILE = "coefficients.json"
 HUBER = 1.345
 BISQUARE = 4.685
 HUBER_PASSES = 10
-# Passes with the bisquare that still renew the scale.
-SCALE_PASSES = 10
+SCALE_PASSES = 10  # with the bisquare, that still renew the scale
 _KEPT_ROWS = 1_000_000  # 28 MB
 _THREAD_ROWS = 20_000
 
@@ -62,62 +48,36 @@ class Settings(settings.Settings):
 
     order: int = Field(4, ge=1, le=6, description="Largest sum of the exponents of a term")
     ridge: float = Field(
-        1.0,
-        ge=0.0,
-        le=1e6,
-        description="Strength of the pull of all coefficients but the constant to zero, in "
-        "training pairs: it steadies some hundred pairs and vanishes among many",
+        1.0, ge=0.0, le=1e6, description="Pull of all coefficients but the constant to 0, in pairs"
     )
     tolerance: float = Field(
-        1e-4,
-        ge=1e-12,
-        le=0.1,
-        description="Largest change of the fit in the last passes, in units of the scatter",
+        1e-4, ge=1e-12, le=0.1, description="Largest change in the last passes, in scatters"
     )
     max_passes: int = Field(60, ge=1, le=1000, description="Largest number of passes")
 
 
-SEARCH = {"order": (2, 3, 4, 5), "ridge": (0.1, 1.0, 3.0, 10.0)}
+@dataclass(eq=False)
+class PolynomialCorrection(Correction):
+    """Polynomials of the standardised inputs (x - center) / width."""
 
-
-@dataclass(frozen=True)
-class Scale:
-    """Standardised inputs: (x - center) / width."""
+    method = "polynomial"
+    parameters = Settings
+    search: ClassVar = {"order": (2, 3, 4, 5), "ridge": (0.1, 1.0, 3.0, 10.0)}
 
     center: FloatArray
     width: FloatArray
+    exponents: IntArray  # shape (m, k)
+    coefficients: FloatArray  # shape (m, l)
+    scatter: FloatArray  # 1.4826 times the median absolute residual of the training pairs
+    passes: int  # over the pairs, that were made
 
-    def apply(self, features: Float32Array) -> FloatArray:
+    def standardised(self, features: Float32Array) -> FloatArray:
         """Standardised inputs in double precision, shape (n, k)."""
         return (features.astype(np.float64) - self.center) / self.width
 
-
-@dataclass(eq=False)
-class PolynomialCorrection(Correction):
-    """Polynomials of the standardised inputs.
-
-    Parameters
-    ----------
-    info : ModelInfo
-    scale : Scale
-    exponents : ndarray of int64, shape (m, k)
-    coefficients : ndarray of float64, shape (m, l)
-        One column a label.
-    scatter : ndarray of float64, shape (l,)
-        1.4826 times the median absolute residual of the training pairs.
-    passes : int
-        Passes over the pairs that were made.
-    """
-
-    scale: Scale
-    exponents: IntArray
-    coefficients: FloatArray
-    scatter: FloatArray
-    passes: int
-
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
-        z = self.scale.apply(features)
+        z = self.standardised(features)
         out = evaluate_polynomials(z, self.exponents, self.coefficients)
         return out.astype(np.float32, order="C")
 
@@ -126,65 +86,71 @@ class PolynomialCorrection(Correction):
         document = {
             "formula": "sum over terms of coefficient * product of z^exponent, "
             "z = (feature - center) / width",
-            "center": self.info.by_input(self.scale.center),
-            "width": self.info.by_input(self.scale.width),
+            "center": self.info.by_input(self.center),
+            "width": self.info.by_input(self.width),
             "exponents": self.exponents.tolist(),
             "coefficients": self.info.by_label(self.coefficients.T),
             "scatter": self.info.by_label(self.scatter),
             "passes": self.passes,
         }
-        return {FILE: to_json(document)}
+        return {FILE: base.to_json(document)}
 
+    @classmethod
+    def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrection:
+        """Read a model from its own files."""
+        document = base.parse_json(bytes(files[FILE]), FILE)
+        center, width = info.of_inputs(document["center"]), info.of_inputs(document["width"])
+        exponents = np.array(document["exponents"], dtype=np.int64).reshape(-1, len(center))
+        coefficients = info.of_labels(document["coefficients"]).T
+        scatter, passes = info.of_labels(document["scatter"]), int(document["passes"])
+        shape = (len(exponents), len(scatter))
+        if coefficients.shape != shape or not np.isfinite(coefficients).all():
+            raise ModelError(f"{FILE}: needs one finite coefficient for each term and label")
+        return cls(info, center, width, exponents, coefficients, scatter, passes)
 
-def restore(info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrection:
-    """Model from its files; `ModelError` where they are incomplete."""
-    document = parse_json(bytes(files[FILE]), FILE)
-    scale = Scale(info.of_inputs(document["center"]), info.of_inputs(document["width"]))
-    exponents = np.array(document["exponents"], dtype=np.int64)
-    exponents = exponents.reshape(-1, len(info.problem.inputs))
-    coefficients = info.of_labels(document["coefficients"]).T
-    scatter, passes = info.of_labels(document["scatter"]), int(document["passes"])
-    shape = (len(exponents), len(info.problem.labels))
-    if coefficients.shape != shape or not np.isfinite(coefficients).all():
-        raise ModelError(f"{FILE}: needs one finite coefficient for each term and label")
-    return PolynomialCorrection(info, scale, exponents, coefficients, scatter, passes)
-
-
-def fit(training: Training, settings: Settings, progress: Progress) -> PolynomialCorrection:
-    """Fit; see `sos_dask.corrections.fit`."""
-    exponents = polynomial_terms(settings.order, len(training.problem.inputs))
-    m = len(exponents)
-    summary = summarise(training, "polynomial", 2 * m)
-    scale = Scale(_short(summary.mean), _short(summary.deviation))
-    coefficients = np.zeros((m, len(summary.center)))
-    coefficients[0] = summary.center
-    sigma = summary.spread
-    # A residual of pairs without noise must not become a scale of zero.
-    floor = np.maximum(1e-6 * summary.spread, np.finfo(np.float64).tiny)
-    freedom = np.sqrt(summary.n_pairs / (summary.n_pairs - m))
-    quiet, passes, huber_left, scale_left = 0, 0, HUBER_PASSES, SCALE_PASSES
-    # Two passes without change, because the scale of a pass is that of the pass before.
-    once = _once(training, int(summary.n_rows.sum()))
-    while passes < settings.max_passes and quiet < 2:
-        huber, with_counts = huber_left > 0, scale_left > 0
-        step = _Step(scale, exponents, coefficients, sigma, huber, with_counts, summary.mean_weight)
-        parts = once(step)
-        if with_counts:
-            sigma = np.maximum(_sigma(parts) * freedom, floor)
-        with one_thread():
-            coefficients, change = _solve(parts, coefficients, settings.ridge)
-        passes += 1
-        calm = bool((change <= settings.tolerance * sigma).all())
-        if huber:
-            huber_left = 0 if calm else huber_left - 1
-        else:
-            scale_left -= 1
-            quiet = quiet + 1 if calm else 0
-        progress("polynomial", passes, settings.max_passes)
-    if not np.isfinite(coefficients).all():
-        raise ModelError("the polynomial has no finite solution: lower 'order' or raise 'ridge'")
-    info = summary.info("polynomial", settings, training)
-    return PolynomialCorrection(info, scale, exponents, coefficients, sigma / freedom, passes)
+    @classmethod
+    def fit(cls, training: Training, settings: Settings) -> PolynomialCorrection:
+        """Fit; see `sos_dask.corrections.fit`."""
+        exponents = polynomial_terms(settings.order, len(training.problem.inputs))
+        m = len(exponents)
+        summary = base.summarise(training, cls.method, settings, 2 * m)
+        # Numbers of four digits, so that the last bits of sums do not matter.
+        center, width = (
+            np.array([float(f"{value:.3e}") for value in values.tolist()])
+            for values in (summary.mean, summary.deviation)
+        )
+        coefficients = np.zeros((m, len(summary.center)))
+        coefficients[0] = summary.center
+        found = cls(summary.info, center, width, exponents, coefficients, summary.spread, 0)
+        # A residual of pairs without noise must not become a scale of zero.
+        floor = np.maximum(1e-6 * summary.spread, np.finfo(np.float64).tiny)
+        n_pairs = np.array(summary.info.n_pairs)
+        freedom = np.sqrt(n_pairs / (n_pairs - m))
+        quiet, huber_left, scale_left = 0, HUBER_PASSES, SCALE_PASSES
+        one_pass = _one_pass(training, summary)
+        # Two passes without change, because the scale of a pass is that of the pass before.
+        while found.passes < settings.max_passes and quiet < 2:
+            parts = one_pass(found, huber_left > 0, scale_left > 0)
+            sigma = found.scatter
+            if scale_left > 0:
+                histograms = base.summed([counts for *_, counts in parts], len(sigma))
+                medians = np.array([one.quantiles((0.5,))[0] for one in histograms])
+                sigma = np.maximum(MAD_TO_SIGMA * medians * freedom, floor)
+            with one_thread():
+                coefficients, change = _solve(parts, found.coefficients, settings.ridge)
+            found = replace(
+                found, coefficients=coefficients, scatter=sigma, passes=found.passes + 1
+            )
+            calm = bool((change <= settings.tolerance * sigma).all())
+            if huber_left > 0:
+                huber_left = 0 if calm else huber_left - 1
+            else:
+                scale_left -= 1
+                quiet = quiet + 1 if calm else 0
+        if not np.isfinite(found.coefficients).all():
+            advice = "lower 'order' or raise 'ridge'"
+            raise ModelError(f"the polynomial has no finite solution: {advice}")
+        return replace(found, scatter=found.scatter / freedom)
 
 
 def one_thread() -> AbstractContextManager[Any]:
@@ -201,62 +167,48 @@ def _thread_pools() -> Any:
     return ThreadpoolController()
 
 
-def _short(values: FloatArray) -> FloatArray:
-    """Numbers of four digits, so that the last bits of sums do not matter."""
-    return np.array([float(f"{value:.3e}") for value in values.tolist()])
+_Part = tuple[FloatArray, FloatArray, list[base.Counts]]
 
 
-Part = tuple[FloatArray, FloatArray, list[tuple[NDArray[np.uint16], IntArray]]]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Start of a pass."""
-
-    scale: Scale
-    exponents: IntArray
-    coefficients: FloatArray
-    sigma: FloatArray
-    huber: bool
-    with_counts: bool
-    mean_weight: float
-
-
-def _once(training: Training, n_rows: int) -> Callable[[_Step], list[Part]]:
-    """A pass over all batches, as a function of its step; parts are in the order of the batches."""
+def _one_pass(training: Training, summary: Summary) -> Callable[..., list[_Part]]:
+    """A pass over all batches, as a function of its start; parts are in the order of batches."""
+    n_rows, weight = int(summary.n_rows.sum()), summary.mean_weight
     if training.client is not None or n_rows > _KEPT_ROWS:
-        return lambda step: training.map(_pass, step)
+        return lambda *start: training.map(_of_batch, weight, *start)
     rows = [training.rows(index) for index in range(training.source.n_batches)]
     threads = n_threads(n_rows, _THREAD_ROWS)
 
-    def once(step: _Step) -> list[Part]:
-        with one_thread():
-            if threads == 1:
-                return [_normal_equations(part, step) for part in rows]
-            with ThreadPoolExecutor(threads) as pool:
-                return list(pool.map(partial(_normal_equations, step=step), rows))
+    def one_pass(*start: Any) -> list[_Part]:
+        with one_thread(), ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda part: _normal_equations(part, weight, *start), rows))
 
-    return once
+    return one_pass
 
 
-def _pass(rows: Rows, step: _Step) -> Part:
+def _of_batch(rows: Rows, *start: Any) -> _Part:
     with one_thread():
-        return _normal_equations(rows, step)
+        return _normal_equations(rows, *start)
 
 
-def _normal_equations(rows: Rows, step: _Step) -> Part:
+def _normal_equations(
+    rows: Rows, mean_weight: float, model: PolynomialCorrection, huber: bool, counted: bool
+) -> _Part:
     """Weighted normal equations of one batch, shapes (l, m, m) and (l, m), and |residuals|."""
-    m, n_labels = step.coefficients.shape
+    m, n_labels = model.coefficients.shape
     normal, right = np.zeros((n_labels, m, m)), np.zeros((n_labels, m))
     residuals = np.empty((n_labels, len(rows.features)), dtype=np.float32)
-    for start in range(0, len(rows.features), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        terms = design_matrix(step.scale.apply(rows.features[block]), step.exponents).T
+    for first in range(0, len(rows.features), BLOCK_ROWS):
+        block = slice(first, first + BLOCK_ROWS)
+        terms = design_matrix(model.standardised(rows.features[block]), model.exponents).T
         y = rows.differences[block].T.astype(np.float64)
-        residual = y - step.coefficients.T @ terms
+        residual = y - model.coefficients.T @ terms
         residuals[:, block] = np.abs(residual)
-        weight = _weight(residual / step.sigma[:, None], step.huber)
-        weight *= rows.weight[block].astype(np.float64) / step.mean_weight
+        size = np.abs(residual / model.scatter[:, None])
+        if huber:
+            weight = HUBER / np.maximum(size, HUBER)
+        else:
+            weight = np.square(np.maximum(0.0, 1.0 - np.square(size / BISQUARE)))
+        weight *= rows.weight[block].astype(np.float64) / mean_weight
         known = np.isfinite(y)
         weight = np.where(known, weight, 0.0)
         y = np.where(known, y, 0.0)
@@ -265,42 +217,18 @@ def _normal_equations(rows: Rows, step: _Step) -> Part:
             np.multiply(terms, weight[label], out=weighted)
             normal[label] += weighted @ terms.T
             right[label] += weighted @ y[label]
-    counts = [count(one[np.isfinite(one)]) for one in residuals] if step.with_counts else []
+    counts = [count(one[np.isfinite(one)]) for one in residuals] if counted else []
     return normal, right, counts
 
 
-def _weight(u: FloatArray, huber: bool) -> FloatArray:
-    """Weights of residuals in units of their scale (Holland & Welsch 1977)."""
-    size = np.abs(u)
-    if huber:
-        return HUBER / np.maximum(size, HUBER)
-    return np.square(np.maximum(0.0, 1.0 - np.square(size / BISQUARE)))
-
-
-def _sigma(parts: Sequence[Part]) -> FloatArray:
-    """Robust standard deviation of the residuals of each label, from the counts of their sizes."""
-    scales = []
-    for of_label in zip(*(part[2] for part in parts), strict=True):
-        histogram = Histogram()
-        for counts in of_label:
-            histogram.add(counts)
-        scales.append(MAD_TO_SIGMA * float(histogram.quantiles((0.5,))[0]))
-    return np.array(scales)
-
-
 def _solve(
-    parts: Sequence[Part],
-    coefficients: FloatArray,
-    ridge: float,
+    parts: Sequence[_Part], coefficients: FloatArray, ridge: float
 ) -> tuple[FloatArray, FloatArray]:
     """New coefficients and, per label, the root mean square change of the fitted values."""
-    normal, right = np.zeros_like(parts[0][0]), np.zeros_like(parts[0][1])
-    for part_normal, part_right, _ in parts:
-        normal += part_normal
-        right += part_right
-    new, change = np.empty_like(coefficients), np.empty(len(normal))
-    for label in range(len(normal)):
-        matrix = normal[label]
+    normal: Any = sum(part[0] for part in parts)
+    right: Any = sum(part[1] for part in parts)
+    new, change = np.empty_like(coefficients), np.empty(len(right))
+    for label, matrix in enumerate(normal):
         # The constant is the first term, so this is the sum of the weights.
         total = matrix[0, 0]
         size = np.sqrt(np.diag(matrix))
@@ -316,13 +244,10 @@ def _solve(
 
 
 def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
-    """Exponents of all monomials of n variables up to a total order.
+    """List the exponents of all monomials of n variables up to a total order, shape (m, n).
 
-    Returns
-    -------
-    ndarray of int64, shape ((order + n)! / (order! n!), n)
-        By total order, then by falling exponent of the first variable, the second, and so on:
-        1, x, y, z, x^2, xy, xz, y^2, yz, z^2, ... (35 terms for order 4 of three variables).
+    By total order, then by falling exponent of the first variable, the second, and so on: 1, x, y,
+    z, x^2, xy, xz, y^2, yz, z^2, ... (35 terms for order 4 of three variables).
     """
     exponents = [e for e in itertools.product(range(order + 1), repeat=n) if sum(e) <= order]
     exponents.sort(key=lambda e: (sum(e), tuple(-power for power in e)))
@@ -330,31 +255,21 @@ def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
 
 
 def design_matrix(z: FloatArray, exponents: IntArray) -> FloatArray:
-    """Monomials of every row, shape (n, m), each contiguous.
-
-    Of any exponents, shape (m, k); with those of `polynomial_terms` each costs one multiplication.
-    """
+    """Monomials of every row, shape (n, m), each contiguous; exponents of `polynomial_terms`."""
     z = np.asarray(z, dtype=np.float64)
     if exponents.shape[1] != z.shape[1]:
         raise ConfigError(
             f"exponents of {exponents.shape[1]} variables do not fit {z.shape[1]} columns"
         )
     columns = np.ascontiguousarray(z.T)
-    out = np.empty((len(exponents), len(z)))
-    known: dict[tuple[int, ...], int] = {}
-    for row, exponent in enumerate(map(tuple, exponents.tolist())):
-        used = [variable for variable, power in enumerate(exponent) if power]
-        # A lower monomial that is there already, times one variable.
-        for variable in used:
+    out = np.ones((len(exponents), len(z)))
+    places = {exponent: row for row, exponent in enumerate(map(tuple, exponents.tolist()))}
+    for exponent, row in places.items():
+        if any(exponent):
+            # A lower monomial, which is there already, times one variable.
+            variable = next(number for number, power in enumerate(exponent) if power)
             lower = tuple(p - (v == variable) for v, p in enumerate(exponent))
-            if lower in known:
-                np.multiply(out[known[lower]], columns[variable], out=out[row])
-                break
-        else:
-            out[row] = 1.0
-            for variable in used:
-                out[row] *= columns[variable] ** exponent[variable]
-        known[exponent] = row
+            np.multiply(out[places[lower]], columns[variable], out=out[row])
     return out.T
 
 
@@ -377,33 +292,23 @@ def evaluate_polynomials(
     -------
     ndarray of float64, shape (n, l)
     """
-    plan = _nest(exponents, np.asarray(coefficients, dtype=np.float64))
-    found = _horner(plan, list(np.ascontiguousarray(z.T, dtype=np.float64)))
+    columns = list(np.ascontiguousarray(z.T, dtype=np.float64))
+    found = _horner(exponents, np.asarray(coefficients, dtype=np.float64), columns)
     return np.broadcast_to(found, (len(found), len(z))).T
 
 
-def _nest(exponents: IntArray, coefficients: FloatArray) -> Any:
-    """A polynomial as polynomials in the other variables, one per power of the first or None."""
-    if exponents.shape[1] == 0:
-        return coefficients[0][:, None]
-    powers = exponents[:, 0]
-    return [
-        _nest(exponents[powers == p][:, 1:], coefficients[powers == p])
-        if (powers == p).any()
-        else None
-        for p in range(int(powers.max()) + 1)
-    ]
-
-
-def _horner(plan: Any, columns: list[FloatArray]) -> FloatArray:
+def _horner(
+    exponents: IntArray, coefficients: FloatArray, columns: Sequence[FloatArray]
+) -> FloatArray:
     """Value of a nested polynomial, shape (l, 1) where it is a constant, else (l, n)."""
-    if not isinstance(plan, list):
-        return np.asarray(plan)
-    total = _horner(plan[-1], columns[1:])
-    own = False
-    for lower in reversed(plan[:-1]):
-        total = np.multiply(total, columns[0], out=total if own else None)
-        own = True
-        if lower is not None:
-            total += _horner(lower, columns[1:])
-    return total
+    if not columns:
+        return np.asarray(coefficients[0][:, None])
+    total: Any = None
+    for done, power in enumerate(range(int(exponents[:, 0].max()), -1, -1)):
+        if done:
+            total = np.multiply(total, columns[0], out=total if done > 1 else None)
+        of_power = exponents[:, 0] == power
+        if of_power.any():
+            lower = _horner(exponents[of_power, 1:], coefficients[of_power], columns[1:])
+            total = np.add(total, lower, out=total) if done else lower
+    return np.asarray(total)

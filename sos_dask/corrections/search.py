@@ -1,68 +1,31 @@
 """Hyper-parameters chosen by successive halving over the cluster.
 
-Candidates are drawn at random from the ``SEARCH`` of a method (Bergstra & Bengio 2012, JMLR 13,
-281); the parameters of the job are the first of them. In a round each is fitted with one more of
-the training folds kept aside and judged on it; the better half goes on (Jamieson & Talwalkar 2016,
-AISTATS 51, 240). Held-out folds have no part in it. A fit is one task of one thread, so the choice
-does not depend on the workers. dask-ml's searches that give up bad candidates early fail with the
-versions pinned here; those that do not would fit all candidates on all folds, need a scikit-learn
-estimator around each method and would travel with all pairs in every task.
+Candidates are drawn at random (Bergstra & Bengio 2012, JMLR 13, 281); the parameters of the job are
+the first of them. In a round each is fitted with one more of the training folds kept aside and
+judged on it; the better half goes on (Jamieson & Talwalkar 2016, AISTATS 51, 240). Held-out folds
+have no part in it. A fit is one task of one thread, so the choice does not depend on the workers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from sos_dask.columns import FloatArray
-from sos_dask.corrections import fit, method_module
+from sos_dask.corrections import fit, search_space
 from sos_dask.corrections.base import Training, TrainingSource, run_tasks
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.stats.numbers import MAD_TO_SIGMA
 
-# Beyond so many spreads a residual is an outlier, and how far does not matter.
-CLIP = 4.0
-# Folds that judge the last candidates.
-MAX_FOLDS = 5
+CLIP = 4.0  # spreads; how far an outlier is does not matter
+MAX_FOLDS = 5  # that judge the last candidates
 
 Params = Mapping[str, int | float | str]
 
 
-class Found(NamedTuple):
-    """Result of a search.
-
-    Parameters
-    ----------
-    params : mapping
-        Complete parameters of the best candidate.
-    trials : list of dict
-        All candidates as JSON, the best first: their parameters, their loss on each fold kept aside
-        for them, and the mean. A loss is the mean over the labels of the mean absolute residual, in
-        spreads of the differences; None where a candidate could not be fitted.
-    """
-
-    params: Params
-    trials: list[dict[str, Any]]
-
-
-def search_space(method: str) -> Mapping[str, Sequence[int | float | str]]:
-    """Values of the parameters that are searched; empty for a method that has none."""
-    return getattr(method_module(method), "SEARCH", {})
-
-
 def candidates(method: str, params: Params, n: int, seed: int) -> list[Params]:
-    """Different sets of the searched parameters: those of ``params`` first, others by chance.
-
-    Parameters
-    ----------
-    params : mapping
-        Complete.
-    n : int
-        At most so many: a small space has fewer.
-    seed : int
-    """
+    """Draw at most n different sets of the searched parameters; the first is that of ``params``."""
     space = search_space(method)
     if not space:
         raise ConfigError(f"method '{method}' has no parameters to search")
@@ -85,29 +48,27 @@ def search(
     n: int,
     seed: int = 0,
     client: Any = None,
-) -> Found:
-    """Choose parameters of a method by the folds that train it.
+) -> tuple[Params, list[dict[str, Any]]]:
+    """Choose parameters of a method by the folds that train it; no other fold is read.
 
-    Parameters
-    ----------
-    method : str
-    source : TrainingSource
-    train_folds : sequence of int
-        Two or more; no other fold is read.
+    Of ``n`` candidates the first is ``params``, which are complete. With a client fits are tasks of
+    its workers, each of which needs all pairs in its memory.
+
+    Returns
+    -------
     params : mapping
-        Complete; the first candidate.
-    n : int
-        Number of candidates.
-    seed : int
-    client : distributed.Client, optional
-        Fits are tasks of its workers, each of which needs all pairs in its memory.
+        Complete parameters of the best candidate.
+    trials : list of dict
+        All candidates as JSON, the best first: their parameters, their loss on each fold kept aside
+        for them, and the mean. A loss is the mean over the labels of the mean absolute residual, in
+        spreads of the differences; None where a candidate could not be fitted.
 
     Raises
     ------
     ConfigError
         The method has nothing to search.
     ModelError
-        Too few folds, or no candidate can be fitted.
+        Fewer than two folds, or no candidate can be fitted.
     ClusterError
         Fits kill their workers again and again.
     """
@@ -120,32 +81,30 @@ def search(
         )
     what, advice = f"search of '{method}': a fit", "every fit needs all pairs. Give workers more."
     drawn = candidates(method, params, n, seed)
-    alive = list(enumerate(drawn))
-    losses: dict[int, list[float]] = {number: [] for number, _ in alive}
+    losses: list[list[float]] = [[] for _ in drawn]
+
+    def rank(number: int) -> tuple[float, ...]:
+        return -len(losses[number]), float(np.mean(losses[number])), number
+
+    alive = list(range(len(drawn)))
     for kept in folds[:MAX_FOLDS]:
-        jobs = [(method, source, folds, kept, {**params, **own}) for _, own in alive]
-        found = run_tasks(_loss, jobs, client, what, advice)
-        for (number, _), loss in zip(alive, found, strict=True):
+        jobs = [(method, source, folds, kept, {**params, **drawn[number]}) for number in alive]
+        for number, loss in zip(alive, run_tasks(_loss, jobs, client, what, advice), strict=True):
             losses[number].append(loss)
-        alive.sort(key=lambda item: (np.mean(losses[item[0]]), item[0]))
-        if not np.isfinite(np.mean(losses[alive[0][0]])):
+        alive.sort(key=rank)
+        if not np.isfinite(np.mean(losses[alive[0]])):
             raise ModelError(f"no candidate of the search of '{method}' can be fitted")
         alive = alive[: max((len(alive) + 1) // 2, 2)]
-    order = sorted(losses, key=lambda i: (-len(losses[i]), np.mean(losses[i]), i))
-    trials = [_trial(drawn[i], losses[i]) for i in order]
-    return Found({**params, **drawn[order[0]]}, trials)
-
-
-def _trial(params: Params, losses: Sequence[float]) -> dict[str, Any]:
-    return {
-        "params": dict(params),
-        "losses": [_shown(loss) for loss in losses],
-        "loss": _shown(float(np.mean(losses))),
-    }
-
-
-def _shown(loss: float) -> float | None:
-    return loss if np.isfinite(loss) else None
+    order = sorted(range(len(drawn)), key=rank)
+    trials = [
+        {
+            "params": dict(drawn[number]),
+            "losses": [loss if np.isfinite(loss) else None for loss in losses[number]],
+            "loss": mean if np.isfinite(mean := float(np.mean(losses[number]))) else None,
+        }
+        for number in order
+    ]
+    return {**params, **drawn[order[0]]}, trials
 
 
 def _loss(job: tuple[str, TrainingSource, Sequence[int], int, Params]) -> float:
@@ -161,5 +120,5 @@ def _loss(job: tuple[str, TrainingSource, Sequence[int], int, Params]) -> float:
     truth = np.concatenate([row.differences for row in rows]).astype(np.float64)
     residual = np.abs(truth - np.concatenate([fitted.predict(row.features) for row in rows]))
     spread = MAD_TO_SIGMA * np.nanmedian(np.abs(truth - np.nanmedian(truth, axis=0)), axis=0)
-    scaled: FloatArray = np.minimum(residual / np.where(spread > 0, spread, 1.0), CLIP)
+    scaled = np.minimum(residual / np.where(spread > 0, spread, 1.0), CLIP)
     return float(np.mean([np.nanmean(column) for column in scaled.T]))

@@ -1,8 +1,8 @@
 """A readable formula for each difference, found by symbolic regression.
 
-1. A sample of the training pairs: where pairs are dense fewer of them are taken (each cell of a
-   coarse grid gives in proportion to the square root of its pairs). Which ones, a hash of their
-   numbers says, so the sample is the same in any order of the pairs and any partitions.
+1. A sample of the training pairs, fewer of them where pairs are dense: each cell of a coarse grid
+   gives in proportion to the square root of its pairs. A hash of their numbers says which, so the
+   sample is the same in any order of the pairs and any partitions.
 2. Half of the sample evolves formulas: genetic programming with two goals, accuracy and length
    (Operon: Burlacu, Kronberger & Kommenda 2020, GECCO Companion, 1562), on differences clipped at
    ``CLIP`` spreads. One thread and one seed give the same formulas again.
@@ -16,15 +16,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -33,20 +34,8 @@ from pydantic import Field
 
 from sos_dask import settings
 from sos_dask.columns import Float32Array, FloatArray, IntArray
-from sos_dask.corrections.base import (
-    Content,
-    Correction,
-    ModelInfo,
-    Progress,
-    Rows,
-    Summary,
-    Training,
-    hash_rows,
-    parse_json,
-    run_tasks,
-    summarise,
-    to_json,
-)
+from sos_dask.corrections import base
+from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
 from sos_dask.corrections.formula import Formula, Template
 from sos_dask.corrections.polynomial import BISQUARE, one_thread
 from sos_dask.errors import ConfigError, ModelError
@@ -66,19 +55,14 @@ class Settings(settings.Settings):
     n_sample: int = Field(
         4000, ge=200, le=100_000, description="Pairs that search and judge formulas, half each"
     )
-    max_length: int = Field(
-        30, ge=3, le=200, description="Most nodes of a formula while it evolves"
-    )
+    max_length: int = Field(30, ge=3, le=200, description="Most nodes of an evolving formula")
     population: int = Field(400, ge=10, le=100_000, description="Formulas alive at once")
     generations: int = Field(50, ge=1, le=100_000, description="Generations")
     operators: Literal["polynomial", "rational"] = Field(
         "rational", description="Whether formulas may divide"
     )
     standard_errors: float = Field(
-        1.0,
-        ge=0.0,
-        le=100.0,
-        description="How much worse than the best a simpler formula may be, in standard errors",
+        1.0, ge=0.0, le=100.0, description="A simpler formula may be worse by so many of them"
     )
     engine: Literal["operon", "pysr"] = Field("operon", description="Program for the evolution")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the evolution")
@@ -87,13 +71,13 @@ class Settings(settings.Settings):
 class Candidate(settings.Settings):
     """A formula of the front, with numbers fitted to the sample and figures of its judging half."""
 
-    formula: str = Field(description="Of the inputs; Python and SymPy read it")
+    formula: str  # of the inputs; Python and SymPy read it
     latex: str
-    complexity: int = Field(description="Numbers, inputs (less a fixed number) and operators")
-    loss: float = Field(description="Mean bisquare loss, 0 (perfect) to 1")
-    scatter: float = Field(description="1.4826 times the median absolute residual")
-    behind: float = Field(description="Loss less that of the best")
-    standard_error: float = Field(description="Standard error of behind")
+    complexity: int  # numbers, inputs (less a fixed number) and operators
+    loss: float  # mean bisquare loss, 0 (perfect) to 1
+    scatter: float  # 1.4826 times the median absolute residual
+    behind: float  # loss less that of the best
+    standard_error: float  # of behind
 
 
 class Choice(settings.Settings):
@@ -103,26 +87,19 @@ class Choice(settings.Settings):
     latex: str
     complexity: int
     scatter: float
-    chosen: int = Field(description="Position in the front")
-    front: tuple[Candidate, ...] = Field(
-        strict=False, description="By complexity; each is better than all before it"
-    )
+    chosen: int  # position in the front
+    front: list[Candidate]  # by complexity; each is better than all before it
 
 
 @dataclass(eq=False)
 class SymbolicCorrection(Correction):
-    """One formula a label.
+    """One formula a label."""
 
-    Parameters
-    ----------
-    info : ModelInfo
-    choices : tuple of Choice
-    n_sample : int
-        Pairs that searched and judged.
-    """
+    method = "symbolic"
+    parameters = Settings
 
     choices: tuple[Choice, ...]
-    n_sample: int
+    n_sample: int  # pairs that searched and judged
 
     @cached_property
     def formulas(self) -> list[Formula]:
@@ -141,54 +118,46 @@ class SymbolicCorrection(Correction):
             "n_sample": self.n_sample,
             "labels": self.info.by_label([choice.as_json for choice in self.choices]),
         }
-        return {FILE: to_json(document)}
+        return {FILE: base.to_json(document)}
 
+    @classmethod
+    def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection:
+        """Read a model from its own files; `ModelError` where they are more than arithmetic."""
+        document = base.parse_json(bytes(files.get(FILE, b"")), FILE)
+        choices = []
+        try:
+            for label in info.problem.names:
+                choice = Choice(**document["labels"][label])
+                formula = Formula.parse(choice.formula, info.problem.features)
+                if not formula.is_finite(info.minimum, info.maximum):
+                    raise ModelError(f"the formula of {label} is not finite in the training range")
+                choices.append(choice)
+            return cls(info, tuple(choices), int(document["n_sample"]))
+        except (ConfigError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
+        except ModelError as error:
+            raise ModelError(f"{FILE}: {label}: {error.message}", error.hint) from None
 
-def restore(info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection:
-    """Model from its files; `ModelError` where they are incomplete or hold more than arithmetic."""
-    document = parse_json(bytes(files.get(FILE, b"")), FILE)
-    choices = []
-    try:
-        for label in info.problem.names:
-            choice = Choice(**document["labels"][label])
-            formula = Formula.parse(choice.formula, info.problem.features)
-            if not formula.is_finite(info.minimum, info.maximum):
-                raise ModelError(f"the formula of {label} is not finite in the training range")
-            choices.append(choice)
-        return SymbolicCorrection(info, tuple(choices), int(document["n_sample"]))
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{FILE}: incomplete or damaged ({error!r})") from None
-    except ModelError as error:
-        raise ModelError(f"{FILE}: {label}: {error.message}", error.hint) from None
-
-
-def fit(training: Training, settings: Settings, progress: Progress) -> SymbolicCorrection:
-    """Fit; see `sos_dask.corrections.fit`.
-
-    With a client the labels evolve on its workers, at the same time. The formulas are the same.
-    """
-    summary = summarise(training, "symbolic", MIN_PAIRS)
-    require(settings.engine)
-    scale = Scale.of(summary, training.problem.features)
-    sample = draw_sample(training, scale, settings.n_sample)
-    pairs = draw_sample(training, scale, MOST_PAIRS, even=False)
-    progress("symbolic", 1, 2)
-    search = partial(
-        _search, scale=scale, summary=summary, settings=settings, sample=sample, pairs=pairs
-    )
-    labels = range(len(summary.center))
-    what, advice = "symbolic: the search of formulas", "give workers more, or lower n_sample."
-    choices = run_tasks(search, labels, training.client, what, advice)
-    progress("symbolic", 2, 2)
-    info = summary.info("symbolic", settings, training)
-    return SymbolicCorrection(info, tuple(choices), len(sample.features))
+    @classmethod
+    def fit(cls, training: Training, settings: Settings) -> SymbolicCorrection:
+        """Fit; see `sos_dask.corrections.fit`. Labels evolve on the workers of a client at once."""
+        summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
+        _require(settings.engine)
+        scale = Scale.of(summary)
+        sample = draw_sample(training, scale, settings.n_sample)
+        pairs = draw_sample(training, scale, MOST_PAIRS, even=False)
+        search = partial(_search, scale, summary, settings, sample, pairs)
+        labels = range(len(summary.center))
+        what, advice = "symbolic: the search of formulas", "give workers more, or lower n_sample."
+        choices = base.run_tasks(search, labels, training.client, what, advice)
+        return cls(summary.info, tuple(choices), len(sample.features))
 
 
 # --- the search --------------------------------------------------------------------------------
 
 
 def _search(
-    label: int, *, scale: Scale, summary: Summary, settings: Settings, sample: Rows, pairs: Rows
+    scale: Scale, summary: Summary, settings: Settings, sample: Rows, pairs: Rows, label: int
 ) -> Choice:
     """Evolve formulas of one label and choose one."""
     center, spread = float(summary.center[label]), float(summary.spread[label])
@@ -198,49 +167,43 @@ def _search(
         y = (differences.astype(np.float64) - center) / spread
         return scale.shift(x), y, weight.astype(np.float64) / summary.mean_weight
 
-    u, y, weight = scaled(sample)
-    # The sample is in the order of its hash: any two halves are alike.
-    half = len(y) // 2
-    z = np.clip((u.T / np.array(scale.width))[:half], -5, 5)
-    texts = evolve(z, np.clip(y[:half], -CLIP, CLIP), settings, scale.names)
-    forms: dict[str, Template] = {}
-    for text in ["0", *texts]:
-        found = Template.of(text, scale.names, scale.width)
-        if found is not None:
-            forms.setdefault(found.formula.text, found)
-    fitted = []
-    with one_thread():
-        for form in forms.values():
-            if scale.finite(form):
-                better = fit_numbers(form, u[:, :half], y[:half], weight[:half])
-                fitted.append(better if scale.finite(better) else form)
-        front, chosen, best = _choose(fitted, scale, u[:, half:], y[half:], settings)
-        u, y, weight = scaled(pairs)
-        better = fit_numbers(best, u, y, weight)
-    # A pole may have come near.
-    best = better if scale.finite(better) else best
+    def fitted(form: Template, *pairs: FloatArray) -> Template:
+        better = fit_numbers(form, *pairs)
+        return better if scale.finite(better) else form  # a pole may have come near
 
     def written(form: Template) -> dict[str, Any]:
         text, latex = form.written(scale.pivot, center, spread)
         return {"formula": text, "latex": latex, "complexity": form.complexity}
 
-    def candidate(form: Template, judged: Mapping[str, float]) -> Candidate:
-        figures = {**judged, "scatter": judged["scatter"] * spread}
-        short: dict[str, Any] = {name: _short(value) for name, value in figures.items()}
-        return Candidate(**written(form), **short)
+    u, y, weight = scaled(sample)
+    # The sample is in the order of its hash: any two halves are alike.
+    half = len(y) // 2
+    z = np.clip((u.T / np.array(scale.width))[:half], -5, 5)
+    evolve, names = _ENGINES[settings.engine], scale.info.problem.features
+    texts = evolve(z, np.clip(y[:half], -CLIP, CLIP), settings, list(names))
+    forms: dict[str, Template] = {}
+    for text in ["0", *texts]:
+        found = Template.of(text, names, scale.width)
+        if found is not None and found.formula.text not in forms and scale.finite(found):
+            forms[found.formula.text] = found
+    with one_thread():
+        tried = [fitted(form, u[:, :half], y[:half], weight[:half]) for form in forms.values()]
+        front, chosen = _front(tried, u[:, half:], y[half:], settings.standard_errors)
+        u, y, weight = scaled(pairs)
+        best = fitted(front[chosen][0], u, y, weight)
+    candidates = []
+    for form, judged in front:
+        judged["scatter"] *= spread
+        figures: Any = {name: _short(value) for name, value in judged.items()}
+        candidates.append(Candidate(**written(form), **figures))
+    left = _short(_scatter(best.values(u) - y) * spread)
+    return Choice(**written(best), scatter=left, front=candidates, chosen=chosen)
 
-    return Choice(
-        **written(best),
-        scatter=_short(_scatter(best.values(u) - y) * spread),
-        front=tuple(candidate(form, judged) for form, judged in front),
-        chosen=chosen,
-    )
 
-
-def _choose(
-    forms: Sequence[Template], scale: Scale, u: FloatArray, y: FloatArray, settings: Settings
-) -> tuple[list[tuple[Template, dict[str, float]]], int, Template]:
-    """The front with its figures, the position of the chosen formula in it, and that formula."""
+def _front(
+    forms: Sequence[Template], u: FloatArray, y: FloatArray, standard_errors: float
+) -> tuple[list[tuple[Template, dict[str, float]]], int]:
+    """The front with its figures, and the position of the chosen formula in it."""
     residuals = [y - form.values(u) for form in forms]
     scales = [_scatter(residual) for residual in residuals]
     # One scale for all, or a formula could buy a small loss with a large scale.
@@ -251,29 +214,20 @@ def _choose(
     for i in sorted(range(len(forms)), key=lambda i: (forms[i].complexity, means[i], i)):
         if np.isfinite(means[i]) and (not front or means[i] < means[front[-1]]):
             front.append(i)
-    best = front[-1]
-    entries = []
+    best, entries, close = front[-1], [], []
     for i in front:
-        difference = losses[i] - losses[best]
-        judged = {
-            "loss": means[i],
-            "scatter": scales[i],
-            "behind": means[i] - means[best],
-            "standard_error": float(np.std(difference)) / math.sqrt(len(difference)),
-        }
-        entries.append((forms[i], judged))
-    chosen = next(
-        place
-        for place, (_, judged) in enumerate(entries)
-        if judged["behind"] <= settings.standard_errors * judged["standard_error"]
-    )
-    return entries, chosen, forms[front[chosen]]
+        behind = means[i] - means[best]
+        error = float(np.std(losses[i] - losses[best])) / math.sqrt(len(y))
+        judged = {"loss": means[i], "scatter": scales[i], "behind": behind}
+        entries.append((forms[i], {**judged, "standard_error": error}))
+        close.append(behind <= standard_errors * error)
+    return entries, close.index(True)
 
 
 def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray) -> Template:
-    """Fit the numbers of a formula robustly (bisquare; Beaton & Tukey 1974, Technometrics 16, 147).
+    """Fit the numbers of a formula robustly, from those it has, which set the scale of the loss.
 
-    The numbers to start from say the scale of the loss.
+    By the bisquare (Beaton & Tukey 1974, Technometrics 16, 147).
     """
     from scipy.optimize import least_squares
 
@@ -286,13 +240,10 @@ def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray
 
     try:
         found = least_squares(
-            lambda numbers: (form.values(u, numbers) - y) / sigma,
+            lambda numbers: (form.with_numbers(numbers).values(u) - y) / sigma,
             form.numbers,
-            jac=lambda numbers: form.gradient(u, numbers) / sigma,
-            loss=loss,
-            x_scale="jac",
-            ftol=1e-6,
-            max_nfev=30,
+            lambda numbers: form.with_numbers(numbers).gradient(u) / sigma,
+            **{"loss": loss, "x_scale": "jac", "ftol": 1e-6, "max_nfev": 30},
         )
     except (ValueError, np.linalg.LinAlgError):  # not finite at a pair
         return form
@@ -310,36 +261,23 @@ def _short(value: float) -> float:
 # --- engines -----------------------------------------------------------------------------------
 
 
-def require(engine: str) -> None:
+def _require(engine: str) -> None:
     """Raise `ModelError` where an engine is not installed, without importing it."""
     # Importing pysr without Julia would download one.
     needed = {"operon": ["pyoperon"], "pysr": ["pysr", "juliacall"]}[engine] + ["sympy"]
-    missing = [name for name in needed if not _installed(name)]
-    julia = shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")
-    if engine == "pysr" and not julia:
-        missing.append("julia")
-    if missing and engine == "operon":
+    missing = [n for n in needed if sys.modules.get(n, n) is None or not find_spec(n)]
+    if engine == "operon" and missing:
         raise ModelError(
             f"method 'symbolic' needs {' and '.join(missing)}, which is not installed",
             "Install it with: pip install 'sos_dask[symbolic]'",
         )
+    if engine == "pysr" and not (shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")):
+        missing.append("julia")
     if missing:
         raise ModelError(
             f"symbolic.engine = 'pysr' needs {', '.join(missing)}, which is not there",
             "Install Julia and 'pip install pysr', or set engine = 'operon'.",
         )
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ValueError:
-        return False
-
-
-def evolve(z: FloatArray, y: FloatArray, settings: Settings, names: Sequence[str]) -> list[str]:
-    """Find formulas of scaled inputs, shape (n, k), with the engine of the settings."""
-    return (_operon if settings.engine == "operon" else _pysr)(z, y, settings, list(names))
 
 
 def _operon(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:
@@ -368,7 +306,7 @@ def _operon(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) 
 
 
 def _pysr(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:
-    """Formulas that PySR finds (Cranmer 2023, arXiv:2305.01582)."""
+    # Cranmer 2023, arXiv:2305.01582
     from pysr import PySRRegressor
 
     with tempfile.TemporaryDirectory() as folder:
@@ -388,6 +326,9 @@ def _pysr(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) ->
         return [str(text) for text in regressor.equations_["equation"]]
 
 
+_ENGINES = {"operon": _operon, "pysr": _pysr}
+
+
 # --- the sample --------------------------------------------------------------------------------
 
 
@@ -395,23 +336,20 @@ def _pysr(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) ->
 class Scale:
     """Inputs are shifted by a short number; while formulas evolve they are scaled too."""
 
-    names: tuple[str, ...]
+    info: ModelInfo
     pivot: tuple[float, ...]
     width: tuple[float, ...]
-    minimum: tuple[float, ...]
-    maximum: tuple[float, ...]
 
     @classmethod
-    def of(cls, summary: Summary, names: tuple[str, ...]) -> Scale:
+    def of(cls, summary: Summary) -> Scale:
         """Of the pairs that are trained with."""
-        pivot, width = [], []
-        for mean, deviation in zip(summary.mean.tolist(), summary.deviation.tolist(), strict=True):
-            size = float(f"{deviation:.1e}")
-            # A short number within half of the width.
-            pivot.append(round(mean, -math.floor(math.log10(size))) + 0.0)
-            width.append(size)
-        ends = (tuple(summary.minimum.tolist()), tuple(summary.maximum.tolist()))
-        return cls(names, tuple(pivot), tuple(width), *ends)
+        width = [float(f"{deviation:.1e}") for deviation in summary.deviation.tolist()]
+        # A short number within half of the width.
+        pivot = [
+            round(mean, -math.floor(math.log10(size))) + 0.0
+            for mean, size in zip(summary.mean.tolist(), width, strict=True)
+        ]
+        return cls(summary.info, tuple(pivot), tuple(width))
 
     def shift(self, features: Float32Array) -> FloatArray:
         """Columns of inputs less their pivots, shape (k, n)."""
@@ -421,8 +359,8 @@ class Scale:
         """Tell whether a formula is finite in the training box."""
         if not np.isfinite(form.numbers).all():
             return False
-        text, _ = form.written(self.pivot)
-        return Formula.parse(text, self.names).is_finite(self.minimum, self.maximum)
+        formula = Formula.parse(form.written(self.pivot)[0], self.info.problem.features)
+        return formula.is_finite(self.info.minimum, self.info.maximum)
 
 
 def draw_sample(training: Training, scale: Scale, wanted: int, *, even: bool = True) -> Rows:
@@ -432,26 +370,23 @@ def draw_sample(training: Training, scale: Scale, wanted: int, *, even: bool = T
     """
     counts = np.sum(training.map(_cell_counts, scale), axis=0)
     chosen = training.map(_chosen_rows, scale, _shares(counts, wanted, even))
-    hashes = np.concatenate([part[0] for part in chosen])
+    hashes, *columns = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
     # Rows of one hash are equal, but for one in 1e19.
     order = np.argsort(hashes, kind="stable")
-    columns = zip(*(part[1] for part in chosen), strict=True)
-    return Rows(*(np.concatenate(parts)[order] for parts in columns))
+    return Rows(*(column[order] for column in columns))
 
 
 def _shares(counts: IntArray, wanted: int, even: bool) -> FloatArray:
     """Share of the pairs of each cell that is taken: about a / sqrt(pairs), at most all."""
+    from scipy.optimize import brentq
+
     if counts.sum() <= wanted:
         return np.ones(len(counts))
     root = np.sqrt(np.maximum(counts, 1)) if even else np.ones(len(counts))
-    low, high = 0.0, float(root.max())
-    for _ in range(60):
-        middle = (low + high) / 2
-        if (counts * np.minimum(1.0, middle / root)).sum() < wanted:
-            low = middle
-        else:
-            high = middle
-    return np.minimum(1.0, low / root)
+    a: float = brentq(
+        lambda a: counts @ np.minimum(1.0, a / root) - wanted, 0.0, root.max(), xtol=1e-12
+    )
+    return np.minimum(1.0, a / root)
 
 
 def _cells(rows: Rows, scale: Scale) -> IntArray:
@@ -461,13 +396,11 @@ def _cells(rows: Rows, scale: Scale) -> IntArray:
 
 
 def _cell_counts(rows: Rows, scale: Scale) -> IntArray:
-    return np.bincount(_cells(rows, scale), minlength=CELLS ** len(scale.names))
+    return np.bincount(_cells(rows, scale), minlength=CELLS ** len(scale.pivot))
 
 
-def _chosen_rows(
-    rows: Rows, scale: Scale, share: FloatArray
-) -> tuple[NDArray[np.uint64], tuple[Float32Array, ...]]:
-    hashes = hash_rows(rows.features, rows.differences, rows.weight[:, None])
+def _chosen_rows(rows: Rows, scale: Scale, share: FloatArray) -> tuple[NDArray[Any], ...]:
+    hashes = base.hash_rows(rows.features, rows.differences, rows.weight[:, None])
     chosen = (hashes >> np.uint64(11)) * 2.0**-53 < share[_cells(rows, scale)]
-    columns = (rows.features, rows.differences, rows.weight)
-    return hashes[chosen], tuple(column[chosen] for column in columns)
+    columns = (hashes, rows.features, rows.differences, rows.weight)
+    return tuple(column[chosen] for column in columns)

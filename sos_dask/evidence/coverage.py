@@ -2,94 +2,85 @@
 
 A measure gives every row a distance from the overlap, small where overlap stars are dense. On pairs
 that no correction was trained on, the residual in units of the noise at its signal to noise grows
-with that distance. The growth is 1 in the nearer half of the pairs and rises with what is measured
-beyond (`growth.Growth`); coverage = 1 / growth, so a coverage c says: the error of the corrected
-labels is 1/c times that of a star of the same signal to noise in the dense overlap. The rows are
-*inside*, *sparse* or *outside* by two limits of the coverage. Outside are, too, rows of a kind that
-the overlap lacks, near which it has less than a quarter of the stars that the number of such rows
-calls for (`_Neighbours.lacks`), and rows beyond the outermost held-out pairs, where growth cannot
-be measured: the coverage of both is held below the limit.
+with that distance (`widening.Growth`). Coverage = 1 / growth: where it is c, the error of the
+corrected labels is 1/c times that of a star of the same signal to noise in the dense overlap. The
+rows are *inside*, *sparse* or *outside* by two limits of the coverage. Outside are, too, rows of a
+kind that the overlap lacks (`_Neighbours.lacks`), and rows beyond the outermost held-out pairs,
+where growth cannot be measured: the coverage of both is held below the limit.
 
-The error model of a correction knows something of all this already. What it does not know is
-counted on held-out pairs: for each kind of place, apart for the two classes of the error model, by
-what its half-widths are to be multiplied to hold 68 % of all measurements (`widening`). Places
-outside are of two kinds. Where stars of all surveys are few, pairs are there, and many are wrong
-measurements. Where the overlap alone lacks stars there are no pairs, and the widths are
-extrapolated.
-
-Measures (``MEASURES``):
+Measures:
 
 * ``neighbours``: distance to the k-th nearest overlap star in the inputs that a correction sees, on
-  one robust scale;
+  one robust scale. Neighbours are counted once, at the nodes of a grid; rows are looked up;
 * ``ratio``: density of the catalog over that of the overlap in all parameters, by a classifier
-  (Sugiyama, Suzuki & Kanamori 2012, Density Ratio Estimation in Machine Learning, chapter 4).
+  (Sugiyama, Suzuki & Kanamori 2012, Density Ratio Estimation in Machine Learning, chapter 4). A
+  missing parameter is a branch of its own in its trees.
 
-Neighbours are counted once, at the nodes of a grid over the inputs; rows are looked up in between.
+Maps count the rows of each class on the sky, in the Kiel diagram and in label space.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ModelError
-from sos_dask.evidence.growth import Growth, Noise
-from sos_dask.evidence.widening import LACKING, OUTSIDE, Limits, Placed, Widths, fit_widths
+from sos_dask.evidence.widening import (
+    CLASSES,
+    LACKING,
+    OUTSIDE,
+    Growth,
+    Limits,
+    Noise,
+    Placed,
+    Widths,
+    fit_widths,
+)
 from sos_dask.problem import DEFAULT, Input, Problem
+from sos_dask.sky.healpix import MAX_ORDER
 from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
-from sos_dask.stats.table import Grid, pack
+from sos_dask.stats.table import Grid, seal, unseal
 
-Columns = Mapping[str, NDArray[np.floating]]
+Columns = Mapping[str, FloatingArray]
 
 MEASURES = ("neighbours", "ratio")
-NEIGHBOURS = 16  # 4 to 16 predict the error equally well on the simulation
-LEAST_SHARE = 0.25  # 0.2 to 0.4 find the same rows on the simulation
-MIN_HELD_OUT = 100
 WRONG_SIGMA = 4.0
+_NEIGHBOURS = 16  # 4 to 16 predict the error equally well on the simulation
+_LEAST_SHARE = 0.25  # 0.2 to 0.4 find the same rows on the simulation
+_MIN_HELD_OUT = 100
 _REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
 _MOST_NODES, _NODES_A_STAR = 72**3, 256  # steps far finer than distances to the 16th neighbour
 _MOST_ALONG = 512  # nodes of an axis
 _EDGE = 0.0005  # share of the stars beyond each side of the grid
-_FORMAT = 5
-MODEL_FILE, TABLE_FILE, OVERLAP_FILE, RATIO_FILE = (
-    "coverage.json", "coverage.npy", "overlap.npy", "ratio.ubj",
-)  # fmt: skip
+_LABEL_SCALE = 2.0  # half of a scaled label is as far as a factor e of the signal to noise
+_FORMAT = 6
+
+SKY_ORDER = 4
+STEPS = {"kiel": {"teff": 100.0, "logg": 0.1}, "labels": {"teff": 250.0, "logg": 0.25, "feh": 0.25}}
+"""Width of the cells of each map; a cell begins at a whole multiple of it."""
+_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """The pairs fit for training, with what is known of those that were held out.
+    """The n pairs fit for training, with what is known of those that were held out."""
 
-    Parameters
-    ----------
-    columns : mapping of str to ndarray of float, shape (n,)
-        Parameters of the target, nan where unknown.
-    fold : ndarray of int8, shape (n,)
-    residual : ndarray of float64, shape (n, l)
-        Difference less predicted difference, one column a label; nan for pairs that were not held
-        out.
-    reference_error : ndarray of float64, shape (n, l)
-        Stated errors of the reference, nan where unknown.
-    half_width : ndarray of float64, shape (n, l), optional
-        By the error model of the correction; nan for pairs whose residuals it does not speak of.
-    error_class : ndarray of int8, shape (n,), optional
-        1 where the error model has its pairs in its sparse class.
-    """
-
-    columns: Columns
+    columns: Columns  # parameters of the target, nan where unknown
     fold: NDArray[np.int8]
-    residual: FloatArray
-    reference_error: FloatArray
-    half_width: FloatArray | None = None
-    error_class: NDArray[np.int8] | None = None
+    residual: FloatArray  # (n, l) difference less prediction; nan for pairs not held out
+    reference_error: FloatArray  # (n, l) as stated by the reference, nan where unknown
+    half_width: FloatArray | None = None  # (n, l) by the error model; nan where it is not asked
+    error_class: NDArray[np.int8] | None = None  # 1 in the sparse class of the error model
 
     @property
     def held_out(self) -> BoolArray:
@@ -97,69 +88,49 @@ class Overlap:
         return np.asarray(np.isfinite(self.residual).all(axis=1))
 
 
-@dataclass(frozen=True)
-class Target:
-    """Rows whose intervals are to hold: a sample of the catalog, of rows that pass the cuts.
-
-    Parameters
-    ----------
-    columns : mapping of str to ndarray of float, shape (m,)
-        As those of the overlap.
-    error_class : ndarray of int8, shape (m,)
-        1 where the error model has them in its sparse class.
-    """
+class Target(NamedTuple):
+    """Rows whose intervals are to hold: a sample of the catalog, of rows that pass the cuts."""
 
     columns: Columns
     error_class: NDArray[np.int8]
 
 
+@dataclass(frozen=True)
 class _Neighbours:
     """Overlap stars and rows of the catalog around a place, in scaled inputs."""
 
-    def __init__(self, overlap: FloatArray, catalog: FloatArray, k: int = NEIGHBOURS) -> None:
-        self.overlap, self.catalog, self.k = overlap, catalog, min(k, len(overlap))
+    overlap: FloatArray
+    catalog: FloatArray
+    k: int = _NEIGHBOURS
 
     def distance(self, x: FloatArray, within: float = np.inf) -> FloatArray:
-        """Measure the distance to the k-th overlap star; infinite beyond ``within``."""
+        """Distance to the k-th overlap star; infinite beyond ``within``."""
         return knn_distance(self.overlap, x, self.k, within)
 
     def lacks(self, x: FloatArray, distance: FloatArray) -> BoolArray:
-        """Tell near which rows the overlap has less than `LEAST_SHARE` of its average.
+        """Near which rows the overlap has less than `_LEAST_SHARE` of its average.
 
         The share is that of densities, from the overlap stars and the rows of the catalog within
         the distance of the k-th overlap star.
         """
         # As many rows of the catalog are within the distance where the share is the least.
-        most = int(self.k / LEAST_SHARE * len(self.catalog) / len(self.overlap))
+        n = len(self.overlap)
+        most = int(min(self.k, n) / _LEAST_SHARE * len(self.catalog) / n)
         found = np.zeros(len(x), dtype=np.bool_)
         # Where they lie as near as in the denser four fifths of the overlap, nothing is lacking.
-        rows = np.flatnonzero(distance > self._near)
+        near = knn_distance(self.overlap, self.overlap[:: max(n // 10_000, 1)], self.k + 1)
+        rows = np.flatnonzero(distance > np.quantile(near, 0.8))
         if most < len(self.catalog) and len(rows):
             found[rows] = count_within(self.catalog, x[rows], distance[rows]) > most
         return found
 
-    @cached_property
-    def _near(self) -> float:
-        """Distance to the k-th of the others that four fifths of the overlap stars have."""
-        some = self.overlap[:: max(len(self.overlap) // 10_000, 1)]
-        k = min(self.k + 1, len(self.overlap))
-        return float(np.quantile(knn_distance(self.overlap, some, k), 0.8))
-
 
 @dataclass(frozen=True)
 class Places:
-    """Distance from the overlap, and where the overlap lacks stars, at the nodes of a grid.
+    """Distance from the overlap, and where the overlap lacks stars, at the nodes of a grid."""
 
-    Parameters
-    ----------
-    grid : Grid
-        Over scaled inputs.
-    values : ndarray of float32, shape (nodes, 2)
-        Distance to the k-th overlap star, and 1 where the overlap lacks stars.
-    """
-
-    grid: Grid
-    values: Float32Array = field(repr=False)
+    grid: Grid  # over scaled inputs
+    values: Float32Array  # (nodes, 2): distance to the k-th star, 1 where the overlap lacks stars
 
     @classmethod
     def of(cls, around: _Neighbours, last: float) -> Places:
@@ -187,84 +158,41 @@ class Places:
         return distance, found[:, 1] > 0.5
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """Density of the catalog over that of the overlap, by boosted trees.
+def _fit_ratio(overlap: FloatArray, catalog: FloatArray, seed: int) -> Any:
+    """Train the classifier that tells overlap stars from rows of the catalog."""
+    import xgboost as xgb
 
-    A missing parameter is a branch of its own in the trees: nothing is put in its place.
-    """
+    x = np.concatenate([overlap, catalog]).astype(np.float32)
+    y = np.repeat([1.0, 0.0], [len(overlap), len(catalog)])
+    weight = np.where(y > 0, len(catalog) / max(len(overlap), 1), 1.0)
+    params = {
+        "objective": "binary:logistic", "max_depth": 4, "eta": 0.1, "min_child_weight": 20,
+        "nthread": 1, "seed": seed, "tree_method": "hist",
+    }  # fmt: skip
+    return xgb.train(params, xgb.DMatrix(x, y, weight=weight, nthread=1), 100)
 
-    model: bytes = field(repr=False)
 
-    @classmethod
-    def fit(cls, overlap: FloatArray, catalog: FloatArray, seed: int) -> Ratio:
-        """Train the classifier that tells overlap stars from rows of the catalog."""
-        import xgboost as xgb
-
-        x = np.concatenate([overlap, catalog]).astype(np.float32)
-        y = np.repeat([1.0, 0.0], [len(overlap), len(catalog)])
-        weight = np.where(y > 0, len(catalog) / max(len(overlap), 1), 1.0)
-        params = {
-            "objective": "binary:logistic", "max_depth": 4, "eta": 0.1, "min_child_weight": 20,
-            "nthread": 1, "seed": seed, "tree_method": "hist",
-        }  # fmt: skip
-        booster = xgb.train(params, xgb.DMatrix(x, y, weight=weight, nthread=1), 100)
-        return cls(bytes(booster.save_raw("ubj")))
-
-    @cached_property
-    def _booster(self) -> Any:
-        import xgboost as xgb
-
-        booster = xgb.Booster(model_file=bytearray(self.model))
-        booster.set_param({"nthread": 1})
-        return booster
-
-    def distance(self, x: FloatArray) -> FloatArray:
-        """Ratio of scaled rows (n, k); missing parameters are nan."""
-        margin = self._booster.inplace_predict(x.astype(np.float32), predict_type="margin")
-        return np.asarray(np.exp(-margin.astype(np.float64)))
+def _ratio(booster: Any, x: FloatArray) -> FloatArray:
+    """Density of the catalog over that of the overlap of scaled rows (n, k)."""
+    margin = booster.inplace_predict(x.astype(np.float32), predict_type="margin")
+    return np.asarray(np.exp(-margin.astype(np.float64)))
 
 
 @dataclass(frozen=True)
 class CoverageModel:
-    """A measure with its scaling, and what its distances mean.
+    """A measure with its scaling, and what its distances mean."""
 
-    Parameters
-    ----------
-    parameters : tuple of Input
-        What rows are measured in: the inputs of the correction, for ``ratio`` and all else that the
-        catalog has.
-    n_inputs : int
-        How many of them are inputs of the correction: without one a row has no coverage.
-    center, scale : ndarray of float64, shape (k,)
-    places : Places
-    overlap : ndarray of float64, shape (n, n_inputs)
-        Scaled inputs of the overlap stars.
-    noise : Noise
-    growth : Growth
-    limits : Limits
-    widths : Widths
-        How the half-widths of an error model are widened.
-    ratio : Ratio, optional
-        The measure, where it is that.
-    """
-
-    parameters: tuple[Input, ...]
-    n_inputs: int
-    center: FloatArray
+    parameters: tuple[Input, ...]  # first the inputs of the correction, for ``ratio`` all others
+    n_inputs: int  # without one of these a row has no coverage
+    center: FloatArray  # (k,)
     scale: FloatArray
     places: Places
-    overlap: FloatArray = field(repr=False)
+    overlap: FloatArray  # (n, n_inputs): scaled inputs of the overlap stars
     noise: Noise
     growth: Growth
     limits: Limits
-    widths: Widths
-    ratio: Ratio | None = None
-
-    @property
-    def reach(self) -> float:
-        """Scaled distance to the nearest overlap star up to which a smooth model is extended."""
-        return _REACH
+    widths: Widths  # by which the half-widths of an error model are widened
+    ratio: Any = None  # xgboost.Booster: the measure, where it is that
 
     def scaled(self, columns: Columns) -> FloatArray:
         """Put parameters of rows on the scale of the model, nan where unknown."""
@@ -278,7 +206,7 @@ class CoverageModel:
         x = self.scaled(columns)
         distance, lacks = self.places(x[:, : self.n_inputs])
         if self.ratio is not None:
-            distance = np.where(np.isfinite(distance), self.ratio.distance(x), np.nan)
+            distance = np.where(np.isfinite(distance), _ratio(self.ratio, x), np.nan)
         return self.coverage_at(distance, lacks)
 
     def coverage_at(
@@ -295,20 +223,15 @@ class CoverageModel:
         return coverage, kind
 
     def within_reach(self, features: Float32Array) -> Float32Array:
-        """Draw features towards their nearest overlap star until they are just outside.
+        """Draw finite features (n, n_inputs) towards their nearest star until just outside.
 
         A smooth correction can be extended a little beyond its data, not without end: what is
         predicted at the returned place is held constant farther out.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (n, n_inputs)
-            Finite.
         """
         center, scale = self.center[: self.n_inputs], self.scale[: self.n_inputs]
         x = (features - center) / scale
         distance, index = self._tree.query(x)
-        share = np.minimum(1.0, self.reach / np.maximum(distance, 1e-12))[:, None]
+        share = np.minimum(1.0, _REACH / np.maximum(distance, 1e-12))[:, None]
         near = self.overlap[index]
         return np.asarray((near + (x - near) * share) * scale + center, dtype=np.float32)
 
@@ -320,9 +243,8 @@ class CoverageModel:
 
     def files(self) -> dict[str, bytes]:
         """Content of the files of the model, by name."""
-        document: dict[str, Any] = {
+        document = {
             "format": _FORMAT,
-            "measure": "neighbours" if self.ratio is None else "ratio",
             "parameters": [one.as_json for one in self.parameters],
             "n_inputs": self.n_inputs,
             "center": self.center.tolist(),
@@ -331,13 +253,12 @@ class CoverageModel:
             "noise": asdict(self.noise),
             "growth": asdict(self.growth),
             "limits": self.limits.as_json,
-            "widths": self.widths.as_json(),
+            "widths": asdict(self.widths),
         }
-        files = {MODEL_FILE: json.dumps(document, indent=1, sort_keys=True).encode()}
-        files |= {TABLE_FILE: pack([self.places.values]), OVERLAP_FILE: pack([self.overlap])}
+        tables: list[NDArray[Any]] = [self.places.values, self.overlap]
         if self.ratio is not None:
-            files[RATIO_FILE] = self.ratio.model
-        return files
+            tables.append(np.frombuffer(self.ratio.save_raw("ubj"), np.uint8))
+        return seal("coverage", document, tables)
 
     @classmethod
     def load(cls, directory: Path) -> CoverageModel:
@@ -348,66 +269,38 @@ class CoverageModel:
         ModelError
             A file is missing, damaged or of another format.
         """
-        try:
-            document = json.loads((directory / MODEL_FILE).read_text())
-            if document["format"] != _FORMAT:
-                raise ModelError(
-                    f"{directory / MODEL_FILE} has format {document['format']}, not {_FORMAT}",
-                    "Make the product again with this version of sos-dask.",
-                )
-            grid = {name: tuple(value) for name, value in document["grid"].items()}
-            noise = {name: tuple(map(tuple, value)) for name, value in document["noise"].items()}
-            growth = document["growth"]
-            values = np.load(directory / TABLE_FILE)
-            if values.shape != (int(np.prod(grid["shape"])), 2):
-                raise ValueError(f"{TABLE_FILE} has another shape than its grid")
-            ratio = None
-            if document["measure"] == "ratio":
-                ratio = Ratio((directory / RATIO_FILE).read_bytes())
-            return cls(
-                tuple(Input(**one) for one in document["parameters"]),
-                document["n_inputs"],
-                np.array(document["center"]),
-                np.array(document["scale"]),
-                Places(Grid(**grid), values),
-                np.load(directory / OVERLAP_FILE),
-                Noise(**noise),
-                Growth(tuple(growth["distance"]), tuple(growth["growth"]), float(growth["last"])),
-                Limits(**document["limits"]),
-                Widths.from_json(document["widths"]),
-                ratio,
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"the coverage model in {directory} is missing or damaged: {error!r}",
-                "Make the product again.",
-            ) from None
+        document, tables = unseal(directory, "coverage", _FORMAT, "coverage model")
+        values, overlap, *ratio = tables
+        booster = None
+        if ratio:
+            import xgboost
+
+            booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(ratio[0]))
+        grid = Grid(**{name: tuple(value) for name, value in document["grid"].items()})
+        return cls(
+            tuple(Input(**one) for one in document["parameters"]),
+            document["n_inputs"],
+            np.array(document["center"]),
+            np.array(document["scale"]),
+            Places(grid, values),
+            overlap,
+            Noise(**document["noise"]),
+            Growth(**document["growth"]),
+            Limits(**document["limits"]),
+            Widths(**document["widths"]),
+            booster,
+        )
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A fitted model, and on what it stands.
-
-    Parameters
-    ----------
-    model : CoverageModel
-    bins : list of dict
-        Of held-out pairs by distance: measured and fitted growth.
-    n_held_out, n_wrong : int
-        Held-out pairs, and those of them that are off by more than `WRONG_SIGMA` in all labels at
-        once: wrong measurements, which say nothing of the growth and are left out of it.
-    outside : float
-        Share of the held-out pairs that the model calls outside.
-    n_width : tuple of tuple of int
-        Pairs that the widths were counted on, by class of the error model and kind of place.
-    """
+class Fit(NamedTuple):
+    """A fitted model, and on what it stands."""
 
     model: CoverageModel
-    bins: list[dict[str, float]]
+    bins: list[dict[str, float]]  # of held-out pairs by distance: measured and fitted growth
     n_held_out: int
-    n_wrong: int
-    outside: float
-    n_width: tuple[tuple[int, ...], ...]
+    n_wrong: int  # of them off by more than `WRONG_SIGMA` in all labels at once: left out of growth
+    outside: float  # share of the held-out pairs that the model calls outside
+    n_width: tuple[tuple[int, ...], ...]  # pairs that the widths were counted on: see `fit_widths`
 
 
 def fit(
@@ -422,22 +315,15 @@ def fit(
     """Fit a measure to the overlap and calibrate its distances on held-out pairs.
 
     Held-out pairs are measured from the pairs of the other folds alone, as a new star is; these
-    are fewer, and in proportion is the number of the neighbour to which distances are.
+    are fewer, and in proportion is the number of the neighbour to which distances are. Without a
+    target, or half-widths of the pairs, no widths are counted.
 
     Parameters
     ----------
-    overlap : Overlap
     catalog : mapping of str to ndarray of float, shape (m,)
         A sample of the catalog; its columns are the parameters that are used.
     measure : str
         One of `MEASURES`.
-    limits : Limits
-    seed : int
-    target : Target, optional
-        Rows whose intervals are to hold. Without them, or half-widths of the pairs, no widths are
-        counted.
-    problem : Problem
-        Its inputs are what a correction sees.
 
     Raises
     ------
@@ -446,129 +332,87 @@ def fit(
     """
     held_out = overlap.held_out
     n_held_out = int(np.count_nonzero(held_out))
-    if n_held_out < MIN_HELD_OUT:
+    if n_held_out < _MIN_HELD_OUT:
         raise ModelError(
             f"{n_held_out} held-out pairs are too few to calibrate the coverage",
-            f"At least {MIN_HELD_OUT} are needed: match more stars or loosen the cuts.",
+            f"At least {_MIN_HELD_OUT} are needed: match more stars or loosen the cuts.",
         )
     k = len(problem.inputs)
     parameters = problem.inputs if measure == "neighbours" else problem.parameters
     parameters = tuple(p for p in parameters if p.column in catalog and p.column in overlap.columns)
-    x = _matrix(parameters, overlap.columns)
-    center, scale = robust_scale(x)
-    x = (x - center) / scale
-    sample = (_matrix(parameters, catalog) - center) / scale
-    sample = sample[np.isfinite(sample[:, :k]).all(axis=1)]
-    names = [
-        one.column
-        for one, of_overlap, of_rows in zip(parameters, x.T, sample.T, strict=True)
-        if np.isnan(of_overlap).all() and np.isfinite(of_rows).any()
-    ]
-    if names:
-        raise ModelError(
-            "no overlap star has the parameters that some rows have: " + ", ".join(names),
-            "Measure the coverage by 'neighbours', or match stars that have them.",
-        )
+    x, sample, center, scale = _scaled(parameters, overlap.columns, catalog, k)
     # A row an overlap star: more are not counted better, the overlap stars are few.
     some = np.sort(np.random.default_rng(seed).permutation(len(sample))[: len(x)])
-    distance, lacks = _held_out_places(overlap, x, sample, some, k, measure, seed)
-    noise, ratio = _noise(overlap, distance)
-    wrong = np.abs(ratio).min(axis=1) > WRONG_SIGMA
-    growth, bins = Growth.fit(distance[held_out][~wrong], ratio[~wrong])
     around = _Neighbours(x[:, :k], sample[some, :k])
-    nearest = distance if measure == "neighbours" else around.distance(x[:, :k])
-    last = growth.last if measure == "neighbours" else float(np.nanmax(nearest))
-    model = CoverageModel(
-        parameters,
-        k,
-        center,
-        scale,
-        Places.of(around, last),
-        x[:, :k],
-        noise,
-        growth,
-        limits,
-        Widths(np.ones((2, OUTSIDE + 1, overlap.residual.shape[1]))),
-        Ratio.fit(x, sample, seed) if measure == "ratio" else None,
-    )
-    kind = np.full(len(x), -1, dtype=np.int8)
-    kind[held_out] = model.coverage_at(distance[held_out], lacks[held_out])[1]
+    distance, lacks = _held_out_places(overlap, x, sample, around, measure, seed)
+    logg, snr = (_column(overlap.columns, name, len(x)) for name in ("logg", "snr"))
+    of_pairs = (logg, snr, overlap.reference_error)
+    dense = distance <= np.quantile(distance[held_out], 0.5)
+    noise = Noise.fit(overlap.residual[dense], *(values[dense] for values in of_pairs))
+    ratio = overlap.residual / noise(*of_pairs)
+    wrong = np.abs(ratio).min(axis=1) > WRONG_SIGMA
+    growth, bins = Growth.fit(distance[held_out & ~wrong], ratio[held_out & ~wrong])
+    last, booster = growth.last, None
+    if measure == "ratio":
+        last = float(np.nanmax(around.distance(x[:, :k])))
+        booster = _fit_ratio(x, sample, seed)
+    widths = Widths(np.ones((2, len(CLASSES), overlap.residual.shape[1])).tolist())
+    places, stars = Places.of(around, last), x[:, :k]
+    meant = (noise, growth, limits, widths, booster)
+    model = CoverageModel(parameters, k, center, scale, places, stars, *meant)
+    kind = model.coverage_at(distance, lacks)[1]
     n_width: tuple[tuple[int, ...], ...] = ()
     if target and overlap.half_width is not None and overlap.error_class is not None:
-        widths, n_width = _widths(overlap, model, target, kind, wrong)
+        told = np.where(np.isfinite(overlap.half_width).all(axis=1), kind, np.int8(-1))
+        pairs = Placed(told, overlap.error_class, _points(stars, overlap.columns))
+        points = _points(model.scaled(target.columns)[:, :k], target.columns)
+        rows = Placed(model.coverage(target.columns)[1], target.error_class, points)
+        residual, half_width = overlap.residual, overlap.half_width
+        widths, n_width = fit_widths(residual, half_width, ~wrong, pairs, rows, limits)
         model = replace(model, widths=widths)
     outside = float(np.mean(kind[held_out] >= OUTSIDE))
     return Fit(model, bins, n_held_out, int(np.count_nonzero(wrong)), outside, n_width)
 
 
+def _scaled(
+    parameters: tuple[Input, ...], overlap: Columns, catalog: Columns, k: int
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Overlap stars, rows that have the first ``k`` parameters, and center and scale of both."""
+    x = _matrix(parameters, overlap)
+    center, scale = robust_scale(x)
+    x, sample = (x - center) / scale, (_matrix(parameters, catalog) - center) / scale
+    sample = sample[np.isfinite(sample[:, :k]).all(axis=1)]
+    lost = np.asarray(np.isnan(x).all(axis=0) & np.isfinite(sample).any(axis=0))
+    if lost.any():
+        names = [one.column for one, is_lost in zip(parameters, lost, strict=True) if is_lost]
+        raise ModelError(
+            "no overlap star has the parameters that some rows have: " + ", ".join(names),
+            "Measure the coverage by 'neighbours', or match stars that have them.",
+        )
+    return x, sample, center, scale
+
+
 def _held_out_places(
-    overlap: Overlap,
-    x: FloatArray,
-    sample: FloatArray,
-    some: IntArray,
-    k: int,
-    measure: str,
-    seed: int,
+    overlap: Overlap, x: FloatArray, sample: FloatArray, near: _Neighbours, measure: str, seed: int
 ) -> tuple[FloatArray, BoolArray]:
     """Distance of held-out pairs from those of the other folds, and whether these lack stars."""
     held_out = overlap.held_out
     distance, lacks = np.full(len(x), np.nan), np.zeros(len(x), dtype=np.bool_)
     for fold in np.unique(overlap.fold[held_out]):
         rows, others = held_out & (overlap.fold == fold), overlap.fold != fold
-        nearer = max(round(NEIGHBOURS * float(np.mean(others))), 1)
-        around = _Neighbours(x[others, :k], sample[some, :k], nearer)
-        distance[rows] = around.distance(x[rows, :k])
-        lacks[rows] = around.lacks(x[rows, :k], distance[rows])
+        nearer = max(round(_NEIGHBOURS * float(np.mean(others))), 1)
+        apart = _Neighbours(near.overlap[others], near.catalog, nearer)
+        distance[rows] = apart.distance(near.overlap[rows])
+        lacks[rows] = apart.lacks(near.overlap[rows], distance[rows])
         if measure == "ratio":
-            distance[rows] = Ratio.fit(x[others], sample, seed).distance(x[rows])
+            distance[rows] = _ratio(_fit_ratio(x[others], sample, seed), x[rows])
     return distance, lacks
 
 
-def _widths(
-    overlap: Overlap,
-    model: CoverageModel,
-    target: Target,
-    kind: NDArray[np.int8],
-    wrong: BoolArray,
-) -> tuple[Widths, tuple[tuple[int, ...], ...]]:
-    """Widths counted on the held-out pairs that the error model speaks of."""
-    assert overlap.half_width is not None and overlap.error_class is not None
-    held_out = overlap.held_out
-    told = np.asarray(held_out & np.isfinite(overlap.half_width).all(axis=1))
-    snr = _column(overlap.columns, "snr", len(kind))
-    placed = Placed(kind, overlap.error_class, model.overlap, snr).take(told)
-    right = ~wrong[told[held_out]]
-    return fit_widths(
-        overlap.residual[told],
-        overlap.half_width[told],
-        right,
-        placed,
-        _placed(model, target),
-        model.limits,
-    )
-
-
-def _noise(overlap: Overlap, distance: FloatArray) -> tuple[Noise, FloatArray]:
-    """Noise of the nearer half of the held-out pairs, and residuals of all (m, l) in its units."""
-    held_out = overlap.held_out
-    n, near = len(held_out), distance[held_out]
-    residual = overlap.residual[held_out]
-    of_pairs = (
-        _column(overlap.columns, "logg", n)[held_out],
-        _column(overlap.columns, "snr", n)[held_out],
-        overlap.reference_error[held_out],
-    )
-    dense = near <= np.quantile(near, 0.5)
-    noise = Noise.fit(residual[dense], *(values[dense] for values in of_pairs))
-    return noise, residual / noise.of_pairs(*of_pairs)
-
-
-def _placed(model: CoverageModel, target: Target) -> Placed:
-    """The rows of the target that have a coverage."""
-    kind = model.coverage(target.columns)[1]
-    labels = model.scaled(target.columns)[:, : model.n_inputs]
-    snr = _column(target.columns, "snr", len(kind))
-    return Placed(kind, target.error_class, labels, snr).take(kind >= 0)
+def _points(labels: FloatArray, columns: Columns) -> FloatArray:
+    """Scaled labels (n, k) and the logarithm of S/N, where distances are counted for weights."""
+    snr = _column(columns, "snr", len(labels))
+    return np.column_stack([_LABEL_SCALE * labels, np.log(np.where(snr > 0, snr, np.nan))])
 
 
 def _matrix(parameters: tuple[Input, ...], columns: Columns) -> FloatArray:
@@ -578,3 +422,105 @@ def _matrix(parameters: tuple[Input, ...], columns: Columns) -> FloatArray:
 
 def _column(columns: Columns, name: str, n: int) -> FloatArray:
     return np.asarray(columns.get(name, np.full(n, np.nan)), dtype=np.float64)
+
+
+# --- maps ---------------------------------------------------------------------------------------
+
+_G_MEANS = {"unit": "mag", "description": "mean Gaia G of the rows outside"}
+MAP_SCHEMA = pa.schema(
+    [
+        pa.field("map", pa.string(), False, {"description": "sky, kiel or labels"}),
+        pa.field("pixel", pa.int64(), True, {"description": f"HEALPix order {SKY_ORDER}, NESTED"}),
+        pa.field("teff", pa.float32(), metadata={"unit": "K", "description": "middle of the cell"}),
+        pa.field("logg", pa.float32(), metadata={"unit": "dex", "description": "middle"}),
+        pa.field("feh", pa.float32(), metadata={"unit": "dex", "description": "middle"}),
+        *(pa.field(name, pa.int64(), False) for name in CLASSES),
+        pa.field("phot_g_mean_mag", pa.float32(), metadata=_G_MEANS),
+    ]
+)
+
+
+_KEYS = ("pixel", *STEPS["labels"])
+
+
+def count_maps(cells: IntArray, columns: Columns, place: NDArray[np.int8]) -> pa.Table:
+    """Count the rows of one partition, by ``_healpix_29`` (n,) and labels (n,), in every map.
+
+    Rows without a class (n,), -1, or with an unknown label, nan, are not counted. Columns are those
+    of `MAP_SCHEMA`, but for ``n_g`` and ``sum_g`` of the rows outside.
+    """
+    known = np.logical_and.reduce([np.isfinite(columns[name]) for name in STEPS["labels"]])
+    rows = np.flatnonzero((place >= 0) & known)
+    place, g = place[rows], _column(columns, "phot_g_mean_mag", len(cells))[rows]
+    has_g = np.isfinite(g) & (place == OUTSIDE)
+    counts = {name: place == number for number, name in enumerate(CLASSES)}
+    # In thousandths, so that sums are exact in any order.
+    sum_g = np.rint(np.where(has_g, g, 0) * 1000).astype(np.int64)
+    keys = {"sky": {"pixel": cells[rows] >> 2 * (MAX_ORDER - SKY_ORDER)}}
+    for name, steps in STEPS.items():
+        keys[name] = {
+            label: ((np.floor(columns[label][rows] / step) + 0.5) * step).astype(np.float32)
+            for label, step in steps.items()
+        }
+    tables = []
+    for name, of_map in keys.items():
+        n, kinds = len(rows), ((key, MAP_SCHEMA.field(key).type) for key in _KEYS)
+        own = {key: of_map.get(key, pa.nulls(n, kind)) for key, kind in kinds}
+        named = {"map": pa.repeat(name, n), **own, **counts, "n_g": has_g, "sum_g": sum_g}
+        tables.append(_added([pa.table(named)]))
+    return pa.concat_tables(tables)
+
+
+def _added(counts: list[pa.Table]) -> pa.Table:
+    """Counts of equal cells in one row."""
+    names = (*CLASSES, "n_g", "sum_g")
+    together = pa.concat_tables(counts).group_by(["map", *_KEYS])
+    total = together.aggregate([(name, "sum") for name in names])
+    return total.rename_columns({f"{name}_sum": name for name in names})
+
+
+def sum_maps(parts: Iterable[pa.Table]) -> pa.Table:
+    """Maps of the whole catalog from the `count_maps` of its partitions; ``MAP_SCHEMA``, sorted.
+
+    A bounded number of the partitions is in memory at once.
+    """
+    left, total = iter(parts), pa.table({})
+    while batch := list(islice(left, _AT_ONCE)):
+        total = _added([total, *batch] if total.num_columns else batch)
+    total = total.sort_by([(name, "ascending") for name in ("map", *_KEYS)])
+    n_g = total["n_g"].to_numpy()
+    mean_g = total["sum_g"].to_numpy() / 1000.0 / np.maximum(n_g, 1)
+    magnitude = pa.array(mean_g.astype(np.float32), mask=n_g == 0)
+    total = total.drop_columns(["n_g", "sum_g"])
+    return total.append_column(MAP_SCHEMA.names[-1], magnitude).cast(MAP_SCHEMA)
+
+
+def follow_up(maps: pa.Table, n: int = 10) -> list[dict[str, float | int | None]]:
+    """Cells of label space where references are missed most: the n with most rows outside.
+
+    Each has its middle, the rows outside, all rows, and the mean Gaia G of the rows outside (None
+    where unknown).
+    """
+    rows = [row for row in maps.to_pylist() if row["map"] == "labels" and row["outside"]]
+    rows.sort(key=lambda row: (-row["outside"], row["teff"], row["logg"], row["feh"]))
+    names = ("teff", "logg", "feh", "outside", "rows", "phot_g_mean_mag")
+    found = [row | {"rows": sum(row[name] for name in CLASSES)} for row in rows[:n]]
+    return [{name: row[name] for name in names} for row in found]
+
+
+def coarse(maps: pa.Table, name: str, steps: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Cells of a map added up to larger ones: their middles (first pixels), rows and outside."""
+    total: dict[tuple[float, ...], list[int]] = {}
+    for row in maps.filter(pc.equal(maps["map"], name)).to_pylist():
+        cell = tuple(row[column] // step for column, step in steps.items())
+        counts = total.setdefault(cell, [0, 0])
+        counts[0] += sum(row[kind] for kind in CLASSES)
+        counts[1] += row["outside"]
+    found = []
+    for cell, (n_rows, outside) in sorted(total.items()):
+        place: dict[str, Any] = {
+            column: int(index) if column == "pixel" else (index + 0.5) * step
+            for index, (column, step) in zip(cell, steps.items(), strict=True)
+        }
+        found.append({**place, "rows": n_rows, "outside": outside})
+    return found

@@ -1,4 +1,7 @@
-"""Half-widths that hold the share of residuals they promise, counted on pairs not seen before."""
+"""Half-widths that contain the share of residuals they promise, counted on pairs not seen before.
+
+They are kept as tables over the cells of label space and over S/N: an error costs two look-ups.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,29 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
+from sos_dask import __version__
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ModelError
-from sos_dask.evidence.error_tables import LOG_SNR, N_CELLS, ErrorModel, snr_steps
+from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.schema import LABELS
-from sos_dask.stats.table import Grid
+from sos_dask.stats.numbers import DENSE, SPARSE
+from sos_dask.stats.table import Grid, seal, unseal
 
 LEVELS = (0.68, 0.95)
 TABLES = ("values", "profile", "reference", "reference_profile")
-DENSE, SPARSE = "dense", "sparse"
-MIN_PAIRS = 40
-MIN_FOR_TREES = 2000
+_FORMAT = 1
+_NAME = "error"
+_N_CELLS = 48  # along each axis
+_N_STEPS = 1024  # of log S/N
+_LOG_SNR = (float(np.log(0.1)), float(np.log(1e4)))
+_MIN_PAIRS = 40
+_MIN_FOR_TREES = 2000
 _SNR_KNOTS = 12
 _MIN_IN_KNOT = 40
 _ROUNDS = 150
@@ -32,68 +42,197 @@ _LEAST = 1e-6  # K, dex: an error of 0 would weigh without end, and residuals ca
 _WRONG = 8.0  # times the median size: 5.4 standard deviations of a normal distribution
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Pairs that a correction has not been trained on.
+# --- tables -------------------------------------------------------------------------------------
 
-    Parameters
-    ----------
-    features : ndarray of float32, shape (n, 3)
-    snr : ndarray of float64, shape (n,)
-        nan where unknown.
-    residuals : ndarray of float64, shape (n, 3)
-        target - reference - correction (K, dex, dex), nan where unknown.
-    reference_errors : ndarray of float64, shape (n, 3)
-        Normalised errors of the reference, nan where it states none.
-    part : ndarray of int8, shape (n,)
-        At least three parts; pairs of one star are in one part.
+
+def error_grid(low: Sequence[float], high: Sequence[float]) -> Grid:
+    """Cut the box of the training pairs, between two corners in the inputs, into cells."""
+    return Grid(tuple(low), tuple(high), (_N_CELLS,) * len(low))
+
+
+def _snr_steps() -> FloatArray:
+    """Logarithm of S/N in the middle of every step of a profile."""
+    return _LOG_SNR[0] + (np.arange(_N_STEPS) + 0.5) * (_LOG_SNR[1] - _LOG_SNR[0]) / _N_STEPS
+
+
+@dataclass(frozen=True)
+class ErrorModel:
+    """Half-widths of intervals around corrected labels.
+
+    ``about`` has ``correction`` (SHA-256 of the model whose residuals these are), ``factors_95``
+    (by label and class: half-width of the 95 % interval in that of the 68 % one),
+    ``reference_error`` (``included`` or ``removed``) and ``unknown_snr`` (step that counts where
+    the S/N is not known).
     """
 
-    features: Float32Array
-    snr: FloatArray
-    residuals: FloatArray
-    reference_errors: FloatArray
-    part: NDArray[np.int8]
+    grid: Grid
+    about: Mapping[str, Any]
+    values: Float32Array  # (48 ** 3, 3): of the 68 % interval in each cell, where the profile is 1
+    profile: Float32Array  # (1024, 3): factor by S/N, in equal steps of its logarithm
+    sparse: BoolArray  # (48 ** 3,): cells of the sparse class
+    # The same two tables of the error of the reference, which the half-widths include; 0 where it
+    # is not stated.
+    reference: Float32Array
+    reference_profile: Float32Array
+
+    def half_width(self, features: Float32Array, snr: FloatingArray | None) -> Float32Array:
+        """Look up the half-widths (n, 3) of the 68 % intervals in K, dex, dex.
+
+        nan where a feature (n, 3) is nan or infinite; outside the training box those of the nearest
+        place on it count, as in a correction. Below the smallest S/N (n,) of the pairs half-widths
+        grow as its inverse, above the largest they stay; where it is unknown or not positive, that
+        of the noisiest pairs counts. Each label is contiguous.
+
+        Raises
+        ------
+        ModelError
+            Another number of features.
+        """
+        k = len(self.grid.shape)
+        if features.ndim != 2 or features.shape[1] != k:
+            raise ModelError(f"error model: features have shape {features.shape}, not (n, {k})")
+        out = np.empty((len(LABELS), len(features)), dtype=np.float32)
+        removed = self.about["reference_error"] == "removed"
+        for first in range(0, len(features), BLOCK_ROWS):
+            block = slice(first, first + BLOCK_ROWS)
+            x = features[block]
+            cell = self.grid.cells(x)
+            step = self._steps(None if snr is None else snr[block])
+            known = np.isfinite(x).all(axis=1)
+            for width, tables in zip(out[:, block], self._by_label, strict=True):
+                np.take(tables[0], cell, out=width, mode="clip")
+                width *= tables[1][step]
+                if removed:  # in quadrature; at least a third of a width is left
+                    theirs = tables[2][cell] * tables[3][step]
+                    square = width * width
+                    width[:] = np.sqrt(np.maximum(square - theirs * theirs, square / 9))
+                width[~known] = np.nan
+        return out.T
 
     @cached_property
-    def log_snr(self) -> FloatArray:
-        """Logarithm of S/N, nan where it is unknown or not positive."""
-        return np.asarray(np.log(np.where(self.snr > 0, self.snr, np.nan)))
+    def _by_label(self) -> list[tuple[Float32Array, ...]]:
+        tables = (self.values, self.profile, self.reference, self.reference_profile)
+        return list(zip(*(np.ascontiguousarray(table.T) for table in tables), strict=True))
+
+    def _steps(self, snr: FloatingArray | None) -> IntArray:
+        unknown = int(self.about["unknown_snr"])
+        if snr is None:
+            return np.full(1, unknown)
+        steps = np.float32(_N_STEPS / (_LOG_SNR[1] - _LOG_SNR[0]))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            place = (np.log(snr, dtype=np.float32) - np.float32(_LOG_SNR[0])) * steps
+        place = np.where(np.isfinite(place), place, np.float32(unknown))
+        return np.asarray(np.clip(place, 0, _N_STEPS - 1), dtype=np.int64)
+
+    def is_sparse(self, features: Float32Array) -> BoolArray:
+        """Tell which rows are of the sparse class, shape (n,)."""
+        return np.asarray(self.sparse[self.grid.cells(features)])
+
+    def require(self, correction: str) -> None:
+        """Raise `ModelError` unless these are the errors of the correction with this SHA-256."""
+        if self.about["correction"] != correction:
+            raise ModelError(
+                "the error model was made for another correction",
+                "Give the one that was made from this model's held-out pairs.",
+            )
+
+    def describe(self, label: str) -> str:
+        """Say what the half-widths of a label are."""
+        factors, less = self.about["factors_95"][label], ""
+        if self.about["reference_error"] == "removed":
+            less = ", less the error of the reference in quadrature"
+        return (
+            f"half-width of the 68 % interval of {label} corrected - reference{less}; for 95 % "
+            f"times {factors[DENSE]:.2f} (dense), {factors[SPARSE]:.2f} (sparse)"
+        )
+
+    def files(self) -> dict[str, bytes]:
+        """Pack the model into files, by name; equal models give equal bytes."""
+        tables = (self.values, self.profile, self.sparse, self.reference, self.reference_profile)
+        document = {
+            "format": _FORMAT,
+            "sos_dask": __version__,
+            "labels": list(LABELS),
+            "features": list(DEFAULT.features),
+            "low": list(self.grid.low),
+            "high": list(self.grid.high),
+            "about": dict(self.about),
+        }
+        return seal(_NAME, document, tables)
+
+
+def require_default(problem: Problem) -> None:
+    """Raise `ModelError` unless a correction is of the one problem that has error models."""
+    if problem != DEFAULT:
+        raise ModelError(
+            f"errors can be modelled of {_words(DEFAULT)}; the correction is of {_words(problem)}",
+            "Train with the default labels and inputs, or run coverage and apply without errors.",
+        )
+
+
+def _words(problem: Problem) -> str:
+    inputs = (
+        f"{'log10 ' * one.log10}{one.column}{f' / {one.scale:g}' if one.scale != 1 else ''}"
+        for one in problem.inputs
+    )
+    return f"{', '.join(problem.names)} by {', '.join(inputs)}"
+
+
+def load_errors(directory: Path, problem: Problem = DEFAULT) -> ErrorModel:
+    """Read the files of an `ErrorModel` for the correction of a problem.
+
+    Raises
+    ------
+    ModelError
+        A file is missing or not the one that was saved, of another format, or of other labels or
+        inputs than the correction.
+    """
+    require_default(problem)
+    document, tables = unseal(directory, _NAME, _FORMAT, "error model")
+    for key, expected in (("labels", problem.names), ("features", problem.features)):
+        if document.get(key) != list(expected):
+            raise ModelError(
+                f"{directory / _NAME}.json: its {key} are {document.get(key)}; those of the "
+                f"correction are {list(expected)}",
+                "Give the error model that was made from this correction's held-out pairs.",
+            )
+    grid = error_grid(document["low"], document["high"])
+    return ErrorModel(grid, document["about"], *tables)
+
+
+# --- fit ----------------------------------------------------------------------------------------
+
+
+class HeldOut(NamedTuple):
+    """The n pairs that a correction has not been trained on."""
+
+    features: Float32Array  # (n, 3)
+    snr: FloatArray  # nan where unknown
+    residuals: FloatArray  # (n, 3) target - reference - correction (K, dex, dex), nan where unknown
+    reference_errors: FloatArray  # (n, 3) normalised, nan where the reference states none
+    part: NDArray[np.int8]  # at least three parts; pairs of one star are in one part
 
 
 def least_log_snr(snr: FloatArray) -> float:
     """Find the logarithm of the lowest positive S/N; that of the tables where none is known."""
     known = snr[snr > 0]
-    return float(np.log(known.min())) if len(known) else LOG_SNR[0]
+    return float(np.log(known.min())) if len(known) else _LOG_SNR[0]
 
 
 class LabelErrors(NamedTuple):
-    """Errors of one label: columns of the tables of `ErrorModel`."""
+    """Errors of one label, and whether cross-fitted intervals contain each of n held-out pairs."""
 
-    tables: tuple[Float32Array, ...]  # of `TABLES`
+    tables: Sequence[Float32Array]  # of `TABLES`: columns of those of `ErrorModel`
     factors_95: Mapping[str, float]  # by class
-
-
-class Checked(NamedTuple):
-    """Whether cross-fitted intervals of a label contain each held-out pair."""
-
     known: BoolArray  # (n,): pairs with a residual
     inside: BoolArray  # (n, 2): in the interval of each of `LEVELS`
     n_class: Mapping[str, int]  # pairs that the factors of a class were counted on
 
 
-def fit_label(
-    held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray
-) -> tuple[LabelErrors, Checked]:
+def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> LabelErrors:
     """Fit and calibrate half-widths of a label, and check the procedure on pairs it has not seen.
 
-    Parameters
-    ----------
-    held_out : HeldOut
-    label : str
-    grid : Grid
-    sparse : ndarray of bool, shape (N_CELLS ** 3,)
-        Cells of the sparse class: `find_sparse` of the training pairs at the centers of the cells.
+    Sparse cells are `find_sparse` of the training pairs at the centers of the grid.
 
     Raises
     ------
@@ -104,9 +243,9 @@ def fit_label(
     known = np.isfinite(held_out.residuals[:, number])
     rows = np.flatnonzero(known)
     n_parts = len(np.unique(held_out.part[rows]))
-    if len(rows) < MIN_PAIRS:
+    if len(rows) < _MIN_PAIRS:
         raise ModelError(
-            f"{label}: errors need {MIN_PAIRS} held-out pairs, not {len(rows)}",
+            f"{label}: errors need {_MIN_PAIRS} held-out pairs, not {len(rows)}",
             "Match more stars, or loosen the cuts.",
         )
     if n_parts < 3:
@@ -116,41 +255,36 @@ def fit_label(
             "Match more stars; if there are many, check the ids: pairs with an id in common count "
             "as one star.",
         )
-    cell, log_snr = grid.cells(held_out.features), held_out.log_snr
-    one = _Label(
-        cell[rows],
-        log_snr[rows],
-        held_out.residuals[rows, number],
-        held_out.part[rows],
-        sparse[cell[rows]],
-        ~_wrong(held_out.residuals)[rows],
-    )
+    cell, with_trees = grid.cells(held_out.features), len(rows) >= _MIN_FOR_TREES
+    log_snr = np.log(np.where(held_out.snr > 0, held_out.snr, np.nan))
+    residual, right = held_out.residuals[rows, number], ~_wrong(held_out.residuals)[rows]
+    is_sparse = sparse[cell[rows]]
+    one = _Label(cell[rows], log_snr[rows], residual, held_out.part[rows], is_sparse, right)
     inside = np.zeros((len(known), len(LEVELS)), dtype=np.bool_)
     scores, inside[rows] = one.cross_fitted()
     factors = _factors(scores, one.is_sparse)
-    scale = one.fit(one.right)
-    of_class = np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
-    every, steps = np.arange(grid.size), snr_steps()
-    reference, reference_profile = np.zeros(len(every)), np.ones(len(steps))
+    every, steps = np.arange(grid.size), _snr_steps()
+    scale, of_class = one.fit(one.right), np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
+    found = [of_class * np.exp(scale.of_cell(every)), np.exp(scale.of_snr(steps))]
     stated = rows[held_out.reference_errors[rows, number] > 0]
     if 2 * len(stated) >= len(rows):
         error = held_out.reference_errors[stated, number]
-        theirs = fit_scale(cell[stated], log_snr[stated], error, one.with_trees)
-        reference = np.exp(theirs.middle + theirs.of_cell(every))
+        theirs = _fit_scale(cell[stated], log_snr[stated], error, with_trees)
         # The noise of a target tells nothing of a reference fainter than those of the pairs.
-        reference_profile = np.exp(theirs.of_snr(np.maximum(steps, least_log_snr(held_out.snr))))
-    values, profile = of_class * np.exp(scale.of_cell(every)), np.exp(scale.of_snr(steps))
-    tables = (values, profile, reference, reference_profile)
+        steps = np.maximum(steps, least_log_snr(held_out.snr))
+        found += [np.exp(theirs.middle + theirs.of_cell(every)), np.exp(theirs.of_snr(steps))]
+    else:
+        found += [np.zeros(len(every)), np.ones(len(steps))]
+    tables = [table.astype(np.float32) for table in found]
     factors_95 = {name: both[1] / both[0] for name, both in factors.items()}
     n_sparse = int(np.count_nonzero(one.is_sparse))
-    return (
-        LabelErrors(tuple(table.astype(np.float32) for table in tables), factors_95),
-        Checked(known, inside, {DENSE: len(rows) - n_sparse, SPARSE: n_sparse}),
-    )
+    n_class = {DENSE: len(rows) - n_sparse, SPARSE: n_sparse}
+    return LabelErrors(tables, factors_95, known, inside, n_class)
 
 
 def error_model(
-    of_label: Sequence[LabelErrors],
+    tables: Sequence[Sequence[Float32Array]],
+    factors_95: Sequence[Mapping[str, float]],
     grid: Grid,
     sparse: BoolArray,
     least: float,
@@ -158,32 +292,16 @@ def error_model(
     correction: str,
     reference_error: str = "included",
 ) -> ErrorModel:
-    """Put the errors of all labels together.
-
-    Parameters
-    ----------
-    of_label : sequence of LabelErrors
-        In the order of ``LABELS``.
-    grid : Grid
-    sparse : ndarray of bool, shape (N_CELLS ** 3,)
-    least : float
-        `least_log_snr` of the pairs.
-    correction : str
-        SHA-256 of the correction whose residuals these are.
-    reference_error : {"included", "removed"}
-        Whether the model gives half-widths with the error of the reference.
-    """
+    """Put the `LabelErrors` of all `LABELS` together; ``least`` is `least_log_snr` of the pairs."""
     about = {
         "correction": correction,
-        "factors_95": {
-            label: dict(one.factors_95) for label, one in zip(LABELS, of_label, strict=True)
-        },
+        "factors_95": {label: dict(of) for label, of in zip(LABELS, factors_95, strict=True)},
         "reference_error": reference_error,
-        "unknown_snr": int(np.searchsorted(snr_steps(), least)),
+        "unknown_snr": int(np.searchsorted(_snr_steps(), least)),
     }
-    columns = zip(*(one.tables for one in of_label), strict=True)
+    columns = zip(*tables, strict=True)
     values, profile, error, error_profile = (np.stack(column, axis=1) for column in columns)
-    return ErrorModel(grid, values, profile, sparse, error, error_profile, about)
+    return ErrorModel(grid, about, values, profile, sparse, error, error_profile)
 
 
 def _wrong(residuals: FloatArray) -> BoolArray:
@@ -202,26 +320,22 @@ def _wrong(residuals: FloatArray) -> BoolArray:
 class _Label(NamedTuple):
     """Held-out pairs that know a label."""
 
-    cell: NDArray[np.int64]
+    cell: IntArray
     log_snr: FloatArray
     residual: FloatArray
     part: NDArray[np.int8]
     is_sparse: BoolArray
     right: BoolArray
 
-    @property
-    def with_trees(self) -> bool:
-        """Whether the pairs are enough to see how residuals depend on the star."""
-        return len(self.residual) >= MIN_FOR_TREES
-
-    def fit(self, used: BoolArray) -> Scale:
+    def fit(self, used: BoolArray) -> _Scale:
         """Scale of some pairs."""
-        return fit_scale(self.cell[used], self.log_snr[used], self.residual[used], self.with_trees)
+        # All fits whose scores are put together are of one kind.
+        with_trees = len(self.residual) >= _MIN_FOR_TREES
+        return _fit_scale(self.cell[used], self.log_snr[used], self.residual[used], with_trees)
 
     def scores(self, without: tuple[int, ...], at: BoolArray) -> FloatArray:
         """Residuals of some pairs over a scale fitted to right measurements without some parts."""
-        used = self.right & ~np.isin(self.part, without)
-        scale = self.fit(used)
+        scale = self.fit(self.right & ~np.isin(self.part, without))
         size = np.exp(scale.of_cell(self.cell[at]) + scale.of_snr(self.log_snr[at]))
         return np.asarray(np.abs(self.residual[at]) / size)
 
@@ -231,34 +345,28 @@ class _Label(NamedTuple):
         A score comes from a scale fitted without its part. To check a part, the scores of the
         others come from scales that have not seen it either: fitted without both.
         """
-        n, parts = len(self.residual), np.unique(self.part).tolist()
-        scores = np.empty(n)
-        for part in parts:
-            at = self.part == part
-            scores[at] = self.scores((part,), at)
-        without = {part: np.empty(n) for part in parts}
-        for one, other in itertools.combinations(parts, 2):
-            at = np.isin(self.part, (one, other))
-            found, of_one = self.scores((one, other), at), self.part[at] == one
-            without[one][self.part == other] = found[~of_one]
-            without[other][self.part == one] = found[of_one]
+        parts, place = np.unique(self.part, return_inverse=True)
+        n, every = len(place), range(len(parts))
+        table = np.empty((len(parts), n))  # scores of pairs from scales without their and this part
+        for one, other in itertools.combinations_with_replacement(every, 2):
+            at = np.isin(place, (one, other))
+            found, of_one = self.scores((parts[one], parts[other]), at), place[at] == one
+            table[other, place == one] = found[of_one]
+            table[one, place == other] = found[place[at] == other]
         inside = np.zeros((n, len(LEVELS)), dtype=np.bool_)
-        for part in parts:
-            at = self.part == part
-            factors = _factors(without[part][~at], self.is_sparse[~at])
-            for level, (dense, sparse) in enumerate(zip(*factors.values(), strict=True)):
-                inside[at, level] = scores[at] <= np.where(self.is_sparse[at], sparse, dense)
-        return scores, inside
+        for part in every:
+            at = place == part
+            factors = _factors(table[part, ~at], self.is_sparse[~at])
+            limits = np.where(self.is_sparse[at, None], factors[SPARSE], factors[DENSE])
+            inside[at] = table[part, at, None] <= limits
+        return table[place, np.arange(n)], inside
 
 
-def _factors(scores: FloatArray, is_sparse: BoolArray) -> dict[str, tuple[float, ...]]:
+def _factors(scores: FloatArray, is_sparse: BoolArray) -> dict[str, list[float]]:
     """Factor of each level, by class."""
-    everyone = np.sort(scores)
-    classes = {DENSE: np.sort(scores[~is_sparse]), SPARSE: np.sort(scores[is_sparse])}
-    return {
-        name: tuple(_quantile(mine, everyone, level) for level in LEVELS)
-        for name, mine in classes.items()
-    }
+    dense, sparse, every = (np.sort(x) for x in (scores[~is_sparse], scores[is_sparse], scores))
+    classes = ((DENSE, dense), (SPARSE, sparse))
+    return {name: [_quantile(mine, every, level) for level in LEVELS] for name, mine in classes}
 
 
 def _quantile(mine: FloatArray, everyone: FloatArray, level: float) -> float:
@@ -273,39 +381,13 @@ def _quantile(mine: FloatArray, everyone: FloatArray, level: float) -> float:
     return float(max(everyone[rank - 1], mine[-1] if len(mine) else 0.0, _LEAST))
 
 
-@dataclass(frozen=True)
-class HitRate:
-    """Share of held-out pairs inside their interval.
+def hit_rates(
+    label: str, checked: LabelErrors, subsets: Mapping[str, BoolArray]
+) -> list[dict[str, Any]]:
+    """Count the held-out pairs inside their interval at every level, in subsets (n,) with pairs.
 
-    Parameters
-    ----------
-    label, subset : str
-    level : float
-        0.68 or 0.95.
-    n : int
-        Pairs.
-    hit_rate : float
-    low, high : float
-        95 % interval of it (Clopper & Pearson 1934, Biometrika 26, 404).
-    """
-
-    label: str
-    subset: str
-    level: float
-    n: int
-    hit_rate: float
-    low: float
-    high: float
-
-
-def hit_rates(label: str, checked: Checked, subsets: Mapping[str, BoolArray]) -> list[HitRate]:
-    """Count the hits of a label at every level in some subsets; those without pairs are left out.
-
-    Parameters
-    ----------
-    label : str
-    checked : Checked
-    subsets : mapping of str to ndarray of bool, shape (n,)
+    Each has ``label``, ``subset``, ``level`` (0.68 or 0.95), ``n`` pairs, ``hit_rate``, and its
+    95 % interval ``low`` to ``high`` (Clopper & Pearson 1934, Biometrika 26, 404).
     """
     from scipy.stats import binomtest
 
@@ -314,45 +396,33 @@ def hit_rates(label: str, checked: Checked, subsets: Mapping[str, BoolArray]) ->
         inside = checked.inside[chosen & checked.known]
         for level, hits in zip(LEVELS, np.count_nonzero(inside, axis=0).tolist(), strict=True):
             if n := len(inside):
-                limits = binomtest(hits, n).proportion_ci(0.95)
-                low, high = float(limits.low), float(limits.high)
-                found.append(HitRate(label, subset, level, n, hits / n, low, high))
+                low, high = binomtest(hits, n).proportion_ci(0.95)
+                row = {"label": label, "subset": subset, "level": level, "n": n}
+                found.append(row | {"hit_rate": hits / n, "low": float(low), "high": float(high)})
     return found
 
 
 # --- the size of residuals as a function of the star and of S/N ---------------------------------
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Size of residuals as a function of cell and S/N: exp(of_cell + of_snr).
+class _Scale(NamedTuple):
+    """Size of residuals as a function of cell and S/N: exp(of_cell + of_snr + middle)."""
 
-    Parameters
-    ----------
-    trees : xgboost.Booster, optional
-        Of the numbers of a cell along the axes; None: 0.
-    knots, levels : ndarray of float64, shape (m,)
-        log S/N and its contribution, which never rises; no knots: no dependence.
-    middle : float
-        Mean logarithm of what was fitted: add it to have the size itself.
-    """
-
-    trees: Any
-    knots: FloatArray
-    levels: FloatArray
-    middle: float = 0.0
+    trees: Any  # xgboost.Booster of the numbers of a cell along the axes; None: 0
+    knots: FloatArray  # log S/N; none: no dependence
+    levels: FloatArray  # contribution at the knots, which never rises
+    middle: float  # mean logarithm of what was fitted
 
     def of_cell(self, cell: IntArray) -> FloatArray:
-        """Find the logarithm of the scale by cell."""
+        """Logarithm of the scale by cell."""
         if self.trees is None:
             return np.zeros(len(cell))
-        used = np.flatnonzero(np.bincount(cell))
-        of_cell = np.empty(N_CELLS**3)
+        used, of_cell = np.flatnonzero(np.bincount(cell)), np.empty(_N_CELLS**3)
         of_cell[used] = self.trees.inplace_predict(_numbers(used))
         return np.asarray(of_cell[cell])
 
     def of_snr(self, log_snr: FloatArray) -> FloatArray:
-        """Find the logarithm of the scale by S/N: see `ErrorModel.half_width` for the ends."""
+        """Logarithm of the scale by S/N: see `ErrorModel.half_width` for the ends."""
         if not len(self.knots):
             return np.zeros(len(log_snr))
         inside = np.interp(np.nan_to_num(log_snr, nan=-np.inf), self.knots, self.levels)
@@ -360,46 +430,27 @@ class Scale:
         return np.asarray(inside + np.maximum(below, 0.0))
 
 
-def fit_scale(
-    cell: IntArray,
-    log_snr: FloatArray,
-    residual: NDArray[np.floating],
-    with_trees: bool,
-) -> Scale:
-    """Fit the size of residuals.
-
-    Parameters
-    ----------
-    cell : ndarray of int, shape (n,)
-        `Grid.cells` of the pairs.
-    log_snr : ndarray of float64, shape (n,)
-        nan where unknown.
-    residual : ndarray of float, shape (n,)
-        target - reference - correction, finite.
-    with_trees : bool
-        Whether the size depends on the cell; the same for all fits whose scores are put together.
-    """
+def _fit_scale(
+    cell: IntArray, log_snr: FloatArray, residual: FloatingArray, with_trees: bool
+) -> _Scale:
+    """Scale of finite residuals (n,); it depends on the cell where there are trees."""
     size = np.abs(np.asarray(residual, dtype=np.float64))
     middle = float(np.median(size) or size.mean() or 1.0)
     log_size = np.log(np.maximum(size, _SMALLEST * middle))
     center = float(log_size.mean())
     log_size -= center
-    bins = _bins(log_snr)
-    plain = Scale(None, *_falling(bins, log_snr, log_size), center)
-    if not with_trees:
-        return plain
-    trees, of_cell = _fit_trees(cell, log_size - plain.of_snr(log_snr))
-    return Scale(trees, *_falling(bins, log_snr, log_size - of_cell), center)
-
-
-def _bins(log_snr: FloatArray) -> list[IntArray]:
-    """Pairs in bins of S/N with equally many, or none."""
+    # Pairs in bins of S/N with equally many, or none.
     order = np.argsort(log_snr, kind="stable")
     order = order[np.isfinite(log_snr[order])]
     n_bins = min(_SNR_KNOTS, len(order) // _MIN_IN_KNOT)
-    if n_bins < 2 or log_snr[order[0]] == log_snr[order[-1]]:
-        return []
-    return np.array_split(order, n_bins)
+    flat = n_bins < 2 or log_snr[order[0]] == log_snr[order[-1]]
+    bins = [] if flat else np.array_split(order, n_bins)
+    plain = _Scale(None, *_falling(bins, log_snr, log_size), center)
+    if not with_trees:
+        return plain
+    scale = plain._replace(trees=_fit_trees(cell, log_size - plain.of_snr(log_snr)))
+    knots, levels = _falling(bins, log_snr, log_size - scale.of_cell(cell))
+    return scale._replace(knots=knots, levels=levels)
 
 
 def _falling(
@@ -410,49 +461,36 @@ def _falling(
 
     if not bins:
         return np.empty(0), np.empty(0)
-    knots = np.array([log_snr[rows].mean() for rows in bins])
-    means = np.array([log_size[rows].mean() for rows in bins])
-    weights = np.array([float(len(rows)) for rows in bins])
+    knots, means = (np.array([x[rows].mean() for rows in bins]) for x in (log_snr, log_size))
+    weights = [float(len(rows)) for rows in bins]
     levels = isotonic_regression(means, weights=weights, increasing=False).x
     knots, first = np.unique(knots, return_index=True)
     return knots, np.asarray(levels, dtype=np.float64)[first]
 
 
-def _fit_trees(cell: IntArray, log_size: FloatArray) -> tuple[Any, FloatArray]:
+def _fit_trees(cell: IntArray, log_size: FloatArray) -> Any:
     """Boosted trees of a logarithm over the numbers of the cells: constant on every cell.
 
     Least squares see of a cell only the mean and the number of its pairs, so that a fit takes as
-    long as there are cells with pairs. Beside the trees it gives their value for every pair.
+    long as there are cells with pairs.
     """
     import xgboost
 
     n = np.bincount(cell)
     used = np.flatnonzero(n)
-    mean = np.bincount(cell, log_size)[used] / n[used]
+    mean = (np.bincount(cell, log_size)[used] / n[used]).astype(np.float32)
+    weight = n[used].astype(np.float32)
     matrix = xgboost.QuantileDMatrix(
-        _numbers(used),
-        mean.astype(np.float32),
-        weight=n[used].astype(np.float32),
-        max_bin=N_CELLS + 1,
-        nthread=1,
+        _numbers(used), mean, weight=weight, max_bin=_N_CELLS + 1, nthread=1
     )
     params = {
-        "tree_method": "hist",
-        "max_depth": 3,
-        "learning_rate": 0.05,
-        "min_child_weight": max(50.0, len(log_size) / 400),
-        "reg_lambda": 20.0,
-        "max_bin": N_CELLS + 1,
-        "base_score": 0.0,
-        "nthread": 1,
-        "verbosity": 0,
-    }
-    trees = xgboost.train(params, matrix, _ROUNDS)
-    of_cell = np.empty(len(n))
-    of_cell[used] = trees.predict(matrix)  # known since the last tree was made
-    return trees, of_cell[cell]
+        "tree_method": "hist", "max_depth": 3, "learning_rate": 0.05, "reg_lambda": 20.0,
+        "min_child_weight": max(50.0, len(log_size) / 400), "max_bin": _N_CELLS + 1,
+        "base_score": 0.0, "nthread": 1, "verbosity": 0,
+    }  # fmt: skip
+    return xgboost.train(params, matrix, _ROUNDS)
 
 
 def _numbers(cell: IntArray) -> Float32Array:
     """Numbers of cells along the axes."""
-    return np.stack(np.unravel_index(cell, (N_CELLS,) * 3), axis=1).astype(np.float32)
+    return np.stack(np.unravel_index(cell, (_N_CELLS,) * 3), axis=1).astype(np.float32)

@@ -18,17 +18,15 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask.columns import Float32Array, FloatArray, IntArray
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.settings import Seed, Settings
 from sos_dask.stats.numbers import uniform
 
-# Cells of label space whose rows are sampled alike.
-STRATA = {"teff": 500.0, "logg": 0.5, "feh": 0.5}
-MIN_SAMPLE = 100
+_STRATA = {"teff": 500.0, "logg": 0.5, "feh": 0.5}  # cells whose rows are sampled alike
+_MIN_SAMPLE = 100
 _LIMIT = 5.0  # of a scaled parameter: an outlier is far away, however far
 _NEAREST = 1e-6
 _BLOCK = 1 << 16
@@ -41,7 +39,7 @@ class ProjectionSettings(Settings):
 
     sample_rows: int = Field(
         20_000,
-        ge=MIN_SAMPLE,
+        ge=_MIN_SAMPLE,
         le=1_000_000,
         description="Rows that UMAP lays out: half of the target, half of the overlap, as far as "
         "there are",
@@ -62,10 +60,10 @@ class ProjectionSettings(Settings):
     seed: Seed = 0
 
 
-def strata(columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]) -> IntArray:
+def strata(columns: Mapping[str, FloatingArray], names: Sequence[str]) -> IntArray:
     """Number the cell of label space of every row; rows with a missing label are in cell 0."""
     cell = np.ones(len(columns[names[0]]), dtype=np.int64)
-    for name, width in STRATA.items():
+    for name, width in _STRATA.items():
         if name in names:
             index = np.floor(np.asarray(columns[name], dtype=np.float64) / width)
             known = np.isfinite(index)
@@ -93,16 +91,10 @@ def sampling_rates(counts: Mapping[int, int], sample_rows: int) -> dict[int, flo
 
 def chosen_rows(
     keys: IntArray, cells: IntArray, rates: Mapping[int, float], seed: int
-) -> NDArray[np.bool_]:
+) -> BoolArray:
     """Choose the rows of the sample by a hash of their keys, whatever their order or partition.
 
-    Parameters
-    ----------
-    keys : ndarray of int64, shape (n,)
-    cells : ndarray of int64, shape (n,)
-        Of `strata`.
-    rates : mapping of int to float
-        Of `sampling_rates`; a cell that it lacks gives no row.
+    Cells (n,) are those of `strata`; one that the `sampling_rates` lack gives no row.
     """
     known, place = np.unique(cells, return_inverse=True)
     share = np.array([rates.get(cell, 0.0) for cell in known.tolist()])
@@ -111,26 +103,13 @@ def chosen_rows(
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A plane that rows can be placed on.
+    """A plane that rows can be placed on."""
 
-    Parameters
-    ----------
-    names : tuple of str
-        Parameters, in the order of the columns.
-    center, scale : ndarray of float64, shape (k,)
-        Median, and half the width from the 16th to the 84th percentile, of the sample.
-    sample : ndarray of float32, shape (n, k)
-        Scaled parameters of the sample.
-    plane : ndarray of float32, shape (n, 2)
-        Where UMAP laid them out.
-    neighbors : int
-    """
-
-    names: tuple[str, ...]
-    center: FloatArray
-    scale: FloatArray
-    sample: Float32Array
-    plane: Float32Array
+    names: tuple[str, ...]  # of the k parameters
+    center: FloatArray  # (k,): median of the sample
+    scale: FloatArray  # (k,): half the width from the 16th to the 84th percentile
+    sample: Float32Array  # (n, k), scaled
+    plane: Float32Array  # (n, 2): where UMAP laid the sample out
     neighbors: int
 
     @cached_property
@@ -140,17 +119,9 @@ class Projection:
         return cKDTree(self.sample, leafsize=_LEAF)
 
     def place(self, parameters: FloatArray) -> Float32Array:
-        """Place rows on the plane; a row's place does not depend on the other rows.
+        """Place rows with parameters (n, k) on the plane (n, 2), nan where one is unknown.
 
-        Parameters
-        ----------
-        parameters : ndarray of float64, shape (n, k)
-            Of `Problem.parameter_matrix`.
-
-        Returns
-        -------
-        ndarray of float32, shape (n, 2)
-            nan where any parameter is unknown.
+        A row's place does not depend on the other rows.
         """
         out = np.full((len(parameters), 2), np.nan, dtype=np.float32)
         known = np.flatnonzero(np.isfinite(parameters).all(axis=1))
@@ -181,12 +152,7 @@ def fit_projection(
 ) -> Projection:
     """Lay out a sample with UMAP; the same sample gives the same plane.
 
-    Parameters
-    ----------
-    parameters : ndarray of float64, shape (n, k)
-        Of `Problem.parameter_matrix`; rows with a missing parameter are left out.
-    names : sequence of str
-    settings : ProjectionSettings
+    Rows of the parameters (n, k), of `Problem.parameter_matrix`, are left out where one is nan.
 
     Raises
     ------
@@ -203,10 +169,10 @@ def fit_projection(
             "pip install 'sos_dask[umap]', or leave [projection] out of the job.",
         ) from None
     known = parameters[np.isfinite(parameters).all(axis=1)]
-    if len(known) < MIN_SAMPLE:
+    if len(known) < _MIN_SAMPLE:
         raise ModelError(
             f"{len(known)} of {len(parameters)} sampled rows have all of {', '.join(names)}: a "
-            f"projection needs {MIN_SAMPLE}",
+            f"projection needs {_MIN_SAMPLE}",
             "Leave out parameters that are mostly missing, or attach a catalog that has them.",
         )
     low, center, high = np.percentile(known, (15.87, 50.0, 84.13), axis=0)
@@ -215,15 +181,10 @@ def fit_projection(
         if not width > 0:
             raise ModelError(f"{name} is the same in most rows: it cannot be scaled")
     z = _scaled(known, center, scale)
-    plane = umap.UMAP(
-        n_neighbors=min(settings.n_neighbors, len(z) - 1),
-        min_dist=settings.min_dist,
-        random_state=settings.seed,
-        n_jobs=1,
-    ).fit_transform(z)
-    return Projection(
-        tuple(names), center, scale, z, np.asarray(plane, dtype=np.float32), settings.neighbors
-    )
+    near, how = min(settings.n_neighbors, len(z) - 1), {"min_dist": settings.min_dist, "n_jobs": 1}
+    layout = umap.UMAP(n_neighbors=near, random_state=settings.seed, **how)
+    plane = np.asarray(layout.fit_transform(z), dtype=np.float32)
+    return Projection(tuple(names), center, scale, z, plane, settings.neighbors)
 
 
 def density_map(
@@ -233,6 +194,5 @@ def density_map(
 
     Rows without a place, or outside the limits, are not counted.
     """
-    sides = (limits[:2], limits[2:])
-    counts, _, _ = np.histogram2d(plane[:, 0], plane[:, 1], bins, range=sides)
+    counts, _, _ = np.histogram2d(plane[:, 0], plane[:, 1], bins, range=(limits[:2], limits[2:]))
     return counts.astype(np.int64)

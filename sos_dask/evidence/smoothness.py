@@ -23,55 +23,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 
-from sos_dask.columns import FloatArray, IntArray
+from sos_dask.columns import BoolArray, FloatArray, FloatingArray, IntArray
+from sos_dask.evidence.figures import figure_schema
 from sos_dask.stats.bootstrap import draw, interval
 
 STEPS = 8
 MIN_CELLS = 5
 UNCOVERED, BEYOND = "uncovered", "beyond"
-Predict = Callable[[FloatArray], NDArray[np.floating]]
+Two = tuple[FloatArray, FloatArray]
+Predict = Callable[[FloatArray], FloatingArray]
 
-_ROUGH = ("roughness", "roughness_low", "roughness_high", "jump", "jump_low", "jump_high", "noise")
-_OUTSIDE = ("inside_low", "inside_high", "exceeds", "exceeds_low", "exceeds_high", "share",
-            "step", "step_low", "step_high")  # fmt: skip
-ARTIFACT_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("method", "label")),
-        *((name, pa.float64()) for name in _ROUGH),
-        ("n_cells", pa.int64()),
-    ]
-)
-OUTSIDE_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("method", "label", "where")),
-        *((name, pa.float64()) for name in _OUTSIDE),
-        ("n_cells", pa.int64()),
-    ]
+_ROUGH = ("roughness", "roughness_low", "roughness_high", "jump", "jump_low", "jump_high")
+ARTIFACT_SCHEMA = figure_schema(f"method label {' '.join(_ROUGH)} noise n_cells")
+OUTSIDE_SCHEMA = figure_schema(
+    "method label where inside_low inside_high exceeds exceeds_low exceeds_high share "
+    "step step_low step_high n_cells"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """Cells of label space.
+    """Cells of label space, with one axis a label."""
 
-    Parameters
-    ----------
-    edges : tuple of ndarray of float64
-        Along each label.
-    counts : ndarray of int64, one axis a label
-        Pairs in each cell.
-    covered : ndarray of bool, one axis a label
-    """
-
-    edges: tuple[FloatArray, ...]
-    counts: IntArray
-    covered: NDArray[np.bool_]
+    edges: tuple[FloatArray, ...]  # along each label
+    counts: IntArray  # pairs in each cell
+    covered: BoolArray
 
     @classmethod
-    def of(cls, labels: NDArray[np.floating], edges: Sequence[FloatArray], min_count: int) -> Cells:
+    def of(cls, labels: FloatingArray, edges: Sequence[FloatArray], min_count: int) -> Cells:
         """Count the pairs of these labels, shape (n, n_labels); none outside."""
         counts, _ = np.histogramdd(np.asarray(labels, dtype=np.float64), bins=list(edges))
         return cls(tuple(edges), counts.astype(np.int64), counts >= max(min_count, 1))
@@ -86,69 +66,49 @@ class Cells:
         """Median of the pairs in covered cells; None without any."""
         return float(np.median(self.counts[self.covered])) if self.covered.any() else None
 
-    def centres(self, places: IntArray) -> FloatArray:
-        """Labels at the middle of cells, shape (n, n_labels)."""
-        middles = [(edges[:-1] + edges[1:]) / 2 for edges in self.edges]
-        return np.stack([middle[places[:, i]] for i, middle in enumerate(middles)], axis=1)
-
-    def widths(self, places: IntArray) -> FloatArray:
-        """Widths of cells, shape (n, n_labels)."""
-        return np.stack([np.diff(e)[places[:, i]] for i, e in enumerate(self.edges)], axis=1)
+    def sides(self, places: IntArray) -> Two:
+        """Labels at the middle of cells, and widths of these, both of shape (n, n_labels)."""
+        low, high = (
+            np.stack([e[i + side] for e, i in zip(self.edges, places.T, strict=True)], axis=1)
+            for side in (0, 1)
+        )
+        return (low + high) / 2, high - low
 
 
 def artifacts(
-    predict: Predict,
-    cells: Cells,
-    box: tuple[FloatArray, FloatArray],
-    n_labels: int,
-    n_resamples: int,
-    seed: int,
+    predict: Predict, cells: Cells, box: Two, n_labels: int, n_resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     """Measure a correction on cells of label space.
 
-    Parameters
-    ----------
-    predict : callable
-        Differences of all labels, shape (n, n_labels), at labels of shape (n, n_labels).
-    cells : Cells
-    box : tuple of two ndarray of float64, shape (n_labels,)
-        Smallest and largest label of the training pairs.
-    n_resamples, seed : int
+    Each label has ``second_difference``, its root mean square in the unit of the label with its
+    interval; ``jump`` with ``jump_low`` and ``jump_high``; ``outside``, rows of `OUTSIDE_SCHEMA`
+    but for method and label. None with fewer than `MIN_CELLS` covered cells.
 
-    Returns
-    -------
-    list of dict
-        One a label: ``second_difference``, its root mean square in the unit of the label with its
-        interval; ``jump`` with ``jump_low`` and ``jump_high``; ``outside``, rows of
-        `OUTSIDE_SCHEMA` but for method and label. None with fewer than `MIN_CELLS` covered cells.
+    The correction gives differences (n, n_labels) at labels (n, n_axes); the box has the smallest
+    and the largest label of the training pairs, both of shape (n_axes,).
     """
     places = cells.places
     if len(places) < MIN_CELLS:
         nothing = {"second_difference": [None] * 3, **_extreme("jump", np.empty(0), np.empty(0))}
         return [{**nothing, "outside": []}] * n_labels
     weights = draw(n_resamples, seed, len(places))
-    totals = weights.sum(axis=1)
-    at = predict(cells.centres(places)).astype(np.float64)
+    at = predict(cells.sides(places)[0]).astype(np.float64)
     curves = _curves(predict, cells, n_labels)
     square = np.mean(np.diff(curves, n=2, axis=2) ** 2, axis=(1, 2))
     change = np.abs(np.diff(curves, axis=2)).max(axis=(1, 2))
-    inside = np.stack([curves.min(axis=(0, 1, 2)), curves.max(axis=(0, 1, 2))], axis=1)
-    outside = {
-        UNCOVERED: _uncovered(predict, cells, box, at),
-        BEYOND: _beyond(predict, cells, box, at),
-    }
+    lows, highs = curves.min(axis=(0, 1, 2)).tolist(), curves.max(axis=(0, 1, 2)).tolist()
+    ways = {UNCOVERED: _uncovered, BEYOND: _beyond}
+    outside = {where: way(predict, cells, box, at) for where, way in ways.items()}
     found = []
-    for k in range(n_labels):
+    for k, (least, most) in enumerate(zip(lows, highs, strict=True)):
         value = float(np.sqrt(np.mean(square[:, k])))
-        low, high = interval(value, np.sqrt(weights @ square[:, k] / totals))
-        one: dict[str, Any] = {"second_difference": [value, max(low, 0.0), high]}
+        low, high = interval(value, np.sqrt(weights @ square[:, k] / weights.sum(axis=1)))
+        one: dict[str, Any] = {"second_difference": [value, max(low, 0.0), high], "outside": []}
         one |= _extreme("jump", change[:, k], weights)
-        one["outside"] = []
         for where, (values, steps) in outside.items():
-            low, high = (float(limit) for limit in inside[k])
-            excess = np.maximum(np.maximum(values[:, k] - high, low - values[:, k]), 0.0)
-            resamples = draw(len(weights), seed, len(excess)) if len(excess) else weights[:, :0]
-            row: dict[str, Any] = {"where": where, "inside_low": low, "inside_high": high}
+            excess = np.maximum(np.maximum(values[:, k] - most, least - values[:, k]), 0.0)
+            resamples = draw(n_resamples, seed, len(excess)) if len(excess) else weights[:, :0]
+            row: dict[str, Any] = {"where": where, "inside_low": least, "inside_high": most}
             row |= _extreme("exceeds", excess, resamples)
             row["share"] = float(np.mean(excess > 0)) if len(excess) else None
             row |= _extreme("step", steps[:, k], weights)
@@ -161,7 +121,7 @@ def _curves(predict: Predict, cells: Cells, n_labels: int) -> FloatArray:
     """Values along each axis through the covered cells, (n_cells, n_axes, n_points, n_labels)."""
     # One point more on either side than there are steps, so that the edges of the cell are crossed.
     place = (np.arange(-1, STEPS + 1) - (STEPS - 1) / 2) / STEPS
-    centre, width = cells.centres(cells.places), cells.widths(cells.places)
+    centre, width = cells.sides(cells.places)
     n_cells, n_axes = centre.shape
     points = np.tile(centre[:, None, None, :], (1, n_axes, len(place), 1))
     for axis in range(n_axes):
@@ -170,21 +130,18 @@ def _curves(predict: Predict, cells: Cells, n_labels: int) -> FloatArray:
     return curves.reshape(n_cells, n_axes, len(place), n_labels)
 
 
-def _uncovered(
-    predict: Predict, cells: Cells, box: tuple[FloatArray, FloatArray], at: FloatArray
-) -> tuple[FloatArray, FloatArray]:
+def _uncovered(predict: Predict, cells: Cells, box: Two, at: FloatArray) -> Two:
     """Values in the cells of the box without enough pairs, and steps there from covered ones."""
     empty = np.argwhere(~cells.covered)
-    centre = cells.centres(empty)
+    centre, _ = cells.sides(empty)
     in_box = ((centre >= box[0]) & (centre <= box[1])).all(axis=1)
     empty, centre = empty[in_box], centre[in_box]
-    n_axes = len(cells.edges)
     # A rim of nothing, so that every cell has neighbours on both sides.
     values = np.full((*(n + 2 for n in cells.covered.shape), at.shape[1]), np.nan)
     if len(empty):
         values[tuple(empty.T + 1)] = predict(centre)
     steps = np.zeros_like(at)
-    for axis in range(n_axes):
+    for axis in range(len(cells.edges)):
         for side in (-1, 1):
             neighbour = cells.places + 1
             neighbour[:, axis] += side
@@ -192,20 +149,17 @@ def _uncovered(
     return values[tuple(empty.T + 1)], steps
 
 
-def _beyond(
-    predict: Predict, cells: Cells, box: tuple[FloatArray, FloatArray], at: FloatArray
-) -> tuple[FloatArray, FloatArray]:
+def _beyond(predict: Predict, cells: Cells, box: Two, at: FloatArray) -> Two:
     """Values past the faces of the box, and steps there from the outermost covered cells."""
     places = cells.places
-    centre, width = cells.centres(places), cells.widths(places)
+    centre, width = cells.sides(places)
     values, steps = [], np.zeros_like(at)
     for axis in range(len(cells.edges)):
         for side, face in ((-1, box[0]), (1, box[1])):
             # Of the covered cells on one line only the outermost one looks out.
-            covered = np.flip(cells.covered, axis) if side > 0 else cells.covered
-            far = np.cumsum(covered, axis=axis)
-            far = np.flip(far, axis) if side > 0 else far
-            last = np.flatnonzero(far[tuple(places.T)] == 1)
+            before = np.cumsum(cells.covered, axis=axis)
+            after = before.take([-1], axis=axis) - before + cells.covered
+            last = np.flatnonzero((after if side > 0 else before)[tuple(places.T)] == 1)
             points = centre[last].copy()
             points[:, axis] = face[axis] + side * width[last, axis]
             held = predict(points).astype(np.float64)
@@ -229,22 +183,17 @@ def artifact_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Put measured artifacts of methods into rows of `ARTIFACT_SCHEMA` and of `OUTSIDE_SCHEMA`.
 
-    Parameters
-    ----------
-    records : mapping
-        By method: ``n_cells``, ``typical_count`` (of pairs, as `Cells` has it) and ``labels``, what
-        `artifacts` gives for each of the labels of ``scatter``.
-    scatter : mapping of str to float
-        By label, of the best corrected pairs.
+    Records are, by method, ``n_cells``, ``typical_count`` (of pairs, as `Cells` has it) and
+    ``labels``, what `artifacts` gives for each of the labels of ``scatter``: by label, that of the
+    best corrected pairs.
     """
     rough, outside = [], []
     for method, record in records.items():
         for (label, spread), one in zip(scatter.items(), record["labels"], strict=True):
-            about = {"method": method, "label": label}
-            count = record["typical_count"]
+            about, count = {"method": method, "label": label}, record["typical_count"]
             noise = spread / np.sqrt(count) if count else None
             row = {**about, "noise": noise, "n_cells": record["n_cells"]}
-            row |= {name: one[name] for name in ("jump", "jump_low", "jump_high")}
+            row |= {name: one[name] for name in _ROUGH[3:]}
             for name, value in zip(_ROUGH[:3], one["second_difference"], strict=True):
                 row[name] = value / noise if noise and value is not None else None
             rough.append(row)

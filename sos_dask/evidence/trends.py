@@ -1,8 +1,14 @@
-"""Trends: how the difference target - reference runs with another quantity.
+"""How surveys differ: along other quantities, from each other, and each from the truth.
 
-Medians, percentiles and their errors are those of `stats.binned`. Two reference surveys are
+Medians, percentiles and their errors are those of `stats.numbers`. Two reference surveys are
 compared through the target, (target - first) - (target - second) = second - first, of different
 stars in one bin; and directly, second - first of the stars that both have.
+
+The three-cornered hat finds the error of each of three surveys from their differences alone. For
+independent errors s_ab^2 = s_a^2 + s_b^2 and so on, hence s_a^2 = (s_ab^2 + s_ac^2 - s_bc^2) / 2
+(Gray & Allan 1974, Proc. 28th Frequency Control Symposium, p. 243). A negative result says that the
+errors are not independent, or smaller than can be told from so many stars: it is given, and
+flagged.
 """
 
 from __future__ import annotations
@@ -12,15 +18,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from sos_dask.columns import FloatArray, IntArray
+from sos_dask.columns import FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ConfigError
-from sos_dask.stats.binned import MIN_COUNT, Axis, binned_quantiles, bins_of
+from sos_dask.evidence.figures import figure_schema
+from sos_dask.stats.numbers import MAD_TO_SIGMA, MIN_COUNT, Axis, binned_quantiles, bins_of
 
 EQUAL_WIDTH, EQUAL_COUNT = "equal-width", "equal-count"
 BEFORE, AFTER, FITTED = "before", "after", "fitted"
-ALL = "all"
 AXES = (
     Axis("teff", 3000.0, 10000.0, 250.0),
     Axis("logg", -0.5, 5.5, 0.25),
@@ -31,62 +36,40 @@ AXES = (
     Axis("bp_rp", -0.5, 4.0, 0.25),
 )
 PLANE = ("teff", "logg")
+_SAMPLES, _BLOCK = 500, 1 << 21  # of the bootstrap of a hat; values of a block
 Columns = Mapping[str, Any]
 """Of bins: arrays with one entry for each, and values that all have."""
 
 
-def _fields(kind: pa.DataType, *names: str) -> tuple[tuple[str, pa.DataType], ...]:
-    return tuple((name, kind) for name in names)
-
-
-_BIN = (("bin", pa.int32()), *_fields(pa.float64(), "low", "high", "centre"))
-_CELL = _fields(pa.float64(), *(f"{name}_{side}" for name in PLANE for side in ("low", "high")))
-_NAMES = _fields(pa.string(), "label", "against", "binning")
-_SAMPLE = _fields(pa.string(), "subset", "sample", "method")
-_QUANTILES = (("n", pa.int64()), *_fields(pa.float64(), "median", "p16", "p84", "error"))
-TREND_SCHEMA = pa.schema([*_NAMES, *_SAMPLE, *_BIN, *_QUANTILES])
-PLANE_SCHEMA = pa.schema([_NAMES[0], *_SAMPLE, *_CELL, *_QUANTILES])
-CONTRAST_SCHEMA = pa.schema(
-    [
-        *_NAMES,
-        *_fields(pa.string(), "first", "second"),
-        *_BIN,
-        *(("n_first", pa.int64()), *_fields(pa.float64(), "median_first", "error_first")),
-        *(("n_second", pa.int64()), *_fields(pa.float64(), "median_second", "error_second")),
-        *_fields(pa.float64(), "difference", "error", "significance"),
-        *(("n_common", pa.int64()), *_fields(pa.float64(), "median_common", "error_common")),
-        ("significance_common", pa.float64()),
-    ]
+_SAMPLE, _BIN, _QUANTILES = "subset sample method", "bin low high centre", "n median p16 p84 error"
+TREND_SCHEMA = figure_schema(f"label against binning {_SAMPLE} {_BIN} {_QUANTILES}")
+PLANE_SCHEMA = figure_schema(f"label {_SAMPLE} teff_low teff_high logg_low logg_high {_QUANTILES}")
+CONTRAST_SCHEMA = figure_schema(
+    f"label against binning first second {_BIN} n_first median_first error_first "
+    "n_second median_second error_second difference error significance "
+    "n_common median_common error_common significance_common"
 )
 
 
 def trend(
-    x: Mapping[str, NDArray[np.floating]],
-    difference: NDArray[np.floating],
+    x: Mapping[str, FloatingArray],
+    difference: FloatingArray,
     edges: Sequence[FloatArray],
     **about: str | None,
 ) -> dict[str, Any]:
-    """Bin a difference by one quantity, or by several at once.
+    """Make columns of `TREND_SCHEMA` and `PLANE_SCHEMA`: a difference binned by some quantities.
 
     Parameters
     ----------
     x : mapping of str to ndarray of float, shape (n,)
-        The quantities.
+        The quantities, with the edges of their bins as in `bins_of`.
     difference : ndarray of float, shape (n,)
         In the unit of the label; nan where it is not known.
-    edges : sequence of ndarray of float64
-        Of the bins, one array for each quantity. A bin includes its lower edges; the last one
-        along a quantity its upper edge, too.
     about : str
         Further columns: ``label``, of which the difference is; ``binning``; ``subset``, ``all``
         pairs or those whose reference labels are of this survey; ``sample``, ``before`` the
         correction, ``after``: less what a model that was not trained on the star predicts, or
         ``fitted``: the same of the pairs that trained the model; ``method``, None before it.
-
-    Returns
-    -------
-    dict
-        Columns of `TREND_SCHEMA`, and of `PLANE_SCHEMA` for its quantities.
 
     Raises
     ------
@@ -113,30 +96,18 @@ def trend(
 def contrast(
     first: Columns, second: Columns, common: Columns | None = None, min_count: int = MIN_COUNT
 ) -> dict[str, Any]:
-    """Compare two reference surveys through the target and on the stars that both have.
+    """Compare two reference surveys: columns of `CONTRAST_SCHEMA`.
 
-    Parameters
-    ----------
-    first, second : mapping
-        `trend` of the pairs of each survey, in the same bins.
-    common : mapping, optional
-        `trend` of second - first on common stars, in the same bins of the first survey's labels.
-    min_count : int
-        Bins with fewer pairs of either survey are not judged.
-
-    Returns
-    -------
-    dict
-        Columns of `CONTRAST_SCHEMA`, nan where a bin is not judged: ``difference`` is second -
-        first through the target, ``significance`` it over its error, nan where all values are
-        equal.
+    ``difference`` is second - first through the target, ``significance`` it over its error, nan
+    where all values are equal. Bins with less than ``min_count`` pairs of either are not judged:
+    both are nan. Given are the `trend` of the pairs of each survey and, in the same bins of the
+    first survey's labels, that of second - first on common stars.
     """
     judged = np.minimum(first["n"], second["n"]) >= max(min_count, 2)
     difference = np.where(judged, first["median"] - second["median"], np.nan)
     error = np.where(judged, np.hypot(first["error"], second["error"]), np.nan)
     if common is None:
-        none = binned_quantiles(np.empty(0, np.int64), np.empty(0), len(judged))
-        common = none._asdict()
+        common = binned_quantiles(np.empty(0, np.int64), np.empty(0), len(judged))._asdict()
     found: dict[str, Any] = {**first, "first": first["subset"], "second": second["subset"]}
     found |= {"difference": difference, "error": error, "significance": _over(difference, error)}
     for name, of in (("first", first), ("second", second), ("common", common)):
@@ -147,14 +118,11 @@ def contrast(
 def agreements(columns: Columns, min_count: int = MIN_COUNT) -> list[dict[str, Any]]:
     """Sum up all bins of a `contrast`: through the target and, where there are any, common stars.
 
-    Returns
-    -------
-    list of dict
-        ``first``, ``second``, ``label``, ``against``, ``binning``; ``by`` ``target`` or
-        ``common``; ``n_bins`` that are judged; ``median`` and ``rms`` of second - first over them,
-        None without bins; ``excess``, the rms beyond what the errors explain, ``sqrt(rms**2 -
-        mean(error**2))``; ``p_value``, the chance of so large a sum of squared significances were
-        there no difference; ``n_significant``, bins more than 3 errors from zero.
+    Each has ``first``, ``second``, ``label``, ``against``, ``binning``; ``by`` ``target`` or
+    ``common``; ``n_bins`` that are judged; ``median`` and ``rms`` of second - first over them, None
+    without bins; ``excess``, the rms beyond what the errors explain, ``sqrt(rms**2 -
+    mean(error**2))``; ``p_value``, the chance of so large a sum of squared significances were there
+    no difference; ``n_significant``, bins more than 3 errors from zero.
     """
     from scipy.special import chdtrc
 
@@ -167,14 +135,13 @@ def agreements(columns: Columns, min_count: int = MIN_COUNT) -> list[dict[str, A
     for by, (difference, error) in samples.items():
         judged = ~np.isnan(_over(difference, error))
         d, e = difference[judged], error[judged]
-        n_bins = len(d)
-        square, noise = (float(np.mean(v**2)) if n_bins else 0.0 for v in (d, e))
         row = {name: columns[name] for name in ("first", "second", "label", "against", "binning")}
-        row |= {"by": by, "n_bins": n_bins, "median": None, "rms": None, "excess": None}
-        if n_bins:
+        row |= {"by": by, "n_bins": len(d), "median": None, "rms": None, "excess": None}
+        if len(d):
+            square, noise = float(np.mean(d**2)), float(np.mean(e**2))
             row |= {"median": float(np.median(d)), "rms": float(np.sqrt(square))}
             row["excess"] = float(np.sqrt(max(square - noise, 0.0)))
-        row["p_value"] = float(chdtrc(n_bins, np.sum((d / e) ** 2))) if n_bins else 1.0
+        row["p_value"] = float(chdtrc(len(d), np.sum((d / e) ** 2))) if len(d) else 1.0
         found.append({**row, "n_significant": int(np.count_nonzero(np.abs(d) > 3 * e))})
     return found
 
@@ -184,11 +151,7 @@ def _over(difference: FloatArray, error: FloatArray) -> FloatArray:
 
 
 def trend_table(trends: Sequence[Columns], plane: bool = False) -> pa.Table:
-    """Put trends into one long table: `TREND_SCHEMA`, or `PLANE_SCHEMA` on the plane.
-
-    Cells of the plane without pairs are left out. Bins of one quantity without pairs stay, with
-    ``n`` 0 and nulls.
-    """
+    """Put trends into one long table; cells of the plane without pairs are left out."""
     table = _long(trends, PLANE_SCHEMA if plane else TREND_SCHEMA)
     return table.filter(pa.array(table["n"].to_numpy() > 0)) if plane else table
 
@@ -196,9 +159,7 @@ def trend_table(trends: Sequence[Columns], plane: bool = False) -> pa.Table:
 def contrast_table(contrasts: Sequence[Columns]) -> pa.Table:
     """Put contrasts into one long table: bins with pairs of both surveys or with common stars."""
     table = _long(contrasts, CONTRAST_SCHEMA)
-    first, second, common = (
-        table[f"n_{name}"].to_numpy() for name in ("first", "second", "common")
-    )
+    first, second, common = (table[f"n_{one}"].to_numpy() for one in ("first", "second", "common"))
     return table.filter(pa.array(np.minimum(first, second) + common > 0))
 
 
@@ -213,3 +174,50 @@ def _long(items: Sequence[Columns], schema: pa.Schema) -> pa.Table:
             arrays.append(pa.array(value, field.type, from_pandas=True))
         tables.append(pa.table(arrays, schema=schema))
     return pa.concat_tables(tables).combine_chunks()
+
+
+def three_cornered_hat(
+    values: Sequence[FloatingArray], surveys: Sequence[str], seed: int = 0
+) -> list[dict[str, Any]]:
+    """Find the errors of three surveys from values (n,) of a label in each, star by star.
+
+    Stars with a nan are left out. Constant offsets between surveys do not matter; trends between
+    them count as errors. Of each ``survey`` there are ``n`` stars that all three have; ``variance``
+    of its errors, from 1.4826 MAD of the differences; ``sigma``, the root, None where it is
+    negative; ``low`` and ``high``, the 95 % bootstrap interval, over stars, of the signed root
+    sign(variance) sqrt(abs(variance)); ``negative`` where the variance or ``low`` is below zero.
+
+    Raises
+    ------
+    ConfigError
+        Not three surveys, or fewer than 10 stars.
+    """
+    from scipy.stats import bootstrap
+
+    if len(values) != 3 or len(surveys) != 3:
+        raise ConfigError(f"a three-cornered hat needs three surveys, not {len(surveys)}")
+    table = np.stack([np.asarray(value, dtype=np.float64) for value in values])
+    table = table[:, np.isfinite(table).all(axis=0)]
+    n = table.shape[1]
+    if n < 10:
+        raise ConfigError(f"{', '.join(surveys)} have only {n} stars in common")
+    how = {"paired": True, "method": "percentile", "rng": np.random.default_rng(seed)}
+    batch = max(1, _BLOCK // n)
+    resampled = bootstrap(table, _variances, n_resamples=_SAMPLES, batch=batch, **how)
+    ends = resampled.confidence_interval
+    found = []
+    for name, variance, *limits in zip(surveys, _variances(*table), *ends, strict=True):
+        low, high = (float(np.sign(limit) * np.sqrt(abs(limit))) for limit in limits)
+        row: dict[str, Any] = {"survey": name, "n": n, "variance": float(variance)}
+        row["sigma"] = float(np.sqrt(variance)) if variance >= 0 else None
+        found.append({**row, "low": low, "high": high, "negative": bool(min(variance, low) < 0)})
+    return found
+
+
+def _variances(a: FloatArray, b: FloatArray, c: FloatArray, axis: int = -1) -> FloatArray:
+    """Squared errors of the three along the last axis."""
+    differences = np.stack([a - b, a - c, b - c])
+    middle = np.median(differences, axis=-1, keepdims=True)
+    mad = np.median(np.abs(differences - middle), axis=-1)
+    ab, ac, bc = (MAD_TO_SIGMA * mad) ** 2
+    return np.stack([ab + ac - bc, ab + bc - ac, ac + bc - ab]) / 2

@@ -8,8 +8,10 @@ file can be what its survey says.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +21,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from sos_dask.columns import (
-    BoolArray,
-    IntArray,
-    Values,
-    as_array,
-    is_text,
-    is_valid,
-    split,
-    taken,
-)
+from sos_dask.columns import BoolArray, IntArray, Values, as_array, is_text, is_valid, split, taken
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.keys import FILE, REJECTED_SCHEMA, ROW, sort_order, sorted_hashes
-from sos_dask.ingest.readers import Source, read_native
-from sos_dask.ingest.readers.text import Place, parse_floats, parse_integers, whole_numbers
-from sos_dask.schema import HEALPIX_COLUMN, LABELS, is_gaia_id
+from sos_dask.ingest.reader import Source, read_native
+from sos_dask.ingest.text import Place, parse_numbers, whole_numbers
+from sos_dask.schema import LABELS, is_gaia_id
 from sos_dask.sky.healpix import ang2pix
-from sos_dask.surveys.cuts import quality_mask
-from sos_dask.surveys.definition import SourceColumn, Survey
+from sos_dask.surveys.definition import Cut, SourceColumn, Survey, passing
 
 _REASONS = ("", "null obs_id", "null position", "ra out of range", "dec out of range")
 _LABEL_SHIFT = 19  # keeps sign, exponent and four bits of the fraction of a float32
+_LABEL_BINS = 1 << (31 - _LABEL_SHIFT)  # of either sign
 
 Example = tuple[int, int, str]
 """Index of a file, row there, and what stands there."""
@@ -59,28 +52,22 @@ def plan_chunks(source: Source, chunk_rows: int = 1_000_000) -> list[Chunk]:
 
     Parquet is cut between row groups; text and VOTable are one chunk.
     """
-    if source.kind == "fits" and source.n_rows is not None:
-        starts = range(0, source.n_rows, chunk_rows)
-        return [Chunk(source, i, min(i + chunk_rows, source.n_rows)) for i in starts]
-    if source.kind == "parquet":
-        chunks, start, stop = [], 0, 0
-        for n_rows in source.group_rows:
-            if n_rows and stop > start and stop + n_rows - start > chunk_rows:
-                chunks.append(Chunk(source, start, stop))
-                start = stop
-            stop += n_rows
-        return [*chunks, Chunk(source, start, stop)]
-    return [Chunk(source)]
+    starts, stop = [0], 0
+    if source.kind == "fits":
+        starts = list(range(0, source.n_rows or 0, chunk_rows))
+    for n_rows in source.group_rows:
+        if n_rows and stop > starts[-1] and stop + n_rows - starts[-1] > chunk_rows:
+            starts.append(stop)
+        stop += n_rows
+    ends = zip(starts, [*starts[1:], source.n_rows], strict=True)
+    return [Chunk(source, first, end) for first, end in ends]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of a file.
+    """Some rows of a file."""
 
-    ``rows`` have ``Survey.arrow_schema()``, then ``_file`` (int32) and ``_row`` (int64, from 0),
-    and are sorted by ``_healpix_29`` and ``obs_id``.
-    """
-
+    # Survey.arrow_schema(), _file (int32) and _row (int64, from 0), by _healpix_29 and obs_id.
     rows: pa.Table
     rejected: pa.Table  # without a usable position or key, in the order of the file
     keys: NDArray[np.uint64]  # `sorted_hashes` of their obs_id
@@ -102,240 +89,104 @@ def read_chunk(chunk: Chunk, survey: Survey, batch_rows: int = 1_000_000) -> Ite
 
 def _canonical(place: Place, native: Mapping[str, Values]) -> Batch:
     survey, source = place.survey, place.source
-    made = _made(place, native)
-    n_rows, ra = len(made["ra"].data), made["ra"].data
-    reasons = _reasons(made)
-    rejected = _rejected(place, made, reasons)
-    profile = _profile(place, made, reasons, rejected)
-    ra[ra < 0] += 360.0
-    ra[ra >= 360.0] = 0.0  # 360 itself, and what rounds to it
-    good: IntArray = np.flatnonzero(reasons == 0)
-    cells = ang2pix(ra[good], made["dec"].data[good])
-    ids = made["obs_id"].taken(good)
-    order = sort_order(cells, ids)
-    index = good[order]
-    schema = survey.arrow_schema()
-    arrays = [
-        pa.array(cells[order]) if name == HEALPIX_COLUMN else made[name].taken(index)
-        for name in schema.names
-    ]
-    schema = schema.append(pa.field(FILE, pa.int32(), nullable=False))
-    schema = schema.append(pa.field(ROW, pa.int64(), nullable=False))
-    arrays.append(pa.array(np.full(len(index), source.index, dtype=np.int32)))
-    arrays.append(pa.array(place.first_row + index))
-    # Keys are sorted as the file has them: often in order, which on the sky they never are.
-    rows = pa.Table.from_arrays(arrays, schema=schema)
-    assert n_rows == rows.num_rows + rejected.num_rows
-    return Batch(rows, rejected, sorted_hashes(ids), profile)
-
-
-def _made(place: Place, native: Mapping[str, Values]) -> dict[str, _Made]:
-    """Columns of the product for all rows, whether usable or not."""
-    survey, source = place.survey, place.source
-    coded = _coded(source, survey)
-    native = {
-        key: values.dictionary_decode()
-        if isinstance(values, pa.DictionaryArray) and key not in coded
-        else values
-        for key, values in native.items()
+    made = {
+        name: _made(place, column, {key: native[key] for key in source.columns[name]})
+        for name, column in survey.columns.items()
     }
-    made = {}
-    for name, column in survey.columns.items():
-        values = {key: native[key] for key in source.columns[name]}
-        if column.dtype == "string":
-            made[name] = _text(place, column, list(values.values()))
-        else:
-            ((key, only),) = values.items()
-            made[name] = (_integers if column.dtype == "int64" else _floats)(
-                place, column, key, only
-            )
-    n_rows = len(made["ra"].data)
-    if "position_epoch" not in survey.columns and survey.position_epoch is not None:
-        made["position_epoch"] = _Made(np.full(n_rows, survey.position_epoch, np.float32))
-    for_cuts = _for_cuts(place, native, made)
-    quality = quality_mask(for_cuts, survey) if for_cuts else np.zeros(n_rows, np.int64)
+    ra, dec, ids = (made[name] for name in ("ra", "dec", "obs_id"))
+    n_rows = len(ra.data)
+    if survey.constant_epoch is not None:
+        made["position_epoch"] = _Made(np.full(n_rows, survey.constant_epoch, np.float32))
+    quality = np.zeros(n_rows, dtype=np.int64)
+    for cut in survey.cuts.values():
+        tested = _tested(place, cut, native, made)
+        if tested is not None:
+            quality |= (~passing(cut, tested, survey)).astype(np.int64) << cut.bit
     made["quality"] = _Made(quality)
-    return made
-
-
-def _coded(source: Source, survey: Survey) -> set[str]:
-    """Native columns that make one text of the product each, and are used for nothing else."""
-    used = Counter(key for keys in source.columns.values() for key in keys)
-    used.update(source.cuts.values())
-    tested = {"obs_id", *(cut.column for cut in survey.cuts.values())}
-    return {
-        keys[0]
-        for name, keys in source.columns.items()
-        if survey.columns[name].dtype == "string" and name not in tested
-        if len(keys) == 1 and used[keys[0]] == 1
-    }
-
-
-def _reasons(made: Mapping[str, _Made]) -> NDArray[np.int8]:
-    """Why a row is rejected, as index into ``_REASONS``."""
-    ra, dec = made["ra"], made["dec"]
-    reasons = np.zeros(len(ra.data), dtype=np.int8)
-    reasons[(dec.data < -90.0) | (dec.data > 90.0)] = 4
-    reasons[(ra.data < -180.0) | (ra.data > 360.0)] = 3
-    for column, code in ((ra, 2), (dec, 2), (made["obs_id"], 1)):
-        if column.valid is not None:
-            reasons[~column.valid] = code
-    return reasons
-
-
-def _rejected(place: Place, made: Mapping[str, _Made], reasons: NDArray[np.int8]) -> pa.Table:
+    outside = (ra.data < -180.0) | (ra.data > 360.0), np.abs(dec.data) > 90.0
+    # Why a row is rejected, as index into _REASONS.
+    reasons = np.select([~ids.known, ~(ra.known & dec.known), *outside], [1, 2, 3, 4])
     bad = np.flatnonzero(reasons)
     columns = [
-        pa.array([Path(place.source.path).name] * len(bad), pa.string()),
+        pa.array([Path(source.path).name] * len(bad), pa.string()),
         pa.array(place.first_row + bad),
         pa.array(_REASONS).take(pa.array(reasons[bad])),
-        made["obs_id"].taken(bad).cast(pa.string()),
-        made["ra"].taken(bad),
-        made["dec"].taken(bad),
+        ids.taken(bad).cast(pa.string()),
+        ra.taken(bad),
+        dec.taken(bad),
     ]
-    return pa.Table.from_arrays(columns, schema=REJECTED_SCHEMA)
+    rejected = pa.Table.from_arrays(columns, schema=REJECTED_SCHEMA)
+    profile = _profile(place, made, rejected)
+    ra.data[ra.data < 0] += 360.0
+    ra.data[ra.data >= 360.0] = 0.0  # 360 itself, and what rounds to it
+    good: IntArray = np.flatnonzero(reasons == 0)
+    cells = ang2pix(ra.data[good], dec.data[good])
+    # Keys are hashed as the file has them: often in order, which on the sky they never are.
+    good_ids = ids.taken(good)
+    order = sort_order(cells, good_ids)
+    index = good[order]
+    arrays = [
+        *(made[name].taken(index) for name in survey.arrow_schema().names[1:]),
+        pa.array(np.full(len(index), source.index, dtype=np.int32)),
+        pa.array(place.first_row + index),
+    ]
+    schema = survey.arrow_schema()
+    for name, kind in ((FILE, pa.int32()), (ROW, pa.int64())):
+        schema = schema.append(pa.field(name, kind, nullable=False))
+    rows = pa.Table.from_arrays([pa.array(cells[order]), *arrays], schema=schema)
+    return Batch(rows, rejected, sorted_hashes(good_ids), profile)
 
 
-def _for_cuts(
-    place: Place, native: Mapping[str, Values], made: Mapping[str, _Made]
-) -> dict[str, Values]:
-    """The columns that the cuts name: numbers are numbers, and impossible values are nulls."""
-    columns: dict[str, Values] = {}
-    made_from = {keys[0]: name for name, keys in place.source.columns.items() if len(keys) == 1}
-    everything = np.arange(len(made["ra"].data))
-    for name in {cut.column: None for cut in place.survey.cuts.values()}:
-        cuts = [cut for cut in place.survey.cuts.values() if cut.column == name]
-        key = place.source.cuts.get(name)
-        if key is None:
-            if name in made:
-                columns[name] = made[name].taken(everything)
-            continue
-        values = native[key]
-        of_bits = any(cut.bits_unset for cut in cuts)
-        of_text = any(isinstance(value, str) for cut in cuts for value in cut.values)
-        if is_text(values) and not of_text:
-            values = (parse_integers if of_bits else parse_floats)(place, key, values)
-        product = made.get(made_from.get(key, ""))
-        valid = None if product is None or of_bits or is_text(values) else product.valid
-        if valid is not None:
-            numbers, null = split(values)
-            usable = valid if null is None else valid & ~null
-            values = as_array(np.ascontiguousarray(numbers), usable)
-        columns[name] = values
-    return columns
+def _tested(
+    place: Place, cut: Cut, native: Mapping[str, Values], made: Mapping[str, _Made]
+) -> Values | None:
+    """The column that a cut tests, with impossible values as nulls; None where there is none."""
+    key = place.source.cuts.get(cut.column)
+    if key is None:
+        column = made.get(cut.column)
+        return None if column is None else column.taken(np.arange(len(column.data)))
+    values = native[key]
+    if is_text(values) and not any(isinstance(value, str) for value in cut.values):
+        values = parse_numbers(place, key, values, pa.int64() if cut.bits_unset else pa.float64())
+    products = [made[name] for name, keys in place.source.columns.items() if keys == (key,)]
+    valid = products[-1].valid if products else None
+    if valid is None or cut.bits_unset or is_text(values):
+        return values
+    numbers, null = split(values)
+    return as_array(np.ascontiguousarray(numbers), valid if null is None else valid & ~null)
 
 
 # --- one column ----------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Made:
     """A column of the product: numbers (0 where null) or text."""
 
     data: Any
-    valid: BoolArray | None = None
-    impossible: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    example: str = ""
-    histogram: dict[int, int] = field(default_factory=dict)
+    valid: BoolArray | None = None  # None: all are
+    n_impossible: int = 0
+    first: tuple[int, str] = (0, "")  # row and value of the first of these
+    histogram: dict[int, int] = field(default_factory=dict)  # of a label
+
+    @property
+    def known(self) -> BoolArray:
+        """Rows with a value."""
+        return np.ones(len(self.data), dtype=bool) if self.valid is None else self.valid
 
     def taken(self, index: IntArray) -> pa.Array:
         """Rows of these numbers, with Arrow nulls."""
-        if isinstance(self.data, pa.DictionaryArray):
-            return self.data.dictionary.take(taken(self.data.indices, index))
         if isinstance(self.data, pa.Array):
             return taken(self.data, index)
         return as_array(self.data[index], None if self.valid is None else self.valid[index])
 
 
-def _sentinels(survey: Survey, column: SourceColumn, dtype: np.dtype[Any]) -> list[Any]:
-    """Numbers that mean null, as the native type writes them."""
-    values = dict.fromkeys((*survey.missing, *column.missing))
-    if dtype.kind in "iu":
-        return [int(value) for value in values if float(value).is_integer()]
-    if dtype.itemsize == 4:
-        return [np.float32(value) for value in values]
-    # A float64 column is often a widened float32.
-    return list(dict.fromkeys(v for x in values for v in (float(x), float(np.float32(x)))))
-
-
-def _limits(source: SourceColumn) -> tuple[float, float]:
-    low, high = source.column.minimum, source.column.maximum
-    return (-np.inf if low is None else low), (np.inf if high is None else high)
-
-
-def _floats(place: Place, source: SourceColumn, key: str, values: Values) -> _Made:
-    """A float column of the product; impossible values are null and counted."""
-    if is_text(values):
-        values = parse_floats(place, key, values)
-    raw, null = split(values)
-    low, high = _limits(source)
-    sentinels = _sentinels(place.survey, source, raw.dtype)
-    with np.errstate(all="ignore"):
-        scaled = raw if source.factor == 1.0 else raw * source.factor
-        # Adding 0 makes -0.0 the same bytes as 0.0.
-        data: Any = np.add(scaled, 0, dtype=source.dtype, casting="unsafe")
-        ok = np.isfinite(data)
-        if low > -np.inf:
-            ok &= data >= low
-        if high < np.inf:
-            ok &= data <= high
-        for value in sentinels:
-            if low <= value * source.factor <= high:  # the others failed already
-                ok &= raw != value
-    if null is not None:
-        ok &= ~null
-    bad: IntArray = np.flatnonzero(~ok)
-    outside, example = bad, ""
-    if len(bad):
-        missing = ~np.isfinite(raw[bad]) | np.isin(raw[bad], sentinels)
-        if null is not None:
-            missing |= null[bad]
-        outside = bad[~missing]
-        example = f"{raw[outside[0]]:g}" if len(outside) else ""
-    histogram = {}
-    if source.name in LABELS:
-        known = data if not len(bad) else np.concatenate([data[ok], data[outside]])
-        histogram = label_bins(known)
-    data[bad] = 0
-    return _Made(data, ok if len(bad) else None, outside, example, histogram)
-
-
-def _integers(place: Place, source: SourceColumn, key: str, values: Values) -> _Made:
-    """An integer column of the product; impossible values are null and counted."""
-    is_id = is_gaia_id(source.name)
-    if is_text(values):
-        values = parse_integers(place, key, values, is_id, source.name)
-    raw, null = split(values)
-    ok = np.ones(len(raw), dtype=bool) if null is None else ~null
-    for value in _sentinels(place.survey, source, raw.dtype):
-        ok &= raw != value
-    if raw.dtype.kind == "f":
-        ok &= np.isfinite(raw)
-        raw = whole_numbers(place, key, np.where(ok, raw, 0))
-    elif raw.dtype == np.uint64 and len(raw) and int(raw.max()) >= 1 << 63:
-        place.fail(key, int(np.argmax(raw)), f"{raw.max()} is above the largest 64-bit integer")
-    data = raw.astype(np.int64)
-    if is_id:
-        ok &= data > 0
-    low, high = _limits(source)
-    outside: IntArray = np.empty(0, np.int64)
-    if low > -np.inf or high < np.inf:
-        outside = np.flatnonzero(ok & ((data < low) | (data > high)))
-    example = str(data[outside[0]]) if len(outside) else ""
-    ok[outside] = False
-    if ok.all():
-        return _Made(data)
-    data[~ok] = 0
-    return _Made(data, ok, outside, example)
-
-
-def _text(place: Place, source: SourceColumn, values: Sequence[Values]) -> _Made:
-    """A text column of the product, of one native column or of several joined."""
-    if len(values) == 1 and isinstance(values[0], pa.DictionaryArray):
-        indices, texts = values[0].indices, _words(place, source, values[0].dictionary)
-        known = is_valid(texts)[indices.to_numpy()] if texts.null_count else None
-        return _Made(pa.DictionaryArray.from_arrays(indices, texts), known)
-    parts = [_words(place, source, value) for value in values]
+def _made(place: Place, source: SourceColumn, native: Mapping[str, Values]) -> _Made:
+    """Column of the product for all rows, whether usable or not."""
+    if source.dtype != "string":
+        ((key, values),) = native.items()
+        return _numbers(place, source, key, values)
+    parts = [_text(place, source, values) for values in native.values()]
     text = parts[0]
     if source.join:
         present = np.any([is_valid(part) for part in parts], axis=0)
@@ -346,21 +197,72 @@ def _text(place: Place, source: SourceColumn, values: Sequence[Values]) -> _Made
     return _Made(text, is_valid(text) if text.null_count else None)
 
 
-def _words(place: Place, source: SourceColumn, values: Values) -> pa.Array:
+def _numbers(place: Place, source: SourceColumn, key: str, values: Values) -> _Made:
+    """A column of numbers; impossible values are null and counted."""
+    is_whole, is_id = source.dtype == "int64", is_gaia_id(source.name)
+    if is_text(values):
+        kind = pa.int64() if is_whole else pa.float64()
+        values = parse_numbers(place, key, values, kind, source.name)
+    raw, missing = _missing(place.survey, source, values)
+    if is_whole:
+        if raw.dtype.kind == "f":
+            raw = whole_numbers(place, key, np.where(missing, 0, raw))
+        elif raw.dtype == np.uint64 and len(raw) and int(raw.max()) >= 1 << 63:
+            place.fail(key, int(np.argmax(raw)), f"{raw.max()} is above the largest 64-bit integer")
+        data: Any = raw.astype(np.int64)
+        if is_id:
+            missing |= data <= 0
+    else:
+        with np.errstate(all="ignore"):
+            # Adding 0 makes -0.0 the same bytes as 0.0.
+            scaled = raw if source.factor == 1.0 else raw * source.factor
+            data = np.add(scaled, 0, dtype=source.dtype, casting="unsafe")
+    ok = ~missing if is_whole else ~missing & np.isfinite(data)
+    if source.column.minimum is not None:
+        ok &= data >= source.column.minimum
+    if source.column.maximum is not None:
+        ok &= data <= source.column.maximum
+    histogram = label_bins(data[~missing]) if source.name in LABELS else {}
+    bad: IntArray = np.flatnonzero(~ok)
+    if not len(bad):
+        return _Made(data, histogram=histogram)
+    outside, first = bad[~missing[bad]], (0, "")
+    if len(outside):
+        value = raw[outside[0]]
+        first = (int(outside[0]), str(value) if is_whole else f"{value:g}")
+    data[bad] = 0
+    return _Made(data, ok, len(outside), first, histogram)
+
+
+def _missing(
+    survey: Survey, source: SourceColumn, values: Values
+) -> tuple[NDArray[Any], BoolArray]:
+    """Native numbers, and where they are null, not finite or a sentinel in their own type."""
+    raw, null = split(values)
+    missing = np.zeros(len(raw), dtype=bool) if null is None else null
+    if raw.dtype.kind == "f":
+        missing |= ~np.isfinite(raw)
+    for value in dict.fromkeys((*survey.missing, *source.missing)):
+        if raw.dtype.kind == "f":
+            missing |= raw == np.float32(value)
+            if raw.dtype.itemsize > 4:  # often a widened float32
+                missing |= raw == value
+        elif value.is_integer():
+            missing |= raw == int(value)
+    return raw, missing
+
+
+def _text(place: Place, source: SourceColumn, values: Values) -> pa.Array:
     """Text, or the text of numbers, null where it is empty or means null."""
     if is_text(values):
         words = pa.array(["", *place.survey.missing_text])
         text = pc.ascii_trim_whitespace(values)
         unknown = pc.is_in(text, value_set=words)
         return pc.if_else(unknown, None, text) if pc.any(unknown).as_py() else text
-    raw, null = split(values)
-    missing = np.isin(raw, _sentinels(place.survey, source, raw.dtype))
+    raw, missing = _missing(place.survey, source, values)
     if raw.dtype.kind == "f":
-        missing |= ~np.isfinite(raw)
         is_whole = bool((missing | ((raw == np.rint(raw)) & (np.abs(raw) < 2.0**53))).all())
         raw = np.where(missing, 0, raw).astype(np.int64) if is_whole else raw
-    if null is not None:
-        missing |= null
     return pa.array(raw, mask=missing).cast(pa.string())
 
 
@@ -378,34 +280,29 @@ class Profile(BaseModel):
     nulls: dict[str, int] = {}  # of each column of the product
     impossible: dict[str, int] = {}  # values outside the limits of their column (nulls too)
     first_impossible: dict[str, Example] = {}
-    bounds: dict[str, tuple[float, float]] = {}  # of ra and dec, as the file has them, deg
+    lowest: dict[str, float] = {}  # of ra and dec, as the file has them, deg
+    highest: dict[str, float] = {}
     # Rows in each sixteenth of an octave of a label, impossible values among them.
     labels: dict[str, dict[int, int]] = {}
 
     @classmethod
     def merge(cls, profiles: Sequence[Profile]) -> Profile:
         """Profile of all rows together."""
-        first: dict[str, Example] = {}
-        bounds: dict[str, tuple[float, float]] = {}
-        for profile in profiles:
-            for name, example in profile.first_impossible.items():
-                first[name] = min(example, first.get(name, example))
-            for name, (low, high) in profile.bounds.items():
-                known = bounds.get(name, (low, high))
-                bounds[name] = (min(low, known[0]), max(high, known[1]))
-        rejected = [item.first_rejected for item in profiles if item.first_rejected is not None]
+
+        def united(field: str, how: Callable[[Any, Any], Any]) -> dict[str, Any]:
+            return _united([getattr(profile, field) for profile in profiles], how)
+
+        rejected = (profile.first_rejected for profile in profiles)
         return cls(
             n_rows=sum(profile.n_rows for profile in profiles),
-            rejected=_added(profile.rejected for profile in profiles),
-            first_rejected=min(rejected, default=None),
-            nulls=_added(profile.nulls for profile in profiles),
-            impossible=_added(profile.impossible for profile in profiles),
-            first_impossible=first,
-            bounds=bounds,
-            labels={
-                name: _added(profile.labels.get(name, {}) for profile in profiles)
-                for name in {name for profile in profiles for name in profile.labels}
-            },
+            rejected=united("rejected", add),
+            first_rejected=min(filter(None, rejected), default=None),
+            nulls=united("nulls", add),
+            impossible=united("impossible", add),
+            first_impossible=united("first_impossible", min),
+            lowest=united("lowest", min),
+            highest=united("highest", max),
+            labels=united("labels", lambda one, other: _united((one, other), add)),
         )
 
     def median(self, label: str) -> float | None:
@@ -421,53 +318,47 @@ class Profile(BaseModel):
 
 
 def label_bins(values: NDArray[np.floating]) -> dict[int, int]:
-    """How many values lie in each sixteenth of an octave."""
-    if not len(values):
-        return {}
+    """Count the values in each sixteenth of an octave."""
     bins = values.astype(np.float32).view(np.int32) >> _LABEL_SHIFT
-    low = int(bins.min())
-    counts = np.bincount(bins - low)
-    return {low + int(i): int(counts[i]) for i in np.flatnonzero(counts)}
+    counts = np.bincount(bins + _LABEL_BINS)
+    return {int(i) - _LABEL_BINS: int(counts[i]) for i in np.flatnonzero(counts)}
 
 
-def _added(counts: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
-    """Sums of counts by key, sorted."""
-    total: Counter[Any] = Counter()
-    for item in counts:
-        total.update(item)
-    return dict(sorted(total.items()))
+def _united(
+    mappings: Iterable[Mapping[Any, Any]], how: Callable[[Any, Any], Any]
+) -> dict[Any, Any]:
+    """One mapping of all keys, sorted, with one value made of those of each."""
+    found: dict[Any, Any] = {}
+    for key, value in chain.from_iterable(mapping.items() for mapping in mappings):
+        found[key] = how(found[key], value) if key in found else value
+    return dict(sorted(found.items()))
 
 
-def _profile(
-    place: Place, made: Mapping[str, _Made], reasons: NDArray[np.int8], rejected: pa.Table
-) -> Profile:
-    source = place.source
-    first, bounds = None, {}
+def _profile(place: Place, made: Mapping[str, _Made], rejected: pa.Table) -> Profile:
+    file = place.source.index
+    first = None
     if rejected.num_rows:
         row = rejected.slice(0, 1).to_pylist()[0]
         text = f"{row['reason']} (obs_id {row['obs_id']}, ra {row['ra']}, dec {row['dec']})"
-        first = (source.index, row["row"], text.replace("None", "null"))
-    for name in ("dec", "ra"):
-        data = made[name].data if made[name].valid is None else made[name].data[made[name].valid]
-        if len(data):
-            bounds[name] = (float(data.min()), float(data.max()))
-    n_by_reason = zip(_REASONS, np.bincount(reasons, minlength=len(_REASONS)), strict=True)
-    outside = {name: column for name, column in made.items() if len(column.impossible)}
+        first = (file, row["row"], text.replace("None", "null"))
+    known = {name: made[name].data[made[name].known] for name in ("dec", "ra")}
+    outside = {name: column for name, column in made.items() if column.n_impossible}
     return Profile(
-        n_rows=len(reasons),
-        rejected={reason: int(n) for reason, n in sorted(n_by_reason) if reason and n},
+        n_rows=len(made["ra"].data),
+        rejected=dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
         first_rejected=first,
         nulls={
             name: int(np.count_nonzero(~column.valid))
             for name, column in made.items()
             if column.valid is not None
         },
-        impossible={name: len(column.impossible) for name, column in outside.items()},
+        impossible={name: column.n_impossible for name, column in outside.items()},
         first_impossible={
-            name: (source.index, place.first_row + int(column.impossible[0]), column.example)
+            name: (file, place.first_row + column.first[0], column.first[1])
             for name, column in outside.items()
         },
-        bounds=bounds,
+        lowest={name: float(data.min()) for name, data in known.items() if len(data)},
+        highest={name: float(data.max()) for name, data in known.items() if len(data)},
         labels={name: made[name].histogram for name in LABELS if name in made},
     )
 
@@ -492,28 +383,29 @@ def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> Non
             "Check the columns of the survey; if the file is right, raise max_rejected_fraction "
             f"({survey.max_rejected_fraction:g}).",
         )
-    if n_rows >= 50 and "ra" in profile.bounds and "dec" in profile.bounds:
-        (ra_low, ra_high), (dec_low, dec_high) = profile.bounds["ra"], profile.bounds["dec"]
-        ra_span, dec_span = ra_high - ra_low, dec_high - dec_low
-        unit = ""
-        if ra_low >= 0 and ra_high <= 24 and ra_span > 12 and dec_span > 20:
-            unit = "hours"
-        # A wide survey in radians fills this box; few fields in degrees do, from edge to edge.
-        elif ra_low >= 0 and ra_high <= 6.2832 and max(-dec_low, dec_high) <= 1.5708:
-            unit = "radians" if ra_span > 4 and dec_span > 1 else ""
-        if unit and "ra_below_24" not in survey.allow:
-            fix = {
-                "hours": 'unit = "hourangle" in [columns.ra]',
-                "radians": 'unit = "rad" in [columns.ra] and [columns.dec]',
-            }
-            raise SurveyError(
-                f"{files[0]}: column {_native_names(survey, 'ra')} ('ra') runs from {ra_low:g} to "
-                f"{ra_high:g}: it looks like {unit}, not degrees",
-                f'Set {fix[unit]}; if they are degrees, allow = ["ra_below_24"] in the survey.',
-            )
+    if n_rows >= 50 and len(profile.lowest) == 2 and "ra_below_24" not in survey.allow:
+        _check_positions(profile, survey, files)
     for label in LABELS:
         if label in survey.columns:  # a companion of a survey has none
             _check_label(label, profile, survey, files)
+
+
+def _check_positions(profile: Profile, survey: Survey, files: Sequence[str]) -> None:
+    (dec_low, ra_low), (dec_high, ra_high) = profile.lowest.values(), profile.highest.values()
+    ra_span, dec_span = ra_high - ra_low, dec_high - dec_low
+    # A wide survey in radians fills this box; few fields in degrees do, from edge to edge.
+    in_box = ra_low >= 0 and ra_high <= 6.2832 and max(-dec_low, dec_high) <= 1.5708
+    unit = fix = ""
+    if ra_low >= 0 and ra_high <= 24 and ra_span > 12 and dec_span > 20:
+        unit, fix = "hours", 'unit = "hourangle" in [columns.ra]'
+    elif in_box and ra_span > 4 and dec_span > 1:
+        unit, fix = "radians", 'unit = "rad" in [columns.ra] and [columns.dec]'
+    if unit:
+        raise SurveyError(
+            f"{files[0]}: column {_native_names(survey, 'ra')} ('ra') runs from {ra_low:g} to "
+            f"{ra_high:g}: it looks like {unit}, not degrees",
+            f'Set {fix}; if they are degrees, allow = ["ra_below_24"] in the survey.',
+        )
 
 
 def _check_label(label: str, profile: Profile, survey: Survey, files: Sequence[str]) -> None:

@@ -8,24 +8,15 @@ of conflicting rows one is kept.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sos_dask.columns import (
-    BoolArray,
-    IntArray,
-    KeyArray,
-    is_valid,
-    key_hashes,
-    one_array,
-    taken,
-)
+from sos_dask.columns import BoolArray, IntArray, KeyArray, is_valid, key_hashes, one_array, taken
 from sos_dask.errors import SurveyError
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
@@ -33,14 +24,8 @@ from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 FILE, ROW = "_file", "_row"
 """Columns of rows on their way: index of the file, and row there from 0."""
 REJECTED_SCHEMA = pa.schema(
-    {
-        "file": pa.string(),
-        "row": pa.int64(),
-        "reason": pa.string(),
-        "obs_id": pa.string(),
-        "ra": pa.float64(),
-        "dec": pa.float64(),
-    }
+    {"file": pa.string(), "row": pa.int64(), "reason": pa.string(), "obs_id": pa.string()}
+    | dict.fromkeys(("ra", "dec"), pa.float64())
 )
 CONFLICT = "conflicting obs_id"
 HISTOGRAM_ORDER = 10
@@ -56,32 +41,23 @@ Run: TypeAlias = KeyArray | Path
 
 
 def histogram_of(cells29: IntArray) -> NDArray[np.int32]:
-    """Cells of ``HISTOGRAM_ORDER`` with rows, and the rows in each, shape (2, m).
+    """Count rows by cell of ``HISTOGRAM_ORDER``: the cells and their rows, shape (2, m).
 
-    Parameters
-    ----------
-    cells29 : ndarray of int64, shape (n,)
-        ``_healpix_29`` of the rows, ascending.
+    ``cells29`` is ``_healpix_29`` of the rows.
     """
-    cells = cells29 >> _SHIFT
-    first = np.flatnonzero(np.append(True, cells[1:] != cells[:-1])[: len(cells)])
-    return np.stack([cells[first], np.diff(first, append=len(cells))]).astype(np.int32)
+    return np.stack(np.unique(cells29 >> _SHIFT, return_counts=True)).astype(np.int32)
 
 
 def partition_edges(
     pixels: Sequence[HealpixPixel], histograms: Iterable[NDArray[np.int32]]
 ) -> NDArray[np.int32]:
-    """Where the rows of each partition begin in sorted pieces, shape (partitions + 1, pieces).
+    """Find the first row of each partition in sorted pieces, shape (partitions + 1, pieces).
 
-    Parameters
-    ----------
-    pixels : sequence of HealpixPixel
-        Partitions in the order of the sky; together they have all rows, so that where one ends the
-        next begins. The last row of the result has the rows of the pieces.
-    histograms : iterable of ndarray of int32, shape (2, m)
-        `histogram_of` each piece.
+    ``pixels`` are the partitions in the order of the sky; together they have all rows, so that
+    where one ends the next begins. The last row of the result has the rows of the pieces, of which
+    ``histograms`` has `histogram_of` each.
     """
-    starts = np.array([pixel.first >> _SHIFT for pixel in pixels], dtype=np.int64)
+    starts = [pixel.first >> _SHIFT for pixel in pixels]
     edges = [
         np.append(0, np.cumsum(n_rows))[[*np.searchsorted(cells, starts), len(cells)]]
         for cells, n_rows in histograms
@@ -96,17 +72,13 @@ def sort_order(cells: IntArray, ids: pa.Array) -> IntArray:
     """Order by cell, then by id (text by its bytes); rows equal in both keep their order."""
     order: IntArray = np.argsort(cells, kind="stable")
     in_order = cells[order]
-    same = in_order[1:] == in_order[:-1]
-    if not same.any():
+    same = np.append(False, in_order[1:] == in_order[:-1])[: len(order)]
+    where = np.flatnonzero(same | np.append(same[1:], False))
+    if not len(where):
         return order
-    tied = np.zeros(len(order), dtype=bool)
-    tied[1:] |= same
-    tied[:-1] |= same
-    where = np.flatnonzero(tied)
     rows = order[where]
-    cell_number = np.cumsum(~np.concatenate([[False], same])[where])
     # Cell and id in one integer, all but sorted already: many times faster than two keys.
-    codes = cell_number * (len(rows) + 1) + _codes(taken(ids, rows))
+    codes = np.cumsum(~same[where]) * (len(rows) + 1) + _codes(taken(ids, rows))
     order[where] = rows[np.argsort(codes, kind="stable")]
     return order
 
@@ -158,20 +130,17 @@ def conflicting_keys(
         Tables or uncompressed Arrow IPC files (memory-mapped) with ``obs_id`` and ``_healpix_29``;
         only those with a key that stands twice are read.
     runs : sequence of Run
-        `sorted_hashes` of each piece.
-    first, last : int
-        Only keys with a hash in this range are looked at, so that their 8 bytes fit in memory.
+        `sorted_hashes` of each piece, of which those from ``first`` to ``last`` fit in memory.
 
     Raises
     ------
     SurveyError
         More than 100 rows, and more than 1 % of the range's, share their key with a row elsewhere.
     """
-    ends = np.array([first, last], np.uint64)
     inside = [np.empty(0, np.uint64)]
     for run in map(_mapped, runs):
-        part = slice(run.searchsorted(ends[0]), run.searchsorted(ends[1], side="right"))
-        inside.append(np.array(run[part]))
+        start = run.searchsorted(np.uint64(first))
+        inside.append(np.array(run[start : run.searchsorted(np.uint64(last), side="right")]))
     inside.sort(key=lambda run: int(run[0]) if len(run) else 0)
     hashed = np.concatenate(inside)
     hashed.sort(kind="stable")  # which merges runs, and finds those of an ordered file in order
@@ -188,17 +157,15 @@ def conflicting_keys(
         count += np.bincount(place, minlength=len(repeated))
     conflicts, n_excess = repeated[low < high], int((count[low < high] - 1).sum())
     if not len(conflicts):
-        kind = next((ids.type for ids, _ in _keys(pieces)), pa.int64())
-        return pa.array([], kind)
-    found_ids, found_cells = [], []
+        return pa.array([], next((ids.type for ids, _ in _keys(pieces)), pa.int64()))
+    found = []
     for ids, cell in _keys(held):
         row, _ = _found(key_hashes(ids), conflicts)
-        found_ids.append(ids.take(pa.array(row)))
-        found_cells.append(pa.array(cell[row]))
-        if n_excess > 100 and len(found_ids[-1]):
-            check_conflicts(n_excess, n_rows, str(found_ids[-1][0]))
+        found.append(pa.table({"key": ids.take(pa.array(row)), "cell": cell[row]}))
+        if n_excess > 100 and len(row):
+            check_conflicts(n_excess, n_rows, str(found[-1]["key"][0]))
     # Two texts may share a hash: the texts themselves decide.
-    table = pa.table({"key": pa.chunked_array(found_ids), "cell": pa.chunked_array(found_cells)})
+    table = pa.concat_tables(found)
     extent = table.group_by("key").aggregate([("cell", "min"), ("cell", "max")])
     keys = extent.filter(pc.not_equal(extent["cell_min"], extent["cell_max"]))["key"]
     return one_array(keys.take(pc.sort_indices(keys)))
@@ -207,7 +174,7 @@ def conflicting_keys(
 def holders(runs: Sequence[Run], wanted: KeyArray) -> list[int]:
     """Numbers of the runs that contain one of the hashes."""
     found = []
-    for number, run in enumerate(map(_mapped, runs) if len(wanted) else ()):
+    for number, run in enumerate(map(_mapped, runs)):
         if len(run):
             place = np.minimum(run.searchsorted(wanted), len(run) - 1)
             if (run[place] == wanted).any():
@@ -216,13 +183,13 @@ def holders(runs: Sequence[Run], wanted: KeyArray) -> list[int]:
 
 
 def check_conflicts(n_conflicts: int, n_rows: int, example: str, where: str = "") -> None:
-    """Raise `SurveyError` when so many rows share their key with another that it is no key.
+    """Raise `SurveyError` when so many rows share their key with another that it is not a key.
 
     Conflicts are rows beyond the first of their key that are not its exact duplicates.
     """
     if n_conflicts > 100 and n_conflicts > 0.01 * n_rows:
         raise SurveyError(
-            f"{where + ': ' if where else ''}'obs_id' is no key: {n_conflicts} of {n_rows} rows "
+            f"{where + ': ' if where else ''}'obs_id' is not a key: {n_conflicts} of {n_rows} rows "
             f"have the key of another row and other values, for example {example}",
             'Map obs_id to another column, or join several: join = ["field", "fibre"].',
         )
@@ -254,17 +221,12 @@ def _found(hashes: KeyArray, wanted: KeyArray) -> tuple[IntArray, IntArray]:
 # --- rows with one key ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Merged:
-    """One partition: its rows, those rejected, and how many exact duplicates were left out.
+class Merged(NamedTuple):
+    """One partition."""
 
-    ``rows`` are sorted by ``_healpix_29`` and ``obs_id``, each key once, without ``_file`` and
-    ``_row``; the key of a rejected row another row with other content has.
-    """
-
-    rows: pa.Table
-    rejected: pa.Table
-    n_duplicates: int
+    rows: pa.Table  # by _healpix_29 and obs_id, each key once, without _file and _row
+    rejected: pa.Table  # rows whose key another row with other content has
+    n_duplicates: int  # exact ones, which were left out
 
 
 def merge_rows(tables: Sequence[pa.Table], files: Sequence[str]) -> Merged:
@@ -272,41 +234,27 @@ def merge_rows(tables: Sequence[pa.Table], files: Sequence[str]) -> Merged:
 
     Of rows with one ``obs_id`` at one place the one with most values is kept, then with the fewest
     failed cuts, then with the highest ``snr``, then with the smallest content, so that the result
-    depends on the rows alone. The others are duplicates (equal content) or rejected.
-
-    Parameters
-    ----------
-    tables : sequence of pyarrow.Table
-        At least one.
-    files : sequence of str
-        Names for ``rejected``, by file index.
+    depends on the rows alone. The others are duplicates (equal content) or rejected; ``files`` are
+    the names there, by index.
     """
     table = pa.concat_tables(tables)
-    cells = table[HEALPIX_COLUMN].to_numpy()
-    ids = one_array(table["obs_id"])
+    cells, ids = table[HEALPIX_COLUMN].to_numpy(), one_array(table["obs_id"])
     order = sort_order(cells, ids)
-    same = np.zeros(len(order), dtype=bool)  # whether a row has the key of the one before
-    in_order = cells[order]
-    candidates = np.flatnonzero(in_order[1:] == in_order[:-1]) + 1
+    candidates = np.flatnonzero(np.diff(cells[order]) == 0) + 1
     left, right = (taken(ids, order[candidates - step]) for step in (1, 0))
+    same = np.zeros(len(order) + 1, dtype=bool)  # whether a row has the key of the one before
     same[candidates] = pc.equal(left, right).to_numpy(zero_copy_only=False)
-    if not same.any():
-        return Merged(_observations(table, order), REJECTED_SCHEMA.empty_table(), 0)
-    repeated = same.copy()
-    repeated[:-1] |= same[1:]
-    where = np.flatnonzero(repeated)
-    repeats = _rows(table, order[where])
-    winner, equal = _settle(repeats, np.cumsum(~same[where]) - 1)
-    lost = np.flatnonzero(~winner & ~equal)
-    rejected = rejected_rows(repeats.take(pa.array(lost)), CONFLICT, files)
+    where = np.flatnonzero(same[:-1] | same[1:])
     keep = np.ones(len(order), dtype=bool)
-    keep[where] = winner
-    rows = _observations(table, order[keep])
-    return Merged(rows, rejected, int(np.count_nonzero(~winner & equal)))
-
-
-def _observations(table: pa.Table, index: IntArray) -> pa.Table:
-    return _rows(table.drop_columns([FILE, ROW]), index)
+    rejected, n_duplicates = REJECTED_SCHEMA.empty_table(), 0
+    if len(where):
+        repeats = _rows(table, order[where])
+        winner, equal = _settle(repeats, np.cumsum(~same[where]) - 1)
+        rejected = rejected_rows(repeats.filter(pa.array(~winner & ~equal)), files)
+        n_duplicates = int(np.count_nonzero(~winner & equal))
+        keep[where] = winner
+    rows = _rows(table.drop_columns([FILE, ROW]), order[keep])
+    return Merged(rows, rejected, n_duplicates)
 
 
 def _rows(table: pa.Table, index: IntArray) -> pa.Table:
@@ -318,38 +266,34 @@ def _rows(table: pa.Table, index: IntArray) -> pa.Table:
 def losing_rows(rows: pa.Table) -> pa.Table:
     """Rows that lose where one ``obs_id`` stands at several places, by the rule of `merge_rows`.
 
-    Of all rows of these keys, as `Batch.rows` in any order, those to take out, in the order of
-    files and rows. Rows equal to the one that is kept stay: `merge_rows` drops them.
+    Of all `Batch.rows` of these keys those to take out, in the order of files and rows. Rows equal
+    to the one that is kept stay: `merge_rows` drops them.
     """
-    rows = rows.combine_chunks()
     codes = _codes(one_array(rows["obs_id"]))
     order = np.argsort(codes, kind="stable")
-    in_order = rows.take(pa.array(order))
+    in_order = _rows(rows, order)
     winner, equal = _settle(in_order, codes[order] - 1)
     lost = in_order.filter(pa.array(~winner & ~equal))
     return lost.sort_by([(FILE, "ascending"), (ROW, "ascending")])
 
 
 def without_rows(rows: pa.Table, losers: pa.Table) -> pa.Table:
-    """Rows that are not among others, of which there is at least one."""
-    lost, numbers = np.sort(_row_numbers(losers)), _row_numbers(rows)
-    place = np.minimum(np.searchsorted(lost, numbers), len(lost) - 1)
-    return rows.filter(pa.array(lost[place] != numbers))
+    """Rows that are not among others."""
+    lost, numbers = (  # file and row there as one: files have less than 10**12 rows
+        some[FILE].to_numpy().astype(np.int64) << 40 | some[ROW].to_numpy()
+        for some in (losers, rows)
+    )
+    return rows.filter(pa.array(~np.isin(numbers, lost)))
 
 
-def _row_numbers(rows: pa.Table) -> IntArray:
-    """File and row there as one number: files have less than 10**12 rows."""
-    return np.asarray(rows[FILE].to_numpy().astype(np.int64) << 40 | rows[ROW].to_numpy())
-
-
-def rejected_rows(rows: pa.Table, reason: str, files: Sequence[str]) -> pa.Table:
-    """Rows of `Batch.rows` as a table of ``REJECTED_SCHEMA``, in the order of files and rows."""
+def rejected_rows(rows: pa.Table, files: Sequence[str]) -> pa.Table:
+    """Losing `Batch.rows` as a table of ``REJECTED_SCHEMA``, in the order of files and rows."""
     rows = rows.sort_by([(FILE, "ascending"), (ROW, "ascending")])
     names = pa.array(list(files), pa.string())
     columns = [
         names.take(one_array(rows[FILE])),
         rows[ROW],
-        pa.array([reason] * rows.num_rows, pa.string()),
+        pa.array([CONFLICT] * rows.num_rows, pa.string()),
         rows["obs_id"].cast(pa.string()),
         rows["ra"],
         rows["dec"],
@@ -362,22 +306,13 @@ def _settle(rows: pa.Table, group: IntArray) -> tuple[BoolArray, BoolArray]:
     columns = {n: one_array(rows[n]) for n in rows.column_names if n not in (FILE, ROW)}
     content = [_codes(column) for column in columns.values()]
     starts = np.flatnonzero(np.diff(group, prepend=-1))
-
-    def equal_to(leader: IntArray) -> BoolArray:
-        return np.asarray(np.all([codes == codes[leader[group]] for codes in content], axis=0))
-
-    winner = np.zeros(len(group), dtype=bool)
-    winner[starts] = True
-    equal = equal_to(starts)
-    if equal.all():
-        return winner, equal
     n_valid = np.sum([is_valid(column) for column in columns.values()], axis=0)
     n_failed = np.bitwise_count(columns["quality"].to_numpy())
     snr = np.zeros(len(group))
     if "snr" in columns:
         snr = columns["snr"].cast(pa.float64()).fill_null(-np.inf).to_numpy()
-    order = np.lexsort((*reversed(content), -snr, n_failed, -n_valid, group))
-    best = order[starts]
-    winner[:] = False
+    best = np.lexsort((*reversed(content), -snr, n_failed, -n_valid, group))[starts]
+    winner = np.zeros(len(group), dtype=bool)
     winner[best] = True
-    return winner, equal_to(best)
+    leader = best[group]
+    return winner, np.all([codes == codes[leader] for codes in content], axis=0)

@@ -17,9 +17,9 @@ from sos_dask.stages.attach import AttachSettings
 from sos_dask.stages.compare import CompareSettings
 from sos_dask.stages.coverage import CoverageSettings
 from sos_dask.stages.crossmatch import CrossmatchSettings
-from sos_dask.stages.generalisation import GeneralisationSettings
 from sos_dask.stages.ingest import IngestSettings
 from sos_dask.stages.reference import ReferenceSettings
+from sos_dask.stages.train import GeneralisationSettings
 from sos_dask.stages.uncertainty import UncertaintySettings
 from sos_dask.stars.group import DedupeSettings
 

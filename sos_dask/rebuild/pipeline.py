@@ -11,12 +11,12 @@ from typing import Any
 
 from sos_dask.evidence.figures import Metric
 from sos_dask.rebuild.job import Job
-from sos_dask.rebuild.plan import COMPARISON, Plan, Planned
+from sos_dask.rebuild.plan import Plan, Planned
 from sos_dask.run.cluster import Cluster, Report, silent
+from sos_dask.stages.compare import Compare
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import (
-    Cost,
     StageResult,
     check_product,
     home,
@@ -110,7 +110,7 @@ def rebuild(
         by = job.publish.check if planned.complete else "size"
         check_product(planned.product, planned.recipe.stage, planned.directory, by)
     report("check products", len(done), len(done))
-    comparison = next(planned for planned in done if planned.product == COMPARISON)
+    comparison = next(planned for planned in done if planned.step.stage is Compare)
     choice = Manifest.load(comparison.directory).summary
     path = publish(
         store,
@@ -136,4 +136,4 @@ def _measured(store: Path, planned: Planned, cluster: Cluster) -> Iterator[None]
     yield
     after = cluster.cpu_seconds()
     cpu = sum(max(now - before.get(name, 0.0), 0.0) for name, now in after.items())
-    put_cost(store, planned.recipe.fingerprint, Cost(time.monotonic() - wall, cpu))
+    put_cost(store, planned.recipe.fingerprint, wall_s=time.monotonic() - wall, cpu_s=cpu)

@@ -1,15 +1,15 @@
 """Figures of panels for each label: trends, methods, hit rates, groups left out, formulas.
 
-``labels`` are the units of the labels by their names. A function gives None where there is nothing
-to show.
+A function takes a table of a product; ``labels`` are the units of the labels by their names,
+``target`` is the name of the survey, ``chosen`` the method that corrects the catalog. It gives None
+where there is nothing to show.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,15 +22,14 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from sos_dask.columns import floats
+from sos_dask.evidence.figures import NONE, SUBSETS, TEST
 from sos_dask.report.style import (
     BLACK,
     BLUE,
     CYCLE,
     GREY,
     MARKERS,
-    NONE,
     ORANGE,
-    SUBSETS,
     VERMILLION,
     WIDTH,
     Drawn,
@@ -48,8 +47,9 @@ from sos_dask.report.style import (
     word,
 )
 
-MIN_COUNT = 20
+_MIN_COUNT = 20
 _SIGNIFICANT = 3.0
+_LINE = "#cccccc"
 
 
 def select(table: pa.Table, **wanted: Any) -> pa.Table:
@@ -66,20 +66,12 @@ def select(table: pa.Table, **wanted: Any) -> pa.Table:
 def trend_figure(
     table: pa.Table, labels: Labels, method: str, others: bool, target: str
 ) -> Drawn | None:
-    """Draw binned medians before and after one method's correction.
+    """Draw binned medians (``trends.parquet``) before and after the correction by a method.
 
-    Parameters
-    ----------
-    table : pyarrow.Table
-        ``trends.parquet``.
-    method : str
-    others : bool
-        Against the other quantities instead of the labels.
-    target : str
-        Name of the survey.
+    ``others``: against the other quantities instead of the labels.
     """
     table = select(table, binning="equal-width", subset="all")
-    table = table.filter(pc.greater_equal(table["n"], MIN_COUNT))
+    table = table.filter(pc.greater_equal(table["n"], _MIN_COUNT))
     found = ordered(table["against"].to_pylist(), labels)
     against = [name for name in found if (name not in labels) == others]
     if not against:
@@ -88,17 +80,26 @@ def trend_figure(
     samples = (("before", None, GREY), ("fitted", method, ORANGE), ("after", method, BLUE))
     n = {sample: 0 for sample, _, _ in samples}
     clipped = False
-    for row, label in enumerate(labels):
+    for line, label in zip(grid, labels, strict=True):
         before = select(table, label=label, sample="before")
         limits = robust_limits(floats(before, "p16"), floats(before, "p84"))
-        for column, quantity in enumerate(against):
+        for axes, quantity in zip(line, against, strict=True):
             for sample, name, color in samples:
                 bins = select(table, label=label, against=quantity, sample=sample, method=name)
                 if bins.num_rows:
                     n[sample] = max(n[sample], pc.sum(bins["n"]).as_py())
-                    clipped |= _band(grid[row, column], bins, limits, color, sample == "fitted")
-            grid[row, column].set_ylim(*limits)
-    _trend_legend(figure, n["fitted"] > 0)
+                    clipped |= _band(axes, bins, limits, color, sample == "fitted")
+            axes.set_ylim(*limits)
+    trained = (Line2D([], [], color=ORANGE), Line2D([], [], color=ORANGE, linestyle="--"))
+    handles: list[Any] = [  # pairs of artists, drawn over each other
+        (Patch(color=color, alpha=0.25, linewidth=0), Line2D([], [], color=color, marker="o"))
+        for color in (GREY, BLUE)
+    ]
+    texts = ["before", "after, held-out pairs", "after, pairs that trained it"]
+    drawn_by: dict[Any, Any] = {tuple: HandlerTuple(1), trained: HandlerTuple(None, pad=0.6)}
+    shown = 3 if n["fitted"] else 2
+    figure.legend([*handles, trained][:shown], texts[:shown], loc="outside upper center",
+                  ncols=shown, handlelength=2.4, handler_map=drawn_by)  # fmt: skip
     facts = {"method": method, "against": against, "n": n, "clipped": clipped}
     about = f"Trends with {listed(against)}" if others else "Trends"
     return Drawn(f"{about} before and after: {method}", figure, facts)
@@ -116,8 +117,8 @@ def _panels(
     for axes in grid.flat:
         axes.axhline(0, color=BLACK, linewidth=0.6)
         tidy_ticks(axes, 5)
-    for row, (label, unit) in enumerate(labels.items()):
-        grid[row * len(heights), 0].set_ylabel(rf"$\Delta$ {axis_label(label, unit)}")
+    for axes, (label, unit) in zip(grid[:: len(heights), 0], labels.items(), strict=True):
+        axes.set_ylabel(rf"$\Delta$ {axis_label(label, unit)}")
     for axes, quantity in zip(grid[-1], against, strict=True):
         axes.set_xlabel(f"{target} {axis_label(quantity, labels.get(quantity))}")
     return figure, grid
@@ -128,13 +129,11 @@ def _band(
 ) -> bool:
     """Medians with their band; triangles where they leave the panel, whether there are any."""
     x, median, low, high = (floats(bins, key) for key in ("centre", "median", "p16", "p84"))
-    beyond = False
-    for marker, edge, far in (("v", limits[0], median < limits[0]),
-                              ("^", limits[1], median > limits[1])):  # fmt: skip
+    below, above = median < limits[0], median > limits[1]
+    for marker, edge, far in (("v", limits[0], below), ("^", limits[1], above)):
         marks = axes.plot(x[far], np.full(far.sum(), edge), marker, color=color, clip_on=False)
         marks[0].set(markersize=5, in_layout=False)
-        beyond |= bool(far.any())
-        low, high, median = (np.where(far, np.nan, v) for v in (low, high, median))
+    low, high, median = (np.where(below | above, np.nan, v) for v in (low, high, median))
     if dashed:
         for values in (low, high):
             axes.plot(x, values, color=color, linewidth=0.7, linestyle="--")
@@ -142,7 +141,7 @@ def _band(
     else:
         axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
         _points(axes, x, median, floats(bins, "error"), color, "o", markersize=2.4)
-    return beyond
+    return bool((below | above).any())
 
 
 def _points(
@@ -151,30 +150,10 @@ def _points(
     axes.errorbar(x, y, error, color=color, marker=marker, elinewidth=0.8, **options)
 
 
-def _trend_legend(figure: Figure, has_fitted: bool) -> None:
-    handles: list[Any] = [  # pairs of artists, drawn over each other
-        (Patch(color=color, alpha=0.25, linewidth=0), Line2D([], [], color=color, marker="o"))
-        for color in (GREY, BLUE)
-    ]
-    trained = (Line2D([], [], color=ORANGE), Line2D([], [], color=ORANGE, linestyle="--"))
-    texts = ["before", "after, held-out pairs", "after, pairs that trained it"]
-    drawn_by: dict[Any, Any] = {tuple: HandlerTuple(1), trained: HandlerTuple(None, pad=0.6)}
-    n = 3 if has_fitted else 2
-    figure.legend([*handles, trained][:n], texts[:n], loc="outside upper center", ncols=n,
-                  handlelength=2.4, handler_map=drawn_by)  # fmt: skip
-
-
 def reference_figure(
     table: pa.Table, labels: Labels, first: str, second: str, target: str
 ) -> Drawn | None:
-    """Draw two references side by side.
-
-    Parameters
-    ----------
-    table : pyarrow.Table
-        ``references.parquet``.
-    first, second, target : str
-    """
+    """Draw two references side by side (``references.parquet``)."""
     table = select(table, binning="equal-width", first=first, second=second)
     judged = table.filter(pc.is_valid(table["difference"]))
     against = [name for name in labels if pc.any(pc.equal(judged["against"], name)).as_py()]
@@ -182,29 +161,28 @@ def reference_figure(
         return None
     figure, grid = _panels(labels, against, target, 2.65, (1.6, 1.0))
     n = dict.fromkeys(("judged", "significant", "common"), 0)
-    for number_of, label in enumerate(labels):
-        mine = select(table, label=label)
+    for label, uppers, lowers in zip(labels, grid[::2], grid[1::2], strict=True):
         both = [floats(select(judged, label=label), f"median_{s}") for s in ("first", "second")]
         limits = robust_limits(np.minimum(*both), np.maximum(*both), 0.03)
-        for upper, lower, quantity in zip(
-            grid[2 * number_of], grid[2 * number_of + 1], against, strict=True
-        ):
-            bins = select(mine, against=quantity)
+        for upper, lower, quantity in zip(uppers, lowers, against, strict=True):
+            bins = select(table, label=label, against=quantity)
             x = floats(bins, "centre")
             for side, color, marker in (("first", BLUE, "o"), ("second", VERMILLION, "s")):
-                enough = bins[f"n_{side}"].to_numpy() >= MIN_COUNT
+                enough = bins[f"n_{side}"].to_numpy() >= _MIN_COUNT
                 median, error = (floats(bins, f"{name}_{side}") for name in ("median", "error"))
                 _points(upper, x[enough], median[enough], error[enough], color, marker,
                         linewidth=0.9)  # fmt: skip
             upper.set_ylim(*limits)
-            found = floats(bins, "significance")
-            known = np.isfinite(found)
+            through = floats(bins, "significance")
+            known = np.isfinite(through)
             n["judged"] += int(known.sum())
-            n["significant"] += int((np.abs(found[known]) > _SIGNIFICANT).sum())
+            n["significant"] += int((np.abs(through[known]) > _SIGNIFICANT).sum())
             in_both = bins["n_common"].to_numpy()
             n["common"] = max(n["common"], int(in_both.sum()))
-            direct = np.where(in_both >= MIN_COUNT, floats(bins, "significance_common"), np.nan)
-            _significance(lower, x, np.where(known, found, np.nan), direct)
+            direct = np.where(in_both >= _MIN_COUNT, floats(bins, "significance_common"), np.nan)
+            _significance(lower, x, np.where(known, through, np.nan), direct)
+    for axes in grid[1::2, 0]:
+        axes.set_ylabel(r"signif. [$\sigma$]")
     figure.align_ylabels()
     handles = [
         Line2D([], [], color=BLUE, marker="o"),
@@ -229,27 +207,13 @@ def _significance(axes: Axes, x: Any, through: Any, direct: Any) -> None:
               color=ORANGE)  # fmt: skip
     axes.set_ylim(-9, 9)
     axes.set_yticks([-6, 0, 6])
-    if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
-        axes.set_ylabel(r"signif. [$\sigma$]")
 
 
 # --- dots: one panel for each label, places from top to bottom, one mark for each series --------
 
 
-@dataclass(frozen=True)
-class Series:
-    """Marks of one kind in `_dots`, at one height within each place.
-
-    Parameters
-    ----------
-    name : str
-    text : str
-        For the legend; empty for none.
-    color, marker : str
-    slot : int
-        Its height, counted from the top.
-    filled : bool
-    """
+class _Series(NamedTuple):
+    """Marks of one kind, at one height (``slot``) within each place; ``text`` for the legend."""
 
     name: str
     text: str
@@ -259,17 +223,15 @@ class Series:
     filled: bool = True
 
 
-Point = tuple[float, float | None, float | None]  # value, and the ends of its line
+# By row, label, place and series: value, and the ends of its line.
+_Points = Mapping[tuple[str, str, str, str], tuple[float, float | None, float | None]]
 
 
 def _dots(
-    labels: Labels,
-    places: Mapping[str, str],
-    rows: Mapping[str, str],
-    series: Sequence[Series],
-    points: Mapping[tuple[str, str, str, str], Point],
-) -> tuple[Figure, Any]:
-    """Panels of dots: ``rows`` by labels, points by row, label, place and series."""
+    labels: Labels, places: Mapping[str, str], rows: Mapping[str, str],
+    series: Sequence[_Series], points: _Points,
+) -> tuple[Figure, Any]:  # fmt: skip
+    """Panels of dots, ``rows`` by labels."""
     n_slots = 1 + max(one.slot for one in series)
     panel = 0.62 + (0.13 + 0.05 * n_slots) * len(places)
     figure = new_figure(0.25 + panel * len(rows), share_of_width(len(labels)))
@@ -302,9 +264,9 @@ def _dots(
             axes.set_ylim(len(places) - 0.5, -0.5)
             axes.set_yticks(range(len(places)), list(places.values()))
             axes.tick_params(axis="y", length=0)
-            axes.grid(axis="x", linewidth=0.3, color="#cccccc")
+            axes.grid(axis="x", linewidth=0.3, color=_LINE)
             for edge in range(1, len(places)):
-                axes.axhline(edge - 0.5, color="#cccccc", linewidth=0.5)
+                axes.axhline(edge - 0.5, color=_LINE, linewidth=0.5)
     for axes, label in zip(grid[0], labels, strict=True):
         axes.set_title(symbol(label))
     handles, texts = grid[0, 0].get_legend_handles_labels()
@@ -312,30 +274,21 @@ def _dots(
     return figure, grid
 
 
-def _of_methods(methods: Sequence[str], chosen: str) -> list[Series]:
+def _of_methods(methods: Sequence[str], chosen: str) -> list[_Series]:
     """One series for each method; grey crosses without a correction."""
     found = []
     for slot, name in enumerate(methods):
-        i = slot - (NONE in methods)
-        color, marker = CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)]
-        text = name + (" (chosen)" if name == chosen else "")
-        found.append(Series(name, text, *((GREY, "x") if name == NONE else (color, marker)), slot))
+        i = (slot - (NONE in methods)) % len(CYCLE)
+        look = (GREY, "x") if name == NONE else (CYCLE[i], MARKERS[i])
+        found.append(_Series(name, name + " (chosen)" * (name == chosen), *look, slot))
     return found
 
 
 def comparison_figure(table: pa.Table, labels: Labels, chosen: str) -> Drawn | None:
-    """Draw scatter and trend left by each method in each subset, with 95 % intervals.
-
-    Parameters
-    ----------
-    table : pyarrow.Table
-        ``comparison.parquet``.
-    chosen : str
-        The method that corrects the catalog.
-    """
-    table = table.filter(pc.and_(pc.equal(table["sample"], "test"), pc.is_valid(table["value"])))
+    """Draw scatter and trend left by each method in each subset (``comparison.parquet``)."""
+    table = table.filter(pc.and_(pc.equal(table["sample"], TEST), pc.is_valid(table["value"])))
     methods = ordered(table["method"].to_pylist(), (NONE,))
-    places = {name: symbol(name) for name in ordered(table["subset"].to_pylist(), SUBSETS)}
+    places = ordered(table["subset"].to_pylist(), SUBSETS)
     known = {"mad": "scatter [{unit}]", "rms_binned": "rms of binned medians [{unit}]"}
     rows = {key: text for key, text in known.items() if key in table["statistic"].to_pylist()}
     if not rows or len(methods) < 2:
@@ -345,29 +298,22 @@ def comparison_figure(table: pa.Table, labels: Labels, chosen: str) -> Drawn | N
         (r["statistic"], r["label"], r["subset"], r["method"]): (r["value"], r["low"], r["high"])
         for r in items
     }
-    figure, _ = _dots(labels, places, rows, _of_methods(methods, chosen), points)
+    symbols = {name: symbol(name) for name in places}
+    figure, _ = _dots(labels, symbols, rows, _of_methods(methods, chosen), points)
     first = next(iter(rows))
-    n = {r["subset"]: r["n"] for r in items if r["statistic"] == first}
-    return Drawn("Methods compared", figure, {"pairs": _named(n)})
-
-
-def _named(n: Mapping[str, int]) -> dict[str, int]:
-    return {word(name): count for name, count in n.items()}
+    n = {word(r["subset"]): r["n"] for r in items if r["statistic"] == first}
+    return Drawn("Methods compared", figure, {"pairs": n})
 
 
 def calibration_figure(table: pa.Table, labels: Labels) -> Drawn | None:
     """Draw how many held-out pairs lie in their 68 % and 95 % intervals.
 
-    Parameters
-    ----------
-    table : pyarrow.Table
-        ``label, subset, level, n, hit_rate`` and its 95 % interval, ``low`` and ``high``.
+    The columns are ``label, subset, level, n, hit_rate`` and its 95 % interval, ``low, high``.
     """
     if not table.num_rows:
         return None
     items = table.to_pylist()
-    n = {place: max(r["n"] for r in items if r["subset"] == place)
-         for place in ordered(table["subset"].to_pylist(), SUBSETS)}  # fmt: skip
+    places = ordered(table["subset"].to_pylist(), SUBSETS)
     points: dict[Any, Any] = {
         ("", r["label"], r["subset"], str(r["level"])): tuple(
             100 * (r[name] - r["level"]) for name in ("hit_rate", "low", "high")
@@ -376,40 +322,28 @@ def calibration_figure(table: pa.Table, labels: Labels) -> Drawn | None:
     }
     levels = ((0.68, 2, BLUE, "o"), (0.95, 1, VERMILLION, "s"))
     series = [
-        Series(str(level), f"{100 * level:g} % interval", color, marker, slot)
+        _Series(str(level), f"{100 * level:g} % interval", color, marker, slot)
         for slot, (level, _, color, marker) in enumerate(levels)
     ]
-    figure, grid = _dots(
-        labels, {name: symbol(name) for name in n}, {"": "hit rate − level [% points]"}, series,
-        points,
-    )  # fmt: skip
+    symbols = {name: symbol(name) for name in places}
+    rows = {"": "hit rate − level [% points]"}
+    figure, grid = _dots(labels, symbols, rows, series, points)
     for axes in grid.flat:
         for _, margin, color, _ in levels:
             for edge in (-margin, margin):
                 axes.axvline(edge, color=color, linewidth=0.6, linestyle=":")
-    return Drawn("Are the errors right", figure, {"pairs": _named(n)})
+    n = {word(p): max(r["n"] for r in items if r["subset"] == p) for p in places}
+    return Drawn("Are the errors right", figure, {"pairs": n})
 
 
 def left_out_figure(table: pa.Table, labels: Labels, chosen: str) -> Drawn | None:
-    """Draw median and scatter of every group of pairs, left out and not.
-
-    Parameters
-    ----------
-    table : pyarrow.Table
-        ``generalisation.parquet``.
-    chosen : str
-        The method that corrects the catalog.
-    """
+    """Draw median and scatter of every group left out and not (``generalisation.parquet``)."""
     if not table.num_rows:
         return None
-    methods = ordered(table["method"].to_pylist(), (NONE, chosen))
-    left_out = _of_methods(methods, chosen)
-    kept = [
-        Series(f"{one.name} kept", "", one.color, one.marker, one.slot, filled=False)
-        for one in left_out
-        if one.name != NONE
-    ]
-    points: dict[tuple[str, str, str, str], Point] = {}
+    left_out = _of_methods(ordered(table["method"].to_pylist(), (NONE, chosen)), chosen)
+    kept = [one._replace(name=f"{one.name} kept", text="", filled=False)
+            for one in left_out if one.name != NONE]  # fmt: skip
+    points: dict[Any, Any] = {}
     n: dict[str, int] = {}
     for r in table.to_pylist():
         group = group_words(r)
@@ -417,10 +351,9 @@ def left_out_figure(table: pa.Table, labels: Labels, chosen: str) -> Drawn | Non
         for statistic in ("median", "mad"):
             value, other = r[statistic], r[f"{statistic}_random"]
             key = (statistic, r["label"], group)
-            if r["method"] == NONE or value is None or other is None:
-                ends: list[float | None] = [None, None]
-            else:
-                ends = [min(value, other), max(value, other)]
+            ends: list[float | None] = [None, None]
+            if r["method"] != NONE and value is not None and other is not None:
+                ends = sorted((value, other))
                 points[*key, f"{r['method']} kept"] = (other, None, None)
             if value is not None:
                 points[*key, r["method"]] = (value, *ends)
@@ -439,17 +372,18 @@ def group_words(row: Mapping[str, Any]) -> str:
 
 _TEFF = r"\frac{T_\mathrm{eff}}{5040\,\mathrm{K}}"
 _LINE_INCHES = 0.21
+_LETTERS = 92
 
 
-def formula_lines(latex: str, width: int = 92) -> list[str]:
-    """Break LaTeX of a formula into lines of about ``width`` letters, before signs and factors.
+def formula_lines(latex: str) -> list[str]:
+    """Break LaTeX of a formula into lines that fit the figure, before signs and factors.
 
     Teff / 5040 K is written t, and parentheses keep one size, so that a line can end inside them.
     """
     latex = latex.replace(_TEFF, "t").replace(r"\left(", "(").replace(r"\right)", ")")
     lines, line, braces = [], "", 0
     for piece in re.split(r" (?=[+-] )|(?<=\\,) ", latex):
-        if line and not braces and _shown(f"{line} {piece}") > width:
+        if line and not braces and _n_letters(f"{line} {piece}") > _LETTERS:
             lines.append(line.strip().removesuffix(r"\,"))
             # An empty group before a sign makes it one between two terms.
             line = ("{}" if piece[0] in "+-" else r"\times ") + piece
@@ -459,7 +393,7 @@ def formula_lines(latex: str, width: int = 92) -> list[str]:
     return [*lines, line]
 
 
-def _shown(latex: str) -> int:
+def _n_letters(latex: str) -> int:
     """About how many letters LaTeX shows."""
     plain = re.sub(r"\\(?:mathrm|frac)|\\,|[{}^_ ]", "", latex)
     return len(plain.replace(r"\log", "log"))
@@ -468,15 +402,7 @@ def _shown(latex: str) -> int:
 def formula_figure(
     formulas: Mapping[str, Mapping[str, Any]], labels: Labels, n_sample: int
 ) -> Drawn:
-    """Draw the formula of every label.
-
-    Parameters
-    ----------
-    formulas : mapping
-        ``labels`` of the model's ``formula.json``.
-    n_sample : int
-        Pairs that the formulas were searched with.
-    """
+    """Draw the formula of every label: ``labels`` and ``n_sample`` of ``formula.json``."""
     blocks = {label: formula_lines(str(formulas[label]["latex"])) for label in labels}
     n_lines = sum(map(len, blocks.values())) + 0.5 * len(blocks)
     figure = new_figure(_LINE_INCHES * n_lines + 0.1, WIDTH)
@@ -495,7 +421,7 @@ def formula_figure(
 
 
 def front_figure(formulas: Mapping[str, Mapping[str, Any]], labels: Labels, n_sample: int) -> Drawn:
-    """Draw the fronts of accuracy against complexity; parameters as for `formula_figure`."""
+    """Draw the fronts of accuracy against complexity, as `formula_figure`."""
     figure = new_figure(2.3, share_of_width(len(labels)))
     grid = figure.subplots(1, len(labels), squeeze=False)
     for axes, (label, unit) in zip(grid[0], labels.items(), strict=True):

@@ -1,13 +1,12 @@
 """Maps: the sky, Teff and log g (kiel), coverage and its error growth, all parameters in a plane.
 
-A function gives None where there is nothing to show.
+Figures are made of counts in cells or of a table of a product; None where there is nothing to show.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +16,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize, PowerNorm
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from sos_dask.columns import FloatArray, IntArray
+from sos_dask.evidence.widening import CLASSES
 from sos_dask.report.figures import select
 from sos_dask.report.style import (
     BLACK,
@@ -43,47 +43,38 @@ from sos_dask.sky.healpix import ang2pix
 
 ORDER = 6  # HEALPix cells of 0.92 degrees
 N_SKY = 12 << (2 * ORDER)
-COARSEST = 3
+_COARSEST = 3
 _ROWS_A_CELL = 4.0
 _CENTRE_DEG = 180.0
 _STEPS = 900  # of the picture along the equator
 
-TEFF_BINS = (3000.0, 10000.0, 140)  # cells of 50 K
-LOGG_BINS = (-0.5, 5.5, 120)  # cells of 0.05 dex
-SHAPE = (TEFF_BINS[2], LOGG_BINS[2])
-N_CELLS = SHAPE[0] * SHAPE[1]
+_TEFF = (3000.0, 10000.0, 140)  # cells of 50 K
+_LOGG = (-0.5, 5.5, 120)  # cells of 0.05 dex
+_SHAPE = (_TEFF[2], _LOGG[2])
+N_CELLS = _SHAPE[0] * _SHAPE[1]
 LOG_QUANTUM = 1e-6
 """Logarithms are summed as whole numbers of it, so that sums do not depend on their order."""
-MAX_BINS = 64
-"""Most cells along an axis: with more of them too many contain no pair by chance alone."""
-CLASSES = ("inside", "sparse", "outside")
+# Most cells along an axis: with more of them too many contain no pair by chance alone.
+_MAX_BINS = 64
 _MIN_CELL = 5
 _RATIO = 3.0
 _BINS_A_DECADE = 8
+_Mesh = tuple[FloatArray, FloatArray, FloatArray]  # edges along each axis, picture
 
 
 # --- counts -------------------------------------------------------------------------------------
 
 
-def cells_2d(
-    first: NDArray[np.floating],
-    second: NDArray[np.floating],
-    limits: Sequence[float],
-    shape: tuple[int, int],
+def _cells_2d(
+    places: Sequence[NDArray[np.floating]], limits: Sequence[float], shape: Sequence[int]
 ) -> IntArray:
     """Cell of every place, the first coordinate slowest; -1 beyond the limits or where one is nan.
 
-    Parameters
-    ----------
-    first, second : ndarray of float, shape (n,)
-    limits : sequence of 4 float
-        Low and high along each axis.
-    shape : tuple of 2 int
-    """  # fmt: skip
-    out = np.zeros(len(first), dtype=np.int64)
-    inside = np.ones(len(first), dtype=np.bool_)
-    axes = zip((first, second), (limits[:2], limits[2:]), shape, strict=True)
-    for values, (low, high), n_bins in axes:
+    ``limits``: low and high along each axis.
+    """
+    out = np.zeros(len(places[0]), dtype=np.int64)
+    inside = np.ones(len(out), dtype=np.bool_)
+    for values, low, high, n_bins in zip(places, limits[::2], limits[1::2], shape, strict=True):
         place = np.floor((values.astype(np.float64) - low) * (n_bins / (high - low)))
         good = (place >= 0) & (place < n_bins)
         inside &= good
@@ -93,17 +84,16 @@ def cells_2d(
 
 def kiel_cells(teff: NDArray[np.floating], logg: NDArray[np.floating]) -> IntArray:
     """Cell of every row; N_CELLS beyond the bins, -1 where a label is nan."""
-    cells = cells_2d(teff, logg, (*TEFF_BINS[:2], *LOGG_BINS[:2]), SHAPE)
+    cells = _cells_2d((teff, logg), (*_TEFF[:2], *_LOGG[:2]), _SHAPE)
     return np.where((cells < 0) & np.isfinite(teff) & np.isfinite(logg), N_CELLS, cells)
 
 
-def _edges(bins: tuple[float, float, int]) -> FloatArray:
-    return np.linspace(bins[0], bins[1], bins[2] + 1)
+_TEFF_EDGES, _LOGG_EDGES = (np.linspace(low, high, n + 1) for low, high, n in (_TEFF, _LOGG))
 
 
 def kiel_centres() -> tuple[FloatArray, FloatArray]:
     """Teff and log g of the centres of all cells, in their order."""
-    teff, logg = (0.5 * (e[1:] + e[:-1]) for e in (_edges(TEFF_BINS), _edges(LOGG_BINS)))
+    teff, logg = (0.5 * (e[1:] + e[:-1]) for e in (_TEFF_EDGES, _LOGG_EDGES))
     return np.repeat(teff, len(logg)), np.tile(logg, len(teff))
 
 
@@ -113,10 +103,7 @@ def kiel_centres() -> tuple[FloatArray, FloatArray]:
 def sky_figure(maps: Mapping[str, IntArray]) -> Drawn | None:
     """Draw the density of each catalog on the sky.
 
-    Parameters
-    ----------
-    maps : mapping of str to ndarray of int64, shape (N_SKY,)
-        Rows in each cell of order `ORDER`, by what to call the catalog.
+    ``maps``: rows in each of the N_SKY cells of order `ORDER`, by what to call the catalog.
     """
     maps = {name: counts for name, counts in maps.items() if counts.any()}
     if not maps:
@@ -150,11 +137,11 @@ def _coarser(counts: IntArray, order: int) -> IntArray:
 
 def _order(counts: IntArray) -> int:
     """Finest order at which filled cells contain a few rows on average."""
-    for order in range(ORDER, COARSEST, -1):
+    for order in range(ORDER, _COARSEST, -1):
         coarse = _coarser(counts, order)
         if coarse.sum() >= _ROWS_A_CELL * np.count_nonzero(coarse):
             return order
-    return COARSEST
+    return _COARSEST
 
 
 def sky_map(
@@ -168,8 +155,6 @@ def sky_map(
         With the projection "mollweide".
     values : ndarray of float64, shape (12 * 4**order,)
         Of the cells (nested); nan: left white.
-    order : int
-    norm : Normalize
     names : bool
         Write right ascensions and declinations at the lines.
     """
@@ -179,9 +164,8 @@ def sky_map(
     x, dec = np.meshgrid(0.5 * (east[1:] + east[:-1]), 0.5 * (north[1:] + north[:-1]))
     ra = (_CENTRE_DEG - x) % 360.0
     picture = values[ang2pix(ra.ravel(), dec.ravel(), order)].reshape(x.shape)
-    axes.pcolormesh(
-        np.deg2rad(east), np.deg2rad(north), picture, norm=norm, cmap=DENSITY_MAP, rasterized=True
-    )
+    edges = np.deg2rad(east), np.deg2rad(north)
+    axes.pcolormesh(*edges, picture, norm=norm, cmap=DENSITY_MAP, rasterized=True)
     plane = SkyCoord(np.linspace(0, 360, 721), 0.0, unit="deg", frame="galactic").icrs
     x = _CENTRE_DEG - plane.ra.deg
     by_x = np.argsort(x, kind="stable")
@@ -194,13 +178,9 @@ def sky_map(
         axes.set_xticklabels([])
         axes.set_yticklabels([])
         return
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda x, place: f"{(_CENTRE_DEG - np.rad2deg(x)) % 360:.0f}°")
-    )
+    axes.xaxis.set_major_formatter(lambda x, _: f"{(_CENTRE_DEG - np.rad2deg(x)) % 360:.0f}°")
     axes.yaxis.set_major_formatter(
-        FuncFormatter(
-            lambda y, place: f"{np.rad2deg(y):+.0f}°".replace("-", "−").replace("+0", "0")
-        )
+        lambda y, _: f"{np.rad2deg(y):+.0f}°".replace("-", "−").replace("+0", "0")
     )
     for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
         label.set(fontsize=6, path_effects=[withStroke(linewidth=1.6, foreground="white")])
@@ -216,20 +196,18 @@ def _mesh(
     return axes.pcolormesh(x, y, values, norm=norm, cmap=cmap, rasterized=True)
 
 
-def _mosaic(
-    x: FloatArray, y: FloatArray, steps: Sequence[float], values: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _mosaic(x: FloatArray, y: FloatArray, steps: Sequence[float], values: FloatArray) -> _Mesh:
     """Edges and picture of cells of equal size, from the middles of some of them."""
     if not len(values):
         return np.array([0.0, 1.0]), np.array([0.0, 1.0]), np.full((1, 1), np.nan)
-    (i, x_edges), (j, y_edges) = (
-        (np.rint((middles - middles.min()) / step).astype(np.int64),
-         np.arange(middles.min() - step / 2, middles.max() + step, step))
-        for middles, step in zip((x, y), steps, strict=True)
-    )  # fmt: skip
-    picture = np.full((j.max() + 1, i.max() + 1), np.nan)
-    picture[j, i] = values
-    return x_edges[: i.max() + 2], y_edges[: j.max() + 2], picture
+    places, edges = [], []
+    for middles, step in zip((x, y), steps, strict=True):
+        places.append(np.rint((middles - middles.min()) / step).astype(np.int64))
+        ends = np.arange(middles.min() - step / 2, middles.max() + step, step)
+        edges.append(ends[: places[-1].max() + 2])
+    picture = np.full((len(edges[1]) - 1, len(edges[0]) - 1), np.nan)
+    picture[places[1], places[0]] = values
+    return edges[0], edges[1], picture
 
 
 def _kiel_axes(grid: Any, teff: Sequence[float], logg: Sequence[float]) -> None:
@@ -257,10 +235,7 @@ def _nearly_all(places: FloatArray, n: Any, share: float, margin: float) -> tupl
 def kiel_figure(before: IntArray, after: IntArray) -> Drawn | None:
     """Draw the target in Teff and log g before and after the correction.
 
-    Parameters
-    ----------
-    before, after : ndarray of int64, shape (N_CELLS + 1,)
-        Rows in each cell, and beyond the bins.
+    ``before``, ``after``: rows in each of the N_CELLS cells, and beyond the bins.
     """
     total = (before + after)[:N_CELLS]
     if not total.any():
@@ -270,11 +245,10 @@ def kiel_figure(before: IntArray, after: IntArray) -> Drawn | None:
     grid = figure.subplots(1, 2, squeeze=False)
     norm = LogNorm(1, max(float(before[:N_CELLS].max()), float(after[:N_CELLS].max()), 10.0))
     for axes, found, title in ((grid[0, 0], before, "before"), (grid[0, 1], after, "after")):
-        counts = found[:N_CELLS].reshape(SHAPE).T.astype(np.float64)
-        image = axes.pcolormesh(
-            _edges(TEFF_BINS), _edges(LOGG_BINS), np.where(counts > 0, counts, np.nan),
-            norm=norm, cmap=DENSITY_MAP, rasterized=True,
-        )  # fmt: skip
+        counts = found[:N_CELLS].reshape(_SHAPE).T.astype(np.float64)
+        shown = np.where(counts > 0, counts, np.nan)
+        edges = _TEFF_EDGES, _LOGG_EDGES
+        image = axes.pcolormesh(*edges, shown, norm=norm, cmap=DENSITY_MAP, rasterized=True)
         axes.set_title(f"{title}: {int(counts.sum()):,} rows")
     _kiel_axes(grid, _nearly_all(teff, total, 0.9995, 125), _nearly_all(logg, total, 0.9995, 0.125))
     figure.colorbar(image, ax=grid, label="rows per cell", aspect=30, pad=0.02)
@@ -283,11 +257,7 @@ def kiel_figure(before: IntArray, after: IntArray) -> Drawn | None:
 
 
 def correction_figure(
-    planes: pa.Table,
-    labels: Labels,
-    method: str,
-    correction: FloatArray,
-    errors: FloatArray | None,
+    planes: pa.Table, labels: Labels, method: str, correction: FloatArray, errors: FloatArray
 ) -> Drawn | None:
     """Draw the difference before, the correction, the difference after, and the error.
 
@@ -295,12 +265,9 @@ def correction_figure(
     ----------
     planes : pyarrow.Table
         ``planes.parquet`` of the stage trends.
-    method : str
-    correction : ndarray of float64, shape (N_CELLS, n_labels)
-        The model's prediction in each cell; it is shown where there are pairs.
-    errors : ndarray of float64, shape (N_CELLS, n_labels), optional
-        Of a single corrected row, nan where unknown; without it the standard error of the median
-        after is shown.
+    correction, errors : ndarray of float64, shape (N_CELLS, n_labels)
+        The model's prediction in each cell and the error of a corrected row, nan where unknown;
+        they are shown where there are pairs.
     """
     planes = select(planes, subset="all")
     planes = planes.filter(pc.greater_equal(planes["n"], _MIN_CELL))
@@ -319,19 +286,17 @@ def correction_figure(
         left = _mesh(grid[row, 0], *_coarse(mine, "median"), signed, SIGNED_MAP)
         _mesh(grid[row, 1], *_fine(covered, correction[:, row]), signed, SIGNED_MAP)
         _mesh(grid[row, 2], *_coarse(rest, "median"), signed, SIGNED_MAP)
-        error = None if errors is None else errors[:, row]
-        right = _error_map(grid[row, 3], rest, covered, error)
+        shown = errors[covered & np.isfinite(errors[:, row]), row]
+        low, top = np.quantile(shown, (0.02, 0.98)) if len(shown) else (1.0, 2.0)
+        norm = LogNorm(low, max(top, 1.1 * low))
+        right = _mesh(grid[row, 3], *_fine(covered, errors[:, row]), norm, SHARE_MAP)
         bar = figure.colorbar(left, ax=list(grid[row, :3]), pad=0.01, aspect=22, extend="both",
                               ticks=MaxNLocator(4))  # fmt: skip
         bar.set_label(rf"$\Delta$ {axis_label(label, unit)}")
         bar = figure.colorbar(right, ax=grid[row, 3], pad=0.01, aspect=22, label=f"[{unit}]",
-                              extend="max" if errors is None else "both")  # fmt: skip
-        if errors is None:
-            bar.ax.yaxis.set_major_locator(MaxNLocator(4))
-        else:
-            plain_log_ticks(bar.ax.yaxis)
-    titles = ("difference before", "correction", "difference after",
-              "error of the median" if errors is None else "error of a row")  # fmt: skip
+                              extend="both")  # fmt: skip
+        plain_log_ticks(bar.ax.yaxis)
+    titles = ("difference before", "correction", "difference after", "error of a row")
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title)
     teff, logg = (
@@ -341,21 +306,8 @@ def correction_figure(
     _kiel_axes(grid, teff, logg)
     for axes in grid.flat:
         axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
-    facts = {"n_before": n_before, "n_after": n_after, "has_errors": errors is not None}
+    facts = {"n_before": n_before, "n_after": n_after}
     return Drawn(f"The correction on the plane of Teff and log g: {method}", figure, facts)
-
-
-def _error_map(
-    axes: Axes, after: pa.Table, covered: NDArray[np.bool_], errors: FloatArray | None
-) -> QuadMesh:
-    if errors is None:
-        known = after.filter(pc.is_valid(after["error"]))
-        top = float(np.quantile(known["error"].to_numpy(), 0.9)) if known.num_rows else 1.0
-        return _mesh(axes, *_coarse(known, "error"), Normalize(0, top or 1.0), SHARE_MAP)
-    values = errors[covered & np.isfinite(errors)]
-    low, top = np.quantile(values, (0.02, 0.98)) if len(values) else (1.0, 2.0)
-    norm = LogNorm(low, max(top, 1.1 * low))
-    return _mesh(axes, *_fine(covered, errors), norm, SHARE_MAP)
 
 
 def _covered(before: pa.Table) -> NDArray[np.bool_]:
@@ -368,7 +320,7 @@ def _covered(before: pa.Table) -> NDArray[np.bool_]:
     return out
 
 
-def _coarse(table: pa.Table, value: str) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _coarse(table: pa.Table, value: str) -> _Mesh:
     """Picture of a column of the trends on the plane, whose cells are of one size."""
     low, high = (
         np.stack([table[f"{name}_{end}"].to_numpy() for name in ("teff", "logg")])
@@ -379,11 +331,8 @@ def _coarse(table: pa.Table, value: str) -> tuple[FloatArray, FloatArray, FloatA
     return _mosaic(x, y, steps.tolist(), table[value].to_numpy())
 
 
-def _fine(
-    shown: NDArray[np.bool_], values: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    picture = np.where(shown, values, np.nan).reshape(SHAPE).T
-    return _edges(TEFF_BINS), _edges(LOGG_BINS), picture
+def _fine(shown: NDArray[np.bool_], values: FloatArray) -> _Mesh:
+    return _TEFF_EDGES, _LOGG_EDGES, np.where(shown, values, np.nan).reshape(_SHAPE).T
 
 
 # --- coverage -----------------------------------------------------------------------------------
@@ -396,10 +345,8 @@ def coverage_figure(maps: pa.Table, order: int, steps: Mapping[str, float]) -> D
     ----------
     maps : pyarrow.Table
         ``maps.parquet`` of the stage coverage.
-    order : int
-        HEALPix order of its sky.
-    steps : mapping of str to float
-        Width of the cells of its map ``kiel``: ``teff`` in K, ``logg`` in dex.
+    order, steps
+        HEALPix order of its sky; width of the cells of its map ``kiel`` in K and dex.
     """
     sky, kiel = select(maps, map="sky"), select(maps, map="kiel")
     on_sky, on_kiel = (
@@ -480,11 +427,9 @@ def growth_figure(table: pa.Table, limits: Mapping[str, float]) -> Drawn | None:
     worse = measured > 1.5 * fitted
     facts: dict[str, Any] = {"n_bins": table.num_rows, "n_pairs": int(n.sum()), "worse": None}
     if worse.any():
-        facts["worse"] = {
-            "n_bins": int(worse.sum()),
-            "n_pairs": int(n[worse].sum()),
-            "distance": float(f"{x[worse].min():.2g}"),
-        }
+        distance = float(f"{x[worse].min():.2g}")
+        of_them = {"n_bins": int(worse.sum()), "n_pairs": int(n[worse].sum())}
+        facts["worse"] = {**of_them, "distance": distance}
     return Drawn("Error growth away from the overlap", figure, facts)
 
 
@@ -504,16 +449,10 @@ def _together(x: Any, n: Any, values: Any) -> Any:
 # --- all parameters -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Plane:
+class Plane(NamedTuple):
     """Cells of the plane of all parameters, and the coarse ones in which coverage is judged.
 
-    Parameters
-    ----------
-    limits : tuple of 4 float
-        Low and high along each axis.
-    bins : int
-        Cells along each axis.
+    ``limits``: low and high along each axis. ``bins``: cells along each axis.
     """
 
     limits: tuple[float, float, float, float]
@@ -522,7 +461,7 @@ class Plane:
     @property
     def group(self) -> int:
         """Cells along each side of a coarse cell."""
-        return -(-self.bins // MAX_BINS)
+        return -(-self.bins // _MAX_BINS)
 
     @property
     def coarse(self) -> int:
@@ -531,7 +470,7 @@ class Plane:
 
     def cells(self, first: NDArray[np.floating], second: NDArray[np.floating]) -> IntArray:
         """Coarse cell of each place; -1 beyond the limits or where a coordinate is nan."""
-        fine = cells_2d(first, second, self.limits, (self.bins, self.bins))
+        fine = _cells_2d((first, second), self.limits, (self.bins, self.bins))
         i, j = fine // self.bins // self.group, fine % self.bins // self.group
         return np.where(fine < 0, -1, i * self.coarse + j)
 
@@ -543,10 +482,7 @@ class Plane:
 
 
 def projection_figure(
-    maps: pa.Table,
-    plane: Plane,
-    scored: tuple[IntArray, IntArray] | None,
-    is_sample: bool,
+    maps: pa.Table, plane: Plane, scored: tuple[IntArray, IntArray] | None, is_sample: bool
 ) -> Drawn | None:
     """Draw the catalog and the overlap in one plane, and the share outside the coverage.
 
@@ -554,7 +490,6 @@ def projection_figure(
     ----------
     maps : pyarrow.Table
         ``maps.parquet`` of the stage projection.
-    plane : Plane
     scored : tuple of ndarray of int64, shape (plane.coarse**2,), optional
         Rows with a coverage in each coarse cell, and those of them that lie outside.
     is_sample : bool
@@ -583,13 +518,12 @@ def projection_figure(
         share = np.full(len(known), np.nan)
         np.divide(100.0 * outside, known, out=share, where=known > 0)
         picture = share.reshape(plane.coarse, plane.coarse).T
-        image = _mesh(
-            panels[2], *plane.edges(plane.group), picture, PowerNorm(0.5, 0, 100), SHARE_MAP
-        )
+        edges = plane.edges(plane.group)
+        image = _mesh(panels[2], *edges, picture, PowerNorm(0.5, 0, 100), SHARE_MAP)
         panels[2].set_title("outside the coverage", fontsize=7)
         bar = figure.colorbar(image, ax=panels[2], location="bottom", aspect=22,
                               label="rows of the cell [%]", ticks=(0, 5, 25, 50, 100))  # fmt: skip
-        bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+        bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         facts["n_scored"] = int(known.sum())
     for axes in panels:
         axes.set_xticks([])

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sos_dask.evidence.coverage import follow_up as most_outside
+from sos_dask.evidence.figures import NONE, SUBSETS, TEST, TRAIN
 from sos_dask.problem import Problem
 from sos_dask.report.figures import group_words, select
-from sos_dask.report.maps import CLASSES
 from sos_dask.report.style import (
     DPI,
-    NONE,
-    STATISTICS,
-    SUBSETS,
     WIDTH,
     Labels,
     listed,
@@ -33,6 +30,7 @@ from sos_dask.report.style import (
     readable,
     word,
 )
+from sos_dask.stats.numbers import ALL
 from sos_dask.storage.artifact import partition_errors
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
@@ -40,9 +38,9 @@ from sos_dask.storage.store import home
 from sos_dask.surveys.definition import Cut
 
 Row = Mapping[str, Any]
-Columns = dict[str, str | Callable[[Any], str]]
+Columns = Mapping[str, str | Callable[[Any], str]]
+OBSERVATIONS, CORRECTED, PAIRS = "observations", "corrected", "pairs"
 _UNITS = {"log10(cm/s2)": "dex", "log10(cm.s**-2)": "dex"}
-OBSERVATIONS, CORRECTED, PAIRS, MODEL = "observations", "corrected", "pairs", "model"
 _TABLES = {
     "trends": ("trends", "trends.parquet"),
     "planes": ("trends", "planes.parquet"),
@@ -56,21 +54,55 @@ _TABLES = {
     "projection": ("projection", "maps.parquet"),
     "left_out": ("generalisation", "generalisation.parquet"),
 }
+_STATISTICS = {
+    "median": "median",
+    "mad": "scatter (1.4826 MAD)",
+    "width": "half of the 16–84 % width",
+    "rms_binned": "rms of binned medians",
+    "worst_bin": "worst bin",
+}
 
 
-@dataclass(frozen=True)
 class Build:
     """The products of a rebuild, opened.
 
     Parameters
     ----------
-    directories : mapping of str to Path
+    directories, manifests : mapping of str to Path, to Manifest
         By product, in the order of the plan.
-    manifests : mapping of str to Manifest
+
+    Attributes
+    ----------
+    choice : mapping
+        Why the method was chosen, and the figures of all.
+    method : str
+        The one that corrects the catalog; empty without one.
+    models : dict of str to Path
+        Directories of the models by method, the chosen one first.
+    problem : Problem
+        The question that the models answer; ``labels``: units of its labels by their names.
+    surveys, target, references : list of str, str, list of str
+        Names of the surveys; of the one that is corrected; of the others.
+    reference : str
+        What to call the reference.
     """
 
-    directories: Mapping[str, Path]
-    manifests: Mapping[str, Manifest]
+    def __init__(self, directories: Mapping[str, Path], manifests: Mapping[str, Manifest]) -> None:
+        self.directories, self.manifests = directories, manifests
+        self.choice = self.summary("comparison")
+        self.method = str(self.choice.get("method", ""))
+        models = {
+            name.split(".")[-1]: path
+            for name, path in directories.items()
+            if "model" in name.split(".")[:-1]
+        }
+        self.models = dict(sorted(models.items(), key=lambda item: item[0] != self.method))
+        self.problem = Problem(**self.summary("evidence").get("problem", {}))
+        self.labels: Labels = {x.name: _UNITS.get(x.unit, x.unit) for x in self.problem.labels}
+        self.surveys = [name.removesuffix(f".{OBSERVATIONS}") for name in self.of(OBSERVATIONS)]
+        self.target = self.one(CORRECTED).removesuffix(f".{CORRECTED}") or "target"
+        self.references = [name for name in self.surveys if name != self.target]
+        self.reference = self.references[0] if len(self.references) == 1 else "reference"
 
     @classmethod
     def open(cls, directories: Mapping[str, Path]) -> Build:
@@ -102,71 +134,17 @@ class Build:
             return pq.read_table(path)
 
     @property
-    def choice(self) -> Row:
-        """Why the method was chosen, and the figures of all."""
-        return self.summary("comparison") or self.summary("chosen")
-
-    @property
-    def method(self) -> str:
-        """The method that corrects the catalog; empty without one."""
-        return str(self.choice.get("method", ""))
-
-    @cached_property
-    def models(self) -> dict[str, Path]:
-        """Directories of the models by method, the chosen one first."""
-        found = {
-            name.split(".")[-1]: path
-            for name, path in self.directories.items()
-            if MODEL in name.split(".")[:-1]
-        }
-        return dict(sorted(found.items(), key=lambda item: item[0] != self.method))
-
-    @cached_property
-    def problem(self) -> Problem:
-        """The question that the models answer."""
-        given = self.summary("evidence").get("problem")
-        return Problem(**given) if given else Problem()
-
-    @property
-    def labels(self) -> Labels:
-        """Units of the labels by their names."""
-        return {label.name: _UNITS.get(label.unit, label.unit) for label in self.problem.labels}
-
-    @property
     def contrasts(self) -> list[tuple[str, str]]:
         """Pairs of references that trends compare."""
         table = self.table("references")
-        if table is None:
-            return []
-        columns = (table[name].to_pylist() for name in ("first", "second"))
+        columns = [table[name].to_pylist() for name in ("first", "second")] if table else [(), ()]
         return list(dict.fromkeys(zip(*columns, strict=True)))
-
-    @property
-    def surveys(self) -> list[str]:
-        """Target, then references."""
-        return [name.removesuffix(f".{OBSERVATIONS}") for name in self.of(OBSERVATIONS)]
-
-    @property
-    def target(self) -> str:
-        """Name of the survey that is corrected."""
-        return self.one(CORRECTED).removesuffix(f".{CORRECTED}") or "target"
-
-    @property
-    def references(self) -> list[str]:
-        """Names of the others."""
-        return [name for name in self.surveys if name != self.target]
-
-    @property
-    def reference(self) -> str:
-        """What to call the reference."""
-        return self.references[0] if len(self.references) == 1 else "reference"
 
     @cached_property
     def counted(self) -> dict[str, Catalog]:
         """Catalogs whose rows are counted in cells of the sky or a plane."""
         names = [*self.of(OBSERVATIONS), *self.of(PAIRS), *self.of(CORRECTED)]
-        if self.scores is not None:
-            names += self.of("projection")
+        names += self.of("projection") if self.scores is not None else []
         return {name: Catalog.open(self.directories[name]) for name in names}
 
     @cached_property
@@ -184,17 +162,10 @@ def home_of(name: str, path: Path) -> Path:
 # --- tables -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table, all text.
 
-    Parameters
-    ----------
-    headers : tuple of str
-        ``>`` before a header: the column contains numbers.
-    rows : tuple of tuple of str
-    strong : frozenset of int
-        Rows that stand out.
+    ``>`` before a header: the column contains numbers. ``strong``: rows that stand out.
     """
 
     headers: tuple[str, ...]
@@ -202,31 +173,19 @@ class Table:
     strong: frozenset[int] = frozenset()
 
 
-def tabulate(
-    items: Iterable[Any],
-    columns: Columns,
-    strong: Callable[[Any], bool] = lambda item: False,
+def _tabulate(
+    items: Iterable[Any], columns: Columns, strong: Callable[[Any], bool] = lambda item: False
 ) -> Table:
-    """Lay out items, a row for each.
-
-    Parameters
-    ----------
-    items : iterable of mapping
-    columns : mapping of str to (str or callable)
-        By header: a key of the items, whose value is written as it is, or what gives the text.
-    strong : callable
-        Tells the rows that stand out.
-    """
+    """Lay out items, a row for each; columns by header: a key, or what gives the text."""
     items = list(items)
     rows = tuple(
-        tuple(brief(item.get(one)) if isinstance(one, str) else one(item)
-              for one in columns.values())
+        tuple(_brief(item.get(x)) if isinstance(x, str) else x(item) for x in columns.values())
         for item in items
-    )  # fmt: skip
+    )
     return Table(tuple(columns), rows, frozenset(i for i, item in enumerate(items) if strong(item)))
 
 
-def brief(value: Any) -> str:
+def _brief(value: Any) -> str:
     """Write a value with four digits; a dash where there is none."""
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
         return "–"
@@ -235,17 +194,16 @@ def brief(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def plain(table: pa.Table) -> Table:
+def _plain(table: pa.Table | None) -> Table | None:
     """Lay out a table as it is."""
-    headers = {
-        (">" if pa.types.is_floating(one.type) or pa.types.is_integer(one.type) else "") + one.name:
-        one.name
-        for one in table.schema
-    }  # fmt: skip
-    return tabulate(table.to_pylist(), headers)
+    if table is None:
+        return None
+    kinds = {x.name: pa.types.is_floating(x.type) or pa.types.is_integer(x.type)
+             for x in table.schema}  # fmt: skip
+    return _tabulate(table.to_pylist(), {">" * kind + name: name for name, kind in kinds.items()})
 
 
-def account(build: Build) -> Table:
+def _account(build: Build) -> Table:
     """Rows in, out, and where the others went, for every product with rows."""
 
     def reasons(item: Row) -> str:
@@ -257,14 +215,13 @@ def account(build: Build) -> Table:
         "product": "product", ">rows in": "n_in", ">rows out": "n_out", ">rejected": "rejected",
         "dropped, +added": reasons,
     }  # fmt: skip
-    return tabulate([one for one in items if one["n_in"] or one["n_out"]], columns)
+    return _tabulate([one for one in items if one["n_in"] or one["n_out"]], columns)
 
 
 def cuts(manifest: Manifest) -> Table:
     """How many rows of a survey fail each quality cut."""
     n_rows, summary = manifest.rows.n_out, manifest.summary
-    params = manifest.recipe.params
-    given = params.get("settings", params).get("survey", {}).get("cuts", {})
+    given = manifest.recipe.params.get("settings", {}).get("survey", {}).get("cuts", {})
     items = []
     for name, cut in sorted(given.items(), key=lambda item: item[1]["bit"]):
         failed = int(summary.get("fail_cut", {}).get(name, 0))
@@ -275,50 +232,32 @@ def cuts(manifest: Manifest) -> Table:
         "cut": "cut", "a row passes if": "test", ">rows that fail": "n",
         ">share": lambda item: percent(item["n"], n_rows),
     }  # fmt: skip
-    return tabulate(items, columns, lambda item: item is items[-1])
+    return _tabulate(items, columns, lambda item: item is items[-1])
 
 
-class _LabelTable:
-    """Columns for values of labels, in the units of these."""
-
-    def __init__(self, labels: Labels) -> None:
-        self.labels = labels
-
-    def sorted(self, items: Iterable[Row]) -> list[Row]:
-        """Items by label."""
-        names = list(self.labels)
-        known = [item for item in items if item["label"] in self.labels]
-        return sorted(known, key=lambda item: names.index(item["label"]))
-
-    def name(self, item: Row) -> str:
-        """Label with its unit."""
-        return f"{word(item['label'])} [{self.labels[item['label']]}]"
-
-    def value(self, key: str, sign: bool = False) -> Callable[[Row], str]:
-        """Text of a value."""
-        return lambda item: number(item.get(key), self.labels[item["label"]], sign)
+def _by_label(items: Iterable[Row], labels: Labels) -> list[Row]:
+    names = list(labels)
+    known = [item for item in items if item["label"] in labels]
+    return sorted(known, key=lambda item: names.index(item["label"]))
 
 
-def metrics(items: Iterable[Row], labels: Labels, chosen: str) -> Table:
-    """Median and scatter of every method on held-out pairs, where no comparison was made."""
-    of = _LabelTable(labels)
-    columns: Columns = {
-        "label": of.name, "method": "method", ">pairs": "n",
-        **{f">median {when}": of.value(f"median_{when}", True) for when in ("before", "after")},
-        **{f">scatter {when}": of.value(f"scatter_{when}") for when in ("before", "after")},
-    }  # fmt: skip
-    return tabulate(of.sorted(items), columns, lambda item: item["method"] == chosen)
+def _label(labels: Labels) -> Callable[[Row], str]:
+    return lambda item: f"{word(item['label'])} [{labels[item['label']]}]"
+
+
+def _value(labels: Labels, key: str, sign: bool = False) -> Callable[[Row], str]:
+    """Text of a value in the unit of the label."""
+    return lambda item: number(item.get(key), labels[item["label"]], sign)
 
 
 def comparison(table: pa.Table, labels: Labels, chosen: str, subset: str) -> Table:
     """Every method in one part of the parameter space, on test and training pairs."""
-    of = _LabelTable(labels)
     mine = select(table, subset=subset).to_pylist()
-    statistics = ordered([row["statistic"] for row in mine], STATISTICS)
+    statistics = ordered([row["statistic"] for row in mine], _STATISTICS)
     methods = ordered([row["method"] for row in mine], (NONE,))
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in mine:
-        if (row["method"], row["sample"]) != (NONE, "train"):
+        if (row["method"], row["sample"]) != (NONE, TRAIN):
             key = (row["label"], row["method"], row["sample"])
             # A binned figure counts a pair once for each quantity: the first ones count pairs.
             item = found.setdefault(key, {**row, "cells": {}})
@@ -329,10 +268,10 @@ def comparison(table: pa.Table, labels: Labels, chosen: str, subset: str) -> Tab
         return lambda item: _interval(item["cells"].get(name), labels[item["label"]])
 
     columns: Columns = {
-        "label": of.name, "method": "method", "sample": "sample", ">pairs": "n",
-        **{f">{STATISTICS.get(name, name)}": cell(name) for name in statistics},
+        "label": _label(labels), "method": "method", "sample": "sample", ">pairs": "n",
+        **{f">{_STATISTICS.get(name, name)}": cell(name) for name in statistics},
     }  # fmt: skip
-    return tabulate(of.sorted(items), columns, lambda item: item["method"] == chosen)
+    return _tabulate(_by_label(items, labels), columns, lambda item: item["method"] == chosen)
 
 
 def _interval(cell: Row | None, unit: str) -> str:
@@ -349,18 +288,17 @@ def _interval(cell: Row | None, unit: str) -> str:
     return text
 
 
-def agreements(items: Iterable[Row], labels: Labels) -> Table:
+def _agreements(items: Iterable[Row], labels: Labels) -> Table | None:
     """Whether two references agree over the bins of each quantity."""
-    of = _LabelTable(labels)
     columns: Columns = {
         "difference": lambda item: f"{item['second']} − {item['first']}",
-        "label": of.name,
+        "label": _label(labels),
         "in bins of": lambda item: word(item["against"]),
         "through": lambda item: "target" if item["by"] == "target" else "stars in both",
         ">bins": "n_bins",
-        ">median": of.value("median", True),
-        ">rms": of.value("rms"),
-        ">excess": of.value("excess"),
+        ">median": _value(labels, "median", True),
+        ">rms": _value(labels, "rms"),
+        ">excess": _value(labels, "excess"),
         ">beyond 3σ": "n_significant",
         ">chance": lambda item: f"{item['p_value']:.1g}",
     }
@@ -369,24 +307,19 @@ def agreements(items: Iterable[Row], labels: Labels) -> Table:
         for item in items
         if item["binning"] == "equal-width" and item["n_bins"] and "," not in item["against"]
     ]
-    return tabulate(shown, columns, lambda item: item["p_value"] < 0.001)
+    return _tabulate(shown, columns, lambda item: item["p_value"] < 0.001) if items else None
 
 
-def follow_up(maps: pa.Table, steps: Mapping[str, float], labels: Labels, n: int = 10) -> Table:
-    """Regions of label space where observations of reference quality would help most.
+def follow_up(maps: pa.Table, steps: Mapping[str, float], labels: Labels) -> Table:
+    """The cells of label space with most rows outside the coverage.
 
     Parameters
     ----------
     maps : pyarrow.Table
         ``maps.parquet`` of the stage coverage.
     steps : mapping of str to float
-        Width of a region in each label.
-    labels : mapping of str to str
-    n : int
-        Most regions: those with most rows outside the coverage.
+        Width of a cell in each label.
     """
-    found = select(maps, map="labels").to_pylist()
-    regions = sorted(found, key=lambda row: (-row["outside"], *(row[name] for name in steps)))[:n]
 
     def region(name: str) -> Callable[[Row], str]:
         half = steps[name] / 2
@@ -394,16 +327,13 @@ def follow_up(maps: pa.Table, steps: Mapping[str, float], labels: Labels, n: int
 
     columns: Columns = {
         **{f"{word(name)} [{labels.get(name, '')}]": region(name) for name in steps},
-        ">rows outside": "outside",
-        ">all rows": lambda row: f"{sum(row[name] for name in CLASSES):,}",
-        ">G [mag]": "phot_g_mean_mag",
+        ">rows outside": "outside", ">all rows": "rows", ">G [mag]": "phot_g_mean_mag",
     }  # fmt: skip
-    return tabulate([row for row in regions if row["outside"]], columns)
+    return _tabulate(most_outside(maps), columns)
 
 
 def left_out(table: pa.Table, labels: Labels, method: str) -> Table:
     """Median and scatter of one method in every group of pairs, left out and not."""
-    of = _LabelTable(labels)
     raw = {(r["split"], r["group"], r["label"]): r
            for r in select(table, method=NONE).to_pylist()}  # fmt: skip
     items = [
@@ -411,15 +341,15 @@ def left_out(table: pa.Table, labels: Labels, method: str) -> Table:
                    for name in ("median", "mad")}}
         for row in select(table, method=method).to_pylist()
     ]  # fmt: skip
-    columns: Columns = {
-        "label": of.name, "split": "split", "group left out": group_words,
+    columns: dict[str, Any] = {
+        "label": _label(labels), "split": "split", "group left out": group_words,
         ">trained on": "n_train", ">pairs left out": "n",
     }  # fmt: skip
     for name, key, sign in (("median", "median", True), ("scatter", "mad", False)):
-        columns[f">{name} uncorrected"] = of.value(f"raw_{key}", sign)
-        columns[f">{name} left out"] = of.value(key, sign)
-        columns[f">{name} not left out"] = of.value(f"{key}_random", sign)
-    return tabulate(of.sorted(items), {**columns, ">pairs not left out": "n_random"})
+        columns[f">{name} uncorrected"] = _value(labels, f"raw_{key}", sign)
+        columns[f">{name} left out"] = _value(labels, key, sign)
+        columns[f">{name} not left out"] = _value(labels, f"{key}_random", sign)
+    return _tabulate(_by_label(items, labels), {**columns, ">pairs not left out": "n_random"})
 
 
 def short_intervals(table: pa.Table) -> list[Row]:
@@ -431,7 +361,7 @@ def short_intervals(table: pa.Table) -> list[Row]:
 def gains(items: Iterable[Row], labels: Labels, chosen: str) -> list[Row]:
     """Scatter of each label before and after the chosen method, on held-out pairs, as text."""
     found: list[Row] = []
-    for item in _LabelTable(labels).sorted(items):
+    for item in _by_label(items, labels):
         if item["method"] == chosen:
             before, after = item["scatter_before"], item["scatter_after"]
             digits = 0 if labels[item["label"]] == "K" else 3
@@ -441,15 +371,14 @@ def gains(items: Iterable[Row], labels: Labels, chosen: str) -> list[Row]:
     return found
 
 
-def disagreeing(items: Iterable[Row], labels: Labels) -> list[Row]:
+def _disagreeing(items: Iterable[Row], labels: Labels) -> list[Row]:
     """Pairs of references with significant differences in bins of the labels, and in how many."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for item in items:
-        pair = {name: item[name] for name in ("first", "second")}
         if (item["binning"], item["by"]) == ("equal-width", "target") and item["against"] in labels:
-            total = found.setdefault(
-                tuple(pair.values()), {**pair, "n_significant": 0, "n_bins": 0}
-            )
+            pair = {name: item[name] for name in ("first", "second")}
+            start = {**pair, "n_significant": 0, "n_bins": 0}
+            total = found.setdefault((item["first"], item["second"]), start)
             for name in ("n_significant", "n_bins"):
                 total[name] += item[name]
     return [item for item in found.values() if item["n_significant"]]
@@ -460,7 +389,6 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
 
     Parameters
     ----------
-    build : Build
     steps : mapping of str to float
         Width of a region of label space.
     files, software : mapping of str to str
@@ -468,35 +396,36 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
     """
     labels, method = build.labels, build.method
     observed = {name: build.manifests[f"{name}.{OBSERVATIONS}"] for name in build.surveys}
+    agreed = build.summary("trends").get("agreements", ())
+    hashes = [(survey, files.get(digest, ""), digest) for survey, manifest in observed.items()
+              for digest in manifest.recipe.inputs.values()]  # fmt: skip
+    products = [(name, one.recipe.stage, str(one.recipe.version), one.fingerprint)
+                for name, one in build.manifests.items()]  # fmt: skip
     found: dict[str, Any] = {
-        "account": account(build),
+        "account": _account(build),
         "cuts": {name: cuts(manifest) for name, manifest in observed.items()},
         "gains": gains(build.choice.get("metrics", ()), labels, method),
-        **dict.fromkeys(("metrics", "worst", "agreements", "flags", "follow_up", "short")),
+        "disagreeing": _disagreeing(agreed, labels),
+        "agreements": _agreements(agreed, labels),
+        **{name: _plain(build.table(name)) for name in ("artifacts", "outside", "hit_rates")},
+        **dict.fromkeys(("worst", "flags", "follow_up", "short")),
         "comparison": {},
         "left_out": {},
+        "inputs": Table(("survey", "file", "SHA-256"), tuple(hashes)),
+        "products": Table(("product", "stage", ">version", "fingerprint"), tuple(products)),
+        "software": Table(("package", "version"), tuple(software.items())),
     }
     if (table := build.table("comparison")) is not None:
         subsets = ordered(table["subset"].to_pylist(), SUBSETS)
         found["comparison"] = {one: comparison(table, labels, method, one) for one in subsets}
-        worst = select(table, sample="test", subset="all", statistic="worst_bin", method=method)
-        found["worst"] = _LabelTable(labels).sorted(
-            [row for row in worst.to_pylist() if row["value"] is not None]
-        )
-    elif build.choice.get("metrics"):
-        found["metrics"] = metrics(build.choice["metrics"], labels, method)
-    for name in ("artifacts", "outside", "hit_rates"):
-        table = build.table(name)
-        found[name] = None if table is None else plain(table)
+        worst = select(table, sample=TEST, subset=ALL, statistic="worst_bin", method=method)
+        known = [row for row in worst.to_pylist() if row["value"] is not None]
+        found["worst"] = _by_label(known, labels)
     if (table := build.table("hit_rates")) is not None:
         found["short"] = short_intervals(table)
-    agreed = build.summary("trends").get("agreements", ())
-    found["disagreeing"] = disagreeing(agreed, labels)
-    if agreed:
-        found["agreements"] = agreements(agreed, labels)
     if flags := build.summary(CORRECTED).get("flags"):
         n_rows = build.manifests[build.one(CORRECTED)].rows.n_out
-        found["flags"] = tabulate(
+        found["flags"] = _tabulate(
             sorted(flags.items(), key=lambda item: (-item[1], item[0])),
             {"meaning": lambda item: readable(item[0]), ">rows": lambda item: f"{item[1]:,}",
              ">share": lambda item: percent(item[1], n_rows)},
@@ -505,30 +434,14 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
         found["follow_up"] = follow_up(table, steps, labels)
     if (table := build.table("left_out")) is not None:
         found["left_out"] = {name: left_out(table, labels, name) for name in build.models}
-    hashes = [(survey, files.get(digest, ""), digest) for survey, manifest in observed.items()
-              for digest in manifest.recipe.inputs.values()]  # fmt: skip
-    products = [(name, one.recipe.stage, str(one.recipe.version), one.fingerprint)
-                for name, one in build.manifests.items()]  # fmt: skip
-    found["inputs"] = Table(("survey", "file", "SHA-256"), tuple(hashes))
-    found["products"] = Table(("product", "stage", ">version", "fingerprint"), tuple(products))
-    found["software"] = Table(("package", "version"), tuple(software.items()))
     return found
 
 
 # --- the page -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure on the page.
-
-    Parameters
-    ----------
-    title : str
-    facts : mapping
-        For its caption.
-    png : bytes
-    """
+class Picture(NamedTuple):
+    """A figure on the page; ``facts`` are for its caption."""
 
     title: str
     facts: Row
@@ -551,20 +464,13 @@ class Picture:
 
 
 def html(
-    build: Build,
-    pictures: Mapping[str, Picture],
-    tables: Row,
-    *,
-    job: str,
-    job_text: str,
-    version: str,
-    formulas: Row | None = None,
-) -> str:
+    build: Build, pictures: Mapping[str, Picture], tables: Row, *, job: str, job_text: str,
+    version: str, formulas: Row | None = None,
+) -> str:  # fmt: skip
     """Write the page of a build as HTML; all text is escaped.
 
     Parameters
     ----------
-    build : Build
     pictures : mapping of str to Picture
         By the names of the figures.
     tables : mapping
@@ -582,14 +488,8 @@ def html(
         loader=PackageLoader("sos_dask"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {
-        "count": lambda n: f"{n:,}",
-        "listed": listed,
-        "number": number,
-        "percent": percent,
-        "readable": readable,
-        "word": word,
-    }
+    texts = {one.__name__: one for one in (listed, number, percent, readable, word)}
+    environment.filters |= {"count": lambda n: f"{n:,}", **texts}
     return environment.get_template("report.html").render(
         build=build, pictures=pictures, tables=tables, formulas=formulas, job=job,
         job_text=job_text, version=version,

@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -34,61 +34,26 @@ MARKERS = ("s", "D", "^", "v", "P", "o")
 EMPTY = "#e3e3e3"  # no data, where white means zero
 DENSITY_MAP, SIGNED_MAP, SHARE_MAP = "viridis", "RdBu_r", "cividis"
 
-WORDS = {
-    "teff": "Teff",
-    "logg": "log g",
-    "feh": "[Fe/H]",
-    "rv": "RV",
-    "snr": "S/N",
-    "phot_g_mean_mag": "G",
-    "ebv": "E(B-V)",
-    "bp_rp": "BP-RP",
-}
-_SYMBOLS = WORDS | {
-    "teff": r"$T_\mathrm{eff}$",
-    "logg": r"$\log\,g$",
-    "phot_g_mean_mag": r"$G$",
-    "ebv": r"$E(B-V)$",
-    "bp_rp": r"$G_\mathrm{BP}-G_\mathrm{RP}$",
-}
+_WORDS = {"teff": "Teff", "logg": "log g", "feh": "[Fe/H]", "rv": "RV", "snr": "S/N",
+          "phot_g_mean_mag": "G", "ebv": "E(B-V)", "bp_rp": "BP-RP"}  # fmt: skip
+_SYMBOLS = _WORDS | {
+    "teff": r"$T_\mathrm{eff}$", "logg": r"$\log\,g$", "phot_g_mean_mag": r"$G$",
+    "ebv": r"$E(B-V)$", "bp_rp": r"$G_\mathrm{BP}-G_\mathrm{RP}$",
+}  # fmt: skip
 _UNITS = {"teff": "K", "logg": "dex", "feh": "dex", "rv": "km/s",
           "phot_g_mean_mag": "mag", "ebv": "mag", "bp_rp": "mag"}  # fmt: skip
 _DIGITS = {"K": 1, "km/s": 2}
-NONE = "none"
-STATISTICS = {
-    "median": "median",
-    "mad": "scatter (1.4826 MAD)",
-    "width": "half of the 16–84 % width",
-    "rms_binned": "rms of binned medians",
-    "worst_bin": "worst bin",
-}
-SUBSETS = ("all", "dense", "sparse", "logg < 1", "teff > 7000", "feh < -2", "feh > 0.2")
 
 _RC: Any = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "axes.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "xtick.direction": "in",
-    "ytick.direction": "in",
-    "xtick.top": True,
-    "ytick.right": True,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "lines.linewidth": 1.1,
-    "lines.markersize": 3,
-    "mathtext.fontset": "dejavusans",
-    "figure.dpi": DPI,
-    "savefig.dpi": DPI,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8,
+    "axes.labelsize": 8, "axes.titlesize": 8, "axes.linewidth": 0.7, "axes.axisbelow": True,
+    "axes.unicode_minus": True, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "xtick.direction": "in", "ytick.direction": "in", "xtick.top": True, "ytick.right": True,
+    "legend.fontsize": 7, "legend.frameon": False, "lines.linewidth": 1.1, "lines.markersize": 3,
+    "mathtext.fontset": "dejavusans", "figure.dpi": DPI, "savefig.dpi": DPI,
     "pdf.fonttype": 42,  # text stays text, as journals ask
     "image.interpolation": "nearest",
-}
+}  # fmt: skip
 _DRAWING = threading.Lock()  # settings and the parser of formulas belong to the whole process
 
 
@@ -96,25 +61,15 @@ _DRAWING = threading.Lock()  # settings and the parser of formulas belong to the
 class Drawn:
     """A figure and what its caption says.
 
-    Parameters
-    ----------
-    title : str
-    figure : Figure
-    facts : mapping
-        JSON values, by the names that the caption in the template of the page gives them.
+    ``facts``: JSON values, by the names that the caption in the template of the page gives them.
     """
 
     title: str
     figure: Figure
     facts: Mapping[str, Any]
 
-    def with_facts(self, **more: Any) -> Drawn:
-        """Add facts to its caption."""
-        return Drawn(self.title, self.figure, {**self.facts, **more})
 
-
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
     """A figure as files; title and facts as in `Drawn`."""
 
     title: str
@@ -124,17 +79,9 @@ class Rendered:
 
 
 def render(draw: Callable[[], Drawn | None]) -> Rendered | None:
-    """Draw a figure in the style of this module and make its files.
+    """Draw a figure in the style of this module and make its files; None where there is none.
 
-    Parameters
-    ----------
-    draw : callable
-        Gives the figure, or None where there is nothing to show.
-
-    Returns
-    -------
-    Rendered or None
-        Without dates or versions in it: the same figure gives the same bytes.
+    They are without dates or versions: the same figure gives the same bytes.
     """
     with _DRAWING, mpl.rc_context():
         mpl.rcdefaults()  # what a user has set for own plots plays no part
@@ -143,10 +90,9 @@ def render(draw: Callable[[], Drawn | None]) -> Rendered | None:
         if drawn is None:
             return None
         png, pdf = io.BytesIO(), io.BytesIO()
-        drawn.figure.savefig(
-            png, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True}
-        )
-        nothing = {"CreationDate": None, "Creator": None, "Producer": None}
+        smaller: Any = {"metadata": {"Software": None}, "pil_kwargs": {"optimize": True}}
+        drawn.figure.savefig(png, format="png", **smaller)
+        nothing = dict.fromkeys(("CreationDate", "Creator", "Producer"))
         drawn.figure.savefig(pdf, format="pdf", metadata=nothing)
         return Rendered(drawn.title, drawn.facts, png.getvalue(), pdf.getvalue())
 
@@ -168,7 +114,7 @@ def symbol(name: str) -> str:
 
 def word(name: str) -> str:
     """Name a quantity, or a part of the parameter space, as a person does: ``log g < 1``."""
-    return _named(name, WORDS)
+    return _named(name, _WORDS)
 
 
 def _named(name: str, names: Mapping[str, str]) -> str:
@@ -197,7 +143,7 @@ def number(value: float | None, unit: str, sign: bool = False) -> str:
 
 def readable(text: str) -> str:
     """Name columns in a text of a manifest as a person does: ``log g`` for ``logg``."""
-    return re.sub(r"\b(teff|logg|feh|snr)\b", lambda found: WORDS[found[1]], text)
+    return re.sub(r"\b(teff|logg|feh|snr)\b", lambda found: _WORDS[found[1]], text)
 
 
 def percent(part: int, whole: int) -> str:

@@ -15,11 +15,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from sos_dask.errors import ClusterError, ConfigError
@@ -34,7 +36,7 @@ from sos_dask.run.machine import (
 
 T = TypeVar("T")
 R = TypeVar("R")
-logger = logging.getLogger(__name__)
+_Done: TypeAlias = Generator[tuple[int, R], None, None]
 _ANSWER_S = 5
 _CONNECT = "20s"
 _CLOSING_S = 10.0
@@ -76,44 +78,27 @@ _DASK = {
 }
 # What every worker imports before its first task, beside the stages in use here and what these name
 # as PRELOAD.
-_PRELOADED = [
-    "sos_dask.run.machine",
-    "distributed",
-    "distributed.nanny",
-    "pyarrow.compute",
-    "sos_dask.storage.catalog",
-]
+_PRELOADED = ["sos_dask.run.machine", "distributed", "distributed.nanny", "pyarrow.compute"]
+_PRELOADED += ["sos_dask.storage.catalog"]
 
-
-class Report(Protocol):
-    """Callable that is told how far a step is; the command line draws it."""
-
-    def __call__(self, step: str, done: int, total: int) -> None:
-        """Receive that ``done`` of ``total`` parts of a step are done."""
+Report: TypeAlias = Callable[[str, int, int], None]
+"""Gets a step and how many of its parts are done, of how many; the command line draws it."""
 
 
 def silent(step: str, done: int, total: int) -> None:
     """Report nothing."""
 
 
+@dataclass(eq=False)
 class Cluster:
     """Runs tasks on a Dask cluster, or in this process when there is no client.
 
-    Parameters
-    ----------
-    client : distributed.Client, optional
-    n_threads : int
-        Tasks at once without a client.
-    thread_bytes : int, optional
-        Memory that each of them may use.
+    There, ``n_threads`` of them run at once, each of which may use ``thread_bytes`` of memory.
     """
 
-    def __init__(
-        self, client: Any = None, n_threads: int = 1, thread_bytes: int | None = None
-    ) -> None:
-        self.client = client
-        self._n_threads = n_threads
-        self._thread_bytes = thread_bytes
+    client: Any = None  # distributed.Client
+    n_threads: int = 1
+    thread_bytes: int | None = None
 
     @property
     def _workers(self) -> dict[str, Any]:
@@ -122,13 +107,13 @@ class Cluster:
     @property
     def n_workers(self) -> int:
         """Workers at present; without a cluster threads."""
-        return self._n_threads if self.client is None else max(1, len(self._workers))
+        return self.n_threads if self.client is None else max(1, len(self._workers))
 
     @property
     def memory_limit_bytes(self) -> int | None:
         """Memory limit of the smallest worker; None where there is none."""
         if self.client is None:
-            return self._thread_bytes
+            return self.thread_bytes
         limits = [worker["memory_limit"] for worker in self._workers.values()]
         return min(filter(None, limits), default=None)
 
@@ -137,41 +122,36 @@ class Cluster:
         limit = self.memory_limit_bytes
         if limit is not None and n_bytes > _USABLE * limit:
             raise ClusterError(
-                f"{what} needs about {n_bytes / 2**20:,.0f} MiB in a worker, "
-                f"the limit is {limit / 2**20:,.0f} MiB, of which {_USABLE:.0%} can be used",
-                f"Give workers {n_bytes / _USABLE / 2**20:,.0f} MiB or more (memory_limit; fewer "
-                "workers have more each), or ingest with a lower rows_per_partition.",
+                f"{what} needs about {_mib(n_bytes)} in a worker, the limit is {_mib(limit)}, "
+                f"of which {_USABLE:.0%} can be used",
+                f"Give workers {_mib(n_bytes / _USABLE)} or more (memory_limit; fewer workers have "
+                "more each), or ingest with a lower rows_per_partition.",
             )
 
     @staticmethod
     def require_driver_memory(n_bytes: int, what: str) -> None:
         """Refuse work that this process cannot hold, before it starts."""
-        limit = memory_bytes()
-        if n_bytes > limit:
+        if n_bytes > (limit := memory_bytes()):
             raise ClusterError(
-                f"{what} needs about {n_bytes / 2**20:,.0f} MiB in the process that was started, "
-                f"there are {limit / 2**20:,.0f} MiB",
+                f"{what} needs about {_mib(n_bytes)} in the process that was started, there are "
+                f"{_mib(limit)}",
                 "Start it on a machine, or in a batch job, with more memory.",
             )
 
     def cpu_seconds(self) -> dict[str, float]:
         """CPU seconds so far of this process and of each worker that answers soon, by address."""
         found = {"": time.process_time()}
-        if self.client is None:
-            return found
-        from distributed import wait
+        if self.client is not None:
+            from distributed import wait
 
-        with contextlib.suppress(TimeoutError, OSError):
-            asked = {
-                address: self.client.submit(time.process_time, workers=[address], pure=False)
-                for address in self._workers
-            }
-            try:
+            ask = partial(self.client.submit, time.process_time, pure=False)
+            asked = {address: ask(workers=[address]) for address in self._workers}
+            with contextlib.suppress(TimeoutError, OSError):
                 wait(list(asked.values()), timeout=_ANSWER_S)
-            finally:
-                done = {a: future for a, future in asked.items() if future.status == "finished"}
-                found |= {address: float(future.result()) for address, future in done.items()}
-                self.client.cancel(list(asked.values()), force=True)
+            for address, future in asked.items():
+                if future.status == "finished":
+                    found[address] = float(future.result())
+            self.client.cancel(list(asked.values()), force=True)
         return found
 
     def run(
@@ -183,87 +163,79 @@ class Cluster:
     ) -> list[R]:
         """Run a function for every task; results in the order of the tasks.
 
-        Parameters
-        ----------
-        function : callable
-            Importable by its name on every worker.
-        tasks : sequence
-        step : str
-            Name in a progress bar.
-        report : Report
+        The function is importable by its name on every worker; ``report`` gets the progress of a
+        ``step``. An error of a task is raised as it was, and the other tasks are cancelled.
 
         Raises
         ------
-        SosError
-            As raised by a task; the other tasks are cancelled.
         ClusterError
             A task killed its worker several times, or the scheduler is gone.
         """
-        report(step, 0, len(tasks))
+        done: _Done[R] = ((index, function(task)) for index, task in enumerate(tasks))
         if self.client is not None:
-            return self._run_on_client(function, tasks, step, report)
-        if self._n_threads > 1:
-            return self._run_in_threads(function, tasks, step, report)
-        results = []
-        for task in tasks:
-            results.append(function(task))
-            report(step, len(results), len(tasks))
-        return results
+            done = self._done_on_client(function, tasks, step)
+        elif self.n_threads > 1:
+            done = self._done_in_threads(function, tasks)
+        results: dict[int, R] = {}
+        report(step, 0, len(tasks))
+        with contextlib.closing(done):
+            for index, result in done:
+                results[index] = result
+                report(step, len(results), len(tasks))
+        return [results[index] for index in range(len(tasks))]
 
-    def _run_in_threads(
-        self, function: Callable[[T], R], tasks: Sequence[T], step: str, report: Report
-    ) -> list[R]:
-        pool = futures.ThreadPoolExecutor(self._n_threads, "task")
+    def _done_in_threads(self, function: Callable[[T], R], tasks: Sequence[T]) -> _Done[R]:
+        """Numbers and results of tasks as threads finish them."""
+        pool = futures.ThreadPoolExecutor(self.n_threads, "task")
         try:
-            running = [pool.submit(function, task) for task in tasks]
-            for number, future in enumerate(futures.as_completed(running), start=1):
-                future.result()
-                report(step, number, len(tasks))
-            return [future.result() for future in running]
+            index_of = {pool.submit(function, task): index for index, task in enumerate(tasks)}
+            for future in futures.as_completed(index_of):
+                yield index_of[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _run_on_client(
-        self, function: Callable[[T], R], tasks: Sequence[T], step: str, report: Report
-    ) -> list[R]:
+    def _done_on_client(
+        self, function: Callable[[T], R], tasks: Sequence[T], step: str
+    ) -> _Done[R]:
+        """Numbers and results of tasks as workers finish them."""
         from distributed import CancelledError, KilledWorker, as_completed
 
-        results: dict[int, R] = {}
+        # A bounded number in flight: the scheduler never holds a graph of the whole job.
+        submitted = (
+            (self.client.submit(_run_task, function, task, step, pure=False), index)
+            for index, task in enumerate(tasks)
+        )
         index_of: dict[Any, int] = {}
-        future = None
-        waiting = iter(enumerate(tasks))
-        running = as_completed()
+        running, future = as_completed(), None
 
-        def submit() -> None:
-            for index, task in waiting:
-                future = self.client.submit(_run_task, function, task, step, pure=False)
-                index_of[future.key] = index
-                running.add(future)
-                return
+        def submit(n_tasks: int) -> None:
+            for added, index in islice(submitted, n_tasks):
+                index_of[added] = index
+                running.add(added)
 
         try:
-            # A bounded number in flight: the scheduler never holds a graph of the whole job.
-            for _ in range(4 * self.n_workers):
-                submit()
+            submit(4 * self.n_workers)
             for future in running:
-                results[index_of[future.key]] = future.result()
-                report(step, len(results), len(tasks))
-                submit()
+                yield index_of.pop(future), future.result()
+                submit(1)
         except KilledWorker as error:
-            raise ClusterError(
-                f"{step}: a task killed its worker again and again ({error})",
-                "Most often it ran out of memory: give workers more, or lower rows_per_partition.",
-            ) from error
+            what = f"{step}: a task killed its worker again and again ({error})"
+            hint = (
+                "Most often it ran out of memory: give workers more, or lower rows_per_partition."
+            )
+            raise ClusterError(what, hint) from error
         except (CancelledError, TimeoutError, OSError) as error:
             if future is not None and future.status == "error":
                 raise  # of the task itself
-            raise ClusterError(
-                f"{step}: the cluster is gone ({error!r})", "Run the same command again."
-            ) from error
+            what = f"{step}: the cluster is gone ({error!r})"
+            raise ClusterError(what, "Run the same command again.") from error
         finally:
             with contextlib.suppress(Exception):
                 self.client.cancel(list(running.futures), force=True)
-        return [results[index] for index in range(len(tasks))]
+
+
+def _mib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:,.0f} MiB"
 
 
 def _run_task(function: Callable[[T], R], task: T, step: str) -> R:
@@ -274,22 +246,8 @@ def _run_task(function: Callable[[T], R], task: T, step: str) -> R:
 
 @lru_cache(maxsize=1)
 def _give_back(step: str) -> None:
-    """Give back what the stage before has left, once for the first task of a step.
-
-    Freed memory is kept for the next task of a kind. Over stages, it would add to the peak of each.
-    """
+    """Give back what the stage before has left: over stages it would add to the peak of each."""
     give_back_memory()
-
-
-def _quiet_workers() -> Any:
-    """Plugin that discards what libraries print in workers: standard output is for results."""
-    from distributed import WorkerPlugin
-
-    class Quiet(WorkerPlugin):  # type: ignore[misc]
-        def setup(self, worker: Any) -> None:
-            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-
-    return Quiet()
 
 
 def _share_imports() -> None:
@@ -333,30 +291,27 @@ def start(
     ClusterError
         The scheduler does not answer.
     ConfigError
-        The memory limit is no number of bytes, more processes or threads are asked for than can be
-        meant, or what is asked for excludes each other.
+        See `check_place`.
     """
     check_place(n_workers, memory_limit, scheduler, n_threads)
-    limit = None if memory_limit == "auto" else _limit_bytes(memory_limit)
-    if n_threads is not None or (scheduler is None and n_workers == 0):
+    limited = memory_limit != "auto"
+    limit = _limit_bytes(memory_limit) if limited else None
+    if n_threads or (scheduler is None and n_workers == 0):
         keep_freed_memory()
-        n_threads = n_threads or 1
-        share = memory_bytes() // n_threads if memory_limit == "auto" else limit
-        yield Cluster(None, n_threads, share)
+        share = memory_bytes() // (n_threads or 1)
+        yield Cluster(None, n_threads or 1, limit if limited else share)
         return
     import dask
     import distributed  # noqa: F401  its defaults are those of Dask's configuration, below ours
 
     quiet = logging.getLogger("distributed")
-    level = quiet.level
     with dask.config.set(_DASK), contextlib.ExitStack() as stack:
+        stack.callback(quiet.setLevel, quiet.level)
         quiet.setLevel(logging.CRITICAL)
-        stack.callback(quiet.setLevel, level)
         if scheduler is not None:
-            client = stack.enter_context(_connected(scheduler))
+            yield Cluster(stack.enter_context(_connected(scheduler)))
         else:
-            client = _local_client(stack, n_workers, "auto" if memory_limit == "auto" else limit)
-        yield Cluster(client)
+            yield Cluster(_local_client(stack, n_workers, limit if limited else "auto"))
 
 
 def _connected(scheduler: str) -> Any:
@@ -370,10 +325,9 @@ def _connected(scheduler: str) -> Any:
         place = {"scheduler_file": scheduler} if is_file else {"address": scheduler}
         return Client(**place, timeout=_CONNECT)
     except Exception as error:  # an address or a file can be wrong in many ways
-        raise ClusterError(
-            f"no Dask scheduler answers at {scheduler}: {error!r}",
-            "Check the address, or leave it out to work on this machine.",
-        ) from error
+        hint = "Check the address, or leave it out to work on this machine."
+        what = f"no Dask scheduler answers at {scheduler}: {error!r}"
+        raise ClusterError(what, hint) from error
 
 
 def _local_client(
@@ -383,7 +337,8 @@ def _local_client(
     from distributed import Client, LocalCluster
 
     _share_imports()
-    with _interrupts_postponed(), _worker_environment():
+    arrived: list[int] = []
+    with _interrupts(lambda number, frame: arrived.append(number)), _worker_environment():
         with _interrupts(signal.SIG_IGN):  # which workers inherit with the environment
             multiprocessing.forkserver.ensure_running()
         local = stack.enter_context(
@@ -391,7 +346,6 @@ def _local_client(
                 n_workers=n_workers or n_cores(),
                 threads_per_worker=1,
                 memory_limit=memory_limit,
-                processes=True,
                 dashboard_address=":0",  # a free port; the server itself is always there
                 # Its pages are made by bokeh, whose import is a third of the whole start.
                 scheduler_kwargs={"dashboard": False},
@@ -399,9 +353,9 @@ def _local_client(
             )
         )
     stack.enter_context(_hanging_workers_killed(local))
-    client = stack.enter_context(Client(local))
-    client.register_plugin(_quiet_workers(), name="quiet")
-    return client
+    if arrived:  # Ctrl-C: Dask's start cannot be left half-way
+        signal.raise_signal(signal.SIGINT)
+    return stack.enter_context(Client(local))
 
 
 def _limit_bytes(memory_limit: str) -> int | None:
@@ -412,15 +366,12 @@ def _limit_bytes(memory_limit: str) -> int | None:
         limit = int(parse_bytes(memory_limit))
     except (ValueError, OverflowError):
         limit = -1
-    if not 0 <= limit <= 2**60 or not memory_limit.strip()[0].isdigit():
+    sound = limit == 0 or _LEAST_BYTES <= limit <= 2**60
+    if not sound or not memory_limit.strip()[0].isdigit():
+        least = f"{_LEAST_BYTES >> 20}MiB or more; most steps need some hundred"
         raise ConfigError(
-            f"{memory_limit!r} is no memory limit",
-            "Give a number with its unit, as in 4GiB; auto, or 0 for none.",
-        )
-    if 0 < limit < _LEAST_BYTES:
-        raise ConfigError(
-            f"a memory limit of {memory_limit!r} is too small for any work",
-            f"Give {_LEAST_BYTES >> 20}MiB or more; most steps need some hundred.",
+            f"{memory_limit!r} is not a memory limit",
+            f"Give a number with its unit, as in 4GiB ({least}); auto, or 0 for none.",
         )
     return limit or None
 
@@ -435,43 +386,29 @@ def check_place(
     most = _MOST_A_CORE * n_cores()
     for number, least, what in ((n_workers, 0, "workers"), (n_threads, 1, "threads")):
         if number is not None and not least <= number <= most:
-            raise ConfigError(
-                f"{number} {what} are not possible", f"{n_cores()} cores take {most} at most."
-            )
+            hint = f"{n_cores()} cores take {most} at most."
+            raise ConfigError(f"{number} {what} are not possible", hint)
     if memory_limit != "auto":
         _limit_bytes(memory_limit)
     if n_threads is not None and (n_workers is not None or scheduler is not None):
-        raise ConfigError(
-            "--threads goes with neither --workers nor --scheduler",
-            "Tasks run in threads of this process, in worker processes, or on a cluster.",
-        )
-    if scheduler is None:
-        return
-    if n_workers is not None or memory_limit != "auto":
-        raise ConfigError(
-            "a running cluster (--scheduler) has workers and memory limits of its own",
-            "Leave --workers and --memory-limit out, or the scheduler.",
-        )
-    is_there = Path(scheduler).exists()
-    if is_there and not Path(scheduler).is_file():
-        raise ConfigError(f"--scheduler: {scheduler} is no scheduler file")
-    if scheduler.endswith(".json") and not is_there:
-        raise ConfigError(
-            f"--scheduler: there is no file {scheduler}", "Has the scheduler started?"
-        )
+        hint = "Tasks run in threads of this process, in worker processes, or on a cluster."
+        raise ConfigError("--threads goes with neither --workers nor --scheduler", hint)
+    if scheduler is not None and (n_workers is not None or memory_limit != "auto"):
+        what = "a running cluster (--scheduler) has workers and memory limits of its own"
+        raise ConfigError(what, "Leave --workers and --memory-limit out, or the scheduler.")
+    file = Path(scheduler or "none")
+    if scheduler and (file.is_dir() or (file.suffix == ".json" and not file.exists())):
+        raise ConfigError(f"--scheduler: there is no file {scheduler}", "Has it started?")
 
 
 def _require_listener(address: str) -> None:
     """Wait shortly for a listener; Dask itself tries a wrong address again until its timeout."""
     url = urlsplit(address if "://" in address else f"tcp://{address}")
-    if url.scheme not in ("tcp", "tls") or not url.hostname or not url.port:
-        return
     deadline = time.monotonic() + _LISTENING_S
-    while True:
+    while url.scheme in ("tcp", "tls") and url.hostname and url.port:
         try:
             left = max(deadline - time.monotonic(), 0.1)
-            socket.create_connection((url.hostname, url.port), timeout=left).close()
-            return
+            return socket.create_connection((url.hostname, url.port), timeout=left).close()
         except OSError:
             if time.monotonic() >= deadline:
                 raise
@@ -484,7 +421,6 @@ def _hanging_workers_killed(local: Any) -> Iterator[None]:
 
     Dask waits for ever for a worker that has not yet told its nanny that it runs.
     """
-    yield
     closed = threading.Event()
 
     def watch() -> None:
@@ -493,6 +429,7 @@ def _hanging_workers_killed(local: Any) -> Iterator[None]:
                 with contextlib.suppress(OSError, TypeError):  # ended by itself, or not there yet
                     os.kill(nanny.pid, signal.SIGKILL)
 
+    yield
     threading.Thread(target=watch, name="closing", daemon=True).start()
     try:
         local.close()
@@ -503,14 +440,12 @@ def _hanging_workers_killed(local: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _worker_environment() -> Iterator[None]:
     """Environment of workers, which they get through this process; it may use all its threads."""
-    new = {name: str(value) for name, value in {WORKER: 1, **_WORKER_ENVIRONMENT}.items()}
-    before = {name: os.environ[name] for name in new if name in os.environ}
-    os.environ |= new
+    before = dict(os.environ)
+    os.environ |= {name: str(value) for name, value in {WORKER: 1, **_WORKER_ENVIRONMENT}.items()}
     try:
         yield
     finally:
-        for name in new:
-            os.environ.pop(name, None)
+        os.environ.clear()
         os.environ |= before
 
 
@@ -525,13 +460,3 @@ def _interrupts(handler: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _interrupts_postponed() -> Iterator[None]:
-    """Ctrl-C counts at the end of the block: Dask's start cannot be left half-way."""
-    arrived: list[int] = []
-    with _interrupts(lambda number, frame: arrived.append(number)):
-        yield
-    if arrived:
-        signal.raise_signal(signal.SIGINT)

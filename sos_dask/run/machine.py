@@ -10,17 +10,19 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 
 KEPT_BYTES = 256 << 20
 """Freed memory that is kept for use again."""
-_OLD_LIMIT = 32 << 20  # more is refused by older C libraries
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt(3)
 WORKER = "SOS_DASK_WORKER"
 """Variable of the environment that marks our own worker processes."""
+_OLD_LIMIT = 32 << 20  # more is refused by older C libraries
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt(3)
 _CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CPU_FILES = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))  # cgroups version 2, 1
 
 
 def n_cores() -> int:
@@ -28,19 +30,14 @@ def n_cores() -> int:
 
     A batch system gives a job some cores of a node, or a share of their time.
     """
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()  # not on macOS
+    cores = len(own) or os.cpu_count() or 1
     for folder in _groups("cpu"):
-        with contextlib.suppress(OSError, ValueError):  # "max", or not to be seen from here
-            if (folder / "cpu.max").is_file():
-                quota, period = (folder / "cpu.max").read_text().split()
-            else:
-                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-                quota, period = ((folder / name).read_text() for name in names)
-            if int(quota) > 0:
-                cores = min(cores, math.ceil(int(quota) / int(period)))
+        for names in _CPU_FILES:
+            with contextlib.suppress(OSError, ValueError):  # "max", or not to be seen from here
+                words = " ".join((folder / name).read_text() for name in names).split()
+                quota, period = map(int, words)
+                cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     return cores
 
 
@@ -111,23 +108,21 @@ def leave_pandas_out() -> None:
     if "pandas" not in sys.modules:
         import pyarrow as pa
 
-        refuse = _Refuse()
-        sys.meta_path.insert(0, refuse)
+        finder: Any = SimpleNamespace(find_spec=_refuse_pandas)
+        sys.meta_path.insert(0, finder)
         try:
             pa.array([0])  # Arrow looks for pandas once
         finally:
-            sys.meta_path.remove(refuse)
+            sys.meta_path.remove(finder)
 
 
-class _Refuse:
-    """Finder of modules to which pandas is not installed."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError(name=name)
+def _refuse_pandas(name: str, *_: Any) -> None:
+    if name == "pandas":
+        raise ModuleNotFoundError(name=name)
 
 
-# Workers import this before anything else.
+# Workers import this before anything else; their standard output is not for results.
 if os.environ.get(WORKER):
+    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     keep_freed_memory()
     leave_pandas_out()

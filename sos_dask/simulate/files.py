@@ -1,35 +1,44 @@
-"""Make the mock sky block by block, and write its five files: complete, or not there at all."""
+"""Make the mock sky block by block, and write its five files: complete, or not there at all.
+
+The demonstration is made of it: such a sky with a job file, and the comparison with the truth.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.errors import StorageError
+from sos_dask.run.cluster import Report, silent
+from sos_dask.schema import LABELS
 from sos_dask.simulate import sky, surveys
-from sos_dask.simulate.sky import (
-    APOGEE,
-    LAMOST,
-    Draws,
-    Plates,
-    SkySettings,
-    Stars,
-)
+from sos_dask.simulate.sky import APOGEE, LAMOST, Draws, Plates, SkySettings, Stars
 from sos_dask.simulate.surveys import SURVEYS, TABLES, Records, Visits
-from sos_dask.storage.artifact import atomic_path, storage_errors
+from sos_dask.stats.numbers import binned_quantiles, bins_of, rms_of_medians
+from sos_dask.storage.artifact import atomic_path, storage_errors, write_text
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import canonical_json
 
 BLOCK_STARS = 65_536
 """Stars in memory at once (about 300 MB). It changes no byte of the output."""
 _ROW_GROUP = 131_072
+# Where stars of all kinds are many: 95 % of the overlap; the sparse edges are outside.
+DENSE = {"teff": (4000.0, 6800.0), "logg": (1.2, 5.0), "feh": (-1.2, 0.2)}
+N_BINS = 20
+MIN_STARS_A_BIN = 50
 _FITS_BLOCK = 2880
 
 
@@ -78,13 +87,9 @@ def simulate(
     paths = sky_files(directory)
     done = dict.fromkeys(SURVEYS, 0)
     with ExitStack() as stack:
-        fits = {
-            number: stack.enter_context(_fits_table(paths[survey.name], number, plates))
-            for number, survey in SURVEYS.items()
-        }
-        gaia, truth = (
-            stack.enter_context(_parquet_file(paths[name])) for name in ("gaia", "truth")
-        )
+        opened = stack.enter_context
+        fits = {of: opened(_fits_table(paths[SURVEYS[of].name], of, plates)) for of in SURVEYS}
+        gaia, truth = (opened(_parquet_file(paths[name])) for name in ("gaia", "truth"))
         for block in plates.blocks(BLOCK_STARS):
             made = _make_block(plates, block, settings)
             gaia(_gaia_table(made))
@@ -95,7 +100,9 @@ def simulate(
                 done[number] += len(visits.row)
                 if progress is not None:
                     progress(survey.name, done[number], plates.n_rows[number])
-            truth(_by_plate(truths, made))
+            table = pa.concat_tables(truths)  # by plate: the order does not depend on the blocks
+            plate = made.plate[table["star"].to_numpy() - made.stars.number[0]]
+            truth(table.take(np.argsort(plate, kind="stable")))
     if progress is not None:
         progress(SURVEYS[LAMOST].name, settings.n_lamost, settings.n_lamost)
     return paths
@@ -107,18 +114,10 @@ def simulate(
 def _write_visits(write: Callable[[int, Records], Any], visits: Visits, number: int) -> pa.Table:
     """Write rows at their places, and return their truth."""
     rows, obs_id = TABLES[number](visits)
-    for turn in range(int(visits.round.max(initial=-1)) + 1):
+    for turn in np.unique(visits.round):
         here = np.flatnonzero(visits.round == turn)  # neighbours in the file
-        if len(here):
-            write(int(visits.row[here[0]]), rows[here])
+        write(int(visits.row[here[0]]), rows[here])
     return _truth_table(visits, obs_id)
-
-
-def _by_plate(truths: Sequence[pa.Table], made: _Block) -> pa.Table:
-    """Truth of a block's observations by plate: their order does not depend on the blocks."""
-    table = pa.concat_tables(truths)
-    plate = made.plate[table["star"].to_numpy() - made.stars.number[0]]
-    return table.take(np.argsort(plate, kind="stable"))
 
 
 @contextmanager
@@ -198,30 +197,28 @@ class _Block:
     plate: IntArray  # of each star
     uniform: Draws
     normal: Draws
-    visits: dict[int, tuple[Draws, Draws]]
+    visits: Mapping[int, tuple[Draws, Draws]]
 
 
 def _make_block(plates: Plates, block: slice, settings: SkySettings) -> _Block:
-    kinds = [(sky.UNIFORMS, sky.NORMALS), *[(surveys.UNIFORMS, surveys.NORMALS)] * len(SURVEYS)]
-    drawn: list[tuple[list[FloatArray], list[FloatArray]]] = [([], []) for _ in kinds]
+    of_surveys = [surveys.UNIFORMS, surveys.NORMALS] * len(SURVEYS)
+    names: list[Sequence[str]] = [sky.UNIFORMS, sky.NORMALS, *of_surveys]
+    drawn: list[list[FloatArray]] = [[] for _ in names]
     for plate in range(block.start, block.stop):
         rng = plates.generator(settings.seed, plate)
         numbers = [plates.n_stars[plate]]
         numbers += [plates.counts[survey][:, plate].sum() for survey in SURVEYS]
-        for n, names, pieces in zip(numbers, kinds, drawn, strict=True):
-            pieces[0].append(rng.random((len(names[0]), n)))
-            pieces[1].append(rng.standard_normal((len(names[1]), n)))
-    (uniform, normal), *of_surveys = (
-        (_named(names[0], pieces[0]), _named(names[1], pieces[1]))
-        for names, pieces in zip(kinds, drawn, strict=True)
+        for place, number in enumerate(np.repeat(numbers, 2)):
+            draw = rng.standard_normal if place % 2 else rng.random
+            drawn[place].append(draw((len(names[place]), number)))
+    uniform, normal, *draws = (
+        dict(zip(own, np.concatenate(pieces, axis=1), strict=True))
+        for own, pieces in zip(names, drawn, strict=True)
     )
+    visits = dict(zip(SURVEYS, zip(draws[::2], draws[1::2], strict=True), strict=True))
     plate_of = np.repeat(np.arange(block.start, block.stop), plates.n_stars[block])
     stars = sky.make_stars(plates, plate_of, uniform, normal, settings.uncovered)
-    return _Block(stars, plate_of, uniform, normal, dict(zip(SURVEYS, of_surveys, strict=True)))
-
-
-def _named(names: Sequence[str], pieces: list[FloatArray]) -> Draws:
-    return dict(zip(names, np.concatenate(pieces, axis=1), strict=True))
+    return _Block(stars, plate_of, uniform, normal, visits)
 
 
 def _selection_key(stars: Stars, uniform: FloatArray, survey: int) -> FloatArray:
@@ -275,68 +272,115 @@ def _visits(
     )  # fmt: skip
 
 
-def _table(*given: tuple[str, pa.DataType, str, str, Any, BoolArray | None]) -> pa.Table:
-    """Table of columns given as name, type, unit, description, values and places of nulls."""
+def _table(name: str, values: Mapping[str, Any], null: Mapping[str, BoolArray]) -> pa.Table:
+    """Rows of a Parquet file, null where the mask of a column says so."""
     fields, arrays = [], []
-    for name, kind, unit, description, values, null in given:
+    for line in surveys.layout(name).splitlines():
+        column, kind, unit, description = (text.strip() for text in line.split("|"))
         metadata = {"unit": unit, "description": description}
         metadata = {key: text for key, text in metadata.items() if text}
-        fields.append(pa.field(name, kind, metadata=metadata))
-        arrays.append(pa.array(values, kind, mask=null))
+        fields.append(pa.field(column, pa.type_for_alias(kind), metadata=metadata))
+        arrays.append(pa.array(values[column], fields[-1].type, mask=null.get(column)))
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
-
-
-_F4, _F8, _I8 = pa.float32(), pa.float64(), pa.int64()
 
 
 def _gaia_table(made: _Block) -> pa.Table:
     stars, normal, special = made.stars, made.normal, made.stars.kind == sky.SPECIAL
     error, distance = stars.gaia_distance(normal["parallax"])
-    parallax = 1000.0 / stars.distance + error * normal["parallax"]
-    ebv = stars.ebv * np.exp(0.1 * normal["rp"])
+    own = ("ra", "dec", "pmra", "pmdec")
+    values = {
+        "source_id": stars.gaia, **{name: getattr(stars, name) for name in own},
+        "parallax": 1000.0 / stars.distance + error * normal["parallax"], "parallax_error": error,
+        "phot_g_mean_mag": stars.g, "phot_bp_mean_mag": stars.bp + 0.004 * normal["bp"],
+        "phot_rp_mean_mag": stars.rp + 0.004 * normal["rp"], "distance": distance,
+        "ebv": stars.ebv * np.exp(0.1 * normal["rp"]),
+    }  # fmt: skip
 
     def gap(low: float, high: float, number: str = "gap1") -> BoolArray:
         drawn = made.uniform[number]
         return np.asarray((drawn >= low) & (drawn < high) & ~special)
 
-    motion, colours, far = gap(0.0, 0.02), gap(0.2, 0.22), gap(0.0, 0.02) | gap(0.3, 0.32)
-    bp, rp = (getattr(stars, name) + 0.004 * normal[name] for name in ("bp", "rp"))
-    return _table(
-        ("source_id", _I8, "", "Source id of Gaia DR3", stars.gaia, None),
-        ("ra", _F8, "deg", "Right ascension at J2016", stars.ra, None),
-        ("dec", _F8, "deg", "Declination at J2016", stars.dec, None),
-        ("parallax", _F4, "mas", "Parallax", parallax, motion),
-        ("parallax_error", _F4, "mas", "Error of parallax", error, motion),
-        ("pmra", _F8, "mas/yr", "Proper motion in ra, times cos(dec)", stars.pmra, motion),
-        ("pmdec", _F8, "mas/yr", "Proper motion in dec", stars.pmdec, motion),
-        ("phot_g_mean_mag", _F4, "mag", "G", stars.g, gap(0.1, 0.12)),
-        ("phot_bp_mean_mag", _F4, "mag", "BP", bp, colours),
-        ("phot_rp_mean_mag", _F4, "mag", "RP", rp, colours),
-        ("distance", _F4, "pc", "Distance, with the error of the parallax", distance, far),
-        ("ebv", _F4, "mag", "E(B-V)", ebv, gap(0.0, 0.03, "gap2")),
-    ).filter(pa.array(stars.gaia > 0))
+    null = dict.fromkeys(("parallax", "parallax_error", "pmra", "pmdec"), gap(0.0, 0.02))
+    null |= {"phot_g_mean_mag": gap(0.1, 0.12), "ebv": gap(0.0, 0.03, "gap2")}
+    null |= dict.fromkeys(("phot_bp_mean_mag", "phot_rp_mean_mag"), gap(0.2, 0.22))
+    null["distance"] = gap(0.0, 0.02) | gap(0.3, 0.32)
+    return _table("gaia", values, null).filter(pa.array(stars.gaia > 0))
 
 
 def _truth_table(visits: Visits, obs_id: NDArray[Any]) -> pa.Table:
-    stars, name = visits.stars, visits.survey.name
-    bias = "Injected difference survey - truth"
-    return _table(
-        ("survey", pa.string(), "", "lamost, apogee or galah", [name] * len(obs_id), None),
-        ("obs_id", pa.string(), "", "obsid, APSTAR_ID or sobject_id, as text",
-         pa.array(obs_id).cast(pa.string()), None),
-        ("row", _I8, "", "Row in the survey's file, from 0", visits.row, None),
-        ("star", _I8, "", "Number of the star, the same in every survey", stars.number, None),
-        ("gaia_source_id", _I8, "", "Gaia DR3 id, if in the file or not", stars.gaia,
-         stars.gaia == 0),
-        ("teff", _F4, "K", "True effective temperature", stars.teff, None),
-        ("logg", _F4, "dex", "True surface gravity", stars.logg, None),
-        ("feh", _F4, "dex", "True [Fe/H]", stars.feh, None),
-        ("rv", _F4, "km/s", "True radial velocity", stars.rv, None),
-        ("distance", _F4, "pc", "True distance", stars.distance, None),
-        ("ebv", _F4, "mag", "True E(B-V)", stars.ebv, None),
-        ("is_outlier", pa.bool_(), "", "The labels are wrong", visits.outlier, None),
-        ("is_special", pa.bool_(), "", "One of special_stars()", visits.special, None),
-        ("bias_teff", _F4, "K", bias, visits.bias[:, 0], None),
-        ("bias_logg", _F4, "dex", bias, visits.bias[:, 1], None),
-        ("bias_feh", _F4, "dex", bias, visits.bias[:, 2], None),
-    )  # fmt: skip
+    stars = visits.stars
+    own = ("teff", "logg", "feh", "rv", "distance", "ebv")
+    values = {
+        "survey": [visits.survey.name] * len(obs_id), "obs_id": pa.array(obs_id).cast(pa.string()),
+        "row": visits.row, "star": stars.number, "gaia_source_id": stars.gaia,
+        **{name: getattr(stars, name) for name in own},
+        "is_outlier": visits.outlier, "is_special": visits.special,
+        **{f"bias_{label}": visits.bias[:, place] for place, label in enumerate(LABELS)},
+    }  # fmt: skip
+    return _table("truth", values, {"gaia_source_id": stars.gaia == 0})
+
+
+# The demonstration
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Rms of the binned medians of label - truth, before and after the correction."""
+
+    label: str
+    binned_by: str
+    n_bins: int  # with enough rows
+    n: int  # rows in them
+    rms_before: float  # in the unit of the label
+    rms_after: float
+
+
+def prepare(store: Path, n_lamost: int, seed: int, report: Report = silent) -> Path:
+    """Simulate the sky of the demonstration, unless it is there, and write its job file.
+
+    The job file, in ``store``, is returned.
+    """
+    sky = store / "sky"
+    wanted = canonical_json({"n_lamost": n_lamost, "seed": seed})
+    done = sky / "settings.json"
+    if not done.is_file() or done.read_text("utf-8") != wanted:
+        done.unlink(missing_ok=True)
+        settings = SkySettings(n_lamost=n_lamost, seed=seed)
+        simulate(settings, sky, lambda survey, *rows: report(f"simulate {survey}", *rows))
+        write_text(done, wanted)
+    job = store / "demo.toml"
+    template = resources.files("sos_dask") / "templates" / "demo.toml"
+    write_text(job, template.read_text("utf-8"))
+    return job
+
+
+def against_truth(corrected: Path, truth: Path) -> list[Recovery]:
+    """Compare corrected LAMOST labels with the truth of the simulation, in the dense region.
+
+    Rows that fail a quality cut, outliers and rows without a correction are left out. The bins are
+    equal parts of the dense region in the observed labels.
+    """
+    of_lamost = (pc.field("survey") == "lamost") & ~pc.field("is_outlier")
+    known = pq.read_table(truth, columns=["obs_id", *LABELS], filters=of_lamost)
+    known = known.set_column(0, "obs_id", known["obs_id"].cast(pa.int64()))
+    catalog = Catalog.open(corrected)
+    columns = ["quality", "obs_id", *LABELS, *(f"{label}_sos" for label in LABELS)]
+    rows = pa.concat_tables([catalog.read(pixel, columns) for pixel in catalog.pixels])
+    rows = rows.filter((pc.field("quality") == 0) & pc.field("feh_sos").is_valid())
+    both = rows.join(known, "obs_id", join_type="inner", right_suffix="_true")
+    before, after, true_labels = (
+        np.stack([both[f"{label}{end}"].to_numpy() for label in LABELS], axis=1)
+        for end in ("", "_sos", "_true")
+    )
+    low, high = np.array([DENSE[label] for label in LABELS]).T
+    inside = ((before >= low) & (before < high)).all(axis=1)
+    found = []
+    for (number, label), (other, binned_by) in product(enumerate(LABELS), repeat=2):
+        bins = bins_of(before[inside, other], np.linspace(*DENSE[binned_by], N_BINS + 1))
+        rms = []
+        for residual in (before - true_labels, after - true_labels):
+            some = binned_quantiles(bins, residual[inside, number], N_BINS)
+            rms.append(rms_of_medians(some.n, some.median, MIN_STARS_A_BIN)[0] or math.nan)
+        used = some.n[some.n >= MIN_STARS_A_BIN]
+        found.append(Recovery(label, binned_by, len(used), int(used.sum()), *rms))
+    return found

@@ -7,8 +7,8 @@ on stars whose truth is known, not to model the Galaxy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ Draws = Mapping[str, FloatArray]
 SPECIAL, LAMOST, APOGEE, GALAH = 0, 1, 2, 3
 """Kinds of plates: the special stars, and the plates or fields of each survey."""
 
-# Random numbers of a star, in the order in which they are drawn.
+# Random numbers of a star, in the order in which they are drawn; alpha is of no use today.
 UNIFORMS = (
     "radius", "angle", "component", "along", "population", "magnitude", "binary", "in_gaia",
     "gap1", "gap2", "lamost", "lamost_repeat", "apogee", "apogee_repeat", "galah", "galah_repeat",
@@ -63,9 +63,8 @@ _TO_GALACTIC = np.array(
     ]
 )
 
-# ra, dec (deg, J2016), pmra, pmdec (mas/yr): see `special_stars`.
 _CORNER = float(np.degrees(np.arcsin(2.0 / 3.0)))
-_SPECIAL = np.array(
+SPECIAL_STARS = np.array(
     [
         (0.0, 90.0, 0.0, 0.0), (37.0, 89.996, 0.0, 0.0), (217.0, 89.9935, 3.0, -4.0),
         (123.0, 89.9905, -12.0, 5.0),
@@ -80,7 +79,16 @@ _SPECIAL = np.array(
         (77.0, -45.0, 6490.0, -5709.0),
     ]
 )  # fmt: skip
-_N_SPECIAL = len(_SPECIAL)
+"""Stars at difficult places, in every survey whatever its footprint: ra, dec (deg, ICRS, J2016),
+pmra, pmdec (mas/yr), shape (26, 4).
+
+No two of them come within 10 arcsec of each other between J2000 and J2016. They have a Gaia id in
+every survey, are never outliers nor flagged, and their first observation has no error of position:
+those without proper motion are in every survey exactly where the table places them. Rows 0-6 lie
+within 0.01 deg of a pole, two of them on it; 7-12 at RA 0/360; 13-19 exactly on borders or corners
+of HEALPix base pixels or of pixels of order 1; 20-25 move by more than 1 arcsec/yr, one across RA 0
+and one past the pole.
+"""
 
 
 class SkySettings(Settings):
@@ -108,9 +116,9 @@ class SkySettings(Settings):
     def rows(self) -> dict[int, int]:
         """Count the rows of each survey."""
         total = reference_rows(self.n_lamost)
-        n_apogee = round(0.44 * total) if self.n_apogee is None else self.n_apogee
-        n_galah = round(0.56 * total) if self.n_galah is None else self.n_galah
-        return {LAMOST: self.n_lamost, APOGEE: max(n_apogee, 200), GALAH: max(n_galah, 200)}
+        n_apogee = self.n_apogee or max(round(0.44 * total), 200)
+        n_galah = self.n_galah or max(round(0.56 * total), 200)
+        return {LAMOST: self.n_lamost, APOGEE: n_apogee, GALAH: n_galah}
 
 
 def reference_rows(n_lamost: int) -> int:
@@ -123,24 +131,6 @@ def reference_rows(n_lamost: int) -> int:
     return round(rows)
 
 
-def special_stars() -> FloatArray:
-    """List the stars at the difficult places of the sky, in every survey whatever its footprint.
-
-    No two of them come within 10 arcsec of each other between J2000 and J2016. They have a Gaia id
-    in every survey, are never outliers nor flagged, and their first observation has no error of
-    position: those without proper motion are in every survey exactly where the table places them.
-
-    Returns
-    -------
-    ndarray of float64, shape (26, 4)
-        ra, dec (deg, ICRS, J2016), pmra, pmdec (mas/yr). Rows 0-6 lie within 0.01 deg of a pole,
-        two of them on it; 7-12 at RA 0/360; 13-19 exactly on borders or corners of HEALPix base
-        pixels or of pixels of order 1; 20-25 move by more than 1 arcsec/yr, one across RA 0 and one
-        past the pole.
-    """
-    return _SPECIAL.copy()
-
-
 def references_avoid(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> BoolArray:
     """Tell where the references have no star at all, by true labels.
 
@@ -150,19 +140,17 @@ def references_avoid(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> BoolAr
     return np.asarray((t > _HOT_LIMIT) | ((t < _COOL_LIMIT) & (g > 4.3)) | (m < _POOR_LIMIT))
 
 
-def to_galactic(ra: FloatArray, dec: FloatArray) -> tuple[FloatArray, FloatArray]:
+def to_galactic(
+    ra: FloatArray, dec: FloatArray, matrix: FloatArray = _TO_GALACTIC
+) -> tuple[FloatArray, FloatArray]:
     """Galactic longitude in [0, 360) and latitude, deg, of ICRS positions in deg."""
-    return _angles(unit_vectors(ra, dec) @ _TO_GALACTIC.T)
+    x, y, z = (unit_vectors(ra, dec) @ matrix.T).T
+    return np.degrees(np.arctan2(y, x)) % 360.0, np.degrees(np.arcsin(np.clip(z, -1.0, 1.0)))
 
 
 def from_galactic(lon: FloatArray, lat: FloatArray) -> tuple[FloatArray, FloatArray]:
     """ICRS ra in [0, 360) and dec, deg, of Galactic positions in deg."""
-    return _angles(unit_vectors(lon, lat) @ _TO_GALACTIC)
-
-
-def _angles(vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
-    x, y, z = vectors.T
-    return np.degrees(np.arctan2(y, x)) % 360.0, np.degrees(np.arcsin(np.clip(z, -1.0, 1.0)))
+    return to_galactic(lon, lat, _TO_GALACTIC.T)
 
 
 # Plates
@@ -182,10 +170,7 @@ class Plates:
     n_rows: dict[int, int]  # of each survey, exact duplicates at the end included
 
     def first_rows(self, survey: int) -> IntArray:
-        """First row of each plate in a survey's file, (n_rounds, n_plates).
-
-        Rounds follow each other, and plates within a round.
-        """
+        """First row of each plate in a survey's file, (n_rounds, n_plates): one round by one."""
         counts = self.counts[survey]
         return np.cumsum(counts.ravel()).reshape(counts.shape) - counts
 
@@ -209,50 +194,46 @@ def make_plates(settings: SkySettings) -> Plates:
     seed, n_rows = settings.seed, settings.rows()
     n_again = {LAMOST: round(settings.repeat_fraction * n_rows[LAMOST])}
     n_again |= {of: round(share * n_rows[of]) for of, share in _REPEATS_OF_REFERENCES.items()}
-    n_left = {of: n_rows[of] - n_again[of] - _N_SPECIAL for of in n_rows}
+    n_left = {of: n_rows[of] - n_again[of] - len(SPECIAL_STARS) for of in n_rows}
 
     places = {LAMOST: _place(LAMOST, n_left[LAMOST], seed)}
     _, dec, n_stars = places[LAMOST]
     # APOGEE has fields in half of the LAMOST footprint; GALAH is south of dec +10.
     has_field = _generator(seed, _CENTRE_STREAM, SPECIAL).random(len(dec)) < 0.5
-    seen = {(LAMOST, LAMOST): n_stars}  # stars of a survey in the plates of another
-    for survey, share, weight in (
-        (APOGEE, 0.30, n_stars * np.where(has_field, 1.0, 0.1)),
-        (GALAH, 0.12, n_stars * (dec + _PLATE_RADIUS[LAMOST] < 10.0)),
-    ):
-        wanted = min(
-            round(share * n_rows[survey]), n_left[LAMOST] * 2 // 5, n_left[survey] * 4 // 5
-        )
-        seen[survey, LAMOST] = _shares(wanted, weight, 0.6 * n_stars)
-        n_left[survey] -= int(seen[survey, LAMOST].sum())
+    in_reach = {APOGEE: np.where(has_field, 1.0, 0.1), GALAH: dec + _PLATE_RADIUS[LAMOST] < 10.0}
+    seen = {}  # stars of a survey in the plates of another
+    for survey, share in ((APOGEE, 0.30), (GALAH, 0.12)):
+        most = min(n_left[LAMOST] * 2 // 5, n_left[survey] * 4 // 5)
+        wanted = min(round(share * n_rows[survey]), most)
+        stars = seen[survey, LAMOST] = _shares(wanted, n_stars * in_reach[survey], 0.6 * n_stars)
+        n_left[survey] -= int(stars.sum())
     places[GALAH] = _place(GALAH, n_left[GALAH], seed)
-    n_stars = seen[GALAH, GALAH] = places[GALAH][2]
+    n_stars = places[GALAH][2]
     seen[APOGEE, GALAH] = _shares(round(_APOGEE_IN_GALAH * n_rows[APOGEE]), n_stars, 0.6 * n_stars)
     n_left[APOGEE] -= int(seen[APOGEE, GALAH].sum())
     places[APOGEE] = _place(APOGEE, n_left[APOGEE], seed)
-    seen[APOGEE, APOGEE] = places[APOGEE][2]
 
     # Kinds are interleaved, so that each file mixes stars of the overlap with others.
-    number = [np.arange(len(ra)) for ra, _, _ in places.values()]
-    kind = np.repeat(list(places), [len(n) for n in number])
-    order = np.lexsort((kind, np.concatenate([(n + 0.5) / len(n) for n in number])))
+    ra, dec, n_stars = map(np.concatenate, zip(*places.values(), strict=True))
+    n_plates = [len(place[0]) for place in places.values()]
+    number = np.concatenate([np.arange(n) for n in n_plates])
+    kind = np.repeat(list(places), n_plates)
+    order = np.lexsort((kind, (number + 0.5) / np.repeat(n_plates, n_plates)))
 
-    def in_order(special: float, values: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        return np.concatenate([[special], np.concatenate(values)[order]])
+    def in_order(special: float, values: NDArray[Any]) -> NDArray[Any]:
+        return np.append(special, values[order])
 
     n_again[LAMOST] -= min(n_again[LAMOST], max(4, n_rows[LAMOST] // 100_000))  # duplicates
     counts = {}
     for survey in n_rows:
-        nothing = {of: np.zeros(len(places[of][0]), dtype=np.int64) for of in places}
-        first = in_order(_N_SPECIAL, [seen.get((survey, of), nothing[of]) for of in places])
+        seen[survey, survey] = places[survey][2]
+        of_kinds = [seen.get((survey, of), 0 * places[of][2]) for of in places]
+        first = in_order(len(SPECIAL_STARS), np.concatenate(of_kinds))
         counts[survey] = np.stack([first, *_repeats(first, n_again[survey])])
-    ra, dec, n_stars = (
-        in_order(special, [place[item] for place in places.values()])
-        for item, special in enumerate((0.0, 0.0, _N_SPECIAL))
-    )
+    n_stars = in_order(len(SPECIAL_STARS), n_stars)
     return Plates(
-        in_order(SPECIAL, [kind]), in_order(0, number), ra, dec, n_stars,
-        np.cumsum(n_stars) - n_stars, counts, n_rows,
+        in_order(SPECIAL, kind), in_order(0, number), in_order(0.0, ra), in_order(0.0, dec),
+        n_stars, np.cumsum(n_stars) - n_stars, counts, n_rows,
     )  # fmt: skip
 
 
@@ -284,10 +265,8 @@ def _place(kind: int, n_stars: int, seed: int) -> tuple[FloatArray, FloatArray, 
             good = (new_dec > -7.5) & (new_dec < 65.0)
         elif kind == APOGEE:
             disc_ra, disc_dec = from_galactic(360.0 * u, np.clip(7.0 * y, -85.0, 85.0))
-            new_ra, new_dec = (
-                np.where(p < 0.45, disc_ra, new_ra),
-                np.where(p < 0.45, disc_dec, new_dec),
-            )
+            new_ra = np.where(p < 0.45, disc_ra, new_ra)
+            new_dec = np.where(p < 0.45, disc_dec, new_dec)
             good = np.abs(new_dec) < 80.0
         else:
             good = (new_dec < 9.0) & (new_dec > -80.0)
@@ -345,7 +324,6 @@ class Stars:
     teff: FloatArray  # K
     logg: FloatArray  # dex (cgs)
     feh: FloatArray
-    alpha: FloatArray  # [alpha/Fe], dex
     rv: FloatArray  # km/s
     distance: FloatArray  # pc
     ebv: FloatArray  # mag
@@ -356,19 +334,16 @@ class Stars:
 
     def take(self, index: IntArray) -> Stars:
         """Rows by number, repeats allowed."""
-        return Stars(**{item.name: getattr(self, item.name)[index] for item in fields(self)})
+        return Stars(*(values[index] for values in vars(self).values()))
 
     def at_epoch(
-        self,
-        epoch: float,
-        east_arcsec: FloatArray | float = 0.0,
-        north_arcsec: FloatArray | float = 0.0,
+        self, epoch: float, error_arcsec: tuple[FloatArray | float, FloatArray | float] = (0.0, 0.0)
     ) -> tuple[FloatArray, FloatArray]:
-        """Place (ra, dec, deg) at an epoch (Julian year), with errors of position."""
+        """Place (ra, dec, deg) at an epoch (Julian year), with errors to the east and north."""
         years = epoch - 2016.0
-        east = self.pmra * years / 1000.0 + east_arcsec
-        north = self.pmdec * years / 1000.0 + north_arcsec
-        return _shifted(self.ra, self.dec, east, north)
+        east = self.pmra * years / 1000.0 + error_arcsec[0]
+        north = self.pmdec * years / 1000.0 + error_arcsec[1]
+        return propagate(self.ra, self.dec, east * 1000.0, north * 1000.0, 1.0)
 
     def gaia_distance(self, normal: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Parallax error (mas) by G, and a distance (pc) with the error that follows from it."""
@@ -377,34 +352,20 @@ class Stars:
         return error, self.distance * np.exp(fraction * normal)
 
 
-def _shifted(
-    ra: FloatArray, dec: FloatArray, east_arcsec: FloatArray, north_arcsec: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Positions moved by small angles, exact at the poles and across RA 0."""
-    return propagate(ra, dec, east_arcsec * 1000.0, north_arcsec * 1000.0, 1.0)
-
-
 def make_stars(plates: Plates, plate: IntArray, u: Draws, normal: Draws, uncovered: float) -> Stars:
     """Make stars from random numbers.
 
-    Parameters
-    ----------
-    plates : Plates
-    plate : ndarray of int64, shape (n,)
-        Plate of each star, all stars of every plate that occurs.
-    u, normal : mapping of str to ndarray of float64, shape (n,)
-        Uniform and normal random numbers by the names in `UNIFORMS` and `NORMALS`.
-    uncovered : float
-        Share of the LAMOST stars in regions that the references avoid (see `references_avoid`).
+    ``plate`` is that of each star, with all stars of every plate that occurs; ``u`` and ``normal``
+    have arrays of shape (n,) by the names in `UNIFORMS` and `NORMALS`; ``uncovered`` is the share
+    of the LAMOST stars where `references_avoid` them.
     """
     number = plates.first_star[plate[0]] + np.arange(len(plate))
     kind, ra, dec = plates.kind[plate], plates.ra[plate], plates.dec[plate]
     special = kind == SPECIAL
     teff, logg, feh, population = _labels(kind, u, normal, uncovered)
     giant = logg < 3.5
-    mass = np.where(giant, 1.15, (teff / 5772.0) ** 1.5) * np.exp(
-        np.where(giant, 0.15, 0.05) * normal["mass"]
-    )
+    mass = np.where(giant, 1.15, (teff / 5772.0) ** 1.5)
+    mass *= np.exp(np.where(giant, 0.15, 0.05) * normal["mass"])
     # Luminosity from mass, Teff, log g; the Sun (IAU 2015, B3): 5772 K, 4.438, M_bol 4.74.
     d_teff = np.clip(teff, 3500.0, 9000.0) - 5772.0
     absolute = (
@@ -416,8 +377,9 @@ def make_stars(plates: Plates, plate: IntArray, u: Draws, normal: Draws, uncover
 
     angle = 2.0 * np.pi * u["angle"]
     reach = 3600.0 * _PLATE_RADIUS[kind] * np.sqrt(u["radius"])
-    ra, dec = _shifted(ra, dec, reach * np.cos(angle), reach * np.sin(angle))
-    ra[special], dec[special] = _SPECIAL[number[special], :2].T
+    east, north = reach * np.cos(angle), reach * np.sin(angle)
+    ra, dec = propagate(ra, dec, east * 1000.0, north * 1000.0, 1.0)
+    ra[special], dec[special] = SPECIAL_STARS[number[special], :2].T
 
     sin_b = np.abs(unit_vectors(ra, dec) @ _TO_GALACTIC[2]) + 0.02
     dust = np.exp(0.3 * normal["ebv"])
@@ -432,13 +394,12 @@ def make_stars(plates: Plates, plate: IntArray, u: Draws, normal: Draws, uncover
 
     to_pm = np.array([35.0, 65.0, 150.0])[population] * 1000.0 / (4.74 * distance)  # from km/s
     pmra, pmdec = to_pm * normal["pmra"], to_pm * normal["pmdec"]
-    pmra[special], pmdec[special] = _SPECIAL[number[special], 2:].T
+    pmra[special], pmdec[special] = SPECIAL_STARS[number[special], 2:].T
     # As in Gaia, the level-12 HEALPix cell is in the high bits; a bijection scrambles the rest.
     scrambled = (number * 25214903917 + 11) & ((1 << 35) - 1)
     gaia = (ang2pix(ra, dec, 12) << 35) | scrambled
     return Stars(
         number, kind, ra, dec, pmra, pmdec, teff, logg, feh,
-        alpha=np.clip(0.06 - 0.22 * np.clip(feh, -1.0, 0.2) + 0.04 * normal["alpha"], -0.2, 0.5),
         rv=np.where(population == 2, 150.0, 32.0) * normal["rv"],
         distance=distance, ebv=ebv, g=g, bp=g + 0.42 * colour, rp=g - 0.58 * colour,
         gaia=np.where((u["in_gaia"] < 0.015) & ~special, 0, gaia),
@@ -466,7 +427,7 @@ def _labels(
     a_type, poor = avoided & (rest <= 0.5), avoided & (rest > 0.9)
     cool = avoided & ~a_type & ~poor
 
-    population = (u["population"] > 0.78).astype(np.int64) + (u["population"] > 0.965)
+    population = np.searchsorted([0.78, 0.965], u["population"])
     mean = np.array([-0.10, -0.50, -1.30])[population]
     feh = mean + np.array([0.17, 0.24, 0.45])[population] * normal["feh"]
     halo = (component == _COMPONENTS.index("halo")) & ~avoided

@@ -1,4 +1,4 @@
-"""What the surveys measure of the stars, and their own tables: columns, sentinels and flags.
+"""Measurements of the stars, and the surveys' own tables: columns, sentinels and flags.
 
 Names, types and units follow LAMOST DR11 LRS (A, F, G, K stars), APOGEE DR17 allStar and GALAH DR4
 allstar; of the many abundance columns of the last two only some are there. Columns that no built-in
@@ -7,9 +7,12 @@ survey definition reads are there and zero, so that the files are as wide as rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, reduce
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -17,16 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.schema import LABELS
-from sos_dask.simulate.sky import (
-    APOGEE,
-    GALAH,
-    LAMOST,
-    SPECIAL,
-    Draws,
-    SkySettings,
-    Stars,
-    to_galactic,
-)
+from sos_dask.simulate import sky
+from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, Draws, SkySettings, Stars
 
 Records = NDArray[Any]
 Names = NDArray[np.str_]
@@ -54,11 +49,6 @@ def lamost_bias(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> FloatArray:
 
     Smooth and nonlinear in all labels, with log g x [Fe/H] terms, and strong at the sparse ends
     (log g < 1, Teff > 7000 K, [Fe/H] < -2, [Fe/H] > 0.2), each entered by a logistic step.
-
-    Parameters
-    ----------
-    teff, logg, feh : array_like, shape (n,); K, dex (cgs), dex
-        True labels.
 
     Returns
     -------
@@ -182,10 +172,10 @@ class Visits:
     uniform: Draws
     normal: Draws
 
-    @cached_property
+    @property
     def special(self) -> BoolArray:
         """Observations of special stars."""
-        return np.asarray(self.stars.kind == SPECIAL)
+        return np.asarray(self.stars.kind == sky.SPECIAL)
 
     @cached_property
     def outlier(self) -> BoolArray:
@@ -220,8 +210,8 @@ class Visits:
     def position(self) -> tuple[FloatArray, FloatArray]:
         """Place (deg) at the survey's epoch; first visits of special stars have no error."""
         sigma = np.where(self.special & (self.round == 0), 0.0, self.survey.position_error)
-        east, north = sigma * self.normal["east"], sigma * self.normal["north"]
-        return self.stars.at_epoch(self.survey.epoch, east, north)
+        error = sigma * self.normal["east"], sigma * self.normal["north"]
+        return self.stars.at_epoch(self.survey.epoch, error)
 
     @property
     def gaia(self) -> IntArray:
@@ -255,10 +245,11 @@ class Visits:
         value[off] = np.where(outside, value[off] - move, moved)
         return value
 
-    @cached_property
-    def errors(self) -> FloatArray:
-        """Stated errors of the labels."""
-        return self._true_error * stated_error_factor(self.stars.logg, self.snr)[:, None]
+    def measured(self, labels: str, errors: str) -> dict[str, FloatArray]:
+        """Labels and their stated errors, by the names of their columns."""
+        stated = self._true_error * stated_error_factor(self.stars.logg, self.snr)[:, None]
+        names = f"{labels} {errors}".split()
+        return dict(zip(names, [*self.labels.T, *stated.T], strict=True))
 
     @property
     def rv(self) -> tuple[FloatArray, FloatArray]:
@@ -276,13 +267,9 @@ def _joined(*parts: Any) -> Names:
     return np.asarray(reduce(np.strings.add, parts))
 
 
-def _whole(values: IntArray, width: int) -> Names:
+def _digits(values: IntArray, width: int) -> Names:
     """Zero-padded decimal digits."""
     return np.strings.zfill(values.astype(str), width)
-
-
-def _sign(values: FloatArray) -> Names:
-    return np.where(values < 0, "-", "+")
 
 
 def twomass_names(ra: FloatArray, dec: FloatArray) -> Names:
@@ -294,18 +281,18 @@ def twomass_names(ra: FloatArray, dec: FloatArray) -> Names:
         + whole % (60 * part)
         for whole, part in ((second, 100), (arcsec, 10))
     )  # fmt: skip
-    return _joined("2M", _whole(hours, 8), _sign(dec), _whole(degrees, 7))
+    sign = np.where(dec < 0, "-", "+")
+    return _joined("2M", _digits(hours, 8), sign, _digits(degrees, 7))
 
 
 def field_names(ra: FloatArray, dec: FloatArray, turn: IntArray | int = 0) -> Names:
     """Names of fields by Galactic place, as ``270+60``; in a later turn the first is a letter."""
-    lon, lat = to_galactic(ra, dec)
+    lon, lat = sky.to_galactic(ra, dec)
     whole = np.floor(lon).astype(np.int64) % 360
     letters = np.array(list("0bcdefghijklmnopqrstuvwxyz"))[turn]
     first = np.where(np.asarray(turn) > 0, letters, (whole // 100).astype(str))
-    return _joined(
-        first, _whole(whole % 100, 2), _sign(lat), _whole(np.abs(lat).astype(np.int64), 2)
-    )
+    sign, degrees = np.where(lat < 0, "-", "+"), _digits(np.abs(lat).astype(np.int64), 2)
+    return _joined(first, _digits(whole % 100, 2), sign, degrees)
 
 
 def telescopes(dec: FloatArray) -> Names:
@@ -313,54 +300,14 @@ def telescopes(dec: FloatArray) -> Names:
     return np.where(dec > -20.0, "apo25m", "lco25m")
 
 
-# Tables: name, TFORM, unit and dimensions of each column, "-" for none
+# Tables
 
-_COLUMNS = {
-    LAMOST: """
-        obsid J | uid 15A | gp_id K | designation 19A | obsdate 10A | lmjd J d | mjd J d
-        planid 8A | spid I | fiberid I | ra_obs D deg | dec_obs D deg
-        snru E | snrg E | snrr E | snri E | snrz E | class 4A | subclass 4A | z E | z_err E
-        ps_id K | mag_ps_g E mag | mag_ps_r E mag | mag_ps_i E mag | mag_ps_z E mag | mag_ps_y E mag
-        gaia_source_id K | gaia_g_mean_mag E mag | fibertype 4A | offsets I | offsets_v E arcsec
-        ra D deg | dec D deg | fibermask J | with_norm_flux I
-        teff E K | teff_err E K | logg E | logg_err E | feh E | feh_err E
-        rv E km/s | rv_err E km/s | alpha_m E | alpha_m_err E | vsini_lasp E km/s
-    """,
-    APOGEE: """
-        APOGEE_ID 18A | TARGET_ID 34A | APSTAR_ID 45A | TELESCOPE 6A | LOCATION_ID J | FIELD 16A
-        J E mag | J_ERR E mag | H E mag | H_ERR E mag | K E mag | K_ERR E mag
-        RA D deg | DEC D deg | GLON D deg | GLAT D deg
-        EXTRATARG J | NVISITS J | SNR E | SNREV E | STARFLAG J | ANDFLAG J
-        VHELIO_AVG E km/s | VSCATTER E km/s | VERR E km/s | RV_TEFF E K | RV_LOGG E | RV_FEH E
-        RV_FLAG J | AK_TARG E mag | AK_WISE E mag | SFD_EBV E mag
-        GAIAEDR3_SOURCE_ID K | GAIAEDR3_PARALLAX E mas | GAIAEDR3_PARALLAX_ERROR E mas
-        GAIAEDR3_PMRA E mas/yr | GAIAEDR3_PMRA_ERROR E mas/yr
-        GAIAEDR3_PMDEC E mas/yr | GAIAEDR3_PMDEC_ERROR E mas/yr
-        GAIAEDR3_PHOT_G_MEAN_MAG E mag | GAIAEDR3_PHOT_BP_MEAN_MAG E mag
-        GAIAEDR3_PHOT_RP_MEAN_MAG E mag
-        GAIAEDR3_R_MED_GEO E pc | GAIAEDR3_R_LO_GEO E pc | GAIAEDR3_R_HI_GEO E pc
-        GAIAEDR3_R_MED_PHOTOGEO E pc | GAIAEDR3_R_LO_PHOTOGEO E pc | GAIAEDR3_R_HI_PHOTOGEO E pc
-        ASPCAP_CHI2 E | FPARAM 9E | FPARAM_COV 81E - (9,9) | PARAM 9E | PARAMFLAG 9J | ASPCAPFLAG K
-        TEFF E K | TEFF_ERR E K | LOGG E | LOGG_ERR E | M_H E | M_H_ERR E
-        ALPHA_M E | ALPHA_M_ERR E | VMICRO E km/s | VSINI E km/s | TEFF_SPEC E K | LOGG_SPEC E
-        X_H 27E | X_H_ERR 27E | ELEMFLAG 27J
-        FE_H E | FE_H_SPEC E | FE_H_ERR E | FE_H_FLAG J
-        MG_FE E | MG_FE_ERR E | MG_FE_FLAG J | VISIT_PK 6J
-    """,
-    GALAH: """
-        sobject_id K | tmass_id 16A | gaiadr3_source_id K | survey_name 15A | field_id J
-        mjd E d | ra D deg | dec D deg
-        flag_sp J | flag_sp_fit J | flag_red J | model_name 12A | chi2_sp E | px_used_perc E
-        snr_px_ccd1 E | snr_px_ccd2 E | snr_px_ccd3 E | snr_px_ccd4 E
-        teff E K | e_teff E K | logg E | e_logg E | fe_h E | e_fe_h E | flag_fe_h J
-        vmic E km/s | vsini E km/s | e_vsini E km/s
-        rv_comp_1 E km/s | e_rv_comp_1 E km/s | rv_gaia_dr3 E km/s | e_rv_gaia_dr3 E km/s
-        mass E solMass | age E Gyr | lbol E solLum | r_med E pc | r_lo E pc | r_hi E pc
-        a_ks E mag | ebv E mag | phot_g_mean_mag E mag | bp_rp E mag | ruwe E
-        parallax E mas | parallax_error E mas | j_m E mag | h_m E mag | ks_m E mag
-        mg_fe E | e_mg_fe E | flag_mg_fe J | o_fe E | e_o_fe E | flag_o_fe J
-    """,
-}
+
+@cache
+def layout(name: str) -> str:
+    """Columns of one of the files, in the words of ``sky-columns.toml``."""
+    text = (resources.files("sos_dask") / "templates" / "sky-columns.toml").read_text("utf-8")
+    return str(tomllib.loads(text)[name]).strip()
 
 
 @cache
@@ -369,7 +316,7 @@ def columns(survey: int) -> Any:
     from astropy.io import fits
 
     found = []
-    for item in _COLUMNS[survey].strip().replace("\n", "|").split("|"):
+    for item in re.split("[|\n]", layout(SURVEYS[survey].name)):
         name, form, *more = item.split()
         unit, shape = (None if text == "-" else text for text in (*more, "-", "-")[:2])
         found.append(fits.Column(name, form, unit=unit, dim=shape))
@@ -386,13 +333,6 @@ def _records(survey: int, values: Mapping[str, Any], gone: Mapping[str, Any], nu
         for name in names.split():
             rows[name][mask] = null
     return rows
-
-
-def _label_columns(visits: Visits, labels: Sequence[str], errors: Sequence[str]) -> dict[str, Any]:
-    return {
-        **dict(zip(labels, visits.labels.T, strict=True)),
-        **dict(zip(errors, visits.errors.T, strict=True)),
-    }
 
 
 _PLATE_ROWS = 2048
@@ -415,7 +355,7 @@ def lamost(visits: Visits) -> tuple[Records, NDArray[Any]]:
         "gaia_source_id": gaia, "gaia_g_mean_mag": visits.stars.g, "snrg": visits.snr,
         "class": b"STAR",
         "subclass": _SUBCLASSES[np.searchsorted(_SUBCLASS_EDGES, visits.labels[:, 0])],
-        **_label_columns(visits, LABELS, ("teff_err", "logg_err", "feh_err")),
+        **visits.measured("teff logg feh", "teff_err logg_err feh_err"),
         "rv": rv, "rv_err": 1.2 * rv_error,
     }  # fmt: skip
     no_labels = visits.chance("gap", 0.0, 0.004)
@@ -473,7 +413,7 @@ def apogee(visits: Visits) -> tuple[Records, NDArray[Any]]:
         "ASPCAPFLAG": flag, "FE_H_FLAG": iron_flag,
         "STARFLAG": (snr < 20) * (1 << 4) | visits.chance("gap2", 0.0, 0.03) * (1 << 9),
         "EXTRATARG": (snr < best[visits.star]) * _DUPLICATE,
-        **_label_columns(visits, ("TEFF", "LOGG", "FE_H"), ("TEFF_ERR", "LOGG_ERR", "FE_H_ERR")),
+        **visits.measured("TEFF LOGG FE_H", "TEFF_ERR LOGG_ERR FE_H_ERR"),
     }  # fmt: skip
     gone = {
         "RA DEC": vesta,
@@ -521,7 +461,7 @@ def galah(visits: Visits) -> tuple[Records, NDArray[Any]]:
         "snr_px_ccd3": snr, "rv_comp_1": rv, "e_rv_comp_1": rv_error, "r_med": distance,
         "ebv": stars.ebv, "phot_g_mean_mag": stars.g,
         "parallax": 1000.0 / stars.distance + error * normal["parallax"],
-        **_label_columns(visits, ("teff", "logg", "fe_h"), ("e_teff", "e_logg", "e_fe_h")),
+        **visits.measured("teff logg fe_h", "e_teff e_logg e_fe_h"),
     }  # fmt: skip
     gone = {
         "teff e_teff logg e_logg fe_h e_fe_h": no_labels,

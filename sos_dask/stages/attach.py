@@ -1,12 +1,16 @@
-"""Stage attach: columns of another catalog, added to every row of a catalog by id or position.
+"""Stages attach and margin: what other catalogs, or other partitions, have around each partition.
 
-The rows stay what they are, on their partitions and in their order. A row without a counterpart
-gets nulls: a value is never made up.
+Attach adds columns of another catalog to every row, by id or position. The rows stay what they
+are, on their partitions and in their order; a row without a counterpart gets nulls: a value is
+never made up. Margin writes a margin catalog beside a catalog, as a HATS collection.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,12 +22,20 @@ from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, KEYS, is_gaia_id
 from sos_dask.settings import COLUMN_RULE, Settings, is_column
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
-from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
-from sos_dask.stages.ids import key_column, motion_of, require_whole
+from sos_dask.stages.base import (
+    Made,
+    Role,
+    Run,
+    Stage,
+    by_pixel,
+    motion_of,
+    partition_record,
+    require_whole,
+)
 from sos_dask.stars.match import MOTION, MatchSettings, match, reach_arcsec
 from sos_dask.storage.artifact import Output
-from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import Recipe, Rows
+from sos_dask.storage.catalog import write_collection
+from sos_dask.storage.manifest import Manifest, Recipe, Rows
 from sos_dask.surveys.definition import Survey
 
 
@@ -48,13 +60,13 @@ class AttachSettings(Settings):
     def _names_of_columns(cls, columns: Mapping[str, str]) -> Mapping[str, str]:
         for name in columns:
             if not is_column(name):
-                raise ValueError(f"'{name}' is no name of a column: {COLUMN_RULE}")
+                raise ValueError(f"'{name}' cannot name a column: {COLUMN_RULE}")
         return columns
 
     @property
-    def by_id(self) -> bool:
-        """Tell whether equal ids make a pair, not positions."""
-        return self.by != "position"
+    def ids(self) -> list[str]:
+        """Column of the ids that are compared; none where positions are."""
+        return [self.by] if self.by != "position" else []
 
     @property
     def matching(self) -> MatchSettings:
@@ -62,7 +74,7 @@ class AttachSettings(Settings):
         return MatchSettings(
             radius_arcsec=self.radius_arcsec,
             id_radius_arcsec=max(self.radius_arcsec, self.id_radius_arcsec),
-            use_gaia_id=self.by_id,
+            use_gaia_id=bool(self.ids),
         )
 
 
@@ -94,30 +106,26 @@ class Attach(Stage[AttachSettings]):
     def check(self) -> None:
         """Refuse catalogs that lack a column, and columns that the catalog has already."""
         catalog, other, settings = self.catalog("catalog"), self.catalog("other"), self.settings
-        catalog.require("ra", "dec", HEALPIX_COLUMN)
-        other.require("ra", "dec", HEALPIX_COLUMN, *settings.columns.values())
-        if settings.by_id:
-            for one in (catalog, other):
-                one.require(settings.by)
-                require_whole(one, [settings.by])
-        for column in settings.columns:
-            if column in catalog.schema.names:
-                raise CatalogError(
-                    f"{catalog.path} has a column '{column}' already",
-                    "Attach it under another name: columns are not overwritten.",
-                )
+        other.require(*settings.columns.values())
+        for one in (catalog, other):
+            one.require("ra", "dec", HEALPIX_COLUMN, *settings.ids)
+            require_whole(one, settings.ids)
+        for column in catalog.columns(settings.columns):
+            raise CatalogError(
+                f"{catalog.path} has a column '{column}' already",
+                "Attach it under another name: columns are not overwritten.",
+            )
         motions = motion_of(catalog), motion_of(other)
-        self.reach_arcsec = float(reach_arcsec(settings.matching, *motions, settings.by_id))
+        self.reach_arcsec = float(reach_arcsec(settings.matching, *motions, bool(settings.ids)))
 
     def make(self, run: Run) -> Made:
         """Add the columns to every partition."""
         catalog = self.catalog("catalog")
         done = run.parts("attached", by_pixel(catalog.pixels), self.attach_to_pixel)
-        n_out = run.write_catalog(self.product, catalog.pixels, done, self.attached_schema())
+        n_out = run.write_catalog(self.product, catalog.pixels, done, self._schema())
         told = catalog.manifest.summary if catalog.manifest is not None else {}
         summary = {
-            "matched": sum(record["matched"] for record in done),
-            "ambiguous": sum(record["ambiguous"] for record in done),
+            **{name: sum(record[name] for record in done) for name in ("matched", "ambiguous")},
             "nulls": {
                 column: sum(record["nulls"][column] for record in done)
                 for column in self.settings.columns
@@ -127,7 +135,7 @@ class Attach(Stage[AttachSettings]):
         }
         return Rows(catalog.n_rows, n_out), summary
 
-    def attached_schema(self) -> pa.Schema:
+    def _schema(self) -> pa.Schema:
         """Schema of the rows with the new columns at the end, all of them nullable."""
         other = self.catalog("other").schema
         columns = self.settings.columns.items()
@@ -138,34 +146,27 @@ class Attach(Stage[AttachSettings]):
         """Write one partition with its new columns."""
         settings, other = self.settings, self.catalog("other")
         table = self.catalog("catalog").read(pixel)
-        names = ["ra", "dec", *MOTION, *([settings.by] if settings.by_id else [])]
-        left = table.select([n for n in [HEALPIX_COLUMN, *names] if n in table.schema.names])
-        right_key = _key_of(other)
-        wanted = dict.fromkeys([HEALPIX_COLUMN, *names, right_key, *settings.columns.values()])
+        names = [HEALPIX_COLUMN, "ra", "dec", *MOTION, *settings.ids]
+        left = table.select([name for name in names if name in table.schema.names])
+        # The key breaks ties; without one an id, or the cell.
+        keys = [*other.columns(KEYS), *filter(is_gaia_id, other.schema.names), HEALPIX_COLUMN]
         around = surroundings(pixel, self.reach_arcsec)[0]
+        wanted = dict.fromkeys([*names, keys[0], *settings.columns.values()])
         ranges = sorted([(pixel.first, pixel.stop), *around])
         right = other.read_ranges(ranges, other.columns(wanted))
-        found = match(left, right, settings.matching, right_key)
-        keep = found.by_id if settings.by_id else np.ones(len(found.left), dtype=bool)
+        found = match(left, right, settings.matching, keys[0])
+        keep = found.by_id | (not settings.ids)
         index = np.full(table.num_rows, -1, dtype=np.int64)
         index[found.left[keep]] = found.right[keep]
         take = pa.array(index, mask=index < 0)
         new = [right[source].take(take) for source in settings.columns.values()]
-        out = pa.Table.from_arrays([*table.columns, *new], schema=self.attached_schema())
+        out = pa.Table.from_arrays([*table.columns, *new], schema=self._schema())
         return {
             "file": partition_record(output, pixel, out),
             "matched": int(np.count_nonzero(index >= 0)),
             "ambiguous": int(np.count_nonzero(found.n_candidates[keep] > 1)),
             "nulls": {column: out[column].null_count for column in settings.columns},
         }
-
-
-def _key_of(catalog: Catalog) -> str:
-    """Column that breaks ties: the key, else an id, else the cell."""
-    if catalog.columns(KEYS):
-        return key_column(catalog)
-    ids = [n for n in catalog.schema.names if is_gaia_id(n)]
-    return ids[0] if ids else HEALPIX_COLUMN
 
 
 def companion_survey(
@@ -194,13 +195,76 @@ def companion_survey(
     by_id = {by: key} if by != "position" else {}
     wanted = {"obs_id": key, "ra": ra, "dec": dec, **by_id, **columns}
     known: dict[str, Any] = {product: {"source": source} for product, source in wanted.items()}
+    extra = {product: known.pop(product) for product in wanted if product not in CANONICAL}
     survey = Survey(
         name=name,
         title=f"Columns {', '.join(columns)} of {name}",
-        columns={product: known[product] for product in known if product in CANONICAL},
-        extra={product: known[product] for product in known if product not in CANONICAL},
+        columns=known,
+        extra=extra,
         position_epoch=epoch,
         # These tables are what the caller says they are, in parts of the sky too.
         allow=("ra_below_24",),
     )
     return survey.model_copy(update={"columns": {item: survey.columns[item] for item in wanted}})
+
+
+class MarginSettings(Settings):
+    """How wide a margin is."""
+
+    radius_arcsec: float = Field(
+        gt=0, lt=3600, description="Rows outside a partition within it are in the margin."
+    )
+
+
+class Margin(Stage[MarginSettings]):
+    """Write the rows around every partition, so that other programs match without loss.
+
+    The directory becomes a HATS collection: ``collection.properties``, a link ``catalog`` to the
+    catalog, and the margin catalog ``margin``, which is the output. The margin contains some rows
+    beyond the radius, too; a row is in the margins of several partitions, or of none.
+    """
+
+    name = "margin"
+    version = 6
+    Settings = MarginSettings
+    roles = (Role("catalog", "Catalog that gets a margin."),)
+
+    def attempt(self, directory: str | Path, **options: Any) -> Manifest | None:
+        """Make the collection in a directory; the output is its folder ``margin``."""
+        self.product = self.product or Path(directory).name
+        return super().attempt(Path(directory) / "margin", **options)
+
+    def check(self) -> None:
+        """Refuse a foreign catalog whose rows have other columns here than in its files."""
+        catalog = self.catalog("catalog")
+        if not catalog.has_our_columns:
+            raise CatalogError(
+                f"{catalog.path} has other names or types of columns than a margin of sos-dask "
+                "would",
+                "Make the margin with the program that made the catalog.",
+            )
+
+    def make(self, run: Run) -> Made:
+        """Write the collection, and the margin of every partition."""
+        catalog, directory = self.catalog("catalog"), run.output.directory.parent
+        with suppress(FileExistsError):
+            target = os.path.relpath(catalog.path.resolve(), directory.resolve())
+            (directory / "catalog").symlink_to(target)
+        collection = write_collection(directory, catalog.name, "catalog", "margin")
+        pixels = by_pixel(catalog.pixels)
+        done = run.parts("margin", pixels, self.margin_of_pixel, f"margin of {catalog.name}")
+        properties = {
+            "hats_primary_table_url": catalog.name,
+            "hats_margin_threshold": f"{self.settings.radius_arcsec:g}",
+        }
+        more = catalog.schema, properties, "margin"
+        n_out = run.write_catalog(self.product, catalog.pixels, done, *more)
+        rows = Rows(catalog.n_rows, n_out, 0, {"inside": catalog.n_rows}, {"margin rows": n_out})
+        return rows, {"collection_sha256": collection}
+
+    def margin_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
+        """Write the rows around one partition."""
+        catalog = self.catalog("catalog")
+        around = surroundings(pixel, self.settings.radius_arcsec)[0]
+        rows = catalog.read_ranges(around, catalog.schema.names)
+        return {"file": partition_record(output, pixel, rows)}

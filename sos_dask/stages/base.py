@@ -3,18 +3,15 @@
 A stage is a subclass of `Stage`: a ``name`` and a ``version``, its ``Settings`` (the only place
 where a setting is declared), its ``roles``, the inputs by what they are to it, and ``make``. That
 runs its parts (`Run.parts`: finished ones are skipped after a restart), gathers their records and
-writes what is made of them; it returns the account of rows and a summary. A part is a method of
-the stage that gets the output, the part's key and a small item, writes its files and returns a
-record. A stage travels to workers as paths and numbers; catalogs are opened there, once.
-
-Class names and roles follow the products: see `rebuild.plan`.
-
-`Stage.run` leaves a complete output alone and finishes an unfinished one.
+writes what is made of them. A part is a method of the stage that gets the output, the part's key
+and a small item, writes its files and returns a record. A stage travels to workers as paths and
+numbers; catalogs are opened there, once. Below is what stages ask of catalogs that they match.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,10 +22,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sos_dask.errors import ConfigError, StorageError, SurveyError
+from sos_dask.errors import CatalogError, ConfigError, StorageError, SurveyError
 from sos_dask.run.cluster import Cluster, Report, silent
+from sos_dask.schema import HEALPIX_COLUMN, KEYS, YEARS
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
+from sos_dask.stars.match import MOTION, Motion
 from sos_dask.storage.artifact import Output, atomic_path, write_parquet
 from sos_dask.storage.catalog import Catalog, write_catalog_metadata, write_partition
 from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
@@ -37,25 +36,18 @@ S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
 Part = Callable[[Output, str, T], Mapping[str, Any]]
 Made = tuple[Rows, Mapping[str, Any]]
+_LIKE_KEYS = re.compile(r"(id|ids|key|name|designation|index)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Role:
-    """What an input is to a stage.
+    """An input by what it is to a stage; ``output``: a directory that another stage made.
 
-    Parameters
-    ----------
-    name : str
-        Name of the input; with ``many`` of ``<name>.<...>``, such as ``model.boosted``.
-    text : str
-        What it is, for help.
-    kind : str
-        ``catalog``, or ``output``: a directory that another stage made.
-    optional, many : bool
+    With ``many`` inputs are named ``<name>.<...>``, such as ``model.boosted``.
     """
 
     name: str
-    text: str
+    text: str  # for help
     kind: Literal["catalog", "output"] = "catalog"
     optional: bool = False
     many: bool = False
@@ -122,23 +114,19 @@ class Stage(Generic[S]):
                 return role
         raise ConfigError(f"{cls.name} has no input '{name}'")
 
-    @classmethod
-    def takes(cls, name: str) -> bool:
-        """Tell whether an input of this name is one of its many."""
-        return any(role.many and name.startswith(f"{role.name}.") for role in cls.roles)
-
     def named(self, role: str) -> list[str]:
         """Names of the inputs of a role in their order: one or none, unless it takes many."""
         return [name for name in self.inputs if name == role or name.startswith(f"{role}.")]
 
+    def many(self, role: str) -> list[str]:
+        """Names of the many inputs of a role, each without that of the role, sorted."""
+        return sorted(name.removeprefix(f"{role}.") for name in self.named(role))
+
     def catalog(self, name: str) -> Catalog:
         """Catalog that is an input."""
         found: Any = self.inputs[name]
-        if isinstance(found, tuple):
-            function, arguments = found
-            found = function(*arguments)
-        assert isinstance(found, Catalog)
-        return found
+        catalog: Catalog = found[0](*found[1]) if isinstance(found, tuple) else found
+        return catalog
 
     def path(self, name: str) -> Path:
         """Directory of an input."""
@@ -148,8 +136,6 @@ class Stage(Generic[S]):
     def manifest(self, name: str) -> Manifest:
         """Manifest of an input that another stage made."""
         return Manifest.load(self.path(name))
-
-    # What a stage says of itself.
 
     @classmethod
     def recipe(cls, settings: S, fingerprints: Mapping[str, str]) -> Recipe:
@@ -171,16 +157,11 @@ class Stage(Generic[S]):
         return 0
 
     def make(self, run: Run) -> Made | None:
-        """Make all of the output but its manifest.
+        """Make all of the output but its manifest; give the account of rows and a summary.
 
-        Returns
-        -------
-        (Rows, mapping) or None
-            Account of rows and summary; None while parts of other processes are missing.
+        None while parts of other processes are missing.
         """
         raise NotImplementedError
-
-    # The same for all.
 
     def run(self, directory: str | Path, **options: Any) -> Manifest:
         """Make the output, or finish it: `attempt` where no other process makes parts of it."""
@@ -204,13 +185,10 @@ class Stage(Generic[S]):
 
         Parameters
         ----------
-        directory : str or Path
         overwrite : bool
             Replace another output in ``directory``.
         cluster : Cluster, optional
             Default: tasks run in this process.
-        report : Report
-            Gets the progress.
 
         Returns
         -------
@@ -222,37 +200,23 @@ class Stage(Generic[S]):
         self.check()
         recipe = self.recipe(self.settings, self.fingerprints())
         output = Output.prepare(directory, recipe, overwrite, map(self.path, self.inputs))
-        if output.complete:
-            return output.load_manifest()
-        run = Run(output, cluster or Cluster(), report)
-        with unless_complete(output):
-            if self.partitioned:
-                self.require_partition(run.cluster, self.catalog(self.partitioned))
-            made = self.make(run)
-            if made is None:
-                return _made_by_another(output)
-            rows, summary = made
-            output.commit(rows, tuple(run.files), summary)
-        return output.load_manifest()
-
-    def needed_bytes(self, n_bytes: int) -> int:
-        """Bytes that a worker needs for a partition of so many bytes in memory."""
-        mib, copies = self.memory
-        return int((mib << 20) + copies * n_bytes) + self.held_bytes()
+        if not output.complete:
+            run = Run(output, cluster or Cluster(), report)
+            with unless_complete(output):
+                if self.partitioned:
+                    self.require_partition(run.cluster, self.catalog(self.partitioned))
+                made = self.make(run)
+                if made is not None:
+                    output.commit(made[0], tuple(run.files), made[1])
+        # Another process may have completed it meanwhile.
+        return Manifest.checked(directory) if output.complete else None
 
     def require_partition(self, cluster: Cluster, catalog: Catalog) -> None:
-        """Refuse a catalog whose largest partition does not fit into a worker.
-
-        Raises
-        ------
-        ClusterError
-            Naming the partition, what it needs and what a worker has.
-        """
-        if not catalog.pixels or cluster.memory_limit_bytes is None:
-            return
-        pixel, n_bytes = catalog.largest_partition()
-        what = f"partition {pixel} of {catalog.path} ({catalog.partition_rows(pixel):,} rows)"
-        cluster.require_memory(self.needed_bytes(n_bytes), f"{self.name}: {what}")
+        """Raise `ClusterError` where the largest partition of a catalog does not fit a worker."""
+        if catalog.pixels and cluster.memory_limit_bytes is not None:
+            pixel, n_bytes = catalog.largest_partition()
+            n_rows = catalog.partition_rows(pixel)
+            self._require(cluster, f"{pixel} of {catalog.path} ({n_rows:,} rows)", n_bytes)
 
     def require_pixel(
         self,
@@ -261,34 +225,22 @@ class Stage(Generic[S]):
         histogram: NDArray[np.int64],
         n_bytes: int,
     ) -> None:
-        """Refuse partitions that are to be made, one of which would not fit into a worker.
+        """Raise `ClusterError` where the largest partition that is planned will not fit a worker.
 
-        Parameters
-        ----------
-        pixels : sequence of HealpixPixel
-        histogram : ndarray of int64, shape (12 * 4**order,)
-            Rows a cell of the sky.
-        n_bytes : int
-            Of all rows in memory.
-
-        Raises
-        ------
-        ClusterError
+        ``histogram`` has the rows of every cell of the sky, which take ``n_bytes`` in memory.
         """
-        if not pixels:
-            return
-        order = (len(histogram) // 12).bit_length() // 2
-        shift = 2 * (MAX_ORDER - order)
+        shift = 2 * MAX_ORDER - (len(histogram) // 12).bit_length() + 1
         rows = [int(histogram[one.first >> shift : one.stop >> shift].sum()) for one in pixels]
-        largest = int(np.argmax(rows))
-        share = n_bytes * rows[largest] // max(sum(rows), 1)
-        what = f"partition {pixels[largest]} of {self.product} ({rows[largest]:,} rows)"
-        cluster.require_memory(self.needed_bytes(share), f"{self.name}: {what}")
+        if rows:
+            most = int(np.argmax(rows))
+            what = f"{pixels[most]} of {self.product} ({rows[most]:,} rows)"
+            self._require(cluster, what, n_bytes * rows[most] // max(sum(rows), 1))
 
-
-def _made_by_another(output: Output) -> Manifest | None:
-    """Manifest of an output that another process has completed meanwhile."""
-    return output.load_manifest() if output.complete else None
+    def _require(self, cluster: Cluster, partition: str, n_bytes: int) -> None:
+        """Refuse a partition of so many bytes in memory that does not fit into a worker."""
+        mib, copies = self.memory
+        needed = int((mib << 20) + copies * n_bytes) + self.held_bytes()
+        cluster.require_memory(needed, f"{self.name}: partition {partition}")
 
 
 @dataclass(frozen=True)
@@ -303,7 +255,7 @@ class Run:
     def parts(
         self, kind: str, items: Mapping[str, T], part: Part[T], step: str = ""
     ) -> list[dict[str, Any]]:
-        """Run a part for each item that has no sound record; records of all in their order.
+        """Run a part for each item that has no sound record; give all records in their order.
 
         Parameters
         ----------
@@ -314,16 +266,16 @@ class Run:
         part : callable
             Function or method ``(output, key, item) -> record``, importable by its name.
         step : str
-            What a progress bar calls it; default the name of the stage.
-        """
-        self.run_parts(kind, items, part, step)
-        return self.records(kind, list(items))
+            Name for progress; default that of the stage.
 
-    def run_parts(self, kind: str, items: Mapping[str, T], part: Part[T], step: str = "") -> None:
-        """Run a part for each item that has no sound record."""
+        Raises
+        ------
+        StorageError
+            A record is missing: it was removed meanwhile, or the workers run another version.
+        """
         step = step or self.output.recipe.stage
         missing = [
-            _Task(self.output, kind, key, item, part)
+            (self.output, kind, key, item, part)
             for key, item in items.items()
             if not self.output.intact(kind, key)
         ]
@@ -331,21 +283,8 @@ class Run:
             self.cluster.run(_do, missing, step, self.report)
         else:
             self.report(step, len(items), len(items))
-
-    def finished(self, kind: str, keys: Sequence[str]) -> bool:
-        """Tell whether all parts have a record."""
-        return all(self.output.get_record(kind, key) is not None for key in keys)
-
-    def records(self, kind: str, keys: Sequence[str]) -> list[dict[str, Any]]:
-        """Records of all parts in order.
-
-        Raises
-        ------
-        StorageError
-            One is missing: it was removed meanwhile, or the workers run another version.
-        """
         found = []
-        for key in keys:
+        for key in items:
             record = self.output.get_record(kind, key)
             if record is None:
                 raise StorageError(
@@ -374,44 +313,25 @@ class Run:
     ) -> int:
         """Write the catalog's own files; partitions without rows are left out. Returns its rows.
 
-        Parameters
-        ----------
-        records : sequence of mapping
-            Of the pixels; ``file`` is what `partition_record` returned.
+        Of each pixel there is a record, in which ``file`` is what `partition_record` returned.
         """
-        kept = [
-            (pixel, FileRecord(**record["file"]))
+        files = {
+            pixel: FileRecord(**record["file"])
             for pixel, record in zip(pixels, records, strict=True)
             if record["file"] is not None
-        ]
-        n_rows = sum(record.rows for _, record in kept)
-        self.files.extend(record for _, record in kept)
+        }
+        n_rows = sum(file.rows for file in files.values())
+        about = name, list(files), schema, n_rows
+        self.files.extend(files.values())
         self.files.extend(
-            write_catalog_metadata(
-                self.output,
-                name,
-                [pixel for pixel, _ in kept],
-                schema,
-                n_rows,
-                catalog_type=catalog_type,
-                extra=properties,
-            )
+            write_catalog_metadata(self.output, *about, catalog_type=catalog_type, extra=properties)
         )
         return n_rows
 
 
-@dataclass(frozen=True)
-class _Task(Generic[T]):
-    output: Output
-    kind: str
-    key: str
-    item: T
-    part: Part[T]
-
-
-def _do(task: _Task[Any]) -> None:
-    record = task.part(task.output, task.key, task.item)
-    task.output.put_record(task.kind, task.key, record)
+def _do(task: tuple[Output, str, str, T, Part[T]]) -> None:
+    output, kind, key, item, part = task
+    output.put_record(kind, key, part(output, key, item))
 
 
 def by_pixel(pixels: Sequence[HealpixPixel]) -> dict[str, HealpixPixel]:
@@ -429,19 +349,19 @@ def piece(output: Output, name: str) -> Path:
     return output.work / "pieces" / f"{name}.arrow"
 
 
-def write_piece(path: Path, table: pa.Table) -> None:
+def write_piece(output: Output, name: str, table: pa.Table) -> None:
     """Keep an intermediate table as an Arrow file, written atomically."""
     with (
-        atomic_path(path) as temporary,
+        atomic_path(piece(output, name)) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, table.schema) as writer,
     ):
         writer.write_table(table)
 
 
-def read_piece(path: Path) -> pa.Table:
+def read_piece(output: Output, name: str) -> pa.Table:
     """An intermediate table, memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return pa.ipc.open_file(pa.memory_map(str(piece(output, name)))).read_all()
 
 
 @contextmanager
@@ -453,13 +373,58 @@ def unless_complete(output: Output) -> Iterator[None]:
     """
     try:
         yield
-    except SurveyError:
+    except Exception as error:
         if not output.complete:
-            output.discard()
-            raise
-        output.tidy()
-    except Exception:
-        if not output.complete:
+            if isinstance(error, SurveyError):
+                output.discard()
             output.release()
             raise
         output.tidy()
+
+
+# -- catalogs that are matched --------------------------------------------------------------------
+
+
+def require_whole(catalog: Catalog, names: Iterable[str]) -> None:
+    """Raise `CatalogError` where ids, which are to be compared, have lost their last digits."""
+    for name in catalog.columns(names):
+        if pa.types.is_floating(catalog.schema.field(name).type):
+            raise CatalogError(
+                f"{catalog.path}: column '{name}' is stored as float: digits are lost of its ids",
+                "Make the catalog again with integer or text ids, or match by position alone: "
+                "--no-gaia-id or --by position.",
+            )
+
+
+def key_column(catalog: Catalog) -> str:
+    """Find the key of a catalog: ``star_id`` or ``obs_id``, whichever it has."""
+    if known := catalog.columns(KEYS):
+        return known[0]
+    able = [
+        item.name
+        for item in catalog.schema
+        if item.name != HEALPIX_COLUMN
+        and (pa.types.is_integer(item.type) or pa.types.is_string(item.type))
+    ]
+    named = " or --key ".join([name for name in able if _LIKE_KEYS.search(name)] or able)
+    hint = f"Give the column that names each row, for example --key {named}."
+    none = "It has no column of integers or text that could name its rows."
+    raise CatalogError(f"{catalog.path} has neither star_id nor obs_id", hint if able else none)
+
+
+def motion_of(catalog: Catalog) -> Motion:
+    """Bound proper motion and epoch over a whole catalog, from the footers of its files.
+
+    Raises `CatalogError` where epochs are not Julian years: foreign catalogs may have days.
+    """
+    known = catalog.bounds(*MOTION)
+    low, high = known.get("position_epoch", (np.nan, np.nan))
+    if low < YEARS[0] or high > YEARS[1]:
+        raise CatalogError(
+            f"{catalog.path}: column 'position_epoch' has values from {low:g} to {high:g}, and "
+            f"Julian years are needed ({YEARS[0]:g} to {YEARS[1]:g})",
+            "Convert it, or rename it: rows without an epoch are matched where they stand.",
+        )
+    pmra, pmdec = (max(map(abs, known.get(name, (0.0, 0.0)))) for name in ("pmra", "pmdec"))
+    moving = {"pmra", "pmdec"} <= set(catalog.schema.names)
+    return Motion(float(np.hypot(pmra, pmdec)) if moving else 0.0, low, high)

@@ -1,66 +1,41 @@
-"""Stage compare: every trained method on the same pairs, and the one that corrects the catalog.
+"""Stages compare and trends: what every correction leaves of target - reference, in figures.
 
-A task is a method (what it does on cells of label space), then a label (figures of all methods on
-the same resamples). It reads the columns of the evidence that it needs: 150 bytes a pair, twice
-that while a label is ranked.
+compare takes every trained method on the same pairs and chooses the one that corrects the catalog;
+trends bins by other quantities, and sees whether the references agree. A task is a method, a label
+or a quantity, and reads the columns of the evidence that it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import floats32, matrix32
+from sos_dask.columns import FloatArray, floats, floats32, matrix32
 from sos_dask.errors import ModelError
-from sos_dask.evidence.choice import BALANCED, TOLERANCE, check_rule, choose
-from sos_dask.evidence.figures import (
-    FIGURE_SCHEMA,
-    NONE,
-    TEST,
-    TRAIN,
-    Sample,
-    Scored,
-    figures,
-)
-from sos_dask.evidence.smoothness import (
-    ARTIFACT_SCHEMA,
-    MIN_CELLS,
-    OUTSIDE_SCHEMA,
-    Cells,
-    artifact_rows,
-    artifacts,
-)
-from sos_dask.evidence.trends import AXES
+from sos_dask.evidence import figures, smoothness
+from sos_dask.evidence import trends as binned
+from sos_dask.evidence.figures import BALANCED, NONE, TEST, TOLERANCE, TRAIN, Sample, Scored
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, Stage
-from sos_dask.stages.evidence import (
-    columns_of,
-    fitted_columns,
-    held_out_columns,
-    problem_of,
-    read_evidence,
-    require_models_of,
-    require_rows,
-)
-from sos_dask.stats.binned import Axis
+from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
+from sos_dask.stages.evidence import OnEvidence, fitted_columns, held_out_columns, of_surveys
+from sos_dask.stages.reference import in_order
 from sos_dask.stats.bootstrap import draw
-from sos_dask.storage.artifact import Output, partition_errors
-from sos_dask.storage.manifest import Manifest
+from sos_dask.stats.numbers import ALL, MIN_COUNT, Axis, equal_count_edges
+from sos_dask.storage.artifact import Output
 
 COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
-_PROCESS_BYTES, _BYTES_A_PAIR = 300 << 20, 400
+TRENDS, PLANES, REFERENCES = "trends.parquet", "planes.parquet", "references.parquet"
 _SAMPLES = {TEST: ("held_out", held_out_columns), TRAIN: ("trained", fitted_columns)}
+_PLANE = "plane"
 
 
 class CompareSettings(Settings):
@@ -78,12 +53,12 @@ class CompareSettings(Settings):
     )
     seed: Seed = Field(0, description="Of the resamples")
     axes: tuple[Axis, ...] = Field(
-        tuple(axis for axis in AXES if axis.name in LABELS),
+        tuple(axis for axis in binned.AXES if axis.name in LABELS),
         description="Bins along each label of the target; their cells are those of the artifacts",
     )
 
 
-class Compare(Stage[CompareSettings]):
+class Compare(OnEvidence[CompareSettings]):
     """Compare trained methods on the same pairs and choose the one that corrects the catalog.
 
     Tables: figures (`evidence.figures`), artifacts and behaviour outside the overlap
@@ -100,101 +75,87 @@ class Compare(Stage[CompareSettings]):
         Role("evidence", "Pairs with the predictions of the models.", "output"),
         Role("model", "Trained corrections.", "output", optional=True, many=True),
     )
-
-    @property
-    def methods(self) -> list[str]:
-        """Methods of the models, sorted."""
-        return sorted(name.removeprefix("model.") for name in self.named("model"))
+    pairs_memory = (300, 400)
+    tables = (("figures", COMPARISON), ("artifacts", ARTIFACTS), ("outside", OUTSIDE))
 
     def check(self) -> None:
-        """Refuse no models, and a rule that is none."""
-        if not self.methods:
+        """Refuse no models, and an unknown rule."""
+        if not self.many("model"):
             raise ModelError(
                 "there is no model to compare", "Give the outputs of 'sos-dask train'."
             )
-        check_rule(self.settings.rule, self.methods)
+        figures.check_rule(self.settings.rule, self.many("model"))
 
-    def make(self, run: Run) -> Made:
+    def measure(self, run: Run) -> Made:
         """Measure every method and every label, then choose."""
-        require_models_of(self)
-        evidence, labels = self.manifest("evidence"), problem_of(self.path("evidence")).names
-        require_rows(run, self.path("evidence"), _PROCESS_BYTES, _BYTES_A_PAIR)
-        of_methods = run.parts("methods", dict.fromkeys(self.methods), self.artifacts_of)
+        methods, labels = self.many("model"), self.problem.names
+        of_methods = run.parts("methods", dict.fromkeys(methods), self.artifacts_of)
         of_labels = run.parts("labels", dict.fromkeys(labels), self.figures_of, "compare labels")
-        scored, noise = {}, {}
-        for label, record in zip(labels, of_labels, strict=True):
-            of = {(m, name): Scored(x, np.array(rest)) for m, name, x, rest in record["scores"]}
-            scored[label] = of
-            noise[label] = min(of[method, "mad"].value for method in self.methods)
-        rough, outside = artifact_rows(dict(zip(self.methods, of_methods, strict=True)), noise)
-        roughness = {
-            method: _roughness([row for row in rough if row["method"] == method])
-            for method in self.methods
+        scored = {
+            label: {(m, name): Scored(x, np.array(rest)) for m, name, x, rest in record["scores"]}
+            for label, record in zip(labels, of_labels, strict=True)
         }
-        choice = choose(self.settings.rule, scored, roughness, self.settings.tolerance)
+        noise = {name: min(of[m, "mad"].value for m in methods) for name, of in scored.items()}
+        found = dict(zip(methods, of_methods, strict=True))
+        rough, outside = smoothness.artifact_rows(found, noise)
+        known: dict[str, list[float]] = {}
+        for row in rough:
+            if row["roughness"] is not None:  # in too few cells, or without noise
+                known.setdefault(row["method"], []).append(row["roughness"])
+        roughness = {method: float(np.mean(values)) for method, values in known.items()}
+        choice = figures.choose(self.settings.rule, scored, roughness, self.settings.tolerance)
         rows = [row for record in of_labels for row in record["figures"]]
-        run.write(COMPARISON, pa.Table.from_pylist(rows, schema=FIGURE_SCHEMA))
-        run.write(ARTIFACTS, pa.Table.from_pylist(rough, schema=ARTIFACT_SCHEMA))
-        run.write(OUTSIDE, pa.Table.from_pylist(outside, schema=OUTSIDE_SCHEMA))
-        manifests = [self.manifest(f"model.{method}") for method in self.methods]
-        metrics = [metric for one in manifests for metric in one.summary["metrics"]]
-        return evidence.rows, {**asdict(choice), "metrics": metrics, **of_labels[0]["n"]}
+        run.write(COMPARISON, pa.Table.from_pylist(rows, schema=figures.FIGURE_SCHEMA))
+        run.write(ARTIFACTS, pa.Table.from_pylist(rough, schema=smoothness.ARTIFACT_SCHEMA))
+        run.write(OUTSIDE, pa.Table.from_pylist(outside, schema=smoothness.OUTSIDE_SCHEMA))
+        metrics = [one for m in methods for one in self.manifest(f"model.{m}").summary["metrics"]]
+        summary = {**asdict(choice), "metrics": metrics, **of_labels[0]["n"]}
+        return self.manifest("evidence").rows, summary
 
     def artifacts_of(self, output: Output, method: str, item: None) -> dict[str, Any]:
         """Measure what a correction does on the cells of its inputs."""
-        settings, problem = self.settings, problem_of(self.path("evidence"))
+        settings, problem = self.settings, self.problem
         axes = {axis.name: axis.edges for axis in settings.axes if axis.name in problem.columns}
-        table = read_evidence(self.path("evidence"), [*problem.columns, "trained"])
+        table = self.read([*problem.columns, "trained"])
         known = np.isfinite(problem.matrix(table)).all(axis=1)
         table = table.filter(pc.and_(table["trained"], pa.array(known)))
-        cells = Cells.of(matrix32(table, list(axes)), list(axes.values()), settings.min_cell_pairs)
+        at = matrix32(table, list(axes)).astype(np.float64)
+        cells = smoothness.Cells.of(at, list(axes.values()), settings.min_cell_pairs)
+        box = at.min(axis=0, initial=np.inf), at.max(axis=0, initial=-np.inf)
+        others = [name for name in problem.columns if name not in axes]
+        medians = {name: float(np.median(floats32(table, name))) for name in others}
         correction = corrections.load(self.path(f"model.{method}"))
 
         def predict(points: NDArray[np.floating]) -> NDArray[np.floating]:
             """Predict at columns of the axes; the other inputs stand at their median."""
-            at = dict(zip(axes, points.T, strict=True))
-            for name in problem.columns:
-                if name not in axes:
-                    at[name] = np.full(len(points), np.median(floats32(table, name)))
-            return correction.predict(problem.matrix(at))
+            at = {name: np.full(len(points), value) for name, value in medians.items()}
+            return correction.predict(problem.matrix(at | dict(zip(axes, points.T, strict=True))))
 
-        box = []
-        for values in (correction.info.minimum, correction.info.maximum):
-            at = {
-                one.column: one.scale * (10.0**value if one.log10 else value)
-                for one, value in zip(problem.inputs, values, strict=True)
-            }
-            box.append(np.array([at[name] for name in axes]))
         n, many = len(problem.labels), settings.n_bootstrap
-        found = artifacts(predict, cells, (box[0], box[1]), n, many, settings.seed)
+        found = smoothness.artifacts(predict, cells, box, n, many, settings.seed)
         count = {"n_cells": len(cells.places), "typical_count": cells.typical_count}
         return {**count, "labels": found}
 
     def figures_of(self, output: Output, label: str, item: None) -> dict[str, Any]:
         """Measure one label in both samples."""
-        settings, path = self.settings, self.path("evidence")
-        there = columns_of(path)
-        edges = {axis.name: axis.edges for axis in settings.axes if axis.name in there}
-        predicted = {
-            name: {method: columns(method, (label,))[0] for method in self.methods}
-            for name, (_, columns) in _SAMPLES.items()
-        }
-        names = [*edges, f"{label}_diff", "group", "sparse", "held_out", "trained"]
-        more = [name for of in predicted.values() for name in of.values()]
-        table = read_evidence(path, [*names, *more])
+        settings, methods = self.settings, self.many("model")
+        names = [f"{label}_diff", "group", "sparse", "held_out", "trained"]
+        for _, columns in _SAMPLES.values():
+            names += [columns(method, (label,))[0] for method in methods]
+        table = self.read(names, [axis.name for axis in settings.axes])
+        edges = {one.name: one.edges for one in settings.axes if one.name in table.column_names}
         weights = draw(settings.n_bootstrap, settings.seed)
         rows, n, scores = [], {}, {}
-        for name, (inside, _) in _SAMPLES.items():
+        for name, (inside, columns) in _SAMPLES.items():
             some = table.filter(table[inside])
             labels = {axis: floats32(some, axis) for axis in edges}
             group, sparse = (some[column].to_numpy() for column in ("group", "sparse"))
             sample = Sample(name, labels, group.astype(np.int64), sparse)
             before = floats32(some, f"{label}_diff").astype(np.float64)
-            residuals = {NONE: before}
-            for method, column in predicted[name].items():
-                residuals[method] = before - floats32(some, column)
+            predicted = {m: floats32(some, columns(m, (label,))[0]) for m in methods}
+            residuals = {NONE: before, **{m: before - values for m, values in predicted.items()}}
             least = settings.min_pairs, settings.min_bin_pairs
-            found, scored = figures(sample, label, residuals, edges, weights, *least)
+            found, scored = figures.figures(sample, label, residuals, edges, weights, *least)
             rows += found
             n[f"n_{name}"] = some.num_rows
             scores[name] = [
@@ -208,26 +169,131 @@ class Compare(Stage[CompareSettings]):
         return {"n": n, "scores": scores[TEST], "figures": rows}
 
 
-def _roughness(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Mean roughness of the labels that have one; nan in too few cells, or without noise."""
-    known = [row["roughness"] for row in rows if row["roughness"] is not None]
-    enough = known and rows[0]["n_cells"] >= MIN_CELLS
-    return float(np.mean(known)) if enough else float("nan")
+class TrendSettings(Settings):
+    """Quantities that differences are binned by, and their bins."""
+
+    axes: tuple[Axis, ...] = Field(
+        binned.AXES, description="Quantities of the target; those that the pairs lack are left out"
+    )
+    n_count_bins: int = Field(
+        20, ge=1, description="Bins with equally many pairs along each quantity"
+    )
+    min_count: int = Field(
+        MIN_COUNT,
+        ge=1,
+        description="A bin is judged for a difference of two references if both have as many pairs",
+    )
+    order: tuple[str, ...] = Field(
+        (), description="Reference surveys: differences are second - first; others follow by name"
+    )
 
 
-def read_comparison(directory: Path) -> dict[str, Any]:
-    """Read a comparison as JSON values: its summary, ``figures``, ``artifacts``, ``outside``.
+class Trends(OnEvidence[TrendSettings]):
+    """Bin target - reference by other quantities, before and after every correction.
 
-    Raises
-    ------
-    CatalogError, PartitionError
-        It is unfinished, of another stage, or damaged.
+    Tables: ``trends.parquet`` (bins of one quantity), ``planes.parquet`` (cells in Teff and log g),
+    and ``references.parquet``, the comparison of the reference surveys in the bins of one quantity.
+    Labels in them have their own units. Summary: pairs by survey, common stars, pairs in no bin of
+    equal width, and agreements (`evidence.trends`).
+
+    Example: sos-dask trends pairs model.boosted -o trends
     """
-    manifest = Manifest.of_stage(directory, Compare.name, Compare.version)
-    found: dict[str, Any] = {
-        key: value for key, value in manifest.summary.items() if key != "metrics"
-    }
-    for key, name in (("figures", COMPARISON), ("artifacts", ARTIFACTS), ("outside", OUTSIDE)):
-        with partition_errors(directory / name):
-            found[key] = pq.read_table(directory / name).to_pylist()
-    return found
+
+    name = "trends"
+    version = 6
+    Settings = TrendSettings
+    roles = (
+        Role("evidence", "Pairs with the predictions of models.", "output"),
+        Role("reference", "United reference.", optional=True),
+        Role("stars", "Stars of the surveys that it was made from.", optional=True, many=True),
+    )
+    pairs_memory = (200, 200)
+    tables = (("trends", TRENDS),)
+
+    def measure(self, run: Run) -> Made:
+        """Bin by one quantity after the other."""
+        there = self.names
+        axes = {axis.name: axis for axis in self.settings.axes if axis.name in there}
+        groups: dict[str, tuple[Axis, ...]] = {name: (axis,) for name, axis in axes.items()}
+        if axes.keys() >= set(binned.PLANE):
+            groups[_PLANE] = tuple(axes[name] for name in binned.PLANE)
+        (common,) = run.parts("common", {"common": None}, self.common, "common stars")
+        done = run.parts("trends", groups, self.trends_of)
+        planes = [key for key in groups if key == _PLANE]
+        for name, nothing, keys in (
+            (TRENDS, binned.trend_table([]), [f"trends-{key}" for key in axes]),
+            (REFERENCES, binned.contrast_table([]), [f"contrasts-{key}" for key in axes]),
+            (PLANES, binned.trend_table([], plane=True), [f"trends-{key}" for key in planes]),
+        ):
+            tables = (read_piece(run.output, key) for key in keys)
+            run.write(name, pa.concat_tables([nothing, *tables]))
+        return self.manifest("evidence").rows, {
+            "surveys": done[0]["surveys"] if done else {},
+            "common_stars": common["stars"],
+            "in_no_bin": {key: one["in_no_bin"] for key, one in zip(groups, done, strict=True)},
+            "agreements": [one for item in done for one in item["agreements"]],
+        }
+
+    def common(self, output: Output, key: str, item: None) -> dict[str, Any]:
+        """Keep the stars that two references have: labels of the first, differences."""
+        n_stars = 0
+        for first, second, one, other in self.common_stars(self.settings.order):
+            columns = {label: floats(one, label) for label in LABELS}
+            columns |= {f"{name}_diff": floats(other, name) - x for name, x in columns.items()}
+            write_piece(output, f"common-{first}-{second}", pa.table(columns))
+            n_stars += len(one)
+        return {"stars": n_stars}
+
+    def trends_of(self, output: Output, key: str, axes: tuple[Axis, ...]) -> dict[str, Any]:
+        """Write all trends against one quantity, or on the plane."""
+        settings, labels = self.settings, self.problem.names
+        methods = self.manifest("evidence").summary["methods"]
+        wanted = [*(axis.name for axis in axes), *(f"{label}_diff" for label in labels), "trained"]
+        for method in methods:
+            wanted += [*held_out_columns(method, labels), *fitted_columns(method, labels)]
+        table = self.read(wanted, ["survey_ref"])
+        x = {axis.name: floats32(table, axis.name) for axis in axes}
+        surveys = of_surveys(table)
+        subsets = {ALL: np.ones(table.num_rows, dtype=np.bool_)}
+        subsets |= {name: surveys[name] for name in in_order(surveys, settings.order)}
+        binnings = {binned.EQUAL_WIDTH: [axis.edges for axis in axes]}
+        if key != _PLANE:
+            edges = [equal_count_edges(values, settings.n_count_bins) for values in x.values()]
+            binnings[binned.EQUAL_COUNT] = edges
+        known = set(self.many("stars") if self.named("reference") else ())
+        trained = table["trained"].to_numpy()
+        trends, contrasts, in_no_bin = [], [], {}
+        for label, (binning, edges) in itertools.product(labels, binnings.items()):
+            about, difference = {"label": label, "binning": binning}, f"{label}_diff"
+            bare = floats32(table, difference).astype(np.float64)
+            samples: dict[tuple[str, str | None], FloatArray] = {(binned.BEFORE, None): bare}
+            for method in methods:
+                held_out, fitted = (
+                    bare - floats32(table, columns(method, (label,))[0])
+                    for columns in (held_out_columns, fitted_columns)
+                )
+                samples[binned.AFTER, method] = held_out
+                samples[binned.FITTED, method] = np.where(trained, fitted, np.nan)
+            before: dict[str, binned.Columns] = {}
+            for (sample, method), values in samples.items():
+                for subset, inside in subsets.items():
+                    chosen = np.where(inside, values, np.nan)
+                    more = {"subset": subset, "sample": sample, "method": method}
+                    trends.append(binned.trend(x, chosen, edges, **about, **more))
+                    before.setdefault(subset, trends[-1])
+            n_binned = before.pop(ALL)["n"].sum()
+            if binning == binned.EQUAL_WIDTH:
+                in_no_bin[label] = int(np.count_nonzero(np.isfinite(bare)) - n_binned)
+            for first, second in itertools.combinations(before if key != _PLANE else (), 2):
+                direct = None
+                if {key, label} <= set(LABELS) and {first, second} <= known:
+                    both = read_piece(output, f"common-{first}-{second}")
+                    of_both = {key: floats32(both, key)}
+                    direct = binned.trend(of_both, floats32(both, difference), edges, **about)
+                found = binned.contrast(before[first], before[second], direct, settings.min_count)
+                contrasts.append(found)
+        write_piece(output, f"trends-{key}", binned.trend_table(trends, key == _PLANE))
+        write_piece(output, f"contrasts-{key}", binned.contrast_table(contrasts))
+        n_pairs = {name: int(np.count_nonzero(inside)) for name, inside in surveys.items()}
+        agreed = [row for one in contrasts for row in binned.agreements(one, settings.min_count)]
+        return {"surveys": n_pairs, "in_no_bin": in_no_bin, "agreements": agreed}

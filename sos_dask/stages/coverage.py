@@ -6,7 +6,7 @@ partition by partition, into column files aligned with the partitions: same rows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -17,81 +17,47 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from sos_dask import corrections
-from sos_dask.columns import floats, floats_or_nan, key_hashes, matrix32
-from sos_dask.correct import (
-    COVERAGE_FIELD,
-    COVERAGE_MEANINGS,
-    FLAG_AMBIGUOUS,
-    FLAG_GRID_EDGE,
-    FLAG_OUTSIDE,
-    FLAG_SPARSE,
-    FLAG_SPREAD,
-    FLAGS,
-)
-from sos_dask.errors import CatalogError
-from sos_dask.evidence.coverage import CoverageModel, Overlap, Target
-from sos_dask.evidence.coverage import fit as fit_coverage
-from sos_dask.evidence.error_tables import ErrorModel, load_errors
-from sos_dask.evidence.growth import MIN_GROWTH_PAIRS
-from sos_dask.evidence.maps import SKY_ORDER, coarse, count_maps, follow_up, sum_maps
-from sos_dask.evidence.widening import CLASSES, KIND_FIELD, OUTSIDE, SPARSE, Limits, counted
+from sos_dask import correct, corrections
+from sos_dask.columns import FloatArray, floats, floats_or_nan, key_hashes, matrix32
+from sos_dask.evidence import coverage as kernel
+from sos_dask.evidence import widening
+from sos_dask.evidence.figures import figure_schema
+from sos_dask.evidence.intervals import ErrorModel, load_errors
+from sos_dask.evidence.widening import CLASSES, OUTSIDE, Limits
 from sos_dask.problem import Problem
 from sos_dask.schema import HEALPIX_COLUMN
-from sos_dask.settings import Seed, Settings
+from sos_dask.settings import Seed
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
-from sos_dask.stages.base import (
-    Made,
-    Role,
-    Run,
-    by_pixel,
-    partition_record,
-    read_piece,
-    write_piece,
-)
-from sos_dask.stages.evidence import (
-    OfModel,
-    held_out_columns,
-    read_evidence,
-    require_models_of,
-    single_observations,
-)
+from sos_dask.stages import base
+from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
+from sos_dask.stages.evidence import OfModel, held_out_columns, read_evidence, single_observations
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, partition_errors, write_parquet
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import FileRecord, Manifest, Rows, sha256_of_file
+from sos_dask.storage.manifest import FileRecord, Rows, sha256_of_file
 
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
-MAPS = "maps.parquet"
-CALIBRATION = "calibration.parquet"
-_BINS = pa.schema(
-    [("distance", pa.float64()), ("n", pa.int64())]
-    + [(name, pa.float64()) for name in ("growth_measured", "growth")]
-)
+MAPS, CALIBRATION = "maps.parquet", "calibration.parquet"
+_BINS = figure_schema("distance n growth_measured growth")
 _KEYS = {"observations": "obs_id", "stars": "star_id"}
+_OWN = (HEALPIX_COLUMN, "obs_id", "ra", "dec")
 _SAMPLE_ROWS = 200_000
 _MANY_PAIRS, _MOST_ROWS = 1 / 3, 0.5
 _ID_RADIUS_ARCSEC = 10.0  # observations with one Gaia id are of one star
-Columns = Mapping[str, NDArray[np.float64]]
+Columns = Mapping[str, FloatArray]
 
 
-class CoverageSettings(Settings):
+class CoverageSettings(Limits):
     """Settings of the stage."""
 
     measure: Literal["neighbours", "ratio"] = Field(
         "neighbours", description="Distance from the pairs: neighbours, or ratio of densities"
-    )
-    inside: float = Field(
-        0.8, gt=0, lt=1, description="From this coverage on a row is inside: its error is small"
-    )
-    outside: float = Field(
-        0.5, gt=0, lt=1, description="Below this coverage a row is outside; between, sparse"
     )
     grid: dict[str, Annotated[tuple[float, float], Field(strict=False)]] = Field(
         default_factory=dict,
@@ -115,17 +81,6 @@ class CoverageSettings(Settings):
             if not low < high:
                 raise ValueError(f"{label}: {low:g} is not below {high:g}")
         return value
-
-    @model_validator(mode="after")
-    def _limits_in_order(self) -> CoverageSettings:
-        if not self.outside < self.inside:
-            raise ValueError(f"outside = {self.outside:g} is not below inside = {self.inside:g}")
-        return self
-
-    @property
-    def limits(self) -> Limits:
-        """Limits of the classes."""
-        return Limits(inside=self.inside, outside=self.outside)
 
 
 class Coverage(OfModel[CoverageSettings]):
@@ -153,77 +108,81 @@ class Coverage(OfModel[CoverageSettings]):
     partitioned = "observations"
     memory = (230, 3.5)
 
-    @property
-    def observations(self) -> Catalog:
-        """Catalog that is scored."""
-        return self.catalog("observations")
-
     @cached_property
     def problem(self) -> Problem:
-        """Problem of the correction."""
+        """Problem of the correction, which is that of the evidence."""
         return corrections.load(self.path("model")).problem
 
     @property
     def errors(self) -> ErrorModel | None:
         """Error model of the correction, where it is given."""
-        if "errors" not in self.inputs:
-            return None
-        return load_errors(self.path("errors"), self.problem)
+        given = self.named("errors")
+        return load_errors(self.path("errors"), self.problem) if given else None
+
+    @cached_property
+    def grid(self) -> dict[str, tuple[float, float]]:
+        """Limits of the grid of the survey's pipeline, by label."""
+        names, every = self.problem.names, (-np.inf, np.inf)
+        bounds = self.catalog("observations").bounds(*names) | self.settings.grid
+        return {label: bounds.get(label, every) for label in names}
 
     def check(self) -> None:
         """Refuse a catalog that lacks a column, and errors of another correction."""
-        if "errors" in self.inputs:
-            sha256 = sha256_of_file(self.path("model") / corrections.MODEL_FILE)
-            load_errors(self.path("errors"), self.problem).require(sha256)
-        self.observations.require(*self.problem.columns, HEALPIX_COLUMN, "obs_id", "ra", "dec")
+        if (errors := self.errors) is not None:
+            errors.require(sha256_of_file(self.path("model") / corrections.MODEL_FILE))
+        self.catalog("observations").require(*self.problem.columns, *_OWN)
 
-    def make(self, run: Run) -> Made:
+    def measure(self, run: Run) -> Made:
         """Sample the rows, fit the model, score all rows and count them."""
-        require_models_of(self)
-        catalog = self.observations
+        catalog, output, grid = self.catalog("observations"), run.output, self.grid
         samples = {
-            f"{_KEYS[role]}-{key}": (role, pixel)
+            f"{role}-{key}": (role, pixel)
             for role in _KEYS
-            for key, pixel in by_pixel(self.catalog(role).pixels).items()
+            for key, pixel in base.by_pixel(self.catalog(role).pixels).items()
         }
-        run.run_parts("samples", samples, self.sample, "coverage: sample")
+        run.parts("samples", samples, self.sample, "coverage: sample")
         (fitted,) = run.parts("fit", {"model": list(samples)}, self.fit, "coverage: fit")
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
-        output, pixels, grid = run.output, by_pixel(catalog.pixels), self.grid
+        pixels = base.by_pixel(catalog.pixels)
         done = run.parts("scores", pixels, self.score)
-        run.write(MAPS, sum_maps(read_piece(_map_file(output, key)) for key in pixels))
+        run.write(MAPS, kernel.sum_maps(read_piece(output, f"maps-{key}") for key in pixels))
         name = catalog.name.removesuffix(".observations") + ".coverage"
         n_out = run.write_catalog(name, catalog.pixels, done, _schema(catalog))
-        counts = {name: sum(one[name] for one in done) for name in (*CLASSES, "unknown")}
+        counts = {n: sum(one["rows"][n] for one in done) for n in (*CLASSES, "unknown")}
+        bits = list(map(str, correct.COVERAGE_MEANINGS))
         shares = {name: count / max(catalog.n_rows, 1) for name, count in counts.items()}
         known = [one.column for one in self.problem.parameters]
-        there = [name for name in known if name in catalog.schema.names]
-        summary = {
+        there = catalog.columns(known)
+        return Rows(catalog.n_rows, n_out), {
             "measure": self.settings.measure,
             "parameters_of_catalog": there,
             "parameters_without_column": [name for name in known if name not in there],
             "rows_without": {n: sum(one["missing"].get(n, 0) for one in done) for n in there},
             "shares": shares,
             "rows": counts,
-            "flags": {
-                str(bit): sum(one["flags"][str(bit)] for one in done) for bit in COVERAGE_MEANINGS
-            },
-            "limits": self.settings.limits.as_json,
-            "meaning": self.settings.limits.meaning(),
+            "flags": {b: sum(one["flags"][b] for one in done) for b in bits},
+            "meaning": self.settings.meaning(),
             "grid": {label: list(limits) for label, limits in grid.items()},
             "warnings": _warnings(fitted, shares["outside"]),
             **fitted,
         }
-        return Rows(catalog.n_rows, n_out), summary
 
-    @cached_property
-    def grid(self) -> dict[str, tuple[float, float]]:
-        """Limits of the grid of the survey's pipeline, by label."""
-        bounds = self.observations.bounds(*self.problem.names)
-        every = (-np.inf, np.inf)
+    @classmethod
+    def load(cls, directory: Path) -> dict[str, Any]:
+        """Read the summary as `OnEvidence.load` does, the shares of the rows, and maps of them.
+
+        ``kiel`` (cells of 500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) have ``rows`` and
+        ``outside``; ``follow_up``: see `evidence.coverage.follow_up`.
+        """
+        summary = super().load(directory)
+        with partition_errors(directory / MAPS):
+            maps = pq.read_table(directory / MAPS)
         return {
-            label: self.settings.grid.get(label, bounds.get(label, every))
-            for label in self.problem.names
+            **summary.pop("shares"),
+            **summary,
+            "kiel": kernel.coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
+            "sky": kernel.coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
+            "follow_up": kernel.follow_up(maps),
         }
 
     def sample(self, output: Output, key: str, item: tuple[str, HealpixPixel]) -> dict[str, Any]:
@@ -235,32 +194,34 @@ class Coverage(OfModel[CoverageSettings]):
         share = _SAMPLE_ROWS / max(catalog.n_rows, 1)
         chosen = uniform(key_hashes(table[_KEYS[role]]), self.settings.seed) < share
         table = table.filter(pa.array(chosen)).drop_columns(_KEYS[role])
-        write_piece(_sample_file(output, key), table)
+        write_piece(output, f"samples-{key}", table)
         return {"rows": table.num_rows}
 
-    def fit(self, output: Output, key: str, samples: list[str]) -> dict[str, Any]:
+    def fit(self, output: Output, key: str, samples: Sequence[str]) -> dict[str, Any]:
         """Fit the model, write it and tell what is said of it."""
         problem, errors, settings = self.problem, self.errors, self.settings
         rows, stars = (
             pa.concat_tables(
-                [read_piece(_sample_file(output, one)) for one in samples if one.startswith(of)]
+                read_piece(output, f"samples-{one}") for one in samples if one.startswith(role)
             )
-            for of in _KEYS.values()
+            for role in _KEYS
         )
         overlap = read_overlap(self.path("evidence"), self.path("model"), errors)
         target = None
         if errors is not None:
-            good = rows
-            if "quality" in rows.schema.names:
-                good = rows.filter(pc.equal(rows["quality"], 0))
+            has_quality = "quality" in rows.schema.names
+            good = rows.filter(pc.equal(rows["quality"], 0)) if has_quality else rows
             columns = parameter_columns(good, problem)
-            sparse = errors.is_sparse(problem.matrix(columns)).astype(np.int8)
-            target = Target(columns, sparse)
+            target = kernel.Target(
+                columns, errors.is_sparse(problem.matrix(columns)).astype(np.int8)
+            )
         columns = parameter_columns(rows, problem)
-        found = fit_coverage(
-            overlap, columns, settings.measure, settings.limits, settings.seed, target, problem
-        )
+        limits = Limits(inside=settings.inside, outside=settings.outside)
+        how = settings.measure, limits, settings.seed
+        found = kernel.fit(overlap, columns, *how, target, problem)
         model = found.model
+        n_stars = _counts(model.coverage(parameter_columns(stars, problem))[1])
+        sampled = sum(n_stars.values())
         files = [output.write_bytes(name, content) for name, content in model.files().items()]
         bins = pa.Table.from_pylist(found.bins, _BINS)
         files.append(output.write_file(CALIBRATION, partial(write_parquet, bins)))
@@ -270,129 +231,66 @@ class Coverage(OfModel[CoverageSettings]):
             "held_out_pairs": found.n_held_out,
             "wrong_measurements": found.n_wrong,
             "pairs_outside": found.outside,
+            "limits": model.limits.as_json,
             "growth": asdict(model.growth),
             "noise": asdict(model.noise),
-            "widths": model.widths.as_json(),
+            "widths": asdict(model.widths),
             "width_pairs": found.n_width,
-            "intervals": counted(found.n_width),
-            "stars": _shares(parameter_columns(stars, problem), model),
+            "intervals": widening.counted(found.n_width),
+            "stars": {name: n / max(sampled, 1) for name, n in n_stars.items()}
+            | {"sampled": sampled},
         }
 
     def score(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Write coverage and flags of one partition."""
-        catalog, problem = self.observations, self.problem
-        names = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *GAIA_IDS.values(), "position_epoch"]
-        names += [*problem.names, *(one.column for one in problem.parameters)]
+        catalog, problem = self.catalog("observations"), self.problem
+        names = [*_OWN, *GAIA_IDS.values(), "position_epoch", *problem.names]
+        names += [one.column for one in problem.parameters]
         table = catalog.read(pixel, catalog.columns(list(dict.fromkeys(names))))
         columns = parameter_columns(table, problem)
         score, kind = _load(str(output.directory), output.fingerprint).coverage(columns)
-        known = kind >= 0
-        place = np.minimum(kind, OUTSIDE)
-        flags = np.zeros(len(score), dtype=np.int32)
-        flags[place == SPARSE] |= FLAG_SPARSE
-        flags[place == OUTSIDE] |= FLAG_OUTSIDE
+        known, place = kind >= 0, np.minimum(kind, OUTSIDE)
+        stars, pairs = self.catalog("stars"), self.catalog("pairs")
+        flags = star_flags(table, pixel, stars, pairs, self.settings.radius_arcsec)
+        flags[place == widening.SPARSE] |= correct.FLAG_SPARSE
+        flags[place == OUTSIDE] |= correct.FLAG_OUTSIDE
         for label, (low, high) in self.grid.items():
             step, values = GRID_STEPS.get(label, 0.0), floats_or_nan(table, label)
-            flags[(values <= low + step) | (values >= high - step)] |= FLAG_GRID_EDGE
-        stars, pairs = self.catalog("stars"), self.catalog("pairs")
-        flags |= star_flags(table, pixel, stars, pairs, self.settings.radius_arcsec)
-        counts = count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
-        write_piece(_map_file(output, key), counts)
+            flags[(values <= low + step) | (values >= high - step)] |= correct.FLAG_GRID_EDGE
+        counts = kernel.count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
+        write_piece(output, f"maps-{key}", counts)
         scores = [pa.array(score, pa.float32(), mask=~known), pa.array(flags)]
-        own = [table[name] for name in (HEALPIX_COLUMN, "obs_id", "ra", "dec")]
-        out = pa.table([*own, *scores, pa.array(kind, mask=~known)], schema=_schema(catalog))
+        scores.append(pa.array(kind, mask=~known))
+        out = pa.table([*(table[name] for name in _OWN), *scores], schema=_schema(catalog))
         return {
-            "file": partition_record(output, pixel, out),
-            **{name: int(np.count_nonzero(place == c)) for c, name in enumerate(CLASSES)},
-            "unknown": int(np.count_nonzero(~known)),
+            "file": base.partition_record(output, pixel, out),
+            "rows": _counts(kind),
             "missing": {n: int(np.count_nonzero(~np.isfinite(v))) for n, v in columns.items()},
-            "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in COVERAGE_MEANINGS},
+            "flags": {str(b): int(np.count_nonzero(flags & b)) for b in correct.COVERAGE_MEANINGS},
         }
 
 
-def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) -> Overlap:
-    """Read the pairs as the coverage sees them, with residuals of those that a model held out.
+@lru_cache(maxsize=2)
+def _load(directory: str, fingerprint: str) -> kernel.CoverageModel:
+    return kernel.CoverageModel.load(Path(directory))
 
-    Parameters
-    ----------
-    evidence : Path
-        Table of evidence with the predictions of the model.
-    model : Path
-        Output of train.
-    errors : ErrorModel, optional
-        Of this correction.
-    """
-    correction = corrections.load(model)
-    problem = correction.problem
-    predicted = held_out_columns(correction.method)
-    difference = [label.diff for label in problem.labels]
-    stated = [f"{label.error}_ref" for label in problem.labels]
-    known = [one.column for one in problem.parameters]
-    table = read_evidence(
-        evidence, ["fold", "held_out", *difference, *predicted], [*stated, "n_obs", *known]
+
+def _schema(catalog: Catalog) -> pa.Schema:
+    own = [catalog.schema.field(name) for name in _OWN]
+    return pa.schema(
+        [
+            *own,
+            correct.COVERAGE_FIELD,
+            pa.field(correct.FLAGS, pa.int32(), False),
+            widening.KIND_FIELD,
+        ]
     )
-    residual = matrix32(table, difference).astype(np.float64) - matrix32(table, predicted)
-    columns = parameter_columns(table, problem)
-    half_width = error_class = None
-    if errors is not None:
-        x = problem.matrix(columns)
-        half_width = errors.half_width(x, columns.get("snr")).astype(np.float64)
-        error_class = errors.is_sparse(x).astype(np.int8)
-        held_out = np.flatnonzero(table["held_out"].to_numpy())
-        half_width[~single_observations(table, held_out)] = np.nan
-    reference_error = np.stack([floats_or_nan(table, name) for name in stated], axis=1)
-    fold = table["fold"].to_numpy()
-    return Overlap(columns, fold, residual, reference_error, half_width, error_class)
 
 
-def parameter_columns(table: pa.Table, problem: Problem) -> dict[str, NDArray[np.float64]]:
-    """Parameters that a table has, nan where unknown."""
-    names = (one.column for one in problem.parameters)
-    return {name: floats(table, name) for name in names if name in table.schema.names}
-
-
-def star_flags(
-    table: pa.Table, pixel: HealpixPixel, stars: Catalog, pairs: Catalog, radius_arcsec: float
-) -> NDArray[np.int32]:
-    """Bits `correct.FLAG_SPREAD` and `correct.FLAG_AMBIGUOUS` of observations, shape (n,).
-
-    An observation belongs to the star with its Gaia id, else to the nearest: what is marked is
-    looked for first, and what is found near it is asked for its own star among all.
-
-    Parameters
-    ----------
-    table : pyarrow.Table
-        Observations of one partition.
-    stars : Catalog
-        Output of dedupe.
-    pairs : Catalog
-        Output of crossmatch, of these stars or of the observations themselves.
-    radius_arcsec : float
-        Largest separation of an observation and its star.
-    """
-    flags = np.zeros(table.num_rows, dtype=np.int32)
-    radius = max(radius_arcsec, _ID_RADIUS_ARCSEC)
-    ranges = sorted([(pixel.first, pixel.stop), *surroundings(pixel, radius)[0]])
-    of_stars = "target_star_id" in pairs.schema.names
-    key = "target_star_id" if of_stars else "target_obs_id"
-    matched = pairs.read_ranges(ranges, [key, "ambiguous"])
-    ambiguous = matched.filter(matched["ambiguous"])[key].combine_chunks()
-    if not of_stars and len(ambiguous):
-        flags[pc.is_in(table["obs_id"], ambiguous).to_numpy()] = FLAG_AMBIGUOUS
-    names = [HEALPIX_COLUMN, "star_id", "ra", "dec", "position_epoch", *GAIA_IDS.values()]
-    near = stars.read_ranges(ranges, stars.columns([*names, "flag_spread"]))
-    mark = np.zeros(near.num_rows, dtype=np.int32)
-    if "flag_spread" in near.schema.names:
-        mark[near["flag_spread"].to_numpy()] = FLAG_SPREAD
-    if of_stars and len(ambiguous):
-        mark[pc.is_in(near["star_id"], ambiguous).to_numpy()] |= FLAG_AMBIGUOUS
-    if not mark.any() or not table.num_rows:
-        return flags
-    settings = MatchSettings(radius_arcsec=radius_arcsec, id_radius_arcsec=radius)
-    some = np.unique(match(table, near.filter(pa.array(mark != 0)), settings, "star_id").left)
-    found = match(table.take(pa.array(some)), near, settings, "star_id")
-    flags[some[found.left]] |= mark[found.right]
-    return flags
+def _counts(kind: NDArray[np.int8]) -> dict[str, int]:
+    """Count the rows of each class, and those without a coverage."""
+    n = np.bincount(np.minimum(kind, OUTSIDE) + 1, minlength=len(CLASSES) + 1).tolist()
+    return dict(zip(("unknown", *CLASSES), n, strict=True))
 
 
 def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
@@ -401,7 +299,7 @@ def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
     if len(fitted["growth"]["distance"]) < 2:
         found.append(
             f"{fitted['held_out_pairs']} held-out pairs are too few to measure how the error grows "
-            f"with the distance from them (at least {MIN_GROWTH_PAIRS} right ones are "
+            f"with the distance from them (at least {widening.MIN_GROWTH_PAIRS} right ones are "
             "needed, with errors): the coverage takes the error as the same everywhere."
         )
     if fitted["pairs_outside"] > _MANY_PAIRS:
@@ -420,72 +318,66 @@ def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
     return found
 
 
-def _shares(columns: Columns, model: CoverageModel) -> dict[str, Any]:
-    """Shares of a sample of stars in each class, by their combined labels, and how many it has."""
-    kind = model.coverage(columns)[1]
-    counts = np.bincount(np.minimum(kind, OUTSIDE) + 1, minlength=len(CLASSES) + 1).tolist()
-    names = ("unknown", *CLASSES)
-    shares = {name: n / max(len(kind), 1) for name, n in zip(names, counts, strict=True)}
-    return {"sampled": len(kind), **shares}
+def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) -> kernel.Overlap:
+    """Read the pairs as the coverage sees them, with residuals of those that a model held out.
 
-
-def _sample_file(output: Output, key: str) -> Path:
-    return output.work / "samples" / f"{key}.arrow"
-
-
-def _map_file(output: Output, key: str) -> Path:
-    return output.work / "maps" / f"{key}.arrow"
-
-
-@lru_cache(maxsize=2)
-def _load(directory: str, fingerprint: str) -> CoverageModel:
-    return CoverageModel.load(Path(directory))
-
-
-def _schema(catalog: Catalog) -> pa.Schema:
-    own = [catalog.schema.field(name) for name in (HEALPIX_COLUMN, "obs_id", "ra", "dec")]
-    return pa.schema([*own, COVERAGE_FIELD, pa.field(FLAGS, pa.int32(), False), KIND_FIELD])
-
-
-def look(directory: Path) -> dict[str, Any]:
-    """Tell what a person asks of a coverage product.
-
-    Parameters
-    ----------
-    directory : Path
-        The product.
-
-    Returns
-    -------
-    dict
-        ``inside``, ``sparse``, ``outside``, ``unknown``: shares of the rows; ``meaning``,
-        ``limits``, ``measure``, ``parameters``, ``intervals`` (on how many pairs the errors stand,
-        by kind of place), ``pairs_outside`` (share of the held-out pairs), ``warnings`` as in the
-        manifest; ``stars``: the same shares of (at most some 200,000) stars; ``flags``: rows by
-        bit; ``kiel`` (cells of 500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) with ``rows``
-        and ``outside``; ``follow_up``: see `maps.follow_up`.
-
-    Raises
-    ------
-    CatalogError
-        There is no such product, or another version made it.
-    PartitionError
-        Its maps cannot be read.
+    The evidence is a table with the predictions of the model, an output of train; its errors are
+    those of this correction.
     """
-    summary = Manifest.checked(directory).summary
-    with partition_errors(directory / MAPS):
-        maps = pq.read_table(directory / MAPS)
-    kept = ("meaning", "limits", "measure", "parameters", "parameters_without_column",
-            "rows_without", "rows", "stars", "flags", "held_out_pairs",
-            "wrong_measurements", "intervals", "pairs_outside", "warnings")  # fmt: skip
-    if not {"shares", *kept} <= set(summary):
-        raise CatalogError(
-            f"{directory} was made by another version of sos-dask", "Run the rebuild again."
-        )
-    return {
-        **summary["shares"],
-        **{name: summary[name] for name in kept},
-        "kiel": coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
-        "sky": coarse(maps, "sky", {"pixel": 4**SKY_ORDER}),
-        "follow_up": follow_up(maps),
-    }
+    correction = corrections.load(model)
+    problem = correction.problem
+    predicted = held_out_columns(correction.method)
+    stated = [f"{label.error}_ref" for label in problem.labels]
+    more = [*stated, "n_obs", *(one.column for one in problem.parameters)]
+    needed = ["fold", "held_out", *(label.diff for label in problem.labels)]
+    table = read_evidence(evidence, [*needed, *predicted], more)
+    residual = problem.differences(table).astype(np.float64) - matrix32(table, predicted)
+    columns = parameter_columns(table, problem)
+    half_width = error_class = None
+    if errors is not None:
+        x = problem.matrix(columns)
+        half_width = errors.half_width(x, columns.get("snr")).astype(np.float64)
+        error_class = errors.is_sparse(x).astype(np.int8)
+        half_width[~single_observations(table)] = np.nan
+    reference_error = np.stack([floats_or_nan(table, name) for name in stated], axis=1)
+    fold = table["fold"].to_numpy()
+    return kernel.Overlap(columns, fold, residual, reference_error, half_width, error_class)
+
+
+def parameter_columns(table: pa.Table, problem: Problem) -> dict[str, FloatArray]:
+    """Parameters that a table has, nan where unknown."""
+    names = (one.column for one in problem.parameters)
+    return {name: floats(table, name) for name in names if name in table.schema.names}
+
+
+def star_flags(
+    table: pa.Table, pixel: HealpixPixel, stars: Catalog, pairs: Catalog, radius_arcsec: float
+) -> NDArray[np.int32]:
+    """Bits `correct.FLAG_SPREAD` and `correct.FLAG_AMBIGUOUS` of observations, shape (n,).
+
+    An observation belongs to the star with its Gaia id, else to the nearest within a radius: what
+    is marked is looked for first, and what is found near it is asked for its own star among all.
+    Pairs are those of the stars, or of the observations themselves.
+    """
+    flags = np.zeros(table.num_rows, dtype=np.int32)
+    radius = max(radius_arcsec, _ID_RADIUS_ARCSEC)
+    ranges = sorted([(pixel.first, pixel.stop), *surroundings(pixel, radius)[0]])
+    of_stars = "target_star_id" in pairs.schema.names
+    key = "target_star_id" if of_stars else "target_obs_id"
+    matched = pairs.read_ranges(ranges, [key, "ambiguous"])
+    ambiguous = matched.filter(matched["ambiguous"])[key].combine_chunks()
+    if not of_stars and len(ambiguous):
+        flags[pc.is_in(table["obs_id"], ambiguous).to_numpy()] = correct.FLAG_AMBIGUOUS
+    names = [HEALPIX_COLUMN, "star_id", "ra", "dec", "position_epoch", *GAIA_IDS.values()]
+    near = stars.read_ranges(ranges, stars.columns([*names, "flag_spread"]))
+    mark = np.zeros(near.num_rows, dtype=np.int32)
+    if "flag_spread" in near.schema.names:
+        mark[near["flag_spread"].to_numpy()] = correct.FLAG_SPREAD
+    if of_stars and len(ambiguous):
+        mark[pc.is_in(near["star_id"], ambiguous).to_numpy()] |= correct.FLAG_AMBIGUOUS
+    if mark.any() and table.num_rows:
+        settings = MatchSettings(radius_arcsec=radius_arcsec, id_radius_arcsec=radius)
+        some = np.unique(match(table, near.filter(pa.array(mark != 0)), settings, "star_id").left)
+        found = match(table.take(pa.array(some)), near, settings, "star_id")
+        flags[some[found.left]] |= mark[found.right]
+    return flags

@@ -7,7 +7,7 @@ partitions are planned from the counts, and each one merges its slices of the me
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from sos_dask.ingest.keys import (
     sorted_hashes,
     without_rows,
 )
-from sos_dask.ingest.readers import Source, open_source
+from sos_dask.ingest.reader import Source, open_source
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, MOST_ROWS
 from sos_dask.settings import RowsPerPartition, Settings
@@ -50,11 +50,11 @@ from sos_dask.stages.base import (
     Stage,
     by_pixel,
     partition_record,
+    piece,
     read_piece,
     write_piece,
 )
 from sos_dask.storage.artifact import REJECTED, Output, atomic_path
-from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, Recipe, Rows, sha256_of_file
 from sos_dask.surveys.definition import Survey
 
@@ -100,35 +100,24 @@ class Ingest(Stage[SurveySettings]):
     memory = (220, 5.0)
     pieces: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        inputs: Mapping[str, Catalog | Path | str],
-        settings: SurveySettings,
-        *,
-        product: str = "",
-        known: Mapping[str, str] | None = None,
-    ) -> None:
-        self.survey = settings.survey
-        files = {name: Path(str(file)) for name, file in inputs.items()}
+    def __init__(self, inputs: Mapping[str, Any], settings: SurveySettings, **options: Any) -> None:
+        survey = settings.survey.name
+        files = {name: Path(file) for name, file in inputs.items()}
         if not files:
-            raise ConfigError(f"no file given for survey {self.survey.name}")
+            raise ConfigError(f"no file given for survey {survey}")
         for file in files.values():
             if not file.is_file():
-                raise SurveyError(
-                    f"{file} does not exist" if not file.exists() else f"{file} is no file"
-                )
-        known = known or {name: sha256_of_file(file) for name, file in files.items()}
+                why = "is not a file" if file.exists() else "does not exist"
+                raise SurveyError(f"{file} {why}")
+        known = options.get("known") or {n: sha256_of_file(file) for n, file in files.items()}
         # The order in which files are given must not matter: neither to the recipe nor to the rows.
-        order = sorted(files, key=lambda name: (known[name], str(files[name])))
+        in_order = sorted(files.items(), key=lambda item: (known[item[0]], str(item[1])))
         if len(set(known.values())) < len(files):
-            raise ConfigError(
-                f"the same content is given twice for survey {self.survey.name}: "
-                + ", ".join(str(files[name]) for name in order)
-            )
-        by_content = {name: files[name] for name in order}
-        super().__init__(by_content, settings, product=settings.name, known=known)
+            twice = ", ".join(str(file) for _, file in in_order)
+            raise ConfigError(f"the same content is given twice for survey {survey}: {twice}")
+        super().__init__(dict(in_order), settings, product=settings.name, known=known)
         # Bytes must not depend on where the files lie.
-        self.file_names = [file.name for file in by_content.values()]
+        self.file_names = [file.name for _, file in in_order]
 
     @classmethod
     def recipe(cls, settings: SurveySettings, fingerprints: Mapping[str, str]) -> Recipe:
@@ -138,18 +127,16 @@ class Ingest(Stage[SurveySettings]):
 
     def make(self, run: Run) -> Made:
         """Read the files, settle conflicts of keys, write the partitions."""
-        survey, settings, output = self.survey, self.settings, run.output
-        n_bytes = _PROCESS_BYTES + _CHUNK_BYTES * settings.chunk_rows
-        what = f"ingest: a chunk of {settings.chunk_rows:,} rows of {self.product}"
-        run.cluster.require_memory(n_bytes, what)
-        paths = [self.path(name) for name in self.inputs]
-        scratch = output.work / "scratch"
+        survey, chunk_rows = self.settings.survey, self.settings.chunk_rows
+        what = f"ingest: a chunk of {chunk_rows:,} rows of {self.product}"
+        run.cluster.require_memory(_PROCESS_BYTES + _CHUNK_BYTES * chunk_rows, what)
+        paths, scratch = [self.path(name) for name in self.inputs], run.output.work / "scratch"
         sources = [open_source(path, survey, i, scratch) for i, path in enumerate(paths)]
         # The cut into chunks is no part of the recipe: what another left is not taken for ours.
         chunks = {
-            f"{settings.chunk_rows}-{source.index:04d}-{number:06d}": chunk
+            f"{chunk_rows}-{source.index:04d}-{number:06d}": chunk
             for source in sources
-            for number, chunk in enumerate(plan_chunks(source, settings.chunk_rows))
+            for number, chunk in enumerate(plan_chunks(source, chunk_rows))
         }
         read = run.parts("read", chunks, self.pieces_of_chunk, f"read {self.product}")
         profile = Profile.merge([Profile(**record["profile"]) for record in read])
@@ -157,7 +144,7 @@ class Ingest(Stage[SurveySettings]):
         check_profile(profile, survey, [str(path) for path in paths])
         self.pieces = tuple(piece for record in read for piece in record["pieces"])
         pixels, done = self._partitions(run)
-        rejected = _rejected(output, [*chunks, "conflicts", *by_pixel(pixels)])
+        rejected = _rejected(run.output, [*chunks, "lost", *by_pixel(pixels)])
         n_rows = sum(record["rows"] for record in read)
         conflicts = rejected.filter(pc.equal(rejected["reason"], CONFLICT))["obs_id"]
         if len(conflicts):
@@ -187,42 +174,39 @@ class Ingest(Stage[SurveySettings]):
     def _partitions(self, run: Run) -> tuple[list[HealpixPixel], list[dict[str, Any]]]:
         """Second pass: the partitions, and their records."""
         output, cut = run.output, self.settings.chunk_rows
+        cells = self._arrays(output, "cells")
         histogram = np.zeros(12 * 4**HISTOGRAM_ORDER, dtype=np.int64)
-        for cells, n_rows in self._histograms(output):
-            histogram[cells] += n_rows
+        for at, n_rows in map(np.load, cells):
+            histogram[at] += n_rows
         pixels = plan_partitions(histogram, HISTOGRAM_ORDER, self.settings.rows_per_partition)
-        n_bytes = sum(_file(output, "pieces", piece).stat().st_size for piece in self.pieces)
+        n_bytes = sum(piece(output, one).stat().st_size for one in self.pieces)
         self.require_pixel(run.cluster, pixels, histogram, n_bytes)
-        edges = partition_edges(pixels, self._histograms(output))
-        _save(output.work / f"edges-{cut}.npy", edges)
+        _save(output.work / f"edges-{cut}.npy", partition_edges(pixels, map(np.load, cells)))
         n_ranges = int(histogram.sum()) // _KEYS_PER_RANGE + 1
-        ranges = {
-            f"{cut}-{number}": hashes
-            for number, hashes in enumerate(key_ranges(self._runs(output), n_ranges))
-        }
+        hashes = key_ranges(self._arrays(output, "keys"), n_ranges)
+        ranges = {f"{cut}-{number}": of for number, of in enumerate(hashes)}
         run.parts("keys", ranges, self.conflicts_of_range, f"check keys of {self.product}")
-        if not output.intact("conflicts", "losers"):
-            self._settle_conflicts(output, list(ranges))
+        run.parts("conflicts", {"losers": list(ranges)}, self.settle_conflicts, "conflicts of keys")
         numbered = dict(zip(by_pixel(pixels), enumerate(pixels), strict=True))
         step = f"write {self.product}"
         return pixels, run.parts("partitions", numbered, self.merged_partition, step)
 
     def pieces_of_chunk(self, output: Output, key: str, chunk: Chunk) -> dict[str, Any]:
         """First pass: one chunk of a file becomes sorted pieces."""
-        profiles, pieces, rejected, n_rows = [], [], [], 0
-        for number, batch in enumerate(read_chunk(chunk, self.survey, self.settings.chunk_rows)):
+        survey, chunk_rows = self.settings.survey, self.settings.chunk_rows
+        profiles, pieces, rejected, n_rows = [], [], [REJECTED_SCHEMA.empty_table()], 0
+        for number, batch in enumerate(read_chunk(chunk, survey, chunk_rows)):
             n_rows += batch.rows.num_rows + batch.rejected.num_rows
             profiles.append(batch.profile)
-            if batch.rejected.num_rows:
-                rejected.append(batch.rejected)
+            rejected.append(batch.rejected)
             if batch.rows.num_rows:
                 pieces.append(f"{key}-{number:06d}")
-                write_piece(_file(output, "pieces", pieces[-1]), batch.rows)
+                path = piece(output, pieces[-1])
+                write_piece(output, pieces[-1], batch.rows)
                 cells = histogram_of(batch.rows[HEALPIX_COLUMN].to_numpy())
-                for kind, values in (("keys", batch.keys), ("cells", cells)):
-                    _save(output.work / "pieces" / f"{pieces[-1]}.{kind}.npy", values)
-        if rejected:
-            write_piece(_file(output, "rejected", key), pa.concat_tables(rejected))
+                _save(path.with_suffix(".keys.npy"), batch.keys)
+                _save(path.with_suffix(".cells.npy"), cells)
+        _reject(output, key, pa.concat_tables(rejected))
         return {
             "rows": n_rows,
             "pieces": pieces,
@@ -233,36 +217,29 @@ class Ingest(Stage[SurveySettings]):
         self, output: Output, key: str, hashes: tuple[int, int]
     ) -> dict[str, Any]:
         """Keep the keys of one range that stand at more than one position."""
-        paths = [_file(output, "pieces", piece) for piece in self.pieces]
-        keys = conflicting_keys(paths, self._runs(output), *hashes)
-        write_piece(_file(output, "conflicts", key), pa.table({"obs_id": keys}))
-        return {"n_conflicts": len(keys)}
+        paths = [piece(output, one) for one in self.pieces]
+        keys = conflicting_keys(paths, self._arrays(output, "keys"), *hashes)
+        write_piece(output, f"conflicts-{key}", pa.table({"obs_id": keys}))
+        return {}
 
-    def _runs(self, output: Output) -> list[Path]:
-        """Hashes of the keys in each piece."""
-        return [output.work / "pieces" / f"{piece}.keys.npy" for piece in self.pieces]
+    def _arrays(self, output: Output, kind: str) -> list[Path]:
+        """Hashes of the ``keys``, or `histogram_of` the ``cells``, in each piece."""
+        return [output.work / "pieces" / f"{one}.{kind}.npy" for one in self.pieces]
 
-    def _histograms(self, output: Output) -> Iterator[NDArray[np.int32]]:
-        """`histogram_of` each piece."""
-        for piece in self.pieces:
-            yield np.load(output.work / "pieces" / f"{piece}.cells.npy")
-
-    def _settle_conflicts(self, output: Output, ranges: Sequence[str]) -> None:
+    def settle_conflicts(self, output: Output, key: str, ranges: list[str]) -> dict[str, Any]:
         """Decide which rows lose where one key stands at several positions (rare: done at once)."""
-        files = [_file(output, "conflicts", key) for key in ranges]
-        keys = pa.concat_tables(map(read_piece, files))["obs_id"]
+        tables = [read_piece(output, f"conflicts-{one}") for one in ranges]
+        keys = pa.concat_tables(tables)["obs_id"]
         losers = pa.table({FILE: pa.array([], pa.int32()), ROW: pa.array([], pa.int64())})
         if len(keys):
-            held = holders(self._runs(output), sorted_hashes(one_array(keys)))
-            tables = [read_piece(_file(output, "pieces", self.pieces[one])) for one in held]
-            lost = losing_rows(
-                pa.concat_tables([t.filter(pc.is_in(t["obs_id"], value_set=keys)) for t in tables])
-            )
+            held = holders(self._arrays(output, "keys"), sorted_hashes(one_array(keys)))
+            found = [read_piece(output, self.pieces[one]) for one in held]
+            rows = [one.filter(pc.is_in(one["obs_id"], value_set=keys)) for one in found]
+            lost = losing_rows(pa.concat_tables(rows))
             losers = lost.select([FILE, ROW])
-            rejected = rejected_rows(lost, CONFLICT, self.file_names)
-            write_piece(_file(output, "rejected", "conflicts"), rejected)
-        write_piece(_file(output, "conflicts", "losers"), losers)
-        output.put_record("conflicts", "losers", {})
+            _reject(output, "lost", rejected_rows(lost, self.file_names))
+        write_piece(output, key, losers)
+        return {}
 
     def merged_partition(
         self, output: Output, key: str, numbered: tuple[int, HealpixPixel]
@@ -272,16 +249,15 @@ class Ingest(Stage[SurveySettings]):
         edges = np.load(output.work / f"edges-{self.settings.chunk_rows}.npy", mmap_mode="r")
         bounds = zip(self.pieces, *edges[number : number + 2], strict=True)
         slices = [
-            _copied(read_piece(_file(output, "pieces", piece)).slice(first, stop - first))
-            for piece, first, stop in bounds
+            _copied(read_piece(output, one).slice(first, stop - first))
+            for one, first, stop in bounds
             if first < stop
         ]
-        losers = read_piece(_file(output, "conflicts", "losers"))
+        losers = read_piece(output, "losers")
         if losers.num_rows:
             slices = [without_rows(rows, losers) for rows in slices]
         merged = merge_rows(slices, self.file_names)
-        if merged.rejected.num_rows:
-            write_piece(_file(output, "rejected", key), merged.rejected)
+        _reject(output, key, merged.rejected)
         quality = merged.rows["quality"].to_numpy()
         return {
             "file": partition_record(output, pixel, merged.rows),
@@ -289,7 +265,7 @@ class Ingest(Stage[SurveySettings]):
             "n_good": int(np.count_nonzero(quality == 0)),
             "failed": {
                 str(cut.bit): int(np.count_nonzero(quality & (1 << cut.bit)))
-                for cut in self.survey.cuts.values()
+                for cut in self.settings.survey.cuts.values()
             },
         }
 
@@ -311,17 +287,18 @@ def _save(path: Path, values: NDArray[Any]) -> None:
         np.save(file, values)
 
 
-def _file(output: Output, kind: str, key: str) -> Path:
-    return output.work / kind / f"{key}.arrow"
+def _reject(output: Output, key: str, rows: pa.Table) -> None:
+    """Keep the rejected rows of a part, if there are any."""
+    if rows.num_rows:
+        write_piece(output, f"rejected-{key}", rows)
 
 
 def _rejected(output: Output, keys: Sequence[str]) -> pa.Table:
     """Rejected rows of all parts, in the order of files and rows."""
-    files = [_file(output, "rejected", key) for key in keys]
-    tables = [read_piece(file) for file in files if file.is_file()]
-    if not tables:
-        return REJECTED_SCHEMA.empty_table()
-    return pa.concat_tables(tables).sort_by([("file", "ascending"), ("row", "ascending")])
+    names = [f"rejected-{key}" for key in keys]
+    tables = [read_piece(output, name) for name in names if piece(output, name).is_file()]
+    rejected = pa.concat_tables([REJECTED_SCHEMA.empty_table(), *tables])
+    return rejected.sort_by([("file", "ascending"), ("row", "ascending")])
 
 
 def ingest(
@@ -339,13 +316,10 @@ def ingest(
 
     Parameters
     ----------
-    survey : Survey
     files : sequence of Path
         FITS, FITS.gz, CSV, CSV.gz, Parquet or VOTable; together they are the survey.
     directory : Path
-        Where the catalog goes. ``rejected.parquet`` contains rejected rows with file, row and
-        reason.
-    settings : IngestSettings, optional
+        Where the catalog goes.
     name : str
         Name of the catalog; default ``<survey>.observations``.
 
@@ -357,8 +331,8 @@ def ingest(
     Raises
     ------
     SurveyError
-        A file is missing, truncated, of the wrong kind, lacks a column, or holds values that cannot
-        be what the survey says they are.
+        A file is missing, truncated, of the wrong kind, lacks a column, or contains values that
+        cannot be what the survey says they are.
     """
     sizes = dict(settings or IngestSettings())
     name = name or f"{survey.name}.observations"

@@ -8,39 +8,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from sos_dask.columns import floats, key_hashes
+from sos_dask.columns import FloatArray, floats, key_hashes
 from sos_dask.errors import ModelError
-from sos_dask.evidence.projection import (
-    Projection,
-    ProjectionSettings,
-    chosen_rows,
-    density_map,
-    fit_projection,
-    sampling_rates,
-    strata,
-)
+from sos_dask.evidence import projection as kernel
+from sos_dask.evidence.projection import Projection, ProjectionSettings
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
 from sos_dask.sky.healpix import HealpixPixel
-from sos_dask.stages.base import (
-    Made,
-    Role,
-    Run,
-    Stage,
-    partition_record,
-    piece,
-    read_piece,
-    write_piece,
-)
+from sos_dask.stages.base import Made, Role, Run, Stage, partition_record, read_piece, write_piece
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, partition_errors
 from sos_dask.storage.manifest import Rows
@@ -48,9 +31,13 @@ from sos_dask.storage.manifest import Rows
 SAMPLE, MAPS, MODEL = "sample.parquet", "maps.parquet", "projection.json"
 TARGET, OVERLAP = "target", "overlap"
 _INPUTS = {TARGET: "observations", OVERLAP: "pairs"}
-_KEY = "obs_id"
 _PARAMETERS = tuple(item.column for item in DEFAULT.parameters)
 _PLANE = ("umap_1", "umap_2")
+_ABOUT = {"description": "Place on the UMAP plane"}
+_SCHEMA = pa.schema(
+    [HEALPIX.arrow(nullable=False), CANONICAL["obs_id"].arrow(nullable=False)]
+    + [pa.field(name, pa.float32(), metadata=_ABOUT) for name in _PLANE]
+)
 Place = tuple[str, HealpixPixel]  # sample and partition
 
 
@@ -69,15 +56,14 @@ class ProjectionStage(Stage[ProjectionSettings]):
     Settings = ProjectionSettings
     roles = (Role("observations", "Observations of the target."), Role("pairs", "Pairs."))
 
-    @property
-    def parameters(self) -> tuple[str, ...]:
+    @cached_property
+    def parameters(self) -> list[str]:
         """Parameters that observations and pairs have."""
-        schemas = [self.catalog(name).schema.names for name in _INPUTS.values()]
-        return tuple(name for name in _PARAMETERS if all(name in names for names in schemas))
+        return self.catalog("pairs").columns(self.catalog("observations").columns(_PARAMETERS))
 
     def check(self) -> None:
         """Refuse catalogs that share fewer than two parameters."""
-        self.catalog("observations").require(_KEY, HEALPIX_COLUMN)
+        self.catalog("observations").require("obs_id", HEALPIX_COLUMN)
         self.catalog("pairs").require(HEALPIX_COLUMN)
         if len(self.parameters) < 2:
             raise ModelError(
@@ -97,27 +83,25 @@ class ProjectionStage(Stage[ProjectionSettings]):
         n_sample = self._fitted(run, places)
         placed = run.parts("placed", places, self.place, "place")
         without = Counter({sample: 0 for sample in _INPUTS})
-        done = []
-        for (sample, _), record in zip(places.values(), placed, strict=True):
+        bins = self.settings.map_bins
+        n = {f"n_{sample}": np.zeros(bins * bins, dtype=np.int64) for sample in _INPUTS}
+        for (key, (sample, _)), record in zip(places.items(), placed, strict=True):
             without[sample] += record["without_place"]
-            if sample == TARGET:
-                done.append(record)
+            n[f"n_{sample}"] += read_piece(run.output, f"maps-{key}")["n"].to_numpy()
         target = self.catalog("observations")
-        n_rows = run.write_catalog(self.product, target.pixels, done, _schema())
-        self._write_maps(run, places)
+        done = placed[: len(target.pixels)]
+        n_rows = run.write_catalog(self.product, target.pixels, done, _SCHEMA)
+        used = np.flatnonzero(sum(n.values()))
+        cells = (index.astype(np.int32) for index in np.divmod(used, bins))
+        counts = {name: values[used] for name, values in n.items()}
+        run.write(MAPS, pa.table({**dict(zip(("cell_1", "cell_2"), cells, strict=True)), **counts}))
         return Rows(target.n_rows, n_rows), {
-            "parameters": list(self.parameters),
+            "parameters": self.parameters,
             "left_out": [name for name in _PARAMETERS if name not in self.parameters],
             "sample_rows": n_sample,
             "without_place": dict(without),
             "not_asked": sum(record["not_asked"] for record in done),
         }
-
-    def _columns(self, place: Place) -> dict[str, NDArray[np.float64]]:
-        """Parameters of a partition."""
-        sample, pixel = place
-        table = self.catalog(_INPUTS[sample]).read(pixel, list(self.parameters))
-        return {name: floats(table, name) for name in self.parameters}
 
     def _fitted(self, run: Run, places: dict[str, Place]) -> int:
         """Save sample and plane; what a killed run has saved is made again, alike. Its rows."""
@@ -125,24 +109,23 @@ class ProjectionStage(Stage[ProjectionSettings]):
         totals: dict[str, Counter[int]] = {sample: Counter() for sample in _INPUTS}
         for (sample, _), record in zip(places.values(), counted, strict=True):
             totals[sample].update({int(cell): n for cell, n in record["counts"].items()})
-        half = self.settings.sample_rows // 2
-        rates = {sample: sampling_rates(total, half) for sample, total in totals.items()}
+        half, names = self.settings.sample_rows // 2, self.parameters
+        rates = {sample: kernel.sampling_rates(total, half) for sample, total in totals.items()}
         asked = {key: (place, rates[place[0]]) for key, place in places.items()}
-        run.run_parts("sampled", asked, self.sample, "sample")
-        names = self.parameters
-        sample = pa.concat_tables(read_piece(piece(run.output, f"samples-{key}")) for key in places)
-        order = [(name, "ascending") for name in ("place", *names)]
-        sample = sample.sort_by([("sample", "descending"), *order])
+        run.parts("sampled", asked, self.sample, "sample")
+        sample = pa.concat_tables(read_piece(run.output, f"samples-{key}") for key in places)
+        order = [("sample", "descending"), *((name, "ascending") for name in ("place", *names))]
+        sample = sample.sort_by(order)
         parameters = np.stack([sample[name].to_numpy() for name in names], axis=1)
         run.report("umap", 0, 1)
-        plane = fit_projection(parameters, names, self.settings)
+        plane = kernel.fit_projection(parameters, names, self.settings)
         run.report("umap", 1, 1)
         known = np.isfinite(parameters).all(axis=1)
         columns = {"sample": sample["sample"].filter(pa.array(known))}
         columns |= dict(zip(names, plane.sample.T.copy(), strict=True))
         columns |= dict(zip(_PLANE, plane.plane.T.copy(), strict=True))
         document = {
-            "parameters": list(names),
+            "parameters": names,
             "center": plane.center.tolist(),
             "scale": plane.scale.tolist(),
             "neighbors": plane.neighbors,
@@ -152,69 +135,54 @@ class ProjectionStage(Stage[ProjectionSettings]):
         run.write_bytes(MODEL, (json.dumps(document, indent=1) + "\n").encode())
         return int(np.count_nonzero(known))
 
+    def _read(self, place: Place, *keys: str) -> tuple[pa.Table, dict[str, FloatArray]]:
+        """Some columns of a partition, and its parameters."""
+        sample, pixel = place
+        table = self.catalog(_INPUTS[sample]).read(pixel, [*keys, *self.parameters])
+        return table.select(keys), {name: floats(table, name) for name in self.parameters}
+
     def count(self, output: Output, key: str, place: Place) -> dict[str, Any]:
         """Count the rows of each stratum."""
-        cells, counts = np.unique(strata(self._columns(place), self.parameters), return_counts=True)
+        _, columns = self._read(place)
+        cells, counts = np.unique(kernel.strata(columns, self.parameters), return_counts=True)
         return {"counts": dict(zip(map(str, cells.tolist()), counts.tolist(), strict=True))}
 
     def sample(
         self, output: Output, key: str, item: tuple[Place, dict[int, float]]
     ) -> dict[str, Any]:
         """Keep the rows of the sample."""
-        (sample, pixel), rates = item
-        columns = self._columns((sample, pixel))
-        catalog = self.catalog(_INPUTS[sample])
-        numbers = catalog.read(pixel, [HEALPIX_COLUMN])[HEALPIX_COLUMN].to_numpy()
-        cells = strata(columns, self.parameters)
-        chosen = chosen_rows(numbers, cells, rates, self.settings.seed)
+        place, rates = item
+        keys, columns = self._read(place, HEALPIX_COLUMN)
+        numbers, cells = keys[HEALPIX_COLUMN].to_numpy(), kernel.strata(columns, self.parameters)
+        chosen = kernel.chosen_rows(numbers, cells, rates, self.settings.seed)
         values = DEFAULT.parameter_matrix(columns, self.parameters)[chosen]
-        kept = {"sample": pa.array([sample] * len(values), pa.string()), "place": numbers[chosen]}
+        kept = {"sample": pa.array([place[0]] * len(values), pa.string()), "place": numbers[chosen]}
         kept |= dict(zip(self.parameters, values.T.copy(), strict=True))
-        write_piece(piece(output, f"samples-{key}"), pa.table(kept))
+        write_piece(output, f"samples-{key}", pa.table(kept))
         return {"rows": len(values)}
 
     def place(self, output: Output, key: str, item: Place) -> dict[str, Any]:
         """Place the rows of a partition."""
         sample, pixel = item
         plane = _load(str(output.directory), output.fingerprint)
-        parameters = DEFAULT.parameter_matrix(self._columns(item), self.parameters)
-        n_left = 0
-        if sample == TARGET:
-            keys = self.catalog("observations").read(pixel, [HEALPIX_COLUMN, _KEY])
-            if self.settings.share < 1:
-                hashes = key_hashes(keys[_KEY])
-                left = uniform(hashes, self.settings.seed) >= self.settings.share
-                parameters[left] = np.nan
-                n_left = int(np.count_nonzero(left))
+        names = [HEALPIX_COLUMN, "obs_id"] if sample == TARGET else []
+        keys, columns = self._read(item, *names)
+        parameters = DEFAULT.parameter_matrix(columns, self.parameters)
+        left = np.zeros(len(parameters), dtype=np.bool_)
+        if sample == TARGET and self.settings.share < 1:
+            left = uniform(key_hashes(keys["obs_id"]), self.settings.seed) >= self.settings.share
+        parameters[left] = np.nan
         place = plane.place(parameters)
         missing = np.isnan(place[:, 0])
-        counts = density_map(place, plane.limits(), self.settings.map_bins)
-        write_piece(piece(output, f"maps-{key}"), pa.table({"n": counts.ravel()}))
-        n_missing = int(np.count_nonzero(missing)) - n_left
-        record: dict[str, Any] = {"without_place": n_missing, "not_asked": n_left}
+        counts = kernel.density_map(place, plane.limits(), self.settings.map_bins)
+        write_piece(output, f"maps-{key}", pa.table({"n": counts.ravel()}))
+        n_left, n_missing = (int(np.count_nonzero(rows)) for rows in (left, missing))
+        record: dict[str, Any] = {"without_place": n_missing - n_left, "not_asked": n_left}
         if sample == TARGET:
-            columns = [pa.array(place[:, i], pa.float32(), mask=missing) for i in range(2)]
-            table = pa.Table.from_arrays([*keys.columns, *columns], schema=_schema())
+            placed = [pa.array(values, pa.float32(), mask=missing) for values in place.T.copy()]
+            table = pa.Table.from_arrays([*keys.columns, *placed], schema=_SCHEMA)
             record["file"] = partition_record(output, pixel, table)
         return record
-
-    def _write_maps(self, run: Run, places: dict[str, Place]) -> None:
-        bins = self.settings.map_bins
-        total = {sample: np.zeros(bins * bins, dtype=np.int64) for sample in _INPUTS}
-        for key, (sample, _) in places.items():
-            total[sample] += read_piece(piece(run.output, f"maps-{key}"))["n"].to_numpy()
-        used = np.flatnonzero(total[TARGET] + total[OVERLAP])
-        first, second = (index.astype(np.int32) for index in np.divmod(used, bins))
-        counts = {f"n_{sample}": n[used] for sample, n in total.items()}
-        run.write(MAPS, pa.table({"cell_1": first, "cell_2": second, **counts}))
-
-
-def _schema() -> pa.Schema:
-    about = {"description": "Place on the UMAP plane"}
-    place = [pa.field(name, pa.float32(), metadata=about) for name in _PLANE]
-    return pa.schema(
-        [HEALPIX.arrow(nullable=False), CANONICAL["obs_id"].arrow(nullable=False), *place]
-    )
 
 
 def load_projection(directory: Path) -> Projection:
@@ -227,7 +195,7 @@ def load_projection(directory: Path) -> Projection:
     """
     path = directory / MODEL
     try:
-        document: dict[str, Any] = json.loads(path.read_text())
+        document = json.loads(path.read_text())
         names = tuple(document["parameters"])
         center, scale = (np.array(document[key], dtype=np.float64) for key in ("center", "scale"))
         neighbors = int(document["neighbors"])

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, combinations
-from pathlib import Path
-from typing import Any, NamedTuple
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask.columns import IntArray, floats
+from sos_dask.columns import BoolArray, IntArray, floats
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, YEARS
 from sos_dask.settings import RowsPerPartition
-from sos_dask.sky.healpix import (
-    HealpixPixel,
-    Ranges,
-    in_ranges,
-    plan_partitions,
-)
+from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, Ranges, in_ranges, plan_partitions
 from sos_dask.stages.base import (
     Made,
     Role,
     Run,
     Stage,
     by_pixel,
+    motion_of,
     partition_record,
     read_piece,
     write_piece,
 )
-from sos_dask.stages.ids import motion_of
 from sos_dask.stars.group import GAIA_IDS, Radii, group_around, rank_of
 from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
 from sos_dask.stars.unify import UnifySettings, common_differences, unify
@@ -43,24 +36,16 @@ from sos_dask.storage.manifest import Rows
 
 _HISTOGRAM_ORDER = 8
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))
-_COLUMNS = (*_STAR_COLUMNS, *CANONICAL)
+_COLUMNS = (HEALPIX_COLUMN, *_STAR_COLUMNS, *CANONICAL)
 # What decides which rows are one star, and the labels.
-_COMPARED = ("star_id", "ra", "dec", *MOTION, *GAIA_IDS.values(), "quality", *LABELS)
+_COMPARED = (HEALPIX_COLUMN, "star_id", "ra", "dec", *MOTION, *GAIA_IDS.values(), "quality",
+             *LABELS)  # fmt: skip
 MIN_COMMON = 50
 
 
 class ReferenceSettings(UnifySettings, Radii):
     """How the stars of the reference surveys are united."""
 
-    radius_arcsec: float = Field(
-        1.5,
-        gt=0,
-        lt=3600,
-        description="Stars of two surveys within it are one star, where no Gaia ids say otherwise.",
-    )
-    id_radius_arcsec: float = Field(
-        10.0, gt=0, lt=3600, description="Stars of equal Gaia id within it are one star."
-    )
     epoch: float = Field(
         2016.0,
         ge=YEARS[0],
@@ -68,11 +53,6 @@ class ReferenceSettings(UnifySettings, Radii):
         description="Julian year to which positions with proper motions are moved.",
     )
     rows_per_partition: RowsPerPartition = 1_000_000
-
-
-class _Count(NamedTuple):
-    survey: str
-    pixel: HealpixPixel
 
 
 class Reference(Stage[ReferenceSettings]):
@@ -93,7 +73,7 @@ class Reference(Stage[ReferenceSettings]):
 
     def surveys(self) -> dict[str, Catalog]:
         """Catalogs of stars by survey."""
-        return {name.partition(".")[2]: self.catalog(name) for name in self.inputs}
+        return {name.removeprefix("stars."): self.catalog(name) for name in self.inputs}
 
     def check(self) -> None:
         """Refuse catalogs that lack a column."""
@@ -104,7 +84,7 @@ class Reference(Stage[ReferenceSettings]):
         """Plan the partitions, measure the zero points, and unite the stars of each partition."""
         catalogs, self.unify = self.surveys(), self.settings
         counts = {
-            f"{survey}-{key}": _Count(survey, pixel)
+            f"{survey}-{key}": (survey, pixel)
             for survey, catalog in catalogs.items()
             for key, pixel in by_pixel(catalog.pixels).items()
         }
@@ -112,22 +92,24 @@ class Reference(Stage[ReferenceSettings]):
         for record in run.parts("counts", counts, self.count_rows, "reference plan"):
             np.add.at(histogram, record["cells"], record["rows"])
         pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, self.settings.rows_per_partition)
-        n_bytes = sum(_bytes_of(catalog) for catalog in catalogs.values())
+        n_bytes = 0
+        for catalog in (one for one in catalogs.values() if one.n_rows):
+            pixel, of_pixel = catalog.largest_partition()
+            n_bytes += of_pixel * catalog.n_rows // catalog.partition_rows(pixel)
         self.require_pixel(run.cluster, pixels, histogram, n_bytes)
         motions = map(motion_of, catalogs.values())
         self.motion_arcsec = max(moved_arcsec(one, self.settings.epoch) for one in motions)
         parts = by_pixel(pixels)
         if self.settings.offsets == "measured" and len(catalogs) > 1:
             run.parts("common", parts, self.compare_surveys, "zero points")
-            self.unify = self.unify.but(offsets=_zero_points(run.output, list(parts)))
+            common = [read_piece(run.output, f"common-{key}") for key in parts]
+            self.unify = self.unify.but(offsets=_zero_points(pa.concat_tables(common)))
         done = run.parts("stars", parts, self.stars_of_pixel)
-        names = [HEALPIX_COLUMN, *_COLUMNS]
         no_rows = {
-            survey: one.schema.empty_table().select(one.columns(names))
+            survey: one.schema.empty_table().select(one.columns(_COLUMNS))
             for survey, one in catalogs.items()
         }
-        nobody = np.empty(0, dtype=np.int64)
-        schema = unify(_together(no_rows), nobody, self.unify).schema
+        schema = unify(_together(no_rows), np.empty(0, dtype=np.int64), self.unify).schema
         n_out = run.write_catalog(self.product, pixels, done, schema)
         merged = sum(record["n_members"] for record in done) - n_out
         summary = {
@@ -137,12 +119,15 @@ class Reference(Stage[ReferenceSettings]):
         }
         return Rows(sum(c.n_rows for c in catalogs.values()), n_out, 0, {"merged": merged}), summary
 
-    def count_rows(self, output: Output, key: str, part: _Count) -> dict[str, Any]:
+    def count_rows(
+        self, output: Output, key: str, item: tuple[str, HealpixPixel]
+    ) -> dict[str, Any]:
         """Count the stars of a survey's partition by cell, at the common epoch."""
-        catalog = self.catalog(f"stars.{part.survey}")
+        survey, pixel = item
+        catalog = self.catalog(f"stars.{survey}")
         columns = catalog.columns([HEALPIX_COLUMN, "ra", "dec", *MOTION])
-        table = at_epoch(catalog.read(part.pixel, columns), self.settings.epoch)
-        cells = table[HEALPIX_COLUMN].to_numpy() >> 2 * (29 - _HISTOGRAM_ORDER)
+        table = at_epoch(catalog.read(pixel, columns), self.settings.epoch)
+        cells = table[HEALPIX_COLUMN].to_numpy() >> 2 * (MAX_ORDER - _HISTOGRAM_ORDER)
         cells, rows = np.unique(cells, return_counts=True)
         return {"cells": cells.tolist(), "rows": rows.tolist()}
 
@@ -150,8 +135,8 @@ class Reference(Stage[ReferenceSettings]):
         """Keep the differences of the stars of one partition that several surveys have."""
         members, primary = self._members(pixel, _COMPARED)
         table = common_differences(members, primary, self.settings.order)
-        write_piece(_common_file(output, key), table)
-        return {"n_stars": table.num_rows}
+        write_piece(output, f"common-{key}", table)
+        return {}
 
     def stars_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Write the stars whose primary lies in one partition, at the common epoch."""
@@ -163,12 +148,11 @@ class Reference(Stage[ReferenceSettings]):
             "n_several": int(np.count_nonzero(stars["n_surveys"].to_numpy() > 1)),
         }
 
-    def _members(self, pixel: HealpixPixel, names: Sequence[str]) -> tuple[pa.Table, IntArray]:
+    def _members(self, pixel: HealpixPixel, columns: Sequence[str]) -> tuple[pa.Table, IntArray]:
         """Rows of the stars whose primary lies in a partition, and each one's primary."""
         settings, catalogs = self.settings, self.surveys()
-        columns = [HEALPIX_COLUMN, *names]
 
-        def read(ranges: Ranges) -> tuple[pa.Table, NDArray[np.bool_]]:
+        def read(ranges: Ranges) -> tuple[pa.Table, BoolArray]:
             rows = {
                 survey: at_epoch(one.read_ranges(ranges, one.columns(columns)), settings.epoch)
                 for survey, one in catalogs.items()
@@ -186,50 +170,36 @@ class Reference(Stage[ReferenceSettings]):
         return table.filter(pa.array(ours)), row_of[primary[ours]]
 
 
-def _bytes_of(catalog: Catalog) -> int:
-    """What all rows of a catalog take in memory, by its largest partition."""
-    if not catalog.pixels:
-        return 0
-    pixel, n_bytes = catalog.largest_partition()
-    return n_bytes * catalog.n_rows // max(catalog.partition_rows(pixel), 1)
-
-
 def _together(tables: Mapping[str, pa.Table]) -> pa.Table:
     """Stars of all surveys in one table, keys as text, with the survey's name in a column."""
     parts = []
     for survey, table in tables.items():
-        index = table.schema.get_field_index("star_id")
-        table = table.set_column(index, "star_id", table["star_id"].cast(pa.string()))
-        parts.append(
-            table.append_column("survey", pa.array([survey] * table.num_rows, pa.string()))
-        )
+        name = pa.array([survey] * table.num_rows, pa.string())
+        parts.append(_with_text_key(table).append_column("survey", name))
     return pa.concat_tables(parts, promote_options="default")
 
 
-def _zero_points(output: Output, keys: list[str]) -> dict[str, dict[str, float]]:
+def _with_text_key(table: pa.Table) -> pa.Table:
+    index = table.schema.get_field_index("star_id")
+    return table.set_column(index, "star_id", table["star_id"].cast(pa.string()))
+
+
+def _zero_points(common: pa.Table) -> dict[str, dict[str, float]]:
     """Median difference of each survey from the first, by label; in the order of the sky."""
-    pieces = pa.concat_tables([read_piece(_common_file(output, key)) for key in keys])
     offsets: dict[str, dict[str, float]] = {}
-    for survey in sorted(pc.unique(pieces["survey"]).to_pylist()):
-        rows = pieces.filter(pc.equal(pieces["survey"], survey))
+    for survey in sorted(pc.unique(common["survey"]).to_pylist()):
+        rows = common.filter(pc.equal(common["survey"], survey))
         if rows.num_rows >= MIN_COMMON:
             offsets[survey] = {label: float(np.median(rows[label].to_numpy())) for label in LABELS}
     return offsets
 
 
-def _common_file(output: Output, key: str) -> Path:
-    return output.work / "common-stars" / f"{key}.arrow"
-
-
 def _ranks(table: pa.Table, order: tuple[str, ...]) -> IntArray:
     """Preference for the primary: the survey's place in the order or its name, then the key."""
-    names = sorted(pc.unique(table["survey"]).to_pylist())
-    ranked = [*order, *(name for name in names if name not in order)]
-    place = pc.index_in(table["survey"], pa.array(ranked, pa.string())).to_numpy()
     rank = np.empty(table.num_rows, dtype=np.int64)
     first = 0
-    for number in range(len(ranked)):
-        rows = np.flatnonzero(place == number)
+    for name in in_order(pc.unique(table["survey"]).to_pylist(), order):
+        rows = np.flatnonzero(pc.equal(table["survey"], name).to_numpy())
         rank[rows] = first + rank_of(table["star_id"].take(pa.array(rows)))
         first += len(rows)
     return rank
@@ -259,7 +229,7 @@ def common_stars(
         dex, dex) of the survey on the zero points of the reference.
     """
     reference.require("n_surveys", "sources")
-    members = _members(reference)
+    members = _sources(reference)
     manifest = reference.manifest
     offsets = manifest.summary.get("offsets", {}) if manifest is not None else {}
     found = {}
@@ -269,11 +239,10 @@ def common_stars(
         place = pc.index_in(mine["key"], rows["star_id"].combine_chunks())
         good = np.flatnonzero(place.is_valid().to_numpy())
         number, first = np.unique(mine["number"].to_numpy()[good], return_index=True)
-        chosen = rows.take(place.take(pa.array(good[first])))
-        zero = offsets.get(name, {})
+        at = pa.array(good[first])
+        chosen, zero = rows.take(place.take(at)), offsets.get(name, {})
         columns = {one: floats(chosen, one) - zero.get(one, 0.0) for one in LABELS}
-        united = mine["united"].take(pa.array(good[first]))
-        found[name] = (number, pa.table({"united": united, **columns}))
+        found[name] = (number, pa.table({"united": mine["united"].take(at), **columns}))
     for one, other in combinations(found, 2):
         (ours, table), (theirs, others) = found[one], found[other]
         _, i, j = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
@@ -286,7 +255,7 @@ def in_order(surveys: Iterable[str], order: Sequence[str]) -> list[str]:
     return [name for name in order if name in surveys] + [s for s in surveys if s not in order]
 
 
-def _members(reference: Catalog) -> pa.Table:
+def _sources(reference: Catalog) -> pa.Table:
     """Rows of the stars that several surveys have: number and id of the star, survey, key there."""
     names = ["star_id", "sources"]
     tables = [pa.schema([(name, pa.string()) for name in names]).empty_table()]
@@ -306,10 +275,9 @@ def _members(reference: Catalog) -> pa.Table:
 def _good_rows(catalog: Catalog, wanted: pa.ChunkedArray) -> pa.Table:
     """Rows with quality 0 of a catalog of stars, by key as text."""
     names = ["star_id", "quality", *LABELS]
-    tables = [pa.schema([catalog.schema.field(name) for name in names]).empty_table()]
-    kept = []
-    for table in chain(tables, (catalog.read(pixel, names) for pixel in catalog.pixels)):
-        table = table.filter(pc.equal(table["quality"], 0))
-        table = table.set_column(0, "star_id", table["star_id"].cast(pa.string()))
-        kept.append(table.filter(pc.is_in(table["star_id"], wanted)))
+    kept = [_with_text_key(catalog.schema.empty_table().select(names))]
+    for pixel in catalog.pixels:
+        table = _with_text_key(catalog.read(pixel, names))
+        good = pc.and_(pc.equal(table["quality"], 0), pc.is_in(table["star_id"], wanted))
+        kept.append(table.filter(good))
     return pa.concat_tables(kept)

@@ -6,8 +6,8 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from pydantic import Field
 
 from sos_dask import __version__
 from sos_dask import corrections as models
-from sos_dask.columns import FloatArray, IntArray, floats32
+from sos_dask.columns import IntArray, floats32, floats_or_nan
 from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.corrections.symbolic import FILE as FORMULA_FILE
 from sos_dask.errors import CatalogError, ConfigError
-from sos_dask.evidence.maps import SKY_ORDER, STEPS
+from sos_dask.evidence.coverage import SKY_ORDER, STEPS
 from sos_dask.report import figures as panels
 from sos_dask.report import maps
 from sos_dask.report.page import (
@@ -40,15 +40,8 @@ from sos_dask.report.style import Drawn, render, word
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
-from sos_dask.stages.base import (
-    Made,
-    Role,
-    Run,
-    Stage,
-    by_pixel,
-    read_piece,
-    write_piece,
-)
+from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, read_piece, write_piece
+from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.projection import load_projection
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
@@ -61,8 +54,10 @@ _SOFTWARE = (
     "numpy", "scipy", "pyarrow", "healpy", "astropy", "dask", "distributed", "dask-ml",
     "scikit-learn", "xgboost", "pyoperon", "matplotlib",
 )  # fmt: skip
-Counts = Callable[[str], dict[str, IntArray]]
-"""Rows of a product in cells of the sky or of a plane, by what is counted."""
+Counts = dict[str, IntArray]
+"""Rows in cells of the sky or of a plane, by what is counted."""
+CountsOf = Callable[[str], Counts]
+Draw = Callable[[CountsOf], Drawn | None]
 
 
 def software() -> dict[str, str]:
@@ -86,7 +81,7 @@ class ReportSettings(Settings):
 
 
 @lru_cache(maxsize=2)
-def _opened(products: tuple[tuple[str, Path], ...], key: tuple[tuple[str, str], ...]) -> Build:
+def _opened(products: tuple[tuple[str, Path], ...], key: tuple[str, ...]) -> Build:
     return Build.open(dict(products))
 
 
@@ -111,7 +106,7 @@ class ReportStage(Stage[ReportSettings]):
     def build(self) -> Build:
         """The products, opened once in a process."""
         found = {name.removeprefix("product."): self.path(name) for name in self.inputs}
-        return _opened(tuple(found.items()), tuple(self.fingerprints().items()))
+        return _opened(tuple(found.items()), tuple(self.fingerprints().values()))
 
     def check(self) -> None:
         """Refuse products without a chosen method."""
@@ -123,22 +118,21 @@ class ReportStage(Stage[ReportSettings]):
 
     def make(self, run: Run) -> Made:
         """Count rows in cells, draw the figures, write the page."""
-        build = self.build
+        build, settings = self.build, self.settings
         items = {
             f"{name}-{key}": (name, pixel)
             for name, catalog in build.counted.items()
             for key, pixel in by_pixel(catalog.pixels).items()
         }
-        run.run_parts("counts", items, self.count_partition, "counts")
+        run.parts("counts", items, self.count_partition, "counts")
         keys = dict.fromkeys(figures(build))
-        done = dict(zip(keys, run.parts("figures", keys, self.draw_figure, "figures"), strict=True))
-        drawn = {key: record for key, record in done.items() if record["files"]}
+        done = run.parts("figures", keys, self.draw_figure, "figures")
+        drawn = {key: record for key, record in zip(keys, done, strict=True) if record["files"]}
         pictures = {}
         for key, record in drawn.items():
             run.files.extend(FileRecord(**file) for file in record["files"])
             png = (run.output.directory / f"figures/{key}.png").read_bytes()
             pictures[key] = Picture(record["title"], record["facts"], png)
-        settings = self.settings
         page = html(
             build,
             pictures,
@@ -155,24 +149,18 @@ class ReportStage(Stage[ReportSettings]):
     def count_partition(
         self, output: Output, key: str, item: tuple[str, HealpixPixel]
     ) -> dict[str, Any]:
-        """Count the rows of one partition in cells; empty cells are left out."""
-        product, pixel = item
-        build = self.build
+        """Count the rows of one partition in cells of the sky or of a plane."""
+        (product, pixel), build = item, self.build
         catalog = build.counted[product]
         if product in build.of("projection"):
+            assert build.scores is not None
             found = _count_places(catalog, pixel, build.scores, _plane(build))
         elif product in build.of(CORRECTED):
-            found = _count_kiel(catalog, pixel, list(build.labels))
+            found = _count_kiel(catalog, pixel, build.labels)
         else:
             cells = catalog.read(pixel, [HEALPIX_COLUMN])[HEALPIX_COLUMN].to_numpy()
-            found = {"sky": np.bincount(cells >> (2 * (MAX_ORDER - maps.ORDER)))}
-        kept = {what: np.flatnonzero(counts) for what, counts in found.items()}
-        columns = {
-            "what": pa.array(np.repeat(list(kept), [len(cells) for cells in kept.values()])),
-            "cell": np.concatenate(list(kept.values())),
-            "n": np.concatenate([found[what][cells] for what, cells in kept.items()]),
-        }
-        write_piece(output.work / "pieces" / f"{key}.arrow", pa.table(columns))
+            found = {"sky": _count(cells >> 2 * (MAX_ORDER - maps.ORDER), maps.N_SKY)}
+        write_piece(output, key, pa.table(found))
         return {}
 
     def draw_figure(self, output: Output, key: str, item: None) -> dict[str, Any]:
@@ -191,35 +179,37 @@ class ReportStage(Stage[ReportSettings]):
 # --- counts -------------------------------------------------------------------------------------
 
 
-def _count_kiel(catalog: Catalog, pixel: HealpixPixel, labels: list[str]) -> dict[str, IntArray]:
+def _count(cells: IntArray, size: int, weights: Any = None) -> IntArray:
+    """Rows in every cell, but for those in none (-1); or sums of their weights, which are whole."""
+    inside = cells >= 0
+    weights = None if weights is None else weights[inside]
+    return np.bincount(cells[inside], weights, minlength=size).astype(np.int64)
+
+
+def _count_kiel(catalog: Catalog, pixel: HealpixPixel, labels: Iterable[str]) -> Counts:
     """Rows in Teff and log g before and after, and sums of logarithms of their errors."""
-    names = catalog.schema.names
-    corrected = [f"{name}_sos" if f"{name}_sos" in names else name for name in ("teff", "logg")]
-    errors = {f"{label}_sos_err": label for label in labels if f"{label}_sos_err" in names}
-    table = catalog.read(pixel, list(dict.fromkeys(["teff", "logg", *corrected, *errors])))
-    before, after = (
-        maps.kiel_cells(*(floats32(table, name) for name in pair))
-        for pair in (("teff", "logg"), corrected)
-    )
-    size = maps.N_CELLS + 1
-    found = {
-        what: np.bincount(cells[cells >= 0], minlength=size)
-        for what, cells in (("before", before), ("after", after))
+    after = [(catalog.columns([f"{name}_sos"]) or [name])[0] for name in ("teff", "logg")]
+    errors = {label: f"{label}_sos_err" for label in labels}
+    names = dict.fromkeys(["teff", "logg", *after, *catalog.columns(errors.values())])
+    table, size = catalog.read(pixel, list(names)), maps.N_CELLS + 1
+    planes = {"before": ("teff", "logg"), "after": after}
+    cells = {
+        when: maps.kiel_cells(*(floats32(table, name) for name in pair))
+        for when, pair in planes.items()
     }
-    for name, label in errors.items():
-        values = floats32(table, name)
-        good = (before >= 0) & np.isfinite(values) & (values > 0)
-        whole = np.rint(np.log10(values[good].astype(np.float64)) / maps.LOG_QUANTUM)
-        found[f"{label}_n"] = np.bincount(before[good], minlength=size)
-        found[f"{label}_sum"] = np.bincount(before[good], whole, minlength=size).astype(np.int64)
+    found = {when: _count(at, size) for when, at in cells.items()}
+    for label, name in errors.items():
+        values = floats_or_nan(table, name)
+        at = np.where(np.isfinite(values) & (values > 0), cells["before"], -1)
+        whole = np.rint(np.log10(np.where(at >= 0, values, 1.0)) / maps.LOG_QUANTUM)
+        found |= {f"{label}_n": _count(at, size), f"{label}_sum": _count(at, size, whole)}
     return found
 
 
 def _count_places(
-    catalog: Catalog, pixel: HealpixPixel, scores: Catalog | None, plane: maps.Plane
-) -> dict[str, IntArray]:
+    catalog: Catalog, pixel: HealpixPixel, scores: Catalog, plane: maps.Plane
+) -> Counts:
     """Rows with a coverage in each cell of the plane of all parameters, and those outside it."""
-    assert scores is not None
     names = ["umap_1", "umap_2"]
     places = catalog.read(pixel, [_KEY, *names])
     scored = scores.read(pixel, [_KEY, "coverage", FLAGS])
@@ -229,66 +219,48 @@ def _count_places(
             "Make both from the same observations.",
         )
     cells = plane.cells(*(floats32(places, name) for name in names))
-    known = (cells >= 0) & pc.is_valid(scored["coverage"]).to_numpy()
-    outside = known & ((scored[FLAGS].to_numpy() & FLAG_OUTSIDE) != 0)
-    return {
-        name: np.bincount(cells[chosen], minlength=plane.coarse**2)
-        for name, chosen in (("known", known), ("outside", outside))
-    }
+    known = np.where(pc.is_valid(scored["coverage"]).to_numpy(), cells, -1)
+    outside = np.where(scored[FLAGS].to_numpy() & FLAG_OUTSIDE, known, -1)
+    size = plane.coarse**2
+    return {"known": _count(known, size), "outside": _count(outside, size)}
 
 
-def _sums(output: Output, build: Build, product: str) -> dict[str, IntArray]:
+def _sums(output: Output, build: Build, product: str) -> Counts:
     """Counts of a product, one partition after the other: all together they grow with these."""
-    catalog = build.counted[product]
-    if product in build.of("projection"):
-        sizes = dict.fromkeys(("known", "outside"), _plane(build).coarse ** 2)
-    elif product in build.of(CORRECTED):
-        errors = [f"{label}_{what}" for label in build.labels for what in ("n", "sum")]
-        sizes = dict.fromkeys(("before", "after", *errors), maps.N_CELLS + 1)
-    else:
-        sizes = {"sky": maps.N_SKY}
-    total = {what: np.zeros(size, dtype=np.int64) for what, size in sizes.items()}
-    for key in by_pixel(catalog.pixels):
-        table = read_piece(output.work / "pieces" / f"{product}-{key}.arrow")
-        for what, counts in total.items():
-            mine = table.filter(pc.equal(table["what"], what))
-            counts[mine["cell"].to_numpy()] += mine["n"].to_numpy()
+    total: Counts = {}
+    for key in by_pixel(build.counted[product].pixels):
+        table = read_piece(output, f"{product}-{key}")
+        total = {what: total.get(what, 0) + table[what].to_numpy() for what in table.schema.names}
     return total
 
 
 # --- figures ------------------------------------------------------------------------------------
 
 
-def figures(build: Build) -> dict[str, Callable[[Counts], Drawn | None]]:
+def figures(build: Build) -> dict[str, Draw]:
     """How to draw every figure of a build, by its name."""
     labels, method, target = build.labels, build.method, build.target
-    found: dict[str, Callable[[Counts], Drawn | None]] = {"sky": partial(_sky, build)}
-    if build.one(CORRECTED):
+    limits = build.summary("coverage").get("limits", {})
+    found: dict[str, Draw] = {"sky": partial(_sky, build)}
+    if _has_rows(build, build.one(CORRECTED)):
         found["kiel"] = partial(_kiel, build)
 
-    def add(key: str, table: str, draw: Callable[[pa.Table], Drawn | None]) -> None:
+    def add(key: str, table: str, draw: Callable[..., Drawn | None], *given: Any) -> None:
         if (rows := build.table(table)) is not None:
-            found[key] = lambda counts: draw(rows)
-
-    def add_trends(key: str, name: str, others: bool) -> None:
-        add(key, "trends", lambda t: panels.trend_figure(t, labels, name, others, target))
-
-    def add_references(one: str, two: str) -> None:
-        add(f"references-{one}-{two}", "references",
-            lambda t: panels.reference_figure(t, labels, one, two, target))  # fmt: skip
+            found[key] = lambda counts: draw(rows, *given)
 
     for name in build.models:
-        add_trends(f"trends-{name}", name, False)
-    add_trends("trends-more", method, True)
-    for pair in build.contrasts:
-        add_references(*pair)
-    add("comparison", "comparison", lambda t: panels.comparison_figure(t, labels, method))
-    add("calibration", "hit_rates", lambda t: panels.calibration_figure(t, labels))
-    add("generalisation", "left_out", lambda t: panels.left_out_figure(t, labels, method))
-    add("coverage", "coverage", lambda t: maps.coverage_figure(t, SKY_ORDER, STEPS["kiel"]))
-    limits = build.summary("coverage").get("limits", {})
-    add("coverage-growth", "growth", lambda t: maps.growth_figure(t, limits))
-    if build.table("planes") is not None and method in build.models:
+        add(f"trends-{name}", "trends", panels.trend_figure, labels, name, False, target)
+    add("trends-more", "trends", panels.trend_figure, labels, method, True, target)
+    for one, two in build.contrasts:
+        key = f"references-{one}-{two}"
+        add(key, "references", panels.reference_figure, labels, one, two, target)
+    add("comparison", "comparison", panels.comparison_figure, labels, method)
+    add("calibration", "hit_rates", panels.calibration_figure, labels)
+    add("generalisation", "left_out", panels.left_out_figure, labels, method)
+    add("coverage", "coverage", maps.coverage_figure, SKY_ORDER, STEPS["kiel"])
+    add("coverage-growth", "growth", maps.growth_figure, limits)
+    if build.table("planes") is not None and build.one("evidence") and method in build.models:
         found["correction"] = partial(_correction, build)
     if build.table("projection") is not None:
         found["projection"] = partial(_projection, build)
@@ -299,59 +271,48 @@ def figures(build: Build) -> dict[str, Callable[[Counts], Drawn | None]]:
     return found
 
 
-def _sky(build: Build, counts: Counts) -> Drawn | None:
+def _has_rows(build: Build, product: str) -> bool:
+    return product in build.counted and bool(build.counted[product].pixels)
+
+
+def _sky(build: Build, counts: CountsOf) -> Drawn | None:
     names = {f"{name}.{OBSERVATIONS}": name for name in (build.target, *build.references)}
     names[build.one(PAIRS)] = f"pairs of {build.target} and {build.reference}"
     return maps.sky_figure(
-        {text: counts(name)["sky"] for name, text in names.items() if name in build.counted}
+        {text: counts(name)["sky"] for name, text in names.items() if _has_rows(build, name)}
     )
 
 
-def _kiel(build: Build, counts: Counts) -> Drawn | None:
+def _kiel(build: Build, counts: CountsOf) -> Drawn | None:
     found = counts(build.one(CORRECTED))
     return maps.kiel_figure(found["before"], found["after"])
 
 
-def _correction(build: Build, counts: Counts) -> Drawn | None:
+def _correction(build: Build, counts: CountsOf) -> Drawn | None:
     """The model in Teff and log g, at the medians of the pairs in its other inputs."""
     teff, logg = maps.kiel_centres()
     others = [name for name in build.problem.columns if name not in ("teff", "logg")]
-    at = _medians(build, others)
+    pairs = read_evidence(build.directories[build.one("evidence")], others)
+    at = {}
+    for name in others:
+        known = floats32(pairs, name)
+        known = known[np.isfinite(known)]
+        at[name] = float(np.median(known)) if len(known) else 0.0
     columns = {name: np.full(len(teff), value) for name, value in at.items()}
     inputs = build.problem.matrix({"teff": teff, "logg": logg, **columns})
     values = models.load(build.models[build.method]).predict(inputs).astype(np.float64)
-    planes, errors = build.table("planes"), _errors(build, counts)
-    drawn = maps.correction_figure(planes, build.labels, build.method, values, errors)
-    return drawn and drawn.with_facts(at=at)
-
-
-def _errors(build: Build, counts: Counts) -> FloatArray | None:
-    """Geometric means of the errors of corrected rows in Teff and log g; None without errors."""
-    if not build.one(CORRECTED):
-        return None
-    found = counts(build.one(CORRECTED))
-    n, total = (
-        np.stack([found[f"{label}_{what}"][: maps.N_CELLS] for label in build.labels], axis=1)
-        for what in ("n", "sum")
-    )
-    if not n.any():
-        return None
-    means = np.full(n.shape, np.nan)
-    np.divide(total * maps.LOG_QUANTUM, n, out=means, where=n > 0)
-    return np.asarray(10.0**means)
-
-
-def _medians(build: Build, names: list[str]) -> dict[str, float]:
-    """Medians of columns of the target over the pairs fit for training."""
-    pairs = build.counted[build.one(PAIRS)]
-    tables = [pairs.read(pixel, ["use", *names]) for pixel in pairs.pixels]
-    found = {}
-    for name in names:
-        columns = [np.zeros(0, np.float32), *(floats32(t.filter(t["use"]), name) for t in tables)]
-        values = np.concatenate(columns)
-        known = values[np.isfinite(values)]
-        found[name] = float(np.median(known)) if len(known) else 0.0
-    return found
+    # Geometric means of the errors of corrected rows.
+    means = np.full((maps.N_CELLS, len(build.labels)), np.nan)
+    if _has_rows(build, build.one(CORRECTED)):
+        found = counts(build.one(CORRECTED))
+        n, total = (
+            np.stack([found[f"{label}_{what}"][: maps.N_CELLS] for label in build.labels], axis=1)
+            for what in ("n", "sum")
+        )
+        np.divide(total * maps.LOG_QUANTUM, n, out=means, where=n > 0)
+    planes = build.table("planes")
+    drawn = maps.correction_figure(planes, build.labels, build.method, values, 10.0**means)
+    return drawn and replace(drawn, facts={**drawn.facts, "at": at})
 
 
 def _formulas(build: Build) -> dict[str, Any] | None:
@@ -369,19 +330,20 @@ def _plane(build: Build) -> maps.Plane:
     return maps.Plane(load_projection(build.directories[name]).limits(), int(bins))
 
 
-def _projection(build: Build, counts: Counts) -> Drawn | None:
+def _projection(build: Build, counts: CountsOf) -> Drawn | None:
     summary, scored = build.summary("projection"), None
-    if build.scores is not None:
+    if _has_rows(build, build.one("projection")):
         found = counts(build.one("projection"))
         scored = (found["known"], found["outside"])
     n_not_asked = int(summary["not_asked"])
     table = build.table("projection")
     drawn = maps.projection_figure(table, _plane(build), scored, n_not_asked > 0)
-    return drawn and drawn.with_facts(
-        parameters=[word(name) for name in summary["parameters"]],
-        n_without=int(summary["without_place"]["target"]),
-        n_not_asked=n_not_asked,
-    )
+    more = {
+        "parameters": [word(name) for name in summary["parameters"]],
+        "n_without": int(summary["without_place"]["target"]),
+        "n_not_asked": n_not_asked,
+    }
+    return drawn and replace(drawn, facts={**drawn.facts, **more})
 
 
 def of_build(store: Path) -> ReportStage:

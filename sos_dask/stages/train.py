@@ -1,32 +1,39 @@
-"""Stage train: one correction fitted to the pairs, with its held-out predictions."""
+"""Stages train and generalisation: corrections fitted to the pairs, and to all but a region.
+
+train fits one method and predicts what was held out. generalisation trains every method without a
+region, a reference or the sparse pairs; its tasks are such fits, each in one process.
+"""
 
 from __future__ import annotations
 
-import uuid
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field
 
-from sos_dask import corrections as models
-from sos_dask.columns import matrix32
+from sos_dask import corrections
+from sos_dask.columns import floats_or_nan, matrix32
 from sos_dask.corrections.base import to_json
-from sos_dask.corrections.search import search, search_space
+from sos_dask.corrections.search import search
 from sos_dask.errors import ModelError
-from sos_dask.evidence.figures import Metric, held_out_metrics
+from sos_dask.evidence import figures
+from sos_dask.evidence.figures import NONE, RANDOM
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, Stage
+from sos_dask.stages.base import Made, Role, Run, Stage, read_piece, write_piece
+from sos_dask.stages.evidence import HELD_OUT, OnEvidence
+from sos_dask.stats.numbers import DENSE, SPARSE, scatter
+from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, Recipe, Rows
 
-VERSION = 8
-SEARCH_FILE = "search.json"
+SEARCH_FILE, TABLE = "search.json", "generalisation.parquet"
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 # As many train faster in one process: workers meet at every level of every tree, for a millisecond
 # each. Measured with 1,000,000 pairs and 100 trees on two cores: 11 CPU-s in all, and 19 by two
@@ -72,37 +79,35 @@ class PairsSource:
         """Partitions of the pairs."""
         return len(self.catalog.pixels)
 
-    def load(self, index: int) -> models.Batch:
+    def load(self, index: int) -> corrections.Batch:
         """Inputs and differences of one partition."""
-        catalog = self.catalog
-        if catalog.n_rows <= _KEPT_ROWS:
-            path = str(catalog.path.absolute())
-            return _kept_batch(path, catalog.fingerprint, index, self.problem)
-        return _read_batch(catalog, index, self.problem)
+        if self.catalog.n_rows > _KEPT_ROWS:
+            return _read_batch(self.catalog, index, self.problem)
+        path = str(self.catalog.path.absolute())
+        return _kept_batch(path, self.catalog.fingerprint, index, self.problem)
 
 
 @lru_cache(maxsize=4096)
-def _kept_batch(path: str, fingerprint: str, index: int, problem: Problem) -> models.Batch:
+def _kept_batch(path: str, fingerprint: str, index: int, problem: Problem) -> corrections.Batch:
     return _read_batch(Catalog.read_only(path), index, problem)
 
 
 def _columns(problem: Problem) -> tuple[str, ...]:
-    """Columns of pairs that training needs."""
     return (*problem.columns, *(label.diff for label in problem.labels), "fold", "use")
 
 
-def _read_batch(catalog: Catalog, index: int, problem: Problem) -> models.Batch:
+def _read_batch(catalog: Catalog, index: int, problem: Problem) -> corrections.Batch:
     errors = [label.error for label in problem.labels]
-    errors = errors if set(errors) <= set(catalog.schema.names) else []
-    columns = dict.fromkeys((*_columns(problem), *errors))
-    table = catalog.read(catalog.pixels[index], tuple(columns))
+    known = set(errors) <= set(catalog.schema.names)
+    names = dict.fromkeys([*_columns(problem), *(errors if known else ())])
+    table = catalog.read(catalog.pixels[index], list(names))
     table = table.filter(table["use"])
-    return models.Batch(
+    return corrections.Batch(
         features=problem.matrix(table),
         differences=problem.differences(table),
         fold=table["fold"].to_numpy(),
         weight=np.ones(table.num_rows, dtype=np.float32),
-        errors=matrix32(table, errors) if errors else None,
+        errors=matrix32(table, errors) if known else None,
     )
 
 
@@ -124,7 +129,7 @@ class Train(Stage[TrainSettings]):
     """
 
     name = "train"
-    version = VERSION
+    version = 8
     Settings = TrainSettings
     roles = (Role("pairs", "Pairs, as crossmatch makes them."),)
 
@@ -141,153 +146,248 @@ class Train(Stage[TrainSettings]):
     def check(self) -> None:
         """Refuse pairs without a column, and a wrong method or parameter."""
         self.catalog("pairs").require(*_columns(self.settings.problem))
-        models.check_params(self.settings.method, self.settings.params)
+        corrections.check_params(self.settings.method, self.settings.params)
 
     def make(self, run: Run) -> Made:
         """Fit once a fold, or once, and predict what was held out."""
         settings, pairs = self.settings, self.catalog("pairs")
+        method = settings.method
         source = PairsSource(pairs, settings.problem)
         loaded = [source.load(index).fold for index in range(source.n_batches)]
-        folds = np.concatenate([np.empty(0, np.int8), *loaded])
-        names = [int(fold) for fold in np.unique(folds)]
-        if len(names) < 2:
+        fold = np.concatenate([np.empty(0, np.int8), *loaded])
+        folds = np.unique(fold).tolist()
+        if len(folds) < 2:
             raise ModelError(
-                f"{pairs.path}: {len(folds)} pairs are fit for training, in {len(names)} folds",
+                f"{pairs.path}: {len(fold)} pairs are fit for training, in {len(folds)} folds",
                 "At least two folds are needed: match more stars or loosen the cuts.",
             )
         validation = settings.validation
         if validation == "auto":
-            validation = "kfold" if len(folds) < settings.kfold_limit else "holdout"
-        fits = _Fits(run, source, settings, names, len(folds), validation == "kfold")
+            validation = "kfold" if len(fold) < settings.kfold_limit else "holdout"
+        # The folds that each fit trains on, None: all. The last one is saved.
+        plan: list[list[int] | None] = [folds[1:]]
         if validation == "kfold":
-            predicted = []
-            for fold in names:
-                correction = fits.next([name for name in names if name != fold])
-                predicted.append(_predict_fold(source, correction, fold))
-            correction = fits.next(None)
-            _save(run, correction)
-        else:
-            correction = fits.next(names[1:])
-            _save(run, correction)
+            plan = [*([one for one in folds if one != held_out] for held_out in folds), None]
+        step, predicted, searches = f"train {method}", [], []
+        workers = run.cluster.client if _needs_workers(len(fold), settings) else None
+        for number, trained in enumerate(plan):
+            run.report(step, number, len(plan))
+            params: Mapping[str, Any] = settings.params
+            if settings.search and corrections.search_space(method):
+                given = corrections.check_params(method, params)
+                how = settings.search, settings.seed, run.cluster.client
+                params, trials = search(method, source, trained or folds, given, *how)
+                searches.append({"train_folds": trained or folds, "trials": trials})
+            correction = corrections.fit(
+                method, source, train_folds=trained, params=params, client=workers
+            )
+            if number < len(plan) - 1:
+                predicted.append(_predict_fold(source, correction, folds[number]))
+        for name, content in correction.contents().items():  # model.json last: half never loads
+            run.write_bytes(name, content)
+        if validation == "holdout":
             # As it corrects: what is saved of boosted trees is also their table, many times faster.
-            saved = models.load(run.output.directory, check=False)
-            predicted = [_predict_fold(source, saved, names[0])]
-        run.report(fits.step, fits.n, fits.n)
-        table = pa.concat_tables(predicted)
-        run.write("held_out.parquet", table)
-        if fits.searches:
-            run.write_bytes(SEARCH_FILE, to_json(fits.searches))
-        deltas = [label.delta for label in settings.problem.labels]
-        metrics = held_out_metrics(
-            settings.method,
-            settings.problem.names,
-            settings.problem.differences(table),
-            matrix32(table, deltas),
-        )
-        summary = {
-            "method": settings.method,
+            saved = corrections.load(run.output.directory, check=False)
+            predicted = [_predict_fold(source, saved, folds[0])]
+        run.report(step, len(plan), len(plan))
+        table, problem = pa.concat_tables(predicted), settings.problem
+        run.write(HELD_OUT, table)
+        if searches:
+            run.write_bytes(SEARCH_FILE, to_json(searches))
+        deltas = matrix32(table, [label.delta for label in problem.labels])
+        truth = problem.differences(table)
+        metrics = figures.held_out_metrics(method, problem.names, truth, deltas)
+        unfit = {"not fit for training": pairs.n_rows - len(fold)}
+        return Rows(pairs.n_rows, len(fold), 0, unfit), {
+            "method": method,
             "params": dict(correction.info.params),
             "validation": validation,
-            "folds": {str(name): int(np.count_nonzero(folds == name)) for name in names},
+            "folds": {str(one): int(np.count_nonzero(fold == one)) for one in folds},
             "metrics": [asdict(metric) for metric in metrics],
         }
-        unfit = pairs.n_rows - len(folds)
-        return Rows(pairs.n_rows, len(folds), 0, {"not fit for training": unfit}), summary
 
 
-class _Fits:
-    """The fits of a stage one after the other, each with its search and its progress."""
-
-    def __init__(
-        self,
-        run: Run,
-        source: PairsSource,
-        settings: TrainSettings,
-        folds: list[int],
-        n_pairs: int,
-        kfold: bool,
-    ) -> None:
-        self.run, self.source, self.settings, self.folds = run, source, settings, folds
-        self.step = f"train {settings.method}"
-        self.n = len(folds) + 1 if kfold else 1
-        self.done = 0
-        self.searches: list[dict[str, Any]] = []
-        # The GPU is with the workers.
-        on_gpu = settings.params.get("device") == "cuda"
-        wanted = n_pairs > LOCAL_PAIRS or on_gpu
-        self.client = run.cluster.client if wanted else None
-
-    def next(self, train_folds: list[int] | None) -> models.Correction:
-        """Fit to the pairs of some folds; None: all."""
-        settings = self.settings
-        self.run.report(self.step, self.done, self.n)
-        self.done += 1
-        params: Mapping[str, Any] = settings.params
-        if settings.search and search_space(settings.method):
-            folds = train_folds or self.folds
-            found = search(
-                settings.method,
-                self.source,
-                folds,
-                models.check_params(settings.method, params),
-                settings.search,
-                settings.seed,
-                self.run.cluster.client,
-            )
-            params = found.params
-            self.searches.append({"train_folds": folds, "trials": found.trials})
-        return models.fit(
-            settings.method,
-            self.source,
-            train_folds=train_folds,
-            params=params,
-            client=self.client,
-        )
-
-
-def _predict_fold(source: PairsSource, correction: models.Correction, fold: int) -> pa.Table:
+def _predict_fold(source: PairsSource, correction: corrections.Correction, fold: int) -> pa.Table:
     """Inputs, differences and predictions of the pairs of one fold, in the order of the sky."""
-    problem = source.problem
-    names = [
-        "fold",
-        *(f"x_{item.column}" for item in problem.inputs),
-        *(label.diff for label in problem.labels),
-        *(label.delta for label in problem.labels),
-    ]
+    inputs, labels = source.problem.inputs, source.problem.labels
+    names = [f"x_{item.column}" for item in inputs]
+    names += [*(label.diff for label in labels), *(label.delta for label in labels)]
     tables = []
     for index in range(source.n_batches):
         batch = source.load(index)
         chosen = batch.fold == fold
         x = batch.features[chosen]
         values = np.concatenate([x, batch.differences[chosen], correction.predict(x)], axis=1)
-        columns = [pa.array(np.ascontiguousarray(column)) for column in values.T]
-        tables.append(pa.table([pa.array(batch.fold[chosen]), *columns], names=names))
+        columns = [batch.fold[chosen], *np.ascontiguousarray(values.T)]
+        tables.append(pa.table(columns, ["fold", *names]))
     return pa.concat_tables(tables)
 
 
-def _save(run: Run, correction: models.Correction) -> None:
-    """Save the model; its own ``model.json`` comes last, so that half a model never loads."""
-    # Of this process alone: another one may work on the same output.
-    scratch = run.output.work / f"model-{uuid.uuid4().hex}"
-    scratch.mkdir(parents=True, exist_ok=True)
-    correction.save(scratch)
-    last = models.MODEL_FILE
-    for file in sorted(scratch.iterdir(), key=lambda file: (file.name == last, file.name)):
-        run.files.append(run.output.write_file(file.name, partial(_move, file)))
-
-
-def _move(file: Path, target: Path) -> int:
-    """Move a file of no rows."""
-    file.replace(target)
-    return 0
-
-
-def metrics_of(manifest: Manifest) -> list[Metric]:
+def metrics_of(manifest: Manifest) -> list[figures.Metric]:
     """Held-out metrics of a trained model."""
-    return [Metric(**item) for item in manifest.summary["metrics"]]
+    return [figures.Metric(**item) for item in manifest.summary["metrics"]]
+
+
+def _needs_workers(n_pairs: int, settings: TrainSettings) -> bool:
+    # The GPU is with the workers.
+    return n_pairs > LOCAL_PAIRS or settings.params.get("device") == "cuda"
 
 
 def asks_workers(pairs: Catalog, settings: TrainSettings) -> bool:
-    """Tell whether training may have anything to do for workers; the GPU is with them."""
-    on_gpu = settings.params.get("device") == "cuda"
-    return pairs.n_rows > LOCAL_PAIRS or on_gpu or settings.search > 0
+    """Tell whether training may have anything to do for workers."""
+    return settings.search > 0 or _needs_workers(pairs.n_rows, settings)
+
+
+_SCHEMA = figures.figure_schema(
+    "split group method label n_train n median mad n_random median_random mad_random"
+)
+Fit = tuple[str, str, str]  # method, split, group
+
+
+class GeneralisationSettings(Settings):
+    """Methods trained without one region after the other."""
+
+    methods: Mapping[str, Mapping[str, Any]] = Field(
+        {}, description="Hyper-parameters of each method"
+    )
+    max_pairs: int = Field(
+        20_000, ge=100, description="Of more pairs, those of some stars are used: about as many"
+    )
+    min_pairs: int = Field(
+        200, ge=10, description="Smallest group that is left out, and smallest rest that trains"
+    )
+
+
+class Generalisation(OnEvidence[GeneralisationSettings]):
+    """Train every method without one group of pairs after the other, and predict that group.
+
+    Groups are the sparse pairs, cells of the Kiel diagram, and the pairs of each reference survey.
+    Table: of each split, group, method and label the pairs trained on and left out, and median and
+    scatter (1.4826 MAD) of the left-out pairs, corrected by a model that never saw their group
+    (``median``, ``mad``), and by one that was trained on a random four fifths of all pairs
+    (``median_random``, ``mad_random``, of those pairs of the group that it was not trained on,
+    ``n_random``). Method ``none`` is the bare difference. Summary: groups left out, fits that were
+    refused with the reason.
+    """
+
+    name = "generalisation"
+    version = 4
+    Settings = GeneralisationSettings
+    roles = (Role("evidence", "Pairs.", "output"),)
+
+    @classmethod
+    def recipe(cls, settings: GeneralisationSettings, fingerprints: Mapping[str, str]) -> Recipe:
+        """Recipe with the complete parameters of the methods, and what training makes of them."""
+        methods = {
+            name: corrections.check_params(name, params)
+            for name, params in settings.methods.items()
+        }
+        params = {"settings": settings.but(methods=methods).as_json, "train_version": Train.version}
+        return Recipe(cls.name, cls.version, params, dict(fingerprints))
+
+    def measure(self, run: Run) -> Made:
+        """Fit every method without every group, then put the figures together."""
+        given, table = self.manifest("evidence").rows, self._pairs()
+        splits = {
+            name: table[name].to_pylist()
+            for name in (figures.DENSITY, figures.REGION, figures.REFERENCE)
+        }
+        groups = figures.left_out_groups(splits, self.settings.min_pairs)
+        if not groups:
+            raise ModelError(
+                f"{self.path('evidence')}: no group of {table.num_rows} pairs can be left out of "
+                f"training: each and its rest need {self.settings.min_pairs}",
+                "Match more stars, or lower [generalisation] min_pairs.",
+            )
+        methods = list(self.settings.methods)
+        fits: dict[str, Fit] = {
+            f"{method}-{split}-{group}".replace("/", " per "): (method, split, group)
+            for method, (split, group) in itertools.product(methods, [(RANDOM, ""), *groups])
+        }
+        done = run.parts("fits", fits, self.fit)
+        names, bare = self.problem.names, self.problem.differences(table)
+        left = {
+            one: np.stack(read_piece(run.output, key).columns, axis=1) for key, one in fits.items()
+        }
+        rows: list[dict[str, Any]] = []
+        for method, (split, group) in itertools.product([NONE, *methods], groups):
+            fold = _folds(table, split, group)
+            sides = {"": (method, split, group), "_random": (method, RANDOM, "")}
+            for number, label in enumerate(names):
+                rows.append({"split": split, "group": group, "method": method, "label": label})
+                rows[-1]["n_train"] = int(np.count_nonzero(fold == 0))
+                for end, side in sides.items():
+                    values = left.get(side, bare)[fold == 1, number].astype(np.float64)
+                    values = values[np.isfinite(values)]
+                    found: dict[str, Any] = {"n": len(values), "median": None, "mad": None}
+                    if len(values):
+                        found |= {"median": float(np.median(values)), "mad": scatter(values)}
+                    rows[-1] |= {f"{name}{end}": value for name, value in found.items()}
+        run.write(TABLE, pa.Table.from_pylist(rows, _SCHEMA))
+        dropped = {**given.dropped, "of other stars": given.n_out - table.num_rows}
+        return Rows(given.n_in, table.num_rows, 0, dropped), {
+            "groups": [list(group) for group in groups],
+            "refused": {
+                key: one["refused"] for key, one in zip(fits, done, strict=True) if one["refused"]
+            },
+        }
+
+    def _pairs(self) -> pa.Table:
+        """Pairs, of very many those of some stars, with their groups."""
+        problem, n_most = self.problem, self.settings.max_pairs
+        wanted = [*problem.columns, *(one.diff for one in problem.labels), "fold", "star", "sparse"]
+        table = self.read(wanted, ["survey_ref", "teff", "logg"])
+        if table.num_rows > n_most:
+            star = table["star"].to_numpy()
+            table = table.filter(pa.array(star < np.partition(star, n_most)[n_most]))
+        known = np.isfinite(problem.matrix(table)).all(axis=1)
+        survey = pa.nulls(table.num_rows, pa.string())
+        if "survey_ref" in table.column_names:
+            survey = table["survey_ref"].cast(pa.string())
+        region = figures.region_groups(*(floats_or_nan(table, name) for name in ("teff", "logg")))
+        sparse = np.where(known, np.where(table["sparse"].to_numpy(), SPARSE, DENSE), "")
+        for name, values in (
+            (figures.DENSITY, sparse),
+            (figures.REGION, region),
+            (figures.REFERENCE, survey.fill_null("")),
+        ):
+            table = table.append_column(name, pa.array(values, pa.string()))
+        return table.combine_chunks()
+
+    def fit(self, output: Output, key: str, item: Fit) -> dict[str, Any]:
+        """Fit without a group, and keep what it leaves of its differences."""
+        method, split, group = item
+        table, problem = self._pairs(), self.problem
+        fold = _folds(table, split, group)
+        x, differences = problem.matrix(table), problem.differences(table)
+        batch = corrections.Batch(x, differences, fold, np.ones(len(x), np.float32))
+        params = corrections.check_params(method, self.settings.methods[method])
+        left, out, refused = np.full(differences.shape, np.nan), fold == 1, ""
+        try:
+            source = _OneBatch(batch, problem)
+            fitted = corrections.fit(method, source, train_folds=[0], params=params)
+            left[out] = differences[out].astype(np.float64) - fitted.predict(x[out])
+        except ModelError as error:
+            refused = error.message
+        write_piece(output, key, pa.table(list(left.T.copy()), problem.names))
+        return {"refused": refused}
+
+
+@dataclass(frozen=True)
+class _OneBatch:
+    """All pairs as one batch; fold 1 is left out."""
+
+    batch: corrections.Batch
+    problem: Problem
+    n_batches = 1
+
+    def load(self, index: int) -> corrections.Batch:
+        return self.batch
+
+
+def _folds(table: pa.Table, split: str, group: str) -> NDArray[np.int8]:
+    """Train (0), left out (1), or neither (2): pairs that a split gives to no group."""
+    if split == RANDOM:
+        return np.asarray(table["fold"].to_numpy() == 0, dtype=np.int8)
+    names = table[split].to_numpy()
+    return np.where(names == "", 2, names == group).astype(np.int8)

@@ -44,10 +44,8 @@ from sos_dask.errors import PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, QUALITY, Column, require_columns
 from sos_dask.sky.neighbours import order_by, runs
 from sos_dask.stars.group import DedupeSettings, rank_of
+from sos_dask.stats.numbers import MEDIAN_ERROR
 
-# Standard error of the median of many normal values over that of the mean: the square root of one
-# over its asymptotic efficiency 2 / pi (Kendall & Stuart, The Advanced Theory of Statistics).
-_MEDIAN_ERROR = float(np.sqrt(np.pi / 2.0))
 _OF_PRIMARY = (HEALPIX_COLUMN, "obs_id", "ra", "dec", "position_epoch")
 _MOTION = ("pmra", "pmdec")
 
@@ -153,7 +151,7 @@ def _combined(
     flag = np.zeros(len(leaders), dtype=np.bool_)
     merged = {"snr": (snr, total_snr)}
     columns: dict[str, pa.Array] = {}
-    median_error = _MEDIAN_ERROR if settings.method == "median" else 0.0
+    median_error = MEDIAN_ERROR if settings.method == "median" else 0.0
     for label in (*LABELS, "rv"):
         values, errors = reals_or_nan(table, label), reals_or_nan(table, f"{label}_err")
         limits = expected_error.get(label, np.nan), settings.max_spread, median_error

@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from sos_dask.columns import FloatArray, IntArray, reals_or_nan
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.sky.neighbours import starts
+from sos_dask.stats.numbers import GIANT_LOGG
 
 SNR_EDGES = (10.0, 20.0, 30.0, 50.0, 100.0, 200.0)  # bins: below the first, ..., above the last
 KINDS = ("dwarf", "giant")
-GIANT_LOGG = 3.5
 MIN_PULLS = 100  # the width of as many is known to 12 %
 _HALF_NORMAL_MEDIAN = 0.6744897501960817
 # Standard error of a median of half-normal numbers, in units of it times 1 / sqrt(n):

@@ -13,17 +13,14 @@ nodes holds one value this is exact, else what it leaves out is the noise inside
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sos_dask.columns import FloatArray, IntArray
+from sos_dask.columns import FloatArray, FloatingArray, IntArray, KeyArray
 from sos_dask.stats.numbers import MAD_TO_SIGMA
 
 N_GROUPS = 1024
-LEVEL = 0.95
 _COLUMNS = 256  # between nodes, of a whole sample
 _COLUMNS_A_BIN = 16
 _REACH = 5.0  # of the nodes around the median of a bin, in 1 / sqrt(n): ten standard errors
@@ -31,7 +28,7 @@ _HALVINGS = 40
 _EXACT_FLOAT32 = 1 << 22  # sums of so many pairs stay below 2^24
 
 
-def groups_of(star: NDArray[np.uint64]) -> IntArray:
+def groups_of(star: KeyArray) -> IntArray:
     """Find the group of each star by its number alone: 0 to `N_GROUPS` - 1.
 
     The highest bits of the number decide whether very many pairs are thinned, the lowest ones its
@@ -56,10 +53,8 @@ def interval(value: float, replicates: FloatArray) -> tuple[float, float]:
     known = replicates[np.isfinite(replicates)]
     if not len(known) or not np.isfinite(value):
         return float("nan"), float("nan")
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(known, [tail, 100 - tail])
-    shift = value - float(np.mean(known))
-    return float(low + shift), float(high + shift)
+    low, high = np.percentile(known, [2.5, 97.5]) + (value - np.mean(known))
+    return float(low), float(high)
 
 
 class Replicates(NamedTuple):
@@ -70,79 +65,54 @@ class Replicates(NamedTuple):
     width: FloatArray  # half of that from the 16th to the 84th percentile
 
 
-@dataclass(frozen=True, eq=False)
-class Ranked:
-    """Values of a sample in rising order, each with the group of its star.
+def resampled(values: FloatArray, groups: IntArray, weights: FloatArray) -> Replicates:
+    """Measure rising values (n,), with the groups (n,) of their stars, in every resample of `draw`.
 
-    Parameters
-    ----------
-    values : ndarray of float64, shape (n,)
-    groups : ndarray of int64, shape (n,)
+    nan where a resample is empty.
     """
+    n = len(values)
+    ranks = np.unique(np.linspace(0, n, min(n, _COLUMNS) + 1).astype(np.int64))
+    column = np.repeat(np.arange(len(ranks) - 1), np.diff(ranks))
+    below = _below(_light(weights, n), groups, column, len(ranks) - 1)
+    nodes = _between(values, ranks)
+    p16, median, p84 = (_quantile(nodes, below, share) for share in (0.16, 0.5, 0.84))
+    return Replicates(median, MAD_TO_SIGMA * _deviation(nodes, below, median), (p84 - p16) / 2)
 
-    values: FloatArray
-    groups: IntArray
 
-    def resampled(self, weights: FloatArray) -> Replicates:
-        """Measure the resamples of `draw`; nan where a resample is empty."""
-        n = len(self.values)
-        ranks = np.unique(np.linspace(0, n, min(n, _COLUMNS) + 1).astype(np.int64))
+def resampled_bins(
+    values: FloatArray,
+    groups: IntArray,
+    weights: FloatArray,
+    bins: IntArray,
+    n_bins: int,
+    min_count: int,
+) -> tuple[IntArray, FloatArray, FloatArray]:
+    """Find the medians of bins (n,) of values as those of `resampled`; a negative bin is none.
+
+    Returns
+    -------
+    n : ndarray of int64, shape (n_bins,)
+    medians : ndarray of float64, shape (n_bins,)
+        nan in bins with less than ``min_count`` values.
+    replicates : ndarray of float64, shape (n_resamples, n_bins)
+    """
+    inside = np.flatnonzero(bins >= 0)
+    # Few small numbers sort by radix; inside a bin the order of the values stays.
+    inside = inside[np.argsort(bins[inside].astype(np.uint16), kind="stable")]
+    n = np.bincount(bins[inside], minlength=n_bins).astype(np.int64)
+    stops, light = np.cumsum(n), _light(weights, len(values))
+    medians, replicates = np.full(n_bins, np.nan), np.full((len(weights), n_bins), np.nan)
+    for number in np.flatnonzero(n >= max(min_count, 1)):
+        rows = inside[stops[number] - n[number] : stops[number]]
+        many = len(rows)
+        reach = min(0.5, _REACH / np.sqrt(many))
+        inner = np.linspace(many * (0.5 - reach), many * (0.5 + reach), _COLUMNS_A_BIN + 1)
+        ranks = np.unique([0, *inner.round().astype(np.int64), many])
         column = np.repeat(np.arange(len(ranks) - 1), np.diff(ranks))
-        totals = _totals(weights, self.groups, column, len(ranks) - 1)
-        found = _Distributions.of(_between(self.values, ranks), totals)
-        p16, median, p84 = (found.quantile(share) for share in (0.16, 0.5, 0.84))
-        return Replicates(median, MAD_TO_SIGMA * found.deviation(median), (p84 - p16) / 2)
-
-    def binned_medians(
-        self, weights: FloatArray, bins: IntArray, n_bins: int, min_count: int
-    ) -> tuple[IntArray, FloatArray, FloatArray]:
-        """Find the median of the values in each bin, and in every resample.
-
-        Parameters
-        ----------
-        weights : ndarray of float64, shape (n_resamples, n_groups)
-        bins : ndarray of int, shape (n,)
-            Bin of each value, negative where it is in none.
-        min_count : int
-            Bins with fewer values have no median.
-
-        Returns
-        -------
-        n : ndarray of int64, shape (n_bins,)
-        medians : ndarray of float64, shape (n_bins,)
-        replicates : ndarray of float64, shape (n_resamples, n_bins)
-            nan where there is no median.
-        """
-        inside = bins >= 0
-        bins, values, groups = bins[inside], self.values[inside], self.groups[inside]
-        # Few small numbers sort by radix; inside a bin the order of the values stays.
-        order = np.argsort(bins.astype(np.uint16), kind="stable")
-        values, groups = values[order], groups[order]
-        n = np.bincount(bins, minlength=n_bins).astype(np.int64)
-        stops = np.cumsum(n)
-        medians = np.full(n_bins, np.nan)
-        replicates = np.full((len(weights), n_bins), np.nan)
-        used = np.flatnonzero(n >= max(min_count, 1))
-        nodes, column, first = [], np.full(len(values), -1, dtype=np.int64), [0]
-        for number in used:
-            span = slice(stops[number] - n[number], stops[number])
-            ranks = _ranks_around_median(int(n[number]))
-            medians[number] = np.median(values[span])
-            nodes.append(_between(values[span], ranks))
-            column[span] = first[-1] + np.repeat(np.arange(len(ranks) - 1), np.diff(ranks))
-            first.append(first[-1] + len(ranks) - 1)
-        kept = column >= 0
-        totals = _totals(weights, groups[kept], column[kept], first[-1])
-        for place, number in enumerate(used):
-            of_bin = totals[:, first[place] : first[place + 1]]
-            replicates[:, number] = _Distributions.of(nodes[place], of_bin).quantile(0.5)
-        return n, medians, replicates
-
-
-def _ranks_around_median(n: int) -> IntArray:
-    reach = min(0.5, _REACH / np.sqrt(n))
-    inner = np.linspace((0.5 - reach) * n, (0.5 + reach) * n, _COLUMNS_A_BIN + 1)
-    return np.unique(np.concatenate([[0], inner.round().astype(np.int64), [n]]))
+        below = _below(light, groups[rows], column, len(ranks) - 1)
+        medians[number] = np.median(values[rows])
+        replicates[:, number] = _quantile(_between(values[rows], ranks), below, 0.5)
+    return n, medians, replicates
 
 
 def _between(values: FloatArray, ranks: IntArray) -> FloatArray:
@@ -151,59 +121,49 @@ def _between(values: FloatArray, ranks: IntArray) -> FloatArray:
     return (values[np.maximum(ranks - 1, 0)] + values[np.minimum(ranks, n - 1)]) / 2
 
 
-def _totals(weights: FloatArray, groups: IntArray, column: IntArray, n_columns: int) -> FloatArray:
-    """Weight of each column in each resample, shape (n_resamples, n_columns)."""
+def _light(weights: FloatArray, n: int) -> FloatingArray:
+    """Weights in the precision that counts ``n`` pairs exactly."""
+    return weights.astype(np.float32) if n < _EXACT_FLOAT32 else weights
+
+
+def _below(
+    weights: FloatingArray, groups: IntArray, column: IntArray, n_columns: int
+) -> FloatArray:
+    """Weight below each node in each resample, shape (n_resamples, n_columns + 1)."""
     n_groups = weights.shape[1]
     counts = np.bincount(groups * n_columns + column, minlength=n_groups * n_columns)
-    kind = np.float32 if len(groups) < _EXACT_FLOAT32 else np.float64
-    product = weights.astype(kind) @ counts.reshape(n_groups, n_columns).astype(kind)
-    return np.asarray(product, dtype=np.float64)
+    totals = weights @ counts.reshape(n_groups, n_columns).astype(weights.dtype)
+    return np.pad(np.cumsum(totals, axis=1, dtype=np.float64), ((0, 0), (1, 0)))
 
 
-@dataclass(frozen=True, eq=False)
-class _Distributions:
-    """Distribution of each resample: its weight below each node, linear between nodes."""
+def _quantile(nodes: FloatArray, below: FloatArray, share: float) -> FloatArray:
+    """Quantile of each resample, linear between nodes."""
+    wanted, row = share * below[:, -1], np.arange(len(below))
+    column = np.count_nonzero(below[:, 1:] < wanted[:, None], axis=1).clip(max=len(nodes) - 2)
+    start, stop = below[row, column], below[row, column + 1]
+    low, high = nodes[column], nodes[column + 1]
+    part = (wanted - start) / np.where(stop > start, stop - start, np.nan)
+    return np.asarray(low + (high - low) * part)
 
-    nodes: FloatArray  # (k,), rising
-    below: FloatArray  # (n_resamples, k)
 
-    @classmethod
-    def of(cls, nodes: FloatArray, totals: FloatArray) -> _Distributions:
-        below = np.zeros((len(totals), len(nodes)))
-        np.cumsum(totals, axis=1, out=below[:, 1:])
-        return cls(nodes, below)
+def _deviation(nodes: FloatArray, below: FloatArray, center: FloatArray) -> FloatArray:
+    """Median absolute deviation of each resample from its center."""
+    wanted, known = below[:, -1] / 2, np.isfinite(center)
+    low, high = np.zeros(len(center)), np.full(len(center), nodes[-1] - nodes[0])
+    center = np.where(known, center, 0.0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        inside = _at(nodes, below, center + middle) - _at(nodes, below, center - middle)
+        high = np.where(inside >= wanted, middle, high)
+        low = np.where(inside >= wanted, low, middle)
+    return np.where(known, high, np.nan)
 
-    def quantile(self, share: float) -> FloatArray:
-        wanted = share * self.below[:, -1]
-        last = len(self.nodes) - 2
-        column = np.count_nonzero(self.below[:, 1:] < wanted[:, None], axis=1).clip(max=last)
-        row = np.arange(len(self.below))
-        start, stop = self.below[row, column], self.below[row, column + 1]
-        low, high = self.nodes[column], self.nodes[column + 1]
-        part = (wanted - start) / np.where(stop > start, stop - start, np.nan)
-        return np.asarray(low + (high - low) * part)
 
-    def deviation(self, center: FloatArray) -> FloatArray:
-        """Median absolute deviation of each resample from its center."""
-        wanted = self.below[:, -1] / 2
-        low = np.zeros(len(center))
-        high = np.full(len(center), self.nodes[-1] - self.nodes[0])
-        known = np.isfinite(center)
-        center = np.where(known, center, 0.0)
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            enough = self._at(center + middle) - self._at(center - middle) >= wanted
-            high = np.where(enough, middle, high)
-            low = np.where(enough, low, middle)
-        return np.where(known, high, np.nan)
-
-    def _at(self, values: FloatArray) -> FloatArray:
-        last = len(self.nodes) - 2
-        column = (np.searchsorted(self.nodes, values, side="right") - 1).clip(0, last)
-        row = np.arange(len(self.below))
-        low, high = self.nodes[column], self.nodes[column + 1]
-        width = np.where(high > low, high - low, 1.0)
-        part = np.clip((values - low) / width, 0.0, 1.0)
-        part = np.where(high > low, part, values >= high)
-        start, stop = self.below[row, column], self.below[row, column + 1]
-        return np.asarray(start + (stop - start) * part)
+def _at(nodes: FloatArray, below: FloatArray, values: FloatArray) -> FloatArray:
+    """Weight of each resample below its value."""
+    column = (np.searchsorted(nodes, values, side="right") - 1).clip(0, len(nodes) - 2)
+    row, low, high = np.arange(len(below)), nodes[column], nodes[column + 1]
+    part = np.clip((values - low) / np.where(high > low, high - low, 1.0), 0.0, 1.0)
+    part = np.where(high > low, part, values >= high)
+    start, stop = below[row, column], below[row, column + 1]
+    return np.asarray(start + (stop - start) * part)

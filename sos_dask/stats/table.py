@@ -7,10 +7,12 @@ one; where it is smooth (distances, smeared trees) `Grid.interpolate` is linear 
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,56 +26,40 @@ _BLOCK_ROWS = 8192  # the arrays of a block fit the second-level cache
 
 @dataclass(frozen=True)
 class Grid:
-    """Equal steps along each axis of a box.
+    """Equal steps along each of the k axes of a box."""
 
-    Parameters
-    ----------
-    low, high : tuple of float
-        Corners of the box; outside it the nearest place on it counts.
-    shape : tuple of int
-        Cells, or nodes (at least two), along each axis.
-    """
-
-    low: tuple[float, ...]
+    low: tuple[float, ...]  # corners of the box; outside it the nearest place on it counts
     high: tuple[float, ...]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # cells, or nodes (at least two), along each axis
 
     @property
     def size(self) -> int:
         """Number of cells or nodes."""
         return int(np.prod(self.shape))
 
-    @cached_property
-    def numbers(self) -> IntArray:
-        """Number of every cell or node along each axis, shape (size, k)."""
-        return np.stack(np.unravel_index(np.arange(self.size), self.shape), axis=1)
-
     def centers(self) -> FloatArray:
         """Find the middle of every cell, shape (size, k)."""
-        return self._at((self.numbers + 0.5) / np.array(self.shape))
+        return self._places(0.5, np.array(self.shape))
 
     def nodes(self) -> FloatArray:
         """Find the place of every node, shape (size, k): the first and the last are corners."""
-        return self._at(self.numbers / (np.array(self.shape) - 1))
+        return self._places(0.0, np.array(self.shape) - 1)
 
-    def _at(self, share: FloatArray) -> FloatArray:
+    def _places(self, shift: float, steps: IntArray) -> FloatArray:
         low, high = np.array(self.low), np.array(self.high)
-        return np.asarray(low + (high - low) * share)
+        numbers = np.stack(np.unravel_index(np.arange(self.size), self.shape), axis=1)
+        return np.asarray(low + (high - low) * ((numbers + shift) / steps))
 
     def cells(self, x: Float32Array) -> IntArray:
-        """Find the cell of each row, shape (n,); a number for nan, too.
-
-        Parameters
-        ----------
-        x : ndarray of float32, shape (n, k)
-        """
+        """Find the cell of each row (n, k), shape (n,); a number for nan, too."""
         cell = np.zeros(len(x), dtype=np.int64)
         for axis, n in enumerate(self.shape):
             cell *= n
-            cell += np.fmin(self._place(x, axis, n), np.float32(n - 1)).astype(np.int64)
+            cell += np.fmin(self._steps(x, axis, n), np.float32(n - 1)).astype(np.int64)
         return cell
 
-    def _place(self, x: Float32Array, axis: int, steps: int) -> Float32Array:
+    def _steps(self, x: Float32Array, axis: int, steps: int) -> Float32Array:
+        """Place along an axis in steps from its lower end."""
         low, high = np.float32(self.low[axis]), np.float32(self.high[axis])
         place = np.clip(x[:, axis], low, high)
         place -= low
@@ -81,17 +67,9 @@ class Grid:
         return place
 
     def interpolate(self, values: Float32Array, x: Float32Array) -> Float32Array:
-        """Interpolate values at the nodes linearly; a row does not depend on the others.
+        """Interpolate values (size, m) at the nodes linearly to rows x (n, k), shape (n, m).
 
-        Parameters
-        ----------
-        values : ndarray of float32, shape (size, m)
-        x : ndarray of float32, shape (n, k)
-
-        Returns
-        -------
-        ndarray of float32, shape (n, m)
-            nan where a row has one.
+        nan where a row has one; a row does not depend on the others.
         """
         out = np.empty((len(x), values.shape[1]), dtype=np.float32)
         strides = [int(np.prod(self.shape[axis + 1 :])) for axis in range(len(self.shape))]
@@ -100,7 +78,7 @@ class Grid:
             cell = np.zeros(len(block), dtype=np.int64)
             shares = []
             for axis, n in enumerate(self.shape):
-                place = self._place(block, axis, n - 1)
+                place = self._steps(block, axis, n - 1)
                 index = np.fmin(place, np.float32(n - 2)).astype(np.int64)
                 cell += index * strides[axis]
                 shares.append((place - index).astype(np.float32)[:, None])
@@ -133,16 +111,10 @@ def pack(arrays: Sequence[NDArray[Any]]) -> bytes:
 def unpack(content: bytes | memoryview, what: str) -> list[NDArray[Any]]:
     """Read the arrays of a content that `pack` made; they share its memory.
 
-    Parameters
-    ----------
-    content : bytes or memoryview
-    what : str
-        Its name in messages.
-
     Raises
     ------
     ModelError
-        It is damaged.
+        The content, which is named ``what``, is damaged.
     """
     view = memoryview(content)
     arrays: list[NDArray[Any]] = []
@@ -153,9 +125,58 @@ def unpack(content: bytes | memoryview, what: str) -> list[NDArray[Any]]:
             np.lib.format.read_magic(head)
             shape, _, dtype = np.lib.format.read_array_header_1_0(head)
             position += head.tell()
-            array = np.frombuffer(view, dtype, int(np.prod(shape)), position).reshape(shape)
-            arrays.append(array)
-            position += array.nbytes
+            arrays.append(np.frombuffer(view, dtype, int(np.prod(shape)), position).reshape(shape))
+            position += arrays[-1].nbytes
     except (ValueError, EOFError) as error:
         raise ModelError(f"{what} is damaged: {error}") from None
     return arrays
+
+
+def seal(
+    name: str, document: Mapping[str, Any], arrays: Sequence[NDArray[Any]]
+) -> dict[str, bytes]:
+    """Make the two files of a model, ``NAME.json`` and ``NAME.npy``; equal ones give equal bytes.
+
+    The document says its ``format``; it gets the SHA-256 of the arrays and of itself.
+    """
+    table = pack(arrays)
+    document = {**document, "table_sha256": hashlib.sha256(table).hexdigest()}
+    document["sha256"] = _digest(document)
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    return {f"{name}.npy": table, f"{name}.json": text.encode()}
+
+
+def unseal(
+    directory: Path, name: str, version: int, what: str
+) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+    """Read document and arrays of a model of this format that `seal` made.
+
+    Raises
+    ------
+    ModelError
+        A file is missing or not the one that was saved, or of another format.
+    """
+    path, table = directory / f"{name}.json", directory / f"{name}.npy"
+    try:
+        document, content = json.loads(path.read_bytes()), table.read_bytes()
+    except OSError as error:
+        hint = f"The {what} is made by a rebuild."
+        raise ModelError(f"{error.filename}: {error.strerror}", hint) from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != version:
+        raise ModelError(f"{path}: not the {what} of format {version}, the one known here")
+    digests = {path: _digest(document), table: hashlib.sha256(content).hexdigest()}
+    stated = (document.get("sha256"), document.get("table_sha256"))
+    for file, expected in zip(digests, stated, strict=True):
+        if digests[file] != expected:
+            raise ModelError(
+                f"{file} is not the file that was saved with the model",
+                "Its SHA-256 is another one: restore it, or rebuild.",
+            )
+    return document, unpack(content, str(table))
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in document.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,7 @@ from sos_dask.storage.manifest import (
     Manifest,
     Recipe,
     Rows,
+    files_below,
     footer_bytes,
     read_sealed,
     sealed_json,
@@ -43,8 +44,10 @@ from sos_dask.storage.manifest import (
     sum_of_file,
 )
 
+Stamp: TypeAlias = tuple[Path, int, int]
+"""A file with its time and size."""
 REJECTED = "rejected.parquet"
-ROW_GROUP_ROWS = 1 << 15
+_ROW_GROUP_ROWS = 1 << 15
 _WITH_BOUNDS = (HEALPIX_COLUMN, "ra", "dec", "pmra", "pmdec", "position_epoch", *LABELS)
 
 
@@ -60,10 +63,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         if number is None and ("errno 28" in text or "requested and" in text):
             number = errno.ENOSPC
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StorageError(
-                f"the disk is full: cannot write {path}",
-                "Free some space and run the same command again: it goes on where it stopped.",
-            ) from error
+            hint = "Free some space and run the same command again: it goes on where it stopped."
+            raise StorageError(f"the disk is full: cannot write {path}", hint) from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise StorageError(f"cannot write {path}: {os.strerror(number)}") from error
         raise
@@ -111,15 +112,13 @@ def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
     Bounds of row groups of all columns would take a tenth of the time to write; checksums of pages,
     by which damage is seen where it is read, take a tenth, too.
     """
-    encodings = {}
-    for item in schema:
-        if pa.types.is_integer(item.type):
-            encodings[item.name] = "DELTA_BINARY_PACKED"
-        elif pa.types.is_floating(item.type):
-            encodings[item.name] = "BYTE_STREAM_SPLIT"
+    numbers = [item for item in schema if pa.types.is_integer(item.type)]
+    encodings = {item.name: "DELTA_BINARY_PACKED" for item in numbers}
+    numbers = [item for item in schema if pa.types.is_floating(item.type)]
+    encodings |= {item.name: "BYTE_STREAM_SPLIT" for item in numbers}
     return {
-        "row_group_size": ROW_GROUP_ROWS,
-        "write_batch_size": ROW_GROUP_ROWS,  # the same bytes in less time than in small steps
+        "row_group_size": _ROW_GROUP_ROWS,
+        "write_batch_size": _ROW_GROUP_ROWS,  # the same bytes in less time than in small steps
         "compression": "lz4",
         "write_page_checksum": True,
         "use_dictionary": [item.name for item in schema if pa.types.is_string(item.type)],
@@ -141,24 +140,24 @@ def partition_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise PartitionError(
-            f"partition {path} is missing", "Remove its catalog and make it again."
-        ) from None
+        hint = "Remove its catalog and make it again."
+        raise PartitionError(f"partition {path} is missing", hint) from None
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
-        raise PartitionError(
-            f"partition {path} cannot be read: {error}",
-            "The file is damaged: remove its catalog and make it again.",
-        ) from error
+        hint = "The file is damaged: remove its catalog and make it again."
+        raise PartitionError(f"partition {path} cannot be read: {error}", hint) from error
 
 
 @contextlib.contextmanager
 def open_parquet(
-    path: Path, footer: pq.FileMetaData | None = None, coded: Sequence[str] = ()
+    path: Path,
+    footer: pq.FileMetaData | None = None,
+    coded: Sequence[str] = (),
+    must_have: Sequence[str] = (),
 ) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file whose pages are compared with their checksums.
 
-    Raises `PartitionError` where it is missing or damaged. Columns of text named in ``coded`` are
-    read as codes and their dictionary.
+    Raises `PartitionError` where it is missing, damaged, or lacks a column that it ``must_have``.
+    Columns of text named in ``coded`` are read as codes and their dictionary.
     """
     # Without a buffer for all columns together: measured, it costs a quarter of the time.
     with (
@@ -166,12 +165,15 @@ def open_parquet(
         pa.OSFile(str(path)) as source,
         pq.ParquetFile(
             source,
-            metadata=footer or footer_of(path),
+            metadata=footer or footer_of(stamp_of(path)),
             pre_buffer=False,
             read_dictionary=coded,
             page_checksum_verification=True,
         ) as file,
     ):
+        for name in must_have:
+            if name not in file.schema_arrow.names:
+                raise PartitionError(f"partition {path} has no column '{name}'")
         yield file
 
 
@@ -190,21 +192,24 @@ def taken(file: pq.ParquetFile, rows: NDArray[np.int64], columns: Sequence[str])
     return tables
 
 
-def footer_of(path: Path, sha256: str = "") -> pq.FileMetaData:
+def stamp_of(path: Path) -> Stamp:
+    """Take the stamp of a file, by which what was read of it is kept."""
+    with partition_errors(path):
+        found = path.stat()
+    return path, found.st_mtime_ns, found.st_size
+
+
+@lru_cache(maxsize=16)
+def footer_of(stamp: Stamp, sha256: str = "") -> pq.FileMetaData:
     """Read the footer of a file, which must have the SHA-256 that is given; the last few are kept.
 
     Tasks read their partitions in several steps.
     """
-    found = path.stat()
-    return _kept_footer(str(path), found.st_mtime_ns, found.st_size, sha256)
-
-
-@lru_cache(maxsize=16)
-def _kept_footer(path: str, stamp: int, size: int, sha256: str) -> pq.FileMetaData:
-    content = footer_bytes(Path(path))
-    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
-        raise OSError("its footer is not the one that was written")
-    return pq.read_metadata(pa.BufferReader(content))
+    with partition_errors(stamp[0]):
+        content = footer_bytes(stamp[0])
+        if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+            raise OSError("its footer is not the one that was written")
+        return pq.read_metadata(pa.BufferReader(content))
 
 
 def row_group_bounds(footer: pq.FileMetaData, column: str) -> list[tuple[Any, Any]]:
@@ -214,14 +219,11 @@ def row_group_bounds(footer: pq.FileMetaData, column: str) -> list[tuple[Any, An
     """
     if column not in footer.schema.names:
         raise PartitionError(f"a partition has no column '{column}'")
-    index = footer.schema.names.index(column)
-    out: list[tuple[Any, Any]] = []
-    for number in range(footer.num_row_groups):
-        statistics = footer.row_group(number).column(index).statistics
-        if statistics is not None and statistics.has_min_max:
-            out.append((statistics.min, statistics.max))
-        elif statistics is not None and statistics.null_count == footer.row_group(number).num_rows:
-            out.append((None, None))
+    index, out = footer.schema.names.index(column), []
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        found = group.column(index).statistics
+        if found is not None and (found.has_min_max or found.null_count == group.num_rows):
+            out.append((found.min, found.max) if found.has_min_max else (None, None))
         elif column == HEALPIX_COLUMN:
             out.append((0, (12 << 58) - 1))  # unknown: anywhere
         else:
@@ -232,23 +234,11 @@ def row_group_bounds(footer: pq.FileMetaData, column: str) -> list[tuple[Any, An
 # -- outputs --------------------------------------------------------------------------------------
 
 
-def _finished_files(directory: Path) -> Iterator[Path]:
-    """Files of a directory but for those that a killed process left half written."""
-    return (
-        path for path in directory.rglob("*") if path.is_file() and not path.name.endswith(".tmp")
-    )
-
-
 @dataclass(frozen=True)
 class Output:
     """A directory that a stage writes into; picklable, so that tasks can take it along.
 
-    Parameters
-    ----------
-    directory : Path
-    recipe : Recipe
-    inputs : sequence of (directory, state)
-        What it is made from, as it was at the start.
+    ``inputs`` are the directories that it is made from, each with its state at the start.
     """
 
     directory: Path
@@ -261,66 +251,51 @@ class Output:
         directory: Path,
         recipe: Recipe,
         overwrite: bool = False,
-        inputs: Iterable[Path | None] = (),
+        inputs: Iterable[Path] = (),
     ) -> Output:
         """Claim a directory for a recipe; a partly finished run of the same recipe goes on.
 
-        Parameters
-        ----------
-        inputs : iterable of Path
-            Directories that the output is made from; `commit` refuses when one was changed.
-
-        Raises
-        ------
-        CatalogError
-            The directory holds something else and ``overwrite`` is false.
-        ConfigError
-            The directory is an input of what is to replace it.
+        Raises `CatalogError` where it contains something else and ``overwrite`` is false, and
+        `ConfigError` where it is an input of what is to replace it.
         """
-        found = []
+        states = []
         for path in inputs:
-            if path is not None:
-                if (path / MANIFEST).is_file():
-                    Manifest.checked(path)
-                found.append((path.absolute(), _state_of(path)))
-        output = cls(directory, recipe, tuple(found))
+            if (path / MANIFEST).is_file():
+                Manifest.checked(path)
+            states.append((path.absolute(), _state_of(path)))
+        output = cls(directory, recipe, tuple(states))
         if not output.complete:
-            if any(_finished_files(directory)):
+            if any(files_below(directory)):
                 output._replace_others(overwrite)
             write_text(output.work / "fingerprint", recipe.fingerprint)
         return output
 
     def _replace_others(self, overwrite: bool) -> None:
         """Remove what another recipe has left here, where that is allowed."""
-        directory = self.directory
-        claimed = self.work / "fingerprint"
+        where, claimed = self.directory, self.work / "fingerprint"
         other = claimed.read_text(errors="replace") if claimed.is_file() else ""
         if other == self.fingerprint:
             return
+        elsewhere = "Choose another directory."
         if not overwrite:
+            what = "another run's output" if other else "other files or another output"
+            hint = "Choose another directory, or give --overwrite to replace it."
+            raise CatalogError(f"{where} already holds {what}", hint)
+        if not other and not (where / MANIFEST).is_file():
             raise CatalogError(
-                f"{directory} already holds "
-                + ("another run's output" if other else "other files or another output"),
-                "Choose another directory, or give --overwrite to replace it.",
+                f"{where} holds files that are not an output of sos-dask: not overwritten",
+                f"Remove them yourself. {elsewhere}",
             )
-        if not other:
-            if not (directory / MANIFEST).is_file():
-                raise CatalogError(
-                    f"{directory} holds files that are no output of sos-dask: not overwritten",
-                    "Remove them yourself or choose another directory.",
-                )
-            there = Manifest.load(directory)
-            names = {there.fingerprint, *(file.sha256 for file in there.files)}
-            if not names.isdisjoint(self.recipe.inputs.values()):
-                raise ConfigError(
-                    f"{directory} is to be replaced, but the new output is made from it",
-                    "Choose another directory.",
-                )
-        shutil.rmtree(directory)
+        there = None if other else Manifest.load(where)
+        names = {there.fingerprint, *(file.sha256 for file in there.files)} if there else set()
+        if not names.isdisjoint(self.recipe.inputs.values()):
+            what = f"{where} is to be replaced, but the new output is made from it"
+            raise ConfigError(what, elsewhere)
+        shutil.rmtree(where)
 
     def release(self) -> None:
         """Let go of a directory in which nothing was made, so that any recipe can claim it."""
-        if list(_finished_files(self.directory)) == [self.work / "fingerprint"]:
+        if list(files_below(self.directory)) == [self.work / "fingerprint"]:
             shutil.rmtree(self.directory)
 
     def discard(self) -> None:
@@ -345,17 +320,12 @@ class Output:
 
     def write_file(self, name: str, write: Callable[[Path], int]) -> FileRecord:
         """Write one file atomically; ``write`` gets a temporary path and returns the rows."""
-        path = self.directory / name
-        with atomic_path(path) as temporary:
+        with atomic_path(self.directory / name) as temporary:
             rows = write(temporary)
-            footer = footer_bytes(temporary) if name.endswith(".parquet") else b""
-            return FileRecord(
-                name,
-                rows,
-                temporary.stat().st_size,
-                sha256_of_file(temporary),
-                hashlib.sha256(footer).hexdigest() if footer else "",
-            )
+            size, digest, footer = temporary.stat().st_size, sha256_of_file(temporary), ""
+            if name.endswith(".parquet"):
+                footer = hashlib.sha256(footer_bytes(temporary)).hexdigest()
+            return FileRecord(name, rows, size, digest, footer)
 
     def write_bytes(self, name: str, content: bytes) -> FileRecord:
         """Write one file of no rows atomically."""
@@ -366,42 +336,35 @@ class Output:
 
         return self.write_file(name, write)
 
-    def put_record(
-        self, kind: str, key: str, value: Mapping[str, Any], pieces: Sequence[Path] = ()
-    ) -> None:
+    def put_record(self, kind: str, key: str, value: Mapping[str, Any]) -> None:
         """Record that a part is finished: from now on it is skipped by a rerun.
 
-        The files that this thread has put in place since its last record, and ``pieces`` written in
-        another way, are recorded with their sums, so that a rerun makes damaged parts again.
+        The files that this thread has put in place since its last record are recorded with their
+        sums, so that a rerun makes damaged parts again.
         """
         root = str(self.directory.absolute()) + os.sep
-        paths = [*_written.__dict__, *(str(path.absolute()) for path in pieces)]
-        _written.__dict__.clear()
-        if (self.directory / MANIFEST).is_file():
-            return  # another process has completed the output meanwhile
-        sums = {p.removeprefix(root): sum_of_file(Path(p)) for p in paths if p.startswith(root)}
-        document = {"part": f"{kind}/{key}", "value": value, "pieces": sums}
-        write_text(self.work / kind / f"{key}.json", sealed_json(document))
+        paths = list(_written.__dict__)
+        if not (self.directory / MANIFEST).is_file():  # else another process has completed it
+            sums = {p.removeprefix(root): sum_of_file(Path(p)) for p in paths if p.startswith(root)}
+            document = {"part": f"{kind}/{key}", "value": value, "pieces": sums}
+            write_text(self.work / kind / f"{key}.json", sealed_json(document))
         _written.__dict__.clear()
 
     def get_record(self, kind: str, key: str) -> dict[str, Any] | None:
         """Record of a finished part; None where it is not finished, or its record is damaged."""
-        found = self._record(kind, key)
-        return found and found["value"]
+        return self._record(kind, key).get("value")
 
-    def _record(self, kind: str, key: str) -> dict[str, Any] | None:
-        try:
+    def _record(self, kind: str, key: str) -> dict[str, Any]:
+        with contextlib.suppress(FileNotFoundError, CatalogError):
             found = read_sealed(self.work / kind / f"{key}.json", "")
-        except (FileNotFoundError, CatalogError):
-            return None
-        return found if found.get("part") == f"{kind}/{key}" else None
+            return found if found.get("part") == f"{kind}/{key}" else {}
+        return {}
 
     def intact(self, kind: str, key: str) -> bool:
         """Whether a part is finished and the files that it has written are as they were."""
         found = self._record(kind, key)
-        return found is not None and all(
-            sum_of_file(self.directory / name) == stated for name, stated in found["pieces"].items()
-        )
+        pieces = found.get("pieces", {}).items()
+        return bool(found) and all(sum_of_file(self.directory / name) == n for name, n in pieces)
 
     def commit(
         self,
@@ -418,10 +381,8 @@ class Output:
         for path, state in self.inputs:
             if _state_of(path) != state:
                 self.discard()
-                raise CatalogError(
-                    f"{path} was changed while {self.directory} was made from it",
-                    "Run the same command again.",
-                )
+                what = f"{path} was changed while {self.directory} was made from it"
+                raise CatalogError(what, "Run the same command again.")
         manifest = Manifest(self.recipe, rows, files, summary or {})
         write_text(self.directory / MANIFEST, sealed_json(manifest.document))
         self.tidy()
@@ -429,29 +390,16 @@ class Output:
 
     def tidy(self) -> None:
         """Remove what a complete output no longer needs: also what a slower process left behind."""
-        if not self.complete:
-            return
-        shutil.rmtree(self.work, ignore_errors=True)
-        for leftover in self.directory.rglob(".*.tmp"):  # of killed processes
-            leftover.unlink(missing_ok=True)
-
-    def load_manifest(self) -> Manifest:
-        """Manifest of the complete output, whose files are compared with it."""
-        return Manifest.checked(self.directory)
+        if self.complete:
+            shutil.rmtree(self.work, ignore_errors=True)
+            for leftover in self.directory.rglob(".*.tmp"):  # of killed processes
+                leftover.unlink(missing_ok=True)
 
 
-def _state_of(directory: Path) -> str:
-    """Digest of a manifest; without one, of the names, sizes and times of all files.
-
-    Of a survey file, its size and time.
-    """
-    if directory.is_file():
-        stat = directory.stat()
-        return sha256_of([stat.st_size, stat.st_mtime_ns])
-    if (directory / MANIFEST).is_file():
-        return sha256_of(Manifest.load(directory).document)
-    found = {
-        str(path.relative_to(directory)): [path.stat().st_size, path.stat().st_mtime_ns]
-        for path in _finished_files(directory)
-    }
-    return sha256_of(found)
+def _state_of(path: Path) -> str:
+    """Digest of a manifest; without one, of size and time of a file, or of all files below."""
+    if (path / MANIFEST).is_file():
+        return sha256_of_file(path / MANIFEST)
+    stats = {file: file.stat() for file in ([path] if path.is_file() else files_below(path))}
+    times = {str(f.relative_to(path)): [s.st_size, s.st_mtime_ns] for f, s in stats.items()}
+    return sha256_of(times)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sos_dask.errors import CatalogError, ConfigError
+from sos_dask.errors import CatalogError
+from sos_dask.run.machine import n_cores
 
 MANIFEST = "manifest.json"
 WORK = ".work"
 _FORMAT = 2  # of manifests
+_ROWS = ("in", "out", "rejected", "dropped", "added")
 _MOST_ROWS = 1 << 62
 _DIGEST = "sha256"
 _BLOCK = 1 << 18
@@ -29,7 +31,14 @@ _TAIL = 8  # of a Parquet file: length of the footer, magic
 Check = Literal["sha256", "size"]
 
 
-# -- digests --------------------------------------------------------------------------------------
+# -- files and digests ----------------------------------------------------------------------------
+
+
+def files_below(directory: Path) -> Iterator[Path]:
+    """Files of a directory but for those that a killed process left half written."""
+    return (
+        path for path in directory.rglob("*") if path.is_file() and not path.name.endswith(".tmp")
+    )
 
 
 def canonical_json(value: Any) -> str:
@@ -68,13 +77,10 @@ def sum_of_file(path: Path) -> list[int]:
     if not path.is_file():
         return []
     total = size = 0
-    content = bytearray(_BLOCK)
-    words = np.frombuffer(content, np.uint64)
-    with path.open("rb", buffering=0) as file:
-        while n_bytes := file.readinto(content):
-            content[n_bytes : n_bytes + -n_bytes % 8] = bytes(-n_bytes % 8)
-            size += n_bytes
-            total += int(words[: -(-n_bytes // 8)].sum())
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            size += len(block)
+            total += int(np.frombuffer(block + bytes(-len(block) % 8), np.uint64).sum())
     return [size, total]
 
 
@@ -88,33 +94,20 @@ def sealed_json(document: Mapping[str, Any], sort_keys: bool = True) -> str:
 def read_sealed(path: Path, hint: str) -> dict[str, Any]:
     """Read what `sealed_json` made, without the digest.
 
-    Raises
-    ------
-    CatalogError
-        The file is damaged (with the given hint), or an older version wrote it.
-    FileNotFoundError, NotADirectoryError
+    Raises `CatalogError` with the hint where it is damaged, and `FileNotFoundError` or
+    `NotADirectoryError` where it is not there.
     """
     try:
-        content = path.read_bytes()
-    except ValueError:  # no path at all
-        raise ConfigError(f"the path {str(path)!r} contains a NUL character") from None
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise CatalogError(f"{path} cannot be read: {error.strerror}", hint) from None
-    try:
-        document = json.loads(content)
-        if not isinstance(document, dict):
-            raise ValueError("it is not a JSON object")
+        document: dict[str, Any] = json.loads(path.read_bytes())
         stated = document.pop(_DIGEST, None)
         digest = sha256_of(document)
-    except (ValueError, RecursionError) as error:
-        raise CatalogError(f"{path} is damaged: {error}", hint) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CatalogError(f"{path} is damaged or cannot be read: {error}", hint) from None
     if stated is None:
-        raise CatalogError(
-            f"{path} has no digest: an older version of sos-dask made it, or it is damaged",
-            f"{hint} A store of an older version must be made again as a whole.".lstrip(),
-        )
+        what = "has no digest: it is damaged, or an older version of sos-dask made it"
+        raise CatalogError(f"{path} {what}", hint)
     if stated != digest:
         raise CatalogError(f"{path} was changed: its digest does not fit its content", hint)
     return document
@@ -127,15 +120,9 @@ def read_sealed(path: Path, hint: str) -> dict[str, Any]:
 class Recipe:
     """Everything that decides what a stage writes.
 
-    Parameters
-    ----------
-    stage : str
-    version : int
-        Raised when the code of a stage changes its output.
-    params : mapping
-        Exactly the settings that the stage reads; JSON values.
-    inputs : mapping of str to str
-        Fingerprints of the inputs: other recipes, or content hashes of raw files.
+    ``version`` is raised when the code of a stage changes its output, ``params`` are exactly the
+    settings that it reads (JSON values), ``inputs`` the fingerprints of its inputs: other recipes,
+    or content hashes of raw files.
     """
 
     stage: str
@@ -168,8 +155,6 @@ class FileRecord:
         if inside.is_absolute() or ".." in inside.parts or not inside.parts or "\0" in self.path:
             raise ValueError(f"the path {self.path!r} is not inside the output")
         _require_counts(self.rows, self.bytes)
-        if {type(self.sha256), type(self.footer)} != {str}:
-            raise TypeError(f"the SHA-256 of {self.path!r} is not a text")
 
     @property
     def is_partition(self) -> bool:
@@ -202,11 +187,7 @@ def _require_counts(*values: Any) -> None:
 class Rows:
     """Row accounting: ``n_in + sum(added) == n_out + rejected + sum(dropped)``.
 
-    Parameters
-    ----------
-    n_in, n_out, rejected : int
-    dropped, added : mapping of str to int
-        Rows that were left out or came more than once on purpose, by reason.
+    Rows were dropped, or came more than once, on purpose: their numbers by reason.
     """
 
     n_in: int
@@ -233,7 +214,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete output is, was made from, and holds."""
+    """What a complete output is, was made from, and contains."""
 
     recipe: Recipe
     rows: Rows
@@ -248,18 +229,11 @@ class Manifest:
     @property
     def document(self) -> dict[str, Any]:
         """JSON value of the manifest, without its digest."""
-        rows = self.rows
         return {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
             **vars(self.recipe),
-            "rows": {
-                "in": rows.n_in,
-                "out": rows.n_out,
-                "rejected": rows.rejected,
-                "dropped": rows.dropped,
-                "added": rows.added,
-            },
+            "rows": dict(zip(_ROWS, vars(self.rows).values(), strict=True)),
             "summary": self.summary,
             "files": {
                 record.path: {k: v for k, v in vars(record).items() if k != "path" and v != ""}
@@ -271,10 +245,8 @@ class Manifest:
     def load(cls, directory: Path) -> Manifest:
         """Read the manifest of a complete output.
 
-        Raises
-        ------
-        CatalogError
-            No manifest (unfinished or not ours), damaged, or of a newer format.
+        Raises `CatalogError` where there is none (unfinished or not ours), or it is damaged or of
+        another format.
         """
         path = directory / MANIFEST
         again = f"Remove {directory} and run again."
@@ -283,32 +255,17 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             raise _no_manifest(directory) from None
         try:
-            if raw["format"] > _FORMAT:
-                raise CatalogError(
-                    f"{path} has format {raw['format']}, newer than {_FORMAT} known here",
-                    "Install a newer sos-dask.",
-                )
-            if raw["format"] < _FORMAT:
-                raise CatalogError(
-                    f"{path} has format {raw['format']} of an older version of sos-dask, whose "
-                    f"outputs are laid out otherwise than in format {_FORMAT}",
-                    "Run the rebuild again into an empty store, or the command that made it.",
-                )
+            if raw["format"] != _FORMAT:
+                age = "a newer" if raw["format"] > _FORMAT else "an older"
+                what = f"{path} has format {raw['format']} of {age} version of sos-dask"
+                hint = "Run the rebuild into an empty store, or the command that made it."
+                raise CatalogError(f"{what}, known here is format {_FORMAT}", hint)
             if not isinstance(raw["stage"], str) or not isinstance(raw["version"], int):
                 raise TypeError("stage or version")
-            rows = raw["rows"]
-            manifest = cls(
-                Recipe(raw["stage"], raw["version"], {**raw["params"]}, {**raw["inputs"]}),
-                Rows(
-                    rows["in"],
-                    rows["out"],
-                    rows["rejected"],
-                    {**rows["dropped"]},
-                    {**rows["added"]},
-                ),
-                tuple(FileRecord(name, **item) for name, item in raw["files"].items()),
-                {**raw["summary"]},
-            )
+            recipe = Recipe(raw["stage"], raw["version"], {**raw["params"]}, {**raw["inputs"]})
+            rows = Rows(*(raw["rows"][name] for name in _ROWS))
+            files = tuple(FileRecord(name, **item) for name, item in raw["files"].items())
+            manifest = cls(recipe, rows, files, {**raw["summary"]})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CatalogError(f"{path} is damaged: {error!r} is missing or wrong", again) from None
         if manifest.fingerprint != raw.get("fingerprint"):
@@ -318,35 +275,23 @@ class Manifest:
         return manifest
 
     @classmethod
-    def checked(cls, directory: Path, by: Check | None = None, n_threads: int = 1) -> Manifest:
+    def checked(cls, directory: Path, by: Check | None = None) -> Manifest:
         """Read the manifest of a complete output and compare its files with it.
 
-        Parameters
-        ----------
-        directory : Path
-        by : str, optional
-            ``size`` compares bytes alone. Default: SHA-256 of all files but the partitions, whose
-            footers are checked where they are read.
-        n_threads : int
-            Threads that hash; hashing does not hold the lock of the interpreter.
-
-        Raises
-        ------
-        CatalogError
-            As `load`, or a file is not the one that was written.
+        By ``sha256`` or ``size`` (bytes); by default by SHA-256 all files but the partitions, whose
+        footers are checked where they are read. Raises `CatalogError` as `load`, or where a file is
+        not the one written.
         """
         manifest = cls.load(directory)
 
         def compare(record: FileRecord) -> str:
             return record.problem(directory, by or ("size" if record.is_partition else "sha256"))
 
-        with ThreadPoolExecutor(n_threads) as pool:
-            for problem in (pool.map if n_threads > 1 else map)(compare, manifest.files):
+        hint = f"Restore the file, or remove {directory} and make it again."
+        with ThreadPoolExecutor(n_cores()) as pool:  # hashing holds no lock of the interpreter
+            for problem in (pool.map if by else map)(compare, manifest.files):
                 if problem:
-                    raise CatalogError(
-                        f"{directory}/{problem}",
-                        f"Restore the file, or remove {directory} and make it again.",
-                    )
+                    raise CatalogError(f"{directory}/{problem}", hint)
         return manifest
 
     @classmethod
@@ -355,27 +300,27 @@ class Manifest:
         manifest = cls.checked(directory)
         made = manifest.recipe
         if made.stage != stage:
-            raise CatalogError(f"{directory} is no output of '{stage}' but of '{made.stage}'")
+            raise CatalogError(f"{directory} is not an output of '{stage}' but of '{made.stage}'")
         if made.version != version:
+            what = f"{directory} was made by another version of sos-dask: it has version"
             raise CatalogError(
-                f"{directory} was made by another version of sos-dask: it has version "
-                f"{made.version} of '{stage}', known here is version {version}",
+                f"{what} {made.version} of '{stage}', known here is version {version}",
                 "Run the rebuild again, or the command that made it.",
             )
         return manifest
 
 
 def _no_manifest(directory: Path) -> CatalogError:
+    """Tell why a directory has no manifest."""
     if not directory.exists():
         return CatalogError(f"{directory} does not exist")
-    if not directory.is_dir():
-        return CatalogError(
-            f"{directory} is a file: a directory that sos-dask or HATS made is needed",
-            "Make one of a table: sos-dask ingest SURVEY FILE -o DIR; the columns of another one "
-            "in a job: [attach.NAME] with files.",
-        )
-    unfinished = "It is unfinished: run the command that makes it again."
+    if directory.is_dir():
+        is_unfinished = (directory / WORK).is_dir()
+        again = "It is unfinished: run the command that makes it again."
+        hint = again if is_unfinished else "It is not an output of sos-dask."
+        return CatalogError(f"{directory} has no {MANIFEST}", hint)
     return CatalogError(
-        f"{directory} has no {MANIFEST}",
-        unfinished if (directory / WORK).is_dir() else "It is not an output of sos-dask.",
+        f"{directory} is a file: a directory that sos-dask or HATS made is needed",
+        "Make one of a table: sos-dask ingest SURVEY FILE -o DIR; the columns of another one in a "
+        "job: [attach.NAME] with files.",
     )

@@ -1,18 +1,20 @@
 """Surveys: native columns, missing values and quality cuts of a catalog, as TOML files.
 
 A survey is a file and no code. `load_survey` reads a built-in definition or a user's own; the
-models below are its tables, and every key is checked.
+models below are its tables, and every key is checked. `passing` evaluates a cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from importlib import resources
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -24,37 +26,21 @@ from pydantic import (
     model_validator,
 )
 
+from sos_dask import schema, settings
+from sos_dask.columns import BoolArray, Values, is_text, split
 from sos_dask.errors import SurveyError
-from sos_dask.schema import (
-    CANONICAL,
-    HEALPIX,
-    QUALITY,
-    REQUIRED,
-    RESERVED,
-    TEXT_UNITS,
-    YEARS,
-    Column,
-    is_gaia_id,
-    nearest,
-)
-from sos_dask.settings import (
-    COLUMN_RULE,
-    NAME_RULE,
-    Settings,
-    explained,
-    is_column,
-    is_name,
-    parse_toml,
-)
+from sos_dask.schema import CANONICAL, YEARS, Column, nearest
+from sos_dask.settings import Settings, explained, is_column, is_name, parse_toml
 
 SURVEY_FORMAT = 1
 COLUMN_HEADINGS = ("column", "native", "unit", "dtype", "UCD", "description")
 CUT_HEADINGS = ("cut", "test", "reason", "bit")
+_FOLDER = Path(__file__).parent
 
 
 def _name(text: str) -> str:
     if not is_name(text):
-        raise ValueError(f"'{text}' is no name of a survey: {NAME_RULE}")
+        raise ValueError(f"'{text}' cannot be the name of a survey: {settings.NAME_RULE}")
     return text
 
 
@@ -83,7 +69,7 @@ def _check_limits(low: float | None, high: float | None) -> None:
 
 
 class SourceColumn(Settings):
-    """How one column of the product is made from native columns: a table ``[columns.NAME]``.
+    """Recipe of one column of the product: a table ``[columns.NAME]``.
 
     The first of the native columns ``source`` that a file has is used (releases differ); a name
     that the file has in another case only counts as the same. With ``join`` the value is the text
@@ -97,9 +83,7 @@ class SourceColumn(Settings):
     ] = Field((), description="native columns, of which the first that is there is used")
     join: _Sources = Field((), description="native columns whose texts are joined by dots")
     unit: str = Field("", description="unit of the native column, as astropy writes it")
-    dtype: Literal["int64", "float32", "float64", "string"] = Field(
-        "float32", description="type in the product"
-    )
+    dtype: Literal["int64", "float32", "float64", "string"] = "float32"
     missing: _Numbers = Field((), description="numbers that mean null here, beside the survey's")
     element: int | None = Field(None, ge=0, description="element of a vector column, from 0")
 
@@ -117,12 +101,12 @@ class SourceColumn(Settings):
     @computed_field  # type: ignore[prop-decorator]
     @cached_property
     def factor(self) -> float:
-        """Product value = native value * ``factor``; follows from the two units."""
+        """Product value = native value * ``factor``, by the two units."""
         native, product = self.unit, self.column.unit
         if native == product:
             return 1.0
         problem = f"unit '{native}' does not convert to '{product}': write "
-        if native in TEXT_UNITS or product in TEXT_UNITS:
+        if native in schema.TEXT_UNITS or product in schema.TEXT_UNITS:
             raise ValueError(f'{problem}unit = "{product}" where it is the same')
         from astropy import units  # half a second, which most definitions never need
 
@@ -144,25 +128,21 @@ class SourceColumn(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         column, dtype = self.column, self.dtype
-        if bool(self.source) == bool(self.join):
-            raise ValueError("the table needs either 'source' or 'join'")
-        if column.name == "obs_id":
-            if dtype not in ("int64", "string"):
-                raise ValueError(f"obs_id is int64 or string, not {dtype}")
-        elif dtype != column.dtype:
-            raise ValueError(f"{column.name} is {column.dtype}, not {dtype}")
-        if self.join and dtype != "string":
-            raise ValueError(f"joined columns are strings, not {dtype}")
-        if is_gaia_id(self.name) and dtype.startswith("float"):
-            raise ValueError(f"a 19-digit id loses digits as {dtype}: use int64")
+        possible = ("int64", "string") if column.name == "obs_id" else (column.dtype,)
         limited = column.minimum is not None or column.maximum is not None
-        if dtype == "string" and (self.unit or self.missing or limited):
-            raise ValueError(
-                "a string has no unit, limits or missing numbers; words that mean null go to "
-                "'missing_text' of the survey"
-            )
-        if self.join and self.element is not None:
-            raise ValueError("joined columns have no 'element'")
+        is_id, of_text = schema.is_gaia_id(self.name), dtype == "string"
+        problems = {
+            "the table needs either 'source' or 'join'": bool(self.source) == bool(self.join),
+            f"{column.name} is {' or '.join(possible)}, not {dtype}": dtype not in possible,
+            f"joined columns are strings, not {dtype}": self.join and not of_text,
+            f"a 19-digit id loses digits as {dtype}: use int64": is_id and dtype[:5] == "float",
+            "a string has no unit, limits or missing numbers; words that mean null go to "
+            "'missing_text' of the survey": of_text and (self.unit or self.missing or limited),
+            "joined columns have no 'element'": self.join and self.element is not None,
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                raise ValueError(problem)
         _ = self.factor
         return self
 
@@ -205,18 +185,15 @@ class Cut(Settings):
     bits_unset: Annotated[tuple[Annotated[int, Field(ge=0, le=63)], ...], _Lax] = Field(
         (), description="numbers (0 is the lowest) of the bits that must be 0 in an integer flag"
     )
-    values: Annotated[tuple[Any, ...], _Lax, AfterValidator(_values)] = Field(
-        (), description="accepted values"
-    )
+    values: Annotated[tuple[Any, ...], _Lax, AfterValidator(_values)] = ()
     null_passes: bool = Field(False, description="a null passes; by default it fails")
     optional: bool = Field(False, description="a file without the column passes")
     reason: str = Field("", exclude=True, description="why, with the source")
 
     @model_validator(mode="after")
     def _one_test(self) -> Self:
-        given = {"min": self.min is not None, "max": self.max is not None}
-        given |= {"bits_unset": bool(self.bits_unset), "values": bool(self.values)}
-        tests = [key for key, is_given in given.items() if is_given]
+        keys = ("min", "max", "bits_unset", "values")
+        tests = [key for key in keys if getattr(self, key) not in (None, ())]
         if len(tests) != 1 and tests != ["min", "max"]:
             raise ValueError(
                 f"a cut needs one test, and has {' and '.join(tests) or 'none'}: give min, max or "
@@ -231,14 +208,14 @@ class Cut(Settings):
             word = "bit" if len(self.bits_unset) == 1 else "bits"
             text = f"{self.column} {word} {', '.join(map(str, self.bits_unset))} unset"
         elif self.values:
-            shown = ", ".join(plain(value) for value in self.values)
-            text = f"{self.column} {'=' if len(self.values) == 1 else 'is one of'} {shown}"
-        elif self.min is not None and self.max is not None:
-            text = f"{plain(self.min)} <= {self.column} <= {plain(self.max)}"
-        elif self.min is not None:
+            word = "=" if len(self.values) == 1 else "is one of"
+            text = f"{self.column} {word} {', '.join(map(plain, self.values))}"
+        elif self.min is None:
+            text = f"{self.column} <= {plain(self.max or 0.0)}"
+        elif self.max is None:
             text = f"{self.column} >= {plain(self.min)}"
         else:
-            text = f"{self.column} <= {plain(self.max or 0.0)}"
+            text = f"{plain(self.min)} <= {self.column} <= {plain(self.max)}"
         return text + (" or null" if self.null_passes else "")
 
 
@@ -260,16 +237,11 @@ class Survey(Settings):
     columns: dict[str, SourceColumn] = Field(description="canonical columns")
     extra: dict[str, ExtraColumn] = Field({}, exclude=True, description="further native columns")
     reference: str = Field("", exclude=True, description="where it is described")
-    hdu: int | None = Field(
-        None, ge=1, description="table of a FITS file or VOTable, from 1, where it has several"
-    )
-    position_epoch: float | None = Field(
-        None, ge=YEARS[0], le=YEARS[1], description="Julian year of ra and dec without a column"
-    )
+    hdu: int | None = Field(None, ge=1, description="which table of a FITS file or VOTable, from 1")
+    # Julian year of ra and dec where no column states it.
+    position_epoch: float | None = Field(None, ge=YEARS[0], le=YEARS[1])
     missing: _Numbers = Field((), description="numbers that mean null in every numeric column")
-    missing_text: _Texts = Field(
-        (), description="words that mean null, beside the empty one, in text and in text files"
-    )
+    missing_text: _Texts = Field((), description="words that mean null, beside the empty one")
     cuts: dict[str, Cut] = Field({}, description="quality cuts")
     expected_error: dict[Literal["teff", "logg", "feh", "rv"], Annotated[float, Field(gt=0)]] = (
         Field({}, description="typical error where the survey states none, in canonical units")
@@ -289,6 +261,7 @@ class Survey(Settings):
         """Entries with their names, which are the keys of the table."""
         if not isinstance(table, Mapping):
             return table
+        entries = {}
         for name, entry in table.items():
             if info.field_name == "columns" and name not in CANONICAL:
                 raise SurveyError(
@@ -297,21 +270,29 @@ class Survey(Settings):
                 )
             if isinstance(entry, Mapping) and "name" in entry:
                 raise SurveyError(f"unknown key '{info.field_name}.{name}.name'")
-        return {
-            name: {**entry, "name": name} if isinstance(entry, Mapping) else entry
-            for name, entry in table.items()
-        }
+            entries[name] = {**entry, "name": name} if isinstance(entry, Mapping) else entry
+        return entries
 
     @model_validator(mode="after")
     def _united(self) -> Self:
-        users: dict[int, str] = {}
-        for cut in self.cuts.values():
-            if cut.bit in users:
+        for name in schema.REQUIRED:
+            if name not in self.columns:
+                raise SurveyError(f"[columns.{name}] is missing")
+        taken = {name.lower() for name in (*CANONICAL, *schema.RESERVED)}
+        for name in self.extra:
+            if not is_column(name):
+                problem = f"'{name}' cannot be the name of a column: {settings.COLUMN_RULE}"
+                raise SurveyError(f"[extra.{name}]: {problem}")
+            if name.lower() in taken:  # SQL and FITS ignore the case of names
+                problem = "has a name that is taken"
+                raise SurveyError(f"[extra.{name}] {problem}", "Choose another name.")
+            taken.add(name.lower())
+        for one, other in combinations(self.cuts.values(), 2):
+            if one.bit == other.bit:
                 raise SurveyError(
-                    f"bit {cut.bit} is used by [cuts.{users[cut.bit]}] and [cuts.{cut.name}]",
+                    f"bit {one.bit} is used by [cuts.{one.name}] and [cuts.{other.name}]",
                     "Give each cut a bit of its own, 0 to 62.",
                 )
-            users[cut.bit] = cut.name
         self.columns.update(self.extra)
         return self
 
@@ -321,25 +302,29 @@ class Survey(Settings):
         """Names of the columns: a mapping loses its order in JSON, and it decides the product."""
         return list(self.columns)
 
+    @property
+    def constant_epoch(self) -> float | None:
+        """Epoch of all positions; None where a column has it or nothing states it."""
+        return None if "position_epoch" in self.columns else self.position_epoch
+
     def arrow_schema(self) -> pa.Schema:
         """Schema of the observations: ``_healpix_29``, the survey's columns, then ``quality``.
 
         ``position_epoch`` stands before ``quality`` where it is one value for the whole survey.
         """
-        fields = [HEALPIX.arrow(nullable=False)]
-        for source in self.columns.values():
-            required = source.name in ("obs_id", "ra", "dec")
-            fields.append(source.column.arrow(source.dtype, nullable=not required))
-        if "position_epoch" not in self.columns and self.position_epoch is not None:
+        fields = [
+            source.column.arrow(source.dtype, nullable=name not in ("obs_id", "ra", "dec"))
+            for name, source in self.columns.items()
+        ]
+        if self.constant_epoch is not None:
             fields.append(CANONICAL["position_epoch"].arrow())
-        fields.append(QUALITY.arrow(nullable=False))
-        return pa.schema(fields)
+        ends = (column.arrow(nullable=False) for column in (schema.HEALPIX, schema.QUALITY))
+        return pa.schema([next(ends), *fields, *ends])
 
 
 def builtin_surveys() -> list[str]:
     """Names of the surveys that come with the package, sorted."""
-    folder = resources.files("sos_dask") / "surveys"
-    return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".toml"))
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
 def load_survey(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Survey:
@@ -356,39 +341,30 @@ def load_survey(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     Raises
     ------
     SurveyError
-        Unknown name, unreadable file, unknown key, value of a wrong type, missing column, a bit
-        used twice. The message begins with ``name_or_path``.
+        What is wrong, or with which name or file, after ``name_or_path``.
     """
-    name_or_path = str(name_or_path)
-    if name_or_path.endswith(".toml") or "/" in name_or_path:
-        path = Path(name_or_path)
-        if not path.is_file():
+    text = str(name_or_path)
+    path = Path(text)
+    if not (text.endswith(".toml") or "/" in text):
+        if text not in builtin_surveys():
             raise SurveyError(
-                f"survey definition {path} does not exist",
-                "'sos-dask surveys' lists the built-in ones, which have no path.",
-            )
-        source = path.read_bytes
-    else:
-        if name_or_path not in builtin_surveys():
-            raise SurveyError(
-                f"there is no survey '{name_or_path}'",
-                nearest(name_or_path, builtin_surveys())
+                f"there is no survey '{text}'",
+                nearest(text, builtin_surveys())
                 or "'sos-dask surveys' lists them; a path of a TOML file works too.",
             )
-        source = (resources.files("sos_dask") / "surveys" / f"{name_or_path}.toml").read_bytes
+        path = _FOLDER / f"{text}.toml"
+    elif not path.is_file():
+        raise SurveyError(
+            f"survey definition {path} does not exist",
+            "'sos-dask surveys' lists the built-in ones, which have no path.",
+        )
     try:
-        _, raw = parse_toml(source(), SurveyError)
-        return parse_survey(_merged(raw, _table(overrides or {}, "the overrides")))
+        _, raw = parse_toml(path.read_bytes(), SurveyError)
+        return parse_survey(raw, overrides)
     except OSError as error:
-        raise SurveyError(f"{name_or_path}: cannot be read: {error.strerror}") from None
+        raise SurveyError(f"{text}: cannot be read: {error.strerror}") from None
     except SurveyError as error:
-        raise SurveyError(f"{name_or_path}: {error.message}", error.hint) from None
-
-
-def _table(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise SurveyError(f"{where} must be a table, not {value!r:.60}")
-    return value
+        raise SurveyError(f"{text}: {error.message}", error.hint) from None
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -403,15 +379,12 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parse_survey(raw: Mapping[str, Any]) -> Survey:
-    """Make a `Survey` of a decoded TOML document (see `load_survey`).
-
-    Raises
-    ------
-    SurveyError
-        The message names the table and key.
-    """
-    content = dict(_table(raw, "the survey"))
+def parse_survey(raw: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Survey:
+    """Make a `Survey` of a decoded TOML document: see `load_survey`."""
+    for where, table in (("the survey", raw), ("the overrides", overrides or {})):
+        if not isinstance(table, Mapping):
+            raise SurveyError(f"{where} must be a table, not {table!r:.60}")
+    content = _merged(raw, overrides or {})
     stated = content.pop("format", None)
     if type(stated) is not int or stated != SURVEY_FORMAT:
         raise SurveyError(
@@ -419,42 +392,28 @@ def parse_survey(raw: Mapping[str, Any]) -> Survey:
             f"Write format = {SURVEY_FORMAT}, or install the version that made the file.",
         )
     try:
-        survey = Survey.model_validate(content)
+        return Survey.model_validate(content)
     except ValidationError as error:
         found = explained(Survey, error)
         raise SurveyError(found.message, found.hint) from None
-    for name in REQUIRED:
-        if name not in survey.columns:
-            raise SurveyError(f"[columns.{name}] is missing")
-    taken = {name.lower() for name in (*CANONICAL, *RESERVED)}
-    for name in survey.extra:
-        if not is_column(name):
-            raise SurveyError(f"[extra.{name}]: '{name}' is no name of a column: {COLUMN_RULE}")
-        if name.lower() in taken:  # SQL and FITS ignore the case of names
-            raise SurveyError(f"[extra.{name}] has a name that is taken", "Choose another name.")
-        taken.add(name.lower())
-    return survey
 
 
 def describe_columns(survey: Survey) -> list[tuple[str, ...]]:
     """One row a column, as text under ``COLUMN_HEADINGS``.
 
-    Native names stand as ``a or b`` (the first in the file), ``a + b`` (joined) or ``a[2]`` (an
-    element); a native unit that is converted follows as ``a in kpc``.
+    Native names are ``a or b`` (the first in the file), ``a + b`` (joined) or ``a[2]`` (an
+    element); ``a in kpc`` is converted.
     """
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[Column, str, str]] = []
     for source in survey.columns.values():
-        column = source.column
         native = (" + " if source.join else " or ").join(source.sources)
         native += "" if source.element is None else f"[{source.element}]"
         native += f" in {source.unit}" if source.factor != 1.0 else ""
-        rows.append(
-            (column.name, native, column.unit, source.dtype, column.ucd, column.description)
-        )
-    if "position_epoch" not in survey.columns and survey.position_epoch is not None:
-        epoch, value = CANONICAL["position_epoch"], f"= {plain(survey.position_epoch)}"
-        rows.append((epoch.name, value, epoch.unit, epoch.dtype, epoch.ucd, epoch.description))
-    return rows
+        rows.append((source.column, native, source.dtype))
+    if survey.constant_epoch is not None:
+        epoch = CANONICAL["position_epoch"]
+        rows.append((epoch, f"= {plain(survey.constant_epoch)}", epoch.dtype))
+    return [(of.name, native, of.unit, dtype, of.ucd, of.description) for of, native, dtype in rows]
 
 
 def describe_cuts(survey: Survey) -> list[tuple[str, ...]]:
@@ -466,3 +425,73 @@ def plain(value: float | str) -> str:
     """A value as text, whole numbers without a point."""
     whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
     return str(int(value) if whole else value)
+
+
+# --- cuts ----------------------------------------------------------------------------------------
+
+
+def passing(cut: Cut, column: Values, survey: Survey) -> BoolArray:
+    """Tell which rows pass a cut of a survey, by the column that it tests.
+
+    NaN, infinity, Arrow nulls and the survey's sentinels are nulls, and a null fails unless the cut
+    has ``null_passes``. In a flag whose bits are tested a sentinel is a value as any other.
+
+    Raises
+    ------
+    SurveyError
+        The column holds values that the cut cannot test.
+    """
+    try:
+        passes, null = (_text_passes if is_text(column) else _passes)(cut, column, survey)
+    except ValueError as error:
+        raise SurveyError(
+            f"survey {survey.name}: cut '{cut.name}' ({cut.test_text()}): column '{cut.column}' "
+            f"contains {error}",
+            f"Correct [cuts.{cut.name}] of the survey.",
+        ) from None
+    return np.where(null, cut.null_passes, passes)
+
+
+def _passes(cut: Cut, column: Values, survey: Survey) -> tuple[BoolArray, BoolArray]:
+    """Rows whose number passes, and those without one."""
+    values, missing = split(column)
+    null = np.zeros(len(values), dtype=bool) if missing is None else missing
+    is_float = values.dtype.kind == "f"
+    if any(isinstance(value, str) for value in cut.values):
+        raise ValueError("numbers, and the cut lists text")
+    if is_float:
+        null |= ~np.isfinite(values)
+    if cut.bits_unset:
+        values = np.where(null, 0, values)
+        if is_float and ((values != np.rint(values)) | (np.abs(values) >= 2.0**53)).any():
+            raise ValueError("fractions, which have no bits")
+        mask = np.uint64(sum(1 << bit for bit in set(cut.bits_unset)))
+        # Sign extension of a narrow negative flag sets its higher bits as well, as in its own type.
+        return (values.astype(np.int64).view(np.uint64) & mask) == 0, null
+
+    def stored(value: Any) -> Any:
+        """A limit as the column would hold it: 0.1 as float32 is not below the limit 0.1."""
+        return values.dtype.type(value) if is_float else value
+
+    for value in survey.missing:
+        null |= values == stored(value)
+    passes = np.ones(len(values), dtype=bool)
+    if cut.values:
+        passes = np.isin(values, [stored(value) for value in cut.values])
+    if cut.min is not None:
+        passes &= values >= stored(cut.min)
+    if cut.max is not None:
+        passes &= values <= stored(cut.max)
+    return passes, null
+
+
+def _text_passes(cut: Cut, column: Values, survey: Survey) -> tuple[BoolArray, BoolArray]:
+    """Rows whose text passes, and the others without one: "" may be an accepted value."""
+    if not all(isinstance(value, str) for value in cut.values) or not cut.values:
+        raise ValueError("text")
+    text = pc.fill_null(pc.ascii_trim_whitespace(column), "")
+    words = [value.strip() for value in cut.values], ["", *survey.missing_text]
+    passes, null = (
+        pc.is_in(text, value_set=pa.array(some)).to_numpy(zero_copy_only=False) for some in words
+    )
+    return passes, null & ~passes

@@ -30,7 +30,7 @@ from sos_dask.evidence.coverage import MEASURES, CoverageModel, fit
 from sos_dask.evidence.widening import CLASSES, LACKING, OUTSIDE
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import LABELS
-from sos_dask.simulate import SkySettings, references_avoid
+from sos_dask.simulate.sky import SkySettings, references_avoid
 from sos_dask.simulate.surveys import SURVEYS, difficulty
 from sos_dask.stages.coverage import read_overlap
 from sos_dask.storage.catalog import Catalog
@@ -198,8 +198,8 @@ def main() -> None:
     )
     rows = rows_of(Catalog.open(corrected), truth)
     report(rows, coverage, Catalog.open(pairs))
-    method = Manifest.load(current / "comparison").summary["method"]
-    measures(rows, coverage, current / "evidence", current / f"model.{method}")
+    method = Manifest.load(current / "lamost.comparison").summary["method"]
+    measures(rows, coverage, current / "lamost.evidence", current / f"lamost.model.{method}")
 
 
 if __name__ == "__main__":

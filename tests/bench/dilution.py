@@ -26,10 +26,15 @@ import numpy as np
 from sos_dask import corrections as models
 from sos_dask.columns import FloatArray
 from sos_dask.schema import LABELS
-from sos_dask.stats.binned import binned_quantiles, bins_of, equal_count_edges, rms_of_medians
-from sos_dask.stats.numbers import scatter
+from sos_dask.stats.numbers import (
+    binned_quantiles,
+    bins_of,
+    equal_count_edges,
+    rms_of_medians,
+    scatter,
+)
 from tests.bench.accuracy import read_pairs
-from tests.run import features
+from tests.steps import features
 
 METHODS = {
     "polynomial": ("polynomial", {}),

@@ -13,6 +13,7 @@ import argparse
 import ast
 import copy
 import os
+import queue
 import random
 import re
 import shutil
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +86,7 @@ def draw(n: int, seed: int) -> list[tuple[Path, str, str]]:
 
 
 def tests_of(module: Path) -> list[str]:
-    """Files of tests that import a module, the smallest first."""
+    """Files of tests that import a module, its own first, then the smallest."""
     name = ".".join(module.with_suffix("").parts).removesuffix(".__init__")
     parent, _, leaf = name.rpartition(".")
     wanted = re.compile(rf"from {re.escape(name)}[ .]|from {re.escape(parent)} import .*\b{leaf}\b")
@@ -92,8 +94,27 @@ def tests_of(module: Path) -> list[str]:
     found = [path for path in tests if wanted.search(path.read_text())]
     if not found:  # only the room's own face is imported
         found = [path for path in tests if f"from {parent}" in path.read_text()]
-    found.sort(key=lambda path: path.stat().st_size)
+    own = f"test_{leaf}.py"
+    found.sort(key=lambda path: (path.name != own, path.stat().st_size))
     return [str(path.relative_to(ROOT)) for path in found]
+
+
+def is_caught(place: Path, mutant: tuple[Path, str, str], limit_s: float) -> bool:
+    """Run the tests of a module in a copy of the checkout, with the mutant in its place."""
+    module, _, text = mutant
+    sound = (place / module).read_text()
+    (place / module).write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    try:
+        ran = subprocess.run(
+            [*command, *tests_of(module)], cwd=place, capture_output=True, check=False,
+            timeout=limit_s, env={**os.environ, "PYTHONPATH": str(place)},
+        )  # fmt: skip
+        return ran.returncode != 0
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        (place / module).write_text(sound)
 
 
 def main() -> None:
@@ -102,30 +123,28 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=240.0, help="Of the tests of one mutant.")
+    parser.add_argument("--jobs", type=int, default=2, help="Mutants at a time.")
     given = parser.parse_args()
-    began, survivors = time.monotonic(), []
-    with tempfile.TemporaryDirectory() as folder:
-        there = Path(folder) / "copy"
-        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "store", "*-store")
-        shutil.copytree(ROOT, there, ignore=ignored)
-        mutants = draw(given.n, given.seed)
-        for number, (module, what, text) in enumerate(mutants, start=1):
-            sound = (there / module).read_text()
-            (there / module).write_text(text)
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    began, mutants, survivors = time.monotonic(), draw(given.n, given.seed), 0
+    copies: queue.Queue[Path] = queue.Queue()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
+        for number in range(given.jobs):
+            place = Path(folder) / str(number)
+            ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "store", "*-store")
+            shutil.copytree(ROOT, place, ignore=ignored)
+            copies.put(place)
+
+        def run(mutant: tuple[Path, str, str]) -> bool:
+            place = copies.get()
             try:
-                ran = subprocess.run(
-                    [*command, *tests_of(module)], cwd=there, capture_output=True, check=False,
-                    timeout=given.limit_s, env={**os.environ, "PYTHONPATH": str(there)},
-                )  # fmt: skip
-                caught = ran.returncode != 0
-            except subprocess.TimeoutExpired:
-                caught = True
-            (there / module).write_text(sound)
-            if not caught:
-                survivors.append(f"{module} {what}")
-            print(number, "caught" if caught else "SURVIVED", module, what, flush=True)
-    share = 100 * (1 - len(survivors) / len(mutants))
+                return is_caught(place, mutant, given.limit_s)
+            finally:
+                copies.put(place)
+
+        for mutant, caught in zip(mutants, pool.map(run, mutants), strict=True):
+            survivors += not caught
+            print("caught" if caught else "SURVIVED", mutant[0], mutant[1], flush=True)
+    share = 100 * (1 - survivors / len(mutants))
     print(f"{share:.0f} % of {len(mutants)} mutants caught in {time.monotonic() - began:.0f} s")
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from sos_dask.corrections import load
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.storage.artifact import parquet_settings
-from tests.run import FEATURES, features
+from tests.steps import FEATURES, features
 
 WRITE: Mapping[str, Any] = {"compression": "lz4"}  # the fastest
 RADIAN_ARCSEC = 648000.0 / np.pi

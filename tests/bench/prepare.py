@@ -27,7 +27,7 @@ from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog, write_partition
 from sos_dask.storage.manifest import Recipe
 from sos_dask.surveys.definition import load_survey
-from tests.sky import commit
+from tests.skies import commit
 
 RADIUS_ARCSEC = 1.0
 MARGIN_ARCSEC = 5.0
@@ -130,7 +130,7 @@ def reference(place: Place, cluster: Cluster) -> None:
 def plain(place: Place, cluster: Cluster) -> None:
     """The reference without proper motions and epochs: all that the peers look at is positions."""
     from sos_dask.api import margin
-    from sos_dask.stages.margin import MarginSettings
+    from sos_dask.stages.attach import MarginSettings
 
     source = Catalog.open(place.ours("reference"))
     names = [name for name in source.schema.names if name not in MOTION]
@@ -202,7 +202,7 @@ def model(place: Place, cluster: Cluster) -> None:
 
 def errors(place: Place, cluster: Cluster) -> None:
     """The error model of that model."""
-    from tests.run import uncertainty
+    from tests.steps import uncertainty
 
     uncertainty(
         place.ours("model"),

@@ -19,7 +19,7 @@ from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, ang2pix
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import write_partition
 from sos_dask.storage.manifest import Recipe
-from tests.sky import commit
+from tests.skies import commit
 
 ROWS_PER_PARTITION = 1_000_000
 REFERENCE_SHARE = 1.7 / 19

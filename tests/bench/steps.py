@@ -390,7 +390,7 @@ def gpu(bench: Bench) -> None:
 
 def _no_gpu() -> str:
     """Why nothing can run on a GPU here; asked in another process, so that this one stays small."""
-    code = "from tests.test_boosted import gpu_problem; print(gpu_problem())"
+    code = "from tests.corrections.test_boosted import gpu_problem; print(gpu_problem())"
     command = [sys.executable, "-W", "ignore", "-c", code]
     found = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return found.stdout.strip()

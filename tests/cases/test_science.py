@@ -12,15 +12,15 @@ import pytest
 
 from sos_dask import corrections as models
 from sos_dask.cli import main
-from sos_dask.cli.output import show_build
+from sos_dask.cli.steps import show_build
 from sos_dask.corrections.search import search
-from sos_dask.evidence.growth import MIN_GROWTH_PAIRS, Growth
+from sos_dask.evidence.widening import MIN_GROWTH_PAIRS, Growth
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild
 from sos_dask.run import machine
 from sos_dask.schema import LABELS
-from sos_dask.stages.coverage import _warnings, look
-from tests.test_models import ArraySource, biased_pairs
+from sos_dask.stages.coverage import Coverage, _warnings
+from tests.corrections.pairs import ArraySource, biased_pairs
 
 LAWS: dict[str, Any] = {
     "given": lambda d: np.maximum(d, 0.35),
@@ -45,7 +45,7 @@ def test_pairs_are_called_outside_as_often_as_their_errors_are_twice_the_unit(la
         assert called == pytest.approx(np.mean(error / unit > 2), abs=0.1), seed
         found = growth(np.append(np.sort(d), 1e9))
         assert (np.diff(found) >= 0).all() and (found[: 630 // 2] == 1).all()
-        assert growth.measured and sum(row["n"] for row in bins) == 630
+        assert len(growth.distance) > 1 and sum(row["n"] for row in bins) == 630
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_pairs_are_called_outside_as_often_as_their_errors_are_twice_the_unit(la
 def test_a_growth_that_cannot_be_measured_is_one(distance, ratio):
     errors = ratio * np.random.default_rng(0).normal(size=(len(distance), 3))
     growth, bins = Growth.fit(distance, errors)
-    assert not growth.measured and bins == [] and growth.d0 == np.inf
+    assert len(growth.distance) == 1 and bins == []
     assert growth(np.array([0.0, 3.0, 1e9])).tolist() == [1, 1, 1]
 
 
@@ -75,8 +75,8 @@ def test_a_label_without_errors_takes_no_part_in_the_growth():
 
 
 def test_warnings_when_most_is_outside(small_store, monkeypatch, capsys):
-    directory = (small_store / "current/coverage").resolve()
-    found = look(directory)
+    directory = (small_store / "current/lamost.coverage").resolve()
+    found = Coverage.load(directory)
     fitted = {"growth": {"distance": [1.0, 2.0]}, "held_out_pairs": 629, "pairs_outside": 0.33}
     assert _warnings(fitted, 0.5) == []
     (pairs,) = _warnings({**fitted, "pairs_outside": 0.34}, 0.1)
@@ -84,7 +84,7 @@ def test_warnings_when_most_is_outside(small_store, monkeypatch, capsys):
     (few,) = _warnings({**fitted, "growth": {"distance": [1.0]}}, 0.1)
     assert "34% of the held-out training pairs are outside" in pairs
     assert "51% of the rows" in rows and "too few to measure" in few
-    monkeypatch.setattr("sos_dask.stages.coverage.look", lambda _: {**found, "warnings": [pairs]})
+    monkeypatch.setattr(Coverage, "load", lambda _: {**found, "warnings": [pairs]})
     code, out, _ = run(monkeypatch, capsys, "coverage", "--store", small_store)
     assert code == 0 and f"Warning: {pairs}" in out
 
@@ -138,8 +138,8 @@ def test_a_search_with_constant_labels():
     batch = biased_pairs(600, 3)
     batch.differences[:] = [64, 0.0, 0.125]
     params = models.check_params("polynomial", {})
-    found = search("polynomial", ArraySource(batch), [0, 1, 2, 3, 4], params, 3)
-    assert all(trial["loss"] is not None for trial in found.trials)
+    _, trials = search("polynomial", ArraySource(batch), [0, 1, 2, 3, 4], params, 3)
+    assert all(trial["loss"] is not None for trial in trials)
 
 
 def _survey(folder: Path, name: str, columns: dict[str, np.ndarray]) -> None:
@@ -214,14 +214,14 @@ def test_a_constant_label_goes_through_a_whole_rebuild(constant_job, capsys, mon
 def test_options_that_train_would_drop_are_refused(
     arguments, says, small_store, tmp_path, monkeypatch, capsys
 ):
-    pairs, out = small_store / "current/pairs", tmp_path / "model"
+    pairs, out = small_store / "current/lamost.pairs", tmp_path / "model"
     method = () if "-m" in arguments else ("-m", "polynomial")
     code, _, err = run(monkeypatch, capsys, "train", pairs, *method, "-o", out, *arguments)
     assert code == 3 and says in err and not out.exists()
 
 
 def test_no_workers_are_what_train_has(small_store, tmp_path, monkeypatch, capsys):
-    pairs = small_store / "current/pairs"
+    pairs = small_store / "current/lamost.pairs"
     arguments = ("train", pairs, "-m", "polynomial", "-p", "order=1", "-o", tmp_path / "model")
     assert run(monkeypatch, capsys, *arguments, "--workers", "0")[0] == 0
 

@@ -1,0 +1,123 @@
+"""Bins of boosted trees, what their bytes depend on, and how many trees there are."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sos_dask import corrections as models
+from sos_dask.corrections import Batch, boosted
+from sos_dask.corrections.boosted import BoostedCorrection
+from sos_dask.errors import ModelError
+from tests.corrections.pairs import NOISE, ArraySource, biased_pairs
+from tests.corrections.test_boosted import QUICK, fit
+from tests.steps import FEATURES
+
+
+def thresholds(correction: BoostedCorrection) -> list[set[float]]:
+    """Thresholds of all trees, per feature."""
+    out: list[set[float]] = [set() for _ in FEATURES]
+    for booster in correction.boosters:
+        document = json.loads(bytes(booster.save_raw("json")))
+        for tree in document["learner"]["gradient_booster"]["model"]["trees"]:
+            nodes = zip(
+                tree["left_children"],
+                tree["split_indices"],
+                tree["split_conditions"],
+                strict=True,
+            )
+            for left, feature, condition in nodes:
+                if left != -1:
+                    out[feature].add(float(np.float32(condition)))
+    return out
+
+
+def test_thresholds_lie_on_few_edges():
+    source = ArraySource(biased_pairs(20_000, 11))
+    out = fit(source, params=QUICK)
+    coarse = fit(source, params={**QUICK, "max_bin": 16})
+    for fine, few in zip(thresholds(out), thresholds(coarse), strict=True):
+        assert 20 < len(fine) < 256
+        assert 5 < len(few) < 16
+
+
+def test_order_and_batches_of_the_pairs_do_not_matter():
+    batch = biased_pairs(8000, 12, 0.03)
+    order = np.random.default_rng(0).permutation(8000)
+    shuffled = Batch(
+        batch.features[order], batch.differences[order], batch.fold[order], batch.weight[order]
+    )
+    out, other = fit(ArraySource(batch)), fit(ArraySource(shuffled, (10, 11, 5000)))
+    x = batch.features
+    assert (np.abs(out.predict(x) - other.predict(x)) / NOISE).max() < 1e-4
+    assert thresholds(out) == thresholds(other)
+
+
+def test_what_is_unknown_of_one_label_does_not_touch_the_trees_of_another():
+    batch = biased_pairs(3000, 18)
+    some = batch.differences.copy()
+    some[::3, 1] = np.nan
+    whole = fit(ArraySource(batch), params=QUICK)
+    part = fit(ArraySource(replace(batch, differences=some)), params=QUICK)
+    same = [a == b for a, b in zip(whole.ensembles, part.ensembles, strict=True)]
+    assert same == [True, False, True]
+
+
+def test_a_feature_of_one_value_is_never_split():
+    batch = biased_pairs(2000, 13)
+    batch.features[:, 2] = -0.25
+    out = fit(ArraySource(batch), params=QUICK)
+    assert thresholds(out)[2] == set()
+    assert np.isfinite(out.predict(batch.features)).all()
+
+
+def test_neither_trees_nor_predictions_depend_on_threads(monkeypatch):
+    batch = biased_pairs(20_000, 4)
+    found = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(boosted, "n_threads", lambda *_, n=threads: n)
+        correction = fit(ArraySource(batch), params={**QUICK, "subsample": 0.7})
+        found.append((correction.files(), correction.trees(batch.features).tobytes()))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_seed_decides_the_subsample():
+    source = ArraySource(biased_pairs(3000, 16))
+    params = {**QUICK, "subsample": 0.5}
+    assert fit(source, params=params).files() == fit(source, params=params).files()
+    assert fit(source, params={**params, "seed": 1}).files() != fit(source, params=params).files()
+
+
+def trees(fitted):
+    assert isinstance(fitted, BoostedCorrection)
+    return [booster.num_boosted_rounds() for booster in fitted.boosters]
+
+
+def test_a_fold_kept_aside_counts_the_trees(cluster):
+    batch = biased_pairs(2000, 1)
+    source = ArraySource(batch, (700,))
+    params = {"n_rounds": 300, "learning_rate": 0.2, "stop_rounds": 10}
+    fitted = models.fit("boosted", source, train_folds=[1, 2, 3, 4], params=params)
+    counts = trees(fitted)
+    assert all(1 < n < 200 for n in counts)
+    long = models.fit(
+        "boosted", source, train_folds=[1, 2, 3, 4], params={**params, "stop_rounds": 0}
+    )
+    assert trees(long) == [300, 300, 300]
+    held = batch.fold == 0
+    left = {
+        name: np.abs(batch.differences[held] - fit.predict(batch.features[held])).mean(axis=0)
+        for name, fit in (("stopped", fitted), ("long", long))
+    }
+    assert (left["stopped"] < left["long"]).all()
+    # Held-out pairs do not count trees.
+    batch.differences[held] += 1e4
+    again = models.fit("boosted", source, train_folds=[1, 2, 3, 4], params=params)
+    assert again.files() == fitted.files()
+    there = models.fit(
+        "boosted", source, train_folds=[1, 2, 3, 4], params=params, client=cluster.client
+    )
+    assert trees(there) == counts
+    with pytest.raises(ModelError, match="stop_rounds needs two training folds"):
+        models.fit("boosted", source, train_folds=[1], params=params)

@@ -521,7 +521,7 @@ def test_real_giants_are_corrected(real_data, cluster, tmp_path, monkeypatch):
     stages = {stage.product: stage for stage in build.stages}
     observations = stages["lamost.observations"]
     assert (observations.rows.n_in, observations.rows.n_out) == (27_125, 21_960)
-    assert observations.dropped == {"exact duplicates": 5165}
+    assert observations.rows.dropped == {"exact duplicates": 5165}
     assert stages["pairs"].rows.n_out == 736
     assert stages["pairs"].summary["reference_stars"] == 601
     assert stages["lamost.corrected"].rows.n_out == 21_960

@@ -318,7 +318,7 @@ class Profile(BaseModel):
 
 
 def label_bins(values: NDArray[np.floating]) -> dict[int, int]:
-    """How many values lie in each sixteenth of an octave."""
+    """Count the values in each sixteenth of an octave."""
     bins = values.astype(np.float32).view(np.int32) >> _LABEL_SHIFT
     counts = np.bincount(bins + _LABEL_BINS)
     return {int(i) - _LABEL_BINS: int(counts[i]) for i in np.flatnonzero(counts)}

@@ -42,9 +42,9 @@ def open_fits(path: Path, data_path: Path, survey: Survey) -> Contents:
     }
     if not tables:
         hint = "Convert it, for example with TOPCAT."
-        raise SurveyError(f"{path} holds no binary table", hint)
+        raise SurveyError(f"{path} contains no binary table", hint)
     if hdu not in tables and (hdu is not None or len(tables) != 1):
-        what = f"HDU {hdu} is no binary table"
+        what = f"HDU {hdu} is not a binary table"
         if hdu is None:
             what = "which of its tables is meant is not said"
         elif hdu >= len(headers):
@@ -54,7 +54,7 @@ def open_fits(path: Path, data_path: Path, survey: Survey) -> Contents:
     header, offset = headers[next(iter(tables)) if hdu is None else hdu]
     row_bytes, n_rows = int(header["NAXIS1"]), int(header["NAXIS2"])
     if row_bytes < 1 or n_rows < 0:
-        raise SurveyError(f"{path}: {n_rows} rows of {row_bytes} bytes are no table", DAMAGED)
+        raise SurveyError(f"{path}: {n_rows} rows of {row_bytes} bytes are not a table", DAMAGED)
     expected = offset + row_bytes * n_rows + int(header.get("PCOUNT", 0))
     actual = data_path.stat().st_size
     if actual < expected:

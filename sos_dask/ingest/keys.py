@@ -41,7 +41,7 @@ Run: TypeAlias = KeyArray | Path
 
 
 def histogram_of(cells29: IntArray) -> NDArray[np.int32]:
-    """Cells of ``HISTOGRAM_ORDER`` with rows, and the rows in each, shape (2, m).
+    """Count rows by cell of ``HISTOGRAM_ORDER``: the cells and their rows, shape (2, m).
 
     ``cells29`` is ``_healpix_29`` of the rows.
     """
@@ -51,7 +51,7 @@ def histogram_of(cells29: IntArray) -> NDArray[np.int32]:
 def partition_edges(
     pixels: Sequence[HealpixPixel], histograms: Iterable[NDArray[np.int32]]
 ) -> NDArray[np.int32]:
-    """Where the rows of each partition begin in sorted pieces, shape (partitions + 1, pieces).
+    """Find the first row of each partition in sorted pieces, shape (partitions + 1, pieces).
 
     ``pixels`` are the partitions in the order of the sky; together they have all rows, so that
     where one ends the next begins. The last row of the result has the rows of the pieces, of which
@@ -183,13 +183,13 @@ def holders(runs: Sequence[Run], wanted: KeyArray) -> list[int]:
 
 
 def check_conflicts(n_conflicts: int, n_rows: int, example: str, where: str = "") -> None:
-    """Raise `SurveyError` when so many rows share their key with another that it is no key.
+    """Raise `SurveyError` when so many rows share their key with another that it is not a key.
 
     Conflicts are rows beyond the first of their key that are not its exact duplicates.
     """
     if n_conflicts > 100 and n_conflicts > 0.01 * n_rows:
         raise SurveyError(
-            f"{where + ': ' if where else ''}'obs_id' is no key: {n_conflicts} of {n_rows} rows "
+            f"{where + ': ' if where else ''}'obs_id' is not a key: {n_conflicts} of {n_rows} rows "
             f"have the key of another row and other values, for example {example}",
             'Map obs_id to another column, or join several: join = ["field", "fibre"].',
         )

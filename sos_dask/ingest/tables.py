@@ -218,7 +218,7 @@ class _Outline:
         if number <= n_tables and (hdu or n_tables == 1):
             return number - 1
         if not self.tables:
-            raise SurveyError(f"{self._path} holds no table", DAMAGED)
+            raise SurveyError(f"{self._path} contains no table", DAMAGED)
         shown = []
         for place, table in enumerate(self.tables[:20], start=1):
             names = [item.get("name", "") for item in table["fields"]]

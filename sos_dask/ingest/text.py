@@ -71,13 +71,13 @@ def open_text(path: Path, data_path: Path, survey: Survey) -> Contents:
     header = _fields(line, delimiter)
     if delimiter == " " and re.search(r"\.fits?(\.|$)", path.name.lower()):
         raise SurveyError(
-            f"{path} is no FITS file: it begins with {line:.80}",
+            f"{path} is not a FITS file: it begins with {line:.80}",
             "Download it again; a table of text may have any other name, like .csv.",
         )
     if len(header) < 2:
         raise SurveyError(
             f"{path}: its first line has none of the delimiters , | ; tab and blank: {line:.80}",
-            "The first line must hold the column names.",
+            "The first line must contain the column names.",
         )
     below = _below_vizier(following[:2], delimiter)
     offset += sum(len(_encoded(text)) for text in following[:below])
@@ -85,24 +85,18 @@ def open_text(path: Path, data_path: Path, survey: Survey) -> Contents:
         units = zip(header, _fields(following[0], delimiter), strict=False)
         stated = {name: {"unit": unit} for name, unit in units}
     counts = Counter(header)
-    hidden = {*masks.values(), *(f"{name}.mask" for name in header)}
-    natives = []
-    for name in filter(None, header):
-        item = stated.get(name, {})
-        kind = "bool" if item.get("datatype") == "bool" or name in hidden else "text"
-        kind, unit = str(item.get("subtype") or kind), str(item.get("unit") or "")
-        natives.append(Native(name, kind, unit=unit, mask=masks.get(name, "")))
-    layout = {
-        # Arrow takes no name twice; the survey uses none of these.
-        "header": tuple(
-            name if name and counts[name] == 1 else f"\0{number}"
-            for number, name in enumerate(header)
-        ),
-        "delimiter": delimiter,
-        "offset": offset,
-        "skip_lines": skip_lines + below,
-    }
-    return natives, None if has_rows else 0, layout
+    natives = [_native(name, counts, stated.get(name, {}), masks) for name in header if name]
+    # Arrow takes no name twice; the survey uses none of these.
+    names = (n if n and counts[n] == 1 else f"\0{place}" for place, n in enumerate(header))
+    layout = {"header": tuple(names), "delimiter": delimiter, "offset": offset}
+    return natives, None if has_rows else 0, layout | {"skip_lines": skip_lines + below}
+
+
+def _native(name: str, known: Counter[str], item: dict[str, Any], masks: dict[str, str]) -> Native:
+    is_mask = name in masks.values() or (name[-5:] == ".mask" and name[:-5] in known)
+    kind = "bool" if item.get("datatype") == "bool" or is_mask else "text"
+    kind, unit = str(item.get("subtype") or kind), str(item.get("unit") or "")
+    return Native(name, kind, unit=unit, mask=masks.get(name, ""))
 
 
 def stated_by_astropy(lines: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -180,7 +174,7 @@ def _lines(path: Path | str, file: BinaryIO, number: int = 0) -> Iterator[str]:
         if len(line) > _BLOCK_BYTES:
             raise SurveyError(
                 f"{path}: line {number} is too long, over {_BLOCK_BYTES >> 20} MiB",
-                "It is no table of text, or its line ends are lost.",
+                "It is not a table of text, or its line ends are lost.",
             )
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         yield line.decode("utf-8", "surrogateescape")
@@ -305,7 +299,7 @@ def _rows(source: Source, strict: bool) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where values come from, to say it of a bad one."""
+    """Origin of values, which the message of a bad one names."""
 
     source: Source
     survey: Survey
@@ -331,7 +325,7 @@ def whole_numbers(place: Place, key: str, numbers: NDArray[Any]) -> NDArray[np.i
 
 def _not_whole(number: float, limit: float) -> tuple[str, str]:
     is_large = abs(number) >= limit
-    problem = "is stored as float: digits are lost" if is_large else "is no integer"
+    problem = "is stored as float: digits are lost" if is_large else "is not an integer"
     return f"{number!s} {problem}", "Get the file with integer or text ids."
 
 

@@ -1,4 +1,4 @@
-"""What the surveys measure of the stars, and their own tables: columns, sentinels and flags.
+"""Measurements of the stars, and the surveys' own tables: columns, sentinels and flags.
 
 Names, types and units follow LAMOST DR11 LRS (A, F, G, K stars), APOGEE DR17 allStar and GALAH DR4
 allstar; of the many abundance columns of the last two only some are there. Columns that no built-in

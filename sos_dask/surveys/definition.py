@@ -69,7 +69,7 @@ def _check_limits(low: float | None, high: float | None) -> None:
 
 
 class SourceColumn(Settings):
-    """How one column of the product is made from native columns: a table ``[columns.NAME]``.
+    """Recipe of one column of the product: a table ``[columns.NAME]``.
 
     The first of the native columns ``source`` that a file has is used (releases differ); a name
     that the file has in another case only counts as the same. With ``join`` the value is the text
@@ -446,7 +446,7 @@ def passing(cut: Cut, column: Values, survey: Survey) -> BoolArray:
     except ValueError as error:
         raise SurveyError(
             f"survey {survey.name}: cut '{cut.name}' ({cut.test_text()}): column '{cut.column}' "
-            f"holds {error}",
+            f"contains {error}",
             f"Correct [cuts.{cut.name}] of the survey.",
         ) from None
     return np.where(null, cut.null_passes, passes)

@@ -443,10 +443,10 @@ def test_little_parquet_with_much_inside(ingested, text):
     [
         (b"NAXIS   =                    0", b"NAXIS   =         999999999999", "NAXIS is 99999"),
         (b"NAXIS2  =                    3", b"NAXIS2  =        9000000000000", "is truncated"),
-        (b"NAXIS1  =                   48", b"NAXIS1  =                    0", "are no table"),
+        (b"NAXIS1  =                   48", b"NAXIS1  =                    0", "are not a table"),
         (b"TFIELDS =                    6", b"TFIELDS =           9999999999", "header is damaged"),
         (b"TFORM3  = 'D       '  ", b"TFORM3  = '999999999D'", "columns take"),
-        (b"NAXIS2  =                    3", b"NAXIS2  =                   -3", "are no table"),
+        (b"NAXIS2  =                    3", b"NAXIS2  =                   -3", "are not a table"),
     ],
 )
 def test_headers_of_fits_that_claim_what_is_not_there(ingested, tmp_path, old, new, words):

@@ -92,9 +92,9 @@ BAD_FILES = {
     "folder": (lambda table, folder: folder, ["is no file"]),
     "truncated": (truncated, [r"part\.fits is truncated: 60000 bytes", "Download it again"]),
     "truncated gzip": (truncated_gzip, [r"part\.fits\.gz: truncated or damaged", "Download"]),
-    "no FITS": (no_fits, [r"letter\.fits is no FITS file", "Download"]),
+    "no FITS": (no_fits, [r"letter\.fits is not a FITS file", "Download"]),
     "no bytes": (no_bytes, [r"nothing\.fits is empty"]),
-    "no table": (no_table, [r"image\.fits holds no binary table", "Convert it"]),
+    "no table": (no_table, [r"image\.fits contains no binary table", "Convert it"]),
     "no rows": (no_rows, [r"empty\.fits has no rows"]),
     "missing column": (without_column, [r"renamed\.fits: no column 'teff'", "Did you mean teff_k"]),
     "text": (text_in_a_number, [r"column 'teff', row 123 \(line 125\): 'hot' is not a number"]),
@@ -122,7 +122,7 @@ BAD_FILES = {
         column("gaia_source_id", lambda v: v),
         ["column 'gaia_source_id' is stored as float: digits are lost", "cannot be repaired"],
     ),
-    "no key": (one_key, [r"'obs_id' is no key: 599 of 600", "join"]),
+    "no key": (one_key, [r"'obs_id' is not a key: 599 of 600", "join"]),
 }
 
 

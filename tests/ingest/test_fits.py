@@ -35,6 +35,8 @@ def test_fits_types_as_astropy_reads_them(tmp_path):
         fits.Column("bits", "11X", array=np.zeros((n, 11), bool)),
         fits.Column("complex", "2C", array=np.zeros((n, 2), np.complex64)),
         fits.Column("lists", "PJ()", array=np.array([[1]] * n, dtype=object)),
+        fits.Column("far", "QJ()", array=np.array([[1]] * n, dtype=object)),
+        fits.Column("wide", "2M", array=np.zeros((n, 2), np.complex128)),
         fits.Column("nulls", "J", null=-1, array=np.array([3, -1, 5, -1, 7])),
         fits.Column("text", "6A", array=array["text"]),
         *fits.BinTableHDU(Table(rows(n))).columns,
@@ -62,7 +64,8 @@ def test_fits_types_as_astropy_reads_them(tmp_path):
     assert out.column("text") == ["a", "b", None, "longer", "x"]
     for i in range(3):
         assert out.column(f"v{i}") == array["vector"][:, i].tolist()
-    for name, form in (("bits", "11X"), ("complex", "2C"), ("lists", "PJ(1)")):
+    forms = {"bits": "11X", "complex": "2C", "lists": "PJ(1)", "far": "QJ(1)", "wide": "2M"}
+    for name, form in forms.items():
         fails(tmp_path / "a", survey(extra={"e": {"source": name}}, hdu=2), f"'{name}'", form)
     whole = survey(extra={"e": {"source": "vector"}}, hdu=2)
     fails(tmp_path / "a", whole, "'vector'", "a vector of 3 values", "element = 0")
@@ -101,10 +104,10 @@ def test_wrong_hdu(tmp_path):
     fails(path, survey(hdu=2), "HDU 2 does not exist", "1 'CATALOG' (3 rows)")
     hdus = [fits.PrimaryHDU(), fits.ImageHDU(np.zeros(3)), fits.BinTableHDU(Table(rows(3)))]
     fits.HDUList(hdus).writeto(tmp_path / "b")
-    fails(tmp_path / "b", survey(hdu=1), "HDU 1 is no binary table", "2 '' (3 rows)")
+    fails(tmp_path / "b", survey(hdu=1), "HDU 1 is not a binary table", "2 '' (3 rows)")
     assert read(tmp_path / "b", survey()).rows.num_rows == 3  # the only table
     fits.PrimaryHDU(np.zeros(3)).writeto(tmp_path / "c")
-    fails(tmp_path / "c", survey(), "holds no binary table")
+    fails(tmp_path / "c", survey(), "contains no binary table")
 
 
 @pytest.mark.parametrize("cut", [1, 100, 2881, 5000])
@@ -116,6 +119,16 @@ def test_truncated_fits(tmp_path, cut):
     fails(path, survey(), f"truncated: {need - cut} bytes", f"asks for {need}")
     path.write_bytes(whole[:need])  # only the padding is gone
     assert read(path, survey()).rows.num_rows == 2000
+
+
+def test_a_truncated_heap(tmp_path):
+    lists = fits.Column("lists", "PJ()", array=np.array([[1] * 1500] * 3, dtype=object))
+    columns = [*fits.BinTableHDU(Table(rows(3))).columns, lists]
+    fits.BinTableHDU.from_columns(columns).writeto(tmp_path / "a")
+    whole = (tmp_path / "a").read_bytes()
+    assert read(tmp_path / "a", survey()).rows.num_rows == 3
+    (tmp_path / "b").write_bytes(whole[:-2880])
+    fails(tmp_path / "b", survey(), "is truncated")
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):

@@ -286,7 +286,7 @@ def test_no_pieces_and_no_conflicts():
 def test_a_column_that_is_no_key_is_refused():
     n = 5000
     table = pa.table({"obs_id": ["plate 17"] * n, "_healpix_29": np.arange(n)})
-    with pytest.raises(SurveyError, match=r"'obs_id' is no key.*plate 17") as caught:
+    with pytest.raises(SurveyError, match=r"'obs_id' is not a key.*plate 17") as caught:
         conflicting([table])
     assert "join" in caught.value.hint
 
@@ -294,7 +294,7 @@ def test_a_column_that_is_no_key_is_refused():
 def test_some_conflicts_are_allowed():
     check_conflicts(100, 100, "x")
     check_conflicts(101, 10100, "x")
-    with pytest.raises(SurveyError, match="survey a: 'obs_id' is no key: 102 of 10100 rows"):
+    with pytest.raises(SurveyError, match="survey a: 'obs_id' is not a key: 102 of 10100 rows"):
         check_conflicts(102, 10100, "x", "survey a")
 
 

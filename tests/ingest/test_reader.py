@@ -71,7 +71,7 @@ def test_other_integers_stored_as_floats(tmp_path):
     data["obsid"][1] = 2.0**53
     fails(write_fits(tmp_path / "b", data), survey(), "column 'obsid', row 1", "digits are lost")
     data["obsid"][1] = 1.5
-    fails(write_fits(tmp_path / "c", data), survey(), "row 1", "1.5 is no integer")
+    fails(write_fits(tmp_path / "c", data), survey(), "row 1", "1.5 is not an integer")
     data["obsid"] = np.array([5, 2**24 - 1, 2**24], dtype=np.float32)
     fails(write_fits(tmp_path / "d", data), survey(), "row 2", "digits are lost")
 

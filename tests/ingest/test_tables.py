@@ -143,3 +143,13 @@ def test_tables_of_a_votable_are_listed_with_some_of_their_fields(tmp_path):
     error = fails(tmp_path / "a", survey(), "has 2 tables, and which one is meant is not said")
     assert "1 '' (obsid, ra, dec, teff, logg, feh); 2 'x' (f0, f1," in error.hint
     assert "f7, ...)" in error.hint and "f8" not in error.hint
+
+
+def test_how_much_text_is_read_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("sos_dask.ingest.tables._TEXT_BYTES", 1000)
+    definition = survey(extra={"name": {"source": "name", "dtype": "string"}})
+    pq.write_table(pa.table(rows(10) | {"name": pa.array(["x" * 100] * 10)}), tmp_path / "a")
+    assert read(tmp_path / "a", definition).rows.num_rows == 10
+    pq.write_table(pa.table(rows(10) | {"name": pa.array(["x" * 101] * 10)}), tmp_path / "b")
+    fails(tmp_path / "b", definition, "the texts of column 'name' take 0 MiB at once")
+    assert read(tmp_path / "b", definition, batch_rows=9).rows.num_rows == 10

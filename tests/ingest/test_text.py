@@ -56,7 +56,7 @@ def test_words_for_missing_values(tmp_path):
         ("teff", "abc", ["'abc' is not a number", 'missing_text = ["abc"]']),
         ("ra", "12:34:56.7", ["is not a number", "Sexagesimal"]),
         ("obsid", "17b", ["'17b' is not an integer"]),
-        ("obsid", "1.5", ["1.5 is no integer"]),
+        ("obsid", "1.5", ["1.5 is not an integer"]),
         ("obsid", "1e300", ["digits are lost"]),
         ("obsid", "9007199254740992.0", ["digits are lost"]),
         ("obsid", "99999999999999999999", ["does not fit into 64 bits"]),

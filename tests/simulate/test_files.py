@@ -25,7 +25,7 @@ from sos_dask.simulate.surveys import (
     SURVEYS,
 )
 from sos_dask.sky import healpix
-from tests.simulate.mock import N_LAMOST, SMALL, digests
+from tests.simulate.mock import N_LAMOST, SMALL, Sky, digests
 
 # The columns of the DR11 LRS catalogue of A, F, G and K stars.
 LAMOST_COLUMNS = [
@@ -144,6 +144,46 @@ def test_ids_are_unique_and_files_not_sorted_on_the_sky(sky):
     cells = healpix.ang2pix(sky.seen[LAMOST]["ra"], sky.seen[LAMOST]["dec"], 4)
     assert np.count_nonzero(np.diff(cells) < 0) > 50
     assert len(set(sky.gaia["source_id"].to_pylist())) == sky.gaia.num_rows
+
+
+# Means of absolute values of a sky of 2,000 LAMOST rows.
+MEANS = {
+    "lamost": {
+        "ra": 141.831809, "dec": 26.708736, "teff": 5365.728781, "teff_err": 100.243501,
+        "logg": 3.672447, "logg_err": 0.16039, "feh": 0.270192, "feh_err": 0.089908,
+        "snr": 79.540092, "rv": 30.677249, "rv_err": 4.223215, "phot_g_mean_mag": 15.38207,
+    },
+    "apogee": {
+        "ra": 194.8656, "dec": 33.455586, "pmra": 39.135176, "pmdec": 62.308933,
+        "teff": 5189.777054, "teff_err": 20.340059, "logg": 3.165082, "logg_err": 0.041126,
+        "feh": 0.288282, "feh_err": 0.017383, "snr": 266.715062, "rv": 30.20531,
+        "rv_err": 0.058788, "phot_g_mean_mag": 13.276976, "parallax": 1.818068,
+        "distance": 3021.85732, "ebv": 0.212259,
+    },
+    "galah": {
+        "ra": 189.403765, "dec": 23.030009, "teff": 5425.197983, "teff_err": 52.600421,
+        "logg": 3.72436, "logg_err": 0.086259, "feh": 0.270862, "feh_err": 0.067361,
+        "snr": 62.4493, "rv": 29.980655, "rv_err": 0.241537, "phot_g_mean_mag": 13.186253,
+        "parallax": 2.143095, "distance": 1854.754283, "ebv": 0.099362,
+    },
+    "gaia": {
+        "ra": 166.319190, "dec": 27.569310, "parallax": 1.372077, "parallax_error": 0.0397624,
+        "pmra": 16.518904, "pmdec": 22.123971, "phot_g_mean_mag": 14.582866,
+        "phot_bp_mean_mag": 15.123250, "phot_rp_mean_mag": 13.832084, "distance": 3473.540742,
+        "ebv": 0.198965,
+    },
+}  # fmt: skip
+
+
+def test_a_sky_is_the_same_in_every_release(tmp_path):
+    sky = Sky(tmp_path, n_lamost=2000, seed=3)
+    gaia = {
+        name: column.to_numpy() for name, column in zip(GAIA_COLUMNS, sky.gaia.columns, strict=True)
+    }
+    files = {SURVEYS[number].name: columns for number, columns in sky.seen.items()} | {"gaia": gaia}
+    for name, means in MEANS.items():
+        found = {column: np.nanmean(np.abs(files[name][column])) for column in means}
+        assert found == pytest.approx(means, rel=2e-5), name
 
 
 def test_failure_leaves_nothing_behind(tmp_path):

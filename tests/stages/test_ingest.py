@@ -30,7 +30,7 @@ def test_a_key_whose_rows_share_a_position_is_refused(tmp_path):
     path = write_fits(tmp_path / "stars.fits", repeated_keys(2000, 100))
     out = tmp_path / "out"
     with pytest.raises(
-        SurveyError, match="survey mock: 'obs_id' is no key: 1900 of 2000"
+        SurveyError, match="survey mock: 'obs_id' is not a key: 1900 of 2000"
     ) as caught:
         ingest(survey(), [path], out, IngestSettings(rows_per_partition=50))
     assert "join" in caught.value.hint

@@ -74,7 +74,7 @@ def test_a_sentinel_of_the_survey_is_a_value_where_bits_are_tested():
 def test_bits_of_a_null_and_of_a_fraction():
     assert passes(pa.array([None, 0, 2]), {"bits_unset": [1]}) == [False, True, False]
     assert passes(np.array([np.nan, 0.0, 2.0]), {"bits_unset": [1]}) == [False, True, False]
-    with pytest.raises(SurveyError, match=r"cut 'c' \(x bit 1 unset\).*'x' holds fractions"):
+    with pytest.raises(SurveyError, match=r"cut 'c' \(x bit 1 unset\).*'x' contains fractions"):
         passes(np.array([0.5]), {"bits_unset": [1]})
 
 
@@ -90,9 +90,9 @@ def test_values():
 
 
 def test_text_and_numbers_do_not_mix():
-    with pytest.raises(SurveyError, match="column 'x' holds text"):
+    with pytest.raises(SurveyError, match="column 'x' contains text"):
         passes(pa.array(["a"]), {"min": 0})
-    with pytest.raises(SurveyError, match="holds numbers, and the cut lists text"):
+    with pytest.raises(SurveyError, match="contains numbers, and the cut lists text"):
         passes(np.array([1]), {"values": ["a"]})
 
 
@@ -138,5 +138,5 @@ def test_bits_as_row_by_row(values, bits):
 def test_floats_hold_bits_up_to_their_fraction():
     cut = {"bits_unset": [0]}
     assert passes(np.array([2.0**53 - 1, 2.0**53 - 2]), cut) == [False, True]
-    with pytest.raises(SurveyError, match="holds fractions"):
+    with pytest.raises(SurveyError, match="contains fractions"):
         passes(np.array([2.0**53]), cut)

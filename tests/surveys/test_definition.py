@@ -492,6 +492,9 @@ def test_errors_survive_a_process_border():
         ({"column": "flag_sp", "values": [0]}, "flag_sp = 0"),
         ({"column": "class", "values": ["STAR", "WD"]}, "class is one of STAR, WD"),
         ({"column": "flag", "min": 2**40}, "flag >= 1099511627776"),
+        ({"column": "flag", "max": 999999999999999.0}, "flag <= 999999999999999"),
+        ({"column": "flag", "max": 1e15}, "flag <= 1000000000000000.0"),
+        ({"column": "flag", "max": 0.0}, "flag <= 0"),
     ],
 )
 def test_cuts_in_words(entry, text):

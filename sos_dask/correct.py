@@ -88,7 +88,7 @@ class Covered:
         return delta
 
     def widened(self, width: Float32Array, is_sparse: BoolArray) -> Float32Array:
-        """Half-widths (n, l) that hold where the coverage is low, too."""
+        """Half-widths (n, l), wider where the coverage is low."""
         # Rows without a coverage have no errors either.
         kind = pc.fill_null(self.scores[KIND_FIELD.name], INSIDE).to_numpy()
         factors = self.widening(kind, is_sparse.astype(np.int8), width)

@@ -334,11 +334,11 @@ def _training_costs(store: Path) -> dict[str, dict[str, float | None]]:
     """CPU and wall seconds that training took, as far as they are known, by method."""
     known = stores.costs(store)
     return {
-        product.removeprefix("model."): {
+        product.split(".")[-1]: {
             f"train_{name}": known.get(fingerprint, {}).get(name) for name in ("cpu_s", "wall_s")
         }
         for product, fingerprint in stores.published(store).items()
-        if product.startswith("model.")
+        if ".model." in product
     }
 
 

@@ -2,12 +2,11 @@
 
 A measure gives every row a distance from the overlap, small where overlap stars are dense. On pairs
 that no correction was trained on, the residual in units of the noise at its signal to noise grows
-with that distance: it is 1 in the nearer half of the pairs and rises with what is measured beyond
-(`widening.Growth`). Coverage = 1 / growth: where it is c, the error of the corrected labels is 1/c
-times that of a star of the same signal to noise in the dense overlap. The rows are *inside*,
-*sparse* or *outside* by two limits of the coverage. Outside are, too, rows of a kind that the
-overlap lacks (`_Neighbours.lacks`), and rows beyond the outermost held-out pairs, where growth
-cannot be measured: the coverage of both is held below the limit.
+with that distance (`widening.Growth`). Coverage = 1 / growth: where it is c, the error of the
+corrected labels is 1/c times that of a star of the same signal to noise in the dense overlap. The
+rows are *inside*, *sparse* or *outside* by two limits of the coverage. Outside are, too, rows of a
+kind that the overlap lacks (`_Neighbours.lacks`), and rows beyond the outermost held-out pairs,
+where growth cannot be measured: the coverage of both is held below the limit.
 
 Measures:
 
@@ -69,7 +68,6 @@ _FORMAT = 6
 SKY_ORDER = 4
 STEPS = {"kiel": {"teff": 100.0, "logg": 0.1}, "labels": {"teff": 250.0, "logg": 0.25, "feh": 0.25}}
 """Width of the cells of each map; a cell begins at a whole multiple of it."""
-_BITS, _OFFSET = 16, 1 << 15
 _AT_ONCE = 32
 
 
@@ -317,19 +315,15 @@ def fit(
     """Fit a measure to the overlap and calibrate its distances on held-out pairs.
 
     Held-out pairs are measured from the pairs of the other folds alone, as a new star is; these
-    are fewer, and in proportion is the number of the neighbour to which distances are.
+    are fewer, and in proportion is the number of the neighbour to which distances are. Without a
+    target, or half-widths of the pairs, no widths are counted.
 
     Parameters
     ----------
-    overlap : Overlap
     catalog : mapping of str to ndarray of float, shape (m,)
         A sample of the catalog; its columns are the parameters that are used.
     measure : str
         One of `MEASURES`.
-    target : Target, optional
-        Without it, or half-widths of the pairs, no widths are counted.
-    problem : Problem
-        Its inputs are what a correction sees.
 
     Raises
     ------
@@ -399,12 +393,7 @@ def _scaled(
 
 
 def _held_out_places(
-    overlap: Overlap,
-    x: FloatArray,
-    sample: FloatArray,
-    around: _Neighbours,
-    measure: str,
-    seed: int,
+    overlap: Overlap, x: FloatArray, sample: FloatArray, near: _Neighbours, measure: str, seed: int
 ) -> tuple[FloatArray, BoolArray]:
     """Distance of held-out pairs from those of the other folds, and whether these lack stars."""
     held_out = overlap.held_out
@@ -412,9 +401,9 @@ def _held_out_places(
     for fold in np.unique(overlap.fold[held_out]):
         rows, others = held_out & (overlap.fold == fold), overlap.fold != fold
         nearer = max(round(_NEIGHBOURS * float(np.mean(others))), 1)
-        apart = _Neighbours(around.overlap[others], around.catalog, nearer)
-        distance[rows] = apart.distance(around.overlap[rows])
-        lacks[rows] = apart.lacks(around.overlap[rows], distance[rows])
+        apart = _Neighbours(near.overlap[others], near.catalog, nearer)
+        distance[rows] = apart.distance(near.overlap[rows])
+        lacks[rows] = apart.lacks(near.overlap[rows], distance[rows])
         if measure == "ratio":
             distance[rows] = _ratio(_fit_ratio(x[others], sample, seed), x[rows])
     return distance, lacks
@@ -451,19 +440,14 @@ MAP_SCHEMA = pa.schema(
 )
 
 
+_KEYS = ("pixel", *STEPS["labels"])
+
+
 def count_maps(cells: IntArray, columns: Columns, place: NDArray[np.int8]) -> pa.Table:
-    """Count the rows of one partition in every map.
+    """Count the rows of one partition, by ``_healpix_29`` (n,) and labels (n,), in every map.
 
-    Columns are ``map``, ``cell``, one a class, and ``n_g`` and ``sum_g`` of the rows outside.
-
-    Parameters
-    ----------
-    cells : ndarray of int64, shape (n,)
-        ``_healpix_29``.
-    columns : mapping of str to ndarray of float, shape (n,)
-        Labels, and ``phot_g_mean_mag`` where there is one; nan where unknown.
-    place : ndarray of int8, shape (n,)
-        Class of each row; -1 for rows that are not counted.
+    Rows without a class (n,), -1, or with an unknown label, nan, are not counted. Columns are those
+    of `MAP_SCHEMA`, but for ``n_g`` and ``sum_g`` of the rows outside.
     """
     known = np.logical_and.reduce([np.isfinite(columns[name]) for name in STEPS["labels"]])
     rows = np.flatnonzero((place >= 0) & known)
@@ -472,23 +456,25 @@ def count_maps(cells: IntArray, columns: Columns, place: NDArray[np.int8]) -> pa
     counts = {name: place == number for number, name in enumerate(CLASSES)}
     # In thousandths, so that sums are exact in any order.
     sum_g = np.rint(np.where(has_g, g, 0) * 1000).astype(np.int64)
-    keys = {"sky": cells[rows] >> 2 * (MAX_ORDER - SKY_ORDER)}
+    keys = {"sky": {"pixel": cells[rows] >> 2 * (MAX_ORDER - SKY_ORDER)}}
     for name, steps in STEPS.items():
-        keys[name] = np.zeros(len(rows), dtype=np.int64)
-        for label, step in steps.items():
-            bin_of = np.floor(columns[label][rows] / step).astype(np.int64) + _OFFSET
-            keys[name] = (keys[name] << _BITS) | np.clip(bin_of, 0, (1 << _BITS) - 1)
-    of_rows = {**counts, "n_g": has_g, "sum_g": sum_g}
-    return pa.concat_tables(
-        _added([pa.table({"map": pa.repeat(name, len(rows)), "cell": key, **of_rows})])
-        for name, key in keys.items()
-    )
+        keys[name] = {
+            label: ((np.floor(columns[label][rows] / step) + 0.5) * step).astype(np.float32)
+            for label, step in steps.items()
+        }
+    tables = []
+    for name, of_map in keys.items():
+        n, kinds = len(rows), ((key, MAP_SCHEMA.field(key).type) for key in _KEYS)
+        own = {key: of_map.get(key, pa.nulls(n, kind)) for key, kind in kinds}
+        named = {"map": pa.repeat(name, n), **own, **counts, "n_g": has_g, "sum_g": sum_g}
+        tables.append(_added([pa.table(named)]))
+    return pa.concat_tables(tables)
 
 
 def _added(counts: list[pa.Table]) -> pa.Table:
     """Counts of equal cells in one row."""
     names = (*CLASSES, "n_g", "sum_g")
-    together = pa.concat_tables(counts).group_by(["map", "cell"])
+    together = pa.concat_tables(counts).group_by(["map", *_KEYS])
     total = together.aggregate([(name, "sum") for name in names])
     return total.rename_columns({f"{name}_sum": name for name in names})
 
@@ -501,25 +487,12 @@ def sum_maps(parts: Iterable[pa.Table]) -> pa.Table:
     left, total = iter(parts), pa.table({})
     while batch := list(islice(left, _AT_ONCE)):
         total = _added([total, *batch] if total.num_columns else batch)
-    total = total.sort_by([("map", "ascending"), ("cell", "ascending")])
-    kind = total["map"].to_numpy(zero_copy_only=False)
-    cell = total["cell"].to_numpy()
-    labels = {label: np.full(len(cell), np.nan, np.float32) for label in STEPS["labels"]}
-    for name, steps in STEPS.items():
-        rest = cell[kind == name]
-        for label, step in reversed(steps.items()):
-            labels[label][kind == name] = ((rest & ((1 << _BITS) - 1)) - _OFFSET + 0.5) * step
-            rest = rest >> _BITS
+    total = total.sort_by([(name, "ascending") for name in ("map", *_KEYS)])
     n_g = total["n_g"].to_numpy()
     mean_g = total["sum_g"].to_numpy() / 1000.0 / np.maximum(n_g, 1)
-    columns = [
-        total["map"],
-        pa.array(cell, mask=kind != "sky"),
-        *(pa.array(values, mask=np.isnan(values)) for values in labels.values()),
-        *(total[name] for name in CLASSES),
-        pa.array(mean_g.astype(np.float32), mask=n_g == 0),
-    ]
-    return pa.table(columns, names=MAP_SCHEMA.names).cast(MAP_SCHEMA)
+    magnitude = pa.array(mean_g.astype(np.float32), mask=n_g == 0)
+    total = total.drop_columns(["n_g", "sum_g"])
+    return total.append_column(MAP_SCHEMA.names[-1], magnitude).cast(MAP_SCHEMA)
 
 
 def follow_up(maps: pa.Table, n: int = 10) -> list[dict[str, float | int | None]]:

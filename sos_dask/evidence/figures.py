@@ -149,20 +149,17 @@ def figures(
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], Scored]]:
     """Measure all figures of one label in one sample: rows of `FIGURE_SCHEMA`.
 
-    Those of the subset ``all`` are given in every resample, too, by method and statistic.
+    Those of the subset ``all`` are given in every resample, too, by method and statistic. A subset
+    with less than ``min_pairs`` has no figures, a bin with less than ``min_bin_pairs`` no median.
 
     Parameters
     ----------
-    sample : Sample
-    label : str
     residuals : mapping of str to ndarray of float, shape (n,)
         By method, `NONE` among them; nan where the difference is not known.
     edges : mapping of str to ndarray of float64
         Edges of the bins along each label.
     weights : ndarray of float64, shape (n_resamples, n_groups)
         See `bootstrap.draw`.
-    min_pairs, min_bin_pairs : int
-        A subset with fewer pairs has no figures, a bin with fewer no median.
 
     Raises
     ------
@@ -340,17 +337,12 @@ def choose(
             for method, how_much in _worse(scores, tolerance).items():
                 worse[method][f"{label} {text}"] = how_much
     smooth = {m: roughness[m] for m in methods if np.isfinite(roughness.get(m, np.nan))}
-    ends = {method: interval(*scatters[method]) for method in methods}
-    found: dict[str, dict[str, Any]] = {
-        method: {
-            "scatter": scatters[method].value,
-            "scatter_low": max(ends[method][0], 0.0),
-            "scatter_high": ends[method][1],
-            "roughness": smooth.get(method),
-            "worse_in": worse[method],
-        }
-        for method in methods
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for method in methods:
+        low, high = interval(*scatters[method])
+        score = {"scatter": scatters[method].value, "scatter_low": max(low, 0.0)}
+        more = {"roughness": smooth.get(method), "worse_in": worse[method]}
+        found[method] = {**score, "scatter_high": high, **more}
     chosen = min(methods, key=lambda method: scatters[method].value)
     if rule in methods:
         chosen, why = rule, "the job names it"

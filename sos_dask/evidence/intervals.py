@@ -78,15 +78,10 @@ class ErrorModel:
     def half_width(self, features: Float32Array, snr: FloatingArray | None) -> Float32Array:
         """Look up the half-widths (n, 3) of the 68 % intervals in K, dex, dex.
 
-        nan where a feature is nan or infinite. Each label is contiguous.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (n, 3)
-            Outside the training box those of the nearest place on it count, as in a correction.
-        snr : ndarray of float, shape (n,), optional
-            Below the smallest of the pairs half-widths grow as its inverse, above the largest they
-            stay; where it is unknown or not positive, that of the noisiest pairs counts.
+        nan where a feature (n, 3) is nan or infinite; outside the training box those of the nearest
+        place on it count, as in a correction. Below the smallest S/N (n,) of the pairs half-widths
+        grow as its inverse, above the largest they stay; where it is unknown or not positive, that
+        of the noisiest pairs counts. Each label is contiguous.
 
         Raises
         ------
@@ -262,14 +257,9 @@ def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> L
         )
     cell, with_trees = grid.cells(held_out.features), len(rows) >= _MIN_FOR_TREES
     log_snr = np.log(np.where(held_out.snr > 0, held_out.snr, np.nan))
-    one = _Label(
-        cell[rows],
-        log_snr[rows],
-        held_out.residuals[rows, number],
-        held_out.part[rows],
-        sparse[cell[rows]],
-        ~_wrong(held_out.residuals)[rows],
-    )
+    residual, right = held_out.residuals[rows, number], ~_wrong(held_out.residuals)[rows]
+    is_sparse = sparse[cell[rows]]
+    one = _Label(cell[rows], log_snr[rows], residual, held_out.part[rows], is_sparse, right)
     inside = np.zeros((len(known), len(LEVELS)), dtype=np.bool_)
     scores, inside[rows] = one.cross_fitted()
     factors = _factors(scores, one.is_sparse)

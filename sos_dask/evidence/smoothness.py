@@ -31,6 +31,7 @@ from sos_dask.stats.bootstrap import draw, interval
 STEPS = 8
 MIN_CELLS = 5
 UNCOVERED, BEYOND = "uncovered", "beyond"
+Two = tuple[FloatArray, FloatArray]
 Predict = Callable[[FloatArray], FloatingArray]
 
 _ROUGH = ("roughness", "roughness_low", "roughness_high", "jump", "jump_low", "jump_high")
@@ -65,7 +66,7 @@ class Cells:
         """Median of the pairs in covered cells; None without any."""
         return float(np.median(self.counts[self.covered])) if self.covered.any() else None
 
-    def sides(self, places: IntArray) -> tuple[FloatArray, FloatArray]:
+    def sides(self, places: IntArray) -> Two:
         """Labels at the middle of cells, and widths of these, both of shape (n, n_labels)."""
         low, high = (
             np.stack([e[i + side] for e, i in zip(self.edges, places.T, strict=True)], axis=1)
@@ -75,12 +76,7 @@ class Cells:
 
 
 def artifacts(
-    predict: Predict,
-    cells: Cells,
-    box: tuple[FloatArray, FloatArray],
-    n_labels: int,
-    n_resamples: int,
-    seed: int,
+    predict: Predict, cells: Cells, box: Two, n_labels: int, n_resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     """Measure a correction on cells of label space.
 
@@ -88,14 +84,8 @@ def artifacts(
     interval; ``jump`` with ``jump_low`` and ``jump_high``; ``outside``, rows of `OUTSIDE_SCHEMA`
     but for method and label. None with fewer than `MIN_CELLS` covered cells.
 
-    Parameters
-    ----------
-    predict : callable
-        Differences of all labels, shape (n, n_labels), at labels of shape (n, n_labels).
-    cells : Cells
-    box : tuple of two ndarray of float64, shape (n_labels,)
-        Smallest and largest label of the training pairs.
-    n_labels, n_resamples, seed : int
+    The correction gives differences (n, n_labels) at labels (n, n_axes); the box has the smallest
+    and the largest label of the training pairs, both of shape (n_axes,).
     """
     places = cells.places
     if len(places) < MIN_CELLS:
@@ -140,9 +130,7 @@ def _curves(predict: Predict, cells: Cells, n_labels: int) -> FloatArray:
     return curves.reshape(n_cells, n_axes, len(place), n_labels)
 
 
-def _uncovered(
-    predict: Predict, cells: Cells, box: tuple[FloatArray, FloatArray], at: FloatArray
-) -> tuple[FloatArray, FloatArray]:
+def _uncovered(predict: Predict, cells: Cells, box: Two, at: FloatArray) -> Two:
     """Values in the cells of the box without enough pairs, and steps there from covered ones."""
     empty = np.argwhere(~cells.covered)
     centre, _ = cells.sides(empty)
@@ -161,9 +149,7 @@ def _uncovered(
     return values[tuple(empty.T + 1)], steps
 
 
-def _beyond(
-    predict: Predict, cells: Cells, box: tuple[FloatArray, FloatArray], at: FloatArray
-) -> tuple[FloatArray, FloatArray]:
+def _beyond(predict: Predict, cells: Cells, box: Two, at: FloatArray) -> Two:
     """Values past the faces of the box, and steps there from the outermost covered cells."""
     places = cells.places
     centre, width = cells.sides(places)

@@ -62,11 +62,9 @@ def trend(
     Parameters
     ----------
     x : mapping of str to ndarray of float, shape (n,)
-        The quantities.
+        The quantities, with the edges of their bins as in `bins_of`.
     difference : ndarray of float, shape (n,)
         In the unit of the label; nan where it is not known.
-    edges : sequence of ndarray of float64
-        Of the bins along each quantity, as in `bins_of`.
     about : str
         Further columns: ``label``, of which the difference is; ``binning``; ``subset``, ``all``
         pairs or those whose reference labels are of this survey; ``sample``, ``before`` the
@@ -102,14 +100,8 @@ def contrast(
 
     ``difference`` is second - first through the target, ``significance`` it over its error, nan
     where all values are equal. Bins with less than ``min_count`` pairs of either are not judged:
-    both are nan.
-
-    Parameters
-    ----------
-    first, second : mapping
-        `trend` of the pairs of each survey, in the same bins.
-    common : mapping, optional
-        `trend` of second - first on common stars, in the same bins of the first survey's labels.
+    both are nan. Given are the `trend` of the pairs of each survey and, in the same bins of the
+    first survey's labels, that of second - first on common stars.
     """
     judged = np.minimum(first["n"], second["n"]) >= max(min_count, 2)
     difference = np.where(judged, first["median"] - second["median"], np.nan)

@@ -11,8 +11,9 @@ from typing import Any
 
 from sos_dask.evidence.figures import Metric
 from sos_dask.rebuild.job import Job
-from sos_dask.rebuild.plan import COMPARISON, Plan, Planned
+from sos_dask.rebuild.plan import Plan, Planned
 from sos_dask.run.cluster import Cluster, Report, silent
+from sos_dask.stages.compare import Compare
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Manifest
 from sos_dask.storage.store import (
@@ -109,7 +110,7 @@ def rebuild(
         by = job.publish.check if planned.complete else "size"
         check_product(planned.product, planned.recipe.stage, planned.directory, by)
     report("check products", len(done), len(done))
-    comparison = next(planned for planned in done if planned.product == COMPARISON)
+    comparison = next(planned for planned in done if planned.step.stage is Compare)
     choice = Manifest.load(comparison.directory).summary
     path = publish(
         store,

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
@@ -49,9 +49,16 @@ from sos_dask.storage.store import (
 )
 from sos_dask.surveys.definition import Survey, load_survey
 
-COMPARISON = "comparison"
-CHOSEN = "model"
-"""Stands for the model that the comparison chooses."""
+
+@dataclass(frozen=True)
+class Chosen:
+    """Stands for the model of a target that its comparison chooses, until that has run."""
+
+    target: str
+
+
+Inputs: TypeAlias = Mapping[str, str | Chosen | Path]
+"""By role: the name of a product, or a path for what no step makes."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,7 @@ class Step:
         Name of what it makes, unique in the job.
     stage : type of Stage
     settings : Settings
-    inputs : mapping of str to str or Path
-        By role: the name of a product, or a path for what no step makes.
+    inputs : Inputs
     catalog : str
         Name that a catalog gives itself; default that of the product.
     """
@@ -73,7 +79,7 @@ class Step:
     product: str
     stage: type[Stage[Any]]
     settings: Settings
-    inputs: Mapping[str, str | Path]
+    inputs: Inputs
     catalog: str = ""
 
 
@@ -156,11 +162,44 @@ def _target_steps(
     observations = f"{target}.observations"
     if job.attach:
         observations = f"{target}.with-{list(job.attach)[-1]}"
-    target_stars = f"{target}.stars"
+    target_stars, pairs = f"{target}.stars", f"{target}.pairs"
     left = {"stars": target_stars, "observations": observations}[job.crossmatch.target]
     matched = {"target": left, "reference": "reference"}
-    yield Step("pairs", Crossmatch, _own(job, Crossmatch, job.crossmatch), matched)
-    models = {}
+    yield Step(pairs, Crossmatch, _own(job, Crossmatch, job.crossmatch), matched)
+    yield from _model_steps(job, target, pairs)
+    seen: Inputs = {"evidence": f"{target}.evidence"}
+    chosen: Inputs = {**seen, "model": Chosen(target)}
+    both = {"reference": "reference", **stars}
+    yield Step(f"{target}.trends", Trends, Trends.Settings(order=order), {**seen, **both})
+    settings = _own(job, Uncertainty, job.uncertainty).but(target=target)
+    inputs: dict[str, str | Chosen | Path] = {**chosen, "target_stars": target_stars, **both}
+    yield Step(f"{target}.uncertainty", Uncertainty, settings, inputs)
+    radius = (job.target.dedupe or job.dedupe).radius_arcsec
+    settings = _own(job, Coverage, job.coverage).but(radius_arcsec=radius)
+    inputs = {"pairs": pairs, "observations": observations, "stars": target_stars}
+    inputs |= {"errors": f"{target}.uncertainty"}
+    yield Step(f"{target}.coverage", Coverage, settings, {**chosen, **inputs})
+    fallback = job.coverage.fallback
+    if fallback == "auto":
+        fallback = "polynomial" if "polynomial" in job.train.methods else "edge"
+    inputs = {"model": Chosen(target), "observations": observations}
+    inputs |= {"errors": f"{target}.uncertainty", "coverage": f"{target}.coverage"}
+    if fallback == "polynomial":
+        inputs["smooth"] = f"{target}.model.polynomial"
+    yield Step(f"{target}.corrected", Apply, Apply.Settings(fallback=fallback), inputs)
+    if job.generalisation is not None:
+        methods = {method: _params(job, method) for method in job.train.methods}
+        settings = _own(job, Generalisation, job.generalisation).but(methods=methods)
+        yield Step(f"{target}.generalisation", Generalisation, settings, seen)
+    if job.projection is not None:
+        settings = _own(job, ProjectionStage, job.projection)
+        inputs = {"observations": observations, "pairs": pairs}
+        yield Step(f"{target}.projection", ProjectionStage, settings, inputs)
+
+
+def _model_steps(job: Job, target: str, pairs: str) -> Iterator[Step]:
+    """List the steps that fit all methods to one target, and compare them."""
+    models = {f"model.{method}": f"{target}.model.{method}" for method in job.train.methods}
     for method in job.train.methods:
         settings = Train.Settings(
             method=method,
@@ -169,45 +208,11 @@ def _target_steps(
             search=job.train.search,
             seed=job.seed,
         )
-        models[f"model.{method}"] = f"model.{method}"
-        yield Step(f"model.{method}", Train, settings, {"pairs": "pairs"})
-    yield Step("evidence", Evidence, Evidence.Settings(), {"pairs": "pairs", **models})
-    seen = {"evidence": "evidence"}
-    yield Step(COMPARISON, Compare, _own(job, Compare, job.compare), {**seen, **models})
-    both = {"reference": "reference", **stars}
-    yield Step("trends", Trends, Trends.Settings(order=order), {**seen, **both})
-    errors = _own(job, Uncertainty, job.uncertainty).but(target=target)
-    inputs = {**seen, "model": CHOSEN, "target_stars": target_stars, **both}
-    yield Step("uncertainty", Uncertainty, errors, inputs)
-    radius = (job.target.dedupe or job.dedupe).radius_arcsec
-    inputs = {**seen, "model": CHOSEN, "pairs": "pairs", "observations": observations}
-    inputs["stars"] = target_stars
-    yield Step(
-        "coverage",
-        Coverage,
-        _own(job, Coverage, job.coverage).but(radius_arcsec=radius),
-        {**inputs, "errors": "uncertainty"},
-    )
-    yield _apply_step(job, target, observations)
-    if job.generalisation is not None:
-        methods = {method: _params(job, method) for method in job.train.methods}
-        settings = _own(job, Generalisation, job.generalisation).but(methods=methods)
-        yield Step("generalisation", Generalisation, settings, seen)
-    if job.projection is not None:
-        settings = _own(job, ProjectionStage, job.projection)
-        inputs = {"observations": observations, "pairs": "pairs"}
-        yield Step("projection", ProjectionStage, settings, inputs, f"{target}.projection")
-
-
-def _apply_step(job: Job, target: str, observations: str) -> Step:
-    fallback = job.coverage.fallback
-    if fallback == "auto":
-        fallback = "polynomial" if "polynomial" in job.train.methods else "edge"
-    inputs = {"model": CHOSEN, "observations": observations}
-    inputs |= {"errors": "uncertainty", "coverage": "coverage"}
-    if fallback == "polynomial":
-        inputs["smooth"] = "model.polynomial"
-    return Step(f"{target}.corrected", Apply, Apply.Settings(fallback=fallback), inputs)
+        yield Step(f"{target}.model.{method}", Train, settings, {"pairs": pairs})
+    evidence = f"{target}.evidence"
+    yield Step(evidence, Evidence, Evidence.Settings(), {"pairs": pairs, **models})
+    compare = _own(job, Compare, job.compare)
+    yield Step(f"{target}.comparison", Compare, compare, {"evidence": evidence, **models})
 
 
 def _survey_steps(
@@ -355,8 +360,8 @@ class Plan:
         """Tell which output a step makes, whether it is complete, and why it would run."""
         fingerprints, paths = {}, {}
         for role, given in step.inputs.items():
-            if given == CHOSEN:
-                given = self._chosen()
+            if isinstance(given, Chosen):
+                given = self._chosen(given.target)
             if isinstance(given, Path):
                 is_file = step.stage is Ingest
                 paths[role] = given
@@ -380,17 +385,17 @@ class Plan:
         self._names.setdefault(recipe.fingerprint, step.product)
         return planned
 
-    def _chosen(self) -> str:
-        """Product of the model that corrects the catalog; the comparison until it has run.
+    def _chosen(self, target: str) -> str:
+        """Product of the model that corrects a target; the comparison until it has run.
 
         What is made with the model depends on the model alone, not on how it was chosen.
         """
-        if f"model.{self.rule}" in self._planned:
-            return f"model.{self.rule}"
-        comparison = self._planned[COMPARISON]
+        if f"{target}.model.{self.rule}" in self._planned:
+            return f"{target}.model.{self.rule}"
+        comparison = self._planned[f"{target}.comparison"]
         if not Output(comparison.directory, comparison.recipe).complete:
-            return COMPARISON
-        return f"model.{Manifest.load(comparison.directory).summary['method']}"
+            return comparison.product
+        return f"{target}.model.{Manifest.load(comparison.directory).summary['method']}"
 
     def _reason(self, product: str, recipe: Recipe, directory: Path) -> str:
         if (directory / WORK).is_dir():

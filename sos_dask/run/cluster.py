@@ -205,14 +205,19 @@ class Cluster:
             (self.client.submit(_run_task, function, task, step, pure=False), index)
             for index, task in enumerate(tasks)
         )
-        index_of = dict(islice(submitted, 4 * self.n_workers))
-        running, future = as_completed(index_of), None
+        index_of: dict[Any, int] = {}
+        running, future = as_completed(), None
+
+        def submit(n_tasks: int) -> None:
+            for added, index in islice(submitted, n_tasks):
+                index_of[added] = index
+                running.add(added)
+
         try:
+            submit(4 * self.n_workers)
             for future in running:
                 yield index_of.pop(future), future.result()
-                for further, index in islice(submitted, 1):
-                    index_of[further] = index
-                    running.add(further)
+                submit(1)
         except KilledWorker as error:
             what = f"{step}: a task killed its worker again and again ({error})"
             hint = (
@@ -341,7 +346,6 @@ def _local_client(
                 n_workers=n_workers or n_cores(),
                 threads_per_worker=1,
                 memory_limit=memory_limit,
-                processes=True,
                 dashboard_address=":0",  # a free port; the server itself is always there
                 # Its pages are made by bokeh, whose import is a third of the whole start.
                 scheduler_kwargs={"dashboard": False},
@@ -386,26 +390,15 @@ def check_place(
             raise ConfigError(f"{number} {what} are not possible", hint)
     if memory_limit != "auto":
         _limit_bytes(memory_limit)
-    file = Path(scheduler or "")
-    for wrong, what, hint in (
-        (
-            n_threads is not None and (n_workers is not None or scheduler is not None),
-            "--threads goes with neither --workers nor --scheduler",
-            "Tasks run in threads of this process, in worker processes, or on a cluster.",
-        ),
-        (
-            scheduler is not None and (n_workers is not None or memory_limit != "auto"),
-            "a running cluster (--scheduler) has workers and memory limits of its own",
-            "Leave --workers and --memory-limit out, or the scheduler.",
-        ),
-        (
-            scheduler and (file.is_dir() or (file.suffix == ".json" and not file.exists())),
-            f"--scheduler: there is no file {scheduler}",
-            "Has the scheduler started?",
-        ),
-    ):
-        if wrong:
-            raise ConfigError(what, hint)
+    if n_threads is not None and (n_workers is not None or scheduler is not None):
+        hint = "Tasks run in threads of this process, in worker processes, or on a cluster."
+        raise ConfigError("--threads goes with neither --workers nor --scheduler", hint)
+    if scheduler is not None and (n_workers is not None or memory_limit != "auto"):
+        what = "a running cluster (--scheduler) has workers and memory limits of its own"
+        raise ConfigError(what, "Leave --workers and --memory-limit out, or the scheduler.")
+    file = Path(scheduler or "none")
+    if scheduler and (file.is_dir() or (file.suffix == ".json" and not file.exists())):
+        raise ConfigError(f"--scheduler: there is no file {scheduler}", "Has it started?")
 
 
 def _require_listener(address: str) -> None:

@@ -150,50 +150,22 @@ def with_neighbours(cells: IntArray, order: int) -> IntArray:
 
 def coordinates(code: IntArray) -> tuple[IntArray, IntArray]:
     """Separate the two coordinates of Morton codes (x in the even bits)."""
-    return _even_bits(code), _even_bits(code >> 1)
-
-
-def _even_bits(code: IntArray) -> IntArray:
-    bits = code & 0x5555555555555555
-    for shift, mask in (
-        (1, 0x3333333333333333),
-        (2, 0x0F0F0F0F0F0F0F0F),
-        (4, 0x00FF00FF00FF00FF),
-        (8, 0x0000FFFF0000FFFF),
-        (16, 0x00000000FFFFFFFF),
-    ):
-        bits = (bits | bits >> shift) & mask
-    return bits
+    x, y, _ = _healpy()._pix2xyf_nest(1 << MAX_ORDER, code)
+    return x, y
 
 
 def cell_ranges(cells: IntArray, order: int) -> Ranges:
     """List the ranges of order-29 cells that sorted unique cells cover, adjacent ones joined."""
     shift = 2 * (MAX_ORDER - order)
-    if len(cells) == 0:
-        return []
-    breaks = np.flatnonzero(np.diff(cells) != 1) + 1
-    starts = np.concatenate([[0], breaks])
-    stops = np.concatenate([breaks, [len(cells)]])
-    return [
-        (int(cells[a]) << shift, (int(cells[b - 1]) + 1) << shift)
-        for a, b in zip(starts, stops, strict=True)
-    ]
+    new = np.append(True, np.diff(cells) != 1)[: len(cells)]
+    first, stop = cells[new] << shift, (cells[np.roll(new, -1)] + 1) << shift
+    return list(zip(first.tolist(), stop.tolist(), strict=True))
 
 
 def in_ranges(cells29: IntArray, ranges: Ranges) -> NDArray[np.bool_]:
     """Tell which order-29 cells lie in sorted, disjoint half-open ranges."""
-    if not ranges:
-        return np.zeros(len(cells29), dtype=bool)
-    starts = np.array([first for first, _ in ranges], dtype=np.int64)
-    stops = np.array([stop for _, stop in ranges], dtype=np.int64)
-    if len(cells29) > len(ranges) and not np.any(cells29[1:] < cells29[:-1]):
-        # Sorted: it is enough to find where the ranges begin and end.
-        steps = np.zeros(len(cells29) + 1, dtype=np.int64)
-        np.add.at(steps, np.searchsorted(cells29, starts), 1)
-        np.subtract.at(steps, np.searchsorted(cells29, stops), 1)
-        return np.asarray(np.cumsum(steps[:-1]) > 0)
-    position = np.searchsorted(starts, cells29, side="right") - 1
-    return (position >= 0) & (cells29 < stops[np.maximum(position, 0)])
+    edges = np.array(ranges, dtype=np.int64).ravel()
+    return np.asarray(np.searchsorted(edges, cells29, side="right") % 2 == 1)
 
 
 def plan_partitions(

@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from sos_dask.columns import BoolArray, FloatingArray, IntArray
+from sos_dask.columns import BoolArray, FloatArray, FloatingArray, IntArray
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -107,29 +107,30 @@ def _first_from(cells: IntArray, q: int, start: int) -> int:
 @compiled
 def pairs_on_faces(
     cells: IntArray,
-    ra: FloatingArray,
-    dec: FloatingArray,
-    cos_dec: FloatingArray,
+    ra: FloatArray,
+    dec: FloatArray,
+    cos_dec: FloatArray,
     radius: float,
     order: int,
     touches: NDArray[np.uint8],
     depth: int,
     most: int,
-    i: IntArray,
-    j: IntArray,
-    near: NDArray[np.int8],
-    crosses: BoolArray,
-    count: IntArray,
-) -> None:
-    """Pairs of rows within a radius (deg) that lie in one base pixel, i < j.
+) -> tuple[IntArray, IntArray, NDArray[np.int8], BoolArray] | None:
+    """Find pairs of rows within a radius (deg) that lie in one base pixel, i < j.
 
     Rows are entered into the cells of an order that they may reach, as ``touches`` says (see
-    `neighbours.pairs_within`); ``crosses`` is set for those that may reach into another base pixel.
-    ``near`` is 1, or 2 where the separation must be calculated: below 0.005 deg in both coordinates
-    what the plane neglects (Taylor series of the haversine formula) is less than one part in 10^8
-    of the squared separation. ``count[0]`` is the number of pairs, also of those for which there is
-    no room; the search ends when they are more than ``most``.
+    `neighbours.pairs_within`).
+
+    Returns
+    -------
+    i, j, near, crosses : ndarray
+        ``near`` is 1, or 2 where the separation must be calculated: below 0.005 deg in both
+        coordinates what the plane neglects (Taylor series of the haversine formula) is less than
+        one part in 10^8 of the squared separation. ``crosses`` tells which rows may reach into
+        another base pixel. None: there are more pairs than ``most``.
     """
+    i, j = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
+    near, crosses = np.empty(most, dtype=np.int8), np.zeros(len(cells), dtype=np.bool_)
     low, high = radius * radius * (1.0 - 1e-7), radius * radius * (1.0 + 1e-7)
     shift, found, n = 58 - 2 * order, 0, len(cells)
     even: Any = np.int64((1 << 2 * order) - 1) & np.int64(0x5555555555555555)
@@ -153,24 +154,24 @@ def pairs_on_faces(
                     ra[p] - ra[q], dec[p] - dec[q], cos_dec[p] * cos_dec[q], low, high
                 )
                 if state:
-                    if found < len(i):
-                        i[found], j[found], near[found] = p, q, state
+                    if found == most:
+                        return None
+                    i[found], j[found], near[found] = p, q, state
                     found += 1
                 q += 1
             if bit < 0:
                 after = q
-        if found > most:
-            break
-    count[0] = found
+    return i[:found], j[:found], near[:found], crosses
 
 
 @compiled
-def claim(i: IntArray, j: IntArray, rank: IntArray, claimed: BoolArray) -> None:
-    """Which rows another one claims, when rows claim their neighbours in the order of rank.
+def claim(i: IntArray, j: IntArray, rank: IntArray) -> BoolArray:
+    """Tell which rows another one claims, when rows claim their neighbours in the order of rank.
 
     In each round the rows that no undecided neighbour precedes are primaries. Links i < j; of equal
     ranks the first row goes first.
     """
+    claimed = np.zeros(len(rank), dtype=np.bool_)
     winner, loser = np.empty_like(i), np.empty_like(j)
     for link in range(len(i)):
         first = rank[i[link]] <= rank[j[link]]
@@ -190,101 +191,66 @@ def claim(i: IntArray, j: IntArray, rank: IntArray, claimed: BoolArray) -> None:
             left += not (claimed[winner[link]] | claimed[loser[link]])
         # A primary whose last neighbour is claimed has no link left: nothing else refers to it.
         n = left
+    return claimed
 
 
 @compiled
-def join_claimed(
-    i: IntArray,
-    j: IntArray,
-    claimed: BoolArray,
-    primary: IntArray,
-    several: IntArray,
-    count: IntArray,
-) -> None:
-    """Each claimed row gets a primary; ``several[:count[0]]`` are links of those with a choice."""
-    has_several = np.zeros(len(primary), dtype=np.bool_)
-    for link in range(len(i)):
-        if claimed[i[link]] != claimed[j[link]]:
-            row, target = (i[link], j[link]) if claimed[i[link]] else (j[link], i[link])
-            if primary[row] == row:
-                primary[row] = target
-            else:
-                has_several[row] = True
-    count[0] = 0
-    for link in range(len(i)):
-        row = i[link] if claimed[i[link]] else j[link]
-        if has_several[row] and claimed[i[link]] != claimed[j[link]]:
-            several[count[0]] = link
-            count[0] += 1
-
-
-@compiled
-def components(i: IntArray, j: IntArray, root: IntArray) -> None:
-    """The first row of the component of each row; ``root`` is the row itself at the beginning."""
+def between(
+    i: IntArray, j: IntArray, one: BoolArray, other: BoolArray
+) -> tuple[IntArray, IntArray]:
+    """List the links from rows of one kind to rows of another kind, in this direction."""
+    row, target, found = np.empty_like(i), np.empty_like(j), 0
     for link in range(len(i)):
         p, q = i[link], j[link]
-        while root[p] != p:
-            root[p] = root[root[p]]
-            p = root[p]
-        while root[q] != q:
-            root[q] = root[root[q]]
-            q = root[q]
-        root[max(p, q)] = min(p, q)
-    for row in range(len(root)):
-        root[row] = root[root[row]]  # that of an earlier row is final
+        if one[q] and other[p]:
+            p, q = q, p
+        row[found], target[found] = p, q
+        found += one[p] and other[q]
+    return row[:found], target[:found]
 
 
 @compiled
-def members(
-    group: IntArray, groups: IntArray, first: IntArray, row: IntArray, count: IntArray
-) -> None:
-    """Rows of the groups with several rows: of ``groups[g]`` they are row[first[g]:first[g + 1]].
+def repeated(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Find the groups with several rows, where the rows of each begin and end, and the rows.
 
-    A row of no group has a negative number. Groups and their rows ascend; ``count[0]`` is the
-    number of groups.
+    A row of no group has a negative number. The rows of ``groups[g]`` are row[first[g]:first[g +
+    1]]; groups and their rows ascend.
     """
-    place = np.zeros(len(group), dtype=np.int64)
+    n = len(group)
+    place = np.zeros(n, dtype=np.int64)
     for one in group:
         if one >= 0:
             place[one] += 1
+    groups, first = np.empty(n // 2 + 1, dtype=np.int64), np.empty(n // 2 + 1, dtype=np.int64)
     # Branch-free: write always, advance only on a hit; an unpredictable branch is slower.
     found, total = 0, 0
-    for one in range(len(group)):
+    for one in range(n):
         size = place[one]
         is_group = size > 1
         groups[found], first[found], place[one] = one, total, total if is_group else -1
         found += is_group
         total += size if is_group else 0
     first[found] = total
-    for number in range(len(group)):
+    row = np.empty(total + 1, dtype=np.int64)  # the last place is for rows that are no members
+    for number in range(n):
         one = group[number]
         if one >= 0:
             at = place[one]
             is_member = at >= 0
-            # Where a row is in no group there is one more place than there are members.
             row[at if is_member else total] = number
             place[one] = at + is_member
-    count[0] = found
-
-
-def repeated(group: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Find groups with several rows, where the rows of each begin and end, and the rows."""
-    n, count = len(group), np.zeros(1, dtype=np.int64)
-    groups, first = np.empty((2, n // 2 + 1), dtype=np.int64)
-    row = np.empty(n, dtype=np.int64)
-    members(group, groups, first, row, count)
-    n = int(count[0])
-    return groups[:n], first[: n + 1], row[: first[n]]
+    return groups[:found], first[: found + 1], row[:total]
 
 
 @compiled
-def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
-    """Sort the rows of each group (`members`) by a key; those of equal keys stay in order."""
+def sort_members(first: IntArray, row: IntArray, key: NDArray[Any]) -> None:
+    """Sort the rows of each group (`repeated`) by a key, in place; equal keys stay in order."""
     for group in range(len(first) - 1):
         start, stop = first[group], first[group + 1]
         if stop - start > 64:
-            rows = row[start:stop]
-            rows[:] = rows[np.argsort(key[rows], kind="mergesort")]
+            keys = key[row[start:stop]]
+            if (keys[1:] < keys[:-1]).any():
+                row[start:stop] = row[start:stop][np.argsort(keys, kind="mergesort")]
             continue
         for place in range(start + 1, stop):
             one, at = row[place], place
@@ -296,45 +262,46 @@ def sort_members(first: IntArray, row: IntArray, key: IntArray) -> None:
 
 @compiled
 def choose(
-    first: IntArray,
-    row: IntArray,
-    quality: IntArray,
-    snr: FloatingArray,
-    used_first: IntArray,
-    used_row: IntArray,
-    best: IntArray,
-    bits: IntArray,
-    total_snr: FloatingArray,
-) -> None:
-    """Used rows, best row, quality and S/N of stars whose rows are row[first[s]:first[s + 1]].
+    first: IntArray, row: IntArray, quality: IntArray, snr: FloatingArray
+) -> tuple[IntArray, IntArray, IntArray, IntArray, FloatingArray]:
+    """Choose among the rows row[first[s]:first[s + 1]] of each star.
 
-    The used rows of a star are used_row[used_first[s]:used_first[s + 1]], its best row
-    row[best[s]].
+    Returns
+    -------
+    used_first, used_row : ndarray of int64
+        The used rows of a star are used_row[used_first[s]:used_first[s + 1]].
+    best, bits : ndarray of int64
+        Best row and quality of each star.
+    total_snr : ndarray of float
     """
-    used_first[0] = 0
-    for star in range(len(first) - 1):
-        start, stop = first[star], first[star + 1]
-        common, either, passed = quality[row[start]], quality[row[start]], False
-        for place in range(start, stop):
-            one = quality[row[place]]
-            common, either, passed = common & one, either | one, passed or one == 0
+    n_stars = len(first) - 1
+    used_first, used_row = np.zeros_like(first), np.empty_like(row)
+    best, bits = np.empty(n_stars, dtype=np.int64), np.empty(n_stars, dtype=np.int64)
+    total_snr = np.empty(n_stars, dtype=snr.dtype)
+    for star in range(n_stars):
+        rows = row[first[star] : first[star + 1]]
+        common, either, passed = quality[rows[0]], quality[rows[0]], False
+        for one in rows:
+            bit = quality[one]
+            common, either, passed = common & bit, either | bit, passed or bit == 0
         bits[star] = 0 if passed else (common if common != 0 else either)
         n, n_snr, squares, highest = used_first[star], 0, 0.0, -np.inf
-        best_place = start
-        for place in range(start, stop):
-            if passed and quality[row[place]] != 0:
+        chosen = rows[0]
+        for one in rows:
+            if passed and quality[one] != 0:
                 continue
-            value = np.float64(snr[row[place]])
+            value = np.float64(snr[one])
             is_better = n == used_first[star] or value > highest
-            best_place = place if is_better else best_place
+            chosen = one if is_better else chosen
             highest = value if value > highest else highest
-            used_row[n] = row[place]
+            used_row[n] = one
             n += 1
             if not np.isnan(value):
                 n_snr += 1
                 squares += value * value
-        used_first[star + 1], best[star] = n, best_place
+        used_first[star + 1], best[star] = n, chosen
         total_snr[star] = np.sqrt(squares) if n_snr else np.nan
+    return used_first, used_row[: used_first[n_stars]], best, bits, total_snr
 
 
 @compiled
@@ -343,28 +310,36 @@ def combine_label(
     row: IntArray,
     values: FloatingArray,
     errors: FloatingArray,
-    expected_error: float,
-    max_spread: float,
-    median_error: float,
-    value_out: FloatingArray,
-    error_out: FloatingArray,
-    spread_out: FloatingArray,
-    is_wide: BoolArray,
-) -> None:
-    """Value, error and spread of stars over their rows row[first[s]:first[s + 1]].
+    limits: tuple[float, float, float],
+) -> tuple[FloatingArray, FloatingArray, NDArray[np.float32], BoolArray]:
+    """Combine a label over the rows row[first[s]:first[s + 1]] of each star; NaN: none.
 
-    ``median_error``: that of the median over that of the mean; 0: a mean weighted by 1 / error**2.
+    Parameters
+    ----------
+    first, row : ndarray of int64
+    values, errors : ndarray of float, by row, of one type
+    limits : tuple of float
+        Error of one row where none is stated (NaN: unknown); the largest spread in units of the
+        error; error of the median over that of the mean (0: a mean weighted by 1 / error**2).
+
+    Returns
+    -------
+    value, error, spread, is_wide : ndarray by star
     """
-    for star in range(len(first) - 1):
-        start, stop = first[star], first[star + 1]
+    expected_error, max_spread, median_error = limits
+    n_stars = len(first) - 1
+    value_out, error_out = np.empty(n_stars, values.dtype), np.empty(n_stars, values.dtype)
+    spread_out, is_wide = np.empty(n_stars, np.float32), np.empty(n_stars, np.bool_)
+    for star in range(n_stars):
+        rows = row[first[star] : first[star + 1]]
         n, n_stated, total, squares, weights, weighted = 0, 0, 0.0, 0.0, 0.0, 0.0
-        for place in range(start, stop):
-            value = np.float64(values[row[place]])
+        for one in rows:
+            value = np.float64(values[one])
             if np.isnan(value):
                 continue
             n += 1
             total += value
-            error = np.float64(errors[row[place]])
+            error = np.float64(errors[one])
             if error > 0:
                 n_stated += 1
                 squares += error * error
@@ -373,8 +348,8 @@ def combine_label(
                 weighted += weight * value
         mean = total / n
         deviations = 0.0
-        for place in range(start, stop):
-            value = np.float64(values[row[place]])
+        for one in rows:
+            value = np.float64(values[one])
             if not np.isnan(value):
                 deviations += (value - mean) * (value - mean)
         spread = np.sqrt(deviations / (n - 1)) if n > 1 else np.nan
@@ -384,91 +359,12 @@ def combine_label(
         if median_error > 0:
             value_out[star] = mean
             if n > 2:
-                some = np.empty(n)
-                n = 0
-                for place in range(start, stop):
-                    value = np.float64(values[row[place]])
-                    if not np.isnan(value):
-                        some[n] = value
-                        n += 1
-                some.sort()
+                some = values[rows].astype(np.float64)
+                some.sort()  # NaN last
                 value_out[star] = (some[(n - 1) // 2] + some[n // 2]) / 2
             factor = median_error if n > 2 else 1.0
             error_out[star] = factor * rms / np.sqrt(n) if n_stated else np.nan
         else:
             value_out[star] = weighted / weights if n_stated else mean
             error_out[star] = 1.0 / np.sqrt(weights) if n_stated else np.nan
-
-
-@njit(inline="always")
-def _pull_bin(
-    difference: float, variance: float, lowest: float, bins_an_octave: float, n_bins: int
-) -> int:
-    pull = abs(difference) / np.sqrt(variance)
-    if not pull > 0:
-        return 0
-    return max(0, min(n_bins - 1, int(np.floor((np.log2(pull) - lowest) * bins_an_octave))))
-
-
-@njit(inline="always")
-def _snr_bin(one: float, other: float, edges: FloatingArray) -> int:
-    """Bin of the worse S/N; the last one where it is not known."""
-    if not (np.isfinite(one) and np.isfinite(other)):
-        return len(edges) + 1
-    worse, place = np.float64(min(one, other)), 0
-    for edge in edges:
-        place += edge <= worse
-    return place
-
-
-@compiled
-def count_pulls(
-    first: IntArray,
-    row: IntArray,
-    quality: IntArray,
-    values: tuple[FloatingArray, ...],
-    errors: tuple[FloatingArray, ...],
-    expected_error: FloatingArray,
-    snr: FloatingArray,
-    giant_logg: float,
-    snr_edges: FloatingArray,
-    lowest: float,
-    bins_an_octave: float,
-    counts: IntArray,
-) -> None:
-    """Count the pulls of teff, logg and feh between each row and the one before of its star.
-
-    The rows of a star are row[first[s]:first[s + 1]]. ``counts`` has the axes label, kind, bin of
-    S/N and bin of log2(pull). Rows with quality, or with all labels of the one before, do not
-    count; for a label, nor do those without a value and an error.
-    """
-    logg = values[1]
-    last = np.empty(3, dtype=np.int64)
-    for star in range(len(first) - 1):
-        before, last[:] = -1, -1
-        for one in row[first[star] : first[star + 1]]:
-            if quality[one] != 0:
-                continue
-            same = before >= 0
-            for label in range(3):
-                same = same and values[label][one] == values[label][before]
-            before = one
-            if same:
-                continue
-            for label in range(3):
-                value, error = np.float64(values[label][one]), np.float64(errors[label][one])
-                error = error if error > 0 else expected_error[label]
-                if not (np.isfinite(value) and np.isfinite(error)):
-                    continue
-                other = last[label]
-                last[label] = one
-                if other < 0:
-                    continue
-                both = np.float64(logg[one]) + np.float64(logg[other])
-                kind = 1 if both < 2 * giant_logg else 0
-                error_2 = np.float64(errors[label][other])
-                error_2 = error_2 if error_2 > 0 else expected_error[label]
-                difference = value - np.float64(values[label][other])
-                variance = error * error + error_2 * error_2
-                at = _pull_bin(difference, variance, lowest, bins_an_octave, counts.shape[3])
-                counts[label, kind, _snr_bin(snr[one], snr[other], snr_edges), at] += 1
+    return value_out, error_out, spread_out, is_wide

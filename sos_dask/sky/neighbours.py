@@ -7,7 +7,7 @@ from its place inside its own cell, also where only three base pixels meet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.columns import FloatArray, IntArray
+from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.errors import ConfigError
 from sos_dask.sky.healpix import (
     ARCSEC_PER_RADIAN,
@@ -24,6 +24,7 @@ from sos_dask.sky.healpix import (
     Ranges,
     cell_ranges,
     coordinates,
+    in_ranges,
     separation_arcsec,
     with_neighbours,
 )
@@ -82,65 +83,69 @@ class Sky:
         """Separations of rows in arcsec."""
         return separation_arcsec(self.ra[i], self.dec[i], self.ra[j], self.dec[j])
 
-    def preferred(self, rows: IntArray, *keys: NDArray[Any]) -> tuple[IntArray, IntArray]:
-        """The same as `preferred` of some rows."""
-        first, place = preferred((rows, self.rank[rows]), *keys)
-        return rows[first], place
+
+def starts(*keys: NDArray[Any]) -> BoolArray:
+    """Tell which rows differ from the one before in any of some keys; the first one does."""
+    new = np.zeros(len(keys[0]), dtype=np.bool_)
+    new[:1] = True
+    for values in keys:
+        new[1:] |= values[1:] != values[:-1]
+    return new
 
 
-def preferred(order: tuple[IntArray, ...], *keys: NDArray[Any]) -> tuple[IntArray, IntArray]:
-    """Of rows with equal keys the first one in an order, and which of these each row belongs to.
+def ties(*keys: NDArray[Any]) -> BoolArray:
+    """Tell which rows have the same keys as the one before or after."""
+    new = starts(*keys)
+    return np.asarray(~(new & np.append(new[1:], True)[: len(new)]))
+
+
+def first_of_runs(order: IntArray, *keys: NDArray[Any]) -> tuple[IntArray, IntArray]:
+    """Find the first row of each run of equal keys in an order, and the run of each row."""
+    new = starts(*(values[order] for values in keys))
+    number = np.empty(len(order), dtype=np.int64)
+    number[order] = np.cumsum(new) - 1
+    return order[new], number
+
+
+def order_by(keys: tuple[NDArray[Any], ...], more: Callable[[IntArray], NDArray[Any]]) -> IntArray:
+    """Sort rows by keys, the last one first, as `numpy.lexsort` does.
 
     Parameters
     ----------
-    order : tuple of ndarray of int64, shape (n,)
-        The last one counts first.
-    keys : ndarray, shape (n,)
-        The last one counts first, too.
+    keys : tuple of ndarray, shape (n,)
+    more : callable
+        Gives a further key of some rows: asked for those alone that have equal keys.
 
     Returns
     -------
-    rows : ndarray of int64, shape (m,)
-        In the order of the keys.
-    place : ndarray of int64, shape (n,)
-        Place among them by row.
+    ndarray of int64, shape (n,)
+        Row numbers; where all is equal they ascend.
     """
-    at = np.lexsort((*order, *keys))
-    new = np.zeros(len(at), dtype=np.bool_)
-    new[:1] = True
-    for key in keys:
-        values = key[at]
-        new[1:] |= values[1:] != values[:-1]
-    place = np.empty(len(at), dtype=np.int64)
-    place[at] = np.cumsum(new) - 1
-    return at[new], place
+    order = np.lexsort(keys)
+    tied = ties(*(values[order] for values in keys))
+    if tied.any():
+        some = order[tied]
+        order[tied] = some[np.lexsort((more(some), *(values[some] for values in keys)))]
+    return order
 
 
 def is_crowded(cells29: IntArray, radius_arcsec: float) -> bool:
-    """Whether more than 64 rows (sorted on the sky) share a cell a few radii wide."""
+    """Tell whether more than 64 rows (sorted on the sky) share a cell a few radii wide."""
     cells = cells29 >> 2 * (MAX_ORDER - order_for_radius(radius_arcsec))
     return bool(np.any(cells[_CROWDED:] == cells[:-_CROWDED]))
 
 
-def largest_step(reach_arcsec: FloatArray) -> FloatArray:
+def _largest_step(reach_arcsec: FloatArray | float) -> FloatArray:
     """Bound how far a reach changes a coordinate, in sides of a base pixel.
 
     Two order-29 cells (0.8 mas) more stand for the rounding of positions to cells.
     """
-    return np.asarray(_STEEPEST * reach_arcsec / ARCSEC_PER_RADIAN + 2.0**-28)
+    reach = np.asarray(reach_arcsec, dtype=np.float64)
+    return np.asarray(_STEEPEST * reach / ARCSEC_PER_RADIAN + 2.0**-28)
 
 
 def surrounding_cells(pixel: HealpixPixel, order: int, layers: int) -> list[IntArray]:
-    """List rings of cells around a pixel: ring i holds the cells that are i steps away.
-
-    Parameters
-    ----------
-    order : int
-        Order of the cells; not above the pixel's own order it is taken as the pixel's order.
-    layers : int
-        Number of rings.
-    """
-    order = max(order, pixel.order)
+    """List rings of cells of an order (the pixel's or deeper) that are 1, 2, ... steps away."""
     depth = order - pixel.order
     first = pixel.pixel << 2 * depth
     code = np.arange(1 << 2 * depth)
@@ -158,7 +163,7 @@ def surrounding_cells(pixel: HealpixPixel, order: int, layers: int) -> list[IntA
 
 
 def surroundings(pixel: HealpixPixel, radius_arcsec: float, layers: int = 1) -> list[Ranges]:
-    """Sky around a pixel in layers, each at least ``radius_arcsec`` deep, as order-29 ranges.
+    """List the sky around a pixel in layers, each at least a radius deep, as order-29 ranges.
 
     Parameters
     ----------
@@ -171,22 +176,20 @@ def surroundings(pixel: HealpixPixel, radius_arcsec: float, layers: int = 1) -> 
     Returns
     -------
     list of lists of (first, stop)
-        One a layer, sorted and disjoint; none holds a point of the pixel itself. Layer 1 also holds
-        what surrounds a pixel that is itself smaller than the radius.
+        One a layer, sorted and disjoint; none contains a point of the pixel itself. Layer 1 also
+        contains what surrounds a pixel that is itself smaller than the radius.
     """
     # Cells finer than 1/128 of the pixel would only lengthen the list of ranges.
     order = min(order_for_radius(radius_arcsec), pixel.order + 7)
-    if order >= pixel.order:
-        rings = surrounding_cells(pixel, order, layers)
-        return [cell_ranges(ring, order) for ring in rings]
-    parent = HealpixPixel(order, pixel.pixel >> 2 * (pixel.order - order))
+    above = max(pixel.order - order, 0)
+    parent = HealpixPixel(pixel.order - above, pixel.pixel >> 2 * above)
     around = [cell_ranges(ring, order) for ring in surrounding_cells(parent, order, layers)]
     siblings = [(parent.first, pixel.first), (pixel.stop, parent.stop)]
     around[0] = sorted([*around[0], *(part for part in siblings if part[0] < part[1])])
     return around
 
 
-def near_pixel(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> NDArray[np.bool_]:
+def near_pixel(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> BoolArray:
     """Tell which cells lie in a pixel or may lie within a reach of it.
 
     Parameters
@@ -201,7 +204,7 @@ def near_pixel(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> N
     ndarray of bool, shape (n,)
         Fewer than `surroundings` would say, whose cells may be much wider than the reach.
     """
-    near = (cells29 >= pixel.first) & (cells29 < pixel.stop)
+    near = in_ranges(cells29, [(pixel.first, pixel.stop)])
     order = order_for_radius(reach_arcsec)
     rows = np.flatnonzero(~near)
     around = with_neighbours(cells29[rows] >> 2 * (MAX_ORDER - order), order)
@@ -212,28 +215,19 @@ def near_pixel(pixel: HealpixPixel, cells29: IntArray, reach_arcsec: float) -> N
 
 def near_edge(
     pixel: HealpixPixel, cells29: IntArray, reach_arcsec: FloatArray | float
-) -> NDArray[np.bool_]:
-    """Tell from which positions a reach may lead out of a pixel.
+) -> BoolArray:
+    """Tell from which positions a reach (arcsec; one, or by position) may lead out of a pixel.
 
-    Parameters
-    ----------
-    pixel : HealpixPixel
-    cells29 : ndarray of int64, shape (n,)
-        Order-29 cells; those outside of the pixel count as near its edge.
-    reach_arcsec : float or ndarray of float64, shape (n,), arcsec
-
-    Returns
-    -------
-    ndarray of bool, shape (n,)
-        Also true a little farther inside, up to 1/65536 of the pixel.
+    Order-29 cells outside of the pixel count as near its edge, and some a little farther inside, up
+    to 1/65536 of the pixel.
     """
-    step = largest_step(np.asarray(reach_arcsec, dtype=np.float64)) * (1 << pixel.order)
-    near = (cells29 < pixel.first) | (cells29 >= pixel.stop)
+    step = _largest_step(reach_arcsec) * (1 << pixel.order)
+    near = ~in_ranges(cells29, [(pixel.first, pixel.stop)])
     depth = min(16, MAX_ORDER - pixel.order)
     side = 1 << depth
     for along in coordinates((cells29 - pixel.first) >> 2 * (MAX_ORDER - pixel.order - depth)):
         near |= (along <= step * side) | (along + 1 >= side - step * side)
-    return np.asarray(near)
+    return near
 
 
 def candidates(
@@ -278,35 +272,31 @@ def _runs(
     """The pairs of `candidates`: row, first of the sorted rows, and how many from there on."""
     if len(cells) == 0 or len(sorted_cells) == 0:
         return
-    reach = np.asarray(reach_arcsec, dtype=np.float64)
-    if not (np.all(reach >= 0) and np.all(reach <= 72000)):
-        raise ConfigError(f"a reach of {np.max(reach)} arcsec is outside 0..72000")
-    step = largest_step(reach)
+    if not (np.all(reach_arcsec >= 0) and np.all(reach_arcsec <= 72000)):
+        raise ConfigError(f"a reach of {np.max(reach_arcsec)} arcsec is outside 0..72000")
+    step = _largest_step(reach_arcsec)
     deepest = np.ceil(-np.log2(step)).astype(np.int64) - 1
     start = np.maximum(deepest - int(np.log2(_CELLS_PER_REACH)) + 1, 0)
-    if start.ndim == 0:
-        waiting = {int(start): [np.arange(len(cells), dtype=np.int64)]}
-    else:
-        orders = np.flatnonzero(np.bincount(start)).tolist()
-        waiting = {order: [np.flatnonzero(start == order)] for order in orders}
+    step, deepest, start = (np.broadcast_to(one, len(cells)) for one in (step, deepest, start))
+    orders = np.flatnonzero(np.bincount(start)).tolist()
+    waiting = {order: [np.flatnonzero(start == order)] for order in orders}
     while waiting:
         order = min(waiting)
         rows = np.concatenate(waiting.pop(order))
         shift = 2 * (MAX_ORDER - order)
-        fine = cells if start.ndim == 0 and len(rows) == len(cells) else cells[rows]
+        fine = cells[rows]
         own = fine >> shift
-        step_max = float(step if step.ndim == 0 else step[rows].max())
-        at, entered = _touched(fine, own, order, step_max * 2.0**order)
+        at, entered = _touched(fine, own, order, float(step[rows].max()) * 2.0**order)
         low, found = _rows_in(own, shift, sorted_cells)
         near_low, near_found = _rows_in(entered, shift, sorted_cells)
         crowded = found > _CROWDED
         crowded[at[near_found > _CROWDED]] = True
         if crowded.any():
-            crowded &= order < (deepest if deepest.ndim == 0 else deepest[rows])
+            crowded &= order < deepest[rows]
             found[crowded] = 0
             near_found[crowded[at]] = 0
-            if crowded.any():
-                waiting.setdefault(order + 1, []).append(rows[crowded])
+        if crowded.any():
+            waiting.setdefault(order + 1, []).append(rows[crowded])
         yield rows, low, found
         yield rows[at], near_low, near_found
 
@@ -398,9 +388,9 @@ def runs(first: IntArray, count: IntArray) -> IntArray:
 
 
 def pairs_within(
-    ra: FloatArray, dec: FloatArray, cells29: IntArray, radius_arcsec: float, most: int = 1 << 62
+    ra: FloatArray, dec: FloatArray, cells29: IntArray, radius_arcsec: float, most: int
 ) -> tuple[IntArray, IntArray] | None:
-    """All pairs of rows within a radius of each other, unless they are too many.
+    """Find all pairs of rows within a radius of each other, unless they are too many.
 
     The search of `candidates`, compiled and with the separations in it.
 
@@ -412,7 +402,7 @@ def pairs_within(
     radius_arcsec : float
         At most a degree.
     most : int
-        So many pairs are stored.
+        Room for so many pairs is asked of the system, and taken as it is filled.
 
     Returns
     -------
@@ -424,36 +414,27 @@ def pairs_within(
         return none, none
     from sos_dask.sky.loops import pairs_on_faces
 
-    step = float(largest_step(np.asarray(radius_arcsec)))
+    step = float(_largest_step(radius_arcsec))
     order = max(int(np.ceil(-np.log2(step))) - _SELF_ORDERS, 0)
-    table, depth = _touch_table(order, step * 2.0**order)
+    touches = _touch_table(order, step * 2.0**order)
     # By the tangent of half the angle: NumPy has vector code for tan but not for cos.
     square = np.tan(dec * (np.pi / 360.0)) ** 2
     columns = (cells29, ra, dec, (1.0 - square) / (1.0 + square))
-    crosses = np.zeros(len(cells29), dtype=np.bool_)
-    count = np.array([2 * len(cells29)])
-    room = -1
-    while room < count[0]:
-        room = int(count[0])
-        i, j = np.empty((2, room), dtype=np.int64)
-        near = np.empty(room, dtype=np.int8)
-        search = (radius_arcsec / 3600.0, order, table, depth)
-        pairs_on_faces(*columns, *search, most, i, j, near, crosses, count)
-        if count[0] > most:
-            return None
-    i, j, near = i[: count[0]], j[: count[0]], near[: count[0]]
+    found = pairs_on_faces(*columns, radius_arcsec / 3600.0, order, *touches, most)
+    if found is None:
+        return None
+    i, j, near, crosses = found
     unsure = np.flatnonzero(near == 2)
     p, q = i[unsure], j[unsure]
     near[unsure] = separation_arcsec(ra[p], dec[p], ra[q], dec[q]) <= radius_arcsec
     if not near.all():
         i, j = i[near > 0], j[near > 0]
-    parts = [(i, j)]
     rows, face = np.flatnonzero(crosses), 2 * MAX_ORDER
     for at, q in candidates(cells29[rows], radius_arcsec, cells29):
         p = rows[at]
         wanted = (p < q) & (cells29[p] >> face != cells29[q] >> face)
         p, q = p[wanted], q[wanted]
-        apart = separation_arcsec(ra[p], dec[p], ra[q], dec[q])
-        parts.append((p[apart <= radius_arcsec], q[apart <= radius_arcsec]))
-    i, j = (np.concatenate(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
+        close = separation_arcsec(ra[p], dec[p], ra[q], dec[q]) <= radius_arcsec
+        if close.any():
+            i, j = np.append(i, p[close]), np.append(j, q[close])
     return i, j

@@ -209,7 +209,7 @@ class Stage(Generic[S]):
                 if made is not None:
                     output.commit(made[0], tuple(run.files), made[1])
         # Another process may have completed it meanwhile.
-        return output.load_manifest() if output.complete else None
+        return Manifest.checked(directory) if output.complete else None
 
     def require_partition(self, cluster: Cluster, catalog: Catalog) -> None:
         """Raise `ClusterError` where the largest partition of a catalog does not fit a worker."""

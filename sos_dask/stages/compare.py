@@ -25,7 +25,7 @@ from sos_dask.evidence import trends as binned
 from sos_dask.evidence.figures import BALANCED, NONE, TEST, TOLERANCE, TRAIN, Sample, Scored
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, piece, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
 from sos_dask.stages.evidence import OnEvidence, fitted_columns, held_out_columns, of_surveys
 from sos_dask.stages.reference import in_order
 from sos_dask.stats.bootstrap import draw
@@ -260,6 +260,8 @@ class Trends(OnEvidence[TrendSettings]):
         if key != _PLANE:
             edges = [equal_count_edges(values, settings.n_count_bins) for values in x.values()]
             binnings[binned.EQUAL_COUNT] = edges
+        known = set(self.many("stars") if self.named("reference") else ())
+        trained = table["trained"].to_numpy()
         trends, contrasts, in_no_bin = [], [], {}
         for label, (binning, edges) in itertools.product(labels, binnings.items()):
             about, difference = {"label": label, "binning": binning}, f"{label}_diff"
@@ -271,7 +273,7 @@ class Trends(OnEvidence[TrendSettings]):
                     for columns in (held_out_columns, fitted_columns)
                 )
                 samples[binned.AFTER, method] = held_out
-                samples[binned.FITTED, method] = np.where(table["trained"], fitted, np.nan)
+                samples[binned.FITTED, method] = np.where(trained, fitted, np.nan)
             before: dict[str, binned.Columns] = {}
             for (sample, method), values in samples.items():
                 for subset, inside in subsets.items():
@@ -283,9 +285,9 @@ class Trends(OnEvidence[TrendSettings]):
             if binning == binned.EQUAL_WIDTH:
                 in_no_bin[label] = int(np.count_nonzero(np.isfinite(bare)) - n_binned)
             for first, second in itertools.combinations(before if key != _PLANE else (), 2):
-                name, direct = f"common-{first}-{second}", None
-                if {key, label} <= set(LABELS) and piece(output, name).is_file():
-                    both = read_piece(output, name)
+                direct = None
+                if {key, label} <= set(LABELS) and {first, second} <= known:
+                    both = read_piece(output, f"common-{first}-{second}")
                     of_both = {key: floats32(both, key)}
                     direct = binned.trend(of_both, floats32(both, difference), edges, **about)
                 found = binned.contrast(before[first], before[second], direct, settings.min_count)

@@ -37,8 +37,13 @@ from sos_dask.stages.base import (
     require_whole,
     write_piece,
 )
-from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
-from sos_dask.stars.group import GAIA_IDS, id_values
+from sos_dask.stars.group import (
+    GAIA_IDS,
+    fold_of,
+    id_values,
+    same_targets,
+    smallest_of_joined,
+)
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Rows

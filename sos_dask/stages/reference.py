@@ -46,15 +46,6 @@ MIN_COMMON = 50
 class ReferenceSettings(UnifySettings, Radii):
     """How the stars of the reference surveys are united."""
 
-    radius_arcsec: float = Field(
-        1.5,
-        gt=0,
-        lt=3600,
-        description="Stars of two surveys within it are one star, where no Gaia ids say otherwise.",
-    )
-    id_radius_arcsec: float = Field(
-        10.0, gt=0, lt=3600, description="Stars of equal Gaia id within it are one star."
-    )
     epoch: float = Field(
         2016.0,
         ge=YEARS[0],

@@ -243,7 +243,9 @@ def figures(build: Build) -> dict[str, Draw]:
     limits = build.summary("coverage").get("limits", {})
     found: dict[str, Draw] = {"sky": partial(_sky, build)}
     if _has_rows(build, build.one(CORRECTED)):
-        found["kiel"] = partial(_kiel, build)
+        found["kiel"] = lambda counts: maps.kiel_figure(
+            *(counts(build.one(CORRECTED))[when] for when in ("before", "after"))
+        )
 
     def add(key: str, table: str, draw: Callable[..., Drawn | None], *given: Any) -> None:
         if (rows := build.table(table)) is not None:
@@ -281,11 +283,6 @@ def _sky(build: Build, counts: CountsOf) -> Drawn | None:
     return maps.sky_figure(
         {text: counts(name)["sky"] for name, text in names.items() if _has_rows(build, name)}
     )
-
-
-def _kiel(build: Build, counts: CountsOf) -> Drawn | None:
-    found = counts(build.one(CORRECTED))
-    return maps.kiel_figure(found["before"], found["after"])
 
 
 def _correction(build: Build, counts: CountsOf) -> Drawn | None:

@@ -23,7 +23,7 @@ from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
 from sos_dask.stages.evidence import OfModel, held_out_columns, of_surveys, single_observations
-from sos_dask.stars.folds import fold_of, smallest_of_joined
+from sos_dask.stars.group import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import normalisation
 from sos_dask.stats.numbers import ALL, DENSE, GIANT_LOGG, SPARSE, find_sparse
 from sos_dask.storage.artifact import Output

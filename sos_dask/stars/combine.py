@@ -24,8 +24,7 @@ order of the input.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -43,9 +42,12 @@ from sos_dask.columns import (
 )
 from sos_dask.errors import PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, LABELS, QUALITY, Column, require_columns
-from sos_dask.sky.neighbours import runs
-from sos_dask.stars.group import DedupeSettings
+from sos_dask.sky.neighbours import order_by, runs
+from sos_dask.stars.group import DedupeSettings, rank_of
 from sos_dask.stats.numbers import MEDIAN_ERROR
+
+_OF_PRIMARY = (HEALPIX_COLUMN, "obs_id", "ra", "dec", "position_epoch")
+_MOTION = ("pmra", "pmdec")
 
 
 def combine(
@@ -83,30 +85,113 @@ def combine(
     """
     required = (HEALPIX_COLUMN, "obs_id", "ra", "dec", "quality")
     require_columns(table.schema, required, "the observations to be combined")
-    if len(primary) != table.num_rows or not _are_primaries(primary):
+    is_out = primary < 0
+    if len(primary) != table.num_rows or not (is_out | (primary[primary] == primary)).all():
         raise PartitionError("primaries do not belong to the rows to be combined")
+    schema = _star_schema(table.schema)
+    if not table.num_rows:
+        return schema.empty_table()
     leaders = np.flatnonzero(primary == np.arange(len(primary)))
     # Most often in the first of two chunks: nothing is copied into one.
     leading = table.slice(0, leaders[-1] + 1 if len(leaders) else 0)
     leaders = leaders[sky_order(leading, leaders, "obs_id")]
-    repeats = _Repeats.of(table, primary, leaders)
+    repeats, columns = _combined(table, primary, leaders, settings, expected_error)
     source = leaders.copy()
     source[repeats.star] = repeats.best
-    columns = repeats.columns(source, settings, expected_error)
     for name in table.schema.names:
-        if name in columns:
-            continue
-        if name in (HEALPIX_COLUMN, "obs_id", "ra", "dec", "position_epoch"):
+        if name in _OF_PRIMARY:
             columns[name] = _taken(leading.column(name), leaders)
-        else:
-            columns[name] = _taken(table.column(name), repeats.source_of(source, name))
-    n_obs, n_used = np.ones((2, len(leaders)), dtype=np.int32)
-    n_obs[repeats.star] = np.diff(repeats.first)
-    n_used[repeats.star] = np.diff(repeats.used_first)
-    columns |= {"n_obs": pa.array(n_obs), "n_used": pa.array(n_used)}
+        elif name not in columns:
+            rows = source
+            if name in _MOTION and set(_MOTION) <= set(table.schema.names):
+                rows = _having(table, _MOTION, source, repeats)
+            elif name.startswith("gaia_") and name.endswith("_source_id"):
+                rows = _having(table, (name,), source, repeats)
+            columns[name] = _taken(table.column(name), rows)
     columns["star_id"] = columns.pop("obs_id")
-    fields = _star_fields(table.schema, columns)
-    return pa.table([columns[field.name] for field in fields], schema=pa.schema(fields))
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+class _Repeats(NamedTuple):
+    """Stars with several observations: number of the star, its rows by ``obs_id``, the best row.
+
+    The rows of a star are row[first[s]:first[s + 1]].
+    """
+
+    star: IntArray
+    first: IntArray
+    row: IntArray
+    best: IntArray
+
+
+def _combined(
+    table: pa.Table,
+    primary: IntArray,
+    leaders: IntArray,
+    settings: DedupeSettings,
+    expected_error: Mapping[str, float],
+) -> tuple[_Repeats, dict[str, pa.Array]]:
+    """Stars with several observations, and the columns of all stars that are combined."""
+    from sos_dask.sky.loops import choose, repeated, sort_members
+
+    snr, quality = reals_or_nan(table, "snr"), one_array(table.column("quality")).to_numpy()
+    of_star, first, row = repeated(primary)
+    number = np.empty(len(primary), dtype=np.int64)
+    number[leaders] = np.arange(len(leaders))
+    star = number[of_star]
+    sort_members(first, row, _keys(table.column("obs_id"), row))
+    used_first, used_row, best, bits, total_snr = choose(first, row, quality, snr)
+    source = leaders.copy()
+    source[star] = best
+
+    def with_stars(of_all: NDArray[Any], of_stars: NDArray[Any]) -> NDArray[Any]:
+        of_all[star] = of_stars
+        return of_all
+
+    flag = np.zeros(len(leaders), dtype=np.bool_)
+    merged = {"snr": (snr, total_snr)}
+    columns: dict[str, pa.Array] = {}
+    median_error = MEDIAN_ERROR if settings.method == "median" else 0.0
+    for label in (*LABELS, "rv"):
+        values, errors = reals_or_nan(table, label), reals_or_nan(table, f"{label}_err")
+        limits = expected_error.get(label, np.nan), settings.max_spread, median_error
+        value, error, spread, is_wide = label_of_stars(used_first, used_row, values, errors, limits)
+        merged |= {label: (values, value), f"{label}_err": (errors, error)}
+        if label in LABELS:
+            flag[star] |= is_wide
+            no_spread = np.full(len(leaders), np.nan, dtype=np.float32)
+            columns[f"{label}_spread"] = _nullable(with_stars(no_spread, spread), pa.float32())
+    if settings.method != "best-snr":
+        for name in merged.keys() & set(table.schema.names):
+            of_stars = with_stars(merged[name][0].take(source), merged[name][1])
+            columns[name] = _nullable(of_stars, table.schema.field(name).type)
+    n_obs, n_used = np.ones((2, len(leaders)), dtype=np.int32)
+    columns |= {
+        "n_obs": pa.array(with_stars(n_obs, np.diff(first))),
+        "n_used": pa.array(with_stars(n_used, np.diff(used_first))),
+        "quality": pa.array(with_stars(quality.take(source), bits)),
+        "flag_spread": pa.array(flag),
+    }
+    return _Repeats(star, first, row, best), columns
+
+
+def _having(
+    table: pa.Table, names: tuple[str, ...], source: IntArray, repeats: _Repeats
+) -> IntArray:
+    """Row of each star that gives columns: the best row, or else the first that has them all."""
+    if not any(table.column(name).null_count for name in names):
+        return source
+    has = np.all([is_valid(table.column(name)) for name in names], axis=0)
+    lacking = np.flatnonzero(~has[repeats.best])
+    # Places of their rows, those of them that have them, and the first of each star.
+    first, stop = repeats.first[lacking], repeats.first[lacking + 1]
+    place = runs(first, stop - first)
+    having = np.append(place[has[repeats.row[place]]], len(repeats.row))
+    at = having[np.searchsorted(having, first)]
+    found = at < stop
+    rows = source.copy()
+    rows[repeats.star[lacking[found]]] = repeats.row[at[found]]
+    return rows
 
 
 def _taken(column: pa.ChunkedArray, rows: IntArray) -> pa.Array:
@@ -115,138 +200,34 @@ def _taken(column: pa.ChunkedArray, rows: IntArray) -> pa.Array:
     return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
-def _star_fields(schema: pa.Schema, columns: Mapping[str, pa.Array]) -> list[pa.Field]:
+def _star_schema(schema: pa.Schema) -> pa.Schema:
     """Fields of the stars in their order."""
-    told: tuple[tuple[str, str, str], ...] = (
-        ("star_id", "meta.id;meta.main", "Key of the star: that of its primary observation"),
-        ("n_obs", "meta.number", "Observations of the star"),
-        ("n_used", "meta.number", "Observations that were combined"),
-    )
-    key, *counts = (
-        pa.field(name, columns[name].type, False, {"ucd": ucd, "description": text})
-        for name, ucd, text in told
-    )
-    first = (HEALPIX_COLUMN, "ra", "dec")
-    place, ra, dec = (schema.field(name) for name in first)
-    others = [
-        field.with_type(columns[field.name].type)
-        for field in schema
-        if field.name not in (*first, "obs_id", "quality")
-    ]
-    spreads = []
+
+    def key(name: str, dtype: pa.DataType, ucd: str, text: str) -> pa.Field:
+        return pa.field(name, dtype, False, {"ucd": ucd, "description": text})
+
+    others, spreads = [], []
+    for field in schema:
+        coded = pa.types.is_dictionary(field.type)
+        if field.name not in (HEALPIX_COLUMN, "obs_id", "ra", "dec", "quality"):
+            others.append(field.with_type(field.type.value_type) if coded else field)
     for label in LABELS:
         metadata = dict(schema.field(label).metadata or {}) if label in schema.names else {}
         unit, text = metadata.get(b"unit", b"").decode(), f"Standard deviation of {label}"
         spreads.append(Column(f"{label}_spread", "float32", unit, "", text).arrow())
-    flag = pa.field("flag_spread", pa.bool_(), False, {"description": "Spread over the limit"})
-    quality = QUALITY.arrow(nullable=False)
-    return [place, key, *counts, ra, dec, *others, *spreads, flag, quality]
-
-
-@dataclass(frozen=True)
-class _Repeats:
-    """Rows of the stars with several observations, by star and then by ``obs_id``.
-
-    The rows of a star are row[first[s]:first[s + 1]], those used of them are
-    used_row[used_first[s]:used_first[s + 1]]; ``best_at`` is a place in ``row``.
-    """
-
-    table: pa.Table
-    star: IntArray
-    first: IntArray
-    row: IntArray
-    used_first: IntArray
-    used_row: IntArray
-    best_at: IntArray
-    quality: IntArray
-    snr: FloatingArray
-
-    @classmethod
-    def of(cls, table: pa.Table, primary: IntArray, leaders: IntArray) -> _Repeats:
-        """Those of some stars; ``leaders`` are the primaries of all."""
-        snr = reals_or_nan(table, "snr")
-        if not len(leaders):
-            none, end = np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
-            return cls(table, none, end, none, end, none, none, none, snr[:0])
-        from sos_dask.sky.loops import choose, repeated, sort_members
-
-        of_star, first, row = repeated(primary)
-        number = np.empty(len(primary), dtype=np.int64)
-        number[leaders] = np.arange(len(leaders))
-        sort_members(first, row, _keys(table.column("obs_id"), row))
-        used_first, used_row = np.empty_like(first), np.empty_like(row)
-        best_at, bits = np.empty((2, len(of_star)), dtype=np.int64)
-        total = np.empty(len(of_star), dtype=snr.dtype)
-        quality = one_array(table.column("quality")).to_numpy()
-        choose(first, row, quality, snr, used_first, used_row, best_at, bits, total)
-        star = number[of_star]
-        return cls(table, star, first, row, used_first, used_row, best_at, bits, total)
-
-    @property
-    def best(self) -> IntArray:
-        """Best row of each star."""
-        return self.row[self.best_at]
-
-    def source_of(self, source: IntArray, name: str) -> IntArray:
-        """Row of each star that gives a column: the best row, or for some the first that has it."""
-        motion = "pmra", "pmdec"
-        names: tuple[str, ...] = (name,)
-        if name in motion and set(motion) <= set(self.table.schema.names):
-            names = motion
-        elif not (name.startswith("gaia_") and name.endswith("_source_id")):
-            return source
-        rows = source.copy()
-        if not any(self.table.column(one).null_count for one in names) or not len(self.star):
-            return rows
-        has = np.ones(self.table.num_rows, dtype=np.bool_)
-        for one in names:
-            has &= is_valid(self.table.column(one))
-        lacking = np.flatnonzero(~has.take(self.best))
-        # Places in ``row`` of their members, those of them that have them, and the first of each.
-        count = self.first[lacking + 1] - self.first[lacking]
-        place = runs(self.first[lacking], count)
-        having = np.append(place[has[self.row[place]]], len(self.row))
-        at = having[np.searchsorted(having, self.first[lacking])]
-        found = at < self.first[lacking + 1]
-        rows[self.star[lacking[found]]] = self.row[at[found]]
-        return rows
-
-    def columns(
-        self, source: IntArray, settings: DedupeSettings, expected_error: Mapping[str, float]
-    ) -> dict[str, pa.Array]:
-        """Columns that are combined, by name; ``source`` is the best row of every star."""
-        flag = np.zeros(len(source), dtype=np.bool_)
-        out: dict[str, pa.Array] = {}
-        median_error = MEDIAN_ERROR if settings.method == "median" else 0.0
-        for label in (*LABELS, "rv"):
-            values = reals_or_nan(self.table, label)
-            errors = reals_or_nan(self.table, f"{label}_err")
-            limits = expected_error.get(label, np.nan), settings.max_spread, median_error
-            used = self.used_first, self.used_row
-            value, error, of_stars, is_wide = label_of_stars(*used, values, errors, *limits)
-            if label in LABELS:
-                flag[self.star] |= is_wide
-                spread = np.full(len(source), np.nan, dtype=np.float32)
-                spread[self.star] = of_stars
-                out[f"{label}_spread"] = _nullable(spread, pa.float32())
-            if settings.method != "best-snr":
-                out |= self._replaced(label, values, source, value)
-                out |= self._replaced(f"{label}_err", errors, source, error)
-        if settings.method != "best-snr":
-            out |= self._replaced("snr", reals_or_nan(self.table, "snr"), source, self.snr)
-        quality = one_array(self.table.column("quality")).to_numpy().take(source)
-        quality[self.star] = self.quality
-        return out | {"quality": pa.array(quality), "flag_spread": pa.array(flag)}
-
-    def _replaced(
-        self, name: str, values: FloatingArray, source: IntArray, combined: FloatingArray
-    ) -> dict[str, pa.Array]:
-        """A column with the values of these stars; none if the table lacks it."""
-        if name not in self.table.schema.names:
-            return {}
-        of_stars = values.take(source)
-        of_stars[self.star] = combined
-        return {name: _nullable(of_stars, self.table.schema.field(name).type)}
+    text = "Key of the star: that of its primary observation"
+    return pa.schema([
+        schema.field(HEALPIX_COLUMN),
+        key("star_id", schema.field("obs_id").type, "meta.id;meta.main", text),
+        key("n_obs", pa.int32(), "meta.number", "Observations of the star"),
+        key("n_used", pa.int32(), "meta.number", "Observations that were combined"),
+        schema.field("ra"),
+        schema.field("dec"),
+        *others,
+        *spreads,
+        pa.field("flag_spread", pa.bool_(), False, {"description": "Spread over the limit"}),
+        QUALITY.arrow(nullable=False),
+    ])  # fmt: skip
 
 
 def label_of_stars(
@@ -254,41 +235,16 @@ def label_of_stars(
     row: IntArray,
     values: FloatingArray,
     errors: FloatingArray,
-    expected_error: float,
-    max_spread: float,
-    median_error: float = 0.0,
+    limits: tuple[float, float, float],
 ) -> tuple[FloatingArray, FloatingArray, NDArray[np.float32], BoolArray]:
-    """Combine a label over the rows row[first[s]:first[s + 1]] of each star; NaN: none.
+    """Combine a label of some stars, which may be none, as `loops.combine_label` does."""
+    if len(first) == 1:  # nothing that would be worth the import of numba
+        return values[:0], errors[:0], np.empty(0, dtype=np.float32), np.empty(0, dtype=np.bool_)
+    from sos_dask.sky.loops import combine_label
 
-    Parameters
-    ----------
-    first, row : ndarray of int64
-    values, errors : ndarray of float, by row
-    expected_error : float
-        Of one row, used where none is stated; NaN: unknown.
-    max_spread : float
-    median_error : float
-        That of the median over that of the mean; 0: mean weighted by 1 / error**2.
-
-    Returns
-    -------
-    value, error, spread, is_wide : ndarray by star
-    """
     if values.dtype != errors.dtype:
         values, errors = values.astype(np.float64), errors.astype(np.float64)
-    value, error = np.empty((2, len(first) - 1), dtype=values.dtype)
-    spread, is_wide = np.empty(len(value), dtype=np.float32), np.zeros(len(value), dtype=np.bool_)
-    if len(value):
-        from sos_dask.sky.loops import combine_label
-
-        limits = expected_error, max_spread, median_error
-        combine_label(first, row, values, errors, *limits, value, error, spread, is_wide)
-    return value, error, spread, is_wide
-
-
-def _are_primaries(primary: IntArray) -> bool:
-    """Tell whether all rows that are not left out name a row that is its own primary."""
-    return not len(primary) or bool(np.all((primary.take(primary) == primary) | (primary < 0)))
+    return combine_label(first, row, values, errors, limits)
 
 
 def _nullable(values: FloatingArray, dtype: pa.DataType) -> pa.Array:
@@ -299,27 +255,13 @@ def _nullable(values: FloatingArray, dtype: pa.DataType) -> pa.Array:
 def sky_order(table: pa.Table, rows: IntArray, key: str) -> IntArray:
     """Order some rows by (``_healpix_29``, key); the keys of few are needed."""
     cells = table.column(HEALPIX_COLUMN).to_numpy()[rows]
-    order = np.argsort(cells, kind="stable")
-    tied = ties(cells[order])
-    if tied.any():
-        keys = pc.rank(table.column(key).take(pa.array(rows[order[tied]])), tiebreaker="dense")
-        order[tied] = order[tied][np.lexsort((keys.to_numpy(), cells[order[tied]]))]
-    return order
-
-
-def ties(*keys: NDArray[Any]) -> BoolArray:
-    """Tell which rows have the same keys as the one before or after."""
-    same = np.ones(max(len(keys[0]) - 1, 0), dtype=np.bool_)
-    for values in keys:
-        same &= values[1:] == values[:-1]
-    n = len(keys[0])
-    return np.asarray(np.append(same, False)[:n] | np.append(False, same)[:n])
+    return order_by((cells,), lambda some: rank_of(table.column(key).take(pa.array(rows[some]))))
 
 
 def _keys(keys: pa.ChunkedArray, rows: IntArray) -> IntArray:
     """Keys as integers in the same order; of text only those of some rows."""
     if pa.types.is_integer(keys.type):
-        return np.asarray(one_array(keys).to_numpy(), dtype=np.int64)
+        return rank_of(one_array(keys))
     out = np.zeros(len(keys), dtype=np.int64)
-    out[rows] = pc.rank(keys.take(pa.array(rows)), tiebreaker="dense").to_numpy()
+    out[rows] = rank_of(keys.take(pa.array(rows)))
     return out

@@ -22,11 +22,11 @@ from numba import njit
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.sky.healpix import ARCSEC_PER_RADIAN, unit_vectors
-from sos_dask.sky.loops import compiled
-from sos_dask.sky.neighbours import Sky
+from sos_dask.sky.loops import compiled, sort_members
+from sos_dask.sky.neighbours import Sky, first_of_runs, starts
 
 LEAF = 4
-_DEPTH = 256
+_DEPTH = 128  # nodes that wait in a search: at most one a level, and two
 # Chords of unit vectors in double precision are good to a fifth of this (2e-9 arcsec).
 _ROUNDING = 1e-14
 
@@ -34,7 +34,8 @@ _ROUNDING = 1e-14
 class Tree(NamedTuple):
     """Points with their keys, and the nodes above them.
 
-    ``boxes`` are the lowest x, y, z and the highest, ``spans`` the lowest key and the highest.
+    ``boxes`` are the lowest x, y, z and the highest, ``spans`` the lowest key and the highest,
+    ``counts`` the numbers of points.
     """
 
     points: FloatArray
@@ -43,6 +44,7 @@ class Tree(NamedTuple):
     key: IntArray
     boxes: FloatArray
     spans: IntArray
+    counts: IntArray
 
 
 class Stars(NamedTuple):
@@ -55,9 +57,10 @@ class Stars(NamedTuple):
 
 
 @compiled
-def build(points: FloatArray, key: IntArray, boxes: FloatArray, spans: IntArray) -> None:
-    """Fill boxes and spans; those of no points are empty."""
-    leaves = len(boxes) // 2
+def build(points: FloatArray, key: IntArray, leaves: int) -> tuple[FloatArray, IntArray, IntArray]:
+    """Make boxes, spans and counts; those of no points are empty."""
+    boxes, spans = np.empty((2 * leaves, 6)), np.empty((2 * leaves, 2), dtype=np.int64)
+    counts = np.zeros(2 * leaves, dtype=np.int64)
     boxes[:, :3], boxes[:, 3:] = np.inf, -np.inf
     spans[:, 0], spans[:, 1] = np.iinfo(np.int64).max, -1
     for p in range(len(points)):
@@ -66,13 +69,16 @@ def build(points: FloatArray, key: IntArray, boxes: FloatArray, spans: IntArray)
             boxes[node, axis] = min(boxes[node, axis], points[p, axis])
             boxes[node, 3 + axis] = max(boxes[node, 3 + axis], points[p, axis])
         spans[node, 0], spans[node, 1] = min(spans[node, 0], key[p]), max(spans[node, 1], key[p])
-    for node in range(leaves - 1, 0, -1):
-        one, other = 2 * node, 2 * node + 1
+        counts[node] += 1
+    for node in range(2 * leaves - 1, 1, -1):
+        above = node // 2
         for axis in range(3):
-            boxes[node, axis] = min(boxes[one, axis], boxes[other, axis])
-            boxes[node, 3 + axis] = max(boxes[one, 3 + axis], boxes[other, 3 + axis])
-        spans[node, 0] = min(spans[one, 0], spans[other, 0])
-        spans[node, 1] = max(spans[one, 1], spans[other, 1])
+            boxes[above, axis] = min(boxes[above, axis], boxes[node, axis])
+            boxes[above, 3 + axis] = max(boxes[above, 3 + axis], boxes[node, 3 + axis])
+        spans[above, 0] = min(spans[above, 0], spans[node, 0])
+        spans[above, 1] = max(spans[above, 1], spans[node, 1])
+        counts[above] += counts[node]
+    return boxes, spans, counts
 
 
 @njit(inline="always")
@@ -86,23 +92,6 @@ def _gap(tree: Tree, node: int, point: FloatArray) -> float:
 
 
 @njit(inline="always")
-def _gap_and_span(boxes: FloatArray, a: int, b: int) -> tuple[float, float]:
-    """Least and greatest squared distance of two points in two boxes."""
-    near, far = 0.0, 0.0
-    for axis in range(3):
-        right, left = boxes[a, axis] - boxes[b, 3 + axis], boxes[b, axis] - boxes[a, 3 + axis]
-        near += max(right, left, 0.0) ** 2
-        far += max(-right, -left) ** 2
-    return near, far
-
-
-@njit(inline="always")
-def _square(p: FloatArray, q: FloatArray) -> float:
-    x, y, z = p[0] - q[0], p[1] - q[1], p[2] - q[2]
-    return x * x + y * y + z * z  # type: ignore[no-any-return]
-
-
-@njit(inline="always")
 def _arcsec(one: Tree, p: int, other: Tree, q: int) -> float:
     """`healpix.separation_arcsec`, but for the last digit."""
     d_lat, d_lon = np.radians(other.dec[q] - one.dec[p]), np.radians(other.ra[q] - one.ra[p])
@@ -111,239 +100,160 @@ def _arcsec(one: Tree, p: int, other: Tree, q: int) -> float:
     return 2 * np.arcsin(np.sqrt(min(h, 1.0))) * (648000.0 / np.pi)  # type: ignore[no-any-return]
 
 
-@njit(inline="always")
-def _in_leaf(node: int, leaves: int, n_points: int) -> tuple[int, int]:
-    """First point of a leaf and where it ends."""
-    first = (node - leaves) * LEAF
-    return first, min(first + LEAF, n_points)
-
-
 @njit(inline="never")
-def _find(root: IntArray, p: int) -> int:
-    while root[p] != p:
-        root[p] = root[root[p]]
-        p = root[p]
-    return p
-
-
-@njit(inline="never")
-def _add(counts: IntArray, node: int, number: int) -> None:
-    """Add to the count of a node and of those above it."""
+def _remove(p: int, left: BoolArray, counts: IntArray) -> None:
+    left[p], node = False, len(counts) // 2 + p // LEAF
     while node:
-        counts[node] += number
+        counts[node] -= 1
         node //= 2
 
 
-@njit(inline="never")
-def _is_joined(node: int, leaves: int, joined: BoolArray, root: IntArray) -> bool:
-    """Whether all points below a node are known to be in one component."""
-    if not joined[node]:
-        if node >= leaves:
-            first = (node - leaves) * LEAF
-            joined[node] = True
-            for p in range(first + 1, min(first + LEAF, len(root))):
-                joined[node] &= _find(root, p) == _find(root, first)
-        elif joined[2 * node] and joined[2 * node + 1]:
-            p, q = _first(node, leaves), _first(2 * node + 1, leaves)
-            joined[node] = q >= len(root) or _find(root, p) == _find(root, q)
-    return joined[node]  # type: ignore[no-any-return]
+class _Room(NamedTuple):
+    """Nodes that wait in a search, the points that it finds, and their squared chords."""
+
+    todo: IntArray
+    found: IntArray
+    squares: FloatArray
 
 
 @njit(inline="never")
-def _first(node: int, leaves: int) -> int:
-    """The first point below a node."""
-    while node < leaves:
-        node *= 2
-    return (node - leaves) * LEAF
+def _room(n: int) -> _Room:
+    return _Room(np.empty(_DEPTH, np.int64), np.empty(n, np.int64), np.empty(n))
 
 
 @njit(inline="never")
-def _join(node: int, leaves: int, joined: BoolArray, root: IntArray) -> None:
-    """Put all points below a node into one component."""
-    first, low, high = _first(node, leaves), node, node
-    while low <= leaves * 2 - 1:
-        joined[low : high + 1] = True
-        low, high = 2 * low, 2 * high + 1
-    stop = min(len(root), (high // 2 - leaves + 1) * LEAF)
-    for p in range(first + 1, stop):
-        root[_find(root, p)] = _find(root, first)
-
-
-@njit(inline="never")
-def _join_leaves(
+def _search(
     tree: Tree,
-    leaves: tuple[tuple[int, int], tuple[int, int]],
-    low: float,
-    high: float,
-    root: IntArray,
-    i: IntArray,
-    j: IntArray,
-    found: int,
+    left: BoolArray,
+    counts: IntArray,
+    point: FloatArray,
+    key: int,
+    limit: float,
+    closest: bool,
+    room: _Room,
 ) -> int:
-    """Join the points of two leaves (or of one) that are near; list those to be measured."""
-    (first, stop), (other_first, other_stop) = leaves
-    for p in range(first, stop):
-        for q in range(p + 1 if first == other_first else other_first, other_stop):
-            square = _square(tree.points[p], tree.points[q])
-            if tree.key[p] != tree.key[q] or square > high or _find(root, p) == _find(root, q):
-                continue
-            if square <= low:
-                root[_find(root, q)] = _find(root, p)
-                continue
-            if found < len(i):
-                i[found], j[found] = p, q
-            found += 1
-    return found
+    """List the points left of a key within a squared chord of a point; gives their number.
 
-
-@compiled
-def components_within(
-    tree: Tree, low: float, high: float, root: IntArray, i: IntArray, j: IntArray, count: IntArray
-) -> None:
-    """Components of points with equal keys within a radius; ``root`` is the point itself at first.
-
-    ``i``, ``j``: pairs of different components whose separation must be measured; ``count[0]`` is
-    their number, also of those for which there is no room.
+    ``closest``: only the nearest one, and all that may be it but for rounding.
     """
-    spans, leaves = tree.spans, len(tree.boxes) // 2
-    joined = np.zeros(len(spans), dtype=np.bool_)
-    one, other = np.empty((2, _DEPTH), dtype=np.int64)
-    one[0], other[0], n, found = 1, 1, 1, 0
-    while n:
-        n -= 1
-        a, b = one[n], other[n]
-        if max(spans[a, 0], spans[b, 0]) > min(spans[a, 1], spans[b, 1]):
-            continue
-        near, far = _gap_and_span(tree.boxes, a, b)
-        if near > high:
-            continue
-        whole = _is_joined(a, leaves, joined, root) & _is_joined(b, leaves, joined, root)
-        p, q = _first(a, leaves), _first(b, leaves)
-        if whole and _find(root, p) == _find(root, q):
-            continue
-        if far <= low and min(spans[a, 0], spans[b, 0]) == max(spans[a, 1], spans[b, 1]):
-            _join(a, leaves, joined, root)
-            _join(b, leaves, joined, root)
-            root[_find(root, q)] = _find(root, p)
-        elif a >= leaves and b >= leaves:
-            pair = _in_leaf(a, leaves, len(root)), _in_leaf(b, leaves, len(root))
-            found = _join_leaves(tree, pair, low, high, root, i, j, found)
-        # The halves by themselves come first, so that they are known to be joined.
-        elif a == b:
-            one[n], other[n] = 2 * a, 2 * a + 1
-            one[n + 1], other[n + 1] = 2 * a + 1, 2 * a + 1
-            one[n + 2], other[n + 2] = 2 * a, 2 * a
-            n += 3
-        elif a < b:
-            one[n], one[n + 1], other[n], other[n + 1] = 2 * a, 2 * a + 1, b, b
-            n += 2
-        else:
-            one[n], one[n + 1], other[n], other[n + 1] = a, a, 2 * b, 2 * b + 1
-            n += 2
-    for p in range(len(root)):
-        root[p] = _find(root, p)
-    count[0] = found
-
-
-@compiled
-def claim_points(
-    tree: Tree,
-    order: IntArray,
-    limits: tuple[float, float, float],
-    mistaken: IntArray,
-    leads: BoolArray,
-    doubtful: IntArray,
-    is_near: BoolArray,
-    count: IntArray,
-) -> None:
-    """Points that no earlier one claims, when those take all within a radius in an order.
-
-    ``doubtful`` are pairs p * n + q whose separation should be measured, and ``is_near`` what was
-    taken to be so, the other way round for the pairs in ``mistaken`` (ascending); ``count[0]`` is
-    their number, also of those for which there is no room. ``limits``: low, high, radius in arcsec.
-    """
-    low, high, radius_arcsec = limits
-    leaves, found, n_points = len(tree.boxes) // 2, 0, len(tree.points)
-    n_leading = np.zeros(len(tree.boxes), dtype=np.int64)
-    todo = np.empty(_DEPTH, dtype=np.int64)
-    for p in order:
-        todo[0], n, claimed = 1, 1, False
-        while n and not claimed:
-            n -= 1
-            node = todo[n]
-            if n_leading[node] == 0 or _gap(tree, node, tree.points[p]) > high:
-                continue
-            if node < leaves:
-                todo[n], todo[n + 1] = 2 * node, 2 * node + 1
-                n += 2
-                continue
-            first, stop = _in_leaf(node, leaves, n_points)
-            for q in range(first, stop):
-                if not leads[q]:
-                    continue
-                square = _square(tree.points[p], tree.points[q])
-                near = square <= low
-                if not near and square <= high:
-                    pair = p * n_points + q
-                    at = np.searchsorted(mistaken, pair)
-                    near = _arcsec(tree, p, tree, q) <= radius_arcsec
-                    near ^= at < len(mistaken) and mistaken[at] == pair
-                    if found < len(doubtful):
-                        doubtful[found], is_near[found] = pair, near
-                    found += 1
-                claimed |= near
-        if not claimed:
-            leads[p] = True
-            _add(n_leading, leaves + p // LEAF, 1)
-    count[0] = found
-
-
-@njit(inline="never")
-def _nearest_free(
-    asked: Tree,
-    t: int,
-    tree: Tree,
-    hosts: Stars,
-    high: float,
-    radius_arcsec: float,
-    next_host: IntArray,
-    owner: IntArray,
-    n_free: IntArray,
-) -> tuple[float, int]:
-    """Separation and entry of the nearest host (ties: rank, row) that nobody owns; -1: none."""
-    best, entry, limit = np.inf, -1, high
-    leaves, todo = len(tree.boxes) // 2, np.empty(_DEPTH, dtype=np.int64)
-    todo[0], n = 1, 1
+    todo, found, squares = room
+    leaves, number, n = len(counts) // 2, 0, 1
+    todo[0] = 1
     while n:
         n -= 1
         node = todo[n]
-        if n_free[node] == 0 or _gap(tree, node, asked.points[t]) > limit:
+        if counts[node] == 0 or key < tree.spans[node, 0] or key > tree.spans[node, 1]:
             continue
-        if node < leaves:
-            nearer = 2 * node
-            if _gap(tree, nearer + 1, asked.points[t]) < _gap(tree, nearer, asked.points[t]):
-                nearer += 1
-            todo[n], todo[n + 1] = nearer ^ 1, nearer
-            n += 2
+        if node < leaves:  # the nearer half is looked at first
+            one, other = 2 * node, 2 * node + 1
+            near, far = _gap(tree, one, point), _gap(tree, other, point)
+            if far < near:
+                one, other, near, far = other, one, far, near
+            if far <= limit:
+                todo[n] = other
+                n += 1
+            if near <= limit:
+                todo[n] = one
+                n += 1
             continue
-        first, stop = _in_leaf(node, leaves, len(tree.points))
-        for s in range(first, stop):
-            k, end = next_host[s], hosts.first[s + 1]
-            if k == end:
-                continue
-            while k < end and owner[hosts.star[k]] >= 0:
-                k += 1
-            next_host[s] = k
-            if k == end:
-                _add(n_free, leaves + s // LEAF, -1)
-                continue
-            square = _square(asked.points[t], tree.points[s])
-            if square <= limit:
-                apart = _arcsec(tree, s, asked, t)
-                if apart <= radius_arcsec and _precedes(apart, k, best, entry, hosts):
-                    best, entry = apart, k
-                    limit = min(high, (np.sqrt(square) + 2e-14) ** 2)
-    return best, entry
+        first = (node - leaves) * LEAF
+        for q in range(first, min(first + LEAF, len(tree.points))):
+            x, y = point[0] - tree.points[q, 0], point[1] - tree.points[q, 1]
+            z = point[2] - tree.points[q, 2]
+            square = x * x + y * y + z * z
+            if left[q] and tree.key[q] == key and square <= limit:
+                found[number], squares[number] = q, square
+                number += 1
+                if closest:
+                    limit = min(limit, (np.sqrt(square) + 2 * _ROUNDING) ** 2)
+    n = 0
+    for k in range(number):  # those go from which the limit came away
+        found[n], squares[n] = found[k], squares[k]
+        n += squares[k] <= limit
+    return n
+
+
+@compiled
+def take(
+    tree: Tree,
+    order: IntArray,
+    spreads: bool,
+    limits: tuple[float, float, float],
+    mistaken: IntArray,
+) -> tuple[IntArray, IntArray, BoolArray]:
+    """Let points take, in an order, those left of their key within a radius.
+
+    Parameters
+    ----------
+    spreads : bool
+        What is taken takes others in turn: the components.
+    limits : tuple of float
+        Low, high, radius in arcsec.
+    mistaken : ndarray of int64, ascending
+        Of ``pair``, those to be taken the other way round.
+
+    Returns
+    -------
+    root : ndarray of int64
+        By point, the one with which it began.
+    pair, is_near : ndarray
+        Pairs p * n + q whose separation should be measured, and what was taken to be so.
+    """
+    low, high, radius_arcsec = limits
+    n_points, n_open = len(tree.points), 0
+    root, left = np.full(n_points, -1), np.ones(n_points, dtype=np.bool_)
+    counts, stack = tree.counts.copy(), np.empty(n_points, dtype=np.int64)
+    room = _room(n_points)
+    pair, is_near = np.empty(64, dtype=np.int64), np.empty(64, dtype=np.bool_)
+    for start in order:
+        if root[start] >= 0:
+            continue
+        root[start], stack[0], n = start, start, 1
+        _remove(start, left, counts)
+        while n:
+            n -= 1
+            p = stack[n]
+            found = _search(tree, left, counts, tree.points[p], tree.key[p], high, False, room)
+            for k in range(found):
+                q, near = room.found[k], room.squares[k] <= low
+                if not near:
+                    if n_open == len(pair):
+                        pair, is_near = np.append(pair, pair), np.append(is_near, is_near)
+                    pair[n_open] = p * n_points + q
+                    at = np.searchsorted(mistaken, pair[n_open])
+                    near = _arcsec(tree, p, tree, q) <= radius_arcsec
+                    near ^= at < len(mistaken) and mistaken[at] == pair[n_open]
+                    is_near[n_open] = near
+                    n_open += 1
+                if near:
+                    root[q] = start
+                    _remove(q, left, counts)
+                    if spreads:
+                        stack[n] = q
+                        n += 1
+    return root, pair[:n_open], is_near[:n_open]
+
+
+@compiled
+def nearest_points(asked: Tree, tree: Tree, high: float) -> tuple[IntArray, IntArray, FloatArray]:
+    """Find the nearest point of the same key for each point asked, and all that may be it.
+
+    Returns
+    -------
+    i, j, square : ndarray
+        Point asked, point of the tree, squared chord: at most ``high``.
+    """
+    left, n, room = np.ones(len(tree.points), dtype=np.bool_), 0, _room(len(tree.points))
+    i, j = np.empty(len(left), dtype=np.int64), np.empty(len(left), dtype=np.int64)
+    square = np.empty(len(left))
+    for p in range(len(asked.points)):
+        found = _search(tree, left, tree.counts, asked.points[p], asked.key[p], high, True, room)
+        for k in range(found):
+            if n == len(i):
+                i, j, square = np.append(i, i), np.append(j, j), np.append(square, square)
+            i[n], j[n], square[n] = p, room.found[k], room.squares[k]
+            n += 1
+    return i[:n], j[:n], square[:n]
 
 
 @njit(inline="always")
@@ -364,18 +274,16 @@ def _join_in_order(
     is_alone: BoolArray,
     high: float,
     radius_arcsec: float,
-    host_of: IntArray,
-) -> None:
+) -> IntArray:
     """Join guests to hosts by (separation, rank and row of the two), each host guests of one code.
 
-    ``is_alone``: no other guest has its code; a guest that is not has a place for itself. ``code``
-    and ``host_of`` (at first -1) are by number of the guest.
+    ``is_alone``: no other guest has its code; a guest that is not has a place for itself. Gives the
+    host of each guest, -1 for none.
     """
-    n_free = np.zeros(len(tree.boxes), dtype=np.int64)
-    for s in range(len(tree.points)):
-        _add(n_free, len(n_free) // 2 + s // LEAF, 1)
-    where = np.repeat(np.arange(len(tree.points)), np.diff(hosts.first))
-    owner = np.full(hosts.star.max() + 1, -1)
+    n_places = len(tree.points)
+    left, counts, n_free = np.ones(n_places, np.bool_), tree.counts.copy(), np.diff(hosts.first)
+    room, where = _room(n_places), np.repeat(np.arange(n_places), n_free)
+    host_of, owner = np.full(len(code), -1), np.full(hosts.star.max() + 1, -1)
     next_host, next_guest = hosts.first[:-1].copy(), guests.first[:-1].copy()
     taken = np.full(code.max() + 1, -1)  # the last entry of hosts taken by guests of a code
     before = np.empty_like(where)
@@ -393,8 +301,11 @@ def _join_in_order(
             g, h, c = guests.star[at], hosts.star[entry], code[guests.star[at]]
             if guests.row[at] == row and host_of[g] < 0 and (owner[h] < 0 or owner[h] == c):
                 host_of[g] = h
-                if owner[h] < 0 and not is_alone[g]:
-                    for k in entries[starts[h] : starts[h + 1]]:
+                for k in entries[starts[h] : starts[h + 1]] if owner[h] < 0 else entries[:0]:
+                    n_free[where[k]] -= 1
+                    if n_free[where[k]] == 0:
+                        _remove(where[k], left, counts)
+                    if not is_alone[g]:
                         before[k], taken[c] = taken[c], k
                 owner[h] = c
         while next_guest[t] < guests.first[t + 1] and host_of[guests.star[next_guest[t]]] >= 0:
@@ -402,9 +313,14 @@ def _join_in_order(
         at = next_guest[t]
         if at == guests.first[t + 1]:
             continue
-        best, entry = _nearest_free(
-            asked, t, tree, hosts, high, radius_arcsec, next_host, owner, n_free
-        )
+        best, entry = np.inf, -1
+        n_found = _search(tree, left, counts, asked.points[t], 0, high, True, room)
+        for s in room.found[:n_found]:
+            while owner[hosts.star[next_host[s]]] >= 0:
+                next_host[s] += 1
+            apart = _arcsec(tree, s, asked, t)
+            if apart <= radius_arcsec and _precedes(apart, next_host[s], best, entry, hosts):
+                best, entry = apart, next_host[s]
         k = -1 if is_alone[guests.star[at]] else taken[code[guests.star[at]]]
         while k >= 0:
             apart = _arcsec(tree, where[k], asked, t)
@@ -415,6 +331,7 @@ def _join_in_order(
             ranks = hosts.rank[entry], guests.rank[at]
             rows = hosts.row[entry], guests.row[at]
             heappush(queue, (best, ranks[0], ranks[1], rows[0], rows[1], t, entry))
+    return host_of
 
 
 @dataclass(frozen=True)
@@ -434,100 +351,78 @@ class Places:
     def of(cls, sky: Sky, rows: IntArray, key: IntArray | None = None) -> Places:
         """Places of some rows, ``key`` by row given (not negative)."""
         key = np.zeros(len(rows), dtype=np.int64) if key is None else key
-        row, place = sky.preferred(rows, sky.dec[rows], sky.ra[rows], sky.cells[rows], key)
-        of_place = np.empty(len(row), dtype=np.int64)
-        of_place[place] = key
-        return cls(sky, rows, row, place, of_place)
+        cells, ra, dec = sky.cells[rows], sky.ra[rows], sky.dec[rows]
+        order = np.lexsort((rows, cells, key))  # nearly sorted; then inside of each cell
+        cell = np.flatnonzero(np.append(starts(key[order], cells[order]), True))
+        for values in (dec, ra):
+            sort_members(cell, order, values)
+        first, place = first_of_runs(order, ra, dec, cells, key)
+        rank = sky.rank[rows]
+        best = rank[first]
+        np.minimum.at(best, place, rank)
+        at = order[(rank == best[place])[order]][::-1]
+        first[place[at]] = at  # the first of equal ranks is written last
+        return cls(sky, rows, rows[first], place, key[first])
+
+    def at(self, chosen: IntArray) -> Places:
+        """Some of the places, each with its preferred row alone."""
+        row = self.row[chosen]
+        return Places(self.sky, row, row, np.arange(len(row)), self.key[chosen])
 
     @cached_property
     def tree(self) -> Tree:
         """Tree of the places."""
         ra, dec = self.sky.ra[self.row], self.sky.dec[self.row]
         points = np.ascontiguousarray(unit_vectors(ra, dec))
-        n_leaves = 1 << max(int(np.ceil(np.log2(max(len(ra), 1) / LEAF))), 0)
-        boxes, spans = np.empty((2 * n_leaves, 6)), np.empty((2 * n_leaves, 2), dtype=np.int64)
-        build(points, self.key, boxes, spans)
-        return Tree(points, ra, dec, self.key, boxes, spans)
+        n_leaves = 1 << (max(len(ra) - 1, 0) // LEAF).bit_length()
+        return Tree(points, ra, dec, self.key, *build(points, self.key, n_leaves))
 
     def stars(self, star: IntArray) -> Stars:
         """Stars (numbered from 0, by row) at each place, each with its preferred row there."""
-        sky = self.sky
-        row, of = sky.preferred(self.rows, star, self.place)
-        at, number = np.empty((2, len(row)), dtype=np.int64)
-        at[of], number[of] = self.place, star
-        order = np.lexsort((row, sky.rank[row], at))
-        first = np.searchsorted(at[order], np.arange(len(self.row) + 1))
-        return Stars(first, number[order], sky.rank[row[order]], row[order])
+        rank = self.sky.rank[self.rows]
+        order = np.lexsort((self.rows, rank, star, self.place))
+        best = order[starts(star[order], self.place[order])]
+        best = best[np.lexsort((self.rows[best], rank[best], self.place[best]))]
+        first = np.searchsorted(self.place[best], np.arange(len(self.row) + 1))
+        return Stars(first, star[best], rank[best], self.rows[best])
+
+    def _root(self, order: IntArray, spreads: bool, radius_arcsec: float) -> IntArray:
+        """Place with which each place was taken, in an order of them."""
+        limits, mistaken, n = (*_chords(radius_arcsec), radius_arcsec), self.row[:0], len(self.row)
+        while True:
+            root, pair, is_near = take(self.tree, order, spreads, limits, mistaken)
+            i, j = (self.row[at] for at in np.divmod(pair, max(n, 1)))
+            wrong = is_near != (self.sky.separation(i, j) <= radius_arcsec)
+            if not wrong.any():
+                return root
+            mistaken = np.union1d(mistaken, pair[wrong])
 
     def links(self, radius_arcsec: float) -> tuple[IntArray, IntArray]:
-        """Find links that join rows as do all pairs within a radius that have equal keys.
-
-        They are rows i < j, fewer than rows, but for pairs at the very radius.
-        """
-        i, j = self.rows, self.row[self.place]
-        if len(self.row) > 1:
-            low, high = _chords(radius_arcsec)
-            count, room = np.array([1024]), -1
-            while room < count[0]:
-                room = int(count[0])
-                root, (p, q) = np.arange(len(self.row)), np.empty((2, room), dtype=np.int64)
-                components_within(self.tree, low, high, root, p, q, count)
-            p, q = self.row[p[: count[0]]], self.row[q[: count[0]]]
-            near = self.sky.separation(p, q) <= radius_arcsec
-            i = np.concatenate([i, self.row, p[near]])
-            j = np.concatenate([j, self.row[root], q[near]])
+        """Find fewer links than rows (i < j) that join these as all within a radius of one key."""
+        root = self._root(np.arange(len(self.row)), True, radius_arcsec)
+        i, j = self.rows, self.row[root[self.place]]
         apart = i != j
         return np.minimum(i, j)[apart], np.maximum(i, j)[apart]
 
-    def candidates(self, others: Places, radius_arcsec: float) -> tuple[IntArray, IntArray]:
+    def leading(self, radius_arcsec: float) -> Places:
+        """Find the places that none claims when all claim what is near in the order of rank."""
+        order = np.lexsort((self.row, self.sky.rank[self.row]))
+        root = self._root(order, False, radius_arcsec)
+        return self.at(np.flatnonzero(root == np.arange(len(root))))
+
+    def nearest(self, others: Places, radius_arcsec: float) -> tuple[IntArray, IntArray]:
         """Find pairs of rows of two sets of places with equal keys within a radius.
 
         They are at least the nearest of each place here, and few that rounding leaves open.
         """
-        from scipy.spatial import KDTree
-
-        none = self.row[:0]
-        if not len(self.row) or not len(others.row):
-            return none, none
-        high = np.sqrt(_chords(radius_arcsec)[1])
-        # A fourth coordinate keeps keys apart, farther than any two points.
-        asked, points = (np.column_stack([p.tree.points, 4.0 * p.key]) for p in (self, others))
-        tree = KDTree(points, balanced_tree=False, compact_nodes=False)
-        distance, place = tree.query(asked, k=2, distance_upper_bound=high)
-        i = np.flatnonzero(np.isfinite(distance[:, 0]))
-        distance, j = distance[i], place[i, 0]
-        # Where rounding leaves open which one is the nearest, all that may be.
-        is_open = distance[:, 1] <= distance[:, 0] + 2 * _ROUNDING
-        some = i[is_open]
-        balls = tree.query_ball_point(asked[some], distance[is_open, 0] + 2 * _ROUNDING)
-        i = np.append(i[~is_open], np.repeat(some, [len(ball) for ball in balls]))
-        j = np.append(j[~is_open], [at for ball in balls for at in ball]).astype(np.int64)
+        if not len(others.row):
+            return self.row[:0], self.row[:0]
+        low, high = _chords(radius_arcsec)
+        i, j, square = nearest_points(self.tree, others.tree, high)
         i, j = self.row[i], others.row[j]
-        near = self.sky.separation(i, j) <= radius_arcsec
+        near = square <= low
+        near[~near] = self.sky.separation(i[~near], j[~near]) <= radius_arcsec
         return i[near], j[near]
-
-    def leading(self, radius_arcsec: float) -> IntArray:
-        """Rows that none claims when rows in the order of rank claim all within the radius."""
-        sky, row, n = self.sky, self.row, len(self.row)
-        if not n:
-            return row
-        order = np.lexsort((row, sky.rank[row]))
-        limits = (*_chords(radius_arcsec), radius_arcsec)
-        mistaken = np.empty(0, dtype=np.int64)
-        count = np.array([n])
-        while True:
-            leads, is_near = np.zeros(n, dtype=np.bool_), np.empty(int(count[0]), dtype=np.bool_)
-            pair = np.empty(len(is_near), dtype=np.int64)
-            claim_points(self.tree, order, limits, mistaken, leads, pair, is_near, count)
-            if count[0] > len(pair):
-                continue
-            pair, is_near = pair[: count[0]], is_near[: count[0]]
-            p, q = pair // n, pair % n
-            wrong = is_near != (sky.separation(row[p], row[q]) <= radius_arcsec)
-            if not wrong.any():
-                return row[leads]
-            mistaken = np.union1d(mistaken, pair[wrong])
-            count[0] = len(pair) + n
 
 
 def join_in_order(
@@ -544,16 +439,14 @@ def join_in_order(
     Stars are numbered from 0. A host takes guests of one code; the result is the host of each guest
     star, -1 for none.
     """
-    host_of = np.full(len(code), -1)
     if not len(hosts) or not len(guests):
-        return host_of
+        return np.full(len(code), -1)
     is_alone = np.bincount(code)[code] == 1
     places = Places.of(sky, hosts)
     # A guest that shares its code has places of its own.
     asked = Places.of(sky, guests, np.where(is_alone[guest_star], 0, guest_star + 1))
     sides = places.tree, places.stars(host_star), asked.tree, asked.stars(guest_star)
-    _join_in_order(*sides, code, is_alone, _chords(radius_arcsec)[1], radius_arcsec, host_of)
-    return host_of
+    return _join_in_order(*sides, code, is_alone, _chords(radius_arcsec)[1], radius_arcsec)
 
 
 def _chords(radius_arcsec: float) -> tuple[float, float]:

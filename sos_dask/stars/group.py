@@ -23,6 +23,13 @@ decided by the place in the input, which is the order on the sky. All of it is e
 independent of the order of the rows and of how the sky is cut, as long as whole components are
 given. Links are listed where they are few; of rows that crowd at a place, where all pairs would be
 too many, a tree finds those that decide (`crowds`).
+
+Folds for cross-validation keep a star together, too: every pair of one star is in one fold. A
+reference star is known by a number of 64 bits that follows from its id and a seed alone. Pairs are
+joined when they share a reference star, or when their targets are observations of one star; what is
+joined gets the fold of its smallest number. So a fold depends on the stars alone, not on their
+order, on other stars or on how the sky is cut: what was joined in each of two parts of the sky is
+joined again over their edge (`smallest_of_joined`).
 """
 
 from __future__ import annotations
@@ -38,13 +45,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from sos_dask.columns import BoolArray, FloatArray, IntArray
+from sos_dask.columns import BoolArray, FloatArray, IntArray, KeyArray
 from sos_dask.errors import PartitionError
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky import neighbours
 from sos_dask.sky.healpix import HealpixPixel, Ranges, in_ranges
-from sos_dask.sky.neighbours import Sky
+from sos_dask.sky.neighbours import Sky, starts
 
 if TYPE_CHECKING:
     from sos_dask.stars.crowds import Places
@@ -154,13 +161,12 @@ def group(
     near = _Listed.of(sky, releases, settings) or _Crowd(sky, releases, settings)
     touched = np.zeros(len(ra), dtype=np.bool_)
     if frontier is not None and frontier.any():
-        root = _components(near.every(), len(ra))
+        root = components(len(ra), *near.every())
         touched[root[frontier]] = True
         touched = touched[root]
-    primary = np.arange(len(ra), dtype=np.int64)
-    known = np.zeros(len(ra), dtype=np.bool_)
+    primary, known = np.arange(len(ra), dtype=np.int64), np.zeros(len(ra), dtype=np.bool_)
     if releases:
-        known = _group_known(primary, rank, releases, near)
+        primary, known = _group_known(rank, releases, near)
     near.group_others(primary, known)
     return Groups(primary, touched)
 
@@ -201,10 +207,9 @@ def group_around(
     PartitionError
         A chain of rows is too long.
     """
-    layers = 2
+    layers, whole = 2, [(pixel.first, pixel.stop)]
     while layers <= _MAX_LAYERS:
         around = neighbours.surroundings(pixel, reach_arcsec, layers)
-        whole = [(pixel.first, pixel.stop)]
         table, own = read(sorted([*whole, *chain.from_iterable(around)]))
         cells = table[HEALPIX_COLUMN].to_numpy()
         # What is linked to a row that is compared in the last layer but one was read.
@@ -227,14 +232,25 @@ def id_values(column: pa.ChunkedArray) -> IntArray:
     return np.asarray(pc.fill_null(column, 0).to_numpy(), dtype=np.int64)
 
 
-def rank_of(keys: pa.ChunkedArray) -> NDArray[np.int64]:
+def rank_of(keys: pa.Array | pa.ChunkedArray) -> IntArray:
     """Number keys in their order: integers are taken themselves, of text the place when sorted."""
-    if pa.types.is_integer(keys.type):
-        return np.asarray(keys.to_numpy(), dtype=np.int64)
-    order = pc.array_sort_indices(keys.combine_chunks()).to_numpy()
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    return rank
+    ranks = keys if pa.types.is_integer(keys.type) else pc.rank(keys, tiebreaker="dense")
+    return np.asarray(ranks.to_numpy(), dtype=np.int64)
+
+
+def components(n: int, i: IntArray, j: IntArray) -> IntArray:
+    """Find the first of all rows that are joined with each of ``n`` rows by links from i to j.
+
+    After Shiloach & Vishkin 1982, J. Algorithms 3, 57, without the step that bounds their rounds.
+    """
+    root = np.arange(n)
+    while len(i):
+        np.minimum.at(root, np.maximum(i, j), np.minimum(i, j))
+        while not np.array_equal(higher := root[root], root):
+            root = higher
+        i, j = root[i], root[j]
+        i, j = i[i != j], j[i != j]
+    return root
 
 
 _Links = tuple[IntArray, IntArray]  # pairs of rows, i < j
@@ -245,33 +261,13 @@ def _joined(parts: Iterable[_Links]) -> _Links:
     return i, j
 
 
-def _where(links: _Links, mask: BoolArray) -> _Links:
-    return links[0][mask], links[1][mask]
-
-
-def _components(links: _Links, n: int) -> IntArray:
-    """The first row of the component of each of ``n`` rows."""
-    root = np.arange(n, dtype=np.int64)
-    if len(links[0]):
-        from sos_dask.sky.loops import components
-
-        components(*links, root)
-    return root
-
-
-def _between(links: _Links, one: BoolArray, other: BoolArray) -> _Links:
-    """Rows of links from the rows of one kind to those of another kind."""
-    i, j = links
-    forward, backward = one[i] & other[j], one[j] & other[i]
-    return np.append(i[forward], j[backward]), np.append(j[forward], i[backward])
-
-
 @dataclass(frozen=True)
 class _Listed:
     """Links that are few: within the radius, and all."""
 
     sky: Sky
     releases: list[IntArray]
+    settings: Radii
     links: _Links
     all_links: _Links
 
@@ -284,11 +280,11 @@ class _Listed:
             return None
         links = [pairs]
         for release in releases:
-            far = _far_links(sky, release, links[0], settings, most)
+            far = _far_links(sky, release, pairs, settings, most)
             if far is None:
                 return None
             links.append(far)
-        return cls(sky, releases, links[0], _joined(links) if releases else pairs)
+        return cls(sky, releases, settings, pairs, _joined(links) if releases else pairs)
 
     def every(self) -> _Links:
         """Links with the components of all."""
@@ -300,25 +296,27 @@ class _Listed:
         same = (tier[i] == tier[j]) & (name[i] == name[j]) & (tier[i] < len(self.releases))
         return i[same], j[same]
 
-    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
-        """Join groups known by a release to stars known by a newer one (rule 2), in place."""
-        newer, older = _between(self.all_links, tier < number, tier == number)
-        if len(newer):
-            ids = self.releases[number]
-            holders = np.flatnonzero((tier < number) & (ids > 0))
-            separation = self.sky.separation(newer, older)
-            _join_older(star, self.sky.rank, ids, newer, older, separation, holders)
+    def linked(self, newer: BoolArray, older: BoolArray) -> tuple[IntArray, IntArray]:
+        """Rows of two kinds that may be linked with one of the other kind."""
+        hosts, guests = _between(self.all_links, newer, older)
+        return np.unique(hosts), np.unique(guests)
 
     def group_others(self, primary: IntArray, known: BoolArray) -> None:
         """Group the rows without ids (rules 3 and 4), in place."""
-        links = self.links
+        links, sky = self.links, self.sky
         if self.releases:
-            row, target = _nearest(*_between(links, ~known, known), self.sky)
+            row, target = _nearest(*_between(links, ~known, known), sky)
             primary[row] = primary[target]
-            done = known.copy()
-            done[row] = True
-            links = _where(links, ~done[links[0]] & ~done[links[1]])
-        _group_by_rank(primary, links, self.sky)
+            left = ~known
+            left[row] = False
+            some = left[links[0]] & left[links[1]]
+            links = links[0][some], links[1][some]
+        if len(links[0]):
+            from sos_dask.sky.loops import claim
+
+            claimed = claim(*links, sky.rank)
+            row, target = _nearest(*_between(links, claimed, ~claimed), sky)
+            primary[row] = target
 
 
 @dataclass(frozen=True)
@@ -329,84 +327,60 @@ class _Crowd:
     releases: list[IntArray]
     settings: Radii
 
-    def _places(self, rows: IntArray, key: IntArray | None = None) -> Places:
-        from sos_dask.stars.crowds import Places
-
-        return Places.of(self.sky, rows, key)
-
     def every(self) -> _Links:
-        places = self._places(np.arange(len(self.sky.ra)))
-        near = places.links(self.settings.radius_arcsec)
-        return _joined([near, *(self._of_ids(ids, ids > 0) for ids in self.releases)])
+        radii = self.settings.radius_arcsec, self.settings.id_radius_arcsec
+        return _crowd_links(self.sky, self.releases, *radii)
 
     def equal(self, tier: NDArray[np.int8], name: IntArray) -> _Links:
-        return _joined(self._of_ids(ids, tier == n) for n, ids in enumerate(self.releases))
+        links = []
+        for number, ids in enumerate(self.releases):
+            places = _places(self.sky, tier == number, ids)
+            links.append(places.links(self.settings.id_radius_arcsec))
+        return _joined(links)
 
-    def _of_ids(self, ids: IntArray, chosen: BoolArray) -> _Links:
-        rows = np.flatnonzero(chosen)
-        return self._places(rows, ids[rows]).links(self.settings.id_radius_arcsec)
-
-    def join_older(self, star: IntArray, tier: NDArray[np.int8], number: int) -> None:
-        sky, ids = self.sky, self.releases[number]
-        hosts, guests = np.flatnonzero(tier < number), np.flatnonzero(tier == number)
-        if not len(hosts) or not len(guests):
-            return
-        joins = np.arange(len(star), dtype=np.int64)
-        # Stars that have the id of a group: the nearest row of one, of those without the id, too.
-        names, code = np.unique(ids[guests], return_inverse=True)
-        asked = self._places(guests, code)
-        holders = hosts[ids[hosts] > 0]
-        place = np.minimum(np.searchsorted(names, ids[holders]), len(names) - 1)
-        of_guests = names[place] == ids[holders]
-        with_id, place = holders[of_guests], place[of_guests]
-        found = [asked.candidates(self._places(with_id, place), self.settings.id_radius_arcsec)]
-        # Rows without the id need a look where not all of a star have it: one a position.
-        at = star[with_id] * len(names) + place
-        held, count = np.unique(at, return_counts=True)
-        held = held[count < np.bincount(star[hosts], minlength=len(star))[held // len(names)]]
-        rows = self._places(hosts, star[hosts]).row
-        low = np.searchsorted(star[rows], held // len(names))
-        count = np.searchsorted(star[rows], held // len(names), side="right") - low
-        for some in neighbours.blocks(count):
-            row = rows[neighbours.runs(low[some], count[some])]
-            others = self._places(row, np.repeat(held[some] % len(names), count[some]))
-            found.append(asked.candidates(others, self.settings.radius_arcsec))
-        older, newer = (np.concatenate(side) for side in zip(*found, strict=True))
-        ranks = sky.rank[older], sky.rank[newer]
-        order = np.lexsort((older, newer, *ranks, sky.separation(older, newer)))[::-1]
-        joins[star[older[order]]] = star[newer[order]]  # the first is written last
-        # Stars without any such id, and groups that are left.
-        hosts = hosts[~np.isin(star[hosts], star[holders])]
-        guests = guests[joins[star[guests]] == star[guests]]
-        host_stars, host_star = np.unique(star[hosts], return_inverse=True)
-        guest_stars, guest_star = np.unique(star[guests], return_inverse=True)
-        _, code = np.unique(ids[guest_stars], return_inverse=True)
-        from sos_dask.stars.crowds import join_in_order
-
-        sides = hosts, host_star, guests, guest_star
-        host_of = join_in_order(sky, *sides, code, self.settings.radius_arcsec)
-        joined = host_of >= 0
-        joins[guest_stars[joined]] = host_stars[host_of[joined]]
-        star[:] = joins[star]
+    def linked(self, newer: BoolArray, older: BoolArray) -> tuple[IntArray, IntArray]:
+        return np.flatnonzero(newer), np.flatnonzero(older)
 
     def group_others(self, primary: IntArray, known: BoolArray) -> None:
         left, radius = ~known, self.settings.radius_arcsec
         if known.any():
-            hosts = self._places(np.flatnonzero(known))
-            row, target = self._follow(self._places(np.flatnonzero(left)), hosts)
+            hosts = _places(self.sky, known)
+            row, target = self._follow(_places(self.sky, left), hosts)
             primary[row] = primary[target]
             left[row] = False
-        places = self._places(np.flatnonzero(left))
-        row, target = self._follow(places, self._places(places.leading(radius)))
+        places = _places(self.sky, left)
+        row, target = self._follow(places, places.leading(radius))
         primary[row] = target
 
     def _follow(self, places: Places, hosts: Places) -> tuple[IntArray, IntArray]:
         """Rows and the nearest of others, where one lies within the radius."""
         target = np.full(len(self.sky.ra), -1)
-        row, nearest = _nearest(*places.candidates(hosts, self.settings.radius_arcsec), self.sky)
+        row, nearest = _nearest(*places.nearest(hosts, self.settings.radius_arcsec), self.sky)
         target[row] = nearest
         target = target[places.row[places.place]]
         return places.rows[target >= 0], target[target >= 0]
+
+
+def _places(sky: Sky, chosen: BoolArray, key: IntArray | None = None) -> Places:
+    from sos_dask.stars.crowds import Places
+
+    rows = np.flatnonzero(chosen)
+    return Places.of(sky, rows, None if key is None else key[rows])
+
+
+def _crowd_links(sky: Sky, ids: list[IntArray], radius: float, id_radius: float) -> _Links:
+    """Links with the components of all links, where those are too many."""
+    near = _places(sky, np.ones(len(sky.ra), dtype=np.bool_)).links(radius)
+    return _joined([near, *(_places(sky, one > 0, one).links(id_radius) for one in ids)])
+
+
+def _between(links: _Links, one: BoolArray, other: BoolArray) -> _Links:
+    """Rows of links from the rows of one kind to those of another kind."""
+    if not len(links[0]):
+        return links
+    from sos_dask.sky.loops import between
+
+    return between(*links, one, other)
 
 
 def _far_links(sky: Sky, ids: IntArray, near: _Links, settings: Radii, most: int) -> _Links | None:
@@ -437,89 +411,157 @@ def _far_links(sky: Sky, ids: IntArray, near: _Links, settings: Radii, most: int
 
 
 def _group_known(
-    primary: IntArray, rank: IntArray, releases: list[IntArray], near: _Listed | _Crowd
-) -> BoolArray:
-    """Group the rows with ids (rules 1 and 2); gives which they are."""
-    n = len(primary)
-    tier = np.full(n, len(releases), dtype=np.int8)
-    name = np.zeros(n, dtype=np.int64)
-    for number in range(len(releases) - 1, -1, -1):
-        has = releases[number] > 0
-        tier[has] = number
-        name[has] = releases[number][has]
-    known = tier < len(releases)
-    star = _components(near.equal(tier, name), n)
+    rank: IntArray, releases: list[IntArray], near: _Listed | _Crowd
+) -> tuple[IntArray, BoolArray]:
+    """Group the rows with ids (rules 1 and 2): primary of every row, and which have an id."""
+    tier = np.full(len(rank), len(releases), dtype=np.int8)
+    name = np.zeros_like(rank)
+    for number, ids in reversed(list(enumerate(releases))):
+        has = ids > 0
+        tier[has], name[has] = number, ids[has]
+    star = components(len(rank), *near.equal(tier, name))
     for number in range(1, len(releases)):
-        near.join_older(star, tier, number)
-    rows = np.flatnonzero(known)
-    best = np.full(n, np.iinfo(np.int64).max)
-    np.minimum.at(best, star[rows], rank[rows])
+        holders = np.flatnonzero((tier < number) & (releases[number] > 0))
+        rows = (*near.linked(tier < number, tier == number), holders)
+        _join_older(star, near.sky, releases[number], rows, near.settings)
+    best, leader = rank.copy(), np.empty_like(star)
+    np.minimum.at(best, star, rank)
     # Written backwards, so that of equal ranks the first row stays.
-    first = rows[rank[rows] == best[star[rows]]][::-1]
-    leader = np.zeros(n, dtype=np.int64)
+    first = np.flatnonzero(rank == best[star])[::-1]
     leader[star[first]] = first
-    primary[rows] = leader[star[rows]]
-    return known
+    return leader[star], tier < len(releases)
 
 
 def _join_older(
     star: IntArray,
-    rank: IntArray,
+    sky: Sky,
     ids: IntArray,
-    newer: IntArray,
-    older: IntArray,
-    separation: FloatArray,
-    holders: IntArray,
+    rows: tuple[IntArray, IntArray, IntArray],
+    settings: Radii,
 ) -> None:
     """Join groups known by an older release to stars known by a newer one (rule 2), in place.
 
-    ``holders`` are the rows of newer releases that have an id of the older one, too. Of the links
-    in order of preference, those that come first for both their star and their group are taken at
-    once: no link that goes before them can concern either.
+    ``rows`` are those of stars and of groups that may be linked, and all of stars that have an id
+    of the older release, too.
     """
-    values, code = np.unique(np.append(ids[older], ids[holders]), return_inverse=True)
-    held = star[holders] * len(values) + code[len(older) :]
-    code = code[: len(older)]
-    shares = np.isin(star[newer] * len(values) + code, held)
-    free = ~np.isin(star[newer], star[holders])
-    order = np.lexsort((older, newer, rank[older], rank[newer], separation, ~shares))
-    order = order[(shares | free)[order]]
-    host, guest, code, free = star[newer[order]], star[older[order]], code[order], free[order]
-    joins = np.arange(len(star), dtype=np.int64)
-    owner = np.full(len(star), -1, dtype=np.int64)
-    first_host, first_guest = np.empty_like(star), np.empty_like(star)
-    while len(host):
-        place = np.arange(len(host))
-        first_host[host[::-1]] = place[::-1]
-        first_guest[guest[::-1]] = place[::-1]
-        take = (first_host[host] == place) & (first_guest[guest] == place)
-        joins[guest[take]] = host[take]
-        owner[host[take & free]] = code[take & free]
-        left = (joins[guest] == guest) & (~free | (owner[host] < 0) | (owner[host] == code))
-        host, guest, code, free = host[left], guest[left], code[left], free[left]
-    star[:] = joins[star]
-
-
-def _group_by_rank(primary: IntArray, links: _Links, sky: Sky) -> None:
-    """Primaries in the order of rank and their nearest rows (rule 4), in place."""
-    if not len(links[0]):
+    hosts, guests, holders = rows
+    if not len(hosts) or not len(guests):
         return
-    from sos_dask.sky.loops import claim, join_claimed
+    from sos_dask.stars.crowds import Places, join_in_order
 
-    claimed = np.zeros(len(primary), dtype=np.bool_)
-    claim(*links, sky.rank, claimed)
-    several, count = np.empty_like(links[0]), np.zeros(1, dtype=np.int64)
-    join_claimed(*links, claimed, primary, several, count)
-    i, j = (side[several[: count[0]]] for side in links)
-    row, target = _nearest(*_between((i, j), claimed, ~claimed), sky)
-    primary[row] = target
+    joins = np.arange(len(star), dtype=np.int64)
+    # Stars that have the id of a group: the nearest row of one, of those without the id, too.
+    names, code = np.unique(ids[guests], return_inverse=True)
+    asked = Places.of(sky, guests, code)
+    place = np.minimum(np.searchsorted(names, ids[holders]), len(names) - 1)
+    same = names[place] == ids[holders]
+    with_id, place = holders[same], place[same]
+    found = [asked.nearest(Places.of(sky, with_id, place), settings.id_radius_arcsec)]
+    of_star, name = np.divmod(np.unique(star[with_id] * len(names) + place), len(names))
+    row = Places.of(sky, hosts, star[hosts]).row  # one a position
+    low, high = (np.searchsorted(star[row], of_star, side=side) for side in ("left", "right"))
+    for some in neighbours.blocks(high - low):
+        count = (high - low)[some]
+        others = Places.of(
+            sky, row[neighbours.runs(low[some], count)], np.repeat(name[some], count)
+        )
+        found.append(asked.nearest(others, settings.radius_arcsec))
+    older, newer = _joined(found)
+    ranks = sky.rank[older], sky.rank[newer]
+    order = np.lexsort((older, newer, *ranks, sky.separation(older, newer)))[::-1]
+    joins[star[older[order]]] = star[newer[order]]  # the first is written last
+    # Stars without any such id, and groups that are left.
+    hosts = hosts[~np.isin(star[hosts], star[holders])]
+    guests = guests[joins[star[guests]] == star[guests]]
+    host_stars, host_star = np.unique(star[hosts], return_inverse=True)
+    guest_stars, guest_star = np.unique(star[guests], return_inverse=True)
+    _, code = np.unique(ids[guest_stars], return_inverse=True)
+    sides = hosts, host_star, guests, guest_star
+    host_of = join_in_order(sky, *sides, code, settings.radius_arcsec)
+    joined = host_of >= 0
+    joins[guest_stars[joined]] = host_stars[host_of[joined]]
+    star[:] = joins[star]
 
 
 def _nearest(row: IntArray, target: IntArray, sky: Sky) -> tuple[IntArray, IntArray]:
     """The nearest target of each row (ties: smallest rank, then first on the sky)."""
-    choice = np.bincount(row)[row] > 1 if len(row) else np.zeros(0, dtype=np.bool_)
+    choice = np.bincount(row)[row] > 1
     some, at = row[choice], target[choice]
     order = np.lexsort((at, sky.rank[at], sky.separation(some, at), some))
     some, at = some[order], at[order]
-    first = np.append(True, some[1:] != some[:-1])[: len(some)]
+    first = starts(some)
     return np.append(row[~choice], some[first]), np.append(target[~choice], at[first])
+
+
+def same_targets(
+    ra: FloatArray,
+    dec: FloatArray,
+    cells29: IntArray,
+    ids: list[IntArray],
+    radius_arcsec: float,
+    id_radius_arcsec: float,
+) -> tuple[IntArray, IntArray]:
+    """Find links between pairs whose targets may be one star.
+
+    Parameters
+    ----------
+    ra, dec : ndarray of float64, shape (n,), deg
+        Of the targets.
+    cells29 : ndarray of int64, shape (n,)
+        Order-29 cells of the targets, ascending.
+    ids : list of ndarray of int64, shape (n,)
+        Gaia ids of each release, not positive where there is none.
+    radius_arcsec, id_radius_arcsec : float
+        Targets within the first are linked, and within the second where they share an id.
+
+    Returns
+    -------
+    i, j : ndarray of int64
+        Row numbers, i < j; where many targets crowd, enough of all links that the same are joined.
+    """
+    sky = Sky(ra, dec, cells29, np.zeros(len(ra), dtype=np.int64))
+    if neighbours.is_crowded(cells29, radius_arcsec):
+        return _crowd_links(sky, ids, radius_arcsec, id_radius_arcsec)
+    links = [(np.empty(0, dtype=np.int64),) * 2]
+    reach = max(radius_arcsec, id_radius_arcsec) if ids else radius_arcsec
+    for i, j in neighbours.candidates(cells29, reach, cells29):
+        i, j = i[i < j], j[i < j]
+        separation = sky.separation(i, j)
+        linked = separation <= radius_arcsec
+        for release in ids:
+            equal = (release[i] == release[j]) & (release[i] > 0)
+            linked |= equal & (separation <= id_radius_arcsec)
+        links.append((i[linked], j[linked]))
+    return _joined(links)
+
+
+def smallest_of_joined(
+    smallest: KeyArray, number: KeyArray, links: tuple[IntArray, IntArray]
+) -> KeyArray:
+    """Find the smallest number of all pairs that are joined with each pair, in one or more steps.
+
+    Parameters
+    ----------
+    smallest : ndarray of uint64, shape (n,)
+        The smallest number of what was joined before; at first ``number``. Pairs with the same one
+        are joined.
+    number : ndarray of uint64, shape (n,)
+        `key_numbers` of the reference stars. Pairs of the same one are joined.
+    links : tuple of two ndarrays of int64
+        Row numbers of further pairs that are joined (`same_targets`).
+
+    Returns
+    -------
+    ndarray of uint64, shape (n,)
+    """
+    known, node = np.unique(smallest, return_inverse=True)  # nodes are numbered by their numbers
+    order = np.argsort(number, kind="stable")
+    same = np.flatnonzero(number[order[1:]] == number[order[:-1]])
+    i = np.concatenate([links[0], order[same]])
+    j = np.concatenate([links[1], order[same + 1]])
+    return np.asarray(known[components(len(known), node[i], node[j])][node])
+
+
+def fold_of(smallest: KeyArray, n_folds: int) -> NDArray[np.int8]:
+    """Folds 0 to ``n_folds - 1`` of what is joined, by its smallest number."""
+    return np.asarray(smallest % np.uint64(n_folds), dtype=np.int8)

@@ -22,6 +22,7 @@ epochs of the other side, and every pair found is measured one by one at its own
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -37,9 +38,8 @@ from sos_dask.columns import BoolArray, FloatArray, IntArray, floats_or_nan
 from sos_dask.errors import ConfigError, PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, require_columns
 from sos_dask.sky import healpix, neighbours
-from sos_dask.sky.neighbours import is_crowded, preferred
-from sos_dask.stars.combine import ties
-from sos_dask.stars.group import GAIA_IDS, Radii
+from sos_dask.sky.neighbours import first_of_runs, is_crowded, order_by, starts
+from sos_dask.stars.group import GAIA_IDS, Radii, rank_of
 
 MOTION = ("pmra", "pmdec", "position_epoch")
 _KeysOf = Callable[[IntArray], pa.ChunkedArray]  # keys of rows
@@ -198,17 +198,36 @@ def match(
         right_key = partial(_taken, right.column(right_key))
     a = _Side.read(left, "the left side of the crossmatch", settings.use_gaia_id)
     b = _Side.read(right, "the right side of the crossmatch", settings.use_gaia_id)
-    radius, id_radius = settings.radius_arcsec, settings.id_radius_arcsec
-    if is_crowded(a.cells, radius) or is_crowded(b.cells, radius):
-        return _match_crowds(a, b, settings, right_key)
-    found = list(_equal_ids(a, b, id_radius))
-    n_by_id = sum(len(i) for i, _, _ in found)
-    n_conflicts = -sum(int(np.count_nonzero(apart <= radius)) for _, _, apart in found)
-    for i, j, separation in _near(a, b, radius):
-        common = _have_common_release(a, b, i, j)
-        n_conflicts += int(np.count_nonzero(common))
-        found.append((i[~common], j[~common], separation[~common]))
-    return _ordered(found, n_by_id, n_conflicts, right_key, settings.pairs == "all")
+    rank: _Rank = partial(_rank, right_key)
+    most = sys.maxsize
+    sides = [(_Classes.single(a), _Classes.single(b))] * 2
+    if is_crowded(a.cells, settings.radius_arcsec) or is_crowded(b.cells, settings.radius_arcsec):
+        most, rows = _MOST_PAIRS, np.arange(len(a.cells))
+        preference = rank(np.arange(len(b.cells)))
+        rank = preference.__getitem__
+        sides = [
+            (_Classes.alike(a, rows, ids), _Classes.alike(b, preference, ids))
+            for ids in (True, False)
+        ]
+    conflicts: list[int] = []
+    by_id, by_position = (
+        (one, other, _candidates(one, other, settings, ids, conflicts))
+        for ids, (one, other) in zip((True, False), sides, strict=True)
+    )
+    if settings.pairs == "all":
+        return _sorted(_every(*by_id, most), _every(*by_position, most), conflicts, rank)
+    n_id, row_id, apart_id = _best(*by_id, rank)
+    n_near, row_near, apart_near = _best(*by_position, rank)
+    i = np.flatnonzero(n_id + n_near)
+    has_id = n_id[i] > 0
+    return Matches(
+        i,
+        np.where(has_id, row_id[i], row_near[i]),
+        np.where(has_id, apart_id[i], apart_near[i]),
+        (n_id + n_near)[i].astype(np.int32),
+        has_id,
+        sum(conflicts),
+    )
 
 
 @dataclass(frozen=True)
@@ -263,11 +282,15 @@ class _Side:
 
 
 _Block = tuple[IntArray, IntArray, FloatArray]
+_Rank = Callable[[IntArray], IntArray]  # places of right rows among each other, by their key
 
 
 @dataclass(frozen=True)
 class _Classes:
-    """Rows of one side that are alike in all that decides, by the sky; ``row`` is one of each."""
+    """Rows of one side that are alike in all that decides, by the sky; ``row`` is one of each.
+
+    Where rows crowd, those that are alike, as at one position, are compared only once.
+    """
 
     side: _Side
     row: IntArray
@@ -275,124 +298,124 @@ class _Classes:
     size: IntArray
 
     @classmethod
-    def of_side(cls, side: _Side, preference: IntArray, ids: bool) -> _Classes:
-        """Classes of rows with the same ids, or with ids of the same releases."""
+    def single(cls, side: _Side) -> _Classes:
+        """Every row by itself."""
+        row = np.arange(len(side.cells))
+        return cls(side, row, row, np.ones_like(row))
+
+    @classmethod
+    def alike(cls, side: _Side, preference: IntArray, ids: bool) -> _Classes:
+        """Classes of rows with the same ids, or with ids of the same releases.
+
+        Whether ids conflict depends on the releases; pairs of equal ids are found by themselves.
+        """
         keys: list[NDArray[Any]]
         keys = [np.ascontiguousarray(v).view(np.int64) for v in reversed(side.position)]
         keys += [np.maximum(v, 0) if ids else v > 0 for v in side.ids.values()]
-        row, of = preferred((preference,), *keys, side.cells)
+        order = np.lexsort((preference, *keys, side.cells))
+        row, of = first_of_runs(order, *keys, side.cells)
         return cls(side.take(row), row, of, np.bincount(of, minlength=len(row)))
 
+    @cached_property
     def members(self) -> tuple[IntArray, IntArray]:
         """Rows by class, and where those of each class begin."""
         return np.argsort(self.of, kind="stable"), np.cumsum(self.size) - self.size
 
 
-def _match_crowds(a: _Side, b: _Side, settings: MatchSettings, keys_of: _KeysOf) -> Matches:
-    """Match where many rows crowd: rows that are alike, as those at one position, only once.
-
-    Whether ids conflict depends on the releases; pairs of equal ids are found by themselves.
-    """
-    key = pc.rank(keys_of(np.arange(len(b.cells))), tiebreaker="dense").to_numpy()
-    order = np.lexsort((np.arange(len(key)), key))
-    preference = np.empty(len(key), dtype=np.int64)
-    preference[order] = np.arange(len(key))
-    sides = [
-        (_Classes.of_side(a, np.arange(len(a.cells)), ids), _Classes.of_side(b, preference, ids))
-        for ids in (True, False)
-    ]
-    n_conflicts = 0
-
-    def by_id() -> Iterator[_Block]:
-        nonlocal n_conflicts
-        one, other = sides[0]
+def _candidates(
+    one: _Classes, other: _Classes, settings: MatchSettings, ids: bool, conflicts: list[int]
+) -> Iterator[_Block]:
+    """Candidates by id or by position; ``conflicts`` add up to the pairs that ids refuse."""
+    radius = settings.radius_arcsec
+    if ids:
         for p, q, separation in _equal_ids(one.side, other.side, settings.id_radius_arcsec):
             n_pairs = one.size[p] * other.size[q]
-            n_conflicts -= int(n_pairs[separation <= settings.radius_arcsec].sum())
+            conflicts.append(-int(n_pairs[separation <= radius].sum()))
             yield p, q, separation
-
-    def by_position() -> Iterator[_Block]:
-        nonlocal n_conflicts
-        one, other = sides[1]
-        for p, q, separation in _near(one.side, other.side, settings.radius_arcsec):
-            common = _have_common_release(one.side, other.side, p, q)
-            n_conflicts += int((one.size[p] * other.size[q])[common].sum())
-            yield p[~common], q[~common], separation[~common]
-
-    if settings.pairs == "all":
-        found: list[list[_Block]] = []
-        n_pairs = 0
-        for (one, other), blocks in zip(sides, (by_id(), by_position()), strict=True):
-            found.append([])
-            for block in blocks:
-                n_pairs += int((one.size[block[0]] * other.size[block[1]]).sum())
-                if n_pairs > _MOST_PAIRS:
-                    _refuse_all(n_pairs, one, other, block)
-                found[-1].append(_pairs_of(one, other, block))
-        n_by_id = sum(len(i) for i, _, _ in found[0])
-        return _ordered(found[0] + found[1], n_by_id, n_conflicts, keys_of, True)
-    best = [
-        _best(one, other, preference, blocks)
-        for (one, other), blocks in zip(sides, (by_id(), by_position()), strict=True)
-    ]
-    (n_id, row_id, apart_id), (n_near, row_near, apart_near) = best
-    left = np.flatnonzero(n_id + n_near)
-    has_id = n_id[left] > 0
-    return Matches(
-        left,
-        np.where(has_id, row_id[left], row_near[left]),
-        np.where(has_id, apart_id[left], apart_near[left]),
-        (n_id + n_near)[left].astype(np.int32),
-        has_id,
-        n_conflicts,
-    )
+        return
+    for p, q, separation in _near(one.side, other.side, radius):
+        common = _have_common_release(one.side, other.side, p, q)
+        conflicts.append(int((one.size[p] * other.size[q])[common].sum()))
+        yield p[~common], q[~common], separation[~common]
 
 
 def _best(
-    one: _Classes, other: _Classes, preference: IntArray, blocks: Iterator[_Block]
+    one: _Classes, other: _Classes, blocks: Iterator[_Block], rank: _Rank
 ) -> tuple[IntArray, IntArray, FloatArray]:
     """By left row: how many candidates there are, the best, and its separation."""
     count = np.zeros(len(one.row), dtype=np.int64)
-    best, apart = np.full(len(count), -1), np.full(len(count), np.inf)
+    best, nearest = np.full(len(count), -1), np.full(len(count), np.inf)
+
+    def preferred(p: IntArray, row: IntArray, separation: FloatArray) -> _Block:
+        """The nearest pair of each class, by the key of equally near ones."""
+        some = separation == nearest[p]
+        p, row, separation = p[some], row[some], separation[some]
+        order = order_by((p,), lambda tied: rank(row[tied]))
+        first = order[starts(p[order])]
+        return p[first], row[first], separation[first]
+
+    kept: list[_Block] = [(best[:0], best[:0], nearest[:0])]
     for p, q, separation in blocks:
         np.add.at(count, p, other.size[q])
-        nearest = apart.copy()
         np.minimum.at(nearest, p, separation)
-        some = separation == nearest[p]  # few
-        p, row = p[some], other.row[q[some]]
-        order = np.lexsort((preference[row], p))
-        order = order[np.append(True, np.diff(p[order]) != 0)[: len(order)]]
-        p, row = p[order], row[order]
-        better = nearest[p] < apart[p]
-        better |= preference[row] < preference[best[p]]
-        best[p[better]], apart = row[better], nearest
-    return count[one.of], best[one.of], apart[one.of]
+        kept.append(preferred(p, other.row[q], separation))
+    p, row, _ = preferred(*_together(kept))
+    best[p] = row
+    return count[one.of], best[one.of], nearest[one.of]
 
 
-def _pairs_of(one: _Classes, other: _Classes, block: _Block) -> _Block:
-    """The pairs of rows of pairs of classes."""
-    p, q, separation = block
-    (rows, first), (others, other_first) = one.members(), other.members()
-    n_pairs = one.size[p] * other.size[q]
-    at = neighbours.runs(np.zeros_like(n_pairs), n_pairs)
-    p, q = np.repeat(p, n_pairs), np.repeat(q, n_pairs)
-    i, j = rows[first[p] + at // other.size[q]], others[other_first[q] + at % other.size[q]]
-    return i, j, np.repeat(separation, n_pairs)
+def _every(one: _Classes, other: _Classes, blocks: Iterator[_Block], most: int) -> _Block:
+    """All pairs of rows, refused where they are more than ``most``."""
+    found: list[_Block] = [(one.row[:0], one.row[:0], np.empty(0))]
+    total = 0
+    for p, q, separation in blocks:
+        n_pairs = one.size[p] * other.size[q]
+        total += int(n_pairs.sum())
+        if total > most:
+            a, b = p[np.argmax(n_pairs)], q[np.argmax(n_pairs)]
+            ra, dec = (values[a] for values in one.side.position[:2])
+            raise ConfigError(
+                f"pairs = 'all': {total:,} pairs or more in one partition; {one.size[a]:,} target "
+                f"and {other.size[b]:,} reference rows crowd at ra {ra:.6f}, dec {dec:.6f}",
+                f"At most {most:,} are made there: use pairs = 'best', or remove these rows.",
+            )
+        at = neighbours.runs(np.zeros_like(n_pairs), n_pairs)
+        p, q = np.repeat(p, n_pairs), np.repeat(q, n_pairs)
+        (rows, first), (others, other_first) = one.members, other.members
+        i, j = rows[first[p] + at // other.size[q]], others[other_first[q] + at % other.size[q]]
+        found.append((i, j, np.repeat(separation, n_pairs)))
+    return _together(found)
 
 
-def _refuse_all(n_pairs: int, one: _Classes, other: _Classes, block: _Block) -> None:
-    at = int(np.argmax(one.size[block[0]] * other.size[block[1]]))
-    p, q = block[0][at], block[1][at]
-    raise ConfigError(
-        f"pairs = 'all': {n_pairs:,} pairs or more in one partition; {one.size[p]:,} target and "
-        f"{other.size[q]:,} reference rows crowd at ra {one.side.position[0][p]:.6f}, "
-        f"dec {one.side.position[1][p]:.6f}",
-        f"At most {_MOST_PAIRS:,} are made there: use pairs = 'best', or remove these rows.",
-    )
+def _sorted(by_id: _Block, by_position: _Block, conflicts: list[int], rank: _Rank) -> Matches:
+    """All candidates by left row, and how many each one has."""
+    left, right, separation = _together([by_id, by_position])
+    far = np.arange(len(left)) >= len(by_id[0])
+
+    def place(some: IntArray) -> IntArray:
+        """Places of candidates of rows that have several."""
+        keys = separation[some], far[some], left[some]
+        return np.argsort(order_by(keys, lambda tied: rank(right[some[tied]])))
+
+    order = order_by((left,), place)
+    left = left[order]
+    n_candidates = np.bincount(left)[left].astype(np.int32)
+    kept = left, right[order], separation[order], n_candidates, ~far[order]
+    return Matches(*kept, sum(conflicts))
+
+
+def _together(blocks: list[_Block]) -> _Block:
+    i, j, separation = (np.concatenate(side) for side in zip(*blocks, strict=True))
+    return i, j, separation
 
 
 def _taken(column: pa.ChunkedArray, rows: IntArray) -> pa.ChunkedArray:
     return column.take(pa.array(rows))
+
+
+def _rank(keys_of: _KeysOf, rows: IntArray) -> IntArray:
+    """Places of rows by their key, then as they stand."""
+    return np.argsort(np.lexsort((rows, rank_of(keys_of(rows)))))
 
 
 def _ids(table: pa.Table, name: str, where: str) -> IntArray:
@@ -506,37 +529,3 @@ def _join_ids(
         i, value = i[~crowded[value]], value[~crowded[value]]
     i, j = np.repeat(i, count[value]), order[neighbours.runs(first[value], count[value])]
     yield i, j, _separation(a, b, i, j)
-
-
-def _ordered(
-    found: list[_Block], n_by_id: int, n_conflicts: int, keys_of: _KeysOf, every: bool
-) -> Matches:
-    """Sort candidates, count those of each left row, and keep the best or all."""
-    none = np.empty(0, dtype=np.int64)
-    blocks = zip((none, none, np.empty(0)), *found, strict=True)
-    left, right, separation = (np.concatenate(side) for side in blocks)
-    by_position = np.arange(len(left)) >= n_by_id
-    order = np.argsort(left, kind="stable")
-    at = np.flatnonzero(ties(left[order]))  # of few rows there are several candidates
-    some = order[at]
-    order[at] = some[np.lexsort((right[some], separation[some], by_position[some], left[some]))]
-    some = order[at]
-    at = at[ties(left[some], by_position[some], separation[some])]
-    if len(at):  # only then do the keys matter
-        some = order[at]
-        key = pc.rank(keys_of(right[some]), tiebreaker="dense").to_numpy()
-        order[at] = some[
-            np.lexsort((right[some], key, separation[some], by_position[some], left[some]))
-        ]
-    left, right, separation = left[order], right[order], separation[order]
-    starts = np.flatnonzero(np.append(True, left[1:] != left[:-1])[: len(left)])
-    count = np.diff(np.append(starts, len(left)))
-    keep = slice(None) if every else starts
-    return Matches(
-        left[keep],
-        right[keep],
-        separation[keep],
-        (np.repeat(count, count) if every else count).astype(np.int32),
-        ~by_position[order][keep],
-        n_conflicts,
-    )

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from sos_dask.columns import FloatArray, IntArray, reals_or_nan
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
+from sos_dask.sky.neighbours import starts
 from sos_dask.stats.numbers import GIANT_LOGG
 
 SNR_EDGES = (10.0, 20.0, 30.0, 50.0, 100.0, 200.0)  # bins: below the first, ..., above the last
@@ -36,11 +37,10 @@ _HALF_NORMAL_MEDIAN = 0.6744897501960817
 # 1 / (2 f(m) m) with the density f (Kendall & Stuart, The Advanced Theory of Statistics).
 _MEDIAN_ERROR = 1.1664
 CLIP = 4.0  # normal numbers are beyond once in 16,000
-_OCTAVES, _BINS_AN_OCTAVE = 16, 12
-_N_BINS = _OCTAVES * _BINS_AN_OCTAVE  # of |pull|, from 2^-10 to 2^6, 6 % wide
-_LOWEST = -10.0
+_LOWEST, _BINS_AN_OCTAVE, _N_BINS = -10.0, 12, 192  # of |pull|, from 2^-10 to 2^6, 6 % wide
 _LIMITS = tuple(zip((None, *SNR_EDGES), (*SNR_EDGES, None), strict=True))
-_SHAPE = (len(LABELS), len(KINDS), len(SNR_EDGES) + 2, _N_BINS)
+_NO_SNR = len(SNR_EDGES) + 1
+_SHAPE = (len(LABELS), len(KINDS), _NO_SNR + 1, _N_BINS)
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,14 @@ class Factor:
 def pull_counts(
     table: pa.Table, primary: IntArray, expected_error: Mapping[str, float] | None = None
 ) -> list[int]:
-    """Histogram of the pulls of the repeats in a table.
+    """Count the pulls of the repeats in a table.
 
     Parameters
     ----------
     table : pyarrow.Table
         Observations in the order of their catalog: ``_healpix_29``, ``quality``, labels, and where
-        there are ``*_err`` and ``snr``. Only rows with quality 0 count.
+        there are ``*_err`` and ``snr``. Only rows with quality 0 count, and of measurements that
+        are listed twice only one.
     primary : ndarray of int64, shape (n,)
         Equal for observations of one star; negative: of none.
     expected_error : mapping of str to float, optional
@@ -92,32 +93,42 @@ def pull_counts(
     list of int
         Number and count of each bin that is not empty, one after the other.
     """
-    counts = np.zeros(_SHAPE, dtype=np.int64)
-    if table.num_rows:
-        from sos_dask.sky.loops import count_pulls, repeated, sort_members
+    if not table.num_rows:
+        return []
+    from sos_dask.sky.loops import repeated, sort_members
 
-        _, first, row = repeated(primary)
-        # Rows of one cell stand in the order of their keys already: the order of the catalog.
-        sort_members(first, row, table[HEALPIX_COLUMN].to_numpy())
-        names = [*LABELS, *(f"{label}_err" for label in LABELS), "snr"]
-        columns = [reals_or_nan(table, name).view() for name in names]
-        if len({values.dtype for values in columns}) > 1:
-            columns = [values.astype(np.float64) for values in columns]
-        for values in columns:
-            values.flags.writeable = False  # all of one type
-        *labels, snr = columns
-        known = expected_error or {}
-        expected = np.array([known.get(label, np.nan) for label in LABELS], dtype=np.float64)
-        given = tuple(labels[: len(LABELS)]), tuple(labels[len(LABELS) :]), expected, snr
-        bins = np.array(SNR_EDGES), _LOWEST, _BINS_AN_OCTAVE
-        count_pulls(first, row, table["quality"].to_numpy(), *given, GIANT_LOGG, *bins, counts)
+    _, first, row = repeated(primary)
+    # Rows of one cell stand in the order of their keys already: the order of the catalog.
+    sort_members(first, row, table[HEALPIX_COLUMN].to_numpy())
+    good = table["quality"].to_numpy()[row] == 0
+    star, row = np.repeat(np.arange(len(first) - 1), np.diff(first))[good], row[good]
+    values = [reals_or_nan(table, label)[row] for label in LABELS]
+    is_new = starts(star, *values)
+    logg = values[LABELS.index("logg")].astype(np.float64)
+    snr = snr_bin(reals_or_nan(table, "snr")[row]).astype(np.int8)
+    counts = np.zeros(_SHAPE, dtype=np.int64)
+    for label, single, of_label in zip(LABELS, values, counts, strict=True):
+        value = single.astype(np.float64)
+        error = reals_or_nan(table, f"{label}_err")[row].astype(np.float64)
+        error = np.where(error > 0, error, (expected_error or {}).get(label, np.nan))
+        variance = error * error
+        at = np.flatnonzero(is_new & np.isfinite(value + error))
+        same = np.flatnonzero(np.diff(star[at]) == 0)
+        i, j = at[same], at[same + 1]
+        pull = np.abs(value[i] - value[j]) / np.sqrt(variance[i] + variance[j])
+        with np.errstate(divide="ignore"):
+            place = np.floor((np.log2(pull) - _LOWEST) * _BINS_AN_OCTAVE)
+        is_giant = logg[i] + logg[j] < 2 * GIANT_LOGG
+        worse = np.where(np.maximum(snr[i], snr[j]) == _NO_SNR, _NO_SNR, np.minimum(snr[i], snr[j]))
+        bins = (is_giant * (_NO_SNR + 1) + worse) * _N_BINS + np.clip(place, 0, _N_BINS - 1)
+        of_label.ravel()[:] = np.bincount(bins.astype(np.int64), minlength=of_label.size)
     filled = np.flatnonzero(counts)
     flat: list[int] = np.stack([filled, counts.ravel()[filled]], axis=1).ravel().tolist()
     return flat
 
 
 def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
-    """Factors of a whole survey from the histograms of its parts.
+    """Find the factors of a whole survey from the pulls of its parts.
 
     Returns
     -------
@@ -130,15 +141,12 @@ def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
         place, count = np.array(part, dtype=np.int64).reshape(-1, 2).T
         counts.ravel()[place] += count
     found = []
-    for number, label in enumerate(LABELS):
-        found.append(_factor(counts[number].sum(axis=(0, 1)), label, "all"))
-        for kind, name in enumerate(KINDS):
-            of_kind = counts[number, kind]
-            some = [_factor(of_kind.sum(axis=0), label, name)]
-            some += [
-                _factor(one, label, name, *limits)
-                for one, limits in zip(of_kind, _LIMITS, strict=False)
-            ]
+    for label, of_label in zip(LABELS, counts, strict=True):
+        found.append(_factor(of_label.sum(axis=(0, 1)), label, "all"))
+        for kind, of_kind in zip(KINDS, of_label, strict=True):
+            some = [_factor(of_kind.sum(axis=0), label, kind)]
+            pairs = zip(of_kind, _LIMITS, strict=False)
+            some += [_factor(one, label, kind, *limits) for one, limits in pairs]
             found += [factor for factor in some if factor.n]
     return found
 
@@ -149,7 +157,7 @@ def normalisation(
     logg: NDArray[np.floating],
     snr: NDArray[np.floating],
 ) -> FloatArray:
-    """Factor of the stated errors of some rows.
+    """Find the factor of the stated errors of some rows.
 
     Parameters
     ----------
@@ -171,19 +179,17 @@ def normalisation(
         if one["label"] == label and one["n"] >= MIN_PULLS
     }
     whole = known.get(("all", None, None), 1.0)
-    table = np.full((len(KINDS), len(SNR_EDGES) + 2), whole)
-    for kind, name in enumerate(KINDS):
-        table[kind] = known.get((name, None, None), whole)
+    table = np.empty((len(KINDS), _NO_SNR + 1))
+    for kind, of_kind in zip(KINDS, table, strict=True):
+        of_kind[:] = known.get((kind, None, None), whole)
         for place, limits in enumerate(_LIMITS):
-            table[kind, place] = known.get((name, *limits), table[kind, -1])
-    is_giant = (np.asarray(logg) < GIANT_LOGG).astype(np.int64)
-    return np.asarray(table[is_giant, snr_bin(np.asarray(snr, dtype=np.float64))])
+            of_kind[place] = known.get((kind, *limits), of_kind[_NO_SNR])
+    return np.asarray(table[(np.asarray(logg) < GIANT_LOGG).astype(np.int64), snr_bin(snr)])
 
 
-def snr_bin(snr: FloatArray) -> IntArray:
-    """Number of the bin of signal to noise; the last one is that of unknown values."""
-    place = np.searchsorted(SNR_EDGES, snr, side="right")
-    return np.where(np.isfinite(snr), place, len(SNR_EDGES) + 1)
+def snr_bin(snr: NDArray[np.floating]) -> IntArray:
+    """Number the bins of signal to noise; the last one is that of unknown values."""
+    return np.where(np.isfinite(snr), np.searchsorted(SNR_EDGES, snr, side="right"), _NO_SNR)
 
 
 def _factor(
@@ -191,8 +197,11 @@ def _factor(
 ) -> Factor:
     width, stop = 1.0, len(counts)
     while counts[:stop].any():
-        width = 2.0 ** (_LOWEST + _median_bin(counts[:stop]) / _BINS_AN_OCTAVE)
-        width /= _HALF_NORMAL_MEDIAN
+        # The median, in bins from the lower end.
+        half, below = counts[:stop].sum() / 2, np.cumsum(counts[:stop])
+        place = int(np.searchsorted(below, half))
+        median = float(place + (half - (below[place] - counts[place])) / counts[place])
+        width = 2.0 ** (_LOWEST + median / _BINS_AN_OCTAVE) / _HALF_NORMAL_MEDIAN
         limit = int((np.log2(CLIP * width) - _LOWEST) * _BINS_AN_OCTAVE) + 1
         if limit >= stop:
             break
@@ -202,10 +211,3 @@ def _factor(
         return Factor(label, kind, low, high, n, 1.0, None, None)
     relative = 1.96 * _MEDIAN_ERROR / np.sqrt(n)
     return Factor(label, kind, low, high, n, width, width * (1 - relative), width * (1 + relative))
-
-
-def _median_bin(counts: IntArray) -> float:
-    """Median of a histogram in bins from its lower end."""
-    half, below = counts.sum() / 2, np.cumsum(counts)
-    place = int(np.searchsorted(below, half))
-    return float(place + (half - (below[place] - counts[place])) / counts[place])

@@ -27,31 +27,24 @@ Sums are in double precision over members in their order, so nothing depends on 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from sos_dask.columns import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    floats_or_nan,
-    is_valid,
-)
+from sos_dask.columns import BoolArray, FloatArray, IntArray, floats_or_nan, is_valid
 from sos_dask.errors import PartitionError
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, QUALITY, require_columns
 from sos_dask.settings import Settings
-from sos_dask.stars.combine import label_of_stars, sky_order, ties
+from sos_dask.sky.neighbours import order_by, starts
+from sos_dask.stars.combine import label_of_stars, sky_order
+from sos_dask.stars.group import rank_of
 
 _MEASURED = (*LABELS, "rv")
 _OF_PRIMARY = ("ra", "dec", "position_epoch")
 _MOTION = ("pmra", "pmdec")
-_KEY_UCD = "meta.id;meta.main"
 
 
 class UnifySettings(Settings):
@@ -142,50 +135,53 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     leaders = leaders[sky_order(table, leaders, "star_id")]
     members = _Members.of(table, primary, leaders, settings.order)
     united = _unite_labels(table, members, settings)
-    columns = _columns(table, leaders, members, united)
-    schema = pa.schema([about for about, _ in columns])
-    return pa.table([values for _, values in columns], schema=schema)
+    fields, columns = zip(*_columns(table, leaders, members, united), strict=True)
+    return pa.table(list(columns), schema=pa.schema(fields))
 
 
-_Columns = list[tuple[pa.Field, pa.Array | pa.ChunkedArray]]
+class _Members(NamedTuple):
+    """Rows by star and, inside, by precedence of the survey and ``star_id``.
 
+    ``first`` is the place of each star's first member.
+    """
 
-def _columns(table: pa.Table, leaders: IntArray, members: _Members, united: _United) -> _Columns:
-    """Every column of the stars: of the primary, or of the labels, or of who has it."""
-    names = set(table.schema.names)
-    of_primary, of_chosen = pa.array(leaders), pa.array(members.row[united.chosen])
-    key = _field("star_id", pa.string(), "Survey and star_id of the primary", _KEY_UCD)
-    columns: _Columns = [
-        (table.schema.field(HEALPIX_COLUMN), table[HEALPIX_COLUMN].take(of_primary)),
-        (key, table["star_id"].take(of_primary)),
-    ]
-    for name in (name for name in CANONICAL if name in names):
-        about = table.schema.field(name)
-        if name in united.values:
-            values = united.values[name]
-            out = pa.array(values, mask=np.isnan(values)).cast(about.type, safe=False)
-        elif name in _OF_PRIMARY:
-            out = table[name].take(of_primary)
-        elif name == "snr":
-            out = table[name].take(of_chosen)
-        else:
-            both = name in _MOTION and names.issuperset(_MOTION)
-            has = np.all([is_valid(table[n]) for n in (_MOTION if both else (name,))], axis=0)
-            out = table[name].take(pa.array(members.row[members.first_in(has[members.row])]))
-        columns.append((about, out))
-    sources = table["star_id"].take(pa.array(members.row)).combine_chunks()
-    survey = _field("survey", pa.string(), "Surveys that gave the labels", nullable=True)
-    every = _field("sources", pa.string(), "Every member: survey and star_id")
-    several = _field("n_surveys", pa.int32(), "Surveys that observed the star", "meta.number")
-    flag = _field("flag_spread", pa.bool_(), "Labels scatter over the limit")
-    return [
-        *columns,
-        (survey, members.joined_surveys(united.contributes)),
-        (every, _joined(sources, members.first, ";")),
-        (several, pa.array(members.n_surveys())),
-        (flag, pa.array(united.flag)),
-        (QUALITY.arrow(nullable=False), table["quality"].take(of_chosen)),
-    ]
+    row: IntArray
+    star: IntArray
+    first: IntArray
+    survey: IntArray
+    surveys: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, table: pa.Table, primary: IntArray, leaders: IntArray, order: tuple[str, ...]
+    ) -> _Members:
+        number = np.zeros(len(primary), dtype=np.int64)
+        number[leaders] = np.arange(len(leaders))
+        star = number[primary]
+        present = sorted(pc.unique(table["survey"]).to_pylist())
+        surveys = (*order, *(name for name in present if name not in order))
+        survey = pc.index_in(table["survey"], pa.array(surveys, pa.string())).to_numpy()
+        survey = survey.astype(np.int64)
+        row = order_by((survey, star), lambda some: rank_of(table["star_id"].take(pa.array(some))))
+        return cls(row, star[row], np.flatnonzero(starts(star[row])), survey[row], surveys)
+
+    def any(self, mask: BoolArray) -> BoolArray:
+        """Whether any member of each star is in the mask."""
+        return np.bincount(self.star[mask], minlength=len(self.first)) > 0
+
+    def first_in(self, mask: BoolArray, otherwise: IntArray | None = None) -> IntArray:
+        """First member of each star in the mask; else another one, by default the first of all."""
+        out = (self.first if otherwise is None else otherwise).copy()
+        at = np.flatnonzero(mask)[::-1]  # written backwards, so that the first of a star stays
+        out[self.star[at]] = at
+        return out
+
+    def joined(self, texts: pa.Array, places: IntArray, separator: str) -> pa.Array:
+        """Texts of members at some places, joined by star; null where there is none."""
+        first = np.searchsorted(self.star[places], np.arange(len(self.first) + 1))
+        lists = pa.ListArray.from_arrays(pa.array(first, pa.int32()), texts)
+        is_none = pa.array(first[1:] == first[:-1])
+        return pc.if_else(is_none, None, pc.binary_join(lists, separator))
 
 
 class _United(NamedTuple):
@@ -198,43 +194,99 @@ class _United(NamedTuple):
 
 
 def _unite_labels(table: pa.Table, members: _Members, settings: UnifySettings) -> _United:
-    flagged = np.zeros(len(members.row), dtype=np.bool_)
+    row, star = members.row, members.star
+    flagged = np.zeros(len(row), dtype=np.bool_)
     if "flag_spread" in table.schema.names:
-        flagged = pc.fill_null(table["flag_spread"], False).to_numpy()[members.row]
-    passes = table["quality"].to_numpy()[members.row] == 0
-    names = [label for label in _MEASURED if label in table.schema.names]
-    measured = {label: members.measured(table, label, settings.known_offsets) for label in names}
+        flagged = pc.fill_null(table["flag_spread"], False).to_numpy()[row]
+    measured: dict[str, tuple[FloatArray, FloatArray]] = {}
+    for label in (label for label in _MEASURED if label in table.schema.names):
+        of_survey = [settings.known_offsets.get(name, {}) for name in members.surveys]
+        shift = np.array([offset.get(label, 0.0) for offset in of_survey], dtype=np.float64)
+        value = floats_or_nan(table, label)[row] - shift[members.survey]
+        measured[label] = value, floats_or_nan(table, f"{label}_err")[row]
     has_label = [~np.isnan(measured[label][0]) for label in LABELS]
-    usable = passes & np.any(has_label, axis=0)
     some, every = np.any(has_label, axis=0), np.all(has_label, axis=0)
+    usable = (table["quality"].to_numpy()[row] == 0) & some
     chosen = members.first
     for preferred in (some, usable, usable & ~flagged & every):  # the best comes last
         chosen = members.first_in(preferred, chosen)
-    gives = members.any(some)
     united = members.any(usable) & (settings.method == "weighted-mean")
-    contributes = np.zeros(len(members.row), dtype=np.bool_)
-    contributes[chosen[gives & ~united]] = True
-    flag = np.zeros(len(members.first), dtype=np.bool_)
-    results: dict[str, FloatArray] = {}
-    row = np.flatnonzero(usable)
-    first = np.searchsorted(members.segment[row], np.arange(len(flag) + 1))
+    contributes = np.zeros(len(row), dtype=np.bool_)
+    contributes[chosen[members.any(some) & ~united]] = True
+    flag = np.zeros(len(chosen), dtype=np.bool_)
+    values: dict[str, FloatArray] = {}
+    used = np.flatnonzero(usable)
+    first = np.searchsorted(star[used], np.arange(len(flag) + 1))
     for label, (value, error) in measured.items():
-        limits = settings.expected_error.get(label, np.nan), settings.max_spread
-        mean, mean_error, _, is_wide = label_of_stars(first, row, value, error, *limits)
-        at, averaged = chosen, united
+        limits = settings.expected_error.get(label, np.nan), settings.max_spread, 0.0
+        mean, mean_error, _, is_wide = label_of_stars(first, used, value, error, limits)
+        at, averaged, has = chosen, united, ~np.isnan(value)
         if label == "rv":
-            has = ~np.isnan(value)
-            at = members.first_in(has & ~has[chosen][members.segment], chosen)
+            at = members.first_in(has & ~has[chosen][star], chosen)
             averaged = united & ~np.isnan(mean)
         else:
-            weighs = (error > 0) | np.isnan(mean_error)[members.segment]
-            weighs &= usable & ~np.isnan(value)
-            contributes |= weighs & united[members.segment]
+            weighs = usable & has & ((error > 0) | np.isnan(mean_error)[star])
+            contributes |= weighs & united[star]
             flag |= is_wide
-        results[label] = np.where(averaged, mean, value[at])
-        results[f"{label}_err"] = np.where(averaged, mean_error, error[at])
+        values[label] = np.where(averaged, mean, value[at])
+        values[f"{label}_err"] = np.where(averaged, mean_error, error[at])
     flag |= members.any(flagged & contributes)
-    return _United(results, chosen, contributes, flag)
+    return _United(values, chosen, contributes, flag)
+
+
+def _columns(
+    table: pa.Table, leaders: IntArray, members: _Members, united: _United
+) -> list[tuple[pa.Field, pa.Array | pa.ChunkedArray]]:
+    """Every column of the stars: of the primary, or of the labels, or of who has it."""
+
+    def told(name: str, dtype: pa.DataType, text: str, null: bool = False, **more: str) -> pa.Field:
+        return pa.field(name, dtype, null, {"description": text, **more})
+
+    names = set(table.schema.names)
+    of_primary, of_chosen = pa.array(leaders), pa.array(members.row[united.chosen])
+    key = told("star_id", pa.string(), "Survey and star_id of the primary", ucd="meta.id;meta.main")
+    columns = [
+        (table.schema.field(HEALPIX_COLUMN), table[HEALPIX_COLUMN].take(of_primary)),
+        (key, table["star_id"].take(of_primary)),
+    ]
+    for name in (name for name in CANONICAL if name in names):
+        field = table.schema.field(name)
+        if name in united.values:
+            out = pa.array(united.values[name], from_pandas=True).cast(field.type, safe=False)
+        elif name in _OF_PRIMARY:
+            out = table[name].take(of_primary)
+        elif name == "snr":
+            out = table[name].take(of_chosen)
+        else:
+            both = name in _MOTION and names.issuperset(_MOTION)
+            has = np.all([is_valid(table[n]) for n in (_MOTION if both else (name,))], axis=0)
+            out = table[name].take(pa.array(members.row[members.first_in(has[members.row])]))
+        columns.append((field, out))
+    is_new = starts(members.star, members.survey)
+    n_surveys = np.bincount(members.star[is_new], minlength=len(members.first)).astype(np.int32)
+    gave = np.flatnonzero(united.contributes)
+    gave = gave[starts(members.star[gave], members.survey[gave])]
+    surveys = pa.array(members.surveys, pa.string()).take(pa.array(members.survey[gave]))
+    sources = table["star_id"].take(pa.array(members.row)).combine_chunks()
+    everyone = np.arange(len(members.row))
+    text, number, flag = pa.string(), pa.int32(), pa.bool_()
+    return [
+        *columns,
+        (
+            told("survey", text, "Surveys that gave the labels", null=True),
+            members.joined(surveys, gave, "+"),
+        ),
+        (
+            told("sources", text, "Every member: survey and star_id"),
+            members.joined(sources, everyone, ";"),
+        ),
+        (
+            told("n_surveys", number, "Surveys that observed the star", ucd="meta.number"),
+            pa.array(n_surveys),
+        ),
+        (told("flag_spread", flag, "Labels scatter over the limit"), pa.array(united.flag)),
+        (QUALITY.arrow(nullable=False), table["quality"].take(of_chosen)),
+    ]
 
 
 def common_differences(table: pa.Table, primary: IntArray, order: tuple[str, ...]) -> pa.Table:
@@ -269,88 +321,3 @@ def common_differences(table: pa.Table, primary: IntArray, order: tuple[str, ...
         values = rows[label].to_numpy().astype(np.float64)
         columns[label] = pa.array(values[other] - values[base_of[star[other]]])
     return pa.table(columns)
-
-
-@dataclass(frozen=True)
-class _Members:
-    """Rows by star and, inside, by precedence of the survey and ``star_id``.
-
-    ``first`` is the place of each star's first member.
-    """
-
-    row: IntArray
-    segment: IntArray
-    first: IntArray
-    survey: IntArray
-    surveys: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls, table: pa.Table, primary: IntArray, leaders: IntArray, order: tuple[str, ...]
-    ) -> _Members:
-        number = np.zeros(len(primary), dtype=np.int64)
-        number[leaders] = np.arange(len(leaders))
-        star = number[primary]
-        present = sorted(pc.unique(table["survey"]).to_pylist())
-        surveys = (*order, *(name for name in present if name not in order))
-        place = pc.index_in(table["survey"], pa.array(surveys, pa.string())).to_numpy()
-        row = np.lexsort((place, star))
-        tied = ties(star[row], place[row])
-        if tied.any():
-            some = row[tied]
-            rank = pc.rank(table["star_id"].take(pa.array(some)), tiebreaker="dense").to_numpy()
-            row[tied] = some[np.lexsort((rank, place[some], star[some]))]
-        is_first = np.append(True, np.diff(star[row]) != 0)[: len(row)]
-        return cls(row, star[row], np.flatnonzero(is_first), place[row].astype(np.int64), surveys)
-
-    def any(self, mask: BoolArray) -> BoolArray:
-        """Whether any member of each star is in the mask."""
-        out = np.zeros(len(self.first), dtype=np.bool_)
-        out[self.segment[mask]] = True
-        return out
-
-    def first_in(self, mask: BoolArray, otherwise: IntArray | None = None) -> IntArray:
-        """First member of each star in the mask; else another one, by default the first of all."""
-        out = (self.first if otherwise is None else otherwise).copy()
-        at = np.flatnonzero(mask)[::-1]  # written backwards, so that the first of a star stays
-        out[self.segment[at]] = at
-        return out
-
-    def measured(
-        self, table: pa.Table, label: str, offsets: Mapping[str, Mapping[str, float]]
-    ) -> tuple[FloatArray, FloatArray]:
-        """Values less the offset of their survey, and errors; NaN for null."""
-        shift = np.array([offsets.get(name, {}).get(label, 0.0) for name in self.surveys])
-        value = floats_or_nan(table, label)[self.row]
-        if len(shift):
-            value = value - shift[self.survey]
-        return value, floats_or_nan(table, f"{label}_err")[self.row]
-
-    def n_surveys(self) -> NDArray[np.int32]:
-        new = np.append(True, np.diff(self.survey) != 0)[: len(self.row)]
-        new[self.first] = True
-        return np.bincount(self.segment, new, minlength=len(self.first)).astype(np.int32)
-
-    def joined_surveys(self, mask: BoolArray) -> pa.Array:
-        """Names of the surveys of the members in the mask, each once; null where there is none."""
-        at = np.flatnonzero(mask)
-        again = (self.segment[at[1:]] == self.segment[at[:-1]]) & (
-            self.survey[at[1:]] == self.survey[at[:-1]]
-        )
-        at = at[np.append(True, ~again)[: len(at)]]
-        names = pa.array(self.surveys, pa.string()).take(pa.array(self.survey[at]))
-        joined = _joined(names, np.searchsorted(self.segment[at], np.arange(len(self.first))), "+")
-        return pc.if_else(pa.array(self.any(mask)), joined, pa.scalar(None, pa.string()))
-
-
-def _field(
-    name: str, dtype: pa.DataType, description: str, ucd: str = "", nullable: bool = False
-) -> pa.Field:
-    metadata = {"description": description, **({"ucd": ucd} if ucd else {})}
-    return pa.field(name, dtype, nullable, metadata)
-
-
-def _joined(texts: pa.Array, first: IntArray, separator: str) -> pa.Array:
-    """Texts joined from each start to the next."""
-    offsets = pa.array(np.append(first, len(texts)).astype(np.int32))
-    return pc.binary_join(pa.ListArray.from_arrays(offsets, texts), separator)

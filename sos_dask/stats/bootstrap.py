@@ -104,9 +104,10 @@ def resampled_bins(
     medians, replicates = np.full(n_bins, np.nan), np.full((len(weights), n_bins), np.nan)
     for number in np.flatnonzero(n >= max(min_count, 1)):
         rows = inside[stops[number] - n[number] : stops[number]]
-        reach = min(0.5, _REACH / np.sqrt(len(rows)))
-        inner = len(rows) * np.linspace(0.5 - reach, 0.5 + reach, _COLUMNS_A_BIN + 1)
-        ranks = np.unique([0, *inner.round().astype(np.int64), len(rows)])
+        many = len(rows)
+        reach = min(0.5, _REACH / np.sqrt(many))
+        inner = np.linspace(many * (0.5 - reach), many * (0.5 + reach), _COLUMNS_A_BIN + 1)
+        ranks = np.unique([0, *inner.round().astype(np.int64), many])
         column = np.repeat(np.arange(len(ranks) - 1), np.diff(ranks))
         below = _below(light, groups[rows], column, len(ranks) - 1)
         medians[number] = np.median(values[rows])

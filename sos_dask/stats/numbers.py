@@ -49,19 +49,12 @@ def robust_scale(x: FloatingArray) -> tuple[FloatArray, FloatArray]:
 def knn_distance(
     train: FloatingArray, query: FloatingArray, k: int, within: float = np.inf
 ) -> FloatArray:
-    """Measure the distance to the k-th nearest neighbour: large where the sample is thin.
+    """Measure the distance (m,) of rows to the k-th nearest of a sample: large where that is thin.
 
-    Parameters
-    ----------
-    train : ndarray of float, shape (n, d)
-        The sample; finite, on one scale.
-    query : ndarray of float, shape (m, d)
-        Rows of the sample itself count as their own first neighbour: ask for one more. The distance
-        of a row depends neither on the others nor on the order of the sample.
-    k : int
-        From 1; of a sample with fewer rows the farthest one counts.
-    within : float
-        Farther ones may be given as infinite, which is far cheaper to know.
+    The sample (n, d) is finite and on one scale. The distance of a row (m, d) depends neither on
+    the others nor on the order of the sample. Rows of the sample itself count as their own first
+    neighbour: ask for one more. Of a sample with less than k rows the farthest one counts; those
+    farther than ``within`` may be given as infinite, which is far cheaper to know.
     """
     from scipy.spatial import cKDTree
 

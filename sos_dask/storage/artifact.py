@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +44,8 @@ from sos_dask.storage.manifest import (
     sum_of_file,
 )
 
+Stamp: TypeAlias = tuple[Path, int, int]
+"""A file with its time and size."""
 REJECTED = "rejected.parquet"
 _ROW_GROUP_ROWS = 1 << 15
 _WITH_BOUNDS = (HEALPIX_COLUMN, "ra", "dec", "pmra", "pmdec", "position_epoch", *LABELS)
@@ -190,15 +192,15 @@ def taken(file: pq.ParquetFile, rows: NDArray[np.int64], columns: Sequence[str])
     return tables
 
 
-def stamp_of(path: Path) -> tuple[Path, int, int]:
-    """Path of a file with its time and size, by which what was read of it is kept."""
+def stamp_of(path: Path) -> Stamp:
+    """Take the stamp of a file, by which what was read of it is kept."""
     with partition_errors(path):
         found = path.stat()
     return path, found.st_mtime_ns, found.st_size
 
 
 @lru_cache(maxsize=16)
-def footer_of(stamp: tuple[Path, int, int], sha256: str = "") -> pq.FileMetaData:
+def footer_of(stamp: Stamp, sha256: str = "") -> pq.FileMetaData:
     """Read the footer of a file, which must have the SHA-256 that is given; the last few are kept.
 
     Tasks read their partitions in several steps.
@@ -392,10 +394,6 @@ class Output:
             shutil.rmtree(self.work, ignore_errors=True)
             for leftover in self.directory.rglob(".*.tmp"):  # of killed processes
                 leftover.unlink(missing_ok=True)
-
-    def load_manifest(self) -> Manifest:
-        """Manifest of the complete output, whose files are compared with it."""
-        return Manifest.checked(self.directory)
 
 
 def _state_of(path: Path) -> str:

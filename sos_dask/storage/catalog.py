@@ -442,7 +442,8 @@ class Catalog:
         key = next((name for name in KEYS if name in self.stored), "")
         names = [self.stored.get(name, "") for name in ("ra", "dec", key, HEALPIX_COLUMN)]
         is_margin = self.properties.get("dataproduct_type") == "margin"
-        return hats.order_of(self.files_of(pixel), None if is_margin else pixel, tuple(names))
+        stamps = tuple(map(stamp_of, self.files_of(pixel)))
+        return hats.order_of(stamps, None if is_margin else pixel, tuple(names))
 
     def _no_rows(self, columns: Sequence[str]) -> pa.Table:
         return pa.schema([self.schema.field(name) for name in columns]).empty_table()

@@ -31,7 +31,7 @@ from sos_dask.sky.healpix import (
     unit_vectors,
     with_neighbours,
 )
-from sos_dask.storage.artifact import open_parquet, partition_errors, stamp_of
+from sos_dask.storage.artifact import Stamp, open_parquet, partition_errors
 from sos_dask.storage.manifest import MANIFEST, WORK, files_below
 
 BUILDER = "sos-dask"
@@ -218,25 +218,16 @@ class Order(NamedTuple):
     as_written: bool
 
 
-def order_of(files: Sequence[Path], pixel: HealpixPixel | None, names: tuple[str, ...]) -> Order:
-    """Find the order of the rows of a partition, which lie in a pixel unless it is a margin.
+@lru_cache(maxsize=4)
+def order_of(
+    stamps: tuple[Stamp, ...], pixel: HealpixPixel | None, names: tuple[str, ...]
+) -> Order:
+    """Find the order of the rows of some files, which lie in a pixel unless it is a margin.
 
     ``names`` are those stored of ra, dec, key and cells, empty where there is none. Raises
     `PartitionError` where a row has no position, or one outside of the pixel.
     """
-    return _kept_order(tuple(map(stamp_of, files)), pixel, *names)
-
-
-@lru_cache(maxsize=4)
-def _kept_order(
-    stamps: tuple[tuple[Path, int, int], ...],
-    pixel: HealpixPixel | None,
-    ra: str,
-    dec: str,
-    key: str,
-    cells: str,
-) -> Order:
-    files = [path for path, _, _ in stamps]
+    files, (ra, dec, key, cells) = [path for path, _, _ in stamps], names
     found: list[IntArray] = []
     for path in files:
         with open_parquet(path, must_have=[ra, dec]) as file:

@@ -50,7 +50,7 @@ from sos_dask.storage.manifest import (
 
 logger = logging.getLogger(__name__)
 BUILD_FILE = "build.json"
-COSTS = "costs.json"
+_COSTS = "costs.json"
 DIGESTS_FILE = "digests.json"
 _MARGIN = "margin"
 # Input whose rows a stage takes: the first of these roles that its recipe has.
@@ -182,13 +182,17 @@ def current_recipes(store: Path) -> dict[str, Recipe]:
     return recipes
 
 
-def current_product(store: Path, product: str) -> Path:
-    """Find the directory of a product of the current build, or raise `CatalogError`."""
+def current_product(store: Path, kind: str) -> Path:
+    """Find the directory of a product of the current build, such as ``lamost.coverage``.
+
+    Raises `CatalogError` where none has this name, or this last part of it.
+    """
     require_store(store)
-    if product not in read_build(store / "current")["products"]:
-        hint = "It was made by another version: run the rebuild again."
-        raise CatalogError(f"the current build of {store} has no product '{product}'", hint)
-    return (store / "current" / product).resolve()
+    for name in read_build(store / "current")["products"]:
+        if kind in (name, name.split(".")[-1]):
+            return (store / "current" / str(name)).resolve()
+    hint = "It was made by another version: run the rebuild again."
+    raise CatalogError(f"the current build of {store} has no product '{kind}'", hint)
 
 
 def outputs_of(path: Path) -> list[Path]:
@@ -221,12 +225,12 @@ def remembered(path: Path) -> dict[str, Any]:
 def put_cost(store: Path, fingerprint: str, **seconds: float) -> None:
     """Remember the seconds that the run which finished an output took."""
     cost = {name: round(value, 3) for name, value in seconds.items()}
-    remember(store / COSTS, {**costs(store), fingerprint: cost})
+    remember(store / _COSTS, {**costs(store), fingerprint: cost})
 
 
 def costs(store: Path) -> dict[str, dict[str, float]]:
     """Read the known costs of outputs (``wall_s``, ``cpu_s`` of all processes) by fingerprint."""
-    return remembered(store / COSTS)
+    return remembered(store / _COSTS)
 
 
 def file_names(store: Path) -> dict[str, str]:

@@ -48,7 +48,7 @@ class Pairs:
     outlier: NDArray[np.bool_] | None = field(repr=False)
 
 
-def read_pairs(store: Path, truth: Path | None, folder: str = "current/pairs") -> Pairs:
+def read_pairs(store: Path, truth: Path | None, folder: str = "current/lamost.pairs") -> Pairs:
     """Pairs of a build; ``truth`` is the file that the simulator wrote."""
     catalog = Catalog.open(store / folder)
     source = PairsSource(catalog)
@@ -145,7 +145,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.accuracy", description=__doc__)
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--truth", type=Path)
-    parser.add_argument("--pairs", default="current/pairs", help="inside the store (%(default)s)")
+    parser.add_argument(
+        "--pairs", default="current/lamost.pairs", help="inside the store (%(default)s)"
+    )
     parser.add_argument("--methods", nargs="*", default=["polynomial", "boosted", "hybrid"])
     parser.add_argument("--folds", nargs="*", type=int, help="that are held out; default all")
     parser.add_argument("--worst", type=int, default=5, help="bins to print (%(default)s)")

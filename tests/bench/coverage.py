@@ -198,8 +198,8 @@ def main() -> None:
     )
     rows = rows_of(Catalog.open(corrected), truth)
     report(rows, coverage, Catalog.open(pairs))
-    method = Manifest.load(current / "comparison").summary["method"]
-    measures(rows, coverage, current / "evidence", current / f"model.{method}")
+    method = Manifest.load(current / "lamost.comparison").summary["method"]
+    measures(rows, coverage, current / "lamost.evidence", current / f"lamost.model.{method}")
 
 
 if __name__ == "__main__":

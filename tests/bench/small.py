@@ -43,7 +43,15 @@ def main() -> None:
         store, model, log = (Path(folder) / name for name in ("store", "model", "log"))
         commands = {
             f"rebuild {JOB}": (SOS, "rebuild", JOB, "--store", store),
-            "train boosted": (SOS, "train", store / "current/pairs", "-m", "boosted", "-o", model),
+            "train boosted": (
+                SOS,
+                "train",
+                store / "current/lamost.pairs",
+                "-m",
+                "boosted",
+                "-o",
+                model,
+            ),
         }
         for _ in range(given.times):
             for loops, found in least.items():

@@ -144,9 +144,9 @@ STEPS = {
     "reference": ["reference", "galah={build}/galah.stars"],
     "crossmatch": ["crossmatch", "{build}/lamost.stars", "{build}/reference"],
     "attach": ["attach", "{build}/lamost.observations", "{build}/reference", "-c", "x=teff"],
-    "train": ["train", "{build}/pairs", "-m", "boosted"],
-    "apply": ["apply", "{build}/model.polynomial", "{build}/lamost.observations"],
-    "coverage": ["coverage", *["{build}/pairs"] * 4],
+    "train": ["train", "{build}/lamost.pairs", "-m", "boosted"],
+    "apply": ["apply", "{build}/lamost.model.polynomial", "{build}/lamost.observations"],
+    "coverage": ["coverage", *["{build}/lamost.pairs"] * 4],
     "compare": ["compare"],
     "trends": ["trends"],
 }
@@ -385,7 +385,7 @@ def test_the_python_functions_take_text(small_store, small_sky, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     build = str(small_store / "current")
     assert api.status(str(small_store)).products
-    assert api.verify(f"{build}/pairs") == []
+    assert api.verify(f"{build}/lamost.pairs") == []
     assert api.gc(str(small_store), dry_run=True) == []
     manifest = api.ingest("galah-dr4", [str(small_sky / "galah.fits")], "galah")
     assert api.ingest("galah-dr4", str(small_sky / "galah.fits"), "galah") == manifest
@@ -399,9 +399,9 @@ def test_the_python_functions_take_text(small_store, small_sky, tmp_path, monkey
         api.CrossmatchSettings(radius_arcsec=1.0),
     )
     made = api.apply(
-        f"{build}/model.polynomial", f"{build}/lamost.observations", "out",
-        api.ApplySettings(fallback="polynomial"), coverage=f"{build}/coverage",
-        errors=f"{build}/uncertainty", smooth=f"{build}/model.polynomial",
+        f"{build}/lamost.model.polynomial", f"{build}/lamost.observations", "out",
+        api.ApplySettings(fallback="polynomial"), coverage=f"{build}/lamost.coverage",
+        errors=f"{build}/lamost.uncertainty", smooth=f"{build}/lamost.model.polynomial",
     )  # fmt: skip
     assert made is not None and made.rows.n_out == made.rows.n_in > 4000
     job = write_job(tmp_path, small_sky)

@@ -75,7 +75,7 @@ def test_a_label_without_errors_takes_no_part_in_the_growth():
 
 
 def test_warnings_when_most_is_outside(small_store, monkeypatch, capsys):
-    directory = (small_store / "current/coverage").resolve()
+    directory = (small_store / "current/lamost.coverage").resolve()
     found = Coverage.load(directory)
     fitted = {"growth": {"distance": [1.0, 2.0]}, "held_out_pairs": 629, "pairs_outside": 0.33}
     assert _warnings(fitted, 0.5) == []
@@ -214,14 +214,14 @@ def test_a_constant_label_goes_through_a_whole_rebuild(constant_job, capsys, mon
 def test_options_that_train_would_drop_are_refused(
     arguments, says, small_store, tmp_path, monkeypatch, capsys
 ):
-    pairs, out = small_store / "current/pairs", tmp_path / "model"
+    pairs, out = small_store / "current/lamost.pairs", tmp_path / "model"
     method = () if "-m" in arguments else ("-m", "polynomial")
     code, _, err = run(monkeypatch, capsys, "train", pairs, *method, "-o", out, *arguments)
     assert code == 3 and says in err and not out.exists()
 
 
 def test_no_workers_are_what_train_has(small_store, tmp_path, monkeypatch, capsys):
-    pairs = small_store / "current/pairs"
+    pairs = small_store / "current/lamost.pairs"
     arguments = ("train", pairs, "-m", "polynomial", "-p", "order=1", "-o", tmp_path / "model")
     assert run(monkeypatch, capsys, *arguments, "--workers", "0")[0] == 0
 

@@ -239,8 +239,8 @@ def test_an_input_that_changes_while_it_is_read_is_an_error(catalog, tmp_path):
 PRODUCTS = {
     "lamost.stars": "dataset/Norder=*/Dir=*/*.parquet",
     "reference": "dataset/Norder=*/Dir=*/*.parquet",
-    "pairs": "dataset/Norder=*/Dir=*/*.parquet",
-    "model.polynomial": "held_out.parquet",
+    "lamost.pairs": "dataset/Norder=*/Dir=*/*.parquet",
+    "lamost.model.polynomial": "held_out.parquet",
 }
 
 
@@ -262,7 +262,7 @@ def test_a_flipped_bit_is_not_published(store, cli, product):
 def test_publishing_by_size_alone_sees_sizes(store, cli, tmp_path):
     job = tmp_path / "job.toml"
     job.write_text(job.read_text() + '[publish]\ncheck = "size"\n')
-    file = sorted((store / "current/pairs").resolve().glob("dataset/Norder=*/Dir=*/*"))[0]
+    file = sorted((store / "current/lamost.pairs").resolve().glob("dataset/Norder=*/Dir=*/*"))[0]
     flip(file, 40)
     assert cli("rebuild", "job.toml").code == 0
     file.write_bytes(file.read_bytes() + b"\0")
@@ -288,7 +288,7 @@ def test_damaged_files_of_a_store_are_named_or_made_again(store, cli, text, capl
 
 @pytest.mark.parametrize("target", [None, "/etc", "../../artifacts"])
 def test_a_link_of_a_build_to_elsewhere_is_refused_and_mended(store, cli, target):
-    pairs, link = (store / "current/pairs").resolve(), store / "current/pairs"
+    pairs, link = (store / "current/lamost.pairs").resolve(), store / "current/lamost.pairs"
     link.unlink()
     if target:
         link.symlink_to(target)
@@ -296,7 +296,7 @@ def test_a_link_of_a_build_to_elsewhere_is_refused_and_mended(store, cli, target
         assert_error(cli(*command, store), 5, "pairs is not the link to artifact")
     assert pairs.is_dir(), "nothing is removed"
     assert cli("rebuild", "job.toml").code == 0
-    assert (store / "current/pairs").resolve() == pairs
+    assert (store / "current/lamost.pairs").resolve() == pairs
 
 
 def test_a_damaged_piece_of_an_unfinished_run_is_made_again(tmp_path):

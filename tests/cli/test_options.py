@@ -16,10 +16,10 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
                        [r"radius_arcsec: .*given: -1\.0"]),
     "radius nan": (["reference", "a={apogee.stars}", "--radius-arcsec", "nan"], 3,
                    ["radius_arcsec: .*given: nan"]),
-    "shard": (["apply", "{model.polynomial}", "{lamost.observations}", "--partitions", "5/3"], 3,
-              ["no shard 5 of 3", "1/3 to 3/3"]),
-    "partition": (["apply", "{model.polynomial}", "{lamost.observations}", "--partitions", "99"],
-                  3, ["partitions are 0 to"]),
+    "shard": (["apply", "{lamost.model.polynomial}", "{lamost.observations}",
+               "--partitions", "5/3"], 3, ["no shard 5 of 3", "1/3 to 3/3"]),
+    "partition": (["apply", "{lamost.model.polynomial}", "{lamost.observations}",
+                   "--partitions", "99"], 3, ["partitions are 0 to"]),
     "dedupe method": (["dedupe", "{lamost.observations}", "--method", "mean"], 3,
                       ["method: must be 'inverse-variance'"]),
     "unify method": (["reference", "a={apogee.stars}", "--method", "mean"], 3, ["precedence"]),
@@ -31,24 +31,24 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "no directory": (["reference", "apogee="], 3, ["is not NAME=DIRECTORY"]),
     "no catalog": (["dedupe", "gone"], 5, ["gone does not exist"]),
     "other folder": (["dedupe", "{sky}"], 5, ["not an output of sos-dask"]),
-    "model as catalog": (["apply", "{model.polynomial}", "{model.polynomial}"], 5,
+    "model as catalog": (["apply", "{lamost.model.polynomial}", "{lamost.model.polynomial}"], 5,
                          ["is not a catalog"]),
     "stars again": (["dedupe", "{lamost.stars}"], 5, ["no column 'obs_id'"]),
-    "pairs as target": (["crossmatch", "{pairs}", "{reference}", "--radius-arcsec", "1"], 5,
+    "pairs as target": (["crossmatch", "{lamost.pairs}", "{reference}", "--radius-arcsec", "1"], 5,
                         ["neither star_id nor obs_id"]),
     "no pairs": (["train", "{reference}", "-m", "polynomial"], 5,
                  ["is not a catalog of pairs", "sos-dask crossmatch"]),
-    "no model": (["apply", "{pairs}", "{lamost.observations}"], 7, [r"model\.json"]),
+    "no model": (["apply", "{lamost.pairs}", "{lamost.observations}"], 7, [r"model\.json"]),
     "missing model": (["apply", "gone", "{lamost.observations}"], 7, [r"gone/model\.json"]),
-    "train method": (["train", "{pairs}", "-m", "polynomal"], 3,
+    "train method": (["train", "{lamost.pairs}", "-m", "polynomal"], 3,
                      ["no method 'polynomal'", "polynomial"]),
-    "train parameter": (["train", "{pairs}", "-m", "polynomial", "-p", "ordr=3"], 3,
+    "train parameter": (["train", "{lamost.pairs}", "-m", "polynomial", "-p", "ordr=3"], 3,
                         ["no parameter 'ordr'", "order"]),
-    "parameter out of range": (["train", "{pairs}", "-m", "polynomial", "-p", "order=77"], 3,
+    "parameter out of range": (["train", "{lamost.pairs}", "-m", "polynomial", "-p", "order=77"], 3,
                                [r"polynomial\.order = 77 is outside"]),
-    "parameter without value": (["train", "{pairs}", "-m", "polynomial", "-p", "order"], 3,
+    "parameter without value": (["train", "{lamost.pairs}", "-m", "polynomial", "-p", "order"], 3,
                                 ["is not NAME=VALUE"]),
-    "validation": (["train", "{pairs}", "-m", "polynomial", "--validation", "kfolds"], 3,
+    "validation": (["train", "{lamost.pairs}", "-m", "polynomial", "--validation", "kfolds"], 3,
                    ["validation: ", "'kfold'"]),
     "margin": (["ingest", LAMOST, "{sky}/lamost.fits", "--margin-arcsec", "0"], 3,
                ["--margin-arcsec 0 is not between"]),
@@ -120,9 +120,15 @@ def test_another_output_is_not_overwritten_unless_told(cli, small_store, tmp_pat
 
 
 def test_a_command_does_not_overwrite_what_it_reads(cli, small_store, tmp_path):
-    for name in ("pairs", "lamost.stars", "reference", "model.polynomial", "lamost.observations"):
+    for name in (
+        "lamost.pairs",
+        "lamost.stars",
+        "reference",
+        "lamost.model.polynomial",
+        "lamost.observations",
+    ):
         shutil.copytree((small_store / "current" / name).resolve(), tmp_path / name)
-    stars, pairs, model = "lamost.stars", "pairs", "model.polynomial"
+    stars, pairs, model = "lamost.stars", "lamost.pairs", "lamost.model.polynomial"
     before = contents(tmp_path)
     for more in (
         ("dedupe", "lamost.observations", "-o", "lamost.observations"),
@@ -148,7 +154,7 @@ def test_threads_make_what_workers_make(cli, small_store, tmp_path):
 
 def test_a_training_of_few_pairs_needs_no_workers(cli, small_store):
     nobody = ["--scheduler", "tcp://127.0.0.1:9"]
-    pairs = small_store / "current/pairs"
+    pairs = small_store / "current/lamost.pairs"
     ran = cli("train", pairs, "-m", "polynomial", "-o", "model", "--json")
     assert ran.json["rows"]["in"] >= ran.json["rows"]["out"] > 100
     refused = cli("train", pairs, "-m", "polynomial", "-o", "other", *nobody)

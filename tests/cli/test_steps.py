@@ -45,7 +45,7 @@ def test_a_catalog_of_a_newer_format(cli, observed):
 
 def test_an_unfinished_catalog(cli, small_store):
     current = small_store / "current"
-    model, catalog = current / "model.polynomial", current / "lamost.observations"
+    model, catalog = current / "lamost.model.polynomial", current / "lamost.observations"
     assert cli("apply", model, catalog, "-o", "out", "-w", 0, "--partitions", "0").code == 0
     ran = cli("verify", "out")
     assert_error(ran, 5, r"out has no manifest\.json", "unfinished: run the command that makes it")
@@ -76,7 +76,9 @@ def test_a_damaged_partition_is_named(cli, observed, workers, damage):
 
 
 def test_a_tampered_model(cli, small_store, tmp_path):
-    model = Path(shutil.copytree(small_store / "current/model.polynomial", tmp_path / "model"))
+    model = Path(
+        shutil.copytree(small_store / "current/lamost.model.polynomial", tmp_path / "model")
+    )
     (name,) = json.loads((model / "model.json").read_text())["files"]
     (model / name).write_bytes((model / name).read_bytes() + b" ")
     ran = cli("apply", model, small_store / "current/lamost.observations", "-o", "out", "-w", 0)
@@ -111,7 +113,15 @@ def test_a_reference_made_by_hand_is_that_of_a_rebuild(cli, small_store):
 def test_shards_may_run_at_once(small_store, tmp_path):
     current = small_store / "current"
     catalog = current / "lamost.observations"
-    arguments = ["apply", current / "model.polynomial", catalog, "-o", tmp_path / "out", "-w", 0]
+    arguments = [
+        "apply",
+        current / "lamost.model.polynomial",
+        catalog,
+        "-o",
+        tmp_path / "out",
+        "-w",
+        0,
+    ]
     shards = [
         subprocess.Popen(
             command(*arguments, "--json", "--partitions", f"{number}/3"),
@@ -167,7 +177,13 @@ def test_steps_print_their_account_as_json(cli, small_sky, tmp_path):
 
 def test_an_unfinished_apply_says_so(cli, small_store):
     current = small_store / "current"
-    arguments = ["apply", current / "model.polynomial", current / "lamost.observations", "-w", 0]
+    arguments = [
+        "apply",
+        current / "lamost.model.polynomial",
+        current / "lamost.observations",
+        "-w",
+        0,
+    ]
     ran = cli(*arguments, "-o", "out", "--partitions", "1/2", "--json")
     assert ran.json == {"complete": False, "path": "out"}
     ran = cli(*arguments, "-o", "out", "--partitions", "1/2")
@@ -193,7 +209,7 @@ def test_rebuild_prints_one_json_object_and_nothing_else(small_sky, small_store,
     assert stages["lamost.observations"]["rows"] == {
         "in": 5000, "out": 4996, "rejected": 0, "dropped": {"exact duplicates": 4}, "added": {},
     }  # fmt: skip
-    assert stages["model.boosted"]["ran"] and stages["comparison"]["ran"]
+    assert stages["lamost.model.boosted"]["ran"] and stages["lamost.comparison"]["ran"]
     assert document["chosen"] in ("polynomial", "boosted")
     assert document["why"].startswith(f"{document['chosen']}: ")
     # The same model as before corrects the same rows.
@@ -209,14 +225,14 @@ def test_rebuild_prints_one_json_object_and_nothing_else(small_sky, small_store,
 
 def test_apply_adds_errors(cli, small_store, tmp_path):
     build = (small_store / "current").resolve()
-    given = ["apply", build / "model.polynomial", build / "lamost.observations", "-w", 0]
-    ran = cli(*given, "--errors", build / "uncertainty", "-o", "corrected")
+    given = ["apply", build / "lamost.model.polynomial", build / "lamost.observations", "-w", 0]
+    ran = cli(*given, "--errors", build / "lamost.uncertainty", "-o", "corrected")
     assert ran.code == 0, ran.err
     names = Catalog.open(tmp_path / "corrected").schema.names
     assert [name for name in names if name.endswith("_sos_err")] == [
         "teff_sos_err", "logg_sos_err", "feh_sos_err",
     ]  # fmt: skip
-    assert_error(cli(*given, "--errors", build / "pairs", "-o", "other"), 7, "error.json")
+    assert_error(cli(*given, "--errors", build / "lamost.pairs", "-o", "other"), 7, "error.json")
 
 
 def test_demo_compares_with_the_truth(cli, tmp_path, monkeypatch):

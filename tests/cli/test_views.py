@@ -36,7 +36,7 @@ def test_compare_shows_the_current_build_as_json(cli: Cli, small_store):
         "outside", "costs",
     }  # fmt: skip
     assert found["method"] == "polynomial" and found["rule"] == "balanced"
-    table = pq.read_table(small_store / "current/comparison/comparison.parquet")
+    table = pq.read_table(small_store / "current/lamost.comparison/comparison.parquet")
     assert found["figures"] == table.to_pylist()
     for figure in found["figures"]:
         assert set(figure) == set(FIGURE)
@@ -74,8 +74,8 @@ def test_compare_of_one_label_and_of_training_pairs(cli: Cli, small_store):
 
 def test_compare_and_trends_are_single_steps_too(cli: Cli, small_store, tmp_path):
     current = small_store / "current"
-    given = [current / "pairs", current / "model.polynomial"]
-    train = ["train", current / "pairs", "-m", "boosted", "-p", "n_rounds=20", "-w", 0]
+    given = [current / "lamost.pairs", current / "lamost.model.polynomial"]
+    train = ["train", current / "lamost.pairs", "-m", "boosted", "-p", "n_rounds=20", "-w", 0]
     assert cli(*train, "-o", "boosted").code == 0
     ran = cli("compare", *given, "boosted", "-o", "out", "--rule", "scatter", "-w", 0, "--json")
     assert ran.code == 0, ran.err
@@ -98,7 +98,7 @@ def test_trends_show_the_current_build(cli: Cli, small_store):
     found = cli(
         "trends", "--store", small_store, "--label", "feh", "--against", "logg", "--json"
     ).json
-    table = pq.read_table(small_store / "current/trends/trends.parquet").to_pylist()
+    table = pq.read_table(small_store / "current/lamost.trends/trends.parquet").to_pylist()
     wanted = [row for row in table if (row["label"], row["against"]) == ("feh", "logg")]
     assert found["trends"] == wanted and found["agreements"]
     bins = [
@@ -124,15 +124,15 @@ def test_stores_and_models_that_are_none(cli: Cli, small_store, store):
     current = small_store / "current"
     for name in ("compare", "trends"):
         assert_error(cli(name, "--store", "gone"), 5, "no sos-dask store at 'gone'")
-        assert_error(cli(name, current / "pairs"), 3, "--out is missing")
-    assert_error(cli("compare", current / "pairs", "-o", "out"), 7, "no model to compare")
+        assert_error(cli(name, current / "lamost.pairs"), 3, "--out is missing")
+    assert_error(cli("compare", current / "lamost.pairs", "-o", "out"), 7, "no model to compare")
     assert_error(
-        cli("compare", current / "pairs", current / "reference", "-o", "out", "-w", 0),
+        cli("compare", current / "lamost.pairs", current / "reference", "-o", "out", "-w", 0),
         7, "is not a trained model",
     )  # fmt: skip
-    twice = [current / "model.polynomial"] * 2
-    assert_error(cli("compare", current / "pairs", *twice, "-o", "out"), 3, "both models of")
-    path = (store / "current/comparison/comparison.parquet").resolve()
+    twice = [current / "lamost.model.polynomial"] * 2
+    assert_error(cli("compare", current / "lamost.pairs", *twice, "-o", "out"), 3, "both models of")
+    path = (store / "current/lamost.comparison/comparison.parquet").resolve()
     path.write_bytes(path.read_bytes()[:100])
     assert_error(cli("compare", "--store", store), 5, r"comparison\.parquet has 100 bytes")
     shutil.rmtree(path.parent)
@@ -144,7 +144,7 @@ def test_other_documents(cli, small_store, small_sky, tmp_path):
     job = write_job(tmp_path, small_sky, ("[train]", "[crossmatch]\nn_folds = 4\n[train]"))
     planned = cli("rebuild", job, "--dry-run", "--json").json
     assert_shape(planned, {"stages": {str: {"stage": str, "runs": bool, "why": str}}})
-    assert planned["stages"]["pairs"] == {
+    assert planned["stages"]["lamost.pairs"] == {
         "stage": "crossmatch", "runs": True, "why": "n_folds 5 -> 4"
     }  # fmt: skip
     found = cli("status", "--store", store, "--json").json
@@ -193,7 +193,12 @@ def test_verify_takes_a_build(cli, small_store):
     ran = cli("verify", small_store / "current")
     assert ran.code == 0
     assert ran.out.count("no problem found") == len(ran.out.splitlines()) >= 9
-    for product in ("lamost.corrected", "model.polynomial", "comparison", "uncertainty"):
+    for product in (
+        "lamost.corrected",
+        "lamost.model.polynomial",
+        "lamost.comparison",
+        "lamost.uncertainty",
+    ):
         assert f"{small_store}/current/{product}: " in ran.out
     assert cli("verify", small_store).out == ran.out
     each = cli("verify", *sorted((small_store / "current").iterdir()))
@@ -203,7 +208,7 @@ def test_verify_takes_a_build(cli, small_store):
 
 
 def test_verify_reads_models(cli, small_store, tmp_path):
-    shutil.copytree(small_store / "current/model.polynomial", tmp_path / "model")
+    shutil.copytree(small_store / "current/lamost.model.polynomial", tmp_path / "model")
     with (tmp_path / "model/held_out.parquet").open("ab") as file:
         file.write(b"x")
     ran = cli("verify", "gone", "model")

@@ -23,7 +23,7 @@ PARAMS = {"polynomial": {"order": 2}, "boosted": {"n_rounds": 5}, "hybrid": {"n_
 
 @pytest.fixture(scope="module")
 def pairs(small_store) -> pa.Table:
-    catalog = Catalog.open(small_store / "current" / "pairs")
+    catalog = Catalog.open(small_store / "current" / "lamost.pairs")
     table = pa.concat_tables([catalog.read(pixel) for pixel in catalog.pixels])
     return table.filter(table["use"])
 

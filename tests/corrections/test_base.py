@@ -5,6 +5,7 @@ import hashlib
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -382,6 +383,7 @@ def pairs_of(problem: Problem, n: int, seed: int) -> Batch:
 def test_any_labels_and_inputs(method, problem, tmp_path):
     source = ArraySource(pairs_of(problem, 4000, 1), (1500,), problem)
     quick = {"n_rounds": 60, "learning_rate": 0.1} if method in ("boosted", "hybrid") else {}
+    quick |= {"smoothing": 0.3} if method == "hybrid" else {}
     fitted = models.fit(method, source, train_folds=[1, 2, 3, 4], params=quick)
     fitted.save(tmp_path / "model")
     again = models.load(tmp_path / "model")
@@ -491,3 +493,27 @@ def test_real_giants_agree_with_apogee_after_the_correction(real_data):
     assert best["teff"].scatter_after < 27.5
     for metric in metrics:
         assert metric.scatter_after < 0.65 * metric.scatter_before
+
+
+def test_a_summary_is_that_of_all_rows():
+    batch = biased_pairs(900, 2)
+    batch.differences[::3, 1] = np.nan
+    batch.differences[:, 2] = 0.25
+    weight = np.random.default_rng(2).uniform(1, 3, 900).astype(np.float32)
+    source = ArraySource(replace(batch, weight=weight), (0, 100, 640))
+    settings = models.polynomial.Settings()
+    found = models.base.summarise(models.Training(source), "polynomial", settings, 1)
+    x = batch.features.astype(np.float64)
+    assert found.n_rows.tolist() == [0, 100, 540, 260]
+    assert found.info.n_pairs == (900, 600, 900)
+    np.testing.assert_array_equal(found.info.minimum, x.min(axis=0))
+    np.testing.assert_array_equal(found.info.maximum, x.max(axis=0))
+    np.testing.assert_allclose(found.mean, x.mean(axis=0))
+    np.testing.assert_allclose(found.deviation, x.std(axis=0), rtol=1e-6)
+    assert found.mean_weight == pytest.approx(weight.mean())
+    assert found.constant.tolist() == [False, False, True]
+    y = batch.differences.astype(np.float64)
+    np.testing.assert_allclose(found.center, np.nanmedian(y, axis=0), rtol=0.02, atol=1e-3)
+    quartiles = np.nanquantile(y, (0.25, 0.75), axis=0)
+    expected = np.where(found.constant, 1, (quartiles[1] - quartiles[0]) / 1.349)
+    np.testing.assert_allclose(found.spread, expected, rtol=0.02)

@@ -121,3 +121,23 @@ def test_a_fold_kept_aside_counts_the_trees(cluster):
     assert trees(there) == counts
     with pytest.raises(ModelError, match="stop_rounds needs two training folds"):
         models.fit("boosted", source, train_folds=[1], params=params)
+
+
+def test_a_block_is_scaled_and_lies_on_the_lower_edges():
+    batch = biased_pairs(500, 5)
+    source = ArraySource(batch, (200, 200))
+    training = models.Training(source)
+    settings = boosted.Settings(max_bin=8)
+    summary = models.base.summarise(training, "boosted", settings, 1)
+    edges = boosted._bin_edges(training, summary.info, 8)
+    for column, of_column in zip(batch.features.T, edges, strict=True):
+        counts = np.bincount(np.searchsorted(of_column, column, side="right"))
+        assert of_column[0] == column.min()
+        assert counts[0] == 0
+        assert np.abs(counts[1:] - 500 / 8).max() < 10
+    rows = boosted.Job(training, settings, summary, edges, (1, 1, 1)).block(0, 3)
+    assert all(np.isin(x, e).all() for x, e in zip(rows.features.T, edges, strict=True))
+    expected = (batch.differences - summary.center) / summary.spread
+    for found, all_of in zip(rows.differences.T, expected.T, strict=True):
+        np.testing.assert_allclose(np.sort(found), np.sort(all_of), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(rows.weight, np.ones(500))

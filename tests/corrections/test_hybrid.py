@@ -1,8 +1,10 @@
 import json
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from sos_dask import corrections as models
 from sos_dask.corrections import Batch, boosted, hybrid, polynomial
@@ -11,7 +13,7 @@ from sos_dask.corrections.polynomial import PolynomialCorrection
 from sos_dask.errors import ConfigError, ModelError
 from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
 
-QUICK = {"order": 2, "n_rounds": 30, "learning_rate": 0.1}
+QUICK = {"order": 2, "n_rounds": 30, "learning_rate": 0.1, "smoothing": 0.2}
 
 
 def bump(x):
@@ -72,7 +74,7 @@ def test_a_local_bump_is_found_and_the_correction_is_smooth():
 def test_without_a_bump_it_is_nearly_the_polynomial():
     batch = biased_pairs(10_000, 1, 0.03)
     trees = models.fit("boosted", ArraySource(batch))
-    out = models.fit("hybrid", ArraySource(batch))
+    out = models.fit("hybrid", ArraySource(batch), params={"smoothing": 0.15})
     assert (error(out, False) < 0.8 * error(trees, False)).all()
     assert (roughness(trees, batch) / roughness(out, batch) > 3).all()
 
@@ -80,8 +82,8 @@ def test_without_a_bump_it_is_nearly_the_polynomial():
 def test_smearing_takes_the_steps():
     batch = bumpy_pairs(10_000, 2)
     trees = {"n_rounds": 50, "learning_rate": 0.15}
-    smooth = models.fit("hybrid", ArraySource(batch), params=trees)
-    steps = models.fit("hybrid", ArraySource(batch), params={**trees, "smoothing": 0.02})
+    smooth = models.fit("hybrid", ArraySource(batch), params={**trees, "smoothing": 0.15})
+    steps = models.fit("hybrid", ArraySource(batch), params={**trees, "smoothing": 0.05})
     assert (roughness(smooth, batch) < 0.6 * roughness(steps, batch)).all()
     assert (error(smooth, True) < 1.1 * error(steps, True)).all()
 
@@ -94,7 +96,10 @@ def test_outliers_at_an_end_do_not_move_it():
     batch.differences[wrong] += 12 * NOISE
     # The end is where pairs are right: there is no reason to follow the wrong third.
     x = batch.features[at_end]
-    fits = {k: models.fit("hybrid", ArraySource(batch), params={"outlier": k}) for k in (7, 1e6)}
+    fits = {
+        k: models.fit("hybrid", ArraySource(batch), params={"outlier": k, "smoothing": 0.3})
+        for k in (7, 1e6)
+    }
     off = {k: np.median((fit.predict(x) - bias(x)) / NOISE, axis=0) for k, fit in fits.items()}
     assert (np.abs(off[7]) < 0.2).all()
     assert (off[1e6] > 2 * np.abs(off[7])).all()
@@ -106,7 +111,7 @@ def test_outliers_at_an_end_do_not_move_it():
 def test_it_is_the_sum_of_its_parts():
     batch = biased_pairs(2000, 3)
     source = ArraySource(batch)
-    out = models.fit("hybrid", source, params={**QUICK, "smoothing": 0.02})
+    out = models.fit("hybrid", source, params={**QUICK, "smoothing": 0.03})
     assert isinstance(out, HybridCorrection)
     smooth = models.fit("polynomial", source, params={"order": 2})
     assert isinstance(smooth, PolynomialCorrection)
@@ -230,3 +235,36 @@ def test_trained_on_a_cluster(fitted, cluster):
     there = models.fit("hybrid", source, train_folds=[1, 2, 3, 4], params=QUICK, client=client)
     x = biased_pairs(3000, 8).features
     assert (np.abs(there.predict(x) - fitted.predict(x)) / NOISE).max() < 1e-3
+
+
+class Step:
+    """In place of trees: a step along the first input, a line along the second."""
+
+    def evaluate(self, x):
+        return np.stack([(x[:, 0] > 0.5).astype("f4"), 3 * x[:, 1]], axis=1)
+
+
+def test_a_smeared_step_is_that_of_the_normal_distribution():
+    width = np.array([0.1, 0.2])
+    low, high = np.array([[-1, -2], [2, 2]], np.float32)
+    step: Any = Step()
+    nodes = hybrid._smeared(step, low, high, width)
+    # Nodes are at most 0.7 widths apart.
+    assert nodes.shape == (44, 30, 2)
+    at = np.linspace(-1, 2, 44)
+    expected = norm.cdf((at - 0.5) / 0.1)
+    np.testing.assert_allclose(nodes[:, 7, 0], expected, atol=0.02)
+    line = 3 * np.linspace(-2, 2, 30)
+    np.testing.assert_allclose(nodes[5, 5:-5, 1], line[5:-5], atol=1e-5)
+    assert nodes[0, 0, 1] > line[0]  # beyond the box it stays as at the face
+
+
+def test_a_grid_of_many_inputs_has_no_more_nodes():
+    class Sum:
+        def evaluate(self, x):
+            return x.sum(axis=1, keepdims=True)
+
+    k = 5
+    total: Any = Sum()
+    nodes = hybrid._smeared(total, np.zeros(k, "f4"), np.ones(k, "f4"), np.full(k, 0.01))
+    assert 0.3 * hybrid.MAX_NODES**3 < nodes.size <= hybrid.MAX_NODES**3

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sos_dask import corrections as models
-from sos_dask.corrections import Batch
+from sos_dask.corrections import Batch, polynomial
 from sos_dask.corrections.polynomial import (
     PolynomialCorrection,
     design_matrix,
@@ -244,3 +245,50 @@ def test_the_value_of_a_row_does_not_depend_on_the_others():
 def test_exponents_must_fit_the_columns():
     with pytest.raises(ConfigError, match="2 variables do not fit 3 columns"):
         design_matrix(np.zeros((4, 3)), polynomial_terms(2, 2))
+
+
+# --- the fit, by brute force -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("huber", [True, False])
+def test_normal_equations_are_those_of_all_rows(huber):
+    batch = biased_pairs(300, 3, 0.1)
+    batch.differences[::7, 1] = np.nan
+    weight = np.random.default_rng(3).uniform(0.5, 2, 300).astype(np.float32)
+    source = ArraySource(Batch(batch.features, batch.differences, batch.fold, weight))
+    model = fit(source, params={"order": 1})
+    rows = models.Training(source).rows(0)
+    normal, right, counts = polynomial._normal_equations(rows, 1.25, model, huber, True)
+    z = (batch.features - model.center) / model.width
+    terms = np.column_stack([np.ones(300), z])
+    for label in range(3):
+        known = np.isfinite(batch.differences[:, label])
+        a, y = terms[known], batch.differences[known, label].astype(np.float64)
+        residual = y - a @ model.coefficients[:, label]
+        u = np.abs(residual) / model.scatter[label]
+        robust = np.where(u > 1.345, 1.345 / np.maximum(u, 1e-9), 1.0)
+        robust = robust if huber else np.where(u < 4.685, (1 - (u / 4.685) ** 2) ** 2, 0.0)
+        w = robust * weight[known] / 1.25
+        np.testing.assert_allclose(normal[label], a.T @ (w[:, None] * a), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(right[label], a.T @ (w * y), rtol=1e-9, atol=1e-9)
+        assert counts[label][1].sum() == known.sum()
+    assert polynomial._normal_equations(rows, 1.25, model, huber, False)[2] == []
+
+
+def test_the_ridge_leaves_the_constant_alone():
+    rng = np.random.default_rng(0)
+    terms = np.column_stack([np.ones(50), rng.normal(size=(50, 2))])
+    y = 100 + terms @ [0.0, 2.0, -1.0]
+    part: Any = (np.stack([terms.T @ terms]), np.stack([terms.T @ y]), [])
+    start = np.zeros((3, 1))
+    found, change = polynomial._solve([part], start, 0.0)
+    np.testing.assert_allclose(found[:, 0], [100, 2, -1], rtol=1e-9)
+    np.testing.assert_allclose(change[0], np.sqrt(np.mean(y**2)), rtol=1e-9)
+    halves: Any = [(part[0] / 2, part[1] / 2, [])] * 2
+    ridge = 5.0
+    pulled, _ = polynomial._solve(halves, start, ridge)
+    matrix = part[0][0]
+    penalty = np.diag(np.diag(matrix)) * ridge / 50
+    penalty[0, 0] = 0
+    expected = np.linalg.solve(matrix + penalty, part[1][0])
+    np.testing.assert_allclose(pulled[:, 0], expected, rtol=1e-9)

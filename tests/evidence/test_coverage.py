@@ -1,4 +1,4 @@
-"""Kernel of coverage: measures, calibration, classes, maps."""
+"""Coverage: measures, calibration, classes, maps."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import norm
 
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.coverage import (
@@ -26,18 +25,9 @@ from sos_dask.evidence.coverage import fit as fit_coverage
 from sos_dask.evidence.widening import (
     CLASSES,
     INSIDE,
-    KINDS,
     LACKING,
     OUTSIDE,
-    SPARSE,
-    Growth,
     Limits,
-    Noise,
-    Placed,
-    Widths,
-    counted,
-    fit_widths,
-    stand_in_weights,
 )
 from sos_dask.schema import LABELS
 from sos_dask.stages.coverage import CoverageSettings
@@ -150,57 +140,6 @@ def test_intervals_hold_for_the_rows_not_for_the_pairs():
     assert of_rows == pytest.approx(0.68, abs=0.04) and of_pairs < of_rows - 0.1
 
 
-def test_rows_count_near_the_pairs_that_stand_for_them():
-    rng = np.random.default_rng(13)
-    n = 5000
-
-    labels, snr = rng.normal(0, 1, (n, 3)), rng.uniform(5, 200, n)
-    pairs = np.column_stack([2 * labels, np.log(snr)])
-    rows = np.column_stack([2 * rng.normal(0.7, 1, (n, 3)), np.full(n, np.nan)])
-    weight = stand_in_weights(pairs, rows)
-    assert np.average(labels, axis=0, weights=weight) == pytest.approx(0.7, abs=0.1)
-    # What is not known of the rows must not choose among the pairs' ends.
-    assert np.average(snr, weights=weight) == pytest.approx(np.median(snr), rel=0.2)
-    assert (stand_in_weights(pairs, rows[:0]) == 1).all()
-    one_place = np.tile([10.0, 10.0, 10.0, 4.0], (n, 1))
-    assert (stand_in_weights(pairs, one_place) == 1).all()  # eight pairs are too few to stand on
-
-
-def test_where_nothing_can_be_counted_errors_grow_as_the_limits_say():
-    rng = np.random.default_rng(14)
-    n, limits = 4000, Limits()
-    residual = rng.normal(0, 1, (n, 3))
-    wrong = rng.random(n) < 0.1
-    residual[wrong] = 100
-    pairs = Placed(
-        np.repeat(np.array([INSIDE, SPARSE], np.int8), [n - 20, 20]),
-        np.zeros(n, np.int8),
-        np.column_stack([rng.normal(0, 1, (n, 3)), np.log(rng.uniform(5, 200, n))]),
-    )
-    found, n_pairs = fit_widths(residual, np.ones((n, 3)), ~wrong, pairs, pairs, limits)
-    assert n_pairs == ((n - 20, 20, 0, 0), (0, 0, 0, 0)) and found.few is None
-    everything, right = norm.ppf(0.5 + 0.34 / 0.9), norm.ppf(0.5 + 0.34)
-    for place, value in enumerate((everything, everything / 0.8, right / 0.5)):
-        assert np.array(found.factors[0][place]) == pytest.approx(value, rel=0.15)
-    assert found.factors[1] == [[1.0] * 3, [1.25] * 3, [2.0] * 3]
-    said = counted(n_pairs)
-    assert said["inside"] == f"counted on {n - 20} held-out pairs"
-    for kind in ("sparse", *KINDS[OUTSIDE:]):
-        assert said[kind] == "extrapolated: too few held-out pairs to count on"
-
-
-def test_rows_where_stars_are_few_have_the_width_of_all_measurements_there():
-    found = Widths(np.ones((2, 3, 3)) * np.array([1.0, 1.5, 2.0])[:, None], np.array([900, 1, 1.0]))
-    half_width = np.array([[100.0, 0.1, 0.1], [300.0, 0.1, 0.1], [700.0, 0.1, 0.1]])
-    for kind, wanted in (
-        (OUTSIDE, [900, 900, 1050]),
-        (LACKING, [200, 600, 1400]),
-    ):
-        kinds = np.full(3, kind, dtype=np.int8)
-        widening = found.widening(kinds, np.array([0, 1, 0]), half_width)
-        assert (widening * half_width)[:, 0] == pytest.approx(wanted)
-
-
 def test_stars_that_the_overlap_lacks_are_told_from_lonely_places():
     rng = np.random.default_rng(15)
     x = rng.normal(0, 1, (20_000, 3))
@@ -284,29 +223,6 @@ def test_without_its_table_a_row_has_the_same_coverage(fitted):
     below = np.nextafter(np.float32(model.limits.outside), np.float32(0))
     low, high = (np.where(exact > model.growth.last, np.minimum(end, below), end) for end in ends)
     assert (score[some] >= low[some] - 1e-6).all() and (score[some] <= high[some] + 1e-6).all()
-
-
-def test_growth_of_the_error_is_recovered():
-    rng = np.random.default_rng(3)
-    distance = rng.exponential(0.2, 20_000)
-    ratio = rng.normal(0, 1, (20_000, 3)) * np.hypot(1, distance / 0.3)[:, None]
-    growth, bins = Growth.fit(distance, ratio)
-    root_2 = np.interp(2**0.5, growth.growth, growth.distance)  # where it has grown by so much
-    assert root_2 == pytest.approx(0.3, rel=0.15)
-    assert sum(row["n"] for row in bins) == 20_000
-    d = np.linspace(0, 3, 200)
-    assert (np.diff(growth(d)) >= 0).all() and growth(np.zeros(1))[0] == 1
-
-
-def test_noise_is_recovered_beside_the_errors_of_the_reference():
-    rng = np.random.default_rng(4)
-    n = 20_000
-    snr, logg = rng.uniform(10, 200, n), rng.uniform(0, 5, n)
-    own = np.hypot(np.array([25, 0.04, 0.03]), np.array([2500, 4, 2]) / snr[:, None])
-    reference = rng.uniform(0.2, 1.0, (n, 3)) * np.array([40, 0.06, 0.04])
-    residual = rng.normal(0, 1, (n, 3)) * np.hypot(own, reference)
-    noise = Noise.fit(residual, logg, snr, reference)
-    assert np.median(noise(logg, snr) / own, axis=0) == pytest.approx(np.ones(3), rel=0.1)
 
 
 def test_wrong_measurements_do_not_count_as_growth():

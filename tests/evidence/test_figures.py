@@ -1,4 +1,8 @@
+"""Figures of methods on the same pairs, the choice of one, and regions left out."""
+
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import pairwise
 from types import SimpleNamespace as Figure
 from typing import Any
@@ -7,25 +11,42 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sos_dask.errors import ModelError
+from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.figures import (
+    DENSITY,
     FIGURE_SCHEMA,
     NONE,
+    REFERENCE,
+    REGION,
     STATISTICS,
     SUBSETS,
     TEST,
+    Choice,
     Sample,
+    Scored,
+    check_rule,
+    choose,
     figures,
+    held_out_metrics,
+    left_out_groups,
+    region_groups,
 )
+from sos_dask.schema import LABELS
 from sos_dask.stats.bootstrap import N_GROUPS, draw
 
 N = 4000
+
+
 EDGES = {
     "teff": np.linspace(4000.0, 8000.0, 9),
     "logg": np.linspace(0.0, 5.0, 6),
     "feh": np.linspace(-3.0, 1.0, 9),
 }
+
+
 WEIGHTS = draw(100, 0)
+
+
 Found = Mapping[tuple[str, str, str], Figure]
 
 
@@ -177,3 +198,143 @@ def test_pairs_that_a_method_does_not_predict_count_for_none(residuals):
 def test_bad_samples_are_errors(residuals):
     with pytest.raises(ModelError, match=r"4000 test pairs .* at least 4001 are needed"):
         compared(residuals, sky(), min_pairs=N + 1)
+
+
+def test_metrics_count_only_pairs_with_difference_and_prediction():
+    differences = np.array([[10, 1, 0.1], [20, 2, 0.3], [60, np.nan, 0.8]], dtype=np.float32)
+    predicted = np.array([[9, 1, 0.0], [18, 1, np.nan], [60, 5, 0.2]], dtype=np.float32)
+    teff, logg, feh = held_out_metrics("m", ("teff", "logg", "feh"), differences, predicted)
+    assert (teff.method, teff.label, teff.subset, teff.n) == ("m", "teff", "all", 3)
+    assert teff.median_before == 20
+    assert teff.scatter_before == pytest.approx(14.826)
+    assert teff.median_after == 1
+    assert teff.scatter_after == pytest.approx(1.4826)
+    assert (logg.label, logg.n, logg.median_before, logg.median_after) == ("logg", 2, 1.5, 0.5)
+    # Before and after are of the same pairs.
+    assert (feh.label, feh.n) == ("feh", 2)
+    assert feh.median_before == pytest.approx(0.45)
+    assert feh.median_after == pytest.approx(0.35)
+    assert json.loads(json.dumps(asdict(teff)))["scatter_after"] == teff.scatter_after
+
+
+def test_a_label_without_held_out_pair_is_an_error():
+    differences = np.ones((3, 3), dtype=np.float32)
+    differences[:, 2] = np.nan
+    with pytest.raises(ModelError, match="m: no held-out pair has feh"):
+        held_out_metrics("m", ("teff", "logg", "feh"), differences, np.zeros_like(differences))
+
+
+ROUGHNESS = {"boosted": 0.8, "hybrid": 0.1, "polynomial": 0.02}
+
+
+def scored(value: float, error: float = 0.001) -> Scored:
+    """A figure whose resamples move up and down with those of all others, and a little alone."""
+    together = np.random.default_rng(0).normal(0, 0.1, 500)
+    alone = np.random.default_rng(int(1e6 * value)).normal(0, error, 500)
+    return Scored(value, value + together + alone)
+
+
+def chosen(rule: str, values: dict[str, tuple[float, float, float]], **more) -> Choice:
+    """Choice by the scatter of each label; binned medians are the same for all."""
+    figures = {}
+    for number, label in enumerate(LABELS):
+        of = {(method, "mad"): scored(each[number]) for method, each in values.items()}
+        of |= {(method, "rms_binned"): scored(0.1) for method in values}
+        figures[label] = {**of, (NONE, "mad"): scored(2.0), (NONE, "rms_binned"): scored(1.0)}
+    return choose(rule, figures, more.pop("roughness", ROUGHNESS), **more)
+
+
+EQUAL = {"boosted": (1.0, 1.0, 1.0), "hybrid": (1.0, 1.0, 1.0), "polynomial": (1.05, 1.0, 1.0)}
+
+
+def test_the_smoothest_of_those_that_are_as_good():
+    choice = chosen("balanced", EQUAL)
+    assert choice.method == "hybrid"
+    assert choice.why.startswith(
+        "hybrid: no label is significantly worse than with the best method; the smoothest "
+        "(roughness 0.100) of boosted and hybrid; "
+    )
+    assert "polynomial is worse in teff scatter by 5.00 % [4." in choice.why
+    by, low, high = choice.scores["polynomial"]["worse_in"]["teff scatter"]
+    assert low < by < high
+    assert by == pytest.approx(0.05)
+    assert choice.scores["hybrid"]["worse_in"] == {}
+    assert choice.scores["hybrid"]["scatter"] == pytest.approx(0.5)
+    assert choice.scores["hybrid"]["scatter_low"] < 0.5 < choice.scores["hybrid"]["scatter_high"]
+
+
+def test_a_difference_within_its_interval_is_none():
+    values = {"boosted": (1.0, 1.0, 1.0), "polynomial": (1.05, 1.0, 1.0)}
+    assert chosen("balanced", values).method == "boosted"
+    noisy = {
+        label: {(m, s): Scored(o.value, o.value + np.random.default_rng(i).normal(0, 0.1, 500))
+         for i, ((m, s), o) in enumerate(of.items())}
+        for label in LABELS
+        for of in [{("boosted", "mad"): scored(1.0), ("polynomial", "mad"): scored(1.05),
+                    (NONE, "mad"): scored(2.0)}]
+    }  # fmt: skip
+    assert choose("balanced", noisy, ROUGHNESS).method == "polynomial"
+
+
+def test_a_certain_difference_that_does_not_matter_is_none():
+    values = {"boosted": (1.0, 1.0, 1.0), "polynomial": (1.005, 1.0, 1.0)}
+    assert chosen("balanced", values).method == "polynomial"
+    assert chosen("balanced", values, tolerance=0.0).method == "boosted"
+
+
+def test_where_each_is_worse_somewhere_the_average_decides():
+    values = {"boosted": (1.0, 1.1, 1.0), "polynomial": (1.1, 1.0, 1.0), "hybrid": (1.3, 1.3, 1.3)}
+    choice = chosen("balanced", values)
+    assert choice.method == "polynomial"
+    assert "not in the scatter averaged over them" in choice.why
+    assert "hybrid is worse in " in choice.why and ", and in 2 more" in choice.why
+
+
+def test_without_cells_the_smallest_scatter_of_the_good():
+    nan = dict.fromkeys(ROUGHNESS, float("nan"))
+    choice = chosen("balanced", {"a": (1.001, 1, 1), "b": (1.0, 1, 1)}, roughness=nan)
+    assert choice.method == "b"
+    assert choice.scores["b"]["roughness"] is None
+    assert "too few cells" in choice.why
+
+
+def test_the_other_rules():
+    values = {**EQUAL, "boosted": (0.999, 1.0, 1.0)}
+    assert chosen("scatter", values).method == "boosted"
+    assert "smallest held-out scatter" in chosen("scatter", values).why
+    assert chosen("scatter", {m: EQUAL["hybrid"] for m in "zca"}).method == "a", "first by name"
+    named = chosen("polynomial", values)
+    assert (named.method, named.rule) == ("polynomial", "polynomial")
+    assert named.why == "polynomial: the job names it"
+    assert chosen("balanced", {"a": (1, 1, 1)}).why == "a: the only method"
+
+
+def test_nothing_to_choose_or_no_such_rule():
+    with pytest.raises(ModelError, match="no method to choose from"):
+        choose("balanced", {label: {(NONE, "mad"): scored(1.0)} for label in LABELS}, {})
+    with pytest.raises(ConfigError, match="rule 'balancd'") as caught:
+        check_rule("balancd", ["boosted"])
+    assert "balanced" in caught.value.hint
+    check_rule("boosted", ["boosted"])
+
+
+def test_regions_say_their_limits_and_hold_their_lower_edges():
+    teff = np.array([4499.0, 4500.0, 7000.0, np.nan])
+    logg = np.array([0.5, 1.0, 4.0, 4.0])
+    assert region_groups(teff, logg) == [
+        "Teff < 4500, log g < 1",
+        "4500 <= Teff < 5250, 1 <= log g < 2",
+        "Teff >= 7000, log g >= 3.5",
+        "",
+    ]
+
+
+def test_small_groups_and_small_rests_are_not_left_out():
+    splits = {
+        DENSITY: ("dense",) * 90 + ("sparse",) * 10,
+        REGION: ("a",) * 60 + ("b",) * 9 + ("",) * 31,
+        REFERENCE: ("only",) * 100,
+    }
+    assert left_out_groups(splits, 10) == [(DENSITY, "sparse")]
+    assert left_out_groups(splits, 9) == [(DENSITY, "sparse"), (REGION, "a"), (REGION, "b")]
+    assert left_out_groups(splits, 11) == []

@@ -12,6 +12,8 @@ from sos_dask.evidence.intervals import (
     ErrorModel,
     HeldOut,
     LabelErrors,
+    _quantile,
+    _wrong,
     error_grid,
     error_model,
     fit_label,
@@ -309,3 +311,55 @@ def test_the_interval_of_a_hit_rate_is_the_binomial_one():
     one, other = hit_rates("teff", checked, {"all": np.ones(100, bool)})
     assert [one["low"], one["high"]] == pytest.approx([0.5792, 0.7698], abs=1e-3)
     assert (other["hit_rate"], other["high"]) == (1.0, 1.0) and other["low"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("n", "level", "rank"), [(100, 0.68, 69), (100, 0.95, 96), (2, 0.68, 6), (0, 0.68, 6)]
+)
+def test_a_factor_is_the_score_below_which_a_new_pair_is(n, level, rank):
+    """Of 100 and the new one; a class of too few takes that of all seven, or its largest."""
+    mine = np.arange(1.0, n + 1)
+    everyone = mine if n > 2 else np.arange(1.0, 8.0)
+    assert _quantile(mine, everyone, level) == rank
+    assert _quantile(np.array([999.0]), everyone, 0.95) == 999
+    assert _quantile(np.zeros(100), everyone, level) == 1e-6
+
+
+def test_pairs_far_off_in_all_labels_are_wrong_and_in_some_are_not():
+    residuals = np.tile([[1.0, -1.0, 1.0]], (9, 1))
+    residuals[0] = [9, -9, 9]
+    residuals[1] = [9, 9, 7.9]
+    residuals[2] = [99, 99, np.nan]
+    assert _wrong(residuals).tolist() == [True] + [False] * 8
+    assert not _wrong(np.full((3, 3), np.nan)).any()
+
+
+def test_the_least_snr_is_of_those_that_are_known():
+    assert least_log_snr(np.array([np.nan, 0.0, 20.0, 8.0])) == pytest.approx(np.log(8))
+    assert least_log_snr(np.array([np.nan, -1.0])) == pytest.approx(np.log(0.1))
+
+
+def table(about, profile=None, theirs=0.0) -> ErrorModel:
+    """Half-widths of 3 K, dex, dex everywhere, times a profile; a sparse first cell."""
+    profile = np.ones((1024, 3), np.float32) if profile is None else profile
+    values = np.full((48**3, 3), 3.0, np.float32)
+    sparse = np.arange(48**3) == 0
+    given = {"reference_error": "included", "unknown_snr": 500, **about}
+    unit = np.ones((1024, 3), np.float32)
+    return ErrorModel(GRID, given, values, profile, sparse, values * np.float32(theirs / 3), unit)
+
+
+def test_profiles_are_looked_up_in_equal_steps_of_the_logarithm():
+    steps = np.repeat(np.arange(1024, dtype=np.float32)[:, None], 3, axis=1)
+    model, x = table({}, steps), np.tile(np.float32(LOW), (6, 1))
+    snr = 10 ** np.array([-5, -1 + 2.5 / 1024 * 5, -1 + 5.5 / 1024 * 5, 9, np.nan, -np.inf])
+    assert (model.half_width(x, snr) / 3)[:, 1].tolist() == [0, 2, 5, 1023, 500, 500]
+    assert model.is_sparse(np.float32([LOW, HIGH])).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("theirs", "left"), [(0.0, 3.0), (1.8, 2.4), (2.9, 1.0), (9.0, 1.0)])
+def test_the_error_of_the_reference_goes_in_quadrature_and_leaves_a_third(theirs, left):
+    x = np.tile(np.float32(HIGH), (2, 1))
+    removed = table({"reference_error": "removed"}, theirs=theirs).half_width(x, None)
+    assert removed == pytest.approx(np.full((2, 3), left), rel=1e-5)
+    assert (table({}, theirs=theirs).half_width(x, None) == 3).all()

@@ -18,7 +18,6 @@ from sos_dask.evidence.projection import (
     sampling_rates,
     strata,
 )
-from sos_dask.stats.numbers import uniform
 
 
 @pytest.mark.parametrize(
@@ -78,14 +77,6 @@ def test_as_many_rows_are_chosen_as_the_rate_says_and_seeds_differ():
     assert abs(found.sum() - 10_000) < 5 * np.sqrt(9_500)
     other = chosen_rows(keys, cells, {0: 0.05}, 1)
     assert abs((found & other).sum() - 500) < 5 * np.sqrt(500)
-
-
-def test_a_share_of_the_rows_is_chosen_by_their_keys():
-    keys = np.arange(100_000).astype(np.uint64)
-    found = uniform(keys, 0) < 0.1
-    assert abs(found.sum() - 10_000) < 5 * np.sqrt(9_000)
-    np.testing.assert_array_equal(uniform(keys[::-1], 0) < 0.1, found[::-1])
-    assert (uniform(keys, 0) < 1.0).all()
 
 
 def _plane(rng, neighbors=8):

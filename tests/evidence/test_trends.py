@@ -1,6 +1,5 @@
-"""Binned medians against numpy, their errors and the significance of differences by simulation."""
+"""Binned medians against numpy, differences of surveys, the three-cornered hat on known noise."""
 
-import itertools
 import math
 
 import numpy as np
@@ -11,7 +10,6 @@ from hypothesis.extra import numpy as hnp
 
 from sos_dask.errors import ConfigError
 from sos_dask.evidence.trends import (
-    AXES,
     CONTRAST_SCHEMA,
     EQUAL_COUNT,
     EQUAL_WIDTH,
@@ -20,17 +18,22 @@ from sos_dask.evidence.trends import (
     agreements,
     contrast,
     contrast_table,
+    three_cornered_hat,
     trend,
     trend_table,
 )
-from sos_dask.stats.numbers import Axis, binned_quantiles, bins_of, equal_count_edges
+from sos_dask.stats.numbers import Axis, bins_of, equal_count_edges
 
 THOROUGH = settings(deadline=None, derandomize=True, max_examples=200)
+
+
 # Few different values, so that there are ties, on edges too; and what is no number.
 VALUES = st.one_of(
     st.sampled_from([0.0, -0.0, 0.5, 1.0, 2.0, -1.0, math.nan, math.inf, -math.inf]),
     st.floats(-3, 3, width=32),
 )
+
+
 COLUMN = st.integers(0, 60).flatmap(
     lambda n: st.tuples(*(hnp.arrays(np.float32, n, elements=VALUES) for _ in range(2)))
 )
@@ -89,29 +92,6 @@ def test_any_order_of_the_pairs_gives_the_same_bytes(columns, n_bins, seed):
     assert buffers[0] == buffers[1]
 
 
-def test_the_sign_of_zero_depends_on_no_order():
-    for zeros in itertools.permutations([-0.0, -0.0, 0.0, 0.0]):
-        found = binned_quantiles(np.zeros(4, dtype=np.int64), np.array(zeros), 1)
-        assert not np.signbit([found.p16, found.median, found.p84]).any()
-        assert not np.signbit(equal_count_edges(np.array(zeros), 3)).any()
-
-
-@THOROUGH
-@given(hnp.arrays(np.float32, st.integers(0, 80), elements=VALUES), st.integers(1, 12))
-def test_bins_of_equal_count_hold_every_value_once(x, n_bins):
-    edges = equal_count_edges(x, n_bins)
-    known = np.isfinite(x)
-    bins = bins_of(x, edges) if len(edges) else np.full(len(x), -1)
-    assert (bins[~known] == -1).all()
-    assert (bins[known] >= 0).all()
-    assert len(edges) == 2 or (len(edges) <= n_bins + 1 and (np.diff(edges) > 0).all())
-    distinct = np.unique(x[known])
-    if len(distinct) == known.sum() >= n_bins:  # no ties: as equal as can be
-        assert np.ptp(np.bincount(bins[known], minlength=n_bins)) <= 1 + (
-            len(distinct) % n_bins > 0
-        )
-
-
 def test_bins_of_equal_count_of_many_ties():
     x = np.repeat([1.0, 2.0, 3.0], [90, 5, 5])
     edges = equal_count_edges(x, 10)
@@ -129,43 +109,6 @@ def test_edges_that_do_not_rise_are_refused(edges):
         bins_of(np.arange(9.0), np.array(edges))
     with pytest.raises(ConfigError, match="edges of bins must be rising numbers"):
         one(np.arange(9.0), np.arange(9.0), np.array(edges))
-
-
-@pytest.mark.parametrize("edges", [[], [1.0]])
-def test_fewer_than_two_edges_are_no_bin(edges):
-    bins = bins_of(np.arange(4.0), np.array(edges))
-    assert bins.tolist() == [-1] * 4
-    found = binned_quantiles(bins, np.arange(4.0), max(len(edges) - 1, 0))
-    assert all(len(column) == 0 for column in found)
-
-
-def test_a_bin_without_width_has_no_value_and_takes_none():
-    bins = bins_of(np.array([0.5, 1.0, 1.5, 2.0, 2.5]), np.array([1.0, 1.0, 2.0]))
-    assert bins.tolist() == [-1, 1, 1, 1, -1]
-    found = binned_quantiles(bins, np.arange(5.0), 2)
-    assert found.n.tolist() == [0, 3] and np.isnan(found.median[0]) and found.median[1] == 2.0
-
-
-def test_edges_of_equal_width():
-    assert Axis("x", 0.0, 1.0, 0.1).edges.tolist() == [k / 10 for k in range(11)]
-    assert Axis("x", 0.0, 1.0, 0.4).edges.tolist() == [0.0, 0.4, 0.8, 1.0]
-    for axis in AXES:
-        assert axis.edges[0] == axis.low and axis.edges[-1] == axis.high
-        assert (np.diff(axis.edges) > 0).all()
-
-
-@pytest.mark.parametrize("limits", [(1.0, 0.0, 0.1), (0.0, 1.0, 0.0), (0.0, 1.0, 2.0)])
-def test_axes_without_bins_are_refused(limits):
-    with pytest.raises(ConfigError, match="bins of teff"):
-        Axis("teff", *limits)
-
-
-def test_axes_of_too_many_bins_are_refused():
-    """Bins are numbered in 16 bits where figures are resampled."""
-    assert len(Axis("teff", 0.0, 10_000.0, 1.0).edges) == 10_001
-    for width in (0.999, 1e-300):
-        with pytest.raises(ConfigError, match=r"bins of teff .*: there are more than 10,000"):
-            Axis("teff", 0.0, 10_000.0, width)
 
 
 def test_wrong_numbers_of_bins_are_refused():
@@ -206,13 +149,6 @@ def test_empty_bins_are_rows_with_nulls_and_empty_cells_are_left_out():
     assert trend_table([]).schema == TREND_SCHEMA
     empty = one(np.empty(0, np.float32), np.empty(0, np.float32), equal_count_edges(x[:0], 5))
     assert trend_table([empty]).num_rows == 0
-
-
-def test_the_error_is_the_scatter_of_medians():
-    rng = np.random.default_rng(2)
-    n, n_bins = 150, 4000
-    found = binned_quantiles(np.repeat(np.arange(n_bins), n), rng.normal(3, 2, n * n_bins), n_bins)
-    assert np.std(found.median) == pytest.approx(np.mean(found.error), rel=0.04)
 
 
 def references(rng, n, shift, slope=0.0):
@@ -279,3 +215,71 @@ def test_bins_with_few_pairs_are_not_judged():
     assert np.isnan(contrast(flat, flat)["significance"]).all()
     nothing = agreements(contrast(flat, flat))[0]
     assert (nothing["n_bins"], nothing["median"], nothing["p_value"]) == (0, None, 1.0)
+
+
+NAMES = ("a", "b", "c")
+
+
+def three(n: int, sigma=(50.0, 20.0, 35.0), seed: int = 0, outliers: float = 0.0) -> list:
+    rng = np.random.default_rng(seed)
+    true = rng.uniform(4000, 6000, n)
+    wrong = [1000 * (rng.random(n) < outliers) for _ in sigma]
+    return [
+        true + 30 * number + s * rng.normal(size=n) + bad
+        for number, (s, bad) in enumerate(zip(sigma, wrong, strict=True))
+    ]
+
+
+def test_errors_are_recovered():
+    for corner, sigma in zip(three_cornered_hat(three(20_000), NAMES), (50, 20, 35), strict=True):
+        assert corner["sigma"] == pytest.approx(sigma, rel=0.06)
+        assert corner["sigma"] is not None and corner["low"] < corner["sigma"] < corner["high"]
+        assert not corner["negative"] and corner["n"] == 20_000
+
+
+def test_outliers_hardly_matter():
+    found = three_cornered_hat(three(20_000, outliers=0.03), NAMES)
+    for corner, sigma in zip(found, (50, 20, 35), strict=True):
+        assert corner["sigma"] == pytest.approx(sigma, rel=0.15)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    held = np.array(
+        [
+            [c["low"] < s < c["high"] for c, s in zip(hat, (50, 20, 35), strict=True)]
+            for hat in (
+                three_cornered_hat(three(300, seed=seed), NAMES, seed) for seed in range(30)
+            )
+        ]
+    )
+    assert (held.sum(axis=0) >= 24).all(), held.sum(axis=0)
+
+
+def test_negative_variances_are_flagged():
+    # What is added to one is taken from the other: they differ by more than both from the third.
+    shared = 40 * np.random.default_rng(1).normal(size=3000)
+    a, b, c = three(3000, (1.0, 5.0, 5.0))
+    found = three_cornered_hat([a, b + shared, c - shared], NAMES)
+    assert found[0]["variance"] == pytest.approx(-(40**2), rel=0.15)
+    for corner in found:
+        assert (corner["sigma"] is None) == (corner["variance"] < 0)
+        if corner["variance"] < 0:
+            assert corner["negative"] and corner["low"] < 0
+
+
+def test_too_small_to_tell_is_flagged():
+    smallest = three_cornered_hat(three(60, (50.0, 0.5, 50.0), 4), NAMES)[1]
+    assert smallest["negative"] and smallest["low"] < 0
+
+
+def test_same_seed_same_numbers_and_nan_left_out():
+    values = three(500)
+    some = [np.append(value, np.nan) for value in values]
+    assert three_cornered_hat(values, NAMES, 3) == three_cornered_hat(some, NAMES, 3)
+
+
+def test_what_is_no_hat():
+    with pytest.raises(ConfigError, match="needs three surveys, not 2"):
+        three_cornered_hat(three(100)[:2], NAMES[:2])
+    with pytest.raises(ConfigError, match="only 9 stars in common"):
+        three_cornered_hat(three(9), NAMES)

@@ -85,7 +85,7 @@ def current(small_store) -> Path:
 
 
 def test_calibration_states_how_many_pairs_judge_each_part(current):
-    table = page.Build.open({"uncertainty": current / "uncertainty"}).table("hit_rates")
+    table = page.Build.open({"uncertainty": current / "lamost.uncertainty"}).table("hit_rates")
     assert table is not None
     said = drawn(calibration_figure(table, UNITS)).facts["pairs"]
     for row in table.to_pylist():

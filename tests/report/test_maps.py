@@ -101,9 +101,9 @@ def current(small_store) -> Path:
 
 
 def test_growth_names_the_pairs_for_which_the_model_is_too_small(current):
-    table = page.Build.open({"coverage": current / "coverage"}).table("growth")
+    table = page.Build.open({"coverage": current / "lamost.coverage"}).table("growth")
     assert table is not None
-    limits = Manifest.load(current / "coverage").summary["limits"]
+    limits = Manifest.load(current / "lamost.coverage").summary["limits"]
     said = drawn(growth_figure(table, limits)).facts
     n = np.sum(table["n"].to_numpy())
     assert (said["n_bins"], said["n_pairs"]) == (table.num_rows, n)
@@ -116,8 +116,8 @@ def test_growth_names_the_pairs_for_which_the_model_is_too_small(current):
 
 
 def test_maps_of_coverage_count_what_the_manifest_counts(current):
-    maps = pq.read_table(current / "coverage" / "maps.parquet")
-    summary = Manifest.load(current / "coverage").summary
+    maps = pq.read_table(current / "lamost.coverage" / "maps.parquet")
+    summary = Manifest.load(current / "lamost.coverage").summary
     said = drawn(kinds.coverage_figure(maps, SKY_ORDER, STEPS["kiel"])).facts["rows"]
     assert said == {name: summary["rows"][name] for name in CLASSES}
     assert kinds.coverage_figure(maps.slice(0, 0), SKY_ORDER, STEPS["kiel"]) is None

@@ -149,7 +149,7 @@ def current(small_store) -> Path:
 
 
 def test_regions_to_follow_up_are_cells_with_their_rows(current):
-    maps = pq.read_table(current / "coverage" / "maps.parquet")
+    maps = pq.read_table(current / "lamost.coverage" / "maps.parquet")
     table = page.follow_up(maps, STEPS["labels"], UNITS)
     regions = [row for row in maps.to_pylist() if row["map"] == "labels" and row["outside"]]
     assert len(table.rows) == min(len(regions), 10) > 0

@@ -274,7 +274,9 @@ def test_what_a_worker_can_use_of_its_limit():
 
 def test_places_that_are_impossible(tmp_path):
     most = 64 * n_cores()
-    check_place(most), check_place(0), check_place(None, n_threads=most)
+    check_place(most)
+    check_place(0)
+    check_place(None, n_threads=most)
     (tmp_path / "scheduler.json").touch()
     check_place(None, scheduler=str(tmp_path / "scheduler.json"))
     for given, words in (

@@ -17,7 +17,7 @@ def read(path: Path) -> pa.Table:
 
 def used(build: Path) -> pa.Table:
     """Pairs of a build that are fit for training."""
-    pairs = read(build / "pairs")
+    pairs = read(build / "lamost.pairs")
     return pairs.filter(pairs["use"])
 
 

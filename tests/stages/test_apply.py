@@ -33,7 +33,11 @@ __all__ = ["cli"]  # a fixture
 @pytest.fixture(scope="module")
 def whole(current, tmp_path_factory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("apply") / "whole"
-    apply(current / "model.polynomial", Catalog.open(current / "lamost.observations"), directory)
+    apply(
+        current / "lamost.model.polynomial",
+        Catalog.open(current / "lamost.observations"),
+        directory,
+    )
     return contents(directory)
 
 
@@ -41,7 +45,9 @@ def whole(current, tmp_path_factory) -> dict[str, str]:
 def test_shards_in_any_order_equal_all(current, whole, tmp_path, order):
     catalog = Catalog.open(current / "lamost.observations")
     results = [
-        apply(current / "model.polynomial", catalog, tmp_path / "out", partitions=f"{number}/3")
+        apply(
+            current / "lamost.model.polynomial", catalog, tmp_path / "out", partitions=f"{number}/3"
+        )
         for number in order
     ]
     assert [manifest is None for manifest in results] == [True, True, False]
@@ -50,7 +56,7 @@ def test_shards_in_any_order_equal_all(current, whole, tmp_path, order):
 
 def test_pixels_and_indices_equal_all(current, whole, tmp_path):
     catalog = Catalog.open(current / "lamost.observations")
-    model = current / "model.polynomial"
+    model = current / "lamost.model.polynomial"
     n = len(catalog.pixels)
     north = [HealpixPixel(0, number) for number in range(4)]
     seen = [str(p) for p in north if any(p.overlaps(pixel) for pixel in catalog.pixels)]
@@ -70,22 +76,25 @@ def test_pixels_and_indices_equal_all(current, whole, tmp_path):
 
 def test_another_model_or_catalog_does_not_mix_with_a_begun_output(current, tmp_path):
     catalog = Catalog.open(current / "lamost.observations")
-    assert apply(current / "model.polynomial", catalog, tmp_path / "out", partitions="0") is None
+    assert (
+        apply(current / "lamost.model.polynomial", catalog, tmp_path / "out", partitions="0")
+        is None
+    )
     train(
-        Catalog.open(current / "pairs"),
+        Catalog.open(current / "lamost.pairs"),
         tmp_path / "other",
         TrainSettings(method="polynomial", params={"order": 2}, validation="holdout"),
     )
     for model, observed in (
         (tmp_path / "other", catalog),
-        (current / "model.polynomial", Catalog.open(current / "lamost.stars")),
+        (current / "lamost.model.polynomial", Catalog.open(current / "lamost.stars")),
     ):
         with pytest.raises(CatalogError, match="another run's output"):
             apply(model, observed, tmp_path / "out")
 
 
 def test_a_tampered_model_is_refused(current, tmp_path):
-    model = Path(shutil.copytree(current / "model.polynomial", tmp_path / "model"))
+    model = Path(shutil.copytree(current / "lamost.model.polynomial", tmp_path / "model"))
     catalog = Catalog.open(current / "lamost.observations")
     document = json.loads((model / "model.json").read_text())
     (name,) = document["files"]
@@ -161,14 +170,14 @@ def build(current) -> Path:
 
 
 def test_single_steps_make_the_rows_of_a_rebuild(cli: Cli, build, tmp_path):
-    model, catalog = build / "model.polynomial", build / "lamost.observations"
-    errors = ["--errors", build / "uncertainty"]
+    model, catalog = build / "lamost.model.polynomial", build / "lamost.observations"
+    errors = ["--errors", build / "lamost.uncertainty"]
     ran = cli(
-        "coverage", build / "pairs", model, catalog, build / "lamost.stars", *errors,
+        "coverage", build / "lamost.pairs", model, catalog, build / "lamost.stars", *errors,
         "-o", "coverage", "-w", 0,
     )  # fmt: skip
     assert ran.code == 0 and "inside" in ran.out, ran.err
-    assert rows_of(tmp_path / "coverage").equals(rows_of(build / "coverage"))
+    assert rows_of(tmp_path / "coverage").equals(rows_of(build / "lamost.coverage"))
     given = ["apply", model, catalog, *errors, "--coverage", "coverage", "--fallback", model]
     assert cli(*given, "-o", "whole/corrected", "-w", 0).code == 0
     made, wanted = rows_of(tmp_path / "whole/corrected"), rows_of(build / "lamost.corrected")
@@ -197,22 +206,25 @@ def test_the_steps_before_make_the_bytes_of_a_rebuild(cli: Cli, build, tmp_path)
 
 
 def test_a_fallback_that_is_not_there_is_refused(build, tmp_path):
-    inputs = {"model": build / "model.polynomial", "observations": build / "lamost.observations"}
-    covered = {**inputs, "coverage": build / "coverage"}
+    inputs = {
+        "model": build / "lamost.model.polynomial",
+        "observations": build / "lamost.observations",
+    }
+    covered = {**inputs, "coverage": build / "lamost.coverage"}
     cases: list[tuple[dict[str, Path], Any]]
     cases = [(covered, "polynomial"), (inputs, "none"), (inputs, "polynomial")]
     for chosen, fallback in cases:
         with pytest.raises(ConfigError, match=f"the fallback is '{fallback}'"):
             Apply(chosen, ApplySettings(fallback=fallback)).run(tmp_path / "out")
-    smooth = {"smooth": build / "model.polynomial"}
+    smooth = {"smooth": build / "lamost.model.polynomial"}
     for chosen in ({**covered, **smooth}, {**inputs, **smooth}):
         with pytest.raises((ConfigError, ModelError), match="the fallback is 'edge'"):
             Apply(chosen).run(tmp_path / "out")
 
 
 def test_what_the_correction_fades_to(cli: Cli, build, tmp_path):
-    model, catalog = build / "model.polynomial", build / "lamost.observations"
-    given = ["apply", model, catalog, "--coverage", build / "coverage", "-w", 0]
+    model, catalog = build / "lamost.model.polynomial", build / "lamost.observations"
+    given = ["apply", model, catalog, "--coverage", build / "lamost.coverage", "-w", 0]
     for name in ("none", "edge"):
         assert cli(*given, "--fallback", name, "-o", name).code == 0
     assert cli("apply", model, catalog, "-o", "plain", "-w", 0).code == 0
@@ -228,26 +240,26 @@ def test_what_the_correction_fades_to(cli: Cli, build, tmp_path):
 
 
 def test_a_coverage_that_does_not_fit_is_refused(cli: Cli, build, tmp_path):
-    model, catalog = build / "model.polynomial", build / "lamost.observations"
-    trained = ["train", build / "pairs", "-m", "polynomial", "-p", "order=2", "-w", 0]
+    model, catalog = build / "lamost.model.polynomial", build / "lamost.observations"
+    trained = ["train", build / "lamost.pairs", "-m", "polynomial", "-p", "order=2", "-w", 0]
     assert cli(*trained, "-o", "other").code == 0
     other = tmp_path / "other"
     given = ["-o", "out", "-w", 0, "--coverage"]
-    ran = cli("apply", model, catalog, *given, build / "pairs")
+    ran = cli("apply", model, catalog, *given, build / "lamost.pairs")
     assert_error(
         ran, 5, "pairs is not a product 'coverage'", "sos-dask coverage PAIRS MODEL CATALOG STARS"
     )
-    ran = cli("apply", model, build / "lamost.stars", *given, build / "coverage")
+    ran = cli("apply", model, build / "lamost.stars", *given, build / "lamost.coverage")
     assert_error(ran, 5, "is not the coverage of .*lamost.stars")
-    ran = cli("apply", other, catalog, *given, build / "coverage")
+    ran = cli("apply", other, catalog, *given, build / "lamost.coverage")
     assert_error(ran, 7, "was made for another correction")
-    inputs = [build / "pairs", model, catalog, build / "lamost.stars"]
+    inputs = [build / "lamost.pairs", model, catalog, build / "lamost.stars"]
     assert cli("coverage", *inputs, "-o", "plain", "-w", 0).code == 0
-    ran = cli("apply", model, catalog, *given, "plain", "--errors", build / "uncertainty")
+    ran = cli("apply", model, catalog, *given, "plain", "--errors", build / "lamost.uncertainty")
     assert_error(ran, 7, "was made without these errors", "Rerun sos-dask coverage .* --errors")
-    boosted = ["train", build / "pairs", "-m", "boosted", "-p", "n_rounds=5", "-w", 0]
+    boosted = ["train", build / "lamost.pairs", "-m", "boosted", "-p", "n_rounds=5", "-w", 0]
     assert cli(*boosted, "-o", "trees").code == 0
-    ran = cli("apply", model, catalog, *given, build / "coverage", "--fallback", "trees")
+    ran = cli("apply", model, catalog, *given, build / "lamost.coverage", "--fallback", "trees")
     assert_error(ran, 7, "trees is a model of method 'boosted': the fallback is 'polynomial'")
     ran = cli("apply", model, catalog, "-o", "out", "-w", 0, "--fallback", "none")
     assert_error(ran, 3, "--fallback needs --coverage")
@@ -255,8 +267,11 @@ def test_a_coverage_that_does_not_fit_is_refused(cli: Cli, build, tmp_path):
 
 
 def test_rows_do_not_depend_on_how_many_are_corrected_at_once(build, tmp_path, monkeypatch):
-    inputs = {"model": build / "model.polynomial", "observations": build / "lamost.observations"}
-    inputs |= {"coverage": build / "coverage", "errors": build / "uncertainty"}
+    inputs = {
+        "model": build / "lamost.model.polynomial",
+        "observations": build / "lamost.observations",
+    }
+    inputs |= {"coverage": build / "lamost.coverage", "errors": build / "lamost.uncertainty"}
     for n_rows in (1 << 17, 97):
         monkeypatch.setattr("sos_dask.stages.apply._ROWS_AT_ONCE", n_rows)
         Apply(inputs, ApplySettings(fallback="none")).run(tmp_path / str(n_rows) / "corrected")
@@ -264,13 +279,16 @@ def test_rows_do_not_depend_on_how_many_are_corrected_at_once(build, tmp_path, m
 
 
 def test_a_worker_must_hold_the_models_too(build):
-    inputs = {"model": build / "model.polynomial", "observations": build / "lamost.observations"}
+    inputs = {
+        "model": build / "lamost.model.polynomial",
+        "observations": build / "lamost.observations",
+    }
     sizes = [
         sum(file.stat().st_size for file in (build / name).iterdir())
-        for name in ("model.polynomial", "uncertainty")
+        for name in ("lamost.model.polynomial", "lamost.uncertainty")
     ]
     assert Apply(inputs).held_bytes() == sizes[0]
-    assert Apply({**inputs, "errors": build / "uncertainty"}).held_bytes() == sum(sizes)
+    assert Apply({**inputs, "errors": build / "lamost.uncertainty"}).held_bytes() == sum(sizes)
 
 
 def test_flags_are_counted(build):
@@ -284,17 +302,22 @@ def test_flags_are_counted(build):
 
 
 def test_paths_that_are_missing(cli: Cli, build):
-    ran = cli("coverage", build / "pairs", build / "model.polynomial", "-o", "out")
+    ran = cli("coverage", build / "lamost.pairs", build / "lamost.model.polynomial", "-o", "out")
     assert_error(ran, 3, re.escape("2 paths are not PAIRS MODEL CATALOG STARS"))
     inputs = [
         build / name
-        for name in ("pairs", "model.polynomial", "lamost.observations", "lamost.stars")
+        for name in (
+            "lamost.pairs",
+            "lamost.model.polynomial",
+            "lamost.observations",
+            "lamost.stars",
+        )
     ]
     assert_error(cli("coverage", *inputs), 3, "--out is missing")
 
 
 def test_apply_replaces_columns_that_a_catalog_has_already(build, tmp_path):
-    model = build / "model.polynomial"
+    model = build / "lamost.model.polynomial"
     apply(model, Catalog.open(build / "lamost.observations"), tmp_path / "once")
     apply(model, Catalog.open(tmp_path / "once"), tmp_path / "twice")
     assert rows_of(tmp_path / "twice").equals(rows_of(tmp_path / "once"))

@@ -82,7 +82,7 @@ def test_two_workers_give_the_same_bytes(cluster, stars, current, tmp_path):
             CrossmatchSettings(radius_arcsec=1.0),
             cluster=running,
         )
-        model, catalog = current / "model.polynomial", current / "lamost.observations"
+        model, catalog = current / "lamost.model.polynomial", current / "lamost.observations"
         apply(model, Catalog.open(catalog), tmp_path / name / "applied", cluster=running)
     assert contents(tmp_path / "alone") == contents(tmp_path / "together")
 

@@ -31,7 +31,7 @@ FEW = CompareSettings(n_bootstrap=100, min_bin_pairs=20)
 def trained(build, tmp_path_factory) -> dict[str, Path]:
     """A straight correction and one of order 3, whose held-out pairs are of every fold."""
     folder = tmp_path_factory.mktemp("models")
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     for name, order in (("straight", 1), ("cubic", 3)):
         train(
             pairs,
@@ -44,17 +44,17 @@ def trained(build, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def compared(build, trained, tmp_path_factory) -> Path:
     directory: Path = tmp_path_factory.mktemp("compared") / "out"
-    compare(Catalog.open(build / "pairs"), trained, directory, FEW)
+    compare(Catalog.open(build / "lamost.pairs"), trained, directory, FEW)
     return directory
 
 
 def test_a_rebuild_makes_the_comparison(build):
-    manifest = Manifest.load(build / "comparison")
+    manifest = Manifest.load(build / "lamost.comparison")
     assert set(manifest.recipe.inputs) == {"evidence", "model.polynomial"}
     assert {record.path for record in manifest.files} == {
         "comparison.parquet", "artifacts.parquet", "outside.parquet",
     }  # fmt: skip
-    assert manifest.rows.n_in == Catalog.open(build / "pairs").n_rows
+    assert manifest.rows.n_in == Catalog.open(build / "lamost.pairs").n_rows
     assert manifest.rows.n_out == used(build).num_rows
     assert manifest.summary["method"] == "polynomial"
     assert len(manifest.summary["metrics"]) == 3
@@ -133,7 +133,7 @@ def test_the_bytes_depend_neither_on_workers_nor_on_partitions(
     build, trained, compared, cluster, tmp_path
 ):
     whole = contents(compared)
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     compare(pairs, trained, tmp_path / "workers", FEW, cluster=cluster)
     assert contents(tmp_path / "workers") == whole
     table = read(pairs.path)
@@ -155,7 +155,7 @@ def test_a_stopped_run_goes_on(build, trained, compared, tmp_path, monkeypatch):
         done.append(label)
         return part(self, output, label, item)
 
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     with monkeypatch.context() as patch:
         patch.setattr(Compare, "figures_of", stopping)
         with pytest.raises(KeyboardInterrupt):
@@ -166,7 +166,7 @@ def test_a_stopped_run_goes_on(build, trained, compared, tmp_path, monkeypatch):
 
 
 def test_holdout_compares_on_the_pairs_that_no_model_saw(build, tmp_path):
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     train(
         pairs,
         tmp_path / "model",
@@ -191,7 +191,7 @@ def refused(
     build: Path, given: dict[str, Path], out: Path, error: type[SosError], text: str
 ) -> None:
     with pytest.raises(error, match=text):
-        compare(Catalog.open(build / "pairs"), given, out, FEW)
+        compare(Catalog.open(build / "lamost.pairs"), given, out, FEW)
     assert not (out / "manifest.json").exists()
 
 
@@ -199,7 +199,7 @@ def test_models_that_are_none(build, model, tmp_path):
     out = tmp_path / "out"
     refused(build, {}, out, ModelError, "no model to compare")
     refused(build, {"x": tmp_path / "gone"}, out, CatalogError, "gone does not exist")
-    refused(build, {"x": build / "pairs"}, out, ModelError, "is not a trained model but")
+    refused(build, {"x": build / "lamost.pairs"}, out, ModelError, "is not a trained model but")
     assert not out.exists()
     (model / "coefficients.json").write_text("{}")
     refused(build, {"x": model}, out, CatalogError, r"coefficients\.json has 2 bytes")
@@ -216,7 +216,7 @@ def test_damaged_held_out_pairs(build, model, trained, tmp_path):
 
 
 def test_models_of_other_pairs_or_validation(build, trained, tmp_path):
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     table = read(pairs.path)
     other = write_catalog(table.slice(3), tmp_path / "other")
     with pytest.raises(CatalogError, match="does not hold the pairs"):
@@ -231,7 +231,7 @@ def test_models_of_other_pairs_or_validation(build, trained, tmp_path):
 
 
 def test_settings_that_cannot_be(build, trained, tmp_path):
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     with pytest.raises(ConfigError, match="no rule 'smoothest'"):
         compare(pairs, trained, tmp_path / "out", CompareSettings(rule="smoothest"))
     with pytest.raises(ModelError, match="at least 100000 are needed"):
@@ -247,7 +247,7 @@ def test_settings_that_cannot_be(build, trained, tmp_path):
 
 
 def test_another_output_is_no_comparison(build, compared):
-    with pytest.raises(CatalogError, match="is no output of 'compare' but of 'crossmatch'"):
-        Compare.load(build / "pairs")
+    with pytest.raises(CatalogError, match="is not an output of 'compare' but of 'crossmatch'"):
+        Compare.load(build / "lamost.pairs")
     with pytest.raises(CatalogError, match="does not exist"):
         Compare.load(build / "gone")

@@ -35,10 +35,13 @@ def opened(store, name):
 
 
 def test_columns_stand_beside_the_observations(small_store):
-    rows, scores = opened(small_store, "lamost.observations"), opened(small_store, "coverage")
+    rows, scores = (
+        opened(small_store, "lamost.observations"),
+        opened(small_store, "lamost.coverage"),
+    )
     corrected = opened(small_store, "lamost.corrected")
     assert scores.pixels == rows.pixels
-    summary = Manifest.load(small_store / "current" / "coverage").summary
+    summary = Manifest.load(small_store / "current" / "lamost.coverage").summary
     n = dict.fromkeys(("outside", "sparse", "unknown"), 0)
     for pixel in rows.pixels:
         table, score, out = rows.read(pixel), scores.read(pixel), corrected.read(pixel)
@@ -55,13 +58,13 @@ def test_columns_stand_beside_the_observations(small_store):
 
 
 def test_workers_and_what_was_there_before_change_no_byte(build, cluster, tmp_path):
-    given = [
-        Catalog.open(build / name) for name in ("pairs", "lamost.observations", "lamost.stars")
-    ]
+    names = ("lamost.pairs", "lamost.observations", "lamost.stars")
+    pairs, rows, stars = (Catalog.open(build / name) for name in names)
+    model = build / "lamost.model.polynomial"
     first, second = CoverageSettings(), CoverageSettings(inside=0.95, outside=0.9)
 
     def made(name: str, settings: CoverageSettings, **options) -> dict[str, str]:
-        coverage(build / "model.polynomial", *given, tmp_path / name, settings, **options)
+        coverage(model, pairs, rows, stars, tmp_path / name, settings, **options)
         return contents(tmp_path / name)
 
     before = made("out", first)
@@ -73,11 +76,11 @@ def test_workers_and_what_was_there_before_change_no_byte(build, cluster, tmp_pa
 def test_pairs_of_another_model_are_refused(small_store, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
-    for file in (small_store / "current" / "model.polynomial").iterdir():
+    for file in (small_store / "current" / "lamost.model.polynomial").iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     held_out = pq.read_table(model / "held_out.parquet")
     pq.write_table(held_out.slice(1), model / "held_out.parquet")
-    pairs, rows = opened(small_store, "pairs"), opened(small_store, "lamost.observations")
+    pairs, rows = opened(small_store, "lamost.pairs"), opened(small_store, "lamost.observations")
     stars = opened(small_store, "lamost.stars")
     manifest = Manifest.load(model)
     other = replace(manifest.recipe, params={**manifest.recipe.params, "again": 1})
@@ -112,8 +115,8 @@ def test_the_command_tells_shares_maps_and_follow_up(small_store, capsys):
 
 
 def test_shares_of_stars_are_those_of_their_labels(small_store):
-    found = Coverage.load(small_store / "current" / "coverage")
-    model = CoverageModel.load(small_store / "current" / "coverage")
+    found = Coverage.load(small_store / "current" / "lamost.coverage")
+    model = CoverageModel.load(small_store / "current" / "lamost.coverage")
     stars = opened(small_store, "lamost.stars")
     table = pa.concat_tables([stars.read(pixel) for pixel in stars.pixels])
     score, _ = model.coverage(parameter_columns(table, DEFAULT))
@@ -130,7 +133,7 @@ def test_a_store_without_coverage_is_told_what_to_do(small_store, tmp_path):
         app(command)
     current = tmp_path / "current"
     current.mkdir()
-    (current / "pairs").mkdir()
+    (current / "lamost.pairs").mkdir()
     (current / "build.json").write_text(
         sealed_json({"products": {"pairs": ""}, "stages": {"pairs": ""}})
     )
@@ -139,17 +142,20 @@ def test_a_store_without_coverage_is_told_what_to_do(small_store, tmp_path):
     (current / "build.json").write_text(
         sealed_json({"products": {"coverage": ""}, "stages": {"coverage": ""}})
     )
-    shutil.copytree(small_store / "current" / "coverage", current / "coverage")
-    made = Manifest.load(current / "coverage")
+    shutil.copytree(small_store / "current" / "lamost.coverage", current / "lamost.coverage")
+    made = Manifest.load(current / "lamost.coverage")
     older = replace(made, recipe=replace(made.recipe, version=made.recipe.version - 1))
-    (current / "coverage" / "manifest.json").write_text(sealed_json(older.document))
+    (current / "lamost.coverage" / "manifest.json").write_text(sealed_json(older.document))
     with pytest.raises(CatalogError, match="made by another version"):
         app(command)
 
 
 def test_the_single_step_takes_the_settings_of_a_job(small_store, cli):
     current = small_store / "current"
-    inputs = [current / name for name in ("pairs", "model.polynomial", "lamost.observations")]
+    inputs = [
+        current / name
+        for name in ("lamost.pairs", "lamost.model.polynomial", "lamost.observations")
+    ]
     inputs.append(current / "lamost.stars")
     options = ["--inside", 0.9, "--outside", 0.6, "--grid", "teff=3500,8500"]
     ran = cli("coverage", *inputs, "-o", "out", "-w", 0, *options, "--seed", 3, "--json")
@@ -175,15 +181,14 @@ def test_a_measure_that_is_none(cli, measure):
 
 
 def test_maps_are_a_table(small_store):
-    found = Coverage.load(small_store / "current" / "coverage")
-    maps = pq.read_table(small_store / "current" / "coverage" / "maps.parquet")
+    found = Coverage.load(small_store / "current" / "lamost.coverage")
+    maps = pq.read_table(small_store / "current" / "lamost.coverage" / "maps.parquet")
     assert isinstance(maps, pa.Table) and set(found["meaning"]) >= {"inside", "outside"}
 
 
 def test_a_sample_is_chosen_by_the_keys_alone(build, tmp_path, monkeypatch):
-    names = {"pairs": "pairs", "observations": "lamost.observations", "stars": "lamost.stars"}
-    inputs = {role: build / name for role, name in names.items()}
-    inputs |= {"evidence": build / "evidence", "model": build / "model.polynomial"}
+    inputs = {role: build / f"lamost.{role}" for role in ("pairs", "observations", "stars")}
+    inputs |= {"evidence": build / "lamost.evidence", "model": build / "lamost.model.polynomial"}
     stage = Coverage(inputs, CoverageSettings(seed=3))
     monkeypatch.setattr("sos_dask.stages.coverage._SAMPLE_ROWS", 500)
     output = Output(tmp_path / "out", Recipe("coverage", 1, {}, {}))

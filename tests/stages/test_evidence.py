@@ -40,7 +40,7 @@ DIFFERENCES = [f"{label}_diff" for label in LABELS]
 
 @pytest.fixture
 def pairs(build) -> Catalog:
-    return Catalog.open(build / "pairs")
+    return Catalog.open(build / "lamost.pairs")
 
 
 def test_the_thin_part_of_the_pairs_is_sparse():
@@ -72,7 +72,7 @@ def test_pairs_by_their_reference_survey():
 
 
 def test_held_out_pairs_are_those_of_the_model(build, pairs):
-    model = build / "model.polynomial"
+    model = build / "lamost.model.polynomial"
     whole = read(pairs.path)
     whole = whole.filter(whole["use"])
     fold, differences = whole["fold"].to_numpy(), [floats32(whole, name) for name in DIFFERENCES]
@@ -89,7 +89,7 @@ def test_held_out_pairs_are_those_of_the_model(build, pairs):
 
 
 def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, pairs, tmp_path):
-    models = {"polynomial": build / "model.polynomial"}
+    models = {"polynomial": build / "lamost.model.polynomial"}
     manifest = make_evidence(pairs, models, tmp_path / "evidence")
     whole = read(pairs.path)
     whole = whole.filter(whole["use"])
@@ -106,9 +106,9 @@ def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, p
     assert len(ids["target"].unique()) == len(whole["target_star_id"].unique())
     columns = [*held_out_columns("polynomial"), *fitted_columns("polynomial"), "held_out"]
     found = read_evidence(tmp_path / "evidence", columns)
-    held_out = pq.read_table(build / "model.polynomial" / "held_out.parquet")
+    held_out = pq.read_table(build / "lamost.model.polynomial" / "held_out.parquet")
     x = features(*(floats32(whole, label) for label in LABELS))
-    fitted = load(build / "model.polynomial").predict(x)
+    fitted = load(build / "lamost.model.polynomial").predict(x)
     order = np.argsort(whole["fold"].to_numpy(), kind="stable")
     assert found["held_out"].to_numpy().all()
     for number, label in enumerate(LABELS):
@@ -137,7 +137,7 @@ def test_with_a_fold_held_out_the_others_train(build, pairs, tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_the_table_of_many_pairs_is_of_some_stars(build, pairs, tmp_path, share):
-    models = {"polynomial": build / "model.polynomial"}
+    models = {"polynomial": build / "lamost.model.polynomial"}
     names = ["star", "fold", *DIFFERENCES, *held_out_columns("polynomial")]
     make_evidence(pairs, models, tmp_path / "all")
     everything = read_evidence(tmp_path / "all", names)
@@ -159,7 +159,7 @@ def test_the_table_of_many_pairs_is_of_some_stars(build, pairs, tmp_path, share)
 
 def test_stages_look_at_no_more_pairs_than_that(build, pairs, tmp_path):
     """Each in a store with more pairs than are looked at: it counts those that it left out."""
-    model = build / "model.polynomial"
+    model = build / "lamost.model.polynomial"
     settings = EvidenceSettings(max_pairs=pairs.n_rows // 2)
     make_evidence(pairs, {"polynomial": model}, tmp_path / "evidence", settings)
     of_table = {"evidence": tmp_path / "evidence"}
@@ -197,7 +197,7 @@ def test_evidence_of_another_model_is_refused(build, pairs, tmp_path):
     """Two models of one method: columns are found by the method's name."""
     other = tmp_path / "other"
     train(pairs, other, TrainSettings(method="polynomial", params={"order": 1}))
-    make_evidence(pairs, {"polynomial": build / "model.polynomial"}, tmp_path / "evidence")
+    make_evidence(pairs, {"polynomial": build / "lamost.model.polynomial"}, tmp_path / "evidence")
     of_table = {"evidence": tmp_path / "evidence"}
     with pytest.raises(ModelError, match="was made without the model"):
         Uncertainty({**of_table, "model": other}).run(tmp_path / "uncertainty")
@@ -214,7 +214,7 @@ def test_evidence_of_another_model_is_refused(build, pairs, tmp_path):
 
 
 def test_other_pairs_of_the_evidence_are_another_output(build, pairs, tmp_path):
-    model = build / "model.polynomial"
+    model = build / "lamost.model.polynomial"
     prints = []
     for name, settings in (("all", None), ("some", EvidenceSettings(max_pairs=200))):
         make_evidence(pairs, {"polynomial": model}, tmp_path / name, settings)
@@ -248,11 +248,11 @@ def test_a_finished_table_too_large_for_a_worker_is_refused(
 
     if not has_workers:
         monkeypatch.setattr("sos_dask.run.cluster.memory_bytes", lambda: 100 << 20)
-    model = build / "model.polynomial"
+    model = build / "lamost.model.polynomial"
     more = {Compare: {"model.polynomial": model}, Trends: {}, Uncertainty: {"model": model}}
     monkeypatch.setattr(Evidence, "make", lambda *_: pytest.fail("the table is finished"))
-    inputs = {"evidence": build / "evidence", **more[stage]}
-    n_pairs = Manifest.load(build / "evidence").rows.n_out
+    inputs = {"evidence": build / "lamost.evidence", **more[stage]}
+    n_pairs = Manifest.load(build / "lamost.evidence").rows.n_out
     with pytest.raises(ClusterError) as caught:
         stage(inputs).run(tmp_path / "out", cluster=Small())
     wanted = f"{stage.name}: {n_pairs:,} pairs of {build / 'evidence'}"

@@ -71,7 +71,7 @@ def test_repeats_that_differ_flag_all_observations_of_their_star(store):
 
 def test_several_reference_stars_near_flag_all_observations_of_the_target(store):
     rows = read(store, "lamost.corrected")
-    pairs = read(store, "pairs", ["target_star_id", "n_candidates", "n_obs"])
+    pairs = read(store, "lamost.pairs", ["target_star_id", "n_candidates", "n_obs"])
     several = pairs.filter(pc.greater(pairs["n_candidates"], 1))
     stars = read(store, "lamost.stars", ["star_id", "gaia_dr3_source_id"])
     ids = stars.filter(pc.is_in(stars["star_id"], several["target_star_id"].combine_chunks()))

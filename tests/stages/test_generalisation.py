@@ -1,4 +1,4 @@
-"""Groups of pairs that are left out of training, and the stage that leaves them out."""
+"""The stage that leaves groups of pairs out of training."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +10,6 @@ from sos_dask.errors import ModelError
 from sos_dask.evidence.figures import (
     DENSITY,
     REFERENCE,
-    REGION,
-    left_out_groups,
-    region_groups,
 )
 from sos_dask.problem import DEFAULT, KNOWN_INPUTS, Label, Problem
 from sos_dask.schema import LABELS
@@ -25,28 +22,6 @@ from tests.skies import write_catalog
 from tests.steps import generalisation, make_evidence
 
 METHODS: dict[str, dict[str, float]] = {"polynomial": {"order": 2}, "boosted": {"n_rounds": 100}}
-
-
-def test_regions_say_their_limits_and_hold_their_lower_edges():
-    teff = np.array([4499.0, 4500.0, 7000.0, np.nan])
-    logg = np.array([0.5, 1.0, 4.0, 4.0])
-    assert region_groups(teff, logg) == [
-        "Teff < 4500, log g < 1",
-        "4500 <= Teff < 5250, 1 <= log g < 2",
-        "Teff >= 7000, log g >= 3.5",
-        "",
-    ]
-
-
-def test_small_groups_and_small_rests_are_not_left_out():
-    splits = {
-        DENSITY: ("dense",) * 90 + ("sparse",) * 10,
-        REGION: ("a",) * 60 + ("b",) * 9 + ("",) * 31,
-        REFERENCE: ("only",) * 100,
-    }
-    assert left_out_groups(splits, 10) == [(DENSITY, "sparse")]
-    assert left_out_groups(splits, 9) == [(DENSITY, "sparse"), (REGION, "a"), (REGION, "b")]
-    assert left_out_groups(splits, 11) == []
 
 
 @pytest.fixture(scope="module")

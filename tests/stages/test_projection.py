@@ -21,7 +21,7 @@ def inputs(small_store):
     current = small_store / "current"
     return {
         "observations": Catalog.open(current / "lamost.observations"),
-        "pairs": Catalog.open(current / "pairs"),
+        "pairs": Catalog.open(current / "lamost.pairs"),
     }
 
 

@@ -156,7 +156,7 @@ def test_a_stopped_run_goes_on_and_workers_change_no_byte(
     out = tmp_path / "out"
     drawn: list[str] = []
     part = ReportStage.draw_figure
-    few = ("sky", "kiel", "comparison", "calibration", "correction")
+    few = ("kiel", "calibration", "correction", "coverage-growth")
     monkeypatch.setattr(
         "sos_dask.stages.report.figures",
         lambda build: {name: draw for name, draw in figures(build).items() if name in few},
@@ -212,14 +212,16 @@ def test_rows_on_the_kiel_plane_and_their_errors_are_counted(small_store):
 
 
 def test_what_is_missing_is_left_out(products, tmp_path):
-    without = ("trends", "reference", "galah.stars", "uncertainty", "coverage")
+    without = (
+        "lamost.trends", "reference", "galah.stars", "lamost.uncertainty", "lamost.coverage",
+    )  # fmt: skip
     few = {n: p for n, p in products.items() if n not in without}
     manifest = report(few, tmp_path / "few", SETTINGS)
     assert set(manifest.summary["figures"]) == {"sky", "kiel", "comparison"}
     text = (tmp_path / "few" / PAGE).read_text()
     assert "Trends before and after" not in text and "The methods compared" in text
     with pytest.raises(ConfigError, match="nothing to report"):
-        report({"pairs": products["pairs"]}, tmp_path / "none", SETTINGS)
+        report({"lamost.pairs": products["lamost.pairs"]}, tmp_path / "none", SETTINGS)
     with pytest.raises(CatalogError, match="already holds"):
         report(products, tmp_path / "few", SETTINGS)
 
@@ -227,7 +229,8 @@ def test_what_is_missing_is_left_out(products, tmp_path):
 def test_a_rebuild_makes_the_report_when_the_job_asks(small_store, tmp_path, monkeypatch):
     # Which figures there are is another test's matter, and they take long to draw.
     monkeypatch.setattr(
-        "sos_dask.stages.report.figures", lambda build: {"sky": figures(build)["sky"]}
+        "sos_dask.stages.report.figures",
+        lambda build: {"calibration": figures(build)["calibration"]},
     )
     shutil.copytree(small_store.parent, tmp_path / "copy", symlinks=True)
     file = tmp_path / "copy" / "job.toml"
@@ -267,7 +270,7 @@ def current(small_store) -> Path:
 def plane(current, tmp_path_factory) -> Path:
     pytest.importorskip("umap")
     folder: Path = tmp_path_factory.mktemp("plane") / "projection"
-    catalogs = [Catalog.open(current / name) for name in ("lamost.observations", "pairs")]
+    catalogs = [Catalog.open(current / name) for name in ("lamost.observations", "lamost.pairs")]
     settings = ProjectionSettings(sample_rows=400, map_bins=96)
     inputs = dict(zip(("observations", "pairs"), catalogs, strict=True))
     ProjectionStage(inputs, settings).run(folder)
@@ -277,7 +280,7 @@ def plane(current, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def left_out(current, tmp_path_factory) -> Path:
     folder: Path = tmp_path_factory.mktemp("left-out") / "generalisation"
-    pairs = Catalog.open(current / "pairs")
+    pairs = Catalog.open(current / "lamost.pairs")
     generalisation(
         pairs, folder, {"polynomial": {"order": 2}}, GeneralisationSettings(min_pairs=20)
     )
@@ -302,11 +305,11 @@ def test_the_page_has_the_plane_and_the_groups(current, plane, left_out, tmp_pat
 
     monkeypatch.setattr("sos_dask.stages.report.render", watched)
     products = {name: current / name for name in read_build(current)["products"]}
-    more = {"generalisation": left_out, "projection": plane}
+    more = {"lamost.generalisation": left_out, "lamost.projection": plane}
     manifest = report({**products, **more}, tmp_path / "out", SETTINGS)
     assert set(manifest.summary["figures"]) == wanted
     text = (tmp_path / "out" / PAGE).read_text()
-    known, outside = by_row(plane, current / "coverage")
+    known, outside = by_row(plane, current / "lamost.coverage")
     assert known.sum() > 1000 and f"({known.sum():,} scored rows)" in text
     # The right panel of the figure as it was drawn: each cell with its own share.
     image = panels["outside the coverage"].collections[0]

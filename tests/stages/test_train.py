@@ -29,7 +29,7 @@ def columns(table, names):
 
 @pytest.mark.parametrize("method", ["boosted", "polynomial", "hybrid"])
 def test_held_out_pairs_are_predicted_as_the_saved_model_corrects(small_store, tmp_path, method):
-    pairs = Catalog.open(small_store / "current/pairs")
+    pairs = Catalog.open(small_store / "current/lamost.pairs")
     settings = TrainSettings(
         method=method, params={"n_rounds": 20} if method == "boosted" else {}, validation="holdout"
     )
@@ -43,7 +43,7 @@ def test_held_out_pairs_are_predicted_as_the_saved_model_corrects(small_store, t
 
 
 def test_workers_are_asked_for_many_pairs_a_search_and_a_gpu(small_store, monkeypatch):
-    pairs = Catalog.open(small_store / "current/pairs")
+    pairs = Catalog.open(small_store / "current/lamost.pairs")
     assert not asks_workers(pairs, TrainSettings(method="boosted", params={"device": "cpu"}))
     assert asks_workers(pairs, TrainSettings(method="boosted", params={"device": "cuda"}))
     assert asks_workers(pairs, TrainSettings(method="polynomial", params={}, search=3))
@@ -52,16 +52,16 @@ def test_workers_are_asked_for_many_pairs_a_search_and_a_gpu(small_store, monkey
 
 
 def test_validation_is_by_the_number_of_pairs(build, tmp_path):
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     n = used(build).num_rows
     for limit, expected in ((n, "holdout"), (n + 1, "kfold")):
-        given = {"method": "polynomial", "params": {"order": 1}, "kfold_limit": limit}
-        manifest = train(pairs, tmp_path / expected, TrainSettings(**given))
+        settings = TrainSettings(method="polynomial", params={"order": 1}, kfold_limit=limit)
+        manifest = train(pairs, tmp_path / expected, settings)
         assert manifest.summary["validation"] == expected
 
 
 def test_pairs_that_are_kept_are_those_that_are_read(build, monkeypatch):
-    source = stage.PairsSource(Catalog.open(build / "pairs"))
+    source = stage.PairsSource(Catalog.open(build / "lamost.pairs"))
     for index in range(source.n_batches):
         kept = source.load(index)
         assert source.load(index) is kept
@@ -82,23 +82,25 @@ def test_a_search_sees_the_folds_that_train(build, tmp_path, monkeypatch):
         return {**params, "n_rounds": 2, "max_depth": len(asked)}, [{"params": {}, "loss": 0.5}]
 
     monkeypatch.setattr(stage, "search", found)
-    given = {"params": {"n_rounds": 3}, "validation": "holdout", "search": 4, "seed": 7}
-    settings = TrainSettings(method="boosted", **given)
-    manifest = train(Catalog.open(build / "pairs"), tmp_path / "model", settings)
+    settings = TrainSettings(
+        method="boosted", params={"n_rounds": 3}, validation="holdout", search=4, seed=7
+    )
+    manifest = train(Catalog.open(build / "lamost.pairs"), tmp_path / "model", settings)
     folds = sorted(map(int, manifest.summary["folds"]))
     (one,) = asked
     assert one[:3] == (folds[1:], 4, 7)
     assert manifest.summary["params"]["max_depth"] == 1
     trials = json.loads((tmp_path / "model/search.json").read_text())
     assert trials == [{"train_folds": folds[1:], "trials": [{"params": {}, "loss": 0.5}]}]
+    monkeypatch.setattr(models, "search_space", lambda method: {})
     plain = TrainSettings(method="polynomial", params={"order": 1}, search=4)
-    train(Catalog.open(build / "pairs"), tmp_path / "plain", plain)
+    train(Catalog.open(build / "lamost.pairs"), tmp_path / "plain", plain)
     assert len(asked) == 1 and not (tmp_path / "plain/search.json").exists()
 
 
 def test_every_held_out_pair_is_predicted_once(current):
-    manifest = Manifest.load(current / "model.polynomial")
-    pairs = rows_of(current / "pairs")
+    manifest = Manifest.load(current / "lamost.model.polynomial")
+    pairs = rows_of(current / "lamost.pairs")
     used = pairs.filter(pairs["use"])
     held_out = pq.read_table(current / "model.polynomial/held_out.parquet")
     for name in ("teff_diff", "logg_diff", "feh_diff"):
@@ -112,13 +114,13 @@ def test_every_held_out_pair_is_predicted_once(current):
     again = held_out_metrics("polynomial", LABELS, matrix("diff"), matrix("delta"))
     assert again == metrics_of(manifest)
     assert all(metric.n == used.num_rows for metric in again)
-    assert models.load(current / "model.polynomial").info.train_folds is None
+    assert models.load(current / "lamost.model.polynomial").info.train_folds is None
 
 
 def test_held_out_predictions_come_from_models_that_never_saw_the_fold(current):
-    pairs = Catalog.open(current / "pairs")
+    pairs = Catalog.open(current / "lamost.pairs")
     source = PairsSource(pairs)
-    folds = sorted(set(rows_of(current / "pairs")["fold"].to_pylist()))
+    folds = sorted(set(rows_of(current / "lamost.pairs")["fold"].to_pylist()))
     held_out = pq.read_table(current / "model.polynomial/held_out.parquet")
     fold = folds[1]
     correction = models.fit("polynomial", source, train_folds=[f for f in folds if f != fold])
@@ -129,7 +131,7 @@ def test_held_out_predictions_come_from_models_that_never_saw_the_fold(current):
 
 
 def test_holdout_never_trains_on_fold_zero(current, tmp_path):
-    pairs = Catalog.open(current / "pairs")
+    pairs = Catalog.open(current / "lamost.pairs")
     settings = TrainSettings(method="polynomial", params={"order": 2}, validation="holdout")
     manifest = train(pairs, tmp_path / "model", settings)
     names = sorted(int(fold) for fold in manifest.summary["folds"])
@@ -159,7 +161,7 @@ def test_wrong_settings_of_training_leave_nothing(
 ):
     with pytest.raises(ConfigError, match=re.escape(message)):
         train(
-            Catalog.open(current / "pairs"),
+            Catalog.open(current / "lamost.pairs"),
             tmp_path / "m",
             TrainSettings(method=method, params=params, validation=validation),
         )

@@ -55,7 +55,7 @@ def run(build: Path, directory: Path, pairs: Catalog, **more) -> dict[str, str]:
 
 
 def test_a_rebuild_makes_the_trends(build):
-    directory = build / "trends"
+    directory = build / "lamost.trends"
     manifest = Manifest.load(directory)
     assert {record.path for record in manifest.files} == set(FILES)
     assert set(manifest.recipe.inputs) == {
@@ -79,7 +79,7 @@ def test_trends_are_the_medians_of_the_pairs(build, label, against, subset):
     x, y = column(pairs, against), column(pairs, f"{label}_diff")
     for binning in ("equal-width", "equal-count"):
         found = rows(
-            build / "trends" / "trends.parquet", label=label, against=against, subset=subset,
+            build / "lamost.trends" / "trends.parquet", label=label, against=against, subset=subset,
             sample="before", binning=binning,
         ).to_pylist()  # fmt: skip
         assert sum(row["n"] for row in found) > 0
@@ -94,12 +94,12 @@ def test_trends_are_the_medians_of_the_pairs(build, label, against, subset):
 
 
 def test_trends_after_the_correction_are_those_of_held_out_pairs(build):
-    held_out = pq.read_table(build / "model.polynomial" / "held_out.parquet")
+    held_out = pq.read_table(build / "lamost.model.polynomial" / "held_out.parquet")
     x = column(held_out, "x_logg")
     for label in LABELS:
         y = column(held_out, f"{label}_diff") - column(held_out, f"{label}_delta")
         found = rows(
-            build / "trends" / "trends.parquet", label=label, against="logg", subset="all",
+            build / "lamost.trends" / "trends.parquet", label=label, against="logg", subset="all",
             sample="after", binning="equal-width", method="polynomial",
         ).to_pylist()  # fmt: skip
         assert sum(row["n"] for row in found) == np.isfinite(y).sum()
@@ -121,7 +121,7 @@ def test_the_trend_is_the_injected_bias(build):
             found = [
                 row
                 for row in rows(
-                    build / "trends" / "trends.parquet", label=label, against=against,
+                    build / "lamost.trends" / "trends.parquet", label=label, against=against,
                     subset="apogee", sample="before", binning="equal-count",
                 ).to_pylist()
                 if row["n"] >= 12
@@ -141,7 +141,7 @@ def test_the_trend_is_the_injected_bias(build):
                 [
                     (row["median"] / row["error"]) ** 2
                     for row in rows(
-                        build / "trends" / "trends.parquet", label=label, against="teff",
+                        build / "lamost.trends" / "trends.parquet", label=label, against="teff",
                         subset="all", sample=sample, binning="equal-count",
                     ).to_pylist()
                     if row["n"] >= 12
@@ -153,14 +153,14 @@ def test_the_trend_is_the_injected_bias(build):
 
 
 def test_fitted_pairs_are_those_that_trained_the_model(build):
-    model = models.load(build / "model.polynomial")
+    model = models.load(build / "lamost.model.polynomial")
     pairs = used(build)
     if model.info.train_folds is not None:
         pairs = pairs.filter(pc.is_in(pairs["fold"], pa.array(model.info.train_folds, pa.int8())))
     x = features(*(column(pairs, label) for label in LABELS))
     left = column(pairs, "logg_diff") - model.predict(x)[:, 1]
     found = rows(
-        build / "trends" / "trends.parquet", label="logg", against="teff", sample="fitted",
+        build / "lamost.trends" / "trends.parquet", label="logg", against="teff", sample="fitted",
         subset="all", binning="equal-width", method="polynomial",
     ).to_pylist()  # fmt: skip
     assert sum(row["n"] for row in found) == len(left) > 100
@@ -171,7 +171,7 @@ def test_fitted_pairs_are_those_that_trained_the_model(build):
 
 
 def test_partitions_and_workers_change_no_byte(build, cluster, tmp_path):
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     table = read(pairs.path)
     found = run(build, tmp_path / "a", pairs)
     assert len(found) == len(FILES)
@@ -183,7 +183,7 @@ def test_partitions_and_workers_change_no_byte(build, cluster, tmp_path):
 
 
 def test_common_stars_are_compared_on_the_zero_points_of_the_reference(build, tmp_path):
-    run(build, tmp_path / "out", Catalog.open(build / "pairs"))
+    run(build, tmp_path / "out", Catalog.open(build / "lamost.pairs"))
     reference = Catalog.open(build / "reference")
     assert reference.manifest is not None
     offsets = reference.manifest.summary["offsets"]
@@ -225,7 +225,7 @@ def test_common_stars_are_compared_on_the_zero_points_of_the_reference(build, tm
 
 
 def test_the_order_says_whose_difference_it_is(build, tmp_path):
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     made = []
     for order in (("apogee", "galah"), ("galah",)):
         directory = tmp_path / order[0]
@@ -238,7 +238,7 @@ def test_the_order_says_whose_difference_it_is(build, tmp_path):
 
 
 def test_pairs_without_surveys_magnitudes_or_references(build, tmp_path):
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     table = read(pairs.path)
     bare = write_catalog(table.drop_columns(["survey_ref", "logg_ref", "snr"]), tmp_path / "pairs")
     manifest = trends(bare, tmp_path / "out")
@@ -255,10 +255,10 @@ def test_pairs_without_surveys_magnitudes_or_references(build, tmp_path):
 
 
 def test_a_model_of_other_pairs_is_refused_and_leaves_nothing(build, tmp_path):
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     table = read(pairs.path)
     other = write_catalog(table.slice(3), tmp_path / "other")
-    models = {"polynomial": build / "model.polynomial"}
+    models = {"polynomial": build / "lamost.model.polynomial"}
     with pytest.raises(CatalogError, match="does not hold the pairs"):
         trends(other, tmp_path / "out", FEW, models=models)
     run(build, tmp_path / "good", pairs, models=models)
@@ -271,12 +271,12 @@ def test_more_pairs_than_a_worker_holds_are_refused(build, tmp_path):
             return 100 << 20
 
     with pytest.raises(ClusterError, match=r"evidence: .* pairs of"):
-        trends(Catalog.open(build / "pairs"), tmp_path / "out", FEW, cluster=Small())
+        trends(Catalog.open(build / "lamost.pairs"), tmp_path / "out", FEW, cluster=Small())
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_stopped_run_goes_on(build, tmp_path, monkeypatch):
-    pairs = Catalog.open(build / "pairs")
+    pairs = Catalog.open(build / "lamost.pairs")
     whole = run(build, tmp_path / "whole", pairs)
     done: list[str] = []
     part = Trends.trends_of

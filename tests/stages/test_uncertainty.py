@@ -41,8 +41,8 @@ def surveys(build: Path) -> Surveys:
 
 def run(build: Path, directory: Path, **settings) -> Manifest:
     return uncertainty(
-        build / "model.polynomial",
-        Catalog.open(build / "pairs"),
+        build / "lamost.model.polynomial",
+        Catalog.open(build / "lamost.pairs"),
         directory,
         UncertaintySettings(**settings),
         surveys(build),
@@ -58,12 +58,12 @@ def alone(build, tmp_path_factory) -> Path:
 
 
 def test_a_rebuild_makes_the_errors(build):
-    directory = build / "uncertainty"
+    directory = build / "lamost.uncertainty"
     manifest = Manifest.load(directory)
     assert {one.path for one in manifest.files} == {
         "error.json", "error.npy", "calibration.parquet",
     }  # fmt: skip
-    used = read(build / "pairs").filter(pc.field("use"))
+    used = read(build / "lamost.pairs").filter(pc.field("use"))
     assert manifest.rows.n_out == used.num_rows
     assert set(manifest.summary["error_factors"]) == {"lamost", "apogee", "galah"}
     calibration = Uncertainty.load(directory)["hit_rates"]
@@ -85,12 +85,12 @@ def test_a_rebuild_makes_the_errors(build):
 
 def test_subsets_are_those_of_the_pairs(build):
     """Counted on the table of evidence itself; where every pair is held out and of one star."""
-    table = read_evidence(build / "evidence", [*LABELS, "snr"])
+    table = read_evidence(build / "lamost.evidence", [*LABELS, "snr"])
     teff, logg, feh, snr = (floats32(table, name) for name in (*LABELS, "snr"))
     low, high = np.quantile(snr, [1 / 3, 2 / 3])
     n = {
         (one["subset"], one["label"]): one["n"]
-        for one in Uncertainty.load(build / "uncertainty")["hit_rates"]
+        for one in Uncertainty.load(build / "lamost.uncertainty")["hit_rates"]
     }
     expected = {
         "all": np.ones(len(teff), bool), "giants": logg < 3.5, "dwarfs": logg >= 3.5,
@@ -116,7 +116,7 @@ def test_errors_of_the_reference_are_normalised_by_its_survey(build, tmp_path, m
         run(build, tmp_path / "out")
     held_out = seen[LABELS[0]]
     names = [*(f"{label}_err_ref" for label in LABELS), "logg_ref", "snr_ref", "survey_ref"]
-    table = read_evidence(build / "evidence", [*names, "star", "target"])
+    table = read_evidence(build / "lamost.evidence", [*names, "star", "target"])
     factors = {
         name: Manifest.load(build / f"{name}.stars").summary["error_factors"]
         for name in ("apogee", "galah")
@@ -129,7 +129,7 @@ def test_errors_of_the_reference_are_normalised_by_its_survey(build, tmp_path, m
             stated = floats(table, f"{label}_err_ref")[mine]
             factor = normalisation(of_survey, label, logg[mine], snr[mine])
             np.testing.assert_array_equal(held_out.reference_errors[mine, number], stated * factor)
-            changed += np.count_nonzero(factor != 1)
+            changed += int(np.count_nonzero(factor != 1))
     assert changed > 0
     for name in ("star", "target"):
         ids, where = np.unique(table[name].to_numpy(), return_inverse=True)
@@ -151,11 +151,11 @@ def test_factors_of_stated_errors_are_those_that_were_simulated(build):
 
 def test_corrected_rows_carry_the_errors(build):
     table = read(build / "lamost.corrected")
-    errors = load_errors(build / "uncertainty")
+    errors = load_errors(build / "lamost.uncertainty")
     x = DEFAULT.matrix(table)
     wanted = errors.half_width(x, table["snr"].to_numpy())
-    kind = read(build / "coverage")["kind_coverage"].fill_null(0).to_numpy()
-    known = CoverageModel.load(build / "coverage")
+    kind = read(build / "lamost.coverage")["kind_coverage"].fill_null(0).to_numpy()
+    known = CoverageModel.load(build / "lamost.coverage")
     factors = known.widths.widening(kind, errors.is_sparse(x).astype(np.int64), wanted)
     wanted *= factors.astype(np.float32)
     for number, label in enumerate(LABELS):
@@ -176,33 +176,37 @@ def test_corrected_rows_carry_the_errors(build):
 
 def test_a_correction_by_other_inputs_is_refused(build, tmp_path):
     model = tmp_path / "model"
-    shutil.copytree(build / "model.polynomial", model)
+    shutil.copytree(build / "lamost.model.polynomial", model)
     document = json.loads((model / "model.json").read_text())
     document["problem"]["inputs"][2]["column"] = "rv"
     del document[SEAL]
     (model / "model.json").write_bytes(sealed(document))
-    stage = Uncertainty({"evidence": build / "evidence", "model": model})
+    stage = Uncertainty({"evidence": build / "lamost.evidence", "model": model})
     with pytest.raises(ModelError, match=r"the correction is of teff, logg, feh by .* logg, rv"):
         stage.check()
 
 
 def test_the_same_in_any_partitions(build, alone, tmp_path):
-    pairs = read(build / "pairs")
+    pairs = read(build / "lamost.pairs")
     again = write_catalog(pairs, tmp_path / "pairs", 20, "pairs")
-    assert len(again.pixels) > len(Catalog.open(build / "pairs").pixels)
+    assert len(again.pixels) > len(Catalog.open(build / "lamost.pairs").pixels)
     uncertainty(
-        build / "model.polynomial", again, tmp_path / "two", UncertaintySettings(), surveys(build)
+        build / "lamost.model.polynomial",
+        again,
+        tmp_path / "two",
+        UncertaintySettings(),
+        surveys(build),
     )
     one, two = contents(alone), contents(tmp_path / "two")
     for name in ("error.json", "error.npy", "calibration.parquet"):
         assert one[name] == two[name]
-    assert contents((build / "uncertainty").resolve())["error.npy"] == one["error.npy"]
+    assert contents((build / "lamost.uncertainty").resolve())["error.npy"] == one["error.npy"]
 
 
 def test_single_observations_are_preferred(build, tmp_path):
     single = run(build, tmp_path / "single", min_single=50)
     n_several = single.rows.dropped["of several observations"]
-    pairs = read(build / "pairs").filter(pc.field("use"))
+    pairs = read(build / "lamost.pairs").filter(pc.field("use"))
     assert n_several == pc.sum(pc.greater(pairs["n_obs"], 1)).as_py() > 0
     everything = run(build, tmp_path / "all", min_single=10**6)
     assert everything.rows.dropped["of several observations"] == 0
@@ -253,38 +257,38 @@ def test_the_hat_is_that_of_the_common_stars(build, alone, tmp_path):
         assert one["survey"] in ("lamost", "apogee", "galah") and one["n"] >= 30
         assert one["negative"] == (one["variance"] < 0 or one["low"] < 0)
     bare = uncertainty(
-        build / "model.polynomial", Catalog.open(build / "pairs"), tmp_path / "bare"
+        build / "lamost.model.polynomial", Catalog.open(build / "lamost.pairs"), tmp_path / "bare"
     ).summary
     assert bare["three_cornered_hat"] == [] and bare["error_factors"] == {}
 
 
 def test_errors_of_another_correction_are_refused(build, tmp_path):
     observations = Catalog.open(build / "lamost.observations")
-    model = Path(shutil.copytree(build / "model.polynomial", tmp_path / "model"))
+    model = Path(shutil.copytree(build / "lamost.model.polynomial", tmp_path / "model"))
     document = json.loads((model / "model.json").read_text())
     document["train_folds"] = [1, 2, 3]
     del document[SEAL]
     (model / "model.json").write_bytes(sealed(document))
     with pytest.raises(ModelError, match="made for another correction"):
-        apply(model, observations, tmp_path / "out", errors=build / "uncertainty")
-    spoilt = Path(shutil.copytree(build / "uncertainty", tmp_path / "spoilt"))
+        apply(model, observations, tmp_path / "out", errors=build / "lamost.uncertainty")
+    spoilt = Path(shutil.copytree(build / "lamost.uncertainty", tmp_path / "spoilt"))
     table = bytearray((spoilt / "error.npy").read_bytes())
     table[-1] ^= 1
     (spoilt / "error.npy").write_bytes(table)
     with pytest.raises(ModelError, match="not the file that was saved"):
-        apply(build / "model.polynomial", observations, tmp_path / "out", errors=spoilt)
+        apply(build / "lamost.model.polynomial", observations, tmp_path / "out", errors=spoilt)
     assert not (tmp_path / "out").exists()
 
 
 def test_apply_without_errors_writes_none(build, tmp_path):
     observations = Catalog.open(build / "lamost.observations")
-    apply(build / "model.polynomial", observations, tmp_path / "plain")
+    apply(build / "lamost.model.polynomial", observations, tmp_path / "plain")
     assert "teff_sos_err" not in Catalog.open(tmp_path / "plain").schema.names
 
 
 def test_pairs_of_another_model(build, tmp_path):
-    pairs = read(build / "pairs")
+    pairs = read(build / "lamost.pairs")
     other = write_catalog(pairs.slice(3), tmp_path / "pairs", 10**6, "pairs")
     with pytest.raises(CatalogError, match="does not hold the pairs"):
-        uncertainty(build / "model.polynomial", other, tmp_path / "out")
+        uncertainty(build / "lamost.model.polynomial", other, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "a failed run leaves nothing"

@@ -131,3 +131,39 @@ def test_equal_values_have_no_spread():
     assert (found.mad == 0).all() and (found.width == 0).all()
     assert interval(3.0, found.median) == (3.0, 3.0)
     assert np.isnan(interval(float("nan"), found.median)).all()
+
+
+def test_an_interval_is_that_of_its_resamples_moved_to_the_figure():
+    replicates = np.append(np.arange(41.0), [np.nan, np.inf])
+    assert interval(100.0, replicates) == (pytest.approx(81.0), pytest.approx(119.0))
+    assert np.isnan(interval(1.0, np.array([np.nan]))).all()
+
+
+def test_a_resample_of_every_group_once_is_the_sample():
+    rng = np.random.default_rng(8)
+    x, groups, once = np.sort(rng.normal(size=99)), np.arange(99), np.ones((1, 99))
+    found = resampled(x, groups, once)
+    assert found.median[0] == pytest.approx(np.median(x), abs=np.diff(x).max())
+    assert found.mad[0] == pytest.approx(figures(x)[1], abs=np.diff(x).max())
+    bins = np.repeat([0, -1, 1, 2], [40, 9, 30, 20])
+    n, medians, replicates = resampled_bins(x, groups, once, bins, 4, 30)
+    assert n.tolist() == [40, 30, 20, 0]
+    assert medians[:2].tolist() == [np.median(x[:40]), np.median(x[49:79])]
+    assert replicates[0, :2] == pytest.approx(medians[:2], abs=0.05)
+    assert np.isnan(medians[2:]).all() and np.isnan(replicates[:, 2:]).all()
+    doubled = resampled_bins(x, groups, 2 * once, bins, 4, 0)[2]
+    np.testing.assert_array_equal(doubled[0, :2], replicates[0, :2])
+    assert np.isfinite(doubled[0, 2]) and np.isnan(doubled[0, 3])
+
+
+def test_an_empty_resample_has_no_figures():
+    weights = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    found = resampled(np.arange(10.0), np.repeat([0, 1], 5), weights)
+    assert np.isnan(found.median).tolist() == [False, True, False]
+    assert np.isnan(found.mad[1]) and found.median[0] < 4.5 < found.median[2]
+
+
+def test_resamples_draw_as_many_groups_as_there_are():
+    weights = draw(50, 0, 30)
+    assert weights.shape == (50, 30) and (weights.sum(axis=1) == 30).all()
+    assert draw(2, 0).shape == (2, N_GROUPS)

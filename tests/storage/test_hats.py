@@ -16,6 +16,7 @@ from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.sky.healpix import HealpixPixel, ang2pix, centre
 from sos_dask.stages.attach import AttachSettings
 from sos_dask.storage import hats
+from sos_dask.storage.artifact import stamp_of
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.store import verify
 from tests.foreign import (
@@ -295,7 +296,7 @@ def test_a_position_just_outside_of_its_pixel_is_put_inside(tmp_path, arcsec, is
         low, high = (middle, high) if inside else (low, middle)
     at = low + arcsec / 3600
     pq.write_table(pa.table({"a": [ra, ra], "d": [at, dec]}), tmp_path / "a.parquet")
-    files, names = [tmp_path / "a.parquet"], ("a", "d", "", "")
+    files, names = (stamp_of(tmp_path / "a.parquet"),), ("a", "d", "", "")
     true = ang2pix(np.array([dec, at]) * 0 + ra, np.array([dec, at]))
     if is_inside:
         cells, rows, _ = hats.order_of(files, pixel, names)

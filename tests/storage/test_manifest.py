@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -132,6 +133,7 @@ def test_files_are_compared_by_what_is_asked_for(tmp_path):
 
 def test_a_number_of_rows_is_one():
     Rows(1 << 62, 0)
+    wrong: Any
     for wrong in (-1, (1 << 62) + 1, True, 1.0, "1"):
         with pytest.raises(ValueError, match="not a number of rows"):
             Rows(0, wrong)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sos_dask.columns import key_numbers
 from sos_dask.sky.healpix import ang2pix, separation_arcsec
-from sos_dask.stars.folds import fold_of, same_targets, smallest_of_joined
+from sos_dask.stars.group import fold_of, same_targets, smallest_of_joined
 
 PAIRS = st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15)), max_size=40)
 

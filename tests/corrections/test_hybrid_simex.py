@@ -11,7 +11,7 @@ from sos_dask import corrections as models
 from sos_dask.corrections import Batch
 from sos_dask.corrections.hybrid import LAMBDAS, noisy, part_weights
 from sos_dask.errors import ModelError
-from sos_dask.problem import DEFAULT
+from sos_dask.problem import DEFAULT, Input, Label, Problem
 from tests.corrections.pairs import ArraySource, biased_pairs
 from tests.steps import features
 
@@ -161,3 +161,21 @@ def test_saved_and_loaded(base, tmp_path):
     (tmp_path / "model" / "model.json").write_bytes(models.base.sealed(document))
     with pytest.raises(ModelError, match="incomplete or damaged"):
         models.load(tmp_path / "model")
+
+
+def test_noise_of_an_input_goes_through_its_transform():
+    inputs = (Input(column="a", scale=10.0), Input(column="a", log10=True, name="b"))
+    problem = Problem(labels=(Label(name="a"),), inputs=(*inputs, Input(column="c")))
+    value = np.array([50.0, 200.0])
+    x = np.stack([value / 10, np.log10(value), [1.0, 2.0]], axis=1).astype(np.float32)
+    y = np.zeros((2, 1), np.float32)
+    ones = np.ones(2, np.float32)
+    batch = Batch(x, y, np.zeros(2, np.int8), ones, np.full((2, 1), 1e-3, np.float32))
+    found = noisy(batch, problem, 1.0, 0)
+    moved = found.differences[:, 0].astype(np.float64)
+    np.testing.assert_allclose(found.features[:, 0] - x[:, 0], moved / 10, atol=1e-6)
+    expected = np.log10(value + moved)
+    np.testing.assert_allclose(found.features[:, 1], expected, atol=1e-6)
+    np.testing.assert_array_equal(found.features[:, 2], x[:, 2])
+    # A label without any scatter has no noise.
+    assert not noisy(batch, problem, 1.0, 0, (True,)).differences.any()

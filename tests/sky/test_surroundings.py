@@ -89,13 +89,6 @@ def test_surrounding_cells_are_the_rings_of_neighbours(pixel, depth, layers):
     assert not inside.any()
 
 
-def test_surrounding_cells_above_the_order_of_the_pixel():
-    pixel = HealpixPixel(4, 100)
-    (same,) = surrounding_cells(pixel, 4, 1)
-    (above,) = surrounding_cells(pixel, 2, 1)
-    assert np.array_equal(same, above) and len(same) == 8
-
-
 @settings(SETTINGS, max_examples=30)
 @given(st.integers(0, 11), seeds)
 def test_surrounding_cells_hold_every_position_near_the_pixel(base, seed):

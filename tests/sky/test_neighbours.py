@@ -70,7 +70,7 @@ def test_pairs_within_are_those_of_brute_force(seed, n, radius_arcsec):
         radius_arcsec = min(max(radius_arcsec, 1e-3), 3600.0)
     by_cell = np.argsort(ang2pix(ra, dec), kind="stable")
     ra, dec = ra[by_cell], dec[by_cell]
-    pairs = pairs_within(ra, dec, ang2pix(ra, dec), radius_arcsec)
+    pairs = pairs_within(ra, dec, ang2pix(ra, dec), radius_arcsec, n * n)
     assert pairs is not None
     i, j = pairs
     found = list(zip(i.tolist(), j.tolist(), strict=True))

@@ -1,0 +1,165 @@
+"""What a job asks for: which outputs are made, and why."""
+
+import os
+import re
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from astropy.io import fits
+
+from sos_dask.errors import CatalogError, ConfigError, PartitionError, SurveyError
+from sos_dask.rebuild.job import load_job
+from sos_dask.rebuild.pipeline import rebuild
+from sos_dask.rebuild.plan import plan
+from sos_dask.run.cluster import Cluster
+from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.store import status
+from tests.job import contents, write_job
+from tests.rebuild.conftest import SNR_30, downstream, ran, reasons
+
+OF_LAMOST = {
+    "lamost.observations", "lamost.stars", "lamost.pairs", "lamost.model.polynomial",
+    "lamost.comparison", "lamost.uncertainty", "lamost.coverage", "lamost.corrected",
+}  # fmt: skip
+OF_GALAH = {"galah.observations", "galah.stars", "reference", "lamost.pairs", "lamost.corrected"}
+
+
+def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
+    changed = load_job(write_job(store.parent, small_sky, SNR_30))
+    why = reasons(changed)
+    assert set(why) == downstream(changed, "lamost.observations") >= OF_LAMOST
+    assert not {"apogee.stars", "galah.stars", "reference"} & set(why)
+    assert why["lamost.observations"] == "cuts.snr.min 20 -> 30"
+    assert why["lamost.stars"] == "lamost.observations changed"
+    assert why["lamost.pairs"] == "lamost.stars changed"
+    assert why["lamost.corrected"] == (
+        "lamost.comparison changed; lamost.observations changed; lamost.uncertainty changed; "
+        "lamost.coverage changed; lamost.model.polynomial changed"
+    )
+    before = contents(store / "artifacts")
+    build = rebuild(changed, cluster=Cluster())
+    assert ran(build) == set(why)
+    after = contents(store / "artifacts")
+    assert {name: after[name] for name in before} == before, "an old output was changed"
+    good = {
+        name: Manifest.load(path / "lamost.observations").summary["pass_all_cuts"]
+        for name, path in (("old", sorted((store / "builds").iterdir())[0]), ("new", build.path))
+    }
+    assert 0 < good["new"] < good["old"]
+    assert ran(rebuild(job)) == set(), "the first setting's outputs are still there"
+
+
+@pytest.mark.parametrize(
+    ("change", "first", "why"),
+    [
+        (("rows_per_partition = 1500", "rows_per_partition = 1000"), "lamost.observations",
+         "rows_per_partition 1500 -> 1000"),
+        (("[train]", '[dedupe]\nmethod = "best-snr"\n[train]'), "lamost.stars",
+         "method inverse-variance -> best-snr"),
+        (("[train]", "[reference_union]\nradius_arcsec = 2.0\n[train]"), "reference",
+         "radius_arcsec 1.5 -> 2"),
+        (("[train]", "[crossmatch]\nn_folds = 4\n[train]"), "lamost.pairs", "n_folds 5 -> 4"),
+        (("[train]", "[train.params.polynomial]\norder = 3\n[train]"), "lamost.model.polynomial",
+         "params.order 4 -> 3"),
+        (("[train]", '[compare]\nrule = "scatter"\n[train]'), "lamost.comparison",
+         "rule balanced -> scatter"),
+        (("[train]", '[uncertainty]\nreference_error = "removed"\n[train]'), "lamost.uncertainty",
+         "reference_error included -> removed"),
+    ],
+)  # fmt: skip
+def test_a_plan_says_why(job, store, small_sky, change, first, why):
+    found = reasons(load_job(write_job(store.parent, small_sky, change)))
+    assert found[first] == why
+    products = [stage.product for stage in plan(job)]
+    earlier = products[: products.index(first)]
+    assert not [name for name in earlier if name in found and not name.endswith(".observations")]
+
+
+def test_how_a_model_was_chosen_does_not_matter_to_what_it_corrects(job, store, small_sky):
+    """Another setting of the comparison runs it alone, unless it chooses another model."""
+    before = contents(store / "artifacts")
+    more = write_job(store.parent, small_sky, ("[train]", "[compare]\nn_bootstrap = 150\n[train]"))
+    assert set(reasons(load_job(more))) == {  # the model is not known before
+        "lamost.comparison", "lamost.uncertainty", "lamost.coverage", "lamost.corrected",
+    }  # fmt: skip
+    build = rebuild(load_job(more))
+    assert ran(build) == {"lamost.comparison"}
+    assert build.chosen == "polynomial" and build.why == "polynomial: the only method"
+    named = write_job(
+        store.parent, small_sky, ("[train]", '[compare]\nrule = "polynomial"\n[train]')
+    )
+    assert set(reasons(load_job(named))) == {"lamost.comparison"}
+    after = contents(store / "artifacts")
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_touched_file_is_the_same_and_a_changed_one_is_not(small_sky, store, tmp_path):
+    sky = shutil.copytree(small_sky, tmp_path / "sky")
+    job = load_job(write_job(tmp_path, sky))
+    os.utime(sky / "galah.fits")
+    assert reasons(job) == {}
+    with fits.open(sky / "galah.fits", mode="update") as file:
+        file[1].data["teff"][7] += 1.0
+    why = reasons(job)
+    assert why["galah.observations"] == "galah.fits changed"
+    assert set(why) == downstream(job, "galah.observations") >= OF_GALAH
+    assert not {"lamost.stars", "apogee.stars"} & set(why)
+    assert why["galah.stars"] == "galah.observations changed"
+
+
+def test_a_first_plan_says_that_nothing_is_there(small_sky, tmp_path):
+    job = load_job(write_job(tmp_path, small_sky))
+    assert set(reasons(job).values()) == {"not built before"}
+
+
+def test_an_unknown_method_or_a_missing_file_is_told_before_anything_runs(small_sky, tmp_path):
+    methods = ('methods = ["polynomial"]', 'methods = ["polynomal"]')
+    job = load_job(write_job(tmp_path, small_sky, methods))
+    with pytest.raises(ConfigError, match=r"there is no method 'polynomal'\n.*polynomial"):
+        plan(job)
+    rule = ("[train]", '[compare]\nrule = "smoothest"\n[train]')
+    with pytest.raises(ConfigError, match="there is no rule 'smoothest'"):
+        plan(load_job(write_job(tmp_path, small_sky, rule)))
+    files = ('files = ["${SMALL_SKY}/galah.fits"]', 'files = ["galah.fits"]')
+    with pytest.raises(SurveyError, match=r"galah\.fits does not exist"):
+        rebuild(load_job(write_job(tmp_path, small_sky, files)))
+    assert not list((tmp_path / "store").glob("artifacts/*"))
+
+
+def test_one_definition_of_two_surveys_makes_no_confusion(small_sky, tmp_path):
+    """The same survey twice, under two names: their products differ by name alone."""
+    galah = '[reference.galah]\nsurvey = "galah-dr4"\nfiles = ["${SMALL_SKY}/galah.fits"]\n'
+    twin = '[reference.apogee2]\nsurvey = "apogee-dr17"\nfiles = ["${SMALL_SKY}/apogee.fits"]\n'
+    job = load_job(write_job(tmp_path, small_sky, (galah, twin)))
+    directories = [stage.directory for stage in plan(job)]
+    assert len(set(directories)) == len(directories)
+
+
+def test_an_unfinished_output_is_shown_and_goes_on(job, store):
+    before = contents(store / "artifacts")
+    observations = Catalog.open((store / "current/lamost.observations").resolve())
+    shutil.rmtree((store / "current/lamost.stars").resolve())
+    broken = observations.partition_file(observations.pixels[-1])
+    sound = broken.read_bytes()
+    broken.write_bytes(sound[: len(sound) // 2])
+    with pytest.raises(CatalogError, match=re.escape(str(broken))):
+        rebuild(job)
+    teff = (
+        pq.read_metadata(pa.BufferReader(sound))
+        .row_group(0)
+        .column(observations.schema.names.index("teff"))
+    )
+    last = teff.data_page_offset + teff.total_compressed_size - 1
+    broken.write_bytes(sound[:last] + bytes([sound[last] ^ 1]) + sound[last + 1 :])
+    with pytest.raises(PartitionError, match=re.escape(str(broken))):
+        rebuild(job)
+    (unfinished,) = status(store).unfinished
+    assert unfinished.startswith("artifacts/dedupe/")
+    assert reasons(job) == {"lamost.stars": "unfinished: goes on where it stopped"}
+    broken.write_bytes(sound)
+    assert ran(rebuild(job)) == {"lamost.stars"}
+    assert contents(store / "artifacts") == before
+    assert status(store).unfinished == ()

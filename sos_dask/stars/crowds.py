@@ -364,11 +364,6 @@ class Places:
         first[place[at]] = at  # the first of equal ranks is written last
         return cls(sky, rows, rows[first], place, key[first])
 
-    def at(self, chosen: IntArray) -> Places:
-        """Some of the places, each with its preferred row alone."""
-        row = self.row[chosen]
-        return Places(self.sky, row, row, np.arange(len(row)), self.key[chosen])
-
     @cached_property
     def tree(self) -> Tree:
         """Tree of the places."""
@@ -404,11 +399,11 @@ class Places:
         apart = i != j
         return np.minimum(i, j)[apart], np.maximum(i, j)[apart]
 
-    def leading(self, radius_arcsec: float) -> Places:
-        """Find the places that none claims when all claim what is near in the order of rank."""
+    def leading(self, radius_arcsec: float) -> IntArray:
+        """Find the rows that none claims when all claim what is near in the order of rank."""
         order = np.lexsort((self.row, self.sky.rank[self.row]))
         root = self._root(order, False, radius_arcsec)
-        return self.at(np.flatnonzero(root == np.arange(len(root))))
+        return np.asarray(self.row[root == np.arange(len(root))])
 
     def nearest(self, others: Places, radius_arcsec: float) -> tuple[IntArray, IntArray]:
         """Find pairs of rows of two sets of places with equal keys within a radius.

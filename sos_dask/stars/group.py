@@ -106,18 +106,12 @@ class DedupeSettings(Radii):
 
 
 class Groups(NamedTuple):
-    """Which star every row belongs to.
-
-    Parameters
-    ----------
-    primary : ndarray of int64, shape (n,)
-        Row number of the star's primary row.
-    touches_frontier : ndarray of bool, shape (n,)
-        The row's component contains a frontier row: rows not given may belong to it.
-    """
+    """Which star every row belongs to, shape (n,) each."""
 
     primary: IntArray
+    """Row number of the star's primary row."""
     touches_frontier: BoolArray
+    """The row's component contains a frontier row: rows not given may belong to it."""
 
 
 def group(
@@ -167,7 +161,14 @@ def group(
     primary, known = np.arange(len(ra), dtype=np.int64), np.zeros(len(ra), dtype=np.bool_)
     if releases:
         primary, known = _group_known(rank, releases, near)
-    near.group_others(primary, known)
+    left = ~known  # rules 3 and 4
+    if known.any():
+        row, target = near.nearest(left, known)
+        primary[row] = primary[target]
+        left[row] = False
+    leads = near.leading(left)
+    row, target = near.nearest(left, leads)
+    primary[row] = target
     return Groups(primary, touched)
 
 
@@ -301,22 +302,21 @@ class _Listed:
         hosts, guests = _between(self.all_links, newer, older)
         return np.unique(hosts), np.unique(guests)
 
-    def group_others(self, primary: IntArray, known: BoolArray) -> None:
-        """Group the rows without ids (rules 3 and 4), in place."""
-        links, sky = self.links, self.sky
-        if self.releases:
-            row, target = _nearest(*_between(links, ~known, known), sky)
-            primary[row] = primary[target]
-            left = ~known
-            left[row] = False
-            some = left[links[0]] & left[links[1]]
-            links = links[0][some], links[1][some]
-        if len(links[0]):
-            from sos_dask.sky.loops import claim
+    def nearest(self, rows: BoolArray, targets: BoolArray) -> tuple[IntArray, IntArray]:
+        """Rows of one kind with one of another kind within the radius, and the nearest of these."""
+        return _nearest(*_between(self.links, rows, targets), self.sky)
 
-            claimed = claim(*links, sky.rank)
-            row, target = _nearest(*_between(links, claimed, ~claimed), sky)
-            primary[row] = target
+    def leading(self, rows: BoolArray) -> BoolArray:
+        """Of some rows, those that none claims that goes before it (rule 4)."""
+        i, j = self.links
+        if not len(i):
+            return rows
+        from sos_dask.sky.loops import claim
+
+        if not rows.all():
+            some = rows[i] & rows[j]
+            i, j = i[some], j[some]
+        return rows & ~claim(i, j, self.sky.rank)
 
 
 @dataclass(frozen=True)
@@ -341,24 +341,18 @@ class _Crowd:
     def linked(self, newer: BoolArray, older: BoolArray) -> tuple[IntArray, IntArray]:
         return np.flatnonzero(newer), np.flatnonzero(older)
 
-    def group_others(self, primary: IntArray, known: BoolArray) -> None:
-        left, radius = ~known, self.settings.radius_arcsec
-        if known.any():
-            hosts = _places(self.sky, known)
-            row, target = self._follow(_places(self.sky, left), hosts)
-            primary[row] = primary[target]
-            left[row] = False
-        places = _places(self.sky, left)
-        row, target = self._follow(places, places.leading(radius))
-        primary[row] = target
-
-    def _follow(self, places: Places, hosts: Places) -> tuple[IntArray, IntArray]:
-        """Rows and the nearest of others, where one lies within the radius."""
-        target = np.full(len(self.sky.ra), -1)
-        row, nearest = _nearest(*places.nearest(hosts, self.settings.radius_arcsec), self.sky)
-        target[row] = nearest
+    def nearest(self, rows: BoolArray, targets: BoolArray) -> tuple[IntArray, IntArray]:
+        places, others = _places(self.sky, rows), _places(self.sky, targets)
+        near = places.nearest(others, self.settings.radius_arcsec)
+        target = np.full(len(rows), -1)
+        np.put(target, *_nearest(*near, self.sky))
         target = target[places.row[places.place]]
         return places.rows[target >= 0], target[target >= 0]
+
+    def leading(self, rows: BoolArray) -> BoolArray:
+        leads = np.zeros_like(rows)
+        leads[_places(self.sky, rows).leading(self.settings.radius_arcsec)] = True
+        return leads
 
 
 def _places(sky: Sky, chosen: BoolArray, key: IntArray | None = None) -> Places:

@@ -269,24 +269,16 @@ def _columns(
     surveys = pa.array(members.surveys, pa.string()).take(pa.array(members.survey[gave]))
     sources = table["star_id"].take(pa.array(members.row)).combine_chunks()
     everyone = np.arange(len(members.row))
-    text, number, flag = pa.string(), pa.int32(), pa.bool_()
-    return [
-        *columns,
-        (
-            told("survey", text, "Surveys that gave the labels", null=True),
-            members.joined(surveys, gave, "+"),
-        ),
-        (
-            told("sources", text, "Every member: survey and star_id"),
-            members.joined(sources, everyone, ";"),
-        ),
-        (
-            told("n_surveys", number, "Surveys that observed the star", ucd="meta.number"),
-            pa.array(n_surveys),
-        ),
-        (told("flag_spread", flag, "Labels scatter over the limit"), pa.array(united.flag)),
-        (QUALITY.arrow(nullable=False), table["quality"].take(of_chosen)),
-    ]
+    fields = (
+        told("survey", pa.string(), "Surveys that gave the labels", null=True),
+        told("sources", pa.string(), "Every member: survey and star_id"),
+        told("n_surveys", pa.int32(), "Surveys that observed the star", ucd="meta.number"),
+        told("flag_spread", pa.bool_(), "Labels scatter over the limit"),
+        QUALITY.arrow(nullable=False),
+    )
+    gave_labels = members.joined(surveys, gave, "+"), members.joined(sources, everyone, ";")
+    rest = pa.array(n_surveys), pa.array(united.flag), table["quality"].take(of_chosen)
+    return [*columns, *zip(fields, (*gave_labels, *rest), strict=True)]
 
 
 def common_differences(table: pa.Table, primary: IntArray, order: tuple[str, ...]) -> pa.Table:

@@ -96,7 +96,7 @@ def test_who_leads_and_who_is_nearest(seed, n, radius):
             leads[row] = True
             claimed |= near[row]
     places = Places.of(sky, np.arange(n))
-    assert sorted(places.leading(radius).row.tolist()) == np.flatnonzero(leads).tolist()
+    assert sorted(places.leading(radius).tolist()) == np.flatnonzero(leads).tolist()
 
     key = rng.integers(0, 3, n)
     others = np.flatnonzero(rng.random(n) < 0.5)
@@ -119,11 +119,11 @@ def test_who_claims_is_decided_by_what_is_measured(monkeypatch):
     ra, dec = np.array([45.0, 45.0]), np.array([0.0, 1e-4])
     radius = float(separation_arcsec(ra[:1], dec[:1], ra[1:], dec[1:])[0])
     places = Places.of(Sky(ra, dec, ang2pix(ra, dec), np.arange(2)), np.arange(2))
-    assert places.leading(radius).row.tolist() == [0]
+    assert places.leading(radius).tolist() == [0]
     assert [side.tolist() for side in places.links(radius)] == [[0], [1]]
     measured = separation_arcsec
     monkeypatch.setattr(neighbours, "separation_arcsec", lambda *at: measured(*at) * (1 + 1e-12))
-    assert sorted(places.leading(radius).row.tolist()) == [0, 1]
+    assert sorted(places.leading(radius).tolist()) == [0, 1]
     assert [side.tolist() for side in places.links(radius)] == [[], []]
 
 

@@ -191,7 +191,7 @@ def _cell(row: Row, key: str, form: str) -> str:
     if low is None or (form == "?" and not is_wide()):
         return text
     interval = f"{low:{spec}}, {high:{spec}}"
-    if not is_wide() and digits == 4:
+    if not is_wide() and spec.endswith(".4f"):
         interval = interval.replace("-0.", "-.").replace(" 0.", " .").removeprefix("0")
     return f"{text}\n{interval}"
 

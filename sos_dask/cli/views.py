@@ -312,13 +312,13 @@ def compare(
         _show_subsets(name, _SAMPLES[sample], rows)
     show_table(
         "Artifacts: second differences over the noise, largest step, with 95 % intervals",
-        "label method roughness jump noise n_cells=cells",
+        "label method roughness:.4f jump noise n_cells=cells",
         found["artifacts"],
     )
     if found["outside"]:
         show_table(
             "Outside the overlap: how far past the values inside, and the step at the edge",
-            "label method where exceeds:? share:.0%=of_cells step:?",
+            "label method where exceeds:? share:.0%=of_cells_% step:?",
             found["outside"],
         )
     if taken is not None:

@@ -86,24 +86,21 @@ def search(
     def rank(number: int) -> tuple[float, ...]:
         return -len(losses[number]), float(np.mean(losses[number])), number
 
-    alive = list(range(len(drawn)))
+    order, n_alive = list(range(len(drawn))), len(drawn)
     for kept in folds[:MAX_FOLDS]:
+        alive = order[:n_alive]
         jobs = [(method, source, folds, kept, {**params, **drawn[number]}) for number in alive]
         for number, loss in zip(alive, run_tasks(_loss, jobs, client, what, advice), strict=True):
             losses[number].append(loss)
-        alive.sort(key=rank)
-        if not np.isfinite(np.mean(losses[alive[0]])):
+        order.sort(key=rank)
+        if not np.isfinite(np.mean(losses[order[0]])):
             raise ModelError(f"no candidate of the search of '{method}' can be fitted")
-        alive = alive[: max((len(alive) + 1) // 2, 2)]
-    order = sorted(range(len(drawn)), key=rank)
-    trials = [
-        {
-            "params": dict(drawn[number]),
-            "losses": [loss if np.isfinite(loss) else None for loss in losses[number]],
-            "loss": mean if np.isfinite(mean := float(np.mean(losses[number]))) else None,
-        }
-        for number in order
-    ]
+        n_alive = max((n_alive + 1) // 2, 2)
+    trials = []
+    for number in order:
+        known = [*losses[number], float(np.mean(losses[number]))]
+        *each, mean = (loss if np.isfinite(loss) else None for loss in known)
+        trials.append({"params": dict(drawn[number]), "losses": each, "loss": mean})
     return {**params, **drawn[order[0]]}, trials
 
 

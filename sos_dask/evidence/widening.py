@@ -115,7 +115,7 @@ class Noise:
         for kind in (~giant, giant):
             rows = kind if np.count_nonzero(kind) >= _KIND_PAIRS else np.ones_like(kind)
             laws.append(_noise_law(residual[rows], _inverse(snr[rows]), reference_error[rows]))
-        return cls(*(tuple(law[part] for law in laws) for part in range(3)))
+        return cls(*np.stack(laws, axis=1).tolist())
 
     def __call__(
         self, logg: FloatingArray, snr: FloatingArray, reference_error: FloatArray | float = 0.0
@@ -136,8 +136,8 @@ def _inverse(snr: FloatingArray) -> FloatArray:
 
 def _noise_law(
     residual: FloatArray, inverse: FloatArray, reference_error: FloatArray
-) -> tuple[tuple[float, ...], ...]:
-    """Floor, slope and share of the reference of each label.
+) -> FloatArray:
+    """Floor, slope and share of the reference of each label, shape (3, l).
 
     From squared widths in bins of equally many pairs along S/N, in halves by the reference's error.
     """
@@ -157,7 +157,7 @@ def _noise_law(
         # have like errors, the share of the reference cannot be told from the row's own floor.
         bounds = ([total.min() * 0.16, 0.0, 0.0], [np.inf, np.inf, 1.0])
         laws.append(lsq_linear(terms / total[:, None], np.ones(len(total)), bounds).x)
-    return tuple(tuple(part) for part in np.sqrt(np.array(laws)).T.tolist())
+    return np.asarray(np.sqrt(laws).T)
 
 
 @dataclass(frozen=True)

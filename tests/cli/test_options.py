@@ -3,9 +3,15 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sos_dask.cli.options import Options
+from sos_dask.errors import ConfigError
+from sos_dask.stages.apply import ApplySettings
+from sos_dask.stages.crossmatch import CrossmatchSettings
+from sos_dask.stars.group import DedupeSettings
 from tests.command_line import LAMOST, assert_error
 from tests.job import contents
 
@@ -167,3 +173,48 @@ def test_a_scheduler_file_that_is_not_there(cli, small_store):
     given = ["dedupe", small_store / "current/apogee.observations", "-o", "x"]
     ran = cli(*given, "--scheduler", "./nofile.json")
     assert_error(ran, 3, r"there is no file \./nofile\.json")
+
+
+def test_options_become_the_settings_of_the_stage(cli, small_store, monkeypatch):
+    made: list[Any] = []
+    monkeypatch.setattr(Options, "run", lambda self, stage: made.append(stage))
+    current = small_store / "current"
+    observed, stars = current / "apogee.observations", current / "apogee.stars"
+    cli("dedupe", observed, "-o", "x", "--no-gaia-id", "--radius-arcsec", 2, "--method", "median")
+    assert made[0].settings == DedupeSettings(use_gaia_id=False, radius_arcsec=2, method="median")
+    assert made[0].inputs["observations"].path == observed
+    cli("crossmatch", stars, current / "reference", "-o", "x", "--folds", 3, "--pairs", "all")
+    assert made[1].settings == CrossmatchSettings(n_folds=3, pairs="all")
+    cli("reference", f"b={stars}", f"a={current / 'galah.stars'}", "-o", "x", "--no-offsets")
+    assert (made[2].settings.order, made[2].settings.offsets) == (("b", "a"), {})
+    cli("apply", current / "model.polynomial", observed, "-o", "x", "--partitions", "1/2")
+    assert made[3].settings == ApplySettings(fallback="edge", partitions="1/2")
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "cores", "threads"),
+    [
+        ("dedupe", [], 4, 4),
+        ("dedupe", [], 5, None),
+        ("dedupe", ["--threads", "7"], 2, 7),
+        ("dedupe", ["-w", "1"], 2, None),
+        ("attach", [], 2, None),
+    ],
+)
+def test_light_steps_run_in_threads_where_cores_are_few(
+    cli, small_store, monkeypatch, name, options, cores, threads
+):
+    given: list[tuple[Any, ...]] = []
+
+    def start(*arguments: Any) -> Any:
+        given.append(arguments)
+        raise ConfigError("not started")
+
+    monkeypatch.setattr("sos_dask.cli.options.start", start)
+    monkeypatch.setattr("sos_dask.cli.options.n_cores", lambda: cores)
+    catalog = small_store / "current/apogee.observations"
+    more = [catalog, "-c", "x=teff"] if name == "attach" else []
+    assert_error(cli(name, catalog, *more, "-o", "out", *options), 3, "not started")
+    workers = 1 if "-w" in options else None
+    assert given == [(workers, "auto", None, threads)]

@@ -63,6 +63,7 @@ def test_words_for_missing_values(tmp_path):
         ("gaia", "2.59434115080651e18", ["id '2.59434115080651e18' is stored as float"]),
         ("gaia", "2594341150806513152.0", ["digits are lost"]),
         ("gaia", "17.0", ["digits are lost"]),
+        ("gaia", "0.5", ["the id '0.5' is stored as float"]),
     ],
 )
 @pytest.mark.parametrize("gzipped", [False, True])

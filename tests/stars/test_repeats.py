@@ -1,5 +1,9 @@
 """Widths of pulls: known noise is recovered, wrong measurements hardly matter, parts add up."""
 
+import math
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sos_dask.schema import LABELS
-from sos_dask.stars.repeats import MIN_PULLS, merged_pulls, normalisation, pull_counts, snr_bin
+from sos_dask.stars.repeats import (
+    MIN_PULLS,
+    SNR_EDGES,
+    merged_pulls,
+    normalisation,
+    pull_counts,
+    snr_bin,
+)
 
 UNIT = {"teff": 60.0, "logg": 0.1, "feh": 0.05}
 
@@ -145,3 +156,78 @@ def test_a_measurement_listed_twice_is_no_repeat():
 
 def test_bins_of_snr():
     assert snr_bin(np.array([5.0, 10.0, 29.9, 200.0, 1e4, np.nan])).tolist() == [0, 1, 2, 6, 6, 7]
+
+
+def counts_of(flat: list[int]) -> np.ndarray:
+    """Counts by label, kind, bin of S/N and bin of the pull."""
+    counts = np.zeros((3, 2, len(SNR_EDGES) + 2, 192), dtype=np.int64)
+    place, count = np.array(flat, dtype=np.int64).reshape(-1, 2).T
+    counts.ravel()[place] = count
+    return counts
+
+
+def bin_of(pull: float) -> int:
+    """Twelve bins an octave from 2^-10 on; what lies beyond is in the first and the last one."""
+    return min(max(math.floor((math.log2(pull) + 10) * 12), 0), 191) if pull else 0
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 60), st.sampled_from([np.float32, np.float64]))
+def test_pulls_are_those_of_one_row_after_the_other(seed, n, dtype):
+    rng = np.random.default_rng(seed)
+    columns: dict[str, Any] = {"_healpix_29": rng.integers(0, n + 1, n)}
+    columns["quality"] = (rng.random(n) < 0.2) * 1
+    for label in LABELS:
+        values, errors = rng.uniform(3, 4, n), rng.choice([0, 0.1, 0.7, np.nan], n)
+        values[rng.random(n) < 0.3] = 3.25  # some rows have the labels of the one before
+        values[rng.random(n) < 0.2] = np.nan
+        columns |= {label: values.astype(dtype), f"{label}_err": errors.astype(dtype)}
+    snr = rng.choice([5.0, 10.0, 29.9, 30.0, 200.0, np.inf, np.nan], n)
+    columns["snr"] = snr.astype(np.float32)
+    primary, expected = rng.integers(-1, max(n // 3, 1), n), {"teff": 0.2, "feh": 0.4}
+    wanted = counts_of([])
+
+    def error_of(label: str, row: int) -> float:
+        stated = float(columns[f"{label}_err"][row])
+        return stated if stated > 0 else expected.get(label, math.nan)
+
+    for star in set(primary.tolist()) - {-1}:
+        rows = np.flatnonzero((primary == star) & (columns["quality"] == 0))
+        rows = rows[np.argsort(columns["_healpix_29"][rows], kind="stable")].tolist()
+        new = [
+            one
+            for place, one in enumerate(rows)
+            if not place or any(columns[x][one] != columns[x][rows[place - 1]] for x in LABELS)
+        ]
+        for number, label in enumerate(LABELS):
+            chain = [one for one in new if np.isfinite(columns[label][one] + error_of(label, one))]
+            for one, two in pairwise(chain):
+                pull = abs(float(columns[label][one]) - float(columns[label][two]))
+                pull /= math.hypot(error_of(label, one), error_of(label, two))
+                is_known = np.isfinite(snr[[one, two]]).all()
+                place = int(snr_bin(min(snr[one], snr[two]))) if is_known else len(SNR_EDGES) + 1
+                kind = float(columns["logg"][one]) + float(columns["logg"][two]) < 7.0
+                wanted[number, int(kind), place, bin_of(pull)] += 1
+    found = counts_of(pull_counts(pa.table(columns), primary, expected))
+    assert found.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_pulls_beside_the_limits_of_bins(dtype):
+    limits = 2.0 ** (np.arange(-3, 196) / 12 - 10)
+    away = np.array([1e-12, 1e-10, 3e-9, 1e-6, 4e-3])
+    pull = np.concatenate([limits[:, None] * (1 + away), limits[:, None] * (1 - away)]).ravel()
+    pull = np.concatenate([pull, [0.0, 1e-200, 1e-30, 1e30]]).astype(dtype)
+    n = len(pull)
+    none = pa.nulls(2 * n, pa.float32())
+    columns: dict[str, Any] = {"_healpix_29": np.arange(2 * n)}
+    columns |= {
+        "quality": np.zeros(2 * n, dtype=np.int64),
+        "teff": np.stack([np.zeros(n, dtype), pull], axis=1).ravel(),
+    }
+    columns |= {"teff_err": np.full(2 * n, 0.5, dtype=dtype), "logg": none, "feh": none}
+    columns["logg"] = np.arange(2 * n) + 3.5  # no row is listed twice
+    counts = counts_of(pull_counts(pa.table(columns), np.arange(2 * n) // 2))
+    wanted = [bin_of(one) for one in (pull.astype(np.float64) / math.sqrt(0.5)).tolist()]
+    assert counts[0].sum(axis=(0, 1)).tolist() == np.bincount(wanted, minlength=192).tolist()
+    assert counts.sum() == n

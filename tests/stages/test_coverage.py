@@ -146,12 +146,12 @@ def test_a_store_without_coverage_is_told_what_to_do(small_store, tmp_path):
     current.mkdir()
     (current / "lamost.pairs").mkdir()
     (current / "build.json").write_text(
-        sealed_json({"products": {"pairs": ""}, "stages": {"pairs": ""}})
+        sealed_json({"products": {"lamost.pairs": ""}, "stages": {"lamost.pairs": ""}})
     )
     with pytest.raises(CatalogError, match="has no product 'coverage'"):
         app(command)
     (current / "build.json").write_text(
-        sealed_json({"products": {"coverage": ""}, "stages": {"coverage": ""}})
+        sealed_json({"products": {"lamost.coverage": ""}, "stages": {"lamost.coverage": ""}})
     )
     shutil.copytree(small_store / "current" / "lamost.coverage", current / "lamost.coverage")
     made = Manifest.load(current / "lamost.coverage")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.cli import app
-from sos_dask.columns import key_hashes
+from sos_dask.columns import floats, key_hashes
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.errors import CatalogError
 from sos_dask.evidence.coverage import CoverageModel
@@ -43,6 +43,8 @@ def test_columns_stand_beside_the_observations(small_store):
     assert scores.pixels == rows.pixels
     summary = Manifest.load(small_store / "current" / "lamost.coverage").summary
     n = dict.fromkeys(("outside", "sparse", "unknown"), 0)
+    without = dict.fromkeys(summary["rows_without"], 0)
+    bits = dict.fromkeys(summary["flags"], 0)
     for pixel in rows.pixels:
         table, score, out = rows.read(pixel), scores.read(pixel), corrected.read(pixel)
         assert table["obs_id"].equals(score["obs_id"])
@@ -52,6 +54,15 @@ def test_columns_stand_beside_the_observations(small_store):
         n["outside"] += int(np.count_nonzero(flags & FLAG_OUTSIDE))
         n["sparse"] += int(np.count_nonzero(flags & FLAG_SPARSE))
         n["unknown"] += score["coverage"].null_count
+        for name in without:
+            without[name] += int(np.count_nonzero(~np.isfinite(floats(table, name))))
+        for bit in bits:
+            bits[bit] += int(np.count_nonzero(score["flag_coverage"].to_numpy() & int(bit)))
+        value, kind = (score[name].drop_null().to_numpy() for name in score.column_names[-3::2])
+        assert (kind == 0).tolist() == (value >= 0.8).tolist()
+        assert (kind >= 2).tolist() == (value < 0.5).tolist()
+    assert without == summary["rows_without"] and max(without.values()) > 0
+    assert bits == summary["flags"] and sum(bits.values()) > 0
     assert {name: summary["rows"][name] for name in n} == n
     assert sum(summary["shares"].values()) == pytest.approx(1)
     assert summary["parameters_without_column"] == ["distance", "ebv"]
@@ -135,12 +146,12 @@ def test_a_store_without_coverage_is_told_what_to_do(small_store, tmp_path):
     current.mkdir()
     (current / "lamost.pairs").mkdir()
     (current / "build.json").write_text(
-        sealed_json({"products": {"pairs": ""}, "stages": {"pairs": ""}})
+        sealed_json({"products": {"lamost.pairs": ""}, "stages": {"lamost.pairs": ""}})
     )
     with pytest.raises(CatalogError, match="has no product 'coverage'"):
         app(command)
     (current / "build.json").write_text(
-        sealed_json({"products": {"coverage": ""}, "stages": {"coverage": ""}})
+        sealed_json({"products": {"lamost.coverage": ""}, "stages": {"lamost.coverage": ""}})
     )
     shutil.copytree(small_store / "current" / "lamost.coverage", current / "lamost.coverage")
     made = Manifest.load(current / "lamost.coverage")

@@ -255,7 +255,7 @@ def test_a_finished_table_too_large_for_a_worker_is_refused(
     n_pairs = Manifest.load(build / "lamost.evidence").rows.n_out
     with pytest.raises(ClusterError) as caught:
         stage(inputs).run(tmp_path / "out", cluster=Small())
-    wanted = f"{stage.name}: {n_pairs:,} pairs of {build / 'evidence'}"
+    wanted = f"{stage.name}: {n_pairs:,} pairs of {build / 'lamost.evidence'}"
     assert wanted in str(caught.value), str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert list((tmp_path / "out").glob("*.parquet")) == []

@@ -59,13 +59,15 @@ def test_sample_holds_target_and_overlap_and_the_maps_count_every_placed_row(inp
     assert all(100 < n < 300 for n in counts.values()), counts
     maps = pq.read_table(folder / MAPS)
     summary = manifest.summary["without_place"]
-    plane, total = load_projection(folder), 0
+    plane, total = load_projection(folder), np.zeros((32, 32), np.int64)
     placed = Catalog.open(folder)
     for pixel in placed.pixels:
         table = placed.read(pixel, ["umap_1", "umap_2"])
         place = np.stack([table[n].to_numpy() for n in table.column_names], axis=1)
-        total += int(density_map(place.astype(np.float32), plane.limits(), 32).sum())
-    assert total == sum(maps["n_target"].to_pylist()) == placed.n_rows - summary["target"]
+        total += density_map(place.astype(np.float32), plane.limits(), 32)
+    cells = maps["cell_1"].to_numpy(), maps["cell_2"].to_numpy()
+    assert maps["n_target"].to_pylist() == total[cells].tolist()
+    assert total.sum() == sum(maps["n_target"].to_pylist()) == placed.n_rows - summary["target"]
     n_pairs = inputs["pairs"].n_rows
     assert sum(maps["n_overlap"].to_pylist()) == n_pairs - summary["overlap"]
 

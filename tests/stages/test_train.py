@@ -102,7 +102,7 @@ def test_every_held_out_pair_is_predicted_once(current):
     manifest = Manifest.load(current / "lamost.model.polynomial")
     pairs = rows_of(current / "lamost.pairs")
     used = pairs.filter(pairs["use"])
-    held_out = pq.read_table(current / "model.polynomial/held_out.parquet")
+    held_out = pq.read_table(current / "lamost.model.polynomial/held_out.parquet")
     for name in ("teff_diff", "logg_diff", "feh_diff"):
         assert sorted(held_out[name].to_pylist()) == sorted(used[name].to_pylist())
     assert manifest.summary["validation"] == "kfold"
@@ -121,7 +121,7 @@ def test_held_out_predictions_come_from_models_that_never_saw_the_fold(current):
     pairs = Catalog.open(current / "lamost.pairs")
     source = PairsSource(pairs)
     folds = sorted(set(rows_of(current / "lamost.pairs")["fold"].to_pylist()))
-    held_out = pq.read_table(current / "model.polynomial/held_out.parquet")
+    held_out = pq.read_table(current / "lamost.model.polynomial/held_out.parquet")
     fold = folds[1]
     correction = models.fit("polynomial", source, train_folds=[f for f in folds if f != fold])
     rows = held_out.filter(pc.equal(held_out["fold"], fold))

@@ -354,7 +354,7 @@ def test_profiles_are_looked_up_in_equal_steps_of_the_logarithm():
     model, x = table({}, steps), np.tile(np.float32(LOW), (6, 1))
     snr = 10 ** np.array([-5, -1 + 2.5 / 1024 * 5, -1 + 5.5 / 1024 * 5, 9, np.nan, -np.inf])
     assert (model.half_width(x, snr) / 3)[:, 1].tolist() == [0, 2, 5, 1023, 500, 500]
-    assert model.is_sparse(np.float32([LOW, HIGH])).tolist() == [True, False]
+    assert model.is_sparse(np.array([LOW, HIGH], np.float32)).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(("theirs", "left"), [(0.0, 3.0), (1.8, 2.4), (2.9, 1.0), (9.0, 1.0)])

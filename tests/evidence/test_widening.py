@@ -61,7 +61,7 @@ def test_where_nothing_can_be_counted_errors_grow_as_the_limits_say():
 
 
 def test_rows_where_stars_are_few_have_the_width_of_all_measurements_there():
-    found = Widths(np.ones((2, 3, 3)) * np.array([1.0, 1.5, 2.0])[:, None], np.array([900, 1, 1.0]))
+    found = Widths(np.ones((2, 3, 3)) * np.array([1.0, 1.5, 2.0])[:, None], [900, 1, 1.0])
     half_width = np.array([[100.0, 0.1, 0.1], [300.0, 0.1, 0.1], [700.0, 0.1, 0.1]])
     for kind, wanted in (
         (OUTSIDE, [900, 900, 1050]),

@@ -135,7 +135,7 @@ def test_equal_values_have_no_spread():
 
 def test_an_interval_is_that_of_its_resamples_moved_to_the_figure():
     replicates = np.append(np.arange(41.0), [np.nan, np.inf])
-    assert interval(100.0, replicates) == (pytest.approx(81.0), pytest.approx(119.0))
+    assert interval(100.0, replicates) == pytest.approx((81.0, 119.0))
     assert np.isnan(interval(1.0, np.array([np.nan]))).all()
 
 

@@ -256,9 +256,10 @@ class Manifest:
             raise _no_manifest(directory) from None
         try:
             if raw["format"] != _FORMAT:
-                age = "a newer" if raw["format"] > _FORMAT else "an older"
+                age, hint = "an older", "Run the rebuild into an empty store, or what made it."
+                if raw["format"] > _FORMAT:
+                    age, hint = "a newer", "Install a newer sos-dask."
                 what = f"{path} has format {raw['format']} of {age} version of sos-dask"
-                hint = "Run the rebuild into an empty store, or the command that made it."
                 raise CatalogError(f"{what}, known here is format {_FORMAT}", hint)
             if not isinstance(raw["stage"], str) or not isinstance(raw["version"], int):
                 raise TypeError("stage or version")

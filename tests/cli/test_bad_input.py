@@ -89,7 +89,7 @@ def one_key(table: Table, folder: Path) -> Path:
 
 BAD_FILES = {
     "missing": (lambda table, folder: folder / "gone.fits", [r"gone\.fits does not exist"]),
-    "folder": (lambda table, folder: folder, ["is no file"]),
+    "folder": (lambda table, folder: folder, ["is not a file"]),
     "truncated": (truncated, [r"part\.fits is truncated: 60000 bytes", "Download it again"]),
     "truncated gzip": (truncated_gzip, [r"part\.fits\.gz: truncated or damaged", "Download"]),
     "no FITS": (no_fits, [r"letter\.fits is not a FITS file", "Download"]),

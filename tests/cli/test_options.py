@@ -121,7 +121,7 @@ def test_another_output_is_not_overwritten_unless_told(cli, small_store, tmp_pat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("42")
     ran = cli("dedupe", catalog, "-o", "mine", "-w", 0, "--overwrite")
-    assert_error(ran, 5, "no output of sos-dask: not overwritten")
+    assert_error(ran, 5, "not an output of sos-dask: not overwritten")
     assert (tmp_path / "mine/thesis.tex").read_text() == "42"
 
 

@@ -312,11 +312,6 @@ class Correction(abc.ABC):
         """Read a model from its own `files`; `ModelError` where they are damaged."""
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """Labels, in the order of the columns of a prediction."""
-        return self.info.problem.names
-
-    @property
     def problem(self) -> Problem:
         """Labels and inputs."""
         return self.info.problem
@@ -338,7 +333,7 @@ class Correction(abc.ABC):
             is nan or infinite.
         """
         x, low, high = self._checked(features)
-        out = np.empty((len(self.labels), len(x)), dtype=np.float32).T
+        out = np.empty((len(self.problem.names), len(x)), dtype=np.float32).T
         for start in range(0, len(x), BLOCK_ROWS):
             block = x[start : start + BLOCK_ROWS]
             unknown = ~_in_all_columns(np.isfinite(block))
@@ -357,7 +352,7 @@ class Correction(abc.ABC):
     def _checked(self, features: Float32Array) -> tuple[Float32Array, Float32Array, Float32Array]:
         """Features, which are checked, and the corners of the training box."""
         x = np.asarray(features, dtype=np.float32)
-        k = len(self.info.problem.inputs)
+        k = len(self.problem.inputs)
         if x.ndim != 2 or x.shape[1] != k:
             raise ModelError(f"features have shape {x.shape}, not (n, {k})")
         return x, np.array(self.info.minimum, "f4"), np.array(self.info.maximum, "f4")

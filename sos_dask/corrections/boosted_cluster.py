@@ -16,6 +16,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRIES = 3
+PATIENCE_S = 30
 
 
 def train(job: Job) -> tuple[Any, ...]:
@@ -67,7 +69,7 @@ def train(job: Job) -> tuple[Any, ...]:
                 asked = [client.submit(find_gpu, pure=False, **_on(w)) for w in workers]
                 workers = one_each(workers, client.gather(asked))
             _train_labels(job, workers, boosters, tracker)
-            return tuple(boosters[number] for number in range(len(job.rounds)))
+            return tuple(boosters[number] for number in sorted(boosters))
         except SosError:
             raise
         except losses as error:
@@ -120,16 +122,22 @@ def _train_labels(job: Job, workers: Sequence[str], boosters: dict[int, Any], tr
         for worker, (first, stop) in zip(workers, cuts, strict=False)
     ]
     try:
-        # The scheduler drops a silent worker, and its block moves; with the last one nothing would.
+        # Blocks of a worker that is gone move to others. The scheduler takes minutes to drop one
+        # that is silent, by a clock of its own: only whether a heartbeat is new counts here.
+        since: dict[tuple[str, float], float] = {}
         while not all(block.done() for block in blocks):
             with contextlib.suppress(TimeoutError):
-                wait(blocks, timeout=10)
-            if not client.scheduler_info(n_workers=-1)["workers"]:
+                wait(blocks, timeout=2)
+            known, now = client.scheduler_info(n_workers=-1)["workers"], time.monotonic()
+            if not known:
                 raise ConnectionError("no worker is left")
+            for worker in set(workers) & set(known):
+                if now - since.setdefault((worker, known[worker]["last_seen"]), now) > PATIENCE_S:
+                    raise ConnectionError(f"worker {worker} has been silent for {PATIENCE_S} s")
         for block in blocks:
             if block.status == "error":
                 block.result()
-        for number in range(len(job.rounds)):
+        for number in range(len(job.summary.center)):
             if number not in boosters:
                 boosters[number] = _train_label(job, workers, blocks, tracker, number)
     finally:
@@ -179,7 +187,7 @@ def _train_label(
                 client,
                 job.booster_params,
                 matrix,
-                num_boost_round=job.rounds[number],
+                num_boost_round=job.settings.n_rounds,
                 # Workers meet only when the slowest has imported all it needs.
                 coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=max(timeout_s, 60)),
             )

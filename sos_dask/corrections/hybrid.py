@@ -262,7 +262,7 @@ class SimexCorrection(Correction):
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
         weights = part_weights(self.info.params["replicas"])
-        total = np.zeros((len(features), len(self.labels)))
+        total = np.zeros((len(features), len(self.problem.names)))
         for weight, part in zip(weights, self.parts, strict=True):
             total += weight * part.evaluate(features)
         return total.astype(np.float32)

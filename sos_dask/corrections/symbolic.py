@@ -266,18 +266,14 @@ def _require(engine: str) -> None:
     # Importing pysr without Julia would download one.
     needed = {"operon": ["pyoperon"], "pysr": ["pysr", "juliacall"]}[engine] + ["sympy"]
     missing = [n for n in needed if sys.modules.get(n, n) is None or not find_spec(n)]
-    if engine == "operon" and missing:
-        raise ModelError(
-            f"method 'symbolic' needs {' and '.join(missing)}, which is not installed",
-            "Install it with: pip install 'sos_dask[symbolic]'",
-        )
-    if engine == "pysr" and not (shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")):
-        missing.append("julia")
+    how = "Install it with: pip install 'sos_dask[symbolic]'"
+    if engine == "pysr":
+        how = "Install Julia and 'pip install pysr', or set engine = 'operon'."
+        if not (shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")):
+            missing.append("julia")
     if missing:
-        raise ModelError(
-            f"symbolic.engine = 'pysr' needs {', '.join(missing)}, which is not there",
-            "Install Julia and 'pip install pysr', or set engine = 'operon'.",
-        )
+        needs = f"symbolic.engine = '{engine}' needs {', '.join(missing)}"
+        raise ModelError(f"{needs}, which is not installed", how)
 
 
 def _operon(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:

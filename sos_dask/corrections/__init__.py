@@ -29,15 +29,14 @@ from sos_dask.settings import explained
 __all__ = ["MODEL_FILE", "Batch", "Correction", "Training", "TrainingSource"]
 
 _SMALL_FILE = 1 << 20
-
-
-_METHODS: Mapping[str, type[Correction]] = {
-    "boosted": BoostedCorrection,
-    "hybrid": HybridCorrection,
-    "polynomial": PolynomialCorrection,
-    "simex": SimexCorrection,
-    "symbolic": SymbolicCorrection,
-}
+_KINDS = (
+    BoostedCorrection,
+    HybridCorrection,
+    PolynomialCorrection,
+    SimexCorrection,
+    SymbolicCorrection,
+)
+_METHODS: Mapping[str, type[Correction]] = {kind.method: kind for kind in _KINDS}
 
 
 def methods() -> tuple[str, ...]:
@@ -46,13 +45,7 @@ def methods() -> tuple[str, ...]:
 
 
 def class_of(method: str) -> type[Correction]:
-    """Class of a method, with its ``parameters`` and the values that are searched (``search``).
-
-    Raises
-    ------
-    ConfigError
-        The method is not known; the nearest is named.
-    """
+    """Class of a method; `ConfigError` for an unknown one, with the nearest."""
     if method not in _METHODS:
         raise ConfigError(
             f"there is no method '{method}'",
@@ -62,9 +55,7 @@ def class_of(method: str) -> type[Correction]:
 
 
 def check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the parameters of a method with its defaults.
-
-    A whole number may be written as 4.0.
+    """Complete the parameters of a method with its defaults; 4.0 may be given for 4.
 
     Raises
     ------

@@ -2,8 +2,7 @@
 
 The loss is the pseudo-Huber of ``huber_slope`` times the spread of the differences. On 350,000
 simulated pairs with 3 % outliers to one side it left two thirds of the error, and a third of the
-bias, of squared error on clipped differences; the absolute error was no better and four times
-slower, and its leaves would depend on the number of workers.
+bias, of squared error on clipped differences; the absolute error was no better, four times slower.
 
 The bins of an input are chosen here, from exact counts over all pairs: XGBoost's own sketch depends
 on the order of the rows and on the workers. Training is data-parallel over a cluster
@@ -133,13 +132,13 @@ class BoostedCorrection(Correction):
 
     def files(self) -> Mapping[str, bytes]:
         """``boosted.json``, the trees of each label as UBJSON, and their look-up table."""
+        labels = self.problem.names
         document = {
             "formula": "center + spread * (sum of the trees)",
-            "center": self.info.by_label(self.center),
-            "spread": self.info.by_label(self.spread),
+            "center": base.by_name(labels, self.center),
+            "spread": base.by_name(labels, self.spread),
         }
-        names = (f"{label}.ubj" for label in self.problem.names)
-        trees = dict(zip(names, map(bytes, self.ensembles), strict=True))
+        trees = {f"{n}.ubj": bytes(e) for n, e in zip(labels, self.ensembles, strict=True)}
         table = self.table or compile_trees(self.boosters, self.center, self.spread)
         if table is None:
             why = f"their thresholds make more than {MAX_CELLS:,} cells"
@@ -151,8 +150,9 @@ class BoostedCorrection(Correction):
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> BoostedCorrection:
         """Read a model from its own files."""
         document = base.parse_json(bytes(files[FILE]), FILE)
-        center, spread = info.of_labels(document["center"]), info.of_labels(document["spread"])
-        ensembles = tuple(files[f"{label}.ubj"] for label in info.problem.names)
+        labels = info.problem.names
+        center, spread = (base.in_order(labels, document[key]) for key in ("center", "spread"))
+        ensembles = tuple(files[f"{label}.ubj"] for label in labels)
         table = LookupTable.from_buffer(files[TABLE]) if TABLE in files else None
         correction = cls(info, ensembles, center, spread, table)
         if table is None:
@@ -339,16 +339,7 @@ def compile_trees(
 ) -> LookupTable | None:
     """Make the table of ``center + spread * (sum of the trees)`` of one ensemble a label.
 
-    Parameters
-    ----------
-    boosters : sequence of xgboost.Booster
-        Over the same inputs; regression with an identity link.
-    center, spread : ndarray of float64, shape (l,)
-
-    Returns
-    -------
-    LookupTable or None
-        None where the thresholds make more than ``MAX_CELLS`` cells: too large to be worth it.
+    None where the thresholds make more than ``MAX_CELLS`` cells: too large to be worth it.
     """
     models = [json.loads(bytes(booster.save_raw("json")))["learner"] for booster in boosters]
     forests = [_forest(model["gradient_booster"]["model"]["trees"]) for model in models]

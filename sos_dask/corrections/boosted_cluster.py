@@ -19,7 +19,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,7 @@ PATIENCE_S = 30
 def train(job: Job) -> tuple[Any, ...]:
     """Train an ``xgboost.Booster`` of each label; after a loss of workers, by those that are left.
 
-    Raises
-    ------
-    ClusterError
-        Workers were lost again and again.
-    ModelError
-        A worker has no GPU for ``device = "cuda"``.
+    `ClusterError` where they are lost again and again.
     """
     from distributed import CancelledError, KilledWorker
 
@@ -163,6 +158,7 @@ def _train_label(
     from xgboost.collective import Config
 
     client, timeout_s = job.training.client, job.settings.timeout_s
+    original = xgboost_dask._start_tracker
     features = list(job.training.problem.features)
     columns = [
         [
@@ -182,17 +178,18 @@ def _train_label(
         matrix = xgboost_dask.DaskQuantileDMatrix(
             client, x, y, weight=weight, feature_names=features, max_bin=job.settings.max_bin
         )
-        with _tracker_apart(tracker):
-            result = xgboost_dask.train(
-                client,
-                job.booster_params,
-                matrix,
-                num_boost_round=job.settings.n_rounds,
-                # Workers meet only when the slowest has imported all it needs.
-                coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=max(timeout_s, 60)),
-            )
+        xgboost_dask._start_tracker = partial(_start_tracker, tracker)
+        result = xgboost_dask.train(
+            client,
+            job.booster_params,
+            matrix,
+            num_boost_round=job.settings.n_rounds,
+            # Workers meet only when the slowest has imported all it needs.
+            coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=max(timeout_s, 60)),
+        )
         return result["booster"]
     finally:
+        xgboost_dask._start_tracker = original
         release([future for futures in columns for future in futures])
 
 
@@ -224,23 +221,10 @@ os._exit(0)
 _TRACKERS: dict[str, subprocess.Popen[str]] = {}  # of the scheduler's process
 
 
-@contextlib.contextmanager
-def _tracker_apart(name: str) -> Iterator[None]:
-    """Make xgboost.dask start its tracker in a process of its own, named for `_stop_tracker`."""
-    from xgboost import dask as xgboost_dask
-
-    original = xgboost_dask._start_tracker
-    xgboost_dask._start_tracker = partial(_start_tracker, name)
-    try:
-        yield
-    finally:
-        xgboost_dask._start_tracker = original
-
-
 async def _start_tracker(
     name: str, n_workers: int, of_scheduler: str | None, of_user: Any, timeout: int | None
 ) -> dict[str, str | int]:
-    """Runs in the scheduler; what workers need to find a new tracker."""
+    """Runs in the scheduler in place of the function of xgboost.dask; the same answer."""
     addresses = [address for address in (of_user, (of_scheduler, 0), (None, 0)) if address]
     request = json.dumps([n_workers, addresses, timeout or 0])
     return await asyncio.to_thread(_ask_tracker, name, request)
@@ -273,10 +257,7 @@ def _stop_tracker(name: str) -> None:
 def find_gpu() -> tuple[str, ...]:
     """Find the GPU of this process by training a tree on it; equal where processes share one.
 
-    Raises
-    ------
-    ModelError
-        XGBoost would quietly train on the CPU.
+    `ModelError` where XGBoost would quietly train on the CPU.
     """
     import xgboost
 

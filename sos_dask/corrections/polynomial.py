@@ -82,14 +82,15 @@ class PolynomialCorrection(Correction):
 
     def files(self) -> Mapping[str, bytes]:
         """``coefficients.json``: every float64 with all its digits."""
+        labels, inputs = self.problem.names, self.problem.features
         document = {
             "formula": "sum over terms of coefficient * product of z^exponent, "
             "z = (feature - center) / width",
-            "center": self.info.by_input(self.center),
-            "width": self.info.by_input(self.width),
+            "center": base.by_name(inputs, self.center),
+            "width": base.by_name(inputs, self.width),
             "exponents": self.exponents.tolist(),
-            "coefficients": self.info.by_label(self.coefficients.T),
-            "scatter": self.info.by_label(self.scatter),
+            "coefficients": base.by_name(labels, self.coefficients.T),
+            "scatter": base.by_name(labels, self.scatter),
             "passes": self.passes,
         }
         return {FILE: base.to_json(document)}
@@ -98,10 +99,11 @@ class PolynomialCorrection(Correction):
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrection:
         """Read a model from its own files."""
         document = base.parse_json(bytes(files[FILE]), FILE)
-        center, width = info.of_inputs(document["center"]), info.of_inputs(document["width"])
+        labels, inputs = info.problem.names, info.problem.features
+        center, width = (base.in_order(inputs, document[key]) for key in ("center", "width"))
         exponents = np.array(document["exponents"], dtype=np.int64).reshape(-1, len(center))
-        coefficients = info.of_labels(document["coefficients"]).T
-        scatter, passes = info.of_labels(document["scatter"]), int(document["passes"])
+        coefficients = base.in_order(labels, document["coefficients"]).T
+        scatter, passes = base.in_order(labels, document["scatter"]), int(document["passes"])
         shape = (len(exponents), len(scatter))
         if coefficients.shape != shape or not np.isfinite(coefficients).all():
             raise ModelError(f"{FILE}: needs one finite coefficient for each term and label")

@@ -65,12 +65,8 @@ def search(
 
     Raises
     ------
-    ConfigError
-        The method has nothing to search.
     ModelError
         Fewer than two folds, or no candidate can be fitted.
-    ClusterError
-        Fits kill their workers again and again.
     """
     folds = sorted(int(fold) for fold in train_folds)
     if len(folds) < 2:

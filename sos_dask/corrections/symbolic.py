@@ -116,7 +116,7 @@ class SymbolicCorrection(Correction):
         document = {
             "features": list(self.problem.features),
             "n_sample": self.n_sample,
-            "labels": self.info.by_label([choice.as_json for choice in self.choices]),
+            "labels": base.by_name(self.problem.names, [choice.as_json for choice in self.choices]),
         }
         return {FILE: base.to_json(document)}
 
@@ -216,11 +216,10 @@ def _front(
             front.append(i)
     best, entries, close = front[-1], [], []
     for i in front:
-        behind = means[i] - means[best]
+        judged = {"loss": means[i], "scatter": scales[i], "behind": means[i] - means[best]}
         error = float(np.std(losses[i] - losses[best])) / math.sqrt(len(y))
-        judged = {"loss": means[i], "scatter": scales[i], "behind": behind}
         entries.append((forms[i], {**judged, "standard_error": error}))
-        close.append(behind <= standard_errors * error)
+        close.append(judged["behind"] <= standard_errors * error)
     return entries, close.index(True)
 
 

@@ -264,9 +264,8 @@ def _own(job: Job, stage: type[Stage[Any]], section: Settings) -> Any:
 
 
 def _params(job: Job, method: str) -> dict[str, Any]:
-    seed = (
-        {"seed": job.seed} if "seed" in corrections.class_of(method).parameters.model_fields else {}
-    )
+    known = corrections.class_of(method).parameters.model_fields
+    seed = {"seed": job.seed} if "seed" in known else {}
     return corrections.check_params(method, {**seed, **job.train.params.get(method, {})})
 
 

@@ -148,10 +148,7 @@ class Problem(Settings):
     def matrix(self, columns: Columns) -> Float32Array:
         """Make the inputs of a correction, float32 of shape (n, k); each column is contiguous.
 
-        Parameters
-        ----------
-        columns : pyarrow.Table or mapping of str to array_like, shape (n,)
-            Null or NaN where unknown.
+        Columns of shape (n,) are null or NaN where unknown.
         """
         parts = [item.values(_column(columns, item.column)) for item in self.inputs]
         return np.stack(parts, dtype=np.float32).T

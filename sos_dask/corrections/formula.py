@@ -214,17 +214,14 @@ class Template:
         """The same form with other numbers."""
         return replace(self, numbers=tuple(numbers.tolist()))
 
-    def values(self, u: FloatArray) -> FloatArray:
-        """Values at inputs less their pivots, shape (k, n)."""
-        return self._run(self.formula, u)
+    def values(self, u: FloatArray, formula: Formula | None = None) -> FloatArray:
+        """Values (n,) at inputs less their pivots (k, n), of a derivative where one is given."""
+        with np.errstate(all="ignore"):
+            return np.broadcast_to((formula or self.formula).run([*u, *self.numbers]), u.shape[1:])
 
     def gradient(self, u: FloatArray) -> FloatArray:
         """Derivatives by the numbers, shape (n, numbers)."""
-        return np.stack([self._run(one, u) for one in self.gradients], axis=1)
-
-    def _run(self, formula: Formula, u: FloatArray) -> FloatArray:
-        with np.errstate(all="ignore"):
-            return np.broadcast_to(formula.run([*u, *self.numbers]), u.shape[1:])
+        return np.stack([self.values(u, one) for one in self.gradients], axis=1)
 
     def _filled(self, spread: float = 1.0) -> Any:
         """Expression with its numbers, times another one."""

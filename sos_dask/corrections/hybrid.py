@@ -12,14 +12,14 @@ differences 3.4 to 8 times smaller.
 SIMEX (simulation and extrapolation) is an errors-in-variables variant of another method. Noise of
 the target's labels is in the features and, with the same sign, in the differences: stars scattered
 upwards in a label show a positive difference where there is no bias at all (regression dilution).
-Every other method predicts that part too, because it predicts the reference, as it should when
-noisy labels are to be corrected one by one. This one estimates the bias at the true labels. Use it
-to study or to publish the bias of a survey, or to correct labels with much smaller errors than
-those of the pairs; not to predict the reference, whose scatter it leaves larger. More noise of the
-quoted size is added to features and differences together, ``lambda`` = 0.5 to 2 times its variance;
-the fits are followed back to ``lambda`` = -1 by a parabola (Cook & Stefanski 1994, JASA 89, 1314).
-It is only as good as the errors of the pairs, and takes away most of the dilution, not all: where
-errors are no longer small against the structure of the bias, a parabola is too stiff.
+Every other method predicts that part too, as it should when noisy labels are to be corrected one by
+one. This one estimates the bias at the true labels: use it to publish the bias of a survey, or to
+correct labels with much smaller errors than those of the pairs; not to predict the reference. More
+noise of the quoted size is added to features and differences together, ``lambda`` = 0.5 to 2 times
+its variance; the fits are followed back to ``lambda`` = -1 by a parabola (Cook & Stefanski 1994,
+JASA 89, 1314). It is only as good as the errors of the pairs, and takes away most of the dilution,
+not all: where errors are no longer small against the structure of the bias, a parabola is too
+stiff.
 """
 
 from __future__ import annotations

@@ -194,9 +194,9 @@ def _search(
     candidates = []
     for form, judged in front:
         judged["scatter"] *= spread
-        figures: Any = {name: _short(value) for name, value in judged.items()}
+        figures: Any = {name: float(f"{value:.4g}") for name, value in judged.items()}
         candidates.append(Candidate(**written(form), **figures))
-    left = _short(_scatter(best.values(u) - y) * spread)
+    left = float(f"{_scatter(best.values(u) - y) * spread:.4g}")
     return Choice(**written(best), scatter=left, front=candidates, chosen=chosen)
 
 
@@ -251,10 +251,6 @@ def fit_numbers(form: Template, u: FloatArray, y: FloatArray, weight: FloatArray
 
 def _scatter(residual: FloatArray) -> float:
     return MAD_TO_SIGMA * float(np.median(np.abs(residual)))
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 # --- engines -----------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ class _Rows(io.RawIOBase):
         return n
 
 
-def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+def read_text(source: Source, start: int, stop: int, batch_rows: int) -> Batches:
     """Native columns of delimited text, as `read_native` gives them."""
     # All as text: numbers are cast later at the same cost, and a bad one is known with its row.
     natives = source.natives.values()

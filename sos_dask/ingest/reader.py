@@ -219,11 +219,7 @@ def _decompressed(path: Path, scratch: Path) -> Path:
         if read_sealed(stated, "")["sum"] == sum_of_file(target):
             return target
     try:
-        with (
-            atomic_path(target) as temporary,
-            opened(path) as packed,
-            temporary.open("wb") as file,
-        ):
+        with atomic_path(target) as hidden, opened(path) as packed, hidden.open("wb") as file:
             shutil.copyfileobj(packed, file, 1 << 22)
         write_text(stated, sealed_json({"sum": sum_of_file(target)}))
     except OSError as error:
@@ -309,9 +305,9 @@ class _Found:
         """Add a column, or an element of it, to those that are read, with its mask; its key."""
         masks = [n for n in self._known if n.name == (native.mask or f"{native.name}.mask")]
         if native.mask and len(masks) != 1:
+            what = f"in a column '{native.mask}', which is there {len(masks)} times"
             raise SurveyError(
-                f"{self._path}: column '{native.name}' has its mask in a column '{native.mask}', "
-                f"which is there {len(masks)} times",
+                f"{self._path}: column '{native.name}' has its mask {what}",
                 "Without it values would be read that its writer took for none.",
             )
         # Another program may have dropped what astropy states and kept its columns.

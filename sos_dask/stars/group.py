@@ -166,8 +166,7 @@ def group(
         row, target = near.nearest(left, known)
         primary[row] = primary[target]
         left[row] = False
-    leads = near.leading(left)
-    row, target = near.nearest(left, leads)
+    row, target = near.claim(left)
     primary[row] = target
     return Groups(primary, touched)
 
@@ -306,17 +305,18 @@ class _Listed:
         """Rows of one kind with one of another kind within the radius, and the nearest of these."""
         return _nearest(*_between(self.links, rows, targets), self.sky)
 
-    def leading(self, rows: BoolArray) -> BoolArray:
-        """Of some rows, those that none claims that goes before it (rule 4)."""
+    def claim(self, rows: BoolArray) -> tuple[IntArray, IntArray]:
+        """Claimed ones of some rows, and the nearest of those that none claims (rule 4)."""
         i, j = self.links
         if not len(i):
-            return rows
+            return i, j
         from sos_dask.sky.loops import claim
 
         if not rows.all():
             some = rows[i] & rows[j]
             i, j = i[some], j[some]
-        return rows & ~claim(i, j, self.sky.rank)
+        claimed = claim(i, j, self.sky.rank)
+        return _nearest(*_between((i, j), claimed, ~claimed), self.sky)
 
 
 @dataclass(frozen=True)
@@ -342,17 +342,18 @@ class _Crowd:
         return np.flatnonzero(newer), np.flatnonzero(older)
 
     def nearest(self, rows: BoolArray, targets: BoolArray) -> tuple[IntArray, IntArray]:
-        places, others = _places(self.sky, rows), _places(self.sky, targets)
-        near = places.nearest(others, self.settings.radius_arcsec)
-        target = np.full(len(rows), -1)
+        return self._follow(_places(self.sky, rows), np.flatnonzero(targets))
+
+    def claim(self, rows: BoolArray) -> tuple[IntArray, IntArray]:
+        places = _places(self.sky, rows)
+        return self._follow(places, places.leading(self.settings.radius_arcsec))
+
+    def _follow(self, places: Places, others: IntArray) -> tuple[IntArray, IntArray]:
+        near = places.nearest(places.of(self.sky, others), self.settings.radius_arcsec)
+        target = np.full(len(self.sky.ra), -1)
         np.put(target, *_nearest(*near, self.sky))
         target = target[places.row[places.place]]
         return places.rows[target >= 0], target[target >= 0]
-
-    def leading(self, rows: BoolArray) -> BoolArray:
-        leads = np.zeros_like(rows)
-        leads[_places(self.sky, rows).leading(self.settings.radius_arcsec)] = True
-        return leads
 
 
 def _places(sky: Sky, chosen: BoolArray, key: IntArray | None = None) -> Places:

@@ -166,7 +166,7 @@ def _canonical(place: Place, native: Mapping[str, Values]) -> Batch:
     reasons = np.select([~ids.known, ~(ra.known & dec.known), *outside], [1, 2, 3, 4])
     bad = np.flatnonzero(reasons)
     columns = [
-        pa.array([Path(source.path).name] * len(bad), pa.string()),
+        pa.repeat(Path(source.path).name, len(bad)),
         pa.array(place.first_row + bad),
         pa.array(_REASONS).take(pa.array(reasons[bad])),
         ids.taken(bad).cast(pa.string()),

@@ -60,9 +60,8 @@ def open_fits(path: Path, data_path: Path, survey: Survey) -> Contents:
     expected = offset + row_bytes * n_rows + int(header.get("PCOUNT", 0))
     actual = data_path.stat().st_size
     if actual < expected:
-        raise SurveyError(
-            f"{path} is truncated: {actual} bytes, its header asks for {expected}", DAMAGED
-        )
+        what = f"{actual} bytes, its header asks for {expected}"
+        raise SurveyError(f"{path} is truncated: {what}", DAMAGED)
     try:
         natives = list(_fits_columns(path, header))
     except KeyError as error:
@@ -132,14 +131,10 @@ def _fits_columns(path: Path, header: Any) -> Iterator[Native]:
 def read_fits(source: Source, start: int, stop: int, batch_rows: int) -> Batches:
     """Native columns of a FITS binary table, as `read_native` gives them."""
     natives, row_bytes = source.natives, source.row_bytes
-    record = np.dtype(
-        {
-            "names": list(natives),
-            "formats": [native.dtype for native in natives.values()],
-            "offsets": [native.offset for native in natives.values()],
-            "itemsize": row_bytes,
-        }
-    )
+    fields = [(native.dtype, native.offset) for native in natives.values()]
+    formats, offsets = zip(*fields, strict=True)
+    layout: Any = {"names": list(natives), "formats": formats, "offsets": offsets}
+    record = np.dtype(layout | {"itemsize": row_bytes})
     block = np.empty(max(1, _BLOCK_BYTES // row_bytes), record)
     raw = memoryview(block.view(np.uint8).data)
     with Path(source.data_path).open("rb") as file:

@@ -278,15 +278,9 @@ def without_rows(rows: pa.Table, losers: pa.Table) -> pa.Table:
 
 def rejected_rows(rows: pa.Table, files: Sequence[str]) -> pa.Table:
     """`losing_rows` as a table of ``REJECTED_SCHEMA``."""
-    names = pa.array(list(files), pa.string())
-    columns = [
-        names.take(one_array(rows[FILE])),
-        rows[ROW],
-        pa.array([CONFLICT] * rows.num_rows, pa.string()),
-        rows["obs_id"].cast(pa.string()),
-        rows["ra"],
-        rows["dec"],
-    ]
+    names = pa.array(list(files), pa.string()).take(one_array(rows[FILE]))
+    reason, ids = pa.repeat(CONFLICT, rows.num_rows), rows["obs_id"].cast(pa.string())
+    columns = [names, rows[ROW], reason, ids, rows["ra"], rows["dec"]]
     return pa.Table.from_arrays(columns, schema=REJECTED_SCHEMA)
 
 

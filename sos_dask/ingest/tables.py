@@ -7,6 +7,7 @@ that bounds what it takes.
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -151,22 +152,17 @@ class _Outline:
     """
 
     def __init__(self, path: Path, content: bytes | Path) -> None:
-        self._path = path
+        self._path, self._failed, self._n_text = path, "", 0
         self.tables: list[dict[str, Any]] = []
         self.overflow = False
-        self._failed = ""
-        self._n_text = 0
         parser = expat.ParserCreate()
         parser.StartElementHandler = self._start
         parser.EndElementHandler = self._end
         parser.CharacterDataHandler = self._text
         parser.StartDoctypeDeclHandler = self._doctype
         try:
-            if isinstance(content, bytes):
-                parser.Parse(content, True)
-            else:
-                with content.open("rb") as file:
-                    parser.ParseFile(file)
+            with content.open("rb") if isinstance(content, Path) else BytesIO(content) as file:
+                parser.ParseFile(file)
         except expat.ExpatError as error:
             raise SurveyError(f"{path}: not a readable VOTable: {error}", DAMAGED) from None
 
@@ -222,9 +218,8 @@ class _Outline:
             names = [item.get("name", "") for item in table["fields"]]
             names[8:] = ["..."] * (len(names) > 8)
             shown.append(f"{place} '{table.get('name', table.get('ID', ''))}' ({', '.join(names)})")
-        what = f"has no table {hdu}"
-        if hdu is None:
-            what = f"has {n_tables} tables, and which one is meant is not said"
+        which = f"has {n_tables} tables, and which one is meant is not said"
+        what = which if hdu is None else f"has no table {hdu}"
         hint = f"Its tables are {'; '.join(shown)}: set hdu in the survey to its number."
         raise SurveyError(f"{self._path} {what}", hint)
 

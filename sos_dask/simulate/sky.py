@@ -279,15 +279,13 @@ def _shares(total: int, weight: NDArray[Any], most: NDArray[Any]) -> IntArray:
     part = np.zeros(len(weight))
     limit = np.where(weight > 0, most, 0.0)
     total = min(total, int(limit.sum()))
-    free = limit > 0
-    while free.any():
+    free = above = limit > 0
+    while above.any() and free.any():
         scale = max(total - part[~free].sum(), 0.0) / weight[free].sum()
         part[free] = weight[free] * scale
         above = free & (part > limit)
-        if not above.any():
-            break
         part[above] = limit[above]
-        free &= ~above
+        free = free & ~above
     # The nudge keeps sums that should be whole from falling below by rounding.
     return np.diff(np.floor(np.cumsum(part) + 1e-6), prepend=0.0).astype(np.int64)
 

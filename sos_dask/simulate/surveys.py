@@ -146,7 +146,6 @@ SURVEYS = {
         bias=galah_bias,
     ),
 }  # fmt: skip
-"""Parameters of each survey."""
 
 
 @dataclass(frozen=True)
@@ -464,4 +463,3 @@ def galah(visits: Visits) -> tuple[Records, NDArray[Any]]:
 
 
 TABLES = {LAMOST: lamost, APOGEE: apogee, GALAH: galah}
-"""Function that makes the rows and keys of each survey."""

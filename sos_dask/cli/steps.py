@@ -254,7 +254,7 @@ def demo(
     show_table(
         "Label - truth in the dense region: rms of the medians of bins",
         "label binned_by n_bins=bins n=rows rms_before=before rms_after=after",
-        map(vars, recovered),
+        recovered,
     )
 
 

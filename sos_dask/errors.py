@@ -112,14 +112,7 @@ _DECODERS = (
 def understood(error: BaseException) -> SosError | None:
     """Turn what a library, a file or the machine has raised into an error of this package.
 
-    Parameters
-    ----------
-    error : BaseException
-
-    Returns
-    -------
-    SosError or None
-        None: nothing that a user gives leads there, the program has a defect.
+    None: nothing that a user gives leads there, the program has a defect.
     """
     if isinstance(error, SosError):
         return error

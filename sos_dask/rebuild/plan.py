@@ -63,17 +63,9 @@ Inputs: TypeAlias = Mapping[str, str | Chosen | Path]
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a job.
+    """One stage of a job; its product is unique in the job.
 
-    Parameters
-    ----------
-    product : str
-        Name of what it makes, unique in the job.
-    stage : type of Stage
-    settings : Settings
-    inputs : Inputs
-    catalog : str
-        Name that a catalog gives itself; default that of the product.
+    ``catalog``: name that a catalog gives itself, default that of the product.
     """
 
     product: str
@@ -85,21 +77,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Planned:
-    """A step whose inputs are known.
+    """A step whose inputs, and their fingerprints, are known by role.
 
-    Parameters
-    ----------
-    step : Step
-    recipe : Recipe
-    directory : Path
-        Where the output is or will be.
-    inputs : mapping of str to Path
-        By role.
-    fingerprints : mapping of str to str
-        Of the inputs.
-    complete : bool
-    reason : str
-        Why it would run, or ``unchanged``.
+    ``directory``: where the output is or will be. ``reason``: why it would run, or ``unchanged``.
     """
 
     step: Step
@@ -117,10 +97,9 @@ class Planned:
 
     def run(self, cluster: Cluster, report: Report) -> None:
         """Make the output."""
-        name = self.step.catalog or self.product
-        stage = self.step.stage(
-            self.inputs, self.step.settings, product=name, known=self.fingerprints
-        )
+        step, known = self.step, self.fingerprints
+        name = step.catalog or step.product
+        stage = step.stage(self.inputs, step.settings, product=name, known=known)
         stage.run(self.directory, cluster=cluster, report=report)
 
 
@@ -363,19 +342,15 @@ class Plan:
             if isinstance(given, Chosen):
                 given = self._chosen(given.target)
             if isinstance(given, Path):
-                is_file = step.stage is Ingest
                 paths[role] = given
-                fingerprints[role] = (
-                    self._digests[given] if is_file else Catalog.open(given).fingerprint
-                )
+                fingerprints[role] = self._digests.get(given) or Catalog.open(given).fingerprint
             else:
                 paths[role] = self._planned[given].directory
                 fingerprints[role] = self._planned[given].recipe.fingerprint
-        settings = step.settings
         if step.stage is ReportStage:
-            settings = settings.but(files=dict(sorted(self._files.items())))
-            step = replace(step, settings=settings)
-        recipe = step.stage.recipe(settings, fingerprints)
+            files = dict(sorted(self._files.items()))
+            step = replace(step, settings=step.settings.but(files=files))
+        recipe = step.stage.recipe(step.settings, fingerprints)
         directory = self.store / "artifacts" / recipe.stage / recipe.fingerprint
         place = home(recipe.stage, directory)
         complete = Output(place, recipe).complete
@@ -408,11 +383,9 @@ class Plan:
         if before.stage != recipe.stage or before.version != recipe.version:
             return f"version of the stage {before.version} -> {recipe.version}"
         settings = _differences(before.params, recipe.params)
-        inputs = [
-            f"{self._names.get(now, name)} changed"
-            for name, now in recipe.inputs.items()
-            if now not in before.inputs.values()
-        ]
+        old = before.inputs.values()
+        changed = {name: now for name, now in recipe.inputs.items() if now not in old}
+        inputs = [f"{self._names.get(now, name)} changed" for name, now in changed.items()]
         removed = [f"{name} removed" for name in before.inputs if name not in recipe.inputs]
         return "; ".join([*settings, *inputs, *removed])
 

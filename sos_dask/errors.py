@@ -11,12 +11,8 @@ from types import FrameType
 class SosError(Exception):
     """Base of all errors of this package: the message says what, where and what to do.
 
-    Parameters
-    ----------
-    message : str
-        What is wrong and where (file, column, row or pixel).
-    hint : str, optional
-        What to do about it, shown on a line of its own.
+    ``message``: what is wrong and where (file, column, row or pixel). ``hint``: what to do about
+    it, shown on a line of its own.
     """
 
     exit_code = 1

@@ -28,18 +28,9 @@ DTYPES = {
 class Column:
     """One column: what it means and which values are possible.
 
-    Parameters
-    ----------
-    name : str
-    dtype : str
-        One of ``DTYPES``.
-    unit : str
-        Unit as astropy reads it, or one of ``TEXT_UNITS``; empty for a pure number.
-    ucd : str
-        Unified Content Descriptor (IVOA UCD1+).
-    description : str
-    minimum, maximum : float, optional
-        Inclusive; outside them a value is impossible and becomes null (it is counted).
+    ``dtype``: one of ``DTYPES``. ``unit``: as astropy reads it, or one of ``TEXT_UNITS``; empty for
+    a pure number. ``ucd``: Unified Content Descriptor (IVOA UCD1+). ``minimum``, ``maximum``:
+    inclusive; outside them a value is impossible and becomes null (it is counted).
     """
 
     name: str

@@ -196,10 +196,8 @@ def uncertainty(job: Place = None, *, store: Place = None) -> Shown:
         f"error of the reference {summary['reference_error']})",
         "name=label subset=pairs n 68=68_% 95=95_%",
         [
-            {
-                **{"name": one["label"], "subset": one["subset"], "n": one["n"]},
-                **{f"{100 * x['level']:.0f}": _with_range(x, "hit_rate", 100, ".1f") for x in two},
-            }
+            {**one, "name": one["label"]}
+            | {f"{100 * x['level']:.0f}": _with_range(x, "hit_rate", 100, ".1f") for x in two}
             for one, *two in zip(rates[::2], rates[::2], rates[1::2], strict=True)
         ],
     )

@@ -297,15 +297,9 @@ def plan(job: Job, store: Path | None = None) -> list[Planned]:
 
 
 class Plan:
-    """The steps of a job over a store.
+    """The steps of a job over a store; default that of the job.
 
     Survey files are read once to hash them (remembered by size and time of change).
-
-    Parameters
-    ----------
-    job : Job
-    store : Path, optional
-        Default: that of the job.
 
     Raises
     ------

@@ -66,20 +66,10 @@ _STATISTICS = {
 class Build:
     """The products of a rebuild, opened: directories and manifests by product, in plan order.
 
-    Attributes
-    ----------
-    choice : mapping
-        Why the method was chosen, and the figures of all.
-    method : str
-        The one that corrects the catalog; empty without one.
-    models : dict of str to Path
-        Directories of the models by method, the chosen one first.
-    problem : Problem
-        The question that the models answer; ``labels``: units of its labels by their names.
-    surveys, target, references : list of str, str, list of str
-        Names of the surveys; of the one that is corrected; of the others.
-    reference : str
-        What to call the reference.
+    ``choice``: why the method was chosen, and the figures of all. ``method``: the one that corrects
+    the catalog; empty without one. ``models``: their directories by method, the chosen one first.
+    ``labels``: units of the labels of the problem. ``target``, ``references``: names of the survey
+    that is corrected and of the others. ``reference``: what to call the reference.
     """
 
     def __init__(self, directories: Mapping[str, Path], manifests: Mapping[str, Manifest]) -> None:

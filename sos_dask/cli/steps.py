@@ -304,18 +304,9 @@ def _rebuild(
 
 def _build_document(build: Build) -> Row:
     """A build as JSON values."""
-    return {
-        "build": build.name,
-        "path": build.path,
-        "chosen": build.chosen,
-        "why": build.why,
-        "stages": {
-            one.product: {"ran": one.ran, "why": one.why, **stage_document(one)}
-            for one in build.stages
-        },
-        "metrics": build.metrics,
-        "products": build.products,
-    }
+    stages = {x.product: {"ran": x.ran, "why": x.why, **stage_document(x)} for x in build.stages}
+    kept = {key: getattr(build, key) for key in ("path", "chosen", "why", "metrics", "products")}
+    return {"build": build.name, "stages": stages, **kept}
 
 
 def show_build(build: Build) -> None:

@@ -230,14 +230,9 @@ def _with_range(row: Row, name: str, factor: float = 1, form: str = ".3f") -> st
 
 
 def _on_pairs(
-    stage: type[OnEvidence[Any]],
-    pairs: Path,
-    models: Sequence[Path],
-    out: Path | None,
-    options: Options,
-    settings: Any = None,
-    more: Mapping[str, Any] | None = None,
-) -> Path:
+    stage: type[OnEvidence[Any]], pairs: Path, models: Sequence[Path], out: Place,
+    options: Options, settings: Any = None, more: Row | None = None,
+) -> Path:  # fmt: skip
     """Run a stage on pairs and models given by path; where its output is."""
     options.refuse(("store",), " with PAIRS")
     if out is None:
@@ -307,7 +302,6 @@ def compare(
     for name in dict.fromkeys(row["label"] for row in figures):
         rows = [row for row in figures if (row["label"], row["sample"]) == (name, sample)]
         _show_figures(name, _SAMPLES[sample], rows, found["method"])
-        _show_subsets(name, _SAMPLES[sample], rows)
     show_table(
         "Artifacts: second differences over the noise, largest step, with 95 % intervals",
         "label method roughness:.4f jump noise n_cells=cells",
@@ -341,7 +335,7 @@ def _training_costs(store: Path) -> dict[str, dict[str, float | None]]:
 
 
 def _show_figures(label: str, pairs: str, rows: Sequence[Row], chosen: str) -> None:
-    """Print the figures of every method over all pairs."""
+    """Print the figures of every method over all pairs, and its scatter in every subset."""
     table: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["subset"] == "all":
@@ -358,20 +352,15 @@ def _show_figures(label: str, pairs: str, rows: Sequence[Row], chosen: str) -> N
         f"method median mad=scatter {width} rms_binned=rms_of_bins worst_bin",
         table.values(),
     )
-
-
-def _show_subsets(label: str, pairs: str, rows: Sequence[Row]) -> None:
-    """Print the scatter of every method in every subset."""
     scatters = [row for row in rows if row["statistic"] == "mad"]
-    table: dict[str, dict[str, Any]] = {}
+    subsets: dict[str, dict[str, Any]] = {}
     for row in scatters:
-        table.setdefault(row["subset"], {"subset": row["subset"], "n": row["n"]})
-        table[row["subset"]][row["method"]] = row
-    methods = dict.fromkeys(row["method"] for row in scatters)
+        subsets.setdefault(row["subset"], dict(row))[row["method"]] = row
+    methods = dict.fromkeys(f"{row['method']}:?" for row in scatters)
     show_table(
         f"{with_unit(label)}: scatter (1.4826 MAD) of {pairs} pairs",
-        " ".join(["subset", "n=pairs", *(f"{method}:?" for method in methods)]),
-        table.values(),
+        " ".join(["subset", "n=pairs", *methods]),
+        subsets.values(),
     )
     say("+ larger than the best correction: the interval of the difference excludes 0")
     if any(row["value"] is None for row in scatters):
@@ -418,9 +407,9 @@ def trends(
     methods = [method] if method else methods
     if label is None and against is None:
         _show_summary(tables, methods)
-        return
-    for (name, quantity), bins in tables.items():
-        _show_bins(name, quantity, bins, methods)
+    else:
+        for (name, quantity), bins in tables.items():
+            _show_bins(name, quantity, bins, methods)
 
 
 def _show_summary(tables: Mapping[tuple[str, str], Sequence[Row]], methods: Sequence[str]) -> None:
@@ -532,8 +521,8 @@ def _show_shares(found: Row) -> None:
     for text in found["warnings"]:
         say(f"Warning: {text}")
     say(f"Measure: {found['measure']}, of {', '.join(found['parameters'])}")
-    if found["parameters_without_column"]:
-        say(f"Not in the catalog: {', '.join(found['parameters_without_column'])}")
+    if without := found["parameters_without_column"]:
+        say(f"Not in the catalog: {', '.join(without)}")
     for kind, text in found["intervals"].items():
         say(f"Width of intervals, {kind}: {text}")
     flags = sorted((int(bit), n) for bit, n in found["flags"].items())

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.evidence.figures import check_rule
-from sos_dask.rebuild.job import AttachSection, Job, SurveySection
+from sos_dask.rebuild.job import Job, SurveySection
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
 from sos_dask.settings import Settings
@@ -104,15 +104,9 @@ class Planned:
 
 
 def steps(job: Job) -> list[Step]:
-    """List what a job asks for, in the order of the inputs.
-
-    Raises
-    ------
-    ConfigError, SurveyError
-        The job or a survey definition is wrong.
-    """
+    """List what a job asks for, in the order of the inputs; a wrong job or survey is refused."""
     job = _checked(job)
-    made = [*_survey_steps(job, str(job.target_name), job.target, job.attach)]
+    made = [*_survey_steps(job, str(job.target_name), job.target)]
     stars = {}
     for name, section in job.reference.items():
         made += _survey_steps(job, name, section)
@@ -194,17 +188,12 @@ def _model_steps(job: Job, target: str, pairs: str) -> Iterator[Step]:
     yield Step(f"{target}.comparison", Compare, compare, {"evidence": evidence, **models})
 
 
-def _survey_steps(
-    job: Job,
-    name: str,
-    section: SurveySection,
-    companions: Mapping[str, AttachSection] | None = None,
-) -> Iterator[Step]:
-    """List ingest, attach and dedupe of one survey."""
+def _survey_steps(job: Job, name: str, section: SurveySection) -> Iterator[Step]:
+    """List ingest, attach (to the target) and dedupe of one survey."""
     survey = _definition(job, section)
     observations = f"{name}.observations"
     yield _ingest_step(job, observations, survey, section.files)
-    for companion, attached in (companions or {}).items():
+    for companion, attached in job.attach.items() if section is job.target else ():
         columns = dict(attached.columns)
         other: str | Path
         if attached.catalog is not None:
@@ -227,7 +216,7 @@ def _survey_steps(
 
 
 def _ingest_step(job: Job, product: str, survey: Survey, files: list[str]) -> Step:
-    sizes = {name: size for name, size in dict(job.ingest).items() if name != "margin_arcsec"}
+    sizes = job.ingest.model_dump(exclude={"margin_arcsec"})
     settings = Ingest.Settings(survey=survey, name=product, **sizes)
     paths = {f"file.{number}": job.resolve(file) for number, file in enumerate(files)}
     return Step(product, Ingest, settings, paths)

@@ -120,7 +120,7 @@ def sky_figure(maps: Mapping[str, IntArray]) -> Drawn | None:
     for axes, (name, counts), density in zip(grid.flat, maps.items(), densities, strict=False):
         sky_map(axes, np.where(density > 0, density, np.nan), order, norm)
         axes.set_title(f"{name} ({int(counts.sum()):,} rows)")
-    for axes in list(grid.flat)[len(maps) :]:
+    for axes in grid.flat[len(maps) :]:
         axes.set_axis_off()
     figure.colorbar(
         ScalarMappable(norm, DENSITY_MAP), ax=grid, orientation="horizontal", shrink=0.6,

@@ -132,13 +132,9 @@ def surveys(survey: Name = None) -> Shown:
         say("Run sos-dask surveys NAME for columns and quality cuts.")
         return
     found = definition.load_survey(survey)
-    columns, cuts = (
-        [dict(zip(headings, row, strict=True)) for row in rows]
-        for headings, rows in (
-            (definition.COLUMN_HEADINGS, definition.describe_columns(found)),
-            (definition.CUT_HEADINGS, definition.describe_cuts(found)),
-        )
-    )
+    about, tests = definition.describe_columns(found), definition.describe_cuts(found)
+    columns = [dict(zip(definition.COLUMN_HEADINGS, row, strict=True)) for row in about]
+    cuts = [dict(zip(definition.CUT_HEADINGS, row, strict=True)) for row in tests]
     kept = ("name", "title", "reference", "missing", "missing_text", "notes")
     yield {**{key: getattr(found, key) for key in kept}, "columns": columns, "cuts": cuts}
     say(f"{found.name}: {found.title}\n{found.reference}\n")

@@ -137,11 +137,10 @@ def _coarser(counts: IntArray, order: int) -> IntArray:
 
 def _order(counts: IntArray) -> int:
     """Finest order at which filled cells contain a few rows on average."""
-    for order in range(ORDER, _COARSEST, -1):
-        coarse = _coarser(counts, order)
-        if coarse.sum() >= _ROWS_A_CELL * np.count_nonzero(coarse):
-            return order
-    return _COARSEST
+    order = ORDER
+    while order > _COARSEST and counts.sum() < _ROWS_A_CELL * (_coarser(counts, order) > 0).sum():
+        order -= 1
+    return order
 
 
 def sky_map(

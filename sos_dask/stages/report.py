@@ -40,7 +40,7 @@ from sos_dask.report.style import Drawn, render, word
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
-from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, read_piece, write_piece
+from sos_dask.stages.base import Made, Place, Role, Run, Stage, by_pixel, places
 from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.projection import load_projection
 from sos_dask.storage.artifact import Output
@@ -119,12 +119,7 @@ class ReportStage(Stage[ReportSettings]):
     def make(self, run: Run) -> Made:
         """Count rows in cells, draw the figures, write the page."""
         build, settings = self.build, self.settings
-        items = {
-            f"{name}-{key}": (name, pixel)
-            for name, catalog in build.counted.items()
-            for key, pixel in by_pixel(catalog.pixels).items()
-        }
-        run.parts("counts", items, self.count_partition, "counts")
+        run.parts("counts", places(build.counted), self.count_partition, "counts")
         keys = dict.fromkeys(figures(build))
         done = run.parts("figures", keys, self.draw_figure, "figures")
         drawn = {key: record for key, record in zip(keys, done, strict=True) if record["files"]}
@@ -146,9 +141,7 @@ class ReportStage(Stage[ReportSettings]):
         titles = {key: record["title"] for key, record in drawn.items()}
         return Rows(0, 0), {"method": build.method, "figures": titles}
 
-    def count_partition(
-        self, output: Output, key: str, item: tuple[str, HealpixPixel]
-    ) -> dict[str, Any]:
+    def count_partition(self, output: Output, key: str, item: Place) -> dict[str, Any]:
         """Count the rows of one partition in cells of the sky or of a plane."""
         (product, pixel), build = item, self.build
         catalog = build.counted[product]
@@ -160,7 +153,7 @@ class ReportStage(Stage[ReportSettings]):
         else:
             cells = catalog.read(pixel, [HEALPIX_COLUMN])[HEALPIX_COLUMN].to_numpy()
             found = {"sky": _count(cells >> 2 * (MAX_ORDER - maps.ORDER), maps.N_SKY)}
-        write_piece(output, key, pa.table(found))
+        output.write_piece(key, pa.table(found))
         return {}
 
     def draw_figure(self, output: Output, key: str, item: None) -> dict[str, Any]:
@@ -229,7 +222,7 @@ def _sums(output: Output, build: Build, product: str) -> Counts:
     """Counts of a product, one partition after the other: all together they grow with these."""
     total: Counts = {}
     for key in by_pixel(build.counted[product].pixels):
-        table = read_piece(output, f"{product}-{key}")
+        table = output.read_piece(f"{product}-{key}")
         total = {what: total.get(what, 0) + table[what].to_numpy() for what in table.schema.names}
     return total
 

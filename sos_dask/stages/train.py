@@ -26,7 +26,7 @@ from sos_dask.evidence import figures
 from sos_dask.evidence.figures import NONE, RANDOM
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, Stage, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import HELD_OUT, OnEvidence
 from sos_dask.stats.numbers import DENSE, SPARSE, scatter
 from sos_dask.storage.artifact import Output
@@ -124,8 +124,6 @@ class Train(Stage[TrainSettings]):
         Too few pairs, or unknown labels.
     ConfigError
         Unknown method or parameter.
-
-    Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
     """
 
     name = "train"
@@ -307,7 +305,7 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
         done = run.parts("fits", fits, self.fit)
         names, bare = self.problem.names, self.problem.differences(table)
         left = {
-            one: np.stack(read_piece(run.output, key).columns, axis=1) for key, one in fits.items()
+            one: np.stack(run.output.read_piece(key).columns, axis=1) for key, one in fits.items()
         }
         rows: list[dict[str, Any]] = []
         for method, (split, group) in itertools.product([NONE, *methods], groups):
@@ -369,7 +367,7 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
             left[out] = differences[out].astype(np.float64) - fitted.predict(x[out])
         except ModelError as error:
             refused = error.message
-        write_piece(output, key, pa.table(list(left.T.copy()), problem.names))
+        output.write_piece(key, pa.table(list(left.T.copy()), problem.names))
         return {"refused": refused}
 
 

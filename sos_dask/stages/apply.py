@@ -180,14 +180,14 @@ class Apply(Stage[ApplySettings]):
         covered = "coverage" in self.inputs
         schema = correct.corrected_schema(catalog.schema, errors, correction.problem, covered)
         n_out = run.write_catalog(self.product, catalog.pixels, found, schema)
-        summary: dict[str, Any] = {"method": correction.method}
-        if covered:
-            summary["fallback"] = self.settings.fallback
-        summary["flags"] = {
-            text: sum(one["flags"][str(bit)] for one in found)
-            for bit, text in self._meanings.items()
+        return Rows(catalog.n_rows, n_out), {
+            "method": correction.method,
+            **({"fallback": self.settings.fallback} if covered else {}),
+            "flags": {
+                text: sum(one["flags"][str(bit)] for one in found)
+                for bit, text in self._meanings.items()
+            },
         }
-        return Rows(catalog.n_rows, n_out), summary
 
     @property
     def _meanings(self) -> dict[int, str]:

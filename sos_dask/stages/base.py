@@ -180,17 +180,8 @@ class Stage(Generic[S]):
     ) -> Manifest | None:
         """Make the output, or finish it; a complete one is left alone.
 
-        Parameters
-        ----------
-        overwrite : bool
-            Replace another output in ``directory``.
-        cluster : Cluster, optional
-            Default: tasks run in this process.
-
-        Returns
-        -------
-        Manifest or None
-            None while parts are missing that other processes make.
+        With ``overwrite`` another output in the directory is replaced; without a cluster tasks run
+        in this process. None while parts are missing that other processes make.
         """
         directory = Path(directory)
         self.product = self.product or directory.name

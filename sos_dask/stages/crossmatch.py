@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from sos_dask.columns import BoolArray, FloatArray, IntArray, key_numbers
+from sos_dask.columns import BoolArray, FloatArray, IntArray, floats_or_nan, key_numbers
 from sos_dask.errors import CatalogError
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
 from sos_dask.settings import Seed
@@ -48,7 +48,6 @@ _COUNTED = ("n_matched", "n_stars", "ambiguous", "by_id", "refused_by_id", "fit_
 _NUMBERS = (
     pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null
 )  # fmt: skip
-_PM = {"pmra", "pmdec"}
 
 
 class CrossmatchSettings(MatchSettings):
@@ -260,9 +259,7 @@ def _ids_in(rows: pa.Table) -> list[str]:
 
 def _total_pm(rows: pa.Table) -> FloatArray:
     """Total proper motions, 0 where there is none."""
-    if not set(rows.schema.names) >= _PM:
-        return np.zeros(rows.num_rows)
-    pmra, pmdec = (np.asarray(rows[name].to_numpy(), np.float64) for name in ("pmra", "pmdec"))
+    pmra, pmdec = (floats_or_nan(rows, name) for name in ("pmra", "pmdec"))
     return np.asarray(np.nan_to_num(np.hypot(pmra, pmdec)))
 
 

@@ -284,19 +284,8 @@ def ingest(
 ) -> Manifest:
     """Make a catalog of observations from a survey's files: see `Ingest`.
 
-    Parameters
-    ----------
-    files : sequence of Path
-        FITS, FITS.gz, CSV, CSV.gz, Parquet or VOTable; together they are the survey.
-    directory : Path
-        Where the catalog goes.
-    name : str
-        Name of the catalog; default ``<survey>.observations``.
-
-    Returns
-    -------
-    Manifest
-        ``rows``: rows of the files in, observations out, rejected, exact duplicates dropped.
+    The name of the catalog is by default ``<survey>.observations``. ``rows`` of the manifest are
+    rows of the files in, observations out, rejected, exact duplicates dropped.
 
     Raises
     ------

@@ -163,10 +163,10 @@ class Reference(Stage[ReferenceSettings]):
 
 def _together(tables: Mapping[str, pa.Table]) -> pa.Table:
     """Stars of all surveys in one table, keys as text, with the survey's name in a column."""
-    parts = []
-    for survey, table in tables.items():
-        name = pa.array([survey] * table.num_rows, pa.string())
-        parts.append(_with_text_key(table).append_column("survey", name))
+    parts = [
+        _with_text_key(table).append_column("survey", pa.repeat(survey, len(table)))
+        for survey, table in tables.items()
+    ]
     return pa.concat_tables(parts, promote_options="default")
 
 
@@ -203,14 +203,9 @@ def common_stars(
 
     ``stars`` are the catalogs that the reference was made from, by survey; surveys in ``order``
     come first, others follow by name. Of a survey's rows of one star, the first that passes its
-    cuts counts.
-
-    Yields
-    ------
-    first, second : str
-    table_of_first, table_of_second : pyarrow.Table
-        Row by row the same stars: ``united``, the ``star_id`` of the reference, and labels (K,
-        dex, dex) of the survey on the zero points of the reference.
+    cuts counts. Given are the names of both, and their tables, row by row the same stars:
+    ``united``, the ``star_id`` of the reference, and labels (K, dex, dex) of the survey on the zero
+    points of the reference.
     """
     reference.require("n_surveys", "sources")
     members = _sources(reference)

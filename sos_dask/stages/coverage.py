@@ -312,6 +312,7 @@ def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) 
     more = [*stated, "n_obs", *(one.column for one in problem.parameters)]
     needed = ["fold", "held_out", *(label.diff for label in problem.labels)]
     table = read_evidence(evidence, [*needed, *predicted], more)
+    table = table.filter(pa.array(np.isfinite(problem.matrix(table)).all(axis=1)))
     residual = problem.differences(table).astype(np.float64) - matrix32(table, predicted)
     columns = parameter_columns(table, problem)
     half_width = error_class = None

@@ -10,6 +10,8 @@ Its memory goes with the edge pairs: some percent of all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ from pydantic import Field
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray, floats_or_nan, key_numbers
 from sos_dask.errors import CatalogError
+from sos_dask.problem import DEFAULT
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
 from sos_dask.settings import Seed
 from sos_dask.sky.healpix import HealpixPixel
@@ -38,10 +41,12 @@ from sos_dask.stages.base import (
 from sos_dask.stars.group import GAIA_IDS, fold_of, id_values, same_targets, smallest_of_joined
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
 from sos_dask.storage.artifact import Output
-from sos_dask.storage.manifest import Rows
+from sos_dask.storage.manifest import Recipe, Rows
 
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
             "rv_err", "phot_g_mean_mag", "distance", "ebv", "n_obs")  # fmt: skip
+_INPUTS = tuple(name for name in DEFAULT.columns if name not in _CARRIED)
+"""Inputs of corrections that pairs do not have anyway."""
 _REFERENCE = (*(c for c in _CARRIED if c not in ("ra", "dec", "n_obs")), "survey")
 _FLAGS = ("quality", "flag_spread")
 _COUNTED = ("n_matched", "n_stars", "ambiguous", "by_id", "refused_by_id", "fit_for_training")
@@ -86,6 +91,13 @@ class Crossmatch(Stage[CrossmatchSettings]):
     memory = (220, 4.0)
     motions: tuple[Motion, Motion]
     shared_ids: bool
+
+    @classmethod
+    def recipe(cls, settings: CrossmatchSettings, fingerprints: Mapping[str, str]) -> Recipe:
+        """Recipe that names the inputs of corrections which pairs do not have anyway."""
+        recipe = super().recipe(settings, fingerprints)
+        more = {"inputs": list(_INPUTS)} if _INPUTS else {}
+        return replace(recipe, params={**recipe.params, **more})
 
     def check(self) -> None:
         """Refuse catalogs that lack a column, or have ids or numbers of another type."""
@@ -141,7 +153,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
             pa.field("fold", pa.int8(), False),
             pa.field("use", pa.bool_(), False, {"description": "fit for training"}),
         ]
-        fields += [left.field(name) for name in target.columns(_CARRIED)]
+        fields += [left.field(name) for name in target.columns((*_CARRIED, *_INPUTS))]
         fields += [right.field(n).with_name(f"{n}_ref") for n in reference.columns(_REFERENCE)]
         for label in target.columns(reference.columns(LABELS)):
             text = {"unit": CANONICAL[label].unit, "description": f"target - reference {label}"}
@@ -212,7 +224,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
         cells = target.cells(pixel) if right.num_rows else np.empty(0, dtype=np.int64)
         reaches_of = self._reach(_total_pm(right))
         rows = rows_near(cells, right[HEALPIX_COLUMN].to_numpy(), reaches_of)
-        names = target.columns(dict.fromkeys([key_column(target), *deciding, *_CARRIED]))
+        names = target.columns(dict.fromkeys([key_column(target), *deciding, *_CARRIED, *_INPUTS]))
         left = target.take(pixel, rows, names)
         left = left.append_column(target.schema.field(HEALPIX_COLUMN), pa.array(cells[rows]))
         return left.combine_chunks(), right.combine_chunks()

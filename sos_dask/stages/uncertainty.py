@@ -134,7 +134,8 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def _pairs(self) -> tuple[pa.Table, BoolArray]:
         """Pairs of the evidence, and those that say the error of one observation."""
-        names = [*LABELS, *(label.diff for label in DEFAULT.labels), *self._predictions]
+        names = list(dict.fromkeys([*LABELS, *DEFAULT.columns]))
+        names += [*(label.diff for label in DEFAULT.labels), *self._predictions]
         more = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
         table = self.read([*names, "star", "held_out"], more)
         return table, single_observations(table, self.settings.min_single)

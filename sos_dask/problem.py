@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Self, TypeAlias
 
 import numpy as np
@@ -60,11 +60,6 @@ class Label(Settings):
         """Column of the error of the corrected label."""
         return f"{self.name}_sos_err"
 
-    @property
-    def ref(self) -> str:
-        """Column of the label of the reference."""
-        return f"{self.name}_ref"
-
 
 class Input(Settings):
     """A column, with its transform, that a correction sees."""
@@ -90,6 +85,12 @@ class Input(Settings):
         if self.log10:
             values = np.log10(np.where(values > 0, values, np.nan), dtype=np.float64)
         return values
+
+
+def parameter_matrix(parameters: Iterable[Input], columns: Mapping[str, ArrayLike]) -> FloatArray:
+    """Make some parameters of rows, in double precision, shape (n, k); nan where unknown."""
+    values = [one.values(np.asarray(columns[one.column], np.float64)) for one in parameters]
+    return np.stack(values, axis=1)
 
 
 KNOWN_INPUTS = (
@@ -154,14 +155,6 @@ class Problem(Settings):
         """
         parts = [item.values(_column(columns, item.column)) for item in self.inputs]
         return np.stack(parts, dtype=np.float32).T
-
-    def parameter_matrix(
-        self, columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]
-    ) -> FloatArray:
-        """Make the `parameters` of some columns, shape (n, len(names)), nan where unknown."""
-        known = {item.column: item for item in self.parameters}
-        parts = [known[name].values(np.asarray(columns[name], dtype=np.float64)) for name in names]
-        return np.stack(parts, axis=1)
 
     def differences(self, columns: Columns) -> Float32Array:
         """Collect the differences target - reference of pairs, shape (n, l)."""

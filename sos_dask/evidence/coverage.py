@@ -46,7 +46,7 @@ from sos_dask.evidence.widening import (
     Widths,
     fit_widths,
 )
-from sos_dask.problem import DEFAULT, Input, Problem
+from sos_dask.problem import DEFAULT, Input, Problem, parameter_matrix
 from sos_dask.sky.healpix import MAX_ORDER
 from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
 from sos_dask.stats.table import Grid, seal, unseal
@@ -196,7 +196,7 @@ class CoverageModel:
 
     def scaled(self, columns: Columns) -> FloatArray:
         """Put parameters of rows on the scale of the model, nan where unknown."""
-        return (_matrix(self.parameters, columns) - self.center) / self.scale
+        return (parameter_matrix(self.parameters, columns) - self.center) / self.scale
 
     def coverage(self, columns: Columns) -> tuple[Float32Array, NDArray[np.int8]]:
         """Coverage of rows, 0 to 1, and which of `KINDS` their places are.
@@ -378,9 +378,9 @@ def _scaled(
     parameters: tuple[Input, ...], overlap: Columns, catalog: Columns, k: int
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Overlap stars, rows that have the first ``k`` parameters, and center and scale of both."""
-    x = _matrix(parameters, overlap)
+    x = parameter_matrix(parameters, overlap)
     center, scale = robust_scale(x)
-    x, sample = (x - center) / scale, (_matrix(parameters, catalog) - center) / scale
+    x, sample = (x - center) / scale, (parameter_matrix(parameters, catalog) - center) / scale
     sample = sample[np.isfinite(sample[:, :k]).all(axis=1)]
     lost = np.asarray(np.isnan(x).all(axis=0) & np.isfinite(sample).any(axis=0))
     if lost.any():
@@ -413,11 +413,6 @@ def _points(labels: FloatArray, columns: Columns) -> FloatArray:
     """Scaled labels (n, k) and the logarithm of S/N, where distances are counted for weights."""
     snr = _column(columns, "snr", len(labels))
     return np.column_stack([_LABEL_SCALE * labels, np.log(np.where(snr > 0, snr, np.nan))])
-
-
-def _matrix(parameters: tuple[Input, ...], columns: Columns) -> FloatArray:
-    values = [one.values(np.asarray(columns[one.column], np.float64)) for one in parameters]
-    return np.stack(values, axis=1)
 
 
 def _column(columns: Columns, name: str, n: int) -> FloatArray:

@@ -152,7 +152,7 @@ def fit_projection(
 ) -> Projection:
     """Lay out a sample with UMAP; the same sample gives the same plane.
 
-    Rows of the parameters (n, k), of `Problem.parameter_matrix`, are left out where one is nan.
+    Rows of the parameters (n, k), of `parameter_matrix`, are left out where one is nan.
 
     Raises
     ------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sos_dask.columns import FloatArray, floats, key_hashes
 from sos_dask.errors import ModelError
 from sos_dask.evidence import projection as kernel
 from sos_dask.evidence.projection import Projection, ProjectionSettings
-from sos_dask.problem import DEFAULT
+from sos_dask.problem import DEFAULT, Input, parameter_matrix
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
 from sos_dask.stages.base import Made, Place, Role, Run, Stage, loaded, partition_record, places
 from sos_dask.stats.numbers import uniform
@@ -151,7 +152,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         keys, columns = self._read(place, HEALPIX_COLUMN)
         numbers, cells = keys[HEALPIX_COLUMN].to_numpy(), kernel.strata(columns, self.parameters)
         chosen = kernel.chosen_rows(numbers, cells, rates, self.settings.seed)
-        values = DEFAULT.parameter_matrix(columns, self.parameters)[chosen]
+        values = parameter_matrix(_known(columns), columns)[chosen]
         kept = {"sample": pa.array([place[0]] * len(values), pa.string()), "place": numbers[chosen]}
         kept |= dict(zip(self.parameters, values.T.copy(), strict=True))
         output.write_piece(f"samples-{key}", pa.table(kept))
@@ -163,7 +164,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         plane = loaded(load_projection, output.directory, output.fingerprint)
         names = [HEALPIX_COLUMN, "obs_id"] if sample == TARGET else []
         keys, columns = self._read(item, *names)
-        parameters = DEFAULT.parameter_matrix(columns, self.parameters)
+        parameters = parameter_matrix(_known(columns), columns)
         left = np.zeros(len(parameters), dtype=np.bool_)
         if sample == TARGET and self.settings.share < 1:
             left = uniform(key_hashes(keys["obs_id"]), self.settings.seed) >= self.settings.share
@@ -197,3 +198,7 @@ def load_projection(directory: Path) -> Projection:
         np.stack([table[name].to_numpy() for name in some], axis=1) for some in (names, _PLANE)
     )
     return Projection(names, center, scale, sample, plane, neighbors)
+
+
+def _known(columns: Iterable[str]) -> list[Input]:
+    return [one for one in DEFAULT.parameters if one.column in columns]

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from sos_dask.columns import BoolArray, FloatArray, IntArray, key_numbers
+from sos_dask.columns import BoolArray, FloatArray, IntArray, floats_or_nan, key_numbers
 from sos_dask.errors import CatalogError
 from sos_dask.problem import DEFAULT
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
@@ -36,17 +36,9 @@ from sos_dask.stages.base import (
     key_column,
     motion_of,
     partition_record,
-    read_piece,
     require_whole,
-    write_piece,
 )
-from sos_dask.stars.group import (
-    GAIA_IDS,
-    fold_of,
-    id_values,
-    same_targets,
-    smallest_of_joined,
-)
+from sos_dask.stars.group import GAIA_IDS, fold_of, id_values, same_targets, smallest_of_joined
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Recipe, Rows
@@ -61,7 +53,6 @@ _COUNTED = ("n_matched", "n_stars", "ambiguous", "by_id", "refused_by_id", "fit_
 _NUMBERS = (
     pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null
 )  # fmt: skip
-_PM = {"pmra", "pmdec"}
 
 
 class CrossmatchSettings(MatchSettings):
@@ -87,8 +78,6 @@ class Crossmatch(Stage[CrossmatchSettings]):
 
     The pairs lie on the partitions of the target. The summary counts pairs, distinct reference
     stars, ambiguous pairs, pairs by id, position matches refused by ids.
-
-    Example: sos-dask crossmatch lamost.stars reference -o pairs
     """
 
     name = "crossmatch"
@@ -208,7 +197,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
             pairs = pairs.append_column(name, values)
         for name in _ids_in(target):
             pairs = pairs.append_column(name, target[name])
-        write_piece(output, f"pairs-{key}", pairs)
+        output.write_piece(f"pairs-{key}", pairs)
         return {
             "n_matched": int(np.count_nonzero(np.diff(matches.left, prepend=-1))),
             "n_stars": len(np.unique(number)),
@@ -251,7 +240,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
 
         The record counts reference stars that several partitions have, but for one of these.
         """
-        kept = [read_piece(output, f"pairs-{one}") for one in pixels]
+        kept = [output.read_piece(f"pairs-{one}") for one in pixels]
         if not kept:
             return {"n_again": 0}
         names = ["smallest", "number", HEALPIX_COLUMN, "ra", "dec", *_ids_in(kept[0])]
@@ -262,13 +251,13 @@ class Crossmatch(Stage[CrossmatchSettings]):
         folds = fold_of(joined, self.settings.n_folds)
         starts = np.cumsum([one.num_rows for one in edges])[:-1]
         for one, fold in zip(pixels, np.split(folds, starts), strict=True):
-            write_piece(output, f"folds-{one}", pa.table({"fold": fold}))
+            output.write_piece(f"folds-{one}", pa.table({"fold": fold}))
         n_stars = sum(len(np.unique(some)) for some in np.split(number, starts))
         return {"n_again": n_stars - len(np.unique(number))}
 
     def write_pairs(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Write a partition of pairs with its final folds."""
-        pairs, final = (read_piece(output, f"{kind}-{key}") for kind in ("pairs", "folds"))
+        pairs, final = (output.read_piece(f"{kind}-{key}") for kind in ("pairs", "folds"))
         folds = pairs["fold"].to_numpy().copy()
         folds[pairs["is_edge"].to_numpy()] = final["fold"].to_numpy()
         place, schema = pairs.schema.get_field_index("fold"), self._schema()
@@ -282,9 +271,7 @@ def _ids_in(rows: pa.Table) -> list[str]:
 
 def _total_pm(rows: pa.Table) -> FloatArray:
     """Total proper motions, 0 where there is none."""
-    if not set(rows.schema.names) >= _PM:
-        return np.zeros(rows.num_rows)
-    pmra, pmdec = (np.asarray(rows[name].to_numpy(), np.float64) for name in ("pmra", "pmdec"))
+    pmra, pmdec = (floats_or_nan(rows, name) for name in ("pmra", "pmdec"))
     return np.asarray(np.nan_to_num(np.hypot(pmra, pmdec)))
 
 

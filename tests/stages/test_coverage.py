@@ -17,7 +17,6 @@ from sos_dask.errors import CatalogError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.widening import KINDS
 from sos_dask.problem import DEFAULT
-from sos_dask.stages.base import read_piece
 from sos_dask.stages.coverage import (
     Coverage,
     CoverageSettings,
@@ -216,7 +215,7 @@ def test_a_sample_is_chosen_by_the_keys_alone(build, tmp_path, monkeypatch):
             stage.sample(output, f"{role}-{number}", (role, pixel))
             rows = catalog.read(pixel)
             chosen = uniform(key_hashes(rows[key]), 3) < 500 / catalog.n_rows
-            found = read_piece(output, f"samples-{role}-{number}")
+            found = output.read_piece(f"samples-{role}-{number}")
             assert found["teff"].equals(rows["teff"].filter(pa.array(chosen)))
             assert key not in found.column_names
 

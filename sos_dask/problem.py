@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Self, TypeAlias
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from pydantic import AfterValidator, Field, model_validator
 
-from sos_dask.columns import Float32Array, FloatArray, floats32
+from sos_dask.columns import Float32Array, FloatArray, FloatingArray, floats32
 from sos_dask.schema import CANONICAL, LABELS
 from sos_dask.settings import COLUMN_RULE, Settings, is_column
 
@@ -155,17 +155,17 @@ class Problem(Settings):
         parts = [item.values(_column(columns, item.column)) for item in self.inputs]
         return np.stack(parts, dtype=np.float32).T
 
-    def parameter_matrix(
-        self, columns: Mapping[str, NDArray[np.floating]], names: Sequence[str]
-    ) -> FloatArray:
-        """Make the `parameters` of some columns, shape (n, len(names)), nan where unknown."""
-        known = {item.column: item for item in self.parameters}
-        parts = [known[name].values(np.asarray(columns[name], dtype=np.float64)) for name in names]
-        return np.stack(parts, axis=1)
-
     def differences(self, columns: Columns) -> Float32Array:
         """Collect the differences target - reference of pairs, shape (n, l)."""
         return np.stack([_column(columns, label.diff) for label in self.labels], axis=1)
+
+
+def parameter_matrix(
+    parameters: Iterable[Input], columns: Mapping[str, FloatingArray]
+) -> FloatArray:
+    """Make parameters in double precision, shape (n, k), nan where unknown."""
+    parts = [one.values(np.asarray(columns[one.column], dtype=np.float64)) for one in parameters]
+    return np.stack(parts, axis=1)
 
 
 def _column(columns: Columns, name: str) -> Float32Array:

@@ -112,10 +112,7 @@ def pack(arrays: Sequence[NDArray[Any]]) -> bytes:
 def unpack(content: bytes | memoryview, what: str) -> list[NDArray[Any]]:
     """Read the arrays of a content that `pack` made; they share its memory.
 
-    Raises
-    ------
-    ModelError
-        The content, which is named ``what``, is damaged.
+    Raises `ModelError` where the content, which is named ``what``, is damaged.
     """
     view = memoryview(content)
     arrays: list[NDArray[Any]] = []
@@ -150,10 +147,7 @@ def unseal(
 ) -> tuple[dict[str, Any], list[NDArray[Any]]]:
     """Read document and arrays of a model of this format that `seal` made.
 
-    Raises
-    ------
-    ModelError
-        A file is missing or not the one that was saved, or of another format.
+    Raises `ModelError` where a file is missing, not the one that was saved, or of another format.
     """
     path, table = directory / f"{name}.json", directory / f"{name}.npy"
     try:

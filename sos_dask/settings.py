@@ -1,10 +1,13 @@
-"""Settings, declared once; TOML that people write; names that become folders and columns."""
+"""Settings, declared once; TOML that people write, JSON that says its own digest; names."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 import tomllib
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +20,7 @@ COLUMN_RULE = "use letters, digits and _ only, 64 at most, and no digit first"
 _COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _PRODUCT = re.compile(r"[A-Za-z0-9][\w.-]{0,199}", re.ASCII)
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_SEAL = "sha256"
 _DEEPEST = 20
 _LARGEST_BYTES = 16 << 20
 
@@ -80,6 +84,20 @@ def _problem(value: Any) -> str:
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return "is a number of more than 64 bits"
     return ""
+
+
+def to_json(document: Any) -> bytes:
+    """JSON text, always the same for the same content; floats keep every bit."""
+    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+
+
+def sealed(document: Mapping[str, Any], text: Callable[[Any], bytes] = to_json) -> dict[str, Any]:
+    """Document that says, as ``sha256``, the digest of the text of all else in it.
+
+    One that says so already is given back as it is, unless it was changed.
+    """
+    content = {key: value for key, value in document.items() if key != _SEAL}
+    return {**content, _SEAL: hashlib.sha256(text(content)).hexdigest()}
 
 
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]

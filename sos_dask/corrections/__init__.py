@@ -24,7 +24,7 @@ from sos_dask.corrections.symbolic import SymbolicCorrection
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.problem import Problem
 from sos_dask.schema import nearest
-from sos_dask.settings import explained
+from sos_dask.settings import explained, sealed
 
 __all__ = ["MODEL_FILE", "Batch", "Correction", "Training", "TrainingSource"]
 
@@ -137,7 +137,7 @@ def load(directory: Path, *, check: bool = True) -> Correction:
             f"It was written by sos-dask {document.get('sos_dask')}, this is {__version__}: train "
             "it again.",
         )
-    if document.pop(base.SEAL, None) != hashlib.sha256(base.to_json(document)).hexdigest():
+    if sealed(document) != document:
         raise ModelError(
             f"{path} was changed after the model was saved: its SHA-256 is another one",
             "Restore it, or train the model again.",

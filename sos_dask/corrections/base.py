@@ -18,12 +18,11 @@ from sos_dask import __version__
 from sos_dask.columns import Float32Array, FloatArray, IntArray, mixed
 from sos_dask.errors import ClusterError, ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
-from sos_dask.settings import Settings
+from sos_dask.settings import Settings, sealed, to_json
 from sos_dask.stats.numbers import Histogram, count
 
 MODEL_FORMAT = 3
 MODEL_FILE = "model.json"
-SEAL = "sha256"
 
 Content = bytes | memoryview
 Counts = tuple[NDArray[np.uint16], IntArray]
@@ -379,17 +378,7 @@ class Correction(abc.ABC):
                 name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())
             },
         }
-        return {**files, MODEL_FILE: sealed(document)}
-
-
-def sealed(document: Mapping[str, Any]) -> bytes:
-    """JSON text of a document with the SHA-256 of all else in it."""
-    return to_json({**document, SEAL: hashlib.sha256(to_json(document)).hexdigest()})
-
-
-def to_json(document: Any) -> bytes:
-    """JSON text, always the same for the same content; floats keep every bit."""
-    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+        return {**files, MODEL_FILE: to_json(sealed(document))}
 
 
 def parse_json(content: bytes, name: Path | str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from sos_dask.corrections import base, boosted_cluster
 from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
 from sos_dask.errors import ModelError
 from sos_dask.run.machine import n_threads
+from sos_dask.settings import to_json
 from sos_dask.stats.table import pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -143,8 +144,8 @@ class BoostedCorrection(Correction):
         if table is None:
             why = f"their thresholds make more than {MAX_CELLS:,} cells"
             logger.warning("boosted: no look-up table, the trees predict directly: %s", why)
-            return {FILE: base.to_json({**document, "no_table": why}), **trees}
-        return {FILE: base.to_json(document), **trees, TABLE: pack([*table.edges, table.values])}
+            return {FILE: to_json({**document, "no_table": why}), **trees}
+        return {FILE: to_json(document), **trees, TABLE: pack([*table.edges, table.values])}
 
     @classmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> BoostedCorrection:

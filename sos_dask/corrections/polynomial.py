@@ -31,6 +31,7 @@ from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summ
 from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS
 from sos_dask.run.machine import n_threads
+from sos_dask.settings import to_json
 from sos_dask.stats.numbers import MAD_TO_SIGMA, count
 
 FILE = "coefficients.json"
@@ -93,7 +94,7 @@ class PolynomialCorrection(Correction):
             "scatter": base.by_name(labels, self.scatter),
             "passes": self.passes,
         }
-        return {FILE: base.to_json(document)}
+        return {FILE: to_json(document)}
 
     @classmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrection:

@@ -39,6 +39,7 @@ from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summ
 from sos_dask.corrections.formula import Formula, Template
 from sos_dask.corrections.polynomial import BISQUARE, one_thread
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.settings import to_json
 from sos_dask.stats.numbers import MAD_TO_SIGMA
 
 FILE = "formula.json"
@@ -118,7 +119,7 @@ class SymbolicCorrection(Correction):
             "n_sample": self.n_sample,
             "labels": base.by_name(self.problem.names, [choice.as_json for choice in self.choices]),
         }
-        return {FILE: base.to_json(document)}
+        return {FILE: to_json(document)}
 
     @classmethod
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> SymbolicCorrection:

@@ -5,7 +5,7 @@ that no correction was trained on, the residual in units of the noise at its sig
 with that distance (`widening.Growth`). Coverage = 1 / growth: where it is c, the error of the
 corrected labels is 1/c times that of a star of the same signal to noise in the dense overlap. The
 rows are *inside*, *sparse* or *outside* by two limits of the coverage. Outside are, too, rows of a
-kind that the overlap lacks (`_Neighbours.lacks`), and rows beyond the outermost held-out pairs,
+kind that the overlap lacks (`_lacks`), and rows beyond the outermost held-out pairs,
 where growth cannot be measured: the coverage of both is held below the limit.
 
 Measures:
@@ -95,34 +95,28 @@ class Target(NamedTuple):
     error_class: NDArray[np.int8]
 
 
-@dataclass(frozen=True)
-class _Neighbours:
-    """Overlap stars and rows of the catalog around a place, in scaled inputs."""
+def _lacks(
+    overlap: FloatArray,
+    catalog: FloatArray,
+    x: FloatArray,
+    distance: FloatArray,
+    k: int = _NEIGHBOURS,
+) -> BoolArray:
+    """Near which scaled rows x the overlap has less than `_LEAST_SHARE` of its average.
 
-    overlap: FloatArray
-    catalog: FloatArray
-    k: int = _NEIGHBOURS
-
-    def distance(self, x: FloatArray, within: float = np.inf) -> FloatArray:
-        """Distance to the k-th overlap star; infinite beyond ``within``."""
-        return knn_distance(self.overlap, x, self.k, within)
-
-    def lacks(self, x: FloatArray, distance: FloatArray) -> BoolArray:
-        """Near which rows the overlap has less than `_LEAST_SHARE` of its average.
-
-        The share is that of densities, from the overlap stars and the rows of the catalog within
-        the distance of the k-th overlap star.
-        """
-        # As many rows of the catalog are within the distance where the share is the least.
-        n = len(self.overlap)
-        most = int(min(self.k, n) / _LEAST_SHARE * len(self.catalog) / n)
-        found = np.zeros(len(x), dtype=np.bool_)
-        # Where they lie as near as in the denser four fifths of the overlap, nothing is lacking.
-        near = knn_distance(self.overlap, self.overlap[:: max(n // 10_000, 1)], self.k + 1)
-        rows = np.flatnonzero(distance > np.quantile(near, 0.8))
-        if most < len(self.catalog) and len(rows):
-            found[rows] = count_within(self.catalog, x[rows], distance[rows]) > most
-        return found
+    The share is that of densities, from overlap stars and rows of the catalog within the distance
+    of the k-th overlap star.
+    """
+    # As many rows of the catalog are within the distance where the share is the least.
+    n = len(overlap)
+    most = int(min(k, n) / _LEAST_SHARE * len(catalog) / n)
+    found = np.zeros(len(x), dtype=np.bool_)
+    # Where they lie as near as in the denser four fifths of the overlap, nothing is lacking.
+    near = knn_distance(overlap, overlap[:: max(n // 10_000, 1)], k + 1)
+    rows = np.flatnonzero(distance > np.quantile(near, 0.8))
+    if most < len(catalog) and len(rows):
+        found[rows] = count_within(catalog, x[rows], distance[rows]) > most
+    return found
 
 
 @dataclass(frozen=True)
@@ -133,19 +127,19 @@ class Places:
     values: Float32Array  # (nodes, 2): distance to the k-th star, 1 where the overlap lacks stars
 
     @classmethod
-    def of(cls, around: _Neighbours, last: float) -> Places:
+    def of(cls, overlap: FloatArray, catalog: FloatArray, last: float) -> Places:
         """Count the neighbours of every node; beyond twice the distance ``last`` all is as far."""
-        stars = np.concatenate([around.overlap, around.catalog])
+        stars = np.concatenate([overlap, catalog])
         low, high = np.quantile(stars, (_EDGE, 1 - _EDGE), axis=0)
-        n_nodes = min(_MOST_NODES, _NODES_A_STAR * len(around.overlap))
+        n_nodes = min(_MOST_NODES, _NODES_A_STAR * len(overlap))
         extent = np.maximum(high - low, 1e-6)
         step = float((np.prod(extent) / n_nodes) ** (1 / len(extent)))
         shape = np.clip(np.ceil(extent / step), 2, _MOST_ALONG).astype(int)
         grid = Grid(tuple(low.tolist()), tuple(high.tolist()), tuple(shape.tolist()))
         farthest = 2 * last + 2 * step
         nodes = grid.nodes()
-        distance = np.minimum(around.distance(nodes, farthest), farthest)
-        lacks = around.lacks(nodes, distance)
+        distance = np.minimum(knn_distance(overlap, nodes, _NEIGHBOURS, farthest), farthest)
+        lacks = _lacks(overlap, catalog, nodes, distance)
         return cls(grid, np.stack([distance, lacks], axis=1).astype(np.float32))
 
     def __call__(self, x: FloatArray) -> tuple[FloatArray, BoolArray]:
@@ -262,13 +256,7 @@ class CoverageModel:
 
     @classmethod
     def load(cls, directory: Path) -> CoverageModel:
-        """Read a saved model.
-
-        Raises
-        ------
-        ModelError
-            A file is missing, damaged or of another format.
-        """
+        """Read a saved model; `ModelError` where a file is missing, damaged or of other format."""
         document, tables = unseal(directory, "coverage", _FORMAT, "coverage model")
         values, overlap, *ratio = tables
         booster = None
@@ -318,17 +306,9 @@ def fit(
     are fewer, and in proportion is the number of the neighbour to which distances are. Without a
     target, or half-widths of the pairs, no widths are counted.
 
-    Parameters
-    ----------
-    catalog : mapping of str to ndarray of float, shape (m,)
-        A sample of the catalog; its columns are the parameters that are used.
-    measure : str
-        One of `MEASURES`.
-
-    Raises
-    ------
-    ModelError
-        Too few held-out pairs, or a parameter of the catalog that no overlap star has.
+    Of the catalog a sample is given, shape (m,); its columns are the parameters that are used. The
+    measure is one of `MEASURES`. Raises `ModelError` where held-out pairs are too few, or no
+    overlap star has a parameter that the catalog has.
     """
     held_out = overlap.held_out
     n_held_out = int(np.count_nonzero(held_out))
@@ -343,8 +323,8 @@ def fit(
     x, sample, center, scale = _scaled(parameters, overlap.columns, catalog, k)
     # A row an overlap star: more are not counted better, the overlap stars are few.
     some = np.sort(np.random.default_rng(seed).permutation(len(sample))[: len(x)])
-    around = _Neighbours(x[:, :k], sample[some, :k])
-    distance, lacks = _held_out_places(overlap, x, sample, around, measure, seed)
+    stars, near = x[:, :k], sample[some, :k]
+    distance, lacks = _held_out_places(overlap, x, sample, near, measure, seed)
     logg, snr = (_column(overlap.columns, name, len(x)) for name in ("logg", "snr"))
     of_pairs = (logg, snr, overlap.reference_error)
     dense = distance <= np.quantile(distance[held_out], 0.5)
@@ -354,11 +334,10 @@ def fit(
     growth, bins = Growth.fit(distance[held_out & ~wrong], ratio[held_out & ~wrong])
     last, booster = growth.last, None
     if measure == "ratio":
-        last = float(np.nanmax(around.distance(x[:, :k])))
+        last = float(np.nanmax(knn_distance(stars, stars, _NEIGHBOURS)))
         booster = _fit_ratio(x, sample, seed)
     widths = Widths(np.ones((2, len(CLASSES), overlap.residual.shape[1])).tolist())
-    places, stars = Places.of(around, last), x[:, :k]
-    meant = (noise, growth, limits, widths, booster)
+    places, meant = Places.of(stars, near, last), (noise, growth, limits, widths, booster)
     model = CoverageModel(parameters, k, center, scale, places, stars, *meant)
     kind = model.coverage_at(distance, lacks)[1]
     n_width: tuple[tuple[int, ...], ...] = ()
@@ -378,9 +357,9 @@ def _scaled(
     parameters: tuple[Input, ...], overlap: Columns, catalog: Columns, k: int
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Overlap stars, rows that have the first ``k`` parameters, and center and scale of both."""
-    x = parameter_matrix(parameters, overlap)
+    x, sample = (parameter_matrix(parameters, columns) for columns in (overlap, catalog))
     center, scale = robust_scale(x)
-    x, sample = (x - center) / scale, (parameter_matrix(parameters, catalog) - center) / scale
+    x, sample = ((rows - center) / scale for rows in (x, sample))
     sample = sample[np.isfinite(sample[:, :k]).all(axis=1)]
     lost = np.asarray(np.isnan(x).all(axis=0) & np.isfinite(sample).any(axis=0))
     if lost.any():
@@ -393,17 +372,16 @@ def _scaled(
 
 
 def _held_out_places(
-    overlap: Overlap, x: FloatArray, sample: FloatArray, near: _Neighbours, measure: str, seed: int
+    overlap: Overlap, x: FloatArray, sample: FloatArray, near: FloatArray, measure: str, seed: int
 ) -> tuple[FloatArray, BoolArray]:
     """Distance of held-out pairs from those of the other folds, and whether these lack stars."""
-    held_out = overlap.held_out
+    held_out, stars = overlap.held_out, x[:, : near.shape[1]]
     distance, lacks = np.full(len(x), np.nan), np.zeros(len(x), dtype=np.bool_)
     for fold in np.unique(overlap.fold[held_out]):
         rows, others = held_out & (overlap.fold == fold), overlap.fold != fold
         nearer = max(round(_NEIGHBOURS * float(np.mean(others))), 1)
-        apart = _Neighbours(near.overlap[others], near.catalog, nearer)
-        distance[rows] = apart.distance(near.overlap[rows])
-        lacks[rows] = apart.lacks(near.overlap[rows], distance[rows])
+        distance[rows] = knn_distance(stars[others], stars[rows], nearer)
+        lacks[rows] = _lacks(stars[others], near, stars[rows], distance[rows], nearer)
         if measure == "ratio":
             distance[rows] = _ratio(_fit_ratio(x[others], sample, seed), x[rows])
     return distance, lacks

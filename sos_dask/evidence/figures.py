@@ -85,10 +85,7 @@ def held_out_metrics(
 ) -> list[Metric]:
     """Measure each label on held-out pairs with a difference and a prediction (n, n_labels) of it.
 
-    Raises
-    ------
-    ModelError
-        A label has no held-out pair at all.
+    Raises `ModelError` where a label has no held-out pair at all.
     """
     metrics = []
     for number, label in enumerate(labels):
@@ -151,6 +148,7 @@ def figures(
 
     Those of the subset ``all`` are given in every resample, too, by method and statistic. A subset
     with less than ``min_pairs`` has no figures, a bin with less than ``min_bin_pairs`` no median.
+    Raises `ModelError` where the sample has fewer than ``min_pairs`` pairs or too few stars.
 
     Parameters
     ----------
@@ -160,11 +158,6 @@ def figures(
         Edges of the bins along each label.
     weights : ndarray of float64, shape (n_resamples, n_groups)
         See `bootstrap.draw`.
-
-    Raises
-    ------
-    ModelError
-        The sample has fewer than ``min_pairs`` pairs or too few stars.
     """
     known = np.logical_and.reduce([np.isfinite(values) for values in residuals.values()])
     _check_sample(sample, label, known, min_pairs)
@@ -304,7 +297,7 @@ def choose(
     A method is *worse* than the best one of a label in scatter (held-out 1.4826 MAD) or in binned
     medians (their rms) if the 95 % interval of the difference, on the same resamples, is above zero
     and the difference is larger than ``tolerance`` times the best: with very many pairs differences
-    become certain that do not matter.
+    become certain that do not matter. Raises `ModelError` without any method, and as `check_rule`.
 
     Parameters
     ----------
@@ -317,13 +310,6 @@ def choose(
         By label, what `figures` gives for the held-out sample.
     roughness : mapping of str to float
         By method, mean over the labels; nan where it is not known.
-
-    Raises
-    ------
-    ModelError
-        There is no method.
-    ConfigError
-        Unknown rule.
     """
     methods = sorted({method for of in figures.values() for method, _ in of} - {NONE})
     if not methods:

@@ -83,12 +83,8 @@ class ErrorModel:
         nan where a feature (n, 3) is nan or infinite; outside the training box those of the nearest
         place on it count, as in a correction. Below the smallest S/N (n,) of the pairs half-widths
         grow as its inverse, above the largest they stay; where it is unknown or not positive, that
-        of the noisiest pairs counts. Each label is contiguous.
-
-        Raises
-        ------
-        ModelError
-            Another number of features.
+        of the noisiest pairs counts. Each label is contiguous. Raises `ModelError` at another
+        number of features.
         """
         k = len(self.grid.shape)
         if features.ndim != 2 or features.shape[1] != k:
@@ -183,11 +179,8 @@ def _words(problem: Problem) -> str:
 def load_errors(directory: Path, problem: Problem = DEFAULT) -> ErrorModel:
     """Read the files of an `ErrorModel` for the correction of a problem.
 
-    Raises
-    ------
-    ModelError
-        A file is missing or not the one that was saved, of another format, or of other labels or
-        inputs than the correction.
+    Raises `ModelError` where a file is missing, not the one that was saved, of another format, or
+    of other labels or inputs than the correction.
     """
     require_default(problem)
     document, tables = unseal(directory, _NAME, _FORMAT, "error model")
@@ -234,12 +227,8 @@ class LabelErrors(NamedTuple):
 def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> LabelErrors:
     """Fit and calibrate half-widths of a label, and check the procedure on pairs it has not seen.
 
-    Sparse cells are `find_sparse` of the training pairs at the centers of the grid.
-
-    Raises
-    ------
-    ModelError
-        Too few pairs or parts.
+    Sparse cells are `find_sparse` of the training pairs at the centers of the grid. Raises
+    `ModelError` at too few pairs or parts.
     """
     number = LABELS.index(label)
     known = np.isfinite(held_out.residuals[:, number])

@@ -60,11 +60,11 @@ class ProjectionSettings(Settings):
     seed: Seed = 0
 
 
-def strata(columns: Mapping[str, FloatingArray], names: Sequence[str]) -> IntArray:
+def strata(columns: Mapping[str, FloatingArray]) -> IntArray:
     """Number the cell of label space of every row; rows with a missing label are in cell 0."""
-    cell = np.ones(len(columns[names[0]]), dtype=np.int64)
+    cell = np.ones(len(next(iter(columns.values()))), dtype=np.int64)
     for name, width in _STRATA.items():
-        if name in names:
+        if name in columns:
             index = np.floor(np.asarray(columns[name], dtype=np.float64) / width)
             known = np.isfinite(index)
             index = np.clip(np.where(known, index, 0), -500, 499).astype(np.int64) + 500
@@ -152,14 +152,9 @@ def fit_projection(
 ) -> Projection:
     """Lay out a sample with UMAP; the same sample gives the same plane.
 
-    Rows of the parameters (n, k), of `parameter_matrix`, are left out where one is nan.
-
-    Raises
-    ------
-    ConfigError
-        umap-learn is not installed.
-    ModelError
-        Too few rows, or a parameter that is constant.
+    Rows of the parameters (n, k), of `problem.parameter_matrix`, are left out where one is nan.
+    Raises `ConfigError` where umap-learn is not installed, and `ModelError` at too few rows or a
+    parameter that is constant.
     """
     try:
         import umap

@@ -40,7 +40,6 @@ _SAMPLES, _BLOCK = 500, 1 << 21  # of the bootstrap of a hat; values of a block
 Columns = Mapping[str, Any]
 """Of bins: arrays with one entry for each, and values that all have."""
 
-
 _SAMPLE, _BIN, _QUANTILES = "subset sample method", "bin low high centre", "n median p16 p84 error"
 TREND_SCHEMA = figure_schema(f"label against binning {_SAMPLE} {_BIN} {_QUANTILES}")
 PLANE_SCHEMA = figure_schema(f"label {_SAMPLE} teff_low teff_high logg_low logg_high {_QUANTILES}")
@@ -59,6 +58,8 @@ def trend(
 ) -> dict[str, Any]:
     """Make columns of `TREND_SCHEMA` and `PLANE_SCHEMA`: a difference binned by some quantities.
 
+    Raises `ConfigError` unless there is one array of edges for each quantity.
+
     Parameters
     ----------
     x : mapping of str to ndarray of float, shape (n,)
@@ -70,11 +71,6 @@ def trend(
         pairs or those whose reference labels are of this survey; ``sample``, ``before`` the
         correction, ``after``: less what a model that was not trained on the star predicts, or
         ``fitted``: the same of the pairs that trained the model; ``method``, None before it.
-
-    Raises
-    ------
-    ConfigError
-        Not one array of edges for each quantity.
     """
     if not len(x) == len(edges) > 0:
         raise ConfigError(f"{len(edges)} arrays of edges for {len(x)} quantities")
@@ -186,11 +182,7 @@ def three_cornered_hat(
     of its errors, from 1.4826 MAD of the differences; ``sigma``, the root, None where it is
     negative; ``low`` and ``high``, the 95 % bootstrap interval, over stars, of the signed root
     sign(variance) sqrt(abs(variance)); ``negative`` where the variance or ``low`` is below zero.
-
-    Raises
-    ------
-    ConfigError
-        Not three surveys, or fewer than 10 stars.
+    Raises `ConfigError` unless there are three surveys with 10 stars.
     """
     from scipy.stats import bootstrap
 

@@ -315,7 +315,7 @@ def prepare(store: Path, n_lamost: int, seed: int, report: Report = silent) -> P
     The job file, in ``store``, is returned.
     """
     sky = store / "sky"
-    wanted = canonical_json({"n_lamost": n_lamost, "seed": seed})
+    wanted = canonical_json({"n_lamost": n_lamost, "seed": seed}).decode()
     done = sky / "settings.json"
     if not done.is_file() or done.read_text("utf-8") != wanted:
         done.unlink(missing_ok=True)

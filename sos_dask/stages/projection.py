@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from sos_dask.columns import FloatArray, floats, key_hashes
 from sos_dask.errors import ModelError
 from sos_dask.evidence import projection as kernel
 from sos_dask.evidence.projection import Projection, ProjectionSettings
-from sos_dask.problem import DEFAULT, Input, parameter_matrix
+from sos_dask.problem import DEFAULT, parameter_matrix
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
 from sos_dask.stages.base import Made, Place, Role, Run, Stage, loaded, partition_record, places
 from sos_dask.stats.numbers import uniform
@@ -141,7 +140,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
     def count(self, output: Output, key: str, place: Place) -> dict[str, Any]:
         """Count the rows of each stratum."""
         _, columns = self._read(place)
-        cells, counts = np.unique(kernel.strata(columns, self.parameters), return_counts=True)
+        cells, counts = np.unique(kernel.strata(columns), return_counts=True)
         return {"counts": dict(zip(map(str, cells.tolist()), counts.tolist(), strict=True))}
 
     def sample(
@@ -150,9 +149,9 @@ class ProjectionStage(Stage[ProjectionSettings]):
         """Keep the rows of the sample."""
         place, rates = item
         keys, columns = self._read(place, HEALPIX_COLUMN)
-        numbers, cells = keys[HEALPIX_COLUMN].to_numpy(), kernel.strata(columns, self.parameters)
+        numbers, cells = keys[HEALPIX_COLUMN].to_numpy(), kernel.strata(columns)
         chosen = kernel.chosen_rows(numbers, cells, rates, self.settings.seed)
-        values = parameter_matrix(_known(columns), columns)[chosen]
+        values = _matrix(columns)[chosen]
         kept = {"sample": pa.array([place[0]] * len(values), pa.string()), "place": numbers[chosen]}
         kept |= dict(zip(self.parameters, values.T.copy(), strict=True))
         output.write_piece(f"samples-{key}", pa.table(kept))
@@ -164,7 +163,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         plane = loaded(load_projection, output.directory, output.fingerprint)
         names = [HEALPIX_COLUMN, "obs_id"] if sample == TARGET else []
         keys, columns = self._read(item, *names)
-        parameters = parameter_matrix(_known(columns), columns)
+        parameters = _matrix(columns)
         left = np.zeros(len(parameters), dtype=np.bool_)
         if sample == TARGET and self.settings.share < 1:
             left = uniform(key_hashes(keys["obs_id"]), self.settings.seed) >= self.settings.share
@@ -180,6 +179,11 @@ class ProjectionStage(Stage[ProjectionSettings]):
             table = pa.Table.from_arrays([*keys.columns, *placed], schema=_SCHEMA)
             record["file"] = partition_record(output, pixel, table)
         return record
+
+
+def _matrix(columns: dict[str, FloatArray]) -> FloatArray:
+    known = (item for item in DEFAULT.parameters if item.column in columns)
+    return parameter_matrix(known, columns)
 
 
 def load_projection(directory: Path) -> Projection:
@@ -198,7 +202,3 @@ def load_projection(directory: Path) -> Projection:
         np.stack([table[name].to_numpy() for name in some], axis=1) for some in (names, _PLANE)
     )
     return Projection(names, center, scale, sample, plane, neighbors)
-
-
-def _known(columns: Iterable[str]) -> list[Input]:
-    return [one for one in DEFAULT.parameters if one.column in columns]

@@ -19,13 +19,12 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import floats_or_nan, matrix32
-from sos_dask.corrections.base import to_json
 from sos_dask.corrections.search import search
 from sos_dask.errors import ModelError
 from sos_dask.evidence import figures
 from sos_dask.evidence.figures import NONE, RANDOM
 from sos_dask.problem import DEFAULT, Problem
-from sos_dask.settings import Seed, Settings
+from sos_dask.settings import Seed, Settings, to_json
 from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import HELD_OUT, OnEvidence
 from sos_dask.stats.numbers import DENSE, SPARSE, scatter

@@ -107,10 +107,8 @@ def uniform(keys: NDArray[np.integer], seed: int) -> FloatArray:
 class Axis:
     """A column of the pairs with its bins of equal width, in the unit of the column.
 
-    Raises
-    ------
-    ConfigError
-        The limits do not rise, or the width is not positive, leaves no bin or more than 10,000.
+    Raises `ConfigError` where the limits do not rise, or the width is not positive, leaves no bin
+    or more than 10,000.
     """
 
     name: str
@@ -135,10 +133,7 @@ class Axis:
 def equal_count_edges(x: FloatingArray, n_bins: int) -> FloatArray:
     """Place edges of bins with equally many values; fewer bins where many values are equal.
 
-    Raises
-    ------
-    ConfigError
-        ``n_bins`` is not positive.
+    Raises `ConfigError` where ``n_bins`` is not positive.
     """
     if n_bins < 1:
         raise ConfigError(f"n_bins must be positive, got {n_bins}")
@@ -152,12 +147,8 @@ def equal_count_edges(x: FloatingArray, n_bins: int) -> FloatArray:
 def bins_of(x: FloatingArray, edges: FloatArray) -> IntArray:
     """Number the bin of every value; -1 outside the edges and for nan.
 
-    A bin includes its lower edge, the last one its upper edge, too.
-
-    Raises
-    ------
-    ConfigError
-        The edges fall, or one is nan.
+    A bin includes its lower edge, the last one its upper edge, too. Raises `ConfigError` where the
+    edges fall, or one is nan.
     """
     if not (np.diff(edges) >= 0).all():
         raise ConfigError("edges of bins must be rising numbers")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from sos_dask.columns import Float32Array, FloatArray, IntArray
 from sos_dask.errors import ModelError
+from sos_dask.settings import sealed, to_json
 
 _BLOCK_ROWS = 8192  # the arrays of a block fit the second-level cache
 
@@ -111,10 +112,7 @@ def pack(arrays: Sequence[NDArray[Any]]) -> bytes:
 def unpack(content: bytes | memoryview, what: str) -> list[NDArray[Any]]:
     """Read the arrays of a content that `pack` made; they share its memory.
 
-    Raises
-    ------
-    ModelError
-        The content, which is named ``what``, is damaged.
+    Raises `ModelError` where the content, which is named ``what``, is damaged.
     """
     view = memoryview(content)
     arrays: list[NDArray[Any]] = []
@@ -141,9 +139,7 @@ def seal(
     """
     table = pack(arrays)
     document = {**document, "table_sha256": hashlib.sha256(table).hexdigest()}
-    document["sha256"] = _digest(document)
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    return {f"{name}.npy": table, f"{name}.json": text.encode()}
+    return {f"{name}.npy": table, f"{name}.json": to_json(sealed(document, _by_key))}
 
 
 def unseal(
@@ -151,10 +147,7 @@ def unseal(
 ) -> tuple[dict[str, Any], list[NDArray[Any]]]:
     """Read document and arrays of a model of this format that `seal` made.
 
-    Raises
-    ------
-    ModelError
-        A file is missing or not the one that was saved, or of another format.
+    Raises `ModelError` where a file is missing, not the one that was saved, or of another format.
     """
     path, table = directory / f"{name}.json", directory / f"{name}.npy"
     try:
@@ -166,10 +159,9 @@ def unseal(
         raise ModelError(f"{path}: not JSON: {error}") from None
     if not isinstance(document, dict) or document.get("format") != version:
         raise ModelError(f"{path}: not the {what} of format {version}, the one known here")
-    digests = {path: _digest(document), table: hashlib.sha256(content).hexdigest()}
-    stated = (document.get("sha256"), document.get("table_sha256"))
-    for file, expected in zip(digests, stated, strict=True):
-        if digests[file] != expected:
+    is_saved = hashlib.sha256(content).hexdigest() == document.get("table_sha256")
+    for file, is_same in ((path, sealed(document, _by_key) == document), (table, is_saved)):
+        if not is_same:
             raise ModelError(
                 f"{file} is not the file that was saved with the model",
                 "Its SHA-256 is another one: restore it, or rebuild.",
@@ -177,6 +169,5 @@ def unseal(
     return document, unpack(content, str(table))
 
 
-def _digest(document: Mapping[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in document.items() if k != "sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _by_key(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True).encode()

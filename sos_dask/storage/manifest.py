@@ -18,13 +18,13 @@ import numpy as np
 
 from sos_dask.errors import CatalogError
 from sos_dask.run.machine import n_cores
+from sos_dask.settings import sealed
 
 MANIFEST = "manifest.json"
 WORK = ".work"
 _FORMAT = 2  # of manifests
 _ROWS = ("in", "out", "rejected", "dropped", "added")
 _MOST_ROWS = 1 << 62
-_DIGEST = "sha256"
 _BLOCK = 1 << 18
 _TAIL = 8  # of a Parquet file: length of the footer, magic
 
@@ -41,14 +41,15 @@ def files_below(directory: Path) -> Iterator[Path]:
     )
 
 
-def canonical_json(value: Any) -> str:
+def canonical_json(value: Any) -> bytes:
     """Write JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode()
 
 
 def sha256_of(value: Any) -> str:
     """Hex SHA-256 of the canonical JSON of a value."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:
@@ -86,9 +87,8 @@ def sum_of_file(path: Path) -> list[int]:
 
 def sealed_json(document: Mapping[str, Any], sort_keys: bool = True) -> str:
     """Write indented JSON of a document that carries its own digest."""
-    content = {key: value for key, value in document.items() if key != _DIGEST}
-    sealed = {**content, _DIGEST: sha256_of(content)}
-    return json.dumps(sealed, indent=1, sort_keys=sort_keys, allow_nan=False)
+    whole = sealed(document, canonical_json)
+    return json.dumps(whole, indent=1, sort_keys=sort_keys, allow_nan=False)
 
 
 def read_sealed(path: Path, hint: str) -> dict[str, Any]:
@@ -99,8 +99,8 @@ def read_sealed(path: Path, hint: str) -> dict[str, Any]:
     """
     try:
         document: dict[str, Any] = json.loads(path.read_bytes())
-        stated = document.pop(_DIGEST, None)
-        digest = sha256_of(document)
+        digest = sealed(document, canonical_json)["sha256"]
+        stated = document.pop("sha256", None)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -18,6 +18,7 @@ from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.problem import DEFAULT, Input, Label, Problem
 from sos_dask.schema import LABELS
+from sos_dask.settings import sealed, to_json
 from sos_dask.sky.healpix import unit_vectors
 from sos_dask.stats.numbers import Histogram, count
 from tests.corrections.pairs import ArraySource, biased_pairs
@@ -291,8 +292,7 @@ def test_a_missing_file_is_named(saved):
 
 def _edit(saved: Path, **changes: object) -> None:
     document = json.loads((saved / "model.json").read_text())
-    del document[models.base.SEAL]
-    (saved / "model.json").write_bytes(models.base.sealed({**document, **changes}))
+    (saved / "model.json").write_bytes(to_json(sealed({**document, **changes})))
 
 
 def test_an_edited_model_is_refused(saved):
@@ -426,8 +426,8 @@ def test_trees_of_too_many_cells_predict_directly_and_say_so(tmp_path, monkeypat
 def test_a_model_without_a_problem_is_refused(saved):
     document = json.loads((saved / "model.json").read_text())
     assert document["problem"] == DEFAULT.as_json
-    del document[models.base.SEAL], document["problem"]
-    (saved / "model.json").write_bytes(models.base.sealed(document))
+    del document["problem"]
+    (saved / "model.json").write_bytes(to_json(sealed(document)))
     with pytest.raises(ModelError, match=r"model\.json: incomplete .*problem"):
         models.load(saved)
 

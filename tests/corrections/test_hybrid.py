@@ -11,6 +11,7 @@ from sos_dask.corrections import Batch, boosted, hybrid, polynomial
 from sos_dask.corrections.hybrid import HybridCorrection, residuals
 from sos_dask.corrections.polynomial import PolynomialCorrection
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.settings import sealed, to_json
 from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
 
 QUICK = {"order": 2, "n_rounds": 30, "learning_rate": 0.1, "smoothing": 0.2}
@@ -223,8 +224,7 @@ def test_changed_and_missing_files_are_named(saved):
     for name in document["files"]:
         kept = {k: v for k, v in document["files"].items() if k != name}
         edited = {**document, "files": kept}
-        del edited[models.base.SEAL]
-        (saved / "model.json").write_bytes(models.base.sealed(edited))
+        (saved / "model.json").write_bytes(to_json(sealed(edited)))
         with pytest.raises(ModelError, match=r"damaged|JSON"):
             models.load(saved)
 

@@ -12,6 +12,7 @@ from sos_dask.corrections import Batch
 from sos_dask.corrections.hybrid import LAMBDAS, noisy, part_weights
 from sos_dask.errors import ModelError
 from sos_dask.problem import DEFAULT, Input, Label, Problem
+from sos_dask.settings import sealed, to_json
 from tests.corrections.pairs import ArraySource, biased_pairs
 from tests.steps import features
 
@@ -157,8 +158,7 @@ def test_saved_and_loaded(base, tmp_path):
     assert models.fit("simex", source, params=params).files() == fitted.files()
     document = json.loads((tmp_path / "model" / "model.json").read_text())
     del document["params"]["base"]
-    del document[models.base.SEAL]
-    (tmp_path / "model" / "model.json").write_bytes(models.base.sealed(document))
+    (tmp_path / "model" / "model.json").write_bytes(to_json(sealed(document)))
     with pytest.raises(ModelError, match="incomplete or damaged"):
         models.load(tmp_path / "model")
 

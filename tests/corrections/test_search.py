@@ -7,6 +7,7 @@ from sos_dask import corrections as models
 from sos_dask.corrections import class_of
 from sos_dask.corrections.search import candidates, search
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.settings import to_json
 from tests.corrections.pairs import ArraySource, biased_pairs
 
 SOURCE = ArraySource(biased_pairs(1000, 1), (300,))
@@ -48,7 +49,7 @@ def test_the_best_is_found_and_all_are_told():
     assert finals == sorted(finals)
     first = next(trial for trial in trials if trial["params"]["order"] == 1)
     assert first["losses"][0] > trials[0]["losses"][0]
-    assert models.base.to_json(trials)
+    assert to_json(trials)
 
 
 def test_held_out_folds_have_no_part():

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.coverage import (
+    _NEIGHBOURS,
     _REACH,
     MEASURES,
     CoverageModel,
     Overlap,
     Places,
     Target,
-    _Neighbours,
+    _lacks,
     count_maps,
     follow_up,
     sum_maps,
@@ -31,6 +32,7 @@ from sos_dask.evidence.widening import (
 )
 from sos_dask.schema import LABELS
 from sos_dask.stages.coverage import CoverageSettings
+from sos_dask.stats.numbers import knn_distance
 
 
 def sky(n, rng, low=0.0, high=3.0):
@@ -164,8 +166,8 @@ def test_a_kind_of_which_the_overlap_has_too_little_is_outside():
     overlap, rows = x[kept][:10_000], rng.uniform(0, 3, (5000, 3))
 
     def lacks(overlap):
-        around = _Neighbours(overlap, x[20_000:])
-        return around.lacks(rows, around.distance(rows))
+        distance = knn_distance(overlap, rows, _NEIGHBOURS)
+        return _lacks(overlap, x[20_000:], rows, distance)
 
     found = lacks(overlap)
     assert found[rows[:, 1] > 2.3].mean() > 0.95
@@ -192,9 +194,8 @@ def inside_of(places: Places, x):
 def test_rows_are_looked_up_as_their_neighbours_say():
     rng = np.random.default_rng(16)
     x = rng.normal(0, 1, (20_000, 3))
-    around = _Neighbours(x[::4] * [1, 1, 0.8], x)
-    places, rows = Places.of(around, last=2.0), rng.normal(0, 1.1, (5000, 3))
-    exact = around.distance(rows)
+    stars, rows = x[::4] * [1, 1, 0.8], rng.normal(0, 1.1, (5000, 3))
+    places, exact = Places.of(stars, x, last=2.0), knn_distance(stars, rows, _NEIGHBOURS)
     distance, lacks = places(rows)
     near = (exact < 2.0) & inside_of(places, rows)
     bound = half_diagonal(places)
@@ -204,7 +205,7 @@ def test_rows_are_looked_up_as_their_neighbours_say():
     assert np.median(np.abs(distance / exact - 1)[near]) < 0.02
     assert (distance[exact > 2.5] > 2.0).all()
     # Where a row's answer differs, it is next to rows with the other one.
-    truth = around.lacks(rows, exact)
+    truth = _lacks(stars, x, rows, exact)
     assert np.mean(lacks == truth) > 0.97
     assert np.isnan(places(np.full((1, 3), np.nan))[0]).all()
 
@@ -214,7 +215,7 @@ def test_without_its_table_a_row_has_the_same_coverage(fitted):
     model, columns = fitted.model, sky(3000, np.random.default_rng(17))
     score, kind = model.coverage(columns)
     rows = model.scaled(columns)[:, : model.n_inputs]
-    exact = _Neighbours(model.overlap, rows[:0]).distance(rows)
+    exact = knn_distance(model.overlap, rows, _NEIGHBOURS)
     bound = half_diagonal(model.places)
     some = inside_of(model.places, rows) & (kind < LACKING)
     some &= np.abs(exact - model.growth.last) > bound

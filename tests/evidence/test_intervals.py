@@ -23,8 +23,9 @@ from sos_dask.evidence.intervals import (
 )
 from sos_dask.problem import DEFAULT, Input, Problem
 from sos_dask.schema import LABELS
+from sos_dask.settings import sealed
 from sos_dask.stats.numbers import find_sparse
-from sos_dask.stats.table import Grid, _digest
+from sos_dask.stats.table import Grid, _by_key
 
 GRID = error_grid((0.7, 0.0, -2.5), (1.5, 5.0, 0.5))
 LOW, HIGH = np.array(GRID.low), np.array(GRID.high)
@@ -292,8 +293,7 @@ def test_errors_belong_to_one_correction(saved):
 @pytest.mark.parametrize(("key", "names"), [("labels", ["teff", "logg", "rv"]), ("features", [])])
 def test_errors_of_other_labels_or_inputs_are_refused(saved, tmp_path, key, names):
     _, document, table = saved
-    changed = {**json.loads(document), key: names}
-    changed["sha256"] = _digest(changed)
+    changed = sealed({**json.loads(document), key: names}, _by_key)
     with pytest.raises(ModelError, match=rf"error.json: its {key} are \[.*those of the correction"):
         load_errors(write(tmp_path, json.dumps(changed).encode(), table))
 

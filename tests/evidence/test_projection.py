@@ -35,7 +35,7 @@ def test_rows_of_one_cell_share_a_stratum_and_missing_labels_have_their_own():
         "logg": np.array([4.1, 4.4, 4.1, 4.1]),
         "feh": np.array([-0.1, -0.4, -0.1, -0.1]),
     }
-    cells = strata(columns, ("teff", "logg", "feh"))
+    cells = strata(columns)
     assert cells[0] == cells[1] != cells[2]
     assert cells[3] == 0
 

@@ -12,12 +12,12 @@ from scipy.stats import binomtest
 
 from sos_dask.columns import floats, floats32
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
-from sos_dask.corrections.base import SEAL, sealed
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.intervals import load_errors
 from sos_dask.problem import DEFAULT, Input, Problem
 from sos_dask.schema import LABELS
+from sos_dask.settings import sealed, to_json
 from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.reference import common_stars
 from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
@@ -183,8 +183,7 @@ def test_a_correction_by_other_inputs_is_refused(build, tmp_path):
     shutil.copytree(build / "lamost.model.polynomial", model)
     document = json.loads((model / "model.json").read_text())
     document["problem"]["inputs"][2]["column"] = "rv"
-    del document[SEAL]
-    (model / "model.json").write_bytes(sealed(document))
+    (model / "model.json").write_bytes(to_json(sealed(document)))
     stage = Uncertainty({"evidence": build / "lamost.evidence", "model": model})
     with pytest.raises(ModelError, match=r"the correction is of teff, logg, feh by .* logg, rv"):
         stage.check()
@@ -279,8 +278,7 @@ def test_errors_of_another_correction_are_refused(build, tmp_path):
     model = Path(shutil.copytree(build / "lamost.model.polynomial", tmp_path / "model"))
     document = json.loads((model / "model.json").read_text())
     document["train_folds"] = [1, 2, 3]
-    del document[SEAL]
-    (model / "model.json").write_bytes(sealed(document))
+    (model / "model.json").write_bytes(to_json(sealed(document)))
     with pytest.raises(ModelError, match="made for another correction"):
         apply(model, observations, tmp_path / "out", errors=build / "lamost.uncertainty")
     spoilt = Path(shutil.copytree(build / "lamost.uncertainty", tmp_path / "spoilt"))

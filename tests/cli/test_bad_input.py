@@ -191,7 +191,7 @@ BAD_JOBS: dict[str, tuple[tuple[str, str], int, list[str]]] = {
                        [r"job\.toml: train\.methods: there is no method 'polinomial'",]),
     "unknown parameter": (('methods = ["polynomial"]',
                            'methods = ["polynomial"]\nparams = {polynomial = {ordr = 3}}'), 3,
-                          [r"job\.toml: train\.params\.polynomial: .*no parameter 'ordr'"]),
+                          [r"job\.toml: train\.params\.polynomial: .*unknown key 'ordr'"]),
     "order out of range": (('methods = ["polynomial"]',
                             'methods = ["polynomial"]\nparams = {polynomial = {order = 99}}'), 3,
                            [r"job\.toml: train\.params\.polynomial: .*order"]),

@@ -49,7 +49,7 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], int, list[str]]] = {
     "train method": (["train", "{lamost.pairs}", "-m", "polynomal"], 3,
                      ["no method 'polynomal'", "polynomial"]),
     "train parameter": (["train", "{lamost.pairs}", "-m", "polynomial", "-p", "ordr=3"], 3,
-                        ["no parameter 'ordr'", "order"]),
+                        ["unknown key 'ordr'", "order"]),
     "parameter out of range": (["train", "{lamost.pairs}", "-m", "polynomial", "-p", "order=77"], 3,
                                [r"polynomial\.order = 77 is outside"]),
     "parameter without value": (["train", "{lamost.pairs}", "-m", "polynomial", "-p", "order"], 3,

@@ -39,14 +39,11 @@ COVERAGE_MEANINGS = {
     FLAG_AMBIGUOUS: "more than one reference star may be this star",
 }
 FLAGS = "flag_coverage"
-COVERAGE_FIELD = pa.field(
-    "coverage",
-    pa.float32(),
-    metadata={
-        "ucd": "stat.fit.goodness",
-        "description": "Error in the dense overlap over the error here, at equal snr",
-    },
-)
+_ABOUT = {
+    "ucd": "stat.fit.goodness",
+    "description": "Error in the dense overlap over the error here, at equal snr",
+}
+COVERAGE_FIELD = pa.field("coverage", pa.float32(), metadata=_ABOUT)
 
 
 @dataclass(frozen=True)
@@ -136,26 +133,10 @@ def correct(
 ) -> pa.Table:
     """Add corrected labels, predicted differences, their errors, coverage and flags.
 
-    Parameters
-    ----------
-    table : pyarrow.Table
-        Rows with the labels and the inputs of the problem, null where unknown.
-    correction : Correction
-    errors : ErrorModel, optional
-    problem : Problem
-    covered : Covered, optional
-
-    Returns
-    -------
-    pyarrow.Table
-        Same rows in the same order, with ``*_sos``, ``*_delta``, with errors ``*_sos_err`` (all
-        null where any of the inputs or labels is null), ``coverage`` where it is given, and
-        ``flag_sos`` (bits of `FLAG_MEANINGS` and `COVERAGE_MEANINGS`).
-
-    Raises
-    ------
-    PartitionError
-        The coverage is of other rows.
+    The table has the labels and the inputs of the problem, null where unknown. The same rows come
+    back in the same order, with ``*_sos``, ``*_delta``, with errors ``*_sos_err`` (all null where
+    any of the inputs or labels is null), ``coverage`` where it is given, and ``flag_sos`` (bits of
+    `FLAG_MEANINGS` and `COVERAGE_MEANINGS`). Raises `PartitionError` for a coverage of other rows.
     """
     if covered is not None and not table["obs_id"].equals(covered.scores["obs_id"]):
         raise PartitionError(
@@ -177,9 +158,8 @@ def correct(
     for one, label, difference in zip(problem.labels, labels, delta.T, strict=True):
         new |= {one.sos: label - difference, one.delta: difference}
     if errors is not None:
-        width = errors.half_width(
-            x, table["snr"].to_numpy() if "snr" in table.schema.names else None
-        )
+        snr = table["snr"].to_numpy() if "snr" in table.schema.names else None
+        width = errors.half_width(x, snr)
         if covered is not None:
             width = covered.widened(width, errors.is_sparse(x))
         new |= {one.sos_err: values for one, values in zip(problem.labels, width.T, strict=True)}

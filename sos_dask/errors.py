@@ -11,12 +11,8 @@ from types import FrameType
 class SosError(Exception):
     """Base of all errors of this package: the message says what, where and what to do.
 
-    Parameters
-    ----------
-    message : str
-        What is wrong and where (file, column, row or pixel).
-    hint : str, optional
-        What to do about it, shown on a line of its own.
+    ``message``: what is wrong and where (file, column, row or pixel). ``hint``: what to do about
+    it, shown on a line of its own.
     """
 
     exit_code = 1
@@ -112,14 +108,7 @@ _DECODERS = (
 def understood(error: BaseException) -> SosError | None:
     """Turn what a library, a file or the machine has raised into an error of this package.
 
-    Parameters
-    ----------
-    error : BaseException
-
-    Returns
-    -------
-    SosError or None
-        None: nothing that a user gives leads there, the program has a defect.
+    None: nothing that a user gives leads there, the program has a defect.
     """
     if isinstance(error, SosError):
         return error

@@ -28,18 +28,9 @@ DTYPES = {
 class Column:
     """One column: what it means and which values are possible.
 
-    Parameters
-    ----------
-    name : str
-    dtype : str
-        One of ``DTYPES``.
-    unit : str
-        Unit as astropy reads it, or one of ``TEXT_UNITS``; empty for a pure number.
-    ucd : str
-        Unified Content Descriptor (IVOA UCD1+).
-    description : str
-    minimum, maximum : float, optional
-        Inclusive; outside them a value is impossible and becomes null (it is counted).
+    ``dtype``: one of ``DTYPES``. ``unit``: as astropy reads it, or one of ``TEXT_UNITS``; empty for
+    a pure number. ``ucd``: Unified Content Descriptor (IVOA UCD1+). ``minimum``, ``maximum``:
+    inclusive; outside them a value is impossible and becomes null (it is counted).
     """
 
     name: str
@@ -95,11 +86,16 @@ _POSSIBLE: Mapping[str, tuple[float, float]] = {
     "phot_g_mean_mag": (-3, 25), "parallax": (-1000, 1000), "distance": (0, 1e8),
     "ebv": (-1, 1000),
 }
+_ADDED = (
+    ("quality", "int64", "", "meta.code.qual", "Bit mask of failed cuts; 0 passes all of them"),
+    (HEALPIX_COLUMN, "int64", "", "pos.healpix", "HEALPix cell of the position, order 29, NESTED"),
+)
 # fmt: on
 CANONICAL: Mapping[str, Column] = {
     name: Column(name, dtype, unit, ucd, description, *_POSSIBLE.get(name, ()))
     for name, dtype, unit, ucd, description in _CANONICAL
 }
+QUALITY, HEALPIX = (Column(*column) for column in _ADDED)
 KEYS = ("star_id", "obs_id")
 """Keys of rows; of a catalog that has both the first names the rows."""
 REQUIRED = ("obs_id", "ra", "dec", *LABELS)
@@ -110,20 +106,6 @@ RESERVED = (
     *(f"{label}_{kind}" for label in LABELS for kind in ("sos", "delta", "sos_err")),
 )  # fmt: skip
 """Columns that later stages or the HATS layout add: no native extra may take their names."""
-QUALITY = Column(
-    "quality",
-    "int64",
-    "",
-    "meta.code.qual",
-    "Bit mask of failed cuts; 0 passes all of them",
-)
-HEALPIX = Column(
-    HEALPIX_COLUMN,
-    "int64",
-    "",
-    "pos.healpix",
-    "HEALPix cell of the position, order 29, NESTED",
-)
 
 
 def nearest(name: str, known: Collection[str]) -> str:
@@ -135,14 +117,6 @@ def nearest(name: str, known: Collection[str]) -> str:
 
 MOST_ROWS = 1_000_000_000
 YEARS = (1800.0, 2100.0)
-
-
-def find_name(name: str, known: Collection[str]) -> str | None:
-    """The known name that is equal, else the only one that is equal but for case, else None."""
-    if name in known:
-        return name
-    alike = [item for item in known if item.lower() == name.lower()]
-    return alike[0] if len(alike) == 1 else None
 
 
 def is_gaia_id(name: str) -> bool:
@@ -175,14 +149,7 @@ def described(schema: pa.Schema) -> pa.Schema:
         elif item.nullable and pa.types.is_boolean(item.type):
             kind = "boolean"
         text = "unicode" if pa.types.is_string(item.type) else name
-        columns.append(
-            {
-                "name": item.name,
-                "field_name": item.name,
-                "pandas_type": text,
-                "numpy_type": kind,
-                "metadata": None,
-            }
-        )
+        names = {"name": item.name, "field_name": item.name}
+        columns.append(names | {"pandas_type": text, "numpy_type": kind, "metadata": None})
     about = {"index_columns": [], "column_indexes": [], "columns": columns}
     return schema.with_metadata({"pandas": json.dumps(about)})

@@ -41,19 +41,9 @@ def is_product(text: str) -> bool:
 
 
 def parse_toml(content: bytes, kind: type[SosError]) -> tuple[str, dict[str, Any]]:
-    """Parse a TOML document of which every number and text can be a setting.
+    """Parse a TOML document; return its text with plain line ends, and its content.
 
-    Parameters
-    ----------
-    content : bytes
-        A byte order mark and line ends of Windows are accepted.
-    kind : type
-        Class of the errors that are raised.
-
-    Returns
-    -------
-    (str, dict)
-        Text with plain line ends, and its content.
+    A byte order mark and line ends of Windows are accepted.
 
     Raises
     ------
@@ -158,13 +148,7 @@ class Settings(BaseModel):
 def explained(model: type[BaseModel], error: ValidationError, where: str = "") -> ConfigError:
     """Turn the first fault that pydantic found into a sentence, with names like an unknown one.
 
-    Parameters
-    ----------
-    model : type
-        Of what was validated.
-    error : ValidationError
-    where : str
-        Put before the message, such as the path of a file.
+    ``where``, such as the path of a file, is put before the message.
     """
     where = f"{where}: " if where else ""
     errors = error.errors(include_url=False)

@@ -160,7 +160,7 @@ def test_two_drivers_at_once(sky, undisturbed, tmp_path):
         "lamost.observations",
         "lamost.stars",
         "reference",
-        "pairs",
+        "lamost.pairs",
         "lamost.corrected",
     ):
         assert verify(current / product) == []

@@ -52,9 +52,8 @@ _TEXTS = {
     "grid": ("LABEL=LOW,HIGH",
         "With PAIRS: limits of the grid of the survey's pipeline; repeatable. Default: smallest "
         "and largest value."),
-    "inputs": (
-        "PAIRS MODEL", "Pairs and models trained on them; without: the current build of the store."
-    ),
+    "inputs": ("PAIRS MODEL",
+        "Pairs and models trained on them; without: the current build of the store."),
     "job": ("[JOB]", "Job file (its store is used), or a store."),
     "keep_builds": ("N", "Number of latest builds to keep."),
     "key": ("COLUMN",
@@ -66,9 +65,8 @@ _TEXTS = {
     "memory_limit": ("SIZE", "Memory of each worker or thread, like 4GiB."),
     "model": ("", "Directory of a trained model."),
     "no_bias": ("", "No systematic difference between the surveys."),
-    "no_offsets": (
-        "", "Do not put every survey on the zero point of the first by median differences."
-    ),
+    "no_offsets": ("",
+        "Do not put every survey on the zero point of the first by median differences."),
     "other": ("", "Directory of any HATS catalog."),
     "out": ("--out -o DIRECTORY", "Directory that gets the output."),
     "overwrite": ("", "Replace another output in the same directory."),
@@ -77,9 +75,7 @@ _TEXTS = {
     "rebuild.dry_run": ("", "List what would run, and why; run nothing."),
     "rebuild.job": ("", "Job file (TOML)."),
     "rebuild.store": ("DIRECTORY", "Used instead of the job's store."),
-    "reference.catalogs": (
-        "", "Catalogs of stars as NAME=DIRECTORY, the preferred one first."
-    ),
+    "reference.catalogs": ("", "Catalogs of stars as NAME=DIRECTORY, the preferred one first."),
     "report.out": ("--out -o DIRECTORY",
         "Directory that gets the report. Default: that of the build, or STORE/report."),
     "right": ("", "Reference: stars, or any HATS catalog."),
@@ -98,9 +94,8 @@ _TEXTS = {
     "train.method": ("--method -m NAME", "polynomial, boosted, hybrid, symbolic or simex."),
     "trends.method": ("NAME", "Only after this correction."),
     "verify.catalogs": ("", "Directories of outputs; of a store or build: all in it."),
-    "workers": (
-        "--workers -w N", "Worker processes; 0: none, all in this process. Default: one per core."
-    ),
+    "workers": ("--workers -w N",
+        "Worker processes; 0: none, all in this process. Default: one per core."),
 }  # fmt: skip
 
 
@@ -114,13 +109,7 @@ def _no_file(path: Path | None) -> Path | None:
 
 
 def find_store(store: Path | None, job: Path | None = None) -> Path:
-    """Find the store: of a job file, as given, ``store`` or the only one near it.
-
-    Raises
-    ------
-    ConfigError
-        Both are given, or the job file is wrong.
-    """
+    """Find the store: of a job file, as given, ``store`` or the only one near it."""
     if store is not None and job is not None:
         raise ConfigError("--store and a job file or store are given", "Give one of them.")
     place = store or job
@@ -137,13 +126,7 @@ def find_store(store: Path | None, job: Path | None = None) -> Path:
 def open_catalogs(
     paths: Iterable[str | Path], keys: Sequence[str] | None, key_name: str = "star_id"
 ) -> list[Catalog]:
-    """Catalogs given by path; those of other programs with the first of the keys that they have.
-
-    Raises
-    ------
-    ConfigError
-        A key is in none of the catalogs of other programs.
-    """
+    """Catalogs given by path; those of other programs with the first of the keys that they have."""
     opened = [Catalog.open(path) for path in paths]
     names = [name for one in opened if one.manifest is None for name in one.schema.names]
     for key in keys or ():
@@ -179,13 +162,7 @@ class Options:
     settings: Callable[..., Any]
 
     def refuse(self, names: Collection[str], why: str, hint: str = "Leave it out.") -> None:
-        """Refuse options that would have no effect, by their names in Python.
-
-        Raises
-        ------
-        ConfigError
-            One of them was given; ``why`` follows "has no effect".
-        """
+        """Refuse given options by their names in Python; ``why`` follows "has no effect"."""
         for name in self.given:
             if name in names:
                 raise ConfigError(f"--{name.replace('_', '-')} has no effect{why}", hint)
@@ -217,13 +194,9 @@ Shown = Iterator[Row]
 def command(stage: type[Stage[Any]] | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Make a command of a function: positional parameters are arguments, others options.
 
-    A stage that it returns is run, and its account printed. ``options`` are `Options`, less those
+    The fields of the settings of ``stage`` become options, less those that are parameters. A stage
+    that the function returns is run, and its account printed. ``options`` are `Options`, less those
     that are its own parameters.
-
-    Parameters
-    ----------
-    stage : type, optional
-        The fields of its settings become options, less those that are parameters.
     """
     made: Any = stage.Settings if stage else Settings
 

@@ -59,7 +59,7 @@ def complain(text: str, hint: str = "") -> None:
 def reporting() -> Iterator[Report]:
     """Progress on stderr: bars in a terminal, plain lines elsewhere."""
     if not sys.stderr.isatty():
-        yield _PlainReport()
+        yield _plain_report()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -77,20 +77,20 @@ def reporting() -> Iterator[Report]:
         yield report
 
 
-class _PlainReport:
+def _plain_report() -> Report:
     """One line when a step begins, one when it ends, and between at most one in ten seconds."""
+    said: dict[str, tuple[float, int, int]] = {}
 
-    def __init__(self) -> None:
-        self.said: dict[str, tuple[float, int, int]] = {}
-
-    def __call__(self, step: str, done: int, total: int) -> None:
-        at, before, of = self.said.get(step, (-math.inf, -1, total))
+    def report(step: str, done: int, total: int) -> None:
+        at, before, of = said.get(step, (-math.inf, -1, total))
         now = time.monotonic()
         ended = done == total and (before, of) != (done, total)
-        begun = step not in self.said or done < before  # steps of one name may follow each other
+        begun = step not in said or done < before  # steps of one name may follow each other
         if begun or ended or (done > before and now >= at + _LOG_SECONDS):
-            self.said[step] = now, done, total
+            said[step] = now, done, total
             print(f"{shown(step)}: {done}/{total}", file=sys.stderr, flush=True)
+
+    return report
 
 
 def print_json(document: Row) -> None:
@@ -138,15 +138,11 @@ def say(text: str, wrap: bool = False) -> None:
 def show_table(title: str, columns: str, rows: Iterable[Row]) -> None:
     """Print a table under its title.
 
-    Parameters
-    ----------
-    columns : str
-        Words ``key:format=header``, of which the last two may be missing; ``_`` in a header is a
-        space. Default format: the decimals of the row's label, with a sign for ``+``, and on the
-        next line the interval ``key_low, key_high``, for ``?`` only in a wide terminal.
-    rows : iterable of mapping
-        A value may be a row itself, whose ``value`` is shown with ``low`` and ``high``. Columns
-        without a letter are of numbers.
+    ``columns`` are words ``key:format=header``, of which the last two may be missing; ``_`` in a
+    header is a space. Default format: the decimals of the row's label, with a sign for ``+``, and
+    on the next line the interval ``key_low, key_high``, for ``?`` only in a wide terminal. A value
+    may be a row itself, whose ``value`` is shown with ``low`` and ``high``. Columns without a
+    letter are of numbers.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -213,12 +209,9 @@ def number(value: float | None, label: str, sign: str = "") -> str:
 
 def stage_document(stage: StageResult) -> Row:
     """What a stage made, as JSON values."""
-    return {
-        "stage": stage.stage,
-        "rows": _account(stage.rows),
-        "path": stage.path,
-        "summary": {key: value for key, value in stage.summary.items() if key != "metrics"},
-    }
+    summary = {key: value for key, value in stage.summary.items() if key != "metrics"}
+    made = {"stage": stage.stage, "rows": _account(stage.rows)}
+    return {**made, "path": stage.path, "summary": summary}
 
 
 def _account(rows: Rows) -> Row:

@@ -221,13 +221,12 @@ def apply(
             "--fallback needs --coverage", "The correction fades where the coverage is low."
         )
     [opened] = open_catalogs([catalog], key, "obs_id")
-    smooth = None if fallback in ("none", "edge") else Path(fallback)
-    inputs = {"model": model, "observations": opened, "errors": errors, "coverage": coverage}
-    given: dict[str, Any] = {
-        role: one for role, one in {**inputs, "smooth": smooth}.items() if one is not None
-    }
-    chosen: Any = {"fallback": fallback if smooth is None else "polynomial"}
-    return Apply(given, options.settings(**chosen))
+    inputs: dict[str, Any] = {"model": model, "observations": opened}
+    inputs |= {"errors": errors, "coverage": coverage}
+    if fallback not in ("none", "edge"):
+        inputs, fallback = {**inputs, "smooth": Path(fallback)}, "polynomial"
+    given = {role: one for role, one in inputs.items() if one is not None}
+    return Apply(given, options.settings(fallback=fallback))
 
 
 # --- whole rebuilds -----------------------------------------------------------------------------
@@ -254,7 +253,7 @@ def demo(
     show_table(
         "Label - truth in the dense region: rms of the medians of bins",
         "label binned_by n_bins=bins n=rows rms_before=before rms_after=after",
-        map(vars, recovered),
+        recovered,
     )
 
 
@@ -275,25 +274,19 @@ def rebuild(
         yield _build_document(build)
         show_build(build)
         return
-    stages = {
+    stages: dict[str, dict[str, Any]] = {
         one.product: {"stage": one.recipe.stage, "runs": not one.complete, "why": one.reason}
         for one in plan(loaded, store)
     }
     yield {"stages": stages}
-    rows = [
-        {**one, "product": name, "runs": "yes" if one["runs"] else "no"}
-        for name, one in stages.items()
-    ]
+    words = {True: "yes", False: "no"}
+    rows = [{**one, "product": x, "runs": words[one["runs"]]} for x, one in stages.items()]
     show_table("Plan", "product runs why", rows)
-    say(f"{sum(row['runs'] == 'yes' for row in rows)} of {len(rows)} stages would run")
+    say(f"{sum(one['runs'] for one in stages.values())} of {len(rows)} stages would run")
 
 
 def _rebuild(
-    job: Job,
-    store: Path | None,
-    workers: int | None,
-    memory_limit: str | None,
-    scheduler: str | None,
+    job: Job, store: Place, workers: int | None, memory_limit: Name, scheduler: Name
 ) -> Build:
     from sos_dask.rebuild import pipeline
 
@@ -311,18 +304,9 @@ def _rebuild(
 
 def _build_document(build: Build) -> Row:
     """A build as JSON values."""
-    return {
-        "build": build.name,
-        "path": build.path,
-        "chosen": build.chosen,
-        "why": build.why,
-        "stages": {
-            one.product: {"ran": one.ran, "why": one.why, **stage_document(one)}
-            for one in build.stages
-        },
-        "metrics": build.metrics,
-        "products": build.products,
-    }
+    stages = {x.product: {"ran": x.ran, "why": x.why, **stage_document(x)} for x in build.stages}
+    kept = {key: getattr(build, key) for key in ("path", "chosen", "why", "metrics", "products")}
+    return {"build": build.name, "stages": stages, **kept}
 
 
 def show_build(build: Build) -> None:

@@ -132,13 +132,9 @@ def surveys(survey: Name = None) -> Shown:
         say("Run sos-dask surveys NAME for columns and quality cuts.")
         return
     found = definition.load_survey(survey)
-    columns, cuts = (
-        [dict(zip(headings, row, strict=True)) for row in rows]
-        for headings, rows in (
-            (definition.COLUMN_HEADINGS, definition.describe_columns(found)),
-            (definition.CUT_HEADINGS, definition.describe_cuts(found)),
-        )
-    )
+    about, tests = definition.describe_columns(found), definition.describe_cuts(found)
+    columns = [dict(zip(definition.COLUMN_HEADINGS, row, strict=True)) for row in about]
+    cuts = [dict(zip(definition.CUT_HEADINGS, row, strict=True)) for row in tests]
     kept = ("name", "title", "reference", "missing", "missing_text", "notes")
     yield {**{key: getattr(found, key) for key in kept}, "columns": columns, "cuts": cuts}
     say(f"{found.name}: {found.title}\n{found.reference}\n")
@@ -196,10 +192,8 @@ def uncertainty(job: Place = None, *, store: Place = None) -> Shown:
         f"error of the reference {summary['reference_error']})",
         "name=label subset=pairs n 68=68_% 95=95_%",
         [
-            {
-                **{"name": one["label"], "subset": one["subset"], "n": one["n"]},
-                **{f"{100 * x['level']:.0f}": _with_range(x, "hit_rate", 100, ".1f") for x in two},
-            }
+            {**one, "name": one["label"]}
+            | {f"{100 * x['level']:.0f}": _with_range(x, "hit_rate", 100, ".1f") for x in two}
             for one, *two in zip(rates[::2], rates[::2], rates[1::2], strict=True)
         ],
     )
@@ -232,14 +226,9 @@ def _with_range(row: Row, name: str, factor: float = 1, form: str = ".3f") -> st
 
 
 def _on_pairs(
-    stage: type[OnEvidence[Any]],
-    pairs: Path,
-    models: Sequence[Path],
-    out: Path | None,
-    options: Options,
-    settings: Any = None,
-    more: Mapping[str, Any] | None = None,
-) -> Path:
+    stage: type[OnEvidence[Any]], pairs: Path, models: Sequence[Path], out: Place,
+    options: Options, settings: Any = None, more: Row | None = None,
+) -> Path:  # fmt: skip
     """Run a stage on pairs and models given by path; where its output is."""
     options.refuse(("store",), " with PAIRS")
     if out is None:
@@ -309,7 +298,6 @@ def compare(
     for name in dict.fromkeys(row["label"] for row in figures):
         rows = [row for row in figures if (row["label"], row["sample"]) == (name, sample)]
         _show_figures(name, _SAMPLES[sample], rows, found["method"])
-        _show_subsets(name, _SAMPLES[sample], rows)
     show_table(
         "Artifacts: second differences over the noise, largest step, with 95 % intervals",
         "label method roughness:.4f jump noise n_cells=cells",
@@ -343,7 +331,7 @@ def _training_costs(store: Path) -> dict[str, dict[str, float | None]]:
 
 
 def _show_figures(label: str, pairs: str, rows: Sequence[Row], chosen: str) -> None:
-    """Print the figures of every method over all pairs."""
+    """Print the figures of every method over all pairs, and its scatter in every subset."""
     table: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["subset"] == "all":
@@ -360,20 +348,15 @@ def _show_figures(label: str, pairs: str, rows: Sequence[Row], chosen: str) -> N
         f"method median mad=scatter {width} rms_binned=rms_of_bins worst_bin",
         table.values(),
     )
-
-
-def _show_subsets(label: str, pairs: str, rows: Sequence[Row]) -> None:
-    """Print the scatter of every method in every subset."""
     scatters = [row for row in rows if row["statistic"] == "mad"]
-    table: dict[str, dict[str, Any]] = {}
+    subsets: dict[str, dict[str, Any]] = {}
     for row in scatters:
-        table.setdefault(row["subset"], {"subset": row["subset"], "n": row["n"]})
-        table[row["subset"]][row["method"]] = row
-    methods = dict.fromkeys(row["method"] for row in scatters)
+        subsets.setdefault(row["subset"], dict(row))[row["method"]] = row
+    methods = dict.fromkeys(f"{row['method']}:?" for row in scatters)
     show_table(
         f"{with_unit(label)}: scatter (1.4826 MAD) of {pairs} pairs",
-        " ".join(["subset", "n=pairs", *(f"{method}:?" for method in methods)]),
-        table.values(),
+        " ".join(["subset", "n=pairs", *methods]),
+        subsets.values(),
     )
     say("+ larger than the best correction: the interval of the difference excludes 0")
     if any(row["value"] is None for row in scatters):
@@ -420,9 +403,9 @@ def trends(
     methods = [method] if method else methods
     if label is None and against is None:
         _show_summary(tables, methods)
-        return
-    for (name, quantity), bins in tables.items():
-        _show_bins(name, quantity, bins, methods)
+    else:
+        for (name, quantity), bins in tables.items():
+            _show_bins(name, quantity, bins, methods)
 
 
 def _show_summary(tables: Mapping[tuple[str, str], Sequence[Row]], methods: Sequence[str]) -> None:
@@ -534,8 +517,8 @@ def _show_shares(found: Row) -> None:
     for text in found["warnings"]:
         say(f"Warning: {text}")
     say(f"Measure: {found['measure']}, of {', '.join(found['parameters'])}")
-    if found["parameters_without_column"]:
-        say(f"Not in the catalog: {', '.join(found['parameters_without_column'])}")
+    if without := found["parameters_without_column"]:
+        say(f"Not in the catalog: {', '.join(without)}")
     for kind, text in found["intervals"].items():
         say(f"Width of intervals, {kind}: {text}")
     flags = sorted((int(bit), n) for bit, n in found["flags"].items())

@@ -6,6 +6,7 @@ They are kept as tables over the cells of label space and over S/N: an error cos
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ LEVELS = (0.68, 0.95)
 TABLES = ("values", "profile", "reference", "reference_profile")
 _FORMAT = 1
 _NAME = "error"
-_N_CELLS = 48  # along each axis
+_N_CELLS = 48  # along each axis, fewer from four inputs on: not more in all than of three
 _N_STEPS = 1024  # of log S/N
 _LOG_SNR = (float(np.log(0.1)), float(np.log(1e4)))
 _MIN_PAIRS = 40
@@ -47,7 +48,8 @@ _WRONG = 8.0  # times the median size: 5.4 standard deviations of a normal distr
 
 def error_grid(low: Sequence[float], high: Sequence[float]) -> Grid:
     """Cut the box of the training pairs, between two corners in the inputs, into cells."""
-    return Grid(tuple(low), tuple(high), (_N_CELLS,) * len(low))
+    n = min(_N_CELLS, round(_N_CELLS ** (3 / len(low))))
+    return Grid(tuple(low), tuple(high), (n,) * len(low))
 
 
 def _snr_steps() -> FloatArray:
@@ -244,11 +246,11 @@ def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> L
             "Match more stars; if there are many, check the ids: pairs with an id in common count "
             "as one star.",
         )
-    cell, with_trees = grid.cells(held_out.features), len(rows) >= _MIN_FOR_TREES
+    cell, shape = grid.cells(held_out.features), grid.shape if len(rows) >= _MIN_FOR_TREES else ()
     log_snr = np.log(np.where(held_out.snr > 0, held_out.snr, np.nan))
     residual, right = held_out.residuals[rows, number], ~_wrong(held_out.residuals)[rows]
     is_sparse = sparse[cell[rows]]
-    one = _Label(cell[rows], log_snr[rows], residual, held_out.part[rows], is_sparse, right)
+    one = _Label(cell[rows], log_snr[rows], residual, held_out.part[rows], is_sparse, right, shape)
     inside = np.zeros((len(known), len(LEVELS)), dtype=np.bool_)
     scores, inside[rows] = one.cross_fitted()
     factors = _factors(scores, one.is_sparse)
@@ -258,7 +260,7 @@ def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> L
     stated = rows[held_out.reference_errors[rows, number] > 0]
     if 2 * len(stated) >= len(rows):
         error = held_out.reference_errors[stated, number]
-        theirs = _fit_scale(cell[stated], log_snr[stated], error, with_trees)
+        theirs = _fit_scale(cell[stated], log_snr[stated], error, shape)
         # The noise of a target tells nothing of a reference fainter than those of the pairs.
         steps = np.maximum(steps, least_log_snr(held_out.snr))
         found += [np.exp(theirs.middle + theirs.of_cell(every)), np.exp(theirs.of_snr(steps))]
@@ -315,12 +317,12 @@ class _Label(NamedTuple):
     part: NDArray[np.int8]
     is_sparse: BoolArray
     right: BoolArray
+    shape: tuple[int, ...]  # of the grid of cells; none: too few pairs for trees
 
     def fit(self, used: BoolArray) -> _Scale:
         """Scale of some pairs."""
         # All fits whose scores are put together are of one kind.
-        with_trees = len(self.residual) >= _MIN_FOR_TREES
-        return _fit_scale(self.cell[used], self.log_snr[used], self.residual[used], with_trees)
+        return _fit_scale(self.cell[used], self.log_snr[used], self.residual[used], self.shape)
 
     def scores(self, without: tuple[int, ...], at: BoolArray) -> FloatArray:
         """Residuals of some pairs over a scale fitted to right measurements without some parts."""
@@ -401,13 +403,14 @@ class _Scale(NamedTuple):
     knots: FloatArray  # log S/N; none: no dependence
     levels: FloatArray  # contribution at the knots, which never rises
     middle: float  # mean logarithm of what was fitted
+    shape: tuple[int, ...]  # of the grid of cells, where there are trees
 
     def of_cell(self, cell: IntArray) -> FloatArray:
         """Logarithm of the scale by cell."""
         if self.trees is None:
             return np.zeros(len(cell))
-        used, of_cell = np.flatnonzero(np.bincount(cell)), np.empty(_N_CELLS**3)
-        of_cell[used] = self.trees.inplace_predict(_numbers(used))
+        used, of_cell = np.flatnonzero(np.bincount(cell)), np.empty(math.prod(self.shape))
+        of_cell[used] = self.trees.inplace_predict(_numbers(used, self.shape))
         return np.asarray(of_cell[cell])
 
     def of_snr(self, log_snr: FloatArray) -> FloatArray:
@@ -420,9 +423,9 @@ class _Scale(NamedTuple):
 
 
 def _fit_scale(
-    cell: IntArray, log_snr: FloatArray, residual: FloatingArray, with_trees: bool
+    cell: IntArray, log_snr: FloatArray, residual: FloatingArray, shape: tuple[int, ...]
 ) -> _Scale:
-    """Scale of finite residuals (n,); it depends on the cell where there are trees."""
+    """Scale of finite residuals (n,); it depends on the cell where a grid is given."""
     size = np.abs(np.asarray(residual, dtype=np.float64))
     middle = float(np.median(size) or size.mean() or 1.0)
     log_size = np.log(np.maximum(size, _SMALLEST * middle))
@@ -434,10 +437,10 @@ def _fit_scale(
     n_bins = min(_SNR_KNOTS, len(order) // _MIN_IN_KNOT)
     flat = n_bins < 2 or log_snr[order[0]] == log_snr[order[-1]]
     bins = [] if flat else np.array_split(order, n_bins)
-    plain = _Scale(None, *_falling(bins, log_snr, log_size), center)
-    if not with_trees:
+    plain = _Scale(None, *_falling(bins, log_snr, log_size), center, shape)
+    if not shape:
         return plain
-    scale = plain._replace(trees=_fit_trees(cell, log_size - plain.of_snr(log_snr)))
+    scale = plain._replace(trees=_fit_trees(cell, log_size - plain.of_snr(log_snr), shape))
     knots, levels = _falling(bins, log_snr, log_size - scale.of_cell(cell))
     return scale._replace(knots=knots, levels=levels)
 
@@ -457,7 +460,7 @@ def _falling(
     return knots, np.asarray(levels, dtype=np.float64)[first]
 
 
-def _fit_trees(cell: IntArray, log_size: FloatArray) -> Any:
+def _fit_trees(cell: IntArray, log_size: FloatArray, shape: tuple[int, ...]) -> Any:
     """Boosted trees of a logarithm over the numbers of the cells: constant on every cell.
 
     Least squares see of a cell only the mean and the number of its pairs, so that a fit takes as
@@ -470,16 +473,16 @@ def _fit_trees(cell: IntArray, log_size: FloatArray) -> Any:
     mean = (np.bincount(cell, log_size)[used] / n[used]).astype(np.float32)
     weight = n[used].astype(np.float32)
     matrix = xgboost.QuantileDMatrix(
-        _numbers(used), mean, weight=weight, max_bin=_N_CELLS + 1, nthread=1
+        _numbers(used, shape), mean, weight=weight, max_bin=shape[0] + 1, nthread=1
     )
     params = {
         "tree_method": "hist", "max_depth": 3, "learning_rate": 0.05, "reg_lambda": 20.0,
-        "min_child_weight": max(50.0, len(log_size) / 400), "max_bin": _N_CELLS + 1,
+        "min_child_weight": max(50.0, len(log_size) / 400), "max_bin": shape[0] + 1,
         "base_score": 0.0, "nthread": 1, "verbosity": 0,
     }  # fmt: skip
     return xgboost.train(params, matrix, _ROUNDS)
 
 
-def _numbers(cell: IntArray) -> Float32Array:
+def _numbers(cell: IntArray, shape: tuple[int, ...]) -> Float32Array:
     """Numbers of cells along the axes."""
-    return np.stack(np.unravel_index(cell, (_N_CELLS,) * 3), axis=1).astype(np.float32)
+    return np.stack(np.unravel_index(cell, shape), axis=1).astype(np.float32)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from sos_dask.columns import BoolArray, IntArray, Values, as_array, is_text, is_valid, split, taken
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.keys import FILE, REJECTED_SCHEMA, ROW, sort_order, sorted_hashes
-from sos_dask.ingest.reader import Source, read_native
+from sos_dask.ingest.reader import Source, either, read_native
 from sos_dask.ingest.text import Place, parse_numbers, whole_numbers
 from sos_dask.schema import LABELS, is_gaia_id
 from sos_dask.sky.healpix import ang2pix
@@ -38,13 +38,72 @@ Example = tuple[int, int, str]
 """Index of a file, row there, and what stands there."""
 
 
+class Profile(BaseModel):
+    """Counts that tell whether a file is what its survey says; they merge exactly, in any order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_rows: int = 0  # rejected ones among them
+    rejected: dict[str, int] = {}  # rows by reason
+    first_rejected: Example | None = None
+    nulls: dict[str, int] = {}  # of each column of the product
+    impossible: dict[str, int] = {}  # values outside the limits of their column (nulls too)
+    first_impossible: dict[str, Example] = {}
+    lowest: dict[str, float] = {}  # of ra and dec, as the file has them, deg
+    highest: dict[str, float] = {}
+    # Rows in each sixteenth of an octave of a label, impossible values among them.
+    labels: dict[str, dict[int, int]] = {}
+
+    @classmethod
+    def merge(cls, profiles: Sequence[Profile]) -> Profile:
+        """Profile of all rows together."""
+        how: dict[str, Callable[[Any, Any], Any]]
+        how = {"first_impossible": min, "lowest": min, "highest": max}
+        how |= dict.fromkeys(("rejected", "nulls", "impossible"), add)
+        how["labels"] = lambda one, other: _united((one, other), add)
+        rejected = (profile.first_rejected for profile in profiles)
+        return cls(
+            n_rows=sum(profile.n_rows for profile in profiles),
+            first_rejected=min(filter(None, rejected), default=None),
+            **{of: _united([getattr(p, of) for p in profiles], how[of]) for of in how},
+        )
+
+    def median(self, label: str) -> float | None:
+        """Median of a label to about 4 %, impossible values among them; None without values."""
+        counts = self.labels.get(label, {})
+        if not counts:
+            return None
+        bins = np.array(list(counts), dtype=np.int32)
+        centres = ((bins << _LABEL_SHIFT) | (1 << (_LABEL_SHIFT - 1))).view(np.float32)
+        order = np.argsort(centres)
+        total = np.cumsum(np.array(list(counts.values()))[order])
+        return float(centres[order][np.searchsorted(total, (total[-1] + 1) // 2)])
+
+
+def label_bins(values: NDArray[np.floating]) -> dict[int, int]:
+    """Count the values in each sixteenth of an octave."""
+    bins = values.astype(np.float32).view(np.int32) >> _LABEL_SHIFT
+    counts = np.bincount(bins + _LABEL_BINS)
+    return {int(i) - _LABEL_BINS: int(counts[i]) for i in np.flatnonzero(counts)}
+
+
+def _united(
+    mappings: Iterable[Mapping[Any, Any]], how: Callable[[Any, Any], Any]
+) -> dict[Any, Any]:
+    """One mapping of all keys, sorted, with one value made of those of each."""
+    found: dict[Any, Any] = {}
+    for key, value in chain.from_iterable(mapping.items() for mapping in mappings):
+        found[key] = how(found[key], value) if key in found else value
+    return dict(sorted(found.items()))
+
+
 @dataclass(frozen=True)
 class Chunk:
-    """Rows ``start`` to ``stop`` of a file (to its end where ``stop`` is None)."""
+    """Rows ``start`` to ``stop`` of a file whose rows are counted; all of another."""
 
     source: Source
     start: int = 0
-    stop: int | None = None
+    stop: int = 0
 
 
 def plan_chunks(source: Source, chunk_rows: int = 1_000_000) -> list[Chunk]:
@@ -52,15 +111,14 @@ def plan_chunks(source: Source, chunk_rows: int = 1_000_000) -> list[Chunk]:
 
     Parquet is cut between row groups; text and VOTable are one chunk.
     """
-    starts, stop = [0], 0
+    starts, stop, n_all = [0], 0, source.n_rows or 0
     if source.kind == "fits":
-        starts = list(range(0, source.n_rows or 0, chunk_rows))
+        starts = list(range(0, n_all, chunk_rows))
     for n_rows in source.group_rows:
         if n_rows and stop > starts[-1] and stop + n_rows - starts[-1] > chunk_rows:
             starts.append(stop)
         stop += n_rows
-    ends = zip(starts, [*starts[1:], source.n_rows], strict=True)
-    return [Chunk(source, first, end) for first, end in ends]
+    return [Chunk(source, *ends) for ends in zip(starts, [*starts[1:], n_all], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -108,7 +166,7 @@ def _canonical(place: Place, native: Mapping[str, Values]) -> Batch:
     reasons = np.select([~ids.known, ~(ra.known & dec.known), *outside], [1, 2, 3, 4])
     bad = np.flatnonzero(reasons)
     columns = [
-        pa.array([Path(source.path).name] * len(bad), pa.string()),
+        pa.repeat(Path(source.path).name, len(bad)),
         pa.array(place.first_row + bad),
         pa.array(_REASONS).take(pa.array(reasons[bad])),
         ids.taken(bad).cast(pa.string()),
@@ -116,7 +174,20 @@ def _canonical(place: Place, native: Mapping[str, Values]) -> Batch:
         dec.taken(bad),
     ]
     rejected = pa.Table.from_arrays(columns, schema=REJECTED_SCHEMA)
-    profile = _profile(place, made, rejected)
+    first = None
+    for row in rejected.slice(0, 1).to_pylist():
+        text = f"{row['reason']} (obs_id {row['obs_id']}, ra {row['ra']}, dec {row['dec']})"
+        first = (source.index, row["row"], text.replace("None", "null"))
+    known = {name: made[name].data[made[name].known] for name in ("dec", "ra")}
+    of_rows = Profile(
+        n_rows=n_rows,
+        rejected=Counter(rejected["reason"].to_pylist()),
+        nulls={name: int(np.count_nonzero(~column.known)) for name, column in made.items()},
+        lowest={name: float(data.min()) for name, data in known.items() if len(data)},
+        highest={name: float(data.max()) for name, data in known.items() if len(data)},
+        first_rejected=first,
+    )
+    profile = Profile.merge([of_rows, *(column.profile for column in made.values())])
     ra.data[ra.data < 0] += 360.0
     ra.data[ra.data >= 360.0] = 0.0  # 360 itself, and what rounds to it
     good: IntArray = np.flatnonzero(reasons == 0)
@@ -148,8 +219,8 @@ def _tested(
     values = native[key]
     if is_text(values) and not any(isinstance(value, str) for value in cut.values):
         values = parse_numbers(place, key, values, pa.int64() if cut.bits_unset else pa.float64())
-    products = [made[name] for name, keys in place.source.columns.items() if keys == (key,)]
-    valid = products[-1].valid if products else None
+    products = (made[name].valid for name, keys in place.source.columns.items() if keys == (key,))
+    *_, valid = None, *products
     if valid is None or cut.bits_unset or is_text(values):
         return values
     numbers, null = split(values)
@@ -165,9 +236,7 @@ class _Made:
 
     data: Any
     valid: BoolArray | None = None  # None: all are
-    n_impossible: int = 0
-    first: tuple[int, str] = (0, "")  # row and value of the first of these
-    histogram: dict[int, int] = field(default_factory=dict)  # of a label
+    profile: Profile = field(default_factory=Profile)  # of its impossible values, and of a label
 
     @property
     def known(self) -> BoolArray:
@@ -222,16 +291,20 @@ def _numbers(place: Place, source: SourceColumn, key: str, values: Values) -> _M
         ok &= data >= source.column.minimum
     if source.column.maximum is not None:
         ok &= data <= source.column.maximum
-    histogram = label_bins(data[~missing]) if source.name in LABELS else {}
-    bad: IntArray = np.flatnonzero(~ok)
-    if not len(bad):
-        return _Made(data, histogram=histogram)
-    outside, first = bad[~missing[bad]], (0, "")
+    name = source.name
+    profile: dict[str, Any] = {
+        "labels": {name: label_bins(data[~missing])} if name in LABELS else {}
+    }
+    outside = np.flatnonzero(~ok & ~missing)
     if len(outside):
-        value = raw[outside[0]]
-        first = (int(outside[0]), str(value) if is_whole else f"{value:g}")
-    data[bad] = 0
-    return _Made(data, ok, len(outside), first, histogram)
+        first = int(outside[0])
+        text = str(raw[first]) if is_whole else f"{raw[first]:g}"
+        example = (place.source.index, place.first_row + first, text)
+        profile |= {"impossible": {name: len(outside)}, "first_impossible": {name: example}}
+    if ok.all():
+        return _Made(data, profile=Profile(**profile))
+    data[~ok] = 0
+    return _Made(data, ok, Profile(**profile))
 
 
 def _missing(
@@ -269,100 +342,6 @@ def _text(place: Place, source: SourceColumn, values: Values) -> pa.Array:
 # --- what a file looks like ----------------------------------------------------------------------
 
 
-class Profile(BaseModel):
-    """Counts that tell whether a file is what its survey says; they merge exactly, in any order."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    n_rows: int = 0  # rejected ones among them
-    rejected: dict[str, int] = {}  # rows by reason
-    first_rejected: Example | None = None
-    nulls: dict[str, int] = {}  # of each column of the product
-    impossible: dict[str, int] = {}  # values outside the limits of their column (nulls too)
-    first_impossible: dict[str, Example] = {}
-    lowest: dict[str, float] = {}  # of ra and dec, as the file has them, deg
-    highest: dict[str, float] = {}
-    # Rows in each sixteenth of an octave of a label, impossible values among them.
-    labels: dict[str, dict[int, int]] = {}
-
-    @classmethod
-    def merge(cls, profiles: Sequence[Profile]) -> Profile:
-        """Profile of all rows together."""
-
-        def united(field: str, how: Callable[[Any, Any], Any]) -> dict[str, Any]:
-            return _united([getattr(profile, field) for profile in profiles], how)
-
-        rejected = (profile.first_rejected for profile in profiles)
-        return cls(
-            n_rows=sum(profile.n_rows for profile in profiles),
-            rejected=united("rejected", add),
-            first_rejected=min(filter(None, rejected), default=None),
-            nulls=united("nulls", add),
-            impossible=united("impossible", add),
-            first_impossible=united("first_impossible", min),
-            lowest=united("lowest", min),
-            highest=united("highest", max),
-            labels=united("labels", lambda one, other: _united((one, other), add)),
-        )
-
-    def median(self, label: str) -> float | None:
-        """Median of a label to about 4 %, impossible values among them; None without values."""
-        counts = self.labels.get(label, {})
-        if not counts:
-            return None
-        bins = np.array(list(counts), dtype=np.int32)
-        centres = ((bins << _LABEL_SHIFT) | (1 << (_LABEL_SHIFT - 1))).view(np.float32)
-        order = np.argsort(centres)
-        total = np.cumsum(np.array(list(counts.values()))[order])
-        return float(centres[order][np.searchsorted(total, (total[-1] + 1) // 2)])
-
-
-def label_bins(values: NDArray[np.floating]) -> dict[int, int]:
-    """Count the values in each sixteenth of an octave."""
-    bins = values.astype(np.float32).view(np.int32) >> _LABEL_SHIFT
-    counts = np.bincount(bins + _LABEL_BINS)
-    return {int(i) - _LABEL_BINS: int(counts[i]) for i in np.flatnonzero(counts)}
-
-
-def _united(
-    mappings: Iterable[Mapping[Any, Any]], how: Callable[[Any, Any], Any]
-) -> dict[Any, Any]:
-    """One mapping of all keys, sorted, with one value made of those of each."""
-    found: dict[Any, Any] = {}
-    for key, value in chain.from_iterable(mapping.items() for mapping in mappings):
-        found[key] = how(found[key], value) if key in found else value
-    return dict(sorted(found.items()))
-
-
-def _profile(place: Place, made: Mapping[str, _Made], rejected: pa.Table) -> Profile:
-    file = place.source.index
-    first = None
-    if rejected.num_rows:
-        row = rejected.slice(0, 1).to_pylist()[0]
-        text = f"{row['reason']} (obs_id {row['obs_id']}, ra {row['ra']}, dec {row['dec']})"
-        first = (file, row["row"], text.replace("None", "null"))
-    known = {name: made[name].data[made[name].known] for name in ("dec", "ra")}
-    outside = {name: column for name, column in made.items() if column.n_impossible}
-    return Profile(
-        n_rows=len(made["ra"].data),
-        rejected=dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
-        first_rejected=first,
-        nulls={
-            name: int(np.count_nonzero(~column.valid))
-            for name, column in made.items()
-            if column.valid is not None
-        },
-        impossible={name: column.n_impossible for name, column in outside.items()},
-        first_impossible={
-            name: (file, place.first_row + column.first[0], column.first[1])
-            for name, column in outside.items()
-        },
-        lowest={name: float(data.min()) for name, data in known.items() if len(data)},
-        highest={name: float(data.max()) for name, data in known.items() if len(data)},
-        labels={name: made[name].histogram for name in LABELS if name in made},
-    )
-
-
 def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> None:
     """Refuse files, of which this is the profile of all rows, that cannot be what a survey says.
 
@@ -395,21 +374,21 @@ def _check_positions(profile: Profile, survey: Survey, files: Sequence[str]) -> 
     ra_span, dec_span = ra_high - ra_low, dec_high - dec_low
     # A wide survey in radians fills this box; few fields in degrees do, from edge to edge.
     in_box = ra_low >= 0 and ra_high <= 6.2832 and max(-dec_low, dec_high) <= 1.5708
-    unit = fix = ""
     if ra_low >= 0 and ra_high <= 24 and ra_span > 12 and dec_span > 20:
         unit, fix = "hours", 'unit = "hourangle" in [columns.ra]'
     elif in_box and ra_span > 4 and dec_span > 1:
         unit, fix = "radians", 'unit = "rad" in [columns.ra] and [columns.dec]'
-    if unit:
-        raise SurveyError(
-            f"{files[0]}: column {_native_names(survey, 'ra')} ('ra') runs from {ra_low:g} to "
-            f"{ra_high:g}: it looks like {unit}, not degrees",
-            f'Set {fix}; if they are degrees, allow = ["ra_below_24"] in the survey.',
-        )
+    else:
+        return
+    raise SurveyError(
+        f"{files[0]}: column {either(survey.columns['ra'].sources)} ('ra') runs from {ra_low:g} to "
+        f"{ra_high:g}: it looks like {unit}, not degrees",
+        f'Set {fix}; if they are degrees, allow = ["ra_below_24"] in the survey.',
+    )
 
 
 def _check_label(label: str, profile: Profile, survey: Survey, files: Sequence[str]) -> None:
-    where = f"column {_native_names(survey, label)} ('{label}')"
+    where = f"column {either(survey.columns[label].sources)} ('{label}')"
     column = survey.columns[label].column
     median = profile.median(label)
     n_impossible = profile.impossible.get(label, 0)
@@ -432,7 +411,3 @@ def _check_label(label: str, profile: Profile, survey: Survey, files: Sequence[s
             f"{', '.join(files)}: {where} has no value in any row",
             f"Map [columns.{label}] to a column that is filled in this release.",
         )
-
-
-def _native_names(survey: Survey, name: str) -> str:
-    return "'" + "' or '".join(survey.columns[name].sources) + "'"

@@ -21,7 +21,7 @@ from sos_dask.surveys.definition import Survey
 _BLOCK_BYTES = 1 << 20  # stays in the second-level cache while its columns are pulled out
 _TYPES = {"L": "u1", "B": "u1", "I": ">i2", "J": ">i4", "K": ">i8", "E": ">f4", "D": ">f8"}
 _KINDS = {"L": "bool", "E": "float", "D": "float", **dict.fromkeys("BIJK", "int")}
-_BYTES = {"C": 8, "M": 16, "P": 8, "Q": 16}
+_BYTES = {"C": 8, "M": 16, "P": 8, "Q": 16}  # of other types; 1 of the rest
 
 
 def open_fits(path: Path, data_path: Path, survey: Survey) -> Contents:
@@ -43,24 +43,25 @@ def open_fits(path: Path, data_path: Path, survey: Survey) -> Contents:
     if not tables:
         hint = "Convert it, for example with TOPCAT."
         raise SurveyError(f"{path} contains no binary table", hint)
-    if hdu not in tables and (hdu is not None or len(tables) != 1):
+    if hdu is None and len(tables) == 1:
+        (hdu,) = tables
+    if hdu not in tables:
         what = f"HDU {hdu} is not a binary table"
-        if hdu is None:
-            what = "which of its tables is meant is not said"
-        elif hdu >= len(headers):
-            what = f"HDU {hdu} does not exist"
+        if hdu is None or hdu >= len(headers):
+            what = (
+                f"HDU {hdu} does not exist" if hdu else "which of its tables is meant is not said"
+            )
         known = ", ".join(tables.values())
         raise SurveyError(f"{path}: {what}", f"Tables are in HDU {known}: set hdu in the survey.")
-    header, offset = headers[next(iter(tables)) if hdu is None else hdu]
+    header, offset = headers[hdu]
     row_bytes, n_rows = int(header["NAXIS1"]), int(header["NAXIS2"])
     if row_bytes < 1 or n_rows < 0:
         raise SurveyError(f"{path}: {n_rows} rows of {row_bytes} bytes are not a table", DAMAGED)
     expected = offset + row_bytes * n_rows + int(header.get("PCOUNT", 0))
     actual = data_path.stat().st_size
     if actual < expected:
-        raise SurveyError(
-            f"{path} is truncated: {actual} bytes, its header asks for {expected}", DAMAGED
-        )
+        what = f"{actual} bytes, its header asks for {expected}"
+        raise SurveyError(f"{path} is truncated: {what}", DAMAGED)
     try:
         natives = list(_fits_columns(path, header))
     except KeyError as error:
@@ -127,19 +128,13 @@ def _fits_columns(path: Path, header: Any) -> Iterator[Native]:
         )
 
 
-def read_fits(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+def read_fits(source: Source, start: int, stop: int, batch_rows: int) -> Batches:
     """Native columns of a FITS binary table, as `read_native` gives them."""
     natives, row_bytes = source.natives, source.row_bytes
-    stop = source.n_rows if stop is None else stop
-    assert stop is not None
-    record = np.dtype(
-        {
-            "names": list(natives),
-            "formats": [native.dtype for native in natives.values()],
-            "offsets": [native.offset for native in natives.values()],
-            "itemsize": row_bytes,
-        }
-    )
+    fields = [(native.dtype, native.offset) for native in natives.values()]
+    formats, offsets = zip(*fields, strict=True)
+    layout: Any = {"names": list(natives), "formats": formats, "offsets": offsets}
+    record = np.dtype(layout | {"itemsize": row_bytes})
     block = np.empty(max(1, _BLOCK_BYTES // row_bytes), record)
     raw = memoryview(block.view(np.uint8).data)
     with Path(source.data_path).open("rb") as file:

@@ -124,13 +124,9 @@ def conflicting_keys(
 ) -> pa.Array:
     """Values of ``obs_id`` that stand at more than one place, sorted.
 
-    Parameters
-    ----------
-    pieces : sequence of Path or pyarrow.Table
-        Tables or uncompressed Arrow IPC files (memory-mapped) with ``obs_id`` and ``_healpix_29``;
-        only those with a key that stands twice are read.
-    runs : sequence of Run
-        `sorted_hashes` of each piece, of which those from ``first`` to ``last`` fit in memory.
+    ``pieces`` are tables or uncompressed Arrow IPC files (memory-mapped) with ``obs_id`` and
+    ``_healpix_29``; only those with a key that stands twice are read. ``runs`` are `sorted_hashes`
+    of each, of which those from ``first`` to ``last`` fit in memory.
 
     Raises
     ------
@@ -248,10 +244,9 @@ def merge_rows(tables: Sequence[pa.Table], files: Sequence[str]) -> Merged:
     keep = np.ones(len(order), dtype=bool)
     rejected, n_duplicates = REJECTED_SCHEMA.empty_table(), 0
     if len(where):
-        repeats = _rows(table, order[where])
-        winner, equal = _settle(repeats, np.cumsum(~same[where]) - 1)
-        rejected = rejected_rows(repeats.filter(pa.array(~winner & ~equal)), files)
-        n_duplicates = int(np.count_nonzero(~winner & equal))
+        winner, lost = _settle(_rows(table, order[where]))
+        rejected = rejected_rows(lost, files)
+        n_duplicates = int(np.count_nonzero(~winner)) - lost.num_rows
         keep[where] = winner
     rows = _rows(table.drop_columns([FILE, ROW]), order[keep])
     return Merged(rows, rejected, n_duplicates)
@@ -269,12 +264,7 @@ def losing_rows(rows: pa.Table) -> pa.Table:
     Of all `Batch.rows` of these keys those to take out, in the order of files and rows. Rows equal
     to the one that is kept stay: `merge_rows` drops them.
     """
-    codes = _codes(one_array(rows["obs_id"]))
-    order = np.argsort(codes, kind="stable")
-    in_order = _rows(rows, order)
-    winner, equal = _settle(in_order, codes[order] - 1)
-    lost = in_order.filter(pa.array(~winner & ~equal))
-    return lost.sort_by([(FILE, "ascending"), (ROW, "ascending")])
+    return _settle(rows)[1]
 
 
 def without_rows(rows: pa.Table, losers: pa.Table) -> pa.Table:
@@ -287,32 +277,26 @@ def without_rows(rows: pa.Table, losers: pa.Table) -> pa.Table:
 
 
 def rejected_rows(rows: pa.Table, files: Sequence[str]) -> pa.Table:
-    """Losing `Batch.rows` as a table of ``REJECTED_SCHEMA``, in the order of files and rows."""
-    rows = rows.sort_by([(FILE, "ascending"), (ROW, "ascending")])
-    names = pa.array(list(files), pa.string())
-    columns = [
-        names.take(one_array(rows[FILE])),
-        rows[ROW],
-        pa.array([CONFLICT] * rows.num_rows, pa.string()),
-        rows["obs_id"].cast(pa.string()),
-        rows["ra"],
-        rows["dec"],
-    ]
+    """`losing_rows` as a table of ``REJECTED_SCHEMA``."""
+    names = pa.array(list(files), pa.string()).take(one_array(rows[FILE]))
+    reason, ids = pa.repeat(CONFLICT, rows.num_rows), rows["obs_id"].cast(pa.string())
+    columns = [names, rows[ROW], reason, ids, rows["ra"], rows["dec"]]
     return pa.Table.from_arrays(columns, schema=REJECTED_SCHEMA)
 
 
-def _settle(rows: pa.Table, group: IntArray) -> tuple[BoolArray, BoolArray]:
-    """Of each group (ascending from 0) the row to keep, and which rows have its content."""
+def _settle(rows: pa.Table) -> tuple[BoolArray, pa.Table]:
+    """Which row of each ``obs_id`` to keep, and those of other content, by file and row."""
     columns = {n: one_array(rows[n]) for n in rows.column_names if n not in (FILE, ROW)}
-    content = [_codes(column) for column in columns.values()]
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    content = {name: _codes(column) for name, column in columns.items()}
+    group = content["obs_id"] - 1
     n_valid = np.sum([is_valid(column) for column in columns.values()], axis=0)
     n_failed = np.bitwise_count(columns["quality"].to_numpy())
     snr = np.zeros(len(group))
     if "snr" in columns:
         snr = columns["snr"].cast(pa.float64()).fill_null(-np.inf).to_numpy()
-    best = np.lexsort((*reversed(content), -snr, n_failed, -n_valid, group))[starts]
-    winner = np.zeros(len(group), dtype=bool)
-    winner[best] = True
-    leader = best[group]
-    return winner, np.all([codes == codes[leader] for codes in content], axis=0)
+    order = np.lexsort((*reversed(content.values()), -snr, n_failed, -n_valid, group))
+    best = order[np.flatnonzero(np.diff(group[order], prepend=-1))]
+    winner = np.isin(np.arange(len(group)), best)
+    differs = np.any([codes != codes[best[group]] for codes in content.values()], axis=0)
+    lost = rows.filter(pa.array(differs))
+    return winner, lost.sort_by([(FILE, "ascending"), (ROW, "ascending")])

@@ -98,14 +98,8 @@ def _format(kind: str) -> tuple[Callable[..., Contents], Callable[..., Batches]]
 def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source:
     """Find out what a survey file is and where the survey's columns lie in it.
 
-    Parameters
-    ----------
-    path : Path
-    survey : Survey
-    index : int
-        Number of the file in the job.
-    scratch : Path
-        Folder for the decompressed copy of a gzipped file; a copy that is there is reused.
+    ``index`` is the number of the file in the job; ``scratch`` is a folder for the decompressed
+    copy of a gzipped file, and a copy that is there is reused.
 
     Raises
     ------
@@ -129,7 +123,7 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
     return Source(str(path), str(data_path), kind, index, n_rows, *of, **layout)
 
 
-def read_native(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+def read_native(source: Source, start: int, stop: int, batch_rows: int) -> Batches:
     """Read native columns of rows ``start`` to ``stop``, at most ``batch_rows`` at once.
 
     Of Parquet these are bounds of row groups, of text and VOTable all rows. Numbers come in native
@@ -199,20 +193,19 @@ def _kind_of(path: Path) -> tuple[str, bool]:
     for begin, kind in _KINDS.items():
         if head.startswith(begin) or text.startswith(begin):
             return kind, gzipped
+    packed = [name for begin, name in _PACKED.items() if head.startswith(begin)]
     if text.startswith((b"<!doctype html", b"<html")):
-        hint = "The download failed: open it to see why."
-        raise SurveyError(f"{path} is a web page, not a table", hint)
-    for begin, name in _PACKED.items():
-        if head.startswith(begin):
-            raise SurveyError(f"{path} is {name}-compressed", "Decompress it first.")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b",\0" in head[:1000]:
-        raise SurveyError(f"{path} is UTF-16 text", "Save it as UTF-8.")
-    if b"\0" in head:
-        raise SurveyError(
-            f"{path} is neither FITS, Parquet, VOTable nor delimited UTF-8 text",
-            "Convert it, for example with TOPCAT.",
-        )
-    return "csv", gzipped
+        what, hint = "a web page, not a table", "The download failed: open it to see why."
+    elif packed:
+        what, hint = f"{packed[0]}-compressed", "Decompress it first."
+    elif head.startswith((b"\xff\xfe", b"\xfe\xff")) or b",\0" in head[:1000]:
+        what, hint = "UTF-16 text", "Save it as UTF-8."
+    elif b"\0" in head:
+        what = "neither FITS, Parquet, VOTable nor delimited UTF-8 text"
+        hint = "Convert it, for example with TOPCAT."
+    else:
+        return "csv", gzipped
+    raise SurveyError(f"{path} is {what}", hint)
 
 
 def _decompressed(path: Path, scratch: Path) -> Path:
@@ -226,11 +219,7 @@ def _decompressed(path: Path, scratch: Path) -> Path:
         if read_sealed(stated, "")["sum"] == sum_of_file(target):
             return target
     try:
-        with (
-            atomic_path(target) as temporary,
-            opened(path) as packed,
-            temporary.open("wb") as file,
-        ):
+        with atomic_path(target) as hidden, opened(path) as packed, hidden.open("wb") as file:
             shutil.copyfileobj(packed, file, 1 << 22)
         write_text(stated, sealed_json({"sum": sum_of_file(target)}))
     except OSError as error:
@@ -265,8 +254,8 @@ class _Found:
 
     def _named(self, name: str) -> Native | None:
         """The column of that name, else the only one that is equal but for case."""
-        alike = [native for native in self._known if native.name == name]
-        alike = alike or [item for item in self._known if item.name.lower() == name.lower()]
+        alike = [item for item in self._known if item.name.lower() == name.lower()]
+        alike = [item for item in alike if item.name == name] or alike
         if len(alike) > 1:
             names = "', '".join(native.name for native in alike)
             raise SurveyError(
@@ -278,14 +267,13 @@ class _Found:
     def _column(self, name: str, source: SourceColumn) -> Iterator[str]:
         """Keys of what one column of the product is made from: one native, or all joined."""
         found = {wanted: self._named(wanted) for wanted in source.sources}
-        matches = [native for native in found.values() if native is not None]
+        matches = list(filter(None, found.values()))
         missing = [wanted for wanted, native in found.items() if native is None]
         if missing and (source.join or not matches):
             names = list(dict.fromkeys(native.name for native in self._known))
             hints = (nearest(wanted, names) for wanted in missing)
-            quoted = "' or '".join(missing)
             raise SurveyError(
-                f"{self._path}: no column '{quoted}', which '{name}' is made from",
+                f"{self._path}: no column {either(missing)}, which '{name}' is made from",
                 next(filter(None, hints), f"It has: {', '.join(names[:60])}."),
             )
         for native in matches if source.join else matches[:1]:
@@ -301,7 +289,6 @@ class _Found:
 
     def _check_shape(self, user: str, native: Native, element: int | None) -> None:
         """Raise `SurveyError` where a column has not one number or text a row."""
-        problem = hint = ""
         if native.kind not in ("int", "float", "bool", "text"):
             problem = f"has the type {native.kind}, which is neither one number nor one text a row"
             hint = "Convert it to a number or to text."
@@ -310,16 +297,17 @@ class _Found:
             hint = "Name the one that is meant: element = 0 is the first."
         elif element is not None and 0 <= native.width <= element:
             problem, hint = f"has no element {element}", f"It has {native.width}, from 0."
-        if problem:
-            raise SurveyError(f"{self._path}: column '{native.name}' ({user}) {problem}", hint)
+        else:
+            return
+        raise SurveyError(f"{self._path}: column '{native.name}' ({user}) {problem}", hint)
 
     def _add(self, native: Native, element: int | None = None) -> str:
         """Add a column, or an element of it, to those that are read, with its mask; its key."""
         masks = [n for n in self._known if n.name == (native.mask or f"{native.name}.mask")]
         if native.mask and len(masks) != 1:
+            what = f"in a column '{native.mask}', which is there {len(masks)} times"
             raise SurveyError(
-                f"{self._path}: column '{native.name}' has its mask in a column '{native.mask}', "
-                f"which is there {len(masks)} times",
+                f"{self._path}: column '{native.name}' has its mask {what}",
                 "Without it values would be read that its writer took for none.",
             )
         # Another program may have dropped what astropy states and kept its columns.
@@ -361,6 +349,11 @@ def _check_unit(where: str, source: SourceColumn, stated: str) -> None:
 # --- what several formats share -----------------------------------------------------------------
 
 
+def either(names: Iterable[str]) -> str:
+    """Names of columns for a message: 'a' or 'b'."""
+    return "'" + "' or '".join(names) + "'"
+
+
 def decoded(column: pa.Array) -> pa.Array:
     """Binary as text: UTF-8, and where it is not, Latin-1 (every byte has a meaning there)."""
     try:
@@ -373,10 +366,7 @@ def decoded(column: pa.Array) -> pa.Array:
 def regrouped(batches: Iterable[pa.RecordBatch], batch_rows: int) -> Iterator[tuple[int, pa.Table]]:
     """Tables of exactly ``batch_rows`` rows (the last may be shorter), each with its first row.
 
-    Raises
-    ------
-    ValueError
-        Rows are so long that a table would take gigabytes.
+    Raises `ValueError` where rows are so long that a table would take gigabytes.
     """
     first, held, n_held, n_bytes = 0, [], 0, 0
     for batch in batches:

@@ -7,6 +7,7 @@ that bounds what it takes.
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,9 +45,9 @@ def open_parquet(path: Path, data_path: Path, survey: Survey) -> Contents:
     units: dict[str, str] = {}
     masks: dict[str, str] = {}
     stated = schema.metadata or {}
-    if outline := stated.get(b"IVOA.VOTable-Parquet.content"):
-        for table in _Outline(path, outline).tables:
-            units |= {item.get("name", ""): item.get("unit", "") for item in table["fields"]}
+    outline = stated.get(b"IVOA.VOTable-Parquet.content")
+    for table in _Outline(path, outline).tables if outline else ():
+        units |= {item.get("name", ""): item.get("unit", "") for item in table["fields"]}
     if yaml := stated.get(b"table_meta_yaml"):
         columns, masks = stated_by_astropy(yaml.decode("utf-8", "replace").split("\n"))
         units |= {name: str(item.get("unit") or "") for name, item in columns.items()}
@@ -68,21 +69,19 @@ def _arrow_kind(kind: pa.DataType) -> str:
     kind = kind.value_type if of.is_dictionary(kind) else kind
     if of.is_decimal(kind):
         return "int" if kind.scale <= 0 else "float"
-    text = (of.is_string, of.is_large_string, of.is_string_view)
-    tests = {
-        "int": (of.is_integer, of.is_null),
-        "bool": (of.is_boolean,),
-        "float": (of.is_floating,),
-        "text": (*text, of.is_binary, of.is_large_binary, of.is_fixed_size_binary),
-    }
-    found = (name for name, these in tests.items() if any(test(kind) for test in these))
-    return next(found, str(kind))
+    if of.is_integer(kind) or of.is_null(kind):
+        return "int"
+    if of.is_floating(kind):
+        return "float"
+    text = ("string", "large_string", "string_view", "binary", "large_binary")
+    if str(kind) in text or of.is_fixed_size_binary(kind):
+        return "text"
+    return str(kind)  # "bool" of booleans
 
 
-def read_parquet(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+def read_parquet(source: Source, start: int, stop: int, batch_rows: int) -> Batches:
     """Native columns of a Parquet file, as `read_native` gives them."""
     bounds = np.concatenate([[0], np.cumsum(source.group_rows)])
-    stop = int(bounds[-1]) if stop is None else stop
     groups = np.flatnonzero((bounds[:-1] >= start) & (bounds[1:] <= stop)).tolist()
     names = list(dict.fromkeys(native.name for native in source.natives.values()))
     with pq.ParquetFile(source.data_path) as file:
@@ -153,22 +152,17 @@ class _Outline:
     """
 
     def __init__(self, path: Path, content: bytes | Path) -> None:
-        self._path = path
+        self._path, self._failed, self._n_text = path, "", 0
         self.tables: list[dict[str, Any]] = []
         self.overflow = False
-        self._failed = ""
-        self._n_text = 0
         parser = expat.ParserCreate()
         parser.StartElementHandler = self._start
         parser.EndElementHandler = self._end
         parser.CharacterDataHandler = self._text
         parser.StartDoctypeDeclHandler = self._doctype
         try:
-            if isinstance(content, bytes):
-                parser.Parse(content, True)
-            else:
-                with content.open("rb") as file:
-                    parser.ParseFile(file)
+            with content.open("rb") if isinstance(content, Path) else BytesIO(content) as file:
+                parser.ParseFile(file)
         except expat.ExpatError as error:
             raise SurveyError(f"{path}: not a readable VOTable: {error}", DAMAGED) from None
 
@@ -224,9 +218,8 @@ class _Outline:
             names = [item.get("name", "") for item in table["fields"]]
             names[8:] = ["..."] * (len(names) > 8)
             shown.append(f"{place} '{table.get('name', table.get('ID', ''))}' ({', '.join(names)})")
-        what = f"has no table {hdu}"
-        if hdu is None:
-            what = f"has {n_tables} tables, and which one is meant is not said"
+        which = f"has {n_tables} tables, and which one is meant is not said"
+        what = which if hdu is None else f"has no table {hdu}"
         hint = f"Its tables are {'; '.join(shown)}: set hdu in the survey to its number."
         raise SurveyError(f"{self._path} {what}", hint)
 
@@ -238,17 +231,16 @@ def _too_large(path: Path, what: str) -> NoReturn:
     )
 
 
-def _stated_rows(table: dict[str, Any]) -> int | None:
-    """Rows of a table by its attribute ``nrows``."""
-    text = table.get("nrows", "").strip()
+def _stated(text: str) -> int | None:
+    """A number of rows or values, None where it is none."""
     return int(text[:20]) if text.isascii() and text.isdigit() else None
 
 
 def _row_bytes(item: dict[str, str]) -> int:
     """Bytes a row of a FIELD by its ``arraysize``, at least."""
-    sizes = [size[:20] for size in item.get("arraysize", "").split("x")]
+    sizes = map(_stated, item.get("arraysize", "").split("x"))
     each = 4 if item.get("datatype") in ("char", "unicodeChar") else 8
-    return each * prod(int(size) for size in sizes if size.isascii() and size.isdigit())
+    return each * prod(size for size in sizes if size is not None)
 
 
 def open_votable(path: Path, data_path: Path, survey: Survey) -> Contents:
@@ -258,7 +250,8 @@ def open_votable(path: Path, data_path: Path, survey: Survey) -> Contents:
         _too_large(path, f"{n_bytes >> 20} MiB")
     for table in outline.tables:
         row_bytes = sum(map(_row_bytes, table["fields"]))
-        n_rows = max(table["rows"], _stated_rows(table) or 0, _LEAST_ROWS)
+        table["stated"] = _stated(table.get("nrows", "").strip())
+        n_rows = max(table["rows"], table["stated"] or 0, _LEAST_ROWS)
         if row_bytes * n_rows > max(_BOMB_BYTES, 8 * n_bytes):
             what = f"{n_rows} rows of {row_bytes} bytes by the 'arraysize' of its fields"
             _too_large(path, what)
@@ -269,7 +262,7 @@ def open_votable(path: Path, data_path: Path, survey: Survey) -> Contents:
             'allow = ["overflow"] in the survey.',
         )
     number = outline.number_of(survey.hdu)
-    stated = _stated_rows(outline.tables[number])
+    stated = outline.tables[number]["stated"]
     parsed = _parsed(path, data_path, number, None)
     n_rows, types = len(parsed.array), parsed.array.dtype
     if stated not in (None, n_rows):
@@ -281,22 +274,17 @@ def open_votable(path: Path, data_path: Path, survey: Survey) -> Contents:
         kind = names.get(dtype.base.kind, str(item.datatype))
         if dtype.kind == "O" and kind in ("char", "unicodeChar"):
             kind = "text"
-        unit = "" if item.unit is None else str(item.unit)
-        name = str(item.name or item.ID)
+        unit, name = str(item.unit or ""), str(item.name or item.ID)
         natives.append(Native(name, kind, prod(dtype.shape), unit=unit, offset=place))
     alone = len(outline.tables) == 1
-    layout = {"number": number, "alone": alone, "overflow": outline.overflow}
-    return natives, n_rows, layout
+    return natives, n_rows, {"number": number, "alone": alone, "overflow": outline.overflow}
 
 
 def _parsed(path: Path, data_path: Path, number: int, source: Source | None) -> Any:
     """Table of that number; of an opened file its columns, of which no value may be changed."""
     from astropy.io.votable import exceptions, parse
 
-    changes = (
-        exceptions.E02, exceptions.W30, exceptions.W31, exceptions.W46, exceptions.W49,
-        exceptions.W51,
-    )  # fmt: skip
+    changes = tuple(getattr(exceptions, f) for f in ("E02", "W30", "W31", "W46", "W49", "W51"))
     places = None
     if source is not None and source.alone:  # astropy looks for them in every table of the file
         places = sorted({native.offset for native in source.natives.values()})
@@ -307,10 +295,8 @@ def _parsed(path: Path, data_path: Path, number: int, source: Source | None) -> 
                 warnings.simplefilter("error", category)
             # IRSA writes "null", others "nan", "n/a" or "--"; astropy shows the first letter.
             warnings.filterwarnings("ignore", ".*'[nN-]'", exceptions.W30)
-            verify = "ignore" if source is None else "warn"
-            document = parse(
-                data_path, places, table_number=number, verify=verify, filename=path.name
-            )
+            how = {"verify": "ignore" if source is None else "warn", "filename": path.name}
+            document = parse(data_path, places, table_number=number, **how)
             return list(document.iter_tables())[number]
     except changes as error:
         raise SurveyError(
@@ -322,7 +308,7 @@ def _parsed(path: Path, data_path: Path, number: int, source: Source | None) -> 
         raise SurveyError(f"{path}: not a readable VOTable: {error}", DAMAGED) from None
 
 
-def read_votable(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+def read_votable(source: Source, start: int, stop: int, batch_rows: int) -> Batches:
     """Native columns of one table of a VOTable, as `read_native` gives them."""
     table = _parsed(Path(source.path), Path(source.data_path), source.number, source)
     names = table.array.dtype.names
@@ -339,8 +325,7 @@ def read_votable(source: Source, start: int, stop: int | None, batch_rows: int) 
 
 
 def _values(native: Native, column: Any) -> pa.Array:
-    mask = np.ma.getmaskarray(column)
-    data = np.ma.getdata(column)
+    mask, data = np.ma.getmaskarray(column), np.ma.getdata(column)
     if native.kind == "text":
         items = (str(item.decode() if isinstance(item, bytes) else item) for item in data)
         return pa.array([None if m else i for i, m in zip(items, mask, strict=True)], pa.string())

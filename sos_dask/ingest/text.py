@@ -108,8 +108,7 @@ def stated_by_astropy(lines: list[str]) -> tuple[dict[str, dict[str, Any]], dict
     from astropy.table.meta import get_header_from_yaml
 
     header = get_header_from_yaml(lines)
-    meta = header.get("meta") or {}
-    masks = dict(_masks(meta.get("__serialized_columns__") or {}))
+    masks = dict(_masks((header.get("meta") or {}).get("__serialized_columns__")))
     return {str(item["name"]): dict(item) for item in header["datatype"]}, masks
 
 
@@ -225,7 +224,7 @@ class _Rows(io.RawIOBase):
         return n
 
 
-def read_text(source: Source, start: int, stop: int | None, batch_rows: int) -> Batches:
+def read_text(source: Source, start: int, stop: int, batch_rows: int) -> Batches:
     """Native columns of delimited text, as `read_native` gives them."""
     # All as text: numbers are cast later at the same cost, and a bad one is known with its row.
     natives = source.natives.values()
@@ -276,22 +275,17 @@ def _rows(source: Source, strict: bool) -> Iterator[int]:
         rows = csv.reader(lines, delimiter=source.delimiter, strict=strict)
         try:
             for row in rows:
-                if row and len(row) != n_fields:
-                    raise SurveyError(
-                        f"{source.path}: line {begin} has {len(row)} fields, the header has "
-                        f"{n_fields}",
-                        "The file is damaged or truncated, or a field with the delimiter in it is "
-                        "not quoted.",
-                    )
+                if len(row) not in (0, n_fields):
+                    what = f"line {begin} has {len(row)} fields, the header has {n_fields}"
+                    hint = "The file is damaged or truncated, or a field with the delimiter in it "
+                    raise SurveyError(f"{source.path}: {what}", f"{hint}is not quoted.")
                 if row:
                     yield begin
                 begin = source.skip_lines + rows.line_num + 1
         except csv.Error as error:
-            raise SurveyError(
-                f"{source.path}: line {begin}: a quoted text does not end where a field ends: "
-                f"{error}",
-                "Close the quote, or write quotes inside a quoted text twice.",
-            ) from None
+            what = f"line {begin}: a quoted text does not end where a field ends: {error}"
+            hint = "Close the quote, or write quotes inside a quoted text twice."
+            raise SurveyError(f"{source.path}: {what}", hint) from None
 
 
 # --- numbers that stand as text ----------------------------------------------------------------

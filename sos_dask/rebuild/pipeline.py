@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ def rebuild(
     *,
     cluster: Cluster | Callable[[], Any] | None = None,
     report: Report = silent,
-    on_stage: Callable[[StageResult], None] = lambda result: None,
 ) -> Build:
     """Run what has changed and publish the products.
 
@@ -58,8 +57,6 @@ def rebuild(
         Runs the tasks, or gives a context manager of what does; it is entered only if a stage runs.
         Default: tasks run in this process.
     report : Report
-    on_stage : callable
-        Gets each stage's result as it is done.
 
     Returns
     -------
@@ -74,54 +71,39 @@ def rebuild(
     """
     plan = Plan(job, store)
     store = plan.store
+    known = plan.all()
+    complete = all(planned.complete for planned in known)
+    place: AbstractContextManager[Cluster] = nullcontext(Cluster())
+    if not complete and cluster is not None:
+        place = nullcontext(cluster) if isinstance(cluster, Cluster) else cluster()
     done: list[Planned] = []
     results: list[StageResult] = []
-
-    def finish(planned: Planned) -> None:
-        stage, ran = planned.recipe.stage, not planned.complete
-        result = result_of(planned.product, stage, planned.directory, ran, planned.reason)
-        done.append(planned)
-        results.append(result)
-        on_stage(result)
-
-    def run_all(active: Cluster) -> None:
-        for step in plan.steps:
-            planned = plan.resolve(step)  # now it is known which model corrects the catalog
+    with place as active:
+        # Step by step it becomes known which model corrects the catalog.
+        for planned in known if complete else map(plan.resolve, plan.steps):
             if not planned.complete:
                 with _measured(store, planned, active):
                     planned.run(active, report)
-            finish(planned)
-
-    known = plan.all()
-    if all(planned.complete for planned in known):
-        for planned in known:
-            finish(planned)
-    elif cluster is None or isinstance(cluster, Cluster):
-        run_all(cluster or Cluster())
-    else:
-        with cluster() as active:
-            run_all(active)
-    for planned in done:
-        if not planned.complete:  # a rebuild beside this one may have been ahead of these workers
-            Output(home(planned.recipe.stage, planned.directory), planned.recipe).tidy()
+            name, stage, ran = planned.product, planned.recipe.stage, not planned.complete
+            results.append(result_of(name, stage, planned.directory, ran, planned.reason))
+            done.append(planned)
     for number, planned in enumerate(done):
         report("check products", number, len(done))
-        # What this very run has hashed while it wrote needs no second look at its content.
-        by = job.publish.check if planned.complete else "size"
-        check_product(planned.product, planned.recipe.stage, planned.directory, by)
+        stage, directory, by = planned.recipe.stage, planned.directory, job.publish.check
+        if not planned.complete:
+            # A rebuild beside this one may have been ahead of these workers.
+            Output(home(stage, directory), planned.recipe).tidy()
+            by = "size"  # this very run has hashed the content while it wrote
+        check_product(planned.product, stage, directory, by)
     report("check products", len(done), len(done))
     comparison = next(planned for planned in done if planned.step.stage is Compare)
     choice = Manifest.load(comparison.directory).summary
-    path = publish(
-        store,
-        job.name,
-        job.text,
-        {planned.product: (planned.recipe, planned.directory) for planned in done},
-    )
+    products = {planned.product: (planned.recipe, planned.directory) for planned in done}
+    path = publish(store, job.name, job.text, products)
     return Build(
         path.name,
         path,
-        {planned.product: str(path / planned.product) for planned in done},
+        {name: str(path / name) for name in products},
         tuple(results),
         tuple(Metric(**item) for item in choice["metrics"]),
         choice["method"],

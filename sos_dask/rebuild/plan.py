@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.evidence.figures import check_rule
-from sos_dask.rebuild.job import AttachSection, Job, SurveySection
+from sos_dask.rebuild.job import Job, SurveySection
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
 from sos_dask.settings import Settings
@@ -63,17 +63,9 @@ Inputs: TypeAlias = Mapping[str, str | Chosen | Path]
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a job.
+    """One stage of a job; its product is unique in the job.
 
-    Parameters
-    ----------
-    product : str
-        Name of what it makes, unique in the job.
-    stage : type of Stage
-    settings : Settings
-    inputs : Inputs
-    catalog : str
-        Name that a catalog gives itself; default that of the product.
+    ``catalog``: name that a catalog gives itself, default that of the product.
     """
 
     product: str
@@ -85,21 +77,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Planned:
-    """A step whose inputs are known.
+    """A step whose inputs, and their fingerprints, are known by role.
 
-    Parameters
-    ----------
-    step : Step
-    recipe : Recipe
-    directory : Path
-        Where the output is or will be.
-    inputs : mapping of str to Path
-        By role.
-    fingerprints : mapping of str to str
-        Of the inputs.
-    complete : bool
-    reason : str
-        Why it would run, or ``unchanged``.
+    ``directory``: where the output is or will be. ``reason``: why it would run, or ``unchanged``.
     """
 
     step: Step
@@ -117,23 +97,16 @@ class Planned:
 
     def run(self, cluster: Cluster, report: Report) -> None:
         """Make the output."""
-        name = self.step.catalog or self.product
-        stage = self.step.stage(
-            self.inputs, self.step.settings, product=name, known=self.fingerprints
-        )
+        step, known = self.step, self.fingerprints
+        name = step.catalog or step.product
+        stage = step.stage(self.inputs, step.settings, product=name, known=known)
         stage.run(self.directory, cluster=cluster, report=report)
 
 
 def steps(job: Job) -> list[Step]:
-    """List what a job asks for, in the order of the inputs.
-
-    Raises
-    ------
-    ConfigError, SurveyError
-        The job or a survey definition is wrong.
-    """
+    """List what a job asks for, in the order of the inputs; a wrong job or survey is refused."""
     job = _checked(job)
-    made = [*_survey_steps(job, str(job.target_name), job.target, job.attach)]
+    made = [*_survey_steps(job, str(job.target_name), job.target)]
     stars = {}
     for name, section in job.reference.items():
         made += _survey_steps(job, name, section)
@@ -215,17 +188,12 @@ def _model_steps(job: Job, target: str, pairs: str) -> Iterator[Step]:
     yield Step(f"{target}.comparison", Compare, compare, {"evidence": evidence, **models})
 
 
-def _survey_steps(
-    job: Job,
-    name: str,
-    section: SurveySection,
-    companions: Mapping[str, AttachSection] | None = None,
-) -> Iterator[Step]:
-    """List ingest, attach and dedupe of one survey."""
+def _survey_steps(job: Job, name: str, section: SurveySection) -> Iterator[Step]:
+    """List ingest, attach (to the target) and dedupe of one survey."""
     survey = _definition(job, section)
     observations = f"{name}.observations"
     yield _ingest_step(job, observations, survey, section.files)
-    for companion, attached in (companions or {}).items():
+    for companion, attached in job.attach.items() if section is job.target else ():
         columns = dict(attached.columns)
         other: str | Path
         if attached.catalog is not None:
@@ -248,7 +216,7 @@ def _survey_steps(
 
 
 def _ingest_step(job: Job, product: str, survey: Survey, files: list[str]) -> Step:
-    sizes = {name: size for name, size in dict(job.ingest).items() if name != "margin_arcsec"}
+    sizes = job.ingest.model_dump(exclude={"margin_arcsec"})
     settings = Ingest.Settings(survey=survey, name=product, **sizes)
     paths = {f"file.{number}": job.resolve(file) for number, file in enumerate(files)}
     return Step(product, Ingest, settings, paths)
@@ -318,15 +286,9 @@ def plan(job: Job, store: Path | None = None) -> list[Planned]:
 
 
 class Plan:
-    """The steps of a job over a store.
+    """The steps of a job over a store; default that of the job.
 
     Survey files are read once to hash them (remembered by size and time of change).
-
-    Parameters
-    ----------
-    job : Job
-    store : Path, optional
-        Default: that of the job.
 
     Raises
     ------
@@ -363,19 +325,15 @@ class Plan:
             if isinstance(given, Chosen):
                 given = self._chosen(given.target)
             if isinstance(given, Path):
-                is_file = step.stage is Ingest
                 paths[role] = given
-                fingerprints[role] = (
-                    self._digests[given] if is_file else Catalog.open(given).fingerprint
-                )
+                fingerprints[role] = self._digests.get(given) or Catalog.open(given).fingerprint
             else:
                 paths[role] = self._planned[given].directory
                 fingerprints[role] = self._planned[given].recipe.fingerprint
-        settings = step.settings
         if step.stage is ReportStage:
-            settings = settings.but(files=dict(sorted(self._files.items())))
-            step = replace(step, settings=settings)
-        recipe = step.stage.recipe(settings, fingerprints)
+            files = dict(sorted(self._files.items()))
+            step = replace(step, settings=step.settings.but(files=files))
+        recipe = step.stage.recipe(step.settings, fingerprints)
         directory = self.store / "artifacts" / recipe.stage / recipe.fingerprint
         place = home(recipe.stage, directory)
         complete = Output(place, recipe).complete
@@ -408,11 +366,9 @@ class Plan:
         if before.stage != recipe.stage or before.version != recipe.version:
             return f"version of the stage {before.version} -> {recipe.version}"
         settings = _differences(before.params, recipe.params)
-        inputs = [
-            f"{self._names.get(now, name)} changed"
-            for name, now in recipe.inputs.items()
-            if now not in before.inputs.values()
-        ]
+        old = before.inputs.values()
+        changed = {name: now for name, now in recipe.inputs.items() if now not in old}
+        inputs = [f"{self._names.get(now, name)} changed" for name, now in changed.items()]
         removed = [f"{name} removed" for name in before.inputs if name not in recipe.inputs]
         return "; ".join([*settings, *inputs, *removed])
 

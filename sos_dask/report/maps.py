@@ -120,7 +120,7 @@ def sky_figure(maps: Mapping[str, IntArray]) -> Drawn | None:
     for axes, (name, counts), density in zip(grid.flat, maps.items(), densities, strict=False):
         sky_map(axes, np.where(density > 0, density, np.nan), order, norm)
         axes.set_title(f"{name} ({int(counts.sum()):,} rows)")
-    for axes in list(grid.flat)[len(maps) :]:
+    for axes in grid.flat[len(maps) :]:
         axes.set_axis_off()
     figure.colorbar(
         ScalarMappable(norm, DENSITY_MAP), ax=grid, orientation="horizontal", shrink=0.6,
@@ -137,26 +137,19 @@ def _coarser(counts: IntArray, order: int) -> IntArray:
 
 def _order(counts: IntArray) -> int:
     """Finest order at which filled cells contain a few rows on average."""
-    for order in range(ORDER, _COARSEST, -1):
-        coarse = _coarser(counts, order)
-        if coarse.sum() >= _ROWS_A_CELL * np.count_nonzero(coarse):
-            return order
-    return _COARSEST
+    order = ORDER
+    while order > _COARSEST and counts.sum() < _ROWS_A_CELL * (_coarser(counts, order) > 0).sum():
+        order -= 1
+    return order
 
 
 def sky_map(
     axes: Any, values: FloatArray, order: int, norm: Normalize, *, names: bool = True
 ) -> None:
-    """Draw one map: every point of the picture looks up its cell.
+    """Draw one map on Mollweide axes: every point of the picture looks up its cell.
 
-    Parameters
-    ----------
-    axes : Axes
-        With the projection "mollweide".
-    values : ndarray of float64, shape (12 * 4**order,)
-        Of the cells (nested); nan: left white.
-    names : bool
-        Write right ascensions and declinations at the lines.
+    ``values``: of the 12 * 4**order cells (nested); nan: left white. ``names``: write right
+    ascensions and declinations at the lines.
     """
     from astropy.coordinates import SkyCoord
 
@@ -175,8 +168,7 @@ def sky_map(
     axes.set_longitude_grid_ends(90)
     axes.grid(color="#999999", linewidth=0.35)
     if not names:
-        axes.set_xticklabels([])
-        axes.set_yticklabels([])
+        axes.tick_params(labelleft=False, labelbottom=False)
         return
     axes.xaxis.set_major_formatter(lambda x, _: f"{(_CENTRE_DEG - np.rad2deg(x)) % 360:.0f}°")
     axes.yaxis.set_major_formatter(
@@ -226,9 +218,7 @@ def _kiel_axes(grid: Any, teff: Sequence[float], logg: Sequence[float]) -> None:
 def _nearly_all(places: FloatArray, n: Any, share: float, margin: float) -> tuple[float, float]:
     """Range of nearly all of the rows that are counted at places."""
     ends = ((1 - share) / 2, (1 + share) / 2)
-    order = np.argsort(places, kind="stable")
-    passed = np.cumsum(n[order]) / np.sum(n)
-    low, high = places[order][np.searchsorted(passed, ends).clip(max=len(places) - 1)]
+    low, high = np.quantile(places, ends, weights=n, method="inverted_cdf")
     return float(low) - margin, float(high) + margin
 
 
@@ -261,13 +251,9 @@ def correction_figure(
 ) -> Drawn | None:
     """Draw the difference before, the correction, the difference after, and the error.
 
-    Parameters
-    ----------
-    planes : pyarrow.Table
-        ``planes.parquet`` of the stage trends.
-    correction, errors : ndarray of float64, shape (N_CELLS, n_labels)
-        The model's prediction in each cell and the error of a corrected row, nan where unknown;
-        they are shown where there are pairs.
+    ``planes``: ``planes.parquet`` of the stage trends. ``correction``, ``errors``: the model's
+    prediction in each cell and the error of a corrected row, of shape (N_CELLS, n_labels), nan
+    where unknown; they are shown where there are pairs.
     """
     planes = select(planes, subset="all")
     planes = planes.filter(pc.greater_equal(planes["n"], _MIN_CELL))
@@ -341,12 +327,8 @@ def _fine(shown: NDArray[np.bool_], values: FloatArray) -> _Mesh:
 def coverage_figure(maps: pa.Table, order: int, steps: Mapping[str, float]) -> Drawn | None:
     """Draw the share of rows inside, sparse and outside, on the sky and in Teff and log g.
 
-    Parameters
-    ----------
-    maps : pyarrow.Table
-        ``maps.parquet`` of the stage coverage.
-    order, steps
-        HEALPix order of its sky; width of the cells of its map ``kiel`` in K and dex.
+    ``maps``: ``maps.parquet`` of the stage coverage. ``order``: HEALPix order of its sky.
+    ``steps``: width of the cells of its map ``kiel`` in K and dex.
     """
     sky, kiel = select(maps, map="sky"), select(maps, map="kiel")
     on_sky, on_kiel = (
@@ -389,12 +371,8 @@ def coverage_figure(maps: pa.Table, order: int, steps: Mapping[str, float]) -> D
 def growth_figure(table: pa.Table, limits: Mapping[str, float]) -> Drawn | None:
     """Draw how the scatter of held-out pairs grows away from the overlap.
 
-    Parameters
-    ----------
-    table : pyarrow.Table
-        ``calibration.parquet`` of the stage coverage: ``distance, n, growth_measured, growth``.
-    limits : mapping of str to float
-        Coverage above which a row is ``inside``, and below which it is ``outside``.
+    ``table``: ``calibration.parquet`` of the stage coverage. ``limits``: coverage above which a row
+    is ``inside``, and below which it is ``outside``.
     """
     table = table.filter(pc.greater(table["distance"], 0.0))  # on a logarithmic axis
     if not table.num_rows:
@@ -427,15 +405,14 @@ def growth_figure(table: pa.Table, limits: Mapping[str, float]) -> Drawn | None:
     worse = measured > 1.5 * fitted
     facts: dict[str, Any] = {"n_bins": table.num_rows, "n_pairs": int(n.sum()), "worse": None}
     if worse.any():
-        distance = float(f"{x[worse].min():.2g}")
         of_them = {"n_bins": int(worse.sum()), "n_pairs": int(n[worse].sum())}
-        facts["worse"] = {**of_them, "distance": distance}
+        facts["worse"] = {**of_them, "distance": float(f"{x[worse].min():.2g}")}
     return Drawn("Error growth away from the overlap", figure, facts)
 
 
 def _together(x: Any, n: Any, values: Any) -> Any:
     """Places, means and standard errors of bins in steps of equal ratio."""
-    step = np.floor(np.log10(x) * _BINS_A_DECADE).astype(np.int64)
+    step = np.floor(np.log10(x) * _BINS_A_DECADE)
     found = []
     for one in np.unique(step):
         mine = step == one
@@ -486,14 +463,9 @@ def projection_figure(
 ) -> Drawn | None:
     """Draw the catalog and the overlap in one plane, and the share outside the coverage.
 
-    Parameters
-    ----------
-    maps : pyarrow.Table
-        ``maps.parquet`` of the stage projection.
-    scored : tuple of ndarray of int64, shape (plane.coarse**2,), optional
-        Rows with a coverage in each coarse cell, and those of them that lie outside.
-    is_sample : bool
-        Only a share of the catalog was to be placed.
+    ``maps``: ``maps.parquet`` of the stage projection. ``scored``: rows with a coverage in each of
+    the plane.coarse**2 coarse cells, and those of them that lie outside. ``is_sample``: only a
+    share of the catalog was to be placed.
     """
     n = {name: int(np.sum(maps[f"n_{name}"].to_numpy())) for name in ("target", "overlap")}
     if not n["target"]:
@@ -505,8 +477,8 @@ def projection_figure(
               f"overlap: {n['overlap']:,} pairs")  # fmt: skip
     for axes, name, title in zip(panels, n, titles, strict=False):
         picture = np.full((plane.bins, plane.bins), np.nan)
-        counts = maps[f"n_{name}"].to_numpy().astype(np.float64)
-        counts[counts == 0] = np.nan
+        counts = maps[f"n_{name}"].to_numpy()
+        counts = np.where(counts > 0, counts, np.nan)
         picture[maps["cell_2"].to_numpy(), maps["cell_1"].to_numpy()] = counts
         norm = LogNorm(1, max(float(np.nanmax(counts, initial=2)), 2))
         image = _mesh(axes, *plane.edges(), picture, norm, DENSITY_MAP)
@@ -515,8 +487,7 @@ def projection_figure(
     facts: dict[str, Any] = {"n_scored": 0, "group": plane.group}
     if scored is not None:
         known, outside = scored
-        share = np.full(len(known), np.nan)
-        np.divide(100.0 * outside, known, out=share, where=known > 0)
+        share = 100.0 * outside / np.where(known > 0, known, np.nan)
         picture = share.reshape(plane.coarse, plane.coarse).T
         edges = plane.edges(plane.group)
         image = _mesh(panels[2], *edges, picture, PowerNorm(0.5, 0, 100), SHARE_MAP)
@@ -526,8 +497,6 @@ def projection_figure(
         bar.ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         facts["n_scored"] = int(known.sum())
     for axes in panels:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_xlabel("UMAP 1")
+        axes.set(xticks=[], yticks=[], xlabel="UMAP 1")
     panels[0].set_ylabel("UMAP 2")
     return Drawn("Catalog and overlap in one plane", figure, facts)

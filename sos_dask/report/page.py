@@ -64,27 +64,12 @@ _STATISTICS = {
 
 
 class Build:
-    """The products of a rebuild, opened.
+    """The products of a rebuild, opened: directories and manifests by product, in plan order.
 
-    Parameters
-    ----------
-    directories, manifests : mapping of str to Path, to Manifest
-        By product, in the order of the plan.
-
-    Attributes
-    ----------
-    choice : mapping
-        Why the method was chosen, and the figures of all.
-    method : str
-        The one that corrects the catalog; empty without one.
-    models : dict of str to Path
-        Directories of the models by method, the chosen one first.
-    problem : Problem
-        The question that the models answer; ``labels``: units of its labels by their names.
-    surveys, target, references : list of str, str, list of str
-        Names of the surveys; of the one that is corrected; of the others.
-    reference : str
-        What to call the reference.
+    ``choice``: why the method was chosen, and the figures of all. ``method``: the one that corrects
+    the catalog; empty without one. ``models``: their directories by method, the chosen one first.
+    ``labels``: units of the labels of the problem. ``target``, ``references``: names of the survey
+    that is corrected and of the others. ``reference``: what to call the reference.
     """
 
     def __init__(self, directories: Mapping[str, Path], manifests: Mapping[str, Manifest]) -> None:
@@ -143,8 +128,8 @@ class Build:
     @cached_property
     def counted(self) -> dict[str, Catalog]:
         """Catalogs whose rows are counted in cells of the sky or a plane."""
-        names = [*self.of(OBSERVATIONS), *self.of(PAIRS), *self.of(CORRECTED)]
-        names += self.of("projection") if self.scores is not None else []
+        kinds = (OBSERVATIONS, PAIRS, CORRECTED, *["projection"] * (self.scores is not None))
+        names = [name for kind in kinds for name in self.of(kind)]
         return {name: Catalog.open(self.directories[name]) for name in names}
 
     @cached_property
@@ -236,9 +221,8 @@ def cuts(manifest: Manifest) -> Table:
 
 
 def _by_label(items: Iterable[Row], labels: Labels) -> list[Row]:
-    names = list(labels)
-    known = [item for item in items if item["label"] in labels]
-    return sorted(known, key=lambda item: names.index(item["label"]))
+    items = list(items)
+    return [item for label in labels for item in items if item["label"] == label]
 
 
 def _label(labels: Labels) -> Callable[[Row], str]:
@@ -311,15 +295,7 @@ def _agreements(items: Iterable[Row], labels: Labels) -> Table | None:
 
 
 def follow_up(maps: pa.Table, steps: Mapping[str, float], labels: Labels) -> Table:
-    """The cells of label space with most rows outside the coverage.
-
-    Parameters
-    ----------
-    maps : pyarrow.Table
-        ``maps.parquet`` of the stage coverage.
-    steps : mapping of str to float
-        Width of a cell in each label.
-    """
+    """The cells of label space (of width ``steps``) with most rows outside the coverage."""
 
     def region(name: str) -> Callable[[Row], str]:
         half = steps[name] / 2
@@ -387,12 +363,8 @@ def _disagreeing(items: Iterable[Row], labels: Labels) -> list[Row]:
 def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) -> dict[str, Any]:
     """Make all tables of the page by the names that its template gives them.
 
-    Parameters
-    ----------
-    steps : mapping of str to float
-        Width of a region of label space.
-    files, software : mapping of str to str
-        Names of survey files by SHA-256; versions.
+    ``steps``: width of a region of label space. ``files``: names of survey files by SHA-256.
+    ``software``: versions.
     """
     labels, method = build.labels, build.method
     observed = {name: build.manifests[f"{name}.{OBSERVATIONS}"] for name in build.surveys}
@@ -469,18 +441,8 @@ def html(
 ) -> str:  # fmt: skip
     """Write the page of a build as HTML; all text is escaped.
 
-    Parameters
-    ----------
-    pictures : mapping of str to Picture
-        By the names of the figures.
-    tables : mapping
-        Of `tables`.
-    job, job_text : str
-        Name and text of the job.
-    version : str
-        Of this program.
-    formulas : mapping, optional
-        Content of the file of the symbolic model.
+    ``pictures``: by the names of the figures. ``tables``: of `tables`. ``job``, ``version``: name
+    of the job, version of this program. ``formulas``: content of the symbolic model's file.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

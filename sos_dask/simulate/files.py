@@ -48,18 +48,13 @@ def sky_files(directory: Path) -> dict[str, Path]:
     return paths | {name: directory / f"{name}.parquet" for name in ("gaia", "truth")}
 
 
-def simulate(
-    settings: SkySettings,
-    directory: Path,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Path]:
+def simulate(settings: SkySettings, directory: Path, progress: Report = silent) -> dict[str, Path]:
     """Write a mock sky.
 
     Memory does not grow with its size. Files appear complete, and replace those of an earlier call.
 
     Parameters
     ----------
-    settings : SkySettings
     directory : Path
         Made if it is not there.
     progress : callable, optional
@@ -88,7 +83,7 @@ def simulate(
     done = dict.fromkeys(SURVEYS, 0)
     with ExitStack() as stack:
         opened = stack.enter_context
-        fits = {of: opened(_fits_table(paths[SURVEYS[of].name], of, plates)) for of in SURVEYS}
+        write = {of: opened(_fits_table(paths[SURVEYS[of].name], of, plates)) for of in SURVEYS}
         gaia, truth = (opened(_parquet_file(paths[name])) for name in ("gaia", "truth"))
         for block in plates.blocks(BLOCK_STARS):
             made = _make_block(plates, block, settings)
@@ -96,28 +91,21 @@ def simulate(
             truths = []
             for number, survey in SURVEYS.items():
                 visits = _visits(plates, block, made, number, settings)
-                truths.append(_write_visits(fits[number], visits, number))
-                done[number] += len(visits.row)
-                if progress is not None:
-                    progress(survey.name, done[number], plates.n_rows[number])
+                rows, obs_id = TABLES[number](visits)
+                for turn in np.unique(visits.round):
+                    here = np.flatnonzero(visits.round == turn)  # neighbours in the file
+                    write[number](int(visits.row[here[0]]), rows[here])
+                truths.append(_truth_table(visits, obs_id))
+                done[number] += len(rows)
+                progress(survey.name, done[number], plates.n_rows[number])
             table = pa.concat_tables(truths)  # by plate: the order does not depend on the blocks
             plate = made.plate[table["star"].to_numpy() - made.stars.number[0]]
             truth(table.take(np.argsort(plate, kind="stable")))
-    if progress is not None:
-        progress(SURVEYS[LAMOST].name, settings.n_lamost, settings.n_lamost)
+    progress(SURVEYS[LAMOST].name, settings.n_lamost, settings.n_lamost)
     return paths
 
 
 # Files
-
-
-def _write_visits(write: Callable[[int, Records], Any], visits: Visits, number: int) -> pa.Table:
-    """Write rows at their places, and return their truth."""
-    rows, obs_id = TABLES[number](visits)
-    for turn in np.unique(visits.round):
-        here = np.flatnonzero(visits.round == turn)  # neighbours in the file
-        write(int(visits.row[here[0]]), rows[here])
-    return _truth_table(visits, obs_id)
 
 
 @contextmanager
@@ -205,7 +193,9 @@ def _make_block(plates: Plates, block: slice, settings: SkySettings) -> _Block:
     names: list[Sequence[str]] = [sky.UNIFORMS, sky.NORMALS, *of_surveys]
     drawn: list[list[FloatArray]] = [[] for _ in names]
     for plate in range(block.start, block.stop):
-        rng = plates.generator(settings.seed, plate)
+        rng = sky.generator(
+            settings.seed, sky.PLATE_STREAM, plates.kind[plate], plates.number[plate]
+        )
         numbers = [plates.n_stars[plate]]
         numbers += [plates.counts[survey][:, plate].sum() for survey in SURVEYS]
         for place, number in enumerate(np.repeat(numbers, 2)):
@@ -254,20 +244,17 @@ def _visits(
         key = _selection_key(made.stars, key, survey)
     seen = rank(key) < counts[0][plate]
     again = rank(np.where(seen, made.uniform[f"{name}_repeat"], 1.0))
-    members, rounds, rows = [], [], []
-    for number, (n, first) in enumerate(zip(counts, plates.first_rows(survey), strict=True)):
-        chosen = np.flatnonzero(again < n[plate] if number else seen)
-        members.append(chosen)
-        rounds.append(np.full(len(chosen), number))
-        n = n[block]
-        rows.append(np.repeat(first[block] - (np.cumsum(n) - n), n) + np.arange(len(chosen)))
-    star = np.concatenate(members)
+    first_rows = plates.first_rows(survey)[:, block]
+    found = []
+    for number, (n, first) in enumerate(zip(counts[:, block], first_rows, strict=True)):
+        chosen = np.flatnonzero(again < counts[number][plate] if number else seen)
+        row = np.repeat(first - (np.cumsum(n) - n), n) + np.arange(len(chosen))
+        found.append([chosen, np.full(len(chosen), number), row])
+    together = np.concatenate(found, axis=1)
     # The random numbers of a plate's observations were drawn together.
-    order = np.argsort(plate[star], kind="stable")
-    star = star[order]
+    star, turn, row = together[:, np.argsort(plate[together[0]], kind="stable")]
     return Visits(
-        SURVEYS[survey], settings, made.stars.take(star), star,
-        np.concatenate(rounds)[order], np.concatenate(rows)[order], int(counts[0].sum()),
+        SURVEYS[survey], settings, made.stars.take(star), star, turn, row, int(counts[0].sum()),
         plates.ra[plate[star]], plates.dec[plate[star]], *made.visits[survey],
     )  # fmt: skip
 
@@ -277,20 +264,19 @@ def _table(name: str, values: Mapping[str, Any], null: Mapping[str, BoolArray]) 
     fields, arrays = [], []
     for line in surveys.layout(name).splitlines():
         column, kind, unit, description = (text.strip() for text in line.split("|"))
-        metadata = {"unit": unit, "description": description}
-        metadata = {key: text for key, text in metadata.items() if text}
+        metadata = ({"unit": unit} if unit else {}) | {"description": description}
         fields.append(pa.field(column, pa.type_for_alias(kind), metadata=metadata))
         arrays.append(pa.array(values[column], fields[-1].type, mask=null.get(column)))
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
 def _gaia_table(made: _Block) -> pa.Table:
-    stars, normal, special = made.stars, made.normal, made.stars.kind == sky.SPECIAL
-    error, distance = stars.gaia_distance(normal["parallax"])
+    stars, normal = made.stars, made.normal
+    parallax, error, distance = stars.gaia_distance(normal["parallax"], normal["parallax"])
     own = ("ra", "dec", "pmra", "pmdec")
     values = {
         "source_id": stars.gaia, **{name: getattr(stars, name) for name in own},
-        "parallax": 1000.0 / stars.distance + error * normal["parallax"], "parallax_error": error,
+        "parallax": parallax, "parallax_error": error,
         "phot_g_mean_mag": stars.g, "phot_bp_mean_mag": stars.bp + 0.004 * normal["bp"],
         "phot_rp_mean_mag": stars.rp + 0.004 * normal["rp"], "distance": distance,
         "ebv": stars.ebv * np.exp(0.1 * normal["rp"]),
@@ -298,7 +284,7 @@ def _gaia_table(made: _Block) -> pa.Table:
 
     def gap(low: float, high: float, number: str = "gap1") -> BoolArray:
         drawn = made.uniform[number]
-        return np.asarray((drawn >= low) & (drawn < high) & ~special)
+        return np.asarray((drawn >= low) & (drawn < high) & (stars.kind != sky.SPECIAL))
 
     null = dict.fromkeys(("parallax", "parallax_error", "pmra", "pmdec"), gap(0.0, 0.02))
     null |= {"phot_g_mean_mag": gap(0.1, 0.12), "ebv": gap(0.0, 0.03, "gap2")}
@@ -323,18 +309,6 @@ def _truth_table(visits: Visits, obs_id: NDArray[Any]) -> pa.Table:
 # The demonstration
 
 
-@dataclass(frozen=True)
-class Recovery:
-    """Rms of the binned medians of label - truth, before and after the correction."""
-
-    label: str
-    binned_by: str
-    n_bins: int  # with enough rows
-    n: int  # rows in them
-    rms_before: float  # in the unit of the label
-    rms_after: float
-
-
 def prepare(store: Path, n_lamost: int, seed: int, report: Report = silent) -> Path:
     """Simulate the sky of the demonstration, unless it is there, and write its job file.
 
@@ -354,11 +328,13 @@ def prepare(store: Path, n_lamost: int, seed: int, report: Report = silent) -> P
     return job
 
 
-def against_truth(corrected: Path, truth: Path) -> list[Recovery]:
+def against_truth(corrected: Path, truth: Path) -> list[dict[str, Any]]:
     """Compare corrected LAMOST labels with the truth of the simulation, in the dense region.
 
     Rows that fail a quality cut, outliers and rows without a correction are left out. The bins are
-    equal parts of the dense region in the observed labels.
+    equal parts of the dense region in the observed labels: ``n_bins`` with enough rows, ``n`` rows
+    in them, and the rms of the medians of label - truth (in the unit of the label) before and
+    after the correction.
     """
     of_lamost = (pc.field("survey") == "lamost") & ~pc.field("is_outlier")
     known = pq.read_table(truth, columns=["obs_id", *LABELS], filters=of_lamost)
@@ -377,10 +353,11 @@ def against_truth(corrected: Path, truth: Path) -> list[Recovery]:
     found = []
     for (number, label), (other, binned_by) in product(enumerate(LABELS), repeat=2):
         bins = bins_of(before[inside, other], np.linspace(*DENSE[binned_by], N_BINS + 1))
-        rms = []
-        for residual in (before - true_labels, after - true_labels):
-            some = binned_quantiles(bins, residual[inside, number], N_BINS)
-            rms.append(rms_of_medians(some.n, some.median, MIN_STARS_A_BIN)[0] or math.nan)
-        used = some.n[some.n >= MIN_STARS_A_BIN]
-        found.append(Recovery(label, binned_by, len(used), int(used.sum()), *rms))
+        row: dict[str, Any] = {"label": label, "binned_by": binned_by}
+        for name, labels in (("rms_before", before), ("rms_after", after)):
+            some = binned_quantiles(bins, (labels - true_labels)[inside, number], N_BINS)
+            used = some.n[some.n >= MIN_STARS_A_BIN]
+            row |= {"n_bins": len(used), "n": int(used.sum())}
+            row[name] = rms_of_medians(some.n, some.median, MIN_STARS_A_BIN)[0] or math.nan
+        found.append(row)
     return found

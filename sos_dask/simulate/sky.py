@@ -33,7 +33,8 @@ NORMALS = (
     "feh", "teff", "logg", "mass", "pmra", "pmdec", "rv", "ebv", "parallax", "bp", "rp", "alpha",
 )  # fmt: skip
 
-# Share of each component in the plates of LAMOST, APOGEE, GALAH, with sparse ends on purpose.
+# Share of each component in the plates of LAMOST, APOGEE, GALAH, with sparse ends on purpose; the
+# special stars, the first kind, are like those of GALAH: all components, bright.
 _COMPONENTS = ("dwarf", "subgiant", "rgb", "clump", "tip", "hot", "halo")
 _SHARES = np.array(
     [
@@ -41,9 +42,7 @@ _SHARES = np.array(
         [0.24, 0.09, 0.37, 0.27, 0.012, 0.008, 0.010],
         [0.52, 0.19, 0.14, 0.12, 0.003, 0.022, 0.005],
     ]
-)
-# By kind of plate; the special stars are like those of GALAH: all components, bright.
-_SHARES_OF_KIND = np.array([2, 0, 1, 2])
+)[[2, 0, 1, 2]]
 _FAINT_G = np.array([12.5, 17.6, 14.9, 14.1])
 _DEPTH_G = np.array([0.8, 1.6, 1.6, 0.9])
 _PLATE_RADIUS = np.array([0.0, 2.5, 1.5, 1.0])  # deg
@@ -52,7 +51,7 @@ _PLATE_STARS = {LAMOST: (24, 2048), GALAH: (16, 380), APOGEE: (16, 300)}
 _REPEATS_OF_REFERENCES = {APOGEE: 0.11, GALAH: 0.005}
 _APOGEE_IN_GALAH = 0.03  # of the APOGEE rows
 _HOT_LIMIT, _COOL_LIMIT, _POOR_LIMIT = 7900.0, 4100.0, -2.7
-_PLATE_STREAM, _CENTRE_STREAM = 1, 2
+PLATE_STREAM, _CENTRE_STREAM = 1, 2
 
 # From ICRS to Galactic coordinates: Hipparcos and Tycho catalogues, ESA SP-1200, vol. 1, 1.5.3.
 _TO_GALACTIC = np.array(
@@ -180,12 +179,9 @@ class Plates:
         starts = np.flatnonzero(np.diff(block, prepend=-1)).tolist()
         return [slice(*ends) for ends in zip(starts, [*starts[1:], len(block)], strict=True)]
 
-    def generator(self, seed: int, plate: int) -> np.random.Generator:
-        """Random numbers of one plate, whatever is made before it."""
-        return _generator(seed, _PLATE_STREAM, int(self.kind[plate]), int(self.number[plate]))
 
-
-def _generator(*key: int) -> np.random.Generator:
+def generator(*key: int) -> np.random.Generator:
+    """Random numbers of a seed, a stream and its part, whatever is drawn of others."""
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
 
 
@@ -195,11 +191,10 @@ def make_plates(settings: SkySettings) -> Plates:
     n_again = {LAMOST: round(settings.repeat_fraction * n_rows[LAMOST])}
     n_again |= {of: round(share * n_rows[of]) for of, share in _REPEATS_OF_REFERENCES.items()}
     n_left = {of: n_rows[of] - n_again[of] - len(SPECIAL_STARS) for of in n_rows}
-
     places = {LAMOST: _place(LAMOST, n_left[LAMOST], seed)}
     _, dec, n_stars = places[LAMOST]
     # APOGEE has fields in half of the LAMOST footprint; GALAH is south of dec +10.
-    has_field = _generator(seed, _CENTRE_STREAM, SPECIAL).random(len(dec)) < 0.5
+    has_field = generator(seed, _CENTRE_STREAM, SPECIAL).random(len(dec)) < 0.5
     in_reach = {APOGEE: np.where(has_field, 1.0, 0.1), GALAH: dec + _PLATE_RADIUS[LAMOST] < 10.0}
     seen = {}  # stars of a survey in the plates of another
     for survey, share in ((APOGEE, 0.30), (GALAH, 0.12)):
@@ -248,7 +243,7 @@ def _place(kind: int, n_stars: int, seed: int) -> tuple[FloatArray, FloatArray, 
     n = -(-max(n_stars, 1) // size)
     counts = np.full(n, size, dtype=np.int64)
     counts[-1] = n_stars - size * (n - 1)
-    rng = _generator(seed, _CENTRE_STREAM, kind)
+    rng = generator(seed, _CENTRE_STREAM, kind)
     # A low-discrepancy sequence gives every part its share of even a few plates.
     part = (np.arange(n) * 0.6180339887498949 + 0.05) % 1.0
     ra, dec = np.empty(n), np.empty(n)
@@ -284,15 +279,13 @@ def _shares(total: int, weight: NDArray[Any], most: NDArray[Any]) -> IntArray:
     part = np.zeros(len(weight))
     limit = np.where(weight > 0, most, 0.0)
     total = min(total, int(limit.sum()))
-    free = limit > 0
-    while free.any():
+    free = above = limit > 0
+    while above.any() and free.any():
         scale = max(total - part[~free].sum(), 0.0) / weight[free].sum()
         part[free] = weight[free] * scale
         above = free & (part > limit)
-        if not above.any():
-            break
         part[above] = limit[above]
-        free &= ~above
+        free = free & ~above
     # The nudge keeps sums that should be whole from falling below by rounding.
     return np.diff(np.floor(np.cumsum(part) + 1e-6), prepend=0.0).astype(np.int64)
 
@@ -337,19 +330,21 @@ class Stars:
         return Stars(*(values[index] for values in vars(self).values()))
 
     def at_epoch(
-        self, epoch: float, error_arcsec: tuple[FloatArray | float, FloatArray | float] = (0.0, 0.0)
+        self, epoch: float, error: FloatArray | float = 0.0
     ) -> tuple[FloatArray, FloatArray]:
-        """Place (ra, dec, deg) at an epoch (Julian year), with errors to the east and north."""
-        years = epoch - 2016.0
-        east = self.pmra * years / 1000.0 + error_arcsec[0]
-        north = self.pmdec * years / 1000.0 + error_arcsec[1]
+        """Place (ra, dec, deg) at an epoch (Julian year), with errors (2, n) east and north."""
+        motion = np.stack([self.pmra, self.pmdec]) * (epoch - 2016.0)
+        east, north = motion / 1000.0 + error  # arcsec
         return propagate(self.ra, self.dec, east * 1000.0, north * 1000.0, 1.0)
 
-    def gaia_distance(self, normal: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Parallax error (mas) by G, and a distance (pc) with the error that follows from it."""
+    def gaia_distance(
+        self, of_parallax: FloatArray, of_distance: FloatArray
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Parallax, its error (mas) by G, and a distance (pc) by the normal numbers of both."""
         error = 0.02 * 10.0 ** (0.2 * np.clip(self.g - 14.0, 0.0, 5.0))
         fraction = np.clip(error * self.distance / 1000.0, 0.005, 0.3)
-        return error, self.distance * np.exp(fraction * normal)
+        parallax = 1000.0 / self.distance + error * of_parallax
+        return parallax, error, self.distance * np.exp(fraction * of_distance)
 
 
 def make_stars(plates: Plates, plate: IntArray, u: Draws, normal: Draws, uncovered: float) -> Stars:
@@ -419,7 +414,7 @@ def _labels(
     extra = np.where(kind == LAMOST, uncovered, 0.0)
     cumulative = np.cumsum(_SHARES, axis=1)
     cumulative /= cumulative[:, -1:]
-    edges = extra[:, None] + (1.0 - extra[:, None]) * cumulative[_SHARES_OF_KIND[kind], :-1]
+    edges = extra[:, None] + (1.0 - extra[:, None]) * cumulative[kind, :-1]
     component = (u["component"][:, None] > edges).sum(axis=1)
     # The stars that the references avoid: half of A type, 40 % cool dwarfs, 10 % metal-poor.
     avoided = u["component"] < extra

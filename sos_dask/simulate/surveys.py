@@ -48,13 +48,9 @@ def lamost_bias(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> FloatArray:
     """Injected difference LAMOST - truth.
 
     Smooth and nonlinear in all labels, with log g x [Fe/H] terms, and strong at the sparse ends
-    (log g < 1, Teff > 7000 K, [Fe/H] < -2, [Fe/H] > 0.2), each entered by a logistic step.
-
-    Returns
-    -------
-    ndarray of float64, shape (n, 3); K, dex, dex
-        To be added to the true teff, logg, feh. Absolute values: typically 40 K, 0.07 and
-        0.06 dex, at most 200 K, 0.35 and 0.5 dex on the stars of `sky.make_stars`.
+    (log g < 1, Teff > 7000 K, [Fe/H] < -2, [Fe/H] > 0.2), each entered by a logistic step. To be
+    added to teff, logg, feh, shape (n, 3); K, dex, dex: typically 40 K, 0.07 and 0.06 dex, at most
+    200 K, 0.35 and 0.5 dex on the stars of `sky.make_stars`.
     """
     t = (np.asarray(teff, dtype=np.float64) - 5200.0) / 1000.0
     g = np.asarray(logg, dtype=np.float64)
@@ -79,12 +75,9 @@ def lamost_bias(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> FloatArray:
 
 
 def galah_bias(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> FloatArray:
-    """Injected difference GALAH - truth: small, and linear in Teff. APOGEE has none.
+    """Injected difference GALAH - truth, as `lamost_bias`; APOGEE has none.
 
-    Returns
-    -------
-    ndarray of float64, shape (n, 3); K, dex, dex
-        Teff +30 K - 10 K per 1000 K above 5000 K; log g -0.03; [Fe/H] +0.04.
+    Teff +30 K - 10 K per 1000 K above 5000 K; log g -0.03; [Fe/H] +0.04.
     """
     t = (np.asarray(teff, dtype=np.float64) - 5000.0) / 1000.0
     return np.stack([30.0 - 10.0 * t, np.full_like(t, -0.03), np.full_like(t, 0.04)], axis=-1)
@@ -153,7 +146,6 @@ SURVEYS = {
         bias=galah_bias,
     ),
 }  # fmt: skip
-"""Parameters of each survey."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +202,7 @@ class Visits:
     def position(self) -> tuple[FloatArray, FloatArray]:
         """Place (deg) at the survey's epoch; first visits of special stars have no error."""
         sigma = np.where(self.special & (self.round == 0), 0.0, self.survey.position_error)
-        error = sigma * self.normal["east"], sigma * self.normal["north"]
+        error = sigma * np.stack([self.normal["east"], self.normal["north"]])
         return self.stars.at_epoch(self.survey.epoch, error)
 
     @property
@@ -245,11 +237,14 @@ class Visits:
         value[off] = np.where(outside, value[off] - move, moved)
         return value
 
-    def measured(self, labels: str, errors: str) -> dict[str, FloatArray]:
-        """Labels and their stated errors, by the names of their columns."""
+    def measured(self, names: str) -> dict[str, NDArray[Any]]:
+        """What every survey measures, by the names of its columns.
+
+        Labels, their stated errors, place, radial velocity, its error, S/N, Gaia id, magnitude.
+        """
         stated = self._true_error * stated_error_factor(self.stars.logg, self.snr)[:, None]
-        names = f"{labels} {errors}".split()
-        return dict(zip(names, [*self.labels.T, *stated.T], strict=True))
+        more = (*self.position, *self.rv, self.snr, self.gaia, self.stars.g)
+        return dict(zip(names.split(), [*self.labels.T, *stated.T, *more], strict=True))
 
     @property
     def rv(self) -> tuple[FloatArray, FloatArray]:
@@ -335,7 +330,6 @@ def _records(survey: int, values: Mapping[str, Any], gone: Mapping[str, Any], nu
     return rows
 
 
-_PLATE_ROWS = 2048
 _SUBCLASS_EDGES = np.array([4300.0, 5000.0, 5600.0, 6000.0, 6500.0, 7200.0, 8200.0])
 _SUBCLASSES = np.array([b"K7", b"K3", b"G8", b"G2", b"F9", b"F5", b"A9", b"A5"])
 
@@ -346,21 +340,20 @@ def lamost(visits: Visits) -> tuple[Records, NDArray[Any]]:
     Keys increase with the row, as those of the real file by date. Nulls are -9999 (all labels in
     0.4 % of the rows, rv in 2 %), and 0 for Gaia ids.
     """
-    plan, slot = np.divmod(visits.row, _PLATE_ROWS)  # and spectrograph and fibre
+    plan, slot = np.divmod(visits.row, 2048)  # and spectrograph and fibre
     obs_id = (plan + 1) * 100_000 + (slot // 250 + 1) * 1000 + slot % 250 + 1
-    ra, dec = visits.position
-    gaia, (rv, rv_error) = visits.gaia, visits.rv
-    values = {
-        "obsid": obs_id, "ra": ra, "dec": dec, "ra_obs": ra, "dec_obs": dec,
-        "gaia_source_id": gaia, "gaia_g_mean_mag": visits.stars.g, "snrg": visits.snr,
-        "class": b"STAR",
-        "subclass": _SUBCLASSES[np.searchsorted(_SUBCLASS_EDGES, visits.labels[:, 0])],
-        **visits.measured("teff logg feh", "teff_err logg_err feh_err"),
-        "rv": rv, "rv_err": 1.2 * rv_error,
+    values = visits.measured(
+        "teff logg feh teff_err logg_err feh_err ra dec rv rv_err snrg gaia_source_id "
+        "gaia_g_mean_mag"
+    )
+    values |= {
+        "obsid": obs_id, "ra_obs": values["ra"], "dec_obs": values["dec"],
+        "class": np.array(b"STAR"), "rv_err": 1.2 * values["rv_err"],
+        "subclass": _SUBCLASSES[np.searchsorted(_SUBCLASS_EDGES, values["teff"])],
     }  # fmt: skip
     no_labels = visits.chance("gap", 0.0, 0.004)
     gone = {
-        "gaia_g_mean_mag": gaia == 0,
+        "gaia_g_mean_mag": visits.gaia == 0,
         "teff teff_err logg logg_err feh feh_err": no_labels,
         "rv rv_err": no_labels | visits.chance("gap", 0.98, 1.0),
     }
@@ -368,7 +361,7 @@ def lamost(visits: Visits) -> tuple[Records, NDArray[Any]]:
 
 
 _STAR_BAD, _CHI2_BAD, _SN_BAD, _STAR_WARN, _SN_WARN = 1 << 23, 1 << 24, 1 << 27, 1 << 7, 1 << 11
-_BAD_REASONS = np.array([1 << 16, 1 << 17, 1 << 26, 1 << 36, 1 << 40, 1 << 41], dtype=np.int64)
+_BAD_REASONS = 1 << np.array([16, 17, 26, 36, 40, 41])
 _DUPLICATE = 1 << 4
 
 
@@ -395,25 +388,24 @@ def apogee(visits: Visits) -> tuple[Records, NDArray[Any]]:
     field = field_names(visits.field_ra, visits.field_dec, visits.round)
     telescope = telescopes(visits.field_dec)
     obs_id = _joined("apogee.", telescope, ".stars.", field, ".", name)
-    ra, dec = visits.position
-    rv, rv_error = visits.rv
     gaia = np.where(vesta, 0, visits.gaia)
-    error, distance = stars.gaia_distance(normal["distance"])
+    parallax, error, distance = stars.gaia_distance(normal["parallax"], normal["distance"])
     best = np.zeros(int(visits.star.max(initial=0)) + 1)
     np.maximum.at(best, visits.star, snr)
-    values = {
+    values = visits.measured(
+        "TEFF LOGG FE_H TEFF_ERR LOGG_ERR FE_H_ERR RA DEC VHELIO_AVG VERR SNR GAIAEDR3_SOURCE_ID "
+        "GAIAEDR3_PHOT_G_MEAN_MAG"
+    )
+    values |= {
         "APSTAR_ID": np.strings.ljust(obs_id, 45), "APOGEE_ID": np.strings.ljust(name, 18),
         "FIELD": np.strings.ljust(field, 16), "TELESCOPE": telescope,
-        "RA": ra, "DEC": dec, "SNR": snr, "VHELIO_AVG": rv, "VERR": rv_error,
-        "GAIAEDR3_SOURCE_ID": gaia, "GAIAEDR3_PHOT_G_MEAN_MAG": stars.g,
-        "GAIAEDR3_PARALLAX": 1000.0 / stars.distance + error * normal["parallax"],
+        "GAIAEDR3_SOURCE_ID": gaia, "GAIAEDR3_PARALLAX": parallax,
         "GAIAEDR3_PMRA": stars.pmra + error * normal["x"],
         "GAIAEDR3_PMDEC": stars.pmdec + error * normal["y"],
         "GAIAEDR3_R_MED_PHOTOGEO": distance, "SFD_EBV": 1.1 * stars.ebv,
         "ASPCAPFLAG": flag, "FE_H_FLAG": iron_flag,
         "STARFLAG": (snr < 20) * (1 << 4) | visits.chance("gap2", 0.0, 0.03) * (1 << 9),
         "EXTRATARG": (snr < best[visits.star]) * _DUPLICATE,
-        **visits.measured("TEFF LOGG FE_H", "TEFF_ERR LOGG_ERR FE_H_ERR"),
     }  # fmt: skip
     gone = {
         "RA DEC": vesta,
@@ -437,7 +429,7 @@ def galah(visits: Visits) -> tuple[Records, NDArray[Any]]:
     65 % of the outliers have ``flag_sp`` and half ``flag_fe_h``; 2 % and 1 % of the others too.
     Nulls are NaN, and 0 for Gaia ids.
     """
-    stars, normal, snr, gaia = visits.stars, visits.normal, visits.snr, visits.gaia
+    stars, normal, snr = visits.stars, visits.normal, visits.snr
     reason = _SP_BITS[(visits.uniform["bit"] * len(_SP_BITS)).astype(np.int64)]
     no_result = visits.chance("gap", 0.0, 0.004)
     flag_sp = visits.flagged("flag", 0.65, 0.02) * reason
@@ -451,25 +443,23 @@ def galah(visits: Visits) -> tuple[Records, NDArray[Any]]:
     days = np.datetime_as_string(_GALAH_FIRST_DAY + np.arange(_GALAH_DAYS))
     dates = np.strings.replace(days, "-", "").astype(np.int64) % 10**6
     obs_id = ((dates[day] * 10_000 + season * 8 + run + 1) * 100 + 1) * 1000 + pivot + 1
-    ra, dec = visits.position
-    rv, rv_error = visits.rv
-    error, distance = stars.gaia_distance(normal["distance"])
-    values = {
-        "sobject_id": obs_id, "gaiadr3_source_id": gaia, "ra": ra, "dec": dec,
-        "flag_sp": flag_sp, "flag_sp_fit": no_labels, "flag_red": visits.chance("gap2", 0.99, 1.0),
+    parallax, _, distance = stars.gaia_distance(normal["parallax"], normal["distance"])
+    values = visits.measured(
+        "teff logg fe_h e_teff e_logg e_fe_h ra dec rv_comp_1 e_rv_comp_1 snr_px_ccd3 "
+        "gaiadr3_source_id phot_g_mean_mag"
+    )
+    values |= {
+        "sobject_id": obs_id, "flag_sp": flag_sp, "flag_sp_fit": no_labels,
+        "flag_red": visits.chance("gap2", 0.99, 1.0),
         "flag_fe_h": np.where(no_labels, 3, visits.flagged("flag2", 0.5, 0.01)),
-        "snr_px_ccd3": snr, "rv_comp_1": rv, "e_rv_comp_1": rv_error, "r_med": distance,
-        "ebv": stars.ebv, "phot_g_mean_mag": stars.g,
-        "parallax": 1000.0 / stars.distance + error * normal["parallax"],
-        **visits.measured("teff logg fe_h", "e_teff e_logg e_fe_h"),
+        "r_med": distance, "ebv": stars.ebv, "parallax": parallax,
     }  # fmt: skip
     gone = {
         "teff e_teff logg e_logg fe_h e_fe_h": no_labels,
         "rv_comp_1 e_rv_comp_1": visits.chance("gap", 0.99, 1.0),
-        "phot_g_mean_mag parallax": gaia == 0,
+        "phot_g_mean_mag parallax": visits.gaia == 0,
     }
     return _records(GALAH, values, gone, np.nan), obs_id
 
 
 TABLES = {LAMOST: lamost, APOGEE: apogee, GALAH: galah}
-"""Function that makes the rows and keys of each survey."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,28 +12,27 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from sos_dask import corrections
-from sos_dask.correct import (
-    COVERAGE_MEANINGS,
-    FLAG_MEANINGS,
-    FLAGS,
-    Covered,
-    correct,
-    corrected_schema,
-)
+from sos_dask import correct, corrections
 from sos_dask.errors import CatalogError, ConfigError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.intervals import load_errors
 from sos_dask.evidence.widening import KIND_FIELD
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
-from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
+from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, loaded, partition_record
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Recipe, Rows, sha256_of_file
 
-_SCORES = ("obs_id", "coverage", FLAGS, KIND_FIELD.name)
+_SCORES = ("obs_id", "coverage", correct.FLAGS, KIND_FIELD.name)
 # What is calculated of rows takes several times the memory of what is kept.
 _ROWS_AT_ONCE = 1 << 17
+_unchecked = partial(corrections.load, check=False)  # the driver has checked it
+_LOAD: dict[str, Callable[[Path], Any]] = {
+    "model": _unchecked,
+    "smooth": _unchecked,
+    "errors": load_errors,
+    "coverage": CoverageModel.load,
+}
 _HOW_TO_COVER = "Make it: sos-dask coverage PAIRS MODEL CATALOG STARS -o OUT."
 
 
@@ -51,25 +50,11 @@ class ApplySettings(Settings):
 
 
 def parse_partitions(text: str, pixels: Sequence[HealpixPixel]) -> list[int]:
-    """Parse which partitions are meant.
+    """Parse which partitions of a catalog are meant; gives their sorted indices.
 
-    Parameters
-    ----------
-    text : str
-        ``all``; a shard ``i/N`` (i from 1 to N: partitions i, i+N, ...); indices and ranges
-        ``0-9,12``; HEALPix pixels ``2:44``, each meaning all partitions inside it or around it.
-    pixels : sequence of HealpixPixel
-        Partitions of the catalog, in its order.
-
-    Returns
-    -------
-    list of int
-        Sorted indices.
-
-    Raises
-    ------
-    ConfigError
-        Bad syntax, an index or a pixel that the catalog does not have.
+    The text is ``all``; a shard ``i/N`` (i from 1 to N: partitions i, i+N, ...); indices and ranges
+    ``0-9,12``; HEALPix pixels ``2:44``, each meaning all partitions inside it or around it. Raises
+    `ConfigError`: bad syntax, an index or a pixel that the catalog does not have.
     """
     if text.strip() == "all":
         return list(range(len(pixels)))
@@ -107,8 +92,6 @@ class Apply(Stage[ApplySettings]):
 
     Without a coverage there is no ``coverage``, and nothing fades; without errors there are no
     errors of the corrected labels. The process that makes the last partition commits.
-
-    Example: sos-dask apply model lamost -o corrected --partitions 3/16
     """
 
     name = "apply"
@@ -195,29 +178,31 @@ class Apply(Stage[ApplySettings]):
         correction = corrections.load(self.path("model"))
         errors = load_errors(self.path("errors")) if "errors" in self.inputs else None
         covered = "coverage" in self.inputs
-        schema = corrected_schema(catalog.schema, errors, correction.problem, covered)
+        schema = correct.corrected_schema(catalog.schema, errors, correction.problem, covered)
         n_out = run.write_catalog(self.product, catalog.pixels, found, schema)
-        summary: dict[str, Any] = {"method": correction.method}
-        if covered:
-            summary["fallback"] = self.settings.fallback
-        summary["flags"] = {
-            text: sum(one["flags"][str(bit)] for one in found)
-            for bit, text in self._meanings.items()
+        return Rows(catalog.n_rows, n_out), {
+            "method": correction.method,
+            **({"fallback": self.settings.fallback} if covered else {}),
+            "flags": {
+                text: sum(one["flags"][str(bit)] for one in found)
+                for bit, text in self._meanings.items()
+            },
         }
-        return Rows(catalog.n_rows, n_out), summary
 
     @property
     def _meanings(self) -> dict[int, str]:
-        return FLAG_MEANINGS | (COVERAGE_MEANINGS if "coverage" in self.inputs else {})
+        return correct.FLAG_MEANINGS | (
+            correct.COVERAGE_MEANINGS if "coverage" in self.inputs else {}
+        )
 
     def correct_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Write the corrected rows of one partition."""
-        loaded = {
-            kind: _loaded(kind, str(self.path(kind)), output.fingerprint)
-            for kind in ("model", "errors", "coverage", "smooth")
+        given = {
+            kind: loaded(load, self.path(kind), output.fingerprint)
+            for kind, load in _LOAD.items()
             if kind in self.inputs
         }
-        model, known, smooth = loaded["model"], loaded.get("coverage"), loaded.get("smooth")
+        model, known, smooth = given["model"], given.get("coverage"), given.get("smooth")
         table = self.catalog("observations").read(pixel)
         if known is not None:
             scores = self.catalog("coverage").read(pixel, _SCORES)
@@ -228,21 +213,11 @@ class Apply(Stage[ApplySettings]):
             covered, rows = None, table.slice(first, _ROWS_AT_ONCE)
             if known is not None:
                 some = scores.slice(first, _ROWS_AT_ONCE)
-                covered = Covered(some, known.widths.widening, limits, fallback)
-            pieces.append(correct(rows, model, loaded.get("errors"), model.problem, covered))
+                covered = correct.Covered(some, known.widths.widening, limits, fallback)
+            pieces.append(correct.correct(rows, model, given.get("errors"), model.problem, covered))
         corrected = pa.concat_tables(pieces)
         flags = corrected["flag_sos"].to_numpy()
         return {
             "file": partition_record(output, pixel, corrected),
             "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in self._meanings},
         }
-
-
-@lru_cache(maxsize=4)
-def _loaded(kind: str, directory: str, key: str) -> Any:
-    """Input of an output, read once in a worker; the same directory may hold another one later."""
-    path = Path(directory)
-    if kind == "coverage":
-        return CoverageModel.load(path)
-    # The driver has checked the model.
-    return load_errors(path) if kind == "errors" else corrections.load(path, check=False)

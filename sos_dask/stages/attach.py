@@ -83,8 +83,6 @@ class Attach(Stage[AttachSettings]):
 
     The summary counts rows with a counterpart, with several (the nearest counts), and the nulls of
     each new column.
-
-    Example: sos-dask attach lamost gaia -c distance -c ebv -o lamost.with-gaia
     """
 
     name = "attach"
@@ -181,16 +179,9 @@ def companion_survey(
 ) -> Survey:
     """Definition by which `ingest` reads a table file that has positions, but no stellar labels.
 
-    Parameters
-    ----------
-    name : str
-    columns : mapping of str to str
-        Columns of the product and their names in the file. Canonical ones have their canonical
-        unit there; others are plain float32.
-    key, ra, dec : str
-        Names in the file; ``key`` is the Gaia id where ``by`` names a release.
-    epoch : float, yr
-        Julian year of the positions.
+    ``columns`` are those of the product with their names in the file: canonical ones in their
+    canonical unit, others plain float32. ``key``, ``ra`` and ``dec`` are names in the file; the key
+    is the Gaia id where ``by`` names a release. ``epoch`` is the Julian year of the positions.
     """
     by_id = {by: key} if by != "position" else {}
     wanted = {"obs_id": key, "ra": ra, "dec": dec, **by_id, **columns}

@@ -11,10 +11,9 @@ numbers; catalogs are opened there, once. Below is what stages ask of catalogs t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -28,7 +27,7 @@ from sos_dask.schema import HEALPIX_COLUMN, KEYS, YEARS
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.stars.match import MOTION, Motion
-from sos_dask.storage.artifact import Output, atomic_path, write_parquet
+from sos_dask.storage.artifact import Output, write_parquet
 from sos_dask.storage.catalog import Catalog, write_catalog_metadata, write_partition
 from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
 
@@ -36,6 +35,7 @@ S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
 Part = Callable[[Output, str, T], Mapping[str, Any]]
 Made = tuple[Rows, Mapping[str, Any]]
+Place = tuple[str, HealpixPixel]  # a catalog and its partition
 _LIKE_KEYS = re.compile(r"(id|ids|key|name|designation|index)$", re.IGNORECASE)
 
 
@@ -144,10 +144,7 @@ class Stage(Generic[S]):
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the inputs by name."""
-        return self.known or {
-            name: one.fingerprint if isinstance(one, Catalog) else Manifest.load(one).fingerprint
-            for name, one in self.inputs.items()
-        }
+        return self.known or {name: fingerprint_of(one) for name, one in self.inputs.items()}
 
     def check(self) -> None:
         """Refuse inputs that do not fit, before anything is written."""
@@ -183,31 +180,30 @@ class Stage(Generic[S]):
     ) -> Manifest | None:
         """Make the output, or finish it; a complete one is left alone.
 
-        Parameters
-        ----------
-        overwrite : bool
-            Replace another output in ``directory``.
-        cluster : Cluster, optional
-            Default: tasks run in this process.
-
-        Returns
-        -------
-        Manifest or None
-            None while parts are missing that other processes make.
+        With ``overwrite`` another output in the directory is replaced; without a cluster tasks run
+        in this process. None while parts are missing that other processes make.
         """
         directory = Path(directory)
         self.product = self.product or directory.name
         self.check()
         recipe = self.recipe(self.settings, self.fingerprints())
         output = Output.prepare(directory, recipe, overwrite, map(self.path, self.inputs))
-        if not output.complete:
+        made_before = output.complete
+        if not made_before:
             run = Run(output, cluster or Cluster(), report)
-            with unless_complete(output):
+            try:
                 if self.partitioned:
                     self.require_partition(run.cluster, self.catalog(self.partitioned))
                 made = self.make(run)
                 if made is not None:
                     output.commit(made[0], tuple(run.files), made[1])
+            except Exception as error:
+                if not output.complete:
+                    if isinstance(error, SurveyError):  # what was made of refused files is useless
+                        output.discard()
+                    output.release()
+                    raise
+                output.tidy()
         # Another process may have completed it meanwhile.
         return Manifest.checked(directory) if output.complete else None
 
@@ -257,21 +253,10 @@ class Run:
     ) -> list[dict[str, Any]]:
         """Run a part for each item that has no sound record; give all records in their order.
 
-        Parameters
-        ----------
-        kind : str
-            Folder of the records.
-        items : mapping of str to T
-            By the key of its record.
-        part : callable
-            Function or method ``(output, key, item) -> record``, importable by its name.
-        step : str
-            Name for progress; default that of the stage.
-
-        Raises
-        ------
-        StorageError
-            A record is missing: it was removed meanwhile, or the workers run another version.
+        Items come by the key of their record, which is in the folder ``kind``; a part is a function
+        or method ``(output, key, item) -> record``, importable by its name; ``step`` names it for
+        progress (default: the stage). Raises `StorageError` where a record is missing: it was
+        removed meanwhile, or the workers run another version.
         """
         step = step or self.output.recipe.stage
         missing = [
@@ -334,9 +319,23 @@ def _do(task: tuple[Output, str, str, T, Part[T]]) -> None:
     output.put_record(kind, key, part(output, key, item))
 
 
+def fingerprint_of(given: Catalog | Path) -> str:
+    """Fingerprint of an input."""
+    return given.fingerprint if isinstance(given, Catalog) else Manifest.load(given).fingerprint
+
+
 def by_pixel(pixels: Sequence[HealpixPixel]) -> dict[str, HealpixPixel]:
     """Partitions by the key of their record."""
     return {f"{pixel.order}-{pixel.pixel}": pixel for pixel in pixels}
+
+
+def places(catalogs: Mapping[str, Catalog]) -> dict[str, Place]:
+    """Partitions of several catalogs by the key of their record, each with its catalog's name."""
+    return {
+        f"{name}-{key}": (name, pixel)
+        for name, catalog in catalogs.items()
+        for key, pixel in by_pixel(catalog.pixels).items()
+    }
 
 
 def partition_record(output: Output, pixel: HealpixPixel, table: pa.Table) -> dict[str, Any] | None:
@@ -344,42 +343,10 @@ def partition_record(output: Output, pixel: HealpixPixel, table: pa.Table) -> di
     return asdict(write_partition(output, pixel, table)) if table.num_rows else None
 
 
-def piece(output: Output, name: str) -> Path:
-    """Path of an intermediate table of an output."""
-    return output.work / "pieces" / f"{name}.arrow"
-
-
-def write_piece(output: Output, name: str, table: pa.Table) -> None:
-    """Keep an intermediate table as an Arrow file, written atomically."""
-    with (
-        atomic_path(piece(output, name)) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, table.schema) as writer,
-    ):
-        writer.write_table(table)
-
-
-def read_piece(output: Output, name: str) -> pa.Table:
-    """An intermediate table, memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(str(piece(output, name)))).read_all()
-
-
-@contextmanager
-def unless_complete(output: Output) -> Iterator[None]:
-    """Ignore an error that came only because another process completed the same output.
-
-    A run that failed before it made anything leaves no trace of itself; nor does one whose survey
-    files were refused, since what was made of them is of no use.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not output.complete:
-            if isinstance(error, SurveyError):
-                output.discard()
-            output.release()
-            raise
-        output.tidy()
+@lru_cache(maxsize=4)
+def loaded(load: Callable[[Path], Any], directory: Path, key: str) -> Any:
+    """Read what is in a directory once in a process; with another key it may hold another one."""
+    return load(directory)
 
 
 # -- catalogs that are matched --------------------------------------------------------------------

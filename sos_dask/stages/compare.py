@@ -25,7 +25,7 @@ from sos_dask.evidence import trends as binned
 from sos_dask.evidence.figures import BALANCED, NONE, TEST, TOLERANCE, TRAIN, Sample, Scored
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run
 from sos_dask.stages.evidence import OnEvidence, fitted_columns, held_out_columns, of_surveys
 from sos_dask.stages.reference import in_order
 from sos_dask.stats.bootstrap import draw
@@ -64,8 +64,6 @@ class Compare(OnEvidence[CompareSettings]):
     Tables: figures (`evidence.figures`), artifacts and behaviour outside the overlap
     (`evidence.smoothness`). Summary: ``method``, the one chosen, ``rule``, ``why``, ``scores`` it
     rests on, ``metrics`` of each method, pairs of both samples.
-
-    Example: sos-dask compare pairs model.boosted model.polynomial -o comparison
     """
 
     name = "compare"
@@ -195,8 +193,6 @@ class Trends(OnEvidence[TrendSettings]):
     and ``references.parquet``, the comparison of the reference surveys in the bins of one quantity.
     Labels in them have their own units. Summary: pairs by survey, common stars, pairs in no bin of
     equal width, and agreements (`evidence.trends`).
-
-    Example: sos-dask trends pairs model.boosted -o trends
     """
 
     name = "trends"
@@ -225,7 +221,7 @@ class Trends(OnEvidence[TrendSettings]):
             (REFERENCES, binned.contrast_table([]), [f"contrasts-{key}" for key in axes]),
             (PLANES, binned.trend_table([], plane=True), [f"trends-{key}" for key in planes]),
         ):
-            tables = (read_piece(run.output, key) for key in keys)
+            tables = (run.output.read_piece(key) for key in keys)
             run.write(name, pa.concat_tables([nothing, *tables]))
         return self.manifest("evidence").rows, {
             "surveys": done[0]["surveys"] if done else {},
@@ -240,7 +236,7 @@ class Trends(OnEvidence[TrendSettings]):
         for first, second, one, other in self.common_stars(self.settings.order):
             columns = {label: floats(one, label) for label in LABELS}
             columns |= {f"{name}_diff": floats(other, name) - x for name, x in columns.items()}
-            write_piece(output, f"common-{first}-{second}", pa.table(columns))
+            output.write_piece(f"common-{first}-{second}", pa.table(columns))
             n_stars += len(one)
         return {"stars": n_stars}
 
@@ -287,13 +283,13 @@ class Trends(OnEvidence[TrendSettings]):
             for first, second in itertools.combinations(before if key != _PLANE else (), 2):
                 direct = None
                 if {key, label} <= set(LABELS) and {first, second} <= known:
-                    both = read_piece(output, f"common-{first}-{second}")
+                    both = output.read_piece(f"common-{first}-{second}")
                     of_both = {key: floats32(both, key)}
                     direct = binned.trend(of_both, floats32(both, difference), edges, **about)
                 found = binned.contrast(before[first], before[second], direct, settings.min_count)
                 contrasts.append(found)
-        write_piece(output, f"trends-{key}", binned.trend_table(trends, key == _PLANE))
-        write_piece(output, f"contrasts-{key}", binned.contrast_table(contrasts))
+        output.write_piece(f"trends-{key}", binned.trend_table(trends, key == _PLANE))
+        output.write_piece(f"contrasts-{key}", binned.contrast_table(contrasts))
         n_pairs = {name: int(np.count_nonzero(inside)) for name, inside in surveys.items()}
         agreed = [row for one in contrasts for row in binned.agreements(one, settings.min_count)]
         return {"surveys": n_pairs, "in_no_bin": in_no_bin, "agreements": agreed}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +32,7 @@ from sos_dask.settings import Seed
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages import base
-from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run
 from sos_dask.stages.evidence import OfModel, held_out_columns, read_evidence, single_observations
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
@@ -50,7 +50,6 @@ _OWN = (HEALPIX_COLUMN, "obs_id", "ra", "dec")
 _SAMPLE_ROWS = 200_000
 _MANY_PAIRS, _MOST_ROWS = 1 / 3, 0.5
 _ID_RADIUS_ARCSEC = 10.0  # observations with one Gaia id are of one star
-Columns = Mapping[str, FloatArray]
 
 
 class CoverageSettings(Limits):
@@ -90,8 +89,6 @@ class Coverage(OfModel[CoverageSettings]):
     ``coverage``, ``flag_coverage``, ``kind_coverage``), the model, ``calibration.parquet`` and
     ``maps.parquet``. Summary: shares of the rows, and of stars, inside, sparse, outside and without
     coverage; limits and their meaning; rows without each parameter; warnings.
-
-    Example: sos-dask coverage pairs model lamost lamost.stars -o coverage
     """
 
     name = "coverage"
@@ -135,17 +132,13 @@ class Coverage(OfModel[CoverageSettings]):
     def measure(self, run: Run) -> Made:
         """Sample the rows, fit the model, score all rows and count them."""
         catalog, output, grid = self.catalog("observations"), run.output, self.grid
-        samples = {
-            f"{role}-{key}": (role, pixel)
-            for role in _KEYS
-            for key, pixel in base.by_pixel(self.catalog(role).pixels).items()
-        }
+        samples = base.places({role: self.catalog(role) for role in _KEYS})
         run.parts("samples", samples, self.sample, "coverage: sample")
         (fitted,) = run.parts("fit", {"model": list(samples)}, self.fit, "coverage: fit")
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
         pixels = base.by_pixel(catalog.pixels)
         done = run.parts("scores", pixels, self.score)
-        run.write(MAPS, kernel.sum_maps(read_piece(output, f"maps-{key}") for key in pixels))
+        run.write(MAPS, kernel.sum_maps(output.read_piece(f"maps-{key}") for key in pixels))
         name = catalog.name.removesuffix(".observations") + ".coverage"
         n_out = run.write_catalog(name, catalog.pixels, done, _schema(catalog))
         counts = {n: sum(one["rows"][n] for one in done) for n in (*CLASSES, "unknown")}
@@ -185,7 +178,7 @@ class Coverage(OfModel[CoverageSettings]):
             "follow_up": kernel.follow_up(maps),
         }
 
-    def sample(self, output: Output, key: str, item: tuple[str, HealpixPixel]) -> dict[str, Any]:
+    def sample(self, output: Output, key: str, item: base.Place) -> dict[str, Any]:
         """Keep the rows of one partition that belong to a sample: chosen by their key alone."""
         role, pixel = item
         catalog = self.catalog(role)
@@ -194,7 +187,7 @@ class Coverage(OfModel[CoverageSettings]):
         share = _SAMPLE_ROWS / max(catalog.n_rows, 1)
         chosen = uniform(key_hashes(table[_KEYS[role]]), self.settings.seed) < share
         table = table.filter(pa.array(chosen)).drop_columns(_KEYS[role])
-        write_piece(output, f"samples-{key}", table)
+        output.write_piece(f"samples-{key}", table)
         return {"rows": table.num_rows}
 
     def fit(self, output: Output, key: str, samples: Sequence[str]) -> dict[str, Any]:
@@ -202,7 +195,7 @@ class Coverage(OfModel[CoverageSettings]):
         problem, errors, settings = self.problem, self.errors, self.settings
         rows, stars = (
             pa.concat_tables(
-                read_piece(output, f"samples-{one}") for one in samples if one.startswith(role)
+                output.read_piece(f"samples-{one}") for one in samples if one.startswith(role)
             )
             for role in _KEYS
         )
@@ -212,13 +205,12 @@ class Coverage(OfModel[CoverageSettings]):
             has_quality = "quality" in rows.schema.names
             good = rows.filter(pc.equal(rows["quality"], 0)) if has_quality else rows
             columns = parameter_columns(good, problem)
-            target = kernel.Target(
-                columns, errors.is_sparse(problem.matrix(columns)).astype(np.int8)
-            )
+            sparse = errors.is_sparse(problem.matrix(columns))
+            target = kernel.Target(columns, sparse.astype(np.int8))
         columns = parameter_columns(rows, problem)
         limits = Limits(inside=settings.inside, outside=settings.outside)
-        how = settings.measure, limits, settings.seed
-        found = kernel.fit(overlap, columns, *how, target, problem)
+        how = settings.measure, limits, settings.seed, target, problem
+        found = kernel.fit(overlap, columns, *how)
         model = found.model
         n_stars = _counts(model.coverage(parameter_columns(stars, problem))[1])
         sampled = sum(n_stars.values())
@@ -237,8 +229,7 @@ class Coverage(OfModel[CoverageSettings]):
             "widths": asdict(model.widths),
             "width_pairs": found.n_width,
             "intervals": widening.counted(found.n_width),
-            "stars": {name: n / max(sampled, 1) for name, n in n_stars.items()}
-            | {"sampled": sampled},
+            "stars": {**{k: n / max(sampled, 1) for k, n in n_stars.items()}, "sampled": sampled},
         }
 
     def score(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
@@ -248,7 +239,8 @@ class Coverage(OfModel[CoverageSettings]):
         names += [one.column for one in problem.parameters]
         table = catalog.read(pixel, catalog.columns(list(dict.fromkeys(names))))
         columns = parameter_columns(table, problem)
-        score, kind = _load(str(output.directory), output.fingerprint).coverage(columns)
+        model = base.loaded(kernel.CoverageModel.load, output.directory, output.fingerprint)
+        score, kind = model.coverage(columns)
         known, place = kind >= 0, np.minimum(kind, OUTSIDE)
         stars, pairs = self.catalog("stars"), self.catalog("pairs")
         flags = star_flags(table, pixel, stars, pairs, self.settings.radius_arcsec)
@@ -258,7 +250,7 @@ class Coverage(OfModel[CoverageSettings]):
             step, values = GRID_STEPS.get(label, 0.0), floats_or_nan(table, label)
             flags[(values <= low + step) | (values >= high - step)] |= correct.FLAG_GRID_EDGE
         counts = kernel.count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
-        write_piece(output, f"maps-{key}", counts)
+        output.write_piece(f"maps-{key}", counts)
         scores = [pa.array(score, pa.float32(), mask=~known), pa.array(flags)]
         scores.append(pa.array(kind, mask=~known))
         out = pa.table([*(table[name] for name in _OWN), *scores], schema=_schema(catalog))
@@ -270,21 +262,10 @@ class Coverage(OfModel[CoverageSettings]):
         }
 
 
-@lru_cache(maxsize=2)
-def _load(directory: str, fingerprint: str) -> kernel.CoverageModel:
-    return kernel.CoverageModel.load(Path(directory))
-
-
 def _schema(catalog: Catalog) -> pa.Schema:
     own = [catalog.schema.field(name) for name in _OWN]
-    return pa.schema(
-        [
-            *own,
-            correct.COVERAGE_FIELD,
-            pa.field(correct.FLAGS, pa.int32(), False),
-            widening.KIND_FIELD,
-        ]
-    )
+    flags = pa.field(correct.FLAGS, pa.int32(), False)
+    return pa.schema([*own, correct.COVERAGE_FIELD, flags, widening.KIND_FIELD])
 
 
 def _counts(kind: NDArray[np.int8]) -> dict[str, int]:
@@ -331,6 +312,7 @@ def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) 
     more = [*stated, "n_obs", *(one.column for one in problem.parameters)]
     needed = ["fold", "held_out", *(label.diff for label in problem.labels)]
     table = read_evidence(evidence, [*needed, *predicted], more)
+    table = table.filter(pa.array(np.isfinite(problem.matrix(table)).all(axis=1)))
     residual = problem.differences(table).astype(np.float64) - matrix32(table, predicted)
     columns = parameter_columns(table, problem)
     half_width = error_class = None

@@ -10,6 +10,8 @@ Its memory goes with the edge pairs: some percent of all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from sos_dask.columns import BoolArray, FloatArray, IntArray, key_numbers
+from sos_dask.columns import BoolArray, FloatArray, IntArray, floats_or_nan, key_numbers
 from sos_dask.errors import CatalogError
+from sos_dask.problem import DEFAULT
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
 from sos_dask.settings import Seed
 from sos_dask.sky.healpix import HealpixPixel
@@ -33,30 +36,23 @@ from sos_dask.stages.base import (
     key_column,
     motion_of,
     partition_record,
-    read_piece,
     require_whole,
-    write_piece,
 )
-from sos_dask.stars.group import (
-    GAIA_IDS,
-    fold_of,
-    id_values,
-    same_targets,
-    smallest_of_joined,
-)
+from sos_dask.stars.group import GAIA_IDS, fold_of, id_values, same_targets, smallest_of_joined
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
 from sos_dask.storage.artifact import Output
-from sos_dask.storage.manifest import Rows
+from sos_dask.storage.manifest import Recipe, Rows
 
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
             "rv_err", "phot_g_mean_mag", "distance", "ebv", "n_obs")  # fmt: skip
+_INPUTS = tuple(name for name in DEFAULT.columns if name not in _CARRIED)
+"""Inputs of corrections that pairs do not have anyway."""
 _REFERENCE = (*(c for c in _CARRIED if c not in ("ra", "dec", "n_obs")), "survey")
 _FLAGS = ("quality", "flag_spread")
 _COUNTED = ("n_matched", "n_stars", "ambiguous", "by_id", "refused_by_id", "fit_for_training")
 _NUMBERS = (
     pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null
 )  # fmt: skip
-_PM = {"pmra", "pmdec"}
 
 
 class CrossmatchSettings(MatchSettings):
@@ -82,8 +78,6 @@ class Crossmatch(Stage[CrossmatchSettings]):
 
     The pairs lie on the partitions of the target. The summary counts pairs, distinct reference
     stars, ambiguous pairs, pairs by id, position matches refused by ids.
-
-    Example: sos-dask crossmatch lamost.stars reference -o pairs
     """
 
     name = "crossmatch"
@@ -97,6 +91,13 @@ class Crossmatch(Stage[CrossmatchSettings]):
     memory = (220, 4.0)
     motions: tuple[Motion, Motion]
     shared_ids: bool
+
+    @classmethod
+    def recipe(cls, settings: CrossmatchSettings, fingerprints: Mapping[str, str]) -> Recipe:
+        """Recipe that names the inputs of corrections which pairs do not have anyway."""
+        recipe = super().recipe(settings, fingerprints)
+        more = {"inputs": list(_INPUTS)} if _INPUTS else {}
+        return replace(recipe, params={**recipe.params, **more})
 
     def check(self) -> None:
         """Refuse catalogs that lack a column, or have ids or numbers of another type."""
@@ -152,7 +153,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
             pa.field("fold", pa.int8(), False),
             pa.field("use", pa.bool_(), False, {"description": "fit for training"}),
         ]
-        fields += [left.field(name) for name in target.columns(_CARRIED)]
+        fields += [left.field(name) for name in target.columns((*_CARRIED, *_INPUTS))]
         fields += [right.field(n).with_name(f"{n}_ref") for n in reference.columns(_REFERENCE)]
         for label in target.columns(reference.columns(LABELS)):
             text = {"unit": CANONICAL[label].unit, "description": f"target - reference {label}"}
@@ -196,7 +197,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
             pairs = pairs.append_column(name, values)
         for name in _ids_in(target):
             pairs = pairs.append_column(name, target[name])
-        write_piece(output, f"pairs-{key}", pairs)
+        output.write_piece(f"pairs-{key}", pairs)
         return {
             "n_matched": int(np.count_nonzero(np.diff(matches.left, prepend=-1))),
             "n_stars": len(np.unique(number)),
@@ -223,7 +224,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
         cells = target.cells(pixel) if right.num_rows else np.empty(0, dtype=np.int64)
         reaches_of = self._reach(_total_pm(right))
         rows = rows_near(cells, right[HEALPIX_COLUMN].to_numpy(), reaches_of)
-        names = target.columns(dict.fromkeys([key_column(target), *deciding, *_CARRIED]))
+        names = target.columns(dict.fromkeys([key_column(target), *deciding, *_CARRIED, *_INPUTS]))
         left = target.take(pixel, rows, names)
         left = left.append_column(target.schema.field(HEALPIX_COLUMN), pa.array(cells[rows]))
         return left.combine_chunks(), right.combine_chunks()
@@ -239,7 +240,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
 
         The record counts reference stars that several partitions have, but for one of these.
         """
-        kept = [read_piece(output, f"pairs-{one}") for one in pixels]
+        kept = [output.read_piece(f"pairs-{one}") for one in pixels]
         if not kept:
             return {"n_again": 0}
         names = ["smallest", "number", HEALPIX_COLUMN, "ra", "dec", *_ids_in(kept[0])]
@@ -250,13 +251,13 @@ class Crossmatch(Stage[CrossmatchSettings]):
         folds = fold_of(joined, self.settings.n_folds)
         starts = np.cumsum([one.num_rows for one in edges])[:-1]
         for one, fold in zip(pixels, np.split(folds, starts), strict=True):
-            write_piece(output, f"folds-{one}", pa.table({"fold": fold}))
+            output.write_piece(f"folds-{one}", pa.table({"fold": fold}))
         n_stars = sum(len(np.unique(some)) for some in np.split(number, starts))
         return {"n_again": n_stars - len(np.unique(number))}
 
     def write_pairs(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Write a partition of pairs with its final folds."""
-        pairs, final = (read_piece(output, f"{kind}-{key}") for kind in ("pairs", "folds"))
+        pairs, final = (output.read_piece(f"{kind}-{key}") for kind in ("pairs", "folds"))
         folds = pairs["fold"].to_numpy().copy()
         folds[pairs["is_edge"].to_numpy()] = final["fold"].to_numpy()
         place, schema = pairs.schema.get_field_index("fold"), self._schema()
@@ -270,9 +271,7 @@ def _ids_in(rows: pa.Table) -> list[str]:
 
 def _total_pm(rows: pa.Table) -> FloatArray:
     """Total proper motions, 0 where there is none."""
-    if not set(rows.schema.names) >= _PM:
-        return np.zeros(rows.num_rows)
-    pmra, pmdec = (np.asarray(rows[name].to_numpy(), np.float64) for name in ("pmra", "pmdec"))
+    pmra, pmdec = (floats_or_nan(rows, name) for name in ("pmra", "pmdec"))
     return np.asarray(np.nan_to_num(np.hypot(pmra, pmdec)))
 
 

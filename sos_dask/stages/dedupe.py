@@ -33,8 +33,6 @@ class Dedupe(Stage[DedupeSettings]):
     Rows with a proper motion and an epoch are compared at the latest epoch of the catalog. The
     summary says among others how far stated errors are wrong, by their repeats (``error_factors``,
     see `repeats.Factor`).
-
-    Example: sos-dask dedupe lamost -o lamost.stars --method best-snr
     """
 
     name = "dedupe"
@@ -112,14 +110,7 @@ class Dedupe(Stage[DedupeSettings]):
     def _grouped(self, pixel: HealpixPixel) -> tuple[pa.Table, slice, IntArray]:
         """Group the partition's rows with as much of the sky around as the longest chain needs.
 
-        Returns
-        -------
-        around : pyarrow.Table
-            Position, key and ids of all rows, sorted on the sky.
-        own : slice
-            Rows of the partition among them.
-        primary : ndarray of int64
-            Primary of every row, as its row number.
+        Gives all rows (position, key, ids), sorted on the sky; those of the partition; primaries.
         """
         catalog, settings = self.catalog("observations"), self.settings
         ids = catalog.columns(GAIA_IDS.values() if settings.use_gaia_id else ())

@@ -28,7 +28,7 @@ from sos_dask.problem import DEFAULT, Problem
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.settings import Settings
-from sos_dask.stages.base import Made, Role, Run, S, Stage
+from sos_dask.stages.base import Made, Role, Run, S, Stage, fingerprint_of
 from sos_dask.stages.reference import common_stars
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stats.bootstrap import groups_of
@@ -302,10 +302,7 @@ class OnEvidence(Stage[S]):
     def load(cls, directory: Path) -> dict[str, Any]:
         """Read an output of the stage as JSON values: its summary, and the rows of `tables`.
 
-        Raises
-        ------
-        CatalogError, PartitionError
-            It is unfinished, of another stage or version, or damaged.
+        Raises `CatalogError` or `PartitionError`: unfinished, of another stage, or damaged.
         """
         found = dict(Manifest.of_stage(directory, cls.name, cls.version).summary)
         for key, name in cls.tables:
@@ -354,10 +351,7 @@ def on_pairs(
     """
     first = Evidence({"pairs": pairs, **{f"model.{name}": one for name, one in models.items()}})
     first.check()
-    prints = {
-        name: one.fingerprint if isinstance(one, Catalog) else Manifest.load(one).fingerprint
-        for name, one in more.items()
-    }
+    prints = {name: fingerprint_of(one) for name, one in more.items()}
     prints["evidence"] = Evidence.recipe(first.settings, first.fingerprints()).fingerprint
     made = stage({"evidence": pairs.path, **more}, settings, known=prints)
     made.first = first
@@ -367,12 +361,7 @@ def on_pairs(
 def read_evidence(path: Path, columns: Sequence[str], more: Sequence[str] = ()) -> pa.Table:
     """Read columns of an output of `Evidence`, and of ``more`` those that the pairs had.
 
-    Raises
-    ------
-    CatalogError
-        A column is missing.
-    PartitionError
-        The table cannot be read.
+    Raises `CatalogError` where a column is missing, `PartitionError` where it cannot be read.
     """
     with partition_errors(path / EVIDENCE), pq.ParquetFile(path / EVIDENCE) as file:
         there = file.schema_arrow.names

@@ -19,41 +19,14 @@ from pydantic import Field
 
 from sos_dask.columns import one_array
 from sos_dask.errors import CatalogError, ConfigError, SurveyError
+from sos_dask.ingest import keys
 from sos_dask.ingest.canonical import Chunk, Profile, check_profile, plan_chunks, read_chunk
-from sos_dask.ingest.keys import (
-    CONFLICT,
-    FILE,
-    HISTOGRAM_ORDER,
-    REJECTED_SCHEMA,
-    ROW,
-    check_conflicts,
-    conflicting_keys,
-    histogram_of,
-    holders,
-    key_ranges,
-    losing_rows,
-    merge_rows,
-    partition_edges,
-    rejected_rows,
-    sorted_hashes,
-    without_rows,
-)
 from sos_dask.ingest.reader import Source, open_source
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.schema import HEALPIX_COLUMN, MOST_ROWS
 from sos_dask.settings import RowsPerPartition, Settings
 from sos_dask.sky.healpix import HealpixPixel, plan_partitions
-from sos_dask.stages.base import (
-    Made,
-    Role,
-    Run,
-    Stage,
-    by_pixel,
-    partition_record,
-    piece,
-    read_piece,
-    write_piece,
-)
+from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
 from sos_dask.storage.artifact import REJECTED, Output, atomic_path
 from sos_dask.storage.manifest import Manifest, Recipe, Rows, sha256_of_file
 from sos_dask.surveys.definition import Survey
@@ -88,9 +61,6 @@ class Ingest(Stage[SurveySettings]):
 
     The files are FITS, FITS.gz, CSV, CSV.gz, Parquet or VOTable; together they are the survey.
     ``rejected.parquet`` contains rejected rows with file, row and reason.
-
-    Example: sos-dask ingest lamost-dr11-lrs dr11_v2.0_LRS_stellar.fits.gz -o lamost
-
     """
 
     name = "ingest"
@@ -146,10 +116,10 @@ class Ingest(Stage[SurveySettings]):
         pixels, done = self._partitions(run)
         rejected = _rejected(run.output, [*chunks, "lost", *by_pixel(pixels)])
         n_rows = sum(record["rows"] for record in read)
-        conflicts = rejected.filter(pc.equal(rejected["reason"], CONFLICT))["obs_id"]
+        conflicts = rejected.filter(pc.equal(rejected["reason"], keys.CONFLICT))["obs_id"]
         if len(conflicts):
             where = f"survey {survey.name}"
-            check_conflicts(len(conflicts), n_rows, conflicts[0].as_py(), where)
+            keys.check_conflicts(len(conflicts), n_rows, conflicts[0].as_py(), where)
         schema, properties = survey.arrow_schema(), {"sos_survey": survey.name}
         n_out = run.write_catalog(self.product, pixels, done, schema, properties)
         if rejected.num_rows:
@@ -175,15 +145,15 @@ class Ingest(Stage[SurveySettings]):
         """Second pass: the partitions, and their records."""
         output, cut = run.output, self.settings.chunk_rows
         cells = self._arrays(output, "cells")
-        histogram = np.zeros(12 * 4**HISTOGRAM_ORDER, dtype=np.int64)
+        histogram = np.zeros(12 * 4**keys.HISTOGRAM_ORDER, dtype=np.int64)
         for at, n_rows in map(np.load, cells):
             histogram[at] += n_rows
-        pixels = plan_partitions(histogram, HISTOGRAM_ORDER, self.settings.rows_per_partition)
-        n_bytes = sum(piece(output, one).stat().st_size for one in self.pieces)
+        pixels = plan_partitions(histogram, keys.HISTOGRAM_ORDER, self.settings.rows_per_partition)
+        n_bytes = sum(output.piece(one).stat().st_size for one in self.pieces)
         self.require_pixel(run.cluster, pixels, histogram, n_bytes)
-        _save(output.work / f"edges-{cut}.npy", partition_edges(pixels, map(np.load, cells)))
+        _save(output.work / f"edges-{cut}.npy", keys.partition_edges(pixels, map(np.load, cells)))
         n_ranges = int(histogram.sum()) // _KEYS_PER_RANGE + 1
-        hashes = key_ranges(self._arrays(output, "keys"), n_ranges)
+        hashes = keys.key_ranges(self._arrays(output, "keys"), n_ranges)
         ranges = {f"{cut}-{number}": of for number, of in enumerate(hashes)}
         run.parts("keys", ranges, self.conflicts_of_range, f"check keys of {self.product}")
         run.parts("conflicts", {"losers": list(ranges)}, self.settle_conflicts, "conflicts of keys")
@@ -194,16 +164,16 @@ class Ingest(Stage[SurveySettings]):
     def pieces_of_chunk(self, output: Output, key: str, chunk: Chunk) -> dict[str, Any]:
         """First pass: one chunk of a file becomes sorted pieces."""
         survey, chunk_rows = self.settings.survey, self.settings.chunk_rows
-        profiles, pieces, rejected, n_rows = [], [], [REJECTED_SCHEMA.empty_table()], 0
+        profiles, pieces, rejected, n_rows = [], [], [keys.REJECTED_SCHEMA.empty_table()], 0
         for number, batch in enumerate(read_chunk(chunk, survey, chunk_rows)):
             n_rows += batch.rows.num_rows + batch.rejected.num_rows
             profiles.append(batch.profile)
             rejected.append(batch.rejected)
             if batch.rows.num_rows:
                 pieces.append(f"{key}-{number:06d}")
-                path = piece(output, pieces[-1])
-                write_piece(output, pieces[-1], batch.rows)
-                cells = histogram_of(batch.rows[HEALPIX_COLUMN].to_numpy())
+                path = output.piece(pieces[-1])
+                output.write_piece(pieces[-1], batch.rows)
+                cells = keys.histogram_of(batch.rows[HEALPIX_COLUMN].to_numpy())
                 _save(path.with_suffix(".keys.npy"), batch.keys)
                 _save(path.with_suffix(".cells.npy"), cells)
         _reject(output, key, pa.concat_tables(rejected))
@@ -217,28 +187,28 @@ class Ingest(Stage[SurveySettings]):
         self, output: Output, key: str, hashes: tuple[int, int]
     ) -> dict[str, Any]:
         """Keep the keys of one range that stand at more than one position."""
-        paths = [piece(output, one) for one in self.pieces]
-        keys = conflicting_keys(paths, self._arrays(output, "keys"), *hashes)
-        write_piece(output, f"conflicts-{key}", pa.table({"obs_id": keys}))
+        paths = [output.piece(one) for one in self.pieces]
+        twice = keys.conflicting_keys(paths, self._arrays(output, "keys"), *hashes)
+        output.write_piece(f"conflicts-{key}", pa.table({"obs_id": twice}))
         return {}
 
     def _arrays(self, output: Output, kind: str) -> list[Path]:
-        """Hashes of the ``keys``, or `histogram_of` the ``cells``, in each piece."""
+        """Hashes of the ``keys``, or `keys.histogram_of` the ``cells``, in each piece."""
         return [output.work / "pieces" / f"{one}.{kind}.npy" for one in self.pieces]
 
     def settle_conflicts(self, output: Output, key: str, ranges: list[str]) -> dict[str, Any]:
         """Decide which rows lose where one key stands at several positions (rare: done at once)."""
-        tables = [read_piece(output, f"conflicts-{one}") for one in ranges]
-        keys = pa.concat_tables(tables)["obs_id"]
-        losers = pa.table({FILE: pa.array([], pa.int32()), ROW: pa.array([], pa.int64())})
-        if len(keys):
-            held = holders(self._arrays(output, "keys"), sorted_hashes(one_array(keys)))
-            found = [read_piece(output, self.pieces[one]) for one in held]
-            rows = [one.filter(pc.is_in(one["obs_id"], value_set=keys)) for one in found]
-            lost = losing_rows(pa.concat_tables(rows))
-            losers = lost.select([FILE, ROW])
-            _reject(output, "lost", rejected_rows(lost, self.file_names))
-        write_piece(output, key, losers)
+        tables = [output.read_piece(f"conflicts-{one}") for one in ranges]
+        twice = pa.concat_tables(tables)["obs_id"]
+        losers = pa.table({keys.FILE: pa.array([], pa.int32()), keys.ROW: pa.array([], pa.int64())})
+        if len(twice):
+            held = keys.holders(self._arrays(output, "keys"), keys.sorted_hashes(one_array(twice)))
+            found = [output.read_piece(self.pieces[one]) for one in held]
+            rows = [one.filter(pc.is_in(one["obs_id"], value_set=twice)) for one in found]
+            lost = keys.losing_rows(pa.concat_tables(rows))
+            losers = lost.select([keys.FILE, keys.ROW])
+            _reject(output, "lost", keys.rejected_rows(lost, self.file_names))
+        output.write_piece(key, losers)
         return {}
 
     def merged_partition(
@@ -249,14 +219,14 @@ class Ingest(Stage[SurveySettings]):
         edges = np.load(output.work / f"edges-{self.settings.chunk_rows}.npy", mmap_mode="r")
         bounds = zip(self.pieces, *edges[number : number + 2], strict=True)
         slices = [
-            _copied(read_piece(output, one).slice(first, stop - first))
+            _copied(output.read_piece(one).slice(first, stop - first))
             for one, first, stop in bounds
             if first < stop
         ]
-        losers = read_piece(output, "losers")
+        losers = output.read_piece("losers")
         if losers.num_rows:
-            slices = [without_rows(rows, losers) for rows in slices]
-        merged = merge_rows(slices, self.file_names)
+            slices = [keys.without_rows(rows, losers) for rows in slices]
+        merged = keys.merge_rows(slices, self.file_names)
         _reject(output, key, merged.rejected)
         quality = merged.rows["quality"].to_numpy()
         return {
@@ -290,14 +260,14 @@ def _save(path: Path, values: NDArray[Any]) -> None:
 def _reject(output: Output, key: str, rows: pa.Table) -> None:
     """Keep the rejected rows of a part, if there are any."""
     if rows.num_rows:
-        write_piece(output, f"rejected-{key}", rows)
+        output.write_piece(f"rejected-{key}", rows)
 
 
-def _rejected(output: Output, keys: Sequence[str]) -> pa.Table:
+def _rejected(output: Output, parts: Sequence[str]) -> pa.Table:
     """Rejected rows of all parts, in the order of files and rows."""
-    names = [f"rejected-{key}" for key in keys]
-    tables = [read_piece(output, name) for name in names if piece(output, name).is_file()]
-    rejected = pa.concat_tables([REJECTED_SCHEMA.empty_table(), *tables])
+    names = [f"rejected-{part}" for part in parts]
+    tables = [output.read_piece(name) for name in names if output.piece(name).is_file()]
+    rejected = pa.concat_tables([keys.REJECTED_SCHEMA.empty_table(), *tables])
     return rejected.sort_by([("file", "ascending"), ("row", "ascending")])
 
 
@@ -314,19 +284,8 @@ def ingest(
 ) -> Manifest:
     """Make a catalog of observations from a survey's files: see `Ingest`.
 
-    Parameters
-    ----------
-    files : sequence of Path
-        FITS, FITS.gz, CSV, CSV.gz, Parquet or VOTable; together they are the survey.
-    directory : Path
-        Where the catalog goes.
-    name : str
-        Name of the catalog; default ``<survey>.observations``.
-
-    Returns
-    -------
-    Manifest
-        ``rows``: rows of the files in, observations out, rejected, exact duplicates dropped.
+    The name of the catalog is by default ``<survey>.observations``. ``rows`` of the manifest are
+    rows of the files in, observations out, rejected, exact duplicates dropped.
 
     Raises
     ------

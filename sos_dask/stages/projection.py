@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from sos_dask.evidence import projection as kernel
 from sos_dask.evidence.projection import Projection, ProjectionSettings
 from sos_dask.problem import DEFAULT, parameter_matrix
 from sos_dask.schema import CANONICAL, HEALPIX, HEALPIX_COLUMN
-from sos_dask.sky.healpix import HealpixPixel
-from sos_dask.stages.base import Made, Role, Run, Stage, partition_record, read_piece, write_piece
+from sos_dask.stages.base import Made, Place, Role, Run, Stage, loaded, partition_record, places
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, partition_errors
 from sos_dask.storage.manifest import Rows
@@ -38,7 +37,6 @@ _SCHEMA = pa.schema(
     [HEALPIX.arrow(nullable=False), CANONICAL["obs_id"].arrow(nullable=False)]
     + [pa.field(name, pa.float32(), metadata=_ABOUT) for name in _PLANE]
 )
-Place = tuple[str, HealpixPixel]  # sample and partition
 
 
 class ProjectionStage(Stage[ProjectionSettings]):
@@ -75,19 +73,17 @@ class ProjectionStage(Stage[ProjectionSettings]):
 
     def make(self, run: Run) -> Made:
         """Lay out the plane, then place every row."""
-        places: dict[str, Place] = {}
-        for sample, name in _INPUTS.items():
+        for name in _INPUTS.values():
             self.require_partition(run.cluster, self.catalog(name))
-            for pixel in self.catalog(name).pixels:
-                places[f"{sample}-{pixel.order}-{pixel.pixel}"] = (sample, pixel)
-        n_sample = self._fitted(run, places)
-        placed = run.parts("placed", places, self.place, "place")
+        parts = places({sample: self.catalog(name) for sample, name in _INPUTS.items()})
+        n_sample = self._fitted(run, parts)
+        placed = run.parts("placed", parts, self.place, "place")
         without = Counter({sample: 0 for sample in _INPUTS})
         bins = self.settings.map_bins
         n = {f"n_{sample}": np.zeros(bins * bins, dtype=np.int64) for sample in _INPUTS}
-        for (key, (sample, _)), record in zip(places.items(), placed, strict=True):
+        for (key, (sample, _)), record in zip(parts.items(), placed, strict=True):
             without[sample] += record["without_place"]
-            n[f"n_{sample}"] += read_piece(run.output, f"maps-{key}")["n"].to_numpy()
+            n[f"n_{sample}"] += run.output.read_piece(f"maps-{key}")["n"].to_numpy()
         target = self.catalog("observations")
         done = placed[: len(target.pixels)]
         n_rows = run.write_catalog(self.product, target.pixels, done, _SCHEMA)
@@ -103,17 +99,17 @@ class ProjectionStage(Stage[ProjectionSettings]):
             "not_asked": sum(record["not_asked"] for record in done),
         }
 
-    def _fitted(self, run: Run, places: dict[str, Place]) -> int:
+    def _fitted(self, run: Run, parts: dict[str, Place]) -> int:
         """Save sample and plane; what a killed run has saved is made again, alike. Its rows."""
-        counted = run.parts("strata", places, self.count, "strata")
+        counted = run.parts("strata", parts, self.count, "strata")
         totals: dict[str, Counter[int]] = {sample: Counter() for sample in _INPUTS}
-        for (sample, _), record in zip(places.values(), counted, strict=True):
+        for (sample, _), record in zip(parts.values(), counted, strict=True):
             totals[sample].update({int(cell): n for cell, n in record["counts"].items()})
         half, names = self.settings.sample_rows // 2, self.parameters
         rates = {sample: kernel.sampling_rates(total, half) for sample, total in totals.items()}
-        asked = {key: (place, rates[place[0]]) for key, place in places.items()}
+        asked = {key: (place, rates[place[0]]) for key, place in parts.items()}
         run.parts("sampled", asked, self.sample, "sample")
-        sample = pa.concat_tables(read_piece(run.output, f"samples-{key}") for key in places)
+        sample = pa.concat_tables(run.output.read_piece(f"samples-{key}") for key in parts)
         order = [("sample", "descending"), *((name, "ascending") for name in ("place", *names))]
         sample = sample.sort_by(order)
         parameters = np.stack([sample[name].to_numpy() for name in names], axis=1)
@@ -158,13 +154,13 @@ class ProjectionStage(Stage[ProjectionSettings]):
         values = _matrix(columns)[chosen]
         kept = {"sample": pa.array([place[0]] * len(values), pa.string()), "place": numbers[chosen]}
         kept |= dict(zip(self.parameters, values.T.copy(), strict=True))
-        write_piece(output, f"samples-{key}", pa.table(kept))
+        output.write_piece(f"samples-{key}", pa.table(kept))
         return {"rows": len(values)}
 
     def place(self, output: Output, key: str, item: Place) -> dict[str, Any]:
         """Place the rows of a partition."""
         sample, pixel = item
-        plane = _load(str(output.directory), output.fingerprint)
+        plane = loaded(load_projection, output.directory, output.fingerprint)
         names = [HEALPIX_COLUMN, "obs_id"] if sample == TARGET else []
         keys, columns = self._read(item, *names)
         parameters = _matrix(columns)
@@ -175,7 +171,7 @@ class ProjectionStage(Stage[ProjectionSettings]):
         place = plane.place(parameters)
         missing = np.isnan(place[:, 0])
         counts = kernel.density_map(place, plane.limits(), self.settings.map_bins)
-        write_piece(output, f"maps-{key}", pa.table({"n": counts.ravel()}))
+        output.write_piece(f"maps-{key}", pa.table({"n": counts.ravel()}))
         n_left, n_missing = (int(np.count_nonzero(rows)) for rows in (left, missing))
         record: dict[str, Any] = {"without_place": n_missing - n_left, "not_asked": n_left}
         if sample == TARGET:
@@ -191,13 +187,7 @@ def _matrix(columns: dict[str, FloatArray]) -> FloatArray:
 
 
 def load_projection(directory: Path) -> Projection:
-    """Load the plane that the stage saved.
-
-    Raises
-    ------
-    ModelError, PartitionError
-        A file is missing or damaged.
-    """
+    """Load the plane that the stage saved; `ModelError` or `PartitionError` where it is damaged."""
     path = directory / MODEL
     try:
         document = json.loads(path.read_text())
@@ -212,8 +202,3 @@ def load_projection(directory: Path) -> Projection:
         np.stack([table[name].to_numpy() for name in some], axis=1) for some in (names, _PLANE)
     )
     return Projection(names, center, scale, sample, plane, neighbors)
-
-
-@lru_cache(maxsize=2)
-def _load(directory: str, fingerprint: str) -> Projection:
-    return load_projection(Path(directory))

@@ -18,14 +18,14 @@ from sos_dask.settings import RowsPerPartition
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, Ranges, in_ranges, plan_partitions
 from sos_dask.stages.base import (
     Made,
+    Place,
     Role,
     Run,
     Stage,
     by_pixel,
     motion_of,
     partition_record,
-    read_piece,
-    write_piece,
+    places,
 )
 from sos_dask.stars.group import GAIA_IDS, Radii, group_around, rank_of
 from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
@@ -60,8 +60,6 @@ class Reference(Stage[ReferenceSettings]):
 
     Rows in are the stars of all surveys, rows out stars; the others are merged with another
     survey's. The summary says how many stars several surveys have, and the zero points.
-
-    Example: sos-dask reference apogee=apogee.stars galah=galah.stars -o reference
     """
 
     name = "reference"
@@ -83,13 +81,8 @@ class Reference(Stage[ReferenceSettings]):
     def make(self, run: Run) -> Made:
         """Plan the partitions, measure the zero points, and unite the stars of each partition."""
         catalogs, self.unify = self.surveys(), self.settings
-        counts = {
-            f"{survey}-{key}": (survey, pixel)
-            for survey, catalog in catalogs.items()
-            for key, pixel in by_pixel(catalog.pixels).items()
-        }
         histogram = np.zeros(12 * 4**_HISTOGRAM_ORDER, dtype=np.int64)
-        for record in run.parts("counts", counts, self.count_rows, "reference plan"):
+        for record in run.parts("counts", places(catalogs), self.count_rows, "reference plan"):
             np.add.at(histogram, record["cells"], record["rows"])
         pixels = plan_partitions(histogram, _HISTOGRAM_ORDER, self.settings.rows_per_partition)
         n_bytes = 0
@@ -102,7 +95,7 @@ class Reference(Stage[ReferenceSettings]):
         parts = by_pixel(pixels)
         if self.settings.offsets == "measured" and len(catalogs) > 1:
             run.parts("common", parts, self.compare_surveys, "zero points")
-            common = [read_piece(run.output, f"common-{key}") for key in parts]
+            common = [run.output.read_piece(f"common-{key}") for key in parts]
             self.unify = self.unify.but(offsets=_zero_points(pa.concat_tables(common)))
         done = run.parts("stars", parts, self.stars_of_pixel)
         no_rows = {
@@ -119,9 +112,7 @@ class Reference(Stage[ReferenceSettings]):
         }
         return Rows(sum(c.n_rows for c in catalogs.values()), n_out, 0, {"merged": merged}), summary
 
-    def count_rows(
-        self, output: Output, key: str, item: tuple[str, HealpixPixel]
-    ) -> dict[str, Any]:
+    def count_rows(self, output: Output, key: str, item: Place) -> dict[str, Any]:
         """Count the stars of a survey's partition by cell, at the common epoch."""
         survey, pixel = item
         catalog = self.catalog(f"stars.{survey}")
@@ -135,7 +126,7 @@ class Reference(Stage[ReferenceSettings]):
         """Keep the differences of the stars of one partition that several surveys have."""
         members, primary = self._members(pixel, _COMPARED)
         table = common_differences(members, primary, self.settings.order)
-        write_piece(output, f"common-{key}", table)
+        output.write_piece(f"common-{key}", table)
         return {}
 
     def stars_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
@@ -172,10 +163,10 @@ class Reference(Stage[ReferenceSettings]):
 
 def _together(tables: Mapping[str, pa.Table]) -> pa.Table:
     """Stars of all surveys in one table, keys as text, with the survey's name in a column."""
-    parts = []
-    for survey, table in tables.items():
-        name = pa.array([survey] * table.num_rows, pa.string())
-        parts.append(_with_text_key(table).append_column("survey", name))
+    parts = [
+        _with_text_key(table).append_column("survey", pa.repeat(survey, len(table)))
+        for survey, table in tables.items()
+    ]
     return pa.concat_tables(parts, promote_options="default")
 
 
@@ -210,23 +201,11 @@ def common_stars(
 ) -> Iterator[tuple[str, str, pa.Table, pa.Table]]:
     """Yield the stars that two surveys have, for every two surveys of a united reference.
 
-    Of a survey's rows of one star, the first that passes its cuts counts.
-
-    Parameters
-    ----------
-    reference : Catalog
-        Output of this stage.
-    stars : mapping of str to Catalog
-        The catalogs it was made from, by survey.
-    order : sequence of str
-        Surveys that come first; others follow by name.
-
-    Yields
-    ------
-    first, second : str
-    table_of_first, table_of_second : pyarrow.Table
-        Row by row the same stars: ``united``, the ``star_id`` of the reference, and labels (K,
-        dex, dex) of the survey on the zero points of the reference.
+    ``stars`` are the catalogs that the reference was made from, by survey; surveys in ``order``
+    come first, others follow by name. Of a survey's rows of one star, the first that passes its
+    cuts counts. Given are the names of both, and their tables, row by row the same stars:
+    ``united``, the ``star_id`` of the reference, and labels (K, dex, dex) of the survey on the zero
+    points of the reference.
     """
     reference.require("n_surveys", "sources")
     members = _sources(reference)

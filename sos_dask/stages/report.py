@@ -25,22 +25,13 @@ from sos_dask.corrections.symbolic import FILE as FORMULA_FILE
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.evidence.coverage import SKY_ORDER, STEPS
 from sos_dask.report import figures as panels
-from sos_dask.report import maps
-from sos_dask.report.page import (
-    CORRECTED,
-    OBSERVATIONS,
-    PAIRS,
-    Build,
-    Picture,
-    home_of,
-    html,
-    tables,
-)
+from sos_dask.report import maps, page
+from sos_dask.report.page import Build
 from sos_dask.report.style import Drawn, render, word
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
-from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, read_piece, write_piece
+from sos_dask.stages.base import Made, Place, Role, Run, Stage, by_pixel, places
 from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.projection import load_projection
 from sos_dask.storage.artifact import Output
@@ -119,12 +110,7 @@ class ReportStage(Stage[ReportSettings]):
     def make(self, run: Run) -> Made:
         """Count rows in cells, draw the figures, write the page."""
         build, settings = self.build, self.settings
-        items = {
-            f"{name}-{key}": (name, pixel)
-            for name, catalog in build.counted.items()
-            for key, pixel in by_pixel(catalog.pixels).items()
-        }
-        run.parts("counts", items, self.count_partition, "counts")
+        run.parts("counts", places(build.counted), self.count_partition, "counts")
         keys = dict.fromkeys(figures(build))
         done = run.parts("figures", keys, self.draw_figure, "figures")
         drawn = {key: record for key, record in zip(keys, done, strict=True) if record["files"]}
@@ -132,35 +118,33 @@ class ReportStage(Stage[ReportSettings]):
         for key, record in drawn.items():
             run.files.extend(FileRecord(**file) for file in record["files"])
             png = (run.output.directory / f"figures/{key}.png").read_bytes()
-            pictures[key] = Picture(record["title"], record["facts"], png)
-        page = html(
+            pictures[key] = page.Picture(record["title"], record["facts"], png)
+        text = page.html(
             build,
             pictures,
-            tables(build, STEPS["labels"], settings.files, settings.software),
+            page.tables(build, STEPS["labels"], settings.files, settings.software),
             job=settings.job,
             job_text=settings.job_text,
             version=settings.software.get("sos-dask", ""),
             formulas=_formulas(build),
         )
-        run.write_bytes(PAGE, page.encode())
+        run.write_bytes(PAGE, text.encode())
         titles = {key: record["title"] for key, record in drawn.items()}
         return Rows(0, 0), {"method": build.method, "figures": titles}
 
-    def count_partition(
-        self, output: Output, key: str, item: tuple[str, HealpixPixel]
-    ) -> dict[str, Any]:
+    def count_partition(self, output: Output, key: str, item: Place) -> dict[str, Any]:
         """Count the rows of one partition in cells of the sky or of a plane."""
         (product, pixel), build = item, self.build
         catalog = build.counted[product]
         if product in build.of("projection"):
             assert build.scores is not None
             found = _count_places(catalog, pixel, build.scores, _plane(build))
-        elif product in build.of(CORRECTED):
+        elif product in build.of(page.CORRECTED):
             found = _count_kiel(catalog, pixel, build.labels)
         else:
             cells = catalog.read(pixel, [HEALPIX_COLUMN])[HEALPIX_COLUMN].to_numpy()
             found = {"sky": _count(cells >> 2 * (MAX_ORDER - maps.ORDER), maps.N_SKY)}
-        write_piece(output, key, pa.table(found))
+        output.write_piece(key, pa.table(found))
         return {}
 
     def draw_figure(self, output: Output, key: str, item: None) -> dict[str, Any]:
@@ -229,7 +213,7 @@ def _sums(output: Output, build: Build, product: str) -> Counts:
     """Counts of a product, one partition after the other: all together they grow with these."""
     total: Counts = {}
     for key in by_pixel(build.counted[product].pixels):
-        table = read_piece(output, f"{product}-{key}")
+        table = output.read_piece(f"{product}-{key}")
         total = {what: total.get(what, 0) + table[what].to_numpy() for what in table.schema.names}
     return total
 
@@ -242,9 +226,9 @@ def figures(build: Build) -> dict[str, Draw]:
     labels, method, target = build.labels, build.method, build.target
     limits = build.summary("coverage").get("limits", {})
     found: dict[str, Draw] = {"sky": partial(_sky, build)}
-    if _has_rows(build, build.one(CORRECTED)):
+    if _has_rows(build, build.one(page.CORRECTED)):
         found["kiel"] = lambda counts: maps.kiel_figure(
-            *(counts(build.one(CORRECTED))[when] for when in ("before", "after"))
+            *(counts(build.one(page.CORRECTED))[when] for when in ("before", "after"))
         )
 
     def add(key: str, table: str, draw: Callable[..., Drawn | None], *given: Any) -> None:
@@ -278,8 +262,8 @@ def _has_rows(build: Build, product: str) -> bool:
 
 
 def _sky(build: Build, counts: CountsOf) -> Drawn | None:
-    names = {f"{name}.{OBSERVATIONS}": name for name in (build.target, *build.references)}
-    names[build.one(PAIRS)] = f"pairs of {build.target} and {build.reference}"
+    names = {f"{name}.{page.OBSERVATIONS}": name for name in (build.target, *build.references)}
+    names[build.one(page.PAIRS)] = f"pairs of {build.target} and {build.reference}"
     return maps.sky_figure(
         {text: counts(name)["sky"] for name, text in names.items() if _has_rows(build, name)}
     )
@@ -300,8 +284,8 @@ def _correction(build: Build, counts: CountsOf) -> Drawn | None:
     values = models.load(build.models[build.method]).predict(inputs).astype(np.float64)
     # Geometric means of the errors of corrected rows.
     means = np.full((maps.N_CELLS, len(build.labels)), np.nan)
-    if _has_rows(build, build.one(CORRECTED)):
-        found = counts(build.one(CORRECTED))
+    if _has_rows(build, build.one(page.CORRECTED)):
+        found = counts(build.one(page.CORRECTED))
         n, total = (
             np.stack([found[f"{label}_{what}"][: maps.N_CELLS] for label in build.labels], axis=1)
             for what in ("n", "sum")
@@ -352,5 +336,5 @@ def of_build(store: Path) -> ReportStage:
         job=document["job"], job_text=document["job_file"], files=file_names(store)
     )
     names = [name for name in document["products"] if name != "report"]
-    products = {f"product.{name}": home_of(name, (current / name).resolve()) for name in names}
+    products = {f"product.{name}": page.home_of(name, (current / name).resolve()) for name in names}
     return ReportStage(products, settings)

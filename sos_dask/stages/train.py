@@ -25,7 +25,7 @@ from sos_dask.evidence import figures
 from sos_dask.evidence.figures import NONE, RANDOM
 from sos_dask.problem import DEFAULT, Problem
 from sos_dask.settings import Seed, Settings, to_json
-from sos_dask.stages.base import Made, Role, Run, Stage, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import HELD_OUT, OnEvidence
 from sos_dask.stats.numbers import DENSE, SPARSE, scatter
 from sos_dask.storage.artifact import Output
@@ -115,16 +115,8 @@ class Train(Stage[TrainSettings]):
 
     The output is the saved model, ``held_out.parquet`` (fold, inputs, differences and predictions
     of every held-out pair) and, after a search, ``search.json``: every candidate with its losses.
-    The summary: validation used, pairs used, metrics on held-out pairs.
-
-    Raises
-    ------
-    ModelError
-        Too few pairs, or unknown labels.
-    ConfigError
-        Unknown method or parameter.
-
-    Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
+    The summary: validation used, pairs used, metrics on held-out pairs. Raises `ModelError` (too
+    few pairs, unknown labels) or `ConfigError` (unknown method or parameter).
     """
 
     name = "train"
@@ -240,6 +232,7 @@ def asks_workers(pairs: Catalog, settings: TrainSettings) -> bool:
 _SCHEMA = figures.figure_schema(
     "split group method label n_train n median mad n_random median_random mad_random"
 )
+_SPLITS = figures.DENSITY, figures.REGION, figures.REFERENCE
 Fit = tuple[str, str, str]  # method, split, group
 
 
@@ -287,10 +280,7 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
     def measure(self, run: Run) -> Made:
         """Fit every method without every group, then put the figures together."""
         given, table = self.manifest("evidence").rows, self._pairs()
-        splits = {
-            name: table[name].to_pylist()
-            for name in (figures.DENSITY, figures.REGION, figures.REFERENCE)
-        }
+        splits = {name: table[name].to_pylist() for name in _SPLITS}
         groups = figures.left_out_groups(splits, self.settings.min_pairs)
         if not groups:
             raise ModelError(
@@ -306,7 +296,7 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
         done = run.parts("fits", fits, self.fit)
         names, bare = self.problem.names, self.problem.differences(table)
         left = {
-            one: np.stack(read_piece(run.output, key).columns, axis=1) for key, one in fits.items()
+            one: np.stack(run.output.read_piece(key).columns, axis=1) for key, one in fits.items()
         }
         rows: list[dict[str, Any]] = []
         for method, (split, group) in itertools.product([NONE, *methods], groups):
@@ -345,11 +335,7 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
             survey = table["survey_ref"].cast(pa.string())
         region = figures.region_groups(*(floats_or_nan(table, name) for name in ("teff", "logg")))
         sparse = np.where(known, np.where(table["sparse"].to_numpy(), SPARSE, DENSE), "")
-        for name, values in (
-            (figures.DENSITY, sparse),
-            (figures.REGION, region),
-            (figures.REFERENCE, survey.fill_null("")),
-        ):
+        for name, values in zip(_SPLITS, (sparse, region, survey.fill_null("")), strict=True):
             table = table.append_column(name, pa.array(values, pa.string()))
         return table.combine_chunks()
 
@@ -368,7 +354,7 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
             left[out] = differences[out].astype(np.float64) - fitted.predict(x[out])
         except ModelError as error:
             refused = error.message
-        write_piece(output, key, pa.table(list(left.T.copy()), problem.names))
+        output.write_piece(key, pa.table(list(left.T.copy()), problem.names))
         return {"refused": refused}
 
 

@@ -21,7 +21,7 @@ from sos_dask.evidence.trends import three_cornered_hat
 from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
-from sos_dask.stages.base import Made, Role, Run, read_piece, write_piece
+from sos_dask.stages.base import Made, Role, Run
 from sos_dask.stages.evidence import OfModel, held_out_columns, of_surveys, single_observations
 from sos_dask.stars.group import fold_of, smallest_of_joined
 from sos_dask.stars.repeats import normalisation
@@ -89,7 +89,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         fitted = run.parts("labels", dict.fromkeys(LABELS, box), self.fit_label)
         tables = []
         for label in LABELS:
-            table = read_piece(run.output, f"errors-{label}")
+            table = run.output.read_piece(f"errors-{label}")
             columns = (table[name].combine_chunks() for name in intervals.TABLES)
             tables.append([column.values.to_numpy() for column in columns])
         reference_error = self.settings.reference_error
@@ -97,7 +97,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
             tables,
             [one["factors_95"] for one in fitted],
             intervals.error_grid(*box),
-            read_piece(run.output, "cells")["sparse"].to_numpy(),
+            run.output.read_piece("cells")["sparse"].to_numpy(),
             about["least_log_snr"],
             correction=sha256_of_file(self.path("model") / corrections.MODEL_FILE),
             reference_error=reference_error,
@@ -134,7 +134,8 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def _pairs(self) -> tuple[pa.Table, BoolArray]:
         """Pairs of the evidence, and those that say the error of one observation."""
-        names = [*LABELS, *(label.diff for label in DEFAULT.labels), *self._predictions]
+        names = list(dict.fromkeys([*LABELS, *DEFAULT.columns]))
+        names += [*(label.diff for label in DEFAULT.labels), *self._predictions]
         more = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
         table = self.read([*names, "star", "held_out"], more)
         return table, single_observations(table, self.settings.min_single)
@@ -155,8 +156,8 @@ class Uncertainty(OfModel[UncertaintySettings]):
         used = table.append_column("sparse", pa.array(sparse)).filter(
             pa.array(held & placed & single)
         )
-        write_piece(output, "used", used)
-        write_piece(output, "cells", pa.table({"sparse": cells}))
+        output.write_piece("used", used)
+        output.write_piece("cells", pa.table({"sparse": cells}))
         n_held, n_placed = (int(np.count_nonzero(some)) for some in (held, held & placed))
         return {
             "n_used": len(used),
@@ -171,8 +172,8 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def fit_label(self, output: Output, label: str, box: list[list[float]]) -> dict[str, Any]:
         """Keep the errors of a label, and count how often its intervals hit."""
-        pairs, grid = read_piece(output, "used"), intervals.error_grid(*box)
-        cells = read_piece(output, "cells")["sparse"].to_numpy()
+        pairs, grid = output.read_piece("used"), intervals.error_grid(*box)
+        cells = output.read_piece("cells")["sparse"].to_numpy()
         stated = np.stack([floats_or_nan(pairs, name) for name in _ERRORS], axis=1)
         logg, snr = (floats_or_nan(pairs, name) for name in ("logg_ref", "snr_ref"))
         factors = self._error_factors()
@@ -194,7 +195,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         )
         errors = intervals.fit_label(held_out, label, grid, cells)
         tables = zip(intervals.TABLES, ([one] for one in errors.tables), strict=True)
-        write_piece(output, f"errors-{label}", pa.table(dict(tables)))
+        output.write_piece(f"errors-{label}", pa.table(dict(tables)))
         in_sparse_cell = cells[grid.cells(held_out.features)]
         subsets = _subsets(held_out, pairs["sparse"].to_numpy(), in_sparse_cell)
         return {

@@ -336,6 +336,23 @@ class Output:
 
         return self.write_file(name, write)
 
+    def piece(self, name: str) -> Path:
+        """Path of an intermediate table."""
+        return self.work / "pieces" / f"{name}.arrow"
+
+    def write_piece(self, name: str, table: pa.Table) -> None:
+        """Keep an intermediate table as an Arrow file, written atomically."""
+        with (
+            atomic_path(self.piece(name)) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
+            writer.write_table(table)
+
+    def read_piece(self, name: str) -> pa.Table:
+        """Read an intermediate table, memory-mapped."""
+        return pa.ipc.open_file(pa.memory_map(str(self.piece(name)))).read_all()
+
     def put_record(self, kind: str, key: str, value: Mapping[str, Any]) -> None:
         """Record that a part is finished: from now on it is skipped by a rerun.
 

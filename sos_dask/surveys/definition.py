@@ -204,12 +204,12 @@ class Cut(Settings):
 
     def test_text(self) -> str:
         """The test in words, for example ``snrg >= 20`` or ``ASPCAPFLAG bit 23 unset``."""
+        numbers = ", ".join(map(plain, self.bits_unset or self.values))
+        is_one = len(self.bits_unset or self.values) == 1
         if self.bits_unset:
-            word = "bit" if len(self.bits_unset) == 1 else "bits"
-            text = f"{self.column} {word} {', '.join(map(str, self.bits_unset))} unset"
+            text = f"{self.column} {'bit' if is_one else 'bits'} {numbers} unset"
         elif self.values:
-            word = "=" if len(self.values) == 1 else "is one of"
-            text = f"{self.column} {word} {', '.join(map(plain, self.values))}"
+            text = f"{self.column} {'=' if is_one else 'is one of'} {numbers}"
         elif self.min is None:
             text = f"{self.column} <= {plain(self.max or 0.0)}"
         elif self.max is None:
@@ -284,8 +284,9 @@ class Survey(Settings):
                 problem = f"'{name}' cannot be the name of a column: {settings.COLUMN_RULE}"
                 raise SurveyError(f"[extra.{name}]: {problem}")
             if name.lower() in taken:  # SQL and FITS ignore the case of names
-                problem = "has a name that is taken"
-                raise SurveyError(f"[extra.{name}] {problem}", "Choose another name.")
+                raise SurveyError(
+                    f"[extra.{name}] has a name that is taken", "Choose another name."
+                )
             taken.add(name.lower())
         for one, other in combinations(self.cuts.values(), 2):
             if one.bit == other.bit:
@@ -345,14 +346,11 @@ def load_survey(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     """
     text = str(name_or_path)
     path = Path(text)
-    if not (text.endswith(".toml") or "/" in text):
-        if text not in builtin_surveys():
-            raise SurveyError(
-                f"there is no survey '{text}'",
-                nearest(text, builtin_surveys())
-                or "'sos-dask surveys' lists them; a path of a TOML file works too.",
-            )
+    if text in builtin_surveys():
         path = _FOLDER / f"{text}.toml"
+    elif not (text.endswith(".toml") or "/" in text):
+        hint = "'sos-dask surveys' lists them; a path of a TOML file works too."
+        raise SurveyError(f"there is no survey '{text}'", nearest(text, builtin_surveys()) or hint)
     elif not path.is_file():
         raise SurveyError(
             f"survey definition {path} does not exist",
@@ -455,12 +453,10 @@ def passing(cut: Cut, column: Values, survey: Survey) -> BoolArray:
 def _passes(cut: Cut, column: Values, survey: Survey) -> tuple[BoolArray, BoolArray]:
     """Rows whose number passes, and those without one."""
     values, missing = split(column)
-    null = np.zeros(len(values), dtype=bool) if missing is None else missing
     is_float = values.dtype.kind == "f"
     if any(isinstance(value, str) for value in cut.values):
         raise ValueError("numbers, and the cut lists text")
-    if is_float:
-        null |= ~np.isfinite(values)
+    null = ~np.isfinite(values) | (False if missing is None else missing)
     if cut.bits_unset:
         values = np.where(null, 0, values)
         if is_float and ((values != np.rint(values)) | (np.abs(values) >= 2.0**53)).any():

@@ -266,7 +266,7 @@ def test_publishing_by_size_alone_sees_sizes(store, cli, tmp_path):
     flip(file, 40)
     assert cli("rebuild", "job.toml").code == 0
     file.write_bytes(file.read_bytes() + b"\0")
-    assert_error(cli("rebuild", "job.toml"), 5, "product 'pairs' is not published", "bytes")
+    assert_error(cli("rebuild", "job.toml"), 5, "product 'lamost.pairs' is not published", "bytes")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', "null", "\0", "[" * 100_000])

@@ -223,6 +223,20 @@ def test_constant_features():
     assert np.isfinite(errors.half_width(pairs.features, pairs.snr)).all()
 
 
+def test_an_input_more_has_its_part_in_the_errors():
+    rng, n = np.random.default_rng(0), 2500
+    x = rng.random((n, 4), dtype=np.float32)
+    residuals = np.where(x[:, 3:] > 0.5, 3.0, 1.0) * rng.normal(size=(n, 3))
+    part = rng.integers(0, 4, n).astype(np.int8)
+    pairs = HeldOut(x, np.full(n, 50.0), residuals, np.full((n, 3), np.nan), part)
+    grid = error_grid((0.0,) * 4, (1.0,) * 4)
+    assert grid.size <= GRID.size
+    errors, _ = fitted(pairs, grid)
+    half = errors.half_width(x, pairs.snr)
+    for where, wanted in ((x[:, 3] > 0.6, 3.0), (x[:, 3] < 0.4, 1.0)):
+        assert np.median(half[where], axis=0) == pytest.approx(wanted, rel=0.2)
+
+
 # -- files ----------------------------------------------------------------------------------------
 
 

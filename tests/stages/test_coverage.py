@@ -17,8 +17,14 @@ from sos_dask.errors import CatalogError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.widening import KINDS
 from sos_dask.problem import DEFAULT
-from sos_dask.stages.base import read_piece
-from sos_dask.stages.coverage import Coverage, CoverageSettings, _counts, parameter_columns
+from sos_dask.stages.coverage import (
+    Coverage,
+    CoverageSettings,
+    _counts,
+    parameter_columns,
+    read_overlap,
+)
+from sos_dask.stages.evidence import EVIDENCE
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
@@ -209,9 +215,21 @@ def test_a_sample_is_chosen_by_the_keys_alone(build, tmp_path, monkeypatch):
             stage.sample(output, f"{role}-{number}", (role, pixel))
             rows = catalog.read(pixel)
             chosen = uniform(key_hashes(rows[key]), 3) < 500 / catalog.n_rows
-            found = read_piece(output, f"samples-{role}-{number}")
+            found = output.read_piece(f"samples-{role}-{number}")
             assert found["teff"].equals(rows["teff"].filter(pa.array(chosen)))
             assert key not in found.column_names
+
+
+def test_pairs_without_an_input_are_no_overlap(build, tmp_path):
+    evidence, model = build / "lamost.evidence", build / "lamost.model.polynomial"
+    whole = read_overlap(evidence, model)
+    table = pq.read_table(evidence / EVIDENCE)
+    place = table.schema.get_field_index("feh")
+    feh = pa.array(table["feh"].to_numpy(), mask=np.arange(len(table)) % 5 == 0)
+    pq.write_table(table.set_column(place, "feh", feh), tmp_path / EVIDENCE)
+    some = read_overlap(tmp_path, model)
+    assert len(some.fold) == len(whole.fold) - -(-len(table) // 5)
+    assert np.isfinite(some.columns["feh"]).all()
 
 
 def test_classes_are_counted():

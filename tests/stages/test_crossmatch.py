@@ -166,6 +166,22 @@ def test_pairs_fit_for_training(stars, tmp_path):
     assert manifest.rows.dropped == {"without a pair": len(without)}
 
 
+def test_pairs_carry_the_inputs_of_corrections(stars, tmp_path, monkeypatch):
+    """Other inputs are another recipe: pairs that lack them are not taken for these."""
+    table = rows_of(stars / "stars1-40")
+    vsini = pa.array(np.arange(table.num_rows, dtype=np.float32))
+    target = write_catalog(table.append_column("vsini", vsini), tmp_path / "target", 40)
+    inputs = {"target": target, "reference": stars / "stars2-40"}
+    plain = Crossmatch(inputs).run(tmp_path / "plain")
+    monkeypatch.setattr("sos_dask.stages.crossmatch._INPUTS", ("vsini",))
+    more = Crossmatch(inputs).run(tmp_path / "more")
+    assert more.fingerprint != plain.fingerprint
+    pairs = rows_of(tmp_path / "more")
+    rows = pc.index_in(pairs["target_star_id"], table["star_id"].combine_chunks())
+    assert pairs["vsini"].to_pylist() == vsini.take(rows.combine_chunks()).to_pylist()
+    assert pairs.drop_columns("vsini").equals(rows_of(tmp_path / "plain"))
+
+
 @pytest.mark.parametrize("column", ["teff", "pmra"])
 def test_columns_that_are_not_numbers_are_refused(stars, tmp_path, column):
     table = rows_of(stars / "stars1-40").slice(0, 20)

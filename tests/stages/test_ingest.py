@@ -69,7 +69,9 @@ def interrupted(*part: object) -> None:
 
 def test_records_of_other_rows_are_no_part_of_a_catalog(tmp_path, monkeypatch):
     path = write_fits(tmp_path / "stars.fits", rows(200))
-    monkeypatch.setattr("sos_dask.stages.ingest.plan_chunks", lambda source, n: [Chunk(source, 50)])
+    monkeypatch.setattr(
+        "sos_dask.stages.ingest.plan_chunks", lambda source, n: [Chunk(source, 50, 200)]
+    )
     with pytest.raises(CatalogError, match=r"200 rows of .*stars.fits, of which 150 were read"):
         ingest(survey(), [path], tmp_path / "out")
 

@@ -15,7 +15,7 @@ from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.errors import CatalogError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.intervals import load_errors
-from sos_dask.problem import DEFAULT
+from sos_dask.problem import DEFAULT, Input, Problem
 from sos_dask.schema import LABELS
 from sos_dask.settings import sealed, to_json
 from sos_dask.stages.evidence import read_evidence
@@ -187,6 +187,14 @@ def test_a_correction_by_other_inputs_is_refused(build, tmp_path):
     stage = Uncertainty({"evidence": build / "lamost.evidence", "model": model})
     with pytest.raises(ModelError, match=r"the correction is of teff, logg, feh by .* logg, rv"):
         stage.check()
+
+
+def test_all_inputs_are_read(build, monkeypatch):
+    problem = Problem(inputs=(*DEFAULT.inputs, Input(column="rv")))
+    monkeypatch.setattr("sos_dask.stages.uncertainty.DEFAULT", problem)
+    inputs = {"evidence": build / "lamost.evidence", "model": build / "lamost.model.polynomial"}
+    table, _ = Uncertainty(inputs)._pairs()
+    assert problem.matrix(table).shape == (len(table), 4)
 
 
 def test_the_same_in_any_partitions(build, alone, tmp_path):

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from pydantic import AfterValidator, Field, model_validator
 
-from sos_dask.columns import Float32Array, FloatArray, FloatingArray, floats32
+from sos_dask.columns import Float32Array, FloatArray, floats32
 from sos_dask.schema import CANONICAL, LABELS
 from sos_dask.settings import COLUMN_RULE, Settings, is_column
 
@@ -60,11 +60,6 @@ class Label(Settings):
         """Column of the error of the corrected label."""
         return f"{self.name}_sos_err"
 
-    @property
-    def ref(self) -> str:
-        """Column of the label of the reference."""
-        return f"{self.name}_ref"
-
 
 class Input(Settings):
     """A column, with its transform, that a correction sees."""
@@ -90,6 +85,12 @@ class Input(Settings):
         if self.log10:
             values = np.log10(np.where(values > 0, values, np.nan), dtype=np.float64)
         return values
+
+
+def parameter_matrix(parameters: Iterable[Input], columns: Mapping[str, ArrayLike]) -> FloatArray:
+    """Make some parameters of rows, in double precision, shape (n, k); nan where unknown."""
+    values = [one.values(np.asarray(columns[one.column], np.float64)) for one in parameters]
+    return np.stack(values, axis=1)
 
 
 KNOWN_INPUTS = (
@@ -158,14 +159,6 @@ class Problem(Settings):
     def differences(self, columns: Columns) -> Float32Array:
         """Collect the differences target - reference of pairs, shape (n, l)."""
         return np.stack([_column(columns, label.diff) for label in self.labels], axis=1)
-
-
-def parameter_matrix(
-    parameters: Iterable[Input], columns: Mapping[str, FloatingArray]
-) -> FloatArray:
-    """Make parameters in double precision, shape (n, k), nan where unknown."""
-    parts = [one.values(np.asarray(columns[one.column], dtype=np.float64)) for one in parameters]
-    return np.stack(parts, axis=1)
 
 
 def _column(columns: Columns, name: str) -> Float32Array:

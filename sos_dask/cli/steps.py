@@ -169,7 +169,7 @@ def train(pairs: Path, *, method: str, param: Names = None, options: Options) ->
     Example: sos-dask train pairs --method boosted -p n_rounds=800 -o model
     """
     seeded = {"seed": options.settings(method=method, params={}).seed}
-    seeded = seeded if "seed" in corrections.parameters(method) else {}
+    seeded = seeded if "seed" in corrections.class_of(method).parameters.model_fields else {}
     given = dict(_setting(text) for text in param or [])
     params = corrections.check_params(method, seeded | given)
     chosen = options.settings(method=method, params=params)
@@ -179,7 +179,7 @@ def train(pairs: Path, *, method: str, param: Names = None, options: Options) ->
             f"{pairs} is not a catalog of pairs",
             "Make them: sos-dask crossmatch LEFT RIGHT -o PAIRS.",
         )
-    if chosen.search and not corrections.search_space(method):
+    if chosen.search and not corrections.class_of(method).search:
         raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
     if chosen.validation != "auto":
         options.refuse(("kfold_limit",), f" with --validation {chosen.validation}")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from sos_dask import __version__
 from sos_dask.corrections import base
@@ -25,20 +24,19 @@ from sos_dask.corrections.symbolic import SymbolicCorrection
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.problem import Problem
 from sos_dask.schema import nearest
-from sos_dask.settings import Settings, sealed
+from sos_dask.settings import explained, sealed
 
 __all__ = ["MODEL_FILE", "Batch", "Correction", "Training", "TrainingSource"]
 
 _SMALL_FILE = 1 << 20
-
-
-_METHODS: Mapping[str, type[Correction]] = {
-    "boosted": BoostedCorrection,
-    "hybrid": HybridCorrection,
-    "polynomial": PolynomialCorrection,
-    "simex": SimexCorrection,
-    "symbolic": SymbolicCorrection,
-}
+_KINDS = (
+    BoostedCorrection,
+    HybridCorrection,
+    PolynomialCorrection,
+    SimexCorrection,
+    SymbolicCorrection,
+)
+_METHODS: Mapping[str, type[Correction]] = {kind.method: kind for kind in _KINDS}
 
 
 def methods() -> tuple[str, ...]:
@@ -46,65 +44,35 @@ def methods() -> tuple[str, ...]:
     return tuple(_METHODS)
 
 
-def _method(name: str) -> type[Correction]:
-    if name not in _METHODS:
+def class_of(method: str) -> type[Correction]:
+    """Class of a method; `ConfigError` for an unknown one, with the nearest."""
+    if method not in _METHODS:
         raise ConfigError(
-            f"there is no method '{name}'",
-            nearest(name, methods()) or f"Known are: {', '.join(methods())}.",
+            f"there is no method '{method}'",
+            nearest(method, methods()) or f"Known are: {', '.join(methods())}.",
         )
-    return _METHODS[name]
+    return _METHODS[method]
 
 
-def parameters(method: str) -> Mapping[str, FieldInfo]:
-    """Parameters of a method by name; `ConfigError` for an unknown method, with the nearest."""
-    return _method(method).parameters.model_fields
-
-
-def search_space(method: str) -> Mapping[str, Sequence[int | float | str]]:
-    """Values of the parameters that are searched; empty for a method that has none."""
-    return _method(method).search
-
-
-def check_params(method: str, params: Mapping[str, Any]) -> dict[str, int | float | str]:
-    """Complete the parameters of a method with its defaults.
-
-    A whole number may be written as 4.0.
+def check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete the parameters of a method with its defaults; 4.0 may be given for 4.
 
     Raises
     ------
     ConfigError
         Unknown method or parameter (with the nearest name), wrong type, out of range.
     """
-    return _settings(method, params).as_json
-
-
-def _settings(method: str, params: Mapping[str, Any]) -> Settings:
-    """Settings of a method: those given, and the defaults of the others."""
-    fields, values = parameters(method), dict(params)
-    for name, value in params.items():
-        if name not in fields:
-            raise ConfigError(
-                f"method '{method}' has no parameter '{name}'",
-                nearest(name, fields) or f"Known are: {', '.join(fields)}.",
-            )
-        if fields[name].annotation is int and isinstance(value, float) and value.is_integer():
-            values[name] = int(value)
+    kind = class_of(method).parameters
+    whole = {
+        name: int(value)
+        for name, value in params.items()
+        if isinstance(value, float) and value.is_integer()
+        if name in kind.model_fields and kind.model_fields[name].annotation is int
+    }
     try:
-        return _method(method).parameters.model_validate(values)
+        return kind.model_validate({**params, **whole}).as_json
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    name, value = str(first["loc"][0]), first["input"]
-    shown = f"{method}.{name} = {value!r:.60}"
-    if first["type"] == "literal_error":
-        choices = fields[name].annotation.__args__  # type: ignore[union-attr]
-        raise ConfigError(
-            f"{shown} is not one of {', '.join(choices)}", nearest(str(value), choices)
-        )
-    if first["type"] in ("greater_than_equal", "less_than_equal"):
-        limits = {key: getattr(m, key) for m in fields[name].metadata for key in m.__slots__}
-        raise ConfigError(f"{shown} is outside {limits['ge']:g} .. {limits['le']:g}")
-    kinds = "a whole number" if fields[name].annotation is int else "a number"
-    raise ConfigError(f"{shown} is not {kinds}")
+        raise explained(kind, error, f"method '{method}'") from None
 
 
 def fit(
@@ -125,7 +93,7 @@ def fit(
     train_folds : sequence of int, optional
         Only pairs of these folds are used; None: all pairs.
     params : mapping, optional
-        See `parameters`.
+        See `check_params`.
     client : distributed.Client, optional
         Batches are loaded and worked on by its workers; None: in this process.
 
@@ -138,9 +106,10 @@ def fit(
     ClusterError
         The cluster lost its workers again and again.
     """
-    settings = _settings(method, params or {})
+    kind = class_of(method)
+    settings = kind.parameters(**check_params(method, params or {}))
     folds = None if train_folds is None else tuple(int(fold) for fold in train_folds)
-    return _METHODS[method].fit(Training(source, folds, client), settings)
+    return kind.fit(Training(source, folds, client), settings)
 
 
 def load(directory: Path, *, check: bool = True) -> Correction:
@@ -196,8 +165,6 @@ def _stated(document: Mapping[str, Any], path: Path) -> tuple[base.ModelInfo, di
         raise ModelError(
             f"{path}: method {document.get('method')!r} is not one of {', '.join(methods())}"
         )
-    if "problem" not in document:
-        raise ModelError(f"{path}: incomplete: it has no problem (labels and inputs)")
     try:
         problem = Problem(**document["problem"])
         for key, expected in (("labels", problem.names), ("features", problem.features)):

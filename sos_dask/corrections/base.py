@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -87,10 +87,6 @@ class Training:
     def problem(self) -> Problem:
         """Labels and inputs."""
         return self.source.problem
-
-    def changed(self, change: Callable[[Batch], Batch]) -> Training:
-        """The same pairs after a further change."""
-        return replace(self, changes=(*self.changes, change))
 
     def rows(self, index: int) -> Rows:
         """Rows of a batch that can train: of the folds, inputs finite, a difference known."""
@@ -183,13 +179,7 @@ _LEAST_SPREAD = 1e-6  # of the range
 
 
 def summarise(training: Training, method: str, settings: Settings, needed: int) -> Summary:
-    """Look at all training pairs once.
-
-    Raises
-    ------
-    ModelError
-        Fewer pairs than ``needed`` know a label.
-    """
+    """Look at all training pairs once; `ModelError` where fewer than ``needed`` know a label."""
     problem, folds = training.problem, training.folds
     parts = training.map(_summarise_batch)
     histograms = summed([counts for *_, counts in parts], len(problem.labels))
@@ -269,21 +259,15 @@ class ModelInfo:
     train_folds: tuple[int, ...] | None = None  # None: all
     problem: Problem = DEFAULT
 
-    def by_label(self, values: Sequence[Any] | NDArray[Any]) -> dict[str, Any]:
-        """Values by the names of the labels, as JSON takes them."""
-        return dict(zip(self.problem.names, np.asarray(values).tolist(), strict=True))
 
-    def by_input(self, values: Sequence[Any] | NDArray[Any]) -> dict[str, Any]:
-        """Values by the names of the inputs, as JSON takes them."""
-        return dict(zip(self.problem.features, np.asarray(values).tolist(), strict=True))
+def by_name(names: Sequence[str], values: Sequence[Any] | NDArray[Any]) -> dict[str, Any]:
+    """Values of labels or inputs by their names, as JSON takes them."""
+    return dict(zip(names, np.asarray(values).tolist(), strict=True))
 
-    def of_labels(self, values: Mapping[str, Any]) -> FloatArray:
-        """Numbers in the order of the labels."""
-        return np.array([values[name] for name in self.problem.names], dtype=np.float64)
 
-    def of_inputs(self, values: Mapping[str, Any]) -> FloatArray:
-        """Numbers in the order of the inputs."""
-        return np.array([values[name] for name in self.problem.features], dtype=np.float64)
+def in_order(names: Sequence[str], values: Mapping[str, Any]) -> FloatArray:
+    """Numbers of labels or inputs in their order."""
+    return np.array([values[name] for name in names], dtype=np.float64)
 
 
 @dataclass(eq=False)
@@ -311,11 +295,6 @@ class Correction(abc.ABC):
         """Read a model from its own `files`; `ModelError` where they are damaged."""
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """Labels, in the order of the columns of a prediction."""
-        return self.info.problem.names
-
-    @property
     def problem(self) -> Problem:
         """Labels and inputs."""
         return self.info.problem
@@ -337,10 +316,11 @@ class Correction(abc.ABC):
             is nan or infinite.
         """
         x, low, high = self._checked(features)
-        out = np.empty((len(self.labels), len(x)), dtype=np.float32).T
+        out = np.empty((len(self.problem.names), len(x)), dtype=np.float32).T
         for start in range(0, len(x), BLOCK_ROWS):
             block = x[start : start + BLOCK_ROWS]
-            unknown = ~_in_all_columns(np.isfinite(block))
+            # Several times faster than a reduction over so short an axis.
+            unknown = ~functools.reduce(np.logical_and, np.isfinite(block).T)
             block = np.clip(block, low, high)
             block[unknown] = low
             found = self.evaluate(block)
@@ -351,12 +331,12 @@ class Correction(abc.ABC):
     def in_range(self, features: Float32Array) -> NDArray[np.bool_]:
         """Tell which rows, shape (n, k), lie in the training box; False where an input is nan."""
         x, low, high = self._checked(features)
-        return _in_all_columns((x >= low) & (x <= high))
+        return functools.reduce(np.logical_and, ((x >= low) & (x <= high)).T)
 
     def _checked(self, features: Float32Array) -> tuple[Float32Array, Float32Array, Float32Array]:
         """Features, which are checked, and the corners of the training box."""
         x = np.asarray(features, dtype=np.float32)
-        k = len(self.info.problem.inputs)
+        k = len(self.problem.inputs)
         if x.ndim != 2 or x.shape[1] != k:
             raise ModelError(f"features have shape {x.shape}, not (n, {k})")
         return x, np.array(self.info.minimum, "f4"), np.array(self.info.maximum, "f4")
@@ -390,18 +370,15 @@ class Correction(abc.ABC):
             "problem": info.problem.as_json,
             "params": dict(sorted(info.params.items())),
             "train_folds": None if info.train_folds is None else list(info.train_folds),
-            "n_pairs": info.by_label(info.n_pairs),
-            "training_range": info.by_input(np.transpose([info.minimum, info.maximum])),
+            "n_pairs": by_name(info.problem.names, info.n_pairs),
+            "training_range": by_name(
+                info.problem.features, np.transpose([info.minimum, info.maximum])
+            ),
             "files": {
                 name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())
             },
         }
         return {**files, MODEL_FILE: to_json(sealed(document))}
-
-
-def _in_all_columns(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    # Several times faster than a reduction over so short an axis.
-    return functools.reduce(np.logical_and, mask.T)
 
 
 def parse_json(content: bytes, name: Path | str) -> dict[str, Any]:

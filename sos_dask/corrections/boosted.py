@@ -2,8 +2,7 @@
 
 The loss is the pseudo-Huber of ``huber_slope`` times the spread of the differences. On 350,000
 simulated pairs with 3 % outliers to one side it left two thirds of the error, and a third of the
-bias, of squared error on clipped differences; the absolute error was no better and four times
-slower, and its leaves would depend on the number of workers.
+bias, of squared error on clipped differences; the absolute error was no better, four times slower.
 
 The bins of an input are chosen here, from exact counts over all pairs: XGBoost's own sketch depends
 on the order of the rows and on the workers. Training is data-parallel over a cluster
@@ -25,7 +24,7 @@ import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -68,9 +67,6 @@ class Settings(settings.Settings):
     max_bin: int = Field(256, ge=2, le=4096, description="Bins of each input")
     huber_slope: float = Field(
         0.2, ge=0.01, le=100.0, description="Residual where the loss turns linear, in spreads"
-    )
-    stop_rounds: int = Field(
-        0, ge=0, le=10000, description="End after so many trees without gain on a fold; 0: never"
     )
     nthread: int = Field(1, ge=1, le=1024, description="Threads of each worker")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the subsamples")
@@ -117,7 +113,7 @@ class BoostedCorrection(Correction):
                 "Install the XGBoost that the model was trained with, or train it again.",
             ) from None
         n_inputs = len(self.problem.inputs)
-        for label, booster in zip(self.labels, boosters, strict=True):
+        for label, booster in zip(self.problem.names, boosters, strict=True):
             if (n := booster.num_features()) != n_inputs:
                 raise ModelError(f"{label}.ubj: {n} features, not {n_inputs}")
             # A model trained on a GPU is used anywhere.
@@ -137,13 +133,13 @@ class BoostedCorrection(Correction):
 
     def files(self) -> Mapping[str, bytes]:
         """``boosted.json``, the trees of each label as UBJSON, and their look-up table."""
+        labels = self.problem.names
         document = {
             "formula": "center + spread * (sum of the trees)",
-            "center": self.info.by_label(self.center),
-            "spread": self.info.by_label(self.spread),
+            "center": base.by_name(labels, self.center),
+            "spread": base.by_name(labels, self.spread),
         }
-        names = (f"{label}.ubj" for label in self.labels)
-        trees = dict(zip(names, map(bytes, self.ensembles), strict=True))
+        trees = {f"{n}.ubj": bytes(e) for n, e in zip(labels, self.ensembles, strict=True)}
         table = self.table or compile_trees(self.boosters, self.center, self.spread)
         if table is None:
             why = f"their thresholds make more than {MAX_CELLS:,} cells"
@@ -155,8 +151,9 @@ class BoostedCorrection(Correction):
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> BoostedCorrection:
         """Read a model from its own files."""
         document = base.parse_json(bytes(files[FILE]), FILE)
-        center, spread = info.of_labels(document["center"]), info.of_labels(document["spread"])
-        ensembles = tuple(files[f"{label}.ubj"] for label in info.problem.names)
+        labels = info.problem.names
+        center, spread = (base.in_order(labels, document[key]) for key in ("center", "spread"))
+        ensembles = tuple(files[f"{label}.ubj"] for label in labels)
         table = LookupTable.from_buffer(files[TABLE]) if TABLE in files else None
         correction = cls(info, ensembles, center, spread, table)
         if table is None:
@@ -171,11 +168,7 @@ class BoostedCorrection(Correction):
             boosted_cluster.find_gpu()
         summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
         edges = _bin_edges(training, summary.info, settings.max_bin)
-        job = Job(training, settings, summary, edges, (settings.n_rounds,) * len(summary.center))
-        if settings.stop_rounds:
-            what = "stop_rounds: the fit that counts trees"
-            advice = "it needs all pairs. Give workers more, or set stop_rounds = 0."
-            job = job._replace(rounds=base.run_tasks(_count_rounds, [job], client, what, advice)[0])
+        job = Job(training, settings, summary, edges)
         boosters = train(job) if client is None else boosted_cluster.train(job)
         ensembles = tuple(bytes(booster.save_raw("ubj")) for booster in boosters)
         return cls(summary.info, ensembles, summary.center, summary.spread)
@@ -185,13 +178,12 @@ class BoostedCorrection(Correction):
 
 
 class Job(NamedTuple):
-    """Trees to train (``rounds`` of each label), the pairs, and the edges of the bins."""
+    """Pairs, what is known of them, and the edges of the bins."""
 
     training: Training
     settings: Settings
     summary: Summary
     edges: tuple[Float32Array, ...]
-    rounds: tuple[int, ...]
 
     @property
     def booster_params(self) -> dict[str, Any]:
@@ -202,7 +194,7 @@ class Job(NamedTuple):
             "base_score": 0.0,  # differences are centred
             "validate_parameters": True,
             "verbosity": 0,
-            **self.settings.model_dump(exclude={"n_rounds", "stop_rounds", "timeout_s"}),
+            **self.settings.model_dump(exclude={"n_rounds", "timeout_s"}),
         }
 
     def block(self, first: int, stop: int) -> Rows:
@@ -250,70 +242,24 @@ def _cells(rows: Rows, low: FloatArray, width: FloatArray) -> IntArray:
     return np.stack([np.bincount(column, minlength=GRID) for column in cells.T])
 
 
-def _matrix(job: Job, rows: Rows, label: int, bins_of: Any = None) -> Any:
-    import xgboost
-
-    x, y, weight = rows.of_label(label)
-    names, settings = list(job.training.problem.features), job.settings
-    made = {"max_bin": settings.max_bin, "nthread": settings.nthread, "ref": bins_of}
-    return xgboost.QuantileDMatrix(x, y, weight=weight, feature_names=names, **made)
-
-
-def _count_rounds(job: Job) -> tuple[int, ...]:
-    """Trees of each label after which the last training fold came no closer."""
-    import xgboost
-
-    if job.settings.device == "cuda":
-        boosted_cluster.find_gpu()
-    training, n = job.training, job.training.source.n_batches
-    folds: Sequence[int] | None = training.folds
-    if folds is None:
-        seen = [training.source.load(index).fold for index in range(n)]
-        folds = np.unique(np.concatenate(seen)).tolist()
-    if len(folds) < 2:
-        raise ModelError(
-            f"stop_rounds needs two training folds or more, not {len(folds)}",
-            "Raise crossmatch.n_folds, or set stop_rounds = 0.",
-        )
-    *others, kept = sorted(folds)
-    grown, aside = (
-        job._replace(training=replace(training, folds=chosen)).block(0, n)
-        for chosen in (tuple(others), (kept,))
-    )
-    rounds = []
-    for number, label in enumerate(training.problem.names):
-        for name, part in (("others", grown), ("one kept aside", aside)):
-            if not np.isfinite(part.differences[:, number]).any():
-                raise ModelError(f"stop_rounds: the training fold ({name}) has no known {label}")
-        matrix = _matrix(job, grown, number)
-        booster = xgboost.train(
-            job.booster_params,
-            matrix,
-            job.settings.n_rounds,
-            evals=[(_matrix(job, aside, number, matrix), "kept")],
-            early_stopping_rounds=job.settings.stop_rounds,
-            verbose_eval=False,
-        )
-        rounds.append(int(booster.best_iteration) + 1)
-    return tuple(rounds)
-
-
 def train(job: Job) -> tuple[Any, ...]:
     """Train an ``xgboost.Booster`` of each label in this process."""
     import xgboost
 
     rows = job.block(0, job.training.source.n_batches)
-    params = job.booster_params
+    params, settings = job.booster_params, job.settings
     # Trees do not depend on it.
     params["nthread"] = max(params["nthread"], n_threads(len(rows.features), _THREAD_ROWS))
     matrix: Any = None
     known, boosters = np.isfinite(rows.differences), []
-    for number, n_rounds in enumerate(job.rounds):
+    made = {"feature_names": list(job.training.problem.features), "max_bin": settings.max_bin}
+    for number in range(known.shape[1]):
+        x, y, weight = rows.of_label(number)
         if number and np.array_equal(known[:, number], known[:, number - 1]):
-            matrix.set_label(rows.of_label(number)[1])  # the bins are the same
+            matrix.set_label(y)  # the bins are the same
         else:
-            matrix = _matrix(job, rows, number)
-        boosters.append(xgboost.train(params, matrix, n_rounds))
+            matrix = xgboost.QuantileDMatrix(x, y, weight=weight, nthread=settings.nthread, **made)
+        boosters.append(xgboost.train(params, matrix, settings.n_rounds))
     return tuple(boosters)
 
 
@@ -394,16 +340,7 @@ def compile_trees(
 ) -> LookupTable | None:
     """Make the table of ``center + spread * (sum of the trees)`` of one ensemble a label.
 
-    Parameters
-    ----------
-    boosters : sequence of xgboost.Booster
-        Over the same inputs; regression with an identity link.
-    center, spread : ndarray of float64, shape (l,)
-
-    Returns
-    -------
-    LookupTable or None
-        None where the thresholds make more than ``MAX_CELLS`` cells: too large to be worth it.
+    None where the thresholds make more than ``MAX_CELLS`` cells: too large to be worth it.
     """
     models = [json.loads(bytes(booster.save_raw("json")))["learner"] for booster in boosters]
     forests = [_forest(model["gradient_booster"]["model"]["trees"]) for model in models]

@@ -16,9 +16,10 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +34,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRIES = 3
+PATIENCE_S = 30
 
 
 def train(job: Job) -> tuple[Any, ...]:
     """Train an ``xgboost.Booster`` of each label; after a loss of workers, by those that are left.
 
-    Raises
-    ------
-    ClusterError
-        Workers were lost again and again.
-    ModelError
-        A worker has no GPU for ``device = "cuda"``.
+    `ClusterError` where they are lost again and again.
     """
     from distributed import CancelledError, KilledWorker
 
@@ -67,7 +64,7 @@ def train(job: Job) -> tuple[Any, ...]:
                 asked = [client.submit(find_gpu, pure=False, **_on(w)) for w in workers]
                 workers = one_each(workers, client.gather(asked))
             _train_labels(job, workers, boosters, tracker)
-            return tuple(boosters[number] for number in range(len(job.rounds)))
+            return tuple(boosters[number] for number in sorted(boosters))
         except SosError:
             raise
         except losses as error:
@@ -120,16 +117,22 @@ def _train_labels(job: Job, workers: Sequence[str], boosters: dict[int, Any], tr
         for worker, (first, stop) in zip(workers, cuts, strict=False)
     ]
     try:
-        # The scheduler drops a silent worker, and its block moves; with the last one nothing would.
+        # Blocks of a worker that is gone move to others. The scheduler takes minutes to drop one
+        # that is silent, by a clock of its own: only whether a heartbeat is new counts here.
+        since: dict[tuple[str, float], float] = {}
         while not all(block.done() for block in blocks):
             with contextlib.suppress(TimeoutError):
-                wait(blocks, timeout=10)
-            if not client.scheduler_info(n_workers=-1)["workers"]:
+                wait(blocks, timeout=2)
+            known, now = client.scheduler_info(n_workers=-1)["workers"], time.monotonic()
+            if not known:
                 raise ConnectionError("no worker is left")
+            for worker in set(workers) & set(known):
+                if now - since.setdefault((worker, known[worker]["last_seen"]), now) > PATIENCE_S:
+                    raise ConnectionError(f"worker {worker} has been silent for {PATIENCE_S} s")
         for block in blocks:
             if block.status == "error":
                 block.result()
-        for number in range(len(job.rounds)):
+        for number in range(len(job.summary.center)):
             if number not in boosters:
                 boosters[number] = _train_label(job, workers, blocks, tracker, number)
     finally:
@@ -155,6 +158,7 @@ def _train_label(
     from xgboost.collective import Config
 
     client, timeout_s = job.training.client, job.settings.timeout_s
+    original = xgboost_dask._start_tracker
     features = list(job.training.problem.features)
     columns = [
         [
@@ -174,17 +178,18 @@ def _train_label(
         matrix = xgboost_dask.DaskQuantileDMatrix(
             client, x, y, weight=weight, feature_names=features, max_bin=job.settings.max_bin
         )
-        with _tracker_apart(tracker):
-            result = xgboost_dask.train(
-                client,
-                job.booster_params,
-                matrix,
-                num_boost_round=job.rounds[number],
-                # Workers meet only when the slowest has imported all it needs.
-                coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=max(timeout_s, 60)),
-            )
+        xgboost_dask._start_tracker = partial(_start_tracker, tracker)
+        result = xgboost_dask.train(
+            client,
+            job.booster_params,
+            matrix,
+            num_boost_round=job.settings.n_rounds,
+            # Workers meet only when the slowest has imported all it needs.
+            coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=max(timeout_s, 60)),
+        )
         return result["booster"]
     finally:
+        xgboost_dask._start_tracker = original
         release([future for futures in columns for future in futures])
 
 
@@ -216,23 +221,10 @@ os._exit(0)
 _TRACKERS: dict[str, subprocess.Popen[str]] = {}  # of the scheduler's process
 
 
-@contextlib.contextmanager
-def _tracker_apart(name: str) -> Iterator[None]:
-    """Make xgboost.dask start its tracker in a process of its own, named for `_stop_tracker`."""
-    from xgboost import dask as xgboost_dask
-
-    original = xgboost_dask._start_tracker
-    xgboost_dask._start_tracker = partial(_start_tracker, name)
-    try:
-        yield
-    finally:
-        xgboost_dask._start_tracker = original
-
-
 async def _start_tracker(
     name: str, n_workers: int, of_scheduler: str | None, of_user: Any, timeout: int | None
 ) -> dict[str, str | int]:
-    """Runs in the scheduler; what workers need to find a new tracker."""
+    """Runs in the scheduler in place of the function of xgboost.dask; the same answer."""
     addresses = [address for address in (of_user, (of_scheduler, 0), (None, 0)) if address]
     request = json.dumps([n_workers, addresses, timeout or 0])
     return await asyncio.to_thread(_ask_tracker, name, request)
@@ -265,10 +257,7 @@ def _stop_tracker(name: str) -> None:
 def find_gpu() -> tuple[str, ...]:
     """Find the GPU of this process by training a tree on it; equal where processes share one.
 
-    Raises
-    ------
-    ModelError
-        XGBoost would quietly train on the CPU.
+    `ModelError` where XGBoost would quietly train on the CPU.
     """
     import xgboost
 

@@ -53,13 +53,7 @@ class Formula:
 
     @classmethod
     def parse(cls, text: str, names: Sequence[str] = DEFAULT.features) -> Formula:
-        """Read a formula in which no other names occur.
-
-        Raises
-        ------
-        ModelError
-            Anything but arithmetic: calls, attributes, other names, powers that are not whole.
-        """
+        """Read a formula in which no other names occur; `ModelError` for all but arithmetic."""
         shown = text if len(text) <= 80 else text[:77] + "..."
         try:
             if len(text) > MAX_TEXT:

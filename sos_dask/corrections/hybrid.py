@@ -147,7 +147,8 @@ class HybridCorrection(Correction):
         needed = max(2 * len(terms), boosted.MIN_PAIRS)
         info = base.summarise(training, cls.method, settings, needed).info
         smooth = PolynomialCorrection.fit(training, _settings_of(PolynomialCorrection, settings))
-        left = training.changed(partial(residuals, smooth=smooth, outlier=settings.outlier))
+        less = partial(residuals, smooth=smooth, outlier=settings.outlier)
+        left = replace(training, changes=(*training.changes, less))
         trees = BoostedCorrection.fit(left, _settings_of(BoostedCorrection, settings))
         low, high = (np.array(ends, np.float32) for ends in (info.minimum, info.maximum))
         nodes = _smeared(trees, low, high, settings.smoothing * smooth.width)
@@ -232,11 +233,9 @@ def noisy(
 
 
 def _no_errors(problem: Problem, why: str) -> ModelError:
-    *first, last = [label.error for label in problem.labels]
-    names = f"{', '.join(first)} and {last}" if first else last
     return ModelError(
         f"method 'simex' needs errors of the target's labels, and {why}",
-        f"Map {names} in the definition of the survey.",
+        f"Map {', '.join(label.error for label in problem.labels)} in the survey's definition.",
     )
 
 
@@ -262,7 +261,7 @@ class SimexCorrection(Correction):
     def evaluate(self, features: Float32Array) -> Float32Array:
         """Differences at finite inputs inside the box, shape (n, l)."""
         weights = part_weights(self.info.params["replicas"])
-        total = np.zeros((len(features), len(self.labels)))
+        total = np.zeros((len(features), len(self.problem.names)))
         for weight, part in zip(weights, self.parts, strict=True):
             total += weight * part.evaluate(features)
         return total.astype(np.float32)
@@ -287,7 +286,7 @@ class SimexCorrection(Correction):
         problem = training.problem
         noise = partial(noisy, problem=problem)
         # Pairs without errors are left out of the fit without noise too.
-        plain = training.changed(partial(noise, amount=0.0, seed=0))
+        plain = replace(training, changes=(partial(noise, amount=0.0, seed=0),))
         everything = replace(plain, folds=None)
         if not any(everything.rows(n).weight.size for n in range(training.source.n_batches)):
             raise _no_errors(problem, "no pair has all of them")
@@ -299,7 +298,7 @@ class SimexCorrection(Correction):
         noise = partial(noise, constant=tuple(summary.constant.tolist()))
         for seed, amount in enumerate(amounts, settings.seed):
             change = partial(noise, amount=amount * settings.error_factor, seed=seed)
-            parts.append(kind.fit(training.changed(change), of_base))
+            parts.append(kind.fit(replace(training, changes=(change,)), of_base))
         return cls(summary.info, tuple(parts))
 
 

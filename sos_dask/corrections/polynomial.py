@@ -17,7 +17,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -29,7 +28,7 @@ from sos_dask import settings
 from sos_dask.columns import Float32Array, FloatArray, IntArray
 from sos_dask.corrections import base
 from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
-from sos_dask.errors import ConfigError, ModelError
+from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS
 from sos_dask.run.machine import n_threads
 from sos_dask.settings import to_json
@@ -84,14 +83,15 @@ class PolynomialCorrection(Correction):
 
     def files(self) -> Mapping[str, bytes]:
         """``coefficients.json``: every float64 with all its digits."""
+        labels, inputs = self.problem.names, self.problem.features
         document = {
             "formula": "sum over terms of coefficient * product of z^exponent, "
             "z = (feature - center) / width",
-            "center": self.info.by_input(self.center),
-            "width": self.info.by_input(self.width),
+            "center": base.by_name(inputs, self.center),
+            "width": base.by_name(inputs, self.width),
             "exponents": self.exponents.tolist(),
-            "coefficients": self.info.by_label(self.coefficients.T),
-            "scatter": self.info.by_label(self.scatter),
+            "coefficients": base.by_name(labels, self.coefficients.T),
+            "scatter": base.by_name(labels, self.scatter),
             "passes": self.passes,
         }
         return {FILE: to_json(document)}
@@ -100,10 +100,11 @@ class PolynomialCorrection(Correction):
     def restore(cls, info: ModelInfo, files: Mapping[str, Content]) -> PolynomialCorrection:
         """Read a model from its own files."""
         document = base.parse_json(bytes(files[FILE]), FILE)
-        center, width = info.of_inputs(document["center"]), info.of_inputs(document["width"])
+        labels, inputs = info.problem.names, info.problem.features
+        center, width = (base.in_order(inputs, document[key]) for key in ("center", "width"))
         exponents = np.array(document["exponents"], dtype=np.int64).reshape(-1, len(center))
-        coefficients = info.of_labels(document["coefficients"]).T
-        scatter, passes = info.of_labels(document["scatter"]), int(document["passes"])
+        coefficients = base.in_order(labels, document["coefficients"]).T
+        scatter, passes = base.in_order(labels, document["scatter"]), int(document["passes"])
         shape = (len(exponents), len(scatter))
         if coefficients.shape != shape or not np.isfinite(coefficients).all():
             raise ModelError(f"{FILE}: needs one finite coefficient for each term and label")
@@ -154,10 +155,9 @@ class PolynomialCorrection(Correction):
         return replace(found, scatter=found.scatter / freedom)
 
 
-def one_thread() -> AbstractContextManager[Any]:
+def one_thread() -> Any:
     """Matrix products by one thread: with more the last bits may depend on their number."""
-    limits: AbstractContextManager[Any] = _thread_pools().limit(limits=1)
-    return limits
+    return _thread_pools().limit(limits=1)
 
 
 @lru_cache(maxsize=1)
@@ -257,11 +257,6 @@ def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
 
 def design_matrix(z: FloatArray, exponents: IntArray) -> FloatArray:
     """Monomials of every row, shape (n, m), each contiguous; exponents of `polynomial_terms`."""
-    z = np.asarray(z, dtype=np.float64)
-    if exponents.shape[1] != z.shape[1]:
-        raise ConfigError(
-            f"exponents of {exponents.shape[1]} variables do not fit {z.shape[1]} columns"
-        )
     columns = np.ascontiguousarray(z.T)
     out = np.ones((len(exponents), len(z)))
     places = {exponent: row for row, exponent in enumerate(map(tuple, exponents.tolist()))}
@@ -277,24 +272,12 @@ def design_matrix(z: FloatArray, exponents: IntArray) -> FloatArray:
 def evaluate_polynomials(
     z: FloatArray, exponents: IntArray, coefficients: FloatArray
 ) -> FloatArray:
-    """Values of several polynomials with the same monomials, by nested multiplication (Horner).
+    """Values (n, l) of polynomials with the same distinct monomials (m, k) of z (n, k), by Horner.
 
     Only element-wise operations are used, so the value of a row is the same to the last bit
     whichever rows stand beside it; a matrix product does not promise that.
-
-    Parameters
-    ----------
-    z : ndarray of float64, shape (n, k)
-    exponents : ndarray of int, shape (m, k)
-        Distinct rows.
-    coefficients : ndarray of float64, shape (m, l)
-
-    Returns
-    -------
-    ndarray of float64, shape (n, l)
     """
-    columns = list(np.ascontiguousarray(z.T, dtype=np.float64))
-    found = _horner(exponents, np.asarray(coefficients, dtype=np.float64), columns)
+    found = _horner(exponents, coefficients, list(np.ascontiguousarray(z.T)))
     return np.broadcast_to(found, (len(found), len(z))).T
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sos_dask.corrections import fit, search_space
+from sos_dask.corrections import class_of, fit
 from sos_dask.corrections.base import Training, TrainingSource, run_tasks
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.stats.numbers import MAD_TO_SIGMA
@@ -26,7 +26,7 @@ Params = Mapping[str, int | float | str]
 
 def candidates(method: str, params: Params, n: int, seed: int) -> list[Params]:
     """Draw at most n different sets of the searched parameters; the first is that of ``params``."""
-    space = search_space(method)
+    space = class_of(method).search
     if not space:
         raise ConfigError(f"method '{method}' has no parameters to search")
     rng = np.random.default_rng(seed)
@@ -65,12 +65,8 @@ def search(
 
     Raises
     ------
-    ConfigError
-        The method has nothing to search.
     ModelError
         Fewer than two folds, or no candidate can be fitted.
-    ClusterError
-        Fits kill their workers again and again.
     """
     folds = sorted(int(fold) for fold in train_folds)
     if len(folds) < 2:

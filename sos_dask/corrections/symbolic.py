@@ -117,7 +117,7 @@ class SymbolicCorrection(Correction):
         document = {
             "features": list(self.problem.features),
             "n_sample": self.n_sample,
-            "labels": self.info.by_label([choice.as_json for choice in self.choices]),
+            "labels": base.by_name(self.problem.names, [choice.as_json for choice in self.choices]),
         }
         return {FILE: to_json(document)}
 
@@ -217,11 +217,10 @@ def _front(
             front.append(i)
     best, entries, close = front[-1], [], []
     for i in front:
-        behind = means[i] - means[best]
+        judged = {"loss": means[i], "scatter": scales[i], "behind": means[i] - means[best]}
         error = float(np.std(losses[i] - losses[best])) / math.sqrt(len(y))
-        judged = {"loss": means[i], "scatter": scales[i], "behind": behind}
         entries.append((forms[i], {**judged, "standard_error": error}))
-        close.append(behind <= standard_errors * error)
+        close.append(judged["behind"] <= standard_errors * error)
     return entries, close.index(True)
 
 
@@ -267,18 +266,14 @@ def _require(engine: str) -> None:
     # Importing pysr without Julia would download one.
     needed = {"operon": ["pyoperon"], "pysr": ["pysr", "juliacall"]}[engine] + ["sympy"]
     missing = [n for n in needed if sys.modules.get(n, n) is None or not find_spec(n)]
-    if engine == "operon" and missing:
-        raise ModelError(
-            f"method 'symbolic' needs {' and '.join(missing)}, which is not installed",
-            "Install it with: pip install 'sos_dask[symbolic]'",
-        )
-    if engine == "pysr" and not (shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")):
-        missing.append("julia")
+    how = "Install it with: pip install 'sos_dask[symbolic]'"
+    if engine == "pysr":
+        how = "Install Julia and 'pip install pysr', or set engine = 'operon'."
+        if not (shutil.which("julia") or os.environ.get("PYTHON_JULIACALL_EXE")):
+            missing.append("julia")
     if missing:
-        raise ModelError(
-            f"symbolic.engine = 'pysr' needs {', '.join(missing)}, which is not there",
-            "Install Julia and 'pip install pysr', or set engine = 'operon'.",
-        )
+        needs = f"symbolic.engine = '{engine}' needs {', '.join(missing)}"
+        raise ModelError(f"{needs}, which is not installed", how)
 
 
 def _operon(z: FloatArray, y: FloatArray, settings: Settings, names: list[str]) -> list[str]:

@@ -232,7 +232,8 @@ def _own(job: Job, stage: type[Stage[Any]], section: Settings) -> Any:
 
 
 def _params(job: Job, method: str) -> dict[str, Any]:
-    seed = {"seed": job.seed} if "seed" in corrections.parameters(method) else {}
+    known = corrections.class_of(method).parameters.model_fields
+    seed = {"seed": job.seed} if "seed" in known else {}
     return corrections.check_params(method, {**seed, **job.train.params.get(method, {})})
 
 
@@ -261,7 +262,7 @@ def _checked(job: Job) -> Job:
                 )
     for method in job.train.methods:
         with _key(job, "train.methods"):
-            corrections.parameters(method)
+            corrections.class_of(method)
         with _key(job, f"train.params.{method}"):
             _params(job, method)
     with _key(job, "compare.rule"):

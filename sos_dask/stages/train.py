@@ -164,7 +164,7 @@ class Train(Stage[TrainSettings]):
         for number, trained in enumerate(plan):
             run.report(step, number, len(plan))
             params: Mapping[str, Any] = settings.params
-            if settings.search and corrections.search_space(method):
+            if settings.search and corrections.class_of(method).search:
                 given = corrections.check_params(method, params)
                 how = settings.search, settings.seed, run.cluster.client
                 params, trials = search(method, source, trained or folds, given, *how)

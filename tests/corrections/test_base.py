@@ -49,7 +49,8 @@ def test_methods_are_the_modules():
     assert list(models.methods()) == sorted(models.methods())
     for method in models.methods():
         assert models.check_params(method, {}) == {
-            name: param.default for name, param in models.parameters(method).items()
+            name: field.default
+            for name, field in models.class_of(method).parameters.model_fields.items()
         }
 
 
@@ -62,19 +63,19 @@ def test_an_unknown_method_names_the_nearest():
 @pytest.mark.parametrize(
     ("method", "params", "message"),
     [
-        ("polynomial", {"ordr": 3}, "no parameter 'ordr'"),
-        ("polynomial", {"order": 0}, r"polynomial\.order = 0 is outside 1 \.\. 6"),
-        ("polynomial", {"order": 7}, "outside"),
-        ("polynomial", {"order": 2.5}, "not a whole number"),
-        ("polynomial", {"order": True}, "not a whole number"),
-        ("polynomial", {"order": "4"}, "not a whole number"),
-        ("polynomial", {"ridge": -1}, "outside"),
-        ("polynomial", {"ridge": float("nan")}, "not a number"),
-        ("boosted", {"device": "gpu"}, "device = 'gpu' is not one of cpu, cuda"),
-        ("boosted", {"max_dept": 3}, "no parameter 'max_dept'"),
-        ("boosted", {"subsample": 0}, "outside"),
-        ("boosted", {"learning_rate": 2}, "outside"),
-        ("boosted", {"n_rounds": 0}, "outside"),
+        ("polynomial", {"ordr": 3}, "method 'polynomial': unknown key 'ordr'"),
+        ("polynomial", {"order": 0}, r"order: must be greater than or equal to 1 \(given: 0\)"),
+        ("polynomial", {"order": 7}, "order: must be less than or equal to 6"),
+        ("polynomial", {"order": 2.5}, "order: must be a valid integer"),
+        ("polynomial", {"order": True}, "order: must be a valid integer"),
+        ("polynomial", {"order": "4"}, "order: must be a valid integer"),
+        ("polynomial", {"ridge": -1}, "ridge: must be greater than or equal to 0"),
+        ("polynomial", {"ridge": float("nan")}, "ridge: must be a finite number"),
+        ("boosted", {"device": "gpu"}, r"device: must be 'cpu' or 'cuda' \(given: 'gpu'\)"),
+        ("boosted", {"max_dept": 3}, "unknown key 'max_dept'"),
+        ("boosted", {"subsample": 0}, "subsample: must be greater than or equal to 0.05"),
+        ("boosted", {"learning_rate": 2}, "learning_rate: must be less than or equal to 1"),
+        ("boosted", {"n_rounds": 0}, "n_rounds: must be greater than or equal to 1"),
     ],
 )
 def test_wrong_parameters(method, params, message):
@@ -173,7 +174,7 @@ def test_prediction_has_its_shape_and_type(fitted):
     assert out.shape == (100, 3)
     assert out.dtype == np.float32
     assert np.isfinite(out).all()
-    assert fitted.labels == LABELS
+    assert fitted.problem.names == LABELS
     assert fitted.predict(x[:0]).shape == (0, 3)
     with pytest.raises(ModelError, match=r"shape \(100, 2\)"):
         fitted.predict(x[:, :2])
@@ -427,7 +428,7 @@ def test_a_model_without_a_problem_is_refused(saved):
     assert document["problem"] == DEFAULT.as_json
     del document["problem"]
     (saved / "model.json").write_bytes(to_json(sealed(document)))
-    with pytest.raises(ModelError, match=r"model\.json: incomplete: it has no problem"):
+    with pytest.raises(ModelError, match=r"model\.json: incomplete .*problem"):
         models.load(saved)
 
 

@@ -159,15 +159,6 @@ def test_without_gpu_there_is_no_silent_fallback(client, remote, monkeypatch):
     assert not trained
 
 
-@pytest.mark.parametrize("remote", [True, False])
-def test_without_gpu_trees_are_not_counted_on_the_cpu(client, remote):
-    if not gpu_problem():
-        pytest.skip("there is a GPU")
-    params = {"device": "cuda", "stop_rounds": 5, "n_rounds": 20000}  # minutes
-    with pytest.raises(ModelError, match="device = 'cuda'"):
-        fit(ArraySource(biased_pairs(5000, 22)), params=params, client=client if remote else None)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("remote", [True, False])
 def test_a_gpu_trains_nearly_the_same_model(client, remote):

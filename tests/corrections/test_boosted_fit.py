@@ -1,15 +1,13 @@
-"""Bins of boosted trees, what their bytes depend on, and how many trees there are."""
+"""Bins of boosted trees, and what their bytes depend on."""
 
 import json
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from sos_dask import corrections as models
 from sos_dask.corrections import Batch, boosted
 from sos_dask.corrections.boosted import BoostedCorrection
-from sos_dask.errors import ModelError
 from tests.corrections.pairs import NOISE, ArraySource, biased_pairs
 from tests.corrections.test_boosted import QUICK, fit
 from tests.steps import FEATURES
@@ -89,40 +87,6 @@ def test_a_seed_decides_the_subsample():
     assert fit(source, params={**params, "seed": 1}).files() != fit(source, params=params).files()
 
 
-def trees(fitted):
-    assert isinstance(fitted, BoostedCorrection)
-    return [booster.num_boosted_rounds() for booster in fitted.boosters]
-
-
-def test_a_fold_kept_aside_counts_the_trees(cluster):
-    batch = biased_pairs(2000, 1)
-    source = ArraySource(batch, (700,))
-    params = {"n_rounds": 300, "learning_rate": 0.2, "stop_rounds": 10}
-    fitted = models.fit("boosted", source, train_folds=[1, 2, 3, 4], params=params)
-    counts = trees(fitted)
-    assert all(1 < n < 200 for n in counts)
-    long = models.fit(
-        "boosted", source, train_folds=[1, 2, 3, 4], params={**params, "stop_rounds": 0}
-    )
-    assert trees(long) == [300, 300, 300]
-    held = batch.fold == 0
-    left = {
-        name: np.abs(batch.differences[held] - fit.predict(batch.features[held])).mean(axis=0)
-        for name, fit in (("stopped", fitted), ("long", long))
-    }
-    assert (left["stopped"] < left["long"]).all()
-    # Held-out pairs do not count trees.
-    batch.differences[held] += 1e4
-    again = models.fit("boosted", source, train_folds=[1, 2, 3, 4], params=params)
-    assert again.files() == fitted.files()
-    there = models.fit(
-        "boosted", source, train_folds=[1, 2, 3, 4], params=params, client=cluster.client
-    )
-    assert trees(there) == counts
-    with pytest.raises(ModelError, match="stop_rounds needs two training folds"):
-        models.fit("boosted", source, train_folds=[1], params=params)
-
-
 def test_a_block_is_scaled_and_lies_on_the_lower_edges():
     batch = biased_pairs(500, 5)
     source = ArraySource(batch, (200, 200))
@@ -135,7 +99,7 @@ def test_a_block_is_scaled_and_lies_on_the_lower_edges():
         assert of_column[0] == column.min()
         assert counts[0] == 0
         assert np.abs(counts[1:] - 500 / 8).max() < 10
-    rows = boosted.Job(training, settings, summary, edges, (1, 1, 1)).block(0, 3)
+    rows = boosted.Job(training, settings, summary, edges).block(0, 3)
     assert all(np.isin(x, e).all() for x, e in zip(rows.features.T, edges, strict=True))
     expected = (batch.differences - summary.center) / summary.spread
     for found, all_of in zip(rows.differences.T, expected.T, strict=True):

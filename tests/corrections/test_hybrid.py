@@ -137,11 +137,11 @@ def test_parameters_go_to_their_parts(fitted):
     assert fitted.smooth.info.params["order"] == 2
     assert len(fitted.smooth.exponents) == 10
     for params, message in (
-        ({"order": 9}, "outside"),
-        ({"n_rounds": 0}, "outside"),
-        ({"smoothing": 0}, "outside"),
-        ({"device": "gpu"}, "not one of"),
-        ({"depth": 3}, "no parameter 'depth'"),
+        ({"order": 9}, "order: must be less"),
+        ({"n_rounds": 0}, "n_rounds: must be greater"),
+        ({"smoothing": 0}, "smoothing: must be greater"),
+        ({"device": "gpu"}, "must be 'cpu' or 'cuda'"),
+        ({"depth": 3}, "unknown key 'depth'"),
     ):
         with pytest.raises(ConfigError, match=message):
             models.fit("hybrid", ArraySource(biased_pairs(500)), params=params)

@@ -14,7 +14,6 @@ from sos_dask.corrections.polynomial import (
     evaluate_polynomials,
     polynomial_terms,
 )
-from sos_dask.errors import ConfigError
 from sos_dask.problem import BLOCK_ROWS
 from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
 
@@ -240,11 +239,6 @@ def test_the_value_of_a_row_does_not_depend_on_the_others():
     # Labels do not disturb each other either.
     alone = evaluate_polynomials(z, terms, coefficients[:, 1:2])
     np.testing.assert_array_equal(alone[:, 0], whole[:, 1])
-
-
-def test_exponents_must_fit_the_columns():
-    with pytest.raises(ConfigError, match="2 variables do not fit 3 columns"):
-        design_matrix(np.zeros((4, 3)), polynomial_terms(2, 2))
 
 
 # --- the fit, by brute force -------------------------------------------------------------------

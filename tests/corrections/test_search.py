@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sos_dask import corrections as models
-from sos_dask.corrections import search_space
+from sos_dask.corrections import class_of
 from sos_dask.corrections.search import candidates, search
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.settings import to_json
@@ -21,7 +21,7 @@ def defaults(method, **params):
 def test_candidates(method):
     params = defaults(method)
     drawn = candidates(method, params, 12, 3)
-    space = search_space(method)
+    space = class_of(method).search
     assert drawn[0] == {name: params[name] for name in space}
     assert len(drawn) == 12
     assert all(drawn.count(one) == 1 for one in drawn)
@@ -31,7 +31,7 @@ def test_candidates(method):
 
 
 def test_a_small_space_has_few_candidates():
-    n = np.prod([len(values) for values in search_space("polynomial").values()])
+    n = np.prod([len(values) for values in class_of("polynomial").search.values()])
     assert len(candidates("polynomial", defaults("polynomial"), 200, 0)) == n
 
 
@@ -39,7 +39,7 @@ def test_the_best_is_found_and_all_are_told():
     # A line through a curved bias, to begin with.
     params, trials = search("polynomial", SOURCE, [1, 2, 3, 4], defaults("polynomial", order=1), 10)
     assert params["order"] in (2, 3, 4)
-    assert set(params) == set(models.parameters("polynomial"))
+    assert set(params) == set(class_of("polynomial").parameters.model_fields)
     assert len(trials) == 10
     judged = [len(trial["losses"]) for trial in trials]
     assert judged == sorted(judged, reverse=True)

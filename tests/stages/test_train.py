@@ -92,7 +92,7 @@ def test_a_search_sees_the_folds_that_train(build, tmp_path, monkeypatch):
     assert manifest.summary["params"]["max_depth"] == 1
     trials = json.loads((tmp_path / "model/search.json").read_text())
     assert trials == [{"train_folds": folds[1:], "trials": [{"params": {}, "loss": 0.5}]}]
-    monkeypatch.setattr(models, "search_space", lambda method: {})
+    monkeypatch.setattr(models.class_of("polynomial"), "search", {})
     plain = TrainSettings(method="polynomial", params={"order": 1}, search=4)
     train(Catalog.open(build / "lamost.pairs"), tmp_path / "plain", plain)
     assert len(asked) == 1 and not (tmp_path / "plain/search.json").exists()
@@ -145,9 +145,14 @@ def test_holdout_never_trains_on_fold_zero(current, tmp_path):
     ("method", "params", "validation", "message"),
     [
         ("polynomal", {}, "auto", "there is no method 'polynomal'"),
-        ("polynomial", {"ordr": 3}, "auto", "no parameter 'ordr'"),
-        ("polynomial", {"order": 99}, "auto", "polynomial.order = 99 is outside"),
-        ("polynomial", {"order": "high"}, "auto", "is not a whole number"),
+        ("polynomial", {"ordr": 3}, "auto", "method 'polynomial': unknown key 'ordr'"),
+        (
+            "polynomial",
+            {"order": 99},
+            "auto",
+            "method 'polynomial': order: must be less than or equal to 6 (given: 99)",
+        ),
+        ("polynomial", {"order": "high"}, "auto", "order: must be a valid integer (given: 'high')"),
         (
             "polynomial",
             {},

@@ -96,11 +96,7 @@ class Target(NamedTuple):
 
 
 def _lacks(
-    overlap: FloatArray,
-    catalog: FloatArray,
-    x: FloatArray,
-    distance: FloatArray,
-    k: int = _NEIGHBOURS,
+    overlap: FloatArray, catalog: FloatArray, x: FloatArray, distance: FloatArray, k: int
 ) -> BoolArray:
     """Near which scaled rows x the overlap has less than `_LEAST_SHARE` of its average.
 
@@ -139,7 +135,7 @@ class Places:
         farthest = 2 * last + 2 * step
         nodes = grid.nodes()
         distance = np.minimum(knn_distance(overlap, nodes, _NEIGHBOURS, farthest), farthest)
-        lacks = _lacks(overlap, catalog, nodes, distance)
+        lacks = _lacks(overlap, catalog, nodes, distance, _NEIGHBOURS)
         return cls(grid, np.stack([distance, lacks], axis=1).astype(np.float32))
 
     def __call__(self, x: FloatArray) -> tuple[FloatArray, BoolArray]:

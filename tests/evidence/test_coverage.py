@@ -167,7 +167,7 @@ def test_a_kind_of_which_the_overlap_has_too_little_is_outside():
 
     def lacks(overlap):
         distance = knn_distance(overlap, rows, _NEIGHBOURS)
-        return _lacks(overlap, x[20_000:], rows, distance)
+        return _lacks(overlap, x[20_000:], rows, distance, _NEIGHBOURS)
 
     found = lacks(overlap)
     assert found[rows[:, 1] > 2.3].mean() > 0.95
@@ -205,7 +205,7 @@ def test_rows_are_looked_up_as_their_neighbours_say():
     assert np.median(np.abs(distance / exact - 1)[near]) < 0.02
     assert (distance[exact > 2.5] > 2.0).all()
     # Where a row's answer differs, it is next to rows with the other one.
-    truth = _lacks(stars, x, rows, exact)
+    truth = _lacks(stars, x, rows, exact, _NEIGHBOURS)
     assert np.mean(lacks == truth) > 0.97
     assert np.isnan(places(np.full((1, 3), np.nan))[0]).all()
 

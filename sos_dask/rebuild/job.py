@@ -177,7 +177,7 @@ class Job(Settings):
             named["target_name"] = self.target_name
         for key, name in named.items():
             if not is_name(name):
-                raise ValueError(f"{key}: '{name}' is no name: {NAME_RULE}")
+                raise ValueError(f"{key}: '{name}' is not a name: {NAME_RULE}")
         if self.target_name in self.reference:
             raise ValueError(f"two surveys are named '{self.target_name}'")
         union = self.reference_union

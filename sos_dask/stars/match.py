@@ -422,7 +422,7 @@ def _ids(table: pa.Table, name: str, where: str) -> IntArray:
     try:
         ids = table.column(name).cast(pa.int64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise PartitionError(f"{where}: column '{name}' is no id: {error}") from None
+        raise PartitionError(f"{where}: column '{name}' is not an id: {error}") from None
     return np.asarray(pc.fill_null(ids, 0).to_numpy())
 
 

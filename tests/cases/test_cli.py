@@ -78,7 +78,7 @@ def test_names_that_would_leave_the_build(cli: Cli, tmp_path, name):
     for old in (NAMED, 'name = "small"\n'):
         key = old.split(" ")[0]
         job = write_job(tmp_path, tmp_path, ("\n" + old, f'\n{key} = "{name}"\n'))
-        assert_error(cli("rebuild", job, "-w", 0), 3, key, "is no name")
+        assert_error(cli("rebuild", job, "-w", 0), 3, key, "is not a name")
     with pytest.raises(CatalogError, match="cannot be named"):
         publish(tmp_path, "job", "", {f"../{name}": (None, tmp_path)})  # type: ignore[dict-item]
 

@@ -291,8 +291,8 @@ def test_a_column_twice_in_a_catalog_of_others_is_refused(tmp_path):
         ("teff", ["hot"], "column 'teff' has type string, not numbers"),
         ("pmra", ["fast"], "column 'pmra' has type string, not numbers"),
         ("position_epoch", [57388.0], "column 'position_epoch' has values from 57388"),
-        ("gaia_dr3_source_id", ["Gaia DR3 12"], "column 'gaia_dr3_source_id' is no id"),
-        ("gaia_dr3_source_id", [""], "column 'gaia_dr3_source_id' is no id"),
+        ("gaia_dr3_source_id", ["Gaia DR3 12"], "column 'gaia_dr3_source_id' is not an id"),
+        ("gaia_dr3_source_id", [""], "column 'gaia_dr3_source_id' is not an id"),
     ],
 )
 def test_a_column_of_another_type_is_named(tmp_path, name, values, words):

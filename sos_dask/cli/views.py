@@ -468,7 +468,11 @@ def coverage(
         pairs, model, catalog, stars = inputs
         chosen = options.settings(grid=dict(map(_limits, grid or [])))
         [scored] = open_catalogs([catalog], key, "obs_id")
-        more: dict[str, Any] = {"pairs": pairs, "observations": scored, "stars": stars}
+        more: dict[str, Any] = {
+            "pairs": pairs,
+            "observations": scored,
+            "stars": Catalog.open(stars),
+        }
         more |= {"model": model} | ({"errors": errors} if errors else {})
         directory = _on_pairs(Coverage, pairs, [model], out, options, chosen, more)
     found = Coverage.load(directory)

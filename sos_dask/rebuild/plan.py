@@ -216,7 +216,7 @@ def _survey_steps(job: Job, name: str, section: SurveySection) -> Iterator[Step]
 
 
 def _ingest_step(job: Job, product: str, survey: Survey, files: list[str]) -> Step:
-    sizes = job.ingest.model_dump(exclude={"margin_arcsec"})
+    sizes = {name: size for name, size in job.ingest if name != "margin_arcsec"}
     settings = Ingest.Settings(survey=survey, name=product, **sizes)
     paths = {f"file.{number}": job.resolve(file) for number, file in enumerate(files)}
     return Step(product, Ingest, settings, paths)

@@ -397,7 +397,8 @@ def check_place(
         what = "a running cluster (--scheduler) has workers and memory limits of its own"
         raise ConfigError(what, "Leave --workers and --memory-limit out, or the scheduler.")
     file = Path(scheduler or "none")
-    if scheduler and (file.is_dir() or (file.suffix == ".json" and not file.exists())):
+    is_other = file.exists() and not file.is_file()
+    if scheduler and (is_other or (file.suffix == ".json" and not file.exists())):
         raise ConfigError(f"--scheduler: there is no file {scheduler}", "Has it started?")
 
 

@@ -98,12 +98,18 @@ def read_sealed(path: Path, hint: str) -> dict[str, Any]:
     `NotADirectoryError` where it is not there.
     """
     try:
-        document: dict[str, Any] = json.loads(path.read_bytes())
-        digest = sealed(document, canonical_json)["sha256"]
-        stated = document.pop("sha256", None)
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise CatalogError(f"{path} cannot be read: {error}", hint) from None
+    try:
+        document: dict[str, Any] = json.loads(content)
+        if not isinstance(document, dict):
+            raise TypeError("it is not a JSON object")
+        digest = sealed(document, canonical_json)["sha256"]
+        stated = document.pop("sha256", None)
+    except (ValueError, TypeError, RecursionError) as error:
         raise CatalogError(f"{path} is damaged or cannot be read: {error}", hint) from None
     if stated is None:
         what = "has no digest: it is damaged, or an older version of sos-dask made it"

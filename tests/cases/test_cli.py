@@ -48,9 +48,9 @@ WRONG = {
     "grid upside down": ("[coverage.grid]\nfeh = [1.0, -1.0]", "1 is not below -1"),
     "negative seed": ("seed = -1", "seed"),
     "method twice": ('[train]\nmethods = ["polynomial", "polynomial"]', "a method twice"),
-    "path as a name": ('[attach."../../../x"]\nfiles = ["a"]\ncolumns = {a = "a"}', "no name"),
-    "reference as a path": ('[reference."a/b"]\nsurvey = "apogee-dr17"\nfiles = ["a"]', "no name"),
-    "long name": (f'[attach.{"a" * 300}]\nfiles = ["a"]\ncolumns = {{a = "a"}}', "no name"),
+    "path as a name": ('[attach."../../../x"]\nfiles = ["a"]\ncolumns = {a = "a"}', "not a name"),
+    "reference as a path": ('[reference."a/b"]\nsurvey = "apogee-dr17"\nfiles = ["a"]', "not a name"),
+    "long name": (f'[attach.{"a" * 300}]\nfiles = ["a"]\ncolumns = {{a = "a"}}', "not a name"),
 }
 
 

@@ -330,12 +330,12 @@ def test_the_coverage_tells_errors_of_real_stars(real_data, tmp_path, monkeypatc
     job = job.model_copy(update={"report": ReportSection(enabled=False)})
     build = rebuild(job, tmp_path / "store")
     stages = {stage.product: stage for stage in build.stages}
-    assert stages["lamost.pairs"].rows.n_out == 614
+    assert stages["galah.pairs"].rows.n_out == 614
     current = (tmp_path / "store" / "current").resolve()
-    method = Manifest.load(current / "lamost.comparison").summary["method"]
-    overlap = read_overlap(current / "lamost.evidence", current / f"lamost.model.{method}")
-    stars = read_evidence(current / "lamost.evidence", ["star"])["star"].to_numpy()
-    model = CoverageModel.load(current / "lamost.coverage")
+    method = Manifest.load(current / "galah.comparison").summary["method"]
+    overlap = read_overlap(current / "galah.evidence", current / f"galah.model.{method}")
+    stars = read_evidence(current / "galah.evidence", ["star"])["star"].to_numpy()
+    model = CoverageModel.load(current / "galah.coverage")
     score, _ = model.coverage(overlap.columns)
     logg, snr = (overlap.columns[name] for name in ("logg", "snr"))
     noise = model.noise(logg, snr, overlap.reference_error)

@@ -142,11 +142,12 @@ def fill_and_free(number: int) -> float:
     return resident_mib(number)
 
 
-def test_a_stage_does_not_inherit_the_memory_of_the_one_before(cluster):
-    before = max(cluster.run(resident_mib, [1] * 8, "look"))
-    kept = cluster.run(fill_and_free, [1] * 8, "fill")
-    assert min(kept) > before + 150
-    assert max(cluster.run(resident_mib, [1] * 8, "look")) < min(kept) - 150
+def test_a_stage_does_not_inherit_the_memory_of_the_one_before():
+    with start(1, "3GiB") as cluster:
+        before = max(cluster.run(resident_mib, [1] * 8, "look"))
+        kept = cluster.run(fill_and_free, [1] * 8, "fill")
+        assert min(kept) > before + 150
+        assert max(cluster.run(resident_mib, [1] * 8, "look")) < min(kept) - 150
 
 
 @pytest.mark.fault

@@ -152,7 +152,8 @@ def test_costs_are_remembered_by_output(store):
 
 
 def test_stores_are_found_near_a_folder(store, tmp_path):
-    assert stores_near(tmp_path / "other") == stores_near(tmp_path) == [store]
+    assert stores_near(tmp_path / "other") == [store]
+    assert store in stores_near(tmp_path)
     with pytest.raises(CatalogError, match="no sos-dask store") as caught:
         require_store(tmp_path / "other")
     assert f"Stores near it: {store}" in caught.value.hint

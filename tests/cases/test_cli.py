@@ -49,7 +49,10 @@ WRONG = {
     "negative seed": ("seed = -1", "seed"),
     "method twice": ('[train]\nmethods = ["polynomial", "polynomial"]', "a method twice"),
     "path as a name": ('[attach."../../../x"]\nfiles = ["a"]\ncolumns = {a = "a"}', "not a name"),
-    "reference as a path": ('[reference."a/b"]\nsurvey = "apogee-dr17"\nfiles = ["a"]', "not a name"),
+    "reference as a path": (
+        '[reference."a/b"]\nsurvey = "apogee-dr17"\nfiles = ["a"]',
+        "not a name",
+    ),
     "long name": (f'[attach.{"a" * 300}]\nfiles = ["a"]\ncolumns = {{a = "a"}}', "not a name"),
 }
 

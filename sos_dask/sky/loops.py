@@ -368,3 +368,77 @@ def combine_label(
             value_out[star] = weighted / weights if n_stated else mean
             error_out[star] = 1.0 / np.sqrt(weights) if n_stated else np.nan
     return value_out, error_out, spread_out, is_wide
+
+
+@njit(inline="always")
+def _pull_bin(
+    difference: float, variance: float, lowest: float, bins_an_octave: float, n_bins: int
+) -> int:
+    pull = abs(difference) / np.sqrt(variance)
+    if not pull > 0:
+        return 0
+    return max(0, min(n_bins - 1, int(np.floor((np.log2(pull) - lowest) * bins_an_octave))))
+
+
+@njit(inline="always")
+def _snr_bin(one: float, other: float, edges: FloatingArray) -> int:
+    """Bin of the worse S/N; the last one where it is not known."""
+    if not (np.isfinite(one) and np.isfinite(other)):
+        return len(edges) + 1
+    worse, place = np.float64(min(one, other)), 0
+    for edge in edges:
+        place += edge <= worse
+    return place
+
+
+@compiled
+def count_pulls(
+    first: IntArray,
+    row: IntArray,
+    quality: IntArray,
+    values: tuple[FloatingArray, ...],
+    errors: tuple[FloatingArray, ...],
+    expected_error: FloatingArray,
+    snr: FloatingArray,
+    giant_logg: float,
+    snr_edges: FloatingArray,
+    lowest: float,
+    bins_an_octave: float,
+    counts: IntArray,
+) -> None:
+    """Count the pulls of teff, logg and feh between each row and the one before of its star.
+
+    The rows of a star are row[first[s]:first[s + 1]]. ``counts`` has the axes label, kind, bin of
+    S/N and bin of log2(pull). Rows with quality, or with all labels of the one before, do not
+    count; for a label, nor do those without a value and an error.
+    """
+    logg = values[1]
+    last = np.empty(3, dtype=np.int64)
+    for star in range(len(first) - 1):
+        before, last[:] = -1, -1
+        for one in row[first[star] : first[star + 1]]:
+            if quality[one] != 0:
+                continue
+            same = before >= 0
+            for label in range(3):
+                same = same and values[label][one] == values[label][before]
+            before = one
+            if same:
+                continue
+            for label in range(3):
+                value, error = np.float64(values[label][one]), np.float64(errors[label][one])
+                error = error if error > 0 else expected_error[label]
+                if not (np.isfinite(value) and np.isfinite(error)):
+                    continue
+                other = last[label]
+                last[label] = one
+                if other < 0:
+                    continue
+                both = np.float64(logg[one]) + np.float64(logg[other])
+                kind = 1 if both < 2 * giant_logg else 0
+                error_2 = np.float64(errors[label][other])
+                error_2 = error_2 if error_2 > 0 else expected_error[label]
+                difference = value - np.float64(values[label][other])
+                variance = error * error + error_2 * error_2
+                at = _pull_bin(difference, variance, lowest, bins_an_octave, counts.shape[3])
+                counts[label, kind, _snr_bin(snr[one], snr[other], snr_edges), at] += 1

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from sos_dask.columns import FloatArray, IntArray, reals_or_nan
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
-from sos_dask.sky.neighbours import starts
 from sos_dask.stats.numbers import GIANT_LOGG
 
 SNR_EDGES = (10.0, 20.0, 30.0, 50.0, 100.0, 200.0)  # bins: below the first, ..., above the last
@@ -93,35 +92,24 @@ def pull_counts(
     list of int
         Number and count of each bin that is not empty, one after the other.
     """
-    if not table.num_rows:
-        return []
-    from sos_dask.sky.loops import repeated, sort_members
-
-    _, first, row = repeated(primary)
-    # Rows of one cell stand in the order of their keys already: the order of the catalog.
-    sort_members(first, row, table[HEALPIX_COLUMN].to_numpy())
-    good = table["quality"].to_numpy()[row] == 0
-    star, row = np.repeat(np.arange(len(first) - 1), np.diff(first))[good], row[good]
-    values = [reals_or_nan(table, label)[row] for label in LABELS]
-    is_new = starts(star, *values)
-    logg = values[LABELS.index("logg")].astype(np.float64)
-    snr = snr_bin(reals_or_nan(table, "snr")[row]).astype(np.int8)
     counts = np.zeros(_SHAPE, dtype=np.int64)
-    for label, single, of_label in zip(LABELS, values, counts, strict=True):
-        value = single.astype(np.float64)
-        error = reals_or_nan(table, f"{label}_err")[row].astype(np.float64)
-        error = np.where(error > 0, error, (expected_error or {}).get(label, np.nan))
-        variance = error * error
-        at = np.flatnonzero(is_new & np.isfinite(value + error))
-        same = np.flatnonzero(np.diff(star[at]) == 0)
-        i, j = at[same], at[same + 1]
-        pull = np.abs(value[i] - value[j]) / np.sqrt(variance[i] + variance[j])
-        with np.errstate(divide="ignore"):
-            place = np.floor((np.log2(pull) - _LOWEST) * _BINS_AN_OCTAVE)
-        is_giant = logg[i] + logg[j] < 2 * GIANT_LOGG
-        worse = np.where(np.maximum(snr[i], snr[j]) == _NO_SNR, _NO_SNR, np.minimum(snr[i], snr[j]))
-        bins = (is_giant * (_NO_SNR + 1) + worse) * _N_BINS + np.clip(place, 0, _N_BINS - 1)
-        of_label.ravel()[:] = np.bincount(bins.astype(np.int64), minlength=of_label.size)
+    if table.num_rows:
+        from sos_dask.sky.loops import count_pulls, repeated, sort_members
+
+        _, first, row = repeated(primary)
+        # Rows of one cell stand in the order of their keys already: the order of the catalog.
+        sort_members(first, row, table[HEALPIX_COLUMN].to_numpy())
+        names = [*LABELS, *(f"{label}_err" for label in LABELS), "snr"]
+        columns = [reals_or_nan(table, name).view() for name in names]
+        if len({values.dtype for values in columns}) > 1:
+            columns = [values.astype(np.float64) for values in columns]
+        for values in columns:
+            values.flags.writeable = False  # all of one type
+        known = expected_error or {}
+        expected = np.array([known.get(label, np.nan) for label in LABELS], dtype=np.float64)
+        given = tuple(columns[:3]), tuple(columns[3:6]), expected, columns[6]
+        bins = np.array(SNR_EDGES), _LOWEST, float(_BINS_AN_OCTAVE)
+        count_pulls(first, row, table["quality"].to_numpy(), *given, GIANT_LOGG, *bins, counts)
     filled = np.flatnonzero(counts)
     flat: list[int] = np.stack([filled, counts.ravel()[filled]], axis=1).ravel().tolist()
     return flat

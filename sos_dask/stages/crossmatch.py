@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,9 @@ _COUNTED = ("n_matched", "n_stars", "ambiguous", "by_id", "refused_by_id", "fit_
 _NUMBERS = (
     pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null
 )  # fmt: skip
+
+# Partitions, and rows of them.
+_Found: TypeAlias = list[tuple[HealpixPixel, IntArray]]
 
 
 class CrossmatchSettings(MatchSettings):
@@ -163,10 +166,10 @@ class Crossmatch(Stage[CrossmatchSettings]):
     def pairs_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Keep the pairs of one partition, with the folds that they have by themselves."""
         left_key, right_key = (key_column(self.catalog(role.name)) for role in self.roles)
-        left, right = self._near_rows(pixel)
+        left, right, right_at = self._near_rows(pixel)
         matching = self.settings.but(use_gaia_id=self.shared_ids)
         matches = match(left, right, matching, right_key)
-        target, reference = left.take(matches.left), right.take(matches.right)
+        target, reference = left.take(matches.left), self._matched(right, right_at, matches.right)
         number = key_numbers(reference[right_key], self.settings.seed)
         smallest = smallest_of_joined(number, number, self._links(target))
         reach = self._reach(_total_pm(reference))
@@ -207,19 +210,20 @@ class Crossmatch(Stage[CrossmatchSettings]):
             "fit_for_training": int(np.count_nonzero(use)),
         }
 
-    def _near_rows(self, pixel: HealpixPixel) -> tuple[pa.Table, pa.Table]:
-        """Rows of both sides that can be in a pair."""
+    def _near_rows(self, pixel: HealpixPixel) -> tuple[pa.Table, pa.Table, _Found]:
+        """Rows of both sides that can be in a pair; of the reference what decides, and where."""
         target, reference, reach = self.catalog("target"), self.catalog("reference"), self._reach()
         deciding = dict.fromkeys(["ra", "dec", *MOTION, *GAIA_IDS.values(), *_FLAGS])
         keys = key_column(reference), HEALPIX_COLUMN
-        names = reference.columns(dict.fromkeys([*keys, *deciding, *_REFERENCE]))
+        names = reference.columns(dict.fromkeys([*keys, *deciding]))
         ranges = sorted([(pixel.first, pixel.stop), *surroundings(pixel, float(reach))[0]])
         reaches = partial(near_pixel, pixel, reach_arcsec=float(reach))
-        found = [
-            reference.take(other, rows, names)
+        right_at = [
+            (other, rows)
             for other in reference.overlapping(ranges)
             if len(rows := reference.rows_in(other, ranges, wanted=reaches))
         ]
+        found = [reference.take(other, rows, names) for other, rows in right_at]
         right = pa.concat_tables(found or [reference.schema.empty_table().select(names)])
         cells = target.cells(pixel) if right.num_rows else np.empty(0, dtype=np.int64)
         reaches_of = self._reach(_total_pm(right))
@@ -227,7 +231,22 @@ class Crossmatch(Stage[CrossmatchSettings]):
         names = target.columns(dict.fromkeys([key_column(target), *deciding, *_CARRIED, *_INPUTS]))
         left = target.take(pixel, rows, names)
         left = left.append_column(target.schema.field(HEALPIX_COLUMN), pa.array(cells[rows]))
-        return left.combine_chunks(), right.combine_chunks()
+        return left.combine_chunks(), right.combine_chunks(), right_at
+
+    def _matched(self, right: pa.Table, right_at: _Found, wanted: IntArray) -> pa.Table:
+        """Matched rows of the reference with all that pairs carry: one in ten, read by itself."""
+        reference = self.catalog("reference")
+        names = [n for n in reference.columns(_REFERENCE) if n not in right.schema.names]
+        needed, place = np.unique(wanted, return_inverse=True)
+        first, tables = 0, [reference.schema.empty_table().select(names)]
+        for other, rows in right_at:
+            here = needed[(needed >= first) & (needed < first + len(rows))]
+            tables += [reference.take(other, rows[here - first], names)] if len(here) else []
+            first += len(rows)
+        further, matched = pa.concat_tables(tables).take(place), right.take(wanted)
+        for name in names:
+            matched = matched.append_column(further.schema.field(name), further[name])
+        return matched
 
     def _links(self, targets: pa.Table) -> tuple[IntArray, IntArray]:
         """Pairs whose targets may be one star."""

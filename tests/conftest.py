@@ -66,3 +66,10 @@ def small_store(small_sky, tmp_path_factory) -> Path:
     folder: Path = tmp_path_factory.mktemp("small-store")
     rebuild(load_job(write_job(folder, small_sky)))
     return folder / "store"
+
+
+@pytest.fixture(scope="session")
+def current(small_store) -> Path:
+    """The build of `small_store`."""
+    folder: Path = small_store / "current"
+    return folder

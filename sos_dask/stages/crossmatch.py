@@ -213,7 +213,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
     def _near_rows(self, pixel: HealpixPixel) -> tuple[pa.Table, pa.Table, _Found]:
         """Rows of both sides that can be in a pair; of the reference what decides, and where."""
         target, reference, reach = self.catalog("target"), self.catalog("reference"), self._reach()
-        deciding = dict.fromkeys(["ra", "dec", *MOTION, *GAIA_IDS.values(), *_FLAGS])
+        deciding = dict.fromkeys(["ra", "dec", *MOTION, *GAIA_IDS.values()])
         keys = key_column(reference), HEALPIX_COLUMN
         names = reference.columns(dict.fromkeys([*keys, *deciding]))
         ranges = sorted([(pixel.first, pixel.stop), *surroundings(pixel, float(reach))[0]])
@@ -228,7 +228,9 @@ class Crossmatch(Stage[CrossmatchSettings]):
         cells = target.cells(pixel) if right.num_rows else np.empty(0, dtype=np.int64)
         reaches_of = self._reach(_total_pm(right))
         rows = rows_near(cells, right[HEALPIX_COLUMN].to_numpy(), reaches_of)
-        names = target.columns(dict.fromkeys([key_column(target), *deciding, *_CARRIED, *_INPUTS]))
+        names = target.columns(
+            dict.fromkeys([key_column(target), *deciding, *_FLAGS, *_CARRIED, *_INPUTS])
+        )
         left = target.take(pixel, rows, names)
         left = left.append_column(target.schema.field(HEALPIX_COLUMN), pa.array(cells[rows]))
         return left.combine_chunks(), right.combine_chunks(), right_at
@@ -236,7 +238,9 @@ class Crossmatch(Stage[CrossmatchSettings]):
     def _matched(self, right: pa.Table, right_at: _Found, wanted: IntArray) -> pa.Table:
         """Matched rows of the reference with all that pairs carry: one in ten, read by itself."""
         reference = self.catalog("reference")
-        names = [n for n in reference.columns(_REFERENCE) if n not in right.schema.names]
+        names = [
+            n for n in reference.columns((*_REFERENCE, *_FLAGS)) if n not in right.schema.names
+        ]
         needed, place = np.unique(wanted, return_inverse=True)
         first, tables = 0, [reference.schema.empty_table().select(names)]
         for other, rows in right_at:

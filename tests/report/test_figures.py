@@ -1,7 +1,6 @@
 """Figures of panels: trends, methods, hit rates, formulas."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,12 +75,6 @@ def test_one_label_or_five_make_figures(labels):
     assert "km/s" in drawn.figure.axes[-1].get_xlabel() + drawn.figure.axes[
         0
     ].get_xlabel() + "".join(axes.get_ylabel() for axes in drawn.figure.axes)
-
-
-@pytest.fixture(scope="module")
-def current(small_store) -> Path:
-    folder: Path = small_store / "current"
-    return folder
 
 
 def test_calibration_states_how_many_pairs_judge_each_part(current):

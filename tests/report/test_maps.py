@@ -1,6 +1,5 @@
 """Maps: rows where they are, counts in cells, coverage and its growth."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,12 +91,6 @@ def test_counts_on_the_plane_do_not_depend_on_partitions_and_lose_no_row(rows, c
     inside = (cells >= 0) & (cells < maps.N_CELLS)
     assert (np.abs(centre_teff[cells[inside]] - teff[inside]) <= 25.01).all()
     assert (np.abs(centre_logg[cells[inside]] - logg[inside]) <= 0.02501).all()
-
-
-@pytest.fixture(scope="module")
-def current(small_store) -> Path:
-    folder: Path = small_store / "current"
-    return folder
 
 
 def test_growth_names_the_pairs_for_which_the_model_is_too_small(current):

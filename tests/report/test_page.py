@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from sos_dask.evidence.coverage import STEPS
 from sos_dask.evidence.widening import CLASSES
@@ -140,12 +139,6 @@ def test_intervals_that_hold_less_than_they_say(tmp_path):
     assert all((f"(n = {500 + i})" in many) == (i < 5) for i in range(9))
     five = said([("teff", "all", 0.95, 500 + i, 0.5 + i / 100) for i in range(5)])
     assert "(n = 504).</li>" in five and "more.</li>" not in five
-
-
-@pytest.fixture(scope="module")
-def current(small_store) -> Path:
-    folder: Path = small_store / "current"
-    return folder
 
 
 def test_regions_to_follow_up_are_cells_with_their_rows(current):

@@ -25,9 +25,3 @@ def build(small_store) -> Path:
     """The build of the small store itself, behind its link."""
     found: Path = (small_store / "current").resolve()
     return found
-
-
-@pytest.fixture(scope="session")
-def current(small_store) -> Path:
-    folder: Path = small_store / "current"
-    return folder

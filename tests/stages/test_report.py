@@ -261,12 +261,6 @@ def test_software_is_part_of_the_recipe():
 
 
 @pytest.fixture(scope="module")
-def current(small_store) -> Path:
-    folder: Path = small_store / "current"
-    return folder
-
-
-@pytest.fixture(scope="module")
 def plane(current, tmp_path_factory) -> Path:
     pytest.importorskip("umap")
     folder: Path = tmp_path_factory.mktemp("plane") / "projection"

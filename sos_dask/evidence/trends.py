@@ -14,7 +14,7 @@ flagged.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -50,20 +50,35 @@ CONTRAST_SCHEMA = figure_schema(
 )
 
 
-def trend(
-    x: Mapping[str, FloatingArray],
-    difference: FloatingArray,
-    edges: Sequence[FloatArray],
-    **about: str | None,
-) -> dict[str, Any]:
-    """Make columns of `TREND_SCHEMA` and `PLANE_SCHEMA`: a difference binned by some quantities.
+class Binned(NamedTuple):
+    """Rows in bins of some quantities; of several, in the cells of all."""
 
-    Raises `ConfigError` unless there is one array of edges for each quantity.
+    edges: Mapping[str, FloatArray]
+    cell: IntArray  # of each row, the last quantity fastest; -1: in none
+
+    @classmethod
+    def of(cls, x: Mapping[str, FloatingArray], edges: Sequence[FloatArray]) -> Binned:
+        """Put rows into bins whose edges are as in `bins_of`: one array for each quantity.
+
+        Raises `ConfigError` unless there is one.
+        """
+        if not len(x) == len(edges) > 0:
+            raise ConfigError(f"{len(edges)} arrays of edges for {len(x)} quantities")
+        cell: Any = 0
+        inside: Any = True
+        for values, bounds in zip(x.values(), edges, strict=True):
+            index = bins_of(values, bounds)
+            cell, inside = cell * max(len(bounds) - 1, 0) + index, inside & (index >= 0)
+        return cls(dict(zip(x, edges, strict=True)), np.where(inside, cell, -1))
+
+
+def trend(rows: Binned, difference: FloatingArray, **about: str | None) -> dict[str, Any]:
+    """Make columns of `TREND_SCHEMA` and `PLANE_SCHEMA`: a difference against some quantities.
 
     Parameters
     ----------
-    x : mapping of str to ndarray of float, shape (n,)
-        The quantities, with the edges of their bins as in `bins_of`.
+    rows : Binned
+        The n rows in bins of the quantities.
     difference : ndarray of float, shape (n,)
         In the unit of the label; nan where it is not known.
     about : str
@@ -72,21 +87,14 @@ def trend(
         correction, ``after``: less what a model that was not trained on the star predicts, or
         ``fitted``: the same of the pairs that trained the model; ``method``, None before it.
     """
-    if not len(x) == len(edges) > 0:
-        raise ConfigError(f"{len(edges)} arrays of edges for {len(x)} quantities")
-    shape = tuple(max(len(e) - 1, 0) for e in edges)
+    shape = tuple(max(len(bounds) - 1, 0) for bounds in rows.edges.values())
     n_cells = int(np.prod(shape))
-    index = np.stack([bins_of(v, bounds) for v, bounds in zip(x.values(), edges, strict=True)])
-    inside = (index >= 0).all(axis=0)
-    cell: IntArray = np.full(len(difference), -1, dtype=np.int64)
-    if n_cells:
-        cell[inside] = np.ravel_multi_index(tuple(index[:, inside]), shape)
-    found: dict[str, Any] = {**about, "against": ",".join(x), "bin": np.arange(n_cells)}
+    found: dict[str, Any] = {**about, "against": ",".join(rows.edges), "bin": np.arange(n_cells)}
     places = np.indices(shape).reshape(len(shape), n_cells)
-    for name, bounds, place in reversed([*zip(x, edges, places, strict=True)]):
+    for (name, bounds), place in reversed([*zip(rows.edges.items(), places, strict=True)]):
         found["low"], found["high"] = low, high = bounds[:-1][place], bounds[1:][place]
         found |= {"centre": (low + high) / 2, f"{name}_low": low, f"{name}_high": high}
-    return found | binned_quantiles(cell, difference, n_cells)._asdict()
+    return found | binned_quantiles(rows.cell, difference, n_cells)._asdict()
 
 
 def contrast(

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize, PowerNorm
+from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ N_SKY = 12 << (2 * ORDER)
 _COARSEST = 3
 _ROWS_A_CELL = 4.0
 _CENTRE_DEG = 180.0
-_STEPS = 900  # of the picture along the equator
+_STEPS = 1400  # of the picture along the equator
 
 _TEFF = (3000.0, 10000.0, 140)  # cells of 50 K
 _LOGG = (-0.5, 5.5, 120)  # cells of 0.05 dex
@@ -153,12 +154,19 @@ def sky_map(
     """
     from astropy.coordinates import SkyCoord
 
-    east, north = np.linspace(-180, 180, _STEPS + 1), np.linspace(-90, 90, _STEPS // 2 + 1)
-    x, dec = np.meshgrid(0.5 * (east[1:] + east[:-1]), 0.5 * (north[1:] + north[:-1]))
-    ra = (_CENTRE_DEG - x) % 360.0
-    picture = values[ang2pix(ra.ravel(), dec.ravel(), order)].reshape(x.shape)
-    edges = np.deg2rad(east), np.deg2rad(north)
-    axes.pcolormesh(*edges, picture, norm=norm, cmap=DENSITY_MAP, rasterized=True)
+    # Places of a picture of the whole ellipse (Snyder 1987, USGS Prof. Paper 1395, p. 251).
+    x, y = np.meshgrid(*((np.arange(n) + 0.5) * 2 / n - 1 for n in (_STEPS, _STEPS // 2)))
+    angle = np.arcsin(y)
+    east = 180 * x / np.cos(angle)
+    dec = np.rad2deg(np.arcsin((2 * angle + np.sin(2 * angle)) / np.pi))
+    cells = ang2pix(((_CENTRE_DEG - east) % 360.0).ravel(), dec.ravel(), order)
+    picture = np.where(np.abs(east) <= 180, values[cells].reshape(x.shape), np.nan)
+    image = AxesImage(
+        axes, norm=norm, cmap=DENSITY_MAP, interpolation="nearest", origin="lower",
+        extent=(0.0, 1.0, 0.0, 1.0), transform=axes.transAxes,
+    )  # fmt: skip
+    image.set_data(picture)
+    axes.add_image(image)
     plane = SkyCoord(np.linspace(0, 360, 721), 0.0, unit="deg", frame="galactic").icrs
     x = _CENTRE_DEG - plane.ra.deg
     by_x = np.argsort(x, kind="stable")

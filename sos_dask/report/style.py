@@ -90,8 +90,8 @@ def render(draw: Callable[[], Drawn | None]) -> Rendered | None:
         if drawn is None:
             return None
         png, pdf = io.BytesIO(), io.BytesIO()
-        smaller: Any = {"metadata": {"Software": None}, "pil_kwargs": {"optimize": True}}
-        drawn.figure.savefig(png, format="png", **smaller)
+        drawn.figure.savefig(png, format="png", metadata={"Software": None})
+        drawn.figure.set_layout_engine("none")  # its places stay as they are
         nothing = dict.fromkeys(("CreationDate", "Creator", "Producer"))
         drawn.figure.savefig(pdf, format="pdf", metadata=nothing)
         return Rendered(drawn.title, drawn.facts, png.getvalue(), pdf.getvalue())

@@ -195,6 +195,24 @@ def claim(i: IntArray, j: IntArray, rank: IntArray) -> BoolArray:
 
 
 @compiled
+def components(n: int, i: IntArray, j: IntArray) -> IntArray:
+    """See `stars.group.components`; a root is the first row of what is joined so far."""
+    root = np.arange(n)
+    for link in range(len(i)):
+        p, q = i[link], j[link]
+        while root[p] != p:
+            root[p] = root[root[p]]
+            p = root[p]
+        while root[q] != q:
+            root[q] = root[root[q]]
+            q = root[q]
+        root[max(p, q)] = min(p, q)
+    for row in range(n):
+        root[row] = root[root[row]]  # that of an earlier row is final
+    return root
+
+
+@compiled
 def between(
     i: IntArray, j: IntArray, one: BoolArray, other: BoolArray
 ) -> tuple[IntArray, IntArray]:

@@ -259,6 +259,7 @@ class Trends(OnEvidence[TrendSettings]):
         known = set(self.many("stars") if self.named("reference") else ())
         trained = table["trained"].to_numpy()
         trends, contrasts, in_no_bin = [], [], {}
+        rows_in = {name: binned.Binned.of(x, edges) for name, edges in binnings.items()}
         for label, (binning, edges) in itertools.product(labels, binnings.items()):
             about, difference = {"label": label, "binning": binning}, f"{label}_diff"
             bare = floats32(table, difference).astype(np.float64)
@@ -275,7 +276,7 @@ class Trends(OnEvidence[TrendSettings]):
                 for subset, inside in subsets.items():
                     chosen = np.where(inside, values, np.nan)
                     more = {"subset": subset, "sample": sample, "method": method}
-                    trends.append(binned.trend(x, chosen, edges, **about, **more))
+                    trends.append(binned.trend(rows_in[binning], chosen, **about, **more))
                     before.setdefault(subset, trends[-1])
             n_binned = before.pop(ALL)["n"].sum()
             if binning == binned.EQUAL_WIDTH:
@@ -284,8 +285,8 @@ class Trends(OnEvidence[TrendSettings]):
                 direct = None
                 if {key, label} <= set(LABELS) and {first, second} <= known:
                     both = output.read_piece(f"common-{first}-{second}")
-                    of_both = {key: floats32(both, key)}
-                    direct = binned.trend(of_both, floats32(both, difference), edges, **about)
+                    of_both = binned.Binned.of({key: floats32(both, key)}, edges)
+                    direct = binned.trend(of_both, floats32(both, difference), **about)
                 found = binned.contrast(before[first], before[second], direct, settings.min_count)
                 contrasts.append(found)
         output.write_piece(f"trends-{key}", binned.trend_table(trends, key == _PLANE))

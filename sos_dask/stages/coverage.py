@@ -30,7 +30,7 @@ from sos_dask.problem import Problem
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Seed
 from sos_dask.sky.healpix import HealpixPixel
-from sos_dask.sky.neighbours import surroundings
+from sos_dask.sky.neighbours import rows_near, surroundings
 from sos_dask.stages import base
 from sos_dask.stages.base import Made, Role, Run
 from sos_dask.stages.evidence import OfModel, held_out_columns, read_evidence, single_observations
@@ -344,22 +344,23 @@ def star_flags(
     flags = np.zeros(table.num_rows, dtype=np.int32)
     radius = max(radius_arcsec, _ID_RADIUS_ARCSEC)
     ranges = sorted([(pixel.first, pixel.stop), *surroundings(pixel, radius)[0]])
-    of_stars = "target_star_id" in pairs.schema.names
-    key = "target_star_id" if of_stars else "target_obs_id"
+    has_stars = "target_star_id" in pairs.schema.names
+    key = "target_star_id" if has_stars else "target_obs_id"
     matched = pairs.read_ranges(ranges, [key, "ambiguous"])
     ambiguous = matched.filter(matched["ambiguous"])[key].combine_chunks()
-    if not of_stars and len(ambiguous):
+    if not has_stars and len(ambiguous):
         flags[pc.is_in(table["obs_id"], ambiguous).to_numpy()] = correct.FLAG_AMBIGUOUS
     names = [HEALPIX_COLUMN, "star_id", "ra", "dec", "position_epoch", *GAIA_IDS.values()]
     near = stars.read_ranges(ranges, stars.columns([*names, "flag_spread"]))
     mark = np.zeros(near.num_rows, dtype=np.int32)
     if "flag_spread" in near.schema.names:
         mark[near["flag_spread"].to_numpy()] = correct.FLAG_SPREAD
-    if of_stars and len(ambiguous):
+    if has_stars and len(ambiguous):
         mark[pc.is_in(near["star_id"], ambiguous).to_numpy()] |= correct.FLAG_AMBIGUOUS
     if mark.any() and table.num_rows:
         settings = MatchSettings(radius_arcsec=radius_arcsec, id_radius_arcsec=radius)
-        some = np.unique(match(table, near.filter(pa.array(mark != 0)), settings, "star_id").left)
-        found = match(table.take(pa.array(some)), near, settings, "star_id")
+        cells, near_cells = (one[HEALPIX_COLUMN].to_numpy() for one in (table, near))
+        some = rows_near(cells, near_cells[mark != 0], radius)
+        found = match(table.take(some), near, settings, "star_id")
         flags[some[found.left]] |= mark[found.right]
     return flags

@@ -10,7 +10,7 @@ Its memory goes with the edge pairs: some percent of all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -41,6 +41,7 @@ from sos_dask.stages.base import (
 from sos_dask.stars.group import GAIA_IDS, fold_of, id_values, same_targets, smallest_of_joined
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
 from sos_dask.storage.artifact import Output
+from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Recipe, Rows
 
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
@@ -166,10 +167,17 @@ class Crossmatch(Stage[CrossmatchSettings]):
     def pairs_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Keep the pairs of one partition, with the folds that they have by themselves."""
         left_key, right_key = (key_column(self.catalog(role.name)) for role in self.roles)
-        left, right, right_at = self._near_rows(pixel)
+        left, left_at, right, right_at = self._near_rows(pixel)
+
+        def of_reference(rows: IntArray, *names: str) -> pa.Table:
+            return _matched(self.catalog("reference"), right, right_at, rows, names)
+
         matching = self.settings.but(use_gaia_id=self.shared_ids)
-        matches = match(left, right, matching, right_key)
-        target, reference = left.take(matches.left), self._matched(right, right_at, matches.right)
+        keys_of = lambda rows: of_reference(rows, right_key)[right_key]  # noqa: E731
+        matches = match(left, right, matching, keys_of)
+        names = (left_key, *_CARRIED, *_INPUTS, *_FLAGS)
+        target = _matched(self.catalog("target"), left, left_at, matches.left, names)
+        reference = of_reference(matches.right, right_key, *_REFERENCE, *_FLAGS)
         number = key_numbers(reference[right_key], self.settings.seed)
         smallest = smallest_of_joined(number, number, self._links(target))
         reach = self._reach(_total_pm(reference))
@@ -210,12 +218,11 @@ class Crossmatch(Stage[CrossmatchSettings]):
             "fit_for_training": int(np.count_nonzero(use)),
         }
 
-    def _near_rows(self, pixel: HealpixPixel) -> tuple[pa.Table, pa.Table, _Found]:
-        """Rows of both sides that can be in a pair; of the reference what decides, and where."""
+    def _near_rows(self, pixel: HealpixPixel) -> tuple[pa.Table, _Found, pa.Table, _Found]:
+        """Rows of both sides that can be in a pair: what decides of them, and where they are."""
         target, reference, reach = self.catalog("target"), self.catalog("reference"), self._reach()
         deciding = dict.fromkeys(["ra", "dec", *MOTION, *GAIA_IDS.values()])
-        keys = key_column(reference), HEALPIX_COLUMN
-        names = reference.columns(dict.fromkeys([*keys, *deciding]))
+        names = reference.columns([HEALPIX_COLUMN, *deciding])
         ranges = sorted([(pixel.first, pixel.stop), *surroundings(pixel, float(reach))[0]])
         reaches = partial(near_pixel, pixel, reach_arcsec=float(reach))
         right_at = [
@@ -228,29 +235,9 @@ class Crossmatch(Stage[CrossmatchSettings]):
         cells = target.cells(pixel) if right.num_rows else np.empty(0, dtype=np.int64)
         reaches_of = self._reach(_total_pm(right))
         rows = rows_near(cells, right[HEALPIX_COLUMN].to_numpy(), reaches_of)
-        names = target.columns(
-            dict.fromkeys([key_column(target), *deciding, *_FLAGS, *_CARRIED, *_INPUTS])
-        )
-        left = target.take(pixel, rows, names)
+        left = target.take(pixel, rows, target.columns(deciding))
         left = left.append_column(target.schema.field(HEALPIX_COLUMN), pa.array(cells[rows]))
-        return left.combine_chunks(), right.combine_chunks(), right_at
-
-    def _matched(self, right: pa.Table, right_at: _Found, wanted: IntArray) -> pa.Table:
-        """Matched rows of the reference with all that pairs carry: one in ten, read by itself."""
-        reference = self.catalog("reference")
-        names = [
-            n for n in reference.columns((*_REFERENCE, *_FLAGS)) if n not in right.schema.names
-        ]
-        needed, place = np.unique(wanted, return_inverse=True)
-        first, tables = 0, [reference.schema.empty_table().select(names)]
-        for other, rows in right_at:
-            here = needed[(needed >= first) & (needed < first + len(rows))]
-            tables += [reference.take(other, rows[here - first], names)] if len(here) else []
-            first += len(rows)
-        further, matched = pa.concat_tables(tables).take(place), right.take(wanted)
-        for name in names:
-            matched = matched.append_column(further.schema.field(name), further[name])
-        return matched
+        return left.combine_chunks(), [(pixel, rows)], right.combine_chunks(), right_at
 
     def _links(self, targets: pa.Table) -> tuple[IntArray, IntArray]:
         """Pairs whose targets may be one star."""
@@ -286,6 +273,23 @@ class Crossmatch(Stage[CrossmatchSettings]):
         place, schema = pairs.schema.get_field_index("fold"), self._schema()
         pairs = pairs.set_column(place, schema.field("fold"), pa.array(folds))
         return {"file": partition_record(output, pixel, pairs.select(schema.names))}
+
+
+def _matched(
+    catalog: Catalog, near: pa.Table, found: _Found, wanted: IntArray, names: Sequence[str]
+) -> pa.Table:
+    """Matched rows with further columns, which are read of them alone: one in ten that are near."""
+    names = [name for name in catalog.columns(names) if name not in near.schema.names]
+    needed, place = np.unique(wanted, return_inverse=True)
+    first, tables = 0, [catalog.schema.empty_table().select(names)]
+    for pixel, rows in found:
+        here = needed[(needed >= first) & (needed < first + len(rows))]
+        tables += [catalog.take(pixel, rows[here - first], names)] if len(here) else []
+        first += len(rows)
+    further, matched = pa.concat_tables(tables).take(place), near.take(wanted)
+    for name in names:
+        matched = matched.append_column(further.schema.field(name), further[name])
+    return matched
 
 
 def _ids_in(rows: pa.Table) -> list[str]:

@@ -19,7 +19,6 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import floats_or_nan, matrix32
-from sos_dask.corrections.search import search
 from sos_dask.errors import ModelError
 from sos_dask.evidence import figures
 from sos_dask.evidence.figures import NONE, RANDOM
@@ -167,7 +166,7 @@ class Train(Stage[TrainSettings]):
             if settings.search and corrections.class_of(method).search:
                 given = corrections.check_params(method, params)
                 how = settings.search, settings.seed, run.cluster.client
-                params, trials = search(method, source, trained or folds, given, *how)
+                params, trials = corrections.search(method, source, trained or folds, given, *how)
                 searches.append({"train_folds": trained or folds, "trials": trials})
             correction = corrections.fit(
                 method, source, train_folds=trained, params=params, client=workers

@@ -239,18 +239,10 @@ def rank_of(keys: pa.Array | pa.ChunkedArray) -> IntArray:
 
 
 def components(n: int, i: IntArray, j: IntArray) -> IntArray:
-    """Find the first of all rows that are joined with each of ``n`` rows by links from i to j.
+    """Find the first of all rows that are joined with each of ``n`` rows by links from i to j."""
+    from sos_dask.sky import loops
 
-    After Shiloach & Vishkin 1982, J. Algorithms 3, 57, without the step that bounds their rounds.
-    """
-    root = np.arange(n)
-    while len(i):
-        np.minimum.at(root, np.maximum(i, j), np.minimum(i, j))
-        while not np.array_equal(higher := root[root], root):
-            root = higher
-        i, j = root[i], root[j]
-        i, j = i[i != j], j[i != j]
-    return root
+    return loops.components(n, i, j)
 
 
 _Links = tuple[IntArray, IntArray]  # pairs of rows, i < j

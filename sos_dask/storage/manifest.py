@@ -78,10 +78,13 @@ def sum_of_file(path: Path) -> list[int]:
     if not path.is_file():
         return []
     total = size = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            size += len(block)
-            total += int(np.frombuffer(block + bytes(-len(block) % 8), np.uint64).sum())
+    content = bytearray(_BLOCK)
+    words = np.frombuffer(content, np.uint64)
+    with path.open("rb", buffering=0) as file:
+        while n_bytes := file.readinto(content):
+            content[n_bytes : n_bytes + -n_bytes % 8] = bytes(-n_bytes % 8)
+            size += n_bytes
+            total += int(words[: -(-n_bytes // 8)].sum())
     return [size, total]
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from sos_dask import corrections as models
-from sos_dask.corrections import class_of
-from sos_dask.corrections.search import candidates, search
+from sos_dask.corrections import candidates, class_of, search
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.settings import to_json
 from tests.corrections.pairs import ArraySource, biased_pairs

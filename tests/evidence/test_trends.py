@@ -15,6 +15,7 @@ from sos_dask.evidence.trends import (
     EQUAL_WIDTH,
     PLANE_SCHEMA,
     TREND_SCHEMA,
+    Binned,
     agreements,
     contrast,
     contrast_table,
@@ -43,7 +44,7 @@ ABOUT = {"label": "feh", "binning": EQUAL_WIDTH, "subset": "all", "sample": "bef
 
 
 def one(x, difference, edges, **about) -> dict:
-    return trend({"logg": x}, difference, [edges], **{**ABOUT, "method": None, **about})
+    return trend(Binned.of({"logg": x}, [edges]), difference, **{**ABOUT, "method": None, **about})
 
 
 @THOROUGH
@@ -115,7 +116,7 @@ def test_wrong_numbers_of_bins_are_refused():
     with pytest.raises(ConfigError, match="must be positive, got 0"):
         equal_count_edges(np.ones(3), 0)
     with pytest.raises(ConfigError, match="1 arrays of edges for 2"):
-        trend({"teff": np.ones(3), "logg": np.ones(3)}, np.ones(3), [np.array([0.0, 2.0])])
+        Binned.of({"teff": np.ones(3), "logg": np.ones(3)}, [np.array([0.0, 2.0])])
 
 
 def test_a_plane_is_the_trend_of_each_cell():
@@ -123,7 +124,7 @@ def test_a_plane_is_the_trend_of_each_cell():
     teff, logg = rng.uniform(3900, 6100, 500), rng.uniform(-0.2, 5.2, 500)
     y = rng.normal(size=500)
     edges = [Axis("teff", 4000, 6000, 500).edges, Axis("logg", 0, 5, 1).edges]
-    plane = trend({"teff": teff, "logg": logg}, y, edges, **ABOUT, method=None)
+    plane = trend(Binned.of({"teff": teff, "logg": logg}, edges), y, **ABOUT, method=None)
     total = 0
     for number in range(20):
         inside = np.ones(500, dtype=bool)

@@ -45,11 +45,8 @@ def parse_toml(content: bytes, kind: type[SosError]) -> tuple[str, dict[str, Any
 
     A byte order mark and line ends of Windows are accepted.
 
-    Raises
-    ------
-    SosError
-        Of class ``kind``: not UTF-8, not TOML, nested too deep; NaN or infinity, a number beyond 64
-        bits or a text with a NUL character, with its key.
+    Raises `SosError`: of class ``kind``: not UTF-8, not TOML, nested too deep; NaN or infinity, a
+    number beyond 64 bits or a text with a NUL character, with its key.
     """
     if len(content) > _LARGEST_BYTES:
         raise kind(f"{len(content):,} bytes are too many for a file of settings")
@@ -118,10 +115,8 @@ class Settings(BaseModel):
     fields, and a recipe is their dump (`as_json`), less the fields with ``exclude=True``. A text
     that looks like a number or a yes is refused, not taken for one.
 
-    Raises
-    ------
-    ConfigError
-        An unknown field (with the nearest known ones), a missing one, or a value out of range.
+    Raises `ConfigError`: an unknown field (with the nearest known ones), a missing one, or a value
+    out of range.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)

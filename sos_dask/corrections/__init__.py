@@ -62,10 +62,8 @@ def class_of(method: str) -> type[Correction]:
 def check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """Complete the parameters of a method with its defaults; 4.0 may be given for 4.
 
-    Raises
-    ------
-    ConfigError
-        Unknown method or parameter (with the nearest name), wrong type, out of range.
+    Raises `ConfigError`: unknown method or parameter (with the nearest name), wrong type, out of
+    range.
     """
     kind = class_of(method).parameters
     whole = {

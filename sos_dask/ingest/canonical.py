@@ -135,11 +135,8 @@ class Batch:
 def read_chunk(chunk: Chunk, survey: Survey, batch_rows: int = 1_000_000) -> Iterator[Batch]:
     """Read a chunk of a survey file as canonical observations, at most ``batch_rows`` at once.
 
-    Raises
-    ------
-    SurveyError
-        The file is damaged, or a value is not what its column holds: text for a number, an id that
-        lost digits as a float. The message names file, column, row and value.
+    Raises `SurveyError`: the file is damaged, or a value is not what its column holds: text for a
+    number, an id that lost digits as a float. The message names file, column, row and value.
     """
     for first, native in read_native(chunk.source, chunk.start, chunk.stop, batch_rows):
         yield _canonical(Place(chunk.source, survey, first), native)
@@ -345,11 +342,8 @@ def _text(place: Place, source: SourceColumn, values: Values) -> pa.Array:
 def check_profile(profile: Profile, survey: Survey, files: Sequence[str]) -> None:
     """Refuse files, of which this is the profile of all rows, that cannot be what a survey says.
 
-    Raises
-    ------
-    SurveyError
-        Too many rejected rows; right ascension in hours or radians, unless the survey allows
-        ``ra_below_24``; a label in another unit, as a logarithm or without any value.
+    Raises `SurveyError`: too many rejected rows; right ascension in hours or radians, unless the
+    survey allows ``ra_below_24``; a label in another unit, as a logarithm or without any value.
     """
     n_rejected, n_rows = sum(profile.rejected.values()), profile.n_rows
     is_many = n_rejected > survey.max_rejected_fraction * n_rows

@@ -128,10 +128,8 @@ def conflicting_keys(
     ``_healpix_29``; only those with a key that stands twice are read. ``runs`` are `sorted_hashes`
     of each, of which those from ``first`` to ``last`` fit in memory.
 
-    Raises
-    ------
-    SurveyError
-        More than 100 rows, and more than 1 % of the range's, share their key with a row elsewhere.
+    Raises `SurveyError`: more than 100 rows, and more than 1 % of the range's, share their key with
+    a row elsewhere.
     """
     inside = [np.empty(0, np.uint64)]
     for run in map(_mapped, runs):

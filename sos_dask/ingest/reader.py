@@ -101,14 +101,10 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
     ``index`` is the number of the file in the job; ``scratch`` is a folder for the decompressed
     copy of a gzipped file, and a copy that is there is reused.
 
-    Raises
-    ------
-    SurveyError
-        The file is missing, damaged, truncated, empty or of another format, holds several tables
-        of which the survey names none, or it lacks a column, has it twice or has it with a type or
-        unit that would give wrong values.
-    StorageError
-        The decompressed copy cannot be written.
+    Raises `SurveyError`: the file is missing, damaged, truncated, empty or of another format, holds
+    several tables of which the survey names none, or it lacks a column, has it twice or has it with
+    a type or unit that would give wrong values. Raises `StorageError`: the decompressed copy cannot
+    be written.
     """
     kind, gzipped = _kind_of(path)
     data_path = _decompressed(path, scratch) if gzipped and kind != "csv" else path
@@ -129,10 +125,7 @@ def read_native(source: Source, start: int, stop: int, batch_rows: int) -> Batch
     Of Parquet these are bounds of row groups, of text and VOTable all rows. Numbers come in native
     byte order, text of binary files without padding, text files all as text.
 
-    Raises
-    ------
-    SurveyError
-        The file is damaged or changed since it was opened.
+    Raises `SurveyError`: the file is damaged or changed since it was opened.
     """
     with _refused(source.path):
         for first, values in _format(source.kind)[1](source, start, stop, batch_rows):

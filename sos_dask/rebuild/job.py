@@ -216,10 +216,8 @@ class Job(Settings):
 def load_job(path: str | Path) -> Job:
     """Read a job file.
 
-    Raises
-    ------
-    ConfigError
-        Not there, not TOML, an unknown key (with the nearest known ones), a value out of range.
+    Raises `ConfigError`: not there, not TOML, an unknown key (with the nearest known ones), a value
+    out of range.
     """
     path = Path(path)
     try:

@@ -166,10 +166,7 @@ class Cluster:
         The function is importable by its name on every worker; ``report`` gets the progress of a
         ``step``. An error of a task is raised as it was, and the other tasks are cancelled.
 
-        Raises
-        ------
-        ClusterError
-            A task killed its worker several times, or the scheduler is gone.
+        Raises `ClusterError`: a task killed its worker several times, or the scheduler is gone.
         """
         done: _Done[R] = ((index, function(task)) for index, task in enumerate(tasks))
         if self.client is not None:

@@ -287,11 +287,8 @@ def ingest(
     The name of the catalog is by default ``<survey>.observations``. ``rows`` of the manifest are
     rows of the files in, observations out, rejected, exact duplicates dropped.
 
-    Raises
-    ------
-    SurveyError
-        A file is missing, truncated, of the wrong kind, lacks a column, or contains values that
-        cannot be what the survey says they are.
+    Raises `SurveyError`: a file is missing, truncated, of the wrong kind, lacks a column, or
+    contains values that cannot be what the survey says they are.
     """
     sizes = dict(settings or IngestSettings())
     name = name or f"{survey.name}.observations"

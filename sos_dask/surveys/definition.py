@@ -434,10 +434,7 @@ def passing(cut: Cut, column: Values, survey: Survey) -> BoolArray:
     NaN, infinity, Arrow nulls and the survey's sentinels are nulls, and a null fails unless the cut
     has ``null_passes``. In a flag whose bits are tested a sentinel is a value as any other.
 
-    Raises
-    ------
-    SurveyError
-        The column holds values that the cut cannot test.
+    Raises `SurveyError`: the column holds values that the cut cannot test.
     """
     try:
         passes, null = (_text_passes if is_text(column) else _passes)(cut, column, survey)

@@ -144,8 +144,7 @@ class Stage(Generic[S]):
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the inputs by name."""
-        self.known = self.known or {n: fingerprint_of(one) for n, one in self.inputs.items()}
-        return self.known
+        return self.known or {name: fingerprint_of(one) for name, one in self.inputs.items()}
 
     def check(self) -> None:
         """Refuse inputs that do not fit, before anything is written."""

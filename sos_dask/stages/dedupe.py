@@ -116,25 +116,29 @@ class Dedupe(Stage[DedupeSettings]):
         ids = catalog.columns(GAIA_IDS.values() if settings.use_gaia_id else ())
         motion = MOTION if self.moved_arcsec else ()
         columns = [HEALPIX_COLUMN, "obs_id", "ra", "dec", *motion, *ids]
-        around, order, own = catalog.schema.empty_table(), np.empty(0, np.int64), slice(0)
+        around, own = catalog.schema.empty_table(), slice(0)
+        order: IntArray | None = None
 
         def read(ranges: Ranges) -> tuple[pa.Table, BoolArray]:
             nonlocal around, order, own
             around = catalog.read_ranges(ranges, columns).combine_chunks()
             cells = around[HEALPIX_COLUMN].to_numpy()
             own = slice(*np.searchsorted(cells, (pixel.first, pixel.stop)).tolist())
-            table, order = around, np.arange(around.num_rows)
-            if self.moved_arcsec:
-                table = at_epoch(table, self.epoch)
-                order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
-                table = table.take(pa.array(order))
-            return table.combine_chunks(), (order >= own.start) & (order < own.stop)
+            is_own = np.zeros(around.num_rows, dtype=np.bool_)
+            is_own[own] = True
+            if not self.moved_arcsec:
+                return around, is_own
+            table = at_epoch(around, self.epoch)
+            order = np.argsort(table[HEALPIX_COLUMN].to_numpy(), kind="stable")
+            return table.take(pa.array(order)).combine_chunks(), is_own[order]
 
         reach = max(settings.radius_arcsec, settings.id_radius_arcsec if ids else 0.0)
         reach += self.moved_arcsec
         _, _, grouped = group_around(
             pixel, read, lambda some: rank_of(some["obs_id"]), reach, settings, str(catalog.path)
         )
+        if order is None:
+            return around, own, grouped
         primary = np.empty_like(grouped)
         primary[order] = order[grouped]
         return around, own, primary

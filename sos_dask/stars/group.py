@@ -213,7 +213,8 @@ def group_around(
         table, own = read(sorted([*whole, *chain.from_iterable(around)]))
         cells = table[HEALPIX_COLUMN].to_numpy()
         # What is linked to a row that is compared in the last layer but one was read.
-        frontier = ~in_ranges(cells, sorted([*whole, *chain.from_iterable(around[:-1])]))
+        frontier = ~own
+        frontier[frontier] = ~in_ranges(cells[frontier], sorted(chain(whole, *around[:-1])))
         ids = {r: id_values(table[c]) for r, c in GAIA_IDS.items() if c in table.schema.names}
         positions = table["ra"].to_numpy(), table["dec"].to_numpy()
         groups = group(*positions, cells, rank(table), ids, frontier, settings)

@@ -21,14 +21,12 @@ from sos_dask.storage.manifest import Manifest
 from tests.report.made import drawn
 
 
-def spot(axes) -> tuple[float, float]:
-    """Place of the middle of all that a map shows: right ascension and declination."""
-    image = axes.collections[0]
-    picture: np.ndarray = np.ma.filled(np.ma.asarray(image.get_array()), np.nan)
-    east, north = np.rad2deg(np.moveaxis(image.get_coordinates(), -1, 0))  # as it is drawn
-    shown = np.isfinite(picture)
-    x = 0.5 * (east[:-1, :-1] + east[1:, 1:])[shown]
-    y = 0.5 * (north[:-1, :-1] + north[1:, 1:])[shown]
+def spot(axes: Any) -> tuple[float, float]:
+    """Where the picture of a map shows something, by the projection of matplotlib."""
+    picture = picture_of(axes)
+    row, column = np.nonzero(np.isfinite(picture))
+    places = np.stack([column + 0.5, row + 0.5], axis=1) / np.array(picture.shape[::-1])
+    x, y = np.rad2deg((axes.transAxes - axes.transData).transform(places)).T
     label = axes.xaxis.get_major_formatter()(np.deg2rad(x.mean()), 0)
     ra = 180 - x.mean()
     assert float(label.removesuffix("°")) == round(ra), "what is written at the axis"
@@ -206,7 +204,8 @@ def test_shares_of_coverage_are_drawn_where_they_are():
 
 def picture_of(axes: Any) -> np.ndarray:
     """What a map shows in each cell, nan where nothing."""
-    return np.asarray(np.ma.filled(np.ma.asarray(axes.collections[0].get_array()), np.nan))
+    [shown] = [*axes.images, *axes.collections]
+    return np.asarray(np.ma.filled(np.ma.asarray(shown.get_array()), np.nan))
 
 
 def test_the_kiel_diagram_counts_rows_in_their_cells():

@@ -81,7 +81,7 @@ def test_a_search_sees_the_folds_that_train(build, tmp_path, monkeypatch):
         asked.append((folds, n, seed, params["max_depth"]))
         return {**params, "n_rounds": 2, "max_depth": len(asked)}, [{"params": {}, "loss": 0.5}]
 
-    monkeypatch.setattr(stage, "search", found)
+    monkeypatch.setattr(models, "search", found)
     settings = TrainSettings(
         method="boosted", params={"n_rounds": 3}, validation="holdout", search=4, seed=7
     )

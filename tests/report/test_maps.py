@@ -204,7 +204,7 @@ def test_shares_of_coverage_are_drawn_where_they_are():
 
 def picture_of(axes: Any) -> np.ndarray:
     """What a map shows in each cell, nan where nothing."""
-    [shown] = [*axes.images, *axes.collections]
+    shown: Any = (axes.images or axes.collections)[0]
     return np.asarray(np.ma.filled(np.ma.asarray(shown.get_array()), np.nan))
 
 

@@ -140,6 +140,15 @@ class Problem(Settings):
         return tuple(dict.fromkeys(item.column for item in self.inputs))
 
     @property
+    def words(self) -> str:
+        """What is corrected by what, in words."""
+        inputs = (
+            f"{'log10 ' * one.log10}{one.column}{f' / {one.scale:g}' if one.scale != 1 else ''}"
+            for one in self.inputs
+        )
+        return f"{', '.join(self.names)} by {', '.join(inputs)}"
+
+    @property
     def parameters(self) -> tuple[Input, ...]:
         """Inputs that coverage and projections look at: these, and all else that is known."""
         known = tuple(item for item in KNOWN_INPUTS if item.column not in self.columns)

@@ -20,13 +20,12 @@ from sos_dask import __version__
 from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
-from sos_dask.schema import LABELS
 from sos_dask.stats.numbers import DENSE, SPARSE
 from sos_dask.stats.table import Grid, seal, unseal
 
 LEVELS = (0.68, 0.95)
 TABLES = ("values", "profile", "reference", "reference_profile")
-_FORMAT = 1
+_FORMAT = 2
 _NAME = "error"
 _N_CELLS = 48  # along each axis, fewer from four inputs on: not more in all than of three
 _N_STEPS = 1024  # of log S/N
@@ -59,7 +58,7 @@ def _snr_steps() -> FloatArray:
 
 @dataclass(frozen=True)
 class ErrorModel:
-    """Half-widths of intervals around corrected labels.
+    """Half-widths of intervals around the l corrected labels of a problem of k inputs.
 
     ``about`` has ``correction`` (SHA-256 of the model whose residuals these are), ``factors_95``
     (by label and class: half-width of the 95 % interval in that of the 68 % one),
@@ -67,20 +66,21 @@ class ErrorModel:
     the S/N is not known).
     """
 
-    grid: Grid
+    problem: Problem
+    grid: Grid  # of n cells
     about: Mapping[str, Any]
-    values: Float32Array  # (48 ** 3, 3): of the 68 % interval in each cell, where the profile is 1
-    profile: Float32Array  # (1024, 3): factor by S/N, in equal steps of its logarithm
-    sparse: BoolArray  # (48 ** 3,): cells of the sparse class
+    values: Float32Array  # (n, l): of the 68 % interval in each cell, where the profile is 1
+    profile: Float32Array  # (1024, l): factor by S/N, in equal steps of its logarithm
+    sparse: BoolArray  # (n,): cells of the sparse class
     # The same two tables of the error of the reference, which the half-widths include; 0 where it
     # is not stated.
     reference: Float32Array
     reference_profile: Float32Array
 
     def half_width(self, features: Float32Array, snr: FloatingArray | None) -> Float32Array:
-        """Look up the half-widths (n, 3) of the 68 % intervals in K, dex, dex.
+        """Look up the half-widths (n, l) of the 68 % intervals in the units of the labels.
 
-        nan where a feature (n, 3) is nan or infinite; outside the training box those of the nearest
+        nan where a feature (n, k) is nan or infinite; outside the training box those of the nearest
         place on it count, as in a correction. Below the smallest S/N (n,) of the pairs half-widths
         grow as its inverse, above the largest they stay; where it is unknown or not positive, that
         of the noisiest pairs counts. Each label is contiguous. Raises `ModelError` at another
@@ -89,7 +89,7 @@ class ErrorModel:
         k = len(self.grid.shape)
         if features.ndim != 2 or features.shape[1] != k:
             raise ModelError(f"error model: features have shape {features.shape}, not (n, {k})")
-        out = np.empty((len(LABELS), len(features)), dtype=np.float32)
+        out = np.empty((len(self.problem.labels), len(features)), dtype=np.float32)
         removed = self.about["reference_error"] == "removed"
         for first in range(0, len(features), BLOCK_ROWS):
             block = slice(first, first + BLOCK_ROWS)
@@ -150,8 +150,7 @@ class ErrorModel:
         document = {
             "format": _FORMAT,
             "sos_dask": __version__,
-            "labels": list(LABELS),
-            "features": list(DEFAULT.features),
+            "problem": self.problem.as_json,
             "low": list(self.grid.low),
             "high": list(self.grid.high),
             "about": dict(self.about),
@@ -159,40 +158,22 @@ class ErrorModel:
         return seal(_NAME, document, tables)
 
 
-def require_default(problem: Problem) -> None:
-    """Raise `ModelError` unless a correction is of the one problem that has error models."""
-    if problem != DEFAULT:
-        raise ModelError(
-            f"errors can be modelled of {_words(DEFAULT)}; the correction is of {_words(problem)}",
-            "Train with the default labels and inputs, or run coverage and apply without errors.",
-        )
-
-
-def _words(problem: Problem) -> str:
-    inputs = (
-        f"{'log10 ' * one.log10}{one.column}{f' / {one.scale:g}' if one.scale != 1 else ''}"
-        for one in problem.inputs
-    )
-    return f"{', '.join(problem.names)} by {', '.join(inputs)}"
-
-
-def load_errors(directory: Path, problem: Problem = DEFAULT) -> ErrorModel:
-    """Read the files of an `ErrorModel` for the correction of a problem.
+def load_errors(directory: Path, problem: Problem | None = None) -> ErrorModel:
+    """Read the files of an `ErrorModel`, of the correction of a problem where one is given.
 
     Raises `ModelError` where a file is missing, not the one that was saved, of another format, or
     of other labels or inputs than the correction.
     """
-    require_default(problem)
     document, tables = unseal(directory, _NAME, _FORMAT, "error model")
-    for key, expected in (("labels", problem.names), ("features", problem.features)):
-        if document.get(key) != list(expected):
-            raise ModelError(
-                f"{directory / _NAME}.json: its {key} are {document.get(key)}; those of the "
-                f"correction are {list(expected)}",
-                "Give the error model that was made from this correction's held-out pairs.",
-            )
+    theirs = Problem(**document["problem"])
+    if theirs != (problem or theirs):
+        raise ModelError(
+            f"{directory / _NAME}.json has errors of {theirs.words}; the correction is of "
+            f"{problem.words if problem else ''}",
+            "Give the error model that was made from this correction's held-out pairs.",
+        )
     grid = error_grid(document["low"], document["high"])
-    return ErrorModel(grid, document["about"], *tables)
+    return ErrorModel(theirs, grid, document["about"], *tables)
 
 
 # --- fit ----------------------------------------------------------------------------------------
@@ -201,11 +182,12 @@ def load_errors(directory: Path, problem: Problem = DEFAULT) -> ErrorModel:
 class HeldOut(NamedTuple):
     """The n pairs that a correction has not been trained on."""
 
-    features: Float32Array  # (n, 3)
+    features: Float32Array  # (n, k)
     snr: FloatArray  # nan where unknown
-    residuals: FloatArray  # (n, 3) target - reference - correction (K, dex, dex), nan where unknown
-    reference_errors: FloatArray  # (n, 3) normalised, nan where the reference states none
+    residuals: FloatArray  # (n, l) target - reference - correction, nan where unknown
+    reference_errors: FloatArray  # (n, l) normalised, nan where the reference states none
     part: NDArray[np.int8]  # at least three parts; pairs of one star are in one part
+    labels: Sequence[str] = DEFAULT.names
 
 
 def least_log_snr(snr: FloatArray) -> float:
@@ -230,7 +212,7 @@ def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> L
     Sparse cells are `find_sparse` of the training pairs at the centers of the grid. Raises
     `ModelError` at too few pairs or parts.
     """
-    number = LABELS.index(label)
+    number = held_out.labels.index(label)
     known = np.isfinite(held_out.residuals[:, number])
     rows = np.flatnonzero(known)
     n_parts = len(np.unique(held_out.part[rows]))
@@ -280,19 +262,21 @@ def error_model(
     sparse: BoolArray,
     least: float,
     *,
+    problem: Problem,
     correction: str,
     reference_error: str = "included",
 ) -> ErrorModel:
-    """Put the `LabelErrors` of all `LABELS` together; ``least`` is `least_log_snr` of the pairs."""
+    """Put the `LabelErrors` of all labels together; ``least`` is `least_log_snr` of the pairs."""
+    by_label = {label: dict(of) for label, of in zip(problem.names, factors_95, strict=True)}
     about = {
         "correction": correction,
-        "factors_95": {label: dict(of) for label, of in zip(LABELS, factors_95, strict=True)},
+        "factors_95": by_label,
         "reference_error": reference_error,
         "unknown_snr": int(np.searchsorted(_snr_steps(), least)),
     }
     columns = zip(*tables, strict=True)
     values, profile, error, error_profile = (np.stack(column, axis=1) for column in columns)
-    return ErrorModel(grid, about, values, profile, sparse, error, error_profile)
+    return ErrorModel(problem, grid, about, values, profile, sparse, error, error_profile)
 
 
 def _wrong(residuals: FloatArray) -> BoolArray:

@@ -15,10 +15,10 @@ from pydantic import Field
 
 from sos_dask import corrections
 from sos_dask.columns import BoolArray, floats, floats_or_nan, key_numbers, matrix32, mixed
+from sos_dask.errors import ModelError
 from sos_dask.evidence import intervals
 from sos_dask.evidence.figures import edge_subsets
 from sos_dask.evidence.trends import three_cornered_hat
-from sos_dask.problem import DEFAULT, TEFF_UNIT_K
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run
@@ -31,7 +31,6 @@ from sos_dask.storage.manifest import Rows, sha256_of_file
 
 CALIBRATION = "calibration.parquet"
 _MIN_COMMON = 30
-_ERRORS = tuple(f"{label}_err_ref" for label in LABELS)
 
 
 class UncertaintySettings(Settings):
@@ -64,7 +63,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
     """
 
     name = "uncertainty"
-    version = 6
+    version = 7
     Settings = UncertaintySettings
     roles = (
         Role("evidence", "Pairs with the predictions of the model.", "output"),
@@ -78,17 +77,22 @@ class Uncertainty(OfModel[UncertaintySettings]):
     tables = (("hit_rates", CALIBRATION),)
 
     def check(self) -> None:
-        """Refuse a correction of other labels or inputs than errors can be modelled of."""
-        intervals.require_default(corrections.load(self.path("model")).problem)
+        """Refuse a correction of other labels or inputs than the evidence."""
+        theirs = corrections.load(self.path("model")).problem
+        if self.first is None and theirs != self.problem:
+            raise ModelError(
+                f"the evidence is of {self.problem.words}, the correction is of {theirs.words}",
+                "Give the evidence that was made with this correction.",
+            )
 
     def measure(self, run: Run) -> Made:
         """See where the pairs are sparse, then fit each label."""
         looks = dict.fromkeys(("sparse", "hats"))
         about, hats = run.parts("looks", looks, self.look, "uncertainty pairs")
-        box = about["box"]
-        fitted = run.parts("labels", dict.fromkeys(LABELS, box), self.fit_label)
+        box, labels = about["box"], self.problem.names
+        fitted = run.parts("labels", dict.fromkeys(labels, box), self.fit_label)
         tables = []
-        for label in LABELS:
+        for label in labels:
             table = run.output.read_piece(f"errors-{label}")
             columns = (table[name].combine_chunks() for name in intervals.TABLES)
             tables.append([column.values.to_numpy() for column in columns])
@@ -99,6 +103,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
             intervals.error_grid(*box),
             run.output.read_piece("cells")["sparse"].to_numpy(),
             about["least_log_snr"],
+            problem=self.problem,
             correction=sha256_of_file(self.path("model") / corrections.MODEL_FILE),
             reference_error=reference_error,
         )
@@ -112,7 +117,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
             "method": self.manifest("model").summary["method"],
             "reference_error": reference_error,
             "factors_95": model.about["factors_95"],
-            "pairs_by_class": dict(zip(LABELS, (one["n_class"] for one in fitted), strict=True)),
+            "pairs_by_class": dict(zip(labels, (one["n_class"] for one in fitted), strict=True)),
             "hit_rates": [row for row in found if row["subset"] in (ALL, DENSE, SPARSE)],
             "error_factors": self._error_factors(),
             "three_cornered_hat": hats["found"],
@@ -134,20 +139,25 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def _pairs(self) -> tuple[pa.Table, BoolArray]:
         """Pairs of the evidence, and those that say the error of one observation."""
-        names = list(dict.fromkeys([*LABELS, *DEFAULT.columns]))
-        names += [*(label.diff for label in DEFAULT.labels), *self._predictions]
-        more = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *_ERRORS]
-        table = self.read([*names, "star", "held_out"], more)
+        names = list(dict.fromkeys([*self.problem.names, *self.problem.columns]))
+        names += [*(label.diff for label in self.problem.labels), *self._predictions]
+        more = ["target", "snr", "n_obs", "survey_ref", "snr_ref", "logg_ref", *LABELS]
+        table = self.read([*names, "star", "held_out"], [*more, *self._stated])
         return table, single_observations(table, self.settings.min_single)
 
     @property
     def _predictions(self) -> tuple[str, ...]:
-        return held_out_columns(self.manifest("model").summary["method"])
+        return held_out_columns(self.manifest("model").summary["method"], self.problem.names)
+
+    @property
+    def _stated(self) -> tuple[str, ...]:
+        """Columns of the errors that the reference states."""
+        return tuple(f"{label.error}_ref" for label in self.problem.labels)
 
     def _sparse(self, output: Output) -> dict[str, Any]:
         """Keep the pairs that intervals are made from, and the cells where pairs are sparse."""
         table, single = self._pairs()
-        x, held = DEFAULT.matrix(table), table["held_out"].to_numpy()
+        x, held = self.problem.matrix(table), table["held_out"].to_numpy()
         placed, sparse = np.isfinite(x).all(axis=1), np.zeros(len(x), dtype=np.bool_)
         info = corrections.load(self.path("model")).info
         box = [list(info.minimum), list(info.maximum)]
@@ -172,13 +182,13 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def fit_label(self, output: Output, label: str, box: list[list[float]]) -> dict[str, Any]:
         """Keep the errors of a label, and count how often its intervals hit."""
-        pairs, grid = output.read_piece("used"), intervals.error_grid(*box)
+        pairs, grid, problem = output.read_piece("used"), intervals.error_grid(*box), self.problem
         cells = output.read_piece("cells")["sparse"].to_numpy()
-        stated = np.stack([floats_or_nan(pairs, name) for name in _ERRORS], axis=1)
+        stated = np.stack([floats_or_nan(pairs, name) for name in self._stated], axis=1)
         logg, snr = (floats_or_nan(pairs, name) for name in ("logg_ref", "snr_ref"))
         factors = self._error_factors()
         for survey, mine in of_surveys(pairs).items():
-            for one, column in zip(LABELS, stated.T, strict=True):
+            for one, column in zip(self.problem.names, stated.T, strict=True):
                 of_survey = factors.get(survey, ())
                 column[mine] *= normalisation(of_survey, one, logg[mine], snr[mine])
         # Folds of the pairs come from the same numbers: another state makes the parts independent.
@@ -187,17 +197,18 @@ class Uncertainty(OfModel[UncertaintySettings]):
             links = (np.empty(0, dtype=np.int64),) * 2
             number = smallest_of_joined(number, pairs["target"].to_numpy(), links)
         held_out = intervals.HeldOut(
-            DEFAULT.matrix(pairs),
+            problem.matrix(pairs),
             floats_or_nan(pairs, "snr"),
-            DEFAULT.differences(pairs).astype(np.float64) - matrix32(pairs, self._predictions),
+            problem.differences(pairs).astype(np.float64) - matrix32(pairs, self._predictions),
             stated,
             fold_of(number, self.settings.n_parts),
+            problem.names,
         )
         errors = intervals.fit_label(held_out, label, grid, cells)
         tables = zip(intervals.TABLES, ([one] for one in errors.tables), strict=True)
         output.write_piece(f"errors-{label}", pa.table(dict(tables)))
         in_sparse_cell = cells[grid.cells(held_out.features)]
-        subsets = _subsets(held_out, pairs["sparse"].to_numpy(), in_sparse_cell)
+        subsets = _subsets(pairs, in_sparse_cell)
         return {
             "factors_95": errors.factors_95,
             "n_class": errors.n_class,
@@ -215,8 +226,10 @@ class Uncertainty(OfModel[UncertaintySettings]):
             row = pc.index_in(wanted, table["star"].combine_chunks())
             one, other = (both.filter(row.is_valid()) for both in (one, other))
             mine = table.take(row.drop_null())
-            predicted = correction.predict(DEFAULT.matrix(mine))
-            for label, delta in zip(LABELS, predicted.T, strict=True):
+            predicted = correction.predict(self.problem.matrix(mine))
+            for label, delta in zip(self.problem.names, predicted.T, strict=True):
+                if not {label} <= set(LABELS):
+                    continue  # of other labels the common stars are not known
                 three = [floats(mine, label) - delta, floats(one, label), floats(other, label)]
                 if np.isfinite(three).all(axis=0).sum() >= _MIN_COMMON:
                     names = (self.settings.target, first, second)
@@ -225,23 +238,22 @@ class Uncertainty(OfModel[UncertaintySettings]):
         return {"found": found}
 
 
-def _subsets(
-    held: intervals.HeldOut, is_sparse: BoolArray, in_sparse_cell: BoolArray
-) -> dict[str, Any]:
+def _subsets(pairs: pa.Table, in_sparse_cell: BoolArray) -> dict[str, Any]:
     """Held-out pairs whose hit rate is looked at separately."""
-    teff, logg, feh = held.features[:, 0] * TEFF_UNIT_K, held.features[:, 1], held.features[:, 2]
+    labels, snr = {one: floats_or_nan(pairs, one) for one in LABELS}, floats_or_nan(pairs, "snr")
+    is_sparse = pairs["sparse"].to_numpy()
     found = {
-        ALL: np.ones(len(teff), dtype=np.bool_),
+        ALL: np.ones(len(is_sparse), dtype=np.bool_),
         DENSE: ~is_sparse,
         SPARSE: is_sparse,
         "dense cells": ~in_sparse_cell,
         "sparse cells": in_sparse_cell,
-        "giants": logg < GIANT_LOGG,
-        "dwarfs": logg >= GIANT_LOGG,
+        "giants": labels["logg"] < GIANT_LOGG,
+        "dwarfs": labels["logg"] >= GIANT_LOGG,
     }
-    found |= edge_subsets({"teff": teff, "logg": logg, "feh": feh})
-    known = np.isfinite(held.snr)
+    found |= edge_subsets(labels)
+    known = np.isfinite(snr)
     if known.any():
-        low, high = np.quantile(held.snr[known], [1 / 3, 2 / 3])
-        found["low snr"], found["high snr"] = held.snr < low, held.snr >= high
+        low, high = np.quantile(snr[known], [1 / 3, 2 / 3])
+        found["low snr"], found["high snr"] = snr < low, snr >= high
     return found

@@ -21,11 +21,10 @@ from sos_dask.evidence.intervals import (
     least_log_snr,
     load_errors,
 )
-from sos_dask.problem import DEFAULT, Input, Problem
+from sos_dask.problem import DEFAULT, Input, Label, Problem
 from sos_dask.schema import LABELS
-from sos_dask.settings import sealed
 from sos_dask.stats.numbers import find_sparse
-from sos_dask.stats.table import Grid, _by_key
+from sos_dask.stats.table import Grid
 
 GRID = error_grid((0.7, 0.0, -2.5), (1.5, 5.0, 0.5))
 LOW, HIGH = np.array(GRID.low), np.array(GRID.high)
@@ -74,6 +73,7 @@ def fitted(pairs: HeldOut, grid: Grid = GRID, **more):
         grid,
         sparse,
         least_log_snr(pairs.snr),
+        problem=DEFAULT,
         correction="0" * 64,
         **more,
     )
@@ -276,8 +276,8 @@ def test_tampered_files_are_refused(saved, tmp_path):
     changed["about"]["factors_95"]["teff"]["dense"] = 0.1
     with pytest.raises(ModelError, match=r"error.json is not the file that was saved"):
         load_errors(write(tmp_path, json.dumps(changed).encode(), table))
-    with pytest.raises(ModelError, match="not the error model of format 1"):
-        load_errors(write(tmp_path, document.replace(b'"format": 1', b'"format": 2'), table))
+    with pytest.raises(ModelError, match="not the error model of format 2"):
+        load_errors(write(tmp_path, document.replace(b'"format": 2', b'"format": 1'), table))
     with pytest.raises(ModelError, match="not JSON"):
         load_errors(write(tmp_path, b"{", table))
     with pytest.raises(ModelError, match="No such file"):
@@ -290,14 +290,6 @@ def test_errors_belong_to_one_correction(saved):
         saved[0].require("1" * 64)
 
 
-@pytest.mark.parametrize(("key", "names"), [("labels", ["teff", "logg", "rv"]), ("features", [])])
-def test_errors_of_other_labels_or_inputs_are_refused(saved, tmp_path, key, names):
-    _, document, table = saved
-    changed = sealed({**json.loads(document), key: names}, _by_key)
-    with pytest.raises(ModelError, match=rf"error.json: its {key} are \[.*those of the correction"):
-        load_errors(write(tmp_path, json.dumps(changed).encode(), table))
-
-
 @pytest.mark.parametrize(
     "problem",
     [
@@ -306,12 +298,40 @@ def test_errors_of_other_labels_or_inputs_are_refused(saved, tmp_path, key, name
         Problem(labels=DEFAULT.labels[:2]),
     ],
 )
-def test_only_the_default_problem_has_errors(saved, tmp_path, problem):
+def test_errors_of_other_labels_or_inputs_are_refused(saved, tmp_path, problem):
     _, document, table = saved
-    with pytest.raises(
-        ModelError, match="errors can be modelled of teff, logg, feh by teff / 5040"
-    ):
+    what = r"error.json has errors of teff, logg, feh by teff / 5040, logg, feh; the correction is"
+    with pytest.raises(ModelError, match=what) as caught:
         load_errors(write(tmp_path, document, table), problem)
+    assert problem.words in str(caught.value)
+
+
+def test_a_label_by_four_inputs_has_errors(tmp_path):
+    """Of another problem: one label, whose error depends on the fourth input alone."""
+    rng = np.random.default_rng(3)
+    magnitude = Input(column="phot_g_mean_mag")
+    label = Label(name="rv", unit="km/s")
+    problem = Problem(labels=(label,), inputs=(*DEFAULT.inputs, magnitude))
+    x = rng.uniform(0, 1, (6000, 4)).astype(np.float32)
+    residuals = rng.normal(size=(6000, 1)) * (1 + 4 * (x[:, 3:] > 0.5))
+    part, unknown = rng.integers(0, 3, 6000).astype(np.int8), np.full(6000, np.nan)
+    pairs = HeldOut(x, unknown, residuals, np.full((6000, 1), np.nan), part, problem.names)
+    grid = error_grid([0.0] * 4, [1.0] * 4)
+    assert grid.size <= 48**3
+    sparse = np.zeros(grid.size, dtype=bool)
+    one = fit_label(pairs, "rv", grid, sparse)
+    least = least_log_snr(pairs.snr)
+    errors = error_model(
+        [one.tables], [one.factors_95], grid, sparse, least, problem=problem, correction="0" * 64
+    )
+    for name, content in errors.files().items():
+        (tmp_path / name).write_bytes(content)
+    loaded = load_errors(tmp_path, problem)
+    assert loaded.problem == problem and "rv" in loaded.describe("rv")
+    half = loaded.half_width(x, None)
+    assert half.shape == (6000, 1)
+    low, high = np.median(half[x[:, 3] < 0.4]), np.median(half[x[:, 3] > 0.6])
+    assert low == pytest.approx(1.0, rel=0.1) and high == pytest.approx(5.0, rel=0.1)
 
 
 def test_features_of_another_shape_are_refused(saved):
@@ -360,7 +380,8 @@ def table(about, profile=None, theirs=0.0) -> ErrorModel:
     sparse = np.arange(48**3) == 0
     given = {"reference_error": "included", "unknown_snr": 500, **about}
     unit = np.ones((1024, 3), np.float32)
-    return ErrorModel(GRID, given, values, profile, sparse, values * np.float32(theirs / 3), unit)
+    theirs_there = values * np.float32(theirs / 3)
+    return ErrorModel(DEFAULT, GRID, given, values, profile, sparse, theirs_there, unit)
 
 
 def test_profiles_are_looked_up_in_equal_steps_of_the_logarithm():

@@ -191,7 +191,7 @@ def test_a_correction_by_other_inputs_is_refused(build, tmp_path):
 
 def test_all_inputs_are_read(build, monkeypatch):
     problem = Problem(inputs=(*DEFAULT.inputs, Input(column="rv")))
-    monkeypatch.setattr("sos_dask.stages.uncertainty.DEFAULT", problem)
+    monkeypatch.setattr(Uncertainty, "problem", problem)
     inputs = {"evidence": build / "lamost.evidence", "model": build / "lamost.model.polynomial"}
     table, _ = Uncertainty(inputs)._pairs()
     assert problem.matrix(table).shape == (len(table), 4)

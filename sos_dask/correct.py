@@ -22,7 +22,7 @@ FLAG_NULL_INPUT = 1
 FLAG_OUTSIDE_TRAINING = 2
 FLAG_QUALITY = 4
 FLAG_MEANINGS = {
-    FLAG_NULL_INPUT: "teff, logg or feh is null: no correction",
+    FLAG_NULL_INPUT: "a label or an input is null: no correction",
     FLAG_OUTSIDE_TRAINING: "outside the range of the training pairs: the correction at its edge",
     FLAG_QUALITY: "the row fails a quality cut",
 }
@@ -97,10 +97,11 @@ def corrected_schema(
     errors: ErrorModel | None = None,
     problem: Problem = DEFAULT,
     covered: bool = False,
+    suffix: str = "",
 ) -> pa.Schema:
     """Make the schema of corrected rows: all columns of the input, then the new ones."""
-    # Columns of a correction before give way.
-    new = {"flag_sos", *(["coverage"] if covered else [])}
+    # Columns of the same correction before give way.
+    new = {f"flag_sos{suffix}", *([f"coverage{suffix}"] if covered else [])}
     new |= {name for one in problem.labels for name in (one.sos, one.delta, one.sos_err)}
     fields = [field for field in schema if field.name not in new]
     ucds = {one.name: CANONICAL[one.name].ucd for one in problem.labels if one.name in CANONICAL}
@@ -118,10 +119,11 @@ def corrected_schema(
         ucd = f"stat.error;{ucds[one.name]}" if one.name in ucds else "stat.error"
         add(one.sos_err, one.unit, ucd, errors.describe(one.name) if errors else "")
     if covered:
-        fields.append(COVERAGE_FIELD)
+        fields.append(COVERAGE_FIELD.with_name(f"coverage{suffix}"))
     meanings = FLAG_MEANINGS | (COVERAGE_MEANINGS if covered else {})
     text = "; ".join(f"{bit}: {meaning}" for bit, meaning in meanings.items())
-    return pa.schema([*fields, pa.field("flag_sos", pa.int32(), False, {"description": text})])
+    flags = pa.field(f"flag_sos{suffix}", pa.int32(), False, {"description": text})
+    return pa.schema([*fields, flags])
 
 
 def correct(
@@ -130,13 +132,15 @@ def correct(
     errors: ErrorModel | None = None,
     problem: Problem = DEFAULT,
     covered: Covered | None = None,
+    suffix: str = "",
 ) -> pa.Table:
     """Add corrected labels, predicted differences, their errors, coverage and flags.
 
     The table has the labels and the inputs of the problem, null where unknown. The same rows come
     back in the same order, with ``*_sos``, ``*_delta``, with errors ``*_sos_err`` (all null where
     any of the inputs or labels is null), ``coverage`` where it is given, and ``flag_sos`` (bits of
-    `FLAG_MEANINGS` and `COVERAGE_MEANINGS`). Raises `PartitionError` for a coverage of other rows.
+    `FLAG_MEANINGS` and `COVERAGE_MEANINGS`); a ``suffix`` ends the names of these two. Raises
+    `PartitionError` for a coverage of other rows.
     """
     if covered is not None and not table["obs_id"].equals(covered.scores["obs_id"]):
         raise PartitionError(
@@ -163,14 +167,15 @@ def correct(
         if covered is not None:
             width = covered.widened(width, errors.is_sparse(x))
         new |= {one.sos_err: values for one, values in zip(problem.labels, width.T, strict=True)}
-    columns: dict[str, pa.Array] = {"flag_sos": pa.array(flags)}
+    flag, columns = f"flag_sos{suffix}", {}
+    columns[flag] = pa.array(flags)
     if covered is not None:
-        columns["coverage"] = covered.scores["coverage"]
-        columns["flag_sos"] = pc.bit_wise_or(columns["flag_sos"], covered.scores[FLAGS])
+        columns[f"coverage{suffix}"] = covered.scores["coverage"]
+        columns[flag] = pc.bit_wise_or(columns[flag], covered.scores[FLAGS])
     validity = pa.array(known).buffers()[1]
     for name, values in new.items():
         buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=np.float32))
         columns[name] = pa.Array.from_buffers(pa.float32(), len(values), [validity, buffer])
-    schema = corrected_schema(table.schema, errors, problem, covered is not None)
+    schema = corrected_schema(table.schema, errors, problem, covered is not None, suffix)
     arrays = [columns[name] if name in columns else table[name] for name in schema.names]
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from pydantic import AfterValidator, Field, model_validator
 
-from sos_dask.columns import Float32Array, FloatArray, floats32
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, floats32
 from sos_dask.schema import CANONICAL, LABELS
 from sos_dask.settings import COLUMN_RULE, Settings, is_column
 
@@ -162,6 +162,11 @@ class Problem(Settings):
         parts = [item.values(_column(columns, item.column)) for item in self.inputs]
         return np.stack(parts, dtype=np.float32).T
 
+    def fit_for_training(self, pairs: pa.Table) -> BoolArray:
+        """Tell which pairs are in ``use`` and know all differences, shape (n,)."""
+        known = np.isfinite(self.differences(pairs)).all(axis=1)
+        return np.asarray(known & pairs["use"].to_numpy())
+
     def differences(self, columns: Columns) -> Float32Array:
         """Collect the differences target - reference of pairs, shape (n, l)."""
         return np.stack([_column(columns, label.diff) for label in self.labels], axis=1)
@@ -173,4 +178,16 @@ def _column(columns: Columns, name: str) -> Float32Array:
     return np.asarray(columns[name], dtype=np.float32)
 
 
+def input_of(column: str) -> Input:
+    """Input of a column: with the transform of `KNOWN_INPUTS`, or as it is."""
+    return next((one for one in KNOWN_INPUTS if one.column == column), Input(column=column))
+
+
 DEFAULT = Problem()
+RV = Problem(
+    labels=(Label(name="rv", unit=CANONICAL["rv"].unit),),
+    inputs=tuple(map(input_of, ("phot_g_mean_mag", "teff", "logg", "feh", "snr"))),
+)
+"""Radial velocity by what its zero point was seen to depend on (Tsantaki et al. 2022, A&A 659, A95,
+who put six surveys on one scale)."""
+BUILT_IN = {"labels": DEFAULT, "rv": RV}

@@ -73,6 +73,19 @@ class TrainSection(Settings):
     search: int = Field(0, ge=0, le=1000)
 
 
+class CorrectionSection(Settings):
+    """What is corrected by what: a table ``[corrections.NAME]``.
+
+    ``labels`` and ``inputs`` are columns of the target, labels of a reference, too. Those of the
+    built-in corrections ``labels`` (teff, logg, feh) and ``rv`` need not be given.
+    """
+
+    labels: list[str] | None = Field(None, min_length=1)
+    inputs: list[str] | None = Field(None, min_length=1)
+    methods: list[str] | None = Field(None, min_length=1)
+    params: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
 class ReportSection(Settings):
     """Whether a rebuild makes the report."""
 
@@ -134,7 +147,9 @@ class Job(Settings):
 
     TABLE_HINTS: ClassVar = {
         "reference": "Each reference survey has a table of its own, such as [reference.apogee], "
-        "with the keys survey and files."
+        "with the keys survey and files.",
+        "corrections": "Each correction has a table of its own, such as [corrections.rv], with the "
+        "keys labels, inputs and methods.",
     }
 
     format: int
@@ -149,6 +164,9 @@ class Job(Settings):
     dedupe: DedupeSettings = Field(default_factory=DedupeSettings)
     reference_union: ReferenceSettings = Field(default_factory=ReferenceSettings)
     crossmatch: CrossmatchSection = Field(default_factory=CrossmatchSection)
+    corrections: dict[str, CorrectionSection] = Field(
+        default_factory=lambda: {"labels": CorrectionSection()}, min_length=1
+    )
     train: TrainSection = Field(default_factory=TrainSection)
     compare: CompareSettings = Field(default_factory=CompareSettings)
     uncertainty: UncertaintySettings = Field(default_factory=UncertaintySettings)
@@ -173,6 +191,7 @@ class Job(Settings):
     def _names_differ(self) -> Job:
         named = {"name": self.name} | {f"reference.{name}": name for name in self.reference}
         named |= {f"attach.{name}": name for name in self.attach}
+        named |= {f"corrections.{name}": name for name in self.corrections}
         if self.target_name is not None:
             named["target_name"] = self.target_name
         for key, name in named.items():
@@ -188,10 +207,13 @@ class Job(Settings):
                     raise ValueError(
                         f"reference_union.{key} names '{name}', which is no [reference.*]"
                     )
-        if len(set(self.train.methods)) < len(self.train.methods):
-            raise ValueError("train.methods names a method twice")
-        if self.coverage.fallback == "polynomial" and "polynomial" not in self.train.methods:
-            raise ValueError("coverage.fallback = 'polynomial' is not among train.methods")
+        lists: dict[str, list[str]] = {"train.methods": self.train.methods}
+        for name, one in self.corrections.items():
+            of_one = {"labels": one.labels, "inputs": one.inputs, "methods": one.methods}
+            lists |= {f"corrections.{name}.{key}": given or [] for key, given in of_one.items()}
+        for key, listed in lists.items():
+            for twice in {item for item in listed if listed.count(item) > 1}:
+                raise ValueError(f"{key} names '{twice}' twice")
         return self
 
     def resolve(self, text: str) -> Path:

@@ -8,7 +8,7 @@ once the comparison has run: steps that use it are resolved after that.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,9 +18,11 @@ from typing import Any, TypeAlias
 from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.evidence.figures import check_rule
-from sos_dask.rebuild.job import Job, SurveySection
+from sos_dask.problem import BUILT_IN, Label, Problem, input_of
+from sos_dask.rebuild.job import CorrectionSection, Job, SurveySection
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
+from sos_dask.schema import nearest
 from sos_dask.settings import Settings
 from sos_dask.stages.apply import Apply
 from sos_dask.stages.attach import Attach, Margin, companion_survey
@@ -116,11 +118,22 @@ def steps(job: Job) -> list[Step]:
     if "rows_per_partition" not in job.reference_union.model_fields_set:
         union = union.but(rows_per_partition=job.ingest.rows_per_partition)
     made.append(Step("reference", Reference, union, stars))
-    made += _target_steps(job, str(job.target_name), stars, union.order)
-    if job.report.enabled:
-        products = {f"product.{step.product}": step.product for step in made}
-        settings = ReportStage.Settings(job=job.name, job_text=job.text)
-        made.append(Step("report", ReportStage, settings, products))
+    asked, target = _corrections(job), str(job.target_name)
+    observations = f"{target}.observations"
+    if job.attach:
+        observations = f"{target}.with-{list(job.attach)[-1]}"
+    made += _pair_steps(job, target, observations, asked)
+    common = [step.product for step in made]
+    for one in asked:
+        mine = list(_correction_steps(job, one, stars, union.order, observations))
+        # A further correction adds its columns to those of the one before.
+        observations = f"{one.place}.corrected"
+        if job.report.enabled:
+            products = [*common, *(step.product for step in mine)]
+            settings = ReportStage.Settings(job=job.name, job_text=job.text)
+            name = f"{one.place}.report" if one.suffix else "report"
+            mine.append(Step(name, ReportStage, settings, {f"product.{x}": x for x in products}))
+        made += mine
     names = [step.product for step in made]
     for name in names:
         if names.count(name) > 1:
@@ -128,64 +141,147 @@ def steps(job: Job) -> list[Step]:
     return made
 
 
-def _target_steps(
-    job: Job, target: str, stars: Mapping[str, str], order: tuple[str, ...]
+@dataclass(frozen=True)
+class _Correction:
+    """One correction of a job: what its products are called, and what it is made with."""
+
+    place: str  # before the names of its products: ``lamost``, or ``lamost.rv``
+    suffix: str  # of its coverage and flags in the corrected catalog
+    problem: Problem
+    params: Mapping[str, dict[str, Any]]  # all, by method
+
+
+def _corrections(job: Job) -> list[_Correction]:
+    """List the corrections of a job in their order; wrong labels, inputs or methods are refused.
+
+    The first has the names of its products by the target alone.
+    """
+    found: list[_Correction] = []
+    for name, section in job.corrections.items():
+        with _key(job, f"corrections.{name}"):
+            problem = _problem(job, name, section)
+        methods = section.methods or job.train.methods
+        for method in methods:
+            with _key(job, f"corrections.{name}.methods" if section.methods else "train.methods"):
+                corrections.class_of(method)
+        for method in {*job.train.params, *section.params}:
+            with _key(job, f"train.params.{method}"):
+                _params(job, method)
+            with _key(job, f"corrections.{name}.params.{method}"):
+                _params(job, method, section.params)
+        with _key(job, "compare.rule"):
+            check_rule(job.compare.rule, methods)
+        if job.coverage.fallback not in ("auto", "none", "edge", *methods):
+            raise ConfigError(
+                f"{job.path}: coverage.fallback = '{job.coverage.fallback}' is not among the "
+                f"methods of [corrections.{name}]"
+            )
+        place, suffix = (f"{job.target_name}.{name}", f"_{name}") if found else ("", "")
+        params = {method: _params(job, method, section.params) for method in methods}
+        found.append(_Correction(place or str(job.target_name), suffix, problem, params))
+    return found
+
+
+def _problem(job: Job, name: str, section: CorrectionSection) -> Problem:
+    """Labels with their units, and inputs, which the surveys of a job must have."""
+    target = _columns(job, job.target)
+    for attached in job.attach.values():
+        target |= dict.fromkeys(attached.columns, "")
+    references = [_columns(job, one) for one in job.reference.values()]
+    known = BUILT_IN.get(name)
+    labels = section.labels or (known.names if known else ())
+    inputs = section.inputs or (known.columns if known else ())
+    for key, names in (("labels", labels), ("inputs", inputs)):
+        if not names:
+            raise ConfigError(f"'{key}' is missing", f"Built in are: {', '.join(BUILT_IN)}.")
+        for one in names:
+            if one not in target:
+                hint = nearest(one, target) or f"Known are: {', '.join(target)}."
+                raise ConfigError(f"the target has no column '{one}' ({key})", hint)
+            if key == "labels" and not any(one in columns for columns in references):
+                raise ConfigError(f"no reference has the label '{one}'")
+    of_labels = tuple(Label(name=one, unit=target[one]) for one in labels)
+    return Problem(labels=of_labels, inputs=tuple(map(input_of, inputs)))
+
+
+def _columns(job: Job, section: SurveySection) -> dict[str, str]:
+    """Units of the numbers that a survey has, by column."""
+    columns = _definition(job, section).columns.items()
+    return {name: one.column.unit for name, one in columns if one.dtype != "string"}
+
+
+def _pair_steps(
+    job: Job, target: str, observations: str, asked: Sequence[_Correction]
 ) -> Iterator[Step]:
-    """List the steps that put one target on the scale of the reference."""
-    observations = f"{target}.observations"
-    if job.attach:
-        observations = f"{target}.with-{list(job.attach)[-1]}"
-    target_stars, pairs = f"{target}.stars", f"{target}.pairs"
-    left = {"stars": target_stars, "observations": observations}[job.crossmatch.target]
-    matched = {"target": left, "reference": "reference"}
-    yield Step(pairs, Crossmatch, _own(job, Crossmatch, job.crossmatch), matched)
-    yield from _model_steps(job, target, pairs)
-    seen: Inputs = {"evidence": f"{target}.evidence"}
-    chosen: Inputs = {**seen, "model": Chosen(target)}
-    both = {"reference": "reference", **stars}
-    yield Step(f"{target}.trends", Trends, Trends.Settings(order=order), {**seen, **both})
-    settings = _own(job, Uncertainty, job.uncertainty).but(target=target)
-    inputs: dict[str, str | Chosen | Path] = {**chosen, "target_stars": target_stars, **both}
-    yield Step(f"{target}.uncertainty", Uncertainty, settings, inputs)
-    radius = (job.target.dedupe or job.dedupe).radius_arcsec
-    settings = _own(job, Coverage, job.coverage).but(radius_arcsec=radius)
-    inputs = {"pairs": pairs, "observations": observations, "stars": target_stars}
-    inputs |= {"errors": f"{target}.uncertainty"}
-    yield Step(f"{target}.coverage", Coverage, settings, {**chosen, **inputs})
-    fallback = job.coverage.fallback
-    if fallback == "auto":
-        fallback = "polynomial" if "polynomial" in job.train.methods else "edge"
-    inputs = {"model": Chosen(target), "observations": observations}
-    inputs |= {"errors": f"{target}.uncertainty", "coverage": f"{target}.coverage"}
-    if fallback == "polynomial":
-        inputs["smooth"] = f"{target}.model.polynomial"
-    yield Step(f"{target}.corrected", Apply, Apply.Settings(fallback=fallback), inputs)
-    if job.generalisation is not None:
-        methods = {method: _params(job, method) for method in job.train.methods}
-        settings = _own(job, Generalisation, job.generalisation).but(methods=methods)
-        yield Step(f"{target}.generalisation", Generalisation, settings, seen)
+    """List the steps that find the pairs of one target, with all that its corrections ask for."""
+    pairs = f"{target}.pairs"
+    left = f"{target}.stars" if job.crossmatch.target == "stars" else observations
+    settings = _own(job, Crossmatch, job.crossmatch).but(
+        labels=tuple(dict.fromkeys(name for one in asked for name in one.problem.names)),
+        inputs=tuple(dict.fromkeys(name for one in asked for name in one.problem.columns)),
+    )
+    yield Step(pairs, Crossmatch, settings, {"target": left, "reference": "reference"})
     if job.projection is not None:
         settings = _own(job, ProjectionStage, job.projection)
         inputs = {"observations": observations, "pairs": pairs}
         yield Step(f"{target}.projection", ProjectionStage, settings, inputs)
 
 
-def _model_steps(job: Job, target: str, pairs: str) -> Iterator[Step]:
+def _correction_steps(
+    job: Job,
+    one: _Correction,
+    stars: Mapping[str, str],
+    order: tuple[str, ...],
+    observations: str,
+) -> Iterator[Step]:
+    """List the steps of one correction of a target, whose rows are observations."""
+    target, place = str(job.target_name), one.place
+    pairs, target_stars = f"{target}.pairs", f"{target}.stars"
+    yield from _model_steps(job, one, pairs)
+    seen: Inputs = {"evidence": f"{place}.evidence"}
+    chosen: Inputs = {**seen, "model": Chosen(place)}
+    both = {"reference": "reference", **stars}
+    yield Step(f"{place}.trends", Trends, Trends.Settings(order=order), {**seen, **both})
+    settings = _own(job, Uncertainty, job.uncertainty).but(target=target)
+    inputs: dict[str, str | Chosen | Path] = {**chosen, "target_stars": target_stars, **both}
+    yield Step(f"{place}.uncertainty", Uncertainty, settings, inputs)
+    radius = (job.target.dedupe or job.dedupe).radius_arcsec
+    settings = _own(job, Coverage, job.coverage).but(radius_arcsec=radius)
+    inputs = {"pairs": pairs, "observations": observations, "stars": target_stars}
+    inputs |= {"errors": f"{place}.uncertainty"}
+    yield Step(f"{place}.coverage", Coverage, settings, {**chosen, **inputs})
+    fallback = job.coverage.fallback
+    if fallback == "auto":
+        fallback = "polynomial" if "polynomial" in one.params else "edge"
+    inputs = {"model": Chosen(place), "observations": observations}
+    inputs |= {"errors": f"{place}.uncertainty", "coverage": f"{place}.coverage"}
+    if fallback == "polynomial":
+        inputs["smooth"] = f"{place}.model.polynomial"
+    settings = Apply.Settings(fallback=fallback, suffix=one.suffix)
+    yield Step(f"{place}.corrected", Apply, settings, inputs)
+    if job.generalisation is not None:
+        settings = _own(job, Generalisation, job.generalisation).but(methods=one.params)
+        yield Step(f"{place}.generalisation", Generalisation, settings, seen)
+
+
+def _model_steps(job: Job, one: _Correction, pairs: str) -> Iterator[Step]:
     """List the steps that fit all methods to one target, and compare them."""
-    models = {f"model.{method}": f"{target}.model.{method}" for method in job.train.methods}
-    for method in job.train.methods:
+    models = {f"model.{method}": f"{one.place}.model.{method}" for method in one.params}
+    for method, params in one.params.items():
         settings = Train.Settings(
             method=method,
-            params=_params(job, method),
+            params=params,
             validation=job.train.validation,
             search=job.train.search,
             seed=job.seed,
+            problem=one.problem,
         )
-        yield Step(f"{target}.model.{method}", Train, settings, {"pairs": pairs})
-    evidence = f"{target}.evidence"
-    yield Step(evidence, Evidence, Evidence.Settings(), {"pairs": pairs, **models})
+        yield Step(f"{one.place}.model.{method}", Train, settings, {"pairs": pairs})
+    evidence = f"{one.place}.evidence"
+    of_problem = Evidence.Settings(problem=one.problem)
+    yield Step(evidence, Evidence, of_problem, {"pairs": pairs, **models})
     compare = _own(job, Compare, job.compare)
-    yield Step(f"{target}.comparison", Compare, compare, {"evidence": evidence, **models})
+    yield Step(f"{one.place}.comparison", Compare, compare, {"evidence": evidence, **models})
 
 
 def _survey_steps(job: Job, name: str, section: SurveySection) -> Iterator[Step]:
@@ -231,10 +327,14 @@ def _own(job: Job, stage: type[Stage[Any]], section: Settings) -> Any:
     return stage.Settings(**values)
 
 
-def _params(job: Job, method: str) -> dict[str, Any]:
+def _params(
+    job: Job, method: str, more: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """All parameters of a method, of the job and of what one correction has more."""
     known = corrections.class_of(method).parameters.model_fields
-    seed = {"seed": job.seed} if "seed" in known else {}
-    return corrections.check_params(method, {**seed, **job.train.params.get(method, {})})
+    given = {"seed": job.seed} if "seed" in known else {}
+    given |= {**job.train.params.get(method, {}), **(more or {}).get(method, {})}
+    return corrections.check_params(method, given)
 
 
 @contextmanager
@@ -260,13 +360,7 @@ def _checked(job: Job) -> Job:
                     f"'{definition.name}'",
                     'Give the target another name: target_name = "...".',
                 )
-    for method in job.train.methods:
-        with _key(job, "train.methods"):
-            corrections.class_of(method)
-        with _key(job, f"train.params.{method}"):
-            _params(job, method)
-    with _key(job, "compare.rule"):
-        check_rule(job.compare.rule, job.train.methods)
+    _corrections(job)
     return job
 
 

@@ -85,7 +85,7 @@ class Build:
         self.problem = Problem(**self.summary("evidence").get("problem", {}))
         self.labels: Labels = {x.name: _UNITS.get(x.unit, x.unit) for x in self.problem.labels}
         self.surveys = [name.removesuffix(f".{OBSERVATIONS}") for name in self.of(OBSERVATIONS)]
-        self.target = self.one(CORRECTED).removesuffix(f".{CORRECTED}") or "target"
+        self.target = self.one(CORRECTED).split(".")[0] if self.one(CORRECTED) else "target"
         self.references = [name for name in self.surveys if name != self.target]
         self.reference = self.references[0] if len(self.references) == 1 else "reference"
 

@@ -44,6 +44,11 @@ class ApplySettings(Settings):
         description="What the correction fades to where coverage is low: polynomial, a smooth "
         "model, held constant a little way out; none: no correction; edge: nothing fades",
     )
+    suffix: str = Field(
+        "",
+        pattern="^(_[a-z0-9_]+)?$",
+        description="Ends the names of coverage and flags, where a catalog has several corrections",
+    )
     partitions: str = Field(
         "all", exclude=True, description="all, i/N, indices 0-9,12 or HEALPix pixels 2:44"
     )
@@ -95,7 +100,7 @@ class Apply(Stage[ApplySettings]):
     """
 
     name = "apply"
-    version = 9
+    version = 10
     Settings = ApplySettings
     roles = (
         Role("model", "Correction.", "output"),
@@ -111,7 +116,7 @@ class Apply(Stage[ApplySettings]):
     def recipe(cls, settings: ApplySettings, fingerprints: Mapping[str, str]) -> Recipe:
         """See `Stage.recipe`; without a coverage nothing fades, whatever the fallback."""
         if "coverage" not in fingerprints:
-            settings = ApplySettings()
+            settings = ApplySettings(suffix=settings.suffix)
         return super().recipe(settings, fingerprints)
 
     def check(self) -> None:
@@ -178,7 +183,8 @@ class Apply(Stage[ApplySettings]):
         correction = corrections.load(self.path("model"))
         errors = load_errors(self.path("errors")) if "errors" in self.inputs else None
         covered = "coverage" in self.inputs
-        schema = correct.corrected_schema(catalog.schema, errors, correction.problem, covered)
+        given = errors, correction.problem, covered, self.settings.suffix
+        schema = correct.corrected_schema(catalog.schema, *given)
         n_out = run.write_catalog(self.product, catalog.pixels, found, schema)
         return Rows(catalog.n_rows, n_out), {
             "method": correction.method,
@@ -214,9 +220,10 @@ class Apply(Stage[ApplySettings]):
             if known is not None:
                 some = scores.slice(first, _ROWS_AT_ONCE)
                 covered = correct.Covered(some, known.widths.widening, limits, fallback)
-            pieces.append(correct.correct(rows, model, given.get("errors"), model.problem, covered))
+            how = given.get("errors"), model.problem, covered, self.settings.suffix
+            pieces.append(correct.correct(rows, model, *how))
         corrected = pa.concat_tables(pieces)
-        flags = corrected["flag_sos"].to_numpy()
+        flags = corrected[f"flag_sos{self.settings.suffix}"].to_numpy()
         return {
             "file": partition_record(output, pixel, corrected),
             "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in self._meanings},

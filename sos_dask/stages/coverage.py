@@ -118,8 +118,9 @@ class Coverage(OfModel[CoverageSettings]):
 
     @cached_property
     def grid(self) -> dict[str, tuple[float, float]]:
-        """Limits of the grid of the survey's pipeline, by label."""
-        names, every = self.problem.names, (-np.inf, np.inf)
+        """Limits of the grid of the survey's pipeline, by label that comes from one."""
+        names = [name for name in self.problem.names if name in GRID_STEPS]
+        every = (-np.inf, np.inf)
         bounds = self.catalog("observations").bounds(*names) | self.settings.grid
         return {label: bounds.get(label, every) for label in names}
 
@@ -247,7 +248,7 @@ class Coverage(OfModel[CoverageSettings]):
         flags[place == widening.SPARSE] |= correct.FLAG_SPARSE
         flags[place == OUTSIDE] |= correct.FLAG_OUTSIDE
         for label, (low, high) in self.grid.items():
-            step, values = GRID_STEPS.get(label, 0.0), floats_or_nan(table, label)
+            step, values = GRID_STEPS[label], floats_or_nan(table, label)
             flags[(values <= low + step) | (values >= high - step)] |= correct.FLAG_GRID_EDGE
         counts = kernel.count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
         output.write_piece(f"maps-{key}", counts)
@@ -307,7 +308,7 @@ def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) 
     """
     correction = corrections.load(model)
     problem = correction.problem
-    predicted = held_out_columns(correction.method)
+    predicted = held_out_columns(correction.method, problem.names)
     stated = [f"{label.error}_ref" for label in problem.labels]
     more = [*stated, "n_obs", *(one.column for one in problem.parameters)]
     needed = ["fold", "held_out", *(label.diff for label in problem.labels)]

@@ -10,8 +10,7 @@ Its memory goes with the edge pairs: some percent of all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -22,8 +21,8 @@ from pydantic import Field
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray, floats_or_nan, key_numbers
 from sos_dask.errors import CatalogError
-from sos_dask.problem import DEFAULT
-from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS
+from sos_dask.problem import DEFAULT, ColumnName
+from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Seed
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import near_edge, near_pixel, rows_near, surroundings
@@ -42,12 +41,10 @@ from sos_dask.stars.group import GAIA_IDS, fold_of, id_values, same_targets, sma
 from sos_dask.stars.match import MOTION, MatchSettings, Motion, match, reach_arcsec
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import Recipe, Rows
+from sos_dask.storage.manifest import Rows
 
 _CARRIED = ("ra", "dec", "teff", "teff_err", "logg", "logg_err", "feh", "feh_err", "snr", "rv",
             "rv_err", "phot_g_mean_mag", "distance", "ebv", "n_obs")  # fmt: skip
-_INPUTS = tuple(name for name in DEFAULT.columns if name not in _CARRIED)
-"""Inputs of corrections that pairs do not have anyway."""
 _REFERENCE = (*(c for c in _CARRIED if c not in ("ra", "dec", "n_obs")), "survey")
 _FLAGS = ("quality", "flag_spread")
 _COUNTED = ("n_matched", "n_stars", "ambiguous", "by_id", "refused_by_id", "fit_for_training")
@@ -70,6 +67,18 @@ class CrossmatchSettings(MatchSettings):
         json_schema_extra={"option": "--folds"},
     )
     seed: Seed = Field(0, description="Other seeds give other folds.")
+    labels: tuple[ColumnName, ...] = Field(
+        DEFAULT.names, description="Columns whose difference target - reference pairs have."
+    )
+    inputs: tuple[ColumnName, ...] = Field(
+        DEFAULT.columns, description="Further columns of the target that pairs have."
+    )
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Labels, their errors and inputs that pairs do not have anyway."""
+        names = [*self.inputs, *(name for one in self.labels for name in (one, f"{one}_err"))]
+        return tuple(name for name in dict.fromkeys(names) if name not in _CARRIED)
 
     @property
     def radii(self) -> tuple[float, float]:
@@ -85,7 +94,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
     """
 
     name = "crossmatch"
-    version = 6
+    version = 7
     Settings = CrossmatchSettings
     roles = (
         Role("target", "Observations (obs_id) or stars (star_id) of the target."),
@@ -96,13 +105,6 @@ class Crossmatch(Stage[CrossmatchSettings]):
     motions: tuple[Motion, Motion]
     shared_ids: bool
 
-    @classmethod
-    def recipe(cls, settings: CrossmatchSettings, fingerprints: Mapping[str, str]) -> Recipe:
-        """Recipe that names the inputs of corrections which pairs do not have anyway."""
-        recipe = super().recipe(settings, fingerprints)
-        more = {"inputs": list(_INPUTS)} if _INPUTS else {}
-        return replace(recipe, params={**recipe.params, **more})
-
     def check(self) -> None:
         """Refuse catalogs that lack a column, or have ids or numbers of another type."""
         target, reference = both = self.catalog("target"), self.catalog("reference")
@@ -112,7 +114,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
             key_column(catalog)
             catalog.require("ra", "dec", HEALPIX_COLUMN)
             require_whole(catalog, shared if self.shared_ids else ())
-            for name in catalog.columns((*MOTION, *LABELS)):
+            for name in catalog.columns((*MOTION, *self.settings.labels)):
                 kind = catalog.schema.field(name).type
                 if not any(test(kind) for test in _NUMBERS):
                     raise CatalogError(
@@ -137,6 +139,13 @@ class Crossmatch(Stage[CrossmatchSettings]):
         further = {"further pairs": n_out - n_matched}
         return Rows(target.n_rows, n_out, 0, dropped, further), summary
 
+    @property
+    def _of_reference(self) -> tuple[str, ...]:
+        """Columns of the reference that pairs have."""
+        further = self.settings.further
+        labels = [name for one in self.settings.labels for name in (one, f"{one}_err")]
+        return tuple(dict.fromkeys([*_REFERENCE, *(n for n in labels if n in further)]))
+
     def _reach(self, pm_mas_yr: FloatArray | None = None) -> FloatArray:
         """Bound how far the pairs of reference stars reach; without motions: of any star."""
         found = reach_arcsec(self.settings, *self.motions, self.shared_ids, pm_mas_yr)
@@ -155,12 +164,17 @@ class Crossmatch(Stage[CrossmatchSettings]):
             pa.field("ambiguous", pa.bool_(), False),
             pa.field("by_id", pa.bool_(), False),
             pa.field("fold", pa.int8(), False),
-            pa.field("use", pa.bool_(), False, {"description": "fit for training"}),
+            pa.field(
+                "use", pa.bool_(), False, {"description": "fit for training where a label is known"}
+            ),
         ]
-        fields += [left.field(name) for name in target.columns((*_CARRIED, *_INPUTS))]
-        fields += [right.field(n).with_name(f"{n}_ref") for n in reference.columns(_REFERENCE)]
-        for label in target.columns(reference.columns(LABELS)):
-            text = {"unit": CANONICAL[label].unit, "description": f"target - reference {label}"}
+        fields += [left.field(name) for name in target.columns((*_CARRIED, *self.settings.further))]
+        fields += [
+            right.field(n).with_name(f"{n}_ref") for n in reference.columns(self._of_reference)
+        ]
+        for label in target.columns(reference.columns(self.settings.labels)):
+            unit = (left.field(label).metadata or {}).get(b"unit", b"").decode()
+            text = {"unit": unit, "description": f"target - reference {label}"}
             fields.append(pa.field(f"{label}_diff", pa.float32(), metadata=text))
         return pa.schema(fields)
 
@@ -175,9 +189,9 @@ class Crossmatch(Stage[CrossmatchSettings]):
         matching = self.settings.but(use_gaia_id=self.shared_ids)
         keys_of = lambda rows: of_reference(rows, right_key)[right_key]  # noqa: E731
         matches = match(left, right, matching, keys_of)
-        names = (left_key, *_CARRIED, *_INPUTS, *_FLAGS)
+        names = (left_key, *_CARRIED, *self.settings.further, *_FLAGS)
         target = _matched(self.catalog("target"), left, left_at, matches.left, names)
-        reference = of_reference(matches.right, right_key, *_REFERENCE, *_FLAGS)
+        reference = of_reference(matches.right, right_key, *self._of_reference, *_FLAGS)
         number = key_numbers(reference[right_key], self.settings.seed)
         smallest = smallest_of_joined(number, number, self._links(target))
         reach = self._reach(_total_pm(reference))
@@ -197,10 +211,11 @@ class Crossmatch(Stage[CrossmatchSettings]):
         }
         columns |= {name: target[name] for name in target.schema.names}
         columns |= {f"{name}_ref": reference[name] for name in reference.schema.names}
-        schema = self._schema()
-        for label in (name for name in LABELS if f"{name}_diff" in schema.names):
+        schema, known = self._schema(), np.zeros(len(use), dtype=np.bool_)
+        for label in (name for name in self.settings.labels if f"{name}_diff" in schema.names):
             columns[f"{label}_diff"] = pc.subtract(target[label], reference[label])
-            use &= pc.is_valid(columns[f"{label}_diff"]).to_numpy()
+            known |= pc.is_valid(columns[f"{label}_diff"]).to_numpy()
+        columns["use"] = use = use & known
         pairs = pa.table({name: columns[name] for name in schema.names}).cast(schema)
         is_edge = np.isin(smallest, smallest[is_open])
         edge = pa.table({"is_edge": is_edge, "smallest": smallest, "number": number})

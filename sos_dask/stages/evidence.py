@@ -122,7 +122,7 @@ class Evidence(Stage[EvidenceSettings]):
     def table(self, output: Output, key: str, item: None) -> dict[str, Any]:
         """Write the table."""
         problem, methods = self.settings.problem, self.many("model")
-        table, fold, kept = _kept_pairs(self.catalog("pairs"), self.settings.max_pairs)
+        table, fold, kept = _kept_pairs(self.catalog("pairs"), self.settings.max_pairs, problem)
         x, differences = problem.matrix(table), problem.differences(table)
         held_out = np.zeros(len(x), dtype=np.bool_)
         predictions: dict[str, pa.Array] = {}
@@ -154,7 +154,9 @@ class Evidence(Stage[EvidenceSettings]):
         return {"file": asdict(record), "n_fit": len(fold)}
 
 
-def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], BoolArray]:
+def _kept_pairs(
+    pairs: Catalog, most: int, problem: Problem
+) -> tuple[pa.Table, NDArray[np.int8], BoolArray]:
     """Pairs of the table; fold of all that are fit for training, and which of them are kept."""
     target = next((name for name in pairs.schema.names if name.startswith("target_")), None)
     ids = {"star": "reference_star_id", **({"target": target} if target else {})}
@@ -168,7 +170,7 @@ def _kept_pairs(pairs: Catalog, most: int) -> tuple[pa.Table, NDArray[np.int8], 
     names = ["use", "fold", *ids.values(), *numbers, *more]
     empty = pa.schema([pairs.schema.field(name) for name in names]).empty_table()
     for read in itertools.chain([empty], (pairs.read(pixel, names) for pixel in pairs.pixels)):
-        read = read.filter(read["use"])
+        read = read.filter(pa.array(problem.fit_for_training(read)))
         stars = {name: key_numbers(read[column], 0) for name, column in ids.items()}
         inside = stars["star"] < limit if pairs.n_rows > most else np.ones(len(read), np.bool_)
         columns = {"fold": read["fold"].cast(pa.int8()), **stars}

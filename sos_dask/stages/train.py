@@ -99,7 +99,7 @@ def _read_batch(catalog: Catalog, index: int, problem: Problem) -> corrections.B
     known = set(errors) <= set(catalog.schema.names)
     names = dict.fromkeys([*_columns(problem), *(errors if known else ())])
     table = catalog.read(catalog.pixels[index], list(names))
-    table = table.filter(table["use"])
+    table = table.filter(pa.array(problem.fit_for_training(table)))
     return corrections.Batch(
         features=problem.matrix(table),
         differences=problem.differences(table),

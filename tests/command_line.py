@@ -109,7 +109,8 @@ METRIC = {
 
 
 BUILD = {
-    "build": str, "path": str, "chosen": str, "why": str,
+    "build": str, "path": str,
+    "corrections": {str: {"chosen": str, "why": str, "metrics": [METRIC]}},
     "stages": {str: {"ran": bool, "why": str, **STAGE}},
-    "metrics": [METRIC], "products": {str: str},
+    "products": {str: str},
 }  # fmt: skip

@@ -59,6 +59,7 @@ _TEXTS = {
     "key": ("COLUMN",
         "Key of a catalog that another program made: integers or text, each once. Repeatable: a "
         "catalog takes the first that it has. Default: star_id or obs_id."),
+    "correction": ("NAME", "Correction of the job, such as rv. Default: its first."),
     "label": ("NAME", "Only this label, such as feh."),
     "left": ("", "Target: observations or stars, or any HATS catalog."),
     "margin_arcsec": ("X", "Also write a margin catalog, OUT.collection, for LSDB."),

@@ -21,7 +21,7 @@ from sos_dask.storage.manifest import Manifest, Rows
 from sos_dask.storage.store import StageResult
 
 Row = Mapping[str, Any]
-LABEL_UNITS = {"teff": "K", "logg": "dex", "feh": "dex"}
+LABEL_UNITS = {"teff": "K", "logg": "dex", "feh": "dex", "rv": "km/s"}
 _LOG_SECONDS = 10.0
 _WIDE = 110  # columns of a terminal
 _WIDTH = 120  # of a table that goes into a file
@@ -199,7 +199,7 @@ def with_unit(label: str) -> str:
 
 def digits_of(label: str) -> int:
     """Decimals with which a label is shown."""
-    return 1 if label == "teff" else 4
+    return {"teff": 1, "rv": 3}.get(label, 4)
 
 
 def number(value: float | None, label: str, sign: str = "") -> str:
@@ -255,7 +255,8 @@ def show_stages(title: str, stages: Iterable[StageResult], more: str = "") -> No
 
 def show_metrics(metrics: Iterable[Metric], chosen: str = "") -> None:
     """Print median and scatter of held-out pairs by label and method."""
-    order = list(LABEL_UNITS)
+    metrics = list(metrics)
+    order = list(dict.fromkeys([*LABEL_UNITS, *(m.label for m in metrics)]))
     rows = sorted(metrics, key=lambda m: (order.index(m.label), m.method, m.subset))
     show_table(
         "Held-out pairs, target - reference: median and scatter (1.4826 MAD)",

@@ -305,19 +305,21 @@ def _rebuild(
 def _build_document(build: Build) -> Row:
     """A build as JSON values."""
     stages = {x.product: {"ran": x.ran, "why": x.why, **stage_document(x)} for x in build.stages}
-    kept = {key: getattr(build, key) for key in ("path", "chosen", "why", "metrics", "products")}
+    kept = {"path": build.path, "products": build.products, "corrections": build.choices}
     return {"build": build.name, "stages": stages, **kept}
 
 
 def show_build(build: Build) -> None:
     """Print a build: stages, metrics, and where the products are."""
     show_stages("Stages", build.stages, "why")
-    show_metrics(build.metrics, build.chosen)
-    say(f"Chosen is {build.why}.")
+    for name, one in build.choices.items():
+        show_metrics(one.metrics, one.chosen)
+        say(f"Chosen for {name} is {one.why}.")
     for stage in build.stages:
         for text in stage.summary.get("warnings", ()):
             say(f"Warning, {stage.product}: {text}")
     current = build.path.parent.parent / "current"
     say(f"Products: {current} (build {build.name})")
-    if "report" in build.products:
-        say(f"Report: {current / 'report' / 'report.html'}")
+    for name in build.products:
+        if name.split(".")[-1] == "report":
+            say(f"Report: {current / name / 'report.html'}")

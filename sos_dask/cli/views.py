@@ -178,12 +178,12 @@ def report(job: Place = None, *, store: Place = None, out: Place = None, options
 
 
 @command()
-def uncertainty(job: Place = None, *, store: Place = None) -> Shown:
+def uncertainty(job: Place = None, *, store: Place = None, correction: Name = None) -> Shown:
     """Show the errors of the current build: hit rates, factors of quoted errors, hat.
 
     Example: sos-dask uncertainty --store store
     """
-    directory = stores.current_product(find_store(store, job), "uncertainty")
+    directory = stores.current_product(find_store(store, job), _of(correction, "uncertainty"))
     summary = Uncertainty.load(directory)
     rates = summary["hit_rates"]
     yield {"path": directory, **summary}
@@ -248,14 +248,21 @@ def _on_pairs(
     return out
 
 
-def _current(store: Path, product: str, options: Options, *names: str) -> Path:
+def _current(
+    store: Path, product: str, options: Options, *names: str, correction: Name = None
+) -> Path:
     """Product of the current build; options but ``--store``, ``--json`` and some are refused."""
     options.refuse(
-        set(options.given) - {"store", "as_json", *names},
+        set(options.given) - {"store", "as_json", "correction", *names},
         " where no catalogs are given by path",
         "Without them the command shows the current build of --store.",
     )
-    return stores.current_product(store, product)
+    return stores.current_product(store, _of(correction, product))
+
+
+def _of(correction: Name, product: str) -> str:
+    """Last parts of the name of a product of a correction; of the first one where none is named."""
+    return f"{correction}.{product}" if correction else product
 
 
 def _one_of(what: str, value: str | None, known: Iterable[str]) -> None:
@@ -272,23 +279,24 @@ def _one_of(what: str, value: str | None, known: Iterable[str]) -> None:
 
 @command(Compare)
 def compare(
-    inputs: Places = None, *, out: Place = None, store: Place = None, label: Name = None,
-    sample: Name = None, options: Options,
+    inputs: Places = None, *, out: Place = None, store: Place = None, correction: Name = None,
+    label: Name = None, sample: Name = None, options: Options,
 ) -> Shown:  # fmt: skip
     """Show how the methods compare: scatter, trends left, artifacts, and which is chosen and why.
 
     Example: sos-dask compare --store store --label feh
     """
-    _one_of("label", label, LABEL_UNITS)
     _one_of("sample", sample, _SAMPLES)
     taken = None
     if inputs:
         directory = _on_pairs(Compare, inputs[0], inputs[1:], out, options, options.settings())
     else:
         place = find_store(store)
-        directory = _current(place, "comparison", options, "label", "sample")
+        wanted = "comparison", options, "label", "sample"
+        directory = _current(place, *wanted, correction=correction)
         taken = _training_costs(place)
     found = Compare.load(directory)
+    _one_of("label", label, (row["label"] for row in found["figures"]))
     del found["metrics"]
     for name in ("figures", "artifacts", "outside"):
         found[name] = [row for row in found[name] if label in (None, row["label"])]
@@ -369,8 +377,8 @@ def _show_figures(label: str, pairs: str, rows: Sequence[Row], chosen: str) -> N
 
 @command()
 def trends(
-    inputs: Places = None, *, out: Place = None, store: Place = None, label: Name = None,
-    against: Name = None, method: Name = None, options: Options,
+    inputs: Places = None, *, out: Place = None, store: Place = None, correction: Name = None,
+    label: Name = None, against: Name = None, method: Name = None, options: Options,
 ) -> Shown:  # fmt: skip
     """Show the trends of target - reference before and after each correction.
 
@@ -381,11 +389,12 @@ def trends(
     if inputs:
         directory = _on_pairs(Trends, inputs[0], inputs[1:], out, options)
     else:
-        directory = _current(find_store(store), "trends", options, "label", "against", "method")
+        wanted = "trends", options, "label", "against", "method"
+        directory = _current(find_store(store), *wanted, correction=correction)
     found = Trends.load(directory)
     rows = found["trends"]
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"]))
-    _one_of("label", label, LABEL_UNITS)
+    _one_of("label", label, (row["label"] for row in rows))
     _one_of("against", against, (row["against"] for row in rows))
     _one_of("method", method, methods)
     rows = [
@@ -448,7 +457,7 @@ def _show_bins(label: str, against: str, bins: Sequence[Row], methods: Sequence[
 @command(Coverage)
 def coverage(
     inputs: Places = None, *, out: Place = None, errors: Place = None, grid: Names = None,
-    key: Names = None, store: Place = None, options: Options,
+    key: Names = None, store: Place = None, correction: Name = None, options: Options,
 ) -> Shown:  # fmt: skip
     """Show which part of the catalog the pairs cover, and where more references would help most.
 
@@ -457,7 +466,7 @@ def coverage(
     figure = None
     if not inputs:
         place = find_store(store)
-        directory = _current(place, "coverage", options)
+        directory = _current(place, "coverage", options, correction=correction)
         figure = place / "current" / "report" / "figures" / "coverage.png"
     elif len(inputs) != 4:
         raise ConfigError(
@@ -509,7 +518,7 @@ def _limits(text: str) -> tuple[str, tuple[float, float]]:
 def _show_shares(found: Row) -> None:
     """Print shares of rows and stars in each class, on what they rest, and flags."""
     stars = found["stars"]
-    meaning = {"unknown": "a label is missing: no coverage", **found["meaning"]}
+    meaning = {"unknown": "a label or an input is missing: no coverage", **found["meaning"]}
     show_table(
         f"Share of the rows, and of {stars['sampled']:,} stars",
         "name= rows:.2%=rows_% stars:.2%=stars_% meaning",

@@ -28,6 +28,8 @@ _SEED = "Give seed at the top of the job."
 # Settings of stages that a job gives in another place, or that are gone.
 _ELSEWHERE = {
     ("crossmatch", "seed"): _SEED,
+    ("crossmatch", "labels"): "Give them in [corrections.NAME].",
+    ("crossmatch", "inputs"): "Give them in [corrections.NAME].",
     ("compare", "seed"): _SEED,
     ("compare", "axes"): "The bins are fixed.",
     ("uncertainty", "seed"): _SEED,

@@ -27,16 +27,23 @@ from sos_dask.storage.store import (
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The method that was chosen for one correction, why, and the figures of all methods."""
+
+    chosen: str
+    why: str
+    metrics: tuple[Metric, ...]
+
+
+@dataclass(frozen=True)
 class Build:
-    """A published build."""
+    """A published build; ``choices`` by the names of corrections' products, in their order."""
 
     name: str
     path: Path
     products: Mapping[str, str]
     stages: tuple[StageResult, ...]
-    metrics: tuple[Metric, ...]
-    chosen: str
-    why: str
+    choices: Mapping[str, Choice]
 
 
 def rebuild(
@@ -96,8 +103,13 @@ def rebuild(
             by = "size"  # this very run has hashed the content while it wrote
         check_product(planned.product, stage, directory, by)
     report("check products", len(done), len(done))
-    comparison = next(planned for planned in done if planned.step.stage is Compare)
-    choice = Manifest.load(comparison.directory).summary
+    choices = {}
+    for planned in done:
+        if planned.step.stage is Compare:
+            found = Manifest.load(planned.directory).summary
+            metrics = tuple(Metric(**item) for item in found["metrics"])
+            name = planned.product.removesuffix(".comparison")
+            choices[name] = Choice(found["method"], found["why"], metrics)
     products = {planned.product: (planned.recipe, planned.directory) for planned in done}
     path = publish(store, job.name, job.text, products)
     return Build(
@@ -105,9 +117,7 @@ def rebuild(
         path,
         {name: str(path / name) for name in products},
         tuple(results),
-        tuple(Metric(**item) for item in choice["metrics"]),
-        choice["method"],
-        choice["why"],
+        choices,
     )
 
 

@@ -185,13 +185,16 @@ def current_recipes(store: Path) -> dict[str, Recipe]:
 def current_product(store: Path, kind: str) -> Path:
     """Find the directory of a product of the current build, such as ``lamost.coverage``.
 
-    Raises `CatalogError` where none has this name, or this last part of it.
+    Raises `CatalogError` where none has this name, or these last parts of it.
     """
     require_store(store)
-    for name in read_build(store / "current")["products"]:
-        if kind in (name, name.split(".")[-1]):
-            return (store / "current" / str(name)).resolve()
+    products = [str(name) for name in read_build(store / "current")["products"]]
+    for name in products:
+        if f".{name}".endswith(f".{kind}"):
+            return (store / "current" / name).resolve()
+    alike = [name for name in products if name.split(".")[-1] == kind.rsplit(".", maxsplit=1)[-1]]
     hint = "It was made by another version: run the rebuild again."
+    hint = f"It has: {', '.join(alike)}." if alike else hint
     raise CatalogError(f"the current build of {store} has no product '{kind}'", hint)
 
 

@@ -28,6 +28,7 @@ from tests.command_line import (
 )
 from tests.job import contents, write_job
 from tests.skies import observations, write_catalog
+from tests.stages.pairs import read
 
 
 @pytest.fixture
@@ -210,15 +211,16 @@ def test_rebuild_prints_one_json_object_and_nothing_else(small_sky, small_store,
         "in": 5000, "out": 4996, "rejected": 0, "dropped": {"exact duplicates": 4}, "added": {},
     }  # fmt: skip
     assert stages["lamost.model.boosted"]["ran"] and stages["lamost.comparison"]["ran"]
-    assert document["chosen"] in ("polynomial", "boosted")
-    assert document["why"].startswith(f"{document['chosen']}: ")
+    (choice,) = document["corrections"].values()
+    assert choice["chosen"] in ("polynomial", "boosted")
+    assert choice["why"].startswith(f"{choice['chosen']}: ")
     # The same model as before corrects the same rows.
-    assert stages["lamost.corrected"]["ran"] == (document["chosen"] == "boosted")
-    found = {(metric["method"], metric["label"]) for metric in document["metrics"]}
+    assert stages["lamost.corrected"]["ran"] == (choice["chosen"] == "boosted")
+    found = {(metric["method"], metric["label"]) for metric in choice["metrics"]}
     assert found >= {
         (m, label) for m in ("polynomial", "boosted") for label in ("teff", "logg", "feh")
     }
-    for metric in document["metrics"]:
+    for metric in choice["metrics"]:
         assert metric["n"] > 100 and metric["scatter_after"] < metric["scatter_before"]
     assert set(document["products"]) == set(stages)
 
@@ -265,3 +267,26 @@ def test_a_catalog_of_others_has_no_account_of_errors(cli, tmp_path):
     ran = cli("dedupe", "theirs", "-o", "stars", "-w", 0)
     assert ran.code == 0, ran.err
     assert "300 rows in" in ran.out
+
+
+def test_two_corrections_are_made_and_shown(small_store, small_sky, cli, tmp_path):
+    """The corrected catalog of the last has the columns of both; the zero point of RV is found."""
+    shutil.copytree(small_store, store := tmp_path / "store", symlinks=True)
+    two = '[corrections.labels]\nlabels = ["teff", "feh"]\n[corrections.rv]\n[train]'
+    ran = cli("rebuild", write_job(tmp_path, small_sky, ("[train]", two)), "-w", 0)
+    assert ran.code == 0, ran.err
+    assert "Chosen for lamost is" in ran.out and "Chosen for lamost.rv is" in ran.out
+    rows = read(store / "current" / "lamost.rv.corrected").to_pandas()
+    assert {"teff_sos", "feh_sos", "rv_sos", "coverage", "coverage_rv", "flag_sos_rv"} <= {*rows}
+    assert "logg_sos" not in rows and "logg" in rows
+    first = read(store / "current" / "lamost.corrected").to_pandas()
+    assert rows[list(first)].equals(first), "a further correction leaves the others as they are"
+    known = rows["rv_sos"].notna()
+    assert known.mean() > 0.8 and (rows["flag_sos_rv"] & 1).eq(~known).all()
+    moved = (rows["rv_sos"] - rows["rv"])[known & (rows["flag_sos_rv"] & 16 == 0)]
+    assert moved.median() == pytest.approx(4.9, abs=0.4)
+    shown = cli("compare", "--store", store, "--correction", "rv", "--json")
+    assert {row["label"] for row in json.loads(shown.out)["figures"]} == {"rv"}
+    unknown = cli("uncertainty", "--store", store, "--correction", "vr")
+    assert unknown.code != 0 and "no product 'vr.uncertainty'" in unknown.err
+    assert "lamost.rv.uncertainty" in unknown.err

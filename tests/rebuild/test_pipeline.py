@@ -313,7 +313,7 @@ def test_real_giants_are_corrected(real_data, cluster, tmp_path, monkeypatch):
     assert stages["lamost.pairs"].rows.n_out == 736
     assert stages["lamost.pairs"].summary["reference_stars"] == 601
     assert stages["lamost.corrected"].rows.n_out == 21_960
-    feh = [metric for metric in build.metrics if metric.label == "feh"]
+    feh = [metric for metric in build.choices["lamost"].metrics if metric.label == "feh"]
     assert {metric.method for metric in feh} >= {"polynomial", "boosted"}
     best = min(feh, key=lambda metric: metric.scatter_after)
     assert best.n == 736

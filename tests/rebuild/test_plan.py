@@ -87,7 +87,8 @@ def test_how_a_model_was_chosen_does_not_matter_to_what_it_corrects(job, store, 
     }  # fmt: skip
     build = rebuild(load_job(more))
     assert ran(build) == {"lamost.comparison"}
-    assert build.chosen == "polynomial" and build.why == "polynomial: the only method"
+    (choice,) = build.choices.values()
+    assert choice.chosen == "polynomial" and choice.why == "polynomial: the only method"
     named = write_job(
         store.parent, small_sky, ("[train]", '[compare]\nrule = "polynomial"\n[train]')
     )
@@ -163,3 +164,54 @@ def test_an_unfinished_output_is_shown_and_goes_on(job, store):
     assert ran(rebuild(job)) == {"lamost.stars"}
     assert contents(store / "artifacts") == before
     assert status(store).unfinished == ()
+
+
+TWO = ("[train]", '[corrections.labels]\nlabels = ["teff", "feh"]\n[corrections.rv]\n[train]')
+
+
+def test_corrections_have_products_of_their_own(job, store, small_sky):
+    """Two of one target: pairs and surveys are common, all else is of each."""
+    reports = ("enabled = false", "enabled = true")
+    two = load_job(write_job(store.parent, small_sky, TWO, reports))
+    stages = {stage.product: stage for stage in plan(two)}
+    of_first = {name for name in stages if name.startswith("lamost.") and ".rv." not in name}
+    common = {"lamost.observations", "lamost.stars", "lamost.pairs"}
+    own = {name.removeprefix("lamost.") for name in of_first - common}
+    assert {f"lamost.rv.{name}" for name in own} | {"lamost.rv.report"} == {
+        name for name in stages if ".rv." in name
+    }
+    pairs = stages["lamost.pairs"].recipe.params["settings"]
+    assert pairs["labels"] == ["teff", "feh", "rv"]
+    assert set(pairs["inputs"]) == {"teff", "logg", "feh", "phot_g_mean_mag", "snr"}
+    problem = stages["lamost.rv.model.polynomial"].recipe.params["settings"]["problem"]
+    assert problem["labels"] == [{"name": "rv", "unit": "km/s", "error": "rv_err"}]
+    assert [one["name"] for one in problem["inputs"]][1] == "teff_5040"
+    rv = stages["lamost.rv.corrected"].step
+    assert rv.inputs["observations"] == "lamost.corrected"
+    assert rv.settings.as_json["suffix"] == "_rv"
+    assert "lamost.rv.evidence" in stages["lamost.rv.report"].step.inputs.values()
+    assert "lamost.evidence" not in stages["lamost.rv.report"].step.inputs.values()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('[corrections.labels]\ninputs = ["teff", "loggg"]', "no column 'loggg' (inputs)"),
+        ('[corrections.rv]\nlabels = ["rvv"]', "no column 'rvv' (labels)"),
+        ('[corrections.other]\nlabels = ["teff"]', "'inputs' is missing"),
+        ("[corrections.other]", "'labels' is missing"),
+        ('[corrections.labels]\nlabels = ["class"]', "no column 'class'"),
+        ('[corrections.labels]\nlabels = ["teff", "teff"]', "names 'teff' twice"),
+        ('[corrections.labels]\nmethods = ["polynom"]', "no method 'polynom'"),
+        ('[corrections.labels]\nlabel = ["teff"]', "label"),
+        ('[corrections."a b"]', "'a b' is not a name"),
+        ('[crossmatch]\nlabels = ["teff"]', "unknown key 'crossmatch.labels'"),
+        ("[corrections.labels.params.polynomial]\nordr = 3", "ordr"),
+    ],
+)
+def test_wrong_corrections_are_refused(job, store, small_sky, table, message):
+    changed = write_job(store.parent, small_sky, ("[train]", f"{table}\n[train]"))
+    with pytest.raises(ConfigError) as caught:
+        plan(load_job(changed))
+    assert message in str(caught.value)
+    assert str(changed) in str(caught.value)

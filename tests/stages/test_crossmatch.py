@@ -132,14 +132,15 @@ def test_the_order_in_which_inputs_are_named_does_not_matter(stars, tmp_path):
 
 
 def test_pairs_fit_for_training(stars, tmp_path):
-    """One candidate, no cut failed, repeats that agree, and all labels on both sides."""
+    """One candidate, no cut failed, repeats that agree, and some label on both sides."""
     sides = [rows_of(stars / "stars1-40"), rows_of(stars / "obs2-40")]
     changed = []
     for number, table in enumerate(sides):
-        labels = [pa.array(table[name].to_numpy(), mask=np.arange(len(table)) % 9 == number)
-                  for name in LABELS[:1]]  # fmt: skip
-        place = table.schema.get_field_index(LABELS[0])
-        table = table.set_column(place, table.schema.field(place), labels[0])
+        for name in LABELS[: 3 - number]:  # of the first all at once, of the second not log Z
+            unknown = np.arange(len(table)) % 9 == number
+            place = table.schema.get_field_index(name)
+            labels = pa.array(table[name].to_numpy(), mask=unknown)
+            table = table.set_column(place, table.schema.field(place), labels)
         changed.append(write_catalog(table, tmp_path / str(number), 100))
     settings = CrossmatchSettings(radius_arcsec=0.5, id_radius_arcsec=4.0, pairs="all")
     manifest = crossmatch(*changed, tmp_path / "pairs", settings)
@@ -152,7 +153,7 @@ def test_pairs_fit_for_training(stars, tmp_path):
     for pair in pairs.to_pylist():
         one, other = left[pair["target_star_id"]], right[pair["reference_star_id"]]
         good = one["quality"] == 0 and other["quality"] == 0 and not one["flag_spread"]
-        known = all(side[label] is not None for side in (one, other) for label in LABELS)
+        known = any(one[label] is not None and other[label] is not None for label in LABELS)
         assert pair["ambiguous"] == (pair["n_candidates"] > 1)
         assert pair["use"] == (good and known and not pair["ambiguous"])
         n_good += pair["use"]
@@ -166,20 +167,23 @@ def test_pairs_fit_for_training(stars, tmp_path):
     assert manifest.rows.dropped == {"without a pair": len(without)}
 
 
-def test_pairs_carry_the_inputs_of_corrections(stars, tmp_path, monkeypatch):
+def test_pairs_carry_the_labels_and_inputs_of_corrections(stars, tmp_path):
     """Other inputs are another recipe: pairs that lack them are not taken for these."""
     table = rows_of(stars / "stars1-40")
     vsini = pa.array(np.arange(table.num_rows, dtype=np.float32))
     target = write_catalog(table.append_column("vsini", vsini), tmp_path / "target", 40)
     inputs = {"target": target, "reference": stars / "stars2-40"}
     plain = Crossmatch(inputs).run(tmp_path / "plain")
-    monkeypatch.setattr("sos_dask.stages.crossmatch._INPUTS", ("vsini",))
-    more = Crossmatch(inputs).run(tmp_path / "more")
+    asked = CrossmatchSettings(labels=(*LABELS, "rv"), inputs=("vsini", "teff"))
+    more = Crossmatch(inputs, asked).run(tmp_path / "more")
     assert more.fingerprint != plain.fingerprint
     pairs = rows_of(tmp_path / "more")
     rows = pc.index_in(pairs["target_star_id"], table["star_id"].combine_chunks())
     assert pairs["vsini"].to_pylist() == vsini.take(rows.combine_chunks()).to_pylist()
-    assert pairs.drop_columns("vsini").equals(rows_of(tmp_path / "plain"))
+    both = (pairs[name].to_numpy(zero_copy_only=False) for name in ("rv", "rv_ref"))
+    np.testing.assert_array_equal(pairs["rv_diff"].to_numpy(), np.subtract(*both))
+    left = pairs.drop_columns(["vsini", "rv_diff"])
+    assert left.equals(rows_of(tmp_path / "plain").select(left.column_names))
 
 
 @pytest.mark.parametrize("column", ["teff", "pmra"])

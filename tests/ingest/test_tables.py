@@ -153,3 +153,30 @@ def test_how_much_text_is_read_at_once(tmp_path, monkeypatch):
     pq.write_table(pa.table(rows(10) | {"name": pa.array(["x" * 101] * 10)}), tmp_path / "b")
     fails(tmp_path / "b", definition, "the texts of column 'name' take 0 MiB at once")
     assert read(tmp_path / "b", definition, batch_rows=9).rows.num_rows == 10
+    pq.write_table(
+        pa.table(rows(10) | {"name": pa.array([str(i) * 400_000 for i in range(10)])}),
+        tmp_path / "c",
+    )
+    fails(tmp_path / "c", definition, "the texts of column 'name' take 3 MiB at once")
+
+
+def test_units_of_parquet_are_those_of_the_column_or_of_astropy(tmp_path):
+    """Metadata of a column; else what astropy writes into the file for all."""
+    data = pa.table(rows(10))
+    fields = [f.with_metadata({"unit": "rad"}) if f.name == "ra" else f for f in data.schema]
+    pq.write_table(data.cast(pa.schema(fields)), tmp_path / "own")
+    fails(tmp_path / "own", survey(), "column 'ra'", "rad")
+    table = Table(rows(10))
+    table["dec"].unit = "rad"
+    table.write(tmp_path / "astropy.parquet", format="parquet")
+    fails(tmp_path / "astropy.parquet", survey(), "column 'dec'", "rad")
+
+
+def test_lists_are_vectors(tmp_path):
+    """Of a fixed length or of any."""
+    for kind, words in ((pa.list_(pa.float32(), 2), "a vector of 2 values"),
+                        (pa.list_(pa.float32()), "is a vector"),
+                        (pa.large_list(pa.float32()), "is a vector")):  # fmt: skip
+        values = pa.array([[0.1, 0.2]] * 10, kind)
+        pq.write_table(pa.table(rows(10) | {"two": values}), tmp_path / "a")
+        fails(tmp_path / "a", survey({"feh": {"source": "two"}}), words)

@@ -198,7 +198,7 @@ def test_elements_of_vectors(tmp_path, element, words, hint):
 
 
 def test_a_vector_of_no_values_has_no_element(tmp_path):
-    values = [[] for _ in range(10)]
+    values: list[list[float]] = [[] for _ in range(10)]
     table = pa.table(rows(10) | {"abundances": pa.array(values, pa.list_(pa.float32(), 0))})
     pq.write_table(table, tmp_path / "a")
     for element in (None, 0):

@@ -3,6 +3,8 @@ import decimal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+from astropy.io.votable import from_table, writeto
 from astropy.table import MaskedColumn, Table
 
 from sos_dask.ingest.canonical import plan_chunks
@@ -113,6 +115,18 @@ def votable(more: str = "", attributes: str = "", value: str = "<TD>x</TD>") -> 
     data = f"<DATA><TABLEDATA><TR>{cells}</TR></TABLEDATA></DATA>"
     table = f"<TABLE{attributes}>{FIELDS}{more}{data}</TABLE>"
     return f'<?xml version="1.0"?><VOTABLE version="1.4"><RESOURCE>{table}</RESOURCE></VOTABLE>'
+
+
+@pytest.mark.parametrize("form", ["tabledata", "binary", "binary2"])
+def test_texts_of_a_votable(tmp_path, form):
+    """Of any length and of a fixed one; without characters they are null."""
+    texts = ["a", "bb", "ccc", "", "e"]
+    table = Table(rows(5) | {"any": np.array(texts, dtype=object), "fixed": np.array(texts)})
+    writeto(from_table(table), str(tmp_path / "a"), tabledata_format=form)
+    extra = {name: {"source": name, "dtype": "string"} for name in ("any", "fixed")}
+    found = read(tmp_path / "a", survey(extra=extra))
+    for name in extra:
+        assert found.column(name) == ["a", "bb", "ccc", None, "e"]
 
 
 def test_what_a_votable_may_take_in_memory(tmp_path, monkeypatch):

@@ -36,6 +36,18 @@ _SWAPPED: dict[type, type] = {
 }  # fmt: skip
 
 
+# Tests that use a room through its stages and the command line.
+OF_ROOM = {
+    "corrections": ("tests/stages/test_train.py", "tests/cases/test_science.py"),
+    "ingest": ("tests/stages/test_ingest.py", "tests/cases/test_readers.py"),
+    "stars": (
+        "tests/stages/test_dedupe.py", "tests/stages/test_crossmatch.py",
+        "tests/stages/test_reference.py", "tests/cases/test_dedupe.py",
+    ),
+    "storage": ("tests/cases/test_storage.py", "tests/cases/test_foreign.py"),
+}  # fmt: skip
+
+
 def places(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
     """Nodes of functions that can be changed; messages, annotations and constants are left out."""
     for function in ast.walk(tree):
@@ -86,7 +98,7 @@ def draw(n: int, seed: int) -> list[tuple[Path, str, str]]:
 
 
 def tests_of(module: Path) -> list[str]:
-    """Files of tests that import a module, its own first, then the smallest."""
+    """Files of tests that import a module, its own first, then the smallest; those of its room."""
     name = ".".join(module.with_suffix("").parts).removesuffix(".__init__")
     parent, _, leaf = name.rpartition(".")
     wanted = re.compile(rf"from {re.escape(name)}[ .]|from {re.escape(parent)} import .*\b{leaf}\b")
@@ -96,7 +108,8 @@ def tests_of(module: Path) -> list[str]:
         found = [path for path in tests if f"from {parent}" in path.read_text()]
     own = f"test_{leaf}.py"
     found.sort(key=lambda path: (path.name != own, path.stat().st_size))
-    return [str(path.relative_to(ROOT)) for path in found]
+    files = [str(path.relative_to(ROOT)) for path in found]
+    return list(dict.fromkeys([*files, *OF_ROOM.get(module.parts[1], ())]))
 
 
 def is_caught(place: Path, mutant: tuple[Path, str, str], limit_s: float) -> bool:

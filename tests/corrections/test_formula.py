@@ -95,6 +95,9 @@ def test_like_terms_are_one_term():
     for text in ("1/(feh - feh)", "nan", "feh/0"):
         assert Template.of(text, FEATURES, (1, 1, 1)) is None
     assert [template(text).complexity for text in ("3", "feh", "2*feh**2 - 1.5")] == [1, 1, 7]
+    assert [template(text).complexity for text in ("-feh", "feh*logg", "-feh*logg")] == [1, 3, 3]
+    assert form("feh")[1] == (1.0, 0.0), "a sum has a number of its own, which may be 0"
+    assert form("feh + 2")[1] == (1.0, 2.0) and form("3")[1] == (3.0,)
 
 
 def test_latex():

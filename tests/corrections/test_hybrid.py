@@ -1,5 +1,6 @@
 import json
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -257,6 +258,15 @@ def test_a_smeared_step_is_that_of_the_normal_distribution():
     line = 3 * np.linspace(-2, 2, 30)
     np.testing.assert_allclose(nodes[5, 5:-5, 1], line[5:-5], atol=1e-5)
     assert nodes[0, 0, 1] > line[0]  # beyond the box it stays as at the face
+
+
+def test_an_input_of_one_value_has_the_least_nodes():
+    """Two, the ends of an interval of no length."""
+    total: Any = SimpleNamespace(evaluate=lambda x: x.sum(axis=1, keepdims=True))
+    low, high = np.array([1.0, 0.0], "f4"), np.array([1.0, 1.0], "f4")
+    nodes = hybrid._smeared(total, low, high, np.array([0.1, 0.1]))
+    assert nodes.shape[0] == 2 and np.isfinite(nodes).all()
+    np.testing.assert_array_equal(nodes[0], nodes[1])
 
 
 def test_a_grid_of_many_inputs_has_no_more_nodes():

@@ -286,3 +286,37 @@ def test_the_ridge_leaves_the_constant_alone():
     penalty[0, 0] = 0
     expected = np.linalg.solve(matrix + penalty, part[1][0])
     np.testing.assert_allclose(pulled[:, 0], expected, rtol=1e-9)
+
+
+def test_a_fit_ends_after_two_passes_without_change(monkeypatch):
+    changes = []
+    solve = polynomial._solve
+
+    def seen(*given):
+        coefficients, change = solve(*given)
+        changes.append(change)
+        return coefficients, change
+
+    monkeypatch.setattr(polynomial, "_solve", seen)
+    found = fit(ArraySource(biased_pairs(3000, 5)), params={"order": 2, "tolerance": 1e-3})
+    assert len(changes) == found.passes < 60
+    calm = [bool((one <= 1.02e-3 * found.scatter).all()) for one in changes]
+    assert calm[-2:] == [True, True] and not all(calm[-3:])
+
+
+def test_how_often_weights_are_mild_and_the_scale_is_measured(monkeypatch):
+    """Where no pass is without change: so many passes each, at most."""
+    seen = []
+    normal_equations = polynomial._normal_equations
+
+    def equations(rows, weight, model, huber, counted):
+        seen.append((huber, counted))
+        return normal_equations(rows, weight, model, huber, counted)
+
+    monkeypatch.setattr(polynomial, "_normal_equations", equations)
+    found = fit(ArraySource(biased_pairs(500, 5)), params={"order": 1, "tolerance": 1e-12})
+    n_counted = polynomial.HUBER_PASSES + polynomial.SCALE_PASSES
+    assert len(seen) == found.passes > n_counted
+    assert [huber for huber, _ in seen].count(True) == polynomial.HUBER_PASSES
+    n_left = found.passes - n_counted
+    assert [counted for _, counted in seen] == [True] * n_counted + [False] * n_left

@@ -378,6 +378,12 @@ def test_medians(values):
     assert median == pytest.approx(expected, rel=0.05, abs=1e-37)
 
 
+def test_a_median_is_the_middle_of_its_bin():
+    """Bins keep four bits of the fraction: from 1 to 1 + 1/16, from 4 to 4 + 1/4."""
+    for value, middle in ((1.0, 1 + 1 / 32), (1.06, 1 + 1 / 32), (4.2, 4.125), (-4.2, -4.125)):
+        assert Profile(labels={"feh": label_bins(np.full(3, value))}).median("feh") == middle
+
+
 def test_a_good_file_passes(tmp_path):
     profile = profile_of(tmp_path, rows(200))
     check_profile(profile, survey(), ["data"])

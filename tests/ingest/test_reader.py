@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from astropy.table import Table
 
-from sos_dask.errors import StorageError
-from sos_dask.ingest.reader import open_source
+from sos_dask.errors import StorageError, SurveyError
+from sos_dask.ingest.reader import _refused, open_source
 from tests.survey_files import fails, read, rows, survey, write_csv, write_fits
 
 
@@ -171,3 +171,45 @@ def test_scratch_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot decompress"):
         open_source(path, survey(), 0, tmp_path / "file")
+
+
+@pytest.mark.parametrize(("error", "words"), [(KeyError(), "KeyError"), (ValueError("no"), "no")])
+def test_whatever_a_reader_raises_says_which_file(error, words):
+    with pytest.raises(SurveyError, match=f"^a.fits cannot be read: {words}\n"), _refused("a.fits"):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("element", "words", "hint"),
+    [
+        (None, "column 'abundances' (for 'feh') is a vector of 3 values", "element = 0 is the"),
+        (3, "column 'abundances' (for 'feh') has no element 3", "It has 3, from 0."),
+    ],
+)
+def test_elements_of_vectors(tmp_path, element, words, hint):
+    values = np.arange(30, dtype=np.float32).reshape(10, 3) / 100
+    path = write_fits(tmp_path / "a", rows(10) | {"abundances": values})
+    given = {} if element is None else {"element": element}
+    error = fails(path, survey({"feh": {"source": "abundances", **given}}), words)
+    assert hint in error.hint
+    for good in (0, 2):
+        definition = survey({"feh": {"source": "abundances", "element": good}})
+        assert read(path, definition).column("feh") == pytest.approx(values[:, good].tolist())
+
+
+def test_a_vector_of_no_values_has_no_element(tmp_path):
+    values: list[list[float]] = [[] for _ in range(10)]
+    table = pa.table(rows(10) | {"abundances": pa.array(values, pa.list_(pa.float32(), 0))})
+    pq.write_table(table, tmp_path / "a")
+    for element in (None, 0):
+        given = {} if element is None else {"element": element}
+        fails(tmp_path / "a", survey({"feh": {"source": "abundances", **given}}), "'abundances'")
+
+
+def test_a_mask_that_is_no_flag_is_another_column(tmp_path):
+    """Beside feh a column feh.mask: of booleans it says where feh is null, of numbers nothing."""
+    for number, mask in enumerate((np.arange(10) % 3 == 0, np.arange(10) % 3)):
+        path = tmp_path / str(number)
+        pq.write_table(pa.table(rows(10) | {"feh.mask": mask}), path)
+        found = [value is None for value in read(path, survey()).column("feh")]
+        assert found == (mask.tolist() if number == 0 else [False] * 10)

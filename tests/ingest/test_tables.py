@@ -3,6 +3,8 @@ import decimal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+from astropy.io.votable import from_table, writeto
 from astropy.table import MaskedColumn, Table
 
 from sos_dask.ingest.canonical import plan_chunks
@@ -115,6 +117,18 @@ def votable(more: str = "", attributes: str = "", value: str = "<TD>x</TD>") -> 
     return f'<?xml version="1.0"?><VOTABLE version="1.4"><RESOURCE>{table}</RESOURCE></VOTABLE>'
 
 
+@pytest.mark.parametrize("form", ["tabledata", "binary", "binary2"])
+def test_texts_of_a_votable(tmp_path, form):
+    """Of any length and of a fixed one; without characters they are null."""
+    texts = ["a", "bb", "ccc", "", "e"]
+    table = Table(rows(5) | {"any": np.array(texts, dtype=object), "fixed": np.array(texts)})
+    writeto(from_table(table), str(tmp_path / "a"), tabledata_format=form)
+    extra = {name: {"source": name, "dtype": "string"} for name in ("any", "fixed")}
+    found = read(tmp_path / "a", survey(extra=extra))
+    for name in extra:
+        assert found.column(name) == ["a", "bb", "ccc", None, "e"]
+
+
 def test_what_a_votable_may_take_in_memory(tmp_path, monkeypatch):
     # Six numbers and characters of four bytes, for 512 rows at least.
     monkeypatch.setattr("sos_dask.ingest.tables._BOMB_BYTES", 512 * 2048)
@@ -153,3 +167,30 @@ def test_how_much_text_is_read_at_once(tmp_path, monkeypatch):
     pq.write_table(pa.table(rows(10) | {"name": pa.array(["x" * 101] * 10)}), tmp_path / "b")
     fails(tmp_path / "b", definition, "the texts of column 'name' take 0 MiB at once")
     assert read(tmp_path / "b", definition, batch_rows=9).rows.num_rows == 10
+    pq.write_table(
+        pa.table(rows(10) | {"name": pa.array([str(i) * 400_000 for i in range(10)])}),
+        tmp_path / "c",
+    )
+    fails(tmp_path / "c", definition, "the texts of column 'name' take 3 MiB at once")
+
+
+def test_units_of_parquet_are_those_of_the_column_or_of_astropy(tmp_path):
+    """Metadata of a column; else what astropy writes into the file for all."""
+    data = pa.table(rows(10))
+    fields = [f.with_metadata({"unit": "rad"}) if f.name == "ra" else f for f in data.schema]
+    pq.write_table(data.cast(pa.schema(fields)), tmp_path / "own")
+    fails(tmp_path / "own", survey(), "column 'ra'", "rad")
+    table = Table(rows(10))
+    table["dec"].unit = "rad"
+    table.write(tmp_path / "astropy.parquet", format="parquet")
+    fails(tmp_path / "astropy.parquet", survey(), "column 'dec'", "rad")
+
+
+def test_lists_are_vectors(tmp_path):
+    """Of a fixed length or of any."""
+    for kind, words in ((pa.list_(pa.float32(), 2), "a vector of 2 values"),
+                        (pa.list_(pa.float32()), "is a vector"),
+                        (pa.large_list(pa.float32()), "is a vector")):  # fmt: skip
+        values = pa.array([[0.1, 0.2]] * 10, kind)
+        pq.write_table(pa.table(rows(10) | {"two": values}), tmp_path / "a")
+        fails(tmp_path / "a", survey({"feh": {"source": "two"}}), words)

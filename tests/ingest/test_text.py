@@ -173,3 +173,31 @@ def test_flags_of_ecsv_are_true_false_or_nothing(tmp_path):
     assert read(tmp_path / "a", definition).column("flag") == [1, 0, 1, None, 0]
     (tmp_path / "b").write_text(f"{head}{','.join(names)}\n{lines}6,1,2,5000,4,0,maybe\n")
     fails(tmp_path / "b", definition, "column 'flag': 'maybe' is neither True nor False")
+
+
+def test_a_column_named_like_a_mask_is_a_column(tmp_path):
+    """It is the mask of the column before the dot, where there is one."""
+    data = rows(4)
+    texts = ["True", "False", "True", "False"]
+    for name, found in (("feh.mask", [None, False, None, False]), ("note.mask", [False] * 4)):
+        path = write_csv(tmp_path / name, data | {name: texts})
+        assert [x if x is None else False for x in read(path, survey()).column("feh")] == found
+    definition = survey(extra={"note": {"source": "note.mask", "dtype": "string"}})
+    assert read(path, definition).column("note") == texts
+
+
+@pytest.mark.parametrize(
+    ("below", "n"),
+    [
+        ("------|---|---|----|----|----", 2),  # dashes alone
+        ("      |deg|deg|K   |    |    \n------|---|---|----|----|----", 2),  # units and dashes
+        ("3|1|2|5000|4|0\n---|---|---|---|---|---", 4),  # a row, and one of dashes
+    ],
+)
+def test_lines_below_the_header(tmp_path, below, n):
+    text = f"obsid|ra|dec|teff|logg|feh\n{below}\n1|1|2|5000|4|0\n2|1|2|5000|4|0\n"
+    (tmp_path / "a").write_text(text)
+    if n == 4:
+        fails(tmp_path / "a", survey(), "---")
+    else:
+        assert len(read(tmp_path / "a", survey()).rows) == n

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import healpy
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -333,3 +334,12 @@ def test_keys_are_compared_some_at_a_time(tmp_path, monkeypatch):
     twice = of_others(tmp_path / "twice", with_key("id", pa.array([*keys[:-1], keys[3]])))
     with pytest.raises(CatalogError, match=f"the value {keys[3]} in more than one row"):
         _ = Catalog.open(twice, key="id").fingerprint
+
+
+@pytest.mark.parametrize("at", [0, -1])
+def test_positions_in_the_outermost_cells_of_a_pixel_keep_them(at):
+    """What is inside is not pulled: the first cell and the last are inside."""
+    pixel = HealpixPixel(3, 100)
+    cell = range(pixel.first, pixel.stop)[at]
+    ra, dec = (np.array([x]) for x in healpy.pix2ang(1 << 29, cell, nest=True, lonlat=True))
+    assert hats._cells_of(ra, dec, pixel, Path("a")).tolist() == [cell]

@@ -183,13 +183,18 @@ def train(pairs: Path, *, method: str, param: Names = None, options: Options) ->
         raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
     if chosen.validation != "auto":
         options.refuse(("kfold_limit",), f" with --validation {chosen.validation}")
-    if not asks_workers(catalog, chosen):
-        if options.workers != 0:
+    if options.scheduler is not None or options.workers:
+        if not asks_workers(catalog, chosen) and chosen.distributed == "never":
+            options.refuse(("workers", "scheduler"), " with --distributed never")
+        elif chosen.distributed == "auto":
+            chosen = chosen.but(distributed="always")
+    elif not asks_workers(catalog, chosen):
+        if options.workers is None:
             options.refuse(
-                ("workers", "scheduler", "memory_limit"),
+                ("memory_limit",),
                 f": train uses one process for up to {LOCAL_PAIRS:,} pairs, and "
                 f"{pairs} has {catalog.n_rows:,}",
-                "Leave it out. A search and training on a GPU use workers for any number.",
+                "Leave it out, or give --workers.",
             )
         options = replace(options, workers=0)  # none are started to wait
     manifest = options.run(Train({"pairs": catalog}, chosen))

@@ -73,6 +73,7 @@ class TrainSection(Settings):
     validation: Literal["auto", "kfold", "holdout"] = "auto"
     params: dict[str, dict[str, Any]] = Field(default_factory=dict)
     search: int = Field(0, ge=0, le=1000)
+    distributed: Literal["auto", "always", "never"] = "auto"
 
 
 class CorrectionSection(Settings):

@@ -273,6 +273,7 @@ def _model_steps(job: Job, one: _Correction, pairs: str) -> Iterator[Step]:
             params=params,
             validation=job.train.validation,
             search=job.train.search,
+            distributed=job.train.distributed,
             seed=job.seed,
             problem=one.problem,
         )

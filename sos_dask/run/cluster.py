@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
+import psutil
+
 from sos_dask.errors import ClusterError, ConfigError
 from sos_dask.run.machine import (
     KEPT_BYTES,
@@ -102,12 +104,20 @@ class Cluster:
 
     @property
     def _workers(self) -> dict[str, Any]:
+        if self.client is None:
+            return {}
         return dict(self.client.scheduler_info(n_workers=-1)["workers"])
 
     @property
     def n_workers(self) -> int:
         """Workers at present; without a cluster threads."""
         return self.n_threads if self.client is None else max(1, len(self._workers))
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether a worker is on another machine than this process."""
+        own = {one.address for of in psutil.net_if_addrs().values() for one in of}
+        return any(worker["host"] not in own for worker in self._workers.values())
 
     @property
     def memory_limit_bytes(self) -> int | None:

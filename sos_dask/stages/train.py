@@ -62,6 +62,12 @@ class TrainSettings(Settings):
         "without parameters to search is fitted as it is",
     )
     seed: Seed = Field(0, description="Seed of the search")
+    distributed: Literal["auto", "always", "never"] = Field(
+        "auto",
+        exclude=True,
+        description="Whether fits are data-parallel over the workers. auto: where these are on "
+        f"other machines than this process, from {LOCAL_PAIRS:,} pairs on, and on GPUs",
+    )
     problem: Problem = Field(DEFAULT, description="Labels, and the inputs that corrections see")
 
 
@@ -159,7 +165,10 @@ class Train(Stage[TrainSettings]):
         if validation == "kfold":
             plan = [*([one for one in folds if one != held_out] for held_out in folds), None]
         step, predicted, searches = f"train {method}", [], []
-        workers = run.cluster.client if _needs_workers(len(fold), settings) else None
+        needs = _needs_workers(len(fold), settings) or (
+            settings.distributed == "auto" and run.cluster.is_elsewhere
+        )
+        workers = run.cluster.client if needs else None
         for number, trained in enumerate(plan):
             run.report(step, number, len(plan))
             params: Mapping[str, Any] = settings.params
@@ -219,8 +228,9 @@ def metrics_of(manifest: Manifest) -> list[figures.Metric]:
 
 
 def _needs_workers(n_pairs: int, settings: TrainSettings) -> bool:
+    is_large = n_pairs > LOCAL_PAIRS and settings.distributed == "auto"
     # The GPU is with the workers.
-    return n_pairs > LOCAL_PAIRS or settings.params.get("device") == "cuda"
+    return is_large or settings.distributed == "always" or settings.params.get("device") == "cuda"
 
 
 def asks_workers(pairs: Catalog, settings: TrainSettings) -> bool:

@@ -205,8 +205,11 @@ def test_a_constant_label_goes_through_a_whole_rebuild(constant_job, capsys, mon
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--scheduler", "tcp://127.0.0.1:9"), "--scheduler has no effect: train uses one process"),
-        (("--workers", "2"), "--workers has no effect"),
+        (
+            ("--scheduler", "tcp://127.0.0.1:9", "--distributed", "never"),
+            "--scheduler has no effect with --distributed never",
+        ),
+        (("--workers", "2", "--distributed", "never"), "--workers has no effect"),
         (("--memory-limit", "1GiB"), "--memory-limit has no effect"),
         (("--search", "3", "-m", "symbolic"), "no parameters to search"),
     ],

@@ -57,6 +57,12 @@ def meet(barrier: threading.Barrier) -> str:
     return threading.current_thread().name
 
 
+def test_workers_of_this_machine_are_here_and_others_elsewhere(cluster, monkeypatch):
+    assert not cluster.is_elsewhere and not Cluster().is_elsewhere
+    monkeypatch.setattr("psutil.net_if_addrs", dict)
+    assert cluster.is_elsewhere
+
+
 def test_threads_run_tasks_at_once():
     with start(n_threads=3) as threads:
         assert threads.n_workers == 3

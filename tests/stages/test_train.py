@@ -12,6 +12,7 @@ from sos_dask import corrections as models
 from sos_dask.api import crossmatch, train
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.figures import held_out_metrics
+from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.stages import train as stage
 from sos_dask.stages.crossmatch import CrossmatchSettings
@@ -49,6 +50,32 @@ def test_workers_are_asked_for_many_pairs_a_search_and_a_gpu(small_store, monkey
     assert asks_workers(pairs, TrainSettings(method="polynomial", params={}, search=3))
     monkeypatch.setattr(stage, "LOCAL_PAIRS", pairs.n_rows - 1)
     assert asks_workers(pairs, TrainSettings(method="polynomial", params={}))
+
+
+@pytest.mark.parametrize(
+    ("distributed", "is_elsewhere", "on_workers"),
+    [
+        ("auto", False, False), ("auto", True, True), ("always", False, True),
+        ("never", True, False),
+    ],
+)  # fmt: skip
+def test_where_fits_are_data_parallel(
+    build, cluster, tmp_path, monkeypatch, distributed, is_elsewhere, on_workers
+):
+    """Few pairs: on workers where these are elsewhere, or where it is asked for."""
+    clients, fit = [], models.fit
+
+    def seen(*given, client=None, **more):
+        clients.append(client)
+        return fit(*given, **more)
+
+    monkeypatch.setattr(models, "fit", seen)
+    monkeypatch.setattr(Cluster, "is_elsewhere", is_elsewhere)
+    settings = TrainSettings(method="polynomial", params={"order": 1}, distributed=distributed)
+    pairs = Catalog.open(build / "lamost.pairs")
+    made = train(pairs, tmp_path / "model", settings, cluster=cluster)
+    assert {client is not None for client in clients} == {on_workers}
+    assert "distributed" not in made.recipe.params["settings"], "how it is made is no part of it"
 
 
 def test_validation_is_by_the_number_of_pairs(build, tmp_path):

@@ -163,8 +163,8 @@ class Problem(Settings):
         return np.stack(parts, dtype=np.float32).T
 
     def fit_for_training(self, pairs: pa.Table) -> BoolArray:
-        """Tell which pairs are in ``use`` and know all differences, shape (n,)."""
-        known = np.isfinite(self.differences(pairs)).all(axis=1)
+        """Tell which pairs are in ``use`` and know some difference, shape (n,)."""
+        known = np.isfinite(self.differences(pairs)).any(axis=1)
         return np.asarray(known & pairs["use"].to_numpy())
 
     def differences(self, columns: Columns) -> Float32Array:

@@ -47,7 +47,7 @@ WRONG = {
     "list for a table": ("ingest = [1]", "ingest"),
     "grid upside down": ("[coverage.grid]\nfeh = [1.0, -1.0]", "1 is not below -1"),
     "negative seed": ("seed = -1", "seed"),
-    "method twice": ('[train]\nmethods = ["polynomial", "polynomial"]', "a method twice"),
+    "method twice": ('[train]\nmethods = ["polynomial", "polynomial"]', "'polynomial' twice"),
     "path as a name": ('[attach."../../../x"]\nfiles = ["a"]\ncolumns = {a = "a"}', "not a name"),
     "reference as a path": (
         '[reference."a/b"]\nsurvey = "apogee-dr17"\nfiles = ["a"]',

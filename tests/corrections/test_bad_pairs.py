@@ -83,10 +83,13 @@ def test_pairs_that_cannot_train(
         lambda t: with_gaps(with_gaps(t, float("nan")), float("inf"), 5),
         lambda t: same(t, "feh", -0.1),
         lambda t: same(t, "feh_diff", 0.1),
+        lambda t: put(
+            t, "feh_diff", np.where(np.arange(len(t)) % 3, t["feh_diff"].to_numpy(), np.nan)
+        ),
         lambda t: same(t.filter(pc.less(t["logg"], 3.5)), "snr", None),
         lambda t: t.drop_columns(["snr", "n_obs"]),
     ],
-    ids=["nan and inf", "one feh", "a zero point", "giants without snr", "no snr"],
+    ids=["nan and inf", "one feh", "a zero point", "some labels", "giants without snr", "no snr"],
 )
 def test_pairs_that_can(
     pairs: pa.Table, tmp_path: Path, spoil: Callable[[pa.Table], pa.Table]

@@ -169,21 +169,30 @@ def test_pairs_fit_for_training(stars, tmp_path):
 
 def test_pairs_carry_the_labels_and_inputs_of_corrections(stars, tmp_path):
     """Other inputs are another recipe: pairs that lack them are not taken for these."""
-    table = rows_of(stars / "stars1-40")
-    vsini = pa.array(np.arange(table.num_rows, dtype=np.float32))
-    target = write_catalog(table.append_column("vsini", vsini), tmp_path / "target", 40)
-    inputs = {"target": target, "reference": stars / "stars2-40"}
-    plain = Crossmatch(inputs).run(tmp_path / "plain")
-    asked = CrossmatchSettings(labels=(*LABELS, "rv"), inputs=("vsini", "teff"))
-    more = Crossmatch(inputs, asked).run(tmp_path / "more")
+    sides, alphas = {}, {}
+    for side, name in (("target", "stars1-40"), ("reference", "stars2-40")):
+        table = rows_of(stars / name)
+        alphas[side] = pa.array(np.arange(table.num_rows) / 7, pa.float32())
+        field = pa.field("alpha", pa.float32(), metadata={"unit": "dex"})
+        table = table.append_column(field, alphas[side]).append_column("vsini", alphas[side])
+        sides[side] = write_catalog(table, tmp_path / side, 40)
+    plain = Crossmatch(sides).run(tmp_path / "plain")
+    asked = CrossmatchSettings(labels=(*LABELS, "alpha"), inputs=("vsini", "teff"))
+    more = Crossmatch(sides, asked).run(tmp_path / "more")
     assert more.fingerprint != plain.fingerprint
     pairs = rows_of(tmp_path / "more")
-    rows = pc.index_in(pairs["target_star_id"], table["star_id"].combine_chunks())
-    assert pairs["vsini"].to_pylist() == vsini.take(rows.combine_chunks()).to_pylist()
-    both = (pairs[name].to_numpy(zero_copy_only=False) for name in ("rv", "rv_ref"))
-    np.testing.assert_array_equal(pairs["rv_diff"].to_numpy(), np.subtract(*both))
-    left = pairs.drop_columns(["vsini", "rv_diff"])
-    assert left.equals(rows_of(tmp_path / "plain").select(left.column_names))
+    keys = {"target": "target_star_id", "reference": "reference_star_id"}
+    found = []
+    for (side, key), name in zip(keys.items(), ("stars1-40", "stars2-40"), strict=True):
+        stars_there = rows_of(stars / name)["star_id"].combine_chunks()
+        found.append(alphas[side].take(pc.index_in(pairs[key], stars_there).combine_chunks()))
+    one, other = (values.to_numpy() for values in found)
+    for name, expected in (("vsini", one), ("alpha", one), ("alpha_ref", other)):
+        np.testing.assert_array_equal(pairs[name].to_numpy(), expected)
+    np.testing.assert_array_equal(pairs["alpha_diff"].to_numpy(), one - other)
+    assert pairs.schema.field("alpha_diff").metadata[b"unit"] == b"dex"
+    new = ["vsini", "alpha", "alpha_ref", "alpha_diff"]
+    assert pairs.drop_columns(new).equals(rows_of(tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("column", ["teff", "pmra"])

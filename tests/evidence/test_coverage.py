@@ -303,6 +303,25 @@ def test_a_smooth_model_is_extended_only_so_far(fitted):
     assert model.within_reach(inside) == pytest.approx(inside, rel=1e-5)
 
 
+def test_any_place_is_drawn_to_its_nearest_star(fitted):
+    """Against all distances: places near stars stay, at borders of cells and beyond all, too."""
+    model = fitted.model
+    rng = np.random.default_rng(4)
+    low, high = model.overlap.min(axis=0), model.overlap.max(axis=0)
+    wide = rng.uniform(low - 2 * _REACH, high + 2 * _REACH, (400, model.n_inputs))
+    near = model.overlap[rng.integers(0, len(model.overlap), 400)]
+    near = near + rng.normal(0, 0.7 * _REACH, near.shape)
+    scaled = np.concatenate([wide, near, [low, high]])
+    x = (scaled * model.scale + model.center).astype(np.float32)
+    scaled = (x - model.center) / model.scale
+    apart = np.sqrt(((scaled[:, None] - model.overlap) ** 2).sum(axis=2))
+    star, distance = model.overlap[apart.argmin(axis=1)], apart.min(axis=1)
+    assert 100 < np.count_nonzero(distance < _REACH) < 700
+    share = np.minimum(1, _REACH / np.maximum(distance, 1e-12))[:, None]
+    expected = (star + (scaled - star) * share) * model.scale + model.center
+    np.testing.assert_allclose(model.within_reach(x), expected, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("measure", ["neighbors", "Ratio", "", "neighbours8", None, 1])
 def test_a_measure_that_is_none_is_refused(measure):
     with pytest.raises(ConfigError) as caught:

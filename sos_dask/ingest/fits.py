@@ -137,7 +137,7 @@ def read_fits(source: Source, start: int, stop: int, batch_rows: int) -> Batches
     record = np.dtype(layout | {"itemsize": row_bytes})
     block = np.empty(max(1, _BLOCK_BYTES // row_bytes), record)
     raw = memoryview(block.view(np.uint8).data)
-    with Path(source.data_path).open("rb", buffering=0) as file:
+    with Path(source.data_path).open("rb") as file:
         file.seek(source.offset + start * row_bytes)
         for first in range(start, stop, batch_rows):
             n_rows = min(batch_rows, stop - first)

@@ -187,8 +187,9 @@ class Crossmatch(Stage[CrossmatchSettings]):
             return _matched(self.catalog("reference"), right, right_at, rows, names)
 
         matching = self.settings.but(use_gaia_id=self.shared_ids)
-        keys_of = lambda rows: of_reference(rows, right_key)[right_key]  # noqa: E731
-        matches = match(left, right, matching, keys_of)
+        matches = match(
+            left, right, matching, lambda rows: of_reference(rows, right_key)[right_key]
+        )
         names = (left_key, *_CARRIED, *self.settings.further, *_FLAGS)
         target = _matched(self.catalog("target"), left, left_at, matches.left, names)
         reference = of_reference(matches.right, right_key, *self._of_reference, *_FLAGS)

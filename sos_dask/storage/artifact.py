@@ -180,7 +180,7 @@ def open_parquet(
 def taken(file: pq.ParquetFile, rows: NDArray[np.int64], columns: Sequence[str]) -> list[pa.Table]:
     """Read some rows of a file, ascending, each once; row groups without any are not read."""
     tables, first = [], 0
-    if len(rows) == file.metadata.num_rows:  # at once in two thirds of the time
+    if len(rows) == file.metadata.num_rows:  # at once in a seventh less time
         return [file.read(list(columns), use_threads=False)]
     for number in range(file.metadata.num_row_groups):
         n_rows = file.metadata.row_group(number).num_rows

@@ -80,7 +80,7 @@ def sum_of_file(path: Path) -> list[int]:
     total = size = 0
     content = bytearray(_BLOCK)
     words = np.frombuffer(content, np.uint64)
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         while n_bytes := file.readinto(content):
             content[n_bytes : n_bytes + -n_bytes % 8] = bytes(-n_bytes % 8)
             size += n_bytes

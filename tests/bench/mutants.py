@@ -123,6 +123,8 @@ def is_caught(place: Path, mutant: tuple[Path, str, str], limit_s: float) -> boo
             [*command, *tests_of(module)], cwd=place, capture_output=True, check=False,
             timeout=limit_s, env={**os.environ, "PYTHONPATH": str(place)},
         )  # fmt: skip
+        if ran.returncode > 2:  # no tests, or a file that is not there: nothing was tried
+            raise SystemExit(ran.stdout.decode() + ran.stderr.decode())
         return ran.returncode != 0
     except subprocess.TimeoutExpired:
         return True

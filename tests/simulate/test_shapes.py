@@ -1,10 +1,14 @@
 """Skies that are hard: each shape does what it promises, and another seed is another sky."""
 
+from typing import Any
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from sos_dask.errors import ConfigError
 from sos_dask.simulate import SkySettings, shapes
+from sos_dask.simulate.files import prepare
 from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, SHAPES, references_avoid
 from sos_dask.simulate.surveys import SURVEYS, stated_error_factor
 from tests.simulate.mock import Sky
@@ -130,3 +134,13 @@ def test_the_overlap_of_a_hard_sky_is_narrow(hard):
     assert 0.26 < faint.mean() < 0.34
     assert 0.07 < faint[paired].mean() < 0.16
     assert np.median(truth["distance"][paired]) < 0.7 * np.median(truth["distance"])
+
+
+def test_the_demonstration_makes_another_sky_where_other_shapes_are_given(tmp_path):
+    seen = []
+    for given in ((), ("step",), ("step",)):
+        made: list[Any] = []
+        prepare(tmp_path, 1000, 1, lambda *done, made=made: made.append(done), given)
+        truth = pq.read_schema(tmp_path / "sky" / "truth.parquet").names
+        seen.append((bool(made), "bias_rv" in truth))
+    assert seen == [(True, False), (True, True), (False, True)]

@@ -188,8 +188,7 @@ def uncertainty(job: Place = None, *, store: Place = None, correction: Name = No
     rates = summary["hit_rates"]
     yield {"path": directory, **summary}
     show_table(
-        f"Held-out pairs inside their interval, with its 95 % range (method {summary['method']}; "
-        f"error of the reference {summary['reference_error']})",
+        f"Held-out pairs inside their interval, with its 95 % range (method {summary['method']})",
         "name=label subset=pairs n 68=68_% 95=95_%",
         [
             {**one, "name": one["label"]}

@@ -25,6 +25,7 @@ from sos_dask.problem import SNR, Problem
 
 _NEAREST = 16  # rows with like labels, of which one is the donor
 _MOST_REPLICAS, _ENOUGH_PAIRS = 8, 400_000
+_WEIGHT = 0.5  # of a degraded pair in that of the pair; 0.25 to 1 are as good
 
 
 def replicas(n_pairs: int) -> int:
@@ -89,7 +90,7 @@ class Donors:
         noise = np.sqrt(np.maximum(more, 0.0)) * (normals(pairs, number) @ shape.T)
         noisy = with_noise(pairs, self.problem, noise)
         noisy.features[:, snr] = self.features[row][:, snr]
-        return noisy
+        return replace(noisy, weight=noisy.weight * np.float32(_WEIGHT))
 
 
 def _rows(batch: Batch, rows: NDArray[np.intp]) -> Batch:

@@ -33,6 +33,8 @@ _ELSEWHERE = {
     ("compare", "seed"): _SEED,
     ("compare", "axes"): "The bins are fixed.",
     ("uncertainty", "seed"): _SEED,
+    ("uncertainty", "reference_error"): "It is gone: both errors are written, *_sos_err of the "
+    "label itself and *_sos_err_pair of corrected - reference.",
     ("uncertainty", "target"): "Give target_name at the top of the job.",
     ("coverage", "seed"): _SEED,
     ("coverage", "radius_arcsec"): "It is that of [dedupe].",

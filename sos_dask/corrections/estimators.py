@@ -1,0 +1,375 @@
+"""Methods as scikit-learn estimators, and the search of their parameters by dask-ml.
+
+>>> from sos_dask import Boosted
+>>> Boosted(n_rounds=200).fit(X, y).correction_.save(path)                       # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_array,
+    check_consistent_length,
+    check_is_fitted,
+    validate_data,
+)
+
+from sos_dask import corrections
+from sos_dask.columns import Float32Array, FloatArray
+from sos_dask.corrections import base
+from sos_dask.corrections.base import Batch, OneBatch, Rows, Training, TrainingSource
+from sos_dask.errors import ConfigError, ModelError, SosError
+from sos_dask.problem import Input, Label, Problem
+from sos_dask.schema import CANONICAL
+from sos_dask.settings import is_column
+from sos_dask.stats.numbers import MAD_TO_SIGMA
+
+_X: Mapping[str, Any] = {"dtype": np.float32}
+_Y: Mapping[str, Any] = {"dtype": np.float32, "ensure_all_finite": "allow-nan", "ensure_2d": False}
+_CLIP = 4.0  # spreads; how far an outlier is does not matter to a search
+_JUDGES = 5  # folds that judge candidates
+_MOST_PAIRS = 1_000_000  # of a search: 40 MB
+
+_DOC = """
+
+Parameters
+----------
+{}
+problem : Problem, optional
+    Labels and inputs: the columns of X are ``problem.columns``, the columns of y differences of
+    ``problem.labels``. Default: inputs are the columns of X as they are, with their names, or x0,
+    x1, ...; labels are named by the columns of y, less ``_diff``, or y0, y1, ...
+
+Attributes
+----------
+correction_ : sos_dask.corrections.Correction
+    The fitted correction; ``correction_.save(path)`` writes a model that ``sos-dask apply`` and
+    `sos_dask.Correction.load` take, where the inputs have the names of their columns.
+"""
+
+
+class EstimatorError(ModelError, ValueError):
+    """A method refuses its parameters or its pairs: also a ValueError, as scikit-learn expects."""
+
+
+class _Estimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
+    """A method of `sos_dask.corrections`, in this process, for pairs in memory."""
+
+    method: ClassVar[str]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Give ``__init__`` the parameters of the method, which are declared there alone."""
+        super().__init_subclass__(**options)
+        fields = corrections.class_of(cls.method).parameters.model_fields
+        defaults = {name: field.default for name, field in fields.items()} | {"problem": None}
+        kind = inspect.Parameter.KEYWORD_ONLY
+        own = [inspect.Parameter(name, kind, default=value) for name, value in defaults.items()]
+        place = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        signature = inspect.Signature([place, *own])
+
+        def __init__(self: Any, *args: Any, **given: Any) -> None:
+            given = signature.bind(self, *args, **given).arguments
+            vars(self).update({name: given.get(name, defaults[name]) for name in defaults})
+
+        __init__.__signature__ = signature  # type: ignore[attr-defined]
+        cls.__init__ = __init__  # type: ignore[method-assign]
+        lines = [
+            f"{name} : {inspect.formatannotation(field.annotation)}, default {field.default!r}"
+            f"\n    {field.description}."
+            for name, field in fields.items()
+        ]
+        cls.__doc__ = inspect.cleandoc(cls.__doc__ or "") + _DOC.format("\n".join(lines))
+
+    def fit(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Self:
+        """Fit the correction.
+
+        Parameters
+        ----------
+        X : array-like, shape (n, k)
+            Inputs, all finite. They are rounded to float32.
+        y : array-like, shape (n,) or (n, l)
+            Differences target - reference of one label or several; nan where unknown.
+        sample_weight : array-like, shape (n,), optional
+            Only ratios matter; pairs of weight 0 are not used.
+
+        Raises
+        ------
+        EstimatorError
+            A wrong parameter, or too few pairs.
+        ValueError
+            Inputs that are not finite numbers, or arrays of other shapes.
+        """
+        names = list(getattr(y, "columns", [getattr(y, "name", None)]))
+        X, y = validate_data(self, X, y, validate_separately=({**_X, "ensure_min_samples": 2}, _Y))
+        check_consistent_length(X, y)
+        differences: Float32Array = y.reshape(len(y), -1)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float32, ensure_non_negative=True)
+        params = {name: _plain(value) for name, value in self.get_params(deep=False).items()}
+        problem = params.pop("problem")
+        try:
+            problem = problem or self._problem(names, differences.shape[1])
+            self._check(problem, X.shape[1], differences.shape[1])
+            batch = Batch(_inputs(problem, X), differences, np.zeros(len(X), np.int8), weight)
+            source = OneBatch(batch, problem)
+            self.correction_ = corrections.fit(self.method, source, params=params)
+        except SosError as error:
+            raise EstimatorError(error.message, error.hint) from error
+        self._labels = y.shape[1:]
+        return self
+
+    def predict(self, X: Any) -> FloatArray:
+        """Predict the differences target - reference.
+
+        Parameters
+        ----------
+        X : array-like, shape (n, k)
+            Inputs; outside the range of the training pairs the nearest place in it counts.
+
+        Returns
+        -------
+        ndarray, shape (n,) or (n, l)
+            As y was given; nan where a logarithm of an input is unknown.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, reset=False, **_X)
+        found = self.correction_.predict(_inputs(self.correction_.problem, X))
+        return found.astype(np.float64).reshape(len(X), *self._labels)
+
+    def score(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> float:
+        """Calculate R², the mean over the labels, each of the rows that know it."""
+        from sklearn.metrics import r2_score
+
+        found = self.predict(X)
+        truth = check_array(y, **_Y).reshape(len(found), -1)
+        weight = _check_sample_weight(sample_weight, found)
+        scores = []
+        for one, other in zip(truth.T, found.reshape(truth.shape).T, strict=True):
+            known = np.isfinite(one) & np.isfinite(other)
+            scores.append(r2_score(one[known], other[known], sample_weight=weight[known]))
+        return float(np.mean(scores))
+
+    def _problem(self, names: Sequence[Any], n_labels: int) -> Problem:
+        """Make the problem of columns as they are."""
+        columns = getattr(self, "feature_names_in_", [None] * self.n_features_in_)
+        names = [*names, *[None] * n_labels][:n_labels]
+        labels = [_named(name, f"y{n}").removesuffix("_diff") for n, name in enumerate(names)]
+        units = {name: CANONICAL[name].unit for name in labels if name in CANONICAL}
+        return Problem(
+            labels=tuple(Label(name=name, unit=units.get(name, "")) for name in labels),
+            inputs=tuple(Input(column=_named(name, f"x{n}")) for n, name in enumerate(columns)),
+        )
+
+    def _check(self, problem: Problem, n_columns: int, n_labels: int) -> None:
+        given = n_columns, n_labels
+        columns = list(getattr(self, "feature_names_in_", problem.columns))
+        if given != (len(problem.columns), len(problem.names)) or (
+            self.problem is not None and columns != list(problem.columns)
+        ):
+            raise ConfigError(
+                f"X has {n_columns} columns ({', '.join(columns)}) and y {n_labels}; the problem "
+                f"is {problem.words}",
+                f"Give X with the columns {', '.join(problem.columns)}, in this order.",
+            )
+
+
+def _inputs(problem: Problem, X: Float32Array) -> Float32Array:
+    return problem.matrix(dict(zip(problem.columns, X.T, strict=True)))
+
+
+def _named(name: Any, other: str) -> str:
+    return name if isinstance(name, str) and is_column(name) else other
+
+
+def _plain(value: Any) -> Any:
+    """Number of Python where it is one of NumPy, as the grids of searches have them."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+class Polynomial(_Estimator):
+    """Robust polynomial of limited total order, with all cross terms."""
+
+    method = "polynomial"
+
+
+class Boosted(_Estimator):
+    """Gradient-boosted trees (XGBoost), one ensemble a label."""
+
+    method = "boosted"
+
+
+class Hybrid(_Estimator):
+    """Boosted trees on a polynomial's residual, smoothed on a grid; of at most 21 inputs."""
+
+    method = "hybrid"
+
+
+class Symbolic(_Estimator):
+    """A readable formula found by symbolic regression (``pip install 'sos_dask[symbolic]'``)."""
+
+    method = "symbolic"
+
+
+ESTIMATORS: Mapping[str, type[_Estimator]] = {
+    kind.method: kind for kind in (Polynomial, Boosted, Hybrid, Symbolic)
+}
+
+
+# --- search -------------------------------------------------------------------------------------
+
+
+def candidates(method: str, params: corrections.Params, n: int, seed: int) -> list[dict[str, Any]]:
+    """Draw at most n different sets of the searched parameters; the first is that of ``params``."""
+    from sklearn.model_selection import ParameterGrid, ParameterSampler
+
+    space = corrections.class_of(method).search
+    if not space:
+        raise ConfigError(f"method '{method}' has no parameters to search")
+    first = {name: params[name] for name in space}
+    n_most = min(n, len(ParameterGrid(space)))
+    drawn = ParameterSampler(space, n_most, random_state=seed)
+    others = [{name: one[name] for name in space} for one in drawn]
+    return [first, *(one for one in others if one != first)][:n]
+
+
+def search(
+    method: str,
+    source: TrainingSource,
+    train_folds: Sequence[int],
+    params: corrections.Params,
+    n: int,
+    seed: int = 0,
+    client: Any = None,
+) -> tuple[corrections.Params, list[dict[str, Any]]]:
+    """Choose parameters of a method by cross-validation over the folds that train it.
+
+    dask-ml fits every candidate without each of (at most five of) the folds and judges it on that
+    fold. Candidates are drawn at random (Bergstra & Bengio 2012, JMLR 13, 281), all where there are
+    no more than ``n``; the first is ``params``, which are complete. A fit is one task of one
+    thread, so the choice does not depend on the workers: with a client tasks are theirs, and each
+    needs all pairs in its memory. Of more than a million pairs a random million counts.
+
+    Returns
+    -------
+    params : mapping
+        Complete parameters of the best candidate.
+    trials : list of dict
+        All candidates as JSON, the best first: their parameters, their loss on each fold kept
+        aside, and the mean. A loss is the mean over the labels of the mean absolute residual, in
+        spreads of the differences; None where a candidate could not be fitted.
+
+    Raises
+    ------
+    ModelError
+        Fewer than two folds, or no candidate can be fitted.
+    ClusterError
+        A fit killed its workers again and again.
+    """
+    # Not RandomizedSearchCV: it cannot be told to try a given candidate, too.
+    from dask_ml.model_selection import GridSearchCV
+
+    drawn = candidates(method, params, n, seed)
+    folds = [rows for rows in _folds(source, train_folds) if len(rows.features)]
+    if len(folds) < 2:
+        raise ModelError(
+            f"a search for parameters of '{method}' needs two training folds, and there is "
+            f"{len(folds)}",
+            "Raise crossmatch.n_folds.",
+        )
+    X, y, weight = map(np.concatenate, zip(*folds, strict=True))
+    fold = np.repeat(np.arange(len(folds)), [len(rows.features) for rows in folds])
+    cv = [(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in range(len(folds))]
+    columns = tuple(Input(column=name) for name in source.problem.features)
+    problem = source.problem.but(inputs=columns)
+    tried = _Tried(ESTIMATORS[method](**params, problem=problem))
+    what = f"search of '{method}': a fit"
+    searched = GridSearchCV(
+        tried,
+        [{f"estimator__{name}": [value] for name, value in one.items()} for one in drawn],
+        scoring=_robust_score,
+        iid=False,
+        refit=False,
+        cv=cv[:_JUDGES],
+        cache_cv=False,  # copies of all folds in every worker
+        # dask-ml's own way to a client tries for ever again what kills its worker.
+        scheduler="sync" if client is None else partial(_on_workers, client, what),
+    )
+    with np.errstate(invalid="ignore"):  # spreads of infinite scores
+        found = searched.fit(X, y, sample_weight=weight).cv_results_
+    each = [-found[f"split{n}_test_score"] for n in range(searched.n_splits_)]
+    losses = np.stack(each, axis=1)
+    order = np.argsort(losses.mean(axis=1), kind="stable").tolist()
+    if not np.isfinite(losses[order[0]]).all():
+        train = cv[0][0]
+        why = "each lacks pairs in one of the folds"
+        try:
+            tried.estimator.fit(X[train], y[train], weight[train])
+        except EstimatorError as error:
+            why = error.message
+        raise ModelError(f"no candidate of the search of '{method}' can be fitted: {why}")
+    trials = []
+    for number in order:
+        known = [*losses[number].tolist(), float(losses[number].mean())]
+        *of_folds, mean = (loss if np.isfinite(loss) else None for loss in known)
+        trials.append({"params": drawn[number], "losses": of_folds, "loss": mean})
+    return {**params, **drawn[order[0]]}, trials
+
+
+def _folds(source: TrainingSource, folds: Sequence[int]) -> list[Rows]:
+    """Training rows of each fold; of very many a part that their numbers choose."""
+    batches = range(source.n_batches)
+    share = _MOST_PAIRS / max(sum(len(source.load(index).fold) for index in batches), 1)
+    found = []
+    for fold in sorted(folds):
+        parts = [_part(Training(source, (int(fold),)).rows(index), share) for index in batches]
+        found.append(Rows(*map(np.concatenate, zip(*parts, strict=True))))
+    return found
+
+
+def _part(rows: Rows, share: float) -> Rows:
+    if share >= 1:
+        return rows
+    chosen = base.hash_rows(rows.features, rows.differences) < np.uint64(share * 2.0**64)
+    return Rows(*(column[chosen] for column in rows))
+
+
+class _Tried(BaseEstimator):
+    """A candidate: a model too large for the pairs is a bad one, no reason to stop or to warn."""
+
+    def __init__(self, estimator: _Estimator) -> None:
+        self.estimator = estimator
+
+    def fit(self, X: Float32Array, y: Float32Array, sample_weight: ArrayLike) -> Self:
+        with suppress(EstimatorError):
+            self.estimator.fit(X, y, sample_weight)
+        return self
+
+
+def _robust_score(tried: _Tried, X: Float32Array, y: Float32Array) -> float:
+    """Less the loss on the fold that was kept aside; -inf where nothing was fitted."""
+    if not hasattr(tried.estimator, "correction_"):
+        return -np.inf
+    losses = []
+    for truth, predicted in zip(y.T.astype(np.float64), tried.estimator.predict(X).T, strict=True):
+        truth, predicted = (one[np.isfinite(truth)] for one in (truth, predicted))
+        if len(truth):
+            spread = MAD_TO_SIGMA * np.median(np.abs(truth - np.median(truth)))
+            scaled = np.abs(truth - predicted) / (spread if spread > 0 else 1.0)
+            losses.append(np.mean(np.minimum(scaled, _CLIP)))
+    return -float(np.mean(losses))
+
+
+def _on_workers(
+    client: Any, what: str, graph: Mapping[Any, Any], keys: Sequence[Any], **options: Any
+) -> Any:
+    """Scheduler of Dask: the workers of a client."""
+    with base.killed_workers(what, "every fit needs all pairs. Give workers more."):
+        return client.get(graph, keys)

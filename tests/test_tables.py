@@ -144,7 +144,7 @@ LABELS = {"teff": [5000.0, 4800.0], "logg": [3.0, 2.0], "feh": [0.0, -1.0]}
         (pa.table({**LABELS, "feh": ["a", "b"]}), "'feh' contains no numbers, .* type string"),
         (pd.DataFrame({**LABELS, "feh": ["1", 2]}), "column 'feh' contains no numbers"),
         (pd.DataFrame({**LABELS, "feh": [True, False]}), "'feh' contains no numbers, .* type bool"),
-        (Table({**LABELS, "feh": ["a", "b"]}), "column 'feh' contains no numbers, but str"),
+        (Table({**LABELS, "feh": ["a", "b"]}), "'feh' contains no numbers, .* type string"),
         (Table({**LABELS, "feh": [[1, 2], [1, 2]]}), "column 'feh' contains no numbers"),
         (pd.DataFrame(LABELS).rename(columns={"teff": "T_eff"}), "no column 'teff'.*\n.*T_eff"),
         (pa.table({"teff": [1.0]}), "no column 'logg': this is a correction of teff, logg, feh by"),

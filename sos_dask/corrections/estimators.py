@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import (
     _check_sample_weight,
@@ -26,7 +27,7 @@ from sklearn.utils.validation import (
 from sos_dask import corrections
 from sos_dask.columns import Float32Array, FloatArray
 from sos_dask.corrections import base
-from sos_dask.corrections.base import Batch, OneBatch, Rows, Training, TrainingSource
+from sos_dask.corrections.base import Batch, OneBatch, Training, TrainingSource
 from sos_dask.errors import ConfigError, ModelError, SosError
 from sos_dask.problem import Input, Label, Problem
 from sos_dask.schema import CANONICAL
@@ -45,15 +46,15 @@ Parameters
 ----------
 {}
 problem : Problem, optional
-    Labels and inputs: the columns of X are ``problem.columns``, the columns of y differences of
-    ``problem.labels``. Default: inputs are the columns of X as they are, with their names, or x0,
-    x1, ...; labels are named by the columns of y, less ``_diff``, or y0, y1, ...
+    Labels, and inputs: the columns of X are ``problem.columns``. Default: inputs are the columns of
+    X as they are, with their names or x0, x1, ...; labels are named as the columns of y, less
+    ``_diff``, or y0, y1, ...
 
 Attributes
 ----------
 correction_ : sos_dask.corrections.Correction
-    The fitted correction; ``correction_.save(path)`` writes a model that ``sos-dask apply`` and
-    `sos_dask.Correction.load` take, where the inputs have the names of their columns.
+    ``correction_.save(path)`` writes a model for ``sos-dask apply`` and `sos_dask.Correction.load`,
+    which look for columns of these names.
 """
 
 
@@ -108,22 +109,23 @@ class _Estimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
         ValueError
             Inputs that are not finite numbers, or arrays of other shapes.
         """
-        names = list(getattr(y, "columns", [getattr(y, "name", None)]))
+        names = [*getattr(y, "columns", [getattr(y, "name", None)])]
         X, y = validate_data(self, X, y, validate_separately=({**_X, "ensure_min_samples": 2}, _Y))
         check_consistent_length(X, y)
-        differences: Float32Array = y.reshape(len(y), -1)
+        self._labels = y.shape[1:]  # none where y has one axis
+        y = y.reshape(len(y), -1)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float32, ensure_non_negative=True)
-        params = {name: _plain(value) for name, value in self.get_params(deep=False).items()}
-        problem = params.pop("problem")
+        # The grids of searches have numbers of NumPy.
+        params = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in self.get_params(deep=False).items()
+        }
         try:
-            problem = problem or self._problem(names, differences.shape[1])
-            self._check(problem, X.shape[1], differences.shape[1])
-            batch = Batch(_inputs(problem, X), differences, np.zeros(len(X), np.int8), weight)
-            source = OneBatch(batch, problem)
-            self.correction_ = corrections.fit(self.method, source, params=params)
+            problem = self._problem(names, y.shape[1], params.pop("problem"))
+            batch = Batch(_inputs(problem, X), y, np.zeros(len(X), np.int8), weight)
+            self.correction_ = corrections.fit(self.method, OneBatch(batch, problem), params=params)
         except SosError as error:
             raise EstimatorError(error.message, error.hint) from error
-        self._labels = y.shape[1:]
         return self
 
     def predict(self, X: Any) -> FloatArray:
@@ -157,28 +159,25 @@ class _Estimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
             scores.append(r2_score(one[known], other[known], sample_weight=weight[known]))
         return float(np.mean(scores))
 
-    def _problem(self, names: Sequence[Any], n_labels: int) -> Problem:
-        """Make the problem of columns as they are."""
-        columns = getattr(self, "feature_names_in_", [None] * self.n_features_in_)
-        names = [*names, *[None] * n_labels][:n_labels]
-        labels = [_named(name, f"y{n}").removesuffix("_diff") for n, name in enumerate(names)]
-        units = {name: CANONICAL[name].unit for name in labels if name in CANONICAL}
-        return Problem(
-            labels=tuple(Label(name=name, unit=units.get(name, "")) for name in labels),
-            inputs=tuple(Input(column=_named(name, f"x{n}")) for n, name in enumerate(columns)),
-        )
-
-    def _check(self, problem: Problem, n_columns: int, n_labels: int) -> None:
-        given = n_columns, n_labels
-        columns = list(getattr(self, "feature_names_in_", problem.columns))
-        if given != (len(problem.columns), len(problem.names)) or (
-            self.problem is not None and columns != list(problem.columns)
-        ):
+    def _problem(self, names: Sequence[Any], n_labels: int, given: Problem | None) -> Problem:
+        """Problem of the columns as they are, or the given one if it is of such columns."""
+        columns = [*getattr(self, "feature_names_in_", given.columns if given else [])]
+        if given is None:
+            columns = columns or [None] * self.n_features_in_
+            names = names if len(names) == n_labels else [None] * n_labels
+            labels = [_named(name, f"y{n}").removesuffix("_diff") for n, name in enumerate(names)]
+            units = {name: CANONICAL[name].unit for name in labels if name in CANONICAL}
+            inputs = [Input(column=_named(name, f"x{n}")) for n, name in enumerate(columns)]
+            named = tuple(Label(name=name, unit=units.get(name, "")) for name in labels)
+            return Problem(labels=named, inputs=tuple(inputs))
+        expected = len(given.columns), len(given.names), [*given.columns]
+        if (self.n_features_in_, n_labels, columns) != expected:
             raise ConfigError(
-                f"X has {n_columns} columns ({', '.join(columns)}) and y {n_labels}; the problem "
-                f"is {problem.words}",
-                f"Give X with the columns {', '.join(problem.columns)}, in this order.",
+                f"X has {self.n_features_in_} columns ({', '.join(columns)}), y {n_labels}; the "
+                f"problem is {given.words}",
+                f"Give X with the columns {', '.join(given.columns)}, in this order.",
             )
+        return given
 
 
 def _inputs(problem: Problem, X: Float32Array) -> Float32Array:
@@ -187,11 +186,6 @@ def _inputs(problem: Problem, X: Float32Array) -> Float32Array:
 
 def _named(name: Any, other: str) -> str:
     return name if isinstance(name, str) and is_column(name) else other
-
-
-def _plain(value: Any) -> Any:
-    """Number of Python where it is one of NumPy, as the grids of searches have them."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 class Polynomial(_Estimator):
@@ -277,68 +271,55 @@ def search(
     from dask_ml.model_selection import GridSearchCV
 
     drawn = candidates(method, params, n, seed)
-    folds = [rows for rows in _folds(source, train_folds) if len(rows.features)]
+    X, y, weight, fold = _pairs(source, sorted(map(int, train_folds)))
+    folds = np.unique(fold)
     if len(folds) < 2:
         raise ModelError(
             f"a search for parameters of '{method}' needs two training folds, and there is "
             f"{len(folds)}",
             "Raise crossmatch.n_folds.",
         )
-    X, y, weight = map(np.concatenate, zip(*folds, strict=True))
-    fold = np.repeat(np.arange(len(folds)), [len(rows.features) for rows in folds])
-    cv = [(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in range(len(folds))]
-    columns = tuple(Input(column=name) for name in source.problem.features)
-    problem = source.problem.but(inputs=columns)
+    problem = source.problem
+    problem = problem.but(inputs=tuple(Input(column=name) for name in problem.features))
     tried = _Tried(ESTIMATORS[method](**params, problem=problem))
-    what = f"search of '{method}': a fit"
     searched = GridSearchCV(
         tried,
         [{f"estimator__{name}": [value] for name, value in one.items()} for one in drawn],
         scoring=_robust_score,
         iid=False,
         refit=False,
-        cv=cv[:_JUDGES],
+        cv=[(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in folds[:_JUDGES]],
         cache_cv=False,  # copies of all folds in every worker
         # dask-ml's own way to a client tries for ever again what kills its worker.
-        scheduler="sync" if client is None else partial(_on_workers, client, what),
+        scheduler="sync" if client is None else partial(_on_workers, client, method),
     )
     with np.errstate(invalid="ignore"):  # spreads of infinite scores
         found = searched.fit(X, y, sample_weight=weight).cv_results_
-    each = [-found[f"split{n}_test_score"] for n in range(searched.n_splits_)]
-    losses = np.stack(each, axis=1)
-    order = np.argsort(losses.mean(axis=1), kind="stable").tolist()
-    if not np.isfinite(losses[order[0]]).all():
-        train = cv[0][0]
-        why = "each lacks pairs in one of the folds"
-        try:
-            tried.estimator.fit(X[train], y[train], weight[train])
-        except EstimatorError as error:
-            why = error.message
-        raise ModelError(f"no candidate of the search of '{method}' can be fitted: {why}")
+    scores = [found[f"split{number}_test_score"] for number in range(searched.n_splits_)]
+    losses = np.array([*-np.array(scores), -np.mean(scores, axis=0)]).T
+    order = np.argsort(losses[:, -1], kind="stable").tolist()
+    if not np.isfinite(losses[order[0], -1]):
+        others = fold != folds[0]
+        tried.estimator.fit(X[others], y[others], weight[others])  # says why
+        raise ModelError(f"no candidate of the search of '{method}' can be fitted without any fold")
     trials = []
     for number in order:
-        known = [*losses[number].tolist(), float(losses[number].mean())]
-        *of_folds, mean = (loss if np.isfinite(loss) else None for loss in known)
-        trials.append({"params": drawn[number], "losses": of_folds, "loss": mean})
+        *each, mean = (one if np.isfinite(one) else None for one in losses[number].tolist())
+        trials.append({"params": drawn[number], "losses": each, "loss": mean})
     return {**params, **drawn[order[0]]}, trials
 
 
-def _folds(source: TrainingSource, folds: Sequence[int]) -> list[Rows]:
-    """Training rows of each fold; of very many a part that their numbers choose."""
-    batches = range(source.n_batches)
-    share = _MOST_PAIRS / max(sum(len(source.load(index).fold) for index in batches), 1)
-    found = []
-    for fold in sorted(folds):
-        parts = [_part(Training(source, (int(fold),)).rows(index), share) for index in batches]
-        found.append(Rows(*map(np.concatenate, zip(*parts, strict=True))))
-    return found
-
-
-def _part(rows: Rows, share: float) -> Rows:
-    if share >= 1:
-        return rows
-    chosen = base.hash_rows(rows.features, rows.differences) < np.uint64(share * 2.0**64)
-    return Rows(*(column[chosen] for column in rows))
+def _pairs(source: TrainingSource, folds: Sequence[int]) -> tuple[NDArray[Any], ...]:
+    """Columns of the training rows, and their fold; of very many some that their numbers choose."""
+    parts = []
+    for fold, index in itertools.product(folds, range(source.n_batches)):
+        rows = Training(source, (fold,)).rows(index)
+        parts.append((*rows, np.full(len(rows.features), fold, np.int8)))
+    columns = tuple(map(np.concatenate, zip(*parts, strict=True)))
+    if (share := _MOST_PAIRS / max(len(columns[0]), 1)) < 1:
+        chosen = base.hash_rows(*columns[:2]) < np.uint64(share * 2.0**64)
+        columns = tuple(column[chosen] for column in columns)
+    return columns
 
 
 class _Tried(BaseEstimator):
@@ -367,9 +348,8 @@ def _robust_score(tried: _Tried, X: Float32Array, y: Float32Array) -> float:
     return -float(np.mean(losses))
 
 
-def _on_workers(
-    client: Any, what: str, graph: Mapping[Any, Any], keys: Sequence[Any], **options: Any
-) -> Any:
+def _on_workers(client: Any, method: str, graph: Any, keys: Any, **options: Any) -> Any:
     """Scheduler of Dask: the workers of a client."""
+    what = f"search of '{method}': a fit"
     with base.killed_workers(what, "every fit needs all pairs. Give workers more."):
         return client.get(graph, keys)

@@ -10,6 +10,7 @@ import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -28,6 +29,7 @@ from sos_dask import corrections
 from sos_dask.columns import Float32Array, FloatArray
 from sos_dask.corrections import base
 from sos_dask.corrections.base import Batch, OneBatch, Training, TrainingSource
+from sos_dask.corrections.degrade import rows_of
 from sos_dask.errors import ConfigError, ModelError, SosError
 from sos_dask.problem import Input, Label, Problem
 from sos_dask.schema import CANONICAL
@@ -109,6 +111,10 @@ class _Estimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
         ValueError
             Inputs that are not finite numbers, or arrays of other shapes.
         """
+        return self._fit(X, y, sample_weight)
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any, degraded: Any = None) -> Self:
+        """Fit; some pairs may be others as fainter rows see them."""
         names = [*getattr(y, "columns", [getattr(y, "name", None)])]
         X, y = validate_data(self, X, y, validate_separately=({**_X, "ensure_min_samples": 2}, _Y))
         check_consistent_length(X, y)
@@ -123,6 +129,9 @@ class _Estimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
         try:
             problem = self._problem(names, y.shape[1], params.pop("problem"))
             batch = Batch(_inputs(problem, X), y, np.zeros(len(X), np.int8), weight)
+            if degraded is not None:
+                pairs, fainter = (rows_of(batch, np.flatnonzero(degraded == i)) for i in (0, 1))
+                batch = replace(pairs, degraded=fainter)
             self.correction_ = corrections.fit(self.method, OneBatch(batch, problem), params=params)
         except SosError as error:
             raise EstimatorError(error.message, error.hint) from error
@@ -271,14 +280,15 @@ def search(
     from dask_ml.model_selection import GridSearchCV
 
     drawn = candidates(method, params, n, seed)
-    X, y, weight, fold = _pairs(source, sorted(map(int, train_folds)))
-    folds = np.unique(fold)
+    X, y, weight, fold, degraded = _pairs(source, sorted(map(int, train_folds)))
+    folds = np.unique(fold[~degraded])
     if len(folds) < 2:
         raise ModelError(
             f"a search for parameters of '{method}' needs two training folds, and there is "
             f"{len(folds)}",
             "Raise crossmatch.n_folds.",
         )
+    cv = [(np.flatnonzero(fold != n), np.flatnonzero((fold == n) & ~degraded)) for n in folds]
     problem = source.problem
     problem = problem.but(inputs=tuple(Input(column=name) for name in problem.features))
     tried = _Tried(ESTIMATORS[method](**params, problem=problem))
@@ -288,19 +298,19 @@ def search(
         scoring=_robust_score,
         iid=False,
         refit=False,
-        cv=[(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in folds[:_JUDGES]],
+        cv=cv[:_JUDGES],
         cache_cv=False,  # copies of all folds in every worker
         # dask-ml's own way to a client tries for ever again what kills its worker.
         scheduler="sync" if client is None else partial(_on_workers, client, method),
     )
     with np.errstate(invalid="ignore"):  # spreads of infinite scores
-        found = searched.fit(X, y, sample_weight=weight).cv_results_
+        found = searched.fit(X, y, sample_weight=weight, degraded=degraded).cv_results_
     scores = [found[f"split{number}_test_score"] for number in range(searched.n_splits_)]
     losses = np.array([*-np.array(scores), -np.mean(scores, axis=0)]).T
     order = np.argsort(losses[:, -1], kind="stable").tolist()
     if not np.isfinite(losses[order[0], -1]):
-        others = fold != folds[0]
-        tried.estimator.fit(X[others], y[others], weight[others])  # says why
+        others = cv[0][0]
+        tried.estimator._fit(X[others], y[others], weight[others], degraded[others])  # says why
         raise ModelError(f"no candidate of the search of '{method}' can be fitted without any fold")
     trials = []
     for number in order:
@@ -310,11 +320,16 @@ def search(
 
 
 def _pairs(source: TrainingSource, folds: Sequence[int]) -> tuple[NDArray[Any], ...]:
-    """Columns of the training rows, and their fold; of very many some that their numbers choose."""
+    """Columns of the training rows, their fold, and which are pairs as fainter rows see them.
+
+    Of very many, some that their numbers choose.
+    """
     parts = []
     for fold, index in itertools.product(folds, range(source.n_batches)):
-        rows = Training(source, (fold,)).rows(index)
-        parts.append((*rows, np.full(len(rows.features), fold, np.int8)))
+        rows = Training(source, (fold,), degraded=True).rows(index)
+        n = len(Training(source, (fold,)).rows(index).features)
+        place = np.arange(len(rows.features))
+        parts.append((*rows, np.full_like(place, fold), place >= n))
     columns = tuple(map(np.concatenate, zip(*parts, strict=True)))
     if (share := _MOST_PAIRS / max(len(columns[0]), 1)) < 1:
         chosen = base.hash_rows(*columns[:2]) < np.uint64(share * 2.0**64)
@@ -328,9 +343,9 @@ class _Tried(BaseEstimator):
     def __init__(self, estimator: _Estimator) -> None:
         self.estimator = estimator
 
-    def fit(self, X: Float32Array, y: Float32Array, sample_weight: ArrayLike) -> Self:
+    def fit(self, X: Any, y: Any, sample_weight: Any, degraded: Any) -> Self:
         with suppress(EstimatorError):
-            self.estimator.fit(X, y, sample_weight)
+            self.estimator._fit(X, y, sample_weight, degraded)
         return self
 
 

@@ -203,15 +203,20 @@ def test_the_best_is_found_and_all_are_told():
     assert to_json(trials)
 
 
-def test_a_loss_is_that_of_a_fit_without_the_fold():
+@pytest.mark.parametrize("method", ["polynomial", "boosted"])
+def test_a_loss_is_that_of_a_fit_without_the_fold(method):
+    """Pairs as fainter rows see them train as in any fit, and judge nothing."""
     batch = biased_pairs(1000, 1, outliers=0.1)
     batch.differences[::5, 2] = np.nan
     batch.weight[::3] = 0.01
-    source = ArraySource(batch)
-    (_, (trial,)) = search("polynomial", source, [0, 2, 3], defaults("polynomial", order=2), 1)
+    fainter = biased_pairs(1500, 2)
+    fainter.differences[:] += [500, 5, 5]
+    source = models.OneBatch(replace(batch, degraded=fainter), DEFAULT)
+    params = {"order": 2} if method == "polynomial" else {"n_rounds": 5, "learning_rate": 0.5}
+    (_, (trial,)) = search(method, source, [0, 2, 3], defaults(method, **params), 1)
     for fold, loss in zip((0, 2, 3), trial["losses"], strict=True):
         others = [one for one in (0, 2, 3) if one != fold]
-        fitted = models.fit("polynomial", source, train_folds=others, params={"order": 2})
+        fitted = models.fit(method, source, train_folds=others, params=params)
         rows = batch.fold == fold
         truth = batch.differences[rows].astype(float)
         size = np.abs(truth - fitted.predict(batch.features[rows]))
@@ -254,7 +259,7 @@ def test_a_fit_that_kills_its_worker_is_told(cluster, monkeypatch):
 def test_of_very_many_pairs_some_count(monkeypatch):
     params = defaults("polynomial", order=1)
     monkeypatch.setattr(estimators, "_MOST_PAIRS", 400)
-    x, y, _, fold = estimators._pairs(SOURCE, [1, 2, 3])
+    x, y, _, fold, _ = estimators._pairs(SOURCE, [1, 2, 3])
     assert 340 < len(x) < 460 and set(fold) == {1, 2, 3}
     shuffled = np.random.default_rng(0).permutation(1000)
     names = ("features", "differences", "fold", "weight")

@@ -11,7 +11,6 @@ from astropy.utils.masked import Masked
 from sos_dask import Correction, tables
 from sos_dask.corrections.estimators import Polynomial
 from sos_dask.errors import ConfigError, ModelError
-from sos_dask.problem import DEFAULT
 from sos_dask.storage.catalog import Catalog
 from tests.corrections.pairs import biased_pairs
 from tests.steps import apply
@@ -57,9 +56,11 @@ def test_a_table_is_corrected_as_a_catalog_is(current, rows, tmp_path, monkeypat
         assert found.schema.field(name).equals(expected.schema.field(name), check_metadata=True)
 
 
-def test_errors_are_those_of_the_model(current, tmp_path):
+def test_errors_are_those_of_the_model(current, correction, tmp_path):
     x = pd.DataFrame(biased_pairs(200).features, columns=["teff", "logg", "feh"])
-    Polynomial(order=1, problem=DEFAULT).fit(x, x.to_numpy()).correction_.save(tmp_path / "other")
+    problem, snr = correction.model.problem, np.arange(1, 201)
+    other = Polynomial(order=1, problem=problem).fit(x.assign(snr=snr), x.to_numpy())
+    other.correction_.save(tmp_path / "other")
     with pytest.raises(ModelError, match="the error model was made for another correction"):
         Correction.load(tmp_path / "other", current / "lamost.uncertainty")
     Polynomial(order=1).fit(x, x["teff"]).correction_.save(tmp_path / "one")
@@ -83,7 +84,7 @@ def test_pandas(rows, correction, expected):
 
 @pytest.mark.parametrize("kind", [Table, QTable])
 def test_astropy_with_units_and_masks(rows, correction, expected, kind):
-    table = kind({name: rows[name].to_numpy() for name in ("logg", "feh", "quality")})
+    table = kind({name: rows[name].to_numpy() for name in CHOSEN[1:]})
     teff = rows["teff"].to_numpy()
     is_null = np.isnan(teff)
     assert is_null.any()
@@ -134,7 +135,7 @@ def test_what_was_fitted_here_corrects():
     np.testing.assert_array_equal(found["teff_sos"], expected)
 
 
-LABELS = {"teff": [5000.0, 4800.0], "logg": [3.0, 2.0], "feh": [0.0, -1.0]}
+LABELS = {"teff": [5000.0, 4800.0], "logg": [3.0, 2.0], "feh": [0.0, -1.0], "snr": [50, 90]}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -325,11 +324,13 @@ def _pairs(source: TrainingSource, folds: Sequence[int]) -> tuple[NDArray[Any], 
     Of very many, some that their numbers choose.
     """
     parts = []
-    for fold, index in itertools.product(folds, range(source.n_batches)):
-        rows = Training(source, (fold,), degraded=True).rows(index)
-        n = len(Training(source, (fold,)).rows(index).features)
-        place = np.arange(len(rows.features))
-        parts.append((*rows, np.full_like(place, fold), place >= n))
+    for index in range(source.n_batches):
+        loaded = OneBatch(source.load(index), source.problem)
+        for fold in folds:
+            rows = Training(loaded, (fold,), degraded=True).rows(0)
+            n = len(Training(loaded, (fold,)).rows(0).features)
+            place = np.arange(len(rows.features))
+            parts.append((*rows, np.full_like(place, fold), place >= n))
     columns = tuple(map(np.concatenate, zip(*parts, strict=True)))
     if (share := _MOST_PAIRS / max(len(columns[0]), 1)) < 1:
         chosen = base.hash_rows(*columns[:2]) < np.uint64(share * 2.0**64)

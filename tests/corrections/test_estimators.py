@@ -24,7 +24,7 @@ BATCH = biased_pairs(1000, 1)
 SOURCE = ArraySource(BATCH, (300,))
 QUICK: dict[str, dict[str, Any]] = {
     "polynomial": {"order": 1},
-    "boosted": {"n_rounds": 20, "min_pairs": 2},
+    "boosted": {"n_rounds": 20, "learning_rate": 0.3, "min_pairs": 2},
     "hybrid": {"order": 1, "n_rounds": 5, "min_pairs": 2, "smoothing": 3.0},
     "symbolic": {"min_pairs": 10, "population": 10, "generations": 1},
 }

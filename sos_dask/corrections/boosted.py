@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 FILE = "boosted.json"
 TABLE = "lookup.npy"
-MIN_PAIRS = 50
 MAX_CELLS = 1 << 25
 # Edges of bins lie on a grid of this many cells over the range of an input.
 GRID = 4096
@@ -82,6 +81,7 @@ class Settings(settings.Settings):
         "trained on degraded pairs: what depends on S/N beside noise",
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the subsamples")
+    min_pairs: int = Field(50, ge=2, le=10**6, description="Fewest training pairs of a label")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to train")
     timeout_s: int = Field(
         120, ge=1, le=86400, description="Longest wait of a worker for the others, in seconds"
@@ -154,7 +154,7 @@ class BoostedCorrection(Correction):
         trees = {f"{n}.ubj": bytes(e) for n, e in zip(labels, self.ensembles, strict=True)}
         table = self.table or compile_trees(self.boosters, self.center, self.spread)
         if table is None:
-            why = f"their thresholds make more than {MAX_CELLS:,} cells"
+            why = f"their thresholds make more than {MAX_CELLS:,} cells, or the inputs are over 12"
             logger.warning("boosted: no look-up table, the trees predict directly: %s", why)
             return {FILE: to_json({**document, "no_table": why}), **trees}
         return {FILE: to_json(document), **trees, TABLE: pack([*table.edges, table.values])}
@@ -178,7 +178,7 @@ class BoostedCorrection(Correction):
         client = training.client
         if settings.device == "cuda" and client is None:
             boosted_cluster.find_gpu()
-        summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
+        summary = base.summarise(training, cls.method, settings, settings.min_pairs)
         training = replace(training, degraded=True)
         edges = _bin_edges(training, summary.info, settings.max_bin)
         train = _train if client is None else boosted_cluster.train
@@ -213,7 +213,9 @@ class Job(NamedTuple):
             "base_score": 0.0,  # differences are centred
             "validate_parameters": True,
             "verbosity": 0,
-            **self.settings.model_dump(exclude={"n_rounds", "measured_rounds", "timeout_s"}),
+            **self.settings.model_dump(
+                exclude={"n_rounds", "measured_rounds", "timeout_s", "min_pairs"}
+            ),
         }
 
     def block(self, first: int, stop: int) -> Rows:
@@ -378,7 +380,8 @@ def compile_trees(
 ) -> LookupTable | None:
     """Make the table of ``center + spread * (sum of the trees)`` of one ensemble a label.
 
-    None where the thresholds make more than ``MAX_CELLS`` cells: too large to be worth it.
+    None where the thresholds make more than ``MAX_CELLS`` cells, or a leaf has more than ``2^12``
+    corners: too large to be worth it.
     """
     models = [json.loads(bytes(booster.save_raw("json")))["learner"] for booster in boosters]
     forests = [_forest(model["gradient_booster"]["model"]["trees"]) for model in models]
@@ -387,7 +390,7 @@ def compile_trees(
         for axis in range(int(models[0]["learner_model_param"]["num_feature"]))
     )
     shape = tuple(len(part) + 1 for part in edges)
-    if np.prod(shape, dtype=np.float64) > MAX_CELLS:
+    if np.prod(shape, dtype=np.float64) > MAX_CELLS or len(shape) > 12:
         return None
     corners = [_corners(forest, edges) for forest in forests]
     bases = [np.ravel(json.loads(m["learner_model_param"]["base_score"]))[0] for m in models]

@@ -38,7 +38,7 @@ from sos_dask.corrections import base, boosted, polynomial
 from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Training
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.degrade import normals, with_noise
-from sos_dask.corrections.polynomial import PolynomialCorrection, polynomial_terms
+from sos_dask.corrections.polynomial import PolynomialCorrection, n_terms
 from sos_dask.errors import ModelError
 from sos_dask.problem import Problem
 from sos_dask.stats.table import Grid, pack, unpack
@@ -143,8 +143,13 @@ class HybridCorrection(Correction):
     @classmethod
     def fit(cls, training: Training, settings: Settings) -> HybridCorrection:
         """Fit; see `sos_dask.corrections.fit`."""
-        terms = polynomial_terms(settings.order, len(training.problem.inputs))
-        needed = max(2 * len(terms), boosted.MIN_PAIRS)
+        k = len(training.problem.inputs)
+        if 2**k > MAX_NODES**3:
+            raise ModelError(
+                f"method 'hybrid' takes 21 inputs at most: these are {k}",
+                "Leave some out, or choose 'boosted', which takes any number.",
+            )
+        needed = max(2 * n_terms(settings.order, k), settings.min_pairs)
         info = base.summarise(training, cls.method, settings, needed).info
         smooth = PolynomialCorrection.fit(training, _settings_of(PolynomialCorrection, settings))
         less = partial(residuals, smooth=smooth, outlier=settings.outlier)
@@ -270,7 +275,7 @@ class SimexCorrection(Correction):
         everything = replace(plain, folds=None)
         if not any(everything.rows(n).weight.size for n in range(training.source.n_batches)):
             raise _no_errors(problem, "no pair has all of them")
-        needed = 2 * len(polynomial_terms(settings.order, len(problem.inputs)))
+        needed = 2 * n_terms(settings.order, len(problem.inputs))
         summary = base.summarise(plain, cls.method, settings, needed)
         kind, parts = _BASES[settings.base], []
         of_base = _settings_of(kind, settings)

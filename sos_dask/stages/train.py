@@ -64,9 +64,9 @@ class TrainSettings(Settings):
         0,
         ge=0,
         le=1000,
-        description="Candidates of a search for better hyper-parameters, which starts from params "
-        "and sees only the folds that train; with kfold every fit has its own. 0: none. A method "
-        "without parameters to search is fitted as it is",
+        description="Candidates of a search for better hyper-parameters, params among them: each "
+        "is cross-validated over the folds that train; with kfold every fit has a search of its "
+        "own. 0: none. A method without parameters to search is fitted as it is",
     )
     seed: Seed = Field(0, description="Seed of the search")
     distributed: Literal["auto", "always", "never"] = Field(
@@ -203,7 +203,7 @@ class Train(Stage[TrainSettings]):
     """
 
     name = "train"
-    version = 9
+    version = 10
     Settings = TrainSettings
     roles = (
         Role("pairs", "Pairs, as crossmatch makes them."),
@@ -268,9 +268,11 @@ class Train(Stage[TrainSettings]):
             run.report(step, number, len(plan))
             params: Mapping[str, Any] = settings.params
             if settings.search and corrections.class_of(method).search:
+                from sos_dask.corrections import estimators  # scikit-learn takes a second
+
                 given = corrections.check_params(method, params)
                 how = settings.search, settings.seed, run.cluster.client
-                params, trials = corrections.search(method, source, trained or folds, given, *how)
+                params, trials = estimators.search(method, source, trained or folds, given, *how)
                 searches.append({"train_folds": trained or folds, "trials": trials})
             correction = corrections.fit(
                 method, source, train_folds=trained, params=params, client=workers
@@ -453,25 +455,13 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
         params = corrections.check_params(method, self.settings.methods[method])
         left, out, refused = np.full(differences.shape, np.nan), fold == 1, ""
         try:
-            source = _OneBatch(batch, problem)
+            source = corrections.OneBatch(batch, problem)
             fitted = corrections.fit(method, source, train_folds=[0], params=params)
             left[out] = differences[out].astype(np.float64) - fitted.predict(x[out])
         except ModelError as error:
             refused = error.message
         output.write_piece(key, pa.table(list(left.T.copy()), problem.names))
         return {"refused": refused}
-
-
-@dataclass(frozen=True)
-class _OneBatch:
-    """All pairs as one batch; fold 1 is left out."""
-
-    batch: corrections.Batch
-    problem: Problem
-    n_batches = 1
-
-    def load(self, index: int) -> corrections.Batch:
-        return self.batch
 
 
 def _folds(table: pa.Table, split: str, group: str) -> NDArray[np.int8]:

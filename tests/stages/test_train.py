@@ -10,6 +10,7 @@ import pytest
 
 from sos_dask import corrections as models
 from sos_dask.api import crossmatch, train
+from sos_dask.corrections import estimators
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.run.cluster import Cluster
@@ -108,7 +109,7 @@ def test_a_search_sees_the_folds_that_train(build, tmp_path, monkeypatch):
         asked.append((folds, n, seed, params["max_depth"]))
         return {**params, "n_rounds": 2, "max_depth": len(asked)}, [{"params": {}, "loss": 0.5}]
 
-    monkeypatch.setattr(models, "search", found)
+    monkeypatch.setattr(estimators, "search", found)
     settings = TrainSettings(
         method="boosted", params={"n_rounds": 3}, validation="holdout", search=4, seed=7
     )

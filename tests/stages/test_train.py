@@ -74,8 +74,49 @@ def test_where_fits_are_data_parallel(
     settings = TrainSettings(method="polynomial", params={"order": 1}, distributed=distributed)
     pairs = Catalog.open(build / "lamost.pairs")
     made = train(pairs, tmp_path / "model", settings, cluster=cluster)
-    assert {client is not None for client in clients} == {on_workers}
+    here = set() if is_elsewhere and not on_workers else {on_workers}
+    assert {client is not None for client in clients} == here
     assert "distributed" not in made.recipe.params["settings"], "how it is made is no part of it"
+
+
+@pytest.mark.parametrize("distributed", ["auto", "never"])
+@pytest.mark.parametrize(
+    ("method", "params", "validation"),
+    [
+        ("polynomial", {"order": 2}, "kfold"), ("boosted", {"n_rounds": 10}, "kfold"),
+        ("boosted", {"n_rounds": 10}, "holdout"), ("hybrid", {"n_rounds": 10}, "holdout"),
+        ("simex", {"replicas": 1}, "holdout"), ("symbolic", {"generations": 1}, "holdout"),
+    ],
+)  # fmt: skip
+def test_a_driver_whose_workers_are_elsewhere_does_nothing_heavy(
+    small_store, cluster, tmp_path, monkeypatch, method, params, validation, distributed
+):
+    """It may be on a login node: it reads no pairs, and makes no tables and no predictions."""
+    given = {"method": method, "params": params, "validation": validation}
+    settings = TrainSettings(**given, distributed=distributed)
+    pairs = Catalog.open(small_store / "current/lamost.pairs")
+    here = train(pairs, tmp_path / "here", TrainSettings(**given))
+
+    def heavy(*_):
+        raise AssertionError("in the driver")
+
+    monkeypatch.setattr(Cluster, "is_elsewhere", True)
+    monkeypatch.setattr(PairsSource, "load", heavy)
+    monkeypatch.setattr(models.Correction, "predict", heavy)
+    monkeypatch.setattr(models.class_of(method), "evaluate", heavy)
+    monkeypatch.setattr(models.class_of(method), "files", heavy)
+    monkeypatch.setattr(models.class_of("boosted"), "evaluate", heavy)
+    there = train(pairs, tmp_path / "there", settings, cluster=cluster)
+    assert {one.path: one.sha256 for one in there.files} == {
+        one.path: one.sha256 for one in here.files
+    }
+    assert there.summary == here.summary
+
+
+def test_always_on_workers_needs_some(build, tmp_path):
+    settings = TrainSettings(method="boosted", distributed="always")
+    with pytest.raises(ConfigError, match="needs workers"):
+        train(Catalog.open(build / "lamost.pairs"), tmp_path / "model", settings)
 
 
 def test_validation_is_by_the_number_of_pairs(build, tmp_path):

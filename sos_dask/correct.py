@@ -163,9 +163,10 @@ def correct(
         new |= {one.sos: label - difference, one.delta: difference}
     if errors is not None:
         snr = table["snr"].to_numpy() if "snr" in table.schema.names else None
-        width = errors.half_width(x, snr)
+        star = x[:, problem.star_places]
+        width = errors.half_width(star, snr)
         if covered is not None:
-            width = covered.widened(width, errors.is_sparse(x))
+            width = covered.widened(width, errors.is_sparse(star))
         new |= {one.sos_err: values for one, values in zip(problem.labels, width.T, strict=True)}
     flag, columns = f"flag_sos{suffix}", {}
     columns[flag] = pa.array(flags)

@@ -15,6 +15,7 @@ from sos_dask.schema import CANONICAL, LABELS
 from sos_dask.settings import COLUMN_RULE, Settings, is_column
 
 TEFF_UNIT_K = 5040.0
+SNR = "snr"
 # Rows of one block: the few arrays of a block that are alive at once fit the second-level cache.
 BLOCK_ROWS = 8192
 
@@ -140,6 +141,16 @@ class Problem(Settings):
         return tuple(dict.fromkeys(item.column for item in self.inputs))
 
     @property
+    def of_star(self) -> tuple[Input, ...]:
+        """Inputs that tell of the star, not of its observation: all but the signal to noise."""
+        return tuple(one for one in self.inputs if one.column != SNR) or self.inputs
+
+    @property
+    def star_places(self) -> list[int]:
+        """Columns of `matrix` that `star_matrix` has."""
+        return [place for place, one in enumerate(self.inputs) if one in self.of_star]
+
+    @property
     def words(self) -> str:
         """What is corrected by what, in words."""
         inputs = (
@@ -151,16 +162,21 @@ class Problem(Settings):
     @property
     def parameters(self) -> tuple[Input, ...]:
         """Inputs that coverage and projections look at: these, and all else that is known."""
+        of_star = self.of_star
+        inputs = (*of_star, *(one for one in self.inputs if one not in of_star))
         known = tuple(item for item in KNOWN_INPUTS if item.column not in self.columns)
-        return (*self.inputs, *known)
+        return (*inputs, *known)
 
     def matrix(self, columns: Columns) -> Float32Array:
         """Make the inputs of a correction, float32 of shape (n, k); each column is contiguous.
 
         Columns of shape (n,) are null or NaN where unknown.
         """
-        parts = [item.values(_column(columns, item.column)) for item in self.inputs]
-        return np.stack(parts, dtype=np.float32).T
+        return _matrix(self.inputs, columns)
+
+    def star_matrix(self, columns: Columns) -> Float32Array:
+        """Make the inputs ``of_star``, which say where a row lies among stars: see `matrix`."""
+        return _matrix(self.of_star, columns)
 
     def fit_for_training(self, pairs: pa.Table) -> BoolArray:
         """Tell which pairs are in ``use`` and know some difference, shape (n,)."""
@@ -170,6 +186,11 @@ class Problem(Settings):
     def differences(self, columns: Columns) -> Float32Array:
         """Collect the differences target - reference of pairs, shape (n, l)."""
         return np.stack([_column(columns, label.diff) for label in self.labels], axis=1)
+
+
+def _matrix(inputs: Iterable[Input], columns: Columns) -> Float32Array:
+    parts = [item.values(_column(columns, item.column)) for item in inputs]
+    return np.stack(parts, dtype=np.float32).T
 
 
 def _column(columns: Columns, name: str) -> Float32Array:

@@ -5,16 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.bench import products
+from sos_dask.schema import LABELS
+from sos_dask.storage.catalog import Catalog
+from tests.bench import products, promises
 from tests.bench.__main__ import main
 from tests.bench.book import Book, markdown
 from tests.bench.measure import ROOT, Part, Usage, measure, tail
 from tests.bench.plan import Measured, plan, report
 from tests.bench.steps import STEPS
+from tests.skies import observations, write_catalog
 
 ROWS = 3000
 USAGE = {"wall_s", "cpu_s", "rss_gib", "anon_gib", "process_gib", "worker_gib", "state", "parts"}
@@ -194,3 +198,90 @@ def test_a_product_of_one_side_is_named(builds, capsys):
     stated = {"products": {"lamost.stars": "x"}}
     (builds[1].parent / "build.json").write_text(json.dumps(stated))
     assert compared(builds, capsys) == (1, ["pairs: only old", "lamost.stars: only new"])
+
+
+def labelled(n: int, noise: float, **more) -> promises.Rows:
+    """Rows of normal true labels with normal errors, as `promises.read` gives them."""
+    rng = np.random.default_rng(1)
+    size = dict(zip(LABELS, (400.0, 0.5, 0.4), strict=True))
+    rows = {"snr": np.full(n, 40.0), "flag": np.zeros(n, int), "true_star": rng.integers(0, n, n)}
+    rows |= {"true_is_outlier": np.zeros(n, bool), "true_is_avoided": np.zeros(n, bool)}
+    for name, middle in zip(LABELS, (5500.0, 3.0, -0.3), strict=True):
+        rows[f"true_{name}"] = middle + size[name] * rng.normal(size=n)
+        rows[name] = rows[f"true_{name}"] + noise * size[name] * rng.normal(size=n)
+        rows[f"{name}_sos"] = rows[name].copy()
+        rows[f"{name}_err"] = rows[f"{name}_sos_err"] = np.full(n, noise * size[name])
+        rows[f"true_bias_{name}"] = np.zeros(n)
+    return rows | more
+
+
+def test_a_bin_fails_that_is_off_by_more_than_is_allowed():
+    rng = np.random.default_rng(0)
+    by = rng.uniform([4000.0, 1.0, -1.0], [6000.0, 5.0, 0.0], (60_000, 3))
+    error = rng.normal(0.0, [20.0, 0.05, 0.03], by.shape)
+    snr = rng.choice([30.0, 200.0], len(by))
+    error[(by[:, 0] >= 5000.0) & (by[:, 0] < 5250.0) & (snr < 50.0), 0] += 12.0
+    failing = {(x["snr"], x["label"], x["by"]): x for x in promises.trends(by, error, snr)}
+    found = {name: row["failing"] for name, row in failing.items() if row["failing"]}
+    assert found == {("20-50", "teff", "teff"): 1}
+    assert failing["20-50", "teff", "teff"]["worst"][0][0] == 5000.0
+    assert failing["50-100", "teff", "teff"]["bins"] == 0
+
+
+def test_the_bound_is_what_noise_must_leave(monkeypatch):
+    """Of normal labels and errors the best correction shrinks by s^2 / (S^2 + s^2)."""
+    monkeypatch.setattr(promises, "_N_ROUNDS", 40)
+    rows = labelled(20_000, 0.7)
+    corrected = promises.noise_alone(rows)
+    for place, name in enumerate(LABELS):
+        removed = rows[name] - corrected[:, place]
+        slope = np.polyfit(rows[name], removed, 1)[0]
+        assert slope == pytest.approx(0.49 / 1.49, abs=0.03)
+        left = np.std(corrected[:, place] - rows[f"true_{name}"])
+        best = np.sqrt(0.49 / 1.49) * np.std(rows[f"true_{name}"])
+        assert left == pytest.approx(best, rel=0.03)
+
+
+def test_errors_outside_and_inside():
+    rows = labelled(6000, 0.5)
+    rows["flag"] = np.repeat([0, 8, 16], 2000)
+    rows["feh_sos"] = rows["feh"] + 0.5
+    found = {(x["class"], x["snr"], x["label"]): x for x in promises.errors(rows)}
+    assert found["inside", "all", "teff"]["hit"] == pytest.approx(0.683, abs=0.03)
+    assert found["sparse", "20-50", "teff"]["pull"] == pytest.approx(1.0, abs=0.06)
+    assert found["outside", "all", "logg"]["n"] == 2000
+    worse = {(x["kind"], x["label"]) for x in promises.outside(rows) if x["worse"]}
+    assert ("rest", "feh") in worse and not [x for x in worse if x[1] != "feh"]
+    rows["true_is_avoided"] = rows["flag"] > 0
+    shares = promises.coverage(rows)
+    assert shares["avoided_outside_or_sparse"] == 1.0 and shares["others_outside"] == 0.0
+
+
+def test_a_velocity_that_is_off_is_seen(tmp_path):
+    table = observations(8000).append_column("use", pa.array(np.ones(8000, bool)))
+    pairs = write_catalog(table, tmp_path / "pairs")
+    rows = {name: table[name].to_numpy() for name in ("snr", "teff")}
+    rng = np.random.default_rng(2)
+    offset = np.full(8000, -4.5)
+    rows |= {"flag": np.zeros(8000, int), "true_rv": rng.normal(size=8000), "true_bias_rv": offset}
+    rows["rv_delta"] = offset + 0.1 * ((rows["teff"] >= 5000.0) & (rows["teff"] < 5250.0))
+    rows["rv_sos"] = rows["true_rv"] + rng.normal(0.0, 2.0, 8000)
+    found = {(x["by"], x["what"]): x for x in promises.velocity(rows, pairs)}
+    seen = found["teff", "predicted - injected"]
+    assert seen["failing"] == 1 and seen["worst"][:2] == pytest.approx([5000.0, 0.1])
+    assert found["snr", "predicted - injected"]["failing"] == 0
+    assert found["snr", "corrected - true"]["failing"] == 0, "noise of a mean is no failure"
+
+
+def test_the_promises_of_a_store(small_store, small_sky, monkeypatch):
+    monkeypatch.setattr(promises, "_N_ROUNDS", 10)
+    found = promises.promises(small_store, small_sky / "truth.parquet", right=False)
+    corrected = Catalog.open(small_store / "current" / "lamost.corrected")
+    assert 0.5 * corrected.n_rows < found["rows"] < corrected.n_rows
+    assert "rv" not in found
+    assert 0.01 < found["coverage"]["avoided"] < 0.04
+    lines = list(promises.text(json.loads(json.dumps(found)), 2))
+    for title in ("(a)", "(b)", "(c)", "(d, f)", "(e)"):
+        assert sum(line.startswith(title) for line in lines) == 1
+    right = promises.promises(small_store, small_sky / "truth.parquet", right=True)
+    assert right["rows"] < found["rows"]

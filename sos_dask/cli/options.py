@@ -85,6 +85,9 @@ _TEXTS = {
     "scheduler": ("ADDRESS",
         "Address or scheduler file of a running Dask cluster, used instead of own workers."),
     "seed": ("N", "Same seed, same sky."),
+    "sky": ("SHAPE",
+        "What makes the sky harder; repeatable: step, hooks, saturation, correlated, wrong, "
+        "narrow; hard: all of them."),
     "store": ("DIRECTORY",
         "Folder of artifacts and builds, or a job file: its store. Default: store, or the only "
         "store near it."),

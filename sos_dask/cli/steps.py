@@ -44,7 +44,7 @@ _NO_ID = ("id_radius_arcsec",)
 
 @command()
 def simulate(
-    *, out: Path, rows: int = 200_000, seed: int = 1, no_bias: bool = False,
+    *, out: Path, rows: int = 200_000, seed: int = 1, sky: Names = None, no_bias: bool = False,
     overwrite: bool = False,
 ) -> Shown:  # fmt: skip
     """Write a mock sky with known truth, as the surveys' own FITS tables.
@@ -58,7 +58,8 @@ def simulate(
         raise CatalogError(
             f"{there[0]} exists", "Choose another directory, or give --overwrite to replace it."
         )
-    settings = module.SkySettings(n_lamost=rows, seed=seed, bias=not no_bias)
+    shapes: Any = tuple(sky or ())  # the settings check them
+    settings = module.SkySettings(n_lamost=rows, seed=seed, sky=shapes, bias=not no_bias)
     with reporting() as report:
         files = module.simulate(settings, out, report)
     yield {"files": files}
@@ -239,7 +240,7 @@ def apply(
 
 @command()
 def demo(
-    *, rows: int = 200_000, store: Path = Path("demo-store"), seed: int = 1,
+    *, rows: int = 200_000, store: Path = Path("demo-store"), seed: int = 1, sky: Names = None,
     workers: int | None = None, memory_limit: str = "auto",
 ) -> Shown:  # fmt: skip
     """Simulate a sky, correct it end to end, and compare with the truth.
@@ -249,7 +250,7 @@ def demo(
     from sos_dask.simulate.files import against_truth, prepare
 
     with reporting() as report:
-        job = load_job(prepare(store, rows, seed, report))
+        job = load_job(prepare(store, rows, seed, report, sky or ()))
     build = _rebuild(job, None, workers, memory_limit, None)
     truth = store / "sky" / "truth.parquet"
     recovered = against_truth(build.path / "lamost.corrected", truth)

@@ -41,6 +41,7 @@ class Batch:
     fold: NDArray[np.int8]
     weight: Float32Array  # only ratios matter; pairs of weight 0 are not used
     errors: Float32Array | None = None  # of the target's labels, shape (n, l); nan where unknown
+    degraded: Batch | None = None  # these pairs as fainter rows see them: see `degrade`
 
 
 class TrainingSource(Protocol):
@@ -79,9 +80,10 @@ class Training:
     folds: tuple[int, ...] | None = None  # None: all pairs are used
     client: Any = None  # stays here when the rest travels to its workers; None: all in this process
     changes: tuple[Callable[[Batch], Batch], ...] = ()  # importable by name on every worker
+    degraded: bool = False  # the pairs as fainter rows see them are rows, too
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Training, (self.source, self.folds, None, self.changes)
+        return Training, (self.source, self.folds, None, self.changes, self.degraded)
 
     @property
     def problem(self) -> Problem:
@@ -90,7 +92,15 @@ class Training:
 
     def rows(self, index: int) -> Rows:
         """Rows of a batch that can train: of the folds, inputs finite, a difference known."""
-        batch = functools.reduce(lambda b, change: change(b), self.changes, self.source.load(index))
+        batch = self.source.load(index)
+        rows = self._rows(batch)
+        if not self.degraded or batch.degraded is None:
+            return rows
+        both = zip(rows, self._rows(batch.degraded), strict=True)
+        return Rows(*(np.concatenate(parts) for parts in both))
+
+    def _rows(self, batch: Batch) -> Rows:
+        batch = functools.reduce(lambda b, change: change(b), self.changes, batch)
         use = np.isfinite(batch.features).all(axis=1) & np.isfinite(batch.differences).any(axis=1)
         use &= (batch.weight > 0) & np.isfinite(batch.weight)
         if self.folds is not None:

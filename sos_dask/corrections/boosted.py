@@ -24,7 +24,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -37,6 +37,7 @@ from sos_dask.columns import Float32Array, FloatArray, IntArray
 from sos_dask.corrections import base, boosted_cluster
 from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
 from sos_dask.errors import ModelError
+from sos_dask.problem import Problem
 from sos_dask.run.machine import import_xgboost, n_threads
 from sos_dask.settings import to_json
 from sos_dask.stats.table import pack, unpack
@@ -51,6 +52,10 @@ MAX_CELLS = 1 << 25
 GRID = 4096
 # Rows are sorted by cells of so many bins along each input; 16 and 32 were a little slower.
 _SIDE = 8
+_SNR_BINS = 16
+_LEAST_BINS = 32
+# Of trees that see the measured pairs alone: they find what many pairs say, and no more.
+_OF_MEASURED = {"max_depth": 4, "min_child_weight": 100.0, "reg_lambda": 30.0}
 _THREAD_ROWS = 50_000  # two threads are no faster with fewer than 100,000 pairs
 _PLACES = 1 << 13  # of `_Bins`
 
@@ -59,9 +64,9 @@ class Settings(settings.Settings):
     """Parameters of the method."""
 
     n_rounds: int = Field(400, ge=1, le=20000, description="Trees per label")
-    max_depth: int = Field(4, ge=1, le=12, description="Depth of a tree")
+    max_depth: int = Field(6, ge=1, le=12, description="Depth of a tree")
     learning_rate: float = Field(0.04, ge=1e-4, le=1.0, description="Share of each tree taken")
-    min_child_weight: float = Field(2.0, ge=0.0, le=1e6, description="Smallest Hessian of a leaf")
+    min_child_weight: float = Field(10.0, ge=0.0, le=1e6, description="Smallest Hessian of a leaf")
     subsample: float = Field(1.0, ge=0.05, le=1.0, description="Share of pairs that a tree sees")
     reg_lambda: float = Field(3.0, ge=0.0, le=1e6, description="Pull of leaves to zero, in pairs")
     max_bin: int = Field(256, ge=2, le=4096, description="Bins of each input")
@@ -69,6 +74,13 @@ class Settings(settings.Settings):
         0.2, ge=0.01, le=100.0, description="Residual where the loss turns linear, in spreads"
     )
     nthread: int = Field(1, ge=1, le=1024, description="Threads of each worker")
+    measured_rounds: int = Field(
+        100,
+        ge=0,
+        le=20000,
+        description="Further trees that see the measured pairs alone, where the others were also "
+        "trained on degraded pairs: what depends on S/N beside noise",
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the subsamples")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to train")
     timeout_s: int = Field(
@@ -167,9 +179,17 @@ class BoostedCorrection(Correction):
         if settings.device == "cuda" and client is None:
             boosted_cluster.find_gpu()
         summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
+        training = replace(training, degraded=True)
         edges = _bin_edges(training, summary.info, settings.max_bin)
+        train = _train if client is None else boosted_cluster.train
         job = Job(training, settings, summary, edges)
-        ensembles = _train(job) if client is None else boosted_cluster.train(job)
+        ensembles = train(job)
+        if settings.measured_rounds and sum(training.map(_n_rows)) > summary.n_rows.sum():
+            of_measured = settings.but(n_rounds=settings.measured_rounds, **_OF_MEASURED)
+            training = replace(training, degraded=False)
+            ensembles = train(
+                Job(training, of_measured, summary, edges, ensembles, settings.n_rounds)
+            )
         return cls(summary.info, tuple(ensembles), summary.center, summary.spread)
 
 
@@ -183,6 +203,8 @@ class Job(NamedTuple):
     settings: Settings
     summary: Summary
     edges: tuple[Float32Array, ...]
+    before: Sequence[bytes] = ()  # of each label the trees that it goes on from
+    n_before: int = 0  # how many these are
 
     @property
     def booster_params(self) -> dict[str, Any]:
@@ -193,7 +215,7 @@ class Job(NamedTuple):
             "base_score": 0.0,  # differences are centred
             "validate_parameters": True,
             "verbosity": 0,
-            **self.settings.model_dump(exclude={"n_rounds", "timeout_s"}),
+            **self.settings.model_dump(exclude={"n_rounds", "measured_rounds", "timeout_s"}),
         }
 
     def block(self, first: int, stop: int) -> Rows:
@@ -207,12 +229,13 @@ class Job(NamedTuple):
         parts = [self.training.rows(n) for n in range(first, stop) if summary.n_rows[n]]
         features, differences, weight = map(np.concatenate, zip(*parts, strict=True))
         bins = [
-            np.searchsorted(edges, column, side="right") - 1
+            np.maximum(np.searchsorted(edges, column, side="right") - 1, 0)
             for edges, column in zip(self.edges, features.T, strict=True)
         ]
         order = np.lexsort([of_column // _SIDE for of_column in bins])
         lower = [e[of_column[order]] for e, of_column in zip(self.edges, bins, strict=True)]
         scaled = (differences[order].astype(np.float64) - summary.center) / summary.spread
+        scaled[:, summary.constant] *= 0.0  # a zero point, whatever noise was added
         weight = (weight[order] / summary.mean_weight).astype(np.float32)
         return Rows(np.stack(lower, 1), scaled.astype(np.float32), weight)
 
@@ -230,37 +253,52 @@ class Job(NamedTuple):
         """
         xgboost = import_xgboost()
 
-        params, n_rounds = {**self.booster_params, "nthread": threads}, self.settings.n_rounds
+        params = {**self.booster_params, "nthread": threads}
         names = list(self.training.problem.features)
         matrix = xgboost.QuantileDMatrix(
             rows.features, feature_names=names, max_bin=self.settings.max_bin, nthread=threads
         )
         known, trained = np.isfinite(rows.differences), list(done[:-1])
+        n_rounds = self.settings.n_rounds
         for label in range(len(trained), known.shape[1]):
             # One matrix for all: a pair that lacks a label has no weight for it.
             here = known[:, label]
             matrix.set_label(np.where(here, rows.differences[:, label], np.float32(0)))
             matrix.set_weight(np.where(here, rows.weight, np.float32(0)))
-            begun = bytearray(done[label]) if label < len(done) else None
-            booster = xgboost.Booster(params, [matrix], model_file=begun)
+            begun = done[label] if label < len(done) else self.before and self.before[label]
+            booster = xgboost.Booster(params, [matrix], bytearray(begun) if begun else None)
             # As xgboost.train does, which counts from 0 again: subsamples follow from the number.
-            for tree in range(booster.num_boosted_rounds(), n_rounds):
+            for tree in range(booster.num_boosted_rounds(), self.n_before + n_rounds):
                 booster.update(matrix, tree)
                 if after_tree is not None:
-                    after_tree(label * n_rounds + tree + 1, trained, booster)
+                    n_trees = label * n_rounds + tree + 1 - self.n_before
+                    after_tree(n_trees, trained, booster)
             trained.append(bytes(booster.save_raw("ubj")))
         return trained
+
+
+def _n_bins(problem: Problem, most: int) -> list[int]:
+    """Bins of each input: at most so many, and that the table of the trees has its cells.
+
+    The signal to noise gets few of them. Where few would be left to the others there is no table.
+    """
+    of_star = len(problem.of_star)
+    snr = min(_SNR_BINS, most) if of_star < len(problem.inputs) else 1
+    each = min(int((MAX_CELLS / snr) ** (1 / of_star) + 1e-9), most)
+    each, snr = (each, snr) if each >= _LEAST_BINS else (most, most)
+    return [each if one in problem.of_star else snr for one in problem.inputs]
 
 
 def _bin_edges(training: Training, info: ModelInfo, max_bin: int) -> tuple[Float32Array, ...]:
     """Lower edges of the bins of each input, about equally many pairs in each."""
     low = np.array(info.minimum)
     width = np.array(info.maximum) - low
-    counts = sum(training.map(_cells, low, width))
+    counts = np.asarray(sum(training.map(_cells, low, width)))
     edges = []
-    for column, of_cells in enumerate(np.asarray(counts)):
+    for column, n_bins in enumerate(_n_bins(info.problem, max_bin)):
+        of_cells = counts[column]
         below = np.cumsum(of_cells) - of_cells
-        wanted = np.arange(1, max_bin) * of_cells.sum() / max_bin
+        wanted = np.arange(1, n_bins) * of_cells.sum() / n_bins
         cells = np.unique(np.searchsorted(below, wanted))
         cells = np.concatenate([[0], cells[(cells > 0) & (cells < GRID)]])
         values = low[column] + width[column] * cells / GRID
@@ -268,11 +306,15 @@ def _bin_edges(training: Training, info: ModelInfo, max_bin: int) -> tuple[Float
     return tuple(edges)
 
 
+def _n_rows(rows: Rows) -> int:
+    return len(rows.weight)
+
+
 def _cells(rows: Rows, low: FloatArray, width: FloatArray) -> IntArray:
     """Training rows in each cell of the grid, shape (k, GRID)."""
     x = rows.features.astype(np.float64)
     cells = (x - low) * (GRID / np.where(width > 0, width, 1.0))
-    cells = np.minimum(cells.astype(np.int64), GRID - 1)
+    cells = np.clip(cells.astype(np.int64), 0, GRID - 1)
     return np.stack([np.bincount(column, minlength=GRID) for column in cells.T])
 
 

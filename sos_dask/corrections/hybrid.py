@@ -24,7 +24,6 @@ stiff.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -34,10 +33,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from sos_dask.columns import Float32Array, FloatArray, mixed
+from sos_dask.columns import Float32Array, FloatArray
 from sos_dask.corrections import base, boosted, polynomial
 from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Rows, Training
 from sos_dask.corrections.boosted import BoostedCorrection
+from sos_dask.corrections.degrade import normals, with_noise
 from sos_dask.corrections.polynomial import PolynomialCorrection, polynomial_terms
 from sos_dask.errors import ModelError
 from sos_dask.problem import Problem
@@ -216,21 +216,11 @@ def noisy(
     """
     if batch.errors is None:
         raise _no_errors(problem, "the pairs have none")
-    noise = amount * batch.errors * _normals(batch, seed)
-    features = batch.features.astype(np.float64)
-    for number, item in enumerate(problem.inputs):
-        if item.column not in problem.names:
-            continue
-        of_label = noise[:, problem.names.index(item.column)] / item.scale
-        if item.log10:  # to first order
-            of_label = of_label * 10.0 ** -features[:, number] / math.log(10)
-        features[:, number] += of_label
-    differences = (batch.differences + noise).astype(np.float32)
+    noised = with_noise(batch, problem, amount * batch.errors * normals(batch, seed))
     known = np.isfinite(batch.errors).all(axis=1)
     return replace(
-        batch,
-        features=features.astype(np.float32),
-        differences=np.where(constant or False, batch.differences, differences),
+        noised,
+        differences=np.where(constant or False, batch.differences, noised.differences),
         weight=np.where(known, batch.weight, np.float32(0)),
     )
 
@@ -240,16 +230,6 @@ def _no_errors(problem: Problem, why: str) -> ModelError:
         f"method 'simex' needs errors of the target's labels, and {why}",
         f"Map {', '.join(label.error for label in problem.labels)} in the survey's definition.",
     )
-
-
-def _normals(batch: Batch, seed: int) -> FloatArray:
-    """Standard normal numbers, shape (n, l), from a hash of each pair."""
-    from scipy.special import ndtri
-
-    state = mixed(base.hash_rows(batch.features, batch.differences) + np.uint64(seed))
-    columns = [mixed(state + np.uint64(number)) for number in range(batch.differences.shape[1])]
-    uniform = (np.stack(columns, axis=1) >> np.uint64(11)).astype(np.float64) + 0.5
-    return np.asarray(ndtri(uniform / 2.0**53))
 
 
 @dataclass(eq=False)

@@ -47,8 +47,8 @@ from sos_dask.evidence.widening import (
     fit_widths,
 )
 from sos_dask.problem import DEFAULT, Input, Problem, parameter_matrix
-from sos_dask.sky.healpix import MAX_ORDER
 from sos_dask.run.machine import import_xgboost
+from sos_dask.sky.healpix import MAX_ORDER
 from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
 from sos_dask.stats.table import Grid, seal, unseal
 
@@ -173,7 +173,7 @@ def _ratio(booster: Any, x: FloatArray) -> FloatArray:
 class CoverageModel:
     """A measure with its scaling, and what its distances mean."""
 
-    parameters: tuple[Input, ...]  # first the inputs of the correction, for ``ratio`` all others
+    parameters: tuple[Input, ...]  # first inputs of the star, for ``ratio`` all others
     n_inputs: int  # without one of these a row has no coverage
     center: FloatArray  # (k,)
     scale: FloatArray
@@ -326,8 +326,8 @@ def fit(
             f"{n_held_out} held-out pairs are too few to calibrate the coverage",
             f"At least {_MIN_HELD_OUT} are needed: match more stars or loosen the cuts.",
         )
-    k = len(problem.inputs)
-    parameters = problem.inputs if measure == "neighbours" else problem.parameters
+    k = len(problem.of_star)
+    parameters = problem.of_star if measure == "neighbours" else problem.parameters
     parameters = tuple(p for p in parameters if p.column in catalog and p.column in overlap.columns)
     x, sample, center, scale = _scaled(parameters, overlap.columns, catalog, k)
     # A row an overlap star: more are not counted better, the overlap stars are few.

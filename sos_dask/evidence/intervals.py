@@ -59,7 +59,7 @@ def _snr_steps() -> FloatArray:
 
 @dataclass(frozen=True)
 class ErrorModel:
-    """Half-widths of intervals around the l corrected labels of a problem of k inputs.
+    """Half-widths of intervals around the l corrected labels, by k inputs of the star.
 
     ``about`` has ``correction`` (SHA-256 of the model whose residuals these are), ``factors_95``
     (by label and class: half-width of the 95 % interval in that of the 68 % one),

@@ -63,7 +63,7 @@ class IngestSection(IngestSettings):
 class CrossmatchSection(CrossmatchSettings):
     """How target and reference are matched."""
 
-    target: Literal["stars", "observations"] = "stars"
+    target: Literal["stars", "observations"] = "observations"
 
 
 class TrainSection(Settings):

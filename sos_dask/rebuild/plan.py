@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
 from sos_dask.evidence.figures import check_rule
-from sos_dask.problem import BUILT_IN, Label, Problem, input_of
+from sos_dask.problem import BUILT_IN, DEFAULT, SNR, Label, Problem, input_of
 from sos_dask.rebuild.job import CorrectionSection, Job, SurveySection
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
@@ -36,6 +36,7 @@ from sos_dask.stages.ingest import Ingest
 from sos_dask.stages.projection import ProjectionStage
 from sos_dask.stages.reference import Reference
 from sos_dask.stages.report import ReportStage
+from sos_dask.stages.sample import Sample
 from sos_dask.stages.train import Generalisation, Train
 from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.storage.artifact import Output
@@ -191,6 +192,8 @@ def _problem(job: Job, name: str, section: CorrectionSection) -> Problem:
     known = BUILT_IN.get(name)
     labels = section.labels or (known.names if known else ())
     inputs = section.inputs or (known.columns if known else ())
+    if section.inputs is None and known is DEFAULT and SNR in target:
+        inputs = (*inputs, SNR)
     for key, names in (("labels", labels), ("inputs", inputs)):
         if not names:
             raise ConfigError(f"'{key}' is missing", f"Built in are: {', '.join(BUILT_IN)}.")
@@ -221,6 +224,11 @@ def _pair_steps(
         inputs=tuple(dict.fromkeys(name for one in asked for name in one.problem.columns)),
     )
     yield Step(pairs, Crossmatch, settings, {"target": left, "reference": "reference"})
+    columns = [one.column for each in asked for one in each.problem.parameters]
+    columns += [label.error for each in asked for label in each.problem.labels]
+    columns += [name for each in asked for name in each.problem.names]
+    settings = Sample.Settings(columns=tuple(dict.fromkeys(columns)), seed=job.seed)
+    yield Step(f"{target}.sample", Sample, settings, {"observations": observations})
     if job.projection is not None:
         settings = _own(job, ProjectionStage, job.projection)
         inputs = {"observations": observations, "pairs": pairs}
@@ -237,7 +245,7 @@ def _correction_steps(
     """List the steps of one correction of a target, whose rows are observations."""
     target, place = str(job.target_name), one.place
     pairs, target_stars = f"{target}.pairs", f"{target}.stars"
-    yield from _model_steps(job, one, pairs)
+    yield from _model_steps(job, one, target)
     seen: Inputs = {"evidence": f"{place}.evidence"}
     chosen: Inputs = {**seen, "model": Chosen(place)}
     both = {"reference": "reference", **stars}
@@ -248,7 +256,7 @@ def _correction_steps(
     radius = (job.target.dedupe or job.dedupe).radius_arcsec
     settings = _own(job, Coverage, job.coverage).but(radius_arcsec=radius)
     inputs = {"pairs": pairs, "observations": observations, "stars": target_stars}
-    inputs |= {"errors": f"{place}.uncertainty"}
+    inputs |= {"errors": f"{place}.uncertainty", "sample": f"{target}.sample"}
     yield Step(f"{place}.coverage", Coverage, settings, {**chosen, **inputs})
     fallback = job.coverage.fallback
     if fallback == "auto":
@@ -264,8 +272,10 @@ def _correction_steps(
         yield Step(f"{place}.generalisation", Generalisation, settings, seen)
 
 
-def _model_steps(job: Job, one: _Correction, pairs: str) -> Iterator[Step]:
+def _model_steps(job: Job, one: _Correction, target: str) -> Iterator[Step]:
     """List the steps that fit all methods to one target, and compare them."""
+    pairs = f"{target}.pairs"
+    given = {"pairs": pairs, "sample": f"{target}.sample", "target_stars": f"{target}.stars"}
     models = {f"model.{method}": f"{one.place}.model.{method}" for method in one.params}
     for method, params in one.params.items():
         settings = Train.Settings(
@@ -277,7 +287,7 @@ def _model_steps(job: Job, one: _Correction, pairs: str) -> Iterator[Step]:
             seed=job.seed,
             problem=one.problem,
         )
-        yield Step(f"{one.place}.model.{method}", Train, settings, {"pairs": pairs})
+        yield Step(f"{one.place}.model.{method}", Train, settings, given)
     evidence = f"{one.place}.evidence"
     of_problem = Evidence.Settings(problem=one.problem)
     yield Step(evidence, Evidence, of_problem, {"pairs": pairs, **models})

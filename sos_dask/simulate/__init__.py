@@ -1,7 +1,8 @@
 """A mock sky with known truth, written as the surveys' own tables, and the demonstration on it.
 
 What is injected, and where, is documented by `surveys.lamost_bias`, `galah_bias`, `SURVEYS` and
-`stated_error_factor`, and by `sky.references_avoid` and `SPECIAL_STARS`.
+`stated_error_factor`, by `sky.references_avoid` and `SPECIAL_STARS`, and of skies that are harder
+by `SkySettings.shapes` and the module `shapes`.
 """
 
 from sos_dask.simulate.files import simulate, sky_files

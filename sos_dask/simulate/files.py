@@ -24,7 +24,7 @@ from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.errors import StorageError
 from sos_dask.run.cluster import Report, silent
 from sos_dask.schema import LABELS
-from sos_dask.simulate import sky, surveys
+from sos_dask.simulate import shapes, sky, surveys
 from sos_dask.simulate.sky import APOGEE, LAMOST, Draws, Plates, SkySettings, Stars
 from sos_dask.simulate.surveys import SURVEYS, TABLES, Records, Visits
 from sos_dask.stats.numbers import binned_quantiles, bins_of, rms_of_medians
@@ -67,7 +67,8 @@ def simulate(settings: SkySettings, directory: Path, progress: Report = silent) 
         ``gaia``: companion with distances and proper motions of every star in Gaia (Parquet;
         about 2 % nulls in each column but the id and the position).
         ``truth``: one row for each row of the three tables (Parquet), keyed by ``survey`` and
-        ``obs_id``. Exact duplicates are in it once.
+        ``obs_id``. Exact duplicates are in it once. Of a sky with shapes it tells of every row
+        whether the references avoid such stars (``is_avoided``), and ``bias_rv`` (km/s).
 
     Raises
     ------
@@ -207,11 +208,13 @@ def _make_block(plates: Plates, block: slice, settings: SkySettings) -> _Block:
     )
     visits = dict(zip(SURVEYS, zip(draws[::2], draws[1::2], strict=True), strict=True))
     plate_of = np.repeat(np.arange(block.start, block.stop), plates.n_stars[block])
-    stars = sky.make_stars(plates, plate_of, uniform, normal, settings.uncovered)
+    stars = sky.make_stars(plates, plate_of, uniform, normal, settings)
     return _Block(stars, plate_of, uniform, normal, visits)
 
 
-def _selection_key(stars: Stars, uniform: FloatArray, survey: int) -> FloatArray:
+def _selection_key(
+    stars: Stars, uniform: FloatArray, survey: int, settings: SkySettings
+) -> FloatArray:
     """Small for stars that a reference prefers: bright ones, giants for APOGEE; 1 for the avoided.
 
     The smallest keys 1 - u^(1/w) are a sample with weights w (Efraimidis & Spirakis 2006,
@@ -220,8 +223,13 @@ def _selection_key(stars: Stars, uniform: FloatArray, survey: int) -> FloatArray
     weight = np.exp(-np.maximum(stars.g - (13.8 if survey == APOGEE else 13.2), 0.0) / 0.8)
     if survey == APOGEE:
         weight *= np.where(stars.logg < 3.6, 3.0, 1.0)
+    weight *= shapes.preference(settings, stars.g, stars.distance, stars.feh)
     key = 1.0 - uniform ** (1.0 / np.maximum(weight, 1e-6))
-    return np.where(sky.references_avoid(stars.teff, stars.logg, stars.feh), 1.0, key)
+    if narrow := "narrow" in settings.shapes:
+        key = np.minimum(key, 1.0 - 2e-9)  # even the least preferred come before the avoided
+    return np.where(
+        sky.references_avoid(stars.teff, stars.logg, stars.feh, narrow=narrow), 1.0, key
+    )
 
 
 def _visits(
@@ -241,7 +249,7 @@ def _visits(
 
     key = made.uniform[name]
     if survey != LAMOST:
-        key = _selection_key(made.stars, key, survey)
+        key = _selection_key(made.stars, key, survey, settings)
     seen = rank(key) < counts[0][plate]
     again = rank(np.where(seen, made.uniform[f"{name}_repeat"], 1.0))
     first_rows = plates.first_rows(survey)[:, block]
@@ -303,23 +311,34 @@ def _truth_table(visits: Visits, obs_id: NDArray[Any]) -> pa.Table:
         "is_outlier": visits.outlier, "is_special": visits.special,
         **{f"bias_{label}": visits.bias[:, place] for place, label in enumerate(LABELS)},
     }  # fmt: skip
-    return _table("truth", values, {"gaia_source_id": stars.gaia == 0})
+    table = _table("truth", values, {"gaia_source_id": stars.gaia == 0})
+    if not visits.settings.shapes:
+        return table
+    narrow = "narrow" in visits.settings.shapes
+    avoided = sky.references_avoid(stars.teff, stars.logg, stars.feh, narrow=narrow)
+    table = table.append_column("is_avoided", pa.array(avoided))
+    return table.append_column("bias_rv", pa.array(visits.bias_rv.astype(np.float32)))
 
 
 # The demonstration
 
 
-def prepare(store: Path, n_lamost: int, seed: int, report: Report = silent) -> Path:
+def prepare(
+    store: Path, n_lamost: int, seed: int, report: Report = silent, shapes: Sequence[Any] = ()
+) -> Path:
     """Simulate the sky of the demonstration, unless it is there, and write its job file.
 
     The job file, in ``store``, is returned.
     """
     sky = store / "sky"
-    wanted = canonical_json({"n_lamost": n_lamost, "seed": seed}).decode()
+    given: dict[str, Any] = {"n_lamost": n_lamost, "seed": seed}
+    settings = SkySettings(**given, sky=tuple(shapes))
+    if shapes:
+        given["sky"] = list(shapes)
+    wanted = canonical_json(given).decode()
     done = sky / "settings.json"
     if not done.is_file() or done.read_text("utf-8") != wanted:
         done.unlink(missing_ok=True)
-        settings = SkySettings(n_lamost=n_lamost, seed=seed)
         simulate(settings, sky, lambda survey, *rows: report(f"simulate {survey}", *rows))
         write_text(done, wanted)
     job = store / "demo.toml"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +20,8 @@ from sos_dask.settings import Settings
 from sos_dask.sky.healpix import ang2pix, propagate, unit_vectors
 
 Draws = Mapping[str, FloatArray]
+Shape = Literal["step", "hooks", "saturation", "correlated", "wrong", "narrow", "hard"]
+SHAPES = get_args(Shape)[:-1]
 
 SPECIAL, LAMOST, APOGEE, GALAH = 0, 1, 2, 3
 """Kinds of plates: the special stars, and the plates or fields of each survey."""
@@ -50,7 +52,9 @@ _PLATE_RADIUS = np.array([0.0, 2.5, 1.5, 1.0])  # deg
 _PLATE_STARS = {LAMOST: (24, 2048), GALAH: (16, 380), APOGEE: (16, 300)}
 _REPEATS_OF_REFERENCES = {APOGEE: 0.11, GALAH: 0.005}
 _APOGEE_IN_GALAH = 0.03  # of the APOGEE rows
-_HOT_LIMIT, _COOL_LIMIT, _POOR_LIMIT = 7900.0, 4100.0, -2.7
+# Where the references end: hottest, coolest dwarfs and their lowest log g, most metal-poor.
+_ENDS, _NARROW_ENDS = (7900.0, 4100.0, 4.3, -2.7), (7500.0, 4600.0, 4.0, -2.4)
+_HOT_LIMIT, _COOL_LIMIT, *_ = _ENDS
 PLATE_STREAM, _CENTRE_STREAM = 1, 2
 
 # From ICRS to Galactic coordinates: Hipparcos and Tycho catalogues, ESA SP-1200, vol. 1, 1.5.3.
@@ -111,6 +115,30 @@ class SkySettings(Settings):
     uncovered: float = Field(
         0.02, ge=0.0, le=0.5, description="Share of the LAMOST stars that the references avoid."
     )
+    sky: tuple[Shape, ...] = Field(
+        (), description="What makes the sky harder; `shapes` describes each. hard: all of it."
+    )
+
+    @property
+    def shapes(self) -> frozenset[str]:
+        """All shapes of the sky; with any of them LAMOST has a pipeline drawn from the seed.
+
+        - ``step``: a step in Teff, 8 K wide; ``hooks``: hooks at the edges of label space;
+          ``saturation``: labels are compressed at both ends (`simulate.shapes.lamost_pipeline`);
+        - ``correlated``: errors of the labels are correlated, and stated too small or too large by
+          a factor that depends on the S/N;
+        - ``wrong``: at least 5 % of the rows are wrong, and nothing tells so;
+        - ``narrow``: references stop at 7500 K, have no dwarfs cooler than 4600 K and few
+          metal-poor stars; what they share with LAMOST is bright and near.
+
+        Any of them gives LAMOST another smooth bias and `simulate.shapes.rv_offset`.
+        """
+        return frozenset(SHAPES if "hard" in self.sky else self.sky)
+
+    @property
+    def wrong_fraction(self) -> float:
+        """Share of all observations whose labels are wrong."""
+        return max(self.outlier_fraction, 0.05 if "wrong" in self.shapes else 0.0)
 
     def rows(self) -> dict[int, int]:
         """Count the rows of each survey."""
@@ -130,13 +158,17 @@ def reference_rows(n_lamost: int) -> int:
     return round(rows)
 
 
-def references_avoid(teff: ArrayLike, logg: ArrayLike, feh: ArrayLike) -> BoolArray:
+def references_avoid(
+    teff: ArrayLike, logg: ArrayLike, feh: ArrayLike, *, narrow: bool = False
+) -> BoolArray:
     """Tell where the references have no star at all, by true labels.
 
-    Hotter than 7900 K, dwarfs (log g > 4.3) cooler than 4100 K, and [Fe/H] < -2.7.
+    Hotter than 7900 K, dwarfs (log g > 4.3) cooler than 4100 K, and [Fe/H] < -2.7; on a narrow sky
+    hotter than 7500 K, dwarfs (log g > 4.0) cooler than 4600 K, and [Fe/H] < -2.4.
     """
     t, g, m = np.asarray(teff), np.asarray(logg), np.asarray(feh)
-    return np.asarray((t > _HOT_LIMIT) | ((t < _COOL_LIMIT) & (g > 4.3)) | (m < _POOR_LIMIT))
+    hot, cool, dwarf, poor = _NARROW_ENDS if narrow else _ENDS
+    return np.asarray((t > hot) | ((t < cool) & (g > dwarf)) | (m < poor))
 
 
 def to_galactic(
@@ -347,17 +379,20 @@ class Stars:
         return parallax, error, self.distance * np.exp(fraction * of_distance)
 
 
-def make_stars(plates: Plates, plate: IntArray, u: Draws, normal: Draws, uncovered: float) -> Stars:
+def make_stars(
+    plates: Plates, plate: IntArray, u: Draws, normal: Draws, settings: SkySettings
+) -> Stars:
     """Make stars from random numbers.
 
     ``plate`` is that of each star, with all stars of every plate that occurs; ``u`` and ``normal``
-    have arrays of shape (n,) by the names in `UNIFORMS` and `NORMALS`; ``uncovered`` is the share
-    of the LAMOST stars where `references_avoid` them.
+    have arrays of shape (n,) by the names in `UNIFORMS` and `NORMALS`.
     """
     number = plates.first_star[plate[0]] + np.arange(len(plate))
     kind, ra, dec = plates.kind[plate], plates.ra[plate], plates.dec[plate]
     special = kind == SPECIAL
-    teff, logg, feh, population = _labels(kind, u, normal, uncovered)
+    teff, logg, feh, population = _labels(kind, u, normal, settings.uncovered)
+    if "narrow" in settings.shapes:
+        _narrow(kind, teff, logg, feh)
     giant = logg < 3.5
     mass = np.where(giant, 1.15, (teff / 5772.0) ** 1.5)
     mass *= np.exp(np.where(giant, 0.15, 0.05) * normal["mass"])
@@ -444,6 +479,17 @@ def _labels(
     below = np.where(a_type | cool, np.inf, _HOT_LIMIT)
     above = np.where(avoided | (logg < 3.5), 3450.0, 4110.0)
     return np.clip(teff, above, below), np.clip(logg, -0.3, 5.2), feh, population
+
+
+def _narrow(kind: IntArray, teff: FloatArray, logg: FloatArray, feh: FloatArray) -> None:
+    """Move the references' own stars from where those of a narrow sky end, within these ends."""
+    hot, cool, dwarf, poor = _NARROW_ENDS
+    own = kind != LAMOST
+    rows = np.flatnonzero(own & (teff > 6670.0))
+    teff[rows] = 6670.0 + (teff[rows] - 6670.0) * (hot - 6670.0) / (_HOT_LIMIT - 6670.0)
+    rows = np.flatnonzero(own & (logg > dwarf) & (teff < 6670.0))
+    teff[rows] = 6670.0 + (teff[rows] - 6670.0) * (6670.0 - cool) / (6670.0 - _COOL_LIMIT)
+    feh[own] = np.maximum(feh[own], poor)
 
 
 def _component(

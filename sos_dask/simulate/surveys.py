@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.schema import LABELS
-from sos_dask.simulate import sky
+from sos_dask.simulate import shapes, sky
 from sos_dask.simulate.sky import APOGEE, GALAH, LAMOST, Draws, SkySettings, Stars
 
 Records = NDArray[Any]
@@ -172,7 +172,7 @@ class Visits:
     @cached_property
     def outlier(self) -> BoolArray:
         """Observations with wrong labels."""
-        return self.chance("outlier", 0.0, self.settings.outlier_fraction)
+        return self.chance("outlier", 0.0, self.settings.wrong_fraction)
 
     def chance(self, number: str, low: float, high: float) -> BoolArray:
         """Observations, none of special stars, whose uniform random number is in a range."""
@@ -186,15 +186,21 @@ class Visits:
 
     @cached_property
     def snr(self) -> FloatArray:
-        """Signal to noise by magnitude; half of the LAMOST outliers have an eighth of it."""
-        stars, survey = self.stars, self.survey
+        """Signal to noise by magnitude; half of the LAMOST outliers have an eighth of it.
+
+        Outliers of a sky with wrong rows have what others have.
+        """
+        stars, survey, shaped = self.stars, self.survey, self.settings.shapes
         zero, slope, middle, scatter = survey.snr
         magnitude = stars.g
         if survey is SURVEYS[APOGEE]:  # in H
             magnitude = stars.g - 0.2 - 1.55 * (stars.bp - stars.rp)
         snr = 10.0 ** (zero - slope * (magnitude - middle) + scatter * self.normal["snr"])
         if survey is SURVEYS[LAMOST]:
-            snr *= np.where(self.outlier & (self.uniform["flag"] < 0.5), 0.12, 1.0)
+            if "narrow" in shaped:
+                snr *= 10.0 ** (0.13 + 0.25 * self.normal["snr"])
+            if "wrong" not in shaped:
+                snr *= np.where(self.outlier & (self.uniform["flag"] < 0.5), 0.12, 1.0)
         snr = np.clip(snr, *survey.snr_range)
         return np.where(self.special, np.maximum(snr, survey.snr_of_special), snr)
 
@@ -215,19 +221,34 @@ class Visits:
         """Injected differences."""
         if self.survey.bias is None or not self.settings.bias:
             return np.zeros((len(self.row), 3))
-        return self.survey.bias(self.stars.teff, self.stars.logg, self.stars.feh)
+        if self._is_shaped:
+            return shapes.lamost_pipeline(self.settings, self._true, self._noise)
+        return self.survey.bias(*self._true.T)
 
     @cached_property
     def _true_error(self) -> FloatArray:
         stars = self.stars
         return difficulty(stars.teff, stars.logg, stars.feh)[:, None] * self.survey.noise(self.snr)
 
+    @property
+    def _is_shaped(self) -> bool:
+        return self.survey is SURVEYS[LAMOST] and bool(self.settings.shapes)
+
+    @property
+    def _true(self) -> FloatArray:
+        return np.stack([getattr(self.stars, name) for name in LABELS], axis=-1)
+
+    @property
+    def _noise(self) -> FloatArray:
+        normal = np.stack([self.normal[name] for name in LABELS], axis=-1)
+        if self._is_shaped:
+            normal = shapes.correlated(self.settings, normal)
+        return self._true_error * normal
+
     @cached_property
     def labels(self) -> FloatArray:
         """Labels as the survey measures them: biased, noisy, wrong for outliers."""
-        true = np.stack([getattr(self.stars, name) for name in LABELS], axis=-1)
-        normal = np.stack([self.normal[name] for name in LABELS], axis=-1)
-        value = true + self.bias + self._true_error * normal
+        value = self._true + self.bias + self._noise
         off = np.flatnonzero(self.outlier)
         side = 2.0 * np.stack([self.uniform[f"wrong_{n}"][off] for n in LABELS], axis=-1) - 1.0
         least, more = np.array([400.0, 0.6, 0.4]), np.array([1200.0, 1.4, 1.1])
@@ -242,7 +263,10 @@ class Visits:
 
         Labels, their stated errors, place, radial velocity, its error, S/N, Gaia id, magnitude.
         """
-        stated = self._true_error * stated_error_factor(self.stars.logg, self.snr)[:, None]
+        factor = stated_error_factor(self.stars.logg, self.snr)[:, None]
+        if self._is_shaped and "correlated" in self.settings.shapes:
+            factor = shapes.stated_factor(self.settings, self.snr)
+        stated = self._true_error * factor
         more = (*self.position, *self.rv, self.snr, self.gaia, self.stars.g)
         return dict(zip(names.split(), [*self.labels.T, *stated.T, *more], strict=True))
 
@@ -251,8 +275,15 @@ class Visits:
         """Radial velocity and its error, km/s."""
         floor, slope = self.survey.rv_error
         error = np.hypot(floor, slope / self.snr)
+        return self.stars.rv + self.bias_rv + error * self.normal["rv"], error
+
+    @property
+    def bias_rv(self) -> FloatArray:
+        """Injected differences of the radial velocity, km/s."""
+        if self._is_shaped and self.settings.bias:
+            return shapes.rv_offset(self.settings, self.stars.teff, self.snr)
         offset = self.survey.rv_offset if self.settings.bias else 0.0
-        return self.stars.rv + offset + error * self.normal["rv"], error
+        return np.full(len(self.row), offset)
 
 
 # Names

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from sos_dask import correct, corrections
+from sos_dask.columns import Float32Array
 from sos_dask.errors import CatalogError, ConfigError, ModelError
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.intervals import load_errors
@@ -100,7 +101,7 @@ class Apply(Stage[ApplySettings]):
     """
 
     name = "apply"
-    version = 10
+    version = 11
     Settings = ApplySettings
     roles = (
         Role("model", "Correction.", "output"),
@@ -213,7 +214,7 @@ class Apply(Stage[ApplySettings]):
         if known is not None:
             scores = self.catalog("coverage").read(pixel, _SCORES)
             limits = None if self.settings.fallback == "edge" else known.limits
-            fallback = None if smooth is None else lambda x: smooth.predict(known.within_reach(x))
+            fallback = None if smooth is None else partial(_within_reach, smooth, known)
         pieces = []
         for first in range(0, max(table.num_rows, 1), _ROWS_AT_ONCE):
             covered, rows = None, table.slice(first, _ROWS_AT_ONCE)
@@ -228,3 +229,12 @@ class Apply(Stage[ApplySettings]):
             "file": partition_record(output, pixel, corrected),
             "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in self._meanings},
         }
+
+
+def _within_reach(
+    smooth: corrections.Correction, known: CoverageModel, features: Float32Array
+) -> Float32Array:
+    """Differences (n, l) by a smooth model, held constant a little beyond its pairs."""
+    near, of_star = features.copy(), smooth.problem.star_places
+    near[:, of_star] = known.within_reach(features[:, of_star])
+    return smooth.predict(near)

@@ -34,6 +34,7 @@ from sos_dask.sky.neighbours import rows_near, surroundings
 from sos_dask.stages import base
 from sos_dask.stages.base import Made, Role, Run
 from sos_dask.stages.evidence import OfModel, held_out_columns, read_evidence, single_observations
+from sos_dask.stages.sample import read_sample
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
 from sos_dask.stats.numbers import uniform
@@ -92,7 +93,7 @@ class Coverage(OfModel[CoverageSettings]):
     """
 
     name = "coverage"
-    version = 8
+    version = 9
     Settings = CoverageSettings
     roles = (
         Role("evidence", "Table of evidence with the model's predictions.", "output"),
@@ -101,6 +102,7 @@ class Coverage(OfModel[CoverageSettings]):
         Role("observations", "Observations of the target."),
         Role("stars", "Stars of the target, for large spreads."),
         Role("errors", "Output of uncertainty for this correction.", "output", optional=True),
+        Role("sample", "Sample of the observations.", "output", optional=True),
     )
     partitioned = "observations"
     memory = (230, 3.5)
@@ -133,7 +135,8 @@ class Coverage(OfModel[CoverageSettings]):
     def measure(self, run: Run) -> Made:
         """Sample the rows, fit the model, score all rows and count them."""
         catalog, output, grid = self.catalog("observations"), run.output, self.grid
-        samples = base.places({role: self.catalog(role) for role in _KEYS})
+        roles = [role for role in _KEYS if not (role == "observations" and self.named("sample"))]
+        samples = base.places({role: self.catalog(role) for role in roles})
         run.parts("samples", samples, self.sample, "coverage: sample")
         (fitted,) = run.parts("fit", {"model": list(samples)}, self.fit, "coverage: fit")
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
@@ -194,19 +197,20 @@ class Coverage(OfModel[CoverageSettings]):
     def fit(self, output: Output, key: str, samples: Sequence[str]) -> dict[str, Any]:
         """Fit the model, write it and tell what is said of it."""
         problem, errors, settings = self.problem, self.errors, self.settings
-        rows, stars = (
-            pa.concat_tables(
-                output.read_piece(f"samples-{one}") for one in samples if one.startswith(role)
-            )
+        pieces = {
+            role: [output.read_piece(f"samples-{one}") for one in samples if one.startswith(role)]
             for role in _KEYS
-        )
+        }
+        if self.named("sample"):
+            pieces["observations"] = [read_sample(self.path("sample"))]
+        rows, stars = (pa.concat_tables(pieces[role]) for role in _KEYS)
         overlap = read_overlap(self.path("evidence"), self.path("model"), errors)
         target = None
         if errors is not None:
             has_quality = "quality" in rows.schema.names
             good = rows.filter(pc.equal(rows["quality"], 0)) if has_quality else rows
             columns = parameter_columns(good, problem)
-            sparse = errors.is_sparse(problem.matrix(columns))
+            sparse = errors.is_sparse(problem.star_matrix(columns))
             target = kernel.Target(columns, sparse.astype(np.int8))
         columns = parameter_columns(rows, problem)
         limits = Limits(inside=settings.inside, outside=settings.outside)
@@ -318,7 +322,7 @@ def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) 
     columns = parameter_columns(table, problem)
     half_width = error_class = None
     if errors is not None:
-        x = problem.matrix(columns)
+        x = problem.star_matrix(columns)
         half_width = errors.half_width(x, columns.get("snr")).astype(np.float64)
         error_class = errors.is_sparse(x).astype(np.int8)
         half_width[~single_observations(table)] = np.nan

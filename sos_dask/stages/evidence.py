@@ -73,7 +73,7 @@ class Evidence(Stage[EvidenceSettings]):
     """
 
     name = "evidence"
-    version = 1
+    version = 2
     Settings = EvidenceSettings
     roles = (
         Role("pairs", "Pairs of target and reference."),
@@ -124,6 +124,7 @@ class Evidence(Stage[EvidenceSettings]):
         problem, methods = self.settings.problem, self.many("model")
         table, fold, kept = _kept_pairs(self.catalog("pairs"), self.settings.max_pairs, problem)
         x, differences = problem.matrix(table), problem.differences(table)
+        stars = problem.star_matrix(table)
         held_out = np.zeros(len(x), dtype=np.bool_)
         predictions: dict[str, pa.Array] = {}
         for method in methods:
@@ -147,7 +148,7 @@ class Evidence(Stage[EvidenceSettings]):
                 predictions |= dict(zip(names, arrays, strict=True))
         # With k folds every pair is held out once, and the saved model is trained on all.
         trained = ~held_out | held_out.all()
-        columns = {"held_out": held_out, "trained": trained, "sparse": sparse_pairs(x, trained)}
+        columns = {"held_out": held_out, "trained": trained, "sparse": sparse_pairs(stars, trained)}
         for name, values in {**columns, **predictions}.items():
             table = table.append_column(name, pa.array(values))
         record = output.write_file(EVIDENCE, partial(write_parquet, table))

@@ -7,8 +7,8 @@ region, a reference or the sparse pairs; its tasks are such fits, each in one pr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +19,20 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import floats_or_nan, matrix32
+from sos_dask.columns import Float32Array, FloatArray, floats_or_nan, key_numbers, matrix32
+from sos_dask.corrections.degrade import Donors, replicas
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence import figures
 from sos_dask.evidence.figures import NONE, RANDOM
-from sos_dask.problem import DEFAULT, Problem
+from sos_dask.problem import DEFAULT, SNR, Problem
 from sos_dask.run.cluster import Cluster
 from sos_dask.settings import Seed, Settings, to_json
+from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.sky.neighbours import surroundings
 from sos_dask.stages.base import Made, Role, Run, Stage
 from sos_dask.stages.evidence import HELD_OUT, OnEvidence
+from sos_dask.stages.sample import read_sample
+from sos_dask.stars.repeats import normalisation, pull_correlation
 from sos_dask.stats.numbers import DENSE, SPARSE, scatter
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
@@ -39,6 +44,7 @@ _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 # each. Measured with 1,000,000 pairs and 100 trees on two cores: 11 CPU-s in all, and 19 by two
 # workers; a pair needs less than 300 bytes.
 LOCAL_PAIRS = 1_000_000
+_STAR_ARCSEC = 10.0  # observations of one star are so near to each other
 
 
 class TrainSettings(Settings):
@@ -75,10 +81,18 @@ class TrainSettings(Settings):
 
 @dataclass(frozen=True)
 class PairsSource:
-    """The pairs fit for training, partition by partition (a `corrections.TrainingSource`)."""
+    """The pairs fit for training, partition by partition (a `corrections.TrainingSource`).
+
+    With a sample of the target's rows every pair is there as fainter rows see it, too, some
+    ``times``; the errors of labels are normalised by the repeats of ``stars``, of the target.
+    """
 
     catalog: Catalog
     problem: Problem = DEFAULT
+    sample: Path | None = None
+    stars: Path | None = None
+    correlation: tuple[tuple[float, ...], ...] = ()  # of the errors of the labels
+    times: int = 0
 
     @property
     def n_batches(self) -> int:
@@ -88,9 +102,58 @@ class PairsSource:
     def load(self, index: int) -> corrections.Batch:
         """Inputs and differences of one partition."""
         if self.catalog.n_rows > _KEPT_ROWS:
-            return _read_batch(self.catalog, index, self.problem)
-        path = str(self.catalog.path.absolute())
-        return _kept_batch(path, self.catalog.fingerprint, index, self.problem)
+            return self.read(index)
+        return _kept_batch(self._light, self.catalog.fingerprint, index)
+
+    @property
+    def _light(self) -> PairsSource:
+        """The same, by the path of the catalog: what a cache compares."""
+        return replace(self, catalog=str(self.catalog.path.absolute()))  # type: ignore[arg-type]
+
+    def read(self, index: int) -> corrections.Batch:
+        """Read one partition: see `load`."""
+        catalog, problem, pixel = self.catalog, self.problem, self.catalog.pixels[index]
+        errors = [label.error for label in problem.labels]
+        known = set(errors) <= set(catalog.schema.names)
+        names = dict.fromkeys([*_columns(problem), *(errors if known else ())])
+        more = catalog.columns(["reference_star_id", "logg", SNR])
+        table = catalog.read(pixel, list(dict.fromkeys([*names, *more])))
+        table = table.filter(pa.array(problem.fit_for_training(table)))
+        batch = corrections.Batch(
+            features=problem.matrix(table),
+            differences=problem.differences(table),
+            fold=table["fold"].to_numpy(),
+            weight=self._weight(table, pixel),
+            errors=normalised_errors(table, problem, _factors(self.stars)) if known else None,
+        )
+        if not self.times:
+            return batch
+        donors = _donors(self.sample, self.stars, problem, self.correlation)
+        return replace(batch, degraded=donors.degrade(batch, self.times))
+
+    def correlation_of_errors(self) -> FloatArray:
+        """Measure the correlation of the errors of labels (l, l) by repeats among the pairs."""
+        names = [*self.problem.names, *(label.error for label in self.problem.labels)]
+        step = -(-self.catalog.n_rows // _KEPT_ROWS)
+        more = ["reference_star_id", "logg", SNR, "use"]
+        wanted = self.catalog.columns(list(dict.fromkeys([*names, *more])))
+        parts = [self.catalog.read(pixel, wanted) for pixel in self.catalog.pixels[::step]]
+        table = pa.concat_tables(parts)
+        table = table.filter(table["use"])
+        values = matrix32(table, self.problem.names).astype(np.float64)
+        errors = normalised_errors(table, self.problem, _factors(self.stars)).astype(np.float64)
+        return pull_correlation(values, errors, key_numbers(table["reference_star_id"], 0))
+
+    def _weight(self, table: pa.Table, pixel: HealpixPixel) -> Float32Array:
+        """Weights of pairs: all of one reference star weigh less than two pairs of two stars."""
+        if "reference_star_id" not in table.schema.names:
+            return np.ones(table.num_rows, dtype=np.float32)
+        ranges = sorted([(pixel.first, pixel.stop), *surroundings(pixel, _STAR_ARCSEC)[0]])
+        near = self.catalog.read_ranges(ranges, ["reference_star_id", "use"])
+        every = key_numbers(near.filter(near["use"])["reference_star_id"], 0)
+        stars, n = np.unique(every, return_counts=True)
+        mine = np.searchsorted(stars, key_numbers(table["reference_star_id"], 0))
+        return (2.0 / (1.0 + n[mine])).astype(np.float32)
 
     def fold(self, index: int) -> NDArray[np.int8]:
         """Folds of the pairs of one partition."""
@@ -98,27 +161,41 @@ class PairsSource:
 
 
 @lru_cache(maxsize=4096)
-def _kept_batch(path: str, fingerprint: str, index: int, problem: Problem) -> corrections.Batch:
-    return _read_batch(Catalog.read_only(path), index, problem)
+def _kept_batch(source: PairsSource, fingerprint: str, index: int) -> corrections.Batch:
+    return replace(source, catalog=Catalog.read_only(str(source.catalog))).read(index)
+
+
+@lru_cache(maxsize=8)
+def _factors(stars: Path | None) -> Sequence[Mapping[str, Any]]:
+    """What repeats say of the errors of the target's labels."""
+    return () if stars is None else Manifest.load(stars).summary.get("error_factors", [])
+
+
+@lru_cache(maxsize=2)
+def _donors(
+    sample: Path, stars: Path | None, problem: Problem, correlation: tuple[tuple[float, ...], ...]
+) -> Donors:
+    """Rows by which pairs are degraded: those that pass all cuts and know everything."""
+    table = read_sample(sample, good=True)
+    features = problem.matrix(table)
+    errors = normalised_errors(table, problem, _factors(stars))
+    known = np.isfinite(features).all(axis=1) & np.isfinite(errors).all(axis=1)
+    return Donors(problem, features[known], errors[known], np.array(correlation))
+
+
+def normalised_errors(
+    table: pa.Table, problem: Problem, factors: Sequence[Mapping[str, Any]]
+) -> Float32Array:
+    """Errors of labels (n, l) that the target states, normalised by repeats; nan where unknown."""
+    stated = np.stack([floats_or_nan(table, label.error) for label in problem.labels], axis=1)
+    logg, snr = floats_or_nan(table, "logg"), floats_or_nan(table, SNR)
+    for name, column in zip(problem.names, stated.T, strict=True):
+        column *= normalisation(factors, name, logg, snr)
+    return stated.astype(np.float32)
 
 
 def _columns(problem: Problem) -> tuple[str, ...]:
     return (*problem.columns, *(label.diff for label in problem.labels), "fold", "use")
-
-
-def _read_batch(catalog: Catalog, index: int, problem: Problem) -> corrections.Batch:
-    errors = [label.error for label in problem.labels]
-    known = set(errors) <= set(catalog.schema.names)
-    names = dict.fromkeys([*_columns(problem), *(errors if known else ())])
-    table = catalog.read(catalog.pixels[index], list(names))
-    table = table.filter(pa.array(problem.fit_for_training(table)))
-    return corrections.Batch(
-        features=problem.matrix(table),
-        differences=problem.differences(table),
-        fold=table["fold"].to_numpy(),
-        weight=np.ones(table.num_rows, dtype=np.float32),
-        errors=matrix32(table, errors) if known else None,
-    )
 
 
 class Train(Stage[TrainSettings]):
@@ -131,9 +208,13 @@ class Train(Stage[TrainSettings]):
     """
 
     name = "train"
-    version = 9
+    version = 10
     Settings = TrainSettings
-    roles = (Role("pairs", "Pairs, as crossmatch makes them."),)
+    roles = (
+        Role("pairs", "Pairs, as crossmatch makes them."),
+        Role("sample", "Sample of the rows that are to be corrected.", "output", optional=True),
+        Role("target_stars", "Stars of the target, for its quoted errors.", optional=True),
+    )
 
     @classmethod
     def recipe(cls, settings: TrainSettings, fingerprints: Mapping[str, str]) -> Recipe:
@@ -150,15 +231,30 @@ class Train(Stage[TrainSettings]):
         self.catalog("pairs").require(*_columns(self.settings.problem))
         corrections.check_params(self.settings.method, self.settings.params)
 
+    def source(self, place: Cluster) -> PairsSource:
+        """Pairs, and as fainter rows see them where the rows are known and S/N is an input."""
+        pairs, problem = self.catalog("pairs"), self.settings.problem
+        stars = self.path("target_stars") if self.named("target_stars") else None
+        source = PairsSource(pairs, problem, stars=stars)
+        has_errors = {label.error for label in problem.labels} <= set(pairs.schema.names)
+        is_dependent = SNR in problem.columns and set(problem.names) & set(problem.columns)
+        if not (self.named("sample") and has_errors and is_dependent):
+            return source
+        [measured] = place.run(PairsSource.correlation_of_errors, [source], self.name)
+        correlation = tuple(map(tuple, measured.tolist()))
+        sample, times = self.path("sample"), replicas(pairs.n_rows)
+        return replace(source, sample=sample, correlation=correlation, times=times)
+
     def make(self, run: Run) -> Made:
         """Fit once a fold, or once, and predict what was held out."""
         settings, pairs = self.settings, self.catalog("pairs")
         method = settings.method
-        source, step = PairsSource(pairs, settings.problem), f"train {method}"
-        batches, is_elsewhere = range(source.n_batches), run.cluster.is_elsewhere
         # Where workers are elsewhere this process may be on a login node: all work is theirs.
+        is_elsewhere, step = run.cluster.is_elsewhere, f"train {method}"
         place = run.cluster if is_elsewhere else Cluster()
-        fold = np.concatenate([np.empty(0, np.int8), *place.run(source.fold, batches, step)])
+        source = self.source(place)
+        measured, batches = replace(source, times=0), range(source.n_batches)
+        fold = np.concatenate([np.empty(0, np.int8), *place.run(measured.fold, batches, step)])
         folds = np.unique(fold).tolist()
         if len(folds) < 2:
             raise ModelError(
@@ -196,12 +292,12 @@ class Train(Stage[TrainSettings]):
             else:
                 correction = fit(trained, client=workers)
             if number < len(plan) - 1:
-                predict = partial(_predict_fold, source, correction, folds[number])
+                predict = partial(_predict_fold, measured, correction, folds[number])
                 predicted += place.run(predict, [batches], step)
         run.files.extend(*place.run(partial(_save, run.output), [correction], step))
         if validation == "holdout":
             # As it corrects: what is saved of boosted trees is also their table, many times faster.
-            predict = partial(_predict_fold, source, run.output.directory, folds[0])
+            predict = partial(_predict_fold, measured, run.output.directory, folds[0])
             each = [[index] for index in batches]
             predicted = place.run(predict, each if is_elsewhere else [batches], step)
         run.report(step, len(plan), len(plan))

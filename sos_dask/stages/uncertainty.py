@@ -63,7 +63,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
     """
 
     name = "uncertainty"
-    version = 7
+    version = 8
     Settings = UncertaintySettings
     roles = (
         Role("evidence", "Pairs with the predictions of the model.", "output"),
@@ -157,10 +157,14 @@ class Uncertainty(OfModel[UncertaintySettings]):
     def _sparse(self, output: Output) -> dict[str, Any]:
         """Keep the pairs that intervals are made from, and the cells where pairs are sparse."""
         table, single = self._pairs()
-        x, held = self.problem.matrix(table), table["held_out"].to_numpy()
+        problem, held = self.problem, table["held_out"].to_numpy()
+        x = problem.star_matrix(table)
         placed, sparse = np.isfinite(x).all(axis=1), np.zeros(len(x), dtype=np.bool_)
         info = corrections.load(self.path("model")).info
-        box = [list(info.minimum), list(info.maximum)]
+        box = [
+            [corner[place] for place in problem.star_places]
+            for corner in (info.minimum, info.maximum)
+        ]
         centers = intervals.error_grid(*box).centers()
         sparse[placed], cells = find_sparse(x[placed], centers, self.settings.sparse_fraction)
         used = table.append_column("sparse", pa.array(sparse)).filter(
@@ -197,7 +201,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
             links = (np.empty(0, dtype=np.int64),) * 2
             number = smallest_of_joined(number, pairs["target"].to_numpy(), links)
         held_out = intervals.HeldOut(
-            problem.matrix(pairs),
+            problem.star_matrix(pairs),
             floats_or_nan(pairs, "snr"),
             problem.differences(pairs).astype(np.float64) - matrix32(pairs, self._predictions),
             stated,

@@ -175,6 +175,40 @@ def normalisation(
     return np.asarray(table[(np.asarray(logg) < GIANT_LOGG).astype(np.int64), snr_bin(snr)])
 
 
+def pull_correlation(values: FloatArray, errors: FloatArray, star: NDArray[Any]) -> FloatArray:
+    """Measure how the errors of several labels go together, from repeats of stars.
+
+    By the share of pulls that have one sign in two labels, which is 1/2 + asin(r) / pi of normal
+    numbers of correlation r, whatever their widths (Sheppard 1899); pulls beyond `CLIP` do not
+    count.
+
+    Parameters
+    ----------
+    values, errors : ndarray of float, shape (n, l)
+    star : ndarray, shape (n,)
+        Equal for observations of one star.
+
+    Returns
+    -------
+    ndarray of float64, shape (l, l)
+        Positive definite; no correlation below `MIN_PULLS` pulls.
+    """
+    order = np.argsort(star, kind="stable")
+    again = order[1:][star[order[1:]] == star[order[:-1]]]
+    before = order[:-1][star[order[1:]] == star[order[:-1]]]
+    pull = (values[again] - values[before]) / np.hypot(errors[again], errors[before])
+    pull = pull[(np.abs(pull) < CLIP).all(axis=1)]
+    if len(pull) < MIN_PULLS:
+        return np.eye(values.shape[1])
+    sign = np.sign(pull)
+    found = np.sin(np.pi / 2 * (sign.T @ sign) / len(sign))
+    np.fill_diagonal(found, 1.0)
+    size, vectors = np.linalg.eigh(found)
+    found = (vectors * np.maximum(size, 1e-6)) @ vectors.T
+    width = np.sqrt(np.diag(found))
+    return np.asarray(found / np.outer(width, width))
+
+
 def snr_bin(snr: NDArray[np.floating]) -> IntArray:
     """Number the bins of signal to noise; the last one is that of unknown values."""
     return np.where(np.isfinite(snr), np.searchsorted(SNR_EDGES, snr, side="right"), _NO_SNR)

@@ -22,10 +22,13 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from sos_dask import corrections as models
-from sos_dask.columns import FloatArray
+from sos_dask.columns import BoolArray, FloatArray
 from sos_dask.schema import LABELS
+from sos_dask.stages.train import PairsSource
 from sos_dask.stats.numbers import (
     binned_quantiles,
     bins_of,
@@ -33,7 +36,7 @@ from sos_dask.stats.numbers import (
     rms_of_medians,
     scatter,
 )
-from tests.bench.accuracy import read_pairs
+from sos_dask.storage.catalog import Catalog
 from tests.steps import features
 
 METHODS = {
@@ -43,6 +46,24 @@ METHODS = {
     "simex polynomial": ("simex", {}),
     "simex hybrid": ("simex", {"base": "hybrid"}),
 }
+
+
+def read(catalog: Catalog, truth: Path) -> tuple[FloatArray, FloatArray, FloatArray, BoolArray]:
+    """Labels (n, 3), true ones, injected differences, and which are wrong, of pairs that train."""
+    key = "target_obs_id" if "target_obs_id" in catalog.schema.names else "target_star_id"
+    names = [*LABELS, key, "use"]
+    table = pa.concat_tables([catalog.read(pixel, names) for pixel in catalog.pixels])
+    table = table.filter(table["use"])
+    known = pq.read_table(truth, filters=[("survey", "=", "lamost")])
+    ids = known["obs_id"].to_numpy().astype(np.int64)
+    order = np.argsort(ids)
+    row = order[np.searchsorted(ids[order], table[key].to_numpy().astype(np.int64))]
+    known = known.take(pa.array(row))
+    labels, true, bias = (
+        np.stack([of[f"{start}{x}"].to_numpy().astype(np.float64) for x in LABELS], axis=1)
+        for of, start in ((table, ""), (known, ""), (known, "bias_"))
+    )
+    return labels, true, bias, known["is_outlier"].to_numpy()
 
 
 def slope(x: FloatArray, y: FloatArray) -> float:
@@ -59,25 +80,28 @@ def main() -> None:
     parser.add_argument("--truth", type=Path, required=True)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     given = parser.parse_args()
-    pairs = read_pairs(given.store, given.truth)
-    assert pairs.true is not None
-    assert pairs.bias is not None
-    assert pairs.outlier is not None
-    assert pairs.batch.errors is not None
-    held = (pairs.batch.fold == 0) & ~pairs.outlier
-    labels, true, bias = pairs.labels[held], pairs.true[held], pairs.bias[held]
+    catalog = Catalog.open(given.store / "current" / "lamost.pairs")
+    source = PairsSource(catalog)
+    parts = [source.load(index) for index in range(source.n_batches)]
+    fold, differences, stated, inputs = (
+        np.concatenate([np.asarray(getattr(part, name)) for part in parts])
+        for name in ("fold", "differences", "errors", "features")
+    )
+    labels, true, bias, outlier = read(catalog, given.truth)
+    held = (fold == 0) & ~outlier
+    labels, true, bias = labels[held], true[held], bias[held]
     noise = labels - true - bias
-    factor = [scatter(noise[:, k] / pairs.batch.errors[held][:, k]) for k in range(len(LABELS))]
-    print(f"{len(pairs.labels):,} pairs; true errors are {factor} of the quoted ones")
+    factor = [scatter(noise[:, k] / stated[held][:, k]) for k in range(len(LABELS))]
+    print(f"{len(fold):,} pairs; true errors are {factor} of the quoted ones")
     print("label  method            normal   known    slope    bias rms  scatter")
     clean = features(*(true + bias).T)
-    folds = [int(fold) for fold in np.unique(pairs.batch.fold) if fold]
+    folds = [int(fold) for fold in np.unique(fold) if fold]
     for name in given.methods:
         method, params = METHODS[name]
-        fitted = models.fit(method, pairs.source, train_folds=folds, params=params)
-        predicted = fitted.predict(pairs.batch.features[held]).astype(np.float64)
+        fitted = models.fit(method, source, train_folds=folds, params=params)
+        predicted = fitted.predict(inputs[held]).astype(np.float64)
         at_truth = fitted.predict(clean).astype(np.float64)
-        left = pairs.batch.differences[held] - predicted
+        left = differences[held] - predicted
         for k, label in enumerate(LABELS):
             t = labels[:, k]
             normal = np.var(noise[:, k]) / np.var(t)

@@ -95,6 +95,8 @@ def test_a_simulated_sky_replaces_no_files_unless_told(cli, tmp_path):
     assert contents(tmp_path / "mine").keys() == {"galah.fits"}
     assert cli("simulate", "-o", "mine", "--rows", 1000, "--overwrite").code == 0
     assert fits.getheader(tmp_path / "mine/galah.fits", 1)["NAXIS2"] > 0
+    ran = cli("simulate", "-o", "hard", "--rows", 1000, "--sky", "step", "--sky", "hook")
+    assert_error(ran, 3, "sky.1: must be 'step', 'hooks'", "hook")
 
 
 def test_a_reference_made_by_hand_is_that_of_a_rebuild(cli, small_store):

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from sos_dask.api import start, train
 from sos_dask.columns import matrix32
-from sos_dask.problem import DEFAULT
+from sos_dask.problem import KNOWN_INPUTS, Problem
 from sos_dask.run.machine import leave_pandas_out
 from sos_dask.schema import CANONICAL, HEALPIX, LABELS
 from sos_dask.sky.healpix import ang2pix
@@ -33,7 +33,7 @@ from sos_dask.storage.catalog import Catalog
 from tests.bench.measure import table
 from tests.skies import write_catalog
 
-PROBLEM = DEFAULT  # by Teff, log g, [Fe/H], S/N
+PROBLEM = Problem(inputs=KNOWN_INPUTS[:4])
 NOISE = {"teff": 60.0, "logg": 0.12, "feh": 0.06}
 
 

@@ -79,22 +79,25 @@ def test_where_fits_are_data_parallel(
     assert "distributed" not in made.recipe.params["settings"], "how it is made is no part of it"
 
 
-@pytest.mark.parametrize("distributed", ["auto", "never"])
 @pytest.mark.parametrize(
-    ("method", "params", "validation"),
+    ("method", "params", "validation", "distributed"),
     [
-        ("polynomial", {"order": 2}, "kfold"), ("boosted", {"n_rounds": 10}, "kfold"),
-        ("boosted", {"n_rounds": 10}, "holdout"), ("hybrid", {"n_rounds": 10}, "holdout"),
-        ("simex", {"replicas": 1}, "holdout"), ("symbolic", {"generations": 1}, "holdout"),
+        ("polynomial", {"order": 1}, "holdout", "auto"),
+        ("polynomial", {"order": 1}, "kfold", "never"),
+        ("boosted", {"n_rounds": 5}, "kfold", "auto"),
+        ("boosted", {"n_rounds": 5}, "holdout", "auto"),
+        ("hybrid", {"n_rounds": 5, "order": 1}, "holdout", "auto"),
+        ("simex", {"replicas": 1, "order": 1, "max_passes": 2}, "holdout", "auto"),
+        ("symbolic", {"generations": 1}, "holdout", "auto"),
     ],
-)  # fmt: skip
+)
 def test_a_driver_whose_workers_are_elsewhere_does_nothing_heavy(
     small_store, cluster, tmp_path, monkeypatch, method, params, validation, distributed
 ):
     """It may be on a login node: it reads no pairs, and makes no tables and no predictions."""
     given = {"method": method, "params": params, "validation": validation}
     settings = TrainSettings(**given, distributed=distributed)
-    pairs = Catalog.open(small_store / "current/lamost.pairs")
+    pairs = write_catalog(rows_of(small_store / "current/lamost.pairs"), tmp_path / "pairs")
     here = train(pairs, tmp_path / "here", TrainSettings(**given))
 
     def heavy(*_):

@@ -23,7 +23,8 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -42,6 +43,7 @@ TRIES = 3  # without a further checkpoint
 PATIENCE_S = 30
 CHECKPOINT_S = 10.0
 _Kept = tuple[int, list[bytes]]  # trees so far, and what they are of each label
+_Since = dict[tuple[str, float], float]
 
 
 def train(job: Job) -> list[bytes]:
@@ -142,7 +144,8 @@ def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
 
 
 def _known(client: Any) -> dict[str, Any]:
-    return dict(client.scheduler_info(n_workers=-1)["workers"])
+    # Client.scheduler_info sometimes has no workers: it is also filled by a clock, without them.
+    return dict(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
 
 
 def _train_on(job: Job, workers: Sequence[str], checkpoint: str, kept: _Kept) -> list[bytes]:
@@ -173,10 +176,11 @@ def _train_on(job: Job, workers: Sequence[str], checkpoint: str, kept: _Kept) ->
         return boosters
     except (Exception, asyncio.CancelledError):
         # Ranks that are left notice it by themselves, at the latest when they have waited so long.
-        end = time.monotonic() + timeout_s + 10
+        since: _Since = {}
+        end = time.monotonic() + max(timeout_s, PATIENCE_S) + 10
         while time.monotonic() < end:
-            known = _known(client)
-            if all(task.done() or worker not in known for worker, task in tasks.items()):
+            there = _there(client, tasks, since)
+            if all(tasks[worker].done() for worker in there):
                 break
             time.sleep(0.5)
         raise
@@ -185,28 +189,39 @@ def _train_on(job: Job, workers: Sequence[str], checkpoint: str, kept: _Kept) ->
 
 
 def _wait(client: Any, tasks: Mapping[str, Any]) -> None:
-    """Wait for the tasks of workers; `ConnectionError` where one is gone or falls silent.
-
-    The scheduler takes minutes to drop a frozen worker, by a clock of its own: only whether a
-    heartbeat is new counts here. Its nanny can start it again.
-    """
+    """Wait for the tasks of workers; `ConnectionError` where one is gone or falls silent."""
     from distributed import wait
 
-    since: dict[tuple[str, float], float] = {}
+    since: _Since = {}
     while not all(task.status == "finished" for task in tasks.values()):
         with contextlib.suppress(TimeoutError):
             wait(list(tasks.values()), timeout=1)
         for task in tasks.values():
             if task.status in ("error", "cancelled"):
                 task.result()
-        known, now = _known(client), time.monotonic()
-        for worker in tasks:
-            if worker not in known:
-                raise ConnectionError(f"worker {worker} is gone")
-            if now - since.setdefault((worker, known[worker]["last_seen"]), now) > PATIENCE_S:
-                logger.warning("boosted: worker %s is silent and is started again", worker)
-                _quietly(lambda: client.restart_workers([worker], 20, raise_for_error=False))  # noqa: B023
-                raise ConnectionError(f"worker {worker} was silent for {PATIENCE_S} s")
+        if gone := set(tasks).difference(_there(client, tasks, since)):
+            raise ConnectionError(f"worker {' '.join(sorted(gone))} is gone")
+
+
+def _there(client: Any, workers: Iterable[str], since: _Since) -> list[str]:
+    """Find those of some workers that are there; a silent one is given up, for its nanny to renew.
+
+    The scheduler takes minutes to drop a frozen worker, by a clock of its own: only whether a
+    heartbeat is new counts here, ``since`` when.
+    """
+    known, now = _known(client), time.monotonic()
+    there = [worker for worker in workers if worker in known]
+    for worker in there:
+        if now - since.setdefault((worker, known[worker]["last_seen"]), now) > PATIENCE_S:
+            what = "boosted: worker %s has been silent for %d s and is given up"
+            logger.warning(what, worker, PATIENCE_S)
+            # Client.restart_workers refuses those without a nanny, which the scheduler drops.
+            how = {"timeout": 20, "on_error": "return", "wait_for_workers": False}
+            again = partial(client.scheduler.restart_workers, stimulus_id="boosted-silent", **how)
+            _quietly(partial(client.sync, again, workers=[worker]))
+            there.remove(worker)
+            break
+    return there
 
 
 def _shares(n_rows: Sequence[int] | Any, n_workers: int) -> list[tuple[int, int]]:

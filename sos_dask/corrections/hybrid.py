@@ -35,7 +35,7 @@ from pydantic import Field
 
 from sos_dask.columns import Float32Array, FloatArray
 from sos_dask.corrections import base, boosted, polynomial
-from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Training
+from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Rows, Training
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.degrade import normals, with_noise
 from sos_dask.corrections.polynomial import PolynomialCorrection, n_terms
@@ -156,7 +156,10 @@ class HybridCorrection(Correction):
         left = replace(training, changes=(*training.changes, less))
         trees = BoostedCorrection.fit(left, _settings_of(BoostedCorrection, settings))
         low, high = (np.array(ends, np.float32) for ends in (info.minimum, info.maximum))
-        nodes = _smeared(trees, low, high, settings.smoothing * smooth.width)
+        width = settings.smoothing * smooth.width
+        smear = partial(_smeared, low=low, high=high, width=width)
+        what, advice = "hybrid: the smearing of the trees", "give workers more."
+        [nodes] = base.run_tasks(smear, [trees], training.client, what, advice)
         return cls(info, smooth, low, high, nodes)
 
 
@@ -273,7 +276,7 @@ class SimexCorrection(Correction):
         # Pairs without errors are left out of the fit without noise too.
         plain = replace(training, changes=(partial(noise, amount=0.0, seed=0),))
         everything = replace(plain, folds=None)
-        if not any(everything.rows(n).weight.size for n in range(training.source.n_batches)):
+        if not any(everything.map(_n_rows)):
             raise _no_errors(problem, "no pair has all of them")
         needed = 2 * n_terms(settings.order, len(problem.inputs))
         summary = base.summarise(plain, cls.method, settings, needed)
@@ -285,6 +288,10 @@ class SimexCorrection(Correction):
             change = partial(noise, amount=amount * settings.error_factor, seed=seed)
             parts.append(kind.fit(replace(training, changes=(change,)), of_base))
         return cls(summary.info, tuple(parts))
+
+
+def _n_rows(rows: Rows) -> int:
+    return len(rows.weight)
 
 
 def part_weights(replicas: int) -> FloatArray:

@@ -49,6 +49,7 @@ from sos_dask.evidence.widening import (
     fit_widths,
 )
 from sos_dask.problem import DEFAULT, Input, Problem, parameter_matrix
+from sos_dask.run.machine import import_xgboost
 from sos_dask.sky.healpix import MAX_ORDER
 from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
 from sos_dask.stats.table import Grid, seal, unseal
@@ -152,7 +153,7 @@ class Places:
 
 def _fit_ratio(overlap: FloatArray, catalog: FloatArray, seed: int) -> Any:
     """Train the classifier that tells overlap stars from rows of the catalog."""
-    import xgboost as xgb
+    xgb = import_xgboost()
 
     x = np.concatenate([overlap, catalog]).astype(np.float32)
     y = np.repeat([1.0, 0.0], [len(overlap), len(catalog)])
@@ -274,7 +275,7 @@ class CoverageModel:
         values, overlap, *ratio = tables
         booster = None
         if ratio:
-            import xgboost
+            xgboost = import_xgboost()
 
             booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(ratio[0]))
         grid = Grid(**{name: tuple(value) for name, value in document["grid"].items()})

@@ -20,6 +20,7 @@ from sos_dask import __version__
 from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
+from sos_dask.run.machine import import_xgboost
 from sos_dask.stats.numbers import DENSE, SPARSE
 from sos_dask.stats.table import Grid, seal, unseal
 
@@ -456,7 +457,7 @@ def _fit_trees(cell: IntArray, log_size: FloatArray, shape: tuple[int, ...]) -> 
     Least squares see of a cell only the mean and the number of its pairs, so that a fit takes as
     long as there are cells with pairs.
     """
-    import xgboost
+    xgboost = import_xgboost()
 
     n = np.bincount(cell)
     used = np.flatnonzero(n)

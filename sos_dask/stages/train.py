@@ -7,9 +7,9 @@ region, a reference or the sparse pairs; its tasks are such fits, each in one pr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,11 @@ from pydantic import Field
 from sos_dask import corrections
 from sos_dask.columns import Float32Array, FloatArray, floats_or_nan, key_numbers, matrix32
 from sos_dask.corrections.degrade import Donors, replicas
-from sos_dask.errors import ModelError
+from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence import figures
 from sos_dask.evidence.figures import NONE, RANDOM
 from sos_dask.problem import DEFAULT, SNR, Problem
+from sos_dask.run.cluster import Cluster
 from sos_dask.settings import Seed, Settings, to_json
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
@@ -35,7 +36,7 @@ from sos_dask.stars.repeats import normalisation, pull_correlation
 from sos_dask.stats.numbers import DENSE, SPARSE, scatter
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import Manifest, Recipe, Rows
+from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
 
 SEARCH_FILE, TABLE = "search.json", "generalisation.parquet"
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
@@ -154,6 +155,10 @@ class PairsSource:
         mine = np.searchsorted(stars, key_numbers(table["reference_star_id"], 0))
         return (2.0 / (1.0 + n[mine])).astype(np.float32)
 
+    def fold(self, index: int) -> NDArray[np.int8]:
+        """Folds of the pairs of one partition."""
+        return self.load(index).fold
+
 
 @lru_cache(maxsize=4096)
 def _kept_batch(source: PairsSource, fingerprint: str, index: int) -> corrections.Batch:
@@ -226,7 +231,7 @@ class Train(Stage[TrainSettings]):
         self.catalog("pairs").require(*_columns(self.settings.problem))
         corrections.check_params(self.settings.method, self.settings.params)
 
-    def source(self) -> PairsSource:
+    def source(self, place: Cluster) -> PairsSource:
         """Pairs, and as fainter rows see them where the rows are known and S/N is an input."""
         pairs, problem = self.catalog("pairs"), self.settings.problem
         stars = self.path("target_stars") if self.named("target_stars") else None
@@ -235,7 +240,8 @@ class Train(Stage[TrainSettings]):
         is_dependent = SNR in problem.columns and set(problem.names) & set(problem.columns)
         if not (self.named("sample") and has_errors and is_dependent):
             return source
-        correlation = tuple(map(tuple, source.correlation_of_errors().tolist()))
+        [measured] = place.run(PairsSource.correlation_of_errors, [source], self.name)
+        correlation = tuple(map(tuple, measured.tolist()))
         sample, times = self.path("sample"), replicas(pairs.n_rows)
         return replace(source, sample=sample, correlation=correlation, times=times)
 
@@ -243,9 +249,12 @@ class Train(Stage[TrainSettings]):
         """Fit once a fold, or once, and predict what was held out."""
         settings, pairs = self.settings, self.catalog("pairs")
         method = settings.method
-        source = self.source()
-        loaded = [source.load(index).fold for index in range(source.n_batches)]
-        fold = np.concatenate([np.empty(0, np.int8), *loaded])
+        # Where workers are elsewhere this process may be on a login node: all work is theirs.
+        is_elsewhere, step = run.cluster.is_elsewhere, f"train {method}"
+        place = run.cluster if is_elsewhere else Cluster()
+        source = self.source(place)
+        measured, batches = replace(source, times=0), range(source.n_batches)
+        fold = np.concatenate([np.empty(0, np.int8), *place.run(measured.fold, batches, step)])
         folds = np.unique(fold).tolist()
         if len(folds) < 2:
             raise ModelError(
@@ -259,11 +268,16 @@ class Train(Stage[TrainSettings]):
         plan: list[list[int] | None] = [folds[1:]]
         if validation == "kfold":
             plan = [*([one for one in folds if one != held_out] for held_out in folds), None]
-        step, predicted, searches = f"train {method}", [], []
+        predicted: list[pa.Table] = []
+        searches = []
         needs = _needs_workers(len(fold), settings) or (
-            settings.distributed == "auto" and run.cluster.is_elsewhere
+            settings.distributed == "auto" and is_elsewhere
         )
         workers = run.cluster.client if needs else None
+        if settings.distributed == "always" and workers is None:
+            raise ConfigError(
+                "distributed = 'always' needs workers, and there are none", "Start some: --workers."
+            )
         for number, trained in enumerate(plan):
             run.report(step, number, len(plan))
             params: Mapping[str, Any] = settings.params
@@ -274,17 +288,20 @@ class Train(Stage[TrainSettings]):
                 how = settings.search, settings.seed, run.cluster.client
                 params, trials = estimators.search(method, source, trained or folds, given, *how)
                 searches.append({"train_folds": trained or folds, "trials": trials})
-            correction = corrections.fit(
-                method, source, train_folds=trained, params=params, client=workers
-            )
+            fit = partial(_fit, method, source, params)
+            if workers is None:
+                [correction] = place.run(fit, [trained], step)
+            else:
+                correction = fit(trained, client=workers)
             if number < len(plan) - 1:
-                predicted.append(_predict_fold(source, correction, folds[number]))
-        for name, content in correction.contents().items():  # model.json last: half never loads
-            run.write_bytes(name, content)
+                predict = partial(_predict_fold, measured, correction, folds[number])
+                predicted += place.run(predict, [batches], step)
+        run.files.extend(*place.run(partial(_save, run.output), [correction], step))
         if validation == "holdout":
             # As it corrects: what is saved of boosted trees is also their table, many times faster.
-            saved = corrections.load(run.output.directory, check=False)
-            predicted = [_predict_fold(source, saved, folds[0])]
+            predict = partial(_predict_fold, measured, run.output.directory, folds[0])
+            each = [[index] for index in batches]
+            predicted = place.run(predict, each if is_elsewhere else [batches], step)
         run.report(step, len(plan), len(plan))
         table, problem = pa.concat_tables(predicted), settings.problem
         run.write(HELD_OUT, table)
@@ -303,13 +320,34 @@ class Train(Stage[TrainSettings]):
         }
 
 
-def _predict_fold(source: PairsSource, correction: corrections.Correction, fold: int) -> pa.Table:
+def _fit(
+    method: str,
+    source: PairsSource,
+    params: Mapping[str, Any],
+    folds: list[int] | None,
+    client: Any = None,
+) -> corrections.Correction:
+    return corrections.fit(method, source, train_folds=folds, params=params, client=client)
+
+
+def _save(output: Output, correction: corrections.Correction) -> list[FileRecord]:
+    # model.json last: half a model never loads
+    return [output.write_bytes(name, content) for name, content in correction.contents().items()]
+
+
+def _predict_fold(
+    source: PairsSource,
+    model: corrections.Correction | Path,
+    fold: int,
+    batches: Iterable[int],
+) -> pa.Table:
     """Inputs, differences and predictions of the pairs of one fold, in the order of the sky."""
+    correction = corrections.load(model, check=False) if isinstance(model, Path) else model
     inputs, labels = source.problem.inputs, source.problem.labels
     names = [f"x_{item.column}" for item in inputs]
     names += [*(label.diff for label in labels), *(label.delta for label in labels)]
     tables = []
-    for index in range(source.n_batches):
+    for index in batches:
         batch = source.load(index)
         chosen = batch.fold == fold
         x = batch.features[chosen]

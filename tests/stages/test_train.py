@@ -75,8 +75,52 @@ def test_where_fits_are_data_parallel(
     settings = TrainSettings(method="polynomial", params={"order": 1}, distributed=distributed)
     pairs = Catalog.open(build / "lamost.pairs")
     made = train(pairs, tmp_path / "model", settings, cluster=cluster)
-    assert {client is not None for client in clients} == {on_workers}
+    here = set() if is_elsewhere and not on_workers else {on_workers}
+    assert {client is not None for client in clients} == here
     assert "distributed" not in made.recipe.params["settings"], "how it is made is no part of it"
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "validation", "distributed"),
+    [
+        ("polynomial", {"order": 1}, "holdout", "auto"),
+        ("polynomial", {"order": 1}, "kfold", "never"),
+        ("boosted", {"n_rounds": 5}, "kfold", "auto"),
+        ("boosted", {"n_rounds": 5}, "holdout", "auto"),
+        ("hybrid", {"n_rounds": 5, "order": 1}, "holdout", "auto"),
+        ("simex", {"replicas": 1, "order": 1, "max_passes": 2}, "holdout", "auto"),
+        ("symbolic", {"generations": 1}, "holdout", "auto"),
+    ],
+)
+def test_a_driver_whose_workers_are_elsewhere_does_nothing_heavy(
+    small_store, cluster, tmp_path, monkeypatch, method, params, validation, distributed
+):
+    """It may be on a login node: it reads no pairs, and makes no tables and no predictions."""
+    given = {"method": method, "params": params, "validation": validation}
+    settings = TrainSettings(**given, distributed=distributed)
+    pairs = write_catalog(rows_of(small_store / "current/lamost.pairs"), tmp_path / "pairs")
+    here = train(pairs, tmp_path / "here", TrainSettings(**given))
+
+    def heavy(*_):
+        raise AssertionError("in the driver")
+
+    monkeypatch.setattr(Cluster, "is_elsewhere", True)
+    monkeypatch.setattr(PairsSource, "load", heavy)
+    monkeypatch.setattr(models.Correction, "predict", heavy)
+    monkeypatch.setattr(models.class_of(method), "evaluate", heavy)
+    monkeypatch.setattr(models.class_of(method), "files", heavy)
+    monkeypatch.setattr(models.class_of("boosted"), "evaluate", heavy)
+    there = train(pairs, tmp_path / "there", settings, cluster=cluster)
+    assert {one.path: one.sha256 for one in there.files} == {
+        one.path: one.sha256 for one in here.files
+    }
+    assert there.summary == here.summary
+
+
+def test_always_on_workers_needs_some(build, tmp_path):
+    settings = TrainSettings(method="boosted", distributed="always")
+    with pytest.raises(ConfigError, match="needs workers"):
+        train(Catalog.open(build / "lamost.pairs"), tmp_path / "model", settings)
 
 
 def test_validation_is_by_the_number_of_pairs(build, tmp_path):

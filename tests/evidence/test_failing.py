@@ -1,7 +1,6 @@
 """Bins that fail, against one bin after the other written out."""
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -79,8 +78,8 @@ def test_equal_weights_are_plain_medians_and_copies_of_stars_are_no_more_certain
     plain = binned_quantiles(cells, values, 1)
     assert once["median"] == plain.median and once["n_effective"] == pytest.approx(1001, abs=2)
     assert once["error"] == pytest.approx(plain.error, rel=0.01)
-    four: Any = [np.repeat(x, 4) for x in (values, cells, ones, groups)]
-    copies = weighted_medians(*four, 1)
+    given = [np.repeat(x, 4) for x in (values, cells, ones, groups)]
+    copies = weighted_medians(given[0], given[1], given[2], given[3], 1)
     assert copies["error"] == pytest.approx(once["error"], rel=0.01) and copies["n"] == 4004
 
 

@@ -44,28 +44,24 @@ BIN_SCHEMA = figure_schema(
 
 
 def weighted_medians(
-    values: FloatArray, cells: IntArray, weights: FloatArray, groups: IntArray, n_cells: int
+    cells: IntArray, values: FloatArray, weights: FloatArray, groups: IntArray, n_cells: int
 ) -> dict[str, Any]:
-    """Find ``median``, its ``error``, ``n`` and ``n_effective`` of rising values (n,) in cells.
+    """Find ``median``, its ``error``, ``n`` and ``n_effective`` of values (n,) in cells.
 
-    A negative cell and a weight of 0 are in none. Quantiles are linear between the middles of the
-    weights (definition 5 of Hyndman & Fan 1996); these are whole numbers, so that nothing depends
-    on the order of equal values.
+    Cells rise, and the values of each. Weights are positive whole numbers, of which sums are exact;
+    quantiles are linear between their middles (definition 5 of Hyndman & Fan 1996).
     """
-    used = np.flatnonzero((cells >= 0) & (weights > 0))
-    used = used[np.argsort(cells[used].astype(np.uint16), kind="stable")]
-    cell, value, weight = cells[used], values[used], weights[used]
-    n, total = np.bincount(cell, minlength=n_cells), np.bincount(cell, weight, n_cells)
-    up_to, last = np.cumsum(weight), np.cumsum(n)[n > 0] - 1
-    middle, first = up_to - weight / 2, last - n[n > 0] + 1
+    n, total = np.bincount(cells, minlength=n_cells), np.bincount(cells, weights, n_cells)
+    up_to, last = np.cumsum(weights), np.cumsum(n)[n > 0] - 1
+    middle, first = up_to - weights / 2, last - n[n > 0] + 1
     p16, median, p84 = np.full((3, n_cells), np.nan)
-    for share, out in ((0.16, p16), (0.5, median), (0.84, p84)) if len(used) else ():
+    for share, out in ((0.16, p16), (0.5, median), (0.84, p84)) if len(cells) else ():
         wanted = up_to[last] - (1 - share) * total[n > 0]
-        out[n > 0] = np.interp(np.clip(wanted, middle[first], middle[last]), middle, value)
-    signs = np.bincount(
-        cell * N_GROUPS + groups[used], weight * np.sign(value - median[cell]), n_cells * N_GROUPS
-    ).reshape(n_cells, N_GROUPS)
-    squares = np.maximum(np.square(signs).sum(axis=1), np.bincount(cell, weight**2, n_cells))
+        out[n > 0] = np.interp(np.clip(wanted, middle[first], middle[last]), middle, values)
+    signs = weights * np.sign(values - median[cells])
+    of_groups = np.bincount(cells * N_GROUPS + groups, signs, n_cells * N_GROUPS)
+    squares = np.square(of_groups).reshape(n_cells, N_GROUPS).sum(axis=1)
+    squares = np.maximum(squares, np.bincount(cells, weights**2, n_cells))
     effective = total**2 / np.where(n > 0, squares, 1.0)
     error = MEDIAN_ERROR * (p84 - p16) / 2 / np.sqrt(np.where(n > 1, effective, np.nan))
     return {"n": n, "n_effective": effective, "median": median, "error": error}
@@ -88,26 +84,26 @@ def failing_bins(
     """
     known = np.logical_and.reduce([np.isfinite(values) for values in residuals.values()])
     bands = {ALL: known, **{n: known & x for n, x in snr_subsets(labels.get(SNR)).items()}}
-    orders = {method: np.argsort(values, kind="stable") for method, values in residuals.items()}
+    axes = [axis for axis in AXES if axis.name in labels]
+    places = {x.name: bins_of(labels[x.name], np.r_[-np.inf, x.edges, np.inf]) for x in axes}
     found = []
-    for axis, method in itertools.product(AXES, residuals):
-        if axis.name not in labels:
-            continue
-        order, ends = orders[method], np.concatenate([[-np.inf], axis.edges, [np.inf]])
-        place, ranked = bins_of(labels[axis.name], ends), residuals[method][order].astype(float)
+    for (method, values), axis in itertools.product(residuals.items(), axes):
         low, high = np.append(np.nan, axis.edges), np.append(axis.edges, np.nan)
+        place = np.where(known, places[axis.name], -1)
+        order = np.argsort(values, kind="stable")
+        order = order[np.argsort(place[order].astype(np.int16), kind="stable")]
         for (band, inside), (weighting, weight) in itertools.product(
             bands.items(), weights.items()
         ):
-            cells = np.where(inside, place, -1)[order]
-            row = weighted_medians(ranked, cells, weight[order], groups[order], len(low))
+            used = order[(inside & (place >= 0) & (weight > 0))[order]]
+            given = place[used], values[used].astype(np.float64), weight[used], groups[used]
+            row = weighted_medians(*given, len(low))
             fails = np.abs(row["median"]) > np.maximum(limit, 3 * row["error"])
             judged = (row["n"] > 1) & (row["n_effective"] >= min_count)
             row["fails"] = np.where(judged, fails.astype(object), np.array(None))
             row |= {"method": method, "label": label, "against": axis.name, "band": band}
-            found.append(
-                {**row, "weighting": weighting, "bin": low, "bin_low": low, "bin_high": high}
-            )
+            row |= {"weighting": weighting, "bin": low, "bin_low": low, "bin_high": high}
+            found.append(row)
     table = long_table(found, BIN_SCHEMA)
     return table.filter(pa.array(table["n"].to_numpy() > 0))
 

@@ -47,6 +47,7 @@ from sos_dask.evidence.widening import (
     Placed,
     Widths,
     fit_widths,
+    points_of,
 )
 from sos_dask.problem import DEFAULT, Input, Problem, parameter_matrix
 from sos_dask.run.machine import import_xgboost
@@ -65,7 +66,6 @@ _REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simula
 _MOST_NODES, _NODES_A_STAR = 72**3, 256  # steps far finer than distances to the 16th neighbour
 _MOST_ALONG = 512  # nodes of an axis
 _EDGE = 0.0005  # share of the stars beyond each side of the grid
-_LABEL_SCALE = 2.0  # half of a scaled label is as far as a factor e of the signal to noise
 _FORMAT = 7
 
 SKY_ORDER = 4
@@ -357,8 +357,9 @@ def fit(
     n_width: tuple[tuple[int, ...], ...] = ()
     if target and overlap.half_width is not None and overlap.error_class is not None:
         told = np.where(np.isfinite(overlap.half_width).all(axis=1), kind, np.int8(-1))
-        pairs = Placed(told, overlap.error_class, _points(stars, overlap.columns))
-        points = _points(model.scaled(target.columns)[:, :k], target.columns)
+        pairs = Placed(told, overlap.error_class, points_of(stars, snr))
+        scaled = model.scaled(target.columns)[:, :k]
+        points = points_of(scaled, _column(target.columns, "snr", len(scaled)))
         rows = Placed(model.coverage(target.columns)[1], target.error_class, points)
         residual, half_width = overlap.residual, overlap.half_width
         widths, n_width = fit_widths(residual, half_width, ~wrong, pairs, rows, limits)
@@ -399,12 +400,6 @@ def _held_out_places(
         if measure == "ratio":
             distance[rows] = _ratio(_fit_ratio(x[others], sample, seed), x[rows])
     return distance, lacks
-
-
-def _points(labels: FloatArray, columns: Columns) -> FloatArray:
-    """Scaled labels (n, k) and the logarithm of S/N, where distances are counted for weights."""
-    snr = _column(columns, "snr", len(labels))
-    return np.column_stack([_LABEL_SCALE * labels, np.log(np.where(snr > 0, snr, np.nan))])
 
 
 def _column(columns: Columns, name: str, n: int) -> FloatArray:

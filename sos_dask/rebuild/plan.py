@@ -292,7 +292,8 @@ def _model_steps(job: Job, one: _Correction, target: str) -> Iterator[Step]:
     of_problem = Evidence.Settings(problem=one.problem)
     yield Step(evidence, Evidence, of_problem, {"pairs": pairs, **models})
     compare = _own(job, Compare, job.compare)
-    yield Step(f"{one.place}.comparison", Compare, compare, {"evidence": evidence, **models})
+    inputs = {"evidence": evidence, **models, "sample": f"{target}.sample"}
+    yield Step(f"{one.place}.comparison", Compare, compare, inputs)
 
 
 def _survey_steps(job: Job, name: str, section: SurveySection) -> Iterator[Step]:

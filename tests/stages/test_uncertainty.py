@@ -157,10 +157,11 @@ def test_corrected_rows_carry_the_errors(build):
     table = read(build / "lamost.corrected")
     errors = load_errors(build / "lamost.uncertainty")
     x = DEFAULT.matrix(table)
-    wanted = errors.half_width(x, table["snr"].to_numpy())
+    own, wanted = errors.half_widths(x, table["snr"].to_numpy())
     kind = read(build / "lamost.coverage")["kind_coverage"].fill_null(0).to_numpy()
     known = CoverageModel.load(build / "lamost.coverage")
     factors = known.widths.widening(kind, errors.is_sparse(x).astype(np.int64), wanted)
+    own *= factors.astype(np.float32)
     wanted *= factors.astype(np.float32)
     for number, label in enumerate(LABELS):
         column = table[f"{label}_sos_err"]
@@ -169,12 +170,16 @@ def test_corrected_rows_carry_the_errors(build):
         assert known.tolist() == table[f"{label}_sos"].is_valid().to_pylist()
         covered = known & (table["flag_sos"].to_numpy() & (FLAG_SPARSE | FLAG_OUTSIDE) == 0)
         assert covered.sum() > 100
-        assert np.array_equal(column.to_numpy()[covered], wanted[covered, number])
+        assert np.array_equal(column.to_numpy()[covered], own[covered, number])
+        pair = table[f"{label}_sos_err_pair"].to_numpy()
+        assert np.array_equal(pair[covered], wanted[covered, number])
         assert (column.to_numpy()[known] > 0).all()
     files = sorted((build / "lamost.corrected" / "dataset").rglob("Npix=*.parquet"))
     metadata = pq.read_schema(files[0]).field("teff_sos_err").metadata
     assert metadata[b"unit"] == b"K"
     assert metadata[b"ucd"] == b"stat.error;phys.temperature.effective"
+    assert b"of corrected teff: that of corrected - reference" in metadata[b"description"]
+    metadata = pq.read_schema(files[0]).field("teff_sos_err_pair").metadata
     assert b"for 95 % times" in metadata[b"description"]
 
 

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 
 from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ModelError
+from sos_dask.evidence import beyond
 from sos_dask.evidence.widening import (
     CLASSES,
     LACKING,
@@ -62,11 +63,12 @@ WRONG_SIGMA = 4.0
 _NEIGHBOURS = 16  # 4 to 16 predict the error equally well on the simulation
 _LEAST_SHARE = 0.25  # 0.2 to 0.4 find the same rows on the simulation
 _MIN_HELD_OUT = 100
-_REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
+REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
 _MOST_NODES, _NODES_A_STAR = 72**3, 256  # steps far finer than distances to the 16th neighbour
 _MOST_ALONG = 512  # nodes of an axis
+_GUESS_CELLS = 48**3
 _EDGE = 0.0005  # share of the stars beyond each side of the grid
-_FORMAT = 7
+_FORMAT = 8
 
 SKY_ORDER = 4
 STEPS = {"kiel": {"teff": 100.0, "logg": 0.1}, "labels": {"teff": 250.0, "logg": 0.25, "feh": 0.25}}
@@ -185,6 +187,7 @@ class CoverageModel:
     growth: Growth
     limits: Limits
     widths: Widths  # by which the half-widths of an error model are widened
+    guesses: NDArray[np.uint8]  # (cells of `_guess_grid`, l): what stands in: see `beyond`
     ratio: Any = None  # xgboost.Booster: the measure, where it is that
 
     def scaled(self, columns: Columns) -> FloatArray:
@@ -218,6 +221,39 @@ class CoverageModel:
         kind[np.isnan(coverage)] = -1
         return coverage, kind
 
+    @property
+    def _guess_grid(self) -> Grid:
+        grid = self.places.grid
+        n = round(_GUESS_CELLS ** (1 / len(grid.shape)))
+        return Grid(grid.low, grid.high, (n,) * len(grid.shape))
+
+    def with_guesses(self, chosen: NDArray[np.uint8], problem: Problem) -> CoverageModel:
+        """Keep what stands in at all places; ``chosen`` is that of `beyond.choose`."""
+        places = self._guess_grid.centers()
+        distance, index = self._tree.query(places)
+        giant = beyond.giants(
+            problem, places * self.scale[: self.n_inputs] + self.center[: self.n_inputs]
+        )
+        kind = beyond.kinds(places - self.overlap[index], giant)
+        return replace(self, guesses=beyond.chosen_at(chosen, kind, distance))
+
+    def guesses_at(self, features: Float32Array) -> NDArray[np.uint8]:
+        """Look up what stands in (n, l), as numbers in `beyond.GUESSES`, at features (n, n_inputs).
+
+        Nothing beyond the grid.
+        """
+        grid = self._guess_grid
+        x = ((features - self.center[: self.n_inputs]) / self.scale[: self.n_inputs]).astype("f4")
+        low, high = np.array(grid.low, "f4"), np.array(grid.high, "f4")
+        is_inside = np.all((x >= low) & (x <= high), axis=1)
+        return np.where(is_inside[:, None], self.guesses[grid.cells(x)], np.uint8(0))
+
+    def nearest(self, features: Float32Array) -> Float32Array:
+        """Features (n, n_inputs) of the nearest overlap star."""
+        center, scale = self.center[: self.n_inputs], self.scale[: self.n_inputs]
+        index = self._tree.query((features - center) / scale)[1]
+        return np.asarray(self.overlap[index] * scale + center, dtype=np.float32)
+
     def within_reach(self, features: Float32Array) -> Float32Array:
         """Draw finite features (n, n_inputs) towards their nearest star until just outside.
 
@@ -230,7 +266,7 @@ class CoverageModel:
         is_far = ((x < grid.low) | (x > grid.high)).any(axis=1)
         is_far |= ~np.isin(grid.cells(x.astype(np.float32)), filled)
         distance, index = self._tree.query(x[is_far])
-        share = np.minimum(1.0, _REACH / np.maximum(distance, 1e-12))[:, None]
+        share = np.minimum(1.0, REACH / np.maximum(distance, 1e-12))[:, None]
         near, result = self.overlap[index], np.array(features, dtype=np.float32)
         result[is_far] = (near + (x[is_far] - near) * share) * scale + center
         return result
@@ -245,7 +281,7 @@ class CoverageModel:
     def _cells(self) -> tuple[Grid, IntArray]:
         """Cells whose places are all within reach of each other, and which of them have stars."""
         low, high = self.overlap.min(axis=0), self.overlap.max(axis=0)
-        shape = 1 + np.ceil((high - low) * np.sqrt(self.n_inputs) / (0.99 * _REACH)).astype(int)
+        shape = 1 + np.ceil((high - low) * np.sqrt(self.n_inputs) / (0.99 * REACH)).astype(int)
         grid = Grid(*(tuple(ends.tolist()) for ends in (low, high, shape)))
         return grid, np.unique(grid.cells(self.overlap.astype(np.float32)))
 
@@ -263,7 +299,7 @@ class CoverageModel:
             "limits": self.limits.as_json,
             "widths": asdict(self.widths),
         }
-        tables: list[NDArray[Any]] = [self.places.values, self.overlap]
+        tables: list[NDArray[Any]] = [self.places.values, self.overlap, self.guesses]
         if self.ratio is not None:
             tables.append(np.frombuffer(self.ratio.save_raw("ubj"), np.uint8))
         return seal("coverage", document, tables)
@@ -272,7 +308,7 @@ class CoverageModel:
     def load(cls, directory: Path) -> CoverageModel:
         """Read a saved model; `ModelError` where a file is missing, damaged or of other format."""
         document, tables = unseal(directory, "coverage", _FORMAT, "coverage model")
-        values, overlap, *ratio = tables
+        values, overlap, guesses, *ratio = tables
         booster = None
         if ratio:
             xgboost = import_xgboost()
@@ -290,6 +326,7 @@ class CoverageModel:
             Growth(**document["growth"]),
             Limits(**document["limits"]),
             Widths(**document["widths"]),
+            guesses,
             booster,
         )
 
@@ -351,7 +388,8 @@ def fit(
         last = float(np.nanmax(knn_distance(stars, stars, _NEIGHBOURS)))
         booster = _fit_ratio(x, sample, seed)
     widths = Widths(np.ones((2, len(CLASSES), overlap.residual.shape[1])).tolist())
-    places, meant = Places.of(stars, near, last), (noise, growth, limits, widths, booster)
+    none = np.zeros((1, overlap.residual.shape[1]), dtype=np.uint8)
+    places, meant = Places.of(stars, near, last), (noise, growth, limits, widths, none, booster)
     model = CoverageModel(parameters, k, center, scale, places, stars, *meant)
     kind = model.coverage_at(distance, lacks)[1]
     n_width: tuple[tuple[int, ...], ...] = ()

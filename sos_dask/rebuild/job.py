@@ -123,10 +123,10 @@ class AttachSection(AttachSettings):
 class CoverageSection(CoverageSettings):
     """Where the correction may be trusted, and what is done elsewhere.
 
-    ``fallback = "auto"``: the polynomial where it is trained, else the correction's edge.
+    ``fallback = "auto"``: what was best where regions were left out of the training.
     """
 
-    fallback: Literal["auto", "polynomial", "none", "edge"] = "auto"
+    fallback: Literal["auto", "measured", "polynomial", "none", "edge"] = "auto"
 
 
 class ClusterSection(Settings):

@@ -259,13 +259,11 @@ def comparison(table: pa.Table, labels: Labels, chosen: str, subset: str) -> Tab
     return _tabulate(_by_label(items, labels), columns, lambda item: item["method"] == chosen)
 
 
-def failing(entries: Iterable[Row], labels: Labels, method: str) -> Table:
+def failing(entries: Iterable[Row], method: str) -> Table:
     """How many bins fail of those that are judged with one method, by weighting and band of S/N."""
     items = [entry for entry in entries if entry["method"] == method]
-    units = {ALL: "", **labels}
     columns: dict[str, Any] = {
-        "label": lambda item: f"{word(item['label'])} [{units[item['label']]}]".removesuffix(" []"),
-        "in bins of": lambda item: word(item["against"]),
+        "label by": lambda item: f"{word(item['label'])} by {word(item['against'])}"
     }
     for kind in items[0]["counts"]:
         columns[f">{word(kind)}"] = lambda item, kind=kind: "/".join(map(str, item["counts"][kind]))
@@ -410,7 +408,7 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
         found["worst"] = _by_label(known, labels)
     if entries := build.choice.get("failing"):
         methods = ordered([one["method"] for one in entries], (method, NONE))
-        found["failing"] = {one: failing(entries, labels, one) for one in methods}
+        found["failing"] = {one: failing(entries, one) for one in methods}
     if (table := build.table("hit_rates")) is not None:
         found["short"] = short_intervals(table)
     if flags := build.summary(CORRECTED).get("flags"):

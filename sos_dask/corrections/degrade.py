@@ -85,10 +85,11 @@ class Donors:
         fainter = (self.features[row][:, snr] < pairs.features[:, snr]).all(axis=1)
         pairs, row = rows_of(pairs, np.flatnonzero(fainter)), row[fainter]
         assert pairs.errors is not None
-        more = np.square(self.errors[row], dtype=np.float64) - np.square(pairs.errors)
+        errors = np.maximum(self.errors[row], pairs.errors)
+        more = np.square(errors, dtype=np.float64) - np.square(pairs.errors, dtype=np.float64)
         shape = np.linalg.cholesky(self.correlation)
-        noise = np.sqrt(np.maximum(more, 0.0)) * (normals(pairs, number) @ shape.T)
-        noisy = with_noise(pairs, self.problem, noise)
+        noise = np.sqrt(more) * (normals(pairs, number) @ shape.T)
+        noisy = replace(with_noise(pairs, self.problem, noise), errors=errors)
         noisy.features[:, snr] = self.features[row][:, snr]
         return replace(noisy, weight=noisy.weight * np.float32(_WEIGHT))
 

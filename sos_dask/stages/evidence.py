@@ -92,8 +92,7 @@ class Evidence(Stage[EvidenceSettings]):
                     f"{path} is not a trained model but an output of '{made.stage}'",
                     "Give the outputs of 'sos-dask train'.",
                 )
-            theirs = Problem(**made.params.get("settings", {}).get("problem", {}))
-            if theirs != problem:
+            if (theirs := _problem_of(made)) != problem:
                 raise ModelError(
                     f"{path} predicts {', '.join(theirs.names)} from {', '.join(theirs.features)}: "
                     f"the table is to have {', '.join(problem.names)} from "
@@ -338,6 +337,11 @@ class OfModel(OnEvidence[S]):
         return prints
 
 
+def _problem_of(made: Recipe) -> Problem:
+    """Problem of a trained model, by its recipe."""
+    return Problem(**made.params.get("settings", {}).get("problem", {}))
+
+
 def on_pairs(
     stage: type[OnEvidence[S]],
     pairs: Catalog,
@@ -349,10 +353,12 @@ def on_pairs(
 ) -> Manifest:
     """Run a stage by itself: its evidence is an intermediate product of the output.
 
-    Models, by method, are trained on the pairs; ``more`` are the other inputs of the stage, and
-    ``options`` those of `Stage.attempt`.
+    Models, by method, are trained on the pairs, and the problem is theirs; ``more`` are the other
+    inputs of the stage, and ``options`` those of `Stage.attempt`.
     """
-    first = Evidence({"pairs": pairs, **{f"model.{name}": one for name, one in models.items()}})
+    inputs = {"pairs": pairs, **{f"model.{name}": one for name, one in models.items()}}
+    problems = [_problem_of(Manifest.load(one).recipe) for one in models.values()]
+    first = Evidence(inputs, EvidenceSettings(problem=problems[0]) if problems else None)
     first.check()
     prints = {name: fingerprint_of(one) for name, one in more.items()}
     prints["evidence"] = Evidence.recipe(first.settings, first.fingerprints()).fingerprint

@@ -191,13 +191,15 @@ def test_every_held_out_pair_is_predicted_once(current):
 
 def test_held_out_predictions_come_from_models_that_never_saw_the_fold(current):
     pairs = Catalog.open(current / "lamost.pairs")
-    source = PairsSource(pairs)
+    problem = models.load(current / "lamost.model.polynomial").problem
+    source = PairsSource(pairs, problem)
     folds = sorted(set(rows_of(current / "lamost.pairs")["fold"].to_pylist()))
     held_out = pq.read_table(current / "lamost.model.polynomial/held_out.parquet")
     fold = folds[1]
     correction = models.fit("polynomial", source, train_folds=[f for f in folds if f != fold])
     rows = held_out.filter(pc.equal(held_out["fold"], fold))
-    x = np.stack([rows[f"x_{label}"].to_numpy() for label in LABELS], axis=1)
+    x = columns(rows, [f"x_{column}" for column in problem.columns])
+    assert "x_snr" in rows.column_names
     expected = np.stack([rows[f"{label}_delta"].to_numpy() for label in LABELS], axis=1)
     np.testing.assert_array_equal(correction.predict(x), expected)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.coverage import (
     _NEIGHBOURS,
-    REACH,
     MEASURES,
+    REACH,
     CoverageModel,
     Overlap,
     Places,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -279,7 +280,7 @@ def search(
     from dask_ml.model_selection import GridSearchCV
 
     drawn = candidates(method, params, n, seed)
-    X, y, weight, fold, degraded = _pairs(source, sorted(map(int, train_folds)))
+    X, y, weight, fold, degraded = _pairs(source, sorted(map(int, train_folds)), client)
     folds = np.unique(fold[~degraded])
     if len(folds) < 2:
         raise ModelError(
@@ -318,24 +319,31 @@ def search(
     return {**params, **drawn[order[0]]}, trials
 
 
-def _pairs(source: TrainingSource, folds: Sequence[int]) -> tuple[NDArray[Any], ...]:
+def _pairs(
+    source: TrainingSource, folds: Sequence[int], client: Any = None
+) -> tuple[NDArray[Any], ...]:
     """Columns of the training rows, their fold, and which are pairs as fainter rows see them.
 
     Of very many, some that their numbers choose.
     """
-    parts = []
-    for index in range(source.n_batches):
-        loaded = OneBatch(source.load(index), source.problem)
-        for fold in folds:
-            rows = Training(loaded, (fold,), degraded=True).rows(0)
-            n = len(Training(loaded, (fold,)).rows(0).features)
-            place = np.arange(len(rows.features))
-            parts.append((*rows, np.full_like(place, fold), place >= n))
-    columns = tuple(map(np.concatenate, zip(*parts, strict=True)))
+    read, batches = partial(_pairs_of, source, folds), range(source.n_batches)
+    parts = base.run_tasks(read, batches, client, "search: a batch", "give workers more.")
+    columns = tuple(map(np.concatenate, zip(*itertools.chain(*parts), strict=True)))
     if (share := _MOST_PAIRS / max(len(columns[0]), 1)) < 1:
         chosen = base.hash_rows(*columns[:2]) < np.uint64(share * 2.0**64)
         columns = tuple(column[chosen] for column in columns)
     return columns
+
+
+def _pairs_of(source: TrainingSource, folds: Sequence[int], index: int) -> list[tuple[Any, ...]]:
+    """Training rows of one batch, fold by fold: see `_pairs`."""
+    loaded, parts = OneBatch(source.load(index), source.problem), []
+    for fold in folds:
+        rows = Training(loaded, (fold,), degraded=True).rows(0)
+        n = len(Training(loaded, (fold,)).rows(0).features)
+        place = np.arange(len(rows.features))
+        parts.append((*rows, np.full_like(place, fold), place >= n))
+    return parts
 
 
 class _Tried(BaseEstimator):

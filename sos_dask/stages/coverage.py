@@ -249,7 +249,7 @@ class Coverage(OfModel[CoverageSettings]):
             "noise": asdict(model.noise),
             "widths": asdict(model.widths),
             "width_pairs": found.n_width,
-            "outside": beyond.table(chosen, problem),
+            "guesses": beyond.table(chosen, problem),
             "intervals": widening.counted(found.n_width),
             "stars": {**{k: n / max(sampled, 1) for k, n in n_stars.items()}, "sampled": sampled},
         }

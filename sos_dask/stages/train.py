@@ -270,23 +270,11 @@ class Train(Stage[TrainSettings]):
             plan = [*([one for one in folds if one != held_out] for held_out in folds), None]
         predicted: list[pa.Table] = []
         searches = []
-        needs = _needs_workers(len(fold), settings) or (
-            settings.distributed == "auto" and is_elsewhere
-        )
-        workers = run.cluster.client if needs else None
-        if settings.distributed == "always" and workers is None:
-            raise ConfigError(
-                "distributed = 'always' needs workers, and there are none", "Start some: --workers."
-            )
+        workers = self._workers(len(fold), run.cluster)
         for number, trained in enumerate(plan):
             run.report(step, number, len(plan))
-            params: Mapping[str, Any] = settings.params
-            if settings.search and corrections.class_of(method).search:
-                from sos_dask.corrections import estimators  # scikit-learn takes a second
-
-                given = corrections.check_params(method, params)
-                how = settings.search, settings.seed, run.cluster.client
-                params, trials = estimators.search(method, source, trained or folds, given, *how)
+            params, trials = self._params(source, trained or folds, run.cluster.client)
+            if trials:
                 searches.append({"train_folds": trained or folds, "trials": trials})
             fit = partial(_fit, method, source, params)
             if workers is None:
@@ -318,6 +306,28 @@ class Train(Stage[TrainSettings]):
             "folds": {str(one): int(np.count_nonzero(fold == one)) for one in folds},
             "metrics": [asdict(metric) for metric in metrics],
         }
+
+    def _workers(self, n_pairs: int, cluster: Cluster) -> Any:
+        """Client whose workers fit; None where fits are not data-parallel."""
+        distributed = self.settings.distributed
+        if distributed == "always" and cluster.client is None:
+            what = "distributed = 'always' needs workers, and there are none"
+            raise ConfigError(what, "Start some: --workers.")
+        needs = _needs_workers(n_pairs, self.settings)
+        return cluster.client if needs or (distributed == "auto" and cluster.is_elsewhere) else None
+
+    def _params(
+        self, source: PairsSource, folds: list[int], client: Any
+    ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+        """Parameters of a fit, and all that a search for them has tried."""
+        settings = self.settings
+        if not (settings.search and corrections.class_of(settings.method).search):
+            return settings.params, []
+        from sos_dask.corrections import estimators  # scikit-learn takes a second
+
+        given = corrections.check_params(settings.method, settings.params)
+        how = given, settings.search, settings.seed, client
+        return estimators.search(settings.method, source, folds, *how)
 
 
 def _fit(

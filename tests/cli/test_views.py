@@ -203,7 +203,7 @@ def test_uncertainty_shows_what_was_checked(cli, small_store, tmp_path):
     share = {"hit_rate": float, "low": float, "high": float}
     one = {"label": str, "subset": str, "level": float, "n": int, **share}
     assert_shape(found["hit_rates"], [one])
-    assert {"path", "method", "reference_error", "factors_95", "error_factors"} <= set(found)
+    assert {"path", "method", "factors_95", "error_factors"} <= set(found)
     assert set(found["error_factors"]) == {"lamost", "apogee", "galah"}
     assert_error(cli("uncertainty", "--store", tmp_path), 5, "no sos-dask store at")
 

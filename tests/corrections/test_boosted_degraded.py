@@ -93,7 +93,10 @@ def test_a_bias_that_depends_on_s_n_is_found_by_the_measured_pairs():
 
     def found(**more: int) -> np.ndarray:
         with_step, without = (
-            fit(replace(source(one), donors=faint_rows(low=40.0, high=80.0)), params={**QUICK, **more})
+            fit(
+                replace(source(one), donors=faint_rows(low=40.0, high=80.0)),
+                params={**QUICK, **more},
+            )
             for one in (stepped, batch)
         )
         change = np.median(with_step.predict(x) - without.predict(x), axis=0)

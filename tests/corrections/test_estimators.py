@@ -269,6 +269,13 @@ def test_of_very_many_pairs_some_count(monkeypatch):
     assert len(search("polynomial", SOURCE, [1, 2, 3], params, 3)[1]) == 3
 
 
+def test_workers_read_the_pairs_of_a_search(client, monkeypatch):
+    here = estimators._pairs(SOURCE, [1, 2])
+    monkeypatch.delattr(ArraySource, "load")
+    for one, other in zip(estimators._pairs(SOURCE, [1, 2], client), here, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_candidates_that_are_too_large_lose():
     source = ArraySource(biased_pairs(90))
     params, trials = search("polynomial", source, range(5), defaults("polynomial", order=5), 8)

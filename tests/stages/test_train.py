@@ -83,9 +83,7 @@ def test_where_fits_are_data_parallel(
 @pytest.mark.parametrize(
     ("method", "params", "validation", "distributed"),
     [
-        ("polynomial", {"order": 1}, "holdout", "auto"),
         ("polynomial", {"order": 1}, "kfold", "never"),
-        ("boosted", {"n_rounds": 5}, "kfold", "auto"),
         ("boosted", {"n_rounds": 5}, "holdout", "auto"),
         ("hybrid", {"n_rounds": 5, "order": 1}, "holdout", "auto"),
         ("simex", {"replicas": 1, "order": 1, "max_passes": 2}, "holdout", "auto"),

@@ -65,7 +65,7 @@ def test_pairs_of_one_star_weigh_less_than_two_stars(tmp_path, seed):
         divided += sum(map(len, parts)) - 80
     assert divided > 10, "edges go through stars"
     total = {one: expected[np.array(stars) == one].sum() for one in set(stars)}
-    assert 1 <= min(total.values()) and max(total.values()) < 2
+    assert min(total.values()) >= 1 and max(total.values()) < 2
 
 
 def test_pairs_without_a_star_weigh_as_much_as_any(tmp_path):
@@ -125,7 +125,9 @@ def test_degraded_pairs_do_not_depend_on_partitions(inputs, monkeypatch, tmp_pat
     def everything(pairs: Path | Catalog, name: str) -> np.ndarray:
         source = source_of(monkeypatch, tmp_path / name, **{**inputs, "pairs": pairs})
         made = [source.load(index).degraded for index in range(source.n_batches)]
-        parts = [np.column_stack([one.features, one.differences, one.weight]) for one in made if one]
+        parts = [
+            np.column_stack([one.features, one.differences, one.weight]) for one in made if one
+        ]
         return np.sort(np.concatenate(parts), axis=0)
 
     other = write_catalog(read(Path(str(inputs["pairs"]))), tmp_path / "pairs", size, "pairs")
@@ -177,7 +179,9 @@ def test_the_correlation_of_errors_is_that_of_repeats(tmp_path):
     star = np.array([int(one[1:]) for one in table["reference_star_id"].to_pylist()])
     common = rng.normal(size=len(star))
     for name, unit, sign in (("teff", 50.0, 1), ("logg", 0.1, 1), ("feh", 0.05, -1)):
-        values = 5.0 + 0.01 * star + unit * (sign * 0.9 * common + 0.44 * rng.normal(size=len(star)))
+        values = (
+            5.0 + 0.01 * star + unit * (sign * 0.9 * common + 0.44 * rng.normal(size=len(star)))
+        )
         values[~table["use"].to_numpy()] = 1e4 * rng.normal(size=np.sum(~table["use"].to_numpy()))
         for column, of in ((name, values), (f"{name}_err", np.full(len(star), unit))):
             place = table.schema.get_field_index(column)

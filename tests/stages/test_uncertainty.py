@@ -160,28 +160,29 @@ def test_corrected_rows_carry_the_errors(build):
     table = read(build / "lamost.corrected")
     errors = load_errors(build / "lamost.uncertainty")
     x = DEFAULT.matrix(table)
-    own, pair = errors.half_widths(x, table["snr"].to_numpy())
+    own, wanted = errors.half_widths(x, table["snr"].to_numpy())
     kind = read(build / "lamost.coverage")["kind_coverage"].fill_null(0).to_numpy()
     known = CoverageModel.load(build / "lamost.coverage")
-    factors = known.widths.widening(kind, errors.is_sparse(x).astype(np.int64), pair)
-    every = [
-        (f"{label}_{name}", label, widths[:, number])
-        for name, widths in (("sos_err", own * factors), ("sos_err_pair", pair * factors))
-        for number, label in enumerate(LABELS)
-    ]
-    for name, label, wanted in every:
-        column = table[name]
+    factors = known.widths.widening(kind, errors.is_sparse(x).astype(np.int64), wanted)
+    own *= factors.astype(np.float32)
+    wanted *= factors.astype(np.float32)
+    for number, label in enumerate(LABELS):
+        column = table[f"{label}_sos_err"]
         assert column.null_count == table[f"{label}_sos"].null_count > 0
         known = column.is_valid().to_numpy()
         assert known.tolist() == table[f"{label}_sos"].is_valid().to_pylist()
         covered = known & (table["flag_sos"].to_numpy() & (FLAG_SPARSE | FLAG_OUTSIDE) == 0)
         assert covered.sum() > 100
-        np.testing.assert_allclose(column.to_numpy()[covered], wanted[covered], rtol=1e-6)
+        assert np.array_equal(column.to_numpy()[covered], own[covered, number])
+        pair = table[f"{label}_sos_err_pair"].to_numpy()
+        assert np.array_equal(pair[covered], wanted[covered, number])
         assert (column.to_numpy()[known] > 0).all()
     files = sorted((build / "lamost.corrected" / "dataset").rglob("Npix=*.parquet"))
     metadata = pq.read_schema(files[0]).field("teff_sos_err").metadata
     assert metadata[b"unit"] == b"K"
     assert metadata[b"ucd"] == b"stat.error;phys.temperature.effective"
+    assert b"of corrected teff: that of corrected - reference" in metadata[b"description"]
+    metadata = pq.read_schema(files[0]).field("teff_sos_err_pair").metadata
     assert b"for 95 % times" in metadata[b"description"]
 
 

@@ -89,9 +89,13 @@ def test_compare_of_one_label_and_of_training_pairs(cli: Cli, small_store):
 
 def test_compare_and_trends_are_single_steps_too(cli: Cli, small_store, tmp_path):
     current = small_store / "current"
-    given = [current / "lamost.pairs", current / "lamost.model.polynomial"]
-    train = ["train", current / "lamost.pairs", "-m", "boosted", "-p", "n_rounds=20", "-w", 0]
-    assert cli(*train, "-o", "boosted").code == 0
+    given = [current / "lamost.pairs", "polynomial"]
+    train = ["train", current / "lamost.pairs", "-w", 0]
+    assert cli(*train, "-m", "boosted", "-p", "n_rounds=20", "-o", "boosted").code == 0
+    ran = cli("compare", current / "lamost.pairs", current / "lamost.model.polynomial", "boosted",
+              "-o", "out", "-w", 0)  # fmt: skip
+    assert_error(ran, 7, "boosted predicts teff, logg, feh from teff_5040, logg, feh: .*, snr\n")
+    assert cli(*train, "-m", "polynomial", "-p", "order=2", "-o", "polynomial").code == 0
     ran = cli("compare", *given, "boosted", "-o", "out", "--rule", "scatter", "-w", 0, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["rule"] == "scatter" and ran.json["costs"] is None

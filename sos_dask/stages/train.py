@@ -38,6 +38,7 @@ from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, Recipe, Rows
 
 SEARCH_FILE, TABLE = "search.json", "generalisation.parquet"
+MIN_KNOWN = 0.02  # share of the pairs
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 # As many train faster in one process: workers meet at every level of every tree, for a millisecond
 # each. Measured with 1,000,000 pairs and 100 trees on two cores: 11 CPU-s in all, and 19 by two
@@ -239,13 +240,31 @@ class Train(Stage[TrainSettings]):
         sample, times = self.path("sample"), replicas(pairs.n_rows)
         return replace(source, sample=sample, correlation=correlation, times=times)
 
+    def _folds(self, source: PairsSource) -> NDArray[np.int8]:
+        """Folds of the pairs; what hardly any of them knows is refused."""
+        problem, fold, known = source.problem, [np.empty(0, np.int8)], []
+        for batch in map(source.load, range(source.n_batches)):
+            fold.append(batch.fold)
+            finite = np.isfinite(np.concatenate([batch.features, batch.differences], axis=1))
+            known.append(np.count_nonzero(finite, axis=0))
+        columns = [*(one.column for one in problem.inputs), *(one.diff for one in problem.labels)]
+        n_pairs = sum(map(len, fold))
+        for column, n in zip(columns, sum(known) if n_pairs else (), strict=False):
+            if n < MIN_KNOWN * n_pairs:
+                raise ModelError(
+                    f"{self.catalog('pairs').path}: column '{column}' has a value that can be used "
+                    f"in {n:,} of {n_pairs:,} pairs fit for training",
+                    "Leave it out of labels and inputs, or give a catalog that has it: a row "
+                    "without any of its inputs has no correction.",
+                )
+        return np.concatenate(fold)
+
     def make(self, run: Run) -> Made:
         """Fit once a fold, or once, and predict what was held out."""
         settings, pairs = self.settings, self.catalog("pairs")
         method = settings.method
         source = self.source()
-        loaded = [source.load(index).fold for index in range(source.n_batches)]
-        fold = np.concatenate([np.empty(0, np.int8), *loaded])
+        fold = self._folds(source)
         folds = np.unique(fold).tolist()
         if len(folds) < 2:
             raise ModelError(

@@ -55,7 +55,7 @@ _SIDE = 8
 _SNR_BINS = 16
 _LEAST_BINS = 32
 # Of trees that see the measured pairs alone: they find what many pairs say, and no more.
-_OF_MEASURED = {"max_depth": 4, "min_child_weight": 100.0, "reg_lambda": 30.0}
+_OF_MEASURED = {"max_depth": 4, "min_child_weight": 300.0, "reg_lambda": 100.0}
 _THREAD_ROWS = 50_000  # two threads are no faster with fewer than 100,000 pairs
 _PLACES = 1 << 13  # of `_Bins`
 
@@ -66,12 +66,12 @@ class Settings(settings.Settings):
     n_rounds: int = Field(400, ge=1, le=20000, description="Trees per label")
     max_depth: int = Field(6, ge=1, le=12, description="Depth of a tree")
     learning_rate: float = Field(0.04, ge=1e-4, le=1.0, description="Share of each tree taken")
-    min_child_weight: float = Field(10.0, ge=0.0, le=1e6, description="Smallest Hessian of a leaf")
+    min_child_weight: float = Field(5.0, ge=0.0, le=1e6, description="Smallest Hessian of a leaf")
     subsample: float = Field(1.0, ge=0.05, le=1.0, description="Share of pairs that a tree sees")
     reg_lambda: float = Field(3.0, ge=0.0, le=1e6, description="Pull of leaves to zero, in pairs")
     max_bin: int = Field(256, ge=2, le=4096, description="Bins of each input")
     huber_slope: float = Field(
-        0.2, ge=0.01, le=100.0, description="Residual where the loss turns linear, in spreads"
+        0.5, ge=0.01, le=100.0, description="Residual where the loss turns linear, in spreads"
     )
     nthread: int = Field(1, ge=1, le=1024, description="Threads of each worker")
     measured_rounds: int = Field(

@@ -24,7 +24,7 @@ from sos_dask.corrections.base import Batch, hash_rows
 from sos_dask.problem import SNR, Problem
 
 _NEAREST = 16  # rows with like labels, of which one is the donor
-_MOST_REPLICAS, _ENOUGH_PAIRS = 4, 100_000
+_MOST_REPLICAS, _ENOUGH_PAIRS = 8, 400_000
 
 
 def replicas(n_pairs: int) -> int:

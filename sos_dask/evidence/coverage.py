@@ -4,9 +4,11 @@ A measure gives every row a distance from the overlap, small where overlap stars
 that no correction was trained on, the residual in units of the noise at its signal to noise grows
 with that distance (`widening.Growth`). Coverage = 1 / growth: where it is c, the error of the
 corrected labels is 1/c times that of a star of the same signal to noise in the dense overlap. The
-rows are *inside*, *sparse* or *outside* by two limits of the coverage. Outside are, too, rows of a
-kind that the overlap lacks (`_lacks`), and rows beyond the outermost held-out pairs,
-where growth cannot be measured: the coverage of both is held below the limit.
+rows are *inside*, *sparse* or *outside* by two limits of the coverage. Sparse at best are rows as
+far as the outermost 5 % of the pairs: an end of the overlap is near, and what lies behind it is in
+the rows, not in the pairs. Outside are, too, rows of a kind that the overlap lacks (`_lacks`), and
+rows beyond the outermost held-out pairs, where growth cannot be measured: the coverage of both is
+held below the limit.
 
 Measures:
 
@@ -64,7 +66,7 @@ _MOST_ALONG = 512  # nodes of an axis
 _NARROW = 0.1  # a narrower axis would make too many nodes of the others
 _EDGE = 0.0005  # share of the stars beyond each side of the grid
 _LABEL_SCALE = 2.0  # half of a scaled label is as far as a factor e of the signal to noise
-_FORMAT = 6
+_FORMAT = 7
 
 SKY_ORDER = 4
 STEPS = {"kiel": {"teff": 100.0, "logg": 0.1}, "labels": {"teff": 250.0, "logg": 0.25, "feh": 0.25}}
@@ -205,6 +207,9 @@ class CoverageModel:
     ) -> tuple[Float32Array, NDArray[np.int8]]:
         """See `coverage`: of rows at known distances, and where the overlap lacks stars."""
         coverage = (1.0 / self.growth(distance)).astype(np.float32)
+        thin = distance > self.growth.thin
+        below = np.nextafter(np.float32(self.limits.inside), np.float32(0))
+        coverage[thin] = np.minimum(coverage[thin], below)
         outside = lacks | (distance > self.growth.last)
         below = np.nextafter(np.float32(self.limits.outside), np.float32(0))
         coverage[outside] = np.minimum(coverage[outside], below)

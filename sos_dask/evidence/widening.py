@@ -44,6 +44,7 @@ _KIND_PAIRS = 400  # with fewer giants and dwarfs share one law of noise
 # Of laws from constant to steep and 630 pairs, with wrong ones, bins of 40 to 80 called most nearly
 # the true share outside.
 _BIN_PAIRS, _LEAST_BINS = 80, 3
+_THIN_SHARE = 0.05
 _TAIL_PAIRS = 10  # beyond the distance of the last so many pairs nothing is measured
 _LEAST_WIDTH = 1e-6
 _MIN_WIDTH_PAIRS = 40
@@ -172,6 +173,7 @@ class Growth:
     distance: Sequence[float]  # ascending, from the end of the nearer half
     growth: Sequence[float]  # at each distance
     last: float  # distance of the outermost pairs that tell of it
+    thin: float  # 95 % of the held-out pairs are nearer
 
     @classmethod
     def fit(cls, distance: FloatArray, ratio: FloatArray) -> tuple[Growth, list[dict[str, float]]]:
@@ -186,7 +188,8 @@ class Growth:
         order = np.argsort(distance, kind="stable")
         far = distance[order] if len(order) else np.zeros(1)
         half, last = float(far[max(len(far) // 2 - 1, 0)]), float(far[-_TAIL_PAIRS:][0])
-        flat = cls((half,), (1.0,), last)
+        thin = float(np.quantile(far, 1 - _THIN_SHARE))
+        flat = cls((half,), (1.0,), last, thin)
         if len(far) < MIN_GROWTH_PAIRS:
             return flat, []
         bins = []
@@ -208,7 +211,7 @@ class Growth:
         # Bins in a row of equal growth are one line between the first and the last of them.
         bends = np.diff(values) > 0
         kept = np.concatenate([[True], bends[:-1] | bends[1:], [True]])
-        growth = cls(tuple(at[kept].tolist()), tuple(values[kept].tolist()), last)
+        growth = cls(tuple(at[kept].tolist()), tuple(values[kept].tolist()), last, thin)
         names = ("distance", "n", "growth_measured", "growth")
         columns = (x.tolist() for x in (middle, n, measured, growth(middle)))
         return growth, [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

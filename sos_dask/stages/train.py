@@ -40,9 +40,9 @@ from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
 
 SEARCH_FILE, TABLE = "search.json", "generalisation.parquet"
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
-# Fewer train in one process for less: XGBoost is imported once, and ranks do not meet at every level
-# of every tree. CPU seconds of two workers over those of one process (`tests.bench.distributed`):
-# 1.4 with 200,000 pairs, 1.2 with 1,000,000, 1.0 with 2,000,000. A pair needs less than 300 bytes.
+# Fewer train in one process for less: XGBoost is imported once, ranks do not meet at every level of
+# every tree. CPU seconds of two workers over those of one process (`tests.bench.distributed`): 1.4
+# with 200,000 pairs, 1.2 with 1,000,000, 1.0 with 2,000,000. A pair needs less than 300 bytes.
 LOCAL_PAIRS = 1_000_000
 _STAR_ARCSEC = 10.0  # observations of one star are so near to each other
 

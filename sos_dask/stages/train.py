@@ -48,9 +48,9 @@ from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
 SEARCH_FILE, TABLE = "search.json", "generalisation.parquet"
 MIN_KNOWN = 0.02  # share of the pairs
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
-# As many train faster in one process: workers meet at every level of every tree, for a millisecond
-# each. Measured with 1,000,000 pairs and 100 trees on two cores: 11 CPU-s in all, and 19 by two
-# workers; a pair needs less than 300 bytes.
+# Fewer train in one process for less: XGBoost is imported once, ranks do not meet at every level of
+# every tree. CPU seconds of two workers over those of one process (`tests.bench.distributed`): 1.4
+# with 200,000 pairs, 1.2 with 1,000,000, 1.0 with 2,000,000. A pair needs less than 300 bytes.
 LOCAL_PAIRS = 1_000_000
 _STAR_ARCSEC = 10.0  # observations of one star are so near to each other
 

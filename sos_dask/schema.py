@@ -98,7 +98,7 @@ CANONICAL: Mapping[str, Column] = {
 QUALITY, HEALPIX = (Column(*column) for column in _ADDED)
 KEYS = ("star_id", "obs_id")
 """Keys of rows; of a catalog that has both the first names the rows."""
-REQUIRED = ("obs_id", "ra", "dec", *LABELS)
+REQUIRED = ("obs_id", "ra", "dec")
 RESERVED = (
     HEALPIX_COLUMN, "quality", "star_id", "n_obs", "n_used", "teff_spread", "logg_spread",
     "feh_spread", "flag_spread", "survey", "sources", "n_surveys", "Norder", "Dir", "Npix",

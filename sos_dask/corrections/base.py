@@ -208,6 +208,7 @@ class Summary:
 # Quartiles of a normal distribution are 1.349 standard deviations apart; 1.4826 = 2 / 1.349.
 _IQR = 1.3489795003921634
 _LEAST_SPREAD = 1e-6  # of the range
+_ROUNDING = 1e-4  # of the difference: no scatter of measurements is as small
 
 
 def summarise(training: Training, method: str, settings: Settings, needed: int) -> Summary:
@@ -237,14 +238,15 @@ def summarise(training: Training, method: str, settings: Settings, needed: int) 
     spread = np.maximum(third - first, np.abs(middle) / 128) / _IQR
     # More than half of the differences may be equal, or all: these are a zero point.
     spread = np.where(spread > _LEAST_SPREAD * width, spread, width / 6)
-    constant = width == 0
+    # Numbers of 24 bits differ a little even where the two surveys' labels do by a constant.
+    constant = width <= _ROUNDING * np.abs(middle)
     box = tuple(low[:k].tolist()), tuple(high[:k].tolist())
     return Summary(
         info=ModelInfo(method, settings.as_json, *box, n_pairs, folds, problem),
         n_rows=np.array(n_rows),
         mean=mean,
         deviation=np.where(wide, deviation, 1.0),
-        center=np.where(constant, lowest, middle),
+        center=np.where(constant, lowest + width / 2, middle),
         spread=np.where(constant, 1.0, spread),
         constant=constant,
         mean_weight=float(weight),

@@ -9,6 +9,11 @@ An iteration is one pass over the batches. What they give back is summed in thei
 coefficients do not depend on the number of workers. The scale of the residuals is their median
 absolute value in the pass before, from a logarithmic histogram; the last passes keep it, because
 together with the weights it might circle for ever.
+
+Orders that the pairs do not tell from noise are left out, each label for itself: in terms that are
+orthogonal over the pairs, the lower orders first, all coefficients have one standard error, and an
+order of m terms stays where the sum of its squared coefficients is over 2 m squared errors (Mallows
+1973, Technometrics 15, 661). So many inputs or few pairs do not make the correction noisy.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -132,10 +137,11 @@ class PolynomialCorrection(Correction):
         one_pass = _one_pass(training, summary)
         # Two passes without change, because the scale of a pass is that of the pass before.
         while found.passes < settings.max_passes and quiet < 2:
-            parts = one_pass(found, huber_left > 0, scale_left > 0)
+            is_huber = huber_left > 0
+            parts = one_pass(found, is_huber, scale_left > 0)
             sigma = found.scatter
             if scale_left > 0:
-                histograms = base.summed([counts for *_, counts in parts], len(sigma))
+                histograms = base.summed([part.counts for part in parts], len(sigma))
                 medians = np.array([one.quantiles((0.5,))[0] for one in histograms])
                 sigma = np.maximum(MAD_TO_SIGMA * medians * freedom, floor)
             with one_thread():
@@ -144,7 +150,7 @@ class PolynomialCorrection(Correction):
                 found, coefficients=coefficients, scatter=sigma, passes=found.passes + 1
             )
             calm = bool((change <= settings.tolerance * sigma).all())
-            if huber_left > 0:
+            if is_huber:
                 huber_left = 0 if calm else huber_left - 1
             else:
                 scale_left -= 1
@@ -152,7 +158,9 @@ class PolynomialCorrection(Correction):
         if not np.isfinite(found.coefficients).all():
             advice = "lower 'order' or raise 'ridge'"
             raise ModelError(f"the polynomial has no finite solution: {advice}")
-        return replace(found, scatter=found.scatter / freedom)
+        with one_thread():
+            coefficients = _without_noise(parts, found.coefficients, exponents.sum(axis=1))
+        return replace(found, coefficients=coefficients, scatter=found.scatter / freedom)
 
 
 def one_thread() -> Any:
@@ -168,7 +176,13 @@ def _thread_pools() -> Any:
     return ThreadpoolController()
 
 
-_Part = tuple[FloatArray, FloatArray, list[base.Counts]]
+class _Part(NamedTuple):
+    """Sums over the pairs of a batch."""
+
+    normal: FloatArray  # (l, m, m)
+    right: FloatArray  # (l, m)
+    noise: FloatArray  # (l, 2): squares of weighted residuals, and slopes of these
+    counts: list[base.Counts]  # of residuals
 
 
 def _one_pass(training: Training, summary: Summary) -> Callable[..., list[_Part]]:
@@ -194,9 +208,10 @@ def _of_batch(rows: Rows, *start: Any) -> _Part:
 def _normal_equations(
     rows: Rows, mean_weight: float, model: PolynomialCorrection, huber: bool, counted: bool
 ) -> _Part:
-    """Weighted normal equations of one batch, shapes (l, m, m) and (l, m), and |residuals|."""
+    """Weighted normal equations of one batch."""
     m, n_labels = model.coefficients.shape
     normal, right = np.zeros((n_labels, m, m)), np.zeros((n_labels, m))
+    noise = np.zeros((n_labels, 2))
     residuals = np.empty((n_labels, len(rows.features)), dtype=np.float32)
     for first in range(0, len(rows.features), BLOCK_ROWS):
         block = slice(first, first + BLOCK_ROWS)
@@ -206,28 +221,54 @@ def _normal_equations(
         residuals[:, block] = np.abs(residual)
         size = np.abs(residual / model.scatter[:, None])
         if huber:
-            weight = HUBER / np.maximum(size, HUBER)
+            weight, slope = HUBER / np.maximum(size, HUBER), (size <= HUBER).astype(np.float64)
         else:
-            weight = np.square(np.maximum(0.0, 1.0 - np.square(size / BISQUARE)))
-        weight *= rows.weight[block].astype(np.float64) / mean_weight
+            root = np.maximum(0.0, 1.0 - np.square(size / BISQUARE))
+            weight, slope = np.square(root), root * (5.0 * root - 4.0)
         known = np.isfinite(y)
-        weight = np.where(known, weight, 0.0)
+        of_pair = np.where(known, rows.weight[block].astype(np.float64) / mean_weight, 0.0)
+        weight, slope = (np.where(known, one, 0.0) * of_pair for one in (weight, slope))
         y = np.where(known, y, 0.0)
+        squares = np.square(weight * np.where(known, residual, 0.0))
+        noise += np.stack([squares.sum(axis=1), slope.sum(axis=1)], axis=1)
         weighted = np.empty_like(terms)
         for label in range(n_labels):
             np.multiply(terms, weight[label], out=weighted)
             normal[label] += weighted @ terms.T
             right[label] += weighted @ y[label]
     counts = [count(one[np.isfinite(one)]) for one in residuals] if counted else []
-    return normal, right, counts
+    return _Part(normal, right, noise, counts)
+
+
+def _without_noise(parts: Sequence[_Part], coefficients: FloatArray, order: IntArray) -> FloatArray:
+    """Coefficients (m, l) without the orders, of the m terms, that noise alone may have made."""
+    normal: Any = sum(part.normal for part in parts)
+    noise: Any = sum(part.noise for part in parts)
+    kept = coefficients.copy()
+    for label, (matrix, (squares, slope)) in enumerate(zip(normal, noise, strict=True)):
+        # Variance of coefficients of orthogonal terms (Huber 1973, Annals of Statistics 1, 799).
+        variance = squares * matrix[0, 0] / max(slope, 1e-6 * matrix[0, 0]) ** 2
+        size = np.sqrt(np.diag(matrix))
+        size = np.where(size > 0, size, 1.0)
+        # A little on the diagonal, for terms that others determine: they count for nothing.
+        scaled = matrix / np.outer(size, size) + 1e-10 * np.eye(len(size))
+        root = np.linalg.cholesky(scaled).T
+        found = root @ (size * kept[:, label])
+        for power in range(1, int(order[-1]) + 1):
+            own = (order == power) & (np.diag(root) > 1e-4)
+            if np.sum(np.square(found[own])) <= 2 * np.count_nonzero(own) * variance:
+                found[order == power] = 0.0
+        if not found.all():
+            kept[:, label] = np.linalg.solve(root, found) / size
+    return kept
 
 
 def _solve(
     parts: Sequence[_Part], coefficients: FloatArray, ridge: float
 ) -> tuple[FloatArray, FloatArray]:
     """New coefficients and, per label, the root mean square change of the fitted values."""
-    normal: Any = sum(part[0] for part in parts)
-    right: Any = sum(part[1] for part in parts)
+    normal: Any = sum(part.normal for part in parts)
+    right: Any = sum(part.right for part in parts)
     new, change = np.empty_like(coefficients), np.empty(len(right))
     for label, matrix in enumerate(normal):
         # The constant is the first term, so this is the sum of the weights.

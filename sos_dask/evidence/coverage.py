@@ -67,6 +67,7 @@ REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulat
 _MOST_NODES, _NODES_A_STAR = 72**3, 256  # steps far finer than distances to the 16th neighbour
 _MOST_ALONG = 512  # nodes of an axis
 _GUESS_CELLS = 48**3
+_NARROW = 0.1  # a narrower axis would make too many nodes of the others
 _EDGE = 0.0005  # share of the stars beyond each side of the grid
 _FORMAT = 8
 
@@ -133,7 +134,7 @@ class Places:
         stars = np.concatenate([overlap, catalog])
         low, high = np.quantile(stars, (_EDGE, 1 - _EDGE), axis=0)
         n_nodes = min(_MOST_NODES, _NODES_A_STAR * len(overlap))
-        extent = np.maximum(high - low, 1e-6)
+        extent = np.maximum(high - low, _NARROW)
         step = float((np.prod(extent) / n_nodes) ** (1 / len(extent)))
         shape = np.clip(np.ceil(extent / step), 2, _MOST_ALONG).astype(int)
         grid = Grid(tuple(low.tolist()), tuple(high.tolist()), tuple(shape.tolist()))

@@ -25,11 +25,14 @@ from sos_dask.stars.group import DedupeSettings
 
 JOB_FORMAT = 1
 _SEED = "Give seed at the top of the job."
+_LABELS = "Give them in [corrections.NAME]."
 # Settings of stages that a job gives in another place, or that are gone.
 _ELSEWHERE = {
     ("crossmatch", "seed"): _SEED,
-    ("crossmatch", "labels"): "Give them in [corrections.NAME].",
-    ("crossmatch", "inputs"): "Give them in [corrections.NAME].",
+    ("dedupe", "labels"): _LABELS,
+    ("reference_union", "labels"): _LABELS,
+    ("crossmatch", "labels"): _LABELS,
+    ("crossmatch", "inputs"): _LABELS,
     ("compare", "seed"): _SEED,
     ("compare", "axes"): "The bins are fixed.",
     ("uncertainty", "seed"): _SEED,

@@ -23,7 +23,7 @@ from sos_dask.problem import BUILT_IN, DEFAULT, SNR, Label, Problem, input_of
 from sos_dask.rebuild.job import CorrectionSection, Job, SurveySection
 from sos_dask.run.cluster import Cluster, Report
 from sos_dask.run.machine import n_cores
-from sos_dask.schema import nearest
+from sos_dask.schema import CANONICAL, Column, is_gaia_id, nearest
 from sos_dask.settings import Settings
 from sos_dask.stages.apply import Apply
 from sos_dask.stages.attach import Attach, Margin, companion_survey
@@ -52,6 +52,8 @@ from sos_dask.storage.store import (
     remembered,
 )
 from sos_dask.surveys.definition import Survey, load_survey
+
+_PLACES = ("obs_id", "ra", "dec", "position_epoch")
 
 
 @dataclass(frozen=True)
@@ -110,17 +112,19 @@ class Planned:
 def steps(job: Job) -> list[Step]:
     """List what a job asks for, in the order of the inputs; a wrong job or survey is refused."""
     job = _checked(job)
-    made = [*_survey_steps(job, str(job.target_name), job.target)]
+    asked, target = _corrections(job), str(job.target_name)
+    further = dict.fromkeys(name for one in asked for name in one.problem.names)
+    labels = tuple(name for name in further if name not in job.reference_union.measured)
+    made = [*_survey_steps(job, target, job.target, labels)]
     stars = {}
     for name, section in job.reference.items():
-        made += _survey_steps(job, name, section)
+        made += _survey_steps(job, name, section, labels)
         stars[f"stars.{name}"] = f"{name}.stars"
     union = job.reference_union
-    union = union.but(order=union.order or tuple(job.reference))
+    union = union.but(order=union.order or tuple(job.reference), labels=labels)
     if "rows_per_partition" not in job.reference_union.model_fields_set:
         union = union.but(rows_per_partition=job.ingest.rows_per_partition)
     made.append(Step("reference", Reference, union, stars))
-    asked, target = _corrections(job), str(job.target_name)
     observations = f"{target}.observations"
     if job.attach:
         observations = f"{target}.with-{list(job.attach)[-1]}"
@@ -159,6 +163,7 @@ def _corrections(job: Job) -> list[_Correction]:
     The first has the names of its products by the target alone.
     """
     found: list[_Correction] = []
+    taken = dict.fromkeys(_target_columns(job), "the target")
     for name, section in job.corrections.items():
         with _key(job, f"corrections.{name}"):
             problem = _problem(job, name, section)
@@ -179,6 +184,17 @@ def _corrections(job: Job) -> list[_Correction]:
                 f"methods of [corrections.{name}]"
             )
         place, suffix = (f"{job.target_name}.{name}", f"_{name}") if found else ("", "")
+        suffix = suffix.replace("-", "_")
+        new = [f"coverage{suffix}", f"flag_sos{suffix}"]
+        new += [x for one in problem.labels for x in (one.sos, one.delta, one.sos_err)]
+        for column in new:
+            if column in taken:
+                raise ConfigError(
+                    f"{job.path}: [corrections.{name}] makes a column '{column}', which "
+                    f"{taken[column]} has already",
+                    "Correct a label in one correction only; give columns other names.",
+                )
+            taken[column] = f"[corrections.{name}]"
         params = {method: _params(job, method, section.params) for method in methods}
         found.append(_Correction(place or str(job.target_name), suffix, problem, params))
     return found
@@ -186,10 +202,8 @@ def _corrections(job: Job) -> list[_Correction]:
 
 def _problem(job: Job, name: str, section: CorrectionSection) -> Problem:
     """Labels with their units, and inputs, which the surveys of a job must have."""
-    target = _columns(job, job.target)
-    for attached in job.attach.values():
-        target |= dict.fromkeys(attached.columns, "")
-    references = [_columns(job, one) for one in job.reference.values()]
+    target = _target_columns(job)
+    references = {x: _columns(job, one) for x, one in job.reference.items()}
     known = BUILT_IN.get(name)
     labels = section.labels or (known.names if known else ())
     inputs = section.inputs or (known.columns if known else ())
@@ -200,18 +214,49 @@ def _problem(job: Job, name: str, section: CorrectionSection) -> Problem:
             raise ConfigError(f"'{key}' is missing", f"Built in are: {', '.join(BUILT_IN)}.")
         for one in names:
             if one not in target:
-                hint = nearest(one, target) or f"Known are: {', '.join(target)}."
-                raise ConfigError(f"the target has no column '{one}' ({key})", hint)
-            if key == "labels" and not any(one in columns for columns in references):
-                raise ConfigError(f"no reference has the label '{one}'")
-    of_labels = tuple(Label(name=one, unit=target[one]) for one in labels)
+                hint = f"Known are: {', '.join(target)}; [attach.NAME] adds others."
+                hint = nearest(one, target) or hint
+                raise ConfigError(f"the target has no measured column '{one}' ({key})", hint)
+            if key == "labels":
+                _check_label(one, target[one], references)
+    of_labels = tuple(Label(name=one, unit=target[one].unit) for one in labels)
     return Problem(labels=of_labels, inputs=tuple(map(input_of, inputs)))
 
 
-def _columns(job: Job, section: SurveySection) -> dict[str, str]:
-    """Units of the numbers that a survey has, by column."""
+def _check_label(name: str, column: Column, references: Mapping[str, Mapping[str, Column]]) -> None:
+    """Refuse a label of whole numbers, and one that references lack or have in another unit."""
+    theirs = {survey: columns[name] for survey, columns in references.items() if name in columns}
+    if not theirs:
+        of_references = dict.fromkeys(x for columns in references.values() for x in columns)
+        raise ConfigError(f"no reference has the label '{name}'", nearest(name, of_references))
+    for survey, one in {"the target": column, **theirs}.items():
+        if not one.dtype.startswith("float"):
+            hint = f'Write dtype = "float32" in [extra.{name}].'
+            raise ConfigError(f"label '{name}' is {one.dtype} in {survey}", hint)
+        if one.unit != column.unit:
+            raise ConfigError(
+                f"label '{name}' is in '{column.unit}' in the target and in '{one.unit}' in "
+                f"{survey}",
+                "Convert one of the files, or write the same unit where it is the same.",
+            )
+
+
+def _target_columns(job: Job) -> dict[str, Column]:
+    """Find the measured columns of the target, those of companions included."""
+    found = _columns(job, job.target)
+    for attached in job.attach.values():
+        found |= {name: CANONICAL.get(name, Column(name, "float32")) for name in attached.columns}
+    return found
+
+
+def _columns(job: Job, section: SurveySection) -> dict[str, Column]:
+    """Find the measured columns of a survey: numbers that neither name nor place a row."""
     columns = _definition(job, section).columns.items()
-    return {name: one.column.unit for name, one in columns if one.dtype != "string"}
+    return {
+        name: one.column
+        for name, one in columns
+        if one.dtype != "string" and name not in _PLACES and not is_gaia_id(name)
+    }
 
 
 def _pair_steps(
@@ -299,7 +344,9 @@ def _model_steps(job: Job, one: _Correction, target: str) -> Iterator[Step]:
     yield Step(f"{one.place}.comparison", Compare, compare, inputs)
 
 
-def _survey_steps(job: Job, name: str, section: SurveySection) -> Iterator[Step]:
+def _survey_steps(
+    job: Job, name: str, section: SurveySection, labels: Sequence[str]
+) -> Iterator[Step]:
     """List ingest, attach (to the target) and dedupe of one survey."""
     survey = _definition(job, section)
     observations = f"{name}.observations"
@@ -323,6 +370,8 @@ def _survey_steps(job: Job, name: str, section: SurveySection) -> Iterator[Step]
         margin = Margin.Settings(radius_arcsec=job.ingest.margin_arcsec)
         yield Step(f"{name}.collection", Margin, margin, {"catalog": observations})
     dedupe = section.dedupe or job.dedupe
+    known = _columns(job, section) if section is not job.target else _target_columns(job)
+    dedupe = dedupe.but(labels=tuple(label for label in labels if label in known))
     yield Step(f"{name}.stars", Dedupe, dedupe, {"observations": observations})
 
 
@@ -367,6 +416,11 @@ def _checked(job: Job) -> Job:
     for name, section in sections.items():
         with _key(job, f"{name}.survey"):
             definition = _definition(job, section)
+        union = job.reference_union
+        for label in union.known_offsets.get(name.removeprefix("reference."), {}):
+            if label not in (columns := _columns(job, section)):
+                text = f"{job.path}: reference_union.offsets: {name} has no '{label}'"
+                raise ConfigError(text, nearest(label, columns))
         if name == "target" and job.target_name is None:
             job = job.model_copy(update={"target_name": definition.name})
             if definition.name in job.reference:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from sos_dask.columns import BoolArray, IntArray, floats
+from sos_dask.columns import BoolArray, IntArray, floats, floats_or_nan
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, YEARS
 from sos_dask.settings import RowsPerPartition
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel, Ranges, in_ranges, plan_partitions
@@ -29,7 +29,7 @@ from sos_dask.stages.base import (
 )
 from sos_dask.stars.group import GAIA_IDS, Radii, group_around, rank_of
 from sos_dask.stars.match import MOTION, at_epoch, moved_arcsec
-from sos_dask.stars.unify import UnifySettings, common_differences, unify
+from sos_dask.stars.unify import UnifySettings, common_differences, unify, with_errors
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Rows
@@ -37,9 +37,8 @@ from sos_dask.storage.manifest import Rows
 _HISTOGRAM_ORDER = 8
 _STAR_COLUMNS = ("star_id", "quality", "flag_spread", *(f"{label}_spread" for label in LABELS))
 _COLUMNS = (HEALPIX_COLUMN, *_STAR_COLUMNS, *CANONICAL)
-# What decides which rows are one star, and the labels.
-_COMPARED = (HEALPIX_COLUMN, "star_id", "ra", "dec", *MOTION, *GAIA_IDS.values(), "quality",
-             *LABELS)  # fmt: skip
+# What decides which rows are one star.
+_COMPARED = (HEALPIX_COLUMN, "star_id", "ra", "dec", *MOTION, *GAIA_IDS.values(), "quality")
 MIN_COMMON = 50
 
 
@@ -63,7 +62,7 @@ class Reference(Stage[ReferenceSettings]):
     """
 
     name = "reference"
-    version = 6
+    version = 7
     Settings = ReferenceSettings
     roles = (Role("stars", "Stars of a survey (output of dedupe), by its name.", many=True),)
     motion_arcsec = 0.0
@@ -74,9 +73,10 @@ class Reference(Stage[ReferenceSettings]):
         return {name.removeprefix("stars."): self.catalog(name) for name in self.inputs}
 
     def check(self) -> None:
-        """Refuse catalogs that lack a column."""
-        for catalog in self.surveys().values():
-            catalog.require("star_id", "ra", "dec", HEALPIX_COLUMN, "quality", *LABELS)
+        """Refuse catalogs that lack a column, and offsets of one that they do not have."""
+        for name, catalog in self.surveys().items():
+            offsets = self.settings.known_offsets.get(name, {})
+            catalog.require("star_id", "ra", "dec", HEALPIX_COLUMN, "quality", *offsets)
 
     def make(self, run: Run) -> Made:
         """Plan the partitions, measure the zero points, and unite the stars of each partition."""
@@ -99,7 +99,7 @@ class Reference(Stage[ReferenceSettings]):
             self.unify = self.unify.but(offsets=_zero_points(pa.concat_tables(common)))
         done = run.parts("stars", parts, self.stars_of_pixel)
         no_rows = {
-            survey: one.schema.empty_table().select(one.columns(_COLUMNS))
+            survey: one.schema.empty_table().select(one.columns(self._columns))
             for survey, one in catalogs.items()
         }
         schema = unify(_together(no_rows), np.empty(0, dtype=np.int64), self.unify).schema
@@ -111,6 +111,11 @@ class Reference(Stage[ReferenceSettings]):
             "offsets": {survey: dict(of) for survey, of in self.unify.known_offsets.items()},
         }
         return Rows(sum(c.n_rows for c in catalogs.values()), n_out, 0, {"merged": merged}), summary
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        """Columns of the surveys that the stars are made of."""
+        return tuple(dict.fromkeys([*_COLUMNS, *with_errors(self.settings.labels)]))
 
     def count_rows(self, output: Output, key: str, item: Place) -> dict[str, Any]:
         """Count the stars of a survey's partition by cell, at the common epoch."""
@@ -124,14 +129,14 @@ class Reference(Stage[ReferenceSettings]):
 
     def compare_surveys(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Keep the differences of the stars of one partition that several surveys have."""
-        members, primary = self._members(pixel, _COMPARED)
-        table = common_differences(members, primary, self.settings.order)
+        members, primary = self._members(pixel, (*_COMPARED, *self.settings.measured))
+        table = common_differences(members, primary, self.settings)
         output.write_piece(f"common-{key}", table)
         return {}
 
     def stars_of_pixel(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Write the stars whose primary lies in one partition, at the common epoch."""
-        members, primary = self._members(pixel, _COLUMNS)
+        members, primary = self._members(pixel, self._columns)
         stars = unify(members, primary, self.unify)
         return {
             "file": partition_record(output, pixel, stars),
@@ -167,7 +172,7 @@ def _together(tables: Mapping[str, pa.Table]) -> pa.Table:
         _with_text_key(table).append_column("survey", pa.repeat(survey, len(table)))
         for survey, table in tables.items()
     ]
-    return pa.concat_tables(parts, promote_options="default")
+    return pa.concat_tables(parts, promote_options="permissive")
 
 
 def _with_text_key(table: pa.Table) -> pa.Table:
@@ -179,9 +184,11 @@ def _zero_points(common: pa.Table) -> dict[str, dict[str, float]]:
     """Median difference of each survey from the first, by label; in the order of the sky."""
     offsets: dict[str, dict[str, float]] = {}
     for survey in sorted(pc.unique(common["survey"]).to_pylist()):
-        rows = common.filter(pc.equal(common["survey"], survey))
-        if rows.num_rows >= MIN_COMMON:
-            offsets[survey] = {label: float(np.median(rows[label].to_numpy())) for label in LABELS}
+        rows = common.filter(pc.equal(common["survey"], survey)).drop_columns("survey")
+        known = {name: floats(rows, name) for name in rows.column_names}
+        known = {name: values[np.isfinite(values)] for name, values in known.items()}
+        found = {x: float(np.median(v)) for x, v in known.items() if len(v) >= MIN_COMMON}
+        offsets |= {survey: found} if found else {}
     return offsets
 
 
@@ -220,7 +227,7 @@ def common_stars(
         number, first = np.unique(mine["number"].to_numpy()[good], return_index=True)
         at = pa.array(good[first])
         chosen, zero = rows.take(place.take(at)), offsets.get(name, {})
-        columns = {one: floats(chosen, one) - zero.get(one, 0.0) for one in LABELS}
+        columns = {one: floats_or_nan(chosen, one) - zero.get(one, 0.0) for one in LABELS}
         found[name] = (number, pa.table({"united": mine["united"].take(at), **columns}))
     for one, other in combinations(found, 2):
         (ours, table), (theirs, others) = found[one], found[other]
@@ -253,7 +260,7 @@ def _sources(reference: Catalog) -> pa.Table:
 
 def _good_rows(catalog: Catalog, wanted: pa.ChunkedArray) -> pa.Table:
     """Rows with quality 0 of a catalog of stars, by key as text."""
-    names = ["star_id", "quality", *LABELS]
+    names = ["star_id", "quality", *catalog.columns(LABELS)]
     kept = [_with_text_key(catalog.schema.empty_table().select(names))]
     for pixel in catalog.pixels:
         table = _with_text_key(catalog.read(pixel, names))

@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import Float32Array, FloatArray, floats_or_nan, key_numbers, matrix32
+from sos_dask.columns import (
+    Float32Array,
+    FloatArray,
+    IntArray,
+    floats_or_nan,
+    key_numbers,
+    matrix32,
+)
 from sos_dask.corrections.degrade import Donors, replicas
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence import figures
@@ -39,6 +46,7 @@ from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
 
 SEARCH_FILE, TABLE = "search.json", "generalisation.parquet"
+MIN_KNOWN = 0.02  # share of the pairs
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 # As many train faster in one process: workers meet at every level of every tree, for a millisecond
 # each. Measured with 1,000,000 pairs and 100 trees on two cores: 11 CPU-s in all, and 19 by two
@@ -155,9 +163,11 @@ class PairsSource:
         mine = np.searchsorted(stars, key_numbers(table["reference_star_id"], 0))
         return (2.0 / (1.0 + n[mine])).astype(np.float32)
 
-    def fold(self, index: int) -> NDArray[np.int8]:
-        """Folds of the pairs of one partition."""
-        return self.load(index).fold
+    def known(self, index: int) -> tuple[NDArray[np.int8], IntArray]:
+        """Folds of the pairs of one partition, and how many know each input and difference."""
+        batch = self.load(index)
+        finite = np.isfinite(np.concatenate([batch.features, batch.differences], axis=1))
+        return batch.fold, np.count_nonzero(finite, axis=0)
 
 
 @lru_cache(maxsize=4096)
@@ -245,6 +255,22 @@ class Train(Stage[TrainSettings]):
         sample, times = self.path("sample"), replicas(pairs.n_rows)
         return replace(source, sample=sample, correlation=correlation, times=times)
 
+    def _folds(self, batches: Sequence[tuple[NDArray[np.int8], IntArray]]) -> NDArray[np.int8]:
+        """Folds of the pairs; what hardly any of them knows is refused."""
+        problem = self.settings.problem
+        fold, known = [one for one, _ in batches], [n for _, n in batches]
+        columns = [*(one.column for one in problem.inputs), *(one.diff for one in problem.labels)]
+        n_pairs = sum(map(len, fold))
+        for column, n in zip(columns, sum(known) if n_pairs else (), strict=False):
+            if n < MIN_KNOWN * n_pairs:
+                raise ModelError(
+                    f"{self.catalog('pairs').path}: column '{column}' has a value that can be used "
+                    f"in {n:,} of {n_pairs:,} pairs fit for training",
+                    "Leave it out of labels and inputs, or give a catalog that has it: a row "
+                    "without any of its inputs has no correction.",
+                )
+        return np.concatenate([np.empty(0, np.int8), *fold])
+
     def make(self, run: Run) -> Made:
         """Fit once a fold, or once, and predict what was held out."""
         settings, pairs = self.settings, self.catalog("pairs")
@@ -254,7 +280,7 @@ class Train(Stage[TrainSettings]):
         place = run.cluster if is_elsewhere else Cluster()
         source = self.source(place)
         measured, batches = replace(source, times=0), range(source.n_batches)
-        fold = np.concatenate([np.empty(0, np.int8), *place.run(measured.fold, batches, step)])
+        fold = self._folds(place.run(measured.known, batches, step))
         folds = np.unique(fold).tolist()
         if len(folds) < 2:
             raise ModelError(

@@ -3,7 +3,8 @@
 * The *used* rows of a star are those with ``quality`` 0, or all where none has it; ``n_used``
   counts them. The star's ``quality`` is 0 in the first case; in the second the bits that all
   rows have, or all bits that any has where they have none in common.
-* ``teff``, ``logg``, ``feh`` and ``rv`` are combined over the used rows that have them.
+* ``teff``, ``logg``, ``feh``, ``rv`` and the further ``labels`` are combined over the used rows
+  that have them, their errors ``*_err`` with them.
   ``inverse-variance``: mean with weights 1 / error**2; rows without a positive error are left
   out, but where no row has one the mean is plain and its error null. ``median``: its error is
   sqrt(pi / 2) times the rms error over sqrt(n), without that factor for two rows, whose median
@@ -13,8 +14,8 @@
 * ``ra``, ``dec``, ``position_epoch`` and ``_healpix_29`` are those of the primary row. Gaia ids
   and the pair of proper motions are those of the best row, or else of the first that has
   them, in the order of ``obs_id``. Every other column is that of the best row.
-* The spread of a label is the sample standard deviation over the used rows; ``flag_spread`` is
-  set where, for any label, it is over ``max_spread`` times the expected error: the rms of the
+* The spread of ``teff``, ``logg`` and ``feh`` is the sample standard deviation over the used rows;
+  ``flag_spread`` is set where any is over ``max_spread`` times the expected error: the rms of the
   stated errors, or ``expected_error``. A label with neither is not flagged.
 
 Sums are in double precision over rows in the order of ``obs_id``, so they do not depend on the
@@ -152,7 +153,8 @@ def _combined(
     merged = {"snr": (snr, total_snr)}
     columns: dict[str, pa.Array] = {}
     median_error = MEDIAN_ERROR if settings.method == "median" else 0.0
-    for label in (*LABELS, "rv"):
+    further = (name for name in ("rv", *settings.labels) if name in table.schema.names)
+    for label in (*LABELS, *further):
         values, errors = reals_or_nan(table, label), reals_or_nan(table, f"{label}_err")
         limits = expected_error.get(label, np.nan), settings.max_spread, median_error
         value, error, spread, is_wide = label_of_stars(used_first, used_row, values, errors, limits)

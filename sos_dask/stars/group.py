@@ -47,6 +47,7 @@ from pydantic import Field, model_validator
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray, KeyArray
 from sos_dask.errors import PartitionError
+from sos_dask.problem import ColumnName
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Settings
 from sos_dask.sky import neighbours
@@ -102,6 +103,9 @@ class DedupeSettings(Radii):
         gt=0,
         le=1e9,
         description="Flag stars whose repeats differ by more than this many expected errors.",
+    )
+    labels: tuple[ColumnName, ...] = Field(
+        (), description="Further columns that are combined as rv is, with their errors *_err."
     )
 
 

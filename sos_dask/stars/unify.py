@@ -7,14 +7,15 @@ of ``star_id``; a member is *usable* when its ``quality`` is 0 and it has a labe
 * ``_healpix_29``, ``star_id`` (``<survey>:<star_id>``), ``ra``, ``dec`` and ``position_epoch`` are
   those of the primary row. Gaia ids, the pair of proper motions and all that is not named below are
   those of the first member that has them.
-* Labels and ``rv`` are taken less the ``offsets`` of their survey.
+* Labels, ``rv`` and the further ``labels`` are taken less the ``offsets`` of their survey.
 * ``precedence``: the labels, their errors and ``snr`` come from one member: the first usable one
   that has all three labels and no ``flag_spread``; or else the first usable one; or else the first
-  with any label. ``rv`` and its error are that member's, or else those of the first that has it.
-  ``quality`` is that member's.
-* ``weighted-mean``: labels and ``rv`` are means over the usable members with weights 1 / error**2;
-  members without a positive error are left out, but where no member has one the mean is plain and
-  its error null. The rest, and stars without a usable member, are as with ``precedence``.
+  with any label. ``rv``, further labels and their errors are that member's, or else those of the
+  first that has them. ``quality`` is that member's.
+* ``weighted-mean``: labels are means over the usable members with weights 1 / error**2, ``rv`` and
+  further ones over all with ``quality`` 0; members without a positive error are left out, but where
+  no member has one the mean is plain and its error null. The rest, and stars without such a member,
+  are as with ``precedence``.
 * ``survey`` says who gave labels, joined by ``+``, null where nobody did; ``sources`` names every
   member, joined by ``;``; ``n_surveys`` counts the surveys.
 * ``flag_spread``: a member that gave labels has it, or the usable members disagree: the sample
@@ -26,7 +27,7 @@ Sums are in double precision over members in their order, so nothing depends on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -36,13 +37,13 @@ from pydantic import Field, field_validator
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray, floats_or_nan, is_valid
 from sos_dask.errors import PartitionError
+from sos_dask.problem import ColumnName
 from sos_dask.schema import CANONICAL, HEALPIX_COLUMN, LABELS, QUALITY, require_columns
 from sos_dask.settings import Settings
 from sos_dask.sky.neighbours import order_by, starts
 from sos_dask.stars.combine import label_of_stars, sky_order
 from sos_dask.stars.group import rank_of
 
-_MEASURED = (*LABELS, "rv")
 _OF_PRIMARY = ("ra", "dec", "position_epoch")
 _MOTION = ("pmra", "pmdec")
 
@@ -70,19 +71,9 @@ class UnifySettings(Settings):
     expected_error: Mapping[str, float] = Field(
         {}, description="Error of a survey's label by label, used where none is stated."
     )
-
-    @field_validator("offsets")
-    @classmethod
-    def _of_labels(
-        cls, offsets: Literal["measured"] | Mapping[str, Mapping[str, float]]
-    ) -> Literal["measured"] | Mapping[str, Mapping[str, float]]:
-        for survey, values in () if isinstance(offsets, str) else offsets.items():
-            for label in values.keys() - set(_MEASURED):
-                raise ValueError(
-                    f"there is no label '{label}' for survey {survey}; known are "
-                    f"{', '.join(_MEASURED)}"
-                )
-        return offsets
+    labels: tuple[ColumnName, ...] = Field(
+        (), description="Further columns that are united as rv is, with their errors *_err."
+    )
 
     @field_validator("order")
     @classmethod
@@ -90,6 +81,11 @@ class UnifySettings(Settings):
         if len(set(order)) != len(order):
             raise ValueError(f"a survey is twice in the order {', '.join(order)}")
         return order
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Columns that are united as measurements."""
+        return (*LABELS, "rv", *self.labels)
 
     @property
     def known_offsets(self) -> Mapping[str, Mapping[str, float]]:
@@ -104,7 +100,7 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     ----------
     table : pyarrow.Table
         Stars of all surveys: ``_healpix_29``, ``survey`` and ``star_id`` (strings), ``ra``,
-        ``dec``, ``quality``, the labels, any other canonical columns, and ``flag_spread`` where a
+        ``dec``, ``quality``, labels, any other canonical columns, and ``flag_spread`` where a
         survey has it. Other columns are dropped.
     primary : ndarray of int64, shape (n,)
         Row number of each row's primary.
@@ -114,8 +110,8 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     -------
     pyarrow.Table
         ``_healpix_29``, ``star_id``, the canonical columns of the input in their canonical order,
-        ``survey``, ``sources``, ``n_surveys``, ``flag_spread``, ``quality``; sorted by
-        (``_healpix_29``, ``star_id``).
+        further labels, ``survey``, ``sources``, ``n_surveys``, ``flag_spread``, ``quality``; sorted
+        by (``_healpix_29``, ``star_id``).
 
     Raises
     ------
@@ -124,7 +120,7 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     PartitionError
         ``primary`` names rows that are no primaries.
     """
-    required = (HEALPIX_COLUMN, "survey", "star_id", "ra", "dec", "quality", *LABELS)
+    required = (HEALPIX_COLUMN, "survey", "star_id", "ra", "dec", "quality")
     require_columns(table.schema, required, "the stars to be united")
     if len(primary) != table.num_rows or not np.array_equal(primary[primary], primary):
         raise PartitionError("primaries do not belong to the stars to be united")
@@ -135,7 +131,8 @@ def unify(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Tab
     leaders = leaders[sky_order(table, leaders, "star_id")]
     members = _Members.of(table, primary, leaders, settings.order)
     united = _unite_labels(table, members, settings)
-    fields, columns = zip(*_columns(table, leaders, members, united), strict=True)
+    names = list(dict.fromkeys([*CANONICAL, *with_errors(settings.labels)]))
+    fields, columns = zip(*_columns(table, names, leaders, members, united), strict=True)
     return pa.table(list(columns), schema=pa.schema(fields))
 
 
@@ -199,14 +196,15 @@ def _unite_labels(table: pa.Table, members: _Members, settings: UnifySettings) -
     if "flag_spread" in table.schema.names:
         flagged = pc.fill_null(table["flag_spread"], False).to_numpy()[row]
     measured: dict[str, tuple[FloatArray, FloatArray]] = {}
-    for label in (label for label in _MEASURED if label in table.schema.names):
+    for label in settings.measured:
         of_survey = [settings.known_offsets.get(name, {}) for name in members.surveys]
         shift = np.array([offset.get(label, 0.0) for offset in of_survey], dtype=np.float64)
         value = floats_or_nan(table, label)[row] - shift[members.survey]
         measured[label] = value, floats_or_nan(table, f"{label}_err")[row]
     has_label = [~np.isnan(measured[label][0]) for label in LABELS]
     some, every = np.any(has_label, axis=0), np.all(has_label, axis=0)
-    usable = (table["quality"].to_numpy()[row] == 0) & some
+    good = table["quality"].to_numpy()[row] == 0
+    usable = good & some
     chosen = members.first
     for preferred in (some, usable, usable & ~flagged & every):  # the best comes last
         chosen = members.first_in(preferred, chosen)
@@ -215,15 +213,15 @@ def _unite_labels(table: pa.Table, members: _Members, settings: UnifySettings) -
     contributes[chosen[members.any(some) & ~united]] = True
     flag = np.zeros(len(chosen), dtype=np.bool_)
     values: dict[str, FloatArray] = {}
-    used = np.flatnonzero(usable)
-    first = np.searchsorted(star[used], np.arange(len(flag) + 1))
     for label, (value, error) in measured.items():
+        used = np.flatnonzero(usable if label in LABELS else good)
+        first = np.searchsorted(star[used], np.arange(len(flag) + 1))
         limits = settings.expected_error.get(label, np.nan), settings.max_spread, 0.0
         mean, mean_error, _, is_wide = label_of_stars(first, used, value, error, limits)
         at, averaged, has = chosen, united, ~np.isnan(value)
-        if label == "rv":
+        if label not in LABELS:
             at = members.first_in(has & ~has[chosen][star], chosen)
-            averaged = united & ~np.isnan(mean)
+            averaged = ~np.isnan(mean) & (settings.method == "weighted-mean")
         else:
             weighs = usable & has & ((error > 0) | np.isnan(mean_error)[star])
             contributes |= weighs & united[star]
@@ -234,8 +232,13 @@ def _unite_labels(table: pa.Table, members: _Members, settings: UnifySettings) -
     return _United(values, chosen, contributes, flag)
 
 
+def with_errors(labels: Iterable[str]) -> list[str]:
+    """List labels and the columns of their errors."""
+    return [name for label in labels for name in (label, f"{label}_err")]
+
+
 def _columns(
-    table: pa.Table, leaders: IntArray, members: _Members, united: _United
+    table: pa.Table, wanted: list[str], leaders: IntArray, members: _Members, united: _United
 ) -> list[tuple[pa.Field, pa.Array | pa.ChunkedArray]]:
     """Every column of the stars: of the primary, or of the labels, or of who has it."""
 
@@ -249,7 +252,7 @@ def _columns(
         (table.schema.field(HEALPIX_COLUMN), table[HEALPIX_COLUMN].take(of_primary)),
         (key, table["star_id"].take(of_primary)),
     ]
-    for name in (name for name in CANONICAL if name in names):
+    for name in (name for name in wanted if name in names):
         field = table.schema.field(name)
         if name in united.values:
             out = pa.array(united.values[name], from_pandas=True).cast(field.type, safe=False)
@@ -281,7 +284,7 @@ def _columns(
     return [*columns, *zip(fields, (*gave_labels, *rest), strict=True)]
 
 
-def common_differences(table: pa.Table, primary: IntArray, order: tuple[str, ...]) -> pa.Table:
+def common_differences(table: pa.Table, primary: IntArray, settings: UnifySettings) -> pa.Table:
     """Differences from the first survey, of the stars that it has in common with another.
 
     Parameters
@@ -289,27 +292,26 @@ def common_differences(table: pa.Table, primary: IntArray, order: tuple[str, ...
     table : pyarrow.Table
         Stars of all surveys, as for `unify`.
     primary : ndarray of int64, shape (n,)
-    order : tuple of str
-        The differences are from the survey named first.
+    settings : UnifySettings
+        The differences are from the survey that its order names first.
 
     Returns
     -------
     pyarrow.Table
-        ``survey`` and, for each label, that survey's value less the first one's (float64); one row
-        for each pair of rows with quality 0 and all labels, in the order of ``table``.
+        ``survey`` and, for each measured column, that survey's value less the first one's (float64,
+        nan where unknown); one row for each pair of rows with quality 0, in the order of ``table``.
     """
-    good = pc.fill_null(pc.equal(table["quality"], 0), False).to_numpy()
-    chosen = np.flatnonzero(good & np.all([is_valid(table[label]) for label in LABELS], axis=0))
-    rows = table.select(["survey", *LABELS]).take(pa.array(chosen))
+    chosen = np.flatnonzero(pc.fill_null(pc.equal(table["quality"], 0), False).to_numpy())
+    rows = table.take(pa.array(chosen))
     star = np.asarray(primary)[chosen]
     surveys = rows["survey"].to_numpy(zero_copy_only=False)
-    is_base = surveys == (order[0] if order else "")
+    is_base = surveys == (settings.order[0] if settings.order else "")
     base, other = np.flatnonzero(is_base), np.flatnonzero(~is_base)
     base_of = np.full(len(primary), -1)
     base_of[star[base[::-1]]] = base[::-1]  # one row a star, the first
     other = other[base_of[star[other]] >= 0]
     columns = {"survey": rows["survey"].take(pa.array(other))}
-    for label in LABELS:
-        values = rows[label].to_numpy().astype(np.float64)
+    for label in settings.measured:
+        values = floats_or_nan(rows, label)
         columns[label] = pa.array(values[other] - values[base_of[star[other]]])
     return pa.table(columns)

@@ -1,5 +1,4 @@
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from sos_dask.corrections.polynomial import (
     evaluate_polynomials,
     polynomial_terms,
 )
-from sos_dask.problem import BLOCK_ROWS
+from sos_dask.problem import BLOCK_ROWS, Input, Label, Problem
 from tests.corrections.pairs import NOISE, ArraySource, bias, biased_pairs
 
 
@@ -252,7 +251,7 @@ def test_normal_equations_are_those_of_all_rows(huber):
     source = ArraySource(Batch(batch.features, batch.differences, batch.fold, weight))
     model = fit(source, params={"order": 1})
     rows = models.Training(source).rows(0)
-    normal, right, counts = polynomial._normal_equations(rows, 1.25, model, huber, True)
+    normal, right, noise, counts = polynomial._normal_equations(rows, 1.25, model, huber, True)
     z = (batch.features - model.center) / model.width
     terms = np.column_stack([np.ones(300), z])
     for label in range(3):
@@ -265,20 +264,55 @@ def test_normal_equations_are_those_of_all_rows(huber):
         w = robust * weight[known] / 1.25
         np.testing.assert_allclose(normal[label], a.T @ (w[:, None] * a), rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(right[label], a.T @ (w * y), rtol=1e-9, atol=1e-9)
+        step = 1e-5 * model.scatter[label]
+        ahead, behind = (_bent(residual + d, model.scatter[label], huber) for d in (step, -step))
+        slope = (ahead - behind) / (2 * step) * weight[known] / 1.25
+        np.testing.assert_allclose(noise[label, 0], np.sum((w * residual) ** 2), rtol=1e-9)
+        np.testing.assert_allclose(noise[label, 1], np.sum(slope), rtol=1e-4)
         assert counts[label][1].sum() == known.sum()
-    assert polynomial._normal_equations(rows, 1.25, model, huber, False)[2] == []
+    assert polynomial._normal_equations(rows, 1.25, model, huber, False).counts == []
+
+
+def _bent(residual, scatter, huber):
+    """Residuals times their weights."""
+    u = np.abs(residual) / scatter
+    if huber:
+        return residual * np.minimum(1.0, 1.345 / np.maximum(u, 1e-9))
+    return residual * np.where(u < 4.685, (1 - (u / 4.685) ** 2) ** 2, 0.0)
+
+
+def test_orders_that_noise_alone_may_have_made_are_left_out():
+    """Of a plane 126 terms of noise are no part; of a sharp curve all orders are; labels differ."""
+    rng = np.random.default_rng(11)
+    x = rng.normal(size=(4000, 5))
+    plane, curve = 1.0 + x @ [0.3, 0.0, -0.2, 0.1, 0.0], 0.3 * x[:, 0] ** 4 + x[:, 1] ** 3
+    truth = np.stack([plane, curve], axis=1)
+    y = truth + rng.standard_t(3, size=truth.shape)
+    labels = tuple(Label(name=name) for name in ("plane", "curve"))
+    problem = Problem(labels=labels, inputs=tuple(Input(column=c) for c in "abcde"))
+    fold = np.zeros(4000, np.int8)
+    batch = Batch(x.astype("f4"), y.astype("f4"), fold, np.ones(4000, np.float32))
+    model = fit(ArraySource(batch, problem=problem))
+    order = model.exponents.sum(axis=1)
+    assert (np.abs(model.coefficients[order > 1, 0]) < 1e-9).all()
+    assert all(np.abs(model.coefficients[order == power, 1]).max() > 0.05 for power in (3, 4))
+    error = np.sqrt(np.mean((model.predict(batch.features) - truth) ** 2, axis=0))
+    # Of m terms the error is scatter * sqrt(m / n), a little more for heavy tails.
+    assert error[0] < 0.06
+    assert error[1] < 0.35
 
 
 def test_the_ridge_leaves_the_constant_alone():
     rng = np.random.default_rng(0)
     terms = np.column_stack([np.ones(50), rng.normal(size=(50, 2))])
     y = 100 + terms @ [0.0, 2.0, -1.0]
-    part: Any = (np.stack([terms.T @ terms]), np.stack([terms.T @ y]), [])
+    nothing = np.zeros((1, 2))
+    part = polynomial._Part(np.stack([terms.T @ terms]), np.stack([terms.T @ y]), nothing, [])
     start = np.zeros((3, 1))
     found, change = polynomial._solve([part], start, 0.0)
     np.testing.assert_allclose(found[:, 0], [100, 2, -1], rtol=1e-9)
     np.testing.assert_allclose(change[0], np.sqrt(np.mean(y**2)), rtol=1e-9)
-    halves: Any = [(part[0] / 2, part[1] / 2, [])] * 2
+    halves = [polynomial._Part(part.normal / 2, part.right / 2, nothing, [])] * 2
     ridge = 5.0
     pulled, _ = polynomial._solve(halves, start, ridge)
     matrix = part[0][0]

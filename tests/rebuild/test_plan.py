@@ -193,14 +193,37 @@ def test_corrections_have_products_of_their_own(job, store, small_sky):
     assert "lamost.evidence" not in stages["lamost.rv.report"].step.inputs.values()
 
 
+EXTRA = """
+[target.override.extra]
+n_bad = {source = "n", dtype = "int64"}
+vsini = {source = "vsini", unit = "km/s"}
+[reference.galah.override.extra]
+n_bad = {source = "n", dtype = "int64"}
+vsini = {source = "vsini", unit = "m/s"}
+"""
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ('[corrections.labels]\ninputs = ["teff", "loggg"]', "no column 'loggg' (inputs)"),
-        ('[corrections.rv]\nlabels = ["rvv"]', "no column 'rvv' (labels)"),
+        ('[corrections.labels]\ninputs = ["teff", "loggg"]', "no measured column 'loggg' (inputs)"),
+        ('[corrections.rv]\nlabels = ["rvv"]', "no measured column 'rvv' (labels)"),
         ('[corrections.other]\nlabels = ["teff"]', "'inputs' is missing"),
         ("[corrections.other]", "'labels' is missing"),
-        ('[corrections.labels]\nlabels = ["class"]', "no column 'class'"),
+        ('[corrections.labels]\nlabels = ["class"]', "no measured column 'class'"),
+        ('[corrections.labels]\ninputs = ["teff", "ra"]', "no measured column 'ra'"),
+        ('[corrections.labels]\nlabels = ["snrr"]', "no measured column 'snrr'"),
+        ('[corrections.labels]\nlabels = ["ebv"]', "no measured column 'ebv'"),
+        (f'{EXTRA}[corrections.labels]\nlabels = ["n_bad"]', "'n_bad' is int64 in the target"),
+        (
+            f'{EXTRA}[corrections.labels]\nlabels = ["vsini"]',
+            "'km/s' in the target and in 'm/s' in",
+        ),
+        (
+            '[corrections.labels]\n[corrections.again]\nlabels = ["logg"]\ninputs = ["teff"]',
+            "[corrections.again] makes a column 'logg_sos', which [corrections.labels] has",
+        ),
+        ("[reference_union]\noffsets = {galah = {ten = 1.0}}", "reference.galah has no 'ten'"),
         ('[corrections.labels]\nlabels = ["teff", "teff"]', "names 'teff' twice"),
         ('[corrections.labels]\nmethods = ["polynom"]', "no method 'polynom'"),
         ('[corrections.labels]\nlabel = ["teff"]', "label"),

@@ -22,7 +22,7 @@ Rng = np.random.Generator
 seeds = st.integers(0, 2**32 - 1)
 
 METHODS = get_args(DedupeSettings.model_fields["method"].annotation)
-LABELS = ("teff", "logg", "feh", "rv")
+LABELS = ("teff", "logg", "feh", "rv", "mg_fe")
 FLOATS = (*LABELS, *(f"{label}_err" for label in LABELS), "snr", "phot_g_mean_mag")
 
 
@@ -39,7 +39,7 @@ def observations(rng: Rng, n: int, text_keys: bool = False) -> tuple[pa.Table, A
         "ra": ra,
         "dec": dec,
     }
-    base = {"teff": 5000.0, "logg": 3.0, "feh": -1.0, "rv": 30.0}
+    base = {"teff": 5000.0, "logg": 3.0, "feh": -1.0, "rv": 30.0, "mg_fe": 0.2}
     for label, value in base.items():
         exact = rng.random(n) < 0.3
         values = value * np.where(exact, 1.0, rng.normal(1, 0.1, n))
@@ -87,7 +87,7 @@ def by_hand(rows: list[dict], leader: dict, chosen: DedupeSettings, expected: di
         values = [row[label] for row in some]
         stated = [r[f"{label}_err"] for r in some if (r[f"{label}_err"] or 0) > 0]
         rms = math.sqrt(math.fsum(e * e for e in stated) / len(stated)) if stated else None
-        if label != "rv":
+        if label not in ("rv", "mg_fe"):
             spread = statistics.stdev(values) if len(values) > 1 else None
             star[f"{label}_spread"] = spread
             limit = expected.get(label) if rms is None else rms
@@ -121,7 +121,8 @@ def test_combine_equals_one_by_one(seed, n, method, text_keys, errors_expected):
     rng = np.random.default_rng(seed)
     table, primary = observations(rng, n, text_keys)
     expected = {"teff": 300.0, "feh": 0.001} if errors_expected else {}
-    chosen = DedupeSettings(method=method, max_spread=float(rng.choice([0.5, 2.0, 5.0])))
+    spread = float(rng.choice([0.5, 2.0, 5.0]))
+    chosen = DedupeSettings(method=method, max_spread=spread, labels=("mg_fe", "nobody"))
     rows = table.to_pylist()
     wanted = []
     for leader in np.unique(primary).tolist():

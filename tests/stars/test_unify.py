@@ -20,7 +20,7 @@ THOROUGH = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=200
 )
 LABELS = ("teff", "logg", "feh")
-MEASURED = (*LABELS, "rv")
+MEASURED = (*LABELS, "rv", "mg_fe")
 METHODS = get_args(UnifySettings.model_fields["method"].annotation)
 SURVEYS = ("apogee-dr17", "galah-dr4", "lamost-dr11-lrs")
 Rng = np.random.Generator
@@ -40,7 +40,7 @@ def stars(rng: Rng, n: int) -> tuple[Any, Any]:
         "dec": dec,
         "survey": rng.choice(SURVEYS, n),
     }
-    base = {"teff": 5000.0, "logg": 3.0, "feh": -1.0, "rv": 30.0}
+    base = {"teff": 5000.0, "logg": 3.0, "feh": -1.0, "rv": 30.0, "mg_fe": 0.2}
     for label, value in base.items():
         values = value * rng.normal(1, 0.05, n)
         columns[label] = pa.array(values.astype("f4"), mask=rng.random(n) < 0.2)
@@ -84,29 +84,32 @@ def by_hand(members: list[dict], leader: dict, chosen: UnifySettings) -> dict:
         having = [m for m in members if all(m[name] is not None for name in names)]
         star |= {name: (having or members)[0][name] for name in names}
     usable = [member for member in members if member["usable"]]
-    mean = chosen.method == "weighted-mean" and bool(usable)
+    good = [member for member in members if member["quality"] == 0]
+    weighted = chosen.method == "weighted-mean"
+    mean = weighted and bool(usable)
     givers = [best] if best["level"] < 3 and not mean else []
     star |= {"snr": best["snr"], "quality": best["quality"], "flag_spread": False}
     for label in MEASURED:
-        some = [(m[label], m[f"{label}_err"] or 0.0, m) for m in usable if m[label] is not None]
+        those = usable if label in LABELS else good
+        some = [(m[label], m[f"{label}_err"] or 0.0, m) for m in those if m[label] is not None]
         stated = [entry for entry in some if entry[1] > 0]
-        if mean and some:
+        if (mean if label in LABELS else weighted) and some:
             used = stated or some
             weights = [e**-2 for _, e, _ in stated] or [1.0] * len(used)
             star[label] = math.fsum(
                 v * w for (v, _, _), w in zip(used, weights, strict=True)
             ) / math.fsum(weights)
             star[f"{label}_err"] = math.fsum(weights) ** -0.5 if stated else None
-            if label != "rv":
+            if label in LABELS:
                 givers += [m for _, _, m in used]
         else:
             source = best
-            if label == "rv" and best["rv"] is None:
-                source = next((m for m in members if m["rv"] is not None), best)
-            empty = mean and label != "rv"
+            if label not in LABELS and best[label] is None:
+                source = next((m for m in members if m[label] is not None), best)
+            empty = mean and label in LABELS
             star[label] = None if empty else source[label]
             star[f"{label}_err"] = None if empty else source[f"{label}_err"]
-        if label != "rv" and len(some) > 1:
+        if label in LABELS and len(some) > 1:
             error = chosen.expected_error.get(label)
             if stated:
                 error = math.sqrt(math.fsum(e * e for _, e, _ in stated) / len(stated))
@@ -147,6 +150,7 @@ def test_equals_one_by_one(seed, n, method, order, more):
     chosen = UnifySettings(
         method=method,
         order=order,
+        labels=("mg_fe",),
         offsets={"galah-dr4": {"teff": 100.0, "rv": -3.0}, "nobody": {"feh": 1.0}} if more else {},
         max_spread=float(rng.choice([0.5, 2.0, 5.0])),
         expected_error={"teff": 50.0, "feh": 0.001} if more else {},
@@ -247,7 +251,6 @@ def test_weighted_mean_offsets_and_disagreement():
     [
         {"method": "median"},
         {"order": ("a", "a")},
-        {"offsets": {"a": {"snr": 1.0}}},
         {"max_spread": 0.0},
     ],
 )

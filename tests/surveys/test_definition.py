@@ -457,7 +457,7 @@ def test_overrides_add_and_remove(tiny):
         ({"cut": {"snr": {"min": 30}}}, "unknown key 'cut'"),
         ({"cuts": {"teff": {"min": 30}}}, "'cuts.teff.bit' is missing"),
         ({"cuts": {"snr": {"values": [30]}}}, "has min and values"),
-        ({"columns": {"teff": False}}, "[columns.teff] is missing"),
+        ({"columns": {"dec": False}}, "[columns.dec] is missing"),
         ({"columns": {"teff": {"unit": "deg"}}}, "does not convert to 'K'"),
         ({"cuts": {"b": {"bit": 0, "column": "x", "min": 0}}}, "bit 0 is used by"),
     ],

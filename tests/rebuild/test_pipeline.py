@@ -102,7 +102,8 @@ def test_all_catalogs_hold_every_invariant(small_store):
 def test_corrected_has_every_column_and_row_of_the_observations(small_store):
     observations = Catalog.open(small_store / "current/lamost.observations")
     corrected = Catalog.open(small_store / "current/lamost.corrected")
-    new = [f"{label}_{suffix}" for suffix in ("sos", "delta", "sos_err") for label in LABELS]
+    new = [f"{label}_{suffix}" for suffix in ("sos", "delta") for label in LABELS]
+    new += [f"{label}_{suffix}" for label in LABELS for suffix in ("sos_err", "sos_err_pair")]
     assert corrected.schema.names == [*observations.schema.names, *new, "coverage", "flag_sos"]
     assert corrected.pixels == observations.pixels
     before, after = read(observations), read(corrected)

@@ -66,8 +66,8 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
          "params.order 4 -> 3"),
         (("[train]", '[compare]\nrule = "scatter"\n[train]'), "lamost.comparison",
          "rule balanced -> scatter"),
-        (("[train]", '[uncertainty]\nreference_error = "removed"\n[train]'), "lamost.uncertainty",
-         "reference_error included -> removed"),
+        (("[train]", "[uncertainty]\nsparse_fraction = 0.1\n[train]"), "lamost.uncertainty",
+         "sparse_fraction 0.05 -> 0.1"),
     ],
 )  # fmt: skip
 def test_a_plan_says_why(job, store, small_sky, change, first, why):

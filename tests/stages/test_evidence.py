@@ -196,7 +196,8 @@ def test_memory_that_is_needed_stops_growing(pairs, tmp_path, monkeypatch):
 def test_evidence_of_another_model_is_refused(build, pairs, tmp_path):
     """Two models of one method: columns are found by the method's name."""
     other = tmp_path / "other"
-    train(pairs, other, TrainSettings(method="polynomial", params={"order": 1}))
+    problem = load(build / "lamost.model.polynomial").problem
+    train(pairs, other, TrainSettings(method="polynomial", params={"order": 1}, problem=problem))
     make_evidence(pairs, {"polynomial": build / "lamost.model.polynomial"}, tmp_path / "evidence")
     of_table = {"evidence": tmp_path / "evidence"}
     with pytest.raises(ModelError, match="was made without the model"):

@@ -44,6 +44,7 @@ from sos_dask.storage import store as _store
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
 from sos_dask.surveys.definition import Survey, builtin_surveys, load_survey
+from sos_dask.tables import Correction
 
 _Result = TypeVar("_Result")
 # What is made of a path or a name where a function wants the thing.
@@ -163,11 +164,11 @@ verify = _public(_store.verify)
 
 
 __all__ = [
-    "ApplySettings", "AttachSettings", "Catalog", "Cluster", "CompareSettings", "CoverageSettings",
-    "CrossmatchSettings", "DedupeSettings", "IngestSettings", "Job", "MarginSettings",
-    "ReferenceSettings", "SkySettings", "Survey", "TrainSettings", "TrendSettings",
-    "UncertaintySettings", "apply", "attach", "builtin_surveys", "compare", "coverage",
-    "crossmatch", "dedupe", "evidence", "gc", "ingest", "load_job", "load_survey", "margin", "plan",
-    "rebuild", "reference", "simulate", "start", "status", "train", "trends", "uncertainty",
-    "verify",
+    "ApplySettings", "AttachSettings", "Catalog", "Cluster", "CompareSettings", "Correction",
+    "CoverageSettings", "CrossmatchSettings", "DedupeSettings", "IngestSettings", "Job",
+    "MarginSettings", "ReferenceSettings", "SkySettings", "Survey", "TrainSettings",
+    "TrendSettings", "UncertaintySettings", "apply", "attach", "builtin_surveys", "compare",
+    "coverage", "crossmatch", "dedupe", "evidence", "gc", "ingest", "load_job", "load_survey",
+    "margin", "plan", "rebuild", "reference", "simulate", "start", "status", "train", "trends",
+    "uncertainty", "verify",
 ]  # fmt: skip

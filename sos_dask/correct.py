@@ -85,11 +85,10 @@ class Covered:
         return delta
 
     def widened(self, width: Float32Array, is_sparse: BoolArray) -> Float32Array:
-        """Half-widths (n, l), wider where the coverage is low."""
+        """Factors (n, l) of half-widths of corrected - reference where the coverage is low."""
         # Rows without a coverage have no errors either.
         kind = pc.fill_null(self.scores[KIND_FIELD.name], INSIDE).to_numpy()
-        factors = self.widening(kind, is_sparse.astype(np.int8), width)
-        return width * factors.astype(np.float32)
+        return self.widening(kind, is_sparse.astype(np.int8), width).astype(np.float32)
 
 
 def corrected_schema(
@@ -102,7 +101,8 @@ def corrected_schema(
     """Make the schema of corrected rows: all columns of the input, then the new ones."""
     # Columns of the same correction before give way.
     new = {f"flag_sos{suffix}", *([f"coverage{suffix}"] if covered else [])}
-    new |= {name for one in problem.labels for name in (one.sos, one.delta, one.sos_err)}
+    for one in problem.labels:
+        new |= {one.sos, one.delta, one.sos_err, one.sos_err_pair}
     fields = [field for field in schema if field.name not in new]
     ucds = {one.name: CANONICAL[one.name].ucd for one in problem.labels if one.name in CANONICAL}
 
@@ -117,7 +117,9 @@ def corrected_schema(
         add(one.delta, one.unit, "", f"predicted target - reference of {one.name}")
     for one in problem.labels if errors is not None else ():
         ucd = f"stat.error;{ucds[one.name]}" if one.name in ucds else "stat.error"
-        add(one.sos_err, one.unit, ucd, errors.describe(one.name) if errors else "")
+        own, of_pair = errors.describe(one.name) if errors else ("", "")
+        add(one.sos_err, one.unit, ucd, own)
+        add(one.sos_err_pair, one.unit, ucd, of_pair)
     if covered:
         fields.append(COVERAGE_FIELD.with_name(f"coverage{suffix}"))
     meanings = FLAG_MEANINGS | (COVERAGE_MEANINGS if covered else {})
@@ -137,9 +139,10 @@ def correct(
     """Add corrected labels, predicted differences, their errors, coverage and flags.
 
     The table has the labels and the inputs of the problem, null where unknown. The same rows come
-    back in the same order, with ``*_sos``, ``*_delta``, with errors ``*_sos_err`` (all null where
-    any of the inputs or labels is null), ``coverage`` where it is given, and ``flag_sos`` (bits of
-    `FLAG_MEANINGS` and `COVERAGE_MEANINGS`); a ``suffix`` ends the names of these two. Raises
+    back in the same order, with ``*_sos``, ``*_delta``, with errors ``*_sos_err`` (of the label)
+    and ``*_sos_err_pair`` (of corrected - reference), all null where any of the inputs or labels is
+    null, ``coverage`` where it is given, and ``flag_sos`` (bits of `FLAG_MEANINGS` and
+    `COVERAGE_MEANINGS`); a ``suffix`` ends the names of these two. Raises
     `PartitionError` for a coverage of other rows.
     """
     if covered is not None and not table["obs_id"].equals(covered.scores["obs_id"]):
@@ -164,10 +167,12 @@ def correct(
     if errors is not None:
         snr = table["snr"].to_numpy() if "snr" in table.schema.names else None
         star = x[:, problem.star_places]
-        width = errors.half_width(star, snr)
+        own, pair = errors.half_widths(star, snr)
         if covered is not None:
-            width = covered.widened(width, errors.is_sparse(star))
-        new |= {one.sos_err: values for one, values in zip(problem.labels, width.T, strict=True)}
+            factors = covered.widened(pair, errors.is_sparse(star))
+            own, pair = own * factors, pair * factors
+        for one, mine, of_pair in zip(problem.labels, own.T, pair.T, strict=True):
+            new |= {one.sos_err: mine, one.sos_err_pair: of_pair}
     flag, columns = f"flag_sos{suffix}", {}
     columns[flag] = pa.array(flags)
     if covered is not None:

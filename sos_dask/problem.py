@@ -61,6 +61,11 @@ class Label(Settings):
         """Column of the error of the corrected label."""
         return f"{self.name}_sos_err"
 
+    @property
+    def sos_err_pair(self) -> str:
+        """Column of the error of corrected - reference."""
+        return f"{self.name}_sos_err_pair"
+
 
 class Input(Settings):
     """A column, with its transform, that a correction sees."""

@@ -103,7 +103,11 @@ RESERVED = (
     HEALPIX_COLUMN, "quality", "star_id", "n_obs", "n_used", "teff_spread", "logg_spread",
     "feh_spread", "flag_spread", "survey", "sources", "n_surveys", "Norder", "Dir", "Npix",
     "coverage", "kind_coverage", "flag_coverage", "flag_sos",
-    *(f"{label}_{kind}" for label in LABELS for kind in ("sos", "delta", "sos_err")),
+    *(
+        f"{label}_{kind}"
+        for label in LABELS
+        for kind in ("sos", "delta", "sos_err", "sos_err_pair")
+    ),
 )  # fmt: skip
 """Columns that later stages or the HATS layout add: no native extra may take their names."""
 

@@ -113,15 +113,16 @@ def test_rows_without_quality_have_no_flag_of_it():
 class _Widths:
     """Half-widths that can be told apart: of the first feature and S/N."""
 
-    def half_width(self, x: np.ndarray, snr: np.ndarray | None) -> np.ndarray:
+    def half_widths(self, x: np.ndarray, snr: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         base = x[:, 0] if snr is None else x[:, 0] * 100 / snr
-        return np.stack([base, 2 * base, 3 * base], axis=1).astype(np.float32)
+        own = np.stack([base, 2 * base, 3 * base], axis=1).astype(np.float32)
+        return own, 2 * own
 
     def is_sparse(self, x: np.ndarray) -> np.ndarray:
         return np.zeros(len(x), dtype=bool)
 
-    def describe(self, label: str) -> str:
-        return f"half-width of {label}"
+    def describe(self, label: str) -> tuple[str, str]:
+        return f"half-width of {label}", f"half-width of {label} - reference"
 
 
 WIDTHS: Any = _Widths()
@@ -130,16 +131,18 @@ WIDTHS: Any = _Widths()
 def test_errors_stand_beside_their_labels():
     table = rows()
     plain, found = correct(table, LINEAR), correct(table, LINEAR, WIDTHS)
-    errors = [f"{label}_sos_err" for label in LABELS]
+    errors = [f"{label}_sos_err{end}" for label in LABELS for end in ("", "_pair")]
     assert found.schema.names == [*plain.schema.names[:-1], *errors, "flag_sos"]
     assert found.select(plain.schema.names).equals(plain)
     x = features(*(table[label].to_numpy() for label in LABELS))
-    wanted = WIDTHS.half_width(x, table["snr"].to_numpy())
+    wanted, of_pair = WIDTHS.half_widths(x, table["snr"].to_numpy())
     for number, label in enumerate(LABELS):
         known = found[f"{label}_sos"].is_valid().to_numpy()
         column = found[f"{label}_sos_err"]
         assert np.array_equal(column.is_valid().to_numpy(), known)
         assert np.array_equal(column.to_numpy()[known], wanted[known, number])
+        pair = found[f"{label}_sos_err_pair"].to_numpy()
+        assert np.array_equal(pair[known], of_pair[known, number])
         field = found.schema.field(f"{label}_sos_err")
         assert field.metadata[b"description"] == f"half-width of {label}".encode()
         assert field.metadata[b"unit"].decode() == CANONICAL[label].unit
@@ -218,14 +221,15 @@ def scores(ids):
 class _Ten:
     """Errors of ten everywhere; the second row is of the sparse class."""
 
-    def half_width(self, features, snr):
-        return np.full((len(features), 3), 10, np.float32)
+    def half_widths(self, features, snr):
+        own = np.full((len(features), 3), 5, np.float32)
+        return own, 2 * own
 
     def is_sparse(self, features):
         return np.arange(len(features)) == 1
 
     def describe(self, label):
-        return "ten"
+        return "five", "ten"
 
 
 TEN: Any = _Ten()
@@ -242,8 +246,9 @@ def test_coverage_and_flags_join_the_corrected_rows():
     assert found.schema.names[-2:] == ["coverage", "flag_sos"]
     assert found["coverage"].to_pylist() == pytest.approx([0.9, 0.4])
     assert found["flag_sos"].to_pylist() == [0, FLAG_OUTSIDE]
-    assert found["teff_sos_err"].to_pylist() == [10, 20]
-    assert found["feh_sos_err"].to_pylist() == [10, 40]
+    assert found["teff_sos_err_pair"].to_pylist() == [10, 20]
+    assert found["feh_sos_err_pair"].to_pylist() == [10, 40]
+    assert found["feh_sos_err"].to_pylist() == [5, 20]
     assert found["teff_delta"].to_pylist() == [1, 1]
     assert b"16: outside" in found.schema.field("flag_sos").metadata[b"description"]
     assert found.schema.equals(

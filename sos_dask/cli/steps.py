@@ -229,7 +229,7 @@ def apply(
     [opened] = open_catalogs([catalog], key, "obs_id")
     inputs: dict[str, Any] = {"model": model, "observations": opened}
     inputs |= {"errors": errors, "coverage": coverage}
-    if fallback not in ("none", "edge"):
+    if fallback not in ("none", "edge", "measured"):
         inputs, fallback = {**inputs, "smooth": Path(fallback)}, "polynomial"
     given = {role: one for role, one in inputs.items() if one is not None}
     return Apply(given, options.settings(fallback=fallback))

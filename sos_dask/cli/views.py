@@ -37,6 +37,7 @@ from sos_dask.cli.output import (
 )
 from sos_dask.correct import COVERAGE_MEANINGS
 from sos_dask.errors import CatalogError, ConfigError, SosError
+from sos_dask.evidence.failing import PAIRS, ROWS, RULE
 from sos_dask.schema import nearest
 from sos_dask.stages.compare import Compare, Trends
 from sos_dask.stages.coverage import Coverage
@@ -188,8 +189,7 @@ def uncertainty(job: Place = None, *, store: Place = None, correction: Name = No
     rates = summary["hit_rates"]
     yield {"path": directory, **summary}
     show_table(
-        f"Held-out pairs inside their interval, with its 95 % range (method {summary['method']}; "
-        f"error of the reference {summary['reference_error']})",
+        f"Held-out pairs inside their interval, with its 95 % range (method {summary['method']})",
         "name=label subset=pairs n 68=68_% 95=95_%",
         [
             {**one, "name": one["label"]}
@@ -282,7 +282,7 @@ def compare(
     inputs: Places = None, *, out: Place = None, store: Place = None, correction: Name = None,
     label: Name = None, sample: Name = None, options: Options,
 ) -> Shown:  # fmt: skip
-    """Show how the methods compare: scatter, trends left, artifacts, and which is chosen and why.
+    """Show how the methods compare: scatter, bins that fail, artifacts; which is chosen and why.
 
     Example: sos-dask compare --store store --label feh
     """
@@ -298,7 +298,7 @@ def compare(
     found = Compare.load(directory)
     _one_of("label", label, (row["label"] for row in found["figures"]))
     del found["metrics"]
-    for name in ("figures", "artifacts", "outside"):
+    for name in ("figures", "artifacts", "outside", "bins", "failing"):
         found[name] = [row for row in found[name] if label in (None, row["label"])]
     figures = [row for row in found["figures"] if sample in (None, row["sample"])]
     yield {"path": directory, **found, "figures": figures, "costs": taken}
@@ -306,6 +306,8 @@ def compare(
     for name in dict.fromkeys(row["label"] for row in figures):
         rows = [row for row in figures if (row["label"], row["sample"]) == (name, sample)]
         _show_figures(name, _SAMPLES[sample], rows, found["method"])
+    if sample == "test":
+        _show_failing(found["failing"], found["method"])
     show_table(
         "Artifacts: second differences over the noise, largest step, with 95 % intervals",
         "label method roughness:.4f jump noise n_cells=cells",
@@ -370,6 +372,23 @@ def _show_figures(label: str, pairs: str, rows: Sequence[Row], chosen: str) -> N
     if any(row["value"] is None for row in scatters):
         say("- too few pairs")
     say("")
+
+
+def _show_failing(entries: Sequence[Row], chosen: str) -> None:
+    """Print for each method how many bins fail of those that are judged."""
+    for method in sorted({one["method"] for one in entries}, key=lambda one: (one != chosen, one)):
+        rows = [
+            {"name": one["label"], "against": one["against"]}
+            | {kind.replace(" ", "_"): "/".join(map(str, n)) for kind, n in one["counts"].items()}
+            for one in entries
+            if one["method"] == method
+        ]
+        kinds = [[name for name in rows[0] if name.startswith(one)] for one in (PAIRS, ROWS)]
+        title = f"{method}: failing / judged bins of held-out pairs, by S/N"
+        for some in [kinds[0] + kinds[1]] if is_wide() else filter(None, kinds):
+            show_table(title, f"name=label against {' '.join(some)}", rows)
+    say(RULE, wrap=True)
+    say("Rows: a pair counts as often as it is among the nearest to a row of the catalog.\n")
 
 
 # --- trends -------------------------------------------------------------------------------------

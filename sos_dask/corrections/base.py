@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -57,6 +58,19 @@ class TrainingSource(Protocol):
 
     def load(self, index: int) -> Batch:
         """Read one batch."""
+
+
+@dataclass(frozen=True)
+class OneBatch:
+    """Pairs in memory as a source of one batch."""
+
+    batch: Batch
+    problem: Problem
+    n_batches = 1
+
+    def load(self, index: int) -> Batch:
+        """Give the batch."""
+        return self.batch
 
 
 class Rows(NamedTuple):
@@ -133,19 +147,27 @@ def run_tasks(
     """
     if client is None:
         return [function(item) for item in items]
-    from distributed import KilledWorker
-
     futures = client.map(function, items, pure=False)
     try:
-        results: list[R] = client.gather(futures)
+        with killed_workers(what, advice):
+            results: list[R] = client.gather(futures)
+    finally:
+        release(futures)
+    return results
+
+
+@contextlib.contextmanager
+def killed_workers(what: str, advice: str) -> Iterator[None]:
+    """Say what killed its workers, and what to do about it."""
+    from distributed import KilledWorker
+
+    try:
+        yield
     except KilledWorker as error:
         raise ClusterError(
             f"{what} killed its worker again and again ({error})",
             f"Most often it ran out of memory: {advice}",
         ) from error
-    finally:
-        release(futures)
-    return results
 
 
 def release(futures: Sequence[Any]) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -38,7 +38,7 @@ from sos_dask.corrections import base, boosted_cluster
 from sos_dask.corrections.base import Content, Correction, ModelInfo, Rows, Summary, Training
 from sos_dask.errors import ModelError
 from sos_dask.problem import Problem
-from sos_dask.run.machine import n_threads
+from sos_dask.run.machine import import_xgboost, n_threads
 from sos_dask.settings import to_json
 from sos_dask.stats.table import pack, unpack
 
@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 FILE = "boosted.json"
 TABLE = "lookup.npy"
-MIN_PAIRS = 50
 MAX_CELLS = 1 << 25
 # Edges of bins lie on a grid of this many cells over the range of an input.
 GRID = 4096
@@ -82,6 +81,7 @@ class Settings(settings.Settings):
         "trained on degraded pairs: what depends on S/N beside noise",
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the subsamples")
+    min_pairs: int = Field(50, ge=2, le=10**6, description="Fewest training pairs of a label")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to train")
     timeout_s: int = Field(
         120, ge=1, le=86400, description="Longest wait of a worker for the others, in seconds"
@@ -115,7 +115,7 @@ class BoostedCorrection(Correction):
     @cached_property
     def boosters(self) -> tuple[Any, ...]:
         """The trees as ``xgboost.Booster``, one a label; `ModelError` where they are others."""
-        import xgboost
+        xgboost = import_xgboost()
 
         try:
             boosters = tuple(xgboost.Booster(model_file=bytearray(e)) for e in self.ensembles)
@@ -154,7 +154,7 @@ class BoostedCorrection(Correction):
         trees = {f"{n}.ubj": bytes(e) for n, e in zip(labels, self.ensembles, strict=True)}
         table = self.table or compile_trees(self.boosters, self.center, self.spread)
         if table is None:
-            why = f"their thresholds make more than {MAX_CELLS:,} cells"
+            why = f"their thresholds make more than {MAX_CELLS:,} cells, or the inputs are over 12"
             logger.warning("boosted: no look-up table, the trees predict directly: %s", why)
             return {FILE: to_json({**document, "no_table": why}), **trees}
         return {FILE: to_json(document), **trees, TABLE: pack([*table.edges, table.values])}
@@ -178,18 +178,19 @@ class BoostedCorrection(Correction):
         client = training.client
         if settings.device == "cuda" and client is None:
             boosted_cluster.find_gpu()
-        summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
+        summary = base.summarise(training, cls.method, settings, settings.min_pairs)
         training = replace(training, degraded=True)
         edges = _bin_edges(training, summary.info, settings.max_bin)
         train = _train if client is None else boosted_cluster.train
         job = Job(training, settings, summary, edges)
-        boosters = train(job)
+        ensembles = train(job)
         if settings.measured_rounds and sum(training.map(_n_rows)) > summary.n_rows.sum():
             of_measured = settings.but(n_rounds=settings.measured_rounds, **_OF_MEASURED)
             training = replace(training, degraded=False)
-            boosters = train(Job(training, of_measured, summary, edges, boosters))
-        ensembles = tuple(bytes(booster.save_raw("ubj")) for booster in boosters)
-        return cls(summary.info, ensembles, summary.center, summary.spread)
+            ensembles = train(
+                Job(training, of_measured, summary, edges, ensembles, settings.n_rounds)
+            )
+        return cls(summary.info, tuple(ensembles), summary.center, summary.spread)
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -202,7 +203,8 @@ class Job(NamedTuple):
     settings: Settings
     summary: Summary
     edges: tuple[Float32Array, ...]
-    before: tuple[Any, ...] = ()  # of each label the ``xgboost.Booster`` that it goes on from
+    before: Sequence[bytes] = ()  # of each label the trees that it goes on from
+    n_before: int = 0  # how many these are
 
     @property
     def booster_params(self) -> dict[str, Any]:
@@ -213,7 +215,9 @@ class Job(NamedTuple):
             "base_score": 0.0,  # differences are centred
             "validate_parameters": True,
             "verbosity": 0,
-            **self.settings.model_dump(exclude={"n_rounds", "measured_rounds", "timeout_s"}),
+            **self.settings.model_dump(
+                exclude={"n_rounds", "measured_rounds", "timeout_s", "min_pairs"}
+            ),
         }
 
     def block(self, first: int, stop: int) -> Rows:
@@ -236,6 +240,43 @@ class Job(NamedTuple):
         scaled[:, summary.constant] *= 0.0  # a zero point, whatever noise was added
         weight = (weight[order] / summary.mean_weight).astype(np.float32)
         return Rows(np.stack(lower, 1), scaled.astype(np.float32), weight)
+
+    def boost(
+        self,
+        rows: Rows,
+        threads: int,
+        done: Sequence[bytes] = (),
+        after_tree: Callable[[int, list[bytes], Any], None] | None = None,
+    ) -> list[bytes]:
+        """Train the trees of each label, as UBJSON; those of a collective, in each of its ranks.
+
+        ``done`` is what was trained before, the last label in part; it goes on with equal bytes.
+        ``after_tree`` gets the number of trees so far, what is done, and the booster in work.
+        """
+        xgboost = import_xgboost()
+
+        params = {**self.booster_params, "nthread": threads}
+        names = list(self.training.problem.features)
+        matrix = xgboost.QuantileDMatrix(
+            rows.features, feature_names=names, max_bin=self.settings.max_bin, nthread=threads
+        )
+        known, trained = np.isfinite(rows.differences), list(done[:-1])
+        n_rounds = self.settings.n_rounds
+        for label in range(len(trained), known.shape[1]):
+            # One matrix for all: a pair that lacks a label has no weight for it.
+            here = known[:, label]
+            matrix.set_label(np.where(here, rows.differences[:, label], np.float32(0)))
+            matrix.set_weight(np.where(here, rows.weight, np.float32(0)))
+            begun = done[label] if label < len(done) else self.before and self.before[label]
+            booster = xgboost.Booster(params, [matrix], bytearray(begun) if begun else None)
+            # As xgboost.train does, which counts from 0 again: subsamples follow from the number.
+            for tree in range(booster.num_boosted_rounds(), self.n_before + n_rounds):
+                booster.update(matrix, tree)
+                if after_tree is not None:
+                    n_trees = label * n_rounds + tree + 1 - self.n_before
+                    after_tree(n_trees, trained, booster)
+            trained.append(bytes(booster.save_raw("ubj")))
+        return trained
 
 
 def _n_bins(problem: Problem, most: int) -> list[int]:
@@ -279,26 +320,12 @@ def _cells(rows: Rows, low: FloatArray, width: FloatArray) -> IntArray:
     return np.stack([np.bincount(column, minlength=GRID) for column in cells.T])
 
 
-def _train(job: Job) -> tuple[Any, ...]:
-    """Train an ``xgboost.Booster`` of each label in this process."""
-    import xgboost
-
+def _train(job: Job) -> list[bytes]:
+    """Train the trees of each label in this process."""
     rows = job.block(0, job.training.source.n_batches)
-    params, settings = job.booster_params, job.settings
-    # Trees do not depend on it.
-    params["nthread"] = max(params["nthread"], n_threads(len(rows.features), _THREAD_ROWS))
-    matrix: Any = None
-    known, boosters = np.isfinite(rows.differences), []
-    made = {"feature_names": list(job.training.problem.features), "max_bin": settings.max_bin}
-    for number in range(known.shape[1]):
-        x, y, weight = rows.of_label(number)
-        if number and np.array_equal(known[:, number], known[:, number - 1]):
-            matrix.set_label(y)  # the bins are the same
-        else:
-            matrix = xgboost.QuantileDMatrix(x, y, weight=weight, nthread=settings.nthread, **made)
-        before = job.before[number] if job.before else None
-        boosters.append(xgboost.train(params, matrix, settings.n_rounds, xgb_model=before))
-    return tuple(boosters)
+    # Trees do not depend on the number of threads.
+    threads = max(job.settings.nthread, n_threads(len(rows.features), _THREAD_ROWS))
+    return job.boost(rows, threads)
 
 
 # --- the look-up table -------------------------------------------------------------------------
@@ -378,7 +405,8 @@ def compile_trees(
 ) -> LookupTable | None:
     """Make the table of ``center + spread * (sum of the trees)`` of one ensemble a label.
 
-    None where the thresholds make more than ``MAX_CELLS`` cells: too large to be worth it.
+    None where the thresholds make more than ``MAX_CELLS`` cells, or a leaf has more than ``2^12``
+    corners: too large to be worth it.
     """
     models = [json.loads(bytes(booster.save_raw("json")))["learner"] for booster in boosters]
     forests = [_forest(model["gradient_booster"]["model"]["trees"]) for model in models]
@@ -387,7 +415,7 @@ def compile_trees(
         for axis in range(int(models[0]["learner_model_param"]["num_feature"]))
     )
     shape = tuple(len(part) + 1 for part in edges)
-    if np.prod(shape, dtype=np.float64) > MAX_CELLS:
+    if np.prod(shape, dtype=np.float64) > MAX_CELLS or len(shape) > 12:
         return None
     corners = [_corners(forest, edges) for forest in forests]
     bases = [np.ravel(json.loads(m["learner_model_param"]["base_score"]))[0] for m in models]

@@ -1,9 +1,13 @@
 """Boosted trees trained data-parallel over a cluster, also where it loses workers meanwhile.
 
-The tracker, where the workers of a training meet, has a process of its own: it ends its whole
-process (std::terminate on "send system error:Broken pipe", XGBoost 3.2) when a worker goes while
-they do, and xgboost.dask starts it in the process of the scheduler, which is this one for a cluster
-on one machine.
+Each worker is a rank of one collective of XGBoost, as those of `xgboost.dask.train` are, from which
+this differs in what that cannot do: the quantised pairs of a rank serve all labels, where
+`xgboost.dask` makes them anew in every call; the trees so far are kept on the scheduler, from which
+training goes on after a loss, with equal bytes where as many workers are there again; and its
+import of pandas and more takes each worker most of a second.
+
+The tracker, where ranks meet, has a process of its own: it ends its whole process (std::terminate
+on "send system error:Broken pipe", XGBoost 3.2) when a rank goes while they do.
 """
 
 from __future__ import annotations
@@ -19,72 +23,104 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from sos_dask.corrections.base import Rows, release
 from sos_dask.errors import ClusterError, ModelError, SosError
+from sos_dask.run.machine import import_xgboost
 
 if TYPE_CHECKING:
     from sos_dask.corrections.boosted import Job
 
 logger = logging.getLogger(__name__)
 
-TRIES = 3
+TRIES = 3  # without a further checkpoint
 PATIENCE_S = 30
+CHECKPOINT_S = 10.0
+_Kept = tuple[int, list[bytes]]  # trees so far, and what they are of each label
+_Since = dict[tuple[str, float], float]
 
 
-def train(job: Job) -> tuple[Any, ...]:
-    """Train an ``xgboost.Booster`` of each label; after a loss of workers, by those that are left.
+def train(job: Job) -> list[bytes]:
+    """Train the trees of each label, as UBJSON; after a loss of workers, by those that are left.
 
     `ClusterError` where they are lost again and again.
     """
-    from distributed import CancelledError, KilledWorker
+    from distributed import CancelledError, KilledWorker, Variable
 
     losses = (
         CancelledError,
         asyncio.CancelledError,
         KilledWorker,
-        AssertionError,  # xgboost.dask asserts that all parts are there
-        RuntimeError,  # xgboost.dask: "Missing required workers"
-        ValueError,  # xgboost.dask: "Invalid worker address"; XGBoostError
+        RuntimeError,
+        ValueError,  # XGBoostError
         OSError,  # closed connections, `ConnectionError` of this module, timeouts
     )
-    client = job.training.client
-    boosters: dict[int, Any] = {}
-    wanted, tracker = 1, uuid.uuid4().hex
-    for attempt in range(1, TRIES + 1):
-        try:
-            workers = _workers(client, wanted, job.settings.timeout_s)
-            wanted = len(workers)
-            if job.settings.device == "cuda":
-                asked = [client.submit(find_gpu, pure=False, **_on(w)) for w in workers]
-                workers = one_each(workers, client.gather(asked))
-            _train_labels(job, workers, boosters, tracker)
-            return tuple(boosters[number] for number in sorted(boosters))
-        except SosError:
-            raise
-        except losses as error:
-            # XGBoost adds a stack trace of its own.
-            text = " ".join(str(error).split("Stack trace")[0].split())
-            failure = f"{type(error).__name__}: {text}"
-            logger.warning("boosted: try %d of %d failed: %s", attempt, TRIES, failure)
-        finally:
-            with contextlib.suppress(Exception):
-                client.run_on_scheduler(_stop_tracker, tracker)
-    raise ClusterError(
-        f"training was lost {TRIES} times, at last by {failure}",
-        "Look at the workers' logs: most often they run out of memory or their node goes away. "
-        "Where workers only wait long for each other, raise boosted.timeout_s.",
-    )
+    client, settings = job.training.client, job.settings
+    checkpoint = Variable(f"boosted-{uuid.uuid4().hex}", client)
+    kept: _Kept = (0, [])
+    n_trees, wanted, failed = settings.n_rounds * len(job.summary.center), 1, 0
+    with _alone(client), contextlib.ExitStack() as stack:
+        checkpoint.set(kept)
+        stack.callback(_quietly, checkpoint.delete)
+        while True:
+            try:
+                workers = _workers(client, wanted, settings.timeout_s)
+                wanted = len(workers)
+                if settings.device == "cuda":
+                    asked = [client.submit(find_gpu, pure=False, workers=[w]) for w in workers]
+                    workers = one_each(workers, client.gather(asked))
+                return _train_on(job, workers, checkpoint.name, kept)
+            except SosError:
+                raise
+            except losses as error:
+                # XGBoost adds a stack trace of its own.
+                text = " ".join(str(error).split("Stack trace")[0].split())
+                failure = f"{type(error).__name__}: {text}"
+            with contextlib.suppress(*losses):
+                before, kept = kept, tuple(checkpoint.get(timeout=10))
+                failed = failed if kept[0] == before[0] else 0
+            failed += 1
+            if failed == TRIES:
+                raise ClusterError(
+                    f"training was lost {TRIES} times, at last by {failure}",
+                    "Look at the workers' logs: most often they run out of memory or their node "
+                    "goes away. Where workers only wait long for each other, raise "
+                    "boosted.timeout_s.",
+                )
+            logger.warning(
+                "boosted: try %d of %d failed: %s. Training goes on from tree %d of %d.",
+                *(failed, TRIES, failure, kept[0], n_trees),
+            )
 
 
-def _on(worker: str) -> dict[str, Any]:
-    # Should the worker go, the task must fail or move: one that waits for it would wait for ever.
-    return {"workers": [worker], "allow_other_workers": True}
+def _quietly(function: Callable[[], Any]) -> None:
+    """Call what needs a scheduler that may be gone."""
+    with contextlib.suppress(Exception):
+        function()
+
+
+@contextlib.contextmanager
+def _alone(client: Any) -> Iterator[None]:
+    """Wait until no other fit trains on the cluster: ranks of two would wait for each other."""
+    from distributed import Semaphore
+
+    # Released by the scheduler itself where the process that has it is gone.
+    place = {"scheduler_rpc": client.scheduler, "loop": client.loop}
+    lock = Semaphore(1, "sos-dask-boosted", **place)
+    if not lock.acquire(timeout=10):
+        logger.warning("boosted: waits for another training on this cluster, a day at most")
+        if not lock.acquire(timeout="1d"):
+            raise ClusterError("another training has had the cluster for a day", "Is it stuck?")
+    try:
+        yield
+    finally:
+        _quietly(lock.release)
 
 
 def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
@@ -94,7 +130,7 @@ def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
     # Time for a nanny to bring a dead worker back.
     with contextlib.suppress(TimeoutError):
         client.wait_for_workers(wanted, timeout=20)
-    known = client.scheduler_info(n_workers=-1)["workers"]
+    known = _known(client)
     by_name = sorted(known, key=lambda address: (str(known[address]["name"]), address))
     asked = [client.submit(str, worker, pure=False, workers=[worker]) for worker in by_name]
     if asked:
@@ -107,36 +143,85 @@ def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
     return alive
 
 
-def _train_labels(job: Job, workers: Sequence[str], boosters: dict[int, Any], tracker: str) -> None:
-    """Train the labels that have no booster yet."""
+def _known(client: Any) -> dict[str, Any]:
+    # Client.scheduler_info sometimes has no workers: it is also filled by a clock, without them.
+    return dict(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
+
+
+def _train_on(job: Job, workers: Sequence[str], checkpoint: str, kept: _Kept) -> list[bytes]:
+    """Train in one rank a worker, from a checkpoint."""
+    client, timeout_s = job.training.client, job.settings.timeout_s
+    shares = dict(zip(workers, _shares(job.summary.n_rows, len(workers)), strict=False))
+    first, n_ranks = workers[0], len(shares)
+    meeting: Any = {}
+    if n_ranks > 1:
+        # Workers meet only when the slowest has imported all it needs.
+        meeting = client.submit(
+            _start_tracker, n_ranks, max(timeout_s, 60), pure=False, workers=[first]
+        )
+    tasks = {
+        worker: client.submit(job.block, *share, pure=False, workers=[worker])
+        for worker, share in shares.items()
+    }
+    blocks = dict(tasks)
+    try:
+        _wait(client, tasks)
+        for rank, worker in enumerate(tasks):
+            given = rank, meeting, checkpoint, CHECKPOINT_S, kept[1]
+            tasks[worker] = client.submit(
+                _run_rank, job, blocks[worker], *given, pure=False, workers=[worker]
+            )
+        _wait(client, tasks)
+        boosters: list[bytes] = tasks[first].result()
+        return boosters
+    except (Exception, asyncio.CancelledError):
+        # Ranks that are left notice it by themselves, at the latest when they have waited so long.
+        since: _Since = {}
+        end = time.monotonic() + max(timeout_s, PATIENCE_S) + 10
+        while time.monotonic() < end:
+            there = _there(client, tasks, since)
+            if all(tasks[worker].done() for worker in there):
+                break
+            time.sleep(0.5)
+        raise
+    finally:
+        release([*blocks.values(), *tasks.values(), *([meeting] if meeting else [])])
+
+
+def _wait(client: Any, tasks: Mapping[str, Any]) -> None:
+    """Wait for the tasks of workers; `ConnectionError` where one is gone or falls silent."""
     from distributed import wait
 
-    client, cuts = job.training.client, _shares(job.summary.n_rows, len(workers))
-    blocks = [
-        client.submit(job.block, first, stop, pure=False, **_on(worker))
-        for worker, (first, stop) in zip(workers, cuts, strict=False)
-    ]
-    try:
-        # Blocks of a worker that is gone move to others. The scheduler takes minutes to drop one
-        # that is silent, by a clock of its own: only whether a heartbeat is new counts here.
-        since: dict[tuple[str, float], float] = {}
-        while not all(block.done() for block in blocks):
-            with contextlib.suppress(TimeoutError):
-                wait(blocks, timeout=2)
-            known, now = client.scheduler_info(n_workers=-1)["workers"], time.monotonic()
-            if not known:
-                raise ConnectionError("no worker is left")
-            for worker in set(workers) & set(known):
-                if now - since.setdefault((worker, known[worker]["last_seen"]), now) > PATIENCE_S:
-                    raise ConnectionError(f"worker {worker} has been silent for {PATIENCE_S} s")
-        for block in blocks:
-            if block.status == "error":
-                block.result()
-        for number in range(len(job.summary.center)):
-            if number not in boosters:
-                boosters[number] = _train_label(job, workers, blocks, tracker, number)
-    finally:
-        release(blocks)
+    since: _Since = {}
+    while not all(task.status == "finished" for task in tasks.values()):
+        with contextlib.suppress(TimeoutError):
+            wait(list(tasks.values()), timeout=1)
+        for task in tasks.values():
+            if task.status in ("error", "cancelled"):
+                task.result()
+        if gone := set(tasks).difference(_there(client, tasks, since)):
+            raise ConnectionError(f"worker {' '.join(sorted(gone))} is gone")
+
+
+def _there(client: Any, workers: Iterable[str], since: _Since) -> list[str]:
+    """Find those of some workers that are there; a silent one is given up, for its nanny to renew.
+
+    The scheduler takes minutes to drop a frozen worker, by a clock of its own: only whether a
+    heartbeat is new counts here, ``since`` when.
+    """
+    known, now = _known(client), time.monotonic()
+    there = [worker for worker in workers if worker in known]
+    for worker in there:
+        if now - since.setdefault((worker, known[worker]["last_seen"]), now) > PATIENCE_S:
+            what = "boosted: worker %s has been silent for %d s and is given up"
+            logger.warning(what, worker, PATIENCE_S)
+            # Client.restart_workers refuses those without a nanny, which the scheduler drops.
+            how = {"timeout": 20, "on_error": "return", "wait_for_workers": False}
+            again = partial(client.scheduler.restart_workers, stimulus_id="boosted-silent", **how)
+            _quietly(partial(client.sync, again, workers=[worker]))
+            there.remove(worker)
+            break
+    return there
 
 
 def _shares(n_rows: Sequence[int] | Any, n_workers: int) -> list[tuple[int, int]]:
@@ -150,106 +235,88 @@ def _shares(n_rows: Sequence[int] | Any, n_workers: int) -> list[tuple[int, int]
     return [(a, b) for a, b in runs if np.sum(n_rows[a:b]) > 0]
 
 
-def _train_label(
-    job: Job, workers: Sequence[str], blocks: Sequence[Any], tracker: str, number: int
-) -> Any:
-    import dask.array as da
-    from xgboost import dask as xgboost_dask
-    from xgboost.collective import Config
+# --- in the workers ----------------------------------------------------------------------------
 
-    client, timeout_s = job.training.client, job.settings.timeout_s
-    original = xgboost_dask._start_tracker
-    features = list(job.training.problem.features)
-    columns = [
-        [
-            client.submit(_column, block, number, item, pure=False, **_on(worker))
-            for block, worker in zip(blocks, workers, strict=False)
-        ]
-        for item in range(3)
-    ]
+
+def _run_rank(
+    job: Job,
+    rows: Rows,
+    rank: int,
+    meeting: Mapping[str, Any],
+    checkpoint: str,
+    every_s: float,
+    done: Sequence[bytes],
+) -> list[bytes]:
+    """Train as one rank, without a tracker the only one; the first keeps checkpoints."""
+    from distributed import Variable, get_client, get_worker
+
+    worker = get_worker()
+    task, due = worker.state.tasks[worker.get_current_task()], time.monotonic() + every_s
+
+    def after_tree(n_trees: int, trained: list[bytes], booster: Any) -> None:
+        nonlocal due
+        if time.monotonic() < due:
+            return
+        if task.state != "executing":
+            raise RuntimeError("nobody waits for this training any more")
+        if rank == 0:
+            so_far = [*trained, bytes(booster.save_raw("ubj"))]
+            Variable(checkpoint, get_client()).set((n_trees, so_far))
+        due = time.monotonic() + every_s
+
+    settings = {"dmlc_task_id": f"{rank:06d}", "dmlc_timeout": job.settings.timeout_s}
+    together: Any = contextlib.nullcontext()
+    if meeting:
+        together = import_xgboost().collective.CommunicatorContext(**meeting, **settings)
     try:
-        x, y, weight = (
-            da.concatenate(
-                [da.from_delayed(part, (np.nan, *tail), np.float32) for part in parts],
-                allow_unknown_chunksizes=True,
-            )
-            for parts, tail in zip(columns, [(len(features),), (), ()], strict=True)
-        )
-        matrix = xgboost_dask.DaskQuantileDMatrix(
-            client, x, y, weight=weight, feature_names=features, max_bin=job.settings.max_bin
-        )
-        xgboost_dask._start_tracker = partial(_start_tracker, tracker)
-        result = xgboost_dask.train(
-            client,
-            job.booster_params,
-            matrix,
-            num_boost_round=job.settings.n_rounds,
-            # Workers meet only when the slowest has imported all it needs.
-            coll_cfg=Config(retry=3, timeout=timeout_s, tracker_timeout=max(timeout_s, 60)),
-        )
-        return result["booster"]
+        with together:
+            boosters = job.boost(rows, job.settings.nthread, done, after_tree)
     finally:
-        xgboost_dask._start_tracker = original
-        release([future for futures in columns for future in futures])
-
-
-def _column(rows: Rows, label: int, item: int) -> Any:
-    return rows.of_label(label)[item]
+        if rank == 0:
+            _stop_tracker(sys.exc_info()[0] is None)
+    return boosters if rank == 0 else []
 
 
 _TRACKER = """
-import json, os, sys
-from xgboost.core import XGBoostError
+import json, os, sys, threading
+sys.modules["sklearn"] = None  # a second of its import
 from xgboost.tracker import RabitTracker
 
-trackers = []
-for line in sys.stdin:
-    n_workers, addresses, timeout = json.loads(line)
-    answer = None
-    for host, port in addresses:
-        try:
-            tracker = RabitTracker(n_workers, host, port, sortby="task", timeout=timeout)
-            tracker.start()
-            answer = tracker.worker_args()
-        except (OSError, ValueError, XGBoostError):
-            continue
-        trackers.append(tracker)
-        break
-    print(json.dumps(answer), flush=True)
-os._exit(0)
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+n_ranks, host, timeout = json.loads(sys.argv[1])
+tracker = RabitTracker(n_ranks, host, sortby="task", timeout=timeout)
+tracker.start()
+print(json.dumps(tracker.worker_args()), flush=True)
+tracker.wait_for()
 """
-_TRACKERS: dict[str, subprocess.Popen[str]] = {}  # of the scheduler's process
+_trackers: list[subprocess.Popen[str]] = []  # of this worker, whose end they notice
 
 
-async def _start_tracker(
-    name: str, n_workers: int, of_scheduler: str | None, of_user: Any, timeout: int | None
-) -> dict[str, str | int]:
-    """Runs in the scheduler in place of the function of xgboost.dask; the same answer."""
-    addresses = [address for address in (of_user, (of_scheduler, 0), (None, 0)) if address]
-    request = json.dumps([n_workers, addresses, timeout or 0])
-    return await asyncio.to_thread(_ask_tracker, name, request)
+def _start_tracker(n_ranks: int, timeout_s: int) -> dict[str, Any]:
+    """Start a tracker on this machine; what ranks need to know of it."""
+    from distributed import get_worker
 
-
-def _ask_tracker(name: str, request: str) -> dict[str, str | int]:
-    process = _TRACKERS.get(name)
-    if process is None or process.poll() is not None:
-        _stop_tracker(name)
-        command, pipe = [sys.executable, "-c", _TRACKER], subprocess.PIPE
-        process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-        )
-        _TRACKERS[name] = process
-    assert process.stdin and process.stdout
-    print(request, file=process.stdin, flush=True)
-    answer: dict[str, str | int] | None = json.loads(process.stdout.readline() or "null")
+    _stop_tracker()
+    given = json.dumps([n_ranks, urlsplit(get_worker().address).hostname, timeout_s])
+    command, pipe = [sys.executable, "-c", _TRACKER, given], subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+    )
+    _trackers.append(process)
+    assert process.stdout
+    answer: dict[str, Any] | None = json.loads(process.stdout.readline() or "null")
     if answer is None:
         raise OSError("the tracker of XGBoost did not start")
     return answer
 
 
-def _stop_tracker(name: str) -> None:
-    """Runs in the scheduler: end the trackers of one fit."""
-    if process := _TRACKERS.pop(name, None):
+def _stop_tracker(by_itself: bool = False) -> None:
+    """End the tracker of this worker, or let it end when the last rank has left."""
+    while _trackers:
+        process = _trackers.pop()
+        if by_itself:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
         process.kill()
         process.communicate()
 
@@ -259,8 +326,7 @@ def find_gpu() -> tuple[str, ...]:
 
     `ModelError` where XGBoost would quietly train on the CPU.
     """
-    import xgboost
-
+    xgboost = import_xgboost()
     if not xgboost.build_info().get("USE_CUDA", False):
         raise ModelError(
             f"device = 'cuda': XGBoost {xgboost.__version__} was built without CUDA",

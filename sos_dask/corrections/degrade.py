@@ -25,6 +25,7 @@ from sos_dask.problem import SNR, Problem
 
 _NEAREST = 16  # rows with like labels, of which one is the donor
 _MOST_REPLICAS, _ENOUGH_PAIRS = 8, 400_000
+_WEIGHT = 0.5  # of a degraded pair in that of the pair; 0.25 to 1 are as good
 
 
 def replicas(n_pairs: int) -> int:
@@ -64,9 +65,9 @@ class Donors:
         """
         many = min(_NEAREST, len(self.features))
         if batch.errors is None or not many:
-            return _rows(batch, np.empty(0, dtype=np.intp))
+            return rows_of(batch, np.empty(0, dtype=np.intp))
         known = np.isfinite(batch.features).all(axis=1) & np.isfinite(batch.errors).all(axis=1)
-        pairs = _rows(batch, np.flatnonzero(known))
+        pairs = rows_of(batch, np.flatnonzero(known))
         places = pairs.features[:, self.problem.star_places] / self._scale
         near = self._tree.query(places, k=np.arange(1, many + 1))[1]
         made = [vars(self._once(pairs, near, number)) for number in range(times)]
@@ -82,17 +83,19 @@ class Donors:
         row = near[np.arange(len(near)), (mixed(state) % np.uint64(near.shape[1])).astype(int)]
         snr = [place for place, one in enumerate(self.problem.inputs) if one.column == SNR]
         fainter = (self.features[row][:, snr] < pairs.features[:, snr]).all(axis=1)
-        pairs, row = _rows(pairs, np.flatnonzero(fainter)), row[fainter]
+        pairs, row = rows_of(pairs, np.flatnonzero(fainter)), row[fainter]
         assert pairs.errors is not None
-        more = np.square(self.errors[row], dtype=np.float64) - np.square(pairs.errors)
+        errors = np.maximum(self.errors[row], pairs.errors)
+        more = np.square(errors, dtype=np.float64) - np.square(pairs.errors, dtype=np.float64)
         shape = np.linalg.cholesky(self.correlation)
-        noise = np.sqrt(np.maximum(more, 0.0)) * (normals(pairs, number) @ shape.T)
-        noisy = with_noise(pairs, self.problem, noise)
+        noise = np.sqrt(more) * (normals(pairs, number) @ shape.T)
+        noisy = replace(with_noise(pairs, self.problem, noise), errors=errors)
         noisy.features[:, snr] = self.features[row][:, snr]
-        return noisy
+        return replace(noisy, weight=noisy.weight * np.float32(_WEIGHT))
 
 
-def _rows(batch: Batch, rows: NDArray[np.intp]) -> Batch:
+def rows_of(batch: Batch, rows: NDArray[np.intp]) -> Batch:
+    """Take some pairs, without these as fainter rows see them."""
     values = {**vars(batch), "degraded": None}.items()
     some: Any = {name: None if one is None else one[rows] for name, one in values}
     return Batch(**some)

@@ -35,10 +35,10 @@ from pydantic import Field
 
 from sos_dask.columns import Float32Array, FloatArray
 from sos_dask.corrections import base, boosted, polynomial
-from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Training
+from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Rows, Training
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.degrade import normals, with_noise
-from sos_dask.corrections.polynomial import PolynomialCorrection, polynomial_terms
+from sos_dask.corrections.polynomial import PolynomialCorrection, n_terms
 from sos_dask.errors import ModelError
 from sos_dask.problem import Problem
 from sos_dask.stats.table import Grid, pack, unpack
@@ -143,15 +143,23 @@ class HybridCorrection(Correction):
     @classmethod
     def fit(cls, training: Training, settings: Settings) -> HybridCorrection:
         """Fit; see `sos_dask.corrections.fit`."""
-        terms = polynomial_terms(settings.order, len(training.problem.inputs))
-        needed = max(2 * len(terms), boosted.MIN_PAIRS)
+        k = len(training.problem.inputs)
+        if 2**k > MAX_NODES**3:
+            raise ModelError(
+                f"method 'hybrid' takes 21 inputs at most: these are {k}",
+                "Leave some out, or choose 'boosted', which takes any number.",
+            )
+        needed = max(2 * n_terms(settings.order, k), settings.min_pairs)
         info = base.summarise(training, cls.method, settings, needed).info
         smooth = PolynomialCorrection.fit(training, _settings_of(PolynomialCorrection, settings))
         less = partial(residuals, smooth=smooth, outlier=settings.outlier)
         left = replace(training, changes=(*training.changes, less))
         trees = BoostedCorrection.fit(left, _settings_of(BoostedCorrection, settings))
         low, high = (np.array(ends, np.float32) for ends in (info.minimum, info.maximum))
-        nodes = _smeared(trees, low, high, settings.smoothing * smooth.width)
+        width = settings.smoothing * smooth.width
+        smear = partial(_smeared, low=low, high=high, width=width)
+        what, advice = "hybrid: the smearing of the trees", "give workers more."
+        [nodes] = base.run_tasks(smear, [trees], training.client, what, advice)
         return cls(info, smooth, low, high, nodes)
 
 
@@ -268,9 +276,9 @@ class SimexCorrection(Correction):
         # Pairs without errors are left out of the fit without noise too.
         plain = replace(training, changes=(partial(noise, amount=0.0, seed=0),))
         everything = replace(plain, folds=None)
-        if not any(everything.rows(n).weight.size for n in range(training.source.n_batches)):
+        if not any(everything.map(_n_rows)):
             raise _no_errors(problem, "no pair has all of them")
-        needed = 2 * len(polynomial_terms(settings.order, len(problem.inputs)))
+        needed = 2 * n_terms(settings.order, len(problem.inputs))
         summary = base.summarise(plain, cls.method, settings, needed)
         kind, parts = _BASES[settings.base], []
         of_base = _settings_of(kind, settings)
@@ -280,6 +288,10 @@ class SimexCorrection(Correction):
             change = partial(noise, amount=amount * settings.error_factor, seed=seed)
             parts.append(kind.fit(replace(training, changes=(change,)), of_base))
         return cls(summary.info, tuple(parts))
+
+
+def _n_rows(rows: Rows) -> int:
+    return len(rows.weight)
 
 
 def part_weights(replicas: int) -> FloatArray:

@@ -118,9 +118,9 @@ class PolynomialCorrection(Correction):
     @classmethod
     def fit(cls, training: Training, settings: Settings) -> PolynomialCorrection:
         """Fit; see `sos_dask.corrections.fit`."""
-        exponents = polynomial_terms(settings.order, len(training.problem.inputs))
-        m = len(exponents)
+        m = n_terms(settings.order, len(training.problem.inputs))
         summary = base.summarise(training, cls.method, settings, 2 * m)
+        exponents = polynomial_terms(settings.order, len(training.problem.inputs))
         # Numbers of four digits, so that the last bits of sums do not matter.
         center, width = (
             np.array([float(f"{value:.3e}") for value in values.tolist()])
@@ -285,14 +285,23 @@ def _solve(
     return new, change
 
 
+def n_terms(order: int, n: int) -> int:
+    """Count the terms of `polynomial_terms`."""
+    return math.comb(n + order, order)
+
+
 def polynomial_terms(order: int = 4, n: int = 3) -> IntArray:
     """List the exponents of all monomials of n variables up to a total order, shape (m, n).
 
     By total order, then by falling exponent of the first variable, the second, and so on: 1, x, y,
     z, x^2, xy, xz, y^2, yz, z^2, ... (35 terms for order 4 of three variables).
     """
-    exponents = [e for e in itertools.product(range(order + 1), repeat=n) if sum(e) <= order]
-    exponents.sort(key=lambda e: (sum(e), tuple(-power for power in e)))
+    factors = [
+        chosen
+        for total in range(order + 1)
+        for chosen in itertools.combinations_with_replacement(range(n), total)
+    ]
+    exponents = [[chosen.count(variable) for variable in range(n)] for chosen in factors]
     return np.array(exponents, dtype=np.int64).reshape(-1, n)
 
 

@@ -43,11 +43,11 @@ from sos_dask.settings import to_json
 from sos_dask.stats.numbers import MAD_TO_SIGMA
 
 FILE = "formula.json"
-MIN_PAIRS = 200
 MOST_PAIRS = 200_000
 CLIP = 4.0
-# Cells of the grid of the sample, over +- 3 standard deviations of each input.
+# Cells of the grid of the sample, over +- 3 standard deviations of each of the first inputs.
 CELLS = 8
+_MOST_AXES = 6
 
 
 class Settings(settings.Settings):
@@ -67,6 +67,7 @@ class Settings(settings.Settings):
     )
     engine: Literal["operon", "pysr"] = Field("operon", description="Program for the evolution")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the evolution")
+    min_pairs: int = Field(200, ge=10, le=10**6, description="Fewest training pairs of a label")
 
 
 class Candidate(settings.Settings):
@@ -142,7 +143,7 @@ class SymbolicCorrection(Correction):
     @classmethod
     def fit(cls, training: Training, settings: Settings) -> SymbolicCorrection:
         """Fit; see `sos_dask.corrections.fit`. Labels evolve on the workers of a client at once."""
-        summary = base.summarise(training, cls.method, settings, MIN_PAIRS)
+        summary = base.summarise(training, cls.method, settings, settings.min_pairs)
         _require(settings.engine)
         scale = Scale.of(summary)
         sample = draw_sample(training, scale, settings.n_sample)
@@ -382,13 +383,13 @@ def _shares(counts: IntArray, wanted: int, even: bool) -> FloatArray:
 
 
 def _cells(rows: Rows, scale: Scale) -> IntArray:
-    z = scale.shift(rows.features) / np.array(scale.width)[:, None]
+    z = (scale.shift(rows.features) / np.array(scale.width)[:, None])[:_MOST_AXES]
     places = np.clip(np.floor((z + 3) * (CELLS / 6)), 0, CELLS - 1).astype(np.int64)
     return np.asarray(np.ravel_multi_index(tuple(places), (CELLS,) * len(places)))
 
 
 def _cell_counts(rows: Rows, scale: Scale) -> IntArray:
-    return np.bincount(_cells(rows, scale), minlength=CELLS ** len(scale.pivot))
+    return np.bincount(_cells(rows, scale), minlength=CELLS ** len(scale.pivot[:_MOST_AXES]))
 
 
 def _chosen_rows(rows: Rows, scale: Scale, share: FloatArray) -> tuple[NDArray[Any], ...]:

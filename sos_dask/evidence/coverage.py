@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 
 from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ModelError
+from sos_dask.evidence import beyond
 from sos_dask.evidence.widening import (
     CLASSES,
     LACKING,
@@ -47,8 +48,10 @@ from sos_dask.evidence.widening import (
     Placed,
     Widths,
     fit_widths,
+    points_of,
 )
 from sos_dask.problem import DEFAULT, Input, Problem, parameter_matrix
+from sos_dask.run.machine import import_xgboost
 from sos_dask.sky.healpix import MAX_ORDER
 from sos_dask.stats.numbers import count_within, knn_distance, robust_scale
 from sos_dask.stats.table import Grid, seal, unseal
@@ -60,13 +63,13 @@ WRONG_SIGMA = 4.0
 _NEIGHBOURS = 16  # 4 to 16 predict the error equally well on the simulation
 _LEAST_SHARE = 0.25  # 0.2 to 0.4 find the same rows on the simulation
 _MIN_HELD_OUT = 100
-_REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
+REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
 _MOST_NODES, _NODES_A_STAR = 72**3, 256  # steps far finer than distances to the 16th neighbour
 _MOST_ALONG = 512  # nodes of an axis
+_GUESS_CELLS = 48**3
 _NARROW = 0.1  # a narrower axis would make too many nodes of the others
 _EDGE = 0.0005  # share of the stars beyond each side of the grid
-_LABEL_SCALE = 2.0  # half of a scaled label is as far as a factor e of the signal to noise
-_FORMAT = 7
+_FORMAT = 8
 
 SKY_ORDER = 4
 STEPS = {"kiel": {"teff": 100.0, "logg": 0.1}, "labels": {"teff": 250.0, "logg": 0.25, "feh": 0.25}}
@@ -153,7 +156,7 @@ class Places:
 
 def _fit_ratio(overlap: FloatArray, catalog: FloatArray, seed: int) -> Any:
     """Train the classifier that tells overlap stars from rows of the catalog."""
-    import xgboost as xgb
+    xgb = import_xgboost()
 
     x = np.concatenate([overlap, catalog]).astype(np.float32)
     y = np.repeat([1.0, 0.0], [len(overlap), len(catalog)])
@@ -185,6 +188,7 @@ class CoverageModel:
     growth: Growth
     limits: Limits
     widths: Widths  # by which the half-widths of an error model are widened
+    guesses: NDArray[np.uint8]  # (cells of `_guess_grid`, l): what stands in: see `beyond`
     ratio: Any = None  # xgboost.Booster: the measure, where it is that
 
     def scaled(self, columns: Columns) -> FloatArray:
@@ -218,6 +222,39 @@ class CoverageModel:
         kind[np.isnan(coverage)] = -1
         return coverage, kind
 
+    @property
+    def _guess_grid(self) -> Grid:
+        grid = self.places.grid
+        n = round(_GUESS_CELLS ** (1 / len(grid.shape)))
+        return Grid(grid.low, grid.high, (n,) * len(grid.shape))
+
+    def with_guesses(self, chosen: NDArray[np.uint8], problem: Problem) -> CoverageModel:
+        """Keep what stands in at all places; ``chosen`` is that of `beyond.choose`."""
+        places = self._guess_grid.centers()
+        distance, index = self._tree.query(places)
+        giant = beyond.giants(
+            problem, places * self.scale[: self.n_inputs] + self.center[: self.n_inputs]
+        )
+        kind = beyond.kinds(places - self.overlap[index], giant)
+        return replace(self, guesses=beyond.chosen_at(chosen, kind, distance))
+
+    def guesses_at(self, features: Float32Array) -> NDArray[np.uint8]:
+        """Look up what stands in (n, l), as numbers in `beyond.GUESSES`, at features (n, n_inputs).
+
+        Nothing beyond the grid.
+        """
+        grid = self._guess_grid
+        x = ((features - self.center[: self.n_inputs]) / self.scale[: self.n_inputs]).astype("f4")
+        low, high = np.array(grid.low, "f4"), np.array(grid.high, "f4")
+        is_inside = np.all((x >= low) & (x <= high), axis=1)
+        return np.where(is_inside[:, None], self.guesses[grid.cells(x)], np.uint8(0))
+
+    def nearest(self, features: Float32Array) -> Float32Array:
+        """Features (n, n_inputs) of the nearest overlap star."""
+        center, scale = self.center[: self.n_inputs], self.scale[: self.n_inputs]
+        index = self._tree.query((features - center) / scale)[1]
+        return np.asarray(self.overlap[index] * scale + center, dtype=np.float32)
+
     def within_reach(self, features: Float32Array) -> Float32Array:
         """Draw finite features (n, n_inputs) towards their nearest star until just outside.
 
@@ -230,7 +267,7 @@ class CoverageModel:
         is_far = ((x < grid.low) | (x > grid.high)).any(axis=1)
         is_far |= ~np.isin(grid.cells(x.astype(np.float32)), filled)
         distance, index = self._tree.query(x[is_far])
-        share = np.minimum(1.0, _REACH / np.maximum(distance, 1e-12))[:, None]
+        share = np.minimum(1.0, REACH / np.maximum(distance, 1e-12))[:, None]
         near, result = self.overlap[index], np.array(features, dtype=np.float32)
         result[is_far] = (near + (x[is_far] - near) * share) * scale + center
         return result
@@ -245,7 +282,7 @@ class CoverageModel:
     def _cells(self) -> tuple[Grid, IntArray]:
         """Cells whose places are all within reach of each other, and which of them have stars."""
         low, high = self.overlap.min(axis=0), self.overlap.max(axis=0)
-        shape = 1 + np.ceil((high - low) * np.sqrt(self.n_inputs) / (0.99 * _REACH)).astype(int)
+        shape = 1 + np.ceil((high - low) * np.sqrt(self.n_inputs) / (0.99 * REACH)).astype(int)
         grid = Grid(*(tuple(ends.tolist()) for ends in (low, high, shape)))
         return grid, np.unique(grid.cells(self.overlap.astype(np.float32)))
 
@@ -263,7 +300,7 @@ class CoverageModel:
             "limits": self.limits.as_json,
             "widths": asdict(self.widths),
         }
-        tables: list[NDArray[Any]] = [self.places.values, self.overlap]
+        tables: list[NDArray[Any]] = [self.places.values, self.overlap, self.guesses]
         if self.ratio is not None:
             tables.append(np.frombuffer(self.ratio.save_raw("ubj"), np.uint8))
         return seal("coverage", document, tables)
@@ -272,10 +309,10 @@ class CoverageModel:
     def load(cls, directory: Path) -> CoverageModel:
         """Read a saved model; `ModelError` where a file is missing, damaged or of other format."""
         document, tables = unseal(directory, "coverage", _FORMAT, "coverage model")
-        values, overlap, *ratio = tables
+        values, overlap, guesses, *ratio = tables
         booster = None
         if ratio:
-            import xgboost
+            xgboost = import_xgboost()
 
             booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(ratio[0]))
         grid = Grid(**{name: tuple(value) for name, value in document["grid"].items()})
@@ -290,6 +327,7 @@ class CoverageModel:
             Growth(**document["growth"]),
             Limits(**document["limits"]),
             Widths(**document["widths"]),
+            guesses,
             booster,
         )
 
@@ -351,14 +389,16 @@ def fit(
         last = float(np.nanmax(knn_distance(stars, stars, _NEIGHBOURS)))
         booster = _fit_ratio(x, sample, seed)
     widths = Widths(np.ones((2, len(CLASSES), overlap.residual.shape[1])).tolist())
-    places, meant = Places.of(stars, near, last), (noise, growth, limits, widths, booster)
+    none = np.zeros((1, overlap.residual.shape[1]), dtype=np.uint8)
+    places, meant = Places.of(stars, near, last), (noise, growth, limits, widths, none, booster)
     model = CoverageModel(parameters, k, center, scale, places, stars, *meant)
     kind = model.coverage_at(distance, lacks)[1]
     n_width: tuple[tuple[int, ...], ...] = ()
     if target and overlap.half_width is not None and overlap.error_class is not None:
         told = np.where(np.isfinite(overlap.half_width).all(axis=1), kind, np.int8(-1))
-        pairs = Placed(told, overlap.error_class, _points(stars, overlap.columns))
-        points = _points(model.scaled(target.columns)[:, :k], target.columns)
+        pairs = Placed(told, overlap.error_class, points_of(stars, snr))
+        scaled = model.scaled(target.columns)[:, :k]
+        points = points_of(scaled, _column(target.columns, "snr", len(scaled)))
         rows = Placed(model.coverage(target.columns)[1], target.error_class, points)
         residual, half_width = overlap.residual, overlap.half_width
         widths, n_width = fit_widths(residual, half_width, ~wrong, pairs, rows, limits)
@@ -399,12 +439,6 @@ def _held_out_places(
         if measure == "ratio":
             distance[rows] = _ratio(_fit_ratio(x[others], sample, seed), x[rows])
     return distance, lacks
-
-
-def _points(labels: FloatArray, columns: Columns) -> FloatArray:
-    """Scaled labels (n, k) and the logarithm of S/N, where distances are counted for weights."""
-    snr = _column(columns, "snr", len(labels))
-    return np.column_stack([_LABEL_SCALE * labels, np.log(np.where(snr > 0, snr, np.nan))])
 
 
 def _column(columns: Columns, name: str, n: int) -> FloatArray:

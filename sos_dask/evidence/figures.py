@@ -32,6 +32,7 @@ import pyarrow as pa
 
 from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ConfigError, ModelError
+from sos_dask.problem import SNR
 from sos_dask.schema import nearest
 from sos_dask.stats.bootstrap import interval, resampled, resampled_bins
 from sos_dask.stats.numbers import ALL, DENSE, GIANT_LOGG, SPARSE, bins_of, scatter
@@ -40,7 +41,8 @@ NONE = "none"
 TRAIN, TEST = "train", "test"
 STATISTICS = ("median", "mad", "width", "rms_binned", "worst_bin")
 EDGES = ("logg < 1", "teff > 7000", "feh < -2", "feh > 0.2")
-SUBSETS = (ALL, DENSE, SPARSE, *EDGES)
+BANDS = {"snr 20-50": (20.0, 50.0), "snr 50-100": (50.0, 100.0), "snr > 100": (100.0, np.inf)}
+SUBSETS = (ALL, DENSE, SPARSE, *EDGES, *BANDS)
 _MIN_STARS = 20  # with fewer a resample may contain none of them
 BALANCED, SCATTER = "balanced", "scatter"
 TOLERANCE = 0.01
@@ -52,8 +54,10 @@ _TEFF_EDGES_K, _LOGG_EDGES = (4500.0, 5250.0, 6000.0, 7000.0), (1.0, 2.0, GIANT_
 
 def figure_schema(names: str) -> pa.Schema:
     """Make the schema of figures: names of columns say what they contain, most of them numbers."""
-    texts = "method label sample subset statistic against binning first second where split group"
+    texts = "method label sample subset statistic against binning first second where split group "
+    texts += "band weighting"
     kinds = dict.fromkeys(texts.split(), pa.string()) | {"n": pa.int64(), "bin": pa.int32()}
+    kinds |= {"n_effective": pa.float64(), "fails": pa.bool_()}
     counts = pa.int64(), pa.float64()
     return pa.schema(
         [(one, kinds.get(one, counts[not one.startswith("n_")])) for one in names.split()]
@@ -113,15 +117,15 @@ class Sample(NamedTuple):
     """The n pairs that all methods are compared on."""
 
     name: str  # `TRAIN` or `TEST`
-    labels: Mapping[str, FloatingArray]  # of the target
+    labels: Mapping[str, FloatingArray]  # of the target, and its S/N
     groups: IntArray  # of the stars, for the bootstrap
     sparse: BoolArray
 
     @property
     def subsets(self) -> dict[str, BoolArray]:
-        """Pairs in each of `SUBSETS`, of `EDGES` those whose label there is."""
+        """Pairs in each of `SUBSETS`, of `EDGES` and `BANDS` those whose quantity there is."""
         found = {ALL: np.ones_like(self.sparse), DENSE: ~self.sparse, SPARSE: self.sparse}
-        return found | edge_subsets(self.labels)
+        return found | edge_subsets(self.labels) | snr_subsets(self.labels.get(SNR))
 
 
 def edge_subsets(labels: Mapping[str, FloatingArray]) -> dict[str, BoolArray]:
@@ -133,6 +137,13 @@ def edge_subsets(labels: Mapping[str, FloatingArray]) -> dict[str, BoolArray]:
         for name, (label, sign, limit) in parts.items()
         if label in labels
     }
+
+
+def snr_subsets(snr: FloatingArray | None) -> dict[str, BoolArray]:
+    """Find the pairs in each of `BANDS`; none where S/N is not known."""
+    if snr is None:
+        return {}
+    return {name: (snr >= low) & (snr < high) for name, (low, high) in BANDS.items()}
 
 
 def figures(

@@ -20,12 +20,13 @@ from sos_dask import __version__
 from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
+from sos_dask.run.machine import import_xgboost
 from sos_dask.stats.numbers import DENSE, SPARSE
 from sos_dask.stats.table import Grid, seal, unseal
 
 LEVELS = (0.68, 0.95)
 TABLES = ("values", "profile", "reference", "reference_profile")
-_FORMAT = 2
+_FORMAT = 3
 _NAME = "error"
 _N_CELLS = 48  # along each axis, fewer from four inputs on: not more in all than of three
 _N_STEPS = 1024  # of log S/N
@@ -61,9 +62,8 @@ class ErrorModel:
     """Half-widths of intervals around the l corrected labels, by k inputs of the star.
 
     ``about`` has ``correction`` (SHA-256 of the model whose residuals these are), ``factors_95``
-    (by label and class: half-width of the 95 % interval in that of the 68 % one),
-    ``reference_error`` (``included`` or ``removed``) and ``unknown_snr`` (step that counts where
-    the S/N is not known).
+    (by label and class: half-width of the 95 % interval in that of the 68 % one) and
+    ``unknown_snr`` (step that counts where the S/N is not known).
     """
 
     problem: Problem
@@ -78,34 +78,41 @@ class ErrorModel:
     reference_profile: Float32Array
 
     def half_width(self, features: Float32Array, snr: FloatingArray | None) -> Float32Array:
-        """Look up the half-widths (n, l) of the 68 % intervals in the units of the labels.
+        """Look up the half-widths (n, l) of corrected - reference: see `half_widths`."""
+        return self.half_widths(features, snr)[1]
 
-        nan where a feature (n, k) is nan or infinite; outside the training box those of the nearest
-        place on it count, as in a correction. Below the smallest S/N (n,) of the pairs half-widths
-        grow as its inverse, above the largest they stay; where it is unknown or not positive, that
-        of the noisiest pairs counts. Each label is contiguous. Raises `ModelError` at another
-        number of features.
+    def half_widths(
+        self, features: Float32Array, snr: FloatingArray | None
+    ) -> tuple[Float32Array, Float32Array]:
+        """Look up the half-widths (n, l) of 68 % intervals in the units of the labels.
+
+        First those of the corrected labels themselves: without the error of the reference, which is
+        taken out in quadrature; at least a third of a width is left. Then those of corrected -
+        reference. nan where a feature (n, k) is nan or infinite; outside the training box those of
+        the nearest place on it count, as in a correction. Below the smallest S/N (n,) of the pairs
+        half-widths grow as its inverse, above the largest they stay; where it is unknown or not
+        positive, that of the noisiest pairs counts. Each label is contiguous. Raises `ModelError`
+        at another number of features.
         """
         k = len(self.grid.shape)
         if features.ndim != 2 or features.shape[1] != k:
             raise ModelError(f"error model: features have shape {features.shape}, not (n, {k})")
-        out = np.empty((len(self.problem.labels), len(features)), dtype=np.float32)
-        removed = self.about["reference_error"] == "removed"
+        own, pair = np.empty((2, len(self.problem.labels), len(features)), dtype=np.float32)
         for first in range(0, len(features), BLOCK_ROWS):
             block = slice(first, first + BLOCK_ROWS)
             x = features[block]
             cell = self.grid.cells(x)
             step = self._steps(None if snr is None else snr[block])
             known = np.isfinite(x).all(axis=1)
-            for width, tables in zip(out[:, block], self._by_label, strict=True):
+            for number, tables in enumerate(self._by_label):
+                width = pair[number, block]
                 np.take(tables[0], cell, out=width, mode="clip")
                 width *= tables[1][step]
-                if removed:  # in quadrature; at least a third of a width is left
-                    theirs = tables[2][cell] * tables[3][step]
-                    square = width * width
-                    width[:] = np.sqrt(np.maximum(square - theirs * theirs, square / 9))
                 width[~known] = np.nan
-        return out.T
+                theirs = tables[2][cell] * tables[3][step]
+                square = width * width
+                own[number, block] = np.sqrt(np.maximum(square - theirs * theirs, square / 9))
+        return own.T, pair.T
 
     @cached_property
     def _by_label(self) -> list[tuple[Float32Array, ...]]:
@@ -134,15 +141,17 @@ class ErrorModel:
                 "Give the one that was made from this model's held-out pairs.",
             )
 
-    def describe(self, label: str) -> str:
-        """Say what the half-widths of a label are."""
-        factors, less = self.about["factors_95"][label], ""
-        if self.about["reference_error"] == "removed":
-            less = ", less the error of the reference in quadrature"
-        return (
-            f"half-width of the 68 % interval of {label} corrected - reference{less}; for 95 % "
-            f"times {factors[DENSE]:.2f} (dense), {factors[SPARSE]:.2f} (sparse)"
+    def describe(self, label: str) -> tuple[str, str]:
+        """Say what the half-widths of a label are: its own, and that of corrected - reference."""
+        factors = self.about["factors_95"][label]
+        of_pair = (
+            f"half-width of the 68 % interval of {label} corrected - reference; for 95 % times "
+            f"{factors[DENSE]:.2f} (dense), {factors[SPARSE]:.2f} (sparse)"
         )
+        own = f"half-width of the 68 % interval of corrected {label}"
+        stated = bool(self.reference[:, self.problem.names.index(label)].any())
+        less = "less the normalised error of the reference" if stated else "which states no errors"
+        return f"{own}: that of corrected - reference, {less}", of_pair
 
     def files(self) -> dict[str, bytes]:
         """Pack the model into files, by name; equal models give equal bytes."""
@@ -264,14 +273,12 @@ def error_model(
     *,
     problem: Problem,
     correction: str,
-    reference_error: str = "included",
 ) -> ErrorModel:
     """Put the `LabelErrors` of all labels together; ``least`` is `least_log_snr` of the pairs."""
     by_label = {label: dict(of) for label, of in zip(problem.names, factors_95, strict=True)}
     about = {
         "correction": correction,
         "factors_95": by_label,
-        "reference_error": reference_error,
         "unknown_snr": int(np.searchsorted(_snr_steps(), least)),
     }
     columns = zip(*tables, strict=True)
@@ -450,7 +457,7 @@ def _fit_trees(cell: IntArray, log_size: FloatArray, shape: tuple[int, ...]) -> 
     Least squares see of a cell only the mean and the number of its pairs, so that a fit takes as
     long as there are cells with pairs.
     """
-    import xgboost
+    xgboost = import_xgboost()
 
     n = np.bincount(cell)
     used = np.flatnonzero(n)

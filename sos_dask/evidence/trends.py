@@ -156,18 +156,19 @@ def _over(difference: FloatArray, error: FloatArray) -> FloatArray:
 
 def trend_table(trends: Sequence[Columns], plane: bool = False) -> pa.Table:
     """Put trends into one long table; cells of the plane without pairs are left out."""
-    table = _long(trends, PLANE_SCHEMA if plane else TREND_SCHEMA)
+    table = long_table(trends, PLANE_SCHEMA if plane else TREND_SCHEMA)
     return table.filter(pa.array(table["n"].to_numpy() > 0)) if plane else table
 
 
 def contrast_table(contrasts: Sequence[Columns]) -> pa.Table:
     """Put contrasts into one long table: bins with pairs of both surveys or with common stars."""
-    table = _long(contrasts, CONTRAST_SCHEMA)
+    table = long_table(contrasts, CONTRAST_SCHEMA)
     first, second, common = (table[f"n_{one}"].to_numpy() for one in ("first", "second", "common"))
     return table.filter(pa.array(np.minimum(first, second) + common > 0))
 
 
-def _long(items: Sequence[Columns], schema: pa.Schema) -> pa.Table:
+def long_table(items: Sequence[Columns], schema: pa.Schema) -> pa.Table:
+    """Put columns of bins (``bin`` among them) into one table; a single value counts for all."""
     tables = [schema.empty_table()]
     for columns in items:
         arrays = []

@@ -49,6 +49,7 @@ _TAIL_PAIRS = 10  # beyond the distance of the last so many pairs nothing is mea
 _LEAST_WIDTH = 1e-6
 _MIN_WIDTH_PAIRS = 40
 _NEAREST = 8
+_INPUT_SCALE = 2.0  # half of a scaled input is as far as a factor e of the signal to noise
 _LEAST_FACTOR = 0.05  # residuals can be zero
 
 
@@ -301,18 +302,31 @@ def stand_in_weights(pairs: FloatArray, rows: FloatArray) -> FloatArray:
     number is the squared sum over the sum of squares: Kish 1965, Survey Sampling). Rows of unknown
     S/N are placed at the median of the pairs.
     """
-    from scipy.spatial import cKDTree
-
     equal = np.ones(len(pairs))
     if not len(rows) or len(pairs) < _MIN_WIDTH_PAIRS:
         return equal
+    weight = count_nearest(pairs, rows)
+    effective = weight.sum() ** 2 / np.square(weight).sum()
+    return weight if effective >= _MIN_WIDTH_PAIRS else equal
+
+
+def points_of(scaled: FloatArray, snr: FloatingArray) -> FloatArray:
+    """Make points (n, k + 1) of scaled star inputs (n, k) and S/N: its logarithm, nan if unknown.
+
+    Between them distances are counted for weights.
+    """
+    return np.column_stack([_INPUT_SCALE * scaled, np.log(np.where(snr > 0, snr, np.nan))])
+
+
+def count_nearest(pairs: FloatArray, rows: FloatArray) -> FloatArray:
+    """Count how often each pair is among the eight nearest of a row: see `stand_in_weights`."""
+    from scipy.spatial import cKDTree
+
     known = pairs[np.isfinite(pairs[:, -1]), -1]
     middle = np.median(known) if len(known) else 0.0
     pairs, rows = (np.where(np.isnan(points), middle, points) for points in (pairs, rows))
-    nearest = cKDTree(pairs).query(rows, k=_NEAREST)[1]
-    weight = np.bincount(nearest.ravel(), minlength=len(equal)).astype(np.float64)
-    effective = weight.sum() ** 2 / np.square(weight).sum()
-    return weight if effective >= _MIN_WIDTH_PAIRS else equal
+    nearest = cKDTree(pairs).query(rows, k=min(_NEAREST, len(pairs)))[1]
+    return np.bincount(nearest.ravel(), minlength=len(pairs)).astype(np.float64)
 
 
 def _quantile(score: FloatArray, weight: FloatArray) -> FloatArray:

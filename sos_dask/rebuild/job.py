@@ -36,6 +36,8 @@ _ELSEWHERE = {
     ("compare", "seed"): _SEED,
     ("compare", "axes"): "The bins are fixed.",
     ("uncertainty", "seed"): _SEED,
+    ("uncertainty", "reference_error"): "It is gone: both errors are written, *_sos_err of the "
+    "label itself and *_sos_err_pair of corrected - reference.",
     ("uncertainty", "target"): "Give target_name at the top of the job.",
     ("coverage", "seed"): _SEED,
     ("coverage", "radius_arcsec"): "It is that of [dedupe].",
@@ -124,10 +126,10 @@ class AttachSection(AttachSettings):
 class CoverageSection(CoverageSettings):
     """Where the correction may be trusted, and what is done elsewhere.
 
-    ``fallback = "auto"``: the polynomial where it is trained, else the correction's edge.
+    ``fallback = "auto"``: what was best where regions were left out of the training.
     """
 
-    fallback: Literal["auto", "polynomial", "none", "edge"] = "auto"
+    fallback: Literal["auto", "measured", "polynomial", "none", "edge"] = "auto"
 
 
 class ClusterSection(Settings):

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
+from sos_dask.evidence.beyond import GUESSES
 from sos_dask.evidence.figures import check_rule
 from sos_dask.problem import BUILT_IN, DEFAULT, SNR, Label, Problem, input_of
 from sos_dask.rebuild.job import CorrectionSection, Job, SurveySection
@@ -177,7 +178,7 @@ def _corrections(job: Job) -> list[_Correction]:
                 _params(job, method, section.params)
         with _key(job, "compare.rule"):
             check_rule(job.compare.rule, methods)
-        if job.coverage.fallback not in ("auto", "none", "edge", *methods):
+        if job.coverage.fallback not in ("auto", "measured", "none", "edge", *methods):
             raise ConfigError(
                 f"{job.path}: coverage.fallback = '{job.coverage.fallback}' is not among the "
                 f"methods of [corrections.{name}]"
@@ -300,15 +301,17 @@ def _correction_steps(
     yield Step(f"{place}.uncertainty", Uncertainty, settings, inputs)
     radius = (job.target.dedupe or job.dedupe).radius_arcsec
     settings = _own(job, Coverage, job.coverage).but(radius_arcsec=radius)
+    if "polynomial" in one.params:
+        settings = settings.but(guesses=GUESSES)
     inputs = {"pairs": pairs, "observations": observations, "stars": target_stars}
     inputs |= {"errors": f"{place}.uncertainty", "sample": f"{target}.sample"}
     yield Step(f"{place}.coverage", Coverage, settings, {**chosen, **inputs})
     fallback = job.coverage.fallback
     if fallback == "auto":
-        fallback = "polynomial" if "polynomial" in one.params else "edge"
+        fallback = "measured"
     inputs = {"model": Chosen(place), "observations": observations}
     inputs |= {"errors": f"{place}.uncertainty", "coverage": f"{place}.coverage"}
-    if fallback == "polynomial":
+    if "polynomial" in one.params and fallback in ("measured", "polynomial"):
         inputs["smooth"] = f"{place}.model.polynomial"
     settings = Apply.Settings(fallback=fallback, suffix=one.suffix)
     yield Step(f"{place}.corrected", Apply, settings, inputs)
@@ -337,7 +340,8 @@ def _model_steps(job: Job, one: _Correction, target: str) -> Iterator[Step]:
     of_problem = Evidence.Settings(problem=one.problem)
     yield Step(evidence, Evidence, of_problem, {"pairs": pairs, **models})
     compare = _own(job, Compare, job.compare)
-    yield Step(f"{one.place}.comparison", Compare, compare, {"evidence": evidence, **models})
+    inputs = {"evidence": evidence, **models, "sample": f"{target}.sample"}
+    yield Step(f"{one.place}.comparison", Compare, compare, inputs)
 
 
 def _survey_steps(

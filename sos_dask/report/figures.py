@@ -21,8 +21,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from sos_dask.columns import floats
-from sos_dask.evidence.figures import NONE, SUBSETS, TEST
+from sos_dask.columns import FloatingArray, floats
+from sos_dask.evidence.figures import BANDS, NONE, SUBSETS, TEST, snr_subsets
+from sos_dask.problem import SNR
 from sos_dask.report.style import (
     BLACK,
     BLUE,
@@ -39,6 +40,7 @@ from sos_dask.report.style import (
     new_figure,
     number,
     ordered,
+    percent,
     plain_log_ticks,
     robust_limits,
     share_of_width,
@@ -58,6 +60,56 @@ def select(table: pa.Table, **wanted: Any) -> pa.Table:
         column = table[name]
         table = table.filter(pc.is_null(column) if value is None else pc.equal(column, value))
     return table
+
+
+# --- pairs and rows of the catalog ---------------------------------------------------------------
+
+_N_BINS, _BEYOND = 40, 0.2  # of a panel; per cent of pairs or rows that lie beyond either end
+
+
+def overlap_figure(
+    pairs: Mapping[str, FloatingArray], rows: Mapping[str, FloatingArray], labels: Labels
+) -> Drawn | None:
+    """Draw how pairs (n,) and rows of the catalog (m,) are distributed in some quantities."""
+    shown = {}
+    for name in pairs:
+        both = [x[np.isfinite(x) & ((x > 0) | (name != SNR))] for x in (pairs[name], rows[name])]
+        if all(map(len, both)):
+            ends = np.stack([np.percentile(x, [_BEYOND, 100 - _BEYOND]) for x in both])
+            low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+            spaced = np.geomspace if name == SNR else np.linspace
+            shown[name] = both, spaced(low, high if high > low else low + 1, _N_BINS + 1)
+    if not shown:
+        return None
+    n_columns = min(len(shown), 3)
+    n_lines = -(-len(shown) // n_columns)
+    figure = new_figure(0.35 + 1.55 * n_lines, share_of_width(n_columns))
+    grid = figure.subplots(n_lines, n_columns, squeeze=False)
+    for axes, (name, (both, edges)) in zip(grid.flat, shown.items(), strict=False):
+        of_pairs, of_rows = (100 * np.histogram(x, edges)[0] / len(x) for x in both)
+        axes.stairs(of_rows, edges, fill=True, color=GREY, alpha=0.35, label="rows of the catalog")
+        axes.stairs(of_pairs, edges, color=BLUE, linewidth=1.1, label="pairs")
+        tidy_ticks(axes)
+        if name == SNR:
+            for edge, _ in BANDS.values():
+                axes.axvline(edge, color=BLACK, linewidth=0.5, linestyle=":")
+            axes.set_xscale("log")
+            plain_log_ticks(axes.xaxis)
+        axes.set(xlim=(edges[0], edges[-1]), xlabel=axis_label(name, labels.get(name)))
+        axes.set_ylim(bottom=0)
+    for axes in grid.flat[len(shown) :]:
+        axes.remove()
+    for axes in grid[:, 0]:
+        axes.set_ylabel("share [%]")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    inside = [snr_subsets(of.get(SNR)) for of in (pairs, rows)]
+    facts = {name: len(next(iter(of.values()))) for name, of in (("pairs", pairs), ("rows", rows))}
+    shares = {
+        word(band): [percent(int(one[band].sum()), len(one[band])) for one in inside]
+        for band in inside[0]
+    }
+    more = {"bins": _N_BINS, "beyond": _BEYOND, "bands": shares}
+    return Drawn("How pairs and rows of the catalog differ", figure, {**facts, **more})
 
 
 # --- trends -------------------------------------------------------------------------------------

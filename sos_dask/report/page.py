@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sos_dask.evidence.coverage import follow_up as most_outside
+from sos_dask.evidence.failing import RULE
 from sos_dask.evidence.figures import NONE, SUBSETS, TEST, TRAIN
 from sos_dask.problem import Problem
 from sos_dask.report.figures import group_words, select
@@ -258,6 +259,17 @@ def comparison(table: pa.Table, labels: Labels, chosen: str, subset: str) -> Tab
     return _tabulate(_by_label(items, labels), columns, lambda item: item["method"] == chosen)
 
 
+def failing(entries: Iterable[Row], method: str) -> Table:
+    """How many bins fail of those that are judged with one method, by weighting and band of S/N."""
+    items = [entry for entry in entries if entry["method"] == method]
+    columns: dict[str, Any] = {
+        "label by": lambda item: f"{word(item['label'])} by {word(item['against'])}"
+    }
+    for kind in items[0]["counts"]:
+        columns[f">{word(kind)}"] = lambda item, kind=kind: "/".join(map(str, item["counts"][kind]))
+    return _tabulate(items, columns, lambda item: item["label"] == ALL)
+
+
 def _interval(cell: Row | None, unit: str) -> str:
     if cell is None:
         return "–"
@@ -382,6 +394,7 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
         **{name: _plain(build.table(name)) for name in ("artifacts", "outside", "hit_rates")},
         **dict.fromkeys(("worst", "flags", "follow_up", "short")),
         "comparison": {},
+        "failing": {},
         "left_out": {},
         "inputs": Table(("survey", "file", "SHA-256"), tuple(hashes)),
         "products": Table(("product", "stage", ">version", "fingerprint"), tuple(products)),
@@ -393,6 +406,9 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
         worst = select(table, sample=TEST, subset=ALL, statistic="worst_bin", method=method)
         known = [row for row in worst.to_pylist() if row["value"] is not None]
         found["worst"] = _by_label(known, labels)
+    if entries := build.choice.get("failing"):
+        methods = ordered([one["method"] for one in entries], (method, NONE))
+        found["failing"] = {one: failing(entries, one) for one in methods}
     if (table := build.table("hit_rates")) is not None:
         found["short"] = short_intervals(table)
     if flags := build.summary(CORRECTED).get("flags"):
@@ -454,5 +470,5 @@ def html(
     environment.filters |= {"count": lambda n: f"{n:,}", **texts}
     return environment.get_template("report.html").render(
         build=build, pictures=pictures, tables=tables, formulas=formulas, job=job,
-        job_text=job_text, version=version,
+        job_text=job_text, version=version, rule=RULE,
     )  # fmt: skip

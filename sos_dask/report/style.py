@@ -119,6 +119,7 @@ def word(name: str) -> str:
 
 def _named(name: str, names: Mapping[str, str]) -> str:
     first, _, rest = name.partition(" ")
+    rest = re.sub(r"(?<=\d)-", "–", rest)  # a range
     return f"{names.get(first, first)} {rest}".strip().replace("-", "−").replace("snr", "S/N")
 
 

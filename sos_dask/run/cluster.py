@@ -106,7 +106,8 @@ class Cluster:
     def _workers(self) -> dict[str, Any]:
         if self.client is None:
             return {}
-        return dict(self.client.scheduler_info(n_workers=-1)["workers"])
+        # Client.scheduler_info sometimes has none: it is also filled by a clock, without them.
+        return dict(self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"])
 
     @property
     def n_workers(self) -> int:

@@ -15,6 +15,7 @@ from pydantic import Field
 from sos_dask import correct, corrections
 from sos_dask.columns import Float32Array
 from sos_dask.errors import CatalogError, ConfigError, ModelError
+from sos_dask.evidence.beyond import GUESSES
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.intervals import load_errors
 from sos_dask.evidence.widening import KIND_FIELD
@@ -40,9 +41,10 @@ _HOW_TO_COVER = "Make it: sos-dask coverage PAIRS MODEL CATALOG STARS -o OUT."
 class ApplySettings(Settings):
     """Settings of the stage."""
 
-    fallback: Literal["polynomial", "none", "edge"] = Field(
+    fallback: Literal["measured", "polynomial", "none", "edge"] = Field(
         "edge",
-        description="What the correction fades to where coverage is low: polynomial, a smooth "
+        description="What the correction fades to where coverage is low: measured, what was best "
+        "where regions were left out of the training; polynomial, a smooth "
         "model, held constant a little way out; none: no correction; edge: nothing fades",
     )
     suffix: str = Field(
@@ -129,11 +131,14 @@ class Apply(Stage[ApplySettings]):
         if "coverage" in self.inputs:
             self._check_coverage()
         wanted = {"edge": set(), "none": {"coverage"}, "polynomial": {"coverage", "smooth"}}
+        wanted["measured"] = {"coverage"}
         fallback, needed = self.settings.fallback, wanted[self.settings.fallback]
-        if not needed <= set(self.inputs) or "smooth" in self.inputs.keys() - needed:
+        may = {"smooth"} if fallback in ("polynomial", "measured") else set()
+        if not needed <= set(self.inputs) or not {"smooth"} & set(self.inputs) <= may:
             raise ConfigError(
                 f"the fallback is '{fallback}', but the inputs are {', '.join(self.inputs)}",
-                "A fallback needs a coverage; 'polynomial' and only it needs a smooth model, too.",
+                "A fallback needs a coverage; 'polynomial' needs a smooth model, too, and "
+                "'measured' may have one.",
             )
         if "errors" in self.inputs:
             sha256 = sha256_of_file(self.path("model") / corrections.MODEL_FILE)
@@ -158,11 +163,11 @@ class Apply(Stage[ApplySettings]):
                 f"Rerun sos-dask coverage ... --errors {self.path('errors')}.",
             )
         if "smooth" in self.inputs:
-            path, fallback = self.path("smooth"), self.settings.fallback
+            path = self.path("smooth")
             method = corrections.load(path).method
-            if method != fallback:
+            if method != "polynomial":
                 raise ModelError(
-                    f"{path} is a model of method '{method}': the fallback is '{fallback}'"
+                    f"{path} is a model of method '{method}': the fallback is 'polynomial'"
                 )
 
     def held_bytes(self) -> int:
@@ -215,6 +220,8 @@ class Apply(Stage[ApplySettings]):
             scores = self.catalog("coverage").read(pixel, _SCORES)
             limits = None if self.settings.fallback == "edge" else known.limits
             fallback = None if smooth is None else partial(_within_reach, smooth, known)
+            if self.settings.fallback == "measured":
+                fallback = partial(_best_guess, model, fallback, known)
         pieces = []
         for first in range(0, max(table.num_rows, 1), _ROWS_AT_ONCE):
             covered, rows = None, table.slice(first, _ROWS_AT_ONCE)
@@ -229,6 +236,28 @@ class Apply(Stage[ApplySettings]):
             "file": partition_record(output, pixel, corrected),
             "flags": {str(bit): int(np.count_nonzero(flags & bit)) for bit in self._meanings},
         }
+
+
+def _best_guess(
+    model: corrections.Correction,
+    smooth: Callable[[Float32Array], Float32Array] | None,
+    known: CoverageModel,
+    features: Float32Array,
+) -> Float32Array:
+    """Differences (n, l) by what was best where regions were left out of the training."""
+    of_star = model.problem.star_places
+    guess = known.guesses_at(features[:, of_star])
+    found = np.zeros(guess.shape, dtype=np.float32)
+    for number, name in enumerate(GUESSES):
+        rows = np.flatnonzero((guess == number).any(axis=1))
+        if name == "nothing" or not len(rows):
+            continue
+        x = features[rows].copy()
+        if name == "nearest":
+            x[:, of_star] = known.nearest(x[:, of_star])
+        values = smooth(x) if name == "smooth" and smooth else model.predict(x)
+        found[rows] = np.where(guess[rows] == number, values, found[rows])
+    return found
 
 
 def _within_reach(

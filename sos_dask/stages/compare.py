@@ -18,21 +18,25 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import FloatArray, floats, floats32, matrix32
+from sos_dask.columns import FloatArray, floats, floats32, floats_or_nan, matrix32
 from sos_dask.errors import ModelError
-from sos_dask.evidence import figures, smoothness
+from sos_dask.evidence import failing, figures, smoothness
 from sos_dask.evidence import trends as binned
 from sos_dask.evidence.figures import BALANCED, NONE, TEST, TOLERANCE, TRAIN, Sample, Scored
+from sos_dask.evidence.widening import count_nearest, points_of
+from sos_dask.problem import SNR
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
 from sos_dask.stages.base import Made, Role, Run
 from sos_dask.stages.evidence import OnEvidence, fitted_columns, held_out_columns, of_surveys
 from sos_dask.stages.reference import in_order
+from sos_dask.stages.sample import read_sample
 from sos_dask.stats.bootstrap import draw
-from sos_dask.stats.numbers import ALL, MIN_COUNT, Axis, equal_count_edges
+from sos_dask.stats.numbers import ALL, MIN_COUNT, Axis, equal_count_edges, robust_scale
 from sos_dask.storage.artifact import Output
 
 COMPARISON, ARTIFACTS, OUTSIDE = "comparison.parquet", "artifacts.parquet", "outside.parquet"
+BINS = "bins.parquet"
 TRENDS, PLANES, REFERENCES = "trends.parquet", "planes.parquet", "references.parquet"
 _SAMPLES = {TEST: ("held_out", held_out_columns), TRAIN: ("trained", fitted_columns)}
 _PLANE = "plane"
@@ -62,19 +66,23 @@ class Compare(OnEvidence[CompareSettings]):
     """Compare trained methods on the same pairs and choose the one that corrects the catalog.
 
     Tables: figures (`evidence.figures`), artifacts and behaviour outside the overlap
-    (`evidence.smoothness`). Summary: ``method``, the one chosen, ``rule``, ``why``, ``scores`` it
-    rests on, ``metrics`` of each method, pairs of both samples.
+    (`evidence.smoothness`), bins that fail (`evidence.failing`; without a sample of the rows those
+    of pairs alone). Summary: ``method``, the one chosen, ``rule``, ``why``, ``scores`` it rests on,
+    ``metrics`` of each method, pairs of both samples, ``failing`` (`failing.count_failing`).
     """
 
     name = "compare"
-    version = 5
+    version = 6
     Settings = CompareSettings
     roles = (
         Role("evidence", "Pairs with the predictions of the models.", "output"),
         Role("model", "Trained corrections.", "output", optional=True, many=True),
+        Role("sample", "Rows of the target that pairs stand for.", "output", optional=True),
     )
     pairs_memory = (300, 400)
-    tables = (("figures", COMPARISON), ("artifacts", ARTIFACTS), ("outside", OUTSIDE))
+    tables = (
+        ("figures", COMPARISON), ("artifacts", ARTIFACTS), ("outside", OUTSIDE), ("bins", BINS),
+    )  # fmt: skip
 
     def check(self) -> None:
         """Refuse no models, and an unknown rule."""
@@ -88,6 +96,8 @@ class Compare(OnEvidence[CompareSettings]):
         """Measure every method and every label, then choose."""
         methods, labels = self.many("model"), self.problem.names
         of_methods = run.parts("methods", dict.fromkeys(methods), self.artifacts_of)
+        if self.named("sample"):
+            run.parts("weights", {"weights": None}, self.weigh, "compare weights")
         of_labels = run.parts("labels", dict.fromkeys(labels), self.figures_of, "compare labels")
         scored = {
             label: {(m, name): Scored(x, np.array(rest)) for m, name, x, rest in record["scores"]}
@@ -106,8 +116,11 @@ class Compare(OnEvidence[CompareSettings]):
         run.write(COMPARISON, pa.Table.from_pylist(rows, schema=figures.FIGURE_SCHEMA))
         run.write(ARTIFACTS, pa.Table.from_pylist(rough, schema=smoothness.ARTIFACT_SCHEMA))
         run.write(OUTSIDE, pa.Table.from_pylist(outside, schema=smoothness.OUTSIDE_SCHEMA))
+        bins = pa.concat_tables([run.output.read_piece(f"bins-{label}") for label in labels])
+        run.write(BINS, bins)
         metrics = [one for m in methods for one in self.manifest(f"model.{m}").summary["metrics"]]
         summary = {**asdict(choice), "metrics": metrics, **of_labels[0]["n"]}
+        summary["failing"] = failing.count_failing(bins)
         return self.manifest("evidence").rows, summary
 
     def artifacts_of(self, output: Output, method: str, item: None) -> dict[str, Any]:
@@ -134,19 +147,36 @@ class Compare(OnEvidence[CompareSettings]):
         count = {"n_cells": len(cells.places), "typical_count": cells.typical_count}
         return {**count, "labels": found}
 
+    def weigh(self, output: Output, key: str, item: None) -> dict[str, Any]:
+        """Count how often each held-out pair stands for a row of the sample."""
+        problem, rows = self.problem, read_sample(self.path("sample"), good=True)
+        pairs = self.read([*problem.columns, "held_out"], [SNR])
+        pairs = pairs.filter(pairs["held_out"])
+        center, scale = robust_scale(problem.star_matrix(pairs))
+        of_pairs, of_rows = (
+            points_of((problem.star_matrix(one) - center) / scale, floats_or_nan(one, SNR))
+            for one in (pairs, rows)
+        )
+        known, whole = (np.isfinite(one[:, :-1]).all(axis=1) for one in (of_pairs, of_rows))
+        weight = np.zeros(pairs.num_rows)
+        weight[known] = count_nearest(of_pairs[known], of_rows[whole])
+        output.write_piece("weights", pa.table({"weight": weight}))
+        return {}
+
     def figures_of(self, output: Output, label: str, item: None) -> dict[str, Any]:
         """Measure one label in both samples."""
         settings, methods = self.settings, self.many("model")
         names = [f"{label}_diff", "group", "sparse", "held_out", "trained"]
         for _, columns in _SAMPLES.values():
             names += [columns(method, (label,))[0] for method in methods]
-        table = self.read(names, [axis.name for axis in settings.axes])
+        more = [*(axis.name for axis in (*settings.axes, *failing.AXES)), SNR]
+        table = self.read(names, more)
         edges = {one.name: one.edges for one in settings.axes if one.name in table.column_names}
         weights = draw(settings.n_bootstrap, settings.seed)
         rows, n, scores = [], {}, {}
         for name, (inside, columns) in _SAMPLES.items():
             some = table.filter(table[inside])
-            labels = {axis: floats32(some, axis) for axis in edges}
+            labels = {one: floats32(some, one) for one in more if one in some.column_names}
             group, sparse = (some[column].to_numpy() for column in ("group", "sparse"))
             sample = Sample(name, labels, group.astype(np.int64), sparse)
             before = floats32(some, f"{label}_diff").astype(np.float64)
@@ -156,6 +186,14 @@ class Compare(OnEvidence[CompareSettings]):
             found, scored = figures.figures(sample, label, residuals, edges, weights, *least)
             rows += found
             n[f"n_{name}"] = some.num_rows
+            if name == TEST:
+                best = min(scored[method, "mad"].value for method in methods)
+                limit = failing.LIMITS.get(label, failing.LIMIT_SHARE * best)
+                stand = {failing.PAIRS: np.ones(some.num_rows)}
+                if self.named("sample"):
+                    stand[failing.ROWS] = output.read_piece("weights")["weight"].to_numpy()
+                given = residuals, labels, sample.groups, stand, settings.min_bin_pairs
+                output.write_piece(f"bins-{label}", failing.failing_bins(label, limit, *given))
             scores[name] = [
                 [*key, score.value, score.replicates.tolist()]
                 for key, score in scored.items()

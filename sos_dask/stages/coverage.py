@@ -18,11 +18,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
+from scipy.spatial import cKDTree
 
 from sos_dask import correct, corrections
 from sos_dask.columns import FloatArray, floats, floats_or_nan, key_hashes, matrix32
+from sos_dask.errors import ModelError
+from sos_dask.evidence import beyond, widening
 from sos_dask.evidence import coverage as kernel
-from sos_dask.evidence import widening
 from sos_dask.evidence.figures import figure_schema
 from sos_dask.evidence.intervals import ErrorModel, load_errors
 from sos_dask.evidence.widening import CLASSES, OUTSIDE, Limits
@@ -37,7 +39,7 @@ from sos_dask.stages.evidence import OfModel, held_out_columns, read_evidence, s
 from sos_dask.stages.sample import read_sample
 from sos_dask.stars.group import GAIA_IDS
 from sos_dask.stars.match import MatchSettings, match
-from sos_dask.stats.numbers import uniform
+from sos_dask.stats.numbers import robust_scale, uniform
 from sos_dask.storage.artifact import Output, partition_errors, write_parquet
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Rows, sha256_of_file
@@ -49,6 +51,7 @@ _BINS = figure_schema("distance n growth_measured growth")
 _KEYS = {"observations": "obs_id", "stars": "star_id"}
 _OWN = (HEALPIX_COLUMN, "obs_id", "ra", "dec")
 _SAMPLE_ROWS = 200_000
+_END_PAIRS = 20_000
 _MANY_PAIRS, _MOST_ROWS = 1 / 3, 0.5
 _ID_RADIUS_ARCSEC = 10.0  # observations with one Gaia id are of one star
 
@@ -56,6 +59,10 @@ _ID_RADIUS_ARCSEC = 10.0  # observations with one Gaia id are of one star
 class CoverageSettings(Limits):
     """Settings of the stage."""
 
+    guesses: tuple[Literal["nothing", "edge", "smooth", "nearest"], ...] = Field(
+        ("nothing", "edge", "nearest"),
+        description="What may stand in for the correction outside: see `evidence.beyond`",
+    )
     measure: Literal["neighbours", "ratio"] = Field(
         "neighbours", description="Distance from the pairs: neighbours, or ratio of densities"
     )
@@ -138,6 +145,7 @@ class Coverage(OfModel[CoverageSettings]):
         roles = [role for role in _KEYS if not (role == "observations" and self.named("sample"))]
         samples = base.places({role: self.catalog(role) for role in roles})
         run.parts("samples", samples, self.sample, "coverage: sample")
+        run.parts("ends", dict.fromkeys(("upper", "lower")), self.left_out, "coverage: ends")
         (fitted,) = run.parts("fit", {"model": list(samples)}, self.fit, "coverage: fit")
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
         pixels = base.by_pixel(catalog.pixels)
@@ -216,7 +224,15 @@ class Coverage(OfModel[CoverageSettings]):
         limits = Limits(inside=settings.inside, outside=settings.outside)
         how = settings.measure, limits, settings.seed, target, problem
         found = kernel.fit(overlap, columns, *how)
-        model = found.model
+        left = []
+        for end in ("upper", "lower"):
+            piece, shape = output.read_piece(end), (-1, len(beyond.GUESSES), len(problem.labels))
+            residual = np.stack([piece[name].to_numpy() for name in piece.column_names[2:]], axis=1)
+            given = piece["kind"].to_numpy(), piece["distance"].to_numpy()
+            left.append(beyond.Left(*given, residual.reshape(shape)))
+        n_kinds = 4 * len(problem.of_star)
+        chosen = beyond.choose(left, n_kinds, settings.guesses)
+        model = found.model.with_guesses(chosen, problem)
         n_stars = _counts(model.coverage(parameter_columns(stars, problem))[1])
         sampled = sum(n_stars.values())
         files = [output.write_bytes(name, content) for name, content in model.files().items()]
@@ -233,9 +249,53 @@ class Coverage(OfModel[CoverageSettings]):
             "noise": asdict(model.noise),
             "widths": asdict(model.widths),
             "width_pairs": found.n_width,
+            "guesses": beyond.table(chosen, problem),
             "intervals": widening.counted(found.n_width),
             "stars": {**{k: n / max(sampled, 1) for k, n in n_stars.items()}, "sampled": sampled},
         }
+
+    def left_out(self, output: Output, key: str, item: None) -> dict[str, Any]:
+        """Keep what each guess leaves of the differences of pairs at ends that no fit has seen."""
+        problem, method = self.problem, corrections.load(self.path("model"))
+        names = [*problem.columns, *(label.diff for label in problem.labels), "star"]
+        table = read_evidence(self.path("evidence"), list(dict.fromkeys(names)))
+        x = problem.matrix(table)
+        share = min(_END_PAIRS / max(len(table), 1), 1.0)
+        kept = np.isfinite(x).all(axis=1)
+        kept &= table["star"].to_numpy() <= np.uint64(share * (2**64 - 2048))
+        x, y = x[kept], problem.differences(table)[kept]
+        star = x[:, problem.star_places].astype(np.float64)
+        center, scale = robust_scale(star)
+        giant = beyond.giants(problem, star)
+        upper, lower = beyond.ends(star, giant)
+        out = upper if key == "upper" else lower
+        batch = corrections.Batch(x, y, out.astype(np.int8), np.ones(len(x), np.float32))
+        found = [y[out]]
+        try:
+            source, known = corrections.OneBatch(batch, problem), method.info.params
+            fitted = corrections.fit(method.method, source, train_folds=[0], params=known)
+            smooth = corrections.fit("polynomial", source, train_folds=[0])
+        except ModelError:  # too few pairs: nothing is left out, so nothing stands in
+            out[:] = False
+            found = [y[out]] * len(beyond.GUESSES)
+        scaled = (star - center) / scale
+        tree = cKDTree(scaled[~out])
+        distance, index = tree.query(scaled[out])
+        near = x[out].copy()
+        near[:, problem.star_places] = star[~out][index] if len(index) else 0.0
+        if out.any():
+            reach = near.copy()
+            share_of_way = np.minimum(1.0, kernel.REACH / np.maximum(distance, 1e-12))[:, None]
+            way = x[out] - near
+            reach += (way * share_of_way).astype(np.float32)
+            found += [y[out] - fitted.predict(x[out]), y[out] - smooth.predict(reach)]
+            found += [y[out] - fitted.predict(near)]
+        kind = beyond.kinds(scaled[out] - scaled[~out][index], giant[out])
+        columns: dict[str, Any] = {"kind": kind, "distance": distance}
+        for number, left in enumerate(found):
+            columns |= {f"{number}-{n}": one.astype("f8") for n, one in enumerate(left.T)}
+        output.write_piece(key, pa.table(columns))
+        return {"pairs": int(np.count_nonzero(out))}
 
     def score(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Write coverage and flags of one partition."""

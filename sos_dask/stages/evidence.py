@@ -56,7 +56,9 @@ def fitted_columns(method: str, labels: Sequence[str] = LABELS) -> tuple[str, ..
 class EvidenceSettings(Settings):
     """Settings of the stage."""
 
-    problem: Problem = Field(DEFAULT, description="Labels, and inputs of the models")
+    problem: Problem = Field(
+        DEFAULT, description="Labels, and inputs of the models; by default theirs"
+    )
     max_pairs: int = Field(
         1_000_000, gt=0, description="Of more pairs, those of some stars: about as many"
     )
@@ -80,6 +82,14 @@ class Evidence(Stage[EvidenceSettings]):
         Role("model", "Corrections trained on them.", "output", optional=True, many=True),
     )
 
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        if "problem" not in self.settings.model_fields_set and self.named("model"):
+            self.settings = self.settings.but(problem=self._problem_of(self.named("model")[0]))
+
+    def _problem_of(self, name: str) -> Problem:
+        return Problem(**self.manifest(name).recipe.params.get("settings", {}).get("problem", {}))
+
     def check(self) -> None:
         """Refuse pairs that lack a column, and outputs that are no models."""
         problem = self.settings.problem
@@ -92,8 +102,7 @@ class Evidence(Stage[EvidenceSettings]):
                     f"{path} is not a trained model but an output of '{made.stage}'",
                     "Give the outputs of 'sos-dask train'.",
                 )
-            theirs = Problem(**made.params.get("settings", {}).get("problem", {}))
-            if theirs != problem:
+            if (theirs := self._problem_of(name)) != problem:
                 raise ModelError(
                     f"{path} predicts {', '.join(theirs.names)} from {', '.join(theirs.features)}: "
                     f"the table is to have {', '.join(problem.names)} from "

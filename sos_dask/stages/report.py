@@ -24,6 +24,7 @@ from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.corrections.symbolic import FILE as FORMULA_FILE
 from sos_dask.errors import CatalogError, ConfigError
 from sos_dask.evidence.coverage import SKY_ORDER, STEPS
+from sos_dask.problem import SNR
 from sos_dask.report import figures as panels
 from sos_dask.report import maps, page
 from sos_dask.report.page import Build
@@ -34,6 +35,7 @@ from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.stages.base import Made, Place, Role, Run, Stage, by_pixel, places
 from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.projection import load_projection
+from sos_dask.stages.sample import read_sample
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Recipe, Rows
@@ -80,7 +82,7 @@ class ReportStage(Stage[ReportSettings]):
     """Make the page and its figures; see `report`."""
 
     name = "report"
-    version = 5
+    version = 6
     Settings = ReportSettings
     roles = (Role("product", "A product of the rebuild, by its name.", "output", many=True),)
 
@@ -246,6 +248,8 @@ def figures(build: Build) -> dict[str, Draw]:
     add("generalisation", "left_out", panels.left_out_figure, labels, method)
     add("coverage", "coverage", maps.coverage_figure, SKY_ORDER, STEPS["kiel"])
     add("coverage-growth", "growth", maps.growth_figure, limits)
+    if build.one("evidence") and build.one("sample"):
+        found["overlap"] = partial(_overlap, build)
     if build.table("planes") is not None and build.one("evidence") and method in build.models:
         found["correction"] = partial(_correction, build)
     if build.table("projection") is not None:
@@ -294,6 +298,17 @@ def _correction(build: Build, counts: CountsOf) -> Drawn | None:
     planes = build.table("planes")
     drawn = maps.correction_figure(planes, build.labels, build.method, values, 10.0**means)
     return drawn and replace(drawn, facts={**drawn.facts, "at": at})
+
+
+def _overlap(build: Build, counts: CountsOf) -> Drawn | None:
+    """S/N, magnitude and kind of star of the pairs and of the rows that pass all cuts."""
+    rows = read_sample(build.directories[build.one("sample")], good=True)
+    names = dict.fromkeys([SNR, "phot_g_mean_mag", *build.problem.columns, *build.labels])
+    known = [name for name in names if name in rows.schema.names]
+    pairs = read_evidence(build.directories[build.one("evidence")], [], known)
+    known = [name for name in known if name in pairs.schema.names]
+    of_pairs, of_rows = ({name: floats32(of, name) for name in known} for of in (pairs, rows))
+    return panels.overlap_figure(of_pairs, of_rows, build.labels)
 
 
 def _formulas(build: Build) -> dict[str, Any] | None:

@@ -46,19 +46,25 @@ class Sample(Stage[SampleSettings]):
         catalog = self.catalog("observations")
         done = run.parts("rows", by_pixel(catalog.pixels), self.rows)
         tables = [run.output.read_piece(key) for key in by_pixel(catalog.pixels)]
-        run.write(_FILE, pa.concat_tables(tables))
+        none = catalog.schema.empty_table().select(self.names).replace_schema_metadata()
+        run.write(_FILE, pa.concat_tables([none, *tables]))
         n_out = sum(one["rows"] for one in done)
         return Rows(catalog.n_rows, n_out, 0, {"not chosen": catalog.n_rows - n_out}), {}
+
+    @property
+    def names(self) -> list[str]:
+        """Columns of the table."""
+        wanted = dict.fromkeys([*self.settings.columns, "quality"])
+        return self.catalog("observations").columns(wanted)
 
     def rows(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Keep the rows of one partition that are chosen by their keys alone."""
         catalog = self.catalog("observations")
         name = key_column(catalog)
-        wanted = dict.fromkeys([name, *self.settings.columns, "quality"])
-        table = catalog.read(pixel, catalog.columns(list(wanted)))
+        table = catalog.read(pixel, list(dict.fromkeys([name, *self.names])))
         share = self.settings.n_rows / max(catalog.n_rows, 1)
         chosen = uniform(key_hashes(table[name]), self.settings.seed) < share
-        table = table.filter(pa.array(chosen)).drop_columns(name)
+        table = table.filter(pa.array(chosen)).select(self.names)
         output.write_piece(key, table.replace_schema_metadata())
         return {"rows": table.num_rows}
 

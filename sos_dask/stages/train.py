@@ -7,9 +7,9 @@ region, a reference or the sparse pairs; its tasks are such fits, each in one pr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +19,20 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import Float32Array, FloatArray, floats_or_nan, key_numbers, matrix32
+from sos_dask.columns import (
+    Float32Array,
+    FloatArray,
+    IntArray,
+    floats_or_nan,
+    key_numbers,
+    matrix32,
+)
 from sos_dask.corrections.degrade import Donors, replicas
-from sos_dask.errors import ModelError
+from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence import figures
 from sos_dask.evidence.figures import NONE, RANDOM
 from sos_dask.problem import DEFAULT, SNR, Problem
+from sos_dask.run.cluster import Cluster
 from sos_dask.settings import Seed, Settings, to_json
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.sky.neighbours import surroundings
@@ -35,7 +43,7 @@ from sos_dask.stars.repeats import normalisation, pull_correlation
 from sos_dask.stats.numbers import DENSE, SPARSE, scatter
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import Manifest, Recipe, Rows
+from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
 
 SEARCH_FILE, TABLE = "search.json", "generalisation.parquet"
 MIN_KNOWN = 0.02  # share of the pairs
@@ -65,9 +73,9 @@ class TrainSettings(Settings):
         0,
         ge=0,
         le=1000,
-        description="Candidates of a search for better hyper-parameters, which starts from params "
-        "and sees only the folds that train; with kfold every fit has its own. 0: none. A method "
-        "without parameters to search is fitted as it is",
+        description="Candidates of a search for better hyper-parameters, params among them: each "
+        "is cross-validated over the folds that train; with kfold every fit has a search of its "
+        "own. 0: none. A method without parameters to search is fitted as it is",
     )
     seed: Seed = Field(0, description="Seed of the search")
     distributed: Literal["auto", "always", "never"] = Field(
@@ -155,6 +163,12 @@ class PairsSource:
         mine = np.searchsorted(stars, key_numbers(table["reference_star_id"], 0))
         return (2.0 / (1.0 + n[mine])).astype(np.float32)
 
+    def known(self, index: int) -> tuple[NDArray[np.int8], IntArray]:
+        """Folds of the pairs of one partition, and how many know each input and difference."""
+        batch = self.load(index)
+        finite = np.isfinite(np.concatenate([batch.features, batch.differences], axis=1))
+        return batch.fold, np.count_nonzero(finite, axis=0)
+
 
 @lru_cache(maxsize=4096)
 def _kept_batch(source: PairsSource, fingerprint: str, index: int) -> corrections.Batch:
@@ -204,7 +218,7 @@ class Train(Stage[TrainSettings]):
     """
 
     name = "train"
-    version = 9
+    version = 10
     Settings = TrainSettings
     roles = (
         Role("pairs", "Pairs, as crossmatch makes them."),
@@ -227,7 +241,7 @@ class Train(Stage[TrainSettings]):
         self.catalog("pairs").require(*_columns(self.settings.problem))
         corrections.check_params(self.settings.method, self.settings.params)
 
-    def source(self) -> PairsSource:
+    def source(self, place: Cluster) -> PairsSource:
         """Pairs, and as fainter rows see them where the rows are known and S/N is an input."""
         pairs, problem = self.catalog("pairs"), self.settings.problem
         stars = self.path("target_stars") if self.named("target_stars") else None
@@ -236,17 +250,15 @@ class Train(Stage[TrainSettings]):
         is_dependent = SNR in problem.columns and set(problem.names) & set(problem.columns)
         if not (self.named("sample") and has_errors and is_dependent):
             return source
-        correlation = tuple(map(tuple, source.correlation_of_errors().tolist()))
+        [measured] = place.run(PairsSource.correlation_of_errors, [source], self.name)
+        correlation = tuple(map(tuple, measured.tolist()))
         sample, times = self.path("sample"), replicas(pairs.n_rows)
         return replace(source, sample=sample, correlation=correlation, times=times)
 
-    def _folds(self, source: PairsSource) -> NDArray[np.int8]:
+    def _folds(self, batches: Sequence[tuple[NDArray[np.int8], IntArray]]) -> NDArray[np.int8]:
         """Folds of the pairs; what hardly any of them knows is refused."""
-        problem, fold, known = source.problem, [np.empty(0, np.int8)], []
-        for batch in map(source.load, range(source.n_batches)):
-            fold.append(batch.fold)
-            finite = np.isfinite(np.concatenate([batch.features, batch.differences], axis=1))
-            known.append(np.count_nonzero(finite, axis=0))
+        problem = self.settings.problem
+        fold, known = [one for one, _ in batches], [n for _, n in batches]
         columns = [*(one.column for one in problem.inputs), *(one.diff for one in problem.labels)]
         n_pairs = sum(map(len, fold))
         for column, n in zip(columns, sum(known) if n_pairs else (), strict=False):
@@ -257,14 +269,18 @@ class Train(Stage[TrainSettings]):
                     "Leave it out of labels and inputs, or give a catalog that has it: a row "
                     "without any of its inputs has no correction.",
                 )
-        return np.concatenate(fold)
+        return np.concatenate([np.empty(0, np.int8), *fold])
 
     def make(self, run: Run) -> Made:
         """Fit once a fold, or once, and predict what was held out."""
         settings, pairs = self.settings, self.catalog("pairs")
         method = settings.method
-        source = self.source()
-        fold = self._folds(source)
+        # Where workers are elsewhere this process may be on a login node: all work is theirs.
+        is_elsewhere, step = run.cluster.is_elsewhere, f"train {method}"
+        place = run.cluster if is_elsewhere else Cluster()
+        source = self.source(place)
+        measured, batches = replace(source, times=0), range(source.n_batches)
+        fold = self._folds(place.run(measured.known, batches, step))
         folds = np.unique(fold).tolist()
         if len(folds) < 2:
             raise ModelError(
@@ -278,30 +294,28 @@ class Train(Stage[TrainSettings]):
         plan: list[list[int] | None] = [folds[1:]]
         if validation == "kfold":
             plan = [*([one for one in folds if one != held_out] for held_out in folds), None]
-        step, predicted, searches = f"train {method}", [], []
-        needs = _needs_workers(len(fold), settings) or (
-            settings.distributed == "auto" and run.cluster.is_elsewhere
-        )
-        workers = run.cluster.client if needs else None
+        predicted: list[pa.Table] = []
+        searches = []
+        workers = self._workers(len(fold), run.cluster)
         for number, trained in enumerate(plan):
             run.report(step, number, len(plan))
-            params: Mapping[str, Any] = settings.params
-            if settings.search and corrections.class_of(method).search:
-                given = corrections.check_params(method, params)
-                how = settings.search, settings.seed, run.cluster.client
-                params, trials = corrections.search(method, source, trained or folds, given, *how)
+            params, trials = self._params(source, trained or folds, run.cluster.client)
+            if trials:
                 searches.append({"train_folds": trained or folds, "trials": trials})
-            correction = corrections.fit(
-                method, source, train_folds=trained, params=params, client=workers
-            )
+            fit = partial(_fit, method, source, params)
+            if workers is None:
+                [correction] = place.run(fit, [trained], step)
+            else:
+                correction = fit(trained, client=workers)
             if number < len(plan) - 1:
-                predicted.append(_predict_fold(source, correction, folds[number]))
-        for name, content in correction.contents().items():  # model.json last: half never loads
-            run.write_bytes(name, content)
+                predict = partial(_predict_fold, measured, correction, folds[number])
+                predicted += place.run(predict, [batches], step)
+        run.files.extend(*place.run(partial(_save, run.output), [correction], step))
         if validation == "holdout":
             # As it corrects: what is saved of boosted trees is also their table, many times faster.
-            saved = corrections.load(run.output.directory, check=False)
-            predicted = [_predict_fold(source, saved, folds[0])]
+            predict = partial(_predict_fold, measured, run.output.directory, folds[0])
+            each = [[index] for index in batches]
+            predicted = place.run(predict, each if is_elsewhere else [batches], step)
         run.report(step, len(plan), len(plan))
         table, problem = pa.concat_tables(predicted), settings.problem
         run.write(HELD_OUT, table)
@@ -319,14 +333,57 @@ class Train(Stage[TrainSettings]):
             "metrics": [asdict(metric) for metric in metrics],
         }
 
+    def _workers(self, n_pairs: int, cluster: Cluster) -> Any:
+        """Client whose workers fit; None where fits are not data-parallel."""
+        distributed = self.settings.distributed
+        if distributed == "always" and cluster.client is None:
+            what = "distributed = 'always' needs workers, and there are none"
+            raise ConfigError(what, "Start some: --workers.")
+        needs = _needs_workers(n_pairs, self.settings)
+        return cluster.client if needs or (distributed == "auto" and cluster.is_elsewhere) else None
 
-def _predict_fold(source: PairsSource, correction: corrections.Correction, fold: int) -> pa.Table:
+    def _params(
+        self, source: PairsSource, folds: list[int], client: Any
+    ) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+        """Parameters of a fit, and all that a search for them has tried."""
+        settings = self.settings
+        if not (settings.search and corrections.class_of(settings.method).search):
+            return settings.params, []
+        from sos_dask.corrections import estimators  # scikit-learn takes a second
+
+        given = corrections.check_params(settings.method, settings.params)
+        how = given, settings.search, settings.seed, client
+        return estimators.search(settings.method, source, folds, *how)
+
+
+def _fit(
+    method: str,
+    source: PairsSource,
+    params: Mapping[str, Any],
+    folds: list[int] | None,
+    client: Any = None,
+) -> corrections.Correction:
+    return corrections.fit(method, source, train_folds=folds, params=params, client=client)
+
+
+def _save(output: Output, correction: corrections.Correction) -> list[FileRecord]:
+    # model.json last: half a model never loads
+    return [output.write_bytes(name, content) for name, content in correction.contents().items()]
+
+
+def _predict_fold(
+    source: PairsSource,
+    model: corrections.Correction | Path,
+    fold: int,
+    batches: Iterable[int],
+) -> pa.Table:
     """Inputs, differences and predictions of the pairs of one fold, in the order of the sky."""
+    correction = corrections.load(model, check=False) if isinstance(model, Path) else model
     inputs, labels = source.problem.inputs, source.problem.labels
     names = [f"x_{item.column}" for item in inputs]
     names += [*(label.diff for label in labels), *(label.delta for label in labels)]
     tables = []
-    for index in range(source.n_batches):
+    for index in batches:
         batch = source.load(index)
         chosen = batch.fold == fold
         x = batch.features[chosen]
@@ -472,25 +529,13 @@ class Generalisation(OnEvidence[GeneralisationSettings]):
         params = corrections.check_params(method, self.settings.methods[method])
         left, out, refused = np.full(differences.shape, np.nan), fold == 1, ""
         try:
-            source = _OneBatch(batch, problem)
+            source = corrections.OneBatch(batch, problem)
             fitted = corrections.fit(method, source, train_folds=[0], params=params)
             left[out] = differences[out].astype(np.float64) - fitted.predict(x[out])
         except ModelError as error:
             refused = error.message
         output.write_piece(key, pa.table(list(left.T.copy()), problem.names))
         return {"refused": refused}
-
-
-@dataclass(frozen=True)
-class _OneBatch:
-    """All pairs as one batch; fold 1 is left out."""
-
-    batch: corrections.Batch
-    problem: Problem
-    n_batches = 1
-
-    def load(self, index: int) -> corrections.Batch:
-        return self.batch
 
 
 def _folds(table: pa.Table, split: str, group: str) -> NDArray[np.int8]:

@@ -6,7 +6,7 @@ reads the evidence by itself: none is left to the process that asks.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,9 +36,6 @@ _MIN_COMMON = 30
 class UncertaintySettings(Settings):
     """How the errors of corrected labels are made."""
 
-    reference_error: Literal["included", "removed"] = Field(
-        "included", description="Whether written errors include the error of the reference."
-    )
     sparse_fraction: float = Field(
         0.05, gt=0, lt=0.5, description="Share of the training stars that count as sparse."
     )
@@ -96,7 +93,6 @@ class Uncertainty(OfModel[UncertaintySettings]):
             table = run.output.read_piece(f"errors-{label}")
             columns = (table[name].combine_chunks() for name in intervals.TABLES)
             tables.append([column.values.to_numpy() for column in columns])
-        reference_error = self.settings.reference_error
         model = intervals.error_model(
             tables,
             [one["factors_95"] for one in fitted],
@@ -105,7 +101,6 @@ class Uncertainty(OfModel[UncertaintySettings]):
             about["least_log_snr"],
             problem=self.problem,
             correction=sha256_of_file(self.path("model") / corrections.MODEL_FILE),
-            reference_error=reference_error,
         )
         for name, content in model.files().items():
             run.write_bytes(name, content)
@@ -115,7 +110,6 @@ class Uncertainty(OfModel[UncertaintySettings]):
         rows = Rows(given.n_in, about["n_used"], 0, {**given.dropped, **about["dropped"]})
         return rows, {
             "method": self.manifest("model").summary["method"],
-            "reference_error": reference_error,
             "factors_95": model.about["factors_95"],
             "pairs_by_class": dict(zip(labels, (one["n_class"] for one in fitted), strict=True)),
             "hit_rates": [row for row in found if row["subset"] in (ALL, DENSE, SPARSE)],

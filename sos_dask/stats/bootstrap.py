@@ -23,6 +23,7 @@ from sos_dask.stats.numbers import MAD_TO_SIGMA
 N_GROUPS = 1024
 _COLUMNS = 256  # between nodes, of a whole sample
 _COLUMNS_A_BIN = 16
+_BINS_AT_ONCE = 32
 _REACH = 5.0  # of the nodes around the median of a bin, in 1 / sqrt(n): ten standard errors
 _HALVINGS = 40
 _EXACT_FLOAT32 = 1 << 22  # sums of so many pairs stay below 2^24
@@ -73,7 +74,7 @@ def resampled(values: FloatArray, groups: IntArray, weights: FloatArray) -> Repl
     n = len(values)
     ranks = np.unique(np.linspace(0, n, min(n, _COLUMNS) + 1).astype(np.int64))
     column = np.repeat(np.arange(len(ranks) - 1), np.diff(ranks))
-    below = _below(_light(weights, n), groups, column, len(ranks) - 1)
+    below = _below(_totals(_light(weights, n), groups, column, len(ranks) - 1))
     nodes = _between(values, ranks)
     p16, median, p84 = (_quantile(nodes, below, share) for share in (0.16, 0.5, 0.84))
     return Replicates(median, MAD_TO_SIGMA * _deviation(nodes, below, median), (p84 - p16) / 2)
@@ -102,17 +103,25 @@ def resampled_bins(
     n = np.bincount(bins[inside], minlength=n_bins).astype(np.int64)
     stops, light = np.cumsum(n), _light(weights, len(values))
     medians, replicates = np.full(n_bins, np.nan), np.full((len(weights), n_bins), np.nan)
-    for number in np.flatnonzero(n >= max(min_count, 1)):
-        rows = inside[stops[number] - n[number] : stops[number]]
-        many = len(rows)
-        reach = min(0.5, _REACH / np.sqrt(many))
-        inner = np.linspace(many * (0.5 - reach), many * (0.5 + reach), _COLUMNS_A_BIN + 1)
-        ranks = np.unique([0, *inner.round().astype(np.int64), many])
-        column = np.repeat(np.arange(len(ranks) - 1), np.diff(ranks))
-        below = _below(light, groups[rows], column, len(ranks) - 1)
-        medians[number] = np.median(values[rows])
-        replicates[:, number] = _quantile(_between(values[rows], ranks), below, 0.5)
+    used = np.flatnonzero(n >= max(min_count, 1))
+    for first in range(0, len(used), _BINS_AT_ONCE):  # large products of matrices are far cheaper
+        some = used[first : first + _BINS_AT_ONCE]
+        rows = [inside[stops[number] - n[number] : stops[number]] for number in some]
+        ranks = [_ranks_around_median(len(one)) for one in rows]
+        ends = np.cumsum([len(one) - 1 for one in ranks])
+        column = np.repeat(np.arange(ends[-1]), np.concatenate([np.diff(one) for one in ranks]))
+        totals = _totals(light, groups[np.concatenate(rows)], column, int(ends[-1]))
+        parts = np.split(totals, ends[:-1], axis=1)
+        for number, inner, rank, part in zip(some, rows, ranks, parts, strict=True):
+            medians[number] = np.median(values[inner])
+            replicates[:, number] = _quantile(_between(values[inner], rank), _below(part), 0.5)
     return n, medians, replicates
+
+
+def _ranks_around_median(n: int) -> IntArray:
+    reach = min(0.5, _REACH / np.sqrt(n))
+    inner = np.linspace(n * (0.5 - reach), n * (0.5 + reach), _COLUMNS_A_BIN + 1)
+    return np.unique([0, *inner.round().astype(np.int64), n])
 
 
 def _between(values: FloatArray, ranks: IntArray) -> FloatArray:
@@ -126,13 +135,17 @@ def _light(weights: FloatArray, n: int) -> FloatingArray:
     return weights.astype(np.float32) if n < _EXACT_FLOAT32 else weights
 
 
-def _below(
+def _totals(
     weights: FloatingArray, groups: IntArray, column: IntArray, n_columns: int
-) -> FloatArray:
-    """Weight below each node in each resample, shape (n_resamples, n_columns + 1)."""
+) -> FloatingArray:
+    """Weight between nodes in each resample, shape (n_resamples, n_columns)."""
     n_groups = weights.shape[1]
     counts = np.bincount(groups * n_columns + column, minlength=n_groups * n_columns)
-    totals = weights @ counts.reshape(n_groups, n_columns).astype(weights.dtype)
+    return np.asarray(weights @ counts.reshape(n_groups, n_columns).astype(weights.dtype))
+
+
+def _below(totals: FloatingArray) -> FloatArray:
+    """Weight below each node in each resample, shape (n_resamples, n_columns + 1)."""
     return np.pad(np.cumsum(totals, axis=1, dtype=np.float64), ((0, 0), (1, 0)))
 
 

@@ -44,21 +44,17 @@ from numpy.typing import NDArray
 
 from sos_dask.columns import BoolArray, FloatArray, IntArray
 from sos_dask.correct import FLAG_NULL_INPUT, FLAG_OUTSIDE, FLAG_OUTSIDE_TRAINING, FLAG_SPARSE
+from sos_dask.evidence.failing import AXES, LIMITS
+from sos_dask.evidence.figures import BANDS as SNR
 from sos_dask.schema import LABELS
 from sos_dask.simulate.sky import references_avoid
 from sos_dask.stats.numbers import binned_quantiles, scatter
 from sos_dask.storage.catalog import Catalog
 
 Rows = dict[str, NDArray[Any]]
-LIMITS = {"teff": 10.0, "logg": 0.02, "feh": 0.01, "rv": 0.05}
-EDGES = {
-    "teff": np.arange(3000.0, 8501.0, 250.0),
-    "logg": np.arange(-0.5, 5.6, 0.25),
-    "feh": np.arange(-3.0, 1.01, 0.1),
-    "snr": np.geomspace(10.0, 1000.0, 21),
-}
+EDGES = {axis.name: axis.edges for axis in AXES} | {"snr": np.geomspace(10.0, 1000.0, 21)}
 MIN_ROWS = 200
-BANDS = {"all": (0.0, np.inf), "20-50": (20.0, 50.0), "50-100": (50.0, 100.0), ">100": (100.0, 1e9)}
+BANDS = {"all": (0.0, np.inf)} | {name.removeprefix("snr "): ends for name, ends in SNR.items()}
 KINDS: dict[str, Callable[[FloatArray, FloatArray, FloatArray], Any]] = {
     "hot": lambda t, g, m: t > 7000.0,
     "cool dwarfs": lambda t, g, m: (t < 4600.0) & (g > 4.0),

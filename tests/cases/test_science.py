@@ -13,7 +13,7 @@ import pytest
 from sos_dask import corrections as models
 from sos_dask.cli import main
 from sos_dask.cli.steps import show_build
-from sos_dask.corrections import search
+from sos_dask.corrections.estimators import search
 from sos_dask.evidence.widening import MIN_GROWTH_PAIRS, Growth
 from sos_dask.rebuild.job import load_job
 from sos_dask.rebuild.pipeline import rebuild

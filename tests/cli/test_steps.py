@@ -244,7 +244,7 @@ def test_demo_compares_with_the_truth(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "sos_dask.stages.report.figures", lambda build: {"sky": figures(build)["sky"]}
     )
-    ran = cli("demo", "--rows", 1000, "--store", "demo", "-w", 0, "--json")
+    ran = cli("demo", "--rows", 3000, "--store", "demo", "-w", 0, "--json")
     assert ran.code == 0, ran.err
     truth = ran.json.pop("truth")
     document = {key: value for key, value in ran.json.items() if key != "truth"}
@@ -253,7 +253,7 @@ def test_demo_compares_with_the_truth(cli, tmp_path, monkeypatch):
     for item in truth:
         assert set(item) == {"label", "binned_by", "n_bins", "n", "rms_before", "rms_after"}
     assert (tmp_path / "demo/current/lamost.corrected/manifest.json").is_file()
-    again = cli("demo", "--rows", 1000, "--store", "demo", "-w", 0)
+    again = cli("demo", "--rows", 3000, "--store", "demo", "-w", 0)
     assert again.code == 0 and "unchanged" in again.out
     assert "simulate" not in again.err, "the sky is made once"
     for text in ("Held-out pairs", "Label - truth", "teff [K]", "scatter", "feh [dex]"):

@@ -7,6 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from sos_dask.evidence.failing import count_failing
+from sos_dask.stages.compare import Compare
 from sos_dask.surveys.definition import builtin_surveys
 from tests.command_line import LAMOST, STAGE, Cli, assert_error, assert_shape
 from tests.job import write_job
@@ -33,7 +35,7 @@ def test_compare_shows_the_current_build_as_json(cli: Cli, small_store):
     found = ran.json
     assert set(found) == {
         "path", "method", "rule", "why", "scores", "n_train", "n_test", "figures", "artifacts",
-        "outside", "costs",
+        "outside", "bins", "failing", "costs",
     }  # fmt: skip
     assert found["method"] == "polynomial" and found["rule"] == "balanced"
     table = pq.read_table(small_store / "current/lamost.comparison/comparison.parquet")
@@ -42,6 +44,8 @@ def test_compare_shows_the_current_build_as_json(cli: Cli, small_store):
         assert set(figure) == set(FIGURE)
         if figure["value"] is not None:
             assert figure["low"] <= figure["value"] <= figure["high"], figure
+    table = pq.read_table(small_store / "current/lamost.comparison/bins.parquet")
+    assert found["bins"] == table.to_pylist() and found["failing"] == count_failing(table)
     cost = found["costs"]["polynomial"]
     assert_shape(cost, {"train_cpu_s": float, "train_wall_s": float})
     assert all(value > 0 for value in cost.values())
@@ -64,6 +68,17 @@ def test_compare_shows_tables_that_fit(cli: Cli, small_store, monkeypatch, width
     for text in ("Artifacts", "Outside the overlap", "Cost", "feh < -2", "± ", "too few pairs"):
         assert text in ran.out, text
     assert "Rule 'balanced' chose polynomial: the only method." in ran.out
+    # Failing bins of pairs and of rows, in one table where there is room.
+    tables = re.findall(r"polynomial: failing / judged.*?\n all ", ran.out, re.S)
+    assert len(tables) == (1 if width == 140 else 2)
+    found = Compare.load(small_store / "current/lamost.comparison")["failing"]
+    [teff] = [
+        r for r in found if (r["method"], r["label"], r["against"]) == ("none", "teff", "feh")
+    ]
+    cells = [f"{n}/{of}" for n, of in teff["counts"].values()]
+    for some in [cells] if width == 140 else (cells[:4], cells[4:]):
+        assert re.search(r"teff +feh +" + " +".join(some) + r" *\n", ran.out), some
+    assert "over 10 K (teff)" in ran.out
 
 
 def test_compare_of_one_label_and_of_training_pairs(cli: Cli, small_store):
@@ -74,9 +89,13 @@ def test_compare_of_one_label_and_of_training_pairs(cli: Cli, small_store):
 
 def test_compare_and_trends_are_single_steps_too(cli: Cli, small_store, tmp_path):
     current = small_store / "current"
-    given = [current / "lamost.pairs", current / "lamost.model.polynomial"]
-    train = ["train", current / "lamost.pairs", "-m", "boosted", "-p", "n_rounds=20", "-w", 0]
-    assert cli(*train, "-o", "boosted").code == 0
+    given = [current / "lamost.pairs", "polynomial"]
+    train = ["train", current / "lamost.pairs", "-w", 0]
+    assert cli(*train, "-m", "boosted", "-p", "n_rounds=20", "-o", "boosted").code == 0
+    ran = cli("compare", current / "lamost.pairs", current / "lamost.model.polynomial", "boosted",
+              "-o", "out", "-w", 0)  # fmt: skip
+    assert_error(ran, 7, "boosted predicts teff, logg, feh from teff_5040, logg, feh: .*, snr\n")
+    assert cli(*train, "-m", "polynomial", "-p", "order=2", "-o", "polynomial").code == 0
     ran = cli("compare", *given, "boosted", "-o", "out", "--rule", "scatter", "-w", 0, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["rule"] == "scatter" and ran.json["costs"] is None
@@ -184,7 +203,7 @@ def test_uncertainty_shows_what_was_checked(cli, small_store, tmp_path):
     share = {"hit_rate": float, "low": float, "high": float}
     one = {"label": str, "subset": str, "level": float, "n": int, **share}
     assert_shape(found["hit_rates"], [one])
-    assert {"path", "method", "reference_error", "factors_95", "error_factors"} <= set(found)
+    assert {"path", "method", "factors_95", "error_factors"} <= set(found)
     assert set(found["error_factors"]) == {"lamost", "apogee", "galah"}
     assert_error(cli("uncertainty", "--store", tmp_path), 5, "no sos-dask store at")
 

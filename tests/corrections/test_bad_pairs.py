@@ -87,7 +87,7 @@ def test_pairs_that_cannot_train(
             t, "feh_diff", np.where(np.arange(len(t)) % 3, t["feh_diff"].to_numpy(), np.nan)
         ),
         lambda t: same(t.filter(pc.less(t["logg"], 3.5)), "snr", None),
-        lambda t: t.drop_columns(["snr", "n_obs"]),
+        lambda t: t.drop_columns(["snr"]),
     ],
     ids=["nan and inf", "one feh", "a zero point", "some labels", "giants without snr", "no snr"],
 )

@@ -148,8 +148,8 @@ def test_without_gpu_there_is_no_silent_fallback(client, remote, monkeypatch):
     if not gpu_problem():
         pytest.skip("there is a GPU")
     trained = []
-    monkeypatch.setattr(boosted_cluster, "_train_labels", lambda *_: trained.append(1))
-    monkeypatch.setattr(boosted, "train", lambda *_: trained.append(1))
+    monkeypatch.setattr(boosted_cluster, "_train_on", lambda *_: trained.append(1))
+    monkeypatch.setattr(boosted, "_train", lambda *_: trained.append(1))
     with pytest.raises(ModelError, match=r"device = 'cuda': (no usable GPU|XGBoost .* without)"):
         fit(
             ArraySource(biased_pairs(500, 22)),

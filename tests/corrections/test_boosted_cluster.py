@@ -2,20 +2,26 @@
 
 import contextlib
 import os
+import re
 import signal
-import threading
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import dask
-import distributed  # noqa: F401  # its settings must be there before one is changed
 import numpy as np
+import psutil
 import pytest
 import xgboost
+from distributed import Variable, wait
 
 from sos_dask import corrections as models
-from sos_dask.corrections import Batch, boosted_cluster
+from sos_dask.corrections import Batch, Training, boosted, boosted_cluster
+from sos_dask.corrections.base import summarise
 from sos_dask.errors import CatalogError, ClusterError
 from sos_dask.problem import DEFAULT
 from sos_dask.run.cluster import start
@@ -94,85 +100,157 @@ def test_an_error_of_the_source_arrives_as_it_was(client, method, remote):
     assert caught.value.hint == "rebuild it"
 
 
+def test_two_trainings_at_once_wait_for_each_other(client):
+    """Else ranks of one and of the other wait in the only thread of a worker."""
+    source = ArraySource(biased_pairs(4000, 24), (1000, 2000))
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda _: fit(source, params=QUICK, client=client), range(3)))
+    assert made[0].files() == made[1].files() == made[2].files()
+
+
 # --- losses ------------------------------------------------------------------------------------
 
 
-def test_after_three_losses_there_is_an_error(client, monkeypatch):
-    tries = []
+class Losses:
+    """Lose training again and again, after some trees each time."""
 
-    def lose(*_):
-        tries.append(1)
-        raise xgboost.core.XGBoostError("Ring allgather failed\nStack trace: many lines")
+    def __init__(self, trees: list[int]) -> None:
+        self.trees = trees
+        self.tries: list[int] = []
 
-    monkeypatch.setattr(boosted_cluster, "_train_label", lose)
+    def __call__(self, job: Any, workers: Any, checkpoint: str, kept: Any) -> list[bytes]:
+        self.tries.append(kept[0])
+        if self.trees:
+            reached = max(self.trees.pop(0), kept[0])
+            Variable(checkpoint, job.training.client).set((reached, []))
+            raise xgboost.core.XGBoostError("Ring allgather failed\nStack trace: many lines")
+        return REAL(job, workers, checkpoint, (0, []))
+
+
+REAL = boosted_cluster._train_on
+
+
+def test_after_three_losses_without_progress_there_is_an_error(client, monkeypatch, caplog):
+    lost = Losses([7, 7, 20, 20, 20, 20])
+    monkeypatch.setattr(boosted_cluster, "_train_on", lost)
     with pytest.raises(ClusterError, match=r"lost 3 times, .* Ring allgather failed\n") as caught:
-        fit(ArraySource(biased_pairs(500, 25)), client=client)
-    assert len(tries) == 3
+        fit(ArraySource(biased_pairs(500, 25)), params=QUICK, client=client)
+    assert lost.tries == [0, 7, 7, 20, 20]
     assert "Stack trace" not in caught.value.message
     assert "timeout_s" in caught.value.hint
+    assert "try 1 of 3 failed: XGBoostError: Ring allgather failed. Training" in caplog.text
+    assert f"from tree 20 of {3 * QUICK['n_rounds']}" in caplog.text
 
 
-def test_labels_that_are_done_are_not_trained_again(client, monkeypatch):
-    trained = []
-    real = boosted_cluster._train_label
-
-    def lose_once(*arguments):
-        trained.append(arguments[-1])
-        if trained == [0, 1]:
-            raise RuntimeError("Missing required workers: {'tcp://gone'}")
-        return real(*arguments)
-
-    monkeypatch.setattr(boosted_cluster, "_train_label", lose_once)
-    source = ArraySource(biased_pairs(2000, 26))
-    out = fit(source, params=QUICK, client=client)
-    assert trained == [0, 1, 1, 2]
-    assert out.files() == fit(source, params=QUICK).files()
+def test_what_is_kept_on_the_scheduler_goes_when_training_ends(client, monkeypatch):
+    monkeypatch.setattr(boosted_cluster, "_train_on", Losses([5]))
+    fit(ArraySource(biased_pairs(500, 26)), params=QUICK, client=client)
+    assert client.run_on_scheduler(kept_trees) == 0
 
 
-def test_the_tracker_is_not_in_the_process_of_the_scheduler(client, monkeypatch):
-    """There it could end the scheduler, which is this process."""
-    own = []
-    monkeypatch.setattr(xgboost.tracker.RabitTracker, "start", lambda self: own.append(self))
+def trackers_left() -> int:
+    return len(boosted_cluster._trackers) + len(psutil.Process().children())
+
+
+def test_the_tracker_is_a_process_of_its_own_and_ends(client):
+    """In another one it could end that."""
+    before = client.run(trackers_left)
     fit(ArraySource(biased_pairs(1000, 28), (500,)), params=QUICK, client=client)
-    assert not own
-    assert not boosted_cluster._TRACKERS  # and its process is gone
+    assert client.run(trackers_left) == before
+
+
+def test_ranks_stop_when_nobody_waits_any_more(client):
+    """As after a driver was killed."""
+    source = ArraySource(biased_pairs(3000, 29))
+    training, settings = Training(source), boosted.Settings(n_rounds=20_000)
+    summary = summarise(training, "boosted", settings, 50)
+    job = boosted.Job(training, settings, summary, boosted._bin_edges(training, summary.info, 256))
+    rank = client.submit(
+        boosted_cluster._run_rank, job, job.block(0, 1), 1, {}, "", 0.1, (), pure=False
+    )
+    while not any(client.processing().values()):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert not rank.done()
+    workers = list(client.run(os.getpid))
+    rank.release()
+    began = time.monotonic()
+    asked = [client.submit(os.getpid, workers=[worker], pure=False) for worker in workers]
+    wait(asked, timeout=60)
+    assert time.monotonic() - began < 20, "20,000 trees take longer"
+
+
+def kept_trees(dask_scheduler: Any) -> int:
+    """Trees that a training has kept on the scheduler."""
+    kept = dask_scheduler.extensions["variables"].variables
+    return max((one["value"][0] for name, one in kept.items() if "boosted-" in name), default=0)
+
+
+@pytest.fixture(scope="module", params=["of its own", "started apart"])
+def scene(request, tmp_path_factory):
+    """Client of a cluster of two workers, pairs, and the files of a model of these."""
+    source = ArraySource(biased_pairs(6000, 27), (1000, 2000, 4000))
+    with contextlib.ExitStack() as stack:
+        if request.param == "of its own":
+            cluster = stack.enter_context(start(2, "2GiB"))
+        else:
+            file = tmp_path_factory.mktemp("dask") / "scheduler.json"
+            stack.enter_context(apart(file))
+            cluster = stack.enter_context(start(scheduler=str(file)))
+            cluster.client.wait_for_workers(2, timeout=60)
+        yield cluster.client, source, fit(source, params=LONG, client=cluster.client).files()
+
+
+LONG = {"n_rounds": 200, "timeout_s": 60}
+
+
+@contextlib.contextmanager
+def apart(file: Path) -> Iterator[None]:
+    """A scheduler and two workers, as a batch system starts them."""
+    place = ["--scheduler-file", str(file)]
+    commands = [
+        ["scheduler", *place, "--port", "0", "--no-dashboard"],
+        ["worker", *place, "--nworkers", "2", "--nthreads", "1", "--no-dashboard"],
+    ]
+    code = "from distributed.cli import dask_{0}; dask_{0}.main()"
+    with contextlib.ExitStack() as stack:
+        for name, *options in commands:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", code.format(name), *options],
+                    stderr=subprocess.DEVNULL,
+                    cwd=Path(__file__).parents[2],
+                )
+            )
+            stack.callback(process.terminate)
+            while not file.exists():
+                time.sleep(0.1)
+        yield
 
 
 @pytest.mark.fault
 @pytest.mark.slow
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_is_lost_in_training(blow, monkeypatch):
-    """A killed worker, and one that hangs: training goes on with those that answer."""
-    source = ArraySource(biased_pairs(6000, 27), (1000, 2000, 4000))
-    params = {"n_rounds": 300, "timeout_s": 8}
-    struck: list[float] = []
-    real = boosted_cluster._train_label
-    # A hanging worker is known to the scheduler until it misses its heartbeats.
-    with dask.config.set({"distributed.scheduler.worker-ttl": "10s"}), start(2, "2GiB") as cluster:
-        victim = max(cluster.client.run(os.getpid).items())[1]
+@pytest.mark.parametrize(("blow", "rank"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+def test_a_worker_is_lost_in_training(scene, blow, rank, monkeypatch, caplog):
+    """A killed worker, which has the tracker, and one that hangs: the bytes are the same."""
+    client, source, expected = scene
+    monkeypatch.setattr(boosted_cluster, "CHECKPOINT_S", 0.2)
+    if blow == signal.SIGSTOP:
+        monkeypatch.setattr(boosted_cluster, "PATIENCE_S", 8)
+    victim = client.run(os.getpid)[boosted_cluster._workers(client, 2, 60)[rank]]
 
-        def strike() -> None:
-            struck.append(time.monotonic())
-            os.kill(victim, blow)
+    def strike() -> None:
+        while not client.run_on_scheduler(kept_trees):
+            time.sleep(0.05)
+        os.kill(victim, blow)
 
-        def after_the_first_label(*arguments: Any) -> Any:
-            out = real(*arguments)
-            if not struck:
-                timer = threading.Timer(0.3, strike)
-                timer.daemon = True
-                timer.start()
-            return out
-
-        monkeypatch.setattr(boosted_cluster, "_train_label", after_the_first_label)
-        try:
-            out = fit(source, params=params, client=cluster.client)
-            finished = time.monotonic()
-        finally:
-            if struck and blow == signal.SIGSTOP:
-                with contextlib.suppress(ProcessLookupError):  # its nanny was faster
-                    os.kill(victim, signal.SIGKILL)
-    assert struck
-    assert struck[0] < finished
-    x = source.batch.features
-    here = fit(source, params={"n_rounds": 300})
-    assert (np.abs(out.predict(x) - here.predict(x)) / NOISE).max() < 1e-4
+    with ThreadPoolExecutor(1) as pool:
+        struck = pool.submit(strike)
+        made = fit(source, params=LONG, client=client)
+        assert struck.done()
+        struck.result()
+    told = re.search(r"goes on from tree (\d+) of 600", caplog.text)
+    assert told and int(told[1]) > 0
+    assert ("silent for 8 s and is given up" in caplog.text) == (blow == signal.SIGSTOP)
+    assert not psutil.pid_exists(victim)
+    assert made.files() == expected

@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from sos_dask import corrections as models
-from sos_dask.corrections import Batch, boosted
-from sos_dask.corrections.boosted import BoostedCorrection
+from sos_dask.corrections import Batch, Training, boosted
+from sos_dask.corrections.base import summarise
+from sos_dask.corrections.boosted import BoostedCorrection, Job
 from tests.corrections.pairs import NOISE, ArraySource, biased_pairs
 from tests.corrections.test_boosted import QUICK, fit
 from tests.steps import FEATURES
@@ -105,3 +107,22 @@ def test_a_block_is_scaled_and_lies_on_the_lower_edges():
     for found, all_of in zip(rows.differences.T, expected.T, strict=True):
         np.testing.assert_allclose(np.sort(found), np.sort(all_of), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(rows.weight, np.ones(500))
+
+
+@pytest.mark.parametrize("trees", [1, 7, 10, 11, 25])
+def test_training_goes_on_from_any_tree_with_equal_bytes(trees):
+    batch = biased_pairs(3000, 19, 0.03)
+    batch.differences[::4, 2] = np.nan
+    training, settings = Training(ArraySource(batch)), boosted.Settings(n_rounds=10)
+    summary = summarise(training, "boosted", settings, 50)
+    job = Job(training, settings, summary, boosted._bin_edges(training, summary.info, 256))
+    kept = []
+
+    def keep(n_trees, trained, booster):
+        if n_trees == trees:
+            kept.extend([*trained, bytes(booster.save_raw("ubj"))])
+
+    rows = job.block(0, 1)
+    whole = job.boost(rows, 1, (), keep)
+    assert len(kept) == (trees + 9) // 10
+    assert job.boost(rows, 2, kept) == whole

@@ -53,12 +53,11 @@ Found = Mapping[tuple[str, str, str], Figure]
 def sky(seed: int = 0) -> Sample:
     rng = np.random.default_rng(seed)
     labels = rng.uniform([4000, 0, -3], [8000, 5, 1], size=(N, 3)).T
-    return Sample(
-        TEST,
-        dict(zip(EDGES, labels, strict=True)),
-        rng.integers(0, N_GROUPS, N),
-        rng.random(N) < 0.05,
-    )
+    rest = rng.integers(0, N_GROUPS, N), rng.random(N) < 0.05
+    columns = dict(zip(EDGES, labels, strict=True)) | {
+        "snr": rng.integers(10, 200, N).astype(float)
+    }
+    return Sample(TEST, columns, *rest)
 
 
 def compared(residuals: Mapping[str, np.ndarray], sample: Sample, **more) -> Found:
@@ -100,6 +99,9 @@ def test_figures_are_exact(residuals, found):
         "teff > 7000": sample.labels["teff"] > 7000,
         "feh < -2": sample.labels["feh"] < -2,
         "feh > 0.2": sample.labels["feh"] > 0.2,
+        "snr 20-50": (sample.labels["snr"] >= 20) & (sample.labels["snr"] < 50),
+        "snr 50-100": (sample.labels["snr"] >= 50) & (sample.labels["snr"] < 100),
+        "snr > 100": sample.labels["snr"] >= 100,
     }
     for method, values in residuals.items():
         for subset, mask in masks.items():

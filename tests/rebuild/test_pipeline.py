@@ -81,7 +81,7 @@ def test_every_account_closes_and_is_true(small_store, small_sky):
             assert n_in[f"{survey}.observations"] == len(file[1].data)
         assert n_in[f"{survey}.stars"] == out[f"{survey}.observations"]
     assert n_in["reference"] == out["apogee.stars"] + out["galah.stars"]
-    assert n_in["lamost.pairs"] == out["lamost.stars"]
+    assert n_in["lamost.pairs"] == out["lamost.observations"]
     assert Manifest.load(current / "lamost.model.polynomial").rows.n_in == out["lamost.pairs"]
     assert n_in["lamost.corrected"] == out["lamost.corrected"] == out["lamost.observations"]
 

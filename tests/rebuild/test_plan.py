@@ -34,7 +34,7 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
     assert not {"apogee.stars", "galah.stars", "reference"} & set(why)
     assert why["lamost.observations"] == "cuts.snr.min 20 -> 30"
     assert why["lamost.stars"] == "lamost.observations changed"
-    assert why["lamost.pairs"] == "lamost.stars changed"
+    assert why["lamost.pairs"] == "lamost.observations changed"
     assert why["lamost.corrected"] == (
         "lamost.comparison changed; lamost.observations changed; lamost.uncertainty changed; "
         "lamost.coverage changed; lamost.model.polynomial changed"
@@ -175,7 +175,7 @@ def test_corrections_have_products_of_their_own(job, store, small_sky):
     two = load_job(write_job(store.parent, small_sky, TWO, reports))
     stages = {stage.product: stage for stage in plan(two)}
     of_first = {name for name in stages if name.startswith("lamost.") and ".rv." not in name}
-    common = {"lamost.observations", "lamost.stars", "lamost.pairs"}
+    common = {"lamost.observations", "lamost.stars", "lamost.pairs", "lamost.sample"}
     own = {name.removeprefix("lamost.") for name in of_first - common}
     assert {f"lamost.rv.{name}" for name in own} | {"lamost.rv.report"} == {
         name for name in stages if ".rv." in name

@@ -14,6 +14,7 @@ from sos_dask.report.figures import (
     comparison_figure,
     formula_lines,
     front_figure,
+    overlap_figure,
     reference_figure,
     trend_figure,
 )
@@ -129,6 +130,25 @@ def test_differences_of_references_are_counted_where_they_are_judged():
     direct = next(line for line in lower.lines if line.get_marker() == "D")
     assert np.isfinite(direct.get_ydata()).tolist() == [True, False, False, False]
     assert reference_figure(table, {"teff": "K"}, "a", "c", "lamost") is None
+
+
+def test_pairs_and_rows_are_shares_in_the_same_bins():
+    rng = np.random.default_rng(0)
+    pairs = {"snr": rng.uniform(20, 400, 500), "teff": rng.normal(5000, 300, 500)}
+    rows = {"snr": rng.uniform(10, 80, 3000), "teff": np.full(3000, np.nan)}
+    pairs["snr"][0], rows["snr"][:2] = 0.0, np.nan
+    found = drawn(overlap_figure(pairs, rows, UNITS))
+    [axes] = found.figure.axes  # no row has a Teff
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "S/N"
+    steps: Any = axes.patches
+    for step, values in zip(steps, (rows["snr"][2:], pairs["snr"][1:]), strict=True):
+        shares, edges, _ = step.get_data()
+        assert len(shares) == 40 and 99 < shares.sum() <= 100
+        np.testing.assert_allclose(shares, 100 * np.histogram(values, edges)[0] / len(values))
+    assert found.facts["pairs"] == 500 and found.facts["rows"] == 3000
+    inside = [np.mean((x["snr"] >= 20) & (x["snr"] < 50)) for x in (pairs, rows)]
+    assert found.facts["bands"]["S/N 20–50"] == [f"{100 * x:.1f} %" for x in inside]
+    assert overlap_figure({"teff": pairs["teff"]}, rows, UNITS) is None
 
 
 def test_dots_are_at_their_values_one_below_the_other():

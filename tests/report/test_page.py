@@ -43,6 +43,20 @@ def test_the_comparison_shows_every_figure_with_its_interval():
     assert comparison_figure(comparison().slice(0, 0), UNITS, "boosted") is None
 
 
+def test_failing_bins_are_shown_by_label_axis_and_band():
+    counts = {"pairs all": [3, 20], "pairs snr 20-50": [0, 9], "rows all": [1, 18]}
+    entries = [
+        {"method": method, "label": label, "against": against, "counts": counts}
+        for method in ("none", "boosted")
+        for label, against in (("teff", "logg"), ("all", "all"))
+    ]
+    found = page.failing(entries, "boosted")
+    assert found.headers == ("label by", ">pairs all", ">pairs S/N 20–50", ">rows all")
+    wanted = ("3/20", "0/9", "1/18")
+    assert found.rows == (("Teff by log g", *wanted), ("all by all", *wanted))
+    assert found.strong == {1}
+
+
 def test_rows_that_fail_cuts_are_counted_and_shares_are_of_all_rows():
     given = {
         "fibers": {"bit": 3, "column": "fibermask", "max": 0, "null_passes": True},
@@ -195,6 +209,10 @@ def hostile_facts(evil: Hostile) -> dict[str, dict]:
     """What the captions of all figures say."""
     return {
         "sky": {"order": 6, "degrees": 0.9, "rows": {evil("fact_sky"): 1}},
+        "overlap": {
+            "pairs": 1, "rows": 1, "bins": 40, "beyond": evil("fact_beyond_ends"),
+            "bands": {evil("fact_band"): ["1 %", evil("fact_share")]},
+        },
         "trends-x": {
             "n": {"before": 1, "after": 1, "fitted": 1},
             "method": evil("fact_method"),
@@ -234,7 +252,7 @@ def hostile_tables(evil: Hostile) -> dict[str, object]:
     # The first table of a kind is open, others are folded.
     several = {
         kind: {evil(f"{kind}_{i}"): bad(f"{kind}_{i}") for i in range(2)}
-        for kind in ("cuts", "comparison", "left_out")
+        for kind in ("cuts", "comparison", "failing", "left_out")
     }
     worst = {"label": "teff", "value": 1.0, "error": 1.0, "against": evil("worst_against"),
              "bin_low": 1.0, "bin_high": 2.0, "n": 3}  # fmt: skip
@@ -278,7 +296,8 @@ def test_a_section_without_content_is_left_out():
     pictures = {"kiel": Picture("K", {"known": 1, "before": 7, "after": 0}, rendered.png)}
     names = ("account", "inputs", "products", "software", "worst", "short", "agreements",
              "flags", "follow_up", "artifacts", "outside", "hit_rates")  # fmt: skip
-    tables = dict.fromkeys(names) | {"comparison": {}, "left_out": {}, "cuts": {}}
+    tables = dict.fromkeys(names) | {"comparison": {}, "failing": {}, "left_out": {}}
+    tables["cuts"] = {}
     tables |= dict.fromkeys(("account", "inputs", "products", "software"), Table(("a",), ()))
     tables |= {"gains": [], "disagreeing": []}
     text = html(Build({}, {}), pictures, tables, job="j", job_text="a = 1", version="1")

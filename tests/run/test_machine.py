@@ -110,6 +110,22 @@ assert pandas.Series([1]).sum() == 1
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
+def test_xgboost_does_without_scikit_learn_where_nobody_else_is():
+    code = """
+import sys
+from sos_dask.run.machine import import_xgboost, leave_pandas_out
+if len(sys.argv) > 1:
+    leave_pandas_out()
+xgboost = import_xgboost()
+assert ("sklearn" in sys.modules) == (len(sys.argv) == 1)
+import numpy, sklearn.neighbors
+assert xgboost.train({}, xgboost.DMatrix(numpy.eye(3), [1, 2, 3]), 2).num_boosted_rounds() == 2
+"""
+    for alone in ([], ["alone"]):
+        run = [sys.executable, "-c", code, *alone]
+        subprocess.run(run, cwd=Path(__file__).parents[2], check=True)
+
+
 @pytest.mark.parametrize(("n_rows", "n_threads"), [(0, 1), (9, 1), (10, 1), (20, 2), (10**9, 3)])
 def test_threads_have_rows_enough(monkeypatch, n_rows, n_threads):
     monkeypatch.setattr(machine, "n_cores", lambda: 3)

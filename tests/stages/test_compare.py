@@ -10,11 +10,14 @@ import pytest
 from sos_dask import corrections as models
 from sos_dask.api import train
 from sos_dask.errors import CatalogError, ClusterError, ConfigError, ModelError, SosError
+from sos_dask.evidence.failing import BIN_SCHEMA
 from sos_dask.evidence.figures import FIGURE_SCHEMA, STATISTICS, SUBSETS
 from sos_dask.evidence.smoothness import ARTIFACT_SCHEMA, OUTSIDE_SCHEMA
 from sos_dask.run.cluster import Cluster
 from sos_dask.schema import LABELS
 from sos_dask.stages.compare import Compare, CompareSettings
+from sos_dask.stages.evidence import read_evidence
+from sos_dask.stages.sample import read_sample
 from sos_dask.stages.train import TrainSettings
 from sos_dask.stats.numbers import scatter
 from sos_dask.storage.catalog import Catalog
@@ -50,9 +53,9 @@ def compared(build, trained, tmp_path_factory) -> Path:
 
 def test_a_rebuild_makes_the_comparison(build):
     manifest = Manifest.load(build / "lamost.comparison")
-    assert set(manifest.recipe.inputs) == {"evidence", "model.polynomial"}
+    assert set(manifest.recipe.inputs) == {"evidence", "model.polynomial", "sample"}
     assert {record.path for record in manifest.files} == {
-        "comparison.parquet", "artifacts.parquet", "outside.parquet",
+        "comparison.parquet", "artifacts.parquet", "outside.parquet", "bins.parquet",
     }  # fmt: skip
     assert manifest.rows.n_in == Catalog.open(build / "lamost.pairs").n_rows
     assert manifest.rows.n_out == used(build).num_rows
@@ -63,11 +66,12 @@ def test_a_rebuild_makes_the_comparison(build):
 def test_tables_have_every_figure(compared):
     tables = {
         name: pq.read_table(compared / f"{name}.parquet")
-        for name in ("comparison", "artifacts", "outside")
+        for name in ("comparison", "artifacts", "outside", "bins")
     }
     assert [path.name for path in compared.parent.iterdir()] == ["out"], "its table is removed"
     schemas = [table.schema.remove_metadata() for table in tables.values()]
-    assert schemas == [FIGURE_SCHEMA, ARTIFACT_SCHEMA, OUTSIDE_SCHEMA]
+    assert schemas == [FIGURE_SCHEMA, ARTIFACT_SCHEMA, OUTSIDE_SCHEMA, BIN_SCHEMA]
+    assert set(tables["bins"]["weighting"].to_pylist()) == {"pairs"}, "no rows were given"
     n = 3 * 3 * 2 * len(SUBSETS) * len(STATISTICS)
     assert tables["comparison"].num_rows == n
     assert len({tuple(row.values())[:5] for row in tables["comparison"].to_pylist()}) == n
@@ -103,6 +107,40 @@ def test_held_out_figures_are_of_held_out_pairs_and_training_figures_of_the_save
             before = column(pairs, f"{label}_diff")
             row = found["none", label, "test", "mad"]
             assert row["value"] == pytest.approx(scatter(before[np.isfinite(before)]), abs=1e-12)
+
+
+def test_pairs_stand_for_the_rows_that_they_are_nearest_to(build):
+    """Weighted bins of a label against a star-by-star search among all pairs."""
+    names = ["teff", "logg", "feh", "snr", "held_out", "teff_diff", "teff_held_out_polynomial"]
+    pairs = read_evidence(build / "lamost.evidence", names)
+    pairs = pairs.filter(pairs["held_out"])
+    rows = read_sample(build / "lamost.sample", good=True)
+    x, at = (np.stack([column(one, name) for name in LABELS], axis=1) for one in (pairs, rows))
+    at = at[np.isfinite(at).all(axis=1)]
+    snr = column(rows.filter(np.isfinite(column(rows, "teff") + column(rows, "logg"))), "snr")
+    center = np.median(x, axis=0)
+    scale = 1.4826 * np.median(np.abs(x - center), axis=0)
+    far = np.log(snr)[:, None] - np.log(column(pairs, "snr"))
+    far = far**2 + sum((2 * (at[:, i, None] - x[:, i]) / scale[i]) ** 2 for i in range(len(LABELS)))
+    nearest = np.argsort(far, axis=1)[:, :8]
+    weight = np.bincount(nearest.ravel(), minlength=len(x))
+    left = column(pairs, "teff_diff") - column(pairs, "teff_held_out_polynomial")
+    found = {
+        row["bin_low"]: row
+        for row in Compare.load(build / "lamost.comparison")["bins"]
+        if [row[name] for name in ("method", "label", "against", "band", "weighting")]
+        == ["polynomial", "teff", "logg", "all", "rows"]
+    }
+    for low in (2.25, 2.5, 4.0, 4.25):
+        inside = (x[:, 1] >= low) & (x[:, 1] < low + 0.25) & (weight > 0)
+        w = np.repeat(left[inside], weight[inside])
+        assert found[low]["n"] == inside.sum() > 10
+        assert found[low]["median"] == pytest.approx(np.median(w), abs=3.0)
+        kish = weight[inside].sum() ** 2 / (weight[inside] ** 2).sum()
+        assert found[low]["n_effective"] <= kish * 1.001
+    # Pairs are brighter than rows: with their weights they are less so.
+    bright = column(pairs, "snr")
+    assert np.median(snr) < np.average(bright, weights=weight) < np.mean(bright)
 
 
 def test_the_thinnest_twentieth_of_the_training_pairs_is_sparse(build, compared):

@@ -103,12 +103,12 @@ def test_the_table_has_every_pair_fit_for_training_and_every_prediction(build, p
     n_stars = len(whole["reference_star_id"].unique())
     assert np.array_equal(star, key_numbers(whole["reference_star_id"], 0))
     assert len(np.unique(star)) == len(np.unique(star + ids["group"].to_numpy())) == n_stars
-    assert len(ids["target"].unique()) == len(whole["target_star_id"].unique())
+    assert len(ids["target"].unique()) == len(whole["target_obs_id"].unique()) == whole.num_rows
     columns = [*held_out_columns("polynomial"), *fitted_columns("polynomial"), "held_out"]
     found = read_evidence(tmp_path / "evidence", columns)
     held_out = pq.read_table(build / "lamost.model.polynomial" / "held_out.parquet")
-    x = features(*(floats32(whole, label) for label in LABELS))
-    fitted = load(build / "lamost.model.polynomial").predict(x)
+    model = load(build / "lamost.model.polynomial")
+    fitted = model.predict(model.problem.matrix(whole))
     order = np.argsort(whole["fold"].to_numpy(), kind="stable")
     assert found["held_out"].to_numpy().all()
     for number, label in enumerate(LABELS):

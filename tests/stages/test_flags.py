@@ -34,7 +34,7 @@ def store(small_sky, tmp_path_factory):
     more = (
         f"[coverage]\ngrid = {{{grid}}}\n"
         "[dedupe]\nmax_spread = 1.0\n"
-        "[crossmatch]\nradius_arcsec = 600\nuse_gaia_id = false\n"
+        '[crossmatch]\ntarget = "stars"\nradius_arcsec = 600\nuse_gaia_id = false\n'
     )
     rebuild(load_job(write_job(folder, small_sky, more=more)))
     return folder / "store"

@@ -45,6 +45,7 @@ from tests.steps import generalisation, report
 
 FIGURES = {
     "sky",
+    "overlap",
     "trends-polynomial",
     "trends-more",
     "references-apogee-galah",
@@ -217,7 +218,7 @@ def test_what_is_missing_is_left_out(products, tmp_path):
     )  # fmt: skip
     few = {n: p for n, p in products.items() if n not in without}
     manifest = report(few, tmp_path / "few", SETTINGS)
-    assert set(manifest.summary["figures"]) == {"sky", "kiel", "comparison"}
+    assert set(manifest.summary["figures"]) == {"sky", "overlap", "kiel", "comparison"}
     text = (tmp_path / "few" / PAGE).read_text()
     assert "Trends before and after" not in text and "The methods compared" in text
     with pytest.raises(ConfigError, match="nothing to report"):

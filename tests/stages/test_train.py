@@ -10,6 +10,7 @@ import pytest
 
 from sos_dask import corrections as models
 from sos_dask.api import crossmatch, train
+from sos_dask.corrections import estimators
 from sos_dask.errors import ConfigError, ModelError
 from sos_dask.evidence.figures import held_out_metrics
 from sos_dask.run.cluster import Cluster
@@ -74,8 +75,50 @@ def test_where_fits_are_data_parallel(
     settings = TrainSettings(method="polynomial", params={"order": 1}, distributed=distributed)
     pairs = Catalog.open(build / "lamost.pairs")
     made = train(pairs, tmp_path / "model", settings, cluster=cluster)
-    assert {client is not None for client in clients} == {on_workers}
+    here = set() if is_elsewhere and not on_workers else {on_workers}
+    assert {client is not None for client in clients} == here
     assert "distributed" not in made.recipe.params["settings"], "how it is made is no part of it"
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "validation", "distributed"),
+    [
+        ("polynomial", {"order": 1}, "kfold", "never"),
+        ("boosted", {"n_rounds": 5}, "holdout", "auto"),
+        ("hybrid", {"n_rounds": 5, "order": 1}, "holdout", "auto"),
+        ("simex", {"replicas": 1, "order": 1, "max_passes": 2}, "holdout", "auto"),
+        ("symbolic", {"generations": 1}, "holdout", "auto"),
+    ],
+)
+def test_a_driver_whose_workers_are_elsewhere_does_nothing_heavy(
+    small_store, cluster, tmp_path, monkeypatch, method, params, validation, distributed
+):
+    """It may be on a login node: it reads no pairs, and makes no tables and no predictions."""
+    given = {"method": method, "params": params, "validation": validation}
+    settings = TrainSettings(**given, distributed=distributed)
+    pairs = write_catalog(rows_of(small_store / "current/lamost.pairs"), tmp_path / "pairs")
+    here = train(pairs, tmp_path / "here", TrainSettings(**given))
+
+    def heavy(*_):
+        raise AssertionError("in the driver")
+
+    monkeypatch.setattr(Cluster, "is_elsewhere", True)
+    monkeypatch.setattr(PairsSource, "load", heavy)
+    monkeypatch.setattr(models.Correction, "predict", heavy)
+    monkeypatch.setattr(models.class_of(method), "evaluate", heavy)
+    monkeypatch.setattr(models.class_of(method), "files", heavy)
+    monkeypatch.setattr(models.class_of("boosted"), "evaluate", heavy)
+    there = train(pairs, tmp_path / "there", settings, cluster=cluster)
+    assert {one.path: one.sha256 for one in there.files} == {
+        one.path: one.sha256 for one in here.files
+    }
+    assert there.summary == here.summary
+
+
+def test_always_on_workers_needs_some(build, tmp_path):
+    settings = TrainSettings(method="boosted", distributed="always")
+    with pytest.raises(ConfigError, match="needs workers"):
+        train(Catalog.open(build / "lamost.pairs"), tmp_path / "model", settings)
 
 
 def test_validation_is_by_the_number_of_pairs(build, tmp_path):
@@ -108,7 +151,7 @@ def test_a_search_sees_the_folds_that_train(build, tmp_path, monkeypatch):
         asked.append((folds, n, seed, params["max_depth"]))
         return {**params, "n_rounds": 2, "max_depth": len(asked)}, [{"params": {}, "loss": 0.5}]
 
-    monkeypatch.setattr(models, "search", found)
+    monkeypatch.setattr(estimators, "search", found)
     settings = TrainSettings(
         method="boosted", params={"n_rounds": 3}, validation="holdout", search=4, seed=7
     )
@@ -146,13 +189,15 @@ def test_every_held_out_pair_is_predicted_once(current):
 
 def test_held_out_predictions_come_from_models_that_never_saw_the_fold(current):
     pairs = Catalog.open(current / "lamost.pairs")
-    source = PairsSource(pairs)
+    problem = models.load(current / "lamost.model.polynomial").problem
+    source = PairsSource(pairs, problem)
     folds = sorted(set(rows_of(current / "lamost.pairs")["fold"].to_pylist()))
     held_out = pq.read_table(current / "lamost.model.polynomial/held_out.parquet")
     fold = folds[1]
     correction = models.fit("polynomial", source, train_folds=[f for f in folds if f != fold])
     rows = held_out.filter(pc.equal(held_out["fold"], fold))
-    x = np.stack([rows[f"x_{label}"].to_numpy() for label in LABELS], axis=1)
+    x = columns(rows, [f"x_{column}" for column in problem.columns])
+    assert "x_snr" in rows.column_names
     expected = np.stack([rows[f"{label}_delta"].to_numpy() for label in LABELS], axis=1)
     np.testing.assert_array_equal(correction.predict(x), expected)
 

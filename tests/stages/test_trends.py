@@ -21,7 +21,7 @@ from sos_dask.storage.manifest import Manifest
 from tests.job import contents
 from tests.skies import write_catalog
 from tests.stages.pairs import column, read, used
-from tests.steps import features, trends
+from tests.steps import trends
 
 FILES = ("planes.parquet", "references.parquet", "trends.parquet")
 FEW = TrendSettings(
@@ -157,7 +157,7 @@ def test_fitted_pairs_are_those_that_trained_the_model(build):
     pairs = used(build)
     if model.info.train_folds is not None:
         pairs = pairs.filter(pc.is_in(pairs["fold"], pa.array(model.info.train_folds, pa.int8())))
-    x = features(*(column(pairs, label) for label in LABELS))
+    x = model.problem.matrix(pairs)
     left = column(pairs, "logg_diff") - model.predict(x)[:, 1]
     found = rows(
         build / "lamost.trends" / "trends.parquet", label="logg", against="teff", sample="fitted",

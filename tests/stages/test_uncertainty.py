@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import binomtest
 
+from sos_dask.api import crossmatch, train
 from sos_dask.columns import floats, floats32
 from sos_dask.correct import FLAG_OUTSIDE, FLAG_SPARSE
 from sos_dask.errors import CatalogError, ModelError
@@ -20,6 +21,7 @@ from sos_dask.schema import LABELS
 from sos_dask.settings import sealed, to_json
 from sos_dask.stages.evidence import read_evidence
 from sos_dask.stages.reference import common_stars
+from sos_dask.stages.train import TrainSettings
 from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
 from sos_dask.stars.repeats import normalisation
 from sos_dask.storage.catalog import Catalog
@@ -139,7 +141,8 @@ def test_errors_of_the_reference_are_normalised_by_its_survey(build, tmp_path, m
         ids, where = np.unique(table[name].to_numpy(), return_inverse=True)
         parts = np.stack([np.bincount(where, held_out.part == k, len(ids)) for k in range(5)])
         assert (np.count_nonzero(parts, axis=0) == 1).all(), "one star, one part"
-    assert np.bincount(held_out.part).min() > 0.15 * len(where)
+    stars = np.unique(table["star"].to_numpy(), return_index=True)[1]
+    assert np.bincount(held_out.part[stars]).min() > 0.15 * len(stars)
 
 
 def test_factors_of_stated_errors_are_those_that_were_simulated(build):
@@ -157,10 +160,11 @@ def test_corrected_rows_carry_the_errors(build):
     table = read(build / "lamost.corrected")
     errors = load_errors(build / "lamost.uncertainty")
     x = DEFAULT.matrix(table)
-    wanted = errors.half_width(x, table["snr"].to_numpy())
+    own, wanted = errors.half_widths(x, table["snr"].to_numpy())
     kind = read(build / "lamost.coverage")["kind_coverage"].fill_null(0).to_numpy()
     known = CoverageModel.load(build / "lamost.coverage")
     factors = known.widths.widening(kind, errors.is_sparse(x).astype(np.int64), wanted)
+    own *= factors.astype(np.float32)
     wanted *= factors.astype(np.float32)
     for number, label in enumerate(LABELS):
         column = table[f"{label}_sos_err"]
@@ -169,12 +173,16 @@ def test_corrected_rows_carry_the_errors(build):
         assert known.tolist() == table[f"{label}_sos"].is_valid().to_pylist()
         covered = known & (table["flag_sos"].to_numpy() & (FLAG_SPARSE | FLAG_OUTSIDE) == 0)
         assert covered.sum() > 100
-        assert np.array_equal(column.to_numpy()[covered], wanted[covered, number])
+        assert np.array_equal(column.to_numpy()[covered], own[covered, number])
+        pair = table[f"{label}_sos_err_pair"].to_numpy()
+        assert np.array_equal(pair[covered], wanted[covered, number])
         assert (column.to_numpy()[known] > 0).all()
     files = sorted((build / "lamost.corrected" / "dataset").rglob("Npix=*.parquet"))
     metadata = pq.read_schema(files[0]).field("teff_sos_err").metadata
     assert metadata[b"unit"] == b"K"
     assert metadata[b"ucd"] == b"stat.error;phys.temperature.effective"
+    assert b"of corrected teff: that of corrected - reference" in metadata[b"description"]
+    metadata = pq.read_schema(files[0]).field("teff_sos_err_pair").metadata
     assert b"for 95 % times" in metadata[b"description"]
 
 
@@ -215,11 +223,17 @@ def test_the_same_in_any_partitions(build, alone, tmp_path):
 
 
 def test_single_observations_are_preferred(build, tmp_path):
-    single = run(build, tmp_path / "single", min_single=50)
+    """Among pairs of stars, whose labels are combined."""
+    stars, reference = (Catalog.open(build / name) for name in ("lamost.stars", "reference"))
+    crossmatch(stars, reference, tmp_path / "pairs")
+    pairs = Catalog.open(tmp_path / "pairs")
+    train(pairs, tmp_path / "model", TrainSettings(method="polynomial", params={"order": 2}))
+    given = tmp_path / "model", pairs
+    single = uncertainty(*given, tmp_path / "single", UncertaintySettings(min_single=50))
     n_several = single.rows.dropped["of several observations"]
-    pairs = read(build / "lamost.pairs").filter(pc.field("use"))
-    assert n_several == pc.sum(pc.greater(pairs["n_obs"], 1)).as_py() > 0
-    everything = run(build, tmp_path / "all", min_single=10**6)
+    used = read(pairs.path).filter(pc.field("use"))
+    assert n_several == pc.sum(pc.greater(used["n_obs"], 1)).as_py() > 0
+    everything = uncertainty(*given, tmp_path / "all", UncertaintySettings(min_single=10**6))
     assert everything.rows.dropped["of several observations"] == 0
     files = [(tmp_path / name / "error.npy").read_bytes() for name in ("single", "all")]
     assert files[0] != files[1]

@@ -16,6 +16,7 @@ from sos_dask.stars.repeats import (
     SNR_EDGES,
     merged_pulls,
     normalisation,
+    pull_correlation,
     pull_counts,
     snr_bin,
 )
@@ -231,3 +232,62 @@ def test_pulls_beside_the_limits_of_bins(dtype):
     wanted = [bin_of(one) for one in (pull.astype(np.float64) / math.sqrt(0.5)).tolist()]
     assert counts[0].sum(axis=(0, 1)).tolist() == np.bincount(wanted, minlength=192).tolist()
     assert counts.sum() == n
+
+
+# --- correlation of the errors of labels --------------------------------------------------------
+
+CORRELATION = np.array([[1.0, 0.7, -0.3], [0.7, 1.0, 0.1], [-0.3, 0.1, 1.0]])
+
+
+def correlated(
+    n_stars: int, seed: int = 0, wrong: float = 0.0, correlation: np.ndarray = CORRELATION
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels of stars seen one to four times, their errors, and the numbers of the stars."""
+    rng = np.random.default_rng(seed)
+    star = np.repeat(rng.permutation(n_stars) * 7 + 3, rng.integers(1, 5, n_stars))
+    n = len(star)
+    errors = rng.uniform(0.3, 3.0, (n, 1)) * [60.0, 0.1, 0.05]
+    noise = rng.normal(size=(n, 3)) @ np.linalg.cholesky(correlation + 1e-9 * np.eye(3)).T
+    noise += np.where(rng.random((n, 1)) < wrong, rng.uniform(-30, 30, (n, 3)), 0)
+    values = star[:, None] * [10.0, 0.01, 0.02] + errors * noise
+    order = rng.permutation(n)
+    return values[order], errors[order], star[order]
+
+
+@pytest.mark.parametrize(("wrong", "slack"), [(0.0, 0.03), (0.05, 0.06)])
+def test_a_known_correlation_is_found(wrong, slack):
+    found = pull_correlation(*correlated(8000, 1, wrong))
+    np.testing.assert_allclose(found, CORRELATION, atol=slack)
+
+
+def test_the_correlation_does_not_depend_on_the_widths_of_errors():
+    values, errors, star = correlated(4000, 2)
+    stated = errors * [0.6, 1.0, 1.7]
+    np.testing.assert_allclose(pull_correlation(values, stated, star), CORRELATION, atol=0.05)
+
+
+@pytest.mark.parametrize("joined", [1.0, -1.0])
+def test_a_correlation_can_be_drawn_from(joined):
+    """Errors that are one and the same too, and those of few repeats."""
+    one = np.array([[1.0, joined, 0.0], [joined, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    for n_stars in (MIN_PULLS, 3000):
+        found = pull_correlation(*correlated(n_stars, 3, correlation=one))
+        np.linalg.cholesky(found)
+        np.testing.assert_allclose(np.diag(found), 1.0)
+        assert found[0, 1] * joined > 0.98
+        np.testing.assert_allclose(found, found.T)
+
+
+def test_few_or_unknown_repeats_tell_of_no_correlation():
+    values, errors, star = correlated(4000, 4)
+    once = np.unique(star, return_index=True)[1]
+    some = np.flatnonzero(np.isin(star, np.unique(star)[: MIN_PULLS // 4]))
+    unknown = np.where(np.arange(3) == 2, np.nan, errors)
+    for given in (
+        (values[once], errors[once], star[once]),
+        (values[some], errors[some], star[some]),
+        (values[:0], errors[:0], star[:0]),
+        (values, unknown, star),
+    ):
+        np.testing.assert_array_equal(pull_correlation(*given), np.eye(3))
+    assert (pull_correlation(values, errors, star) != np.eye(3)).any()

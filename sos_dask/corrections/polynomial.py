@@ -126,9 +126,9 @@ class PolynomialCorrection(Correction):
             np.array([float(f"{value:.3e}") for value in values.tolist()])
             for values in (summary.mean, summary.deviation)
         )
-        coefficients = np.zeros((m, len(summary.center)))
-        coefficients[0] = summary.center
-        found = cls(summary.info, center, width, exponents, coefficients, summary.spread, 0)
+        start = np.zeros((m, len(summary.center)))
+        start[0] = summary.center
+        found = cls(summary.info, center, width, exponents, start, summary.spread, 0)
         # A residual of pairs without noise must not become a scale of zero.
         floor = np.maximum(1e-6 * summary.spread, np.finfo(np.float64).tiny)
         n_pairs = np.array(summary.info.n_pairs)
@@ -160,6 +160,7 @@ class PolynomialCorrection(Correction):
             raise ModelError(f"the polynomial has no finite solution: {advice}")
         with one_thread():
             coefficients = _without_noise(parts, found.coefficients, exponents.sum(axis=1))
+        coefficients = np.where(summary.constant, start, coefficients)
         return replace(found, coefficients=coefficients, scatter=found.scatter / freedom)
 
 

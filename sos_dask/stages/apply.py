@@ -19,6 +19,7 @@ from sos_dask.evidence.beyond import GUESSES
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.intervals import load_errors
 from sos_dask.evidence.widening import KIND_FIELD
+from sos_dask.schema import nearest
 from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, loaded, partition_record
@@ -126,7 +127,13 @@ class Apply(Stage[ApplySettings]):
         """Refuse models, errors and a coverage that do not fit to each other."""
         correction = corrections.load(self.path("model"))
         catalog = self.catalog("observations")
-        catalog.require(*correction.problem.names, *correction.problem.columns)
+        for name in (*correction.problem.names, *correction.problem.columns):
+            if name not in catalog.schema.names:
+                raise CatalogError(
+                    f"{catalog.path} has no column '{name}': the model {self.path('model')} "
+                    f"corrects {correction.problem.words}",
+                    nearest(name, catalog.schema.names),
+                )
         parse_partitions(self.settings.partitions, catalog.pixels)
         if "coverage" in self.inputs:
             self._check_coverage()
@@ -164,10 +171,11 @@ class Apply(Stage[ApplySettings]):
             )
         if "smooth" in self.inputs:
             path = self.path("smooth")
-            method = corrections.load(path).method
-            if method != "polynomial":
+            smooth, problem = corrections.load(path), corrections.load(self.path("model")).problem
+            if (smooth.method, smooth.problem) != ("polynomial", problem):
                 raise ModelError(
-                    f"{path} is a model of method '{method}': the fallback is 'polynomial'"
+                    f"{path} is a model of method '{smooth.method}' for {smooth.problem.words}: "
+                    f"the fallback is a polynomial for {problem.words}"
                 )
 
     def held_bytes(self) -> int:

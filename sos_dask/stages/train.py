@@ -46,7 +46,7 @@ from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
 
 SEARCH_FILE, TABLE = "search.json", "generalisation.parquet"
-MIN_KNOWN = 0.02  # share of the pairs
+_LEAST_KNOWN = 0.02  # share of the pairs
 _KEPT_ROWS = 1_000_000  # 30 MB; a fit reads its pairs dozens of times
 # Fewer train in one process for less: XGBoost is imported once, ranks do not meet at every level of
 # every tree. CPU seconds of two workers over those of one process (`tests.bench.distributed`): 1.4
@@ -218,7 +218,7 @@ class Train(Stage[TrainSettings]):
     """
 
     name = "train"
-    version = 10
+    version = 11
     Settings = TrainSettings
     roles = (
         Role("pairs", "Pairs, as crossmatch makes them."),
@@ -256,20 +256,20 @@ class Train(Stage[TrainSettings]):
         return replace(source, sample=sample, correlation=correlation, times=times)
 
     def _folds(self, batches: Sequence[tuple[NDArray[np.int8], IntArray]]) -> NDArray[np.int8]:
-        """Folds of the pairs; what hardly any of them knows is refused."""
+        """Folds of the pairs; an input or label that hardly any of them knows is refused."""
         problem = self.settings.problem
-        fold, known = [one for one, _ in batches], [n for _, n in batches]
         columns = [*(one.column for one in problem.inputs), *(one.diff for one in problem.labels)]
-        n_pairs = sum(map(len, fold))
-        for column, n in zip(columns, sum(known) if n_pairs else (), strict=False):
-            if n < MIN_KNOWN * n_pairs:
+        fold = np.concatenate([np.empty(0, np.int8), *(one for one, _ in batches)])
+        known = np.sum([np.zeros(len(columns), np.int64), *(n for _, n in batches)], axis=0)
+        for column, n in zip(columns, known.tolist(), strict=True):
+            if n < _LEAST_KNOWN * len(fold):
                 raise ModelError(
                     f"{self.catalog('pairs').path}: column '{column}' has a value that can be used "
-                    f"in {n:,} of {n_pairs:,} pairs fit for training",
+                    f"in {n:,} of {len(fold):,} pairs fit for training",
                     "Leave it out of labels and inputs, or give a catalog that has it: a row "
-                    "without any of its inputs has no correction.",
+                    "without one of its inputs has no correction.",
                 )
-        return np.concatenate([np.empty(0, np.int8), *fold])
+        return fold
 
     def make(self, run: Run) -> Made:
         """Fit once a fold, or once, and predict what was held out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ FLAG_NULL_INPUT = 1
 FLAG_OUTSIDE_TRAINING = 2
 FLAG_QUALITY = 4
 FLAG_MEANINGS = {
-    FLAG_NULL_INPUT: "a label or an input is null: no correction",
+    FLAG_NULL_INPUT: "a label is null, or an input: no correction of that label, or of any",
     FLAG_OUTSIDE_TRAINING: "outside the range of the training pairs: the correction at its edge",
     FLAG_QUALITY: "the row fails a quality cut",
 }
@@ -140,7 +141,7 @@ def correct(
 
     The table has the labels and the inputs of the problem, null where unknown. The same rows come
     back in the same order, with ``*_sos``, ``*_delta``, with errors ``*_sos_err`` (of the label)
-    and ``*_sos_err_pair`` (of corrected - reference), all null where any of the inputs or labels is
+    and ``*_sos_err_pair`` (of corrected - reference), null where the label or any of the inputs is
     null, ``coverage`` where it is given, and ``flag_sos`` (bits of `FLAG_MEANINGS` and
     `COVERAGE_MEANINGS`); a ``suffix`` ends the names of these two. Raises
     `PartitionError` for a coverage of other rows.
@@ -152,18 +153,19 @@ def correct(
     labels = [floats32(table, name) for name in problem.names]
     x = problem.matrix(table)
     known = np.isfinite(x[:, 0])
-    for column in (*x.T[1:], *labels):
+    for column in x.T[1:]:
         known &= np.isfinite(column)
+    has = [known & np.isfinite(label) for label in labels]
     delta = correction.predict(x)
     if covered is not None:
         delta = covered.faded(delta, x)
-    flags = ~known * np.int32(FLAG_NULL_INPUT)
+    flags = ~functools.reduce(np.logical_and, has) * np.int32(FLAG_NULL_INPUT)
     flags |= (known & ~correction.in_range(x)) * np.int32(FLAG_OUTSIDE_TRAINING)
     if "quality" in table.schema.names:
         flags |= (table["quality"].to_numpy() != 0) * np.int32(FLAG_QUALITY)
-    new: dict[str, NDArray[np.floating]] = {}
-    for one, label, difference in zip(problem.labels, labels, delta.T, strict=True):
-        new |= {one.sos: label - difference, one.delta: difference}
+    new = []
+    for label, difference in zip(labels, delta.T, strict=True):
+        new.append([label - difference, difference])
     if errors is not None:
         snr = table["snr"].to_numpy() if "snr" in table.schema.names else None
         star = x[:, problem.star_places]
@@ -171,17 +173,19 @@ def correct(
         if covered is not None:
             factors = covered.widened(pair, errors.is_sparse(star))
             own, pair = own * factors, pair * factors
-        for one, mine, of_pair in zip(problem.labels, own.T, pair.T, strict=True):
-            new |= {one.sos_err: mine, one.sos_err_pair: of_pair}
+        for made, mine, of_pair in zip(new, own.T, pair.T, strict=True):
+            made += [mine, of_pair]
     flag, columns = f"flag_sos{suffix}", {}
     columns[flag] = pa.array(flags)
     if covered is not None:
         columns[f"coverage{suffix}"] = covered.scores["coverage"]
         columns[flag] = pc.bit_wise_or(columns[flag], covered.scores[FLAGS])
-    validity = pa.array(known).buffers()[1]
-    for name, values in new.items():
-        buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=np.float32))
-        columns[name] = pa.Array.from_buffers(pa.float32(), len(values), [validity, buffer])
+    for one, is_there, made in zip(problem.labels, has, new, strict=True):
+        validity = pa.array(is_there).buffers()[1]
+        names = one.sos, one.delta, one.sos_err, one.sos_err_pair
+        for name, values in zip(names, made, strict=False):  # without errors there are two
+            buffer = pa.py_buffer(np.ascontiguousarray(values, dtype=np.float32))
+            columns[name] = pa.Array.from_buffers(pa.float32(), len(values), [validity, buffer])
     schema = corrected_schema(table.schema, errors, problem, covered is not None, suffix)
     arrays = [columns[name] if name in columns else table[name] for name in schema.names]
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -20,6 +20,7 @@ from sos_dask.correct import (
 )
 from sos_dask.errors import PartitionError
 from sos_dask.evidence.widening import Limits
+from sos_dask.problem import Input, Label, Problem
 from sos_dask.schema import CANONICAL, LABELS
 from tests.skies import observations
 from tests.steps import features
@@ -79,6 +80,30 @@ def test_labels_minus_their_predicted_difference(seed, nulls, n):
         assert after == [float(np.float32(v) - d) for v, d in zip(values, expected, strict=True)]
         assert not flag & FLAG_NULL_INPUT
         assert bool(flag & FLAG_OUTSIDE_TRAINING) == (not LINEAR.in_range(x)[0])
+
+
+class _OfTwo:
+    """Differences 1 and 0.5 of two labels, by two inputs."""
+
+    def predict(self, features):
+        return np.tile(np.array([1.0, 0.5], dtype=np.float32), (len(features), 1))
+
+    def in_range(self, features):
+        return np.ones(len(features), dtype=bool)
+
+
+def test_a_label_that_is_no_input_is_null_alone():
+    """What is made of the other labels stays; an unknown input takes all."""
+    labels = tuple(Label(name=name) for name in ("teff", "mg_fe"))
+    problem = Problem(labels=labels, inputs=(Input(column="teff"), Input(column="logg")))
+    columns: dict[str, Any] = {"teff": [5e3, 5e3, None, 5e3], "mg_fe": [0.1, None, 0.1, 0.1]}
+    columns["logg"] = [3.0, 3.0, 3.0, None]
+    table = pa.table({name: pa.array(values, pa.float32()) for name, values in columns.items()})
+    two: Any = _OfTwo()
+    found = correct(table, two, problem=problem)
+    assert found["teff_sos"].to_pylist() == [4999.0, 4999.0, None, None]
+    assert found["mg_fe_delta"].to_pylist() == [0.5, None, None, None]
+    assert [flag & FLAG_NULL_INPUT for flag in found["flag_sos"].to_pylist()] == [0, 1, 1, 1]
 
 
 def test_no_value_is_nan():

@@ -332,13 +332,15 @@ def count_nearest(pairs: FloatArray, rows: FloatArray) -> FloatArray:
 def _quantile(score: FloatArray, weight: FloatArray) -> FloatArray:
     """Scores (l,) below which a new row is with at least 68 %: it weighs as much as a pair.
 
-    1, what the error model says, where there are too few.
+    1, what the error model says, where too few know the label.
     """
-    if len(score) < _MIN_WIDTH_PAIRS:
-        return np.ones(score.shape[1])
-    level = min(_LEVEL * (1 + 1 / len(weight)), 1.0)
-    found = np.quantile(score, level, axis=0, weights=weight, method="inverted_cdf")
-    return np.asarray(found)
+    found = np.ones(score.shape[1])
+    for label, known in enumerate(np.isfinite(score).T):
+        if np.count_nonzero(known) >= _MIN_WIDTH_PAIRS and weight[known].any():
+            level = min(_LEVEL * (1 + 1 / np.count_nonzero(known)), 1.0)
+            values = score[known, label], level
+            found[label] = np.quantile(*values, weights=weight[known], method="inverted_cdf")
+    return found
 
 
 def counted(n_pairs: Sequence[Sequence[int]]) -> dict[str, str]:

@@ -100,6 +100,7 @@ def run(monkeypatch, capsys, *arguments):
 CONSTANT: dict[str, Any] = {
     "constant": lambda y: np.full_like(y, 0.03125),
     "zero": np.zeros_like,
+    "rounded": lambda y: (y - np.float32(0.1)) - y,  # a constant, in numbers of 24 bits
     "all but few": lambda y: np.where(np.arange(len(y)) < 5, 0.25, 0.1).astype(np.float32),
     "zero but few": lambda y: np.where(np.arange(len(y)) < 5, 0.25, 0.0).astype(np.float32),
     "of two values": lambda y: np.where(np.arange(len(y)) % 9 == 0, 0.1, 0.0).astype(np.float32),

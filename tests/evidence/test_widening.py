@@ -147,6 +147,10 @@ def test_widths_are_the_weighted_share_of_scores_of_a_new_row():
     widths, n = fit_widths(2 * score, np.full((100, 1), 2.0), right, pairs, pairs, Limits())
     assert widths.factors[0] == [[69.0], [69 / 0.8], [69 / 0.5]] and widths.few is None
     assert widths.factors[1] == [[1.0], [1.25], [2.0]] and n == ((100, 0, 0, 0), (0, 0, 0, 0))
+    # Of two labels one is not known in half of the pairs: each has the pairs that know it.
+    half = np.column_stack([score, np.where(score > 50, np.nan, score)])
+    widths, _ = fit_widths(half, np.ones((100, 2)), right, pairs, pairs, Limits())
+    assert widths.factors[0][0] == [69.0, 35.0]
     # Rows at the far end: the pairs there, alone as many as are needed, stand for them.
     far = places([INSIDE] * 60, points[40:])
     widths, _ = fit_widths(score, np.ones((100, 1)), right, pairs, far, Limits())

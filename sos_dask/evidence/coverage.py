@@ -467,26 +467,28 @@ _KEYS, _COUNTED = ("pixel", *STEPS["labels"]), (*CLASSES, "n_g", "sum_g")
 def count_maps(cells: IntArray, columns: Columns, place: NDArray[np.int8]) -> pa.Table:
     """Count the rows of one partition, by ``_healpix_29`` (n,) and labels (n,), in every map.
 
-    Rows without a class (n,), -1, or with an unknown label, nan, are not counted. Columns are those
-    of `MAP_SCHEMA`, but for ``n_g`` and ``sum_g`` of the rows outside.
+    Rows without a class (n,), -1, or with an unknown label of the map are not counted. Columns are
+    those of `MAP_SCHEMA`, but for ``n_g`` and ``sum_g`` of the rows outside.
     """
-    known = np.logical_and.reduce([np.isfinite(columns[name]) for name in STEPS["labels"]])
-    rows = np.flatnonzero((place >= 0) & known)
+    rows = np.flatnonzero(place >= 0)
     place, g = place[rows], _column(columns, "phot_g_mean_mag", len(cells))[rows]
     has_g = np.isfinite(g) & (place == OUTSIDE)
     counts = {name: place == number for number, name in enumerate(CLASSES)}
     # In thousandths, so that sums are exact in any order.
     sum_g = np.rint(np.where(has_g, g, 0) * 1000).astype(np.int64)
+    labels = {name: _column(columns, name, len(cells))[rows] for name in STEPS["labels"]}
+    keys: dict[str, dict[str, NDArray[Any]]]
     keys = {"sky": {"pixel": cells[rows] >> 2 * (MAX_ORDER - SKY_ORDER)}}
     for name, steps in STEPS.items():
         keys[name] = {
-            label: ((np.floor(columns[label][rows] / step) + 0.5) * step).astype(np.float32)
+            label: ((np.floor(labels[label] / step) + 0.5) * step).astype(np.float32)
             for label, step in steps.items()
         }
     tables = []
     for name, of_map in keys.items():
         every_row = pa.table({**of_map, **counts, "n_g": has_g, "sum_g": sum_g})
-        found = _added([every_row], list(of_map))
+        known = np.logical_and.reduce([np.isfinite(values) for values in of_map.values()])
+        found = _added([every_row.filter(pa.array(known))], list(of_map))
         tables.append(found.append_column("map", pa.repeat(name, found.num_rows)))
     columns = {"map": pa.string(), **{key: MAP_SCHEMA.field(key).type for key in _KEYS}}
     schema = pa.schema([*columns.items(), *((name, pa.int64()) for name in _COUNTED)])

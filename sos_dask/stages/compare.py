@@ -40,6 +40,7 @@ BINS = "bins.parquet"
 TRENDS, PLANES, REFERENCES = "trends.parquet", "planes.parquet", "references.parquet"
 _SAMPLES = {TEST: ("held_out", held_out_columns), TRAIN: ("trained", fitted_columns)}
 _PLANE = "plane"
+_N_CELLS = 20  # of an input that has no bins
 
 
 class CompareSettings(Settings):
@@ -130,6 +131,9 @@ class Compare(OnEvidence[CompareSettings]):
         table = self.read([*problem.columns, "trained"])
         known = np.isfinite(problem.matrix(table)).all(axis=1)
         table = table.filter(pc.and_(table["trained"], pa.array(known)))
+        if not axes:  # none of the usual ones: the first input
+            name = problem.columns[0]
+            axes = {name: equal_count_edges(floats32(table, name), _N_CELLS)}
         at = matrix32(table, list(axes)).astype(np.float64)
         cells = smoothness.Cells.of(at, list(axes.values()), settings.min_cell_pairs)
         box = at.min(axis=0, initial=np.inf), at.max(axis=0, initial=-np.inf)
@@ -140,7 +144,9 @@ class Compare(OnEvidence[CompareSettings]):
         def predict(points: NDArray[np.floating]) -> NDArray[np.floating]:
             """Predict at columns of the axes; the other inputs stand at their median."""
             at = {name: np.full(len(points), value) for name, value in medians.items()}
-            return correction.predict(problem.matrix(at | dict(zip(axes, points.T, strict=True))))
+            # A correction is constant beyond its pairs; there may be no logarithm there.
+            within = zip(axes, np.clip(points, *box).T, strict=True)
+            return correction.predict(problem.matrix(at | dict(within)))
 
         n, many = len(problem.labels), settings.n_bootstrap
         found = smoothness.artifacts(predict, cells, box, n, many, settings.seed)

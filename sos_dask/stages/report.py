@@ -176,11 +176,11 @@ def _count_kiel(catalog: Catalog, pixel: HealpixPixel, labels: Iterable[str]) ->
     """Rows in Teff and log g before and after, and sums of logarithms of their errors."""
     after = [(catalog.columns([f"{name}_sos"]) or [name])[0] for name in ("teff", "logg")]
     errors = {label: f"{label}_sos_err" for label in labels}
-    names = dict.fromkeys(["teff", "logg", *after, *catalog.columns(errors.values())])
+    names = dict.fromkeys(catalog.columns(["teff", "logg", *after, *errors.values()]))
     table, size = catalog.read(pixel, list(names)), maps.N_CELLS + 1
     planes = {"before": ("teff", "logg"), "after": after}
     cells = {
-        when: maps.kiel_cells(*(floats32(table, name) for name in pair))
+        when: maps.kiel_cells(*(floats_or_nan(table, name).astype(np.float32) for name in pair))
         for when, pair in planes.items()
     }
     found = {when: _count(at, size) for when, at in cells.items()}

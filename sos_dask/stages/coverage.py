@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
-from scipy.spatial import cKDTree
 
 from sos_dask import correct, corrections
 from sos_dask.columns import FloatArray, floats, floats_or_nan, key_hashes, matrix32
@@ -256,6 +255,8 @@ class Coverage(OfModel[CoverageSettings]):
 
     def left_out(self, output: Output, key: str, item: None) -> dict[str, Any]:
         """Keep what each guess leaves of the differences of pairs at ends that no fit has seen."""
+        from scipy.spatial import cKDTree
+
         problem, method = self.problem, corrections.load(self.path("model"))
         names = [*problem.columns, *(label.diff for label in problem.labels), "star"]
         table = read_evidence(self.path("evidence"), list(dict.fromkeys(names)))

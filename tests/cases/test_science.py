@@ -13,6 +13,7 @@ import pytest
 from sos_dask import corrections as models
 from sos_dask.cli import main
 from sos_dask.cli.steps import show_build
+from sos_dask.corrections import boosted
 from sos_dask.corrections.estimators import search
 from sos_dask.evidence.widening import MIN_GROWTH_PAIRS, Growth
 from sos_dask.rebuild.job import load_job
@@ -289,15 +290,14 @@ def test_threads_follow_the_number_of_rows(monkeypatch):
 
 
 def test_few_pairs_are_boosted_by_one_thread(monkeypatch):
-    import xgboost
+    seen, boost = [], boosted.Job.boost
 
-    seen = []
-    train = xgboost.train
+    def watched(job, rows, threads, *others):
+        seen.append(threads)
+        return boost(job, rows, threads, *others)
 
-    def watched(params, *others):
-        seen.append(params["nthread"])
-        return train(params, *others)
-
-    monkeypatch.setattr(xgboost, "train", watched)
-    models.fit("boosted", ArraySource(biased_pairs(736)), params={"n_rounds": 2})
-    assert seen == [1, 1, 1]
+    monkeypatch.setattr(boosted.Job, "boost", watched)
+    monkeypatch.setattr(machine, "n_cores", lambda: 2)
+    for n_pairs in (736, 120_000):
+        models.fit("boosted", ArraySource(biased_pairs(n_pairs)), params={"n_rounds": 1})
+    assert seen == [1, 2]

@@ -76,12 +76,12 @@ def test_what_noise_makes_of_faint_rows_is_learnt_from_bright_pairs():
     for label in range(3):
         edges = np.quantile(x[middle, label], np.linspace(0, 1, 9))
         bins = np.searchsorted(edges, x[:, label])
-        left = {
-            name: [np.mean((noise - one.predict(x))[middle & (bins == b), label]) for b in range(2, 8)]
-            for name, one in (("plain", plain), ("both", both))
-        }  # fmt: skip
-        rms = {name: np.sqrt(np.mean(np.square(of))) for name, of in left.items()}
-        assert rms["both"] < 0.6 * rms["plain"], label
+        rms = []
+        for one in (plain, both):
+            left = (noise - one.predict(x))[:, label]
+            means = [np.mean(left[middle & (bins == number)]) for number in range(2, 8)]
+            rms.append(np.sqrt(np.mean(np.square(means))))
+        assert rms[1] < 0.6 * rms[0], label
 
 
 def test_a_bias_that_depends_on_s_n_is_found_by_the_measured_pairs():
@@ -154,10 +154,7 @@ def test_pairs_of_other_folds_are_not_degraded_into_the_training():
     others = [1, 2, 3, 4]
     changed = replace(batch, differences=batch.differences.copy())
     changed.differences[batch.fold == 0] += 1000
-    made = [
-        models.fit("boosted", source(one), train_folds=others, params=QUICK)
-        for one in (batch, changed)
-    ]
+    made = [fit(source(one), train_folds=others, params=QUICK) for one in (batch, changed)]
     assert made[0].ensembles == made[1].ensembles
 
 

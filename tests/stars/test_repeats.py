@@ -283,11 +283,11 @@ def test_few_or_unknown_repeats_tell_of_no_correlation():
     once = np.unique(star, return_index=True)[1]
     some = np.flatnonzero(np.isin(star, np.unique(star)[: MIN_PULLS // 4]))
     unknown = np.where(np.arange(3) == 2, np.nan, errors)
-    for given in (
+    for measured in (
         (values[once], errors[once], star[once]),
         (values[some], errors[some], star[some]),
         (values[:0], errors[:0], star[:0]),
         (values, unknown, star),
     ):
-        np.testing.assert_array_equal(pull_correlation(*given), np.eye(3))
+        np.testing.assert_array_equal(pull_correlation(*measured), np.eye(3))
     assert (pull_correlation(values, errors, star) != np.eye(3)).any()

@@ -47,6 +47,12 @@ _ABOUT = {
 COVERAGE_FIELD = pa.field("coverage", pa.float32(), metadata=_ABOUT)
 
 
+Fallback = Callable[[Float32Array, NDArray[np.int8]], NDArray[np.floating]]
+Widening = Callable[
+    [NDArray[np.int8], NDArray[np.int8], Float32Array, Float32Array], NDArray[np.floating]
+]
+
+
 @dataclass(frozen=True)
 class Covered:
     """The coverage of rows, and what it does to their correction and its errors.
@@ -57,19 +63,24 @@ class Covered:
         ``obs_id``, ``coverage``, ``flag_coverage`` and ``kind_coverage`` of the very rows that are
         corrected, in their order.
     widening : callable
-        Kind, class of the error model and half-widths (n, l) to the factors of these: see
-        `evidence.widening.Widths.widening`.
+        Kind, class of the error model, half-widths (n, l) and inputs of the star to the factors of
+        the half-widths: see `evidence.coverage.CoverageModel.widening`.
     limits : Limits, optional
         From coverage ``inside`` on the correction counts alone, from ``outside`` down the fallback,
         in proportion between them. None: nothing fades.
     fallback : callable, optional
-        Inputs of some rows to their differences. None: no correction.
+        Inputs and kinds of some rows to their differences. None: no correction.
     """
 
     scores: pa.Table
-    widening: Callable[[NDArray[np.int8], NDArray[np.int8], Float32Array], NDArray[np.floating]]
+    widening: Widening
     limits: Limits | None = None
-    fallback: Callable[[Float32Array], Float32Array] | None = None
+    fallback: Fallback | None = None
+
+    @property
+    def _kind(self) -> NDArray[np.int8]:
+        # Rows without a coverage have no errors either.
+        return np.asarray(pc.fill_null(self.scores[KIND_FIELD.name], INSIDE).to_numpy())
 
     def faded(self, delta: Float32Array, x: Float32Array) -> Float32Array:
         """Predicted differences (n, l) that give way to the fallback where the coverage falls."""
@@ -80,16 +91,16 @@ class Covered:
         rows = np.flatnonzero(coverage < high)
         share = np.clip((coverage[rows] - low) / (high - low), 0.0, 1.0)
         share = share.astype(np.float32)[:, None]
-        other = 0.0 if self.fallback is None else self.fallback(x[rows])
+        other = 0.0 if self.fallback is None else self.fallback(x[rows], self._kind[rows])
         delta = np.array(delta, dtype=np.float32)
         delta[rows] = share * delta[rows] + (1 - share) * other
         return delta
 
-    def widened(self, width: Float32Array, is_sparse: BoolArray) -> Float32Array:
+    def widened(
+        self, width: Float32Array, is_sparse: BoolArray, star: Float32Array
+    ) -> Float32Array:
         """Factors (n, l) of half-widths of corrected - reference where the coverage is low."""
-        # Rows without a coverage have no errors either.
-        kind = pc.fill_null(self.scores[KIND_FIELD.name], INSIDE).to_numpy()
-        return self.widening(kind, is_sparse.astype(np.int8), width).astype(np.float32)
+        return self.widening(self._kind, is_sparse.astype(np.int8), width, star).astype(np.float32)
 
 
 def corrected_schema(
@@ -171,7 +182,7 @@ def correct(
         star = x[:, problem.star_places]
         own, pair = errors.half_widths(star, snr)
         if covered is not None:
-            factors = covered.widened(pair, errors.is_sparse(star))
+            factors = covered.widened(pair, errors.is_sparse(star), star)
             own, pair = own * factors, pair * factors
         for made, mine, of_pair in zip(new, own.T, pair.T, strict=True):
             made += [mine, of_pair]

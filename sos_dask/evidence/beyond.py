@@ -1,12 +1,19 @@
-"""What stands in for a correction outside the overlap: measured on regions that were left out.
+"""What stands in for a correction outside the overlap: measured, never assumed.
 
-Outside, nothing tells which guess is best: the correction held at its edge, its smooth part, its
-value at the nearest star, or none. So ends of the overlap are left out of a fit (the outermost
-`_SHARE` of giants and of dwarfs along each input, to one side and then to the other), and what each
-guess leaves of the differences there is looked at by *kind* of region (giants or dwarfs, and the
-input in which the nearest star lies farthest away, with its sign) and distance from that star. A
-guess is used where it is nearer to the truth than no correction for so many pairs that chance does
-not explain it; elsewhere, and farther out than any pair that was left out, nothing is corrected.
+Outside, nothing tells which guess is best: the correction itself, its smooth part, its value at the
+nearest star, a zero point, or none. Two places differ. Where stars are few, held-out pairs lie
+there too: they tell. Where only the overlap lacks stars, the few pairs that lie there are mostly
+wrong measurements, and what is there is in the rows alone. So ends of the overlap are left out of a
+fit (the outermost `_SHARE` of giants and of dwarfs along each input, to one side and then to the
+other), and what each guess leaves of the differences there is looked at, without pairs at places
+where the overlap lacks stars.
+
+Pairs are counted by *kind* of region (giants or dwarfs, and the input in which the nearest star
+lies farthest away, with its sign) and distance from that star. A guess is used for a kind where it
+is at no distance farther from the truth than what stands in elsewhere (nothing or a zero point,
+whatever is better at all places together), and in all so much nearer, and for so many pairs, that
+neither chance nor the way from the pairs to the rows explains it. Wrong measurements have no say in
+that, but count in widths: no correction mends them, and what is best for them is bad for others.
 """
 
 from __future__ import annotations
@@ -17,15 +24,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sos_dask.columns import BoolArray, FloatArray, IntArray
+from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
 from sos_dask.problem import Problem
-from sos_dask.stats.numbers import GIANT_LOGG
+from sos_dask.stats.numbers import GIANT_LOGG, scatter
 
-GUESSES = ("nothing", "edge", "smooth", "nearest")
+GUESSES = ("nothing", "zero point", "edge", "smooth", "nearest")
+NOTHING, ZERO_POINT, EDGE, SMOOTH, NEAREST = range(len(GUESSES))
 _NEARER_THAN = (0.25, 0.5, 1.0, 2.0, 4.0)  # bins of distance, in deviations of the pairs
 _SHARE = 0.15
 _MIN_PAIRS = 40
 _SIGMA = 3.0
+_AT_MOST = 0.75  # of the median error that is left by what stands in everywhere
+_WRONG_SIGMA = 4.0  # of the differences of all pairs, in all labels at once
+_ONE_SIGMA = 0.6826894921370859  # of a normal distribution within one standard deviation
 
 
 class Left(NamedTuple):
@@ -33,7 +44,20 @@ class Left(NamedTuple):
 
     kind: IntArray
     distance: FloatArray
-    residual: FloatArray  # (n, 4, l), nan where unknown
+    residual: FloatArray  # (n, 5, l), nan where unknown
+    right: BoolArray
+
+
+class Standing(NamedTuple):
+    """What stands in, by kind of region, bin of distance (a last one for all farther) and label."""
+
+    guess: NDArray[np.uint8]  # number in `GUESSES`
+    width: Float32Array  # half-width of the 68 % interval of what it leaves; nan where unknown
+
+    def at(self, kind: IntArray, distance: FloatArray) -> Standing:
+        """Look up places (n) by kind and distance: arrays of shape (n, l)."""
+        place = np.searchsorted(_NEARER_THAN, distance)
+        return Standing(self.guess[kind, place], self.width[kind, place])
 
 
 def giants(problem: Problem, features: NDArray[np.floating]) -> BoolArray:
@@ -62,44 +86,76 @@ def ends(x: FloatArray, giant: BoolArray) -> Iterator[BoolArray]:
         yield out
 
 
-def choose(left: Sequence[Left], n_kinds: int, guesses: Sequence[str]) -> NDArray[np.uint8]:
-    """Choose a guess, as its number in `GUESSES`: shape (kinds, distances, labels).
-
-    The bins of distance are `_NEARER_THAN`; only ``guesses`` are chosen.
-    """
-    kind, distance, residual = (np.concatenate(parts) for parts in zip(*left, strict=True))
-    place, n_labels = np.searchsorted(_NEARER_THAN, distance), residual.shape[2]
-    chosen = np.zeros((n_kinds, len(_NEARER_THAN), n_labels), dtype=np.uint8)
-    for at in np.ndindex(chosen.shape[:2]):
-        for label in range(n_labels):
-            size = np.abs(residual[(kind == at[0]) & (place == at[1]), :, label])
-            size = size[np.isfinite(size).all(axis=1)]
-            best = np.median(size[:, 0]) if len(size) >= _MIN_PAIRS else -1.0
-            for number, name in enumerate(GUESSES):
-                wins = 2.0 * np.count_nonzero(size[:, number] < size[:, 0]) - len(size)
-                middle = np.median(size[:, number]) if len(size) else 0.0
-                if name in guesses and middle < best and wins > _SIGMA * np.sqrt(len(size)):
-                    chosen[(*at, label)], best = number, middle
-    return chosen
+def right(difference: FloatArray) -> BoolArray:
+    """Tell which pairs, by their differences (n, l), are not wrong in all labels at once."""
+    off = np.abs(difference - np.median(difference, axis=0))
+    sizes = np.array([scatter(column) for column in difference.T])
+    return np.asarray((off <= _WRONG_SIGMA * sizes).any(axis=1))
 
 
-def chosen_at(chosen: NDArray[np.uint8], kind: IntArray, distance: FloatArray) -> NDArray[np.uint8]:
-    """Look up what was chosen at places (n) by kind and distance: shape (n, l)."""
-    place = np.searchsorted(_NEARER_THAN, distance)
-    found = chosen[kind, np.minimum(place, len(_NEARER_THAN) - 1)]
-    return np.where((place < len(_NEARER_THAN))[:, None], found, np.uint8(0))
-
-
-def table(chosen: NDArray[np.uint8], problem: Problem) -> list[dict[str, Any]]:
-    """List what was chosen in words, without the places where nothing is."""
-    found = []
-    for kind, place, label in np.argwhere(chosen).tolist():
-        giant, rest = divmod(kind, 2 * len(problem.of_star))
-        about: dict[str, Any] = {"stars": "giants" if giant else "others"}
-        about |= {
-            "input": problem.of_star[rest // 2].name,
-            "side": "above" if rest % 2 else "below",
-        }
-        about |= {"nearer_than": _NEARER_THAN[place], "label": problem.names[label]}
-        found.append({**about, "guess": GUESSES[chosen[kind, place, label]]})
+def choose(
+    left: Left, n_kinds: int, guesses: Sequence[int], everywhere: Sequence[int] = ()
+) -> Standing:
+    """Choose among ``guesses``, and for places that no pairs tell of among those ``everywhere``."""
+    place, n_labels = np.searchsorted(_NEARER_THAN, left.distance), left.residual.shape[2]
+    shape = (n_kinds, len(_NEARER_THAN) + 1, n_labels)
+    found = Standing(np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32))
+    for label in range(n_labels):
+        size = np.abs(left.residual[:, :, label])
+        common = _best([size[left.right]], everywhere, NOTHING)
+        found.guess[..., label], found.width[..., label] = common, _width(size[:, common])
+        for kind in range(n_kinds):
+            parts = [(left.kind == kind) & (place == bin) for bin in range(len(_NEARER_THAN))]
+            parts = [
+                part if np.count_nonzero(part) >= _MIN_PAIRS else part & False for part in parts
+            ]
+            best = _best([size[part & left.right] for part in parts], guesses, common)
+            for bin, part in enumerate(parts):
+                if part.any():
+                    at = kind, bin, label
+                    found.guess[at], found.width[at] = best, _width(size[part, best])
     return found
+
+
+def _best(parts: Sequence[FloatArray], guesses: Sequence[int], common: int) -> int:
+    """Choose the guess that leaves least of pairs, (n, 5) at each distance, or the common one."""
+    least, found = np.inf, common
+    for number in guesses:
+        known = [part[np.isfinite(part[:, [number, common]]).all(axis=1)] for part in parts]
+        ratios = [
+            np.median(one[:, number]) / np.median(one[:, common]) for one in known if len(one)
+        ]
+        every = np.concatenate(known)
+        wins = np.sign(every[:, common] - every[:, number]).sum()
+        if len(every) < _MIN_PAIRS or wins <= _SIGMA * np.sqrt(len(every)) or max(ratios) > 1:
+            continue
+        middle = float(np.median(every[:, number]))
+        if middle < min(least, _AT_MOST * float(np.median(every[:, common]))):
+            least, found = middle, number
+    return found
+
+
+def _width(size: FloatArray) -> float:
+    known = size[np.isfinite(size)]
+    return float(np.quantile(known, _ONE_SIGMA)) if len(known) >= _MIN_PAIRS else np.nan
+
+
+def table(found: Standing, problem: Problem) -> list[dict[str, Any]]:
+    """List what was chosen in words, without places where the same stands in as everywhere."""
+    rows = []
+    different = found.guess != found.guess[:, -1:]
+    for kind, place, label in np.argwhere(different).tolist():
+        giant, rest = divmod(kind, 2 * len(problem.of_star))
+        at = kind, place, label
+        rows.append(
+            {
+                "stars": "giants" if giant else "others",
+                "input": problem.of_star[rest // 2].name,
+                "side": "above" if rest % 2 else "below",
+                "nearer_than": _NEARER_THAN[place],
+                "label": problem.names[label],
+                "guess": GUESSES[found.guess[at]],
+                "error": float(found.width[at]),
+            }
+        )
+    return rows

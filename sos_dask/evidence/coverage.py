@@ -38,10 +38,12 @@ from numpy.typing import NDArray
 from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ModelError
 from sos_dask.evidence import beyond
+from sos_dask.evidence.beyond import Left, Standing
 from sos_dask.evidence.widening import (
     CLASSES,
     LACKING,
     OUTSIDE,
+    SPARSE,
     Growth,
     Limits,
     Noise,
@@ -69,7 +71,7 @@ _MOST_ALONG = 512  # nodes of an axis
 _GUESS_CELLS = 48**3
 _NARROW = 0.1  # a narrower axis would make too many nodes of the others
 _EDGE = 0.0005  # share of the stars beyond each side of the grid
-_FORMAT = 8
+_FORMAT = 9
 
 SKY_ORDER = 4
 STEPS = {"kiel": {"teff": 100.0, "logg": 0.1}, "labels": {"teff": 250.0, "logg": 0.25, "feh": 0.25}}
@@ -83,6 +85,7 @@ class Overlap:
 
     columns: Columns  # parameters of the target, nan where unknown
     fold: NDArray[np.int8]
+    difference: FloatArray  # (n, l), nan where unknown
     residual: FloatArray  # (n, l) difference less prediction; nan for pairs not held out
     reference_error: FloatArray  # (n, l) as stated by the reference, nan where unknown
     half_width: FloatArray | None = None  # (n, l) by the error model; nan where it is not asked
@@ -99,6 +102,12 @@ class Target(NamedTuple):
 
     columns: Columns
     error_class: NDArray[np.int8]
+
+
+def lacks_stars(stars: FloatArray, rows: FloatArray) -> BoolArray:
+    """Tell which overlap stars (n, k) lie where the overlap has fewer than rows (m, k) tell."""
+    distance = knn_distance(stars, stars, _NEIGHBOURS + 1)
+    return _lacks(stars, rows, stars, distance, _NEIGHBOURS)
 
 
 def _lacks(
@@ -183,12 +192,15 @@ class CoverageModel:
     center: FloatArray  # (k,)
     scale: FloatArray
     places: Places
-    overlap: FloatArray  # (n, n_inputs): scaled inputs of the overlap stars
+    overlap: FloatArray  # (n, n_inputs): scaled inputs of overlap stars, where these do not lack
     noise: Noise
     growth: Growth
     limits: Limits
     widths: Widths  # by which the half-widths of an error model are widened
-    guesses: NDArray[np.uint8]  # (cells of `_guess_grid`, l): what stands in: see `beyond`
+    zero_point: FloatArray  # (l,): median difference of the pairs
+    # What stands in, in cells of `_guess_grid`: where stars are few, and where the overlap lacks
+    # stars; guesses and widths of shape (2, cells, l).
+    standing: Standing
     ratio: Any = None  # xgboost.Booster: the measure, where it is that
 
     def scaled(self, columns: Columns) -> FloatArray:
@@ -228,32 +240,51 @@ class CoverageModel:
         n = round(_GUESS_CELLS ** (1 / len(grid.shape)))
         return Grid(grid.low, grid.high, (n,) * len(grid.shape))
 
-    def with_guesses(self, chosen: NDArray[np.uint8], problem: Problem) -> CoverageModel:
-        """Keep what stands in at all places; ``chosen`` is that of `beyond.choose`."""
+    def with_guesses(self, few: Standing, lacking: Standing, problem: Problem) -> CoverageModel:
+        """Keep what stands in at all places: see `beyond.choose`."""
         places = self._guess_grid.centers()
         distance, index = self._tree.query(places)
-        giant = beyond.giants(
-            problem, places * self.scale[: self.n_inputs] + self.center[: self.n_inputs]
-        )
-        kind = beyond.kinds(places - self.overlap[index], giant)
-        return replace(self, guesses=beyond.chosen_at(chosen, kind, distance))
+        features = places * self.scale[: self.n_inputs] + self.center[: self.n_inputs]
+        kind = beyond.kinds(places - self.overlap[index], beyond.giants(problem, features))
+        both = few.at(kind, np.zeros(len(kind))), lacking.at(kind, distance)
+        guess, width = (np.stack([getattr(one, name) for one in both]) for name in Standing._fields)
+        return replace(self, standing=Standing(guess, width))
 
-    def guesses_at(self, features: Float32Array) -> NDArray[np.uint8]:
-        """Look up what stands in (n, l), as numbers in `beyond.GUESSES`, at features (n, n_inputs).
+    def standing_at(self, features: Float32Array, kind: NDArray[np.int8]) -> Standing:
+        """Look up what stands in (n, l) at features (n, n_inputs) of places of some `KINDS`."""
+        x = (features - self.center[: self.n_inputs]) / self.scale[: self.n_inputs]
+        place = (kind == LACKING).astype(np.int64), self._guess_grid.cells(x.astype(np.float32))
+        return Standing(self.standing.guess[place], self.standing.width[place])
 
-        Nothing beyond the grid.
-        """
-        grid = self._guess_grid
-        x = ((features - self.center[: self.n_inputs]) / self.scale[: self.n_inputs]).astype("f4")
-        low, high = np.array(grid.low, "f4"), np.array(grid.high, "f4")
-        is_inside = np.all((x >= low) & (x <= high), axis=1)
-        return np.where(is_inside[:, None], self.guesses[grid.cells(x)], np.uint8(0))
+    def widening(
+        self,
+        kind: NDArray[np.int8],
+        error_class: NDArray[np.integer],
+        half_width: FloatingArray,
+        features: Float32Array,
+        *,
+        measured: bool = True,
+    ) -> FloatArray:
+        """Factors of half-widths as `Widths.widening`, outside by what was measured to stand in."""
+        found = self.widths.widening(kind, error_class, half_width)
+        rows = np.flatnonzero((kind >= OUTSIDE) & measured)
+        of_guess = self.standing_at(features[rows], kind[rows]).width / half_width[rows]
+        is_few = (kind[rows] == OUTSIDE)[:, None] & np.isfinite(of_guess)
+        least = np.array(self.widths.factors)[error_class[rows], SPARSE]
+        found[rows] = np.fmax(np.where(is_few, least, found[rows]), of_guess)
+        return found
 
     def nearest(self, features: Float32Array) -> Float32Array:
         """Features (n, n_inputs) of the nearest overlap star."""
         center, scale = self.center[: self.n_inputs], self.scale[: self.n_inputs]
-        index = self._tree.query((features - center) / scale)[1]
-        return np.asarray(self.overlap[index] * scale + center, dtype=np.float32)
+        near = self.star_near((features - center) / scale)
+        return np.asarray(near * scale + center, dtype=np.float32)
+
+    def star_near(self, x: FloatArray, other: bool = False) -> FloatArray:
+        """Find the overlap stars nearest to scaled inputs (n, k), or nearest at another place."""
+        distance, index = self._tree.query(x, k=[1, 2] if other and len(self.overlap) > 1 else [1])
+        place = np.minimum(distance[:, 0] == 0, index.shape[1] - 1).astype(np.int64)
+        return np.asarray(self.overlap[index[np.arange(len(x)), place]])
 
     def within_reach(self, features: Float32Array) -> Float32Array:
         """Draw finite features (n, n_inputs) towards their nearest star until just outside.
@@ -300,7 +331,8 @@ class CoverageModel:
             "limits": self.limits.as_json,
             "widths": asdict(self.widths),
         }
-        tables: list[NDArray[Any]] = [self.places.values, self.overlap, self.guesses]
+        tables: list[NDArray[Any]] = [self.places.values, self.overlap, self.zero_point]
+        tables += list(self.standing)
         if self.ratio is not None:
             tables.append(np.frombuffer(self.ratio.save_raw("ubj"), np.uint8))
         return seal("coverage", document, tables)
@@ -309,7 +341,7 @@ class CoverageModel:
     def load(cls, directory: Path) -> CoverageModel:
         """Read a saved model; `ModelError` where a file is missing, damaged or of other format."""
         document, tables = unseal(directory, "coverage", _FORMAT, "coverage model")
-        values, overlap, guesses, *ratio = tables
+        values, overlap, zero_point, guess, width, *ratio = tables
         booster = None
         if ratio:
             xgboost = import_xgboost()
@@ -327,7 +359,8 @@ class CoverageModel:
             Growth(**document["growth"]),
             Limits(**document["limits"]),
             Widths(**document["widths"]),
-            guesses,
+            zero_point,
+            Standing(guess, width),
             booster,
         )
 
@@ -341,6 +374,8 @@ class Fit(NamedTuple):
     n_wrong: int  # of them off by more than `WRONG_SIGMA` in all labels at once: left out of growth
     outside: float  # share of the held-out pairs that the model calls outside
     n_width: tuple[tuple[int, ...], ...]  # pairs that the widths were counted on: see `fit_widths`
+    few: Standing  # what stands in where stars are few
+    lacking: Standing  # and where the overlap lacks stars
 
 
 def fit(
@@ -351,6 +386,9 @@ def fit(
     seed: int = 0,
     target: Target | None = None,
     problem: Problem = DEFAULT,
+    left: Left | None = None,
+    *,
+    smooth: bool = False,
 ) -> Fit:
     """Fit a measure to the overlap and calibrate its distances on held-out pairs.
 
@@ -358,9 +396,10 @@ def fit(
     are fewer, and in proportion is the number of the neighbour to which distances are. Without a
     target, or half-widths of the pairs, no widths are counted.
 
-    Of the catalog a sample is given, shape (m,); its columns are the parameters that are used. The
-    measure is one of `MEASURES`. Raises `ModelError` where held-out pairs are too few, or no
-    overlap star has a parameter that the catalog has.
+    Of the catalog a sample is given, shape (m,); its columns are the parameters that are used.
+    ``left`` are pairs at ends that were left out of a fit; ``smooth`` tells that a polynomial may
+    stand in. The measure is one of `MEASURES`. Raises `ModelError` where held-out pairs are too
+    few, or no overlap star has a parameter that the catalog has.
     """
     held_out = overlap.held_out
     n_held_out = int(np.count_nonzero(held_out))
@@ -389,10 +428,17 @@ def fit(
         last = float(np.nanmax(knn_distance(stars, stars, _NEIGHBOURS)))
         booster = _fit_ratio(x, sample, seed)
     widths = Widths(np.ones((2, len(CLASSES), overlap.residual.shape[1])).tolist())
-    none = np.zeros((1, overlap.residual.shape[1]), dtype=np.uint8)
-    places, meant = Places.of(stars, near, last), (noise, growth, limits, widths, none, booster)
-    model = CoverageModel(parameters, k, center, scale, places, stars, *meant)
+    places = Places.of(stars, near, last)
+    not_lacking = np.flatnonzero(~places(stars)[1])
+    kept = stars[not_lacking] if not_lacking.size else stars
+    zero_point = np.nan_to_num(np.nanmedian(overlap.difference, axis=0))
+    n_labels = len(zero_point)
+    empty = Standing(np.zeros((2, 0, n_labels), np.uint8), np.zeros((2, 0, n_labels), np.float32))
+    meant = noise, growth, limits, widths, zero_point, empty, booster
+    model = CoverageModel(parameters, k, center, scale, places, kept, *meant)
     kind = model.coverage_at(distance, lacks)[1]
+    few, lacking = _stands_in(overlap, model, stars, kind == OUTSIDE, left, smooth, problem)
+    model = model.with_guesses(few, lacking, problem)
     n_width: tuple[tuple[int, ...], ...] = ()
     if target and overlap.half_width is not None and overlap.error_class is not None:
         told = np.where(np.isfinite(overlap.half_width).all(axis=1), kind, np.int8(-1))
@@ -404,7 +450,41 @@ def fit(
         widths, n_width = fit_widths(residual, half_width, ~wrong, pairs, rows, limits)
         model = replace(model, widths=widths)
     outside = float(np.mean(kind[held_out] >= OUTSIDE))
-    return Fit(model, bins, n_held_out, int(np.count_nonzero(wrong)), outside, n_width)
+    counts = n_held_out, int(np.count_nonzero(wrong)), outside, n_width
+    return Fit(model, bins, *counts, few, lacking)
+
+
+def _stands_in(
+    overlap: Overlap,
+    model: CoverageModel,
+    stars: FloatArray,
+    is_few: BoolArray,
+    left: Left | None,
+    smooth: bool,
+    problem: Problem,
+) -> tuple[Standing, Standing]:
+    """Choose what stands in where stars are few, by the held-out pairs there, and where they lack.
+
+    Where they lack, the correction itself is no guess: what it has seen there are wrong pairs.
+    """
+    rows = np.flatnonzero(is_few)
+    residual = np.full((len(rows), len(beyond.GUESSES), len(model.zero_point)), np.nan)
+    residual[:, beyond.NOTHING] = overlap.difference[rows]
+    residual[:, beyond.ZERO_POINT] = overlap.difference[rows] - model.zero_point
+    residual[:, beyond.EDGE] = overlap.residual[rows]
+    features = stars[rows] * model.scale[: model.n_inputs] + model.center[: model.n_inputs]
+    nearest = model.star_near(stars[rows], other=True)
+    giant = beyond.giants(problem, features)
+    kind, n_kinds = beyond.kinds(stars[rows] - nearest, giant), 4 * model.n_inputs
+    known = np.isfinite(overlap.difference).all(axis=1)
+    right = np.zeros(len(known), dtype=np.bool_)
+    right[known] = beyond.right(overlap.difference[known])
+    there = Left(kind, np.zeros(len(rows)), residual, right[rows])
+    held = beyond.NOTHING, beyond.ZERO_POINT, beyond.EDGE
+    few = beyond.choose(there, n_kinds, held, held)
+    none = Left(kind[:0], np.zeros(0), residual[:0], right[:0])
+    at_ends = *held[:2], beyond.NEAREST, *((beyond.SMOOTH,) if smooth else ())
+    return few, beyond.choose(left or none, n_kinds, at_ends, held[:2])
 
 
 def _scaled(

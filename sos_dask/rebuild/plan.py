@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 
 from sos_dask import corrections
 from sos_dask.errors import ConfigError, SurveyError
-from sos_dask.evidence.beyond import GUESSES
 from sos_dask.evidence.figures import check_rule
 from sos_dask.problem import BUILT_IN, DEFAULT, SNR, Label, Problem, input_of
 from sos_dask.rebuild.job import CorrectionSection, Job, SurveySection
@@ -302,7 +301,7 @@ def _correction_steps(
     radius = (job.target.dedupe or job.dedupe).radius_arcsec
     settings = _own(job, Coverage, job.coverage).but(radius_arcsec=radius)
     if "polynomial" in one.params:
-        settings = settings.but(guesses=GUESSES)
+        settings = settings.but(smooth=True)
     inputs = {"pairs": pairs, "observations": observations, "stars": target_stars}
     inputs |= {"errors": f"{place}.uncertainty", "sample": f"{target}.sample"}
     yield Step(f"{place}.coverage", Coverage, settings, {**chosen, **inputs})

@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field
 
 from sos_dask import correct, corrections
 from sos_dask.columns import Float32Array
+from sos_dask.correct import Fallback
 from sos_dask.errors import CatalogError, ConfigError, ModelError
-from sos_dask.evidence.beyond import GUESSES
+from sos_dask.evidence import beyond
 from sos_dask.evidence.coverage import CoverageModel
 from sos_dask.evidence.intervals import load_errors
 from sos_dask.evidence.widening import KIND_FIELD
@@ -104,7 +106,7 @@ class Apply(Stage[ApplySettings]):
     """
 
     name = "apply"
-    version = 11
+    version = 12
     Settings = ApplySettings
     roles = (
         Role("model", "Correction.", "output"),
@@ -228,14 +230,16 @@ class Apply(Stage[ApplySettings]):
             scores = self.catalog("coverage").read(pixel, _SCORES)
             limits = None if self.settings.fallback == "edge" else known.limits
             fallback = None if smooth is None else partial(_within_reach, smooth, known)
-            if self.settings.fallback == "measured":
+            measured = self.settings.fallback == "measured"
+            widening = partial(known.widening, measured=measured)
+            if measured:
                 fallback = partial(_best_guess, model, fallback, known)
         pieces = []
         for first in range(0, max(table.num_rows, 1), _ROWS_AT_ONCE):
             covered, rows = None, table.slice(first, _ROWS_AT_ONCE)
             if known is not None:
                 some = scores.slice(first, _ROWS_AT_ONCE)
-                covered = correct.Covered(some, known.widths.widening, limits, fallback)
+                covered = correct.Covered(some, widening, limits, fallback)
             how = given.get("errors"), model.problem, covered, self.settings.suffix
             pieces.append(correct.correct(rows, model, *how))
         corrected = pa.concat_tables(pieces)
@@ -248,28 +252,36 @@ class Apply(Stage[ApplySettings]):
 
 def _best_guess(
     model: corrections.Correction,
-    smooth: Callable[[Float32Array], Float32Array] | None,
+    smooth: Fallback | None,
     known: CoverageModel,
     features: Float32Array,
+    kind: NDArray[np.int8],
 ) -> Float32Array:
-    """Differences (n, l) by what was best where regions were left out of the training."""
+    """Differences (n, l) by what was measured to be best at places of some kinds (n,)."""
     of_star = model.problem.star_places
-    guess = known.guesses_at(features[:, of_star])
+    guess = known.standing_at(features[:, of_star], kind).guess
     found = np.zeros(guess.shape, dtype=np.float32)
-    for number, name in enumerate(GUESSES):
+    for number in range(beyond.ZERO_POINT, len(beyond.GUESSES)):
         rows = np.flatnonzero((guess == number).any(axis=1))
-        if name == "nothing" or not len(rows):
+        if not len(rows):
             continue
         x = features[rows].copy()
-        if name == "nearest":
+        if number == beyond.NEAREST:
             x[:, of_star] = known.nearest(x[:, of_star])
-        values = smooth(x) if name == "smooth" and smooth else model.predict(x)
+        values: NDArray[np.floating] = known.zero_point
+        if number == beyond.SMOOTH and smooth:
+            values = smooth(x, kind[rows])
+        elif number != beyond.ZERO_POINT:
+            values = model.predict(x)
         found[rows] = np.where(guess[rows] == number, values, found[rows])
     return found
 
 
 def _within_reach(
-    smooth: corrections.Correction, known: CoverageModel, features: Float32Array
+    smooth: corrections.Correction,
+    known: CoverageModel,
+    features: Float32Array,
+    kind: NDArray[np.int8],
 ) -> Float32Array:
     """Differences (n, l) by a smooth model, held constant a little beyond its pairs."""
     near, of_star = features.copy(), smooth.problem.star_places

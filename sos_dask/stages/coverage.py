@@ -58,9 +58,8 @@ _ID_RADIUS_ARCSEC = 10.0  # observations with one Gaia id are of one star
 class CoverageSettings(Limits):
     """Settings of the stage."""
 
-    guesses: tuple[Literal["nothing", "edge", "smooth", "nearest"], ...] = Field(
-        ("nothing", "edge", "nearest"),
-        description="What may stand in for the correction outside: see `evidence.beyond`",
+    smooth: bool = Field(
+        False, description="Whether a polynomial may stand in outside: see `evidence.beyond`"
     )
     measure: Literal["neighbours", "ratio"] = Field(
         "neighbours", description="Distance from the pairs: neighbours, or ratio of densities"
@@ -99,7 +98,7 @@ class Coverage(OfModel[CoverageSettings]):
     """
 
     name = "coverage"
-    version = 9
+    version = 10
     Settings = CoverageSettings
     roles = (
         Role("evidence", "Table of evidence with the model's predictions.", "output"),
@@ -144,7 +143,8 @@ class Coverage(OfModel[CoverageSettings]):
         roles = [role for role in _KEYS if not (role == "observations" and self.named("sample"))]
         samples = base.places({role: self.catalog(role) for role in roles})
         run.parts("samples", samples, self.sample, "coverage: sample")
-        run.parts("ends", dict.fromkeys(("upper", "lower")), self.left_out, "coverage: ends")
+        ends = {key: list(samples) for key in ("upper", "lower")}
+        run.parts("ends", ends, self.left_out, "coverage: ends")
         (fitted,) = run.parts("fit", {"model": list(samples)}, self.fit, "coverage: fit")
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
         pixels = base.by_pixel(catalog.pixels)
@@ -204,13 +204,7 @@ class Coverage(OfModel[CoverageSettings]):
     def fit(self, output: Output, key: str, samples: Sequence[str]) -> dict[str, Any]:
         """Fit the model, write it and tell what is said of it."""
         problem, errors, settings = self.problem, self.errors, self.settings
-        pieces = {
-            role: [output.read_piece(f"samples-{one}") for one in samples if one.startswith(role)]
-            for role in _KEYS
-        }
-        if self.named("sample"):
-            pieces["observations"] = [read_sample(self.path("sample"))]
-        rows, stars = (pa.concat_tables(pieces[role]) for role in _KEYS)
+        rows, stars = (self.sampled(output, samples, role) for role in _KEYS)
         overlap = read_overlap(self.path("evidence"), self.path("model"), errors)
         target = None
         if errors is not None:
@@ -222,16 +216,14 @@ class Coverage(OfModel[CoverageSettings]):
         columns = parameter_columns(rows, problem)
         limits = Limits(inside=settings.inside, outside=settings.outside)
         how = settings.measure, limits, settings.seed, target, problem
-        found = kernel.fit(overlap, columns, *how)
-        left = []
-        for end in ("upper", "lower"):
-            piece, shape = output.read_piece(end), (-1, len(beyond.GUESSES), len(problem.labels))
-            residual = np.stack([piece[name].to_numpy() for name in piece.column_names[2:]], axis=1)
-            given = piece["kind"].to_numpy(), piece["distance"].to_numpy()
-            left.append(beyond.Left(*given, residual.reshape(shape)))
-        n_kinds = 4 * len(problem.of_star)
-        chosen = beyond.choose(left, n_kinds, settings.guesses)
-        model = found.model.with_guesses(chosen, problem)
+        ends = pa.concat_tables([output.read_piece(end) for end in ("upper", "lower")])
+        residual = np.stack([ends[name].to_numpy() for name in ends.column_names[3:]], axis=1)
+        shape = len(ends), len(beyond.GUESSES), len(problem.labels)
+        places = ends["kind"].to_numpy(), ends["distance"].to_numpy()
+        is_right = ends["right"].to_numpy(zero_copy_only=False)
+        left = beyond.Left(*places, residual.reshape(shape), is_right)
+        found = kernel.fit(overlap, columns, *how, left, smooth=settings.smooth)
+        model = found.model
         n_stars = _counts(model.coverage(parameter_columns(stars, problem))[1])
         sampled = sum(n_stars.values())
         files = [output.write_bytes(name, content) for name, content in model.files().items()]
@@ -248,12 +240,22 @@ class Coverage(OfModel[CoverageSettings]):
             "noise": asdict(model.noise),
             "widths": asdict(model.widths),
             "width_pairs": found.n_width,
-            "guesses": beyond.table(chosen, problem),
+            "stands_in": {
+                "where stars are few": beyond.table(found.few, problem),
+                "where the overlap lacks stars": beyond.table(found.lacking, problem),
+            },
             "intervals": widening.counted(found.n_width),
             "stars": {**{k: n / max(sampled, 1) for k, n in n_stars.items()}, "sampled": sampled},
         }
 
-    def left_out(self, output: Output, key: str, item: None) -> dict[str, Any]:
+    def sampled(self, output: Output, samples: Sequence[str], role: str) -> pa.Table:
+        """Rows that belong to the sample of a catalog."""
+        if role == "observations" and self.named("sample"):
+            return read_sample(self.path("sample"))
+        mine = [one for one in samples if one.startswith(role)]
+        return pa.concat_tables([output.read_piece(f"samples-{one}") for one in mine])
+
+    def left_out(self, output: Output, key: str, samples: Sequence[str]) -> dict[str, Any]:
         """Keep what each guess leaves of the differences of pairs at ends that no fit has seen."""
         from scipy.spatial import cKDTree
 
@@ -267,11 +269,15 @@ class Coverage(OfModel[CoverageSettings]):
         x, y = x[kept], problem.differences(table)[kept]
         star = x[:, problem.star_places].astype(np.float64)
         center, scale = robust_scale(star)
+        rows = problem.star_matrix(self.sampled(output, samples, "observations"))
+        rows = rows[np.isfinite(rows).all(axis=1)][: len(star)].astype(np.float64)
+        right = ~kernel.lacks_stars((star - center) / scale, (rows - center) / scale)
+        x, y, star = x[right], y[right], star[right]
         giant = beyond.giants(problem, star)
         upper, lower = beyond.ends(star, giant)
         out = upper if key == "upper" else lower
         batch = corrections.Batch(x, y, out.astype(np.int8), np.ones(len(x), np.float32))
-        found = [y[out]]
+        found = [y[out], y[out] - np.median(y[~out], axis=0)]
         try:
             source, known = corrections.OneBatch(batch, problem), method.info.params
             fitted = corrections.fit(method.method, source, train_folds=[0], params=known)
@@ -289,10 +295,11 @@ class Coverage(OfModel[CoverageSettings]):
             share_of_way = np.minimum(1.0, kernel.REACH / np.maximum(distance, 1e-12))[:, None]
             way = x[out] - near
             reach += (way * share_of_way).astype(np.float32)
-            found += [y[out] - fitted.predict(x[out]), y[out] - smooth.predict(reach)]
+            found += [np.full_like(y[out], np.nan), y[out] - smooth.predict(reach)]
             found += [y[out] - fitted.predict(near)]
         kind = beyond.kinds(scaled[out] - scaled[~out][index], giant[out])
         columns: dict[str, Any] = {"kind": kind, "distance": distance}
+        columns["right"] = beyond.right(y.astype(np.float64))[out]
         for number, left in enumerate(found):
             columns |= {f"{number}-{n}": one.astype("f8") for n, one in enumerate(left.T)}
         output.write_piece(key, pa.table(columns))
@@ -379,7 +386,8 @@ def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) 
     needed = ["fold", "held_out", *(label.diff for label in problem.labels)]
     table = read_evidence(evidence, [*needed, *predicted], more)
     table = table.filter(pa.array(np.isfinite(problem.matrix(table)).all(axis=1)))
-    residual = problem.differences(table).astype(np.float64) - matrix32(table, predicted)
+    difference = problem.differences(table).astype(np.float64)
+    residual = difference - matrix32(table, predicted)
     columns = parameter_columns(table, problem)
     half_width = error_class = None
     if errors is not None:
@@ -389,7 +397,8 @@ def read_overlap(evidence: Path, model: Path, errors: ErrorModel | None = None) 
         half_width[~single_observations(table)] = np.nan
     reference_error = np.stack([floats_or_nan(table, name) for name in stated], axis=1)
     fold = table["fold"].to_numpy()
-    return kernel.Overlap(columns, fold, residual, reference_error, half_width, error_class)
+    seen = difference, residual, reference_error
+    return kernel.Overlap(columns, fold, *seen, half_width, error_class)
 
 
 def parameter_columns(table: pa.Table, problem: Problem) -> dict[str, FloatArray]:

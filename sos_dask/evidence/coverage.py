@@ -476,7 +476,7 @@ def _stands_in(
     nearest = model.star_near(stars[rows], other=True)
     giant = beyond.giants(problem, features)
     kind, n_kinds = beyond.kinds(stars[rows] - nearest, giant), 4 * model.n_inputs
-    known = np.isfinite(overlap.difference).all(axis=1)
+    known = np.asarray(np.isfinite(overlap.difference).all(axis=1))
     right = np.zeros(len(known), dtype=np.bool_)
     right[known] = beyond.right(overlap.difference[known])
     there = Left(kind, np.zeros(len(rows)), residual, right[rows])

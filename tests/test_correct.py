@@ -211,7 +211,9 @@ def covered(coverage, **more) -> Covered:
     scores = {"obs_id": range(n), "coverage": pa.array(coverage, pa.float32())}
     scores |= {"flag_coverage": pa.array([0] * n, pa.int32())}
     scores |= {"kind_coverage": pa.array([0] * n, pa.int8())}
-    return Covered(pa.table(scores), lambda kind, error_class, width: np.ones_like(width), **more)
+    return Covered(
+        pa.table(scores), lambda kind, error_class, width, star: np.ones_like(width), **more
+    )
 
 
 def test_the_correction_fades_from_inside_to_outside():
@@ -221,7 +223,7 @@ def test_the_correction_fades_from_inside_to_outside():
     assert covered(coverage).faded(delta, x) is delta, "nothing fades"
     none = covered(coverage, limits=limits).faded(delta, x)
     assert none[:, 0] == pytest.approx([1, 1, 0.5, 0, 0, 1], abs=1e-6)
-    three = {"fallback": lambda x: np.full((len(x), 3), 3, np.float32)}
+    three = {"fallback": lambda x, kind: np.full((len(x), 3), 3, np.float32)}
     smooth = covered(coverage, limits=limits, **three).faded(delta, x)
     assert smooth[:, 1] == pytest.approx([1, 1, 2, 3, 3, 1], abs=1e-6)
     assert (delta == 1).all(), "what a correction gives is not changed"
@@ -260,7 +262,7 @@ class _Ten:
 TEN: Any = _Ten()
 
 
-def factors(kind, error_class, width):
+def factors(kind, error_class, width, star):
     """By kind and class: one inside for the dense, else 2, 3 and 4 for the labels."""
     assert (width == 10).all()
     return np.where(((kind == 2) & (error_class == 1))[:, None], [2.0, 3.0, 4.0], 1.0)

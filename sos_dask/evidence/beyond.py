@@ -1,7 +1,7 @@
 """What stands in for a correction outside the overlap: measured, never assumed.
 
-Outside, nothing tells which guess is best: the correction itself, its smooth part, its value at the
-nearest star, a zero point, or none. Two places differ. Where stars are few, held-out pairs lie
+Outside, nothing tells which guess is best: the correction itself, its value at the nearest star, a
+zero point, or none. Two places differ. Where stars are few, held-out pairs lie
 there too: they tell. Where only the overlap lacks stars, the few pairs that lie there are mostly
 wrong measurements, and what is there is in the rows alone. So ends of the overlap are left out of a
 fit (the outermost `_SHARE` of giants and of dwarfs along each input, to one side and then to the
@@ -28,8 +28,8 @@ from sos_dask.columns import BoolArray, Float32Array, FloatArray, IntArray
 from sos_dask.problem import Problem
 from sos_dask.stats.numbers import GIANT_LOGG, scatter
 
-GUESSES = ("nothing", "zero point", "edge", "smooth", "nearest")
-NOTHING, ZERO_POINT, EDGE, SMOOTH, NEAREST = range(len(GUESSES))
+GUESSES = ("nothing", "zero point", "edge", "nearest")
+NOTHING, ZERO_POINT, EDGE, NEAREST = range(len(GUESSES))
 _NEARER_THAN = (0.25, 0.5, 1.0, 2.0, 4.0)  # bins of distance, in deviations of the pairs
 _SHARE = 0.15
 _MIN_PAIRS = 40
@@ -44,7 +44,7 @@ class Left(NamedTuple):
 
     kind: IntArray
     distance: FloatArray
-    residual: FloatArray  # (n, 5, l), nan where unknown
+    residual: FloatArray  # (n, 4, l), nan where unknown
     right: BoolArray
 
 
@@ -94,15 +94,23 @@ def right(difference: FloatArray) -> BoolArray:
 
 
 def choose(
-    left: Left, n_kinds: int, guesses: Sequence[int], everywhere: Sequence[int] = ()
+    left: Left,
+    n_kinds: int,
+    guesses: Sequence[int],
+    everywhere: Sequence[int] = (),
+    known: NDArray[np.uint8] | None = None,
 ) -> Standing:
-    """Choose among ``guesses``, and for places that no pairs tell of among those ``everywhere``."""
+    """Choose among ``guesses``, and for places that no pairs tell of among those ``everywhere``.
+
+    What is ``known`` (l,) to stand in at other places does where all pairs are too few.
+    """
     place, n_labels = np.searchsorted(_NEARER_THAN, left.distance), left.residual.shape[2]
     shape = (n_kinds, len(_NEARER_THAN) + 1, n_labels)
     found = Standing(np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32))
     for label in range(n_labels):
         size = np.abs(left.residual[:, :, label])
-        common = _best([size[left.right]], everywhere, NOTHING)
+        common = NOTHING if known is None else int(known[label])
+        common = _best([size[left.right]], everywhere, common)
         found.guess[..., label], found.width[..., label] = common, _width(size[:, common])
         for kind in range(n_kinds):
             parts = [(left.kind == kind) & (place == bin) for bin in range(len(_NEARER_THAN))]
@@ -118,7 +126,7 @@ def choose(
 
 
 def _best(parts: Sequence[FloatArray], guesses: Sequence[int], common: int) -> int:
-    """Choose the guess that leaves least of pairs, (n, 5) at each distance, or the common one."""
+    """Choose the guess that leaves least of pairs, (n, 4) at each distance, or the common one."""
     least, found = np.inf, common
     for number in guesses:
         known = [part[np.isfinite(part[:, [number, common]]).all(axis=1)] for part in parts]

@@ -387,8 +387,6 @@ def fit(
     target: Target | None = None,
     problem: Problem = DEFAULT,
     left: Left | None = None,
-    *,
-    smooth: bool = False,
 ) -> Fit:
     """Fit a measure to the overlap and calibrate its distances on held-out pairs.
 
@@ -397,9 +395,9 @@ def fit(
     target, or half-widths of the pairs, no widths are counted.
 
     Of the catalog a sample is given, shape (m,); its columns are the parameters that are used.
-    ``left`` are pairs at ends that were left out of a fit; ``smooth`` tells that a polynomial may
-    stand in. The measure is one of `MEASURES`. Raises `ModelError` where held-out pairs are too
-    few, or no overlap star has a parameter that the catalog has.
+    ``left`` are pairs at ends that were left out of a fit. The measure is one of `MEASURES`. Raises
+    `ModelError` where held-out pairs are too few, or no overlap star has a parameter that the
+    catalog has.
     """
     held_out = overlap.held_out
     n_held_out = int(np.count_nonzero(held_out))
@@ -437,7 +435,7 @@ def fit(
     meant = noise, growth, limits, widths, zero_point, empty, booster
     model = CoverageModel(parameters, k, center, scale, places, kept, *meant)
     kind = model.coverage_at(distance, lacks)[1]
-    few, lacking = _stands_in(overlap, model, stars, kind == OUTSIDE, left, smooth, problem)
+    few, lacking = _stands_in(overlap, model, stars, kind == OUTSIDE, left, problem)
     model = model.with_guesses(few, lacking, problem)
     n_width: tuple[tuple[int, ...], ...] = ()
     if target and overlap.half_width is not None and overlap.error_class is not None:
@@ -460,7 +458,6 @@ def _stands_in(
     stars: FloatArray,
     is_few: BoolArray,
     left: Left | None,
-    smooth: bool,
     problem: Problem,
 ) -> tuple[Standing, Standing]:
     """Choose what stands in where stars are few, by the held-out pairs there, and where they lack.
@@ -481,10 +478,10 @@ def _stands_in(
     right[known] = beyond.right(overlap.difference[known])
     there = Left(kind, np.zeros(len(rows)), residual, right[rows])
     held = beyond.NOTHING, beyond.ZERO_POINT, beyond.EDGE
-    few = beyond.choose(there, n_kinds, held, held)
     none = Left(kind[:0], np.zeros(0), residual[:0], right[:0])
-    at_ends = *held[:2], beyond.NEAREST, *((beyond.SMOOTH,) if smooth else ())
-    return few, beyond.choose(left or none, n_kinds, at_ends, held[:2])
+    at_ends = *held[:2], beyond.NEAREST
+    lacking = beyond.choose(left or none, n_kinds, at_ends, held[:2])
+    return beyond.choose(there, n_kinds, held, held, lacking.guess[0, -1]), lacking
 
 
 def _scaled(

@@ -41,7 +41,6 @@ _ELSEWHERE = {
     ("uncertainty", "target"): "Give target_name at the top of the job.",
     ("coverage", "seed"): _SEED,
     ("coverage", "radius_arcsec"): "It is that of [dedupe].",
-    ("coverage", "smooth"): "Where a polynomial is trained it may stand in.",
     ("coverage", "compare"): "It is gone: measures are no longer ranked.",
     ("projection", "seed"): _SEED,
     ("generalisation", "seed"): _SEED,

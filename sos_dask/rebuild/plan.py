@@ -300,8 +300,6 @@ def _correction_steps(
     yield Step(f"{place}.uncertainty", Uncertainty, settings, inputs)
     radius = (job.target.dedupe or job.dedupe).radius_arcsec
     settings = _own(job, Coverage, job.coverage).but(radius_arcsec=radius)
-    if "polynomial" in one.params:
-        settings = settings.but(smooth=True)
     inputs = {"pairs": pairs, "observations": observations, "stars": target_stars}
     inputs |= {"errors": f"{place}.uncertainty", "sample": f"{target}.sample"}
     yield Step(f"{place}.coverage", Coverage, settings, {**chosen, **inputs})
@@ -310,7 +308,7 @@ def _correction_steps(
         fallback = "measured"
     inputs = {"model": Chosen(place), "observations": observations}
     inputs |= {"errors": f"{place}.uncertainty", "coverage": f"{place}.coverage"}
-    if "polynomial" in one.params and fallback in ("measured", "polynomial"):
+    if fallback == "polynomial":
         inputs["smooth"] = f"{place}.model.polynomial"
     settings = Apply.Settings(fallback=fallback, suffix=one.suffix)
     yield Step(f"{place}.corrected", Apply, settings, inputs)

@@ -15,7 +15,6 @@ from pydantic import Field
 
 from sos_dask import correct, corrections
 from sos_dask.columns import Float32Array
-from sos_dask.correct import Fallback
 from sos_dask.errors import CatalogError, ConfigError, ModelError
 from sos_dask.evidence import beyond
 from sos_dask.evidence.coverage import CoverageModel
@@ -142,12 +141,10 @@ class Apply(Stage[ApplySettings]):
         wanted = {"edge": set(), "none": {"coverage"}, "polynomial": {"coverage", "smooth"}}
         wanted["measured"] = {"coverage"}
         fallback, needed = self.settings.fallback, wanted[self.settings.fallback]
-        may = {"smooth"} if fallback in ("polynomial", "measured") else set()
-        if not needed <= set(self.inputs) or not {"smooth"} & set(self.inputs) <= may:
+        if needed - {"coverage"} != {"smooth"} & set(self.inputs) or needed - set(self.inputs):
             raise ConfigError(
                 f"the fallback is '{fallback}', but the inputs are {', '.join(self.inputs)}",
-                "A fallback needs a coverage; 'polynomial' needs a smooth model, too, and "
-                "'measured' may have one.",
+                "A fallback needs a coverage; 'polynomial' alone needs a smooth model, too.",
             )
         if "errors" in self.inputs:
             sha256 = sha256_of_file(self.path("model") / corrections.MODEL_FILE)
@@ -233,7 +230,7 @@ class Apply(Stage[ApplySettings]):
             measured = self.settings.fallback == "measured"
             widening = partial(known.widening, measured=measured)
             if measured:
-                fallback = partial(_best_guess, model, fallback, known)
+                fallback = partial(_best_guess, model, known)
         pieces = []
         for first in range(0, max(table.num_rows, 1), _ROWS_AT_ONCE):
             covered, rows = None, table.slice(first, _ROWS_AT_ONCE)
@@ -252,7 +249,6 @@ class Apply(Stage[ApplySettings]):
 
 def _best_guess(
     model: corrections.Correction,
-    smooth: Fallback | None,
     known: CoverageModel,
     features: Float32Array,
     kind: NDArray[np.int8],
@@ -268,11 +264,7 @@ def _best_guess(
         x = features[rows].copy()
         if number == beyond.NEAREST:
             x[:, of_star] = known.nearest(x[:, of_star])
-        values: NDArray[np.floating] = known.zero_point
-        if number == beyond.SMOOTH and smooth:
-            values = smooth(x, kind[rows])
-        elif number != beyond.ZERO_POINT:
-            values = model.predict(x)
+        values = known.zero_point if number == beyond.ZERO_POINT else model.predict(x)
         found[rows] = np.where(guess[rows] == number, values, found[rows])
     return found
 

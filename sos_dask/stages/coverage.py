@@ -58,9 +58,6 @@ _ID_RADIUS_ARCSEC = 10.0  # observations with one Gaia id are of one star
 class CoverageSettings(Limits):
     """Settings of the stage."""
 
-    smooth: bool = Field(
-        False, description="Whether a polynomial may stand in outside: see `evidence.beyond`"
-    )
     measure: Literal["neighbours", "ratio"] = Field(
         "neighbours", description="Distance from the pairs: neighbours, or ratio of densities"
     )
@@ -222,7 +219,7 @@ class Coverage(OfModel[CoverageSettings]):
         places = ends["kind"].to_numpy(), ends["distance"].to_numpy()
         is_right = ends["right"].to_numpy(zero_copy_only=False)
         left = beyond.Left(*places, residual.reshape(shape), is_right)
-        found = kernel.fit(overlap, columns, *how, left, smooth=settings.smooth)
+        found = kernel.fit(overlap, columns, *how, left)
         model = found.model
         n_stars = _counts(model.coverage(parameter_columns(stars, problem))[1])
         sampled = sum(n_stars.values())
@@ -281,7 +278,6 @@ class Coverage(OfModel[CoverageSettings]):
         try:
             source, known = corrections.OneBatch(batch, problem), method.info.params
             fitted = corrections.fit(method.method, source, train_folds=[0], params=known)
-            smooth = corrections.fit("polynomial", source, train_folds=[0])
         except ModelError:  # too few pairs: nothing is left out, so nothing stands in
             out[:] = False
             found = [y[out]] * len(beyond.GUESSES)
@@ -291,12 +287,7 @@ class Coverage(OfModel[CoverageSettings]):
         near = x[out].copy()
         near[:, problem.star_places] = star[~out][index] if len(index) else 0.0
         if out.any():
-            reach = near.copy()
-            share_of_way = np.minimum(1.0, kernel.REACH / np.maximum(distance, 1e-12))[:, None]
-            way = x[out] - near
-            reach += (way * share_of_way).astype(np.float32)
-            found += [np.full_like(y[out], np.nan), y[out] - smooth.predict(reach)]
-            found += [y[out] - fitted.predict(near)]
+            found += [np.full_like(y[out], np.nan), y[out] - fitted.predict(near)]
         kind = beyond.kinds(scaled[out] - scaled[~out][index], giant[out])
         columns: dict[str, Any] = {"kind": kind, "distance": distance}
         columns["right"] = beyond.right(y.astype(np.float64))[out]

@@ -60,8 +60,14 @@ def trained(table: pa.Table, folder: Path) -> tuple[Catalog, Path]:
         (lambda t: same(t, "use", False), "0 pairs are fit for training, in 0 folds"),
         (lambda t: same(t, "fold", 0), "At least two folds are needed"),
         (lambda t: t.slice(0, 20), "training pairs .* and there are 1"),
-        (lambda t: same(t, "logg_diff", None), "known logg difference, and there are 0"),
-        (lambda t: same(t, "teff", float("nan")), "known teff difference, and there are 0"),
+        (
+            lambda t: same(t, "logg_diff", None),
+            "column 'logg_diff' has a value that can be used in 0 of 772 pairs",
+        ),
+        (
+            lambda t: same(t, "teff", float("nan")),
+            "column 'teff' has a value that can be used in 0 of 772 pairs",
+        ),
     ],
 )
 def test_pairs_that_cannot_train(

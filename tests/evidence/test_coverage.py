@@ -54,7 +54,8 @@ def overlap_of(columns, rng, sigma=(50.0, 0.1, 0.05), growth=None):
     residual = rng.normal(0, 1, (n, 3)) * np.array(sigma)
     if growth is not None:
         residual *= growth[:, None]
-    return Overlap(columns, (np.arange(n) % 5).astype(np.int8), residual, np.full((n, 3), np.nan))
+    fold = (np.arange(n) % 5).astype(np.int8)
+    return Overlap(columns, fold, residual, residual, np.full((n, 3), np.nan))
 
 
 @pytest.fixture(scope="module")

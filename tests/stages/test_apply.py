@@ -178,7 +178,7 @@ def test_single_steps_make_the_rows_of_a_rebuild(cli: Cli, build, tmp_path):
     )  # fmt: skip
     assert ran.code == 0 and "inside" in ran.out, ran.err
     assert rows_of(tmp_path / "coverage").equals(rows_of(build / "lamost.coverage"))
-    given = ["apply", model, catalog, *errors, "--coverage", "coverage", "--fallback", model]
+    given = ["apply", model, catalog, *errors, "--coverage", "coverage", "--fallback", "measured"]
     assert cli(*given, "-o", "whole/corrected", "-w", 0).code == 0
     made, wanted = rows_of(tmp_path / "whole/corrected"), rows_of(build / "lamost.corrected")
     assert made.equals(wanted)

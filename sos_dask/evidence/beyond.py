@@ -130,12 +130,11 @@ def _best(parts: Sequence[FloatArray], guesses: Sequence[int], common: int) -> i
     least, found = np.inf, common
     for number in guesses:
         known = [part[np.isfinite(part[:, [number, common]]).all(axis=1)] for part in parts]
-        ratios = [
-            np.median(one[:, number]) / np.median(one[:, common]) for one in known if len(one)
-        ]
+        medians = [np.median(one[:, [number, common]], axis=0) for one in known if len(one)]
         every = np.concatenate(known)
         wins = np.sign(every[:, common] - every[:, number]).sum()
-        if len(every) < _MIN_PAIRS or wins <= _SIGMA * np.sqrt(len(every)) or max(ratios) > 1:
+        is_farther = any(mine > other for mine, other in medians)
+        if is_farther or len(every) < _MIN_PAIRS or wins <= _SIGMA * np.sqrt(len(every)):
             continue
         middle = float(np.median(every[:, number]))
         if middle < min(least, _AT_MOST * float(np.median(every[:, common]))):

@@ -46,8 +46,8 @@ def test_what_is_better_everywhere_stands_in_where_nothing_tells():
     assert (found.at(kind, distance).guess == ZERO_POINT).all()
     # In one kind nothing is better, in another the nearest star.
     parts = left([5.0, 1.0, 9.0, 9.0]), left([0.1, 1.0, 9.0, 9.0], n=100, kind=1)
-    parts = *parts, left([5.0, 1.0, 9.0, 0.1], n=100, kind=2)
-    all_kinds = Left(*(np.concatenate(one) for one in zip(*parts, strict=True)))
+    more = left([5.0, 1.0, 9.0, 0.1], n=100, kind=2)
+    all_kinds = Left(*(np.concatenate(one) for one in zip(*parts, more, strict=True)))
     guess = choose(all_kinds, 12, EVERY, everywhere).guess[:, 1, 0]
     assert guess[:4].tolist() == [ZERO_POINT, NOTHING, NEAREST, ZERO_POINT]
 

@@ -4,8 +4,9 @@ The pull of two observations i, j of one star is (x_i - x_j) / sqrt(e_i^2 + e_j^
 has width 1 where the stated errors e are right, whatever the star; a width w says that errors of
 this kind must be multiplied by w. The width is the median of |pull| over 0.6745, the median of the
 absolute value of a standard normal number, of the pulls below `CLIP` widths: 6 % of wrong
-measurements would else make it 7 % too large. This is the normalisation of the Survey of Surveys
-(Tsantaki et al. 2022, A&A 659, A95), by S/N and for giants and dwarfs separately.
+measurements would else make it 7 % too large. (Those that are off by less remain.) This is
+the normalisation of the Survey of Surveys (Tsantaki et al. 2022, A&A 659, A95), by S/N and for
+giants and dwarfs separately.
 
 Where the factor f depends on S/N, the squared width of a pull is (f_i^2 e_i^2 + f_j^2 e_j^2) /
 (e_i^2 + e_j^2). To first order in the slope p of log f by log S/N, this is f^2 at the mean log S/N

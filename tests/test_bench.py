@@ -250,11 +250,30 @@ def test_errors_outside_and_inside():
     assert found["inside", "all", "teff"]["hit"] == pytest.approx(0.683, abs=0.03)
     assert found["sparse", "20-50", "teff"]["pull"] == pytest.approx(1.0, abs=0.06)
     assert found["outside", "all", "logg"]["n"] == 2000
+    assert promises.own_errors(rows, ()) == [], "no bright rows that tell of the bias"
     worse = {(x["kind"], x["label"]) for x in promises.outside(rows) if x["worse"]}
     assert ("rest", "feh") in worse and not [x for x in worse if x[1] != "feh"]
     rows["true_is_avoided"] = rows["flag"] > 0
     shares = promises.coverage(rows)
     assert shares["avoided_outside_or_sparse"] == 1.0 and shares["others_outside"] == 0.0
+
+
+def test_own_errors_are_those_of_the_noise_about_the_bias():
+    rows = labelled(40_000, 0.2)
+    rows["snr"][::2] = 150.0
+    at_low_snr = 1.0 + (rows["snr"] < 100.0)
+    for name in LABELS:
+        rows[name] += 0.1 * rows[f"true_{name}"]
+        rows[f"{name}_err"] = rows[f"{name}_err"] / at_low_snr
+    rows["true_is_outlier"][:4000] = True
+    rows["feh"][:4000] += 3.0
+    factor = {"label": "feh", "kind": "all", "n": 10**6, "mean_snr": None, "factor": 2.0}
+    found = promises.own_errors(rows, [factor])
+    assert {(x["kind"], x["snr"]) for x in found} >= {("all", 30.0), ("dwarf", 100.0)}
+    for one in [x for x in found if x["n"] > 2000]:
+        assert one["stated"] == pytest.approx(2.0 if one["snr"] == 30.0 else 1.0, rel=0.08)
+        times = 2.0 if one["label"] == "feh" else 1.0
+        assert one["normalised"] == pytest.approx(one["stated"] / times)
 
 
 def test_a_velocity_that_is_off_is_seen(tmp_path):

@@ -199,7 +199,8 @@ def uncertainty(job: Place = None, *, store: Place = None, correction: Name = No
     )
     show_table(
         "Quoted errors by repeats: what they must be multiplied by (1 where too few are known)",
-        "survey name=label kind=stars snr_low:g=from_S/N snr_high:g=to_S/N n text=factor",
+        "survey name=label kind=stars snr_low:g=from_S/N snr_high:g=to_S/N mean_snr:.0f=S/N n "
+        "text=factor",
         [
             {**one, "survey": survey, "name": one["label"], "text": _with_range(one, "factor")}
             for survey, factors in summary["error_factors"].items()

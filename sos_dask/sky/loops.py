@@ -399,14 +399,12 @@ def _pull_bin(
 
 
 @njit(inline="always")
-def _snr_bin(one: float, other: float, edges: FloatingArray) -> int:
-    """Bin of the worse S/N; the last one where it is not known."""
-    if not (np.isfinite(one) and np.isfinite(other)):
-        return len(edges) + 1
-    worse, place = np.float64(min(one, other)), 0
-    for edge in edges:
-        place += edge <= worse
-    return place
+def _common_log_snr(one: float, other: float, share: float) -> float:
+    """Mean log2 S/N with a share of the first; nan where unknown or more than a factor 2 apart."""
+    if not (0 < one < np.inf and 0 < other < np.inf and one <= 2 * other and other <= 2 * one):
+        return np.nan
+    low = float(np.log2(np.float64(other)))
+    return low + share * (float(np.log2(np.float64(one))) - low)
 
 
 @compiled
@@ -419,7 +417,8 @@ def count_pulls(
     expected_error: FloatingArray,
     snr: FloatingArray,
     giant_logg: float,
-    snr_edges: FloatingArray,
+    log_snr_edges: FloatArray,
+    units: int,
     lowest: float,
     bins_an_octave: float,
     counts: IntArray,
@@ -427,8 +426,9 @@ def count_pulls(
     """Count the pulls of teff, logg and feh between each row and the one before of its star.
 
     The rows of a star are row[first[s]:first[s + 1]]. ``counts`` has the axes label, kind, bin of
-    S/N and bin of log2(pull). Rows with quality, or with all labels of the one before, do not
-    count; for a label, nor do those without a value and an error.
+    S/N (the last one: none) and bin of log2(pull), whose last place is no bin: the sum of log2 S/N
+    in units. Rows with quality, or with all labels of the one before, do not count; for a label,
+    nor do those without a value and an error.
     """
     logg = values[1]
     last = np.empty(3, dtype=np.int64)
@@ -458,5 +458,10 @@ def count_pulls(
                 error_2 = error_2 if error_2 > 0 else expected_error[label]
                 difference = value - np.float64(values[label][other])
                 variance = error * error + error_2 * error_2
-                at = _pull_bin(difference, variance, lowest, bins_an_octave, counts.shape[3])
-                counts[label, kind, _snr_bin(snr[one], snr[other], snr_edges), at] += 1
+                at = _pull_bin(difference, variance, lowest, bins_an_octave, counts.shape[3] - 1)
+                log_snr = _common_log_snr(snr[one], snr[other], error * error / variance)
+                place = len(log_snr_edges) + 1
+                if not np.isnan(log_snr):
+                    place = int(np.searchsorted(log_snr_edges, log_snr, side="right"))
+                    counts[label, kind, place, -1] += int(np.floor(log_snr * units + 0.5))
+                counts[label, kind, place, at] += 1

@@ -218,7 +218,7 @@ class Train(Stage[TrainSettings]):
     """
 
     name = "train"
-    version = 11
+    version = 12
     Settings = TrainSettings
     roles = (
         Role("pairs", "Pairs, as crossmatch makes them."),

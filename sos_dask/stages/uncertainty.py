@@ -60,7 +60,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
     """
 
     name = "uncertainty"
-    version = 8
+    version = 9
     Settings = UncertaintySettings
     roles = (
         Role("evidence", "Pairs with the predictions of the model.", "output"),

@@ -4,8 +4,16 @@ The pull of two observations i, j of one star is (x_i - x_j) / sqrt(e_i^2 + e_j^
 has width 1 where the stated errors e are right, whatever the star; a width w says that errors of
 this kind must be multiplied by w. The width is the median of |pull| over 0.6745, the median of the
 absolute value of a standard normal number, of the pulls below `CLIP` widths: 6 % of wrong
-measurements would else make it 7 % too large. This is the normalisation of the Survey of Surveys
-(Tsantaki et al. 2022, A&A 659, A95), in bins of S/N and for giants and dwarfs separately.
+measurements would else make it 7 % too large. (Those that are off by less remain.) This is
+the normalisation of the Survey of Surveys (Tsantaki et al. 2022, A&A 659, A95), by S/N and for
+giants and dwarfs separately.
+
+Where the factor f depends on S/N, the squared width of a pull is (f_i^2 e_i^2 + f_j^2 e_j^2) /
+(e_i^2 + e_j^2). To first order in the slope p of log f by log S/N, this is f^2 at the mean log S/N
+of both observations, weighted by e^2: there the pull counts. The next order makes a width too large
+by p^2 / 4 of the squared difference of log S/N at most: 2 % for p = 0.4 and a factor of 2. Pulls of
+observations that differ by more count for their kind alone. Between the bins of S/N, log f is
+linear in log S/N.
 
 Pulls are counted in a histogram, so that counts of any parts of the sky add up exactly. Every
 observation is compared with the next one of its star in the order of the sky, then of ``obs_id``.
@@ -28,18 +36,21 @@ from sos_dask.columns import FloatArray, IntArray, reals_or_nan
 from sos_dask.schema import HEALPIX_COLUMN, LABELS
 from sos_dask.stats.numbers import GIANT_LOGG
 
-SNR_EDGES = (10.0, 20.0, 30.0, 50.0, 100.0, 200.0)  # bins: below the first, ..., above the last
+# Bins of S/N: below the first, ..., above the last.
+SNR_EDGES = (10.0, 20.0, 30.0, 50.0, 100.0, 200.0, 400.0, 800.0)
 KINDS = ("dwarf", "giant")
 MIN_PULLS = 100  # the width of as many is known to 12 %
 _HALF_NORMAL_MEDIAN = 0.6744897501960817
 # Standard error of a median of half-normal numbers, in units of it times 1 / sqrt(n):
 # 1 / (2 f(m) m) with the density f (Kendall & Stuart, The Advanced Theory of Statistics).
 _MEDIAN_ERROR = 1.1664
-CLIP = 4.0  # normal numbers are beyond once in 16,000
+CLIP = 3.0  # normal numbers are beyond once in 370: the width is 0.2 % too small
 _LOWEST, _BINS_AN_OCTAVE, _N_BINS = -10.0, 12, 192  # of |pull|, from 2^-10 to 2^6, 6 % wide
 _LIMITS = tuple(zip((None, *SNR_EDGES), (*SNR_EDGES, None), strict=True))
 _NO_SNR = len(SNR_EDGES) + 1
-_SHAPE = (len(LABELS), len(KINDS), _NO_SNR + 1, _N_BINS)
+_Snr = tuple[float | None, float | None, float | None]  # limits and mean
+_UNITS = 1024  # of an octave of S/N: the last place of each histogram has the sum of log2 S/N
+_SHAPE = (len(LABELS), len(KINDS), _NO_SNR + 1, _N_BINS + 1)
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,9 @@ class Factor:
     kind : str
         ``giant`` (log g < 3.5), ``dwarf``, or ``all``.
     snr_low, snr_high : float or None
-        Signal to noise of the worse of the two observations; None: no limit.
+        Signal to noise, weighted mean of both observations; None: no limit.
+    mean_snr : float or None
+        Its geometric mean: where this is the factor. None: of all pulls, of any S/N.
     n : int
         Pulls, without those clipped.
     factor : float
@@ -65,6 +78,7 @@ class Factor:
     kind: str
     snr_low: float | None
     snr_high: float | None
+    mean_snr: float | None
     n: int
     factor: float
     low: float | None
@@ -108,7 +122,7 @@ def pull_counts(
         known = expected_error or {}
         expected = np.array([known.get(label, np.nan) for label in LABELS], dtype=np.float64)
         given = tuple(columns[:3]), tuple(columns[3:6]), expected, columns[6]
-        bins = np.array(SNR_EDGES), _LOWEST, float(_BINS_AN_OCTAVE)
+        bins = np.log2(SNR_EDGES), _UNITS, _LOWEST, float(_BINS_AN_OCTAVE)
         count_pulls(first, row, table["quality"].to_numpy(), *given, GIANT_LOGG, *bins, counts)
     filled = np.flatnonzero(counts)
     flat: list[int] = np.stack([filled, counts.ravel()[filled]], axis=1).ravel().tolist()
@@ -121,8 +135,8 @@ def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
     Returns
     -------
     list of Factor
-        Of each label: all pulls, then giants and dwarfs, then each in bins of S/N; only those with
-        pulls, but always that of all.
+        Of each label: all pulls, then giants and dwarfs, each also in bins of S/N that are joined
+        until they have `MIN_PULLS`; only those with pulls, but always that of all.
     """
     counts = np.zeros(_SHAPE, dtype=np.int64)
     for part in parts:
@@ -130,11 +144,10 @@ def merged_pulls(parts: Sequence[Sequence[int]]) -> list[Factor]:
         counts.ravel()[place] += count
     found = []
     for label, of_label in zip(LABELS, counts, strict=True):
-        found.append(_factor(of_label.sum(axis=(0, 1)), label, "all"))
+        found.append(_factor(of_label[..., :-1].sum(axis=(0, 1)), label, "all"))
         for kind, of_kind in zip(KINDS, of_label, strict=True):
-            some = [_factor(of_kind.sum(axis=0), label, kind)]
-            pairs = zip(of_kind, _LIMITS, strict=False)
-            some += [_factor(one, label, kind, *limits) for one, limits in pairs]
+            some = [_factor(of_kind[:, :-1].sum(axis=0), label, kind)]
+            some += _by_snr(of_kind[:_NO_SNR], label, kind)
             found += [factor for factor in some if factor.n]
     return found
 
@@ -158,21 +171,22 @@ def normalisation(
     Returns
     -------
     ndarray of float64, shape (n,)
-        Of the row's kind and S/N; of its kind alone, or of all, where those pulls are too few; 1
-        where nothing was measured.
+        Of the row's kind, interpolated to its S/N and constant beyond the first and the last bin
+        with pulls enough; without any, or without S/N, of its kind alone, or of all; 1 where
+        nothing was measured.
     """
-    known = {
-        (one["kind"], one["snr_low"], one["snr_high"]): one["factor"]
-        for one in factors
-        if one["label"] == label and one["n"] >= MIN_PULLS
-    }
-    whole = known.get(("all", None, None), 1.0)
-    table = np.empty((len(KINDS), _NO_SNR + 1))
-    for kind, of_kind in zip(KINDS, table, strict=True):
-        of_kind[:] = known.get((kind, None, None), whole)
-        for place, limits in enumerate(_LIMITS):
-            of_kind[place] = known.get((kind, *limits), of_kind[_NO_SNR])
-    return np.asarray(table[(np.asarray(logg) < GIANT_LOGG).astype(np.int64), snr_bin(snr)])
+    known = [one for one in factors if one["label"] == label and one["n"] >= MIN_PULLS]
+    whole = {one["kind"]: one["factor"] for one in known if one["mean_snr"] is None}
+    is_giant, has_snr = np.asarray(logg) < GIANT_LOGG, np.isfinite(snr)
+    log_snr = np.log(np.where(snr > 0, snr, 1e-3))
+    found = np.empty(len(log_snr))
+    for kind, mine in zip(KINDS, (~is_giant, is_giant), strict=True):
+        found[mine] = whole.get(kind, whole.get("all", 1.0))
+        of_kind = [one for one in known if one["kind"] == kind and one["mean_snr"] is not None]
+        if of_kind:
+            nodes = np.log([(one["mean_snr"], one["factor"]) for one in of_kind]).T
+            found[mine & has_snr] = np.exp(np.interp(log_snr[mine & has_snr], *nodes))
+    return found
 
 
 def pull_correlation(values: FloatArray, errors: FloatArray, star: NDArray[Any]) -> FloatArray:
@@ -209,14 +223,20 @@ def pull_correlation(values: FloatArray, errors: FloatArray, star: NDArray[Any])
     return np.asarray(found / np.outer(width, width))
 
 
-def snr_bin(snr: NDArray[np.floating]) -> IntArray:
-    """Number the bins of signal to noise; the last one is that of unknown values."""
-    return np.where(np.isfinite(snr), np.searchsorted(SNR_EDGES, snr, side="right"), _NO_SNR)
+def _by_snr(counts: IntArray, label: str, kind: str) -> list[Factor]:
+    """Factors in bins of S/N, joined so that each has pulls enough; none for a single bin."""
+    found, first, n = [], 0, counts[:, :-1].sum(axis=1)
+    for stop, (_, high) in enumerate(_LIMITS, 1):
+        if high is None or min(n[first:stop].sum(), n[stop:].sum()) >= MIN_PULLS:
+            some = counts[first:stop].sum(axis=0)
+            snr = 2.0 ** (some[-1] / max(n[first:stop].sum(), 1) / _UNITS)
+            limits = _LIMITS[first][0], high, float(snr)
+            found.append(_factor(some[:-1], label, kind, limits))
+            first = stop
+    return found if len(found) > 1 else []
 
 
-def _factor(
-    counts: IntArray, label: str, kind: str, low: float | None = None, high: float | None = None
-) -> Factor:
+def _factor(counts: IntArray, label: str, kind: str, snr: _Snr = (None, None, None)) -> Factor:
     width, stop = 1.0, len(counts)
     while counts[:stop].any():
         # The median, in bins from the lower end.
@@ -230,6 +250,6 @@ def _factor(
         stop = limit
     n = int(counts[:stop].sum())
     if n < MIN_PULLS:
-        return Factor(label, kind, low, high, n, 1.0, None, None)
+        return Factor(label, kind, *snr, n, 1.0, None, None)
     relative = 1.96 * _MEDIAN_ERROR / np.sqrt(n)
-    return Factor(label, kind, low, high, n, width, width * (1 - relative), width * (1 + relative))
+    return Factor(label, kind, *snr, n, width, width * (1 - relative), width * (1 + relative))

@@ -175,7 +175,9 @@ def normalisation(
         with pulls enough; without any, or without S/N, of its kind alone, or of all; 1 where
         nothing was measured.
     """
-    known = [one for one in factors if one["label"] == label and one["n"] >= MIN_PULLS]
+    # Stars of an older version do not tell the S/N: their stated errors stay.
+    of_label = [one for one in factors if one["label"] == label and "mean_snr" in one]
+    known = [one for one in of_label if one["n"] >= MIN_PULLS]
     whole = {one["kind"]: one["factor"] for one in known if one["mean_snr"] is None}
     is_giant, has_snr = np.asarray(logg) < GIANT_LOGG, np.isfinite(snr)
     log_snr = np.log(np.where(snr > 0, snr, 1e-3))

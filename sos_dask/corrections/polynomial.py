@@ -10,10 +10,11 @@ coefficients do not depend on the number of workers. The scale of the residuals 
 absolute value in the pass before, from a logarithmic histogram; the last passes keep it, because
 together with the weights it might circle for ever.
 
-Orders that the pairs do not tell from noise are left out, each label for itself: in terms that are
-orthogonal over the pairs, the lower orders first, all coefficients have one standard error, and an
-order of m terms stays where the sum of its squared coefficients is over 2 m squared errors (Mallows
-1973, Technometrics 15, 661). So many inputs or few pairs do not make the correction noisy.
+Terms that the pairs do not tell from noise are left out, each label for itself, those of one order
+together: powers of single inputs, then products. In terms that are orthogonal over the pairs, the
+lower orders first, all coefficients have one standard error, and m terms stay where the sum of
+their squared coefficients is over 2 m squared errors (Mallows 1973, Technometrics 15, 661). So many
+inputs or few pairs do not make the correction noisy.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class PolynomialCorrection(Correction):
             advice = "lower 'order' or raise 'ridge'"
             raise ModelError(f"the polynomial has no finite solution: {advice}")
         with one_thread():
-            coefficients = _without_noise(parts, found.coefficients, exponents.sum(axis=1))
+            coefficients = _without_noise(parts, found.coefficients, exponents)
         coefficients = np.where(summary.constant, start, coefficients)
         return replace(found, coefficients=coefficients, scatter=found.scatter / freedom)
 
@@ -241,26 +242,32 @@ def _normal_equations(
     return _Part(normal, right, noise, counts)
 
 
-def _without_noise(parts: Sequence[_Part], coefficients: FloatArray, order: IntArray) -> FloatArray:
-    """Coefficients (m, l) without the orders, of the m terms, that noise alone may have made."""
+def _without_noise(
+    parts: Sequence[_Part], coefficients: FloatArray, exponents: IntArray
+) -> FloatArray:
+    """Coefficients (m, l) without those, of the m terms, that noise alone may have made."""
+    group = 2 * exponents.sum(axis=1) + (np.count_nonzero(exponents, axis=1) > 1)
+    sequence = np.argsort(group, kind="stable")
+    group = group[sequence]
     normal: Any = sum(part.normal for part in parts)
     noise: Any = sum(part.noise for part in parts)
     kept = coefficients.copy()
     for label, (matrix, (squares, slope)) in enumerate(zip(normal, noise, strict=True)):
         # Variance of coefficients of orthogonal terms (Huber 1973, Annals of Statistics 1, 799).
         variance = squares * matrix[0, 0] / max(slope, 1e-6 * matrix[0, 0]) ** 2
+        matrix = matrix[np.ix_(sequence, sequence)]
         size = np.sqrt(np.diag(matrix))
         size = np.where(size > 0, size, 1.0)
         # A little on the diagonal, for terms that others determine: they count for nothing.
         scaled = matrix / np.outer(size, size) + 1e-10 * np.eye(len(size))
         root = np.linalg.cholesky(scaled).T
-        found = root @ (size * kept[:, label])
-        for power in range(1, int(order[-1]) + 1):
-            own = (order == power) & (np.diag(root) > 1e-4)
+        found = root @ (size * kept[sequence, label])
+        for number in np.unique(group[1:]):
+            own = (group == number) & (np.diag(root) > 1e-4)
             if np.sum(np.square(found[own])) <= 2 * np.count_nonzero(own) * variance:
-                found[order == power] = 0.0
+                found[group == number] = 0.0
         if not found.all():
-            kept[:, label] = np.linalg.solve(root, found) / size
+            kept[sequence, label] = np.linalg.solve(root, found) / size
     return kept
 
 

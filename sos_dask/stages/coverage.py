@@ -99,7 +99,7 @@ class Coverage(OfModel[CoverageSettings]):
     """
 
     name = "coverage"
-    version = 9
+    version = 10
     Settings = CoverageSettings
     roles = (
         Role("evidence", "Table of evidence with the model's predictions.", "output"),

@@ -5,10 +5,10 @@ row is the product of their errors (``*_sos_err``) and of the correlation that i
 of star and S/N.
 
 Residuals corrected - reference contain the errors of the reference, which are taken as independent
-between labels: they are in the widths of residuals, not in their covariance. In units of the
-label's own errors the covariance is the correlation. It comes from the widths of sums and
-differences, (w_sum^2 - w_difference^2) / 4, by quantiles (Gnanadesikan & Kettenring 1972,
-Biometrics 28, 81): wrong measurements hardly change it.
+between labels: they make the correlation of residuals smaller, by the product of both labels' own
+shares of the widths. That of the residuals comes from the widths of sums and differences of the
+two, each in units of its width, (w_sum^2 - w_difference^2) / (w_sum^2 + w_difference^2), by
+quantiles (Gnanadesikan & Kettenring 1972, Biometrics 28, 81): wrong measurements hardly change it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def groups(giant: BoolArray, snr: FloatArray) -> dict[tuple[str, str], BoolArray
 def correlations(
     residual: FloatArray,
     own: FloatingArray,
+    width: FloatingArray,
     labels: Sequence[str],
     places: Mapping[tuple[str, str], BoolArray],
 ) -> list[dict[str, Any]]:
@@ -49,8 +50,9 @@ def correlations(
 
     Parameters
     ----------
-    residual, own : ndarray of float, shape (n, l)
-        Corrected - reference of pairs; errors of the corrected labels themselves.
+    residual, own, width : ndarray of float, shape (n, l)
+        Corrected - reference of pairs; errors of the corrected labels themselves; widths of the
+        residuals.
     labels : sequence of str
     places : mapping of (kind, band) to ndarray of bool, shape (n,)
         See `groups`; those with less than `MIN_PAIRS` pairs that know both labels are left out.
@@ -64,14 +66,18 @@ def correlations(
     found = []
     for (kind, band), rows in places.items():
         for one, other in itertools.combinations(range(len(labels)), 2):
-            x, y = (residual[rows] / own[rows]).T[[one, other]]
+            x, y = (residual[rows] / width[rows]).T[[one, other]]
             known = np.isfinite(x) & np.isfinite(y)
             if (n := int(np.count_nonzero(known))) < MIN_PAIRS:
                 continue
             both = np.stack([x[known] + y[known], x[known] - y[known]])
             plus, minus = (np.diff(np.quantile(both, [0.16, 0.84], axis=1), axis=0)[0] / 2) ** 2
-            error = np.hypot(plus, minus) / 2 * np.sqrt(_WIDTH_VARIANCE / n)
+            share = float(
+                np.mean(np.prod((own[rows] / width[rows])[known][:, [one, other]], axis=1))
+            )
+            total = (plus + minus) * share
+            error = 4 * plus * minus / (plus + minus) / total * np.sqrt(2 * _WIDTH_VARIANCE / n)
             row = {"kind": kind, "snr": band, "label": labels[one], "other": labels[other], "n": n}
-            value = float(np.clip((plus - minus) / 4, -1.0, 1.0))
+            value = float(np.clip((plus - minus) / total, -1.0, 1.0))
             found.append(row | {"correlation": value, "error": float(error)})
     return found

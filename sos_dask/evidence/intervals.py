@@ -180,7 +180,7 @@ class ErrorModel:
             f"half-width of the 68 % interval of {label} corrected - reference; for 95 % times "
             f"{factors[DENSE]:.2f} (dense), {factors[SPARSE]:.2f} (sparse)"
         )
-        own = f"half-width of the 68 % interval of corrected {label} where it is no wrong value"
+        own = f"half-width of the 68 % interval of corrected {label}"
         stated = bool(self.reference[:, self.problem.names.index(label)].any())
         less = "less the normalised error of the reference" if stated else "which states no errors"
         return f"{own}: that of corrected - reference, {less}", of_pair

@@ -26,7 +26,7 @@ from sos_dask.columns import (
 from sos_dask.errors import ModelError
 from sos_dask.evidence import covariance, intervals
 from sos_dask.evidence.beyond import giants
-from sos_dask.evidence.figures import edge_subsets, figure_schema
+from sos_dask.evidence.figures import edge_subsets
 from sos_dask.evidence.trends import three_cornered_hat
 from sos_dask.schema import LABELS
 from sos_dask.settings import Seed, Settings
@@ -39,7 +39,10 @@ from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Rows, sha256_of_file
 
 CALIBRATION, CORRELATIONS = "calibration.parquet", "correlations.parquet"
-_CORRELATIONS = figure_schema("kind snr label other n correlation error")
+_CORRELATIONS = pa.schema([
+    *((name, pa.string()) for name in ("kind", "snr", "label", "other")),
+    ("n", pa.int64()), ("correlation", pa.float64()), ("error", pa.float64()),
+])  # fmt: skip
 _MIN_COMMON = 30
 
 
@@ -236,10 +239,13 @@ class Uncertainty(OfModel[UncertaintySettings]):
     def correlate(self, output: Output, key: str, item: None) -> dict[str, Any]:
         """Correlate the errors of the labels, by the error model that is written."""
         pairs, problem = output.read_piece("used"), self.problem
+        # Where stars are few, many pairs are wrong.
+        pairs = pairs.filter(pc.invert(pairs["sparse"]))
         x, snr = problem.star_matrix(pairs), floats_or_nan(pairs, "snr")
-        own = intervals.load_errors(output.directory, problem).half_widths(x, snr)[0]
+        errors = intervals.load_errors(output.directory, problem)
+        own, width = errors.half_widths(x, snr)[0], errors.half_width(x, snr)
         places = covariance.groups(giants(problem, x), snr)
-        given = self._residuals(pairs), own, problem.names, places
+        given = self._residuals(pairs), own, width, problem.names, places
         return {"found": covariance.correlations(*given)}
 
     def _hats(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def test_known_correlations_are_found_with_their_errors(heavy, wrong, bias):
     for seed in range(12):
         residual, own = pairs(3000, seed, heavy, wrong)
         every = {("all", "all"): np.ones(3000, bool)}
-        for row in correlations(residual, own, NAMES, every):
+        for row in correlations(residual, own, np.hypot(1, 0.8) * own, NAMES, every):
             true = TRUTH[NAMES.index(row["label"]), NAMES.index(row["other"])]
             assert row["n"] == 3000
             off.append([row["correlation"] - true, row["error"]])
@@ -45,7 +45,7 @@ def test_groups_are_kinds_and_bands_and_thin_ones_are_left_out():
     residual, own = pairs(1000, 1)
     residual[:500, 2] = np.nan
     giant, snr = np.arange(1000) < 150, np.where(np.arange(1000) % 2, 30.0, np.nan)
-    found = correlations(residual, own, NAMES, groups(giant, snr))
+    found = correlations(residual, own, 1.3 * own, NAMES, groups(giant, snr))
     n = {(r["kind"], r["snr"], r["label"], r["other"]): r["n"] for r in found}
     assert n["all", "all", "teff", "logg"] == 1000 and n["all", "all", "teff", "feh"] == 500
     assert n["dwarfs", "snr 20-50", "teff", "logg"] == 425

@@ -180,7 +180,7 @@ def report(job: Place = None, *, store: Place = None, out: Place = None, options
 
 @command()
 def uncertainty(job: Place = None, *, store: Place = None, correction: Name = None) -> Shown:
-    """Show the errors of the current build: hit rates, factors of quoted errors, hat.
+    """Show the errors of the current build: hit rates, correlations, factors of quoted errors, hat.
 
     Example: sos-dask uncertainty --store store
     """
@@ -195,6 +195,14 @@ def uncertainty(job: Place = None, *, store: Place = None, correction: Name = No
             {**one, "name": one["label"]}
             | {f"{100 * x['level']:.0f}": _with_range(x, "hit_rate", 100, ".1f") for x in two}
             for one, *two in zip(rates[::2], rates[::2], rates[1::2], strict=True)
+        ],
+    )
+    show_table(
+        "Correlation of the errors of corrected labels: covariance = correlation x both errors",
+        "kind=stars snr=S/N label other=and n=pairs text=correlation",
+        [
+            {**one, "text": f"{one['correlation']:+.2f} ± {one['error']:.2f}"}
+            for one in summary["correlations"]
         ],
     )
     show_table(

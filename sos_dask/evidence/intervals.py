@@ -1,6 +1,12 @@
 """Half-widths that contain the share of residuals they promise, counted on pairs not seen before.
 
 They are kept as tables over the cells of label space and over S/N: an error costs two look-ups.
+
+A residual corrected - reference has the error of the reference in it, which differs from pair to
+pair: that of a faint star of one survey may be five times that of a bright one of another. So the
+error of the corrected label is not what is left of a width of residuals less a typical error of
+references, but the scale that, with the error of each pair's own reference, explains its residual
+best (`_fit_own`).
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from numpy.typing import NDArray
 from sos_dask import __version__
 from sos_dask.columns import BoolArray, Float32Array, FloatArray, FloatingArray, IntArray
 from sos_dask.errors import ModelError
+from sos_dask.evidence.beyond import giants
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
 from sos_dask.run.machine import import_xgboost
 from sos_dask.stats.numbers import DENSE, SPARSE
@@ -26,21 +33,29 @@ from sos_dask.stats.table import Grid, seal, unseal
 
 LEVELS = (0.68, 0.95)
 TABLES = ("values", "profile", "reference", "reference_profile")
-_FORMAT = 3
+_FORMAT = 4
 _NAME = "error"
 _N_CELLS = 48  # along each axis, fewer from four inputs on: not more in all than of three
 _N_STEPS = 1024  # of log S/N
 _LOG_SNR = (float(np.log(0.1)), float(np.log(1e4)))
 _MIN_PAIRS = 40
 _MIN_FOR_TREES = 2000
-_SNR_KNOTS = 12
-_MIN_IN_KNOT = 40
+_SNR_PAIRS = 80  # fewer tell nothing of S/N
+_BENDS = np.append(0.0, np.geomspace(1.0, 1000.0, 61))  # S/N
+_KIND_PAIRS = 400  # with fewer giants and dwarfs have one profile
 _ROUNDS = 150
 # Residuals are not taken for smaller than this part of their median: the logarithm of a residual
 # that happens to be zero says nothing of its scale.
 _SMALLEST = 0.05
 _LEAST = 1e-6  # K, dex: an error of 0 would weigh without end, and residuals can all be zero
 _WRONG = 8.0  # times the median size: 5.4 standard deviations of a normal distribution
+_ONE_SIGMA = 0.6826894921370859  # of a normal distribution within one standard deviation
+_STEPS = 3  # two more change errors by about half a percent
+_CLIP = 1.5  # standard deviations; a residual beyond it counts as if it were there
+# Mean square of normal numbers that are clipped so, and the part of it that is not.
+_CLIPPED, _UNCLIPPED = 0.7784, 0.4778
+_LEAST_OWN = 1 / 3  # of a width
+_OF_REFERENCE = _LEAST_OWN / math.sqrt(1 - _LEAST_OWN**2)  # the same in errors of the reference
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -61,39 +76,49 @@ def _snr_steps() -> FloatArray:
 class ErrorModel:
     """Half-widths of intervals around the l corrected labels, by k inputs of the star.
 
-    ``about`` has ``correction`` (SHA-256 of the model whose residuals these are), ``factors_95``
-    (by label and class: half-width of the 95 % interval in that of the 68 % one) and
-    ``unknown_snr`` (step that counts where the S/N is not known).
+    ``about`` has ``correction`` (SHA-256 of the model whose residuals these are), by label and
+    class ``factors_95`` (half-width of the 95 % interval of corrected - reference in that of the
+    68 % one) and ``factors_68`` (what wrong measurements make of the latter), and ``unknown_snr``
+    (step that counts where the S/N is not known).
     """
 
     problem: Problem
     grid: Grid  # of n cells
     about: Mapping[str, Any]
     values: Float32Array  # (n, l): of the 68 % interval in each cell, where the profile is 1
-    profile: Float32Array  # (1024, l): factor by S/N, in equal steps of its logarithm
+    # (2048, l): factor by S/N, in equal steps of its logarithm, of dwarfs, then of giants
+    profile: Float32Array
     sparse: BoolArray  # (n,): cells of the sparse class
-    # The same two tables of the error of the reference, which the half-widths include; 0 where it
-    # is not stated.
+    # The same two tables of the error of the reference, which corrected - reference has more in
+    # quadrature; 0 where it is not stated.
     reference: Float32Array
     reference_profile: Float32Array
 
     def half_width(self, features: Float32Array, snr: FloatingArray | None) -> Float32Array:
-        """Look up the half-widths (n, l) of corrected - reference: see `half_widths`."""
-        return self.half_widths(features, snr)[1]
+        """Look up the half-widths (n, l) of corrected - reference of right measurements."""
+        return self._half_widths(features, snr, np.ones((2, len(self.problem.labels))))[1]
 
     def half_widths(
         self, features: Float32Array, snr: FloatingArray | None
     ) -> tuple[Float32Array, Float32Array]:
         """Look up the half-widths (n, l) of 68 % intervals in the units of the labels.
 
-        First those of the corrected labels themselves: without the error of the reference, which is
-        taken out in quadrature; at least a third of a width is left. Then those of corrected -
-        reference. nan where a feature (n, k) is nan or infinite; outside the training box those of
-        the nearest place on it count, as in a correction. Below the smallest S/N (n,) of the pairs
-        half-widths grow as its inverse, above the largest they stay; where it is unknown or not
-        positive, that of the noisiest pairs counts. Each label is contiguous. Raises `ModelError`
-        at another number of features.
+        First those of the corrected labels themselves, of right measurements and without the error
+        of the reference; at least a third of a width. Then those of corrected - reference, wrong
+        measurements included. nan where a feature (n, k) is nan or infinite; outside the training
+        box those of the nearest place on it count, as in a correction. With falling S/N (n,)
+        half-widths grow at most as its inverse; where it is unknown or not positive, that of the
+        noisiest pairs counts. Each label is contiguous. Raises `ModelError` at another number of
+        features.
         """
+        of_label = [self.about["factors_68"][name] for name in self.problem.names]
+        factors = [[of[name] for of in of_label] for name in (DENSE, SPARSE)]
+        return self._half_widths(features, snr, np.array(factors))
+
+    def _half_widths(
+        self, features: Float32Array, snr: FloatingArray | None, factors: FloatArray
+    ) -> tuple[Float32Array, Float32Array]:
+        """See `half_widths`; the latter by factors (2, l) of the classes."""
         k = len(self.grid.shape)
         if features.ndim != 2 or features.shape[1] != k:
             raise ModelError(f"error model: features have shape {features.shape}, not (n, {k})")
@@ -103,16 +128,23 @@ class ErrorModel:
             x = features[block]
             cell = self.grid.cells(x)
             step = self._steps(None if snr is None else snr[block])
+            step = step + _N_STEPS * self._giant[cell]
+            is_sparse = self.sparse[cell].astype(np.int8)
             known = np.isfinite(x).all(axis=1)
             for number, tables in enumerate(self._by_label):
-                width = pair[number, block]
+                width = own[number, block]
                 np.take(tables[0], cell, out=width, mode="clip")
                 width *= tables[1][step]
                 width[~known] = np.nan
                 theirs = tables[2][cell] * tables[3][step]
-                square = width * width
-                own[number, block] = np.sqrt(np.maximum(square - theirs * theirs, square / 9))
+                np.maximum(width, theirs * np.float32(_OF_REFERENCE), out=width)
+                np.hypot(width, theirs, out=pair[number, block])
+                pair[number, block] *= factors[:, number].astype(np.float32)[is_sparse]
         return own.T, pair.T
+
+    @cached_property
+    def _giant(self) -> BoolArray:
+        return giants(self.problem, self.grid.centers())
 
     @cached_property
     def _by_label(self) -> list[tuple[Float32Array, ...]]:
@@ -196,7 +228,7 @@ class HeldOut(NamedTuple):
     residuals: FloatArray  # (n, l) target - reference - correction, nan where unknown
     reference_errors: FloatArray  # (n, l) normalised, nan where the reference states none
     part: NDArray[np.int8]  # at least three parts; pairs of one star are in one part
-    labels: Sequence[str] = DEFAULT.names
+    problem: Problem = DEFAULT
 
 
 def least_log_snr(snr: FloatArray) -> float:
@@ -209,7 +241,7 @@ class LabelErrors(NamedTuple):
     """Errors of one label, and whether cross-fitted intervals contain each of n held-out pairs."""
 
     tables: Sequence[Float32Array]  # of `TABLES`: columns of those of `ErrorModel`
-    factors_95: Mapping[str, float]  # by class
+    factors: Mapping[str, Mapping[str, float]]  # those of `ErrorModel.about`, by class
     known: BoolArray  # (n,): pairs with a residual
     inside: BoolArray  # (n, 2): in the interval of each of `LEVELS`
     n_class: Mapping[str, int]  # pairs that the factors of a class were counted on
@@ -221,7 +253,7 @@ def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> L
     Sparse cells are `find_sparse` of the training pairs at the centers of the grid. Raises
     `ModelError` at too few pairs or parts.
     """
-    number = held_out.labels.index(label)
+    number = held_out.problem.names.index(label)
     known = np.isfinite(held_out.residuals[:, number])
     rows = np.flatnonzero(known)
     n_parts = len(np.unique(held_out.part[rows]))
@@ -237,36 +269,47 @@ def fit_label(held_out: HeldOut, label: str, grid: Grid, sparse: BoolArray) -> L
             "Match more stars; if there are many, check the ids: pairs with an id in common count "
             "as one star.",
         )
-    cell, shape = grid.cells(held_out.features), grid.shape if len(rows) >= _MIN_FOR_TREES else ()
-    log_snr = np.log(np.where(held_out.snr > 0, held_out.snr, np.nan))
-    residual, right = held_out.residuals[rows, number], ~_wrong(held_out.residuals)[rows]
-    is_sparse = sparse[cell[rows]]
-    one = _Label(cell[rows], log_snr[rows], residual, held_out.part[rows], is_sparse, right, shape)
-    inside = np.zeros((len(known), len(LEVELS)), dtype=np.bool_)
-    scores, inside[rows] = one.cross_fitted()
-    factors = _factors(scores, one.is_sparse)
-    every, steps = np.arange(grid.size), _snr_steps()
-    scale, of_class = one.fit(one.right), np.where(sparse, factors[SPARSE][0], factors[DENSE][0])
-    found = [of_class * np.exp(scale.of_cell(every)), np.exp(scale.of_snr(steps))]
-    stated = rows[held_out.reference_errors[rows, number] > 0]
-    if 2 * len(stated) >= len(rows):
-        error = held_out.reference_errors[stated, number]
-        theirs = _fit_scale(cell[stated], log_snr[stated], error, shape)
+    cell, giant = grid.cells(held_out.features)[rows], giants(held_out.problem, grid.centers())
+    faintest = least_log_snr(held_out.snr)
+    log_snr = np.log(np.where(held_out.snr > 0, held_out.snr, np.exp(faintest)))[rows]
+    error = held_out.reference_errors[rows, number]
+    shape, has = grid.shape if len(rows) >= _MIN_FOR_TREES else (), error > 0
+    place, theirs, typical = (cell, log_snr, giant[cell]), None, np.zeros(len(rows))
+    if 2 * np.count_nonzero(has) >= len(rows):
+        at = cell[has], log_snr[has], giant[cell[has]]
+        theirs = _fit_scale(*at, _log_size(error[has]), shape)
+        typical = theirs.size(*place)
+    error = np.where(has, error, typical) if theirs else typical
+    size, right = held_out.residuals[rows, number], ~_wrong(held_out.residuals)[rows]
+    pairs = _Pairs(*place, size, held_out.part[rows], sparse[cell], right, error, typical)
+    own, inside = np.empty(len(rows)), np.zeros((len(known), len(LEVELS)), dtype=np.bool_)
+    own, inside[rows] = pairs.cross_fitted(shape)
+    factors, scale = pairs.factors(own), _fit_own(pairs.take(pairs.right), shape)
+    of_class = [np.where(sparse, *x) for x in zip(factors[SPARSE], factors[DENSE], strict=True)]
+    every, steps = np.arange(grid.size), np.tile(_snr_steps(), 2)
+    of_giant = np.repeat([False, True], _N_STEPS)
+    found = [of_class[0] * np.exp(scale.middle + scale.of_cell(every))]
+    found.append(np.exp(scale.of_snr(steps, of_giant)))
+    if theirs:
         # The noise of a target tells nothing of a reference fainter than those of the pairs.
-        steps = np.maximum(steps, least_log_snr(held_out.snr))
-        found += [np.exp(theirs.middle + theirs.of_cell(every)), np.exp(theirs.of_snr(steps))]
+        steps = np.maximum(steps, faintest)
+        found.append(of_class[1] * np.exp(theirs.middle + theirs.of_cell(every)))
+        found.append(np.exp(theirs.of_snr(steps, of_giant)))
     else:
         found += [np.zeros(len(every)), np.ones(len(steps))]
     tables = [table.astype(np.float32) for table in found]
-    factors_95 = {name: both[1] / both[0] for name, both in factors.items()}
-    n_sparse = int(np.count_nonzero(one.is_sparse))
+    n_sparse = int(np.count_nonzero(pairs.is_sparse))
     n_class = {DENSE: len(rows) - n_sparse, SPARSE: n_sparse}
-    return LabelErrors(tables, factors_95, known, inside, n_class)
+    of_pair = {
+        "factors_68": {name: narrow for name, (*_, narrow, _) in factors.items()},
+        "factors_95": {name: wide / narrow for name, (*_, narrow, wide) in factors.items()},
+    }
+    return LabelErrors(tables, of_pair, known, inside, n_class)
 
 
 def error_model(
     tables: Sequence[Sequence[Float32Array]],
-    factors_95: Sequence[Mapping[str, float]],
+    factors: Sequence[Mapping[str, Mapping[str, float]]],
     grid: Grid,
     sparse: BoolArray,
     least: float,
@@ -275,12 +318,12 @@ def error_model(
     correction: str,
 ) -> ErrorModel:
     """Put the `LabelErrors` of all labels together; ``least`` is `least_log_snr` of the pairs."""
-    by_label = {label: dict(of) for label, of in zip(problem.names, factors_95, strict=True)}
-    about = {
+    about: dict[str, Any] = {
         "correction": correction,
-        "factors_95": by_label,
         "unknown_snr": int(np.searchsorted(_snr_steps(), least)),
     }
+    for name in factors[0]:
+        about[name] = {x: dict(of[name]) for x, of in zip(problem.names, factors, strict=True)}
     columns = zip(*tables, strict=True)
     values, profile, error, error_profile = (np.stack(column, axis=1) for column in columns)
     return ErrorModel(problem, grid, about, values, profile, sparse, error, error_profile)
@@ -299,56 +342,82 @@ def _wrong(residuals: FloatArray) -> BoolArray:
     return np.asarray(known & (size > _WRONG * np.median(size[known], axis=0)).all(axis=1))
 
 
-class _Label(NamedTuple):
-    """Held-out pairs that know a label."""
+class _Pairs(NamedTuple):
+    """Held-out pairs that know a label, n each."""
 
     cell: IntArray
     log_snr: FloatArray
+    giant: BoolArray
     residual: FloatArray
     part: NDArray[np.int8]
     is_sparse: BoolArray
     right: BoolArray
-    shape: tuple[int, ...]  # of the grid of cells; none: too few pairs for trees
+    error: FloatArray  # of the pair's reference, 0 where it states none
+    typical: FloatArray  # error of references in the cell at this S/N
 
-    def fit(self, used: BoolArray) -> _Scale:
-        """Scale of some pairs."""
-        # All fits whose scores are put together are of one kind.
-        return _fit_scale(self.cell[used], self.log_snr[used], self.residual[used], self.shape)
+    def take(self, rows: Any) -> _Pairs:
+        """Some of the pairs."""
+        return _Pairs(*(values[rows] for values in self))
 
-    def scores(self, without: tuple[int, ...], at: BoolArray) -> FloatArray:
-        """Residuals of some pairs over a scale fitted to right measurements without some parts."""
-        scale = self.fit(self.right & ~np.isin(self.part, without))
-        size = np.exp(scale.of_cell(self.cell[at]) + scale.of_snr(self.log_snr[at]))
-        return np.asarray(np.abs(self.residual[at]) / size)
+    def cross_fitted(self, shape: tuple[int, ...]) -> tuple[FloatArray, BoolArray]:
+        """Scales of all pairs, and whether they lie inside intervals made without them.
 
-    def cross_fitted(self) -> tuple[FloatArray, BoolArray]:
-        """Scores of all pairs, and whether they lie inside intervals made without them.
-
-        A score comes from a scale fitted without its part. To check a part, the scores of the
-        others come from scales that have not seen it either: fitted without both.
+        A scale is fitted without the pair's part. To check a part, the scales of the others have
+        not seen it either: they are fitted without both.
         """
         parts, place = np.unique(self.part, return_inverse=True)
         n, every = len(place), range(len(parts))
-        table = np.empty((len(parts), n))  # scores of pairs from scales without their and this part
+        own = np.empty((len(parts), n))  # of pairs by scales without their and this part
         for one, other in itertools.combinations_with_replacement(every, 2):
             at = np.isin(place, (one, other))
-            found, of_one = self.scores((parts[one], parts[other]), at), place[at] == one
-            table[other, place == one] = found[of_one]
-            table[one, place == other] = found[place[at] == other]
+            scale = _fit_own(self.take(self.right & ~at), shape)
+            for part, without in ((one, other), (other, one)):
+                rows = place == part
+                own[without, rows] = scale.size(*(x[rows] for x in self[:3]))
         inside = np.zeros((n, len(LEVELS)), dtype=np.bool_)
         for part in every:
             at = place == part
-            factors = _factors(table[part, ~at], self.is_sparse[~at])
-            limits = np.where(self.is_sparse[at, None], factors[SPARSE], factors[DENSE])
-            inside[at] = table[part, at, None] <= limits
-        return table[place, np.arange(n)], inside
+            factors = self.take(~at).factors(own[part, ~at])
+            mine, theirs, *limits = self.take(at)._of_class(factors)
+            width = np.hypot(mine * own[part, at], theirs * self.typical[at])
+            inside[at] = np.abs(self.residual[at, None]) <= np.transpose(limits) * width[:, None]
+        return own[place, np.arange(n)], inside
+
+    def factors(self, own: FloatArray) -> dict[str, tuple[float, float, float, float]]:
+        """By class: of the scales ``own``, of typical errors, and of the 68 % and 95 % intervals.
+
+        68 % of the right pairs lie inside what the scales and the error of their own reference
+        make, and so many inside what they and typical errors make. The others do that for all
+        pairs, wrong measurements included.
+        """
+        size, right = np.abs(self.residual), self.right
+        of_own = self._quantiles(_less(size, self.error) / own, LEVELS[0], right)
+        mine, of_theirs = self._of_class(of_own) * own, dict.fromkeys(of_own, 0.0)
+        theirs = np.zeros_like(own)
+        if self.typical.any():
+            of_theirs = self._quantiles(_less(size, mine) / self.typical, LEVELS[0], right)
+            theirs = self._of_class(of_theirs) * self.typical
+        score = size / np.hypot(mine, theirs)
+        narrow, wide = (self._quantiles(score, level) for level in LEVELS)
+        return {x: (of_own[x], of_theirs[x], narrow[x], wide[x]) for x in of_own}
+
+    def _of_class(self, factors: Mapping[str, Any]) -> FloatArray:
+        """Factors of the class of each pair, in the last axis."""
+        dense, sparse = (np.asarray(factors[name])[..., None] for name in (DENSE, SPARSE))
+        return np.where(self.is_sparse, sparse, dense)
+
+    def _quantiles(
+        self, scores: FloatArray, level: float, used: BoolArray | bool = True
+    ) -> dict[str, float]:
+        """Scores that contain a share of the pairs of each class, of those that are used."""
+        masks = {DENSE: ~self.is_sparse & used, SPARSE: self.is_sparse & used}
+        every = np.sort(scores[masks[DENSE] | masks[SPARSE]])
+        return {name: _quantile(np.sort(scores[m]), every, level) for name, m in masks.items()}
 
 
-def _factors(scores: FloatArray, is_sparse: BoolArray) -> dict[str, list[float]]:
-    """Factor of each level, by class."""
-    dense, sparse, every = (np.sort(x) for x in (scores[~is_sparse], scores[is_sparse], scores))
-    classes = ((DENSE, dense), (SPARSE, sparse))
-    return {name: [_quantile(mine, every, level) for level in LEVELS] for name, mine in classes}
+def _less(size: FloatArray, other: FloatArray) -> FloatArray:
+    """What is left of sizes in quadrature, at least 0."""
+    return np.sqrt(np.maximum(size * size - other * other, 0.0))
 
 
 def _quantile(mine: FloatArray, everyone: FloatArray, level: float) -> float:
@@ -391,10 +460,14 @@ class _Scale(NamedTuple):
     """Size of residuals as a function of cell and S/N: exp(of_cell + of_snr + middle)."""
 
     trees: Any  # xgboost.Booster of the numbers of a cell along the axes; None: 0
-    knots: FloatArray  # log S/N; none: no dependence
-    levels: FloatArray  # contribution at the knots, which never rises
-    middle: float  # mean logarithm of what was fitted
+    bends: Sequence[float]  # of dwarfs, giants: S/N where noise is as large as the floor; 0: none
+    middle: float  # logarithm of the scale where both others are 0, on average
     shape: tuple[int, ...]  # of the grid of cells, where there are trees
+
+    def size(self, cell: IntArray, log_snr: FloatArray, giant: BoolArray) -> FloatArray:
+        """Scale of some pairs."""
+        log_size = self.middle + self.of_cell(cell) + self.of_snr(log_snr, giant)
+        return np.asarray(np.exp(log_size))
 
     def of_cell(self, cell: IntArray) -> FloatArray:
         """Logarithm of the scale by cell."""
@@ -404,68 +477,100 @@ class _Scale(NamedTuple):
         of_cell[used] = self.trees.inplace_predict(_numbers(used, self.shape))
         return np.asarray(of_cell[cell])
 
-    def of_snr(self, log_snr: FloatArray) -> FloatArray:
-        """Logarithm of the scale by S/N: see `ErrorModel.half_width` for the ends."""
-        if not len(self.knots):
-            return np.zeros(len(log_snr))
-        inside = np.interp(np.nan_to_num(log_snr, nan=-np.inf), self.knots, self.levels)
-        below = np.nan_to_num(self.knots[0] - log_snr, nan=0.0)
-        return np.asarray(inside + np.maximum(below, 0.0))
+    def of_snr(self, log_snr: FloatArray, giant: BoolArray) -> FloatArray:
+        """Logarithm of the scale by S/N, relative to that of an endless one."""
+        return _law(np.where(giant, self.bends[1], self.bends[0]), log_snr)
+
+
+def _law(bend: FloatingArray, log_snr: FloatArray) -> FloatArray:
+    """Logarithm of a floor and a noise that falls as 1/snr, in quadrature; 0 for unknown S/N."""
+    return np.asarray(0.5 * np.nan_to_num(np.log1p((bend * np.exp(-log_snr)) ** 2)))
+
+
+def _fit_own(pairs: _Pairs, shape: tuple[int, ...]) -> _Scale:
+    """Scale of the errors of corrected labels: of residuals, without the error of the reference.
+
+    Maximum likelihood of normal numbers by Fisher scoring, on the logarithm of the scale; it begins
+    with the scale of the residuals. A pair counts by its share of the variance that is not of the
+    reference, and residuals are clipped.
+    """
+    place, error = pairs[:3], pairs.error
+    scale = _fit_scale(*place, _log_size(pairs.residual), shape)
+    if not error.any():
+        return scale
+    size, width = np.abs(pairs.residual), scale.size(*place)
+    width *= max(np.quantile(size / width, _ONE_SIGMA), _LEAST)
+    own = np.maximum(_less(width, error), _LEAST_OWN * width)
+    for _ in range(_STEPS):
+        total = np.hypot(own, error)
+        share = np.maximum((own / total) ** 2, _LEAST_OWN**2)
+        excess = (np.minimum(size / total, _CLIP) ** 2 - _CLIPPED) / (2 * _UNCLIPPED)
+        scale = _fit_scale(*place, np.log(own) + excess / share, shape, share**2)
+        own = np.clip(scale.size(*place), _LEAST_OWN * width, width)
+    return scale
+
+
+def _log_size(values: FloatingArray) -> FloatArray:
+    """Logarithms of sizes, none far below their median."""
+    size = np.abs(np.asarray(values, dtype=np.float64))
+    return np.log(np.maximum(size, _SMALLEST * float(np.median(size) or size.mean() or 1.0)))
 
 
 def _fit_scale(
-    cell: IntArray, log_snr: FloatArray, residual: FloatingArray, shape: tuple[int, ...]
+    cell: IntArray,
+    log_snr: FloatArray,
+    giant: BoolArray,
+    log_size: FloatArray,
+    shape: tuple[int, ...],
+    weight: FloatArray | None = None,
 ) -> _Scale:
-    """Scale of finite residuals (n,); it depends on the cell where a grid is given."""
-    size = np.abs(np.asarray(residual, dtype=np.float64))
-    middle = float(np.median(size) or size.mean() or 1.0)
-    log_size = np.log(np.maximum(size, _SMALLEST * middle))
-    center = float(log_size.mean())
-    log_size -= center
-    # Pairs in bins of S/N with equally many, or none.
-    order = np.argsort(log_snr, kind="stable")
-    order = order[np.isfinite(log_snr[order])]
-    n_bins = min(_SNR_KNOTS, len(order) // _MIN_IN_KNOT)
-    flat = n_bins < 2 or log_snr[order[0]] == log_snr[order[-1]]
-    bins = [] if flat else np.array_split(order, n_bins)
-    plain = _Scale(None, *_falling(bins, log_snr, log_size), center, shape)
-    if not shape:
-        return plain
-    scale = plain._replace(trees=_fit_trees(cell, log_size - plain.of_snr(log_snr), shape))
-    knots, levels = _falling(bins, log_snr, log_size - scale.of_cell(cell))
-    return scale._replace(knots=knots, levels=levels)
+    """Scale of logarithms of sizes (n,) with weights; by the cell where a grid is given."""
+    weight = np.ones(len(cell)) if weight is None else weight / weight.mean()
+    known = log_snr, giant, weight
+    scale = _Scale(None, _bends(log_size, *known), 0.0, shape)
+    if shape:
+        rest = log_size - scale.of_snr(log_snr, giant)
+        rest -= np.average(rest, weights=weight)
+        scale = scale._replace(trees=_fit_trees(cell, rest, weight, shape))
+        scale = scale._replace(bends=_bends(log_size - scale.of_cell(cell), *known))
+    rest = log_size - scale.of_cell(cell) - scale.of_snr(log_snr, giant)
+    return scale._replace(middle=float(np.average(rest, weights=weight)))
 
 
-def _falling(
-    bins: list[IntArray], log_snr: FloatArray, log_size: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Means in the bins, made to fall with S/N."""
-    from scipy.optimize import isotonic_regression
+def _bends(
+    log_size: FloatArray, log_snr: FloatArray, giant: BoolArray, weight: FloatArray
+) -> list[float]:
+    """Fit `_law` to the sizes of dwarfs and of giants; where a kind has few pairs, to all."""
+    found = []
+    for kind in (~giant, giant):
+        rows = kind if np.count_nonzero(kind) >= _KIND_PAIRS else np.ones_like(kind)
+        misfit = []
+        told = np.count_nonzero(rows) >= _SNR_PAIRS and np.ptp(log_snr[rows]) > 0
+        for bend in _BENDS if told else _BENDS[:1]:
+            rest = log_size[rows] - _law(bend, log_snr[rows])
+            off = rest - np.average(rest, weights=weight[rows])
+            misfit.append(np.average(off * off, weights=weight[rows]))
+        found.append(float(_BENDS[np.argmin(misfit)]))
+    return found
 
-    if not bins:
-        return np.empty(0), np.empty(0)
-    knots, means = (np.array([x[rows].mean() for rows in bins]) for x in (log_snr, log_size))
-    weights = [float(len(rows)) for rows in bins]
-    levels = isotonic_regression(means, weights=weights, increasing=False).x
-    knots, first = np.unique(knots, return_index=True)
-    return knots, np.asarray(levels, dtype=np.float64)[first]
 
-
-def _fit_trees(cell: IntArray, log_size: FloatArray, shape: tuple[int, ...]) -> Any:
+def _fit_trees(
+    cell: IntArray, log_size: FloatArray, weight: FloatArray, shape: tuple[int, ...]
+) -> Any:
     """Boosted trees of a logarithm over the numbers of the cells: constant on every cell.
 
-    Least squares see of a cell only the mean and the number of its pairs, so that a fit takes as
+    Least squares see of a cell only the mean and the weight of its pairs, so that a fit takes as
     long as there are cells with pairs.
     """
     xgboost = import_xgboost()
 
-    n = np.bincount(cell)
+    n = np.bincount(cell, weight)
     used = np.flatnonzero(n)
-    mean = (np.bincount(cell, log_size)[used] / n[used]).astype(np.float32)
-    weight = n[used].astype(np.float32)
+    mean = (np.bincount(cell, weight * log_size)[used] / n[used]).astype(np.float32)
     matrix = xgboost.QuantileDMatrix(
-        _numbers(used, shape), mean, weight=weight, max_bin=shape[0] + 1, nthread=1
-    )
+        _numbers(used, shape), mean, weight=n[used].astype(np.float32), max_bin=shape[0] + 1,
+        nthread=1,
+    )  # fmt: skip
     params = {
         "tree_method": "hist", "max_depth": 3, "learning_rate": 0.05, "reg_lambda": 20.0,
         "min_child_weight": max(50.0, len(log_size) / 400), "max_bin": shape[0] + 1,

@@ -9,8 +9,8 @@ two differ: a reference sees brighter stars of other kinds. So pairs are weighte
 a conformal interval promises when the inputs are distributed otherwise (Tibshirani, Foygel Barber,
 Candes & Ramdas 2019, Advances in Neural Information Processing Systems 32). The weight of a pair is
 how often it is among the nearest pairs of a row, in labels and signal to noise (Lima et al. 2008,
-MNRAS 390, 118). Wrong measurements count: a user cannot tell them, and where stars are few they are
-many.
+MNRAS 390, 118). Wrong measurements count but inside: a user cannot tell them, and where stars are
+few they are many.
 """
 
 from __future__ import annotations
@@ -281,7 +281,8 @@ def fit_widths(
         near = (pairs.error_class == number) & np.isin(pairs.kind, (INSIDE, SPARSE))
         for kind, growth in ((INSIDE, 1.0), (SPARSE, 1 / limits.inside)):
             enough = n_pairs[number, kind] >= _MIN_WIDTH_PAIRS
-            used = near & (pairs.kind == kind) if enough else near
+            # A wrong row inside is rare, and that of a reference is none of the row's.
+            used = (near & (pairs.kind == kind) if enough else near) & (right | (kind != INSIDE))
             at = (rows.error_class == number) & (rows.kind == kind)
             weight = stand_in_weights(pairs.points[used], rows.points[at])
             factors[number, kind] = _quantile(score[used], weight) * (1.0 if enough else growth)

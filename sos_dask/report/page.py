@@ -50,6 +50,7 @@ _TABLES = {
     "artifacts": ("comparison", "artifacts.parquet"),
     "outside": ("comparison", "outside.parquet"),
     "hit_rates": ("uncertainty", "calibration.parquet"),
+    "correlations": ("uncertainty", "correlations.parquet"),
     "growth": ("coverage", "calibration.parquet"),
     "coverage": ("coverage", "maps.parquet"),
     "projection": ("projection", "maps.parquet"),
@@ -391,7 +392,10 @@ def tables(build: Build, steps: Mapping[str, float], files: Row, software: Row) 
         "gains": gains(build.choice.get("metrics", ()), labels, method),
         "disagreeing": _disagreeing(agreed, labels),
         "agreements": _agreements(agreed, labels),
-        **{name: _plain(build.table(name)) for name in ("artifacts", "outside", "hit_rates")},
+        **{
+            name: _plain(build.table(name))
+            for name in ("artifacts", "outside", "hit_rates", "correlations")
+        },
         **dict.fromkeys(("worst", "flags", "follow_up", "short")),
         "comparison": {},
         "failing": {},

@@ -32,7 +32,7 @@ class Dedupe(Stage[DedupeSettings]):
 
     Rows with a proper motion and an epoch are compared at the latest epoch of the catalog. The
     summary says among others how far stated errors are wrong, by their repeats (``error_factors``,
-    see `repeats.Factor`).
+    see `repeats.Factor`): a row that fails no cut but ``duplicate`` is one, though no other use.
     """
 
     name = "dedupe"
@@ -48,6 +48,14 @@ class Dedupe(Stage[DedupeSettings]):
         """Error of one observation, for labels without stated errors: the survey's definition."""
         manifest = self.catalog("observations").manifest
         return dict(manifest.summary.get("expected_error", {})) if manifest else {}
+
+    @property
+    def duplicate_bits(self) -> int:
+        """Bits of quality of rows whose only fault is that the star has a better row."""
+        manifest = self.catalog("observations").manifest
+        settings = manifest.recipe.params.get("settings", {}) if manifest else {}
+        cuts = settings.get("survey", {}).get("cuts", {})
+        return 1 << cuts["duplicate"]["bit"] if "duplicate" in cuts else 0
 
     def check(self) -> None:
         """Refuse a catalog that lacks a column, or whose epochs are not years."""
@@ -96,9 +104,12 @@ class Dedupe(Stage[DedupeSettings]):
             full = full.take(pc.index_in(away["obs_id"], full["obs_id"]).combine_chunks())
             rows = pa.concat_tables([rows, full.cast(rows.schema)])
             inside = np.concatenate([inside, primary[is_member] - first])
-        pulls = pull_counts(rows, inside, self.expected_error)
+        quality = pc.bit_wise_and(rows["quality"], pa.scalar(~self.duplicate_bits, pa.int64()))
+        place = rows.schema.get_field_index("quality")
+        repeats = rows.set_column(place, "quality", quality)
+        pulls = pull_counts(repeats, inside, self.expected_error)
         stars = combine(rows, inside, self.settings, self.expected_error)
-        del around, rows  # their memory serves the writer
+        del around, rows, repeats  # their memory serves the writer
         return {
             "file": partition_record(output, pixel, stars),
             "n_members": int(np.count_nonzero(inside >= 0)),

@@ -82,7 +82,7 @@ class ReportStage(Stage[ReportSettings]):
     """Make the page and its figures; see `report`."""
 
     name = "report"
-    version = 6
+    version = 7
     Settings = ReportSettings
     roles = (Role("product", "A product of the rebuild, by its name.", "output", many=True),)
 

@@ -14,9 +14,18 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from sos_dask import corrections
-from sos_dask.columns import BoolArray, floats, floats_or_nan, key_numbers, matrix32, mixed
+from sos_dask.columns import (
+    BoolArray,
+    FloatArray,
+    floats,
+    floats_or_nan,
+    key_numbers,
+    matrix32,
+    mixed,
+)
 from sos_dask.errors import ModelError
-from sos_dask.evidence import intervals
+from sos_dask.evidence import covariance, intervals
+from sos_dask.evidence.beyond import giants
 from sos_dask.evidence.figures import edge_subsets
 from sos_dask.evidence.trends import three_cornered_hat
 from sos_dask.schema import LABELS
@@ -29,7 +38,11 @@ from sos_dask.stats.numbers import ALL, DENSE, GIANT_LOGG, SPARSE, find_sparse
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Rows, sha256_of_file
 
-CALIBRATION = "calibration.parquet"
+CALIBRATION, CORRELATIONS = "calibration.parquet", "correlations.parquet"
+_CORRELATIONS = pa.schema([
+    *((name, pa.string()) for name in ("kind", "snr", "label", "other")),
+    ("n", pa.int64()), ("correlation", pa.float64()), ("error", pa.float64()),
+])  # fmt: skip
 _MIN_COMMON = 30
 
 
@@ -54,9 +67,10 @@ class Uncertainty(OfModel[UncertaintySettings]):
     """Model the errors of corrected labels and check them on held-out pairs.
 
     Writes the error model (``error.json``, ``error.npy``) and ``calibration.parquet``: hit rates
-    of the 68 % and 95 % intervals by label and subset. The summary has hit rates (all, dense,
-    sparse), factors of quoted errors by survey, and errors of three surveys by the three-cornered
-    hat.
+    of the 68 % and 95 % intervals by label and subset, and ``correlations.parquet``: how the errors
+    of two corrected labels of a row go together (`evidence.covariance`). The summary has hit rates
+    (all, dense, sparse), the correlations, factors of quoted errors by survey, and errors of three
+    surveys by the three-cornered hat.
     """
 
     name = "uncertainty"
@@ -71,7 +85,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
     )
     # Measured with boosted trees, 160 MiB more than with a polynomial, and a tenth more.
     pairs_memory = (450, 250)
-    tables = (("hit_rates", CALIBRATION),)
+    tables = (("hit_rates", CALIBRATION), ("correlations", CORRELATIONS))
 
     def check(self) -> None:
         """Refuse a correction of other labels or inputs than the evidence."""
@@ -95,7 +109,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
             tables.append([column.values.to_numpy() for column in columns])
         model = intervals.error_model(
             tables,
-            [one["factors_95"] for one in fitted],
+            [one["factors"] for one in fitted],
             intervals.error_grid(*box),
             run.output.read_piece("cells")["sparse"].to_numpy(),
             about["least_log_snr"],
@@ -106,6 +120,8 @@ class Uncertainty(OfModel[UncertaintySettings]):
             run.write_bytes(name, content)
         found = [row for one in fitted for row in one["hit_rates"]]
         run.write(CALIBRATION, pa.Table.from_pylist(found))
+        (together,) = run.parts("together", {"together": None}, self.correlate)
+        run.write(CORRELATIONS, pa.Table.from_pylist(together["found"], _CORRELATIONS))
         given = self.manifest("evidence").rows
         rows = Rows(given.n_in, about["n_used"], 0, {**given.dropped, **about["dropped"]})
         return rows, {
@@ -113,6 +129,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
             "factors_95": model.about["factors_95"],
             "pairs_by_class": dict(zip(labels, (one["n_class"] for one in fitted), strict=True)),
             "hit_rates": [row for row in found if row["subset"] in (ALL, DENSE, SPARSE)],
+            "correlations": together["found"],
             "error_factors": self._error_factors(),
             "three_cornered_hat": hats["found"],
         }
@@ -197,10 +214,10 @@ class Uncertainty(OfModel[UncertaintySettings]):
         held_out = intervals.HeldOut(
             problem.star_matrix(pairs),
             floats_or_nan(pairs, "snr"),
-            problem.differences(pairs).astype(np.float64) - matrix32(pairs, self._predictions),
+            self._residuals(pairs),
             stated,
             fold_of(number, self.settings.n_parts),
-            problem.names,
+            problem,
         )
         errors = intervals.fit_label(held_out, label, grid, cells)
         tables = zip(intervals.TABLES, ([one] for one in errors.tables), strict=True)
@@ -208,10 +225,28 @@ class Uncertainty(OfModel[UncertaintySettings]):
         in_sparse_cell = cells[grid.cells(held_out.features)]
         subsets = _subsets(pairs, in_sparse_cell)
         return {
-            "factors_95": errors.factors_95,
+            "factors": errors.factors,
             "n_class": errors.n_class,
             "hit_rates": intervals.hit_rates(label, errors, subsets),
         }
+
+    def _residuals(self, pairs: pa.Table) -> FloatArray:
+        """Target - reference less what a model predicts that has not seen the star, (n, l)."""
+        return self.problem.differences(pairs).astype(np.float64) - matrix32(
+            pairs, self._predictions
+        )
+
+    def correlate(self, output: Output, key: str, item: None) -> dict[str, Any]:
+        """Correlate the errors of the labels, by the error model that is written."""
+        pairs, problem = output.read_piece("used"), self.problem
+        # Where stars are few, many pairs are wrong.
+        pairs = pairs.filter(pc.invert(pairs["sparse"]))
+        x, snr = problem.star_matrix(pairs), floats_or_nan(pairs, "snr")
+        errors = intervals.load_errors(output.directory, problem)
+        own, width = errors.half_widths(x, snr)[0], errors.half_width(x, snr)
+        places = covariance.groups(giants(problem, x), snr)
+        given = self._residuals(pairs), own, width, problem.names, places
+        return {"found": covariance.correlations(*given)}
 
     def _hats(self) -> dict[str, Any]:
         """Errors of the corrected target and two references on their common stars, by label."""

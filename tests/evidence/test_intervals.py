@@ -69,7 +69,7 @@ def fitted(pairs: HeldOut, grid: Grid = GRID, **more):
     of_label = [fit_label(pairs, label, grid, sparse) for label in LABELS]
     errors = error_model(
         [one.tables for one in of_label],
-        [one.factors_95 for one in of_label],
+        [one.factors for one in of_label],
         grid,
         sparse,
         least_log_snr(pairs.snr),
@@ -135,7 +135,7 @@ def test_half_widths_follow_the_noise():
 
 def test_the_profile_falls_with_snr_and_goes_on_below():
     errors, _ = fitted(held_out(4000, 3))
-    assert (np.diff(errors.profile, axis=0) <= 0).all()
+    assert (np.diff(errors.profile.reshape(2, 1024, 3), axis=1) <= 0).all()
     x = np.repeat(((LOW + HIGH) / 2).astype(np.float32)[None], 5, axis=0)
     half = errors.half_width(x, np.array([2.0, 1.0, np.nan, 0.0, 1e9], dtype=np.float32))
     assert half[1] == pytest.approx(2 * half[0], rel=0.03)
@@ -188,7 +188,39 @@ def test_the_error_of_the_reference_can_be_removed():
     own, pair = errors.half_widths(x, snr)
     assert (truth <= own).mean() == pytest.approx(0.68, abs=0.025)
     assert "less the normalised error of the reference" in errors.describe("teff")[0]
-    assert (pair > own).all() and (pair == errors.half_width(x, snr)).all()
+    assert (pair > own).all() and (pair >= 0.99 * errors.half_width(x, snr)).all()
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_errors_are_those_of_the_label_whatever_its_references_are(heavy):
+    """Two surveys, one four times as exact as the other; 6 % of the pairs are wrong.
+
+    Dwarfs and giants are noisy at low S/N, dwarfs less. Most of a difference is of the reference.
+    """
+    rng, n = np.random.default_rng(11), 8000
+
+    def rows(n: int) -> tuple[np.ndarray, ...]:
+        x, snr = stars(n, rng)
+        x[:, 1] = np.minimum(x[:, 1] + 1, 5)
+        normal = rng.standard_t(4, (n, 3)) / 1.14 if heavy else rng.normal(size=(n, 3))
+        bend = np.where(x[:, 1] < 3.5, 90.0, 20.0)
+        return x, snr, np.hypot(1.0, bend / snr)[:, None] * UNITS * normal
+
+    x, snr, own = rows(n)
+    theirs = np.where(rng.random(n) < 0.3, 2.4, 0.6)[:, None] * UNITS
+    residuals = own + theirs * rng.normal(size=(n, 3))
+    residuals[rng.random(n) < 0.06] += 30 * UNITS
+    pairs = HeldOut(x, snr, residuals, theirs, rng.integers(0, 4, n).astype(np.int8))
+    errors, checked = fitted(pairs)
+    x, snr, own = rows(40_000)
+    mine, pair = errors.half_widths(x, snr)
+    giant = x[:, 1] < 3.5
+    for chosen in (snr < 40, snr > 60):
+        for kind in (giant, ~giant):
+            size = np.abs(own[chosen & kind]) / mine[chosen & kind]
+            assert (size <= 1).mean() == pytest.approx(0.68, abs=0.035)
+    assert np.mean([one.inside[:, 0].mean() for one in checked]) == pytest.approx(0.68, abs=0.01)
+    assert (pair > errors.half_width(x, snr)).mean() > 0.95, "wrong measurements are in it"
 
 
 def test_few_pairs():
@@ -276,8 +308,8 @@ def test_tampered_files_are_refused(saved, tmp_path):
     changed["about"]["factors_95"]["teff"]["dense"] = 0.1
     with pytest.raises(ModelError, match=r"error.json is not the file that was saved"):
         load_errors(write(tmp_path, json.dumps(changed).encode(), table))
-    with pytest.raises(ModelError, match="not the error model of format 3"):
-        load_errors(write(tmp_path, document.replace(b'"format": 3', b'"format": 2'), table))
+    with pytest.raises(ModelError, match="not the error model of format 4"):
+        load_errors(write(tmp_path, document.replace(b'"format": 4', b'"format": 3'), table))
     with pytest.raises(ModelError, match="not JSON"):
         load_errors(write(tmp_path, b"{", table))
     with pytest.raises(ModelError, match="No such file"):
@@ -315,14 +347,14 @@ def test_a_label_by_four_inputs_has_errors(tmp_path):
     x = rng.uniform(0, 1, (6000, 4)).astype(np.float32)
     residuals = rng.normal(size=(6000, 1)) * (1 + 4 * (x[:, 3:] > 0.5))
     part, unknown = rng.integers(0, 3, 6000).astype(np.int8), np.full(6000, np.nan)
-    pairs = HeldOut(x, unknown, residuals, np.full((6000, 1), np.nan), part, problem.names)
+    pairs = HeldOut(x, unknown, residuals, np.full((6000, 1), np.nan), part, problem)
     grid = error_grid([0.0] * 4, [1.0] * 4)
     assert grid.size <= 48**3
     sparse = np.zeros(grid.size, dtype=bool)
     one = fit_label(pairs, "rv", grid, sparse)
     least = least_log_snr(pairs.snr)
     errors = error_model(
-        [one.tables], [one.factors_95], grid, sparse, least, problem=problem, correction="0" * 64
+        [one.tables], [one.factors], grid, sparse, least, problem=problem, correction="0" * 64
     )
     for name, content in errors.files().items():
         (tmp_path / name).write_bytes(content)
@@ -375,26 +407,34 @@ def test_the_least_snr_is_of_those_that_are_known():
 
 def table(about, profile=None, theirs=0.0) -> ErrorModel:
     """Half-widths of 3 K, dex, dex everywhere, times a profile; a sparse first cell."""
-    profile = np.ones((1024, 3), np.float32) if profile is None else profile
+    profile = np.ones((2048, 3), np.float32) if profile is None else profile
     values = np.full((48**3, 3), 3.0, np.float32)
     sparse = np.arange(48**3) == 0
-    given = {"unknown_snr": 500, **about}
-    unit = np.ones((1024, 3), np.float32)
+    one = {"dense": 1.0, "sparse": 1.0}
+    given = {"unknown_snr": 500, "factors_68": dict.fromkeys(LABELS, one), **about}
+    unit = np.ones((2048, 3), np.float32)
     theirs_there = values * np.float32(theirs / 3)
     return ErrorModel(DEFAULT, GRID, given, values, profile, sparse, theirs_there, unit)
 
 
 def test_profiles_are_looked_up_in_equal_steps_of_the_logarithm():
-    steps = np.repeat(np.arange(1024, dtype=np.float32)[:, None], 3, axis=1)
-    model, x = table({}, steps), np.tile(np.float32(LOW), (6, 1))
+    steps = np.repeat(np.arange(2048, dtype=np.float32)[:, None], 3, axis=1)
+    model, x = table({}, steps), np.tile(np.float32(HIGH), (6, 1))
     snr = 10 ** np.array([-5, -1 + 2.5 / 1024 * 5, -1 + 5.5 / 1024 * 5, 9, np.nan, -np.inf])
-    assert (model.half_width(x, snr) / 3)[:, 1].tolist() == [0, 2, 5, 1023, 500, 500]
+    wanted = np.array([0, 2, 5, 1023, 500, 500])
+    assert ((model.half_width(x, snr) / 3)[:, 1] == wanted).all()
+    giants = np.tile(np.float32(LOW), (6, 1))
+    assert ((model.half_width(giants, snr) / 3)[:, 1] == 1024 + wanted).all()
     assert model.is_sparse(np.array([LOW, HIGH], np.float32)).tolist() == [True, False]
 
 
-@pytest.mark.parametrize(("theirs", "left"), [(0.0, 3.0), (1.8, 2.4), (2.9, 1.0), (9.0, 1.0)])
-def test_the_error_of_the_reference_goes_in_quadrature_and_leaves_a_third(theirs, left):
-    x = np.tile(np.float32(HIGH), (2, 1))
-    own, pair = table({}, theirs=theirs).half_widths(x, None)
-    assert own == pytest.approx(np.full((2, 3), left), rel=1e-5)
-    assert (pair == 3).all()
+@pytest.mark.parametrize(("theirs", "own"), [(0.0, 3.0), (4.0, 3.0), (8.0, 3.0), (30.0, 10.6066)])
+def test_the_error_of_the_reference_comes_in_quadrature_to_at_least_a_third(theirs, own):
+    """Then wrong measurements, by class."""
+    of_class = {label: {"dense": 1.2, "sparse": 1.5} for label in LABELS}
+    x, model = np.array([HIGH, LOW], np.float32), table({"factors_68": of_class}, theirs=theirs)
+    mine, pair = model.half_widths(x, None)
+    assert mine == pytest.approx(np.full((2, 3), own), rel=1e-5)
+    right = np.hypot(own, theirs)
+    assert model.half_width(x, None) == pytest.approx(np.full((2, 3), right), rel=1e-5)
+    assert pair == pytest.approx(np.outer([1.2 * right, 1.5 * right], np.ones(3)), rel=1e-5)

@@ -51,7 +51,7 @@ def test_where_nothing_can_be_counted_errors_grow_as_the_limits_say():
     found, n_pairs = fit_widths(residual, np.ones((n, 3)), ~wrong, pairs, pairs, limits)
     assert n_pairs == ((n - 20, 20, 0, 0), (0, 0, 0, 0)) and found.few is None
     everything, right = norm.ppf(0.5 + 0.34 / 0.9), norm.ppf(0.5 + 0.34)
-    for place, value in enumerate((everything, everything / 0.8, right / 0.5)):
+    for place, value in enumerate((right, everything / 0.8, right / 0.5)):
         assert np.array(found.factors[0][place]) == pytest.approx(value, rel=0.15)
     assert found.factors[1] == [[1.0] * 3, [1.25] * 3, [2.0] * 3]
     said = counted(n_pairs)

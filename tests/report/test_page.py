@@ -248,7 +248,7 @@ def hostile_tables(evil: Hostile) -> dict[str, object]:
         return Table((evil(f"head_{name}"),), ((evil(f"cell_{name}"),),))
 
     plain = ("account", "inputs", "products", "software", "agreements", "follow_up",
-             "artifacts", "outside", "hit_rates")  # fmt: skip
+             "artifacts", "outside", "hit_rates", "correlations")  # fmt: skip
     # The first table of a kind is open, others are folded.
     several = {
         kind: {evil(f"{kind}_{i}"): bad(f"{kind}_{i}") for i in range(2)}
@@ -295,7 +295,8 @@ def test_a_section_without_content_is_left_out():
     assert rendered is not None
     pictures = {"kiel": Picture("K", {"known": 1, "before": 7, "after": 0}, rendered.png)}
     names = ("account", "inputs", "products", "software", "worst", "short", "agreements",
-             "flags", "follow_up", "artifacts", "outside", "hit_rates")  # fmt: skip
+             "flags", "follow_up", "artifacts", "outside", "hit_rates",
+             "correlations")  # fmt: skip
     tables = dict.fromkeys(names) | {"comparison": {}, "failing": {}, "left_out": {}}
     tables["cuts"] = {}
     tables |= dict.fromkeys(("account", "inputs", "products", "software"), Table(("a",), ()))

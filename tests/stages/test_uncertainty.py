@@ -26,6 +26,7 @@ from sos_dask.stages.uncertainty import Uncertainty, UncertaintySettings
 from sos_dask.stars.repeats import normalisation
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
+from sos_dask.surveys.definition import load_survey
 from tests.job import contents
 from tests.skies import write_catalog
 from tests.stages.pairs import read
@@ -63,7 +64,7 @@ def test_a_rebuild_makes_the_errors(build):
     directory = build / "lamost.uncertainty"
     manifest = Manifest.load(directory)
     assert {one.path for one in manifest.files} == {
-        "error.json", "error.npy", "calibration.parquet",
+        "error.json", "error.npy", "calibration.parquet", "correlations.parquet",
     }  # fmt: skip
     used = read(build / "lamost.pairs").filter(pc.field("use"))
     assert manifest.rows.n_out == used.num_rows
@@ -154,6 +155,27 @@ def test_factors_of_stated_errors_are_those_that_were_simulated(build):
         share = one["mean_snr"] / (one["mean_snr"] + 50.0)
         assert one["low"] - 0.05 < 1 / (0.6 + 1.4 * share) < one["high"] + 0.05, one
     assert len(dwarfs) >= 6
+
+
+def test_rows_behind_the_cut_for_duplicates_are_repeats(build):
+    """APOGEE marks all rows of a star but one: without them nothing would tell of its errors."""
+    quality = read(build / "apogee.observations")["quality"].to_numpy()
+    marked = np.count_nonzero(quality == 1 << load_survey("apogee-dr17").cuts["duplicate"].bit)
+    factors = Manifest.load(build / "apogee.stars").summary["error_factors"]
+    n = {one["label"]: one["n"] for one in factors if one["kind"] == "all"}
+    assert marked > 100 and n["teff"] > 0.6 * marked
+    assert np.count_nonzero(read(build / "apogee.stars")["n_used"].to_numpy() > 1) < 0.1 * marked
+
+
+def test_correlations_are_those_of_the_simulation(build):
+    """Errors of its labels are independent; what a correction takes out of them is not."""
+    found = Uncertainty.load(build / "lamost.uncertainty")["correlations"]
+    assert found == Manifest.load(build / "lamost.uncertainty").summary["correlations"]
+    whole = [one for one in found if (one["kind"], one["snr"]) == ("all", "all")]
+    assert [(one["label"], one["other"]) for one in whole] == [
+        ("teff", "logg"), ("teff", "feh"), ("logg", "feh")
+    ]  # fmt: skip
+    assert all(abs(one["correlation"]) < 0.25 + 4 * one["error"] for one in whole)
 
 
 def test_corrected_rows_carry_the_errors(build):

@@ -74,7 +74,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
     """
 
     name = "uncertainty"
-    version = 9
+    version = 10
     Settings = UncertaintySettings
     roles = (
         Role("evidence", "Pairs with the predictions of the model.", "output"),

@@ -10,8 +10,8 @@ where the overlap lacks stars.
 
 Pairs are counted by *kind* of region (giants or dwarfs, and the input in which the nearest star
 lies farthest away, with its sign) and distance from that star. A guess is used for a kind where it
-is at no distance farther from the truth than what stands in elsewhere (nothing or a zero point,
-whatever is better at all places together), and in all so much nearer, and for so many pairs, that
+is at no distance farther from the truth than what stands in elsewhere (nothing, or a zero point
+that is better for all kinds), and in all so much nearer, and for so many pairs, that
 neither chance nor the way from the pairs to the rows explains it. Wrong measurements have no say in
 that, but count in widths: no correction mends them, and what is best for them is bad for others.
 """
@@ -107,21 +107,20 @@ def choose(
     place, n_labels = np.searchsorted(_NEARER_THAN, left.distance), left.residual.shape[2]
     shape = (n_kinds, len(_NEARER_THAN) + 1, n_labels)
     found = Standing(np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32))
+    cells = [[(left.kind == a) & (place == b) for b in range(shape[1])] for a in range(n_kinds)]
     for label in range(n_labels):
         size = np.abs(left.residual[:, :, label])
         common = NOTHING if known is None else int(known[label])
-        common = _best([size[left.right]], everywhere, common)
+        every = [size[cell & left.right] for of_kind in cells for cell in of_kind]
+        common = _best(every, everywhere, common)
         found.guess[..., label], found.width[..., label] = common, _width(size[:, common])
-        for kind in range(n_kinds):
-            parts = [(left.kind == kind) & (place == bin) for bin in range(len(_NEARER_THAN))]
-            parts = [
-                part if np.count_nonzero(part) >= _MIN_PAIRS else part & False for part in parts
-            ]
-            best = _best([size[part & left.right] for part in parts], guesses, common)
-            for bin, part in enumerate(parts):
-                if part.any():
+        for kind, of_kind in enumerate(cells):
+            parts = [size[cell & left.right] for cell in of_kind[:-1]]
+            best = _best([part for part in parts if len(part) >= _MIN_PAIRS], guesses, common)
+            for bin, cell in enumerate(of_kind[:-1]):
+                if np.count_nonzero(cell) >= _MIN_PAIRS:
                     at = kind, bin, label
-                    found.guess[at], found.width[at] = best, _width(size[part, best])
+                    found.guess[at], found.width[at] = best, _width(size[cell, best])
     return found
 
 
@@ -130,8 +129,8 @@ def _best(parts: Sequence[FloatArray], guesses: Sequence[int], common: int) -> i
     least, found = np.inf, common
     for number in guesses:
         known = [part[np.isfinite(part[:, [number, common]]).all(axis=1)] for part in parts]
-        medians = [np.median(one[:, [number, common]], axis=0) for one in known if len(one)]
-        every = np.concatenate(known)
+        medians = [np.median(x[:, [number, common]], axis=0) for x in known if len(x) >= _MIN_PAIRS]
+        every = np.concatenate([*known, np.empty((0, len(GUESSES)))])
         wins = np.sign(every[:, common] - every[:, number]).sum()
         is_farther = any(mine > other for mine, other in medians)
         if is_farther or len(every) < _MIN_PAIRS or wins <= _SIGMA * np.sqrt(len(every)):

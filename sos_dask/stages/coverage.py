@@ -27,7 +27,7 @@ from sos_dask.evidence import coverage as kernel
 from sos_dask.evidence.figures import figure_schema
 from sos_dask.evidence.intervals import ErrorModel, load_errors
 from sos_dask.evidence.widening import CLASSES, OUTSIDE, Limits
-from sos_dask.problem import Problem
+from sos_dask.problem import SNR, Problem
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.settings import Seed
 from sos_dask.sky.healpix import HealpixPixel
@@ -95,7 +95,7 @@ class Coverage(OfModel[CoverageSettings]):
     """
 
     name = "coverage"
-    version = 12
+    version = 13
     Settings = CoverageSettings
     roles = (
         Role("evidence", "Table of evidence with the model's predictions.", "output"),
@@ -126,7 +126,9 @@ class Coverage(OfModel[CoverageSettings]):
         names = [name for name in self.problem.names if name in GRID_STEPS]
         every = (-np.inf, np.inf)
         bounds = self.catalog("observations").bounds(*names) | self.settings.grid
-        return {label: bounds.get(label, every) for label in names}
+        found = {label: bounds.get(label, every) for label in names}
+        # A label that is constant has no edge.
+        return {label: ends if ends[0] < ends[1] else every for label, ends in found.items()}
 
     def check(self) -> None:
         """Refuse a catalog that lacks a column, and errors of another correction."""
@@ -163,8 +165,8 @@ class Coverage(OfModel[CoverageSettings]):
             "rows": counts,
             "flags": {b: sum(one["flags"][b] for one in done) for b in bits},
             "meaning": self.settings.meaning(),
-            "grid": {label: list(limits) for label, limits in grid.items()},
-            "warnings": _warnings(fitted, shares["outside"]),
+            "grid": {label: list(ends) for label, ends in grid.items() if np.isfinite(ends[0])},
+            "warnings": _warnings(fitted, shares["outside"], SNR in catalog.schema.names),
             **fitted,
         }
 
@@ -338,9 +340,14 @@ def _counts(kind: NDArray[np.int8]) -> dict[str, int]:
     return dict(zip(("unknown", *CLASSES), n, strict=True))
 
 
-def _warnings(fitted: Mapping[str, Any], outside: float) -> list[str]:
+def _warnings(fitted: Mapping[str, Any], outside: float, has_snr: bool = True) -> list[str]:
     """What a user should know before trusting the coverage, in words."""
     found = []
+    if not has_snr:
+        found.append(
+            "the catalog has no column 'snr': all rows have the errors of pairs, which are often "
+            "brighter. Errors of fainter rows are too small; give the survey its S/N."
+        )
     if len(fitted["growth"]["distance"]) < 2:
         found.append(
             f"{fitted['held_out_pairs']} held-out pairs are too few to measure how the error grows "

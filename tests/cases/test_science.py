@@ -83,6 +83,8 @@ def test_warnings_when_most_is_outside(small_store, monkeypatch, capsys):
     (pairs,) = _warnings({**fitted, "pairs_outside": 0.34}, 0.1)
     (rows,) = _warnings(fitted, 0.51)
     (few,) = _warnings({**fitted, "growth": {"distance": [1.0]}}, 0.1)
+    (snr,) = _warnings(fitted, 0.1, has_snr=False)
+    assert "no column 'snr'" in snr
     assert "34% of the held-out training pairs are outside" in pairs
     assert "51% of the rows" in rows and "too few to measure" in few
     monkeypatch.setattr(Coverage, "load", lambda _: {**found, "warnings": [pairs]})

@@ -31,6 +31,7 @@ from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest, Recipe, sealed_json
 from tests.command_line import assert_error, cli
 from tests.job import contents
+from tests.skies import observations, write_catalog
 from tests.steps import coverage
 
 __all__ = ["cli"]
@@ -236,3 +237,14 @@ def test_classes_are_counted():
     kind = np.array([-1, 0, 0, 1, 2, 3, 3, -1], dtype=np.int8)
     assert _counts(kind) == {"unknown": 2, "inside": 2, "sparse": 1, "outside": 3}
     assert sum(_counts(kind[:0]).values()) == 0
+
+
+def test_a_constant_label_has_no_edge(small_store, tmp_path):
+    table = observations(50)
+    place = table.schema.get_field_index("feh")
+    table = table.set_column(place, table.schema.field(place), pa.array([-0.1] * 50, pa.float32()))
+    roles = "evidence", "pairs", "stars", "model.polynomial"
+    given = {role.split(".")[0]: small_store / f"current/lamost.{role}" for role in roles}
+    stage = Coverage({**given, "observations": write_catalog(table, tmp_path / "rows")})
+    assert stage.grid["feh"] == (-np.inf, np.inf)
+    assert np.isfinite(stage.grid["teff"]).all()

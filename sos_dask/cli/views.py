@@ -459,7 +459,9 @@ def _show_summary(tables: Mapping[tuple[str, str], Sequence[Row]], methods: Sequ
         " ".join(["name=label against", *(["bins"] if is_wide() else []), "before", *methods]),
         table,
     )
-    say("K for teff, dex otherwise. After: of held-out pairs. Bins with 20 pairs or more count.")
+    labels = dict.fromkeys(label for label, _ in tables)
+    units = ", ".join(f"{LABEL_UNITS[one]} for {one}" for one in labels if one in LABEL_UNITS)
+    say(f"{units and f'{units}. '}After: of held-out pairs. Bins with 20 pairs or more count.")
     say("Give --label and --against to see the bins.")
 
 

@@ -140,6 +140,8 @@ class ErrorModel:
                 np.maximum(width, theirs * np.float32(_OF_REFERENCE), out=width)
                 np.hypot(width, theirs, out=pair[number, block])
                 pair[number, block] *= factors[:, number].astype(np.float32)[is_sparse]
+                # Of few pairs the factor may be below 1.
+                np.minimum(width, pair[number, block], out=width)
         return own.T, pair.T
 
     @cached_property

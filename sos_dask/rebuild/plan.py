@@ -53,6 +53,10 @@ from sos_dask.storage.store import (
 from sos_dask.surveys.definition import Survey, load_survey
 
 _PLACES = ("obs_id", "ra", "dec", "position_epoch")
+# What pairs, and the table of evidence made of them, call columns of their own.
+_OF_PAIRS = ("target_obs_id", "target_star_id", "reference_star_id", "separation_arcsec",
+             "n_candidates", "ambiguous", "by_id", "fold", "use", "survey_ref", "star", "target",
+             "group", "held_out", "trained", "sparse")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,8 @@ def _corrections(job: Job) -> list[_Correction]:
         place, suffix = (f"{job.target_name}.{name}", f"_{name}") if found else ("", "")
         suffix = suffix.replace("-", "_")
         new = [f"coverage{suffix}", f"flag_sos{suffix}"]
-        new += [x for one in problem.labels for x in (one.sos, one.delta, one.sos_err)]
+        for one in problem.labels:
+            new += [one.sos, one.delta, one.sos_err, one.sos_err_pair]
         for column in new:
             if column in taken:
                 raise ConfigError(
@@ -216,6 +221,12 @@ def _problem(job: Job, name: str, section: CorrectionSection) -> Problem:
                 hint = f"Known are: {', '.join(target)}; [attach.NAME] adds others."
                 hint = nearest(one, target) or hint
                 raise ConfigError(f"the target has no measured column '{one}' ({key})", hint)
+            base = one.removesuffix("_ref").removesuffix("_diff")
+            if one in _OF_PAIRS or (base != one and base in target):
+                raise ConfigError(
+                    f"column '{one}' ({key}) has the name of a column that pairs have anyway",
+                    "Give it another name in [extra.NAME] of the survey, or in [attach.NAME].",
+                )
             if key == "labels":
                 _check_label(one, target[one], references)
     of_labels = tuple(Label(name=one, unit=target[one].unit) for one in labels)
@@ -227,7 +238,8 @@ def _check_label(name: str, column: Column, references: Mapping[str, Mapping[str
     theirs = {survey: columns[name] for survey, columns in references.items() if name in columns}
     if not theirs:
         of_references = dict.fromkeys(x for columns in references.values() for x in columns)
-        raise ConfigError(f"no reference has the label '{name}'", nearest(name, of_references))
+        hint = nearest(name, of_references) or f"They have: {', '.join(of_references)}."
+        raise ConfigError(f"no reference has the label '{name}'", hint)
     for survey, one in {"the target": column, **theirs}.items():
         if not one.dtype.startswith("float"):
             hint = f'Write dtype = "float32" in [extra.{name}].'

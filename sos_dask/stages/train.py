@@ -284,7 +284,9 @@ class Train(Stage[TrainSettings]):
         folds = np.unique(fold).tolist()
         if len(folds) < 2:
             raise ModelError(
-                f"{pairs.path}: {len(fold)} pairs are fit for training, in {len(folds)} folds",
+                f"{pairs.path}: {len(fold)} pairs are fit for training, in {len(folds)} folds: "
+                "they pass all cuts and have a value of target and reference in "
+                f"{' or '.join(settings.problem.names)}",
                 "At least two folds are needed: match more stars or loosen the cuts.",
             )
         validation = settings.validation

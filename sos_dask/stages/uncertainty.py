@@ -74,7 +74,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
     """
 
     name = "uncertainty"
-    version = 10
+    version = 11
     Settings = UncertaintySettings
     roles = (
         Role("evidence", "Pairs with the predictions of the model.", "output"),

@@ -212,7 +212,8 @@ def pull_correlation(values: FloatArray, errors: FloatArray, star: NDArray[Any])
     order = np.argsort(star, kind="stable")
     again = order[1:][star[order[1:]] == star[order[:-1]]]
     before = order[:-1][star[order[1:]] == star[order[:-1]]]
-    pull = (values[again] - values[before]) / np.hypot(errors[again], errors[before])
+    with np.errstate(divide="ignore", invalid="ignore"):  # errors of 0 tell nothing
+        pull = (values[again] - values[before]) / np.hypot(errors[again], errors[before])
     pull = pull[(np.abs(pull) < CLIP).all(axis=1)]
     if len(pull) < MIN_PULLS:
         return np.eye(values.shape[1])

@@ -111,6 +111,7 @@ def test_trends_show_the_current_build(cli: Cli, small_store):
     ran = cli("trends", "--store", small_store)
     assert ran.code == 0, ran.err
     assert re.search(r"^ *feh +logg +[\d.]+ +[\d.]+ *$", ran.out, re.M)
+    assert "K for teff, dex for logg, dex for feh. After: of held-out pairs." in ran.out
     ran = cli("trends", "--store", small_store, "--label", "feh", "--against", "logg")
     assert "feh [dex] against logg: median of target - reference" in ran.out
     assert "teff [K]" not in ran.out

@@ -58,6 +58,10 @@ def trained(table: pa.Table, folder: Path) -> tuple[Catalog, Path]:
     [
         (lambda t: t.slice(0, 0), "0 pairs are fit for training, in 0 folds"),
         (lambda t: same(t, "use", False), "0 pairs are fit for training, in 0 folds"),
+        (
+            lambda t: t.slice(0, 0),
+            "value of target and reference in teff or logg or feh",
+        ),
         (lambda t: same(t, "fold", 0), "At least two folds are needed"),
         (lambda t: t.slice(0, 20), "training pairs .* and there are 1"),
         (

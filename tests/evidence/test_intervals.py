@@ -438,3 +438,12 @@ def test_the_error_of_the_reference_comes_in_quadrature_to_at_least_a_third(thei
     right = np.hypot(own, theirs)
     assert model.half_width(x, None) == pytest.approx(np.full((2, 3), right), rel=1e-5)
     assert pair == pytest.approx(np.outer([1.2 * right, 1.5 * right], np.ones(3)), rel=1e-5)
+
+
+def test_a_label_has_no_larger_error_than_its_difference_to_the_reference():
+    """Of few sparse pairs most may lie nearer than their scale."""
+    of_class = {label: {"dense": 1.2, "sparse": 0.5} for label in LABELS}
+    x, model = np.array([HIGH, LOW], np.float32), table({"factors_68": of_class}, theirs=1.0)
+    mine, pair = model.half_widths(x, None)
+    assert pair == pytest.approx(np.outer([1.2, 0.5], np.full(3, np.hypot(3, 1))), rel=1e-5)
+    assert mine == pytest.approx(np.minimum(3.0, pair), rel=1e-5)

@@ -202,6 +202,14 @@ n_bad = {source = "n", dtype = "int64"}
 vsini = {source = "vsini", unit = "m/s"}
 """
 
+TAKEN = """
+[target.override.extra]
+fold = {source = "snrr"}
+teff_diff = {source = "snrr"}
+rv_sos_err_pair = {source = "snrr"}
+other = {source = "snrr"}
+"""
+
 
 @pytest.mark.parametrize(
     ("table", "message"),
@@ -223,6 +231,10 @@ vsini = {source = "vsini", unit = "m/s"}
             '[corrections.labels]\n[corrections.again]\nlabels = ["logg"]\ninputs = ["teff"]',
             "[corrections.again] makes a column 'logg_sos', which [corrections.labels] has",
         ),
+        (f'{TAKEN}[corrections.labels]\ninputs = ["fold"]', "'fold' (inputs) has the name of a"),
+        (f'{TAKEN}[corrections.labels]\ninputs = ["teff_diff"]', "'teff_diff' (inputs) has the"),
+        (f"{TAKEN}[corrections.rv]", "[corrections.rv] makes a column 'rv_sos_err_pair', which"),
+        (f'{TAKEN}[corrections.labels]\nlabels = ["other"]', "the label 'other'\n  They have: "),
         ("[reference_union]\noffsets = {galah = {ten = 1.0}}", "reference.galah has no 'ten'"),
         ('[corrections.labels]\nlabels = ["teff", "teff"]', "names 'teff' twice"),
         ('[corrections.labels]\nmethods = ["polynom"]', "no method 'polynom'"),

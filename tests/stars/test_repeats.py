@@ -374,6 +374,7 @@ def test_few_or_unknown_repeats_tell_of_no_correlation():
         (values[some], errors[some], star[some]),
         (values[:0], errors[:0], star[:0]),
         (values, unknown, star),
+        (values, np.zeros_like(errors), star),
     ):
         np.testing.assert_array_equal(pull_correlation(*measured), np.eye(3))
     assert (pull_correlation(values, errors, star) != np.eye(3)).any()

@@ -10,9 +10,9 @@ coefficients do not depend on the number of workers. The scale of the residuals 
 absolute value in the pass before, from a logarithmic histogram; the last passes keep it, because
 together with the weights it might circle for ever.
 
-Terms that the pairs do not tell from noise are left out, each label for itself, those of one order
-together: powers of single inputs, then products. In terms that are orthogonal over the pairs, the
-lower orders first, all coefficients have one standard error, and m terms stay where the sum of
+Orders that the pairs do not tell from noise are left out, each label for itself; of such an order
+powers of single inputs or products may stay. In terms that are orthogonal over the pairs, the lower
+orders and powers first, all coefficients have one standard error, and m terms stay where the sum of
 their squared coefficients is over 2 m squared errors (Mallows 1973, Technometrics 15, 661). So many
 inputs or few pairs do not make the correction noisy.
 """
@@ -246,9 +246,9 @@ def _without_noise(
     parts: Sequence[_Part], coefficients: FloatArray, exponents: IntArray
 ) -> FloatArray:
     """Coefficients (m, l) without those, of the m terms, that noise alone may have made."""
-    group = 2 * exponents.sum(axis=1) + (np.count_nonzero(exponents, axis=1) > 1)
-    sequence = np.argsort(group, kind="stable")
-    group = group[sequence]
+    order, is_product = exponents.sum(axis=1), np.count_nonzero(exponents, axis=1) > 1
+    sequence = np.lexsort((is_product, order))
+    order, is_product = order[sequence], is_product[sequence]
     normal: Any = sum(part.normal for part in parts)
     noise: Any = sum(part.noise for part in parts)
     kept = coefficients.copy()
@@ -262,10 +262,14 @@ def _without_noise(
         scaled = matrix / np.outer(size, size) + 1e-10 * np.eye(len(size))
         root = np.linalg.cholesky(scaled).T
         found = root @ (size * kept[sequence, label])
-        for number in np.unique(group[1:]):
-            own = (group == number) & (np.diag(root) > 1e-4)
-            if np.sum(np.square(found[own])) <= 2 * np.count_nonzero(own) * variance:
-                found[group == number] = 0.0
+        square = np.where(np.diag(root) > 1e-4, np.square(found) - 2 * variance, 0.0)
+        for power in range(1, int(order[-1]) + 1):
+            every = order == power
+            for part in (
+                (every & is_product, every & ~is_product) if square[every].sum() <= 0 else ()
+            ):
+                if square[part].sum() <= 0:
+                    found[part] = 0.0
         if not found.all():
             kept[sequence, label] = np.linalg.solve(root, found) / size
     return kept

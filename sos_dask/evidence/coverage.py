@@ -5,9 +5,10 @@ that no correction was trained on, the residual in units of the noise at its sig
 with that distance (`widening.Growth`). Coverage = 1 / growth: where it is c, the error of the
 corrected labels is 1/c times that of a star of the same signal to noise in the dense overlap. The
 rows are *inside*, *sparse* or *outside* by two limits of the coverage. Sparse at best are rows as
-far as the outermost 5 % of the pairs: an end of the overlap is near, and what lies behind it is in
-the rows, not in the pairs. Outside are, too, rows of a kind that the overlap lacks (`_lacks`), and
-rows beyond the outermost held-out pairs, where growth cannot be measured: the coverage of both is
+far as the outermost 5 % of the pairs, or where the overlap has half of its average share of the
+stars: an end of the overlap is near, and what lies behind it is in the rows, not in the pairs.
+Outside are, too, rows of a kind that the overlap lacks (a quarter of its average share), and rows
+beyond the outermost held-out pairs, where growth cannot be measured: the coverage of both is
 held below the limit.
 
 Measures:
@@ -64,6 +65,7 @@ MEASURES = ("neighbours", "ratio")
 WRONG_SIGMA = 4.0
 _NEIGHBOURS = 16  # 4 to 16 predict the error equally well on the simulation
 _LEAST_SHARE = 0.25  # 0.2 to 0.4 find the same rows on the simulation
+_THIN_SHARE = 0.5  # finds 95 % of the rows that references avoid on hard skies; 0.4: 93 %
 _MIN_HELD_OUT = 100
 REACH = 0.6  # beyond it the polynomial is worse than a constant, on the simulation
 _MOST_NODES, _NODES_A_STAR = 72**3, 256  # steps far finer than distances to the 16th neighbour
@@ -71,7 +73,7 @@ _MOST_ALONG = 512  # nodes of an axis
 _GUESS_CELLS = 48**3
 _NARROW = 0.1  # a narrower axis would make too many nodes of the others
 _EDGE = 0.0005  # share of the stars beyond each side of the grid
-_FORMAT = 9
+_FORMAT = 10
 
 SKY_ORDER = 4
 STEPS = {"kiel": {"teff": 100.0, "logg": 0.1}, "labels": {"teff": 250.0, "logg": 0.25, "feh": 0.25}}
@@ -107,27 +109,30 @@ class Target(NamedTuple):
 def lacks_stars(stars: FloatArray, rows: FloatArray) -> BoolArray:
     """Tell which overlap stars (n, k) lie where the overlap has fewer than rows (m, k) tell."""
     distance = knn_distance(stars, stars, _NEIGHBOURS + 1)
-    return _lacks(stars, rows, stars, distance, _NEIGHBOURS)
+    return _lacks(stars, rows, stars, distance, _NEIGHBOURS)[0]
 
 
 def _lacks(
     overlap: FloatArray, catalog: FloatArray, x: FloatArray, distance: FloatArray, k: int
-) -> BoolArray:
-    """Near which scaled rows x the overlap has less than `_LEAST_SHARE` of its average.
+) -> tuple[BoolArray, BoolArray]:
+    """Near which scaled rows x the overlap has less than two shares of its average.
 
-    The share is that of densities, from overlap stars and rows of the catalog within the distance
-    of the k-th overlap star.
+    They are `_LEAST_SHARE` and `_THIN_SHARE`, of densities: from overlap stars and rows of the
+    catalog within the distance of the k-th overlap star.
     """
-    # As many rows of the catalog are within the distance where the share is the least.
     n = len(overlap)
-    most = int(min(k, n) / _LEAST_SHARE * len(catalog) / n)
-    found = np.zeros(len(x), dtype=np.bool_)
-    # Where they lie as near as in the denser four fifths of the overlap, nothing is lacking.
+    count = np.zeros(len(x))
+    # Where stars are nearer than in the denser half of the overlap, nothing is lacking.
     near = knn_distance(overlap, overlap[:: max(n // 10_000, 1)], k + 1)
-    rows = np.flatnonzero(distance > np.quantile(near, 0.8))
-    if most < len(catalog) and len(rows):
-        found[rows] = count_within(catalog, x[rows], distance[rows]) > most
-    return found
+    middle, far = np.quantile(near, (0.5, 0.8))
+    rows = np.flatnonzero((distance > middle) & (len(catalog) > 0))
+    if len(rows):
+        count[rows] = count_within(catalog, x[rows], distance[rows])
+    # As many rows of the catalog are within the distance where the share is the average.
+    usual = min(k, n) * len(catalog) / n
+    # A catalog that all lies within tells nothing.
+    count[count == len(catalog)] = 0
+    return (count * _LEAST_SHARE > usual) & (distance > far), count * _THIN_SHARE > usual
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,8 @@ class Places:
     """Distance from the overlap, and where the overlap lacks stars, at the nodes of a grid."""
 
     grid: Grid  # over scaled inputs
-    values: Float32Array  # (nodes, 2): distance to the k-th star, 1 where the overlap lacks stars
+    # (nodes, 3): distance to the k-th star; 1 where the overlap lacks stars, and where it is thin.
+    values: Float32Array
 
     @classmethod
     def of(cls, overlap: FloatArray, catalog: FloatArray, last: float) -> Places:
@@ -150,17 +156,17 @@ class Places:
         farthest = 2 * last + 2 * step
         nodes = grid.nodes()
         distance = np.minimum(knn_distance(overlap, nodes, _NEIGHBOURS, farthest), farthest)
-        lacks = _lacks(overlap, catalog, nodes, distance, _NEIGHBOURS)
-        return cls(grid, np.stack([distance, lacks], axis=1).astype(np.float32))
+        lacks, thin = _lacks(overlap, catalog, nodes, distance, _NEIGHBOURS)
+        return cls(grid, np.stack([distance, lacks, thin], axis=1).astype(np.float32))
 
-    def __call__(self, x: FloatArray) -> tuple[FloatArray, BoolArray]:
-        """Distance (n,) of scaled rows (n, k), nan where they are, and where stars are lacking."""
+    def __call__(self, x: FloatArray) -> tuple[FloatArray, BoolArray, BoolArray]:
+        """Distance (n,) of scaled rows (n, k), nan where they are; where stars lack or are thin."""
         found = self.grid.interpolate(self.values, x.astype(np.float32)).astype(np.float64)
         # A row beyond the grid is as much farther as it is from the grid.
         beyond = np.maximum(np.array(self.grid.low) - x, x - np.array(self.grid.high))
         beyond = np.maximum(beyond, 0.0)
         distance = found[:, 0] + np.sqrt(np.sum(beyond * beyond, axis=1))
-        return distance, found[:, 1] > 0.5
+        return distance, found[:, 1] > 0.5, found[:, 2] > 0.5
 
 
 def _fit_ratio(overlap: FloatArray, catalog: FloatArray, seed: int) -> Any:
@@ -213,17 +219,17 @@ class CoverageModel:
         nan and -1 where an input is missing.
         """
         x = self.scaled(columns)
-        distance, lacks = self.places(x[:, : self.n_inputs])
+        distance, *shares = self.places(x[:, : self.n_inputs])
         if self.ratio is not None:
             distance = np.where(np.isfinite(distance), _ratio(self.ratio, x), np.nan)
-        return self.coverage_at(distance, lacks)
+        return self.coverage_at(distance, *shares)
 
     def coverage_at(
-        self, distance: FloatArray, lacks: BoolArray
+        self, distance: FloatArray, lacks: BoolArray, thin: BoolArray
     ) -> tuple[Float32Array, NDArray[np.int8]]:
-        """See `coverage`: of rows at known distances, and where the overlap lacks stars."""
+        """See `coverage`: of rows at known distances, where the overlap lacks stars or is thin."""
         coverage = (1.0 / self.growth(distance)).astype(np.float32)
-        thin = distance > self.growth.thin
+        thin = thin | (distance > self.growth.thin)
         below = np.nextafter(np.float32(self.limits.inside), np.float32(0))
         coverage[thin] = np.minimum(coverage[thin], below)
         outside = lacks | (distance > self.growth.last)
@@ -413,7 +419,7 @@ def fit(
     # A row an overlap star: more are not counted better, the overlap stars are few.
     some = np.sort(np.random.default_rng(seed).permutation(len(sample))[: len(x)])
     stars, near = x[:, :k], sample[some, :k]
-    distance, lacks = _held_out_places(overlap, x, sample, near, measure, seed)
+    distance, lacks, thin = _held_out_places(overlap, x, sample, near, measure, seed)
     logg, snr = (_column(overlap.columns, name, len(x)) for name in ("logg", "snr"))
     of_pairs = (logg, snr, overlap.reference_error)
     dense = distance <= np.quantile(distance[held_out], 0.5)
@@ -434,7 +440,7 @@ def fit(
     empty = Standing(np.zeros((2, 0, n_labels), np.uint8), np.zeros((2, 0, n_labels), np.float32))
     meant = noise, growth, limits, widths, zero_point, empty, booster
     model = CoverageModel(parameters, k, center, scale, places, kept, *meant)
-    kind = model.coverage_at(distance, lacks)[1]
+    kind = model.coverage_at(distance, lacks, thin)[1]
     few, lacking = _stands_in(overlap, model, stars, kind == OUTSIDE, left, problem)
     model = model.with_guesses(few, lacking, problem)
     n_width: tuple[tuple[int, ...], ...] = ()
@@ -504,18 +510,18 @@ def _scaled(
 
 def _held_out_places(
     overlap: Overlap, x: FloatArray, sample: FloatArray, near: FloatArray, measure: str, seed: int
-) -> tuple[FloatArray, BoolArray]:
-    """Distance of held-out pairs from those of the other folds, and whether these lack stars."""
+) -> tuple[FloatArray, BoolArray, BoolArray]:
+    """Distance of held-out pairs from those of the other folds; where these lack or are thin."""
     held_out, stars = overlap.held_out, x[:, : near.shape[1]]
-    distance, lacks = np.full(len(x), np.nan), np.zeros(len(x), dtype=np.bool_)
+    distance, shares = np.full(len(x), np.nan), np.zeros((2, len(x)), dtype=np.bool_)
     for fold in np.unique(overlap.fold[held_out]):
         rows, others = held_out & (overlap.fold == fold), overlap.fold != fold
         nearer = max(round(_NEIGHBOURS * float(np.mean(others))), 1)
         distance[rows] = knn_distance(stars[others], stars[rows], nearer)
-        lacks[rows] = _lacks(stars[others], near, stars[rows], distance[rows], nearer)
+        shares[:, rows] = _lacks(stars[others], near, stars[rows], distance[rows], nearer)
         if measure == "ratio":
             distance[rows] = _ratio(_fit_ratio(x[others], sample, seed), x[rows])
-    return distance, lacks
+    return distance, *shares
 
 
 def _column(columns: Columns, name: str, n: int) -> FloatArray:

@@ -218,7 +218,7 @@ class Train(Stage[TrainSettings]):
     """
 
     name = "train"
-    version = 13
+    version = 14
     Settings = TrainSettings
     roles = (
         Role("pairs", "Pairs, as crossmatch makes them."),

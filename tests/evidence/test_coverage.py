@@ -168,7 +168,7 @@ def test_a_kind_of_which_the_overlap_has_too_little_is_outside():
 
     def lacks(overlap):
         distance = knn_distance(overlap, rows, _NEIGHBOURS)
-        return _lacks(overlap, x[20_000:], rows, distance, _NEIGHBOURS)
+        return _lacks(overlap, x[20_000:], rows, distance, _NEIGHBOURS)[0]
 
     found = lacks(overlap)
     assert found[rows[:, 1] > 2.3].mean() > 0.95
@@ -197,7 +197,7 @@ def test_rows_are_looked_up_as_their_neighbours_say():
     x = rng.normal(0, 1, (20_000, 3))
     stars, rows = x[::4] * [1, 1, 0.8], rng.normal(0, 1.1, (5000, 3))
     places, exact = Places.of(stars, x, last=2.0), knn_distance(stars, rows, _NEIGHBOURS)
-    distance, lacks = places(rows)
+    distance, lacks, thin = places(rows)
     near = (exact < 2.0) & inside_of(places, rows)
     bound = half_diagonal(places)
     assert bound < 0.1 and np.count_nonzero(near) > 4000
@@ -207,7 +207,8 @@ def test_rows_are_looked_up_as_their_neighbours_say():
     assert (distance[exact > 2.5] > 2.0).all()
     # Where a row's answer differs, it is next to rows with the other one.
     truth = _lacks(stars, x, rows, exact, _NEIGHBOURS)
-    assert np.mean(lacks == truth) > 0.97
+    assert np.mean(lacks == truth[0]) > 0.97 and np.mean(thin == truth[1]) > 0.97
+    assert thin[lacks].all() and 0.0 < np.mean(thin) < 0.08  # as chance makes it
     assert np.isnan(places(np.full((1, 3), np.nan))[0]).all()
 
 
@@ -226,8 +227,9 @@ def test_without_its_table_a_row_has_the_same_coverage(fitted):
     low, high = (np.where(exact > model.growth.last, np.minimum(end, below), end) for end in ends)
     # At the thin end of the overlap a row is sparse at best.
     sparse = np.nextafter(np.float32(model.limits.inside), np.float32(0))
-    low = np.where(exact > model.growth.thin - bound, np.minimum(low, sparse), low)
-    high = np.where(exact > model.growth.thin + bound, np.minimum(high, sparse), high)
+    thin = model.places(rows)[2]
+    low = np.where(thin | (exact > model.growth.thin - bound), np.minimum(low, sparse), low)
+    high = np.where(thin | (exact > model.growth.thin + bound), np.minimum(high, sparse), high)
     assert (score[some] >= low[some] - 1e-6).all() and (score[some] <= high[some] + 1e-6).all()
 
 
@@ -285,13 +287,13 @@ def test_only_the_grid_and_what_is_lacking_depend_on_the_sample_of_the_catalog()
     # What is looked up differs by no more than the cells of both grids allow.
     bound = sum(half_diagonal(found.model.places) for found in (one, other)) + 1e-5
     x = one.model.scaled(rows)
-    (mine, lacks), (its, others) = (found.model.places(x) for found in (one, other))
+    (mine, *lacks), (its, *others) = (found.model.places(x) for found in (one, other))
     common = inside_of(one.model.places, x) & inside_of(other.model.places, x)
     assert np.count_nonzero(common) > 1900
     assert 0 < np.abs(mine - its)[common].max() < bound
     # So do scores, but at the two borders beyond which a row is outside.
     growth = one.model.growth
-    border = lacks != others
+    border = np.any(np.array(lacks) != np.array(others), axis=0)
     for limit in (growth.last, growth.thin):
         border |= (mine > limit) != (its > limit)
     assert np.mean(border) < 0.01

@@ -37,7 +37,7 @@ def test_a_changed_setting_runs_what_depends_on_it(job, store, small_sky):
     assert why["lamost.pairs"] == "lamost.observations changed"
     assert why["lamost.corrected"] == (
         "lamost.comparison changed; lamost.observations changed; lamost.uncertainty changed; "
-        "lamost.coverage changed; lamost.model.polynomial changed"
+        "lamost.coverage changed"
     )
     before = contents(store / "artifacts")
     build = rebuild(changed, cluster=Cluster())

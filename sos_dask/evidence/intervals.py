@@ -51,6 +51,7 @@ _LEAST = 1e-6  # K, dex: an error of 0 would weigh without end, and residuals ca
 _WRONG = 8.0  # times the median size: 5.4 standard deviations of a normal distribution
 _ONE_SIGMA = 0.6826894921370859  # of a normal distribution within one standard deviation
 _STEPS = 3  # two more change errors by about half a percent
+_STEPS_OF_LOG = 64.0  # of log S/N: 1.6 % wide
 _CLIP = 1.5  # standard deviations; a residual beyond it counts as if it were there
 # Mean square of normal numbers that are clipped so, and the part of it that is not.
 _CLIPPED, _UNCLIPPED = 0.7784, 0.4778
@@ -546,12 +547,18 @@ def _bends(
     found = []
     for kind in (~giant, giant):
         rows = kind if np.count_nonzero(kind) >= _KIND_PAIRS else np.ones_like(kind)
-        misfit = []
         told = np.count_nonzero(rows) >= _SNR_PAIRS and np.ptp(log_snr[rows]) > 0
+        # Sizes of one step of S/N differ from their mean whatever the law.
+        step = np.round(log_snr[rows] * _STEPS_OF_LOG)
+        at, place = np.unique(step, return_inverse=True)
+        n = np.bincount(place, weight[rows])
+        used = n > 0
+        mean = np.bincount(place, weight[rows] * log_size[rows])[used] / n[used]
+        n, at = n[used], at[used] / _STEPS_OF_LOG
+        misfit = []
         for bend in _BENDS if told else _BENDS[:1]:
-            rest = log_size[rows] - _law(bend, log_snr[rows])
-            off = rest - np.average(rest, weights=weight[rows])
-            misfit.append(np.average(off * off, weights=weight[rows]))
+            rest = mean - _law(bend, at)
+            misfit.append(np.average((rest - np.average(rest, weights=n)) ** 2, weights=n))
         found.append(float(_BENDS[np.argmin(misfit)]))
     return found
 

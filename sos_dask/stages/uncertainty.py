@@ -74,7 +74,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
     """
 
     name = "uncertainty"
-    version = 11
+    version = 12
     Settings = UncertaintySettings
     roles = (
         Role("evidence", "Pairs with the predictions of the model.", "output"),

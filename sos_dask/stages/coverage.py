@@ -95,7 +95,7 @@ class Coverage(OfModel[CoverageSettings]):
     """
 
     name = "coverage"
-    version = 14
+    version = 15
     Settings = CoverageSettings
     roles = (
         Role("evidence", "Table of evidence with the model's predictions.", "output"),
@@ -263,13 +263,15 @@ class Coverage(OfModel[CoverageSettings]):
         table = read_evidence(self.path("evidence"), list(dict.fromkeys(names)))
         x = problem.matrix(table)
         share = min(_END_PAIRS / max(len(table), 1), 1.0)
-        kept = np.isfinite(x).all(axis=1)
+        y = problem.differences(table)
+        kept = np.isfinite(x).all(axis=1) & np.isfinite(y).all(axis=1)
         kept &= table["star"].to_numpy() <= np.uint64(share * (2**64 - 2048))
-        x, y = x[kept], problem.differences(table)[kept]
+        x, y = x[kept], y[kept]
         star = x[:, problem.star_places].astype(np.float64)
         center, scale = robust_scale(star)
         rows = problem.star_matrix(self.sampled(output, samples, "observations"))
-        rows = rows[np.isfinite(rows).all(axis=1)][: len(star)].astype(np.float64)
+        rows = rows[np.isfinite(rows).all(axis=1)].astype(np.float64)
+        rows = rows[:: max(len(rows) // max(len(star), 1), 1)]  # from all of the sky
         right = ~kernel.lacks_stars((star - center) / scale, (rows - center) / scale)
         x, y, star = x[right], y[right], star[right]
         giant = beyond.giants(problem, star)

@@ -218,7 +218,7 @@ class Train(Stage[TrainSettings]):
     """
 
     name = "train"
-    version = 14
+    version = 15
     Settings = TrainSettings
     roles = (
         Role("pairs", "Pairs, as crossmatch makes them."),

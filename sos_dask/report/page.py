@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sos_dask.evidence.coverage import follow_up as most_outside
+from sos_dask.evidence.coverage_maps import follow_up as most_outside
 from sos_dask.evidence.failing import RULE
 from sos_dask.evidence.figures import NONE, SUBSETS, TEST, TRAIN
 from sos_dask.problem import Problem

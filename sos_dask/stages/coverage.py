@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from sos_dask import correct, corrections
 from sos_dask.columns import FloatArray, floats, floats_or_nan, key_hashes, matrix32
 from sos_dask.errors import ModelError
-from sos_dask.evidence import beyond, widening
+from sos_dask.evidence import beyond, coverage_maps, widening
 from sos_dask.evidence import coverage as kernel
 from sos_dask.evidence.figures import figure_schema
 from sos_dask.evidence.intervals import ErrorModel, load_errors
@@ -148,7 +148,7 @@ class Coverage(OfModel[CoverageSettings]):
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
         pixels = base.by_pixel(catalog.pixels)
         done = run.parts("scores", pixels, self.score)
-        run.write(MAPS, kernel.sum_maps(output.read_piece(f"maps-{key}") for key in pixels))
+        run.write(MAPS, coverage_maps.sum_maps(output.read_piece(f"maps-{key}") for key in pixels))
         name = catalog.name.removesuffix(".observations") + ".coverage"
         n_out = run.write_catalog(name, catalog.pixels, done, _schema(catalog))
         counts = {n: sum(one["rows"][n] for one in done) for n in (*CLASSES, "unknown")}
@@ -175,7 +175,7 @@ class Coverage(OfModel[CoverageSettings]):
         """Read the summary as `OnEvidence.load` does, the shares of the rows, and maps of them.
 
         ``kiel`` (cells of 500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) have ``rows`` and
-        ``outside``; ``follow_up``: see `evidence.coverage.follow_up`.
+        ``outside``; ``follow_up``: see `evidence.coverage_maps.follow_up`.
         """
         summary = super().load(directory)
         with partition_errors(directory / MAPS):
@@ -183,9 +183,9 @@ class Coverage(OfModel[CoverageSettings]):
         return {
             **summary.pop("shares"),
             **summary,
-            "kiel": kernel.coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
-            "sky": kernel.coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
-            "follow_up": kernel.follow_up(maps),
+            "kiel": coverage_maps.coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
+            "sky": coverage_maps.coarse(maps, "sky", {"pixel": 4**coverage_maps.SKY_ORDER}),
+            "follow_up": coverage_maps.follow_up(maps),
         }
 
     def sample(self, output: Output, key: str, item: base.Place) -> dict[str, Any]:
@@ -317,7 +317,7 @@ class Coverage(OfModel[CoverageSettings]):
         for label, (low, high) in self.grid.items():
             step, values = GRID_STEPS[label], floats_or_nan(table, label)
             flags[(values <= low + step) | (values >= high - step)] |= correct.FLAG_GRID_EDGE
-        counts = kernel.count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
+        counts = coverage_maps.count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
         output.write_piece(f"maps-{key}", counts)
         scores = [pa.array(score, pa.float32(), mask=~known), pa.array(flags)]
         scores.append(pa.array(kind, mask=~known))

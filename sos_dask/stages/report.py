@@ -23,7 +23,7 @@ from sos_dask.columns import IntArray, floats32, floats_or_nan
 from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.corrections.symbolic import FILE as FORMULA_FILE
 from sos_dask.errors import CatalogError, ConfigError
-from sos_dask.evidence.coverage import SKY_ORDER, STEPS
+from sos_dask.evidence.coverage_maps import SKY_ORDER, STEPS
 from sos_dask.problem import SNR
 from sos_dask.report import figures as panels
 from sos_dask.report import maps, page

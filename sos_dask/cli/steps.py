@@ -33,6 +33,7 @@ from sos_dask.stages.ingest import Ingest
 from sos_dask.stages.reference import Reference
 from sos_dask.stages.train import LOCAL_PAIRS, Train, asks_workers, metrics_of
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.place import on_disk, place
 from sos_dask.surveys.definition import load_survey
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def simulate(
     """
     from sos_dask import simulate as module
 
+    on_disk(out, "the folder of the sky")
     there = [path for path in module.sky_files(out).values() if path.exists()]
     if there and not overwrite:
         raise CatalogError(
@@ -230,7 +232,7 @@ def apply(
     inputs: dict[str, Any] = {"model": model, "observations": opened}
     inputs |= {"errors": errors, "coverage": coverage}
     if fallback not in ("none", "edge", "measured"):
-        inputs, fallback = {**inputs, "smooth": Path(fallback)}, "polynomial"
+        inputs, fallback = {**inputs, "smooth": place(fallback)}, "polynomial"
     given = {role: one for role, one in inputs.items() if one is not None}
     return Apply(given, options.settings(fallback=fallback))
 
@@ -249,6 +251,7 @@ def demo(
     """
     from sos_dask.simulate.files import against_truth, prepare
 
+    on_disk(store, "the folder of the demonstration")
     with reporting() as report:
         job = load_job(prepare(store, rows, seed, report, sky or ()))
     build = _rebuild(job, None, workers, memory_limit, None)

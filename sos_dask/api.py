@@ -43,14 +43,14 @@ from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage import store as _store
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
-from sos_dask.storage.place import place
+from sos_dask.storage.objects import as_path
 from sos_dask.surveys.definition import Survey, builtin_surveys, load_survey
 from sos_dask.tables import Correction
 
 _Result = TypeVar("_Result")
 # What is made of a path or a name where a function wants the thing.
 _OPENED: Mapping[Any, Callable[[Any], Any]] = {
-    Path: place,
+    Path: as_path,
     Catalog: Catalog.open,
     Survey: load_survey,
     Job: load_job,

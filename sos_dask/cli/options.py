@@ -23,7 +23,7 @@ from sos_dask.settings import Settings
 from sos_dask.stages.base import Stage
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
-from sos_dask.storage.place import place
+from sos_dask.storage.objects import as_path
 from sos_dask.storage.store import stores_near
 
 # More threads than this wait for each other: Python itself runs in one at a time.
@@ -256,7 +256,7 @@ def _declared(command: str, parameter: inspect.Parameter) -> inspect.Parameter:
     words, text = _TEXTS.get(f"{command}.{name}") or _TEXTS[name]
     names = [word for word in words.split() if word.startswith("-")]
     metavar = words.removeprefix(" ".join(names)).strip() or None
-    takes: Any = {"parser": place} if "Path" in str(parameter.annotation) else {}
+    takes: Any = {"parser": as_path} if "Path" in str(parameter.annotation) else {}
     made: Any = typer.Argument(metavar=metavar, help=text, **takes)
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
         names = names or [f"--{name.replace('_', '-')}"]

@@ -20,7 +20,7 @@ from sos_dask.columns import BoolArray, IntArray, KeyArray, is_valid, key_hashes
 from sos_dask.errors import SurveyError
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
-from sos_dask.storage.place import local
+from sos_dask.storage.objects import local
 
 FILE, ROW = "_file", "_row"
 """Columns of rows on their way: index of the file, and row there from 0."""

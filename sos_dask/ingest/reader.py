@@ -28,7 +28,7 @@ from sos_dask.errors import CatalogError, SosError, StorageError, SurveyError
 from sos_dask.schema import CANONICAL, is_gaia_id, nearest
 from sos_dask.storage.artifact import atomic_path, write_text
 from sos_dask.storage.manifest import read_sealed, sealed_json, sum_of_file
-from sos_dask.storage.place import local, place
+from sos_dask.storage.objects import as_path, local
 from sos_dask.surveys.definition import SourceColumn, Survey
 
 DAMAGED = "Download it again and compare its size and checksum with the survey's."
@@ -129,7 +129,7 @@ def read_native(source: Source, start: int, stop: int, batch_rows: int) -> Batch
     Raises `SurveyError`: the file is damaged or changed since it was opened.
     """
     with _refused(source.path):
-        source = replace(source, data_path=str(local(place(source.data_path))))
+        source = replace(source, data_path=str(local(as_path(source.data_path))))
         for first, values in _format(source.kind)[1](source, start, stop, batch_rows):
             for key, native in source.natives.items():
                 if native.mask:

@@ -22,7 +22,7 @@ from sos_dask.stages.reference import ReferenceSettings
 from sos_dask.stages.train import GeneralisationSettings
 from sos_dask.stages.uncertainty import UncertaintySettings
 from sos_dask.stars.group import DedupeSettings
-from sos_dask.storage.place import ObjectPath, on_disk, place
+from sos_dask.storage.objects import ObjectPath, as_path, on_disk
 
 JOB_FORMAT = 1
 _SEED = "Give seed at the top of the job."
@@ -238,7 +238,7 @@ class Job(Settings):
             return found
 
         try:
-            path = place(re.sub(r"\$\{(\w+)\}", value, text)).expanduser()
+            path = as_path(re.sub(r"\$\{(\w+)\}", value, text)).expanduser()
             return path if isinstance(path, ObjectPath) else (self.path.parent / path).resolve()
         except SosError as error:
             raise ConfigError(f"{self.path}: {error.message}", error.hint) from None
@@ -252,7 +252,7 @@ def load_job(path: str | Path) -> Job:
     Raises `ConfigError`: not there, not TOML, an unknown key (with the nearest known ones), a value
     out of range.
     """
-    path = on_disk(place(path), "job file")
+    path = on_disk(as_path(path), "job file")
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe may never end
             raise ConfigError(f"job file {path} is not a regular file")

@@ -35,7 +35,7 @@ from sos_dask.stats.numbers import ALL
 from sos_dask.storage.artifact import partition_errors
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
-from sos_dask.storage.place import local
+from sos_dask.storage.objects import local
 from sos_dask.storage.store import home
 from sos_dask.surveys.definition import Cut
 

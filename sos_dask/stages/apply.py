@@ -26,7 +26,7 @@ from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, loaded, partition_record
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Recipe, Rows, files_below, local_copy, sha256_of_file
-from sos_dask.storage.place import at_once
+from sos_dask.storage.objects import at_once
 
 _SCORES = ("obs_id", "coverage", correct.FLAGS, KIND_FIELD.name)
 # What is calculated of rows takes several times the memory of what is kept.

@@ -34,7 +34,7 @@ from sos_dask.stars.match import MOTION, MatchSettings, match, reach_arcsec
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import write_collection
 from sos_dask.storage.manifest import MANIFEST, Manifest, Recipe, Rows
-from sos_dask.storage.place import link, place
+from sos_dask.storage.objects import as_path, link
 from sos_dask.surveys.definition import Survey
 
 
@@ -221,7 +221,7 @@ class Margin(Stage[MarginSettings]):
 
     def attempt(self, directory: str | Path, **options: Any) -> Manifest | None:
         """Make the collection in a directory; the output is its folder ``margin``."""
-        directory = place(directory)
+        directory = as_path(directory)
         self.product = self.product or directory.name
         return super().attempt(directory / "margin", **options)
 

@@ -30,7 +30,7 @@ from sos_dask.stars.match import MOTION, Motion
 from sos_dask.storage.artifact import Output, write_parquet
 from sos_dask.storage.catalog import Catalog, write_catalog_metadata, write_partition
 from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows, local_copy
-from sos_dask.storage.place import at_once, place
+from sos_dask.storage.objects import as_path, at_once
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class Stage(Generic[S]):
         for name, given in inputs.items():
             kind = self.role_of(name).kind
             if isinstance(given, str | Path):
-                given = Catalog.open(given) if kind == "catalog" else place(given)
+                given = Catalog.open(given) if kind == "catalog" else as_path(given)
             self.inputs[name] = given
         for role in self.roles:
             if not role.optional and not self.named(role.name):
@@ -188,7 +188,7 @@ class Stage(Generic[S]):
         With ``overwrite`` another output in the directory is replaced; without a cluster tasks run
         in this process. None while parts are missing that other processes make.
         """
-        directory = place(directory)
+        directory = as_path(directory)
         self.product = self.product or directory.name
         self.check()
         recipe = self.recipe(self.settings, self.fingerprints())

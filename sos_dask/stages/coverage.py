@@ -42,7 +42,7 @@ from sos_dask.stats.numbers import robust_scale, uniform
 from sos_dask.storage.artifact import Output, partition_errors, write_parquet
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Rows, sha256_of_file
-from sos_dask.storage.place import local
+from sos_dask.storage.objects import local
 
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""

@@ -35,7 +35,7 @@ from sos_dask.stats.numbers import find_sparse
 from sos_dask.storage.artifact import Output, partition_errors, write_parquet
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
-from sos_dask.storage.place import local, remove_tree
+from sos_dask.storage.objects import local, remove_tree
 
 EVIDENCE, HELD_OUT = "evidence.parquet", "held_out.parquet"
 _LEFT = (HEALPIX_COLUMN, "fold", "ra", "dec", "position_epoch", *GAIA_IDS.values(),

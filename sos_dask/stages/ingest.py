@@ -29,7 +29,7 @@ from sos_dask.sky.healpix import HealpixPixel, plan_partitions
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
 from sos_dask.storage.artifact import REJECTED, Output, atomic_path
 from sos_dask.storage.manifest import Manifest, Recipe, Rows, sha256_of_file
-from sos_dask.storage.place import local, place
+from sos_dask.storage.objects import as_path, local
 from sos_dask.surveys.definition import Survey
 
 _KEYS_PER_RANGE = 10_000_000
@@ -73,7 +73,7 @@ class Ingest(Stage[SurveySettings]):
 
     def __init__(self, inputs: Mapping[str, Any], settings: SurveySettings, **options: Any) -> None:
         survey = settings.survey.name
-        files = {name: place(file) for name, file in inputs.items()}
+        files = {name: as_path(file) for name, file in inputs.items()}
         if not files:
             raise ConfigError(f"no file given for survey {survey}")
         for file in files.values():

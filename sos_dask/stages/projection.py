@@ -26,7 +26,7 @@ from sos_dask.stages.base import Made, Place, Role, Run, Stage, loaded, partitio
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, partition_errors
 from sos_dask.storage.manifest import Rows
-from sos_dask.storage.place import local
+from sos_dask.storage.objects import local
 
 SAMPLE, MAPS, MODEL = "sample.parquet", "maps.parquet", "projection.json"
 TARGET, OVERLAP = "target", "overlap"

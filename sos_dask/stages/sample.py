@@ -17,7 +17,7 @@ from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, key_column
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, partition_errors
 from sos_dask.storage.manifest import Rows
-from sos_dask.storage.place import local
+from sos_dask.storage.objects import local
 
 _FILE = "sample.parquet"
 

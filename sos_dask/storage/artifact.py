@@ -44,7 +44,7 @@ from sos_dask.storage.manifest import (
     stored_at,
     sum_of_file,
 )
-from sos_dask.storage.place import ObjectPath, local, place, remove_tree, temporary_file
+from sos_dask.storage.objects import ObjectPath, as_path, local, remove_tree, temporary_file
 
 logger = logging.getLogger(__name__)
 Stamp: TypeAlias = tuple[Path, int, int]
@@ -391,7 +391,7 @@ class Output:
         root = str(self.directory.absolute()) + os.sep
         written = [one for one in _written.__dict__.items() if one[0].startswith(root)]
         if not (self.directory / MANIFEST).is_file():  # else another process has completed it
-            sums = {p.removeprefix(root): known or sum_of_file(place(p)) for p, known in written}
+            sums = {p.removeprefix(root): known or sum_of_file(as_path(p)) for p, known in written}
             document = {"part": f"{kind}/{key}", "value": value, "pieces": sums}
             write_text(self.work / kind / f"{key}.json", sealed_json(document))
         _written.__dict__.clear()

@@ -41,7 +41,7 @@ from sos_dask.storage.artifact import (
 )
 from sos_dask.storage.hats import COLLECTION, COMMON_METADATA, PARTITION_INFO, PROPERTIES
 from sos_dask.storage.manifest import MANIFEST, FileRecord, Manifest, Recipe, sha256_of_file
-from sos_dask.storage.place import at_once, place
+from sos_dask.storage.objects import as_path, at_once
 
 _KEYS_AT_ONCE = 20_000_000
 
@@ -170,7 +170,7 @@ class Catalog:
     @classmethod
     def read_only(cls, path: str | Path, *, key: str = "", key_name: str = "star_id") -> Catalog:
         """Open a catalog without the checks of `open`: tasks do, whose driver has made them."""
-        path = place(path)
+        path = as_path(path)
         collection, file = path / COLLECTION, hats.properties_file(path)
         if collection.is_file() and not file.is_file():
             return cls.read_only(path / hats.primary_of(collection), key=key, key_name=key_name)

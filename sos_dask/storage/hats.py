@@ -33,7 +33,7 @@ from sos_dask.sky.healpix import (
 )
 from sos_dask.storage.artifact import Stamp, open_parquet, partition_errors
 from sos_dask.storage.manifest import MANIFEST, WORK, files_below
-from sos_dask.storage.place import local
+from sos_dask.storage.objects import local
 
 BUILDER = "sos-dask"
 PROPERTIES = "hats.properties"

@@ -20,7 +20,7 @@ import numpy as np
 from sos_dask.errors import CatalogError
 from sos_dask.run.machine import n_cores
 from sos_dask.settings import sealed
-from sos_dask.storage.place import ObjectPath, at_once, copy_to, local, place, scratch
+from sos_dask.storage.objects import ObjectPath, as_path, at_once, copy_to, local, scratch
 
 MANIFEST = "manifest.json"
 WORK = ".work"
@@ -189,7 +189,7 @@ class FileRecord:
             size = (file.stat() if isinstance(file, ObjectPath) else os.stat(file)).st_size  # noqa: PTH116
             if size != self.bytes:
                 return f"{self.path} has {size} bytes, the manifest says {self.bytes}"
-            if by == "sha256" and sha256_of_file(place(file)) != self.sha256:
+            if by == "sha256" and sha256_of_file(as_path(file)) != self.sha256:
                 return f"{self.path} was changed: its SHA-256 is not the manifest's"
         except (FileNotFoundError, NotADirectoryError):
             return f"{self.path} is missing"

@@ -49,7 +49,7 @@ from sos_dask.storage.manifest import (
     sha256_of_file,
     stored_at,
 )
-from sos_dask.storage.place import ObjectPath, followed, local, place, remove_tree
+from sos_dask.storage.objects import ObjectPath, as_path, followed, local, remove_tree
 
 logger = logging.getLogger(__name__)
 BUILD_FILE = "build.json"
@@ -316,7 +316,7 @@ def status(store: Path) -> StoreStatus:
     return StoreStatus(
         store,
         current.resolve().name if current.exists() else "",
-        tuple(sorted(path.name for path in (store / "builds").glob("*"))),
+        tuple(path.name for path in _builds(store)),
         tuple(products),
         tuple(missing),
         tuple(str(path.relative_to(store)) for path in unfinished),
@@ -338,12 +338,16 @@ def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tupl
     for build in kept:
         read_build(build)  # what a damaged one needs is not known
     used = _used_artifacts(store, kept)
-    doomed = [path for path in sorted((store / "builds").glob("*")) if path not in kept]
+    doomed = [path for path in _builds(store) if path not in kept]
     doomed += [path for path in _artifacts(store) if path not in used]
     removed = [(path, _size(path)) for path in doomed]
     for path in () if dry_run else doomed:
         remove_tree(path, first=MANIFEST)
     return removed
+
+
+def _builds(store: Path) -> list[Path]:
+    return sorted(path for path in (store / "builds").glob("*") if path.is_dir())
 
 
 def _artifacts(store: Path) -> list[Path]:
@@ -352,7 +356,7 @@ def _artifacts(store: Path) -> list[Path]:
 
 def _kept_builds(store: Path, keep: int = 0) -> set[Path]:
     """The latest builds (0: all) and the current one."""
-    kept = set(sorted((store / "builds").glob("*"))[-keep:])
+    kept = set(_builds(store)[-keep:])
     current = (store / "current").resolve()
     if current.exists() and current.parent.name == "builds":
         kept.add(store / "builds" / current.name)
@@ -394,7 +398,7 @@ def verify(path: str | Path) -> list[str]:
         One sentence for each thing that is wrong, naming file, pixel, column or row. `CatalogError`
         where no manifest can be read, or it names a file outside of the output.
     """
-    path = place(path)
+    path = as_path(path)
     is_catalog = hats.properties_file(path).is_file()
     if (path / COLLECTION).is_file() and not is_catalog:
         return [*_collection_problems(path), *verify(path / hats.primary_of(path / COLLECTION))]
@@ -427,7 +431,7 @@ def _output_problems(root: Path) -> Iterator[str]:
     """Problems of the files of an output and of its account of rows."""
     manifest, whole = Manifest.load(root), root.resolve()
     for record, found in manifest.files_in(root):
-        file = place(found)
+        file = as_path(found)
         if not isinstance(file, ObjectPath) and not file.resolve().is_relative_to(whole):
             yield f"{record.path} is a link out of the output"
         elif problem := record.problem(found):

@@ -1,6 +1,6 @@
 """Where files lie: on disk, or as objects of an S3 server; a file of a web server can be read.
 
-`place` makes a path of what is given. An `ObjectPath` names an object, or what is below a prefix,
+`as_path` makes a path of what is given. An `ObjectPath` names an object, or what is below a prefix,
 by its URL, and has the methods of a path that the package uses; to read its content, `local` gives
 a copy on this machine, made once. Copies lie in the scratch folder under URL and ETag, so that a
 changed object is copied again, and the oldest are removed while they take over half of the disk.
@@ -41,7 +41,7 @@ _BLOCK = 32 << 20
 _AT_ONCE = 16  # requests of one process
 _UNUSED_S = 120  # copies that were used since are never removed
 _ROOM_S = 20  # between looks at the size of all copies
-_PATIENCE = datetime.timedelta(seconds=90)  # of a server that is away
+_PATIENCE = datetime.timedelta(seconds=60)  # of a server that is away
 _RETRY = {
     "max_retries": 1000,
     "retry_timeout": _PATIENCE,
@@ -62,7 +62,7 @@ _OF_PROFILE = {
 _CAUSES = (
     r"<Code>(\w+)</Code>",
     r"status code: (\d+ [\w ]+)",
-    r"InvalidCertificate\(\s*(\w+)",
+    r"Invalid(Certificate)",
     r'(?:message|error): "([^"]+)"',
     r"kind: (Timeout)",
 )
@@ -80,7 +80,7 @@ class _Stat(NamedTuple):
     e_tag: str | None
 
 
-def place(given: str | os.PathLike[str]) -> Path:
+def as_path(given: str | os.PathLike[str]) -> Path:
     """Make a path of what is given: of s3://bucket/key and https://host/file an `ObjectPath`.
 
     ``current`` of a store and the products of builds are followed. Raises `ConfigError`: another
@@ -506,7 +506,7 @@ def _answers(path: ObjectPath, writes: bool = False) -> Iterator[None]:
         yield
     except FileNotFoundError:
         if writes:
-            raise StorageError(f"{path}: there is no such bucket", "Make it first.") from None
+            raise _no_bucket(path) from None
         raise _missing(path) from None
     except (there.AlreadyExistsError, there.PreconditionError):
         if writes:
@@ -516,11 +516,16 @@ def _answers(path: ObjectPath, writes: bool = False) -> Iterator[None]:
     except there.BaseError as error:
         found = (re.search(cause, str(error)) for cause in _CAUSES)
         cause = next((one[1] for one in found if one), type(error).__name__)
+        if cause == "NoSuchBucket":
+            raise _no_bucket(path) from None
         denied = isinstance(error, there.PermissionDeniedError | there.UnauthenticatedError)
-        hint = "Check that the server runs, and its address, then run the same command again."
-        if path.scheme == "s3":
-            hint = hint.replace("address,", "address (AWS_ENDPOINT_URL),")
+        address = "its address" if path.scheme == "https" else "AWS_ENDPOINT_URL"
+        hint = f"Check that the server runs, and {address}, then run the same command again."
         if denied:
             hint = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and its rights."
         what = "refused" if denied else "cannot be reached"
         raise StorageError(f"{path} {what}: {cause}", hint) from None
+
+
+def _no_bucket(path: ObjectPath) -> StorageError:
+    return StorageError(f"{path}: there is no such bucket", "Make it, or check its name.")

@@ -112,7 +112,7 @@ def test_gc_keeps_what_the_current_build_uses(store, prefix):
     assert isinstance(copy, ObjectPath)
     before = manifests(copy)
     left = copy / "artifacts" / "ingest" / "unfinished"
-    (left / ".work" / "fingerprint").write_text("x")
+    (left / ".work" / "fingerprint").put(b"x")
     old = copy / "builds" / "20000101T000000.000000Z"
     (old / "build.json").put((copy / "current").resolve().joinpath("build.json").read_bytes())
     assert sorted(path for path, _ in gc(copy)) == sorted([left, old])

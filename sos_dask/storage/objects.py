@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -40,7 +39,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _BLOCK = 32 << 20
 _AT_ONCE = 16  # requests of one process
 _UNUSED_S = 120  # copies that were used since are never removed
-_ROOM_S = 20  # between looks at the size of all copies
+_ROOM_S = 20.0  # between looks at the size of all copies
 _PATIENCE = datetime.timedelta(seconds=60)  # of a server that is away
 _RETRY = {
     "max_retries": 1000,
@@ -57,6 +56,12 @@ _OF_PROFILE = {
     "aws_session_token": "session_token",
     "region": "region",
     "endpoint_url": "endpoint",
+}
+_VARIABLES = {  # the last one that is set counts
+    "AWS_ENDPOINT_URL": "endpoint",
+    "AWS_ENDPOINT_URL_S3": "endpoint",
+    "AWS_DEFAULT_REGION": "region",
+    "AWS_REGION": "region",
 }
 # What is told of a failure: never the request, or more of the answer.
 _CAUSES = (
@@ -200,10 +205,6 @@ class ObjectPath(PosixPath):
             if fnmatch.fnmatchcase(one.name, first):
                 yield from one.glob(rest) if rest and one._seen is None else () if rest else [one]
 
-    def iterdir(self) -> Generator[ObjectPath, None, None]:
-        """List objects and prefixes right below."""
-        return self.glob("*")
-
     def _found(self, item: Any) -> ObjectPath:
         path = type(self)(f"s3://{self.parts[1]}/{item['path']}")
         path._seen = _stat_of(item)
@@ -226,16 +227,15 @@ class ObjectPath(PosixPath):
         parts = list(self.parts)
         if self.scheme == "s3" and "current" in parts[2:]:
             at = parts.index("current", 2)
-            with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
-                build = type(self)(*parts[: at + 1]).read_text("utf-8").strip()
-                parts[at : at + 1] = build.split("/")
+            with contextlib.suppress(FileNotFoundError):
+                named = type(self)(*parts[: at + 1]).read_text(errors="replace")
+                parts[at : at + 1] = named.strip().split("/")
         if self.scheme == "s3" and "builds" in parts[2:-2]:
             at = parts.index("builds", 2)
             with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-                content = type(self)(*parts[: at + 2], "build.json").read_bytes()
-                made, product = json.loads(content), parts[at + 2]
-                found = ["artifacts", made["stages"][product], made["products"][product]]
-                parts[at : at + 3] = found
+                made = json.loads(type(self)(*parts[: at + 2], "build.json").read_bytes())
+                product = parts[at + 2]
+                parts[at : at + 3] = "artifacts", made["stages"][product], made["products"][product]
         return type(self)(*parts)
 
     # -- content ----------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class ObjectPath(PosixPath):
 
     def read_text(self, encoding: str | None = None, errors: str | None = None, *_: Any) -> str:
         """Read the object as text."""
-        return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+        return self.read_bytes().decode("utf-8", errors or "strict")
 
     def tail(self, n_bytes: int) -> bytes:
         """Read the last bytes of the object."""
@@ -277,18 +277,13 @@ class ObjectPath(PosixPath):
                 made = _obstore().put(client, key, content, mode=mode, use_multipart=False)
         except (there.AlreadyExistsError, there.PreconditionError):
             return []
-        if not isinstance(content, Path):
-            return [*_stat_of({**made, "size": len(content)})[:2]]
-        stat = _stat_of({**made, "size": content.stat().st_size})
-        kept = _copy_of(self, made["e_tag"])
-        kept.parent.mkdir(exist_ok=True)
-        content.replace(kept)
-        _make_room()
-        return [*stat[:2]]
-
-    def write_text(self, data: str, *_: Any, **more: Any) -> int:
-        """Put an object of text."""
-        return self.put(data.encode())[0]
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
+        if isinstance(content, Path):
+            kept = _copy_of(self, made["e_tag"])
+            kept.parent.mkdir(exist_ok=True)
+            content.replace(kept)
+            _make_room()
+        return list(_stat_of({**made, "size": size})[:2])
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object."""
@@ -353,13 +348,10 @@ def local(path: Path) -> Path:
         if copy.stat().st_size == stat.st_size:
             os.utime(copy)
             return copy
-    copy.parent.mkdir(exist_ok=True)
     with (scratch() / f"lock-{copy.parent.name}").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one machine copy it once
         if not copy.is_file() or copy.stat().st_size != stat.st_size:
-            with temporary_file(copy.name) as hidden:
-                _copy(path, stat, hidden)
-                hidden.replace(copy)
+            copy_to(path, copy)
     _make_room()
     return copy
 
@@ -416,9 +408,9 @@ def _copy(path: ObjectPath, stat: _Stat, target: Path) -> None:
 
 def _make_room() -> None:
     """Remove the oldest copies while all take more than half of what they could."""
-    if time.monotonic() < _looked.__dict__.get("at", -_ROOM_S) + _ROOM_S:
+    if time.monotonic() < _looked[0] + _ROOM_S:
         return
-    _looked.at = time.monotonic()
+    _looked[0] = time.monotonic()
     files = [(one, one.stat()) for one in scratch().rglob("*") if one.is_file()]
     total = sum(stat.st_size for _, stat in files)
     limit = (total + shutil.disk_usage(scratch()).free) // 2
@@ -429,7 +421,7 @@ def _make_room() -> None:
         total -= stat.st_size
 
 
-_looked = threading.local()
+_looked = [-_ROOM_S]
 
 
 # -- the client -----------------------------------------------------------------------------------
@@ -454,11 +446,7 @@ def _client(scheme: str, host: str) -> Any:
         how = {"client_options": options, "retry_config": _RETRY}
         return store.HTTPStore(f"https://{host}", **how)
     config = _profile() | {"checksum_algorithm": "sha256"}
-    named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if named:
-        config["endpoint"] = named
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    config["region"] = region or config.get("region", "us-east-1")
+    config |= {key: os.environ[name] for name, key in _VARIABLES.items() if os.environ.get(name)}
     options |= {"timeout": "120s", "allow_http": config.get("endpoint", "").startswith("http://")}
     if bundle := os.environ.get("AWS_CA_BUNDLE"):
         options["root_certificate"] = Path(bundle).read_text()

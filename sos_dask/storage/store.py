@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from sos_dask import __version__
 from sos_dask.columns import key_hashes
-from sos_dask.errors import CatalogError, ConfigError, PartitionError, SosError
+from sos_dask.errors import CatalogError, ConfigError, PartitionError, SosError, StorageError
 from sos_dask.schema import HEALPIX_COLUMN, KEYS
 from sos_dask.settings import is_product
 from sos_dask.sky.healpix import HealpixPixel, ang2pix
@@ -54,6 +54,7 @@ from sos_dask.storage.objects import ObjectPath, as_path, followed, local, remov
 logger = logging.getLogger(__name__)
 BUILD_FILE = "build.json"
 _COSTS = "costs.json"
+_TIMES = 20  # that others may be first to let ``current`` name their build
 DIGESTS_FILE = "digests.json"
 _MARGIN = "margin"
 # Input whose rows a stage takes: the first of these roles that its recipe has.
@@ -155,7 +156,7 @@ def publish(
 
 def _put_current(current: ObjectPath, build: Path, fingerprints: Mapping[str, str]) -> Path:
     """Let ``current`` name a build, unless an equal one beside this run was first."""
-    while True:
+    for _ in range(_TIMES):
         mode: Any = "create"
         with contextlib.suppress(FileNotFoundError):
             mode = {"e_tag": current.stat().e_tag}
@@ -166,6 +167,7 @@ def _put_current(current: ObjectPath, build: Path, fingerprints: Mapping[str, st
                 return first
         if current.put(f"builds/{build.name}\n".encode(), mode):
             return build
+    raise StorageError(f"{current} changes all the time", "Let one rebuild run at a time.")
 
 
 def read_build(path: Path) -> dict[str, Any]:

@@ -97,17 +97,15 @@ def as_path(given: str | os.PathLike[str]) -> Path:
     found = _URL.match(text)
     if found is None:
         return Path(given)
+    shown = re.sub(r"//[^/]*@", "//", re.split(r"[?#]", text)[0])  # without a password or signature
     if not text.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
         known = " and ".join(f"{scheme}://" for scheme in SCHEMES)
-        hint = f"Known are {known} in small letters, as text; a folder of this name is ./{text}."
-        raise ConfigError(f"'{text}' is not a URL that is known here", hint)
+        hint = f"Known are {known} in small letters, as text; a folder of this name is ./{shown}."
+        raise ConfigError(f"'{shown}' is not a URL that is known here", hint)
     path = ObjectPath(text)
-    host = path.parts[1] if len(path.parts) > 1 else ""
-    is_plain = "@" not in host and not {"?", "#"} & set(text)
-    if not host or ".." in path.parts or (path.scheme == "https" and not is_plain):
+    if len(path.parts) < 2 or ".." in path.parts or (shown != text and found[1] == "https"):
         hint = "For example s3://bucket/folder, or https://host/file.fits without password and '?'."
-        # The text may contain a password or a signature.
-        raise ConfigError(f"'{path.scheme}://{host.rsplit('@')[-1]}/...' cannot be used", hint)
+        raise ConfigError(f"'{shown}' cannot be used", hint)
     return path.resolve()
 
 

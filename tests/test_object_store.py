@@ -13,10 +13,11 @@ from sos_dask.errors import CatalogError
 from sos_dask.rebuild.job import load_job
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
+from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows, files_below
 from sos_dask.storage.objects import ObjectPath, as_path
 from sos_dask.storage.store import gc, status, verify
 from tests.command_line import command
+from tests.foreign import of_others, rows_of, stars
 from tests.job import write_job
 from tests.s3 import KEYS, manifests, same_files
 
@@ -128,6 +129,18 @@ def test_shards_share_one_output(store, cli, prefix):
     whole = api.apply(model, catalog, f"{prefix}/whole/out")
     assert Manifest.load(as_path(f"{prefix}/out")).document == whole.document
     assert verify(f"{prefix}/out") == []
+
+
+@pytest.mark.parametrize("suffix", [".parquet", "/"])
+def test_a_catalog_of_another_program(prefix, tmp_path, suffix):
+    on_disk = Catalog.open(of_others(tmp_path / "theirs", stars(), suffix=suffix))
+    for path in files_below(on_disk.path):
+        ObjectPath(f"{prefix}/{path.relative_to(on_disk.path)}").put(path.read_bytes())
+    found = Catalog.open(prefix)
+    assert found.pixels == on_disk.pixels
+    assert found.fingerprint == on_disk.fingerprint
+    assert rows_of(found).equals(rows_of(on_disk))
+    assert verify(prefix) == []
 
 
 def test_a_server_that_is_away_for_a_while(s3_server, small_sky, prefix, tmp_path):

@@ -61,7 +61,7 @@ def kills(job: Path, top: ObjectPath, wanted: dict[str, bytes], n_kills: int) ->
                 done += 1
         end(start(job, store), job.parent / "log")
         check(store, wanted)
-    return f"{done} SIGKILL of driver and workers, {n_stores} stores: same manifests and files"
+    return f"{done} SIGKILL of driver and workers, stores: {n_stores}; same manifests and files"
 
 
 def races(job: Path, top: ObjectPath, wanted: dict[str, bytes], n_races: int) -> str:

@@ -53,17 +53,13 @@ def client(cluster):
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory) -> Iterator[Server]:
     """A real S3 server, started once; the environment tells where it and copies of objects are."""
-    from sos_dask.storage.objects import scratch
-
     server = Server(tmp_path_factory.mktemp("s3"))
     copies = str(tmp_path_factory.mktemp("copies"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", copies)
         for name, value in {**server.environment, "TMPDIR": copies}.items():
             patch.setenv(name, value)
-        scratch.cache_clear()
         yield server
-    scratch.cache_clear()
     server.stop()
 
 

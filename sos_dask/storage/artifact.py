@@ -88,7 +88,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def _new_file(path: Path) -> Iterator[Path]:
     """Give a hidden temporary, of an object in the scratch folder of this machine."""
     if isinstance(path, ObjectPath):
-        with storage_errors(path), temporary_file(path.name) as hidden:
+        with temporary_file(path.name) as hidden, storage_errors(hidden):
             yield hidden
         return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

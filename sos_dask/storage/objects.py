@@ -38,8 +38,9 @@ SCHEMES = ("s3", "https")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _BLOCK = 32 << 20
 _AT_ONCE = 16  # requests of one process
-_UNUSED_S = 120  # copies that were used since are never removed
+_UNUSED_S = 600  # copies that were used since are never removed
 _ROOM_S = 20.0  # between looks at the size of all copies
+_LIMIT = "120s"  # of one request
 _PATIENCE = datetime.timedelta(seconds=60)  # of a server that is away
 _RETRY = {
     "max_retries": 1000,
@@ -143,22 +144,20 @@ class ObjectPath(PosixPath):
         return self.parts[0].removesuffix(":")
 
     @property
-    def _asked(self) -> tuple[Any, str]:
-        """Client of the bucket or host, and the key there."""
-        key = "/".join(self.parts[2:])
-        return _client(self.scheme, self.parts[1]), unquote(key) if self.scheme == "https" else key
+    def key(self) -> str:
+        """Name of the object in its bucket or on its host."""
+        return "/".join(self.parts[2:])
 
     # -- what is there ----------------------------------------------------------------------------
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
         """Ask for size and ETag; `FileNotFoundError` without an object of this name."""
-        if self._seen is None:
-            client, key = self._asked
-            if not key:
-                raise _missing(self)
-            with _answers(self):
-                return _stat_of(_obstore().head(client, key))
-        return self._seen
+        if self._seen is not None:
+            return self._seen
+        if not self.key:
+            raise _missing(self)
+        with _asking(self) as (client, key):
+            return _stat_of(_obstore().head(client, key))
 
     lstat = stat
 
@@ -184,8 +183,7 @@ class ObjectPath(PosixPath):
         """List the objects below whose names fit a pattern, in the order of their keys."""
         if self.scheme != "s3":
             return
-        client, key = self._asked
-        with _answers(self):
+        with _asking(self) as (client, key):
             for listed in _obstore().list(client, prefix=key or None):
                 for item in listed:
                     found = self._found(item)
@@ -195,8 +193,7 @@ class ObjectPath(PosixPath):
     def glob(self, pattern: str) -> Generator[ObjectPath, None, None]:
         """List objects and prefixes whose names below fit the parts of a pattern."""
         first, _, rest = pattern.partition("/")
-        client, key = self._asked
-        with _answers(self):
+        with _asking(self) as (client, key):
             found = _obstore().list_with_delimiter(client, prefix=key or None)
         folders = [self / name.rsplit("/", 1)[-1] for name in found["common_prefixes"]]
         for one in [*folders, *map(self._found, found["objects"])]:
@@ -246,8 +243,7 @@ class ObjectPath(PosixPath):
 
     def read_bytes(self) -> bytes:
         """Read the object."""
-        client, key = self._asked
-        with _answers(self):
+        with _asking(self) as (client, key):
             return bytes(_obstore().get(client, key).bytes())
 
     def read_text(self, encoding: str | None = None, errors: str | None = None, *_: Any) -> str:
@@ -256,8 +252,8 @@ class ObjectPath(PosixPath):
 
     def tail(self, n_bytes: int) -> bytes:
         """Read the last bytes of the object."""
-        (client, key), options = self._asked, {"range": {"suffix": n_bytes}}
-        with _answers(self):
+        options = {"range": {"suffix": n_bytes}}
+        with _asking(self) as (client, key):
             return bytes(_obstore().get(client, key, options=options).bytes())
 
     def put(self, content: bytes | Path, mode: Any = "overwrite") -> list[int]:
@@ -268,10 +264,9 @@ class ObjectPath(PosixPath):
         """
         if self.scheme != "s3":
             raise ConfigError(f"{self} can only be read", "Write to a folder, or to s3://.")
-        client, key = self._asked
         there: Any = _obstore().exceptions
         try:
-            with _answers(self, writes=True):
+            with _asking(self, writes=True) as (client, key):
                 made = _obstore().put(client, key, content, mode=mode, use_multipart=False)
         except (there.AlreadyExistsError, there.PreconditionError):
             return []
@@ -285,8 +280,7 @@ class ObjectPath(PosixPath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object."""
-        client, key = self._asked
-        with _answers(self):
+        with _asking(self) as (client, key):
             _obstore().delete(client, key)
 
     def mkdir(self, *args: Any, **more: Any) -> None:
@@ -300,9 +294,8 @@ def remove_tree(path: Path, *, first: str = "", ignore_errors: bool = False) -> 
         return
     if first:
         (path / first).unlink()
-    client, _ = path._asked
-    keys = ["/".join(one.parts[2:]) for one in path.rglob("*")]
-    with _answers(path):
+    keys = [one.key for one in path.rglob("*")]
+    with _asking(path) as (client, _):
         for start in range(0, len(keys), 1000):
             _obstore().delete(client, keys[start : start + 1000])
 
@@ -356,10 +349,15 @@ def local(path: Path) -> Path:
 
 def copy_to(path: ObjectPath, target: Path) -> None:
     """Copy an object to a file, which appears complete or not at all."""
-    with temporary_file(target.name) as hidden:
-        _copy(path, path.stat(), hidden)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        hidden.replace(target)
+    stat = path.stat()
+    try:
+        with temporary_file(target.name) as hidden:
+            _copy(path, stat, hidden)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            hidden.replace(target)
+    except OSError as error:
+        what = f"cannot copy {path} to {scratch()}: {error.strerror or error}"
+        raise StorageError(what, "Let TMPDIR name a folder with room.") from error
 
 
 @contextlib.contextmanager
@@ -372,7 +370,6 @@ def temporary_file(name: str) -> Iterator[Path]:
         hidden.unlink(missing_ok=True)
 
 
-@lru_cache(maxsize=1)
 def scratch() -> Path:
     """Folder of copies and temporary files of this user, below ``TMPDIR``."""
     folder = Path(tempfile.gettempdir()) / f"sos-dask-{os.getuid()}"
@@ -389,9 +386,9 @@ def _copy_of(path: ObjectPath, e_tag: str) -> Path:
 
 def _copy(path: ObjectPath, stat: _Stat, target: Path) -> None:
     """Copy an object in blocks, all of which must be of the version that was asked for."""
-    client, key = path._asked
     options: dict[str, Any] = {"if_match": stat.e_tag} if stat.e_tag else {}
-    with _answers(path), target.open("wb") as file:
+    limit = "2h" if path.scheme == "https" else _LIMIT
+    with _asking(path, limit=limit) as (client, key), target.open("wb") as file:
         if path.scheme == "https":  # not every server gives ranges
             for block in _obstore().get(client, key, options=options).stream(_BLOCK):
                 file.write(block)
@@ -409,14 +406,18 @@ def _make_room() -> None:
     if time.monotonic() < _looked[0] + _ROOM_S:
         return
     _looked[0] = time.monotonic()
-    files = [(one, one.stat()) for one in scratch().rglob("*") if one.is_file()]
-    total = sum(stat.st_size for _, stat in files)
+    found = []
+    for path in scratch().rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+            if path.is_file():
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = sum(size for _, size, _ in found)
     limit = (total + shutil.disk_usage(scratch()).free) // 2
-    for path, stat in sorted(files, key=lambda one: one[1].st_mtime):
-        if total <= limit or stat.st_mtime > time.time() - _UNUSED_S:
+    for used, size, path in sorted(found):
+        if total <= limit or used > time.time() - _UNUSED_S:
             return
         path.unlink(missing_ok=True)
-        total -= stat.st_size
+        total -= size
 
 
 _looked = [-_ROOM_S]
@@ -437,15 +438,15 @@ def _obstore() -> Any:
 
 
 @lru_cache(maxsize=64)
-def _client(scheme: str, host: str) -> Any:
-    """Client of a bucket, or of a web server."""
-    store, options = _obstore().store, {"timeout": "2h", "connect_timeout": "5s"}
+def _client(scheme: str, host: str, limit: str) -> Any:
+    """Client of a bucket, or of a web server, with a limit of the time of a request."""
+    store, options = _obstore().store, {"timeout": limit, "connect_timeout": "5s"}
     if scheme == "https":
         how = {"client_options": options, "retry_config": _RETRY}
         return store.HTTPStore(f"https://{host}", **how)
     config = _profile() | {"checksum_algorithm": "sha256"}
     config |= {key: os.environ[name] for name, key in _VARIABLES.items() if os.environ.get(name)}
-    options |= {"timeout": "120s", "allow_http": config.get("endpoint", "").startswith("http://")}
+    options["allow_http"] = config.get("endpoint", "").startswith("http://")
     if bundle := os.environ.get("AWS_CA_BUNDLE"):
         options["root_certificate"] = Path(bundle).read_text()
     return store.S3Store(host, config=config, client_options=options, retry_config=_RETRY)
@@ -485,11 +486,17 @@ def _missing(path: ObjectPath) -> FileNotFoundError:
 
 
 @contextlib.contextmanager
-def _answers(path: ObjectPath, writes: bool = False) -> Iterator[None]:
-    """Turn a refusal or silence of a server into a `StorageError` that names URL and cause."""
+def _asking(
+    path: ObjectPath, *, writes: bool = False, limit: str = _LIMIT
+) -> Iterator[tuple[Any, str]]:
+    """Give the client for an object, and its key.
+
+    A refusal or silence of its server becomes a `StorageError` that names URL and cause.
+    """
     there: Any = _obstore().exceptions
     try:
-        yield
+        key = unquote(path.key) if path.scheme == "https" else path.key
+        yield _client(path.scheme, path.parts[1], limit), key
     except FileNotFoundError:
         if writes:
             raise _no_bucket(path) from None

@@ -17,6 +17,7 @@ from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.stages.compare import Compare
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.objects import followed
 from sos_dask.storage.store import (
     StageResult,
     check_product,
@@ -116,7 +117,7 @@ def rebuild(
     return Build(
         path.name,
         path,
-        {name: str(path / name) for name in products},
+        {name: str(followed(path / name)) for name in products},
         tuple(results),
         choices,
     )

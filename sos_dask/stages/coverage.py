@@ -42,6 +42,7 @@ from sos_dask.stats.numbers import robust_scale, uniform
 from sos_dask.storage.artifact import Output, partition_errors, write_parquet
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Rows, sha256_of_file
+from sos_dask.storage.objects import local
 
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
@@ -112,7 +113,7 @@ class Coverage(OfModel[CoverageSettings]):
     @cached_property
     def problem(self) -> Problem:
         """Problem of the correction, which is that of the evidence."""
-        return corrections.load(self.path("model")).problem
+        return corrections.load(self.files("model")).problem
 
     @property
     def errors(self) -> ErrorModel | None:
@@ -133,7 +134,7 @@ class Coverage(OfModel[CoverageSettings]):
     def check(self) -> None:
         """Refuse a catalog that lacks a column, and errors of another correction."""
         if (errors := self.errors) is not None:
-            errors.require(sha256_of_file(self.path("model") / corrections.MODEL_FILE))
+            errors.require(sha256_of_file(self.files("model") / corrections.MODEL_FILE))
         self.catalog("observations").require(*self.problem.columns, *_OWN)
 
     def measure(self, run: Run) -> Made:
@@ -179,7 +180,7 @@ class Coverage(OfModel[CoverageSettings]):
         """
         summary = super().load(directory)
         with partition_errors(directory / MAPS):
-            maps = pq.read_table(directory / MAPS)
+            maps = pq.read_table(local(directory / MAPS))
         return {
             **summary.pop("shares"),
             **summary,
@@ -204,7 +205,7 @@ class Coverage(OfModel[CoverageSettings]):
         """Fit the model, write it and tell what is said of it."""
         problem, errors, settings = self.problem, self.errors, self.settings
         rows, stars = (self.sampled(output, samples, role) for role in _KEYS)
-        overlap = read_overlap(self.path("evidence"), self.path("model"), errors)
+        overlap = read_overlap(self.path("evidence"), self.files("model"), errors)
         target = None
         if errors is not None:
             has_quality = "quality" in rows.schema.names
@@ -258,7 +259,7 @@ class Coverage(OfModel[CoverageSettings]):
         """Keep what each guess leaves of the differences of pairs at ends that no fit has seen."""
         from scipy.spatial import cKDTree
 
-        problem, method = self.problem, corrections.load(self.path("model"))
+        problem, method = self.problem, corrections.load(self.files("model"))
         names = [*problem.columns, *(label.diff for label in problem.labels), "star"]
         table = read_evidence(self.path("evidence"), list(dict.fromkeys(names)))
         x = problem.matrix(table)

@@ -55,7 +55,7 @@ URLS = ["gs://b/x", "S3://b/x", "s3:/b/x"]
 
 @pytest.mark.parametrize(
     ("number", "command"),
-    enumerate([
+    list(enumerate([
         "rebuild JOB --store URL", "rebuild URL", "status URL", "status --store URL",
         "gc --store URL", "verify URL", "ingest lamost-dr11-lrs URL -o x",
         "ingest lamost-dr11-lrs f -o URL", "ingest URL/s.toml f -o x",
@@ -63,7 +63,7 @@ URLS = ["gs://b/x", "S3://b/x", "s3:/b/x"]
         "crossmatch URL URL -o x", "attach URL URL -c a -o x", "train URL -m polynomial -o x",
         "apply URL URL -o x", "apply m c --coverage c --fallback URL -o x", "report --store URL",
         "report --out URL", "compare URL", "simulate -o URL", "demo --store URL",
-    ]),
+    ])),
 )  # fmt: skip
 def test_no_command_makes_a_folder_of_a_url(cli, tmp_path, small_sky, number, command):
     from tests.job import write_job

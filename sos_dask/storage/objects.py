@@ -457,18 +457,16 @@ def _profile() -> dict[str, Any]:
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         return {}
     asked = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE")
-    name, found = asked or "default", dict[str, Any]()
     files = {"AWS_CONFIG_FILE": "config", "AWS_SHARED_CREDENTIALS_FILE": "credentials"}
-    for variable, file in files.items():
-        path = Path(os.environ.get(variable) or f"~/.aws/{file}").expanduser()
-        parser = configparser.RawConfigParser()
-        try:
-            parser.read(path, "utf-8")
-        except (configparser.Error, UnicodeDecodeError, OSError):  # it may tell a line with a key
-            raise ConfigError(f"{path} cannot be read", "Write it with: aws configure.") from None
-        for section in (name, f"profile {name}"):
-            if parser.has_section(section):
-                found |= dict(parser.items(section))
+    paths = [Path(os.environ.get(x) or f"~/.aws/{file}").expanduser() for x, file in files.items()]
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read(paths, "utf-8")
+    except (configparser.Error, UnicodeDecodeError, OSError):  # its text may contain a key
+        where = " or ".join(map(str, paths))
+        raise ConfigError(f"{where} cannot be read", "Write them with: aws configure.") from None
+    sections = filter(parser.has_section, (f"profile {asked}", asked or "default"))
+    found = {key: value for section in sections for key, value in parser.items(section)}
     if asked and "aws_access_key_id" not in found:
         hint = "Give keys in the environment: aws configure export-credentials --format env."
         raise ConfigError(f"the AWS profile '{asked}' has no aws_access_key_id", hint)

@@ -122,7 +122,6 @@ def cost(job: Path, stores: dict[str, Store], repeats: int) -> list[tuple[str, .
             found.setdefault(f"rebuild, {name}", []).append(rebuild)
             found.setdefault(f"read, {name}", []).append(used(lambda of=store: read(of)))  # type: ignore[misc]
             shutil.rmtree(scratch())  # no copies are left
-            scratch().mkdir()
             found.setdefault(f"read, {name}, no copies", []).append(
                 used(lambda of=store: read(of))  # type: ignore[misc]
             )

@@ -230,7 +230,7 @@ class Catalog:
         # A task carries only the path; each worker opens the catalog once.
         file = hats.properties_file(self.path) if self.manifest is None else self.path / MANIFEST
         more = (self.key, self.key_name, bool(self.stored) and self.as_written)
-        return _reopen, (str(self.path), file.stat().st_mtime_ns, *more)
+        return _reopen, (str(self.path.absolute()), file.stat().st_mtime_ns, *more)
 
     @property
     def as_written(self) -> bool:

@@ -29,11 +29,14 @@ from sos_dask.storage.store import stores_near
 # More threads than this wait for each other: Python itself runs in one at a time.
 _FEW_CORES = 4
 _ENDS = {"workers": (0, None), "threads": (1, None), "rows": (1000, 10**9), "seed": (0, 2**31 - 1)}
+_ENDS |= {"days": (1, 36_500)}
 # By parameter, or by command and parameter: names (but for its own) and metavar, and what it does.
 _TEXTS = {
     "against": ("NAME", "Only bins of this quantity: teff, logg, feh, snr, ..."),
     "as_json": ("--json", "Print one JSON object; progress goes to stderr."),
     "catalog": ("", "Directory of a catalog."),
+    "certs.days": ("N", "Days that they are valid."),
+    "certs.directory": ("", "Folder that gets certificates and keys."),
     "cluster": ("--cluster NAME=VALUE",
         "Key of [cluster] in a job, such as kind=slurm or maximum=8; repeatable."),
     "columns": ("--column -c NAME[=OTHER]", "Column to add; repeatable."),

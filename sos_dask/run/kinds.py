@@ -130,10 +130,10 @@ class ClusterSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_kind(self) -> ClusterSettings:
-        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
-        for name in sorted(given & _OF_KIND.keys()):
-            is_default = getattr(self, name) == type(self).model_fields[name].get_default()
-            if self.place not in _OF_KIND[name] and not is_default:
+        fields = type(self).model_fields
+        for name, kinds in _OF_KIND.items():
+            default = fields[name].get_default(call_default_factory=True)
+            if self.place not in kinds and getattr(self, name) != default:
                 raise ValueError(f"{name} has no effect with kind = '{self.place}'")
         for kind, name in (("address", "scheduler"), ("kubernetes", "spec")):
             if self.kind == kind and getattr(self, name) is None:
@@ -304,6 +304,7 @@ class _Job:
     """Job of a batch system: one that cannot be submitted is said, and submitted again."""
 
     name: Any
+    status: Any
     _cluster: Any
 
     async def start(self) -> None:
@@ -316,6 +317,9 @@ class _Job:
             found = re.search(r"stderr:\s*(\S.*)", str(error))
             why = found[1] if found else " ".join(str(error).split())
             logger.warning("a job for workers could not be submitted: %s", why)
+            from distributed import Status
+
+            self.status = Status.failed
             # Dask takes it for one that is there.
             asyncio.get_running_loop().call_later(_AGAIN_S, self._forget)
             raise

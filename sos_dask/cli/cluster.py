@@ -15,9 +15,8 @@ def certs(directory: Path, *, days: int = 365) -> Shown:
 
     Example: sos-dask cluster certs certificates
     """
-    files = {
-        name: str(file.absolute()) for name, file in make_certificates(directory, days).items()
-    }
+    made = make_certificates(directory, days)
+    files = {name: str(file.absolute()) for name, file in made.items()}
     yield {"files": files}
     say("[cluster.tls]")
     for name, file in files.items():

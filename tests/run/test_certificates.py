@@ -57,10 +57,12 @@ def test_only_who_has_a_certificate_gets_in(tls, tmp_path):
     with apart(tmp_path, 1, *options, "--protocol", "tls") as made:
         with start(scheduler=str(made.file), tls=tls) as cluster:
             assert cluster.run(str, [1], "work") == ["1"]
-        for given in ({}, {"tls": other}):
-            with pytest.raises(ClusterError, match="no Dask scheduler answers"):  # noqa: SIM117
-                with start(scheduler=str(made.file), **given):
-                    pass
+        for given in (None, other):
+            with (
+                pytest.raises(ClusterError, match="no Dask scheduler answers"),
+                start(scheduler=str(made.file), tls=given),
+            ):
+                pass
 
 
 _OPTION = {"ca_file": "--tls-ca-file", "cert": "--tls-cert", "key": "--tls-key"}

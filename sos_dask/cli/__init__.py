@@ -18,7 +18,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if set(sys.argv[1:2]) & set(LIGHT):
     os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
 
-from sos_dask.cli import steps, views
+from sos_dask.cli import cluster, steps, views
 from sos_dask.cli.output import complain, prepare_streams, shown
 from sos_dask.errors import understood
 
@@ -49,6 +49,11 @@ _GROUPS = {
 for _title, _commands in _GROUPS.items():
     for _command in _commands:
         app.command(rich_help_panel=_title)(_command)
+
+
+_of_clusters = typer.Typer(no_args_is_help=True, help="What clusters need.")
+_of_clusters.command()(cluster.certs)
+app.add_typer(_of_clusters, name="cluster", rich_help_panel="Look and check")
 
 
 def main() -> None:

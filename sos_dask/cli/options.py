@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,11 +30,16 @@ from sos_dask.storage.store import stores_near
 # More threads than this wait for each other: Python itself runs in one at a time.
 _FEW_CORES = 4
 _ENDS = {"workers": (0, None), "threads": (1, None), "rows": (1000, 10**9), "seed": (0, 2**31 - 1)}
+_ENDS |= {"days": (1, 36_500)}
 # By parameter, or by command and parameter: names (but for its own) and metavar, and what it does.
 _TEXTS = {
     "against": ("NAME", "Only bins of this quantity: teff, logg, feh, snr, ..."),
     "as_json": ("--json", "Print one JSON object; progress goes to stderr."),
     "catalog": ("", "Directory of a catalog."),
+    "certs.days": ("N", "Days that they are valid."),
+    "certs.directory": ("", "Folder that gets certificates and keys."),
+    "cluster": ("--cluster NAME=VALUE",
+        "Key of [cluster] in a job, such as kind=slurm or maximum=8; repeatable."),
     "columns": ("--column -c NAME[=OTHER]", "Column to add; repeatable."),
     "coverage": ("DIRECTORY",
         "Product 'coverage' of this catalog and model: adds coverage and its flags, fades the "
@@ -147,6 +153,24 @@ def open_catalogs(
     return opened
 
 
+def cluster_settings(texts: Iterable[str] | None) -> dict[str, Any]:
+    """Settings of a cluster by name, of NAME=VALUE, as in ``[cluster]`` of a job; quotes may go."""
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, given, value = text.partition("=")
+        if not given or not name:
+            raise ConfigError(f"--cluster '{text}' is not NAME=VALUE", "For example kind=slurm.")
+        *folders, last = name.split(".")
+        inside = found
+        for folder in folders:
+            inside = inside.setdefault(folder, {})
+        try:
+            inside[last] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            inside[last] = value
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options shared by commands that run a stage: where, over what, how it is told.
@@ -160,6 +184,7 @@ class Options:
     workers: int | None = None
     memory_limit: str = "auto"
     scheduler: str | None = None
+    cluster: list[str] | None = None
     overwrite: bool = False
     as_json: bool = False
     command: str
@@ -176,10 +201,17 @@ class Options:
         """Start what runs the tasks: threads for light ones where there are few cores."""
         leave_pandas_out()
         threads = self.threads
-        is_free = (self.workers, self.scheduler, threads) == (None, None, None)
+        is_free = (self.workers, threads) == (None, None) and not self.wants_cluster
         if is_free and self.command in LIGHT and n_cores() <= _FEW_CORES:
             threads = n_cores()
-        return start(self.workers, self.memory_limit, self.scheduler, threads)
+        given: dict[str, Any] = {"n_workers": self.workers, "memory_limit": self.memory_limit}
+        given |= {"scheduler": self.scheduler, **cluster_settings(self.cluster)}
+        return start(n_threads=threads, **given)
+
+    @property
+    def wants_cluster(self) -> bool:
+        """Whether a cluster is asked for: workers, or a scheduler."""
+        return bool(self.workers) or self.scheduler is not None or bool(self.cluster)
 
     def run(self, stage: Stage[Any], out: Path | None = None) -> Manifest | None:
         """Run a stage, with progress on stderr; None while parts of other processes are missing."""

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sos_dask import corrections
-from sos_dask.cli.options import Name, Names, Options, Place, Shown, command, open_catalogs
+from sos_dask.cli.options import (
+    Name,
+    Names,
+    Options,
+    Place,
+    Shown,
+    cluster_settings,
+    command,
+    open_catalogs,
+)
 from sos_dask.cli.output import (
     Row,
     reporting,
@@ -186,7 +195,7 @@ def train(pairs: Path, *, method: str, param: Names = None, options: Options) ->
         raise ConfigError(f"--search has no effect: method '{method}' has no parameters to search")
     if chosen.validation != "auto":
         options.refuse(("kfold_limit",), f" with --validation {chosen.validation}")
-    if options.scheduler is not None or options.workers:
+    if options.wants_cluster:
         if not asks_workers(catalog, chosen) and chosen.distributed == "never":
             options.refuse(("workers", "scheduler"), " with --distributed never")
         elif chosen.distributed == "auto":
@@ -253,7 +262,7 @@ def demo(
     on_disk(store, "the folder of the demonstration")
     with reporting() as report:
         job = load_job(prepare(store, rows, seed, report, sky or ()))
-    build = _rebuild(job, None, workers, memory_limit, None)
+    build = _rebuild(job, None, workers, memory_limit)
     truth = store / "sky" / "truth.parquet"
     recovered = against_truth(build.path / "lamost.corrected", truth)
     yield {**_build_document(build), "truth": recovered}
@@ -268,7 +277,7 @@ def demo(
 @command()
 def rebuild(
     job: Path, *, store: Place = None, dry_run: bool = False, workers: int | None = None,
-    memory_limit: Name = None, scheduler: Name = None,
+    memory_limit: Name = None, scheduler: Name = None, cluster: Names = None,
 ) -> Shown:  # fmt: skip
     """Run every stage of a job that has changed, and publish the products.
 
@@ -278,7 +287,7 @@ def rebuild(
 
     loaded = load_job(job)
     if not dry_run:
-        build = _rebuild(loaded, store, workers, memory_limit, scheduler)
+        build = _rebuild(loaded, store, workers, memory_limit, scheduler, cluster)
         yield _build_document(build)
         show_build(build)
         return
@@ -294,20 +303,25 @@ def rebuild(
 
 
 def _rebuild(
-    job: Job, store: Place, workers: int | None, memory_limit: Name, scheduler: Name
+    job: Job,
+    store: Place,
+    workers: int | None,
+    memory_limit: Name,
+    scheduler: Name = None,
+    cluster: Names = None,
 ) -> Build:
     from sos_dask.rebuild import pipeline
 
-    section = job.cluster
-    if workers is None and scheduler is None:  # else the job's place of work is replaced
-        workers, scheduler = section.n_workers, section.scheduler
-        memory_limit = memory_limit or section.memory_limit
-    elif memory_limit is None:
-        memory_limit = "auto" if scheduler else section.memory_limit
-    place: Any = (workers, memory_limit, scheduler)
-    check_place(*place)
+    of_job: dict[str, Any] = dict(job.place)
+    given: dict[str, Any] = {"n_workers": workers, "scheduler": scheduler}
+    if workers is not None or scheduler is not None:  # the job's place of work is replaced
+        of_job = {"memory_limit": "auto" if scheduler else of_job["memory_limit"]}
+    given |= {"memory_limit": memory_limit, **cluster_settings(cluster)}
+    place = of_job | {name: one for name, one in given.items() if one is not None}
+    place = {"n_workers": None} | place
+    check_place(**place)
     with reporting() as report:
-        return pipeline.rebuild(job, store, cluster=lambda: start(*place), report=report)
+        return pipeline.rebuild(job, store, cluster=lambda: start(**place), report=report)
 
 
 def _build_document(build: Build) -> Row:

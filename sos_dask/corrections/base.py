@@ -7,7 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from sos_dask import __version__
 from sos_dask.columns import Float32Array, FloatArray, IntArray, mixed
-from sos_dask.errors import ClusterError, ModelError
+from sos_dask.errors import ModelError
 from sos_dask.problem import BLOCK_ROWS, DEFAULT, Problem
+from sos_dask.run.workers import Workers
 from sos_dask.settings import Settings, sealed, to_json
 from sos_dask.stats.numbers import Histogram, count
 
@@ -147,35 +148,12 @@ def run_tasks(
     """
     if client is None:
         return [function(item) for item in items]
-    futures = client.map(function, items, pure=False)
-    try:
-        with killed_workers(what, advice):
-            results: list[R] = client.gather(futures)
-    finally:
-        release(futures)
-    return results
-
-
-@contextlib.contextmanager
-def killed_workers(what: str, advice: str) -> Iterator[None]:
-    """Say what killed its workers, and what to do about it."""
-    from distributed import KilledWorker
-
-    try:
-        yield
-    except KilledWorker as error:
-        raise ClusterError(
-            f"{what} killed its worker again and again ({error})",
-            f"Most often it ran out of memory: {advice}",
-        ) from error
-
-
-def release(futures: Sequence[Any]) -> None:
-    """Let go of futures; what no one else wants is stopped and forgotten."""
-    # No Client.cancel: where a cancelled task has dependents, the scheduler of distributed 2026.7
-    # drops the connection to the client.
-    for future in futures:
-        future.release()
+    done = Workers.of(client).run(
+        function, items, what, f"Most often it ran out of memory: {advice}"
+    )
+    with contextlib.closing(done):
+        results: dict[int, R] = dict(done)
+    return [results[number] for number in range(len(items))]
 
 
 def hash_rows(*parts: Float32Array) -> NDArray[np.uint64]:

@@ -23,16 +23,16 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from sos_dask.corrections.base import Rows, release
+from sos_dask.corrections.base import Rows
 from sos_dask.errors import ClusterError, ModelError, SosError
 from sos_dask.run.machine import import_xgboost
+from sos_dask.run.workers import TIMEOUT_S, Lost, Workers, call, pack, release
 
 if TYPE_CHECKING:
     from sos_dask.corrections.boosted import Job
@@ -40,10 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRIES = 3  # without a further checkpoint
-PATIENCE_S = 30
 CHECKPOINT_S = 10.0
 _Kept = tuple[int, list[bytes]]  # trees so far, and what they are of each label
-_Since = dict[tuple[str, float], float]
 
 
 def train(job: Job) -> list[bytes]:
@@ -59,9 +57,11 @@ def train(job: Job) -> list[bytes]:
         KilledWorker,
         RuntimeError,
         ValueError,  # XGBoostError
+        Lost,
         OSError,  # closed connections, `ConnectionError` of this module, timeouts
     )
     client, settings = job.training.client, job.settings
+    there = Workers.of(client)
     checkpoint = Variable(f"boosted-{uuid.uuid4().hex}", client)
     kept: _Kept = (0, [])
     n_trees, wanted, failed = settings.n_rounds * len(job.summary.center), 1, 0
@@ -70,11 +70,14 @@ def train(job: Job) -> list[bytes]:
         stack.callback(_quietly, checkpoint.delete)
         while True:
             try:
-                workers = _workers(client, wanted, settings.timeout_s)
+                # Time for a nanny to bring a dead worker back.
+                workers = list(there.wait_for(wanted))
                 wanted = len(workers)
                 if settings.device == "cuda":
-                    asked = [client.submit(find_gpu, pure=False, workers=[w]) for w in workers]
-                    workers = one_each(workers, client.gather(asked))
+                    asked = {worker: there.submit(worker, find_gpu) for worker in workers}
+                    _wait(there, asked)
+                    gpus = [there.fetch(future, [worker]) for worker, future in asked.items()]
+                    workers = one_each(workers, gpus)
                 return _train_on(job, workers, checkpoint.name, kept)
             except SosError:
                 raise
@@ -123,64 +126,31 @@ def _alone(client: Any) -> Iterator[None]:
         _quietly(lock.release)
 
 
-def _workers(client: Any, wanted: int, timeout_s: float) -> list[str]:
-    """Addresses of workers that answer, by name. A frozen one is still known to the scheduler."""
-    from distributed import wait
-
-    # Time for a nanny to bring a dead worker back.
-    with contextlib.suppress(TimeoutError):
-        client.wait_for_workers(wanted, timeout=20)
-    known = _known(client)
-    by_name = sorted(known, key=lambda address: (str(known[address]["name"]), address))
-    asked = [client.submit(str, worker, pure=False, workers=[worker]) for worker in by_name]
-    if asked:
-        with contextlib.suppress(TimeoutError):
-            wait(asked, timeout=min(30.0, timeout_s))
-    alive = [w for w, future in zip(by_name, asked, strict=True) if future.status == "finished"]
-    release(asked)
-    if not alive:
-        raise ConnectionError("no worker answers")
-    return alive
-
-
-def _known(client: Any) -> dict[str, Any]:
-    # Client.scheduler_info sometimes has no workers: it is also filled by a clock, without them.
-    return dict(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
-
-
 def _train_on(job: Job, workers: Sequence[str], checkpoint: str, kept: _Kept) -> list[bytes]:
     """Train in one rank a worker, from a checkpoint."""
-    client, timeout_s = job.training.client, job.settings.timeout_s
+    there, timeout_s = Workers.of(job.training.client), job.settings.timeout_s
     shares = dict(zip(workers, _shares(job.summary.n_rows, len(workers)), strict=False))
     first, n_ranks = workers[0], len(shares)
     meeting: Any = {}
     if n_ranks > 1:
         # Workers meet only when the slowest has imported all it needs.
-        meeting = client.submit(
-            _start_tracker, n_ranks, max(timeout_s, 60), pure=False, workers=[first]
-        )
-    tasks = {
-        worker: client.submit(job.block, *share, pure=False, workers=[worker])
-        for worker, share in shares.items()
-    }
+        meeting = there.submit(first, _start_tracker, n_ranks, max(timeout_s, 60))
+    block, run_rank = pack(job.block), pack(_run_rank, job)
+    tasks = {worker: there.submit(worker, call, block, *share) for worker, share in shares.items()}
     blocks = dict(tasks)
     try:
-        _wait(client, tasks)
+        _wait(there, tasks)
         for rank, worker in enumerate(tasks):
             given = rank, meeting, checkpoint, CHECKPOINT_S, kept[1]
-            tasks[worker] = client.submit(
-                _run_rank, job, blocks[worker], *given, pure=False, workers=[worker]
-            )
-        _wait(client, tasks)
-        boosters: list[bytes] = tasks[first].result()
+            tasks[worker] = there.submit(worker, call, run_rank, blocks[worker], *given)
+        _wait(there, tasks)
+        boosters: list[bytes] = there.fetch(tasks[first], [first])
         return boosters
     except (Exception, asyncio.CancelledError):
         # Ranks that are left notice it by themselves, at the latest when they have waited so long.
-        since: _Since = {}
-        end = time.monotonic() + max(timeout_s, PATIENCE_S) + 10
+        end = time.monotonic() + max(timeout_s, TIMEOUT_S) + 10
         while time.monotonic() < end:
-            there = _there(client, tasks, since)
-            if all(tasks[worker].done() for worker in there):
+            if all(tasks[worker].done() for worker in set(tasks).intersection(there.there())):
                 break
             time.sleep(0.5)
         raise
@@ -188,40 +158,18 @@ def _train_on(job: Job, workers: Sequence[str], checkpoint: str, kept: _Kept) ->
         release([*blocks.values(), *tasks.values(), *([meeting] if meeting else [])])
 
 
-def _wait(client: Any, tasks: Mapping[str, Any]) -> None:
+def _wait(workers: Workers, tasks: Mapping[str, Any]) -> None:
     """Wait for the tasks of workers; `ConnectionError` where one is gone or falls silent."""
     from distributed import wait
 
-    since: _Since = {}
     while not all(task.status == "finished" for task in tasks.values()):
         with contextlib.suppress(TimeoutError):
             wait(list(tasks.values()), timeout=1)
-        for task in tasks.values():
-            if task.status in ("error", "cancelled"):
-                task.result()
-        if gone := set(tasks).difference(_there(client, tasks, since)):
+        for worker, task in tasks.items():
+            if task.status in ("error", "cancelled", "lost"):
+                workers.fetch(task, [worker])
+        if gone := set(tasks).difference(workers.there()):
             raise ConnectionError(f"worker {' '.join(sorted(gone))} is gone")
-
-
-def _there(client: Any, workers: Iterable[str], since: _Since) -> list[str]:
-    """Find those of some workers that are there; a silent one is given up, for its nanny to renew.
-
-    The scheduler takes minutes to drop a frozen worker, by a clock of its own: only whether a
-    heartbeat is new counts here, ``since`` when.
-    """
-    known, now = _known(client), time.monotonic()
-    there = [worker for worker in workers if worker in known]
-    for worker in there:
-        if now - since.setdefault((worker, known[worker]["last_seen"]), now) > PATIENCE_S:
-            what = "boosted: worker %s has been silent for %d s and is given up"
-            logger.warning(what, worker, PATIENCE_S)
-            # Client.restart_workers refuses those without a nanny, which the scheduler drops.
-            how = {"timeout": 20, "on_error": "return", "wait_for_workers": False}
-            again = partial(client.scheduler.restart_workers, stimulus_id="boosted-silent", **how)
-            _quietly(partial(client.sync, again, workers=[worker]))
-            there.remove(worker)
-            break
-    return there
 
 
 def _shares(n_rows: Sequence[int] | Any, n_workers: int) -> list[tuple[int, int]]:

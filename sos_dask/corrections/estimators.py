@@ -30,8 +30,9 @@ from sos_dask.columns import Float32Array, FloatArray
 from sos_dask.corrections import base
 from sos_dask.corrections.base import Batch, OneBatch, Training, TrainingSource
 from sos_dask.corrections.degrade import rows_of
-from sos_dask.errors import ConfigError, ModelError, SosError
+from sos_dask.errors import ClusterError, ConfigError, ModelError, SosError
 from sos_dask.problem import Input, Label, Problem
+from sos_dask.run.workers import Lost, Workers
 from sos_dask.schema import CANONICAL
 from sos_dask.settings import is_column
 from sos_dask.stats.numbers import MAD_TO_SIGMA
@@ -39,6 +40,7 @@ from sos_dask.stats.numbers import MAD_TO_SIGMA
 _X: Mapping[str, Any] = {"dtype": np.float32}
 _Y: Mapping[str, Any] = {"dtype": np.float32, "ensure_all_finite": "allow-nan", "ensure_2d": False}
 _CLIP = 4.0  # spreads; how far an outlier is does not matter to a search
+_LOSSES = 3  # of all workers that fit
 _JUDGES = 5  # folds that judge candidates
 _MOST_PAIRS = 1_000_000  # of a search: 40 MB
 
@@ -373,7 +375,14 @@ def _robust_score(tried: _Tried, X: Float32Array, y: Float32Array) -> float:
 
 
 def _on_workers(client: Any, method: str, graph: Any, keys: Any, **options: Any) -> Any:
-    """Scheduler of Dask: the workers of a client."""
-    what = f"search of '{method}': a fit"
-    with base.killed_workers(what, "every fit needs all pairs. Give workers more."):
-        return client.get(graph, keys)
+    """Scheduler of Dask: the workers of a client that are fit; again where they are lost."""
+    workers = Workers.of(client)
+    for _ in range(_LOSSES):
+        addresses = list(workers.wait_for(1))
+        futures = client.get(graph, keys, sync=False, workers=addresses)
+        with suppress(Lost):
+            return workers.fetch(futures, addresses)
+    raise ClusterError(
+        f"search of '{method}': a fit killed its worker again and again",
+        "Most often it ran out of memory: every fit needs all pairs. Give workers more.",
+    )

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sos_dask.errors import ConfigError, SosError
 from sos_dask.evidence.projection import ProjectionSettings
+from sos_dask.run.kinds import ClusterSettings, TlsSettings
 from sos_dask.schema import YEARS
 from sos_dask.settings import NAME_RULE, Settings, explained, is_name, parse_toml
 from sos_dask.stages.attach import AttachSettings
@@ -133,14 +134,6 @@ class CoverageSection(CoverageSettings):
     fallback: Literal["auto", "measured", "polynomial", "none", "edge"] = "auto"
 
 
-class ClusterSection(Settings):
-    """Where the work is done."""
-
-    n_workers: int | None = Field(None, ge=0, le=10_000)
-    memory_limit: str = "auto"
-    scheduler: str | None = None
-
-
 class Job(Settings):
     """A whole rebuild.
 
@@ -185,7 +178,7 @@ class Job(Settings):
     coverage: CoverageSection = Field(default_factory=CoverageSection)
     projection: ProjectionSettings | None = None
     generalisation: GeneralisationSettings | None = None
-    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
     path: Path = Field(Path(), exclude=True)
     text: str = Field("", exclude=True)
 
@@ -224,6 +217,18 @@ class Job(Settings):
             for twice in {item for item in listed if listed.count(item) > 1}:
                 raise ValueError(f"{key} names '{twice}' twice")
         return self
+
+    @property
+    def place(self) -> ClusterSettings:
+        """Where tasks run, with whole paths."""
+        given = self.cluster
+        paths = {"spec": given.spec, "log_directory": given.log_directory}
+        if given.scheduler is not None and given.scheduler.endswith(".json"):
+            paths["scheduler"] = given.scheduler
+        found: dict[str, Any] = {x: str(self.resolve(one)) for x, one in paths.items() if one}
+        if given.tls is not None:
+            found["tls"] = TlsSettings(**{x: str(self.resolve(one)) for x, one in given.tls})
+        return given.but(**found)
 
     def resolve(self, text: str) -> Path:
         """Path written in the job: variables put in, relative to the folder of the job file."""

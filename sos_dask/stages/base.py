@@ -190,6 +190,13 @@ class Stage(Generic[S]):
         """
         directory = as_path(directory)
         self.product = self.product or directory.name
+        if cluster is not None and cluster.client is not None:
+            # Workers may be in another folder. A catalog travels by an absolute path as it is.
+            directory = directory.absolute()
+            self.inputs = {
+                x: one.absolute() if isinstance(one, Path) else one
+                for x, one in self.inputs.items()
+            }
         self.check()
         recipe = self.recipe(self.settings, self.fingerprints())
         output = Output.prepare(directory, recipe, overwrite, map(self.path, self.inputs))
@@ -197,6 +204,9 @@ class Stage(Generic[S]):
         if not made_before:
             run = Run(output, cluster or Cluster(), report)
             try:
+                run.cluster.prepare(
+                    partial(_see, output, [self.path(x).absolute() for x in self.inputs])
+                )
                 if self.partitioned:
                     self.require_partition(run.cluster, self.catalog(self.partitioned))
                 made = self.make(run)
@@ -324,6 +334,15 @@ class Run:
 def _do(task: tuple[Output, str, str, T, Part[T]]) -> None:
     output, kind, key, item, part = task
     output.put_record(kind, key, part(output, key, item))
+
+
+def _see(output: Output, inputs: Sequence[Path]) -> None:
+    """Raise `StorageError` where this worker does not see what the driver sees."""
+    if not output.claimed:
+        raise StorageError(f"does not see what this process has written into {output.work}")
+    for path in inputs:
+        if not path.exists():
+            raise StorageError(f"does not see {path}")
 
 
 def fingerprint_of(given: Catalog | Path) -> str:

@@ -96,7 +96,7 @@ class Coverage(OfModel[CoverageSettings]):
     """
 
     name = "coverage"
-    version = 15
+    version = 16
     Settings = CoverageSettings
     roles = (
         Role("evidence", "Table of evidence with the model's predictions.", "output"),

@@ -335,6 +335,14 @@ class Output:
         return self.directory / WORK
 
     @property
+    def claimed(self) -> bool:
+        """Whether the directory is seen as it was claimed, from here."""
+        try:
+            return (self.work / "fingerprint").read_text() == self.recipe.fingerprint
+        except OSError:
+            return False
+
+    @property
     def complete(self) -> bool:
         """Whether the manifest of this very recipe exists."""
         path = self.directory / MANIFEST

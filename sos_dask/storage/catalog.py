@@ -230,7 +230,7 @@ class Catalog:
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         # A task carries only the path; each worker opens the catalog once.
         more = (self.key, self.key_name, bool(self.stored) and self.as_written)
-        return _reopen, (str(self.path), self._changed, *more)
+        return _reopen, (str(self.path.absolute()), self._changed, *more)
 
     @cached_property
     def _changed(self) -> int:

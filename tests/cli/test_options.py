@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +206,9 @@ def test_options_become_the_settings_of_the_stage(cli, small_store, monkeypatch)
 def test_light_steps_run_in_threads_where_cores_are_few(
     cli, small_store, monkeypatch, name, options, cores, threads
 ):
-    given: list[tuple[Any, ...]] = []
+    given: list[Any] = []
 
-    def start(*arguments: Any) -> Any:
+    def start(**arguments: Any) -> Any:
         given.append(arguments)
         raise ConfigError("not started")
 
@@ -217,4 +218,30 @@ def test_light_steps_run_in_threads_where_cores_are_few(
     more = [catalog, "-c", "x=teff"] if name == "attach" else []
     assert_error(cli(name, catalog, *more, "-o", "out", *options), 3, "not started")
     workers = 1 if "-w" in options else None
-    assert given == [(workers, "auto", None, threads)]
+    place = {"n_workers": workers, "memory_limit": "auto", "scheduler": None}
+    assert given == [{**place, "n_threads": threads}]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["-C", "kind=slurm"], "No such option"),
+        (["--cluster", "slurm"], "'slurm' is not NAME=VALUE"),
+        (["--cluster", "kind=slrm"], "kind: must be 'local', .*given: 'slrm'"),
+        (["--cluster", "minmum=2"], "unknown key 'minmum'"),
+        (["--cluster", "queue=long"], "queue has no effect with kind = 'local'"),
+        (["--cluster", "kind=slurm", "-w", 1], "n_workers has no effect with kind = 'slurm'"),
+        (["--cluster", "kind=address"], "kind = 'address' needs scheduler"),
+        (["--cluster", "kind=pbs", "--cluster", "walltime=1h"], "walltime: .*given: '1h'"),
+        (["--cluster", "tls.ca_file=a"], "'tls.cert' is missing"),
+        (
+            ["--cluster", "kind=cuda"],
+            r"needs a package .*: dask_cuda\n  pip install 'sos_dask\[cuda\]'",
+        ),
+    ],
+)
+def test_settings_of_a_cluster_that_are_wrong(cli, small_store, monkeypatch, given, says):
+    monkeypatch.setitem(sys.modules, "dask_cuda", None)
+    ran = cli("dedupe", small_store / "current/apogee.observations", "-o", "out", *given)
+    assert ran.code in (2, 3), ran.err
+    assert re.search(says, ran.err), ran.err

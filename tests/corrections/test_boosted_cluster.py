@@ -25,6 +25,7 @@ from sos_dask.corrections.base import summarise
 from sos_dask.errors import CatalogError, ClusterError
 from sos_dask.problem import DEFAULT
 from sos_dask.run.cluster import start
+from sos_dask.run.workers import Workers
 from tests.corrections.pairs import NOISE, ArraySource, biased_pairs
 from tests.corrections.test_boosted import QUICK, fit
 
@@ -236,8 +237,8 @@ def test_a_worker_is_lost_in_training(scene, blow, rank, monkeypatch, caplog):
     client, source, expected = scene
     monkeypatch.setattr(boosted_cluster, "CHECKPOINT_S", 0.2)
     if blow == signal.SIGSTOP:
-        monkeypatch.setattr(boosted_cluster, "PATIENCE_S", 8)
-    victim = client.run(os.getpid)[boosted_cluster._workers(client, 2, 60)[rank]]
+        monkeypatch.setattr(Workers.of(client), "timeout", 8)
+    victim = client.run(os.getpid)[list(Workers.of(client).wait_for(2))[rank]]
 
     def strike() -> None:
         while not client.run_on_scheduler(kept_trees):

@@ -192,7 +192,7 @@ def test_an_interrupt_while_workers_start_is_not_lost(tmp_path, after):
 
 
 def test_no_scheduler_is_a_clear_error(monkeypatch):
-    monkeypatch.setattr("sos_dask.run.cluster._LISTENING_S", 0.3)
+    monkeypatch.setattr("sos_dask.run.kinds._LISTENING_S", 0.3)
     says = r"no Dask scheduler answers at (tcp://)?127\.0\.0\.1:1: .*refused"
     for address in ("tcp://127.0.0.1:1", "127.0.0.1:1"):
         began = time.monotonic()

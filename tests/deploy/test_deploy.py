@@ -253,12 +253,15 @@ def commands(file: Path) -> list[list[str]]:
         for words in re.findall(r"\[sos-dask, ([^\]]*)\]", text):
             found.append(yaml.safe_load(f"[{words}]"))
         return found
+    # In a script double quotes are around words, else around the command.
+    end = "" if file.suffix == ".sbatch" else '"'
     for line in text.splitlines():
         is_said = line.lstrip().startswith("#") and not line.startswith("#   ")
-        match = re.search(r"(?:^|[\s=\"/`])sos-dask (?=[a-z-])([^\"`]*)", line)
+        match = re.search(rf"(?:^|[\s=\"/`])sos-dask (?=[a-z-])([^{end}`]*)", line)
         if match and not is_said:
             words = shlex.split(re.split(r">>|\|\||&&|2>|;", match[1])[0], comments=True)
-            found.append([re.sub(r"\$\{?\w+[^}\s]*\}?|\{[\w.]+\}", "1", word) for word in words])
+            words = [word for word in words if word != "${@:4}"]
+            found.append([re.sub(r"\$\{?[\w@][^}\s/]*\}?|\{[\w.]+\}", "1", word) for word in words])
     return found
 
 
@@ -286,7 +289,7 @@ def parse(words: list[str]) -> None:
 def test_files_with_commands():
     names = {file.name for file in FILES}
     assert {"compose.yaml", "rebuild.yaml", "crontab", "scrontab", "Snakefile"} <= names
-    assert {"sos-dask-rebuild.service", "airflow_dag.py"} <= names
+    assert {"sos-dask-rebuild.service", "airflow_dag.py", "rebuild.sbatch"} <= names
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

@@ -89,9 +89,9 @@ COMMANDS = sorted(
 
 def test_the_commands_are_these():
     assert COMMANDS == [
-        "apply", "attach", "compare", "coverage", "crossmatch", "dedupe", "demo", "gc", "ingest",
-        "rebuild", "reference", "report", "simulate", "status", "surveys", "train", "trends",
-        "uncertainty", "verify",
+        "apply", "attach", "builds", "compare", "coverage", "crossmatch", "dedupe", "demo", "diff",
+        "gc", "ingest", "publish", "rebuild", "reference", "report", "rollback", "simulate",
+        "status", "surveys", "train", "trends", "uncertainty", "verify",
     ]  # fmt: skip
 
 

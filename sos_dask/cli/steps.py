@@ -319,7 +319,6 @@ def rebuild(
 
 
 def _rebuild(
-def _rebuild(
     job: Job, store: Place, workers: int | None, memory_limit: Name, scheduler: Name = None,
     cluster: Names = None, log_format: str = "text", lock: bool = True,
 ) -> Build:  # fmt: skip

@@ -1,7 +1,7 @@
 """Rebuilds night after night, as a scheduler runs them: ``python -m tests.bench.nights``.
 
 A small sky in plates. Each night but some appends the rows of one plate to the target's file; one
-night the file is broken (half of its rows are missing), one night a reference survey is biased; the
+night the file is broken (a fifth of its rows is missing), one night a reference survey is biased; the
 gate must stop both. After each night ``current`` is verified and old builds are removed.
 """
 
@@ -116,7 +116,7 @@ def run(
         seen += kind == APPENDED
         n_rows = int(sky.until[seen])
         if kind in (APPENDED, BROKEN):
-            sky.write(n_rows // 2 if kind == BROKEN else n_rows)
+            sky.write(4 * n_rows // 5 if kind == BROKEN else n_rows)
         elif kind == BIASED:
             sky.bias(_BIAS_K)
         night, began = Night(number, kind, n_rows), time.monotonic()

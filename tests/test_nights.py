@@ -9,7 +9,7 @@ from tests.bench.nights import APPENDED, BIASED, BROKEN, SAME, kinds, run
 def test_a_few_nights(cli, tmp_path):
     def sos(*arguments):
         ran = cli(*arguments, "--json")
-        return ran.code, ran.json
+        return ran.code, ran.json if ran.out else {"message": ran.err}
 
     nights = list(run(tmp_path, 5000, 4, 1500, keep=2, sos=sos))
     assert [night.kind for night in nights] == [APPENDED, BROKEN, BIASED, SAME]

@@ -52,7 +52,6 @@ class BuildInfo:
     job: str
     state: str
     reasons: tuple[str, ...] = ()
-    sos_dask: str = ""
 
 
 def builds(store: Path) -> list[BuildInfo]:
@@ -72,8 +71,7 @@ def builds(store: Path) -> list[BuildInfo]:
             state, reasons = "withdrawn", [made["withdrawn"]]
         elif reasons:
             state = "refused"
-        more = str(made.get("sos_dask", ""))
-        found.append(BuildInfo(path.name, made["utc"], made["job"], state, tuple(reasons), more))
+        found.append(BuildInfo(path.name, made["utc"], made["job"], state, tuple(reasons)))
     return found
 
 

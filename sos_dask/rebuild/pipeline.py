@@ -129,7 +129,7 @@ def rebuild(
                 watch.begins(planned.product)
                 with _measured(store, planned, active):
                     before = former.get(planned.product)
-                    counts = planned.run(active, report, Former(store, before))
+                    counts = planned.run(active, report, Former(store.absolute(), before))
             name, stage, ran = planned.product, planned.recipe.stage, not planned.complete
             result = result_of(name, stage, planned.directory, ran, planned.reason)
             results.append(replace(result, parts=counts))

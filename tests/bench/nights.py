@@ -1,8 +1,8 @@
 """Rebuilds night after night, as a scheduler runs them: ``python -m tests.bench.nights``.
 
-A small sky in plates. Each night but some appends the rows of one plate to the target's file; one
-night the file is broken (a fifth of its rows is missing), one night a reference survey is biased; the
-gate must stop both. After each night ``current`` is verified and old builds are removed.
+A small sky. Each night but some appends rows around one place to the target's file; one night the
+file is broken (a fifth of its rows is missing), one night a reference survey is biased; the gate
+must stop both. After each night ``current`` is verified and old builds are removed.
 """
 
 from __future__ import annotations

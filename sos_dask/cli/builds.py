@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def gc(
         if doomed and not typer.confirm(asked, err=True):
             yield {"dry_run": False, "removed": []}
             return
-    with locked(where, "gc"):
+    with nullcontext() if dry_run else locked(where, "gc"):
         removed = stores.gc(where, keep=keep, dry_run=dry_run)
     yield {"dry_run": dry_run, "removed": [{"path": path, "bytes": n} for path, n in removed]}
     for path, size in removed:

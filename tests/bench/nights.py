@@ -53,7 +53,8 @@ class Sky:
     """The files of a sky, of which nights see more and more rows of the target."""
 
     def __init__(self, folder: Path, rows: int, nights: int, share: float) -> None:
-        simulate(SkySettings(n_lamost=rows), folder / "whole")
+        half = rows // 2
+        simulate(SkySettings(n_lamost=rows, n_apogee=half, n_galah=half), folder / "whole")
         self.folder, self.whole = folder, folder / "whole"
         for name in ("apogee", "galah"):
             shutil.copy(self.whole / f"{name}.fits", folder)

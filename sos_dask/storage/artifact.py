@@ -44,7 +44,7 @@ from sos_dask.storage.manifest import (
     stored_at,
     sum_of_file,
 )
-from sos_dask.storage.objects import ObjectPath, as_path, local, remove_tree, temporary_file
+from sos_dask.storage.objects import ObjectPath, as_path, lately, local, remove_tree, temporary_file
 
 logger = logging.getLogger(__name__)
 Stamp: TypeAlias = tuple[Path, int, int]
@@ -187,7 +187,7 @@ def open_parquet(
     # Without a buffer for all columns together: measured, it costs a quarter of the time.
     with (
         partition_errors(path),
-        pa.OSFile(str(local(path))) as source,
+        pa.OSFile(str(local(lately(path)))) as source,
         pq.ParquetFile(
             source,
             metadata=footer or footer_of(stamp_of(path)),
@@ -222,7 +222,7 @@ def taken(file: pq.ParquetFile, rows: NDArray[np.int64], columns: Sequence[str])
 def stamp_of(path: Path) -> Stamp:
     """Take the stamp of a file, by which what was read of it is kept."""
     with partition_errors(path):
-        found = path.stat()
+        found = lately(path).stat()
     return path, found.st_mtime_ns, found.st_size
 
 

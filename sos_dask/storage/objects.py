@@ -39,6 +39,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _BLOCK = 32 << 20
 _AT_ONCE = 16  # requests of one process
 _UNUSED_S = 600  # copies that were used since are never removed
+_LATELY_S = 5.0
 _ROOM_S = 20.0  # between looks at the size of all copies
 _LIMIT = "120s"  # of one request
 _PATIENCE = datetime.timedelta(seconds=60)  # of a server that is away
@@ -265,6 +266,7 @@ class ObjectPath(PosixPath):
         if self.scheme != "s3":
             raise ConfigError(f"{self} can only be read", "Write to a folder, or to s3://.")
         there: Any = _obstore().exceptions
+        _lately.cache_clear()
         try:
             with _asking(self, writes=True) as (client, key):
                 made = _obstore().put(client, key, content, mode=mode, use_multipart=False)
@@ -358,6 +360,23 @@ def copy_to(path: ObjectPath, target: Path) -> None:
     except OSError as error:
         what = f"cannot copy {path} to {scratch()}: {error.strerror or error}"
         raise StorageError(what, "Let TMPDIR name a folder with room.") from error
+
+
+def lately(path: Path) -> Path:
+    """Give a path that knows what was asked of its object in these seconds, by this process.
+
+    A task opens its partitions several times, and each question takes its time.
+    """
+    if not isinstance(path, ObjectPath) or path._seen is not None:
+        return path
+    return _lately(path, int(time.monotonic() / _LATELY_S))
+
+
+@lru_cache(maxsize=4096)
+def _lately(path: ObjectPath, moment: int) -> ObjectPath:
+    found = type(path)(*path.parts)
+    found._seen = path.stat()
+    return found
 
 
 @contextlib.contextmanager

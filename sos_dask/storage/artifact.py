@@ -233,7 +233,7 @@ def footer_of(stamp: Stamp, sha256: str = "") -> pq.FileMetaData:
     Tasks read their partitions in several steps.
     """
     with partition_errors(stamp[0]):
-        content = footer_bytes(stamp[0])
+        content = footer_bytes(lately(stamp[0]))
         if sha256 and hashlib.sha256(content).hexdigest() != sha256:
             raise OSError("its footer is not the one that was written")
         return pq.read_metadata(pa.BufferReader(content))

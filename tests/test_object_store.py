@@ -36,7 +36,7 @@ def rebuild(job, store) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def store(small_store, small_sky, s3_server, tmp_path_factory) -> ObjectPath:
-    """Store that two rebuilds at once have made, one of which was killed and run again."""
+    """Store of two rebuilds at once, one of which is killed, and then run again."""
     folder = tmp_path_factory.mktemp("object-store")
     store = ObjectPath(f"s3://tests/{folder.name}/store")
     job = write_job(folder, small_sky)
@@ -44,14 +44,12 @@ def store(small_store, small_sky, s3_server, tmp_path_factory) -> ObjectPath:
     time.sleep(random.uniform(3, 6))
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    again = rebuild(job, store)
     builds = []
-    for process in (other, again):
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
+    for process in (other, None):
+        out, _ = (process or rebuild(job, store)).communicate(timeout=240)
         builds.append(json.loads(out)["build"])
     current = store.parent / "store" / "current"
-    assert current.read_text().split("/")[1].strip() in builds
+    assert [f"builds/{build}\n" for build in builds] == [current.read_text()] * 2
     assert not any((folder / name).exists() for name in ("s3:", "store"))
     return store
 
@@ -80,6 +78,7 @@ def test_nothing_runs_again_and_all_is_found(store, small_sky, tmp_path):
 
 
 def test_lsdb_opens_a_product(store, monkeypatch):
+    import dask
     import lsdb
     import obstore.fsspec
     from upath import UPath
@@ -87,7 +86,8 @@ def test_lsdb_opens_a_product(store, monkeypatch):
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     obstore.fsspec.register("s3")
     corrected = as_path(f"{store}/current/lamost.corrected")
-    rows = lsdb.open_catalog(UPath(str(corrected))).compute()
+    with dask.config.set(scheduler="synchronous"):  # workers of other tests lack the settings
+        rows = lsdb.open_catalog(UPath(str(corrected))).compute()
     assert len(rows) == Catalog.open(corrected).n_rows
     assert rows["teff_sos"].notna().any()
 

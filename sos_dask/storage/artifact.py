@@ -45,7 +45,7 @@ from sos_dask.storage.manifest import (
     stored_at,
     sum_of_file,
 )
-from sos_dask.storage.objects import ObjectPath, as_path, local, remove_tree, temporary_file
+from sos_dask.storage.objects import ObjectPath, as_path, lately, local, remove_tree, temporary_file
 
 logger = logging.getLogger(__name__)
 Stamp: TypeAlias = tuple[Path, int, int]
@@ -209,7 +209,7 @@ def open_parquet(
     # Without a buffer for all columns together: measured, it costs a quarter of the time.
     with (
         partition_errors(path),
-        pa.OSFile(str(local(path))) as source,
+        pa.OSFile(str(local(lately(path)))) as source,
         pq.ParquetFile(
             source,
             metadata=footer or footer_of(stamp_of(path)),
@@ -244,7 +244,7 @@ def taken(file: pq.ParquetFile, rows: NDArray[np.int64], columns: Sequence[str])
 def stamp_of(path: Path) -> Stamp:
     """Take the stamp of a file, by which what was read of it is kept."""
     with partition_errors(path):
-        found = path.stat()
+        found = lately(path).stat()
     return path, found.st_mtime_ns, found.st_size
 
 
@@ -255,7 +255,7 @@ def footer_of(stamp: Stamp, sha256: str = "") -> pq.FileMetaData:
     Tasks read their partitions in several steps.
     """
     with partition_errors(stamp[0]):
-        content = footer_bytes(stamp[0])
+        content = footer_bytes(lately(stamp[0]))
         if sha256 and hashlib.sha256(content).hexdigest() != sha256:
             raise OSError("its footer is not the one that was written")
         return pq.read_metadata(pa.BufferReader(content))

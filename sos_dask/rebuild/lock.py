@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from sos_dask.errors import LockedError
+from sos_dask.errors import LockedError, StorageError
 from sos_dask.storage.artifact import write_new, write_text
 
 LOCK = "lock.json"
@@ -62,7 +62,7 @@ class Holder:
 
 def holder_of(store: Path) -> Holder | None:
     """Find the living holder of the lock of a store; None where there is none."""
-    with contextlib.suppress(OSError, ValueError, TypeError):  # none, or no lock of ours
+    with contextlib.suppress(OSError, ValueError, TypeError, StorageError):  # none, or not ours
         found = Holder(**json.loads((store / LOCK).read_text("utf-8")))
         return found if found.is_alive else None
     return None
@@ -91,7 +91,7 @@ def locked(store: Path, what: str) -> Iterator[Callable[[str], None]]:
     def renew(stage: str = "") -> None:
         nonlocal me
         me = replace(me, renewed=time.time(), stage=stage or me.stage)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageError):
             if is_mine():  # else it was taken over
                 write_text(path, json.dumps(asdict(me)))
 
@@ -106,5 +106,6 @@ def locked(store: Path, what: str) -> Iterator[Callable[[str], None]]:
     finally:
         ended.set()
         thread.join()
-        if is_mine():
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(StorageError):
+            if is_mine():
+                path.unlink(missing_ok=True)

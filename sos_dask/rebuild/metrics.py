@@ -13,7 +13,7 @@ from sos_dask.rebuild.gate import figures_of
 from sos_dask.rebuild.history import current_products
 from sos_dask.rebuild.job import Job
 from sos_dask.storage.artifact import write_text
-from sos_dask.storage.objects import on_disk
+from sos_dask.storage.objects import as_path, on_disk
 from sos_dask.storage.store import StageResult, home
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def write_metrics(
         return
     path, code = on_disk(job.resolve(job.metrics.file), "[metrics] file"), outcome["exit_code"]
     try:
-        made = {one.product: home(one.stage, Path(one.path)) for one in results}
+        made = {one.product: home(one.stage, as_path(one.path)) for one in results}
         found: dict[str, list[str]] = {}
         for name, labels, value in (
             *_samples(made if code in (0, 10) else current_products(store), results, seconds),

@@ -496,9 +496,8 @@ class Catalog:
     def null_counts(self, columns: Iterable[str]) -> dict[str, int]:
         """Count the nulls of columns by the footers of our own files, as far as these tell."""
         counts: dict[str, int] = dict.fromkeys(self.columns(columns), 0)
-        for chunk in chain(
-            *(_chunks(one) for pixel in self.pixels for one in self._footers(pixel))
-        ):
+        footers = chain(*at_once(self.path, self._footers, self.pixels))
+        for chunk in chain(*map(_chunks, footers)):
             if chunk.path_in_schema in counts:
                 found = chunk.statistics
                 counts[chunk.path_in_schema] += found.null_count if found is not None else 0

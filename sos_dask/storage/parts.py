@@ -133,4 +133,5 @@ class Former:
 def forgotten(store: Path, kept: Iterable[str]) -> list[Path]:
     """List what is remembered of the parts of other outputs than those of these fingerprints."""
     known = set(kept)
-    return sorted(path for path in (store / FOLDER).glob("*") if path.stem not in known)
+    found = (path for path in (store / FOLDER).glob("*") if path.stem not in known)
+    return sorted(path for path in found if path.exists())

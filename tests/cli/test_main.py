@@ -89,9 +89,9 @@ COMMANDS = sorted(
 
 def test_the_commands_are_these():
     assert COMMANDS == [
-        "apply", "attach", "compare", "coverage", "crossmatch", "dedupe", "demo", "gc", "ingest",
-        "rebuild", "reference", "report", "simulate", "status", "surveys", "train", "trends",
-        "uncertainty", "verify",
+        "apply", "attach", "builds", "compare", "coverage", "crossmatch", "dedupe", "demo", "diff",
+        "gc", "ingest", "publish", "rebuild", "reference", "report", "rollback", "simulate",
+        "status", "surveys", "train", "trends", "uncertainty", "verify",
     ]  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def test_the_readme_names_every_command():
 def test_the_readme_states_the_exit_codes():
     text = (ROOT / "README.md").read_text()
     codes = {error.exit_code for error in SosError.__subclasses__()}
-    assert codes == set(range(3, 10))
+    assert codes == set(range(3, 12))
     for error in SosError.__subclasses__():
         kind = error.__name__.removesuffix("Error").lower()
         word = {"config": "configuration", "survey": "survey file"}.get(kind, kind)

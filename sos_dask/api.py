@@ -43,13 +43,14 @@ from sos_dask.stars.group import DedupeSettings
 from sos_dask.storage import store as _store
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.objects import as_path
 from sos_dask.surveys.definition import Survey, builtin_surveys, load_survey
 from sos_dask.tables import Correction
 
 _Result = TypeVar("_Result")
 # What is made of a path or a name where a function wants the thing.
 _OPENED: Mapping[Any, Callable[[Any], Any]] = {
-    Path: Path,
+    Path: as_path,
     Catalog: Catalog.open,
     Survey: load_survey,
     Job: load_job,
@@ -83,8 +84,8 @@ def _opened(value: Any, wanted: Any) -> Any:
     if get_origin(wanted) is Sequence and inner[0] in _OPENED:
         return [_opened(item, inner[0]) for item in ([value] if is_path else value)]
     for kind in inner if get_origin(wanted) in (Union, UnionType) else (wanted,):
-        if is_path and isinstance(kind, type) and kind in _OPENED and not isinstance(value, kind):
-            return _OPENED[kind](value)
+        if is_path and isinstance(kind, type) and kind in _OPENED:
+            return value if isinstance(value, kind) and kind is not Path else _OPENED[kind](value)
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ FloatingArray: TypeAlias = NDArray[np.floating]
 """Of either precision."""
 BoolArray: TypeAlias = NDArray[np.bool_]
 KeyArray: TypeAlias = NDArray[np.uint64]
+Columns: TypeAlias = Mapping[str, FloatingArray]
 
 # SplitMix64 (Steele, Lea & Flood 2014, OOPSLA): the step of its counter and its finaliser.
 GOLDEN = 0x9E3779B97F4A7C15
@@ -53,6 +54,11 @@ def reals_or_nan(table: pa.Table, name: str) -> NDArray[np.floating]:
     column = table[name]
     own = column.type in (pa.float32(), pa.float64())
     return _filled(column if own else column.cast(pa.float64()))
+
+
+def column_or_nan(columns: Columns, name: str, n: int) -> FloatArray:
+    """A column of numbers, shape (n,); all nan where it is not among them."""
+    return np.asarray(columns.get(name, np.full(n, np.nan)), dtype=np.float64)
 
 
 def _filled(column: pa.ChunkedArray) -> NDArray[np.floating]:

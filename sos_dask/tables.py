@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any, Self, TypeAlias, TypeVar
 
 import numpy as np
@@ -22,7 +21,8 @@ from sos_dask import correct, corrections
 from sos_dask.errors import ConfigError
 from sos_dask.evidence.intervals import ErrorModel, load_errors
 from sos_dask.schema import CANONICAL, TEXT_UNITS, nearest
-from sos_dask.storage.manifest import sha256_of_file
+from sos_dask.storage.manifest import local_copy, sha256_of_file
+from sos_dask.storage.objects import as_path
 
 T = TypeVar("T")
 _ROWS_AT_ONCE = 1 << 17
@@ -45,11 +45,11 @@ class Correction:
         ModelError
             A file is missing or changed, or the errors are those of another model.
         """
-        model = corrections.load(Path(path))
+        model = corrections.load(local_copy(as_path(path)))
         if errors is None:
             return cls(model)
-        found = load_errors(Path(errors), model.problem)
-        found.require(sha256_of_file(Path(path) / corrections.MODEL_FILE))
+        found = load_errors(local_copy(as_path(errors)), model.problem)
+        found.require(sha256_of_file(local_copy(as_path(path)) / corrections.MODEL_FILE))
         return cls(model, found)
 
     def correct(self, table: T) -> T:

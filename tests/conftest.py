@@ -1,13 +1,17 @@
 """Fixtures that many tests share."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pandas  # noqa: F401  programs that results are compared with need it of Arrow
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.command_line import cli
+from tests.s3 import Server
 
 __all__ = ["cli"]  # a fixture
 
@@ -44,6 +48,25 @@ def cluster():
 def client(cluster):
     """Client of the cluster of two worker processes that all tests share."""
     return cluster.client
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory) -> Iterator[Server]:
+    """A real S3 server, started once; the environment tells where it and copies of objects are."""
+    server = Server(tmp_path_factory.mktemp("s3"))
+    copies = str(tmp_path_factory.mktemp("copies"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", copies)
+        for name, value in {**server.environment, "TMPDIR": copies}.items():
+            patch.setenv(name, value)
+        yield server
+    server.stop()
+
+
+@pytest.fixture
+def prefix(s3_server) -> str:
+    """URL of a place without objects."""
+    return f"s3://tests/{uuid4().hex}"
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,12 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+
+TOOLS = Path(__file__).parent.parent / "build" / "tools" / "bin"
+"""Where .ci/tools installs programs."""
 
 
 def require(*programs: str, root: bool = False) -> None:
@@ -15,11 +19,11 @@ def require(*programs: str, root: bool = False) -> None:
     if root and os.geteuid() != 0:
         missing.append("root")
     if missing:
-        reason = f"needs {', '.join(missing)} (see .ci/run)"
+        reason = f"needs {', '.join(missing)} (see .ci)"
         if os.environ.get("SOS_SERVICES") == "all":
             pytest.fail(reason)
         pytest.skip(reason)
 
 
 def _path() -> str:
-    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", str(TOOLS)])

@@ -24,6 +24,7 @@ from sos_dask.settings import Settings
 from sos_dask.stages.base import Stage
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.objects import as_path
 from sos_dask.storage.store import stores_near
 
 # More threads than this wait for each other: Python itself runs in one at a time.
@@ -287,12 +288,14 @@ def _declared(command: str, parameter: inspect.Parameter) -> inspect.Parameter:
     words, text = _TEXTS.get(f"{command}.{name}") or _TEXTS[name]
     names = [word for word in words.split() if word.startswith("-")]
     metavar = words.removeprefix(" ".join(names)).strip() or None
-    made: Any = typer.Argument(metavar=metavar, help=text)
+    takes: Any = {"parser": as_path} if "Path" in str(parameter.annotation) else {}
+    made: Any = typer.Argument(metavar=metavar, help=text, **takes)
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
         names = names or [f"--{name.replace('_', '-')}"]
         low, high = _ENDS.get(name, (None, None))
         check = _no_file if name == "out" else None
-        made = typer.Option(*names, metavar=metavar, help=text, min=low, max=high, callback=check)
+        how = {"min": low, "max": high, "callback": check, **takes}
+        made = typer.Option(*names, metavar=metavar, help=text, **how)
     keyword = inspect.Parameter.KEYWORD_ONLY
     return parameter.replace(kind=keyword, annotation=Annotated[parameter.annotation, made])
 

@@ -42,6 +42,7 @@ from sos_dask.stages.ingest import Ingest
 from sos_dask.stages.reference import Reference
 from sos_dask.stages.train import LOCAL_PAIRS, Train, asks_workers, metrics_of
 from sos_dask.storage.catalog import Catalog
+from sos_dask.storage.objects import as_path, followed, on_disk
 from sos_dask.surveys.definition import load_survey
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def simulate(
     """
     from sos_dask import simulate as module
 
+    on_disk(out, "the folder of the sky")
     there = [path for path in module.sky_files(out).values() if path.exists()]
     if there and not overwrite:
         raise CatalogError(
@@ -235,11 +237,10 @@ def apply(
         raise ConfigError(
             "--fallback needs --coverage", "The correction fades where the coverage is low."
         )
-    [opened] = open_catalogs([catalog], key, "obs_id")
-    inputs: dict[str, Any] = {"model": model, "observations": opened}
-    inputs |= {"errors": errors, "coverage": coverage}
+    inputs: dict[str, Any] = {"model": model, "errors": errors, "coverage": coverage}
     if fallback not in ("none", "edge", "measured"):
-        inputs, fallback = {**inputs, "smooth": Path(fallback)}, "polynomial"
+        inputs, fallback = {**inputs, "smooth": as_path(fallback)}, "polynomial"
+    [inputs["observations"]] = open_catalogs([catalog], key, "obs_id")
     given = {role: one for role, one in inputs.items() if one is not None}
     return Apply(given, options.settings(fallback=fallback))
 
@@ -258,6 +259,7 @@ def demo(
     """
     from sos_dask.simulate.files import against_truth, prepare
 
+    on_disk(store, "the folder of the demonstration")
     with reporting() as report:
         job = load_job(prepare(store, rows, seed, report, sky or ()))
     build = _rebuild(job, None, workers, memory_limit)
@@ -342,4 +344,4 @@ def show_build(build: Build) -> None:
     say(f"Products: {current} (build {build.name})")
     for name in build.products:
         if name.split(".")[-1] == "report":
-            say(f"Report: {current / name / 'report.html'}")
+            say(f"Report: {followed(current / name) / 'report.html'}")

@@ -47,6 +47,7 @@ from sos_dask.stats.numbers import rms_of_medians
 from sos_dask.storage import store as stores
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.objects import followed
 from sos_dask.surveys import definition
 
 _SAMPLES = {"test": "held-out", "train": "training"}
@@ -497,7 +498,7 @@ def coverage(
     if not inputs:
         place = find_store(store)
         directory = _current(place, "coverage", options, correction=correction)
-        figure = place / "current" / "report" / "figures" / "coverage.png"
+        figure = followed(place / "current" / "report") / "figures" / "coverage.png"
     elif len(inputs) != 4:
         raise ConfigError(
             f"{len(inputs)} paths are not PAIRS MODEL CATALOG STARS",

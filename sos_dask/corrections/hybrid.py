@@ -38,7 +38,7 @@ from sos_dask.corrections import base, boosted, polynomial
 from sos_dask.corrections.base import Batch, Content, Correction, ModelInfo, Rows, Training
 from sos_dask.corrections.boosted import BoostedCorrection
 from sos_dask.corrections.degrade import normals, with_noise
-from sos_dask.corrections.polynomial import PolynomialCorrection, n_terms
+from sos_dask.corrections.polynomial import PolynomialCorrection, least_pairs
 from sos_dask.errors import ModelError
 from sos_dask.problem import Problem
 from sos_dask.stats.table import Grid, pack, unpack
@@ -149,7 +149,7 @@ class HybridCorrection(Correction):
                 f"method 'hybrid' takes 21 inputs at most: these are {k}",
                 "Leave some out, or choose 'boosted', which takes any number.",
             )
-        needed = max(2 * n_terms(settings.order, k), settings.min_pairs)
+        needed = max(least_pairs(k), settings.min_pairs)
         info = base.summarise(training, cls.method, settings, needed).info
         smooth = PolynomialCorrection.fit(training, _settings_of(PolynomialCorrection, settings))
         less = partial(residuals, smooth=smooth, outlier=settings.outlier)
@@ -278,7 +278,7 @@ class SimexCorrection(Correction):
         everything = replace(plain, folds=None)
         if not any(everything.map(_n_rows)):
             raise _no_errors(problem, "no pair has all of them")
-        needed = 2 * n_terms(settings.order, len(problem.inputs))
+        needed = least_pairs(len(problem.inputs))
         summary = base.summarise(plain, cls.method, settings, needed)
         kind, parts = _BASES[settings.base], []
         of_base = _settings_of(kind, settings)

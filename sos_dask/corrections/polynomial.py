@@ -45,6 +45,10 @@ HUBER = 1.345
 BISQUARE = 4.685
 HUBER_PASSES = 10
 SCALE_PASSES = 10  # with the bisquare, that still renew the scale
+_LEAST_PAIRS = 2  # a term, of order 1
+_PAIRS_A_TERM = (
+    5  # of a higher order: with 2, the worst labels of 100 pairs were 1.4 times as wrong
+)
 _KEPT_ROWS = 1_000_000  # 28 MB
 _THREAD_ROWS = 20_000
 
@@ -52,7 +56,12 @@ _THREAD_ROWS = 20_000
 class Settings(settings.Settings):
     """Parameters of the method."""
 
-    order: int = Field(4, ge=1, le=6, description="Largest sum of the exponents of a term")
+    order: int = Field(
+        4,
+        ge=1,
+        le=6,
+        description="Largest sum of the exponents of a term; less with under 5 pairs a term",
+    )
     ridge: float = Field(
         1.0, ge=0.0, le=1e6, description="Pull of all coefficients but the constant to 0, in pairs"
     )
@@ -119,9 +128,12 @@ class PolynomialCorrection(Correction):
     @classmethod
     def fit(cls, training: Training, settings: Settings) -> PolynomialCorrection:
         """Fit; see `sos_dask.corrections.fit`."""
-        m = n_terms(settings.order, len(training.problem.inputs))
-        summary = base.summarise(training, cls.method, settings, 2 * m)
-        exponents = polynomial_terms(settings.order, len(training.problem.inputs))
+        k = len(training.problem.inputs)
+        summary = base.summarise(training, cls.method, settings, least_pairs(k))
+        most = min(summary.info.n_pairs) // _PAIRS_A_TERM
+        order = max(o for o in range(1, settings.order + 1) if o == 1 or n_terms(o, k) <= most)
+        exponents = polynomial_terms(order, k)
+        m = len(exponents)
         # Numbers of four digits, so that the last bits of sums do not matter.
         center, width = (
             np.array([float(f"{value:.3e}") for value in values.tolist()])
@@ -295,6 +307,11 @@ def _solve(
         step = new[:, label] - coefficients[:, label]
         change[label] = math.sqrt(max(0.0, float(step @ matrix @ step)) / total)
     return new, change
+
+
+def least_pairs(n: int) -> int:
+    """Count the pairs that a polynomial of order 1 of ``n`` variables needs."""
+    return _LEAST_PAIRS * n_terms(1, n)
 
 
 def n_terms(order: int, n: int) -> int:

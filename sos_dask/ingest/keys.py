@@ -20,6 +20,7 @@ from sos_dask.columns import BoolArray, IntArray, KeyArray, is_valid, key_hashes
 from sos_dask.errors import SurveyError
 from sos_dask.schema import HEALPIX_COLUMN
 from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
+from sos_dask.storage.objects import local
 
 FILE, ROW = "_file", "_row"
 """Columns of rows on their way: index of the file, and row there from 0."""
@@ -191,13 +192,13 @@ def check_conflicts(n_conflicts: int, n_rows: int, example: str, where: str = ""
 
 def _mapped(run: Run) -> KeyArray:
     """A run to look into; not to be kept, for each that is mapped keeps a file open."""
-    return np.load(run, mmap_mode="r") if isinstance(run, Path) else run
+    return np.load(local(run), mmap_mode="r") if isinstance(run, Path) else run
 
 
 def _keys(pieces: Sequence[Path | pa.Table]) -> Iterator[tuple[pa.Array, IntArray]]:
     for piece in pieces:
         if isinstance(piece, Path):
-            piece = pa.ipc.open_file(pa.memory_map(str(piece))).read_all()
+            piece = pa.ipc.open_file(pa.memory_map(str(local(piece)))).read_all()
         for batch in piece.to_batches():
             yield batch["obs_id"], batch[HEALPIX_COLUMN].to_numpy()
 

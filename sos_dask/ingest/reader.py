@@ -28,6 +28,7 @@ from sos_dask.errors import CatalogError, SosError, StorageError, SurveyError
 from sos_dask.schema import CANONICAL, is_gaia_id, nearest
 from sos_dask.storage.artifact import atomic_path, write_text
 from sos_dask.storage.manifest import read_sealed, sealed_json, sum_of_file
+from sos_dask.storage.objects import as_path, local
 from sos_dask.surveys.definition import SourceColumn, Survey
 
 DAMAGED = "Download it again and compare its size and checksum with the survey's."
@@ -111,7 +112,7 @@ def open_source(path: Path, survey: Survey, index: int, scratch: Path) -> Source
     if kind in ("csv", "parquet") and (survey.hdu or 1) > 1:
         raise SurveyError(f"{path} has one table only, and the survey says hdu = {survey.hdu}")
     with _refused(path):
-        known, n_rows, layout = _format(kind)[0](path, data_path, survey)
+        known, n_rows, layout = _format(kind)[0](path, local(data_path), survey)
         if n_rows == 0:
             raise SurveyError(f"{path} has no rows")
         found = _Found(path, known, survey)
@@ -128,6 +129,7 @@ def read_native(source: Source, start: int, stop: int, batch_rows: int) -> Batch
     Raises `SurveyError`: the file is damaged or changed since it was opened.
     """
     with _refused(source.path):
+        source = replace(source, data_path=str(local(as_path(source.data_path))))
         for first, values in _format(source.kind)[1](source, start, stop, batch_rows):
             for key, native in source.natives.items():
                 if native.mask:
@@ -162,7 +164,7 @@ def _masked(values: Values, mask: Values) -> pa.Array:
 def opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file that may be gzipped; damage of it is a `SurveyError`."""
     try:
-        with path.open("rb") as file:
+        with local(path).open("rb") as file:
             packed = file.peek(2).startswith(_GZIP)
             yield gzip.GzipFile(fileobj=file) if packed else file  # type: ignore[misc]
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -22,6 +22,7 @@ from sos_dask.columns import Values
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.reader import DAMAGED, Batches, Contents, Native, Source, decoded, regrouped
 from sos_dask.ingest.text import stated_by_astropy
+from sos_dask.storage.objects import as_path
 from sos_dask.surveys.definition import Survey
 
 _TEXT_BYTES = 1 << 29  # of one column at once
@@ -310,7 +311,7 @@ def _parsed(path: Path, data_path: Path, number: int, source: Source | None) -> 
 
 def read_votable(source: Source, start: int, stop: int, batch_rows: int) -> Batches:
     """Native columns of one table of a VOTable, as `read_native` gives them."""
-    table = _parsed(Path(source.path), Path(source.data_path), source.number, source)
+    table = _parsed(as_path(source.path), Path(source.data_path), source.number, source)
     names = table.array.dtype.names
     places = sorted({native.offset for native in source.natives.values()})
     for first in range(0, len(table.array), batch_rows):

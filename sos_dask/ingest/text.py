@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from sos_dask.errors import SurveyError
 from sos_dask.ingest.reader import Batches, Contents, Native, Source, decoded, opened, regrouped
 from sos_dask.schema import is_gaia_id
+from sos_dask.storage.objects import as_path
 from sos_dask.surveys.definition import Survey
 
 _BLOCK_BYTES = 1 << 20  # no row is longer
@@ -230,7 +231,7 @@ def read_text(source: Source, start: int, stop: int, batch_rows: int) -> Batches
     natives = source.natives.values()
     types = {native.name: pa.binary() for native in natives}
     n_rows = 0
-    with opened(Path(source.path)) as file:
+    with opened(as_path(source.path)) as file:
         below = _Rows(source, file)
         options = (
             pa_csv.ReadOptions(
@@ -269,7 +270,7 @@ def _truth(source: Source, name: str, text: pa.Array) -> pa.Array:
 def _rows(source: Source, strict: bool) -> Iterator[int]:
     """Number of the first line of each row; raise `SurveyError` of one that is wrong (slow)."""
     begin, n_fields = source.skip_lines + 1, len(source.header)
-    with opened(Path(source.path)) as file:
+    with opened(as_path(source.path)) as file:
         below = io.BufferedReader(_Rows(source, file), _BLOCK_BYTES)
         lines = _lines(source.path, below, source.skip_lines)
         rows = csv.reader(lines, delimiter=source.delimiter, strict=strict)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from sos_dask.errors import ConfigError
+from sos_dask.errors import ConfigError, SosError
 from sos_dask.evidence.projection import ProjectionSettings
 from sos_dask.run.kinds import ClusterSettings, TlsSettings
 from sos_dask.schema import YEARS
@@ -23,6 +23,7 @@ from sos_dask.stages.reference import ReferenceSettings
 from sos_dask.stages.train import GeneralisationSettings
 from sos_dask.stages.uncertainty import UncertaintySettings
 from sos_dask.stars.group import DedupeSettings
+from sos_dask.storage.objects import ObjectPath, as_path, on_disk
 
 JOB_FORMAT = 1
 _SEED = "Give seed at the top of the job."
@@ -242,8 +243,10 @@ class Job(Settings):
             return found
 
         try:
-            path = Path(re.sub(r"\$\{(\w+)\}", value, text)).expanduser()
-            return (self.path.parent / path).resolve()
+            path = as_path(re.sub(r"\$\{(\w+)\}", value, text)).expanduser()
+            return path if isinstance(path, ObjectPath) else (self.path.parent / path).resolve()
+        except SosError as error:
+            raise ConfigError(f"{self.path}: {error.message}", error.hint) from None
         except (RuntimeError, ValueError) as error:  # no home folder; a loop of links
             raise ConfigError(f"{self.path}: path '{text}': {error}") from None
 
@@ -254,7 +257,7 @@ def load_job(path: str | Path) -> Job:
     Raises `ConfigError`: not there, not TOML, an unknown key (with the nearest known ones), a value
     out of range.
     """
-    path = Path(path)
+    path = on_disk(as_path(path), "job file")
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe may never end
             raise ConfigError(f"job file {path} is not a regular file")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sos_dask.errors import SosError
 from sos_dask.evidence.figures import Metric
 from sos_dask.rebuild.job import Job
 from sos_dask.rebuild.plan import Plan, Planned
@@ -16,6 +17,7 @@ from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.stages.compare import Compare
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.objects import followed
 from sos_dask.storage.store import (
     StageResult,
     check_product,
@@ -115,7 +117,7 @@ def rebuild(
     return Build(
         path.name,
         path,
-        {name: str(path / name) for name in products},
+        {name: str(followed(path / name)) for name in products},
         tuple(results),
         choices,
     )
@@ -125,7 +127,11 @@ def rebuild(
 def _measured(store: Path, planned: Planned, cluster: Cluster) -> Iterator[None]:
     """Remember what a stage took."""
     wall, before = time.monotonic(), cluster.cpu_seconds()
-    yield
+    try:
+        yield
+    except SosError as error:  # which of several surveys or corrections it is
+        error.message = f"{planned.product}: {error.message}"
+        raise
     after = cluster.cpu_seconds()
     cpu = sum(max(now - before.get(name, 0.0), 0.0) for name, now in after.items())
     put_cost(store, planned.recipe.fingerprint, wall_s=time.monotonic() - wall, cpu_s=cpu)

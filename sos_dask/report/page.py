@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sos_dask.evidence.coverage import follow_up as most_outside
+from sos_dask.evidence.coverage_maps import follow_up as most_outside
 from sos_dask.evidence.failing import RULE
 from sos_dask.evidence.figures import NONE, SUBSETS, TEST, TRAIN
 from sos_dask.problem import Problem
@@ -35,6 +35,7 @@ from sos_dask.stats.numbers import ALL
 from sos_dask.storage.artifact import partition_errors
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.objects import local
 from sos_dask.storage.store import home
 from sos_dask.surveys.definition import Cut
 
@@ -118,7 +119,7 @@ class Build:
         if not self.one(kind) or not path.is_file():
             return None
         with partition_errors(path):
-            return pq.read_table(path)
+            return pq.read_table(local(path))
 
     @property
     def contrasts(self) -> list[tuple[str, str]]:

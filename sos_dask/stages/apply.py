@@ -25,12 +25,18 @@ from sos_dask.settings import Settings
 from sos_dask.sky.healpix import HealpixPixel
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, loaded, partition_record
 from sos_dask.storage.artifact import Output
-from sos_dask.storage.manifest import Recipe, Rows, sha256_of_file
+from sos_dask.storage.manifest import Recipe, Rows, files_below, local_copy, sha256_of_file
+from sos_dask.storage.objects import at_once
 
 _SCORES = ("obs_id", "coverage", correct.FLAGS, KIND_FIELD.name)
 # What is calculated of rows takes several times the memory of what is kept.
 _ROWS_AT_ONCE = 1 << 17
-_unchecked = partial(corrections.load, check=False)  # the driver has checked it
+
+
+def _unchecked(directory: Path) -> corrections.Correction:
+    return corrections.load(local_copy(directory), check=False)  # the driver has checked it
+
+
 _LOAD: dict[str, Callable[[Path], Any]] = {
     "model": _unchecked,
     "smooth": _unchecked,
@@ -126,7 +132,7 @@ class Apply(Stage[ApplySettings]):
 
     def check(self) -> None:
         """Refuse models, errors and a coverage that do not fit to each other."""
-        correction = corrections.load(self.path("model"))
+        correction = corrections.load(self.files("model"))
         catalog = self.catalog("observations")
         for name in (*correction.problem.names, *correction.problem.columns):
             if name not in catalog.schema.names:
@@ -147,7 +153,7 @@ class Apply(Stage[ApplySettings]):
                 "A fallback needs a coverage; 'polynomial' alone needs a smooth model, too.",
             )
         if "errors" in self.inputs:
-            sha256 = sha256_of_file(self.path("model") / corrections.MODEL_FILE)
+            sha256 = sha256_of_file(self.files("model") / corrections.MODEL_FILE)
             load_errors(self.path("errors"), correction.problem).require(sha256)
 
     def _check_coverage(self) -> None:
@@ -170,7 +176,8 @@ class Apply(Stage[ApplySettings]):
             )
         if "smooth" in self.inputs:
             path = self.path("smooth")
-            smooth, problem = corrections.load(path), corrections.load(self.path("model")).problem
+            smooth = corrections.load(self.files("smooth"))
+            problem = corrections.load(self.files("model")).problem
             if (smooth.method, smooth.problem) != ("polynomial", problem):
                 raise ModelError(
                     f"{path} is a model of method '{smooth.method}' for {smooth.problem.words}: "
@@ -180,7 +187,7 @@ class Apply(Stage[ApplySettings]):
     def held_bytes(self) -> int:
         """Bytes of the models in memory."""
         used = [self.path(n) for n in ("model", "errors", "smooth") if n in self.inputs]
-        return sum(file.stat().st_size for path in used for file in path.iterdir())
+        return sum(file.stat().st_size for path in used for file in files_below(path))
 
     def make(self, run: Run) -> Made | None:
         """Correct the chosen partitions; commit where none is missing."""
@@ -189,11 +196,11 @@ class Apply(Stage[ApplySettings]):
         chosen = parse_partitions(self.settings.partitions, catalog.pixels)
         mine = {key: pixels[key] for i, key in enumerate(pixels) if i in set(chosen)}
         run.parts("corrected", mine, self.correct_pixel)
-        done = [run.output.get_record("corrected", key) for key in pixels]
+        done = at_once(run.output.directory, partial(run.output.get_record, "corrected"), pixels)
         found = [record for record in done if record is not None]
         if len(found) < len(pixels):
             return None
-        correction = corrections.load(self.path("model"))
+        correction = corrections.load(self.files("model"))
         errors = load_errors(self.path("errors")) if "errors" in self.inputs else None
         covered = "coverage" in self.inputs
         given = errors, correction.problem, covered, self.settings.suffix

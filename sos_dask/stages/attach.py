@@ -7,9 +7,7 @@ never made up. Margin writes a margin catalog beside a catalog, as a HATS collec
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +33,8 @@ from sos_dask.stages.base import (
 from sos_dask.stars.match import MOTION, MatchSettings, match, reach_arcsec
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import write_collection
-from sos_dask.storage.manifest import Manifest, Recipe, Rows
+from sos_dask.storage.manifest import MANIFEST, Manifest, Recipe, Rows
+from sos_dask.storage.objects import as_path, link
 from sos_dask.surveys.definition import Survey
 
 
@@ -222,8 +221,9 @@ class Margin(Stage[MarginSettings]):
 
     def attempt(self, directory: str | Path, **options: Any) -> Manifest | None:
         """Make the collection in a directory; the output is its folder ``margin``."""
-        self.product = self.product or Path(directory).name
-        return super().attempt(Path(directory) / "margin", **options)
+        directory = as_path(directory)
+        self.product = self.product or directory.name
+        return super().attempt(directory / "margin", **options)
 
     def check(self) -> None:
         """Refuse a foreign catalog whose rows have other columns here than in its files."""
@@ -238,9 +238,7 @@ class Margin(Stage[MarginSettings]):
     def make(self, run: Run) -> Made:
         """Write the collection, and the margin of every partition."""
         catalog, directory = self.catalog("catalog"), run.output.directory.parent
-        with suppress(FileExistsError):
-            target = os.path.relpath(catalog.path.resolve(), directory.resolve())
-            (directory / "catalog").symlink_to(target)
+        link(directory / "catalog", catalog.path, MANIFEST)
         collection = write_collection(directory, catalog.name, "catalog", "margin")
         pixels = by_pixel(catalog.pixels)
         done = run.parts("margin", pixels, self.margin_of_pixel, f"margin of {catalog.name}")

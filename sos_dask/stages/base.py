@@ -29,7 +29,8 @@ from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.stars.match import MOTION, Motion
 from sos_dask.storage.artifact import Output, write_parquet
 from sos_dask.storage.catalog import Catalog, write_catalog_metadata, write_partition
-from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
+from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows, local_copy
+from sos_dask.storage.objects import as_path, at_once
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
@@ -92,7 +93,7 @@ class Stage(Generic[S]):
         for name, given in inputs.items():
             kind = self.role_of(name).kind
             if isinstance(given, str | Path):
-                given = Catalog.open(given) if kind == "catalog" else Path(given)
+                given = Catalog.open(given) if kind == "catalog" else as_path(given)
             self.inputs[name] = given
         for role in self.roles:
             if not role.optional and not self.named(role.name):
@@ -132,6 +133,10 @@ class Stage(Generic[S]):
         """Directory of an input."""
         found = self.inputs[name]
         return found if isinstance(found, Path) else self.catalog(name).path
+
+    def files(self, name: str) -> Path:
+        """Directory on this machine with the files of an input, but for partitions."""
+        return local_copy(self.path(name))
 
     def manifest(self, name: str) -> Manifest:
         """Manifest of an input that another stage made."""
@@ -183,7 +188,7 @@ class Stage(Generic[S]):
         With ``overwrite`` another output in the directory is replaced; without a cluster tasks run
         in this process. None while parts are missing that other processes make.
         """
-        directory = Path(directory)
+        directory = as_path(directory)
         self.product = self.product or directory.name
         if cluster is not None and cluster.client is not None:
             # Workers may be in another folder. A catalog travels by an absolute path as it is.
@@ -269,18 +274,20 @@ class Run:
         removed meanwhile, or the workers run another version.
         """
         step = step or self.output.recipe.stage
+        where = self.output.directory
+        made = at_once(where, partial(self.output.intact, kind), items)
         missing = [
             (self.output, kind, key, item, part)
-            for key, item in items.items()
-            if not self.output.intact(kind, key)
+            for (key, item), is_made in zip(items.items(), made, strict=True)
+            if not is_made
         ]
         if missing:
             self.cluster.run(_do, missing, step, self.report)
         else:
             self.report(step, len(items), len(items))
         found = []
-        for key in items:
-            record = self.output.get_record(kind, key)
+        records = at_once(where, partial(self.output.get_record, kind), items)
+        for key, record in zip(items, records, strict=True):
             if record is None:
                 raise StorageError(
                     f"{self.output.work}: the record '{kind}/{key}' of a finished part is missing",

@@ -139,7 +139,7 @@ class Compare(OnEvidence[CompareSettings]):
         box = at.min(axis=0, initial=np.inf), at.max(axis=0, initial=-np.inf)
         others = [name for name in problem.columns if name not in axes]
         medians = {name: float(np.median(floats32(table, name))) for name in others}
-        correction = corrections.load(self.path(f"model.{method}"))
+        correction = corrections.load(self.files(f"model.{method}"))
 
         def predict(points: NDArray[np.floating]) -> NDArray[np.floating]:
             """Predict at columns of the axes; the other inputs stand at their median."""

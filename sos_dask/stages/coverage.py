@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from sos_dask import correct, corrections
 from sos_dask.columns import FloatArray, floats, floats_or_nan, key_hashes, matrix32
 from sos_dask.errors import ModelError
-from sos_dask.evidence import beyond, widening
+from sos_dask.evidence import beyond, coverage_maps, widening
 from sos_dask.evidence import coverage as kernel
 from sos_dask.evidence.figures import figure_schema
 from sos_dask.evidence.intervals import ErrorModel, load_errors
@@ -42,6 +42,7 @@ from sos_dask.stats.numbers import robust_scale, uniform
 from sos_dask.storage.artifact import Output, partition_errors, write_parquet
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Rows, sha256_of_file
+from sos_dask.storage.objects import local
 
 GRID_STEPS = {"teff": 50.0, "logg": 0.1, "feh": 0.05}
 """How near to a limit of the survey's grid a label is at its edge: K, dex, dex."""
@@ -95,7 +96,7 @@ class Coverage(OfModel[CoverageSettings]):
     """
 
     name = "coverage"
-    version = 15
+    version = 16
     Settings = CoverageSettings
     roles = (
         Role("evidence", "Table of evidence with the model's predictions.", "output"),
@@ -112,7 +113,7 @@ class Coverage(OfModel[CoverageSettings]):
     @cached_property
     def problem(self) -> Problem:
         """Problem of the correction, which is that of the evidence."""
-        return corrections.load(self.path("model")).problem
+        return corrections.load(self.files("model")).problem
 
     @property
     def errors(self) -> ErrorModel | None:
@@ -133,7 +134,7 @@ class Coverage(OfModel[CoverageSettings]):
     def check(self) -> None:
         """Refuse a catalog that lacks a column, and errors of another correction."""
         if (errors := self.errors) is not None:
-            errors.require(sha256_of_file(self.path("model") / corrections.MODEL_FILE))
+            errors.require(sha256_of_file(self.files("model") / corrections.MODEL_FILE))
         self.catalog("observations").require(*self.problem.columns, *_OWN)
 
     def measure(self, run: Run) -> Made:
@@ -148,7 +149,7 @@ class Coverage(OfModel[CoverageSettings]):
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
         pixels = base.by_pixel(catalog.pixels)
         done = run.parts("scores", pixels, self.score)
-        run.write(MAPS, kernel.sum_maps(output.read_piece(f"maps-{key}") for key in pixels))
+        run.write(MAPS, coverage_maps.sum_maps(output.read_piece(f"maps-{key}") for key in pixels))
         name = catalog.name.removesuffix(".observations") + ".coverage"
         n_out = run.write_catalog(name, catalog.pixels, done, _schema(catalog))
         counts = {n: sum(one["rows"][n] for one in done) for n in (*CLASSES, "unknown")}
@@ -175,17 +176,17 @@ class Coverage(OfModel[CoverageSettings]):
         """Read the summary as `OnEvidence.load` does, the shares of the rows, and maps of them.
 
         ``kiel`` (cells of 500 K and 0.5 dex) and ``sky`` (HEALPix base pixels) have ``rows`` and
-        ``outside``; ``follow_up``: see `evidence.coverage.follow_up`.
+        ``outside``; ``follow_up``: see `evidence.coverage_maps.follow_up`.
         """
         summary = super().load(directory)
         with partition_errors(directory / MAPS):
-            maps = pq.read_table(directory / MAPS)
+            maps = pq.read_table(local(directory / MAPS))
         return {
             **summary.pop("shares"),
             **summary,
-            "kiel": kernel.coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
-            "sky": kernel.coarse(maps, "sky", {"pixel": 4**kernel.SKY_ORDER}),
-            "follow_up": kernel.follow_up(maps),
+            "kiel": coverage_maps.coarse(maps, "kiel", {"teff": 500.0, "logg": 0.5}),
+            "sky": coverage_maps.coarse(maps, "sky", {"pixel": 4**coverage_maps.SKY_ORDER}),
+            "follow_up": coverage_maps.follow_up(maps),
         }
 
     def sample(self, output: Output, key: str, item: base.Place) -> dict[str, Any]:
@@ -204,7 +205,7 @@ class Coverage(OfModel[CoverageSettings]):
         """Fit the model, write it and tell what is said of it."""
         problem, errors, settings = self.problem, self.errors, self.settings
         rows, stars = (self.sampled(output, samples, role) for role in _KEYS)
-        overlap = read_overlap(self.path("evidence"), self.path("model"), errors)
+        overlap = read_overlap(self.path("evidence"), self.files("model"), errors)
         target = None
         if errors is not None:
             has_quality = "quality" in rows.schema.names
@@ -258,7 +259,7 @@ class Coverage(OfModel[CoverageSettings]):
         """Keep what each guess leaves of the differences of pairs at ends that no fit has seen."""
         from scipy.spatial import cKDTree
 
-        problem, method = self.problem, corrections.load(self.path("model"))
+        problem, method = self.problem, corrections.load(self.files("model"))
         names = [*problem.columns, *(label.diff for label in problem.labels), "star"]
         table = read_evidence(self.path("evidence"), list(dict.fromkeys(names)))
         x = problem.matrix(table)
@@ -317,7 +318,7 @@ class Coverage(OfModel[CoverageSettings]):
         for label, (low, high) in self.grid.items():
             step, values = GRID_STEPS[label], floats_or_nan(table, label)
             flags[(values <= low + step) | (values >= high - step)] |= correct.FLAG_GRID_EDGE
-        counts = kernel.count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
+        counts = coverage_maps.count_maps(table[HEALPIX_COLUMN].to_numpy(), columns, place)
         output.write_piece(f"maps-{key}", counts)
         scores = [pa.array(score, pa.float32(), mask=~known), pa.array(flags)]
         scores.append(pa.array(kind, mask=~known))

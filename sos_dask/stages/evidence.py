@@ -7,7 +7,6 @@ numbers. It is made once: stages on it (`OnEvidence`) read the columns that they
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -36,6 +35,7 @@ from sos_dask.stats.numbers import find_sparse
 from sos_dask.storage.artifact import Output, partition_errors, write_parquet
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
+from sos_dask.storage.objects import local, remove_tree
 
 EVIDENCE, HELD_OUT = "evidence.parquet", "held_out.parquet"
 _LEFT = (HEALPIX_COLUMN, "fold", "ra", "dec", "position_epoch", *GAIA_IDS.values(),
@@ -137,7 +137,7 @@ class Evidence(Stage[EvidenceSettings]):
         held_out = np.zeros(len(x), dtype=np.bool_)
         predictions: dict[str, pa.Array] = {}
         for method in methods:
-            model = self.path(f"model.{method}")
+            model = self.files(f"model.{method}")
             rows, predicted = held_out_pairs(model, fold, differences.T, kept, problem)
             if method == methods[0]:
                 held_out[rows] = True
@@ -285,7 +285,7 @@ class OnEvidence(Stage[S]):
             return self.measure(run)
         except SosError:  # what is refused leaves nothing; what is killed keeps its evidence
             if first is not None:
-                shutil.rmtree(self.path("evidence"), ignore_errors=True)
+                remove_tree(self.path("evidence"), ignore_errors=True)
             raise
 
     @cached_property
@@ -296,7 +296,7 @@ class OnEvidence(Stage[S]):
     @property
     def names(self) -> list[str]:
         """Columns of the evidence."""
-        return list(pq.read_schema(self.path("evidence") / EVIDENCE).names)
+        return list(pq.read_schema(local(self.path("evidence") / EVIDENCE)).names)
 
     def read(self, columns: Iterable[str], more: Sequence[str] = ()) -> pa.Table:
         """Read columns of the evidence: see `read_evidence`."""
@@ -319,7 +319,7 @@ class OnEvidence(Stage[S]):
         found = dict(Manifest.of_stage(directory, cls.name, cls.version).summary)
         for key, name in cls.tables:
             with partition_errors(directory / name):
-                found[key] = pq.read_table(directory / name).to_pylist()
+                found[key] = pq.read_table(local(directory / name)).to_pylist()
         return found
 
 
@@ -375,7 +375,7 @@ def read_evidence(path: Path, columns: Sequence[str], more: Sequence[str] = ()) 
 
     Raises `CatalogError` where a column is missing, `PartitionError` where it cannot be read.
     """
-    with partition_errors(path / EVIDENCE), pq.ParquetFile(path / EVIDENCE) as file:
+    with partition_errors(path / EVIDENCE), pq.ParquetFile(local(path / EVIDENCE)) as file:
         there = file.schema_arrow.names
         for name in columns:
             if name not in there:

@@ -29,6 +29,7 @@ from sos_dask.sky.healpix import HealpixPixel, plan_partitions
 from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, partition_record
 from sos_dask.storage.artifact import REJECTED, Output, atomic_path
 from sos_dask.storage.manifest import Manifest, Recipe, Rows, sha256_of_file
+from sos_dask.storage.objects import as_path, local
 from sos_dask.surveys.definition import Survey
 
 _KEYS_PER_RANGE = 10_000_000
@@ -72,7 +73,7 @@ class Ingest(Stage[SurveySettings]):
 
     def __init__(self, inputs: Mapping[str, Any], settings: SurveySettings, **options: Any) -> None:
         survey = settings.survey.name
-        files = {name: Path(file) for name, file in inputs.items()}
+        files = {name: as_path(file) for name, file in inputs.items()}
         if not files:
             raise ConfigError(f"no file given for survey {survey}")
         for file in files.values():
@@ -146,12 +147,12 @@ class Ingest(Stage[SurveySettings]):
         output, cut = run.output, self.settings.chunk_rows
         cells = self._arrays(output, "cells")
         histogram = np.zeros(12 * 4**keys.HISTOGRAM_ORDER, dtype=np.int64)
-        for at, n_rows in map(np.load, cells):
+        for at, n_rows in map(_load, cells):
             histogram[at] += n_rows
         pixels = plan_partitions(histogram, keys.HISTOGRAM_ORDER, self.settings.rows_per_partition)
         n_bytes = sum(output.piece(one).stat().st_size for one in self.pieces)
         self.require_pixel(run.cluster, pixels, histogram, n_bytes)
-        _save(output.work / f"edges-{cut}.npy", keys.partition_edges(pixels, map(np.load, cells)))
+        _save(output.work / f"edges-{cut}.npy", keys.partition_edges(pixels, map(_load, cells)))
         n_ranges = int(histogram.sum()) // _KEYS_PER_RANGE + 1
         hashes = keys.key_ranges(self._arrays(output, "keys"), n_ranges)
         ranges = {f"{cut}-{number}": of for number, of in enumerate(hashes)}
@@ -216,7 +217,7 @@ class Ingest(Stage[SurveySettings]):
     ) -> dict[str, Any]:
         """Second pass: one partition from its slices of the pieces."""
         number, pixel = numbered
-        edges = np.load(output.work / f"edges-{self.settings.chunk_rows}.npy", mmap_mode="r")
+        edges = np.load(local(output.work / f"edges-{self.settings.chunk_rows}.npy"), mmap_mode="r")
         bounds = zip(self.pieces, *edges[number : number + 2], strict=True)
         slices = [
             _copied(output.read_piece(one).slice(first, stop - first))
@@ -255,6 +256,11 @@ def _check_rows(sources: Sequence[Source], n_rows: int) -> None:
 def _save(path: Path, values: NDArray[Any]) -> None:
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, values)
+
+
+def _load(path: Path) -> NDArray[Any]:
+    found: NDArray[Any] = np.load(local(path))
+    return found
 
 
 def _reject(output: Output, key: str, rows: pa.Table) -> None:

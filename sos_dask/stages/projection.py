@@ -26,6 +26,7 @@ from sos_dask.stages.base import Made, Place, Role, Run, Stage, loaded, partitio
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, partition_errors
 from sos_dask.storage.manifest import Rows
+from sos_dask.storage.objects import local
 
 SAMPLE, MAPS, MODEL = "sample.parquet", "maps.parquet", "projection.json"
 TARGET, OVERLAP = "target", "overlap"
@@ -197,7 +198,7 @@ def load_projection(directory: Path) -> Projection:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} cannot be read: {error!r}") from None
     with partition_errors(directory / SAMPLE):
-        table = pq.read_table(directory / SAMPLE, columns=[*names, *_PLANE])
+        table = pq.read_table(local(directory / SAMPLE), columns=[*names, *_PLANE])
     sample, plane = (
         np.stack([table[name].to_numpy() for name in some], axis=1) for some in (names, _PLANE)
     )

@@ -23,7 +23,7 @@ from sos_dask.columns import IntArray, floats32, floats_or_nan
 from sos_dask.correct import FLAG_OUTSIDE, FLAGS
 from sos_dask.corrections.symbolic import FILE as FORMULA_FILE
 from sos_dask.errors import CatalogError, ConfigError
-from sos_dask.evidence.coverage import SKY_ORDER, STEPS
+from sos_dask.evidence.coverage_maps import SKY_ORDER, STEPS
 from sos_dask.problem import SNR
 from sos_dask.report import figures as panels
 from sos_dask.report import maps, page
@@ -38,7 +38,7 @@ from sos_dask.stages.projection import load_projection
 from sos_dask.stages.sample import read_sample
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import FileRecord, Recipe, Rows
+from sos_dask.storage.manifest import FileRecord, Recipe, Rows, local_copy
 from sos_dask.storage.store import file_names, read_build, require_store
 
 PAGE = "report.html"
@@ -285,7 +285,7 @@ def _correction(build: Build, counts: CountsOf) -> Drawn | None:
         at[name] = float(np.median(known)) if len(known) else 0.0
     columns = {name: np.full(len(teff), value) for name, value in at.items()}
     inputs = build.problem.matrix({"teff": teff, "logg": logg, **columns})
-    values = models.load(build.models[build.method]).predict(inputs).astype(np.float64)
+    values = models.load(local_copy(build.models[build.method])).predict(inputs).astype(np.float64)
     # Geometric means of the errors of corrected rows.
     means = np.full((maps.N_CELLS, len(build.labels)), np.nan)
     if _has_rows(build, build.one(page.CORRECTED)):
@@ -315,8 +315,9 @@ def _formulas(build: Build) -> dict[str, Any] | None:
     """Content of the symbolic model's file, checked by loading the model; None without one."""
     if "symbolic" not in build.models:
         return None
-    models.load(build.models["symbolic"])
-    return dict(json.loads((build.models["symbolic"] / FORMULA_FILE).read_text()))
+    model = local_copy(build.models["symbolic"])
+    models.load(model)
+    return dict(json.loads((model / FORMULA_FILE).read_text()))
 
 
 def _plane(build: Build) -> maps.Plane:

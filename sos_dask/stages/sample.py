@@ -17,6 +17,7 @@ from sos_dask.stages.base import Made, Role, Run, Stage, by_pixel, key_column
 from sos_dask.stats.numbers import uniform
 from sos_dask.storage.artifact import Output, partition_errors
 from sos_dask.storage.manifest import Rows
+from sos_dask.storage.objects import local
 
 _FILE = "sample.parquet"
 
@@ -72,7 +73,7 @@ class Sample(Stage[SampleSettings]):
 def read_sample(directory: Any, good: bool = False) -> pa.Table:
     """Read the table of an output of `Sample`; with ``good`` the rows that pass all cuts."""
     with partition_errors(directory / _FILE):
-        table = pq.read_table(directory / _FILE)
+        table = pq.read_table(local(directory / _FILE))
     if good and "quality" in table.schema.names:
         table = table.filter(pa.array(np.asarray(table["quality"].to_numpy() == 0)))
     return table

@@ -43,7 +43,7 @@ from sos_dask.stars.repeats import normalisation, pull_correlation
 from sos_dask.stats.numbers import DENSE, SPARSE, scatter
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
-from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows
+from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows, local_copy
 
 SEARCH_FILE, TABLE = "search.json", "generalisation.parquet"
 _LEAST_KNOWN = 0.02  # share of the pairs
@@ -218,7 +218,7 @@ class Train(Stage[TrainSettings]):
     """
 
     name = "train"
-    version = 14
+    version = 15
     Settings = TrainSettings
     roles = (
         Role("pairs", "Pairs, as crossmatch makes them."),
@@ -312,10 +312,11 @@ class Train(Stage[TrainSettings]):
             if number < len(plan) - 1:
                 predict = partial(_predict_fold, measured, correction, folds[number])
                 predicted += place.run(predict, [batches], step)
-        run.files.extend(*place.run(partial(_save, run.output), [correction], step))
+        [saved] = place.run(partial(_save, run.output), [correction], step)
+        run.files.extend(saved)
         if validation == "holdout":
             # As it corrects: what is saved of boosted trees is also their table, many times faster.
-            predict = partial(_predict_fold, measured, run.output.directory, folds[0])
+            predict = partial(_predict_fold, measured, (run.output, saved), folds[0])
             each = [[index] for index in batches]
             predicted = place.run(predict, each if is_elsewhere else [batches], step)
         run.report(step, len(plan), len(plan))
@@ -375,12 +376,16 @@ def _save(output: Output, correction: corrections.Correction) -> list[FileRecord
 
 def _predict_fold(
     source: PairsSource,
-    model: corrections.Correction | Path,
+    model: corrections.Correction | tuple[Output, list[FileRecord]],
     fold: int,
     batches: Iterable[int],
 ) -> pa.Table:
     """Inputs, differences and predictions of the pairs of one fold, in the order of the sky."""
-    correction = corrections.load(model, check=False) if isinstance(model, Path) else model
+    if isinstance(model, tuple):
+        saved = local_copy(model[0].directory, model[0].recipe, model[1])
+        correction = corrections.load(saved, check=False)
+    else:
+        correction = model
     inputs, labels = source.problem.inputs, source.problem.labels
     names = [f"x_{item.column}" for item in inputs]
     names += [*(label.diff for label in labels), *(label.delta for label in labels)]

@@ -89,7 +89,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
 
     def check(self) -> None:
         """Refuse a correction of other labels or inputs than the evidence."""
-        theirs = corrections.load(self.path("model")).problem
+        theirs = corrections.load(self.files("model")).problem
         if self.first is None and theirs != self.problem:
             raise ModelError(
                 f"the evidence is of {self.problem.words}, the correction is of {theirs.words}",
@@ -114,7 +114,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
             run.output.read_piece("cells")["sparse"].to_numpy(),
             about["least_log_snr"],
             problem=self.problem,
-            correction=sha256_of_file(self.path("model") / corrections.MODEL_FILE),
+            correction=sha256_of_file(self.files("model") / corrections.MODEL_FILE),
         )
         for name, content in model.files().items():
             run.write_bytes(name, content)
@@ -171,7 +171,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         problem, held = self.problem, table["held_out"].to_numpy()
         x = problem.star_matrix(table)
         placed, sparse = np.isfinite(x).all(axis=1), np.zeros(len(x), dtype=np.bool_)
-        info = corrections.load(self.path("model")).info
+        info = corrections.load(self.files("model")).info
         box = [
             [corner[place] for place in problem.star_places]
             for corner in (info.minimum, info.maximum)
@@ -252,7 +252,7 @@ class Uncertainty(OfModel[UncertaintySettings]):
         """Errors of the corrected target and two references on their common stars, by label."""
         table, single = self._pairs()
         table = table.filter(pa.array(single))
-        correction = corrections.load(self.path("model"))
+        correction = corrections.load(self.files("model"))
         found = []
         for first, second, one, other in self.common_stars():
             wanted = pa.array(key_numbers(one["united"], 0))

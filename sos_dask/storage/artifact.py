@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
-import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,9 +41,12 @@ from sos_dask.storage.manifest import (
     sealed_json,
     sha256_of,
     sha256_of_file,
+    stored_at,
     sum_of_file,
 )
+from sos_dask.storage.objects import ObjectPath, as_path, local, remove_tree, temporary_file
 
+logger = logging.getLogger(__name__)
 Stamp: TypeAlias = tuple[Path, int, int]
 """A file with its time and size."""
 REJECTED = "rejected.parquet"
@@ -76,26 +79,48 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Nothing appears under the final name where the disk is full or the folder cannot be written.
     """
+    with _new_file(path) as temporary:
+        yield temporary
+        _put_in_place(temporary, path)
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """Give a hidden temporary, of an object in the scratch folder of this machine."""
+    if isinstance(path, ObjectPath):
+        with temporary_file(path.name) as hidden, storage_errors(hidden):
+            yield hidden
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _written.__dict__[str(path.absolute())] = None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-# Paths that a thread has put in place: those of a part become known to its record.
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if isinstance(path, ObjectPath):
+        _written.__dict__[str(path)] = path.put(temporary)
+        return
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _written.__dict__[str(path.absolute())] = None
+
+
+# Paths that a thread has put in place: those of a part become known to its record. Of objects also
+# what `sum_of_file` gives.
 _written = threading.local()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
+    if isinstance(path, ObjectPath):
+        path.put(text.encode())
+        return
     with atomic_path(path) as temporary:
         temporary.write_text(text, "utf-8")
 
@@ -162,7 +187,7 @@ def open_parquet(
     # Without a buffer for all columns together: measured, it costs a quarter of the time.
     with (
         partition_errors(path),
-        pa.OSFile(str(path)) as source,
+        pa.OSFile(str(local(path))) as source,
         pq.ParquetFile(
             source,
             metadata=footer or footer_of(stamp_of(path)),
@@ -293,16 +318,16 @@ class Output:
         if not names.isdisjoint(self.recipe.inputs.values()):
             what = f"{where} is to be replaced, but the new output is made from it"
             raise ConfigError(what, elsewhere)
-        shutil.rmtree(where)
+        remove_tree(where, first=MANIFEST)
 
     def release(self) -> None:
         """Let go of a directory in which nothing was made, so that any recipe can claim it."""
         if list(files_below(self.directory)) == [self.work / "fingerprint"]:
-            shutil.rmtree(self.directory)
+            remove_tree(self.directory)
 
     def discard(self) -> None:
         """Remove all that was made of an output that will never be complete."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove_tree(self.directory, ignore_errors=True)
 
     @property
     def work(self) -> Path:
@@ -330,12 +355,14 @@ class Output:
 
     def write_file(self, name: str, write: Callable[[Path], int]) -> FileRecord:
         """Write one file atomically; ``write`` gets a temporary path and returns the rows."""
-        with atomic_path(self.directory / name) as temporary:
+        with _new_file(self.directory / name) as temporary:
             rows = write(temporary)
             size, digest, footer = temporary.stat().st_size, sha256_of_file(temporary), ""
             if name.endswith(".parquet"):
                 footer = hashlib.sha256(footer_bytes(temporary)).hexdigest()
-            return FileRecord(name, rows, size, digest, footer)
+            record = FileRecord(name, rows, size, digest, footer)
+            _put_in_place(temporary, stored_at(self.directory, self.recipe, record))
+            return record
 
     def write_bytes(self, name: str, content: bytes) -> FileRecord:
         """Write one file of no rows atomically."""
@@ -361,7 +388,7 @@ class Output:
 
     def read_piece(self, name: str) -> pa.Table:
         """Read an intermediate table, memory-mapped."""
-        return pa.ipc.open_file(pa.memory_map(str(self.piece(name)))).read_all()
+        return pa.ipc.open_file(pa.memory_map(str(local(self.piece(name))))).read_all()
 
     def put_record(self, kind: str, key: str, value: Mapping[str, Any]) -> None:
         """Record that a part is finished: from now on it is skipped by a rerun.
@@ -370,9 +397,9 @@ class Output:
         sums, so that a rerun makes damaged parts again.
         """
         root = str(self.directory.absolute()) + os.sep
-        paths = list(_written.__dict__)
+        written = [one for one in _written.__dict__.items() if one[0].startswith(root)]
         if not (self.directory / MANIFEST).is_file():  # else another process has completed it
-            sums = {p.removeprefix(root): sum_of_file(Path(p)) for p in paths if p.startswith(root)}
+            sums = {p.removeprefix(root): known or sum_of_file(as_path(p)) for p, known in written}
             document = {"part": f"{kind}/{key}", "value": value, "pieces": sums}
             write_text(self.work / kind / f"{key}.json", sealed_json(document))
         _written.__dict__.clear()
@@ -411,14 +438,36 @@ class Output:
                 what = f"{path} was changed while {self.directory} was made from it"
                 raise CatalogError(what, "Run the same command again.")
         manifest = Manifest(self.recipe, rows, files, summary or {})
-        write_text(self.directory / MANIFEST, sealed_json(manifest.document))
+        text = sealed_json(manifest.document)
+        if not isinstance(self.directory, ObjectPath):
+            write_text(self.directory / MANIFEST, text)
+        elif not (self.directory / MANIFEST).put(text.encode(), "create"):
+            manifest = self._first_manifest(manifest)
         self.tidy()
         return manifest
+
+    def _first_manifest(self, mine: Manifest) -> Manifest:
+        """Manifest of the process that was first; only outputs that vary may be others."""
+        first = Manifest.load(self.directory)
+        if first.document != mine.document:
+            what = f"{self.directory} was completed by another run with other content"
+            names = {stored_at(self.directory, self.recipe, file) for file in mine.files}
+            if names & {stored_at(self.directory, self.recipe, file) for file in first.files}:
+                hint = "Compare versions and machines of the two, remove it and run again."
+                raise CatalogError(what, hint)
+            logger.warning("%s: that one is used", what)
+        return first
 
     def tidy(self) -> None:
         """Remove what a complete output no longer needs: also what a slower process left behind."""
         if self.complete:
-            shutil.rmtree(self.work, ignore_errors=True)
+            remove_tree(self.work, ignore_errors=True)
+            if isinstance(self.directory, ObjectPath):
+                made = Manifest.load(self.directory)
+                names = {stored_at(self.directory, made.recipe, file) for file in made.files}
+                for path in self.directory.rglob("*"):  # what others put under their SHA-256
+                    if path not in names and path.name != MANIFEST:
+                        path.unlink()
             for leftover in self.directory.rglob(".*.tmp"):  # of killed processes
                 leftover.unlink(missing_ok=True)
 

@@ -41,6 +41,7 @@ from sos_dask.storage.artifact import (
 )
 from sos_dask.storage.hats import COLLECTION, COMMON_METADATA, PARTITION_INFO, PROPERTIES
 from sos_dask.storage.manifest import MANIFEST, FileRecord, Manifest, Recipe, sha256_of_file
+from sos_dask.storage.objects import as_path, at_once
 
 _KEYS_AT_ONCE = 20_000_000
 
@@ -169,7 +170,7 @@ class Catalog:
     @classmethod
     def read_only(cls, path: str | Path, *, key: str = "", key_name: str = "star_id") -> Catalog:
         """Open a catalog without the checks of `open`: tasks do, whose driver has made them."""
-        path = Path(path)
+        path = as_path(path)
         collection, file = path / COLLECTION, hats.properties_file(path)
         if collection.is_file() and not file.is_file():
             return cls.read_only(path / hats.primary_of(collection), key=key, key_name=key_name)
@@ -228,9 +229,13 @@ class Catalog:
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         # A task carries only the path; each worker opens the catalog once.
-        file = hats.properties_file(self.path) if self.manifest is None else self.path / MANIFEST
         more = (self.key, self.key_name, bool(self.stored) and self.as_written)
-        return _reopen, (str(self.path.absolute()), file.stat().st_mtime_ns, *more)
+        return _reopen, (str(self.path.absolute()), self._changed, *more)
+
+    @cached_property
+    def _changed(self) -> int:
+        file = hats.properties_file(self.path) if self.manifest is None else self.path / MANIFEST
+        return int(file.stat().st_mtime_ns)
 
     @property
     def as_written(self) -> bool:
@@ -476,9 +481,13 @@ class Catalog:
         catalog lacks, or that are all null, are left out.
         """
         ends: dict[str, list[float]] = {name: [] for name in self.columns(columns)}
-        for pixel in self.pixels if ends else ():
-            for name, values in ends.items():
-                values += self._ends(pixel, name)
+
+        def of_pixel(pixel: HealpixPixel) -> list[list[float]]:
+            return [self._ends(pixel, name) for name in ends]
+
+        for found in at_once(self.path, of_pixel, self.pixels if ends else ()):
+            for values, more in zip(ends.values(), found, strict=True):
+                values += more
         return {name: (min(values), max(values)) for name, values in ends.items() if values}
 
     def _ends(self, pixel: HealpixPixel, name: str) -> list[float]:

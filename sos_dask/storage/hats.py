@@ -33,6 +33,7 @@ from sos_dask.sky.healpix import (
 )
 from sos_dask.storage.artifact import Stamp, open_parquet, partition_errors
 from sos_dask.storage.manifest import MANIFEST, WORK, files_below
+from sos_dask.storage.objects import local
 
 BUILDER = "sos-dask"
 PROPERTIES = "hats.properties"
@@ -120,7 +121,7 @@ def first_schema(path: Path, *files: Path) -> pa.Schema:
     for file in files:
         if file.is_file():
             with partition_errors(file):
-                return pq.read_schema(file).remove_metadata()
+                return pq.read_schema(local(file)).remove_metadata()
     raise CatalogError(f"{path} has no partitions and no schema", NOT_A_CATALOG)
 
 

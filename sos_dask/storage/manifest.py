@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ import numpy as np
 from sos_dask.errors import CatalogError
 from sos_dask.run.machine import n_cores
 from sos_dask.settings import sealed
+from sos_dask.storage.objects import ObjectPath, as_path, at_once, copy_to, local, scratch
 
 MANIFEST = "manifest.json"
 WORK = ".work"
@@ -27,6 +29,8 @@ _ROWS = ("in", "out", "rejected", "dropped", "added")
 _MOST_ROWS = 1 << 62
 _BLOCK = 1 << 18
 _TAIL = 8  # of a Parquet file: length of the footer, magic
+_FOOTER = 1 << 16  # bytes of an object that are asked for at once: most footers are smaller
+_VARYING = "train-"  # begins the names of stages whose output may differ from run to run
 
 Check = Literal["sha256", "size"]
 
@@ -54,12 +58,19 @@ def sha256_of(value: Any) -> str:
 
 def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
-    with path.open("rb", buffering=0) as file:
+    with local(path).open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def footer_bytes(path: Path) -> bytes:
     """Read the footer of a Parquet file, with its length and magic; `OSError` where it has none."""
+    if isinstance(path, ObjectPath):
+        content = path.tail(_FOOTER)
+        length = int.from_bytes(content[-_TAIL:-4], "little") + _TAIL
+        content = content if length <= len(content) else path.tail(length)
+        if length > len(content):
+            raise OSError("its footer is cut off or damaged")
+        return content[-length:]
     with path.open("rb", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - _TAIL, 0))
@@ -73,10 +84,12 @@ def footer_bytes(path: Path) -> bytes:
 def sum_of_file(path: Path) -> list[int]:
     """Count the bytes of a file and sum its 64-bit words, in a tenth of the time of a SHA-256.
 
-    Empty where there is no file.
+    Empty where there is no file. Of an object its size and a number of its ETag.
     """
     if not path.is_file():
         return []
+    if isinstance(path, ObjectPath):
+        return list(path.stat()[:2])
     total = size = 0
     content = bytearray(_BLOCK)
     words = np.frombuffer(content, np.uint64)
@@ -170,14 +183,13 @@ class FileRecord:
         """Whether it is a partition of a catalog: all other files are small."""
         return "/Npix=" in self.path
 
-    def problem(self, directory: Path, by: Check = "sha256") -> str:
-        """Compare the file in a directory with the record; empty where they agree."""
-        path = os.path.join(directory, self.path)  # noqa: PTH118  # tens of thousands of files
+    def problem(self, file: str | ObjectPath, by: Check = "sha256") -> str:
+        """Compare the file with the record; empty where they agree."""
         try:
-            size = os.stat(path).st_size  # noqa: PTH116
+            size = (file.stat() if isinstance(file, ObjectPath) else os.stat(file)).st_size  # noqa: PTH116
             if size != self.bytes:
                 return f"{self.path} has {size} bytes, the manifest says {self.bytes}"
-            if by == "sha256" and sha256_of_file(Path(path)) != self.sha256:
+            if by == "sha256" and sha256_of_file(as_path(file)) != self.sha256:
                 return f"{self.path} was changed: its SHA-256 is not the manifest's"
         except (FileNotFoundError, NotADirectoryError):
             return f"{self.path} is missing"
@@ -234,6 +246,16 @@ class Manifest:
     def fingerprint(self) -> str:
         """Fingerprint of the recipe."""
         return self.recipe.fingerprint
+
+    def files_in(self, directory: Path) -> list[tuple[FileRecord, str | ObjectPath]]:
+        """Files of a directory with their records; objects as they are listed."""
+        if not isinstance(directory, ObjectPath):  # tens of thousands of files
+            return [(one, os.path.join(directory, one.path)) for one in self.files]  # noqa: PTH118
+        there = {str(one): one for one in directory.rglob("*")}
+        paths = [stored_at(directory, self.recipe, one) for one in self.files]
+        return [
+            (one, there.get(str(path), path)) for one, path in zip(self.files, paths, strict=True)
+        ]
 
     @property
     def document(self) -> dict[str, Any]:
@@ -294,12 +316,14 @@ class Manifest:
         """
         manifest = cls.load(directory)
 
-        def compare(record: FileRecord) -> str:
-            return record.problem(directory, by or ("size" if record.is_partition else "sha256"))
+        def compare(found: tuple[FileRecord, Any]) -> str:
+            record, file = found
+            return record.problem(file, by or ("size" if record.is_partition else "sha256"))
 
         hint = f"Restore the file, or remove {directory} and make it again."
         with ThreadPoolExecutor(n_cores()) as pool:  # hashing holds no lock of the interpreter
-            for problem in (pool.map if by else map)(compare, manifest.files):
+            each = pool.map if by else partial(at_once, directory)
+            for problem in each(compare, manifest.files_in(directory)):
                 if problem:
                     raise CatalogError(f"{directory}/{problem}", hint)
         return manifest
@@ -318,6 +342,46 @@ class Manifest:
                 "Run the rebuild again, or the command that made it.",
             )
         return manifest
+
+
+def stored_at(directory: Path, recipe: Recipe, record: FileRecord) -> Any:
+    """Path of a file of an output: of an object that may differ from run to run by its SHA-256.
+
+    So it is never another one than the manifest names, whoever puts it meanwhile.
+    """
+    varies = isinstance(directory, ObjectPath) and recipe.stage.startswith(_VARYING)
+    return directory / (f"{record.path}.{record.sha256}" if varies else record.path)
+
+
+def local_copy(
+    directory: Path, recipe: Recipe | None = None, files: Sequence[FileRecord] = ()
+) -> Path:
+    """Give a directory on this machine with the files of an output, but for partitions.
+
+    Of objects it is a copy, made once and compared with their SHA-256. An output without a manifest
+    yet is given with its recipe and files. Raises `CatalogError` where one is missing or changed.
+    """
+    if not isinstance(directory, ObjectPath):
+        return directory
+    if recipe is None:
+        manifest = Manifest.load(directory)
+        recipe, files = manifest.recipe, [x for x in manifest.files if not x.is_partition]
+    digest = sha256_of([[file.path, file.sha256] for file in files])
+    folder = scratch() / digest[:2] / f"{digest[2:32]}-{directory.name[:16]}"
+    for file in files:
+        target, source = folder / file.path, stored_at(directory, recipe, file)
+        if target.is_file() and target.stat().st_size == file.bytes:
+            os.utime(target)  # it is used
+            continue
+        again = f"Restore it, or remove {directory} and make it again."
+        try:
+            copy_to(source, target)
+        except FileNotFoundError:
+            raise CatalogError(f"{source} is missing", again) from None
+        if sha256_of_file(target) != file.sha256:
+            target.unlink()
+            raise CatalogError(f"{source} was changed: its SHA-256 is not the manifest's", again)
+    return folder
 
 
 def _no_manifest(directory: Path) -> CatalogError:

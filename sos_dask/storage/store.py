@@ -5,6 +5,8 @@ Layout (``<store>``)::
     artifacts/<stage>/<fingerprint>/     one output each, complete when it has a manifest
     builds/<utc>/<product>               links to artifacts, and build.json
     current                              link to the latest build, swapped atomically
+
+Objects have no links: ``build.json`` names the products, ``current`` contains the build's name.
     digests.json  costs.json             memory of hashed survey files, and of what outputs took
 """
 
@@ -14,7 +16,6 @@ import contextlib
 import datetime
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from glob import escape
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 
 from sos_dask import __version__
 from sos_dask.columns import key_hashes
-from sos_dask.errors import CatalogError, ConfigError, PartitionError, SosError
+from sos_dask.errors import CatalogError, ConfigError, PartitionError, SosError, StorageError
 from sos_dask.schema import HEALPIX_COLUMN, KEYS
 from sos_dask.settings import is_product
 from sos_dask.sky.healpix import HealpixPixel, ang2pix
@@ -46,11 +47,14 @@ from sos_dask.storage.manifest import (
     read_sealed,
     sealed_json,
     sha256_of_file,
+    stored_at,
 )
+from sos_dask.storage.objects import ObjectPath, as_path, followed, local, remove_tree
 
 logger = logging.getLogger(__name__)
 BUILD_FILE = "build.json"
 _COSTS = "costs.json"
+_TIMES = 20  # that others may be first to let ``current`` name their build
 DIGESTS_FILE = "digests.json"
 _MARGIN = "margin"
 # Input whose rows a stage takes: the first of these roles that its recipe has.
@@ -127,10 +131,11 @@ def publish(
     now = datetime.datetime.now(datetime.UTC)
     build = store / "builds" / now.strftime("%Y%m%dT%H%M%S.%fZ")
     with storage_errors(build):
-        build.mkdir(parents=True)
-        for product, (_, directory) in products.items():
-            target = os.path.relpath(directory, build)
-            (build / product).symlink_to(target, target_is_directory=True)
+        if not isinstance(build, ObjectPath):
+            build.mkdir(parents=True)
+            for product, (_, directory) in products.items():
+                target = os.path.relpath(directory, build)
+                (build / product).symlink_to(target, target_is_directory=True)
         document = {
             "job": job,
             "job_file": job_text,
@@ -140,6 +145,8 @@ def publish(
             "utc": now.isoformat(timespec="seconds"),
         }
         write_text(build / BUILD_FILE, sealed_json(document, sort_keys=False))
+        if isinstance(current, ObjectPath):
+            return _put_current(current, build, fingerprints)
         swap = store / f".current.{os.getpid()}"
         swap.unlink(missing_ok=True)
         swap.symlink_to(os.path.relpath(build, store), target_is_directory=True)
@@ -147,16 +154,34 @@ def publish(
     return build
 
 
+def _put_current(current: ObjectPath, build: Path, fingerprints: Mapping[str, str]) -> Path:
+    """Let ``current`` name a build, unless an equal one beside this run was first."""
+    for _ in range(_TIMES):
+        mode: Any = "create"
+        with contextlib.suppress(FileNotFoundError):
+            mode = {"e_tag": current.stat().e_tag}
+            if published(current.parent) == fingerprints:
+                first = current.resolve()
+                if first != build:  # else the answer to our own put was lost
+                    remove_tree(build)
+                return first
+        if current.put(f"builds/{build.name}\n".encode(), mode):
+            return build
+    raise StorageError(f"{current} changes all the time", "Let one rebuild run at a time.")
+
+
 def read_build(path: Path) -> dict[str, Any]:
     """Read ``build.json`` of a build; `CatalogError` where it is damaged, or a link is another."""
     try:
-        build = read_sealed(path / BUILD_FILE, "")
+        build = read_sealed(path.resolve() / BUILD_FILE, "")
         products, stages = build["products"], build["stages"]
         if not all(map(is_product, products)) or list(stages) != list(products):
             raise CatalogError("its products have impossible names")
         for product, fingerprint in products.items():
             link = path / product
-            known = link.readlink().name == fingerprint if link.is_symlink() else link.is_dir()
+            known = isinstance(link, ObjectPath) or link.is_dir()
+            if link.is_symlink():
+                known = link.readlink().name == fingerprint
             if not known:
                 raise CatalogError(f"{product} is not the link to artifact {fingerprint[:12]}")
         return build
@@ -200,10 +225,10 @@ def current_product(store: Path, kind: str) -> Path:
 
 def outputs_of(path: Path) -> list[Path]:
     """List the products of a build, or of the current one of a store; else the path itself."""
-    build = path if (path / BUILD_FILE).is_file() else path / "current"
+    build = path if (path / BUILD_FILE).is_file() else followed(path / "current")
     if not (build / BUILD_FILE).is_file():
         return [path]
-    return [build / product for product in read_build(build)["products"]]
+    return [followed(build / product) for product in read_build(build)["products"]]
 
 
 # -- memories beside the artifacts, whose bytes must not depend on times --------------------------
@@ -293,7 +318,7 @@ def status(store: Path) -> StoreStatus:
     return StoreStatus(
         store,
         current.resolve().name if current.exists() else "",
-        tuple(sorted(path.name for path in (store / "builds").glob("*"))),
+        tuple(path.name for path in _builds(store)),
         tuple(products),
         tuple(missing),
         tuple(str(path.relative_to(store)) for path in unfinished),
@@ -315,12 +340,16 @@ def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tupl
     for build in kept:
         read_build(build)  # what a damaged one needs is not known
     used = _used_artifacts(store, kept)
-    doomed = [path for path in sorted((store / "builds").glob("*")) if path not in kept]
+    doomed = [path for path in _builds(store) if path not in kept]
     doomed += [path for path in _artifacts(store) if path not in used]
     removed = [(path, _size(path)) for path in doomed]
     for path in () if dry_run else doomed:
-        shutil.rmtree(path)
+        remove_tree(path, first=MANIFEST)
     return removed
+
+
+def _builds(store: Path) -> list[Path]:
+    return sorted(path for path in (store / "builds").glob("*") if path.is_dir())
 
 
 def _artifacts(store: Path) -> list[Path]:
@@ -329,7 +358,7 @@ def _artifacts(store: Path) -> list[Path]:
 
 def _kept_builds(store: Path, keep: int = 0) -> set[Path]:
     """The latest builds (0: all) and the current one."""
-    kept = set(sorted((store / "builds").glob("*"))[-keep:])
+    kept = set(_builds(store)[-keep:])
     current = (store / "current").resolve()
     if current.exists() and current.parent.name == "builds":
         kept.add(store / "builds" / current.name)
@@ -337,9 +366,16 @@ def _kept_builds(store: Path, keep: int = 0) -> set[Path]:
 
 
 def _used_artifacts(store: Path, builds: set[Path]) -> set[Path]:
-    root = store.resolve()
-    links = (link.resolve() for build in builds for link in build.glob("*") if link.is_symlink())
+    root, links = store.resolve(), [link for build in builds for link in _links(build)]
     return {store / link.relative_to(root) for link in links if link.is_relative_to(root)}
+
+
+def _links(build: Path) -> list[Path]:
+    if not isinstance(build, ObjectPath):
+        return [link.resolve() for link in build.glob("*") if link.is_symlink()]
+    with contextlib.suppress(CatalogError):
+        return [(build / product).resolve() for product in read_build(build)["products"]]
+    return []
 
 
 def _size(path: Path) -> int:
@@ -364,7 +400,7 @@ def verify(path: str | Path) -> list[str]:
         One sentence for each thing that is wrong, naming file, pixel, column or row. `CatalogError`
         where no manifest can be read, or it names a file outside of the output.
     """
-    path = Path(path)
+    path = as_path(path)
     is_catalog = hats.properties_file(path).is_file()
     if (path / COLLECTION).is_file() and not is_catalog:
         return [*_collection_problems(path), *verify(path / hats.primary_of(path / COLLECTION))]
@@ -396,19 +432,20 @@ def _collection_problems(path: Path) -> Iterator[str]:
 def _output_problems(root: Path) -> Iterator[str]:
     """Problems of the files of an output and of its account of rows."""
     manifest, whole = Manifest.load(root), root.resolve()
-    for record in manifest.files:
-        file = root / record.path
-        if not file.resolve().is_relative_to(whole):
+    for record, found in manifest.files_in(root):
+        file = as_path(found)
+        if not isinstance(file, ObjectPath) and not file.resolve().is_relative_to(whole):
             yield f"{record.path} is a link out of the output"
-        elif problem := record.problem(root):
+        elif problem := record.problem(found):
             yield problem
         elif record.path.endswith(".parquet"):
             with partition_errors(file):
-                n_rows = pq.read_metadata(file).num_rows
+                n_rows = pq.read_metadata(local(file)).num_rows
             if n_rows != record.rows:
                 yield f"{record.path} has {n_rows} rows, the manifest says {record.rows}"
     names = {file.relative_to(root).as_posix() for file in files_below(root)}
-    for name in sorted(names - {MANIFEST, *(record.path for record in manifest.files)}):
+    stated = {stored_at(root, manifest.recipe, record) for record in manifest.files}
+    for name in sorted(names - {MANIFEST, *(str(one.relative_to(root)) for one in stated)}):
         if not name.startswith(f"{WORK}/"):
             yield f"{name} is not in the manifest"
     yield from _account_problems(root, manifest)

@@ -351,6 +351,8 @@ def load_survey(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
     elif not (text.endswith(".toml") or "/" in text):
         hint = "'sos-dask surveys' lists them; a path of a TOML file works too."
         raise SurveyError(f"there is no survey '{text}'", nearest(text, builtin_surveys()) or hint)
+    elif "://" in text:
+        raise SurveyError(f"survey definition {text} is a URL", "Give a path on this machine.")
     elif not path.is_file():
         raise SurveyError(
             f"survey definition {path} does not exist",

@@ -143,8 +143,8 @@ def test_median_of_odd_and_even_numbers():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_too_few_pairs(method):
-    with pytest.raises(ModelError, match=r"needs at least \d+ training pairs .* there are 40"):
-        models.fit(method, ArraySource(biased_pairs(40)))
+    with pytest.raises(ModelError, match=r"needs at least \d+ training pairs .* there are 7"):
+        models.fit(method, ArraySource(biased_pairs(7)))
     # Enough pairs, but not in the folds.
     with pytest.raises(ModelError, match=r"of folds 7 .* there are 0"):
         models.fit(method, ArraySource(biased_pairs(1000)), train_folds=[7])

@@ -182,7 +182,7 @@ def test_prediction(fitted):
 
 
 def test_too_few_and_unknown():
-    with pytest.raises(ModelError, match=r"'hybrid' needs at least 70 training pairs .* are 40"):
+    with pytest.raises(ModelError, match=r"'hybrid' needs at least 50 training pairs .* are 40"):
         models.fit("hybrid", ArraySource(biased_pairs(40)))
     batch = biased_pairs(1000)
     batch.differences[:, 2] = np.nan

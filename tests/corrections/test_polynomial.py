@@ -70,15 +70,22 @@ def test_outliers_do_not_move_the_fit(outliers):
     assert (mean > 10 * outliers).all()
 
 
-def test_few_pairs_are_steadied_by_the_ridge():
-    def worst(ridge: float) -> float:
-        errors = [
-            error(fit(ArraySource(biased_pairs(150, seed)), params={"ridge": ridge})).max()
-            for seed in range(5)
-        ]
-        return float(np.mean(errors))
+def worst_of_few(n: int, ridge: float = 1.0) -> float:
+    """Error of the worst label with n pairs, mean of five draws."""
+    few = [ArraySource(biased_pairs(n, seed)) for seed in range(5)]
+    return float(np.mean([error(fit(one, params={"ridge": ridge})).max() for one in few]))
 
-    assert worst(1.0) < 0.6 * worst(0.0)
+
+def test_few_pairs_are_steadied_by_the_ridge_and_by_a_lower_order(monkeypatch):
+    lower = worst_of_few(100)
+    monkeypatch.setattr(polynomial, "_PAIRS_A_TERM", 2)
+    assert worst_of_few(150) < 0.6 * worst_of_few(150, ridge=0.0)
+    assert lower < 0.85 * worst_of_few(100)
+
+
+def test_the_order_follows_the_number_of_pairs():
+    orders = [fit(ArraySource(biased_pairs(n))).exponents.sum(axis=1).max() for n in (175, 174, 30)]
+    assert orders == [4, 3, 1]
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1.0])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import Normalize
 
-from sos_dask.evidence.coverage import SKY_ORDER, STEPS
+from sos_dask.evidence.coverage_maps import SKY_ORDER, STEPS
 from sos_dask.evidence.widening import CLASSES
 from sos_dask.report import maps, page
 from sos_dask.report import maps as kinds

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sos_dask.evidence.coverage import STEPS
+from sos_dask.evidence.coverage_maps import STEPS
 from sos_dask.evidence.widening import CLASSES
 from sos_dask.report import page
 from sos_dask.report.figures import comparison_figure

@@ -274,12 +274,6 @@ class CoverageModel:
         found[rows] = np.fmax(np.where(is_few, least, found[rows]), of_guess)
         return found
 
-    def nearest(self, features: Float32Array) -> Float32Array:
-        """Features (n, n_inputs) of the nearest overlap star."""
-        center, scale = self.center[: self.n_inputs], self.scale[: self.n_inputs]
-        near = self.star_near((features - center) / scale)
-        return np.asarray(near * scale + center, dtype=np.float32)
-
     def star_near(self, x: FloatArray, other: bool = False) -> FloatArray:
         """Find the overlap stars nearest to scaled inputs (n, k), or nearest at another place."""
         distance, index = self._tree.query(x, k=[1, 2] if other and len(self.overlap) > 1 else [1])
@@ -395,7 +389,7 @@ def fit(
     target, or half-widths of the pairs, no widths are counted.
 
     Of the catalog a sample is given, shape (m,); its columns are the parameters that are used.
-    ``left`` are pairs at ends that were left out of a fit. The measure is one of `MEASURES`. Raises
+    ``left`` are differences at the ends of the overlap. The measure is one of `MEASURES`. Raises
     `ModelError` where held-out pairs are too few, or no overlap star has a parameter that the
     catalog has.
     """
@@ -462,7 +456,7 @@ def _stands_in(
 ) -> tuple[Standing, Standing]:
     """Choose what stands in where stars are few, by the held-out pairs there, and where they lack.
 
-    Where they lack, the correction itself is no guess: what it has seen there are wrong pairs.
+    Where they lack, nothing is done: see `beyond`.
     """
     rows = np.flatnonzero(is_few)
     residual = np.full((len(rows), len(beyond.GUESSES), len(model.zero_point)), np.nan)
@@ -479,9 +473,8 @@ def _stands_in(
     there = Left(kind, np.zeros(len(rows)), residual, right[rows])
     held = beyond.NOTHING, beyond.ZERO_POINT, beyond.EDGE
     none = Left(kind[:0], np.zeros(0), residual[:0], right[:0])
-    at_ends = *held[:2], beyond.NEAREST
-    lacking = beyond.choose(left or none, n_kinds, at_ends, held[:2])
-    return beyond.choose(there, n_kinds, held, held, lacking.guess[0, -1]), lacking
+    lacking = beyond.choose(left or none, n_kinds, ())
+    return beyond.choose(there, n_kinds, held, held), lacking
 
 
 def _scaled(

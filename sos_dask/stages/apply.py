@@ -268,10 +268,8 @@ def _best_guess(
         rows = np.flatnonzero((guess == number).any(axis=1))
         if not len(rows):
             continue
-        x = features[rows].copy()
-        if number == beyond.NEAREST:
-            x[:, of_star] = known.nearest(x[:, of_star])
-        values = known.zero_point if number == beyond.ZERO_POINT else model.predict(x)
+        is_edge = number == beyond.EDGE
+        values = model.predict(features[rows]) if is_edge else known.zero_point
         found[rows] = np.where(guess[rows] == number, values, found[rows])
     return found
 

@@ -21,7 +21,6 @@ from pydantic import Field, field_validator
 
 from sos_dask import correct, corrections
 from sos_dask.columns import FloatArray, floats, floats_or_nan, key_hashes, matrix32
-from sos_dask.errors import ModelError
 from sos_dask.evidence import beyond, coverage_maps, widening
 from sos_dask.evidence import coverage as kernel
 from sos_dask.evidence.figures import figure_schema
@@ -143,8 +142,6 @@ class Coverage(OfModel[CoverageSettings]):
         roles = [role for role in _KEYS if not (role == "observations" and self.named("sample"))]
         samples = base.places({role: self.catalog(role) for role in roles})
         run.parts("samples", samples, self.sample, "coverage: sample")
-        ends = {key: list(samples) for key in ("upper", "lower")}
-        run.parts("ends", ends, self.left_out, "coverage: ends")
         (fitted,) = run.parts("fit", {"model": list(samples)}, self.fit, "coverage: fit")
         run.files.extend(FileRecord(**one) for one in fitted.pop("files"))
         pixels = base.by_pixel(catalog.pixels)
@@ -216,13 +213,7 @@ class Coverage(OfModel[CoverageSettings]):
         columns = parameter_columns(rows, problem)
         limits = Limits(inside=settings.inside, outside=settings.outside)
         how = settings.measure, limits, settings.seed, target, problem
-        ends = pa.concat_tables([output.read_piece(end) for end in ("upper", "lower")])
-        residual = np.stack([ends[name].to_numpy() for name in ends.column_names[3:]], axis=1)
-        shape = len(ends), len(beyond.GUESSES), len(problem.labels)
-        places = ends["kind"].to_numpy(), ends["distance"].to_numpy()
-        is_right = ends["right"].to_numpy(zero_copy_only=False)
-        left = beyond.Left(*places, residual.reshape(shape), is_right)
-        found = kernel.fit(overlap, columns, *how, left)
+        found = kernel.fit(overlap, columns, *how, self.at_ends(rows))
         model = found.model
         n_stars = _counts(model.coverage(parameter_columns(stars, problem))[1])
         sampled = sum(n_stars.values())
@@ -255,51 +246,35 @@ class Coverage(OfModel[CoverageSettings]):
         mine = [one for one in samples if one.startswith(role)]
         return pa.concat_tables([output.read_piece(f"samples-{one}") for one in mine])
 
-    def left_out(self, output: Output, key: str, samples: Sequence[str]) -> dict[str, Any]:
-        """Keep what each guess leaves of the differences of pairs at ends that no fit has seen."""
+    def at_ends(self, sample: pa.Table) -> beyond.Left:
+        """Take the differences of pairs at the ends of the overlap, without wrong places."""
         from scipy.spatial import cKDTree
 
-        problem, method = self.problem, corrections.load(self.files("model"))
+        problem = self.problem
         names = [*problem.columns, *(label.diff for label in problem.labels), "star"]
         table = read_evidence(self.path("evidence"), list(dict.fromkeys(names)))
-        x = problem.matrix(table)
-        share = min(_END_PAIRS / max(len(table), 1), 1.0)
-        y = problem.differences(table)
+        x, y = problem.matrix(table), problem.differences(table).astype(np.float64)
         kept = np.isfinite(x).all(axis=1) & np.isfinite(y).all(axis=1)
+        share = min(_END_PAIRS / max(len(table), 1), 1.0)
         kept &= table["star"].to_numpy() <= np.uint64(share * (2**64 - 2048))
-        x, y = x[kept], y[kept]
-        star = x[:, problem.star_places].astype(np.float64)
+        star, y = x[kept][:, problem.star_places].astype(np.float64), y[kept]
         center, scale = robust_scale(star)
-        rows = problem.star_matrix(self.sampled(output, samples, "observations"))
+        rows = problem.star_matrix(sample)
         rows = rows[np.isfinite(rows).all(axis=1)].astype(np.float64)
         rows = rows[:: max(len(rows) // max(len(star), 1), 1)]  # from all of the sky
-        right = ~kernel.lacks_stars((star - center) / scale, (rows - center) / scale)
-        x, y, star = x[right], y[right], star[right]
-        giant = beyond.giants(problem, star)
-        upper, lower = beyond.ends(star, giant)
-        out = upper if key == "upper" else lower
-        batch = corrections.Batch(x, y, out.astype(np.int8), np.ones(len(x), np.float32))
-        found = [y[out], y[out] - np.median(y[~out], axis=0)]
-        try:
-            source, known = corrections.OneBatch(batch, problem), method.info.params
-            fitted = corrections.fit(method.method, source, train_folds=[0], params=known)
-        except ModelError:  # too few pairs: nothing is left out, so nothing stands in
-            out[:] = False
-            found = [y[out]] * len(beyond.GUESSES)
-        scaled = (star - center) / scale
-        tree = cKDTree(scaled[~out])
-        distance, index = tree.query(scaled[out])
-        near = x[out].copy()
-        near[:, problem.star_places] = star[~out][index] if len(index) else 0.0
-        if out.any():
-            found += [np.full_like(y[out], np.nan), y[out] - fitted.predict(near)]
-        kind = beyond.kinds(scaled[out] - scaled[~out][index], giant[out])
-        columns: dict[str, Any] = {"kind": kind, "distance": distance}
-        columns["right"] = beyond.right(y.astype(np.float64))[out]
-        for number, left in enumerate(found):
-            columns |= {f"{number}-{n}": one.astype("f8") for n, one in enumerate(left.T)}
-        output.write_piece(key, pa.table(columns))
-        return {"pairs": int(np.count_nonzero(out))}
+        there = ~kernel.lacks_stars((star - center) / scale, (rows - center) / scale)
+        star, y = star[there], y[there]
+        giant, right, x = beyond.giants(problem, star), beyond.right(y), (star - center) / scale
+        parts = []
+        for out in beyond.ends(star, giant):
+            if out.all():
+                continue  # too few to tell
+            distance, index = cKDTree(x[~out]).query(x[out])
+            kind = beyond.kinds(x[out] - x[~out][index], giant[out])
+            parts.append((kind, distance, y[out][:, None], right[out]))
+        if not parts:
+            parts = [(np.empty(0, np.int64), np.empty(0), np.empty((0, 1, y.shape[1])), right[:0])]
+        return beyond.Left(*map(np.concatenate, zip(*parts, strict=True)))
 
     def score(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:
         """Write coverage and flags of one partition."""

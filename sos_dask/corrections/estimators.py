@@ -32,7 +32,7 @@ from sos_dask.corrections.base import Batch, OneBatch, Training, TrainingSource
 from sos_dask.corrections.degrade import rows_of
 from sos_dask.errors import ClusterError, ConfigError, ModelError, SosError
 from sos_dask.problem import Input, Label, Problem
-from sos_dask.run.workers import Lost, Workers
+from sos_dask.run.workers import Lost, Workers, release
 from sos_dask.schema import CANONICAL
 from sos_dask.settings import is_column
 from sos_dask.stats.numbers import MAD_TO_SIGMA
@@ -376,12 +376,18 @@ def _robust_score(tried: _Tried, X: Float32Array, y: Float32Array) -> float:
 
 def _on_workers(client: Any, method: str, graph: Any, keys: Any, **options: Any) -> Any:
     """Scheduler of Dask: the workers of a client that are fit; again where they are lost."""
+    from distributed import futures_of
+
     workers = Workers.of(client)
     for _ in range(_LOSSES):
         addresses = list(workers.wait_for(1))
         futures = client.get(graph, keys, sync=False, workers=addresses)
-        with suppress(Lost):
+        try:
             return workers.fetch(futures, addresses)
+        except Lost as lost:
+            release(futures_of(futures))  # else they wait for these workers for ever
+            if lost.__cause__ is not None:  # one after the other: Dask gave it to others before
+                break
     raise ClusterError(
         f"search of '{method}': a fit killed its worker again and again",
         "Most often it ran out of memory: every fit needs all pairs. Give workers more.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import importlib
 import logging
 import multiprocessing.forkserver
@@ -11,10 +12,11 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -31,9 +33,10 @@ _CONNECT = "20s"
 _CLOSING_S = 10.0
 _LISTENING_S = 3.0  # grace period for a scheduler that is still starting
 _QUEUE_S = 3600.0  # a job may wait in a queue
-_AGAIN_S = 10.0  # until a job that could not be submitted is submitted again
+_OWN_S = 120.0  # on a busy machine a new process takes a while
+_JOBS_S = 10.0  # between two looks at the queue
 _LIFETIME, _STAGGER = 0.9, 0.05  # of the walltime: workers end, one after the other, before it does
-_BATCH = ("slurm", "pbs")
+_BATCH = {"slurm": ("squeue", "-h", "-o", "%A"), "pbs": ("qselect",)}  # list numbers of jobs
 # Dask lets a worker give every freed 64 KiB back to the system. Tasks that go from array to array
 # then spend a third of their time on fresh pages, and keep no less memory at their peak. One arena,
 # because a task runs in a thread of its own: memory is used again only within an arena.
@@ -124,7 +127,7 @@ class ClusterSettings(Settings):
     spec: str | None = Field(None, description="YAML of a DaskCluster for the operator.")
     namespace: str | None = Field(None, description="Of Kubernetes.")
     timeout: float | None = Field(
-        None, gt=0, description="Seconds without any worker that are too many: 30, in queues 3600."
+        None, gt=0, description="Seconds without any worker that are too many."
     )
     tls: TlsSettings | None = None
 
@@ -150,7 +153,7 @@ class ClusterSettings(Settings):
     @property
     def timeout_s(self) -> float:
         """Seconds without any worker that are too many."""
-        default = _QUEUE_S if self.place in (*_BATCH, "kubernetes") else TIMEOUT_S
+        default = {"address": TIMEOUT_S, "local": _OWN_S, "cuda": _OWN_S}.get(self.place, _QUEUE_S)
         return default if self.timeout is None else self.timeout
 
 
@@ -258,6 +261,8 @@ def _started(
             # Adaptive even where the number is fixed: only so are lost workers replaced.
             how = {"interval": "2s"} if place in _BATCH else {}
             cluster.adapt(minimum=settings.minimum, maximum=most, **how)
+        if place in _BATCH:
+            _watch_jobs(stack, cluster, [*_BATCH[place], "-u", getpass.getuser()])
         return stack.enter_context(Client(cluster, timeout=_CONNECT))
     except ModuleNotFoundError as error:
         extra = _PACKAGES[place]
@@ -301,32 +306,50 @@ def _batch(settings: ClusterSettings, security: Any) -> Any:
 
 
 class _Job:
-    """Job of a batch system: one that cannot be submitted is said, and submitted again."""
+    """Job of a batch system: one that cannot be submitted is said."""
 
-    name: Any
     status: Any
-    _cluster: Any
 
     async def start(self) -> None:
         """Submit the job."""
-        import asyncio
+        from distributed import Status
 
         try:
             await super().start()  # type: ignore[misc]
         except (RuntimeError, OSError, ValueError) as error:
+            self.status = Status.failed
             found = re.search(r"stderr:\s*(\S.*)", str(error))
             why = found[1] if found else " ".join(str(error).split())
             logger.warning("a job for workers could not be submitted: %s", why)
-            from distributed import Status
-
-            self.status = Status.failed
-            # Dask takes it for one that is there.
-            asyncio.get_running_loop().call_later(_AGAIN_S, self._forget)
             raise
 
-    def _forget(self) -> None:
-        if (cluster := self._cluster()) is not None:
-            cluster.workers.pop(self.name, None)
+
+def _watch_jobs(stack: contextlib.ExitStack, cluster: Any, listing: Sequence[str]) -> None:
+    """Have jobs submitted again that ended before their workers came, or never were in the queue.
+
+    Dask itself takes these for jobs that wait, as long as it runs.
+    """
+    closed = threading.Event()
+
+    def watch() -> None:
+        while not closed.wait(_JOBS_S):
+            jobs = list(cluster.workers.items())
+            try:
+                ran = subprocess.run(
+                    listing, capture_output=True, text=True, check=True, timeout=_JOBS_S
+                )
+            except (OSError, subprocess.SubprocessError):
+                continue  # a batch system may be away for a while
+            queued = {word.split(".")[0] for word in ran.stdout.split()}
+            names = [str(one["name"]) for one in cluster.scheduler_info["workers"].values()]
+            for name, job in jobs:
+                there = any(one == str(name) or one.startswith(f"{name}-") for one in names)
+                submitted = job.job_id is not None or job.status.name == "failed"
+                if submitted and not there and str(job.job_id).split(".")[0] not in queued:
+                    cluster.loop.add_callback(cluster.workers.pop, name, None)
+
+    threading.Thread(target=watch, name="jobs", daemon=True).start()
+    stack.callback(closed.set)
 
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:

@@ -325,21 +325,28 @@ class Workers:
         pending, losses = deque(range(len(tasks))), Counter[int]()
         running: dict[int, tuple[Any, str]] = {}
         ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        in_row = 0  # times that workers were lost, since the last result
 
-        def lose(number: int) -> None:
-            future, address = running.pop(number)
-            release([future])
-            losses[number] += 1
-            if losses[number] >= _LOSSES:
-                what = f"{step}: a task killed its worker again and again, at last {address}"
-                raise ClusterError(what, hint)
-            pending.appendleft(number)
+        def lose(address: str) -> None:
+            lost = [number for number, (_, of) in running.items() if of == address]
+            for place, number in enumerate(lost):
+                release([running.pop(number)[0]])
+                if place:  # it has only waited there
+                    pending.appendleft(number)
+                    continue
+                pending.append(number)
+                losses[number] += 1
+                if losses[number] >= _LOSSES or in_row >= 2 * _LOSSES:
+                    what = f"{step}: a task killed its worker again and again, at last {address}"
+                    raise ClusterError(what, hint)
 
         try:
             while pending or running:
                 fit, there = self.look(), self.there()
-                for number in [x for x, (_, address) in running.items() if address not in there]:
-                    lose(number)
+                gone = {of for _, of in running.values()} - there.keys()
+                in_row += bool(gone)  # many may go at once
+                for address in gone:
+                    lose(address)
                 for address in _rooms(fit, Counter(x for _, x in running.values()), len(pending)):
                     number = pending.popleft()
                     packed = pack(function, tasks[number])
@@ -354,9 +361,11 @@ class Workers:
                     try:
                         result = self.fetch(future, [address])
                     except Lost:
-                        lose(number)
+                        in_row += 1
+                        lose(address)
                         continue
                     del running[number]
+                    in_row = 0
                     release([future])
                     yield number, result
         finally:

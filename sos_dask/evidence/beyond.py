@@ -36,6 +36,7 @@ _SHARE = 0.15
 _MIN_PAIRS = 40
 _SIGMA = 3.0
 _AT_MOST = 0.5  # of the median error that is left by what stands in everywhere
+WIDER_BEHIND = 2.0  # than at the ends: a pipeline may go on to change behind them
 AT_MOST_BEHIND = 0.1  # where the overlap lacks stars: a difference that hardly varies
 _WRONG_SIGMA = 4.0  # of the differences of all pairs, in all labels at once
 _ONE_SIGMA = 0.6826894921370859  # of a normal distribution within one standard deviation

@@ -473,7 +473,8 @@ def _stands_in(
     there = Left(kind, np.zeros(len(rows)), residual, right[rows])
     held = beyond.NOTHING, beyond.ZERO_POINT, beyond.EDGE
     none = Left(kind[:0], np.zeros(0), residual[:0], right[:0])
-    lacking = beyond.choose(left or none, n_kinds, (), held[:2], beyond.AT_MOST_BEHIND)
+    ends = beyond.choose(left or none, n_kinds, (), held[:2], beyond.AT_MOST_BEHIND)
+    lacking = ends._replace(width=np.float32(beyond.WIDER_BEHIND) * ends.width)
     return beyond.choose(there, n_kinds, held, held), lacking
 
 

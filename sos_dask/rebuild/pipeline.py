@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sos_dask.errors import GateError, SosError
+from sos_dask.errors import GateError, ModelError, SosError
 from sos_dask.evidence.figures import Metric
 from sos_dask.rebuild import gate, history
 from sos_dask.rebuild.job import Job
@@ -199,7 +199,7 @@ def _measured(store: Path, planned: Planned, cluster: Cluster) -> Iterator[None]
     wall, before = time.monotonic(), cluster.cpu_seconds()
     try:
         yield
-    except SosError as error:  # which of several surveys or corrections it is
+    except ModelError as error:  # which of several surveys or corrections it is
         error.message = f"{planned.product}: {error.message}"
         raise
     after = cluster.cpu_seconds()

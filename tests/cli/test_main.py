@@ -195,7 +195,12 @@ def tiny_disk(tmp_path) -> Iterator[Path]:
 
 @pytest.mark.fault
 def test_a_full_disk(small_sky, tiny_disk, tmp_path):
-    job = write_job(tmp_path, small_sky, ('store = "store"', f'store = "{tiny_disk}"'))
+    tiny = 'store = "store"', f'store = "{tiny_disk}"'
+    ran = subprocess.run(command("rebuild", write_job(tmp_path, small_sky, tiny), "-w", 0),
+                         capture_output=True, text=True)  # fmt: skip
+    assert ran.returncode == 9 and "the rebuild will not fit" in ran.stderr
+    # Nothing is refused; the disk is full while it runs.
+    job = write_job(tmp_path, small_sky, tiny, ("[train]", "[space]\ncheck = false\n[train]"))
     ran = subprocess.run(command("rebuild", job, "-w", 0), capture_output=True, text=True)
     assert ran.returncode == 9 and ran.stdout == ""
     assert re.search(rf"^error: the disk is full: cannot write {tiny_disk}/", ran.stderr, re.M)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 
 class SosError(Exception):
@@ -68,6 +71,26 @@ class StorageError(SosError):
     exit_code = 9
 
 
+class GateError(SosError):
+    """A build is kept, but not published: its figures are outside of the limits of the job.
+
+    ``build``: what `rebuild` would have returned; ``reasons``: one sentence for each limit.
+    """
+
+    exit_code = 10
+
+    def __init__(self, message: str, hint: str, build: Any, reasons: Sequence[str]) -> None:
+        super().__init__(message, hint)
+        self.build = build
+        self.reasons = tuple(reasons)
+
+
+class LockedError(SosError):
+    """Another process works on the store."""
+
+    exit_code = 11
+
+
 # Who raises it (a class or its module), what it then is, and what to say first. The first that fits
 # counts. Nothing is imported: most commands need few of these libraries.
 _LIBRARIES: tuple[tuple[str, type[SosError], str], ...] = (
@@ -103,6 +126,21 @@ _DECODERS = (
     "tomllib", "json", "gzip", "csv", "pydantic", "astropy.io", "dask.config", "pyarrow.parquet",
     "numpy.lib._npyio_impl", "numpy.lib._format_impl",
 )  # fmt: skip
+
+
+_SECRET_NAMES = re.compile("SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|ACCESS_KEY", re.IGNORECASE)
+_SECRETS = re.compile(
+    r"(?<=://)[^/@\s\"']+(?=@)|(?<=X-Amz-Signature=)\w+|(?<=X-Amz-Credential=)[^&\s]+", re.ASCII
+)
+
+
+def redacted(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Put asterisks for secrets: users and signatures in URLs, secrets of the environment."""
+    text = _SECRETS.sub("***", text)
+    for name, value in environment.items():
+        if len(value) >= 8 and _SECRET_NAMES.search(name):
+            text = text.replace(value, "***")
+    return text
 
 
 def understood(error: BaseException) -> SosError | None:

@@ -24,9 +24,9 @@ class Ran:
 
     @property
     def message(self) -> str:
-        """What stands on stderr but for the progress."""
-        lines = self.err.splitlines()
-        return "\n".join(line for line in lines if not re.search(r": \d+/\d+$", line))
+        """What stands on stderr but for the progress, and what a rebuild will take."""
+        lines, progress = self.err.splitlines(), re.compile(r": \d+/\d+$|^This run: ")
+        return "\n".join(line for line in lines if not progress.search(line))
 
     @property
     def json(self) -> Any:
@@ -109,8 +109,8 @@ METRIC = {
 
 
 BUILD = {
-    "build": str, "path": str,
+    "build": str, "path": str, "outcome": str, "reasons": list,
     "corrections": {str: {"chosen": str, "why": str, "metrics": [METRIC]}},
-    "stages": {str: {"ran": bool, "why": str, **STAGE}},
+    "stages": {str: {"ran": bool, "why": str, "parts": dict, **STAGE}},
     "products": {str: str},
 }  # fmt: skip

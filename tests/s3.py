@@ -48,7 +48,11 @@ class Server:
             )
         code = "from sos_dask.storage.objects import ObjectPath; ObjectPath('s3://tests/started').put(b'')"
         run = [sys.executable, "-c", code]
-        subprocess.run(run, env=os.environ | self.environment, check=True, timeout=90)
+        try:
+            subprocess.run(run, env=os.environ | self.environment, check=True, timeout=90)
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Kill it."""

@@ -67,11 +67,11 @@ def prepare(folder: Path, sky: Path) -> Path:
     return job
 
 
-def start(job: Path, workers: int = 2) -> subprocess.Popen:
+def start(job: Path, workers: int = 2, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-c", "from sos_dask.cli import main; main()"]
     with (job.parent / "log").open("a") as log:
         return subprocess.Popen(
-            [*command, "rebuild", str(job), "-w", str(workers)], stdout=log, stderr=log
+            [*command, "rebuild", str(job), "-w", str(workers), *more], stdout=log, stderr=log
         )
 
 
@@ -151,7 +151,7 @@ def test_kill_a_worker_in_every_stage(sky, undisturbed, tmp_path):
 
 def test_two_drivers_at_once(sky, undisturbed, tmp_path):
     job = prepare(tmp_path, sky)
-    running = [start(job, workers=1), start(job, workers=1)]
+    running = [start(job, 1, "--no-lock"), start(job, 1, "--no-lock")]
     for process in running:
         finish(process)
     assert contents(tmp_path / "store") == undisturbed()

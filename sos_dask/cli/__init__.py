@@ -18,7 +18,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if set(sys.argv[1:2]) & set(LIGHT):
     os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
 
-from sos_dask.cli import cluster, steps, views
+from sos_dask.cli import builds, cluster, steps, views
 from sos_dask.cli.output import complain, prepare_streams, shown
 from sos_dask.errors import understood
 
@@ -36,7 +36,10 @@ app = typer.Typer(
 _DEBUG = "--debug"
 _ABANDONED = 141  # exit code of a program whose output nobody reads, as shells give it
 _GROUPS = {
-    "Whole rebuilds": (steps.demo, steps.rebuild, views.status, views.gc),
+    "Whole rebuilds": (
+        *(steps.demo, steps.rebuild, builds.status, builds.builds, builds.diff),
+        *(builds.publish, builds.rollback, builds.gc),
+    ),
     "Single steps, in their order": (
         *(steps.simulate, steps.ingest, steps.attach, steps.dedupe),
         *(steps.reference, steps.crossmatch, steps.train, steps.apply),

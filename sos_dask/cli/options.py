@@ -33,8 +33,11 @@ _ENDS = {"workers": (0, None), "threads": (1, None), "rows": (1000, 10**9), "see
 _ENDS |= {"days": (1, 36_500)}
 # By parameter, or by command and parameter: names (but for its own) and metavar, and what it does.
 _TEXTS = {
+    "after": ("BUILD", "Another build."),
     "against": ("NAME", "Only bins of this quantity: teff, logg, feh, snr, ..."),
     "as_json": ("--json", "Print one JSON object; progress goes to stderr."),
+    "before": ("BUILD", "Name of a build, or how it begins; current: the published one."),
+    "build": ("[BUILD]", "Name of a build, or how it begins."),
     "catalog": ("", "Directory of a catalog."),
     "certs.days": ("N", "Days that they are valid."),
     "certs.directory": ("", "Folder that gets certificates and keys."),
@@ -62,17 +65,19 @@ _TEXTS = {
     "inputs": ("PAIRS MODEL",
         "Pairs and models trained on them; without: the current build of the store."),
     "job": ("[JOB]", "Job file (its store is used), or a store."),
-    "keep_builds": ("N", "Number of latest builds to keep."),
+    "keep": ("N", "Number of latest builds to keep."),
     "key": ("COLUMN",
         "Key of a catalog that another program made: integers or text, each once. Repeatable: a "
         "catalog takes the first that it has. Default: star_id or obs_id."),
     "correction": ("NAME", "Correction of the job, such as rv. Default: its first."),
     "label": ("NAME", "Only this label, such as feh."),
     "left": ("", "Target: observations or stars, or any HATS catalog."),
+    "log_format": ("FORMAT", "Progress on stderr as text or json: lines with their time."),
     "margin_arcsec": ("X", "Also write a margin catalog, OUT.collection, for LSDB."),
     "memory_limit": ("SIZE", "Memory of each worker or thread, like 4GiB."),
     "model": ("", "Directory of a trained model."),
     "no_bias": ("", "No systematic difference between the surveys."),
+    "no_lock": ("", "Run beside another rebuild of the store: harmless, but twice the work."),
     "no_offsets": ("",
         "Do not put every survey on the zero point of the first by median differences."),
     "other": ("", "Directory of any HATS catalog."),
@@ -107,6 +112,7 @@ _TEXTS = {
     "verify.catalogs": ("", "Directories of outputs; of a store or build: all in it."),
     "workers": ("--workers -w N",
         "Worker processes; 0: none, all in this process. Default: one per core."),
+    "yes": ("", "Do not ask."),
 }  # fmt: skip
 
 
@@ -271,6 +277,8 @@ def command(stage: type[Stage[Any]] | None = None) -> Callable[[Callable[..., An
                     print_json(document)
                 else:
                     next(result, None)
+                if code := document.get("exit_code"):
+                    raise typer.Exit(code)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         arguments = [x for x, one in own.items() if one.kind is not keyword]

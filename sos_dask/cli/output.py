@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -13,25 +14,35 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sos_dask.errors import redacted
 from sos_dask.evidence.figures import Metric
+from sos_dask.rebuild.history import now
 from sos_dask.run.cluster import Report
 from sos_dask.storage.manifest import Manifest, Rows
 from sos_dask.storage.store import StageResult
 
+if TYPE_CHECKING:
+    from sos_dask.rebuild.estimate import Estimate
+
 Row = Mapping[str, Any]
 LABEL_UNITS = {"teff": "K", "logg": "dex", "feh": "dex", "rv": "km/s"}
+LOG_FORMATS = ("text", "json")
 _LOG_SECONDS = 10.0
 _WIDE = 110  # columns of a terminal
 _WIDTH = 120  # of a table that goes into a file
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode: control, format, half a character, line ends
 
 
+_as_lines: list[bool] = []  # where stderr is for programs
+
+
 def prepare_streams() -> None:
     """Let every character be written, whatever the locale is, and to streams that are closed."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: PTH123, SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
+    _as_lines.clear()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -50,14 +61,45 @@ def shown(text: str, kept: str = "") -> str:
 
 
 def complain(text: str, hint: str = "") -> None:
-    """Print an error and what to do, each on a line of its own."""
+    """Print an error and what to do, each on a line of its own, or as a line of JSON."""
+    text, hint = redacted(text), redacted(hint)
+    if _as_lines:
+        print_event("error", message=text.removeprefix("error: "), hint=hint)
+        return
     with contextlib.suppress(OSError, ValueError):  # standard error may be closed
         print(text, *([f"  {shown(hint)}"] if hint else []), sep="\n", file=sys.stderr)
 
 
+def print_line(line: str) -> None:
+    """Print a line on stderr."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def print_event(name: str, **facts: Any) -> None:
+    """Print an event on stderr as a line of JSON with its time."""
+    print_line(redacted(json.dumps({"time": now(), "event": name, **facts}, default=str)))
+
+
+class _Lines(logging.Handler):
+    """Prints warnings as lines of JSON."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_event(record.levelname.lower(), message=record.getMessage())
+
+
 @contextlib.contextmanager
-def reporting() -> Iterator[Report]:
-    """Progress on stderr: bars in a terminal, plain lines elsewhere."""
+def reporting(log_format: str = "text") -> Iterator[Report]:
+    """Progress on stderr: bars in a terminal, plain lines elsewhere, or lines of JSON."""
+    if log_format == "json":
+        _as_lines.append(True)
+        handler, logger = _Lines(), logging.getLogger("sos_dask")
+        logger.addHandler(handler)
+        try:
+            yield _plain_report(lambda step, n, of: print_event("step", step=step, done=n, of=of))
+        finally:
+            logger.removeHandler(handler)
+        return
     if not sys.stderr.isatty():
         yield _plain_report()
         return
@@ -77,7 +119,11 @@ def reporting() -> Iterator[Report]:
         yield report
 
 
-def _plain_report() -> Report:
+def _print_step(step: str, done: int, total: int) -> None:
+    print(f"{shown(step)}: {done}/{total}", file=sys.stderr, flush=True)
+
+
+def _plain_report(write: Report = _print_step) -> Report:
     """One line when a step begins, one when it ends, and between at most one in ten seconds."""
     said: dict[str, tuple[float, int, int]] = {}
 
@@ -88,9 +134,14 @@ def _plain_report() -> Report:
         begun = step not in said or done < before  # steps of one name may follow each other
         if begun or ended or (done > before and now >= at + _LOG_SECONDS):
             said[step] = now, done, total
-            print(f"{shown(step)}: {done}/{total}", file=sys.stderr, flush=True)
+            write(step, done, total)
 
     return report
+
+
+def show_estimate(found: Estimate) -> None:
+    """Print on stderr what a rebuild will take."""
+    print_line(f"This run: {found.in_words}")
 
 
 def print_json(document: Row) -> None:

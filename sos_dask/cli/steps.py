@@ -20,16 +20,21 @@ from sos_dask.cli.options import (
     open_catalogs,
 )
 from sos_dask.cli.output import (
+    LOG_FORMATS,
     Row,
+    complain,
+    print_line,
     reporting,
     say,
+    show_estimate,
     show_metrics,
     show_stages,
     show_step,
     show_table,
+    shown,
     stage_document,
 )
-from sos_dask.errors import CatalogError, ConfigError
+from sos_dask.errors import CatalogError, ConfigError, GateError
 from sos_dask.rebuild.job import Job, load_job
 from sos_dask.run.cluster import check_place, start
 from sos_dask.settings import NAME_RULE, is_name
@@ -278,18 +283,29 @@ def demo(
 def rebuild(
     job: Path, *, store: Place = None, dry_run: bool = False, workers: int | None = None,
     memory_limit: Name = None, scheduler: Name = None, cluster: Names = None,
+    log_format: str = "text", no_lock: bool = False,
 ) -> Shown:  # fmt: skip
     """Run every stage of a job that has changed, and publish the products.
+
+    A build whose figures are outside of the limits of the job ([gate]) is kept, not published.
 
     Example: sos-dask rebuild jobs/real.toml --dry-run
     """
     from sos_dask.rebuild.plan import plan
 
     loaded = load_job(job)
+    if log_format not in LOG_FORMATS:
+        raise ConfigError(f"--log-format {log_format} is not {' or '.join(LOG_FORMATS)}")
     if not dry_run:
-        build = _rebuild(loaded, store, workers, memory_limit, scheduler, cluster)
-        yield _build_document(build)
-        show_build(build)
+        place = (workers, memory_limit, scheduler, cluster)
+        try:
+            build = _rebuild(loaded, store, *place, log_format, not no_lock)
+            yield _build_document(build)
+            show_build(build)
+        except GateError as error:
+            complain(f"error: {shown(error.message)}", error.hint)
+            yield {**_build_document(error.build), "exit_code": error.exit_code}
+            show_stages("Stages", error.build.stages, "why")
         return
     stages: dict[str, dict[str, Any]] = {
         one.product: {"stage": one.recipe.stage, "runs": not one.complete, "why": one.reason}
@@ -303,14 +319,10 @@ def rebuild(
 
 
 def _rebuild(
-    job: Job,
-    store: Place,
-    workers: int | None,
-    memory_limit: Name,
-    scheduler: Name = None,
-    cluster: Names = None,
-) -> Build:
-    from sos_dask.rebuild import pipeline
+    job: Job, store: Place, workers: int | None, memory_limit: Name, scheduler: Name = None,
+    cluster: Names = None, log_format: str = "text", lock: bool = True,
+) -> Build:  # fmt: skip
+    from sos_dask.rebuild.scheduled import scheduled
 
     of_job: dict[str, Any] = dict(job.place)
     given: dict[str, Any] = {"n_workers": workers, "scheduler": scheduler}
@@ -320,15 +332,21 @@ def _rebuild(
     place = of_job | {name: one for name, one in given.items() if one is not None}
     place = {"n_workers": None} | place
     check_place(**place)
-    with reporting() as report:
-        return pipeline.rebuild(job, store, cluster=lambda: start(**place), report=report)
+    more: Any = {"told": show_estimate} if log_format == "text" else {"echo": print_line}
+    with reporting(log_format) as report:
+        more |= {"report": report, "lock": lock}
+        return scheduled(job, store, cluster=lambda: start(**place), **more)
 
 
 def _build_document(build: Build) -> Row:
     """A build as JSON values."""
-    stages = {x.product: {"ran": x.ran, "why": x.why, **stage_document(x)} for x in build.stages}
+    stages = {
+        x.product: {"ran": x.ran, "why": x.why, "parts": x.parts, **stage_document(x)}
+        for x in build.stages
+    }
     kept = {"path": build.path, "products": build.products, "corrections": build.choices}
-    return {"build": build.name, "stages": stages, **kept}
+    told = {"outcome": build.outcome, "reasons": build.reasons}
+    return {"build": build.name, **told, "stages": stages, **kept}
 
 
 def show_build(build: Build) -> None:
@@ -341,7 +359,7 @@ def show_build(build: Build) -> None:
         for text in stage.summary.get("warnings", ()):
             say(f"Warning, {stage.product}: {text}")
     current = build.path.parent.parent / "current"
-    say(f"Products: {current} (build {build.name})")
+    say(f"Products: {current} (build {build.name}, {build.outcome})")
     for name in build.products:
         if name.split(".")[-1] == "report":
             say(f"Report: {followed(current / name) / 'report.html'}")

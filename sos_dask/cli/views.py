@@ -1,4 +1,4 @@
-"""Commands that show: the products of a build, a store, surveys, what is wrong with outputs."""
+"""Commands that show: the products of a build, surveys, what is wrong with outputs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,8 @@ from sos_dask.cli.output import (
     print_json,
     reporting,
     say,
-    show_stages,
     show_table,
     shown,
-    stage_document,
     with_unit,
 )
 from sos_dask.correct import COVERAGE_MEANINGS
@@ -51,45 +49,9 @@ from sos_dask.storage.objects import followed
 from sos_dask.surveys import definition
 
 _SAMPLES = {"test": "held-out", "train": "training"}
-_MIB = 2**20
 
 
-# --- stores, outputs, surveys -------------------------------------------------------------------
-
-
-@command()
-def status(job: Place = None, *, store: Place = None) -> Shown:
-    """Show the current build of a store, unfinished outputs and space.
-
-    Example: sos-dask status jobs/real.toml
-    """
-    found = stores.status(find_store(store, job))
-    yield {**vars(found), "products": {one.product: stage_document(one) for one in found.products}}
-    say(f"Current build: {found.current or 'none'} (of {len(found.builds)})")
-    if found.products:
-        show_stages("Products", found.products)
-    for title, texts in (("Missing", found.missing), ("Unfinished", found.unfinished)):
-        for text in texts:
-            say(f"{title}: {text}")
-    say(
-        f"Space: {found.bytes / _MIB:,.1f} MiB, "
-        f"of which no build uses {found.unused_bytes / _MIB:,.1f} MiB"
-    )
-
-
-@command()
-def gc(
-    job: Place = None, *, store: Place = None, keep_builds: int = 1, dry_run: bool = False
-) -> Shown:
-    """Remove old builds and outputs that no kept build uses.
-
-    Example: sos-dask gc --store store --keep-builds 3 --dry-run
-    """
-    removed = stores.gc(find_store(store, job), keep_builds=keep_builds, dry_run=dry_run)
-    yield {"dry_run": dry_run, "removed": [{"path": path, "bytes": n} for path, n in removed]}
-    for path, size in removed:
-        say(f"{'would remove' if dry_run else 'removed'} {path} ({size / _MIB:.1f} MiB)")
-    say(f"{len(removed)} items, {sum(size for _, size in removed) / _MIB:.1f} MiB")
+# --- outputs, surveys ---------------------------------------------------------------------------
 
 
 @command()

@@ -3,11 +3,11 @@
 Outside, nothing tells which guess is best: the correction at the edge of what it knows, a zero
 point, or none. Where stars are few, held-out pairs lie there too: they tell. Where only the overlap
 lacks stars, the few pairs that lie there are mostly wrong measurements, and what is there is in the
-rows alone: nothing is done. Ends of the overlap that were left out of a fit spoke for guesses that
-made true labels behind the overlap worse, in some kind on each of six simulated skies; guesses that
-left less than a third of the differences of these ends did so on three of four. The differences at
-ends (the outermost `_SHARE` of giants and of dwarfs
-along each input, to either side) tell how wide intervals of uncorrected labels are there.
+rows alone: nothing is done, but for a difference that hardly varies, whose zero point is taken off.
+Ends of the overlap that were left out of a fit spoke for guesses that made true labels behind the
+overlap worse, in some kind on each of six simulated skies; guesses that left less than a third of
+the differences of these ends did so on three of four. What these ends (the outermost `_SHARE` of
+giants and of dwarfs along each input, to either side) do tell is how wide intervals are there.
 
 Pairs are counted by *kind* of region (giants or dwarfs, and the input in which the nearest star
 lies farthest away, with its sign) and distance from that star. A guess is used for a kind where it
@@ -36,6 +36,8 @@ _SHARE = 0.15
 _MIN_PAIRS = 40
 _SIGMA = 3.0
 _AT_MOST = 0.5  # of the median error that is left by what stands in everywhere
+WIDER_BEHIND = 2.0  # than at the ends: a pipeline may go on to change behind them
+AT_MOST_BEHIND = 0.1  # where the overlap lacks stars: a difference that hardly varies
 _WRONG_SIGMA = 4.0  # of the differences of all pairs, in all labels at once
 _ONE_SIGMA = 0.6826894921370859  # of a normal distribution within one standard deviation
 
@@ -45,7 +47,7 @@ class Left(NamedTuple):
 
     kind: IntArray
     distance: FloatArray
-    residual: FloatArray  # (n, 3, l), nan where unknown; (n, 1, l) of nothing alone
+    residual: FloatArray  # (n, 3, l), nan where unknown; (n, 2, l) at ends
     right: BoolArray
 
 
@@ -99,6 +101,7 @@ def choose(
     n_kinds: int,
     guesses: Sequence[int],
     everywhere: Sequence[int] = (),
+    at_most: float = _AT_MOST,
 ) -> Standing:
     """Choose among ``guesses``, and for places that no pairs tell of among those ``everywhere``."""
     place, n_labels = np.searchsorted(_NEARER_THAN, left.distance), left.residual.shape[2]
@@ -108,11 +111,13 @@ def choose(
     for label in range(n_labels):
         size = np.abs(left.residual[:, :, label])
         every = [size[cell & left.right] for of_kind in cells for cell in of_kind]
-        common = _best(every, everywhere, NOTHING)
+        common = _best(every, everywhere, NOTHING, at_most)
         found.guess[..., label], found.width[..., label] = common, _width(size[:, common])
         for kind, of_kind in enumerate(cells):
             parts = [size[cell & left.right] for cell in of_kind[:-1]]
-            best = _best([part for part in parts if len(part) >= _MIN_PAIRS], guesses, common)
+            best = _best(
+                [part for part in parts if len(part) >= _MIN_PAIRS], guesses, common, at_most
+            )
             for bin, cell in enumerate(of_kind[:-1]):
                 if np.count_nonzero(cell) >= _MIN_PAIRS:
                     at = kind, bin, label
@@ -120,19 +125,19 @@ def choose(
     return found
 
 
-def _best(parts: Sequence[FloatArray], guesses: Sequence[int], common: int) -> int:
+def _best(parts: Sequence[FloatArray], guesses: Sequence[int], common: int, at_most: float) -> int:
     """Choose the guess that leaves least of pairs, (n, 3) at each distance, or the common one."""
     least, found = np.inf, common
     for number in guesses:
         known = [part[np.isfinite(part[:, [number, common]]).all(axis=1)] for part in parts]
         medians = [np.median(x[:, [number, common]], axis=0) for x in known if len(x) >= _MIN_PAIRS]
-        every = np.concatenate([*known, np.empty((0, len(GUESSES)))])
+        every = np.concatenate(known) if known else np.empty((0, len(GUESSES)))
         wins = np.sign(every[:, common] - every[:, number]).sum()
         is_farther = any(mine > other for mine, other in medians)
         if is_farther or len(every) < _MIN_PAIRS or wins <= _SIGMA * np.sqrt(len(every)):
             continue
         middle = float(np.median(every[:, number]))
-        if middle < min(least, _AT_MOST * float(np.median(every[:, common]))):
+        if middle < min(least, at_most * float(np.median(every[:, common]))):
             least, found = middle, number
     return found
 

@@ -456,7 +456,7 @@ def _stands_in(
 ) -> tuple[Standing, Standing]:
     """Choose what stands in where stars are few, by the held-out pairs there, and where they lack.
 
-    Where they lack, nothing is done: see `beyond`.
+    Where they lack, hardly anything is done: see `beyond`.
     """
     rows = np.flatnonzero(is_few)
     residual = np.full((len(rows), len(beyond.GUESSES), len(model.zero_point)), np.nan)
@@ -473,7 +473,8 @@ def _stands_in(
     there = Left(kind, np.zeros(len(rows)), residual, right[rows])
     held = beyond.NOTHING, beyond.ZERO_POINT, beyond.EDGE
     none = Left(kind[:0], np.zeros(0), residual[:0], right[:0])
-    lacking = beyond.choose(left or none, n_kinds, ())
+    ends = beyond.choose(left or none, n_kinds, (), held[:2], beyond.AT_MOST_BEHIND)
+    lacking = ends._replace(width=np.float32(beyond.WIDER_BEHIND) * ends.width)
     return beyond.choose(there, n_kinds, held, held), lacking
 
 

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from sos_dask.errors import ConfigError, SosError
+from sos_dask.errors import ConfigError, SosError, redacted
 from sos_dask.evidence.projection import ProjectionSettings
+from sos_dask.rebuild.gate import GateSection
 from sos_dask.run.kinds import ClusterSettings, TlsSettings
 from sos_dask.schema import YEARS
 from sos_dask.settings import NAME_RULE, Settings, explained, is_name, parse_toml
@@ -134,6 +135,25 @@ class CoverageSection(CoverageSettings):
     fallback: Literal["auto", "measured", "polynomial", "none", "edge"] = "auto"
 
 
+class OnFailureSection(Settings):
+    """A command that a rebuild runs when it has failed; it finds why in its environment."""
+
+    command: list[str] = Field(default_factory=list)
+    timeout_s: float = Field(60.0, gt=0, le=3600)
+
+
+class MetricsSection(Settings):
+    """A text file for Prometheus that every rebuild writes."""
+
+    file: str | None = Field(None, pattern=r"\.prom$")
+
+
+class SpaceSection(Settings):
+    """Whether a rebuild is refused where what it will write does not fit on the disk."""
+
+    check: bool = True
+
+
 class Job(Settings):
     """A whole rebuild.
 
@@ -179,6 +199,10 @@ class Job(Settings):
     projection: ProjectionSettings | None = None
     generalisation: GeneralisationSettings | None = None
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
+    gate: GateSection = Field(default_factory=GateSection)
+    on_failure: OnFailureSection = Field(default_factory=OnFailureSection)
+    metrics: MetricsSection = Field(default_factory=MetricsSection)
+    space: SpaceSection = Field(default_factory=SpaceSection)
     path: Path = Field(Path(), exclude=True)
     text: str = Field("", exclude=True)
 
@@ -269,6 +293,9 @@ def load_job(path: str | Path) -> Job:
         text, raw = parse_toml(content, ConfigError)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}", error.hint) from None
+    if redacted(text, {}) != text:
+        hint = "A job is kept with every build: leave them to the environment, as ${NAME}."
+        raise ConfigError(f"{path} contains a user, a password or a signature in a URL", hint)
     for (section, key), hint in _ELSEWHERE.items():
         if isinstance(raw.get(section), dict) and key in raw[section]:
             raise ConfigError(f"{path}: unknown key '{section}.{key}'", hint)

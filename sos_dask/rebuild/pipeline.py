@@ -1,31 +1,40 @@
-"""Rebuild: what has changed in a job's plan is run, then all products are published at once."""
+"""Rebuild: what has changed in a job's plan is run, then all products are published at once.
+
+Unless the gate refuses: then they are a build that ``current`` does not name.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sos_dask.errors import SosError
+from sos_dask.errors import GateError, ModelError, SosError
 from sos_dask.evidence.figures import Metric
+from sos_dask.rebuild import gate, history
 from sos_dask.rebuild.job import Job
 from sos_dask.rebuild.plan import Plan, Planned
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.stages.compare import Compare
 from sos_dask.storage.artifact import Output
-from sos_dask.storage.manifest import Manifest
+from sos_dask.storage.manifest import Manifest, Recipe
 from sos_dask.storage.objects import followed
+from sos_dask.storage.parts import Former
 from sos_dask.storage.store import (
     StageResult,
     check_product,
     home,
     publish,
+    published,
     put_cost,
     result_of,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,13 +48,31 @@ class Choice:
 
 @dataclass(frozen=True)
 class Build:
-    """A published build; ``choices`` by the names of corrections' products, in their order."""
+    """A build; ``choices`` by the names of corrections' products, in their order.
+
+    ``outcome``: ``published``, ``unchanged`` (it was already) or ``refused`` for ``reasons``.
+    """
 
     name: str
     path: Path
     products: Mapping[str, str]
     stages: tuple[StageResult, ...]
     choices: Mapping[str, Choice]
+    outcome: str = "published"
+    reasons: tuple[str, ...] = ()
+
+
+class Watch:
+    """Gets to know what a rebuild does; may raise to stop it."""
+
+    def planned(self, store: Path, stages: Sequence[Planned]) -> None:
+        """Get the stages before the first of them runs, as far as they are known."""
+
+    def begins(self, product: str) -> None:
+        """Get the product of a stage that is to run."""
+
+    def ended(self, result: StageResult, seconds: float) -> None:
+        """Get what a stage made, and how long it took."""
 
 
 def rebuild(
@@ -54,8 +81,9 @@ def rebuild(
     *,
     cluster: Cluster | Callable[[], Any] | None = None,
     report: Report = silent,
+    watch: Watch | None = None,
 ) -> Build:
-    """Run what has changed and publish the products.
+    """Run what has changed and publish the products, if the gate lets them pass.
 
     Parameters
     ----------
@@ -66,6 +94,7 @@ def rebuild(
         Runs the tasks, or gives a context manager of what does; it is entered only if a stage runs.
         Default: tasks run in this process.
     report : Report
+    watch : Watch, optional
 
     Returns
     -------
@@ -77,24 +106,34 @@ def rebuild(
         A file of a product is not the one that was written: nothing is published. The SHA-256 of
         all files are compared, or their bytes (``[publish] check = "size"``; always of those that
         this run has written).
+    GateError
+        The figures of the build are outside of the limits of the job (``[gate]``), or a rollback
+        has withdrawn it: it is kept, and not published.
     """
     plan = Plan(job, store)
-    store = plan.store
+    store, watch = plan.store, watch or Watch()
     known = plan.all()
+    watch.planned(store, known)
     complete = all(planned.complete for planned in known)
     place: AbstractContextManager[Cluster] = nullcontext(Cluster())
     if not complete and cluster is not None:
         place = nullcontext(cluster) if isinstance(cluster, Cluster) else cluster()
+    former = history.current_products(store)
     done: list[Planned] = []
     results: list[StageResult] = []
     with place as active:
         # Step by step it becomes known which model corrects the catalog.
         for planned in known if complete else map(plan.resolve, plan.steps):
+            began, counts = time.monotonic(), {}
             if not planned.complete:
+                watch.begins(planned.product)
                 with _measured(store, planned, active):
-                    planned.run(active, report)
+                    before = former.get(planned.product)
+                    counts = planned.run(active, report, Former(store.absolute(), before))
             name, stage, ran = planned.product, planned.recipe.stage, not planned.complete
-            results.append(result_of(name, stage, planned.directory, ran, planned.reason))
+            result = result_of(name, stage, planned.directory, ran, planned.reason)
+            results.append(replace(result, parts=counts))
+            watch.ended(results[-1], time.monotonic() - began)
             done.append(planned)
     for number, planned in enumerate(done):
         report("check products", number, len(done))
@@ -113,14 +152,45 @@ def rebuild(
             name = planned.product.removesuffix(".comparison")
             choices[name] = Choice(found["method"], found["why"], metrics)
     products = {planned.product: (planned.recipe, planned.directory) for planned in done}
-    path = publish(store, job.name, job.text, products)
-    return Build(
+    path, outcome, refused = _published(job, store, products)
+    build = Build(
         path.name,
         path,
         {name: str(followed(path / name)) for name in products},
         tuple(results),
         choices,
+        outcome,
+        refused,
     )
+    if refused:
+        what = f"build {build.name} of {store} is kept, but not published: {'; '.join(refused)}"
+        hint = (
+            f"See sos-dask diff current {build.name}; sos-dask publish {build.name} publishes it."
+        )
+        raise GateError(what, hint, build, refused)
+    return build
+
+
+def _published(
+    job: Job, store: Path, products: Mapping[str, tuple[Recipe, Path]]
+) -> tuple[Path, str, tuple[str, ...]]:
+    """Publish products, unless they are or must not be; the build, the outcome, and why not."""
+    fingerprints = {product: recipe.fingerprint for product, (recipe, _) in products.items()}
+    before = history.current_products(store)
+    if published(store) == fingerprints:
+        return publish(store, job.name, job.text, products), "unchanged", ()
+    now = {name: home(recipe.stage, path) for name, (recipe, path) in products.items()}
+    known, withdrawn = history.unpublished(store, fingerprints)
+    try:
+        refused = (withdrawn,) if withdrawn else tuple(gate.reasons(job.gate, now, before))
+    except SosError as error:  # the new products are sound
+        logger.warning("the build is compared with none: %s", error.message)
+        refused = tuple(gate.reasons(job.gate, now, {}))
+    if known is None:
+        known = publish(store, job.name, job.text, products, refused)
+    elif not refused:
+        history.publish_build(store, known.name)
+    return known, "refused" if refused else "published", refused
 
 
 @contextmanager
@@ -129,7 +199,7 @@ def _measured(store: Path, planned: Planned, cluster: Cluster) -> Iterator[None]
     wall, before = time.monotonic(), cluster.cpu_seconds()
     try:
         yield
-    except SosError as error:  # which of several surveys or corrections it is
+    except ModelError as error:  # which of several surveys or corrections it is
         error.message = f"{planned.product}: {error.message}"
         raise
     after = cluster.cpu_seconds()

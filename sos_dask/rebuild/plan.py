@@ -42,6 +42,7 @@ from sos_dask.stages.uncertainty import Uncertainty
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.manifest import WORK, Manifest, Recipe, canonical_json, sha256_of_file
+from sos_dask.storage.parts import Former
 from sos_dask.storage.store import (
     DIGESTS_FILE,
     current_recipes,
@@ -104,12 +105,13 @@ class Planned:
         """Name of what is made."""
         return self.step.product
 
-    def run(self, cluster: Cluster, report: Report) -> None:
-        """Make the output."""
+    def run(self, cluster: Cluster, report: Report, former: Former | None = None) -> dict[str, int]:
+        """Make the output; the numbers of parts that were ``run`` and ``taken`` over."""
         step, known = self.step, self.fingerprints
         name = step.catalog or step.product
         stage = step.stage(self.inputs, step.settings, product=name, known=known)
-        stage.run(self.directory, cluster=cluster, report=report)
+        stage.run(self.directory, cluster=cluster, report=report, former=former)
+        return stage.counted
 
 
 def steps(job: Job) -> list[Step]:
@@ -538,7 +540,7 @@ class Plan:
             return "not built before"
         if before.stage != recipe.stage or before.version != recipe.version:
             return f"version of the stage {before.version} -> {recipe.version}"
-        settings = _differences(before.params, recipe.params)
+        settings = differences(before.params, recipe.params)
         old = before.inputs.values()
         changed = {name: now for name, now in recipe.inputs.items() if now not in old}
         inputs = [f"{self._names.get(now, name)} changed" for name, now in changed.items()]
@@ -546,13 +548,13 @@ class Plan:
         return "; ".join([*settings, *inputs, *removed])
 
 
-def _differences(before: Any, after: Any, where: str = "") -> list[str]:
-    """Name what differs between two JSON values, as ``key old -> new``."""
+def differences(before: Any, after: Any, where: str = "") -> list[str]:
+    """Name what differs between two JSON values, each as ``key old -> new``."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         found = []
         for key in sorted({*before, *after}):
             inner = f"{where}.{key}" if where else str(key)
-            found += _differences(before.get(key), after.get(key), inner)
+            found += differences(before.get(key), after.get(key), inner)
         return found
     if canonical_json(before) == canonical_json(after):
         return []

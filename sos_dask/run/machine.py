@@ -65,6 +65,18 @@ def memory_bytes() -> int:
     return int(min(limits))
 
 
+def peak_bytes() -> int:
+    """Largest memory so far of this process or of one of those that it has started here."""
+    own = psutil.Process()
+    peaks = [0]
+    for process in [own, *own.children(recursive=True)]:
+        with contextlib.suppress(OSError, StopIteration, ValueError):  # ended; not Linux
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            words = next(line for line in lines if line.startswith("VmHWM:")).split()
+            peaks.append(int(words[1]) << 10)
+    return max(peaks)
+
+
 def _groups(controller: str) -> Iterator[Path]:
     """Folders of the control groups of this process with a controller, and of those above them.
 

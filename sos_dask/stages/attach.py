@@ -92,6 +92,7 @@ class Attach(Stage[AttachSettings]):
         Role("other", "Any HATS catalog; by id it must have that column."),
     )
     partitioned = "catalog"
+    reusable = ("attached",)
     reach_arcsec = 0.0
 
     @classmethod
@@ -114,6 +115,10 @@ class Attach(Stage[AttachSettings]):
             )
         motions = motion_of(catalog), motion_of(other)
         self.reach_arcsec = float(reach_arcsec(settings.matching, *motions, bool(settings.ids)))
+
+    def state(self) -> Any:
+        """Tell what all partitions share: see `Stage.state`."""
+        return self.reach_arcsec
 
     def make(self, run: Run) -> Made:
         """Add the columns to every partition."""

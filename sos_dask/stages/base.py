@@ -29,8 +29,9 @@ from sos_dask.sky.healpix import MAX_ORDER, HealpixPixel
 from sos_dask.stars.match import MOTION, Motion
 from sos_dask.storage.artifact import Output, write_parquet
 from sos_dask.storage.catalog import Catalog, write_catalog_metadata, write_partition
-from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows, local_copy
+from sos_dask.storage.manifest import FileRecord, Manifest, Recipe, Rows, local_copy, sha256_of
 from sos_dask.storage.objects import as_path, at_once
+from sos_dask.storage.parts import Former, Reads, traced
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
@@ -77,6 +78,8 @@ class Stage(Generic[S]):
     """MiB of a worker's process, and its peak beside that in bytes of its partition (measured)."""
     partitioned: ClassVar[str] = ""
     """Role of the catalog whose partitions are the parts: its largest must fit into a worker."""
+    reusable: ClassVar[tuple[str, ...]] = ()
+    """Kinds of parts that depend on settings, `state` and what they read of catalogs alone."""
 
     def __init__(
         self,
@@ -87,6 +90,7 @@ class Stage(Generic[S]):
         known: Mapping[str, str] | None = None,
     ) -> None:
         self.known = dict(known or {})
+        self.counted: dict[str, int] = {}
         self.settings: S = self.Settings() if settings is None else settings  # type: ignore[assignment]
         self.product = product
         self.inputs: dict[str, Catalog | Path] = {}
@@ -154,6 +158,42 @@ class Stage(Generic[S]):
     def check(self) -> None:
         """Refuse inputs that do not fit, before anything is written."""
 
+    @property
+    def catalogs(self) -> dict[str, Catalog]:
+        """Catalogs that are inputs, by name."""
+        return {n: self.catalog(n) for n in self.inputs if self.role_of(n).kind == "catalog"}
+
+    def stated(self, reads: Reads) -> dict[str, Any] | None:
+        """Name what was read by inputs and the SHA-256 of files; None for those of others."""
+        known = {one.path: (name, one) for name, one in self.catalogs.items() if one.manifest}
+        if not reads.files.keys() <= known.keys():
+            return None
+        files, empty = {}, {}
+        for path, seen in reads.files.items():
+            name, catalog = known[path]
+            files[name] = {file: catalog.stated[file].sha256 for file in sorted(seen)}
+            empty[name] = sorted(reads.empty.get(path, ()))
+        return {"files": files, "empty": empty}
+
+    def base(self) -> str:
+        """Digest all that decides reusable parts but for what they read."""
+        schemas = {name: str(one.schema) for name, one in self.catalogs.items()}
+        recipe = self.recipe(self.settings, {})
+        return sha256_of([vars(recipe), repr(self.state()), schemas, pa.__version__])
+
+    def would_read(self, reads: Mapping[str, Any]) -> bool:
+        """Check whether a part would read just what another one has read (see `stated`)."""
+        catalogs = self.catalogs
+        for name, files in reads["files"].items():
+            stated = catalogs[name].stated
+            if any(x not in stated or stated[x].sha256 != files[x] for x in files):
+                return False
+        return not any(catalogs[x].overlapping(some) for x, some in reads["empty"].items())
+
+    def state(self) -> Any:
+        """Tell what reusable parts depend on beside settings and rows; its text is compared."""
+        return None
+
     def held_bytes(self) -> int:
         """Bytes that a worker holds beside its partition, such as a model."""
         return 0
@@ -182,11 +222,13 @@ class Stage(Generic[S]):
         overwrite: bool = False,
         cluster: Cluster | None = None,
         report: Report = silent,
+        former: Former | None = None,
     ) -> Manifest | None:
         """Make the output, or finish it; a complete one is left alone.
 
         With ``overwrite`` another output in the directory is replaced; without a cluster tasks run
-        in this process. None while parts are missing that other processes make.
+        in this process. Parts of a ``former`` output that would be the same are taken over. None
+        while parts are missing that other processes make.
         """
         directory = as_path(directory)
         self.product = self.product or directory.name
@@ -202,7 +244,7 @@ class Stage(Generic[S]):
         output = Output.prepare(directory, recipe, overwrite, map(self.path, self.inputs))
         made_before = output.complete
         if not made_before:
-            run = Run(output, cluster or Cluster(), report)
+            run = Run(output, cluster or Cluster(), report, self, former)
             try:
                 run.cluster.prepare(
                     partial(_see, output, [self.path(x).absolute() for x in self.inputs])
@@ -211,6 +253,8 @@ class Stage(Generic[S]):
                     self.require_partition(run.cluster, self.catalog(self.partitioned))
                 made = self.make(run)
                 if made is not None:
+                    if former is not None and self.reusable:
+                        former.remember(output, self.base(), self.reusable)
                     output.commit(made[0], tuple(run.files), made[1])
             except Exception as error:
                 if not output.complete:
@@ -256,33 +300,45 @@ class Stage(Generic[S]):
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a stage: where it writes, where its parts run, and what it has written."""
+    """One run of a stage: where it writes, where its parts run, what it has written and reuses."""
 
     output: Output
     cluster: Cluster
     report: Report
+    stage: Stage[Any] | None = None
+    former: Former | None = None
     files: list[FileRecord] = field(default_factory=list)
 
     def parts(
-        self, kind: str, items: Mapping[str, T], part: Part[T], step: str = ""
+        self,
+        kind: str,
+        items: Mapping[str, T],
+        part: Part[T],
+        step: str = "",
+        content: Part[T] | None = None,
     ) -> list[dict[str, Any]]:
         """Run a part for each item that has no sound record; give all records in their order.
 
         Items come by the key of their record, which is in the folder ``kind``; a part is a function
         or method ``(output, key, item) -> record``, importable by its name; ``step`` names it for
-        progress (default: the stage). Raises `StorageError` where a record is missing: it was
-        removed meanwhile, or the workers run another version.
+        progress (default: the stage). ``content``: a part that gives a digest, as ``content``, of
+        what a reusable part is made of beside catalogs; the record of that has it, too. Raises
+        `StorageError` where a record is missing: it was removed meanwhile, or the workers run
+        another version.
         """
         step = step or self.output.recipe.stage
         where = self.output.directory
         made = at_once(where, partial(self.output.intact, kind), items)
-        missing = [
-            (self.output, kind, key, item, part)
-            for (key, item), is_made in zip(items.items(), made, strict=True)
-            if not is_made
-        ]
+        known = dict(zip(items, made, strict=True))
+        missing = {key: item for key, item in items.items() if not known[key]}
+        if missing and self.former and self.stage and kind in self.stage.reusable:
+            taken = self._taken(self.former, self.stage, kind, missing, content, step)
+            missing = {key: item for key, item in missing.items() if key not in taken}
+            for what, n in (("run", len(missing)), ("taken", len(taken))):
+                self.stage.counted[what] = self.stage.counted.get(what, 0) + n
         if missing:
-            self.cluster.run(_do, missing, step, self.report)
+            tasks = [(self.output, kind, key, item, part) for key, item in missing.items()]
+            self.cluster.run(_do, tasks, step, self.report)
         else:
             self.report(step, len(items), len(items))
         found = []
@@ -295,6 +351,28 @@ class Run:
                 )
             found.append(record)
         return found
+
+    def _taken(
+        self,
+        former: Former,
+        stage: Stage[Any],
+        kind: str,
+        items: Mapping[str, T],
+        content: Part[T] | None,
+        step: str,
+    ) -> set[str]:
+        """Take over the parts of a former output that would be the same; their keys."""
+        known, prefix = former.parts(stage.base()), f"{kind}/"
+        known = {key: known[prefix + key] for key in items if prefix + key in known}
+        known = {key: one for key, one in known.items() if stage.would_read(one["reads"])}
+        if content is not None and known:
+            again = {key: items[key] for key in known}
+            found = self.parts(f"{kind}-content", again, content, f"{step}: compare")
+            now = {key: one["content"] for key, one in zip(again, found, strict=True)}
+            known = {k: one for k, one in known.items() if one["value"]["content"] == now[k]}
+        tasks = [(former, self.output, prefix + key, one) for key, one in known.items()]
+        done = self.cluster.run(_take, tasks, f"{step}: take over", self.report) if tasks else []
+        return {key for key, taken in zip(known, done, strict=True) if taken}
 
     def write(self, name: str, table: pa.Table) -> None:
         """Write a table of the output."""
@@ -333,7 +411,19 @@ class Run:
 
 def _do(task: tuple[Output, str, str, T, Part[T]]) -> None:
     output, kind, key, item, part = task
-    output.put_record(kind, key, part(output, key, item))
+    stage, reads = getattr(part, "__self__", None), None
+    if not isinstance(stage, Stage) or kind not in stage.reusable:
+        value = part(output, key, item)
+    else:
+        with traced() as seen:
+            value = part(output, key, item)
+        reads = stage.stated(seen)
+    output.put_record(kind, key, value, reads)
+
+
+def _take(task: tuple[Former, Output, str, Mapping[str, Any]]) -> bool:
+    former, output, part, known = task
+    return former.take(output, part, known)
 
 
 def _see(output: Output, inputs: Sequence[Path]) -> None:

@@ -271,9 +271,10 @@ class Coverage(OfModel[CoverageSettings]):
                 continue  # too few to tell
             distance, index = cKDTree(x[~out]).query(x[out])
             kind = beyond.kinds(x[out] - x[~out][index], giant[out])
-            parts.append((kind, distance, y[out][:, None], right[out]))
+            residual = np.stack([y[out], y[out] - np.median(y[~out], axis=0)], axis=1)
+            parts.append((kind, distance, residual, right[out]))
         if not parts:
-            parts = [(np.empty(0, np.int64), np.empty(0), np.empty((0, 1, y.shape[1])), right[:0])]
+            parts = [(np.empty(0, np.int64), np.empty(0), np.empty((0, 2, y.shape[1])), right[:0])]
         return beyond.Left(*map(np.concatenate, zip(*parts, strict=True)))
 
     def score(self, output: Output, key: str, pixel: HealpixPixel) -> dict[str, Any]:

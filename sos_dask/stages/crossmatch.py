@@ -102,6 +102,7 @@ class Crossmatch(Stage[CrossmatchSettings]):
     )
     partitioned = "target"
     memory = (220, 4.0)
+    reusable = ("matches",)
     motions: tuple[Motion, Motion]
     shared_ids: bool
 
@@ -121,6 +122,10 @@ class Crossmatch(Stage[CrossmatchSettings]):
                         f"{catalog.path}: column '{name}' has type {kind}, not numbers"
                     )
         self.motions = motion_of(target), motion_of(reference)
+
+    def state(self) -> Any:
+        """Tell what all partitions share: see `Stage.state`."""
+        return self.motions, self.shared_ids
 
     def make(self, run: Run) -> Made:
         """Match every partition, join the folds of all, and write the pairs."""

@@ -41,6 +41,7 @@ class Dedupe(Stage[DedupeSettings]):
     roles = (Role("observations", "Observations, with obs_id, quality and the labels."),)
     partitioned = "observations"
     memory = (320, 4.0)
+    reusable = ("stars",)
     epoch, moved_arcsec = 0.0, 0.0
 
     @property
@@ -65,6 +66,10 @@ class Dedupe(Stage[DedupeSettings]):
         self.epoch = motion.epoch_max
         if motion.epoch_min < self.epoch:
             self.moved_arcsec = moved_arcsec(motion, self.epoch)
+
+    def state(self) -> Any:
+        """Tell what all partitions share: see `Stage.state`."""
+        return self.epoch, self.moved_arcsec, self.duplicate_bits, self.expected_error
 
     def make(self, run: Run) -> Made:
         """Make the stars of every partition, and count the repeats."""

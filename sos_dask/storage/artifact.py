@@ -13,6 +13,7 @@ import errno
 import hashlib
 import logging
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ from sos_dask.storage.manifest import (
     stored_at,
     sum_of_file,
 )
-from sos_dask.storage.objects import ObjectPath, as_path, local, remove_tree, temporary_file
+from sos_dask.storage.objects import ObjectPath, as_path, lately, local, remove_tree, temporary_file
 
 logger = logging.getLogger(__name__)
 Stamp: TypeAlias = tuple[Path, int, int]
@@ -114,6 +115,27 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 # Paths that a thread has put in place: those of a part become known to its record. Of objects also
 # what `sum_of_file` gives.
 _written = threading.local()
+
+
+def put_copy(source: Path, path: Path) -> None:
+    """Put the content of a file at another place atomically: a link to it where that can be."""
+    with atomic_path(path) as temporary:
+        try:
+            temporary.hardlink_to(local(source))
+        except OSError:
+            shutil.copyfile(local(source), temporary)
+
+
+def write_new(path: Path, text: str) -> bool:
+    """Write a small text file where there is none; whether that was so."""
+    if isinstance(path, ObjectPath):
+        return bool(path.put(text.encode(), "create"))
+    with storage_errors(path), contextlib.suppress(FileExistsError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+        return True
+    return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -187,7 +209,7 @@ def open_parquet(
     # Without a buffer for all columns together: measured, it costs a quarter of the time.
     with (
         partition_errors(path),
-        pa.OSFile(str(local(path))) as source,
+        pa.OSFile(str(local(lately(path)))) as source,
         pq.ParquetFile(
             source,
             metadata=footer or footer_of(stamp_of(path)),
@@ -222,7 +244,7 @@ def taken(file: pq.ParquetFile, rows: NDArray[np.int64], columns: Sequence[str])
 def stamp_of(path: Path) -> Stamp:
     """Take the stamp of a file, by which what was read of it is kept."""
     with partition_errors(path):
-        found = path.stat()
+        found = lately(path).stat()
     return path, found.st_mtime_ns, found.st_size
 
 
@@ -233,7 +255,7 @@ def footer_of(stamp: Stamp, sha256: str = "") -> pq.FileMetaData:
     Tasks read their partitions in several steps.
     """
     with partition_errors(stamp[0]):
-        content = footer_bytes(stamp[0])
+        content = footer_bytes(lately(stamp[0]))
         if sha256 and hashlib.sha256(content).hexdigest() != sha256:
             raise OSError("its footer is not the one that was written")
         return pq.read_metadata(pa.BufferReader(content))
@@ -390,17 +412,23 @@ class Output:
         """Read an intermediate table, memory-mapped."""
         return pa.ipc.open_file(pa.memory_map(str(local(self.piece(name))))).read_all()
 
-    def put_record(self, kind: str, key: str, value: Mapping[str, Any]) -> None:
+    def put_record(
+        self,
+        kind: str,
+        key: str,
+        value: Mapping[str, Any],
+        reads: Mapping[str, Any] | None = None,
+    ) -> None:
         """Record that a part is finished: from now on it is skipped by a rerun.
 
         The files that this thread has put in place since its last record are recorded with their
-        sums, so that a rerun makes damaged parts again.
+        sums, so that a rerun makes damaged parts again; ``reads``: what was read, where it counts.
         """
         root = str(self.directory.absolute()) + os.sep
         written = [one for one in _written.__dict__.items() if one[0].startswith(root)]
         if not (self.directory / MANIFEST).is_file():  # else another process has completed it
             sums = {p.removeprefix(root): known or sum_of_file(as_path(p)) for p, known in written}
-            document = {"part": f"{kind}/{key}", "value": value, "pieces": sums}
+            document = {"part": f"{kind}/{key}", "value": value, "pieces": sums, "reads": reads}
             write_text(self.work / kind / f"{key}.json", sealed_json(document))
         _written.__dict__.clear()
 

@@ -27,7 +27,7 @@ from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.schema import HEALPIX_COLUMN, KEYS, described, nearest
 from sos_dask.sky.healpix import HealpixPixel, Ranges
 from sos_dask.sky.neighbours import runs
-from sos_dask.storage import hats
+from sos_dask.storage import hats, parts
 from sos_dask.storage.artifact import (
     Output,
     footer_of,
@@ -459,7 +459,10 @@ class Catalog:
         firsts, lasts = self._edges
         at = np.searchsorted(stops, firsts, side="right")
         meets = np.append(starts, np.iinfo(np.int64).max)[at] < lasts
-        return [self.pixels[number] for number in np.flatnonzero(meets)]
+        found = [self.pixels[number] for number in np.flatnonzero(meets)]
+        parts.note(self.path, *map(hats.partition_path, found))
+        parts.note_empty(self.path, ranges, [(one.first, one.stop) for one in found])
+        return found
 
     @cached_property
     def _edges(self) -> IntArray:
@@ -490,6 +493,16 @@ class Catalog:
                 values += more
         return {name: (min(values), max(values)) for name, values in ends.items() if values}
 
+    def null_counts(self, columns: Iterable[str]) -> dict[str, int]:
+        """Count the nulls of columns by the footers of our own files, as far as these tell."""
+        counts: dict[str, int] = dict.fromkeys(self.columns(columns), 0)
+        footers = chain(*at_once(self.path, self._footers, self.pixels))
+        for chunk in chain(*map(_chunks, footers)):
+            if chunk.path_in_schema in counts:
+                found = chunk.statistics
+                counts[chunk.path_in_schema] += found.null_count if found is not None else 0
+        return counts
+
     def _ends(self, pixel: HealpixPixel, name: str) -> list[float]:
         """Bounds of a column in a partition, or in each of its row groups."""
         try:
@@ -518,7 +531,9 @@ class Catalog:
 
     def _footers(self, pixel: HealpixPixel) -> list[pq.FileMetaData]:
         """Footers of the files of a partition, which must be those that were written."""
-        stated, footers = self.stated.get(hats.partition_path(pixel)), []
+        name, footers = hats.partition_path(pixel), []
+        parts.note(self.path, name)
+        stated = self.stated.get(name)
         for path in self.files_of(pixel):
             footers.append(footer_of(stamp_of(path), stated.footer if stated else ""))
             n_rows = footers[-1].num_rows

@@ -20,7 +20,7 @@ import numpy as np
 from sos_dask.errors import CatalogError
 from sos_dask.run.machine import n_cores
 from sos_dask.settings import sealed
-from sos_dask.storage.objects import ObjectPath, as_path, at_once, copy_to, local, scratch
+from sos_dask.storage.objects import ObjectPath, as_path, at_once, copied, copy_to, local, scratch
 
 MANIFEST = "manifest.json"
 WORK = ".work"
@@ -64,6 +64,7 @@ def sha256_of_file(path: Path) -> str:
 
 def footer_bytes(path: Path) -> bytes:
     """Read the footer of a Parquet file, with its length and magic; `OSError` where it has none."""
+    path = copied(path) if isinstance(path, ObjectPath) else path
     if isinstance(path, ObjectPath):
         content = path.tail(_FOOTER)
         length = int.from_bytes(content[-_TAIL:-4], "little") + _TAIL

@@ -39,6 +39,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _BLOCK = 32 << 20
 _AT_ONCE = 16  # requests of one process
 _UNUSED_S = 600  # copies that were used since are never removed
+_LATELY_S, _MOST_KNOWN = 5.0, 10_000
 _ROOM_S = 20.0  # between looks at the size of all copies
 _LIMIT = "120s"  # of one request
 _PATIENCE = datetime.timedelta(seconds=60)  # of a server that is away
@@ -129,7 +130,7 @@ class ObjectPath(PosixPath):
     `StorageError`.
     """
 
-    _seen: _Stat | None = None  # of an object that was just listed
+    _seen: _Stat | None = None
 
     def __str__(self) -> str:
         first, *rest = self.parts or ("",)
@@ -201,8 +202,12 @@ class ObjectPath(PosixPath):
                 yield from one.glob(rest) if rest and one._seen is None else () if rest else [one]
 
     def _found(self, item: Any) -> ObjectPath:
-        path = type(self)(f"s3://{self.parts[1]}/{item['path']}")
-        path._seen = _stat_of(item)
+        return type(self)(f"s3://{self.parts[1]}/{item['path']}").seen(_stat_of(item))
+
+    def seen(self, stat: _Stat | None = None) -> ObjectPath:
+        """Give the same path with what is known of the object now."""
+        path = type(self)(*self.parts)
+        path._seen = stat or self.stat()
         return path
 
     # -- names ------------------------------------------------------------------------------------
@@ -265,18 +270,20 @@ class ObjectPath(PosixPath):
         if self.scheme != "s3":
             raise ConfigError(f"{self} can only be read", "Write to a folder, or to s3://.")
         there: Any = _obstore().exceptions
+        _lately.pop(self, None)
         try:
             with _asking(self, writes=True) as (client, key):
                 made = _obstore().put(client, key, content, mode=mode, use_multipart=False)
         except (there.AlreadyExistsError, there.PreconditionError):
             return []
         size = content.stat().st_size if isinstance(content, Path) else len(content)
+        stat = _stat_of({**made, "size": size})
         if isinstance(content, Path):
-            kept = _copy_of(self, made["e_tag"])
+            kept = _copy_of(self.seen(stat))
             kept.parent.mkdir(exist_ok=True)
             content.replace(kept)
             _make_room()
-        return list(_stat_of({**made, "size": size})[:2])
+        return list(stat[:2])
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object."""
@@ -333,18 +340,27 @@ def local(path: Path) -> Path:
     """
     if not isinstance(path, ObjectPath):
         return path
-    stat = path.stat()
-    copy = _copy_of(path, stat.e_tag or str(stat.st_mtime_ns))
+    path = path.seen()
+    found = copied(path)
+    if found is path:
+        copy = _copy_of(path)
+        with (scratch() / f"lock-{copy.parent.name}").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one machine copy it once
+            if copied(path) is path:
+                copy_to(path, copy)
+        _make_room()
+        return copy
+    return found
+
+
+def copied(path: ObjectPath) -> Path:
+    """Give the copy of an object that is on this machine; the path itself without one."""
+    copy, size = _copy_of(path), path.stat().st_size
     with contextlib.suppress(FileNotFoundError):
-        if copy.stat().st_size == stat.st_size:
+        if copy.stat().st_size == size:
             os.utime(copy)
             return copy
-    with (scratch() / f"lock-{copy.parent.name}").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one machine copy it once
-        if not copy.is_file() or copy.stat().st_size != stat.st_size:
-            copy_to(path, copy)
-    _make_room()
-    return copy
+    return path
 
 
 def copy_to(path: ObjectPath, target: Path) -> None:
@@ -358,6 +374,25 @@ def copy_to(path: ObjectPath, target: Path) -> None:
     except OSError as error:
         what = f"cannot copy {path} to {scratch()}: {error.strerror or error}"
         raise StorageError(what, "Let TMPDIR name a folder with room.") from error
+
+
+def lately(path: Path) -> Path:
+    """Give a path that knows what was asked of its object in the last seconds, by this process.
+
+    A task opens its partitions several times, and each question takes its time.
+    """
+    if not isinstance(path, ObjectPath):
+        return path
+    at, found = _lately.get(path, (-_LATELY_S, path))
+    if time.monotonic() > at + _LATELY_S:
+        if len(_lately) > _MOST_KNOWN:
+            _lately.clear()
+        found = path.seen()
+        _lately[path] = time.monotonic(), found
+    return found
+
+
+_lately: dict[Path, tuple[float, Path]] = {}
 
 
 @contextlib.contextmanager
@@ -379,8 +414,9 @@ def scratch() -> Path:
     return folder
 
 
-def _copy_of(path: ObjectPath, e_tag: str) -> Path:
-    name = hashlib.sha256(f"{path}\0{e_tag}".encode()).hexdigest()
+def _copy_of(path: ObjectPath) -> Path:
+    stat = path.stat()
+    name = hashlib.sha256(f"{path}\0{stat.e_tag or stat.st_mtime_ns}".encode()).hexdigest()
     return scratch() / name[:2] / f"{name[2:32]}-{path.name[-80:]}"
 
 

@@ -8,6 +8,7 @@ Layout (``<store>``)::
 
 Objects have no links: ``build.json`` names the products, ``current`` contains the build's name.
     digests.json  costs.json             memory of hashed survey files, and of what outputs took
+    parts/  logs/  lock.json             memory of parts of outputs; logs of runs; who works here
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import contextlib
 import datetime
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from sos_dask.errors import CatalogError, ConfigError, PartitionError, SosError,
 from sos_dask.schema import HEALPIX_COLUMN, KEYS
 from sos_dask.settings import is_product
 from sos_dask.sky.healpix import HealpixPixel, ang2pix
-from sos_dask.storage import hats
+from sos_dask.storage import hats, parts
 from sos_dask.storage.artifact import REJECTED, partition_errors, storage_errors, write_text
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.hats import COLLECTION
@@ -63,7 +64,7 @@ _ROW_INPUTS = ("observations", "catalog", "target", "target.0", "pairs")
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of one stage."""
+    """What became of one stage; ``parts`` that were ``run`` and ``taken`` over, where it ran."""
 
     product: str
     stage: str
@@ -72,6 +73,7 @@ class StageResult:
     path: str
     rows: Rows
     summary: Mapping[str, Any]
+    parts: Mapping[str, int] = field(default_factory=dict)
 
 
 def home(stage: str, directory: Path) -> Path:
@@ -112,11 +114,16 @@ def _said(error: Exception) -> str:
 
 
 def publish(
-    store: Path, job: str, job_text: str, products: Mapping[str, tuple[Recipe, Path]]
+    store: Path,
+    job: str,
+    job_text: str,
+    products: Mapping[str, tuple[Recipe, Path]],
+    refused: Sequence[str] = (),
 ) -> Path:
     """Link the products into a new build and let ``current`` name it; an equal build is kept.
 
-    ``products`` are recipe and directory of each, in the order of the plan.
+    ``products`` are recipe and directory of each, in the order of the plan. With reasons why it is
+    refused the build is made, and ``current`` stays.
     """
     for product in products:
         if not is_product(product):
@@ -143,13 +150,21 @@ def publish(
             "stages": {product: recipe.stage for product, (recipe, _) in products.items()},
             "sos_dask": __version__,
             "utc": now.isoformat(timespec="seconds"),
+            **({"refused": list(refused)} if refused else {}),
         }
         write_text(build / BUILD_FILE, sealed_json(document, sort_keys=False))
-        if isinstance(current, ObjectPath):
-            return _put_current(current, build, fingerprints)
-        swap = store / f".current.{os.getpid()}"
+    return build if refused else make_current(store, build)
+
+
+def make_current(store: Path, build: Path) -> Path:
+    """Let ``current`` name a build of the store, by one atomic swap; the build that it names."""
+    current = store / "current"
+    if isinstance(current, ObjectPath):
+        return _put_current(current, build, read_build(build)["products"])
+    swap = store / f".current.{os.getpid()}"
+    with storage_errors(swap):
         swap.unlink(missing_ok=True)
-        swap.symlink_to(os.path.relpath(build, store), target_is_directory=True)
+        swap.symlink_to(f"builds/{build.name}", target_is_directory=True)
         swap.replace(current)
     return build
 
@@ -261,6 +276,12 @@ def costs(store: Path) -> dict[str, dict[str, float]]:
     return remembered(store / _COSTS)
 
 
+def file_sizes(store: Path) -> dict[str, int]:
+    """Bytes of the survey files that a rebuild into this store has hashed, by SHA-256."""
+    known = remembered(store / DIGESTS_FILE)
+    return {digest: int(key.rsplit(":", 2)[1]) for key, digest in known.items()}
+
+
 def file_names(store: Path) -> dict[str, str]:
     """Names of the survey files that a rebuild into this store has hashed, by SHA-256."""
     known = remembered(store / DIGESTS_FILE)
@@ -318,7 +339,7 @@ def status(store: Path) -> StoreStatus:
     return StoreStatus(
         store,
         current.resolve().name if current.exists() else "",
-        tuple(path.name for path in _builds(store)),
+        tuple(path.name for path in builds_in(store)),
         tuple(products),
         tuple(missing),
         tuple(str(path.relative_to(store)) for path in unfinished),
@@ -327,28 +348,35 @@ def status(store: Path) -> StoreStatus:
     )
 
 
-def gc(store: Path, *, keep_builds: int = 1, dry_run: bool = False) -> list[tuple[Path, int]]:
+def gc(store: Path, *, keep: int = 3, dry_run: bool = False) -> list[tuple[Path, int]]:
     """Remove old builds and every output that no kept build uses, unfinished ones too.
 
-    ``keep_builds`` of the latest builds stay, at least 1: the current one always does. Do not run
-    it beside a rebuild. Returns what was (with ``dry_run``: would be) removed, with its bytes.
+    ``keep`` of the latest builds stay, at least 1: the current one always does. Do not run it
+    beside a rebuild. Returns what was (with ``dry_run``: would be) removed, with its bytes.
     """
-    if keep_builds < 1:
-        raise ConfigError(f"{keep_builds} builds cannot be kept: the current one always stays")
+    if keep < 1:
+        raise ConfigError(f"{keep} builds cannot be kept: the current one always stays")
     require_store(store, built=False)
-    kept = _kept_builds(store, keep_builds)
+    kept = _kept_builds(store, keep)
     for build in kept:
         read_build(build)  # what a damaged one needs is not known
     used = _used_artifacts(store, kept)
-    doomed = [path for path in _builds(store) if path not in kept]
+    doomed = [path for path in builds_in(store) if path not in kept]
     doomed += [path for path in _artifacts(store) if path not in used]
-    removed = [(path, _size(path)) for path in doomed]
-    for path in () if dry_run else doomed:
-        remove_tree(path, first=MANIFEST)
+    forgotten = parts.forgotten(store, (path.name for path in used))
+    removed = [(path, _size(path)) for path in [*doomed, *forgotten]]
+    if not dry_run:
+        for path in [*doomed, *forgotten]:
+            path.unlink() if path.is_file() else remove_tree(path, first=MANIFEST)
+        names = {path.name for path in used}
+        known = costs(store)
+        if not known.keys() <= names:
+            remember(store / _COSTS, {name: known[name] for name in known if name in names})
     return removed
 
 
-def _builds(store: Path) -> list[Path]:
+def builds_in(store: Path) -> list[Path]:
+    """List the builds of a store, the oldest first."""
     return sorted(path for path in (store / "builds").glob("*") if path.is_dir())
 
 
@@ -358,7 +386,7 @@ def _artifacts(store: Path) -> list[Path]:
 
 def _kept_builds(store: Path, keep: int = 0) -> set[Path]:
     """The latest builds (0: all) and the current one."""
-    kept = set(_builds(store)[-keep:])
+    kept = set(builds_in(store)[-keep:])
     current = (store / "current").resolve()
     if current.exists() and current.parent.name == "builds":
         kept.add(store / "builds" / current.name)
@@ -379,7 +407,8 @@ def _links(build: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.lstat().st_size for file in files if not file.is_dir())
 
 
 # -- verify ---------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ Store = Path | ObjectPath
 
 def start(job: Path, store: Store, workers: int = 2) -> subprocess.Popen:
     """Start a rebuild in a group of processes of its own."""
-    command = [SOS, "rebuild", str(job), "--store", str(store), "-w", str(workers)]
+    command = [SOS, "rebuild", str(job), "--store", str(store), "-w", str(workers), "--no-lock"]
     with (job.parent / "log").open("a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 

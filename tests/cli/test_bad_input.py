@@ -228,5 +228,5 @@ def test_too_few_pairs(cli, small_store, small_sky, tmp_path):
     few = ("[train]", "[crossmatch]\nradius_arcsec = 0.0001\nuse_gaia_id = false\n[train]")
     before = contents(tmp_path / "store/current")
     ran = cli("rebuild", write_job(tmp_path, small_sky, few), "-w", 0)
-    assert_error(ran, 7, "pairs", "Widen|match more stars")
+    assert_error(ran, 7, "pairs", "Widen|[Mm]atch more stars")
     assert contents(tmp_path / "store/current") == before

@@ -89,9 +89,9 @@ COMMANDS = sorted(
 
 def test_the_commands_are_these():
     assert COMMANDS == [
-        "apply", "attach", "compare", "coverage", "crossmatch", "dedupe", "demo", "gc", "ingest",
-        "rebuild", "reference", "report", "simulate", "status", "surveys", "train", "trends",
-        "uncertainty", "verify",
+        "apply", "attach", "builds", "compare", "coverage", "crossmatch", "dedupe", "demo", "diff",
+        "gc", "ingest", "publish", "rebuild", "reference", "report", "rollback", "simulate",
+        "status", "surveys", "train", "trends", "uncertainty", "verify",
     ]  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def test_the_readme_names_every_command():
 def test_the_readme_states_the_exit_codes():
     text = (ROOT / "README.md").read_text()
     codes = {error.exit_code for error in SosError.__subclasses__()}
-    assert codes == set(range(3, 10))
+    assert codes == set(range(3, 12))
     for error in SosError.__subclasses__():
         kind = error.__name__.removesuffix("Error").lower()
         word = {"config": "configuration", "survey": "survey file"}.get(kind, kind)
@@ -195,7 +195,12 @@ def tiny_disk(tmp_path) -> Iterator[Path]:
 
 @pytest.mark.fault
 def test_a_full_disk(small_sky, tiny_disk, tmp_path):
-    job = write_job(tmp_path, small_sky, ('store = "store"', f'store = "{tiny_disk}"'))
+    tiny = 'store = "store"', f'store = "{tiny_disk}"'
+    ran = subprocess.run(command("rebuild", write_job(tmp_path, small_sky, tiny), "-w", 0),
+                         capture_output=True, text=True)  # fmt: skip
+    assert ran.returncode == 9 and "the rebuild will not fit" in ran.stderr
+    # Nothing is refused; the disk is full while it runs.
+    job = write_job(tmp_path, small_sky, tiny, ("[train]", "[space]\ncheck = false\n[train]"))
     ran = subprocess.run(command("rebuild", job, "-w", 0), capture_output=True, text=True)
     assert ran.returncode == 9 and ran.stdout == ""
     assert re.search(rf"^error: the disk is full: cannot write {tiny_disk}/", ran.stderr, re.M)

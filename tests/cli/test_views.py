@@ -171,7 +171,8 @@ def test_other_documents(cli, small_store, small_sky, tmp_path):
     assert_shape(
         found,
         {
-            "store": str, "current": str, "builds": [str], "products": {str: STAGE},
+            "store": str, "current": str, "builds": [str], "products": {str: STAGE}, "utc": str,
+            "last_run": type(None), "last_failure": type(None), "running": type(None),
             "missing": list, "unfinished": list, "bytes": int, "unused_bytes": int,
         },
     )  # fmt: skip

@@ -41,7 +41,7 @@ def store(small_store, small_sky, tmp_path) -> Path:
     return tmp_path / "store"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def twice_built(small_store, small_sky, tmp_path_factory) -> Path:
     """A store with a second build, of another cut; only to be copied, as `changed` does."""
     folder: Path = tmp_path_factory.mktemp("twice")

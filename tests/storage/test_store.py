@@ -112,21 +112,21 @@ def store(tmp_path):
 def test_the_latest_builds_and_what_they_use_stay(store):
     assert [one.rows for one in status(store).products] == [Rows(2, 2)]
     assert (len(status(store).builds), status(store).unused_bytes) == (3, 0)
-    gone = [path.parent.name for path, _ in gc(store, keep_builds=2, dry_run=True)]
+    gone = [path.parent.name for path, _ in gc(store, keep=2, dry_run=True)]
     assert gone == ["builds", "test"] and len(status(store).builds) == 3
-    gc(store, keep_builds=2)
+    gc(store, keep=2)
     assert len(status(store).builds) == 2 and status(store).unused_bytes == 0
-    removed = gc(store, keep_builds=1)
+    removed = gc(store, keep=1)
     assert all(size > 100 for path, size in removed if path.parent.name == "test")
     assert current_product(store, "made").name == published(store)["made"]
-    assert gc(store) == [] and verify(current_product(store, "made")) == []
+    assert gc(store, keep=1) == [] and verify(current_product(store, "made")) == []
 
 
 def test_the_current_build_stays_though_it_is_not_the_latest(store):
     first = sorted((store / "builds").iterdir())[0]
     (store / "current").unlink()
     (store / "current").symlink_to(f"builds/{first.name}")
-    gc(store, keep_builds=1)
+    gc(store, keep=1)
     assert set(status(store).builds) >= {first.name} and len(status(store).builds) == 2
     assert status(store).missing == ()
 

@@ -95,7 +95,7 @@ class Coverage(OfModel[CoverageSettings]):
     """
 
     name = "coverage"
-    version = 16
+    version = 17
     Settings = CoverageSettings
     roles = (
         Role("evidence", "Table of evidence with the model's predictions.", "output"),

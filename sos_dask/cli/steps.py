@@ -329,6 +329,8 @@ def _rebuild(
     if workers is not None or scheduler is not None:  # the job's place of work is replaced
         of_job = {"memory_limit": "auto" if scheduler else of_job["memory_limit"]}
     given |= {"memory_limit": memory_limit, **cluster_settings(cluster)}
+    if given.get("kind", of_job.get("kind")) != of_job.get("kind"):
+        of_job = {}  # its keys are of another kind
     place = of_job | {name: one for name, one in given.items() if one is not None}
     place = {"n_workers": None} | place
     check_place(**place)

@@ -130,7 +130,12 @@ class PolynomialCorrection(Correction):
         """Fit; see `sos_dask.corrections.fit`."""
         k = len(training.problem.inputs)
         summary = base.summarise(training, cls.method, settings, least_pairs(k))
-        most = min(summary.info.n_pairs) // _PAIRS_A_TERM
+        n = summary.info.n_pairs
+        if training.folds is not None and min(n) < _PAIRS_A_TERM * n_terms(settings.order, k):
+            # The fits of folds and of all pairs have one order.
+            everything = replace(training, folds=None)
+            n = base.summarise(everything, cls.method, settings, least_pairs(k)).info.n_pairs
+        most = min(n) // _PAIRS_A_TERM
         order = max(o for o in range(1, settings.order + 1) if o == 1 or n_terms(o, k) <= most)
         exponents = polynomial_terms(order, k)
         m = len(exponents)

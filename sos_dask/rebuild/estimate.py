@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sos_dask.errors import CatalogError
 from sos_dask.rebuild.history import current_products, runs
 from sos_dask.rebuild.plan import Planned
 from sos_dask.storage.manifest import Manifest
@@ -48,11 +50,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
+def _there(directory: Path) -> int:
+    """Bytes of what a killed run has left of an output."""
+    if isinstance(directory, ObjectPath):
+        return 0
+    return sum(file.lstat().st_size for file in directory.rglob("*") if not file.is_dir())
+
+
 def estimate(store: Path, stages: Sequence[Planned]) -> Estimate:
     """Estimate what the stages of a plan that are not complete will take."""
     todo = [one for one in stages if not one.complete]
     sizes, known = file_sizes(store), costs(store)
-    before = {name: Manifest.load(path) for name, path in current_products(store).items()}
+    before = {}
+    for name, path in current_products(store).items():
+        with suppress(CatalogError):  # only an estimate wants it
+            before[name] = Manifest.load(path)
     growth = {}
     for one in stages:
         if one.recipe.stage == "ingest":
@@ -69,7 +81,7 @@ def estimate(store: Path, stages: Sequence[Planned]) -> Estimate:
             n_bytes += _OF_INPUT * inputs
             continue
         written = factor * sum(file.bytes for file in old.files)
-        n_bytes += written
+        n_bytes += max(0.0, written - _there(one.directory))
         scratch = max(scratch, _SCRATCH * written if one.recipe.stage == "ingest" else 0.0)
         took = known.get(old.fingerprint)
         tells &= took is not None

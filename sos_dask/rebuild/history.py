@@ -19,11 +19,11 @@ from sos_dask.storage.manifest import MANIFEST, sealed_json
 from sos_dask.storage.store import (
     BUILD_FILE,
     builds_in,
+    check_product,
     home,
     make_current,
     read_build,
     require_store,
-    result_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ def publish_build(store: Path, name: str = "") -> Path:
     path = find_build(store, name)
     made = read_build(path)
     for product, stage in made["stages"].items():
-        directory = (path / product).resolve()
-        result_of(product, stage, directory, False, "")
+        check_product(product, stage, (path / product).resolve(), "size")
     reasons = [made.pop(name, None) for name in ("refused", "withdrawn")]
     if any(reasons):
         _write(path, {**made, "accepted": now()})

@@ -60,12 +60,16 @@ class Holder:
         return f"{self.what} on {self.host}, process {self.pid}, since {since}{at}"
 
 
+def _written(store: Path) -> Holder | None:
+    with contextlib.suppress(OSError, ValueError, TypeError, StorageError):  # none, or not ours
+        return Holder(**json.loads((store / LOCK).read_text("utf-8")))
+    return None
+
+
 def holder_of(store: Path) -> Holder | None:
     """Find the living holder of the lock of a store; None where there is none."""
-    with contextlib.suppress(OSError, ValueError, TypeError, StorageError):  # none, or not ours
-        found = Holder(**json.loads((store / LOCK).read_text("utf-8")))
-        return found if found.is_alive else None
-    return None
+    found = _written(store)
+    return found if found is not None and found.is_alive else None
 
 
 @contextlib.contextmanager
@@ -75,7 +79,13 @@ def locked(store: Path, what: str) -> Iterator[Callable[[str], None]]:
     Gives a function that tells which stage runs. Raises `LockedError` where another process has it.
     """
     path, me, ended = store / LOCK, Holder.here(what), threading.Event()
-    while not write_new(path, json.dumps(asdict(me))):
+
+    def is_mine() -> bool:
+        found = _written(store)  # also after a pause longer than the lease
+        return found is not None and found.token == me.token
+
+    # A server may have stored it and lost its answer.
+    while not write_new(path, json.dumps(asdict(me))) and not is_mine():
         if (other := holder_of(store)) is not None:
             raise LockedError(
                 f"{store} is in use: {other.words}",
@@ -83,10 +93,6 @@ def locked(store: Path, what: str) -> Iterator[Callable[[str], None]]:
                 "the same work: --no-lock.",
             )
         path.unlink(missing_ok=True)
-
-    def is_mine() -> bool:
-        found = holder_of(store)
-        return found is not None and found.token == me.token
 
     def renew(stage: str = "") -> None:
         nonlocal me

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sos_dask.errors import GateError, ModelError, SosError
+from sos_dask.errors import CatalogError, GateError, ModelError, SosError, StorageError
 from sos_dask.evidence.figures import Metric
 from sos_dask.rebuild import gate, history
 from sos_dask.rebuild.job import Job
@@ -181,16 +181,29 @@ def _published(
         return publish(store, job.name, job.text, products), "unchanged", ()
     now = {name: home(recipe.stage, path) for name, (recipe, path) in products.items()}
     known, withdrawn = history.unpublished(store, fingerprints)
-    try:
-        refused = (withdrawn,) if withdrawn else tuple(gate.reasons(job.gate, now, before))
-    except SosError as error:  # the new products are sound
-        logger.warning("the build is compared with none: %s", error.message)
-        refused = tuple(gate.reasons(job.gate, now, {}))
+    refused = (withdrawn,) if withdrawn else _refused(job, store, now, before)
     if known is None:
         known = publish(store, job.name, job.text, products, refused)
     elif not refused:
         history.publish_build(store, known.name)
     return known, "refused" if refused else "published", refused
+
+
+def _refused(
+    job: Job, store: Path, now: Mapping[str, Path], before: Mapping[str, Path]
+) -> tuple[str, ...]:
+    """Reasons not to publish; that nothing can be compared is one, too."""
+    found: list[str] = []
+    try:
+        if job.gate.enabled and not before and (store / "current").exists():
+            raise CatalogError("its list of products cannot be read")
+        for reason in gate.reasons(job.gate, now, before):
+            found.append(reason)
+    except StorageError:
+        raise
+    except SosError as error:
+        found.append(f"it cannot be compared with the published build: {error.message}")
+    return tuple(found)
 
 
 @contextmanager

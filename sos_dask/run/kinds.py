@@ -127,7 +127,7 @@ class ClusterSettings(Settings):
     spec: str | None = Field(None, description="YAML of a DaskCluster for the operator.")
     namespace: str | None = Field(None, description="Of Kubernetes.")
     timeout: float | None = Field(
-        None, gt=0, description="Seconds without any worker that are too many."
+        None, ge=1, description="Seconds without any worker that are too many."
     )
     tls: TlsSettings | None = None
 
@@ -429,12 +429,14 @@ def _hanging_workers_killed(local: Any) -> Iterator[None]:
                 with contextlib.suppress(OSError, TypeError):  # ended by itself, or not there yet
                     os.kill(nanny.pid, signal.SIGKILL)
 
-    yield
-    threading.Thread(target=watch, name="closing", daemon=True).start()
     try:
-        local.close()
+        yield
     finally:
-        closed.set()
+        threading.Thread(target=watch, name="closing", daemon=True).start()
+        try:
+            local.close()
+        finally:
+            closed.set()
 
 
 @contextlib.contextmanager

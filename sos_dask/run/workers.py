@@ -110,6 +110,7 @@ class Workers:
     _waits_since: float | None = None
     _next_word: float = 0.0
     _warned: bool = False
+    _is_short: bool = False  # fewer workers than wanted have come
     _of: ClassVar[weakref.WeakKeyDictionary[Any, Workers]] = weakref.WeakKeyDictionary()
 
     @classmethod
@@ -156,7 +157,7 @@ class Workers:
         now = time.monotonic()
         if now < self._looked_at + _EVERY_S:
             return self._fit
-        if now > self._looked_at + self.timeout / 2:
+        if now > self._looked_at + max(self.timeout / 2, 5 * _EVERY_S):
             self._waits_since = None  # nobody waited meanwhile
         self._known = self.known()
         self._seen = {x: self._seen.get(x) or _Seen(now) for x in self._known}
@@ -164,7 +165,7 @@ class Workers:
         self._looked_at = time.monotonic()
         if self._fit:
             if self._waits_since is not None and self._next_word > self._waits_since + _SILENCE_S:
-                logger.warning("%d workers are there", len(self._fit))
+                logger.warning("%d workers are connected", len(self._fit))
             self._waits_since = None
         else:
             self._wait(now)
@@ -193,7 +194,13 @@ class Workers:
         Raises `ClusterError`: see `look`.
         """
         end = time.monotonic() + patience_s
+        said_at = time.monotonic() + _SILENCE_S
         while len(found := self.look()) < wanted and (not found or time.monotonic() < end):
+            if found and time.monotonic() > said_at:
+                said_at, there = float("inf"), (len(found), wanted, self.place, patience_s)
+                logger.warning(
+                    "%d of %d workers of %s are connected: waiting, at most %g s", *there
+                )
             time.sleep(_EVERY_S / 2)
         return dict(sorted(found.items(), key=lambda item: (str(item[1]["name"]), item[0])))
 
@@ -205,8 +212,12 @@ class Workers:
         if not self.own and probe is not None:
             self._probe, self._looked_at = probe, float("-inf")
             self._seen = {x: _Seen(one.at, one.said) for x, one in self._seen.items()}
-        if len(found := self.wait_for(minimum, self.timeout)) < minimum:
-            logger.warning("%d workers are there, of %d: work goes on", len(found), minimum)
+        # Once: a queue that gives fewer would else cost the limit in every stage.
+        patience = _PATIENCE_S if self._is_short else self.timeout
+        found = self.wait_for(minimum, patience)
+        if len(found) < minimum and not self._is_short:
+            logger.warning("%d of %d workers are connected: work goes on", len(found), minimum)
+        self._is_short = len(found) < minimum
 
     def name_of(self, address: str) -> str:
         """Name and address of a worker."""

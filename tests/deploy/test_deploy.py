@@ -136,7 +136,7 @@ def test_manifests(overlay):
     ("old", "new"),
     [
         ("concurrencyPolicy", "concurencyPolicy"),
-        ("backoffLimit: 4", "backoffLimit: four"),
+        ("backoffLimit: 6", "backoffLimit: six"),
         ("maximum: 16", "maximum: many"),
         ("cluster: sos-dask", "clusters: sos-dask"),
         ("readinessProbe", "readynessProbe"),

@@ -11,6 +11,7 @@ import pytest
 from sos_dask.errors import LockedError
 from sos_dask.rebuild import lock
 from sos_dask.rebuild.lock import Holder, holder_of, locked
+from sos_dask.storage import artifact
 
 HOLD = """
 import sys, time
@@ -73,6 +74,26 @@ def test_it_is_renewed_while_it_is_held(tmp_path, monkeypatch):
         for _ in range(8):
             time.sleep(0.2)
             assert holder_of(tmp_path) is not None
+
+
+def test_after_a_long_pause_it_is_renewed_and_removed(tmp_path):
+    with locked(tmp_path, "rebuild") as at:
+        held = json.loads((tmp_path / lock.LOCK).read_text())
+        (tmp_path / lock.LOCK).write_text(json.dumps(held | {"renewed": 1.0}))
+        assert holder_of(tmp_path) is None
+        at("train")
+        assert holder_of(tmp_path) is not None
+    assert not (tmp_path / lock.LOCK).exists()
+
+
+def test_a_lock_whose_answer_was_lost_is_held(tmp_path, monkeypatch):
+    def write(path, text):
+        artifact.write_new(path, text)
+        return False
+
+    monkeypatch.setattr(lock, "write_new", write)
+    with locked(tmp_path, "rebuild"):
+        assert holder_of(tmp_path) is not None
 
 
 def test_one_that_was_taken_over_is_left_alone(tmp_path):

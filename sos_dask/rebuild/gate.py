@@ -149,7 +149,8 @@ def reasons(
             )
     low, high = limits.lowest_hit_rate, limits.highest_hit_rate
     for name, (rate, least, most) in new.hit_rates.items():
-        if most < low or least > high:
+        # All of them: a label without noise, as a constant.
+        if most < low or (high < least and rate < 1):
             yield (
                 f"{name}: 68 % intervals contain {_percent(rate)} of the held-out pairs "
                 f"(limits {_percent(low)} and {_percent(high)})"

@@ -22,7 +22,7 @@ from sos_dask.rebuild.job import Job
 from sos_dask.rebuild.lock import locked
 from sos_dask.rebuild.metrics import write_metrics
 from sos_dask.rebuild.pipeline import Build, Watch, rebuild
-from sos_dask.rebuild.plan import Planned
+from sos_dask.rebuild.plan import Plan, Planned
 from sos_dask.run.cluster import Cluster, Report, silent
 from sos_dask.run.machine import peak_bytes
 from sos_dask.storage.objects import as_path
@@ -108,6 +108,8 @@ def scheduled(
         What it will write does not fit on the disk.
     """
     store = as_path(store or job.resolve(job.store))
+    if not (store / "artifacts").exists():
+        Plan(job, store)  # nothing is written for a job that is wrong
     holding: Any = nullcontext(lambda stage: None)
     if lock:
         holding = locked(store, f"rebuild of '{job.name}'")

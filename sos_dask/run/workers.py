@@ -391,7 +391,7 @@ class Workers:
     def fetch(self, wanted: Any, addresses: Collection[str]) -> Any:
         """Wait for futures of some workers, and give their results, in the same structure.
 
-        Errors of tasks are raised as they were. Raises `Lost` where these workers are gone.
+        Errors of tasks are raised as they were. Raises `Lost` where one of these workers is gone.
         """
         from distributed import CancelledError, KilledWorker
 
@@ -401,7 +401,7 @@ class Workers:
                 done, _ = futures.wait([gathering], _EVERY_S)
                 if done:
                     return gathering.result()
-                if self.there().keys().isdisjoint(addresses):
+                if not self.there().keys() >= set(addresses):
                     raise Lost
         except (CancelledError, KilledWorker, futures.CancelledError) as error:
             self._looked_at = float("-inf")

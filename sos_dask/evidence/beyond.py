@@ -102,8 +102,12 @@ def choose(
     guesses: Sequence[int],
     everywhere: Sequence[int] = (),
     at_most: float = _AT_MOST,
+    known: NDArray[np.uint8] | None = None,
 ) -> Standing:
-    """Choose among ``guesses``, and for places that no pairs tell of among those ``everywhere``."""
+    """Choose among ``guesses``, and for places that no pairs tell of among those ``everywhere``.
+
+    What is ``known`` (l,) to stand in at other places does where all pairs are too few.
+    """
     place, n_labels = np.searchsorted(_NEARER_THAN, left.distance), left.residual.shape[2]
     shape = (n_kinds, len(_NEARER_THAN) + 1, n_labels)
     found = Standing(np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32))
@@ -111,7 +115,8 @@ def choose(
     for label in range(n_labels):
         size = np.abs(left.residual[:, :, label])
         every = [size[cell & left.right] for of_kind in cells for cell in of_kind]
-        common = _best(every, everywhere, NOTHING, at_most)
+        common = NOTHING if known is None else int(known[label])
+        common = _best(every, everywhere, common, at_most)
         found.guess[..., label], found.width[..., label] = common, _width(size[:, common])
         for kind, of_kind in enumerate(cells):
             parts = [size[cell & left.right] for cell in of_kind[:-1]]

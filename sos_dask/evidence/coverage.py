@@ -475,7 +475,7 @@ def _stands_in(
     none = Left(kind[:0], np.zeros(0), residual[:0], right[:0])
     ends = beyond.choose(left or none, n_kinds, (), held[:2], beyond.AT_MOST_BEHIND)
     lacking = ends._replace(width=np.float32(beyond.WIDER_BEHIND) * ends.width)
-    return beyond.choose(there, n_kinds, held, held), lacking
+    return beyond.choose(there, n_kinds, held, held, known=ends.guess[0, -1]), lacking
 
 
 def _scaled(

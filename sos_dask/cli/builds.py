@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -130,11 +130,7 @@ def publish(build: str | None = None, *, store: Place = None) -> Shown:
 
     Example: sos-dask publish 20261128T223535 --store store
     """
-    where = find_store(store)
-    with locked(where, "publish"):
-        path = history.publish_build(where, build or "")
-    yield {"current": path.name}
-    say(f"Current build: {path.name}")
+    yield from _moved("publish", history.publish_build, find_store(store), build)
 
 
 @command()
@@ -145,9 +141,12 @@ def rollback(build: str | None = None, *, store: Place = None) -> Shown:
 
     Example: sos-dask rollback --store store
     """
-    where = find_store(store)
-    with locked(where, "rollback"):
-        path = history.rollback(where, build or "")
+    yield from _moved("rollback", history.rollback, find_store(store), build)
+
+
+def _moved(what: str, move: Callable[[Path, str], Path], store: Path, build: str | None) -> Shown:
+    with locked(store, what):
+        path = move(store, build or "")
     yield {"current": path.name}
     say(f"Current build: {path.name}")
 

@@ -32,7 +32,7 @@ from sos_dask.corrections.base import Batch, OneBatch, Training, TrainingSource
 from sos_dask.corrections.degrade import rows_of
 from sos_dask.errors import ClusterError, ConfigError, ModelError, SosError
 from sos_dask.problem import Input, Label, Problem
-from sos_dask.run.workers import Lost, Workers, release
+from sos_dask.run.workers import Lost, Workers
 from sos_dask.schema import CANONICAL
 from sos_dask.settings import is_column
 from sos_dask.stats.numbers import MAD_TO_SIGMA
@@ -385,7 +385,7 @@ def _on_workers(client: Any, method: str, graph: Any, keys: Any, **options: Any)
         try:
             return workers.fetch(futures, addresses)
         except Lost as lost:
-            release(futures_of(futures))  # else they wait for these workers for ever
+            workers.release(futures_of(futures))  # else they wait for these workers for ever
             if lost.__cause__ is not None:  # one after the other: Dask gave it to others before
                 break
     raise ClusterError(

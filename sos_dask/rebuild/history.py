@@ -7,10 +7,13 @@ import datetime
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from sos_dask.errors import CatalogError, SosError, redacted
 from sos_dask.rebuild.lock import holder_of
@@ -156,10 +159,14 @@ def products_of(build: Path) -> dict[str, Path]:
 
 def current_products(store: Path) -> dict[str, Path]:
     """Products of the published build that are whole enough to be compared with; none without."""
-    with contextlib.suppress(CatalogError):
-        found = products_of(store / "current")
-        return {product: path for product, path in found.items() if (path / MANIFEST).is_file()}
-    return {}
+    current, artifacts = store / "current", (store / "artifacts").resolve()
+    try:
+        found = products_of(current)
+    except CatalogError:  # its links, where it has any, still tell what was published
+        linked = [(one.name, one.resolve()) for one in sorted(current.glob("*"))]
+        linked = [(name, path) for name, path in linked if path.parent.parent == artifacts]
+        found = {name: home(path.parent.name, path) for name, path in linked}
+    return {product: path for product, path in found.items() if (path / MANIFEST).is_file()}
 
 
 # -- the log of a run -----------------------------------------------------------------------------
@@ -208,12 +215,22 @@ def runs(store: Path) -> Iterator[dict[str, Any]]:
             continue
         last = next((one for one in reversed(events) if one["event"] == "end"), last)
         ended = last["event"] == "end"
-        if not ended and busy and (first["host"], first["pid"]) == (busy.host, busy.pid):
+        is_holder = busy and (first["host"], first["pid"]) == (busy.host, busy.pid)
+        if not ended and (is_holder or _runs_here(first)):
             continue
         begun = {"began": first["time"], "job": first["job"], "log": str(path)}
         stage = next((one["product"] for one in reversed(events) if "product" in one), "")
         died = {"outcome": "killed", "message": f"it did not end; its last stage was '{stage}'"}
         yield begun | (last if ended else {**died, "time": last["time"]})
+
+
+def _runs_here(first: Mapping[str, Any]) -> bool:
+    """Whether the process that began a log runs on this host: one without the lock."""
+    with contextlib.suppress(psutil.Error):
+        began = datetime.datetime.fromisoformat(first["time"]).timestamp()
+        is_here = first["host"] == socket.gethostname()
+        return bool(is_here and psutil.Process(first["pid"]).create_time() <= began)
+    return False
 
 
 def last_runs(store: Path) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def locked(store: Path, what: str) -> Iterator[Callable[[str], None]]:
     Gives a function that tells which stage runs. Raises `LockedError` where another process has it.
     """
     path, me, ended = store / LOCK, Holder.here(what), threading.Event()
+    beside = " A rebuild beside it does the same work: --no-lock."
 
     def is_mine() -> bool:
         found = _written(store)  # also after a pause longer than the lease
@@ -89,8 +90,7 @@ def locked(store: Path, what: str) -> Iterator[Callable[[str], None]]:
         if (other := holder_of(store)) is not None:
             raise LockedError(
                 f"{store} is in use: {other.words}",
-                "Wait for it (sos-dask status shows it). A rebuild beside it is harmless, but does "
-                "the same work: --no-lock.",
+                f"Wait for it (sos-dask status shows it).{what.startswith('rebuild') * beside}",
             )
         path.unlink(missing_ok=True)
 

@@ -165,7 +165,7 @@ def _tell(job: Job, store: Path, outcome: dict[str, Any], log: RunLog) -> None:
                 os.killpg(process.pid, signal.SIGKILL)  # it and all that it has started
     except (OSError, ValueError) as error:
         result = str(error)
-    log.event("on_failure", command=command, result=result)
+    log.event("on_failure", command=command[0], result=result)  # arguments may be secret
     if result != 0:
         logger.warning("the command of [on_failure], %s, failed: %s", command[0], result)
 

@@ -410,6 +410,12 @@ class Workers:
         finally:
             gathering.cancel()
 
+    def release(self, given: Iterable[Any]) -> None:
+        """Let go of futures whose keys are used again: then the scheduler makes new tasks."""
+        release(given)
+        # The thread of the client does it; a key that is wanted before that keeps its old task.
+        self._begin(asyncio.sleep(0)).result(self.silence_s)
+
     @contextlib.contextmanager
     def _gone(self) -> Iterator[None]:
         """Turn errors of a client that has lost its scheduler into a `ClusterError`."""

@@ -254,7 +254,7 @@ class Stage(Generic[S]):
                 made = self.make(run)
                 if made is not None:
                     if former is not None and self.reusable:
-                        former.remember(output, self.base(), self.reusable)
+                        former.remember(output, self.base(), self.reusable, run.files)
                     output.commit(made[0], tuple(run.files), made[1])
             except Exception as error:
                 if not output.complete:

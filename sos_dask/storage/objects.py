@@ -19,6 +19,7 @@ import fcntl
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -37,9 +38,11 @@ from sos_dask.errors import ConfigError, StorageError
 SCHEMES = ("s3", "https")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 _BLOCK = 32 << 20
+_PIECE = 256 << 20  # larger files are put in pieces
 _AT_ONCE = 16  # requests of one process
 _UNUSED_S = 600  # copies that were used since are never removed
 _LATELY_S, _MOST_KNOWN = 5.0, 10_000
+_LOCK_S = 300.0
 _ROOM_S = 20.0  # between looks at the size of all copies
 _LIMIT = "120s"  # of one request
 _PATIENCE = datetime.timedelta(seconds=60)  # of a server that is away
@@ -75,6 +78,7 @@ _CAUSES = (
 )
 
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -271,9 +275,11 @@ class ObjectPath(PosixPath):
             raise ConfigError(f"{self} can only be read", "Write to a folder, or to s3://.")
         there: Any = _obstore().exceptions
         _lately.pop(self, None)
+        # In pieces, which no condition goes with: a file is not held in memory.
+        large = isinstance(content, Path) and content.stat().st_size > _PIECE
         try:
             with _asking(self, writes=True) as (client, key):
-                made = _obstore().put(client, key, content, mode=mode, use_multipart=False)
+                made = _obstore().put(client, key, content, mode=mode, use_multipart=large)
         except (there.AlreadyExistsError, there.PreconditionError):
             return []
         size = content.stat().st_size if isinstance(content, Path) else len(content)
@@ -345,12 +351,23 @@ def local(path: Path) -> Path:
     if found is path:
         copy = _copy_of(path)
         with (scratch() / f"lock-{copy.parent.name}").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one machine copy it once
+            _wait_for(lock)  # processes of one machine copy it once
             if copied(path) is path:
                 copy_to(path, copy)
         _make_room()
         return copy
     return found
+
+
+def _wait_for(lock: Any) -> None:
+    """Lock a file; after a time limit go on without, for a copy made twice is harmless."""
+    end = time.monotonic() + _LOCK_S
+    while time.monotonic() < end:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.05)
+    logger.warning("%s is locked for %g s: work goes on without it", lock.name, _LOCK_S)
 
 
 def copied(path: ObjectPath) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 
 from sos_dask.errors import CatalogError
 from sos_dask.storage.artifact import Output, put_copy, write_text
-from sos_dask.storage.manifest import read_sealed, sealed_json, sha256_of_file
+from sos_dask.storage.manifest import FileRecord, read_sealed, sealed_json, sha256_of_file
 
 FOLDER = "parts"
 _trace = threading.local()
@@ -99,6 +99,7 @@ class Former:
     def take(self, output: Output, part: str, known: Mapping[str, Any]) -> bool:
         """Put the files of a part in place and record it; false where one is not as it was."""
         kind, _, key = part.partition("/")
+        found = []
         for name, digest in known["pieces"].items():
             inside = PurePosixPath(name)
             if self.directory is None or inside.is_absolute() or ".." in inside.parts:
@@ -110,21 +111,29 @@ class Former:
                     return False
             except OSError:
                 return False
-            put_copy(source, output.directory / name)
+            found.append((source, output.directory / name))
+        for source, target in found:
+            put_copy(source, target)
         output.put_record(kind, key, known["value"], known["reads"])
         return True
 
-    def remember(self, output: Output, base: str, kinds: Iterable[str]) -> None:
-        """Remember the parts of an output that is about to be complete."""
+    def remember(
+        self, output: Output, base: str, kinds: Iterable[str], files: Iterable[FileRecord]
+    ) -> None:
+        """Remember the parts of an output that is about to be complete, whose files are known."""
+        written = {file.path: file.sha256 for file in files}
         found, memory = {}, self._memory(output.fingerprint)
         for path in (path for kind in kinds for path in (output.work / kind).glob("*.json")):
             record = read_sealed(path, "")
             if record["reads"] is None:  # of a catalog without digests
                 continue
+            if not output.intact(*record["part"].split("/", 1)):  # damaged since: run it again
+                continue
             for name in record["pieces"]:
-                record["pieces"][name] = sha256_of_file(output.directory / name)
+                path = output.directory / name
+                record["pieces"][name] = written.get(name) or sha256_of_file(path)
                 if PurePosixPath(name).parts[0] == output.work.name:
-                    put_copy(output.directory / name, memory / name)
+                    put_copy(path, memory / name)
             found[record.pop("part")] = record
         document = sealed_json({"base": base, "parts": found})
         write_text(memory.with_suffix(".json"), document)

@@ -17,6 +17,7 @@ import contextlib
 import datetime
 import logging
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
@@ -161,9 +162,8 @@ def make_current(store: Path, build: Path) -> Path:
     current = store / "current"
     if isinstance(current, ObjectPath):
         return _put_current(current, build, read_build(build)["products"])
-    swap = store / f".current.{os.getpid()}"
+    swap = store / f".current.{uuid.uuid4().hex}"
     with storage_errors(swap):
-        swap.unlink(missing_ok=True)
         swap.symlink_to(f"builds/{build.name}", target_is_directory=True)
         swap.replace(current)
     return build
@@ -351,12 +351,15 @@ def status(store: Path) -> StoreStatus:
 def gc(store: Path, *, keep: int = 3, dry_run: bool = False) -> list[tuple[Path, int]]:
     """Remove old builds and every output that no kept build uses, unfinished ones too.
 
-    ``keep`` of the latest builds stay, at least 1: the current one always does. Do not run it
-    beside a rebuild. Returns what was (with ``dry_run``: would be) removed, with its bytes.
+    ``keep`` of the latest builds stay, at least 1, and the latest that was refused: the current one
+    always does. Returns what was (with ``dry_run``: would be) removed, with its bytes.
+
+    Raises `CatalogError` where a build appears meanwhile: what it needs may be among what goes.
     """
     if keep < 1:
         raise ConfigError(f"{keep} builds cannot be kept: the current one always stays")
     require_store(store, built=False)
+    known = set(builds_in(store))
     kept = _kept_builds(store, keep)
     for build in kept:
         read_build(build)  # what a damaged one needs is not known
@@ -367,11 +370,14 @@ def gc(store: Path, *, keep: int = 3, dry_run: bool = False) -> list[tuple[Path,
     removed = [(path, _size(path)) for path in [*doomed, *forgotten]]
     if not dry_run:
         for path in [*doomed, *forgotten]:
+            if not known.issuperset(builds_in(store)):
+                what = f"gc of {store} has stopped: a build was made meanwhile"
+                raise CatalogError(what, "Run it again when no rebuild runs.")
             path.unlink() if path.is_file() else remove_tree(path, first=MANIFEST)
         names = {path.name for path in used}
-        known = costs(store)
-        if not known.keys() <= names:
-            remember(store / _COSTS, {name: known[name] for name in known if name in names})
+        cost = costs(store)
+        if not cost.keys() <= names:
+            remember(store / _COSTS, {name: cost[name] for name in cost if name in names})
     return removed
 
 
@@ -385,12 +391,19 @@ def _artifacts(store: Path) -> list[Path]:
 
 
 def _kept_builds(store: Path, keep: int = 0) -> set[Path]:
-    """The latest builds (0: all) and the current one."""
-    kept = set(builds_in(store)[-keep:])
+    """The latest builds (0: all), the latest that was refused, and the current one."""
+    refused = [path for path in builds_in(store) if keep and _is_refused(path)]
+    kept = {*[path for path in builds_in(store) if path not in refused][-keep:], *refused[-1:]}
     current = (store / "current").resolve()
     if current.exists() and current.parent.name == "builds":
         kept.add(store / "builds" / current.name)
     return kept
+
+
+def _is_refused(build: Path) -> bool:
+    with contextlib.suppress(CatalogError):
+        return "refused" in read_build(build)
+    return False
 
 
 def _used_artifacts(store: Path, builds: set[Path]) -> set[Path]:

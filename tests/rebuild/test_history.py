@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 
 import pytest
 
@@ -114,7 +115,10 @@ def test_a_running_one_is_no_dead_one(store):
         at("train")
         told = last_runs(store)
         assert told["last_run"] is None and told["running"]["stage"] == "train"
-    assert last_runs(store)["running"] is None
+    assert last_runs(store) == {"running": None, "last_run": None, "last_failure": None}, "no lock"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    RunLog(store).event("start", job="other", host=socket.gethostname(), pid=gone.pid)
     assert last_runs(store)["last_run"]["outcome"] == "killed"
 
 

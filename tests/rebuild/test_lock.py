@@ -41,7 +41,11 @@ def test_one_process_holds_it(other, tmp_path):
     says = rf"'other' on .*, process {other.pid}, .*'train'"
     with pytest.raises(LockedError, match=says) as end, locked(tmp_path, "gc"):
         pass
-    assert end.value.exit_code == 11 and "--no-lock" in end.value.hint
+    assert end.value.exit_code == 11 and "status" in end.value.hint
+    assert "--no-lock" not in end.value.hint
+    with pytest.raises(LockedError, match=says) as end, locked(tmp_path, "rebuild of 'mine'"):
+        pass
+    assert "--no-lock" in end.value.hint
     found = holder_of(tmp_path)
     assert found is not None and (found.pid, found.stage) == (other.pid, "train")
 

@@ -1,5 +1,6 @@
 """Paths of objects: names, content, copies, what is refused, and what a server says."""
 
+import fcntl
 import http.server
 import os
 import pickle
@@ -142,6 +143,26 @@ def test_puts_that_depend_on_what_is_there(prefix):
     assert path.put(b"3", {"e_tag": known})
     assert not path.put(b"4", {"e_tag": known})
     assert path.read_bytes() == b"3"
+
+
+def test_a_large_file_is_put_in_pieces(prefix, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", 6 << 20)
+    file, path = tmp_path / "x", at(f"{prefix}/large")
+    file.write_bytes(os.urandom(13 << 20))
+    digest = sha256_of_file(file)
+    size, number = path.put(file)
+    assert (size, number) == tuple(path.stat()[:2]) and size == 13 << 20
+    assert sha256_of_file(local(path)) == digest
+    module.remove_tree(module.scratch())
+    assert sha256_of_file(local(path)) == digest
+
+
+def test_a_lock_of_another_process_is_waited_for_with_a_limit(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_LOCK_S", 0.2)
+    with (tmp_path / "x").open("a") as mine, (tmp_path / "x").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        module._wait_for(mine)
+    assert "work goes on without it" in caplog.text
 
 
 def test_one_of_many_is_first(prefix):

@@ -141,6 +141,23 @@ def test_what_is_damaged_is_made_again(nights, tmp_path):
     assert first.name not in {path.stem for path in forgotten(store, [first.name])}
 
 
+def test_what_is_damaged_before_it_is_remembered_is_not_taken(nights, tmp_path, monkeypatch):
+    remember = Former.remember
+
+    def damage(self, output, *given):
+        one = sorted(output.directory.rglob("Npix=*.parquet"))[0]
+        one.write_bytes(one.read_bytes()[:-9] + b"x" * 9)
+        remember(self, output, *given)
+
+    monkeypatch.setattr(Former, "remember", damage)
+    store = tmp_path / "store"
+    first, counted = made(store, ingest(nights[0]))
+    assert len(Former(store, first)._known["parts"]) == counted["run"] - 1
+    monkeypatch.undo()
+    second, _ = made(store, ingest(nights[1]), first)
+    assert contents(second) == contents(made(tmp_path / "fresh", ingest(nights[1]))[0])
+
+
 def test_files_out_of_the_output_are_not_taken(tmp_path, nights):
     first, _ = made(tmp_path / "store", ingest(nights[0]))
     former = Former(tmp_path / "store", first)

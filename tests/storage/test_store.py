@@ -4,11 +4,13 @@ import pytest
 
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.storage import store as module
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
 from sos_dask.storage.hats import partition_path
 from sos_dask.storage.manifest import Recipe, Rows
 from sos_dask.storage.store import (
+    builds_in,
     costs,
     current_product,
     current_recipes,
@@ -120,6 +122,29 @@ def test_the_latest_builds_and_what_they_use_stay(store):
     assert all(size > 100 for path, size in removed if path.parent.name == "test")
     assert current_product(store, "made").name == published(store)["made"]
     assert gc(store, keep=1) == [] and verify(current_product(store, "made")) == []
+
+
+def test_of_refused_builds_the_latest_stays(store):
+    recipe = Recipe("test", 1, {"number": 9}, {})
+    for why in ("rows", "shift"):
+        directory = store / "artifacts/test" / recipe.fingerprint
+        last = publish(store, why, "text", {"made": (recipe, directory)}, [why])
+    gc(store, keep=2)
+    kept = builds_in(store)
+    assert len(kept) == 3 and last in kept
+
+
+def test_gc_stops_where_a_build_appears(store, monkeypatch):
+    before, removed = builds_in(store), module.remove_tree
+
+    def remove(path, **more):
+        removed(path, **more)
+        (store / "builds/9").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(module, "remove_tree", remove)
+    with pytest.raises(CatalogError, match="a build was made meanwhile"):
+        gc(store, keep=1)
+    assert builds_in(store)[:2] == before[1:], "only the first was removed"
 
 
 def test_the_current_build_stays_though_it_is_not_the_latest(store):

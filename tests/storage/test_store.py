@@ -4,6 +4,7 @@ import pytest
 
 from sos_dask.errors import CatalogError, PartitionError
 from sos_dask.sky.healpix import HealpixPixel
+from sos_dask.storage import objects
 from sos_dask.storage import store as module
 from sos_dask.storage.artifact import Output
 from sos_dask.storage.catalog import Catalog
@@ -135,7 +136,7 @@ def test_of_refused_builds_the_latest_stays(store):
 
 
 def test_gc_stops_where_a_build_appears(store, monkeypatch):
-    before, removed = builds_in(store), module.remove_tree
+    before, removed = builds_in(store), objects.remove_tree
 
     def remove(path, **more):
         removed(path, **more)
